@@ -1,0 +1,246 @@
+//! What a run is told to do: the resolved configuration.
+//!
+//! A configuration is read in two steps. `raw` holds what the user typed (TOML file, environment, `--set key=value`),
+//! with nothing looked up and nothing defaulted beyond the embedded, commented `default.toml`. [`RunConfig`] is what the
+//! program uses: every value present and checked, the model's `config.json` read and put inside, so that the journal's
+//! `created` record alone is enough to carry the run on elsewhere. Stored layout: `RunConfig` as JSON in that record;
+//! fields may be added with a serde default, never renamed.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// A run's resolved configuration. Stored in the journal's `created` record.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunConfig {
+    /// The store's URI, made absolute: `s3://bucket/prefix`, `gs://…`, `az://…`, `file:///…`, `memory://`.
+    pub store: String,
+    /// The model.
+    pub model: ModelConfig,
+    /// The data.
+    pub data: DataConfig,
+    /// The mathematics of training.
+    pub train: TrainConfig,
+    /// How the work is spread over workers.
+    pub parallel: ParallelConfig,
+    /// When state is saved, and what is kept.
+    pub checkpoint: CheckpointConfig,
+    /// What is listened to for warnings.
+    pub notice: NoticeConfig,
+    /// What is done when the last step is committed.
+    pub on_complete: OnComplete,
+    /// What the agent does when a worker dies.
+    pub restart: RestartConfig,
+    /// Limits towards the object store.
+    pub storage: StorageConfig,
+}
+
+/// Which model is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelConfig {
+    /// The architecture.
+    pub kind: ModelKind,
+    /// The Hugging Face `config.json`, whole.
+    pub config: serde_json::Value,
+    /// A Hugging Face model folder or URI whose weights the run starts from; `None`: random weights from `train.seed`.
+    pub init_from: Option<String>,
+}
+
+/// The architectures that can be trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelKind {
+    /// Llama: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+    Llama,
+}
+
+/// Where the tokens come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataConfig {
+    /// URI of a folder made by `trainer data prepare`.
+    pub train: String,
+    /// Tokens in one sequence (one sample gives this many predictions).
+    pub sequence_length: u32,
+    /// Validation every this many steps; 0: never.
+    pub validation_every: u64,
+    /// Sequences in one validation, over the whole world.
+    pub validation_sequences: u32,
+}
+
+/// The mathematics of training. Nothing here may change on a resume unless it is named with `--set`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainConfig {
+    /// Optimizer steps of the whole run.
+    pub steps: u64,
+    /// Sequences in one optimizer step, over the whole world, whatever its size.
+    pub global_batch: u32,
+    /// The most sequences in one forward pass of one worker; gradients are accumulated over the rest.
+    pub max_micro_batch: u32,
+    /// Seed of the weights and of the sample order.
+    pub seed: u64,
+    /// Arithmetic of forward and backward.
+    pub precision: Precision,
+    /// Compute threads of one worker on a CPU. Part of the mathematics: sums are split over threads.
+    pub threads: u32,
+    /// The optimizer.
+    pub optimizer: OptimizerConfig,
+    /// The learning-rate schedule.
+    pub schedule: ScheduleConfig,
+}
+
+/// Arithmetic of forward and backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32-bit throughout.
+    Fp32,
+    /// bfloat16 matrix products; weights, gradients and moments are kept in 32 bits.
+    Bf16,
+}
+
+/// AdamW (Loshchilov and Hutter, arXiv 1711.05101), decay on matrices only.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OptimizerConfig {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decay rates of the first and second moment.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// The gradient's global 2-norm is scaled down to this; 0: no clipping.
+    pub grad_clip: f64,
+}
+
+/// The learning-rate schedule: linear warm-up to the peak, then the given shape down to `min_lr_ratio` of it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScheduleConfig {
+    /// The shape after the warm-up.
+    pub kind: ScheduleKind,
+    /// Steps of linear warm-up from 0.
+    pub warmup_steps: u64,
+    /// The floor, as a share of the peak.
+    pub min_lr_ratio: f64,
+}
+
+/// The shape of the schedule after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Half a cosine (Loshchilov and Hutter, arXiv 1608.03983, without restarts).
+    Cosine,
+    /// A straight line.
+    Linear,
+    /// No decay.
+    Constant,
+}
+
+/// How the work is spread over workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParallelConfig {
+    /// What is replicated and what is partitioned.
+    pub strategy: Strategy,
+    /// Workers on one node; `None`: one a GPU, or one where there is none.
+    pub nproc_per_node: Option<u32>,
+    /// Gradient bucket size of the all-reduce, MiB.
+    pub bucket_mib: u32,
+}
+
+/// What is replicated and what is partitioned over the ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    /// Everything replicated, gradients all-reduced.
+    Ddp,
+}
+
+/// When state is saved, and what is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointConfig {
+    /// When state is saved.
+    pub every: Cadence,
+    /// What is kept.
+    pub keep: Keep,
+}
+
+/// When state is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cadence {
+    /// Every so many steps.
+    Steps(u64),
+    /// Every so much time.
+    #[serde(with = "seconds")]
+    Time(Duration),
+    /// Young and Daly's interval from the measured cost of a save and the rate of interruptions.
+    Auto,
+}
+
+/// What is kept when older checkpoints are pruned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keep {
+    /// The newest so many.
+    pub last: u32,
+    /// And every checkpoint whose step is a multiple of this.
+    pub every: Option<u64>,
+}
+
+/// What is listened to for warnings that the machine goes away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NoticeConfig {
+    /// `auto`, or any of `aws`, `gcp`, `azure`, `signals`, `file`.
+    pub sources: Vec<String>,
+}
+
+/// What is done when the last step is committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnComplete {
+    /// What is done.
+    pub action: CompleteAction,
+}
+
+/// What is done when the last step is committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CompleteAction {
+    /// Exit with 0.
+    Exit,
+    /// Leave the Auto Scaling group with its desired capacity lowered, or power off.
+    Terminate,
+}
+
+/// What the agent does when a worker dies.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RestartConfig {
+    /// Restarts of the worker group in one life of the agent; then it gives up.
+    pub max: u32,
+    /// Deaths at the same step, one after the other, after which it gives up at once.
+    pub same_step: u32,
+    /// The first pause before a restart; it doubles up to a minute.
+    #[serde(with = "seconds")]
+    pub backoff: Duration,
+}
+
+/// Limits towards the object store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageConfig {
+    /// Requests in flight at once.
+    pub concurrency: u32,
+    /// Size of one part of an upload and of one range of a download, MiB.
+    pub part_mib: u32,
+}
+
+/// Durations as seconds in stored JSON.
+mod seconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_f64(value.as_secs_f64())
+    }
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        Duration::try_from_secs_f64(f64::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    }
+}

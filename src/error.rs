@@ -1,0 +1,194 @@
+//! What the user is told, and the exit code that goes with it.
+//!
+//! Each module has its own error enum and says through [`Explain`] what a caller should do about it. At the edge of the
+//! library any such error becomes an [`Error`], which `main` prints as one chain and maps to an exit code. The exit
+//! codes are an API (supervisors restart on some and not on others): they stand here and nowhere else.
+
+use std::fmt;
+
+/// What is to be done about an error; decides the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// The command line is wrong. Exit code 64.
+    Usage,
+    /// Stored data is damaged and nothing usable is left. Exit code 65.
+    Data,
+    /// The store, a cloud or a peer cannot be reached after retries. Exit code 69.
+    Unavailable,
+    /// A fault of this program. Exit code 70.
+    Bug,
+    /// Interrupted; a checkpoint of the last step is committed. Start again. Exit code 75.
+    Interrupted,
+    /// Interrupted, and steps were lost (the journal says how many). Start again. Exit code 76.
+    InterruptedWithLoss,
+    /// The store or the system refused for want of permission. Exit code 77.
+    Permission,
+    /// The configuration, or what it names, is wrong. Exit code 78.
+    Config,
+    /// Another writer has this run. Exit code 79.
+    Fenced,
+}
+
+impl Kind {
+    /// The process exit code, as documented in the README.
+    pub const fn exit_code(self) -> u8 {
+        match self {
+            Self::Usage => 64,
+            Self::Data => 65,
+            Self::Unavailable => 69,
+            Self::Bug => 70,
+            Self::Interrupted => 75,
+            Self::InterruptedWithLoss => 76,
+            Self::Permission => 77,
+            Self::Config => 78,
+            Self::Fenced => 79,
+        }
+    }
+}
+
+/// Implemented by every module's error enum.
+pub trait Explain: std::error::Error + Send + Sync + 'static {
+    /// What is to be done about it.
+    fn kind(&self) -> Kind;
+    /// One sentence that says how to fix it, where we know.
+    fn hint(&self) -> Option<String> {
+        None
+    }
+}
+
+/// An error on its way to the user: kind, a chain of causes, and a hint.
+///
+/// Not a [`std::error::Error`] itself, so that any [`Explain`] converts into it with `?`.
+pub struct Error {
+    kind: Kind,
+    hint: Option<String>,
+    context: Vec<String>,
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+/// Shorthand for results that end at the user.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error with a text of its own.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, hint: None, context: Vec::new(), source: message.into().into() }
+    }
+
+    /// Any other error, with the kind that the caller knows it has.
+    pub fn from_source(kind: Kind, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self { kind, hint: None, context: Vec::new(), source: source.into() }
+    }
+
+    /// Adds or replaces the hint.
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Adds what was being done, a verb phrase: "read manifest".
+    #[must_use]
+    pub fn context(mut self, doing: impl Into<String>) -> Self {
+        self.context.push(doing.into());
+        self
+    }
+
+    /// What is to be done about it.
+    pub const fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// How to fix it, where we know.
+    pub fn hint(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+}
+
+impl<E: Explain> From<E> for Error {
+    fn from(error: E) -> Self {
+        Self { kind: error.kind(), hint: error.hint(), context: Vec::new(), source: Box::new(error) }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for doing in self.context.iter().rev() {
+            write!(f, "{doing}: ")?;
+        }
+        write!(f, "{}", self.source)?;
+        let mut said = self.source.to_string();
+        let mut cause = self.source.source();
+        while let Some(error) = cause {
+            let text = error.to_string();
+            // Some libraries repeat the cause in their own text: say it once.
+            if !said.contains(&text) {
+                write!(f, ": {text}")?;
+                said = text;
+            }
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {self}", self.kind)
+    }
+}
+
+/// Adds context to a result whose error can become an [`Error`].
+pub trait Context<T> {
+    /// Adds what was being done, a verb phrase: "read manifest".
+    fn context(self, doing: impl Into<String>) -> Result<T>;
+}
+
+impl<T, E: Into<Error>> Context<T> for std::result::Result<T, E> {
+    fn context(self, doing: impl Into<String>) -> Result<T> {
+        self.map_err(|error| error.into().context(doing))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("open file")]
+    struct Inner(#[source] std::io::Error);
+    impl Explain for Inner {
+        fn kind(&self) -> Kind {
+            Kind::Config
+        }
+        fn hint(&self) -> Option<String> {
+            Some("check the path".into())
+        }
+    }
+
+    #[test]
+    fn the_chain_reads_from_outside_in_and_says_nothing_twice() {
+        let inner = Inner(std::io::Error::new(std::io::ErrorKind::NotFound, "no such file"));
+        let error = Error::from(inner).context("read model").context("start run");
+        assert_eq!(error.to_string(), "start run: read model: open file: no such file");
+        assert_eq!((error.kind(), error.hint()), (Kind::Config, Some("check the path")));
+    }
+
+    #[test]
+    fn exit_codes_are_an_api() {
+        let all = [
+            (Kind::Usage, 64),
+            (Kind::Data, 65),
+            (Kind::Unavailable, 69),
+            (Kind::Bug, 70),
+            (Kind::Interrupted, 75),
+            (Kind::InterruptedWithLoss, 76),
+            (Kind::Permission, 77),
+            (Kind::Config, 78),
+            (Kind::Fenced, 79),
+        ];
+        for (kind, code) in all {
+            assert_eq!(kind.exit_code(), code);
+        }
+    }
+}

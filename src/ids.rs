@@ -1,0 +1,207 @@
+//! Newtypes for every id and count that could be swapped for another.
+//!
+//! Ids that become part of an object key are checked here, once, when they are made: a [`RunId`] or [`NodeId`] in hand
+//! can be put into a key without a second look.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub $inner);
+
+        impl $name {
+            /// The plain number.
+            pub const fn get(self) -> $inner {
+                self.0
+            }
+            /// The next number.
+            #[must_use]
+            pub const fn next(self) -> Self {
+                Self(self.0 + 1)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0, f)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = std::num::ParseIntError;
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                text.parse().map(Self)
+            }
+        }
+    };
+}
+
+number! {
+    /// A finished optimizer step, counted from 1; 0 is the state before the first.
+    Step(u64)
+}
+number! {
+    /// One formation of the group of nodes; it rises at every re-formation and fences older writers.
+    Generation(u64)
+}
+number! {
+    /// The place of one worker in the world, from 0.
+    Rank(u32)
+}
+number! {
+    /// How many workers a generation has.
+    WorldSize(u32)
+}
+
+/// Why a text is not an id.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} {text:?} {reason}")]
+pub struct InvalidId {
+    what: &'static str,
+    text: String,
+    reason: &'static str,
+}
+
+fn check(what: &'static str, text: &str) -> Result<(), InvalidId> {
+    let fail = |reason| Err(InvalidId { what, text: text.chars().take(80).collect(), reason });
+    if text.is_empty() {
+        return fail("is empty");
+    }
+    if text.len() > 100 {
+        return fail("is longer than 100 characters");
+    }
+    if !text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.')) {
+        return fail("has a character other than letters, digits, '-', '_' and '.'");
+    }
+    if !text.as_bytes()[0].is_ascii_alphanumeric() {
+        return fail("does not start with a letter or a digit");
+    }
+    if text.contains("..") {
+        return fail("contains '..'");
+    }
+    Ok(())
+}
+
+macro_rules! text_id {
+    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// Checks `text`: letters, digits, `-`, `_`, `.`; starts with a letter or digit; no `..`; at most 100 bytes.
+            pub fn new(text: impl Into<String>) -> Result<Self, InvalidId> {
+                let text = text.into();
+                check($what, &text)?;
+                Ok(Self(text))
+            }
+            /// The id as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(&self.0)
+            }
+        }
+        impl FromStr for $name {
+            type Err = InvalidId;
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                Self::new(text)
+            }
+        }
+        impl TryFrom<String> for $name {
+            type Error = InvalidId;
+            fn try_from(text: String) -> Result<Self, Self::Error> {
+                Self::new(text)
+            }
+        }
+        impl From<$name> for String {
+            fn from(id: $name) -> String {
+                id.0
+            }
+        }
+    };
+}
+
+text_id! {
+    /// The name of one training job; everything about it lives under `<store>/<run-id>/`.
+    RunId, "run id"
+}
+text_id! {
+    /// One boot of one agent; two agents on one machine are two nodes.
+    NodeId, "node id"
+}
+text_id! {
+    /// Made anew for every journal record and manifest, and written in its body: a writer whose answer was lost reads
+    /// the object back and knows by this id whether it won.
+    AttemptId, "attempt id"
+}
+
+impl NodeId {
+    /// A fresh id for this boot of the agent.
+    pub fn random() -> Self {
+        Self(format!("n{}", random_hex(6)))
+    }
+}
+
+impl AttemptId {
+    /// A fresh id; 128 random bits.
+    pub fn random() -> Self {
+        Self(random_hex(16))
+    }
+}
+
+/// `bytes` random bytes from the kernel, as lower-case hex.
+pub fn random_hex(bytes: usize) -> String {
+    let mut buffer = vec![0_u8; bytes];
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match rustix::rand::getrandom(&mut buffer[filled..], rustix::rand::GetRandomFlags::empty()) {
+            Ok(n) => filled += n,
+            Err(rustix::io::Errno::INTR) => {}
+            // The call is in every kernel since 3.17; without it a clash must still be unlikely, so mix time and pid.
+            Err(_) => {
+                let nanos = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos());
+                let seed = nanos ^ (u128::from(std::process::id()) << 64);
+                for (i, byte) in buffer[filled..].iter_mut().enumerate() {
+                    *byte = (seed >> ((i % 16) * 8)) as u8;
+                }
+                break;
+            }
+        }
+    }
+    buffer.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn run_ids_that_could_leave_their_folder_are_refused() {
+        for bad in ["", "..", "../x", "a/b", "a..b", ".hidden", "-flag", "a b", "a\nb", "ü", &"x".repeat(101)] {
+            assert!(RunId::new(bad).is_err(), "{bad:?} was accepted");
+        }
+        for good in ["a", "reports-2026q4", "A_b.c-1"] {
+            assert_eq!(RunId::new(good).unwrap().as_str(), good);
+        }
+        assert!(serde_json::from_str::<RunId>("\"../x\"").is_err());
+    }
+
+    #[test]
+    fn random_ids_differ_and_are_valid() {
+        let (a, b) = (NodeId::random(), NodeId::random());
+        assert_ne!(a, b);
+        assert!(NodeId::new(a.as_str()).is_ok());
+        assert_eq!(AttemptId::random().as_str().len(), 32);
+    }
+}

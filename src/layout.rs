@@ -1,0 +1,88 @@
+//! Every key name of a run; no other file spells one.
+//!
+//! ```text
+//! <store>/<run-id>/
+//!   journal/00000000000000000000.json …     numbered from 0 without a gap, created once
+//!   nodes/<node-id>.json                    heartbeat, overwritten by its owner alone
+//!   checkpoints/s00001200-g0003/            data of one attempt; a (step, generation) pair is written once
+//!      model-00001-of-00004.safetensors     model.safetensors.index.json  config.json  tokenizer.json  generation_config.json
+//!      optimizer-00001-of-00004.safetensors trainer_state.json  receipt-<node-id>.json  manifest.json
+//! ```
+//! Numbers are padded so that listings read well, but they are compared as numbers: padding is not a limit.
+
+use crate::ids::{Generation, NodeId, Step};
+
+/// Folder of the journal.
+pub const JOURNAL: &str = "journal";
+/// Folder of the heartbeats.
+pub const NODES: &str = "nodes";
+/// Folder of the checkpoints.
+pub const CHECKPOINTS: &str = "checkpoints";
+/// Name of a checkpoint's manifest.
+pub const MANIFEST: &str = "manifest.json";
+/// Name of a checkpoint's state that is not tensors.
+pub const TRAINER_STATE: &str = "trainer_state.json";
+/// Name of the list that says which weight lies in which file (Hugging Face).
+pub const MODEL_INDEX: &str = "model.safetensors.index.json";
+/// Name of the model's description (Hugging Face).
+pub const MODEL_CONFIG: &str = "config.json";
+/// Name of the tokenizer (Hugging Face `tokenizers`).
+pub const TOKENIZER: &str = "tokenizer.json";
+/// Name of the generation defaults (Hugging Face).
+pub const GENERATION_CONFIG: &str = "generation_config.json";
+/// Name of a whole model in one file (Hugging Face).
+pub const MODEL: &str = "model.safetensors";
+/// Folder, at the root of the store, of the probe keys.
+pub const PROBES: &str = ".trainer-probes";
+
+/// Key of one journal record.
+pub fn journal_entry(number: u64) -> String {
+    format!("{JOURNAL}/{number:020}.json")
+}
+
+/// The number of a journal record's key; `None` for anything else.
+pub fn journal_number(key: &str) -> Option<u64> {
+    let digits = key.strip_prefix(JOURNAL)?.strip_prefix('/')?.strip_suffix(".json")?;
+    (digits.len() == 20 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
+}
+
+/// Key of a node's heartbeat.
+pub fn heartbeat(node: &NodeId) -> String {
+    format!("{NODES}/{node}.json")
+}
+
+/// Folder of one attempt at a checkpoint.
+pub fn checkpoint(step: Step, generation: Generation) -> String {
+    format!("{CHECKPOINTS}/s{:08}-g{:04}", step.get(), generation.get())
+}
+
+/// The step and generation of a checkpoint folder's name (its last part); `None` for anything else.
+pub fn parse_checkpoint(name: &str) -> Option<(Step, Generation)> {
+    let (step, generation) = name.strip_prefix('s')?.split_once("-g")?;
+    let digits =
+        |text: &str| (!text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())).then(|| text.parse().ok())?;
+    Some((Step(digits(step)?), Generation(digits(generation)?)))
+}
+
+/// Name of a node's receipt within a checkpoint folder.
+pub fn receipt(node: &NodeId) -> String {
+    format!("receipt-{node}.json")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back_as_numbers() {
+        assert_eq!(journal_number(&journal_entry(17)), Some(17));
+        assert_eq!(journal_number("journal/17.json"), None);
+        assert_eq!(journal_number("journal/0000000000000000000x.json"), None);
+        let (step, generation) = (Step(123_456_789_012), Generation(70_000));
+        let key = checkpoint(step, generation);
+        assert_eq!(parse_checkpoint(key.rsplit('/').next().unwrap()), Some((step, generation)));
+        assert_eq!(checkpoint(Step(1200), Generation(3)), "checkpoints/s00001200-g0003");
+        assert_eq!(parse_checkpoint("s+1-g1"), None);
+        assert_eq!(parse_checkpoint("latest"), None);
+    }
+}

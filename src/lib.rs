@@ -1,0 +1,26 @@
+//! `trainer`: trains LibTorch models on machines that may vanish.
+//!
+//! ```text
+//!              ┌───────────────────────── one node ─────────────────────────┐
+//!  notices ──► │ agent (tokio; no LibTorch in its work)                     │
+//!  (IMDS, GCP, │   event loop · policy · heartbeats · uploads · journal     │ ◄──► object store
+//!   Azure, OS) │      ▲ control socket        ▲ snapshot images (memfd)     │
+//!              │      ▼                       │                             │
+//!              │ worker 0 … worker N-1  (one per GPU; synchronous; LibTorch)│ ◄──► workers of other nodes
+//!              └────────────────────────────────────────────────────────────┘      (c10d: NCCL or Gloo)
+//! ```
+//!
+//! The modules stand in the order in which data flows, and imports point down this list only: a test reads this file's
+//! `pub mod` lines and every `use crate::` line and holds them together.
+#![warn(missing_docs)]
+
+pub mod snapshot;
+pub mod journal;
+pub mod storage;
+pub mod report;
+pub mod protocol;
+pub mod config;
+pub mod layout;
+pub mod error;
+pub mod ids;
+pub mod faults;

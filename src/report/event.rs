@@ -1,0 +1,129 @@
+//! What happens in a run, as typed events. Code emits these; one reporter draws them.
+
+use serde::Serialize;
+
+use crate::ids::{Generation, Step, WorldSize};
+
+/// One thing that happened. Serialised, it is one line of `--json`: fields may be added, never renamed.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// A group of workers exists and trains on.
+    Formed {
+        /// The generation.
+        generation: Generation,
+        /// Workers of all nodes.
+        world_size: WorldSize,
+        /// The checkpoint that it starts from.
+        resume_step: Option<Step>,
+        /// Steps of the whole run.
+        total_steps: u64,
+    },
+    /// A step is finished.
+    Step {
+        /// The step.
+        step: Step,
+        /// Mean loss over the global batch.
+        loss: f64,
+        /// Learning rate.
+        lr: f64,
+        /// 2-norm of the gradient before clipping.
+        grad_norm: f64,
+        /// Tokens trained on since the run began.
+        tokens: u64,
+        /// Over this step.
+        tokens_per_s: f64,
+        /// The slowest rank's step time.
+        step_s: f64,
+        /// The slowest rank's wait for a capture, within `step_s`.
+        stall_s: f64,
+        /// Steps since the newest checkpoint: what a kill now would cost.
+        lag_steps: u64,
+        /// Seconds since the newest checkpoint was committed, or since training began.
+        lag_s: f64,
+    },
+    /// The held-out loss was measured.
+    Validation {
+        /// After this step.
+        step: Step,
+        /// Mean loss over the held-out sequences.
+        loss: f64,
+    },
+    /// Bytes of a save have reached the store.
+    Upload {
+        /// The save's step.
+        step: Step,
+        /// Bytes so far.
+        sent: u64,
+        /// Bytes in all.
+        total: u64,
+    },
+    /// A checkpoint is committed.
+    Checkpoint {
+        /// The step.
+        step: Step,
+        /// The generation.
+        generation: Generation,
+        /// Bytes of its shards.
+        bytes: u64,
+        /// The train loop waited.
+        stall_s: f64,
+        /// Copying into the images took.
+        copy_s: f64,
+        /// From the end of the step to the `committed` record.
+        durable_s: f64,
+    },
+    /// State was loaded from a checkpoint.
+    Restored {
+        /// Its step.
+        step: Step,
+        /// Bytes fetched.
+        bytes: u64,
+        /// Fetching and checking took.
+        fetch_s: f64,
+        /// From the start of the fetch until every rank has loaded it.
+        restore_s: f64,
+    },
+    /// This machine, or this run, is asked to stop.
+    Notice {
+        /// What said so.
+        source: String,
+        /// Seconds left, where known.
+        deadline_s: Option<f64>,
+    },
+    /// A worker died; its group is started again.
+    WorkerDied {
+        /// The last finished step.
+        step: Step,
+        /// What is known.
+        reason: String,
+        /// Restarts so far.
+        restarts: u32,
+        /// Seconds until the next start.
+        backoff_s: f64,
+    },
+    /// The run ended before its last step.
+    Interrupted {
+        /// The last finished step.
+        step: Step,
+        /// Steps that will be done again.
+        lost_steps: u64,
+    },
+    /// The last step is committed.
+    Completed {
+        /// The last step.
+        step: Step,
+        /// Its loss.
+        loss: f64,
+    },
+    /// Something a person should know, that stops nothing: a checkpoint that was stepped over.
+    Warning {
+        /// What, where.
+        message: String,
+    },
+    /// What is being done while nothing else can be shown: "downloading token shards".
+    Phase {
+        /// A verb phrase.
+        doing: String,
+    },
+}

@@ -14,11 +14,13 @@
 //! `pub mod` lines and every `use crate::` line and holds them together.
 #![warn(missing_docs)]
 
+pub mod agent;
+pub mod worker;
+pub mod protocol;
 pub mod snapshot;
 pub mod journal;
 pub mod storage;
 pub mod report;
-pub mod protocol;
 pub mod config;
 pub mod layout;
 pub mod error;

@@ -1,0 +1,2 @@
+//! The child, one per device.
+pub mod gate;

@@ -82,6 +82,8 @@ impl Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asked {
     No,
+    /// There is nobody to ask any more.
+    Gone,
     /// A freeze is out; the largest started step so far, and how many ranks have not answered.
     Frozen {
         ticket: u64,
@@ -253,10 +255,25 @@ impl Conductor {
         self.consider(now)
     }
 
-    /// The end's state can't be saved: finish without it.
-    pub fn abandon(&mut self, now: Moment) -> Vec<Action> {
+    /// The upload of `slot` has failed too often: if the loop has ended, its last state is given up.
+    pub fn give_up_the_end(&mut self, slot: u8, now: Moment) -> Vec<Action> {
+        if self.stopped == self.setup.ranks {
+            self.abandoned = true;
+        }
+        self.uploaded(slot, false, now)
+    }
+
+    /// The workers are gone: what every rank has captured is all that is left to upload.
+    pub fn salvage(&mut self) -> Vec<Action> {
+        for slot in &mut self.slots {
+            if matches!(slot, Slot::Ordered { .. }) {
+                *slot = Slot::Free;
+            }
+        }
+        // With the workers there is nobody left to ask.
         self.abandoned = true;
-        self.consider(now)
+        self.asked = Asked::Gone;
+        self.next_upload().into_iter().collect()
     }
 
     /// Time has passed.
@@ -334,27 +351,28 @@ impl Conductor {
         !self.abandoned && self.slots.contains(&Slot::Free) && self.due(started, now).is_some()
     }
 
-    fn consider(&mut self, now: Moment) -> Vec<Action> {
-        let mut actions = Vec::new();
-        let uploading = self.slots.iter().any(|slot| matches!(slot, Slot::Uploading { .. }));
-        if !uploading {
-            // The newest snapshot; an older one that is still waiting is worth less and gives up its slot.
-            let newest = (0..2_u8)
-                .filter_map(|slot| match self.slots[usize::from(slot)] {
-                    Slot::Full { step } => Some((step, slot)),
-                    _ => None,
-                })
-                .max();
-            if let Some((step, slot)) = newest {
-                for (index, state) in self.slots.iter_mut().enumerate() {
-                    if matches!(state, Slot::Full { .. }) && index != usize::from(slot) {
-                        *state = Slot::Free;
-                    }
-                }
-                self.slots[usize::from(slot)] = Slot::Uploading { step };
-                actions.push(Action::Upload { step, slot });
+    /// The newest snapshot, if none is being uploaded; an older one that is still waiting is worth less and gives up its slot.
+    fn next_upload(&mut self) -> Option<Action> {
+        if self.slots.iter().any(|slot| matches!(slot, Slot::Uploading { .. })) {
+            return None;
+        }
+        let (step, slot) = (0..2_u8)
+            .filter_map(|slot| match self.slots[usize::from(slot)] {
+                Slot::Full { step } => Some((step, slot)),
+                _ => None,
+            })
+            .max()?;
+        for state in &mut self.slots {
+            if matches!(state, Slot::Full { .. }) {
+                *state = Slot::Free;
             }
         }
+        self.slots[usize::from(slot)] = Slot::Uploading { step };
+        Some(Action::Upload { step, slot })
+    }
+
+    fn consider(&mut self, now: Moment) -> Vec<Action> {
+        let mut actions: Vec<Action> = self.next_upload().into_iter().collect();
         if self.asked == Asked::No && self.wants_freeze(now) {
             self.next_ticket += 1;
             let ticket = self.next_ticket;
@@ -525,8 +543,7 @@ mod tests {
         let thaw = answer(&mut c, &actions, [10, 10], at(2));
         assert!(matches!(&thaw[..], [Action::Thaw { saves, .. }] if saves[0].step == Step(10)), "{thaw:?}");
         capture(&mut c, 0, 10, at(3));
-        c.abandon(at(3));
-        assert_eq!(c.uploaded(0, false, at(4)), [Action::Finished { step: Step(10) }]);
+        assert_eq!(c.give_up_the_end(0, at(4)), [Action::Finished { step: Step(10) }]);
     }
 
     #[test]
@@ -537,6 +554,23 @@ mod tests {
         c.first_orders(at(0));
         c.rank_stopped(Step(20), at(1));
         assert_eq!(c.rank_stopped(Step(20), at(1)), [Action::Finished { step: Step(20) }], "nothing left to do");
+    }
+
+    #[test]
+    fn after_a_death_what_every_rank_has_captured_is_uploaded_and_nothing_else() {
+        let mut c = conductor(Cadence::Steps(10), 0, 100);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        capture(&mut c, 1, 20, at(1));
+        assert!(c.salvage().is_empty(), "an upload is running");
+        let actions = c.uploaded(0, true, at(2));
+        assert_eq!(actions, [Action::Upload { step: Step(20), slot: 1 }]);
+        assert!(c.uploaded(1, true, at(2)).is_empty());
+        assert_eq!(c.committed(), Step(20));
+        let mut c = conductor(Cadence::Steps(10), 0, 100);
+        c.first_orders(at(0));
+        c.captured(0, Step(10), at(1));
+        assert!(c.salvage().is_empty(), "only one rank had captured");
     }
 
     #[test]

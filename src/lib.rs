@@ -16,6 +16,7 @@
 
 pub mod snapshot;
 pub mod journal;
+pub mod torch;
 pub mod storage;
 pub mod report;
 pub mod protocol;

@@ -19,6 +19,7 @@ pub mod worker;
 pub mod protocol;
 pub mod snapshot;
 pub mod journal;
+pub mod torch;
 pub mod storage;
 pub mod report;
 pub mod config;

@@ -15,6 +15,7 @@
 #![warn(missing_docs)]
 
 pub mod snapshot;
+pub mod checkpoint;
 pub mod journal;
 pub mod storage;
 pub mod report;

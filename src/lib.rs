@@ -18,6 +18,7 @@ pub mod agent;
 pub mod worker;
 pub mod protocol;
 pub mod snapshot;
+pub mod checkpoint;
 pub mod journal;
 pub mod torch;
 pub mod storage;

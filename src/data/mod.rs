@@ -17,16 +17,21 @@
 //!   ties by value, and documents are assigned to splits by a hash of their text.
 
 pub mod cache;
+mod fetch;
 mod input;
 pub mod prepare;
 pub mod sampler;
 pub mod shards;
 pub mod tokenizer;
+mod writer;
 
 use std::path::PathBuf;
 
+pub use cache::ensure_local;
+pub use prepare::{PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource, prepare};
 pub use sampler::Sampler;
 pub use shards::{Dataset, Split};
+pub use tokenizer::check_vocabulary;
 
 use crate::{
     error::{Explain, Kind},
@@ -71,7 +76,9 @@ pub enum DataError {
         samples: u64,
     },
     /// The data has token ids that the model has no embedding for.
-    #[error("tokens of {dataset} go up to a vocabulary of {data_vocab}, model {model} has a vocabulary of {model_vocab}")]
+    #[error(
+        "tokens of {dataset} go up to a vocabulary of {data_vocab}, model {model} has a vocabulary of {model_vocab}"
+    )]
     Vocabulary {
         /// The dataset.
         dataset: String,
@@ -168,7 +175,8 @@ impl Explain for DataError {
                 format!("make one: trainer data prepare --input 'FILES/**' --tokenizer train:4096 --out {uri}")
             }
             Self::Damaged { .. } => {
-                "delete the dataset (in a cache: this folder) and make or download it again with trainer data prepare".into()
+                "delete the dataset (in a cache: this folder) and make or download it again with trainer data prepare"
+                    .into()
             }
             Self::NoSamples { .. } => "lower data.sequence_length, or prepare more text".into(),
             Self::Vocabulary { data_vocab, .. } => format!(

@@ -65,6 +65,13 @@ impl Split {
     pub fn shard_name(self, number: usize) -> String {
         format!("{}-{number:05}.bin", self.as_str())
     }
+
+    /// The number of a shard's name; `None` for anything else.
+    pub fn shard_number(self, name: &str) -> Option<usize> {
+        let digits = name.strip_prefix(self.as_str())?.strip_prefix('-')?.strip_suffix(".bin")?;
+        let number = digits.parse().ok()?;
+        (self.shard_name(number) == name).then_some(number)
+    }
 }
 
 impl fmt::Display for Split {
@@ -109,6 +116,8 @@ pub struct Index {
     pub vocab_size: u32,
     /// The token between documents.
     pub eos_id: u32,
+    /// Checksum over the settings and inputs that this was made from; see [`super::prepare`].
+    pub recipe: String,
     /// The tokenizer's file.
     pub tokenizer: FileEntry,
     /// Training shards, in order.
@@ -159,10 +168,15 @@ impl Index {
             return Err(format!("dtype {:?} does not fit vocabulary size {}", self.dtype, self.vocab_size));
         }
         if self.tokenizer.file != crate::layout::TOKENIZER {
-            return Err(format!("tokenizer file is named {:?}, not {:?}", self.tokenizer.file, crate::layout::TOKENIZER));
+            return Err(format!(
+                "tokenizer file is named {:?}, not {:?}",
+                self.tokenizer.file,
+                crate::layout::TOKENIZER
+            ));
         }
+        // Sums of lengths are made in several places: that none can overflow is settled here.
+        let mut total = self.tokenizer.bytes;
         for split in Split::ALL {
-            let mut total = 0_u64;
             for (number, shard) in self.shards(split).iter().enumerate() {
                 let name = split.shard_name(number);
                 if shard.file.file != name {
@@ -171,7 +185,7 @@ impl Index {
                 if shard.tokens.checked_mul(self.dtype.width() as u64) != Some(shard.file.bytes) {
                     return Err(format!("{name} has {} bytes for {} tokens", shard.file.bytes, shard.tokens));
                 }
-                total = total.checked_add(shard.file.bytes).ok_or_else(|| format!("{split} has more than 2^64 bytes"))?;
+                total = total.checked_add(shard.file.bytes).ok_or("the files have more than 2^64 bytes")?;
             }
         }
         Ok(())

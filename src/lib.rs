@@ -15,8 +15,11 @@
 #![warn(missing_docs)]
 
 pub mod agent;
+pub mod rendezvous;
 pub mod worker;
 pub mod protocol;
+pub mod data;
+pub mod notice;
 pub mod snapshot;
 pub mod checkpoint;
 pub mod journal;

@@ -1,0 +1,2 @@
+//! The whole product, from outside: the built binary, real processes, real stores, real faults.
+mod support;

@@ -6,7 +6,10 @@ use std::{
     sync::{Arc, Condvar, Mutex, OnceLock, PoisonError},
 };
 
+use rustix::process::Signal;
+
 use super::{
+    proxy::FaultProxy,
     s3::{self, S3Server},
     trainer::{Finished, Losses, Trainer, losses, read},
 };
@@ -134,6 +137,20 @@ impl Lab {
         let server = Arc::new(S3Server::start());
         let endpoint = server.endpoint();
         Self::make(Some(Turn::take()), |_| Store::S3(server, endpoint))
+    }
+    /// With an S3 server of its own as its store, reached through a proxy that breaks what it is told to break.
+    pub fn on_s3_through_proxy(seed: u64) -> (Self, FaultProxy) {
+        let server = Arc::new(S3Server::start());
+        let proxy = FaultProxy::start(server.address(), seed);
+        let endpoint = proxy.endpoint();
+        (Self::make(Some(Turn::take()), |_| Store::S3(server, endpoint)), proxy)
+    }
+    /// With a folder as its store, and in it a copy of [`interrupted`]'s run.
+    pub fn on_interrupted_run() -> Self {
+        let lab = Self::on_files();
+        let Store::File(store) = &lab.store else { unreachable!("made on files") };
+        copy_folder(&interrupted().store, store);
+        lab
     }
     fn make(turn: Option<Turn>, store: impl FnOnce(&Path) -> Store) -> Self {
         let dir = tempfile::Builder::new().prefix("lab-").tempdir_in(scratch()).expect("folder of the lab");
@@ -299,6 +316,18 @@ backoff = "0.05s"
     }
 }
 
+fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("folder of a copy");
+    for entry in std::fs::read_dir(from).expect("folder to copy").map(|entry| entry.expect("entry to copy")) {
+        let target = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).expect("copy a file");
+        }
+    }
+}
+
 fn walk(folder: &Path, prefix: &str, found: &mut Vec<String>) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
@@ -327,5 +356,35 @@ pub fn reference() -> &'static Reference {
         let losses = losses(&[&life]);
         assert_eq!(losses.len() as u64, STEPS, "{}", life.story());
         Reference { losses, model: lab.export("reference") }
+    })
+}
+
+/// A run that SIGTERM ended half-way, with at least two checkpoints before its last.
+pub struct Interrupted {
+    /// The folder of its store.
+    pub store: PathBuf,
+    /// Its one life.
+    pub life: Finished,
+    /// The step of its newest checkpoint.
+    pub step: u64,
+}
+
+/// The run id of [`interrupted`].
+pub const ORIGIN: &str = "origin";
+
+/// The interrupted run, done once in a test process; tests work on copies of it.
+pub fn interrupted() -> &'static Interrupted {
+    static INTERRUPTED: OnceLock<Interrupted> = OnceLock::new();
+    INTERRUPTED.get_or_init(|| {
+        let lab = Lab::make(None, |dir| Store::File(dir.join("store")));
+        let running = lab.run(ORIGIN).start();
+        running.wait_for_step("checkpoint", 2 * EVERY);
+        running.wait_for_step("step", 2 * EVERY + 1);
+        running.signal(Signal::TERM);
+        let life = running.finish().expect_code(75);
+        let step = life.last("interrupted").step().expect("an interrupted event has a step");
+        let store = scratch().join("interrupted");
+        copy_folder(&lab.path("store"), &store);
+        Interrupted { store, life, step }
     })
 }

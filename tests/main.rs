@@ -3,5 +3,9 @@ mod support;
 
 mod crash;
 mod damage;
+mod harness;
+mod input;
 mod interruption;
+mod outputs;
+mod rules;
 mod writers;

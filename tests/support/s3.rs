@@ -281,7 +281,7 @@ impl Service {
 }
 
 /// Base64 of a CRC64 as S3 writes it: big-endian bytes.
-fn crc64_text(crc: u64) -> String {
+pub fn crc64_text(crc: u64) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     // 64 bits are ten groups of six and four bits over: the last group is shifted up, and one '=' pads the text.
     let mut text: String = (0..10).map(|i| ALPHABET[(crc >> (58 - 6 * i)) as usize & 63] as char).collect();

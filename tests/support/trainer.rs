@@ -80,8 +80,7 @@ impl Trainer {
     /// `trainer` with these arguments, in `dir`, with nothing of the caller's environment that could reach it.
     pub fn new(dir: &Path, arguments: &[&str]) -> Self {
         static SERIAL: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-        let mark =
-            format!("{}-{}", std::process::id(), SERIAL.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
+        let mark = format!("{}-{}", std::process::id(), SERIAL.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
         let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
         command.current_dir(dir).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         for (name, _) in std::env::vars_os() {
@@ -206,10 +205,6 @@ impl Running {
     #[track_caller]
     pub fn wait_for_step(&self, kind: &str, step: u64) -> Event {
         self.wait_for(&format!("{kind} event of step {step}"), |event| event.is(kind, step))
-    }
-    /// The agent's process id.
-    pub fn pid(&self) -> Pid {
-        self.pid
     }
     /// Sends the agent a signal.
     pub fn signal(&self, signal: Signal) {
@@ -375,11 +370,6 @@ impl Finished {
     #[track_caller]
     pub fn resumed_from(&self) -> u64 {
         self.last("formed").value["resume_step"].as_u64().unwrap_or(0)
-    }
-    /// stdout as one JSON value.
-    #[track_caller]
-    pub fn json(&self) -> Value {
-        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("stdout: {error}\n{}", self.story()))
     }
 }
 

@@ -382,4 +382,20 @@ pub(super) mod tests {
         assert_eq!(digest(b"123456789"), "ae8b14860a799888");
         assert_eq!(crc64_combine(crc64(b"1234"), crc64(b"56789"), 5), crc64(b"123456789"));
     }
+
+    #[test]
+    fn the_trainer_state_follows_from_the_step_and_must_agree_with_itself() {
+        let config = crate::checkpoint::testing::config();
+        let sequences = NonZeroU64::new(1000).unwrap();
+        let state = TrainerState::at(Step(40), &config, sequences).unwrap();
+        assert_eq!((state.samples, state.tokens, state.epoch, state.position), (1280, 327_680, 1, 280));
+        let bytes = state.to_bytes().unwrap();
+        assert_eq!(TrainerState::parse("s", &bytes).unwrap(), state);
+        assert!(String::from_utf8(bytes).unwrap().contains("\"per-step\""));
+        let lied = TrainerState { samples: 1281, ..state.clone() }.to_bytes().unwrap();
+        assert!(matches!(TrainerState::parse("s", &lied), Err(CheckpointError::Damaged { .. })));
+        let huge = TrainerState { step: Step(u64::MAX), ..state }.to_bytes().unwrap();
+        assert!(matches!(TrainerState::parse("s", &huge), Err(CheckpointError::Damaged { .. })));
+        assert_eq!(TrainerState::at(Step(u64::MAX), &config, sequences), None);
+    }
 }

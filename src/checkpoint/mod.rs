@@ -22,6 +22,9 @@ pub mod restore;
 pub mod save;
 pub mod verify;
 
+#[cfg(test)]
+mod testing;
+
 use std::path::PathBuf;
 
 use crate::{

@@ -282,3 +282,199 @@ pub async fn weights_from_folder(store: &Store) -> Result<Vec<RemoteFile>, Check
     };
     stream::iter(names).map(size).buffered(IN_FLIGHT).try_collect().await
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        checkpoint::{
+            header,
+            manifest::FileKind,
+            testing::{HARMS, checkpoint, file, file_store, harm, memory_store, random, weights},
+        },
+        ids::Step,
+    };
+
+    /// A chunk of an image that puts itself back when it is dropped.
+    struct Chunk {
+        at: usize,
+        bytes: Vec<u8>,
+        image: Arc<Mutex<Vec<u8>>>,
+    }
+    impl AsMut<[u8]> for Chunk {
+        fn as_mut(&mut self) -> &mut [u8] {
+            &mut self.bytes
+        }
+    }
+    impl Drop for Chunk {
+        fn drop(&mut self) {
+            self.image.lock().unwrap()[self.at..self.at + self.bytes.len()].copy_from_slice(&self.bytes);
+        }
+    }
+
+    async fn load(
+        store: &Store,
+        folder: &str,
+        files: &[RemoteFile],
+        part: u64,
+    ) -> Result<Vec<Vec<u8>>, CheckpointError> {
+        let layout = plan_pieces(files, part)?;
+        let image = Arc::new(Mutex::new(vec![0xaa; layout.total as usize]));
+        let mut pieces: Vec<(Piece, Chunk)> = Vec::new();
+        for piece in layout.pieces {
+            let bytes = vec![0; piece.len as usize];
+            pieces.push((piece, Chunk { at: piece.image_offset as usize, bytes, image: image.clone() }));
+        }
+        pieces.reverse();
+        let seen = Mutex::new(0);
+        fetch(store, folder, files, pieces, |n| *seen.lock().unwrap() += n).await?;
+        assert_eq!(*seen.lock().unwrap(), files.iter().map(|file| file.bytes).sum::<u64>());
+        let image = image.lock().unwrap();
+        Ok(layout.files.iter().map(|&(at, len)| image[at as usize..(at + len) as usize].to_vec()).collect())
+    }
+
+    #[tokio::test]
+    async fn what_was_saved_by_any_number_of_ranks_comes_back_in_every_byte() {
+        for ranks in 1..=4 {
+            let (_guard, on_disk) = file_store();
+            for store in [memory_store(), on_disk] {
+                let (_, manifest) = checkpoint(&store, 5, 1, ranks, 42).await;
+                let files = tensor_files(&manifest);
+                assert_eq!(files.len(), 2 * ranks);
+                for part in [1000, 4096, 1 << 20] {
+                    let mut found = Vec::new();
+                    let loaded = load(&store, &manifest.folder(), &files, part).await.unwrap();
+                    for (bytes, entry) in loaded.iter().zip(manifest.tensor_files()) {
+                        for tensor in header::read(bytes).unwrap() {
+                            if entry.kind == FileKind::Model {
+                                let data = bytes[tensor.range.start as usize..tensor.range.end as usize].to_vec();
+                                found.push((tensor.name, data));
+                            }
+                        }
+                    }
+                    found.sort();
+                    let mut expected: Vec<_> = weights(42).into_iter().map(|t| (t.name, t.bytes)).collect();
+                    expected.sort();
+                    assert_eq!(found, expected, "{ranks} ranks, parts of {part}");
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_flipped_a_cut_and_a_deleted_object_are_each_named() {
+        for how in HARMS {
+            let (_guard, on_disk) = file_store();
+            for store in [memory_store(), on_disk] {
+                let (_, manifest) = checkpoint(&store, 5, 1, 2, 42).await;
+                let files = tensor_files(&manifest);
+                let name = files[3].name.clone();
+                let key = harm(&store, &manifest.folder(), &name, how).await;
+                let error = load(&store, &manifest.folder(), &files, 4096).await.unwrap_err();
+                let CheckpointError::Damaged { object, .. } = &error else { panic!("{how:?}: {error}") };
+                assert_eq!(*object, key, "{how:?}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn small_files_are_checked_too() {
+        for how in HARMS {
+            let store = memory_store();
+            let (_, manifest) = checkpoint(&store, 5, 1, 2, 42).await;
+            let state = trainer_state(&store, &manifest).await.unwrap();
+            assert_eq!((state.step, state.samples, state.tokens), (Step(5), 160, 40960));
+            let key = harm(&store, &manifest.folder(), layout::TRAINER_STATE, how).await;
+            let error = trainer_state(&store, &manifest).await.unwrap_err();
+            assert!(matches!(&error, CheckpointError::Damaged { object, .. } if *object == key), "{how:?}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn pieces_that_do_not_cover_a_file_are_a_fault_of_ours() {
+        let store = memory_store();
+        let (_, manifest) = checkpoint(&store, 5, 1, 1, 42).await;
+        let files = tensor_files(&manifest);
+        let pieces = plan_pieces(&files, 1000).unwrap().pieces;
+        let buffers = |pieces: &[Piece]| pieces.iter().map(|p| (*p, vec![0; p.len as usize])).collect::<Vec<_>>();
+        let mut wrong = buffers(&pieces);
+        wrong[0].1.pop();
+        let mut beyond = pieces.clone();
+        beyond[0].len = u64::MAX;
+        let beyond = beyond.into_iter().map(|piece| (piece, vec![])).collect();
+        for pieces in [buffers(&pieces[1..]), buffers(&pieces[..pieces.len() - 1]), wrong, beyond, vec![]] {
+            let error = fetch(&store, &manifest.folder(), &files, pieces, |_| {}).await.unwrap_err();
+            assert!(matches!(error, CheckpointError::Internal(_)), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn weights_come_from_a_model_folder_in_one_file_or_in_shards() {
+        let store = memory_store();
+        let error = weights_from_folder(&store).await.unwrap_err();
+        assert!(matches!(error, CheckpointError::NotAModel { .. }), "{error}");
+        let tensors = weights(1);
+        let (a, b) = (file(&tensors[..3]), file(&tensors[3..]));
+        let index = |first: &str| {
+            let map = serde_json::json!({ "weight_map": { "x": first, "y": "b.safetensors", "z": "b.safetensors" } });
+            Bytes::from(serde_json::to_vec(&map).unwrap())
+        };
+        store.put("b.safetensors", b.clone()).await.unwrap();
+        for (first, reason) in
+            [("a.safetensors", "a.safetensors, named in its index, is missing"), ("../a", "names file")]
+        {
+            store.put(layout::MODEL_INDEX, index(first)).await.unwrap();
+            let error = weights_from_folder(&store).await.unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        store.put("a.safetensors", a.clone()).await.unwrap();
+        store.put(layout::MODEL_INDEX, index("a.safetensors")).await.unwrap();
+        let files = weights_from_folder(&store).await.unwrap();
+        assert_eq!(files.len(), 2);
+        assert_eq!(load(&store, "", &files, 512).await.unwrap(), [a.to_vec(), b.to_vec()]);
+        let whole = file(&tensors);
+        store.put(layout::MODEL, whole.clone()).await.unwrap();
+        let files = weights_from_folder(&store).await.unwrap();
+        assert_eq!(load(&store, "", &files, 512).await.unwrap(), [whole.to_vec()]);
+    }
+
+    #[test]
+    fn sizes_that_no_machine_holds_are_refused_without_an_allocation() {
+        let file = |bytes| RemoteFile { name: "f".into(), bytes, crc64: None };
+        for files in [vec![file(u64::MAX)], vec![file(1 << 62), file(1 << 62)], vec![file(1 << 50)]] {
+            assert!(matches!(plan_pieces(&files, 1 << 20), Err(CheckpointError::TooLarge { .. })));
+        }
+        assert!(matches!(plan_pieces(&[file(1 << 40)], 0), Err(CheckpointError::TooLarge { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_cover_every_file_once(seed in any::<u64>(), count in 0_usize..6, part in 1_u64..5000) {
+            let mut state = seed;
+            let files: Vec<RemoteFile> = (0..count)
+                .map(|i| RemoteFile { name: format!("f{i}"), bytes: random(&mut state) % 100_000, crc64: None })
+                .collect();
+            let layout = plan_pieces(&files, part).unwrap();
+            let mut ends = vec![0; count];
+            for piece in &layout.pieces {
+                prop_assert!(piece.len > 0 && piece.len <= part);
+                prop_assert_eq!(piece.offset, ends[piece.file]);
+                prop_assert_eq!(piece.image_offset, layout.files[piece.file].0 + piece.offset);
+                ends[piece.file] += piece.len;
+            }
+            let mut end = 0;
+            for ((file, &(at, len)), &covered) in files.iter().zip(&layout.files).zip(&ends) {
+                prop_assert_eq!((len, covered), (file.bytes, file.bytes));
+                prop_assert_eq!(at % ALIGN, 0);
+                prop_assert!(at >= end);
+                end = at + len;
+            }
+            prop_assert!(layout.total >= end && layout.total % ALIGN == 0);
+        }
+    }
+}

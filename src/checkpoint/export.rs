@@ -25,10 +25,14 @@ use super::{
     CheckpointError,
     header::{self, TensorEntry},
     join,
-    manifest::{FileKind, Manifest, crc64, crc64_combine},
+    manifest::{FileKind, Manifest},
     restore::{IN_FLIGHT, RemoteFile, compare, ranges, small_file, with_range},
 };
-use crate::{ids::random_hex, layout, storage::Store};
+use crate::{
+    ids::random_hex,
+    layout,
+    storage::{Crc64, Store},
+};
 
 /// Small files that make weights a model, in the order in which they are put.
 const SMALL: [&str; 3] = [layout::TOKENIZER, layout::GENERATION_CONFIG, layout::MODEL_CONFIG];
@@ -274,7 +278,7 @@ impl Merge {
                         return Err(CheckpointError::damaged(object, "its header changed while it was read"));
                     }
                     scatter(&moves, start, bytes, |bytes, to| sink.write_at(bytes, to))?;
-                    Ok(crc64(bytes))
+                    Ok(Crc64::of(bytes))
                 };
                 async move {
                     let sum = with_range(store, &self.folder, &shard.file, range, copy).await?;
@@ -282,8 +286,8 @@ impl Merge {
                     Ok::<_, CheckpointError>((sum, len))
                 }
             });
-            let combine = |whole, (sum, len)| async move { Ok(crc64_combine(whole, sum, len)) };
-            let whole = stream::iter(sums).buffered(IN_FLIGHT).try_fold(crc64(&[]), combine).await?;
+            let combine = |whole: Crc64, (sum, len)| async move { Ok(whole.followed_by(sum, len)) };
+            let whole = stream::iter(sums).buffered(IN_FLIGHT).try_fold(Crc64::EMPTY, combine).await?;
             compare(&join(&self.folder, &shard.file.name), &shard.file, whole)?;
         }
         Ok(())
@@ -327,4 +331,78 @@ async fn read_header(
     let tensors =
         header::parse(start.get(header::PREFIX as usize..).unwrap_or_default(), file.bytes).map_err(damaged)?;
     Ok((start, tensors))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::testing::{HARMS, checkpoint, file_store, harm, memory_store, weights};
+
+    #[tokio::test]
+    async fn exports_of_equal_weights_are_equal_whatever_the_world_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut first: Option<Vec<u8>> = None;
+        for ranks in 1..=4 {
+            let store = memory_store();
+            let (_, manifest) = checkpoint(&store, 5, 1, ranks, 9).await;
+            for part in [100, 4096, 1 << 20] {
+                let out = folder.path().join(format!("deep/model-{ranks}-{part}"));
+                let seen = Mutex::new(0);
+                let heard = |n| *seen.lock().unwrap() += n;
+                let exported = export(&store, &manifest, &Target::Folder(out.clone()), part, heard).await.unwrap();
+                let model = fs::read(out.join(layout::MODEL)).unwrap();
+                assert_eq!(exported.bytes, model.len() as u64);
+                let shards = manifest.files.iter().filter(|file| file.kind == FileKind::Model);
+                assert_eq!(*seen.lock().unwrap(), shards.map(|file| file.bytes).sum::<u64>());
+                assert_eq!(fs::read(out.join(layout::MODEL_CONFIG)).unwrap(), b"{\"model_type\":\"llama\"}");
+                assert_eq!(fs::read_dir(&out).unwrap().count(), 3);
+                assert_eq!(*first.get_or_insert_with(|| model.clone()), model, "{ranks} ranks, parts of {part}");
+            }
+            let to = memory_store();
+            export(&store, &manifest, &Target::Store(to.clone()), 500, |_| {}).await.unwrap();
+            assert_eq!(Some(to.get(layout::MODEL, u64::MAX).await.unwrap().to_vec()), first);
+            assert!(to.head(layout::MODEL_CONFIG).await.is_ok());
+        }
+        // Nothing half-made is left beside the folders.
+        assert_eq!(fs::read_dir(folder.path().join("deep")).unwrap().count(), 12);
+        let model = first.unwrap();
+        let read = safetensors::SafeTensors::deserialize(&model).unwrap();
+        for tensor in weights(9) {
+            assert_eq!(read.tensor(&tensor.name).unwrap().data(), tensor.bytes, "{}", tensor.name);
+        }
+        assert_eq!(read.len(), weights(9).len());
+    }
+
+    #[tokio::test]
+    async fn a_damaged_shard_is_named_and_nothing_is_left_behind() {
+        for how in HARMS {
+            let (_guard, store) = file_store();
+            let (_, manifest) = checkpoint(&store, 5, 1, 2, 9).await;
+            let key = harm(&store, &manifest.folder(), "model-00002-of-00002.safetensors", how).await;
+            let folder = tempfile::tempdir().unwrap();
+            let target = Target::Folder(folder.path().join("model"));
+            let error = export(&store, &manifest, &target, 1000, |_| {}).await.unwrap_err();
+            assert!(matches!(&error, CheckpointError::Damaged { object, .. } if *object == key), "{how:?}: {error}");
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "{how:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_folder_with_something_in_it_is_left_alone() {
+        let store = memory_store();
+        let (_, manifest) = checkpoint(&store, 5, 1, 1, 9).await;
+        let folder = tempfile::tempdir().unwrap();
+        let (full, file, empty) = (folder.path().join("full"), folder.path().join("file"), folder.path().join("empty"));
+        fs::create_dir(&full).unwrap();
+        fs::create_dir(&empty).unwrap();
+        fs::write(full.join("notes.txt"), "mine").unwrap();
+        fs::write(&file, "mine").unwrap();
+        for path in [full, file] {
+            let error = export(&store, &manifest, &Target::Folder(path), 1000, |_| {}).await.unwrap_err();
+            assert!(matches!(error, CheckpointError::Occupied { .. }), "{error}");
+        }
+        export(&store, &manifest, &Target::Folder(empty.clone()), 1000, |_| {}).await.unwrap();
+        assert!(empty.join(layout::MODEL).exists());
+        assert_eq!(fs::read_to_string(folder.path().join("full/notes.txt")).unwrap(), "mine");
+    }
 }

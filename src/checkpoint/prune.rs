@@ -82,3 +82,110 @@ pub async fn delete_folder(store: &Store, step: Step, generation: Generation) ->
     stream::iter(others).map(delete).buffer_unordered(IN_FLIGHT).try_collect::<()>().await?;
     Ok(deleted)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        checkpoint::{
+            catalog,
+            testing::{checkpoint, memory_store},
+        },
+        journal::SaveCost,
+    };
+
+    fn point(step: u64, generation: u64) -> ResumePoint {
+        ResumePoint { step: Step(step), generation: Generation(generation) }
+    }
+
+    fn record(point: &ResumePoint) -> Committed {
+        Committed {
+            step: point.step,
+            generation: point.generation,
+            manifest: String::new(),
+            manifest_crc64: String::new(),
+            bytes: 0,
+            loss: 0.0,
+            validation_loss: None,
+            cost: SaveCost::default(),
+        }
+    }
+
+    fn steps(plan: &[ResumePoint]) -> Vec<u64> {
+        plan.iter().map(|point| point.step.get()).collect()
+    }
+
+    #[test]
+    fn what_is_kept() {
+        let list: Vec<Committed> = (1..=10).map(|i| record(&point(i * 100, 1))).collect();
+        let keep = |last, every| Keep { last, every };
+        let newest = point(1000, 1);
+        let plan = |keep, verified: &ResumePoint, live: &[ResumePoint]| steps(&plan_prune(&list, keep, verified, live));
+        assert_eq!(plan(keep(3, None), &newest, &[]), [100, 200, 300, 400, 500, 600, 700]);
+        assert_eq!(plan(keep(3, Some(300)), &newest, &[]), [100, 200, 400, 500, 700]);
+        assert_eq!(plan(keep(8, None), &newest, &[point(100, 1)]), [200]);
+        assert_eq!(plan(keep(99, None), &newest, &[]), [0_u64; 0]);
+        // Nothing at all to keep still keeps the newest verified.
+        assert_eq!(plan(keep(0, Some(0)), &newest, &[]).len(), 9);
+        // What is newer than the newest verified is neither deleted nor counted.
+        assert_eq!(plan(keep(2, None), &point(600, 1), &[]), [100, 200, 300, 400]);
+        // No proof of a good one: nothing goes.
+        assert_eq!(plan(keep(1, None), &point(1000, 2), &[]), [0_u64; 0]);
+        // Generations count before steps.
+        let list = [record(&point(500, 1)), record(&point(300, 2)), record(&point(900, 1))];
+        assert_eq!(plan_prune(&list, keep(1, None), &point(300, 2), &[]), [point(500, 1), point(900, 1)]);
+    }
+
+    proptest! {
+        #[test]
+        fn what_must_stay_stays(
+            seed in proptest::collection::btree_set((1_u64..50, 1_u64..4), 1..30),
+            verified in any::<proptest::sample::Index>(), live in any::<proptest::sample::Index>(),
+            last in 0_u32..6, every in proptest::option::of(0_u64..10)
+        ) {
+            let points: Vec<ResumePoint> = seed.iter().map(|&(step, generation)| point(step, generation)).collect();
+            let list: Vec<Committed> = points.iter().map(record).collect();
+            let (verified, live) = (verified.get(&points), live.get(&points));
+            let plan = plan_prune(&list, Keep { last, every }, verified, std::slice::from_ref(live));
+            prop_assert!(!plan.contains(verified) && !plan.contains(live));
+            let key = |point: &ResumePoint| (point.generation, point.step);
+            prop_assert!(plan.iter().all(|point| key(point) < key(verified)));
+            prop_assert!(plan.is_sorted_by_key(key));
+            let candidates = points.iter().filter(|point| key(point) <= key(verified)).count();
+            prop_assert!(candidates - plan.len() >= (last as usize).min(candidates));
+        }
+    }
+
+    #[tokio::test]
+    async fn the_record_comes_first_and_only_the_doomed_folder_goes() {
+        let store = memory_store();
+        let (old, old_manifest) = checkpoint(&store, 1, 1, 2, 1).await;
+        // A folder whose name begins like that of the doomed one.
+        let (other, _) = checkpoint(&store, 1, 10_000, 1, 1).await;
+        let (new, _) = checkpoint(&store, 2, 1, 1, 1).await;
+        let plan = [point(1, 1)];
+
+        let refuse = |_| async { Err(CheckpointError::Internal("the journal said no".into())) };
+        apply_prune(&store, &plan, refuse).await.unwrap_err();
+        catalog::inspect(&store, &old).await.unwrap();
+
+        let appended = RefCell::new(Vec::new());
+        let append = |point: ResumePoint| {
+            appended.borrow_mut().push(point);
+            let (store, old) = (store.clone(), old.clone());
+            async move { catalog::inspect(&store, &old).await.map(|_| ()) }
+        };
+        let deleted = apply_prune(&store, &plan, append).await.unwrap();
+        assert_eq!(appended.into_inner(), plan);
+        // Its files, its receipt and its manifest.
+        assert_eq!(deleted, old_manifest.files.len() as u64 + 2);
+        assert!(store.list(&old_manifest.folder()).await.unwrap().is_empty());
+        catalog::inspect(&store, &other).await.unwrap();
+        catalog::inspect(&store, &new).await.unwrap();
+        assert_eq!(delete_folder(&store, Step(1), Generation(1)).await.unwrap(), 0);
+    }
+}

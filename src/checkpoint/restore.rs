@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use super::{
     CheckpointError, join,
-    manifest::{FileEntry, MAX_JSON, Manifest, TrainerState, crc64, crc64_combine, hex, is_plain_name},
+    manifest::{FileEntry, MAX_JSON, Manifest, TrainerState, is_plain_name},
 };
 use crate::{
     layout,
@@ -134,7 +134,7 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
                     return Err(CheckpointError::Internal(format!("buffer of {have} bytes for a piece of {want}")));
                 }
                 buffer.copy_from_slice(bytes);
-                Ok(crc64(bytes))
+                Ok(Crc64::of(bytes))
             })
             .await?;
             progress(piece.len);
@@ -148,13 +148,13 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
     for (file, mut sums) in files.iter().zip(sums) {
         sums.sort_unstable_by_key(|&(offset, ..)| offset);
         let mut end = 0;
-        let mut whole = crc64(&[]);
+        let mut whole = Crc64::EMPTY;
         for (offset, len, sum) in sums {
             if offset != end {
                 return Err(CheckpointError::Internal(format!("pieces don't cover {}", file.name)));
             }
             end += len;
-            whole = crc64_combine(whole, sum, len);
+            whole = whole.followed_by(sum, len);
         }
         if end != file.bytes {
             return Err(CheckpointError::Internal(format!("pieces don't cover {}", file.name)));
@@ -168,7 +168,6 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
 pub(super) fn compare(object: &str, file: &RemoteFile, found: Crc64) -> Result<(), CheckpointError> {
     match file.crc64 {
         Some(expected) if expected != found => {
-            let (found, expected) = (hex::text(found), hex::text(expected));
             Err(CheckpointError::damaged(object, format!("its checksum is {found}, it should be {expected}")))
         }
         _ => Ok(()),
@@ -191,21 +190,10 @@ pub(super) async fn with_range<T: Send + 'static>(
             let reason = format!("{} bytes came where {len} should be", bytes.len());
             return Err(CheckpointError::damaged(object, reason));
         }
-        Err(error) => return Err(short_or(store, &object, file, error).await),
+        Err(error) => return Err(CheckpointError::of_object(&object, error)),
     };
     let working = tokio::task::spawn_blocking(move || work(&bytes));
     working.await.map_err(|error| CheckpointError::Internal(format!("work on {object}: {error}")))?
-}
-
-/// Stores answer a range beyond the end of an object in many ways: if the object is short, that is the reason.
-async fn short_or(store: &Store, object: &str, file: &RemoteFile, error: StorageError) -> CheckpointError {
-    if matches!(error, StorageError::Unavailable { .. })
-        && let Ok(info) = store.head(object).await
-        && info.size != file.bytes
-    {
-        return wrong_size(object, info.size, file.bytes);
-    }
-    CheckpointError::of_object(object, error)
 }
 
 /// Damage by length.
@@ -218,16 +206,11 @@ pub async fn small_file(store: &Store, manifest: &Manifest, name: &str) -> Resul
     let object = join(&manifest.folder(), name);
     let entry =
         manifest.file(name).ok_or_else(|| CheckpointError::damaged(&object, "its manifest does not name it"))?;
-    let bytes = match store.head(&object).await {
-        Ok(info) if info.size == entry.bytes => store.get(&object, entry.bytes).await,
-        Ok(info) => return Err(wrong_size(&object, info.size, entry.bytes)),
-        Err(error) => Err(error),
-    };
-    let bytes = bytes.map_err(|error| CheckpointError::of_object(&object, error))?;
+    let bytes = store.get(&object, entry.bytes).await.map_err(|error| CheckpointError::of_object(&object, error))?;
     if bytes.len() as u64 != entry.bytes {
         return Err(wrong_size(&object, bytes.len() as u64, entry.bytes));
     }
-    compare(&object, &entry.into(), crc64(&bytes))?;
+    compare(&object, &entry.into(), Crc64::of(&bytes))?;
     Ok(bytes)
 }
 
@@ -281,4 +264,200 @@ pub async fn weights_from_folder(store: &Store) -> Result<Vec<RemoteFile>, Check
         }
     };
     stream::iter(names).map(size).buffered(IN_FLIGHT).try_collect().await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        checkpoint::{
+            header,
+            manifest::FileKind,
+            testing::{HARMS, checkpoint, file, file_store, harm, memory_store, random, weights},
+        },
+        ids::Step,
+    };
+
+    /// A chunk of an image that puts itself back when it is dropped.
+    struct Chunk {
+        at: usize,
+        bytes: Vec<u8>,
+        image: Arc<Mutex<Vec<u8>>>,
+    }
+    impl AsMut<[u8]> for Chunk {
+        fn as_mut(&mut self) -> &mut [u8] {
+            &mut self.bytes
+        }
+    }
+    impl Drop for Chunk {
+        fn drop(&mut self) {
+            self.image.lock().unwrap()[self.at..self.at + self.bytes.len()].copy_from_slice(&self.bytes);
+        }
+    }
+
+    async fn load(
+        store: &Store,
+        folder: &str,
+        files: &[RemoteFile],
+        part: u64,
+    ) -> Result<Vec<Vec<u8>>, CheckpointError> {
+        let layout = plan_pieces(files, part)?;
+        let image = Arc::new(Mutex::new(vec![0xaa; layout.total as usize]));
+        let mut pieces: Vec<(Piece, Chunk)> = Vec::new();
+        for piece in layout.pieces {
+            let bytes = vec![0; piece.len as usize];
+            pieces.push((piece, Chunk { at: piece.image_offset as usize, bytes, image: image.clone() }));
+        }
+        pieces.reverse();
+        let seen = Mutex::new(0);
+        fetch(store, folder, files, pieces, |n| *seen.lock().unwrap() += n).await?;
+        assert_eq!(*seen.lock().unwrap(), files.iter().map(|file| file.bytes).sum::<u64>());
+        let image = image.lock().unwrap();
+        Ok(layout.files.iter().map(|&(at, len)| image[at as usize..(at + len) as usize].to_vec()).collect())
+    }
+
+    #[tokio::test]
+    async fn what_was_saved_by_any_number_of_ranks_comes_back_in_every_byte() {
+        for ranks in 1..=4 {
+            let (_guard, on_disk) = file_store();
+            for store in [memory_store(), on_disk] {
+                let (_, manifest) = checkpoint(&store, 5, 1, ranks, 42).await;
+                let files = tensor_files(&manifest);
+                assert_eq!(files.len(), 2 * ranks);
+                for part in [1000, 4096, 1 << 20] {
+                    let mut found = Vec::new();
+                    let loaded = load(&store, &manifest.folder(), &files, part).await.unwrap();
+                    for (bytes, entry) in loaded.iter().zip(manifest.tensor_files()) {
+                        for tensor in header::read(bytes).unwrap() {
+                            if entry.kind == FileKind::Model {
+                                let data = bytes[tensor.range.start as usize..tensor.range.end as usize].to_vec();
+                                found.push((tensor.name, data));
+                            }
+                        }
+                    }
+                    found.sort();
+                    let mut expected: Vec<_> = weights(42).into_iter().map(|t| (t.name, t.bytes)).collect();
+                    expected.sort();
+                    assert_eq!(found, expected, "{ranks} ranks, parts of {part}");
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_flipped_a_cut_and_a_deleted_object_are_each_named() {
+        for how in HARMS {
+            let (_guard, on_disk) = file_store();
+            for store in [memory_store(), on_disk] {
+                let (_, manifest) = checkpoint(&store, 5, 1, 2, 42).await;
+                let files = tensor_files(&manifest);
+                let name = files[3].name.clone();
+                let key = harm(&store, &manifest.folder(), &name, how).await;
+                let error = load(&store, &manifest.folder(), &files, 4096).await.unwrap_err();
+                let CheckpointError::Damaged { object, .. } = &error else { panic!("{how:?}: {error}") };
+                assert_eq!(*object, key, "{how:?}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn small_files_are_checked_too() {
+        for how in HARMS {
+            let store = memory_store();
+            let (_, manifest) = checkpoint(&store, 5, 1, 2, 42).await;
+            let state = trainer_state(&store, &manifest).await.unwrap();
+            assert_eq!((state.step, state.samples, state.tokens), (Step(5), 160, 40960));
+            let key = harm(&store, &manifest.folder(), layout::TRAINER_STATE, how).await;
+            let error = trainer_state(&store, &manifest).await.unwrap_err();
+            assert!(matches!(&error, CheckpointError::Damaged { object, .. } if *object == key), "{how:?}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn pieces_that_do_not_cover_a_file_are_a_fault_of_ours() {
+        let store = memory_store();
+        let (_, manifest) = checkpoint(&store, 5, 1, 1, 42).await;
+        let files = tensor_files(&manifest);
+        let pieces = plan_pieces(&files, 1000).unwrap().pieces;
+        let buffers = |pieces: &[Piece]| pieces.iter().map(|p| (*p, vec![0; p.len as usize])).collect::<Vec<_>>();
+        let mut wrong = buffers(&pieces);
+        wrong[0].1.pop();
+        let mut beyond = pieces.clone();
+        beyond[0].len = u64::MAX;
+        let beyond = beyond.into_iter().map(|piece| (piece, vec![])).collect();
+        for pieces in [buffers(&pieces[1..]), buffers(&pieces[..pieces.len() - 1]), wrong, beyond, vec![]] {
+            let error = fetch(&store, &manifest.folder(), &files, pieces, |_| {}).await.unwrap_err();
+            assert!(matches!(error, CheckpointError::Internal(_)), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn weights_come_from_a_model_folder_in_one_file_or_in_shards() {
+        let store = memory_store();
+        let error = weights_from_folder(&store).await.unwrap_err();
+        assert!(matches!(error, CheckpointError::NotAModel { .. }), "{error}");
+        let tensors = weights(1);
+        let (a, b) = (file(&tensors[..3]), file(&tensors[3..]));
+        let index = |first: &str| {
+            let map = serde_json::json!({ "weight_map": { "x": first, "y": "b.safetensors", "z": "b.safetensors" } });
+            Bytes::from(serde_json::to_vec(&map).unwrap())
+        };
+        store.put("b.safetensors", b.clone()).await.unwrap();
+        for (first, reason) in
+            [("a.safetensors", "a.safetensors, named in its index, is missing"), ("../a", "names file")]
+        {
+            store.put(layout::MODEL_INDEX, index(first)).await.unwrap();
+            let error = weights_from_folder(&store).await.unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        store.put("a.safetensors", a.clone()).await.unwrap();
+        store.put(layout::MODEL_INDEX, index("a.safetensors")).await.unwrap();
+        let files = weights_from_folder(&store).await.unwrap();
+        assert_eq!(files.len(), 2);
+        assert_eq!(load(&store, "", &files, 512).await.unwrap(), [a.to_vec(), b.to_vec()]);
+        let whole = file(&tensors);
+        store.put(layout::MODEL, whole.clone()).await.unwrap();
+        let files = weights_from_folder(&store).await.unwrap();
+        assert_eq!(load(&store, "", &files, 512).await.unwrap(), [whole.to_vec()]);
+    }
+
+    #[test]
+    fn sizes_that_no_machine_holds_are_refused_without_an_allocation() {
+        let file = |bytes| RemoteFile { name: "f".into(), bytes, crc64: None };
+        for files in [vec![file(u64::MAX)], vec![file(1 << 62), file(1 << 62)], vec![file(1 << 50)]] {
+            assert!(matches!(plan_pieces(&files, 1 << 20), Err(CheckpointError::TooLarge { .. })));
+        }
+        assert!(matches!(plan_pieces(&[file(1 << 40)], 0), Err(CheckpointError::TooLarge { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_cover_every_file_once(seed in any::<u64>(), count in 0_usize..6, part in 1_u64..5000) {
+            let mut state = seed;
+            let files: Vec<RemoteFile> = (0..count)
+                .map(|i| RemoteFile { name: format!("f{i}"), bytes: random(&mut state) % 100_000, crc64: None })
+                .collect();
+            let layout = plan_pieces(&files, part).unwrap();
+            let mut ends = vec![0; count];
+            for piece in &layout.pieces {
+                prop_assert!(piece.len > 0 && piece.len <= part);
+                prop_assert_eq!(piece.offset, ends[piece.file]);
+                prop_assert_eq!(piece.image_offset, layout.files[piece.file].0 + piece.offset);
+                ends[piece.file] += piece.len;
+            }
+            let mut end = 0;
+            for ((file, &(at, len)), &covered) in files.iter().zip(&layout.files).zip(&ends) {
+                prop_assert_eq!((len, covered), (file.bytes, file.bytes));
+                prop_assert_eq!(at % ALIGN, 0);
+                prop_assert!(at >= end);
+                end = at + len;
+            }
+            prop_assert!(layout.total >= end && layout.total % ALIGN == 0);
+        }
+    }
 }

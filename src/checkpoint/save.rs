@@ -256,3 +256,148 @@ fn assemble(save: &Save, receipts: &[Receipt], expected: &[String]) -> Result<Ma
     manifest.validate()?;
     Ok(manifest)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::process::ExitStatusExt, process::Command};
+
+    use super::*;
+    use crate::checkpoint::{
+        catalog,
+        testing::{self, commit, expected, file_store, memory_store, save},
+    };
+
+    #[tokio::test]
+    async fn a_save_is_complete_and_a_retry_of_it_changes_nothing() {
+        let store = memory_store();
+        let save = save(7, 2, 3, 1);
+        let committed = commit(&store, &save).await;
+        let folder = save.folder();
+        for upload in &save.uploads {
+            assert_eq!(store.get(&join(&folder, &upload.name), u64::MAX).await.unwrap(), upload.body);
+        }
+        let manifest = catalog::inspect(&store, &committed).await.unwrap();
+        assert_eq!(manifest.files.len(), expected(&save).len());
+        assert_eq!(committed.bytes, save.bytes());
+        assert!(manifest.files.is_sorted_by(|a, b| a.name < b.name));
+        // Again, as after an answer that was lost.
+        let again = commit(&store, &save).await;
+        assert_eq!(again, committed);
+        let receipt = read_receipt(&store, save.step, save.generation, &save.node).await.unwrap().unwrap();
+        assert_eq!(receipt.files, manifest.files);
+    }
+
+    #[tokio::test]
+    async fn a_second_attempt_is_refused_before_it_overwrites_anything() {
+        let store = memory_store();
+        let first = save(7, 2, 1, 1);
+        let committed = commit(&store, &first).await;
+        let second = Save { attempt: AttemptId::random(), ..save(7, 2, 1, 99) };
+        for second in [second.clone(), Save { node: first.node.clone(), ..second }] {
+            let refused = put_shards(&store, &second, |_| {}).await;
+            assert!(matches!(refused, Err(CheckpointError::AlreadyWritten { step: Step(7), .. })), "{refused:?}");
+        }
+        let body = store.get(&join(&first.folder(), &first.uploads[0].name), u64::MAX).await.unwrap();
+        assert_eq!(body, first.uploads[0].body);
+        // Racing to the manifest: the one that comes late is told so, and the first stands.
+        let receipt = read_receipt(&store, first.step, first.generation, &first.node).await.unwrap().unwrap();
+        let late = Save { attempt: AttemptId::random(), ..first.clone() };
+        let refused = put_manifest(&store, &late, &[receipt], &expected(&first)).await;
+        assert!(matches!(refused, Err(CheckpointError::AlreadyWritten { .. })), "{refused:?}");
+        catalog::inspect(&store, &committed).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn nodes_put_their_parts_and_the_leader_makes_one_manifest() {
+        let store = memory_store();
+        let all = save(7, 2, 2, 1);
+        let part = |keep: &str, small| Save {
+            node: NodeId::random(),
+            attempt: AttemptId::random(),
+            uploads: all.uploads.iter().filter(|upload| upload.name.contains(keep)).cloned().collect(),
+            small,
+            ..all.clone()
+        };
+        let leader = part("-00001-of", all.small.clone());
+        let other = part("-00002-of", vec![]);
+        let receipts =
+            [put_shards(&store, &leader, |_| {}).await.unwrap(), put_shards(&store, &other, |_| {}).await.unwrap()];
+        let written = put_manifest(&store, &leader, &receipts, &expected(&all)).await.unwrap();
+        assert_eq!(written.bytes, all.bytes());
+        // The other node's answer was lost; it tries again after the manifest stands.
+        assert_eq!(put_shards(&store, &other, |_| {}).await.unwrap(), receipts[1]);
+    }
+
+    #[tokio::test]
+    async fn receipts_that_do_not_cover_the_plan_make_no_manifest() {
+        let store = memory_store();
+        let save = save(7, 2, 1, 1);
+        let receipt = put_shards(&store, &save, |_| {}).await.unwrap();
+        let names = expected(&save);
+        let with = |change: fn(&mut Receipt)| {
+            let mut receipt = receipt.clone();
+            change(&mut receipt);
+            receipt
+        };
+        let elsewhere = with(|r| r.node = NodeId::random());
+        let mut more = names.clone();
+        more.push("model-00002-of-00002.safetensors".into());
+        let cases = [
+            (vec![], names.clone(), "no receipt names"),
+            (vec![receipt.clone()], more, "no receipt names file model-00002"),
+            (vec![receipt.clone()], names[1..].to_vec(), "not part of the plan"),
+            (vec![receipt.clone(), receipt.clone()], names.clone(), "two receipts"),
+            (vec![receipt.clone(), elsewhere], names.clone(), "has two receipts"),
+            (vec![with(|r| r.step = Step(8))], names.clone(), "another checkpoint"),
+            (vec![with(|r| r.generation = Generation(1))], names.clone(), "another checkpoint"),
+            (vec![with(|r| r.run_id = RunId::new("other").unwrap())], names.clone(), "another checkpoint"),
+        ];
+        for (receipts, names, reason) in cases {
+            let error = put_manifest(&store, &save, &receipts, &names).await.unwrap_err();
+            assert!(matches!(error, CheckpointError::Incomplete { .. }));
+            assert!(error.to_string().contains(reason), "{error}");
+        }
+        assert!(store.head(&join(&save.folder(), layout::MANIFEST)).await.is_err());
+    }
+
+    const CRASH_FOLDER: &str = "TRAINER_TEST_CRASH_FOLDER";
+
+    /// Runs itself as a child process that is killed at a crash point in the middle of a save.
+    #[tokio::test]
+    async fn a_crash_between_the_steps_leaves_garbage_that_discovery_does_not_see() {
+        if let Some(folder) = std::env::var_os(CRASH_FOLDER) {
+            let store = testing::open_folder(std::path::Path::new(&folder));
+            commit(&store, &save(20, 2, 2, 2)).await;
+            return;
+        }
+        let points = [
+            ("save.after-shard=kill", false),
+            ("save.after-shard=kill@hit=4@step=20", false),
+            ("save.before-receipt=kill", false),
+            ("save.after-receipt=kill", false),
+            ("save.after-manifest=kill", true),
+        ];
+        for (point, manifest_stands) in points {
+            let (folder, store) = file_store();
+            let before = commit(&store, &save(10, 1, 2, 1)).await;
+            let name = "checkpoint::save::tests::a_crash_between_the_steps_leaves_garbage_that_discovery_does_not_see";
+            let child = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", name, "--nocapture"])
+                .env(CRASH_FOLDER, folder.path())
+                .env(faults::VARIABLE, point)
+                .output()
+                .unwrap();
+            assert_eq!(child.status.signal(), Some(9), "{point}: {}", String::from_utf8_lossy(&child.stderr));
+            let manifest = store.head(&join(&layout::checkpoint(Step(20), Generation(2)), layout::MANIFEST)).await;
+            assert_eq!(manifest.is_ok(), manifest_stands, "{point}");
+            assert!(!store.list(&layout::checkpoint(Step(20), Generation(2))).await.unwrap().is_empty(), "{point}");
+            let outcome = catalog::newest_usable(&store, std::slice::from_ref(&before), None).await.unwrap();
+            assert_eq!(outcome.found.unwrap().0, before, "{point}");
+            assert!(outcome.stepped_over.is_empty(), "{point}");
+            // The next generation saves the same step, untroubled.
+            let after = commit(&store, &save(20, 3, 1, 3)).await;
+            let outcome = catalog::newest_usable(&store, &[before, after.clone()], None).await.unwrap();
+            assert_eq!(outcome.found.unwrap().0, after, "{point}");
+        }
+    }
+}

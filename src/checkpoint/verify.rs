@@ -9,13 +9,12 @@ use serde::Serialize;
 
 use super::{
     CheckpointError, catalog, join,
-    manifest::{crc64, crc64_combine},
     restore::{IN_FLIGHT, RemoteFile, compare, ranges, with_range},
 };
 use crate::{
     ids::{Generation, Step},
     journal::Committed,
-    storage::Store,
+    storage::{Crc64, Store},
 };
 
 /// How closely is looked.
@@ -112,11 +111,61 @@ async fn check_bytes(
 ) -> Result<(), CheckpointError> {
     let sums = ranges(file.bytes, part).map(|range| async {
         let len = range.end - range.start;
-        let sum = with_range(store, folder, file, range, |bytes| Ok(crc64(bytes))).await?;
+        let sum = with_range(store, folder, file, range, |bytes| Ok(Crc64::of(bytes))).await?;
         progress(len);
         Ok::<_, CheckpointError>((sum, len))
     });
-    let combine = |whole, (sum, len)| async move { Ok(crc64_combine(whole, sum, len)) };
-    let whole = stream::iter(sums).buffered(IN_FLIGHT).try_fold(crc64(&[]), combine).await?;
+    let combine = |whole: Crc64, (sum, len)| async move { Ok(whole.followed_by(sum, len)) };
+    let whole = stream::iter(sums).buffered(IN_FLIGHT).try_fold(Crc64::EMPTY, combine).await?;
     compare(&join(folder, &file.name), file, whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use super::*;
+    use crate::{
+        checkpoint::testing::{HARMS, Harm, checkpoint, harm, memory_store},
+        layout,
+    };
+
+    #[tokio::test]
+    async fn a_whole_checkpoint_is_sound_and_every_byte_of_it_is_looked_at() {
+        let store = memory_store();
+        let (committed, manifest) = checkpoint(&store, 5, 1, 2, 1).await;
+        for depth in [Depth::Sizes, Depth::Bytes { part: 1000 }] {
+            let seen = AtomicU64::new(0);
+            let heard = |n| {
+                seen.fetch_add(n, Ordering::Relaxed);
+            };
+            let report = verify(&store, &committed, depth, &heard).await.unwrap();
+            assert!(report.is_sound(), "{report:?}");
+            assert_eq!(report.files.len(), manifest.files.len() + 1);
+            let expected = if depth == Depth::Sizes { 0 } else { manifest.bytes() };
+            assert_eq!(seen.into_inner(), expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn all_damage_is_reported_and_flipped_bytes_only_by_the_deep_look() {
+        let store = memory_store();
+        let (committed, manifest) = checkpoint(&store, 5, 1, 3, 1).await;
+        let names: Vec<String> = manifest.tensor_files().map(|file| file.name.clone()).collect();
+        let mut keys = Vec::new();
+        for (name, how) in names.iter().zip(HARMS) {
+            keys.push(harm(&store, &manifest.folder(), name, how).await);
+        }
+        for (depth, expected) in [(Depth::Sizes, &keys[1..]), (Depth::Bytes { part: 777 }, &keys[..])] {
+            let report = verify(&store, &committed, depth, &|_| {}).await.unwrap();
+            let damaged: Vec<&String> =
+                report.files.iter().filter(|file| file.damage.is_some()).map(|file| &file.object).collect();
+            assert_eq!(damaged, expected.iter().collect::<Vec<_>>());
+            assert!(!report.is_sound());
+        }
+        harm(&store, &manifest.folder(), layout::MANIFEST, Harm::Flip).await;
+        let report = verify(&store, &committed, Depth::Sizes, &|_| {}).await.unwrap();
+        assert_eq!(report.files.len(), 1);
+        assert!(report.files[0].damage.as_ref().unwrap().contains("checksum"));
+    }
 }

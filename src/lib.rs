@@ -14,6 +14,7 @@
 //! `pub mod` lines and every `use crate::` line and holds them together.
 #![warn(missing_docs)]
 
+pub mod agent;
 pub mod snapshot;
 pub mod journal;
 pub mod storage;

@@ -16,6 +16,7 @@
 
 pub mod agent;
 pub mod snapshot;
+pub mod checkpoint;
 pub mod journal;
 pub mod storage;
 pub mod report;

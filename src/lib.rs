@@ -15,6 +15,7 @@
 #![warn(missing_docs)]
 
 pub mod agent;
+pub mod data;
 pub mod snapshot;
 pub mod checkpoint;
 pub mod journal;

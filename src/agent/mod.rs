@@ -1,0 +1,2 @@
+//! The parent on each node.
+pub mod conductor;

@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! S3 over HTTP, in this process: a store that is known not to be atomic, and a server that answers what it is told.
 
 use std::sync::{
@@ -234,6 +233,3 @@ async fn a_range_that_comes_short_is_asked_again() {
     // The second request was the question how large the object is.
     assert_eq!(count.load(Ordering::SeqCst), 3);
 }
-=======
-
->>>>>>> checkpoint

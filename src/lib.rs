@@ -19,6 +19,7 @@ pub mod journal;
 pub mod storage;
 pub mod report;
 pub mod protocol;
+pub mod model;
 pub mod config;
 pub mod layout;
 pub mod error;

@@ -14,11 +14,19 @@
 //! `pub mod` lines and every `use crate::` line and holds them together.
 #![warn(missing_docs)]
 
+pub mod cli;
+pub mod agent;
+pub mod rendezvous;
+pub mod worker;
+pub mod protocol;
+pub mod data;
+pub mod notice;
 pub mod snapshot;
+pub mod checkpoint;
 pub mod journal;
+pub mod torch;
 pub mod storage;
 pub mod report;
-pub mod protocol;
 pub mod config;
 pub mod layout;
 pub mod error;

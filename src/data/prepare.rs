@@ -1,0 +1,326 @@
+//! `trainer data prepare`: text, JSON lines or Parquet into token shards.
+//!
+//! 1. Find the inputs. 2. Train a tokenizer on an even, bounded sample of them, or load one. 3. Encode all documents on all
+//! cores, a few MiB at a time; give each to a split by a hash of its text; write shards as they fill. 4. Write
+//! `tokenizer.json`, then `index.json`: from then on the dataset exists.
+//!
+//! # Which documents are held out
+//! A piece of text (a document, or 64 KiB of a longer one) is held out if the hash of its bytes says so, whatever file it
+//! stands in: repeated documents fall to one side, and adding files later moves nothing from one split to the other.
+//!
+//! # Running it again
+//! The index carries a *recipe*: a checksum over the settings and the names and sizes of the inputs. With the same recipe
+//! there is nothing to do, and nothing is done; so a script can call it every time. With another one it is refused, since
+//! a run may be reading the dataset, unless `overwrite` is set. (A file edited without changing its size needs `overwrite`.)
+//!
+//! # Crash, retry, cancel
+//! Without an index no dataset exists; what a crash leaves is overwritten by the next preparation, which also deletes
+//! shards that its index doesn't name. `overwrite` deletes the old index before it touches anything else. A dropped future stops
+//! the threads at the next few MiB. Of two preparations into one folder at once the first to write its index wins; if
+//! they differ, checksums tell, since every reader compares them.
+
+use std::{
+    path::PathBuf,
+    str::FromStr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use serde::Serialize;
+use tokio::runtime::Handle;
+
+use super::{
+    DataError,
+    encode::{Counts, Job},
+    input::{self, Input},
+    shards::{FORMAT, INDEX, Index, MAX_INDEX_BYTES, Split},
+    tokenizer::MAX_SAMPLE_BYTES,
+};
+use crate::{
+    config::StorageConfig,
+    layout::TOKENIZER,
+    storage::{CreateOutcome, StorageError, Store},
+};
+
+/// Where the tokenizer comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenizerSource {
+    /// A `tokenizer.json`.
+    File(PathBuf),
+    /// Trained on the inputs.
+    Train {
+        /// Entries of its vocabulary.
+        vocab: u32,
+    },
+}
+
+impl FromStr for TokenizerSource {
+    type Err = String;
+    /// `train:VOCAB`, or the path of a `tokenizer.json`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("train:") {
+            Some(vocab) => vocab
+                .replace(['_', ','], "")
+                .parse()
+                .map(|vocab| Self::Train { vocab })
+                .map_err(|_| format!("{vocab:?} is not a vocabulary size; write train:4096, for example")),
+            None => Ok(Self::File(PathBuf::from(text))),
+        }
+    }
+}
+
+/// What to prepare, and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PrepareSettings {
+    /// Paths, folders, globs, store URIs.
+    pub inputs: Vec<String>,
+    /// The tokenizer.
+    pub tokenizer: TokenizerSource,
+    /// Folder, or URI of a folder of a store.
+    pub out: String,
+    /// Share of the text that is held out, 0 to 0.5.
+    pub validation_ratio: f64,
+    /// Tokens in one shard.
+    pub shard_tokens: u64,
+    /// The field of JSON lines, or column of Parquet files, that holds the text.
+    pub text_field: String,
+    /// The token between documents; `None`: a well-known one of the tokenizer.
+    pub eos_token: Option<String>,
+    /// The most text that a tokenizer is trained on, bytes.
+    pub sample_bytes: u64,
+    /// Replace a dataset that is there.
+    pub overwrite: bool,
+    /// Encoding threads; 0: one a core.
+    pub threads: usize,
+    /// Limits towards the stores.
+    pub storage: StorageConfig,
+}
+
+impl PrepareSettings {
+    /// The defaults: 1% held out, 64 Mi tokens a shard, a tokenizer sample of 32 MiB.
+    pub fn new(inputs: Vec<String>, tokenizer: TokenizerSource, out: impl Into<String>) -> Self {
+        Self {
+            inputs,
+            tokenizer,
+            out: out.into(),
+            validation_ratio: 0.01,
+            shard_tokens: 64 << 20,
+            text_field: "text".into(),
+            eos_token: None,
+            sample_bytes: 32 << 20,
+            overwrite: false,
+            threads: 0,
+            storage: StorageConfig { concurrency: 16, part_mib: 8 },
+        }
+    }
+
+    fn check(&self) -> Result<(), DataError> {
+        let refuse = |setting, reason: String| Err(DataError::Setting { setting, reason });
+        if self.inputs.is_empty() {
+            return refuse("--input", "names nothing".into());
+        }
+        if !(0.0..=0.5).contains(&self.validation_ratio) {
+            return refuse("--validation-ratio", format!("{} is not between 0 and 0.5", self.validation_ratio));
+        }
+        if !(1 << 10..=1 << 30).contains(&self.shard_tokens) {
+            return refuse("--shard-tokens", format!("{} is not between 1,024 and 1,073,741,824", self.shard_tokens));
+        }
+        if !(1..=MAX_SAMPLE_BYTES).contains(&self.sample_bytes) {
+            return refuse("--sample-bytes", format!("{} is not between 1 and {MAX_SAMPLE_BYTES}", self.sample_bytes));
+        }
+        if self.text_field.is_empty() {
+            return refuse("--text-field", "is empty".into());
+        }
+        Ok(())
+    }
+}
+
+/// What happens during a preparation.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum PrepareEvent {
+    /// The inputs are known.
+    Found {
+        /// Files.
+        files: u64,
+        /// Their bytes, as stored.
+        bytes: u64,
+    },
+    /// A tokenizer is being trained.
+    TokenizerTraining {
+        /// On so much text.
+        sample_bytes: u64,
+    },
+    /// The tokenizer is ready.
+    TokenizerReady {
+        /// Entries of its vocabulary.
+        vocab_size: u32,
+    },
+    /// So much is done.
+    Progress {
+        /// Bytes of finished input files, as stored.
+        input_bytes: u64,
+        /// Bytes of all input files.
+        input_bytes_total: u64,
+        /// Text encoded, bytes.
+        text_bytes: u64,
+        /// Tokens of both splits.
+        tokens: u64,
+    },
+    /// An input was left out.
+    Skipped {
+        /// Its path or URI.
+        input: String,
+        /// Why.
+        reason: String,
+    },
+    /// A person should know this.
+    Warning {
+        /// What.
+        message: String,
+    },
+}
+
+/// What was prepared.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PrepareSummary {
+    /// URI of the dataset.
+    pub uri: String,
+    /// It was there already, made by the same recipe: nothing was done.
+    pub reused: bool,
+    /// Entries of the vocabulary.
+    pub vocab_size: u32,
+    /// Training tokens.
+    pub train_tokens: u64,
+    /// Held-out tokens.
+    pub validation_tokens: u64,
+    /// Shards of both splits.
+    pub shards: u64,
+    /// Documents that had any text; 0 if reused.
+    pub documents: u64,
+    /// Inputs left out because they are not text; 0 if reused.
+    pub skipped: u64,
+}
+
+/// Prepares a dataset and returns what it holds. `progress` is called from other threads, several times a second.
+pub async fn prepare(
+    settings: PrepareSettings,
+    progress: impl Fn(PrepareEvent) + Send + Sync + 'static,
+) -> Result<PrepareSummary, DataError> {
+    settings.check()?;
+    // No scheme is a local path; opening it makes the folder.
+    let uri = if settings.out.contains("://") { settings.out.clone() } else { format!("file://{}", settings.out) };
+    let store = Store::open(&uri, &settings.storage).map_err(|source| DataError::Store {
+        doing: "open",
+        uri: uri.clone(),
+        source,
+    })?;
+    prepare_into(store, settings, progress).await
+}
+
+/// [`prepare`] into a store that is open; `settings.out` only names a folder whose files are no inputs.
+pub(super) async fn prepare_into(
+    store: Store,
+    settings: PrepareSettings,
+    progress: impl Fn(PrepareEvent) + Send + Sync + 'static,
+) -> Result<PrepareSummary, DataError> {
+    let failed = |doing, source| DataError::Store { doing, uri: store.uri(), source };
+    let out = input::local_path(&settings.out);
+    let inputs = input::find(&settings.inputs, out.as_deref(), &settings.storage).await?;
+    progress(PrepareEvent::Found { files: inputs.len() as u64, bytes: inputs.iter().map(|input| input.bytes).sum() });
+    let recipe = recipe(&settings, &inputs)?;
+    match store.get(INDEX, MAX_INDEX_BYTES).await {
+        Ok(_) if settings.overwrite => store.delete(INDEX).await.map_err(|e| failed("delete the index of", e))?,
+        Ok(bytes) => {
+            let origin = format!("{}/{INDEX}", store.uri());
+            return match Index::parse(&bytes, &origin) {
+                Ok(index) if index.recipe == recipe => Ok(summary(&index, store.uri(), true, Counts::default())),
+                _ => Err(DataError::Exists { uri: store.uri() }),
+            };
+        }
+        Err(StorageError::NotFound { .. }) => {}
+        Err(source) => return Err(failed("read the index of", source)),
+    }
+
+    let stop = StopOnDrop(Arc::new(AtomicBool::new(false)));
+    let job = Job {
+        settings,
+        inputs,
+        store: store.clone(),
+        runtime: Handle::current(),
+        stop: stop.0.clone(),
+        progress: Box::new(progress),
+    };
+    let (mut index, tokenizer, counts) = tokio::task::spawn_blocking(move || job.run())
+        .await
+        .map_err(|error| DataError::Stopped { reason: error.to_string() })??;
+    index.recipe = recipe;
+    store.put(TOKENIZER, tokenizer).await.map_err(|e| failed("write the tokenizer to", e))?;
+    sweep(&store, &index).await?;
+    match store.create(INDEX, index.to_bytes().into()).await.map_err(|e| failed("write the index to", e))? {
+        CreateOutcome::Created => Ok(summary(&index, store.uri(), false, counts)),
+        CreateOutcome::Exists => Err(DataError::Exists { uri: store.uri() }),
+    }
+}
+
+/// Deletes shards that an earlier, broken-off or replaced preparation left and `index` doesn't name.
+async fn sweep(store: &Store, index: &Index) -> Result<(), DataError> {
+    let failed = |source| DataError::Store { doing: "delete old shards of", uri: store.uri(), source };
+    for object in store.list("").await.map_err(failed)? {
+        let left_over = Split::ALL
+            .into_iter()
+            .any(|split| split.shard_number(&object.key).is_some_and(|number| number >= index.shards(split).len()));
+        if left_over {
+            store.delete(&object.key).await.map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+fn summary(index: &Index, uri: String, reused: bool, counts: Counts) -> PrepareSummary {
+    PrepareSummary {
+        uri,
+        reused,
+        vocab_size: index.vocab_size,
+        train_tokens: index.tokens(Split::Train),
+        validation_tokens: index.tokens(Split::Validation),
+        shards: (index.train.len() + index.validation.len()) as u64,
+        documents: counts.documents,
+        skipped: counts.skipped,
+    }
+}
+
+/// A checksum over everything that decides the output, as far as it can be known without reading the inputs. Inputs
+/// count by file name and size, so that a moved folder gives the same dataset.
+fn recipe(settings: &PrepareSettings, inputs: &[Input]) -> Result<String, DataError> {
+    let tokenizer = match &settings.tokenizer {
+        TokenizerSource::Train { vocab } => format!("train:{vocab} on {}", settings.sample_bytes),
+        TokenizerSource::File(path) => {
+            let bytes = std::fs::read(path).map_err(|error| DataError::Tokenizer {
+                file: path.display().to_string(),
+                reason: format!("can't be read: {error}"),
+            })?;
+            format!("{:016x}", crc_fast::crc64_nvme(&bytes))
+        }
+    };
+    let mut text = format!(
+        "format {FORMAT}\ntokenizer {tokenizer}\neos {:?}\nheld out {}\nshard {}\nfield {:?}\n",
+        settings.eos_token, settings.validation_ratio, settings.shard_tokens, settings.text_field
+    );
+    for input in inputs {
+        let name = input.name.rsplit('/').next().unwrap_or_default();
+        text.push_str(&format!("{} {name:?}\n", input.bytes));
+    }
+    Ok(format!("{:016x}", crc_fast::crc64_nvme(text.as_bytes())))
+}
+
+/// Tells the threads that nobody waits for them any more.
+struct StopOnDrop(Arc<AtomicBool>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}

@@ -87,8 +87,10 @@ pub async fn newest_usable(
 pub async fn inspect(store: &Store, committed: &Committed) -> Result<Manifest, CheckpointError> {
     let manifest = read_manifest(store, committed).await?;
     let folder = manifest.folder();
-    let checks = manifest.files.iter().map(|file| check_size(store, &folder, RemoteFile::from(file)));
-    stream::iter(checks).buffer_unordered(IN_FLIGHT).try_collect::<()>().await?;
+    // Owned items: a stream of borrowed ones gives a future that can't be spawned.
+    let files: Vec<RemoteFile> = manifest.files.iter().map(RemoteFile::from).collect();
+    let check = |file| check_size(store, &folder, file);
+    stream::iter(files).map(check).buffer_unordered(IN_FLIGHT).try_collect::<()>().await?;
     Ok(manifest)
 }
 

@@ -70,7 +70,10 @@ impl Faulty {
         };
         let reset = || object_store::Error::Generic {
             store: "faulty",
-            source: Box::new(object_store::client::HttpError::new(object_store::client::HttpErrorKind::Unknown, Reset)),
+            source: Box::new(object_store::client::HttpError::new(
+                object_store::client::HttpErrorKind::Unknown,
+                Reset,
+            )),
         };
         let generic = |source| object_store::Error::Generic { store: "faulty", source };
         match (self.plan)(operation, path.as_ref(), before) {
@@ -95,8 +98,18 @@ impl Faulty {
 impl Store {
     /// A store over `faulty` with pauses short enough for tests.
     pub(crate) fn faulty(faulty: &Arc<Faulty>, settings: &StorageConfig) -> Self {
+        Self::faulty_with(faulty, settings, Policy::REMOTE.patience)
+    }
+
+    /// The same, with another time for one attempt.
+    pub(crate) fn faulty_with(
+        faulty: &Arc<Faulty>,
+        settings: &StorageConfig,
+        patience: Option<std::time::Duration>,
+    ) -> Self {
         let policy = Policy {
             attempts: 5,
+            patience,
             first_pause: std::time::Duration::from_micros(10),
             longest_pause: std::time::Duration::from_millis(1),
             ..Policy::REMOTE
@@ -123,7 +136,11 @@ impl ObjectStore for Faulty {
         let operation = if options.mode == object_store::PutMode::Create { "create" } else { "put" };
         self.apply(operation, path, self.inner.put_opts(path, payload, options)).await
     }
-    async fn put_multipart_opts(&self, path: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+    async fn put_multipart_opts(
+        &self,
+        path: &Path,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
         self.inner.put_multipart_opts(path, options).await
     }
     async fn get_opts(&self, path: &Path, options: GetOptions) -> Result<GetResult> {

@@ -91,6 +91,14 @@ impl Failure {
         self.verdict == Verdict::NotFound
     }
 
+    /// "Not found" was said of something else than the object that is being written.
+    pub(super) fn not_of_the_object(mut self) -> Self {
+        if self.is_not_found() {
+            self.verdict = Verdict::Permanent;
+        }
+        self
+    }
+
     /// The error that the caller of the store gets.
     pub(super) fn explain(self, uri: &str) -> StorageError {
         let (operation, key, source) = (self.operation, uri.to_owned(), Box::new(self.cause));
@@ -158,8 +166,7 @@ impl<'a> Attempts<'a> {
             tracing::info!(operation = self.operation, attempt, pause_s = pause.as_secs_f64(), cause = %failure.cause,
                 "store request failed, trying again");
             tokio::time::sleep(pause).await;
-            patience =
-                patience.zip(self.patience).map(|(now, first)| now.saturating_mul(2).min(first.saturating_mul(8)));
+            patience = patience.zip(self.patience).map(|(now, first)| now.saturating_mul(2).min(first.saturating_mul(8)));
         }
         Err(Failure::stopped(self.operation))
     }
@@ -350,11 +357,11 @@ mod tests {
         let io = |code| generic(std::io::Error::from_raw_os_error(code));
         let said = |text| generic(Said(text));
         let cases = [
-            (io(28), Verdict::Full),       // ENOSPC
-            (io(122), Verdict::Full),      // EDQUOT
-            (io(13), Verdict::Permission), // EACCES
-            (io(30), Verdict::Permission), // EROFS
-            (io(5), Verdict::Transient),   // EIO
+            (io(28), Verdict::Full),        // ENOSPC
+            (io(122), Verdict::Full),       // EDQUOT
+            (io(13), Verdict::Permission),  // EACCES
+            (io(30), Verdict::Permission),  // EROFS
+            (io(5), Verdict::Transient),    // EIO
             (said("Server returned non-2xx status code: 503 Service Unavailable: SlowDown"), Verdict::Transient),
             (said("Server returned non-2xx status code: 409 Conflict: "), Verdict::Transient),
             (said("Server returned non-2xx status code: 429 Too Many Requests: "), Verdict::Transient),
@@ -373,8 +380,7 @@ mod tests {
 
     #[test]
     fn causes_hold_no_query_and_no_password() {
-        let error =
-            generic(Said("failed at (https://user:hunter2@host.example/b/k?X-Amz-Signature=abc&sig=SECRET) really"));
+        let error = generic(Said("failed at (https://user:hunter2@host.example/b/k?X-Amz-Signature=abc&sig=SECRET) really"));
         let text = Cause::of(&error).to_string();
         for secret in ["hunter2", "abc", "SECRET", "user"] {
             assert!(!text.contains(secret), "{text}");

@@ -16,8 +16,9 @@ use tokio::runtime::Handle;
 
 use super::{
     DataError,
+    documents::{self, Outcome, Piece},
     fetch::fetch,
-    input::{self, Input, Outcome, Piece, Place},
+    input::{Input, Place},
     prepare::{PrepareEvent, PrepareSettings, TokenizerSource},
     shards::{FORMAT, FileEntry, Index, Split, TokenType},
     tokenizer::TextTokenizer,
@@ -180,12 +181,12 @@ impl Job {
         sink: &mut dyn FnMut(Piece<'_>) -> Result<bool, DataError>,
     ) -> Result<Outcome, DataError> {
         match &input.place {
-            Place::Local(path) => input::read(path, &input.name, &self.settings.text_field, sink),
+            Place::Local(path) => documents::read(path, &input.name, &self.settings.text_field, sink),
             Place::Remote { store, key } => {
                 let scratch = Scratch::new();
                 let part = u64::from(self.settings.storage.part_mib) << 20;
                 self.runtime.block_on(fetch(store, key, input.bytes, part, &scratch.0, &|_| {}))?;
-                input::read(&scratch.0, &input.name, &self.settings.text_field, sink)
+                documents::read(&scratch.0, &input.name, &self.settings.text_field, sink)
             }
         }
     }

@@ -111,7 +111,7 @@ impl Job {
             tokenizer: FileEntry {
                 file: TOKENIZER.into(),
                 bytes: tokenizer.json().len() as u64,
-                crc64: Crc64(crc_fast::crc64_nvme(tokenizer.json())),
+                crc64: Crc64::of(tokenizer.json()),
             },
             train,
             validation,

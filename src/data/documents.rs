@@ -99,7 +99,8 @@ fn give_document(
         let cut = if text.len() <= PIECE_BYTES {
             text.len()
         } else {
-            let window = text.floor_char_boundary(PIECE_BYTES);
+            // Ends: a character has at most four bytes.
+            let window = (0..=PIECE_BYTES).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
             cut_point(&text[..window])
         };
         if !sink(Piece { text: &text[..cut], continues })? {

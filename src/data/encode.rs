@@ -60,7 +60,7 @@ impl Job {
         let tokenizer = match &self.settings.tokenizer {
             TokenizerSource::File(path) => TextTokenizer::load(path, self.settings.eos_token.as_deref())?,
             TokenizerSource::Train { vocab } => {
-                let sample = self.sample()?;
+                let sample = self.sample(self.settings.sample_budget(*vocab))?;
                 let sample_bytes = sample.iter().map(|text| text.len() as u64).sum();
                 (self.progress)(PrepareEvent::TokenizerTraining { sample_bytes });
                 TextTokenizer::train(*vocab, sample.iter().map(String::as_str))?
@@ -149,9 +149,8 @@ impl Job {
 
     /// Text to train the tokenizer on: spread evenly over the inputs by their stored size, so that of many small files
     /// some are read and of few large ones the beginning of each.
-    fn sample(&self) -> Result<Vec<String>, DataError> {
+    fn sample(&self, budget: u64) -> Result<Vec<String>, DataError> {
         let total: u64 = self.inputs.iter().map(|input| input.bytes).sum();
-        let budget = self.settings.sample_bytes;
         let (mut passed, mut taken) = (0_u64, 0_u64);
         let mut sample = Vec::new();
         for input in &self.inputs {

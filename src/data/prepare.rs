@@ -1,8 +1,10 @@
 //! `trainer data prepare`: text, JSON lines or Parquet into token shards.
 //!
-//! 1. Find the inputs. 2. Train a tokenizer on an even, bounded sample of them, or load one. 3. Encode all documents on all
-//! cores, a few MiB at a time; give each to a split by a hash of its text; write shards as they fill. 4. Write
-//! `tokenizer.json`, then `index.json`: from then on the dataset exists.
+//! 1. Find the inputs.
+//! 2. Train a tokenizer on an even, bounded sample of them, or load one.
+//! 3. Encode all documents on all cores, a few MiB at a time; give each to a split by a hash of its text; write shards
+//!    as they fill.
+//! 4. Write `tokenizer.json`, then `index.json`: from then on the dataset exists.
 //!
 //! # Which documents are held out
 //! A piece of text (a document, or 64 KiB of a longer one) is held out if the hash of its bytes says so, whatever file it
@@ -88,8 +90,8 @@ pub struct PrepareSettings {
     pub text_field: String,
     /// The token between documents; `None`: a well-known one of the tokenizer.
     pub eos_token: Option<String>,
-    /// The most text that a tokenizer is trained on, bytes.
-    pub sample_bytes: u64,
+    /// The most text that a tokenizer is trained on, bytes; `None`: 4 KiB for each entry of its vocabulary.
+    pub sample_bytes: Option<u64>,
     /// Replace a dataset that is there.
     pub overwrite: bool,
     /// Encoding threads; 0: one a core.
@@ -99,7 +101,7 @@ pub struct PrepareSettings {
 }
 
 impl PrepareSettings {
-    /// The defaults: 1% held out, 64 Mi tokens a shard, a tokenizer sample of 32 MiB.
+    /// The defaults: 1% held out, 64 Mi tokens a shard.
     pub fn new(inputs: Vec<String>, tokenizer: TokenizerSource, out: impl Into<String>) -> Self {
         Self {
             inputs,
@@ -109,11 +111,16 @@ impl PrepareSettings {
             shard_tokens: 64 << 20,
             text_field: "text".into(),
             eos_token: None,
-            sample_bytes: 32 << 20,
+            sample_bytes: None,
             overwrite: false,
             threads: 0,
             storage: StorageConfig { concurrency: 16, part_mib: 8 },
         }
+    }
+
+    /// The most text that a tokenizer of `vocab` entries is trained on, bytes.
+    pub(super) fn sample_budget(&self, vocab: u32) -> u64 {
+        self.sample_bytes.unwrap_or((u64::from(vocab) << 12).min(MAX_SAMPLE_BYTES))
     }
 
     fn check(&self) -> Result<(), DataError> {
@@ -127,8 +134,8 @@ impl PrepareSettings {
         if !(1 << 10..=1 << 30).contains(&self.shard_tokens) {
             return refuse("--shard-tokens", format!("{} is not between 1,024 and 1,073,741,824", self.shard_tokens));
         }
-        if !(1..=MAX_SAMPLE_BYTES).contains(&self.sample_bytes) {
-            return refuse("--sample-bytes", format!("{} is not between 1 and {MAX_SAMPLE_BYTES}", self.sample_bytes));
+        if let Some(bytes) = self.sample_bytes.filter(|bytes| !(1..=MAX_SAMPLE_BYTES).contains(bytes)) {
+            return refuse("--sample-bytes", format!("{bytes} is not between 1 and {MAX_SAMPLE_BYTES}"));
         }
         if self.text_field.is_empty() {
             return refuse("--text-field", "is empty".into());
@@ -296,7 +303,7 @@ fn summary(index: &Index, uri: String, reused: bool, counts: Counts) -> PrepareS
 /// count by file name and size, so that a moved folder gives the same dataset.
 fn recipe(settings: &PrepareSettings, inputs: &[Input]) -> Result<String, DataError> {
     let tokenizer = match &settings.tokenizer {
-        TokenizerSource::Train { vocab } => format!("train:{vocab} on {}", settings.sample_bytes),
+        TokenizerSource::Train { vocab } => format!("train:{vocab} on {}", settings.sample_budget(*vocab)),
         TokenizerSource::File(path) => {
             let bytes = std::fs::read(path).map_err(|error| DataError::Tokenizer {
                 file: path.display().to_string(),
@@ -499,7 +506,7 @@ mod tests {
             (PrepareSettings { validation_ratio: 0.6, ..base.clone() }, "--validation-ratio"),
             (PrepareSettings { validation_ratio: f64::NAN, ..base.clone() }, "--validation-ratio"),
             (PrepareSettings { shard_tokens: 0, ..base.clone() }, "--shard-tokens"),
-            (PrepareSettings { sample_bytes: 0, ..base.clone() }, "--sample-bytes"),
+            (PrepareSettings { sample_bytes: Some(0), ..base.clone() }, "--sample-bytes"),
             (PrepareSettings { text_field: String::new(), ..base.clone() }, "--text-field"),
             (PrepareSettings { tokenizer: TokenizerSource::Train { vocab: 12 }, ..base.clone() }, "train:12"),
             (

@@ -116,7 +116,7 @@ pub struct Index {
     pub vocab_size: u32,
     /// The token between documents.
     pub eos_id: u32,
-    /// Checksum over the settings and inputs that this was made from; see [`super::prepare`].
+    /// Checksum over the settings and inputs that this was made from; see [`mod@super::prepare`].
     pub recipe: String,
     /// The tokenizer's file.
     pub tokenizer: FileEntry,
@@ -347,7 +347,10 @@ impl Dataset {
 }
 
 const fn samples_in(tokens: u64, length: u64) -> u64 {
-    if length == 0 { 0 } else { tokens.saturating_sub(1) / length }
+    match tokens.saturating_sub(1).checked_div(length) {
+        Some(samples) => samples,
+        None => 0,
+    }
 }
 
 /// Reads and checks `dir/index.json`.

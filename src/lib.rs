@@ -14,6 +14,7 @@
 //! `pub mod` lines and every `use crate::` line and holds them together.
 #![warn(missing_docs)]
 
+pub mod cli;
 pub mod agent;
 pub mod rendezvous;
 pub mod worker;

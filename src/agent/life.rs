@@ -29,7 +29,7 @@ use crate::{
     },
     config::RunConfig,
     error::{Error, Kind, Result},
-    ids::{Rank, Step},
+    ids::{Generation, Rank, Step},
     journal::SaveCost,
     layout,
     notice::{Notice, signal::Signals},
@@ -87,6 +87,8 @@ pub enum Load {
     Checkpoint {
         /// Its step.
         step: Step,
+        /// The generation that wrote it.
+        generation: Generation,
         /// Its folder's key in the run.
         folder: String,
         /// Its shards.

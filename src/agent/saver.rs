@@ -10,10 +10,10 @@ use bytes::Bytes;
 use tokio::sync::{Mutex as AsyncMutex, mpsc};
 
 use crate::{
-    checkpoint::{Save, Upload, put_manifest, put_shards},
+    checkpoint::save::{Save, Upload, put_manifest, put_shards},
     error::{Error, Result},
     faults::{self, At},
-    ids::{Generation, NodeId, RunId, Step, WorldSize},
+    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
     journal::{Committed, Journal, Record, SaveCost},
     storage::Store,
 };
@@ -89,7 +89,11 @@ pub fn start(context: Context, snapshot: Snapshot, events: mpsc::UnboundedSender
 async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSender<SaveEvent>) -> Result<Committed> {
     let Snapshot { step, uploads, small, loss, validation_loss, cost, taken, .. } = snapshot;
     let bytes = uploads.iter().map(|upload| upload.body.len() as u64).sum();
+    // Every file of the checkpoint: this node is the only one, so what it puts is all there is.
+    let expected: Vec<String> =
+        uploads.iter().map(|upload| upload.name.clone()).chain(small.iter().map(|(name, _)| name.clone())).collect();
     let save = Save {
+        attempt: AttemptId::random(),
         run_id: context.run_id.clone(),
         step,
         generation: context.generation,
@@ -105,7 +109,7 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
         }
     };
     let receipt = put_shards(&context.run, &save, progress).await?;
-    let manifest = put_manifest(&context.run, &save, &[receipt]).await?;
+    let manifest = put_manifest(&context.run, &save, &[receipt], &expected).await?;
     faults::check("save.before-record", At { rank: None, step: Some(step.get()) })
         .map_err(|fault| Error::from_source(crate::error::Kind::Bug, fault))?;
     let cost = {

@@ -20,7 +20,7 @@ use crate::{
     ids::{Generation, Step},
     journal::Committed,
     layout,
-    storage::{StorageError, Store},
+    storage::Store,
 };
 
 /// A checkpoint that was stepped over.
@@ -99,14 +99,7 @@ pub async fn read_manifest(store: &Store, committed: &Committed) -> Result<Manif
     if *key != expected {
         return Err(CheckpointError::damaged(key, format!("the journal names it where {expected} should be")));
     }
-    let bytes = match store.head(key).await {
-        Ok(info) if info.size > MAX_JSON => {
-            return Err(CheckpointError::damaged(key, format!("{} bytes are too many for a manifest", info.size)));
-        }
-        Ok(_) => store.get(key, MAX_JSON).await,
-        Err(error) => Err(error),
-    };
-    let bytes = bytes.map_err(|error| CheckpointError::of_object(key, error))?;
+    let bytes = store.get(key, MAX_JSON).await.map_err(|error| CheckpointError::of_object(key, error))?;
     let found = digest(&bytes);
     if found != committed.manifest_crc64 {
         let reason = format!("its checksum is {found}, the journal says {}", committed.manifest_crc64);
@@ -126,17 +119,19 @@ pub(super) async fn check_size(store: &Store, folder: &str, file: RemoteFile) ->
     match store.head(&object).await {
         Ok(info) if info.size == file.bytes => Ok(()),
         Ok(info) => Err(wrong_size(&object, info.size, file.bytes)),
-        Err(error @ StorageError::NotFound { .. }) => Err(CheckpointError::of_object(&object, error)),
-        Err(error) => Err(error.into()),
+        Err(error) => Err(CheckpointError::of_object(&object, error)),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{
-        manifest::tests::manifest,
-        testing::{HARMS, Harm, checkpoint, file_store, harm, memory_store},
+    use crate::{
+        checkpoint::{
+            manifest::tests::manifest,
+            testing::{HARMS, Harm, checkpoint, file_store, harm, memory_store},
+        },
+        storage::StorageError,
     };
 
     #[tokio::test]

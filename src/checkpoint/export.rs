@@ -25,10 +25,14 @@ use super::{
     CheckpointError,
     header::{self, TensorEntry},
     join,
-    manifest::{FileKind, Manifest, crc64, crc64_combine},
+    manifest::{FileKind, Manifest},
     restore::{IN_FLIGHT, RemoteFile, compare, ranges, small_file, with_range},
 };
-use crate::{ids::random_hex, layout, storage::Store};
+use crate::{
+    ids::random_hex,
+    layout,
+    storage::{Crc64, Store},
+};
 
 /// Small files that make weights a model, in the order in which they are put.
 const SMALL: [&str; 3] = [layout::TOKENIZER, layout::GENERATION_CONFIG, layout::MODEL_CONFIG];
@@ -274,7 +278,7 @@ impl Merge {
                         return Err(CheckpointError::damaged(object, "its header changed while it was read"));
                     }
                     scatter(&moves, start, bytes, |bytes, to| sink.write_at(bytes, to))?;
-                    Ok(crc64(bytes))
+                    Ok(Crc64::of(bytes))
                 };
                 async move {
                     let sum = with_range(store, &self.folder, &shard.file, range, copy).await?;
@@ -282,8 +286,8 @@ impl Merge {
                     Ok::<_, CheckpointError>((sum, len))
                 }
             });
-            let combine = |whole, (sum, len)| async move { Ok(crc64_combine(whole, sum, len)) };
-            let whole = stream::iter(sums).buffered(IN_FLIGHT).try_fold(crc64(&[]), combine).await?;
+            let combine = |whole: Crc64, (sum, len)| async move { Ok(whole.followed_by(sum, len)) };
+            let whole = stream::iter(sums).buffered(IN_FLIGHT).try_fold(Crc64::EMPTY, combine).await?;
             compare(&join(&self.folder, &shard.file.name), &shard.file, whole)?;
         }
         Ok(())

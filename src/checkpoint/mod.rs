@@ -164,10 +164,15 @@ impl CheckpointError {
         Self::Damaged { object: object.into(), reason: reason.to_string() }
     }
 
-    /// A store's error about an object that must exist: its absence is damage, anything else is the store's failure.
+    /// A store's error about an object that must exist with a known size: its absence and another size are damage,
+    /// anything else is the store's failure.
     pub(crate) fn of_object(object: &str, error: StorageError) -> Self {
         match error {
             StorageError::NotFound { .. } => Self::damaged(object, "it does not exist"),
+            StorageError::Short { size, .. } => Self::damaged(object, format!("it ends after {size} bytes")),
+            StorageError::TooLarge { size, limit, .. } => {
+                Self::damaged(object, format!("it has {size} bytes, it should have at most {limit}"))
+            }
             error => Self::Storage(error),
         }
     }

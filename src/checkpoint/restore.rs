@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use super::{
     CheckpointError, join,
-    manifest::{FileEntry, MAX_JSON, Manifest, TrainerState, crc64, crc64_combine, hex, is_plain_name},
+    manifest::{FileEntry, MAX_JSON, Manifest, TrainerState, is_plain_name},
 };
 use crate::{
     layout,
@@ -134,7 +134,7 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
                     return Err(CheckpointError::Internal(format!("buffer of {have} bytes for a piece of {want}")));
                 }
                 buffer.copy_from_slice(bytes);
-                Ok(crc64(bytes))
+                Ok(Crc64::of(bytes))
             })
             .await?;
             progress(piece.len);
@@ -148,13 +148,13 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
     for (file, mut sums) in files.iter().zip(sums) {
         sums.sort_unstable_by_key(|&(offset, ..)| offset);
         let mut end = 0;
-        let mut whole = crc64(&[]);
+        let mut whole = Crc64::EMPTY;
         for (offset, len, sum) in sums {
             if offset != end {
                 return Err(CheckpointError::Internal(format!("pieces don't cover {}", file.name)));
             }
             end += len;
-            whole = crc64_combine(whole, sum, len);
+            whole = whole.followed_by(sum, len);
         }
         if end != file.bytes {
             return Err(CheckpointError::Internal(format!("pieces don't cover {}", file.name)));
@@ -168,7 +168,6 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
 pub(super) fn compare(object: &str, file: &RemoteFile, found: Crc64) -> Result<(), CheckpointError> {
     match file.crc64 {
         Some(expected) if expected != found => {
-            let (found, expected) = (hex::text(found), hex::text(expected));
             Err(CheckpointError::damaged(object, format!("its checksum is {found}, it should be {expected}")))
         }
         _ => Ok(()),
@@ -191,21 +190,10 @@ pub(super) async fn with_range<T: Send + 'static>(
             let reason = format!("{} bytes came where {len} should be", bytes.len());
             return Err(CheckpointError::damaged(object, reason));
         }
-        Err(error) => return Err(short_or(store, &object, file, error).await),
+        Err(error) => return Err(CheckpointError::of_object(&object, error)),
     };
     let working = tokio::task::spawn_blocking(move || work(&bytes));
     working.await.map_err(|error| CheckpointError::Internal(format!("work on {object}: {error}")))?
-}
-
-/// Stores answer a range beyond the end of an object in many ways: if the object is short, that is the reason.
-async fn short_or(store: &Store, object: &str, file: &RemoteFile, error: StorageError) -> CheckpointError {
-    if matches!(error, StorageError::Unavailable { .. })
-        && let Ok(info) = store.head(object).await
-        && info.size != file.bytes
-    {
-        return wrong_size(object, info.size, file.bytes);
-    }
-    CheckpointError::of_object(object, error)
 }
 
 /// Damage by length.
@@ -218,16 +206,11 @@ pub async fn small_file(store: &Store, manifest: &Manifest, name: &str) -> Resul
     let object = join(&manifest.folder(), name);
     let entry =
         manifest.file(name).ok_or_else(|| CheckpointError::damaged(&object, "its manifest does not name it"))?;
-    let bytes = match store.head(&object).await {
-        Ok(info) if info.size == entry.bytes => store.get(&object, entry.bytes).await,
-        Ok(info) => return Err(wrong_size(&object, info.size, entry.bytes)),
-        Err(error) => Err(error),
-    };
-    let bytes = bytes.map_err(|error| CheckpointError::of_object(&object, error))?;
+    let bytes = store.get(&object, entry.bytes).await.map_err(|error| CheckpointError::of_object(&object, error))?;
     if bytes.len() as u64 != entry.bytes {
         return Err(wrong_size(&object, bytes.len() as u64, entry.bytes));
     }
-    compare(&object, &entry.into(), crc64(&bytes))?;
+    compare(&object, &entry.into(), Crc64::of(&bytes))?;
     Ok(bytes)
 }
 

@@ -9,13 +9,12 @@ use serde::Serialize;
 
 use super::{
     CheckpointError, catalog, join,
-    manifest::{crc64, crc64_combine},
     restore::{IN_FLIGHT, RemoteFile, compare, ranges, with_range},
 };
 use crate::{
     ids::{Generation, Step},
     journal::Committed,
-    storage::Store,
+    storage::{Crc64, Store},
 };
 
 /// How closely is looked.
@@ -112,12 +111,12 @@ async fn check_bytes(
 ) -> Result<(), CheckpointError> {
     let sums = ranges(file.bytes, part).map(|range| async {
         let len = range.end - range.start;
-        let sum = with_range(store, folder, file, range, |bytes| Ok(crc64(bytes))).await?;
+        let sum = with_range(store, folder, file, range, |bytes| Ok(Crc64::of(bytes))).await?;
         progress(len);
         Ok::<_, CheckpointError>((sum, len))
     });
-    let combine = |whole, (sum, len)| async move { Ok(crc64_combine(whole, sum, len)) };
-    let whole = stream::iter(sums).buffered(IN_FLIGHT).try_fold(crc64(&[]), combine).await?;
+    let combine = |whole: Crc64, (sum, len)| async move { Ok(whole.followed_by(sum, len)) };
+    let whole = stream::iter(sums).buffered(IN_FLIGHT).try_fold(Crc64::EMPTY, combine).await?;
     compare(&join(folder, &file.name), file, whole)
 }
 

@@ -375,3 +375,226 @@ fn read_parquet(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use parquet::{
+        data_type::{ByteArray, ByteArrayType, Int64Type},
+        file::{properties::WriterProperties, writer::SerializedFileWriter},
+        schema::parser::parse_message_type,
+    };
+
+    use super::*;
+    use crate::error::{Explain, Kind};
+
+    const STORAGE: StorageConfig = StorageConfig { concurrency: 4, part_mib: 1 };
+
+    /// Whole documents, joined from their pieces; checks what holds for every piece.
+    fn documents(path: &Path) -> Result<Vec<String>, DataError> {
+        let mut documents: Vec<String> = Vec::new();
+        let outcome = read(path, path.to_str().unwrap(), "text", &mut |piece| {
+            assert!(!piece.text.is_empty() && piece.text.len() <= PIECE_BYTES);
+            match documents.last_mut() {
+                Some(document) if piece.continues => document.push_str(piece.text),
+                _ => {
+                    assert!(!piece.continues);
+                    documents.push(piece.text.to_owned());
+                }
+            }
+            Ok(true)
+        })?;
+        match outcome {
+            Outcome::Done => Ok(documents),
+            Outcome::Skipped(reason) => Err(DataError::Input { input: "skipped".into(), reason: reason.into() }),
+        }
+    }
+
+    fn write(dir: &Path, name: &str, body: impl AsRef<[u8]>) -> PathBuf {
+        let path = dir.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, body).unwrap();
+        path
+    }
+
+    fn write_parquet(path: &Path, groups: &[&[Option<&[u8]>]]) {
+        let schema = "message rows { required int64 id; optional binary text (UTF8); repeated binary tags (UTF8); }";
+        let schema = Arc::new(parse_message_type(schema).unwrap());
+        let file = File::create(path).unwrap();
+        let mut writer = SerializedFileWriter::new(file, schema, Arc::new(WriterProperties::default())).unwrap();
+        for rows in groups {
+            let mut group = writer.next_row_group().unwrap();
+            let ids: Vec<i64> = (0..rows.len() as i64).collect();
+            let mut column = group.next_column().unwrap().unwrap();
+            column.typed::<Int64Type>().write_batch(&ids, None, None).unwrap();
+            column.close().unwrap();
+            let levels: Vec<i16> = rows.iter().map(|row| i16::from(row.is_some())).collect();
+            let values: Vec<ByteArray> = rows.iter().flatten().map(|text| ByteArray::from(text.to_vec())).collect();
+            let mut column = group.next_column().unwrap().unwrap();
+            column.typed::<ByteArrayType>().write_batch(&values, Some(&levels), None).unwrap();
+            column.close().unwrap();
+            let none = vec![0_i16; rows.len()];
+            let mut column = group.next_column().unwrap().unwrap();
+            column.typed::<ByteArrayType>().write_batch(&[], Some(&none), Some(&none)).unwrap();
+            column.close().unwrap();
+            group.close().unwrap();
+        }
+        writer.close().unwrap();
+    }
+
+    #[test]
+    fn a_text_file_is_one_document_however_long() {
+        let dir = tempfile::tempdir().unwrap();
+        let crab = "\u{1f980}";
+        for text in [
+            "short".to_owned(),
+            "line\n".repeat(40_000),
+            "word ".repeat(40_000),
+            "x".repeat(3 * PIECE_BYTES),
+            format!("x{}", crab.repeat(PIECE_BYTES)),
+            format!("\n{}", "y".repeat(2 * PIECE_BYTES)),
+            format!("{}\n", "z".repeat(PIECE_BYTES - 1)),
+        ] {
+            let path = write(dir.path(), "a.rs", &text);
+            assert!(documents(&path).unwrap() == [text.clone()], "{:?}…", text.chars().take(9).collect::<String>());
+            let line = serde_json::to_string(&serde_json::json!({ "text": text })).unwrap();
+            assert!(documents(&write(dir.path(), "a.jsonl", line)).unwrap() == [text]);
+        }
+        assert!(documents(&write(dir.path(), "empty.txt", "")).unwrap().is_empty());
+    }
+
+    #[test]
+    fn long_text_is_cut_at_line_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write(dir.path(), "a.txt", "0123456\n".repeat(30_000) + "end");
+        let mut pieces = Vec::new();
+        read(&path, "a.txt", "text", &mut |piece| {
+            pieces.push(piece.text.to_owned());
+            Ok(true)
+        })
+        .unwrap();
+        let (last, others) = pieces.split_last().unwrap();
+        assert!(others.len() >= 3 && others.iter().all(|piece| piece.ends_with('\n')) && last.ends_with("end"));
+    }
+
+    #[test]
+    fn what_is_not_text_is_skipped_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut late = "good\n".repeat(100_000).into_bytes();
+        late.push(0xff);
+        let cut = "abc\u{1f980}".as_bytes()[..5].to_vec();
+        for body in [b"\xff\xfeutf16".to_vec(), b"a\0b".to_vec(), late, cut] {
+            let mut given = 0;
+            let path = write(dir.path(), "a.bin", body);
+            let outcome = read(&path, "a.bin", "text", &mut |_| {
+                given += 1;
+                Ok(true)
+            });
+            assert!(matches!(outcome, Ok(Outcome::Skipped(_))) && given == 0);
+        }
+        assert!(documents(&write(dir.path(), "a.json.gz", "x")).unwrap_err().to_string().contains("compressed"));
+    }
+
+    #[test]
+    fn json_lines_give_their_text_field() {
+        let dir = tempfile::tempdir().unwrap();
+        let body =
+            "{\"text\": \"one\\nline\", \"n\": 1}\n\n{\"text\": null}\r\n{\"text\": \"\"}\n{\"text\": \"tw\u{f6}\"}";
+        assert_eq!(documents(&write(dir.path(), "a.jsonl", body)).unwrap(), ["one\nline", "tw\u{f6}"]);
+        for (bad, said) in [
+            ("{\"text\": \"ok\"}\n{\"text\"", "b.ndjson:2"),
+            ("[1]", "not a JSON object"),
+            ("{\"text\": 5}", "is not a string"),
+            ("{\"body\": \"x\"}", "has no field \"text\" but [\"body\"]"),
+        ] {
+            let error = documents(&write(dir.path(), "b.ndjson", bad)).unwrap_err();
+            assert!(error.to_string().contains(said), "{error}");
+            assert_eq!(error.kind(), Kind::Config);
+        }
+        let error = documents(&write(dir.path(), "b.ndjson", b"{\"text\": \"\xff\"}")).unwrap_err();
+        assert!(error.to_string().contains("b.ndjson:1"), "{error}");
+    }
+
+    #[test]
+    fn parquet_gives_its_text_column() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.parquet");
+        let many: Vec<String> = (0..1000).map(|n| format!("row {n}")).collect();
+        let first: Vec<Option<&[u8]>> =
+            many.iter().enumerate().map(|(n, text)| (n % 3 != 0).then_some(text.as_bytes())).collect();
+        write_parquet(&path, &[&first, &[None], &[Some(b""), Some("l\u{f6}st".as_bytes())]]);
+        let mut expected: Vec<String> =
+            many.iter().enumerate().filter(|(n, _)| n % 3 != 0).map(|(_, t)| t.clone()).collect();
+        expected.push("l\u{f6}st".into());
+        assert_eq!(documents(&path).unwrap(), expected);
+
+        let error_for = |field: &str| read(&path, "a.parquet", field, &mut |_| Ok(true)).unwrap_err().to_string();
+        assert!(error_for("body").contains("has no column \"body\" but [\"id\", \"text\", \"tags\"]"));
+        assert!(error_for("id").contains("not a column of single strings"));
+        assert!(error_for("tags").contains("not a column of single strings"));
+
+        write_parquet(&path, &[&[Some(b"\xff")]]);
+        assert!(documents(&path).unwrap_err().to_string().contains("not UTF-8"));
+        for broken in [b"PAR1".to_vec(), b"PAR1\xff\xff\xff\x7fPAR1".to_vec(), vec![], vec![7; 5000]] {
+            std::fs::write(&path, broken).unwrap();
+            assert!(documents(&path).unwrap_err().to_string().contains("can't be read as Parquet"));
+        }
+    }
+
+    #[test]
+    fn a_reader_that_has_enough_is_given_no_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let parquet = dir.path().join("a.parquet");
+        write_parquet(&parquet, &[&[Some(b"one"), Some(b"two")], &[Some(b"three")]]);
+        let lines = "{\"text\": \"one\"}\n".repeat(9);
+        for path in
+            [parquet, write(dir.path(), "a.txt", "x\n".repeat(PIECE_BYTES)), write(dir.path(), "a.jsonl", lines)]
+        {
+            let mut given = 0;
+            read(&path, path.to_str().unwrap(), "text", &mut |_| {
+                given += 1;
+                Ok(false)
+            })
+            .unwrap();
+            assert_eq!(given, 1, "{}", path.display());
+        }
+    }
+
+    #[tokio::test]
+    async fn inputs_are_found_by_path_folder_and_glob_in_one_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().to_str().unwrap();
+        for name in [
+            "b.rs",
+            "a/x.rs",
+            "a/y.txt",
+            "a/deep/z.rs",
+            ".git/objects/o.rs",
+            "a/.hidden.rs",
+            "out/train-00000.bin",
+            "we[i]rd/w.rs",
+        ] {
+            write(dir.path(), name, name);
+        }
+        let out = dir.path().join("out");
+        let find = async |specs: &[&str]| -> Result<Vec<String>, DataError> {
+            let specs: Vec<String> = specs.iter().map(|spec| spec.replace('~', root)).collect();
+            let found = super::find(&specs, Some(&out), &STORAGE).await?;
+            assert!(found.iter().all(|input| input.bytes > 0));
+            Ok(found.iter().map(|input| input.name.strip_prefix(root).unwrap()[1..].to_owned()).collect())
+        };
+        assert_eq!(find(&["~"]).await.unwrap(), ["a/deep/z.rs", "a/x.rs", "a/y.txt", "b.rs", "we[i]rd/w.rs"]);
+        assert_eq!(find(&["file://~/"]).await.unwrap().len(), 5);
+        assert_eq!(find(&["~/b.rs", "~/**/*.rs"]).await.unwrap(), ["a/deep/z.rs", "a/x.rs", "b.rs", "we[i]rd/w.rs"]);
+        assert_eq!(find(&["~/a/*.rs"]).await.unwrap(), ["a/x.rs"]);
+        assert_eq!(find(&["~/we[i]rd", "~/we[i]rd/w.rs"]).await.unwrap(), ["we[i]rd/w.rs"]);
+        assert_eq!(find(&["~/a/.hidden.rs"]).await.unwrap(), ["a/.hidden.rs"]);
+        for nothing in ["~/c.rs", "~/*.py", "~/out"] {
+            let error = find(&[nothing]).await.unwrap_err();
+            assert!(error.to_string().contains("matches no file"), "{error}");
+            assert_eq!(error.kind(), Kind::Config);
+        }
+        assert!(find(&["~/a**b"]).await.unwrap_err().to_string().contains("a**b"));
+    }
+}

@@ -17,6 +17,7 @@
 //!   ties by value, and documents are assigned to splits by a hash of their text.
 
 pub mod cache;
+mod encode;
 mod fetch;
 mod input;
 pub mod prepare;

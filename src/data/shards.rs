@@ -390,3 +390,159 @@ fn open_shard(dir: &Path, shard: &ShardEntry) -> Result<OpenShard, DataError> {
     }
     Ok(OpenShard { file, name: shard.file.file.clone(), tokens: shard.tokens })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Explain, Kind};
+
+    fn entry(name: &str, body: &[u8]) -> FileEntry {
+        FileEntry { file: name.into(), bytes: body.len() as u64, crc64: Crc64(crc_fast::crc64_nvme(body)) }
+    }
+
+    /// A dataset whose shards hold 0, 1, 2, … throughout, in shards of the given numbers of tokens.
+    fn dataset(dir: &Path, vocab_size: u32, shards: &[u64]) -> Index {
+        let dtype = TokenType::for_vocabulary(vocab_size);
+        let mut at = 0_u32;
+        let train = shards
+            .iter()
+            .enumerate()
+            .map(|(number, &tokens)| {
+                let ids = at..at + tokens as u32;
+                at = ids.end;
+                let body: Vec<u8> = ids.flat_map(|id| id.to_le_bytes()[..dtype.width()].to_vec()).collect();
+                let name = Split::Train.shard_name(number);
+                std::fs::write(dir.join(&name), &body).unwrap();
+                ShardEntry { file: entry(&name, &body), tokens }
+            })
+            .collect();
+        std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
+        let index = Index {
+            format: FORMAT,
+            dtype,
+            vocab_size,
+            eos_id: 0,
+            recipe: String::new(),
+            tokenizer: entry("tokenizer.json", b"{}"),
+            train,
+            validation: Vec::new(),
+        };
+        std::fs::write(dir.join(INDEX), index.to_bytes()).unwrap();
+        index
+    }
+
+    #[test]
+    fn windows_overlap_by_one_token_and_stay_within_their_shard() {
+        // Two-byte ids, and four-byte ids.
+        for vocab_size in [65_536, 65_537] {
+            let dir = tempfile::tempdir().unwrap();
+            dataset(dir.path(), vocab_size, &[11, 4, 1, 5, 9]);
+            let data = Dataset::open(dir.path()).unwrap();
+            assert_eq!(data.samples(Split::Train, 4), 2 + 1 + 2);
+            assert_eq!(data.samples(Split::Validation, 4), 0);
+            let mut seen = Vec::new();
+            for index in 0..5 {
+                let mut tokens = [0; 5];
+                data.read_sample(Split::Train, index, &mut tokens).unwrap();
+                assert_eq!(tokens, std::array::from_fn(|i| tokens[0] + i as i64));
+                seen.push(tokens[0]);
+            }
+            assert_eq!(seen, [0, 4, 16, 21, 25]);
+            let error = data.read_sample(Split::Train, 5, &mut [0; 5]).unwrap_err();
+            assert!(matches!(error, DataError::NoSuchSample { index: 5, samples: 5, .. }), "{error}");
+            assert!(data.read_sample(Split::Train, u64::MAX, &mut [0; 5]).is_err());
+            assert!(data.read_sample(Split::Train, 0, &mut [0; 1]).is_err());
+            assert!(data.read_sample(Split::Train, 0, &mut []).is_err());
+        }
+    }
+
+    #[test]
+    fn a_sample_longer_than_the_read_buffer_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        dataset(dir.path(), 70_000, &[60_000]);
+        let data = Dataset::open(dir.path()).unwrap();
+        let mut tokens = vec![0; 20_001];
+        data.read_sample(Split::Train, 1, &mut tokens).unwrap();
+        assert!(tokens.iter().copied().eq(20_000..=40_000));
+    }
+
+    #[test]
+    fn a_token_outside_the_vocabulary_is_caught_when_read() {
+        let dir = tempfile::tempdir().unwrap();
+        dataset(dir.path(), 20, &[15, 15]);
+        let data = Dataset::open(dir.path()).unwrap();
+        data.read_sample(Split::Train, 0, &mut [0; 15]).unwrap();
+        let error = data.read_sample(Split::Train, 1, &mut [0; 15]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Data);
+        let text = error.to_string();
+        assert!(text.contains("train-00001.bin") && text.contains("token 5 has id 20"), "{text}");
+    }
+
+    #[test]
+    fn files_that_differ_from_the_index_are_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path();
+        assert!(matches!(Dataset::open(path).unwrap_err(), DataError::Missing { .. }));
+        dataset(path, 100, &[50]);
+        let data = Dataset::open(path).unwrap();
+        let shard = path.join("train-00000.bin");
+        std::fs::File::options().write(true).open(&shard).unwrap().set_len(60).unwrap();
+        // Cut while open: an error, where a memory map would end the process.
+        assert!(data.read_sample(Split::Train, 0, &mut [0; 30]).is_ok());
+        let error = data.read_sample(Split::Train, 0, &mut [0; 40]).unwrap_err();
+        assert!(error.to_string().contains("shorter"), "{error}");
+        assert!(Dataset::open(path).unwrap_err().to_string().contains("has 60 bytes, its index says 100"));
+        std::fs::remove_file(&shard).unwrap();
+        let error = Dataset::open(path).unwrap_err();
+        assert_eq!(error.kind(), Kind::Data);
+        assert!(error.to_string().contains("not there"), "{error}");
+    }
+
+    #[test]
+    fn a_hostile_index_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = dataset(dir.path(), 100, &[50, 7]);
+        let good = String::from_utf8(index.to_bytes()).unwrap();
+        assert_eq!(Index::parse(good.as_bytes(), "x").unwrap(), index);
+        for (from, to) in [
+            ("\"format\": 1", "\"format\": 2"),
+            ("u16", "u32"),
+            ("u16", "f32"),
+            ("\"vocab_size\": 100", "\"vocab_size\": 0"),
+            ("\"vocab_size\": 100", "\"vocab_size\": 70000"),
+            ("\"eos_id\": 0", "\"eos_id\": 100"),
+            ("\"eos_id\": 0", "\"eos_id\": -1"),
+            ("train-00000.bin", "../../etc/passwd"),
+            ("train-00000.bin", "/etc/passwd"),
+            ("train-00000.bin", "train-00001.bin"),
+            ("tokenizer.json", "../tokenizer.json"),
+            ("\"tokens\": 50", "\"tokens\": 51"),
+            ("\"tokens\": 50", "\"tokens\": 9223372036854775858"),
+            ("\"tokens\": 50", "\"tokens\": 1e30"),
+            ("\"bytes\": 2,", "\"bytes\": 18446744073709551615,"),
+            ("\"crc64\": \"", "\"crc64\": \"+"),
+            ("\"train\"", "\"trains\""),
+        ] {
+            let bad = good.replacen(from, to, 1);
+            assert_ne!(bad, good, "{from}");
+            let error = Index::parse(bad.as_bytes(), "the-index").unwrap_err();
+            assert!(error.to_string().contains("the-index"), "{from} -> {to}: {error}");
+        }
+        for bytes in [b"" as &[u8], b"{}", b"null", b"[[[[", &[0xff; 64]] {
+            assert!(Index::parse(bytes, "x").is_err());
+        }
+        File::create(dir.path().join(INDEX)).unwrap().set_len(MAX_INDEX_BYTES + 1).unwrap();
+        assert!(read_index(dir.path()).unwrap_err().to_string().contains("more than"));
+    }
+
+    #[test]
+    fn only_our_own_shard_names_are_shards() {
+        assert_eq!(Split::Train.shard_number("train-00012.bin"), Some(12));
+        assert_eq!(Split::Train.shard_number("train-123456.bin"), Some(123_456));
+        for name in
+            ["train-12.bin", "train-+0012.bin", "a/train-00012.bin", "train-00012.bin.txt", "validation-00000.bin"]
+        {
+            assert_eq!(Split::Train.shard_number(name), None, "{name}");
+        }
+    }
+}

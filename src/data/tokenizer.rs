@@ -152,3 +152,119 @@ pub fn check_vocabulary(index: &Index, dataset: &str, model_vocab: u64, model: &
         model_vocab,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        data::shards::{FORMAT, FileEntry, TokenType},
+        error::{Explain, Kind},
+        storage::Crc64,
+    };
+
+    /// Words over two letters in long runs: many pairs of tokens spell the same third one, the case in which the
+    /// trainer's queue holds a pair twice.
+    fn ambiguous_text() -> Vec<String> {
+        let mut state = 1_u64;
+        let mut random = move |below: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % below
+        };
+        (0..100)
+            .map(|_| {
+                let mut line = String::new();
+                for _ in 0..40 {
+                    (0..=random(24)).for_each(|_| line.push(if random(8) == 0 { 'b' } else { 'a' }));
+                    line.push(' ');
+                }
+                line
+            })
+            .collect()
+    }
+
+    fn train(vocab: u32, texts: &[String]) -> TextTokenizer {
+        TextTokenizer::train(vocab, texts.iter().map(String::as_str)).unwrap()
+    }
+
+    #[test]
+    fn training_gives_the_same_bytes_each_time() {
+        let texts = ambiguous_text();
+        let first = train(2000, &texts);
+        for _ in 0..5 {
+            assert!(train(2000, &texts).json() == first.json(), "two trainings on the same text differ");
+        }
+        assert!(train(2000, &texts[1..]).json() != first.json());
+    }
+
+    #[test]
+    fn any_text_comes_back_and_none_forges_the_end_of_a_document() {
+        let tokenizer = train(300, &ambiguous_text());
+        assert_eq!((tokenizer.eos_id(), tokenizer.vocab_size()), (0, 300));
+        for text in ["aab ab", "  \n\tfn main() {}", "gr\u{fc}n \u{1f980} \0", END_OF_TEXT, "x<|endoftext|>y"] {
+            let ids = tokenizer.encode(text).unwrap();
+            assert!(!ids.contains(&tokenizer.eos_id()), "{text:?} gave the end-of-text token");
+            assert!(ids.iter().all(|&id| id < tokenizer.vocab_size()));
+            assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn a_stored_tokenizer_is_loaded_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        let trained = train(270, &ambiguous_text());
+        std::fs::write(&path, trained.json()).unwrap();
+        let loaded = TextTokenizer::load(&path, None).unwrap();
+        assert_eq!((loaded.json(), loaded.eos_id()), (trained.json(), 0));
+        assert_eq!(TextTokenizer::load(&path, Some("a")).unwrap().eos_id(), trained.encode("a").unwrap()[0]);
+        let error = |path: &Path, end: Option<&str>| TextTokenizer::load(path, end).err().unwrap().to_string();
+        assert!(error(&path, Some("</nope>")).contains("has no token \"</nope>\""));
+        std::fs::write(&path, trained.json().replace_end_token()).unwrap();
+        assert!(error(&path, None).contains("--eos-token"));
+        std::fs::write(&path, b"{\"version\": 3").unwrap();
+        assert!(error(&path, None).contains("is not a tokenizer.json"));
+        assert!(error(&dir.path().join("absent"), None).contains("can't be read"));
+    }
+
+    trait ReplaceEndToken {
+        fn replace_end_token(&self) -> Vec<u8>;
+    }
+    impl ReplaceEndToken for [u8] {
+        fn replace_end_token(&self) -> Vec<u8> {
+            String::from_utf8(self.to_vec()).unwrap().replace(END_OF_TEXT, "<|unheard-of|>").into_bytes()
+        }
+    }
+
+    #[test]
+    fn a_vocabulary_that_cannot_be_is_refused() {
+        for vocab in [0, 256, MAX_VOCAB + 1] {
+            let error = TextTokenizer::train(vocab, ["a"].into_iter()).err().unwrap();
+            assert!(error.to_string().contains("257 to 1048576"), "{error}");
+        }
+        // Little text gives a small vocabulary, not an error.
+        assert_eq!(TextTokenizer::train(5000, ["a"].into_iter()).unwrap().vocab_size(), MIN_VOCAB);
+    }
+
+    #[test]
+    fn a_model_needs_an_embedding_for_every_token() {
+        let index = Index {
+            format: FORMAT,
+            dtype: TokenType::U16,
+            vocab_size: 4096,
+            eos_id: 0,
+            recipe: String::new(),
+            tokenizer: FileEntry { file: "tokenizer.json".into(), bytes: 0, crc64: Crc64(0) },
+            train: vec![],
+            validation: vec![],
+        };
+        assert!(check_vocabulary(&index, "file://./data", 4096, "tiny.json").is_ok());
+        assert!(check_vocabulary(&index, "file://./data", 4224, "tiny.json").is_ok());
+        let error = check_vocabulary(&index, "file://./data", 4095, "tiny.json").unwrap_err();
+        let text = error.to_string();
+        for part in ["file://./data", "4096", "tiny.json", "4095"] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.hint().unwrap().contains("4096"));
+    }
+}

@@ -9,70 +9,73 @@ use std::time::{Duration, Instant};
 use tch::Tensor;
 
 use super::{
-    image::{Mapping, SharedImage},
+    image::{ImageChunk, SharedImage},
     plan::ImagePlan,
 };
 use crate::{
     error::{Context, Error, Kind, Result},
-    torch::{CopyJob, CopyTicket, HostCopier},
+    torch::{CopyJob, CopyTicket, HostCopier, Pinned, TorchError},
 };
 
 /// Copies one rank's share of the state into its slots.
 #[derive(Debug)]
 pub struct Capture {
     copier: HostCopier,
-    slots: [Mapping; 2],
-    /// What is copied, in image order: the tensor and its range.
-    parts: Vec<(Tensor, std::ops::Range<u64>)>,
-    running: Option<CopyTicket>,
-}
-
-fn memory(error: std::io::Error) -> Error {
-    Error::from_source(Kind::Bug, error)
+    /// A slot is away while a capture into it runs.
+    slots: [Option<Pinned<ImageChunk>>; 2],
+    /// What is copied: the tensor, its first byte in the image, its bytes.
+    parts: Vec<(Tensor, u64, u64)>,
+    running: Option<(u8, CopyTicket<Pinned<ImageChunk>>)>,
 }
 
 impl Capture {
     /// For the tensors that `plan` gives to this rank, out of `tensors` (the list that the plan was made from). Takes the slots'
-    /// memory at once, so that the first capture is as fast as the others.
+    /// memory at once (and pins it for a GPU), so that the first capture is as fast as the others.
     pub fn new(plan: &ImagePlan, slots: &[SharedImage; 2], tensors: &[Tensor], copier: HostCopier) -> Result<Self> {
         let mut parts = Vec::new();
         for placement in plan.shards.iter().flat_map(|shard| &shard.tensors) {
             let tensor = tensors
                 .get(placement.tensor)
                 .ok_or_else(|| Error::new(Kind::Bug, format!("plan names tensor {}", placement.tensor)))?;
-            parts.push((tensor.shallow_clone(), placement.offset..placement.offset + placement.len));
+            parts.push((tensor.shallow_clone(), placement.offset, placement.len));
         }
-        parts.sort_by_key(|(_, range)| range.start);
-        let map = |slot: &SharedImage| {
-            let mapping = slot.map().map_err(memory)?;
-            mapping.prefault().map_err(memory)?;
-            copier.register(&mapping)?;
-            Ok::<_, Error>(mapping)
-        };
-        let slots = [map(&slots[0]).context("map slot 0")?, map(&slots[1]).context("map slot 1")?];
-        Ok(Self { copier, slots, parts, running: None })
+        let slots = [open(&slots[0], plan.len).context("map slot 0")?, open(&slots[1], plan.len).context("map slot 1")?];
+        Ok(Self { copier, slots: slots.map(Some), parts, running: None })
     }
 
     /// Starts copying the state as it is now into `slot`. `done` is called with the copy time, on a copy thread. The tensors must
     /// not change before [`Capture::wait`] returns.
     pub fn start(&mut self, slot: u8, done: impl FnOnce(Duration) + Send + 'static) -> Result<()> {
         self.wait()?;
-        let mapping = self
+        let destination = self
             .slots
-            .get(usize::from(slot))
-            .ok_or_else(|| Error::new(Kind::Bug, format!("order for slot {slot}")))?;
-        let ranges: Vec<_> = self.parts.iter().map(|(_, range)| range.clone()).collect();
-        let chunks = mapping.chunks(&ranges).map_err(memory).context("capture")?;
-        let jobs = self.parts.iter().zip(chunks).map(|((tensor, _), chunk)| CopyJob::new(tensor, chunk)).collect::<Result<_, _>>()?;
-        self.running = Some(self.copier.start(jobs, done)?);
+            .get_mut(usize::from(slot))
+            .and_then(Option::take)
+            .ok_or_else(|| Error::new(Kind::Bug, format!("order for slot {slot}, which is not there")))?;
+        let jobs = self.parts.iter().map(|(tensor, offset, len)| CopyJob {
+            tensor: tensor.shallow_clone(),
+            offset: *offset,
+            len: *len,
+        });
+        let ticket = self.copier.start(destination, jobs.collect(), done)?;
+        self.running = Some((slot, ticket));
         Ok(())
     }
 
     /// Waits until the running capture, if there is one, has read its last tensor; returns how long that took.
-    pub fn wait(&mut self) -> Result<Option<Duration>> {
-        let Some(ticket) = self.running.take() else { return Ok(None) };
+    pub fn wait(&mut self) -> Result<Option<Duration>, TorchError> {
+        let Some((slot, ticket)) = self.running.take() else { return Ok(None) };
         let begin = Instant::now();
-        ticket.wait()?;
+        self.slots[usize::from(slot)] = Some(ticket.wait()?.destination);
         Ok(Some(begin.elapsed()))
     }
+}
+
+fn open(slot: &SharedImage, len: u64) -> Result<Pinned<ImageChunk>> {
+    let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error);
+    let mapping = slot.map().map_err(memory)?;
+    mapping.prefault().map_err(memory)?;
+    let mut whole = mapping.chunks(&[0..len]).map_err(memory)?;
+    let whole = whole.pop().ok_or_else(|| Error::new(Kind::Bug, "empty image"))?;
+    Ok(Pinned::new(whole)?)
 }

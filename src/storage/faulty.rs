@@ -98,8 +98,18 @@ impl Faulty {
 impl Store {
     /// A store over `faulty` with pauses short enough for tests.
     pub(crate) fn faulty(faulty: &Arc<Faulty>, settings: &StorageConfig) -> Self {
+        Self::faulty_with(faulty, settings, Policy::REMOTE.patience)
+    }
+
+    /// The same, with another time for one attempt.
+    pub(crate) fn faulty_with(
+        faulty: &Arc<Faulty>,
+        settings: &StorageConfig,
+        patience: Option<std::time::Duration>,
+    ) -> Self {
         let policy = Policy {
             attempts: 5,
+            patience,
             first_pause: std::time::Duration::from_micros(10),
             longest_pause: std::time::Duration::from_millis(1),
             ..Policy::REMOTE

@@ -91,6 +91,14 @@ impl Failure {
         self.verdict == Verdict::NotFound
     }
 
+    /// "Not found" was said of something else than the object that is being written.
+    pub(super) fn not_of_the_object(mut self) -> Self {
+        if self.is_not_found() {
+            self.verdict = Verdict::Permanent;
+        }
+        self
+    }
+
     /// The error that the caller of the store gets.
     pub(super) fn explain(self, uri: &str) -> StorageError {
         let (operation, key, source) = (self.operation, uri.to_owned(), Box::new(self.cause));

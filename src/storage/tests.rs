@@ -5,6 +5,8 @@ use std::sync::{
     atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
+use futures::FutureExt;
+
 use super::{
     faulty::{Fault, Faulty},
     *,
@@ -74,7 +76,7 @@ pub(super) async fn contract(store: &Store) {
         let body = pattern(len);
         let heard = Arc::new(AtomicU64::new(0));
         let sum = Arc::clone(&heard);
-        let put = folder.upload("b/large", body.clone(), move |n| drop(sum.fetch_add(n, Ordering::Relaxed))).await.unwrap();
+        let put = folder.upload("b/large", body.clone(), move |n| _ = sum.fetch_add(n, Ordering::Relaxed)).await.unwrap();
         assert_eq!((put.bytes, put.crc64), (len as u64, Crc64::of(&body)), "{len}");
         assert_eq!(heard.load(Ordering::Relaxed), len as u64);
         assert!(folder.get("b/large", 32 << 20).await.unwrap() == body, "{len} bytes came back otherwise");
@@ -199,14 +201,15 @@ async fn what_may_go_away_is_tried_again_and_what_can_not_is_told_at_once() {
     assert!(error.hint().unwrap().contains("free space"));
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn a_request_that_never_answers_is_given_up_and_tried_again() {
     let faulty = Faulty::new(|op, _, n| if op == "put" && n == 0 { Fault::Hang } else { Fault::Pass });
-    let store = Store::faulty(&faulty, &settings());
+    let store = Store::faulty_with(&faulty, &settings(), Some(Duration::from_millis(1)));
     store.put("k", Bytes::from_static(b"x")).await.unwrap();
     assert_eq!(faulty.count("put"), 2);
     let faulty = Faulty::new(|_, _, _| Fault::Hang);
-    let error = Store::faulty(&faulty, &settings()).head("k").await.unwrap_err();
+    let store = Store::faulty_with(&faulty, &settings(), Some(Duration::from_millis(1)));
+    let error = store.head("k").await.unwrap_err();
     let text = crate::error::Error::from(error).to_string();
     assert!(text.contains("no answer within"), "{text}");
 }
@@ -239,12 +242,16 @@ async fn an_upload_that_was_gone_before_it_was_completed_is_no_success() {
     let multipart: Arc<dyn MultipartStore> = faulty.clone();
     let path = Path::from("k");
     let body = pattern(11 << 20);
-    let upload = store.upload("k", body, {
-        let (multipart, path) = (multipart.clone(), path.clone());
-        // Aborts the upload, whose id the memory store counts from 0, when the first part is through.
-        move |_| drop(futures::executor::block_on(multipart.abort_multipart(&path, &"0".to_owned())))
+    let sent = AtomicU64::new(0);
+    let upload = store.upload("k", body, move |n| {
+        // The memory store numbers puts and uploads from 0; this is its second.
+        if sent.fetch_add(n, Ordering::Relaxed) + n == 11 << 20 {
+            multipart.abort_multipart(&path, &"1".to_owned()).now_or_never().unwrap().unwrap();
+        }
     });
-    upload.await.unwrap_err();
+    let error = upload.await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error:?}");
+    assert_eq!(faulty.count("complete"), 2);
     assert_eq!(store.get("k", 9).await.unwrap(), "old");
 }
 
@@ -273,6 +280,19 @@ async fn a_dropped_upload_is_aborted() {
     while faulty.count("abort") == 0 {
         tokio::task::yield_now().await;
     }
+}
+
+#[test]
+fn a_runtime_may_stop_during_an_upload() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let faulty = Faulty::new(|op, _, n| if op == "part" && n >= 1 { Fault::Hang } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings());
+    runtime.block_on(async {
+        let (heard, mut first) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move { store.upload("k", pattern(18 << 20), move |n| heard.send(n).unwrap()).await });
+        first.recv().await.unwrap();
+    });
+    drop(runtime);
 }
 
 #[tokio::test]

@@ -49,7 +49,8 @@ pub(super) async fn upload(
             crc.map_err(|failure| failure.explain(&uri))?
         }
         Some(multipart) => {
-            send_in_parts(store, multipart, &path, &body, size, progress).await.map_err(|failure| failure.explain(&uri))?
+            let sent = send_in_parts(store, multipart, &path, &body, size, progress).await;
+            sent.map_err(|failure| failure.not_of_the_object().explain(&uri))?
         }
     };
     Ok(Uploaded { bytes: len, crc64 })
@@ -96,7 +97,9 @@ async fn send_in_parts(
             Ok(crc)
         }
         Err(failure) => {
-            guard.now().await;
+            if let Some(target) = guard.target.take() {
+                abort(target).await;
+            }
             Err(failure)
         }
     }
@@ -146,34 +149,32 @@ async fn complete(
     store.attempts(Lane::Control, "upload", 0).slow().run(request).await
 }
 
-/// Aborts a multipart upload that was not completed, also when its future was dropped.
-struct Abort {
-    target: Option<(Store, Arc<dyn MultipartStore>, Path, MultipartId)>,
-}
+/// A multipart upload that is to be aborted unless it is completed.
+type Target = (Store, Arc<dyn MultipartStore>, Path, MultipartId);
 
-impl Abort {
-    async fn now(&mut self) {
-        let Some((store, multipart, path, id)) = self.target.take() else { return };
-        let aborted =
-            store.attempts(Lane::Control, "abort of an upload", 0).run(|| multipart.abort_multipart(&path, &id)).await;
-        if let Err(failure) = aborted
-            && !failure.is_not_found()
-        {
-            let error = crate::error::Error::from(failure.explain(&store.uri_of("")));
-            tracing::warn!(%error, key = %path, "parts of a failed upload stay in the store until its lifecycle rule removes them");
-        }
-    }
+/// Aborts a multipart upload also when its future was dropped.
+struct Abort {
+    target: Option<Target>,
 }
 
 impl Drop for Abort {
     fn drop(&mut self) {
-        if self.target.is_none() {
-            return;
+        // The task must not own an `Abort`: a runtime that shuts down drops tasks, each of which would spawn the next.
+        if let Some(target) = self.target.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(abort(target));
         }
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let mut rest = Self { target: self.target.take() };
-            runtime.spawn(async move { rest.now().await });
-        }
+    }
+}
+
+async fn abort((store, multipart, path, id): Target) {
+    let attempts = store.attempts(Lane::Control, "abort of an upload", 0);
+    if let Err(failure) = attempts.run(|| multipart.abort_multipart(&path, &id)).await
+        && !failure.is_not_found()
+    {
+        let error = crate::error::Error::from(failure.explain(&store.uri_of("")));
+        tracing::warn!(%error, key = %path, "parts of a failed upload stay in the store until its lifecycle rule removes them");
     }
 }
 

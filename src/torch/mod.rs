@@ -36,6 +36,16 @@ pub use runtime::{
 /// Shorthand for this module's results.
 pub type Result<T, E = TorchError> = std::result::Result<T, E>;
 
+/// The result of one of tch's own functions, as ours.
+pub fn tch_result<T>(doing: &'static str, result: std::result::Result<T, tch::TchError>) -> Result<T> {
+    result.map_err(|error| TorchError::Refused { doing, message: error.to_string() })
+}
+
+/// The value of a tensor of one element; waits for the device.
+pub fn to_f64(tensor: &tch::Tensor) -> Result<f64> {
+    tch_result("read number", tensor.f_double_value(&[]))
+}
+
 /// Why LibTorch did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum TorchError {

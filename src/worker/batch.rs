@@ -1,10 +1,10 @@
 //! Reads a rank's sequences into tensors.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::{
     data::{DataError, Dataset, Split},
-    torch::TorchError,
+    torch::{self, TorchError},
 };
 
 /// Why a batch could not be made.
@@ -56,10 +56,9 @@ impl Batches {
         for (sample, tokens) in samples.zip(self.buffer.chunks_exact_mut(self.window)) {
             self.dataset.read_sample(split, sample, tokens)?;
         }
-        let tensor = || {
-            let flat = Tensor::f_from_slice(&self.buffer)?;
-            flat.f_view([count as i64, self.window as i64])?.f_to_device_(self.device, Kind::Int64, false, false)
-        };
-        Ok(tensor().map_err(TorchError::from)?)
+        let tensor = Tensor::f_from_slice(&self.buffer)
+            .and_then(|flat| flat.f_view([count as i64, self.window as i64]))
+            .and_then(|batch| batch.f_to_device(self.device));
+        Ok(torch::tch_result("make batch", tensor)?)
     }
 }

@@ -32,14 +32,17 @@ use tch::Tensor;
 use self::{batch::Batches, gate::StepGate, link::Link, optim::Optimizer, state::State};
 use crate::{
     config::{MicroBatches, RunConfig, micro_batches},
-    data::{Dataset, Sampler, Split, batch as positions, share},
+    data::{
+        Dataset, Sampler, Split,
+        sampler::{batch as positions, share},
+    },
     error::{Context, Error, Kind, Result},
     faults::{self, At},
     ids::{Rank, Step, WorldSize},
     model::{self, BuildSettings, Model},
     protocol::{Assignment, FromWorker, RESTORE_FD, SLOT_FDS, SaveOrder, StepReport, ToWorker},
     snapshot::{capture::Capture, image::SharedImage},
-    torch::{self, Backend, HostCopier, ProcessGroup, Reducer},
+    torch::{self, Backend, HostCopier, ProcessGroup, Reducer, Reduction},
 };
 
 /// How long ranks wait for each other: at the start, and in a collective whose peer is gone.
@@ -120,7 +123,7 @@ impl Worker {
         let model = model::build(config.model.kind, &config.model.config, &settings).context("build model")?;
         let mut state = State::new(model.as_ref())?;
         let parameters = state.weights().iter().map(|tensor| tensor.numel() as u64).sum();
-        link.tell(&FromWorker::Built { tensors: state.specs().to_vec(), device: torch::device_name(device), parameters });
+        link.tell(&FromWorker::Built { tensors: state.specs().to_vec(), device: device_name(device), parameters });
 
         let dataset = Dataset::open(&data_dir)?;
         let sampler = Sampler::over(&dataset, Split::Train, config.data.sequence_length, train.seed)?;
@@ -144,7 +147,7 @@ impl Worker {
                 }
                 ToWorker::Layout(plan) => {
                     let slots = [inherited(SLOT_FDS[0])?, inherited(SLOT_FDS[1])?];
-                    let copier = HostCopier::new(COPY_THREADS, device)?;
+                    let copier = HostCopier::new(COPY_THREADS)?;
                     capture = Some(Capture::new(&plan, &slots, state.tensors(), copier)?);
                     if resume_step == Step(0) && config.model.init_from.is_none() {
                         link.tell(&FromWorker::Ready);
@@ -159,15 +162,16 @@ impl Worker {
             }
         };
         let capture = capture.ok_or_else(|| Error::new(Kind::Bug, "agent sent no layout"))?;
-        let optimizer = Optimizer::new(train.optimizer, state.weights(), state.exp_avgs(), state.exp_avg_sqs())?;
         let reducer = match (&group, world.get()) {
             (_, 1) => None,
             (Some(group), _) => {
-                let bucket = u64::from(config.parallel.bucket_mib) << 20;
+                let bucket = (config.parallel.bucket_mib as usize) << 20;
                 Some(Reducer::new(state.weights(), group, bucket.min(1 << 20), bucket)?)
             }
             (None, _) => return Err(Error::new(Kind::Bug, "agent named no peers")),
         };
+        // After the reducer, which decides where gradients lie.
+        let optimizer = Optimizer::new(train.optimizer, state.weights(), state.exp_avgs(), state.exp_avg_sqs())?;
         let worker = Self {
             link: link.clone(),
             rank,
@@ -208,7 +212,7 @@ impl Worker {
             // The last moment at which the state of step `done` still stands.
             let stall = self.finish_capture()?;
             let lr = schedule::learning_rate(&self.config.train.schedule, self.config.train.optimizer.lr, step, self.config.train.steps);
-            let norm = self.optimizer.step(step.get(), lr)?;
+            let norm = self.optimizer.step(step, lr)?;
             self.optimizer.zero_grad()?;
 
             let report = StepReport {
@@ -248,27 +252,24 @@ impl Worker {
         let mut data = Duration::ZERO;
         for micro in 0..self.micro.accumulate {
             let reading = Instant::now();
-            let end = (cursor.start + u64::from(self.micro.micro_batch)).min(cursor.end);
-            let sampler = self.sampler;
-            let samples: Vec<u64> = (cursor.start..end).map(|position| sampler.sample_at(position).1).collect();
-            cursor.start = end;
-            let tokens = self.batches.read(Split::Train, samples.into_iter())?;
+            let (sampler, first) = (self.sampler, cursor.start);
+            cursor.start += u64::from(self.micro.micro_batch);
+            let samples = (0..self.micro.micro_batch).map(|i| sampler.sample_at(first + u64::from(i)).1);
+            let tokens = self.batches.read(Split::Train, samples)?;
             data += reading.elapsed();
 
-            let is_last = micro + 1 == self.micro.accumulate;
-            if let (true, Some(reducer)) = (is_last, &self.reducer) {
-                reducer.prepare_for_forward()?;
-            }
             let loss = self.model.loss(&tokens)?;
-            let loss = loss.f_div_scalar(f64::from(self.micro.accumulate)).map_err(torch::TorchError::from)?;
-            if let (true, Some(reducer)) = (is_last, &self.reducer) {
-                reducer.prepare_for_backward(&loss)?;
+            let loss = torch::tch_result("scale loss", loss.f_div_scalar(f64::from(self.micro.accumulate)))?;
+            let is_last = micro + 1 == self.micro.accumulate;
+            match &self.reducer {
+                Some(reducer) if is_last => reducer.backward(&loss, Reduction::Average)?,
+                Some(reducer) => reducer.backward(&loss, Reduction::Accumulate)?,
+                None => torch::tch_result("backward pass", loss.f_backward())?,
             }
-            loss.f_backward().map_err(torch::TorchError::from)?;
-            let loss = loss.f_detach().map_err(torch::TorchError::from)?;
+            let loss = loss.detach();
             total = Some(match total {
                 None => loss,
-                Some(sum) => sum.f_add(&loss).map_err(torch::TorchError::from)?,
+                Some(sum) => torch::tch_result("sum losses", sum.f_add(&loss))?,
             });
         }
         let total = total.ok_or_else(|| Error::new(Kind::Bug, "a step without a micro-batch"))?;
@@ -304,13 +305,12 @@ impl Worker {
                 return Ok(());
             }
             let end = (samples.start + u64::from(self.config.train.max_micro_batch)).min(samples.end);
-            let part: Vec<u64> = (samples.start..end).collect();
-            let len = part.len() as u64;
+            let (first, len) = (samples.start, (end - samples.start) as u32);
             samples.start = end;
-            let tokens = self.batches.read(Split::Validation, part.into_iter())?;
+            let tokens = self.batches.read(Split::Validation, (0..len).map(|i| first + u64::from(i)))?;
             let loss = tch::no_grad(|| self.model.loss(&tokens))?;
-            loss_sum += torch::to_f64(&loss)? * len as f64;
-            sequences += len;
+            loss_sum += torch::to_f64(&loss)? * f64::from(len);
+            sequences += u64::from(len);
         }
         self.link.tell(&FromWorker::Validated { step: self.done, loss_sum, sequences });
         Ok(())
@@ -328,15 +328,22 @@ fn restore(state: &mut State, files: &[(u64, u64)], weights_only: bool) -> Resul
     state.load(&files, weights_only)
 }
 
+fn device_name(device: tch::Device) -> String {
+    match device {
+        tch::Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".to_owned(),
+    }
+}
+
 fn injected(fault: faults::Injected) -> Error {
     Error::from_source(Kind::Bug, fault)
 }
 
 /// The seed of a step's generators on one rank.
-fn step_seed(seed: u64, step: Step, rank: Rank) -> i64 {
+fn step_seed(seed: u64, step: Step, rank: Rank) -> u64 {
     // SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): neighbouring steps get unrelated seeds.
     let mut z = seed ^ step.get().wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (u64::from(rank.get()) << 48);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    (z ^ (z >> 31)).cast_signed()
+    z ^ (z >> 31)
 }

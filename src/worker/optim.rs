@@ -3,21 +3,21 @@
 //! The update is that of Loshchilov and Hutter (arXiv 1711.05101) as `torch.optim.AdamW(fused=True)` computes it. Weight decay
 //! applies to matrices (two or more dimensions), not to norms. Moments are plain tensors, so that a checkpoint can hold them.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::{
     config::OptimizerConfig,
-    torch::{self, AdamW, TorchError},
+    ids::Step,
+    torch::{self, AdamW, Moments, TorchError},
 };
 
 /// Weights of one decay group with their gradients and moments, in the order of the model's parameters.
 #[derive(Debug)]
 struct Group {
     params: Vec<Tensor>,
+    gradients: Vec<Tensor>,
     exp_avgs: Vec<Tensor>,
     exp_avg_sqs: Vec<Tensor>,
-    /// The same scalar for each: the kernel wants a list.
-    steps: Vec<Tensor>,
     weight_decay: f64,
 }
 
@@ -27,19 +27,20 @@ pub struct Optimizer {
     config: OptimizerConfig,
     groups: Vec<Group>,
     params: Vec<Tensor>,
-    step: Tensor,
+    gradients: Vec<Tensor>,
 }
 
 impl Optimizer {
-    /// Over `params` with their `exp_avgs` and `exp_avg_sqs` (same order, shapes and dtype, fp32).
+    /// Over `params` with their `exp_avgs` and `exp_avg_sqs` (same order, shapes and dtype, fp32). Gradients must be where they will
+    /// stay: make a [`torch::Reducer`] before the optimizer.
     pub fn new(
         config: OptimizerConfig,
         params: &[Tensor],
         exp_avgs: &[Tensor],
         exp_avg_sqs: &[Tensor],
     ) -> Result<Self, TorchError> {
-        let device = params.first().map_or(tch::Device::Cpu, Tensor::device);
-        let step = Tensor::f_zeros([], (Kind::Float, device))?;
+        torch::zero_gradients(params)?;
+        let gradients = torch::gradients(params)?;
         let mut groups = Vec::with_capacity(2);
         for decays in [true, false] {
             let chosen: Vec<usize> = (0..params.len()).filter(|&i| (params[i].dim() >= 2) == decays).collect();
@@ -49,31 +50,28 @@ impl Optimizer {
             let pick = |from: &[Tensor]| chosen.iter().map(|&i| from[i].shallow_clone()).collect::<Vec<_>>();
             groups.push(Group {
                 params: pick(params),
+                gradients: pick(&gradients),
                 exp_avgs: pick(exp_avgs),
                 exp_avg_sqs: pick(exp_avg_sqs),
-                steps: chosen.iter().map(|_| step.shallow_clone()).collect(),
                 weight_decay: if decays { config.weight_decay } else { 0.0 },
             });
         }
         let params = params.iter().map(Tensor::shallow_clone).collect();
-        Ok(Self { config, groups, params, step })
+        Ok(Self { config, groups, params, gradients })
     }
 
-    /// One update, the `step`-th of the run (from 1), from the gradients that the parameters hold. Returns the gradient's 2-norm
-    /// before clipping, as a scalar on the device: reading it is the caller's to time.
-    pub fn step(&mut self, step: u64, lr: f64) -> Result<Tensor, TorchError> {
+    /// The `step`-th update of the run, from the gradients that the parameters hold. Returns the gradient's 2-norm before
+    /// clipping, as a scalar on the device: reading it is the caller's to time.
+    pub fn step(&mut self, step: Step, lr: f64) -> Result<Tensor, TorchError> {
         tch::no_grad(|| {
-            let gradients: Vec<Tensor> = self.params.iter().map(Tensor::f_grad).collect::<Result<_, _>>()?;
-            let norm = torch::grad_norm(&gradients)?;
+            let norm = torch::grad_norm(&self.gradients)?;
             // The kernel divides gradients by the scale: max(1, norm / limit) clips without a pass of its own.
             let scale = if self.config.grad_clip > 0.0 {
-                Some(norm.f_div_scalar(self.config.grad_clip)?.f_clamp_min(1.0)?)
+                Some(torch::tch_result("clip", norm.f_div_scalar(self.config.grad_clip).and_then(|s| s.f_clamp_min(1.0)))?)
             } else {
                 None
             };
-            let _ = self.step.f_fill_(step as f64)?;
             for group in &self.groups {
-                let gradients: Vec<Tensor> = group.params.iter().map(Tensor::f_grad).collect::<Result<_, _>>()?;
                 let settings = AdamW {
                     lr,
                     beta1: self.config.betas[0],
@@ -81,15 +79,8 @@ impl Optimizer {
                     eps: self.config.eps,
                     weight_decay: group.weight_decay,
                 };
-                torch::adamw_step(
-                    &group.params,
-                    &gradients,
-                    &group.exp_avgs,
-                    &group.exp_avg_sqs,
-                    &group.steps,
-                    settings,
-                    scale.as_ref(),
-                )?;
+                let moments = Moments { exp_avgs: &group.exp_avgs, exp_avg_sqs: &group.exp_avg_sqs };
+                torch::adamw_step(&group.params, &group.gradients, moments, step, &settings, scale.as_ref())?;
             }
             Ok(norm)
         })
@@ -97,12 +88,6 @@ impl Optimizer {
 
     /// Sets every gradient to zero, in place: the all-reduce buckets keep pointing at them.
     pub fn zero_grad(&mut self) -> Result<(), TorchError> {
-        for param in &self.params {
-            let mut gradient = param.f_grad()?;
-            if gradient.defined() {
-                let _ = gradient.f_zero_()?;
-            }
-        }
-        Ok(())
+        torch::zero_gradients(&self.params)
     }
 }

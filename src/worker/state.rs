@@ -11,7 +11,8 @@ use tch::{Kind, Tensor};
 use crate::{
     error::{Context, Error, Kind as ErrorKind, Result},
     model::Model,
-    snapshot::plan::{Dtype, ShardKind, TensorSpec, read_header},
+    checkpoint::header,
+    snapshot::plan::{Dtype, ShardKind, TensorSpec},
     torch,
 };
 
@@ -35,7 +36,7 @@ impl State {
                 specs.push(TensorSpec { name: format!("{prefix}{name}"), dtype: Dtype::F32, shape, kind });
                 tensors.push(match kind {
                     ShardKind::Model => tensor.shallow_clone(),
-                    ShardKind::Optimizer => tch::no_grad(|| tensor.f_zeros_like()).map_err(torch::TorchError::from)?,
+                    ShardKind::Optimizer => torch::tch_result("make moments", tch::no_grad(|| tensor.f_zeros_like()))?,
                 });
             }
         }
@@ -74,7 +75,7 @@ impl State {
         let index: HashMap<&str, usize> = self.specs[..wanted].iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect();
         let mut loaded = vec![false; wanted];
         for file in files {
-            for entry in read_header(file)? {
+            for entry in header::read(file)? {
                 let Some(&i) = index.get(entry.name.as_str()) else {
                     if weights_only {
                         continue;
@@ -92,7 +93,7 @@ impl State {
                         spec.dtype.name()
                     )));
                 }
-                let bytes = &file[entry.data.clone()];
+                let bytes = file_range(file, &entry.range)?;
                 load_tensor(&self.tensors[i], bytes, entry.dtype).context(format!("load tensor {}", spec.name))?;
                 loaded[i] = true;
             }
@@ -116,10 +117,16 @@ fn load_tensor(tensor: &Tensor, bytes: &[u8], dtype: Dtype) -> Result<(), torch:
         Dtype::F16 => Kind::Half,
         Dtype::I64 => Kind::Int64,
     };
-    tch::no_grad(|| {
+    let copied = tch::no_grad(|| {
         let given = Tensor::f_from_data_size(bytes, &tensor.size(), kind)?;
-        let mut tensor = tensor.shallow_clone();
-        tensor.f_copy_(&given)?;
-        Ok(())
-    })
+        tensor.shallow_clone().f_copy_(&given)
+    });
+    torch::tch_result("convert tensor", copied)
+}
+
+fn file_range<'a>(file: &'a [u8], range: &std::ops::Range<u64>) -> Result<&'a [u8]> {
+    let start = usize::try_from(range.start).ok();
+    let end = usize::try_from(range.end).ok();
+    let bytes = start.zip(end).and_then(|(start, end)| file.get(start..end));
+    bytes.ok_or_else(|| Error::new(ErrorKind::Data, "a tensor lies outside of its file"))
 }

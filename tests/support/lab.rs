@@ -244,7 +244,7 @@ nproc_per_node = 2
 every = "{EVERY} steps"
 
 [restart]
-backoff = "0.05s"
+backoff = "50ms"
 {more}"#,
             self.uri(),
             self.path("model.json").display(),

@@ -28,7 +28,10 @@ use tokio::sync::Mutex;
 
 use self::life::{End, Load, Start, Stopped};
 use crate::{
-    checkpoint::{catalog, restore},
+    checkpoint::{
+        catalog::{self, Damage},
+        restore,
+    },
     config::{Machine, RunConfig, apply_overrides, micro_batches, workers_per_node},
     data::{self, Dataset, Split},
     error::{Context, Error, Kind, Result},
@@ -110,6 +113,8 @@ struct Agent {
     nproc_per_node: Option<u32>,
     overrides: Vec<(String, String)>,
     from: Option<Step>,
+    /// Damage that was found before there was a generation to write it down under.
+    damage: Vec<Damage>,
 }
 
 /// What every life of this agent has in common.
@@ -155,6 +160,7 @@ impl Agent {
             nproc_per_node,
             overrides,
             from,
+            damage: Vec::new(),
         };
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
         let result = agent.live().await;
@@ -258,39 +264,37 @@ impl Agent {
     /// The newest usable checkpoint, or what a new run starts from. Damage is reported, and written down once this agent has a
     /// generation to write under.
     async fn choose(&mut self, resolved: &Resolved) -> Result<Load> {
-        loop {
-            let candidates = self.journal.lock().await.state().usable_checkpoints();
-            let outcome = catalog::newest_usable(&self.run, &candidates, self.from).await?;
-            for damage in &outcome.stepped_over {
-                let message = format!(
-                    "checkpoint of step {} is damaged and stepped over: {}: {}",
-                    damage.step, damage.object, damage.reason
-                );
-                self.reporter.event(&Event::Warning { message });
-            }
-            if let Some((committed, manifest)) = outcome.found {
-                let folder = layout::checkpoint(committed.step, committed.generation);
-                return Ok(Load::Checkpoint {
-                    step: committed.step,
-                    generation: committed.generation,
-                    folder,
-                    files: restore::tensor_files(&manifest),
-                });
-            }
-            if !candidates.is_empty() {
-                let have = candidates.len();
-                return Err(Error::new(Kind::Data, format!("none of the {have} checkpoints of run {} is usable", self.run_id))
-                    .with_hint(format!("`trainer verify --run-id {} --all` lists what is damaged", self.run_id)));
-            }
-            return match &resolved.config.model.init_from {
-                None => Ok(Load::Nothing),
-                Some(uri) => {
-                    let folder = Store::open(uri, &resolved.config.storage)?;
-                    let files = restore::weights_from_folder(&folder).await.context(format!("read weights of {uri}"))?;
-                    Ok(Load::Weights { folder, files })
-                }
-            };
+        let candidates = self.journal.lock().await.state().usable_checkpoints();
+        let outcome = catalog::newest_usable(&self.run, &candidates, self.from).await?;
+        for damage in &outcome.stepped_over {
+            self.warn_of_damage(damage.step, &damage.object, &damage.reason);
         }
+        self.damage.extend(outcome.stepped_over);
+        if let Some((committed, manifest)) = outcome.found {
+            return Ok(Load::Checkpoint {
+                step: committed.step,
+                generation: committed.generation,
+                folder: layout::checkpoint(committed.step, committed.generation),
+                files: restore::tensor_files(&manifest),
+            });
+        }
+        if !candidates.is_empty() {
+            let what = match self.from {
+                Some(step) => format!("the checkpoint of step {step} of run {} is damaged", self.run_id),
+                None => format!("none of the {} checkpoints of run {} is usable", candidates.len(), self.run_id),
+            };
+            let hint = format!("`trainer verify --run-id {} --all` lists what is damaged", self.run_id);
+            return Err(Error::new(Kind::Data, what).with_hint(hint));
+        }
+        let Some(uri) = &resolved.config.model.init_from else { return Ok(Load::Nothing) };
+        let folder = Store::open(uri, &resolved.config.storage)?;
+        let files = restore::weights_from_folder(&folder).await.context(format!("read weights of {uri}"))?;
+        Ok(Load::Weights { folder, files })
+    }
+
+    fn warn_of_damage(&self, step: Step, object: &str, reason: &str) {
+        let message = format!("checkpoint of step {step} is damaged and stepped over: {object}: {reason}");
+        self.reporter.event(&Event::Warning { message });
     }
 
     async fn form(&mut self, resolved: &Resolved, load: &Load, reason: FormedReason) -> Result<Generation> {
@@ -309,6 +313,10 @@ impl Agent {
                 Ok(generation) => {
                     // They hold for every later generation, too: said once is enough.
                     self.overrides.clear();
+                    let mut journal = self.journal.lock().await;
+                    for Damage { step, generation, object, reason } in self.damage.drain(..) {
+                        journal.append(Record::Damaged { step, generation, reason: format!("{object}: {reason}") }).await?;
+                    }
                     return Ok(generation);
                 }
                 Err(JournalError::Overtaken { node, .. }) => {
@@ -325,8 +333,7 @@ impl Agent {
         let Load::Checkpoint { step, generation, .. } = load else {
             return Err(Error::new(Kind::Data, format!("{object}: {reason}")));
         };
-        let message = format!("checkpoint of step {step} is damaged and stepped over: {object}: {reason}");
-        self.reporter.event(&Event::Warning { message });
+        self.warn_of_damage(*step, object, reason);
         let record = Record::Damaged { step: *step, generation: *generation, reason: format!("{object}: {reason}") };
         self.journal.lock().await.append(record).await?;
         self.from = None;
@@ -409,7 +416,10 @@ async fn resolve(config: &RunConfig, nproc_per_node: Option<u32>, reporter: &Rep
     let workers = workers_per_node(&config.parallel, nproc_per_node, &Machine::detect());
     micro_batches(config.train.global_batch, WorldSize(workers), config.train.max_micro_batch)?;
     reporter.event(&Event::Phase { doing: "opening the token shards".into() });
-    let data_dir = data::ensure_local(&config.data.train, &config.storage).await?;
+    let shown = |progress: data::cache::CacheProgress| {
+        tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
+    };
+    let data_dir = data::ensure_local(&config.data.train, &cache_folder(), &config.storage, shown).await?;
     let dataset = Dataset::open(&data_dir)?;
     let vocabulary = model::vocab_size(config.model.kind, &config.model.config)?;
     data::check_vocabulary(dataset.index(), &config.data.train, vocabulary.into(), "model.config")?;
@@ -427,6 +437,13 @@ async fn resolve(config: &RunConfig, nproc_per_node: Option<u32>, reporter: &Rep
         Error::new(Kind::Config, message).with_hint("shorten data.sequence_length or prepare more data")
     })?;
     Ok(Resolved { workers, sequences, companions: companions(config, &data_dir, dataset.index())?, config: config.clone(), data_dir })
+}
+
+/// Where datasets that lie in an object store are kept on this machine.
+fn cache_folder() -> PathBuf {
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    base.unwrap_or_else(std::env::temp_dir).join("trainer").join("datasets")
 }
 
 /// The small files that make a checkpoint's folder a Hugging Face model folder.

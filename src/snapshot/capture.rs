@@ -75,7 +75,6 @@ fn open(slot: &SharedImage, len: u64) -> Result<Pinned<ImageChunk>> {
     let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error);
     let mapping = slot.map().map_err(memory)?;
     mapping.prefault().map_err(memory)?;
-    let mut whole = mapping.chunks(&[0..len]).map_err(memory)?;
-    let whole = whole.pop().ok_or_else(|| Error::new(Kind::Bug, "empty image"))?;
-    Ok(Pinned::new(whole)?)
+    let whole = mapping.chunks(&[std::ops::Range { start: 0, end: len }]).map_err(memory)?.pop();
+    Ok(Pinned::new(whole.ok_or_else(|| Error::new(Kind::Bug, "empty image"))?)?)
 }

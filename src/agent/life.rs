@@ -52,7 +52,7 @@ const LAST_SAVE_TRIES: u32 = 4;
 const REMEMBERED: u64 = 64;
 
 /// What a life starts with.
-pub struct Start {
+pub struct Plan {
     /// The run's configuration, overrides applied.
     pub config: RunConfig,
     /// Local folder of the token shards.
@@ -180,7 +180,7 @@ struct Kept {
 }
 
 struct Life<'a> {
-    start: Start,
+    start: Plan,
     reporter: &'a Reporter,
     workers: Option<Workers>,
     slots: Vec<Slots>,
@@ -220,7 +220,7 @@ struct Death {
 }
 
 /// Runs a life to its end.
-pub async fn run(start: Start, signals: &mut Signals, reporter: &Reporter) -> Result<End> {
+pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Result<End> {
     let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("make shared memory");
     let (worker_events, mut from_workers) = mpsc::unbounded_channel();
     let (saves, mut from_saver) = mpsc::unbounded_channel();
@@ -298,7 +298,7 @@ pub async fn run(start: Start, signals: &mut Signals, reporter: &Reporter) -> Re
 
 /// Starts getting what is to be loaded, while the workers start. Returns where each file will lie.
 fn begin_fetch(
-    start: &Start,
+    start: &Plan,
     image: &SharedImage,
     done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
 ) -> Result<Vec<(u64, u64)>> {

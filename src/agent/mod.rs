@@ -26,13 +26,13 @@ use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::sync::Mutex;
 
-use self::life::{End, Load, Start, Stopped};
+use self::life::{End, Load, Plan, Stopped};
 use crate::{
     checkpoint::{
         catalog::{self, Damage},
         restore,
     },
-    config::{Machine, RunConfig, apply_overrides, micro_batches, workers_per_node},
+    config::{Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
     data::{self, Dataset, Split},
     error::{Context, Error, Kind, Result},
     ids::{Generation, NodeId, RunId, Step, WorldSize},
@@ -56,7 +56,7 @@ pub struct Launch {
     /// The run.
     pub run_id: RunId,
     /// New, or carried on.
-    pub begin: Begin,
+    pub start: Start,
     /// Workers on this node, if the command line says.
     pub nproc_per_node: Option<u32>,
     /// Hears what happens.
@@ -65,14 +65,14 @@ pub struct Launch {
 
 /// How a run begins.
 #[derive(Clone, Debug)]
-pub enum Begin {
+pub enum Start {
     /// It must not exist yet.
     Create(Box<RunConfig>),
     /// It must exist.
     Resume {
         /// The checkpoint's step; `None`: the newest that verifies.
         from: Option<Step>,
-        /// Settings changed from here on.
+        /// `--set key=value`, as typed; see [`crate::config::canonical_overrides`].
         overrides: Vec<(String, String)>,
     },
 }
@@ -128,7 +128,7 @@ struct Resolved {
 
 impl Agent {
     async fn run(launch: Launch) -> Result<Outcome> {
-        let Launch { store, run_id, begin, nproc_per_node, reporter } = launch;
+        let Launch { store, run_id, start, nproc_per_node, reporter } = launch;
         let signals = Signals::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
         let run = store.folder(run_id.as_str());
         let node = NodeId::random();
@@ -136,14 +136,14 @@ impl Agent {
 
         doing("checking the store");
         store.prove_create_is_atomic().await?;
-        let (journal, overrides, from, new) = match begin {
-            Begin::Create(config) => {
+        let (journal, overrides, from, new) = match start {
+            Start::Create(config) => {
                 // Whatever the configuration names is looked at before the run exists.
                 resolve(&config, nproc_per_node, &reporter).await?;
                 let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
                 (journal, Vec::new(), None, true)
             }
-            Begin::Resume { from, overrides } => {
+            Start::Resume { from, overrides } => {
                 (Journal::open(run.clone(), node.clone(), run_id.clone()).await?, overrides, from, false)
             }
         };
@@ -171,10 +171,8 @@ impl Agent {
 
     async fn live(&mut self) -> Result<Outcome> {
         self.wait_for_the_other().await?;
-        let config = {
-            let journal = self.journal.lock().await;
-            effective(journal.state(), &self.overrides)?
-        };
+        let (config, overrides) = effective(self.journal.lock().await.state(), &self.overrides)?;
+        self.overrides = overrides;
         let resolved = resolve(&config, self.nproc_per_node, &self.reporter).await?;
         let mut deaths = Vec::new();
         let mut reason = FormedReason::Started;
@@ -188,7 +186,7 @@ impl Agent {
                 total_steps: resolved.config.train.steps,
             });
             let began = tokio::time::Instant::now();
-            let start = Start {
+            let plan = Plan {
                 config: resolved.config.clone(),
                 data_dir: resolved.data_dir.clone(),
                 sequences: resolved.sequences,
@@ -205,7 +203,7 @@ impl Agent {
                 companions: resolved.companions.clone(),
                 measured: self.measured().await,
             };
-            match life::run(start, &mut self.signals, &self.reporter).await {
+            match life::run(plan, &mut self.signals, &self.reporter).await {
                 Ok(End::Completed { loss }) => return self.complete(generation, &resolved, loss).await,
                 Ok(End::Stopped(stopped)) => return self.interrupted(generation, &stopped).await,
                 Ok(End::Damaged { object, reason }) => self.step_over(&load, &object, &reason).await?,
@@ -435,11 +433,11 @@ fn unfinished_leader(state: &RunState) -> Option<NodeId> {
     (open && !said).then(|| formed.node.clone())
 }
 
-/// The configuration that holds now: as created, with what every generation has changed, and what this command changes.
-fn effective(state: &RunState, overrides: &[(String, String)]) -> Result<RunConfig> {
-    let mut all = state.overrides();
-    all.extend_from_slice(overrides);
-    Ok(apply_overrides(state.config(), &all)?)
+/// The configuration that holds now: as created, with what every generation has changed, and what this command changes; and
+/// those last changes in the form in which the journal keeps them.
+fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Vec<(String, String)>)> {
+    let base = apply_overrides(state.config(), &state.overrides())?;
+    Ok((apply_overrides(&base, typed)?, canonical_overrides(&base, typed)?))
 }
 
 /// Looks at everything that the configuration names, and fetches the data.

@@ -77,3 +77,58 @@ impl<M: AsMut<[u8]>> Drop for Pinned<M> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    #[test]
+    fn bytes_go_in_and_come_out_unchanged() {
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Int64] {
+            let tensor = Tensor::zeros([3, 5], (kind, Device::Cpu)).set_requires_grad(kind == Kind::Float);
+            let len = byte_len(&tensor).unwrap();
+            // Starts at an odd address on purpose: a file's bytes lie anywhere.
+            let bytes: Vec<u8> = (0..=len).map(|i| (i * 37) as u8).collect();
+            load_bytes(&tensor, &bytes[1..]).unwrap();
+            let mut back = vec![0; len];
+            store_bytes(&tensor, &mut back).unwrap();
+            assert_eq!(back, bytes[1..], "{kind:?}");
+        }
+        let scalar = Tensor::from(0.0_f32);
+        load_bytes(&scalar, &1.5_f32.to_le_bytes()).unwrap();
+        assert_eq!(f64::try_from(scalar).unwrap(), 1.5);
+        load_bytes(&Tensor::zeros([0], (Kind::Float, Device::Cpu)), &[]).unwrap();
+    }
+
+    #[test]
+    fn a_load_counts_as_a_change_of_the_tensor() {
+        let weight = Tensor::ones([2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let loss = weight.square().sum(Kind::Float);
+        load_bytes(&weight, &[0; 8]).unwrap();
+        assert!(loss.f_backward().is_err(), "autograd did not notice that a saved tensor was overwritten");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let tensor = Tensor::zeros([4, 2], (Kind::Float, Device::Cpu));
+        for len in [0, 31, 33] {
+            assert!(matches!(load_bytes(&tensor, &vec![0; len]), Err(TorchError::Length { tensor: 32, .. })));
+            assert!(matches!(store_bytes(&tensor, &mut vec![0; len]), Err(TorchError::Length { tensor: 32, .. })));
+        }
+        let transposed = tensor.tr();
+        assert!(matches!(load_bytes(&transposed, &[0; 32]), Err(TorchError::NotContiguous { .. })));
+        assert!(matches!(byte_len(&transposed), Err(TorchError::NotContiguous { .. })));
+        assert!(byte_len(&Tensor::new()).is_err(), "undefined");
+        assert!(byte_len(&tensor.to_sparse_sparse_dim(1)).is_err(), "sparse");
+    }
+
+    #[test]
+    fn pinned_memory_is_the_memory_that_was_given() {
+        let mut pinned = Pinned::new(vec![7_u8; 4096]).unwrap();
+        pinned.as_mut()[1] = 9;
+        assert_eq!(pinned.as_mut()[..3], [7, 9, 7]);
+        assert!(Pinned::new(Vec::new()).unwrap().as_mut().is_empty());
+    }
+}

@@ -403,3 +403,136 @@ impl fmt::Debug for Queue {
         f.debug_struct("Queue").field("batches", &lock(&self.waiting).batches.len()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    /// Tensors of many sizes, some longer than a chunk, one empty, and where they go: packed, one byte apart.
+    fn jobs() -> (Vec<Tensor>, Vec<CopyJob>, usize) {
+        let elements = [1, 0, CHUNK as i64 / 4, 5, CHUNK as i64 * 3 / 4 + 3, 77_777];
+        let tensors: Vec<_> = elements
+            .iter()
+            .zip(1..)
+            .map(|(&n, seed)| (Tensor::arange(n, (Kind::Float, Device::Cpu)) * 0.7 + f64::from(seed)).sin())
+            .collect();
+        let mut offset = 1;
+        let jobs = tensors
+            .iter()
+            .map(|tensor| {
+                let len = tensor.numel() as u64 * 4;
+                let job = CopyJob { tensor: tensor.shallow_clone(), offset, len };
+                offset += len + 1;
+                job
+            })
+            .collect();
+        (tensors, jobs, offset as usize)
+    }
+
+    fn expected(tensors: &[Tensor], size: usize) -> Vec<u8> {
+        let mut bytes = vec![0xee; size];
+        let mut offset = 1;
+        for tensor in tensors {
+            let len = tensor.numel() * 4;
+            super::super::store_bytes(tensor, &mut bytes[offset..offset + len]).unwrap();
+            offset += len + 1;
+        }
+        bytes
+    }
+
+    #[test]
+    fn bytes_are_exact_while_compute_reads_the_tensors() {
+        for threads in [1, 3] {
+            let copier = HostCopier::new(threads).unwrap();
+            let (tensors, list, size) = jobs();
+            let (sender, receiver) = mpsc::channel();
+            let ticket = copier.start(vec![0xee; size], list, move |took| sender.send(took).unwrap()).unwrap();
+            let sum: f64 = tensors.iter().map(|tensor| f64::try_from(tensor.sum(Kind::Double)).unwrap()).sum();
+            let Copied { destination, took } = ticket.wait().unwrap();
+            assert!(sum.is_finite());
+            assert!(destination == expected(&tensors, size), "{threads} threads");
+            assert_eq!(receiver.try_recv(), Ok(took), "the callback runs before the waiter wakes");
+        }
+    }
+
+    #[test]
+    fn a_copier_serves_many_copies_and_finishes_them_before_it_goes() {
+        let copier = HostCopier::new(2).unwrap();
+        let tickets: Vec<_> = (0..10)
+            .map(|_| {
+                let (tensors, list, size) = jobs();
+                (tensors, size, copier.start(vec![0xee; size], list, |_| ()).unwrap())
+            })
+            .collect();
+        drop(copier);
+        for (tensors, size, ticket) in tickets {
+            assert!(ticket.is_done());
+            assert!(ticket.wait().unwrap().destination == expected(&tensors, size));
+        }
+    }
+
+    #[test]
+    fn a_copy_is_not_done_before_its_callback_and_a_dropped_ticket_waits_for_it() {
+        let copier = HostCopier::new(2).unwrap();
+        let (_tensors, list, size) = jobs();
+        let (go, gate) = mpsc::channel::<()>();
+        let (sender, receiver) = mpsc::channel();
+        let ticket = copier
+            .start(vec![0; size], list, move |_| {
+                gate.recv().unwrap();
+                sender.send(()).unwrap();
+            })
+            .unwrap();
+        assert!(!ticket.is_done());
+        go.send(()).unwrap();
+        drop(ticket);
+        assert_eq!(receiver.try_recv(), Ok(()));
+    }
+
+    #[test]
+    fn nothing_to_copy_is_done_at_once() {
+        let copier = HostCopier::new(1).unwrap();
+        let ticket = copier.start(Vec::new(), Vec::new(), |_| ()).unwrap();
+        assert!(ticket.is_done());
+        assert!(ticket.wait().unwrap().destination.is_empty());
+    }
+
+    #[test]
+    fn a_callback_that_panics_is_an_error_and_the_threads_live_on() {
+        let copier = HostCopier::new(1).unwrap();
+        let (_tensors, list, size) = jobs();
+        let ticket = copier.start(vec![0; size], list, |_| panic!("on purpose")).unwrap();
+        assert!(matches!(ticket.wait(), Err(TorchError::Callback)));
+        let (tensors, list, size) = jobs();
+        let copied = copier.start(vec![0xee; size], list, |_| ()).unwrap().wait().unwrap();
+        assert!(copied.destination == expected(&tensors, size));
+    }
+
+    #[test]
+    fn the_destination_may_hold_its_bytes_within_itself() {
+        let copier = HostCopier::new(1).unwrap();
+        let job = CopyJob { tensor: Tensor::from_slice(&[1_u8, 2, 3]), offset: 1, len: 3 };
+        let copied = copier.start([0_u8; 5], vec![job], |_| ()).unwrap().wait().unwrap();
+        assert_eq!(copied.destination, [0, 1, 2, 3, 0]);
+    }
+
+    #[test]
+    fn jobs_that_do_not_fit_are_refused() {
+        let copier = HostCopier::new(1).unwrap();
+        let tensor = Tensor::zeros([2, 4], (Kind::Float, Device::Cpu));
+        let job = |tensor: &Tensor, offset, len| CopyJob { tensor: tensor.shallow_clone(), offset, len };
+        let start = |jobs| copier.start(vec![0; 64], jobs, |_| panic!("ran")).unwrap_err();
+        assert!(matches!(start(vec![job(&tensor.tr(), 0, 32)]), TorchError::NotContiguous { .. }));
+        assert!(matches!(start(vec![job(&tensor, 0, 31)]), TorchError::Length { tensor: 32, given: 31, .. }));
+        for offset in [33, u64::MAX - 8] {
+            assert!(matches!(start(vec![job(&tensor, offset, 32)]), TorchError::Range { .. }));
+        }
+        let overlapping = vec![job(&tensor, 32, 32), job(&tensor, 1, 32)];
+        assert!(matches!(start(overlapping), TorchError::Range { offset: 32, len: 32, size: 64 }));
+        assert!(matches!(start(vec![job(&Tensor::new(), 0, 0)]), TorchError::Refused { .. }));
+    }
+}

@@ -91,7 +91,6 @@ unsafe extern "C" {
         out: *mut *mut GroupHandle,
     ) -> i32;
     pub(super) fn trn_group_free(group: *mut GroupHandle) -> i32;
-    pub(super) fn trn_group_share(group: *const GroupHandle, out: *mut *mut GroupHandle) -> i32;
     pub(super) fn trn_group_all_reduce_sum(group: *const GroupHandle, tensor: *const AtTensor) -> i32;
     pub(super) fn trn_group_broadcast(group: *const GroupHandle, tensor: *const AtTensor, root: i32) -> i32;
     pub(super) fn trn_group_barrier(group: *const GroupHandle) -> i32;

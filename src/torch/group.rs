@@ -198,22 +198,12 @@ impl ProcessGroup {
         check("barrier", unsafe { ffi::trn_group_barrier(self.handle) })
     }
 
-    /// Makes every collective of this rank fail, those in flight too; the group is of no more use.
+    /// Gives up work in flight, so that dropping the group after an error does not wait for a peer: NCCL's kernels would.
+    /// Gloo has nothing to give up; its collectives end with a peer's connection or at the time limit. The group is of
+    /// no more use.
     pub fn abort(&self) -> Result<()> {
         // SAFETY: the group is alive for the call.
         check("abort the process group", unsafe { ffi::trn_group_abort(self.handle) })
-    }
-
-    /// The means to [`abort`](Self::abort) from another thread while this one waits in a collective.
-    pub fn aborter(&self) -> Result<Abort> {
-        Ok(Abort(Self { handle: self.share()?, rank: self.rank, world: self.world }))
-    }
-
-    fn share(&self) -> Result<*mut ffi::GroupHandle> {
-        let mut handle = ptr::null_mut();
-        // SAFETY: pointers are valid for the call.
-        check("share the process group", unsafe { ffi::trn_group_share(self.handle, &mut handle) })?;
-        Ok(handle)
     }
 
     pub(super) fn handle(&self) -> *const ffi::GroupHandle {
@@ -228,19 +218,134 @@ impl Drop for ProcessGroup {
     }
 }
 
-/// Aborts a [`ProcessGroup`] from any thread.
-#[derive(Debug)]
-pub struct Abort(ProcessGroup);
+#[cfg(test)]
+pub(super) mod tests {
+    use std::{sync::mpsc, thread};
 
-// SAFETY: c10d counts the group's owners atomically, and its `abort` is made to be called while another thread waits in
-// a collective; nothing else of the group can be reached through this.
-unsafe impl Send for Abort {}
-// SAFETY: as above.
-unsafe impl Sync for Abort {}
+    use tch::Kind;
 
-impl Abort {
-    /// See [`ProcessGroup::abort`].
-    pub fn abort(&self) -> Result<()> {
-        self.0.abort()
+    use super::*;
+
+    pub(in crate::torch) const LIMIT: Duration = Duration::from_secs(60);
+
+    /// Runs `body` as every rank of a Gloo group, each on a thread of its own; gives the results by rank.
+    pub(in crate::torch) fn ranks<T: Send>(
+        world: u32,
+        limit: Duration,
+        body: impl Fn(ProcessGroup) -> T + Sync,
+    ) -> Vec<T> {
+        let store = Store::serve("127.0.0.1", LIMIT).unwrap();
+        let port = store.port();
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..world)
+                .map(|rank| {
+                    let body = &body;
+                    scope.spawn(move || {
+                        let store = Store::connect("127.0.0.1", port, LIMIT).unwrap();
+                        let (rank, world) = (Rank(rank), WorldSize(world));
+                        body(ProcessGroup::new(Backend::Gloo, &store, "test", rank, world, limit, Device::Cpu).unwrap())
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn all_reduce_sums_over_two_and_three_ranks() {
+        for world in [2, 3] {
+            let sums = ranks(world, LIMIT, |group| {
+                let mut tensor = Tensor::arange(1000, (Kind::Float, Device::Cpu)) + f64::from(group.rank().get());
+                group.all_reduce_sum(&mut tensor).unwrap();
+                group.barrier().unwrap();
+                Vec::<f32>::try_from(tensor).unwrap()
+            });
+            let extra = (0..world).sum::<u32>();
+            let want: Vec<f32> = (0..1000).map(|i| (i * world + extra) as f32).collect();
+            assert!(sums.iter().all(|sum| *sum == want), "{world} ranks");
+        }
+    }
+
+    #[test]
+    fn broadcast_gives_everyone_the_roots_tensor() {
+        let got = ranks(3, LIMIT, |group| {
+            let mut tensor = Tensor::from_slice(&[i64::from(group.rank().get()); 4]);
+            assert!(group.broadcast(&mut tensor, Rank(3)).is_err(), "a root outside the world");
+            group.broadcast(&mut tensor, Rank(2)).unwrap();
+            Vec::<i64>::try_from(tensor).unwrap()
+        });
+        assert_eq!(got, [[2; 4], [2; 4], [2; 4]]);
+    }
+
+    #[test]
+    fn a_peer_that_leaves_is_an_error_and_not_a_hang() {
+        let results = ranks(2, LIMIT, |group| {
+            if group.rank() == Rank(1) {
+                return Ok(());
+            }
+            group.all_reduce_sum(&mut Tensor::zeros([8], (Kind::Float, Device::Cpu)))
+        });
+        let Err(TorchError::Peer { message, .. }) = &results[0] else { panic!("{results:?}") };
+        assert!(!message.is_empty());
+    }
+
+    #[test]
+    fn a_peer_that_hangs_is_an_error_after_the_limit() {
+        let (leave, wait) = mpsc::channel::<()>();
+        let wait = std::sync::Mutex::new(wait);
+        let results = ranks(2, Duration::from_secs(1), |group| {
+            if group.rank() == Rank(1) {
+                // Stays connected until the other has its answer.
+                let _ = wait.lock().unwrap().recv();
+                return Ok(());
+            }
+            let result = group.all_reduce_sum(&mut Tensor::zeros([8], (Kind::Float, Device::Cpu)));
+            leave.send(()).unwrap();
+            result
+        });
+        assert!(matches!(results[0], Err(TorchError::Peer { .. })), "{results:?}");
+    }
+
+    #[test]
+    fn a_group_can_be_given_up_and_dropped() {
+        let results = ranks(2, LIMIT, |group| {
+            group.barrier().unwrap();
+            group.abort()
+        });
+        assert!(results.iter().all(Result::is_ok), "{results:?}");
+    }
+
+    #[test]
+    fn what_libtorch_refuses_arrives_as_a_readable_error() {
+        let errors = ranks(1, LIMIT, |group| {
+            let mut strided = Tensor::zeros([4, 6], (Kind::Float, Device::Cpu)).transpose(0, 1);
+            group.all_reduce_sum(&mut strided).unwrap_err()
+        });
+        let text = errors[0].to_string();
+        assert!(matches!(errors[0], TorchError::Refused { .. }), "{text}");
+        assert!(text.starts_with("all-reduce: ") && text.contains("contiguous"), "{text}");
+        assert!(!text.contains("frame #"), "a backtrace of LibTorch: {text}");
+    }
+
+    #[test]
+    fn a_dead_port_is_an_error_in_time() {
+        // Bound, but nobody listens: nobody else gets the port meanwhile.
+        let socket =
+            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&socket, &std::net::SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = std::net::SocketAddr::try_from(rustix::net::getsockname(&socket).unwrap()).unwrap();
+        let error = Store::connect("127.0.0.1", address.port(), Duration::from_secs(1)).unwrap_err();
+        assert!(matches!(error, TorchError::Peer { .. }), "{error}");
+        assert!(error.to_string().starts_with("connect to the rendezvous store: "), "{error}");
+    }
+
+    #[test]
+    fn the_store_of_a_run_on_one_machine_is_not_open_to_the_outside() {
+        let store = Store::serve("127.0.0.1", LIMIT).unwrap();
+        assert!(store.local_address().unwrap().is_loopback());
+        // The port is free on another loopback address: the store is bound to its own alone.
+        TcpListener::bind(("127.0.0.2", store.port())).unwrap();
+        assert!(Store::serve("no such host", LIMIT).is_err());
+        assert!(Store::connect("nul\0host", 1, LIMIT).is_err());
     }
 }

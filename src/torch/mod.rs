@@ -25,7 +25,7 @@ use crate::error::{Explain, Kind};
 
 pub use bytes::{Pinned, byte_len, load_bytes, store_bytes};
 pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
-pub use group::{Abort, Backend, ProcessGroup, Store};
+pub use group::{Backend, ProcessGroup, Store};
 pub use optim::{AdamW, Moments, adamw_step, grad_norm};
 pub use reducer::{Reducer, Reduction, gradients, zero_gradients};
 pub use runtime::{

@@ -95,3 +95,91 @@ pub fn pick_device(local_rank: Rank) -> Result<Device> {
     check("use device", unsafe { ffi::trn_use_device(ffi::device_index(device)?) })?;
     Ok(device)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use tch::Kind;
+
+    use super::*;
+
+    /// These change or read what holds for the whole process, so they run in one of their own. The test binary is
+    /// started again with a variable set, and then runs this one test's body.
+    fn in_own_process(name: &str, body: impl FnOnce()) {
+        const VARIABLE: &str = "TRAINER_TEST_RUNTIME";
+        if std::env::var(VARIABLE).as_deref() == Ok(name) {
+            return body();
+        }
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", &format!("torch::runtime::tests::{name}"), "--nocapture"])
+            .env(VARIABLE, name)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && text.contains("1 passed"),
+            "{text}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    fn draw() -> Vec<f32> {
+        Vec::try_from(Tensor::rand([16], (Kind::Float, Device::Cpu))).unwrap()
+    }
+
+    #[test]
+    fn random_numbers_carry_on_from_a_saved_state() {
+        in_own_process("random_numbers_carry_on_from_a_saved_state", || {
+            manual_seed(7).unwrap();
+            let first = draw();
+            let state = rng_state(Device::Cpu).unwrap();
+            let next = draw();
+            assert_ne!(first, next);
+            set_rng_state(Device::Cpu, &state).unwrap();
+            assert_eq!(draw(), next);
+            manual_seed(7).unwrap();
+            assert_eq!(draw(), first);
+            for bad in [&[][..], &state[1..], &vec![0xff; state.len()]] {
+                assert!(set_rng_state(Device::Cpu, bad).is_err(), "{} bytes", bad.len());
+            }
+        });
+    }
+
+    #[test]
+    fn threads_and_determinism_are_set_once_for_the_process() {
+        in_own_process("threads_and_determinism_are_set_once_for_the_process", || {
+            set_num_threads(2).unwrap();
+            assert_eq!(tch::get_num_threads(), 2);
+            assert!(set_num_threads(0).is_err() && set_num_threads(u32::MAX).is_err());
+            set_interop_threads(1).unwrap();
+            let error = set_interop_threads(1).unwrap_err();
+            assert!(matches!(error, TorchError::Refused { .. }), "{error}");
+            // An operation without a deterministic implementation on the CPU.
+            let put = || {
+                Tensor::zeros([4], (Kind::Float, Device::Cpu)).f_put(
+                    &Tensor::from_slice(&[1_i64, 1]),
+                    &Tensor::from_slice(&[1.0_f32, 2.0]),
+                    false,
+                )
+            };
+            assert!(put().is_ok());
+            set_deterministic(true).unwrap();
+            assert!(put().is_err());
+            set_deterministic(false).unwrap();
+            assert!(put().is_ok());
+        });
+    }
+
+    #[test]
+    fn a_worker_gets_its_gpu_or_the_cpu_where_there_is_none() {
+        let devices = device_count().unwrap();
+        let device = pick_device(Rank(0)).unwrap();
+        assert_eq!(device, if devices == 0 { Device::Cpu } else { Device::Cuda(0) });
+        match pick_device(Rank(devices)) {
+            Ok(device) => assert_eq!((devices, device), (0, Device::Cpu)),
+            Err(error) => assert!(devices > 0 && matches!(error, TorchError::NoDevice { .. }), "{error}"),
+        }
+        assert!(matches!(rng_state(Device::Mps), Err(TorchError::Device(_))));
+    }
+}

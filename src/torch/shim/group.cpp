@@ -2,10 +2,13 @@
 #include "shim.h"
 
 #include <chrono>
+#include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <optional>
 
 #include <ATen/ATen.h>
+#include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -20,18 +23,6 @@ namespace trainer {
 namespace {
 
 using std::chrono::milliseconds;
-
-// Gloo as it is, with an abort that works: closed connections make every collective in flight fail at once.
-class Gloo final : public c10d::ProcessGroupGloo {
- public:
-  using ProcessGroupGloo::ProcessGroupGloo;
-
-  void abort() override {
-    for (auto& context : contexts_) {
-      context->closeConnections();
-    }
-  }
-};
 
 // A reducer whose first step is like every other step.
 //
@@ -99,6 +90,21 @@ c10::intrusive_ptr<c10d::Backend> make_nccl(
 #endif
 }
 
+// c10d logs each failed attempt to connect with a backtrace, beside the error that it throws. The error says it all.
+void quiet() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) {
+      FLAGS_caffe2_log_level = c10::GLOG_FATAL;
+    }
+  });
+}
+
+// Backends send raw memory.
+void check_dense(const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.defined() && tensor.is_contiguous(), "the tensor is not contiguous");
+}
+
 } // namespace
 } // namespace trainer
 
@@ -109,6 +115,7 @@ extern "C" {
 // Takes the listening socket over.
 int32_t trn_store_serve(const char* host, uint16_t port, int32_t listener, int64_t timeout_ms, Store** out) {
   return guarded(Touches::kNetwork, [&] {
+    quiet();
     c10d::TCPStoreOptions options;
     options.isServer = true;
     options.port = port;
@@ -121,6 +128,7 @@ int32_t trn_store_serve(const char* host, uint16_t port, int32_t listener, int64
 
 int32_t trn_store_connect(const char* host, uint16_t port, int64_t timeout_ms, Store** out) {
   return guarded(Touches::kNetwork, [&] {
+    quiet();
     c10d::TCPStoreOptions options;
     options.port = port;
     options.waitWorkers = false;
@@ -158,7 +166,7 @@ int32_t trn_group_new(
       type = c10d::ProcessGroup::BackendType::GLOO;
       auto options = c10d::ProcessGroupGloo::Options::create(timeout);
       options->devices.push_back(c10d::ProcessGroupGloo::createDeviceForHostname(address));
-      backend = c10::make_intrusive<Gloo>(scoped, rank, size, std::move(options));
+      backend = c10::make_intrusive<c10d::ProcessGroupGloo>(scoped, rank, size, std::move(options));
     }
     auto group = c10::make_intrusive<c10d::ProcessGroup>(scoped, rank, size);
     group->setBackend(device.type(), type, backend);
@@ -172,14 +180,10 @@ int32_t trn_group_free(Group* group) {
   return guarded(Touches::kNetwork, [&] { delete group; });
 }
 
-// Another owner of the same group, for a second thread.
-int32_t trn_group_share(const Group* group, Group** out) {
-  return guarded([&] { *out = new Group(*group); });
-}
-
 int32_t trn_group_all_reduce_sum(const Group* group, const at::Tensor* tensor) {
   return guarded(Touches::kNetwork, [&] {
     at::NoGradGuard no_grad;
+    check_dense(*tensor);
     std::vector<at::Tensor> tensors{*tensor};
     group->group->allreduce(tensors)->wait();
   });
@@ -188,6 +192,7 @@ int32_t trn_group_all_reduce_sum(const Group* group, const at::Tensor* tensor) {
 int32_t trn_group_broadcast(const Group* group, const at::Tensor* tensor, int32_t root) {
   return guarded(Touches::kNetwork, [&] {
     at::NoGradGuard no_grad;
+    check_dense(*tensor);
     c10d::BroadcastOptions options;
     options.rootRank = root;
     std::vector<at::Tensor> tensors{*tensor};

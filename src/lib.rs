@@ -19,6 +19,7 @@ pub mod agent;
 pub mod rendezvous;
 pub mod worker;
 pub mod protocol;
+pub mod model;
 pub mod data;
 pub mod notice;
 pub mod snapshot;

@@ -109,11 +109,7 @@ pub fn absolute_uri(text: &str, cwd: &Path) -> Result<String, &'static str> {
         return file_uri(Path::new(text), cwd).ok_or(EXPECTED);
     };
     match scheme {
-        "file" if rest.starts_with('/') => {
-            let path = url::Url::parse(text).ok().and_then(|url| url.to_file_path().ok()).ok_or(EXPECTED)?;
-            file_uri(&path, cwd).ok_or(EXPECTED)
-        }
-        // "file://./runs" is not a URI by the standard; the rest is taken as a path, letter by letter.
+        // What follows is a path, letter by letter: "file://./runs" is no URI by the standard, and nothing is encoded.
         "file" if !rest.is_empty() => file_uri(Path::new(rest), cwd).ok_or(EXPECTED),
         "memory" => Ok(text.to_owned()),
         "s3" | "gs" | "az" => {
@@ -142,14 +138,14 @@ fn file_uri(path: &Path, cwd: &Path) -> Option<String> {
             other => clean.push(other),
         }
     }
-    url::Url::from_file_path(clean).ok().map(String::from)
+    Some(format!("file://{}", clean.to_str()?))
 }
 
 /// The local path behind a path or a `file://` URI; `None` for a remote one.
 pub fn local_path(uri: &str) -> Option<PathBuf> {
     match uri.split_once("://") {
         None => Some(PathBuf::from(uri)),
-        Some(("file", _)) => url::Url::parse(uri).ok()?.to_file_path().ok(),
+        Some(("file", path)) => Some(PathBuf::from(path)),
         Some(_) => None,
     }
 }
@@ -217,8 +213,8 @@ mod tests {
             ("file://runs/a", "file:///home/me/runs/a"),
             ("file://../x", "file:///home/x"),
             ("file:///srv/./runs/", "file:///srv/runs"),
-            ("./my runs", "file:///home/me/my%20runs"),
-            ("file://./a%20b", "file:///home/me/a%2520b"),
+            ("./my runs", "file:///home/me/my runs"),
+            ("file://./a%20b", "file:///home/me/a%20b"),
             ("/srv/runs", "file:///srv/runs"),
             ("s3://bucket/prefix/", "s3://bucket/prefix"),
             ("gs://bucket", "gs://bucket"),
@@ -230,7 +226,7 @@ mod tests {
         {
             assert!(absolute_uri(bad, cwd).is_err(), "{bad:?}");
         }
-        assert_eq!(local_path("file:///a%20b").unwrap(), Path::new("/a b"));
+        assert_eq!(local_path("file:///a b").unwrap(), Path::new("/a b"));
         assert_eq!(local_path("s3://b/x"), None);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use indicatif::{MultiProgress, ProgressDrawTarget};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget};
 use tracing_subscriber::{
     EnvFilter,
     fmt::{MakeWriter, format::Writer, time::FormatTime},
@@ -34,6 +34,12 @@ impl Screen {
     /// Whether bars are drawn.
     pub fn is_live(&self) -> bool {
         self.live
+    }
+
+    /// A bar of bytes done, where bars are drawn. Whoever has it takes it away.
+    pub fn bytes_bar(&self, doing: &'static str) -> Option<ProgressBar> {
+        let bar = || ProgressBar::new(0).with_style(super::views::bytes_style()).with_prefix(doing);
+        self.live.then(|| self.multi.add(bar()))
     }
 
     pub(super) fn bars(&self) -> &MultiProgress {

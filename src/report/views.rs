@@ -136,6 +136,10 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
 }
 
+pub(super) fn bytes_style() -> ProgressStyle {
+    style(UPLOAD)
+}
+
 impl Bars {
     pub fn new(screen: Screen) -> Self {
         let line =

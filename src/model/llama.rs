@@ -1,0 +1,530 @@
+//! The Llama architecture (Touvron et al., arXiv 2302.13971), as Hugging Face's `LlamaForCausalLM` computes it: RMSNorm before
+//! each part, rotary positions, grouped-query attention, a SwiGLU feed-forward layer.
+//!
+//! With [`Precision::Bf16`] the residual stream and all matrix products are bf16; mean squares of RMSNorm, rotary turns,
+//! softmax and the loss are fp32.
+//!
+//! Fresh weights are normal with deviation `initializer_range`; those of the two projections that add to the residual stream
+//! (`o_proj`, `down_proj`) are divided by √(2·layers), so that the stream's variance does not grow with depth (GPT-2). Norms
+//! are 1, biases 0.
+
+use std::collections::HashMap;
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::{
+    BuildSettings, Doing, Model, ModelError,
+    llama_config::{EMBEDDING, FINAL_NORM, LlamaConfig, OUTPUT, layer_prefix},
+    loss::linear_cross_entropy,
+    random,
+    rope::{RopeTable, Turns},
+};
+use crate::config::Precision;
+
+/// A Llama model on one device.
+pub struct Llama {
+    config: LlamaConfig,
+    precision: Precision,
+    device: Device,
+    parameters: Vec<(String, Tensor)>,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    /// The embedding itself when tied.
+    output: Tensor,
+    rope: RopeTable,
+}
+
+struct Layer {
+    input_norm: Tensor,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    attention_output: Linear,
+    middle_norm: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Llama {
+    /// A model with fresh weights.
+    pub fn new(config: LlamaConfig, settings: &BuildSettings) -> Result<Self, ModelError> {
+        let mut parameters = Vec::new();
+        for (name, shape) in config.parameter_shapes() {
+            let tensor = fresh(&config, &name, &shape, settings).doing("make parameters")?;
+            parameters.push((name, tensor));
+        }
+
+        // The same tensors again, each where it is used.
+        let named: HashMap<&str, &Tensor> = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let get = |name: &str| {
+            let tensor = named.get(name).ok_or_else(|| ModelError::NoParameter { name: name.to_owned() })?;
+            Ok::<_, ModelError>(tensor.shallow_clone())
+        };
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| {
+                let prefix = layer_prefix(layer);
+                let norm = |name: &str| get(&format!("{prefix}{name}.weight"));
+                let linear = |name: &str, bias: bool| {
+                    let bias = bias.then(|| get(&format!("{prefix}{name}.bias"))).transpose()?;
+                    Ok::<_, ModelError>(Linear { weight: get(&format!("{prefix}{name}.weight"))?, bias })
+                };
+                Ok(Layer {
+                    input_norm: norm("input_layernorm")?,
+                    query: linear("self_attn.q_proj", config.attention_bias)?,
+                    key: linear("self_attn.k_proj", config.attention_bias)?,
+                    value: linear("self_attn.v_proj", config.attention_bias)?,
+                    attention_output: linear("self_attn.o_proj", config.attention_bias)?,
+                    middle_norm: norm("post_attention_layernorm")?,
+                    gate: linear("mlp.gate_proj", config.mlp_bias)?,
+                    up: linear("mlp.up_proj", config.mlp_bias)?,
+                    down: linear("mlp.down_proj", config.mlp_bias)?,
+                })
+            })
+            .collect::<Result<_, ModelError>>()?;
+        Ok(Self {
+            embedding: get(EMBEDDING)?,
+            layers,
+            norm: get(FINAL_NORM)?,
+            output: get(if config.tie_word_embeddings { EMBEDDING } else { OUTPUT })?,
+            rope: RopeTable::new(&config, settings.device),
+            precision: settings.precision,
+            device: settings.device,
+            config,
+            parameters,
+        })
+    }
+
+    /// Hidden states after the last norm, `[batch, T, hidden]`, for `tokens` `[batch, T]`.
+    fn hidden(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
+        let shape = tokens.size();
+        let &[batch, len] = shape.as_slice() else {
+            return Err(ModelError::Input { what: "tokens", reason: format!("have shape {shape:?}, not [batch, T]") });
+        };
+        if batch < 1 || len < 1 || len > i64::from(self.config.max_position_embeddings) {
+            let longest = self.config.max_position_embeddings;
+            let reason = format!("have shape {shape:?}; the model takes 1 to {longest} positions");
+            return Err(ModelError::Input { what: "tokens", reason });
+        }
+        let turns = self.rope.turns(len)?;
+        let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)
+            .and_then(|x| self.at_use(&x))
+            .doing("look up token embeddings")?;
+        for layer in &self.layers {
+            x = self.attention(layer, &x, &turns).doing("compute attention")?;
+            x = self.feed_forward(layer, &x).doing("compute feed-forward layer")?;
+        }
+        self.rms_norm(&x, &self.norm).doing("compute last norm")
+    }
+
+    /// Adds a layer's attention to the residual stream `x`.
+    fn attention(&self, layer: &Layer, x: &Tensor, turns: &Turns) -> Result<Tensor, TchError> {
+        let normed = self.rms_norm(x, &layer.input_norm)?;
+        let (batch, len, _) = x.size3()?;
+        let width = i64::from(self.config.head_dim);
+        let heads = i64::from(self.config.num_attention_heads);
+        let shared = i64::from(self.config.num_key_value_heads);
+
+        let split = |x: Tensor, heads: i64| x.f_view([batch, len, heads, width]);
+        let query = turns.apply(&split(self.linear(&normed, &layer.query)?, heads)?, width)?;
+        let mut key = turns.apply(&split(self.linear(&normed, &layer.key)?, shared)?, width)?;
+        let mut value = split(self.linear(&normed, &layer.value)?, shared)?;
+
+        // On a GPU the fused kernels for fp32 don't share heads, and the fallback would keep all T x T scores.
+        let repeat = shared != heads && self.device.is_cuda() && self.precision == Precision::Fp32;
+        if repeat {
+            key = repeat_heads(&key, heads / shared)?;
+            value = repeat_heads(&value, heads / shared)?;
+        }
+        let mixed = Tensor::f_scaled_dot_product_attention(
+            &query.f_transpose(1, 2)?,
+            &key.f_transpose(1, 2)?,
+            &value.f_transpose(1, 2)?,
+            None::<&Tensor>,
+            0.0,
+            true,
+            None,
+            shared != heads && !repeat,
+        )?;
+        let mixed = mixed.f_transpose(1, 2)?.f_reshape([batch, len, heads * width])?;
+        x.f_add(&self.linear(&mixed, &layer.attention_output)?)
+    }
+
+    /// Adds a layer's SwiGLU (Shazeer, arXiv 2002.05202) to the residual stream `x`.
+    fn feed_forward(&self, layer: &Layer, x: &Tensor) -> Result<Tensor, TchError> {
+        let normed = self.rms_norm(x, &layer.middle_norm)?;
+        let gated = self.linear(&normed, &layer.gate)?.f_silu()?.f_mul(&self.linear(&normed, &layer.up)?)?;
+        x.f_add(&self.linear(&gated, &layer.down)?)
+    }
+
+    fn linear(&self, x: &Tensor, linear: &Linear) -> Result<Tensor, TchError> {
+        let bias = linear.bias.as_ref().map(|bias| self.at_use(bias)).transpose()?;
+        x.f_linear(&self.at_use(&linear.weight)?, bias)
+    }
+
+    /// RMSNorm (Zhang and Sennrich, arXiv 1910.07467); LibTorch computes the mean square in fp32 for bf16 input too.
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, TchError> {
+        x.f_rms_norm([i64::from(self.config.hidden_size)], Some(self.at_use(weight)?), self.config.rms_norm_eps)
+    }
+
+    /// A tensor in the type that it is computed with. The cast is recorded: gradients come back in fp32.
+    fn at_use(&self, tensor: &Tensor) -> Result<Tensor, TchError> {
+        match self.precision {
+            Precision::Fp32 => Ok(tensor.shallow_clone()),
+            Precision::Bf16 => tensor.f_to_kind(Kind::BFloat16),
+        }
+    }
+
+    fn scores(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        self.at_use(&self.output)
+            .and_then(|output| hidden.f_linear(&output, None::<&Tensor>)?.f_to_kind(Kind::Float))
+            .doing("compute logits")
+    }
+}
+
+impl Model for Llama {
+    fn parameters(&self) -> &[(String, Tensor)] {
+        &self.parameters
+    }
+
+    fn loss(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
+        let shape = tokens.size();
+        let len = match shape.as_slice() {
+            &[_, len] if len >= 2 => len - 1,
+            _ => {
+                let reason = format!("have shape {shape:?}, not [batch, T + 1]");
+                return Err(ModelError::Input { what: "tokens", reason });
+            }
+        };
+        let hidden = self.hidden(&tokens.f_narrow(1, 0, len).doing("slice tokens")?)?;
+        let hidden = hidden.f_flatten(0, 1).doing("compute loss")?;
+        let targets = tokens.f_narrow(1, 1, len).and_then(|targets| targets.f_reshape(-1)).doing("slice tokens")?;
+        linear_cross_entropy(&hidden, &self.output, &targets)
+    }
+
+    fn logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
+        self.scores(&self.hidden(tokens)?)
+    }
+
+    fn last_logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
+        self.scores(&self.hidden(tokens)?.f_select(1, -1).doing("compute logits")?)
+    }
+
+    fn vocab_size(&self) -> u32 {
+        self.config.vocab_size
+    }
+
+    fn max_sequence_length(&self) -> u32 {
+        self.config.max_position_embeddings
+    }
+
+    fn device(&self) -> Device {
+        self.device
+    }
+}
+
+/// `[batch, T, shared, width]` to `[batch, T, shared * times, width]`, each head `times` times in a row.
+fn repeat_heads(x: &Tensor, times: i64) -> Result<Tensor, TchError> {
+    let (batch, len, shared, width) = x.size4()?;
+    x.f_unsqueeze(3)?.f_expand([batch, len, shared, times, width], false)?.f_reshape([
+        batch,
+        len,
+        shared * times,
+        width,
+    ])
+}
+
+/// One parameter's first value: drawn on the CPU, so that the device makes no difference.
+fn fresh(config: &LlamaConfig, name: &str, shape: &[u64], settings: &BuildSettings) -> Result<Tensor, TchError> {
+    // Each extent is at most 2^24 and each product below 2^31 by the description's bounds.
+    let extents: Vec<i64> = shape.iter().map(|&extent| i64::try_from(extent).unwrap_or(i64::MAX)).collect();
+    let cpu = (Kind::Float, Device::Cpu);
+    let tensor = if name.ends_with(".bias") {
+        Tensor::f_zeros(&extents, cpu)?
+    } else if name.ends_with("norm.weight") {
+        Tensor::f_ones(&extents, cpu)?
+    } else {
+        let mut std = config.initializer_range;
+        if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
+            std /= f64::from(2 * config.num_hidden_layers).sqrt();
+        }
+        let len = usize::try_from(extents.iter().product::<i64>()).unwrap_or(0);
+        Tensor::f_from_slice(&random::normal(settings.seed, name, len, std))?.f_view(extents.as_slice())?
+    };
+    tensor.f_to_device(settings.device)?.f_set_requires_grad(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{config::ModelKind, model};
+
+    fn description(changes: Value) -> Value {
+        let mut config = json!({
+            "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        });
+        for (key, value) in changes.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        config
+    }
+
+    fn make(changes: Value, precision: Precision, seed: u64) -> Llama {
+        let settings = BuildSettings { device: Device::Cpu, precision, seed };
+        Llama::new(LlamaConfig::from_json(&description(changes)).unwrap(), &settings).unwrap()
+    }
+
+    fn fp32(changes: Value) -> Llama {
+        make(changes, Precision::Fp32, 1)
+    }
+
+    fn tokens(batch: i64, len: i64) -> Tensor {
+        let values: Vec<i64> = (0..batch * len).map(|i| (i * i * 7 + i * 3 + 5) % 96).collect();
+        Tensor::f_from_slice(&values).unwrap().f_view([batch, len]).unwrap()
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        Vec::try_from(tensor.f_detach().unwrap().f_to_kind(Kind::Float).unwrap().f_flatten(0, -1).unwrap()).unwrap()
+    }
+
+    fn value(tensor: &Tensor) -> f64 {
+        tensor.f_double_value(&[]).unwrap()
+    }
+
+    fn furthest(a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len());
+        a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    }
+
+    /// Fills parameter `p` of the list with f(p, i) of each element's index.
+    fn fill(model: &Llama, f: impl Fn(usize, &str, usize) -> f64) {
+        let _no_grad = tch::no_grad_guard();
+        for (p, (name, tensor)) in model.parameters().iter().enumerate() {
+            let new: Vec<f32> = (0..tensor.numel()).map(|i| f(p, name, i) as f32).collect();
+            let new = Tensor::f_from_slice(&new).unwrap().f_view(tensor.size().as_slice()).unwrap();
+            tensor.shallow_clone().f_copy_(&new).unwrap();
+        }
+    }
+
+    #[derive(Deserialize)]
+    struct Parity {
+        cases: Vec<Case>,
+    }
+    #[derive(Deserialize)]
+    struct Case {
+        name: String,
+        config: Value,
+        tokens: Vec<Vec<i64>>,
+        parameters: Vec<String>,
+        logits: Vec<f32>,
+        loss: f64,
+        gradients: Vec<[f64; 2]>,
+    }
+
+    /// The fixture is what Hugging Face transformers computed; its script lies beside it.
+    #[test]
+    fn logits_loss_and_gradients_are_those_of_hugging_face() {
+        let parity: Parity = serde_json::from_str(include_str!("../../tests/fixtures/llama-parity.json")).unwrap();
+        assert_eq!(parity.cases.len(), 5);
+        for case in parity.cases {
+            let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: 0 };
+            let model = Llama::new(LlamaConfig::from_json(&case.config).unwrap(), &settings).unwrap();
+            let names: Vec<_> = model.parameters().iter().map(|(name, _)| name.clone()).collect();
+            assert_eq!(names, case.parameters, "{}", case.name);
+            fill(&model, |p, name, i| {
+                let norm = if name.ends_with("norm.weight") { 1.0 } else { 0.0 };
+                (0.37 * i as f64 + p as f64).sin() * 0.3 + norm
+            });
+
+            let rows = case.tokens.len() as i64;
+            let all = Tensor::f_from_slice(&case.tokens.concat()).unwrap().f_view([rows, -1]).unwrap();
+            let inputs = all.f_narrow(1, 0, all.size()[1] - 1).unwrap();
+            let far = furthest(&values(&model.logits(&inputs).unwrap()), &case.logits);
+            assert!(far < 2e-6, "{}: logits differ by {far}", case.name);
+
+            let loss = model.loss(&all).unwrap();
+            assert!((value(&loss) - case.loss).abs() < 2e-6, "{}: loss {}", case.name, value(&loss));
+            loss.f_backward().unwrap();
+            for ((name, tensor), expected) in model.parameters().iter().zip(&case.gradients) {
+                let gradient = values(&tensor.f_grad().unwrap());
+                let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+                let inner: f64 = gradient.iter().enumerate().map(|(i, &g)| f64::from(g) * (i as f64).cos()).sum();
+                let close = |a: f64, b: f64| (a - b).abs() < 2e-6 + 2e-5 * expected[0];
+                assert!(
+                    close(norm, expected[0]) && close(inner, expected[1]),
+                    "{}: gradient of {name} is {norm} {inner}, not {expected:?}",
+                    case.name
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn an_untrained_model_knows_nothing_and_every_parameter_hears_of_it() {
+        let model = fp32(json!({"attention_bias": true, "mlp_bias": true}));
+        let loss = model.loss(&tokens(4, 33)).unwrap();
+        assert_eq!((loss.size(), loss.f_kind().unwrap()), (vec![], Kind::Float));
+        assert!((value(&loss) - 96_f64.ln()).abs() < 0.05, "{}", value(&loss));
+        loss.f_backward().unwrap();
+        for (name, tensor) in model.parameters() {
+            let gradient = tensor.f_grad().unwrap();
+            assert!(gradient.defined() && gradient.f_kind().unwrap() == Kind::Float, "{name} has no fp32 gradient");
+            // Adding one number to all scores of a query changes no softmax: a key's bias has no effect.
+            if !name.ends_with("k_proj.bias") {
+                assert!(values(&gradient).iter().any(|g| *g != 0.0), "{name} has a gradient of zero");
+            }
+        }
+    }
+
+    #[test]
+    fn later_tokens_do_not_change_earlier_scores() {
+        let model = fp32(json!({}));
+        let before = tokens(1, 20);
+        let changed = before.f_mul_scalar(1).unwrap();
+        let _ = changed.f_narrow(1, 12, 8).unwrap().f_fill_(1).unwrap();
+        let (a, b) = (model.logits(&before).unwrap(), model.logits(&changed).unwrap());
+        let part = |x: &Tensor, from, len| values(&x.f_narrow(1, from, len).unwrap());
+        assert_eq!(part(&a, 0, 12), part(&b, 0, 12));
+        assert!(furthest(&part(&a, 12, 8), &part(&b, 12, 8)) > 1e-3);
+        let last = values(&model.last_logits(&before).unwrap());
+        assert!(furthest(&part(&a, 19, 1), &last) < 1e-6);
+    }
+
+    #[test]
+    fn shared_heads_are_repeated_heads() {
+        let shared = fp32(json!({}));
+        let plain = fp32(json!({"num_key_value_heads": 4}));
+        let _no_grad = tch::no_grad_guard();
+        for ((name, from), (_, to)) in shared.parameters().iter().zip(plain.parameters()) {
+            let from = match name.contains("k_proj") || name.contains("v_proj") {
+                // Rows of head 0 twice, then those of head 1 twice.
+                true => from.f_view([2, 1, 8, 32]).unwrap().f_repeat([1, 2, 1, 1]).unwrap().f_view([32, 32]).unwrap(),
+                false => from.shallow_clone(),
+            };
+            to.shallow_clone().f_copy_(&from).unwrap();
+        }
+        let [a, b] = [&shared, &plain].map(|model| values(&model.logits(&tokens(2, 16)).unwrap()));
+        assert!(furthest(&a, &b) < 1e-6);
+
+        let x = Tensor::f_arange(8, (Kind::Float, Device::Cpu)).unwrap().f_view([1, 1, 2, 4]).unwrap();
+        let repeated = values(&repeat_heads(&x, 2).unwrap());
+        assert_eq!(repeated, [0., 1., 2., 3., 0., 1., 2., 3., 4., 5., 6., 7., 4., 5., 6., 7.]);
+    }
+
+    #[test]
+    fn tied_models_have_one_matrix_that_both_ends_train() {
+        let (tied, untied) = (fp32(json!({"tie_word_embeddings": true})), fp32(json!({})));
+        assert!(tied.parameters().iter().all(|(name, _)| name != OUTPUT));
+        assert_eq!(untied.parameters().last().unwrap().0, OUTPUT);
+        let _ = tied.loss(&tokens(2, 9)).unwrap().f_backward();
+        // A token that never stands in the input gets its gradient through the output alone.
+        let seen = values(&tokens(2, 9));
+        let unseen = (0..96).find(|token| !seen.contains(&(*token as f32))).unwrap();
+        let gradient = tied.parameters()[0].1.f_grad().unwrap();
+        assert!(values(&gradient.f_get(unseen).unwrap()).iter().any(|g| *g != 0.0));
+    }
+
+    #[test]
+    fn bf16_is_close_to_fp32_and_keeps_fp32_weights_and_gradients() {
+        let [exact, rough] = [Precision::Fp32, Precision::Bf16].map(|precision| make(json!({}), precision, 1));
+        let batch = tokens(4, 33);
+        let [a, b] = [&exact, &rough].map(|model| model.loss(&batch).unwrap());
+        assert!((value(&a) - value(&b)).abs() < 5e-3, "{} and {}", value(&a), value(&b));
+        assert_eq!(rough.logits(&batch).unwrap().f_kind().unwrap(), Kind::Float);
+        a.f_backward().unwrap();
+        b.f_backward().unwrap();
+        for ((name, a), (_, b)) in exact.parameters().iter().zip(rough.parameters()) {
+            assert_eq!((b.f_kind().unwrap(), b.f_grad().unwrap().f_kind().unwrap()), (Kind::Float, Kind::Float));
+            let [a, b] = [a, b].map(|tensor| values(&tensor.f_grad().unwrap()));
+            let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+            let apart: Vec<f32> = a.iter().zip(&b).map(|(a, b)| a - b).collect();
+            assert!(norm(&apart) > 0.0, "{name}: bf16 gave fp32's own bits");
+            assert!(norm(&apart) < 0.05 * norm(&a), "{name}: {} of {}", norm(&apart), norm(&a));
+        }
+    }
+
+    #[test]
+    fn a_small_batch_is_learnt_by_heart() {
+        for precision in [Precision::Fp32, Precision::Bf16] {
+            let model = make(json!({"tie_word_embeddings": true}), precision, 3);
+            let batch = tokens(2, 17);
+            let mut loss = f64::NAN;
+            for _ in 0..60 {
+                let now = model.loss(&batch).unwrap();
+                loss = value(&now);
+                now.f_backward().unwrap();
+                let _no_grad = tch::no_grad_guard();
+                for (_, tensor) in model.parameters() {
+                    let mut gradient = tensor.f_grad().unwrap();
+                    let step = gradient.f_sign().unwrap().f_mul_scalar(-4e-3).unwrap();
+                    let _ = tensor.shallow_clone().f_add_(&step).unwrap();
+                    let _ = gradient.f_zero_().unwrap();
+                }
+            }
+            assert!(loss < 0.5, "{precision:?}: {loss}");
+        }
+    }
+
+    #[test]
+    fn weights_follow_from_the_seed_alone() {
+        let bits = |model: &Llama| -> Vec<Vec<u32>> {
+            let bits = |tensor: &Tensor| values(tensor).iter().map(|value| value.to_bits()).collect();
+            model.parameters().iter().map(|(_, tensor)| bits(tensor)).collect()
+        };
+        let model = fp32(json!({}));
+        tch::manual_seed(99);
+        assert_eq!(bits(&model), bits(&make(json!({}), Precision::Bf16, 1)));
+        assert_ne!(bits(&model)[0], bits(&make(json!({}), Precision::Fp32, 2))[0]);
+        // A layer more changes no tensor that both have, but for the depth's factor on two of them.
+        let deeper = fp32(json!({"num_hidden_layers": 3}));
+        for ((name, a), (_, b)) in model.parameters().iter().zip(deeper.parameters()).take(19) {
+            let depends = name.contains("o_proj") || name.contains("down_proj");
+            assert_eq!(values(a) == values(b), !depends, "{name}");
+        }
+        let deviation = |name: &str| {
+            let tensor = &model.parameters().iter().find(|(have, _)| have.contains(name)).unwrap().1;
+            tensor.f_std(false).unwrap().f_double_value(&[]).unwrap()
+        };
+        for (name, expected) in [("up_proj", 0.02), ("down_proj", 0.01)] {
+            assert!((deviation(name) / expected - 1.0).abs() < 0.1, "{name}: {}", deviation(name));
+        }
+    }
+
+    #[test]
+    fn shapes_are_known_without_building() {
+        for changes in [json!({}), json!({"tie_word_embeddings": true, "attention_bias": true, "head_dim": 16})] {
+            let shapes = model::parameter_shapes(ModelKind::Llama, &description(changes.clone())).unwrap();
+            let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: 0 };
+            let model = model::build(ModelKind::Llama, &description(changes), &settings).unwrap();
+            let built: Vec<_> = model.parameters().iter().map(|(n, t)| (n.clone(), t.size())).collect();
+            let planned: Vec<_> =
+                shapes.into_iter().map(|(n, s)| (n, s.into_iter().map(|e| e as i64).collect())).collect();
+            assert_eq!(built, planned);
+            for (name, tensor) in model.parameters() {
+                assert!(tensor.requires_grad() && tensor.f_is_leaf().unwrap(), "{name} is not a leaf");
+            }
+        }
+    }
+
+    #[test]
+    fn tokens_that_do_not_fit_are_errors() {
+        let model = fp32(json!({}));
+        for shape in [vec![4], vec![2, 66], vec![2, 1], vec![2, 0], vec![0, 8], vec![1, 2, 3]] {
+            let tokens = Tensor::f_zeros(&shape, (Kind::Int64, Device::Cpu)).unwrap();
+            assert!(matches!(model.loss(&tokens), Err(ModelError::Input { .. })), "{shape:?}");
+        }
+        let unknown = Tensor::f_full([1, 4], 96, (Kind::Int64, Device::Cpu)).unwrap();
+        assert!(matches!(model.loss(&unknown), Err(ModelError::Torch { .. })));
+        assert!(model.loss(&tokens(1, 65)).is_ok());
+    }
+}

@@ -1,0 +1,162 @@
+//! Cross entropy of a linear layer without the whole matrix of scores in memory.
+//!
+//! Scores are `[rows, vocabulary]`, by far the largest tensor of a small model's step, and a plain backward pass holds
+//! three of them. Here rows are taken in chunks: the gradient of cross entropy is known in closed form (softmax minus
+//! one-hot), so each chunk's gradients with respect to hidden states and weights are computed along with its loss, and its
+//! scores are dropped (the idea of Liger Kernel's fused linear cross entropy, arXiv 2410.10989). No operation is done twice.
+//! The gradients enter autograd through a term that is zero in value: `s - detach(s)`, with `s` the inner product of each
+//! input and its gradient.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{Doing, ModelError};
+
+/// Bytes of fp32 scores in one chunk: about what a processor's cache and its matrix products like; more on a GPU, which
+/// wants larger products.
+const fn chunk_bytes(device: Device) -> i64 {
+    match device {
+        Device::Cpu => 64 << 20,
+        _ => 512 << 20,
+    }
+}
+
+/// Mean cross entropy of `hidden · weightᵀ` against `targets`: an fp32 scalar, differentiable once in `hidden` and `weight`.
+///
+/// `hidden`: `[rows, width]`, fp32 or bf16, the type of the matrix products. `weight`: fp32 `[vocabulary, width]`. `targets`: i64
+/// `[rows]`. Softmax and sums are fp32.
+pub(super) fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor, ModelError> {
+    let rows = hidden.size().first().copied().unwrap_or(0);
+    let vocabulary = weight.size().first().copied().unwrap_or(0);
+    let chunk = (chunk_bytes(hidden.device()) / (4 * vocabulary.max(1))).max(128);
+    chunked(hidden, weight, targets, rows, chunk).doing("compute loss")
+}
+
+fn chunked(hidden: &Tensor, weight: &Tensor, targets: &Tensor, rows: i64, chunk: i64) -> Result<Tensor, tch::TchError> {
+    // Weights ask for gradients even where none are recorded; what was computed from them does not.
+    let differentiate = hidden.requires_grad();
+    let guard = tch::no_grad_guard();
+    let kind = hidden.f_kind()?;
+    let matrix = weight.f_detach()?.f_to_kind(kind)?;
+    let inputs = hidden.f_detach()?;
+    let targets = targets.f_unsqueeze(1)?;
+    let minus_one = Tensor::f_full([chunk.min(rows), 1], -1.0, (Kind::Float, hidden.device()))?;
+
+    let mut losses = Vec::new();
+    let mut hidden_gradients = Vec::new();
+    let mut weight_gradient: Option<Tensor> = None;
+    let mut start = 0;
+    while start < rows {
+        let len = chunk.min(rows - start);
+        let input = inputs.f_narrow(0, start, len)?;
+        let target = targets.f_narrow(0, start, len)?;
+        let mut scores = input.f_linear(&matrix, None::<&Tensor>)?.f_log_softmax(-1, Kind::Float)?;
+        losses.push(scores.f_gather(1, &target, false)?);
+        if differentiate {
+            // From here on `scores` is their gradient, but for the 1/rows of the mean.
+            scores = scores.f_exp_()?.f_scatter_add_(1, &target, &minus_one.f_narrow(0, 0, len)?)?.f_to_kind(kind)?;
+            hidden_gradients.push(scores.f_mm(&matrix)?);
+            weight_gradient = Some(match weight_gradient {
+                None => scores.f_tr()?.f_mm(&input)?.f_to_kind(Kind::Float)?,
+                Some(mut sum) if kind == Kind::Float => sum.f_addmm_(&scores.f_tr()?, &input)?,
+                Some(mut sum) => sum.f_add_(&scores.f_tr()?.f_mm(&input)?)?,
+            });
+        }
+        start += len;
+    }
+    let loss = Tensor::f_cat(&losses, 0)?.f_mean(Kind::Float)?.f_neg()?;
+    let Some(weight_gradient) = weight_gradient else { return Ok(loss) };
+    let hidden_gradient = Tensor::f_cat(&hidden_gradients, 0)?.f_to_kind(Kind::Float)?;
+    drop((guard, hidden_gradients));
+
+    // fp32 also for bf16 inputs: a caller's factor on the loss passes through these two products.
+    let through_hidden = hidden.f_to_kind(Kind::Float)?.f_flatten(0, -1)?.f_dot(&hidden_gradient.f_flatten(0, -1)?)?;
+    let through_weight = weight.f_flatten(0, -1)?.f_dot(&weight_gradient.f_flatten(0, -1)?)?;
+    let carrier = through_hidden.f_add(&through_weight)?;
+    let nothing = carrier.f_sub(&carrier.f_detach()?)?.f_div_scalar(rows as f64)?;
+    loss.f_add(&nothing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(shape: [i64; 2], seed: u64, kind: Kind) -> Tensor {
+        let len = usize::try_from(shape[0] * shape[1]).unwrap();
+        let values = super::super::random::normal(seed, "test", len, 1.0);
+        let tensor = Tensor::f_from_slice(&values).unwrap().f_view(shape).unwrap().f_to_kind(kind).unwrap();
+        tensor.f_set_requires_grad(true).unwrap()
+    }
+
+    fn targets() -> Tensor {
+        Tensor::f_from_slice(&(0..10_i64).map(|i| (i * 5 + 2) % 7).collect::<Vec<_>>()).unwrap()
+    }
+
+    fn furthest(a: &Tensor, b: &Tensor) -> f64 {
+        a.f_sub(b).unwrap().f_abs().unwrap().f_max().unwrap().f_double_value(&[]).unwrap()
+    }
+
+    /// Gradients of a third of the loss, as gradient accumulation has it.
+    fn gradients(loss: &Tensor, of: [&Tensor; 2]) -> [Tensor; 2] {
+        loss.f_div_scalar(3.0).unwrap().f_backward().unwrap();
+        of.map(|tensor| {
+            let gradient = tensor.f_grad().unwrap();
+            let copy = gradient.f_mul_scalar(1.0).unwrap();
+            let _ = gradient.shallow_clone().f_zero_().unwrap();
+            copy
+        })
+    }
+
+    #[test]
+    fn chunks_give_the_loss_and_gradients_of_the_whole() {
+        let (hidden, weight) = (leaf([10, 6], 1, Kind::Float), leaf([7, 6], 2, Kind::Float));
+        let scores = hidden.f_linear(&weight, None::<&Tensor>).unwrap();
+        let whole = scores.f_cross_entropy_loss(&targets(), None::<&Tensor>, tch::Reduction::Mean, -100, 0.0).unwrap();
+        let expected = gradients(&whole, [&hidden, &weight]);
+        for chunk in [1, 3, 5, 9, 10, 11] {
+            let loss = chunked(&hidden, &weight, &targets(), 10, chunk).unwrap();
+            assert!(furthest(&loss, &whole) < 1e-6, "chunk {chunk}");
+            let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
+            assert!(furthest(&by_hidden, &expected[0]) < 1e-6, "chunk {chunk}");
+            assert!(furthest(&by_weight, &expected[1]) < 1e-6, "chunk {chunk}");
+        }
+    }
+
+    #[test]
+    fn bf16_rounds_the_products_and_nothing_else() {
+        let (hidden, weight) = (leaf([10, 6], 1, Kind::BFloat16), leaf([7, 6], 2, Kind::Float));
+        let exact_hidden =
+            hidden.f_detach().unwrap().f_to_kind(Kind::Float).unwrap().f_set_requires_grad(true).unwrap();
+        let exact = chunked(&exact_hidden, &weight, &targets(), 10, 4).unwrap();
+        let expected = gradients(&exact, [&exact_hidden, &weight]);
+        let loss = chunked(&hidden, &weight, &targets(), 10, 4).unwrap();
+        assert!(loss.f_kind().unwrap() == Kind::Float && furthest(&loss, &exact) < 2e-2);
+        let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
+        assert_eq!((by_hidden.f_kind().unwrap(), by_weight.f_kind().unwrap()), (Kind::BFloat16, Kind::Float));
+        assert!(furthest(&by_hidden.f_to_kind(Kind::Float).unwrap(), &expected[0]) < 2e-3);
+        assert!(furthest(&by_weight, &expected[1]) < 2e-3);
+    }
+
+    #[test]
+    fn without_gradients_none_are_computed() {
+        let (hidden, weight) = (leaf([10, 6], 1, Kind::Float), leaf([7, 6], 2, Kind::Float));
+        let with = chunked(&hidden, &weight, &targets(), 10, 4).unwrap();
+        let without = chunked(&hidden.f_detach().unwrap(), &weight, &targets(), 10, 4).unwrap();
+        assert!(with.requires_grad() && !without.requires_grad());
+        assert_eq!(furthest(&with, &without), 0.0);
+    }
+
+    /// The zero-valued carrier must not turn an improbable target into a NaN.
+    #[test]
+    fn scores_far_apart_stay_finite() {
+        let hidden = leaf([10, 6], 1, Kind::Float).f_detach().unwrap().f_mul_scalar(1e3).unwrap();
+        let hidden = hidden.f_set_requires_grad(true).unwrap();
+        let weight = leaf([7, 6], 2, Kind::Float);
+        let loss = chunked(&hidden, &weight, &targets(), 10, 4).unwrap();
+        let value = loss.f_double_value(&[]).unwrap();
+        assert!(value.is_finite() && value > 100.0, "{value}");
+        let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
+        for gradient in [by_hidden, by_weight] {
+            assert!(gradient.f_isfinite().unwrap().f_all().unwrap().f_int64_value(&[]).unwrap() == 1);
+        }
+    }
+}

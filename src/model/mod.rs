@@ -1,0 +1,185 @@
+//! The models that can be trained.
+//!
+//! A model is described by a Hugging Face `config.json` and holds its parameters as an ordered list under their Hugging
+//! Face names: the order is the order of registration with the gradient reducer, the names are those in checkpoints.
+//!
+//! Invariants: parameters are fp32 leaf tensors whatever the [`Precision`]; with [`Precision::Bf16`] they are cast
+//! where they are used, so that gradients come out in fp32 and there is one copy of the weights. A fresh model has the
+//! same bits on every machine and device: see [`random`]. [`parameter_shapes`] and [`build`] agree by construction.
+//!
+//! A model keeps no state between calls beyond its parameters (and a table of constants that grows on demand): a call
+//! that failed or was given up leaves nothing behind.
+
+pub mod generate;
+pub mod llama;
+mod llama_config;
+mod loss;
+pub mod random;
+mod rope;
+
+use tch::{Device, TchError, Tensor};
+
+pub use self::llama_config::LlamaConfig;
+use crate::{
+    config::{ModelKind, Precision},
+    error::{Explain, Kind},
+};
+
+/// What can go wrong with a model.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The description is of another architecture.
+    #[error("config.json describes {found}, which is not a Llama model")]
+    Architecture {
+        /// What it says of itself.
+        found: String,
+    },
+    /// A value in the description can't be used.
+    #[error("config.json: {key} {reason}")]
+    Config {
+        /// The key.
+        key: String,
+        /// What is wrong with its value.
+        reason: String,
+    },
+    /// What was passed in does not fit the model.
+    #[error("{what} {reason}")]
+    Input {
+        /// Which argument.
+        what: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The model's own lists disagree.
+    #[error("model has no parameter {name}")]
+    NoParameter {
+        /// The name.
+        name: String,
+    },
+    /// LibTorch refused.
+    #[error("{doing}")]
+    Torch {
+        /// What was being done.
+        doing: &'static str,
+        /// The cause.
+        #[source]
+        source: TchError,
+    },
+}
+
+impl ModelError {
+    pub(crate) fn config(key: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Config { key: key.into(), reason: reason.into() }
+    }
+
+    fn out_of_memory(&self) -> bool {
+        matches!(self, Self::Torch { source, .. } if {
+            let text = source.to_string();
+            text.contains("out of memory") || text.contains("not enough memory")
+        })
+    }
+}
+
+impl Explain for ModelError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Architecture { .. } | Self::Config { .. } | Self::Input { .. } => Kind::Config,
+            Self::Torch { .. } if self.out_of_memory() => Kind::Config,
+            Self::NoParameter { .. } | Self::Torch { .. } => Kind::Bug,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Architecture { .. } => {
+                Some("use a config.json with \"architectures\": [\"LlamaForCausalLM\"]".into())
+            }
+            Self::Torch { .. } if self.out_of_memory() => Some("lower train.max_micro_batch".into()),
+            _ => None,
+        }
+    }
+}
+
+/// Names what was being done when LibTorch refused.
+pub(crate) trait Doing<T> {
+    /// `doing` is a verb phrase: "compute attention".
+    fn doing(self, doing: &'static str) -> Result<T, ModelError>;
+}
+
+impl<T> Doing<T> for Result<T, TchError> {
+    fn doing(self, doing: &'static str) -> Result<T, ModelError> {
+        self.map_err(|source| ModelError::Torch { doing, source })
+    }
+}
+
+/// A model on one device.
+pub trait Model: Send {
+    /// Every parameter under its Hugging Face name, in registration order: fp32 leaves that require gradients. The tensors
+    /// are shared with the model: writing into them (without recording gradients) changes the model.
+    fn parameters(&self) -> &[(String, Tensor)];
+
+    /// Mean cross entropy (nats a token) of predicting `tokens[.., 1..]` from what stands before: an fp32 scalar.
+    ///
+    /// `tokens`: i64 `[batch, T + 1]` on the model's device, each below [`Model::vocab_size`] (not checked here: on a GPU that
+    /// would cost a synchronisation), T at most [`Model::max_sequence_length`]. `backward()` may be called on the result
+    /// once; where gradients are not recorded, nothing is kept for it.
+    fn loss(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
+
+    /// Scores of the next token at every position: fp32 `[batch, T, vocabulary]` for i64 `tokens` `[batch, T]`.
+    fn logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
+
+    /// Scores after the last position only: fp32 `[batch, vocabulary]` for i64 `tokens` `[batch, T]`.
+    fn last_logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
+
+    /// How many tokens there are.
+    fn vocab_size(&self) -> u32;
+
+    /// The most positions in one sequence.
+    fn max_sequence_length(&self) -> u32;
+
+    /// Where it computes.
+    fn device(&self) -> Device;
+}
+
+/// What a model is built with besides its description.
+#[derive(Clone, Copy, Debug)]
+pub struct BuildSettings {
+    /// Where parameters lie and computation happens.
+    pub device: Device,
+    /// Arithmetic of forward and backward.
+    pub precision: Precision,
+    /// Seed of the initial weights.
+    pub seed: u64,
+}
+
+/// Builds a model with fresh weights.
+pub fn build(
+    kind: ModelKind,
+    config: &serde_json::Value,
+    settings: &BuildSettings,
+) -> Result<Box<dyn Model>, ModelError> {
+    match kind {
+        ModelKind::Llama => Ok(Box::new(llama::Llama::new(LlamaConfig::from_json(config)?, settings)?)),
+    }
+}
+
+/// Names and shapes of the parameters that [`build`] would make, in the same order; makes no tensor.
+pub fn parameter_shapes(kind: ModelKind, config: &serde_json::Value) -> Result<Vec<(String, Vec<u64>)>, ModelError> {
+    match kind {
+        ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.parameter_shapes()),
+    }
+}
+
+/// The most positions in one sequence, from the description alone.
+pub fn max_sequence_length(kind: ModelKind, config: &serde_json::Value) -> Result<u32, ModelError> {
+    match kind {
+        ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.max_position_embeddings),
+    }
+}
+
+/// How many tokens there are, from the description alone.
+pub fn vocab_size(kind: ModelKind, config: &serde_json::Value) -> Result<u32, ModelError> {
+    match kind {
+        ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.vocab_size),
+    }
+}

@@ -280,6 +280,10 @@ async fn many_writers_lose_nothing_and_leave_no_gap() {
         }
         assert_eq!(first.refresh().await.unwrap() as usize, WRITERS * RECORDS);
         assert_eq!(first.state(), &state);
+        let mut again = entries(&store, &run_id()).await.unwrap().into_iter();
+        let mut replayed = RunState::begin(&run_id(), again.next().unwrap()).unwrap();
+        again.for_each(|entry| replayed.apply(replayed.next(), entry).unwrap());
+        assert_eq!(replayed, state);
     })
     .await;
 }

@@ -67,7 +67,10 @@ pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Res
             if let Some(point) = resume
                 && state.checkpoint(point.step, point.generation).is_none_or(|c| c.status != CheckpointStatus::Good)
             {
-                return wrong(format!("step {} of generation {} is not a good checkpoint", point.step, point.generation));
+                return wrong(format!(
+                    "step {} of generation {} is not a good checkpoint",
+                    point.step, point.generation
+                ));
             }
         }
         Record::Pruned { step, generation } => {
@@ -81,10 +84,8 @@ pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Res
                 return wrong(format!("the newest generation resumed from step {step} of generation {generation}"));
             }
         }
-        Record::Completed { step, .. } => {
-            if state.newest().is_none_or(|newest| newest.committed.step != *step) {
-                return wrong(format!("step {step} is not the newest good checkpoint"));
-            }
+        Record::Completed { step, .. } if state.newest().is_none_or(|newest| newest.committed.step != *step) => {
+            return wrong(format!("step {step} is not the newest good checkpoint"));
         }
         _ => {}
     }

@@ -147,12 +147,14 @@ impl Journal {
             }
             Err(JournalError::Fenced { node, generation }) => Err(JournalError::Overtaken { node, generation }),
             // Of several, the newest is the one whose heartbeat is worth a look.
-            Err(error @ (JournalError::Overtaken { .. } | JournalError::Moved { .. })) => Err(match self.state.formed() {
-                Some(newest) if newest.generation >= generation => {
-                    JournalError::Overtaken { node: newest.node.clone(), generation: newest.generation }
-                }
-                _ => error,
-            }),
+            Err(error @ (JournalError::Overtaken { .. } | JournalError::Moved { .. })) => {
+                Err(match self.state.formed() {
+                    Some(newest) if newest.generation >= generation => {
+                        JournalError::Overtaken { node: newest.node.clone(), generation: newest.generation }
+                    }
+                    _ => error,
+                })
+            }
             Err(error) => Err(error),
         }
     }
@@ -238,27 +240,40 @@ impl Journal {
 
 /// Reads the journal of the run in its folder `store`.
 pub async fn replay(store: &Store, run_id: &RunId) -> Result<RunState, JournalError> {
+    replay_with(store, run_id, |_| ()).await
+}
+
+/// The records of the run in its folder `store`, from number 0, each of which fits those before it.
+pub async fn entries(store: &Store, run_id: &RunId) -> Result<Vec<Entry>, JournalError> {
+    let mut entries = Vec::new();
+    replay_with(store, run_id, |entry| entries.push(entry.clone())).await?;
+    Ok(entries)
+}
+
+async fn replay_with(store: &Store, run_id: &RunId, mut sees: impl FnMut(&Entry)) -> Result<RunState, JournalError> {
     let listed = numbers(store).await?;
     if listed.is_empty() {
         return Err(JournalError::NoSuchRun { run_id: run_id.clone(), store: parent(&store.uri()) });
     }
-    let mut entries = futures::stream::iter(0..listed.len() as u64)
+    let mut read_ahead = futures::stream::iter(0..listed.len() as u64)
         .map(|number| async move { read(store, number).await?.ok_or_else(|| missing(store, number)) })
         .buffered(READ_AHEAD);
-    let Some(first) = entries.try_next().await? else { return Err(missing(store, 0)) };
+    let Some(first) = read_ahead.try_next().await? else { return Err(missing(store, 0)) };
+    sees(&first);
     let mut state = RunState::begin(run_id, first).map_err(|error| damaged(store, 0, &error))?;
-    while let Some(entry) = entries.try_next().await? {
+    let mut add = |state: &mut RunState, entry: Entry| {
+        sees(&entry);
         let number = state.next();
-        state.apply(number, entry).map_err(|error| damaged(store, number, &error))?;
+        state.apply(number, entry).map_err(|error| damaged(store, number, &error))
+    };
+    while let Some(entry) = read_ahead.try_next().await? {
+        add(&mut state, entry)?;
     }
-    // What came while the list was being read, and what a folder listing may have missed.
+    // What came while the list was being read, and what a folder's listing may have missed.
     while let Some(entry) = read(store, state.next()).await? {
-        let number = state.next();
-        state.apply(number, entry).map_err(|error| damaged(store, number, &error))?;
+        add(&mut state, entry)?;
     }
-    if let Some(&last) = listed.last()
-        && last >= state.next()
-    {
+    if listed.last().is_some_and(|&last| last >= state.next()) {
         return Err(missing(store, state.next()));
     }
     Ok(state)
@@ -275,8 +290,11 @@ pub async fn list_runs(store: &Store) -> Result<Vec<RunId>, JournalError> {
             Err(error) => Err(JournalError::Storage(error)),
         }
     });
-    let mut runs: Vec<_> =
-        futures::stream::iter(looks).buffered(READ_AHEAD).try_filter_map(|run| std::future::ready(Ok(run))).try_collect().await?;
+    let mut runs: Vec<_> = futures::stream::iter(looks)
+        .buffered(READ_AHEAD)
+        .try_filter_map(|run| std::future::ready(Ok(run)))
+        .try_collect()
+        .await?;
     runs.sort_unstable();
     Ok(runs)
 }

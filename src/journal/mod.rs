@@ -30,6 +30,6 @@ mod tests;
 
 pub use admit::{Refusal, admit};
 pub use error::JournalError;
-pub use log::{Formed, Journal, list_runs, replay};
+pub use log::{Formed, Journal, entries, list_runs, replay};
 pub use record::*;
 pub use state::{Checkpoint, CheckpointStatus, Formation, Inconsistent, Interruption, NoticeHeard, Outcome, RunState};

@@ -390,7 +390,13 @@ mod tests {
         let mut beyond = pieces.clone();
         beyond[0].len = u64::MAX;
         let beyond = beyond.into_iter().map(|piece| (piece, vec![])).collect();
-        for pieces in [buffers(&pieces[1..]), buffers(&pieces[..pieces.len() - 1]), wrong, beyond, vec![]] {
+        // As many bytes as the file has, but some of them twice.
+        let mut twice = pieces.clone();
+        assert_eq!((twice[0].file, twice[0].len), (twice[1].file, twice[1].len));
+        twice[1] = twice[0];
+        for pieces in
+            [buffers(&twice), buffers(&pieces[1..]), buffers(&pieces[..pieces.len() - 1]), wrong, beyond, vec![]]
+        {
             let error = fetch(&store, &manifest.folder(), &files, pieces, |_| {}).await.unwrap_err();
             assert!(matches!(error, CheckpointError::Internal(_)), "{error}");
         }

@@ -372,7 +372,7 @@ mod tests {
         let lost = AtomicUsize::new(0);
         let faulty = Faulty::new(move |operation, path, _| {
             let first =
-                operation == "put" && path.ends_with(layout::MANIFEST) && lost.fetch_add(1, Ordering::Relaxed) == 0;
+                operation == "create" && path.ends_with(layout::MANIFEST) && lost.fetch_add(1, Ordering::Relaxed) == 0;
             if first { Fault::AnswerLost } else { Fault::Pass }
         });
         let store = Store::faulty(&faulty, &STORAGE);

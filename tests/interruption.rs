@@ -84,6 +84,38 @@ fn sigint_saves_the_last_step_and_loses_none() {
 }
 
 #[test]
+fn sigterm_before_the_first_step_is_heard() {
+    let lab = Lab::on_files();
+    let running = lab.run("early").start();
+    running.wait_for("a formed event", |event| event.kind() == "formed");
+    running.signal(Signal::TERM);
+    let first = running.finish().expect_code(75);
+    assert_eq!(first.last("interrupted").value["lost_steps"], 0, "{}", first.story());
+    let second = lab.resume("early").finish().expect_code(0);
+    lab.expect_as_undisturbed("early", &[&first, &second]);
+}
+
+#[test]
+fn sigterm_while_workers_are_to_be_started_again_is_heard() {
+    let lab = Lab::on_files();
+    let running = lab.run("pause").args(&["--set", "restart.backoff=\"1h\""]).start();
+    running.wait_for_step("checkpoint", EVERY);
+    running.wait_for_step("step", EVERY + 1);
+    let worker = running.workers().pop().expect("a worker");
+    rustix::process::kill_process(worker, Signal::KILL).expect("kill a worker");
+    running.wait_for("a worker_died event", |event| event.kind() == "worker_died");
+    running.signal(Signal::TERM);
+    let first = running.finish();
+    assert_eq!(first.of_kind("formed").len(), 1, "it left instead of waiting\n{}", first.story());
+    let interrupted = first.last("interrupted");
+    let lost = interrupted.step().expect("its step") - first.committed().last().expect("a checkpoint");
+    assert_eq!(interrupted.value["lost_steps"], lost, "{}", first.story());
+    let first = first.expect_code(if lost == 0 { 75 } else { 76 });
+    let second = lab.resume("pause").finish().expect_code(0);
+    lab.expect_as_undisturbed("pause", &[&first, &second]);
+}
+
+#[test]
 fn a_second_signal_leaves_without_waiting_for_the_store() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let running = lab.run("twice").start();

@@ -36,7 +36,7 @@ use crate::{
     data::{self, Dataset, Split},
     error::{Context, Error, Kind, Result},
     ids::{Generation, NodeId, RunId, Step, WorldSize},
-    journal::{FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState},
+    journal::{self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState},
     layout, model,
     notice::signal::Signals,
     rendezvous::heartbeat::{self, Pulse},
@@ -143,10 +143,11 @@ impl Agent {
                 let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
                 (journal, Vec::new(), None, true)
             }
-            Begin::Resume { from, overrides } => (Journal::open(run.clone(), node.clone()).await?, overrides, from, false),
+            Begin::Resume { from, overrides } => {
+                (Journal::open(run.clone(), node.clone(), run_id.clone()).await?, overrides, from, false)
+            }
         };
-        if !new && journal.state().is_completed() {
-            let step = journal.state().last_checkpoint_step().unwrap_or_default();
+        if let (false, None, journal::Outcome::Completed { step, .. }) = (new, from, journal.state().outcome()) {
             tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
             return Ok(Outcome::Completed);
         }
@@ -178,8 +179,7 @@ impl Agent {
         let mut deaths = Vec::new();
         let mut reason = FormedReason::Started;
         loop {
-            let load = self.choose(&resolved).await?;
-            let generation = self.form(&resolved, &load, reason).await?;
+            let (load, generation) = self.form(&resolved, reason).await?;
             let world_size = WorldSize(resolved.workers);
             self.reporter.event(&Event::Formed {
                 generation,
@@ -251,8 +251,7 @@ impl Agent {
 
     /// Another agent may be at work on this run. If it lives, leave; if it has gone, carry on.
     async fn wait_for_the_other(&mut self) -> Result<()> {
-        let other = self.journal.lock().await.state().live_leader().cloned();
-        let Some(other) = other.filter(|other| *other != self.node) else { return Ok(()) };
+        let Some(other) = unfinished_leader(self.journal.lock().await.state()) else { return Ok(()) };
         self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
         if heartbeat::is_alive(&self.run, &other).await? {
             return Err(taken(&self.run_id, &other));
@@ -264,7 +263,12 @@ impl Agent {
     /// The newest usable checkpoint, or what a new run starts from. Damage is reported, and written down once this agent has a
     /// generation to write under.
     async fn choose(&mut self, resolved: &Resolved) -> Result<Load> {
-        let candidates = self.journal.lock().await.state().usable_checkpoints();
+        let candidates: Vec<Committed> = {
+            let journal = self.journal.lock().await;
+            let state = journal.state();
+            let choice = if self.from.is_some() { state.good() } else { state.candidates() };
+            choice.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
+        };
         let outcome = catalog::newest_usable(&self.run, &candidates, self.from).await?;
         for damage in &outcome.stepped_over {
             self.warn_of_damage(damage.step, &damage.object, &damage.reason);
@@ -297,35 +301,42 @@ impl Agent {
         self.reporter.event(&Event::Warning { message });
     }
 
-    async fn form(&mut self, resolved: &Resolved, load: &Load, reason: FormedReason) -> Result<Generation> {
-        let resume = match load {
-            Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
-            _ => None,
-        };
+    /// Chooses the resume point and forms the next generation, again and again until both fit together.
+    async fn form(&mut self, resolved: &Resolved, reason: FormedReason) -> Result<(Load, Generation)> {
         loop {
-            let roster = vec![RosterEntry { node: self.node.clone(), workers: resolved.workers }];
-            let world = WorldSize(resolved.workers);
-            let formed = {
-                let mut journal = self.journal.lock().await;
-                journal.form(roster, world, resume.clone(), self.overrides.clone(), reason).await
+            let load = self.choose(resolved).await?;
+            let resume = match &load {
+                Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
+                _ => None,
             };
-            match formed {
+            let formed = Formed {
+                roster: vec![RosterEntry { node: self.node.clone(), workers: resolved.workers }],
+                world_size: WorldSize(resolved.workers),
+                resume,
+                overrides: self.overrides.clone(),
+                reason,
+            };
+            let mut journal = self.journal.lock().await;
+            match journal.form(formed).await {
                 Ok(generation) => {
                     // They hold for every later generation, too: said once is enough.
                     self.overrides.clear();
-                    let mut journal = self.journal.lock().await;
                     for Damage { step, generation, object, reason } in self.damage.drain(..) {
-                        journal.append(Record::Damaged { step, generation, reason: format!("{object}: {reason}") }).await?;
+                        let reason = format!("{object}: {reason}");
+                        journal.append(Record::Damaged { step, generation, reason }).await?;
                     }
-                    return Ok(generation);
+                    return Ok((load, generation));
                 }
                 Err(JournalError::Overtaken { node, .. }) => {
+                    drop(journal);
                     if heartbeat::is_alive(&self.run, &node).await? {
                         return Err(taken(&self.run_id, &node));
                     }
                 }
+                Err(JournalError::Moved { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
+            self.damage.clear();
         }
     }
 
@@ -341,12 +352,18 @@ impl Agent {
     }
 
     async fn newest_committed(&self) -> Step {
-        self.journal.lock().await.state().last_checkpoint_step().unwrap_or_default()
+        self.journal.lock().await.state().newest().map_or(Step(0), |checkpoint| checkpoint.committed.step)
     }
 
+    /// What the journal says of the life of machines. Times are the writers' wall clocks: good enough for an estimate, and
+    /// nothing but the cadence follows from it.
     async fn measured(&self) -> Measured {
         let journal = self.journal.lock().await;
-        journal.state().measured()
+        let state = journal.state();
+        let interruptions = state.formations().iter().filter(|f| f.reason == FormedReason::Started).count().saturating_sub(1);
+        let since = state.formations().first().map(|first| first.at);
+        let trained_s = since.map_or(0.0, |since| state.last_activity().0.duration_since(since).as_secs_f64().max(0.0));
+        Measured { trained_s, interruptions: interruptions as u64, ..Measured::NOTHING }
     }
 
     /// Sleeps, unless a notice comes: then its source.
@@ -360,8 +377,12 @@ impl Agent {
     async fn complete(&self, generation: Generation, resolved: &Resolved, loss: f64) -> Result<Outcome> {
         let step = Step(resolved.config.train.steps);
         // A run killed between its last commit and this record makes no step in its last life: the commit knows the loss.
-        let loss = if loss.is_finite() { loss } else { self.journal.lock().await.state().last_loss().unwrap_or(0.0) };
-        self.journal.lock().await.append(Record::Completed { generation, step, loss }).await?;
+        let mut journal = self.journal.lock().await;
+        let loss = match journal.state().newest() {
+            Some(newest) if !loss.is_finite() => newest.committed.loss,
+            _ => loss,
+        };
+        journal.append(Record::Completed { generation, step, loss }).await?;
         self.reporter.event(&Event::Completed { step, loss });
         Ok(Outcome::Completed)
     }
@@ -406,9 +427,19 @@ fn taken(run_id: &RunId, other: &NodeId) -> Error {
         .with_hint("nothing is lost; this command may be repeated when that node has gone")
 }
 
+/// The leader of a generation that has not said how it ended: it may still be at work.
+fn unfinished_leader(state: &RunState) -> Option<NodeId> {
+    let formed = state.formed()?;
+    let said = state.interruptions().iter().any(|end| end.generation == formed.generation);
+    let open = *state.outcome() == journal::Outcome::Open;
+    (open && !said).then(|| formed.node.clone())
+}
+
 /// The configuration that holds now: as created, with what every generation has changed, and what this command changes.
 fn effective(state: &RunState, overrides: &[(String, String)]) -> Result<RunConfig> {
-    Ok(apply_overrides(&state.effective_config()?, overrides)?)
+    let mut all = state.overrides();
+    all.extend_from_slice(overrides);
+    Ok(apply_overrides(state.config(), &all)?)
 }
 
 /// Looks at everything that the configuration names, and fetches the data.

@@ -87,8 +87,10 @@ pub async fn newest_usable(
 pub async fn inspect(store: &Store, committed: &Committed) -> Result<Manifest, CheckpointError> {
     let manifest = read_manifest(store, committed).await?;
     let folder = manifest.folder();
-    let checks = manifest.files.iter().map(|file| check_size(store, &folder, RemoteFile::from(file)));
-    stream::iter(checks).buffer_unordered(IN_FLIGHT).try_collect::<()>().await?;
+    // Owned items: a stream of borrowed ones gives a future that can't be spawned.
+    let files: Vec<RemoteFile> = manifest.files.iter().map(RemoteFile::from).collect();
+    let check = |file| check_size(store, &folder, file);
+    stream::iter(files).map(check).buffer_unordered(IN_FLIGHT).try_collect::<()>().await?;
     Ok(manifest)
 }
 
@@ -125,13 +127,19 @@ pub(super) async fn check_size(store: &Store, folder: &str, file: RemoteFile) ->
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    };
+
     use super::*;
     use crate::{
         checkpoint::{
             manifest::tests::manifest,
-            testing::{HARMS, Harm, checkpoint, file_store, harm, memory_store},
+            testing::{HARMS, Harm, STORAGE, checkpoint, file_store, harm, memory_store},
         },
-        storage::StorageError,
+        error::{Explain, Kind},
+        storage::faulty::{Fault, Faulty},
     };
 
     #[tokio::test]
@@ -217,11 +225,23 @@ mod tests {
         assert!(matches!(error, CheckpointError::TooNew { found: 9, .. }), "{error}");
     }
 
-    #[test]
-    fn only_absence_is_damage_not_a_store_that_fails() {
-        let gone = CheckpointError::of_object("k", StorageError::NotFound { key: "k".into() });
-        assert!(matches!(gone, CheckpointError::Damaged { .. }));
-        let down = StorageError::Unavailable { operation: "get", key: "k".into(), source: "timeout".into() };
-        assert!(matches!(CheckpointError::of_object("k", down), CheckpointError::Storage(_)));
+    #[tokio::test]
+    async fn a_store_that_fails_is_no_damage_and_nothing_is_stepped_over() {
+        for (fault, kind) in [(Fault::Lost, Kind::Unavailable), (Fault::Denied, Kind::Permission)] {
+            for object in [layout::MANIFEST, "model-00001-of-00002.safetensors"] {
+                let armed = Arc::new(AtomicBool::new(false));
+                let failing = armed.clone();
+                let faulty = Faulty::new(move |operation, path, _| {
+                    let hit = matches!(operation, "get" | "head") && path.ends_with(object);
+                    if hit && failing.load(Ordering::Relaxed) { fault } else { Fault::Pass }
+                });
+                let store = Store::faulty(&faulty, &STORAGE);
+                let (old, _) = checkpoint(&store, 5, 1, 2, 1).await;
+                let (new, _) = checkpoint(&store, 6, 1, 2, 2).await;
+                armed.store(true, Ordering::Relaxed);
+                let error = newest_usable(&store, &[old, new], None).await.unwrap_err();
+                assert_eq!(error.kind(), kind, "{object}: {error}");
+            }
+        }
     }
 }

@@ -219,7 +219,8 @@ impl Merge {
     /// Reads all shards' headers and lays the merged file out.
     async fn plan(store: &Store, manifest: &Manifest) -> Result<Self, CheckpointError> {
         let folder = manifest.folder();
-        let files = manifest.files.iter().filter(|file| file.kind == FileKind::Model).map(RemoteFile::from);
+        let files = manifest.files.iter().filter(|file| file.kind == FileKind::Model);
+        let files: Vec<RemoteFile> = files.map(RemoteFile::from).collect();
         let read = |file: RemoteFile| async {
             let (header, tensors) = read_header(store, &folder, &file).await?;
             Ok::<_, CheckpointError>((file, header, tensors))

@@ -182,3 +182,38 @@ impl CheckpointError {
 pub(crate) fn join(folder: &str, name: &str) -> String {
     if folder.is_empty() { name.to_owned() } else { format!("{folder}/{name}") }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{
+        catalog::newest_usable,
+        export::{Target, export},
+        restore::{fetch, plan_pieces, tensor_files, weights_from_folder},
+        save::{put_manifest, put_shards},
+        testing::{checkpoint, expected, memory_store, save},
+        verify::{Depth, verify},
+    };
+
+    /// The agent spawns all of these; a future that is not `Send` shows only there.
+    #[tokio::test]
+    async fn everything_can_be_spawned() {
+        let store = memory_store();
+        let (committed, manifest) = checkpoint(&store, 5, 1, 2, 1).await;
+        let work = async move {
+            let save = save(6, 1, 2, 2);
+            let receipt = put_shards(&store, &save, |_| {}).await?;
+            put_manifest(&store, &save, &[receipt], &expected(&save)).await?;
+            newest_usable(&store, std::slice::from_ref(&committed), None).await?;
+            verify(&store, &committed, Depth::Bytes { part: 1000 }, &|_| {}).await?;
+            let files = tensor_files(&manifest);
+            let pieces = plan_pieces(&files, 1000)?.pieces;
+            let pieces = pieces.into_iter().map(|piece| (piece, vec![0; piece.len as usize])).collect();
+            fetch(&store, &manifest.folder(), &files, pieces, |_| {}).await?;
+            export(&store, &manifest, &Target::Store(store.folder("out")), 1000, |_| {}).await?;
+            weights_from_folder(&store.folder("out")).await?;
+            prune::apply_prune(&store, &[], |_| async { Ok::<_, CheckpointError>(()) }).await
+        };
+        assert_eq!(tokio::spawn(work).await.unwrap().unwrap(), 0);
+    }
+}

@@ -457,7 +457,7 @@ mod tests {
                 prop_assert!(at >= end);
                 end = at + len;
             }
-            prop_assert!(layout.total >= end && layout.total % ALIGN == 0);
+            prop_assert!(layout.total >= end && layout.total.is_multiple_of(ALIGN));
         }
     }
 }

@@ -259,12 +259,19 @@ fn assemble(save: &Save, receipts: &[Receipt], expected: &[String]) -> Result<Ma
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::process::ExitStatusExt, process::Command};
+    use std::{
+        os::unix::process::ExitStatusExt,
+        process::Command,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
 
     use super::*;
-    use crate::checkpoint::{
-        catalog,
-        testing::{self, commit, expected, file_store, memory_store, save},
+    use crate::{
+        checkpoint::{
+            catalog,
+            testing::{self, STORAGE, commit, expected, file_store, memory_store, save},
+        },
+        storage::faulty::{Fault, Faulty},
     };
 
     #[tokio::test]
@@ -358,6 +365,20 @@ mod tests {
             assert!(error.to_string().contains(reason), "{error}");
         }
         assert!(store.head(&join(&save.folder(), layout::MANIFEST)).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_manifest_whose_answer_was_lost_is_recognised_as_ours() {
+        let lost = AtomicUsize::new(0);
+        let faulty = Faulty::new(move |operation, path, _| {
+            let first =
+                operation == "put" && path.ends_with(layout::MANIFEST) && lost.fetch_add(1, Ordering::Relaxed) == 0;
+            if first { Fault::AnswerLost } else { Fault::Pass }
+        });
+        let store = Store::faulty(&faulty, &STORAGE);
+        let committed = commit(&store, &save(7, 2, 2, 1)).await;
+        assert_eq!(faulty.count("create"), 2);
+        catalog::inspect(&store, &committed).await.unwrap();
     }
 
     const CRASH_FOLDER: &str = "TRAINER_TEST_CRASH_FOLDER";

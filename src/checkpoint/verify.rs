@@ -78,14 +78,17 @@ pub async fn verify(
 
     let folder = manifest.folder();
     let files: Vec<RemoteFile> = manifest.files.iter().map(RemoteFile::from).collect();
-    let sizes = files.iter().map(|file| async {
-        let (_, damage) = split(catalog::check_size(store, &folder, file.clone()).await)?;
-        Ok::<_, CheckpointError>(FileReport { object: join(&folder, &file.name), bytes: file.bytes, damage })
-    });
-    let mut looked: Vec<FileReport> = stream::iter(sizes).buffered(IN_FLIGHT).try_collect().await?;
+    let look = |file: RemoteFile| async {
+        let (object, bytes) = (join(&folder, &file.name), file.bytes);
+        let (_, damage) = split(catalog::check_size(store, &folder, file).await)?;
+        Ok::<_, CheckpointError>(FileReport { object, bytes, damage })
+    };
+    let mut looked: Vec<FileReport> = stream::iter(files.clone()).map(look).buffered(IN_FLIGHT).try_collect().await?;
     if let Depth::Bytes { part } = depth {
-        for (file, found) in files.iter().zip(&mut looked).filter(|(_, found)| found.damage.is_none()) {
-            (_, found.damage) = split(check_bytes(store, &folder, file, part, progress).await)?;
+        for (file, found) in files.iter().zip(&mut looked) {
+            if found.damage.is_none() {
+                (_, found.damage) = split(check_bytes(store, &folder, file, part, progress).await)?;
+            }
         }
     }
     report.files.append(&mut looked);

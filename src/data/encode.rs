@@ -16,8 +16,9 @@ use tokio::runtime::Handle;
 
 use super::{
     DataError,
+    documents::{self, Outcome, Piece},
     fetch::fetch,
-    input::{self, Input, Outcome, Piece, Place},
+    input::{Input, Place},
     prepare::{PrepareEvent, PrepareSettings, TokenizerSource},
     shards::{FORMAT, FileEntry, Index, Split, TokenType},
     tokenizer::TextTokenizer,
@@ -59,7 +60,7 @@ impl Job {
         let tokenizer = match &self.settings.tokenizer {
             TokenizerSource::File(path) => TextTokenizer::load(path, self.settings.eos_token.as_deref())?,
             TokenizerSource::Train { vocab } => {
-                let sample = self.sample()?;
+                let sample = self.sample(self.settings.sample_budget(*vocab))?;
                 let sample_bytes = sample.iter().map(|text| text.len() as u64).sum();
                 (self.progress)(PrepareEvent::TokenizerTraining { sample_bytes });
                 TextTokenizer::train(*vocab, sample.iter().map(String::as_str))?
@@ -110,7 +111,7 @@ impl Job {
             tokenizer: FileEntry {
                 file: TOKENIZER.into(),
                 bytes: tokenizer.json().len() as u64,
-                crc64: Crc64(crc_fast::crc64_nvme(tokenizer.json())),
+                crc64: Crc64::of(tokenizer.json()),
             },
             train,
             validation,
@@ -148,9 +149,8 @@ impl Job {
 
     /// Text to train the tokenizer on: spread evenly over the inputs by their stored size, so that of many small files
     /// some are read and of few large ones the beginning of each.
-    fn sample(&self) -> Result<Vec<String>, DataError> {
+    fn sample(&self, budget: u64) -> Result<Vec<String>, DataError> {
         let total: u64 = self.inputs.iter().map(|input| input.bytes).sum();
-        let budget = self.settings.sample_bytes;
         let (mut passed, mut taken) = (0_u64, 0_u64);
         let mut sample = Vec::new();
         for input in &self.inputs {
@@ -180,12 +180,12 @@ impl Job {
         sink: &mut dyn FnMut(Piece<'_>) -> Result<bool, DataError>,
     ) -> Result<Outcome, DataError> {
         match &input.place {
-            Place::Local(path) => input::read(path, &input.name, &self.settings.text_field, sink),
+            Place::Local(path) => documents::read(path, &input.name, &self.settings.text_field, sink),
             Place::Remote { store, key } => {
                 let scratch = Scratch::new();
                 let part = u64::from(self.settings.storage.part_mib) << 20;
                 self.runtime.block_on(fetch(store, key, input.bytes, part, &scratch.0, &|_| {}))?;
-                input::read(&scratch.0, &input.name, &self.settings.text_field, sink)
+                documents::read(&scratch.0, &input.name, &self.settings.text_field, sink)
             }
         }
     }

@@ -7,7 +7,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use tokio::io::AsyncWriteExt;
 
 use super::DataError;
-use crate::storage::{Crc64, Store};
+use crate::storage::{Crc64, StorageError, Store};
 
 /// Ranges of one object in flight at once. They are written in order, so this also bounds the memory it takes.
 const RANGES_IN_FLIGHT: usize = 4;
@@ -20,7 +20,7 @@ pub(super) async fn fetch(
     bytes: u64,
     part: u64,
     to: &Path,
-    progress: &(impl Fn(u64) + Sync),
+    progress: &(impl Fn(u64) + Send + Sync),
 ) -> Result<Crc64, DataError> {
     let io = |source| DataError::Io { doing: "write", path: to.to_owned(), source };
     let mut file = tokio::fs::File::create_new(to).await.map_err(io)?;
@@ -29,19 +29,13 @@ pub(super) async fn fetch(
     let ranges = (0..bytes.div_ceil(part)).map(|n| n * part..(n * part).saturating_add(part).min(bytes));
     let mut parts = stream::iter(ranges)
         .map(|range| async move {
-            let wanted = range.end - range.start;
-            let body = store.get_range(key, range).await.map_err(|source| DataError::Store {
-                doing: "read an object of",
-                uri: store.uri(),
-                source,
-            })?;
-            if body.len() as u64 != wanted {
-                return Err(DataError::Damaged {
-                    file: format!("{}/{key}", store.uri()),
-                    reason: format!("is shorter than the {bytes} bytes it should have"),
-                });
-            }
-            Ok(body)
+            store.get_range(key, range).await.map_err(|source| match source {
+                StorageError::Short { key, size, .. } => DataError::Damaged {
+                    file: key,
+                    reason: format!("is shorter ({size} bytes) than the {bytes} it should have"),
+                },
+                source => DataError::Store { doing: "read an object of", uri: store.uri(), source },
+            })
         })
         .buffered(RANGES_IN_FLIGHT);
     while let Some(body) = parts.try_next().await? {

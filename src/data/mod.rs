@@ -6,7 +6,7 @@
 //!                                              ▼
 //!                              Dataset (worker: positioned reads) ◄── Sampler (seed, position) -> sample
 //! ```
-//! [`prepare`](prepare::prepare) is run once by a person; [`ensure_local`](cache::ensure_local) by the agent of every node;
+//! [`prepare()`] is run once by a person; [`ensure_local`] by the agent of every node;
 //! [`Dataset`] and [`Sampler`] by the workers, which see local folders only. The state of the data within a run is one
 //! number, the step: which samples it trains on is computed, never stored.
 //!
@@ -17,6 +17,7 @@
 //!   ties by value, and documents are assigned to splits by a hash of their text.
 
 pub mod cache;
+mod documents;
 mod encode;
 mod fetch;
 mod input;

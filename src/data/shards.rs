@@ -116,7 +116,7 @@ pub struct Index {
     pub vocab_size: u32,
     /// The token between documents.
     pub eos_id: u32,
-    /// Checksum over the settings and inputs that this was made from; see [`super::prepare`].
+    /// Checksum over the settings and inputs that this was made from; see [`mod@super::prepare`].
     pub recipe: String,
     /// The tokenizer's file.
     pub tokenizer: FileEntry,
@@ -225,14 +225,10 @@ pub(super) mod crc_text {
     use crate::storage::Crc64;
 
     pub fn serialize<S: Serializer>(value: &Crc64, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&format!("{:016x}", value.0))
+        serializer.collect_str(value)
     }
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Crc64, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        if text.len() != 16 || !text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)) {
-            return Err(D::Error::custom("a CRC64 is 16 lower-case hex digits"));
-        }
-        u64::from_str_radix(&text, 16).map(Crc64).map_err(D::Error::custom)
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
 }
 
@@ -351,7 +347,10 @@ impl Dataset {
 }
 
 const fn samples_in(tokens: u64, length: u64) -> u64 {
-    if length == 0 { 0 } else { tokens.saturating_sub(1) / length }
+    match tokens.saturating_sub(1).checked_div(length) {
+        Some(samples) => samples,
+        None => 0,
+    }
 }
 
 /// Reads and checks `dir/index.json`.
@@ -397,7 +396,7 @@ mod tests {
     use crate::error::{Explain, Kind};
 
     fn entry(name: &str, body: &[u8]) -> FileEntry {
-        FileEntry { file: name.into(), bytes: body.len() as u64, crc64: Crc64(crc_fast::crc64_nvme(body)) }
+        FileEntry { file: name.into(), bytes: body.len() as u64, crc64: Crc64::of(body) }
     }
 
     /// A dataset whose shards hold 0, 1, 2, … throughout, in shards of the given numbers of tokens.

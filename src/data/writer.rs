@@ -83,7 +83,7 @@ impl ShardWriter {
     fn flush(&mut self) -> Result<(), DataError> {
         self.wait()?;
         let body = Bytes::from(std::mem::take(&mut self.buffer));
-        let crc64 = Crc64(crc_fast::crc64_nvme(&body));
+        let crc64 = Crc64::of(&body);
         let name = self.split.shard_name(self.shards.len());
         self.shards.push(ShardEntry {
             file: FileEntry { file: name.clone(), bytes: body.len() as u64, crc64 },

@@ -368,8 +368,8 @@ mod tests {
         assert_eq!(plan(std::slice::from_ref(&most), WorldSize(1), 4096), Err(PlanError::TooLarge("m".into())));
         let other = TensorSpec { name: "n".into(), ..most.clone() };
         assert_eq!(plan(&[most, other], WorldSize(2), 4096), Err(PlanError::TooLarge("n".into())));
-        assert!(matches!(plan(&[one.clone()], WorldSize(0), 4096), Err(PlanError::World { .. })));
-        assert!(matches!(plan(&[one.clone()], WorldSize(1), 0), Err(PlanError::World { .. })));
+        assert!(matches!(plan(std::slice::from_ref(&one), WorldSize(0), 4096), Err(PlanError::World { .. })));
+        assert!(matches!(plan(std::slice::from_ref(&one), WorldSize(1), 0), Err(PlanError::World { .. })));
         let reserved = TensorSpec { name: "__metadata__".into(), ..one };
         assert!(matches!(plan(&[reserved], WorldSize(1), 4096), Err(PlanError::Name(_))));
     }
@@ -384,6 +384,70 @@ mod tests {
             };
             list.into_iter().enumerate().map(spec).collect()
         })
+    }
+
+    /// The whole way of a state: images by the plan of one world, objects, a restore image, tensors by name.
+    #[tokio::test]
+    async fn a_state_saved_by_any_world_size_is_read_back_from_its_objects() {
+        use crate::{
+            checkpoint::restore::{RemoteFile, fetch, plan_pieces},
+            config::StorageConfig,
+            storage::Store,
+        };
+
+        let tensors = sample();
+        let store = Store::open("memory://", &StorageConfig { concurrency: 4, part_mib: 8 }).unwrap();
+        for world in 1..=4 {
+            let folder = format!("w{world}");
+            let mut files = Vec::new();
+            for image in plan(&tensors, WorldSize(world), 4096).unwrap() {
+                let bytes = bytes::Bytes::from(fill(&image));
+                for shard in &image.shards {
+                    let body = bytes.slice(shard.image_offset as usize..(shard.image_offset + shard.len) as usize);
+                    let put = store.upload(&format!("{folder}/{}", shard.file_name), body, |_| {}).await.unwrap();
+                    files.push(RemoteFile { name: shard.file_name.clone(), bytes: put.bytes, crc64: Some(put.crc64) });
+                }
+            }
+            let layout = plan_pieces(&files, 700).unwrap();
+            let (filled, chunks) = std::sync::mpsc::channel();
+            let chunk = |at: u64, len: u64| Chunk { at, bytes: vec![0; len as usize], filled: filled.clone() };
+            let pieces = layout.pieces.iter().map(|piece| (*piece, chunk(piece.image_offset, piece.len))).collect();
+            fetch(&store, &folder, &files, pieces, |_| {}).await.unwrap();
+            drop(filled);
+            let mut image = vec![0; layout.total as usize];
+            for (at, bytes) in chunks {
+                image[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+            }
+            let mut seen = 0;
+            for &(at, len) in &layout.files {
+                let file = &image[at as usize..(at + len) as usize];
+                for (name, dtype, shape, range) in read_header(file).unwrap() {
+                    let index = tensors.iter().position(|tensor| tensor.name == name).unwrap();
+                    assert_eq!((dtype, &shape), (tensors[index].dtype, &tensors[index].shape));
+                    let expected = (0..tensors[index].bytes() as usize).map(|i| ((i + index) % 251) as u8);
+                    assert!(file[range.start as usize..range.end as usize].iter().copied().eq(expected), "{name}");
+                    seen += 1;
+                }
+            }
+            assert_eq!(seen, tensors.len());
+        }
+    }
+
+    /// A part of the restore image, handed over when it is filled.
+    struct Chunk {
+        at: u64,
+        bytes: Vec<u8>,
+        filled: std::sync::mpsc::Sender<(u64, Vec<u8>)>,
+    }
+    impl AsMut<[u8]> for Chunk {
+        fn as_mut(&mut self) -> &mut [u8] {
+            &mut self.bytes
+        }
+    }
+    impl Drop for Chunk {
+        fn drop(&mut self) {
+            self.filled.send((self.at, std::mem::take(&mut self.bytes))).unwrap();
+        }
     }
 
     proptest! {

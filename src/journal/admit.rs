@@ -67,7 +67,10 @@ pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Res
             if let Some(point) = resume
                 && state.checkpoint(point.step, point.generation).is_none_or(|c| c.status != CheckpointStatus::Good)
             {
-                return wrong(format!("step {} of generation {} is not a good checkpoint", point.step, point.generation));
+                return wrong(format!(
+                    "step {} of generation {} is not a good checkpoint",
+                    point.step, point.generation
+                ));
             }
         }
         Record::Pruned { step, generation } => {

@@ -102,9 +102,10 @@ impl Explain for JournalError {
             }
             Self::NoSuchRun { .. } => Some("trainer runs lists the runs of a store; check --store and --run-id".into()),
             Self::Newer { .. } => Some("use the version of trainer that wrote it, or a newer one".into()),
-            Self::Damaged { .. } => {
-                Some("nothing has been changed; restore the object from a copy or an older version of it in the bucket".into())
-            }
+            Self::Damaged { .. } => Some(
+                "nothing has been changed; restore the object from a copy or an older version of it in the bucket"
+                    .into(),
+            ),
             Self::Fenced { .. } | Self::Overtaken { .. } => {
                 Some("the other node carries this run on; nothing is to be done here".into())
             }

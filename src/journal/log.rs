@@ -147,12 +147,14 @@ impl Journal {
             }
             Err(JournalError::Fenced { node, generation }) => Err(JournalError::Overtaken { node, generation }),
             // Of several, the newest is the one whose heartbeat is worth a look.
-            Err(error @ (JournalError::Overtaken { .. } | JournalError::Moved { .. })) => Err(match self.state.formed() {
-                Some(newest) if newest.generation >= generation => {
-                    JournalError::Overtaken { node: newest.node.clone(), generation: newest.generation }
-                }
-                _ => error,
-            }),
+            Err(error @ (JournalError::Overtaken { .. } | JournalError::Moved { .. })) => {
+                Err(match self.state.formed() {
+                    Some(newest) if newest.generation >= generation => {
+                        JournalError::Overtaken { node: newest.node.clone(), generation: newest.generation }
+                    }
+                    _ => error,
+                })
+            }
             Err(error) => Err(error),
         }
     }
@@ -275,8 +277,11 @@ pub async fn list_runs(store: &Store) -> Result<Vec<RunId>, JournalError> {
             Err(error) => Err(JournalError::Storage(error)),
         }
     });
-    let mut runs: Vec<_> =
-        futures::stream::iter(looks).buffered(READ_AHEAD).try_filter_map(|run| std::future::ready(Ok(run))).try_collect().await?;
+    let mut runs: Vec<_> = futures::stream::iter(looks)
+        .buffered(READ_AHEAD)
+        .try_filter_map(|run| std::future::ready(Ok(run)))
+        .try_collect()
+        .await?;
     runs.sort_unstable();
     Ok(runs)
 }

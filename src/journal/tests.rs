@@ -88,9 +88,10 @@ fn the_state_is_what_the_records_say() {
     assert_eq!(state.notices()[0].source, "aws-spot");
     assert_eq!(state.interruptions()[0].lost_steps, 2);
     assert_eq!(state.newest().unwrap().point(), point(10, 2));
-    assert_eq!(state.checkpoint(Step(11), Generation(2)).unwrap().status, CheckpointStatus::Damaged {
-        reason: "a hole".into()
-    });
+    assert_eq!(
+        state.checkpoint(Step(11), Generation(2)).unwrap().status,
+        CheckpointStatus::Damaged { reason: "a hole".into() }
+    );
     assert_eq!(*state.outcome(), Outcome::Open);
     assert_eq!(state.last_activity().1, &node("a"));
 }
@@ -421,8 +422,7 @@ async fn a_dropped_append_is_settled_like_a_lost_answer() {
         }
     }
     assert_eq!(a.append(notice(1, "a")).await.unwrap(), 3);
-    let sources: Vec<_> =
-        replay(&store, &run_id()).await.unwrap().notices().iter().map(|n| n.source.clone()).collect();
+    let sources: Vec<_> = replay(&store, &run_id()).await.unwrap().notices().iter().map(|n| n.source.clone()).collect();
     assert_eq!(sources, ["b", "a"]);
 
     /// Node b, which has read the records through another door: the faulty one counts.

@@ -117,16 +117,22 @@ impl Explain for StorageError {
             Self::InvalidUri { reason, .. } if reason.contains("credentials") => {
                 "put credentials into the environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, …"
             }
-            Self::InvalidUri { .. } => "write s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file://./folder",
+            Self::InvalidUri { .. } => {
+                "write s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file://./folder"
+            }
             Self::NoBucket { .. } => "create the bucket, or check its name, and AWS_ENDPOINT_URL if it is not on AWS",
-            Self::Full { .. } => "free space, prune old checkpoints (trainer prune), or use another store; nothing partial is visible",
+            Self::Full { .. } => {
+                "free space, prune old checkpoints (trainer prune), or use another store; nothing partial is visible"
+            }
             Self::Unfit { .. } => {
                 "use a store whose conditional put is atomic: Amazon S3, Google Cloud Storage, Azure Blob Storage, RustFS, \
                  or file:// on one machine"
             }
             Self::Permission { source, .. } => permission_hint(&source.to_string()),
             Self::Unavailable { source, .. } => unavailable_hint(&source.to_string())?,
-            Self::InvalidKey { .. } | Self::NotFound { .. } | Self::TooLarge { .. } | Self::Short { .. } => return None,
+            Self::InvalidKey { .. } | Self::NotFound { .. } | Self::TooLarge { .. } | Self::Short { .. } => {
+                return None;
+            }
         };
         Some(hint.to_owned())
     }

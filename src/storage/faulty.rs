@@ -70,10 +70,7 @@ impl Faulty {
         };
         let reset = || object_store::Error::Generic {
             store: "faulty",
-            source: Box::new(object_store::client::HttpError::new(
-                object_store::client::HttpErrorKind::Unknown,
-                Reset,
-            )),
+            source: Box::new(object_store::client::HttpError::new(object_store::client::HttpErrorKind::Unknown, Reset)),
         };
         let generic = |source| object_store::Error::Generic { store: "faulty", source };
         match (self.plan)(operation, path.as_ref(), before) {
@@ -136,11 +133,7 @@ impl ObjectStore for Faulty {
         let operation = if options.mode == object_store::PutMode::Create { "create" } else { "put" };
         self.apply(operation, path, self.inner.put_opts(path, payload, options)).await
     }
-    async fn put_multipart_opts(
-        &self,
-        path: &Path,
-        options: PutMultipartOptions,
-    ) -> Result<Box<dyn MultipartUpload>> {
+    async fn put_multipart_opts(&self, path: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
         self.inner.put_multipart_opts(path, options).await
     }
     async fn get_opts(&self, path: &Path, options: GetOptions) -> Result<GetResult> {

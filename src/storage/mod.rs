@@ -224,15 +224,15 @@ impl Store {
             match self.objects().put_opts(&path, payload, PutMode::Create.into()).await {
                 Ok(_) => Ok(CreateOutcome::Created),
                 // 412 says that something stands there, 409 that another write was under way: look what came of it.
-                Err(
-                    taken @ (object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. }),
-                ) => match self.fetch(&path, body.len() as u64).await {
-                    Ok(Ok(found)) if found == body => Ok(CreateOutcome::Created),
-                    Ok(_) => Ok(CreateOutcome::Exists),
-                    // Nothing stands there after all: neither write of the conflict succeeded.
-                    Err(object_store::Error::NotFound { .. }) => Err(retry::conflict(taken)),
-                    Err(error) => Err(error),
-                },
+                Err(taken @ (object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. })) => {
+                    match self.fetch(&path, body.len() as u64).await {
+                        Ok(Ok(found)) if found == body => Ok(CreateOutcome::Created),
+                        Ok(_) => Ok(CreateOutcome::Exists),
+                        // Nothing stands there after all: neither write of the conflict succeeded.
+                        Err(object_store::Error::NotFound { .. }) => Err(retry::conflict(taken)),
+                        Err(error) => Err(error),
+                    }
+                }
                 Err(error) => Err(error),
             }
         };
@@ -247,7 +247,8 @@ impl Store {
 
     async fn put_in(&self, lane: Lane, key: &str, body: Bytes) -> Result<(), StorageError> {
         let path = self.path(key)?;
-        let request = || self.objects().put_opts(&path, PutPayload::from_bytes(body.clone()), PutMode::Overwrite.into());
+        let request =
+            || self.objects().put_opts(&path, PutPayload::from_bytes(body.clone()), PutMode::Overwrite.into());
         let put = self.attempts(lane, "put", body.len() as u64).run(request).await;
         put.map(drop).map_err(|failure| failure.explain(&self.uri_of(key)))
     }

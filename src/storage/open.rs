@@ -31,7 +31,8 @@ pub(super) struct Opened {
 
 /// The process's own variables, as far as clouds read them.
 pub(super) fn environment() -> Vec<(String, String)> {
-    let ours = |name: &str| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|p| name.starts_with(p)) || name == "IDENTITY_ENDPOINT";
+    let ours =
+        |name: &str| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|p| name.starts_with(p)) || name == "IDENTITY_ENDPOINT";
     let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
         Some((name.into_string().ok()?, value.into_string().ok()?))
     };
@@ -182,23 +183,30 @@ fn s3(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String>
     if let Some(endpoint) = variable(environment, "AWS_EC2_METADATA_SERVICE_ENDPOINT") {
         builder = builder.with_metadata_endpoint(endpoint.trim_end_matches('/'));
     }
-    let endpoint = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]
-        .iter()
-        .find_map(|name| variable(environment, name));
+    let endpoint =
+        ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"].iter().find_map(|name| variable(environment, name));
     let mut plain = false;
     if let Some(endpoint) = endpoint {
         let (endpoint, plain_http) = check_endpoint(endpoint)?;
         plain = plain_http;
-        builder = builder.with_config(AmazonS3ConfigKey::Endpoint, &endpoint).with_config(AmazonS3ConfigKey::S3Endpoint, endpoint);
+        builder = builder
+            .with_config(AmazonS3ConfigKey::Endpoint, &endpoint)
+            .with_config(AmazonS3ConfigKey::S3Endpoint, endpoint);
         if plain {
             builder = builder.with_virtual_hosted_style_request(false);
         }
     }
-    let has_source = ["AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-        "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE"]
-        .iter()
-        .any(|name| variable(environment, name).is_some());
-    if !has_source && variable(environment, "AWS_EC2_METADATA_DISABLED").is_some_and(|v| v.eq_ignore_ascii_case("true")) {
+    let has_source = [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "AWS_SKIP_SIGNATURE",
+    ]
+    .iter()
+    .any(|name| variable(environment, name).is_some());
+    if !has_source && variable(environment, "AWS_EC2_METADATA_DISABLED").is_some_and(|v| v.eq_ignore_ascii_case("true"))
+    {
         return Err("has no credentials: none are in the environment, and AWS_EC2_METADATA_DISABLED is set".into());
     }
     let store = builder
@@ -329,8 +337,11 @@ mod tests {
         for endpoint in ["http://127.0.0.1:9000", "http://localhost:9000/", "http://[::1]:9", "https://example.com"] {
             assert!(open("s3://b/x", &env(&[KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", endpoint)])).is_ok(), "{endpoint}");
         }
-        for endpoint in ["http://example.com", "http://10.0.0.1", "http://localhost.example.com", "ftp://127.0.0.1", "x"] {
-            let said = error("s3://b/x", &[KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", endpoint), ("AWS_ALLOW_HTTP", "true")]);
+        for endpoint in
+            ["http://example.com", "http://10.0.0.1", "http://localhost.example.com", "ftp://127.0.0.1", "x"]
+        {
+            let said =
+                error("s3://b/x", &[KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", endpoint), ("AWS_ALLOW_HTTP", "true")]);
             assert!(said.contains("endpoint"), "{endpoint}: {said}");
         }
         assert_eq!(check_endpoint("http://u:p@127.0.0.1:9000/").unwrap(), ("http://127.0.0.1:9000".to_owned(), true));

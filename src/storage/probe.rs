@@ -101,7 +101,9 @@ async fn round(store: &Store, key: &str, path: &Path) -> Result<(), StorageError
     }
     match create(store, path, &Bytes::from(random_hex(16))).await {
         Heard::Refused => {}
-        Heard::Created => return unfit("a create over an object that stood there succeeded; it ignores If-None-Match".into()),
+        Heard::Created => {
+            return unfit("a create over an object that stood there succeeded; it ignores If-None-Match".into());
+        }
         Heard::Failed(error) if classify(&error) == Verdict::Permanent => {
             return unfit("it does not know conditional puts".into());
         }

@@ -166,7 +166,8 @@ impl<'a> Attempts<'a> {
             tracing::info!(operation = self.operation, attempt, pause_s = pause.as_secs_f64(), cause = %failure.cause,
                 "store request failed, trying again");
             tokio::time::sleep(pause).await;
-            patience = patience.zip(self.patience).map(|(now, first)| now.saturating_mul(2).min(first.saturating_mul(8)));
+            patience =
+                patience.zip(self.patience).map(|(now, first)| now.saturating_mul(2).min(first.saturating_mul(8)));
         }
         Err(Failure::stopped(self.operation))
     }
@@ -357,11 +358,11 @@ mod tests {
         let io = |code| generic(std::io::Error::from_raw_os_error(code));
         let said = |text| generic(Said(text));
         let cases = [
-            (io(28), Verdict::Full),        // ENOSPC
-            (io(122), Verdict::Full),       // EDQUOT
-            (io(13), Verdict::Permission),  // EACCES
-            (io(30), Verdict::Permission),  // EROFS
-            (io(5), Verdict::Transient),    // EIO
+            (io(28), Verdict::Full),       // ENOSPC
+            (io(122), Verdict::Full),      // EDQUOT
+            (io(13), Verdict::Permission), // EACCES
+            (io(30), Verdict::Permission), // EROFS
+            (io(5), Verdict::Transient),   // EIO
             (said("Server returned non-2xx status code: 503 Service Unavailable: SlowDown"), Verdict::Transient),
             (said("Server returned non-2xx status code: 409 Conflict: "), Verdict::Transient),
             (said("Server returned non-2xx status code: 429 Too Many Requests: "), Verdict::Transient),
@@ -380,7 +381,8 @@ mod tests {
 
     #[test]
     fn causes_hold_no_query_and_no_password() {
-        let error = generic(Said("failed at (https://user:hunter2@host.example/b/k?X-Amz-Signature=abc&sig=SECRET) really"));
+        let error =
+            generic(Said("failed at (https://user:hunter2@host.example/b/k?X-Amz-Signature=abc&sig=SECRET) really"));
         let text = Cause::of(&error).to_string();
         for secret in ["hunter2", "abc", "SECRET", "user"] {
             assert!(!text.contains(secret), "{text}");

@@ -64,10 +64,7 @@ mod http_body {
     impl Body for Full {
         type Data = Bytes;
         type Error = Infallible;
-        fn poll_frame(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
             Poll::Ready(self.0.take().map(|bytes| Ok(Frame::data(bytes))))
         }
     }
@@ -86,7 +83,9 @@ fn answer(status: u16, body: &str) -> Answer {
 }
 
 /// A store whose n-th request (from 0) is answered by `says`; `None` cuts the connection.
-async fn told(says: impl Fn(&Request<Incoming>, usize) -> Option<Answer> + Send + Sync + 'static) -> (Store, Arc<AtomicUsize>) {
+async fn told(
+    says: impl Fn(&Request<Incoming>, usize) -> Option<Answer> + Send + Sync + 'static,
+) -> (Store, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let (says, count) = (Arc::new(says), Arc::new(AtomicUsize::new(0)));
@@ -94,10 +93,11 @@ async fn told(says: impl Fn(&Request<Incoming>, usize) -> Option<Answer> + Send 
     tokio::spawn(async move {
         while let Ok((socket, _)) = listener.accept().await {
             let (says, count) = (Arc::clone(&says), Arc::clone(&count));
-            let service = service_fn(move |request: Request<Incoming>| -> BoxFuture<'static, Result<Answer, std::io::Error>> {
-                let answer = says(&request, count.fetch_add(1, Ordering::SeqCst));
-                Box::pin(async move { answer.ok_or_else(|| std::io::Error::other("cut")) })
-            });
+            let service =
+                service_fn(move |request: Request<Incoming>| -> BoxFuture<'static, Result<Answer, std::io::Error>> {
+                    let answer = says(&request, count.fetch_add(1, Ordering::SeqCst));
+                    Box::pin(async move { answer.ok_or_else(|| std::io::Error::other("cut")) })
+                });
             tokio::spawn(async move {
                 let server = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
                 let _ = server.serve_connection(TokioIo::new(socket), service).await;
@@ -109,7 +109,9 @@ async fn told(says: impl Fn(&Request<Incoming>, usize) -> Option<Answer> + Send 
 }
 
 fn error_body(code: &str) -> String {
-    format!("<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>said the store</Message><StringToSign>SECRET</StringToSign></Error>")
+    format!(
+        "<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>said the store</Message><StringToSign>SECRET</StringToSign></Error>"
+    )
 }
 
 #[tokio::test]

@@ -76,13 +76,17 @@ pub(super) async fn contract(store: &Store) {
         let body = pattern(len);
         let heard = Arc::new(AtomicU64::new(0));
         let sum = Arc::clone(&heard);
-        let put = folder.upload("b/large", body.clone(), move |n| _ = sum.fetch_add(n, Ordering::Relaxed)).await.unwrap();
+        let put =
+            folder.upload("b/large", body.clone(), move |n| _ = sum.fetch_add(n, Ordering::Relaxed)).await.unwrap();
         assert_eq!((put.bytes, put.crc64), (len as u64, Crc64::of(&body)), "{len}");
         assert_eq!(heard.load(Ordering::Relaxed), len as u64);
         assert!(folder.get("b/large", 32 << 20).await.unwrap() == body, "{len} bytes came back otherwise");
     }
     let end = (16 << 20) + 3;
-    assert_eq!(folder.get_range("b/large", end - 5..end).await.unwrap(), pattern(end as usize).slice(end as usize - 5..));
+    assert_eq!(
+        folder.get_range("b/large", end - 5..end).await.unwrap(),
+        pattern(end as usize).slice(end as usize - 5..)
+    );
 
     // Listing.
     let mut keys: Vec<_> = folder.list("").await.unwrap().into_iter().map(|info| (info.key, info.size)).collect();

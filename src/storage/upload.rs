@@ -79,7 +79,9 @@ async fn send_in_parts(
     let id = store.attempts(Lane::Control, "upload", 0).run(|| multipart.create_multipart(path)).await?;
     let mut guard = Abort { target: Some((store.clone(), Arc::clone(multipart), path.clone(), id.clone())) };
     let sent = async {
-        let sends = parts(body, size).enumerate().map(|(index, part)| send_part(store, multipart, path, &id, index, part, progress));
+        let sends = parts(body, size)
+            .enumerate()
+            .map(|(index, part)| send_part(store, multipart, path, &id, index, part, progress));
         // In order, so that the checksums can be combined as they come; no more is queued than can be in flight.
         let sent: Vec<_> = futures::stream::iter(sends).buffered(store.inner.concurrency).try_collect().await?;
         let mut crc = Crc64::EMPTY;

@@ -99,13 +99,6 @@ impl StoreArg {
     }
 }
 
-impl RunArg {
-    /// The run's own folder of the store.
-    pub fn folder(&self) -> Result<Store> {
-        Ok(self.store.open()?.folder(self.run_id.as_str()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -81,9 +81,8 @@ impl Prepare {
         let json = self.json;
         let settings = self.settings()?;
         let progress = Progress::new(screen);
-        let summary = store::block_on(async move {
-            Ok(prepare::prepare(settings, move |event| progress.show(&event)).await?)
-        })?;
+        let summary =
+            store::block_on(async move { Ok(prepare::prepare(settings, move |event| progress.show(&event)).await?) })?;
         output::emit(&if json { output::json_lines([&summary])? } else { table(&summary) })?;
         Ok(ExitCode::SUCCESS)
     }

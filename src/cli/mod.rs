@@ -7,6 +7,7 @@ mod checkpoints;
 mod completions;
 mod data;
 mod export;
+mod generate;
 mod history;
 mod output;
 mod resume;
@@ -48,6 +49,7 @@ enum Command {
     Checkpoints(checkpoints::Checkpoints),
     Verify(verify::Verify),
     Export(export::Export),
+    Generate(generate::Generate),
     #[command(subcommand)]
     Data(data::Data),
     Completions(completions::Completions),
@@ -115,6 +117,7 @@ impl Command {
             Self::Checkpoints(command) => command.execute(),
             Self::Verify(command) => command.execute(),
             Self::Export(command) => command.execute(),
+            Self::Generate(command) => command.execute(),
             Self::Data(command) => command.execute(&screen),
             Self::Completions(command) => command.execute(),
             Self::Worker => crate::worker::main(),

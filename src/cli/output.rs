@@ -58,7 +58,9 @@ impl Table {
             let cells: Vec<String> = row
                 .iter()
                 .zip(widths.iter().zip(&self.right))
-                .map(|(cell, (width, right))| if *right { format!("{cell:>width$}") } else { format!("{cell:<width$}") })
+                .map(
+                    |(cell, (width, right))| if *right { format!("{cell:>width$}") } else { format!("{cell:<width$}") },
+                )
                 .collect();
             text.push_str(cells.join("  ").trim_end());
             text.push('\n');
@@ -76,14 +78,14 @@ mod tests {
         let mut table = Table::new(&["run", ">steps", "state"]);
         table.row(["a".into(), "5".into(), "completed".into()]);
         table.row(["long\u{1b}é".into(), "12345".into(), String::new()]);
-        assert_eq!(
-            table.text(),
-            "run         steps  state\na               5  completed\nlong\\u{1b}é  12345\n"
-        );
+        assert_eq!(table.text(), "run          steps  state\na                5  completed\nlong\\u{1b}é  12345\n");
     }
 
     #[test]
     fn json_is_one_object_a_line() {
-        assert_eq!(json_lines([serde_json::json!({"a": 1}), serde_json::json!({"a": 2})]).unwrap(), "{\"a\":1}\n{\"a\":2}\n");
+        assert_eq!(
+            json_lines([serde_json::json!({"a": 1}), serde_json::json!({"a": 2})]).unwrap(),
+            "{\"a\":1}\n{\"a\":2}\n"
+        );
     }
 }

@@ -8,12 +8,7 @@ use super::{
     args::{JsonArg, RunArg, SetArg, Workers, WorkersArg},
     run,
 };
-use crate::{
-    agent::Start,
-    error::Result,
-    ids::Step,
-    report::Screen,
-};
+use crate::{agent::Begin, error::Result, ids::Step, report::Screen};
 
 /// Carry a run on from its newest checkpoint that verifies
 #[derive(Debug, Args)]
@@ -42,9 +37,9 @@ pub struct Resume {
 
 impl Resume {
     pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
-        let start = Start::Resume { from: self.from, overrides: self.set.set };
+        let begin = Begin::Resume { from: self.from, overrides: self.set.set };
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
         let store = self.run.store.open()?;
-        run::launch(screen, JsonArg { json: self.json }, store, self.run.run_id, start, nproc_per_node)
+        run::launch(screen, JsonArg { json: self.json }, store, self.run.run_id, begin, nproc_per_node)
     }
 }

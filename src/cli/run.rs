@@ -12,7 +12,7 @@ use super::{
     store,
 };
 use crate::{
-    agent::{self, Launch, Outcome, Start},
+    agent::{self, Begin, Launch, Outcome},
     config::{self, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
     ids::{RunId, random_hex},
@@ -55,8 +55,8 @@ impl Run {
         };
         let store = Store::open(&config.store, &config.storage)?;
         let nproc_per_node = self.workers.nproc_per_node.map(super::args::Workers::count);
-        let start = Start::Create(Box::new(config));
-        launch(screen, JsonArg { json: self.json }, store, run_id, start, nproc_per_node)
+        let begin = Begin::Create(Box::new(config));
+        launch(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node)
     }
 
     fn resolve(&self) -> Result<RunConfig> {
@@ -109,16 +109,16 @@ pub(super) fn launch(
     json: JsonArg,
     store: Store,
     run_id: RunId,
-    start: Start,
+    begin: Begin,
     nproc_per_node: Option<u32>,
 ) -> Result<ExitCode> {
     let resume = format!("trainer resume --run-id {run_id} --store {}", store.uri());
-    tracing::info!(%run_id, store = store.uri(), "{}", match &start {
-        Start::Create(_) => "new run",
-        Start::Resume { .. } => "resuming run",
+    tracing::info!(%run_id, store = store.uri(), "{}", match &begin {
+        Begin::Create(_) => "new run",
+        Begin::Resume { .. } => "resuming run",
     });
     let reporter = Reporter::new(screen, json.json);
-    let outcome = agent::launch(Launch { store, run_id, start, nproc_per_node, reporter: reporter.clone() });
+    let outcome = agent::launch(Launch { store, run_id, begin, nproc_per_node, reporter: reporter.clone() });
     reporter.finish();
     Ok(match outcome? {
         Outcome::Completed => ExitCode::SUCCESS,

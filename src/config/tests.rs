@@ -453,3 +453,29 @@ fn every_key_has_an_effect_that_was_thought_about() {
         ]
     );
 }
+
+#[test]
+fn the_configurations_that_are_delivered_are_read() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut seen = 0;
+    for entry in std::fs::read_dir(root.join("configs")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            let fetch = |_: &str, _: &str| Err("remote".to_owned());
+            let config = load(&Sources {
+                file: Some(&path),
+                flags: vec![],
+                set: &[],
+                working_directory: root,
+                machine: MACHINE,
+                fetch: &fetch,
+            })
+            .unwrap();
+            let workers = workers_per_node(&config.parallel, None, &MACHINE);
+            micro_batches(config.train.global_batch, crate::ids::WorldSize(workers), config.train.max_micro_batch)
+                .unwrap();
+            seen += 1;
+        }
+    }
+    assert!(seen >= 2);
+}

@@ -439,6 +439,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn one_end_token_stands_behind_each_document_however_long() {
+        let dir = tempfile::tempdir().unwrap();
+        let documents = corpus(dir.path());
+        let settings = PrepareSettings { validation_ratio: 0.0, ..settings(dir.path(), "out") };
+        prepare(settings, |_| {}).await.unwrap();
+        let out = dir.path().join("out");
+        let tokenizer = TextTokenizer::load(&out.join("tokenizer.json"), None).unwrap();
+        let tokens = tokens(&out, Split::Train);
+        let texts: Vec<String> =
+            tokens.split_inclusive(|&id| id == 0).map(|ids| tokenizer.decode(&ids[..ids.len() - 1]).unwrap()).collect();
+        assert!(documents.iter().any(|text| text.len() > 2 * crate::data::documents::PIECE_BYTES));
+        assert!(sorted(texts) == sorted(documents));
+    }
+
+    #[tokio::test]
     async fn the_same_inputs_give_the_same_bytes() {
         let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         corpus(one.path());

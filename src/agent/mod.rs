@@ -56,7 +56,7 @@ pub struct Launch {
     /// The run.
     pub run_id: RunId,
     /// New, or carried on.
-    pub start: Start,
+    pub begin: Begin,
     /// Workers on this node, if the command line says.
     pub nproc_per_node: Option<u32>,
     /// Hears what happens.
@@ -65,7 +65,7 @@ pub struct Launch {
 
 /// How a run begins.
 #[derive(Clone, Debug)]
-pub enum Start {
+pub enum Begin {
     /// It must not exist yet.
     Create(Box<RunConfig>),
     /// It must exist.
@@ -128,7 +128,7 @@ struct Resolved {
 
 impl Agent {
     async fn run(launch: Launch) -> Result<Outcome> {
-        let Launch { store, run_id, start, nproc_per_node, reporter } = launch;
+        let Launch { store, run_id, begin, nproc_per_node, reporter } = launch;
         let signals = Signals::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
         let run = store.folder(run_id.as_str());
         let node = NodeId::random();
@@ -136,14 +136,14 @@ impl Agent {
 
         doing("checking the store");
         store.prove_create_is_atomic().await?;
-        let (journal, overrides, from, new) = match start {
-            Start::Create(config) => {
+        let (journal, overrides, from, new) = match begin {
+            Begin::Create(config) => {
                 // Whatever the configuration names is looked at before the run exists.
                 resolve(&config, nproc_per_node, &reporter).await?;
                 let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
                 (journal, Vec::new(), None, true)
             }
-            Start::Resume { from, overrides } => {
+            Begin::Resume { from, overrides } => {
                 (Journal::open(run.clone(), node.clone(), run_id.clone()).await?, overrides, from, false)
             }
         };

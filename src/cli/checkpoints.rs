@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use super::{
     args::{JsonArg, RunArg},
-    history::{self, Checkpoint, Fate},
+    history::{self, Checkpoint},
     output::{self, Table},
     store,
 };
@@ -25,22 +25,20 @@ pub struct Checkpoints {
 
 impl Checkpoints {
     pub(super) fn execute(self) -> Result<ExitCode> {
-        let history = store::block_on(async { history::read(&self.run.store.open()?, &self.run.run_id).await })?;
-        let text = if self.json.json {
-            output::json_lines(&history.checkpoints)?
-        } else {
-            table(&history.checkpoints, Timestamp::now())
-        };
+        let state = store::block_on(async { history::read(&self.run.store.open()?, &self.run.run_id).await })?;
+        let checkpoints: Vec<Checkpoint<'_>> = state.checkpoints().iter().map(Checkpoint::from).collect();
+        let text =
+            if self.json.json { output::json_lines(&checkpoints)? } else { table(&checkpoints, Timestamp::now()) };
         output::emit(&text)?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
-fn table(checkpoints: &[Checkpoint], now: Timestamp) -> String {
+fn table(checkpoints: &[Checkpoint<'_>], now: Timestamp) -> String {
     let headings =
         [">step", ">generation", ">size", ">loss", ">held out", ">stall", ">copy", ">durable", "committed", "status"];
     let mut table = Table::new(&headings);
-    for Checkpoint { committed, at, fate } in checkpoints {
+    for Checkpoint { committed, at, status, damage } in checkpoints {
         table.row([
             committed.step.to_string(),
             committed.generation.to_string(),
@@ -51,10 +49,7 @@ fn table(checkpoints: &[Checkpoint], now: Timestamp) -> String {
             human::seconds(committed.cost.copy_s),
             human::seconds(committed.cost.durable_s),
             human::ago(*at, now),
-            match fate {
-                Fate::Damaged(reason) => format!("damaged: {reason}"),
-                other => other.word().to_owned(),
-            },
+            damage.map_or_else(|| (*status).to_owned(), |damage| format!("{status}: {damage}")),
         ]);
     }
     table.text()

@@ -94,7 +94,7 @@ impl Prepare {
             shard_tokens: self.shard_tokens.unwrap_or(defaults.shard_tokens),
             text_field: self.text_field.unwrap_or(defaults.text_field),
             eos_token: self.eos_token,
-            sample_bytes: self.sample_bytes.unwrap_or(defaults.sample_bytes),
+            sample_bytes: self.sample_bytes,
             overwrite: self.overwrite,
             threads: self.threads.unwrap_or(defaults.threads),
             ..defaults

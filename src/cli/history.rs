@@ -1,7 +1,4 @@
-//! What a run's journal tells a reader: a pure function of its entries, in order.
-//!
-//! The writers' own view (who may write, from where to resume) is the journal's; this one is for people, and takes the
-//! times that people want to see.
+//! A run's journal, told to people: [`RunState`] in the words of the reading commands.
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -11,15 +8,43 @@ use crate::{
     checkpoint::catalog,
     config::{self, RunConfig},
     error::{Context, Error, Kind, Result},
-    ids::{Generation, RunId, Step, WorldSize},
-    journal::{self, Committed, Entry, FormedReason, Record, ResumePoint},
+    ids::{Generation, RunId, Step},
+    journal::{self, CheckpointStatus, Committed, FormedReason, Outcome, RunState},
     storage::Store,
 };
 
+/// Reads a run's journal. `root` is the store.
+pub(super) async fn read(root: &Store, run_id: &RunId) -> Result<RunState> {
+    journal::replay(&root.folder(run_id.as_str()), run_id).await.context(format!("read journal of run {run_id}"))
+}
+
+/// The checkpoint of a step, or the newest that is whole as far as sizes tell. Says which damaged ones were stepped over.
+pub(super) async fn choose(run: &RunArg, step: Option<Step>) -> Result<(Store, Committed)> {
+    let root = run.store.open()?;
+    let state = read(&root, &run.run_id).await?;
+    let folder = root.folder(run.run_id.as_str());
+    // By itself only what the run as it stands consists of; by name also what it has turned away from.
+    let checkpoints = if step.is_some() { state.good() } else { state.candidates() };
+    let candidates: Vec<Committed> = checkpoints.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect();
+    if candidates.is_empty() {
+        return Err(Error::new(Kind::Usage, format!("run {} has no checkpoint yet", run.run_id)));
+    }
+    let outcome = catalog::newest_usable(&folder, &candidates, step).await?;
+    for damage in outcome.stepped_over {
+        tracing::warn!(step = %damage.step, object = damage.object, "checkpoint is damaged: {}", damage.reason);
+    }
+    let (committed, _) = outcome.found.ok_or_else(|| {
+        let what = format!("none of the {} checkpoints of run {} is usable", candidates.len(), run.run_id);
+        Error::new(Kind::Data, what)
+            .with_hint(format!("`trainer verify --run-id {} --all` lists what is damaged", run.run_id))
+    })?;
+    Ok((folder, committed))
+}
+
 /// What became of a run, as far as its journal knows.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum State {
+pub(super) enum Standing {
     /// No workers have been started yet.
     Created,
     /// A generation was formed and has not ended; whether its machine still lives the journal can't know.
@@ -28,220 +53,112 @@ pub(super) enum State {
     Interrupted,
     /// The last step is committed.
     Completed,
-    /// Needs a person; for this reason.
-    Failed(String),
+    /// Needs a person.
+    Failed,
 }
 
-impl State {
+impl Standing {
+    pub fn of(state: &RunState) -> Self {
+        match (state.outcome(), state.formed(), state.interruptions().last()) {
+            (Outcome::Completed { .. }, ..) => Self::Completed,
+            (Outcome::Failed { .. }, ..) => Self::Failed,
+            (Outcome::Open, None, _) => Self::Created,
+            (Outcome::Open, Some(formed), Some(end)) if end.number > formed.number => Self::Interrupted,
+            (Outcome::Open, Some(_), _) => Self::InProgress,
+        }
+    }
+
     /// For a table.
-    pub fn word(&self) -> &'static str {
+    pub fn word(self) -> &'static str {
         match self {
             Self::Created => "created",
             Self::InProgress => "in progress",
             Self::Interrupted => "interrupted",
             Self::Completed => "completed",
-            Self::Failed(_) => "failed",
+            Self::Failed => "failed",
         }
     }
-}
 
-/// What became of a checkpoint.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Fate {
-    /// Nobody has found anything wrong with it.
-    Good,
-    /// Found damaged; the object and what is wrong with it.
-    Damaged(String),
-    /// Deleted by plan.
-    Pruned,
-}
-
-impl Fate {
-    /// For a table.
-    pub fn word(&self) -> &'static str {
-        match self {
-            Self::Good => "good",
-            Self::Damaged(_) => "damaged",
-            Self::Pruned => "pruned",
-        }
+    /// Whether nothing more comes by itself.
+    pub fn is_end(self) -> bool {
+        !matches!(self, Self::Created | Self::InProgress)
     }
 }
 
 /// A checkpoint and what became of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Checkpoint {
+pub(super) struct Checkpoint<'a> {
     #[serde(flatten)]
-    pub committed: Committed,
+    pub committed: &'a Committed,
     pub at: Timestamp,
-    pub fate: Fate,
+    /// `good`, `damaged` or `pruned`.
+    pub status: &'static str,
+    /// The damaged object and what is wrong with it.
+    pub damage: Option<&'a str>,
+}
+
+impl<'a> From<&'a journal::Checkpoint> for Checkpoint<'a> {
+    fn from(checkpoint: &'a journal::Checkpoint) -> Self {
+        let (status, damage) = match &checkpoint.status {
+            CheckpointStatus::Good => ("good", None),
+            CheckpointStatus::Damaged { reason } => ("damaged", Some(reason.as_str())),
+            CheckpointStatus::Pruned => ("pruned", None),
+        };
+        Self { committed: &checkpoint.committed, at: checkpoint.at, status, damage }
+    }
 }
 
 /// An end before the last step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Interruption {
+pub(super) struct Interruption<'a> {
     pub at: Timestamp,
     pub generation: Generation,
     pub step: Step,
     pub lost_steps: u64,
-    pub verdict: String,
+    pub verdict: &'a str,
 }
 
-/// A run, by its journal.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct History {
-    pub created: Timestamp,
-    pub last_activity: Timestamp,
-    pub state: State,
-    /// As it is now: with every change of a resume.
-    pub config: RunConfig,
-    /// Settings changed since the run was created, `(key, value)`, in order.
-    pub overrides: Vec<(String, String)>,
-    pub generation: Option<Generation>,
-    pub world_size: Option<WorldSize>,
-    pub resumed_from: Option<ResumePoint>,
-    pub worker_restarts: u64,
-    /// In the order of the journal.
-    pub checkpoints: Vec<Checkpoint>,
-    pub interruptions: Vec<Interruption>,
-    /// The last step that any record names as finished.
-    pub last_step: Option<Step>,
+impl<'a> From<&'a journal::Interruption> for Interruption<'a> {
+    fn from(end: &'a journal::Interruption) -> Self {
+        let journal::Interruption { at, generation, step, lost_steps, verdict, .. } = end;
+        Self { at: *at, generation: *generation, step: *step, lost_steps: *lost_steps, verdict }
+    }
 }
 
-/// Reads a run's journal. `root` is the store.
-pub(super) async fn read(root: &Store, run_id: &RunId) -> Result<History> {
-    let entries =
-        journal::read(&root.folder(run_id.as_str())).await.context(format!("read journal of run {run_id}"))?;
-    History::of(&entries).ok_or_else(|| no_such_run(root, run_id))
+/// The configuration as it is now, with every change of a resume.
+pub(super) fn config(state: &RunState) -> RunConfig {
+    // What was accepted once is accepted again; if this version thinks otherwise, what the run began with is shown.
+    config::apply_overrides(state.config(), &state.overrides()).unwrap_or_else(|_| state.config().clone())
 }
 
-fn no_such_run(root: &Store, run_id: &RunId) -> Error {
-    Error::new(Kind::Usage, format!("there is no run {run_id} in {}", root.uri()))
-        .with_hint(format!("`trainer runs --store {}` lists the runs there are", root.uri()))
+/// The last step that the journal names as finished, of the run as it stands.
+pub(super) fn last_step(state: &RunState) -> Option<Step> {
+    let formed = state.formed()?;
+    let of_this_generation = state.interruptions().iter().filter(|end| end.generation == formed.generation);
+    let ended = match state.outcome() {
+        Outcome::Completed { step, .. } | Outcome::Failed { step, .. } => Some(*step),
+        Outcome::Open => None,
+    };
+    let newest = state.newest().map(|checkpoint| checkpoint.committed.step);
+    of_this_generation.map(|end| end.step).chain(ended).chain(newest).max()
 }
 
-/// The checkpoint of a step, or the newest that is whole as far as sizes tell. Says which damaged ones were stepped over.
-pub(super) async fn choose(run: &RunArg, step: Option<Step>) -> Result<(Store, Committed)> {
-    let root = run.store.open()?;
-    let history = read(&root, &run.run_id).await?;
-    let folder = root.folder(run.run_id.as_str());
-    let candidates: Vec<Committed> = history.good().map(|checkpoint| checkpoint.committed.clone()).collect();
-    let outcome = catalog::newest_usable(&folder, &candidates, step).await?;
-    for damage in outcome.stepped_over {
-        tracing::warn!(step = %damage.step, object = damage.object, "checkpoint is damaged: {}", damage.reason);
-    }
-    let (committed, _) = outcome.found.ok_or_else(|| {
-        let (kind, what) = if candidates.is_empty() {
-            (Kind::Usage, format!("run {} has no checkpoint yet", run.run_id))
-        } else {
-            (Kind::Data, format!("none of the {} checkpoints of run {} is usable", candidates.len(), run.run_id))
-        };
-        Error::new(kind, what)
-    })?;
-    Ok((folder, committed))
+/// Steps that were done again, or are to be, after interruptions.
+pub(super) fn lost_steps(state: &RunState) -> u64 {
+    state.interruptions().iter().map(|end| end.lost_steps).sum()
 }
 
-impl History {
-    /// Reads the entries; `None` if the first is no `created`.
-    pub fn of(entries: &[Entry]) -> Option<Self> {
-        let (first, rest) = entries.split_first()?;
-        let Record::Created { config, .. } = &first.record else { return None };
-        let mut history = Self {
-            created: first.at,
-            last_activity: first.at,
-            state: State::Created,
-            config: (**config).clone(),
-            overrides: Vec::new(),
-            generation: None,
-            world_size: None,
-            resumed_from: None,
-            worker_restarts: 0,
-            checkpoints: Vec::new(),
-            interruptions: Vec::new(),
-            last_step: None,
-        };
-        for entry in rest {
-            history.add(entry);
-        }
-        Some(history)
-    }
-
-    fn add(&mut self, entry: &Entry) {
-        self.last_activity = entry.at;
-        match &entry.record {
-            Record::Created { .. } | Record::Notice { .. } => {}
-            Record::Formed { generation, world_size, resume, overrides, reason, .. } => {
-                self.state = State::InProgress;
-                self.generation = Some(*generation);
-                self.world_size = Some(*world_size);
-                self.resumed_from.clone_from(resume);
-                self.worker_restarts += u64::from(*reason == FormedReason::WorkerDied);
-                // What was accepted once is accepted again; if a later version thinks otherwise, show what it still can.
-                if let Ok(changed) = config::apply_overrides(&self.config, overrides) {
-                    self.config = changed;
-                }
-                self.overrides.extend(overrides.iter().cloned());
-            }
-            Record::Committed(committed) => {
-                self.last_step = Some(committed.step);
-                self.checkpoints.push(Checkpoint { committed: committed.clone(), at: entry.at, fate: Fate::Good });
-            }
-            Record::Interrupted { generation, step, lost_steps, verdict, .. } => {
-                self.state = State::Interrupted;
-                self.last_step = Some(*step);
-                self.interruptions.push(Interruption {
-                    at: entry.at,
-                    generation: *generation,
-                    step: *step,
-                    lost_steps: *lost_steps,
-                    verdict: verdict.clone(),
-                });
-            }
-            Record::Damaged { step, generation, reason } => {
-                self.set_fate(*step, *generation, &Fate::Damaged(reason.clone()));
-            }
-            Record::Pruned { step, generation } => self.set_fate(*step, *generation, &Fate::Pruned),
-            Record::Completed { step, .. } => {
-                self.state = State::Completed;
-                self.last_step = Some(*step);
-            }
-            Record::Failed { step, reason, .. } => {
-                self.state = State::Failed(reason.clone());
-                self.last_step = Some(*step);
-            }
-        }
-    }
-
-    fn set_fate(&mut self, step: Step, generation: Generation, fate: &Fate) {
-        for checkpoint in &mut self.checkpoints {
-            if (checkpoint.committed.step, checkpoint.committed.generation) == (step, generation) {
-                checkpoint.fate = fate.clone();
-            }
-        }
-    }
-
-    /// Checkpoints that can be resumed from, as far as the journal knows.
-    pub fn good(&self) -> impl DoubleEndedIterator<Item = &Checkpoint> {
-        self.checkpoints.iter().filter(|checkpoint| checkpoint.fate == Fate::Good)
-    }
-
-    /// The newest of them.
-    pub fn newest(&self) -> Option<&Checkpoint> {
-        self.good().max_by_key(|checkpoint| (checkpoint.committed.generation, checkpoint.committed.step))
-    }
-
-    /// Steps that were done again, or are to be.
-    pub fn lost_steps(&self) -> u64 {
-        self.interruptions.iter().map(|interruption| interruption.lost_steps).sum()
-    }
+/// Times that workers were started again because one had died.
+pub(super) fn worker_restarts(state: &RunState) -> u64 {
+    state.formations().iter().filter(|formed| formed.reason == FormedReason::WorkerDied).count() as u64
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
     use crate::{
-        ids::{AttemptId, NodeId},
-        journal::{RosterEntry, SaveCost},
+        ids::{AttemptId, NodeId, WorldSize},
+        journal::{Entry, Record, ResumePoint, RosterEntry, SaveCost},
     };
 
     fn config() -> RunConfig {
@@ -323,30 +240,42 @@ pub(super) mod tests {
         ]
     }
 
+    pub fn state(records: Vec<Record>) -> RunState {
+        let mut entries = entries(records).into_iter();
+        let mut state = RunState::begin(&RunId::new("first").unwrap(), entries.next().unwrap()).unwrap();
+        for (number, entry) in (1..).zip(entries) {
+            state.apply(number, entry).unwrap();
+        }
+        state
+    }
+
     #[test]
     fn a_journal_is_read_as_a_story() {
-        let history = History::of(&entries(story())).unwrap();
-        assert_eq!(history.state, State::InProgress);
-        assert_eq!((history.generation, history.world_size), (Some(Generation(3)), Some(WorldSize(2))));
-        assert_eq!(history.config.train.steps, 500);
-        assert_eq!((history.worker_restarts, history.lost_steps(), history.interruptions.len()), (1, 4, 1));
-        let fates: Vec<_> = history.checkpoints.iter().map(|c| (c.committed.step.get(), c.fate.word())).collect();
-        assert_eq!(fates, [(10, "pruned"), (20, "good"), (30, "damaged"), (25, "good")]);
-        // The newest belongs to the newest generation, whatever steps older ones had reached.
-        assert_eq!(history.newest().unwrap().committed.step, Step(25));
-        assert_eq!(history.last_step, Some(Step(25)));
-        assert_eq!(history.last_activity.as_second() - history.created.as_second(), 600);
+        let state = state(story());
+        assert_eq!(Standing::of(&state), Standing::InProgress);
+        assert_eq!(super::config(&state).train.steps, 500);
+        assert_eq!((worker_restarts(&state), lost_steps(&state)), (1, 4));
+        let statuses: Vec<_> =
+            state.checkpoints().iter().map(|c| (c.committed.step.get(), Checkpoint::from(c).status)).collect();
+        assert_eq!(statuses, [(10, "pruned"), (20, "good"), (30, "damaged"), (25, "good")]);
+        assert_eq!(Checkpoint::from(&state.checkpoints()[2]).damage, Some("x is short"));
+        // Step 34 was reached by a generation that the run has turned away from.
+        assert_eq!(last_step(&state), Some(Step(25)));
     }
 
     #[test]
     fn ends_are_told_apart() {
-        let state = |last| History::of(&entries(vec![created(), formed(1, None, &[]), last])).unwrap().state;
-        let (generation, step) = (Generation(1), Step(9));
-        assert_eq!(state(Record::Completed { generation, step, loss: 1.0 }), State::Completed);
-        assert_eq!(state(Record::Failed { generation, step, reason: "x".into() }), State::Failed("x".into()));
-        assert_eq!(state(Record::Notice { generation, source: "x".into(), deadline_s: None }), State::InProgress);
-        assert_eq!(History::of(&entries(vec![created()])).unwrap().state, State::Created);
-        assert!(History::of(&[]).is_none());
-        assert!(History::of(&entries(vec![formed(1, None, &[])])).is_none());
+        let ended = |last| state(vec![created(), formed(1, None, &[]), committed(9, 1), last]);
+        let (generation, step) = (Generation(1), Step(12));
+        let completed = ended(Record::Completed { generation, step: Step(9), loss: 1.0 });
+        assert_eq!((Standing::of(&completed), last_step(&completed)), (Standing::Completed, Some(Step(9))));
+        let failed = ended(Record::Failed { generation, step, reason: "x".into() });
+        assert_eq!((Standing::of(&failed), last_step(&failed)), (Standing::Failed, Some(step)));
+        let noticed = ended(Record::Notice { generation, source: "x".into(), deadline_s: None });
+        assert_eq!((Standing::of(&noticed), last_step(&noticed)), (Standing::InProgress, Some(Step(9))));
+        let (verdict, committed) = ("x".to_owned(), Some(Step(9)));
+        let stopped = ended(Record::Interrupted { generation, step, committed, lost_steps: 3, verdict });
+        assert_eq!((Standing::of(&stopped), last_step(&stopped)), (Standing::Interrupted, Some(step)));
+        assert_eq!(Standing::of(&state(vec![created()])), Standing::Created);
     }
 }

@@ -10,6 +10,7 @@ mod export;
 mod generate;
 mod history;
 mod output;
+mod prune;
 mod resume;
 mod run;
 mod runs;
@@ -50,6 +51,7 @@ enum Command {
     Verify(verify::Verify),
     Export(export::Export),
     Generate(generate::Generate),
+    Prune(prune::Prune),
     #[command(subcommand)]
     Data(data::Data),
     Completions(completions::Completions),
@@ -118,6 +120,7 @@ impl Command {
             Self::Verify(command) => command.execute(),
             Self::Export(command) => command.execute(),
             Self::Generate(command) => command.execute(),
+            Self::Prune(command) => command.execute(),
             Self::Data(command) => command.execute(&screen),
             Self::Completions(command) => command.execute(),
             Self::Worker => crate::worker::main(),

@@ -9,13 +9,14 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, StoreArg},
-    history::{self, History, State},
+    history::{self, Standing},
     output::{self, Table},
     store,
 };
 use crate::{
-    error::Result,
+    error::{Kind, Result},
     ids::{RunId, Step},
+    journal::{self, RunState},
     report::human,
 };
 
@@ -36,7 +37,7 @@ pub struct Runs {
 #[derive(Debug, Serialize)]
 struct Line {
     run_id: RunId,
-    state: State,
+    state: Standing,
     step: Option<Step>,
     total_steps: u64,
     checkpoints: usize,
@@ -47,17 +48,17 @@ struct Line {
 }
 
 impl Line {
-    fn new(run_id: RunId, history: &History) -> Self {
+    fn new(run_id: RunId, state: &RunState) -> Self {
         Self {
             run_id,
-            state: history.state.clone(),
-            step: history.last_step,
-            total_steps: history.config.train.steps,
-            checkpoints: history.good().count(),
-            interruptions: history.interruptions.len(),
-            lost_steps: history.lost_steps(),
-            created: history.created,
-            last_activity: history.last_activity,
+            state: Standing::of(state),
+            step: history::last_step(state),
+            total_steps: history::config(state).train.steps,
+            checkpoints: state.good().len(),
+            interruptions: state.interruptions().len(),
+            lost_steps: history::lost_steps(state),
+            created: state.created_at(),
+            last_activity: state.last_activity().0,
         }
     }
 }
@@ -73,24 +74,17 @@ impl Runs {
 
     async fn read(&self) -> Result<Vec<Line>> {
         let root = self.store.open()?;
-        let folders = root.list_folders("").await?;
-        // Datasets and probes lie in the same store: a run is what has a journal.
-        let ids = folders.into_iter().filter_map(|name| RunId::new(name).ok());
+        let runs = journal::list_runs(&root).await?;
         let root = &root;
-        let read: Vec<_> = stream::iter(ids)
-            .map(async |id| {
-                if root.folder(id.as_str()).list(crate::layout::JOURNAL).await?.is_empty() {
-                    return Ok(None);
+        let read: Vec<_> = stream::iter(runs)
+            .map(async |id| match history::read(root, &id).await {
+                Ok(state) => Ok(Some(Line::new(id, &state))),
+                // One unreadable journal must not hide the other runs.
+                Err(error) if error.kind() == Kind::Data => {
+                    tracing::warn!("{}", human::plain(&error.to_string()));
+                    Ok(None)
                 }
-                match history::read(root, &id).await {
-                    Ok(history) => Ok(Some(Line::new(id, &history))),
-                    // One unreadable journal must not hide the other runs.
-                    Err(error) if error.kind() == crate::error::Kind::Data => {
-                        tracing::warn!("{}", human::plain(&error.to_string()));
-                        Ok(None)
-                    }
-                    Err(error) => Err(error),
-                }
+                Err(error) => Err(error),
             })
             .buffer_unordered(AT_ONCE)
             .collect()

@@ -8,13 +8,14 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
-    history::{self, Checkpoint, History, Interruption, State},
+    history::{self, Checkpoint, Interruption, Standing},
     output, store,
 };
 use crate::{
     config::{self, Cadence, RunConfig},
     error::{Error, Kind, Result},
     ids::{Generation, RunId, Step, WorldSize},
+    journal::{Outcome, RunState},
     report::human,
 };
 
@@ -41,22 +42,25 @@ pub struct Status {
 struct Report<'a> {
     run_id: &'a RunId,
     store: String,
-    state: &'a State,
-    generation: Option<Generation>,
+    state: Standing,
+    /// Why it failed.
+    failure: Option<&'a str>,
+    generation: Generation,
     world_size: Option<WorldSize>,
+    /// The last that the journal names as finished.
     step: Option<Step>,
     total_steps: u64,
-    newest_checkpoint: Option<&'a Checkpoint>,
-    /// Steps that were finished after the newest checkpoint, where a record names one.
+    newest_checkpoint: Option<Checkpoint<'a>>,
+    /// From the newest checkpoint to `step`.
     lag_steps: u64,
     checkpoints: usize,
-    interruptions: &'a [Interruption],
+    interruptions: Vec<Interruption<'a>>,
     lost_steps: u64,
     worker_restarts: u64,
     created: Timestamp,
     last_activity: Timestamp,
-    overrides: &'a [(String, String)],
-    config: &'a RunConfig,
+    overrides: Vec<(String, String)>,
+    config: RunConfig,
 }
 
 impl Status {
@@ -66,12 +70,11 @@ impl Status {
             // Elsewhere than on a terminal each look is added below the last: a log of JSON lines, or of tables.
             let redraw = self.watch && !self.json.json && std::io::stdout().is_terminal();
             loop {
-                let history = history::read(&root, &self.run.run_id).await?;
-                let report = Report::new(&self.run.run_id, root.uri(), &history);
+                let state = history::read(&root, &self.run.run_id).await?;
+                let report = Report::new(&state, root.uri());
                 let text = if self.json.json { output::json_lines([&report])? } else { report.text(Timestamp::now()) };
                 output::emit(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
-                let ended = !matches!(history.state, State::Created | State::InProgress);
-                if !self.watch || ended {
+                if !self.watch || report.state.is_end() {
                     return Ok(ExitCode::SUCCESS);
                 }
                 tokio::select! {
@@ -88,27 +91,32 @@ impl Status {
 }
 
 impl<'a> Report<'a> {
-    fn new(run_id: &'a RunId, store: String, history: &'a History) -> Self {
-        let newest = history.newest();
-        let safe = newest.map_or(0, |checkpoint| checkpoint.committed.step.get());
+    fn new(state: &'a RunState, store: String) -> Self {
+        let config = history::config(state);
+        let (newest, step) = (state.newest(), history::last_step(state));
+        let safe = newest.map_or(Step(0), |checkpoint| checkpoint.committed.step);
         Self {
-            run_id,
+            run_id: state.run_id(),
             store,
-            state: &history.state,
-            generation: history.generation,
-            world_size: history.world_size,
-            step: history.last_step,
-            total_steps: history.config.train.steps,
-            newest_checkpoint: newest,
-            lag_steps: history.last_step.unwrap_or_default().get().saturating_sub(safe),
-            checkpoints: history.good().count(),
-            interruptions: &history.interruptions,
-            lost_steps: history.lost_steps(),
-            worker_restarts: history.worker_restarts,
-            created: history.created,
-            last_activity: history.last_activity,
-            overrides: &history.overrides,
-            config: &history.config,
+            state: Standing::of(state),
+            failure: match state.outcome() {
+                Outcome::Failed { reason, .. } => Some(reason),
+                Outcome::Open | Outcome::Completed { .. } => None,
+            },
+            generation: state.generation(),
+            world_size: state.formed().map(|formed| formed.world_size),
+            step,
+            total_steps: config.train.steps,
+            newest_checkpoint: newest.map(Checkpoint::from),
+            lag_steps: step.unwrap_or_default().get().saturating_sub(safe.get()),
+            checkpoints: state.good().len(),
+            interruptions: state.interruptions().iter().map(Interruption::from).collect(),
+            lost_steps: history::lost_steps(state),
+            worker_restarts: history::worker_restarts(state),
+            created: state.created_at(),
+            last_activity: state.last_activity().0,
+            overrides: state.overrides(),
+            config,
         }
     }
 
@@ -118,19 +126,17 @@ impl<'a> Report<'a> {
             ("state", self.state_text(now)),
             ("created", human::ago(self.created, now)),
         ];
-        if let (Some(generation), Some(world)) = (self.generation, self.world_size) {
-            let restarts = human::plural(self.worker_restarts, "worker restart");
-            lines.push((
-                "generation",
-                format!("{generation}, {}, {restarts}", human::plural(world.get().into(), "worker")),
-            ));
+        if let Some(world) = self.world_size {
+            let (workers, restarts) = (u64::from(world.get()), self.worker_restarts);
+            let (workers, restarts) = (human::plural(workers, "worker"), human::plural(restarts, "worker restart"));
+            lines.push(("generation", format!("{}, {workers}, {restarts}", self.generation)));
         }
         let step = self.step.unwrap_or_default();
         lines.push(("step", format!("{step} of {} (the last that the journal names)", self.total_steps)));
         lines.push(("checkpoint", self.checkpoint_text(now)));
         let count = human::plural(self.interruptions.len() as u64, "interruption");
         lines.push(("lost", format!("{} in {count}", human::plural(self.lost_steps, "step"))));
-        for (key, value) in self.overrides {
+        for (key, value) in &self.overrides {
             lines.push(("changed", format!("{key} = {value}")));
         }
         for interruption in self.interruptions.iter().rev().take(SHOWN) {
@@ -145,21 +151,22 @@ impl<'a> Report<'a> {
                 ),
             ));
         }
-        lines.extend(summary(self.config));
+        lines.extend(summary(&self.config));
         let width = lines.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
         lines.iter().map(|(name, value)| format!("{name:<width$}  {}\n", human::plain(value))).collect()
     }
 
     fn state_text(&self, now: Timestamp) -> String {
-        match self.state {
-            State::InProgress => format!("in progress, last heard of {}", human::ago(self.last_activity, now)),
-            State::Failed(reason) => format!("failed {}: {reason}", human::ago(self.last_activity, now)),
-            other => format!("{} {}", other.word(), human::ago(self.last_activity, now)),
+        let when = human::ago(self.last_activity, now);
+        match (self.state, self.failure) {
+            (Standing::InProgress, _) => format!("in progress, last heard of {when}"),
+            (state, Some(reason)) => format!("{} {when}: {reason}", state.word()),
+            (state, None) => format!("{} {when}", state.word()),
         }
     }
 
     fn checkpoint_text(&self, now: Timestamp) -> String {
-        match self.newest_checkpoint {
+        match &self.newest_checkpoint {
             None => "none yet".into(),
             Some(checkpoint) => format!(
                 "step {}, {}, {}; {} in all; {} after it",
@@ -202,13 +209,12 @@ fn summary(config: &RunConfig) -> Vec<(&'static str, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::history::tests::{entries, story};
+    use crate::cli::history::tests::{state, story};
 
     #[test]
     fn a_state_is_told_to_people_and_to_machines() {
-        let history = History::of(&entries(story())).unwrap();
-        let id = RunId::new("first").unwrap();
-        let report = Report::new(&id, "s3://b/runs".into(), &history);
+        let state = state(story());
+        let report = Report::new(&state, "s3://b/runs".into());
         let now = Timestamp::from_second(1_000_000 + 720).unwrap();
         assert_eq!(
             report.text(now),

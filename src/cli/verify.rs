@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{
     args::{JsonArg, RunArg},
-    history::{self, Checkpoint, History},
+    history,
     output::{self, Table},
     store,
 };
@@ -14,6 +14,7 @@ use crate::{
     checkpoint::verify::{self, Depth, Report},
     error::{Error, Kind, Result},
     ids::Step,
+    journal::{Checkpoint, CheckpointStatus, RunState},
     report::human,
 };
 
@@ -58,23 +59,24 @@ impl Verify {
 
     async fn look(&self) -> Result<Vec<Report>> {
         let root = self.run.store.open()?;
-        let history = history::read(&root, &self.run.run_id).await?;
+        let state = history::read(&root, &self.run.run_id).await?;
         let folder = root.folder(self.run.run_id.as_str());
         let part = u64::from(store::LIMITS.part_mib) << 20;
         let depth = if self.deep { Depth::Bytes { part } } else { Depth::Sizes };
         let mut reports = Vec::new();
-        for checkpoint in self.chosen(&history)? {
+        for checkpoint in self.chosen(&state)? {
             reports.push(verify::verify(&folder, &checkpoint.committed, depth, &|_| {}).await?);
         }
         Ok(reports)
     }
 
-    fn chosen<'a>(&self, history: &'a History) -> Result<Vec<&'a Checkpoint>> {
-        let kept = history.checkpoints.iter().filter(|checkpoint| checkpoint.fate != history::Fate::Pruned);
+    fn chosen<'a>(&self, state: &'a RunState) -> Result<Vec<&'a Checkpoint>> {
+        let mut kept = state.checkpoints().iter().filter(|checkpoint| checkpoint.status != CheckpointStatus::Pruned);
         let chosen: Vec<&Checkpoint> = match self.step {
             Some(step) => kept.filter(|checkpoint| checkpoint.committed.step == step).collect(),
             None if self.all => kept.collect(),
-            None => kept.max_by_key(|c| (c.committed.generation, c.committed.step)).into_iter().collect(),
+            // A newest one that is known to be damaged is news, too: what a resume would use comes second.
+            None => kept.next_back().into_iter().collect(),
         };
         if chosen.is_empty() {
             let what = self.step.map_or_else(|| "checkpoint".into(), |step| format!("checkpoint of step {step}"));

@@ -454,6 +454,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_end_token_stands_where_the_other_split_has_the_piece_between() {
+        let dir = tempfile::tempdir().unwrap();
+        let document: String = (0..120_000).map(|line| format!("line {line}\n")).collect();
+        let input = dir.path().join("long.txt");
+        std::fs::write(&input, &document).unwrap();
+        let settings = PrepareSettings {
+            inputs: vec![input.display().to_string()],
+            validation_ratio: 0.5,
+            ..settings(dir.path(), "out")
+        };
+        prepare(settings, |_| {}).await.unwrap();
+        let out = dir.path().join("out");
+        let tokenizer = TextTokenizer::load(&out.join("tokenizer.json"), None).unwrap();
+        let mut stretches = 0;
+        for split in Split::ALL {
+            for ids in tokens(&out, split).split(|&id| id == 0) {
+                stretches += 1;
+                assert!(
+                    document.contains(&tokenizer.decode(ids).unwrap()),
+                    "{split} joins text that is not neighbouring"
+                );
+            }
+        }
+        assert!(stretches > 6, "{stretches} stretches");
+    }
+
+    #[tokio::test]
     async fn the_same_inputs_give_the_same_bytes() {
         let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         corpus(one.path());

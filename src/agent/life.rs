@@ -30,7 +30,7 @@ use crate::{
     config::RunConfig,
     error::{Error, Kind, Result},
     ids::{Generation, Rank, Step},
-    journal::SaveCost,
+    journal::{Record, SaveCost},
     layout,
     notice::{Notice, signal::Signals},
     protocol::{Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
@@ -405,6 +405,14 @@ impl Life<'_> {
             return Some(self.stopped(format!("left at once on a second {}", notice.source)));
         }
         self.draining = true;
+        // In the background: the store may be slow, and the drain must not wait for it.
+        let (journal, generation) = (Arc::clone(&self.start.saver.journal), self.start.saver.generation);
+        let record = Record::Notice { generation, source: notice.source.to_owned(), deadline_s };
+        tokio::spawn(async move {
+            if let Err(error) = journal.lock().await.append(record).await {
+                tracing::debug!(%error, "notice not written to the journal");
+            }
+        });
         let now = self.now();
         let Some(conductor) = &mut self.conductor else {
             return Some(self.stopped(format!("{} before the first step: nothing to save", notice.source)));

@@ -498,6 +498,42 @@ async fn other_objects_in_the_folder_are_no_records() {
 }
 
 #[tokio::test]
+async fn a_listing_may_miss_records_but_hides_no_gap() {
+    let hidden = layout::journal_entry(2);
+    let faulty = Faulty::new(move |op, path, _| match op {
+        "listed" if path.ends_with(&hidden) => Fault::Lost,
+        _ => Fault::Pass,
+    });
+    let store = Store::faulty(&faulty, &settings()).folder("run");
+    let mut a = new_run(&store).await;
+    a.form(forming("a", None)).await.unwrap();
+    for step in 1..5 {
+        a.append(committed(step, 1)).await.unwrap();
+    }
+    assert_eq!(replay(&store, &run_id()).await.unwrap().next(), 6);
+    // Shown: 0, 1 and 5. There: 0, 1, 2 and 5.
+    for number in [3, 4] {
+        store.delete(&layout::journal_entry(number)).await.unwrap();
+    }
+    let error = replay(&store, &run_id()).await.unwrap_err().to_string();
+    assert!(error.contains("00000000000000000003.json") && error.contains("missing"), "{error}");
+}
+
+#[tokio::test]
+async fn our_own_record_is_known_by_its_attempt_wherever_it_stands() {
+    let (_, store) = deaf(2, 7, Fault::AnswerLost);
+    let mut a = new_run(&store).await;
+    a.form(forming("a", None)).await.unwrap();
+    a.append(committed(5, 1)).await.unwrap_err();
+    let (here, next) = (layout::journal_entry(2), layout::journal_entry(3));
+    let ours = store.get(&here, MAX_ENTRY).await.unwrap();
+    store.put(&next, ours).await.unwrap();
+    store.put(&here, Bytes::from(entry("b", notice(1, "x")).encode().unwrap())).await.unwrap();
+    assert_eq!(a.append(committed(5, 1)).await.unwrap(), 3);
+    assert_eq!(replay(&store, &run_id()).await.unwrap().next(), 4);
+}
+
+#[tokio::test]
 async fn a_run_id_with_leftovers_of_another_journal_is_not_used() {
     let store = memory();
     store.put(&layout::journal_entry(3), Bytes::from_static(b"x")).await.unwrap();

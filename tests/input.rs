@@ -78,7 +78,7 @@ fn a_run_id_that_exists_is_refused_with_a_hint_to_resume() {
 
 #[test]
 fn a_run_that_does_not_exist_can_not_be_resumed() {
-    let lab = Lab::on_files();
+    let lab = Lab::on_interrupted_run();
     let life = lab.resume("nobody").finish();
     assert!(matches!(life.code(), Some(64 | 78)), "{}", life.story());
     life.expect_said(&["nobody"]);

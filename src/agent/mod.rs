@@ -148,10 +148,7 @@ impl Agent {
             Begin::Resume { from, overrides } => {
                 let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
                 let (config, overrides) = effective(journal.state(), &overrides)?;
-                // A completed run goes on only if it was given more steps, or told to go back.
-                if let (None, journal::Outcome::Completed { step, .. }) = (from, journal.state().outcome())
-                    && config.train.steps <= step.get()
-                {
+                if let Some(step) = completed(journal.state(), &config, from) {
                     tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
                     return Ok(Outcome::Completed);
                 }
@@ -177,6 +174,10 @@ impl Agent {
 
     async fn live(&mut self, resolved: Resolved) -> Result<Outcome> {
         self.wait_for_the_other().await?;
+        if let Some(step) = completed(self.journal.lock().await.state(), &resolved.config, self.from) {
+            tracing::info!(run = %self.run_id, %step, "run has been completed by the other node");
+            return Ok(Outcome::Completed);
+        }
         let mut deaths = Vec::new();
         let mut reason = FormedReason::Started;
         loop {
@@ -435,6 +436,14 @@ fn unfinished_leader(state: &RunState) -> Option<NodeId> {
     let said = state.interruptions().iter().any(|end| end.generation == formed.generation);
     let open = *state.outcome() == journal::Outcome::Open;
     (open && !said).then(|| formed.node.clone())
+}
+
+/// The last step of a run that has completed; `None` if it has not, was given more steps, or is told to go back.
+fn completed(state: &RunState, config: &RunConfig, from: Option<Step>) -> Option<Step> {
+    match state.outcome() {
+        journal::Outcome::Completed { step, .. } if from.is_none() && config.train.steps <= step.get() => Some(*step),
+        _ => None,
+    }
 }
 
 /// The configuration that holds now: as created, with what every generation has changed, and what this command changes; and

@@ -14,12 +14,20 @@
 //! `pub mod` lines and every `use crate::` line and holds them together.
 #![warn(missing_docs)]
 
-pub mod snapshot;
-pub mod journal;
-pub mod storage;
-pub mod report;
+pub mod cli;
+pub mod agent;
+pub mod rendezvous;
+pub mod worker;
 pub mod protocol;
 pub mod model;
+pub mod data;
+pub mod notice;
+pub mod snapshot;
+pub mod checkpoint;
+pub mod journal;
+pub mod torch;
+pub mod storage;
+pub mod report;
 pub mod config;
 pub mod layout;
 pub mod error;

@@ -19,6 +19,13 @@ use crate::{
 /// The longest message that is believed: a plan of a model with very many tensors is a few MiB.
 pub const MAX_MESSAGE: u32 = 64 << 20;
 
+/// The descriptors of a worker's two slots; its standard input is the control socket.
+pub const SLOT_FDS: [i32; 2] = [3, 4];
+/// The descriptor of the node's restore image in a worker.
+pub const RESTORE_FD: i32 = 5;
+/// The hidden subcommand that makes this binary a worker.
+pub const WORKER_SUBCOMMAND: &str = "worker";
+
 /// From the agent to a worker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum ToWorker {
@@ -126,7 +133,7 @@ pub enum FromWorker {
         /// Copying took, seconds.
         copy_s: f64,
     },
-    /// The loop waited for a capture.
+    /// The loop waited for the capture of `step` before it could change the state.
     Stalled {
         /// The captured step.
         step: Step,

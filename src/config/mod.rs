@@ -6,9 +6,27 @@
 //! `created` record alone is enough to carry the run on elsewhere. Stored layout: `RunConfig` as JSON in that record;
 //! fields may be added with a serde default, never renamed.
 
+mod batch;
+mod change;
+mod error;
+mod machine;
+mod raw;
+mod resolve;
+mod text;
+#[cfg(test)]
+mod tests;
+
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+pub use batch::{MicroBatches, micro_batches};
+pub use change::{Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, settings};
+pub use error::{ConfigError, Origin};
+pub use machine::{Machine, workers_per_node};
+pub use raw::DEFAULT_TOML;
+pub use resolve::{Sources, load};
+pub use text::{absolute_uri, format_cadence, format_duration, local_path, parse_duration};
 
 /// A run's resolved configuration. Stored in the journal's `created` record.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

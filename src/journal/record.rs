@@ -3,6 +3,7 @@
 //! Stored layout: one JSON object a record, `journal/<20 digits>.json`:
 //! `{"format":1,"attempt":"<32 hex>","at":"<RFC 3339>","node":"<node id>","record":{"kind":"committed",…}}`.
 //! `at` is for people: no decision reads it. Fields may be added with a serde default, never renamed or removed.
+//! A float that JSON has no number for (a loss may well be NaN) is the text `"NaN"`, `"inf"` or `"-inf"`.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,26 @@ use crate::{
     config::RunConfig,
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
 };
+
+/// The version of the layout that is written, and the highest that is read.
+pub const FORMAT: u32 = 1;
+
+/// The longest record that is believed or written: the first one carries the configuration and a model's `config.json`.
+pub const MAX_ENTRY: u64 = 4 << 20;
+
+/// Why an object is not a journal record.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidEntry {
+    /// Written by a newer version of this program.
+    #[error("has format {found}, and this version reads up to {FORMAT}")]
+    Newer {
+        /// Its format.
+        found: u32,
+    },
+    /// Not a record at all.
+    #[error("is not a journal record: {0}")]
+    Garbled(String),
+}
 
 /// One numbered object of the journal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,6 +46,33 @@ pub struct Entry {
     pub node: NodeId,
     /// What is now true.
     pub record: Record,
+}
+
+impl Entry {
+    /// Reads a stored record.
+    pub fn decode(body: &[u8]) -> Result<Self, InvalidEntry> {
+        #[derive(Deserialize)]
+        struct Version {
+            format: u32,
+        }
+        let garbled = |error: serde_json::Error| InvalidEntry::Garbled(error.to_string());
+        // First, since a newer layout need not look like this one in any other way.
+        let Version { format } = serde_json::from_slice(body).map_err(garbled)?;
+        if format > FORMAT {
+            return Err(InvalidEntry::Newer { found: format });
+        }
+        serde_json::from_slice(body).map_err(garbled)
+    }
+
+    /// The bytes that are stored. A record that could not be read back is an error here, before it is written.
+    pub fn encode(&self) -> Result<Vec<u8>, InvalidEntry> {
+        let body = serde_json::to_vec(self).map_err(|error| InvalidEntry::Garbled(error.to_string()))?;
+        if body.len() as u64 > MAX_ENTRY {
+            return Err(InvalidEntry::Garbled(format!("{} bytes are more than {MAX_ENTRY}", body.len())));
+        }
+        Self::decode(&body)?;
+        Ok(body)
+    }
 }
 
 /// What a journal entry says.
@@ -64,6 +112,7 @@ pub enum Record {
         /// What said so: `sigterm`, `aws-spot`, …
         source: String,
         /// Seconds left when it was heard, where known.
+        #[serde(default, with = "float::option")]
         deadline_s: Option<f64>,
     },
     /// A generation ended before the last step.
@@ -95,6 +144,7 @@ pub enum Record {
         /// The last step.
         step: Step,
         /// Its loss.
+        #[serde(with = "float")]
         loss: f64,
     },
     /// The run can't go on without a person.
@@ -129,9 +179,10 @@ pub struct Committed {
     /// Bytes of all shards.
     pub bytes: u64,
     /// The step's training loss.
+    #[serde(with = "float")]
     pub loss: f64,
     /// The newest validation loss, if there is one.
-    #[serde(default)]
+    #[serde(default, with = "float::option")]
     pub validation_loss: Option<f64>,
     /// What the save cost.
     pub cost: SaveCost,
@@ -141,10 +192,13 @@ pub struct Committed {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SaveCost {
     /// The train loop waited.
+    #[serde(with = "float")]
     pub stall_s: f64,
     /// Copying into the images took, hidden or not.
+    #[serde(with = "float")]
     pub copy_s: f64,
     /// From the end of the step to the `committed` record.
+    #[serde(with = "float")]
     pub durable_s: f64,
 }
 
@@ -175,4 +229,117 @@ pub enum FormedReason {
     Started,
     /// A worker died and its group was started again.
     WorkerDied,
+}
+
+/// Floats of any value.
+mod float {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Stored {
+        Number(f64),
+        Text(String),
+    }
+
+    impl From<f64> for Stored {
+        fn from(value: f64) -> Self {
+            if value.is_finite() { Self::Number(value) } else { Self::Text(value.to_string()) }
+        }
+    }
+
+    impl Stored {
+        fn value<E: Error>(self) -> Result<f64, E> {
+            match self {
+                Self::Number(value) => Ok(value),
+                Self::Text(text) => match text.as_str() {
+                    "NaN" => Ok(f64::NAN),
+                    "inf" => Ok(f64::INFINITY),
+                    "-inf" => Ok(f64::NEG_INFINITY),
+                    _ => Err(E::custom("a float is a number, \"NaN\", \"inf\" or \"-inf\"")),
+                },
+            }
+        }
+    }
+
+    pub(super) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        Stored::from(*value).serialize(serializer)
+    }
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        Stored::deserialize(deserializer)?.value()
+    }
+
+    pub(super) mod option {
+        use super::{Deserialize, Deserializer, Serialize, Serializer, Stored};
+
+        pub fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+            value.map(Stored::from).serialize(serializer)
+        }
+        pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+            Option::<Stored>::deserialize(deserializer)?.map(Stored::value).transpose()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(loss: f64) -> Entry {
+        let committed = Committed {
+            step: Step(3),
+            generation: Generation(1),
+            manifest: "m".into(),
+            manifest_crc64: "0".into(),
+            bytes: 1,
+            loss,
+            validation_loss: Some(loss),
+            cost: SaveCost { stall_s: loss, ..SaveCost::default() },
+        };
+        Entry {
+            format: FORMAT,
+            attempt: AttemptId::random(),
+            at: Timestamp::UNIX_EPOCH,
+            node: NodeId::random(),
+            record: Record::Committed(committed),
+        }
+    }
+
+    #[test]
+    fn a_loss_that_json_has_no_number_for_is_read_back() {
+        for loss in [0.1 + 0.2, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -0.0, f64::MIN_POSITIVE] {
+            let body = entry(loss).encode().unwrap();
+            let Record::Committed(read) = Entry::decode(&body).unwrap().record else { panic!("another record") };
+            assert_eq!(read.loss.to_bits(), loss.to_bits());
+            assert_eq!(read.validation_loss.unwrap().to_bits(), loss.to_bits());
+            assert_eq!(read.cost.stall_s.to_bits(), loss.to_bits());
+        }
+    }
+
+    #[test]
+    fn a_newer_format_is_named_whatever_else_it_holds() {
+        let error = Entry::decode(br#"{"format":2,"something":"else"}"#).unwrap_err();
+        assert_eq!(error, InvalidEntry::Newer { found: 2 });
+    }
+
+    #[test]
+    fn garbled_bodies_are_errors() {
+        let good = entry(1.0).encode().unwrap();
+        for cut in 0..good.len() {
+            assert!(Entry::decode(&good[..cut]).is_err(), "{cut}");
+        }
+        for bad in [&b""[..], b"{}", b"[]", b"\xff\xfe", b"null", br#"{"format":-1}"#, br#"{"format":1}"#] {
+            assert!(matches!(Entry::decode(bad), Err(InvalidEntry::Garbled(_))), "{bad:?}");
+        }
+        let text = String::from_utf8(good).unwrap();
+        assert!(Entry::decode(text.replace("committed", "promised").as_bytes()).is_err());
+        assert!(Entry::decode(text.replace("\"loss\":1.0", "\"loss\":\"many\"").as_bytes()).is_err());
+    }
+
+    #[test]
+    fn a_record_that_is_too_long_is_not_written() {
+        let mut long = entry(1.0);
+        long.record = Record::Damaged { step: Step(1), generation: Generation(1), reason: "x".repeat(5 << 20) };
+        assert!(long.encode().is_err());
+    }
 }

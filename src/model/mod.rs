@@ -10,6 +10,7 @@
 //! A model keeps no state between calls beyond its parameters (and a table of constants that grows on demand): a call
 //! that failed or was given up leaves nothing behind.
 
+mod folder;
 pub mod generate;
 pub mod llama;
 mod llama_config;
@@ -19,7 +20,7 @@ mod rope;
 
 use tch::{Device, TchError, Tensor};
 
-pub use self::llama_config::LlamaConfig;
+pub use self::{folder::from_folder, llama_config::LlamaConfig};
 use crate::{
     config::{ModelKind, Precision},
     error::{Explain, Kind},

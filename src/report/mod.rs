@@ -1,3 +1,258 @@
 //! Typed events out of the run, drawn by one reporter: a live view on a terminal, plain lines elsewhere, JSON lines on stdout.
+//!
+//! Standard output is data: with `--json` one object a line, the events named in [`Event`]'s documentation, and nothing
+//! else ever. Standard error is conversation. A thread of its own writes both, so that a reader that is slow, stopped
+//! (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait, and a closed standard output silently
+//! ends the JSON lines. Cancelling a run loses no event that was given before [`Reporter::finish`] returns.
 mod event;
+pub mod human;
+mod screen;
+mod summary;
+mod views;
+
+use std::{
+    io::Write,
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
 pub use event::Event;
+pub use screen::{LOG_VARIABLE, Screen, init_logging};
+use summary::Summary;
+use views::{Bars, Lines};
+
+/// How long [`Reporter::finish`] waits for a reader that does not read.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+enum Message {
+    Event(Event),
+    Finish(mpsc::SyncSender<()>),
+}
+
+/// Where events go. Cheap to clone, usable from any thread.
+#[derive(Clone)]
+pub struct Reporter {
+    sender: Arc<mpsc::Sender<Message>>,
+}
+
+impl std::fmt::Debug for Reporter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Reporter")
+    }
+}
+
+impl Reporter {
+    /// Shows events on `screen`, and with `json` as JSON lines on standard output.
+    pub fn new(screen: Screen, json: bool) -> Self {
+        Self::with_output(screen, json.then(|| Box::new(std::io::stdout()) as Box<dyn Write + Send>))
+    }
+
+    /// Shows events on `screen`, and writes JSON lines to `json`.
+    pub fn with_output(screen: Screen, json: Option<Box<dyn Write + Send>>) -> Self {
+        let (sender, receiver) = mpsc::channel();
+        let drawn = std::thread::Builder::new().name("report".into()).spawn(move || draw(&receiver, screen, json));
+        if let Err(error) = drawn {
+            // A machine that is out of threads has other worries: train on unseen.
+            tracing::warn!(%error, "can't start the thread that shows progress");
+        }
+        Self { sender: Arc::new(sender) }
+    }
+
+    /// Shows nothing; for callers that want no output.
+    pub fn silent() -> Self {
+        Self { sender: Arc::new(mpsc::channel().0) }
+    }
+
+    /// Something happened. Does not wait.
+    pub fn event(&self, event: &Event) {
+        // The other end is gone after `finish`, and in a silent reporter.
+        let _ = self.sender.send(Message::Event(event.clone()));
+    }
+
+    /// Shows what is still to be shown, takes bars away and says the summary. Later events are dropped.
+    pub fn finish(&self) {
+        let (done, finished) = mpsc::sync_channel(1);
+        if self.sender.send(Message::Finish(done)).is_ok() {
+            let _ = finished.recv_timeout(PATIENCE);
+        }
+    }
+}
+
+fn draw(receiver: &mpsc::Receiver<Message>, screen: Screen, mut json: Option<Box<dyn Write + Send>>) {
+    let start = Instant::now();
+    let mut bars = screen.is_live().then(|| Bars::new(screen.clone()));
+    let mut lines = Lines::new(bars.is_none());
+    let mut summary = Summary::default();
+    let mut done = None;
+    for message in receiver {
+        let event = match message {
+            Message::Event(event) => event,
+            Message::Finish(sender) => {
+                done = Some(sender);
+                break;
+            }
+        };
+        summary.add(&event);
+        if let Some(output) = &mut json
+            && let Err(error) = write_json(output, &event)
+        {
+            if error.kind() != std::io::ErrorKind::BrokenPipe {
+                tracing::warn!(%error, "can't write events to standard output, going on without them");
+            }
+            json = None;
+        }
+        lines.show(&event, Instant::now());
+        if let Some(bars) = &mut bars {
+            bars.show(&event);
+        }
+    }
+    if let Some(bars) = &mut bars {
+        bars.clear();
+    }
+    if let Some(line) = summary.line(start.elapsed().as_secs_f64()) {
+        tracing::info!("{line}");
+    }
+    // Whoever waits for the end has its answer even if it has given up by now.
+    if let Some(done) = done {
+        let _ = done.try_send(());
+    }
+}
+
+/// Writes one event as one line. `upload` and `phase` are for the eye and are no part of the API.
+fn write_json(output: &mut dyn Write, event: &Event) -> std::io::Result<()> {
+    if matches!(event, Event::Upload { .. } | Event::Phase { .. }) {
+        return Ok(());
+    }
+    let mut line = serde_json::to_vec(event)?;
+    line.push(b'\n');
+    output.write_all(&line)?;
+    output.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::ids::{Generation, Step, WorldSize};
+
+    pub(super) fn step(step: u64, loss: f64) -> Event {
+        Event::Step {
+            step: Step(step),
+            loss,
+            lr: 3e-4,
+            grad_norm: 1.5,
+            tokens: step * 512,
+            tokens_per_s: 1024.0,
+            step_s: 0.5,
+            stall_s: 0.0,
+            lag_steps: 1,
+            lag_s: 0.5,
+        }
+    }
+
+    fn one_of_each() -> Vec<Event> {
+        vec![
+            Event::Phase { doing: "downloading".into() },
+            Event::Formed { generation: Generation(1), world_size: WorldSize(2), resume_step: None, total_steps: 9 },
+            Event::Formed {
+                generation: Generation(2),
+                world_size: WorldSize(2),
+                resume_step: Some(Step(4)),
+                total_steps: 9,
+            },
+            Event::Restored { step: Step(4), bytes: 10, fetch_s: 0.25, restore_s: 0.5 },
+            step(5, 5.432_198_7),
+            step(6, 0.1 + 0.2),
+            step(7, f64::NAN),
+            Event::Validation { step: Step(6), loss: 5.5 },
+            Event::Upload { step: Step(6), sent: 1, total: 2 },
+            Event::Checkpoint {
+                step: Step(6),
+                generation: Generation(2),
+                bytes: 10,
+                stall_s: 0.001,
+                copy_s: 0.125,
+                durable_s: 1.5,
+            },
+            Event::WorkerDied { step: Step(6), reason: "signal 9".into(), restarts: 1, backoff_s: 1.0 },
+            Event::Warning { message: "checkpoint of step 4 is stepped over".into() },
+            Event::Notice { source: "aws-spot".into(), deadline_s: Some(120.0) },
+            Event::Notice { source: "sigterm".into(), deadline_s: None },
+            Event::Interrupted { step: Step(6), lost_steps: 0 },
+            Event::Completed { step: Step(9), loss: 1.25 },
+        ]
+    }
+
+    #[derive(Clone, Default)]
+    struct Shared(Arc<Mutex<Vec<u8>>>);
+    impl Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn json_lines_are_an_api() {
+        let output = Shared::default();
+        let reporter = Reporter::with_output(Screen::plain(), Some(Box::new(output.clone())));
+        for event in one_of_each() {
+            reporter.clone().event(&event);
+        }
+        reporter.finish();
+        reporter.event(&step(8, 1.0));
+        let text = String::from_utf8(output.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(
+            text,
+            r#"{"event":"formed","generation":1,"world_size":2,"resume_step":null,"total_steps":9}
+{"event":"formed","generation":2,"world_size":2,"resume_step":4,"total_steps":9}
+{"event":"restored","step":4,"bytes":10,"fetch_s":0.25,"restore_s":0.5}
+{"event":"step","step":5,"loss":5.4321987,"lr":0.0003,"grad_norm":1.5,"tokens":2560,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
+{"event":"step","step":6,"loss":0.30000000000000004,"lr":0.0003,"grad_norm":1.5,"tokens":3072,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
+{"event":"step","step":7,"loss":null,"lr":0.0003,"grad_norm":1.5,"tokens":3584,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
+{"event":"validation","step":6,"loss":5.5}
+{"event":"checkpoint","step":6,"generation":2,"bytes":10,"stall_s":0.001,"copy_s":0.125,"durable_s":1.5}
+{"event":"worker_died","step":6,"reason":"signal 9","restarts":1,"backoff_s":1.0}
+{"event":"warning","message":"checkpoint of step 4 is stepped over"}
+{"event":"notice","source":"aws-spot","deadline_s":120.0}
+{"event":"notice","source":"sigterm","deadline_s":null}
+{"event":"interrupted","step":6,"lost_steps":0}
+{"event":"completed","step":9,"loss":1.25}
+"#
+        );
+    }
+
+    #[test]
+    fn a_closed_output_stops_nothing() {
+        struct Closed;
+        impl Write for Closed {
+            fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+                Err(std::io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+        let reporter = Reporter::with_output(Screen::plain(), Some(Box::new(Closed)));
+        for event in one_of_each() {
+            reporter.event(&event);
+        }
+        reporter.finish();
+        reporter.finish();
+        Reporter::silent().event(&step(1, 1.0));
+        Reporter::silent().finish();
+    }
+
+    #[test]
+    fn bars_take_every_event() {
+        let mut bars = Bars::new(Screen::plain());
+        for event in one_of_each() {
+            bars.show(&event);
+        }
+        bars.clear();
+    }
+}

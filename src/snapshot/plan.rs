@@ -5,45 +5,198 @@
 //! a pure function of (tensors, world size): every process that makes it from the same list makes the same one.
 //!
 //! Stored layout of one rank's image: its model shard, then, at the next page boundary, its optimizer shard. A shard is a
-//! complete safetensors file: 8 bytes little-endian header length, JSON header padded with spaces so that the data
-//! begins on a 64-byte boundary, then the tensors without a gap. Shapes never change during a run, so headers are
+//! complete safetensors file ([`crate::checkpoint::header`]) whose tensors follow one another without a gap, those with
+//! the largest elements first, so that each is aligned, then by name. Shapes never change during a run, so headers are
 //! written once, when the plan is made; a capture writes tensor bytes only.
+
+use std::{collections::HashSet, ops::Range};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::Rank;
+use crate::{
+    checkpoint::header,
+    error::{Explain, Kind},
+    ids::{Rank, WorldSize},
+};
 
-/// Element types that checkpoints may hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Dtype {
-    /// 32-bit float.
-    F32,
-    /// bfloat16.
-    BF16,
-    /// 16-bit float.
-    F16,
-    /// 64-bit integer.
-    I64,
+pub use crate::checkpoint::header::{Dtype, HeaderError};
+
+/// Why no plan can be made.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// There is no state to save.
+    #[error("state has no tensors")]
+    Empty,
+    /// No rank could write, or the page size is not one.
+    #[error("no plan for {world} ranks and pages of {page} bytes")]
+    World {
+        /// Ranks.
+        world: WorldSize,
+        /// As given.
+        page: u64,
+    },
+    /// A name that a safetensors file can't hold.
+    #[error("tensor name {0:?} is empty or reserved")]
+    Name(String),
+    /// Two tensors of one name.
+    #[error("state has two tensors of the name {0:?}")]
+    Duplicate(String),
+    /// Sizes beyond 64 bits, or a header beyond what readers accept.
+    #[error("tensor {0:?} makes the state too large for a file")]
+    TooLarge(String),
 }
 
-impl Dtype {
-    /// Bytes of one element.
-    pub const fn size(self) -> u64 {
-        match self {
-            Self::F32 => 4,
-            Self::BF16 | Self::F16 => 2,
-            Self::I64 => 8,
+impl Explain for PlanError {
+    fn kind(&self) -> Kind {
+        // The list is the model's own: a person can't mend it, save by another model.
+        Kind::Bug
+    }
+}
+
+/// Divides `tensors` over the ranks and lays out every rank's image; one [`ImagePlan`] a rank, in the order of ranks.
+///
+/// Largest first, each to the rank with the fewest bytes so far (ties: the lowest rank; equal sizes: by name), so no rank
+/// has more than the average and one largest tensor (Graham 1969, list scheduling). `page`: bytes of a memory page.
+pub fn plan(tensors: &[TensorSpec], world: WorldSize, page: u64) -> Result<Vec<ImagePlan>, PlanError> {
+    if world.get() == 0 || !page.is_power_of_two() {
+        return Err(PlanError::World { world, page });
+    }
+    let sizes = checked_sizes(tensors)?;
+    let owned = assign(tensors, &sizes, world);
+
+    let count = |kind| owned.iter().filter(|own| own.iter().any(|&t| tensors[t].kind == kind)).count();
+    let mut model = Numbering { stem: "model", next: 1, of: count(ShardKind::Model) };
+    let mut optimizer = Numbering { stem: "optimizer", next: 1, of: count(ShardKind::Optimizer) };
+    let mut plans = Vec::with_capacity(owned.len());
+    for (rank, own) in (0..).map(Rank).zip(&owned) {
+        let mut image = ImagePlan { rank, len: 0, shards: Vec::new() };
+        for (kind, names) in [(ShardKind::Model, &mut model), (ShardKind::Optimizer, &mut optimizer)] {
+            let own: Vec<usize> = own.iter().copied().filter(|&t| tensors[t].kind == kind).collect();
+            if let Some(&last) = own.last() {
+                let shard = lay_out(tensors, &sizes, own, kind, names.next(), image.len);
+                let end = shard.as_ref().and_then(|shard| shard.image_offset.checked_add(shard.len));
+                let (Some(shard), Some(len)) = (shard, end.and_then(|end| end.checked_next_multiple_of(page))) else {
+                    return Err(PlanError::TooLarge(tensors[last].name.clone()));
+                };
+                image.len = len;
+                image.shards.push(shard);
+            }
+        }
+        plans.push(image);
+    }
+    Ok(plans)
+}
+
+/// Bytes of every tensor, or why the list makes no state.
+fn checked_sizes(tensors: &[TensorSpec]) -> Result<Vec<u64>, PlanError> {
+    if tensors.is_empty() {
+        return Err(PlanError::Empty);
+    }
+    let mut names = HashSet::with_capacity(tensors.len());
+    let mut total = 0_u64;
+    let mut sizes = Vec::with_capacity(tensors.len());
+    for tensor in tensors {
+        if tensor.name.is_empty() || tensor.name == header::METADATA {
+            return Err(PlanError::Name(tensor.name.clone()));
+        }
+        if !names.insert(tensor.name.as_str()) {
+            return Err(PlanError::Duplicate(tensor.name.clone()));
+        }
+        let bytes = tensor.dtype.bytes(&tensor.shape);
+        let sum = bytes.and_then(|bytes| total.checked_add(bytes));
+        let (Some(bytes), Some(sum)) = (bytes, sum) else {
+            return Err(PlanError::TooLarge(tensor.name.clone()));
+        };
+        total = sum;
+        sizes.push(bytes);
+    }
+    Ok(sizes)
+}
+
+/// Which tensors each rank writes, in file order.
+fn assign(tensors: &[TensorSpec], sizes: &[u64], world: WorldSize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..tensors.len()).collect();
+    order.sort_by(|&a, &b| sizes[b].cmp(&sizes[a]).then_with(|| tensors[a].name.cmp(&tensors[b].name)));
+    let mut loads: std::collections::BTreeSet<(u64, u32)> = (0..world.get()).map(|rank| (0, rank)).collect();
+    let mut owned = vec![Vec::new(); world.get() as usize];
+    for tensor in order {
+        // There is at least one rank, and each one that is taken out is put back.
+        if let Some((load, rank)) = loads.pop_first() {
+            owned[rank as usize].push(tensor);
+            loads.insert((load + sizes[tensor], rank));
         }
     }
-    /// The name in a safetensors header.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "F32",
-            Self::BF16 => "BF16",
-            Self::F16 => "F16",
-            Self::I64 => "I64",
+    for own in &mut owned {
+        own.sort_by(|&a, &b| file_order(&tensors[a], &tensors[b]));
+    }
+    owned
+}
+
+/// The order of tensors in a file: largest elements first, so that each is aligned to its own; then by name.
+fn file_order(a: &TensorSpec, b: &TensorSpec) -> std::cmp::Ordering {
+    header::file_order((a.dtype, &a.name), (b.dtype, &b.name))
+}
+
+/// Hands out `stem-00001-of-0000N.safetensors` and so on.
+struct Numbering {
+    stem: &'static str,
+    next: usize,
+    of: usize,
+}
+
+impl Numbering {
+    fn next(&mut self) -> String {
+        let name = format!("{}-{:05}-of-{:05}.safetensors", self.stem, self.next, self.of);
+        self.next += 1;
+        name
+    }
+}
+
+/// One file at `image_offset`; `None` if it would be too long.
+fn lay_out(
+    tensors: &[TensorSpec],
+    sizes: &[u64],
+    own: Vec<usize>,
+    kind: ShardKind,
+    file_name: String,
+    image_offset: u64,
+) -> Option<ShardPlan> {
+    let specs = own.iter().map(|&t| &tensors[t]);
+    let header = header::write(specs.map(|spec| (spec.name.as_str(), spec.dtype, spec.shape.as_slice())))?;
+    let mut len = header.len() as u64;
+    let mut placements = Vec::with_capacity(own.len());
+    for tensor in own {
+        placements.push(Placement { tensor, offset: image_offset.checked_add(len)?, len: sizes[tensor] });
+        len = len.checked_add(sizes[tensor])?;
+    }
+    Some(ShardPlan { kind, file_name, image_offset, len, header, tensors: placements })
+}
+
+/// `model.safetensors.index.json`: which weight lies in which file, and the bytes of all weights.
+///
+/// `plans` are all ranks' plans, made from `tensors`.
+pub fn model_index(plans: &[ImagePlan], tensors: &[TensorSpec]) -> serde_json::Value {
+    let mut weight_map = serde_json::Map::new();
+    let mut total_size = 0;
+    for shard in plans.iter().flat_map(|plan| &plan.shards).filter(|shard| shard.kind == ShardKind::Model) {
+        for placement in &shard.tensors {
+            if let Some(tensor) = tensors.get(placement.tensor) {
+                weight_map.insert(tensor.name.clone(), shard.file_name.clone().into());
+                total_size += placement.len;
+            }
         }
     }
+    serde_json::json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map })
+}
+
+/// Reads the header of a whole safetensors file that a stranger may have written (`bytes`: header and data).
+///
+/// Gives name, element type, shape and the tensor's bytes, counted from the start of `bytes`, in file order. Whatever is
+/// given back lies within `bytes`, does not overlap, and is as long as its shape says.
+#[expect(clippy::type_complexity, reason = "four fields, taken apart at once by the caller")]
+pub fn read_header(bytes: &[u8]) -> Result<Vec<(String, Dtype, Vec<u64>, Range<u64>)>, HeaderError> {
+    let entries = header::read(bytes)?.into_iter();
+    Ok(entries.map(|entry| (entry.name, entry.dtype, entry.shape, entry.range)).collect())
 }
 
 /// Which of the two files of a rank a tensor goes into.
@@ -70,9 +223,9 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
-    /// Bytes of the tensor's data.
+    /// Bytes of the tensor's data; `u64::MAX` if they don't fit 64 bits, which no plan accepts.
     pub fn bytes(&self) -> u64 {
-        self.shape.iter().product::<u64>() * self.dtype.size()
+        self.dtype.bytes(&self.shape).unwrap_or(u64::MAX)
     }
 }
 
@@ -113,4 +266,238 @@ pub struct ImagePlan {
     pub len: u64,
     /// Its files; a rank with no tensor of a kind has no file of that kind.
     pub shards: Vec<ShardPlan>,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn tensor(name: &str, dtype: Dtype, shape: &[u64], kind: ShardKind) -> TensorSpec {
+        TensorSpec { name: name.into(), dtype, shape: shape.to_vec(), kind }
+    }
+
+    /// A rank's image with byte `i % 251` of every tensor's data in place.
+    fn fill(image: &ImagePlan) -> Vec<u8> {
+        let mut bytes = vec![0; image.len as usize];
+        for shard in &image.shards {
+            let start = shard.image_offset as usize;
+            bytes[start..start + shard.header.len()].copy_from_slice(&shard.header);
+            for place in &shard.tensors {
+                for (i, byte) in bytes[place.offset as usize..][..place.len as usize].iter_mut().enumerate() {
+                    *byte = ((i + place.tensor) % 251) as u8;
+                }
+            }
+        }
+        bytes
+    }
+
+    fn sample() -> Vec<TensorSpec> {
+        let mut tensors = Vec::new();
+        for (name, shape) in [("embed", vec![16, 8]), ("norm", vec![8]), ("up", vec![8, 24]), ("down", vec![24, 8])] {
+            tensors.push(tensor(name, Dtype::F32, &shape, ShardKind::Model));
+            tensors.push(tensor(&format!("exp_avg.{name}"), Dtype::F32, &shape, ShardKind::Optimizer));
+        }
+        tensors
+    }
+
+    #[test]
+    fn files_are_numbered_in_the_hugging_face_way_and_only_where_there_are_any() {
+        let tensors = [
+            tensor("a", Dtype::F32, &[100], ShardKind::Model),
+            tensor("b", Dtype::F32, &[90], ShardKind::Optimizer),
+            tensor("c", Dtype::F32, &[80], ShardKind::Model),
+        ];
+        let plans = plan(&tensors, WorldSize(4), 4096).unwrap();
+        let names: Vec<Vec<&str>> =
+            plans.iter().map(|p| p.shards.iter().map(|s| s.file_name.as_str()).collect()).collect();
+        assert_eq!(
+            names,
+            [
+                vec!["model-00001-of-00002.safetensors"],
+                vec!["optimizer-00001-of-00001.safetensors"],
+                vec!["model-00002-of-00002.safetensors"],
+                vec![]
+            ]
+        );
+        assert_eq!(plans[3].len, 0);
+        let index = model_index(&plans, &tensors);
+        assert_eq!(index["metadata"]["total_size"], 720);
+        assert_eq!(
+            index["weight_map"],
+            serde_json::json!({ "a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors" })
+        );
+    }
+
+    #[test]
+    fn every_file_is_one_that_the_reference_implementation_reads() {
+        let tensors = sample();
+        for world in 1..=5 {
+            for image in plan(&tensors, WorldSize(world), 4096).unwrap() {
+                let bytes = fill(&image);
+                for shard in &image.shards {
+                    let file = &bytes[shard.image_offset as usize..][..shard.len as usize];
+                    let read = safetensors::SafeTensors::deserialize(file).unwrap();
+                    assert_eq!(read.len(), shard.tensors.len());
+                    assert_eq!(shard.header.len() % 64, 0);
+                    for place in &shard.tensors {
+                        let view = read.tensor(&tensors[place.tensor].name).unwrap();
+                        assert_eq!(view.data(), &bytes[place.offset as usize..][..place.len as usize]);
+                        assert!(view.shape().iter().map(|&n| n as u64).eq(tensors[place.tensor].shape.iter().copied()));
+                    }
+                    let ours = read_header(file).unwrap();
+                    for ((name, .., range), place) in ours.iter().zip(&shard.tensors) {
+                        assert_eq!(*name, tensors[place.tensor].name);
+                        assert_eq!(range.start + shard.image_offset, place.offset);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn lists_that_make_no_state_are_refused() {
+        let one = tensor("a", Dtype::F32, &[1], ShardKind::Model);
+        let huge = tensor("h", Dtype::I64, &[1 << 61], ShardKind::Model);
+        let most = tensor("m", Dtype::I64, &[(1 << 61) - 1], ShardKind::Model);
+        let twice = TensorSpec { kind: ShardKind::Optimizer, ..one.clone() };
+        assert_eq!(plan(&[], WorldSize(1), 4096), Err(PlanError::Empty));
+        assert_eq!(plan(&[one.clone(), twice], WorldSize(2), 4096), Err(PlanError::Duplicate("a".into())));
+        assert_eq!(plan(&[huge], WorldSize(1), 4096), Err(PlanError::TooLarge("h".into())));
+        assert_eq!(plan(std::slice::from_ref(&most), WorldSize(1), 4096), Err(PlanError::TooLarge("m".into())));
+        let other = TensorSpec { name: "n".into(), ..most.clone() };
+        assert_eq!(plan(&[most, other], WorldSize(2), 4096), Err(PlanError::TooLarge("n".into())));
+        assert!(matches!(plan(std::slice::from_ref(&one), WorldSize(0), 4096), Err(PlanError::World { .. })));
+        assert!(matches!(plan(std::slice::from_ref(&one), WorldSize(1), 0), Err(PlanError::World { .. })));
+        let reserved = TensorSpec { name: "__metadata__".into(), ..one };
+        assert!(matches!(plan(&[reserved], WorldSize(1), 4096), Err(PlanError::Name(_))));
+    }
+
+    fn tensors() -> impl Strategy<Value = Vec<TensorSpec>> {
+        let dtype = proptest::sample::select(Dtype::ALL.to_vec());
+        let shape = proptest::collection::vec(0_u64..40, 0..3);
+        proptest::collection::vec((dtype, shape, any::<bool>()), 1..40).prop_map(|list| {
+            let kind = |model| if model { ShardKind::Model } else { ShardKind::Optimizer };
+            let spec = |(i, (dtype, shape, model)): (usize, (Dtype, Vec<u64>, bool))| {
+                tensor(&format!("t{}", (i * 7919) % 1000), dtype, &shape, kind(model))
+            };
+            list.into_iter().enumerate().map(spec).collect()
+        })
+    }
+
+    /// The whole way of a state: images by the plan of one world, objects, a restore image, tensors by name.
+    #[tokio::test]
+    async fn a_state_saved_by_any_world_size_is_read_back_from_its_objects() {
+        use crate::{
+            checkpoint::restore::{RemoteFile, fetch, plan_pieces},
+            config::StorageConfig,
+            storage::Store,
+        };
+
+        let tensors = sample();
+        let store = Store::open("memory://", &StorageConfig { concurrency: 4, part_mib: 8 }).unwrap();
+        for world in 1..=4 {
+            let folder = format!("w{world}");
+            let mut files = Vec::new();
+            for image in plan(&tensors, WorldSize(world), 4096).unwrap() {
+                let bytes = bytes::Bytes::from(fill(&image));
+                for shard in &image.shards {
+                    let body = bytes.slice(shard.image_offset as usize..(shard.image_offset + shard.len) as usize);
+                    let put = store.upload(&format!("{folder}/{}", shard.file_name), body, |_| {}).await.unwrap();
+                    files.push(RemoteFile { name: shard.file_name.clone(), bytes: put.bytes, crc64: Some(put.crc64) });
+                }
+            }
+            let layout = plan_pieces(&files, 700).unwrap();
+            let (filled, chunks) = std::sync::mpsc::channel();
+            let chunk = |at: u64, len: u64| Chunk { at, bytes: vec![0; len as usize], filled: filled.clone() };
+            let pieces = layout.pieces.iter().map(|piece| (*piece, chunk(piece.image_offset, piece.len))).collect();
+            fetch(&store, &folder, &files, pieces, |_| {}).await.unwrap();
+            drop(filled);
+            let mut image = vec![0; layout.total as usize];
+            for (at, bytes) in chunks {
+                image[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+            }
+            let mut seen = 0;
+            for &(at, len) in &layout.files {
+                let file = &image[at as usize..(at + len) as usize];
+                for (name, dtype, shape, range) in read_header(file).unwrap() {
+                    let index = tensors.iter().position(|tensor| tensor.name == name).unwrap();
+                    assert_eq!((dtype, &shape), (tensors[index].dtype, &tensors[index].shape));
+                    let expected = (0..tensors[index].bytes() as usize).map(|i| ((i + index) % 251) as u8);
+                    assert!(file[range.start as usize..range.end as usize].iter().copied().eq(expected), "{name}");
+                    seen += 1;
+                }
+            }
+            assert_eq!(seen, tensors.len());
+        }
+    }
+
+    /// A part of the restore image, handed over when it is filled.
+    struct Chunk {
+        at: u64,
+        bytes: Vec<u8>,
+        filled: std::sync::mpsc::Sender<(u64, Vec<u8>)>,
+    }
+    impl AsMut<[u8]> for Chunk {
+        fn as_mut(&mut self) -> &mut [u8] {
+            &mut self.bytes
+        }
+    }
+    impl Drop for Chunk {
+        fn drop(&mut self) {
+            self.filled.send((self.at, std::mem::take(&mut self.bytes))).unwrap();
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_tensor_lies_once_in_a_place_of_its_own_and_ranks_are_balanced(
+            tensors in tensors(), world in 1_u32..9, shuffle in any::<u64>()
+        ) {
+            let plans = plan(&tensors, WorldSize(world), 4096).unwrap();
+            prop_assert_eq!(plans.len(), world as usize);
+            let mut seen = vec![0; tensors.len()];
+            let mut loads = Vec::new();
+            for (rank, image) in plans.iter().enumerate() {
+                prop_assert_eq!(image.rank.get() as usize, rank);
+                prop_assert_eq!(image.len % 4096, 0);
+                let mut end = 0;
+                let mut load = 0;
+                for shard in &image.shards {
+                    prop_assert_eq!(shard.image_offset % 4096, 0);
+                    prop_assert!(shard.image_offset >= end);
+                    prop_assert!(!shard.tensors.is_empty());
+                    end = shard.image_offset + shard.header.len() as u64;
+                    for place in &shard.tensors {
+                        seen[place.tensor] += 1;
+                        prop_assert_eq!(place.offset, end);
+                        prop_assert_eq!(place.offset % tensors[place.tensor].dtype.size(), 0);
+                        prop_assert_eq!(place.len, tensors[place.tensor].bytes());
+                        prop_assert_eq!(shard.kind, tensors[place.tensor].kind);
+                        end += place.len;
+                        load += place.len;
+                    }
+                    prop_assert_eq!(end, shard.image_offset + shard.len);
+                    prop_assert!(end <= image.len);
+                }
+                loads.push(load);
+            }
+            prop_assert!(seen.iter().all(|&n| n == 1));
+            let total: u64 = loads.iter().sum();
+            let largest = tensors.iter().map(TensorSpec::bytes).max().unwrap();
+            let most = loads.iter().copied().max().unwrap();
+            prop_assert!((most - largest.min(most)) * u64::from(world) <= total);
+
+            // The order of the list does not matter: only names and sizes do.
+            let mut order: Vec<usize> = (0..tensors.len()).collect();
+            order.sort_by_key(|&i| (i as u64).wrapping_mul(shuffle | 1).rotate_left(17));
+            let shuffled: Vec<TensorSpec> = order.iter().map(|&i| tensors[i].clone()).collect();
+            let again = super::plan(&shuffled, WorldSize(world), 4096).unwrap();
+            for (a, b) in plans.iter().zip(&again) {
+                let headers = |image: &ImagePlan| image.shards.iter().map(|s| s.header.clone()).collect::<Vec<_>>();
+                prop_assert_eq!(headers(a), headers(b));
+            }
+        }
+    }
 }

@@ -1,1 +1,104 @@
-fn main() {}
+//! Compiles the C++ shim against LibTorch and tells the linker where LibTorch lies.
+//!
+//! One source, two flavours: if `$LIBTORCH/lib` holds `libtorch_cuda.so` the shim is built with CUDA and NCCL and the
+//! crate gets `cfg(torch_cuda)`; otherwise it is built for the CPU alone. `torch-sys` decides by the same file, so the
+//! two always agree.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+/// The LibTorch that `tch` 0.24 is made for; class layouts in the shim are those of this version.
+const TORCH_VERSION: &str = "2.11.0";
+
+const SOURCES: [&str; 3] = ["group.cpp", "math.cpp", "device.cpp"];
+
+fn main() {
+    println!("cargo::rerun-if-env-changed=LIBTORCH");
+    println!("cargo::rerun-if-changed=src/torch/build.rs");
+    println!("cargo::rerun-if-changed=src/torch/shim");
+    println!("cargo::rustc-check-cfg=cfg(torch_cuda)");
+    if let Err(message) = build() {
+        println!("cargo::error={message}");
+    }
+}
+
+fn build() -> Result<(), String> {
+    let libtorch = env::var_os("LIBTORCH").map(PathBuf::from).ok_or("LIBTORCH is not set: run scripts/setup")?;
+    let lib = libtorch.join("lib");
+    let library = lib.join("libtorch_cpu.so");
+    // Libraries find their siblings from where they really lie, not from where a link to them lies.
+    let real = fs::canonicalize(&library)
+        .map_err(|error| format!("LibTorch is missing ({}: {error}): run scripts/setup", library.display()))?;
+    let real_lib = real.parent().ok_or("libtorch_cpu.so has no folder")?;
+    check_version(&libtorch)?;
+
+    let cuda = lib.join("libtorch_cuda.so").exists();
+    let shim = Path::new("src/torch/shim");
+    let mut compiler = cc::Build::new();
+    compiler
+        .cpp(true)
+        .std("c++17")
+        .include(shim)
+        .include(shim.join("gloo_abi"))
+        // Not ours to warn about.
+        .flag("-isystem")
+        .flag(libtorch.join("include").as_os_str())
+        .flag("-isystem")
+        .flag(libtorch.join("include/torch/csrc/api/include").as_os_str())
+        .define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .define("USE_C10D_GLOO", None)
+        .files(SOURCES.iter().map(|name| shim.join(name)));
+    if cuda {
+        for folder in cuda_headers(real_lib)? {
+            compiler.flag("-isystem").flag(folder.as_os_str());
+        }
+        compiler.define("USE_C10D_NCCL", None).define("TRAINER_CUDA", None);
+    }
+    compiler.try_compile("trainer_torch_shim").map_err(|error| format!("the LibTorch shim: {error}"))?;
+
+    println!("cargo::rustc-link-search=native={}", lib.display());
+    if cuda {
+        println!("cargo::rustc-cfg=torch_cuda");
+        println!("cargo::rustc-link-lib=dylib=torch_cuda");
+        println!("cargo::rustc-link-lib=dylib=c10_cuda");
+        println!("cargo::rustc-link-lib=dylib=cudart");
+        // cuDNN, cuBLAS and their like need not be there to build, only to run.
+        println!("cargo::rustc-link-arg=-Wl,--unresolved-symbols=ignore-in-shared-libs");
+    }
+    println!("cargo::rustc-link-lib=dylib=torch_cpu");
+    println!("cargo::rustc-link-lib=dylib=c10");
+    // A shipped folder first (`trainer` beside `lib/`), then this machine's LibTorch.
+    println!("cargo::rustc-link-arg=-Wl,-rpath,$ORIGIN/lib");
+    println!("cargo::rustc-link-arg=-Wl,-rpath,{}", real_lib.display());
+    Ok(())
+}
+
+fn check_version(libtorch: &Path) -> Result<(), String> {
+    for name in ["build-version", "version.py"] {
+        if let Ok(text) = fs::read_to_string(libtorch.join(name)) {
+            if text.contains(TORCH_VERSION) {
+                return Ok(());
+            }
+            let found = text.lines().next().unwrap_or_default();
+            return Err(format!(
+                "LibTorch {TORCH_VERSION} is wanted, {} has {found}: run scripts/setup",
+                libtorch.display()
+            ));
+        }
+    }
+    Err(format!("{} does not say its version: run scripts/setup", libtorch.display()))
+}
+
+/// The CUDA and NCCL headers of the wheels that lie beside LibTorch's: `<root>/torch/lib` and `<root>/nvidia/…`.
+fn cuda_headers(real_lib: &Path) -> Result<Vec<PathBuf>, String> {
+    let root = real_lib.parent().and_then(Path::parent).ok_or("LibTorch lies at the root of the file system")?;
+    let folders = [root.join("nvidia/cu13/include"), root.join("nvidia/nccl/include")];
+    for (folder, header) in folders.iter().zip(["cuda_runtime_api.h", "nccl.h"]) {
+        if !folder.join(header).exists() {
+            return Err(format!("{} is missing: run scripts/setup --cuda", folder.join(header).display()));
+        }
+    }
+    Ok(folders.into())
+}

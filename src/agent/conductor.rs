@@ -1,0 +1,585 @@
+//! When state is saved and when the loop ends: pure decisions over what the workers have said.
+//!
+//! The conductor knows the two slots, the steps that the ranks have reached and what was asked for; it is told what
+//! happens and answers with [`Action`]s that the event loop carries out. Time is passed in. Every decision that all
+//! ranks must obey at the same step goes through a freeze (see [`crate::worker::gate`]): ask, take the largest started
+//! step, tell.
+//!
+//! Rules:
+//! - One save is uploaded at a time; a newer snapshot waits in the other slot; requests beyond that are merged into the next.
+//! - An order that a rank may already have obeyed is repeated in every thaw until all ranks have captured; only an order for
+//!   a step that no rank has started can be taken back.
+//! - The last step is always saved. A drain saves the step that it stops at; a snapshot that waits for its upload then gives up
+//!   its slot, since the newer one makes it worthless. The upload in flight is let finish: it may be all that is left.
+
+use std::time::Duration;
+
+use crate::{
+    config::Cadence,
+    ids::Step,
+    protocol::SaveOrder,
+    snapshot::cadence::{self, Measured},
+};
+
+/// Time since the agent started; monotonic.
+pub type Moment = Duration;
+
+/// What the event loop is to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Send `Freeze` with this ticket to every rank.
+    Freeze {
+        /// To be echoed.
+        ticket: u64,
+    },
+    /// Send `Thaw` to every rank.
+    Thaw {
+        /// All orders in force.
+        saves: Vec<SaveOrder>,
+        /// The end, if it has been decided.
+        stop_after: Option<Step>,
+    },
+    /// Upload this slot and commit it.
+    Upload {
+        /// The snapshot's step.
+        step: Step,
+        /// Its slot.
+        slot: u8,
+    },
+    /// The loop has ended and its last state is committed, or can't be.
+    Finished {
+        /// The step at which it ended.
+        step: Step,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Slot {
+    Free,
+    /// Ranks have been told to capture this step; so many have not yet done so.
+    Ordered {
+        step: Step,
+        missing: u32,
+    },
+    /// Captured by every rank, waiting for the upload before it.
+    Full {
+        step: Step,
+    },
+    Uploading {
+        step: Step,
+    },
+}
+
+impl Slot {
+    const fn step(self) -> Option<Step> {
+        match self {
+            Self::Free => None,
+            Self::Ordered { step, .. } | Self::Full { step } | Self::Uploading { step } => Some(step),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    No,
+    /// There is nobody to ask any more.
+    Gone,
+    /// A freeze is out; the largest started step so far, and how many ranks have not answered.
+    Frozen {
+        ticket: u64,
+        largest: Step,
+        missing: u32,
+    },
+}
+
+/// What the conductor is set up with.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// Ranks on this node.
+    pub ranks: u32,
+    /// The step that was loaded.
+    pub done: Step,
+    /// The run's last step.
+    pub last: Step,
+    /// When state is saved.
+    pub cadence: Cadence,
+}
+
+/// The state of the decisions; one for each life of a worker group.
+#[derive(Debug)]
+pub struct Conductor {
+    setup: Setup,
+    slots: [Slot; 2],
+    asked: Asked,
+    next_ticket: u64,
+    /// The newest step that every rank has finished.
+    finished: Step,
+    /// The step after which the loop ends.
+    end: Step,
+    draining: bool,
+    /// The drain's step has been agreed.
+    end_decided: bool,
+    stopped: u32,
+    /// The newest step committed or, before the first, loaded.
+    committed: Step,
+    /// When the last capture was ordered, or training began.
+    last_order_at: Moment,
+    measured: Measured,
+    /// The last step's save is given up.
+    abandoned: bool,
+    /// Where the last order was, so that a cadence in steps orders each multiple once.
+    last_ordered: Step,
+}
+
+impl Conductor {
+    /// A group that has loaded `setup.done` and is about to train.
+    pub fn new(setup: Setup, measured: Measured, now: Moment) -> Self {
+        Self {
+            setup,
+            slots: [Slot::Free; 2],
+            asked: Asked::No,
+            next_ticket: 0,
+            finished: setup.done,
+            end: setup.last,
+            draining: false,
+            end_decided: false,
+            stopped: 0,
+            committed: setup.done,
+            last_order_at: now,
+            measured,
+            abandoned: false,
+            last_ordered: setup.done,
+        }
+    }
+
+    /// The newest step that every rank has finished.
+    pub fn finished(&self) -> Step {
+        self.finished
+    }
+
+    /// The newest committed step of this life, or the one that it started from.
+    pub fn committed(&self) -> Step {
+        self.committed
+    }
+
+    /// Whether a drain has been asked for.
+    pub fn is_draining(&self) -> bool {
+        self.draining
+    }
+
+    /// What the cost of saves is known to be.
+    pub fn measured_mut(&mut self) -> &mut Measured {
+        &mut self.measured
+    }
+
+    /// Orders that can be given with `Go`, before any rank has started a step.
+    pub fn first_orders(&mut self, now: Moment) -> Vec<SaveOrder> {
+        self.give_orders(self.setup.done, now);
+        self.orders()
+    }
+
+    /// Every rank has finished `step`.
+    pub fn step_finished(&mut self, step: Step, now: Moment) -> Vec<Action> {
+        self.finished = self.finished.max(step);
+        self.consider(now)
+    }
+
+    /// One rank answers a freeze.
+    pub fn frozen(&mut self, ticket: u64, started: Step, now: Moment) -> Vec<Action> {
+        let Asked::Frozen { ticket: expected, largest, missing } = self.asked else { return Vec::new() };
+        if ticket != expected {
+            return Vec::new();
+        }
+        let (largest, missing) = (largest.max(started), missing.saturating_sub(1));
+        self.asked = Asked::Frozen { ticket, largest, missing };
+        if missing > 0 {
+            return Vec::new();
+        }
+        self.asked = Asked::No;
+        if self.draining {
+            self.end = self.end.min(largest);
+            self.end_decided = true;
+        }
+        self.give_orders(largest, now);
+        vec![Action::Thaw { saves: self.orders(), stop_after: self.end_decided.then_some(self.end) }]
+    }
+
+    /// One rank has captured `step` into `slot`.
+    pub fn captured(&mut self, slot: u8, step: Step, now: Moment) -> Vec<Action> {
+        if let Some(state) = self.slots.get_mut(usize::from(slot))
+            && let Slot::Ordered { step: ordered, missing } = *state
+            && ordered == step
+        {
+            let missing = missing.saturating_sub(1);
+            *state = match missing {
+                // The end's state is newer, and needs the room.
+                0 if self.end_decided && step < self.end => Slot::Free,
+                0 => Slot::Full { step },
+                missing => Slot::Ordered { step, missing },
+            };
+        }
+        self.consider(now)
+    }
+
+    /// The upload of `slot` has ended; `committed`: its record stands.
+    pub fn uploaded(&mut self, slot: u8, committed: bool, now: Moment) -> Vec<Action> {
+        if let Some(state) = self.slots.get_mut(usize::from(slot))
+            && let Slot::Uploading { step } = *state
+        {
+            *state = Slot::Free;
+            if committed {
+                self.committed = self.committed.max(step);
+            }
+        }
+        self.consider(now)
+    }
+
+    /// One rank's loop has ended.
+    pub fn rank_stopped(&mut self, step: Step, now: Moment) -> Vec<Action> {
+        self.stopped += 1;
+        if self.stopped == self.setup.ranks {
+            self.end = self.end.min(step);
+        }
+        self.consider(now)
+    }
+
+    /// Save and stop as soon as possible.
+    pub fn drain(&mut self, now: Moment) -> Vec<Action> {
+        self.draining = true;
+        for slot in &mut self.slots {
+            // The state that the drain saves is newer, and needs the room.
+            if matches!(slot, Slot::Full { .. }) {
+                *slot = Slot::Free;
+            }
+        }
+        self.consider(now)
+    }
+
+    /// The upload of `slot` has failed too often: if the loop has ended, its last state is given up.
+    pub fn give_up_the_end(&mut self, slot: u8, now: Moment) -> Vec<Action> {
+        if self.stopped == self.setup.ranks {
+            self.abandoned = true;
+        }
+        self.uploaded(slot, false, now)
+    }
+
+    /// The workers are gone: what every rank has captured is all that is left to upload.
+    pub fn salvage(&mut self) -> Vec<Action> {
+        for slot in &mut self.slots {
+            if matches!(slot, Slot::Ordered { .. }) {
+                *slot = Slot::Free;
+            }
+        }
+        // With the workers there is nobody left to ask.
+        self.abandoned = true;
+        self.asked = Asked::Gone;
+        self.next_upload().into_iter().collect()
+    }
+
+    /// Time has passed.
+    pub fn tick(&mut self, now: Moment) -> Vec<Action> {
+        self.consider(now)
+    }
+
+    fn orders(&self) -> Vec<SaveOrder> {
+        (0..2_u8)
+            .filter_map(|slot| match self.slots[usize::from(slot)] {
+                Slot::Ordered { step, .. } => Some(SaveOrder { step, slot }),
+                _ => None,
+            })
+            .collect()
+    }
+
+    fn has_snapshot_of(&self, step: Step) -> bool {
+        self.committed >= step || self.slots.iter().any(|slot| slot.step() == Some(step))
+    }
+
+    /// The step to order now, if one is due, given that no rank has started a step after `started`.
+    fn due(&self, started: Step, now: Moment) -> Option<Step> {
+        // A step that has been started can still be saved: its state stands until the next step changes it.
+        let earliest = started.max(self.last_ordered.next());
+        let step = if self.end_decided || started >= self.end {
+            self.end
+        } else {
+            match self.setup.cadence {
+                Cadence::Steps(n) => Step(earliest.get().div_ceil(n.max(1)) * n.max(1)).min(self.end),
+                Cadence::Time(_) | Cadence::Auto if self.is_overdue(now) => earliest.min(self.end),
+                Cadence::Time(_) | Cadence::Auto => return None,
+            }
+        };
+        (step > self.setup.done && !self.has_snapshot_of(step)).then_some(step)
+    }
+
+    fn is_overdue(&self, now: Moment) -> bool {
+        now.saturating_sub(self.last_order_at) >= self.interval()
+    }
+
+    fn interval(&self) -> Duration {
+        match self.setup.cadence {
+            Cadence::Steps(_) => Duration::MAX,
+            Cadence::Time(interval) => interval,
+            Cadence::Auto => cadence::auto_interval(&self.measured),
+        }
+    }
+
+    /// Gives free slots their orders, after taking back those that the new end makes void.
+    fn give_orders(&mut self, started: Step, now: Moment) {
+        for slot in &mut self.slots {
+            // No rank has finished a step after `started`, so none has obeyed this one.
+            if matches!(slot, Slot::Ordered { step, .. } if *step > started && *step > self.end) {
+                *slot = Slot::Free;
+            }
+        }
+        for index in 0..self.slots.len() {
+            if self.slots[index] == Slot::Free
+                && let Some(step) = self.due(started, now)
+            {
+                self.slots[index] = Slot::Ordered { step, missing: self.setup.ranks };
+                self.last_ordered = step;
+                self.last_order_at = now;
+            }
+        }
+    }
+
+    /// Whether the ranks must be asked, because something is due that they have no order for.
+    fn wants_freeze(&self, now: Moment) -> bool {
+        let all_stopped = self.stopped == self.setup.ranks;
+        if self.draining && !self.end_decided {
+            return true;
+        }
+        let started = if all_stopped || self.end_decided { self.end } else { self.finished.next().min(self.end) };
+        !self.abandoned && self.slots.contains(&Slot::Free) && self.due(started, now).is_some()
+    }
+
+    /// The newest snapshot, if none is being uploaded; an older one that is still waiting is worth less and gives up its slot.
+    fn next_upload(&mut self) -> Option<Action> {
+        if self.slots.iter().any(|slot| matches!(slot, Slot::Uploading { .. })) {
+            return None;
+        }
+        let (step, slot) = (0..2_u8)
+            .filter_map(|slot| match self.slots[usize::from(slot)] {
+                Slot::Full { step } => Some((step, slot)),
+                _ => None,
+            })
+            .max()?;
+        for state in &mut self.slots {
+            if matches!(state, Slot::Full { .. }) {
+                *state = Slot::Free;
+            }
+        }
+        self.slots[usize::from(slot)] = Slot::Uploading { step };
+        Some(Action::Upload { step, slot })
+    }
+
+    fn consider(&mut self, now: Moment) -> Vec<Action> {
+        let mut actions: Vec<Action> = self.next_upload().into_iter().collect();
+        if self.asked == Asked::No && self.wants_freeze(now) {
+            self.next_ticket += 1;
+            let ticket = self.next_ticket;
+            self.asked = Asked::Frozen { ticket, largest: self.finished, missing: self.setup.ranks };
+            actions.push(Action::Freeze { ticket });
+        }
+        let idle = self.slots.iter().all(|slot| !matches!(slot, Slot::Uploading { .. } | Slot::Full { .. }));
+        if self.stopped == self.setup.ranks && idle && (self.committed >= self.end || self.abandoned) {
+            actions.push(Action::Finished { step: self.end });
+        }
+        actions
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn at(seconds: u64) -> Moment {
+        Duration::from_secs(seconds)
+    }
+
+    fn conductor(cadence: Cadence, done: u64, last: u64) -> Conductor {
+        Conductor::new(Setup { ranks: 2, done: Step(done), last: Step(last), cadence }, Measured::NOTHING, at(0))
+    }
+
+    fn order(step: u64, slot: u8) -> SaveOrder {
+        SaveOrder { step: Step(step), slot }
+    }
+
+    /// Both ranks answer a freeze.
+    fn answer(conductor: &mut Conductor, actions: &[Action], started: [u64; 2], now: Moment) -> Vec<Action> {
+        let Some(Action::Freeze { ticket }) = actions.last() else { panic!("no freeze in {actions:?}") };
+        assert!(conductor.frozen(*ticket, Step(started[0]), now).is_empty(), "decided before both have answered");
+        conductor.frozen(*ticket, Step(started[1]), now)
+    }
+
+    fn capture(conductor: &mut Conductor, slot: u8, step: u64, now: Moment) -> Vec<Action> {
+        let first = conductor.captured(slot, Step(step), now);
+        assert!(!first.iter().any(|a| matches!(a, Action::Upload { .. })), "uploaded before both have captured");
+        conductor.captured(slot, Step(step), now)
+    }
+
+    #[test]
+    fn a_cadence_in_steps_is_ordered_ahead_and_uploaded_one_at_a_time() {
+        let mut c = conductor(Cadence::Steps(10), 0, 35);
+        assert_eq!(c.first_orders(at(0)), [order(10, 0), order(20, 1)]);
+        assert!(c.step_finished(Step(9), at(1)).is_empty(), "both slots have their orders");
+        assert_eq!(capture(&mut c, 0, 10, at(2)), [Action::Upload { step: Step(10), slot: 0 }]);
+        // The second snapshot waits for the upload of the first.
+        assert!(capture(&mut c, 1, 20, at(3)).is_empty());
+        let actions = c.uploaded(0, true, at(4));
+        assert_eq!(actions[0], Action::Upload { step: Step(20), slot: 1 });
+        assert_eq!(c.committed(), Step(10));
+        // A free slot: the next multiple is ordered, as seen from the largest started step.
+        assert_eq!(
+            answer(&mut c, &actions, [21, 22], at(4)),
+            [Action::Thaw { saves: vec![order(30, 0)], stop_after: None }]
+        );
+        // The end is saved, though it is no multiple.
+        let actions = c.uploaded(1, true, at(5));
+        assert_eq!(
+            answer(&mut c, &actions, [31, 30], at(5)),
+            [Action::Thaw { saves: vec![order(30, 0), order(35, 1)], stop_after: None }],
+            "an order that a rank may not have obeyed yet is repeated"
+        );
+        assert_eq!(capture(&mut c, 0, 30, at(6)), [Action::Upload { step: Step(30), slot: 0 }]);
+        assert!(capture(&mut c, 1, 35, at(6)).is_empty());
+        assert!(c.rank_stopped(Step(35), at(7)).is_empty());
+        assert!(c.rank_stopped(Step(35), at(7)).is_empty());
+        assert_eq!(c.uploaded(0, true, at(8)), [Action::Upload { step: Step(35), slot: 1 }]);
+        assert_eq!(c.uploaded(1, true, at(9)), [Action::Finished { step: Step(35) }]);
+    }
+
+    #[test]
+    fn a_multiple_that_passes_while_both_slots_are_taken_is_merged_into_the_next() {
+        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        capture(&mut c, 1, 20, at(2));
+        assert!(c.step_finished(Step(34), at(3)).is_empty(), "nowhere to put a third");
+        let actions = c.uploaded(0, true, at(4));
+        assert_eq!(
+            answer(&mut c, &actions, [35, 35], at(4)),
+            [Action::Thaw { saves: vec![order(40, 0)], stop_after: None }]
+        );
+    }
+
+    #[test]
+    fn a_drain_saves_the_largest_started_step_and_takes_back_later_orders() {
+        let mut c = conductor(Cadence::Steps(100), 0, 1000);
+        assert_eq!(c.first_orders(at(0)), [order(100, 0), order(200, 1)]);
+        c.step_finished(Step(41), at(1));
+        let actions = c.drain(at(2));
+        assert_eq!(
+            answer(&mut c, &actions, [42, 43], at(2)),
+            [Action::Thaw { saves: vec![order(43, 0)], stop_after: Some(Step(43)) }]
+        );
+        assert_eq!(capture(&mut c, 0, 43, at(3)), [Action::Upload { step: Step(43), slot: 0 }]);
+        c.rank_stopped(Step(43), at(3));
+        assert!(c.rank_stopped(Step(43), at(3)).is_empty(), "not before the commit");
+        assert_eq!(c.uploaded(0, true, at(4)), [Action::Finished { step: Step(43) }]);
+    }
+
+    #[test]
+    fn a_drain_with_both_slots_taken_drops_the_waiting_snapshot_and_keeps_the_upload() {
+        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        capture(&mut c, 1, 20, at(2));
+        let actions = c.drain(at(3));
+        assert_eq!(
+            answer(&mut c, &actions, [25, 25], at(3)),
+            [Action::Thaw { saves: vec![order(25, 1)], stop_after: Some(Step(25)) }]
+        );
+        assert!(capture(&mut c, 1, 25, at(4)).is_empty(), "one upload at a time");
+        assert_eq!(c.uploaded(0, true, at(5)), [Action::Upload { step: Step(25), slot: 1 }]);
+    }
+
+    #[test]
+    fn a_drain_during_a_capture_and_an_upload_gets_the_first_slot_that_frees() {
+        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        c.captured(1, Step(20), at(2));
+        let actions = c.drain(at(3));
+        assert_eq!(
+            answer(&mut c, &actions, [21, 20], at(3)),
+            [Action::Thaw { saves: vec![order(20, 1)], stop_after: Some(Step(21)) }],
+            "the slower rank must still fill slot 1"
+        );
+        let actions = c.captured(1, Step(20), at(4));
+        assert_eq!(
+            answer(&mut c, &actions, [21, 21], at(4)),
+            [Action::Thaw { saves: vec![order(21, 1)], stop_after: Some(Step(21)) }]
+        );
+    }
+
+    #[test]
+    fn a_cadence_in_time_orders_when_due_and_saves_the_end() {
+        let mut c = conductor(Cadence::Time(at(60)), 0, 50);
+        assert!(c.first_orders(at(0)).is_empty());
+        assert!(c.step_finished(Step(5), at(59)).is_empty());
+        let actions = c.tick(at(60));
+        assert_eq!(
+            answer(&mut c, &actions, [6, 7], at(60)),
+            [Action::Thaw { saves: vec![order(7, 0)], stop_after: None }]
+        );
+        assert!(c.tick(at(61)).is_empty(), "not due again");
+        capture(&mut c, 0, 7, at(61));
+        c.uploaded(0, true, at(62));
+        c.rank_stopped(Step(50), at(63));
+        let actions = c.rank_stopped(Step(50), at(63));
+        assert_eq!(
+            answer(&mut c, &actions, [50, 50], at(63)),
+            [Action::Thaw { saves: vec![order(50, 0)], stop_after: None }]
+        );
+    }
+
+    #[test]
+    fn a_failed_save_of_the_end_is_tried_again_until_it_is_abandoned() {
+        let mut c = conductor(Cadence::Steps(10), 0, 10);
+        c.first_orders(at(0));
+        c.rank_stopped(Step(10), at(1));
+        c.rank_stopped(Step(10), at(1));
+        capture(&mut c, 0, 10, at(1));
+        let actions = c.uploaded(0, false, at(2));
+        let thaw = answer(&mut c, &actions, [10, 10], at(2));
+        assert!(matches!(&thaw[..], [Action::Thaw { saves, .. }] if saves[0].step == Step(10)), "{thaw:?}");
+        capture(&mut c, 0, 10, at(3));
+        assert_eq!(c.give_up_the_end(0, at(4)), [Action::Finished { step: Step(10) }]);
+    }
+
+    #[test]
+    fn a_resumed_run_does_not_save_the_step_that_it_loaded() {
+        let mut c = conductor(Cadence::Steps(10), 20, 100);
+        assert_eq!(c.first_orders(at(0)), [order(30, 0), order(40, 1)]);
+        let mut c = conductor(Cadence::Steps(10), 20, 20);
+        c.first_orders(at(0));
+        c.rank_stopped(Step(20), at(1));
+        assert_eq!(c.rank_stopped(Step(20), at(1)), [Action::Finished { step: Step(20) }], "nothing left to do");
+    }
+
+    #[test]
+    fn after_a_death_what_every_rank_has_captured_is_uploaded_and_nothing_else() {
+        let mut c = conductor(Cadence::Steps(10), 0, 100);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        capture(&mut c, 1, 20, at(1));
+        assert!(c.salvage().is_empty(), "an upload is running");
+        let actions = c.uploaded(0, true, at(2));
+        assert_eq!(actions, [Action::Upload { step: Step(20), slot: 1 }]);
+        assert!(c.uploaded(1, true, at(2)).is_empty());
+        assert_eq!(c.committed(), Step(20));
+        let mut c = conductor(Cadence::Steps(10), 0, 100);
+        c.first_orders(at(0));
+        c.captured(0, Step(10), at(1));
+        assert!(c.salvage().is_empty(), "only one rank had captured");
+    }
+
+    #[test]
+    fn an_answer_to_an_old_question_decides_nothing() {
+        let mut c = conductor(Cadence::Steps(10), 0, 100);
+        let actions = c.drain(at(0));
+        let Some(Action::Freeze { ticket }) = actions.last() else { panic!() };
+        assert!(c.frozen(ticket + 1, Step(5), at(0)).is_empty());
+        assert!(c.frozen(ticket - 1, Step(5), at(0)).is_empty());
+        assert_eq!(answer(&mut c, &actions, [3, 3], at(0)).len(), 1);
+    }
+}

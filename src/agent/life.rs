@@ -1,0 +1,758 @@
+//! One life of a worker group: from its processes' start to their end.
+//!
+//! One event loop, no shared state: `select!` arms only make an [`Input`]; [`Life::handle`] changes state and acts. What to do
+//! about saves and about the end is decided by the [`Conductor`]; this file carries it out.
+//!
+//! A life ends in one of the ways of [`End`]. Whatever the way, its processes are gone afterwards, and snapshots that every rank had
+//! captured have been uploaded and committed, unless the run was lost to another writer or the user would not wait.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::{sync::mpsc, time::Instant};
+
+use super::{
+    conductor::{Action, Conductor, Moment, Setup},
+    saver::{self, SaveEvent, Snapshot},
+    workers::{Slots, WorkerEvent, Workers},
+};
+use crate::{
+    checkpoint::{
+        CheckpointError,
+        manifest::{FileKind, TrainerState},
+        restore::{self, RemoteFile},
+        save::Upload,
+    },
+    config::RunConfig,
+    error::{Error, Kind, Result},
+    ids::{Generation, Rank, Step},
+    journal::SaveCost,
+    layout,
+    notice::{Notice, signal::Signals},
+    protocol::{Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
+    report::{Event, Reporter},
+    snapshot::{
+        cadence::Measured,
+        image::{self, Mapping, SharedImage},
+        plan::{self, ImagePlan, ShardKind, TensorSpec},
+    },
+    storage::Store,
+};
+
+const TICK: Duration = Duration::from_millis(200);
+/// How long workers that were asked to leave may take.
+const GRACE: Duration = Duration::from_secs(5);
+/// Failed saves of the last state in a row, after which it is given up.
+const LAST_SAVE_TRIES: u32 = 4;
+/// Losses are kept for so many steps back: a snapshot's loss is looked up when all ranks have captured it.
+const REMEMBERED: u64 = 64;
+
+/// What a life starts with.
+pub struct Plan {
+    /// The run's configuration, overrides applied.
+    pub config: RunConfig,
+    /// Local folder of the token shards.
+    pub data_dir: std::path::PathBuf,
+    /// Sequences of one pass over the data.
+    pub sequences: std::num::NonZeroU64,
+    /// Workers on this node.
+    pub workers: u32,
+    /// What is loaded.
+    pub load: Load,
+    /// For saves.
+    pub saver: saver::Context,
+    /// Files that stand beside the shards in every checkpoint.
+    pub companions: Vec<(String, Bytes)>,
+    /// What is known of the cost of saves and the life of machines.
+    pub measured: Measured,
+}
+
+/// What the workers' state is made from.
+#[derive(Clone, Debug)]
+pub enum Load {
+    /// Weights from the seed.
+    Nothing,
+    /// A model folder's weights, moments of zero.
+    Weights {
+        /// The folder.
+        folder: Store,
+        /// Its files.
+        files: Vec<RemoteFile>,
+    },
+    /// A checkpoint.
+    Checkpoint {
+        /// Its step.
+        step: Step,
+        /// The generation that wrote it.
+        generation: Generation,
+        /// Its folder's key in the run.
+        folder: String,
+        /// Its shards.
+        files: Vec<RemoteFile>,
+    },
+}
+
+impl Load {
+    /// The step whose state this is.
+    pub fn step(&self) -> Step {
+        match self {
+            Self::Checkpoint { step, .. } => *step,
+            _ => Step(0),
+        }
+    }
+}
+
+/// How a life ended.
+#[derive(Debug)]
+pub enum End {
+    /// The last step is committed.
+    Completed {
+        /// Its loss.
+        loss: f64,
+    },
+    /// Asked to stop.
+    Stopped(Stopped),
+    /// A worker died; the group must be started again.
+    Died {
+        /// The last finished step.
+        step: Step,
+        /// What is known.
+        reason: String,
+    },
+    /// The checkpoint is damaged in a way that only reading it all could show.
+    Damaged {
+        /// The object.
+        object: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A loss or gradient is not finite.
+    Diverged {
+        /// The step.
+        step: Step,
+        /// Which number.
+        reason: String,
+    },
+}
+
+/// A run that was asked to stop.
+#[derive(Clone, Debug)]
+pub struct Stopped {
+    /// The last finished step.
+    pub step: Step,
+    /// The newest checkpoint, if there is one.
+    pub committed: Step,
+    /// What became of the save of the last step.
+    pub verdict: String,
+}
+
+/// Everything that can happen to a life.
+enum Input {
+    Worker(WorkerEvent),
+    Save(SaveEvent),
+    Fetch(Result<Fetched, CheckpointError>),
+    Notice(Notice),
+    Retry { slot: u8 },
+    Tick,
+}
+
+struct Fetched {
+    bytes: u64,
+    seconds: f64,
+}
+
+struct Layout {
+    plans: Vec<ImagePlan>,
+    index: Bytes,
+    /// Each rank's two slots, mapped.
+    maps: Vec<[Mapping; 2]>,
+}
+
+/// What is kept of a snapshot until it is committed.
+struct Kept {
+    taken: Instant,
+    loss: Option<f64>,
+    cost: Arc<Mutex<SaveCost>>,
+}
+
+struct Life<'a> {
+    start: Plan,
+    reporter: &'a Reporter,
+    workers: Option<Workers>,
+    slots: Vec<Slots>,
+    layout: Option<Layout>,
+    built: Vec<Option<Vec<TensorSpec>>>,
+    restore: SharedImage,
+    restore_files: Vec<(u64, u64)>,
+    fetched: Option<Fetched>,
+    loading_since: Instant,
+    ready: u32,
+    /// `None` before `Go`.
+    conductor: Option<Conductor>,
+    reports: BTreeMap<Step, Vec<StepReport>>,
+    losses: BTreeMap<Step, f64>,
+    validations: BTreeMap<Step, (u32, f64, u64)>,
+    validation_loss: Option<f64>,
+    kept: BTreeMap<Step, Kept>,
+    sent: u64,
+    sending: u64,
+    failed_saves: u32,
+    last_error: Option<Error>,
+    committed_at: Instant,
+    notices: u32,
+    draining: bool,
+    /// A worker has died or said why it can't go on; what is left is to finish uploads.
+    dead: Option<Death>,
+    uploading: bool,
+    clock: Instant,
+    saves: mpsc::UnboundedSender<SaveEvent>,
+    retries: mpsc::UnboundedSender<u8>,
+}
+
+struct Death {
+    reason: String,
+    /// Said by the worker itself: starting again will not help.
+    permanent: Option<Error>,
+}
+
+/// Runs a life to its end.
+pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Result<End> {
+    let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("make shared memory");
+    let (worker_events, mut from_workers) = mpsc::unbounded_channel();
+    let (saves, mut from_saver) = mpsc::unbounded_channel();
+    let (retries, mut retry) = mpsc::unbounded_channel();
+    let (fetch_done, mut fetching) = mpsc::unbounded_channel();
+
+    let restore = SharedImage::create("trainer-restore").map_err(memory)?;
+    let slots = (0..start.workers)
+        .map(|_| Ok(Slots([SharedImage::create("trainer-slot-0")?, SharedImage::create("trainer-slot-1")?])))
+        .collect::<std::io::Result<Vec<_>>>()
+        .map_err(memory)?;
+    let workers = Workers::start(&slots, &restore, start.config.train.threads, &worker_events)?;
+    let restore_files = begin_fetch(&start, &restore, fetch_done)?;
+
+    let now = Instant::now();
+    let mut life = Life {
+        reporter,
+        workers: Some(workers),
+        slots,
+        layout: None,
+        built: vec![None; start.workers as usize],
+        restore,
+        restore_files,
+        fetched: None,
+        loading_since: now,
+        ready: 0,
+        conductor: None,
+        reports: BTreeMap::new(),
+        losses: BTreeMap::new(),
+        validations: BTreeMap::new(),
+        validation_loss: None,
+        kept: BTreeMap::new(),
+        sent: 0,
+        sending: 0,
+        failed_saves: 0,
+        last_error: None,
+        committed_at: now,
+        notices: 0,
+        draining: false,
+        dead: None,
+        uploading: false,
+        clock: now,
+        saves,
+        retries,
+        start,
+    };
+    life.assign();
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let end = loop {
+        // Messages first, then the clock: what a worker said before it died must be heard before its death is acted on.
+        let input = tokio::select! {
+            biased;
+            notice = signals.next() => Input::Notice(notice),
+            Some(event) = from_workers.recv() => Input::Worker(event),
+            Some(event) = from_saver.recv() => Input::Save(event),
+            Some(result) = fetching.recv() => Input::Fetch(result),
+            Some(slot) = retry.recv() => Input::Retry { slot },
+            _ = tick.tick() => Input::Tick,
+        };
+        match life.handle(input) {
+            Ok(None) => {}
+            Ok(Some(end)) => break Ok(end),
+            Err(error) => break Err(error),
+        }
+    };
+    if let Some(workers) = life.workers.take() {
+        match end {
+            Ok(End::Completed { .. } | End::Stopped(_)) => workers.dismiss(GRACE).await,
+            _ => workers.kill().await,
+        }
+    }
+    end
+}
+
+/// Starts getting what is to be loaded, while the workers start. Returns where each file will lie.
+fn begin_fetch(
+    start: &Plan,
+    image: &SharedImage,
+    done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
+) -> Result<Vec<(u64, u64)>> {
+    let (store, folder, files) = match &start.load {
+        Load::Nothing => return Ok(Vec::new()),
+        Load::Weights { folder, files } => (folder.clone(), String::new(), files.clone()),
+        Load::Checkpoint { folder, files, .. } => (start.saver.run.clone(), folder.clone(), files.clone()),
+    };
+    let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("make restore image");
+    let part = u64::from(start.config.storage.part_mib) << 20;
+    let layout = restore::plan_pieces(&files, part)?;
+    image.resize(layout.total).map_err(memory)?;
+    let mapping = image.map().map_err(memory)?;
+    let ranges: Vec<_> = layout.pieces.iter().map(|p| p.image_offset..p.image_offset + p.len).collect();
+    let chunks = mapping.chunks(&ranges).map_err(memory)?;
+    let pieces: Vec<_> = layout.pieces.into_iter().zip(chunks).collect();
+    tokio::spawn(async move {
+        let begin = Instant::now();
+        let result = restore::fetch(&store, &folder, &files, pieces, |_| {}).await;
+        let bytes = files.iter().map(|file| file.bytes).sum();
+        let _ = done.send(result.map(|()| Fetched { bytes, seconds: begin.elapsed().as_secs_f64() }));
+    });
+    Ok(layout.files)
+}
+
+impl Life<'_> {
+    fn now(&self) -> Moment {
+        self.clock.elapsed()
+    }
+
+    fn tell_all(&self, message: &ToWorker) {
+        if let Some(workers) = &self.workers {
+            workers.tell_all(message);
+        }
+    }
+
+    fn tell(&self, rank: Rank, message: ToWorker) {
+        if let Some(workers) = &self.workers {
+            workers.tell(rank, message);
+        }
+    }
+
+    fn assign(&self) {
+        for rank in 0..self.start.workers {
+            let assignment = Assignment {
+                rank: Rank(rank),
+                local_rank: Rank(rank),
+                world_size: self.start.saver.world_size,
+                generation: self.start.saver.generation,
+                config: self.start.config.clone(),
+                data_dir: self.start.data_dir.clone(),
+                resume_step: self.start.load.step(),
+            };
+            self.tell(Rank(rank), ToWorker::Start(Box::new(assignment)));
+        }
+    }
+
+    /// The only place that changes state.
+    fn handle(&mut self, input: Input) -> Result<Option<End>> {
+        match input {
+            Input::Notice(notice) => return Ok(self.on_notice(&notice)),
+            Input::Worker(WorkerEvent::Message(rank, message)) => return self.on_message(rank, message),
+            Input::Worker(WorkerEvent::Exited(rank, reason)) => self.on_exit(rank, &reason),
+            Input::Save(event) => return self.on_save(event),
+            Input::Fetch(Ok(fetched)) => {
+                self.fetched = Some(fetched);
+                self.load_if_possible();
+            }
+            Input::Fetch(Err(CheckpointError::Damaged { object, reason })) if matches!(self.start.load, Load::Checkpoint { .. }) => {
+                return Ok(Some(End::Damaged { object, reason }));
+            }
+            Input::Fetch(Err(error)) => return Err(Error::from(error).context("restore")),
+            Input::Retry { slot } => {
+                let now = self.now();
+                let actions = self.conductor.as_mut().map(|c| c.uploaded(slot, false, now)).unwrap_or_default();
+                return self.act(actions);
+            }
+            Input::Tick => {
+                let now = self.now();
+                let actions = self.conductor.as_mut().map(|c| c.tick(now)).unwrap_or_default();
+                return self.act(actions);
+            }
+        }
+        self.end_of_the_dead()
+    }
+
+    fn finished(&self) -> Step {
+        self.conductor.as_ref().map_or(self.start.load.step(), Conductor::finished)
+    }
+
+    fn committed(&self) -> Step {
+        self.conductor.as_ref().map_or(self.start.load.step(), Conductor::committed)
+    }
+
+    fn stopped(&self, verdict: impl Into<String>) -> End {
+        End::Stopped(Stopped { step: self.finished(), committed: self.committed(), verdict: verdict.into() })
+    }
+
+    fn on_notice(&mut self, notice: &Notice) -> Option<End> {
+        self.notices += 1;
+        let deadline_s = notice.deadline.map(|d| d.as_secs_f64());
+        self.reporter.event(&Event::Notice { source: notice.source.to_owned(), deadline_s });
+        if self.notices > 1 {
+            return Some(self.stopped(format!("left at once on a second {}", notice.source)));
+        }
+        self.draining = true;
+        let now = self.now();
+        let Some(conductor) = &mut self.conductor else {
+            return Some(self.stopped(format!("{} before the first step: nothing to save", notice.source)));
+        };
+        let actions = conductor.drain(now);
+        // Acting on a drain only asks and uploads: it ends nothing yet.
+        self.act(actions).ok().flatten()
+    }
+
+    fn on_message(&mut self, rank: Rank, message: FromWorker) -> Result<Option<End>> {
+        let now = self.now();
+        match message {
+            FromWorker::Listening { port } => self.tell_all(&ToWorker::Peers { host: "127.0.0.1".into(), port }),
+            FromWorker::Built { tensors, device, parameters } => {
+                if rank == Rank(0) {
+                    tracing::info!(device, parameters, workers = self.start.workers, "model built");
+                }
+                if let Some(place) = self.built.get_mut(rank.get() as usize) {
+                    *place = Some(tensors);
+                }
+                if self.built.iter().all(Option::is_some) {
+                    self.lay_out()?;
+                    self.load_if_possible();
+                }
+            }
+            FromWorker::Ready => {
+                self.ready += 1;
+                if self.ready == self.start.workers {
+                    self.go();
+                }
+            }
+            FromWorker::Frozen { ticket, started } => {
+                let actions = self.conductor.as_mut().map(|c| c.frozen(ticket, started, now)).unwrap_or_default();
+                return self.act(actions);
+            }
+            FromWorker::Step(report) => return self.on_step(report),
+            FromWorker::Captured { step, slot, copy_s } => {
+                let kept = self.keep(step);
+                let mut cost = kept.cost.lock().unwrap_or_else(PoisonError::into_inner);
+                cost.copy_s = cost.copy_s.max(copy_s);
+                drop(cost);
+                let actions = self.conductor.as_mut().map(|c| c.captured(slot, step, now)).unwrap_or_default();
+                return self.act(actions);
+            }
+            FromWorker::Stalled { step, stall_s } => {
+                let kept = self.keep(step);
+                let mut cost = kept.cost.lock().unwrap_or_else(PoisonError::into_inner);
+                cost.stall_s = cost.stall_s.max(stall_s);
+            }
+            FromWorker::Validated { step, loss_sum, sequences } => self.on_validated(step, loss_sum, sequences),
+            FromWorker::Stopped { step } => {
+                let actions = self.conductor.as_mut().map(|c| c.rank_stopped(step, now)).unwrap_or_default();
+                return self.act(actions);
+            }
+            FromWorker::Failed { message, hint, permanent } => {
+                let text = format!("worker {rank}: {message}");
+                let permanent = permanent.then(|| {
+                    let error = Error::new(Kind::Config, text.clone());
+                    match hint {
+                        Some(hint) => error.with_hint(hint),
+                        None => error,
+                    }
+                });
+                self.dead.get_or_insert(Death { reason: text, permanent });
+            }
+        }
+        Ok(None)
+    }
+
+    fn keep(&mut self, step: Step) -> &Kept {
+        let loss = self.losses.get(&step).copied();
+        self.kept.entry(step).or_insert_with(|| Kept { taken: Instant::now(), loss, cost: Arc::default() })
+    }
+
+    fn on_exit(&mut self, rank: Rank, reason: &str) {
+        let text = format!("worker {rank} {reason}");
+        self.dead.get_or_insert(Death { reason: text, permanent: None });
+    }
+
+    /// After a death: the other ranks can't go on either; whole snapshots are still uploaded and committed.
+    fn end_of_the_dead(&mut self) -> Result<Option<End>> {
+        if self.dead.is_none() {
+            return Ok(None);
+        }
+        if let Some(workers) = self.workers.take() {
+            tokio::spawn(workers.kill());
+        }
+        if self.uploading {
+            return Ok(None);
+        }
+        if let Some(conductor) = &mut self.conductor {
+            let actions = conductor.salvage();
+            if !actions.is_empty() {
+                return self.act(actions);
+            }
+        }
+        let Some(death) = self.dead.take() else { return Ok(None) };
+        match death.permanent {
+            Some(error) => Err(error),
+            None if self.draining => Ok(Some(self.stopped(format!("workers died during the drain: {}", death.reason)))),
+            None => Ok(Some(End::Died { step: self.finished(), reason: death.reason })),
+        }
+    }
+
+    /// Every rank has said what its state is: plan who writes what, size the slots, write the headers.
+    fn lay_out(&mut self) -> Result<()> {
+        let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("lay out snapshot images");
+        let mut lists = self.built.iter().flatten();
+        let Some(tensors) = lists.next() else { return Ok(()) };
+        if let Some(other) = lists.find(|list| *list != tensors) {
+            return Err(Error::new(Kind::Bug, format!("ranks differ in their state: {} and {} tensors", tensors.len(), other.len())));
+        }
+        let plans = plan::plan(tensors, self.start.saver.world_size, image::page_size())?;
+        let index = serde_json::to_vec_pretty(&plan::model_index(&plans, tensors))
+            .map_err(|error| Error::from_source(Kind::Bug, error))?;
+        let mut maps = Vec::with_capacity(plans.len());
+        for (plan, slots) in plans.iter().zip(&self.slots) {
+            let open = |slot: &SharedImage| {
+                slot.resize(plan.len)?;
+                let mapping = slot.map()?;
+                let headers: Vec<_> =
+                    plan.shards.iter().map(|s| s.image_offset..s.image_offset + s.header.len() as u64).collect();
+                for (chunk, shard) in mapping.chunks(&headers)?.iter_mut().zip(&plan.shards) {
+                    chunk.as_mut().copy_from_slice(&shard.header);
+                }
+                Ok::<_, std::io::Error>(mapping)
+            };
+            maps.push([open(&slots.0[0]).map_err(memory)?, open(&slots.0[1]).map_err(memory)?]);
+        }
+        for plan in &plans {
+            self.tell(plan.rank, ToWorker::Layout(Box::new(plan.clone())));
+        }
+        self.layout = Some(Layout { plans, index: index.into(), maps });
+        Ok(())
+    }
+
+    /// The restore image is full and the workers have their layout: they can load.
+    fn load_if_possible(&self) {
+        if self.fetched.is_some() && self.layout.is_some() {
+            let weights_only = matches!(self.start.load, Load::Weights { .. });
+            self.tell_all(&ToWorker::Restore { files: self.restore_files.clone(), weights_only });
+        }
+    }
+
+    fn go(&mut self) {
+        if let (Some(fetched), step) = (&self.fetched, self.start.load.step()) {
+            self.reporter.event(&Event::Restored {
+                step,
+                bytes: fetched.bytes,
+                fetch_s: fetched.seconds,
+                restore_s: self.loading_since.elapsed().as_secs_f64(),
+            });
+        }
+        // Its pages are given back now: every rank has copied them.
+        if let Err(error) = self.restore.resize(0) {
+            tracing::debug!(%error, "restore image not freed");
+        }
+        let setup = Setup {
+            ranks: self.start.workers,
+            done: self.start.load.step(),
+            last: Step(self.start.config.train.steps),
+            cadence: self.start.config.checkpoint.every,
+        };
+        let now = self.now();
+        let mut conductor = Conductor::new(setup, self.start.measured, now);
+        let saves: Vec<SaveOrder> = conductor.first_orders(now);
+        self.conductor = Some(conductor);
+        self.committed_at = Instant::now();
+        self.tell_all(&ToWorker::Go { saves });
+    }
+
+    fn on_step(&mut self, report: StepReport) -> Result<Option<End>> {
+        let reports = self.reports.entry(report.step).or_default();
+        reports.push(report);
+        if reports.len() < self.start.workers as usize {
+            return Ok(None);
+        }
+        let Some(reports) = self.reports.remove(&report.step) else { return Ok(None) };
+        let step = report.step;
+        // Summed in no particular order of arrival would differ in the last bit: sum sorted.
+        let mut losses: Vec<f64> = reports.iter().map(|r| r.loss).collect();
+        losses.sort_by(f64::total_cmp);
+        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
+        if !loss.is_finite() || !report.grad_norm.is_finite() {
+            let reason = format!("loss {loss}, gradient norm {}", report.grad_norm);
+            self.dead.get_or_insert(Death { reason: reason.clone(), permanent: None });
+            return Ok(Some(End::Diverged { step, reason }));
+        }
+        self.losses.insert(step, loss);
+        if let Some(kept) = self.kept.get_mut(&step) {
+            // A rank can capture a step before another has reported it.
+            kept.loss = Some(loss);
+        }
+        self.losses.retain(|&s, _| s.get() + REMEMBERED > step.get());
+        let slowest = |f: fn(&StepReport) -> f64| reports.iter().map(f).fold(0.0, f64::max);
+        let (step_s, stall_s) = (slowest(|r| r.step_s), slowest(|r| r.stall_s));
+        let config = &self.start.config;
+        let tokens = u64::from(config.train.global_batch) * u64::from(config.data.sequence_length);
+        let now = self.now();
+        let actions = self.conductor.as_mut().map(|c| c.step_finished(step, now)).unwrap_or_default();
+        self.reporter.event(&Event::Step {
+            step,
+            loss,
+            lr: report.lr,
+            grad_norm: report.grad_norm,
+            tokens: tokens.saturating_mul(step.get()),
+            tokens_per_s: tokens as f64 / step_s.max(1e-9),
+            step_s,
+            stall_s,
+            lag_steps: step.get() - self.committed().get(),
+            lag_s: self.committed_at.elapsed().as_secs_f64(),
+        });
+        self.act(actions)
+    }
+
+    fn on_validated(&mut self, step: Step, loss_sum: f64, sequences: u64) {
+        let entry = self.validations.entry(step).or_default();
+        *entry = (entry.0 + 1, entry.1 + loss_sum, entry.2 + sequences);
+        if entry.0 == self.start.workers
+            && let Some((_, sum, count)) = self.validations.remove(&step)
+            && count > 0
+        {
+            let loss = sum / count as f64;
+            self.validation_loss = Some(loss);
+            self.reporter.event(&Event::Validation { step, loss });
+        }
+    }
+
+    fn act(&mut self, actions: Vec<Action>) -> Result<Option<End>> {
+        for action in actions {
+            match action {
+                Action::Freeze { ticket } => self.tell_all(&ToWorker::Freeze { ticket }),
+                Action::Thaw { saves, stop_after } => self.tell_all(&ToWorker::Thaw { saves, stop_after }),
+                Action::Upload { step, slot } => self.upload(step, slot)?,
+                Action::Finished { step } => return Ok(Some(self.finish(step)?)),
+            }
+        }
+        self.end_of_the_dead()
+    }
+
+    fn finish(&mut self, step: Step) -> Result<End> {
+        let last = Step(self.start.config.train.steps);
+        if step == last && self.committed() >= last {
+            // A run that was complete when it was loaded has made no step in this life.
+            let loss = self.losses.get(&last).copied().unwrap_or(f64::NAN);
+            return Ok(End::Completed { loss });
+        }
+        if self.committed() >= step {
+            return Ok(self.stopped("the last finished step is committed"));
+        }
+        let why = self.last_error.as_ref().map_or_else(|| "unknown".to_owned(), ToString::to_string);
+        if !self.draining {
+            let error = self.last_error.take().unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
+            return Err(error.context(format!("save the last step, {step}")));
+        }
+        Ok(self.stopped(format!("the last step could not be saved: {why}")))
+    }
+
+    fn upload(&mut self, step: Step, slot: u8) -> Result<()> {
+        let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("read snapshot image");
+        let Some(layout) = &self.layout else { return Ok(()) };
+        let mut uploads = Vec::new();
+        for (plan, maps) in layout.plans.iter().zip(&layout.maps) {
+            for shard in &plan.shards {
+                let body = maps[usize::from(slot)]
+                    .bytes(shard.image_offset..shard.image_offset + shard.len)
+                    .map_err(memory)?;
+                let kind = match shard.kind {
+                    ShardKind::Model => FileKind::Model,
+                    ShardKind::Optimizer => FileKind::Optimizer,
+                };
+                uploads.push(Upload { name: shard.file_name.clone(), kind, body });
+            }
+        }
+        let mut small = self.start.companions.clone();
+        small.push((layout::MODEL_INDEX.to_owned(), layout.index.clone()));
+        let state = TrainerState::at(step, &self.start.config, self.start.sequences)
+            .ok_or_else(|| Error::new(Kind::Config, "train.steps × train.global_batch is too large"))?;
+        small.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
+        self.sending = uploads.iter().map(|upload| upload.body.len() as u64).sum();
+        self.sent = 0;
+        self.uploading = true;
+        let kept = self.keep(step);
+        let (taken, cost) = (kept.taken, Arc::clone(&kept.cost));
+        // Every rank has captured the step, so every rank has reported it.
+        let loss = kept.loss.ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
+        let snapshot = Snapshot { step, slot, uploads, small, loss, validation_loss: self.validation_loss, cost, taken };
+        saver::start(self.start.saver.clone(), snapshot, self.saves.clone());
+        Ok(())
+    }
+
+    fn on_save(&mut self, event: SaveEvent) -> Result<Option<End>> {
+        let (step, slot, result) = match event {
+            SaveEvent::Progress { step, bytes } => {
+                self.sent += bytes;
+                self.reporter.event(&Event::Upload { step, sent: self.sent.min(self.sending), total: self.sending });
+                return Ok(None);
+            }
+            SaveEvent::Ended { step, slot, result } => (step, slot, result),
+        };
+        self.uploading = false;
+        self.kept.retain(|&kept, _| kept > step);
+        let now = self.now();
+        match result {
+            Ok(committed) => {
+                self.failed_saves = 0;
+                self.committed_at = Instant::now();
+                let cost = committed.cost;
+                self.reporter.event(&Event::Checkpoint {
+                    step,
+                    generation: committed.generation,
+                    bytes: committed.bytes,
+                    stall_s: cost.stall_s,
+                    copy_s: cost.copy_s,
+                    durable_s: cost.durable_s,
+                });
+                let Some(conductor) = &mut self.conductor else { return Ok(None) };
+                let measured = conductor.measured_mut();
+                measured.save_cost_s = Some(cost.stall_s);
+                measured.durable_s = Some(cost.durable_s);
+                let actions = conductor.uploaded(slot, true, now);
+                self.act(actions)
+            }
+            Err(error) if error.kind() == Kind::Fenced => Err(error),
+            Err(error) => {
+                self.failed_saves += 1;
+                let message = format!("save of step {step} failed, training goes on: {error}");
+                self.reporter.event(&Event::Warning { message });
+                self.last_error = Some(error);
+                if self.dead.is_some() {
+                    // Nobody is left to make another snapshot; one more try of this one is not worth the wait.
+                    if let Some(conductor) = &mut self.conductor {
+                        conductor.uploaded(slot, false, now);
+                    }
+                    return self.end_of_the_dead();
+                }
+                if self.failed_saves >= LAST_SAVE_TRIES {
+                    // Only the end is given up by this; while steps are left the cadence tries again.
+                    let actions = self.conductor.as_mut().map(|c| c.give_up_the_end(slot, now)).unwrap_or_default();
+                    return self.act(actions);
+                }
+                let (retries, pause) = (self.retries.clone(), Duration::from_millis(250 << self.failed_saves.min(5)));
+                tokio::spawn(async move {
+                    tokio::time::sleep(pause).await;
+                    let _ = retries.send(slot);
+                });
+                Ok(None)
+            }
+        }
+    }
+}

@@ -1,0 +1,498 @@
+//! The parent on each node: it forms generations, runs worker groups, saves, restores, and keeps the journal.
+//!
+//! # A run
+//! [`launch`] opens or creates the journal, makes sure that nobody else is at work, chooses the resume point, writes `formed`, and
+//! lives through one life of a worker group after the other until the run is complete, is told to stop, or can't go on.
+//!
+//! # Crash consistency
+//! Nothing is kept outside the store that a restart needs. A generation exists when its `formed` record stands, which is
+//! written before its resume point is used; a checkpoint exists when its `committed` record stands. Killing this process at any
+//! instant leaves the newest checkpoint, and data that no record names.
+//!
+//! # Two agents
+//! Both replay the same journal; the one whose `formed` record is written first has the run. The other looks at its heartbeat:
+//! alive, and it leaves with exit code 79; dead, and it forms the next generation. An agent that was taken for dead learns of
+//! it when it tries to commit, stops its workers and leaves with 79: two writers can never both commit.
+
+pub mod conductor;
+
+mod life;
+mod restart;
+mod saver;
+mod workers;
+
+use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::sync::Mutex;
+
+use self::life::{End, Load, Plan, Stopped};
+use crate::{
+    checkpoint::{
+        catalog::{self, Damage},
+        restore,
+    },
+    config::{Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
+    data::{self, Dataset, Split},
+    error::{Context, Error, Kind, Result},
+    ids::{Generation, NodeId, RunId, Step, WorldSize},
+    journal::{self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState},
+    layout, model,
+    notice::signal::Signals,
+    rendezvous::heartbeat::{self, Pulse},
+    report::{Event, Reporter},
+    snapshot::cadence::Measured,
+    storage::Store,
+};
+
+/// How long the journal's last words may take when the run ends on a store that does not answer.
+const LAST_WORDS: Duration = Duration::from_secs(30);
+
+/// What is to be run.
+#[derive(Debug)]
+pub struct Launch {
+    /// The store that holds all runs.
+    pub store: Store,
+    /// The run.
+    pub run_id: RunId,
+    /// New, or carried on.
+    pub begin: Begin,
+    /// Workers on this node, if the command line says.
+    pub nproc_per_node: Option<u32>,
+    /// Hears what happens.
+    pub reporter: Reporter,
+}
+
+/// How a run begins.
+#[derive(Clone, Debug)]
+pub enum Begin {
+    /// It must not exist yet.
+    Create(Box<RunConfig>),
+    /// It must exist.
+    Resume {
+        /// The checkpoint's step; `None`: the newest that verifies.
+        from: Option<Step>,
+        /// `--set key=value`, as typed; see [`crate::config::canonical_overrides`].
+        overrides: Vec<(String, String)>,
+    },
+}
+
+/// How a run ended, when it ended well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The last step is committed.
+    Completed,
+    /// It was asked to stop; so many steps must be done again.
+    Interrupted {
+        /// Finished steps that no checkpoint holds.
+        lost_steps: u64,
+    },
+}
+
+/// Runs a run on this node to its end. Call it from the main thread: the workers' lives are tied to the thread that starts them.
+pub fn launch(launch: Launch) -> Result<Outcome> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("agent-io")
+        .enable_all()
+        .build()
+        .map_err(|error| Error::from_source(Kind::Bug, error).context("start the agent"))?;
+    let result = runtime.block_on(Agent::run(launch));
+    // Uploads of a run that was lost to another writer may hang on a dead store.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+struct Agent {
+    run: Store,
+    run_id: RunId,
+    node: NodeId,
+    journal: Arc<Mutex<Journal>>,
+    reporter: Reporter,
+    signals: Signals,
+    nproc_per_node: Option<u32>,
+    overrides: Vec<(String, String)>,
+    from: Option<Step>,
+    /// Damage that was found before there was a generation to write it down under.
+    damage: Vec<Damage>,
+}
+
+/// What every life of this agent has in common.
+struct Resolved {
+    config: RunConfig,
+    data_dir: PathBuf,
+    sequences: NonZeroU64,
+    workers: u32,
+    companions: Vec<(String, Bytes)>,
+}
+
+impl Agent {
+    async fn run(launch: Launch) -> Result<Outcome> {
+        let Launch { store, run_id, begin, nproc_per_node, reporter } = launch;
+        let signals = Signals::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
+        let run = store.folder(run_id.as_str());
+        let node = NodeId::random();
+        let doing = |doing: &str| reporter.event(&Event::Phase { doing: doing.to_owned() });
+
+        doing("checking the store");
+        store.prove_create_is_atomic().await?;
+        let (journal, overrides, from, new) = match begin {
+            Begin::Create(config) => {
+                // Whatever the configuration names is looked at before the run exists.
+                resolve(&config, nproc_per_node, &reporter).await?;
+                let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
+                (journal, Vec::new(), None, true)
+            }
+            Begin::Resume { from, overrides } => {
+                (Journal::open(run.clone(), node.clone(), run_id.clone()).await?, overrides, from, false)
+            }
+        };
+        if let (false, None, journal::Outcome::Completed { step, .. }) = (new, from, journal.state().outcome()) {
+            tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
+            return Ok(Outcome::Completed);
+        }
+        let mut agent = Self {
+            run,
+            run_id,
+            node,
+            journal: Arc::new(Mutex::new(journal)),
+            reporter,
+            signals,
+            nproc_per_node,
+            overrides,
+            from,
+            damage: Vec::new(),
+        };
+        let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
+        let result = agent.live().await;
+        let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
+        result
+    }
+
+    async fn live(&mut self) -> Result<Outcome> {
+        self.wait_for_the_other().await?;
+        let (config, overrides) = effective(self.journal.lock().await.state(), &self.overrides)?;
+        self.overrides = overrides;
+        let resolved = resolve(&config, self.nproc_per_node, &self.reporter).await?;
+        let mut deaths = Vec::new();
+        let mut reason = FormedReason::Started;
+        loop {
+            let (load, generation) = self.form(&resolved, reason).await?;
+            let world_size = WorldSize(resolved.workers);
+            self.reporter.event(&Event::Formed {
+                generation,
+                world_size,
+                resume_step: (load.step() > Step(0)).then_some(load.step()),
+                total_steps: resolved.config.train.steps,
+            });
+            let began = tokio::time::Instant::now();
+            let plan = Plan {
+                config: resolved.config.clone(),
+                data_dir: resolved.data_dir.clone(),
+                sequences: resolved.sequences,
+                workers: resolved.workers,
+                load: load.clone(),
+                saver: saver::Context {
+                    run: self.run.clone(),
+                    run_id: self.run_id.clone(),
+                    node: self.node.clone(),
+                    generation,
+                    world_size,
+                    journal: Arc::clone(&self.journal),
+                },
+                companions: resolved.companions.clone(),
+                measured: self.measured().await,
+            };
+            match life::run(plan, &mut self.signals, &self.reporter).await {
+                Ok(End::Completed { loss }) => return self.complete(generation, &resolved, loss).await,
+                Ok(End::Stopped(stopped)) => return self.interrupted(generation, &stopped).await,
+                Ok(End::Damaged { object, reason }) => self.step_over(&load, &object, &reason).await?,
+                Ok(End::Diverged { step, reason }) => return Err(self.diverged(generation, step, &reason).await),
+                Ok(End::Died { step, reason: why }) => {
+                    deaths.push(step);
+                    match restart::decide(&deaths, &resolved.config.restart) {
+                        restart::Decision::GiveUp { reason } => {
+                            let reason = format!("{reason}: {why}");
+                            self.append_last(Record::Failed { generation, step, reason: reason.clone() }).await;
+                            let hint = format!("when the cause is cured: trainer resume --run-id {}", self.run_id);
+                            return Err(Error::new(Kind::Bug, reason).with_hint(hint));
+                        }
+                        restart::Decision::Restart { after } => {
+                            self.reporter.event(&Event::WorkerDied {
+                                step,
+                                reason: why,
+                                restarts: u32::try_from(deaths.len()).unwrap_or(u32::MAX),
+                                backoff_s: after.as_secs_f64(),
+                            });
+                            if let Some(notice) = self.pause(after).await {
+                                let committed = load.step().max(self.newest_committed().await);
+                                let verdict = format!("{notice} while workers were to be started again");
+                                return self.interrupted(generation, &Stopped { step, committed, verdict }).await;
+                            }
+                        }
+                    }
+                    tracing::debug!(life_s = began.elapsed().as_secs_f64(), "life ended");
+                    reason = FormedReason::WorkerDied;
+                    // What `--from` asked for has been done; later lives carry on from the newest.
+                    self.from = None;
+                }
+                Err(error) => {
+                    if error.kind() != Kind::Fenced {
+                        let step = self.newest_committed().await;
+                        self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// Another agent may be at work on this run. If it lives, leave; if it has gone, carry on.
+    async fn wait_for_the_other(&mut self) -> Result<()> {
+        let Some(other) = unfinished_leader(self.journal.lock().await.state()) else { return Ok(()) };
+        self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
+        if heartbeat::is_alive(&self.run, &other).await? {
+            return Err(taken(&self.run_id, &other));
+        }
+        self.journal.lock().await.refresh().await?;
+        Ok(())
+    }
+
+    /// The newest usable checkpoint, or what a new run starts from. Damage is reported, and written down once this agent has a
+    /// generation to write under.
+    async fn choose(&mut self, resolved: &Resolved) -> Result<Load> {
+        let candidates: Vec<Committed> = {
+            let journal = self.journal.lock().await;
+            let state = journal.state();
+            let choice = if self.from.is_some() { state.good() } else { state.candidates() };
+            choice.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
+        };
+        let outcome = catalog::newest_usable(&self.run, &candidates, self.from).await?;
+        for damage in &outcome.stepped_over {
+            self.warn_of_damage(damage.step, &damage.object, &damage.reason);
+        }
+        self.damage.extend(outcome.stepped_over);
+        if let Some((committed, manifest)) = outcome.found {
+            return Ok(Load::Checkpoint {
+                step: committed.step,
+                generation: committed.generation,
+                folder: layout::checkpoint(committed.step, committed.generation),
+                files: restore::tensor_files(&manifest),
+            });
+        }
+        if !candidates.is_empty() {
+            let what = match self.from {
+                Some(step) => format!("the checkpoint of step {step} of run {} is damaged", self.run_id),
+                None => format!("none of the {} checkpoints of run {} is usable", candidates.len(), self.run_id),
+            };
+            let hint = format!("`trainer verify --run-id {} --all` lists what is damaged", self.run_id);
+            return Err(Error::new(Kind::Data, what).with_hint(hint));
+        }
+        let Some(uri) = &resolved.config.model.init_from else { return Ok(Load::Nothing) };
+        let folder = Store::open(uri, &resolved.config.storage)?;
+        let files = restore::weights_from_folder(&folder).await.context(format!("read weights of {uri}"))?;
+        Ok(Load::Weights { folder, files })
+    }
+
+    fn warn_of_damage(&self, step: Step, object: &str, reason: &str) {
+        let message = format!("checkpoint of step {step} is damaged and stepped over: {object}: {reason}");
+        self.reporter.event(&Event::Warning { message });
+    }
+
+    /// Chooses the resume point and forms the next generation, again and again until both fit together.
+    async fn form(&mut self, resolved: &Resolved, reason: FormedReason) -> Result<(Load, Generation)> {
+        loop {
+            let load = self.choose(resolved).await?;
+            let resume = match &load {
+                Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
+                _ => None,
+            };
+            let formed = Formed {
+                roster: vec![RosterEntry { node: self.node.clone(), workers: resolved.workers }],
+                world_size: WorldSize(resolved.workers),
+                resume,
+                overrides: self.overrides.clone(),
+                reason,
+            };
+            let mut journal = self.journal.lock().await;
+            match journal.form(formed).await {
+                Ok(generation) => {
+                    // They hold for every later generation, too: said once is enough.
+                    self.overrides.clear();
+                    for Damage { step, generation, object, reason } in self.damage.drain(..) {
+                        let reason = format!("{object}: {reason}");
+                        journal.append(Record::Damaged { step, generation, reason }).await?;
+                    }
+                    return Ok((load, generation));
+                }
+                Err(JournalError::Overtaken { node, .. }) => {
+                    drop(journal);
+                    if heartbeat::is_alive(&self.run, &node).await? {
+                        return Err(taken(&self.run_id, &node));
+                    }
+                }
+                Err(JournalError::Moved { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+            self.damage.clear();
+        }
+    }
+
+    async fn step_over(&mut self, load: &Load, object: &str, reason: &str) -> Result<()> {
+        let Load::Checkpoint { step, generation, .. } = load else {
+            return Err(Error::new(Kind::Data, format!("{object}: {reason}")));
+        };
+        self.warn_of_damage(*step, object, reason);
+        let record = Record::Damaged { step: *step, generation: *generation, reason: format!("{object}: {reason}") };
+        self.journal.lock().await.append(record).await?;
+        self.from = None;
+        Ok(())
+    }
+
+    async fn newest_committed(&self) -> Step {
+        self.journal.lock().await.state().newest().map_or(Step(0), |checkpoint| checkpoint.committed.step)
+    }
+
+    /// What the journal says of the life of machines. Times are the writers' wall clocks: good enough for an estimate, and
+    /// nothing but the cadence follows from it.
+    async fn measured(&self) -> Measured {
+        let journal = self.journal.lock().await;
+        let state = journal.state();
+        let interruptions = state.formations().iter().filter(|f| f.reason == FormedReason::Started).count().saturating_sub(1);
+        let since = state.formations().first().map(|first| first.at);
+        let trained_s = since.map_or(0.0, |since| state.last_activity().0.duration_since(since).as_secs_f64().max(0.0));
+        Measured { trained_s, interruptions: interruptions as u64, ..Measured::NOTHING }
+    }
+
+    /// Sleeps, unless a notice comes: then its source.
+    async fn pause(&mut self, time: Duration) -> Option<&'static str> {
+        tokio::select! {
+            () = tokio::time::sleep(time) => None,
+            notice = self.signals.next() => Some(notice.source),
+        }
+    }
+
+    async fn complete(&self, generation: Generation, resolved: &Resolved, loss: f64) -> Result<Outcome> {
+        let step = Step(resolved.config.train.steps);
+        // A run killed between its last commit and this record makes no step in its last life: the commit knows the loss.
+        let mut journal = self.journal.lock().await;
+        let loss = match journal.state().newest() {
+            Some(newest) if !loss.is_finite() => newest.committed.loss,
+            _ => loss,
+        };
+        journal.append(Record::Completed { generation, step, loss }).await?;
+        self.reporter.event(&Event::Completed { step, loss });
+        Ok(Outcome::Completed)
+    }
+
+    async fn interrupted(&self, generation: Generation, stopped: &Stopped) -> Result<Outcome> {
+        let Stopped { step, committed, verdict } = stopped.clone();
+        let lost_steps = step.get().saturating_sub(committed.get());
+        let committed = (committed > Step(0)).then_some(committed);
+        self.append_last(Record::Interrupted { generation, step, committed, lost_steps, verdict }).await;
+        self.reporter.event(&Event::Interrupted { step, lost_steps });
+        Ok(Outcome::Interrupted { lost_steps })
+    }
+
+    async fn diverged(&self, generation: Generation, step: Step, reason: &str) -> Error {
+        let good = self.newest_committed().await;
+        let reason = format!("training diverged at step {step}: {reason}");
+        self.append_last(Record::Failed { generation, step, reason: reason.clone() }).await;
+        let hint = if good > Step(0) {
+            format!(
+                "the last good checkpoint is step {good}; lower the learning rate and carry on: trainer resume --run-id {} --from {good} --set train.optimizer.lr=…",
+                self.run_id
+            )
+        } else {
+            "no checkpoint was made yet; lower train.optimizer.lr and start again".to_owned()
+        };
+        Error::new(Kind::Config, reason).with_hint(hint)
+    }
+
+    /// Writes a record whose loss would be a pity but is no reason to hang: the run ends whether or not the store answers.
+    async fn append_last(&self, record: Record) {
+        let append = async { self.journal.lock().await.append(record).await };
+        match tokio::time::timeout(LAST_WORDS, append).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the journal's last record was not written"),
+            Err(_) => tracing::warn!("the journal's last record was not written: the store does not answer"),
+        }
+    }
+}
+
+fn taken(run_id: &RunId, other: &NodeId) -> Error {
+    Error::new(Kind::Fenced, format!("run {run_id} is in the hands of node {other}, which is alive"))
+        .with_hint("nothing is lost; this command may be repeated when that node has gone")
+}
+
+/// The leader of a generation that has not said how it ended: it may still be at work.
+fn unfinished_leader(state: &RunState) -> Option<NodeId> {
+    let formed = state.formed()?;
+    let said = state.interruptions().iter().any(|end| end.generation == formed.generation);
+    let open = *state.outcome() == journal::Outcome::Open;
+    (open && !said).then(|| formed.node.clone())
+}
+
+/// The configuration that holds now: as created, with what every generation has changed, and what this command changes; and
+/// those last changes in the form in which the journal keeps them.
+fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Vec<(String, String)>)> {
+    let base = apply_overrides(state.config(), &state.overrides())?;
+    Ok((apply_overrides(&base, typed)?, canonical_overrides(&base, typed)?))
+}
+
+/// Looks at everything that the configuration names, and fetches the data.
+async fn resolve(config: &RunConfig, nproc_per_node: Option<u32>, reporter: &Reporter) -> Result<Resolved> {
+    let workers = workers_per_node(&config.parallel, nproc_per_node, &Machine::detect());
+    micro_batches(config.train.global_batch, WorldSize(workers), config.train.max_micro_batch)?;
+    reporter.event(&Event::Phase { doing: "opening the token shards".into() });
+    let shown = |progress: data::cache::CacheProgress| {
+        tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
+    };
+    let data_dir = data::ensure_local(&config.data.train, &cache_folder(), &config.storage, shown).await?;
+    let dataset = Dataset::open(&data_dir)?;
+    let vocabulary = model::vocab_size(config.model.kind, &config.model.config)?;
+    data::check_vocabulary(dataset.index(), &config.data.train, vocabulary.into(), "model.config")?;
+    let longest = model::max_sequence_length(config.model.kind, &config.model.config)?;
+    if config.data.sequence_length > longest {
+        let length = config.data.sequence_length;
+        return Err(Error::new(
+            Kind::Config,
+            format!("data.sequence_length is {length}, but the model takes at most {longest} (max_position_embeddings)"),
+        ));
+    }
+    let samples = dataset.samples(Split::Train, config.data.sequence_length);
+    let sequences = NonZeroU64::new(samples).ok_or_else(|| {
+        let message = format!("{} holds no sequence of {} tokens", config.data.train, config.data.sequence_length);
+        Error::new(Kind::Config, message).with_hint("shorten data.sequence_length or prepare more data")
+    })?;
+    Ok(Resolved { workers, sequences, companions: companions(config, &data_dir, dataset.index())?, config: config.clone(), data_dir })
+}
+
+/// Where datasets that lie in an object store are kept on this machine.
+fn cache_folder() -> PathBuf {
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    base.unwrap_or_else(std::env::temp_dir).join("trainer").join("datasets")
+}
+
+/// The small files that make a checkpoint's folder a Hugging Face model folder.
+fn companions(config: &RunConfig, data_dir: &std::path::Path, index: &data::shards::Index) -> Result<Vec<(String, Bytes)>> {
+    let json = |value: &serde_json::Value| {
+        serde_json::to_vec_pretty(value).map(Bytes::from).map_err(|error| Error::from_source(Kind::Bug, error))
+    };
+    let mut files = vec![(layout::MODEL_CONFIG.to_owned(), json(&config.model.config)?)];
+    let eos = config.model.config.get("eos_token_id").cloned().unwrap_or_else(|| index.eos_id.into());
+    let mut generation = serde_json::json!({ "eos_token_id": eos });
+    if let Some(bos) = config.model.config.get("bos_token_id") {
+        generation["bos_token_id"] = bos.clone();
+    }
+    files.push((layout::GENERATION_CONFIG.to_owned(), json(&generation)?));
+    let tokenizer = data_dir.join(layout::TOKENIZER);
+    match std::fs::read(&tokenizer) {
+        Ok(bytes) => files.push((layout::TOKENIZER.to_owned(), bytes.into())),
+        Err(error) => {
+            return Err(Error::from_source(Kind::Config, error).context(format!("read {}", tokenizer.display())));
+        }
+    }
+    Ok(files)
+}

@@ -1,0 +1,132 @@
+//! From a full slot to a checkpoint: shards, receipt, manifest, then the `committed` record.
+//!
+//! Runs as a task beside the event loop, one at a time. It uploads the very pages that the workers wrote; they are lent to it, and
+//! given back when it ends. A crash anywhere leaves either a checkpoint or garbage that nobody reads. A failure is reported and
+//! the run trains on: the next save is a new attempt at a new step. Losing the run to another writer is final.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::{Mutex as AsyncMutex, mpsc};
+
+use crate::{
+    checkpoint::save::{Save, Upload, put_manifest, put_shards},
+    error::{Error, Result},
+    faults::{self, At},
+    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
+    journal::{Committed, Journal, Record, SaveCost},
+    storage::Store,
+};
+
+/// What does not change from save to save within one life.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// The run's folder in the store.
+    pub run: Store,
+    /// The run.
+    pub run_id: RunId,
+    /// This node.
+    pub node: NodeId,
+    /// This life's generation.
+    pub generation: Generation,
+    /// Workers of all nodes.
+    pub world_size: WorldSize,
+    /// Shared with the event loop.
+    pub journal: Arc<AsyncMutex<Journal>>,
+}
+
+/// One snapshot on its way.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Its step.
+    pub step: Step,
+    /// Its slot.
+    pub slot: u8,
+    /// The shards: pages of the slot, on every rank.
+    pub uploads: Vec<Upload>,
+    /// The small files beside them.
+    pub small: Vec<(String, Bytes)>,
+    /// The step's loss.
+    pub loss: f64,
+    /// The newest validation loss.
+    pub validation_loss: Option<f64>,
+    /// Filled in by the event loop as it learns it; read when the record is written.
+    pub cost: Arc<Mutex<SaveCost>>,
+    /// When the step ended.
+    pub taken: tokio::time::Instant,
+}
+
+/// What is heard of a save.
+#[derive(Debug)]
+pub enum SaveEvent {
+    /// So many bytes more have reached the store.
+    Progress {
+        /// The snapshot's step.
+        step: Step,
+        /// Bytes.
+        bytes: u64,
+    },
+    /// It has ended.
+    Ended {
+        /// The snapshot's step.
+        step: Step,
+        /// Its slot.
+        slot: u8,
+        /// Its record, or why there is none.
+        result: Result<Committed>,
+    },
+}
+
+/// Starts saving `snapshot`; what becomes of it goes to `events`.
+pub fn start(context: Context, snapshot: Snapshot, events: mpsc::UnboundedSender<SaveEvent>) {
+    tokio::spawn(async move {
+        let (step, slot) = (snapshot.step, snapshot.slot);
+        let result = save(&context, snapshot, &events).await;
+        let _ = events.send(SaveEvent::Ended { step, slot, result });
+    });
+}
+
+async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSender<SaveEvent>) -> Result<Committed> {
+    let Snapshot { step, uploads, small, loss, validation_loss, cost, taken, .. } = snapshot;
+    let bytes = uploads.iter().map(|upload| upload.body.len() as u64).sum();
+    // Every file of the checkpoint: this node is the only one, so what it puts is all there is.
+    let expected: Vec<String> =
+        uploads.iter().map(|upload| upload.name.clone()).chain(small.iter().map(|(name, _)| name.clone())).collect();
+    let save = Save {
+        attempt: AttemptId::random(),
+        run_id: context.run_id.clone(),
+        step,
+        generation: context.generation,
+        node: context.node.clone(),
+        world_size: context.world_size,
+        uploads,
+        small,
+    };
+    let progress = {
+        let events = events.clone();
+        move |bytes| {
+            let _ = events.send(SaveEvent::Progress { step, bytes });
+        }
+    };
+    let receipt = put_shards(&context.run, &save, progress).await?;
+    let manifest = put_manifest(&context.run, &save, &[receipt], &expected).await?;
+    faults::check("save.before-record", At { rank: None, step: Some(step.get()) })
+        .map_err(|fault| Error::from_source(crate::error::Kind::Bug, fault))?;
+    let cost = {
+        let mut cost = cost.lock().unwrap_or_else(PoisonError::into_inner);
+        cost.durable_s = taken.elapsed().as_secs_f64();
+        *cost
+    };
+    let committed = Committed {
+        step,
+        generation: context.generation,
+        manifest: manifest.key,
+        manifest_crc64: manifest.crc64,
+        bytes,
+        loss,
+        validation_loss,
+        cost,
+    };
+    context.journal.lock().await.append(Record::Committed(committed.clone())).await?;
+    Ok(committed)
+}

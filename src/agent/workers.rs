@@ -1,0 +1,241 @@
+//! The worker processes of one life: start, talk, end, and learn that one has died.
+//!
+//! A worker inherits four descriptors and nothing else of ours: the control socket as its standard input, the two slots of its
+//! snapshot image and the node's restore image. It runs in a process group of its own, so that a key pressed at the terminal reaches the agent alone. It
+//! asks the kernel to be killed when its agent dies, and leaves when the control stream ends: children never outlive the agent.
+//! The agent starts children from its main thread only, because that kill is tied to the thread that started them.
+
+use std::{
+    collections::VecDeque,
+    os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
+    process::{ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use command_fds::{CommandFdExt, FdMapping};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::UnixStream,
+    process::{Child, Command},
+    sync::{Notify, mpsc},
+    task::JoinHandle,
+};
+
+use crate::{
+    error::{Error, Kind},
+    ids::Rank,
+    protocol::{self, FromWorker, MAX_MESSAGE, RESTORE_FD, SLOT_FDS, ToWorker, WORKER_SUBCOMMAND},
+    snapshot::image::SharedImage,
+};
+
+/// What is heard of a worker.
+#[derive(Debug)]
+pub enum WorkerEvent {
+    /// It said something.
+    Message(Rank, FromWorker),
+    /// Its process has ended, for this reason.
+    Exited(Rank, String),
+}
+
+/// A worker's snapshot slots.
+#[derive(Debug)]
+pub struct Slots(pub [SharedImage; 2]);
+
+#[derive(Debug)]
+struct Handle {
+    orders: mpsc::UnboundedSender<ToWorker>,
+    kill: Arc<Notify>,
+    ended: JoinHandle<()>,
+}
+
+/// The worker processes of one life. Dropping it kills them.
+#[derive(Debug)]
+pub struct Workers {
+    handles: Vec<Handle>,
+}
+
+impl Workers {
+    /// Starts one process for each pair of slots; what they say goes to `events`.
+    pub fn start(
+        slots: &[Slots],
+        restore: &SharedImage,
+        threads: u32,
+        events: &mpsc::UnboundedSender<WorkerEvent>,
+    ) -> Result<Self, Error> {
+        let mut handles = Vec::with_capacity(slots.len());
+        for (rank, slots) in (0_u32..).zip(slots) {
+            let handle = start_one(Rank(rank), slots, restore, threads, events.clone())
+                .map_err(|error| Error::from_source(Kind::Bug, error).context(format!("start worker {rank}")))?;
+            handles.push(handle);
+        }
+        Ok(Self { handles })
+    }
+
+    /// Tells one worker. A worker that is gone is heard of as [`WorkerEvent::Exited`].
+    pub fn tell(&self, rank: Rank, message: ToWorker) {
+        if let Some(handle) = self.handles.get(rank.get() as usize) {
+            let _ = handle.orders.send(message);
+        }
+    }
+
+    /// Tells every worker.
+    pub fn tell_all(&self, message: &ToWorker) {
+        for handle in &self.handles {
+            let _ = handle.orders.send(message.clone());
+        }
+    }
+
+    /// Kills every worker and waits until all are gone.
+    pub async fn kill(self) {
+        for handle in &self.handles {
+            handle.kill.notify_one();
+        }
+        for handle in self.handles {
+            let _ = handle.ended.await;
+        }
+    }
+
+    /// Asks every worker to leave, and kills those that have not after `grace`.
+    pub async fn dismiss(mut self, grace: Duration) {
+        self.tell_all(&ToWorker::Exit);
+        let everyone = async {
+            for handle in &mut self.handles {
+                let _ = (&mut handle.ended).await;
+            }
+        };
+        if tokio::time::timeout(grace, everyone).await.is_err() {
+            for handle in &self.handles {
+                handle.kill.notify_one();
+            }
+            for handle in self.handles.into_iter().filter(|handle| !handle.ended.is_finished()) {
+                let _ = handle.ended.await;
+            }
+        }
+    }
+}
+
+fn start_one(
+    rank: Rank,
+    slots: &Slots,
+    restore: &SharedImage,
+    threads: u32,
+    events: mpsc::UnboundedSender<WorkerEvent>,
+) -> std::io::Result<Handle> {
+    let (ours, theirs) = StdStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let mut mappings = Vec::with_capacity(3);
+    for (slot, child_fd) in slots.0.iter().zip(SLOT_FDS) {
+        mappings.push(FdMapping { parent_fd: slot.try_clone()?.into(), child_fd });
+    }
+    mappings.push(FdMapping { parent_fd: restore.try_clone()?.into(), child_fd: RESTORE_FD });
+
+    // The running file itself, even if another was put in its place meanwhile.
+    let mut command = std::process::Command::new("/proc/self/exe");
+    std::os::unix::process::CommandExt::arg0(&mut command, "trainer-worker");
+    command
+        .arg(WORKER_SUBCOMMAND)
+        .env("OMP_NUM_THREADS", threads.to_string())
+        .env("MKL_NUM_THREADS", threads.to_string())
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    command
+        .fd_mappings(mappings)
+        .map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidInput, error.to_string()))?;
+    let mut child = Command::from(command).kill_on_drop(true).spawn()?;
+
+    let (mut from_worker, mut to_worker) = UnixStream::from_std(ours)?.into_split();
+    let (orders, mut queue) = mpsc::unbounded_channel::<ToWorker>();
+    tokio::spawn(async move {
+        let mut buffer = Vec::new();
+        while let Some(message) = queue.recv().await {
+            let mut wire = Vec::new();
+            if protocol::write_message(&mut wire, &message, &mut buffer).is_err() || to_worker.write_all(&wire).await.is_err() {
+                return;
+            }
+        }
+    });
+
+    let last_words = Arc::new(Mutex::new(VecDeque::new()));
+    let listening = tokio::spawn({
+        let stderr = child.stderr.take();
+        let last_words = Arc::clone(&last_words);
+        async move {
+            let Some(stderr) = stderr else { return };
+            let mut lines = BufReader::new(stderr).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                tracing::info!(target: "trainer::worker", rank = rank.get(), "{line}");
+                let mut words = last_words.lock().unwrap_or_else(PoisonError::into_inner);
+                if words.len() == 3 {
+                    words.pop_front();
+                }
+                words.push_back(line);
+            }
+        }
+    });
+
+    let kill = Arc::new(Notify::new());
+    let ended = tokio::spawn({
+        let kill = Arc::clone(&kill);
+        async move {
+            let reading = {
+                let events = events.clone();
+                async move {
+                    while let Some(message) = read_message(&mut from_worker).await {
+                        if events.send(WorkerEvent::Message(rank, message)).is_err() {
+                            return;
+                        }
+                    }
+                }
+            };
+            let (status, ()) = tokio::join!(wait(&mut child, &kill), reading);
+            // A grandchild that holds stderr open must not hold us up.
+            let _ = tokio::time::timeout(Duration::from_millis(200), listening).await;
+            let words = last_words.lock().unwrap_or_else(PoisonError::into_inner).make_contiguous().join(" | ");
+            let _ = events.send(WorkerEvent::Exited(rank, reason(status, &words)));
+        }
+    });
+    Ok(Handle { orders, kill, ended })
+}
+
+async fn wait(child: &mut Child, kill: &Notify) -> std::io::Result<ExitStatus> {
+    tokio::select! {
+        status = child.wait() => return status,
+        () = kill.notified() => {}
+    }
+    let _ = child.start_kill();
+    child.wait().await
+}
+
+async fn read_message(from: &mut (impl AsyncReadExt + Unpin)) -> Option<FromWorker> {
+    let len = from.read_u32_le().await.ok().filter(|&len| len <= MAX_MESSAGE)?;
+    let mut body = vec![0; len as usize];
+    from.read_exact(&mut body).await.ok()?;
+    match serde_json::from_slice(&body) {
+        Ok(message) => Some(message),
+        Err(error) => {
+            tracing::error!(%error, "worker sent a message that can't be read");
+            None
+        }
+    }
+}
+
+fn reason(status: std::io::Result<ExitStatus>, words: &str) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    let mut reason = match status {
+        Err(error) => format!("its end could not be learnt: {error}"),
+        Ok(status) => match (status.code(), status.signal()) {
+            (_, Some(9)) => "killed by SIGKILL (by a person, or by the kernel for want of memory)".to_owned(),
+            (_, Some(signal)) => format!("killed by signal {signal}"),
+            (Some(code), _) => format!("left with exit code {code}"),
+            (None, None) => "left".to_owned(),
+        },
+    };
+    if !words.is_empty() {
+        reason.push_str("; its last words: ");
+        reason.extend(words.chars().take(600));
+    }
+    reason
+}

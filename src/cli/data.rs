@@ -1,0 +1,169 @@
+//! `trainer data`
+
+use std::{
+    process::ExitCode,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use clap::{Args, Subcommand};
+
+use super::{
+    output::{self, Table},
+    store,
+};
+use crate::{
+    data::prepare::{self, PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource},
+    error::Result,
+    report::{Screen, human},
+};
+
+/// Make training data
+#[derive(Debug, Subcommand)]
+pub enum Data {
+    Prepare(Prepare),
+}
+
+/// Turn text, JSON lines or Parquet into token shards
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  trainer data prepare --input 'src/**/*.rs' --tokenizer train:4096 --out runs/data/rust
+  trainer data prepare --input s3://bucket/text --tokenizer tokenizer.json --out s3://bucket/tokens
+
+The same inputs and settings give the same shards; a dataset that is there already is used again.")]
+pub struct Prepare {
+    /// A path, folder, glob or URI of text, .jsonl or .parquet; may be given several times
+    #[arg(long, required = true, value_name = "GLOB|URI", num_args = 1)]
+    input: Vec<String>,
+    /// A Hugging Face tokenizer.json, or train:VOCAB to train one on the input
+    #[arg(long, value_name = "FILE|train:VOCAB")]
+    tokenizer: TokenizerSource,
+    /// The folder or URI to write
+    #[arg(long, value_name = "URI")]
+    out: String,
+    /// Print a summary as JSON
+    #[arg(long)]
+    json: bool,
+    /// The share of the text that is held out, 0 to 0.5
+    #[arg(long, value_name = "SHARE", help_heading = "Details")]
+    validation_ratio: Option<f64>,
+    /// The field of JSON lines, or column of Parquet, that holds the text [default: text]
+    #[arg(long, value_name = "NAME", help_heading = "Details")]
+    text_field: Option<String>,
+    /// The token between documents [default: the tokenizer's end of text]
+    #[arg(long, value_name = "TOKEN", help_heading = "Details")]
+    eos_token: Option<String>,
+    /// Tokens in one shard
+    #[arg(long, value_name = "N", help_heading = "Details")]
+    shard_tokens: Option<u64>,
+    /// The most text that a tokenizer is trained on, bytes
+    #[arg(long, value_name = "BYTES", help_heading = "Details")]
+    sample_bytes: Option<u64>,
+    /// Encoding threads [default: one a core]
+    #[arg(long, value_name = "N", help_heading = "Details")]
+    threads: Option<usize>,
+    /// Replace another dataset that is there
+    #[arg(long, help_heading = "Details")]
+    overwrite: bool,
+}
+
+impl Data {
+    pub(super) fn execute(self, screen: &Screen) -> Result<ExitCode> {
+        match self {
+            Self::Prepare(prepare) => prepare.execute(screen),
+        }
+    }
+}
+
+impl Prepare {
+    fn execute(self, screen: &Screen) -> Result<ExitCode> {
+        let json = self.json;
+        let settings = self.settings()?;
+        let progress = Progress::new(screen);
+        let summary =
+            store::block_on(async move { Ok(prepare::prepare(settings, move |event| progress.show(&event)).await?) })?;
+        output::emit(&if json { output::json_lines([&summary])? } else { table(&summary) })?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn settings(self) -> Result<PrepareSettings> {
+        let defaults = PrepareSettings::new(self.input, self.tokenizer, store::absolute(&self.out)?);
+        Ok(PrepareSettings {
+            validation_ratio: self.validation_ratio.unwrap_or(defaults.validation_ratio),
+            shard_tokens: self.shard_tokens.unwrap_or(defaults.shard_tokens),
+            text_field: self.text_field.unwrap_or(defaults.text_field),
+            eos_token: self.eos_token,
+            sample_bytes: self.sample_bytes,
+            overwrite: self.overwrite,
+            threads: self.threads.unwrap_or(defaults.threads),
+            ..defaults
+        })
+    }
+}
+
+fn table(summary: &PrepareSummary) -> String {
+    let mut table = Table::new(&["dataset", ">train tokens", ">held out", ">vocabulary", ">shards", ">documents"]);
+    table.row([
+        summary.uri.clone(),
+        summary.train_tokens.to_string(),
+        summary.validation_tokens.to_string(),
+        summary.vocab_size.to_string(),
+        summary.shards.to_string(),
+        if summary.reused { "(was there)".into() } else { summary.documents.to_string() },
+    ]);
+    table.text()
+}
+
+/// Shows a preparation: a bar on a terminal, a line every few seconds elsewhere.
+struct Progress {
+    bar: Option<indicatif::ProgressBar>,
+    last_line: Mutex<Instant>,
+}
+
+impl Progress {
+    const PAUSE: Duration = Duration::from_secs(5);
+
+    fn new(screen: &Screen) -> Self {
+        Self { bar: screen.bytes_bar("encoding"), last_line: Mutex::new(Instant::now()) }
+    }
+
+    fn show(&self, event: &PrepareEvent) {
+        match event {
+            PrepareEvent::Found { files, bytes } => {
+                tracing::info!(size = %human::bytes(*bytes), "found {}", human::plural(*files, "file"));
+            }
+            PrepareEvent::TokenizerTraining { sample_bytes } => {
+                tracing::info!(sample = %human::bytes(*sample_bytes), "training tokenizer");
+            }
+            PrepareEvent::TokenizerReady { vocab_size } => tracing::info!(vocab_size, "tokenizer is ready"),
+            PrepareEvent::Progress { input_bytes, input_bytes_total, tokens, .. } => match &self.bar {
+                Some(bar) => {
+                    bar.set_length(*input_bytes_total);
+                    bar.set_position(*input_bytes);
+                    bar.set_message(format!("{tokens} tokens"));
+                }
+                None => {
+                    let mut last = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
+                    if last.elapsed() >= Self::PAUSE {
+                        *last = Instant::now();
+                        let (done, all) = (human::bytes(*input_bytes), human::bytes(*input_bytes_total));
+                        tracing::info!(tokens, "encoded {done} of {all}");
+                    }
+                }
+            },
+            PrepareEvent::Skipped { input, reason } => {
+                tracing::warn!(input = %human::plain(input), "skipped: {}", human::plain(reason));
+            }
+            PrepareEvent::Warning { message } => tracing::warn!("{}", human::plain(message)),
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! `trainer generate`
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::Args;
+use serde::Serialize;
+
+use super::{
+    args::{JsonArg, RunArg},
+    export, output, store,
+};
+use crate::{
+    checkpoint::export::Target,
+    config::ModelKind,
+    data::tokenizer::TextTokenizer,
+    error::{Context, Error, Kind, Result},
+    ids::{Step, random_hex},
+    layout,
+    model::{self, ModelError, generate::GenerateSettings},
+};
+
+/// Print text that a checkpoint's model makes
+#[derive(Debug, Args)]
+#[command(after_help = "Example: trainer generate --run-id first --prompt 'fn main() {' --tokens 100")]
+pub struct Generate {
+    #[command(flatten)]
+    run: RunArg,
+    /// The checkpoint of this step [default: the newest]
+    #[arg(long, value_name = "STEP")]
+    step: Option<Step>,
+    /// What the text begins with
+    #[arg(long, value_name = "TEXT")]
+    prompt: String,
+    /// The most tokens to add
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    tokens: u32,
+    /// 0: always the most likely token; 1: as the model has learnt; more: wilder
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    temperature: f64,
+    /// The same seed gives the same text
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    json: JsonArg,
+}
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Generated<'a> {
+    step: Step,
+    prompt: &'a str,
+    text: &'a str,
+    tokens: usize,
+}
+
+impl Generate {
+    pub(super) fn execute(self) -> Result<ExitCode> {
+        let folder = Scratch::new()?;
+        // Below the private folder, since an export puts a folder of its own in the target's place.
+        let exported = folder.0.join("model");
+        let target = Target::Folder(exported.clone());
+        let (step, _) = store::block_on(export::export(&self.run, self.step, &target))?;
+        let tokenizer = TextTokenizer::load(&exported.join(layout::TOKENIZER), None)?;
+        let model = model::from_folder(ModelKind::Llama, &exported)?;
+        // The files are no longer needed, and a long text may be interrupted.
+        drop(folder);
+
+        let mut prompt = tokenizer.encode(&self.prompt)?;
+        if prompt.is_empty() {
+            // A document begins after the end of another one.
+            prompt.push(tokenizer.eos_id());
+        }
+        let settings = GenerateSettings {
+            max_new_tokens: self.tokens,
+            temperature: self.temperature,
+            seed: self.seed,
+            stop: Some(tokenizer.eos_id()),
+        };
+        let mut live = Live { tokenizer: &tokenizer, tokens: Vec::new(), shown: 0, open: !self.json.json };
+        live.say(&self.prompt);
+        let new = model::generate::generate(model.as_ref(), &prompt, &settings, |token| live.token(token))
+            .map_err(|error| as_usage(error, self.temperature))?;
+        let text = tokenizer.decode(&new)?;
+        live.say(text.get(live.shown..).unwrap_or_default());
+        live.say("\n");
+        if self.json.json {
+            let generated = Generated { step, prompt: &self.prompt, text: &text, tokens: new.len() };
+            output::emit(&output::json_lines([&generated])?)?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// A temperature that can't be used was typed here: wrong usage, not wrong configuration.
+fn as_usage(error: ModelError, temperature: f64) -> Error {
+    if temperature >= 0.0 && temperature.is_finite() {
+        return error.into();
+    }
+    Error::from_source(Kind::Usage, error)
+}
+
+/// Shows text as it comes. Bytes of a character may be spread over tokens: what is not yet a character waits.
+struct Live<'a> {
+    tokenizer: &'a TextTokenizer,
+    tokens: Vec<u32>,
+    /// Bytes of the decoded text that are shown.
+    shown: usize,
+    /// Someone still reads.
+    open: bool,
+}
+
+impl Live<'_> {
+    fn token(&mut self, token: u32) {
+        self.tokens.push(token);
+        if !self.open {
+            return;
+        }
+        let Ok(text) = self.tokenizer.decode(&self.tokens) else { return };
+        let whole = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
+        if let Some(new) = whole.get(self.shown..) {
+            self.say(new);
+            self.shown = whole.len().max(self.shown);
+        }
+    }
+
+    fn say(&mut self, text: &str) {
+        if self.open {
+            let mut stdout = io::stdout().lock();
+            self.open = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_ok();
+        }
+    }
+}
+
+/// A folder for a while; empty at first.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("trainer-generate-{}", random_hex(8)));
+        make_private(&path)
+            .map_err(|error| Error::from_source(Kind::Unavailable, error))
+            .context(format!("make folder {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+/// Others on this machine have no business with the weights.
+fn make_private(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().mode(0o700).create(path)
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(folder = %self.0.display(), %error, "can't remove a temporary folder");
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! A run's journal, told to people: [`RunState`] in the words of the reading commands.
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::args::RunArg;
+use crate::{
+    checkpoint::catalog,
+    config::{self, RunConfig},
+    error::{Context, Error, Kind, Result},
+    ids::{Generation, RunId, Step},
+    journal::{self, CheckpointStatus, Committed, FormedReason, Outcome, RunState},
+    storage::Store,
+};
+
+/// Reads a run's journal. `root` is the store.
+pub(super) async fn read(root: &Store, run_id: &RunId) -> Result<RunState> {
+    journal::replay(&root.folder(run_id.as_str()), run_id).await.context(format!("read journal of run {run_id}"))
+}
+
+/// The checkpoint of a step, or the newest that is whole as far as sizes tell. Says which damaged ones were stepped over.
+pub(super) async fn choose(run: &RunArg, step: Option<Step>) -> Result<(Store, Committed)> {
+    let root = run.store.open()?;
+    let state = read(&root, &run.run_id).await?;
+    let folder = root.folder(run.run_id.as_str());
+    // By itself only what the run as it stands consists of; by name also what it has turned away from.
+    let checkpoints = if step.is_some() { state.good() } else { state.candidates() };
+    let candidates: Vec<Committed> = checkpoints.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect();
+    if candidates.is_empty() {
+        return Err(Error::new(Kind::Usage, format!("run {} has no checkpoint yet", run.run_id)));
+    }
+    let outcome = catalog::newest_usable(&folder, &candidates, step).await?;
+    for damage in outcome.stepped_over {
+        tracing::warn!(step = %damage.step, object = damage.object, "checkpoint is damaged: {}", damage.reason);
+    }
+    let (committed, _) = outcome.found.ok_or_else(|| {
+        let what = format!("none of the {} checkpoints of run {} is usable", candidates.len(), run.run_id);
+        Error::new(Kind::Data, what)
+            .with_hint(format!("`trainer verify --run-id {} --all` lists what is damaged", run.run_id))
+    })?;
+    Ok((folder, committed))
+}
+
+/// What became of a run, as far as its journal knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Standing {
+    /// No workers have been started yet.
+    Created,
+    /// A generation was formed and has not ended; whether its machine still lives the journal can't know.
+    InProgress,
+    /// Ended before the last step; to be resumed.
+    Interrupted,
+    /// The last step is committed.
+    Completed,
+    /// Needs a person.
+    Failed,
+}
+
+impl Standing {
+    pub fn of(state: &RunState) -> Self {
+        match (state.outcome(), state.formed(), state.interruptions().last()) {
+            (Outcome::Completed { .. }, ..) => Self::Completed,
+            (Outcome::Failed { .. }, ..) => Self::Failed,
+            (Outcome::Open, None, _) => Self::Created,
+            (Outcome::Open, Some(formed), Some(end)) if end.number > formed.number => Self::Interrupted,
+            (Outcome::Open, Some(_), _) => Self::InProgress,
+        }
+    }
+
+    /// For a table.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::InProgress => "in progress",
+            Self::Interrupted => "interrupted",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// Whether nothing more comes by itself.
+    pub fn is_end(self) -> bool {
+        !matches!(self, Self::Created | Self::InProgress)
+    }
+}
+
+/// A checkpoint and what became of it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Checkpoint<'a> {
+    #[serde(flatten)]
+    pub committed: &'a Committed,
+    pub at: Timestamp,
+    /// `good`, `damaged` or `pruned`.
+    pub status: &'static str,
+    /// The damaged object and what is wrong with it.
+    pub damage: Option<&'a str>,
+}
+
+impl<'a> From<&'a journal::Checkpoint> for Checkpoint<'a> {
+    fn from(checkpoint: &'a journal::Checkpoint) -> Self {
+        let (status, damage) = match &checkpoint.status {
+            CheckpointStatus::Good => ("good", None),
+            CheckpointStatus::Damaged { reason } => ("damaged", Some(reason.as_str())),
+            CheckpointStatus::Pruned => ("pruned", None),
+        };
+        Self { committed: &checkpoint.committed, at: checkpoint.at, status, damage }
+    }
+}
+
+/// An end before the last step.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Interruption<'a> {
+    pub at: Timestamp,
+    pub generation: Generation,
+    pub step: Step,
+    pub lost_steps: u64,
+    pub verdict: &'a str,
+}
+
+impl<'a> From<&'a journal::Interruption> for Interruption<'a> {
+    fn from(end: &'a journal::Interruption) -> Self {
+        let journal::Interruption { at, generation, step, lost_steps, verdict, .. } = end;
+        Self { at: *at, generation: *generation, step: *step, lost_steps: *lost_steps, verdict }
+    }
+}
+
+/// The configuration as it is now, with every change of a resume.
+pub(super) fn config(state: &RunState) -> RunConfig {
+    // What was accepted once is accepted again; if this version thinks otherwise, what the run began with is shown.
+    config::apply_overrides(state.config(), &state.overrides()).unwrap_or_else(|_| state.config().clone())
+}
+
+/// The last step that the journal names as finished, of the run as it stands.
+pub(super) fn last_step(state: &RunState) -> Option<Step> {
+    let formed = state.formed()?;
+    let of_this_generation = state.interruptions().iter().filter(|end| end.generation == formed.generation);
+    let ended = match state.outcome() {
+        Outcome::Completed { step, .. } | Outcome::Failed { step, .. } => Some(*step),
+        Outcome::Open => None,
+    };
+    let newest = state.newest().map(|checkpoint| checkpoint.committed.step);
+    of_this_generation.map(|end| end.step).chain(ended).chain(newest).max()
+}
+
+/// Steps that were done again, or are to be, after interruptions.
+pub(super) fn lost_steps(state: &RunState) -> u64 {
+    state.interruptions().iter().map(|end| end.lost_steps).sum()
+}
+
+/// Times that workers were started again because one had died.
+pub(super) fn worker_restarts(state: &RunState) -> u64 {
+    state.formations().iter().filter(|formed| formed.reason == FormedReason::WorkerDied).count() as u64
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::{
+        ids::{AttemptId, NodeId, WorldSize},
+        journal::{Entry, Record, ResumePoint, RosterEntry, SaveCost},
+    };
+
+    fn config() -> RunConfig {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("m.json"), "{}").unwrap();
+        let set =
+            [("model.config", "m.json"), ("data.train", "s3://b/d"), ("store", "s3://b/runs"), ("train.threads", "1")];
+        config::load(&config::Sources {
+            file: None,
+            flags: vec![],
+            set: &set.map(|(key, value)| (key.to_owned(), value.to_owned())),
+            working_directory: folder.path(),
+            machine: config::Machine { cores: 1, gpus: 0 },
+            fetch: &|_, _| Err(String::new()),
+        })
+        .unwrap()
+    }
+
+    /// Entries with these records, a minute apart.
+    pub fn entries(records: Vec<Record>) -> Vec<Entry> {
+        let entry = |(i, record): (i64, Record)| Entry {
+            format: 1,
+            attempt: AttemptId::random(),
+            at: Timestamp::from_second(1_000_000 + 60 * i).unwrap(),
+            node: NodeId::new("n1").unwrap(),
+            record,
+        };
+        (0..).zip(records).map(entry).collect()
+    }
+
+    pub fn created() -> Record {
+        Record::Created { run_id: RunId::new("first").unwrap(), config: Box::new(config()) }
+    }
+
+    pub fn formed(generation: u64, resume: Option<(u64, u64)>, overrides: &[(&str, &str)]) -> Record {
+        Record::Formed {
+            generation: Generation(generation),
+            roster: vec![RosterEntry { node: NodeId::new("n1").unwrap(), workers: 2 }],
+            world_size: WorldSize(2),
+            resume: resume
+                .map(|(step, generation)| ResumePoint { step: Step(step), generation: Generation(generation) }),
+            overrides: overrides.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+            reason: if generation == 2 { FormedReason::WorkerDied } else { FormedReason::Started },
+        }
+    }
+
+    pub fn committed(step: u64, generation: u64) -> Record {
+        Record::Committed(Committed {
+            step: Step(step),
+            generation: Generation(generation),
+            manifest: String::new(),
+            manifest_crc64: String::new(),
+            bytes: 3 << 20,
+            loss: 2.5,
+            validation_loss: None,
+            cost: SaveCost { stall_s: 0.001, copy_s: 0.1, durable_s: 0.5 },
+        })
+    }
+
+    pub fn story() -> Vec<Record> {
+        vec![
+            created(),
+            formed(1, None, &[]),
+            committed(10, 1),
+            committed(20, 1),
+            formed(2, Some((20, 1)), &[]),
+            committed(30, 2),
+            Record::Interrupted {
+                generation: Generation(2),
+                step: Step(34),
+                committed: Some(Step(30)),
+                lost_steps: 4,
+                verdict: "no time".into(),
+            },
+            Record::Damaged { step: Step(30), generation: Generation(2), reason: "x is short".into() },
+            formed(3, Some((20, 1)), &[("train.steps", "500")]),
+            Record::Pruned { step: Step(10), generation: Generation(1) },
+            committed(25, 3),
+        ]
+    }
+
+    pub fn state(records: Vec<Record>) -> RunState {
+        let mut entries = entries(records).into_iter();
+        let mut state = RunState::begin(&RunId::new("first").unwrap(), entries.next().unwrap()).unwrap();
+        for (number, entry) in (1..).zip(entries) {
+            state.apply(number, entry).unwrap();
+        }
+        state
+    }
+
+    #[test]
+    fn a_journal_is_read_as_a_story() {
+        let state = state(story());
+        assert_eq!(Standing::of(&state), Standing::InProgress);
+        assert_eq!(super::config(&state).train.steps, 500);
+        assert_eq!((worker_restarts(&state), lost_steps(&state)), (1, 4));
+        let statuses: Vec<_> =
+            state.checkpoints().iter().map(|c| (c.committed.step.get(), Checkpoint::from(c).status)).collect();
+        assert_eq!(statuses, [(10, "pruned"), (20, "good"), (30, "damaged"), (25, "good")]);
+        assert_eq!(Checkpoint::from(&state.checkpoints()[2]).damage, Some("x is short"));
+        // Step 34 was reached by a generation that the run has turned away from.
+        assert_eq!(last_step(&state), Some(Step(25)));
+    }
+
+    #[test]
+    fn ends_are_told_apart() {
+        let ended = |last| state(vec![created(), formed(1, None, &[]), committed(9, 1), last]);
+        let (generation, step) = (Generation(1), Step(12));
+        let completed = ended(Record::Completed { generation, step: Step(9), loss: 1.0 });
+        assert_eq!((Standing::of(&completed), last_step(&completed)), (Standing::Completed, Some(Step(9))));
+        let failed = ended(Record::Failed { generation, step, reason: "x".into() });
+        assert_eq!((Standing::of(&failed), last_step(&failed)), (Standing::Failed, Some(step)));
+        let noticed = ended(Record::Notice { generation, source: "x".into(), deadline_s: None });
+        assert_eq!((Standing::of(&noticed), last_step(&noticed)), (Standing::InProgress, Some(Step(9))));
+        let (verdict, committed) = ("x".to_owned(), Some(Step(9)));
+        let stopped = ended(Record::Interrupted { generation, step, committed, lost_steps: 3, verdict });
+        assert_eq!((Standing::of(&stopped), last_step(&stopped)), (Standing::Interrupted, Some(step)));
+        assert_eq!(Standing::of(&state(vec![created()])), Standing::Created);
+    }
+}

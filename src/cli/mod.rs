@@ -1,0 +1,132 @@
+//! What the user typed, as one call into the library; one file for each subcommand.
+//!
+//! Standard output is data and is written by [`output`] and by the reporter only; standard error is conversation. Exit
+//! codes are those of [`Kind`]; wrong usage is 64, a panic is a bug and exits with 70.
+mod args;
+mod checkpoints;
+mod completions;
+mod data;
+mod export;
+mod generate;
+mod history;
+mod output;
+mod prune;
+mod resume;
+mod run;
+mod runs;
+mod status;
+mod store;
+mod verify;
+
+use std::{ffi::OsString, panic, process::ExitCode};
+
+use clap::{Parser, Subcommand, error::ErrorKind};
+
+use crate::{
+    error::{Error, Kind, Result},
+    report::{Screen, init_logging},
+};
+
+const AFTER_HELP: &str = "\
+Exit codes: 0 completed; 64 wrong usage; 65 data damaged; 69 store not reachable; 70 bug; 75 interrupted, nothing lost, \
+start again; 76 interrupted, steps lost, start again; 77 permission; 78 wrong configuration; 79 another writer has this run.
+
+TRAINER_LOG filters the log on standard error: debug, or trainer::agent=trace,warn.";
+
+/// Trains LibTorch models on machines that may vanish; checkpoints to an object store and resumes by itself.
+#[derive(Debug, Parser)]
+#[command(name = "trainer", version, after_help = AFTER_HELP, disable_help_subcommand = true, infer_long_args = false)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(run::Run),
+    Resume(resume::Resume),
+    Runs(runs::Runs),
+    Status(status::Status),
+    Checkpoints(checkpoints::Checkpoints),
+    Verify(verify::Verify),
+    Export(export::Export),
+    Generate(generate::Generate),
+    Prune(prune::Prune),
+    #[command(subcommand)]
+    Data(data::Data),
+    Completions(completions::Completions),
+    /// One worker process; started by the agent.
+    #[command(name = crate::protocol::WORKER_SUBCOMMAND, hide = true)]
+    Worker,
+}
+
+/// Runs the command line and gives its exit code.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let loud = panic::take_hook();
+    let traced = std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0");
+    panic::set_hook(Box::new(move |info| {
+        if traced {
+            loud(info);
+        }
+        eprintln!("{}", bug_line(info.payload_as_str(), info.location()));
+    }));
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    panic::catch_unwind(|| parse_and_run(arguments)).unwrap_or_else(|_| Kind::Bug.exit_code().into())
+}
+
+fn bug_line(what: Option<&str>, place: Option<&panic::Location<'_>>) -> String {
+    let place = place.map(|place| format!(" ({}:{})", place.file(), place.line())).unwrap_or_default();
+    format!("bug: {}{place}; please report this, with the lines above", what.unwrap_or("panic"))
+}
+
+fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // A reader that is gone does not want to hear of it.
+            let _ = error.print();
+            return match error.kind() {
+                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
+                _ => Kind::Usage.exit_code().into(),
+            };
+        }
+    };
+    let screen = match cli.command {
+        Command::Run(_) | Command::Resume(_) | Command::Data(_) => Screen::stderr(),
+        _ => Screen::plain(),
+    };
+    init_logging(&screen);
+    cli.command.execute(screen).unwrap_or_else(|error| {
+        eprint!("{}", said(&error));
+        error.kind().exit_code().into()
+    })
+}
+
+/// An error as the user reads it. Names in it may come from a store: they must not steer the terminal.
+fn said(error: &Error) -> String {
+    let plain = crate::report::human::plain;
+    let hint = error.hint().map(|hint| format!("hint: {}\n", plain(hint))).unwrap_or_default();
+    format!("error: {}\n{hint}", plain(&error.to_string()))
+}
+
+impl Command {
+    fn execute(self, screen: Screen) -> Result<ExitCode> {
+        match self {
+            Self::Run(command) => command.execute(screen),
+            Self::Resume(command) => command.execute(screen),
+            Self::Runs(command) => command.execute(),
+            Self::Status(command) => command.execute(),
+            Self::Checkpoints(command) => command.execute(),
+            Self::Verify(command) => command.execute(),
+            Self::Export(command) => command.execute(),
+            Self::Generate(command) => command.execute(),
+            Self::Prune(command) => command.execute(),
+            Self::Data(command) => command.execute(&screen),
+            Self::Completions(command) => command.execute(),
+            Self::Worker => crate::worker::main(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

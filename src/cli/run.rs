@@ -1,0 +1,150 @@
+//! `trainer run`
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::Args;
+
+use super::{
+    args::{JsonArg, SetArg, StoreArg, WorkersArg},
+    store,
+};
+use crate::{
+    agent::{self, Begin, Launch, Outcome},
+    config::{self, Machine, RunConfig, Sources},
+    error::{Error, Kind, Result},
+    ids::{RunId, random_hex},
+    report::{Reporter, Screen},
+    storage::Store,
+};
+
+/// Start a new run
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  trainer run configs/quickstart.toml
+  trainer run configs/quickstart.toml --store s3://bucket/runs --run-id first --set train.steps=500
+  trainer run configs/quickstart.toml --json > events.jsonl
+
+What wins: the built-in defaults < CONFIG < TRAINER_STORE < flags < --set. An unknown key is refused with the keys there are.")]
+pub struct Run {
+    /// The run's settings, a TOML file
+    config: PathBuf,
+    /// The new run's name [default: from the file's name and the time]
+    #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
+    run_id: Option<RunId>,
+    #[command(flatten)]
+    store: StoreArg,
+    #[command(flatten)]
+    workers: WorkersArg,
+    #[command(flatten)]
+    set: SetArg,
+    /// Print events as JSON, one object a line
+    #[arg(long)]
+    json: bool,
+}
+
+impl Run {
+    pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
+        let config = self.resolve()?;
+        let run_id = match self.run_id {
+            Some(id) => id,
+            None => default_id(&self.config, &jiff::Zoned::now(), &random_hex(2))?,
+        };
+        let store = Store::open(&config.store, &config.storage)?;
+        let nproc_per_node = self.workers.nproc_per_node.map(super::args::Workers::count);
+        let begin = Begin::Create(Box::new(config));
+        launch(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node)
+    }
+
+    fn resolve(&self) -> Result<RunConfig> {
+        let mut flags = Vec::new();
+        if let Some(store) = &self.store.store {
+            flags.push(("--store or TRAINER_STORE", "store", store.clone()));
+        }
+        if let Some(workers) = self.workers.nproc_per_node {
+            flags.push(("--nproc-per-node", "parallel.nproc_per_node", workers.setting()));
+        }
+        let sources = Sources {
+            file: Some(&self.config),
+            flags,
+            set: &self.set.set,
+            working_directory: &store::working_directory()?,
+            machine: Machine::detect(),
+            fetch: &fetch,
+        };
+        Ok(config::load(&sources)?)
+    }
+}
+
+/// The most bytes of a model's description.
+const MAX_MODEL_CONFIG: u64 = 1 << 20;
+
+fn fetch(folder: &str, name: &str) -> Result<Vec<u8>, String> {
+    let read = async { Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec()) };
+    store::block_on(read).map_err(|error| error.to_string())
+}
+
+/// `<file stem>-<yyyymmdd>-<hhmmss>-<4 hex digits>`, with what an id can't hold made `-`.
+fn default_id(config: &Path, now: &jiff::Zoned, random: &str) -> Result<RunId> {
+    let stem: String = config
+        .file_stem()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' })
+        .take(60)
+        .collect();
+    let stem = stem.trim_start_matches(['-', '_']);
+    let stem = if stem.is_empty() { "run" } else { stem };
+    RunId::new(format!("{stem}-{}-{random}", now.strftime("%Y%m%d-%H%M%S")))
+        .map_err(|error| Error::from_source(Kind::Bug, error))
+}
+
+/// Hands the run to the agent and tells the user how it ended.
+pub(super) fn launch(
+    screen: Screen,
+    json: JsonArg,
+    store: Store,
+    run_id: RunId,
+    begin: Begin,
+    nproc_per_node: Option<u32>,
+) -> Result<ExitCode> {
+    let resume = format!("trainer resume --run-id {run_id} --store {}", store.uri());
+    tracing::info!(%run_id, store = store.uri(), "{}", match &begin {
+        Begin::Create(_) => "new run",
+        Begin::Resume { .. } => "resuming run",
+    });
+    let reporter = Reporter::new(screen, json.json);
+    let outcome = agent::launch(Launch { store, run_id, begin, nproc_per_node, reporter: reporter.clone() });
+    reporter.finish();
+    Ok(match outcome? {
+        Outcome::Completed => ExitCode::SUCCESS,
+        Outcome::Interrupted { lost_steps } => {
+            tracing::info!("carry on with: {resume}");
+            let kind = if lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
+            kind.exit_code().into()
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_come_from_the_file_and_the_time() {
+        let now: jiff::Zoned = "2026-11-22T04:07:46[UTC]".parse().unwrap();
+        for (path, id) in [
+            ("configs/quickstart.toml", "quickstart-20261122-040746-a1b2"),
+            ("my run.v2.toml", "my-run-v2-20261122-040746-a1b2"),
+            ("..", "run-20261122-040746-a1b2"),
+            ("-é.toml", "run-20261122-040746-a1b2"),
+            (&"x".repeat(300), &format!("{}-20261122-040746-a1b2", "x".repeat(60))),
+        ] {
+            assert_eq!(default_id(Path::new(path), &now, "a1b2").unwrap().as_str(), id);
+        }
+    }
+}

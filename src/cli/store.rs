@@ -1,0 +1,38 @@
+//! Stores as commands open them, and the asynchronous runtime that reading from them needs.
+
+use std::{future::Future, path::PathBuf};
+
+use crate::{
+    config::{self, StorageConfig},
+    error::{Error, Kind, Result},
+    storage::Store,
+};
+
+/// Where runs are kept if nothing says otherwise; `default.toml` says the same.
+pub(super) const DEFAULT: &str = "file://./runs";
+/// Limits of commands that read; a run's own limits are in its configuration.
+pub(super) const LIMITS: StorageConfig = StorageConfig { concurrency: 16, part_mib: 16 };
+
+/// Opens a store by its URI or path; a relative one is taken from the working directory.
+pub(super) fn open(uri: &str) -> Result<Store> {
+    Ok(Store::open(&absolute(uri)?, &LIMITS)?)
+}
+
+/// A URI or path, made absolute.
+pub(super) fn absolute(uri: &str) -> Result<String> {
+    config::absolute_uri(uri, &working_directory()?)
+        .map_err(|expected| Error::new(Kind::Config, format!("store {uri:?}: expected {expected}")))
+}
+
+pub(super) fn working_directory() -> Result<PathBuf> {
+    std::env::current_dir().map_err(|error| Error::from_source(Kind::Config, error).context("find working directory"))
+}
+
+/// Runs `work` to its end.
+pub(super) fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Error::from_source(Kind::Bug, error).context("start runtime"))?;
+    runtime.block_on(work)
+}

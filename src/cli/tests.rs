@@ -1,0 +1,91 @@
+//! The command line as a whole: the list of what may be typed is pinned, so that an option is added on purpose only.
+
+use clap::{Arg, Command, CommandFactory};
+
+use super::*;
+
+fn option(arg: &Arg) -> String {
+    let mut text = match (arg.get_long(), arg.get_short()) {
+        (Some(long), None) => format!("--{long}"),
+        (Some(long), Some(short)) => format!("-{short}/--{long}"),
+        _ => arg.get_id().to_string().to_uppercase(),
+    };
+    if let Some(variable) = arg.get_env() {
+        text += &format!(" ({})", variable.to_string_lossy());
+    }
+    text
+}
+
+fn list(command: &Command, path: &str, out: &mut Vec<String>) {
+    let name = format!("{path} {}", command.get_name()).trim().to_owned();
+    if command.get_subcommands().next().is_none() {
+        let options: Vec<String> = command.get_arguments().filter(|arg| arg.get_id() != "help").map(option).collect();
+        out.push(format!("{name}: {}", options.join(" ")));
+    }
+    for inner in command.get_subcommands() {
+        list(inner, &name, out);
+    }
+}
+
+#[test]
+fn options_are_added_on_purpose_only() {
+    let mut found = Vec::new();
+    list(&Cli::command(), "", &mut found);
+    assert_eq!(
+        found.join("\n"),
+        "\
+trainer run: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --nproc-per-node --set --json
+trainer resume: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --from --nproc-per-node --set --json
+trainer runs: --store (TRAINER_STORE) --json
+trainer status: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --watch --json
+trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
+trainer verify: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --all --deep --json
+trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --json
+trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --prompt --tokens --temperature --seed --json
+trainer prune: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --keep-last --keep-every --dry-run --json
+trainer data prepare: --input --tokenizer --out --json --validation-ratio --text-field --eos-token --shard-tokens --sample-bytes --threads --overwrite
+trainer completions: SHELL
+trainer worker: "
+    );
+}
+
+#[test]
+fn the_command_line_is_well_formed_and_explained() {
+    Cli::command().debug_assert();
+    fn explained(command: &Command) {
+        assert!(command.get_about().is_some(), "{} says nothing of itself", command.get_name());
+        for arg in command.get_arguments() {
+            assert!(arg.get_help().is_some(), "{} of {} has no help", arg.get_id(), command.get_name());
+        }
+        command.get_subcommands().for_each(explained);
+    }
+    explained(&Cli::command());
+}
+
+#[test]
+fn what_is_typed_wrongly_is_refused_with_the_reason() {
+    let refused = |line: &str| Cli::try_parse_from(line.split(' ')).unwrap_err().to_string();
+    assert!(refused("trainer resume --run-id ../x").contains("has a character other than"));
+    assert!(refused("trainer resume --run-id x --from x").contains("--from"));
+    assert!(refused("trainer run").contains("CONFIG"));
+    assert!(refused("trainer run c.toml --set steps").contains("KEY=VALUE"));
+    assert!(refused("trainer run c.toml --nproc-per-node 0").contains("expected \"auto\", or a whole number"));
+    assert!(refused("trainer verify --run-id x --step 1 --all").contains("cannot be used with"));
+    assert!(refused("trainer statsu").contains("status"));
+    for line in [
+        "trainer run c.toml --run-id a --store memory:// --nproc-per-node auto --set a=1 --set b=2 --json",
+        "trainer resume --run-id a --from 5 --set a=1",
+        "trainer data prepare --input a --input b --tokenizer train:100 --out c",
+        "trainer worker",
+    ] {
+        Cli::try_parse_from(line.split(' ')).unwrap();
+    }
+}
+
+#[test]
+fn errors_are_said_with_their_hint_and_can_not_steer_the_terminal() {
+    let error = Error::new(Kind::Usage, "no run \u{1b}[2J").with_hint("look");
+    assert_eq!(said(&error), "error: no run \\u{1b}[2J\nhint: look\n");
+    assert_eq!(said(&Error::new(Kind::Bug, "x")), "error: x\n");
+    assert_eq!(bug_line(Some("boom"), None), "bug: boom; please report this, with the lines above");
+}

@@ -1,0 +1,108 @@
+//! `trainer verify`
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::{
+    args::{JsonArg, RunArg},
+    history,
+    output::{self, Table},
+    store,
+};
+use crate::{
+    checkpoint::verify::{self, Depth, Report},
+    error::{Error, Kind, Result},
+    ids::Step,
+    journal::{Checkpoint, CheckpointStatus, RunState},
+    report::human,
+};
+
+/// Hold a run's objects against their manifests
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  trainer verify --run-id first                # presence and sizes of the newest checkpoint
+  trainer verify --run-id first --all --deep   # every byte of every checkpoint
+
+Exit code 65 if anything is damaged. Nothing is changed.")]
+pub struct Verify {
+    #[command(flatten)]
+    run: RunArg,
+    /// The checkpoint of this step [default: the newest]
+    #[arg(long, value_name = "STEP", conflicts_with = "all")]
+    step: Option<Step>,
+    /// Every checkpoint that has not been pruned
+    #[arg(long)]
+    all: bool,
+    /// Download every byte and compare checksums
+    #[arg(long)]
+    deep: bool,
+    #[command(flatten)]
+    json: JsonArg,
+}
+
+impl Verify {
+    pub(super) fn execute(self) -> Result<ExitCode> {
+        let reports = store::block_on(self.look())?;
+        output::emit(&if self.json.json { output::json_lines(&reports)? } else { table(&reports) })?;
+        let damaged = reports.iter().filter(|report| !report.is_sound()).count();
+        if damaged == 0 {
+            return Ok(ExitCode::SUCCESS);
+        }
+        Err(Error::new(
+            Kind::Data,
+            format!("{} of {} is damaged", damaged, human::plural(reports.len() as u64, "checkpoint")),
+        )
+        .with_hint("`trainer resume` steps over damaged checkpoints by itself"))
+    }
+
+    async fn look(&self) -> Result<Vec<Report>> {
+        let root = self.run.store.open()?;
+        let state = history::read(&root, &self.run.run_id).await?;
+        let folder = root.folder(self.run.run_id.as_str());
+        let part = u64::from(store::LIMITS.part_mib) << 20;
+        let depth = if self.deep { Depth::Bytes { part } } else { Depth::Sizes };
+        let mut reports = Vec::new();
+        for checkpoint in self.chosen(&state)? {
+            reports.push(verify::verify(&folder, &checkpoint.committed, depth, &|_| {}).await?);
+        }
+        Ok(reports)
+    }
+
+    fn chosen<'a>(&self, state: &'a RunState) -> Result<Vec<&'a Checkpoint>> {
+        let mut kept = state.checkpoints().iter().filter(|checkpoint| checkpoint.status != CheckpointStatus::Pruned);
+        let chosen: Vec<&Checkpoint> = match self.step {
+            Some(step) => kept.filter(|checkpoint| checkpoint.committed.step == step).collect(),
+            None if self.all => kept.collect(),
+            // A newest one that is known to be damaged is news, too: what a resume would use comes second.
+            None => kept.next_back().into_iter().collect(),
+        };
+        if chosen.is_empty() {
+            let what = self.step.map_or_else(|| "checkpoint".into(), |step| format!("checkpoint of step {step}"));
+            return Err(Error::new(Kind::Usage, format!("run {} has no {what}", self.run.run_id))
+                .with_hint(format!("`trainer checkpoints --run-id {}` lists them", self.run.run_id)));
+        }
+        Ok(chosen)
+    }
+}
+
+fn table(reports: &[Report]) -> String {
+    let mut table = Table::new(&[">step", ">generation", "object", ">size", "found"]);
+    for report in reports {
+        for file in &report.files {
+            table.row([
+                report.step.to_string(),
+                report.generation.to_string(),
+                file.object.clone(),
+                if file.bytes == 0 { "-".into() } else { human::bytes(file.bytes) },
+                match &file.damage {
+                    Some(damage) => format!("damaged: {damage}"),
+                    None if report.deep => "good, every byte".into(),
+                    None => "good, by size".into(),
+                },
+            ]);
+        }
+    }
+    table.text()
+}

@@ -1,0 +1,176 @@
+//! Settings of a run that exists: what may change on a resume, what has changed, and the change itself.
+
+use toml::Value;
+
+use super::{
+    CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, NoticeConfig, OnComplete, OptimizerConfig,
+    ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, Strategy, TrainConfig,
+    error::Origin,
+    raw::Raw,
+    resolve::{self, ACTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES},
+    text,
+};
+
+/// What a change of a setting does to a run that exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Losses stay what they would have been.
+    Free,
+    /// Losses change; allowed where it is named with `--set`.
+    Mathematical,
+    /// The run can't go on with another value, for this reason.
+    Fixed(&'static str),
+}
+
+/// What a change of `key` does to a run that exists.
+pub fn effect(key: &str) -> Effect {
+    match key {
+        "store" => Effect::Fixed("the run lives there (a copy of it is named with --store)"),
+        "data.sequence_length" => {
+            Effect::Fixed("it cuts the samples: those already seen would come again, others never")
+        }
+        "train.seed" => Effect::Fixed("it orders the samples: those already seen would come again, others never"),
+        "train.optimizer.kind" => Effect::Fixed("the checkpoints hold this optimizer's moments"),
+        // The samples' cursor and the tensors are independent of the number of workers.
+        "parallel.nproc_per_node" | "data.validation_every" => Effect::Free,
+        _ if key.starts_with("model.") => Effect::Fixed("the checkpoints' tensors belong to this model"),
+        _ if ["data.", "train.", "parallel."].iter().any(|section| key.starts_with(section)) => Effect::Mathematical,
+        _ => Effect::Free,
+    }
+}
+
+/// Whether losses depend on `key`.
+pub fn is_mathematical(key: &str) -> bool {
+    key != "store" && effect(key) != Effect::Free
+}
+
+/// One setting in which two configurations differ; values as TOML.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// The key's full path.
+    pub key: &'static str,
+    /// Its value in the first.
+    pub from: String,
+    /// Its value in the second.
+    pub to: String,
+}
+
+/// Where two configurations differ, by key, in the order of `default.toml`. The model's description counts as one value.
+pub fn diff(from: &RunConfig, to: &RunConfig) -> Vec<Difference> {
+    settings(from)
+        .into_iter()
+        .zip(settings(to))
+        .filter(|((_, a), (_, b))| a != b)
+        .map(|((key, a), (_, b))| Difference { key, from: a.to_string(), to: b.to_string() })
+        .collect()
+}
+
+/// The run's configuration with these settings changed. Relative paths are taken from the working directory of this
+/// process: store what [`canonical_overrides`] makes of them, if they are to be applied again elsewhere.
+///
+/// # Errors
+/// Unknown keys, wrong values, and keys that a run keeps for life.
+pub fn apply_overrides(base: &RunConfig, overrides: &[(String, String)]) -> Result<RunConfig, ConfigError> {
+    let mut raw = Raw::defaults()?;
+    for (key, value) in settings(base) {
+        raw.add_value(key, value, &Origin::Run)?;
+    }
+    for (key, value) in overrides {
+        raw.add_set(key, value)?;
+    }
+    let cwd = std::env::current_dir().map_err(|source| ConfigError::Unreadable { path: ".".into(), source })?;
+    // The store and the model are not read back: any attempt on them is told why not.
+    for (key, _) in settings(base) {
+        if raw.origin(key) == Origin::Set
+            && let Effect::Fixed(reason) = effect(key)
+        {
+            return Err(ConfigError::Fixed { key: key.into(), reason });
+        }
+    }
+    resolve::reread(&raw, base, &cwd)
+}
+
+/// The overrides in the form in which a journal keeps them: full keys, TOML values, absolute paths. Applying them to
+/// `base`, anywhere, gives what [`apply_overrides`] gives here.
+///
+/// # Errors
+/// As [`apply_overrides`].
+pub fn canonical_overrides(
+    base: &RunConfig,
+    overrides: &[(String, String)],
+) -> Result<Vec<(String, String)>, ConfigError> {
+    let changed = apply_overrides(base, overrides)?;
+    Ok(diff(base, &changed).into_iter().map(|change| (change.key.to_owned(), change.to)).collect())
+}
+
+/// Every setting by its full key, as TOML, in the order of `default.toml`. `model.config` is the JSON itself, as text.
+pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
+    // Taken apart without `..`: a new field that is not listed here does not compile.
+    let RunConfig { store, model, data, train, parallel, checkpoint, notice, on_complete, restart, storage } = config;
+    let ModelConfig { kind, config: model_config, init_from } = model;
+    let DataConfig { train: data_train, sequence_length, validation_every, validation_sequences } = data;
+    let TrainConfig { steps, global_batch, max_micro_batch, seed, precision, threads, optimizer, schedule } = train;
+    let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
+    let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
+    let ParallelConfig { strategy, nproc_per_node, bucket_mib } = parallel;
+    let CheckpointConfig { every, keep: Keep { last, every: keep_every } } = checkpoint;
+    let NoticeConfig { sources } = notice;
+    let OnComplete { action } = on_complete;
+    let RestartConfig { max, same_step, backoff } = restart;
+    let StorageConfig { concurrency, part_mib } = storage;
+    let strategy = match strategy {
+        Strategy::Ddp => "ddp",
+    };
+    vec![
+        ("store", word(store)),
+        ("model.kind", word(name_of(MODEL_KINDS, *kind))),
+        ("model.config", word(&model_config.to_string())),
+        ("model.init_from", word(init_from.as_deref().unwrap_or_default())),
+        ("data.train", word(data_train)),
+        ("data.sequence_length", whole(*sequence_length)),
+        ("data.validation_every", whole(*validation_every)),
+        ("data.validation_sequences", whole(*validation_sequences)),
+        ("train.steps", whole(*steps)),
+        ("train.global_batch", whole(*global_batch)),
+        ("train.max_micro_batch", whole(*max_micro_batch)),
+        ("train.seed", whole(*seed)),
+        ("train.precision", word(name_of(PRECISIONS, *precision))),
+        ("train.threads", whole(*threads)),
+        ("train.optimizer.kind", word("adamw")),
+        ("train.optimizer.lr", Value::Float(*lr)),
+        ("train.optimizer.betas", Value::Array(betas.iter().copied().map(Value::Float).collect())),
+        ("train.optimizer.eps", Value::Float(*eps)),
+        ("train.optimizer.weight_decay", Value::Float(*weight_decay)),
+        ("train.optimizer.grad_clip", Value::Float(*grad_clip)),
+        ("train.schedule.kind", word(name_of(SCHEDULES, *schedule_kind))),
+        ("train.schedule.warmup_steps", whole(*warmup_steps)),
+        ("train.schedule.min_lr_ratio", Value::Float(*min_lr_ratio)),
+        ("parallel.strategy", word(strategy)),
+        ("parallel.nproc_per_node", nproc_per_node.map_or_else(|| word("auto"), whole)),
+        ("parallel.bucket_mib", whole(*bucket_mib)),
+        ("checkpoint.every", word(&text::format_cadence(*every))),
+        ("checkpoint.keep.last", whole(*last)),
+        ("checkpoint.keep.every", word(&keep_every.map_or_else(|| "never".into(), text::format_steps))),
+        ("notice.sources", Value::Array(sources.iter().map(|source| word(source)).collect())),
+        ("on_complete.action", word(name_of(ACTIONS, *action))),
+        ("restart.max", whole(*max)),
+        ("restart.same_step", whole(*same_step)),
+        ("restart.backoff", word(&text::format_duration(*backoff))),
+        ("storage.concurrency", whole(*concurrency)),
+        ("storage.part_mib", whole(*part_mib)),
+    ]
+}
+
+fn word(text: &str) -> Value {
+    Value::String(text.to_owned())
+}
+
+fn whole(number: impl Into<u64>) -> Value {
+    // TOML integers are 63 bits; every setting was read from one.
+    Value::Integer(i64::try_from(number.into()).unwrap_or(i64::MAX))
+}
+
+/// The word for a value; every value stands in its list.
+fn name_of<T: PartialEq>(choices: &[(&'static str, T)], value: T) -> &'static str {
+    choices.iter().find(|(_, choice)| *choice == value).map_or("", |(name, _)| name)
+}

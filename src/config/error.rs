@@ -1,0 +1,161 @@
+//! What can be wrong with a configuration. Every text names the key, where it was set, what it says and what it may say.
+
+use std::{fmt, path::PathBuf};
+
+use crate::error::{Explain, Kind};
+
+/// Where a setting was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The embedded `default.toml`.
+    Default,
+    /// The run's file, at a line (from 1).
+    File {
+        /// As given by the user.
+        path: PathBuf,
+        /// From 1.
+        line: usize,
+    },
+    /// A flag, or the environment variable that stands for it.
+    Flag(&'static str),
+    /// `--set`.
+    Set,
+    /// The configuration that the run was created with.
+    Run,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Self::Flag(name) => f.write_str(name),
+            Self::Set => f.write_str("--set"),
+            Self::Run => f.write_str("the run's configuration"),
+        }
+    }
+}
+
+/// What can be wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("read configuration file {path}")]
+    Unreadable {
+        /// As given by the user.
+        path: String,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{path}:{line}: not valid TOML: {reason}")]
+    Syntax {
+        /// As given by the user.
+        path: String,
+        /// From 1.
+        line: usize,
+        /// The parser's words.
+        reason: String,
+    },
+    /// There is no such key.
+    #[error("{origin}: unknown key {key}")]
+    UnknownKey {
+        /// The key's full path.
+        key: String,
+        /// Where it was set.
+        origin: Origin,
+        /// The nearest key that exists.
+        nearest: Option<String>,
+        /// What there is in its place.
+        siblings: Vec<String>,
+    },
+    /// The key exists, but not with that value.
+    #[error("{origin}: {key} = {given}: expected {expected}")]
+    WrongValue {
+        /// The key's full path.
+        key: String,
+        /// Where it was set.
+        origin: Origin,
+        /// The value, as TOML.
+        given: String,
+        /// What it may be.
+        expected: String,
+    },
+    /// Planned, and not there yet.
+    #[error("{origin}: {key} = {given} is not in this version, which has {available}")]
+    NotInThisVersion {
+        /// The key's full path.
+        key: String,
+        /// Where it was set.
+        origin: Origin,
+        /// The value, as TOML.
+        given: String,
+        /// What there is instead.
+        available: &'static str,
+    },
+    /// A key without a usable default was not given.
+    #[error("{key} is not set")]
+    Missing {
+        /// The key's full path.
+        key: &'static str,
+        /// How to set it.
+        remedy: String,
+    },
+    /// What a key names can't be read or is not what it should be.
+    #[error("{origin}: {key} names {path}: {reason}")]
+    Named {
+        /// The key's full path.
+        key: &'static str,
+        /// Where it was set.
+        origin: Origin,
+        /// The file or URI.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Two settings that each are fine do not go together.
+    #[error("{0}")]
+    Together(String),
+    /// A setting that a run keeps for life.
+    #[error("{key} can't be changed on resume: {reason}")]
+    Fixed {
+        /// The key's full path.
+        key: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// The batch can't be spread over the world.
+    #[error("train.global_batch = {global_batch} can't be divided evenly over {world} workers")]
+    IndivisibleBatch {
+        /// Sequences in one optimizer step.
+        global_batch: u32,
+        /// Workers of all nodes.
+        world: u32,
+        /// World sizes that work, around the one asked for.
+        works: Vec<u32>,
+    },
+}
+
+impl Explain for ConfigError {
+    fn kind(&self) -> Kind {
+        Kind::Config
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::UnknownKey { nearest: Some(nearest), .. } => Some(format!("did you mean {nearest}?")),
+            Self::UnknownKey { nearest: None, siblings, .. } => Some(format!("there are {}", siblings.join(", "))),
+            Self::Missing { remedy, .. } => Some(remedy.clone()),
+            Self::Fixed { .. } => Some("start a new run, with model.init_from to keep the weights".into()),
+            Self::IndivisibleBatch { works, .. } => {
+                let works: Vec<String> = works.iter().map(u32::to_string).collect();
+                Some(format!("world sizes that work: {}; or change train.global_batch", works.join(", ")))
+            }
+            Self::Named { key: "model.config", .. } => {
+                Some("the path is taken from the working directory, then from the configuration file's folder".into())
+            }
+            _ => None,
+        }
+    }
+}

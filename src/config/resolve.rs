@@ -1,0 +1,266 @@
+//! From what was typed to what the program uses: every value looked up, checked and made independent of where it was typed.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value as Json;
+use toml::Value;
+
+use super::{
+    CheckpointConfig, CompleteAction, ConfigError, DataConfig, Keep, Machine, ModelConfig, ModelKind, NoticeConfig,
+    OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind,
+    StorageConfig, Strategy, TrainConfig,
+    error::Origin,
+    raw::{self, Raw},
+    text, workers_per_node,
+};
+
+/// The longest `config.json` that is read, bytes.
+const MAX_MODEL_CONFIG: u64 = 1 << 20;
+
+pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("llama", ModelKind::Llama)];
+pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
+pub(super) const SCHEDULES: &[(&str, ScheduleKind)] =
+    &[("cosine", ScheduleKind::Cosine), ("linear", ScheduleKind::Linear), ("constant", ScheduleKind::Constant)];
+pub(super) const ACTIONS: &[(&str, CompleteAction)] =
+    &[("exit", CompleteAction::Exit), ("terminate", CompleteAction::Terminate)];
+const NOTICE_SOURCES: &[&str] = &["aws", "gcp", "azure", "signals", "file"];
+
+/// Where settings come from, lowest first, and what is needed to resolve them.
+pub struct Sources<'a> {
+    /// The run's TOML file.
+    pub file: Option<&'a Path>,
+    /// `(what the user calls it, key, value)` of each flag or environment variable that stands for a key.
+    pub flags: Vec<(&'static str, &'static str, String)>,
+    /// `--set key=value`, in order.
+    pub set: &'a [(String, String)],
+    /// Relative paths are taken from here.
+    pub working_directory: &'a Path,
+    /// Resolves "auto".
+    pub machine: Machine,
+    /// Reads a small remote object by the URI of its folder and its name: the `config.json` of `model.init_from`.
+    pub fetch: &'a dyn Fn(&str, &str) -> Result<Vec<u8>, String>,
+}
+
+/// Reads and resolves a run's configuration.
+///
+/// # Errors
+/// The first thing that is wrong, by key and place.
+pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
+    let mut raw = Raw::defaults()?;
+    if let Some(path) = sources.file {
+        raw.add_file(path)?;
+    }
+    for (name, key, value) in &sources.flags {
+        // A flag's text is a number where it is one ("--nproc-per-node 2"), else text.
+        let value = value.parse().map_or_else(|_| Value::String(value.clone()), Value::Integer);
+        raw.add_value(key, value, &Origin::Flag(name))?;
+    }
+    for (key, value) in sources.set {
+        raw.add_set(key, value)?;
+    }
+    let parallel = parallel(&raw)?;
+    let workers = workers_per_node(&parallel, None, &sources.machine);
+    let config = RunConfig {
+        store: uri(&raw, "store", sources.working_directory)?,
+        model: model(&raw, sources)?,
+        data: data(&raw, sources.working_directory)?,
+        train: train(&raw, Some((sources.machine.cores / workers).max(1)))?,
+        parallel,
+        checkpoint: checkpoint(&raw)?,
+        notice: notice(&raw)?,
+        on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
+        restart: restart(&raw)?,
+        storage: storage(&raw)?,
+    };
+    check(&config)?;
+    Ok(config)
+}
+
+/// Everything but the store and the model, which a run keeps; `threads` is what "auto" means.
+pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> Result<RunConfig, ConfigError> {
+    let config = RunConfig {
+        store: base.store.clone(),
+        model: base.model.clone(),
+        data: data(raw, working_directory)?,
+        train: train(raw, None)?,
+        parallel: parallel(raw)?,
+        checkpoint: checkpoint(raw)?,
+        notice: notice(raw)?,
+        on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
+        restart: restart(raw)?,
+        storage: storage(raw)?,
+    };
+    check(&config)?;
+    Ok(config)
+}
+
+/// Settings that must fit one another.
+fn check(config: &RunConfig) -> Result<(), ConfigError> {
+    let train = &config.train;
+    if train.schedule.warmup_steps > train.steps {
+        return Err(ConfigError::Together(format!(
+            "train.schedule.warmup_steps = {} is longer than the run: train.steps = {}",
+            train.schedule.warmup_steps, train.steps
+        )));
+    }
+    Ok(())
+}
+
+fn uri(raw: &Raw, key: &str, working_directory: &Path) -> Result<String, ConfigError> {
+    text::absolute_uri(raw.text(key)?, working_directory).map_err(|expected| raw.wrong(key, expected))
+}
+
+fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
+    let kind = raw.choice("model.kind", MODEL_KINDS)?;
+    let init_from = match raw.text("model.init_from")? {
+        "" => None,
+        _ => Some(uri(raw, "model.init_from", sources.working_directory)?),
+    };
+    let path = raw.text("model.config")?;
+    let (key, name, bytes) = match (&init_from, path) {
+        (None, "") => {
+            return Err(ConfigError::Missing {
+                key: "model.config",
+                remedy: "name a Hugging Face config.json, such as configs/models/tiny.json, or a model folder with \
+                         model.init_from"
+                    .into(),
+            });
+        }
+        (Some(folder), "") => {
+            let bytes = match text::local_path(folder) {
+                Some(local) => raw::read_limited(&local.join("config.json"), MAX_MODEL_CONFIG)
+                    .map_err(|error| format!("its config.json can't be read: {error}")),
+                None => (sources.fetch)(folder, "config.json"),
+            };
+            ("model.init_from", folder.as_str(), bytes)
+        }
+        (_, path) => ("model.config", path, read_model_config(path, sources)),
+    };
+    let named = |reason| ConfigError::Named { key, origin: raw.origin(key), path: name.to_owned(), reason };
+    let config: Json =
+        serde_json::from_slice(&bytes.map_err(named)?).map_err(|error| named(format!("not valid JSON: {error}")))?;
+    if !config.is_object() {
+        return Err(named("not a JSON object, as a Hugging Face config.json is".into()));
+    }
+    Ok(ModelConfig { kind, config, init_from })
+}
+
+/// The file from the working directory, else from the configuration file's folder.
+fn read_model_config(path: &str, sources: &Sources<'_>) -> Result<Vec<u8>, String> {
+    let mut tried: Vec<PathBuf> = vec![sources.working_directory.join(path)];
+    if let Some(folder) = sources.file.and_then(Path::parent) {
+        tried.push(sources.working_directory.join(folder).join(path));
+    }
+    tried.dedup();
+    for candidate in &tried {
+        match raw::read_limited(candidate, MAX_MODEL_CONFIG) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            other => return other.map_err(|error| format!("can't be read: {error}")),
+        }
+    }
+    Err("no such file".into())
+}
+
+fn data(raw: &Raw, working_directory: &Path) -> Result<DataConfig, ConfigError> {
+    if raw.text("data.train")?.is_empty() {
+        return Err(ConfigError::Missing {
+            key: "data.train",
+            remedy: "make token shards with `trainer data prepare` and give their folder".into(),
+        });
+    }
+    Ok(DataConfig {
+        train: uri(raw, "data.train", working_directory)?,
+        sequence_length: raw.whole("data.sequence_length", 1..=1 << 20)?,
+        validation_every: raw.whole("data.validation_every", 0..=u64::MAX)?,
+        validation_sequences: raw.whole("data.validation_sequences", 1..=u32::MAX)?,
+    })
+}
+
+fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigError> {
+    let threads = match raw.word_or_whole("train.threads", "auto", 1..=4096)? {
+        Some(threads) => threads,
+        None => auto_threads.ok_or_else(|| {
+            raw.wrong("train.threads", r#"a whole number ("auto" is settled once, when the run is created)"#)
+        })?,
+    };
+    raw.choice("train.optimizer.kind", &[("adamw", ())])?;
+    let share = |n: f64| (0.0..1.0).contains(&n);
+    Ok(TrainConfig {
+        steps: raw.whole("train.steps", 1..=u64::MAX)?,
+        global_batch: raw.whole("train.global_batch", 1..=u32::MAX)?,
+        max_micro_batch: raw.whole("train.max_micro_batch", 1..=u32::MAX)?,
+        seed: raw.whole("train.seed", 0..=u64::MAX)?,
+        precision: raw.choice("train.precision", PRECISIONS)?,
+        threads,
+        optimizer: OptimizerConfig {
+            lr: raw.number("train.optimizer.lr", |n| n > 0.0, "a number above 0")?,
+            betas: raw.numbers("train.optimizer.betas", share, "two numbers, each at least 0 and below 1")?,
+            eps: raw.number("train.optimizer.eps", |n| n > 0.0, "a number above 0")?,
+            weight_decay: raw.number("train.optimizer.weight_decay", |n| n >= 0.0, "a number, at least 0")?,
+            grad_clip: raw.number(
+                "train.optimizer.grad_clip",
+                |n| n >= 0.0,
+                "a number, at least 0 (0: no clipping)",
+            )?,
+        },
+        schedule: ScheduleConfig {
+            kind: raw.choice("train.schedule.kind", SCHEDULES)?,
+            warmup_steps: raw.whole("train.schedule.warmup_steps", 0..=u64::MAX)?,
+            min_lr_ratio: raw.number(
+                "train.schedule.min_lr_ratio",
+                |n| (0.0..=1.0).contains(&n),
+                "a number from 0 to 1",
+            )?,
+        },
+    })
+}
+
+fn parallel(raw: &Raw) -> Result<ParallelConfig, ConfigError> {
+    let strategy = match raw.text("parallel.strategy")? {
+        "ddp" => Strategy::Ddp,
+        "zero1" => {
+            return Err(ConfigError::NotInThisVersion {
+                key: "parallel.strategy".into(),
+                origin: raw.origin("parallel.strategy"),
+                given: raw.given("parallel.strategy"),
+                available: "\"ddp\"",
+            });
+        }
+        _ => return Err(raw.wrong("parallel.strategy", "\"ddp\"")),
+    };
+    Ok(ParallelConfig {
+        strategy,
+        nproc_per_node: raw.word_or_whole("parallel.nproc_per_node", "auto", 1..=1024)?,
+        bucket_mib: raw.whole("parallel.bucket_mib", 1..=65_536)?,
+    })
+}
+
+fn checkpoint(raw: &Raw) -> Result<CheckpointConfig, ConfigError> {
+    Ok(CheckpointConfig {
+        every: raw.cadence("checkpoint.every")?,
+        keep: Keep {
+            last: raw.whole("checkpoint.keep.last", 1..=u32::MAX)?,
+            every: raw.never_or_steps("checkpoint.keep.every")?,
+        },
+    })
+}
+
+fn notice(raw: &Raw) -> Result<NoticeConfig, ConfigError> {
+    Ok(NoticeConfig { sources: raw.words("notice.sources", "auto", NOTICE_SOURCES)? })
+}
+
+fn restart(raw: &Raw) -> Result<RestartConfig, ConfigError> {
+    Ok(RestartConfig {
+        max: raw.whole("restart.max", 0..=u32::MAX)?,
+        same_step: raw.whole("restart.same_step", 1..=u32::MAX)?,
+        backoff: raw.duration("restart.backoff")?,
+    })
+}
+
+fn storage(raw: &Raw) -> Result<StorageConfig, ConfigError> {
+    Ok(StorageConfig {
+        concurrency: raw.whole("storage.concurrency", 1..=1024)?,
+        // S3 takes no part below 5 MiB (but the last) and none over 5 GiB.
+        part_mib: raw.whole("storage.part_mib", 5..=5120)?,
+    })
+}

@@ -1,0 +1,481 @@
+//! The configuration as a whole: what is typed against what comes out, or against the exact words of the refusal.
+
+use std::{collections::BTreeSet, path::Path, time::Duration};
+
+use super::{raw::Raw, *};
+use crate::error::Explain;
+
+const MACHINE: Machine = Machine { cores: 8, gpus: 0 };
+
+/// A folder with a model's `config.json` in the place that the example names.
+fn folder() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("configs/models")).unwrap();
+    std::fs::write(dir.path().join("configs/models/tiny.json"), r#"{"hidden_size":64}"#).unwrap();
+    dir
+}
+
+fn load_with(
+    dir: &Path,
+    toml: &str,
+    flags: Vec<(&'static str, &'static str, String)>,
+    set: &[(&str, &str)],
+) -> Result<RunConfig, ConfigError> {
+    let file = dir.join("run.toml");
+    std::fs::write(&file, toml).unwrap();
+    let set: Vec<_> = set.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+    load(&Sources {
+        file: Some(&file),
+        flags,
+        set: &set,
+        working_directory: dir,
+        machine: MACHINE,
+        fetch: &|folder, name| Err(format!("asked for {name} of {folder}")),
+    })
+}
+
+const LEAST: &str = "model.config = 'configs/models/tiny.json'\ndata.train = 'data'\n";
+
+/// Loads the least configuration with some lines added.
+fn load_least(more: &str) -> Result<RunConfig, ConfigError> {
+    load_with(folder().path(), &format!("{LEAST}{more}"), vec![], &[])
+}
+
+#[test]
+fn the_interfaces_example_is_read_as_it_stands() {
+    let example = r#"
+store = "file://./runs"            # s3://bucket/prefix  gs://…  az://…  file://…  memory://
+
+[model]
+kind = "llama"
+config = "configs/models/tiny.json"   # a Hugging Face config.json, or init_from = "hf-folder-or-URI" to start from its weights
+
+[data]
+train = "file://./runs/data/rust"
+sequence_length = 256
+
+[train]
+steps = 2000
+global_batch = 32                 # sequences over the whole world, whatever its size; micro-batches follow from it
+seed = 1234
+precision = "fp32"                # or "bf16": bf16 compute, fp32 master weights
+optimizer = { kind = "adamw", lr = 3e-4, betas = [0.9, 0.95], weight_decay = 0.1, grad_clip = 1.0 }
+schedule = { kind = "cosine", warmup_steps = 100, min_lr_ratio = 0.1 }
+
+[parallel]
+strategy = "ddp"                  # or "zero1"
+
+[checkpoint]
+every = "auto"                    # or "2h", "500 steps"
+keep = { last = 3, every = "1000 steps" }
+
+[notice]
+sources = "auto"                  # aws, gcp, azure, signals, file
+
+[on_complete]
+action = "exit"                   # or "terminate": leave the Auto Scaling group with its desired capacity lowered
+"#;
+    let dir = folder();
+    let config = load_with(dir.path(), example, vec![], &[]).unwrap();
+    let root = format!("file://{}", dir.path().display());
+    assert_eq!(
+        config,
+        RunConfig {
+            store: format!("{root}/runs"),
+            model: ModelConfig {
+                kind: ModelKind::Llama,
+                config: serde_json::json!({"hidden_size": 64}),
+                init_from: None
+            },
+            data: DataConfig {
+                train: format!("{root}/runs/data/rust"),
+                sequence_length: 256,
+                validation_every: 0,
+                validation_sequences: 64
+            },
+            train: TrainConfig {
+                steps: 2000,
+                global_batch: 32,
+                max_micro_batch: 8,
+                seed: 1234,
+                precision: Precision::Fp32,
+                threads: 8,
+                optimizer: OptimizerConfig {
+                    lr: 3e-4,
+                    betas: [0.9, 0.95],
+                    eps: 1e-8,
+                    weight_decay: 0.1,
+                    grad_clip: 1.0
+                },
+                schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
+            },
+            parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: None, bucket_mib: 25 },
+            checkpoint: CheckpointConfig { every: Cadence::Auto, keep: Keep { last: 3, every: Some(1000) } },
+            notice: NoticeConfig { sources: vec!["auto".into()] },
+            on_complete: OnComplete { action: CompleteAction::Exit },
+            restart: RestartConfig { max: 10, same_step: 3, backoff: Duration::from_secs(1) },
+            storage: StorageConfig { concurrency: 16, part_mib: 16 },
+        }
+    );
+    let stored = serde_json::to_string(&config).unwrap();
+    assert_eq!(serde_json::from_str::<RunConfig>(&stored).unwrap(), config);
+}
+
+#[test]
+fn the_default_file_has_every_setting_and_no_other() {
+    let raw = Raw::defaults().unwrap();
+    let documented: BTreeSet<&str> = raw.keys().collect();
+    let config = load_least("").unwrap();
+    let known: BTreeSet<&str> = settings(&config).into_iter().map(|(key, _)| key).collect();
+    assert_eq!(documented, known);
+    // Each has a comment: the line before a key is one, or a key shares it.
+    let lines: Vec<&str> = DEFAULT_TOML.lines().collect();
+    for (i, line) in lines.iter().enumerate() {
+        if line.contains(" = ") && !line.starts_with('#') {
+            assert!(lines[i - 1].starts_with("# "), "no comment above {line:?}");
+        }
+    }
+}
+
+#[test]
+fn wrong_settings_are_refused_in_words_that_name_them() {
+    for (lines, message, hint) in [
+        ("train.step = 5", "run.toml:3: unknown key train.step", "did you mean train.steps?"),
+        ("[training]\nsteps = 5", "run.toml:3: unknown key training", "did you mean train?"),
+        ("steps = 5", "run.toml:3: unknown key steps", "did you mean train.steps?"),
+        (
+            "\n[train.optimizer]\nbeta = [0.9, 0.95]",
+            "run.toml:5: unknown key train.optimizer.beta",
+            "did you mean train.optimizer.betas?",
+        ),
+        ("checkpoint.zzzzzz = 1", "run.toml:3: unknown key checkpoint.zzzzzz", "there are every, keep"),
+        (
+            "'qqq.qqq' = 1",
+            "run.toml:3: unknown key \"qqq.qqq\"",
+            "there are checkpoint, data, model, notice, on_complete, parallel, restart, storage, store, train",
+        ),
+        ("train.steps = 0", "run.toml:3: train.steps = 0: expected a whole number, at least 1", ""),
+        ("train.steps = -1", "run.toml:3: train.steps = -1: expected a whole number, at least 1", ""),
+        ("train.steps = 1.5", "run.toml:3: train.steps = 1.5: expected a whole number, at least 1", ""),
+        ("train.steps = {}", "run.toml:3: train.steps = {}: expected a whole number, at least 1", ""),
+        (
+            "train.global_batch = 4294967296",
+            "run.toml:3: train.global_batch = 4294967296: expected a whole number, at least 1",
+            "",
+        ),
+        (
+            "train = 5",
+            "run.toml:3: train = 5: expected a table with global_batch, max_micro_batch, optimizer.betas, optimizer.eps, optimizer.grad_clip, optimizer.kind, optimizer.lr, optimizer.weight_decay, precision, schedule.kind, schedule.min_lr_ratio, schedule.warmup_steps, seed, steps, threads",
+            "",
+        ),
+        ("train.precision = 'fp61'", "run.toml:3: train.precision = \"fp61\": expected \"fp32\" or \"bf16\"", ""),
+        ("train.precision = 32", "run.toml:3: train.precision = 32: expected \"fp32\" or \"bf16\"", ""),
+        ("train.optimizer = { kind = 'sgd' }", "run.toml:3: train.optimizer.kind = \"sgd\": expected \"adamw\"", ""),
+        (
+            "train.optimizer = { lr = 'high' }",
+            "run.toml:3: train.optimizer.lr = \"high\": expected a number above 0",
+            "",
+        ),
+        ("train.optimizer = { lr = nan }", "run.toml:3: train.optimizer.lr = nan: expected a number above 0", ""),
+        (
+            "train.optimizer = { betas = [0.9] }",
+            "run.toml:3: train.optimizer.betas = [0.9]: expected two numbers, each at least 0 and below 1",
+            "",
+        ),
+        (
+            "train.optimizer = { betas = [0.9, 'x'] }",
+            "run.toml:3: train.optimizer.betas = [0.9, \"x\"]: expected two numbers, each at least 0 and below 1",
+            "",
+        ),
+        (
+            "train.optimizer = { betas = [0.9, 1.0] }",
+            "run.toml:3: train.optimizer.betas = [0.9, 1.0]: expected two numbers, each at least 0 and below 1",
+            "",
+        ),
+        ("train.threads = 0", "run.toml:3: train.threads = 0: expected \"auto\", or a whole number from 1 to 4096", ""),
+        (
+            "train.schedule.warmup_steps = 2000",
+            "train.schedule.warmup_steps = 2000 is longer than the run: train.steps = 1000",
+            "",
+        ),
+        (
+            "data.sequence_length = 0",
+            "run.toml:3: data.sequence_length = 0: expected a whole number from 1 to 1048576",
+            "",
+        ),
+        (
+            "parallel.strategy = 'zero1'",
+            "run.toml:3: parallel.strategy = \"zero1\" is not in this version, which has \"ddp\"",
+            "",
+        ),
+        ("parallel.strategy = 'fsdp'", "run.toml:3: parallel.strategy = \"fsdp\": expected \"ddp\"", ""),
+        (
+            "checkpoint.every = 500",
+            "run.toml:3: checkpoint.every = 500: expected \"auto\", a count of steps such as \"500 steps\", or a duration such as \"2h\"",
+            "",
+        ),
+        (
+            "checkpoint.keep = { last = 0 }",
+            "run.toml:3: checkpoint.keep.last = 0: expected a whole number, at least 1",
+            "",
+        ),
+        (
+            "checkpoint.keep = { every = 1000 }",
+            "run.toml:3: checkpoint.keep.every = 1000: expected \"never\", or a count of steps such as \"1000 steps\"",
+            "",
+        ),
+        (
+            "notice.sources = ['aws', 'ibm']",
+            "run.toml:3: notice.sources = [\"aws\", \"ibm\"]: expected \"auto\", or a list of \"aws\", \"gcp\", \"azure\", \"signals\" or \"file\"",
+            "",
+        ),
+        (
+            "notice.sources = []",
+            "run.toml:3: notice.sources = []: expected \"auto\", or a list of \"aws\", \"gcp\", \"azure\", \"signals\" or \"file\"",
+            "",
+        ),
+        (
+            "restart.backoff = 5",
+            "run.toml:3: restart.backoff = 5: expected a duration such as \"90s\", \"2h\" or \"1h30m\"",
+            "",
+        ),
+        ("storage.part_mib = 1", "run.toml:3: storage.part_mib = 1: expected a whole number from 5 to 5120", ""),
+        (
+            "store = 's4://x'",
+            "run.toml:3: store = \"s4://x\": expected a URI such as s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file://path or memory://, or a path",
+            "",
+        ),
+        ("a = = 1", "run.toml:3: not valid TOML: ", ""),
+        ("model.kind = 'gpt'", "run.toml:3: model.kind = \"gpt\": expected \"llama\"", ""),
+    ] {
+        let error = load_least(lines).unwrap_err();
+        let text = error.to_string();
+        let text = text.rsplit_once("/run.toml").map_or(text.clone(), |(_, rest)| format!("run.toml{rest}"));
+        if message.ends_with(": ") {
+            assert!(text.starts_with(message), "{text}");
+        } else {
+            assert_eq!(text, message);
+        }
+        assert_eq!(error.hint().unwrap_or_default(), hint, "{lines}");
+        assert_eq!(error.kind(), crate::error::Kind::Config);
+    }
+}
+
+#[test]
+fn what_has_no_default_is_asked_for() {
+    let dir = folder();
+    let error = load_with(dir.path(), "data.train = 'x'", vec![], &[]).unwrap_err();
+    assert_eq!(error.to_string(), "model.config is not set");
+    assert!(error.hint().unwrap().contains("configs/models/tiny.json"));
+    let error = load_with(dir.path(), "model.config = 'configs/models/tiny.json'", vec![], &[]).unwrap_err();
+    assert_eq!(error.to_string(), "data.train is not set");
+    assert!(error.hint().unwrap().contains("trainer data prepare"));
+}
+
+#[test]
+fn the_models_description_is_found_and_checked() {
+    let dir = folder();
+    let with = |config: &str| load_with(dir.path(), &format!("data.train = 'x'\n{config}"), vec![], &[]);
+    let reason = |config: &str| with(config).unwrap_err().to_string().rsplit_once("run.toml").unwrap().1.to_owned();
+    assert_eq!(reason("model.config = 'none.json'"), ":2: model.config names none.json: no such file");
+    std::fs::write(dir.path().join("list.json"), "[1]").unwrap();
+    assert!(reason("model.config = 'list.json'").ends_with("not a JSON object, as a Hugging Face config.json is"));
+    std::fs::write(dir.path().join("broken.json"), "{").unwrap();
+    assert!(reason("model.config = 'broken.json'").contains("not valid JSON"));
+    std::fs::write(dir.path().join("huge.json"), vec![b' '; 2 << 20]).unwrap();
+    assert!(reason("model.config = 'huge.json'").contains("longer than 1048576 bytes"));
+
+    // Beside the configuration file, when not in the working directory.
+    std::fs::write(dir.path().join("configs/beside.toml"), "model.config = 'models/tiny.json'\ndata.train = 'x'")
+        .unwrap();
+    let load_beside = |cwd: &Path| {
+        let none = |_: &str, _: &str| Err(String::new());
+        let file = dir.path().join("configs/beside.toml");
+        load(&Sources {
+            file: Some(&file),
+            flags: vec![],
+            set: &[],
+            working_directory: cwd,
+            machine: MACHINE,
+            fetch: &none,
+        })
+    };
+    assert_eq!(load_beside(Path::new("/")).unwrap().model.config["hidden_size"], 64);
+
+    // A model folder brings its own.
+    std::fs::create_dir(dir.path().join("hf")).unwrap();
+    std::fs::write(dir.path().join("hf/config.json"), r#"{"hidden_size":32}"#).unwrap();
+    let config = with("model.init_from = 'hf'").unwrap();
+    assert_eq!(config.model.config["hidden_size"], 32);
+    assert_eq!(config.model.init_from.unwrap(), format!("file://{}/hf", dir.path().display()));
+    assert!(reason("model.init_from = 's3://b/m'").ends_with("names s3://b/m: asked for config.json of s3://b/m"));
+}
+
+#[test]
+fn later_layers_win_key_by_key() {
+    let dir = folder();
+    let toml = format!("{LEAST}store = 's3://file/x'\ntrain.optimizer = {{ lr = 1 }}\nparallel.nproc_per_node = 4");
+    let flags = |store: &str, n: &str| {
+        vec![("--store", "store", store.to_owned()), ("--nproc-per-node", "parallel.nproc_per_node", n.to_owned())]
+    };
+    let config = load_with(dir.path(), &toml, flags("gs://flag", "2"), &[]).unwrap();
+    assert_eq!(config.store, "gs://flag");
+    assert_eq!((config.train.optimizer.lr, config.train.optimizer.weight_decay), (1.0, 0.1));
+    assert_eq!((config.parallel.nproc_per_node, config.train.threads), (Some(2), 4));
+    let error = load_with(dir.path(), &toml, flags("gs://flag", "many"), &[]).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "--nproc-per-node: parallel.nproc_per_node = \"many\": expected \"auto\", or a whole number from 1 to 1024"
+    );
+    let set = [
+        ("store", "memory://"),
+        ("parallel.nproc_per_node", "auto"),
+        ("train.precision", "bf16"),
+        ("train.optimizer.lr", "1e-3"),
+        ("train.optimizer.betas", "[0.8, 0.9]"),
+        ("checkpoint.keep", "{ last = 7 }"),
+        ("checkpoint.every", "1h30m"),
+        ("data.train", "\"quoted\""),
+        ("train.steps", "5000"),
+    ];
+    let config = load_with(dir.path(), &toml, flags("gs://flag", "2"), &set).unwrap();
+    assert_eq!(config.store, "memory://");
+    assert_eq!((config.parallel.nproc_per_node, config.train.threads), (None, 8));
+    assert_eq!((config.train.precision, config.train.optimizer.lr), (Precision::Bf16, 1e-3));
+    assert_eq!(config.train.optimizer.betas, [0.8, 0.9]);
+    assert_eq!((config.checkpoint.keep.last, config.checkpoint.keep.every), (7, None));
+    assert_eq!(config.checkpoint.every, Cadence::Time(Duration::from_secs(5400)));
+    assert!(config.data.train.ends_with("/quoted"));
+    assert_eq!(config.train.steps, 5000);
+    let error = load_with(dir.path(), &toml, vec![], &[("train.stepz", "1")]).unwrap_err();
+    assert_eq!(error.to_string(), "--set: unknown key train.stepz");
+    let error = load_with(dir.path(), &toml, vec![], &[("", "1")]).unwrap_err();
+    assert_eq!(error.to_string(), "--set: unknown key \"\"");
+}
+
+#[test]
+fn more_workers_than_cores_get_one_thread_each() {
+    assert_eq!(load_least("parallel.nproc_per_node = 100").unwrap().train.threads, 1);
+}
+
+fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+    pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
+}
+
+#[test]
+fn a_resume_changes_what_it_names_and_nothing_else() {
+    let base =
+        load_least("train.schedule.kind = 'linear'\nnotice.sources = ['file', 'signals']\nrestart.backoff = '1500ms'")
+            .unwrap();
+    assert_eq!(apply_overrides(&base, &[]).unwrap(), base);
+    assert!(diff(&base, &base).is_empty());
+
+    let overrides =
+        pairs(&[("checkpoint.every", "2h"), ("train.optimizer.lr", "1"), ("train.optimizer", "{grad_clip=0}")]);
+    let changed = apply_overrides(&base, &overrides).unwrap();
+    let differences: Vec<_> =
+        diff(&base, &changed).into_iter().map(|d| (d.key, d.from, d.to, is_mathematical(d.key))).collect();
+    assert_eq!(
+        differences,
+        [
+            ("train.optimizer.lr", "0.0003".to_owned(), "1.0".to_owned(), true),
+            ("train.optimizer.grad_clip", "1.0".to_owned(), "0.0".to_owned(), true),
+            ("checkpoint.every", "\"auto\"".to_owned(), "\"2h\"".to_owned(), false),
+        ]
+    );
+    let canonical = canonical_overrides(&base, &overrides).unwrap();
+    assert_eq!(apply_overrides(&base, &canonical).unwrap(), changed);
+    let moved = canonical_overrides(&base, &pairs(&[("data.train", "elsewhere")])).unwrap();
+    assert!(moved[0].1.starts_with("\"file:///"), "{moved:?}");
+}
+
+#[test]
+fn what_a_run_keeps_for_life_is_refused_with_the_reason() {
+    let base = load_least("").unwrap();
+    for (key, value, message) in [
+        (
+            "model.config",
+            "x.json",
+            "model.config can't be changed on resume: the checkpoints' tensors belong to this model",
+        ),
+        (
+            "model",
+            "{kind='llama'}",
+            "model.kind can't be changed on resume: the checkpoints' tensors belong to this model",
+        ),
+        (
+            "store",
+            "s3://b",
+            "store can't be changed on resume: the run lives there (a copy of it is named with --store)",
+        ),
+        (
+            "data.sequence_length",
+            "64",
+            "data.sequence_length can't be changed on resume: it cuts the samples: those already seen would come again, others never",
+        ),
+        (
+            "train.seed",
+            "1",
+            "train.seed can't be changed on resume: it orders the samples: those already seen would come again, others never",
+        ),
+        (
+            "train.threads",
+            "auto",
+            "--set: train.threads = \"auto\": expected a whole number (\"auto\" is settled once, when the run is created)",
+        ),
+        ("train.lr", "1", "--set: unknown key train.lr"),
+        ("train.steps", "50", "train.schedule.warmup_steps = 100 is longer than the run: train.steps = 50"),
+    ] {
+        assert_eq!(apply_overrides(&base, &pairs(&[(key, value)])).unwrap_err().to_string(), message);
+    }
+}
+
+#[test]
+fn every_key_has_an_effect_that_was_thought_about() {
+    let base = load_least("").unwrap();
+    let free: Vec<&str> =
+        settings(&base).into_iter().map(|(key, _)| key).filter(|key| effect(key) == Effect::Free).collect();
+    assert_eq!(
+        free,
+        [
+            "data.validation_every",
+            "parallel.nproc_per_node",
+            "checkpoint.every",
+            "checkpoint.keep.last",
+            "checkpoint.keep.every",
+            "notice.sources",
+            "on_complete.action",
+            "restart.max",
+            "restart.same_step",
+            "restart.backoff",
+            "storage.concurrency",
+            "storage.part_mib",
+        ]
+    );
+}
+
+#[test]
+fn the_configurations_that_are_delivered_are_read() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut seen = 0;
+    for entry in std::fs::read_dir(root.join("configs")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "toml") {
+            let fetch = |_: &str, _: &str| Err("remote".to_owned());
+            let config = load(&Sources {
+                file: Some(&path),
+                flags: vec![],
+                set: &[],
+                working_directory: root,
+                machine: MACHINE,
+                fetch: &fetch,
+            })
+            .unwrap();
+            let workers = workers_per_node(&config.parallel, None, &MACHINE);
+            micro_batches(config.train.global_batch, crate::ids::WorldSize(workers), config.train.max_micro_batch)
+                .unwrap();
+            seen += 1;
+        }
+    }
+    assert!(seen >= 2);
+}

@@ -1,0 +1,335 @@
+//! A dataset's files on this machine.
+//!
+//! A dataset in a `file://` folder is used where it is. Any other is downloaded once a machine:
+//! ```text
+//! <cache>/<index CRC64>-<index length>/   one folder a dataset: another index is another folder
+//!   .lock                                 held by the process that downloads
+//!   .part-<random>                        a download under way
+//!   train-00000.bin …  tokenizer.json     complete and checked: they get their names by a rename at the end
+//!   index.json                            last: with it, the folder is complete
+//! ```
+//! A worker's [`Dataset`](super::Dataset) opens that folder; it knows of no store.
+//!
+//! # Crash, retry, cancel, two at once
+//! A file under its own name is complete, so a download that was broken off goes on with the files that are missing. The lock
+//! spares the machine a second download; correctness doesn't rest on it, since two downloads would rename the same bytes
+//! over each other. It belongs to the open file, so it vanishes with its process. Whoever holds it removes old `.part-` files.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use futures::{StreamExt, TryStreamExt, stream};
+use rustix::fs::{FlockOperation, flock};
+
+use super::{
+    DataError,
+    fetch::fetch,
+    input::local_path,
+    shards::{FileEntry, INDEX, Index, MAX_INDEX_BYTES, read_index},
+};
+use crate::{
+    config::StorageConfig,
+    ids::random_hex,
+    storage::{Crc64, StorageError, Store},
+};
+
+/// Files downloaded at once; each has a few ranges in flight.
+const FILES_IN_FLIGHT: usize = 4;
+/// How often a process looks whether another one has finished the download. Polled, so that waiting can be cancelled.
+const LOCK_POLL: Duration = Duration::from_millis(200);
+const PART_PREFIX: &str = ".part-";
+const LOCK: &str = ".lock";
+
+/// How far a download is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CacheProgress {
+    /// Bytes here, those of earlier downloads included.
+    pub done: u64,
+    /// Bytes of the dataset.
+    pub total: u64,
+}
+
+/// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be and checked by CRC64-NVME.
+///
+/// # Errors
+/// [`DataError::Missing`] if there is no index at `uri`; [`DataError::Damaged`] names an object that isn't what the index
+/// says; store and file system errors.
+pub async fn ensure_local(
+    uri: &str,
+    cache_root: &Path,
+    settings: &StorageConfig,
+    progress: impl Fn(CacheProgress) + Send + Sync,
+) -> Result<PathBuf, DataError> {
+    if let Some(path) = local_path(uri) {
+        read_index(&path).map_err(|error| match error {
+            DataError::Missing { .. } => DataError::Missing { uri: uri.to_owned() },
+            other => other,
+        })?;
+        // Workers may have another working directory.
+        return path.canonicalize().map_err(|source| DataError::Io { doing: "read", path, source });
+    }
+    let store =
+        Store::open(uri, settings).map_err(|source| DataError::Store { doing: "open", uri: uri.to_owned(), source })?;
+    download(&store, uri, cache_root, settings, &progress).await
+}
+
+/// [`ensure_local`] from a store that is open.
+async fn download(
+    store: &Store,
+    uri: &str,
+    cache_root: &Path,
+    settings: &StorageConfig,
+    progress: &(impl Fn(CacheProgress) + Send + Sync),
+) -> Result<PathBuf, DataError> {
+    let bytes = store.get(INDEX, MAX_INDEX_BYTES).await.map_err(|source| match source {
+        StorageError::NotFound { .. } => DataError::Missing { uri: uri.to_owned() },
+        source => DataError::Store { doing: "read the dataset index of", uri: uri.to_owned(), source },
+    })?;
+    let index = Index::parse(&bytes, &format!("{uri}/{INDEX}"))?;
+    let dir = cache_root.join(format!("{}-{}", Crc64::of(&bytes), bytes.len()));
+    if is_complete(&dir, &index) {
+        return Ok(dir);
+    }
+    std::fs::create_dir_all(&dir).map_err(io("make", &dir))?;
+    let _lock = lock(&dir).await?;
+    if is_complete(&dir, &index) {
+        return Ok(dir);
+    }
+    let missing: Vec<FileEntry> = index.files().filter(|entry| !is_here(&dir, entry)).cloned().collect();
+    let total: u64 = index.files().map(|entry| entry.bytes).sum();
+    let done = std::sync::atomic::AtomicU64::new(total - missing.iter().map(|entry| entry.bytes).sum::<u64>());
+    let report = |bytes: u64| {
+        let done = done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed) + bytes;
+        progress(CacheProgress { done, total });
+    };
+    report(0);
+    let part = u64::from(settings.part_mib) << 20;
+    stream::iter(missing)
+        .map(|entry| download_file(store, entry, part, &dir, &report))
+        .buffer_unordered(FILES_IN_FLIGHT)
+        .try_collect::<Vec<()>>()
+        .await?;
+    let temporary = dir.join(part_name());
+    std::fs::write(&temporary, &bytes).map_err(io("write", &temporary))?;
+    rename(&temporary, &dir.join(INDEX))?;
+    Ok(dir)
+}
+
+async fn download_file(
+    store: &Store,
+    entry: FileEntry,
+    part: u64,
+    dir: &Path,
+    report: &(impl Fn(u64) + Send + Sync),
+) -> Result<(), DataError> {
+    let temporary = dir.join(part_name());
+    let crc64 =
+        fetch(store, &entry.file, entry.bytes, part, &temporary, report).await.map_err(|error| match error {
+            DataError::Store { source: StorageError::NotFound { .. }, uri, .. } => DataError::Damaged {
+                file: format!("{uri}/{}", entry.file),
+                reason: "is in the index but not there".into(),
+            },
+            other => other,
+        })?;
+    if crc64 != entry.crc64 {
+        let _ = std::fs::remove_file(&temporary);
+        return Err(DataError::Damaged {
+            file: format!("{}/{}", store.uri(), entry.file),
+            reason: format!("has CRC64 {crc64}, its index says {}", entry.crc64),
+        });
+    }
+    rename(&temporary, &dir.join(&entry.file))
+}
+
+fn part_name() -> String {
+    format!("{PART_PREFIX}{}", random_hex(8))
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), DataError> {
+    std::fs::rename(from, to).map_err(io("write", to))
+}
+
+fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> DataError {
+    let path = path.to_owned();
+    move |source| DataError::Io { doing, path, source }
+}
+
+fn is_here(dir: &Path, entry: &FileEntry) -> bool {
+    std::fs::metadata(dir.join(&entry.file)).is_ok_and(|metadata| metadata.is_file() && metadata.len() == entry.bytes)
+}
+
+fn is_complete(dir: &Path, index: &Index) -> bool {
+    dir.join(INDEX).is_file() && index.files().all(|entry| is_here(dir, entry))
+}
+
+/// Waits until no other process downloads into `dir`, then removes what broken-off downloads left. On a file system
+/// without locks there is no waiting and no cleaning.
+async fn lock(dir: &Path) -> Result<Option<File>, DataError> {
+    let path = dir.join(LOCK);
+    let file = File::options().create(true).append(true).open(&path).map_err(io("open", &path))?;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => break,
+            Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => tokio::time::sleep(LOCK_POLL).await,
+            Err(_) => return Ok(None),
+        }
+    }
+    for entry in std::fs::read_dir(dir).map_err(io("read", dir))?.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PART_PREFIX) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+    Ok(Some(file))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::data::{
+        Dataset, PrepareSettings, Split, TokenizerSource,
+        prepare::{prepare, prepare_into},
+    };
+
+    const STORAGE: StorageConfig = StorageConfig { concurrency: 4, part_mib: 1 };
+
+    fn ignore(_: CacheProgress) {}
+
+    /// A dataset of several shards in a store in memory.
+    async fn prepared() -> Store {
+        let dir = tempfile::tempdir().unwrap();
+        for number in 0..40 {
+            let text = format!("document {number} says {} things\n", number * 7).repeat(60);
+            std::fs::write(dir.path().join(format!("{number}.txt")), text).unwrap();
+        }
+        let store = Store::open("memory://", &STORAGE).unwrap();
+        let settings = PrepareSettings {
+            shard_tokens: 1024,
+            validation_ratio: 0.2,
+            ..PrepareSettings::new(
+                vec![dir.path().display().to_string()],
+                TokenizerSource::Train { vocab: 300 },
+                "memory://",
+            )
+        };
+        let summary = prepare_into(store.clone(), settings, |_| {}).await.unwrap();
+        assert!(summary.shards > 4 && summary.validation_tokens > 0);
+        store
+    }
+
+    async fn fetch_into(store: &Store, cache: &Path) -> Result<PathBuf, DataError> {
+        download(store, "memory://", cache, &STORAGE, &ignore).await
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<String> =
+            std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[tokio::test]
+    async fn a_download_is_whole_and_made_once() {
+        let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
+        let seen = Mutex::new(Vec::new());
+        let hear = |progress: CacheProgress| seen.lock().unwrap().push(progress);
+        let dir = download(&store, "memory://", cache.path(), &STORAGE, &hear).await.unwrap();
+        let seen = seen.into_inner().unwrap();
+        assert_eq!((seen[0].done, seen.iter().map(|p| p.done).max().unwrap()), (0, seen[0].total));
+        let data = Dataset::open(&dir).unwrap();
+        let mut tokens = [0; 65];
+        for split in Split::ALL {
+            assert!(data.samples(split, 64) > 0);
+            for index in 0..data.samples(split, 64) {
+                data.read_sample(split, index, &mut tokens).unwrap();
+            }
+        }
+        assert!(!names(&dir).iter().any(|name| name.starts_with(PART_PREFIX)));
+        // Complete: no object but the index is looked at again.
+        for entry in data.index().files() {
+            store.delete(&entry.file).await.unwrap();
+        }
+        assert_eq!(fetch_into(&store, cache.path()).await.unwrap(), dir);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn two_at_once_end_with_one_whole_folder() {
+        let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
+        let tasks: Vec<_> = (0..4)
+            .map(|_| {
+                let (store, root) = (store.clone(), cache.path().to_owned());
+                tokio::spawn(async move { fetch_into(&store, &root).await })
+            })
+            .collect();
+        for task in tasks {
+            Dataset::open(task.await.unwrap().unwrap()).unwrap();
+        }
+        assert_eq!(names(cache.path()).len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_broken_off_download_goes_on_with_what_is_missing() {
+        let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
+        let dir = fetch_into(&store, cache.path()).await.unwrap();
+        // As a crash leaves it: no index, one file missing, one cut short, one under way.
+        std::fs::remove_file(dir.join(INDEX)).unwrap();
+        std::fs::remove_file(dir.join("train-00001.bin")).unwrap();
+        File::options().write(true).open(dir.join("train-00002.bin")).unwrap().set_len(10).unwrap();
+        std::fs::write(dir.join(".part-0123"), "x").unwrap();
+        // These are here already, so they are not asked for.
+        store.delete("train-00000.bin").await.unwrap();
+        store.delete("tokenizer.json").await.unwrap();
+        assert_eq!(fetch_into(&store, cache.path()).await.unwrap(), dir);
+        Dataset::open(&dir).unwrap();
+        assert!(!dir.join(".part-0123").exists());
+    }
+
+    #[tokio::test]
+    async fn a_damaged_object_is_named_and_never_kept() {
+        let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
+        let name = "train-00001.bin";
+        let good = store.get(name, 1 << 20).await.unwrap();
+        let mut bad = good.to_vec();
+        bad[100] ^= 1;
+        for (body, said) in [(bad.into(), "has CRC64"), (good.slice(..100), "shorter")] {
+            store.put(name, body).await.unwrap();
+            let error = fetch_into(&store, cache.path()).await.unwrap_err();
+            assert!(matches!(error, DataError::Damaged { .. }), "{error:?}");
+            assert!(error.to_string().contains(name) && error.to_string().contains(said), "{error}");
+            let dir = cache.path().join(&names(cache.path())[0]);
+            assert!(!dir.join(name).exists() && !dir.join(INDEX).exists());
+        }
+        store.delete(name).await.unwrap();
+        let error = fetch_into(&store, cache.path()).await.unwrap_err();
+        assert!(error.to_string().contains("in the index but not there"), "{error}");
+        store.put(name, good).await.unwrap();
+        Dataset::open(fetch_into(&store, cache.path()).await.unwrap()).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_local_dataset_is_used_where_it_is_and_a_missing_one_says_how_to_make_it() {
+        use crate::error::Explain;
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a.txt"), "some words ".repeat(500)).unwrap();
+        let out = dir.path().join("out");
+        let uri = format!("file://{}", out.display());
+        let cache = dir.path().join("cache");
+        for missing in [uri.as_str(), "memory://"] {
+            let error = ensure_local(missing, &cache, &STORAGE, ignore).await.unwrap_err();
+            assert!(error.to_string().contains(missing), "{error}");
+            assert!(error.hint().unwrap().contains("trainer data prepare"));
+        }
+        let input = dir.path().join("a.txt").display().to_string();
+        let settings = PrepareSettings {
+            validation_ratio: 0.0,
+            ..PrepareSettings::new(vec![input], TokenizerSource::Train { vocab: 257 }, &uri)
+        };
+        prepare(settings, |_| {}).await.unwrap();
+        assert_eq!(ensure_local(&uri, &cache, &STORAGE, ignore).await.unwrap(), out.canonicalize().unwrap());
+        assert!(!cache.exists());
+    }
+}

@@ -1,0 +1,189 @@
+//! Which files `trainer data prepare` reads.
+//!
+//! They are named by path, folder, glob or store URI; all are found before the first is read, sorted by name and taken
+//! once each. Hidden files and folders are left out unless named, and so is what lies in the output folder.
+
+use std::path::{Path, PathBuf};
+
+use super::DataError;
+use crate::{config::StorageConfig, storage::Store};
+
+/// A file to read.
+#[derive(Clone, Debug)]
+pub(super) struct Input {
+    /// Path or URI: for messages, and the order.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// Where it is.
+    pub place: Place,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Place {
+    Local(PathBuf),
+    Remote { store: Store, key: String },
+}
+
+/// The path of a `file://` URI or of a plain path; `None` for other stores.
+pub(super) fn local_path(uri: &str) -> Option<PathBuf> {
+    match uri.split_once("://") {
+        Some(("file", path)) => Some(PathBuf::from(path)),
+        Some(_) => None,
+        None => Some(PathBuf::from(uri)),
+    }
+}
+
+fn is_glob(text: &str) -> bool {
+    text.contains(['*', '?', '['])
+}
+
+const MATCH: glob::MatchOptions =
+    glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
+
+/// Finds all inputs, sorted by name, each once. Files below `out` are left out: they are our own.
+pub(super) async fn find(
+    specs: &[String],
+    out: Option<&Path>,
+    storage: &StorageConfig,
+) -> Result<Vec<Input>, DataError> {
+    let mut inputs = Vec::new();
+    for spec in specs {
+        let before = inputs.len();
+        match local_path(spec) {
+            Some(path) => find_local(spec, &path, out, &mut inputs)?,
+            None => find_remote(spec, storage, &mut inputs).await?,
+        }
+        if inputs.len() == before {
+            return Err(DataError::Input { input: spec.clone(), reason: "matches no file".into() });
+        }
+    }
+    inputs.sort_by(|a, b| a.name.cmp(&b.name));
+    inputs.dedup_by(|a, b| a.name == b.name);
+    Ok(inputs)
+}
+
+fn find_local(spec: &str, path: &Path, out: Option<&Path>, inputs: &mut Vec<Input>) -> Result<(), DataError> {
+    let invalid = |reason: String| DataError::Input { input: spec.to_owned(), reason };
+    let text = path.to_str().ok_or_else(|| invalid("is not UTF-8".into()))?;
+    let pattern = if path.is_dir() {
+        format!("{}/**/*", glob::Pattern::escape(text.trim_end_matches('/')))
+    } else if is_glob(text) && !path.exists() {
+        text.to_owned()
+    } else {
+        glob::Pattern::escape(text)
+    };
+    // A hidden file that is named in full is meant.
+    let options = glob::MatchOptions { require_literal_leading_dot: pattern.contains("**") || is_glob(text), ..MATCH };
+    let out = out.and_then(|path| path.canonicalize().ok());
+    for found in glob::glob_with(&pattern, options).map_err(|error| invalid(error.to_string()))? {
+        let path = found.map_err(|error| DataError::Io {
+            doing: "read",
+            path: error.path().to_owned(),
+            source: error.into(),
+        })?;
+        let metadata =
+            std::fs::metadata(&path).map_err(|source| DataError::Io { doing: "read", path: path.clone(), source })?;
+        if !metadata.is_file() {
+            continue;
+        }
+        if let (Some(out), Ok(real)) = (&out, path.canonicalize())
+            && real.starts_with(out)
+        {
+            continue;
+        }
+        inputs.push(Input { name: path.display().to_string(), bytes: metadata.len(), place: Place::Local(path) });
+    }
+    Ok(())
+}
+
+async fn find_remote(spec: &str, storage: &StorageConfig, inputs: &mut Vec<Input>) -> Result<(), DataError> {
+    let failed = |source| DataError::Store { doing: "list", uri: spec.to_owned(), source };
+    // The part before the first folder with a wildcard is listed; the rest is matched.
+    let (base, pattern) = match spec.find(['*', '?', '[']) {
+        Some(wildcard) => {
+            let cut = spec[..wildcard].rfind('/').map_or(0, |slash| slash + 1);
+            let pattern = glob::Pattern::new(&spec[cut..])
+                .map_err(|error| DataError::Input { input: spec.to_owned(), reason: error.to_string() })?;
+            (&spec[..cut], Some(pattern))
+        }
+        None => (spec, None),
+    };
+    let base = base.trim_end_matches('/');
+    let store = Store::open(base, storage).map_err(failed)?;
+    let objects = store.list("").await.map_err(failed)?;
+    for object in objects {
+        let hidden = object.key.split('/').any(|part| part.starts_with('.'));
+        let wanted = pattern.as_ref().map_or(!hidden, |pattern| pattern.matches_with(&object.key, MATCH));
+        if wanted {
+            inputs.push(Input {
+                name: format!("{base}/{}", object.key),
+                bytes: object.size,
+                place: Place::Remote { store: store.clone(), key: object.key },
+            });
+        }
+    }
+    // A single object: nothing lies below it, but it lies in its folder.
+    if inputs.is_empty()
+        && pattern.is_none()
+        && let Some((folder, key)) = base.rsplit_once('/').filter(|(folder, _)| !folder.ends_with('/'))
+    {
+        let store = Store::open(folder, storage).map_err(failed)?;
+        if let Ok(object) = store.head(key).await {
+            let place = Place::Remote { store, key: key.to_owned() };
+            inputs.push(Input { name: base.to_owned(), bytes: object.size, place });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Explain, Kind};
+
+    const STORAGE: StorageConfig = StorageConfig { concurrency: 4, part_mib: 1 };
+
+    fn write(dir: &Path, name: &str, body: impl AsRef<[u8]>) {
+        let path = dir.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, body).unwrap();
+    }
+
+    #[tokio::test]
+    async fn inputs_are_found_by_path_folder_and_glob_in_one_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().to_str().unwrap();
+        for name in [
+            "b.rs",
+            "a/x.rs",
+            "a/y.txt",
+            "a/deep/z.rs",
+            ".git/objects/o.rs",
+            "a/.hidden.rs",
+            "out/train-00000.bin",
+            "we[i]rd/w.rs",
+        ] {
+            write(dir.path(), name, name);
+        }
+        let out = dir.path().join("out");
+        let find = async |specs: &[&str]| -> Result<Vec<String>, DataError> {
+            let specs: Vec<String> = specs.iter().map(|spec| spec.replace('~', root)).collect();
+            let found = super::find(&specs, Some(&out), &STORAGE).await?;
+            assert!(found.iter().all(|input| input.bytes > 0));
+            Ok(found.iter().map(|input| input.name.strip_prefix(root).unwrap()[1..].to_owned()).collect())
+        };
+        assert_eq!(find(&["~"]).await.unwrap(), ["a/deep/z.rs", "a/x.rs", "a/y.txt", "b.rs", "we[i]rd/w.rs"]);
+        assert_eq!(find(&["file://~/"]).await.unwrap().len(), 5);
+        assert_eq!(find(&["~/b.rs", "~/**/*.rs"]).await.unwrap(), ["a/deep/z.rs", "a/x.rs", "b.rs", "we[i]rd/w.rs"]);
+        assert_eq!(find(&["~/a/*.rs"]).await.unwrap(), ["a/x.rs"]);
+        assert_eq!(find(&["~/we[i]rd", "~/we[i]rd/w.rs"]).await.unwrap(), ["we[i]rd/w.rs"]);
+        assert_eq!(find(&["~/a/.hidden.rs"]).await.unwrap(), ["a/.hidden.rs"]);
+        for nothing in ["~/c.rs", "~/*.py", "~/out"] {
+            let error = find(&[nothing]).await.unwrap_err();
+            assert!(error.to_string().contains("matches no file"), "{error}");
+            assert_eq!(error.kind(), Kind::Config);
+        }
+        assert!(find(&["~/a**b"]).await.unwrap_err().to_string().contains("a**b"));
+    }
+}

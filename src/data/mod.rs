@@ -1,0 +1,192 @@
+//! Training data: text to token shards, token shards to batches.
+//!
+//! ```text
+//!  text, JSON lines, Parquet ──prepare──► <uri>/index.json  tokenizer.json  train-00000.bin …  validation-00000.bin …
+//!                                              │ ensure_local (agent: download once, check, keep)
+//!                                              ▼
+//!                              Dataset (worker: positioned reads) ◄── Sampler (seed, position) -> sample
+//! ```
+//! [`prepare()`] is run once by a person; [`ensure_local`] by the agent of every node;
+//! [`Dataset`] and [`Sampler`] by the workers, which see local folders only. The state of the data within a run is one
+//! number, the step: which samples it trains on is computed, never stored.
+//!
+//! # Invariants
+//! - A dataset exists when, and only when, its `index.json` does; it is written last and names every other file with
+//!   its size and CRC64-NVME.
+//! - The same inputs and settings give the same bytes: files are taken in sorted order, the tokenizer's training breaks
+//!   ties by value, and documents are assigned to splits by a hash of their text.
+
+pub mod cache;
+mod documents;
+mod encode;
+mod fetch;
+mod input;
+pub mod prepare;
+pub mod sampler;
+pub mod shards;
+pub mod tokenizer;
+mod writer;
+
+use std::path::PathBuf;
+
+pub use cache::ensure_local;
+pub use prepare::{PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource, prepare};
+pub use sampler::Sampler;
+pub use shards::{Dataset, Split};
+pub use tokenizer::check_vocabulary;
+
+use crate::{
+    error::{Explain, Kind},
+    storage::StorageError,
+};
+
+/// What can go wrong with data.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// There is no dataset where the configuration says.
+    #[error("no prepared dataset at {uri} (it has no index.json)")]
+    Missing {
+        /// As configured.
+        uri: String,
+    },
+    /// A prepared dataset is not what its index says.
+    #[error("dataset file {file}: {reason}")]
+    Damaged {
+        /// File or object.
+        file: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Not one sequence can be cut from the shards.
+    #[error("the {split} shards of {dataset} hold no sequence of {sequence_length} tokens and its successor token")]
+    NoSamples {
+        /// The dataset.
+        dataset: String,
+        /// The split.
+        split: Split,
+        /// The configured length.
+        sequence_length: u32,
+    },
+    /// A sample number outside the dataset.
+    #[error("sample {index} asked for, the {split} split has {samples}")]
+    NoSuchSample {
+        /// The split.
+        split: Split,
+        /// Asked for.
+        index: u64,
+        /// There are.
+        samples: u64,
+    },
+    /// The data has token ids that the model has no embedding for.
+    #[error(
+        "tokens of {dataset} go up to a vocabulary of {data_vocab}, model {model} has a vocabulary of {model_vocab}"
+    )]
+    Vocabulary {
+        /// The dataset.
+        dataset: String,
+        /// Its vocabulary.
+        data_vocab: u32,
+        /// The model's `config.json`.
+        model: String,
+        /// Its vocabulary.
+        model_vocab: u64,
+    },
+    /// An input of `trainer data prepare` can't be used.
+    #[error("input {input}: {reason}")]
+    Input {
+        /// As given.
+        input: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A setting of `trainer data prepare` can't be used.
+    #[error("{setting}: {reason}")]
+    Setting {
+        /// Its name, as typed.
+        setting: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The output already holds another dataset.
+    #[error("{uri} already holds a dataset that differs from this one")]
+    Exists {
+        /// The output.
+        uri: String,
+    },
+    /// A tokenizer can't be read or trained.
+    #[error("tokenizer {file}: {reason}")]
+    Tokenizer {
+        /// The file, or `train:VOCAB`.
+        file: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The local file system refused.
+    #[error("{doing} {}", path.display())]
+    Io {
+        /// A verb: "read".
+        doing: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The store refused.
+    #[error("{doing} {uri}")]
+    Store {
+        /// A verb phrase: "read dataset index of".
+        doing: &'static str,
+        /// The store or folder.
+        uri: String,
+        /// The cause.
+        #[source]
+        source: StorageError,
+    },
+    /// The caller stopped waiting, or a thread of the preparation died.
+    #[error("preparation stopped: {reason}")]
+    Stopped {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Explain for DataError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Damaged { .. } => Kind::Data,
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => Kind::Permission,
+            // A full or broken disk: another machine, or this one later, can do it.
+            Self::Io { source, .. } if source.kind() != std::io::ErrorKind::NotFound => Kind::Unavailable,
+            Self::Store { source, .. } => source.kind(),
+            Self::NoSuchSample { .. } | Self::Stopped { .. } => Kind::Bug,
+            Self::Missing { .. }
+            | Self::NoSamples { .. }
+            | Self::Vocabulary { .. }
+            | Self::Input { .. }
+            | Self::Setting { .. }
+            | Self::Exists { .. }
+            | Self::Tokenizer { .. }
+            | Self::Io { .. } => Kind::Config,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::Missing { uri } => {
+                format!("make one: trainer data prepare --input 'FILES/**' --tokenizer train:4096 --out {uri}")
+            }
+            Self::Damaged { .. } => {
+                "delete the dataset (in a cache: this folder) and make or download it again with trainer data prepare"
+                    .into()
+            }
+            Self::NoSamples { .. } => "lower data.sequence_length, or prepare more text".into(),
+            Self::Vocabulary { data_vocab, .. } => format!(
+                "set vocab_size in the model's config.json to {data_vocab} or more, or prepare the data with the model's tokenizer"
+            ),
+            Self::Exists { .. } => "give another --out, or --overwrite to replace it".into(),
+            Self::Store { source, .. } => return source.hint(),
+            _ => return None,
+        })
+    }
+}

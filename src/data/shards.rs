@@ -1,0 +1,547 @@
+//! Token shards: the stored form of a prepared dataset, and reading samples from it.
+//!
+//! # Stored layout
+//! ```text
+//! index.json               format, dtype, vocabulary, tokenizer, every shard with tokens, bytes and CRC64-NVME; written last
+//! tokenizer.json           Hugging Face `tokenizers`
+//! train-00000.bin …        token ids, little endian, u16 if the vocabulary has at most 65,536 entries, else u32
+//! validation-00000.bin …   the same, of the documents held out
+//! ```
+//! Documents follow one another, joined by the end-of-text token. A sample is a window of `sequence_length + 1` tokens; the
+//! next one starts `sequence_length` further on, so each token but a shard's first is predicted exactly once. Windows
+//! don't cross the end of a shard, whose last few tokens stay unused.
+//!
+//! # Reading
+//! With positioned reads into a buffer on the stack, not through a memory map: the bytes come from the same page cache, a call
+//! costs a microsecond against milliseconds of compute for the sequence, and a file that is cut short or a disk that fails
+//! is an error that names the file, where a map would kill the process with SIGBUS. It also needs no `unsafe`.
+//!
+//! # Trust
+//! The index is input: names must be exactly those that this program gives, so that none leads out of the folder; counts
+//! are held against file lengths; each token id read is held against the vocabulary.
+
+use std::{
+    fmt,
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::DataError;
+use crate::storage::Crc64;
+
+/// Name of the index.
+pub const INDEX: &str = "index.json";
+/// The index's format that this program writes and reads.
+pub const FORMAT: u32 = 1;
+/// The longest index that is believed: a hundred thousand shards have 15 MiB.
+pub const MAX_INDEX_BYTES: u64 = 64 << 20;
+
+/// Which documents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Split {
+    /// Trained on.
+    Train,
+    /// Held out.
+    Validation,
+}
+
+impl Split {
+    /// Both, in the order of the index.
+    pub const ALL: [Self; 2] = [Self::Train, Self::Validation];
+
+    /// As in file names.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Validation => "validation",
+        }
+    }
+
+    /// Name of the shard with this number.
+    pub fn shard_name(self, number: usize) -> String {
+        format!("{}-{number:05}.bin", self.as_str())
+    }
+
+    /// The number of a shard's name; `None` for anything else.
+    pub fn shard_number(self, name: &str) -> Option<usize> {
+        let digits = name.strip_prefix(self.as_str())?.strip_prefix('-')?.strip_suffix(".bin")?;
+        let number = digits.parse().ok()?;
+        (self.shard_name(number) == name).then_some(number)
+    }
+}
+
+impl fmt::Display for Split {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// How a token id is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenType {
+    /// Two bytes, little endian.
+    U16,
+    /// Four bytes, little endian.
+    U32,
+}
+
+impl TokenType {
+    /// The smallest type for ids below `vocab_size`.
+    pub const fn for_vocabulary(vocab_size: u32) -> Self {
+        if vocab_size <= 1 << 16 { Self::U16 } else { Self::U32 }
+    }
+
+    /// Bytes of one id.
+    pub const fn width(self) -> usize {
+        match self {
+            Self::U16 => 2,
+            Self::U32 => 4,
+        }
+    }
+}
+
+/// `index.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Index {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// How a token id is stored.
+    pub dtype: TokenType,
+    /// Every id is below this.
+    pub vocab_size: u32,
+    /// The token between documents.
+    pub eos_id: u32,
+    /// Checksum over the settings and inputs that this was made from; see [`mod@super::prepare`].
+    pub recipe: String,
+    /// The tokenizer's file.
+    pub tokenizer: FileEntry,
+    /// Training shards, in order.
+    pub train: Vec<ShardEntry>,
+    /// Validation shards, in order.
+    pub validation: Vec<ShardEntry>,
+}
+
+/// A file beside the index.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Its name.
+    pub file: String,
+    /// Its length.
+    pub bytes: u64,
+    /// CRC64-NVME of its bytes.
+    #[serde(with = "crc_text")]
+    pub crc64: Crc64,
+}
+
+/// A shard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardEntry {
+    /// Its file.
+    #[serde(flatten)]
+    pub file: FileEntry,
+    /// Token ids in it.
+    pub tokens: u64,
+}
+
+impl Index {
+    /// Reads and checks an index; `origin` is its file or object, for messages.
+    pub fn parse(bytes: &[u8], origin: &str) -> Result<Self, DataError> {
+        let damaged = |reason: String| DataError::Damaged { file: origin.to_owned(), reason };
+        let index: Self = serde_json::from_slice(bytes).map_err(|error| damaged(format!("not an index: {error}")))?;
+        index.check().map_err(damaged)?;
+        Ok(index)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.format != FORMAT {
+            return Err(format!("format {} is not known; this program reads format {FORMAT}", self.format));
+        }
+        if self.vocab_size == 0 || self.eos_id >= self.vocab_size {
+            return Err(format!("end-of-text id {} is not below vocabulary size {}", self.eos_id, self.vocab_size));
+        }
+        if self.dtype != TokenType::for_vocabulary(self.vocab_size) {
+            return Err(format!("dtype {:?} does not fit vocabulary size {}", self.dtype, self.vocab_size));
+        }
+        if self.tokenizer.file != crate::layout::TOKENIZER {
+            return Err(format!(
+                "tokenizer file is named {:?}, not {:?}",
+                self.tokenizer.file,
+                crate::layout::TOKENIZER
+            ));
+        }
+        // Sums of lengths are made in several places: that none can overflow is settled here.
+        let mut total = self.tokenizer.bytes;
+        for split in Split::ALL {
+            for (number, shard) in self.shards(split).iter().enumerate() {
+                let name = split.shard_name(number);
+                if shard.file.file != name {
+                    return Err(format!("shard {number} of {split} is named {:?}, not {name:?}", shard.file.file));
+                }
+                if shard.tokens.checked_mul(self.dtype.width() as u64) != Some(shard.file.bytes) {
+                    return Err(format!("{name} has {} bytes for {} tokens", shard.file.bytes, shard.tokens));
+                }
+                total = total.checked_add(shard.file.bytes).ok_or("the files have more than 2^64 bytes")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The shards of a split, in order.
+    pub fn shards(&self, split: Split) -> &[ShardEntry] {
+        match split {
+            Split::Train => &self.train,
+            Split::Validation => &self.validation,
+        }
+    }
+
+    /// Tokens of a split.
+    pub fn tokens(&self, split: Split) -> u64 {
+        self.shards(split).iter().map(|shard| shard.tokens).sum()
+    }
+
+    /// Every file beside the index: the tokenizer, then all shards.
+    pub fn files(&self) -> impl Iterator<Item = &FileEntry> {
+        std::iter::once(&self.tokenizer).chain(Split::ALL.into_iter().flat_map(|s| self.shards(s)).map(|s| &s.file))
+    }
+
+    /// The stored form: the same index gives the same bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        // Writing plain numbers and strings to memory can't fail; an empty index would be refused by every reader.
+        let mut bytes = serde_json::to_vec_pretty(self).unwrap_or_default();
+        bytes.push(b'\n');
+        bytes
+    }
+}
+
+/// A CRC as 16 lower-case hex digits.
+pub(super) mod crc_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use crate::storage::Crc64;
+
+    pub fn serialize<S: Serializer>(value: &Crc64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
+    }
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Crc64, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+#[derive(Debug)]
+struct OpenShard {
+    file: File,
+    name: String,
+    tokens: u64,
+}
+
+/// A prepared dataset in a local folder, open for reading. Can be read from several threads at once.
+#[derive(Debug)]
+pub struct Dataset {
+    dir: PathBuf,
+    index: Index,
+    train: Vec<OpenShard>,
+    validation: Vec<OpenShard>,
+}
+
+/// Bytes read at once: a sequence of 4,096 four-byte ids in one call.
+const CHUNK: usize = 16 << 10;
+
+impl Dataset {
+    /// Opens every shard in `dir` and holds its length against the index. Checksums were compared when the files came
+    /// here (see [`ensure_local`](super::ensure_local)).
+    pub fn open(dir: impl AsRef<Path>) -> Result<Self, DataError> {
+        let dir = dir.as_ref();
+        let index = read_index(dir)?;
+        let open_all = |split: Split| -> Result<Vec<OpenShard>, DataError> {
+            index.shards(split).iter().map(|shard| open_shard(dir, shard)).collect()
+        };
+        let (train, validation) = (open_all(Split::Train)?, open_all(Split::Validation)?);
+        Ok(Self { dir: dir.to_owned(), index, train, validation })
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The index.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// How many samples of `sequence_length` predictions a split has; 0 for a length of 0.
+    pub fn samples(&self, split: Split, sequence_length: u32) -> u64 {
+        self.shards(split).iter().map(|shard| samples_in(shard.tokens, u64::from(sequence_length))).sum()
+    }
+
+    /// Fills `tokens`, of length `sequence_length + 1`, with sample `index` of those that [`Dataset::samples`] counts.
+    ///
+    /// The first `sequence_length` tokens are the input, the last `sequence_length` the targets. Allocates nothing.
+    pub fn read_sample(&self, split: Split, index: u64, tokens: &mut [i64]) -> Result<(), DataError> {
+        let length = (tokens.len() as u64).saturating_sub(1);
+        let mut within = index;
+        for shard in self.shards(split) {
+            let here = samples_in(shard.tokens, length);
+            if within < here {
+                return self.read_tokens(shard, within * length, tokens);
+            }
+            within -= here;
+        }
+        Err(DataError::NoSuchSample { split, index, samples: index - within })
+    }
+
+    fn shards(&self, split: Split) -> &[OpenShard] {
+        match split {
+            Split::Train => &self.train,
+            Split::Validation => &self.validation,
+        }
+    }
+
+    fn read_tokens(&self, shard: &OpenShard, first: u64, tokens: &mut [i64]) -> Result<(), DataError> {
+        let width = self.index.dtype.width();
+        let mut buffer = [0_u8; CHUNK];
+        let mut at = first;
+        for part in tokens.chunks_mut(CHUNK / width) {
+            let bytes = &mut buffer[..part.len() * width];
+            // No overflow: the shard's last byte has an offset below 2^64, and the caller stays within its tokens.
+            shard.file.read_exact_at(bytes, at * width as u64).map_err(|source| match source.kind() {
+                std::io::ErrorKind::UnexpectedEof => DataError::Damaged {
+                    file: self.dir.join(&shard.name).display().to_string(),
+                    reason: "has become shorter since it was opened".into(),
+                },
+                _ => DataError::Io { doing: "read", path: self.dir.join(&shard.name), source },
+            })?;
+            match self.index.dtype {
+                TokenType::U16 => {
+                    for (token, bytes) in part.iter_mut().zip(bytes.chunks_exact(2)) {
+                        *token = i64::from(u16::from_le_bytes([bytes[0], bytes[1]]));
+                    }
+                }
+                TokenType::U32 => {
+                    for (token, bytes) in part.iter_mut().zip(bytes.chunks_exact(4)) {
+                        *token = i64::from(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
+                    }
+                }
+            }
+            // An id beyond the embedding's rows would be undefined behaviour or an abort deep inside a kernel.
+            if let Some(place) = part.iter().position(|&token| token >= i64::from(self.index.vocab_size)) {
+                return Err(DataError::Damaged {
+                    file: self.dir.join(&shard.name).display().to_string(),
+                    reason: format!(
+                        "token {} has id {}, the vocabulary has {}",
+                        at + place as u64,
+                        part[place],
+                        self.index.vocab_size
+                    ),
+                });
+            }
+            at += part.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+const fn samples_in(tokens: u64, length: u64) -> u64 {
+    match tokens.saturating_sub(1).checked_div(length) {
+        Some(samples) => samples,
+        None => 0,
+    }
+}
+
+/// Reads and checks `dir/index.json`.
+pub fn read_index(dir: &Path) -> Result<Index, DataError> {
+    let path = dir.join(INDEX);
+    let missing = || DataError::Missing { uri: dir.display().to_string() };
+    let length = match std::fs::metadata(&path) {
+        Ok(metadata) => metadata.len(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Err(missing()),
+        Err(source) => return Err(DataError::Io { doing: "read", path, source }),
+    };
+    if length > MAX_INDEX_BYTES {
+        return Err(DataError::Damaged {
+            file: path.display().to_string(),
+            reason: format!("has {length} bytes, more than the {MAX_INDEX_BYTES} that an index may have"),
+        });
+    }
+    let bytes = std::fs::read(&path).map_err(|source| DataError::Io { doing: "read", path: path.clone(), source })?;
+    Index::parse(&bytes, &path.display().to_string())
+}
+
+fn open_shard(dir: &Path, shard: &ShardEntry) -> Result<OpenShard, DataError> {
+    let path = dir.join(&shard.file.file);
+    let file = File::open(&path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => {
+            DataError::Damaged { file: path.display().to_string(), reason: "is in the index but not there".into() }
+        }
+        _ => DataError::Io { doing: "open", path: path.clone(), source },
+    })?;
+    let length = file.metadata().map_err(|source| DataError::Io { doing: "read", path: path.clone(), source })?.len();
+    if length != shard.file.bytes {
+        return Err(DataError::Damaged {
+            file: path.display().to_string(),
+            reason: format!("has {length} bytes, its index says {}", shard.file.bytes),
+        });
+    }
+    Ok(OpenShard { file, name: shard.file.file.clone(), tokens: shard.tokens })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::{Explain, Kind};
+
+    fn entry(name: &str, body: &[u8]) -> FileEntry {
+        FileEntry { file: name.into(), bytes: body.len() as u64, crc64: Crc64::of(body) }
+    }
+
+    /// A dataset whose shards hold 0, 1, 2, … throughout, in shards of the given numbers of tokens.
+    fn dataset(dir: &Path, vocab_size: u32, shards: &[u64]) -> Index {
+        let dtype = TokenType::for_vocabulary(vocab_size);
+        let mut at = 0_u32;
+        let train = shards
+            .iter()
+            .enumerate()
+            .map(|(number, &tokens)| {
+                let ids = at..at + tokens as u32;
+                at = ids.end;
+                let body: Vec<u8> = ids.flat_map(|id| id.to_le_bytes()[..dtype.width()].to_vec()).collect();
+                let name = Split::Train.shard_name(number);
+                std::fs::write(dir.join(&name), &body).unwrap();
+                ShardEntry { file: entry(&name, &body), tokens }
+            })
+            .collect();
+        std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
+        let index = Index {
+            format: FORMAT,
+            dtype,
+            vocab_size,
+            eos_id: 0,
+            recipe: String::new(),
+            tokenizer: entry("tokenizer.json", b"{}"),
+            train,
+            validation: Vec::new(),
+        };
+        std::fs::write(dir.join(INDEX), index.to_bytes()).unwrap();
+        index
+    }
+
+    #[test]
+    fn windows_overlap_by_one_token_and_stay_within_their_shard() {
+        // Two-byte ids, and four-byte ids.
+        for vocab_size in [65_536, 65_537] {
+            let dir = tempfile::tempdir().unwrap();
+            dataset(dir.path(), vocab_size, &[11, 4, 1, 5, 9]);
+            let data = Dataset::open(dir.path()).unwrap();
+            assert_eq!(data.samples(Split::Train, 4), 2 + 1 + 2);
+            assert_eq!(data.samples(Split::Validation, 4), 0);
+            let mut seen = Vec::new();
+            for index in 0..5 {
+                let mut tokens = [0; 5];
+                data.read_sample(Split::Train, index, &mut tokens).unwrap();
+                assert_eq!(tokens, std::array::from_fn(|i| tokens[0] + i as i64));
+                seen.push(tokens[0]);
+            }
+            assert_eq!(seen, [0, 4, 16, 21, 25]);
+            let error = data.read_sample(Split::Train, 5, &mut [0; 5]).unwrap_err();
+            assert!(matches!(error, DataError::NoSuchSample { index: 5, samples: 5, .. }), "{error}");
+            assert!(data.read_sample(Split::Train, u64::MAX, &mut [0; 5]).is_err());
+            assert!(data.read_sample(Split::Train, 0, &mut [0; 1]).is_err());
+            assert!(data.read_sample(Split::Train, 0, &mut []).is_err());
+        }
+    }
+
+    #[test]
+    fn a_sample_longer_than_the_read_buffer_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        dataset(dir.path(), 70_000, &[60_000]);
+        let data = Dataset::open(dir.path()).unwrap();
+        let mut tokens = vec![0; 20_001];
+        data.read_sample(Split::Train, 1, &mut tokens).unwrap();
+        assert!(tokens.iter().copied().eq(20_000..=40_000));
+    }
+
+    #[test]
+    fn a_token_outside_the_vocabulary_is_caught_when_read() {
+        let dir = tempfile::tempdir().unwrap();
+        dataset(dir.path(), 20, &[15, 15]);
+        let data = Dataset::open(dir.path()).unwrap();
+        data.read_sample(Split::Train, 0, &mut [0; 15]).unwrap();
+        let error = data.read_sample(Split::Train, 1, &mut [0; 15]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Data);
+        let text = error.to_string();
+        assert!(text.contains("train-00001.bin") && text.contains("token 5 has id 20"), "{text}");
+    }
+
+    #[test]
+    fn files_that_differ_from_the_index_are_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path();
+        assert!(matches!(Dataset::open(path).unwrap_err(), DataError::Missing { .. }));
+        dataset(path, 100, &[50]);
+        let data = Dataset::open(path).unwrap();
+        let shard = path.join("train-00000.bin");
+        std::fs::File::options().write(true).open(&shard).unwrap().set_len(60).unwrap();
+        // Cut while open: an error, where a memory map would end the process.
+        assert!(data.read_sample(Split::Train, 0, &mut [0; 30]).is_ok());
+        let error = data.read_sample(Split::Train, 0, &mut [0; 40]).unwrap_err();
+        assert!(error.to_string().contains("shorter"), "{error}");
+        assert!(Dataset::open(path).unwrap_err().to_string().contains("has 60 bytes, its index says 100"));
+        std::fs::remove_file(&shard).unwrap();
+        let error = Dataset::open(path).unwrap_err();
+        assert_eq!(error.kind(), Kind::Data);
+        assert!(error.to_string().contains("not there"), "{error}");
+    }
+
+    #[test]
+    fn a_hostile_index_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let index = dataset(dir.path(), 100, &[50, 7]);
+        let good = String::from_utf8(index.to_bytes()).unwrap();
+        assert_eq!(Index::parse(good.as_bytes(), "x").unwrap(), index);
+        for (from, to) in [
+            ("\"format\": 1", "\"format\": 2"),
+            ("u16", "u32"),
+            ("u16", "f32"),
+            ("\"vocab_size\": 100", "\"vocab_size\": 0"),
+            ("\"vocab_size\": 100", "\"vocab_size\": 70000"),
+            ("\"eos_id\": 0", "\"eos_id\": 100"),
+            ("\"eos_id\": 0", "\"eos_id\": -1"),
+            ("train-00000.bin", "../../etc/passwd"),
+            ("train-00000.bin", "/etc/passwd"),
+            ("train-00000.bin", "train-00001.bin"),
+            ("tokenizer.json", "../tokenizer.json"),
+            ("\"tokens\": 50", "\"tokens\": 51"),
+            ("\"tokens\": 50", "\"tokens\": 9223372036854775858"),
+            ("\"tokens\": 50", "\"tokens\": 1e30"),
+            ("\"bytes\": 2,", "\"bytes\": 18446744073709551615,"),
+            ("\"crc64\": \"", "\"crc64\": \"+"),
+            ("\"train\"", "\"trains\""),
+        ] {
+            let bad = good.replacen(from, to, 1);
+            assert_ne!(bad, good, "{from}");
+            let error = Index::parse(bad.as_bytes(), "the-index").unwrap_err();
+            assert!(error.to_string().contains("the-index"), "{from} -> {to}: {error}");
+        }
+        for bytes in [b"" as &[u8], b"{}", b"null", b"[[[[", &[0xff; 64]] {
+            assert!(Index::parse(bytes, "x").is_err());
+        }
+        File::create(dir.path().join(INDEX)).unwrap().set_len(MAX_INDEX_BYTES + 1).unwrap();
+        assert!(read_index(dir.path()).unwrap_err().to_string().contains("more than"));
+    }
+
+    #[test]
+    fn only_our_own_shard_names_are_shards() {
+        assert_eq!(Split::Train.shard_number("train-00012.bin"), Some(12));
+        assert_eq!(Split::Train.shard_number("train-123456.bin"), Some(123_456));
+        for name in
+            ["train-12.bin", "train-+0012.bin", "a/train-00012.bin", "train-00012.bin.txt", "validation-00000.bin"]
+        {
+            assert_eq!(Split::Train.shard_number(name), None, "{name}");
+        }
+    }
+}

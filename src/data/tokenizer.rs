@@ -1,0 +1,270 @@
+//! The tokenizer: train one, load one, hold its vocabulary against the model's.
+//!
+//! A trained tokenizer is byte-level BPE (Sennrich et al., arXiv 1508.07909; over bytes as in GPT-2), stored as Hugging Face
+//! `tokenizer.json`: special token [`END_OF_TEXT`] has id 0, the 256 bytes follow, then the merges. Any text can be encoded.
+//!
+//! # Determinism
+//! The trainer of `tokenizers` 0.22 keeps its words in randomly seeded hash maps, but what it decides on are sums over
+//! them, and it orders merges by (count, pair); the sample is the same text in the same order. Two queue entries for one
+//! pair can exist only when two pairs spell the same token; repeated trainings on text made of such pairs agreed, and a
+//! test repeats them. The sample is bounded because the trainer counts pairs in 32 bits.
+
+use std::path::Path;
+
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer, TokenizerImpl,
+    models::bpe::{BPE, BpeTrainer},
+    pre_tokenizers::byte_level::ByteLevel,
+};
+
+use super::{DataError, shards::Index};
+
+/// The token between documents, in tokenizers trained here.
+pub const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// Looked for, in this order, in a tokenizer that was made elsewhere.
+const KNOWN_END_TOKENS: [&str; 8] =
+    [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|end▁of▁sentence|>", "[SEP]"];
+
+/// The smallest vocabulary that can be trained: every byte and the end-of-text token.
+pub const MIN_VOCAB: u32 = 257;
+/// The largest vocabulary that can be trained; the largest in use are a quarter of it.
+pub const MAX_VOCAB: u32 = 1 << 20;
+/// The most text that a tokenizer is trained on, bytes: keeps the trainer's 32-bit counts from overflowing.
+pub const MAX_SAMPLE_BYTES: u64 = 512 << 20;
+
+/// A `tokenizer.json` of any size in use is smaller.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+
+/// A tokenizer ready to encode documents.
+pub struct TextTokenizer {
+    tokenizer: Tokenizer,
+    json: Vec<u8>,
+    vocab_size: u32,
+    eos_id: u32,
+}
+
+impl TextTokenizer {
+    /// Trains byte-level BPE on `sample`. `vocab` counts all entries; less text may give fewer.
+    pub fn train<'a>(vocab: u32, sample: impl Iterator<Item = &'a str> + Send) -> Result<Self, DataError> {
+        let name = format!("train:{vocab}");
+        let failed = |reason: String| DataError::Tokenizer { file: name.clone(), reason };
+        if !(MIN_VOCAB..=MAX_VOCAB).contains(&vocab) {
+            return Err(failed(format!("a vocabulary has {MIN_VOCAB} to {MAX_VOCAB} entries")));
+        }
+        let bytes = ByteLevel::new(false, false, true);
+        let mut tokenizer: TokenizerImpl<
+            BPE,
+            NormalizerWrapper,
+            PreTokenizerWrapper,
+            PostProcessorWrapper,
+            DecoderWrapper,
+        > = TokenizerImpl::new(BPE::default());
+        tokenizer.with_pre_tokenizer(Some(bytes)).with_post_processor(Some(bytes)).with_decoder(Some(bytes));
+        let mut trainer = BpeTrainer::builder()
+            .show_progress(false)
+            .vocab_size(vocab as usize)
+            .min_frequency(2)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
+            .build();
+        tokenizer.train(&mut trainer, sample).map_err(|error| failed(error.to_string()))?;
+        let json = tokenizer.to_string(true).map_err(|error| failed(error.to_string()))?;
+        // Loaded from its stored form, so that what encodes here is what anybody else will load.
+        Self::from_json(json.into_bytes(), &name, Some(END_OF_TEXT))
+    }
+
+    /// Loads a `tokenizer.json`. `end_token` names the token to put between documents; `None`: a well-known one.
+    pub fn load(path: &Path, end_token: Option<&str>) -> Result<Self, DataError> {
+        let file = path.display().to_string();
+        let failed = |reason: String| DataError::Tokenizer { file: file.clone(), reason };
+        let length = std::fs::metadata(path).map_err(|error| failed(format!("can't be read: {error}")))?.len();
+        if length > MAX_FILE_BYTES {
+            return Err(failed(format!("has {length} bytes; a tokenizer.json has at most {MAX_FILE_BYTES}")));
+        }
+        let json = std::fs::read(path).map_err(|error| failed(format!("can't be read: {error}")))?;
+        Self::from_json(json, &file, end_token)
+    }
+
+    fn from_json(json: Vec<u8>, file: &str, end_token: Option<&str>) -> Result<Self, DataError> {
+        let failed = |reason: String| DataError::Tokenizer { file: file.to_owned(), reason };
+        let mut tokenizer = Tokenizer::from_bytes(&json)
+            .map_err(|error| failed(format!("is not a tokenizer.json of Hugging Face tokenizers: {error}")))?;
+        let eos_id = match end_token {
+            Some(token) => tokenizer.token_to_id(token).ok_or_else(|| failed(format!("has no token {token:?}")))?,
+            None => KNOWN_END_TOKENS.iter().find_map(|token| tokenizer.token_to_id(token)).ok_or_else(|| {
+                failed(format!("has none of the end-of-text tokens {KNOWN_END_TOKENS:?}; name it with --eos-token"))
+            })?,
+        };
+        // Ids may have gaps: the largest one counts, not how many there are.
+        let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
+        let vocab_size = largest.checked_add(1).ok_or_else(|| failed(format!("has a token with id {largest}")))?;
+        // Text that spells a special token is text: it must not be able to forge the end of a document.
+        tokenizer.set_encode_special_tokens(true);
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|error| failed(error.to_string()))?;
+        Ok(Self { tokenizer, json, vocab_size, eos_id })
+    }
+
+    /// Ids of `text`, without any special token.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| DataError::Tokenizer {
+            file: crate::layout::TOKENIZER.into(),
+            reason: error.to_string(),
+        })?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of `ids`.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, DataError> {
+        self.tokenizer
+            .decode(ids, false)
+            .map_err(|error| DataError::Tokenizer { file: crate::layout::TOKENIZER.into(), reason: error.to_string() })
+    }
+
+    /// Every id is below this.
+    pub fn vocab_size(&self) -> u32 {
+        self.vocab_size
+    }
+
+    /// The token between documents.
+    pub fn eos_id(&self) -> u32 {
+        self.eos_id
+    }
+
+    /// The stored form: the loaded file as it was, or the trained tokenizer.
+    pub fn json(&self) -> &[u8] {
+        &self.json
+    }
+}
+
+/// Refuses a model with fewer embeddings than the data has token ids; more are fine (vocabularies are often padded).
+///
+/// `dataset` and `model` name the two, for the message: the dataset's URI, the model's `config.json`.
+pub fn check_vocabulary(index: &Index, dataset: &str, model_vocab: u64, model: &str) -> Result<(), DataError> {
+    if u64::from(index.vocab_size) <= model_vocab {
+        return Ok(());
+    }
+    Err(DataError::Vocabulary {
+        dataset: dataset.to_owned(),
+        data_vocab: index.vocab_size,
+        model: model.to_owned(),
+        model_vocab,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        data::shards::{FORMAT, FileEntry, TokenType},
+        error::{Explain, Kind},
+        storage::Crc64,
+    };
+
+    /// Words over two letters in long runs: many pairs of tokens spell the same third one, the case in which the
+    /// trainer's queue holds a pair twice.
+    fn ambiguous_text() -> Vec<String> {
+        let mut state = 1_u64;
+        let mut random = move |below: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % below
+        };
+        (0..100)
+            .map(|_| {
+                let mut line = String::new();
+                for _ in 0..40 {
+                    (0..=random(24)).for_each(|_| line.push(if random(8) == 0 { 'b' } else { 'a' }));
+                    line.push(' ');
+                }
+                line
+            })
+            .collect()
+    }
+
+    fn train(vocab: u32, texts: &[String]) -> TextTokenizer {
+        TextTokenizer::train(vocab, texts.iter().map(String::as_str)).unwrap()
+    }
+
+    #[test]
+    fn training_gives_the_same_bytes_each_time() {
+        let texts = ambiguous_text();
+        let first = train(2000, &texts);
+        for _ in 0..5 {
+            assert!(train(2000, &texts).json() == first.json(), "two trainings on the same text differ");
+        }
+        assert!(train(2000, &texts[1..]).json() != first.json());
+    }
+
+    #[test]
+    fn any_text_comes_back_and_none_forges_the_end_of_a_document() {
+        let tokenizer = train(300, &ambiguous_text());
+        assert_eq!((tokenizer.eos_id(), tokenizer.vocab_size()), (0, 300));
+        for text in ["aab ab", "  \n\tfn main() {}", "gr\u{fc}n \u{1f980} \0", END_OF_TEXT, "x<|endoftext|>y"] {
+            let ids = tokenizer.encode(text).unwrap();
+            assert!(!ids.contains(&tokenizer.eos_id()), "{text:?} gave the end-of-text token");
+            assert!(ids.iter().all(|&id| id < tokenizer.vocab_size()));
+            assert_eq!(tokenizer.decode(&ids).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn a_stored_tokenizer_is_loaded_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        let trained = train(270, &ambiguous_text());
+        std::fs::write(&path, trained.json()).unwrap();
+        let loaded = TextTokenizer::load(&path, None).unwrap();
+        assert_eq!((loaded.json(), loaded.eos_id()), (trained.json(), 0));
+        assert_eq!(TextTokenizer::load(&path, Some("a")).unwrap().eos_id(), trained.encode("a").unwrap()[0]);
+        let error = |path: &Path, end: Option<&str>| TextTokenizer::load(path, end).err().unwrap().to_string();
+        assert!(error(&path, Some("</nope>")).contains("has no token \"</nope>\""));
+        std::fs::write(&path, trained.json().replace_end_token()).unwrap();
+        assert!(error(&path, None).contains("--eos-token"));
+        std::fs::write(&path, b"{\"version\": 3").unwrap();
+        assert!(error(&path, None).contains("is not a tokenizer.json"));
+        assert!(error(&dir.path().join("absent"), None).contains("can't be read"));
+    }
+
+    trait ReplaceEndToken {
+        fn replace_end_token(&self) -> Vec<u8>;
+    }
+    impl ReplaceEndToken for [u8] {
+        fn replace_end_token(&self) -> Vec<u8> {
+            String::from_utf8(self.to_vec()).unwrap().replace(END_OF_TEXT, "<|unheard-of|>").into_bytes()
+        }
+    }
+
+    #[test]
+    fn a_vocabulary_that_cannot_be_is_refused() {
+        for vocab in [0, 256, MAX_VOCAB + 1] {
+            let error = TextTokenizer::train(vocab, ["a"].into_iter()).err().unwrap();
+            assert!(error.to_string().contains("257 to 1048576"), "{error}");
+        }
+        // Little text gives a small vocabulary, not an error.
+        assert_eq!(TextTokenizer::train(5000, ["a"].into_iter()).unwrap().vocab_size(), MIN_VOCAB);
+    }
+
+    #[test]
+    fn a_model_needs_an_embedding_for_every_token() {
+        let index = Index {
+            format: FORMAT,
+            dtype: TokenType::U16,
+            vocab_size: 4096,
+            eos_id: 0,
+            recipe: String::new(),
+            tokenizer: FileEntry { file: "tokenizer.json".into(), bytes: 0, crc64: Crc64(0) },
+            train: vec![],
+            validation: vec![],
+        };
+        assert!(check_vocabulary(&index, "file://./data", 4096, "tiny.json").is_ok());
+        assert!(check_vocabulary(&index, "file://./data", 4224, "tiny.json").is_ok());
+        let error = check_vocabulary(&index, "file://./data", 4095, "tiny.json").unwrap_err();
+        let text = error.to_string();
+        for part in ["file://./data", "4096", "tiny.json", "4095"] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.hint().unwrap().contains("4096"));
+    }
+}

@@ -1,0 +1,93 @@
+//! Which record may be appended to a run in a given state, by whom: the rule book, without I/O.
+
+use super::{
+    record::{Committed, Record},
+    state::{CheckpointStatus, Outcome, RunState},
+};
+use crate::ids::{Generation, NodeId};
+
+/// Why a record may not be appended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The writer's generation is not the newest any more.
+    Fenced {
+        /// Who formed the newest.
+        node: NodeId,
+        /// The newest.
+        generation: Generation,
+    },
+    /// It would contradict the state; a clause that says how.
+    Wrong(String),
+}
+
+/// Whether `record` may be the next one, written by a node that holds (has formed) the generation `held`.
+///
+/// 1. A writer that holds an older generation than the newest is fenced, whatever it writes; so is a record that speaks for
+///    an older generation.
+/// 2. `committed`, `completed` and `failed` are for the holder of the newest generation. Anybody may write `notice` and
+///    `interrupted` for the newest generation, `damaged`, `pruned`, and `formed`.
+/// 3. A (step, generation) pair is committed once. Generations rise. `created` is the first record only.
+/// 4. After `completed` or `failed` only `damaged`, `pruned` and `formed` come.
+/// 5. A generation resumes from a good checkpoint, or from the beginning; it has nodes and workers.
+/// 6. The newest good checkpoint is not pruned, nor the one that the newest generation resumed from while the run is open.
+/// 7. A run completes at a step that is its newest good checkpoint.
+pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Result<(), Refusal> {
+    let wrong = |reason: String| Err(Refusal::Wrong(reason));
+    let speaks_for = match record {
+        Record::Committed(Committed { generation, .. })
+        | Record::Notice { generation, .. }
+        | Record::Interrupted { generation, .. }
+        | Record::Completed { generation, .. }
+        | Record::Failed { generation, .. } => Some(*generation),
+        Record::Created { .. } | Record::Formed { .. } | Record::Damaged { .. } | Record::Pruned { .. } => None,
+    };
+    if let Some(newest) = state.formed()
+        && [held, speaks_for].into_iter().flatten().any(|generation| generation < newest.generation)
+    {
+        return Err(Refusal::Fenced { node: newest.node.clone(), generation: newest.generation });
+    }
+    state.consistent(record).map_err(|error| Refusal::Wrong(error.to_string()))?;
+    let ended = match state.outcome() {
+        Outcome::Open => None,
+        Outcome::Completed { .. } => Some("completed"),
+        Outcome::Failed { .. } => Some("failed"),
+    };
+    if let (Some(ended), Some(_)) = (ended, speaks_for) {
+        return wrong(format!("the run has {ended}"));
+    }
+    let must_hold = matches!(record, Record::Committed(_) | Record::Completed { .. } | Record::Failed { .. });
+    if must_hold && held != speaks_for {
+        return wrong("this node has not formed that generation".into());
+    }
+    match record {
+        Record::Formed { roster, world_size, resume, .. } => {
+            if roster.is_empty() || world_size.get() == 0 {
+                return wrong("a generation has nodes and workers".into());
+            }
+            if let Some(point) = resume
+                && state.checkpoint(point.step, point.generation).is_none_or(|c| c.status != CheckpointStatus::Good)
+            {
+                return wrong(format!(
+                    "step {} of generation {} is not a good checkpoint",
+                    point.step, point.generation
+                ));
+            }
+        }
+        Record::Pruned { step, generation } => {
+            let is_it = |point: &super::ResumePoint| point.step == *step && point.generation == *generation;
+            let good = state.checkpoint(*step, *generation).is_some_and(|c| c.status == CheckpointStatus::Good);
+            if state.newest().is_some_and(|newest| is_it(&newest.point())) {
+                return wrong(format!("step {step} of generation {generation} is the newest good checkpoint"));
+            }
+            let resumed = state.formed().and_then(|formed| formed.resume.as_ref());
+            if good && ended.is_none() && resumed.is_some_and(is_it) {
+                return wrong(format!("the newest generation resumed from step {step} of generation {generation}"));
+            }
+        }
+        Record::Completed { step, .. } if state.newest().is_none_or(|newest| newest.committed.step != *step) => {
+            return wrong(format!("step {step} is not the newest good checkpoint"));
+        }
+        _ => {}
+    }
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! What can go wrong with a journal, and what to do about it.
+
+use crate::{
+    error::{Explain, Kind},
+    faults::Injected,
+    ids::{Generation, NodeId, RunId},
+    storage::StorageError,
+};
+
+/// What can go wrong with a journal.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// The run id is taken.
+    #[error("run id {run_id} exists already in store {store}")]
+    Exists {
+        /// The run id.
+        run_id: RunId,
+        /// The store.
+        store: String,
+    },
+    /// There is no such run.
+    #[error("run id {run_id} does not exist in store {store}")]
+    NoSuchRun {
+        /// The run id.
+        run_id: RunId,
+        /// The store.
+        store: String,
+    },
+    /// A record is missing, unreadable, or contradicts those before it.
+    #[error("journal record {object} {reason}")]
+    Damaged {
+        /// The object.
+        object: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A record was written by a newer version of this program.
+    #[error("journal record {object} has format {format}, which this version can't read")]
+    Newer {
+        /// The object.
+        object: String,
+        /// Its format.
+        format: u32,
+    },
+    /// Another node formed a newer generation than the one this writer holds: stop, write nothing more.
+    #[error("fenced: node {node} formed generation {generation} of this run")]
+    Fenced {
+        /// Who formed it.
+        node: NodeId,
+        /// The newest generation.
+        generation: Generation,
+    },
+    /// Another node formed a generation while this one was about to.
+    #[error("node {node} formed generation {generation} of this run first")]
+    Overtaken {
+        /// Who formed it.
+        node: NodeId,
+        /// The newest generation.
+        generation: Generation,
+    },
+    /// A checkpoint was committed, damaged or pruned, or the run ended, while a generation was about to be formed: choose
+    /// its resume point again from the state as it is now.
+    #[error("the run went on while generation {generation} was about to be formed: {what}")]
+    Moved {
+        /// The generation that was not formed.
+        generation: Generation,
+        /// What has happened.
+        what: String,
+    },
+    /// The record would contradict the run's state.
+    #[error("record {record} can't be appended: {reason}")]
+    Refused {
+        /// Its kind.
+        record: &'static str,
+        /// What it contradicts.
+        reason: String,
+    },
+    /// The store failed. After an append the outcome is unknown; appending the same record again settles it.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A crash point asked for an error.
+    #[error(transparent)]
+    Injected(#[from] Injected),
+}
+
+impl Explain for JournalError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Exists { .. } | Self::NoSuchRun { .. } | Self::Newer { .. } => Kind::Config,
+            Self::Damaged { .. } => Kind::Data,
+            Self::Fenced { .. } | Self::Overtaken { .. } => Kind::Fenced,
+            Self::Moved { .. } | Self::Injected(_) => Kind::Unavailable,
+            Self::Refused { .. } => Kind::Bug,
+            Self::Storage(error) => error.kind(),
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::Exists { run_id, .. } => {
+                Some(format!("carry it on with trainer resume --run-id {run_id}, or choose another id"))
+            }
+            Self::NoSuchRun { .. } => Some("trainer runs lists the runs of a store; check --store and --run-id".into()),
+            Self::Newer { .. } => Some("use the version of trainer that wrote it, or a newer one".into()),
+            Self::Damaged { .. } => Some(
+                "nothing has been changed; restore the object from a copy or an older version of it in the bucket"
+                    .into(),
+            ),
+            Self::Fenced { .. } | Self::Overtaken { .. } => {
+                Some("the other node carries this run on; nothing is to be done here".into())
+            }
+            Self::Moved { .. } => Some("try again".into()),
+            Self::Storage(error) => error.hint(),
+            Self::Refused { .. } | Self::Injected(_) => None,
+        }
+    }
+}

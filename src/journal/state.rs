@@ -1,0 +1,419 @@
+//! What a run's journal says, read in order: a pure replay.
+
+use jiff::Timestamp;
+
+use super::record::{Committed, Entry, FORMAT, FormedReason, Record, ResumePoint, RosterEntry};
+use crate::{
+    config::RunConfig,
+    ids::{Generation, NodeId, RunId, Step, WorldSize},
+};
+
+/// Why a record can't stand where it stands; a verb phrase about the record.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Inconsistent(pub(super) String);
+
+/// One formation of the group of nodes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Formation {
+    /// Number of its record.
+    pub number: u64,
+    /// When, by its writer's clock.
+    pub at: Timestamp,
+    /// Who formed it.
+    pub node: NodeId,
+    /// The generation.
+    pub generation: Generation,
+    /// Its nodes, the leader first.
+    pub roster: Vec<RosterEntry>,
+    /// Workers of all nodes.
+    pub world_size: WorldSize,
+    /// The checkpoint that it starts from; `None`: from the beginning.
+    pub resume: Option<ResumePoint>,
+    /// Settings changed for this generation and all later ones.
+    pub overrides: Vec<(String, String)>,
+    /// Why it was formed.
+    pub reason: FormedReason,
+}
+
+/// What a checkpoint is good for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CheckpointStatus {
+    /// Nothing is known against it.
+    Good,
+    /// It was found damaged.
+    Damaged {
+        /// The object and what is wrong with it.
+        reason: String,
+    },
+    /// It is deleted, or about to be.
+    Pruned,
+}
+
+/// One `committed` record and what became of it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Checkpoint {
+    /// Number of its record.
+    pub number: u64,
+    /// When it was committed, by its writer's clock.
+    pub at: Timestamp,
+    /// The record.
+    pub committed: Committed,
+    /// What it is good for now.
+    pub status: CheckpointStatus,
+}
+
+impl Checkpoint {
+    /// Its step and generation.
+    pub fn point(&self) -> ResumePoint {
+        ResumePoint { step: self.committed.step, generation: self.committed.generation }
+    }
+}
+
+/// A warning that was heard.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NoticeHeard {
+    /// Number of its record.
+    pub number: u64,
+    /// When.
+    pub at: Timestamp,
+    /// The generation that heard it.
+    pub generation: Generation,
+    /// What said so.
+    pub source: String,
+    /// Seconds left.
+    pub deadline_s: Option<f64>,
+}
+
+/// The end of a generation before the last step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Interruption {
+    /// Number of its record.
+    pub number: u64,
+    /// When.
+    pub at: Timestamp,
+    /// The generation that ended.
+    pub generation: Generation,
+    /// The last finished step.
+    pub step: Step,
+    /// The newest checkpoint's step.
+    pub committed: Option<Step>,
+    /// What is done again.
+    pub lost_steps: u64,
+    /// Why, and what became of the emergency save.
+    pub verdict: String,
+}
+
+/// How a run stands.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// It has not ended; whether it runs just now only heartbeats say.
+    Open,
+    /// The last step is committed.
+    Completed {
+        /// When.
+        at: Timestamp,
+        /// The generation that finished.
+        generation: Generation,
+        /// The last step.
+        step: Step,
+        /// Its loss.
+        loss: f64,
+    },
+    /// It can't go on without a person.
+    Failed {
+        /// When.
+        at: Timestamp,
+        /// The generation that failed.
+        generation: Generation,
+        /// The last finished step.
+        step: Step,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a run's journal says.
+///
+/// A later `formed` opens a run again that had completed or failed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunState {
+    run_id: RunId,
+    config: RunConfig,
+    created_at: Timestamp,
+    next: u64,
+    last_at: Timestamp,
+    last_node: NodeId,
+    formations: Vec<Formation>,
+    checkpoints: Vec<Checkpoint>,
+    notices: Vec<NoticeHeard>,
+    interruptions: Vec<Interruption>,
+    outcome: Outcome,
+}
+
+impl RunState {
+    /// The state after record 0, which must be the `created` of this very run.
+    pub fn begin(run_id: &RunId, entry: Entry) -> Result<Self, Inconsistent> {
+        check_format(&entry)?;
+        let Record::Created { run_id: found, config } = entry.record else {
+            return Err(Inconsistent(format!("is the first one and says {}, not created", entry.record.kind())));
+        };
+        if found != *run_id {
+            return Err(Inconsistent(format!("belongs to run {found}, not {run_id}: the journal was copied")));
+        }
+        Ok(Self {
+            run_id: found,
+            config: *config,
+            created_at: entry.at,
+            next: 1,
+            last_at: entry.at,
+            last_node: entry.node,
+            formations: Vec::new(),
+            checkpoints: Vec::new(),
+            notices: Vec::new(),
+            interruptions: Vec::new(),
+            outcome: Outcome::Open,
+        })
+    }
+
+    /// Adds the next record; on an error nothing has changed.
+    pub fn apply(&mut self, number: u64, entry: Entry) -> Result<(), Inconsistent> {
+        if number != self.next {
+            return Err(Inconsistent(format!("came where record {} should be", self.next)));
+        }
+        check_format(&entry)?;
+        self.consistent(&entry.record)?;
+        let Entry { at, node, record, .. } = entry;
+        match record {
+            // `consistent` refused it.
+            Record::Created { .. } => {}
+            Record::Formed { generation, roster, world_size, resume, overrides, reason } => {
+                let node = node.clone();
+                self.outcome = Outcome::Open;
+                self.formations.push(Formation {
+                    number,
+                    at,
+                    node,
+                    generation,
+                    roster,
+                    world_size,
+                    resume,
+                    overrides,
+                    reason,
+                });
+            }
+            Record::Committed(committed) => {
+                self.checkpoints.push(Checkpoint { number, at, committed, status: CheckpointStatus::Good });
+            }
+            Record::Notice { generation, source, deadline_s } => {
+                self.notices.push(NoticeHeard { number, at, generation, source, deadline_s });
+            }
+            Record::Interrupted { generation, step, committed, lost_steps, verdict } => {
+                self.interruptions.push(Interruption { number, at, generation, step, committed, lost_steps, verdict });
+            }
+            Record::Damaged { step, generation, reason } => {
+                if let Some(checkpoint) = self.checkpoint_mut(step, generation)
+                    && checkpoint.status == CheckpointStatus::Good
+                {
+                    checkpoint.status = CheckpointStatus::Damaged { reason };
+                }
+            }
+            Record::Pruned { step, generation } => {
+                if let Some(checkpoint) = self.checkpoint_mut(step, generation) {
+                    checkpoint.status = CheckpointStatus::Pruned;
+                }
+            }
+            Record::Completed { generation, step, loss } => {
+                self.outcome = Outcome::Completed { at, generation, step, loss };
+            }
+            Record::Failed { generation, step, reason } => {
+                self.outcome = Outcome::Failed { at, generation, step, reason };
+            }
+        }
+        self.next = number + 1;
+        self.last_at = at;
+        self.last_node = node;
+        Ok(())
+    }
+
+    /// The rules that hold a journal together, whoever writes; what breaks one is neither written nor believed.
+    pub(super) fn consistent(&self, record: &Record) -> Result<(), Inconsistent> {
+        let wrong = |reason: String| Err(Inconsistent(reason));
+        match record {
+            Record::Created { .. } => wrong("says created, which only the first one may".into()),
+            Record::Formed { generation, resume, .. } => {
+                if *generation <= self.generation() {
+                    return wrong(format!("forms generation {generation} after generation {}", self.generation()));
+                }
+                match resume {
+                    Some(point) if self.checkpoint(point.step, point.generation).is_none() => wrong(format!(
+                        "resumes from step {} of generation {}, which was never committed",
+                        point.step, point.generation
+                    )),
+                    _ => Ok(()),
+                }
+            }
+            Record::Committed(Committed { generation, step, .. }) => {
+                self.is_current(*generation)?;
+                if self.checkpoint(*step, *generation).is_some() {
+                    return wrong(format!("commits step {step} of generation {generation} a second time"));
+                }
+                Ok(())
+            }
+            Record::Notice { generation, .. }
+            | Record::Interrupted { generation, .. }
+            | Record::Completed { generation, .. }
+            | Record::Failed { generation, .. } => self.is_current(*generation),
+            Record::Damaged { step, generation, .. } | Record::Pruned { step, generation } => {
+                if self.checkpoint(*step, *generation).is_none() {
+                    return wrong(format!("names step {step} of generation {generation}, which was never committed"));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn is_current(&self, generation: Generation) -> Result<(), Inconsistent> {
+        match self.formed() {
+            Some(formed) if formed.generation == generation => Ok(()),
+            Some(formed) => {
+                Err(Inconsistent(format!("speaks for generation {generation} while {} stands", formed.generation)))
+            }
+            None => Err(Inconsistent(format!("speaks for generation {generation}, and none was formed"))),
+        }
+    }
+
+    /// The run's id.
+    pub fn run_id(&self) -> &RunId {
+        &self.run_id
+    }
+
+    /// The configuration as created, without [`overrides`](Self::overrides).
+    pub fn config(&self) -> &RunConfig {
+        &self.config
+    }
+
+    /// Every `--set` of every generation, oldest first: applied in this order to [`config`](Self::config).
+    pub fn overrides(&self) -> Vec<(String, String)> {
+        self.formations.iter().flat_map(|formation| formation.overrides.iter().cloned()).collect()
+    }
+
+    /// When the run was created.
+    pub fn created_at(&self) -> Timestamp {
+        self.created_at
+    }
+
+    /// The number of the next record, which is how many there are.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// When, and by whom, the newest record was written; for people.
+    pub fn last_activity(&self) -> (Timestamp, &NodeId) {
+        (self.last_at, &self.last_node)
+    }
+
+    /// The newest generation; 0 if none was formed.
+    pub fn generation(&self) -> Generation {
+        self.formed().map_or(Generation(0), |formation| formation.generation)
+    }
+
+    /// The newest formation.
+    pub fn formed(&self) -> Option<&Formation> {
+        self.formations.last()
+    }
+
+    /// All formations, oldest first.
+    pub fn formations(&self) -> &[Formation] {
+        &self.formations
+    }
+
+    /// All checkpoints that were ever committed, in the order in which they were.
+    pub fn checkpoints(&self) -> &[Checkpoint] {
+        &self.checkpoints
+    }
+
+    /// One checkpoint, whatever its status.
+    pub fn checkpoint(&self, step: Step, generation: Generation) -> Option<&Checkpoint> {
+        self.checkpoints.iter().rev().find(|c| c.committed.step == step && c.committed.generation == generation)
+    }
+
+    fn checkpoint_mut(&mut self, step: Step, generation: Generation) -> Option<&mut Checkpoint> {
+        self.checkpoints.iter_mut().rev().find(|c| c.committed.step == step && c.committed.generation == generation)
+    }
+
+    /// All good checkpoints, also those that the run has turned away from, the last committed first: what an explicit
+    /// `--from STEP` may choose from.
+    pub fn good(&self) -> Vec<&Checkpoint> {
+        self.checkpoints.iter().rev().filter(|c| c.status == CheckpointStatus::Good).collect()
+    }
+
+    /// The good checkpoints that the run as it stands consists of, newest first: those of the newest generation, then
+    /// the one that it resumed from and what that generation had committed up to there, and so on back.
+    ///
+    /// What an older generation committed beyond the point that a newer one resumed from is not among them: after
+    /// `resume --from 50` the run is what grew from step 50, even before anything of it is committed.
+    pub fn candidates(&self) -> Vec<&Checkpoint> {
+        let mut found = Vec::new();
+        let mut limit = None;
+        let mut formation = self.formations.last();
+        while let Some(Formation { generation, resume, .. }) = formation {
+            let within = |c: &&Checkpoint| {
+                c.committed.generation == *generation && limit.is_none_or(|limit| c.committed.step <= limit)
+            };
+            let mut own: Vec<_> = self.checkpoints.iter().filter(within).collect();
+            own.sort_by_key(|c| std::cmp::Reverse(c.committed.step));
+            found.extend(own.into_iter().filter(|c| c.status == CheckpointStatus::Good));
+            // Generations rise in the list and a resume point is older than what resumes from it: this ends.
+            formation = resume.as_ref().and_then(|point| {
+                limit = Some(point.step);
+                self.formations.iter().find(|f| f.generation == point.generation && f.generation < *generation)
+            });
+        }
+        found
+    }
+
+    /// The newest good checkpoint of the run as it stands: the first of [`candidates`](Self::candidates).
+    pub fn newest(&self) -> Option<&Checkpoint> {
+        self.candidates().into_iter().next()
+    }
+
+    /// All warnings heard, oldest first.
+    pub fn notices(&self) -> &[NoticeHeard] {
+        &self.notices
+    }
+
+    /// All interruptions, oldest first. A generation that was killed outright has none.
+    pub fn interruptions(&self) -> &[Interruption] {
+        &self.interruptions
+    }
+
+    /// How the run stands.
+    pub fn outcome(&self) -> &Outcome {
+        &self.outcome
+    }
+}
+
+fn check_format(entry: &Entry) -> Result<(), Inconsistent> {
+    if entry.format > FORMAT {
+        return Err(Inconsistent(format!("has format {}, and this version reads up to {FORMAT}", entry.format)));
+    }
+    Ok(())
+}
+
+impl Record {
+    /// Its name in stored records.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Created { .. } => "created",
+            Self::Formed { .. } => "formed",
+            Self::Committed(_) => "committed",
+            Self::Notice { .. } => "notice",
+            Self::Interrupted { .. } => "interrupted",
+            Self::Damaged { .. } => "damaged",
+            Self::Completed { .. } => "completed",
+            Self::Failed { .. } => "failed",
+            Self::Pruned { .. } => "pruned",
+        }
+    }
+}

@@ -1,0 +1,603 @@
+//! The rules, each with what breaks it; then journals on stores that race, fail and lie.
+
+use std::{collections::HashSet, sync::Arc};
+
+use bytes::Bytes;
+
+use super::{testing::*, *};
+use crate::{
+    error::{Explain, Kind},
+    ids::{Generation, NodeId, Step},
+    layout,
+    storage::{
+        Store,
+        faulty::{Fault, Faulty},
+    },
+};
+
+fn points(checkpoints: &[&Checkpoint]) -> Vec<(u64, u64)> {
+    checkpoints.iter().map(|c| (c.committed.step.get(), c.committed.generation.get())).collect()
+}
+
+fn held(generation: u64) -> Option<Generation> {
+    Some(Generation(generation))
+}
+
+// Replay.
+
+#[test]
+fn record_0_must_be_created_and_of_this_run() {
+    let begin = |record| RunState::begin(&run_id(), entry("a", record)).map_err(|e| e.to_string());
+    assert!(begin(created()).is_ok());
+    assert!(begin(formed(1, None)).unwrap_err().contains("not created"));
+    let other = Record::Created { run_id: crate::ids::RunId::new("other").unwrap(), config: Box::new(config()) };
+    assert!(begin(other).unwrap_err().contains("copied"));
+    let newer = Entry { format: FORMAT + 1, ..entry("a", created()) };
+    assert!(RunState::begin(&run_id(), newer).unwrap_err().to_string().contains("format"));
+}
+
+#[test]
+fn what_contradicts_the_records_before_it_is_not_believed() {
+    let base = || vec![formed(1, None), committed(10, 1), formed(3, Some(point(10, 1)))];
+    for (bad, part) in [
+        (created(), "only the first"),
+        (formed(3, None), "after generation 3"),
+        (formed(2, None), "after generation 3"),
+        (formed(4, Some(point(11, 1))), "never committed"),
+        (committed(20, 1), "while 3 stands"),
+        (committed(20, 4), "while 3 stands"),
+        (notice(1, "sigterm"), "while 3 stands"),
+        (interrupted(2), "while 3 stands"),
+        (completed(10, 1), "while 3 stands"),
+        (failed(1), "while 3 stands"),
+        (damaged(11, 1), "never committed"),
+        (pruned(10, 3), "never committed"),
+    ] {
+        let mut state = state(base());
+        let before = state.clone();
+        let error = state.apply(4, entry("a", bad.clone())).unwrap_err().to_string();
+        assert!(error.contains(part), "{bad:?}: {error}");
+        assert_eq!(state, before, "an error changes nothing");
+    }
+    let mut twice = state(base());
+    twice.apply(4, entry("a", committed(20, 3))).unwrap();
+    assert!(twice.apply(5, entry("a", committed(20, 3))).unwrap_err().to_string().contains("a second time"));
+    for number in [0, 3, 5, 7, u64::MAX] {
+        assert!(twice.apply(number, entry("a", notice(3, "x"))).is_err() || number == 5, "{number}");
+    }
+    let mut early = state([]);
+    assert!(early.apply(1, entry("a", committed(1, 1))).unwrap_err().to_string().contains("none was formed"));
+}
+
+#[test]
+fn the_state_is_what_the_records_say() {
+    let state = state([
+        formed(1, None),
+        committed(9, 1),
+        notice(1, "aws-spot"),
+        interrupted(1),
+        formed(2, Some(point(9, 1))),
+        committed(10, 2),
+        committed(11, 2),
+        damaged(11, 2),
+    ]);
+    assert_eq!((state.next(), state.generation()), (9, Generation(2)));
+    assert_eq!(state.formed().unwrap().resume, Some(point(9, 1)));
+    assert_eq!(state.overrides(), [1, 2].map(|g| ("train.steps".to_owned(), g.to_string())));
+    assert_eq!(state.config(), &config());
+    assert_eq!(state.notices()[0].source, "aws-spot");
+    assert_eq!(state.interruptions()[0].lost_steps, 2);
+    assert_eq!(state.newest().unwrap().point(), point(10, 2));
+    assert_eq!(
+        state.checkpoint(Step(11), Generation(2)).unwrap().status,
+        CheckpointStatus::Damaged { reason: "a hole".into() }
+    );
+    assert_eq!(*state.outcome(), Outcome::Open);
+    assert_eq!(state.last_activity().1, &node("a"));
+}
+
+#[test]
+fn the_newest_checkpoint_is_by_number_and_on_the_line_that_the_run_took() {
+    // As text, step 9 would be newer than 100.
+    let numbers = state([formed(1, None), committed(9, 1), committed(100, 1)]);
+    assert_eq!(points(&numbers.candidates()), [(100, 1), (9, 1)]);
+
+    // Turned back to 50: what came after it is not the run any more, even before anything new is committed.
+    let back = [formed(1, None), committed(20, 1), committed(50, 1), committed(90, 1), formed(2, Some(point(50, 1)))];
+    assert_eq!(points(&state(back.clone()).candidates()), [(50, 1), (20, 1)]);
+    assert_eq!(points(&state(back.clone()).good()), [(90, 1), (50, 1), (20, 1)]);
+    let on = back.clone().into_iter().chain([committed(60, 2), formed(3, Some(point(60, 2)))]);
+    assert_eq!(points(&state(on).candidates()), [(60, 2), (50, 1), (20, 1)]);
+
+    // Damage steps back along the line, over generations.
+    let hurt = back.into_iter().chain([committed(60, 2), damaged(60, 2), damaged(50, 1)]);
+    assert_eq!(points(&state(hurt).candidates()), [(20, 1)]);
+
+    // From the beginning means from the beginning.
+    let anew = [formed(1, None), committed(50, 1), formed(2, None)];
+    assert_eq!(points(&state(anew).candidates()), []);
+}
+
+#[test]
+fn a_run_that_ended_is_opened_again_by_forming() {
+    let done = [formed(1, None), committed(9, 1), completed(9, 1)];
+    assert!(matches!(state(done.clone()).outcome(), Outcome::Completed { step: Step(9), .. }));
+    assert_eq!(*state(done.into_iter().chain([formed(2, Some(point(9, 1)))])).outcome(), Outcome::Open);
+    assert!(matches!(state([formed(1, None), failed(1)]).outcome(), Outcome::Failed { .. }));
+}
+
+// The rule book.
+
+#[test]
+fn an_older_holder_is_fenced_whatever_it_writes() {
+    let state = state([formed(1, None), committed(9, 1), formed(2, Some(point(9, 1)))]);
+    let fenced = Err(Refusal::Fenced { node: node("a"), generation: Generation(2) });
+    for record in
+        [committed(10, 1), notice(1, "x"), interrupted(1), completed(9, 1), failed(1), damaged(9, 1), formed(3, None)]
+    {
+        assert_eq!(admit(&state, held(1), &record), fenced, "{record:?}");
+    }
+    // Even if it claims the newest generation, or never held one and speaks for an older.
+    assert_eq!(admit(&state, held(1), &committed(10, 2)), fenced);
+    assert_eq!(admit(&state, None, &committed(10, 1)), fenced);
+    assert_eq!(admit(&state, held(2), &committed(10, 2)), Ok(()));
+}
+
+#[test]
+fn only_the_holder_commits_and_ends_the_run() {
+    let state = state([formed(1, None), committed(9, 1)]);
+    for record in [committed(10, 1), completed(9, 1), failed(1)] {
+        assert!(matches!(admit(&state, None, &record), Err(Refusal::Wrong(_))), "{record:?}");
+        assert_eq!(admit(&state, held(1), &record), Ok(()), "{record:?}");
+    }
+    for record in [notice(1, "drain"), interrupted(1), damaged(9, 1), formed(2, Some(point(9, 1)))] {
+        assert_eq!(admit(&state, None, &record), Ok(()), "{record:?}");
+    }
+    // Nobody speaks for a generation that is not there.
+    assert!(matches!(admit(&state, held(2), &committed(10, 2)), Err(Refusal::Wrong(_))));
+}
+
+#[test]
+fn nothing_but_housekeeping_follows_the_end() {
+    for end in [completed(20, 1), failed(1)] {
+        let state = state([formed(1, None), committed(9, 1), committed(20, 1), end]);
+        for record in [committed(21, 1), notice(1, "x"), interrupted(1), completed(20, 1), failed(1)] {
+            assert!(matches!(admit(&state, held(1), &record), Err(Refusal::Wrong(_))), "{record:?}");
+        }
+        for record in [damaged(9, 1), pruned(9, 1), formed(2, Some(point(20, 1)))] {
+            assert_eq!(admit(&state, held(1), &record), Ok(()), "{record:?}");
+        }
+    }
+}
+
+#[test]
+fn the_newest_good_checkpoint_and_the_one_resumed_from_are_never_pruned() {
+    let mut records = vec![formed(1, None), committed(5, 1), committed(9, 1), formed(2, Some(point(9, 1)))];
+    let refused = |records: &[Record], record: &Record| {
+        matches!(admit(&state(records.iter().cloned()), None, record), Err(Refusal::Wrong(_)))
+    };
+    assert!(refused(&records, &pruned(9, 1)), "newest and resumed from");
+    assert!(!refused(&records, &pruned(5, 1)));
+    records.push(committed(12, 2));
+    assert!(refused(&records, &pruned(9, 1)), "resumed from");
+    assert!(refused(&records, &pruned(12, 2)), "newest");
+    records.push(damaged(12, 2));
+    assert!(!refused(&records, &pruned(12, 2)), "damaged, so of no use");
+    records.extend([formed(3, Some(point(5, 1))), committed(6, 3)]);
+    assert!(!refused(&records, &pruned(9, 1)), "the line left it behind");
+    assert!(refused(&records, &pruned(5, 1)), "resumed from");
+    records.push(completed(6, 3));
+    assert!(!refused(&records, &pruned(5, 1)), "nothing lives on it");
+    assert!(refused(&records, &pruned(6, 3)), "the result");
+}
+
+#[test]
+fn a_generation_resumes_from_a_good_checkpoint_and_a_run_completes_at_one() {
+    let state = state([formed(1, None), committed(5, 1), committed(9, 1), damaged(9, 1)]);
+    let wrong = |record: &Record| matches!(admit(&state, held(1), record), Err(Refusal::Wrong(_)));
+    assert!(wrong(&formed(2, Some(point(9, 1)))), "damaged");
+    assert!(wrong(&formed(2, Some(point(7, 1)))), "never committed");
+    assert!(!wrong(&formed(2, Some(point(5, 1)))));
+    assert!(wrong(&completed(9, 1)) && wrong(&completed(10, 1)) && !wrong(&completed(5, 1)));
+    let Record::Formed { generation, resume, overrides, reason, .. } = formed(2, None) else { unreachable!() };
+    let world_size = crate::ids::WorldSize(1);
+    assert!(wrong(&Record::Formed { generation, roster: Vec::new(), world_size, resume, overrides, reason }));
+}
+
+// On stores.
+
+async fn on_every_store<F: Future<Output = ()>>(test: impl Fn(Store) -> F) {
+    test(memory()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let uri = format!("file://{}", folder.path().display());
+    test(Store::open(&uri, &settings()).unwrap().folder("run")).await;
+}
+
+#[tokio::test]
+async fn a_run_is_created_once() {
+    on_every_store(|store| async move {
+        let creates = (0..8).map(|i| {
+            let store = store.clone();
+            tokio::spawn(Journal::create(store, node(&format!("n{i}")), run_id(), config()))
+        });
+        let mut won = 0;
+        for result in futures::future::join_all(creates).await {
+            match result.unwrap() {
+                Ok(journal) => {
+                    won += 1;
+                    assert_eq!(journal.state().next(), 1);
+                }
+                Err(error @ JournalError::Exists { .. }) => {
+                    assert_eq!(error.kind(), Kind::Config);
+                    assert!(error.hint().unwrap().contains("trainer resume --run-id run"));
+                }
+                Err(error) => panic!("{error:?}"),
+            }
+        }
+        assert_eq!(won, 1);
+        assert_eq!(opened(&store, "b").await.state().config(), &config());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_run_that_is_not_there_is_told_from_a_damaged_one() {
+    let error = Journal::open(memory(), node("a"), run_id()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Config);
+    assert!(error.hint().unwrap().contains("trainer runs"));
+    assert!(error.to_string().contains("run id run does not exist in store memory:"), "{error}");
+}
+
+#[tokio::test]
+async fn many_writers_lose_nothing_and_leave_no_gap() {
+    const WRITERS: usize = 8;
+    const RECORDS: usize = 12;
+    on_every_store(|store| async move {
+        let mut first = new_run(&store).await;
+        first.form(forming("a", None)).await.unwrap();
+        let writers = (0..WRITERS).map(|writer| {
+            let store = store.clone();
+            tokio::spawn(async move {
+                let mut journal = opened(&store, &format!("n{writer}")).await;
+                let mut numbers = Vec::new();
+                for i in 0..RECORDS {
+                    numbers.push(journal.append(notice(1, &format!("{writer}.{i}"))).await.unwrap());
+                }
+                numbers
+            })
+        });
+        let numbers: Vec<Vec<u64>> =
+            futures::future::join_all(writers).await.into_iter().map(|numbers| numbers.unwrap()).collect();
+        let state = replay(&store, &run_id()).await.unwrap();
+        assert_eq!(state.next() as usize, 2 + WRITERS * RECORDS);
+        let found: HashSet<_> = state.notices().iter().map(|n| n.source.clone()).collect();
+        assert_eq!(found.len(), WRITERS * RECORDS, "none twice, none missing");
+        for (writer, numbers) in numbers.iter().enumerate() {
+            for (i, number) in numbers.iter().enumerate() {
+                let notice = state.notices().iter().find(|n| n.number == *number).unwrap();
+                assert_eq!(notice.source, format!("{writer}.{i}"), "it stands where its writer was told");
+            }
+        }
+        assert_eq!(first.refresh().await.unwrap() as usize, WRITERS * RECORDS);
+        assert_eq!(first.state(), &state);
+        let mut again = entries(&store, &run_id()).await.unwrap().into_iter();
+        let mut replayed = RunState::begin(&run_id(), again.next().unwrap()).unwrap();
+        again.for_each(|entry| replayed.apply(replayed.next(), entry).unwrap());
+        assert_eq!(replayed, state);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_writer_of_an_older_generation_is_fenced() {
+    on_every_store(|store| async move {
+        let mut a = new_run(&store).await;
+        assert_eq!(a.form(forming("a", None)).await.unwrap(), Generation(1));
+        a.append(committed(10, 1)).await.unwrap();
+        let mut b = opened(&store, "b").await;
+        assert_eq!(b.form(forming("b", Some(point(10, 1)))).await.unwrap(), Generation(2));
+
+        for record in [committed(20, 1), notice(1, "late"), failed(1), damaged(10, 1)] {
+            match a.append(record).await {
+                Err(error @ JournalError::Fenced { .. }) => {
+                    assert_eq!(error.kind(), Kind::Fenced);
+                    assert_eq!(error.to_string(), "fenced: node b formed generation 2 of this run");
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(matches!(a.form(forming("a", None)).await, Err(JournalError::Overtaken { .. })));
+        b.append(committed(20, 2)).await.unwrap();
+        assert_eq!(points(&replay(&store, &run_id()).await.unwrap().candidates()), [(20, 2), (10, 1)]);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn of_two_that_form_at_once_one_is_overtaken() {
+    let store = memory();
+    new_run(&store).await;
+    let (mut a, mut b) = (opened(&store, "a").await, opened(&store, "b").await);
+    a.form(forming("a", None)).await.unwrap();
+    match b.form(forming("b", None)).await {
+        Err(JournalError::Overtaken { node, generation }) => {
+            assert_eq!((node, generation), (NodeId::new("a").unwrap(), Generation(1)));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!((b.held(), a.held()), (None, held(1)));
+    // Having looked at a's heartbeat, it may.
+    assert_eq!(b.form(forming("b", None)).await.unwrap(), Generation(2));
+}
+
+#[tokio::test]
+async fn a_resume_point_that_is_no_longer_the_newest_is_not_used() {
+    let store = memory();
+    let mut a = new_run(&store).await;
+    a.form(forming("a", None)).await.unwrap();
+    a.append(committed(10, 1)).await.unwrap();
+    let mut b = opened(&store, "b").await;
+    // b has chosen step 10; before it forms, a commits step 20.
+    a.append(committed(20, 1)).await.unwrap();
+    match b.form(forming("b", Some(point(10, 1)))).await {
+        Err(JournalError::Moved { what, .. }) => assert!(what.contains("committed"), "{what}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(b.state().newest().unwrap().point(), point(20, 1));
+    // A notice changes nothing about the choice.
+    a.append(notice(1, "sigterm")).await.unwrap();
+    assert_eq!(b.form(forming("b", Some(point(20, 1)))).await.unwrap(), Generation(2));
+}
+
+#[tokio::test]
+async fn an_append_whose_answer_was_lost_is_written_once() {
+    let faulty = Faulty::new(|op, _, n| if op == "create" && n % 2 == 1 { Fault::AnswerLost } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings()).folder("run");
+    let mut a = new_run(&store).await;
+    a.form(forming("a", None)).await.unwrap();
+    for step in 1..20 {
+        assert_eq!(a.append(committed(step, 1)).await.unwrap(), step + 1);
+    }
+    let state = replay(&store, &run_id()).await.unwrap();
+    assert_eq!((state.next(), state.checkpoints().len()), (21, 19));
+}
+
+/// A store on which creates number `from` to `to` are done but nothing is heard of them, so that the store's own
+/// settling fails too.
+fn deaf(from: usize, to: usize, fault: Fault) -> (Arc<Faulty>, Store) {
+    let faulty =
+        Faulty::new(move |op, _, n| if op == "create" && (from..to).contains(&n) { fault } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings()).folder("run");
+    (faulty, store)
+}
+
+#[tokio::test]
+async fn an_append_that_failed_can_be_repeated_and_is_written_once() {
+    for (fault, refresh) in
+        [(Fault::AnswerLost, false), (Fault::AnswerLost, true), (Fault::Lost, false), (Fault::Lost, true)]
+    {
+        // Creates 0 and 1 are `created` and `formed`; then one append's five attempts.
+        let (_, store) = deaf(2, 7, fault);
+        let mut a = new_run(&store).await;
+        a.form(forming("a", None)).await.unwrap();
+        let failed = a.append(committed(5, 1)).await.unwrap_err();
+        assert_eq!(failed.kind(), Kind::Unavailable);
+        if refresh {
+            a.refresh().await.unwrap();
+        }
+        assert_eq!(a.append(committed(5, 1)).await.unwrap(), 2, "{fault:?} {refresh}");
+        assert_eq!(a.append(committed(6, 1)).await.unwrap(), 3);
+        assert_eq!(points(&replay(&store, &run_id()).await.unwrap().good()), [(6, 1), (5, 1)]);
+    }
+}
+
+#[tokio::test]
+async fn a_generation_whose_formation_seemed_to_fail_is_held_once_it_is_seen() {
+    let (_, store) = deaf(1, 6, Fault::AnswerLost);
+    let mut a = new_run(&store).await;
+    assert_eq!(a.form(forming("a", None)).await.unwrap_err().kind(), Kind::Unavailable);
+    assert_eq!(a.held(), None);
+    a.refresh().await.unwrap();
+    assert_eq!(a.held(), held(1));
+    a.append(committed(1, 1)).await.unwrap();
+
+    let (_, store) = deaf(1, 6, Fault::AnswerLost);
+    let mut a = new_run(&store).await;
+    a.form(forming("a", None)).await.unwrap_err();
+    assert_eq!(a.form(forming("a", None)).await.unwrap(), Generation(1), "repeated, it is the same one");
+}
+
+#[tokio::test]
+async fn a_dropped_append_is_settled_like_a_lost_answer() {
+    // The create happens, and its future is dropped while it waits for the answer.
+    let faulty = Faulty::new(|op, _, n| if op == "get" && n == 0 { Fault::Hang } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings()).folder("run");
+    let mut a = new_run(&store).await;
+    a.form(forming("a", None)).await.unwrap();
+    let mut b = opened_without_reading(&store).await;
+    // a's number is taken by b, so a's create asks what stands there, and hangs.
+    b.append(notice(1, "b")).await.unwrap();
+    {
+        let append = a.append(notice(1, "a"));
+        tokio::pin!(append);
+        while faulty.count("get") == 0 {
+            assert!(futures::poll!(&mut append).is_pending());
+            tokio::task::yield_now().await;
+        }
+    }
+    assert_eq!(a.append(notice(1, "a")).await.unwrap(), 3);
+    let sources: Vec<_> = replay(&store, &run_id()).await.unwrap().notices().iter().map(|n| n.source.clone()).collect();
+    assert_eq!(sources, ["b", "a"]);
+
+    /// Node b, which has read the records through another door: the faulty one counts.
+    async fn opened_without_reading(store: &Store) -> Journal {
+        let mut journal = Journal::create(memory(), node("b"), run_id(), config()).await.unwrap();
+        journal.form(forming("a", None)).await.unwrap();
+        journal.moved_to(store.clone())
+    }
+}
+
+#[tokio::test]
+async fn a_refused_record_is_not_written() {
+    let store = memory();
+    let mut a = new_run(&store).await;
+    a.form(forming("a", None)).await.unwrap();
+    a.append(committed(5, 1)).await.unwrap();
+    for record in [committed(5, 1), pruned(5, 1), completed(6, 1), created(), formed(2, None)] {
+        let error = a.append(record).await.unwrap_err();
+        assert!(matches!(error, JournalError::Refused { .. }), "{error:?}");
+    }
+    assert_eq!(replay(&store, &run_id()).await.unwrap().next(), 3);
+}
+
+#[tokio::test]
+async fn damage_is_named_by_its_object() {
+    let key = |number| format!("memory:///run/{}", layout::journal_entry(number));
+    let newer = Entry { format: 2, ..entry("a", notice(1, "x")) };
+    let encoded = |entry: &Entry| Bytes::from(serde_json::to_vec(entry).unwrap());
+    let cases: Vec<(u64, Option<Bytes>, &str)> = vec![
+        (0, None, "is missing"),
+        (2, None, "is missing"),
+        (2, Some(Bytes::new()), "not a journal record"),
+        (2, Some(Bytes::from_static(b"\xff\x00garbage")), "not a journal record"),
+        (2, Some(Bytes::from(vec![b'['; 100_000])), "not a journal record"),
+        (2, Some(Bytes::from(vec![b' '; (4 << 20) + 1])), "too large"),
+        (2, Some(encoded(&newer)), "format 2"),
+        (2, Some(encoded(&entry("a", created()))), "only the first"),
+        (2, Some(encoded(&entry("a", committed(9, 7)))), "while 1 stands"),
+        (0, Some(encoded(&entry("a", notice(1, "x")))), "not created"),
+    ];
+    for (number, body, part) in cases {
+        let store = memory();
+        let mut a = new_run(&store).await;
+        a.form(forming("a", None)).await.unwrap();
+        a.append(committed(5, 1)).await.unwrap();
+        a.append(notice(1, "x")).await.unwrap();
+        match body {
+            Some(body) => store.put(&layout::journal_entry(number), body).await.unwrap(),
+            None => store.delete(&layout::journal_entry(number)).await.unwrap(),
+        }
+        let error = replay(&store, &run_id()).await.unwrap_err();
+        let text = crate::error::Error::from(error).to_string();
+        assert!(text.contains(&key(number)) && text.contains(part), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn other_objects_in_the_folder_are_no_records() {
+    let store = memory();
+    new_run(&store).await;
+    for name in ["journal/5.json", "journal/notes.txt", "journal/99999999999999999999.json"] {
+        store.put(name, Bytes::from_static(b"x")).await.unwrap();
+    }
+    assert_eq!(replay(&store, &run_id()).await.unwrap().next(), 1);
+    // But a far number is one, and what lies between is missing.
+    store.put("journal/10000000000000000000.json", Bytes::from_static(b"x")).await.unwrap();
+    let error = replay(&store, &run_id()).await.unwrap_err().to_string();
+    assert!(error.contains("00000000000000000001.json") && error.contains("missing"), "{error}");
+}
+
+#[tokio::test]
+async fn a_run_id_with_leftovers_of_another_journal_is_not_used() {
+    let store = memory();
+    store.put(&layout::journal_entry(3), Bytes::from_static(b"x")).await.unwrap();
+    let error = Journal::create(store, node("a"), run_id(), config()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Data);
+}
+
+#[tokio::test]
+async fn runs_are_the_folders_with_a_first_record() {
+    let root = Store::open("memory://", &settings()).unwrap();
+    assert_eq!(list_runs(&root).await.unwrap(), []);
+    for name in ["b", "a10", "a9"] {
+        let run_id = crate::ids::RunId::new(name).unwrap();
+        Journal::create(root.folder(name), node("a"), run_id, config()).await.unwrap();
+    }
+    root.put("data/shard", Bytes::new()).await.unwrap();
+    root.put(".trainer-probes/journal/00000000000000000000.json", Bytes::new()).await.unwrap();
+    let names: Vec<_> = list_runs(&root).await.unwrap().iter().map(ToString::to_string).collect();
+    assert_eq!(names, ["a10", "a9", "b"]);
+}
+
+// Two writers in every order against a small model.
+
+#[derive(Clone, Copy, Debug)]
+enum Does {
+    Form,
+    Commit,
+    Refresh,
+}
+
+/// The whole protocol in a few lines. A generation is the number of formations before it; who may add is the last
+/// former; nothing is formed by who did not know all that stands. What a writer knows to be wrong it does not try.
+#[derive(Default)]
+struct Model {
+    log: Vec<Does>,
+    seen: [usize; 2],
+    holds: [u64; 2],
+}
+
+impl Model {
+    fn generation(&self, upto: usize) -> u64 {
+        self.log[..upto].iter().filter(|does| matches!(does, Does::Form)).count() as u64
+    }
+
+    fn step(&mut self, who: usize, does: Does) -> bool {
+        let (known, holds) = (self.seen[who], self.holds[who]);
+        let may = |newest: u64| matches!(does, Does::Form) && holds == 0 || holds == newest && holds != 0;
+        let tries = matches!(does, Does::Refresh) || may(self.generation(known));
+        if tries {
+            self.seen[who] = self.log.len();
+        }
+        let newest = self.generation(self.log.len());
+        let done = tries
+            && match does {
+                Does::Refresh => return true,
+                Does::Form => known == self.log.len(),
+                Does::Commit => may(newest),
+            };
+        if done {
+            self.log.push(does);
+            self.seen[who] += 1;
+            if matches!(does, Does::Form) {
+                self.holds[who] = newest + 1;
+            }
+        }
+        done
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(200))]
+    #[test]
+    fn two_writers_in_any_order_do_what_the_model_does(
+        script in proptest::collection::vec((0_usize..2, proptest::sample::select(vec![Does::Form, Does::Commit, Does::Commit, Does::Refresh])), 1..40)
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let store = memory();
+            new_run(&store).await;
+            let mut journals = [opened(&store, "n0").await, opened(&store, "n1").await];
+            let mut model = Model::default();
+            for (step, (who, does)) in script.into_iter().enumerate() {
+                let journal = &mut journals[who];
+                let holds = journal.held().map_or(0, Generation::get);
+                let went_well = match does {
+                    Does::Refresh => journal.refresh().await.map(drop),
+                    Does::Form => {
+                        let resume = journal.state().newest().map(Checkpoint::point);
+                        journal.form(forming(&format!("n{who}"), resume)).await.map(drop)
+                    }
+                    Does::Commit => journal.append(committed(step as u64 + 1, holds)).await.map(drop),
+                };
+                let expected = model.step(who, does);
+                assert_eq!(went_well.is_ok(), expected, "step {step}: n{who} {does:?}: {went_well:?}");
+            }
+            let state = replay(&store, &run_id()).await.unwrap();
+            assert_eq!(state.next() as usize, 1 + model.log.len());
+            assert_eq!(state.generation().get(), model.generation(model.log.len()));
+            let commits = model.log.iter().filter(|does| matches!(does, Does::Commit)).count();
+            assert_eq!(state.checkpoints().len(), commits);
+        });
+    }
+}

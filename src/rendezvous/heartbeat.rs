@@ -1,0 +1,183 @@
+//! A node's sign of life, and how another node reads it.
+//!
+//! Stored layout: `nodes/<node-id>.json`, overwritten by its owner alone, once a second: a counter and where the process runs.
+//! No clock of another machine is believed: a node is dead when *this* process has not seen the counter change for
+//! [`PATIENCE`] of its own monotonic time, or when it is a process of this very machine that the kernel no longer knows.
+//! A heartbeat decides only whether it is polite to form a generation; safety comes from the journal's fencing.
+//!
+//! On a crash the object stays and its counter stands still. A clean exit deletes it.
+
+use std::{path::Path, time::Duration};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
+
+use crate::{
+    ids::NodeId,
+    layout,
+    storage::{StorageError, Store},
+};
+
+/// Time between two beats.
+pub const INTERVAL: Duration = Duration::from_secs(1);
+/// A counter that has not changed for so long belongs to a dead node.
+pub const PATIENCE: Duration = Duration::from_secs(6);
+const LIMIT: u64 = 64 << 10;
+
+/// The stored object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// Version of this layout.
+    pub format: u32,
+    /// The node.
+    pub node: NodeId,
+    /// Rises with every beat.
+    pub counter: u64,
+    /// Where the process runs.
+    pub process: Process,
+}
+
+/// A process, named so that only the same kernel can recognise it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// The kernel's random id of this boot.
+    pub boot_id: String,
+    /// The process id namespace; containers on one machine have their own.
+    pub pid_namespace: String,
+    /// The process id.
+    pub pid: u32,
+    /// Its start, in clock ticks since the boot: process ids are used again.
+    pub started: u64,
+}
+
+impl Process {
+    /// This process.
+    pub fn current() -> Self {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        let pid = std::process::id();
+        Self {
+            boot_id: read("/proc/sys/kernel/random/boot_id"),
+            pid_namespace: std::fs::read_link("/proc/self/ns/pid").map_or_else(|_| String::new(), |p| p.display().to_string()),
+            pid,
+            started: start_time(pid).unwrap_or(0),
+        }
+    }
+
+    /// Whether it is surely gone: it ran under this kernel, in this namespace, and is no longer there.
+    pub fn is_gone(&self) -> bool {
+        let here = Self::current();
+        !self.boot_id.is_empty()
+            && self.boot_id == here.boot_id
+            && self.pid_namespace == here.pid_namespace
+            && start_time(self.pid) != Some(self.started)
+    }
+}
+
+/// Start of a process in clock ticks since the boot: field 22 of `/proc/<pid>/stat` (proc(5)); `None` if there is none, or it is a
+/// zombie, which does nothing any more.
+fn start_time(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
+    // The name in parentheses may hold anything, so count from the last one.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    if fields.next()? == "Z" {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+/// Beats until it is dropped or [`stopped`](Self::stop).
+#[derive(Debug)]
+pub struct Pulse {
+    run: Store,
+    node: NodeId,
+    task: JoinHandle<()>,
+}
+
+impl Pulse {
+    /// Writes the first beat, so that nobody can take the node for dead, then one every [`INTERVAL`].
+    pub async fn start(run: Store, node: NodeId) -> Result<Self, StorageError> {
+        let process = Process::current();
+        beat(&run, &node, &process, 0).await?;
+        let task = tokio::spawn({
+            let (run, node) = (run.clone(), node.clone());
+            async move {
+                let mut interval = tokio::time::interval(INTERVAL);
+                interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+                for counter in 1.. {
+                    interval.tick().await;
+                    if let Err(error) = beat(&run, &node, &process, counter).await {
+                        tracing::debug!(%error, "heartbeat missed");
+                    }
+                }
+            }
+        });
+        Ok(Self { run, node, task })
+    }
+
+    /// Stops beating and takes the heartbeat away: this node is gone, and nobody need wait to learn it.
+    pub async fn stop(self) {
+        self.task.abort();
+        if let Err(error) = self.run.delete(&layout::heartbeat(&self.node)).await {
+            tracing::debug!(%error, "heartbeat not deleted");
+        }
+    }
+}
+
+impl Drop for Pulse {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn beat(run: &Store, node: &NodeId, process: &Process, counter: u64) -> Result<(), StorageError> {
+    let heartbeat = Heartbeat { format: 1, node: node.clone(), counter, process: process.clone() };
+    // A struct of numbers and strings always becomes JSON.
+    let body = serde_json::to_vec(&heartbeat).unwrap_or_default();
+    run.put(&layout::heartbeat(node), Bytes::from(body)).await
+}
+
+async fn read(run: &Store, node: &NodeId) -> Result<Option<Heartbeat>, StorageError> {
+    match run.get(&layout::heartbeat(node), LIMIT).await {
+        // A heartbeat that can't be read says nothing of life.
+        Ok(body) => Ok(serde_json::from_slice(&body).ok()),
+        Err(StorageError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether `node` still lives. Takes up to [`PATIENCE`] when it does not, less when the kernel can tell.
+pub async fn is_alive(run: &Store, node: &NodeId) -> Result<bool, StorageError> {
+    let Some(first) = read(run, node).await? else { return Ok(false) };
+    let begin = tokio::time::Instant::now();
+    loop {
+        if first.process.is_gone() {
+            return Ok(false);
+        }
+        match read(run, node).await? {
+            None => return Ok(false),
+            Some(now) if now.counter != first.counter => return Ok(true),
+            Some(_) if begin.elapsed() >= PATIENCE => return Ok(false),
+            Some(_) => tokio::time::sleep(INTERVAL / 4).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_gone_only_when_this_kernel_says_so() {
+        let me = Process::current();
+        assert!(!me.is_gone());
+        assert!(Process { started: me.started + 1, ..me.clone() }.is_gone(), "the number was given to another process");
+        assert!(!Process { boot_id: "elsewhere".into(), started: 1, ..me.clone() }.is_gone(), "another machine's process");
+        assert!(!Process { pid_namespace: "pid:[1]".into(), started: 1, ..me }.is_gone(), "another container's process");
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        let started = start_time(pid).unwrap_or(1);
+        child.wait().unwrap();
+        assert!(Process { pid, started, ..Process::current() }.is_gone());
+    }
+}

@@ -1,0 +1,130 @@
+//! What this life of the run came to, added up from its events.
+
+use super::{Event, human};
+use crate::ids::Step;
+
+/// Added up over one command; steps that are done twice count twice.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Summary {
+    steps: u64,
+    first: Option<(Step, f64)>,
+    last: Option<(Step, f64)>,
+    /// Where the weights are; goes back at a restart.
+    position: Option<Step>,
+    tokens: f64,
+    step_s: f64,
+    checkpoints: u64,
+    stall_s: f64,
+    lost_steps: u64,
+    ending: Option<&'static str>,
+}
+
+impl Summary {
+    pub fn add(&mut self, event: &Event) {
+        match event {
+            Event::Step { step, loss, tokens_per_s, step_s, .. } => {
+                self.steps += 1;
+                self.first.get_or_insert((*step, *loss));
+                self.last = Some((*step, *loss));
+                self.position = Some(*step);
+                self.tokens += tokens_per_s * step_s;
+                self.step_s += step_s;
+            }
+            Event::Checkpoint { stall_s, .. } => {
+                self.checkpoints += 1;
+                self.stall_s += stall_s;
+            }
+            // A dead worker's group starts again from the newest checkpoint: what lies between is done twice.
+            Event::Formed { resume_step, .. } => {
+                let resumed = resume_step.unwrap_or_default();
+                if let Some(reached) = self.position {
+                    self.lost_steps += reached.get().saturating_sub(resumed.get());
+                }
+                self.position = Some(resumed);
+            }
+            Event::Interrupted { lost_steps, .. } => {
+                self.lost_steps += lost_steps;
+                self.ending = Some("interrupted");
+            }
+            Event::Completed { .. } => self.ending = Some("completed"),
+            Event::Validation { .. }
+            | Event::Upload { .. }
+            | Event::Restored { .. }
+            | Event::Notice { .. }
+            | Event::WorkerDied { .. }
+            | Event::Warning { .. }
+            | Event::Phase { .. } => {}
+        }
+    }
+
+    /// One line; `None` if nothing was trained.
+    #[expect(clippy::cast_precision_loss, reason = "a mean of a count of checkpoints")]
+    pub fn line(&self, wall_s: f64) -> Option<String> {
+        let ((first_step, first), (last_step, last)) = (self.first?, self.last?);
+        let mut parts = vec![
+            format!("{} ({first_step} to {last_step})", human::plural(self.steps, "step")),
+            format!("loss {first:.4} -> {last:.4}"),
+            human::plural(self.checkpoints, "checkpoint"),
+        ];
+        if self.checkpoints > 0 {
+            parts.push(format!("mean stall {}", human::seconds(self.stall_s / self.checkpoints as f64)));
+        }
+        parts.push(format!("{} lost", human::plural(self.lost_steps, "step")));
+        if self.step_s > 0.0 {
+            parts.push(format!("{} tokens/s", human::count(self.tokens / self.step_s)));
+        }
+        parts.push(format!("wall {}", human::seconds(wall_s)));
+        Some(format!("{}: {}", self.ending.unwrap_or("stopped"), parts.join(", ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        ids::{Generation, WorldSize},
+        report::tests::step,
+    };
+
+    #[test]
+    fn events_add_up() {
+        let mut summary = Summary::default();
+        assert_eq!(summary.line(1.0), None);
+        let formed = |generation, resume_step: Option<u64>| Event::Formed {
+            generation: Generation(generation),
+            world_size: WorldSize(2),
+            resume_step: resume_step.map(Step),
+            total_steps: 10,
+        };
+        let checkpoint = |stall_s| Event::Checkpoint {
+            step: Step(2),
+            generation: Generation(1),
+            bytes: 1,
+            stall_s,
+            copy_s: 0.0,
+            durable_s: 0.0,
+        };
+        for event in [
+            formed(1, None),
+            step(1, 5.0),
+            step(2, 4.0),
+            checkpoint(0.010),
+            step(3, 3.0),
+            formed(2, Some(2)),
+            formed(3, Some(2)),
+            step(3, 3.0),
+            checkpoint(0.020),
+            Event::Completed { step: Step(3), loss: 3.0 },
+        ] {
+            summary.add(&event);
+        }
+        assert_eq!(
+            summary.line(61.0).unwrap(),
+            "completed: 4 steps (1 to 3), loss 5.0000 -> 3.0000, 2 checkpoints, mean stall 15.0 ms, 1 step lost, \
+             1.02k tokens/s, wall 61.0 s"
+        );
+        summary.add(&Event::Interrupted { step: Step(3), lost_steps: 2 });
+        assert!(summary.line(1.0).unwrap().starts_with("interrupted: "));
+        assert!(summary.line(1.0).unwrap().contains("3 steps lost"));
+    }
+}

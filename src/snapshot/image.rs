@@ -1,0 +1,261 @@
+//! The shared memory that a snapshot lies in.
+//!
+//! The agent makes an image as a memfd and hands it to its worker by inheritance; both map the same pages. The worker
+//! writes tensor bytes, the agent uploads those very pages: nothing is serialised and nothing copied again. Because the
+//! agent owns the memory, a snapshot outlives the worker that took it.
+//!
+//! Invariants: within one process a range is either lent for writing (as an [`ImageChunk`]) or for reading (as
+//! [`Bytes`]), never both: [`Mapping`] counts what it has lent. Between the two processes the control protocol keeps
+//! the turns: a worker writes a slot between a `SaveOrder` for it and its `Captured` answer, the agent reads it after every
+//! rank's `Captured` and gives it out again only when the upload has ended.
+//!
+//! On a crash of either side the kernel frees the memory with its last mapping. Sealing is not used, because the agent
+//! sizes an image only after the worker has told it what the state is.
+
+use std::{
+    io,
+    ops::Range,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::fs::MemfdFlags;
+
+/// Shared memory that can be handed to a child process.
+#[derive(Debug)]
+pub struct SharedImage {
+    fd: OwnedFd,
+}
+
+impl SharedImage {
+    /// An empty image. `name` shows up in `/proc/<pid>/maps`.
+    pub fn create(name: &str) -> io::Result<Self> {
+        Ok(Self { fd: rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)? })
+    }
+
+    /// An image inherited from the parent process.
+    pub fn inherited(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+
+    /// Sets the size; new pages read as zero, and none is taken from memory before it is touched.
+    pub fn resize(&self, len: u64) -> io::Result<()> {
+        Ok(rustix::fs::ftruncate(&self.fd, len)?)
+    }
+
+    /// A second handle on the same memory.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { fd: self.fd.try_clone()? })
+    }
+
+    /// Maps the whole image for reading and writing.
+    pub fn map(&self) -> io::Result<Mapping> {
+        let len = u64::try_from(rustix::fs::fstat(&self.fd)?.st_size).unwrap_or(0);
+        let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let raw = if len == 0 { None } else { Some(MmapOptions::new().len(len).map_raw(&self.fd)?) };
+        Ok(Mapping {
+            shared: Arc::new(Shared { raw, len, writers: AtomicUsize::new(0), readers: AtomicUsize::new(0) }),
+        })
+    }
+}
+
+impl AsFd for SharedImage {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl From<SharedImage> for OwnedFd {
+    fn from(image: SharedImage) -> Self {
+        image.fd
+    }
+}
+
+#[derive(Debug)]
+struct Shared {
+    raw: Option<MmapRaw>,
+    len: usize,
+    writers: AtomicUsize,
+    readers: AtomicUsize,
+}
+
+impl Shared {
+    fn pointer(&self) -> *mut u8 {
+        self.raw.as_ref().map_or(std::ptr::NonNull::dangling().as_ptr(), MmapRaw::as_mut_ptr)
+    }
+}
+
+/// An image in this process's address space. Dropping it unmaps the memory once nothing lent from it is left.
+#[derive(Debug)]
+pub struct Mapping {
+    shared: Arc<Shared>,
+}
+
+fn busy(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::ResourceBusy, format!("shared image is {what}"))
+}
+
+fn outside(range: &Range<u64>, len: usize) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, format!("bytes {}..{} of a {len}-byte image", range.start, range.end))
+}
+
+impl Mapping {
+    /// Bytes mapped.
+    pub fn len(&self) -> usize {
+        self.shared.len
+    }
+
+    /// Whether the image has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.shared.len == 0
+    }
+
+    /// Takes every page from memory now, so that the first capture does not stop for page faults.
+    pub fn prefault(&self) -> io::Result<()> {
+        match &self.shared.raw {
+            Some(raw) => match raw.advise(memmap2::Advice::PopulateWrite) {
+                // Kernels before 5.14 do not know the advice: the first capture is slower there, no more.
+                Err(error) if error.raw_os_error() == Some(22) => Ok(()),
+                result => result,
+            },
+            None => Ok(()),
+        }
+    }
+
+    fn check(&self, range: &Range<u64>) -> io::Result<(usize, usize)> {
+        let start = usize::try_from(range.start).map_err(|_| outside(range, self.len()))?;
+        let end = usize::try_from(range.end).map_err(|_| outside(range, self.len()))?;
+        if start > end || end > self.len() {
+            return Err(outside(range, self.len()));
+        }
+        Ok((start, end - start))
+    }
+
+    /// Lends disjoint ranges for writing; they must be in ascending order. Refused while anything is lent.
+    pub fn chunks(&self, ranges: &[Range<u64>]) -> io::Result<Vec<ImageChunk>> {
+        if self.shared.readers.load(Ordering::Acquire) != 0 || self.shared.writers.load(Ordering::Acquire) != 0 {
+            return Err(busy("in use"));
+        }
+        let mut end = 0;
+        let mut chunks = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            let (offset, len) = self.check(range)?;
+            if range.start < end {
+                return Err(outside(range, self.len()));
+            }
+            end = range.end;
+            self.shared.writers.fetch_add(1, Ordering::AcqRel);
+            chunks.push(ImageChunk { shared: Arc::clone(&self.shared), offset, len });
+        }
+        Ok(chunks)
+    }
+
+    /// Lends a range for reading, without a copy. Refused while anything is lent for writing.
+    pub fn bytes(&self, range: Range<u64>) -> io::Result<Bytes> {
+        if self.shared.writers.load(Ordering::Acquire) != 0 {
+            return Err(busy("being written"));
+        }
+        let (offset, len) = self.check(&range)?;
+        self.shared.readers.fetch_add(1, Ordering::AcqRel);
+        Ok(Bytes::from_owner(View { shared: Arc::clone(&self.shared), offset, len }))
+    }
+}
+
+/// A range of an image, lent for writing.
+#[derive(Debug)]
+pub struct ImageChunk {
+    shared: Arc<Shared>,
+    offset: usize,
+    len: usize,
+}
+
+impl AsMut<[u8]> for ImageChunk {
+    fn as_mut(&mut self) -> &mut [u8] {
+        // SAFETY: `offset..offset + len` was checked to lie in the mapping, which `shared` keeps alive; chunks are disjoint and
+        // no reader exists while one is lent (`Mapping::chunks`, `Mapping::bytes`), so this is the only reference in this
+        // process; the other process does not touch the slot during a capture (the module's protocol). Any byte is a valid u8.
+        unsafe { std::slice::from_raw_parts_mut(self.shared.pointer().add(self.offset), self.len) }
+    }
+}
+
+impl Drop for ImageChunk {
+    fn drop(&mut self) {
+        self.shared.writers.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+struct View {
+    shared: Arc<Shared>,
+    offset: usize,
+    len: usize,
+}
+
+impl AsRef<[u8]> for View {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: the range was checked to lie in the mapping, which `shared` keeps alive; no chunk is lent for writing while a
+        // view exists, and the worker does not write a slot that is being uploaded (the module's protocol).
+        unsafe { std::slice::from_raw_parts(self.shared.pointer().add(self.offset), self.len) }
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        self.shared.readers.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The size that images and the files in them are aligned to.
+pub fn page_size() -> u64 {
+    rustix::param::page_size() as u64
+}
+
+/// `len` rounded up to whole pages.
+pub const fn round_up(len: u64, page: u64) -> u64 {
+    len.div_ceil(page) * page
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_mappings_see_the_same_bytes_and_turns_are_kept() {
+        let image = SharedImage::create("test").unwrap();
+        image.resize(8192).unwrap();
+        let (worker, agent) = (image.map().unwrap(), image.try_clone().unwrap().map().unwrap());
+        worker.prefault().unwrap();
+        let mut chunks = worker.chunks(&[0..100, 4096..8192]).unwrap();
+        assert!(worker.bytes(0..1).is_err(), "read while lent for writing");
+        assert!(worker.chunks(&[0..1]).is_err(), "lent twice");
+        chunks[0].as_mut().fill(7);
+        chunks[1].as_mut().fill(9);
+        drop(chunks);
+        let bytes = agent.bytes(0..8192).unwrap();
+        assert!(bytes[..100].iter().all(|&b| b == 7) && bytes[100..4096].iter().all(|&b| b == 0));
+        assert!(bytes[4096..].iter().all(|&b| b == 9));
+        let part = bytes.slice(4096..4097);
+        drop(bytes);
+        assert!(agent.chunks(&[0..1]).is_err(), "written while a slice of it is read");
+        drop(part);
+        assert!(agent.chunks(&[0..1]).is_ok());
+    }
+
+    #[test]
+    fn ranges_outside_or_overlapping_are_refused() {
+        let image = SharedImage::create("test").unwrap();
+        image.resize(4096).unwrap();
+        let map = image.map().unwrap();
+        for ranges in [&[0..4097][..], &[0..10, 9..20], &[u64::MAX - 1..u64::MAX], &[4096..u64::MAX]] {
+            assert!(map.chunks(ranges).is_err(), "{ranges:?}");
+        }
+        assert!(map.bytes(1..4097).is_err());
+        // What was lent before the refusal has been given back.
+        assert!(map.bytes(0..4096).is_ok());
+        assert!(SharedImage::create("empty").unwrap().map().unwrap().bytes(0..0).is_ok());
+    }
+}

@@ -1,0 +1,180 @@
+//! A store for tests that does what it is told and then answers something else.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{Arc, Mutex},
+};
+
+use futures::{StreamExt, stream::BoxStream};
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartId, MultipartUpload, ObjectMeta, ObjectStore,
+    ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
+    memory::InMemory,
+    multipart::{MultipartStore, PartId},
+    path::Path,
+};
+
+use super::{Backend, Store, retry::Policy};
+use crate::config::StorageConfig;
+
+/// What becomes of one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Nothing is wrong.
+    Pass,
+    /// It does not reach the store.
+    Lost,
+    /// The store does it, and its answer is lost.
+    AnswerLost,
+    /// 409.
+    Conflict,
+    /// No space is left.
+    Full,
+    /// 403.
+    Denied,
+    /// It never answers.
+    Hang,
+}
+
+/// Of (operation, path, how many such requests came before).
+type Plan = dyn Fn(&str, &str, usize) -> Fault + Send + Sync;
+
+/// A memory store with a plan of faults.
+pub(crate) struct Faulty {
+    pub inner: InMemory,
+    plan: Box<Plan>,
+    seen: Mutex<HashMap<String, usize>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("connection reset by peer")]
+struct Reset;
+
+impl Faulty {
+    pub(crate) fn new(plan: impl Fn(&str, &str, usize) -> Fault + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Self { inner: InMemory::new(), plan: Box::new(plan), seen: Mutex::default() })
+    }
+
+    /// Requests of this operation so far.
+    pub(crate) fn count(&self, operation: &str) -> usize {
+        self.seen.lock().unwrap().get(operation).copied().unwrap_or(0)
+    }
+
+    async fn apply<T>(&self, operation: &str, path: &Path, does: impl Future<Output = Result<T>>) -> Result<T> {
+        let before = {
+            let mut seen = self.seen.lock().unwrap();
+            let count = seen.entry(operation.to_owned()).or_default();
+            *count += 1;
+            *count - 1
+        };
+        let reset = || object_store::Error::Generic {
+            store: "faulty",
+            source: Box::new(object_store::client::HttpError::new(object_store::client::HttpErrorKind::Unknown, Reset)),
+        };
+        let generic = |source| object_store::Error::Generic { store: "faulty", source };
+        match (self.plan)(operation, path.as_ref(), before) {
+            Fault::Pass => does.await,
+            Fault::Lost => Err(reset()),
+            Fault::AnswerLost => {
+                let _ = does.await;
+                Err(reset())
+            }
+            Fault::Conflict => {
+                Err(object_store::Error::AlreadyExists { path: path.to_string(), source: "409 Conflict".into() })
+            }
+            Fault::Full => Err(generic(Box::new(std::io::Error::from_raw_os_error(28)))),
+            Fault::Denied => {
+                Err(object_store::Error::PermissionDenied { path: path.to_string(), source: "403 Forbidden".into() })
+            }
+            Fault::Hang => std::future::pending().await,
+        }
+    }
+}
+
+impl Store {
+    /// A store over `faulty` with pauses short enough for tests.
+    pub(crate) fn faulty(faulty: &Arc<Faulty>, settings: &StorageConfig) -> Self {
+        Self::faulty_with(faulty, settings, Policy::REMOTE.patience)
+    }
+
+    /// The same, with another time for one attempt.
+    pub(crate) fn faulty_with(
+        faulty: &Arc<Faulty>,
+        settings: &StorageConfig,
+        patience: Option<std::time::Duration>,
+    ) -> Self {
+        let policy = Policy {
+            attempts: 5,
+            patience,
+            first_pause: std::time::Duration::from_micros(10),
+            longest_pause: std::time::Duration::from_millis(1),
+            ..Policy::REMOTE
+        };
+        let backend = Backend { objects: faulty.clone(), multipart: Some(faulty.clone()) };
+        Self::assemble(backend, "memory://".into(), String::new(), policy, settings)
+    }
+}
+
+impl fmt::Display for Faulty {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("faulty")
+    }
+}
+impl fmt::Debug for Faulty {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("faulty")
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Faulty {
+    async fn put_opts(&self, path: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        let operation = if options.mode == object_store::PutMode::Create { "create" } else { "put" };
+        self.apply(operation, path, self.inner.put_opts(path, payload, options)).await
+    }
+    async fn put_multipart_opts(&self, path: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
+        self.inner.put_multipart_opts(path, options).await
+    }
+    async fn get_opts(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
+        let operation = if options.head { "head" } else { "get" };
+        self.apply(operation, path, self.inner.get_opts(path, options)).await
+    }
+    fn delete_stream(&self, paths: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+        self.inner.delete_stream(paths)
+    }
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
+        self.inner.list(prefix).boxed()
+    }
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
+        self.inner.list_with_delimiter(prefix).await
+    }
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
+        self.inner.copy_opts(from, to, options).await
+    }
+}
+
+#[async_trait::async_trait]
+impl MultipartStore for Faulty {
+    async fn create_multipart(&self, path: &Path) -> Result<MultipartId> {
+        self.apply("begin", path, self.inner.create_multipart(path)).await
+    }
+    async fn put_part(&self, path: &Path, id: &MultipartId, index: usize, data: PutPayload) -> Result<PartId> {
+        self.apply("part", path, self.inner.put_part(path, id, index, data)).await
+    }
+    async fn complete_multipart(&self, path: &Path, id: &MultipartId, parts: Vec<PartId>) -> Result<PutResult> {
+        let complete = async {
+            match self.inner.complete_multipart(path, id, parts).await {
+                // S3 says it so when the upload was completed before.
+                Err(error) if self.inner.head(path).await.is_ok() => {
+                    Err(object_store::Error::NotFound { path: path.to_string(), source: Box::new(error) })
+                }
+                other => other,
+            }
+        };
+        self.apply("complete", path, complete).await
+    }
+    async fn abort_multipart(&self, path: &Path, id: &MultipartId) -> Result<()> {
+        self.apply("abort", path, self.inner.abort_multipart(path, id)).await
+    }
+}

@@ -1,0 +1,359 @@
+//! A URI and the environment become a backend.
+//!
+//! The environment is a list of variables, so that tests and several stores in one process need not share one. What a
+//! variable means is object_store's affair, but for four things that are ours: CRC64-NVME on every S3 put, requests
+//! unsigned over their body where TLS protects it, plain HTTP only to this machine, and no retries below our own.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use object_store::{
+    ClientOptions, ObjectStore, RetryConfig,
+    aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum, S3ConditionalPut},
+    azure::{AzureConfigKey, MicrosoftAzureBuilder},
+    gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
+    local::LocalFileSystem,
+    memory::InMemory,
+    multipart::MultipartStore,
+};
+use url::{Host, Url};
+
+use super::{Backend, StorageError, retry::Policy};
+
+/// A backend and where its keys begin.
+pub(super) struct Opened {
+    pub backend: Backend,
+    /// URI of the key "", without a trailing `/`.
+    pub root: String,
+    /// Folder within the store; "" for all of it.
+    pub prefix: String,
+    pub policy: Policy,
+}
+
+/// The process's own variables, as far as clouds read them.
+pub(super) fn environment() -> Vec<(String, String)> {
+    let ours =
+        |name: &str| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|p| name.starts_with(p)) || name == "IDENTITY_ENDPOINT";
+    let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+        Some((name.into_string().ok()?, value.into_string().ok()?))
+    };
+    std::env::vars_os().filter_map(text).filter(|(name, _)| ours(name)).collect()
+}
+
+pub(super) fn open(uri: &str, environment: &[(String, String)]) -> Result<Opened, StorageError> {
+    let refuse = |reason: &str| StorageError::InvalidUri { uri: redacted(uri), reason: reason.to_owned() };
+    let Some((scheme, rest)) = uri.split_once("://") else {
+        return Err(refuse("has no scheme"));
+    };
+    if uri.chars().any(char::is_control) {
+        return Err(refuse("has a control character"));
+    }
+    if scheme == "file" {
+        return open_file(rest, &refuse);
+    }
+    if rest.contains(['?', '#']) {
+        return Err(refuse("has options: they are taken from the environment"));
+    }
+    let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+    if authority.contains('@') {
+        return Err(refuse("has credentials in it"));
+    }
+    let prefix = path.trim_matches('/');
+    if object_store::path::Path::parse(prefix).is_err() {
+        return Err(refuse("has a path that is not a plain folder"));
+    }
+    if scheme == "memory" {
+        if !authority.is_empty() {
+            return Err(refuse("has a host: a store in memory has none"));
+        }
+        let memory = Arc::new(InMemory::new());
+        let backend = Backend { objects: memory.clone(), multipart: Some(memory) };
+        return Ok(Opened { backend, root: "memory://".into(), prefix: prefix.into(), policy: Policy::LOCAL });
+    }
+    if authority.is_empty() {
+        return Err(refuse("names no bucket"));
+    }
+    if !authority.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.')) {
+        return Err(refuse("has a bucket name with a character other than letters, digits, '-', '_' and '.'"));
+    }
+    let backend = match scheme {
+        "s3" => s3(authority, environment),
+        "gs" => gcs(authority, environment),
+        "az" => azure(authority, environment),
+        _ => return Err(refuse("has a scheme that is not known")),
+    };
+    let backend = backend.map_err(|reason| refuse(&reason))?;
+    Ok(Opened { backend, root: format!("{scheme}://{authority}"), prefix: prefix.into(), policy: Policy::REMOTE })
+}
+
+/// `./runs`, `runs` or `/data/runs`; what follows `file://` is a path as typed, not percent-encoded.
+fn open_file(path: &str, refuse: &dyn Fn(&str) -> StorageError) -> Result<Opened, StorageError> {
+    if path.is_empty() {
+        return Err(refuse("names no folder"));
+    }
+    if path.starts_with('~') {
+        return Err(refuse("begins with '~', which only a shell expands: write the whole path"));
+    }
+    let failed = |doing: &str, error: &std::io::Error| match error.kind() {
+        std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => StorageError::Permission {
+            operation: "creation",
+            key: format!("file://{path}"),
+            source: error.to_string().into(),
+        },
+        _ => refuse(&format!("{doing}: {error}")),
+    };
+    std::fs::create_dir_all(path).map_err(|error| failed("names a folder that can't be made", &error))?;
+    let absolute: PathBuf =
+        std::fs::canonicalize(path).map_err(|error| failed("names a folder that can't be found", &error))?;
+    let Some(text) = absolute.to_str() else {
+        return Err(refuse("leads to a path that is not UTF-8"));
+    };
+    let local = LocalFileSystem::new_with_prefix(&absolute)
+        .map_err(|error| refuse(&format!("can't be opened: {error}")))?
+        .with_fsync(true);
+    let root = format!("file://{}", text.trim_end_matches('/'));
+    let backend = Backend { objects: Arc::new(local), multipart: None };
+    Ok(Opened { backend, root, prefix: String::new(), policy: Policy::LOCAL })
+}
+
+fn shared<T: ObjectStore + MultipartStore>(store: T) -> Backend {
+    let store = Arc::new(store);
+    Backend { objects: store.clone(), multipart: Some(store) }
+}
+
+/// Retries are made one level up; see [`super::retry`].
+fn no_retries() -> RetryConfig {
+    RetryConfig { max_retries: 0, ..RetryConfig::default() }
+}
+
+/// Time-outs of whole requests are made one level up too, since they depend on the request's size.
+fn client_options(plain_http: bool) -> ClientOptions {
+    ClientOptions::new()
+        .with_timeout_disabled()
+        .with_connect_timeout(Duration::from_secs(5))
+        .with_pool_idle_timeout(Duration::from_secs(30))
+        .with_allow_http(plain_http)
+}
+
+/// Variables that `T` knows, by its own names for them.
+fn known<'a, T: std::str::FromStr>(
+    environment: &'a [(String, String)],
+    start: &'a str,
+) -> impl Iterator<Item = (T, &'a str)> {
+    environment
+        .iter()
+        .filter(move |(name, _)| name.starts_with(start))
+        .filter_map(|(name, value)| Some((name.to_ascii_lowercase().parse().ok()?, value.as_str())))
+}
+
+fn variable<'a>(environment: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    environment.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str()).filter(|value| !value.is_empty())
+}
+
+/// Takes user and password out of an endpoint; says whether it is plain HTTP, which is refused unless it is to this
+/// machine.
+fn check_endpoint(endpoint: &str) -> Result<(String, bool), String> {
+    let mut url = Url::parse(endpoint).map_err(|error| format!("has an endpoint that is not a URL: {error}"))?;
+    // Both can only fail for URLs without a host, refused below.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
+    let loopback = match url.host() {
+        Some(Host::Domain(name)) => name == "localhost",
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.is_loopback(),
+        None => return Err("has an endpoint without a host".into()),
+    };
+    let plain = match url.scheme() {
+        "https" => false,
+        "http" if loopback => true,
+        "http" => return Err(format!("has the unencrypted endpoint http://{}", url.host_str().unwrap_or_default())),
+        _ => return Err("has an endpoint that is neither https nor http".into()),
+    };
+    Ok((url.as_str().trim_end_matches('/').to_owned(), plain))
+}
+
+fn s3(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String> {
+    let mut builder = AmazonS3Builder::new();
+    for (key, value) in known::<AmazonS3ConfigKey>(environment, "AWS_") {
+        // An empty variable is one that is not set.
+        if !value.is_empty() && !matches!(key, AmazonS3ConfigKey::Client(_)) {
+            builder = builder.with_config(key, value);
+        }
+    }
+    // What AWS's own tools call these.
+    if let Some(endpoint) = variable(environment, "AWS_EC2_METADATA_SERVICE_ENDPOINT") {
+        builder = builder.with_metadata_endpoint(endpoint.trim_end_matches('/'));
+    }
+    let endpoint =
+        ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"].iter().find_map(|name| variable(environment, name));
+    let mut plain = false;
+    if let Some(endpoint) = endpoint {
+        let (endpoint, plain_http) = check_endpoint(endpoint)?;
+        plain = plain_http;
+        builder = builder
+            .with_config(AmazonS3ConfigKey::Endpoint, &endpoint)
+            .with_config(AmazonS3ConfigKey::S3Endpoint, endpoint);
+        if plain {
+            builder = builder.with_virtual_hosted_style_request(false);
+        }
+    }
+    let has_source = [
+        "AWS_ACCESS_KEY_ID",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "AWS_SKIP_SIGNATURE",
+    ]
+    .iter()
+    .any(|name| variable(environment, name).is_some());
+    if !has_source && variable(environment, "AWS_EC2_METADATA_DISABLED").is_some_and(|v| v.eq_ignore_ascii_case("true"))
+    {
+        return Err("has no credentials: none are in the environment, and AWS_EC2_METADATA_DISABLED is set".into());
+    }
+    let store = builder
+        .with_bucket_name(bucket)
+        .with_client_options(client_options(plain))
+        .with_retry(no_retries())
+        .with_checksum_algorithm(Checksum::CRC64NVME)
+        .with_conditional_put(S3ConditionalPut::ETagMatch)
+        // A single DELETE is understood everywhere; the bulk form is not.
+        .with_disable_bulk_delete(true)
+        // Over TLS the body needs no signature; the CRC covers it end to end. Without TLS, on this machine, likewise.
+        .with_unsigned_payload(true)
+        .build()
+        .map_err(|error| format!("can't be opened: {error}"))?;
+    Ok(shared(store))
+}
+
+fn gcs(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String> {
+    let mut builder = GoogleCloudStorageBuilder::new();
+    let mut plain = false;
+    for (key, value) in known::<GoogleConfigKey>(environment, "GOOGLE_") {
+        match key {
+            GoogleConfigKey::Client(_) => {}
+            GoogleConfigKey::BaseUrl => {
+                let (endpoint, plain_http) = check_endpoint(value)?;
+                plain = plain_http;
+                builder = builder.with_config(GoogleConfigKey::BaseUrl, endpoint);
+            }
+            _ if value.is_empty() => {}
+            _ => builder = builder.with_config(key, value),
+        }
+    }
+    let store = builder
+        .with_bucket_name(bucket)
+        .with_client_options(client_options(plain))
+        .with_retry(no_retries())
+        .build()
+        .map_err(|error| format!("can't be opened: {error}"))?;
+    Ok(shared(store))
+}
+
+fn azure(container: &str, environment: &[(String, String)]) -> Result<Backend, String> {
+    let mut builder = MicrosoftAzureBuilder::new();
+    let mut plain = false;
+    for (key, value) in known::<AzureConfigKey>(environment, "AZURE_") {
+        match key {
+            AzureConfigKey::Client(_) => {}
+            AzureConfigKey::Endpoint => {
+                let (endpoint, plain_http) = check_endpoint(value)?;
+                plain = plain_http;
+                builder = builder.with_config(AzureConfigKey::Endpoint, endpoint);
+            }
+            _ if value.is_empty() => {}
+            _ => builder = builder.with_config(key, value),
+        }
+    }
+    if let Some(endpoint) = variable(environment, "IDENTITY_ENDPOINT") {
+        builder = builder.with_msi_endpoint(endpoint);
+    }
+    let store = builder
+        .with_container_name(container)
+        .with_client_options(client_options(plain))
+        .with_retry(no_retries())
+        .build()
+        .map_err(|error| format!("can't be opened: {error}"))?;
+    Ok(shared(store))
+}
+
+/// The URI without user, password, query and fragment.
+fn redacted(uri: &str) -> String {
+    let uri: String = uri.chars().filter(|c| !c.is_control()).take(300).collect();
+    let Some((scheme, rest)) = uri.split_once("://") else { return uri };
+    if scheme == "file" {
+        return uri;
+    }
+    let rest = rest.split(['?', '#']).next().unwrap_or_default();
+    let (authority, path) = rest.split_once('/').map_or((rest, None), |(a, p)| (a, Some(p)));
+    let host = authority.rsplit('@').next().unwrap_or_default();
+    path.map_or_else(|| format!("{scheme}://{host}"), |path| format!("{scheme}://{host}/{path}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+        pairs.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect()
+    }
+    fn error(uri: &str, pairs: &[(&str, &str)]) -> String {
+        match open(uri, &env(pairs)) {
+            Ok(_) => panic!("{uri} was opened"),
+            Err(error) => crate::error::Error::from(error).to_string(),
+        }
+    }
+    const KEYS: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "hunter2")];
+
+    #[test]
+    fn uris_that_make_no_sense_are_refused_with_a_reason() {
+        for (uri, part) in [
+            ("runs", "has no scheme"),
+            ("ftp://x/y", "not known"),
+            ("s3://", "names no bucket"),
+            ("s3:///x", "names no bucket"),
+            ("s3://b/../x", "not a plain folder"),
+            ("s3://b/a//x", "not a plain folder"),
+            ("s3://b/x?region=y", "options"),
+            ("s3://b\n/x", "control character"),
+            ("memory://host/x", "has a host"),
+            ("file://", "names no folder"),
+            ("file://~/runs", "'~'"),
+        ] {
+            let said = error(uri, &KEYS);
+            assert!(said.contains(part), "{uri}: {said}");
+        }
+    }
+
+    #[test]
+    fn no_secret_is_in_an_error() {
+        let said = error("s3://me:hunter2@bucket/x", &KEYS);
+        assert!(said.contains("credentials") && !said.contains("hunter2"), "{said}");
+        let endpoint = [KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", "http://me:hunter2@example.com:9000/")];
+        let said = error("s3://bucket/x", &endpoint);
+        assert!(said.contains("example.com") && !said.contains("hunter2"), "{said}");
+    }
+
+    #[test]
+    fn plain_http_is_for_this_machine_only() {
+        for endpoint in ["http://127.0.0.1:9000", "http://localhost:9000/", "http://[::1]:9", "https://example.com"] {
+            assert!(open("s3://b/x", &env(&[KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", endpoint)])).is_ok(), "{endpoint}");
+        }
+        for endpoint in
+            ["http://example.com", "http://10.0.0.1", "http://localhost.example.com", "ftp://127.0.0.1", "x"]
+        {
+            let said =
+                error("s3://b/x", &[KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", endpoint), ("AWS_ALLOW_HTTP", "true")]);
+            assert!(said.contains("endpoint"), "{endpoint}: {said}");
+        }
+        assert_eq!(check_endpoint("http://u:p@127.0.0.1:9000/").unwrap(), ("http://127.0.0.1:9000".to_owned(), true));
+        for (name, uri) in [("GOOGLE_BASE_URL", "gs://b/x"), ("AZURE_ENDPOINT", "az://b/x")] {
+            let said = error(uri, &[(name, "http://example.com")]);
+            assert!(said.contains("unencrypted"), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_machine_without_credentials_hears_so_at_once() {
+        let said = error("s3://bucket", &[("AWS_EC2_METADATA_DISABLED", "true")]);
+        assert!(said.contains("no credentials"), "{said}");
+    }
+}

@@ -1,0 +1,401 @@
+//! What is tried again, how often, and how an error is put for people.
+//!
+//! An attempt is given up when no answer came within a time that grows with its bytes and doubles with each attempt, so
+//! that a stalled connection is noticed soon and a thin link still gets through. Attempts end when one succeeds, when an
+//! answer can't change (not found, permission), when there were too many, or when the budget of time is used up.
+
+use std::{
+    error::Error as StdError,
+    future::Future,
+    time::{Duration, Instant},
+};
+
+use backon::BackoffBuilder;
+use tokio::sync::Semaphore;
+
+use super::StorageError;
+
+/// How much is tried.
+#[derive(Clone, Debug)]
+pub(super) struct Policy {
+    /// Attempts in all.
+    pub attempts: usize,
+    /// Attempts where credentials can't be had: on a machine without any, people should not wait long to hear it.
+    pub credential_attempts: usize,
+    /// The first pause; it doubles, with jitter.
+    pub first_pause: Duration,
+    /// The longest pause.
+    pub longest_pause: Duration,
+    /// No attempt begins later than this after the first.
+    pub budget: Duration,
+    /// Time for an attempt without a body; `None`: no limit (a local disk always answers).
+    pub patience: Option<Duration>,
+    /// More time for every MiB.
+    pub patience_per_mib: Duration,
+}
+
+impl Policy {
+    /// Over a network.
+    pub(super) const REMOTE: Self = Self {
+        attempts: 10,
+        credential_attempts: 3,
+        first_pause: Duration::from_millis(100),
+        longest_pause: Duration::from_secs(10),
+        budget: Duration::from_secs(300),
+        patience: Some(Duration::from_secs(15)),
+        patience_per_mib: Duration::from_secs(2),
+    };
+    /// In this machine: nothing is gained by asking again.
+    pub(super) const LOCAL: Self = Self { attempts: 1, patience: None, ..Self::REMOTE };
+}
+
+/// What an error means for the next step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// May go away by itself.
+    Transient,
+    /// Credentials can't be had just now, or never.
+    Credentials,
+    NotFound,
+    Permission,
+    Full,
+    NoBucket,
+    /// Asking again gives the same answer.
+    Permanent,
+}
+
+/// An operation that failed for good.
+#[derive(Debug)]
+pub(super) struct Failure {
+    pub verdict: Verdict,
+    operation: &'static str,
+    cause: Cause,
+}
+
+impl Failure {
+    pub(super) fn new(operation: &'static str, error: &object_store::Error) -> Self {
+        Self { verdict: classify(error), operation, cause: Cause::of(error) }
+    }
+
+    /// Of our own making: the runtime is shutting down.
+    pub(super) fn stopped(operation: &'static str) -> Self {
+        Self { verdict: Verdict::Permanent, operation, cause: Cause("the program is stopping".into()) }
+    }
+
+    /// Of our own making: worth another try.
+    pub(super) fn transient(operation: &'static str, cause: &str) -> Self {
+        Self { verdict: Verdict::Transient, operation, cause: Cause(cause.to_owned()) }
+    }
+
+    pub(super) fn is_not_found(&self) -> bool {
+        self.verdict == Verdict::NotFound
+    }
+
+    /// "Not found" was said of something else than the object that is being written.
+    pub(super) fn not_of_the_object(mut self) -> Self {
+        if self.is_not_found() {
+            self.verdict = Verdict::Permanent;
+        }
+        self
+    }
+
+    /// The error that the caller of the store gets.
+    pub(super) fn explain(self, uri: &str) -> StorageError {
+        let (operation, key, source) = (self.operation, uri.to_owned(), Box::new(self.cause));
+        match self.verdict {
+            Verdict::NotFound => StorageError::NotFound { key },
+            Verdict::Permission | Verdict::Credentials => StorageError::Permission { operation, key, source },
+            Verdict::Full => StorageError::Full { operation, key, source },
+            Verdict::NoBucket => StorageError::NoBucket { operation, key, source },
+            Verdict::Transient | Verdict::Permanent => StorageError::Unavailable { operation, key, source },
+        }
+    }
+}
+
+/// One operation, tried as often as the policy says.
+pub(super) struct Attempts<'a> {
+    policy: &'a Policy,
+    queue: &'a Semaphore,
+    operation: &'static str,
+    patience: Option<Duration>,
+}
+
+impl<'a> Attempts<'a> {
+    /// `bytes`: the most that go over the wire in one attempt.
+    pub(super) fn new(policy: &'a Policy, queue: &'a Semaphore, operation: &'static str, bytes: u64) -> Self {
+        let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
+        let patience = policy.patience.map(|base| base.saturating_add(policy.patience_per_mib.saturating_mul(mib)));
+        Self { policy, queue, operation, patience }
+    }
+
+    /// For an operation that takes many requests in a row.
+    pub(super) fn slow(mut self) -> Self {
+        self.patience = self.patience.map(|patience| patience.saturating_mul(8));
+        self
+    }
+
+    /// Runs `request` until it succeeds or there is no point in going on.
+    pub(super) async fn run<T, F, R>(&self, mut request: F) -> Result<T, Failure>
+    where
+        F: FnMut() -> R,
+        R: Future<Output = object_store::Result<T>>,
+    {
+        let started = Instant::now();
+        let mut pauses = backon::ExponentialBuilder::default()
+            .with_min_delay(self.policy.first_pause)
+            .with_max_delay(self.policy.longest_pause)
+            .with_max_times(self.policy.attempts.saturating_sub(1))
+            .with_jitter()
+            .build();
+        let mut patience = self.patience;
+        for attempt in 1_usize.. {
+            let failure = match self.once(&mut request, patience).await {
+                Ok(value) => return Ok(value),
+                Err(failure) => failure,
+            };
+            let allowed = match failure.verdict {
+                Verdict::Transient => self.policy.attempts,
+                Verdict::Credentials => self.policy.credential_attempts.min(self.policy.attempts),
+                _ => 1,
+            };
+            let Some(pause) = pauses.next().filter(|_| attempt < allowed && started.elapsed() < self.policy.budget)
+            else {
+                return Err(failure);
+            };
+            // The cause is already free of secrets.
+            tracing::info!(operation = self.operation, attempt, pause_s = pause.as_secs_f64(), cause = %failure.cause,
+                "store request failed, trying again");
+            tokio::time::sleep(pause).await;
+            patience =
+                patience.zip(self.patience).map(|(now, first)| now.saturating_mul(2).min(first.saturating_mul(8)));
+        }
+        Err(Failure::stopped(self.operation))
+    }
+
+    async fn once<T, F, R>(&self, request: &mut F, patience: Option<Duration>) -> Result<T, Failure>
+    where
+        F: FnMut() -> R,
+        R: Future<Output = object_store::Result<T>>,
+    {
+        let Ok(_permit) = self.queue.acquire().await else { return Err(Failure::stopped(self.operation)) };
+        let answer = match patience {
+            None => request().await,
+            Some(patience) => match tokio::time::timeout(patience, request()).await {
+                Ok(answer) => answer,
+                Err(_) => {
+                    let cause = format!("no answer within {:.0} s", patience.as_secs_f64());
+                    return Err(Failure::transient(self.operation, &cause));
+                }
+            },
+        };
+        answer.map_err(|error| Failure::new(self.operation, &error))
+    }
+}
+
+/// Two writes met and neither stands: ask again.
+#[derive(Debug, thiserror::Error)]
+#[error("a conflicting write was under way")]
+struct Conflict(#[source] Box<object_store::Error>);
+
+/// Fewer bytes came than were announced or asked for.
+#[derive(Debug, thiserror::Error)]
+#[error("{got} bytes came instead of {wanted}")]
+struct CutShort {
+    wanted: u64,
+    got: u64,
+}
+
+/// A conflict that left nothing behind; transient.
+pub(super) fn conflict(error: object_store::Error) -> object_store::Error {
+    object_store::Error::Generic { store: "store", source: Box::new(Conflict(Box::new(error))) }
+}
+
+/// An answer of the wrong length; transient.
+pub(super) fn cut_short(wanted: u64, got: u64) -> object_store::Error {
+    object_store::Error::Generic { store: "store", source: Box::new(CutShort { wanted, got }) }
+}
+
+/// Whether the error says by itself what it means for a ranged read.
+pub(super) fn is_answer(error: &object_store::Error) -> bool {
+    matches!(classify(error), Verdict::NotFound | Verdict::Permission | Verdict::Credentials | Verdict::NoBucket)
+}
+
+fn chain<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    std::iter::successors(Some(error), |error: &&'a (dyn StdError + 'static)| (*error).source())
+}
+
+/// What `error` means. object_store keeps the HTTP status of many errors only in their text: the tests against a real
+/// server hold the wording.
+pub(super) fn classify(error: &object_store::Error) -> Verdict {
+    use object_store::Error;
+    let text = chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    if ["NoSuchBucket", "The specified bucket does not exist", "ContainerNotFound"].iter().any(|t| text.contains(t)) {
+        return Verdict::NoBucket;
+    }
+    if is_about_credentials(&text) {
+        return Verdict::Credentials;
+    }
+    if text.contains("ExpiredToken") {
+        return Verdict::Permission;
+    }
+    match error {
+        Error::NotFound { .. } => return Verdict::NotFound,
+        Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => return Verdict::Permission,
+        Error::NotImplemented { .. } | Error::NotSupported { .. } | Error::InvalidPath { .. } => {
+            return Verdict::Permanent;
+        }
+        _ => {}
+    }
+    for cause in chain(error) {
+        if cause.is::<Conflict>() || cause.is::<CutShort>() || cause.is::<object_store::client::HttpError>() {
+            return Verdict::Transient;
+        }
+        if let Some(error) = cause.downcast_ref::<std::io::Error>() {
+            use std::io::ErrorKind as K;
+            return match error.kind() {
+                K::PermissionDenied | K::ReadOnlyFilesystem => Verdict::Permission,
+                K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Verdict::Full,
+                K::NotFound => Verdict::NotFound,
+                _ => Verdict::Transient,
+            };
+        }
+    }
+    match status(&text) {
+        Some(401 | 403) => Verdict::Permission,
+        Some(404) => Verdict::NotFound,
+        Some(507) => Verdict::Full,
+        Some(408 | 409 | 425 | 429) => Verdict::Transient,
+        // A 200 whose body is an error.
+        Some(200..=299) => Verdict::Transient,
+        Some(501 | 505) => Verdict::Permanent,
+        Some(500..=599) => Verdict::Transient,
+        Some(_) => Verdict::Permanent,
+        None if text.contains("Server returned error response") => Verdict::Transient,
+        None if text.contains("Received redirect") => Verdict::Permanent,
+        None => Verdict::Transient,
+    }
+}
+
+/// The request that failed was one to an instance metadata service.
+fn is_about_credentials(text: &str) -> bool {
+    ["169.254.169.254", "169.254.170.2", "/latest/api/token", "iam/security-credentials", "metadata.google.internal"]
+        .iter()
+        .any(|place| text.contains(place))
+}
+
+/// The HTTP status in an error's text.
+fn status(text: &str) -> Option<u16> {
+    let (_, rest) = text.split_once("status code: ")?;
+    rest.get(..3)?.parse().ok()
+}
+
+/// A cause put for people, on one line: an HTTP status with the store's own code and message, or the innermost error.
+/// Holds no URL, so no signature or token.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Cause(String);
+
+impl Cause {
+    pub(super) fn of(error: &object_store::Error) -> Self {
+        let text = chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ");
+        if is_about_credentials(&text) {
+            return Self("no credentials in the environment, and no answer from an instance metadata service".into());
+        }
+        if let Some((_, answer)) = text.split_once("status code: ") {
+            let status = answer.split(':').next().unwrap_or_default().trim();
+            let said = [between(answer, "<Code>", "</Code>"), between(answer, "<Message>", "</Message>")];
+            let said = said.into_iter().flatten().collect::<Vec<_>>().join(", ");
+            let status: String = status.chars().take(60).collect();
+            return Self(if said.is_empty() { status } else { tidy(&format!("{status}: {said}")) });
+        }
+        if text.contains("Received redirect without LOCATION") {
+            return Self("redirected: the bucket is in another region".into());
+        }
+        let innermost = chain(error).last().map(ToString::to_string).unwrap_or_default();
+        // A transport error says less than its parents: "connect error" and "connection refused" belong together.
+        let said = chain(error)
+            .skip_while(|cause| !cause.is::<object_store::client::HttpError>())
+            .skip(1)
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(": ");
+        Self(tidy(if said.is_empty() { &innermost } else { &said }))
+    }
+}
+
+fn between<'a>(text: &'a str, start: &str, end: &str) -> Option<&'a str> {
+    text.split_once(start)?.1.split_once(end).map(|(inner, _)| inner)
+}
+
+/// One line of at most 300 characters, in which URLs are cut down to their host.
+fn tidy(text: &str) -> String {
+    let words = text.split_whitespace().map(|word| match word.find("://") {
+        Some(at) => {
+            let (scheme, rest) = word.split_at(at + 3);
+            let authority = rest.split(['/', '?', '#', ')', '"', '\'']).next().unwrap_or_default();
+            let host = authority.rsplit('@').next().unwrap_or_default();
+            format!("{scheme}{host}")
+        }
+        None => word.to_owned(),
+    });
+    words.collect::<Vec<_>>().join(" ").chars().take(300).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn generic(source: impl StdError + Send + Sync + 'static) -> object_store::Error {
+        object_store::Error::Generic { store: "S3", source: Box::new(source) }
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Said(&'static str);
+
+    #[test]
+    fn errors_are_sorted_by_what_to_do_next() {
+        let io = |code| generic(std::io::Error::from_raw_os_error(code));
+        let said = |text| generic(Said(text));
+        let cases = [
+            (io(28), Verdict::Full),       // ENOSPC
+            (io(122), Verdict::Full),      // EDQUOT
+            (io(13), Verdict::Permission), // EACCES
+            (io(30), Verdict::Permission), // EROFS
+            (io(5), Verdict::Transient),   // EIO
+            (said("Server returned non-2xx status code: 503 Service Unavailable: SlowDown"), Verdict::Transient),
+            (said("Server returned non-2xx status code: 409 Conflict: "), Verdict::Transient),
+            (said("Server returned non-2xx status code: 429 Too Many Requests: "), Verdict::Transient),
+            (said("Server returned non-2xx status code: 403 Forbidden: AccessDenied"), Verdict::Permission),
+            (said("Server returned non-2xx status code: 400 Bad Request: x"), Verdict::Permanent),
+            (said("Server returned non-2xx status code: 501 Not Implemented: x"), Verdict::Permanent),
+            (said("Server returned non-2xx status code: 404 Not Found: <Code>NoSuchBucket</Code>"), Verdict::NoBucket),
+            (said("Error performing PUT http://169.254.169.254/latest/api/token in 1s"), Verdict::Credentials),
+            (cut_short(3, 2), Verdict::Transient),
+            (conflict(said("x")), Verdict::Transient),
+        ];
+        for (error, verdict) in cases {
+            assert_eq!(classify(&error), verdict, "{error}");
+        }
+    }
+
+    #[test]
+    fn causes_hold_no_query_and_no_password() {
+        let error =
+            generic(Said("failed at (https://user:hunter2@host.example/b/k?X-Amz-Signature=abc&sig=SECRET) really"));
+        let text = Cause::of(&error).to_string();
+        for secret in ["hunter2", "abc", "SECRET", "user"] {
+            assert!(!text.contains(secret), "{text}");
+        }
+        assert!(text.contains("host.example"), "{text}");
+    }
+
+    #[test]
+    fn an_answer_is_reduced_to_status_code_and_message() {
+        let error = generic(Said(
+            "Error performing PUT http://h/b/k?sig=SECRET in 1ms - Server returned non-2xx status code: 400 Bad Request: \
+             <Error><Code>KeyTooLong</Code><Message>Your key is too long</Message><StringToSign>SECRET</StringToSign></Error>",
+        ));
+        assert_eq!(Cause::of(&error).to_string(), "400 Bad Request: KeyTooLong, Your key is too long");
+    }
+}

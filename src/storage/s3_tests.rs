@@ -1,0 +1,237 @@
+//! S3 over HTTP, in this process: a store that is known not to be atomic, and a server that answers what it is told.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use hyper::{Request, Response, body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::TcpListener;
+
+use super::{tests::settings, *};
+use crate::error::{Explain, Kind};
+
+fn environment(address: std::net::SocketAddr) -> Vec<(String, String)> {
+    [
+        ("AWS_ENDPOINT_URL", format!("http://{address}")),
+        ("AWS_ACCESS_KEY_ID", "key".into()),
+        ("AWS_SECRET_ACCESS_KEY", "hunter2".into()),
+        ("AWS_REGION", "us-east-1".into()),
+    ]
+    .map(|(name, value)| (name.to_owned(), value))
+    .into()
+}
+
+/// A server over s3s-fs with the bucket `bucket`: it answers conditional puts rightly in sequence, but isn't atomic.
+async fn not_atomic() -> (Store, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("bucket")).unwrap();
+    let mut service = s3s::service::S3ServiceBuilder::new(s3s_fs::FileSystem::new(folder.path()).unwrap());
+    service.set_auth(s3s::auth::SimpleAuth::from_single("key", "hunter2"));
+    let service = service.build();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let service = service.clone();
+            tokio::spawn(async move {
+                let server = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+                let _ = server.serve_connection(TokioIo::new(socket), service).await;
+            });
+        }
+    });
+    (Store::open_with("s3://bucket/some/prefix", &settings(), &environment(address)).unwrap(), folder)
+}
+
+type Answer = Response<http_body::Full>;
+
+/// What a body is made of, with no more crates than are here anyway.
+mod http_body {
+    use std::{
+        convert::Infallible,
+        pin::Pin,
+        task::{Context, Poll},
+    };
+
+    use bytes::Bytes;
+    use hyper::body::{Body, Frame};
+
+    /// One piece of bytes.
+    pub(super) struct Full(pub Option<Bytes>);
+    impl Body for Full {
+        type Data = Bytes;
+        type Error = Infallible;
+        fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            Poll::Ready(self.0.take().map(|bytes| Ok(Frame::data(bytes))))
+        }
+    }
+}
+
+fn answer(status: u16, body: &str) -> Answer {
+    let length = body.len();
+    let body = http_body::Full(Some(Bytes::from(body.to_owned())));
+    Response::builder()
+        .status(status)
+        .header("content-length", length)
+        .header("etag", "\"e\"")
+        .header("last-modified", "Thu, 01 Jan 1970 00:00:00 GMT")
+        .body(body)
+        .unwrap()
+}
+
+/// A store whose n-th request (from 0) is answered by `says`; `None` cuts the connection.
+async fn told(
+    says: impl Fn(&Request<Incoming>, usize) -> Option<Answer> + Send + Sync + 'static,
+) -> (Store, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (says, count) = (Arc::new(says), Arc::new(AtomicUsize::new(0)));
+    let seen = Arc::clone(&count);
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let (says, count) = (Arc::clone(&says), Arc::clone(&count));
+            let service =
+                service_fn(move |request: Request<Incoming>| -> BoxFuture<'static, Result<Answer, std::io::Error>> {
+                    let answer = says(&request, count.fetch_add(1, Ordering::SeqCst));
+                    Box::pin(async move { answer.ok_or_else(|| std::io::Error::other("cut")) })
+                });
+            tokio::spawn(async move {
+                let server = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+                let _ = server.serve_connection(TokioIo::new(socket), service).await;
+            });
+        }
+    });
+    let store = Store::open_with("s3://bucket/p", &settings(), &environment(address)).unwrap();
+    (store, seen)
+}
+
+fn error_body(code: &str) -> String {
+    format!(
+        "<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>said the store</Message><StringToSign>SECRET</StringToSign></Error>"
+    )
+}
+
+#[tokio::test]
+async fn s3_holds_the_contract() {
+    let (store, _folder) = not_atomic().await;
+    tests::contract(&store).await;
+}
+
+#[tokio::test]
+async fn a_store_that_is_not_atomic_is_refused() {
+    let (store, _folder) = not_atomic().await;
+    let error = store.prove_create_is_atomic().await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Config);
+    let text = error.to_string();
+    assert!(text.contains("of 16 parallel creates of one key succeeded"), "{text}");
+    assert!(error.hint().unwrap().contains("Amazon S3"));
+    assert_eq!(store.list(crate::layout::PROBES).await.unwrap(), [], "the probe is cleaned up");
+}
+
+#[tokio::test]
+async fn a_store_that_ignores_the_condition_is_refused() {
+    let (store, _) = told(|request, _| Some(answer(if request.method() == "HEAD" { 404 } else { 200 }, ""))).await;
+    let text = store.prove_create_is_atomic().await.unwrap_err().to_string();
+    assert!(text.contains("16 of 16 parallel creates"), "{text}");
+}
+
+#[tokio::test]
+async fn a_store_without_conditional_puts_is_refused() {
+    let (store, _) = told(|request, _| match request.method().as_str() {
+        "PUT" => Some(answer(501, &error_body("NotImplemented"))),
+        _ => Some(answer(404, "")),
+    })
+    .await;
+    let error = store.prove_create_is_atomic().await.unwrap_err();
+    assert!(matches!(&error, StorageError::Unfit { reason } if reason.contains("does not know")), "{error:?}");
+}
+
+#[tokio::test]
+async fn answers_of_a_server_are_sorted_and_hinted() {
+    for (status, code, kind, hint) in [
+        (403, "AccessDenied", Kind::Permission, "trainer doctor"),
+        (403, "SignatureDoesNotMatch", Kind::Permission, "AWS_SECRET_ACCESS_KEY"),
+        (400, "ExpiredToken", Kind::Permission, "expired"),
+        (404, "NoSuchBucket", Kind::Config, "create the bucket"),
+        (301, "PermanentRedirect", Kind::Unavailable, "AWS_REGION"),
+        (400, "AuthorizationHeaderMalformed", Kind::Unavailable, "AWS_REGION"),
+    ] {
+        let (store, count) = told(move |_, _| Some(answer(status, &error_body(code)))).await;
+        for error in [
+            store.put("k", Bytes::new()).await.unwrap_err(),
+            store.create("k", Bytes::new()).await.unwrap_err(),
+            store.get("k", 9).await.unwrap_err(),
+            store.list("").await.unwrap_err(),
+            store.delete("k").await.unwrap_err(),
+            store.upload("k", Bytes::from(vec![0; 11 << 20]), |_| {}).await.unwrap_err(),
+        ] {
+            let error = crate::error::Error::from(error);
+            let text = error.to_string();
+            assert_eq!(error.kind(), kind, "{code}: {text}");
+            assert!(error.hint().is_some_and(|given| given.contains(hint)), "{code}: {error:?} {:?}", error.hint());
+            assert!(!text.contains("SECRET") && !text.contains("hunter2"), "{text}");
+            assert!(text.contains("s3://bucket/p"), "{text}");
+        }
+        assert_eq!(count.load(Ordering::SeqCst), 6, "{code} is not tried again");
+    }
+}
+
+#[tokio::test]
+async fn a_busy_server_is_asked_again() {
+    let (store, count) = told(|_, n| match n {
+        0 => Some(answer(503, &error_body("SlowDown"))),
+        1 => Some(answer(500, &error_body("InternalError"))),
+        2 => None,
+        _ => Some(answer(200, "")),
+    })
+    .await;
+    store.put("k", Bytes::from_static(b"x")).await.unwrap();
+    assert_eq!(count.load(Ordering::SeqCst), 4);
+}
+
+#[tokio::test]
+async fn a_create_that_met_412_after_a_cut_connection_is_settled_by_reading() {
+    for (standing, outcome) in [("ours", CreateOutcome::Created), ("other", CreateOutcome::Exists)] {
+        let (store, _) = told(move |request, n| match (request.method().as_str(), n) {
+            (_, 0) => None,
+            ("PUT", _) => {
+                assert_eq!(request.headers()["if-none-match"], "*");
+                Some(answer(412, &error_body("PreconditionFailed")))
+            }
+            _ => Some(answer(200, standing)),
+        })
+        .await;
+        assert_eq!(store.create("k", Bytes::from_static(b"ours")).await.unwrap(), outcome);
+    }
+}
+
+#[tokio::test]
+async fn every_put_carries_its_crc64() {
+    let (store, _) = told(|request, _| {
+        let sum = Crc64::of(b"123456789").0.to_be_bytes();
+        // Base64 of the check value of CRC-64/NVME.
+        assert_eq!(sum, [0xae, 0x8b, 0x14, 0x86, 0x0a, 0x79, 0x98, 0x88]);
+        let fits = request.headers().get("x-amz-checksum-crc64nvme").is_some_and(|value| value == "rosUhgp5mIg=");
+        let unsigned = request.headers()["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD";
+        Some(answer(if fits && unsigned { 200 } else { 400 }, ""))
+    })
+    .await;
+    store.put("k", Bytes::from_static(b"123456789")).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_range_that_comes_short_is_asked_again() {
+    let (store, count) = told(|_, n| {
+        let (range, body) = if n == 0 { ("bytes 0-1/9", "ab") } else { ("bytes 0-3/9", "abcd") };
+        let mut answer = answer(206, body);
+        answer.headers_mut().insert("content-range", range.parse().unwrap());
+        Some(answer)
+    })
+    .await;
+    assert_eq!(store.get_range("k", 0..4).await.unwrap(), "abcd");
+    // The second request was the question how large the object is.
+    assert_eq!(count.load(Ordering::SeqCst), 3);
+}

@@ -1,0 +1,381 @@
+//! One contract, held against every kind of store, and each fault that a store may have.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, AtomicUsize, Ordering},
+};
+
+use futures::FutureExt;
+
+use super::{
+    faulty::{Fault, Faulty},
+    *,
+};
+use crate::error::{Explain, Kind};
+
+pub(super) fn settings() -> StorageConfig {
+    StorageConfig { concurrency: 4, part_mib: 5 }
+}
+
+fn memory() -> Store {
+    Store::open("memory://", &settings()).unwrap()
+}
+
+fn on_disk() -> (Store, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(&format!("file://{}", folder.path().display()), &settings()).unwrap();
+    (store, folder)
+}
+
+/// Bytes that differ from place to place, so that a part put in the wrong place is seen.
+pub(super) fn pattern(len: usize) -> Bytes {
+    (0..len as u64).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8).collect::<Vec<_>>().into()
+}
+
+/// What every store must do; leaves nothing behind.
+pub(super) async fn contract(store: &Store) {
+    let folder = store.folder("contract").folder("inner");
+    assert_eq!(folder.uri(), format!("{}/contract/inner", store.uri()));
+
+    // Reading what is not there.
+    assert!(matches!(folder.get("none", 10).await, Err(StorageError::NotFound { key }) if key.ends_with("inner/none")));
+    assert!(matches!(folder.get_range("none", 0..1).await, Err(StorageError::NotFound { .. })));
+    assert!(matches!(folder.head("none").await, Err(StorageError::NotFound { .. })));
+    assert_eq!(folder.list("").await.unwrap(), []);
+    assert_eq!(folder.list_folders("").await.unwrap(), Vec::<String>::new());
+    folder.delete("none").await.unwrap();
+
+    // Create once.
+    let (ours, theirs) = (Bytes::from_static(b"ours"), Bytes::from_static(b"theirs"));
+    assert_eq!(folder.create("a/once", ours.clone()).await.unwrap(), CreateOutcome::Created);
+    assert_eq!(folder.create("a/once", theirs.clone()).await.unwrap(), CreateOutcome::Exists);
+    assert_eq!(folder.create("a/once", ours.clone()).await.unwrap(), CreateOutcome::Created, "settled by the body");
+    assert_eq!(folder.get("a/once", 4).await.unwrap(), ours);
+
+    // Put over.
+    folder.put("a/once", theirs.clone()).await.unwrap();
+    assert_eq!(folder.get("a/once", 6).await.unwrap(), theirs);
+    assert_eq!(folder.head("a/once").await.unwrap().size, 6);
+    match folder.get("a/once", 5).await {
+        Err(StorageError::TooLarge { size: 6, limit: 5, .. }) => {}
+        other => panic!("{other:?}"),
+    }
+
+    // Ranges.
+    assert_eq!(folder.get_range("a/once", 1..4).await.unwrap(), theirs.slice(1..4));
+    assert_eq!(folder.get_range("a/once", 2..2).await.unwrap(), Bytes::new());
+    for beyond in [4..7, 6..7, 100..200] {
+        match folder.get_range("a/once", beyond.clone()).await {
+            Err(StorageError::Short { size: 6, .. }) => {}
+            other => panic!("{beyond:?}: {other:?}"),
+        }
+    }
+
+    // Large, small and empty uploads.
+    for len in [0, 1, 5 << 20, (5 << 20) + 1, (16 << 20) + 3] {
+        let body = pattern(len);
+        let heard = Arc::new(AtomicU64::new(0));
+        let sum = Arc::clone(&heard);
+        let put =
+            folder.upload("b/large", body.clone(), move |n| _ = sum.fetch_add(n, Ordering::Relaxed)).await.unwrap();
+        assert_eq!((put.bytes, put.crc64), (len as u64, Crc64::of(&body)), "{len}");
+        assert_eq!(heard.load(Ordering::Relaxed), len as u64);
+        assert!(folder.get("b/large", 32 << 20).await.unwrap() == body, "{len} bytes came back otherwise");
+    }
+    let end = (16 << 20) + 3;
+    assert_eq!(
+        folder.get_range("b/large", end - 5..end).await.unwrap(),
+        pattern(end as usize).slice(end as usize - 5..)
+    );
+
+    // Listing.
+    let mut keys: Vec<_> = folder.list("").await.unwrap().into_iter().map(|info| (info.key, info.size)).collect();
+    keys.sort();
+    assert_eq!(keys, [("a/once".to_owned(), 6), ("b/large".to_owned(), end)]);
+    assert_eq!(folder.list("a").await.unwrap()[0].key, "a/once");
+    assert_eq!(folder.list_folders("").await.unwrap(), ["a", "b"]);
+    assert_eq!(store.folder("contract").list_folders("").await.unwrap(), ["inner"]);
+    // A folder's name is not a prefix of text.
+    assert_eq!(store.list("contract/inn").await.unwrap(), []);
+
+    for key in ["a/once", "b/large"] {
+        folder.delete(key).await.unwrap();
+        folder.delete(key).await.unwrap();
+    }
+    assert_eq!(folder.list("").await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn memory_holds_the_contract() {
+    contract(&memory()).await;
+}
+
+#[tokio::test]
+async fn files_hold_the_contract() {
+    let (store, _folder) = on_disk();
+    contract(&store).await;
+}
+
+#[tokio::test]
+async fn a_relative_file_uri_is_made_absolute_and_opens_the_same_place() {
+    let folder = tempfile::tempdir_in(".").unwrap();
+    let name = folder.path().file_name().unwrap().to_str().unwrap();
+    for uri in [format!("file://./{name}/new folder"), format!("file://{name}/new folder/")] {
+        let store = Store::open(&uri, &settings()).unwrap();
+        store.put("x", Bytes::from_static(b"1")).await.unwrap();
+        assert!(store.uri().starts_with("file:///") && store.uri().ends_with("/new folder"), "{}", store.uri());
+        assert!(folder.path().join("new folder/x").is_file());
+        let again = Store::open(&store.uri(), &settings()).unwrap();
+        assert_eq!(again.uri(), store.uri());
+        assert_eq!(again.get("x", 1).await.unwrap(), "1");
+    }
+}
+
+#[tokio::test]
+async fn keys_that_could_leave_the_folder_are_refused() {
+    let store = memory().folder("run");
+    for key in ["../x", "a/../../x", "a//b", "/../x", "a/./b", &"x".repeat(2000)] {
+        let error = store.put(key, Bytes::new()).await.unwrap_err();
+        assert!(matches!(error, StorageError::InvalidKey { .. }), "{key}: {error:?}");
+    }
+    assert!(store.folder("../other").put("x", Bytes::new()).await.is_err());
+}
+
+#[tokio::test]
+async fn memory_and_files_create_atomically() {
+    memory().prove_create_is_atomic().await.unwrap();
+    let (store, _folder) = on_disk();
+    store.prove_create_is_atomic().await.unwrap();
+    assert_eq!(store.list("").await.unwrap(), [], "probes are cleaned up");
+}
+
+#[tokio::test]
+async fn of_many_racing_creates_one_wins_on_files() {
+    let (store, _folder) = on_disk();
+    for round in 0..5 {
+        let creates = (0..16).map(|i| {
+            let store = store.clone();
+            tokio::spawn(async move { store.create(&format!("k{round}"), format!("{i}").into()).await.unwrap() })
+        });
+        let outcomes = futures::future::join_all(creates).await;
+        let won = outcomes.iter().filter(|o| *o.as_ref().unwrap() == CreateOutcome::Created).count();
+        assert_eq!(won, 1);
+    }
+}
+
+#[tokio::test]
+async fn a_create_whose_answer_was_lost_is_ours() {
+    let faulty = Faulty::new(|op, _, n| if op == "create" && n == 0 { Fault::AnswerLost } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings());
+    assert_eq!(store.create("k", Bytes::from_static(b"a")).await.unwrap(), CreateOutcome::Created);
+    assert_eq!(faulty.count("create"), 2, "it was asked again");
+    assert_eq!(store.create("k", Bytes::from_static(b"b")).await.unwrap(), CreateOutcome::Exists);
+}
+
+#[tokio::test]
+async fn a_create_that_met_a_conflict_is_asked_again() {
+    let faulty = Faulty::new(|op, _, n| if op == "create" && n < 2 { Fault::Conflict } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings());
+    assert_eq!(store.create("k", Bytes::from_static(b"a")).await.unwrap(), CreateOutcome::Created);
+    assert_eq!(store.get("k", 9).await.unwrap(), "a");
+}
+
+#[tokio::test]
+async fn what_may_go_away_is_tried_again_and_what_can_not_is_told_at_once() {
+    let faulty = Faulty::new(|op, path, n| match (op, path) {
+        ("get", "twice") if n < 2 => Fault::Lost,
+        ("get", "always") => Fault::Lost,
+        (_, "denied") => Fault::Denied,
+        (_, "full") => Fault::Full,
+        _ => Fault::Pass,
+    });
+    let store = Store::faulty(&faulty, &settings());
+    store.put("twice", Bytes::from_static(b"x")).await.unwrap();
+    assert_eq!(store.get("twice", 9).await.unwrap(), "x");
+    let error = store.get("always", 9).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable);
+    assert_eq!(faulty.count("get"), 3 + 5);
+
+    let error = store.head("denied").await.unwrap_err();
+    assert_eq!((error.kind(), faulty.count("head")), (Kind::Permission, 1));
+    let puts = faulty.count("put");
+    let error = crate::error::Error::from(store.put("full", Bytes::new()).await.unwrap_err());
+    assert_eq!(faulty.count("put"), puts + 1);
+    assert!(error.to_string().contains("no space left"), "{error}");
+    assert!(error.hint().unwrap().contains("free space"));
+}
+
+#[tokio::test]
+async fn a_request_that_never_answers_is_given_up_and_tried_again() {
+    let faulty = Faulty::new(|op, _, n| if op == "put" && n == 0 { Fault::Hang } else { Fault::Pass });
+    let store = Store::faulty_with(&faulty, &settings(), Some(Duration::from_millis(1)));
+    store.put("k", Bytes::from_static(b"x")).await.unwrap();
+    assert_eq!(faulty.count("put"), 2);
+    let faulty = Faulty::new(|_, _, _| Fault::Hang);
+    let store = Store::faulty_with(&faulty, &settings(), Some(Duration::from_millis(1)));
+    let error = store.head("k").await.unwrap_err();
+    let text = crate::error::Error::from(error).to_string();
+    assert!(text.contains("no answer within"), "{text}");
+}
+
+#[tokio::test]
+async fn parts_that_fail_are_sent_again_and_a_lost_completion_is_confirmed() {
+    let faulty = Faulty::new(|op, _, n| match op {
+        "begin" | "part" if n == 0 => Fault::Lost,
+        "part" if n == 2 => Fault::AnswerLost,
+        "complete" if n == 0 => Fault::AnswerLost,
+        _ => Fault::Pass,
+    });
+    let store = Store::faulty(&faulty, &settings());
+    let body = pattern(18 << 20);
+    let put = store.upload("k", body.clone(), |_| {}).await.unwrap();
+    assert_eq!(put.crc64, Crc64::of(&body));
+    assert!(store.get("k", 32 << 20).await.unwrap() == body);
+    assert_eq!((faulty.count("complete"), faulty.count("head"), faulty.count("abort")), (2, 1, 0));
+}
+
+#[tokio::test]
+async fn an_upload_that_was_gone_before_it_was_completed_is_no_success() {
+    // Somebody aborted it, and an older object of another size stands under the key.
+    let faulty = Faulty::new(|op, _, n| match op {
+        "complete" if n == 0 => Fault::Lost,
+        _ => Fault::Pass,
+    });
+    let store = Store::faulty(&faulty, &settings());
+    store.put("k", Bytes::from_static(b"old")).await.unwrap();
+    let multipart: Arc<dyn MultipartStore> = faulty.clone();
+    let path = Path::from("k");
+    let body = pattern(11 << 20);
+    let sent = AtomicU64::new(0);
+    let upload = store.upload("k", body, move |n| {
+        // The memory store numbers puts and uploads from 0; this is its second.
+        if sent.fetch_add(n, Ordering::Relaxed) + n == 11 << 20 {
+            multipart.abort_multipart(&path, &"1".to_owned()).now_or_never().unwrap().unwrap();
+        }
+    });
+    let error = upload.await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error:?}");
+    assert_eq!(faulty.count("complete"), 2);
+    assert_eq!(store.get("k", 9).await.unwrap(), "old");
+}
+
+#[tokio::test]
+async fn a_failed_upload_is_aborted() {
+    let faulty = Faulty::new(|op, _, n| if op == "part" && n >= 1 { Fault::Denied } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings());
+    let error = store.upload("k", pattern(18 << 20), |_| {}).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Permission);
+    assert_eq!(faulty.count("abort"), 1);
+    assert!(matches!(store.head("k").await, Err(StorageError::NotFound { .. })));
+}
+
+#[tokio::test]
+async fn a_dropped_upload_is_aborted() {
+    let faulty = Faulty::new(|op, _, n| if op == "part" && n >= 1 { Fault::Hang } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings());
+    let (heard, mut first) = tokio::sync::mpsc::unbounded_channel();
+    let upload = tokio::spawn({
+        let store = store.clone();
+        async move { store.upload("k", pattern(18 << 20), move |n| heard.send(n).unwrap()).await }
+    });
+    first.recv().await.unwrap();
+    upload.abort();
+    assert!(upload.await.unwrap_err().is_cancelled());
+    while faulty.count("abort") == 0 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[test]
+fn a_runtime_may_stop_during_an_upload() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let faulty = Faulty::new(|op, _, n| if op == "part" && n >= 1 { Fault::Hang } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings());
+    runtime.block_on(async {
+        let (heard, mut first) = tokio::sync::mpsc::unbounded_channel();
+        tokio::spawn(async move { store.upload("k", pattern(18 << 20), move |n| heard.send(n).unwrap()).await });
+        first.recv().await.unwrap();
+    });
+    drop(runtime);
+}
+
+#[tokio::test]
+async fn bulk_transfers_are_limited_and_do_not_hold_up_small_requests() {
+    let (flying, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let faulty = Faulty::new({
+        let (flying, most) = (flying.clone(), most.clone());
+        move |op, _, _| {
+            if op == "get" {
+                most.fetch_max(flying.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                return Fault::Hang;
+            }
+            Fault::Pass
+        }
+    });
+    let store = Store::faulty(&faulty, &settings());
+    let gets: Vec<_> = (0..20)
+        .map(|i| {
+            // Folders and clones share the limit.
+            let store = store.folder(&format!("f{}", i % 3));
+            tokio::spawn(async move { store.get_range("k", 0..1).await })
+        })
+        .collect();
+    while flying.load(Ordering::SeqCst) < 4 {
+        tokio::task::yield_now().await;
+    }
+    store.put("heartbeat", Bytes::new()).await.unwrap();
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(most.load(Ordering::SeqCst), 4);
+    gets.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+#[tokio::test]
+async fn an_upload_to_files_that_is_cut_off_shows_nothing_and_is_swept() {
+    let (store, folder) = on_disk();
+    store.put("a/k", Bytes::from_static(b"old")).await.unwrap();
+    // What a killed process leaves behind.
+    std::fs::write(folder.path().join("a/k#1"), b"half").unwrap();
+    std::fs::write(folder.path().join("a/k#x"), b"not ours").unwrap();
+    assert_eq!(store.get("a/k", 9).await.unwrap(), "old");
+    assert!(store.list("").await.unwrap().iter().all(|info| info.key != "a/k#1"));
+    assert_eq!(store.sweep_unfinished(Duration::from_secs(3600)).await.unwrap(), 0, "too young");
+    assert_eq!(store.folder("a").sweep_unfinished(Duration::ZERO).await.unwrap(), 1);
+    assert!(!folder.path().join("a/k#1").exists() && folder.path().join("a/k#x").exists());
+    assert_eq!(store.folder("none").sweep_unfinished(Duration::ZERO).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn an_upload_to_files_dropped_half_way_leaves_nothing() {
+    let (store, folder) = on_disk();
+    let (heard, mut first) = tokio::sync::mpsc::unbounded_channel();
+    let upload = store.upload("k", pattern(30 << 20), move |n| heard.send(n).unwrap());
+    tokio::select! {
+        biased;
+        _ = first.recv() => {}
+        done = upload => panic!("finished first: {done:?}"),
+    }
+    assert!(!folder.path().join("k").exists());
+    // Its hidden file is removed by a thread of the runtime.
+    while std::fs::read_dir(folder.path()).unwrap().count() > 0 {
+        tokio::task::yield_now().await;
+    }
+}
+
+#[test]
+fn checksums_are_the_ones_that_s3_keeps() {
+    // The check value of CRC-64/NVME.
+    assert_eq!(Crc64::of(b"123456789"), Crc64(0xae8b_1486_0a79_9888));
+    assert_eq!(Crc64::of(b""), Crc64::EMPTY);
+    let whole = Crc64::of(b"123456789");
+    for cut in 0..=9 {
+        let (a, b) = b"123456789".split_at(cut);
+        assert_eq!(Crc64::of(a).followed_by(Crc64::of(b), b.len() as u64), whole, "{cut}");
+    }
+    assert_eq!(whole.to_string(), "ae8b14860a799888");
+    assert_eq!("ae8b14860a799888".parse(), Ok(whole));
+    for bad in ["", "AE8B14860A799888", "ae8b14860a79988", "+e8b14860a799888", "ae8b14860a7998880"] {
+        assert_eq!(bad.parse::<Crc64>(), Err(InvalidCrc64), "{bad}");
+    }
+}

@@ -1,0 +1,134 @@
+//! Raw bytes of tensors, in and out, and host memory that a GPU copies to at full speed.
+//!
+//! Bytes are the elements in row-major order as they lie in memory: little-endian on every machine that LibTorch runs on.
+
+use tch::Tensor;
+
+use super::{
+    Result, TorchError,
+    ffi::{self, check},
+};
+
+fn checked_len(doing: &'static str, tensor: &Tensor, given: usize) -> Result<u64> {
+    let (tensor, given) = (ffi::facts(doing, tensor)?.bytes, given as u64);
+    if tensor == given { Ok(given) } else { Err(TorchError::Length { doing, tensor, given }) }
+}
+
+/// Bytes of a contiguous tensor.
+pub fn byte_len(tensor: &Tensor) -> Result<usize> {
+    let doing = "measure tensor";
+    usize::try_from(ffi::facts(doing, tensor)?.bytes).map_err(|_| TorchError::Number { doing, what: "the size" })
+}
+
+/// Fills a contiguous tensor, on the CPU or a GPU, with exactly its number of bytes.
+pub fn load_bytes(tensor: &Tensor, bytes: &[u8]) -> Result<()> {
+    let doing = "load tensor";
+    let len = checked_len(doing, tensor, bytes.len())?;
+    // SAFETY: the tensor has `len` bytes, and so has the slice, which is only read.
+    check(doing, unsafe { ffi::trn_tensor_load(ffi::raw(tensor), bytes.as_ptr().cast(), len) })
+}
+
+/// Copies a contiguous tensor, on the CPU or a GPU, into exactly its number of bytes.
+pub fn store_bytes(tensor: &Tensor, bytes: &mut [u8]) -> Result<()> {
+    let doing = "store tensor";
+    let len = checked_len(doing, tensor, bytes.len())?;
+    // SAFETY: the tensor has `len` bytes, and so has the slice.
+    check(doing, unsafe { ffi::trn_tensor_store(ffi::raw(tensor), bytes.as_mut_ptr().cast(), len) })
+}
+
+/// Host memory whose pages a GPU may copy to and from by itself, for as long as this lives. Without CUDA the memory is
+/// left as it is.
+#[derive(Debug)]
+pub struct Pinned<M: AsMut<[u8]>> {
+    // Boxed, so that memory that lies within `M` itself stays where it was pinned.
+    memory: Box<M>,
+    start: Option<*mut u8>,
+}
+
+// SAFETY: the pointer is only an address to be given back to the driver, which may be done on any thread.
+unsafe impl<M: AsMut<[u8]> + Send> Send for Pinned<M> {}
+
+impl<M: AsMut<[u8]>> Pinned<M> {
+    /// Pins `memory`.
+    pub fn new(memory: M) -> Result<Self> {
+        let mut memory = Box::new(memory);
+        let bytes = (*memory).as_mut();
+        if bytes.is_empty() {
+            return Ok(Self { memory, start: None });
+        }
+        let (start, len) = (bytes.as_mut_ptr(), bytes.len() as u64);
+        // SAFETY: the range is alive; pinning does not change its content.
+        check("pin host memory", unsafe { ffi::trn_pin(start.cast(), len) })?;
+        Ok(Self { memory, start: Some(start) })
+    }
+}
+
+impl<M: AsMut<[u8]>> AsMut<[u8]> for Pinned<M> {
+    fn as_mut(&mut self) -> &mut [u8] {
+        (*self.memory).as_mut()
+    }
+}
+
+impl<M: AsMut<[u8]>> Drop for Pinned<M> {
+    fn drop(&mut self) {
+        if let Some(start) = self.start {
+            // SAFETY: pinned in `new` and unpinned once, before the memory is freed.
+            unsafe { ffi::trn_unpin(start.cast()) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    #[test]
+    fn bytes_go_in_and_come_out_unchanged() {
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Int64] {
+            let tensor = Tensor::zeros([3, 5], (kind, Device::Cpu)).set_requires_grad(kind == Kind::Float);
+            let len = byte_len(&tensor).unwrap();
+            // Starts at an odd address on purpose: a file's bytes lie anywhere.
+            let bytes: Vec<u8> = (0..=len).map(|i| (i * 37) as u8).collect();
+            load_bytes(&tensor, &bytes[1..]).unwrap();
+            let mut back = vec![0; len];
+            store_bytes(&tensor, &mut back).unwrap();
+            assert_eq!(back, bytes[1..], "{kind:?}");
+        }
+        let scalar = Tensor::from(0.0_f32);
+        load_bytes(&scalar, &1.5_f32.to_le_bytes()).unwrap();
+        assert_eq!(f64::try_from(scalar).unwrap(), 1.5);
+        load_bytes(&Tensor::zeros([0], (Kind::Float, Device::Cpu)), &[]).unwrap();
+    }
+
+    #[test]
+    fn a_load_counts_as_a_change_of_the_tensor() {
+        let weight = Tensor::ones([2], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let loss = weight.square().sum(Kind::Float);
+        load_bytes(&weight, &[0; 8]).unwrap();
+        assert!(loss.f_backward().is_err(), "autograd did not notice that a saved tensor was overwritten");
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let tensor = Tensor::zeros([4, 2], (Kind::Float, Device::Cpu));
+        for len in [0, 31, 33] {
+            assert!(matches!(load_bytes(&tensor, &vec![0; len]), Err(TorchError::Length { tensor: 32, .. })));
+            assert!(matches!(store_bytes(&tensor, &mut vec![0; len]), Err(TorchError::Length { tensor: 32, .. })));
+        }
+        let transposed = tensor.tr();
+        assert!(matches!(load_bytes(&transposed, &[0; 32]), Err(TorchError::NotContiguous { .. })));
+        assert!(matches!(byte_len(&transposed), Err(TorchError::NotContiguous { .. })));
+        assert!(byte_len(&Tensor::new()).is_err(), "undefined");
+        assert!(byte_len(&tensor.to_sparse_sparse_dim(1)).is_err(), "sparse");
+    }
+
+    #[test]
+    fn pinned_memory_is_the_memory_that_was_given() {
+        let mut pinned = Pinned::new(vec![7_u8; 4096]).unwrap();
+        pinned.as_mut()[1] = 9;
+        assert_eq!(pinned.as_mut()[..3], [7, 9, 7]);
+        assert!(Pinned::new(Vec::new()).unwrap().as_mut().is_empty());
+    }
+}

@@ -1,0 +1,538 @@
+//! Copies of tensors to host memory, made while LibTorch computes on.
+//!
+//! [`HostCopier`] owns a few threads of low scheduling priority. [`start`](HostCopier::start) hands them a list of
+//! tensors and one destination; they copy on until the last byte is there, run the callback, and wake whoever waits. On
+//! the CPU the tensors are cut into chunks that the threads take one by one. On a GPU `start` marks the point in the
+//! compute stream, and one thread has the copies made on a stream of their own after that point: into [`Pinned`] memory
+//! they run beside the kernels.
+//!
+//! Invariants: from `start` to the end of [`wait`](CopyTicket::wait) the tensors must not change (reading is free), or
+//! the bytes are of two moments. The destination belongs to the copy for that time and comes back from `wait`; it and
+//! the tensors are kept alive whatever becomes of the ticket. A ticket that is dropped waits first.
+//!
+//! [`Pinned`]: super::Pinned
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    ptr,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use tch::Tensor;
+
+use super::{
+    Result, TorchError,
+    ffi::{self, Run, check},
+};
+
+/// How much of a tensor a thread takes at a time: small enough that threads finish together.
+const CHUNK: usize = 1 << 20;
+/// Added to the niceness of copy threads, so that they leave the cores to those who compute.
+const NICENESS: i32 = 5;
+
+const DOING: &str = "copy to host";
+
+/// One tensor to copy.
+#[derive(Debug)]
+pub struct CopyJob {
+    /// The tensor, contiguous; a shallow clone that keeps its memory alive.
+    pub tensor: Tensor,
+    /// Its first byte within the destination.
+    pub offset: u64,
+    /// Its bytes; checked against the tensor.
+    pub len: u64,
+}
+
+/// A finished copy.
+#[derive(Debug)]
+pub struct Copied<D> {
+    /// The memory that was copied to.
+    pub destination: D,
+    /// From `start` to the last byte.
+    pub took: Duration,
+}
+
+/// A few threads that copy tensors to host memory in the background.
+#[derive(Debug)]
+pub struct HostCopier {
+    queue: Arc<Queue>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl HostCopier {
+    /// Starts `threads` copy threads; at least one.
+    pub fn new(threads: usize) -> Result<Self> {
+        let mut copier = Self { queue: Arc::default(), threads: Vec::new() };
+        for index in 0..threads.max(1) {
+            let queue = Arc::clone(&copier.queue);
+            let builder = std::thread::Builder::new().name(format!("copy-{index}"));
+            copier.threads.push(builder.spawn(move || queue.serve()).map_err(TorchError::Thread)?);
+        }
+        Ok(copier)
+    }
+
+    /// Starts copying `jobs` into `destination` and returns at once.
+    ///
+    /// The jobs are checked first: contiguous tensors, all on the CPU or all on one GPU, lengths as stated, ranges that
+    /// lie within the destination and do not overlap. `on_done` runs on a copy thread when the last byte is there, before
+    /// the waiter wakes; it does not run if the copy fails. Keep it short.
+    pub fn start<D>(
+        &self,
+        destination: D,
+        jobs: Vec<CopyJob>,
+        on_done: impl FnOnce(Duration) + Send + 'static,
+    ) -> Result<CopyTicket<D>>
+    where
+        D: AsMut<[u8]> + Send + 'static,
+    {
+        let mut held = Held::new(destination);
+        let (base, size) = held.memory();
+        let mut runs = Vec::with_capacity(jobs.len());
+        let mut device = None;
+        let mut ranges = Vec::with_capacity(jobs.len());
+        for CopyJob { tensor, offset, len } in &jobs {
+            let facts = ffi::facts(DOING, tensor)?;
+            if facts.bytes != *len {
+                return Err(TorchError::Length { doing: DOING, tensor: facts.bytes, given: *len });
+            }
+            if *device.get_or_insert(facts.device) != facts.device {
+                return Err(TorchError::MixedDevices { doing: DOING });
+            }
+            if *len == 0 {
+                continue;
+            }
+            let range = TorchError::Range { offset: *offset, len: *len, size: size as u64 };
+            let Some(end) = offset.checked_add(*len).filter(|&end| end <= size as u64) else { return Err(range) };
+            ranges.push((*offset, end));
+            // SAFETY: `offset + len` was just found to lie within the destination.
+            let target = unsafe { base.add(*offset as usize) };
+            runs.push(Run { source: facts.data.cast(), target, bytes: *len });
+        }
+        ranges.sort_unstable();
+        if let Some(pair) = ranges.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+            let (offset, end) = pair[1];
+            return Err(TorchError::Range { offset, len: end - offset, size: size as u64 });
+        }
+
+        let mark = device.filter(|&device| device >= 0 && !runs.is_empty()).map(Mark::now).transpose()?;
+        let runs = if mark.is_some() { runs } else { chunks(&runs) };
+        let units = if mark.is_some() { 1 } else { runs.len() };
+        let batch = Arc::new(Batch {
+            runs,
+            mark,
+            units,
+            next: AtomicUsize::new(0),
+            left: AtomicUsize::new(units),
+            begun: Instant::now(),
+            end: Mutex::new(End {
+                held: Some(held),
+                tensors: jobs.into_iter().map(|job| job.tensor).collect(),
+                on_done: Some(Box::new(on_done)),
+                failure: None,
+                took: None,
+            }),
+            ended: Condvar::new(),
+        });
+        if units == 0 {
+            batch.finish();
+        } else {
+            self.queue.push(batch.clone());
+        }
+        Ok(CopyTicket { batch })
+    }
+}
+
+impl Drop for HostCopier {
+    /// Finishes what was started, then ends the threads.
+    fn drop(&mut self) {
+        lock(&self.queue.waiting).closed = true;
+        self.queue.changed.notify_all();
+        for thread in self.threads.drain(..) {
+            // A copy thread does not panic: it only copies and runs callbacks, whose panics it catches.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A copy under way.
+#[must_use = "the tensors must not change before the copy is done"]
+pub struct CopyTicket<D> {
+    batch: Arc<Batch<D>>,
+}
+
+impl<D> CopyTicket<D> {
+    /// Whether the last byte is there and the callback has run.
+    pub fn is_done(&self) -> bool {
+        lock(&self.batch.end).took.is_some()
+    }
+
+    /// Waits until the last byte is there and the callback has run; gives the destination back.
+    pub fn wait(self) -> Result<Copied<D>> {
+        let mut end = self.batch.wait();
+        if let Some(failure) = end.failure.take() {
+            return Err(failure);
+        }
+        match (end.took, end.held.take()) {
+            (Some(took), Some(held)) => Ok(Copied { destination: held.into_inner(), took }),
+            // `Batch::wait` returns when `took` is set, and only this consuming function takes the destination.
+            _ => Err(TorchError::Callback),
+        }
+    }
+}
+
+impl<D> Drop for CopyTicket<D> {
+    fn drop(&mut self) {
+        drop(self.batch.wait());
+    }
+}
+
+impl<D> fmt::Debug for CopyTicket<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CopyTicket").field("done", &self.is_done()).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // No code under these locks panics halfway through a change.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Cuts runs into pieces of at most [`CHUNK`] bytes.
+fn chunks(runs: &[Run]) -> Vec<Run> {
+    let mut pieces = Vec::with_capacity(runs.iter().map(|run| (run.bytes as usize).div_ceil(CHUNK)).sum());
+    for run in runs {
+        let len = run.bytes as usize;
+        for start in (0..len).step_by(CHUNK) {
+            // SAFETY: `start` is less than the run's length.
+            let (source, target) = unsafe { (run.source.add(start), run.target.add(start)) };
+            pieces.push(Run { source, target, bytes: CHUNK.min(len - start) as u64 });
+        }
+    }
+    pieces
+}
+
+/// The destination, held by address: its memory is written to while it is moved about.
+struct Held<D>(*mut D);
+
+impl<D> Held<D> {
+    fn new(destination: D) -> Self {
+        Self(Box::into_raw(Box::new(destination)))
+    }
+
+    fn into_inner(self) -> D {
+        let this = std::mem::ManuallyDrop::new(self);
+        // SAFETY: made by `Box::into_raw`, and `self` is not dropped.
+        *unsafe { Box::from_raw(this.0) }
+    }
+}
+
+impl<D: AsMut<[u8]>> Held<D> {
+    /// First byte and length. Nobody touches the destination again before the copy is done.
+    fn memory(&mut self) -> (*mut u8, usize) {
+        // SAFETY: the box is alive and this is its only reference.
+        let memory = unsafe { &mut *self.0 }.as_mut();
+        (memory.as_mut_ptr(), memory.len())
+    }
+}
+
+impl<D> Drop for Held<D> {
+    fn drop(&mut self) {
+        // SAFETY: made by `Box::into_raw` and freed once.
+        drop(unsafe { Box::from_raw(self.0) });
+    }
+}
+
+/// A point in a GPU's compute stream.
+struct Mark(*mut ffi::MarkHandle);
+
+impl Mark {
+    fn now(device: i32) -> Result<Self> {
+        let mut mark = ptr::null_mut();
+        // SAFETY: the pointer is valid for the call.
+        check(DOING, unsafe { ffi::trn_mark(device, &mut mark) })?;
+        Ok(Self(mark))
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        // SAFETY: made by the shim and freed once.
+        unsafe { ffi::trn_mark_free(self.0) };
+    }
+}
+
+struct End<D> {
+    held: Option<Held<D>>,
+    tensors: Vec<Tensor>,
+    on_done: Option<Box<dyn FnOnce(Duration) + Send>>,
+    failure: Option<TorchError>,
+    /// Set last.
+    took: Option<Duration>,
+}
+
+/// One call of `start`.
+struct Batch<D> {
+    /// Chunks on the CPU; whole tensors, all in one unit, on a GPU.
+    runs: Vec<Run>,
+    mark: Option<Mark>,
+    units: usize,
+    /// The next unit that nobody has taken.
+    next: AtomicUsize,
+    /// Units that are not finished.
+    left: AtomicUsize,
+    begun: Instant,
+    end: Mutex<End<D>>,
+    ended: Condvar,
+}
+
+// SAFETY: the pointers in `runs` lead into the tensors and the destination, which `end` keeps alive until the last unit
+// is finished; targets do not overlap, each is written by the one thread that took it from `next`, and `left` orders the
+// writes before the end. The mark is used by the one thread that takes the one unit.
+unsafe impl<D: Send> Send for Batch<D> {}
+// SAFETY: as above; everything else is behind the mutex.
+unsafe impl<D: Send> Sync for Batch<D> {}
+
+impl<D> Batch<D> {
+    fn finish(&self) {
+        let took = self.begun.elapsed();
+        let (failed, on_done) = {
+            let mut end = lock(&self.end);
+            (end.failure.is_some(), end.on_done.take())
+        };
+        let panicked = match on_done {
+            Some(on_done) if !failed => catch_unwind(AssertUnwindSafe(|| on_done(took))).is_err(),
+            _ => false,
+        };
+        let mut end = lock(&self.end);
+        if panicked {
+            end.failure = Some(TorchError::Callback);
+        }
+        end.tensors.clear();
+        end.took = Some(took);
+        self.ended.notify_all();
+    }
+
+    fn wait(&self) -> MutexGuard<'_, End<D>> {
+        let end = lock(&self.end);
+        self.ended.wait_while(end, |end| end.took.is_none()).unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Work that threads take in units until none is left.
+trait Units: Send + Sync {
+    fn work(&self);
+}
+
+impl<D: Send> Units for Batch<D> {
+    fn work(&self) {
+        loop {
+            let unit = self.next.fetch_add(1, Ordering::Relaxed);
+            if unit >= self.units {
+                return;
+            }
+            if let Some(mark) = &self.mark {
+                // SAFETY: sources and targets are alive (see above) and the shim returns when the bytes are there.
+                let status = unsafe { ffi::trn_copy_after(mark.0, self.runs.as_ptr(), self.runs.len()) };
+                if let Err(error) = check(DOING, status) {
+                    lock(&self.end).failure = Some(error);
+                }
+            } else {
+                let run = self.runs[unit];
+                // SAFETY: both are alive (see above), and no tensor lies in a destination that someone else owns.
+                unsafe { ptr::copy_nonoverlapping(run.source, run.target, run.bytes as usize) };
+            }
+            if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                self.finish();
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
+    batches: VecDeque<Arc<dyn Units>>,
+    closed: bool,
+}
+
+impl Queue {
+    fn push(&self, batch: Arc<dyn Units>) {
+        lock(&self.waiting).batches.push_back(batch);
+        self.changed.notify_all();
+    }
+
+    /// A copy thread's life.
+    fn serve(&self) {
+        // On Linux this is the calling thread alone. Where it is refused, copies only compete a little more.
+        let _ = rustix::process::setpriority_process(None, NICENESS);
+        loop {
+            let batch = {
+                let mut waiting = lock(&self.waiting);
+                loop {
+                    if let Some(batch) = waiting.batches.front() {
+                        break Arc::clone(batch);
+                    }
+                    if waiting.closed {
+                        return;
+                    }
+                    waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+                }
+            };
+            batch.work();
+            let mut waiting = lock(&self.waiting);
+            // All its units are taken; the first thread that sees so takes it off.
+            waiting.batches.pop_front_if(|front| ptr::addr_eq(Arc::as_ptr(front), Arc::as_ptr(&batch)));
+        }
+    }
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue").field("batches", &lock(&self.waiting).batches.len()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    /// Tensors of many sizes, some longer than a chunk, one empty, and where they go: packed, one byte apart.
+    fn jobs() -> (Vec<Tensor>, Vec<CopyJob>, usize) {
+        let elements = [1, 0, CHUNK as i64 / 4, 5, CHUNK as i64 * 3 / 4 + 3, 77_777];
+        let tensors: Vec<_> = elements
+            .iter()
+            .zip(1..)
+            .map(|(&n, seed)| (Tensor::arange(n, (Kind::Float, Device::Cpu)) * 0.7 + f64::from(seed)).sin())
+            .collect();
+        let mut offset = 1;
+        let jobs = tensors
+            .iter()
+            .map(|tensor| {
+                let len = tensor.numel() as u64 * 4;
+                let job = CopyJob { tensor: tensor.shallow_clone(), offset, len };
+                offset += len + 1;
+                job
+            })
+            .collect();
+        (tensors, jobs, offset as usize)
+    }
+
+    fn expected(tensors: &[Tensor], size: usize) -> Vec<u8> {
+        let mut bytes = vec![0xee; size];
+        let mut offset = 1;
+        for tensor in tensors {
+            let len = tensor.numel() * 4;
+            super::super::store_bytes(tensor, &mut bytes[offset..offset + len]).unwrap();
+            offset += len + 1;
+        }
+        bytes
+    }
+
+    #[test]
+    fn bytes_are_exact_while_compute_reads_the_tensors() {
+        for threads in [1, 3] {
+            let copier = HostCopier::new(threads).unwrap();
+            let (tensors, list, size) = jobs();
+            let (sender, receiver) = mpsc::channel();
+            let ticket = copier.start(vec![0xee; size], list, move |took| sender.send(took).unwrap()).unwrap();
+            let sum: f64 = tensors.iter().map(|tensor| f64::try_from(tensor.sum(Kind::Double)).unwrap()).sum();
+            let Copied { destination, took } = ticket.wait().unwrap();
+            assert!(sum.is_finite());
+            assert!(destination == expected(&tensors, size), "{threads} threads");
+            assert_eq!(receiver.try_recv(), Ok(took), "the callback runs before the waiter wakes");
+        }
+    }
+
+    #[test]
+    fn a_copier_serves_many_copies_and_finishes_them_before_it_goes() {
+        let copier = HostCopier::new(2).unwrap();
+        let tickets: Vec<_> = (0..10)
+            .map(|_| {
+                let (tensors, list, size) = jobs();
+                (tensors, size, copier.start(vec![0xee; size], list, |_| ()).unwrap())
+            })
+            .collect();
+        drop(copier);
+        for (tensors, size, ticket) in tickets {
+            assert!(ticket.is_done());
+            assert!(ticket.wait().unwrap().destination == expected(&tensors, size));
+        }
+    }
+
+    #[test]
+    fn a_copy_is_not_done_before_its_callback_and_a_dropped_ticket_waits_for_it() {
+        let copier = HostCopier::new(2).unwrap();
+        let (_tensors, list, size) = jobs();
+        let (go, gate) = mpsc::channel::<()>();
+        let (sender, receiver) = mpsc::channel();
+        let ticket = copier
+            .start(vec![0; size], list, move |_| {
+                gate.recv().unwrap();
+                sender.send(()).unwrap();
+            })
+            .unwrap();
+        assert!(!ticket.is_done());
+        go.send(()).unwrap();
+        drop(ticket);
+        assert_eq!(receiver.try_recv(), Ok(()));
+    }
+
+    #[test]
+    fn nothing_to_copy_is_done_at_once() {
+        let copier = HostCopier::new(1).unwrap();
+        let ticket = copier.start(Vec::new(), Vec::new(), |_| ()).unwrap();
+        assert!(ticket.is_done());
+        assert!(ticket.wait().unwrap().destination.is_empty());
+    }
+
+    #[test]
+    fn a_callback_that_panics_is_an_error_and_the_threads_live_on() {
+        let copier = HostCopier::new(1).unwrap();
+        let (_tensors, list, size) = jobs();
+        let ticket = copier.start(vec![0; size], list, |_| panic!("on purpose")).unwrap();
+        assert!(matches!(ticket.wait(), Err(TorchError::Callback)));
+        let (tensors, list, size) = jobs();
+        let copied = copier.start(vec![0xee; size], list, |_| ()).unwrap().wait().unwrap();
+        assert!(copied.destination == expected(&tensors, size));
+    }
+
+    #[test]
+    fn the_destination_may_hold_its_bytes_within_itself() {
+        let copier = HostCopier::new(1).unwrap();
+        let job = CopyJob { tensor: Tensor::from_slice(&[1_u8, 2, 3]), offset: 1, len: 3 };
+        let copied = copier.start([0_u8; 5], vec![job], |_| ()).unwrap().wait().unwrap();
+        assert_eq!(copied.destination, [0, 1, 2, 3, 0]);
+    }
+
+    #[test]
+    fn jobs_that_do_not_fit_are_refused() {
+        let copier = HostCopier::new(1).unwrap();
+        let tensor = Tensor::zeros([2, 4], (Kind::Float, Device::Cpu));
+        let job = |tensor: &Tensor, offset, len| CopyJob { tensor: tensor.shallow_clone(), offset, len };
+        let start = |jobs| copier.start(vec![0; 64], jobs, |_| panic!("ran")).unwrap_err();
+        assert!(matches!(start(vec![job(&tensor.tr(), 0, 32)]), TorchError::NotContiguous { .. }));
+        assert!(matches!(start(vec![job(&tensor, 0, 31)]), TorchError::Length { tensor: 32, given: 31, .. }));
+        for offset in [33, u64::MAX - 8] {
+            assert!(matches!(start(vec![job(&tensor, offset, 32)]), TorchError::Range { .. }));
+        }
+        let overlapping = vec![job(&tensor, 32, 32), job(&tensor, 1, 32)];
+        assert!(matches!(start(overlapping), TorchError::Range { offset: 32, len: 32, size: 64 }));
+        assert!(matches!(start(vec![job(&Tensor::new(), 0, 0)]), TorchError::Refused { .. }));
+    }
+}

@@ -1,0 +1,351 @@
+//! The c10d store, through which ranks find each other, and the group in which they compute together.
+//!
+//! Rank 0 serves the store; every rank connects to it and makes its [`ProcessGroup`] with the same prefix. Every
+//! collective must be called by all ranks in the same order. The store listens on the given host's address alone where
+//! that is an address of this machine, so a run on one machine opens no port to the outside.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, ToSocketAddrs, UdpSocket},
+    os::fd::IntoRawFd,
+    ptr,
+    time::Duration,
+};
+
+use tch::{Device, Tensor};
+
+use super::{
+    Result, TorchError,
+    ffi::{self, check},
+};
+use crate::ids::{Rank, WorldSize};
+
+/// What carries the collectives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// TCP, for tensors on the CPU.
+    Gloo,
+    /// NVIDIA's library, for tensors on GPUs; only in the CUDA flavour.
+    Nccl,
+}
+
+impl Backend {
+    /// The one that fits tensors on `device`.
+    pub fn for_device(device: Device) -> Self {
+        if matches!(device, Device::Cuda(_)) { Self::Nccl } else { Self::Gloo }
+    }
+}
+
+fn millis(timeout: Duration) -> i64 {
+    // 0 would mean "no limit" to some callees; a limit beyond an i64 of milliseconds is none in practice.
+    i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX / 2_000_000).clamp(1, i64::MAX / 2_000_000)
+}
+
+fn signed(doing: &'static str, what: &'static str, number: u32) -> Result<i32> {
+    i32::try_from(number).map_err(|_| TorchError::Number { doing, what })
+}
+
+/// A c10d `TCPStore`: small keys and values that all ranks see.
+#[derive(Debug)]
+pub struct Store {
+    handle: *mut ffi::StoreHandle,
+    host: String,
+    port: u16,
+}
+
+impl Store {
+    /// Serves a store at `host`, an address or name of this machine, on a port of the kernel's choice.
+    pub fn serve(host: &str, timeout: Duration) -> Result<Self> {
+        let doing = "serve the rendezvous store on";
+        let fail = |source| TorchError::Address { doing, host: host.to_owned(), source };
+        let listener = match TcpListener::bind((host, 0)) {
+            // Behind a translated address (a container, a service) the name that peers use is not bound here.
+            Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable => {
+                TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)))
+            }
+            other => other,
+        }
+        .map_err(fail)?;
+        let port = listener.local_addr().map_err(fail)?.port();
+        let name = ffi::c_text(doing, host)?;
+        let mut handle = ptr::null_mut();
+        // SAFETY: pointers are valid for the call; the socket is handed over, the shim closes it with the store.
+        let status =
+            unsafe { ffi::trn_store_serve(name.as_ptr(), port, listener.into_raw_fd(), millis(timeout), &mut handle) };
+        check("serve the rendezvous store", status)?;
+        Ok(Self { handle, host: host.to_owned(), port })
+    }
+
+    /// Connects to the store that rank 0 serves; tries again until `timeout` is over.
+    pub fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self> {
+        let doing = "connect to the rendezvous store";
+        let name = ffi::c_text(doing, host)?;
+        let mut handle = ptr::null_mut();
+        // SAFETY: pointers are valid for the call.
+        check(doing, unsafe { ffi::trn_store_connect(name.as_ptr(), port, millis(timeout), &mut handle) })?;
+        Ok(Self { handle, host: host.to_owned(), port })
+    }
+
+    /// The port on which the store is served.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The address of this machine from which the store's host is reached: loopback for a host on loopback. Peers that
+    /// reach the same host reach this address.
+    fn local_address(&self) -> Result<IpAddr> {
+        let fail = |source| TorchError::Address { doing: "find the way to", host: self.host.clone(), source };
+        let mut last = std::io::Error::from(std::io::ErrorKind::NotFound);
+        for target in (self.host.as_str(), self.port).to_socket_addrs().map_err(fail)? {
+            let any: IpAddr =
+                if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+            // Connecting a datagram socket sends nothing: it asks the routing table.
+            match UdpSocket::bind((any, 0)).and_then(|socket| {
+                socket.connect(target)?;
+                socket.local_addr()
+            }) {
+                Ok(address) => return Ok(address.ip()),
+                Err(error) => last = error,
+            }
+        }
+        Err(fail(last))
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // SAFETY: made by the shim and freed once; groups hold references of their own.
+        unsafe { ffi::trn_store_free(self.handle) };
+    }
+}
+
+/// The ranks that compute together.
+///
+/// Collectives return when the result is there (Gloo) or is ordered before all later work of the device's current stream
+/// (NCCL). Dropping the last owner closes the connections.
+#[derive(Debug)]
+pub struct ProcessGroup {
+    handle: *mut ffi::GroupHandle,
+    rank: Rank,
+    world: WorldSize,
+}
+
+impl ProcessGroup {
+    /// Joins the group `prefix`; returns when all `world` ranks are connected. `timeout` is also the limit of every
+    /// collective. The group keeps the store alive.
+    pub fn new(
+        backend: Backend,
+        store: &Store,
+        prefix: &str,
+        rank: Rank,
+        world: WorldSize,
+        timeout: Duration,
+        device: Device,
+    ) -> Result<Self> {
+        let doing = "form the process group";
+        if rank.get() >= world.get() {
+            return Err(TorchError::Number { doing, what: "the rank" });
+        }
+        let (prefix, address) = (ffi::c_text(doing, prefix)?, ffi::c_text(doing, &store.local_address()?.to_string())?);
+        let mut handle = ptr::null_mut();
+        // SAFETY: pointers are valid for the call.
+        let status = unsafe {
+            ffi::trn_group_new(
+                (backend == Backend::Nccl).into(),
+                store.handle,
+                prefix.as_ptr(),
+                address.as_ptr(),
+                signed(doing, "the rank", rank.get())?,
+                signed(doing, "the world size", world.get())?,
+                millis(timeout),
+                ffi::device_index(device)?,
+                &mut handle,
+            )
+        };
+        check(doing, status)?;
+        Ok(Self { handle, rank, world })
+    }
+
+    /// This process's rank.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// How many ranks there are.
+    pub fn world(&self) -> WorldSize {
+        self.world
+    }
+
+    /// Replaces `tensor` on every rank by the sum over the ranks. Contiguous, the same extents and type everywhere.
+    pub fn all_reduce_sum(&self, tensor: &mut Tensor) -> Result<()> {
+        // SAFETY: both are alive for the call.
+        check("all-reduce", unsafe { ffi::trn_group_all_reduce_sum(self.handle, ffi::raw(tensor)) })
+    }
+
+    /// Replaces `tensor` on every rank by that of `root`. Contiguous, the same extents and type everywhere.
+    pub fn broadcast(&self, tensor: &mut Tensor, root: Rank) -> Result<()> {
+        let doing = "broadcast";
+        if root.get() >= self.world.get() {
+            return Err(TorchError::Number { doing, what: "the root rank" });
+        }
+        let root = signed(doing, "the root rank", root.get())?;
+        // SAFETY: both are alive for the call.
+        check(doing, unsafe { ffi::trn_group_broadcast(self.handle, ffi::raw(tensor), root) })
+    }
+
+    /// Returns when every rank has called it.
+    pub fn barrier(&self) -> Result<()> {
+        // SAFETY: the group is alive for the call.
+        check("barrier", unsafe { ffi::trn_group_barrier(self.handle) })
+    }
+
+    /// Gives up work in flight, so that dropping the group after an error does not wait for a peer: NCCL's kernels would.
+    /// Gloo has nothing to give up; its collectives end with a peer's connection or at the time limit. The group is of
+    /// no more use.
+    pub fn abort(&self) -> Result<()> {
+        // SAFETY: the group is alive for the call.
+        check("abort the process group", unsafe { ffi::trn_group_abort(self.handle) })
+    }
+
+    pub(super) fn handle(&self) -> *const ffi::GroupHandle {
+        self.handle
+    }
+}
+
+impl Drop for ProcessGroup {
+    fn drop(&mut self) {
+        // SAFETY: made by the shim and freed once; reducers hold references of their own.
+        unsafe { ffi::trn_group_free(self.handle) };
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::{sync::mpsc, thread};
+
+    use tch::Kind;
+
+    use super::*;
+
+    pub(in crate::torch) const LIMIT: Duration = Duration::from_secs(60);
+
+    /// Runs `body` as every rank of a Gloo group, each on a thread of its own; gives the results by rank.
+    pub(in crate::torch) fn ranks<T: Send>(
+        world: u32,
+        limit: Duration,
+        body: impl Fn(ProcessGroup) -> T + Sync,
+    ) -> Vec<T> {
+        let store = Store::serve("127.0.0.1", LIMIT).unwrap();
+        let port = store.port();
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..world)
+                .map(|rank| {
+                    let body = &body;
+                    scope.spawn(move || {
+                        let store = Store::connect("127.0.0.1", port, LIMIT).unwrap();
+                        let (rank, world) = (Rank(rank), WorldSize(world));
+                        body(ProcessGroup::new(Backend::Gloo, &store, "test", rank, world, limit, Device::Cpu).unwrap())
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn all_reduce_sums_over_two_and_three_ranks() {
+        for world in [2, 3] {
+            let sums = ranks(world, LIMIT, |group| {
+                let mut tensor = Tensor::arange(1000, (Kind::Float, Device::Cpu)) + f64::from(group.rank().get());
+                group.all_reduce_sum(&mut tensor).unwrap();
+                group.barrier().unwrap();
+                Vec::<f32>::try_from(tensor).unwrap()
+            });
+            let extra = (0..world).sum::<u32>();
+            let want: Vec<f32> = (0..1000).map(|i| (i * world + extra) as f32).collect();
+            assert!(sums.iter().all(|sum| *sum == want), "{world} ranks");
+        }
+    }
+
+    #[test]
+    fn broadcast_gives_everyone_the_roots_tensor() {
+        let got = ranks(3, LIMIT, |group| {
+            let mut tensor = Tensor::from_slice(&[i64::from(group.rank().get()); 4]);
+            assert!(group.broadcast(&mut tensor, Rank(3)).is_err(), "a root outside the world");
+            group.broadcast(&mut tensor, Rank(2)).unwrap();
+            Vec::<i64>::try_from(tensor).unwrap()
+        });
+        assert_eq!(got, [[2; 4], [2; 4], [2; 4]]);
+    }
+
+    #[test]
+    fn a_peer_that_leaves_is_an_error_and_not_a_hang() {
+        let results = ranks(2, LIMIT, |group| {
+            if group.rank() == Rank(1) {
+                return Ok(());
+            }
+            group.all_reduce_sum(&mut Tensor::zeros([8], (Kind::Float, Device::Cpu)))
+        });
+        let Err(TorchError::Peer { message, .. }) = &results[0] else { panic!("{results:?}") };
+        assert!(!message.is_empty());
+    }
+
+    #[test]
+    fn a_peer_that_hangs_is_an_error_after_the_limit() {
+        let (leave, wait) = mpsc::channel::<()>();
+        let wait = std::sync::Mutex::new(wait);
+        let results = ranks(2, Duration::from_secs(1), |group| {
+            if group.rank() == Rank(1) {
+                // Stays connected until the other has its answer.
+                let _ = wait.lock().unwrap().recv();
+                return Ok(());
+            }
+            let result = group.all_reduce_sum(&mut Tensor::zeros([8], (Kind::Float, Device::Cpu)));
+            leave.send(()).unwrap();
+            result
+        });
+        assert!(matches!(results[0], Err(TorchError::Peer { .. })), "{results:?}");
+    }
+
+    #[test]
+    fn a_group_can_be_given_up_and_dropped() {
+        let results = ranks(2, LIMIT, |group| {
+            group.barrier().unwrap();
+            group.abort()
+        });
+        assert!(results.iter().all(Result::is_ok), "{results:?}");
+    }
+
+    #[test]
+    fn what_libtorch_refuses_arrives_as_a_readable_error() {
+        let errors = ranks(1, LIMIT, |group| {
+            let mut strided = Tensor::zeros([4, 6], (Kind::Float, Device::Cpu)).transpose(0, 1);
+            group.all_reduce_sum(&mut strided).unwrap_err()
+        });
+        let text = errors[0].to_string();
+        assert!(matches!(errors[0], TorchError::Refused { .. }), "{text}");
+        assert!(text.starts_with("all-reduce: ") && text.contains("contiguous"), "{text}");
+        assert!(!text.contains("frame #"), "a backtrace of LibTorch: {text}");
+    }
+
+    #[test]
+    fn a_dead_port_is_an_error_in_time() {
+        // Bound, but nobody listens: nobody else gets the port meanwhile.
+        let socket =
+            rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&socket, &std::net::SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let address = std::net::SocketAddr::try_from(rustix::net::getsockname(&socket).unwrap()).unwrap();
+        let error = Store::connect("127.0.0.1", address.port(), Duration::from_secs(1)).unwrap_err();
+        assert!(matches!(error, TorchError::Peer { .. }), "{error}");
+        assert!(error.to_string().starts_with("connect to the rendezvous store: "), "{error}");
+    }
+
+    #[test]
+    fn the_store_of_a_run_on_one_machine_is_not_open_to_the_outside() {
+        let store = Store::serve("127.0.0.1", LIMIT).unwrap();
+        assert!(store.local_address().unwrap().is_loopback());
+        // The port is free on another loopback address: the store is bound to its own alone.
+        TcpListener::bind(("127.0.0.2", store.port())).unwrap();
+        assert!(Store::serve("no such host", LIMIT).is_err());
+        assert!(Store::connect("nul\0host", 1, LIMIT).is_err());
+    }
+}

@@ -1,0 +1,179 @@
+//! LibTorch beyond what `tch` offers: process groups, the gradient reducer, the fused optimizer, random number state,
+//! raw bytes of tensors, and copies to the host behind the compute.
+//!
+//! A C++ shim (`shim/`) holds the calls; this is its safe face, and with `snapshot/image.rs` the only place that may use
+//! `unsafe`. No C++ exception crosses: the shim catches it, and it arrives here as a [`TorchError`]. Nothing here is
+//! async and nothing polls.
+//!
+//! One source, two flavours, chosen by the LibTorch folder (see `build.rs`): with `libtorch_cuda.so` the crate is built
+//! with CUDA and NCCL and `cfg(torch_cuda)` is set; otherwise it runs on the CPU and says so when asked for a GPU.
+//!
+//! On a crash nothing of this outlives the process. A peer that dies breaks its Gloo connections, and the others'
+//! collectives fail at once with [`TorchError::Peer`]; a peer that hangs lets them fail at the time limit given to
+//! [`ProcessGroup::new`]. After either, the group and the reducer are of no more use: leave and start again. NCCL's
+//! watchdog ends the process when a collective is over its time limit.
+
+mod bytes;
+mod copier;
+mod ffi;
+mod group;
+mod optim;
+mod reducer;
+mod runtime;
+
+use crate::error::{Explain, Kind};
+
+pub use bytes::{Pinned, byte_len, load_bytes, store_bytes};
+pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
+pub use group::{Backend, ProcessGroup, Store};
+pub use optim::{AdamW, Moments, adamw_step, grad_norm};
+pub use reducer::{Reducer, Reduction, gradients, zero_gradients};
+pub use runtime::{
+    device_count, manual_seed, pick_device, rng_state, set_deterministic, set_interop_threads, set_num_threads,
+    set_rng_state,
+};
+
+/// Shorthand for this module's results.
+pub type Result<T, E = TorchError> = std::result::Result<T, E>;
+
+/// The result of one of tch's own functions, as ours.
+pub fn tch_result<T>(doing: &'static str, result: std::result::Result<T, tch::TchError>) -> Result<T> {
+    result.map_err(|error| TorchError::Refused { doing, message: error.to_string() })
+}
+
+/// The value of a tensor of one element; waits for the device.
+pub fn to_f64(tensor: &tch::Tensor) -> Result<f64> {
+    tch_result("read number", tensor.f_double_value(&[]))
+}
+
+/// Why LibTorch did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum TorchError {
+    /// LibTorch refused: extents, types or states that do not fit together.
+    #[error("{doing}: {message}")]
+    Refused {
+        /// What was being done.
+        doing: &'static str,
+        /// LibTorch's words.
+        message: String,
+    },
+    /// A peer is gone or silent, or the network does not carry.
+    #[error("{doing}: {message}")]
+    Peer {
+        /// What was being done.
+        doing: &'static str,
+        /// LibTorch's words.
+        message: String,
+    },
+    /// Memory ran out, on the host or on the device.
+    #[error("{doing}: {message}")]
+    OutOfMemory {
+        /// What was being done.
+        doing: &'static str,
+        /// LibTorch's words.
+        message: String,
+    },
+    /// A tensor's elements do not lie in memory one after the other.
+    #[error("{doing}: the tensor is not contiguous")]
+    NotContiguous {
+        /// What was being done.
+        doing: &'static str,
+    },
+    /// The bytes given are not as many as the tensor has.
+    #[error("{doing}: the tensor has {tensor} bytes, {given} were given")]
+    Length {
+        /// What was being done.
+        doing: &'static str,
+        /// Bytes of the tensor.
+        tensor: u64,
+        /// Bytes given.
+        given: u64,
+    },
+    /// Two copies would write the same byte, or one would write past the end of its destination.
+    #[error(
+        "copy to host: bytes {offset}..{offset}+{len} overlap another copy or leave the destination of {size} bytes"
+    )]
+    Range {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Bytes of the destination.
+        size: u64,
+    },
+    /// Tensors that belong together lie on different devices.
+    #[error("{doing}: tensors lie on different devices")]
+    MixedDevices {
+        /// What was being done.
+        doing: &'static str,
+    },
+    /// Lists that belong together have different lengths.
+    #[error("{doing}: the lists have different lengths")]
+    Lists {
+        /// What was being done.
+        doing: &'static str,
+    },
+    /// A number that is out of the range that LibTorch takes.
+    #[error("{doing}: {what} is out of range")]
+    Number {
+        /// What was being done.
+        doing: &'static str,
+        /// Which number.
+        what: &'static str,
+    },
+    /// A device of a kind that is not supported.
+    #[error("{0:?} is not supported: neither the CPU nor a CUDA device")]
+    Device(tch::Device),
+    /// More workers than GPUs.
+    #[error("worker {local_rank} of this node has no GPU: there are {devices}")]
+    NoDevice {
+        /// The worker's rank on its node.
+        local_rank: u32,
+        /// GPUs of the node.
+        devices: u32,
+    },
+    /// An address that is not one, or that cannot be listened on.
+    #[error("{doing} {host}")]
+    Address {
+        /// What was being done.
+        doing: &'static str,
+        /// The host.
+        host: String,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A thread could not be started.
+    #[error("start copy thread")]
+    Thread(#[source] std::io::Error),
+    /// The callback of a copy panicked; the bytes were copied.
+    #[error("the callback of a copy to the host panicked")]
+    Callback,
+}
+
+impl Explain for TorchError {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Peer { .. } | Self::Address { .. } => Kind::Unavailable,
+            Self::OutOfMemory { .. } | Self::NoDevice { .. } | Self::Device(_) => Kind::Config,
+            Self::Refused { .. }
+            | Self::NotContiguous { .. }
+            | Self::Length { .. }
+            | Self::Range { .. }
+            | Self::MixedDevices { .. }
+            | Self::Lists { .. }
+            | Self::Number { .. }
+            | Self::Thread(_)
+            | Self::Callback => Kind::Bug,
+        }
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            Self::OutOfMemory { .. } => Some("lower train.max_micro_batch".into()),
+            Self::NoDevice { .. } => Some("start at most one worker a GPU (--nproc-per-node)".into()),
+            Self::Address { .. } => Some("the address must belong to this machine or be reachable from it".into()),
+            _ => None,
+        }
+    }
+}

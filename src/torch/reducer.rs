@@ -1,0 +1,329 @@
+//! Gradients averaged over the ranks while the backward pass still runs, by the engine of PyTorch's DDP.
+//!
+//! Invariants, on which bit-equality across a resume rests:
+//! - Which gradient lies where in which bucket follows from the list of parameters and the two sizes alone (reverse
+//!   order of the list), and never changes. A ring sums each element in an order that depends on its place in its bucket.
+//! - Gradients lie in the buckets from the first step on, so the first step after a resume divides as every other one.
+//! - Gradients are set to zero in place ([`zero_gradients`]), never removed: a removed one would leave its bucket.
+
+use std::ptr;
+
+use tch::Tensor;
+
+use super::{
+    ProcessGroup, Result, TorchError,
+    ffi::{self, check},
+};
+
+/// What a backward pass does with the gradients it has added up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduction {
+    /// Keeps them local: more micro-batches of this step follow.
+    Accumulate,
+    /// Averages what has been added up over the ranks: the last micro-batch.
+    Average,
+}
+
+/// Averages the gradients of a list of parameters over the ranks of a group, bucket by bucket, behind the backward pass.
+#[derive(Debug)]
+pub struct Reducer {
+    handle: *mut ffi::ReducerHandle,
+}
+
+impl Reducer {
+    /// Takes over the gradients of `params` (leaves that require gradients, the same list on every rank), which are
+    /// zero afterwards. The first bucket is small so that the first all-reduce starts early. Keeps the parameters and
+    /// the group alive.
+    pub fn new(
+        params: &[Tensor],
+        group: &ProcessGroup,
+        first_bucket_bytes: usize,
+        bucket_bytes: usize,
+    ) -> Result<Self> {
+        let doing = "make the gradient reducer";
+        let size = |bytes: usize| {
+            i64::try_from(bytes)
+                .ok()
+                .filter(|&bytes| bytes > 0)
+                .ok_or(TorchError::Number { doing, what: "a bucket size" })
+        };
+        let (first, rest) = (size(first_bucket_bytes)?, size(bucket_bytes)?);
+        let raws = ffi::raws(params);
+        let mut handle = ptr::null_mut();
+        // SAFETY: pointers are valid for the call; the shim takes references of its own.
+        let status =
+            unsafe { ffi::trn_reducer_new(raws.as_ptr(), raws.len(), group.handle(), first, rest, &mut handle) };
+        check(doing, status)?;
+        Ok(Self { handle })
+    }
+
+    /// Runs the backward pass of `loss`, adding to the gradients.
+    ///
+    /// With [`Reduction::Average`] every gradient is, on return, the sum over this step's passes, averaged over the
+    /// ranks; the loss must then depend on every parameter, which is checked. All ranks must average together. After an
+    /// error the gradients are undefined and the reducer is of no more use.
+    pub fn backward(&self, loss: &Tensor, reduction: Reduction) -> Result<()> {
+        let reduce = (reduction == Reduction::Average).into();
+        // SAFETY: both are alive for the call.
+        check("backward pass", unsafe { ffi::trn_reducer_backward(self.handle, ffi::raw(loss), reduce) })
+    }
+}
+
+impl Drop for Reducer {
+    fn drop(&mut self) {
+        // SAFETY: made by the shim and freed once; it takes its hooks off the parameters.
+        unsafe { ffi::trn_reducer_free(self.handle) };
+    }
+}
+
+/// Sets every parameter's gradient to zero in place; makes one where there is none.
+pub fn zero_gradients(params: &[Tensor]) -> Result<()> {
+    let raws = ffi::raws(params);
+    // SAFETY: the tensors are alive for the call.
+    check("zero gradients", unsafe { ffi::trn_zero_gradients(raws.as_ptr(), raws.len()) })
+}
+
+/// The parameters' gradients, which share their memory: with a [`Reducer`], or after [`zero_gradients`], they can be
+/// asked for once and used in every step. An error if a parameter has none.
+pub fn gradients(params: &[Tensor]) -> Result<Vec<Tensor>> {
+    params
+        .iter()
+        .map(|param| {
+            let mut grad = ptr::null_mut();
+            // SAFETY: pointers are valid for the call.
+            check("get gradient", unsafe { ffi::trn_gradient(ffi::raw(param), &mut grad) })?;
+            // SAFETY: the call succeeded, so it wrote a tensor that is ours.
+            Ok(unsafe { ffi::adopt(grad) })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::{
+        super::{
+            AdamW, Backend, Moments, Store, adamw_step,
+            group::tests::{LIMIT, ranks},
+            store_bytes,
+        },
+        *,
+    };
+    use crate::ids::{Rank, Step, WorldSize};
+
+    const F32: (Kind, Device) = (Kind::Float, Device::Cpu);
+    /// Three buckets for the little model below.
+    const BUCKETS: (usize, usize) = (256, 2048);
+    const SETTINGS: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+
+    /// Values in (-0.5, 0.5) that depend on `seed` alone, not on a generator that tests on other threads share.
+    fn noise(shape: &[i64], seed: u64) -> Tensor {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let values: Vec<f32> = (0..shape.iter().product::<i64>())
+            .map(|_| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+            })
+            .collect();
+        Tensor::from_slice(&values).view(shape)
+    }
+
+    /// Two layers and a scale; the state is (parameters, moments).
+    struct Model {
+        params: Vec<Tensor>,
+        exp_avgs: Vec<Tensor>,
+        exp_avg_sqs: Vec<Tensor>,
+    }
+
+    impl Model {
+        fn new() -> Self {
+            let shapes: [&[i64]; 4] = [&[24, 16], &[24], &[8, 24], &[8]];
+            let params =
+                shapes.iter().zip(1..).map(|(shape, seed)| noise(shape, seed).set_requires_grad(true)).collect();
+            let zeros = || shapes.iter().map(|shape| Tensor::zeros(*shape, F32)).collect();
+            Self { params, exp_avgs: zeros(), exp_avg_sqs: zeros() }
+        }
+
+        fn copy(&self) -> Self {
+            let copy = |list: &[Tensor]| list.iter().map(|tensor| tensor.detach().copy()).collect::<Vec<_>>();
+            let params = copy(&self.params).into_iter().map(|param| param.set_requires_grad(true)).collect();
+            Self { params, exp_avgs: copy(&self.exp_avgs), exp_avg_sqs: copy(&self.exp_avg_sqs) }
+        }
+
+        fn loss(&self, x: &Tensor) -> Tensor {
+            let hidden = (x.matmul(&self.params[0].tr()) + &self.params[1]).tanh();
+            (hidden.matmul(&self.params[2].tr()) * &self.params[3]).square().mean(Kind::Float)
+        }
+
+        fn update(&self, step: u64) {
+            let grads = gradients(&self.params).unwrap();
+            let moments = Moments { exp_avgs: &self.exp_avgs, exp_avg_sqs: &self.exp_avg_sqs };
+            adamw_step(&self.params, &grads, moments, Step(step), &SETTINGS, None).unwrap();
+            zero_gradients(&self.params).unwrap();
+        }
+
+        fn bytes(&self) -> Vec<Vec<u8>> {
+            [&self.params, &self.exp_avgs, &self.exp_avg_sqs].into_iter().flatten().map(bytes).collect()
+        }
+    }
+
+    fn bytes(tensor: &Tensor) -> Vec<u8> {
+        let mut bytes = vec![0; super::super::byte_len(tensor).unwrap()];
+        store_bytes(tensor, &mut bytes).unwrap();
+        bytes
+    }
+
+    /// The batch of one step: 12 rows, of which each rank takes its share.
+    fn batch(step: u64) -> Tensor {
+        noise(&[12, 16], 1000 + step)
+    }
+
+    fn share(step: u64, group: &ProcessGroup) -> Tensor {
+        let rows = 12 / i64::from(group.world().get());
+        batch(step).narrow(0, rows * i64::from(group.rank().get()), rows)
+    }
+
+    fn train(model: &Model, group: &ProcessGroup, steps: std::ops::RangeInclusive<u64>, micro_batches: i64) {
+        let reducer = Reducer::new(&model.params, group, BUCKETS.0, BUCKETS.1).unwrap();
+        for step in steps {
+            let parts = share(step, group).chunk(micro_batches, 0);
+            for (i, part) in parts.iter().enumerate() {
+                let last = i + 1 == parts.len();
+                let reduction = if last { Reduction::Average } else { Reduction::Accumulate };
+                reducer.backward(&(model.loss(part) / micro_batches as f64), reduction).unwrap();
+            }
+            model.update(step);
+        }
+    }
+
+    fn run(world: u32, micro_batches: i64) -> Vec<Model> {
+        ranks(world, LIMIT, |group| {
+            let model = Model::new();
+            train(&model, &group, 1..=20, micro_batches);
+            model
+        })
+    }
+
+    fn alone() -> Model {
+        let model = Model::new();
+        zero_gradients(&model.params).unwrap();
+        for step in 1..=20 {
+            model.loss(&batch(step)).backward();
+            model.update(step);
+        }
+        model
+    }
+
+    fn assert_close(got: &Model, want: &Model) {
+        for (i, (got, want)) in got.params.iter().zip(&want.params).enumerate() {
+            let difference = f64::try_from((got - want).abs().max()).unwrap();
+            assert!(difference < 2e-4, "parameter {i} differs by {difference}");
+        }
+        assert!(got.params[0] != Model::new().params[0], "nothing was learnt");
+    }
+
+    #[test]
+    fn ranks_agree_to_the_last_bit_and_with_one_process_up_to_rounding() {
+        let want = alone();
+        for world in [2, 3] {
+            let models = run(world, 1);
+            for model in &models {
+                assert_eq!(model.bytes(), models[0].bytes(), "{world} ranks");
+            }
+            assert_close(&models[0], &want);
+        }
+    }
+
+    #[test]
+    fn two_runs_are_equal_to_the_last_bit() {
+        assert_eq!(run(3, 2)[0].bytes(), run(3, 2)[0].bytes());
+    }
+
+    #[test]
+    fn two_micro_batches_of_which_the_last_is_averaged_equal_one_batch() {
+        let models = run(2, 2);
+        assert_eq!(models[0].bytes(), models[1].bytes());
+        assert_close(&models[0], &alone());
+    }
+
+    #[test]
+    fn a_resumed_run_equals_the_undisturbed_one_to_the_last_bit() {
+        // Three ranks: x * (1/3) and x / 3 differ, and the ring's order of summation matters.
+        let undisturbed = run(3, 1);
+        let resumed = ranks(3, LIMIT, |group| {
+            let model = Model::new();
+            train(&model, &group, 1..=7, 1);
+            let restored = model.copy();
+            train(&restored, &group, 8..=20, 1);
+            restored
+        });
+        assert_eq!(resumed[0].bytes(), undisturbed[0].bytes());
+    }
+
+    #[test]
+    fn gradients_stay_in_the_buckets_and_are_there_from_the_start() {
+        ranks(2, LIMIT, |group| {
+            let model = Model::new();
+            let reducer = Reducer::new(&model.params, &group, BUCKETS.0, BUCKETS.1).unwrap();
+            let handles = gradients(&model.params).unwrap();
+            assert!(handles.iter().all(|grad| f64::try_from(grad.abs().sum(Kind::Float)).unwrap() == 0.0));
+            for step in 1..=3 {
+                reducer.backward(&model.loss(&share(step, &group)), Reduction::Average).unwrap();
+                for (handle, param) in handles.iter().zip(&model.params) {
+                    assert_eq!(handle.data_ptr(), param.grad().data_ptr());
+                    assert!(f64::try_from(handle.abs().sum(Kind::Float)).unwrap() > 0.0);
+                }
+                zero_gradients(&model.params).unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn a_parameter_that_the_loss_forgets_is_an_error() {
+        let results = ranks(2, LIMIT, |group| {
+            let model = Model::new();
+            let reducer = Reducer::new(&model.params, &group, BUCKETS.0, BUCKETS.1).unwrap();
+            reducer.backward(&model.params[2].square().sum(Kind::Float), Reduction::Average)
+        });
+        for result in results {
+            let text = result.unwrap_err().to_string();
+            assert!(text.starts_with("backward pass: Expected to have finished reduction"), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_peer_that_leaves_breaks_the_backward_pass() {
+        let results = ranks(2, LIMIT, |group| {
+            let model = Model::new();
+            let reducer = Reducer::new(&model.params, &group, BUCKETS.0, BUCKETS.1).unwrap();
+            if group.rank() == Rank(1) {
+                return Ok(());
+            }
+            reducer.backward(&model.loss(&batch(1)), Reduction::Average)
+        });
+        assert!(matches!(results[0], Err(TorchError::Peer { .. })), "{results:?}");
+    }
+
+    #[test]
+    fn the_reducer_keeps_what_it_needs_and_leaves_nothing_behind() {
+        let model = Model::new();
+        let reducer = {
+            let store = Store::serve("127.0.0.1", LIMIT).unwrap();
+            let (rank, world) = (Rank(0), WorldSize(1));
+            let group = ProcessGroup::new(Backend::Gloo, &store, "p", rank, world, LIMIT, Device::Cpu).unwrap();
+            assert!(Reducer::new(&[], &group, 1, 1).is_err());
+            assert!(Reducer::new(&[Tensor::zeros([1], F32)], &group, 1, 1).is_err(), "no gradient wanted");
+            assert!(Reducer::new(&model.params, &group, 0, 1).is_err());
+            Reducer::new(&model.params, &group, BUCKETS.0, BUCKETS.1).unwrap()
+        };
+        reducer.backward(&model.loss(&batch(1)), Reduction::Average).unwrap();
+        let with = bytes(&model.params[0].grad());
+        drop(reducer);
+        zero_gradients(&model.params).unwrap();
+        model.loss(&batch(1)).backward();
+        assert_eq!(bytes(&model.params[0].grad()), with);
+    }
+}

@@ -1,0 +1,216 @@
+//! Where the train loop and the agent agree on a step, without a collective and without a lock in the loop.
+//!
+//! The protocol is that of TSL's `PreemptionSyncManager` (tensorflow/tsl, `preemption_sync_manager.cc`): to decide anything
+//! that all ranks must do at the same step, the agent *freezes* every rank: each names the last step that it has
+//! started and starts no other. The agent takes the largest; every rank is still able to reach it, none has passed
+//! it; it *thaws* them with the decision. A rank that meets no boundary in that time does not wait at all.
+//!
+//! The loop's part is [`StepGate::enter`], one compare-and-swap a step. Orders are read there, at the boundary before
+//! step k+1, while the state is still that of step k: an order "save step k" can therefore still be obeyed when it arrives
+//! during k's last instruction.
+
+use std::sync::{
+    Condvar, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
+
+use crate::{ids::Step, protocol::SaveOrder};
+
+const FROZEN: u64 = 1 << 63;
+const NEVER: u64 = u64::MAX;
+
+/// What the loop does at a step boundary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Boundary {
+    /// First freeze the state of the step just finished into this slot.
+    pub save: Option<u8>,
+    /// Then start the next step, or stop here.
+    pub proceed: bool,
+}
+
+/// The meeting point of the train loop (one thread) and the control thread (another).
+#[derive(Debug)]
+pub struct StepGate {
+    /// The last step started, and the frozen bit.
+    state: AtomicU64,
+    stop_after: AtomicU64,
+    save_at: [AtomicU64; 2],
+    /// Guards nothing but the sleep of a frozen or stopped loop.
+    sleep: Mutex<u64>,
+    wake: Condvar,
+}
+
+impl StepGate {
+    /// A gate for a loop that begins after `done` and ends after `last`.
+    pub fn new(done: Step, last: Step) -> Self {
+        Self {
+            state: AtomicU64::new(done.get()),
+            stop_after: AtomicU64::new(last.get()),
+            save_at: [AtomicU64::new(NEVER), AtomicU64::new(NEVER)],
+            sleep: Mutex::new(0),
+            wake: Condvar::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, u64> {
+        self.sleep.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Control thread: holds the loop at its next boundary; returns the last step started.
+    pub fn freeze(&self) -> Step {
+        Step(self.state.fetch_or(FROZEN, Ordering::AcqRel) & !FROZEN)
+    }
+
+    /// Control thread: replaces all save orders, may bring the end forward, and lets the loop go on.
+    pub fn thaw(&self, saves: &[SaveOrder], stop_after: Option<Step>) {
+        let mut generation = self.lock();
+        for (slot, at) in self.save_at.iter().enumerate() {
+            let step =
+                saves.iter().find(|order| usize::from(order.slot) == slot).map_or(NEVER, |order| order.step.get());
+            at.store(step, Ordering::Release);
+        }
+        if let Some(step) = stop_after {
+            self.stop_after.fetch_min(step.get(), Ordering::AcqRel);
+        }
+        self.state.fetch_and(!FROZEN, Ordering::AcqRel);
+        *generation += 1;
+        self.wake.notify_all();
+    }
+
+    /// Train loop: the boundary between `done` and the next step. Waits while frozen.
+    pub fn enter(&self, done: Step) -> Boundary {
+        let next = done.next();
+        loop {
+            let state = self.state.load(Ordering::Acquire);
+            if state & FROZEN != 0 {
+                let mut generation = self.lock();
+                while self.state.load(Ordering::Acquire) & FROZEN != 0 {
+                    generation = self.wake.wait(generation).unwrap_or_else(PoisonError::into_inner);
+                }
+                continue;
+            }
+            if done.get() >= self.stop_after.load(Ordering::Acquire) {
+                return Boundary { save: self.take_save(done), proceed: false };
+            }
+            let save = self.peek_save(done);
+            // A freeze since the load makes this fail: the loop then waits for what was decided.
+            if self.state.compare_exchange(state, next.get(), Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                self.take_save(done);
+                return Boundary { save, proceed: true };
+            }
+        }
+    }
+
+    fn peek_save(&self, done: Step) -> Option<u8> {
+        (0..2_u8).find(|&slot| self.save_at[usize::from(slot)].load(Ordering::Acquire) == done.get())
+    }
+
+    fn take_save(&self, done: Step) -> Option<u8> {
+        (0..2_u8).find(|&slot| {
+            let at = &self.save_at[usize::from(slot)];
+            at.compare_exchange(done.get(), NEVER, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        })
+    }
+
+    /// Train loop, after the end: waits for an order to save the last step, which may come when a slot gets free.
+    pub fn wait_for_last_save(&self, done: Step) -> u8 {
+        let mut generation = self.lock();
+        loop {
+            if let Some(slot) = self.take_save(done) {
+                return slot;
+            }
+            generation = self.wake.wait(generation).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Train loop, in anything long between two steps: whether the run is to end at `done`, so that it need not be finished.
+    pub fn is_ending(&self, done: Step) -> bool {
+        done.get() >= self.stop_after.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, mpsc};
+
+    use super::*;
+
+    const GO: Boundary = Boundary { save: None, proceed: true };
+
+    #[test]
+    fn the_loop_runs_to_its_end_and_stops_there() {
+        let gate = StepGate::new(Step(3), Step(5));
+        assert_eq!(gate.enter(Step(3)), GO);
+        assert_eq!(gate.enter(Step(4)), GO);
+        assert_eq!(gate.enter(Step(5)), Boundary { save: None, proceed: false });
+    }
+
+    #[test]
+    fn an_order_for_the_step_being_run_is_obeyed_at_its_end() {
+        let gate = StepGate::new(Step(0), Step(9));
+        gate.enter(Step(0));
+        assert_eq!(gate.freeze(), Step(1), "step 1 is started, not finished");
+        gate.thaw(&[SaveOrder { step: Step(1), slot: 1 }], Some(Step(1)));
+        assert_eq!(gate.enter(Step(1)), Boundary { save: Some(1), proceed: false });
+        gate.thaw(&[SaveOrder { step: Step(1), slot: 0 }], None);
+        assert_eq!(gate.wait_for_last_save(Step(1)), 0);
+    }
+
+    #[test]
+    fn new_orders_replace_old_ones() {
+        let gate = StepGate::new(Step(0), Step(9));
+        gate.thaw(&[SaveOrder { step: Step(2), slot: 0 }], None);
+        gate.thaw(&[SaveOrder { step: Step(1), slot: 1 }], None);
+        gate.enter(Step(0));
+        assert_eq!(gate.enter(Step(1)).save, Some(1));
+        assert_eq!(gate.enter(Step(2)).save, None);
+    }
+
+    #[test]
+    fn a_frozen_loop_waits_for_the_decision_and_obeys_it() {
+        let gate = Arc::new(StepGate::new(Step(0), Step(100)));
+        gate.enter(Step(0));
+        let started = gate.freeze();
+        let (tell, told) = mpsc::channel();
+        let looper = {
+            let gate = Arc::clone(&gate);
+            std::thread::spawn(move || tell.send(gate.enter(Step(1))).unwrap())
+        };
+        // The loop can't have entered step 2: it was frozen before.
+        assert_eq!(started, Step(1));
+        gate.thaw(&[SaveOrder { step: Step(1), slot: 0 }], Some(Step(1)));
+        assert_eq!(told.recv().unwrap(), Boundary { save: Some(0), proceed: false });
+        looper.join().unwrap();
+    }
+
+    /// Three loops run freely; they are frozen at a random moment; the largest started step is one that all can still reach.
+    #[test]
+    fn ranks_at_any_places_agree_on_a_step_that_none_has_passed() {
+        for _ in 0..50 {
+            let gates: Vec<_> = (0..3).map(|_| Arc::new(StepGate::new(Step(0), Step(1_000_000)))).collect();
+            let loops: Vec<_> = gates
+                .iter()
+                .map(|gate| {
+                    let gate = Arc::clone(gate);
+                    std::thread::spawn(move || {
+                        let mut done = Step(0);
+                        loop {
+                            let boundary = gate.enter(done);
+                            if !boundary.proceed {
+                                return (done, boundary.save);
+                            }
+                            done = done.next();
+                        }
+                    })
+                })
+                .collect();
+            let agreed = gates.iter().map(|gate| gate.freeze()).max().unwrap();
+            for gate in &gates {
+                gate.thaw(&[SaveOrder { step: agreed, slot: 0 }], Some(agreed));
+            }
+            for finished in loops {
+                assert_eq!(finished.join().unwrap(), (agreed, Some(0)));
+            }
+        }
+    }
+}

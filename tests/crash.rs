@@ -1,0 +1,88 @@
+//! Death at every step of the commit order, of workers and of agents: the run resumes from a whole checkpoint, never from
+//! half of one, and ends as the undisturbed run does.
+
+use std::time::Duration;
+
+use rustix::process::{Signal, kill_process};
+
+use crate::support::lab::{EVERY, Lab};
+
+/// The agent dies at `point` while it saves step 8; the next life starts from `resumed`.
+fn dies_at(point: &str, resumed: u64) {
+    let lab = Lab::on_files();
+    let first = lab.run("dies").faults(&format!("{point}=kill@step={}", 2 * EVERY)).finish().expect_killed();
+    let second = lab.resume("dies").finish().expect_code(0);
+    assert_eq!(second.resumed_from(), resumed, "{}", second.story());
+    lab.expect_as_undisturbed("dies", &[&first, &second]);
+    lab.expect_all_verify("dies");
+}
+
+#[test]
+fn death_after_the_first_shard_leaves_the_checkpoint_before() {
+    dies_at("save.after-shard", EVERY);
+}
+
+#[test]
+fn death_before_the_receipt_leaves_the_checkpoint_before() {
+    dies_at("save.before-receipt", EVERY);
+}
+
+#[test]
+fn death_after_the_receipt_leaves_the_checkpoint_before() {
+    dies_at("save.after-receipt", EVERY);
+}
+
+#[test]
+fn death_after_the_manifest_leaves_the_checkpoint_before() {
+    dies_at("save.after-manifest", EVERY);
+}
+
+#[test]
+fn death_before_the_commit_record_leaves_the_checkpoint_before() {
+    dies_at("journal.before-append", EVERY);
+}
+
+#[test]
+fn death_after_the_commit_record_leaves_the_whole_checkpoint() {
+    dies_at("journal.after-append", 2 * EVERY);
+}
+
+#[test]
+fn a_killed_worker_is_replaced_and_the_run_completes_by_itself() {
+    let lab = Lab::on_files();
+    let running = lab.run("worker").start();
+    running.wait_for_step("checkpoint", EVERY);
+    running.wait_for_step("step", EVERY + 2);
+    let worker = running.workers().pop().expect("a worker");
+    kill_process(worker, Signal::KILL).expect("kill a worker");
+    let life = running.finish().expect_code(0);
+    assert!(!life.of_kind("worker_died").is_empty(), "{}", life.story());
+    assert!(life.resumed_from() >= EVERY, "the new group starts from a checkpoint\n{}", life.story());
+    lab.expect_as_undisturbed("worker", &[&life]);
+}
+
+#[test]
+fn a_worker_that_dies_at_the_same_step_again_and_again_ends_the_run_with_a_clear_error() {
+    let lab = Lab::on_files();
+    let first = lab.run("stuck").faults("worker.step=kill@rank=1@step=7").finish();
+    assert!(!matches!(first.code(), None | Some(0)), "exit code\n{}", first.story());
+    assert!(first.of_kind("worker_died").len() >= 2, "it was tried again\n{}", first.story());
+    assert!(first.of_kind("step").iter().all(|event| event.step() < Some(7)), "{}", first.story());
+    let first = first.expect_said(&["step"]);
+    let second = lab.resume("stuck").finish().expect_code(0);
+    assert_eq!(second.resumed_from(), EVERY, "{}", second.story());
+    lab.expect_as_undisturbed("stuck", &[&first, &second]);
+}
+
+#[test]
+fn workers_never_outlive_their_agent() {
+    let lab = Lab::on_files();
+    let running = lab.run("orphans").start();
+    running.wait_for_step("step", 2);
+    assert!(running.workers().len() >= 2, "two workers are at work");
+    running.signal(Signal::KILL);
+    assert!(running.childless_within(Duration::from_secs(60)), "workers of a killed agent are still there");
+    let first = running.finish().expect_killed();
+    let second = lab.resume("orphans").finish().expect_code(0);
+    lab.expect_as_undisturbed("orphans", &[&first, &second]);
+}

@@ -1,0 +1,121 @@
+//! The source is held against its own rules: imports point down the list in `src/lib.rs`, and `unsafe` stays where it is
+//! allowed.
+
+use std::path::{Path, PathBuf};
+
+fn sources() -> Vec<(String, String)> {
+    fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).expect("folder of sources") {
+            let path = entry.expect("entry").path();
+            if path.is_dir() {
+                walk(&path, found);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut paths = Vec::new();
+    walk(&root, &mut paths);
+    paths.sort();
+    let name = |path: &Path| path.strip_prefix(&root).expect("below src").display().to_string();
+    paths.iter().map(|path| (name(path), std::fs::read_to_string(path).expect("read source"))).collect()
+}
+
+/// The code of a file: without comments, and without its unit tests, which stand at its foot.
+fn code(text: &str) -> String {
+    let body = text.split("\n#[cfg(test)]\nmod ").next().unwrap_or_default();
+    let without = |line: &str| line.split("//").next().unwrap_or_default().to_owned();
+    body.lines().map(without).collect::<Vec<_>>().join("\n")
+}
+
+/// The modules of this crate that `code` names: `crate::x`, and each first name in `crate::{x::…, y}`.
+fn named_modules(code: &str) -> Vec<String> {
+    let word = |text: &str| -> String { text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect() };
+    let mut found = Vec::new();
+    for (at, _) in code.match_indices("crate::") {
+        let before = code[..at].chars().next_back();
+        if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '$') {
+            continue;
+        }
+        let rest = &code[at + "crate::".len()..];
+        let Some(group) = rest.strip_prefix('{') else {
+            found.push(word(rest));
+            continue;
+        };
+        let (mut depth, mut at_start) = (0, true);
+        for (index, c) in group.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 0 => break,
+                '}' => depth -= 1,
+                ',' if depth == 0 => at_start = true,
+                c if c.is_whitespace() => {}
+                _ if at_start => {
+                    found.push(word(&group[index..]));
+                    at_start = false;
+                }
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+/// The rooms in the order of `src/lib.rs`.
+fn rooms() -> Vec<String> {
+    let text = include_str!("../src/lib.rs");
+    text.lines().filter_map(|line| Some(line.strip_prefix("pub mod ")?.strip_suffix(';')?.to_owned())).collect()
+}
+
+/// What a file imports against the order; empty when it keeps it.
+fn against_the_order(rooms: &[String], file: &str, text: &str) -> Vec<String> {
+    let own = file.split('/').next().unwrap_or_default().trim_end_matches(".rs");
+    let place = |name: &str| rooms.iter().position(|room| room == name);
+    // `main.rs` and `lib.rs` stand above all rooms.
+    let own_place = place(own);
+    named_modules(&code(text))
+        .into_iter()
+        .filter(|name| place(name).is_some_and(|theirs| own_place.is_some_and(|own| theirs < own)))
+        .map(|name| format!("src/{file} names crate::{name}, which stands above {own}"))
+        .collect()
+}
+
+#[test]
+fn imports_point_down_the_list_in_lib_rs() {
+    let rooms = rooms();
+    assert!(rooms.len() >= 10, "src/lib.rs lists {rooms:?}");
+    let sources = sources();
+    for (file, _) in &sources {
+        let room = file.split('/').next().unwrap_or_default().trim_end_matches(".rs");
+        let known =
+            rooms.iter().any(|name| name == room) || ["lib", "main"].contains(&room) || file == "torch/build.rs";
+        assert!(known, "src/{file} belongs to no room of src/lib.rs");
+    }
+    let wrong: Vec<String> = sources.iter().flat_map(|(file, text)| against_the_order(&rooms, file, text)).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_import_rule_sees_every_way_to_name_a_module() {
+    let rooms: Vec<String> = ["agent", "journal", "error", "ids"].map(str::to_owned).to_vec();
+    let wrong = |file: &str, text: &str| against_the_order(&rooms, file, text).len();
+    assert_eq!(wrong("journal/mod.rs", "use crate::agent::X;"), 1);
+    assert_eq!(wrong("journal/mod.rs", "use crate::{\n    error::{A, B},\n    agent::{X, Y},\n};"), 1);
+    assert_eq!(wrong("journal/deep/er.rs", "fn f(x: crate::agent::X) {}"), 1);
+    assert_eq!(wrong("ids.rs", "pub(crate) use crate::{error, journal::X};"), 2);
+    assert_eq!(wrong("agent/mod.rs", "use crate::{journal, error::E, ids};"), 0);
+    assert_eq!(wrong("journal/mod.rs", "/// See [`crate::agent::X`].\nuse crate::journal::record;"), 0);
+    assert_eq!(wrong("journal/mod.rs", "fn f() {}\n\n#[cfg(test)]\nmod tests {\n    use crate::agent::X;\n}"), 0);
+    assert_eq!(wrong("main.rs", "use crate::agent::X;"), 0);
+}
+
+#[test]
+fn unsafe_code_stays_in_torch_and_in_the_snapshot_image() {
+    for (file, text) in sources() {
+        let word = |c: char| !(c.is_alphanumeric() || c == '_');
+        let uses = code(&text).split(word).any(|word| word == "unsafe");
+        let allowed = file.starts_with("torch/") || file == "snapshot/image.rs";
+        assert!(!uses || allowed, "src/{file} contains unsafe code");
+    }
+}

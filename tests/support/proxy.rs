@@ -1,0 +1,247 @@
+//! An HTTP proxy on loopback that breaks things on purpose between a client and an S3 server.
+//!
+//! Each request passes the first armed [`Rule`] that fits it; what is not broken is forwarded as it is, `Host` included,
+//! so that signatures stay valid. Bodies are held whole, which is what lets "the write landed, its answer was lost" be
+//! exact. Percentages come from a seeded generator: the same seed and the same order of requests break the same ones.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use hyper::{Request, Response, body::Incoming, service::service_fn};
+use hyper_util::rt::TokioIo;
+use s3s::{Body, dto::StreamingBlob};
+
+/// One way to break a request.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    /// 503 `SlowDown`; the server hears nothing.
+    SlowDown,
+    /// The connection closes; the server hears nothing.
+    Reset,
+    /// The server hears this many bytes of the body, then both connections close.
+    CutRequest(usize),
+    /// The client hears this many bytes of the answer's body, then its connection closes.
+    CutResponse(usize),
+    /// The lowest bit of this byte of the answer's body is turned over.
+    FlipResponse(usize),
+    /// Nothing happens for so long, then the connection closes.
+    Stall(Duration),
+    /// The server does its work and answers; the client never hears of it.
+    LoseAnswer,
+}
+
+/// How often a rule breaks what it fits.
+#[derive(Clone, Copy, Debug)]
+pub enum Often {
+    /// The next so many requests, then never again.
+    Next(u32),
+    /// This share of them, 0 to 100.
+    Percent(u64),
+}
+
+/// Which requests are broken, how, and how often.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    /// The HTTP method; empty: any.
+    pub method: &'static str,
+    /// Must occur in path and query; empty: any.
+    pub target: &'static str,
+    /// How it breaks.
+    pub fault: Fault,
+    /// How often.
+    pub often: Often,
+}
+
+/// How good the line is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Line {
+    /// Before each request.
+    pub latency: Duration,
+    /// Bytes a second towards the server; `None`: no limit.
+    pub up: Option<u64>,
+    /// Bytes a second towards the client; `None`: no limit.
+    pub down: Option<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    rules: Vec<Rule>,
+    line: Line,
+    random: u64,
+    broken: u64,
+}
+
+impl State {
+    /// The fault for this request, counted.
+    fn decide(&mut self, method: &str, target: &str) -> Option<Fault> {
+        let fits = |rule: &Rule| (rule.method.is_empty() || rule.method == method) && target.contains(rule.target);
+        for index in 0..self.rules.len() {
+            if !fits(&self.rules[index]) {
+                continue;
+            }
+            let fires = match &mut self.rules[index].often {
+                Often::Next(left) => std::mem::replace(left, left.saturating_sub(1)) > 0,
+                Often::Percent(share) => {
+                    // SplitMix64 (Steele, Lea, Flood 2014).
+                    self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                    let mut z = self.random;
+                    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+                    (z ^ (z >> 31)) % 100 < *share
+                }
+            };
+            if fires {
+                self.broken += 1;
+                return Some(self.rules[index].fault);
+            }
+        }
+        None
+    }
+}
+
+/// The proxy; it stops when this is dropped.
+pub struct FaultProxy {
+    state: Arc<Mutex<State>>,
+    address: SocketAddr,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl FaultProxy {
+    /// Stands in front of `upstream`; `seed` decides which requests a percentage hits.
+    pub fn start(upstream: SocketAddr, seed: u64) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("fault-proxy")
+            .enable_all()
+            .build()
+            .expect("runtime of the proxy");
+        let state = Arc::new(Mutex::new(State { random: seed, ..State::default() }));
+        let shared = state.clone();
+        let address = runtime.block_on(async move {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("port for the proxy");
+            let address = listener.local_addr().expect("address of the proxy");
+            tokio::spawn(async move {
+                while let Ok((socket, _)) = listener.accept().await {
+                    let state = shared.clone();
+                    let service = service_fn(move |request| pass(request, upstream, state.clone()));
+                    tokio::spawn(async move {
+                        let server = hyper::server::conn::http1::Builder::new();
+                        let _ = server.serve_connection(TokioIo::new(socket), service).await;
+                    });
+                }
+            });
+            address
+        });
+        Self { state, address, runtime: Some(runtime) }
+    }
+
+    /// `http://127.0.0.1:<port>`
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+    /// Arms a rule; earlier ones come first.
+    pub fn arm(&self, rule: Rule) {
+        lock(&self.state).rules.push(rule);
+    }
+    /// Forgets all rules.
+    pub fn disarm(&self) {
+        lock(&self.state).rules.clear();
+    }
+    /// Changes the line.
+    pub fn set_line(&self, line: Line) {
+        lock(&self.state).line = line;
+    }
+    /// Requests broken so far.
+    pub fn broken(&self) -> u64 {
+        lock(&self.state).broken
+    }
+}
+
+impl Drop for FaultProxy {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn broken(what: &'static str) -> s3s::StdError {
+    Box::new(io::Error::new(io::ErrorKind::ConnectionReset, what))
+}
+
+/// The first `keep` bytes of `body`, then an error, which makes hyper close the connection.
+fn cut(body: &Bytes, keep: usize) -> Body {
+    let head = body.slice(..keep.min(body.len()));
+    let pieces = [Ok(head), Err(io::Error::new(io::ErrorKind::ConnectionReset, "cut on purpose"))];
+    StreamingBlob::wrap(futures::stream::iter(pieces)).into()
+}
+
+async fn pass_time(bytes: usize, rate: Option<u64>) {
+    if let Some(rate) = rate {
+        tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / rate as f64)).await;
+    }
+}
+
+async fn pass(
+    request: Request<Incoming>,
+    upstream: SocketAddr,
+    state: Arc<Mutex<State>>,
+) -> Result<Response<Body>, s3s::StdError> {
+    let target = request.uri().path_and_query().map(ToString::to_string).unwrap_or_default();
+    let (fault, line) = {
+        let mut state = lock(&state);
+        (state.decide(request.method().as_str(), &target), state.line)
+    };
+    tokio::time::sleep(line.latency).await;
+    let (head, body) = request.into_parts();
+    let body = whole(body).await?;
+    pass_time(body.len(), line.up).await;
+    match fault {
+        Some(Fault::SlowDown) => {
+            let text = "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>SlowDown</Code><Message>on purpose</Message></Error>";
+            let mut answer = Response::new(Body::from(Bytes::from_static(text.as_bytes())));
+            *answer.status_mut() = hyper::StatusCode::SERVICE_UNAVAILABLE;
+            return Ok(answer);
+        }
+        Some(Fault::Reset) => return Err(broken("reset on purpose")),
+        Some(Fault::Stall(time)) => {
+            tokio::time::sleep(time).await;
+            return Err(broken("stalled on purpose"));
+        }
+        _ => {}
+    }
+    let socket = tokio::net::TcpStream::connect(upstream).await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
+    tokio::spawn(connection);
+    if let Some(Fault::CutRequest(keep)) = fault {
+        let _ = sender.send_request(Request::from_parts(head, cut(&body, keep))).await;
+        return Err(broken("request cut on purpose"));
+    }
+    let (head, body) = sender.send_request(Request::from_parts(head, Body::from(body))).await?.into_parts();
+    let mut body = whole(body).await?;
+    pass_time(body.len(), line.down).await;
+    match fault {
+        Some(Fault::LoseAnswer) => return Err(broken("answer lost on purpose")),
+        Some(Fault::CutResponse(keep)) => return Ok(Response::from_parts(head, cut(&body, keep))),
+        Some(Fault::FlipResponse(at)) if at < body.len() => {
+            let mut changed = body.to_vec();
+            changed[at] ^= 1;
+            body = changed.into();
+        }
+        _ => {}
+    }
+    Ok(Response::from_parts(head, Body::from(body)))
+}
+
+async fn whole(body: Incoming) -> Result<Bytes, s3s::StdError> {
+    Body::from(body).store_all_limited(1 << 30).await
+}

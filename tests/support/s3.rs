@@ -1,0 +1,649 @@
+//! An in-memory S3 server over the `s3s` crate: in process, on a free port of 127.0.0.1, ready when `start` returns.
+//!
+//! It keeps what the protocol leans on and nothing else: create-once and compare-and-swap puts that are atomic (one lock
+//! around the table), ranged reads, paged listings, multipart uploads, CRC64-NVME of the whole object, signatures that
+//! are checked. ETags are made from the CRC, so that no time goes into MD5. Tests look into the table, damage objects
+//! and switch rules on and off while clients are at work. Objects are gone with the server.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use bytes::{Bytes, BytesMut};
+use crc_fast::{CrcAlgorithm::Crc64Nvme, checksum, checksum_combine};
+use futures::StreamExt;
+use s3s::{
+    Body, S3, S3Request, S3Response, S3Result, auth::SimpleAuth, checksum::ChecksumHasher, dto::*, s3_error,
+    service::S3ServiceBuilder,
+};
+
+/// The one bucket; requests to another one are answered with `NoSuchBucket`.
+pub const BUCKET: &str = "bucket";
+/// The access key that the server knows.
+pub const ACCESS_KEY: &str = "AKIATEST";
+/// Its secret.
+pub const SECRET_KEY: &str = "test-secret";
+
+/// What `If-None-Match: *` does on this server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CreateOnce {
+    /// What S3 does: of many racing puts exactly one wins.
+    #[default]
+    Atomic,
+    /// The header is read by nobody: every put wins.
+    Ignored,
+    /// Looks first, writes later: refuses in sequence, lets several racing puts win.
+    Racy,
+}
+
+/// Rules that a test switches while clients are at work.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rules {
+    /// Every write and delete is answered with 403.
+    pub deny_writes: bool,
+    /// What `If-None-Match: *` does.
+    pub create_once: CreateOnce,
+}
+
+#[derive(Clone)]
+struct Stored {
+    body: Bytes,
+    crc64: u64,
+    e_tag: String,
+    modified: SystemTime,
+}
+
+impl Stored {
+    fn new(body: Bytes, serial: u64) -> Self {
+        let crc64 = checksum(Crc64Nvme, &body);
+        Self { body, crc64, e_tag: format!("{crc64:016x}{serial:016x}"), modified: SystemTime::now() }
+    }
+    fn tag(&self) -> ETag {
+        ETag::Strong(self.e_tag.clone())
+    }
+}
+
+struct Upload {
+    key: String,
+    started: SystemTime,
+    parts: BTreeMap<i32, Stored>,
+}
+
+#[derive(Default)]
+struct Table {
+    objects: BTreeMap<String, Stored>,
+    uploads: BTreeMap<String, Upload>,
+    rules: Rules,
+    serial: u64,
+    /// Requests by operation: what a test counts.
+    counts: BTreeMap<&'static str, u64>,
+}
+
+impl Table {
+    fn serial(&mut self) -> u64 {
+        self.serial += 1;
+        self.serial
+    }
+    fn check_conditions(
+        &self,
+        key: &str,
+        if_none_match: Option<&ETagCondition>,
+        if_match: Option<&ETagCondition>,
+    ) -> S3Result<()> {
+        let standing = self.objects.get(key);
+        let matches = |condition: &ETagCondition, object: &Stored| match condition {
+            ETagCondition::Any => true,
+            ETagCondition::ETag(tag) => tag.value() == object.e_tag,
+        };
+        if let (Some(condition), Some(object)) = (if_none_match, standing)
+            && matches(condition, object)
+        {
+            return Err(s3_error!(PreconditionFailed, "an object stands there"));
+        }
+        match (if_match, standing) {
+            (Some(_), None) => Err(s3_error!(NoSuchKey)),
+            (Some(condition), Some(object)) if !matches(condition, object) => {
+                Err(s3_error!(PreconditionFailed, "another object stands there"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+#[derive(Clone, Default)]
+struct Service(Arc<Mutex<Table>>);
+
+/// The server; it stops when this is dropped.
+pub struct S3Server {
+    service: Service,
+    address: SocketAddr,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl S3Server {
+    /// Starts one on a free port of 127.0.0.1.
+    pub fn start() -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("s3-server")
+            .enable_all()
+            .build()
+            .expect("runtime of the S3 server");
+        let service = Service::default();
+        let mut builder = S3ServiceBuilder::new(service.clone());
+        builder.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
+        let address = runtime.block_on(serve(builder.build()));
+        Self { service, address, runtime: Some(runtime) }
+    }
+
+    /// `http://127.0.0.1:<port>`
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+    /// Changes the rules.
+    pub fn set_rules(&self, change: impl FnOnce(&mut Rules)) {
+        change(&mut self.service.lock().rules);
+    }
+    /// Keys that begin with `prefix`, sorted.
+    pub fn keys(&self, prefix: &str) -> Vec<String> {
+        self.service.lock().objects.keys().filter(|key| key.starts_with(prefix)).cloned().collect()
+    }
+    /// An object's bytes.
+    pub fn read(&self, key: &str) -> Option<Bytes> {
+        self.service.lock().objects.get(key).map(|object| object.body.clone())
+    }
+    /// Puts an object, past all rules.
+    pub fn write(&self, key: &str, body: impl Into<Bytes>) {
+        let mut table = self.service.lock();
+        let serial = table.serial();
+        table.objects.insert(key.to_owned(), Stored::new(body.into(), serial));
+    }
+    /// Changes an object's bytes behind the server's back: size and checksum that it reports stay as they were put, as
+    /// with a disk that has rotted.
+    pub fn rot(&self, key: &str, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut table = self.service.lock();
+        let object = table.objects.get_mut(key).unwrap_or_else(|| panic!("no object {key} to damage"));
+        let mut body = object.body.to_vec();
+        change(&mut body);
+        object.body = body.into();
+    }
+    /// Removes an object, past all rules.
+    pub fn remove(&self, key: &str) {
+        assert!(self.service.lock().objects.remove(key).is_some(), "no object {key} to remove");
+    }
+    /// Multipart uploads that were neither completed nor aborted.
+    pub fn open_uploads(&self) -> usize {
+        self.service.lock().uploads.len()
+    }
+    /// Requests so far of one operation, by its S3 name.
+    pub fn count(&self, operation: &str) -> u64 {
+        self.service.lock().counts.get(operation).copied().unwrap_or_default()
+    }
+}
+
+impl Drop for S3Server {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// `s3s-fs` as it is published: a server whose `If-None-Match: *` refuses in sequence and lets several racing puts win.
+pub struct NonAtomicS3 {
+    address: SocketAddr,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl NonAtomicS3 {
+    /// Serves `root`, with the bucket made.
+    pub fn start(root: &std::path::Path) -> Self {
+        std::fs::create_dir_all(root.join(BUCKET)).expect("folder of the bucket");
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(4)
+            .enable_all()
+            .build()
+            .expect("runtime of the S3 server");
+        let mut builder = S3ServiceBuilder::new(s3s_fs::FileSystem::new(root).expect("root folder"));
+        builder.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
+        let address = runtime.block_on(serve(builder.build()));
+        Self { address, runtime: Some(runtime) }
+    }
+    /// `http://127.0.0.1:<port>`
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+impl Drop for NonAtomicS3 {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+async fn serve(service: s3s::service::S3Service) -> SocketAddr {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("port for the S3 server");
+    let address = listener.local_addr().expect("address of the S3 server");
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let _ = socket.set_nodelay(true);
+            let service = service.clone();
+            tokio::spawn(async move {
+                let server = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
+                let _ = server.serve_connection(hyper_util::rt::TokioIo::new(socket), service).await;
+            });
+        }
+    });
+    address
+}
+
+/// The environment with which a client finds a server at `endpoint` and is let in.
+pub fn client_env(endpoint: &str) -> Vec<(&'static str, String)> {
+    vec![
+        ("AWS_ENDPOINT_URL", endpoint.to_owned()),
+        ("AWS_ACCESS_KEY_ID", ACCESS_KEY.to_owned()),
+        ("AWS_SECRET_ACCESS_KEY", SECRET_KEY.to_owned()),
+        ("AWS_REGION", "us-east-1".to_owned()),
+        ("AWS_ALLOW_HTTP", "true".to_owned()),
+        ("AWS_EC2_METADATA_DISABLED", "true".to_owned()),
+    ]
+}
+
+impl Service {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(&self, operation: &'static str, bucket: &str, writes: bool) -> S3Result<Rules> {
+        let mut table = self.lock();
+        *table.counts.entry(operation).or_default() += 1;
+        if bucket != BUCKET {
+            return Err(s3_error!(NoSuchBucket));
+        }
+        if writes && table.rules.deny_writes {
+            return Err(s3_error!(AccessDenied, "this server is read-only"));
+        }
+        Ok(table.rules)
+    }
+
+    fn get(&self, key: &str) -> S3Result<Stored> {
+        self.lock().objects.get(key).cloned().ok_or_else(|| s3_error!(NoSuchKey))
+    }
+}
+
+/// Base64 of a CRC64 as S3 writes it: big-endian bytes.
+pub fn crc64_text(crc: u64) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    // 64 bits are ten groups of six and four bits over: the last group is shifted up, and one '=' pads the text.
+    let mut text: String = (0..10).map(|i| ALPHABET[(crc >> (58 - 6 * i)) as usize & 63] as char).collect();
+    text.push(ALPHABET[(crc << 2) as usize & 63] as char);
+    text.push('=');
+    text
+}
+
+/// Reads a request's body and refuses it if any checksum that came with it, in a header or a trailer, is not its own.
+async fn read_body<T>(
+    body: Option<StreamingBlob>,
+    length: Option<i64>,
+    mut sums: Checksum,
+    request: &S3Request<T>,
+) -> S3Result<Bytes> {
+    let mut collected = BytesMut::with_capacity(usize::try_from(length.unwrap_or(0)).unwrap_or(0));
+    if let Some(mut stream) = body {
+        while let Some(chunk) = stream.next().await {
+            collected.extend_from_slice(&chunk.map_err(|_| s3_error!(IncompleteBody))?);
+        }
+    }
+    if length.is_some_and(|length| length != collected.len() as i64) {
+        return Err(s3_error!(IncompleteBody));
+    }
+    if let Some(trailers) = request.trailing_headers.as_ref().and_then(s3s::TrailingHeaders::take) {
+        let trailer = |name: &str| trailers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        sums.checksum_crc32 = sums.checksum_crc32.or_else(|| trailer("x-amz-checksum-crc32"));
+        sums.checksum_crc32c = sums.checksum_crc32c.or_else(|| trailer("x-amz-checksum-crc32c"));
+        sums.checksum_sha1 = sums.checksum_sha1.or_else(|| trailer("x-amz-checksum-sha1"));
+        sums.checksum_sha256 = sums.checksum_sha256.or_else(|| trailer("x-amz-checksum-sha256"));
+        sums.checksum_crc64nvme = sums.checksum_crc64nvme.or_else(|| trailer("x-amz-checksum-crc64nvme"));
+    }
+    let mut hasher = ChecksumHasher {
+        crc32: sums.checksum_crc32.as_ref().map(|_| Default::default()),
+        crc32c: sums.checksum_crc32c.as_ref().map(|_| Default::default()),
+        sha1: sums.checksum_sha1.as_ref().map(|_| s3s::crypto::Checksum::new()),
+        sha256: sums.checksum_sha256.as_ref().map(|_| s3s::crypto::Checksum::new()),
+        crc64nvme: sums.checksum_crc64nvme.as_ref().map(|_| Default::default()),
+    };
+    hasher.update(&collected);
+    let own = hasher.finalize();
+    let agree = own.checksum_crc32 == sums.checksum_crc32
+        && own.checksum_crc32c == sums.checksum_crc32c
+        && own.checksum_sha1 == sums.checksum_sha1
+        && own.checksum_sha256 == sums.checksum_sha256
+        && own.checksum_crc64nvme == sums.checksum_crc64nvme;
+    if agree { Ok(collected.freeze()) } else { Err(s3_error!(BadDigest, "the body has another checksum")) }
+}
+
+macro_rules! sums {
+    ($input:expr) => {
+        Checksum {
+            checksum_crc32: $input.checksum_crc32.take(),
+            checksum_crc32c: $input.checksum_crc32c.take(),
+            checksum_crc64nvme: $input.checksum_crc64nvme.take(),
+            checksum_sha1: $input.checksum_sha1.take(),
+            checksum_sha256: $input.checksum_sha256.take(),
+            ..Default::default()
+        }
+    };
+}
+
+fn full_object() -> Option<ChecksumType> {
+    Some(ChecksumType::from_static(ChecksumType::FULL_OBJECT))
+}
+
+#[async_trait::async_trait]
+impl S3 for Service {
+    async fn put_object(&self, mut req: S3Request<PutObjectInput>) -> S3Result<S3Response<PutObjectOutput>> {
+        let rules = self.enter("PutObject", &req.input.bucket, true)?;
+        let (body, sums) = (req.input.body.take(), sums!(req.input));
+        let body = read_body(body, req.input.content_length, sums, &req).await?;
+        let PutObjectInput { key, if_none_match, if_match, .. } = req.input;
+        let if_none_match = if_none_match.filter(|_| rules.create_once != CreateOnce::Ignored);
+        if rules.create_once == CreateOnce::Racy && if_none_match.is_some() {
+            self.lock().check_conditions(&key, if_none_match.as_ref(), if_match.as_ref())?;
+            // The gap between look and write, wide enough that racing puts fall into it.
+            tokio::time::sleep(Duration::from_millis(30)).await;
+        }
+        let mut table = self.lock();
+        if rules.create_once != CreateOnce::Racy {
+            table.check_conditions(&key, if_none_match.as_ref(), if_match.as_ref())?;
+        }
+        let serial = table.serial();
+        let object = Stored::new(body, serial);
+        let output = PutObjectOutput {
+            e_tag: Some(object.tag()),
+            checksum_crc64nvme: Some(crc64_text(object.crc64)),
+            checksum_type: full_object(),
+            ..Default::default()
+        };
+        table.objects.insert(key, object);
+        Ok(S3Response::new(output))
+    }
+
+    async fn get_object(&self, req: S3Request<GetObjectInput>) -> S3Result<S3Response<GetObjectOutput>> {
+        self.enter("GetObject", &req.input.bucket, false)?;
+        let object = self.get(&req.input.key)?;
+        let total = object.body.len() as u64;
+        let range = match &req.input.range {
+            Some(range) => Some(range.check(total).map_err(|_| s3_error!(InvalidRange))?),
+            None => None,
+        };
+        let part = range.clone().unwrap_or(0..total);
+        let body = object.body.slice(part.start as usize..part.end as usize);
+        Ok(S3Response::new(GetObjectOutput {
+            content_length: Some(body.len() as i64),
+            body: Some(Body::from(body).into()),
+            content_range: range.as_ref().map(|r| format!("bytes {}-{}/{total}", r.start, r.end - 1)),
+            checksum_crc64nvme: range.is_none().then(|| crc64_text(object.crc64)),
+            checksum_type: full_object(),
+            e_tag: Some(object.tag()),
+            last_modified: Some(object.modified.into()),
+            ..Default::default()
+        }))
+    }
+
+    async fn head_object(&self, req: S3Request<HeadObjectInput>) -> S3Result<S3Response<HeadObjectOutput>> {
+        self.enter("HeadObject", &req.input.bucket, false)?;
+        let object = self.get(&req.input.key)?;
+        Ok(S3Response::new(HeadObjectOutput {
+            content_length: Some(object.body.len() as i64),
+            checksum_crc64nvme: req.input.checksum_mode.is_some().then(|| crc64_text(object.crc64)),
+            checksum_type: req.input.checksum_mode.is_some().then(full_object).flatten(),
+            e_tag: Some(object.tag()),
+            last_modified: Some(object.modified.into()),
+            ..Default::default()
+        }))
+    }
+
+    async fn get_object_attributes(
+        &self,
+        req: S3Request<GetObjectAttributesInput>,
+    ) -> S3Result<S3Response<GetObjectAttributesOutput>> {
+        self.enter("GetObjectAttributes", &req.input.bucket, false)?;
+        let object = self.get(&req.input.key)?;
+        Ok(S3Response::new(GetObjectAttributesOutput {
+            checksum: Some(Checksum {
+                checksum_crc64nvme: Some(crc64_text(object.crc64)),
+                checksum_type: full_object(),
+                ..Default::default()
+            }),
+            e_tag: Some(object.tag()),
+            object_size: Some(object.body.len() as i64),
+            last_modified: Some(object.modified.into()),
+            ..Default::default()
+        }))
+    }
+
+    async fn delete_object(&self, req: S3Request<DeleteObjectInput>) -> S3Result<S3Response<DeleteObjectOutput>> {
+        self.enter("DeleteObject", &req.input.bucket, true)?;
+        self.lock().objects.remove(&req.input.key);
+        Ok(S3Response::new(DeleteObjectOutput::default()))
+    }
+
+    async fn delete_objects(&self, req: S3Request<DeleteObjectsInput>) -> S3Result<S3Response<DeleteObjectsOutput>> {
+        self.enter("DeleteObjects", &req.input.bucket, true)?;
+        let mut table = self.lock();
+        let mut deleted = Vec::new();
+        for ObjectIdentifier { key, .. } in req.input.delete.objects {
+            table.objects.remove(&key);
+            deleted.push(DeletedObject { key: Some(key), ..Default::default() });
+        }
+        Ok(S3Response::new(DeleteObjectsOutput { deleted: Some(deleted), ..Default::default() }))
+    }
+
+    async fn list_objects_v2(&self, req: S3Request<ListObjectsV2Input>) -> S3Result<S3Response<ListObjectsV2Output>> {
+        self.enter("ListObjectsV2", &req.input.bucket, false)?;
+        let input = req.input;
+        let prefix = input.prefix.clone().unwrap_or_default();
+        let after = input.continuation_token.clone().or(input.start_after.clone()).unwrap_or_default();
+        let most = input.max_keys.map_or(1000, |n| n.clamp(0, 1000)) as usize;
+        let (mut contents, mut folders) = (Vec::new(), BTreeSet::new());
+        let mut last = None;
+        let mut truncated = false;
+        let table = self.lock();
+        for (key, object) in table.objects.range(prefix.clone()..).take_while(|(key, _)| key.starts_with(&prefix)) {
+            let folder = input.delimiter.as_ref().filter(|d| !d.is_empty()).and_then(|delimiter| {
+                let end = key[prefix.len()..].find(delimiter.as_str())? + prefix.len() + delimiter.len();
+                Some(key[..end].to_owned())
+            });
+            let name = folder.as_ref().unwrap_or(key);
+            if name <= &after || folders.contains(name) {
+                continue;
+            }
+            if contents.len() + folders.len() == most {
+                truncated = true;
+                break;
+            }
+            last = Some(name.clone());
+            match folder {
+                Some(folder) => {
+                    folders.insert(folder);
+                }
+                None => contents.push(Object {
+                    key: Some(key.clone()),
+                    size: Some(object.body.len() as i64),
+                    e_tag: Some(object.tag()),
+                    last_modified: Some(object.modified.into()),
+                    ..Default::default()
+                }),
+            }
+        }
+        Ok(S3Response::new(ListObjectsV2Output {
+            name: Some(input.bucket),
+            prefix: input.prefix,
+            delimiter: input.delimiter,
+            key_count: Some((contents.len() + folders.len()) as i32),
+            max_keys: Some(most as i32),
+            is_truncated: Some(truncated),
+            next_continuation_token: last.filter(|_| truncated),
+            contents: Some(contents),
+            common_prefixes: Some(folders.into_iter().map(|p| CommonPrefix { prefix: Some(p) }).collect()),
+            ..Default::default()
+        }))
+    }
+
+    async fn create_multipart_upload(
+        &self,
+        req: S3Request<CreateMultipartUploadInput>,
+    ) -> S3Result<S3Response<CreateMultipartUploadOutput>> {
+        self.enter("CreateMultipartUpload", &req.input.bucket, true)?;
+        let mut table = self.lock();
+        let upload_id = format!("upload-{}", table.serial());
+        let upload = Upload { key: req.input.key.clone(), started: SystemTime::now(), parts: BTreeMap::new() };
+        table.uploads.insert(upload_id.clone(), upload);
+        Ok(S3Response::new(CreateMultipartUploadOutput {
+            bucket: Some(req.input.bucket),
+            key: Some(req.input.key),
+            upload_id: Some(upload_id),
+            checksum_algorithm: req.input.checksum_algorithm,
+            checksum_type: req.input.checksum_type,
+            ..Default::default()
+        }))
+    }
+
+    async fn upload_part(&self, mut req: S3Request<UploadPartInput>) -> S3Result<S3Response<UploadPartOutput>> {
+        self.enter("UploadPart", &req.input.bucket, true)?;
+        let (body, sums) = (req.input.body.take(), sums!(req.input));
+        let body = read_body(body, req.input.content_length, sums, &req).await?;
+        let mut table = self.lock();
+        let serial = table.serial();
+        let upload = table.uploads.get_mut(&req.input.upload_id).ok_or_else(|| s3_error!(NoSuchUpload))?;
+        let part = Stored::new(body, serial);
+        let (e_tag, crc64) = (part.tag(), part.crc64);
+        upload.parts.insert(req.input.part_number, part);
+        Ok(S3Response::new(UploadPartOutput {
+            e_tag: Some(e_tag),
+            checksum_crc64nvme: Some(crc64_text(crc64)),
+            ..Default::default()
+        }))
+    }
+
+    async fn complete_multipart_upload(
+        &self,
+        req: S3Request<CompleteMultipartUploadInput>,
+    ) -> S3Result<S3Response<CompleteMultipartUploadOutput>> {
+        let rules = self.enter("CompleteMultipartUpload", &req.input.bucket, true)?;
+        let input = req.input;
+        let mut table = self.lock();
+        let if_none_match = input.if_none_match.as_ref().filter(|_| rules.create_once != CreateOnce::Ignored);
+        table.check_conditions(&input.key, if_none_match, input.if_match.as_ref())?;
+        let upload = table.uploads.get(&input.upload_id).ok_or_else(|| s3_error!(NoSuchUpload))?;
+        let named = input.multipart_upload.and_then(|upload| upload.parts).unwrap_or_default();
+        if named.is_empty() || !named.is_sorted_by_key(|part| part.part_number) {
+            return Err(s3_error!(InvalidPartOrder));
+        }
+        let parts: Option<Vec<&Stored>> = named
+            .iter()
+            .map(|part| {
+                let stored = upload.parts.get(&part.part_number?)?;
+                (part.e_tag.as_ref()?.value() == stored.e_tag).then_some(stored)
+            })
+            .collect();
+        let parts = parts.ok_or_else(|| s3_error!(InvalidPart))?;
+        if parts.iter().rev().skip(1).any(|part| part.body.len() < 5 << 20) {
+            return Err(s3_error!(EntityTooSmall));
+        }
+        let crc64 = parts
+            .iter()
+            .fold(None, |sum, part| {
+                let (crc, len) = (part.crc64, part.body.len() as u64);
+                Some(sum.map_or(crc, |sum| checksum_combine(Crc64Nvme, sum, crc, len)))
+            })
+            .unwrap_or_default();
+        if input.checksum_crc64nvme.is_some_and(|given| given != crc64_text(crc64)) {
+            return Err(s3_error!(BadDigest, "the parts have another checksum"));
+        }
+        let mut body = BytesMut::with_capacity(parts.iter().map(|part| part.body.len()).sum());
+        parts.iter().for_each(|part| body.extend_from_slice(&part.body));
+        let serial = table.serial();
+        let e_tag = format!("{crc64:016x}{serial:016x}-{}", named.len());
+        let object = Stored { body: body.freeze(), crc64, e_tag, modified: SystemTime::now() };
+        let output = CompleteMultipartUploadOutput {
+            bucket: Some(input.bucket),
+            key: Some(input.key.clone()),
+            e_tag: Some(object.tag()),
+            checksum_crc64nvme: Some(crc64_text(crc64)),
+            checksum_type: full_object(),
+            ..Default::default()
+        };
+        table.objects.insert(input.key, object);
+        table.uploads.remove(&input.upload_id);
+        Ok(S3Response::new(output))
+    }
+
+    async fn abort_multipart_upload(
+        &self,
+        req: S3Request<AbortMultipartUploadInput>,
+    ) -> S3Result<S3Response<AbortMultipartUploadOutput>> {
+        self.enter("AbortMultipartUpload", &req.input.bucket, true)?;
+        let gone = self.lock().uploads.remove(&req.input.upload_id);
+        gone.map(|_| S3Response::new(AbortMultipartUploadOutput::default())).ok_or_else(|| s3_error!(NoSuchUpload))
+    }
+
+    async fn list_parts(&self, req: S3Request<ListPartsInput>) -> S3Result<S3Response<ListPartsOutput>> {
+        self.enter("ListParts", &req.input.bucket, false)?;
+        let table = self.lock();
+        let upload = table.uploads.get(&req.input.upload_id).ok_or_else(|| s3_error!(NoSuchUpload))?;
+        let part = |(number, part): (&i32, &Stored)| Part {
+            part_number: Some(*number),
+            size: Some(part.body.len() as i64),
+            e_tag: Some(part.tag()),
+            checksum_crc64nvme: Some(crc64_text(part.crc64)),
+            last_modified: Some(part.modified.into()),
+            ..Default::default()
+        };
+        Ok(S3Response::new(ListPartsOutput {
+            bucket: Some(req.input.bucket),
+            key: Some(req.input.key),
+            upload_id: Some(req.input.upload_id),
+            is_truncated: Some(false),
+            parts: Some(upload.parts.iter().map(part).collect()),
+            ..Default::default()
+        }))
+    }
+
+    async fn list_multipart_uploads(
+        &self,
+        req: S3Request<ListMultipartUploadsInput>,
+    ) -> S3Result<S3Response<ListMultipartUploadsOutput>> {
+        self.enter("ListMultipartUploads", &req.input.bucket, false)?;
+        let prefix = req.input.prefix.clone().unwrap_or_default();
+        let table = self.lock();
+        let uploads = table.uploads.iter().filter(|(_, upload)| upload.key.starts_with(&prefix));
+        let uploads = uploads.map(|(id, upload)| MultipartUpload {
+            key: Some(upload.key.clone()),
+            upload_id: Some(id.clone()),
+            initiated: Some(upload.started.into()),
+            ..Default::default()
+        });
+        Ok(S3Response::new(ListMultipartUploadsOutput {
+            bucket: Some(req.input.bucket),
+            prefix: req.input.prefix,
+            is_truncated: Some(false),
+            uploads: Some(uploads.collect()),
+            ..Default::default()
+        }))
+    }
+
+    async fn head_bucket(&self, req: S3Request<HeadBucketInput>) -> S3Result<S3Response<HeadBucketOutput>> {
+        self.enter("HeadBucket", &req.input.bucket, false)?;
+        Ok(S3Response::new(HeadBucketOutput::default()))
+    }
+}

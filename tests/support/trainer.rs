@@ -1,0 +1,403 @@
+//! The built binary as a child process: started with a clean environment, watched line by line, killed with all it started.
+//!
+//! Nothing here sleeps to let time pass: a test waits for an event on stdout, for a process state in /proc, or for the
+//! exit, and each wait has a generous limit after which it fails with everything that the process has said.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{BufRead, BufReader, Read},
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// How long a test waits for anything before it fails; far beyond what any of these runs takes, so that a loaded
+/// machine does not turn it into a timing test.
+pub const LIMIT: Duration = Duration::from_secs(180);
+
+/// Marks every process that descends from one [`Trainer`], through re-parenting too.
+const MARK: &str = "TRAINER_TEST_MARK";
+
+/// One object of `--json` output.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// The line as it was written: losses are compared by their text.
+    pub line: String,
+    /// The line, parsed.
+    pub value: Value,
+}
+
+impl Event {
+    /// Its kind: `step`, `checkpoint`, …
+    pub fn kind(&self) -> &str {
+        self.value["event"].as_str().unwrap_or_default()
+    }
+    /// Its step, where it has one.
+    pub fn step(&self) -> Option<u64> {
+        self.value["step"].as_u64()
+    }
+    /// Is it this kind of event, of this step?
+    pub fn is(&self, kind: &str, step: u64) -> bool {
+        self.kind() == kind && self.step() == Some(step)
+    }
+    /// The text of a member of this object that is a number, digit by digit as written.
+    pub fn number_text(&self, name: &str) -> Option<&str> {
+        let (_, rest) = self.line.split_once(&format!("\"{name}\":"))?;
+        Some(rest[..rest.find([',', '}'])?].trim())
+    }
+}
+
+#[derive(Default)]
+struct Heard {
+    events: Vec<Event>,
+    stdout: String,
+    stderr: String,
+    /// Lines of stdout that are not JSON, when `--json` was asked for.
+    not_json: Vec<String>,
+    closed: bool,
+}
+
+type Ear = Arc<(Mutex<Heard>, Condvar)>;
+
+fn hear(ear: &Ear) -> MutexGuard<'_, Heard> {
+    ear.0.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A command line of the binary, to be started.
+pub struct Trainer {
+    command: Command,
+    json: bool,
+    mark: String,
+    shown: String,
+}
+
+impl Trainer {
+    /// `trainer` with these arguments, in `dir`, with nothing of the caller's environment that could reach it.
+    pub fn new(dir: &Path, arguments: &[&str]) -> Self {
+        static SERIAL: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        let mark = format!("{}-{}", std::process::id(), SERIAL.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_trainer"));
+        command.current_dir(dir).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if ["TRAINER_", "AWS_", "GOOGLE_", "GCE_", "AZURE_"].iter().any(|prefix| text.starts_with(prefix)) {
+                command.env_remove(&name);
+            }
+        }
+        // A test machine may be a cloud machine: its metadata service is nobody's business here.
+        command.env("AWS_EC2_METADATA_DISABLED", "true").env("NO_COLOR", "1").env(MARK, &mark);
+        Self { command, json: false, mark, shown: arguments.join(" ") }
+    }
+    /// Adds arguments.
+    pub fn args(mut self, arguments: &[&str]) -> Self {
+        self.command.args(arguments);
+        self.shown = format!("{} {}", self.shown, arguments.join(" "));
+        self
+    }
+    /// Asks for `--json`: each line of stdout must then be one JSON object.
+    pub fn json(mut self) -> Self {
+        self.json = true;
+        self.args(&["--json"])
+    }
+    /// Sets environment variables.
+    pub fn envs(mut self, variables: &[(&'static str, String)]) -> Self {
+        self.command.envs(variables.iter().map(|(name, value)| (*name, value)));
+        self
+    }
+    /// Arms crash points: see `src/faults.rs`.
+    pub fn faults(mut self, text: &str) -> Self {
+        self.command.env("TRAINER_FAULTS", text);
+        self
+    }
+    /// Starts it.
+    pub fn start(mut self) -> Running {
+        let mut child = self.command.spawn().expect("start the trainer binary");
+        let ear = Ear::default();
+        let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
+        let json = self.json;
+        let threads = vec![
+            std::thread::spawn({
+                let ear = ear.clone();
+                move || listen(BufReader::new(stdout), json, &ear)
+            }),
+            std::thread::spawn({
+                let ear = ear.clone();
+                move || {
+                    let mut reader = BufReader::new(stderr);
+                    let mut line = Vec::new();
+                    while reader.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
+                        hear(&ear).stderr.push_str(&String::from_utf8_lossy(&line));
+                        line.clear();
+                    }
+                }
+            }),
+        ];
+        let pid = Pid::from_child(&child);
+        Running { child, pid, ear, threads, mark: self.mark, shown: self.shown, status: None }
+    }
+    /// Starts it and waits for its end.
+    pub fn finish(self) -> Finished {
+        self.start().finish()
+    }
+}
+
+fn listen(mut reader: impl BufRead, json: bool, ear: &Ear) {
+    let mut line = String::new();
+    while reader.read_line(&mut line).is_ok_and(|n| n > 0) {
+        let mut heard = hear(ear);
+        heard.stdout.push_str(&line);
+        if json {
+            let text = line.trim_end();
+            match serde_json::from_str(text) {
+                Ok(value) => heard.events.push(Event { line: text.to_owned(), value }),
+                // A killed process may leave half a line behind; a whole line must be an object.
+                Err(_) if line.ends_with('\n') => heard.not_json.push(text.to_owned()),
+                Err(_) => {}
+            }
+        }
+        line.clear();
+        drop(heard);
+        ear.1.notify_all();
+    }
+    hear(ear).closed = true;
+    ear.1.notify_all();
+}
+
+/// A started binary. Dropped, it and everything it started is killed.
+pub struct Running {
+    child: Child,
+    pid: Pid,
+    ear: Ear,
+    threads: Vec<JoinHandle<()>>,
+    mark: String,
+    shown: String,
+    status: Option<ExitStatus>,
+}
+
+impl Running {
+    /// Waits for the first event, from the start of the process on, that fits; fails if the process ends before.
+    #[track_caller]
+    pub fn wait_for(&self, what: &str, mut fits: impl FnMut(&Event) -> bool) -> Event {
+        let deadline = Instant::now() + LIMIT;
+        let mut seen = 0;
+        let mut heard = hear(&self.ear);
+        loop {
+            if let Some(event) = heard.events[seen..].iter().find(|event| fits(event)) {
+                return event.clone();
+            }
+            seen = heard.events.len();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if heard.closed || left.is_zero() {
+                let why = if heard.closed { "ended" } else { "went on" };
+                let story = story(&self.shown, &heard);
+                drop(heard);
+                panic!("trainer {why} without {what}\n{story}");
+            }
+            heard = self.ear.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+    /// Waits for the event of this kind and step.
+    #[track_caller]
+    pub fn wait_for_step(&self, kind: &str, step: u64) -> Event {
+        self.wait_for(&format!("{kind} event of step {step}"), |event| event.is(kind, step))
+    }
+    /// Sends the agent a signal.
+    pub fn signal(&self, signal: Signal) {
+        // The error is that it has gone already, and then the test finds out from its exit code.
+        let _ = kill_process(self.pid, signal);
+    }
+    /// Living processes that descend from this one, itself excluded.
+    pub fn workers(&self) -> Vec<Pid> {
+        marked(&self.mark).into_iter().filter(|pid| *pid != self.pid).collect()
+    }
+    /// SIGKILL to the agent and to every process it started, all at once, as when a machine is switched off.
+    pub fn power_off(mut self) -> Finished {
+        let workers = self.workers();
+        self.signal(Signal::KILL);
+        for pid in workers {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        self.end()
+    }
+    /// Waits until no process descends from it any more; `false` when that lasts longer than `limit`.
+    pub fn childless_within(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        while !self.workers().is_empty() {
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        true
+    }
+    /// Waits for its end.
+    #[track_caller]
+    pub fn finish(mut self) -> Finished {
+        self.end()
+    }
+
+    #[track_caller]
+    fn end(&mut self) -> Finished {
+        let deadline = Instant::now() + LIMIT;
+        let status = loop {
+            match self.child.try_wait().expect("wait for the trainer binary") {
+                Some(status) => break status,
+                None if Instant::now() > deadline => {
+                    let story = story(&self.shown, &hear(&self.ear));
+                    panic!("trainer did not end\n{story}");
+                }
+                None => std::thread::sleep(Duration::from_millis(2)),
+            }
+        };
+        self.status = Some(status);
+        // A child that outlives the agent may hold the pipes open: don't wait for its end of them, only for the lines.
+        if self.childless_within(Duration::from_secs(30)) {
+            for thread in self.threads.drain(..) {
+                let _ = thread.join();
+            }
+        }
+        let heard = hear(&self.ear);
+        Finished {
+            status,
+            events: heard.events.clone(),
+            stdout: heard.stdout.clone(),
+            stderr: heard.stderr.clone(),
+            not_json: heard.not_json.clone(),
+            shown: self.shown.clone(),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        for pid in marked(&self.mark) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        if self.status.is_none() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Living processes whose environment carries the mark. A zombie has no environment any more.
+fn marked(mark: &str) -> Vec<Pid> {
+    let wanted = format!("{MARK}={mark}");
+    let Ok(folder) = std::fs::read_dir("/proc") else { return Vec::new() };
+    folder
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| {
+            std::fs::read(format!("/proc/{pid}/environ"))
+                .is_ok_and(|text| text.split(|b| *b == 0).any(|item| item == wanted.as_bytes()))
+        })
+        .filter_map(Pid::from_raw)
+        .collect()
+}
+
+fn story(shown: &str, heard: &Heard) -> String {
+    let tail = |text: &str| {
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
+    };
+    format!("$ trainer {shown}\n--- stdout\n{}\n--- stderr\n{}", tail(&heard.stdout), tail(&heard.stderr))
+}
+
+/// A binary that has ended.
+#[derive(Debug)]
+pub struct Finished {
+    status: ExitStatus,
+    /// What `--json` said, in order.
+    pub events: Vec<Event>,
+    /// All of stdout.
+    pub stdout: String,
+    /// All of stderr.
+    pub stderr: String,
+    not_json: Vec<String>,
+    shown: String,
+}
+
+impl Finished {
+    /// The exit code; `None` when a signal ended it.
+    pub fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+    /// Everything that it said, for a failure message.
+    pub fn story(&self) -> String {
+        let heard = Heard { stdout: self.stdout.clone(), stderr: self.stderr.clone(), ..Heard::default() };
+        format!("{}\n--- {}", story(&self.shown, &heard), self.status)
+    }
+    /// Demands this exit code.
+    #[track_caller]
+    pub fn expect_code(self, code: i32) -> Self {
+        assert_eq!(self.code(), Some(code), "exit code\n{}", self.story());
+        assert!(self.not_json.is_empty(), "stdout is data, but has {:?}\n{}", self.not_json, self.story());
+        self
+    }
+    /// Demands that stderr says all of this.
+    #[track_caller]
+    pub fn expect_said(self, parts: &[&str]) -> Self {
+        for part in parts {
+            assert!(self.stderr.contains(part), "stderr does not say {part:?}\n{}", self.story());
+        }
+        self
+    }
+    /// Demands that a signal ended it.
+    #[track_caller]
+    pub fn expect_killed(self) -> Self {
+        use std::os::unix::process::ExitStatusExt;
+        assert_eq!(self.status.signal(), Some(Signal::KILL.as_raw()), "ended by itself\n{}", self.story());
+        self
+    }
+    /// Events of one kind.
+    pub fn of_kind(&self, kind: &str) -> Vec<&Event> {
+        self.events.iter().filter(|event| event.kind() == kind).collect()
+    }
+    /// The last event of one kind.
+    #[track_caller]
+    pub fn last(&self, kind: &str) -> &Event {
+        self.of_kind(kind).pop().unwrap_or_else(|| panic!("no {kind} event\n{}", self.story()))
+    }
+    /// Steps with a `checkpoint` event.
+    pub fn committed(&self) -> BTreeSet<u64> {
+        self.of_kind("checkpoint").iter().filter_map(|event| event.step()).collect()
+    }
+    /// The step that the last `formed` event resumes from; 0 for a fresh start.
+    #[track_caller]
+    pub fn resumed_from(&self) -> u64 {
+        self.last("formed").value["resume_step"].as_u64().unwrap_or(0)
+    }
+}
+
+/// Each step's loss, digit by digit as written.
+pub type Losses = BTreeMap<u64, String>;
+
+/// The losses of several lives of a run laid over one another. A step that was done twice must have had the same loss,
+/// to the last digit, both times.
+#[track_caller]
+pub fn losses(lives: &[&Finished]) -> Losses {
+    let mut all = Losses::new();
+    for life in lives {
+        for event in life.of_kind("step") {
+            let step = event.step().expect("a step event has a step");
+            let text = event.number_text("loss").expect("a step event has a loss").to_owned();
+            if let Some(before) = all.insert(step, text.clone()) {
+                assert_eq!(before, text, "step {step} was done again with another loss\n{}", life.story());
+            }
+        }
+    }
+    all
+}
+
+/// Reads a whole file.
+#[track_caller]
+pub fn read(path: &Path) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path);
+    file.and_then(|mut file| file.read_to_end(&mut bytes)).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    bytes
+}

@@ -113,8 +113,9 @@ impl Prune {
                 .with_hint("nothing was deleted: what is left may be all there is"));
         };
         let verified = ResumePoint { step: verified.step, generation: verified.generation };
+        let abandoned = own(state.good());
         let live: Vec<ResumePoint> = state.formed().and_then(|formed| formed.resume.clone()).into_iter().collect();
-        Ok(plan_prune(&own(state.good()), keep, &verified, &live))
+        Ok(plan_prune(&candidates, &abandoned, keep, &verified, &live))
     }
 }
 

@@ -222,8 +222,12 @@ pub fn read_message<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Opt
     if len > MAX_MESSAGE {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("message of {len} bytes")));
     }
-    let mut body = vec![0; len as usize];
-    from.read_exact(&mut body)?;
+    // Memory is taken as bytes come, not as the length promises.
+    let mut body = Vec::new();
+    from.take(len.into()).read_to_end(&mut body)?;
+    if body.len() < len as usize {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
     Ok(Some(serde_json::from_slice(&body)?))
 }
 

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{sync::Mutex, task::JoinHandle};
 
 use crate::{
-    checkpoint::prune::{apply_prune, plan_for},
+    checkpoint::prune::{Abandoned, apply_prune, plan_for},
     config::Keep,
     error::Error,
     journal::{Journal, Record, ResumePoint},
@@ -52,7 +52,7 @@ impl Retention {
 async fn pass(run: &Store, journal: &Arc<Mutex<Journal>>, keep: Keep) -> Result<usize, Error> {
     // A copy: looking at the store takes time, and commits must not wait for it.
     let state = journal.lock().await.state().clone();
-    let plan = plan_for(run, &state, keep).await?;
+    let plan = plan_for(run, &state, keep, Abandoned::Keep).await?;
     apply_prune(run, &plan, |ResumePoint { step, generation }| {
         let journal = Arc::clone(journal);
         async move {

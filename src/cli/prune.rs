@@ -13,7 +13,7 @@ use super::{
     store,
 };
 use crate::{
-    checkpoint::prune::{apply_prune, plan_for},
+    checkpoint::prune::{Abandoned, apply_prune, plan_for},
     config::Keep,
     error::{Context, Error, Result},
     ids::NodeId,
@@ -97,7 +97,7 @@ impl Prune {
     async fn plan(&self, folder: &Store, state: &RunState) -> Result<Vec<ResumePoint>> {
         let config = history::config(state).checkpoint.keep;
         let keep = Keep { last: self.keep_last.unwrap_or(config.last), every: self.keep_every.or(config.every) };
-        Ok(plan_for(folder, state, keep).await?)
+Ok(plan_for(folder, state, keep, Abandoned::Delete).await?)
     }
 }
 

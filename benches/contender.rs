@@ -53,7 +53,9 @@ pub enum Place {
 pub enum Who {
     Trainer,
     /// PyTorch's distributed checkpoint; on S3 through `s3torchconnector`.
-    Dcp { blocking: bool },
+    Dcp {
+        blocking: bool,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]

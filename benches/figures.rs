@@ -108,7 +108,8 @@ impl Figures {
         let busy_s: f64 = busy.iter().sum();
         let trained: f64 = quiet.iter().chain(&busy).sum();
         let count = quiet.len() + busy.len();
-        let of = |value: fn(&Save) -> Option<f64>| median(&saves.iter().filter_map(|save| value(save)).collect::<Vec<_>>());
+        let of =
+            |value: fn(&Save) -> Option<f64>| median(&saves.iter().filter_map(|save| value(save)).collect::<Vec<_>>());
         let tokens = tokens_per_step as f64;
         Self {
             stall_ms: of(|save| Some(save.stall_s * 1e3)),

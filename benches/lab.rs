@@ -33,8 +33,7 @@ pub struct Server {
 impl Server {
     pub fn start() -> Result<Self> {
         let program = std::env::current_exe()?;
-        let mut child =
-            Command::new(program).arg("serve-s3").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut child = Command::new(program).arg("serve-s3").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let stdin = child.stdin.take();
         let mut endpoint = String::new();
         BufReader::new(child.stdout.take().context("output of the S3 server")?).read_line(&mut endpoint)?;
@@ -163,7 +162,9 @@ fn family(root: u32) -> BTreeSet<u32> {
     let mut family = BTreeSet::from([root]);
     loop {
         let before = family.len();
-        family.extend(parents.iter().filter(|(_, parent)| family.contains(parent)).map(|(pid, _)| *pid).collect::<Vec<_>>());
+        family.extend(
+            parents.iter().filter(|(_, parent)| family.contains(parent)).map(|(pid, _)| *pid).collect::<Vec<_>>(),
+        );
         if family.len() == before {
             return family;
         }

@@ -74,7 +74,10 @@ pub fn peers(settings: &Settings, python: &Path) -> Result<()> {
     }
     bench.conclude("peers", &results, losses, &markdown)?;
     if let Some((ours, theirs)) = losses {
-        ensure!((ours - theirs).abs() <= SAME_LOSS, "the two models differ: loss {ours} in trainer, {theirs} in PyTorch");
+        ensure!(
+            (ours - theirs).abs() <= SAME_LOSS,
+            "the two models differ: loss {ours} in trainer, {theirs} in PyTorch"
+        );
     }
     Ok(())
 }
@@ -214,7 +217,18 @@ impl Bench {
 fn prepare_data(out: &Path) -> Result<()> {
     let text = format!("{ROOT}/src/**/*.rs");
     let done = Command::new(env!("CARGO_BIN_EXE_trainer"))
-        .args(["data", "prepare", "--tokenizer", "train:2048", "--validation-ratio", "0.1", "--overwrite", "--input", &text, "--out"])
+        .args([
+            "data",
+            "prepare",
+            "--tokenizer",
+            "train:2048",
+            "--validation-ratio",
+            "0.1",
+            "--overwrite",
+            "--input",
+            &text,
+            "--out",
+        ])
         .arg(out)
         .output()?;
     ensure!(done.status.success(), "trainer data prepare: {}", String::from_utf8_lossy(&done.stderr));

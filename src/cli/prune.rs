@@ -97,7 +97,7 @@ impl Prune {
     async fn plan(&self, folder: &Store, state: &RunState) -> Result<Vec<ResumePoint>> {
         let config = history::config(state).checkpoint.keep;
         let keep = Keep { last: self.keep_last.unwrap_or(config.last), every: self.keep_every.or(config.every) };
-Ok(plan_for(folder, state, keep, Abandoned::Delete).await?)
+        Ok(plan_for(folder, state, keep, Abandoned::Delete).await?)
     }
 }
 

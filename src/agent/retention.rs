@@ -16,6 +16,9 @@ use crate::{
     storage::Store,
 };
 
+/// What a killed upload has left in a local store is swept after so long; an upload under way is younger.
+const STALE: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// Deletes by plan, one pass at a time.
 #[derive(Debug, Default)]
 pub struct Retention {
@@ -61,5 +64,6 @@ async fn pass(run: &Store, journal: &Arc<Mutex<Journal>>, keep: Keep) -> Result<
         }
     })
     .await?;
+    run.sweep_unfinished(STALE).await?;
     Ok(plan.len())
 }

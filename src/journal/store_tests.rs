@@ -1,4 +1,4 @@
-//! The rules, each with what breaks it; then journals on stores that race, fail and lie.
+//! Journals on stores that race, fail and lie.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::{testing::*, *};
 use crate::{
     error::{Explain, Kind},
-    ids::{Generation, NodeId, Step},
+    ids::{Generation, NodeId},
     layout,
     storage::{
         Store,
@@ -23,6 +23,7 @@ fn held(generation: u64) -> Option<Generation> {
     Some(Generation(generation))
 }
 
+<<<<<<< HEAD:src/journal/tests.rs
 // Replay.
 
 #[test]
@@ -207,11 +208,15 @@ fn a_generation_resumes_from_a_good_checkpoint_and_a_run_completes_at_one() {
 
 // On stores.
 
+=======
+>>>>>>> journal:src/journal/store_tests.rs
 async fn on_every_store<F: Future<Output = ()>>(test: impl Fn(Store) -> F) {
     test(memory()).await;
     let folder = tempfile::tempdir().unwrap();
     let uri = format!("file://{}", folder.path().display());
     test(Store::open(&uri, &settings()).unwrap().folder("run")).await;
+    let (store, _server) = crate::storage::s3_tests::atomic();
+    test(store.folder("run")).await;
 }
 
 #[tokio::test]
@@ -281,10 +286,6 @@ async fn many_writers_lose_nothing_and_leave_no_gap() {
         }
         assert_eq!(first.refresh().await.unwrap() as usize, WRITERS * RECORDS);
         assert_eq!(first.state(), &state);
-        let mut again = entries(&store, &run_id()).await.unwrap().into_iter();
-        let mut replayed = RunState::begin(&run_id(), again.next().unwrap()).unwrap();
-        again.for_each(|entry| replayed.apply(replayed.next(), entry).unwrap());
-        assert_eq!(replayed, state);
     })
     .await;
 }

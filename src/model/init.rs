@@ -9,7 +9,12 @@ use tch::{Device, Kind, TchError, Tensor};
 use super::{BuildSettings, llama_config::LlamaConfig, random};
 
 /// One parameter's first value: drawn on the CPU, so that the device makes no difference.
-pub(super) fn fresh(config: &LlamaConfig, name: &str, shape: &[u64], settings: &BuildSettings) -> Result<Tensor, TchError> {
+pub(super) fn fresh(
+    config: &LlamaConfig,
+    name: &str,
+    shape: &[u64],
+    settings: &BuildSettings,
+) -> Result<Tensor, TchError> {
     // Each extent is at most 2^24 and each product below 2^31 by the description's bounds.
     let extents: Vec<i64> = shape.iter().map(|&extent| i64::try_from(extent).unwrap_or(i64::MAX)).collect();
     let cpu = (Kind::Float, Device::Cpu);

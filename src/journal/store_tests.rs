@@ -47,7 +47,7 @@ async fn a_run_is_created_once() {
                     assert_eq!(journal.state().next(), 1);
                 }
                 Err(error @ JournalError::Exists { .. }) => {
-                    assert_eq!(error.kind(), Kind::Config);
+                    assert_eq!(error.kind(), Kind::Usage);
                     assert!(error.hint().unwrap().contains("trainer resume --run-id run"));
                 }
                 Err(error) => panic!("{error:?}"),
@@ -207,6 +207,42 @@ async fn an_append_that_failed_can_be_repeated_and_is_written_once() {
 }
 
 #[tokio::test]
+async fn a_commit_of_the_same_manifest_is_the_same_commit() {
+    // A save whose record seemed to fail is tried again: its times differ, what it commits does not.
+    let again = |durable_s| match committed(5, 1) {
+        Record::Committed(first) => {
+            Record::Committed(Committed { cost: SaveCost { durable_s, ..first.cost }, ..first })
+        }
+        other => other,
+    };
+    for fault in [Fault::AnswerLost, Fault::Lost] {
+        let (_, store) = deaf(2, 7, fault);
+        let mut a = new_run(&store).await;
+        a.form(forming("a", None)).await.unwrap();
+        a.append(again(1.0)).await.unwrap_err();
+        assert_eq!(a.append(again(2.0)).await.unwrap(), 2, "{fault:?}");
+        assert_eq!(a.append(again(3.0)).await.unwrap(), 2, "{fault:?}");
+        // Also when it has been fenced since: the record stands.
+        let mut b = opened(&store, "b").await;
+        b.form(forming("b", Some(point(5, 1)))).await.unwrap();
+        a.refresh().await.unwrap();
+        assert_eq!(a.append(again(4.0)).await.unwrap(), 2, "{fault:?}");
+        assert!(matches!(a.append(committed(6, 1)).await, Err(JournalError::Fenced { .. })));
+        assert_eq!(replay(&store, &run_id()).await.unwrap().checkpoints().len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_journal_that_says_the_highest_number_is_an_error_and_no_panic() {
+    let store = memory();
+    let mut a = new_run(&store).await;
+    let last = Entry { record: formed(u64::MAX, None), ..entry("a", created()) };
+    store.put(&layout::journal_entry(1), last.encode().unwrap().into()).await.unwrap();
+    a.refresh().await.unwrap();
+    assert!(matches!(a.form(forming("a", None)).await, Err(JournalError::Refused { .. })));
+}
+
+#[tokio::test]
 async fn a_generation_whose_formation_seemed_to_fail_is_held_once_it_is_seen() {
     let (_, store) = deaf(1, 6, Fault::AnswerLost);
     let mut a = new_run(&store).await;
@@ -258,7 +294,9 @@ async fn a_refused_record_is_not_written() {
     let mut a = new_run(&store).await;
     a.form(forming("a", None)).await.unwrap();
     a.append(committed(5, 1)).await.unwrap();
-    for record in [committed(5, 1), pruned(5, 1), completed(6, 1), created(), formed(2, None)] {
+    let Record::Committed(first) = committed(5, 1) else { unreachable!() };
+    let other = Record::Committed(Committed { manifest_crc64: "fedcba9876543210".into(), ..first });
+    for record in [other, pruned(5, 1), completed(6, 1), created(), formed(2, None)] {
         let error = a.append(record).await.unwrap_err();
         assert!(matches!(error, JournalError::Refused { .. }), "{error:?}");
     }

@@ -27,8 +27,11 @@ fn folder(name: &str) -> PathBuf {
 }
 
 fn safetensors() -> Vec<u8> {
-    let tensors: [(&str, Dtype, &[u64]); 3] =
-        [("position_ids", Dtype::I64, &[2]), ("model.norm.weight", Dtype::F32, &[3]), ("model.scale", Dtype::BF16, &[1, 1])];
+    let tensors: [(&str, Dtype, &[u64]); 3] = [
+        ("position_ids", Dtype::I64, &[2]),
+        ("model.norm.weight", Dtype::F32, &[3]),
+        ("model.scale", Dtype::BF16, &[1, 1]),
+    ];
     let mut file = header::write(tensors).expect("short");
     file.extend((0..30).map(|byte: u8| byte.wrapping_mul(7)));
     file
@@ -165,8 +168,7 @@ fn allowed(bytes: usize) -> usize {
 
 fn kinds() -> Vec<(String, Vec<u8>)> {
     let messages = messages().into_iter().enumerate();
-    let messages =
-        messages.map(|(i, bytes)| (format!("{}-{i}", if i < 3 { "toworker" } else { "fromworker" }), bytes));
+    let messages = messages.map(|(i, bytes)| (format!("{}-{i}", if i < 3 { "toworker" } else { "fromworker" }), bytes));
     written().into_iter().chain(messages).collect()
 }
 
@@ -184,7 +186,19 @@ enum Change {
 fn change() -> impl Strategy<Value = Change> {
     let index = any::<prop::sample::Index>;
     let text = prop::sample::select(vec![
-        "[", "{", "\"", "null", "[[[[[[[[", "\\u0000", "../", "-1", "1e999", "18446744073709551616", "é", ",", "}",
+        "[",
+        "{",
+        "\"",
+        "null",
+        "[[[[[[[[",
+        "\\u0000",
+        "../",
+        "-1",
+        "1e999",
+        "18446744073709551616",
+        "é",
+        ",",
+        "}",
     ]);
     let number = prop::sample::select(vec!["0", "1", "255", "4294967295", "18446744073709551615", "-9", "0.5"]);
     prop_oneof![

@@ -50,20 +50,37 @@ enum Harm {
 #[derive(Clone, Debug)]
 enum Op {
     /// An agent starts (again), and forms a generation on the newest checkpoint.
-    Boot { who: usize },
+    Boot {
+        who: usize,
+    },
     /// The same with `--from`.
-    TurnBack { who: usize, to: prop::sample::Index },
+    TurnBack {
+        who: usize,
+        to: prop::sample::Index,
+    },
     /// An agent's next save, until it is killed; one that trains on unaware of others is not killed by them.
-    Save { who: usize, cut: Cut },
+    Save {
+        who: usize,
+        cut: Cut,
+    },
     /// A save of the step before once more, by a new attempt.
-    SaveAgain { who: usize },
+    SaveAgain {
+        who: usize,
+    },
     /// Something happens to a checkpoint.
-    Damage { which: prop::sample::Index, file: prop::sample::Index, harm: Harm },
-    Prune { last: u32 },
+    Damage {
+        which: prop::sample::Index,
+        file: prop::sample::Index,
+        harm: Harm,
+    },
+    Prune {
+        last: u32,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let cut = prop::sample::select(vec![Cut::AfterAShard, Cut::AfterShards, Cut::AfterManifest, Cut::Never, Cut::Never]);
+    let cut =
+        prop::sample::select(vec![Cut::AfterAShard, Cut::AfterShards, Cut::AfterManifest, Cut::Never, Cut::Never]);
     let harm = prop::sample::select(vec![Harm::Flip, Harm::Short, Harm::Gone]);
     let index = any::<prop::sample::Index>;
     prop_oneof![
@@ -230,19 +247,22 @@ async fn live(store: &Store, script: &[Op]) {
                 }
             }
             Op::TurnBack { who, to } => {
-                let good: Vec<Point> = model.grew_from.keys().filter(|point| !model.bad.contains(point)).copied().collect();
+                let good: Vec<Point> =
+                    model.grew_from.keys().filter(|point| !model.bad.contains(point)).copied().collect();
                 if good.is_empty() {
                     continue;
                 }
                 let to = *to.get(&good);
-                let (agent, _) = boot(store, Some(to)).await.unwrap_or_else(|error| panic!("op {number}: {op:?}: {error}"));
+                let (agent, _) =
+                    boot(store, Some(to)).await.unwrap_or_else(|error| panic!("op {number}: {op:?}: {error}"));
                 agents[*who] = Some(agent);
                 model.forms(*who, Some(to));
             }
             Op::Save { who, .. } | Op::SaveAgain { who } => {
                 let Some(agent) = &mut agents[*who] else { continue };
                 // Nobody saves again what somebody has damaged or pruned since: its record stands.
-                let last = agent.last.take().filter(|last| !model.bad.contains(&(last.step.get(), last.generation.get())));
+                let last =
+                    agent.last.take().filter(|last| !model.bad.contains(&(last.step.get(), last.generation.get())));
                 let (save, cut) = match (op, last) {
                     (Op::SaveAgain { .. }, Some(last)) => (Save { attempt: AttemptId::random(), ..last }, Cut::Never),
                     (Op::SaveAgain { .. }, None) => continue,
@@ -258,7 +278,9 @@ async fn live(store: &Store, script: &[Op]) {
                 agent.last = Some(save);
                 match saved {
                     Ok(false) => {}
-                    Ok(true) => assert!(stands || model.commits(*who, point), "op {number}: {op:?}: {point:?} was committed"),
+                    Ok(true) => {
+                        assert!(stands || model.commits(*who, point), "op {number}: {op:?}: {point:?} was committed")
+                    }
                     Err(JournalError::Fenced { .. }) => {
                         assert!(!stands && !model.commits(*who, point), "op {number}: {op:?}: {point:?} was fenced");
                         agents[*who] = None;
@@ -273,7 +295,8 @@ async fn live(store: &Store, script: &[Op]) {
                 }
                 let point = *which.get(&hurt);
                 let folder = layout::checkpoint(Step(point.0), Generation(point.1));
-                let mut keys: Vec<String> = store.list(&folder).await.expect("a store").into_iter().map(|i| i.key).collect();
+                let mut keys: Vec<String> =
+                    store.list(&folder).await.expect("a store").into_iter().map(|i| i.key).collect();
                 keys.retain(|key| key.ends_with(".safetensors") || key.ends_with(layout::MANIFEST));
                 keys.sort_unstable();
                 if keys.is_empty() {
@@ -297,7 +320,8 @@ async fn live(store: &Store, script: &[Op]) {
                 model.bad.insert(point);
             }
             Op::Prune { last } => {
-                let mut journal = Journal::open(store.clone(), NodeId::random(), samples::run_id()).await.expect("a journal");
+                let mut journal =
+                    Journal::open(store.clone(), NodeId::random(), samples::run_id()).await.expect("a journal");
                 // Verified to the last byte: sizes alone would let a rotten one push out the good ones.
                 let verified = discover(store, &mut journal).await;
                 assert_eq!(verified, model.newest_good(), "op {number}: {op:?}");
@@ -307,15 +331,26 @@ async fn live(store: &Store, script: &[Op]) {
                     list.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
                 };
                 let (line, good) = (own(journal.state().candidates()), own(journal.state().good()));
-                let live: Vec<_> = journal.state().formed().and_then(|formed| formed.resume.clone()).into_iter().collect();
+                let live: Vec<_> =
+                    journal.state().formed().and_then(|formed| formed.resume.clone()).into_iter().collect();
                 let plan = plan_prune(&line, &good, Keep { last: *last, every: None }, &verified, &live);
-                let kept = line.len() - line.iter().filter(|c| plan.contains(&ResumePoint { step: c.step, generation: c.generation })).count();
+                let kept = line.len()
+                    - line
+                        .iter()
+                        .filter(|c| plan.contains(&ResumePoint { step: c.step, generation: c.generation }))
+                        .count();
                 assert!(kept >= line.len().min(*last as usize), "op {number}: {op:?} keeps {kept} of {}", line.len());
                 let journal = tokio::sync::Mutex::new(journal);
                 let journal = &journal;
                 let append = |point: ResumePoint| async move {
                     let record = Record::Pruned { step: point.step, generation: point.generation };
-                    journal.lock().await.append(record).await.map(drop).map_err(|e| CheckpointError::Internal(e.to_string()))
+                    journal
+                        .lock()
+                        .await
+                        .append(record)
+                        .await
+                        .map(drop)
+                        .map_err(|e| CheckpointError::Internal(e.to_string()))
                 };
                 apply_prune(store, &plan, append).await.unwrap_or_else(|error| panic!("op {number}: {op:?}: {error}"));
                 model.bad.extend(plan.iter().map(point_of));

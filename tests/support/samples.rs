@@ -92,7 +92,13 @@ pub fn records() -> Vec<Record> {
             cost: SaveCost { stall_s: 0.012, copy_s: 0.3, durable_s: 4.5 },
         }),
         Record::Notice { generation, source: "sigterm".into(), deadline_s: Some(120.0) },
-        Record::Interrupted { generation, step: Step(1234), committed: Some(step), lost_steps: 34, verdict: "no time".into() },
+        Record::Interrupted {
+            generation,
+            step: Step(1234),
+            committed: Some(step),
+            lost_steps: 34,
+            verdict: "no time".into(),
+        },
         Record::Damaged { step, generation, reason: "model-00001-of-00002.safetensors: it does not exist".into() },
         Record::Completed { generation, step: Step(2000), loss: 1.5 },
         Record::Failed { generation, step, reason: "loss is NaN".into() },
@@ -106,7 +112,8 @@ pub fn entry(record: Record) -> Entry {
 }
 
 fn files() -> Vec<FileEntry> {
-    let file = |name: &str, kind, bytes| FileEntry { name: name.into(), kind, bytes, crc64: Crc64(0xfedc_ba98_7654_3210) };
+    let file =
+        |name: &str, kind, bytes| FileEntry { name: name.into(), kind, bytes, crc64: Crc64(0xfedc_ba98_7654_3210) };
     vec![
         file("config.json", FileKind::Meta, 700),
         file("model-00001-of-00001.safetensors", FileKind::Model, 170_000_000),

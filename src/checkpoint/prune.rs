@@ -9,11 +9,11 @@ use std::future::Future;
 
 use futures::{StreamExt, TryStreamExt, stream};
 
-use super::{CheckpointError, join, restore::IN_FLIGHT};
+use super::{CheckpointError, catalog, join, restore::IN_FLIGHT};
 use crate::{
     config::Keep,
     ids::{Generation, Step},
-    journal::{Committed, ResumePoint},
+    journal::{Checkpoint, Committed, ResumePoint, RunState},
     layout,
     storage::Store,
 };
@@ -50,6 +50,45 @@ pub fn plan_prune(
         .collect();
     doomed.sort_by_key(order);
     doomed
+}
+
+/// What becomes of checkpoints that the run has turned away from with `--from`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Abandoned {
+    /// They stay: a running agent deletes nothing that a person may want to go back to.
+    Keep,
+    /// They go.
+    Delete,
+}
+
+/// What may go of a run, oldest first: [`plan_prune`] over its good checkpoints, after the newest one of the run as it stands has
+/// been held against its manifest. `store` is the run's folder.
+///
+/// # Errors
+/// [`CheckpointError::NoneUsable`] if no checkpoint verifies: what is left may be all there is, so nothing goes.
+pub async fn plan_for(
+    store: &Store,
+    state: &RunState,
+    keep: Keep,
+    abandoned: Abandoned,
+) -> Result<Vec<ResumePoint>, CheckpointError> {
+    let own = |checkpoints: Vec<&Checkpoint>| -> Vec<Committed> {
+        checkpoints.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
+    };
+    let candidates = own(state.candidates());
+    if candidates.is_empty() {
+        return Ok(Vec::new());
+    }
+    let Some((verified, _)) = catalog::newest_usable(store, &candidates, None).await?.found else {
+        return Err(CheckpointError::NoneUsable { run_id: state.run_id().clone() });
+    };
+    let verified = ResumePoint { step: verified.step, generation: verified.generation };
+    let live: Vec<ResumePoint> = state.formed().and_then(|formed| formed.resume.clone()).into_iter().collect();
+    let abandoned = match abandoned {
+        Abandoned::Keep => Vec::new(),
+        Abandoned::Delete => own(state.good()),
+    };
+    Ok(plan_prune(&candidates, &abandoned, keep, &verified, &live))
 }
 
 /// Carries a plan out. `append` writes the journal's `pruned` record of one checkpoint and must not return before it

@@ -254,17 +254,6 @@ impl Journal {
 
 /// Reads the journal of the run in its folder `store`.
 pub async fn replay(store: &Store, run_id: &RunId) -> Result<RunState, JournalError> {
-    replay_with(store, run_id, |_| ()).await
-}
-
-/// The records of the run in its folder `store`, from number 0, each of which fits those before it.
-pub async fn entries(store: &Store, run_id: &RunId) -> Result<Vec<Entry>, JournalError> {
-    let mut entries = Vec::new();
-    replay_with(store, run_id, |entry| entries.push(entry.clone())).await?;
-    Ok(entries)
-}
-
-async fn replay_with(store: &Store, run_id: &RunId, mut sees: impl FnMut(&Entry)) -> Result<RunState, JournalError> {
     let listed = numbers(store).await?;
     if listed.is_empty() {
         return Err(JournalError::NoSuchRun { run_id: run_id.clone(), store: parent(&store.uri()) });
@@ -273,10 +262,8 @@ async fn replay_with(store: &Store, run_id: &RunId, mut sees: impl FnMut(&Entry)
         .map(|number| async move { read(store, number).await?.ok_or_else(|| missing(store, number)) })
         .buffered(READ_AHEAD);
     let Some(first) = read_ahead.try_next().await? else { return Err(missing(store, 0)) };
-    sees(&first);
     let mut state = RunState::begin(run_id, first).map_err(|error| damaged(store, 0, &error))?;
-    let mut add = |state: &mut RunState, entry: Entry| {
-        sees(&entry);
+    let add = |state: &mut RunState, entry: Entry| {
         let number = state.next();
         state.apply(number, entry).map_err(|error| damaged(store, number, &error))
     };

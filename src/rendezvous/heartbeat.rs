@@ -87,7 +87,8 @@ impl Process {
         let pid = std::process::id();
         Self {
             boot_id: read("/proc/sys/kernel/random/boot_id"),
-            pid_namespace: std::fs::read_link("/proc/self/ns/pid").map_or_else(|_| String::new(), |p| p.display().to_string()),
+            pid_namespace: std::fs::read_link("/proc/self/ns/pid")
+                .map_or_else(|_| String::new(), |p| p.display().to_string()),
             pid,
             started: start_time(pid).unwrap_or(0),
         }
@@ -201,8 +202,14 @@ mod tests {
         let me = Process::current();
         assert!(!me.is_gone());
         assert!(Process { started: me.started + 1, ..me.clone() }.is_gone(), "the number was given to another process");
-        assert!(!Process { boot_id: "elsewhere".into(), started: 1, ..me.clone() }.is_gone(), "another machine's process");
-        assert!(!Process { pid_namespace: "pid:[1]".into(), started: 1, ..me }.is_gone(), "another container's process");
+        assert!(
+            !Process { boot_id: "elsewhere".into(), started: 1, ..me.clone() }.is_gone(),
+            "another machine's process"
+        );
+        assert!(
+            !Process { pid_namespace: "pid:[1]".into(), started: 1, ..me }.is_gone(),
+            "another container's process"
+        );
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = child.id();
         let started = start_time(pid).unwrap_or(1);

@@ -431,6 +431,28 @@ impl S3 for Service {
         }))
     }
 
+    /// Within the bucket. The product never copies; a client in the benchmarks that renames does.
+    async fn copy_object(&self, req: S3Request<CopyObjectInput>) -> S3Result<S3Response<CopyObjectOutput>> {
+        self.enter("CopyObject", &req.input.bucket, true)?;
+        let CopySource::Bucket { bucket, key, .. } = &req.input.copy_source else {
+            return Err(s3_error!(NotImplemented, "a copy from an access point"));
+        };
+        if &**bucket != BUCKET {
+            return Err(s3_error!(NoSuchBucket));
+        }
+        let body = self.get(key)?.body;
+        let mut table = self.lock();
+        let serial = table.serial();
+        let object = Stored::new(body, serial);
+        let result = CopyObjectResult {
+            e_tag: Some(object.tag()),
+            last_modified: Some(object.modified.into()),
+            ..Default::default()
+        };
+        table.objects.insert(req.input.key, object);
+        Ok(S3Response::new(CopyObjectOutput { copy_object_result: Some(result), ..Default::default() }))
+    }
+
     async fn delete_object(&self, req: S3Request<DeleteObjectInput>) -> S3Result<S3Response<DeleteObjectOutput>> {
         self.enter("DeleteObject", &req.input.bucket, true)?;
         self.lock().objects.remove(&req.input.key);

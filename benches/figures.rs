@@ -1,0 +1,182 @@
+//! From what was heard of a contender to its figures: pure, and the same for every contender.
+//!
+//! A checkpoint of step S is *in flight* from the end of S until it is durable. A step is *busy* if it overlaps that time, else
+//! *quiet*. The checkpoint after the last step has no step to hide behind and is left out.
+//!
+//! | figure | definition |
+//! |---|---|
+//! | stall | the loop stands still for a checkpoint |
+//! | copy | until the state is in a second place and may change |
+//! | durable | from the end of the step until a crash can't lose it |
+//! | step | median quiet step |
+//! | inflation | by how much busy steps, without their stalls, are slower than quiet ones |
+//! | lost | everything that a checkpoint costs the loop: busy steps minus as many quiet ones, a checkpoint |
+//! | tokens/s | all tokens over all time after the warm-up, checkpoints and all |
+
+use serde::Serialize;
+
+use super::lab::Life;
+
+/// Steps that are not looked at: memory is taken, caches get warm, gradient buckets are made.
+const WARM_UP: u64 = 3;
+
+/// One contender's figures of one round; `None` where it has none.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Figures {
+    pub stall_ms: Option<f64>,
+    pub copy_ms: Option<f64>,
+    pub lost_ms: Option<f64>,
+    pub inflation_percent: Option<f64>,
+    pub durable_s: Option<f64>,
+    pub durable_mb_s: Option<f64>,
+    pub step_ms: Option<f64>,
+    pub quiet_tokens_s: Option<f64>,
+    pub tokens_s: Option<f64>,
+    pub peak_memory_mb: Option<f64>,
+    pub restore_s: Option<f64>,
+    pub restore_mb_s: Option<f64>,
+    pub first_step_s: Option<f64>,
+    pub restore_memory_mb: Option<f64>,
+    pub server_cpu_s_gb: Option<f64>,
+    pub checkpoints: usize,
+    pub bytes: u64,
+}
+
+/// The middle of some values; `None` of none.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted: Vec<f64> = values.iter().copied().filter(|value| value.is_finite()).collect();
+    sorted.sort_by(f64::total_cmp);
+    let (low, high) = (sorted.get(sorted.len().checked_sub(1)? / 2)?, sorted.get(sorted.len() / 2)?);
+    Some(low.midpoint(*high))
+}
+
+struct Save {
+    step: u64,
+    bytes: f64,
+    stall_s: f64,
+    copy_s: Option<f64>,
+    durable_s: f64,
+}
+
+impl Figures {
+    /// From a training life.
+    pub fn of_training(life: &Life, tokens_per_step: u64, server_cpu_s: Option<f64>) -> Self {
+        let number = |event: &serde_json::Value, name: &str| event[name].as_f64();
+        let steps: Vec<(u64, f64)> = life
+            .of("step")
+            .filter_map(|heard| Some((heard.event["step"].as_u64()?, number(&heard.event, "step_s")?)))
+            .collect();
+        let last = steps.last().map_or(0, |(step, _)| *step);
+        let all: Vec<Save> = life
+            .of("checkpoint")
+            .filter_map(|heard| {
+                Some(Save {
+                    step: heard.event["step"].as_u64()?,
+                    bytes: number(&heard.event, "bytes")?,
+                    stall_s: number(&heard.event, "stall_s")?,
+                    copy_s: number(&heard.event, "copy_s"),
+                    durable_s: number(&heard.event, "durable_s")?,
+                })
+            })
+            .collect();
+        let written: f64 = all.iter().map(|save| save.bytes).sum();
+        let saves: Vec<&Save> = all.iter().filter(|save| save.step < last).collect();
+
+        // Where each step lies on the loop's own clock.
+        let mut clock = 0.0;
+        let spans: Vec<(u64, f64, f64)> = steps
+            .iter()
+            .map(|&(step, took)| {
+                clock += took;
+                (step, clock - took, clock)
+            })
+            .collect();
+        let end_of = |wanted: u64| spans.iter().find(|(step, ..)| *step == wanted).map(|(.., end)| *end);
+        let flights: Vec<(f64, f64)> =
+            saves.iter().filter_map(|save| end_of(save.step).map(|end| (end, end + save.durable_s))).collect();
+        let is_busy = |begin: f64, end: f64| flights.iter().any(|&(from, to)| begin < to && from < end);
+        let mut quiet = Vec::new();
+        let mut busy = Vec::new();
+        for &(step, begin, end) in spans.iter().filter(|(step, ..)| *step > WARM_UP) {
+            // A step that ends where a flight begins does not overlap it: the two numbers are the same.
+            let _ = step;
+            if is_busy(begin, end) { busy.push(end - begin) } else { quiet.push(end - begin) }
+        }
+
+        let step_s = median(&quiet);
+        let stalls: f64 = saves.iter().map(|save| save.stall_s).sum();
+        let busy_s: f64 = busy.iter().sum();
+        let trained: f64 = quiet.iter().chain(&busy).sum();
+        let count = quiet.len() + busy.len();
+        let of =
+            |value: fn(&Save) -> Option<f64>| median(&saves.iter().filter_map(|save| value(save)).collect::<Vec<_>>());
+        let tokens = tokens_per_step as f64;
+        Self {
+            stall_ms: of(|save| Some(save.stall_s * 1e3)),
+            copy_ms: of(|save| save.copy_s.map(|copy| copy * 1e3)),
+            lost_ms: step_s
+                .filter(|_| !saves.is_empty())
+                .map(|step| (busy_s - step * busy.len() as f64) / saves.len() as f64 * 1e3),
+            inflation_percent: step_s
+                .filter(|_| !busy.is_empty())
+                .map(|step| ((busy_s - stalls) / (step * busy.len() as f64) - 1.0) * 100.0),
+            durable_s: of(|save| Some(save.durable_s)),
+            durable_mb_s: of(|save| Some(save.bytes / save.durable_s / 1e6)),
+            step_ms: step_s.map(|step| step * 1e3),
+            quiet_tokens_s: step_s.map(|step| tokens / step),
+            tokens_s: (trained > 0.0).then(|| tokens * count as f64 / trained),
+            peak_memory_mb: Some(life.peak_memory_bytes as f64 / 1e6),
+            server_cpu_s_gb: server_cpu_s.filter(|_| written > 0.0).map(|cpu| cpu / (written / 1e9)),
+            checkpoints: saves.len(),
+            bytes: all.first().map_or(0, |save| save.bytes as u64),
+            ..Self::default()
+        }
+    }
+
+    /// Adds those of a life that only restores.
+    pub fn add_restore(&mut self, life: &Life) {
+        if let Some(restored) = life.of("restored").next() {
+            self.restore_s = restored.event["restore_s"].as_f64();
+            let bytes = restored.event["bytes"].as_f64();
+            self.restore_mb_s = bytes.zip(self.restore_s).map(|(bytes, took)| bytes / took / 1e6);
+        }
+        self.first_step_s = life.of("step").next().map(|heard| heard.at_s);
+        self.restore_memory_mb = Some(life.peak_memory_bytes as f64 / 1e6);
+    }
+}
+
+/// A figure as the tables show it.
+pub struct Metric {
+    pub name: &'static str,
+    pub value: fn(&Figures) -> Option<f64>,
+    pub digits: usize,
+    /// More is better.
+    pub more: bool,
+    /// What `targets.md` asks for, of `trainer` alone.
+    pub target: &'static str,
+    /// Whether a ratio between contenders says something.
+    pub ratio: bool,
+}
+
+const fn metric(name: &'static str, value: fn(&Figures) -> Option<f64>, digits: usize) -> Metric {
+    Metric { name, value, digits, more: false, target: "", ratio: true }
+}
+
+/// All of them, in the order of the tables.
+pub const METRICS: [Metric; 15] = [
+    Metric { target: "≤ 1/10 of DCP's 500", ..metric("stall a checkpoint, ms", |f| f.stall_ms, 1) },
+    Metric { target: "", ..metric("copy, ms", |f| f.copy_ms, 0) },
+    Metric { target: "≤ 5 %", ratio: false, ..metric("step-time inflation, %", |f| f.inflation_percent, 1) },
+    metric("all that a checkpoint costs the loop, ms", |f| f.lost_ms, 0),
+    metric("durable after, s", |f| f.durable_s, 2),
+    Metric { more: true, ..metric("state made durable, MB/s", |f| f.durable_mb_s, 0) },
+    metric("restore, s", |f| f.restore_s, 2),
+    Metric { more: true, ..metric("restore, MB/s", |f| f.restore_mb_s, 0) },
+    Metric { target: "≤ 10 s", ..metric("process start to first step after a restore, s", |f| f.first_step_s, 1) },
+    metric("step without a checkpoint, ms", |f| f.step_ms, 0),
+    Metric { more: true, target: "≥ PyTorch DDP", ..metric("tokens/s without checkpoints", |f| f.quiet_tokens_s, 0) },
+    Metric { more: true, ..metric("tokens/s, checkpoints and all", |f| f.tokens_s, 0) },
+    metric("peak memory, MB", |f| f.peak_memory_mb, 0),
+    Metric { target: "≤ training + state", ..metric("peak memory of a restore, MB", |f| f.restore_memory_mb, 0) },
+    Metric { ratio: false, ..metric("server CPU a GB written, s", |f| f.server_cpu_s_gb, 2) },
+];

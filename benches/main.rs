@@ -1,0 +1,90 @@
+//! The project's benchmark: what a checkpoint costs the training loop, how soon it is durable, how fast it comes back.
+//!
+//! ```text
+//! benches/run        figures own     trainer alone: file:// and s3://
+//! benches/peers/run  figures peers   trainer and PyTorch DCP, alternating, and the ratios between them
+//!                    figures serve-s3  the S3 server that all of them talk to, as a process of its own
+//! ```
+//! A contender is a command that prints `trainer`'s own JSON events; `peers/peer.py` prints them too, so both go through the
+//! same reading, the same arithmetic ([`figures`]) and the same tables ([`report`]). A benchmark reports and asserts nothing
+//! about time.
+
+mod contender;
+mod figures;
+mod lab;
+mod machine;
+mod report;
+#[path = "../tests/support/s3.rs"]
+#[expect(dead_code, reason = "the tests look into the server, the benchmarks only talk to it")]
+mod s3;
+mod suite;
+
+use std::{io::Read, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand};
+
+type Result<T> = anyhow::Result<T>;
+
+#[derive(Parser)]
+struct Command {
+    #[command(subcommand)]
+    what: What,
+    /// Given by `cargo bench`
+    #[arg(long, hide = true, global = true)]
+    bench: bool,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// trainer alone
+    Own(Settings),
+    /// trainer and PyTorch, alternating
+    Peers {
+        #[command(flatten)]
+        settings: Settings,
+        /// A Python with torch and s3torchconnector
+        #[arg(long)]
+        python: std::path::PathBuf,
+    },
+    /// The S3 server: prints its endpoint, serves until its standard input ends
+    ServeS3,
+}
+
+/// What every suite can be told.
+#[derive(Args)]
+struct Settings {
+    /// One short round that proves the scripts; its figures mean little and are not kept
+    #[arg(long)]
+    quick: bool,
+    /// Rounds; each runs every contender once [default: 3, or 1 with --quick]
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Threads of one rank [default: cores / 2]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Only contenders whose name contains this
+    #[arg(long)]
+    only: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Command::parse().what {
+        What::Own(settings) => suite::own(&settings),
+        What::Peers { settings, python } => suite::peers(&settings, &python),
+        What::ServeS3 => serve(),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("benches: error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> Result<()> {
+    let server = s3::S3Server::start();
+    println!("{}", server.endpoint());
+    std::io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}

@@ -1,0 +1,116 @@
+//! Tables and the stored form of results.
+
+use std::{fmt::Write, fs, path::Path};
+
+use serde::Serialize;
+
+use super::{
+    Result,
+    contender::Contender,
+    figures::{Figures, METRICS, Metric, median},
+    machine::Machine,
+};
+
+/// One contender's figures, a round each.
+#[derive(Serialize)]
+pub struct Rounds {
+    pub contender: &'static str,
+    pub rounds: Vec<Figures>,
+}
+
+/// What is kept of a suite.
+#[derive(Serialize)]
+pub struct Results<'a> {
+    pub suite: &'a str,
+    pub machine: &'a Machine,
+    pub settings: serde_json::Value,
+    pub results: &'a [Rounds],
+    /// `trainer`'s held-out loss, and PyTorch's with the same weights on the same sequences.
+    pub losses: Option<(f64, f64)>,
+}
+
+impl Rounds {
+    pub fn of(contender: Contender) -> Self {
+        Self { contender: contender.name(), rounds: Vec::new() }
+    }
+}
+
+/// `middle (least – most)`.
+fn spread(values: &[f64], digits: usize) -> String {
+    let Some(middle) = median(values) else { return "–".into() };
+    if values.len() == 1 {
+        return format!("{middle:.digits$}");
+    }
+    let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(low, high), &v| (low.min(v), high.max(v)));
+    format!("{middle:.digits$} ({least:.digits$} – {most:.digits$})")
+}
+
+fn values(rounds: &Rounds, metric: &Metric) -> Vec<f64> {
+    rounds.rounds.iter().filter_map(metric.value).filter(|value| value.is_finite()).collect()
+}
+
+fn row(out: &mut String, cells: impl IntoIterator<Item = String>) {
+    out.push('|');
+    for cell in cells {
+        let _ = write!(out, " {cell} |");
+    }
+    out.push('\n');
+}
+
+fn head(out: &mut String, cells: Vec<String>) {
+    let rule: Vec<String> = cells.iter().map(|_| "---".to_owned()).collect();
+    row(out, cells);
+    row(out, rule);
+}
+
+/// Medians with their spread over rounds, a column each.
+pub fn table(results: &[Rounds], with_target: bool) -> String {
+    let mut out = String::new();
+    let target = |text: &str| with_target.then(|| text.to_owned());
+    let names = results.iter().map(|rounds| rounds.contender.to_owned());
+    head(&mut out, std::iter::once("figure".to_owned()).chain(target("target")).chain(names).collect());
+    for metric in &METRICS {
+        let cells: Vec<String> = results.iter().map(|rounds| spread(&values(rounds, metric), metric.digits)).collect();
+        if cells.iter().any(|cell| cell != "–") {
+            row(&mut out, std::iter::once(metric.name.to_owned()).chain(target(metric.target)).chain(cells));
+        }
+    }
+    out
+}
+
+/// By what factor `ours` is better than each of `theirs`: of every round by itself, then the middle and the spread.
+pub fn ratios(ours: &Rounds, theirs: &[&Rounds]) -> String {
+    let mut out = String::new();
+    let names = theirs.iter().map(|rounds| rounds.contender.to_owned());
+    head(&mut out, std::iter::once(format!("{} is better by", ours.contender)).chain(names).collect());
+    for metric in METRICS.iter().filter(|metric| metric.ratio) {
+        let cells: Vec<String> = theirs
+            .iter()
+            .map(|rounds| {
+                let pairs = ours.rounds.iter().zip(&rounds.rounds);
+                let of = |(our, their)| {
+                    let (our, their) = ((metric.value)(our)?, (metric.value)(their)?);
+                    let ratio = if metric.more { our / their } else { their / our };
+                    ratio.is_finite().then_some(ratio)
+                };
+                spread(&pairs.filter_map(of).collect::<Vec<_>>(), 2)
+            })
+            .collect();
+        if cells.iter().any(|cell| cell != "–") {
+            // "stall a checkpoint, ms" without its unit.
+            let name = metric.name.rsplit_once(", ").map_or(metric.name, |(name, _)| name);
+            row(&mut out, std::iter::once(name.to_owned()).chain(cells));
+        }
+    }
+    out
+}
+
+/// Writes `<slug>.json` and `<slug>.md` into `folder`.
+pub fn keep(folder: &Path, results: &Results<'_>, markdown: &str) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let slug = results.machine.slug(results.suite);
+    fs::write(folder.join(format!("{slug}.json")), serde_json::to_string_pretty(results)? + "\n")?;
+    fs::write(folder.join(format!("{slug}.md")), markdown)?;
+    eprintln!("kept: benches/results/{slug}.json and .md");
+    Ok(())
+}

@@ -104,6 +104,15 @@ pub struct Receipt {
     pub files: Vec<FileEntry>,
 }
 
+impl Receipt {
+    /// Reads and checks a receipt; `object` is its key, for errors.
+    pub fn parse(object: &str, bytes: &[u8]) -> Result<Self, CheckpointError> {
+        let receipt: Self = from_json(object, bytes)?;
+        validate_files(&receipt.files).map_err(|reason| CheckpointError::damaged(object, reason))?;
+        Ok(receipt)
+    }
+}
+
 /// A manifest that stands in the store; what the `committed` record needs of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WrittenManifest {
@@ -207,7 +216,7 @@ pub async fn read_receipt(
 ) -> Result<Option<Receipt>, CheckpointError> {
     let key = join(&layout::checkpoint(step, generation), &layout::receipt(node));
     match store.get(&key, MAX_JSON).await {
-        Ok(bytes) => from_json(&key, &bytes).map(Some),
+        Ok(bytes) => Receipt::parse(&key, &bytes).map(Some),
         Err(StorageError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error.into()),
     }

@@ -145,9 +145,12 @@ enum Sight {
     SecondGenerationCommits,
 }
 
+/// What the real code makes of a journal: a state, or why it refuses it.
+type Read = Result<Rc<RunState>, String>;
+
 thread_local! {
     /// What the real code makes of a journal, for each journal met.
-    static REPLAYED: RefCell<HashMap<Vec<Rec>, Result<Rc<RunState>, String>>> = RefCell::default();
+    static REPLAYED: RefCell<HashMap<Vec<Rec>, Read>> = RefCell::default();
 }
 
 fn real(point: Point) -> ResumePoint {
@@ -187,7 +190,7 @@ fn entry(node: String, attempt: String, record: Record) -> Entry {
 }
 
 /// The real code's reading of a journal.
-fn replay(journal: &[Rec]) -> Result<Rc<RunState>, String> {
+fn replay(journal: &[Rec]) -> Read {
     if let Some(known) = REPLAYED.with_borrow(|known| known.get(journal).cloned()) {
         return known;
     }

@@ -199,6 +199,12 @@ impl Conductor {
         if self.draining {
             self.end = self.end.min(largest);
             self.end_decided = true;
+            for slot in &mut self.slots {
+                // The end's state is newer, and needs the room.
+                if matches!(slot, Slot::Full { step } if *step < self.end) {
+                    *slot = Slot::Free;
+                }
+            }
         }
         self.give_orders(largest, now);
         vec![Action::Thaw { saves: self.orders(), stop_after: self.end_decided.then_some(self.end) }]
@@ -221,15 +227,20 @@ impl Conductor {
         self.consider(now)
     }
 
-    /// The upload of `slot` has ended; `committed`: its record stands.
+    /// The upload of `slot` has ended; `committed`: its record stands. Otherwise the snapshot is still there, and is tried again.
     pub fn uploaded(&mut self, slot: u8, committed: bool, now: Moment) -> Vec<Action> {
         if let Some(state) = self.slots.get_mut(usize::from(slot))
             && let Slot::Uploading { step } = *state
         {
-            *state = Slot::Free;
-            if committed {
+            *state = if committed {
                 self.committed = self.committed.max(step);
-            }
+                Slot::Free
+            } else if self.asked == Asked::Gone || self.abandoned || (self.end_decided && step < self.end) {
+                Slot::Free
+            } else {
+                // It is still whole: unless a newer one waits, it is uploaded again.
+                Slot::Full { step }
+            };
         }
         self.consider(now)
     }
@@ -246,29 +257,29 @@ impl Conductor {
     /// Save and stop as soon as possible.
     pub fn drain(&mut self, now: Moment) -> Vec<Action> {
         self.draining = true;
-        for slot in &mut self.slots {
-            // The state that the drain saves is newer, and needs the room.
-            if matches!(slot, Slot::Full { .. }) {
-                *slot = Slot::Free;
-            }
-        }
         self.consider(now)
     }
 
-    /// The upload of `slot` has failed too often: if the loop has ended, its last state is given up.
+    /// Whether every rank's loop has ended: what is left is to save its last state.
+    pub fn has_ended(&self) -> bool {
+        self.stopped == self.setup.ranks
+    }
+
+    /// The upload of `slot` has failed too often: the last state is given up.
     pub fn give_up_the_end(&mut self, slot: u8, now: Moment) -> Vec<Action> {
-        if self.stopped == self.setup.ranks {
-            self.abandoned = true;
-        }
+        self.abandoned = true;
         self.uploaded(slot, false, now)
     }
 
-    /// The workers are gone: what every rank has captured is all that is left to upload.
+    /// The workers are gone and nothing is being uploaded: what every rank has captured is all that is left.
     pub fn salvage(&mut self) -> Vec<Action> {
         for slot in &mut self.slots {
-            if matches!(slot, Slot::Ordered { .. }) {
-                *slot = Slot::Free;
-            }
+            *slot = match *slot {
+                Slot::Ordered { .. } => Slot::Free,
+                // Called while nothing is being uploaded: this one has failed and was waiting to be tried again.
+                Slot::Uploading { step } => Slot::Full { step },
+                slot => slot,
+            };
         }
         // With the workers there is nobody left to ask.
         self.abandoned = true;
@@ -493,6 +504,30 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_whose_upload_failed_is_tried_again_unless_a_newer_one_waits() {
+        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        assert_eq!(c.uploaded(0, false, at(2)), [Action::Upload { step: Step(10), slot: 0 }]);
+        capture(&mut c, 1, 20, at(3));
+        let actions = c.uploaded(0, false, at(4));
+        assert_eq!(actions[0], Action::Upload { step: Step(20), slot: 1 });
+        assert!(matches!(actions[1], Action::Freeze { .. }), "the older one's slot is free again");
+    }
+
+    #[test]
+    fn a_drain_drops_a_waiting_snapshot_only_once_the_end_is_agreed() {
+        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        capture(&mut c, 1, 20, at(2));
+        c.drain(at(3));
+        // The workers die instead of answering: the waiting snapshot is still there.
+        c.uploaded(0, true, at(4));
+        assert_eq!(c.salvage(), [Action::Upload { step: Step(20), slot: 1 }]);
+    }
+
+    #[test]
     fn a_drain_during_a_capture_and_an_upload_gets_the_first_slot_that_frees() {
         let mut c = conductor(Cadence::Steps(10), 0, 1000);
         c.first_orders(at(0));
@@ -539,10 +574,12 @@ mod tests {
         c.rank_stopped(Step(10), at(1));
         c.rank_stopped(Step(10), at(1));
         capture(&mut c, 0, 10, at(1));
-        let actions = c.uploaded(0, false, at(2));
-        let thaw = answer(&mut c, &actions, [10, 10], at(2));
-        assert!(matches!(&thaw[..], [Action::Thaw { saves, .. }] if saves[0].step == Step(10)), "{thaw:?}");
-        capture(&mut c, 0, 10, at(3));
+        assert_eq!(
+            c.uploaded(0, false, at(2)),
+            [Action::Upload { step: Step(10), slot: 0 }],
+            "the snapshot is still there"
+        );
+        assert!(c.has_ended());
         assert_eq!(c.give_up_the_end(0, at(4)), [Action::Finished { step: Step(10) }]);
     }
 
@@ -562,11 +599,18 @@ mod tests {
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
         capture(&mut c, 1, 20, at(1));
-        assert!(c.salvage().is_empty(), "an upload is running");
         let actions = c.uploaded(0, true, at(2));
         assert_eq!(actions, [Action::Upload { step: Step(20), slot: 1 }]);
-        assert!(c.uploaded(1, true, at(2)).is_empty());
+        // Its upload fails and waits to be tried again when the workers die.
+        assert_eq!(c.salvage(), [Action::Upload { step: Step(20), slot: 1 }]);
+        assert!(c.uploaded(1, true, at(3)).is_empty());
         assert_eq!(c.committed(), Step(20));
+        let mut c = conductor(Cadence::Steps(10), 0, 100);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        capture(&mut c, 1, 20, at(1));
+        assert_eq!(c.salvage(), [Action::Upload { step: Step(20), slot: 1 }], "the newer one is worth more");
+        assert!(c.uploaded(1, false, at(2)).is_empty(), "tried once: nobody is left to wait for");
         let mut c = conductor(Cadence::Steps(10), 0, 100);
         c.first_orders(at(0));
         c.captured(0, Step(10), at(1));

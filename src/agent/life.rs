@@ -31,7 +31,7 @@ use crate::{
     config::RunConfig,
     error::{Error, Kind, Result},
     ids::{Generation, Rank, Step},
-    journal::{Record, SaveCost},
+    journal::{JournalError, Record, SaveCost},
     layout,
     notice::{Notice, signal::Signals},
     protocol::{Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
@@ -49,8 +49,10 @@ const TICK: Duration = Duration::from_millis(200);
 const GRACE: Duration = Duration::from_secs(5);
 /// How long the end of a life waits for old checkpoints to be deleted.
 const RETENTION_PATIENCE: Duration = Duration::from_secs(20);
-/// Failed saves of the last state in a row, after which it is given up.
-const LAST_SAVE_TRIES: u32 = 4;
+/// Failed saves of the last state in a row, after which it is given up. Each has the store's own retries within it.
+const LAST_SAVE_TRIES: u32 = 8;
+/// How often the journal is looked at for a generation that fences this one.
+const LOOK: Duration = Duration::from_secs(5);
 /// Losses are kept for so many steps back: a snapshot's loss is looked up when all ranks have captured it.
 const REMEMBERED: u64 = 64;
 
@@ -160,6 +162,7 @@ enum Input {
     Fetch(Result<Fetched, CheckpointError>),
     Notice(Notice),
     Retry { slot: u8 },
+    Fenced(Error),
     Tick,
 }
 
@@ -203,24 +206,33 @@ struct Life<'a> {
     kept: BTreeMap<Step, Kept>,
     sent: u64,
     sending: u64,
-    failed_saves: u32,
+    /// The last save that failed, and how often in a row.
+    failed: (Step, u32),
     last_error: Option<Error>,
     committed_at: Instant,
-    notices: u32,
+    /// What said that the run is to stop.
+    notices: Vec<&'static str>,
     draining: bool,
     /// A worker has died or said why it can't go on; what is left is to finish uploads.
     dead: Option<Death>,
     uploading: bool,
     retention: Retention,
     clock: Instant,
+    looked: Instant,
+    killing: Option<tokio::task::JoinHandle<()>>,
     saves: mpsc::UnboundedSender<SaveEvent>,
     retries: mpsc::UnboundedSender<u8>,
+    fence: mpsc::UnboundedSender<Error>,
 }
 
-struct Death {
-    reason: String,
+/// Why the workers can't go on.
+enum Death {
+    /// One died; its group may be started again.
+    Died(String),
     /// Said by the worker itself: starting again will not help.
-    permanent: Option<Error>,
+    Permanent(Error),
+    /// A loss or gradient is not finite.
+    Diverged { step: Step, reason: String },
 }
 
 /// Runs a life to its end.
@@ -229,6 +241,7 @@ pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Res
     let (worker_events, mut from_workers) = mpsc::unbounded_channel();
     let (saves, mut from_saver) = mpsc::unbounded_channel();
     let (retries, mut retry) = mpsc::unbounded_channel();
+    let (fence, mut fenced) = mpsc::unbounded_channel();
     let (fetch_done, mut fetching) = mpsc::unbounded_channel();
 
     let restore = SharedImage::create("trainer-restore").map_err(memory)?;
@@ -259,17 +272,20 @@ pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Res
         kept: BTreeMap::new(),
         sent: 0,
         sending: 0,
-        failed_saves: 0,
+        failed: (Step(0), 0),
         last_error: None,
         committed_at: now,
-        notices: 0,
+        notices: Vec::new(),
         draining: false,
         dead: None,
         uploading: false,
         retention: Retention::default(),
         clock: now,
+        looked: now,
+        killing: None,
         saves,
         retries,
+        fence,
         start,
     };
     life.assign();
@@ -284,6 +300,7 @@ pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Res
             Some(event) = from_saver.recv() => Input::Save(event),
             Some(result) = fetching.recv() => Input::Fetch(result),
             Some(slot) = retry.recv() => Input::Retry { slot },
+            Some(error) = fenced.recv() => Input::Fenced(error),
             _ = tick.tick() => Input::Tick,
         };
         match life.handle(input) {
@@ -306,6 +323,10 @@ pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Res
             Ok(End::Completed { .. } | End::Stopped(_)) => workers.dismiss(GRACE).await,
             _ => workers.kill().await,
         }
+    }
+    if let Some(killing) = life.killing.take() {
+        // The next life needs their devices' memory.
+        let _ = killing.await;
     }
     end
 }
@@ -387,18 +408,46 @@ impl Life<'_> {
                 return Ok(Some(End::Damaged { object, reason }));
             }
             Input::Fetch(Err(error)) => return Err(Error::from(error).context("restore")),
+            // The snapshot is taken up by the salvage of what the dead have left.
+            Input::Retry { .. } if self.dead.is_some() => {}
             Input::Retry { slot } => {
                 let now = self.now();
                 let actions = self.conductor.as_mut().map(|c| c.uploaded(slot, false, now)).unwrap_or_default();
                 return self.act(actions);
             }
+            Input::Fenced(error) => return Err(error),
             Input::Tick => {
+                self.look_for_a_fence();
                 let now = self.now();
                 let actions = self.conductor.as_mut().map(|c| c.tick(now)).unwrap_or_default();
                 return self.act(actions);
             }
         }
         self.end_of_the_dead()
+    }
+
+    /// An agent that was asleep, or cut off, while another formed the next generation learns of it here at the latest; whatever it
+    /// might try to commit before that is refused anyway.
+    fn look_for_a_fence(&mut self) {
+        if self.looked.elapsed() < LOOK {
+            return;
+        }
+        self.looked = Instant::now();
+        let (journal, fence) = (Arc::clone(&self.start.saver.journal), self.fence.clone());
+        tokio::spawn(async move {
+            // Somebody who has the journal finds out by himself.
+            let Ok(mut journal) = journal.try_lock() else { return };
+            if let Err(error) = journal.refresh().await {
+                tracing::debug!(%error, "journal not looked at");
+                return;
+            }
+            if let Some(formed) = journal.state().formed()
+                && Some(formed.generation) > journal.held()
+            {
+                let (node, generation) = (formed.node.clone(), formed.generation);
+                let _ = fence.send(JournalError::Fenced { node, generation }.into());
+            }
+        });
     }
 
     fn finished(&self) -> Step {
@@ -414,11 +463,15 @@ impl Life<'_> {
     }
 
     fn on_notice(&mut self, notice: &Notice) -> Option<End> {
-        self.notices += 1;
+        let again = self.notices.contains(&notice.source);
+        self.notices.push(notice.source);
         let deadline_s = notice.deadline.map(|d| d.as_secs_f64());
         self.reporter.event(&Event::Notice { source: notice.source.to_owned(), deadline_s });
-        if self.notices > 1 {
+        if again {
             return Some(self.stopped(format!("left at once on a second {}", notice.source)));
+        }
+        if self.draining {
+            return None;
         }
         self.draining = true;
         // In the background: the store may be slow, and the drain must not wait for it.
@@ -485,14 +538,16 @@ impl Life<'_> {
             }
             FromWorker::Failed { message, hint, permanent } => {
                 let text = format!("worker {rank}: {message}");
-                let permanent = permanent.then(|| {
-                    let error = Error::new(Kind::Config, text.clone());
-                    match hint {
+                let death = if permanent {
+                    let error = Error::new(Kind::Config, text);
+                    Death::Permanent(match hint {
                         Some(hint) => error.with_hint(hint),
                         None => error,
-                    }
-                });
-                self.dead.get_or_insert(Death { reason: text, permanent });
+                    })
+                } else {
+                    Death::Died(text)
+                };
+                self.dead.get_or_insert(death);
             }
         }
         Ok(None)
@@ -504,8 +559,7 @@ impl Life<'_> {
     }
 
     fn on_exit(&mut self, rank: Rank, reason: &str) {
-        let text = format!("worker {rank} {reason}");
-        self.dead.get_or_insert(Death { reason: text, permanent: None });
+        self.dead.get_or_insert(Death::Died(format!("worker {rank} {reason}")));
     }
 
     /// After a death: the other ranks can't go on either; whole snapshots are still uploaded and committed.
@@ -514,7 +568,7 @@ impl Life<'_> {
             return Ok(None);
         }
         if let Some(workers) = self.workers.take() {
-            tokio::spawn(workers.kill());
+            self.killing = Some(tokio::spawn(workers.kill()));
         }
         if self.uploading {
             return Ok(None);
@@ -525,11 +579,15 @@ impl Life<'_> {
                 return self.act(actions);
             }
         }
-        let Some(death) = self.dead.take() else { return Ok(None) };
-        match death.permanent {
-            Some(error) => Err(error),
-            None if self.draining => Ok(Some(self.stopped(format!("workers died during the drain: {}", death.reason)))),
-            None => Ok(Some(End::Died { step: self.finished(), reason: death.reason })),
+        let step = self.finished();
+        match self.dead.take() {
+            None => Ok(None),
+            Some(Death::Permanent(error)) => Err(error),
+            Some(Death::Diverged { step, reason }) => Ok(Some(End::Diverged { step, reason })),
+            Some(Death::Died(reason)) if self.draining => {
+                Ok(Some(self.stopped(format!("workers died during the drain: {reason}"))))
+            }
+            Some(Death::Died(reason)) => Ok(Some(End::Died { step, reason })),
         }
     }
 
@@ -617,8 +675,9 @@ impl Life<'_> {
         let loss = losses.iter().sum::<f64>() / losses.len() as f64;
         if !loss.is_finite() || !report.grad_norm.is_finite() {
             let reason = format!("loss {loss}, gradient norm {}", report.grad_norm);
-            self.dead.get_or_insert(Death { reason: reason.clone(), permanent: None });
-            return Ok(Some(End::Diverged { step, reason }));
+            // What was captured before is good: it is committed first.
+            self.dead.get_or_insert(Death::Diverged { step, reason });
+            return self.end_of_the_dead();
         }
         self.losses.insert(step, loss);
         if let Some(kept) = self.kept.get_mut(&step) {
@@ -736,12 +795,11 @@ impl Life<'_> {
             SaveEvent::Ended { step, slot, result } => (step, slot, result),
         };
         self.uploading = false;
-        self.kept.retain(|&kept, _| kept > step);
         let now = self.now();
         match result {
             Ok(committed) => {
-                self.failed_saves = 0;
                 self.committed_at = Instant::now();
+                self.kept.retain(|&kept, _| kept > step);
                 let cost = committed.cost;
                 self.reporter.event(&Event::Checkpoint {
                     step,
@@ -764,23 +822,21 @@ impl Life<'_> {
             }
             Err(error) if error.kind() == Kind::Fenced => Err(error),
             Err(error) => {
-                self.failed_saves += 1;
-                let message = format!("save of step {step} failed, training goes on: {error}");
+                let times = if self.failed.0 == step { self.failed.1 + 1 } else { 1 };
+                self.failed = (step, times);
+                let message = format!("save of step {step} failed and is tried again: {error}");
                 self.reporter.event(&Event::Warning { message });
                 self.last_error = Some(error);
+                let Some(conductor) = &mut self.conductor else { return Ok(None) };
                 if self.dead.is_some() {
-                    // Nobody is left to make another snapshot; one more try of this one is not worth the wait.
-                    if let Some(conductor) = &mut self.conductor {
-                        conductor.uploaded(slot, false, now);
-                    }
-                    return self.end_of_the_dead();
-                }
-                if self.failed_saves >= LAST_SAVE_TRIES {
-                    // Only the end is given up by this; while steps are left the cadence tries again.
-                    let actions = self.conductor.as_mut().map(|c| c.give_up_the_end(slot, now)).unwrap_or_default();
+                    let actions = conductor.uploaded(slot, false, now);
                     return self.act(actions);
                 }
-                let (retries, pause) = (self.retries.clone(), Duration::from_millis(250 << self.failed_saves.min(5)));
+                if conductor.has_ended() && times >= LAST_SAVE_TRIES {
+                    let actions = conductor.give_up_the_end(slot, now);
+                    return self.act(actions);
+                }
+                let (retries, pause) = (self.retries.clone(), Duration::from_millis(250 << times.min(5)));
                 tokio::spawn(async move {
                     tokio::time::sleep(pause).await;
                     let _ = retries.send(slot);

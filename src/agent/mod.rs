@@ -32,6 +32,7 @@ use crate::{
     checkpoint::{
         catalog::{self, Damage},
         restore,
+        verify::{Depth, verify},
     },
     config::{Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
     data::{self, Dataset, Split},
@@ -50,6 +51,8 @@ use crate::{
 
 /// How long the journal's last words may take when the run ends on a store that does not answer.
 const LAST_WORDS: Duration = Duration::from_secs(30);
+/// Bytes of one range when a checkpoint is read again.
+const READ_AGAIN_PART: u64 = 16 << 20;
 
 /// What is to be run.
 #[derive(Debug)]
@@ -113,8 +116,11 @@ struct Agent {
     journal: Arc<Mutex<Journal>>,
     reporter: Reporter,
     signals: Signals,
+    nproc_per_node: Option<u32>,
     overrides: Vec<(String, String)>,
     from: Option<Step>,
+    /// A checkpoint that seemed damaged was whole when it was read again; that is believed once.
+    read_again: bool,
     /// Damage that was found before there was a generation to write it down under.
     damage: Vec<Damage>,
 }
@@ -162,8 +168,10 @@ impl Agent {
             journal: Arc::new(Mutex::new(journal)),
             reporter,
             signals,
+            nproc_per_node,
             overrides,
             from,
+            read_again: false,
             damage: Vec::new(),
         };
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
@@ -172,16 +180,19 @@ impl Agent {
         result
     }
 
-    async fn live(&mut self, resolved: Resolved) -> Result<Outcome> {
-        self.wait_for_the_other().await?;
-        if let Some(step) = completed(self.journal.lock().await.state(), &resolved.config, self.from) {
-            tracing::info!(run = %self.run_id, %step, "run has been completed by the other node");
-            return Ok(Outcome::Completed);
+    async fn live(&mut self, mut resolved: Resolved) -> Result<Outcome> {
+        if self.wait_for_the_other().await? {
+            let Some(again) = self.resolve_again().await? else { return Ok(Outcome::Completed) };
+            resolved = again;
         }
         let mut deaths = Vec::new();
         let mut reason = FormedReason::Started;
         loop {
-            let (load, generation) = self.form(&resolved, reason).await?;
+            let Some((load, generation)) = self.form(&resolved, reason).await? else {
+                let Some(again) = self.resolve_again().await? else { return Ok(Outcome::Completed) };
+                resolved = again;
+                continue;
+            };
             let world_size = WorldSize(resolved.workers);
             self.reporter.event(&Event::Formed {
                 generation,
@@ -241,7 +252,8 @@ impl Agent {
                     self.from = None;
                 }
                 Err(error) => {
-                    if error.kind() != Kind::Fenced {
+                    // A store that does not answer needs no person, and would not take the record.
+                    if !matches!(error.kind(), Kind::Fenced | Kind::Unavailable) {
                         let step = self.newest_committed().await;
                         self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;
                     }
@@ -251,15 +263,29 @@ impl Agent {
         }
     }
 
-    /// Another agent may be at work on this run. If it lives, leave; if it has gone, carry on.
-    async fn wait_for_the_other(&mut self) -> Result<()> {
-        let Some(other) = unfinished_leader(self.journal.lock().await.state()) else { return Ok(()) };
+    /// Another agent may be at work on this run. If it lives, leave; if it has gone, carry on. Says whether the journal went on.
+    async fn wait_for_the_other(&mut self) -> Result<bool> {
+        let Some(other) = unfinished_leader(self.journal.lock().await.state()) else { return Ok(false) };
         self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
         if heartbeat::is_alive(&self.run, &other).await? {
             return Err(taken(&self.run_id, &other));
         }
-        self.journal.lock().await.refresh().await?;
-        Ok(())
+        Ok(self.journal.lock().await.refresh().await? > 0)
+    }
+
+    /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`None`).
+    async fn resolve_again(&mut self) -> Result<Option<Resolved>> {
+        let (config, overrides) = {
+            let journal = self.journal.lock().await;
+            let (config, overrides) = effective(journal.state(), &self.overrides)?;
+            if let Some(step) = completed(journal.state(), &config, self.from) {
+                tracing::info!(run = %self.run_id, %step, "run has been completed by another node");
+                return Ok(None);
+            }
+            (config, overrides)
+        };
+        self.overrides = overrides;
+        Ok(Some(resolve(&config, self.nproc_per_node, &self.reporter).await?))
     }
 
     /// The newest usable checkpoint, or what a new run starts from. Damage is reported, and written down once this agent has a
@@ -292,6 +318,24 @@ impl Agent {
             let hint = format!("`trainer verify --run-id {} --all` lists what is damaged", self.run_id);
             return Err(Error::new(Kind::Data, what).with_hint(hint));
         }
+        let good: Vec<String> = {
+            let journal = self.journal.lock().await;
+            if journal.state().checkpoints().is_empty() {
+                drop(journal);
+                return self.beginning(resolved).await;
+            }
+            journal.state().good().iter().map(|checkpoint| checkpoint.committed.step.to_string()).collect()
+        };
+        let what = format!("no checkpoint that run {} could go on from is usable", self.run_id);
+        Err(Error::new(Kind::Data, what).with_hint(if good.is_empty() {
+            "start the run again under another id".to_owned()
+        } else {
+            format!("one that it had turned away from may be named with --from: {}", good.join(", "))
+        }))
+    }
+
+    /// What a run without a checkpoint starts from.
+    async fn beginning(&self, resolved: &Resolved) -> Result<Load> {
         let Some(uri) = &resolved.config.model.init_from else { return Ok(Load::Nothing) };
         let folder = Store::open(uri, &resolved.config.storage)?;
         let files = restore::weights_from_folder(&folder).await.context(format!("read weights of {uri}"))?;
@@ -303,53 +347,74 @@ impl Agent {
         self.reporter.event(&Event::Warning { message });
     }
 
-    /// Chooses the resume point and forms the next generation, again and again until both fit together.
-    async fn form(&mut self, resolved: &Resolved, reason: FormedReason) -> Result<(Load, Generation)> {
-        loop {
-            let load = self.choose(resolved).await?;
-            let resume = match &load {
-                Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
-                _ => None,
-            };
-            let formed = Formed {
-                roster: vec![RosterEntry { node: self.node.clone(), workers: resolved.workers }],
-                world_size: WorldSize(resolved.workers),
-                resume,
-                overrides: self.overrides.clone(),
-                reason,
-            };
-            let mut journal = self.journal.lock().await;
-            match journal.form(formed).await {
-                Ok(generation) => {
-                    // They hold for every later generation, too: said once is enough.
-                    self.overrides.clear();
-                    for Damage { step, generation, object, reason } in self.damage.drain(..) {
-                        let reason = format!("{object}: {reason}");
-                        journal.append(Record::Damaged { step, generation, reason }).await?;
-                    }
-                    return Ok((load, generation));
+    /// Chooses the resume point and forms the next generation. `None`: the journal went on meanwhile, so look again at everything.
+    async fn form(&mut self, resolved: &Resolved, reason: FormedReason) -> Result<Option<(Load, Generation)>> {
+        let load = self.choose(resolved).await?;
+        let resume = match &load {
+            Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
+            _ => None,
+        };
+        let formed = Formed {
+            roster: vec![RosterEntry { node: self.node.clone(), workers: resolved.workers }],
+            world_size: WorldSize(resolved.workers),
+            resume,
+            overrides: self.overrides.clone(),
+            reason,
+        };
+        let mut journal = self.journal.lock().await;
+        match journal.form(formed).await {
+            Ok(generation) => {
+                // They hold for every later generation, too: said once is enough.
+                self.overrides.clear();
+                for Damage { step, generation, object, reason } in self.damage.drain(..) {
+                    let reason = format!("{object}: {reason}");
+                    journal.append(Record::Damaged { step, generation, reason }).await?;
                 }
-                Err(JournalError::Overtaken { node, .. }) => {
-                    drop(journal);
-                    if heartbeat::is_alive(&self.run, &node).await? {
-                        return Err(taken(&self.run_id, &node));
-                    }
-                }
-                Err(JournalError::Moved { .. }) => {}
-                Err(error) => return Err(error.into()),
+                return Ok(Some((load, generation)));
             }
-            self.damage.clear();
+            Err(JournalError::Overtaken { node, .. }) => {
+                drop(journal);
+                if heartbeat::is_alive(&self.run, &node).await? {
+                    return Err(taken(&self.run_id, &node));
+                }
+                self.journal.lock().await.refresh().await?;
+            }
+            Err(JournalError::Moved { .. }) => {}
+            Err(error) => return Err(error.into()),
         }
+        self.damage.clear();
+        Ok(None)
     }
 
+    /// A checkpoint did not pass its checksums while it was loaded. It is read again first: a transfer may have been damaged, and
+    /// the verdict is for ever.
     async fn step_over(&mut self, load: &Load, object: &str, reason: &str) -> Result<()> {
         let Load::Checkpoint { step, generation, .. } = load else {
             return Err(Error::new(Kind::Data, format!("{object}: {reason}")));
         };
+        let committed = {
+            let journal = self.journal.lock().await;
+            journal.state().checkpoint(*step, *generation).map(|checkpoint| checkpoint.committed.clone())
+        };
+        if let Some(committed) = committed {
+            let depth = Depth::Bytes { part: READ_AGAIN_PART };
+            let report = verify(&self.run, &committed, depth, &|_| {}).await?;
+            if report.is_sound() && !std::mem::replace(&mut self.read_again, true) {
+                let message = format!("{object}: {reason}; read again, it is whole");
+                self.reporter.event(&Event::Warning { message });
+                return Ok(());
+            }
+        }
         self.warn_of_damage(*step, object, reason);
         let record = Record::Damaged { step: *step, generation: *generation, reason: format!("{object}: {reason}") };
         self.journal.lock().await.append(record).await?;
-        self.from = None;
+        if self.from.is_some() {
+            return Err(Error::new(
+                Kind::Data,
+                format!("the checkpoint of step {step} is damaged: {object}: {reason}"),
+            )
+            .with_hint("leave --from out to carry on from the newest one that is whole"));
+        }
         Ok(())
     }
 

@@ -213,8 +213,11 @@ async fn wait(child: &mut Child, kill: &Notify) -> std::io::Result<ExitStatus> {
 
 async fn read_message(from: &mut (impl AsyncReadExt + Unpin)) -> Option<FromWorker> {
     let len = from.read_u32_le().await.ok().filter(|&len| len <= MAX_MESSAGE)?;
-    let mut body = vec![0; len as usize];
-    from.read_exact(&mut body).await.ok()?;
+    // Memory is taken as bytes come, not on the word of four of them.
+    let mut body = Vec::new();
+    if (&mut *from).take(len.into()).read_to_end(&mut body).await.ok()? != len as usize {
+        return None;
+    }
     match serde_json::from_slice(&body) {
         Ok(message) => Some(message),
         Err(error) => {

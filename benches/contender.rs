@@ -53,7 +53,9 @@ pub enum Place {
 pub enum Who {
     Trainer,
     /// PyTorch's distributed checkpoint; on S3 through `s3torchconnector`.
-    Dcp { blocking: bool },
+    Dcp {
+        blocking: bool,
+    },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +77,7 @@ impl Contender {
     }
 }
 
-/// Runs one contender once. `look` may look at what it left before that is removed.
+/// Runs one contender once. `look` sees what it left after training, on disk.
 pub fn round(
     contender: Contender,
     task: &Task,
@@ -111,9 +113,10 @@ pub fn round(
     let trained = lab::observe(prepare(train)?, None).with_context(said)?;
     let cpu = server.as_ref().map(Server::cpu_s);
     let mut figures = Figures::of_training(&trained, task.tokens_per_step(), cpu);
+    // Before the restore, which takes the run back to an earlier step.
+    look(&trained, &folder)?;
     let restored = lab::observe(prepare(restore)?, Some("step")).with_context(said)?;
     figures.add_restore(&restored);
-    look(&trained, &folder)?;
     fs::remove_dir_all(&folder)?;
     Ok(figures)
 }

@@ -33,8 +33,7 @@ pub struct Server {
 impl Server {
     pub fn start() -> Result<Self> {
         let program = std::env::current_exe()?;
-        let mut child =
-            Command::new(program).arg("serve-s3").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut child = Command::new(program).arg("serve-s3").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let stdin = child.stdin.take();
         let mut endpoint = String::new();
         BufReader::new(child.stdout.take().context("output of the S3 server")?).read_line(&mut endpoint)?;
@@ -92,9 +91,10 @@ impl Life {
 
 /// Runs `command` until it ends, or kills it after the first event of kind `until`.
 pub fn observe(mut command: Command, until: Option<&str>) -> Result<Life> {
+    let program = command.get_program().to_string_lossy().into_owned();
     let begun = Instant::now();
     let mut child =
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().with_context(|| format!("start {command:?}"))?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().with_context(|| format!("start {program}"))?;
     let pid = child.id();
     let over = Arc::new(AtomicBool::new(false));
     let watcher = {
@@ -126,7 +126,7 @@ pub fn observe(mut command: Command, until: Option<&str>) -> Result<Life> {
     over.store(true, Ordering::Relaxed);
     let peak_memory_bytes = watcher.join().unwrap_or(0);
     if !killed && !status.success() {
-        bail!("{command:?} ended with {status}");
+        bail!("{program}: {status}");
     }
     Ok(Life { events, peak_memory_bytes })
 }
@@ -163,7 +163,9 @@ fn family(root: u32) -> BTreeSet<u32> {
     let mut family = BTreeSet::from([root]);
     loop {
         let before = family.len();
-        family.extend(parents.iter().filter(|(_, parent)| family.contains(parent)).map(|(pid, _)| *pid).collect::<Vec<_>>());
+        family.extend(
+            parents.iter().filter(|(_, parent)| family.contains(parent)).map(|(pid, _)| *pid).collect::<Vec<_>>(),
+        );
         if family.len() == before {
             return family;
         }

@@ -63,7 +63,8 @@ fn disk(folder: &Path, mounts: &str) -> String {
     let found = entries.filter(|(_, at, _)| folder.starts_with(at)).max_by_key(|(_, at, _)| at.as_os_str().len());
     let Some((device, _, system)) = found else { return "unknown".into() };
     let device = device.trim_start_matches("/dev/").trim_end_matches(|c: char| c.is_ascii_digit());
-    let kind = match fs::read_to_string(format!("/sys/block/{device}/queue/rotational")).ok().as_deref().map(str::trim) {
+    let kind = match fs::read_to_string(format!("/sys/block/{device}/queue/rotational")).ok().as_deref().map(str::trim)
+    {
         Some("0") => "solid-state or virtual disk",
         Some("1") => "rotating or virtual disk",
         _ => "disk of unknown kind",

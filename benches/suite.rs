@@ -74,7 +74,10 @@ pub fn peers(settings: &Settings, python: &Path) -> Result<()> {
     }
     bench.conclude("peers", &results, losses, &markdown)?;
     if let Some((ours, theirs)) = losses {
-        ensure!((ours - theirs).abs() <= SAME_LOSS, "the two models differ: loss {ours} in trainer, {theirs} in PyTorch");
+        ensure!(
+            (ours - theirs).abs() <= SAME_LOSS,
+            "the two models differ: loss {ours} in trainer, {theirs} in PyTorch"
+        );
     }
     Ok(())
 }
@@ -181,7 +184,7 @@ impl Bench {
         format!(
             "{what}: {}, commit {}. {}; {} cores, {} GiB, {}; load before: {:.1}.\n\
              42 M parameters, fp32, {} ranks of {} threads, {} sequences of {} tokens a step, {} steps, a checkpoint every {}; \
-             median over {} rounds (least – most).{}\n\n",
+             median over {} {} (least – most).{}\n\n",
             machine.date,
             machine.commit,
             machine.processor,
@@ -196,6 +199,7 @@ impl Bench {
             task.steps,
             task.every,
             self.rounds,
+            if self.rounds == 1 { "round" } else { "rounds" },
             if self.quick { " A quick run: not a measurement." } else { "" }
         )
     }
@@ -214,7 +218,18 @@ impl Bench {
 fn prepare_data(out: &Path) -> Result<()> {
     let text = format!("{ROOT}/src/**/*.rs");
     let done = Command::new(env!("CARGO_BIN_EXE_trainer"))
-        .args(["data", "prepare", "--tokenizer", "train:2048", "--validation-ratio", "0.1", "--overwrite", "--input", &text, "--out"])
+        .args([
+            "data",
+            "prepare",
+            "--tokenizer",
+            "train:2048",
+            "--validation-ratio",
+            "0.1",
+            "--overwrite",
+            "--input",
+            &text,
+            "--out",
+        ])
         .arg(out)
         .output()?;
     ensure!(done.status.success(), "trainer data prepare: {}", String::from_utf8_lossy(&done.stderr));

@@ -19,10 +19,10 @@ macro_rules! number {
             pub const fn get(self) -> $inner {
                 self.0
             }
-            /// The next number.
+            /// The next number; the highest is its own next, so that a number from outside can't overflow.
             #[must_use]
             pub const fn next(self) -> Self {
-                Self(self.0 + 1)
+                Self(self.0.saturating_add(1))
             }
         }
 

@@ -3,8 +3,8 @@
 use std::process::Command;
 
 use crate::support::{
-    lab::{EVERY, Lab, ORIGIN, STEPS, interrupted, model_config, sample_text},
-    s3::{CreateOnce, NonAtomicS3, client_env},
+    lab::{EVERY, Lab, ORIGIN, STEPS, data_set, interrupted, model_config, sample_text},
+    s3::{BUCKET, CreateOnce, NonAtomicS3, client_env},
     trainer::read,
 };
 
@@ -49,7 +49,7 @@ fn data_that_is_not_there_is_named() {
 fn a_model_with_another_vocabulary_is_refused() {
     let lab = Lab::on_files();
     std::fs::write(lab.path("model.json"), model_config(300)).expect("write model.json");
-    lab.run("x").finish().expect_code(78).expect_said(&["512", "300"]);
+    lab.run("x").finish().expect_code(78).expect_said(&["vocab_size", "300"]);
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn a_run_id_that_exists_is_refused_with_a_hint_to_resume() {
 
 #[test]
 fn a_run_that_does_not_exist_can_not_be_resumed() {
-    let lab = Lab::on_files();
+    let lab = Lab::on_interrupted_run();
     let life = lab.resume("nobody").finish();
     assert!(matches!(life.code(), Some(64 | 78)), "{}", life.story());
     life.expect_said(&["nobody"]);
@@ -252,23 +252,53 @@ fn preparing_nothing_or_over_another_data_set_is_refused() {
     assert_eq!(read(&lab.path("out/index.json")), index, "the data set that stood there is untouched");
 }
 
+/// A copy of the tiny data set's files in which `change` was done to the first token shard, and that shard's name.
+fn changed_data_set(change: impl FnOnce(&mut Vec<u8>)) -> (Vec<(String, Vec<u8>)>, String) {
+    let folder = std::fs::read_dir(data_set()).expect("data set");
+    let mut files: Vec<(String, Vec<u8>)> = folder
+        .map(|entry| entry.expect("entry"))
+        .map(|entry| (entry.file_name().to_string_lossy().into_owned(), read(&entry.path())))
+        .collect();
+    let (name, bytes) = files.iter_mut().find(|(name, _)| name.starts_with("train")).expect("a token shard");
+    change(bytes);
+    let name = name.clone();
+    (files, name)
+}
+
 #[test]
-fn a_damaged_token_shard_is_refused_by_name() {
+fn a_token_shard_cut_short_is_refused_by_name() {
     let lab = Lab::on_files();
+    let (files, name) = changed_data_set(|bytes| bytes.truncate(bytes.len() / 2));
     let copy = lab.path("data-copy");
     std::fs::create_dir(&copy).expect("folder");
-    let mut damaged = None;
-    for entry in std::fs::read_dir(crate::support::lab::data_set()).expect("data set").flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let mut bytes = read(&entry.path());
-        if name.starts_with("train") && damaged.is_none() {
-            let middle = bytes.len() / 2;
-            bytes[middle] ^= 1;
-            damaged = Some(name.clone());
-        }
-        std::fs::write(copy.join(&name), bytes).expect("copy a file");
+    for (name, bytes) in files {
+        std::fs::write(copy.join(name), bytes).expect("copy a file");
     }
     let setting = format!("data.train=\"file://{}\"", copy.display());
-    let name = damaged.expect("a token shard");
     lab.run("x").args(&["--set", &setting]).finish().expect_code(65).expect_said(&[&name]);
+}
+
+#[test]
+fn a_token_shard_with_one_bit_turned_over_is_refused_when_it_is_fetched() {
+    let lab = Lab::on_s3();
+    let (files, name) = changed_data_set(|bytes| {
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+    });
+    for (name, bytes) in files {
+        lab.server().write(&format!("data/{name}"), bytes);
+    }
+    let setting = format!("data.train=\"s3://{BUCKET}/data\"");
+    lab.run("x").args(&["--set", &setting]).finish().expect_code(65).expect_said(&[&name]);
+}
+
+#[test]
+fn a_run_whose_data_lies_in_the_store_ends_as_the_one_with_local_data() {
+    let lab = Lab::on_s3();
+    for (name, bytes) in changed_data_set(|_| ()).0 {
+        lab.server().write(&format!("data/{name}"), bytes);
+    }
+    let setting = format!("data.train=\"s3://{BUCKET}/data\"");
+    let life = lab.run("remote").args(&["--set", &setting]).finish().expect_code(0);
+    lab.expect_as_undisturbed("remote", &[&life]);
 }

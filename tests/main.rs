@@ -3,9 +3,12 @@ mod support;
 
 mod crash;
 mod damage;
+mod formats;
 mod harness;
 mod input;
 mod interruption;
 mod outputs;
+mod protocol_model;
+mod protocol_random;
 mod rules;
 mod writers;

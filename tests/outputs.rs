@@ -108,9 +108,19 @@ fn completions_are_a_script_on_stdout() {
 #[test]
 fn help_names_every_command() {
     let help = Trainer::new(std::path::Path::new("/"), &["--help"]).finish().expect_code(0);
-    for command in
-        ["run", "resume", "boot", "runs", "status", "checkpoints", "verify", "export", "prune", "data", "completions"]
-    {
+    for command in [
+        "run",
+        "resume",
+        "runs",
+        "status",
+        "checkpoints",
+        "verify",
+        "export",
+        "generate",
+        "prune",
+        "data",
+        "completions",
+    ] {
         let listed = help.stdout.lines().any(|line| line.trim_start().starts_with(&format!("{command} ")));
         assert!(listed, "{command}\n{}", help.story());
     }

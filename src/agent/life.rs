@@ -17,6 +17,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     conductor::{Action, Conductor, Moment, Setup},
+    retention::Retention,
     saver::{self, SaveEvent, Snapshot},
     workers::{Slots, WorkerEvent, Workers},
 };
@@ -30,7 +31,7 @@ use crate::{
     config::RunConfig,
     error::{Error, Kind, Result},
     ids::{Generation, Rank, Step},
-    journal::SaveCost,
+    journal::{Record, SaveCost},
     layout,
     notice::{Notice, signal::Signals},
     protocol::{Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
@@ -46,6 +47,8 @@ use crate::{
 const TICK: Duration = Duration::from_millis(200);
 /// How long workers that were asked to leave may take.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long the end of a life waits for old checkpoints to be deleted.
+const RETENTION_PATIENCE: Duration = Duration::from_secs(20);
 /// Failed saves of the last state in a row, after which it is given up.
 const LAST_SAVE_TRIES: u32 = 4;
 /// Losses are kept for so many steps back: a snapshot's loss is looked up when all ranks have captured it.
@@ -208,6 +211,7 @@ struct Life<'a> {
     /// A worker has died or said why it can't go on; what is left is to finish uploads.
     dead: Option<Death>,
     uploading: bool,
+    retention: Retention,
     clock: Instant,
     saves: mpsc::UnboundedSender<SaveEvent>,
     retries: mpsc::UnboundedSender<u8>,
@@ -262,6 +266,7 @@ pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Res
         draining: false,
         dead: None,
         uploading: false,
+        retention: Retention::default(),
         clock: now,
         saves,
         retries,
@@ -287,6 +292,15 @@ pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Res
             Err(error) => break Err(error),
         }
     };
+    if matches!(end, Ok(End::Completed { .. })) {
+        // A run that has the time leaves the store as `checkpoint.keep` says.
+        life.retention.finish(RETENTION_PATIENCE).await;
+        life.retention.start(&life.start.saver.run, &life.start.saver.journal, life.start.config.checkpoint.keep);
+        life.retention.finish(RETENTION_PATIENCE).await;
+    } else {
+        // There may be a deadline, and a deletion that is cut off is as good as one that was never begun.
+        life.retention.finish(Duration::ZERO).await;
+    }
     if let Some(workers) = life.workers.take() {
         match end {
             Ok(End::Completed { .. } | End::Stopped(_)) => workers.dismiss(GRACE).await,
@@ -367,7 +381,9 @@ impl Life<'_> {
                 self.fetched = Some(fetched);
                 self.load_if_possible();
             }
-            Input::Fetch(Err(CheckpointError::Damaged { object, reason })) if matches!(self.start.load, Load::Checkpoint { .. }) => {
+            Input::Fetch(Err(CheckpointError::Damaged { object, reason }))
+                if matches!(self.start.load, Load::Checkpoint { .. }) =>
+            {
                 return Ok(Some(End::Damaged { object, reason }));
             }
             Input::Fetch(Err(error)) => return Err(Error::from(error).context("restore")),
@@ -405,6 +421,14 @@ impl Life<'_> {
             return Some(self.stopped(format!("left at once on a second {}", notice.source)));
         }
         self.draining = true;
+        // In the background: the store may be slow, and the drain must not wait for it.
+        let (journal, generation) = (Arc::clone(&self.start.saver.journal), self.start.saver.generation);
+        let record = Record::Notice { generation, source: notice.source.to_owned(), deadline_s };
+        tokio::spawn(async move {
+            if let Err(error) = journal.lock().await.append(record).await {
+                tracing::debug!(%error, "notice not written to the journal");
+            }
+        });
         let now = self.now();
         let Some(conductor) = &mut self.conductor else {
             return Some(self.stopped(format!("{} before the first step: nothing to save", notice.source)));
@@ -515,7 +539,10 @@ impl Life<'_> {
         let mut lists = self.built.iter().flatten();
         let Some(tensors) = lists.next() else { return Ok(()) };
         if let Some(other) = lists.find(|list| *list != tensors) {
-            return Err(Error::new(Kind::Bug, format!("ranks differ in their state: {} and {} tensors", tensors.len(), other.len())));
+            return Err(Error::new(
+                Kind::Bug,
+                format!("ranks differ in their state: {} and {} tensors", tensors.len(), other.len()),
+            ));
         }
         let plans = plan::plan(tensors, self.start.saver.world_size, image::page_size())?;
         let index = serde_json::to_vec_pretty(&plan::model_index(&plans, tensors))
@@ -690,8 +717,11 @@ impl Life<'_> {
         let kept = self.keep(step);
         let (taken, cost) = (kept.taken, Arc::clone(&kept.cost));
         // Every rank has captured the step, so every rank has reported it.
-        let loss = kept.loss.ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
-        let snapshot = Snapshot { step, slot, uploads, small, loss, validation_loss: self.validation_loss, cost, taken };
+        let loss = kept
+            .loss
+            .ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
+        let snapshot =
+            Snapshot { step, slot, uploads, small, loss, validation_loss: self.validation_loss, cost, taken };
         saver::start(self.start.saver.clone(), snapshot, self.saves.clone());
         Ok(())
     }
@@ -721,6 +751,10 @@ impl Life<'_> {
                     copy_s: cost.copy_s,
                     durable_s: cost.durable_s,
                 });
+                if !self.draining {
+                    let keep = self.start.config.checkpoint.keep;
+                    self.retention.start(&self.start.saver.run, &self.start.saver.journal, keep);
+                }
                 let Some(conductor) = &mut self.conductor else { return Ok(None) };
                 let measured = conductor.measured_mut();
                 measured.save_cost_s = Some(cost.stall_s);

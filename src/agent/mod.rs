@@ -18,6 +18,7 @@ pub mod conductor;
 
 mod life;
 mod restart;
+mod retention;
 mod saver;
 mod workers;
 
@@ -36,7 +37,9 @@ use crate::{
     data::{self, Dataset, Split},
     error::{Context, Error, Kind, Result},
     ids::{Generation, NodeId, RunId, Step, WorldSize},
-    journal::{self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState},
+    journal::{
+        self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState,
+    },
     layout, model,
     notice::signal::Signals,
     rendezvous::heartbeat::{self, Pulse},
@@ -110,7 +113,6 @@ struct Agent {
     journal: Arc<Mutex<Journal>>,
     reporter: Reporter,
     signals: Signals,
-    nproc_per_node: Option<u32>,
     overrides: Vec<(String, String)>,
     from: Option<Step>,
     /// Damage that was found before there was a generation to write it down under.
@@ -136,21 +138,23 @@ impl Agent {
 
         doing("checking the store");
         store.prove_create_is_atomic().await?;
-        let (journal, overrides, from, new) = match begin {
+        let (journal, resolved, overrides, from) = match begin {
             Begin::Create(config) => {
                 // Whatever the configuration names is looked at before the run exists.
-                resolve(&config, nproc_per_node, &reporter).await?;
+                let resolved = resolve(&config, nproc_per_node, &reporter).await?;
                 let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
-                (journal, Vec::new(), None, true)
+                (journal, resolved, Vec::new(), None)
             }
             Begin::Resume { from, overrides } => {
-                (Journal::open(run.clone(), node.clone(), run_id.clone()).await?, overrides, from, false)
+                let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
+                let (config, overrides) = effective(journal.state(), &overrides)?;
+                if let Some(step) = completed(journal.state(), &config, from) {
+                    tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
+                    return Ok(Outcome::Completed);
+                }
+                (journal, resolve(&config, nproc_per_node, &reporter).await?, overrides, from)
             }
         };
-        if let (false, None, journal::Outcome::Completed { step, .. }) = (new, from, journal.state().outcome()) {
-            tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
-            return Ok(Outcome::Completed);
-        }
         let mut agent = Self {
             run,
             run_id,
@@ -158,22 +162,22 @@ impl Agent {
             journal: Arc::new(Mutex::new(journal)),
             reporter,
             signals,
-            nproc_per_node,
             overrides,
             from,
             damage: Vec::new(),
         };
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
-        let result = agent.live().await;
+        let result = agent.live(resolved).await;
         let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
         result
     }
 
-    async fn live(&mut self) -> Result<Outcome> {
+    async fn live(&mut self, resolved: Resolved) -> Result<Outcome> {
         self.wait_for_the_other().await?;
-        let (config, overrides) = effective(self.journal.lock().await.state(), &self.overrides)?;
-        self.overrides = overrides;
-        let resolved = resolve(&config, self.nproc_per_node, &self.reporter).await?;
+        if let Some(step) = completed(self.journal.lock().await.state(), &resolved.config, self.from) {
+            tracing::info!(run = %self.run_id, %step, "run has been completed by the other node");
+            return Ok(Outcome::Completed);
+        }
         let mut deaths = Vec::new();
         let mut reason = FormedReason::Started;
         loop {
@@ -358,7 +362,8 @@ impl Agent {
     async fn measured(&self) -> Measured {
         let journal = self.journal.lock().await;
         let state = journal.state();
-        let interruptions = state.formations().iter().filter(|f| f.reason == FormedReason::Started).count().saturating_sub(1);
+        let interruptions =
+            state.formations().iter().filter(|f| f.reason == FormedReason::Started).count().saturating_sub(1);
         let since = state.formations().first().map(|first| first.at);
         let trained_s = since.map_or(0.0, |since| state.last_activity().0.duration_since(since).as_secs_f64().max(0.0));
         Measured { trained_s, interruptions: interruptions as u64, ..Measured::NOTHING }
@@ -433,6 +438,14 @@ fn unfinished_leader(state: &RunState) -> Option<NodeId> {
     (open && !said).then(|| formed.node.clone())
 }
 
+/// The last step of a run that has completed; `None` if it has not, was given more steps, or is told to go back.
+fn completed(state: &RunState, config: &RunConfig, from: Option<Step>) -> Option<Step> {
+    match state.outcome() {
+        journal::Outcome::Completed { step, .. } if from.is_none() && config.train.steps <= step.get() => Some(*step),
+        _ => None,
+    }
+}
+
 /// The configuration that holds now: as created, with what every generation has changed, and what this command changes; and
 /// those last changes in the form in which the journal keeps them.
 fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Vec<(String, String)>)> {
@@ -457,7 +470,9 @@ async fn resolve(config: &RunConfig, nproc_per_node: Option<u32>, reporter: &Rep
         let length = config.data.sequence_length;
         return Err(Error::new(
             Kind::Config,
-            format!("data.sequence_length is {length}, but the model takes at most {longest} (max_position_embeddings)"),
+            format!(
+                "data.sequence_length is {length}, but the model takes at most {longest} (max_position_embeddings)"
+            ),
         ));
     }
     let samples = dataset.samples(Split::Train, config.data.sequence_length);
@@ -465,7 +480,13 @@ async fn resolve(config: &RunConfig, nproc_per_node: Option<u32>, reporter: &Rep
         let message = format!("{} holds no sequence of {} tokens", config.data.train, config.data.sequence_length);
         Error::new(Kind::Config, message).with_hint("shorten data.sequence_length or prepare more data")
     })?;
-    Ok(Resolved { workers, sequences, companions: companions(config, &data_dir, dataset.index())?, config: config.clone(), data_dir })
+    Ok(Resolved {
+        workers,
+        sequences,
+        companions: companions(config, &data_dir, dataset.index())?,
+        config: config.clone(),
+        data_dir,
+    })
 }
 
 /// Where datasets that lie in an object store are kept on this machine.
@@ -476,7 +497,11 @@ fn cache_folder() -> PathBuf {
 }
 
 /// The small files that make a checkpoint's folder a Hugging Face model folder.
-fn companions(config: &RunConfig, data_dir: &std::path::Path, index: &data::shards::Index) -> Result<Vec<(String, Bytes)>> {
+fn companions(
+    config: &RunConfig,
+    data_dir: &std::path::Path,
+    index: &data::shards::Index,
+) -> Result<Vec<(String, Bytes)>> {
     let json = |value: &serde_json::Value| {
         serde_json::to_vec_pretty(value).map(Bytes::from).map_err(|error| Error::from_source(Kind::Bug, error))
     };

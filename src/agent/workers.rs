@@ -152,7 +152,9 @@ fn start_one(
         let mut buffer = Vec::new();
         while let Some(message) = queue.recv().await {
             let mut wire = Vec::new();
-            if protocol::write_message(&mut wire, &message, &mut buffer).is_err() || to_worker.write_all(&wire).await.is_err() {
+            if protocol::write_message(&mut wire, &message, &mut buffer).is_err()
+                || to_worker.write_all(&wire).await.is_err()
+            {
                 return;
             }
         }

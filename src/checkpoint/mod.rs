@@ -30,7 +30,7 @@ use std::path::PathBuf;
 use crate::{
     error::{Explain, Kind},
     faults::Injected,
-    ids::{Generation, Step},
+    ids::{Generation, RunId, Step},
     storage::StorageError,
 };
 
@@ -82,6 +82,12 @@ pub enum CheckpointError {
         /// Those there are.
         have: String,
     },
+    /// Nothing is deleted of a run without one whole checkpoint.
+    #[error("no checkpoint of run {run_id} verifies")]
+    NoneUsable {
+        /// The run.
+        run_id: RunId,
+    },
     /// A folder that weights should come from has none.
     #[error("{folder} is not a model folder: {reason}")]
     NotAModel {
@@ -126,7 +132,7 @@ pub enum CheckpointError {
 impl Explain for CheckpointError {
     fn kind(&self) -> Kind {
         match self {
-            Self::Damaged { .. } => Kind::Data,
+            Self::Damaged { .. } | Self::NoneUsable { .. } => Kind::Data,
             Self::Storage(error) => error.kind(),
             Self::AlreadyWritten { .. } => Kind::Fenced,
             Self::TooNew { .. } | Self::NotAModel { .. } | Self::TooLarge { .. } => Kind::Config,
@@ -142,6 +148,7 @@ impl Explain for CheckpointError {
             Self::Damaged { .. } => {
                 "`trainer verify --all` says which checkpoints are whole; `trainer resume` steps back to the newest of them"
             }
+            Self::NoneUsable { .. } => "nothing was deleted: what is left may be all there is",
             Self::Storage(error) => return error.hint(),
             Self::TooNew { .. } => "use the version of trainer that wrote this run, or a newer one",
             Self::AlreadyWritten { .. } => "another process of this run is alive; stop one of the two",

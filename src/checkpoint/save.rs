@@ -9,7 +9,8 @@
 //!
 //! *Crash:* anything before the manifest is garbage in a folder of its own; a manifest without its record is too. Nobody
 //! reads either. *Retry:* both functions may be called again with the same [`Save`]; shards are overwritten with the same
-//! bytes, the manifest is recognised by its attempt. *Cancel:* dropping a future stops the uploads that it drives; what
+//! bytes, the manifest is recognised by its attempt. A new attempt of the same node that has the very same bytes takes over
+//! the manifest that stands: a save whose record could not be written is made again. *Cancel:* dropping a future stops the uploads that it drives; what
 //! has been put stays as garbage. *Two writers:* a (step, generation) pair is written once, so a second attempt that
 //! finds a manifest is refused before it overwrites a byte of what that manifest names.
 
@@ -32,7 +33,7 @@ use crate::{
     faults::{self, At},
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
     layout,
-    storage::{CreateOutcome, StorageError, Store},
+    storage::{Crc64, CreateOutcome, StorageError, Store},
 };
 
 /// One large file to be put: a whole shard.
@@ -101,6 +102,15 @@ pub struct Receipt {
     pub node: NodeId,
     /// Its files, by name.
     pub files: Vec<FileEntry>,
+}
+
+impl Receipt {
+    /// Reads and checks a receipt; `object` is its key, for errors.
+    pub fn parse(object: &str, bytes: &[u8]) -> Result<Self, CheckpointError> {
+        let receipt: Self = from_json(object, bytes)?;
+        validate_files(&receipt.files).map_err(|reason| CheckpointError::damaged(object, reason))?;
+        Ok(receipt)
+    }
 }
 
 /// A manifest that stands in the store; what the `committed` record needs of it.
@@ -173,10 +183,28 @@ async fn already_put(store: &Store, save: &Save, folder: &str) -> Result<Option<
         Err(error) => return Err(error.into()),
     }
     let ours = read_receipt(store, save.step, save.generation, &save.node).await?;
-    match ours.filter(|receipt| receipt.attempt == save.attempt) {
-        Some(receipt) => Ok(Some(receipt)),
-        None => Err(CheckpointError::AlreadyWritten { step: save.step, generation: save.generation }),
+    if let Some(receipt) = ours
+        && (receipt.attempt == save.attempt || is_the_same(&receipt, save).await?)
+    {
+        return Ok(Some(receipt));
     }
+    Err(CheckpointError::AlreadyWritten { step: save.step, generation: save.generation })
+}
+
+/// Whether a receipt is of exactly the bytes that `save` would put.
+async fn is_the_same(receipt: &Receipt, save: &Save) -> Result<bool, CheckpointError> {
+    let uploads = save.uploads.iter().map(|upload| (upload.name.clone(), upload.body.clone()));
+    let bodies: BTreeMap<String, Bytes> = uploads.chain(save.small.iter().cloned()).collect();
+    let files = receipt.files.clone();
+    let compare = move || {
+        files.len() == bodies.len()
+            && files.iter().all(|file| {
+                let body = bodies.get(&file.name).filter(|body| body.len() as u64 == file.bytes);
+                body.is_some_and(|body| Crc64::of(body) == file.crc64)
+            })
+    };
+    let summed = tokio::task::spawn_blocking(compare).await;
+    summed.map_err(|error| CheckpointError::Internal(format!("sum up a save: {error}")))
 }
 
 /// A node's receipt, if it has put one. `store` is the run's folder.
@@ -188,7 +216,7 @@ pub async fn read_receipt(
 ) -> Result<Option<Receipt>, CheckpointError> {
     let key = join(&layout::checkpoint(step, generation), &layout::receipt(node));
     match store.get(&key, MAX_JSON).await {
-        Ok(bytes) => from_json(&key, &bytes).map(Some),
+        Ok(bytes) => Receipt::parse(&key, &bytes).map(Some),
         Err(StorageError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error.into()),
     }
@@ -207,11 +235,17 @@ pub async fn put_manifest(
         assemble(save, receipts, expected).map_err(|reason| CheckpointError::Incomplete { step: save.step, reason })?;
     let key = join(&manifest.folder(), layout::MANIFEST);
     let bytes = manifest.to_bytes()?;
-    let written = WrittenManifest { key, crc64: digest(&bytes), bytes: manifest.bytes() };
+    let mut written = WrittenManifest { key, crc64: digest(&bytes), bytes: manifest.bytes() };
     match store.create(&written.key, bytes.into()).await? {
         CreateOutcome::Created => {}
         CreateOutcome::Exists => {
-            return Err(CheckpointError::AlreadyWritten { step: save.step, generation: save.generation });
+            let stands = store.get(&written.key, MAX_JSON).await?;
+            let found = Manifest::parse(&written.key, &stands)?;
+            if (Manifest { attempt: found.attempt.clone(), ..manifest }) != found {
+                return Err(CheckpointError::AlreadyWritten { step: save.step, generation: save.generation });
+            }
+            // An earlier attempt of this node, byte for byte the same: node ids are never used twice.
+            written.crc64 = digest(&stands);
         }
     }
     save.reached("save.after-manifest")?;
@@ -308,9 +342,32 @@ mod tests {
         assert_eq!(body, first.uploads[0].body);
         // Racing to the manifest: the one that comes late is told so, and the first stands.
         let receipt = read_receipt(&store, first.step, first.generation, &first.node).await.unwrap().unwrap();
-        let late = Save { attempt: AttemptId::random(), ..first.clone() };
+        let late = Save { attempt: AttemptId::random(), node: NodeId::random(), ..first.clone() };
+        let receipt = Receipt { node: late.node.clone(), ..receipt };
         let refused = put_manifest(&store, &late, &[receipt], &expected(&first)).await;
         assert!(matches!(refused, Err(CheckpointError::AlreadyWritten { .. })), "{refused:?}");
+        catalog::inspect(&store, &committed).await.unwrap();
+    }
+
+    /// The record of the first attempt was not written; the same state is saved again by the same node.
+    #[tokio::test]
+    async fn a_later_attempt_of_the_same_node_with_the_same_bytes_takes_over_what_stands() {
+        let store = memory_store();
+        let first = save(7, 2, 2, 1);
+        let committed = commit(&store, &first).await;
+        let again = Save { attempt: AttemptId::random(), ..first.clone() };
+        assert_eq!(commit(&store, &again).await, committed);
+        // Only if every byte is the same.
+        let mut altered = again.clone();
+        let mut body = altered.uploads[1].body.to_vec();
+        *body.last_mut().unwrap() ^= 1;
+        altered.uploads[1].body = body.into();
+        let mut fewer = again.clone();
+        fewer.uploads.pop();
+        for other in [altered, fewer, Save { node: NodeId::random(), ..again }] {
+            let refused = put_shards(&store, &other, |_| {}).await;
+            assert!(matches!(refused, Err(CheckpointError::AlreadyWritten { .. })), "{refused:?}");
+        }
         catalog::inspect(&store, &committed).await.unwrap();
     }
 

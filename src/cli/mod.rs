@@ -1,6 +1,6 @@
 //! What the user typed, as one call into the library; one file for each subcommand.
 //!
-//! Standard output is data and is written by [`output`] and by the reporter only; standard error is conversation. Exit
+//! Standard output is data and is written by `output` and by the reporter only; standard error is conversation. Exit
 //! codes are those of [`Kind`]; wrong usage is 64, a panic is a bug and exits with 70.
 mod args;
 mod checkpoints;

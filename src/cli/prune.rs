@@ -13,14 +13,11 @@ use super::{
     store,
 };
 use crate::{
-    checkpoint::{
-        catalog,
-        prune::{apply_prune, plan_prune},
-    },
+    checkpoint::prune::{Abandoned, apply_prune, plan_for},
     config::Keep,
-    error::{Context, Error, Kind, Result},
+    error::{Context, Error, Result},
     ids::NodeId,
-    journal::{Committed, Journal, Record, ResumePoint, RunState},
+    journal::{Journal, Record, ResumePoint, RunState},
     report::human,
     storage::Store,
 };
@@ -100,21 +97,7 @@ impl Prune {
     async fn plan(&self, folder: &Store, state: &RunState) -> Result<Vec<ResumePoint>> {
         let config = history::config(state).checkpoint.keep;
         let keep = Keep { last: self.keep_last.unwrap_or(config.last), every: self.keep_every.or(config.every) };
-        let own = |checkpoints: Vec<&crate::journal::Checkpoint>| -> Vec<Committed> {
-            checkpoints.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
-        };
-        let candidates = own(state.candidates());
-        if candidates.is_empty() {
-            return Ok(Vec::new());
-        }
-        let found = catalog::newest_usable(folder, &candidates, None).await?.found;
-        let Some((verified, _)) = found else {
-            return Err(Error::new(Kind::Data, format!("no checkpoint of run {} verifies", self.run.run_id))
-                .with_hint("nothing was deleted: what is left may be all there is"));
-        };
-        let verified = ResumePoint { step: verified.step, generation: verified.generation };
-        let live: Vec<ResumePoint> = state.formed().and_then(|formed| formed.resume.clone()).into_iter().collect();
-        Ok(plan_prune(&own(state.good()), keep, &verified, &live))
+        Ok(plan_for(folder, state, keep, Abandoned::Delete).await?)
     }
 }
 

@@ -13,9 +13,20 @@ pub(super) const DEFAULT: &str = "file://./runs";
 /// Limits of commands that read; a run's own limits are in its configuration.
 pub(super) const LIMITS: StorageConfig = StorageConfig { concurrency: 16, part_mib: 16 };
 
-/// Opens a store by its URI or path; a relative one is taken from the working directory.
+/// Opens a store that holds something, by its URI or path; a relative one is taken from the working directory. A folder that is not
+/// there is a mistake, not a store to be made.
 pub(super) fn open(uri: &str) -> Result<Store> {
-    Ok(Store::open(&absolute(uri)?, &LIMITS)?)
+    let uri = absolute(uri)?;
+    if let Some(path) = config::local_path(&uri)
+        && !path.is_dir()
+    {
+        return Err(Error::new(
+            Kind::Config,
+            format!("store {uri} does not exist: there is no folder {}", path.display()),
+        )
+        .with_hint("check --store and TRAINER_STORE"));
+    }
+    Ok(Store::open(&uri, &LIMITS)?)
 }
 
 /// A URI or path, made absolute.

@@ -25,6 +25,9 @@ pub(super) const ACTIONS: &[(&str, CompleteAction)] =
     &[("exit", CompleteAction::Exit), ("terminate", CompleteAction::Terminate)];
 const NOTICE_SOURCES: &[&str] = &["aws", "gcp", "azure", "signals", "file"];
 
+/// Reads a small remote object, by the URI of its folder and its name; an error is a phrase.
+pub type Fetch<'a> = dyn Fn(&str, &str) -> Result<Vec<u8>, String> + 'a;
+
 /// Where settings come from, lowest first, and what is needed to resolve them.
 pub struct Sources<'a> {
     /// The run's TOML file.
@@ -37,8 +40,8 @@ pub struct Sources<'a> {
     pub working_directory: &'a Path,
     /// Resolves "auto".
     pub machine: Machine,
-    /// Reads a small remote object by the URI of its folder and its name: the `config.json` of `model.init_from`.
-    pub fetch: &'a dyn Fn(&str, &str) -> Result<Vec<u8>, String>,
+    /// Reads the `config.json` of a remote `model.init_from`.
+    pub fetch: &'a Fetch<'a>,
 }
 
 /// Reads and resolves a run's configuration.

@@ -63,7 +63,7 @@ pub fn parse_steps(text: &str) -> Option<u64> {
     number.parse().ok().filter(|steps| *steps > 0)
 }
 
-/// Writes a count of steps the way [`parse_steps`] reads it.
+/// Writes a count of steps the way `parse_steps` reads it.
 pub fn format_steps(steps: u64) -> String {
     format!("{steps} step{}", if steps == 1 { "" } else { "s" })
 }
@@ -78,7 +78,7 @@ pub fn parse_cadence(text: &str) -> Option<Cadence> {
         .or_else(|| parse_duration(text).filter(|time| *time >= Duration::from_secs(1)).map(Cadence::Time))
 }
 
-/// Writes a cadence the way [`parse_cadence`] reads it.
+/// Writes a cadence the way `parse_cadence` reads it.
 pub fn format_cadence(cadence: Cadence) -> String {
     match cadence {
         Cadence::Auto => "auto".into(),

@@ -28,7 +28,8 @@ pub enum Refusal {
 ///    `interrupted` for the newest generation, `damaged`, `pruned`, and `formed`.
 /// 3. A (step, generation) pair is committed once. Generations rise. `created` is the first record only.
 /// 4. After `completed` or `failed` only `damaged`, `pruned` and `formed` come.
-/// 5. A generation resumes from a good checkpoint, or from the beginning; it has nodes and workers.
+/// 5. A generation resumes from a good checkpoint, or from the beginning if nothing was ever committed: no run starts
+///    over because its checkpoints are damaged. It has nodes and workers.
 /// 6. The newest good checkpoint is not pruned, nor the one that the newest generation resumed from while the run is open.
 /// 7. A run completes at a step that is its newest good checkpoint.
 pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Result<(), Refusal> {
@@ -63,6 +64,9 @@ pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Res
         Record::Formed { roster, world_size, resume, .. } => {
             if roster.is_empty() || world_size.get() == 0 {
                 return wrong("a generation has nodes and workers".into());
+            }
+            if resume.is_none() && !state.checkpoints().is_empty() {
+                return wrong("the run has checkpoints and would start over from the beginning".into());
             }
             if let Some(point) = resume
                 && state.checkpoint(point.step, point.generation).is_none_or(|c| c.status != CheckpointStatus::Good)

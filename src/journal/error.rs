@@ -86,7 +86,8 @@ pub enum JournalError {
 impl Explain for JournalError {
     fn kind(&self) -> Kind {
         match self {
-            Self::Exists { .. } | Self::NoSuchRun { .. } | Self::Newer { .. } => Kind::Config,
+            Self::Exists { .. } => Kind::Usage,
+            Self::NoSuchRun { .. } | Self::Newer { .. } => Kind::Config,
             Self::Damaged { .. } => Kind::Data,
             Self::Fenced { .. } | Self::Overtaken { .. } => Kind::Fenced,
             Self::Moved { .. } | Self::Injected(_) => Kind::Unavailable,

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::{
     admit::{Refusal, admit},
     error::JournalError,
-    record::{Entry, FORMAT, FormedReason, InvalidEntry, MAX_ENTRY, Record, ResumePoint, RosterEntry},
+    record::{Committed, Entry, FORMAT, FormedReason, InvalidEntry, MAX_ENTRY, Record, ResumePoint, RosterEntry},
     state::RunState,
 };
 use crate::{
@@ -114,7 +114,8 @@ impl Journal {
     /// Appends a record other than `created` and `formed`; gives its number.
     ///
     /// [`JournalError::Fenced`]: another generation was formed since; stop. [`JournalError::Storage`]: it is not known
-    /// whether the record stands; appending the same record again settles it, without writing it twice.
+    /// whether the record stands; appending the same record again settles it, without writing it twice. A `committed`
+    /// is the same if it names the same manifest.
     pub async fn append(&mut self, record: Record) -> Result<u64, JournalError> {
         if matches!(record, Record::Created { .. } | Record::Formed { .. }) {
             let reason = "it has a function of its own".into();
@@ -178,6 +179,9 @@ impl Journal {
         };
         let body = encode(&entry)?;
         loop {
+            if let Some(number) = self.committed_as(&entry.record) {
+                return self.settled(&entry, number);
+            }
             admit(&self.state, self.held, &entry.record).map_err(|refusal| refused(&entry.record, refusal))?;
             before_append(&entry.record)?;
             let number = self.state.next();
@@ -206,6 +210,16 @@ impl Journal {
                 }
             }
         }
+    }
+
+    /// The number of the record that has committed the very manifest that `record` is about. A manifest is created once
+    /// and carries its attempt, so this is the same commit; a save that is tried again differs in its times only.
+    fn committed_as(&self, record: &Record) -> Option<u64> {
+        let Record::Committed(wanted) = record else { return None };
+        let stands = self.state.checkpoint(wanted.step, wanted.generation)?;
+        let same =
+            |found: &Committed| (&found.manifest, &found.manifest_crc64) == (&wanted.manifest, &wanted.manifest_crc64);
+        same(&stands.committed).then_some(stands.number)
     }
 
     /// `entry` stands under `number`, and is applied.
@@ -240,17 +254,6 @@ impl Journal {
 
 /// Reads the journal of the run in its folder `store`.
 pub async fn replay(store: &Store, run_id: &RunId) -> Result<RunState, JournalError> {
-    replay_with(store, run_id, |_| ()).await
-}
-
-/// The records of the run in its folder `store`, from number 0, each of which fits those before it.
-pub async fn entries(store: &Store, run_id: &RunId) -> Result<Vec<Entry>, JournalError> {
-    let mut entries = Vec::new();
-    replay_with(store, run_id, |entry| entries.push(entry.clone())).await?;
-    Ok(entries)
-}
-
-async fn replay_with(store: &Store, run_id: &RunId, mut sees: impl FnMut(&Entry)) -> Result<RunState, JournalError> {
     let listed = numbers(store).await?;
     if listed.is_empty() {
         return Err(JournalError::NoSuchRun { run_id: run_id.clone(), store: parent(&store.uri()) });
@@ -259,10 +262,8 @@ async fn replay_with(store: &Store, run_id: &RunId, mut sees: impl FnMut(&Entry)
         .map(|number| async move { read(store, number).await?.ok_or_else(|| missing(store, number)) })
         .buffered(READ_AHEAD);
     let Some(first) = read_ahead.try_next().await? else { return Err(missing(store, 0)) };
-    sees(&first);
     let mut state = RunState::begin(run_id, first).map_err(|error| damaged(store, 0, &error))?;
-    let mut add = |state: &mut RunState, entry: Entry| {
-        sees(&entry);
+    let add = |state: &mut RunState, entry: Entry| {
         let number = state.next();
         state.apply(number, entry).map_err(|error| damaged(store, number, &error))
     };

@@ -24,12 +24,14 @@ mod record;
 mod state;
 
 #[cfg(test)]
-mod testing;
+mod rules_tests;
 #[cfg(test)]
-mod tests;
+mod store_tests;
+#[cfg(test)]
+mod testing;
 
 pub use admit::{Refusal, admit};
 pub use error::JournalError;
-pub use log::{Formed, Journal, entries, list_runs, replay};
+pub use log::{Formed, Journal, list_runs, replay};
 pub use record::*;
 pub use state::{Checkpoint, CheckpointStatus, Formation, Inconsistent, Interruption, NoticeHeard, Outcome, RunState};

@@ -3,20 +3,15 @@
 //!
 //! With [`Precision::Bf16`] the residual stream and all matrix products are bf16; mean squares of RMSNorm, rotary turns,
 //! softmax and the loss are fp32.
-//!
-//! Fresh weights are normal with deviation `initializer_range`; those of the two projections that add to the residual stream
-//! (`o_proj`, `down_proj`) are divided by √(2·layers), so that the stream's variance does not grow with depth (GPT-2). Norms
-//! are 1, biases 0.
 
 use std::collections::HashMap;
 
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
-    BuildSettings, Doing, Model, ModelError,
+    BuildSettings, Doing, Model, ModelError, init,
     llama_config::{EMBEDDING, FINAL_NORM, LlamaConfig, OUTPUT, layer_prefix},
     loss::linear_cross_entropy,
-    random,
     rope::{RopeTable, Turns},
 };
 use crate::config::Precision;
@@ -57,7 +52,7 @@ impl Llama {
     pub fn new(config: LlamaConfig, settings: &BuildSettings) -> Result<Self, ModelError> {
         let mut parameters = Vec::new();
         for (name, shape) in config.parameter_shapes() {
-            let tensor = fresh(&config, &name, &shape, settings).doing("make parameters")?;
+            let tensor = init::fresh(&config, &name, &shape, settings).doing("make parameters")?;
             parameters.push((name, tensor));
         }
 
@@ -240,26 +235,6 @@ fn repeat_heads(x: &Tensor, times: i64) -> Result<Tensor, TchError> {
     ])
 }
 
-/// One parameter's first value: drawn on the CPU, so that the device makes no difference.
-fn fresh(config: &LlamaConfig, name: &str, shape: &[u64], settings: &BuildSettings) -> Result<Tensor, TchError> {
-    // Each extent is at most 2^24 and each product below 2^31 by the description's bounds.
-    let extents: Vec<i64> = shape.iter().map(|&extent| i64::try_from(extent).unwrap_or(i64::MAX)).collect();
-    let cpu = (Kind::Float, Device::Cpu);
-    let tensor = if name.ends_with(".bias") {
-        Tensor::f_zeros(&extents, cpu)?
-    } else if name.ends_with("norm.weight") {
-        Tensor::f_ones(&extents, cpu)?
-    } else {
-        let mut std = config.initializer_range;
-        if name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight") {
-            std /= f64::from(2 * config.num_hidden_layers).sqrt();
-        }
-        let len = usize::try_from(extents.iter().product::<i64>()).unwrap_or(0);
-        Tensor::f_from_slice(&random::normal(settings.seed, name, len, std))?.f_view(extents.as_slice())?
-    };
-    tensor.f_to_device(settings.device)?.f_set_requires_grad(true)
-}
-
 #[cfg(test)]
 mod tests {
     use serde::Deserialize;
@@ -280,6 +255,8 @@ mod tests {
     }
 
     fn make(changes: Value, precision: Precision, seed: u64) -> Llama {
+        // Tests run side by side, and products this small gain nothing from threads that wait for each other.
+        tch::set_num_threads(1);
         let settings = BuildSettings { device: Device::Cpu, precision, seed };
         Llama::new(LlamaConfig::from_json(&description(changes)).unwrap(), &settings).unwrap()
     }

@@ -12,6 +12,7 @@
 
 mod folder;
 pub mod generate;
+mod init;
 pub mod llama;
 mod llama_config;
 mod loss;

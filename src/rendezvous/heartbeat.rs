@@ -23,6 +23,8 @@ use crate::{
 pub const INTERVAL: Duration = Duration::from_secs(1);
 /// A counter that has not changed for so long belongs to a dead node.
 pub const PATIENCE: Duration = Duration::from_secs(6);
+/// The layout that is written, and the highest that is read.
+const FORMAT: u32 = 1;
 const LIMIT: u64 = 64 << 10;
 
 /// The stored object.
@@ -36,6 +38,33 @@ pub struct Heartbeat {
     pub counter: u64,
     /// Where the process runs.
     pub process: Process,
+}
+
+/// Why an object is not a heartbeat.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidHeartbeat {
+    /// Written by a newer version of this program.
+    #[error("has format {0}, and this version reads up to {FORMAT}")]
+    Newer(u32),
+    /// Not a heartbeat at all.
+    #[error("is not a heartbeat: {0}")]
+    Garbled(#[from] serde_json::Error),
+}
+
+impl Heartbeat {
+    /// Reads a stored heartbeat.
+    pub fn parse(body: &[u8]) -> Result<Self, InvalidHeartbeat> {
+        #[derive(Deserialize)]
+        struct Version {
+            format: u32,
+        }
+        // First, since a newer layout need not look like this one in any other way.
+        let Version { format } = serde_json::from_slice(body)?;
+        if format > FORMAT {
+            return Err(InvalidHeartbeat::Newer(format));
+        }
+        Ok(serde_json::from_slice(body)?)
+    }
 }
 
 /// A process, named so that only the same kernel can recognise it.
@@ -58,7 +87,8 @@ impl Process {
         let pid = std::process::id();
         Self {
             boot_id: read("/proc/sys/kernel/random/boot_id"),
-            pid_namespace: std::fs::read_link("/proc/self/ns/pid").map_or_else(|_| String::new(), |p| p.display().to_string()),
+            pid_namespace: std::fs::read_link("/proc/self/ns/pid")
+                .map_or_else(|_| String::new(), |p| p.display().to_string()),
             pid,
             started: start_time(pid).unwrap_or(0),
         }
@@ -131,7 +161,7 @@ impl Drop for Pulse {
 }
 
 async fn beat(run: &Store, node: &NodeId, process: &Process, counter: u64) -> Result<(), StorageError> {
-    let heartbeat = Heartbeat { format: 1, node: node.clone(), counter, process: process.clone() };
+    let heartbeat = Heartbeat { format: FORMAT, node: node.clone(), counter, process: process.clone() };
     // A struct of numbers and strings always becomes JSON.
     let body = serde_json::to_vec(&heartbeat).unwrap_or_default();
     run.put(&layout::heartbeat(node), Bytes::from(body)).await
@@ -140,7 +170,7 @@ async fn beat(run: &Store, node: &NodeId, process: &Process, counter: u64) -> Re
 async fn read(run: &Store, node: &NodeId) -> Result<Option<Heartbeat>, StorageError> {
     match run.get(&layout::heartbeat(node), LIMIT).await {
         // A heartbeat that can't be read says nothing of life.
-        Ok(body) => Ok(serde_json::from_slice(&body).ok()),
+        Ok(body) => Ok(Heartbeat::parse(&body).ok()),
         Err(StorageError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error),
     }
@@ -172,8 +202,14 @@ mod tests {
         let me = Process::current();
         assert!(!me.is_gone());
         assert!(Process { started: me.started + 1, ..me.clone() }.is_gone(), "the number was given to another process");
-        assert!(!Process { boot_id: "elsewhere".into(), started: 1, ..me.clone() }.is_gone(), "another machine's process");
-        assert!(!Process { pid_namespace: "pid:[1]".into(), started: 1, ..me }.is_gone(), "another container's process");
+        assert!(
+            !Process { boot_id: "elsewhere".into(), started: 1, ..me.clone() }.is_gone(),
+            "another machine's process"
+        );
+        assert!(
+            !Process { pid_namespace: "pid:[1]".into(), started: 1, ..me }.is_gone(),
+            "another container's process"
+        );
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = child.id();
         let started = start_time(pid).unwrap_or(1);

@@ -39,7 +39,8 @@ impl Capture {
                 .ok_or_else(|| Error::new(Kind::Bug, format!("plan names tensor {}", placement.tensor)))?;
             parts.push((tensor.shallow_clone(), placement.offset, placement.len));
         }
-        let slots = [open(&slots[0], plan.len).context("map slot 0")?, open(&slots[1], plan.len).context("map slot 1")?];
+        let slots =
+            [open(&slots[0], plan.len).context("map slot 0")?, open(&slots[1], plan.len).context("map slot 1")?];
         Ok(Self { copier, slots: slots.map(Some), parts, running: None })
     }
 

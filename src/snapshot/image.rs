@@ -221,6 +221,8 @@ pub const fn round_up(len: u64, page: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::single_range_in_vec_init, reason = "lists of ranges are what is tested")]
+
     use super::*;
 
     #[test]

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use futures::{StreamExt, stream::BoxStream};
+use futures::{FutureExt, StreamExt, stream::BoxStream};
 use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartId, MultipartUpload, ObjectMeta, ObjectStore,
     ObjectStoreExt, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
@@ -144,7 +144,12 @@ impl ObjectStore for Faulty {
         self.inner.delete_stream(paths)
     }
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        self.inner.list(prefix).boxed()
+        let shown: Vec<_> = self.inner.list(prefix).collect().now_or_never().unwrap_or_default();
+        // "listed" says of each object whether a listing shows it.
+        let shown = shown.into_iter().filter(|meta: &Result<ObjectMeta>| {
+            meta.as_ref().map_or(true, |meta| (self.plan)("listed", meta.location.as_ref(), 0) == Fault::Pass)
+        });
+        futures::stream::iter(shown.collect::<Vec<_>>()).boxed()
     }
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
         self.inner.list_with_delimiter(prefix).await

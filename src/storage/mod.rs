@@ -30,7 +30,7 @@ mod upload;
 #[cfg(test)]
 pub(crate) mod faulty;
 #[cfg(test)]
-mod s3_tests;
+pub(crate) mod s3_tests;
 #[cfg(test)]
 mod tests;
 

@@ -109,7 +109,9 @@ fn open_file(path: &str, refuse: &dyn Fn(&str) -> StorageError) -> Result<Opened
     };
     let local = LocalFileSystem::new_with_prefix(&absolute)
         .map_err(|error| refuse(&format!("can't be opened: {error}")))?
-        .with_fsync(true);
+        .with_fsync(true)
+        // A checkpoint that was deleted is not listed as an empty folder.
+        .with_automatic_cleanup(true);
     let root = format!("file://{}", text.trim_end_matches('/'));
     let backend = Backend { objects: Arc::new(local), multipart: None };
     Ok(Opened { backend, root, prefix: String::new(), policy: Policy::LOCAL })

@@ -25,6 +25,21 @@ fn environment(address: std::net::SocketAddr) -> Vec<(String, String)> {
     .into()
 }
 
+/// The integration tests' own server, which is atomic.
+#[path = "../../tests/support/s3.rs"]
+#[allow(dead_code, reason = "the integration tests use the rest")]
+mod server;
+
+/// A store on a server that does what S3 does, as long as the server is kept.
+pub(crate) fn atomic() -> (Store, server::S3Server) {
+    // It brings a runtime of its own, which can't be started from within one.
+    let server = std::thread::spawn(server::S3Server::start).join().unwrap();
+    let environment: Vec<_> =
+        server::client_env(&server.endpoint()).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    let uri = format!("s3://{}/some/prefix", server::BUCKET);
+    (Store::open_with(&uri, &settings(), &environment).unwrap(), server)
+}
+
 /// A server over s3s-fs with the bucket `bucket`: it answers conditional puts rightly in sequence, but isn't atomic.
 async fn not_atomic() -> (Store, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
@@ -118,6 +133,38 @@ fn error_body(code: &str) -> String {
 async fn s3_holds_the_contract() {
     let (store, _folder) = not_atomic().await;
     tests::contract(&store).await;
+    let (store, server) = atomic();
+    tests::contract(&store).await;
+    assert_eq!(server.open_uploads(), 0);
+}
+
+#[tokio::test]
+async fn an_atomic_store_is_taken() {
+    let (store, server) = atomic();
+    store.prove_create_is_atomic().await.unwrap();
+    assert_eq!(server.keys(""), Vec::<String>::new(), "probes are cleaned up");
+}
+
+#[tokio::test]
+async fn a_store_that_looks_first_and_writes_later_is_refused() {
+    let (store, server) = atomic();
+    for create_once in [server::CreateOnce::Ignored, server::CreateOnce::Racy] {
+        server.set_rules(|rules| rules.create_once = create_once);
+        let error = store.prove_create_is_atomic().await.unwrap_err();
+        assert!(matches!(error, StorageError::Unfit { .. }), "{create_once:?}: {error:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_upload_that_is_refused_half_way_shows_nothing() {
+    let (store, server) = atomic();
+    let server = Arc::new(server);
+    let denies = Arc::clone(&server);
+    let upload =
+        store.upload("k", tests::pattern(40 << 20), move |_| denies.set_rules(|rules| rules.deny_writes = true));
+    let error = upload.await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Permission, "{error:?}");
+    assert_eq!(server.keys(""), Vec::<String>::new());
 }
 
 #[tokio::test]

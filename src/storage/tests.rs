@@ -32,6 +32,16 @@ pub(super) fn pattern(len: usize) -> Bytes {
     (0..len as u64).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8).collect::<Vec<_>>().into()
 }
 
+/// Lets the other tasks run until `happened`; gives up after a minute, so that a broken promise is a failure, not a hang.
+async fn eventually(happened: impl Fn() -> bool) {
+    let wait = async {
+        while !happened() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), wait).await.expect("it never happened");
+}
+
 /// What every store must do; leaves nothing behind.
 pub(super) async fn contract(store: &Store) {
     let folder = store.folder("contract").folder("inner");
@@ -281,9 +291,7 @@ async fn a_dropped_upload_is_aborted() {
     first.recv().await.unwrap();
     upload.abort();
     assert!(upload.await.unwrap_err().is_cancelled());
-    while faulty.count("abort") == 0 {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| faulty.count("abort") == 1).await;
 }
 
 #[test]
@@ -320,9 +328,7 @@ async fn bulk_transfers_are_limited_and_do_not_hold_up_small_requests() {
             tokio::spawn(async move { store.get_range("k", 0..1).await })
         })
         .collect();
-    while flying.load(Ordering::SeqCst) < 4 {
-        tokio::task::yield_now().await;
-    }
+    eventually(|| flying.load(Ordering::SeqCst) == 4).await;
     store.put("heartbeat", Bytes::new()).await.unwrap();
     for _ in 0..1000 {
         tokio::task::yield_now().await;
@@ -358,9 +364,53 @@ async fn an_upload_to_files_dropped_half_way_leaves_nothing() {
     }
     assert!(!folder.path().join("k").exists());
     // Its hidden file is removed by a thread of the runtime.
-    while std::fs::read_dir(folder.path()).unwrap().count() > 0 {
-        tokio::task::yield_now().await;
+    eventually(|| std::fs::read_dir(folder.path()).unwrap().count() == 0).await;
+}
+
+/// Runs as a child whose files may have 8 MiB.
+#[tokio::test]
+#[ignore = "child of a_disk_that_fills_up_gives_a_clear_error_and_no_partial_object"]
+async fn child_that_fills_its_disk() {
+    let uri = format!("file://{}", std::env::var("TRAINER_TEST_FOLDER").unwrap());
+    let store = Store::open(&uri, &settings()).unwrap();
+    store.put("k", Bytes::from_static(b"old")).await.unwrap();
+    for body in [pattern(18 << 20), pattern(11 << 20)] {
+        let error = crate::error::Error::from(store.upload("k", body, |_| {}).await.unwrap_err());
+        assert!(error.to_string().contains("no space left in the store"), "{error}");
+        assert!(error.hint().unwrap().contains("free space"));
     }
+    let error = store.create("once", pattern(9 << 20)).await.unwrap_err();
+    assert!(matches!(error, StorageError::Full { .. }), "{error:?}");
+    assert_eq!(store.get("k", 9).await.unwrap(), "old");
+}
+
+#[test]
+fn a_disk_that_fills_up_gives_a_clear_error_and_no_partial_object() {
+    let folder = tempfile::tempdir().unwrap();
+    let child = std::process::Command::new("bash")
+        .args([
+            "-c",
+            "ulimit -f 8192; trap '' XFSZ; exec \"$0\" --ignored --exact storage::tests::child_that_fills_its_disk",
+        ])
+        .arg(std::env::current_exe().unwrap())
+        .env("TRAINER_TEST_FOLDER", folder.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success() && said.contains("1 passed"), "{said}{}", String::from_utf8_lossy(&child.stderr));
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["k"], "hidden files are removed too");
+}
+
+#[tokio::test]
+async fn folders_go_with_their_last_object() {
+    let (store, folder) = on_disk();
+    store.put("a/b/c", Bytes::new()).await.unwrap();
+    store.put("a/d", Bytes::new()).await.unwrap();
+    store.delete("a/b/c").await.unwrap();
+    assert_eq!(store.list_folders("a").await.unwrap(), Vec::<String>::new());
+    store.delete("a/d").await.unwrap();
+    assert!(folder.path().is_dir() && !folder.path().join("a").exists());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::{
 /// The LibTorch that `tch` 0.24 is made for; class layouts in the shim are those of this version.
 const TORCH_VERSION: &str = "2.11.0";
 
-const SOURCES: [&str; 3] = ["group.cpp", "math.cpp", "device.cpp"];
+const SOURCES: [&str; 4] = ["defaults.cpp", "group.cpp", "math.cpp", "device.cpp"];
 
 fn main() {
     println!("cargo::rerun-if-env-changed=LIBTORCH");
@@ -35,6 +35,7 @@ fn build() -> Result<(), String> {
     check_version(&libtorch)?;
 
     let cuda = lib.join("libtorch_cuda.so").exists();
+    let nvidia = real_lib.parent().and_then(Path::parent).unwrap_or(real_lib).join("nvidia");
     let shim = Path::new("src/torch/shim");
     let mut compiler = cc::Build::new();
     compiler
@@ -51,7 +52,7 @@ fn build() -> Result<(), String> {
         .define("USE_C10D_GLOO", None)
         .files(SOURCES.iter().map(|name| shim.join(name)));
     if cuda {
-        for folder in cuda_headers(real_lib)? {
+        for folder in cuda_headers(&nvidia)? {
             compiler.flag("-isystem").flag(folder.as_os_str());
         }
         compiler.define("USE_C10D_NCCL", None).define("TRAINER_CUDA", None);
@@ -63,7 +64,9 @@ fn build() -> Result<(), String> {
         println!("cargo::rustc-cfg=torch_cuda");
         println!("cargo::rustc-link-lib=dylib=torch_cuda");
         println!("cargo::rustc-link-lib=dylib=c10_cuda");
-        println!("cargo::rustc-link-lib=dylib=cudart");
+        // The wheel has the library under this name alone.
+        println!("cargo::rustc-link-search=native={}", nvidia.join("cu13/lib").display());
+        println!("cargo::rustc-link-lib=dylib:+verbatim=libcudart.so.13");
         // cuDNN, cuBLAS and their like need not be there to build, only to run.
         println!("cargo::rustc-link-arg=-Wl,--unresolved-symbols=ignore-in-shared-libs");
     }
@@ -72,6 +75,9 @@ fn build() -> Result<(), String> {
     // A shipped folder first (`trainer` beside `lib/`), then this machine's LibTorch.
     println!("cargo::rustc-link-arg=-Wl,-rpath,$ORIGIN/lib");
     println!("cargo::rustc-link-arg=-Wl,-rpath,{}", real_lib.display());
+    if cuda {
+        println!("cargo::rustc-link-arg=-Wl,-rpath,{}", nvidia.join("cu13/lib").display());
+    }
     Ok(())
 }
 
@@ -91,14 +97,13 @@ fn check_version(libtorch: &Path) -> Result<(), String> {
     Err(format!("{} does not say its version: run scripts/setup", libtorch.display()))
 }
 
-/// The CUDA and NCCL headers of the wheels that lie beside LibTorch's: `<root>/torch/lib` and `<root>/nvidia/…`.
-fn cuda_headers(real_lib: &Path) -> Result<Vec<PathBuf>, String> {
-    let root = real_lib.parent().and_then(Path::parent).ok_or("LibTorch lies at the root of the file system")?;
-    let folders = [root.join("nvidia/cu13/include"), root.join("nvidia/nccl/include")];
+/// The CUDA and NCCL headers of the wheels that lie beside LibTorch's: `nvidia/` beside `torch/`.
+fn cuda_headers(nvidia: &Path) -> Result<[PathBuf; 2], String> {
+    let folders = [nvidia.join("cu13/include"), nvidia.join("nccl/include")];
     for (folder, header) in folders.iter().zip(["cuda_runtime_api.h", "nccl.h"]) {
         if !folder.join(header).exists() {
             return Err(format!("{} is missing: run scripts/setup --cuda", folder.join(header).display()));
         }
     }
-    Ok(folders.into())
+    Ok(folders)
 }

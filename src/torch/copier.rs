@@ -393,7 +393,9 @@ impl Queue {
             batch.work();
             let mut waiting = lock(&self.waiting);
             // All its units are taken; the first thread that sees so takes it off.
-            waiting.batches.pop_front_if(|front| ptr::addr_eq(Arc::as_ptr(front), Arc::as_ptr(&batch)));
+            if waiting.batches.front().is_some_and(|front| ptr::addr_eq(Arc::as_ptr(front), Arc::as_ptr(&batch))) {
+                waiting.batches.pop_front();
+            }
         }
     }
 }

@@ -75,7 +75,7 @@ impl Store {
         Ok(Self { handle, host: host.to_owned(), port })
     }
 
-    /// Connects to the store that rank 0 serves; tries again until `timeout` is over.
+    /// Connects to the store that rank 0 serves. Tries again until `timeout` is over, then once more for as long.
     pub fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self> {
         let doing = "connect to the rendezvous store";
         let name = ffi::c_text(doing, host)?;
@@ -144,6 +144,9 @@ impl ProcessGroup {
         let doing = "form the process group";
         if rank.get() >= world.get() {
             return Err(TorchError::Number { doing, what: "the rank" });
+        }
+        if backend == Backend::Nccl && !(cfg!(torch_cuda) && matches!(device, Device::Cuda(_))) {
+            return Err(TorchError::NoNccl);
         }
         let (prefix, address) = (ffi::c_text(doing, prefix)?, ffi::c_text(doing, &store.local_address()?.to_string())?);
         let mut handle = ptr::null_mut();
@@ -236,14 +239,18 @@ pub(super) mod tests {
     ) -> Vec<T> {
         let store = Store::serve("127.0.0.1", LIMIT).unwrap();
         let port = store.port();
+        // A rank that leaves at once must not leave while another still connects.
+        let formed = std::sync::Barrier::new(world as usize);
         thread::scope(|scope| {
             let threads: Vec<_> = (0..world)
                 .map(|rank| {
-                    let body = &body;
+                    let (body, formed) = (&body, &formed);
                     scope.spawn(move || {
                         let store = Store::connect("127.0.0.1", port, LIMIT).unwrap();
                         let (rank, world) = (Rank(rank), WorldSize(world));
-                        body(ProcessGroup::new(Backend::Gloo, &store, "test", rank, world, limit, Device::Cpu).unwrap())
+                        let group = ProcessGroup::new(Backend::Gloo, &store, "test", rank, world, limit, Device::Cpu);
+                        formed.wait();
+                        body(group.unwrap())
                     })
                 })
                 .collect();
@@ -304,6 +311,20 @@ pub(super) mod tests {
             result
         });
         assert!(matches!(results[0], Err(TorchError::Peer { .. })), "{results:?}");
+    }
+
+    #[test]
+    fn a_group_that_cannot_form_is_an_error() {
+        let store = Store::serve("127.0.0.1", LIMIT).unwrap();
+        let form = |backend, rank, device| {
+            let limit = Duration::from_secs(1);
+            ProcessGroup::new(backend, &store, "p", Rank(rank), WorldSize(2), limit, device).unwrap_err()
+        };
+        let error = form(Backend::Gloo, 0, Device::Cpu);
+        assert!(matches!(error, TorchError::Peer { .. }), "nobody else came: {error}");
+        assert!(matches!(form(Backend::Gloo, 2, Device::Cpu), TorchError::Number { .. }));
+        assert!(matches!(form(Backend::Nccl, 0, Device::Cpu), TorchError::NoNccl));
+        assert_eq!(Backend::for_device(Device::Cuda(0)), Backend::Nccl);
     }
 
     #[test]

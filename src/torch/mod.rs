@@ -124,6 +124,9 @@ pub enum TorchError {
     /// A device of a kind that is not supported.
     #[error("{0:?} is not supported: neither the CPU nor a CUDA device")]
     Device(tch::Device),
+    /// NCCL was asked for tensors on the CPU, or of a program that was built without CUDA.
+    #[error("NCCL works between GPUs, in a program that is built with CUDA")]
+    NoNccl,
     /// More workers than GPUs.
     #[error("worker {local_rank} of this node has no GPU: there are {devices}")]
     NoDevice {
@@ -155,7 +158,7 @@ impl Explain for TorchError {
     fn kind(&self) -> Kind {
         match self {
             Self::Peer { .. } | Self::Address { .. } => Kind::Unavailable,
-            Self::OutOfMemory { .. } | Self::NoDevice { .. } | Self::Device(_) => Kind::Config,
+            Self::OutOfMemory { .. } | Self::NoNccl | Self::NoDevice { .. } | Self::Device(_) => Kind::Config,
             Self::Refused { .. }
             | Self::NotContiguous { .. }
             | Self::Length { .. }
@@ -171,6 +174,7 @@ impl Explain for TorchError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::OutOfMemory { .. } => Some("lower train.max_micro_batch".into()),
+            Self::NoNccl => Some("run scripts/setup --cuda and build again".into()),
             Self::NoDevice { .. } => Some("start at most one worker a GPU (--nproc-per-node)".into()),
             Self::Address { .. } => Some("the address must belong to this machine or be reachable from it".into()),
             _ => None,

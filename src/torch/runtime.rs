@@ -34,8 +34,7 @@ pub fn set_interop_threads(count: u32) -> Result<()> {
     check(doing, unsafe { ffi::trn_set_interop_threads(count) })
 }
 
-/// Makes operations give the same bits each time, or fail where no such implementation exists. Call it at the start of
-/// the process: cuBLAS looks once.
+/// Makes operations give the same bits each time, or fail where no such implementation exists.
 pub fn set_deterministic(on: bool) -> Result<()> {
     // SAFETY: takes a flag.
     check("set determinism", unsafe { ffi::trn_set_deterministic(on.into()) })

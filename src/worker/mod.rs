@@ -87,7 +87,8 @@ struct Worker {
 fn inherited(fd: i32) -> Result<SharedImage> {
     let path = format!("/proc/self/fd/{fd}");
     let file = File::options().read(true).write(true).open(&path);
-    let file = file.map_err(|error| Error::from_source(Kind::Bug, error).context(format!("open shared memory {path}")))?;
+    let file =
+        file.map_err(|error| Error::from_source(Kind::Bug, error).context(format!("open shared memory {path}")))?;
     Ok(SharedImage::inherited(file.into()))
 }
 
@@ -206,12 +207,18 @@ impl Worker {
                 break;
             }
             let step = self.done.next();
-            faults::check("worker.step", At { rank: Some(self.rank.get()), step: Some(step.get()) }).map_err(injected)?;
+            faults::check("worker.step", At { rank: Some(self.rank.get()), step: Some(step.get()) })
+                .map_err(injected)?;
 
             let (loss, data) = self.forward_backward(step)?;
             // The last moment at which the state of step `done` still stands.
             let stall = self.finish_capture()?;
-            let lr = schedule::learning_rate(&self.config.train.schedule, self.config.train.optimizer.lr, step, self.config.train.steps);
+            let lr = schedule::learning_rate(
+                &self.config.train.schedule,
+                self.config.train.optimizer.lr,
+                step,
+                self.config.train.steps,
+            );
             let norm = self.optimizer.step(step, lr)?;
             self.optimizer.zero_grad()?;
 

@@ -67,7 +67,10 @@ impl Optimizer {
             let norm = torch::grad_norm(&self.gradients)?;
             // The kernel divides gradients by the scale: max(1, norm / limit) clips without a pass of its own.
             let scale = if self.config.grad_clip > 0.0 {
-                Some(torch::tch_result("clip", norm.f_div_scalar(self.config.grad_clip).and_then(|s| s.f_clamp_min(1.0)))?)
+                Some(torch::tch_result(
+                    "clip",
+                    norm.f_div_scalar(self.config.grad_clip).and_then(|s| s.f_clamp_min(1.0)),
+                )?)
             } else {
                 None
             };

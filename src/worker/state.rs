@@ -9,9 +9,9 @@ use bytes::Bytes;
 use tch::{Kind, Tensor};
 
 use crate::{
+    checkpoint::header,
     error::{Context, Error, Kind as ErrorKind, Result},
     model::Model,
-    checkpoint::header,
     snapshot::plan::{Dtype, ShardKind, TensorSpec},
     torch,
 };
@@ -30,7 +30,9 @@ impl State {
         let weights = model.parameters().len();
         let mut specs = Vec::with_capacity(3 * weights);
         let mut tensors = Vec::with_capacity(3 * weights);
-        for (prefix, kind) in [("", ShardKind::Model), ("exp_avg.", ShardKind::Optimizer), ("exp_avg_sq.", ShardKind::Optimizer)] {
+        for (prefix, kind) in
+            [("", ShardKind::Model), ("exp_avg.", ShardKind::Optimizer), ("exp_avg_sq.", ShardKind::Optimizer)]
+        {
             for (name, tensor) in model.parameters() {
                 let shape = tensor.size().into_iter().map(|extent| u64::try_from(extent).unwrap_or(0)).collect();
                 specs.push(TensorSpec { name: format!("{prefix}{name}"), dtype: Dtype::F32, shape, kind });
@@ -72,7 +74,8 @@ impl State {
     /// model does not have are passed over; otherwise every tensor must be there with its very shape and type, and no other.
     pub fn load(&mut self, files: &[Bytes], weights_only: bool) -> Result<()> {
         let wanted = if weights_only { self.weights } else { self.specs.len() };
-        let index: HashMap<&str, usize> = self.specs[..wanted].iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect();
+        let index: HashMap<&str, usize> =
+            self.specs[..wanted].iter().enumerate().map(|(i, s)| (s.name.as_str(), i)).collect();
         let mut loaded = vec![false; wanted];
         for file in files {
             for entry in header::read(file)? {
@@ -80,7 +83,10 @@ impl State {
                     if weights_only {
                         continue;
                     }
-                    return Err(mismatch(format!("checkpoint holds tensor {}, which the model does not have", entry.name)));
+                    return Err(mismatch(format!(
+                        "checkpoint holds tensor {}, which the model does not have",
+                        entry.name
+                    )));
                 };
                 let spec = &self.specs[i];
                 if entry.shape != spec.shape || (entry.dtype != spec.dtype && !weights_only) {
@@ -106,8 +112,9 @@ impl State {
 }
 
 fn mismatch(message: String) -> Error {
-    Error::new(ErrorKind::Config, message)
-        .with_hint("the model's configuration and the files do not belong together: check model.config and model.init_from")
+    Error::new(ErrorKind::Config, message).with_hint(
+        "the model's configuration and the files do not belong together: check model.config and model.init_from",
+    )
 }
 
 fn load_tensor(tensor: &Tensor, bytes: &[u8], dtype: Dtype) -> Result<(), torch::TorchError> {

@@ -91,6 +91,8 @@ impl Trainer {
         }
         // A test machine may be a cloud machine: its metadata service is nobody's business here.
         command.env("AWS_EC2_METADATA_DISABLED", "true").env("NO_COLOR", "1").env(MARK, &mark);
+        // What it would keep in the user's cache belongs to this test.
+        command.env("XDG_CACHE_HOME", dir.join("cache"));
         Self { command, json: false, mark, shown: arguments.join(" ") }
     }
     /// Adds arguments.

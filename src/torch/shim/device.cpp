@@ -2,6 +2,8 @@
 #include "shim.h"
 
 #ifdef TRAINER_CUDA
+#include <memory>
+
 #include <ATen/cuda/CUDAEvent.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>

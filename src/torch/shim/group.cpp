@@ -2,13 +2,10 @@
 #include "shim.h"
 
 #include <chrono>
-#include <cstdlib>
 #include <memory>
-#include <mutex>
 #include <optional>
 
 #include <ATen/ATen.h>
-#include <c10/util/Logging.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -79,7 +76,6 @@ c10::intrusive_ptr<c10d::Backend> make_nccl(
     milliseconds timeout,
     at::Device device) {
 #ifdef USE_C10D_NCCL
-  TORCH_CHECK(device.is_cuda(), "NCCL needs a CUDA device");
   c10::cuda::CUDAGuard guard(device);
   auto options = c10d::ProcessGroupNCCL::Options::create();
   options->timeout = timeout;
@@ -88,16 +84,6 @@ c10::intrusive_ptr<c10d::Backend> make_nccl(
   (void)store, (void)rank, (void)size, (void)timeout, (void)device;
   TORCH_CHECK(false, "built without CUDA, so without NCCL");
 #endif
-}
-
-// c10d logs each failed attempt to connect with a backtrace, beside the error that it throws. The error says it all.
-void quiet() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    if (std::getenv("TORCH_CPP_LOG_LEVEL") == nullptr) {
-      FLAGS_caffe2_log_level = c10::GLOG_FATAL;
-    }
-  });
 }
 
 // Backends send raw memory.
@@ -115,7 +101,6 @@ extern "C" {
 // Takes the listening socket over.
 int32_t trn_store_serve(const char* host, uint16_t port, int32_t listener, int64_t timeout_ms, Store** out) {
   return guarded(Touches::kNetwork, [&] {
-    quiet();
     c10d::TCPStoreOptions options;
     options.isServer = true;
     options.port = port;
@@ -128,7 +113,6 @@ int32_t trn_store_serve(const char* host, uint16_t port, int32_t listener, int64
 
 int32_t trn_store_connect(const char* host, uint16_t port, int64_t timeout_ms, Store** out) {
   return guarded(Touches::kNetwork, [&] {
-    quiet();
     c10d::TCPStoreOptions options;
     options.port = port;
     options.waitWorkers = false;
@@ -152,7 +136,7 @@ int32_t trn_group_new(
     int64_t timeout_ms,
     int32_t device_index,
     Group** out) {
-  return guarded(Touches::kNetwork, [&] {
+  return guarded(Touches::kOnlyNetwork, [&] {
     const auto device = device_of(device_index);
     const milliseconds timeout(timeout_ms);
     c10::intrusive_ptr<c10d::Store> scoped = c10::make_intrusive<c10d::PrefixStore>(prefix, store->store);

@@ -1,7 +1,6 @@
 // Optimizer, norms, random numbers, settings, and raw bytes of tensors.
 #include "shim.h"
 
-#include <cstdlib>
 #include <mutex>
 
 #include <ATen/ATen.h>
@@ -57,7 +56,7 @@ using namespace trainer;
 extern "C" {
 
 const char* trn_last_error() {
-  return last_error.c_str();
+  return defaults_are_set() ? last_error.c_str() : "";
 }
 
 int32_t trn_tensor_facts(const at::Tensor* tensor, TensorFacts* out) {
@@ -195,12 +194,6 @@ int32_t trn_set_deterministic(int32_t on) {
     context.setBenchmarkCuDNN(false);
     // Would fill every fresh tensor with NaN: a pass over memory that finds bugs and changes no right result.
     context.setDeterministicFillUninitializedMemory(false);
-#ifdef TRAINER_CUDA
-    if (on != 0) {
-      // cuBLAS is deterministic only with a workspace of fixed size, and reads this when it is first used.
-      setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
-    }
-#endif
   });
 }
 

@@ -27,10 +27,20 @@ enum Status : int32_t {
   kMemory = 3,
 };
 
-// Whether a plain std::exception can only come from the network: Gloo throws those, LibTorch itself throws c10::Error.
-enum class Touches { kLocal, kNetwork };
+// What an exception without a class of its own means.
+enum class Touches {
+  // A fault of the caller.
+  kLocal,
+  // A c10::Error is a fault of the caller; a plain std::exception comes from Gloo, so from the network.
+  kNetwork,
+  // The network, whatever was thrown: forming a group wraps what Gloo says in a c10::Error.
+  kOnlyNetwork,
+};
 
 void remember(const char* message) noexcept;
+
+// See defaults.cpp.
+bool defaults_are_set() noexcept;
 
 template <class Body>
 int32_t guarded(Touches touches, Body&& body) noexcept {
@@ -45,13 +55,13 @@ int32_t guarded(Touches touches, Body&& body) noexcept {
     return kPeer;
   } catch (const c10::Error& error) {
     remember(error.what_without_backtrace());
-    return kFailed;
+    return touches == Touches::kOnlyNetwork ? kPeer : kFailed;
   } catch (const std::bad_alloc& error) {
     remember(error.what());
     return kMemory;
   } catch (const std::exception& error) {
     remember(error.what());
-    return touches == Touches::kNetwork ? kPeer : kFailed;
+    return touches == Touches::kLocal ? kFailed : kPeer;
   } catch (...) {
     remember("an exception of unknown type");
     return kFailed;

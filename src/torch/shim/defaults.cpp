@@ -1,0 +1,33 @@
+// Defaults of LibTorch that can only be set by its environment variables. A variable that is set wins.
+//
+// They are set before main, while there is one thread: setenv beside a reader in another thread is a crash.
+#include "shim.h"
+
+#include <cstdlib>
+
+#include <c10/util/Logging.h>
+
+namespace trainer {
+namespace {
+
+const bool defaults_set = [] {
+  const auto set = [](const char* name, const char* value) { setenv(name, value, /*overwrite=*/0); };
+  // c10d logs each failed attempt to connect with a backtrace, beside the error that it throws. The error says it all.
+  set("TORCH_CPP_LOG_LEVEL", "FATAL");
+  c10::initLogging();
+  // The flight recorder notes every collective for a reader that we do not have, and changes a map of the whole process
+  // without its lock (2.11.0): two groups on two threads crash.
+  set("TORCH_FR_BUFFER_SIZE", "0");
+  // cuBLAS is deterministic only with a workspace of fixed size.
+  set("CUBLAS_WORKSPACE_CONFIG", ":4096:8");
+  return true;
+}();
+
+} // namespace
+
+// Named by trn_last_error, so that the linker keeps this file.
+bool defaults_are_set() noexcept {
+  return defaults_set;
+}
+
+} // namespace trainer

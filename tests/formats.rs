@@ -1,0 +1,287 @@
+//! Stored formats: what released versions have written is read for ever; what strangers have written is an error.
+//!
+//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it. They are never changed: a new version gets a
+//! folder of its own. `fixtures/formats/hostile/` holds objects that each once looked dangerous. Both are read by the very
+//! functions that read the store.
+
+use std::{fs, path::PathBuf};
+
+use proptest::prelude::*;
+use trainer::{
+    checkpoint::{
+        header::{self, Dtype},
+        manifest::{Manifest, TrainerState},
+        save::Receipt,
+    },
+    data::shards::Index,
+    ids::{Generation, Rank, Step, WorldSize},
+    journal::Entry,
+    protocol::{self, Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
+    rendezvous::heartbeat::Heartbeat,
+};
+
+use crate::support::{memory, samples};
+
+fn folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/formats").join(name)
+}
+
+fn safetensors() -> Vec<u8> {
+    let tensors: [(&str, Dtype, &[u64]); 3] = [
+        ("position_ids", Dtype::I64, &[2]),
+        ("model.norm.weight", Dtype::F32, &[3]),
+        ("model.scale", Dtype::BF16, &[1, 1]),
+    ];
+    let mut file = header::write(tensors).expect("short");
+    file.extend((0..30).map(|byte: u8| byte.wrapping_mul(7)));
+    file
+}
+
+fn message(message: &impl serde::Serialize) -> Vec<u8> {
+    let mut wire = Vec::new();
+    protocol::write_message(&mut wire, message, &mut Vec::new()).expect("short");
+    wire
+}
+
+fn messages() -> [Vec<u8>; 6] {
+    let assignment = Assignment {
+        rank: Rank(1),
+        local_rank: Rank(1),
+        world_size: WorldSize(2),
+        generation: Generation(3),
+        config: samples::config(),
+        data_dir: "/data".into(),
+        resume_step: Step(9),
+    };
+    let report =
+        StepReport { step: Step(3), loss: f64::NAN, grad_norm: 1.0, lr: 1e-3, step_s: 0.5, stall_s: 0.0, data_s: 0.0 };
+    let saves = vec![SaveOrder { step: Step(4), slot: 1 }];
+    [
+        message(&ToWorker::Start(Box::new(assignment))),
+        message(&ToWorker::Restore { files: vec![(0, 10), (65_536, 7)], weights_only: false }),
+        message(&ToWorker::Thaw { saves, stop_after: Some(Step(5)) }),
+        message(&FromWorker::Step(report)),
+        message(&FromWorker::Captured { step: Step(3), slot: 0, copy_s: 0.25 }),
+        message(&FromWorker::Failed { message: "no GPU".into(), hint: None, permanent: true }),
+    ]
+}
+
+/// Every kind of stored object, by the name of its fixture, as this version writes it.
+fn written() -> Vec<(String, Vec<u8>)> {
+    let json = |value: &dyn erased::Json| value.pretty();
+    let mut all: Vec<(String, Vec<u8>)> = samples::records()
+        .into_iter()
+        .map(|record| (format!("journal-{}.json", record.kind()), samples::entry(record).encode().expect("short")))
+        .collect();
+    all.push(("manifest.json".into(), samples::manifest().to_bytes().expect("plain")));
+    all.push(("trainer_state.json".into(), samples::trainer_state().to_bytes().expect("plain")));
+    all.push(("receipt.json".into(), json(&samples::receipt())));
+    all.push(("heartbeat.json".into(), json(&samples::heartbeat())));
+    all.push(("index.json".into(), samples::index().to_bytes()));
+    all.push(("weights.safetensors".into(), safetensors()));
+    all
+}
+
+mod erased {
+    pub trait Json {
+        fn pretty(&self) -> Vec<u8>;
+    }
+    impl<T: serde::Serialize> Json for T {
+        fn pretty(&self) -> Vec<u8> {
+            serde_json::to_vec_pretty(self).expect("plain")
+        }
+    }
+}
+
+/// Reads an object as its kind is read; what was read, or the error's text.
+fn read(name: &str, bytes: &[u8]) -> Result<String, String> {
+    fn shown<T: std::fmt::Debug, E: ToString>(result: Result<T, E>) -> Result<String, String> {
+        result.map(|value| format!("{value:?}")).map_err(|error| error.to_string())
+    }
+    match name.split(['.', '-']).next().unwrap_or_default() {
+        "journal" => shown(Entry::decode(bytes)),
+        "manifest" => shown(Manifest::parse(name, bytes)),
+        "trainer_state" => shown(TrainerState::parse(name, bytes)),
+        "receipt" => shown(Receipt::parse(name, bytes)),
+        "heartbeat" => shown(Heartbeat::parse(bytes)),
+        "index" => shown(Index::parse(bytes, name)),
+        "weights" => shown(header::read(bytes)),
+        "toworker" => shown(protocol::read_message::<ToWorker>(&mut &bytes[..])),
+        "fromworker" => shown(protocol::read_message::<FromWorker>(&mut &bytes[..])),
+        other => panic!("no reader for {other}"),
+    }
+}
+
+/// With `TRAINER_WRITE_FIXTURES=1` it writes the fixtures that are missing; it changes none.
+#[test]
+fn what_version_1_has_written_is_read_to_the_same_value() {
+    let write = std::env::var_os("TRAINER_WRITE_FIXTURES").is_some();
+    for (name, now) in written() {
+        let path = folder("v1").join(&name);
+        if write && !path.exists() {
+            fs::create_dir_all(folder("v1")).expect("a folder");
+            fs::write(&path, &now).expect("written");
+        }
+        let then = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let (then, now) = (read(&name, &then), read(&name, &now));
+        assert!(then.is_ok(), "{name}: {then:?}");
+        assert_eq!(then, now, "{name}");
+    }
+    let fixtures = fs::read_dir(folder("v1")).expect("fixtures").count();
+    assert_eq!(fixtures, written().len(), "a fixture that nobody reads");
+}
+
+#[test]
+fn a_format_from_the_future_is_told_from_damage() {
+    for (name, bytes) in written() {
+        let Ok(text) = String::from_utf8(bytes) else { continue };
+        let newer = text.replacen("\"format\": 1", "\"format\": 2", 1).replacen("\"format\":1", "\"format\":2", 1);
+        let error = read(&name, newer.as_bytes()).unwrap_err();
+        assert!(error.contains("format 2"), "{name}: {error}");
+    }
+}
+
+#[test]
+fn hostile_files_are_errors() {
+    let mut count = 0;
+    for file in fs::read_dir(folder("hostile")).expect("fixtures") {
+        let path = file.expect("a file").path();
+        let name = path.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+        let bytes = fs::read(&path).expect("readable");
+        let (result, peak) = memory::peak(|| read(&name, &bytes));
+        let error = result.unwrap_err();
+        assert!(peak <= allowed(bytes.len()), "{name}: {peak} bytes for {}", bytes.len());
+        // The reader of these is given a name; of the others the caller adds it.
+        if ["manifest", "trainer_state", "receipt", "index"].iter().any(|kind| name.starts_with(kind)) {
+            assert!(error.contains(&name), "{name} is not named: {error}");
+        }
+        count += 1;
+    }
+    assert!(count >= 12, "{count} hostile files");
+}
+
+/// What a reader may take for an object of so many bytes: a JSON array of arrays is some 40 times as long in memory as in
+/// text, and a growing vector holds its old self while it moves.
+fn allowed(bytes: usize) -> usize {
+    (64 << 10) + 150 * bytes
+}
+
+fn kinds() -> Vec<(String, Vec<u8>)> {
+    let messages = messages().into_iter().enumerate();
+    let messages = messages.map(|(i, bytes)| (format!("{}-{i}", if i < 3 { "toworker" } else { "fromworker" }), bytes));
+    written().into_iter().chain(messages).collect()
+}
+
+/// A change to some bytes: hostile numbers, holes, repetitions, nesting.
+#[derive(Clone, Debug)]
+enum Change {
+    Flip(prop::sample::Index, u8),
+    Cut(prop::sample::Index),
+    Drop(prop::sample::Index, usize),
+    Put(prop::sample::Index, &'static str),
+    Digits(prop::sample::Index, &'static str),
+    Repeat(prop::sample::Index, usize, u8),
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    let index = any::<prop::sample::Index>;
+    let text = prop::sample::select(vec![
+        "[",
+        "{",
+        "\"",
+        "null",
+        "[[[[[[[[",
+        "\\u0000",
+        "../",
+        "-1",
+        "1e999",
+        "18446744073709551616",
+        "é",
+        ",",
+        "}",
+    ]);
+    let number = prop::sample::select(vec!["0", "1", "255", "4294967295", "18446744073709551615", "-9", "0.5"]);
+    prop_oneof![
+        (index(), any::<u8>()).prop_map(|(at, byte)| Change::Flip(at, byte)),
+        index().prop_map(Change::Cut),
+        (index(), 1_usize..40).prop_map(|(at, len)| Change::Drop(at, len)),
+        (index(), text).prop_map(|(at, text)| Change::Put(at, text)),
+        (index(), number).prop_map(|(at, number)| Change::Digits(at, number)),
+        (index(), 1_usize..30, 2_u8..200).prop_map(|(at, len, times)| Change::Repeat(at, len, times)),
+    ]
+}
+
+fn apply(bytes: &mut Vec<u8>, change: &Change) {
+    if bytes.is_empty() {
+        return;
+    }
+    let end = |at: usize, len: usize, bytes: &[u8]| (at + len).min(bytes.len());
+    match change {
+        Change::Flip(at, byte) => {
+            let at = at.index(bytes.len());
+            bytes[at] ^= byte;
+        }
+        Change::Cut(at) => bytes.truncate(at.index(bytes.len())),
+        Change::Drop(at, len) => {
+            let at = at.index(bytes.len());
+            bytes.drain(at..end(at, *len, bytes));
+        }
+        Change::Put(at, text) => {
+            let at = at.index(bytes.len());
+            bytes.splice(at..at, text.bytes());
+        }
+        Change::Digits(at, number) => {
+            // The next run of digits becomes this number.
+            let from = at.index(bytes.len());
+            let Some(start) = bytes[from..].iter().position(u8::is_ascii_digit).map(|i| from + i) else { return };
+            let len = bytes[start..].iter().take_while(|b| b.is_ascii_digit()).count();
+            bytes.splice(start..start + len, number.bytes());
+        }
+        Change::Repeat(at, len, times) => {
+            let at = at.index(bytes.len());
+            let piece = bytes[at..end(at, *len, bytes)].repeat(usize::from(*times));
+            bytes.splice(at..at, piece);
+        }
+    }
+}
+
+/// Reads as every kind: a reader can't choose what it is given.
+fn read_harmlessly(name: &str, bytes: &[u8]) -> Result<(), TestCaseError> {
+    let (_, peak) = memory::peak(|| read(name, bytes));
+    prop_assert!(peak <= allowed(bytes.len()), "{}: {} bytes for {}", name, peak, bytes.len());
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(400) })]
+
+    #[test]
+    fn any_bytes_are_read_without_a_panic_or_a_huge_allocation(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        for (name, _) in kinds() {
+            read_harmlessly(&name, &bytes)?;
+        }
+    }
+
+    #[test]
+    fn altered_objects_are_read_without_a_panic_or_a_huge_allocation(
+        changes in prop::collection::vec(change(), 1..6)
+    ) {
+        for (name, mut bytes) in kinds() {
+            for change in &changes {
+                apply(&mut bytes, change);
+            }
+            read_harmlessly(&name, &bytes)?;
+            // Behind a length that fits, a message's body is looked at, too.
+            if name.contains("worker-") && bytes.len() > 4 {
+                let len = u32::try_from(bytes.len() - 4).expect("short");
+                bytes[..4].copy_from_slice(&len.to_le_bytes());
+                read_harmlessly(&name, &bytes)?;
+            }
+            if name.starts_with("weights") && bytes.len() > 8 {
+                let len = bytes.len() as u64 - 8 - bytes.len() as u64 / 9;
+                bytes[..8].copy_from_slice(&len.to_le_bytes());
+                read_harmlessly(&name, &bytes)?;
+            }
+        }
+    }
+}

@@ -1,0 +1,390 @@
+//! Random lives of a run against a model of a few lines: agents that boot, save, are killed between any two steps of a save,
+//! wake up after others have taken over, turn back; objects that are damaged; checkpoints that are pruned.
+//!
+//! Journal, saves, discovery and pruning are the real code on a real store; [`Model`] is what a person would say must come
+//! of it. A failure prints the shortest sequence that shows it. `PROPTEST_RNG_SEED=<number>` repeats a run.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use proptest::{prelude::*, strategy::ValueTree};
+use trainer::{
+    checkpoint::{
+        CheckpointError, catalog,
+        header::{self, Dtype},
+        manifest::{FileKind, TrainerState},
+        prune::{apply_prune, plan_prune},
+        restore,
+        save::{Save, Upload, put_manifest, put_shards},
+    },
+    config::Keep,
+    ids::{AttemptId, Generation, NodeId, Step, WorldSize},
+    journal::{Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, SaveCost},
+    layout,
+    storage::Store,
+};
+
+use crate::support::samples;
+
+/// (step, generation).
+type Point = (u64, u64);
+
+const AGENTS: usize = 3;
+
+/// Where a save is cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Cut {
+    AfterAShard,
+    AfterShards,
+    AfterManifest,
+    Never,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Harm {
+    Flip,
+    Short,
+    Gone,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    /// An agent starts (again), and forms a generation on the newest checkpoint.
+    Boot {
+        who: usize,
+    },
+    /// The same with `--from`.
+    TurnBack {
+        who: usize,
+        to: prop::sample::Index,
+    },
+    /// An agent's next save, until it is killed; one that trains on unaware of others is not killed by them.
+    Save {
+        who: usize,
+        cut: Cut,
+    },
+    /// A save of the step before once more, by a new attempt.
+    SaveAgain {
+        who: usize,
+    },
+    /// Something happens to a checkpoint.
+    Damage {
+        which: prop::sample::Index,
+        file: prop::sample::Index,
+        harm: Harm,
+    },
+    Prune {
+        last: u32,
+    },
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let cut =
+        prop::sample::select(vec![Cut::AfterAShard, Cut::AfterShards, Cut::AfterManifest, Cut::Never, Cut::Never]);
+    let harm = prop::sample::select(vec![Harm::Flip, Harm::Short, Harm::Gone]);
+    let index = any::<prop::sample::Index>;
+    prop_oneof![
+        3 => (0..AGENTS).prop_map(|who| Op::Boot { who }),
+        1 => (0..AGENTS, index()).prop_map(|(who, to)| Op::TurnBack { who, to }),
+        6 => (0..AGENTS, cut).prop_map(|(who, cut)| Op::Save { who, cut }),
+        1 => (0..AGENTS).prop_map(|who| Op::SaveAgain { who }),
+        1 => (index(), index(), harm).prop_map(|(which, file, harm)| Op::Damage { which, file, harm }),
+        1 => (1_u32..4).prop_map(|last| Op::Prune { last }),
+    ]
+}
+
+/// What must come of it. A checkpoint grows from the one before it; the run is the newest one that is good, and what that
+/// grew from; whoever formed last may add to it.
+#[derive(Default)]
+struct Model {
+    grew_from: BTreeMap<Point, Option<Point>>,
+    bad: BTreeSet<Point>,
+    head: Option<Point>,
+    generation: u64,
+    holder: usize,
+}
+
+impl Model {
+    fn newest_good(&self) -> Option<Point> {
+        std::iter::successors(self.head, |point| self.grew_from[point]).find(|point| !self.bad.contains(point))
+    }
+    fn forms(&mut self, who: usize, from: Option<Point>) {
+        (self.generation, self.holder, self.head) = (self.generation + 1, who, from);
+    }
+    fn commits(&mut self, who: usize, point: Point) -> bool {
+        let may = self.holder == who && self.generation == point.1;
+        if may {
+            self.grew_from.insert(point, self.head);
+            self.head = Some(point);
+        }
+        may
+    }
+}
+
+struct Agent {
+    journal: Journal,
+    generation: u64,
+    step: u64,
+    /// The last save that it has begun.
+    last: Option<Save>,
+}
+
+/// The state after a step: bytes that nothing else has.
+fn save_of(node: &NodeId, (step, generation): Point) -> Save {
+    let file = |kind: u8| {
+        let mut bytes = header::write([("weight", Dtype::I64, &[4_u64][..])]).expect("short");
+        for value in [step, generation, u64::from(kind), step.wrapping_mul(0x9e37_79b9)] {
+            bytes.extend(value.to_le_bytes());
+        }
+        Bytes::from(bytes)
+    };
+    let upload = |name: &str, kind, body| Upload { name: name.to_owned(), kind, body };
+    let sequences = std::num::NonZeroU64::new(1000).expect("not zero");
+    let state = TrainerState::at(Step(step), &samples::config(), sequences).expect("small");
+    Save {
+        attempt: AttemptId::random(),
+        run_id: samples::run_id(),
+        step: Step(step),
+        generation: Generation(generation),
+        node: node.clone(),
+        world_size: WorldSize(1),
+        uploads: vec![
+            upload("model-00001-of-00001.safetensors", FileKind::Model, file(1)),
+            upload("optimizer-00001-of-00001.safetensors", FileKind::Optimizer, file(2)),
+        ],
+        small: vec![(layout::TRAINER_STATE.to_owned(), state.to_bytes().expect("plain").into())],
+    }
+}
+
+fn point_of(point: &ResumePoint) -> Point {
+    (point.step.get(), point.generation.get())
+}
+
+/// Does a save up to `cut`; `Ok(true)`: it is committed.
+async fn carry_out(store: &Store, journal: &mut Journal, save: &Save, cut: Cut) -> Result<bool, JournalError> {
+    if cut == Cut::AfterAShard {
+        let shard = &save.uploads[0];
+        let key = format!("{}/{}", save.folder(), shard.name);
+        store.upload(&key, shard.body.clone(), |_| {}).await?;
+        return Ok(false);
+    }
+    let receipt = put_shards(store, save, |_| {}).await.expect("nobody else writes here");
+    if cut == Cut::AfterShards {
+        return Ok(false);
+    }
+    let shards = save.uploads.iter().map(|upload| upload.name.clone());
+    let expected: Vec<String> = shards.chain(save.small.iter().map(|(name, _)| name.clone())).collect();
+    let manifest = put_manifest(store, save, &[receipt], &expected).await.expect("nobody else writes here");
+    if cut == Cut::AfterManifest {
+        return Ok(false);
+    }
+    let committed = Committed {
+        step: save.step,
+        generation: save.generation,
+        manifest: manifest.key,
+        manifest_crc64: manifest.crc64,
+        bytes: manifest.bytes,
+        loss: 1.0,
+        validation_loss: None,
+        cost: SaveCost::default(),
+    };
+    journal.append(Record::Committed(committed)).await.map(|_| true)
+}
+
+/// Finds the newest checkpoint that is whole to the last byte, as an agent does: what loading it shows to be damaged is
+/// written down, and it looks again.
+async fn discover(store: &Store, journal: &mut Journal) -> Option<Point> {
+    loop {
+        let candidates: Vec<Committed> = journal.state().candidates().iter().map(|c| c.committed.clone()).collect();
+        let (committed, manifest) = catalog::newest_usable(store, &candidates, None).await.expect("a store").found?;
+        let files = restore::tensor_files(&manifest);
+        let pieces = restore::plan_pieces(&files, 1 << 20).expect("small").pieces;
+        let buffers = pieces.iter().map(|piece| (*piece, vec![0; piece.len as usize])).collect();
+        let (step, generation) = (committed.step, committed.generation);
+        match restore::fetch(store, &manifest.folder(), &files, buffers, |_| {}).await {
+            Ok(()) => return Some((step.get(), generation.get())),
+            Err(CheckpointError::Damaged { reason, .. }) => {
+                journal.append(Record::Damaged { step, generation, reason }).await.expect("not fenced, just read");
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+async fn boot(store: &Store, from: Option<Point>) -> Result<(Agent, Option<Point>), String> {
+    let node = NodeId::random();
+    let mut journal = Journal::open(store.clone(), node.clone(), samples::run_id()).await.expect("a journal");
+    let found = match from {
+        Some(from) => Some(from),
+        None => discover(store, &mut journal).await,
+    };
+    let resume = found.map(|(step, generation)| ResumePoint { step: Step(step), generation: Generation(generation) });
+    let roster = vec![RosterEntry { node, workers: 1 }];
+    let (world_size, overrides, reason) = (WorldSize(1), Vec::new(), FormedReason::Started);
+    let formed = Formed { roster, world_size, resume, overrides, reason };
+    let generation = journal.form(formed).await.map_err(|error| error.to_string())?.get();
+    Ok((Agent { journal, generation, step: found.map_or(0, |point| point.0), last: None }, found))
+}
+
+async fn live(store: &Store, script: &[Op]) {
+    Journal::create(store.clone(), NodeId::random(), samples::run_id(), samples::config()).await.expect("a new run");
+    let mut model = Model::default();
+    let mut agents: [Option<Agent>; AGENTS] = [const { None }; AGENTS];
+    for (number, op) in script.iter().enumerate() {
+        match op {
+            Op::Boot { who } => {
+                let expected = model.newest_good();
+                match boot(store, None).await {
+                    Ok((agent, found)) => {
+                        assert_eq!(found, expected, "op {number}: {op:?}");
+                        agents[*who] = Some(agent);
+                        model.forms(*who, expected);
+                    }
+                    // No run starts over because nothing of it is good any more.
+                    Err(error) => {
+                        assert!(expected.is_none() && !model.grew_from.is_empty(), "op {number}: {op:?}: {error}");
+                    }
+                }
+            }
+            Op::TurnBack { who, to } => {
+                let good: Vec<Point> =
+                    model.grew_from.keys().filter(|point| !model.bad.contains(point)).copied().collect();
+                if good.is_empty() {
+                    continue;
+                }
+                let to = *to.get(&good);
+                let (agent, _) =
+                    boot(store, Some(to)).await.unwrap_or_else(|error| panic!("op {number}: {op:?}: {error}"));
+                agents[*who] = Some(agent);
+                model.forms(*who, Some(to));
+            }
+            Op::Save { who, .. } | Op::SaveAgain { who } => {
+                let Some(agent) = &mut agents[*who] else { continue };
+                // Nobody saves again what somebody has damaged or pruned since: its record stands.
+                let last =
+                    agent.last.take().filter(|last| !model.bad.contains(&(last.step.get(), last.generation.get())));
+                let (save, cut) = match (op, last) {
+                    (Op::SaveAgain { .. }, Some(last)) => (Save { attempt: AttemptId::random(), ..last }, Cut::Never),
+                    (Op::SaveAgain { .. }, None) => continue,
+                    (Op::Save { cut, .. }, _) => {
+                        agent.step += 1;
+                        (save_of(agent.journal.node(), (agent.step, agent.generation)), *cut)
+                    }
+                    _ => continue,
+                };
+                let point = (save.step.get(), save.generation.get());
+                let stands = model.grew_from.contains_key(&point);
+                let saved = carry_out(store, &mut agent.journal, &save, cut).await;
+                agent.last = Some(save);
+                match saved {
+                    Ok(false) => {}
+                    Ok(true) => {
+                        assert!(stands || model.commits(*who, point), "op {number}: {op:?}: {point:?} was committed")
+                    }
+                    Err(JournalError::Fenced { .. }) => {
+                        assert!(!stands && !model.commits(*who, point), "op {number}: {op:?}: {point:?} was fenced");
+                        agents[*who] = None;
+                    }
+                    Err(error) => panic!("op {number}: {op:?}: {error}"),
+                }
+            }
+            Op::Damage { which, file, harm } => {
+                let hurt: Vec<Point> = model.grew_from.keys().copied().collect();
+                if hurt.is_empty() {
+                    continue;
+                }
+                let point = *which.get(&hurt);
+                let folder = layout::checkpoint(Step(point.0), Generation(point.1));
+                let mut keys: Vec<String> =
+                    store.list(&folder).await.expect("a store").into_iter().map(|i| i.key).collect();
+                keys.retain(|key| key.ends_with(".safetensors") || key.ends_with(layout::MANIFEST));
+                keys.sort_unstable();
+                if keys.is_empty() {
+                    continue;
+                }
+                let key = file.get(&keys);
+                let mut bytes = store.get(key, 1 << 20).await.expect("listed").to_vec();
+                match harm {
+                    Harm::Gone => store.delete(key).await.expect("deleted"),
+                    Harm::Short => {
+                        bytes.pop();
+                        store.put(key, bytes.into()).await.expect("put");
+                    }
+                    Harm::Flip => {
+                        if let Some(last) = bytes.last_mut() {
+                            *last ^= 0x10;
+                        }
+                        store.put(key, bytes.into()).await.expect("put");
+                    }
+                }
+                model.bad.insert(point);
+            }
+            Op::Prune { last } => {
+                let mut journal =
+                    Journal::open(store.clone(), NodeId::random(), samples::run_id()).await.expect("a journal");
+                // Verified to the last byte: sizes alone would let a rotten one push out the good ones.
+                let verified = discover(store, &mut journal).await;
+                assert_eq!(verified, model.newest_good(), "op {number}: {op:?}");
+                let Some((step, generation)) = verified else { continue };
+                let verified = ResumePoint { step: Step(step), generation: Generation(generation) };
+                let own = |list: Vec<&trainer::journal::Checkpoint>| -> Vec<Committed> {
+                    list.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
+                };
+                let (line, good) = (own(journal.state().candidates()), own(journal.state().good()));
+                let live: Vec<_> =
+                    journal.state().formed().and_then(|formed| formed.resume.clone()).into_iter().collect();
+                let plan = plan_prune(&line, &good, Keep { last: *last, every: None }, &verified, &live);
+                let kept = line.len()
+                    - line
+                        .iter()
+                        .filter(|c| plan.contains(&ResumePoint { step: c.step, generation: c.generation }))
+                        .count();
+                assert!(kept >= line.len().min(*last as usize), "op {number}: {op:?} keeps {kept} of {}", line.len());
+                let journal = tokio::sync::Mutex::new(journal);
+                let journal = &journal;
+                let append = |point: ResumePoint| async move {
+                    let record = Record::Pruned { step: point.step, generation: point.generation };
+                    journal
+                        .lock()
+                        .await
+                        .append(record)
+                        .await
+                        .map(drop)
+                        .map_err(|e| CheckpointError::Internal(e.to_string()))
+                };
+                apply_prune(store, &plan, append).await.unwrap_or_else(|error| panic!("op {number}: {op:?}: {error}"));
+                model.bad.extend(plan.iter().map(point_of));
+            }
+        }
+        let state = trainer::journal::replay(store, &samples::run_id()).await.expect("the journal reads");
+        let committed: BTreeSet<Point> = state.checkpoints().iter().map(|c| point_of(&c.point())).collect();
+        assert_eq!(committed.len(), state.checkpoints().len(), "op {number}: {op:?}: something is committed twice");
+        assert_eq!(committed, model.grew_from.keys().copied().collect(), "op {number}: {op:?}");
+        assert_eq!(state.generation().get(), model.generation, "op {number}: {op:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(150) })]
+
+    #[test]
+    fn any_life_of_a_run_is_what_the_model_says(script in prop::collection::vec(op(), 1..40)) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let store = Store::open("memory://", &samples::storage()).expect("a store").folder("run");
+        runtime.block_on(live(&store, &script));
+    }
+}
+
+#[test]
+fn a_life_on_a_file_system_is_the_same() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    for _ in 0..4 {
+        let script = prop::collection::vec(op(), 20..30).new_tree(&mut runner).expect("a script").current();
+        let folder = tempfile::tempdir().expect("a folder");
+        let uri = format!("file://{}", folder.path().display());
+        let store = Store::open(&uri, &samples::storage()).expect("a store").folder("run");
+        println!("{script:?}");
+        runtime.block_on(live(&store, &script));
+    }
+}

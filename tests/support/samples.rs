@@ -1,0 +1,191 @@
+//! One value of everything that is stored, made by hand: what the fixtures of stored formats hold, and what the tests of
+//! the protocol are made from.
+//!
+//! A field that is added to a stored type gets here the value that reading an older object gives it: that is the promise
+//! that the fixtures hold.
+
+use std::time::Duration;
+
+use trainer::{
+    checkpoint::{
+        manifest::{FileEntry, FileKind, Manifest, RngRule, TrainerState},
+        save::Receipt,
+    },
+    config::*,
+    data::shards,
+    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
+    journal::{Committed, Entry, FormedReason, Record, ResumePoint, RosterEntry, SaveCost},
+    rendezvous::heartbeat::{Heartbeat, Process},
+    storage::Crc64,
+};
+
+pub fn run_id() -> RunId {
+    RunId::new("reports-2026q4").expect("valid")
+}
+
+pub fn node() -> NodeId {
+    NodeId::new("n0123456789ab").expect("valid")
+}
+
+fn attempt() -> AttemptId {
+    AttemptId::new("00112233445566778899aabbccddeeff").expect("valid")
+}
+
+pub fn config() -> RunConfig {
+    RunConfig {
+        store: "s3://bucket/runs".into(),
+        model: ModelConfig {
+            kind: ModelKind::Llama,
+            config: serde_json::json!({"hidden_size": 64, "rope_theta": 10000.0, "tie_word_embeddings": true}),
+            init_from: Some("s3://bucket/models/base".into()),
+        },
+        data: DataConfig {
+            train: "s3://bucket/data".into(),
+            sequence_length: 256,
+            validation_every: 50,
+            validation_sequences: 8,
+        },
+        train: TrainConfig {
+            steps: 2000,
+            global_batch: 32,
+            max_micro_batch: 8,
+            seed: 1234,
+            precision: Precision::Bf16,
+            threads: 2,
+            optimizer: OptimizerConfig { lr: 3e-4, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 },
+            schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
+        },
+        parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: Some(2), bucket_mib: 25 },
+        checkpoint: CheckpointConfig { every: Cadence::Steps(100), keep: Keep { last: 3, every: Some(1000) } },
+        notice: NoticeConfig { sources: vec!["auto".into()] },
+        on_complete: OnComplete { action: CompleteAction::Exit },
+        restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_millis(1500) },
+        storage: storage(),
+    }
+}
+
+pub fn storage() -> StorageConfig {
+    StorageConfig { concurrency: 8, part_mib: 16 }
+}
+
+/// One record of each kind, by its name.
+pub fn records() -> Vec<Record> {
+    let (step, generation) = (Step(1200), Generation(3));
+    vec![
+        Record::Created { run_id: run_id(), config: Box::new(config()) },
+        Record::Formed {
+            generation,
+            roster: vec![RosterEntry { node: node(), workers: 2 }],
+            world_size: WorldSize(2),
+            resume: Some(ResumePoint { step: Step(1100), generation: Generation(2) }),
+            overrides: vec![("train.steps".into(), "2500".into())],
+            reason: FormedReason::WorkerDied,
+        },
+        Record::Committed(Committed {
+            step,
+            generation,
+            manifest: "checkpoints/s00001200-g0003/manifest.json".into(),
+            manifest_crc64: "0123456789abcdef".into(),
+            bytes: 512_000_000,
+            loss: 2.25,
+            validation_loss: Some(f64::INFINITY),
+            cost: SaveCost { stall_s: 0.012, copy_s: 0.3, durable_s: 4.5 },
+        }),
+        Record::Notice { generation, source: "sigterm".into(), deadline_s: Some(120.0) },
+        Record::Interrupted {
+            generation,
+            step: Step(1234),
+            committed: Some(step),
+            lost_steps: 34,
+            verdict: "no time".into(),
+        },
+        Record::Damaged { step, generation, reason: "model-00001-of-00002.safetensors: it does not exist".into() },
+        Record::Completed { generation, step: Step(2000), loss: 1.5 },
+        Record::Failed { generation, step, reason: "loss is NaN".into() },
+        Record::Pruned { step: Step(100), generation: Generation(1) },
+    ]
+}
+
+pub fn entry(record: Record) -> Entry {
+    let at = "2026-11-20T08:30:00.123456789Z".parse().expect("a time");
+    Entry { format: 1, attempt: attempt(), at, node: node(), record }
+}
+
+fn files() -> Vec<FileEntry> {
+    let file =
+        |name: &str, kind, bytes| FileEntry { name: name.into(), kind, bytes, crc64: Crc64(0xfedc_ba98_7654_3210) };
+    vec![
+        file("config.json", FileKind::Meta, 700),
+        file("model-00001-of-00001.safetensors", FileKind::Model, 170_000_000),
+        file("optimizer-00001-of-00001.safetensors", FileKind::Optimizer, 340_000_000),
+        file("trainer_state.json", FileKind::Meta, 512),
+    ]
+}
+
+pub fn manifest() -> Manifest {
+    Manifest {
+        format: 1,
+        attempt: attempt(),
+        run_id: run_id(),
+        step: Step(1200),
+        generation: Generation(3),
+        world_size: WorldSize(2),
+        nodes: vec![node()],
+        files: files(),
+    }
+}
+
+pub fn receipt() -> Receipt {
+    Receipt {
+        format: 1,
+        attempt: attempt(),
+        run_id: run_id(),
+        step: Step(1200),
+        generation: Generation(3),
+        node: node(),
+        files: files(),
+    }
+}
+
+pub fn trainer_state() -> TrainerState {
+    TrainerState {
+        format: 1,
+        step: Step(1200),
+        samples: 38_400,
+        tokens: 9_830_400,
+        epoch: 3,
+        position: 8_400,
+        seed: 1234,
+        global_batch: 32,
+        sequence_length: 256,
+        total_steps: 2000,
+        lr: 3e-4,
+        schedule: config().train.schedule,
+        rng: RngRule::PerStep,
+    }
+}
+
+pub fn heartbeat() -> Heartbeat {
+    let process = Process {
+        boot_id: "3f2b7c1e-0000-4000-8000-000000000001".into(),
+        pid_namespace: "pid:[4026531836]".into(),
+        pid: 4242,
+        started: 987_654,
+    };
+    Heartbeat { format: 1, node: node(), counter: 17, process }
+}
+
+pub fn index() -> shards::Index {
+    let file = |file: &str, bytes| shards::FileEntry { file: file.into(), bytes, crc64: Crc64(0x0123_4567_89ab_cdef) };
+    let shard = |name: &str, tokens: u64| shards::ShardEntry { file: file(name, tokens * 2), tokens };
+    shards::Index {
+        format: 1,
+        dtype: shards::TokenType::U16,
+        vocab_size: 32_000,
+        eos_id: 2,
+        recipe: "00000000deadbeef".into(),
+        tokenizer: file("tokenizer.json", 1_800_000),
+        train: vec![shard("train-00000.bin", 1 << 20), shard("train-00001.bin", 77)],
+        validation: vec![shard("validation-00000.bin", 1 << 10)],
+    }
+}

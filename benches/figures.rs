@@ -71,10 +71,15 @@ impl Figures {
         let all: Vec<Save> = life
             .of("checkpoint")
             .filter_map(|heard| {
+                let step = heard.event["step"].as_u64()?;
+                // A checkpoint that is durable before the loop came to wait for its copy can't say how long that took;
+                // the next step can.
+                let waited = life.of("step").find(|next| next.event["step"].as_u64() == Some(step + 1));
+                let waited = waited.and_then(|next| number(&next.event, "stall_s")).unwrap_or(0.0);
                 Some(Save {
-                    step: heard.event["step"].as_u64()?,
+                    step,
                     bytes: number(&heard.event, "bytes")?,
-                    stall_s: number(&heard.event, "stall_s")?,
+                    stall_s: number(&heard.event, "stall_s")?.max(waited),
                     copy_s: number(&heard.event, "copy_s"),
                     durable_s: number(&heard.event, "durable_s")?,
                 })
@@ -165,7 +170,7 @@ const fn metric(name: &'static str, value: fn(&Figures) -> Option<f64>, digits: 
 
 /// All of them, in the order of the tables.
 pub const METRICS: [Metric; 16] = [
-    Metric { target: "≤ 1/10 of DCP's 500", ..metric("stall a checkpoint, ms", |f| f.stall_ms, 1) },
+    Metric { target: "≤ 1/10 of DCP's 500", ..metric("stall a checkpoint, ms", |f| f.stall_ms, 3) },
     metric("copy, ms", |f| f.copy_ms, 0),
     Metric { target: "≤ 5 %", ratio: false, ..metric("step-time inflation, %", |f| f.inflation_percent, 1) },
     metric("all that a checkpoint costs the loop, ms", |f| f.lost_ms, 0),

@@ -77,7 +77,7 @@ impl Contender {
     }
 }
 
-/// Runs one contender once. `look` may look at what it left before that is removed.
+/// Runs one contender once. `look` sees what it left after training, on disk.
 pub fn round(
     contender: Contender,
     task: &Task,
@@ -113,9 +113,10 @@ pub fn round(
     let trained = lab::observe(prepare(train)?, None).with_context(said)?;
     let cpu = server.as_ref().map(Server::cpu_s);
     let mut figures = Figures::of_training(&trained, task.tokens_per_step(), cpu);
+    // Before the restore, which takes the run back to an earlier step.
+    look(&trained, &folder)?;
     let restored = lab::observe(prepare(restore)?, Some("step")).with_context(said)?;
     figures.add_restore(&restored);
-    look(&trained, &folder)?;
     fs::remove_dir_all(&folder)?;
     Ok(figures)
 }

@@ -91,9 +91,10 @@ impl Life {
 
 /// Runs `command` until it ends, or kills it after the first event of kind `until`.
 pub fn observe(mut command: Command, until: Option<&str>) -> Result<Life> {
+    let program = command.get_program().to_string_lossy().into_owned();
     let begun = Instant::now();
     let mut child =
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().with_context(|| format!("start {command:?}"))?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().with_context(|| format!("start {program}"))?;
     let pid = child.id();
     let over = Arc::new(AtomicBool::new(false));
     let watcher = {
@@ -125,7 +126,7 @@ pub fn observe(mut command: Command, until: Option<&str>) -> Result<Life> {
     over.store(true, Ordering::Relaxed);
     let peak_memory_bytes = watcher.join().unwrap_or(0);
     if !killed && !status.success() {
-        bail!("{command:?} ended with {status}");
+        bail!("{program}: {status}");
     }
     Ok(Life { events, peak_memory_bytes })
 }

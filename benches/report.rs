@@ -97,8 +97,8 @@ pub fn ratios(ours: &Rounds, theirs: &[&Rounds]) -> String {
             })
             .collect();
         if cells.iter().any(|cell| cell != "–") {
-            // "stall a checkpoint, ms" without its unit.
-            let name = metric.name.rsplit_once(", ").map_or(metric.name, |(name, _)| name);
+            let name =
+                [", ms", ", s", ", MB"].iter().find_map(|unit| metric.name.strip_suffix(unit)).unwrap_or(metric.name);
             row(&mut out, std::iter::once(name.to_owned()).chain(cells));
         }
     }

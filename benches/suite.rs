@@ -26,7 +26,7 @@ const SAME_LOSS: f64 = 1e-4;
 
 /// `trainer` alone.
 pub fn own(settings: &Settings) -> Result<()> {
-    let bench = Bench::prepare(settings)?;
+    let bench = Bench::prepare(settings, 33)?;
     let results = bench.run(&OURS, None, |_, _| Ok(()))?;
     let markdown = bench.heading("trainer") + &report::table(&results, true);
     bench.conclude("trainer", &results, None, &markdown)
@@ -34,7 +34,7 @@ pub fn own(settings: &Settings) -> Result<()> {
 
 /// `trainer` and PyTorch, alternating.
 pub fn peers(settings: &Settings, python: &Path) -> Result<()> {
-    let bench = Bench::prepare(settings)?;
+    let bench = Bench::prepare(settings, 23)?;
     let dcp = |blocking, place| Contender { who: Who::Dcp { blocking }, place };
     let contenders = [
         OURS[0],
@@ -103,11 +103,12 @@ struct Bench {
 }
 
 impl Bench {
-    fn prepare(settings: &Settings) -> Result<Self> {
+    /// `steps`: of one training life in a full run.
+    fn prepare(settings: &Settings, steps: u64) -> Result<Self> {
         let scratch = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("benches");
         fs::create_dir_all(&scratch)?;
         let machine = Machine::describe(&scratch);
-        let (steps, every, rounds) = if settings.quick { (12, 4, 1) } else { (33, 5, 3) };
+        let (steps, every, rounds) = if settings.quick { (12, 4, 1) } else { (steps, 5, 3) };
         let task = Task {
             model: Path::new(ROOT).join("configs/models/bench-42m.json"),
             data: scratch.join("data"),
@@ -184,7 +185,7 @@ impl Bench {
         format!(
             "{what}: {}, commit {}. {}; {} cores, {} GiB, {}; load before: {:.1}.\n\
              42 M parameters, fp32, {} ranks of {} threads, {} sequences of {} tokens a step, {} steps, a checkpoint every {}; \
-             median over {} rounds (least – most).{}\n\n",
+             median over {} {} (least – most).{}\n\n",
             machine.date,
             machine.commit,
             machine.processor,
@@ -199,6 +200,7 @@ impl Bench {
             task.steps,
             task.every,
             self.rounds,
+            if self.rounds == 1 { "round" } else { "rounds" },
             if self.quick { " A quick run: not a measurement." } else { "" }
         )
     }

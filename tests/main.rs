@@ -11,4 +11,5 @@ mod outputs;
 mod protocol_model;
 mod protocol_random;
 mod rules;
+mod training;
 mod writers;

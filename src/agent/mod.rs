@@ -465,7 +465,12 @@ impl Agent {
     }
 
     async fn diverged(&self, generation: Generation, step: Step, reason: &str) -> Error {
-        let good = self.newest_committed().await;
+        // A step's loss speaks for the state before its update: the state that this step began with is under suspicion, too.
+        let good = {
+            let journal = self.journal.lock().await;
+            let steps: Vec<Step> = journal.state().candidates().iter().map(|c| c.committed.step).collect();
+            steps.into_iter().find(|good| good.next() < step).unwrap_or_default()
+        };
         let reason = format!("training diverged at step {step}: {reason}");
         self.append_last(Record::Failed { generation, step, reason: reason.clone() }).await;
         let hint = if good > Step(0) {

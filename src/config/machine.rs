@@ -15,7 +15,7 @@ impl Machine {
     /// Looks at this machine. Asks no driver: device files are counted, `CUDA_VISIBLE_DEVICES` is obeyed.
     pub fn detect() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
-        let gpus = if cfg!(feature = "cuda") {
+        let gpus = if cfg!(torch_cuda) {
             let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
             let names = std::fs::read_dir("/dev").into_iter().flatten().filter_map(Result::ok).map(|e| e.file_name());
             count_gpus(names.filter_map(|name| name.into_string().ok()), visible.as_deref())

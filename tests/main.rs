@@ -13,3 +13,4 @@ mod protocol_random;
 mod rules;
 mod training;
 mod writers;
+mod zero1;

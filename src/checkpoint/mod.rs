@@ -20,6 +20,7 @@ pub mod manifest;
 pub mod prune;
 pub mod restore;
 pub mod save;
+pub mod slices;
 pub mod verify;
 
 #[cfg(test)]

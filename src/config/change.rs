@@ -4,10 +4,10 @@ use toml::Value;
 
 use super::{
     CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, NoticeConfig, OnComplete, OptimizerConfig,
-    ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, Strategy, TrainConfig,
+    ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig,
     error::Origin,
     raw::Raw,
-    resolve::{self, ACTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES},
+    resolve::{self, ACTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, STRATEGIES},
     text,
 };
 
@@ -31,8 +31,9 @@ pub fn effect(key: &str) -> Effect {
         }
         "train.seed" => Effect::Fixed("it orders the samples: those already seen would come again, others never"),
         "train.optimizer.kind" => Effect::Fixed("the checkpoints hold this optimizer's moments"),
-        // The samples' cursor and the tensors are independent of the number of workers.
-        "parallel.nproc_per_node" | "data.validation_every" => Effect::Free,
+        // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps: only the
+        // order in which gradients are summed depends on it.
+        "parallel.strategy" | "parallel.nproc_per_node" | "data.validation_every" => Effect::Free,
         _ if key.starts_with("model.") => Effect::Fixed("the checkpoints' tensors belong to this model"),
         _ if ["data.", "train.", "parallel."].iter().any(|section| key.starts_with(section)) => Effect::Mathematical,
         _ => Effect::Free,
@@ -118,9 +119,6 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let OnComplete { action } = on_complete;
     let RestartConfig { max, same_step, backoff } = restart;
     let StorageConfig { concurrency, part_mib } = storage;
-    let strategy = match strategy {
-        Strategy::Ddp => "ddp",
-    };
     vec![
         ("store", word(store)),
         ("model.kind", word(name_of(MODEL_KINDS, *kind))),
@@ -145,7 +143,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("train.schedule.kind", word(name_of(SCHEDULES, *schedule_kind))),
         ("train.schedule.warmup_steps", whole(*warmup_steps)),
         ("train.schedule.min_lr_ratio", Value::Float(*min_lr_ratio)),
-        ("parallel.strategy", word(strategy)),
+        ("parallel.strategy", word(name_of(STRATEGIES, *strategy))),
         ("parallel.nproc_per_node", nproc_per_node.map_or_else(|| word("auto"), whole)),
         ("parallel.bucket_mib", whole(*bucket_mib)),
         ("checkpoint.every", word(&text::format_cadence(*every))),

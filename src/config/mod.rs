@@ -161,7 +161,7 @@ pub struct ParallelConfig {
     pub strategy: Strategy,
     /// Workers on one node; `None`: one a GPU, or one where there is none.
     pub nproc_per_node: Option<u32>,
-    /// Gradient bucket size of the all-reduce, MiB.
+    /// Size of the buckets in which gradients are reduced and weights gathered, MiB.
     pub bucket_mib: u32,
 }
 
@@ -171,6 +171,8 @@ pub struct ParallelConfig {
 pub enum Strategy {
     /// Everything replicated, gradients all-reduced.
     Ddp,
+    /// Weights replicated; optimizer state, and with bf16 the fp32 weights, partitioned (ZeRO stage 1, arXiv 1910.02054).
+    Zero1,
 }
 
 /// When state is saved, and what is kept.

@@ -19,6 +19,7 @@ const MAX_MODEL_CONFIG: u64 = 1 << 20;
 
 pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("llama", ModelKind::Llama)];
 pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
+pub(super) const STRATEGIES: &[(&str, Strategy)] = &[("ddp", Strategy::Ddp), ("zero1", Strategy::Zero1)];
 pub(super) const SCHEDULES: &[(&str, ScheduleKind)] =
     &[("cosine", ScheduleKind::Cosine), ("linear", ScheduleKind::Linear), ("constant", ScheduleKind::Constant)];
 pub(super) const ACTIONS: &[(&str, CompleteAction)] =
@@ -219,20 +220,8 @@ fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigErro
 }
 
 fn parallel(raw: &Raw) -> Result<ParallelConfig, ConfigError> {
-    let strategy = match raw.text("parallel.strategy")? {
-        "ddp" => Strategy::Ddp,
-        "zero1" => {
-            return Err(ConfigError::NotInThisVersion {
-                key: "parallel.strategy".into(),
-                origin: raw.origin("parallel.strategy"),
-                given: raw.given("parallel.strategy"),
-                available: "\"ddp\"",
-            });
-        }
-        _ => return Err(raw.wrong("parallel.strategy", "\"ddp\"")),
-    };
     Ok(ParallelConfig {
-        strategy,
+        strategy: raw.choice("parallel.strategy", STRATEGIES)?,
         nproc_per_node: raw.word_or_whole("parallel.nproc_per_node", "auto", 1..=1024)?,
         bucket_mib: raw.whole("parallel.bucket_mib", 1..=65_536)?,
     })

@@ -203,12 +203,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             "run.toml:3: data.sequence_length = 0: expected a whole number from 1 to 1048576",
             "",
         ),
-        (
-            "parallel.strategy = 'zero1'",
-            "run.toml:3: parallel.strategy = \"zero1\" is not in this version, which has \"ddp\"",
-            "",
-        ),
-        ("parallel.strategy = 'fsdp'", "run.toml:3: parallel.strategy = \"fsdp\": expected \"ddp\"", ""),
+        ("parallel.strategy = 'fsdp'", "run.toml:3: parallel.strategy = \"fsdp\": expected \"ddp\" or \"zero1\"", ""),
         (
             "checkpoint.every = 500",
             "run.toml:3: checkpoint.every = 500: expected \"auto\", a count of steps such as \"500 steps\", or a duration such as \"2h\"",
@@ -370,8 +365,12 @@ fn a_resume_changes_what_it_names_and_nothing_else() {
     assert_eq!(apply_overrides(&base, &[]).unwrap(), base);
     assert!(diff(&base, &base).is_empty());
 
-    let overrides =
-        pairs(&[("checkpoint.every", "2h"), ("train.optimizer.lr", "1"), ("train.optimizer", "{grad_clip=0}")]);
+    let overrides = pairs(&[
+        ("checkpoint.every", "2h"),
+        ("parallel.strategy", "zero1"),
+        ("train.optimizer.lr", "1"),
+        ("train.optimizer", "{grad_clip=0}"),
+    ]);
     let changed = apply_overrides(&base, &overrides).unwrap();
     let differences: Vec<_> =
         diff(&base, &changed).into_iter().map(|d| (d.key, d.from, d.to, is_mathematical(d.key))).collect();
@@ -380,6 +379,7 @@ fn a_resume_changes_what_it_names_and_nothing_else() {
         [
             ("train.optimizer.lr", "0.0003".to_owned(), "1.0".to_owned(), true),
             ("train.optimizer.grad_clip", "1.0".to_owned(), "0.0".to_owned(), true),
+            ("parallel.strategy", "\"ddp\"".to_owned(), "\"zero1\"".to_owned(), false),
             ("checkpoint.every", "\"auto\"".to_owned(), "\"2h\"".to_owned(), false),
         ]
     );
@@ -439,6 +439,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
         free,
         [
             "data.validation_every",
+            "parallel.strategy",
             "parallel.nproc_per_node",
             "checkpoint.every",
             "checkpoint.keep.last",

@@ -264,11 +264,7 @@ pub(crate) mod tests {
     pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
     /// Runs `body` as every rank of a Gloo group, each on a thread of its own; gives the results by rank.
-    pub(crate) fn ranks<T: Send>(
-        world: u32,
-        limit: Duration,
-        body: impl Fn(ProcessGroup) -> T + Sync,
-    ) -> Vec<T> {
+    pub(crate) fn ranks<T: Send>(world: u32, limit: Duration, body: impl Fn(ProcessGroup) -> T + Sync) -> Vec<T> {
         let store = Store::serve("127.0.0.1", LIMIT).unwrap();
         let port = store.port();
         // A rank that leaves at once must not leave while another still connects.

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
 
-use crate::support::lab::{EVERY, Lab};
+use crate::support::{
+    lab::{EVERY, Lab},
+    proxy::{Fault, Often, Rule},
+};
 
 /// The agent dies at `point` while it saves step 8; the next life starts from `resumed`.
 fn dies_at(point: &str, resumed: u64) {
@@ -59,6 +62,25 @@ fn a_killed_worker_is_replaced_and_the_run_completes_by_itself() {
     assert!(!life.of_kind("worker_died").is_empty(), "{}", life.story());
     assert!(life.resumed_from() >= EVERY, "the new group starts from a checkpoint\n{}", life.story());
     lab.expect_as_undisturbed("worker", &[&life]);
+}
+
+#[test]
+fn workers_start_again_from_memory_though_no_checkpoint_can_be_read() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(31);
+    let running = lab.run("memory").start();
+    running.wait_for_step("checkpoint", EVERY);
+    for method in ["GET", "HEAD"] {
+        proxy.arm(Rule { method, target: "checkpoints/", fault: Fault::Reset, often: Often::Percent(100) });
+    }
+    let worker = running.workers().pop().expect("a worker");
+    kill_process(worker, Signal::KILL).expect("kill a worker");
+    running.wait_for("workers that start again", |event| event.kind() == "restored");
+    proxy.disarm();
+    let life = running.finish().expect_code(0);
+    let restored = life.last("restored");
+    assert_eq!(restored.value["from"].as_str(), Some("memory"), "{}", life.story());
+    assert!(restored.step() >= Some(EVERY), "the new group starts from a checkpoint\n{}", life.story());
+    lab.expect_as_undisturbed("memory", &[&life]);
 }
 
 #[test]

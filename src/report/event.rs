@@ -77,12 +77,14 @@ pub enum Event {
     Restored {
         /// Its step.
         step: Step,
-        /// Bytes fetched.
+        /// Bytes loaded.
         bytes: u64,
         /// Fetching and checking took.
         fetch_s: f64,
         /// From the start of the fetch until every rank has loaded it.
         restore_s: f64,
+        /// Where it was read: `store`, or `memory` where a snapshot slot still held it.
+        from: &'static str,
     },
     /// This machine, or this run, is asked to stop.
     Notice {

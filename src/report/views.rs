@@ -60,7 +60,8 @@ impl Lines {
                     );
                 }
             }
-            Event::Restored { step, bytes, fetch_s, restore_s } => info!(
+            Event::Restored { step, bytes, fetch_s, restore_s, from } => info!(
+                from,
                 size = %human::bytes(*bytes),
                 fetch = %human::seconds(*fetch_s),
                 restore = %human::seconds(*restore_s),

@@ -106,5 +106,8 @@ fn workers_never_outlive_their_agent() {
     assert!(running.childless_within(Duration::from_secs(60)), "workers of a killed agent are still there");
     let first = running.finish().expect_killed();
     let second = lab.resume("orphans").finish().expect_code(0);
+    let found = &second.last("found_dead").value;
+    assert_eq!((&found["same_machine"], found["generation"].as_u64()), (&true.into(), Some(1)), "{}", second.story());
+    assert_eq!(lab.keys("orphans", "nodes"), [""; 0], "no heartbeat of a dead node is left");
     lab.expect_as_undisturbed("orphans", &[&first, &second]);
 }

@@ -48,7 +48,7 @@ use crate::{
     },
     layout, model,
     notice::signal::Signals,
-    rendezvous::heartbeat::{self, Pulse},
+    rendezvous::heartbeat::{self, Process, Pulse},
     report::{Event, Reporter},
     snapshot::cadence::Measured,
     storage::Store,
@@ -275,10 +275,25 @@ impl Agent {
     async fn wait_for_the_other(&mut self) -> Result<bool> {
         let Some(other) = unfinished_leader(self.journal.lock().await.state()) else { return Ok(false) };
         self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
-        if heartbeat::is_alive(&self.run, &other).await? {
+        let heartbeat::Life::Gone(process) = heartbeat::look(&self.run, &other).await? else {
             return Err(taken(&self.run_id, &other));
+        };
+        let moved = self.journal.lock().await.refresh().await? > 0;
+        if !moved {
+            // It left without a word: what it had finished since its newest checkpoint is lost.
+            let journal = self.journal.lock().await;
+            let generation = journal.state().formed().map_or_else(Generation::default, |formed| formed.generation);
+            let checkpoint = journal.state().newest().map(|checkpoint| checkpoint.committed.step);
+            self.reporter.event(&Event::FoundDead {
+                node: other.to_string(),
+                generation,
+                same_machine: process.as_ref().map(Process::is_of_this_machine),
+                pid: process.map(|process| process.pid),
+                checkpoint,
+            });
+            heartbeat::bury(&self.run, &other).await;
         }
-        Ok(self.journal.lock().await.refresh().await? > 0)
+        Ok(moved)
     }
 
     /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`None`).
@@ -400,7 +415,7 @@ impl Agent {
             }
             Err(JournalError::Overtaken { node, .. }) => {
                 drop(journal);
-                if heartbeat::is_alive(&self.run, &node).await? {
+                if heartbeat::look(&self.run, &node).await? == heartbeat::Life::Alive {
                     return Err(taken(&self.run_id, &node));
                 }
                 self.journal.lock().await.refresh().await?;

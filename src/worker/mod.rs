@@ -128,7 +128,9 @@ impl Worker {
         };
 
         let device = torch::pick_device(local_rank)?;
-        let settings = BuildSettings { device, precision: train.precision, seed: train.seed };
+        // Weights that are to be loaded need not be drawn first.
+        let draw = resume_step == Step(0) && config.model.init_from.is_none();
+        let settings = BuildSettings { device, precision: train.precision, seed: draw.then_some(train.seed) };
         let model = model::build(config.model.kind, &config.model.config, &settings).context("build model")?;
         let mut state = State::new(model.as_ref())?;
         let parameters = state.weights().iter().map(|tensor| tensor.numel() as u64).sum();
@@ -161,7 +163,7 @@ impl Worker {
                         _ => HostCopier::new(1, false)?,
                     };
                     capture = Some(Capture::new(&plan, base, &slots, state.tensors(), copier)?);
-                    if resume_step == Step(0) && config.model.init_from.is_none() {
+                    if draw {
                         link.tell(&FromWorker::Ready);
                     }
                 }

@@ -84,6 +84,26 @@ fn workers_start_again_from_memory_though_no_checkpoint_can_be_read() {
 }
 
 #[test]
+fn a_snapshot_newer_than_the_checkpoints_is_committed_before_the_workers_start_again_from_it() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(32);
+    // Nothing of the first save gets through until its worker is dead.
+    proxy.arm(Rule { method: "PUT", target: "optimizer-", fault: Fault::SlowDown, often: Often::Percent(100) });
+    let running = lab.run("newer").start();
+    // The wait for the capture of step 4 is over before step 5 changes the state.
+    running.wait_for_step("step", EVERY + 1);
+    kill_process(running.workers().pop().expect("a worker"), Signal::KILL).expect("kill a worker");
+    assert!(running.childless_within(Duration::from_secs(60)), "the other worker is still there");
+    proxy.disarm();
+    let life = running.finish().expect_code(0);
+    let kinds: Vec<_> = life.events.iter().filter(|event| event.kind() != "step").map(|event| event.kind()).collect();
+    let restart = kinds.iter().position(|kind| *kind == "worker_died").expect("a death");
+    assert_eq!(kinds[restart - 1], "checkpoint", "{}", life.story());
+    assert_eq!(life.last("restored").value["from"], "memory", "{}", life.story());
+    assert!(life.resumed_from() >= EVERY, "{}", life.story());
+    lab.expect_as_undisturbed("newer", &[&life]);
+}
+
+#[test]
 fn a_worker_that_dies_at_the_same_step_again_and_again_ends_the_run_with_a_clear_error() {
     let lab = Lab::on_files();
     let first = lab.run("stuck").faults("worker.step=kill@rank=1@step=7").finish();

@@ -176,7 +176,8 @@ mod tests {
             "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
             "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
         });
-        model::build(ModelKind::Llama, &config, &BuildSettings { device: Device::Cpu, precision, seed }).unwrap()
+        model::build(ModelKind::Llama, &config, &BuildSettings { device: Device::Cpu, precision, seed: Some(seed) })
+            .unwrap()
     }
 
     /// A world's states by rank, `zero1` or `ddp`.

@@ -272,7 +272,7 @@ mod tests {
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
             "attention_bias": true, "tie_word_embeddings": case.tied,
         });
-        let settings = BuildSettings { device: Device::Cpu, precision: case.precision, seed: 7 };
+        let settings = BuildSettings { device: Device::Cpu, precision: case.precision, seed: Some(7) };
         model::build(ModelKind::Llama, &config, &settings).unwrap()
     }
 

@@ -279,7 +279,7 @@ pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Res
         draining: false,
         dead: None,
         uploading: false,
-        retention: Retention::default(),
+        retention: Retention::begin(&start.saver.run, &start.saver.journal, start.config.checkpoint),
         clock: now,
         looked: now,
         killing: None,
@@ -311,9 +311,7 @@ pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Res
     };
     if matches!(end, Ok(End::Completed { .. })) {
         // A run that has the time leaves the store as `checkpoint.keep` says.
-        life.retention.finish(RETENTION_PATIENCE).await;
-        life.retention.start(&life.start.saver.run, &life.start.saver.journal, life.start.config.checkpoint.keep);
-        life.retention.finish(RETENTION_PATIENCE).await;
+        life.retention.complete(RETENTION_PATIENCE).await;
     } else {
         // There may be a deadline, and a deletion that is cut off is as good as one that was never begun.
         life.retention.finish(Duration::ZERO).await;
@@ -399,6 +397,9 @@ impl Life<'_> {
             Input::Worker(WorkerEvent::Exited(rank, reason)) => self.on_exit(rank, &reason),
             Input::Save(event) => return self.on_save(event),
             Input::Fetch(Ok(fetched)) => {
+                if let Load::Checkpoint { step, generation, .. } = self.start.load {
+                    self.retention.restored(step, generation);
+                }
                 self.fetched = Some(fetched);
                 self.load_if_possible();
             }
@@ -658,6 +659,7 @@ impl Life<'_> {
         let saves: Vec<SaveOrder> = conductor.first_orders(now);
         self.conductor = Some(conductor);
         self.committed_at = Instant::now();
+        self.retention.busy(false);
         self.tell_all(&ToWorker::Go { saves });
     }
 
@@ -773,6 +775,7 @@ impl Life<'_> {
         self.sending = uploads.iter().map(|upload| upload.body.len() as u64).sum();
         self.sent = 0;
         self.uploading = true;
+        self.retention.busy(true);
         let kept = self.keep(step);
         let (taken, cost) = (kept.taken, Arc::clone(&kept.cost));
         // Every rank has captured the step, so every rank has reported it.
@@ -795,6 +798,7 @@ impl Life<'_> {
             SaveEvent::Ended { step, slot, result } => (step, slot, result),
         };
         self.uploading = false;
+        self.retention.busy(false);
         let now = self.now();
         match result {
             Ok(committed) => {
@@ -810,8 +814,7 @@ impl Life<'_> {
                     durable_s: cost.durable_s,
                 });
                 if !self.draining {
-                    let keep = self.start.config.checkpoint.keep;
-                    self.retention.start(&self.start.saver.run, &self.start.saver.journal, keep);
+                    self.retention.start();
                 }
                 let Some(conductor) = &mut self.conductor else { return Ok(None) };
                 let measured = conductor.measured_mut();

@@ -19,6 +19,7 @@ pub mod header;
 pub mod manifest;
 pub mod prune;
 pub mod restore;
+pub mod rubbish;
 pub mod save;
 pub mod verify;
 

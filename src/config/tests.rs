@@ -110,7 +110,12 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                 schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
             },
             parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: None, bucket_mib: 25 },
-            checkpoint: CheckpointConfig { every: Cadence::Auto, keep: Keep { last: 3, every: Some(1000) } },
+            checkpoint: CheckpointConfig {
+                every: Cadence::Auto,
+                keep: Keep { last: 3, every: Some(Spacing::Steps(1000)), best: 0 },
+                scrub: Some(Duration::from_secs(86_400)),
+                price_per_gib_month: 0.023,
+            },
             notice: NoticeConfig { sources: vec!["auto".into()] },
             on_complete: OnComplete { action: CompleteAction::Exit },
             restart: RestartConfig { max: 10, same_step: 3, backoff: Duration::from_secs(1) },
@@ -148,7 +153,11 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             "run.toml:5: unknown key train.optimizer.beta",
             "did you mean train.optimizer.betas?",
         ),
-        ("checkpoint.zzzzzz = 1", "run.toml:3: unknown key checkpoint.zzzzzz", "there are every, keep"),
+        (
+            "checkpoint.zzzzzz = 1",
+            "run.toml:3: unknown key checkpoint.zzzzzz",
+            "there are every, keep, price_per_gib_month, scrub",
+        ),
         (
             "'qqq.qqq' = 1",
             "run.toml:3: unknown key \"qqq.qqq\"",
@@ -221,7 +230,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "checkpoint.keep = { every = 1000 }",
-            "run.toml:3: checkpoint.keep.every = 1000: expected \"never\", or a count of steps such as \"1000 steps\"",
+            "run.toml:3: checkpoint.keep.every = 1000: expected \"never\", a count of steps such as \"1000 steps\", or a duration such as \"6h\"",
             "",
         ),
         (
@@ -441,8 +450,11 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "data.validation_every",
             "parallel.nproc_per_node",
             "checkpoint.every",
+            "checkpoint.scrub",
+            "checkpoint.price_per_gib_month",
             "checkpoint.keep.last",
             "checkpoint.keep.every",
+            "checkpoint.keep.best",
             "notice.sources",
             "on_complete.action",
             "restart.max",

@@ -312,7 +312,8 @@ async fn live(store: &Store, script: &[Op]) {
                     }
                     Harm::Flip => {
                         if let Some(last) = bytes.last_mut() {
-                            *last ^= 0x10;
+                            // Not a bit turned over: done twice that would mend it.
+                            *last = last.wrapping_add(1);
                         }
                         store.put(key, bytes.into()).await.expect("put");
                     }

@@ -54,6 +54,11 @@ pub(super) struct Kept {
 }
 
 impl Kept {
+    pub fn new(run: &Store, journal: &Arc<Mutex<Journal>>, config: CheckpointConfig) -> Self {
+        let (run, journal) = (run.clone(), Arc::clone(journal));
+        Self { run, journal, config, committed: Notify::new(), known: PlainMutex::default() }
+    }
+
     pub fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -92,9 +97,7 @@ pub struct Retention {
 impl Retention {
     /// Begins to care for a run's checkpoints; until [`busy`](Self::busy) says otherwise there is more important work.
     pub fn begin(run: &Store, journal: &Arc<Mutex<Journal>>, config: CheckpointConfig) -> Self {
-        let (run, journal) = (run.clone(), Arc::clone(journal));
-        let kept = Kept { run, journal, config, committed: Notify::new(), known: PlainMutex::default() };
-        let (kept, (busy, others)) = (Arc::new(kept), watch::channel(true));
+        let (kept, (busy, others)) = (Arc::new(Kept::new(run, journal, config)), watch::channel(true));
         let scrub = tokio::spawn(scrub::run(Arc::clone(&kept), others));
         Self { kept, busy, pass: None, scrub }
     }

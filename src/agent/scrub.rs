@@ -185,7 +185,16 @@ async fn look(kept: &Kept, committed: &Committed, busy: &watch::Receiver<bool>) 
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::Mutex;
+
     use super::*;
+    use crate::{
+        checkpoint::testing::{Harm, checkpoint, config, harm, memory_store},
+        config::CheckpointConfig,
+        ids::{NodeId, RunId, WorldSize},
+        journal::{CheckpointStatus, Formed, FormedReason, Journal, Record, RosterEntry},
+        layout,
+    };
 
     const DAY: Duration = Duration::from_secs(86_400);
 
@@ -221,5 +230,74 @@ mod tests {
         assert_eq!(next(&new, None, second, minutes(9)), look(3));
         assert_eq!(next(&new, Some(minutes(9)), second, minutes(9)), look(1));
         assert_eq!(next(&failed, None, second, minutes(60) + second), look(3));
+    }
+
+    /// A journal whose generation 1 has committed steps 1 to 3, in a store that keeps no checksums.
+    async fn kept() -> (Arc<Kept>, Vec<Committed>) {
+        let (run, node) = (memory_store(), NodeId::random());
+        let run_id = RunId::new("run").unwrap();
+        let mut journal = Journal::create(run.clone(), node.clone(), run_id, config()).await.unwrap();
+        let formed = Formed {
+            roster: vec![RosterEntry { node, workers: 1 }],
+            world_size: WorldSize(1),
+            resume: None,
+            overrides: Vec::new(),
+            reason: FormedReason::Started,
+        };
+        journal.form(formed).await.unwrap();
+        let mut list = Vec::new();
+        for step in 1..=3 {
+            let (committed, _) = checkpoint(&run, step, 1, 1, step).await;
+            journal.append(Record::Committed(committed.clone())).await.unwrap();
+            list.push(committed);
+        }
+        let config = CheckpointConfig { scrub: Some(DAY), ..config().checkpoint };
+        (Arc::new(Kept::new(&run, &Arc::new(Mutex::new(journal)), config)), list)
+    }
+
+    async fn status(kept: &Kept, step: u64) -> CheckpointStatus {
+        kept.journal.lock().await.state().checkpoint(Step(step), Generation(1)).unwrap().status.clone()
+    }
+
+    #[tokio::test]
+    async fn without_stored_checksums_bytes_are_read_and_what_has_rotted_is_written_down() {
+        let (kept, list) = kept().await;
+        let (_idle, busy) = watch::channel(false);
+        look(&kept, &list[0], &busy).await.unwrap();
+        assert_eq!(kept.known().verified, [ResumePoint { step: Step(1), generation: Generation(1) }]);
+        assert_eq!(status(&kept, 1).await, CheckpointStatus::Good);
+        let folder = layout::checkpoint(Step(3), Generation(1));
+        let object = harm(&kept.run, &folder, "optimizer-00001-of-00001.safetensors", Harm::Flip).await;
+        look(&kept, &list[2], &busy).await.unwrap();
+        match status(&kept, 3).await {
+            CheckpointStatus::Damaged { reason } => assert!(reason.starts_with(&object), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+        assert!(!kept.run.list(&folder).await.unwrap().is_empty(), "its bytes stay");
+        let records = kept.journal.lock().await.state().next();
+        look(&kept, &list[2], &busy).await.unwrap();
+        assert_eq!(kept.journal.lock().await.state().next(), records, "said once");
+    }
+
+    #[tokio::test]
+    async fn a_checkpoint_that_was_pruned_while_it_was_read_is_not_called_damaged() {
+        let (kept, list) = kept().await;
+        let (_idle, busy) = watch::channel(false);
+        let (step, generation) = (Step(1), Generation(1));
+        kept.journal.lock().await.append(Record::Pruned { step, generation }).await.unwrap();
+        crate::checkpoint::prune::delete_folder(&kept.run, step, generation).await.unwrap();
+        look(&kept, &list[0], &busy).await.unwrap();
+        assert_eq!(status(&kept, 1).await, CheckpointStatus::Pruned);
+        assert!(kept.known().verified.is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_a_killed_deletion_has_left_is_swept() {
+        let (kept, _) = kept().await;
+        let (step, generation) = (Step(1), Generation(1));
+        assert_eq!(sweep(&kept).await.unwrap(), 0);
+        kept.journal.lock().await.append(Record::Pruned { step, generation }).await.unwrap();
+        assert!(sweep(&kept).await.unwrap() > 0);
+        assert!(kept.run.list(&layout::checkpoint(step, generation)).await.unwrap().is_empty());
     }
 }

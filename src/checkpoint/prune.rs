@@ -31,8 +31,8 @@ use crate::{
     storage::Store,
 };
 
-/// Bytes of one request when the newest checkpoint must be read before anything goes.
-const PART: u64 = 16 << 20;
+/// Bytes of one request when the newest checkpoint must be read before anything goes: some dozens are in memory at once.
+const PART: u64 = 4 << 20;
 
 /// Why a checkpoint stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -194,7 +194,7 @@ pub async fn look_again(store: &Store, committed: &Committed, report: &Report) -
             reports.push(now);
         }
     }
-    Ok(Report::of(committed, reports))
+    Ok(Report { deep: report.deep, ..Report::of(committed, reports) })
 }
 
 async fn look_at_manifest(

@@ -491,3 +491,41 @@ fn the_configurations_that_are_delivered_are_read() {
     }
     assert!(seen >= 2);
 }
+
+#[test]
+fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_refused() {
+    let config = load_least("").unwrap();
+    let stored = serde_json::to_value(&config).unwrap();
+    let with = |change: &dyn Fn(&mut serde_json::Map<String, serde_json::Value>)| {
+        let mut changed = stored.clone();
+        change(changed["checkpoint"].as_object_mut().unwrap());
+        serde_json::from_value::<RunConfig>(changed)
+    };
+    let older = with(&|checkpoint| {
+        checkpoint.remove("scrub");
+        checkpoint.remove("price_per_gib_month");
+        checkpoint["keep"].as_object_mut().unwrap().remove("best");
+    });
+    assert_eq!(older.unwrap(), config);
+    let never = with(&|checkpoint| _ = checkpoint.insert("scrub".into(), serde_json::Value::Null));
+    assert_eq!(never.unwrap().checkpoint.scrub, None);
+    for (key, value) in [
+        ("scrub", serde_json::json!(-1.0)),
+        ("scrub", serde_json::json!(1e300)),
+        ("scrub", serde_json::json!("1d")),
+        ("price_per_gib_month", serde_json::json!("free")),
+        ("keep", serde_json::json!({"last": 3, "every": {"seconds": -5.0}})),
+        ("keep", serde_json::json!({"last": 3, "every": null, "best": -1})),
+    ] {
+        assert!(with(&|checkpoint| _ = checkpoint.insert(key.into(), value.clone())).is_err(), "{key} = {value}");
+    }
+    for (setting, expected) in [
+        ("checkpoint.scrub = '10ms'", "\"never\", or a duration"),
+        ("checkpoint.price_per_gib_month = -1", "a number, at least 0"),
+        ("checkpoint.keep = { best = -1 }", "a whole number, at least 0"),
+        ("checkpoint.keep = { every = '10ms' }", "\"never\", a count of steps"),
+    ] {
+        let error = load_least(setting).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}

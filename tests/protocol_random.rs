@@ -311,10 +311,9 @@ async fn live(store: &Store, script: &[Op]) {
                         store.put(key, bytes.into()).await.expect("put");
                     }
                     Harm::Flip => {
-                        if let Some(last) = bytes.last_mut() {
-                            // Not a bit turned over: done twice that would mend it.
-                            *last = last.wrapping_add(1);
-                        }
+                        // Another byte each time: the same one twice would mend it.
+                        let at = number % bytes.len();
+                        bytes[at] ^= 0x10;
                         store.put(key, bytes.into()).await.expect("put");
                     }
                 }

@@ -286,8 +286,10 @@ mod tests {
         let (step, generation) = (Step(1), Generation(1));
         kept.journal.lock().await.append(Record::Pruned { step, generation }).await.unwrap();
         crate::checkpoint::prune::delete_folder(&kept.run, step, generation).await.unwrap();
+        let records = kept.journal.lock().await.state().next();
         look(&kept, &list[0], &busy).await.unwrap();
         assert_eq!(status(&kept, 1).await, CheckpointStatus::Pruned);
+        assert_eq!(kept.journal.lock().await.state().next(), records, "nothing is written down");
         assert!(kept.known().verified.is_empty());
     }
 

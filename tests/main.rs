@@ -6,6 +6,7 @@ mod damage;
 mod formats;
 mod harness;
 mod input;
+mod integrity;
 mod interruption;
 mod outputs;
 mod protocol_model;

@@ -114,7 +114,8 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
     let ParallelConfig { strategy, nproc_per_node, bucket_mib } = parallel;
-    let CheckpointConfig { every, keep: Keep { last, every: keep_every } } = checkpoint;
+    let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, price_per_gib_month } =
+        checkpoint;
     let NoticeConfig { sources } = notice;
     let OnComplete { action } = on_complete;
     let RestartConfig { max, same_step, backoff } = restart;
@@ -147,8 +148,11 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("parallel.nproc_per_node", nproc_per_node.map_or_else(|| word("auto"), whole)),
         ("parallel.bucket_mib", whole(*bucket_mib)),
         ("checkpoint.every", word(&text::format_cadence(*every))),
+        ("checkpoint.scrub", word(&scrub.map_or_else(|| "never".into(), text::format_duration))),
+        ("checkpoint.price_per_gib_month", Value::Float(*price_per_gib_month)),
         ("checkpoint.keep.last", whole(*last)),
-        ("checkpoint.keep.every", word(&keep_every.map_or_else(|| "never".into(), text::format_steps))),
+        ("checkpoint.keep.every", word(&keep_every.map_or_else(|| "never".into(), text::format_spacing))),
+        ("checkpoint.keep.best", whole(*best)),
         ("notice.sources", Value::Array(sources.iter().map(|source| word(source)).collect())),
         ("on_complete.action", word(name_of(ACTIONS, *action))),
         ("restart.max", whole(*max)),

@@ -232,8 +232,15 @@ fn checkpoint(raw: &Raw) -> Result<CheckpointConfig, ConfigError> {
         every: raw.cadence("checkpoint.every")?,
         keep: Keep {
             last: raw.whole("checkpoint.keep.last", 1..=u32::MAX)?,
-            every: raw.never_or_steps("checkpoint.keep.every")?,
+            every: raw.never_or_spacing("checkpoint.keep.every")?,
+            best: raw.whole("checkpoint.keep.best", 0..=u32::MAX)?,
         },
+        scrub: raw.never_or_duration("checkpoint.scrub")?,
+        price_per_gib_month: raw.number(
+            "checkpoint.price_per_gib_month",
+            |price| price >= 0.0,
+            "a number, at least 0",
+        )?,
     })
 }
 

@@ -110,7 +110,12 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                 schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
             },
             parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: None, bucket_mib: 25 },
-            checkpoint: CheckpointConfig { every: Cadence::Auto, keep: Keep { last: 3, every: Some(1000) } },
+            checkpoint: CheckpointConfig {
+                every: Cadence::Auto,
+                keep: Keep { last: 3, every: Some(Spacing::Steps(1000)), best: 0 },
+                scrub: Some(Duration::from_secs(86_400)),
+                price_per_gib_month: 0.023,
+            },
             notice: NoticeConfig { sources: vec!["auto".into()] },
             on_complete: OnComplete { action: CompleteAction::Exit },
             restart: RestartConfig { max: 10, same_step: 3, backoff: Duration::from_secs(1) },
@@ -148,7 +153,11 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             "run.toml:5: unknown key train.optimizer.beta",
             "did you mean train.optimizer.betas?",
         ),
-        ("checkpoint.zzzzzz = 1", "run.toml:3: unknown key checkpoint.zzzzzz", "there are every, keep"),
+        (
+            "checkpoint.zzzzzz = 1",
+            "run.toml:3: unknown key checkpoint.zzzzzz",
+            "there are every, keep, price_per_gib_month, scrub",
+        ),
         (
             "'qqq.qqq' = 1",
             "run.toml:3: unknown key \"qqq.qqq\"",
@@ -216,7 +225,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "checkpoint.keep = { every = 1000 }",
-            "run.toml:3: checkpoint.keep.every = 1000: expected \"never\", or a count of steps such as \"1000 steps\"",
+            "run.toml:3: checkpoint.keep.every = 1000: expected \"never\", a count of steps such as \"1000 steps\", or a duration such as \"6h\"",
             "",
         ),
         (
@@ -442,8 +451,11 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "parallel.strategy",
             "parallel.nproc_per_node",
             "checkpoint.every",
+            "checkpoint.scrub",
+            "checkpoint.price_per_gib_month",
             "checkpoint.keep.last",
             "checkpoint.keep.every",
+            "checkpoint.keep.best",
             "notice.sources",
             "on_complete.action",
             "restart.max",
@@ -479,4 +491,42 @@ fn the_configurations_that_are_delivered_are_read() {
         }
     }
     assert!(seen >= 2);
+}
+
+#[test]
+fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_refused() {
+    let config = load_least("").unwrap();
+    let stored = serde_json::to_value(&config).unwrap();
+    let with = |change: &dyn Fn(&mut serde_json::Map<String, serde_json::Value>)| {
+        let mut changed = stored.clone();
+        change(changed["checkpoint"].as_object_mut().unwrap());
+        serde_json::from_value::<RunConfig>(changed)
+    };
+    let older = with(&|checkpoint| {
+        checkpoint.remove("scrub");
+        checkpoint.remove("price_per_gib_month");
+        checkpoint["keep"].as_object_mut().unwrap().remove("best");
+    });
+    assert_eq!(older.unwrap(), config);
+    let never = with(&|checkpoint| _ = checkpoint.insert("scrub".into(), serde_json::Value::Null));
+    assert_eq!(never.unwrap().checkpoint.scrub, None);
+    for (key, value) in [
+        ("scrub", serde_json::json!(-1.0)),
+        ("scrub", serde_json::json!(1e300)),
+        ("scrub", serde_json::json!("1d")),
+        ("price_per_gib_month", serde_json::json!("free")),
+        ("keep", serde_json::json!({"last": 3, "every": {"seconds": -5.0}})),
+        ("keep", serde_json::json!({"last": 3, "every": null, "best": -1})),
+    ] {
+        assert!(with(&|checkpoint| _ = checkpoint.insert(key.into(), value.clone())).is_err(), "{key} = {value}");
+    }
+    for (setting, expected) in [
+        ("checkpoint.scrub = '10ms'", "\"never\", or a duration"),
+        ("checkpoint.price_per_gib_month = -1", "a number, at least 0"),
+        ("checkpoint.keep = { best = -1 }", "a whole number, at least 0"),
+        ("checkpoint.keep = { every = '10ms' }", "\"never\", a count of steps"),
+    ] {
+        let error = load_least(setting).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
 }

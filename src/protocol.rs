@@ -13,16 +13,17 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::{
     config::RunConfig,
     ids::{Generation, Rank, Step, WorldSize},
-    snapshot::plan::{ImagePlan, TensorSpec},
+    snapshot::{
+        mode::CaptureMode,
+        plan::{ImagePlan, TensorSpec},
+    },
 };
 
 /// The longest message that is believed: a plan of a model with very many tensors is a few MiB.
 pub const MAX_MESSAGE: u32 = 64 << 20;
 
-/// The descriptors of a worker's two slots; its standard input is the control socket.
+/// The descriptors of the node's two slots in a worker; its standard input is the control socket.
 pub const SLOT_FDS: [i32; 2] = [3, 4];
-/// The descriptor of the node's restore image in a worker.
-pub const RESTORE_FD: i32 = 5;
 /// The hidden subcommand that makes this binary a worker.
 pub const WORKER_SUBCOMMAND: &str = "worker";
 
@@ -38,11 +39,18 @@ pub enum ToWorker {
         /// Its port.
         port: u16,
     },
-    /// How your image is laid out; both slots have that size now.
-    Layout(Box<ImagePlan>),
-    /// The restore image is filled and checked: load it.
+    /// How your image is laid out; both slots have room for it now.
+    Layout {
+        /// Your image.
+        plan: Box<ImagePlan>,
+        /// Its first byte in each slot; a multiple of the page.
+        base: u64,
+    },
+    /// A slot holds what is to be loaded, checked: load it.
     Restore {
-        /// Each file's first byte and length in the restore image.
+        /// The slot.
+        slot: u8,
+        /// Each file's first byte and length in the slot.
         files: Vec<(u64, u64)>,
         /// Weights only, from a model folder; moments start at zero.
         weights_only: bool,
@@ -75,6 +83,9 @@ pub struct SaveOrder {
     pub step: Step,
     /// The slot: 0 or 1.
     pub slot: u8,
+    /// Whether the loop waits for the copy.
+    #[serde(default)]
+    pub mode: CaptureMode,
 }
 
 /// Who a worker is and what it trains.

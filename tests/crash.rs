@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
 
-use crate::support::lab::{EVERY, Lab};
+use crate::support::{
+    lab::{EVERY, Lab},
+    proxy::{Fault, Often, Rule},
+};
 
 /// The agent dies at `point` while it saves step 8; the next life starts from `resumed`.
 fn dies_at(point: &str, resumed: u64) {
@@ -70,6 +73,45 @@ fn a_killed_worker_is_replaced_and_the_run_completes_by_itself() {
 }
 
 #[test]
+fn workers_start_again_from_memory_though_no_checkpoint_can_be_read() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(31);
+    let running = lab.run("memory").start();
+    running.wait_for_step("checkpoint", EVERY);
+    for method in ["GET", "HEAD"] {
+        proxy.arm(Rule { method, target: "checkpoints/", fault: Fault::Reset, often: Often::Percent(100) });
+    }
+    let worker = running.workers().pop().expect("a worker");
+    kill_process(worker, Signal::KILL).expect("kill a worker");
+    running.wait_for("workers that start again", |event| event.kind() == "restored");
+    proxy.disarm();
+    let life = running.finish().expect_code(0);
+    let restored = life.last("restored");
+    assert_eq!(restored.value["from"].as_str(), Some("memory"), "{}", life.story());
+    assert!(restored.step() >= Some(EVERY), "the new group starts from a checkpoint\n{}", life.story());
+    lab.expect_as_undisturbed("memory", &[&life]);
+}
+
+#[test]
+fn a_snapshot_newer_than_the_checkpoints_is_committed_before_the_workers_start_again_from_it() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(32);
+    // Nothing of the first save gets through until its worker is dead.
+    proxy.arm(Rule { method: "PUT", target: "optimizer-", fault: Fault::SlowDown, often: Often::Percent(100) });
+    let running = lab.run("newer").start();
+    // The wait for the capture of step 4 is over before step 5 changes the state.
+    running.wait_for_step("step", EVERY + 1);
+    kill_process(running.workers().pop().expect("a worker"), Signal::KILL).expect("kill a worker");
+    assert!(running.childless_within(Duration::from_secs(60)), "the other worker is still there");
+    proxy.disarm();
+    let life = running.finish().expect_code(0);
+    let kinds: Vec<_> = life.events.iter().filter(|event| event.kind() != "step").map(|event| event.kind()).collect();
+    let restart = kinds.iter().position(|kind| *kind == "worker_died").expect("a death");
+    assert_eq!(kinds[restart - 1], "checkpoint", "{}", life.story());
+    assert_eq!(life.last("restored").value["from"], "memory", "{}", life.story());
+    assert!(life.resumed_from() >= EVERY, "{}", life.story());
+    lab.expect_as_undisturbed("newer", &[&life]);
+}
+
+#[test]
 fn a_worker_that_dies_at_the_same_step_again_and_again_ends_the_run_with_a_clear_error() {
     let lab = Lab::on_files();
     let first = lab.run("stuck").faults("worker.step=kill@rank=1@step=7").finish();
@@ -92,5 +134,8 @@ fn workers_never_outlive_their_agent() {
     assert!(running.childless_within(Duration::from_secs(60)), "workers of a killed agent are still there");
     let first = running.finish().expect_killed();
     let second = lab.resume("orphans").finish().expect_code(0);
+    let found = &second.last("found_dead").value;
+    assert_eq!((&found["same_machine"], found["generation"].as_u64()), (&true.into(), Some(1)), "{}", second.story());
+    assert_eq!(lab.keys("orphans", "nodes"), [""; 0], "no heartbeat of a dead node is left");
     lab.expect_as_undisturbed("orphans", &[&first, &second]);
 }

@@ -18,6 +18,7 @@ use trainer::{
     journal::Entry,
     protocol::{self, Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
     rendezvous::heartbeat::Heartbeat,
+    snapshot::mode::CaptureMode,
 };
 
 use crate::support::{memory, samples};
@@ -55,10 +56,10 @@ fn messages() -> [Vec<u8>; 6] {
     };
     let report =
         StepReport { step: Step(3), loss: f64::NAN, grad_norm: 1.0, lr: 1e-3, step_s: 0.5, stall_s: 0.0, data_s: 0.0 };
-    let saves = vec![SaveOrder { step: Step(4), slot: 1 }];
+    let saves = vec![SaveOrder { step: Step(4), slot: 1, mode: CaptureMode::Blocking }];
     [
         message(&ToWorker::Start(Box::new(assignment))),
-        message(&ToWorker::Restore { files: vec![(0, 10), (65_536, 7)], weights_only: false }),
+        message(&ToWorker::Restore { slot: 1, files: vec![(0, 10), (65_536, 7)], weights_only: false }),
         message(&ToWorker::Thaw { saves, stop_after: Some(Step(5)) }),
         message(&FromWorker::Step(report)),
         message(&FromWorker::Captured { step: Step(3), slot: 0, copy_s: 0.25 }),

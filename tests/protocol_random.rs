@@ -311,9 +311,9 @@ async fn live(store: &Store, script: &[Op]) {
                         store.put(key, bytes.into()).await.expect("put");
                     }
                     Harm::Flip => {
-                        if let Some(last) = bytes.last_mut() {
-                            *last ^= 0x10;
-                        }
+                        // Another byte each time: the same one twice would mend it.
+                        let at = number % bytes.len();
+                        bytes[at] ^= 0x10;
                         store.put(key, bytes.into()).await.expect("put");
                     }
                 }

@@ -9,6 +9,7 @@
 //! - One save is uploaded at a time; a newer snapshot waits in the other slot; requests beyond that are merged into the next.
 //! - An order that a rank may already have obeyed is repeated in every thaw until all ranks have captured; only an order for
 //!   a step that no rank has started can be taken back.
+//! - Of two free slots the one is ordered that does not hold the newest checkpoint: workers that crash are started again from it.
 //! - The last step is always saved. A drain saves the step that it stops at; a snapshot that waits for its upload then gives up
 //!   its slot, since the newer one makes it worthless. The upload in flight is let finish: it may be all that is left.
 
@@ -18,7 +19,10 @@ use crate::{
     config::Cadence,
     ids::Step,
     protocol::SaveOrder,
-    snapshot::cadence::{self, Measured},
+    snapshot::{
+        cadence::{self, Measured},
+        mode::{CaptureMode, Choice, Chooser},
+    },
 };
 
 /// Time since the agent started; monotonic.
@@ -51,6 +55,8 @@ pub enum Action {
         /// The step at which it ended.
         step: Step,
     },
+    /// Captures are made in this way from now on.
+    Chosen(Choice),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +66,7 @@ enum Slot {
     Ordered {
         step: Step,
         missing: u32,
+        mode: CaptureMode,
     },
     /// Captured by every rank, waiting for the upload before it.
     Full {
@@ -103,6 +110,8 @@ pub struct Setup {
     pub last: Step,
     /// When state is saved.
     pub cadence: Cadence,
+    /// The slot that holds the checkpoint which was loaded, if one does.
+    pub held: Option<u8>,
 }
 
 /// The state of the decisions; one for each life of a worker group.
@@ -125,6 +134,11 @@ pub struct Conductor {
     /// When the last capture was ordered, or training began.
     last_order_at: Moment,
     measured: Measured,
+    chooser: Chooser,
+    /// A save was under way when the last step ended.
+    saving: bool,
+    /// The slot of the newest checkpoint.
+    newest: Option<u8>,
     /// The last step's save is given up.
     abandoned: bool,
     /// Where the last order was, so that a cadence in steps orders each multiple once.
@@ -147,6 +161,9 @@ impl Conductor {
             committed: setup.done,
             last_order_at: now,
             measured,
+            chooser: Chooser::default(),
+            saving: false,
+            newest: setup.held,
             abandoned: false,
             last_ordered: setup.done,
         }
@@ -167,9 +184,16 @@ impl Conductor {
         self.draining
     }
 
-    /// What the cost of saves is known to be.
-    pub fn measured_mut(&mut self) -> &mut Measured {
-        &mut self.measured
+    /// A save was durable after `durable_s` seconds; the loop stood still for `stall_s` of them.
+    pub fn saved(&mut self, stall_s: f64, durable_s: f64) {
+        // Before the loop's whole loss is known, the part of it that is known at once.
+        self.measured.save_cost_s = Some(self.chooser.cost_s().unwrap_or(stall_s));
+        self.measured.durable_s = Some(durable_s);
+    }
+
+    /// Copying a snapshot took so long, seconds; the slowest rank's.
+    pub fn copied(&mut self, copy_s: f64) {
+        self.chooser.copied(copy_s);
     }
 
     /// Orders that can be given with `Go`, before any rank has started a step.
@@ -178,10 +202,30 @@ impl Conductor {
         self.orders()
     }
 
-    /// Every rank has finished `step`.
-    pub fn step_finished(&mut self, step: Step, now: Moment) -> Vec<Action> {
+    /// Every rank has finished `step`, the slowest in `step_s` seconds.
+    pub fn step_finished(&mut self, step: Step, step_s: f64, now: Moment) -> Vec<Action> {
         self.finished = self.finished.max(step);
-        self.consider(now)
+        // A capture of this very step begins after it.
+        let under_way = |slots: &[Slot; 2], before: Step| {
+            slots.iter().any(|slot| match slot {
+                Slot::Free => false,
+                Slot::Ordered { step, .. } => *step < before,
+                Slot::Full { .. } | Slot::Uploading { .. } => true,
+            })
+        };
+        let saving = self.saving || under_way(&self.slots, step);
+        let choice = self.chooser.step(step_s, saving);
+        self.saving = under_way(&self.slots, step.next());
+        for slot in self.slots {
+            if let Slot::Ordered { step: ordered, mode, .. } = slot
+                && ordered == step
+            {
+                self.chooser.begun(mode);
+            }
+        }
+        let mut actions: Vec<Action> = choice.map(Action::Chosen).into_iter().collect();
+        actions.extend(self.consider(now));
+        actions
     }
 
     /// One rank answers a freeze.
@@ -213,7 +257,7 @@ impl Conductor {
     /// One rank has captured `step` into `slot`.
     pub fn captured(&mut self, slot: u8, step: Step, now: Moment) -> Vec<Action> {
         if let Some(state) = self.slots.get_mut(usize::from(slot))
-            && let Slot::Ordered { step: ordered, missing } = *state
+            && let Slot::Ordered { step: ordered, missing, mode } = *state
             && ordered == step
         {
             let missing = missing.saturating_sub(1);
@@ -221,7 +265,7 @@ impl Conductor {
                 // The end's state is newer, and needs the room.
                 0 if self.end_decided && step < self.end => Slot::Free,
                 0 => Slot::Full { step },
-                missing => Slot::Ordered { step, missing },
+                missing => Slot::Ordered { step, missing, mode },
             };
         }
         self.consider(now)
@@ -234,6 +278,7 @@ impl Conductor {
         {
             *state = if committed {
                 self.committed = self.committed.max(step);
+                self.newest = Some(slot);
                 Slot::Free
             } else if self.asked == Asked::Gone || self.abandoned || (self.end_decided && step < self.end) {
                 Slot::Free
@@ -295,7 +340,7 @@ impl Conductor {
     fn orders(&self) -> Vec<SaveOrder> {
         (0..2_u8)
             .filter_map(|slot| match self.slots[usize::from(slot)] {
-                Slot::Ordered { step, .. } => Some(SaveOrder { step, slot }),
+                Slot::Ordered { step, mode, .. } => Some(SaveOrder { step, slot, mode }),
                 _ => None,
             })
             .collect()
@@ -341,11 +386,13 @@ impl Conductor {
                 *slot = Slot::Free;
             }
         }
-        for index in 0..self.slots.len() {
+        let first = usize::from(self.newest == Some(0));
+        for index in [first, 1 - first] {
             if self.slots[index] == Slot::Free
                 && let Some(step) = self.due(started, now)
             {
-                self.slots[index] = Slot::Ordered { step, missing: self.setup.ranks };
+                let mode = self.chooser.mode();
+                self.slots[index] = Slot::Ordered { step, missing: self.setup.ranks, mode };
                 self.last_ordered = step;
                 self.last_order_at = now;
             }
@@ -407,11 +454,15 @@ mod tests {
     }
 
     fn conductor(cadence: Cadence, done: u64, last: u64) -> Conductor {
-        Conductor::new(Setup { ranks: 2, done: Step(done), last: Step(last), cadence }, Measured::NOTHING, at(0))
+        Conductor::new(
+            Setup { ranks: 2, done: Step(done), last: Step(last), cadence, held: None },
+            Measured::NOTHING,
+            at(0),
+        )
     }
 
     fn order(step: u64, slot: u8) -> SaveOrder {
-        SaveOrder { step: Step(step), slot }
+        SaveOrder { step: Step(step), slot, mode: CaptureMode::Overlap }
     }
 
     /// Both ranks answer a freeze.
@@ -431,7 +482,7 @@ mod tests {
     fn a_cadence_in_steps_is_ordered_ahead_and_uploaded_one_at_a_time() {
         let mut c = conductor(Cadence::Steps(10), 0, 35);
         assert_eq!(c.first_orders(at(0)), [order(10, 0), order(20, 1)]);
-        assert!(c.step_finished(Step(9), at(1)).is_empty(), "both slots have their orders");
+        assert!(c.step_finished(Step(9), 1.0, at(1)).is_empty(), "both slots have their orders");
         assert_eq!(capture(&mut c, 0, 10, at(2)), [Action::Upload { step: Step(10), slot: 0 }]);
         // The second snapshot waits for the upload of the first.
         assert!(capture(&mut c, 1, 20, at(3)).is_empty());
@@ -464,7 +515,7 @@ mod tests {
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
         capture(&mut c, 1, 20, at(2));
-        assert!(c.step_finished(Step(34), at(3)).is_empty(), "nowhere to put a third");
+        assert!(c.step_finished(Step(34), 1.0, at(3)).is_empty(), "nowhere to put a third");
         let actions = c.uploaded(0, true, at(4));
         assert_eq!(
             answer(&mut c, &actions, [35, 35], at(4)),
@@ -476,7 +527,7 @@ mod tests {
     fn a_drain_saves_the_largest_started_step_and_takes_back_later_orders() {
         let mut c = conductor(Cadence::Steps(100), 0, 1000);
         assert_eq!(c.first_orders(at(0)), [order(100, 0), order(200, 1)]);
-        c.step_finished(Step(41), at(1));
+        c.step_finished(Step(41), 1.0, at(1));
         let actions = c.drain(at(2));
         assert_eq!(
             answer(&mut c, &actions, [42, 43], at(2)),
@@ -550,7 +601,7 @@ mod tests {
     fn a_cadence_in_time_orders_when_due_and_saves_the_end() {
         let mut c = conductor(Cadence::Time(at(60)), 0, 50);
         assert!(c.first_orders(at(0)).is_empty());
-        assert!(c.step_finished(Step(5), at(59)).is_empty());
+        assert!(c.step_finished(Step(5), 1.0, at(59)).is_empty());
         let actions = c.tick(at(60));
         assert_eq!(
             answer(&mut c, &actions, [6, 7], at(60)),
@@ -563,7 +614,7 @@ mod tests {
         let actions = c.rank_stopped(Step(50), at(63));
         assert_eq!(
             answer(&mut c, &actions, [50, 50], at(63)),
-            [Action::Thaw { saves: vec![order(50, 0)], stop_after: None }]
+            [Action::Thaw { saves: vec![order(50, 1)], stop_after: None }]
         );
     }
 
@@ -615,6 +666,52 @@ mod tests {
         c.first_orders(at(0));
         c.captured(0, Step(10), at(1));
         assert!(c.salvage().is_empty(), "only one rank had captured");
+    }
+
+    #[test]
+    fn the_newest_checkpoint_is_not_overwritten_while_the_other_slot_is_free() {
+        let mut c = conductor(Cadence::Time(at(60)), 0, 500);
+        let mut taken = Vec::new();
+        for round in 1..5 {
+            let actions = c.tick(at(60 * round));
+            let actions = answer(&mut c, &actions, [round * 10, round * 10], at(60 * round));
+            let [Action::Thaw { saves, .. }] = &actions[..] else { panic!("{actions:?}") };
+            taken.push(saves[0].slot);
+            capture(&mut c, saves[0].slot, round * 10, at(60 * round + 1));
+            c.uploaded(saves[0].slot, true, at(60 * round + 2));
+        }
+        assert_eq!(taken, [0, 1, 0, 1]);
+        let setup = Setup { ranks: 1, done: Step(5), last: Step(9), cadence: Cadence::Steps(1), held: Some(0) };
+        let orders = Conductor::new(setup, Measured::NOTHING, at(0)).first_orders(at(0));
+        assert_eq!(orders[1].step, Step(6), "slot 0 holds step 5: {orders:?}");
+    }
+
+    /// Steps 1 to 9 of every ten are undisturbed; the save of the tenth costs what its mode costs.
+    #[test]
+    fn captures_block_when_that_was_measured_to_be_cheaper() {
+        let mut c = conductor(Cadence::Steps(10), 0, 10_000);
+        let mut orders = c.first_orders(at(0));
+        let mut lost = 0.0;
+        for step in 1..200 {
+            let mut actions = c.step_finished(Step(step), 1.0 + std::mem::take(&mut lost), at(step));
+            if let Some(Action::Chosen(choice)) = actions.first() {
+                assert_eq!(choice.mode, CaptureMode::Blocking, "{choice:?}");
+                assert!(step > 60);
+                return;
+            }
+            if let Some(order) = orders.iter().find(|order| order.step == Step(step)) {
+                lost = if order.mode == CaptureMode::Overlap { 0.9 } else { 0.3 };
+                c.copied(0.2);
+                capture(&mut c, order.slot, step, at(step));
+                actions = c.uploaded(order.slot, true, at(step));
+            }
+            if matches!(actions.last(), Some(Action::Freeze { .. }))
+                && let [Action::Thaw { saves, .. }] = &answer(&mut c, &actions, [step + 1, step + 1], at(step))[..]
+            {
+                orders.clone_from(saves);
+            }
+        }
+        panic!("nothing was chosen");
     }
 
     #[test]

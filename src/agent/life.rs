@@ -6,40 +6,32 @@
 //! A life ends in one of the ways of [`End`]. Whatever the way, its processes are gone afterwards, and snapshots that every rank had
 //! captured have been uploaded and committed, unless the run was lost to another writer or the user would not wait.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     conductor::{Action, Conductor, Moment, Setup},
+    images::{Fetched, Images, RESTORE_SLOT},
     retention::Retention,
-    saver::{self, SaveEvent, Snapshot},
-    workers::{Slots, WorkerEvent, Workers},
+    saver::{self, SaveEvent},
+    saves::Saves,
+    workers::{WorkerEvent, Workers},
 };
 use crate::{
-    checkpoint::{
-        CheckpointError,
-        manifest::{FileKind, TrainerState},
-        restore::{self, RemoteFile},
-        save::Upload,
-    },
+    checkpoint::{CheckpointError, restore::RemoteFile},
     config::RunConfig,
     error::{Error, Kind, Result},
     ids::{Generation, Rank, Step},
-    journal::{JournalError, Record, SaveCost},
-    layout,
+    journal::{JournalError, Record},
     notice::{Notice, signal::Signals},
-    protocol::{Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
+    protocol::{Assignment, FromWorker, StepReport, ToWorker},
     report::{Event, Reporter},
     snapshot::{
         cadence::Measured,
-        image::{self, Mapping, SharedImage},
-        plan::{self, ImagePlan, ShardKind, TensorSpec},
+        mode::{CaptureMode, Choice},
+        plan::TensorSpec,
     },
     storage::Store,
 };
@@ -53,8 +45,6 @@ const RETENTION_PATIENCE: Duration = Duration::from_secs(20);
 const LAST_SAVE_TRIES: u32 = 8;
 /// How often the journal is looked at for a generation that fences this one.
 const LOOK: Duration = Duration::from_secs(5);
-/// Losses are kept for so many steps back: a snapshot's loss is looked up when all ranks have captured it.
-const REMEMBERED: u64 = 64;
 
 /// What a life starts with.
 pub struct Plan {
@@ -94,10 +84,27 @@ pub enum Load {
         step: Step,
         /// The generation that wrote it.
         generation: Generation,
+        /// Where it is read.
+        from: Source,
+    },
+}
+
+/// Where a checkpoint is read.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// In the store.
+    Store {
         /// Its folder's key in the run.
         folder: String,
         /// Its shards.
         files: Vec<RemoteFile>,
+    },
+    /// In this node's memory: a slot holds it, checked.
+    Slot {
+        /// The slot.
+        slot: u8,
+        /// Each file's first byte and length in the slot.
+        files: Vec<(u64, u64)>,
     },
 }
 
@@ -166,61 +173,31 @@ enum Input {
     Tick,
 }
 
-struct Fetched {
-    bytes: u64,
-    seconds: f64,
-}
-
-struct Layout {
-    plans: Vec<ImagePlan>,
-    index: Bytes,
-    /// Each rank's two slots, mapped.
-    maps: Vec<[Mapping; 2]>,
-}
-
-/// What is kept of a snapshot until it is committed.
-struct Kept {
-    taken: Instant,
-    loss: Option<f64>,
-    cost: Arc<Mutex<SaveCost>>,
-}
-
 struct Life<'a> {
     start: Plan,
     reporter: &'a Reporter,
+    images: &'a mut Images,
     workers: Option<Workers>,
-    slots: Vec<Slots>,
-    layout: Option<Layout>,
     built: Vec<Option<Vec<TensorSpec>>>,
-    restore: SharedImage,
-    restore_files: Vec<(u64, u64)>,
+    /// Where what is to be loaded lies: its slot, and each file's place in it.
+    places: (u8, Vec<(u64, u64)>),
     fetched: Option<Fetched>,
     loading_since: Instant,
     ready: u32,
     /// `None` before `Go`.
     conductor: Option<Conductor>,
+    saves: Saves,
     reports: BTreeMap<Step, Vec<StepReport>>,
-    losses: BTreeMap<Step, f64>,
     validations: BTreeMap<Step, (u32, f64, u64)>,
-    validation_loss: Option<f64>,
-    kept: BTreeMap<Step, Kept>,
-    sent: u64,
-    sending: u64,
-    /// The last save that failed, and how often in a row.
-    failed: (Step, u32),
-    last_error: Option<Error>,
-    committed_at: Instant,
     /// What said that the run is to stop.
     notices: Vec<&'static str>,
     draining: bool,
     /// A worker has died or said why it can't go on; what is left is to finish uploads.
     dead: Option<Death>,
-    uploading: bool,
     retention: Retention,
     clock: Instant,
     looked: Instant,
     killing: Option<tokio::task::JoinHandle<()>>,
-    saves: mpsc::UnboundedSender<SaveEvent>,
     retries: mpsc::UnboundedSender<u8>,
     fence: mpsc::UnboundedSender<Error>,
 }
@@ -235,55 +212,38 @@ enum Death {
     Diverged { step: Step, reason: String },
 }
 
-/// Runs a life to its end.
-pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Result<End> {
-    let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("make shared memory");
+/// Runs a life to its end. `images` are the node's: what they hold outlives it.
+pub async fn run(start: Plan, images: &mut Images, signals: &mut Signals, reporter: &Reporter) -> Result<End> {
     let (worker_events, mut from_workers) = mpsc::unbounded_channel();
     let (saves, mut from_saver) = mpsc::unbounded_channel();
     let (retries, mut retry) = mpsc::unbounded_channel();
     let (fence, mut fenced) = mpsc::unbounded_channel();
     let (fetch_done, mut fetching) = mpsc::unbounded_channel();
 
-    let restore = SharedImage::create("trainer-restore").map_err(memory)?;
-    let slots = (0..start.workers)
-        .map(|_| Ok(Slots([SharedImage::create("trainer-slot-0")?, SharedImage::create("trainer-slot-1")?])))
-        .collect::<std::io::Result<Vec<_>>>()
-        .map_err(memory)?;
-    let workers = Workers::start(&slots, &restore, start.config.train.threads, &worker_events)?;
-    let restore_files = begin_fetch(&start, &restore, fetch_done)?;
-
+    images.begin_life();
+    let workers = Workers::start(start.workers, images.shared(), start.config.train.threads, &worker_events)?;
     let now = Instant::now();
+    let (places, fetched) = begin_load(&start, images, fetch_done)?;
     let mut life = Life {
+        saves: Saves::new(start.saver.clone(), start.companions.clone(), start.sequences, saves),
         reporter,
+        images,
         workers: Some(workers),
-        slots,
-        layout: None,
         built: vec![None; start.workers as usize],
-        restore,
-        restore_files,
-        fetched: None,
+        places,
+        fetched,
         loading_since: now,
         ready: 0,
         conductor: None,
         reports: BTreeMap::new(),
-        losses: BTreeMap::new(),
         validations: BTreeMap::new(),
-        validation_loss: None,
-        kept: BTreeMap::new(),
-        sent: 0,
-        sending: 0,
-        failed: (Step(0), 0),
-        last_error: None,
-        committed_at: now,
         notices: Vec::new(),
         draining: false,
         dead: None,
-        uploading: false,
         retention: Retention::default(),
         clock: now,
         looked: now,
         killing: None,
-        saves,
         retries,
         fence,
         start,
@@ -331,32 +291,30 @@ pub async fn run(start: Plan, signals: &mut Signals, reporter: &Reporter) -> Res
     end
 }
 
-/// Starts getting what is to be loaded, while the workers start. Returns where each file will lie.
-fn begin_fetch(
+/// A slot, and where in it each file lies.
+type Places = (u8, Vec<(u64, u64)>);
+
+/// Starts getting what is to be loaded, while the workers start. Gives where it will lie; what a slot holds is there already.
+fn begin_load(
     start: &Plan,
-    image: &SharedImage,
+    images: &mut Images,
     done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
-) -> Result<Vec<(u64, u64)>> {
+) -> Result<(Places, Option<Fetched>)> {
     let (store, folder, files) = match &start.load {
-        Load::Nothing => return Ok(Vec::new()),
+        Load::Nothing => return Ok(((RESTORE_SLOT, Vec::new()), None)),
+        Load::Checkpoint { from: Source::Slot { slot, files }, .. } => {
+            let bytes = files.iter().map(|(_, len)| len).sum();
+            return Ok(((*slot, files.clone()), Some(Fetched { bytes, seconds: 0.0 })));
+        }
         Load::Weights { folder, files } => (folder.clone(), String::new(), files.clone()),
-        Load::Checkpoint { folder, files, .. } => (start.saver.run.clone(), folder.clone(), files.clone()),
+        Load::Checkpoint { from: Source::Store { folder, files }, .. } => {
+            (start.saver.run.clone(), folder.clone(), files.clone())
+        }
     };
-    let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("make restore image");
-    let part = u64::from(start.config.storage.part_mib) << 20;
-    let layout = restore::plan_pieces(&files, part)?;
-    image.resize(layout.total).map_err(memory)?;
-    let mapping = image.map().map_err(memory)?;
-    let ranges: Vec<_> = layout.pieces.iter().map(|p| p.image_offset..p.image_offset + p.len).collect();
-    let chunks = mapping.chunks(&ranges).map_err(memory)?;
-    let pieces: Vec<_> = layout.pieces.into_iter().zip(chunks).collect();
-    tokio::spawn(async move {
-        let begin = Instant::now();
-        let result = restore::fetch(&store, &folder, &files, pieces, |_| {}).await;
-        let bytes = files.iter().map(|file| file.bytes).sum();
-        let _ = done.send(result.map(|()| Fetched { bytes, seconds: begin.elapsed().as_secs_f64() }));
-    });
-    Ok(layout.files)
+    let fetch = images.receive(files, u64::from(start.config.storage.part_mib) << 20)?;
+    let places = fetch.files.clone();
+    fetch.start(store, folder, done);
+    Ok(((RESTORE_SLOT, places), None))
 }
 
 impl Life<'_> {
@@ -519,18 +477,11 @@ impl Life<'_> {
             }
             FromWorker::Step(report) => return self.on_step(report),
             FromWorker::Captured { step, slot, copy_s } => {
-                let kept = self.keep(step);
-                let mut cost = kept.cost.lock().unwrap_or_else(PoisonError::into_inner);
-                cost.copy_s = cost.copy_s.max(copy_s);
-                drop(cost);
+                self.saves.captured(step, copy_s);
                 let actions = self.conductor.as_mut().map(|c| c.captured(slot, step, now)).unwrap_or_default();
                 return self.act(actions);
             }
-            FromWorker::Stalled { step, stall_s } => {
-                let kept = self.keep(step);
-                let mut cost = kept.cost.lock().unwrap_or_else(PoisonError::into_inner);
-                cost.stall_s = cost.stall_s.max(stall_s);
-            }
+            FromWorker::Stalled { step, stall_s } => self.saves.stalled(step, stall_s),
             FromWorker::Validated { step, loss_sum, sequences } => self.on_validated(step, loss_sum, sequences),
             FromWorker::Stopped { step } => {
                 let actions = self.conductor.as_mut().map(|c| c.rank_stopped(step, now)).unwrap_or_default();
@@ -553,11 +504,6 @@ impl Life<'_> {
         Ok(None)
     }
 
-    fn keep(&mut self, step: Step) -> &Kept {
-        let loss = self.losses.get(&step).copied();
-        self.kept.entry(step).or_insert_with(|| Kept { taken: Instant::now(), loss, cost: Arc::default() })
-    }
-
     fn on_exit(&mut self, rank: Rank, reason: &str) {
         self.dead.get_or_insert(Death::Died(format!("worker {rank} {reason}")));
     }
@@ -570,7 +516,7 @@ impl Life<'_> {
         if let Some(workers) = self.workers.take() {
             self.killing = Some(tokio::spawn(workers.kill()));
         }
-        if self.uploading {
+        if self.saves.is_uploading() {
             return Ok(None);
         }
         if let Some(conductor) = &mut self.conductor {
@@ -591,9 +537,8 @@ impl Life<'_> {
         }
     }
 
-    /// Every rank has said what its state is: plan who writes what, size the slots, write the headers.
+    /// Every rank has said what its state is: each learns what it writes, and where.
     fn lay_out(&mut self) -> Result<()> {
-        let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("lay out snapshot images");
         let mut lists = self.built.iter().flatten();
         let Some(tensors) = lists.next() else { return Ok(()) };
         if let Some(other) = lists.find(|list| *list != tensors) {
@@ -602,35 +547,21 @@ impl Life<'_> {
                 format!("ranks differ in their state: {} and {} tensors", tensors.len(), other.len()),
             ));
         }
-        let plans = plan::plan(tensors, self.start.saver.world_size, image::page_size())?;
-        let index = serde_json::to_vec_pretty(&plan::model_index(&plans, tensors))
-            .map_err(|error| Error::from_source(Kind::Bug, error))?;
-        let mut maps = Vec::with_capacity(plans.len());
-        for (plan, slots) in plans.iter().zip(&self.slots) {
-            let open = |slot: &SharedImage| {
-                slot.resize(plan.len)?;
-                let mapping = slot.map()?;
-                let headers: Vec<_> =
-                    plan.shards.iter().map(|s| s.image_offset..s.image_offset + s.header.len() as u64).collect();
-                for (chunk, shard) in mapping.chunks(&headers)?.iter_mut().zip(&plan.shards) {
-                    chunk.as_mut().copy_from_slice(&shard.header);
-                }
-                Ok::<_, std::io::Error>(mapping)
-            };
-            maps.push([open(&slots.0[0]).map_err(memory)?, open(&slots.0[1]).map_err(memory)?]);
+        let workers = self.workers.as_ref();
+        for (plan, base) in self.images.lay_out(tensors, self.start.saver.world_size)? {
+            if let Some(workers) = workers {
+                workers.tell(plan.rank, ToWorker::Layout { plan: Box::new(plan.clone()), base });
+            }
         }
-        for plan in &plans {
-            self.tell(plan.rank, ToWorker::Layout(Box::new(plan.clone())));
-        }
-        self.layout = Some(Layout { plans, index: index.into(), maps });
         Ok(())
     }
 
-    /// The restore image is full and the workers have their layout: they can load.
+    /// What is to be loaded is there and the workers have their layout: they can load.
     fn load_if_possible(&self) {
-        if self.fetched.is_some() && self.layout.is_some() {
+        if self.fetched.is_some() && self.images.is_laid_out() {
             let weights_only = matches!(self.start.load, Load::Weights { .. });
-            self.tell_all(&ToWorker::Restore { files: self.restore_files.clone(), weights_only });
+            let (slot, files) = self.places.clone();
+            self.tell_all(&ToWorker::Restore { slot, files, weights_only });
         }
     }
 
@@ -641,23 +572,37 @@ impl Life<'_> {
                 bytes: fetched.bytes,
                 fetch_s: fetched.seconds,
                 restore_s: self.loading_since.elapsed().as_secs_f64(),
+                from: match &self.start.load {
+                    Load::Checkpoint { from: Source::Slot { .. }, .. } => "memory",
+                    _ => "store",
+                },
             });
         }
-        // Its pages are given back now: every rank has copied them.
-        if let Err(error) = self.restore.resize(0) {
-            tracing::debug!(%error, "restore image not freed");
-        }
+        let held = match &self.start.load {
+            Load::Nothing => None,
+            Load::Weights { .. } => {
+                self.images.discard_received();
+                None
+            }
+            Load::Checkpoint { step, generation, from } => {
+                if let Source::Store { files, .. } = from {
+                    self.images.received(*step, *generation, &self.places.1, files);
+                }
+                Some(self.places.0)
+            }
+        };
         let setup = Setup {
             ranks: self.start.workers,
             done: self.start.load.step(),
             last: Step(self.start.config.train.steps),
             cadence: self.start.config.checkpoint.every,
+            held,
         };
         let now = self.now();
         let mut conductor = Conductor::new(setup, self.start.measured, now);
-        let saves: Vec<SaveOrder> = conductor.first_orders(now);
+        let saves = conductor.first_orders(now);
         self.conductor = Some(conductor);
-        self.committed_at = Instant::now();
+        self.saves.training_begins();
         self.tell_all(&ToWorker::Go { saves });
     }
 
@@ -679,18 +624,13 @@ impl Life<'_> {
             self.dead.get_or_insert(Death::Diverged { step, reason });
             return self.end_of_the_dead();
         }
-        self.losses.insert(step, loss);
-        if let Some(kept) = self.kept.get_mut(&step) {
-            // A rank can capture a step before another has reported it.
-            kept.loss = Some(loss);
-        }
-        self.losses.retain(|&s, _| s.get() + REMEMBERED > step.get());
+        self.saves.finished(step, loss);
         let slowest = |f: fn(&StepReport) -> f64| reports.iter().map(f).fold(0.0, f64::max);
         let (step_s, stall_s) = (slowest(|r| r.step_s), slowest(|r| r.stall_s));
         let config = &self.start.config;
         let tokens = u64::from(config.train.global_batch) * u64::from(config.data.sequence_length);
         let now = self.now();
-        let actions = self.conductor.as_mut().map(|c| c.step_finished(step, now)).unwrap_or_default();
+        let actions = self.conductor.as_mut().map(|c| c.step_finished(step, step_s, now)).unwrap_or_default();
         self.reporter.event(&Event::Step {
             step,
             loss,
@@ -701,7 +641,7 @@ impl Life<'_> {
             step_s,
             stall_s,
             lag_steps: step.get() - self.committed().get(),
-            lag_s: self.committed_at.elapsed().as_secs_f64(),
+            lag_s: self.saves.lag().as_secs_f64(),
         });
         self.act(actions)
     }
@@ -714,7 +654,7 @@ impl Life<'_> {
             && count > 0
         {
             let loss = sum / count as f64;
-            self.validation_loss = Some(loss);
+            self.saves.validated(loss);
             self.reporter.event(&Event::Validation { step, loss });
         }
     }
@@ -724,7 +664,14 @@ impl Life<'_> {
             match action {
                 Action::Freeze { ticket } => self.tell_all(&ToWorker::Freeze { ticket }),
                 Action::Thaw { saves, stop_after } => self.tell_all(&ToWorker::Thaw { saves, stop_after }),
-                Action::Upload { step, slot } => self.upload(step, slot)?,
+                Action::Upload { step, slot } => {
+                    let copy_s = self.saves.copy_s(step);
+                    if let Some(conductor) = &mut self.conductor {
+                        conductor.copied(copy_s);
+                    }
+                    self.saves.upload(step, slot, self.images, &self.start.config)?;
+                }
+                Action::Chosen(choice) => say_choice(&choice),
                 Action::Finished { step } => return Ok(Some(self.finish(step)?)),
             }
         }
@@ -735,98 +682,44 @@ impl Life<'_> {
         let last = Step(self.start.config.train.steps);
         if step == last && self.committed() >= last {
             // A run that was complete when it was loaded has made no step in this life.
-            let loss = self.losses.get(&last).copied().unwrap_or(f64::NAN);
+            let loss = self.saves.loss(last).unwrap_or(f64::NAN);
             return Ok(End::Completed { loss });
         }
         if self.committed() >= step {
             return Ok(self.stopped("the last finished step is committed"));
         }
-        let why = self.last_error.as_ref().map_or_else(|| "unknown".to_owned(), ToString::to_string);
+        let error = self.saves.take_error().unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
         if !self.draining {
-            let error = self.last_error.take().unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
             return Err(error.context(format!("save the last step, {step}")));
         }
-        Ok(self.stopped(format!("the last step could not be saved: {why}")))
-    }
-
-    fn upload(&mut self, step: Step, slot: u8) -> Result<()> {
-        let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("read snapshot image");
-        let Some(layout) = &self.layout else { return Ok(()) };
-        let mut uploads = Vec::new();
-        for (plan, maps) in layout.plans.iter().zip(&layout.maps) {
-            for shard in &plan.shards {
-                let body = maps[usize::from(slot)]
-                    .bytes(shard.image_offset..shard.image_offset + shard.len)
-                    .map_err(memory)?;
-                let kind = match shard.kind {
-                    ShardKind::Model => FileKind::Model,
-                    ShardKind::Optimizer => FileKind::Optimizer,
-                };
-                uploads.push(Upload { name: shard.file_name.clone(), kind, body });
-            }
-        }
-        let mut small = self.start.companions.clone();
-        small.push((layout::MODEL_INDEX.to_owned(), layout.index.clone()));
-        let state = TrainerState::at(step, &self.start.config, self.start.sequences)
-            .ok_or_else(|| Error::new(Kind::Config, "train.steps × train.global_batch is too large"))?;
-        small.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
-        self.sending = uploads.iter().map(|upload| upload.body.len() as u64).sum();
-        self.sent = 0;
-        self.uploading = true;
-        let kept = self.keep(step);
-        let (taken, cost) = (kept.taken, Arc::clone(&kept.cost));
-        // Every rank has captured the step, so every rank has reported it.
-        let loss = kept
-            .loss
-            .ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
-        let snapshot =
-            Snapshot { step, slot, uploads, small, loss, validation_loss: self.validation_loss, cost, taken };
-        saver::start(self.start.saver.clone(), snapshot, self.saves.clone());
-        Ok(())
+        Ok(self.stopped(format!("the last step could not be saved: {error}")))
     }
 
     fn on_save(&mut self, event: SaveEvent) -> Result<Option<End>> {
         let (step, slot, result) = match event {
             SaveEvent::Progress { step, bytes } => {
-                self.sent += bytes;
-                self.reporter.event(&Event::Upload { step, sent: self.sent.min(self.sending), total: self.sending });
+                self.saves.progress(step, bytes, self.reporter);
                 return Ok(None);
             }
             SaveEvent::Ended { step, slot, result } => (step, slot, result),
         };
-        self.uploading = false;
         let now = self.now();
         match result {
-            Ok(committed) => {
-                self.committed_at = Instant::now();
-                self.kept.retain(|&kept, _| kept > step);
-                let cost = committed.cost;
-                self.reporter.event(&Event::Checkpoint {
-                    step,
-                    generation: committed.generation,
-                    bytes: committed.bytes,
-                    stall_s: cost.stall_s,
-                    copy_s: cost.copy_s,
-                    durable_s: cost.durable_s,
-                });
+            Ok(saved) => {
+                self.saves.committed(slot, &saved, self.images, self.reporter);
                 if !self.draining {
                     let keep = self.start.config.checkpoint.keep;
                     self.retention.start(&self.start.saver.run, &self.start.saver.journal, keep);
                 }
                 let Some(conductor) = &mut self.conductor else { return Ok(None) };
-                let measured = conductor.measured_mut();
-                measured.save_cost_s = Some(cost.stall_s);
-                measured.durable_s = Some(cost.durable_s);
+                let cost = saved.committed.cost;
+                conductor.saved(cost.stall_s, cost.durable_s);
                 let actions = conductor.uploaded(slot, true, now);
                 self.act(actions)
             }
             Err(error) if error.kind() == Kind::Fenced => Err(error),
             Err(error) => {
-                let times = if self.failed.0 == step { self.failed.1 + 1 } else { 1 };
-                self.failed = (step, times);
-                let message = format!("save of step {step} failed and is tried again: {error}");
-                self.reporter.event(&Event::Warning { message });
-                self.last_error = Some(error);
+                let times = self.saves.failed(step, error, self.reporter);
                 let Some(conductor) = &mut self.conductor else { return Ok(None) };
                 if self.dead.is_some() {
                     let actions = conductor.uploaded(slot, false, now);
@@ -844,5 +737,17 @@ impl Life<'_> {
                 Ok(None)
             }
         }
+    }
+}
+
+fn say_choice(choice: &Choice) {
+    let Choice { mode, overlap_s, blocking_s, copy_s } = *choice;
+    let how = match mode {
+        CaptureMode::Overlap => "captures run beside the next step",
+        CaptureMode::Blocking => "captures hold the loop up",
+    };
+    match blocking_s {
+        Some(blocking_s) => tracing::info!(overlap_s, blocking_s, copy_s, "{how}: measured to cost less"),
+        None => tracing::info!(overlap_s, copy_s, "{how}: a save costs no more than the bare copy"),
     }
 }

@@ -16,10 +16,12 @@
 
 pub mod conductor;
 
+mod images;
 mod life;
 mod restart;
 mod retention;
 mod saver;
+mod saves;
 mod workers;
 
 use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
@@ -27,7 +29,10 @@ use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::sync::Mutex;
 
-use self::life::{End, Load, Plan, Stopped};
+use self::{
+    images::Images,
+    life::{End, Load, Plan, Source, Stopped},
+};
 use crate::{
     checkpoint::{
         catalog::{self, Damage},
@@ -43,7 +48,7 @@ use crate::{
     },
     layout, model,
     notice::signal::Signals,
-    rendezvous::heartbeat::{self, Pulse},
+    rendezvous::heartbeat::{self, Process, Pulse},
     report::{Event, Reporter},
     snapshot::cadence::Measured,
     storage::Store,
@@ -118,6 +123,8 @@ struct Agent {
     run_id: RunId,
     node: NodeId,
     journal: Arc<Mutex<Journal>>,
+    /// The snapshot slots; what they hold outlives the workers.
+    images: Images,
     reporter: Reporter,
     signals: Signals,
     nproc_per_node: Option<u32>,
@@ -170,6 +177,7 @@ impl Agent {
             run_id,
             node,
             journal: Arc::new(Mutex::new(journal)),
+            images: Images::create()?,
             reporter,
             signals,
             nproc_per_node,
@@ -222,7 +230,7 @@ impl Agent {
                 companions: resolved.companions.clone(),
                 measured: self.measured().await,
             };
-            match life::run(plan, &mut self.signals, &self.reporter).await {
+            match life::run(plan, &mut self.images, &mut self.signals, &self.reporter).await {
                 Ok(End::Completed { loss }) => return self.complete(generation, &resolved, loss).await,
                 Ok(End::Stopped(stopped)) => return self.interrupted(generation, &stopped).await,
                 Ok(End::Damaged { object, reason }) => self.step_over(&load, &object, &reason).await?,
@@ -271,10 +279,25 @@ impl Agent {
     async fn wait_for_the_other(&mut self) -> Result<bool> {
         let Some(other) = unfinished_leader(self.journal.lock().await.state()) else { return Ok(false) };
         self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
-        if heartbeat::is_alive(&self.run, &other).await? {
+        let heartbeat::Life::Gone(process) = heartbeat::look(&self.run, &other).await? else {
             return Err(taken(&self.run_id, &other));
+        };
+        let moved = self.journal.lock().await.refresh().await? > 0;
+        if !moved {
+            // It left without a word: what it had finished since its newest checkpoint is lost.
+            let journal = self.journal.lock().await;
+            let generation = journal.state().formed().map_or_else(Generation::default, |formed| formed.generation);
+            let checkpoint = journal.state().newest().map(|checkpoint| checkpoint.committed.step);
+            self.reporter.event(&Event::FoundDead {
+                node: other.to_string(),
+                generation,
+                same_machine: process.as_ref().map(Process::is_of_this_machine),
+                pid: process.map(|process| process.pid),
+                checkpoint,
+            });
+            heartbeat::bury(&self.run, &other).await;
         }
-        Ok(self.journal.lock().await.refresh().await? > 0)
+        Ok(moved)
     }
 
     /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`None`).
@@ -301,6 +324,9 @@ impl Agent {
             let choice = if self.from.is_some() { state.good() } else { state.candidates() };
             choice.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
         };
+        if let Some(load) = self.in_memory(&candidates).await {
+            return Ok(load);
+        }
         let outcome = catalog::newest_usable(&self.run, &candidates, self.from).await?;
         for damage in &outcome.stepped_over {
             self.warn_of_damage(damage.step, &damage.object, &damage.reason);
@@ -310,8 +336,10 @@ impl Agent {
             return Ok(Load::Checkpoint {
                 step: committed.step,
                 generation: committed.generation,
-                folder: layout::checkpoint(committed.step, committed.generation),
-                files: restore::tensor_files(&manifest),
+                from: Source::Store {
+                    folder: layout::checkpoint(committed.step, committed.generation),
+                    files: restore::tensor_files(&manifest),
+                },
             });
         }
         if !candidates.is_empty() {
@@ -336,6 +364,19 @@ impl Agent {
         } else {
             format!("one that it had turned away from may be named with --from: {}", good.join(", "))
         }))
+    }
+
+    /// The newest checkpoint, if a slot of this node still holds it: the store need not be read.
+    async fn in_memory(&mut self, candidates: &[Committed]) -> Option<Load> {
+        // Newest first.
+        let Committed { step, generation, .. } = *candidates.first()?;
+        let (slot, files) = self.images.find(step, generation).filter(|_| self.from.is_none())?;
+        if !self.images.whole(slot).await {
+            tracing::info!(%step, slot, "snapshot in memory is no longer that checkpoint, reading the store");
+            return None;
+        }
+        tracing::info!(%step, slot, "workers start again from the snapshot in memory");
+        Some(Load::Checkpoint { step, generation, from: Source::Slot { slot, files } })
     }
 
     /// What a run without a checkpoint starts from.
@@ -378,7 +419,7 @@ impl Agent {
             }
             Err(JournalError::Overtaken { node, .. }) => {
                 drop(journal);
-                if heartbeat::is_alive(&self.run, &node).await? {
+                if heartbeat::look(&self.run, &node).await? == heartbeat::Life::Alive {
                     return Err(taken(&self.run_id, &node));
                 }
                 self.journal.lock().await.refresh().await?;

@@ -15,7 +15,7 @@ use crate::{
     faults::{self, At},
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
     journal::{Committed, Journal, Record, SaveCost},
-    storage::Store,
+    storage::{Crc64, Store},
 };
 
 /// What does not change from save to save within one life.
@@ -72,9 +72,18 @@ pub enum SaveEvent {
         step: Step,
         /// Its slot.
         slot: u8,
-        /// Its record, or why there is none.
-        result: Result<Committed>,
+        /// What stands in the store, or why nothing does.
+        result: Result<Saved>,
     },
+}
+
+/// A save that is committed.
+#[derive(Clone, Debug)]
+pub struct Saved {
+    /// Its record.
+    pub committed: Committed,
+    /// The checksum of every file, by name.
+    pub sums: Vec<(String, Crc64)>,
 }
 
 /// Starts saving `snapshot`; what becomes of it goes to `events`.
@@ -94,7 +103,7 @@ pub fn start(context: Context, snapshot: Snapshot, events: mpsc::UnboundedSender
     });
 }
 
-async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSender<SaveEvent>) -> Result<Committed> {
+async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSender<SaveEvent>) -> Result<Saved> {
     let Snapshot { step, uploads, small, loss, validation_loss, cost, taken, .. } = snapshot;
     let bytes = uploads.iter().map(|upload| upload.body.len() as u64).sum();
     // Every file of the checkpoint: this node is the only one, so what it puts is all there is.
@@ -117,6 +126,7 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
         }
     };
     let receipt = put_shards(&context.run, &save, progress).await?;
+    let sums = receipt.files.iter().map(|file| (file.name.clone(), file.crc64)).collect();
     let manifest = put_manifest(&context.run, &save, &[receipt], &expected).await?;
     faults::check("save.before-record", At { rank: None, step: Some(step.get()) })
         .map_err(|fault| Error::from_source(Kind::Bug, fault))?;
@@ -136,5 +146,5 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
         cost,
     };
     context.journal.lock().await.append(Record::Committed(committed.clone())).await?;
-    Ok(committed)
+    Ok(Saved { committed, sums })
 }

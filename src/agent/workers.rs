@@ -1,7 +1,7 @@
 //! The worker processes of one life: start, talk, end, and learn that one has died.
 //!
-//! A worker inherits four descriptors and nothing else of ours: the control socket as its standard input, the two slots of its
-//! snapshot image and the node's restore image. It runs in a process group of its own, so that a key pressed at the terminal reaches the agent alone. It
+//! A worker inherits three descriptors and nothing else of ours: the control socket as its standard input, and the node's two
+//! snapshot slots. It runs in a process group of its own, so that a key pressed at the terminal reaches the agent alone. It
 //! asks the kernel to be killed when its agent dies, and leaves when the control stream ends: children never outlive the agent.
 //! The agent starts children from its main thread only, because that kill is tied to the thread that started them.
 
@@ -25,9 +25,14 @@ use tokio::{
 use crate::{
     error::{Error, Kind},
     ids::Rank,
-    protocol::{self, FromWorker, MAX_MESSAGE, RESTORE_FD, SLOT_FDS, ToWorker, WORKER_SUBCOMMAND},
+    protocol::{self, FromWorker, MAX_MESSAGE, SLOT_FDS, ToWorker, WORKER_SUBCOMMAND},
     snapshot::image::SharedImage,
 };
+
+/// glibc gives large blocks back to the kernel at once, which zeroes and faults them in again a moment later: every step frees and
+/// takes the same activations. With these it keeps them (mallopt(3); the threshold's upper limit is 32 MiB). Results are the
+/// same bits.
+const MALLOC: [(&str, &str); 2] = [("MALLOC_MMAP_THRESHOLD_", "33554432"), ("MALLOC_TRIM_THRESHOLD_", "1073741824")];
 
 /// What is heard of a worker.
 #[derive(Debug)]
@@ -37,10 +42,6 @@ pub enum WorkerEvent {
     /// Its process has ended, for this reason.
     Exited(Rank, String),
 }
-
-/// A worker's snapshot slots.
-#[derive(Debug)]
-pub struct Slots(pub [SharedImage; 2]);
 
 #[derive(Debug)]
 struct Handle {
@@ -56,16 +57,16 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts one process for each pair of slots; what they say goes to `events`.
+    /// Starts `count` processes; what they say goes to `events`.
     pub fn start(
-        slots: &[Slots],
-        restore: &SharedImage,
+        count: u32,
+        slots: [&SharedImage; 2],
         threads: u32,
         events: &mpsc::UnboundedSender<WorkerEvent>,
     ) -> Result<Self, Error> {
-        let mut handles = Vec::with_capacity(slots.len());
-        for (rank, slots) in (0_u32..).zip(slots) {
-            let handle = start_one(Rank(rank), slots, restore, threads, events.clone())
+        let mut handles = Vec::with_capacity(count as usize);
+        for rank in 0..count {
+            let handle = start_one(Rank(rank), slots, threads, events.clone())
                 .map_err(|error| Error::from_source(Kind::Bug, error).context(format!("start worker {rank}")))?;
             handles.push(handle);
         }
@@ -117,18 +118,16 @@ impl Workers {
 
 fn start_one(
     rank: Rank,
-    slots: &Slots,
-    restore: &SharedImage,
+    slots: [&SharedImage; 2],
     threads: u32,
     events: mpsc::UnboundedSender<WorkerEvent>,
 ) -> std::io::Result<Handle> {
     let (ours, theirs) = StdStream::pair()?;
     ours.set_nonblocking(true)?;
-    let mut mappings = Vec::with_capacity(3);
-    for (slot, child_fd) in slots.0.iter().zip(SLOT_FDS) {
+    let mut mappings = Vec::with_capacity(slots.len());
+    for (slot, child_fd) in slots.into_iter().zip(SLOT_FDS) {
         mappings.push(FdMapping { parent_fd: slot.try_clone()?.into(), child_fd });
     }
-    mappings.push(FdMapping { parent_fd: restore.try_clone()?.into(), child_fd: RESTORE_FD });
 
     // The running file itself, even if another was put in its place meanwhile.
     let mut command = std::process::Command::new("/proc/self/exe");
@@ -144,6 +143,11 @@ fn start_one(
         // libgomp's threads spin for milliseconds after each operation. That is right on a quiet machine and ruinous on a busy one;
         // a short spin measured the same on the first and up to 4 times faster on the second. Results are the same bits.
         command.env("GOMP_SPINCOUNT", "10000");
+    }
+    for (name, value) in MALLOC {
+        if std::env::var_os(name).is_none() {
+            command.env(name, value);
+        }
     }
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
     command

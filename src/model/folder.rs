@@ -29,7 +29,7 @@ pub fn from_folder(kind: ModelKind, folder: &Path) -> Result<Box<dyn Model>, Mod
         .map_err(|error| error.to_string())
         .and_then(|bytes| serde_json::from_slice(&bytes).map_err(|error| error.to_string()))
         .map_err(|reason| input("config.json", format!("can't be read: {reason}")))?;
-    let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: 0 };
+    let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: None };
     let model = build(kind, &config, &settings)?;
     let weights = Tensor::read_safetensors(folder.join(layout::MODEL)).doing("read model.safetensors")?;
     let _no_grad = tch::no_grad_guard();
@@ -62,7 +62,7 @@ mod tests {
     #[test]
     fn a_model_comes_back_with_its_weights() {
         let folder = tempfile::tempdir().unwrap();
-        let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: 7 };
+        let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: Some(7) };
         let model = build(ModelKind::Llama, &config(16), &settings).unwrap();
         Tensor::write_safetensors(model.parameters(), folder.path().join(layout::MODEL)).unwrap();
         std::fs::write(folder.path().join(layout::MODEL_CONFIG), config(16).to_string()).unwrap();

@@ -105,7 +105,7 @@ mod tests {
             "architectures": ["LlamaForCausalLM"], "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24,
             "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8, "initializer_range": 0.5,
         });
-        let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: 5 };
+        let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: Some(5) };
         build(ModelKind::Llama, &config, &settings).unwrap()
     }
 

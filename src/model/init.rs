@@ -18,7 +18,9 @@ pub(super) fn fresh(
     // Each extent is at most 2^24 and each product below 2^31 by the description's bounds.
     let extents: Vec<i64> = shape.iter().map(|&extent| i64::try_from(extent).unwrap_or(i64::MAX)).collect();
     let cpu = (Kind::Float, Device::Cpu);
-    let tensor = if name.ends_with(".bias") {
+    let tensor = if settings.seed.is_none() {
+        Tensor::f_empty(&extents, cpu)?
+    } else if name.ends_with(".bias") {
         Tensor::f_zeros(&extents, cpu)?
     } else if name.ends_with("norm.weight") {
         Tensor::f_ones(&extents, cpu)?
@@ -28,7 +30,8 @@ pub(super) fn fresh(
             std /= f64::from(2 * config.num_hidden_layers).sqrt();
         }
         let len = usize::try_from(extents.iter().product::<i64>()).unwrap_or(0);
-        Tensor::f_from_slice(&random::normal(settings.seed, name, len, std))?.f_view(extents.as_slice())?
+        Tensor::f_from_slice(&random::normal(settings.seed.unwrap_or_default(), name, len, std))?
+            .f_view(extents.as_slice())?
     };
     tensor.f_to_device(settings.device)?.f_set_requires_grad(true)
 }

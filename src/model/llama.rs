@@ -257,7 +257,7 @@ mod tests {
     fn make(changes: Value, precision: Precision, seed: u64) -> Llama {
         // Tests run side by side, and products this small gain nothing from threads that wait for each other.
         tch::set_num_threads(1);
-        let settings = BuildSettings { device: Device::Cpu, precision, seed };
+        let settings = BuildSettings { device: Device::Cpu, precision, seed: Some(seed) };
         Llama::new(LlamaConfig::from_json(&description(changes)).unwrap(), &settings).unwrap()
     }
 
@@ -314,7 +314,7 @@ mod tests {
         let parity: Parity = serde_json::from_str(include_str!("../../tests/fixtures/llama-parity.json")).unwrap();
         assert_eq!(parity.cases.len(), 5);
         for case in parity.cases {
-            let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: 0 };
+            let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: Some(0) };
             let model = Llama::new(LlamaConfig::from_json(&case.config).unwrap(), &settings).unwrap();
             let names: Vec<_> = model.parameters().iter().map(|(name, _)| name.clone()).collect();
             assert_eq!(names, case.parameters, "{}", case.name);
@@ -481,7 +481,7 @@ mod tests {
     fn shapes_are_known_without_building() {
         for changes in [json!({}), json!({"tie_word_embeddings": true, "attention_bias": true, "head_dim": 16})] {
             let shapes = model::parameter_shapes(ModelKind::Llama, &description(changes.clone())).unwrap();
-            let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: 0 };
+            let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: Some(0) };
             let model = model::build(ModelKind::Llama, &description(changes), &settings).unwrap();
             let built: Vec<_> = model.parameters().iter().map(|(n, t)| (n.clone(), t.size())).collect();
             let planned: Vec<_> =

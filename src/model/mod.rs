@@ -150,8 +150,8 @@ pub struct BuildSettings {
     pub device: Device,
     /// Arithmetic of forward and backward.
     pub precision: Precision,
-    /// Seed of the initial weights.
-    pub seed: u64,
+    /// Seed of the initial weights; `None`: they hold anything, because all of them are about to be loaded.
+    pub seed: Option<u64>,
 }
 
 /// Builds a model with fresh weights.

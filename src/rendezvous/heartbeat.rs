@@ -94,6 +94,11 @@ impl Process {
         }
     }
 
+    /// Whether it ran on this machine, since its last boot.
+    pub fn is_of_this_machine(&self) -> bool {
+        !self.boot_id.is_empty() && self.boot_id == Self::current().boot_id
+    }
+
     /// Whether it is surely gone: it ran under this kernel, in this namespace, and is no longer there.
     pub fn is_gone(&self) -> bool {
         let here = Self::current();
@@ -176,20 +181,36 @@ async fn read(run: &Store, node: &NodeId) -> Result<Option<Heartbeat>, StorageEr
     }
 }
 
-/// Whether `node` still lives. Takes up to [`PATIENCE`] when it does not, less when the kernel can tell.
-pub async fn is_alive(run: &Store, node: &NodeId) -> Result<bool, StorageError> {
-    let Some(first) = read(run, node).await? else { return Ok(false) };
+/// What is known of another node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Its counter rises.
+    Alive,
+    /// It is gone; the process that it was, if it left its heartbeat behind.
+    Gone(Option<Process>),
+}
+
+/// Looks whether `node` still lives. Takes up to [`PATIENCE`] when it does not, less when the kernel can tell.
+pub async fn look(run: &Store, node: &NodeId) -> Result<Life, StorageError> {
+    let Some(first) = read(run, node).await? else { return Ok(Life::Gone(None)) };
     let begin = tokio::time::Instant::now();
     loop {
         if first.process.is_gone() {
-            return Ok(false);
+            return Ok(Life::Gone(Some(first.process)));
         }
         match read(run, node).await? {
-            None => return Ok(false),
-            Some(now) if now.counter != first.counter => return Ok(true),
-            Some(_) if begin.elapsed() >= PATIENCE => return Ok(false),
+            None => return Ok(Life::Gone(None)),
+            Some(now) if now.counter != first.counter => return Ok(Life::Alive),
+            Some(_) if begin.elapsed() >= PATIENCE => return Ok(Life::Gone(Some(first.process))),
             Some(_) => tokio::time::sleep(INTERVAL / 4).await,
         }
+    }
+}
+
+/// Takes the heartbeat of a dead node away. One that was only asleep writes its own again.
+pub async fn bury(run: &Store, node: &NodeId) {
+    if let Err(error) = run.delete(&layout::heartbeat(node)).await {
+        tracing::debug!(%error, %node, "heartbeat of a dead node not deleted");
     }
 }
 

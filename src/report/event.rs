@@ -73,16 +73,31 @@ pub enum Event {
         /// From the end of the step to the `committed` record.
         durable_s: f64,
     },
+    /// The agent that had this run died without a word; this one carries on.
+    FoundDead {
+        /// Its node.
+        node: String,
+        /// The generation that it had formed.
+        generation: Generation,
+        /// Whether it was a process of this machine; `None`: it left nothing that could tell.
+        same_machine: Option<bool>,
+        /// Its process id there.
+        pid: Option<u32>,
+        /// The newest checkpoint: the steps that it had finished after it are lost.
+        checkpoint: Option<Step>,
+    },
     /// State was loaded from a checkpoint.
     Restored {
         /// Its step.
         step: Step,
-        /// Bytes fetched.
+        /// Bytes loaded.
         bytes: u64,
         /// Fetching and checking took.
         fetch_s: f64,
         /// From the start of the fetch until every rank has loaded it.
         restore_s: f64,
+        /// Where it was read: `store`, or `memory` where a snapshot slot still held it.
+        from: &'static str,
     },
     /// This machine, or this run, is asked to stop.
     Notice {

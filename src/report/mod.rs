@@ -161,7 +161,14 @@ mod tests {
                 resume_step: Some(Step(4)),
                 total_steps: 9,
             },
-            Event::Restored { step: Step(4), bytes: 10, fetch_s: 0.25, restore_s: 0.5 },
+            Event::FoundDead {
+                node: "n-1".into(),
+                generation: Generation(1),
+                same_machine: Some(true),
+                pid: Some(77),
+                checkpoint: Some(Step(4)),
+            },
+            Event::Restored { step: Step(4), bytes: 10, fetch_s: 0.25, restore_s: 0.5, from: "memory" },
             step(5, 5.432_198_7),
             step(6, 0.1 + 0.2),
             step(7, f64::NAN),
@@ -210,7 +217,8 @@ mod tests {
             text,
             r#"{"event":"formed","generation":1,"world_size":2,"resume_step":null,"total_steps":9}
 {"event":"formed","generation":2,"world_size":2,"resume_step":4,"total_steps":9}
-{"event":"restored","step":4,"bytes":10,"fetch_s":0.25,"restore_s":0.5}
+{"event":"found_dead","node":"n-1","generation":1,"same_machine":true,"pid":77,"checkpoint":4}
+{"event":"restored","step":4,"bytes":10,"fetch_s":0.25,"restore_s":0.5,"from":"memory"}
 {"event":"step","step":5,"loss":5.4321987,"lr":0.0003,"grad_norm":1.5,"tokens":2560,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
 {"event":"step","step":6,"loss":0.30000000000000004,"lr":0.0003,"grad_norm":1.5,"tokens":3072,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
 {"event":"step","step":7,"loss":null,"lr":0.0003,"grad_norm":1.5,"tokens":3584,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}

@@ -49,6 +49,7 @@ impl Summary {
             Event::Completed { .. } => self.ending = Some("completed"),
             Event::Validation { .. }
             | Event::Upload { .. }
+            | Event::FoundDead { .. }
             | Event::Restored { .. }
             | Event::Notice { .. }
             | Event::WorkerDied { .. }

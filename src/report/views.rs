@@ -60,7 +60,23 @@ impl Lines {
                     );
                 }
             }
-            Event::Restored { step, bytes, fetch_s, restore_s } => info!(
+            Event::FoundDead { generation, same_machine, pid, checkpoint, .. } => {
+                let whose = match (same_machine, pid) {
+                    (Some(true), Some(pid)) => format!("the agent that ran here as process {pid}"),
+                    (Some(false), _) => "the agent on another machine".to_owned(),
+                    _ => "the agent".to_owned(),
+                };
+                match checkpoint {
+                    Some(step) => info!(
+                        "{whose} (generation {generation}) is gone without a word; the newest checkpoint is step {step}, what it finished after that is done again"
+                    ),
+                    None => info!(
+                        "{whose} (generation {generation}) is gone without a word and left no checkpoint; the run starts from its beginning"
+                    ),
+                }
+            }
+            Event::Restored { step, bytes, fetch_s, restore_s, from } => info!(
+                from,
                 size = %human::bytes(*bytes),
                 fetch = %human::seconds(*fetch_s),
                 restore = %human::seconds(*restore_s),
@@ -190,7 +206,11 @@ impl Bars {
                 self.newest = Some(newest);
             }
             Event::WorkerDied { .. } | Event::Interrupted { .. } | Event::Completed { .. } => self.end_upload(),
-            Event::Validation { .. } | Event::Restored { .. } | Event::Notice { .. } | Event::Warning { .. } => {}
+            Event::Validation { .. }
+            | Event::FoundDead { .. }
+            | Event::Restored { .. }
+            | Event::Notice { .. }
+            | Event::Warning { .. } => {}
         }
     }
 

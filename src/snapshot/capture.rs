@@ -30,8 +30,15 @@ pub struct Capture {
 
 impl Capture {
     /// For the tensors that `plan` gives to this rank, out of `tensors` (the list that the plan was made from). Takes the slots'
-    /// memory at once (and pins it for a GPU), so that the first capture is as fast as the others.
-    pub fn new(plan: &ImagePlan, slots: &[SharedImage; 2], tensors: &[Tensor], copier: HostCopier) -> Result<Self> {
+    /// memory at once (and pins it for a GPU), so that the first capture is as fast as the others. This rank's image begins at
+    /// byte `base` of the slots.
+    pub fn new(
+        plan: &ImagePlan,
+        base: u64,
+        slots: &[SharedImage; 2],
+        tensors: &[Tensor],
+        copier: HostCopier,
+    ) -> Result<Self> {
         let mut parts = Vec::new();
         for placement in plan.shards.iter().flat_map(|shard| &shard.tensors) {
             let tensor = tensors
@@ -39,8 +46,10 @@ impl Capture {
                 .ok_or_else(|| Error::new(Kind::Bug, format!("plan names tensor {}", placement.tensor)))?;
             parts.push((tensor.shallow_clone(), placement.offset, placement.len));
         }
-        let slots =
-            [open(&slots[0], plan.len).context("map slot 0")?, open(&slots[1], plan.len).context("map slot 1")?];
+        let slots = [
+            open(&slots[0], base, plan.len).context("map slot 0")?,
+            open(&slots[1], base, plan.len).context("map slot 1")?,
+        ];
         Ok(Self { copier, slots: slots.map(Some), parts, running: None })
     }
 
@@ -72,10 +81,11 @@ impl Capture {
     }
 }
 
-fn open(slot: &SharedImage, len: u64) -> Result<Pinned<ImageChunk>> {
+fn open(slot: &SharedImage, base: u64, len: u64) -> Result<Pinned<ImageChunk>> {
     let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error);
     let mapping = slot.map().map_err(memory)?;
-    mapping.prefault().map_err(memory)?;
-    let whole = mapping.chunks(&[std::ops::Range { start: 0, end: len }]).map_err(memory)?.pop();
+    let end = base.checked_add(len).ok_or_else(|| Error::new(Kind::Bug, "an image beyond the end of memory"))?;
+    mapping.prefault(base..end).map_err(memory)?;
+    let whole = mapping.chunks(&[std::ops::Range { start: base, end }]).map_err(memory)?.pop();
     Ok(Pinned::new(whole.ok_or_else(|| Error::new(Kind::Bug, "empty image"))?)?)
 }

@@ -24,7 +24,7 @@ use std::{
 
 use bytes::Bytes;
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{FallocateFlags, MemfdFlags};
 
 /// Shared memory that can be handed to a child process.
 #[derive(Debug)]
@@ -43,9 +43,25 @@ impl SharedImage {
         Self { fd }
     }
 
-    /// Sets the size; new pages read as zero, and none is taken from memory before it is touched.
-    pub fn resize(&self, len: u64) -> io::Result<()> {
-        Ok(rustix::fs::ftruncate(&self.fd, len)?)
+    /// Makes it at least `len` bytes long; new pages read as zero, and none is taken from memory before it is touched. An image
+    /// never shrinks, so that a mapping of it stays valid.
+    pub fn grow(&self, len: u64) -> io::Result<()> {
+        if self.size()? < len {
+            rustix::fs::ftruncate(&self.fd, len)?;
+        }
+        Ok(())
+    }
+
+    /// Gives all its pages back; it reads as zero.
+    pub fn clear(&self) -> io::Result<()> {
+        match self.size()? {
+            0 => Ok(()),
+            len => Ok(rustix::fs::fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, len)?),
+        }
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        Ok(u64::try_from(rustix::fs::fstat(&self.fd)?.st_size).unwrap_or(0))
     }
 
     /// A second handle on the same memory.
@@ -55,8 +71,7 @@ impl SharedImage {
 
     /// Maps the whole image for reading and writing.
     pub fn map(&self) -> io::Result<Mapping> {
-        let len = u64::try_from(rustix::fs::fstat(&self.fd)?.st_size).unwrap_or(0);
-        let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let len = usize::try_from(self.size()?).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let raw = if len == 0 { None } else { Some(MmapOptions::new().len(len).map_raw(&self.fd)?) };
         Ok(Mapping {
             shared: Arc::new(Shared { raw, len, writers: AtomicUsize::new(0), readers: AtomicUsize::new(0) }),
@@ -115,10 +130,12 @@ impl Mapping {
         self.shared.len == 0
     }
 
-    /// Takes every page from memory now, so that the first capture does not stop for page faults.
-    pub fn prefault(&self) -> io::Result<()> {
+    /// Takes every page of `range` from memory now, so that the first capture does not stop for page faults. What the pages
+    /// hold stays.
+    pub fn prefault(&self, range: Range<u64>) -> io::Result<()> {
+        let (offset, len) = self.check(&range)?;
         match &self.shared.raw {
-            Some(raw) => match raw.advise(memmap2::Advice::PopulateWrite) {
+            Some(raw) => match raw.advise_range(memmap2::Advice::PopulateWrite, offset, len) {
                 // Kernels before 5.14 do not know the advice: the first capture is slower there, no more.
                 Err(error) if error.raw_os_error() == Some(22) => Ok(()),
                 result => result,
@@ -228,9 +245,10 @@ mod tests {
     #[test]
     fn two_mappings_see_the_same_bytes_and_turns_are_kept() {
         let image = SharedImage::create("test").unwrap();
-        image.resize(8192).unwrap();
+        image.grow(8192).unwrap();
+        image.grow(10).unwrap();
         let (worker, agent) = (image.map().unwrap(), image.try_clone().unwrap().map().unwrap());
-        worker.prefault().unwrap();
+        worker.prefault(0..8192).unwrap();
         let mut chunks = worker.chunks(&[0..100, 4096..8192]).unwrap();
         assert!(worker.bytes(0..1).is_err(), "read while lent for writing");
         assert!(worker.chunks(&[0..1]).is_err(), "lent twice");
@@ -250,7 +268,7 @@ mod tests {
     #[test]
     fn ranges_outside_or_overlapping_are_refused() {
         let image = SharedImage::create("test").unwrap();
-        image.resize(4096).unwrap();
+        image.grow(4096).unwrap();
         let map = image.map().unwrap();
         for ranges in [&[0..4097][..], &[0..10, 9..20], &[u64::MAX - 1..u64::MAX], &[4096..u64::MAX]] {
             assert!(map.chunks(ranges).is_err(), "{ranges:?}");

@@ -1,8 +1,10 @@
 //! Copies of tensors to host memory, made while LibTorch computes on.
 //!
-//! [`HostCopier`] owns a few threads of low scheduling priority. [`start`](HostCopier::start) hands them a list of
-//! tensors and one destination; they copy on until the last byte is there, run the callback, and wake whoever waits. On
-//! the CPU the tensors are cut into chunks that the threads take one by one. On a GPU `start` marks the point in the
+//! [`HostCopier`] owns a few threads. [`start`](HostCopier::start) hands them a list of tensors and one destination; they copy
+//! on until the last byte is there, run the callback, and wake whoever waits. On the CPU the tensors are cut into chunks that
+//! the threads take one by one; they run only while a core would be idle (Linux's `SCHED_IDLE`), so that they slow nobody
+//! who computes, and whoever [waits](CopyTicket::wait) copies what is left himself, so that he never waits for a thread
+//! which gets no core. On a GPU `start` marks the point in the
 //! compute stream, and one thread has the copies made on a stream of their own after that point: into [`Pinned`] memory
 //! they run beside the kernels.
 //!
@@ -26,6 +28,7 @@ use std::{
 };
 
 use tch::Tensor;
+use thread_priority::{NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy};
 
 use super::{
     Result, TorchError,
@@ -34,8 +37,8 @@ use super::{
 
 /// How much of a tensor a thread takes at a time: small enough that threads finish together.
 const CHUNK: usize = 1 << 20;
-/// Added to the niceness of copy threads, so that they leave the cores to those who compute.
-const NICENESS: i32 = 5;
+/// Niceness of copy threads where the kernel does not know `SCHED_IDLE`.
+const NICENESS: i32 = 19;
 
 const DOING: &str = "copy to host";
 
@@ -67,13 +70,20 @@ pub struct HostCopier {
 }
 
 impl HostCopier {
-    /// Starts `threads` copy threads; at least one.
-    pub fn new(threads: usize) -> Result<Self> {
+    /// Starts `threads` copy threads; at least one. `yielding`: they leave every core to those who compute. Right on the CPU; on a
+    /// GPU the one thread that has the copies made does next to nothing itself.
+    pub fn new(threads: usize, yielding: bool) -> Result<Self> {
         let mut copier = Self { queue: Arc::default(), threads: Vec::new() };
         for index in 0..threads.max(1) {
             let queue = Arc::clone(&copier.queue);
             let builder = std::thread::Builder::new().name(format!("copy-{index}"));
-            copier.threads.push(builder.spawn(move || queue.serve()).map_err(TorchError::Thread)?);
+            let serve = move || {
+                if yielding {
+                    step_back();
+                }
+                queue.serve();
+            };
+            copier.threads.push(builder.spawn(serve).map_err(TorchError::Thread)?);
         }
         Ok(copier)
     }
@@ -163,17 +173,18 @@ impl Drop for HostCopier {
 
 /// A copy under way.
 #[must_use = "the tensors must not change before the copy is done"]
-pub struct CopyTicket<D> {
+pub struct CopyTicket<D: Send> {
     batch: Arc<Batch<D>>,
 }
 
-impl<D> CopyTicket<D> {
+impl<D: Send> CopyTicket<D> {
     /// Whether the last byte is there and the callback has run.
     pub fn is_done(&self) -> bool {
         lock(&self.batch.end).took.is_some()
     }
 
-    /// Waits until the last byte is there and the callback has run; gives the destination back.
+    /// Waits until the last byte is there and the callback has run; gives the destination back. What no copy thread has taken
+    /// is copied by the calling thread.
     pub fn wait(self) -> Result<Copied<D>> {
         let mut end = self.batch.wait();
         if let Some(failure) = end.failure.take() {
@@ -187,13 +198,13 @@ impl<D> CopyTicket<D> {
     }
 }
 
-impl<D> Drop for CopyTicket<D> {
+impl<D: Send> Drop for CopyTicket<D> {
     fn drop(&mut self) {
         drop(self.batch.wait());
     }
 }
 
-impl<D> fmt::Debug for CopyTicket<D> {
+impl<D: Send> fmt::Debug for CopyTicket<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CopyTicket").field("done", &self.is_done()).finish_non_exhaustive()
     }
@@ -202,6 +213,15 @@ impl<D> fmt::Debug for CopyTicket<D> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // No code under these locks panics halfway through a change.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The calling thread gets a core only while nobody else wants it. Where that is refused, copies compete a little more.
+fn step_back() {
+    let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
+    let thread = thread_priority::unix::thread_native_id();
+    if thread_priority::unix::set_thread_priority_and_policy(thread, ThreadPriority::Min, idle).is_err() {
+        let _ = rustix::process::setpriority_process(None, NICENESS);
+    }
 }
 
 /// Cuts runs into pieces of at most [`CHUNK`] bytes.
@@ -318,16 +338,19 @@ impl<D> Batch<D> {
         end.took = Some(took);
         self.ended.notify_all();
     }
-
-    fn wait(&self) -> MutexGuard<'_, End<D>> {
-        let end = lock(&self.end);
-        self.ended.wait_while(end, |end| end.took.is_none()).unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Work that threads take in units until none is left.
 trait Units: Send + Sync {
     fn work(&self);
+}
+
+impl<D: Send> Batch<D> {
+    fn wait(&self) -> MutexGuard<'_, End<D>> {
+        self.work();
+        let end = lock(&self.end);
+        self.ended.wait_while(end, |end| end.took.is_none()).unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl<D: Send> Units for Batch<D> {
@@ -375,8 +398,6 @@ impl Queue {
 
     /// A copy thread's life.
     fn serve(&self) {
-        // On Linux this is the calling thread alone. Where it is refused, copies only compete a little more.
-        let _ = rustix::process::setpriority_process(None, NICENESS);
         loop {
             let batch = {
                 let mut waiting = lock(&self.waiting);
@@ -449,7 +470,7 @@ mod tests {
     #[test]
     fn bytes_are_exact_while_compute_reads_the_tensors() {
         for threads in [1, 3] {
-            let copier = HostCopier::new(threads).unwrap();
+            let copier = HostCopier::new(threads, true).unwrap();
             let (tensors, list, size) = jobs();
             let (sender, receiver) = mpsc::channel();
             let ticket = copier.start(vec![0xee; size], list, move |took| sender.send(took).unwrap()).unwrap();
@@ -463,7 +484,7 @@ mod tests {
 
     #[test]
     fn a_copier_serves_many_copies_and_finishes_them_before_it_goes() {
-        let copier = HostCopier::new(2).unwrap();
+        let copier = HostCopier::new(2, true).unwrap();
         let tickets: Vec<_> = (0..10)
             .map(|_| {
                 let (tensors, list, size) = jobs();
@@ -479,7 +500,7 @@ mod tests {
 
     #[test]
     fn a_copy_is_not_done_before_its_callback_and_a_dropped_ticket_waits_for_it() {
-        let copier = HostCopier::new(2).unwrap();
+        let copier = HostCopier::new(2, true).unwrap();
         let (_tensors, list, size) = jobs();
         let (go, gate) = mpsc::channel::<()>();
         let (sender, receiver) = mpsc::channel();
@@ -496,8 +517,29 @@ mod tests {
     }
 
     #[test]
+    fn whoever_waits_copies_what_no_thread_has_taken() {
+        let copier = HostCopier::new(1, true).unwrap();
+        // The one thread is held up in the callback of another copy.
+        let (_held_up, list, size) = jobs();
+        let (go, gate) = mpsc::channel::<()>();
+        let (begun, beginning) = mpsc::channel::<()>();
+        let first = copier
+            .start(vec![0; size], list, move |_| {
+                begun.send(()).unwrap();
+                gate.recv().unwrap();
+            })
+            .unwrap();
+        beginning.recv().unwrap();
+        let (tensors, list, size) = jobs();
+        let second = copier.start(vec![0xee; size], list, |_| ()).unwrap();
+        assert!(second.wait().unwrap().destination == expected(&tensors, size));
+        go.send(()).unwrap();
+        drop(first);
+    }
+
+    #[test]
     fn nothing_to_copy_is_done_at_once() {
-        let copier = HostCopier::new(1).unwrap();
+        let copier = HostCopier::new(1, true).unwrap();
         let ticket = copier.start(Vec::new(), Vec::new(), |_| ()).unwrap();
         assert!(ticket.is_done());
         assert!(ticket.wait().unwrap().destination.is_empty());
@@ -505,7 +547,7 @@ mod tests {
 
     #[test]
     fn a_callback_that_panics_is_an_error_and_the_threads_live_on() {
-        let copier = HostCopier::new(1).unwrap();
+        let copier = HostCopier::new(1, true).unwrap();
         let (_tensors, list, size) = jobs();
         let ticket = copier.start(vec![0; size], list, |_| panic!("on purpose")).unwrap();
         assert!(matches!(ticket.wait(), Err(TorchError::Callback)));
@@ -516,7 +558,7 @@ mod tests {
 
     #[test]
     fn the_destination_may_hold_its_bytes_within_itself() {
-        let copier = HostCopier::new(1).unwrap();
+        let copier = HostCopier::new(1, true).unwrap();
         let job = CopyJob { tensor: Tensor::from_slice(&[1_u8, 2, 3]), offset: 1, len: 3 };
         let copied = copier.start([0_u8; 5], vec![job], |_| ()).unwrap().wait().unwrap();
         assert_eq!(copied.destination, [0, 1, 2, 3, 0]);
@@ -524,7 +566,7 @@ mod tests {
 
     #[test]
     fn jobs_that_do_not_fit_are_refused() {
-        let copier = HostCopier::new(1).unwrap();
+        let copier = HostCopier::new(1, true).unwrap();
         let tensor = Tensor::zeros([2, 4], (Kind::Float, Device::Cpu));
         let job = |tensor: &Tensor, offset, len| CopyJob { tensor: tensor.shallow_clone(), offset, len };
         let start = |jobs| copier.start(vec![0; 64], jobs, |_| panic!("ran")).unwrap_err();

@@ -11,10 +11,10 @@
 
 use std::sync::{
     Condvar, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use crate::{ids::Step, protocol::SaveOrder};
+use crate::{ids::Step, protocol::SaveOrder, snapshot::mode::CaptureMode};
 
 const FROZEN: u64 = 1 << 63;
 const NEVER: u64 = u64::MAX;
@@ -22,10 +22,19 @@ const NEVER: u64 = u64::MAX;
 /// What the loop does at a step boundary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Boundary {
-    /// First freeze the state of the step just finished into this slot.
-    pub save: Option<u8>,
+    /// First freeze the state of the step just finished.
+    pub save: Option<Save>,
     /// Then start the next step, or stop here.
     pub proceed: bool,
+}
+
+/// What is done with the state of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Save {
+    /// It is copied into this slot.
+    pub slot: u8,
+    /// While the loop waits, or beside it.
+    pub mode: CaptureMode,
 }
 
 /// The meeting point of the train loop (one thread) and the control thread (another).
@@ -35,6 +44,8 @@ pub struct StepGate {
     state: AtomicU64,
     stop_after: AtomicU64,
     save_at: [AtomicU64; 2],
+    /// Written before, and read after, the slot's step.
+    blocking: [AtomicBool; 2],
     /// Guards nothing but the sleep of a frozen or stopped loop.
     sleep: Mutex<u64>,
     wake: Condvar,
@@ -47,6 +58,7 @@ impl StepGate {
             state: AtomicU64::new(done.get()),
             stop_after: AtomicU64::new(last.get()),
             save_at: [AtomicU64::new(NEVER), AtomicU64::new(NEVER)],
+            blocking: [AtomicBool::new(false), AtomicBool::new(false)],
             sleep: Mutex::new(0),
             wake: Condvar::new(),
         }
@@ -64,10 +76,10 @@ impl StepGate {
     /// Control thread: replaces all save orders, may bring the end forward, and lets the loop go on.
     pub fn thaw(&self, saves: &[SaveOrder], stop_after: Option<Step>) {
         let mut generation = self.lock();
-        for (slot, at) in self.save_at.iter().enumerate() {
-            let step =
-                saves.iter().find(|order| usize::from(order.slot) == slot).map_or(NEVER, |order| order.step.get());
-            at.store(step, Ordering::Release);
+        for (slot, (at, blocking)) in self.save_at.iter().zip(&self.blocking).enumerate() {
+            let order = saves.iter().find(|order| usize::from(order.slot) == slot);
+            blocking.store(order.is_some_and(|order| order.mode == CaptureMode::Blocking), Ordering::Release);
+            at.store(order.map_or(NEVER, |order| order.step.get()), Ordering::Release);
         }
         if let Some(step) = stop_after {
             self.stop_after.fetch_min(step.get(), Ordering::AcqRel);
@@ -101,23 +113,30 @@ impl StepGate {
         }
     }
 
-    fn peek_save(&self, done: Step) -> Option<u8> {
-        (0..2_u8).find(|&slot| self.save_at[usize::from(slot)].load(Ordering::Acquire) == done.get())
+    fn peek_save(&self, done: Step) -> Option<Save> {
+        let is_it = |slot: &u8| self.save_at[usize::from(*slot)].load(Ordering::Acquire) == done.get();
+        (0..2_u8).find(is_it).map(|slot| self.save_into(slot))
     }
 
-    fn take_save(&self, done: Step) -> Option<u8> {
-        (0..2_u8).find(|&slot| {
-            let at = &self.save_at[usize::from(slot)];
-            at.compare_exchange(done.get(), NEVER, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-        })
+    fn take_save(&self, done: Step) -> Option<Save> {
+        let is_it = |slot: &u8| {
+            let at = &self.save_at[usize::from(*slot)];
+            at.compare_exchange(done.get(), NEVER, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        };
+        (0..2_u8).find(is_it).map(|slot| self.save_into(slot))
+    }
+
+    fn save_into(&self, slot: u8) -> Save {
+        let blocking = self.blocking[usize::from(slot)].load(Ordering::Acquire);
+        Save { slot, mode: if blocking { CaptureMode::Blocking } else { CaptureMode::Overlap } }
     }
 
     /// Train loop, after the end: waits for an order to save the last step, which may come when a slot gets free.
-    pub fn wait_for_last_save(&self, done: Step) -> u8 {
+    pub fn wait_for_last_save(&self, done: Step) -> Save {
         let mut generation = self.lock();
         loop {
-            if let Some(slot) = self.take_save(done) {
-                return slot;
+            if let Some(save) = self.take_save(done) {
+                return save;
             }
             generation = self.wake.wait(generation).unwrap_or_else(PoisonError::into_inner);
         }
@@ -135,6 +154,14 @@ mod tests {
 
     use super::*;
 
+    const fn order(step: u64, slot: u8) -> SaveOrder {
+        SaveOrder { step: Step(step), slot, mode: CaptureMode::Overlap }
+    }
+    #[expect(clippy::unnecessary_wraps, reason = "what a boundary holds")]
+    const fn into(slot: u8) -> Option<Save> {
+        Some(Save { slot, mode: CaptureMode::Overlap })
+    }
+
     const GO: Boundary = Boundary { save: None, proceed: true };
 
     #[test]
@@ -150,20 +177,29 @@ mod tests {
         let gate = StepGate::new(Step(0), Step(9));
         gate.enter(Step(0));
         assert_eq!(gate.freeze(), Step(1), "step 1 is started, not finished");
-        gate.thaw(&[SaveOrder { step: Step(1), slot: 1 }], Some(Step(1)));
-        assert_eq!(gate.enter(Step(1)), Boundary { save: Some(1), proceed: false });
-        gate.thaw(&[SaveOrder { step: Step(1), slot: 0 }], None);
-        assert_eq!(gate.wait_for_last_save(Step(1)), 0);
+        gate.thaw(&[order(1, 1)], Some(Step(1)));
+        assert_eq!(gate.enter(Step(1)), Boundary { save: into(1), proceed: false });
+        gate.thaw(&[order(1, 0)], None);
+        assert_eq!(gate.wait_for_last_save(Step(1)).slot, 0);
     }
 
     #[test]
     fn new_orders_replace_old_ones() {
         let gate = StepGate::new(Step(0), Step(9));
-        gate.thaw(&[SaveOrder { step: Step(2), slot: 0 }], None);
-        gate.thaw(&[SaveOrder { step: Step(1), slot: 1 }], None);
+        gate.thaw(&[order(2, 0)], None);
+        gate.thaw(&[order(1, 1)], None);
         gate.enter(Step(0));
-        assert_eq!(gate.enter(Step(1)).save, Some(1));
+        assert_eq!(gate.enter(Step(1)).save, into(1));
         assert_eq!(gate.enter(Step(2)).save, None);
+    }
+
+    #[test]
+    fn an_order_says_whether_the_loop_waits_for_the_copy() {
+        let gate = StepGate::new(Step(0), Step(9));
+        gate.thaw(&[SaveOrder { mode: CaptureMode::Blocking, ..order(1, 1) }, order(2, 0)], None);
+        gate.enter(Step(0));
+        assert_eq!(gate.enter(Step(1)).save, Some(Save { slot: 1, mode: CaptureMode::Blocking }));
+        assert_eq!(gate.enter(Step(2)).save, into(0));
     }
 
     #[test]
@@ -178,8 +214,8 @@ mod tests {
         };
         // The loop can't have entered step 2: it was frozen before.
         assert_eq!(started, Step(1));
-        gate.thaw(&[SaveOrder { step: Step(1), slot: 0 }], Some(Step(1)));
-        assert_eq!(told.recv().unwrap(), Boundary { save: Some(0), proceed: false });
+        gate.thaw(&[order(1, 0)], Some(Step(1)));
+        assert_eq!(told.recv().unwrap(), Boundary { save: into(0), proceed: false });
         looper.join().unwrap();
     }
 
@@ -206,10 +242,10 @@ mod tests {
                 .collect();
             let agreed = gates.iter().map(|gate| gate.freeze()).max().unwrap();
             for gate in &gates {
-                gate.thaw(&[SaveOrder { step: agreed, slot: 0 }], Some(agreed));
+                gate.thaw(&[order(agreed.get(), 0)], Some(agreed));
             }
             for finished in loops {
-                assert_eq!(finished.join().unwrap(), (agreed, Some(0)));
+                assert_eq!(finished.join().unwrap(), (agreed, into(0)));
             }
         }
     }

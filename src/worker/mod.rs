@@ -29,7 +29,13 @@ use std::{
 
 use tch::Tensor;
 
-use self::{batch::Batches, gate::StepGate, link::Link, optim::Optimizer, state::State};
+use self::{
+    batch::Batches,
+    gate::{Save, StepGate},
+    link::Link,
+    optim::Optimizer,
+    state::State,
+};
 use crate::{
     config::{MicroBatches, RunConfig, micro_batches},
     data::{
@@ -40,8 +46,8 @@ use crate::{
     faults::{self, At},
     ids::{Rank, Step, WorldSize},
     model::{self, BuildSettings, Model},
-    protocol::{Assignment, FromWorker, RESTORE_FD, SLOT_FDS, SaveOrder, StepReport, ToWorker},
-    snapshot::{capture::Capture, image::SharedImage},
+    protocol::{Assignment, FromWorker, SLOT_FDS, SaveOrder, StepReport, ToWorker},
+    snapshot::{capture::Capture, image::SharedImage, mode::CaptureMode},
     torch::{self, Backend, HostCopier, ProcessGroup, Reducer, Reduction},
 };
 
@@ -80,6 +86,8 @@ struct Worker {
     validation: u64,
     optimizer: Optimizer,
     capture: Capture,
+    /// Waited for captures since the last step report.
+    stalled: Duration,
     /// `None` in a world of one: there is nobody to reduce with.
     reducer: Option<Reducer>,
 }
@@ -120,7 +128,9 @@ impl Worker {
         };
 
         let device = torch::pick_device(local_rank)?;
-        let settings = BuildSettings { device, precision: train.precision, seed: train.seed };
+        // Weights that are to be loaded need not be drawn first.
+        let draw = resume_step == Step(0) && config.model.init_from.is_none();
+        let settings = BuildSettings { device, precision: train.precision, seed: draw.then_some(train.seed) };
         let model = model::build(config.model.kind, &config.model.config, &settings).context("build model")?;
         let mut state = State::new(model.as_ref())?;
         let parameters = state.weights().iter().map(|tensor| tensor.numel() as u64).sum();
@@ -146,16 +156,19 @@ impl Worker {
                     let prefix = format!("g{}", assignment.generation);
                     group = Some(ProcessGroup::new(backend, &store, &prefix, rank, world, PEER_TIMEOUT, device)?);
                 }
-                ToWorker::Layout(plan) => {
+                ToWorker::Layout { plan, base } => {
                     let slots = [inherited(SLOT_FDS[0])?, inherited(SLOT_FDS[1])?];
-                    let copier = HostCopier::new(COPY_THREADS)?;
-                    capture = Some(Capture::new(&plan, &slots, state.tensors(), copier)?);
-                    if resume_step == Step(0) && config.model.init_from.is_none() {
+                    let copier = match device {
+                        tch::Device::Cpu => HostCopier::new(COPY_THREADS, true)?,
+                        _ => HostCopier::new(1, false)?,
+                    };
+                    capture = Some(Capture::new(&plan, base, &slots, state.tensors(), copier)?);
+                    if draw {
                         link.tell(&FromWorker::Ready);
                     }
                 }
-                ToWorker::Restore { files, weights_only } => {
-                    restore(&mut state, &files, weights_only).context("restore")?;
+                ToWorker::Restore { slot, files, weights_only } => {
+                    restore(&mut state, slot, &files, weights_only).context("restore")?;
                     link.tell(&FromWorker::Ready);
                 }
                 ToWorker::Go { saves } => break saves,
@@ -185,6 +198,7 @@ impl Worker {
             validation,
             optimizer,
             capture,
+            stalled: Duration::ZERO,
             reducer,
             config,
         };
@@ -200,8 +214,8 @@ impl Worker {
         loop {
             // Between two steps: the state is that of step `done`.
             let boundary = gate.enter(self.done);
-            if let Some(slot) = boundary.save {
-                self.save(slot)?;
+            if let Some(save) = boundary.save {
+                self.save(save)?;
             }
             if !boundary.proceed {
                 break;
@@ -212,7 +226,7 @@ impl Worker {
 
             let (loss, data) = self.forward_backward(step)?;
             // The last moment at which the state of step `done` still stands.
-            let stall = self.finish_capture()?;
+            self.finish_capture()?;
             let lr = schedule::learning_rate(
                 &self.config.train.schedule,
                 self.config.train.optimizer.lr,
@@ -228,7 +242,7 @@ impl Worker {
                 grad_norm: torch::to_f64(&norm)?,
                 lr,
                 step_s: begin.elapsed().as_secs_f64(),
-                stall_s: stall.as_secs_f64(),
+                stall_s: std::mem::take(&mut self.stalled).as_secs_f64(),
                 data_s: data.as_secs_f64(),
             };
             begin = Instant::now();
@@ -243,8 +257,8 @@ impl Worker {
         self.link.tell(&FromWorker::Stopped { step: self.done });
         // The state stays as it is, so its save may be ordered when a slot gets free. The control thread ends the process.
         loop {
-            let slot = gate.wait_for_last_save(self.done);
-            self.save(slot)?;
+            let save = gate.wait_for_last_save(self.done);
+            self.save(save)?;
             self.finish_capture()?;
         }
     }
@@ -283,18 +297,25 @@ impl Worker {
         Ok((total, data))
     }
 
-    fn save(&mut self, slot: u8) -> Result<()> {
+    fn save(&mut self, Save { slot, mode }: Save) -> Result<()> {
         let (link, step) = (self.link.clone(), self.done);
         self.finish_capture()?;
         self.capture.start(slot, move |copy| {
             link.tell(&FromWorker::Captured { step, slot, copy_s: copy.as_secs_f64() });
-        })
+        })?;
+        match mode {
+            CaptureMode::Overlap => Ok(()),
+            CaptureMode::Blocking => self.finish_capture(),
+        }
     }
 
-    fn finish_capture(&mut self) -> Result<Duration> {
-        let Some(stall) = self.capture.wait()? else { return Ok(Duration::ZERO) };
-        self.link.tell(&FromWorker::Stalled { step: self.done, stall_s: stall.as_secs_f64() });
-        Ok(stall)
+    /// Waits for the capture under way, if there is one.
+    fn finish_capture(&mut self) -> Result<()> {
+        if let Some(stall) = self.capture.wait()? {
+            self.stalled += stall;
+            self.link.tell(&FromWorker::Stalled { step: self.done, stall_s: stall.as_secs_f64() });
+        }
+        Ok(())
     }
 
     fn validation_is_due(&self) -> bool {
@@ -324,9 +345,11 @@ impl Worker {
     }
 }
 
-fn restore(state: &mut State, files: &[(u64, u64)], weights_only: bool) -> Result<()> {
-    let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("map restore image");
-    let mapping = inherited(RESTORE_FD)?.map().map_err(memory)?;
+fn restore(state: &mut State, slot: u8, files: &[(u64, u64)], weights_only: bool) -> Result<()> {
+    let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("map the slot to be loaded");
+    let fd =
+        SLOT_FDS.get(usize::from(slot)).ok_or_else(|| Error::new(Kind::Bug, format!("there is no slot {slot}")))?;
+    let mapping = inherited(*fd)?.map().map_err(memory)?;
     let files = files
         .iter()
         .map(|&(offset, len)| mapping.bytes(offset..offset.saturating_add(len)))

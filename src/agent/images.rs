@@ -1,0 +1,387 @@
+//! The node's two snapshot slots: shared memory that outlives its workers.
+//!
+//! # Layout
+//! Each slot is one piece of shared memory for the whole node. It holds every rank's image ([`crate::snapshot::plan`]), one after
+//! the other, each beginning on a page; a rank writes its own image alone and may read all of them. A checkpoint that is loaded
+//! from the store is fetched into slot 0, file after file, and read there by all ranks: restoring needs no memory beside the slots.
+//!
+//! # What a slot holds
+//! After a commit, and after a checkpoint was fetched, a slot holds that checkpoint's files until the next capture writes over
+//! them. Workers that crash meanwhile are started again from it, and the store is not read. Nobody keeps account of when a
+//! capture begins to write, and a dying worker may have written anywhere: what is held is summed up again
+//! ([`Images::whole`]) before it is believed.
+//!
+//! # Crash, retry, cancel
+//! The memory is this process's own and goes with it. Headers are written when all ranks have captured, not before, so that a
+//! checkpoint fetched into the slot is whole until then.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use crate::{
+    checkpoint::{
+        CheckpointError,
+        manifest::FileKind,
+        restore::{self, RemoteFile},
+        save::Upload,
+    },
+    error::{Error, Kind, Result},
+    ids::{Generation, Step, WorldSize},
+    snapshot::{
+        image::{self, ImageChunk, Mapping, SharedImage},
+        plan::{self, ImagePlan, ShardKind, TensorSpec},
+    },
+    storage::{Crc64, Store},
+};
+
+/// The slot that a checkpoint is fetched into.
+pub const RESTORE_SLOT: u8 = 0;
+
+/// The checkpoint that lies in a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Held {
+    step: Step,
+    generation: Generation,
+    /// Where each of its tensor files lies in the slot, and its checksum.
+    files: Vec<(Range<u64>, Crc64)>,
+}
+
+/// One slot.
+#[derive(Debug)]
+struct Slot {
+    image: SharedImage,
+    held: Option<Held>,
+    /// The headers of the layout stand in it.
+    has_headers: bool,
+}
+
+/// How this life's workers use the slots.
+#[derive(Debug)]
+struct Layout {
+    plans: Vec<ImagePlan>,
+    /// The first byte of each rank's image.
+    bases: Vec<u64>,
+    index: Bytes,
+    maps: [Mapping; 2],
+}
+
+/// Both slots of a node.
+#[derive(Debug)]
+pub struct Images {
+    slots: [Slot; 2],
+    layout: Option<Layout>,
+}
+
+/// What has been fetched from the store.
+#[derive(Clone, Copy, Debug)]
+pub struct Fetched {
+    /// Bytes of all files.
+    pub bytes: u64,
+    /// The time it took.
+    pub seconds: f64,
+}
+
+/// A checkpoint, or a model, that is on its way into [`RESTORE_SLOT`].
+#[derive(Debug)]
+pub struct Fetch {
+    /// Each file's first byte and length in the slot.
+    pub files: Vec<(u64, u64)>,
+    pieces: Vec<(restore::Piece, ImageChunk)>,
+    wanted: Vec<RemoteFile>,
+}
+
+impl Fetch {
+    /// Gets all of it, beside the event loop; what became of it goes to `done`.
+    pub fn start(self, store: Store, folder: String, done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>) {
+        tokio::spawn(async move {
+            let begin = tokio::time::Instant::now();
+            let result = restore::fetch(&store, &folder, &self.wanted, self.pieces, |_| {}).await;
+            let bytes = self.wanted.iter().map(|file| file.bytes).sum();
+            let _ = done.send(result.map(|()| Fetched { bytes, seconds: begin.elapsed().as_secs_f64() }));
+        });
+    }
+}
+
+fn memory(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |error| Error::from_source(Kind::Bug, error).context(doing)
+}
+
+impl Images {
+    /// Two empty slots.
+    pub fn create() -> Result<Self> {
+        let slot = |name| {
+            let image = SharedImage::create(name).map_err(memory("make shared memory"))?;
+            Ok::<_, Error>(Slot { image, held: None, has_headers: false })
+        };
+        Ok(Self { slots: [slot("trainer-slot-0")?, slot("trainer-slot-1")?], layout: None })
+    }
+
+    /// The slots' memory, to be inherited by workers.
+    pub fn shared(&self) -> [&SharedImage; 2] {
+        [&self.slots[0].image, &self.slots[1].image]
+    }
+
+    /// A new life begins: its workers will say what their state is. What the slots hold stays.
+    pub fn begin_life(&mut self) {
+        self.layout = None;
+        for slot in &mut self.slots {
+            slot.has_headers = false;
+        }
+    }
+
+    /// Makes room for `files` in [`RESTORE_SLOT`]; parts of at most `part` bytes are got at once.
+    pub fn receive(&mut self, files: Vec<RemoteFile>, part: u64) -> Result<Fetch> {
+        let layout = restore::plan_pieces(&files, part)?;
+        let slot = &mut self.slots[usize::from(RESTORE_SLOT)];
+        slot.held = None;
+        let failed = memory("make room for a checkpoint");
+        slot.image.grow(layout.total).map_err(&failed)?;
+        let ranges: Vec<_> = layout.pieces.iter().map(|p| p.image_offset..p.image_offset + p.len).collect();
+        let chunks = slot.image.map().and_then(|mapping| mapping.chunks(&ranges)).map_err(&failed)?;
+        Ok(Fetch { files: layout.files, pieces: layout.pieces.into_iter().zip(chunks).collect(), wanted: files })
+    }
+
+    /// All of `files` lie in [`RESTORE_SLOT`], checked, at these places.
+    pub fn received(&mut self, step: Step, generation: Generation, places: &[(u64, u64)], files: &[RemoteFile]) {
+        let sums: Option<Vec<_>> = places
+            .iter()
+            .zip(files)
+            .map(|(&(start, len), file)| Some((start..start.checked_add(len)?, file.crc64?)))
+            .collect();
+        self.slots[usize::from(RESTORE_SLOT)].held = sums.map(|files| Held { step, generation, files });
+    }
+
+    /// What was fetched is of no more use; its memory is given back.
+    pub fn discard_received(&mut self) {
+        let slot = &mut self.slots[usize::from(RESTORE_SLOT)];
+        slot.held = None;
+        if let Err(error) = slot.image.clear() {
+            tracing::debug!(%error, "memory of what was loaded not given back");
+        }
+    }
+
+    /// Where the files of this checkpoint lie, if a slot holds it: the slot, each file's first byte and length.
+    pub fn find(&self, step: Step, generation: Generation) -> Option<(u8, Vec<(u64, u64)>)> {
+        let is_it = |slot: &Slot| slot.held.as_ref().is_some_and(|h| (h.step, h.generation) == (step, generation));
+        let slot = self.slots.iter().position(is_it)?;
+        let held = self.slots[slot].held.as_ref()?;
+        let files = held.files.iter().map(|(range, _)| (range.start, range.end - range.start)).collect();
+        Some((u8::try_from(slot).ok()?, files))
+    }
+
+    /// Sums up what a slot holds and compares; what does not agree is not held any more. The sums run in parallel at the speed
+    /// of memory.
+    pub async fn whole(&mut self, slot: u8) -> bool {
+        let Some(Slot { image, held, .. }) = self.slots.get_mut(usize::from(slot)) else { return false };
+        let Some(files) = held.as_ref().map(|held| held.files.clone()) else { return false };
+        let sound = sums_agree(image, files).await;
+        if !sound {
+            *held = None;
+        }
+        sound
+    }
+
+    /// Every rank has said what its state is: plans who writes what, and sizes the slots. Gives each rank's plan and the
+    /// first byte of its image in the slots.
+    pub fn lay_out(
+        &mut self,
+        tensors: &[TensorSpec],
+        world: WorldSize,
+    ) -> Result<impl Iterator<Item = (&ImagePlan, u64)>> {
+        let plans = plan::plan(tensors, world, image::page_size())?;
+        let index = serde_json::to_vec_pretty(&plan::model_index(&plans, tensors))
+            .map_err(|error| Error::from_source(Kind::Bug, error))?;
+        let mut total = 0_u64;
+        let mut bases = Vec::with_capacity(plans.len());
+        for plan in &plans {
+            bases.push(total);
+            // A plan's length is a multiple of the page.
+            total = total
+                .checked_add(plan.len)
+                .ok_or_else(|| Error::new(Kind::Bug, "the state's images are longer than 64 bits can say"))?;
+        }
+        let open = |slot: &Slot| {
+            slot.image.grow(total)?;
+            slot.image.map()
+        };
+        let failed = memory("lay out snapshot images");
+        let maps = [open(&self.slots[0]).map_err(&failed)?, open(&self.slots[1]).map_err(&failed)?];
+        let layout = self.layout.insert(Layout { plans, bases, index: index.into(), maps });
+        Ok(layout.plans.iter().zip(layout.bases.iter().copied()))
+    }
+
+    /// Whether [`lay_out`](Self::lay_out) has been done in this life.
+    pub fn is_laid_out(&self) -> bool {
+        self.layout.is_some()
+    }
+
+    /// Every rank has captured into `slot`: its headers are written, if they are not there yet. What it held is gone.
+    fn prepare(&mut self, slot: u8) -> Result<&Layout> {
+        let (Some(layout), Some(state)) = (&self.layout, self.slots.get_mut(usize::from(slot))) else {
+            return Err(Error::new(Kind::Bug, format!("upload of slot {slot} before there is a layout")));
+        };
+        state.held = None;
+        if !std::mem::replace(&mut state.has_headers, true) {
+            let shards: Vec<_> = layout
+                .plans
+                .iter()
+                .zip(&layout.bases)
+                .flat_map(|(plan, base)| plan.shards.iter().map(move |shard| (base + shard.image_offset, shard)))
+                .collect();
+            let ranges: Vec<_> =
+                shards.iter().map(|(start, shard)| *start..start + shard.header.len() as u64).collect();
+            let chunks = layout.maps[usize::from(slot)].chunks(&ranges);
+            for (chunk, (_, shard)) in chunks.map_err(memory("write headers of images"))?.iter_mut().zip(shards) {
+                chunk.as_mut().copy_from_slice(&shard.header);
+            }
+        }
+        Ok(layout)
+    }
+
+    /// The shards in a slot that every rank has captured: its very pages. And the index of the weights.
+    pub fn uploads(&mut self, slot: u8) -> Result<(Vec<Upload>, Bytes)> {
+        let layout = self.prepare(slot)?;
+        let mut uploads = Vec::new();
+        for (plan, base) in layout.plans.iter().zip(&layout.bases) {
+            for shard in &plan.shards {
+                let start = base + shard.image_offset;
+                let body = layout.maps[usize::from(slot)].bytes(start..start + shard.len);
+                let kind = match shard.kind {
+                    ShardKind::Model => FileKind::Model,
+                    ShardKind::Optimizer => FileKind::Optimizer,
+                };
+                let body = body.map_err(memory("read snapshot image"))?;
+                uploads.push(Upload { name: shard.file_name.clone(), kind, body });
+            }
+        }
+        Ok((uploads, layout.index.clone()))
+    }
+
+    /// A slot's snapshot is committed, its shards with these checksums by name: it is held from now on.
+    pub fn hold(&mut self, slot: u8, step: Step, generation: Generation, sums: &[(String, Crc64)]) {
+        let (Some(layout), Some(state)) = (&self.layout, self.slots.get_mut(usize::from(slot))) else { return };
+        let mut files = Vec::new();
+        for (plan, base) in layout.plans.iter().zip(&layout.bases) {
+            for shard in &plan.shards {
+                let Some((_, sum)) = sums.iter().find(|(name, _)| *name == shard.file_name) else { return };
+                let start = base + shard.image_offset;
+                files.push((start..start + shard.len, *sum));
+            }
+        }
+        state.held = Some(Held { step, generation, files });
+    }
+}
+
+async fn sums_agree(image: &SharedImage, files: Vec<(Range<u64>, Crc64)>) -> bool {
+    let Ok(mapping) = image.map() else { return false };
+    let mut sums = Vec::new();
+    for (range, expected) in files {
+        let Ok(bytes) = mapping.bytes(range) else { return false };
+        sums.push(tokio::task::spawn_blocking(move || Crc64::of(&bytes) == expected));
+    }
+    let mut sound = true;
+    for sum in sums {
+        sound &= sum.await.unwrap_or(false);
+    }
+    sound
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::plan::Dtype;
+
+    fn tensors() -> Vec<TensorSpec> {
+        let tensor =
+            |name: &str, kind, n| TensorSpec { name: name.to_owned(), dtype: Dtype::F32, shape: vec![n], kind };
+        vec![
+            tensor("a", ShardKind::Model, 3000),
+            tensor("b", ShardKind::Model, 2000),
+            tensor("exp_avg.a", ShardKind::Optimizer, 3000),
+        ]
+    }
+
+    /// Fills a slot as the workers would, and says what an upload would have summed up.
+    fn capture(images: &mut Images, slot: u8, byte: u8) -> Vec<(String, Crc64)> {
+        let layout = images.layout.as_ref().unwrap();
+        for (plan, base) in layout.plans.iter().zip(&layout.bases) {
+            let worker = images.slots[usize::from(slot)].image.map().unwrap();
+            for shard in &plan.shards {
+                for tensor in &shard.tensors {
+                    let start = base + tensor.offset;
+                    #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
+                    worker.chunks(&[start..start + tensor.len]).unwrap()[0].as_mut().fill(byte);
+                }
+            }
+        }
+        let (uploads, index) = images.uploads(slot).unwrap();
+        assert!(!index.is_empty());
+        uploads.iter().map(|upload| (upload.name.clone(), Crc64::of(&upload.body))).collect()
+    }
+
+    #[tokio::test]
+    async fn a_slot_holds_its_checkpoint_until_the_next_capture() {
+        let mut images = Images::create().unwrap();
+        assert_eq!(images.lay_out(&tensors(), WorldSize(2)).unwrap().count(), 2);
+        let sums = capture(&mut images, 1, 7);
+        assert_eq!(images.find(Step(4), Generation(1)), None);
+        images.hold(1, Step(4), Generation(1), &sums);
+        let (slot, files) = images.find(Step(4), Generation(1)).unwrap();
+        assert_eq!((slot, files.len()), (1, sums.len()));
+        assert_eq!(images.find(Step(4), Generation(2)), None);
+        assert!(images.whole(1).await);
+
+        // The next life finds it where it lay, as whole safetensors files.
+        images.begin_life();
+        assert!(images.whole(1).await);
+        let map = images.slots[1].image.map().unwrap();
+        let names: Vec<String> = files
+            .iter()
+            .flat_map(|&(start, len)| plan::read_header(&map.bytes(start..start + len).unwrap()).unwrap())
+            .map(|(name, ..)| name)
+            .collect();
+        assert_eq!(names.len(), 3, "{names:?}");
+
+        images.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+        capture(&mut images, 0, 8);
+        assert!(images.find(Step(4), Generation(1)).is_some(), "it was the other slot");
+        capture(&mut images, 1, 9);
+        assert_eq!(images.find(Step(4), Generation(1)), None);
+    }
+
+    #[tokio::test]
+    async fn what_a_dying_worker_has_scribbled_over_is_not_believed() {
+        let mut images = Images::create().unwrap();
+        images.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+        let sums = capture(&mut images, 0, 7);
+        images.hold(0, Step(4), Generation(1), &sums);
+        let start = images.layout.as_ref().unwrap().bases[1] + 1000;
+        let worker = images.slots[0].image.map().unwrap();
+        #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
+        worker.chunks(&[start..start + 1]).unwrap()[0].as_mut().fill(8);
+        assert!(!images.whole(0).await);
+        assert_eq!(images.find(Step(4), Generation(1)), None);
+    }
+
+    #[tokio::test]
+    async fn a_fetched_checkpoint_is_held_where_it_was_received() {
+        let mut images = Images::create().unwrap();
+        let body = Bytes::from(vec![5_u8; 100_000]);
+        let file = RemoteFile { name: "f".into(), bytes: body.len() as u64, crc64: Some(Crc64::of(&body)) };
+        let Fetch { files, mut pieces, wanted } = images.receive(vec![file], 30_000).unwrap();
+        for (_, chunk) in &mut pieces {
+            chunk.as_mut().fill(5);
+        }
+        drop(pieces);
+        images.received(Step(9), Generation(3), &files, &wanted);
+        // Sizing the slots for this life's workers leaves it alone.
+        images.lay_out(&tensors(), WorldSize(1)).unwrap().for_each(drop);
+        assert_eq!(images.find(Step(9), Generation(3)), Some((RESTORE_SLOT, files)));
+        assert!(images.whole(RESTORE_SLOT).await);
+        images.discard_received();
+        assert_eq!(images.find(Step(9), Generation(3)), None);
+        assert!(images.slots[0].image.map().unwrap().bytes(0..100).unwrap().iter().all(|&b| b == 0));
+    }
+}

@@ -1,0 +1,204 @@
+//! What a life knows of its saves: from the first rank's capture to the commit, and what failed on the way.
+//!
+//! Bookkeeping beside the event loop, which alone calls it. What is uploaded when, and what is tried again, is the conductor's
+//! decision; how it is uploaded is [`saver`]'s.
+
+use std::{
+    collections::BTreeMap,
+    num::NonZeroU64,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::{sync::mpsc, time::Instant};
+
+use super::{
+    images::Images,
+    saver::{self, SaveEvent, Saved, Snapshot},
+};
+use crate::{
+    checkpoint::manifest::TrainerState,
+    config::RunConfig,
+    error::{Error, Kind, Result},
+    ids::Step,
+    journal::SaveCost,
+    layout,
+    report::{Event, Reporter},
+};
+
+/// Losses are kept for so many steps back: a snapshot's loss is looked up when all ranks have captured it.
+const REMEMBERED: u64 = 64;
+
+/// What is kept of a snapshot until it is committed.
+#[derive(Debug)]
+struct Kept {
+    taken: Instant,
+    loss: Option<f64>,
+    cost: Arc<Mutex<SaveCost>>,
+}
+
+/// All saves of one life.
+#[derive(Debug)]
+pub struct Saves {
+    context: saver::Context,
+    /// Files that stand beside the shards in every checkpoint.
+    companions: Vec<(String, Bytes)>,
+    sequences: NonZeroU64,
+    events: mpsc::UnboundedSender<SaveEvent>,
+    kept: BTreeMap<Step, Kept>,
+    losses: BTreeMap<Step, f64>,
+    validation_loss: Option<f64>,
+    sent: u64,
+    sending: u64,
+    uploading: bool,
+    committed_at: Instant,
+    /// The last save that failed, and how often in a row.
+    failed: (Step, u32),
+    last_error: Option<Error>,
+}
+
+impl Saves {
+    /// Of a life that begins; what becomes of its saves goes to `events`.
+    pub fn new(
+        context: saver::Context,
+        companions: Vec<(String, Bytes)>,
+        sequences: NonZeroU64,
+        events: mpsc::UnboundedSender<SaveEvent>,
+    ) -> Self {
+        Self {
+            context,
+            companions,
+            sequences,
+            events,
+            kept: BTreeMap::new(),
+            losses: BTreeMap::new(),
+            validation_loss: None,
+            sent: 0,
+            sending: 0,
+            uploading: false,
+            committed_at: Instant::now(),
+            failed: (Step(0), 0),
+            last_error: None,
+        }
+    }
+
+    /// Training begins: from here on time passes without a checkpoint.
+    pub fn training_begins(&mut self) {
+        self.committed_at = Instant::now();
+    }
+
+    /// Since the newest commit, or the beginning.
+    pub fn lag(&self) -> Duration {
+        self.committed_at.elapsed()
+    }
+
+    /// Whether a snapshot is on its way to the store.
+    pub fn is_uploading(&self) -> bool {
+        self.uploading
+    }
+
+    /// All ranks have finished `step`.
+    pub fn finished(&mut self, step: Step, loss: f64) {
+        self.losses.insert(step, loss);
+        if let Some(kept) = self.kept.get_mut(&step) {
+            // A rank can capture a step before another has reported it.
+            kept.loss = Some(loss);
+        }
+        self.losses.retain(|&s, _| s.get() + REMEMBERED > step.get());
+    }
+
+    /// The loss of a step not long ago.
+    pub fn loss(&self, step: Step) -> Option<f64> {
+        self.losses.get(&step).copied()
+    }
+
+    /// The newest validation.
+    pub fn validated(&mut self, loss: f64) {
+        self.validation_loss = Some(loss);
+    }
+
+    fn keep(&mut self, step: Step) -> &Kept {
+        let loss = self.loss(step);
+        self.kept.entry(step).or_insert_with(|| Kept { taken: Instant::now(), loss, cost: Arc::default() })
+    }
+
+    /// One rank's copying of `step` took so long, seconds.
+    pub fn captured(&mut self, step: Step, copy_s: f64) {
+        let mut cost = self.keep(step).cost.lock().unwrap_or_else(PoisonError::into_inner);
+        cost.copy_s = cost.copy_s.max(copy_s);
+    }
+
+    /// One rank's loop stood still for so long, seconds, because of the capture of `step`.
+    pub fn stalled(&mut self, step: Step, stall_s: f64) {
+        let mut cost = self.keep(step).cost.lock().unwrap_or_else(PoisonError::into_inner);
+        cost.stall_s = cost.stall_s.max(stall_s);
+    }
+
+    /// The slowest rank's copying of `step`, seconds, as far as it is known.
+    pub fn copy_s(&mut self, step: Step) -> f64 {
+        self.keep(step).cost.lock().unwrap_or_else(PoisonError::into_inner).copy_s
+    }
+
+    /// Starts uploading a slot that every rank has captured.
+    pub fn upload(&mut self, step: Step, slot: u8, images: &mut Images, config: &RunConfig) -> Result<()> {
+        let (uploads, index) = images.uploads(slot)?;
+        let mut small = self.companions.clone();
+        small.push((layout::MODEL_INDEX.to_owned(), index));
+        let state = TrainerState::at(step, config, self.sequences)
+            .ok_or_else(|| Error::new(Kind::Config, "train.steps × train.global_batch is too large"))?;
+        small.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
+        self.sending = uploads.iter().map(|upload| upload.body.len() as u64).sum();
+        self.sent = 0;
+        self.uploading = true;
+        let kept = self.keep(step);
+        let (taken, cost) = (kept.taken, Arc::clone(&kept.cost));
+        // Every rank has captured the step, so every rank has reported it.
+        let loss = kept
+            .loss
+            .ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
+        let snapshot =
+            Snapshot { step, slot, uploads, small, loss, validation_loss: self.validation_loss, cost, taken };
+        saver::start(self.context.clone(), snapshot, self.events.clone());
+        Ok(())
+    }
+
+    /// So many bytes more have reached the store.
+    pub fn progress(&mut self, step: Step, bytes: u64, reporter: &Reporter) {
+        self.sent += bytes;
+        reporter.event(&Event::Upload { step, sent: self.sent.min(self.sending), total: self.sending });
+    }
+
+    /// A save is committed: says so, and lets its snapshot be held for workers that crash.
+    pub fn committed(&mut self, slot: u8, saved: &Saved, images: &mut Images, reporter: &Reporter) {
+        let committed = &saved.committed;
+        self.uploading = false;
+        self.committed_at = Instant::now();
+        self.kept.retain(|&kept, _| kept > committed.step);
+        images.hold(slot, committed.step, committed.generation, &saved.sums);
+        reporter.event(&Event::Checkpoint {
+            step: committed.step,
+            generation: committed.generation,
+            bytes: committed.bytes,
+            stall_s: committed.cost.stall_s,
+            copy_s: committed.cost.copy_s,
+            durable_s: committed.cost.durable_s,
+        });
+    }
+
+    /// A save has failed; gives how often in a row that step's has.
+    pub fn failed(&mut self, step: Step, error: Error, reporter: &Reporter) -> u32 {
+        self.uploading = false;
+        let times = if self.failed.0 == step { self.failed.1 + 1 } else { 1 };
+        self.failed = (step, times);
+        let message = format!("save of step {step} failed and is tried again: {error}");
+        reporter.event(&Event::Warning { message });
+        self.last_error = Some(error);
+        times
+    }
+
+    /// Why the last save that failed did.
+    pub fn take_error(&mut self) -> Option<Error> {
+        self.last_error.take()
+    }
+}

@@ -227,6 +227,20 @@ impl Running {
             heard = self.ear.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
+    /// Waits until SIGSTOP has stopped the agent; `false` when it ends before.
+    pub fn stopped(&self) -> bool {
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid.as_raw_nonzero())).unwrap_or_default();
+            // The name in parentheses may hold anything: the state stands behind the last one (proc(5)).
+            match stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()) {
+                Some('T') => return true,
+                None | Some('Z' | 'X') => return false,
+                _ => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+        false
+    }
     /// Sends the agent a signal.
     pub fn signal(&self, signal: Signal) {
         // The error is that it has gone already, and then the test finds out from its exit code.

@@ -37,10 +37,10 @@ pub const POINTS: &[Point] = &[
     Point { name: "journal.before-append", of: Process::Agent, hits: 5 },
     Point { name: "journal.after-append", of: Process::Agent, hits: 5 },
     Point { name: "save.after-shard", of: Process::Agent, hits: 16 },
-    Point { name: "save.before-receipt", of: Process::Agent, hits: 3 },
-    Point { name: "save.after-receipt", of: Process::Agent, hits: 3 },
-    Point { name: "save.after-manifest", of: Process::Agent, hits: 3 },
-    Point { name: "save.before-record", of: Process::Agent, hits: 3 },
+    Point { name: "save.before-receipt", of: Process::Agent, hits: 2 },
+    Point { name: "save.after-receipt", of: Process::Agent, hits: 2 },
+    Point { name: "save.after-manifest", of: Process::Agent, hits: 2 },
+    Point { name: "save.before-record", of: Process::Agent, hits: 2 },
     Point { name: "worker.step", of: Process::Worker, hits: 20 },
 ];
 
@@ -138,6 +138,15 @@ pub enum Disturbance {
         whole: bool,
         /// The other agent is killed then.
         kill_heir: Option<Moment>,
+    },
+    /// An agent falls asleep at a crash point; another takes over and is killed; the first wakes.
+    Asleep {
+        /// Where.
+        point: &'static Point,
+        /// The n-th time that it is passed.
+        hit: u64,
+        /// The other agent is killed then.
+        kill_heir: Moment,
     },
     /// Two agents at once.
     Rivals {
@@ -243,7 +252,7 @@ impl Scenario {
                 let disturbance = disturbance(&mut random);
                 // A crash point may be some saves away.
                 let far = matches!(disturbance, Disturbance::Point { .. });
-                let nth = random.between(1, 12) as u32 + if far { 30 } else { 0 };
+                let nth = random.between(1, 12) as u32 + if far { 60 } else { 0 };
                 let then = random.percent(90).then_some(Moment { kind: Some("step"), nth, delay: Duration::ZERO });
                 Life { disturbance, then, weather }
             })
@@ -265,21 +274,27 @@ fn disturbance(random: &mut Random) -> Disturbance {
             let action = *random.one_of(&[Action::Kill, Action::Kill, Action::Kill, Action::Panic, Action::Error]);
             Disturbance::Point { point, action, hit: random.between(1, point.hits) }
         }
-        86..=89 => {
+        86..=88 => {
             let at = Moment::in_a_generation(random);
             let kill_after = random.percent(70).then(|| Duration::from_micros(random.between(0, 60_000)));
             Disturbance::Terminate { at, kill_after }
         }
-        90..=91 => {
+        89..=90 => {
             let time = Duration::from_millis(random.between(1, 400));
             Disturbance::Nap { at: Moment::any(random), whole: random.percent(50), time }
         }
-        92..=94 => {
+        91..=92 => {
             let kill_heir = random.percent(80).then(|| Moment::in_a_generation(random));
             let at = Moment::in_a_generation(random);
             Disturbance::Overtaken { at, whole: random.percent(50), kill_heir }
         }
-        95..=97 => {
+        93..=95 => {
+            let agents: Vec<&'static Point> = POINTS.iter().filter(|point| point.of == Process::Agent).collect();
+            let point = *random.one_of(&agents);
+            let kill_heir = Moment::in_a_generation(random);
+            Disturbance::Asleep { point, hit: random.between(1, point.hits), kill_heir }
+        }
+        96..=98 => {
             let kill = random.percent(80).then(|| (random.percent(50), Moment::any(random)));
             Disturbance::Rivals { lag: Duration::from_micros(random.between(0, 300_000)), kill }
         }
@@ -325,6 +340,9 @@ impl fmt::Display for Disturbance {
             Self::Overtaken { at, whole, kill_heir } => {
                 write!(f, "stop {} at {at}, take over", wide(whole))?;
                 kill_heir.iter().try_for_each(|at| write!(f, ", kill the heir at {at}"))
+            }
+            Self::Asleep { point, hit, kill_heir } => {
+                write!(f, "{}=stop@hit={hit}, take over, kill the heir at {kill_heir}", point.name)
             }
             Self::Rivals { lag, kill } => {
                 write!(f, "rivals, lag {lag:.1?}")?;

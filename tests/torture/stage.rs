@@ -267,10 +267,19 @@ impl<'a> Stage<'a> {
     }
 
     /// Starts what the disturbance needs, and gives every process with the exit codes that it may have.
-    fn disturb(&self, life: &Life) -> Checked<Vec<Ended>> {
+    fn disturb(&mut self, life: &Life) -> Checked<Vec<Ended>> {
         // 70 is for a group of workers that dies again and again: `hold_against_the_journal` makes sure of it.
         let (codes, killed): (&[i32], _) = match &life.disturbance {
-            Disturbance::Overtaken { at, whole, kill_heir } => return self.overtake(at, *whole, kill_heir.as_ref()),
+            Disturbance::Overtaken { at, whole, kill_heir } => {
+                let mut sleeper = Watched::start(begin(&self.lab));
+                let workers = if sleeper.wait(at) { sleeper.all(*whole) } else { Vec::new() };
+                sleeper.signal(&workers, Signal::STOP);
+                return self.overtake(sleeper, &workers, kill_heir.as_ref());
+            }
+            Disturbance::Asleep { point, hit, kill_heir } => {
+                let sleeper = Watched::start(begin(&self.lab).faults(&format!("{}=stop@hit={hit}", point.name)));
+                return self.overtake(sleeper, &[], Some(kill_heir));
+            }
             Disturbance::Rivals { lag, kill } => return self.rival(*lag, kill.as_ref()),
             Disturbance::Nothing | Disturbance::Nap { .. } => (&[0], None),
             Disturbance::Agent(_) => (&[0], Some("agent")),
@@ -314,27 +323,30 @@ impl<'a> Stage<'a> {
         Ok(vec![Ended { life: agent.end()?, codes, killed: if struck { Some("agent") } else { killed } }])
     }
 
-    /// An agent sleeps while another takes the run over; when it wakes, it must leave and commit nothing.
-    fn overtake(&self, at: &Moment, whole: bool, kill_heir: Option<&Moment>) -> Checked<Vec<Ended>> {
-        let mut sleeper = Watched::start(begin(&self.lab));
-        if !sleeper.wait(at) {
+    /// An agent that has fallen asleep, or will, while another takes the run over: when it wakes, it must leave and commit nothing.
+    fn overtake(&mut self, sleeper: Watched, workers: &[Pid], kill_heir: Option<&Moment>) -> Checked<Vec<Ended>> {
+        if !sleeper.running.stopped() {
             return Ok(vec![Ended { life: sleeper.end()?, codes: &[0], killed: None }]);
         }
-        let workers = sleeper.all(whole);
-        sleeper.signal(&workers, Signal::STOP);
         let mut heir = Watched::start(begin(&self.lab));
         if kill_heir.is_some_and(|at| heir.wait(at)) {
             heir.signal(&[], Signal::KILL);
         }
         let heir = heir.end()?;
         // Nobody writes now: what stands is what the sleeper may not touch.
-        let taken = Auditor::default().audit(&self.lab, RUN, self.scenario.ranks)?.generation();
-        sleeper.signal(&workers, Signal::CONT);
+        let taken = self.auditor.audit(&self.lab, RUN, self.scenario.ranks)?.generation();
+        sleeper.signal(workers, Signal::CONT);
         let sleeper = sleeper.end()?;
         let own = sleeper.of_kind("formed").last().and_then(|event| event.value["generation"].as_u64());
-        let codes: &[i32] = if own.is_some_and(|own| own < taken) { &[79] } else { &[0] };
+        let codes: &[i32] = match own {
+            Some(own) if own < taken => &[79],
+            Some(_) => &[0],
+            // It slept before it had a generation: the run is taken, complete, or free again.
+            None => &[0, 64, 79],
+        };
         let killed = kill_heir.map(|_| "agent");
-        Ok(vec![Ended { life: heir, codes: &[0], killed }, Ended { life: sleeper, codes, killed: None }])
+        let heir_codes: &[i32] = if taken == 0 { &[0, 64, 78] } else { &[0] };
+        Ok(vec![Ended { life: heir, codes: heir_codes, killed }, Ended { life: sleeper, codes, killed: None }])
     }
 
     /// Two agents at once: one may be killed, the others leave or complete.

@@ -16,10 +16,11 @@ mod tally;
 use std::{collections::BTreeSet, time::Duration};
 
 use self::{
-    audit::crc64,
+    audit::{Auditor, Promise, crc64},
     campaign::{Bounds, play},
     plan::{Action, Disturbance, Life, Moment, POINTS, Scenario, Weather},
     random::Random,
+    stage::{RUN, undisturbed},
     tally::Tally,
 };
 use crate::support::{lab::Turn, proxy::Often};
@@ -177,6 +178,55 @@ fn a_scenario_is_a_function_of_its_seed() {
 fn the_auditor_has_a_checksum_of_its_own() {
     // The check value of CRC-64/NVME.
     assert_eq!(crc64(b"123456789"), "ae8b14860a799888");
+}
+
+/// Nothing that the auditor is there to see escapes it.
+#[test]
+fn the_auditor_sees_what_is_lost_changed_or_written_twice() {
+    let _turn = Turn::take();
+    let (lab, _) = undisturbed(1);
+    let journal = lab.keys(RUN, "journal/");
+    let newest = lab.newest_checkpoint(RUN);
+    let weights = lab.keys(RUN, &format!("{newest}/model-")).pop().expect("weights");
+    let commit = |key: &&String| String::from_utf8_lossy(&lab.read(RUN, key)).contains("\"committed\"");
+    let commit = journal.iter().rfind(commit).expect("a commit").clone();
+    let mut auditor = Auditor::default();
+    auditor.audit(&lab, RUN, 1).expect("a run that nobody has touched");
+
+    // Each harm is undone before the next.
+    let mut harmed = |key: &str, harm: &dyn Fn(&mut Vec<u8>), promise: Promise| {
+        let whole = lab.read(RUN, key);
+        for fresh in [false, true] {
+            lab.damage(RUN, key, harm);
+            let seen = if fresh { Auditor::default().audit(&lab, RUN, 1) } else { auditor.audit(&lab, RUN, 1) };
+            lab.damage(RUN, key, |bytes| bytes.clone_from(&whole));
+            let found = seen.err().map(|violation| violation.promise);
+            // What was changed with care shows only to somebody who has seen it before.
+            assert!(found == Some(promise) || (fresh && found.is_none() && key == journal[0]), "{key}: {found:?}");
+        }
+    };
+    harmed(&weights, &|bytes| *bytes.last_mut().expect("a byte") ^= 1, Promise::LostCheckpoint);
+    harmed(&weights, &|bytes| bytes.truncate(100), Promise::LostCheckpoint);
+    harmed(&format!("{newest}/manifest.json"), &|bytes| bytes.push(b' '), Promise::LostCheckpoint);
+    harmed(&journal[0], &|bytes| bytes.push(b' '), Promise::LostCheckpoint);
+
+    // Another node, a generation that is fenced, a step that was committed before.
+    let text = String::from_utf8(lab.read(RUN, &commit)).expect("JSON");
+    let node = text.split("\"node\":\"").nth(1).and_then(|rest| rest.split('"').next()).expect("a node").to_owned();
+    let forged = |change: &dyn Fn(&str) -> String| {
+        lab.damage(RUN, &commit, |bytes| *bytes = change(&text).into_bytes());
+        let seen = Auditor::default().audit(&lab, RUN, 1);
+        lab.damage(RUN, &commit, |bytes| *bytes = text.clone().into_bytes());
+        seen.expect_err("a forged record").promise
+    };
+    assert_eq!(forged(&|text| text.replace(&node, "n000000000000")), Promise::DoubleCommit);
+    assert_eq!(forged(&|text| text.replace("\"generation\":1", "\"generation\":0")), Promise::DoubleCommit);
+    assert_eq!(forged(&|text| text.replace("\"step\":300", "\"step\":1")), Promise::DoubleCommit);
+
+    lab.remove(RUN, &weights);
+    assert_eq!(auditor.audit(&lab, RUN, 1).expect_err("a hole").promise, Promise::LostCheckpoint);
+    lab.remove(RUN, &journal[1]);
+    assert_eq!(auditor.audit(&lab, RUN, 1).expect_err("a gap").promise, Promise::LostCheckpoint);
 }
 
 /// Names of crash points in the source: the text that follows `faults::check(`, or a call of a function that hands its argument on

@@ -16,7 +16,7 @@ use crate::support::{
 };
 
 /// The run's id.
-const RUN: &str = "run";
+pub const RUN: &str = "run";
 
 /// What a run that nobody disturbs arrives at.
 struct Reference {
@@ -31,15 +31,21 @@ struct Reference {
 fn reference(ranks: u32) -> &'static Reference {
     static REFERENCES: [OnceLock<Reference>; 2] = [const { OnceLock::new() }; 2];
     REFERENCES[ranks as usize - 1].get_or_init(|| {
-        let lab = Lab::on_files_at_once();
-        prepare(&lab, &Scenario { ranks, ..Scenario::of(0) });
-        let life = begin(&lab).finish().expect_code(0);
+        let (lab, life) = undisturbed(ranks);
         let losses = losses(&[&life]);
         assert_eq!(losses.len() as u64, STEPS, "{}", life.story());
         // The states of its checkpoints are what every other run's are held against.
         let view = Auditor::default().audit(&lab, RUN, ranks).expect("the undisturbed run is sound");
         Reference { losses, model: lab.export(RUN), tensors: tensors(&lab, &view) }
     })
+}
+
+/// A run that nobody has disturbed, and its one life.
+pub fn undisturbed(ranks: u32) -> (Lab, Finished) {
+    let lab = Lab::on_files_at_once();
+    prepare(&lab, &Scenario { ranks, ..Scenario::of(0) });
+    let life = begin(&lab).finish().expect_code(0);
+    (lab, life)
 }
 
 fn tensors(lab: &Lab, view: &View) -> BTreeMap<String, Vec<u8>> {
@@ -416,7 +422,7 @@ impl<'a> Stage<'a> {
                         process.code() == Some(code) || process.was_killed(),
                         "the exit code says nothing of the loss",
                     )?;
-                    let committed = self.view.committed.iter().filter(|(_, of)| *of == generation).next_back();
+                    let committed = self.view.committed.iter().rfind(|(_, of)| *of == generation);
                     let resumed = self.view.formed.iter().find(|formed| formed.generation == generation);
                     let newest = committed.copied().or_else(|| resumed.and_then(|formed| formed.resume));
                     other(newest.map_or(0, |(step, _)| step) + lost == step, "lost steps do not add up")?;

@@ -579,11 +579,7 @@ impl Life<'_> {
             });
         }
         let held = match &self.start.load {
-            Load::Nothing => None,
-            Load::Weights { .. } => {
-                self.images.discard_received();
-                None
-            }
+            Load::Nothing | Load::Weights { .. } => None,
             Load::Checkpoint { step, generation, from } => {
                 if let Source::Store { files, .. } = from {
                     self.images.received(*step, *generation, &self.places.1, files);

@@ -286,8 +286,13 @@ mod tests {
     use crate::snapshot::plan::Dtype;
 
     fn tensors() -> Vec<TensorSpec> {
-        let tensor =
-            |name: &str, kind, n| TensorSpec { name: name.to_owned(), dtype: Dtype::F32, shape: vec![n], kind };
+        let tensor = |name: &str, kind, n| TensorSpec {
+            name: name.to_owned(),
+            dtype: Dtype::F32,
+            shape: vec![n],
+            kind,
+            part: None,
+        };
         vec![
             tensor("a", ShardKind::Model, 3000),
             tensor("b", ShardKind::Model, 2000),

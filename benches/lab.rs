@@ -59,7 +59,7 @@ impl Drop for Server {
 }
 
 /// User and system time of a process (proc(5), `stat` fields 14 and 15, in ticks of 1/100 s on Linux).
-fn cpu_s(pid: u32) -> Option<f64> {
+pub fn cpu_s(pid: u32) -> Option<f64> {
     let fields = stat(pid)?;
     Some((fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?) / 100.0)
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! benches/run        figures own     trainer alone: file:// and s3://
 //! benches/peers/run  figures peers   trainer and PyTorch DCP, alternating, and the ratios between them
+//!                    figures transfer  bytes up and down with no training: MB/s and CPU time
 //!                    figures serve-s3  the S3 server that all of them talk to, as a process of its own
 //! ```
 //! A contender is a command that prints `trainer`'s own JSON events; `peers/peer.py` prints them too, so both go through the
@@ -18,6 +19,7 @@ mod report;
 #[expect(dead_code, reason = "the tests look into the server, the benchmarks only talk to it")]
 mod s3;
 mod suite;
+mod transfer;
 
 use std::{io::Read, process::ExitCode};
 
@@ -46,6 +48,24 @@ enum What {
         #[arg(long)]
         python: std::path::PathBuf,
     },
+    /// trainer's transfers and the barest client's: MB/s and CPU time
+    Transfer {
+        /// Size of each of the two files, MiB
+        #[arg(long, default_value_t = 512)]
+        mib: u64,
+        /// Rounds that count, after one that does not
+        #[arg(long, default_value_t = 5)]
+        rounds: u32,
+        /// The most requests at once
+        #[arg(long, default_value_t = 16)]
+        concurrency: u32,
+        /// Size of a part, MiB
+        #[arg(long, default_value_t = 16)]
+        part_mib: u32,
+        /// Folder for the files
+        #[arg(long, default_value = "target")]
+        scratch: std::path::PathBuf,
+    },
     /// The S3 server: prints its endpoint, serves until its standard input ends
     ServeS3,
 }
@@ -71,6 +91,9 @@ fn main() -> ExitCode {
     let outcome = match Command::parse().what {
         What::Own(settings) => suite::own(&settings),
         What::Peers { settings, python } => suite::peers(&settings, &python),
+        What::Transfer { mib, rounds, concurrency, part_mib, scratch } => {
+            transfer::run(&transfer::Task { mib, rounds, concurrency, part_mib }, &scratch)
+        }
         What::ServeS3 => serve(),
     };
     match outcome {

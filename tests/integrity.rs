@@ -32,6 +32,24 @@ fn lines(text: &str) -> Vec<Value> {
 }
 
 #[test]
+fn encryption_and_storage_class_reach_every_object_of_a_checkpoint() {
+    let lab = Lab::on_s3();
+    let settings =
+        "[storage]\nencryption = \"sse-kms\"\nkms_key_id = \"alias/runs\"\nstorage_class = \"STANDARD_IA\"\n";
+    lab.write_config("run.toml", &lab.config(settings));
+    lab.run("sealed").finish().expect_code(0);
+    let folder = lab.newest_checkpoint("sealed");
+    for key in lab.keys("sealed", &format!("{folder}/")) {
+        let asked = lab.server().asked(&format!("runs/sealed/{key}"), "PutObject").expect("put whole");
+        assert_eq!(asked.encryption.as_deref(), Some("aws:kms"), "{key}");
+        assert_eq!(asked.kms_key_id.as_deref(), Some("alias/runs"), "{key}");
+        // A receipt is written over and soon of no more use: its class would cost more than it saves.
+        let class = (!key.contains("/receipt-")).then_some("STANDARD_IA");
+        assert_eq!(asked.storage_class.as_deref(), class, "{key}");
+    }
+}
+
+#[test]
 fn verify_on_s3_finds_other_bytes_of_the_same_length_without_a_download() {
     let lab = interrupted_on_s3("sums");
     let gets = lab.server().count("GetObject");

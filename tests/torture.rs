@@ -18,7 +18,7 @@ use std::{collections::BTreeSet, time::Duration};
 use self::{
     audit::{Auditor, Promise, crc64},
     campaign::{Bounds, play},
-    plan::{Action, Disturbance, Life, Moment, POINTS, Scenario, Weather},
+    plan::{Action, Disturbance, KINDS, Life, Moment, POINTS, Scenario, Weather},
     random::Random,
     stage::{RUN, undisturbed},
     tally::Tally,
@@ -96,7 +96,7 @@ fn a_run_on_a_store_that_breaks_in_every_way_ends_as_the_undisturbed_one() {
         let at = if writes { Moment::after("checkpoint", 1) } else { Moment::after("step", 2) };
         Life { disturbance: Disturbance::Both(at), then: None, weather: Some(weather) }
     };
-    let lives: Vec<Life> = (0..9).map(&mut life).collect();
+    let lives: Vec<Life> = (0..KINDS).map(&mut life).collect();
     let tally = played(&Scenario { every: 4, ..scenario(true, 1, lives) });
     for kind in ["503", "reset", "cut request", "cut response", "flipped bit", "stall", "lost answer", "stale read"] {
         assert!(tally.faults_of(kind) > 0, "the store had no {kind}: {tally}");

@@ -1,12 +1,12 @@
 //! Reading a checkpoint back: byte ranges, in parallel, straight into the buffers that they belong in.
 //!
 //! The caller lays the files out in one memory image ([`plan_pieces`]), cuts that image into one buffer a piece, and
-//! hands both over ([`fetch`]). Each piece is got, copied into its buffer and summed on a thread of the blocking pool; the
+//! hands both over ([`fetch`]). Each piece comes straight into its buffer and is summed as it comes ([`Store::get_into`]); the
 //! pieces' CRC64-NVME are combined in the order of the file and held against the manifest. A byte is downloaded once a
 //! node, whatever the number of its ranks, and nothing is believed before its whole file has been checked.
 //!
-//! *Memory:* at most [`IN_FLIGHT`] pieces beside the image. *Crash, cancel:* nothing in the store changes. A piece that is
-//! being copied when the future is dropped is copied to its end, into the buffer that it owns. *Retry:* call again.
+//! *Memory:* the image, and a socket's buffer for each request in flight. *Crash, cancel:* nothing in the store changes. A piece that is being read
+//! from a disk when the future is dropped is read to its end, into the buffer that it owns. *Retry:* call again.
 
 use std::{collections::BTreeSet, ops::Range};
 
@@ -22,8 +22,10 @@ use crate::{
     storage::{Crc64, StorageError, Store},
 };
 
-/// Pieces got at once. The store has a limit of its own; this one bounds memory.
+/// Pieces asked for at once. The store has a limit of its own; this one bounds the memory of those who keep what they get.
 pub const IN_FLIGHT: usize = 32;
+/// Pieces that wait for the store at once: as many as it could ever take.
+const ASKED: usize = 1024;
 /// Files begin on a multiple of this in the restore image: whole pages on every machine there is.
 pub const ALIGN: u64 = 64 << 10;
 /// The most pieces that are planned; with parts of 16 MiB this is beyond any machine's memory.
@@ -127,21 +129,19 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
                 .ok_or_else(|| CheckpointError::Internal(format!("piece of file {} of {}", piece.file, files.len())))?;
             let end = piece.offset.checked_add(piece.len).filter(|&end| end <= file.bytes);
             let end = end.ok_or_else(|| CheckpointError::Internal(format!("piece beyond the end of {}", file.name)))?;
-            let sum = with_range(store, folder, file, piece.offset..end, move |bytes| {
-                let buffer = buffer.as_mut();
-                if buffer.len() != bytes.len() {
-                    let (have, want) = (buffer.len(), bytes.len());
-                    return Err(CheckpointError::Internal(format!("buffer of {have} bytes for a piece of {want}")));
-                }
-                buffer.copy_from_slice(bytes);
-                Ok(Crc64::of(bytes))
-            })
-            .await?;
+            let have = buffer.as_mut().len() as u64;
+            if have != piece.len {
+                let reason = format!("buffer of {have} bytes for a piece of {}", end - piece.offset);
+                return Err(CheckpointError::Internal(reason));
+            }
+            let object = join(folder, &file.name);
+            let sum = store.get_into(&object, piece.offset, buffer).await;
+            let sum = sum.map_err(|error| CheckpointError::of_object(&object, error))?;
             progress(piece.len);
             Ok::<_, CheckpointError>((piece, sum))
         }
     };
-    let mut got = stream::iter(pieces).map(get).buffer_unordered(IN_FLIGHT);
+    let mut got = stream::iter(pieces).map(get).buffer_unordered(ASKED);
     while let Some((piece, sum)) = got.try_next().await? {
         sums[piece.file].push((piece.offset, piece.len, sum));
     }

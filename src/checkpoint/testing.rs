@@ -20,7 +20,7 @@ use crate::{
     storage::Store,
 };
 
-pub const STORAGE: StorageConfig = StorageConfig { concurrency: 8, part_mib: 8 };
+pub const STORAGE: StorageConfig = StorageConfig::plain(8, 8);
 
 /// A store in a temporary folder, which lives as long as the guard.
 pub fn file_store() -> (tempfile::TempDir, Store) {

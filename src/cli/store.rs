@@ -11,7 +11,7 @@ use crate::{
 /// Where runs are kept if nothing says otherwise; `default.toml` says the same.
 pub(super) const DEFAULT: &str = "file://./runs";
 /// Limits of commands that read; a run's own limits are in its configuration.
-pub(super) const LIMITS: StorageConfig = StorageConfig { concurrency: 16, part_mib: 16 };
+pub(super) const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
 
 /// Opens a store that holds something, by its URI or path; a relative one is taken from the working directory. A folder that is not
 /// there is a mistake, not a store to be made.

@@ -7,7 +7,7 @@ use super::{
     ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig,
     error::Origin,
     raw::Raw,
-    resolve::{self, ACTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, STRATEGIES},
+    resolve::{self, ACTIONS, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, STRATEGIES},
     text,
 };
 
@@ -119,7 +119,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let NoticeConfig { sources } = notice;
     let OnComplete { action } = on_complete;
     let RestartConfig { max, same_step, backoff } = restart;
-    let StorageConfig { concurrency, part_mib } = storage;
+    let StorageConfig { concurrency, part_mib, max_upload_mib_per_s, encryption, kms_key_id, storage_class } = storage;
     vec![
         ("store", word(store)),
         ("model.kind", word(name_of(MODEL_KINDS, *kind))),
@@ -160,6 +160,10 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("restart.backoff", word(&text::format_duration(*backoff))),
         ("storage.concurrency", whole(*concurrency)),
         ("storage.part_mib", whole(*part_mib)),
+        ("storage.max_upload_mib_per_s", max_upload_mib_per_s.map_or_else(|| word("none"), whole)),
+        ("storage.encryption", word(name_of(ENCRYPTIONS, *encryption))),
+        ("storage.kms_key_id", word(kms_key_id.as_deref().unwrap_or_default())),
+        ("storage.storage_class", word(storage_class.as_deref().unwrap_or_default())),
     ]
 }
 

@@ -276,13 +276,53 @@ pub struct RestartConfig {
     pub backoff: Duration,
 }
 
-/// Limits towards the object store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Limits towards the object store, and what it is to do with what it gets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StorageConfig {
-    /// Requests in flight at once.
+    /// The most bulk requests in flight at once, each way.
     pub concurrency: u32,
     /// Size of one part of an upload and of one range of a download, MiB.
     pub part_mib: u32,
+    /// All uploads together take no more than this, MiB a second; `None`: no cap.
+    #[serde(default)]
+    pub max_upload_mib_per_s: Option<u32>,
+    /// How S3 encrypts what it keeps.
+    #[serde(default)]
+    pub encryption: Encryption,
+    /// The key of [`Encryption::SseKms`]; `None`: the account's own.
+    #[serde(default)]
+    pub kms_key_id: Option<String>,
+    /// S3's storage class of checkpoints and journal; `None`: the bucket's.
+    #[serde(default)]
+    pub storage_class: Option<String>,
+}
+
+impl StorageConfig {
+    /// These limits, and nothing else asked for.
+    pub const fn plain(concurrency: u32, part_mib: u32) -> Self {
+        Self {
+            concurrency,
+            part_mib,
+            max_upload_mib_per_s: None,
+            encryption: Encryption::Default,
+            kms_key_id: None,
+            storage_class: None,
+        }
+    }
+}
+
+/// How S3 encrypts what it keeps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Encryption {
+    /// As the bucket says.
+    #[default]
+    Default,
+    /// With keys that S3 keeps.
+    #[serde(rename = "sse-s3")]
+    SseS3,
+    /// With a key of AWS KMS.
+    SseKms,
 }
 
 /// Durations as seconds in stored JSON.

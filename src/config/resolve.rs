@@ -6,9 +6,9 @@ use serde_json::Value as Json;
 use toml::Value;
 
 use super::{
-    CheckpointConfig, CompleteAction, ConfigError, DataConfig, Keep, Machine, ModelConfig, ModelKind, NoticeConfig,
-    OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind,
-    StorageConfig, Strategy, TrainConfig,
+    CheckpointConfig, CompleteAction, ConfigError, DataConfig, Encryption, Keep, Machine, ModelConfig, ModelKind,
+    NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig,
+    ScheduleKind, StorageConfig, Strategy, TrainConfig,
     error::Origin,
     raw::{self, Raw},
     text, workers_per_node,
@@ -26,6 +26,8 @@ pub(super) const SCHEDULES: &[(&str, ScheduleKind)] =
     &[("cosine", ScheduleKind::Cosine), ("linear", ScheduleKind::Linear), ("constant", ScheduleKind::Constant)];
 pub(super) const ACTIONS: &[(&str, CompleteAction)] =
     &[("exit", CompleteAction::Exit), ("terminate", CompleteAction::Terminate)];
+pub(super) const ENCRYPTIONS: &[(&str, Encryption)] =
+    &[("default", Encryption::Default), ("sse-s3", Encryption::SseS3), ("sse-kms", Encryption::SseKms)];
 const NOTICE_SOURCES: &[&str] = &["aws", "gcp", "azure", "signals", "file"];
 
 /// Reads a small remote object, by the URI of its folder and its name; an error is a phrase.
@@ -259,9 +261,37 @@ fn restart(raw: &Raw) -> Result<RestartConfig, ConfigError> {
 }
 
 fn storage(raw: &Raw) -> Result<StorageConfig, ConfigError> {
+    let text = |key| raw.text(key).map(|text| Some(text.trim().to_owned()).filter(|text| !text.is_empty()));
+    let encryption = raw.choice("storage.encryption", ENCRYPTIONS)?;
+    let printable = |text: &String| text.len() <= 2048 && text.bytes().all(|b| b.is_ascii_graphic());
+    let kms_key_id = text("storage.kms_key_id")?;
+    if !kms_key_id.as_ref().is_none_or(printable) {
+        return Err(raw.wrong("storage.kms_key_id", "a key's id, alias or ARN"));
+    }
+    if kms_key_id.is_some() && encryption != Encryption::SseKms {
+        return Err(ConfigError::Together(
+            "storage.kms_key_id is set, but storage.encryption is not \"sse-kms\"".into(),
+        ));
+    }
+    let storage_class = text("storage.storage_class")?;
+    if let Some(class) = &storage_class {
+        if ["GLACIER", "DEEP_ARCHIVE"].contains(&class.as_str()) {
+            return Err(raw.wrong(
+                "storage.storage_class",
+                "a class that can be read at once: a run that resumes can't wait for a thaw",
+            ));
+        }
+        if class.len() > 64 || !class.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_') {
+            return Err(raw.wrong("storage.storage_class", "a class of S3, such as \"STANDARD_IA\""));
+        }
+    }
     Ok(StorageConfig {
         concurrency: raw.whole("storage.concurrency", 1..=1024)?,
         // S3 takes no part below 5 MiB (but the last) and none over 5 GiB.
         part_mib: raw.whole("storage.part_mib", 5..=5120)?,
+        max_upload_mib_per_s: raw.word_or_whole("storage.max_upload_mib_per_s", "none", 1..=1_000_000)?,
+        encryption,
+        kms_key_id,
+        storage_class,
     })
 }

@@ -119,7 +119,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
             notice: NoticeConfig { sources: vec!["auto".into()] },
             on_complete: OnComplete { action: CompleteAction::Exit },
             restart: RestartConfig { max: 10, same_step: 3, backoff: Duration::from_secs(1) },
-            storage: StorageConfig { concurrency: 16, part_mib: 16 },
+            storage: StorageConfig::plain(16, 16),
         }
     );
     let stored = serde_json::to_string(&config).unwrap();
@@ -163,7 +163,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             "run.toml:3: unknown key \"qqq.qqq\"",
             "there are checkpoint, data, model, notice, on_complete, parallel, restart, storage, store, train",
         ),
-        ("train.steps = 0", "run.toml:3: train.steps = 0: expected a whole number, at least 1", ""),
+        ("train.steps = 0", "run.toml:3: train.steps = 0: expected a whole number from 1 to 2199023255551", ""),
         ("train.steps = -1", "run.toml:3: train.steps = -1: expected a whole number, at least 1", ""),
         ("train.steps = 1.5", "run.toml:3: train.steps = 1.5: expected a whole number, at least 1", ""),
         ("train.steps = {}", "run.toml:3: train.steps = {}: expected a whole number, at least 1", ""),
@@ -245,6 +245,36 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         ("storage.part_mib = 1", "run.toml:3: storage.part_mib = 1: expected a whole number from 5 to 5120", ""),
         (
+            "storage.max_upload_mib_per_s = 0",
+            "run.toml:3: storage.max_upload_mib_per_s = 0: expected \"none\", or a whole number from 1 to 1000000",
+            "",
+        ),
+        (
+            "storage.encryption = 'aes'",
+            "run.toml:3: storage.encryption = \"aes\": expected \"default\", \"sse-s3\" or \"sse-kms\"",
+            "",
+        ),
+        (
+            "storage = { encryption = 'sse-s3', kms_key_id = 'x' }",
+            "storage.kms_key_id is set, but storage.encryption is not \"sse-kms\"",
+            "",
+        ),
+        (
+            "storage = { encryption = 'sse-kms', kms_key_id = 'a b' }",
+            "run.toml:3: storage.kms_key_id = \"a b\": expected a key's id, alias or ARN",
+            "",
+        ),
+        (
+            "storage.storage_class = 'GLACIER'",
+            "run.toml:3: storage.storage_class = \"GLACIER\": expected a class that can be read at once: a run that resumes can't wait for a thaw",
+            "",
+        ),
+        (
+            "storage.storage_class = 'cheap'",
+            "run.toml:3: storage.storage_class = \"cheap\": expected a class of S3, such as \"STANDARD_IA\"",
+            "",
+        ),
+        (
             "store = 's4://x'",
             "run.toml:3: store = \"s4://x\": expected a URI such as s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file://path or memory://, or a path",
             "",
@@ -263,6 +293,37 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         assert_eq!(error.hint().unwrap_or_default(), hint, "{lines}");
         assert_eq!(error.kind(), crate::error::Kind::Config);
     }
+}
+
+#[test]
+fn settings_of_the_store_are_read_kept_and_changed() {
+    let config = load_least(
+        "storage = { max_upload_mib_per_s = 200, encryption = 'sse-kms', kms_key_id = 'alias/run', storage_class = 'STANDARD_IA' }",
+    )
+    .unwrap();
+    let expected = StorageConfig {
+        max_upload_mib_per_s: Some(200),
+        encryption: Encryption::SseKms,
+        kms_key_id: Some("alias/run".into()),
+        storage_class: Some("STANDARD_IA".into()),
+        ..StorageConfig::plain(16, 16)
+    };
+    assert_eq!(config.storage, expected);
+    let stored = serde_json::to_value(&config.storage).unwrap();
+    assert_eq!(stored["encryption"], "sse-kms");
+    assert_eq!(serde_json::from_value::<StorageConfig>(stored).unwrap(), expected);
+    // As runs wrote it before these settings were there.
+    let older = serde_json::json!({ "concurrency": 16, "part_mib": 16 });
+    assert_eq!(serde_json::from_value::<StorageConfig>(older).unwrap(), StorageConfig::plain(16, 16));
+    let set = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    let overrides = [
+        set("storage.max_upload_mib_per_s", "none"),
+        set("storage.encryption", "sse-s3"),
+        set("storage.kms_key_id", ""),
+    ];
+    let changed = apply_overrides(&config, &overrides).unwrap().storage;
+    assert_eq!((changed.max_upload_mib_per_s, changed.encryption, changed.kms_key_id), (None, Encryption::SseS3, None));
+    assert_eq!(changed.storage_class, expected.storage_class);
 }
 
 #[test]
@@ -463,6 +524,10 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "restart.backoff",
             "storage.concurrency",
             "storage.part_mib",
+            "storage.max_upload_mib_per_s",
+            "storage.encryption",
+            "storage.kms_key_id",
+            "storage.storage_class",
         ]
     );
 }

@@ -195,7 +195,7 @@ mod tests {
         prepare::{prepare, prepare_into},
     };
 
-    const STORAGE: StorageConfig = StorageConfig { concurrency: 4, part_mib: 1 };
+    const STORAGE: StorageConfig = StorageConfig::plain(4, 1);
 
     fn ignore(_: CacheProgress) {}
 

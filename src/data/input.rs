@@ -142,7 +142,7 @@ mod tests {
     use super::*;
     use crate::error::{Explain, Kind};
 
-    const STORAGE: StorageConfig = StorageConfig { concurrency: 4, part_mib: 1 };
+    const STORAGE: StorageConfig = StorageConfig::plain(4, 1);
 
     fn write(dir: &Path, name: &str, body: impl AsRef<[u8]>) {
         let path = dir.join(name);

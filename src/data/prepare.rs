@@ -114,7 +114,7 @@ impl PrepareSettings {
             sample_bytes: None,
             overwrite: false,
             threads: 0,
-            storage: StorageConfig { concurrency: 16, part_mib: 8 },
+            storage: StorageConfig::plain(16, 8),
         }
     }
 

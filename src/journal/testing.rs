@@ -12,7 +12,7 @@ use crate::{
 };
 
 pub(super) fn settings() -> StorageConfig {
-    StorageConfig { concurrency: 8, part_mib: 8 }
+    StorageConfig::plain(8, 8)
 }
 
 pub(super) fn config() -> RunConfig {

@@ -487,7 +487,7 @@ mod tests {
         };
 
         let tensors = sample();
-        let store = Store::open("memory://", &StorageConfig { concurrency: 4, part_mib: 8 }).unwrap();
+        let store = Store::open("memory://", &StorageConfig::plain(4, 8)).unwrap();
         for world in 1..=4 {
             let folder = format!("w{world}");
             let mut files = Vec::new();

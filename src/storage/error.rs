@@ -91,6 +91,16 @@ pub enum StorageError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A setting that this kind of store does not know.
+    #[error("{setting} is set, but {uri} is not on S3")]
+    Setting {
+        /// Its key.
+        setting: &'static str,
+        /// The store, without secrets.
+        uri: String,
+        /// What it is about.
+        means: &'static str,
+    },
     /// The store does not do what the protocol needs.
     #[error("store can't be used: {reason}")]
     Unfit {
@@ -102,7 +112,7 @@ pub enum StorageError {
 impl Explain for StorageError {
     fn kind(&self) -> Kind {
         match self {
-            Self::InvalidUri { .. } | Self::Unfit { .. } | Self::NoBucket { .. } => Kind::Config,
+            Self::InvalidUri { .. } | Self::Setting { .. } | Self::Unfit { .. } | Self::NoBucket { .. } => Kind::Config,
             Self::InvalidKey { .. } | Self::NotFound { .. } | Self::TooLarge { .. } | Self::Short { .. } => Kind::Data,
             Self::Permission { .. } => Kind::Permission,
             Self::Full { .. } | Self::Unavailable { .. } => Kind::Unavailable,
@@ -119,6 +129,11 @@ impl Explain for StorageError {
             }
             Self::InvalidUri { .. } => {
                 "write s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file://./folder"
+            }
+            Self::Setting { setting, means, .. } => {
+                return Some(format!(
+                    "leave {setting} out; {means} is set on the bucket, the container or the disk itself"
+                ));
             }
             Self::NoBucket { .. } => "create the bucket, or check its name, and AWS_ENDPOINT_URL if it is not on AWS",
             Self::Full { .. } => {

@@ -15,7 +15,7 @@ use object_store::{
     path::Path,
 };
 
-use super::{Backend, Store, retry::Policy};
+use super::{Backend, Store, retry::Policy, upload::Large};
 use crate::config::StorageConfig;
 
 /// What becomes of one request.
@@ -29,6 +29,8 @@ pub(crate) enum Fault {
     AnswerLost,
     /// 409.
     Conflict,
+    /// 503: less haste.
+    SlowDown,
     /// No space is left.
     Full,
     /// 403.
@@ -83,6 +85,7 @@ impl Faulty {
             Fault::Conflict => {
                 Err(object_store::Error::AlreadyExists { path: path.to_string(), source: "409 Conflict".into() })
             }
+            Fault::SlowDown => Err(generic("status code: 503 Service Unavailable: SlowDown".into())),
             Fault::Full => Err(generic(Box::new(std::io::Error::from_raw_os_error(28)))),
             Fault::Denied => {
                 Err(object_store::Error::PermissionDenied { path: path.to_string(), source: "403 Forbidden".into() })
@@ -111,8 +114,10 @@ impl Store {
             longest_pause: std::time::Duration::from_millis(1),
             ..Policy::REMOTE
         };
-        let backend = Backend { objects: faulty.clone(), multipart: Some(faulty.clone()), s3: None };
-        Self::assemble(backend, "memory://".into(), String::new(), policy, settings)
+        let backend = Backend { objects: faulty.clone(), large: Large::Parts(faulty.clone()), s3: None };
+        let again = backend.clone();
+        let reopen = Box::new(move || Ok(again.clone()));
+        Self::assemble(backend, "memory://".into(), String::new(), policy, settings, reopen)
     }
 }
 

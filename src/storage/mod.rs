@@ -1,8 +1,9 @@
 //! The object store: open a URI, create-once puts, parallel uploads and ranged downloads, with retries and limits.
 //!
 //! One code path serves `s3://`, `gs://`, `az://`, `file://` and `memory://`; `open` turns a URI into a backend, `retry`
-//! decides what is tried again, `upload` writes large objects in parts, `probe` finds out whether create-once puts are
-//! atomic. Keys are relative to a [`Store`] (a whole store or a folder of one) and use `/`.
+//! decides what is tried again, `upload` writes large objects in parts (`signed` on S3, `local` on disks), `download` reads ranges into
+//! memory, `pace` and `gate` find how many requests a store takes at once, `cap` bounds bandwidth, `background` has threads that give way,
+//! `probe` finds out whether create-once puts are atomic. Keys are relative to a [`Store`] (a whole store or a folder of one) and use `/`.
 //!
 //! Invariants
 //! - An object appears whole or not at all. On `file://` it is written beside its place, synced, and then linked or
@@ -19,13 +20,23 @@
 //! a sweep removes, and on `file://` a hidden `<name>#<number>` file: [`Store::unfinished`] finds both.
 //!
 //! Bulk transfers and small requests (journal, heartbeats) wait in separate queues: a checkpoint on its way never
-//! delays the heartbeat that says its node is alive.
+//! delays the heartbeat that says its node is alive. At [`Priority::Background`] transfers have threads, connections and queues of their own, too.
+//!
+//! Memory: uploads send the caller's pages, downloads fill them; beside them stands a socket's buffer a request, at most `storage.concurrency` each way.
 
+mod background;
+mod cap;
+mod crc;
+mod download;
 mod error;
+mod gate;
+mod local;
 mod open;
+mod pace;
 mod probe;
 mod retry;
 mod s3;
+mod signed;
 mod unfinished;
 mod upload;
 
@@ -35,19 +46,37 @@ pub(crate) mod faulty;
 pub(crate) mod s3_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod transfer_tests;
 
-use std::{fmt, ops::Range, sync::Arc};
+use std::{
+    fmt,
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{
-    GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload, multipart::MultipartStore,
-    path::Path,
+    Attribute, AttributeValue, Attributes, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode,
+    PutOptions, PutPayload, path::Path,
 };
 use tokio::sync::Semaphore;
 
-use self::retry::{Attempts, Policy};
-pub use self::{error::StorageError, s3::StoredObject, unfinished::Unfinished};
+use self::{
+    background::{Background, Task},
+    cap::Cap,
+    gate::Gate,
+    pace::Pace,
+    retry::{Attempts, Failure, Policy, Queue},
+    upload::Large,
+};
+pub use self::{
+    crc::{Crc64, InvalidCrc64},
+    error::StorageError,
+    s3::StoredObject,
+    unfinished::Unfinished,
+};
 use crate::config::StorageConfig;
 
 /// Small requests in flight at once, beside the bulk transfers.
@@ -73,49 +102,6 @@ pub struct ObjectInfo {
     pub last_modified: jiff::Timestamp,
 }
 
-/// CRC64-NVME of some bytes; 16 lower-case hex digits as text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Crc64(pub u64);
-
-impl Crc64 {
-    /// Of no bytes.
-    pub const EMPTY: Self = Self(0);
-
-    /// The checksum of `bytes`.
-    pub fn of(bytes: &[u8]) -> Self {
-        Self(crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes))
-    }
-    /// The checksum of these bytes with `len` bytes behind them, whose checksum is `next`.
-    #[must_use]
-    pub fn followed_by(self, next: Self, len: u64) -> Self {
-        if len == 0 {
-            return self;
-        }
-        Self(crc_fast::checksum_combine(crc_fast::CrcAlgorithm::Crc64Nvme, self.0, next.0, len))
-    }
-}
-
-impl fmt::Display for Crc64 {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}", self.0)
-    }
-}
-
-/// Why a text is not a [`Crc64`].
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a CRC64 is 16 lower-case hex digits")]
-pub struct InvalidCrc64;
-
-impl std::str::FromStr for Crc64 {
-    type Err = InvalidCrc64;
-    fn from_str(text: &str) -> Result<Self, InvalidCrc64> {
-        if text.len() != 16 || !text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
-            return Err(InvalidCrc64);
-        }
-        u64::from_str_radix(text, 16).map(Self).map_err(|_| InvalidCrc64)
-    }
-}
-
 /// What an upload put.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Uploaded {
@@ -125,28 +111,73 @@ pub struct Uploaded {
     pub crc64: Crc64,
 }
 
-/// Where the objects are.
-struct Backend {
-    objects: Arc<dyn ObjectStore>,
-    /// The same store's multipart interface; `None` on `file://`, where an upload is one file written in order.
-    multipart: Option<Arc<dyn MultipartStore>>,
-    /// On S3: what object_store does not ask for.
-    s3: Option<s3::Bucket>,
+/// Whose processor time a bulk transfer takes. Small requests (journal, heartbeats, listings) always run as [`Priority::Normal`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Priority {
+    /// The caller's.
+    #[default]
+    Normal,
+    /// What nobody else wants: threads of its own that give way to all others, with connections and limits of their own.
+    Background,
+    /// The caller's, and no bandwidth cap holds it back: for the last save before the machine goes away.
+    Urgent,
 }
 
-struct Inner {
+/// Where the objects are.
+#[derive(Clone)]
+struct Backend {
+    objects: Arc<dyn ObjectStore>,
+    large: Large,
+    /// On S3: what object_store does not ask for.
+    s3: Option<Arc<s3::Bucket>>,
+}
+
+/// A way to the store: connections, and queues to them.
+struct Lanes {
     backend: Backend,
+    /// Small requests in flight.
+    control: Semaphore,
+    /// Parts going up.
+    up: Gate,
+    /// Ranges coming down.
+    down: Gate,
+}
+
+impl Lanes {
+    fn new(backend: Backend, concurrency: usize) -> Arc<Self> {
+        let pace = || match &backend.large {
+            Large::File(_) => Pace::fixed(concurrency),
+            _ => Pace::adaptive(concurrency),
+        };
+        let (up, down) = (Gate::new("up", pace()), Gate::new("down", pace()));
+        Arc::new(Self { backend, control: Semaphore::new(CONTROL_CONCURRENCY), up, down })
+    }
+}
+
+/// What [`Priority::Background`] runs on.
+struct Idle {
+    threads: Background,
+    lanes: Arc<Lanes>,
+}
+
+/// Opens the same store once more, with connections of its own.
+type Reopen = dyn Fn() -> Result<Backend, StorageError> + Send + Sync;
+
+struct Inner {
     /// URI of the key "", without a trailing `/`, without secrets.
     root: String,
     policy: Policy,
-    /// Parts and ranges in flight.
-    bulk: Semaphore,
-    /// Small requests in flight.
-    control: Semaphore,
-    /// The most parts of one upload in flight.
+    lanes: Arc<Lanes>,
+    /// Made when it is first needed.
+    idle: Mutex<Option<Arc<Idle>>>,
+    reopen: Box<Reopen>,
+    /// The most parts and ranges in flight, each way.
     concurrency: usize,
     /// Bytes of one part.
     part: u64,
+    cap: Option<Cap>,
+    /// What objects that are written once carry.
+    attributes: Attributes,
 }
 
 /// A store, or a folder of one; cheap to clone. Keys are relative to it and use `/`.
@@ -157,19 +188,13 @@ pub struct Store {
     inner: Arc<Inner>,
     /// Key of this folder within the store, without `/` at either end; "" for all of it.
     prefix: String,
+    priority: Priority,
 }
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Store").field(&self.uri()).finish()
     }
-}
-
-/// Which queue a request waits in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Lane {
-    Control,
-    Bulk,
 }
 
 impl Store {
@@ -187,22 +212,38 @@ impl Store {
         settings: &StorageConfig,
         environment: &[(String, String)],
     ) -> Result<Self, StorageError> {
-        let opened = open::open(uri, environment)?;
-        Ok(Self::assemble(opened.backend, opened.root, opened.prefix, opened.policy, settings))
+        let opened = open::open(uri, settings, environment)?;
+        let (uri, settings_again, environment) = (uri.to_owned(), settings.clone(), environment.to_vec());
+        let shared = opened.is_local().then(|| opened.backend.clone());
+        let reopen = move || match &shared {
+            Some(backend) => Ok(backend.clone()),
+            None => open::open(&uri, &settings_again, &environment).map(|opened| opened.backend),
+        };
+        Ok(Self::assemble(opened.backend, opened.root, opened.prefix, opened.policy, settings, Box::new(reopen)))
     }
 
-    fn assemble(backend: Backend, root: String, prefix: String, policy: Policy, settings: &StorageConfig) -> Self {
+    fn assemble(
+        backend: Backend,
+        root: String,
+        prefix: String,
+        policy: Policy,
+        settings: &StorageConfig,
+        reopen: Box<Reopen>,
+    ) -> Self {
         let concurrency = settings.concurrency.clamp(1, 1024) as usize;
+        let class = settings.storage_class.clone();
         let inner = Inner {
-            backend,
             root,
             policy,
-            bulk: Semaphore::new(concurrency),
-            control: Semaphore::new(CONTROL_CONCURRENCY),
+            lanes: Lanes::new(backend, concurrency),
+            idle: Mutex::new(None),
+            reopen,
             concurrency,
             part: u64::from(settings.part_mib.max(1)) << 20,
+            cap: Cap::new(settings.max_upload_mib_per_s),
+            attributes: class.map(|class| (Attribute::StorageClass, AttributeValue::from(class))).into_iter().collect(),
         };
-        Self { inner: Arc::new(inner), prefix }
+        Self { inner: Arc::new(inner), prefix, priority: Priority::Normal }
     }
 
     /// The URI of this store or folder; [`Store::open`] of it opens the same place.
@@ -213,7 +254,13 @@ impl Store {
     /// A folder of this store, with the same connections and limits.
     #[must_use]
     pub fn folder(&self, name: &str) -> Self {
-        Self { inner: Arc::clone(&self.inner), prefix: join(&self.prefix, name.trim_matches('/')) }
+        Self { prefix: join(&self.prefix, name.trim_matches('/')), ..self.clone() }
+    }
+
+    /// The same place, whose uploads and ranged reads run at another priority.
+    #[must_use]
+    pub fn at_priority(&self, priority: Priority) -> Self {
+        Self { priority, ..self.clone() }
     }
 
     /// Writes `body` under `key` if, and only if, nothing stands there. Atomic: of many racing creates exactly one wins.
@@ -225,7 +272,7 @@ impl Store {
         let path = self.path(key)?;
         let request = || async {
             let payload = PutPayload::from_bytes(body.clone());
-            match self.objects().put_opts(&path, payload, PutMode::Create.into()).await {
+            match self.objects().put_opts(&path, payload, self.options(PutMode::Create)).await {
                 Ok(_) => Ok(CreateOutcome::Created),
                 // 412 says that something stands there, 409 that another write was under way: look what came of it.
                 Err(taken @ (object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. })) => {
@@ -240,27 +287,23 @@ impl Store {
                 Err(error) => Err(error),
             }
         };
-        let outcome = self.attempts(Lane::Control, "create", body.len() as u64).run(request).await;
+        let outcome = self.attempts("create", body.len() as u64).run(request).await;
         outcome.map_err(|failure| failure.explain(&self.uri_of(key)))
     }
 
     /// Writes `body` under `key`, over whatever stands there.
     pub async fn put(&self, key: &str, body: Bytes) -> Result<(), StorageError> {
-        self.put_in(Lane::Control, key, body).await
-    }
-
-    async fn put_in(&self, lane: Lane, key: &str, body: Bytes) -> Result<(), StorageError> {
         let path = self.path(key)?;
         let request =
             || self.objects().put_opts(&path, PutPayload::from_bytes(body.clone()), PutMode::Overwrite.into());
-        let put = self.attempts(lane, "put", body.len() as u64).run(request).await;
+        let put = self.attempts("put", body.len() as u64).run(request).await;
         put.map(drop).map_err(|failure| failure.explain(&self.uri_of(key)))
     }
 
     /// The whole object, refused if it has more than `limit` bytes.
     pub async fn get(&self, key: &str, limit: u64) -> Result<Bytes, StorageError> {
         let path = self.path(key)?;
-        let got = self.attempts(Lane::Control, "get", limit.min(64 << 20)).run(|| self.fetch(&path, limit)).await;
+        let got = self.attempts("get", limit.min(64 << 20)).run(|| self.fetch(&path, limit)).await;
         match got {
             Ok(Ok(bytes)) => Ok(bytes),
             Ok(Err(size)) => Err(StorageError::TooLarge { key: self.uri_of(key), size, limit }),
@@ -288,16 +331,16 @@ impl Store {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
-        let wanted = range.end - range.start;
+        let (wanted, lanes) = (range.end - range.start, &self.inner.lanes);
         let request = || async {
             let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
-            let result = match self.objects().get_opts(&path, options).await {
+            let result = match lanes.backend.objects.get_opts(&path, options).await {
                 Ok(result) => result,
-                Err(error) => return self.explain_bad_range(&path, &range, error).await,
+                Err(error) => return download::explain_bad_range(lanes, &path, &range, error).await,
             };
             if result.range != range {
                 let error = retry::cut_short(wanted, result.range.end.saturating_sub(result.range.start));
-                return self.explain_bad_range(&path, &range, error).await;
+                return download::explain_bad_range(lanes, &path, &range, error).await;
             }
             let bytes = result.bytes().await?;
             if bytes.len() as u64 != wanted {
@@ -305,33 +348,37 @@ impl Store {
             }
             Ok(Ok(bytes))
         };
-        match self.attempts(Lane::Bulk, "get", wanted).run(request).await {
+        match self.bulk_get(lanes, wanted).run(request).await {
             Ok(Ok(bytes)) => Ok(bytes),
             Ok(Err(size)) => Err(StorageError::Short { key: self.uri_of(key), end: range.end, size }),
             Err(failure) => Err(failure.explain(&self.uri_of(key))),
         }
     }
 
-    /// Stores word "the object is shorter than that" in many ways; its size decides. The inner error is that size.
-    async fn explain_bad_range(
+    /// Fills `target` with the bytes from `offset` on, straight from the connection or the disk; gives their checksum. An object that ends before
+    /// is [`StorageError::Short`]; after an error the target's content is worthless.
+    ///
+    /// Works on a task of its own, so that many of these use many cores; dropping the future stops it.
+    pub async fn get_into<B: AsMut<[u8]> + Send + 'static>(
         &self,
-        path: &Path,
-        range: &Range<u64>,
-        error: object_store::Error,
-    ) -> object_store::Result<Result<Bytes, u64>> {
-        if retry::is_answer(&error) {
-            return Err(error);
-        }
-        match self.objects().head(path).await {
-            Ok(meta) if meta.size < range.end => Ok(Err(meta.size)),
-            _ => Err(error),
-        }
+        key: &str,
+        offset: u64,
+        target: B,
+    ) -> Result<Crc64, StorageError> {
+        let (store, lanes, key) = (self.clone(), self.lanes()?, key.to_owned());
+        let uri = self.uri_of(&key);
+        let work = async move { download::get_into(&store, &lanes, &key, offset, target).await };
+        let task = match self.priority {
+            Priority::Background => self.idle()?.threads.spawn(work),
+            Priority::Normal | Priority::Urgent => Some(Task(tokio::spawn(work))),
+        };
+        self.end_of(task, "get", &uri).await
     }
 
     /// Size and age of an object.
     pub async fn head(&self, key: &str) -> Result<ObjectInfo, StorageError> {
         let path = self.path(key)?;
-        let meta = self.attempts(Lane::Control, "head", 0).run(|| self.objects().head(&path)).await;
+        let meta = self.attempts("head", 0).run(|| self.objects().head(&path)).await;
         let meta = meta.map_err(|failure| failure.explain(&self.uri_of(key)))?;
         Ok(ObjectInfo { key: key.to_owned(), size: meta.size, last_modified: timestamp(&meta) })
     }
@@ -340,7 +387,7 @@ impl Store {
     pub async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>, StorageError> {
         let folder = self.path(prefix)?;
         let request = || self.objects().list(Some(&folder)).try_collect::<Vec<_>>();
-        let found = self.attempts(Lane::Control, "list", 0).slow().run(request).await;
+        let found = self.attempts("list", 0).slow().run(request).await;
         let found = match found {
             Ok(found) => found,
             Err(failure) if failure.is_not_found() => Vec::new(),
@@ -357,7 +404,7 @@ impl Store {
     pub async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StorageError> {
         let folder = self.path(prefix)?;
         let request = || self.objects().list_with_delimiter(Some(&folder));
-        let found = match self.attempts(Lane::Control, "list", 0).slow().run(request).await {
+        let found = match self.attempts("list", 0).slow().run(request).await {
             Ok(found) => found.common_prefixes,
             Err(failure) if failure.is_not_found() => Vec::new(),
             Err(failure) => return Err(failure.explain(&self.uri_of(prefix))),
@@ -370,7 +417,7 @@ impl Store {
     /// Deletes an object; one that is not there is fine.
     pub async fn delete(&self, key: &str) -> Result<(), StorageError> {
         let path = self.path(key)?;
-        match self.attempts(Lane::Control, "delete", 0).run(|| self.objects().delete(&path)).await {
+        match self.attempts("delete", 0).run(|| self.objects().delete(&path)).await {
             Ok(()) => Ok(()),
             Err(failure) if failure.is_not_found() => Ok(()),
             Err(failure) => Err(failure.explain(&self.uri_of(key))),
@@ -387,7 +434,26 @@ impl Store {
         body: Bytes,
         progress: impl Fn(u64) + Send + Sync + 'static,
     ) -> Result<Uploaded, StorageError> {
-        upload::upload(self, key, body, &progress).await
+        let (store, lanes, key) = (self.clone(), self.lanes()?, key.to_owned());
+        let uri = self.uri_of(&key);
+        let work = async move { upload::upload(&store, &lanes, &key, body, &progress).await };
+        match self.priority {
+            Priority::Background => self.end_of(self.idle()?.threads.spawn(work), "upload", &uri).await,
+            Priority::Normal | Priority::Urgent => work.await,
+        }
+    }
+
+    async fn end_of<T>(
+        &self,
+        task: Option<Task<Result<T, StorageError>>>,
+        operation: &'static str,
+        uri: &str,
+    ) -> Result<T, StorageError> {
+        let ended = match task {
+            Some(task) => task.end().await,
+            None => None,
+        };
+        ended.unwrap_or_else(|| Err(Failure::stopped(operation).explain(uri)))
     }
 
     /// Races parallel creates of a probe key: a store on which more than one wins is [`StorageError::Unfit`].
@@ -399,15 +465,55 @@ impl Store {
     }
 
     fn objects(&self) -> &Arc<dyn ObjectStore> {
-        &self.inner.backend.objects
+        &self.inner.lanes.backend.objects
     }
 
-    fn attempts(&self, lane: Lane, operation: &'static str, bytes: u64) -> Attempts<'_> {
-        let queue = match lane {
-            Lane::Control => &self.inner.control,
-            Lane::Bulk => &self.inner.bulk,
-        };
-        Attempts::new(&self.inner.policy, queue, operation, bytes)
+    /// How an object that is written once is put.
+    fn options(&self, mode: PutMode) -> PutOptions {
+        PutOptions { mode, attributes: self.inner.attributes.clone(), ..PutOptions::default() }
+    }
+
+    /// The way that bulk transfers of this handle take.
+    fn lanes(&self) -> Result<Arc<Lanes>, StorageError> {
+        match self.priority {
+            Priority::Background => Ok(Arc::clone(&self.idle()?.lanes)),
+            Priority::Normal | Priority::Urgent => Ok(Arc::clone(&self.inner.lanes)),
+        }
+    }
+
+    fn idle(&self) -> Result<Arc<Idle>, StorageError> {
+        let mut idle = self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(idle) = &*idle {
+            return Ok(Arc::clone(idle));
+        }
+        let threads = Background::start().map_err(|error| {
+            let error = object_store::Error::Generic { store: "threads", source: Box::new(error) };
+            Failure::new("start of background transfers", &error).explain(&self.uri())
+        })?;
+        let lanes = Lanes::new((self.inner.reopen)()?, self.inner.concurrency);
+        Ok(Arc::clone(idle.insert(Arc::new(Idle { threads, lanes }))))
+    }
+
+    fn cap(&self) -> Option<&Cap> {
+        self.inner.cap.as_ref().filter(|_| self.priority != Priority::Urgent)
+    }
+
+    /// A small request.
+    fn attempts(&self, operation: &'static str, bytes: u64) -> Attempts<'_> {
+        Attempts::new(&self.inner.policy, Queue::Control(&self.inner.lanes.control), operation, bytes)
+    }
+
+    /// A small request that belongs to a bulk transfer.
+    fn small<'a>(&'a self, lanes: &'a Lanes, operation: &'static str) -> Attempts<'a> {
+        Attempts::new(&self.inner.policy, Queue::Control(&lanes.control), operation, 0)
+    }
+
+    fn bulk_put<'a>(&'a self, lanes: &'a Lanes, operation: &'static str, bytes: u64) -> Attempts<'a> {
+        Attempts::new(&self.inner.policy, Queue::Bulk(&lanes.up, self.cap()), operation, bytes)
+    }
+
+    fn bulk_get<'a>(&'a self, lanes: &'a Lanes, bytes: u64) -> Attempts<'a> {
+        Attempts::new(&self.inner.policy, Queue::Bulk(&lanes.down, None), "get", bytes)
     }
 
     /// The key's place in the store; refuses what could leave the folder.

@@ -10,10 +10,12 @@ use object_store::{
     ClientOptions, ObjectStore, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum, S3ConditionalPut},
     azure::{AzureConfigKey, MicrosoftAzureBuilder},
+    client::{HttpConnector, ReqwestConnector},
     gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
     local::LocalFileSystem,
     memory::InMemory,
     multipart::MultipartStore,
+    signer::{HeaderName, HeaderValue},
 };
 use url::{Host, Url};
 
@@ -21,7 +23,10 @@ use super::{
     Backend, StorageError,
     retry::Policy,
     s3::{Bucket, Place},
+    signed::S3,
+    upload::Large,
 };
+use crate::config::{Encryption, StorageConfig};
 
 /// A backend and where its keys begin.
 pub(super) struct Opened {
@@ -31,6 +36,13 @@ pub(super) struct Opened {
     /// Folder within the store; "" for all of it.
     pub prefix: String,
     pub policy: Policy,
+}
+
+impl Opened {
+    /// Whether it lies in this machine: no connections, and of a store in memory there is but one.
+    pub fn is_local(&self) -> bool {
+        self.policy.patience.is_none()
+    }
 }
 
 /// The process's own variables, as far as clouds read them.
@@ -43,13 +55,22 @@ pub(super) fn environment() -> Vec<(String, String)> {
     std::env::vars_os().filter_map(text).filter(|(name, _)| ours(name)).collect()
 }
 
-pub(super) fn open(uri: &str, environment: &[(String, String)]) -> Result<Opened, StorageError> {
+pub(super) fn open(
+    uri: &str,
+    settings: &StorageConfig,
+    environment: &[(String, String)],
+) -> Result<Opened, StorageError> {
     let refuse = |reason: &str| StorageError::InvalidUri { uri: redacted(uri), reason: reason.to_owned() };
     let Some((scheme, rest)) = uri.split_once("://") else {
         return Err(refuse("has no scheme"));
     };
     if uri.chars().any(char::is_control) {
         return Err(refuse("has a control character"));
+    }
+    if scheme != "s3"
+        && let Some((setting, means)) = meant_for_s3(settings)
+    {
+        return Err(StorageError::Setting { setting, uri: redacted(uri), means });
     }
     if scheme == "file" {
         return open_file(rest, &refuse);
@@ -70,7 +91,7 @@ pub(super) fn open(uri: &str, environment: &[(String, String)]) -> Result<Opened
             return Err(refuse("has a host: a store in memory has none"));
         }
         let memory = Arc::new(InMemory::new());
-        let backend = Backend { objects: memory.clone(), multipart: Some(memory), s3: None };
+        let backend = Backend { objects: memory.clone(), large: Large::Parts(memory), s3: None };
         return Ok(Opened { backend, root: "memory://".into(), prefix: prefix.into(), policy: Policy::LOCAL });
     }
     if authority.is_empty() {
@@ -80,7 +101,7 @@ pub(super) fn open(uri: &str, environment: &[(String, String)]) -> Result<Opened
         return Err(refuse("has a bucket name with a character other than letters, digits, '-', '_' and '.'"));
     }
     let backend = match scheme {
-        "s3" => s3(authority, environment),
+        "s3" => s3(authority, settings, environment),
         "gs" => gcs(authority, environment),
         "az" => azure(authority, environment),
         _ => return Err(refuse("has a scheme that is not known")),
@@ -117,13 +138,24 @@ fn open_file(path: &str, refuse: &dyn Fn(&str) -> StorageError) -> Result<Opened
         // A checkpoint that was deleted is not listed as an empty folder.
         .with_automatic_cleanup(true);
     let root = format!("file://{}", text.trim_end_matches('/'));
-    let backend = Backend { objects: Arc::new(local), multipart: None, s3: None };
+    let local = Arc::new(local);
+    let backend = Backend { objects: local.clone(), large: Large::File(local), s3: None };
     Ok(Opened { backend, root, prefix: String::new(), policy: Policy::LOCAL })
 }
 
 fn shared<T: ObjectStore + MultipartStore>(store: T) -> Backend {
     let store = Arc::new(store);
-    Backend { objects: store.clone(), multipart: Some(store), s3: None }
+    Backend { objects: store.clone(), large: Large::Parts(store), s3: None }
+}
+
+/// A setting that only S3 understands, and what it is about.
+fn meant_for_s3(settings: &StorageConfig) -> Option<(&'static str, &'static str)> {
+    match settings {
+        _ if settings.encryption != Encryption::Default => Some(("storage.encryption", "encryption")),
+        _ if settings.kms_key_id.is_some() => Some(("storage.kms_key_id", "encryption")),
+        _ if settings.storage_class.is_some() => Some(("storage.storage_class", "a storage class")),
+        _ => None,
+    }
 }
 
 /// Retries are made one level up; see [`super::retry`].
@@ -177,7 +209,7 @@ fn check_endpoint(endpoint: &str) -> Result<(String, bool), String> {
     Ok((url.as_str().trim_end_matches('/').to_owned(), plain))
 }
 
-fn s3(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String> {
+fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) -> Result<Backend, String> {
     let mut builder = AmazonS3Builder::new();
     for (key, value) in known::<AmazonS3ConfigKey>(environment, "AWS_") {
         // An empty variable is one that is not set.
@@ -218,7 +250,19 @@ fn s3(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String>
     {
         return Err("has no credentials: none are in the environment, and AWS_EC2_METADATA_DISABLED is set".into());
     }
-    let store = builder
+    let algorithm = match settings.encryption {
+        Encryption::Default => None,
+        Encryption::SseS3 => Some("AES256"),
+        Encryption::SseKms => Some("aws:kms"),
+    };
+    let sse_key = |key: &str| key.parse::<AmazonS3ConfigKey>();
+    if let (Some(algorithm), Ok(key)) = (algorithm, sse_key(SSE)) {
+        builder = builder.with_config(key, algorithm);
+    }
+    if let (Some(id), Ok(key)) = (&settings.kms_key_id, sse_key(SSE_KEY)) {
+        builder = builder.with_config(key, id);
+    }
+    let builder = builder
         .with_bucket_name(bucket)
         .with_client_options(client_options(plain))
         .with_retry(no_retries())
@@ -227,13 +271,21 @@ fn s3(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String>
         // A single DELETE is understood everywhere; the bulk form is not.
         .with_disable_bulk_delete(true)
         // Over TLS the body needs no signature; the CRC covers it end to end. Without TLS, on this machine, likewise.
-        .with_unsigned_payload(true)
-        .build()
-        .map_err(|error| format!("can't be opened: {error}"))?;
+        .with_unsigned_payload(true);
+    let own = own_requests(&builder, settings)?;
+    let client = Arc::new(builder.build().map_err(|error| format!("can't be opened: {error}"))?);
     if !is_on(environment, "AWS_SKIP_SIGNATURE") {
-        place.credentials = Some(store.credentials().clone());
+        place.credentials = Some(client.credentials().clone());
     }
-    Ok(Backend { s3: Bucket::new(place), ..shared(store) })
+    let second = Bucket::new(place).map(Arc::new);
+    let Some((region, requester_pays, object_headers)) = own else {
+        return Ok(Backend { objects: client.clone(), large: Large::Parts(client), s3: second });
+    };
+    let http = ReqwestConnector::default()
+        .connect(&client_options(plain))
+        .map_err(|error| format!("can't be opened: {error}"))?;
+    let s3 = S3 { client: client.clone(), http, region, requester_pays, object_headers };
+    Ok(Backend { objects: client, large: Large::S3(Arc::new(s3)), s3: second })
 }
 
 /// The same bucket for the other client, as far as the environment says; without endpoint and credentials.
@@ -252,6 +304,44 @@ fn second_client(bucket: &str, environment: &[(String, String)]) -> Place {
 fn is_on(environment: &[(String, String)], name: &str) -> bool {
     let word = variable(environment, name).unwrap_or_default().to_ascii_lowercase();
     matches!(word.as_str(), "1" | "true" | "on" | "yes" | "y")
+}
+
+/// object_store's names of the variables of encryption.
+const SSE: &str = "aws_server_side_encryption";
+const SSE_KEY: &str = "aws_sse_kms_key_id";
+const SSE_BUCKET_KEY: &str = "aws_sse_bucket_key_enabled";
+
+/// Region, whether the requester pays, and what each object gets.
+type OwnRequests = (String, bool, Vec<(HeaderName, HeaderValue)>);
+
+/// What requests of our own need; `None` where only object_store knows how: requests without a signature, session credentials of S3 Express, keys
+/// of the customer's own, a proxy.
+fn own_requests(builder: &AmazonS3Builder, settings: &StorageConfig) -> Result<Option<OwnRequests>, String> {
+    let value = |key: &str| builder.get_config_value(&key.parse().ok()?).filter(|value| !value.is_empty());
+    let is_set =
+        |key: &str| value(key).is_some_and(|value| ["true", "1"].contains(&value.to_ascii_lowercase().as_str()));
+    let encryption = value(SSE);
+    if is_set("aws_skip_signature")
+        || is_set("aws_s3_express")
+        || encryption.as_deref().is_some_and(|kind| kind.eq_ignore_ascii_case("sse-c"))
+    {
+        return Ok(None);
+    }
+    let mut headers = Vec::new();
+    let mut add = |name: &'static str, value: Option<String>| match value.as_deref().map(HeaderValue::from_str) {
+        None => Ok(()),
+        Some(Ok(value)) => {
+            headers.push((HeaderName::from_static(name), value));
+            Ok(())
+        }
+        Some(Err(_)) => Err(format!("has a setting for {name} that can't be sent")),
+    };
+    add("x-amz-server-side-encryption", encryption)?;
+    add("x-amz-server-side-encryption-aws-kms-key-id", value(SSE_KEY))?;
+    add("x-amz-server-side-encryption-bucket-key-enabled", value(SSE_BUCKET_KEY))?;
+    add("x-amz-storage-class", settings.storage_class.clone())?;
+    let region = value("aws_region").unwrap_or_else(|| "us-east-1".into());
+    Ok(Some((region, is_set("aws_request_payer"), headers)))
 }
 
 fn gcs(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String> {
@@ -326,7 +416,7 @@ mod tests {
         pairs.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect()
     }
     fn error(uri: &str, pairs: &[(&str, &str)]) -> String {
-        match open(uri, &env(pairs)) {
+        match open(uri, &StorageConfig::plain(4, 8), &env(pairs)) {
             Ok(_) => panic!("{uri} was opened"),
             Err(error) => crate::error::Error::from(error).to_string(),
         }
@@ -365,7 +455,15 @@ mod tests {
     #[test]
     fn plain_http_is_for_this_machine_only() {
         for endpoint in ["http://127.0.0.1:9000", "http://localhost:9000/", "http://[::1]:9", "https://example.com"] {
-            assert!(open("s3://b/x", &env(&[KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", endpoint)])).is_ok(), "{endpoint}");
+            assert!(
+                open(
+                    "s3://b/x",
+                    &StorageConfig::plain(4, 8),
+                    &env(&[KEYS[0], KEYS[1], ("AWS_ENDPOINT_URL", endpoint)])
+                )
+                .is_ok(),
+                "{endpoint}"
+            );
         }
         for endpoint in
             ["http://example.com", "http://10.0.0.1", "http://localhost.example.com", "ftp://127.0.0.1", "x"]

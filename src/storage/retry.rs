@@ -1,5 +1,10 @@
 //! What is tried again, how often, and how an error is put for people.
 //!
+//! Pauses have full jitter: a time drawn evenly between nothing and a bound that doubles (Brooker, "Exponential Backoff And
+//! Jitter", AWS Architecture Blog 2015), so that many clients which failed together don't come back together. A store that asks for less haste (503
+//! `SlowDown`, 429) is asked again for as long as the budget of time lasts, whatever the number of attempts: it works, and while a
+//! bucket's partitions are split it may say so for minutes. Meanwhile [`super::pace`] sends it less.
+//!
 //! An attempt is given up when no answer came within a time that grows with its bytes and doubles with each attempt, so
 //! that a stalled connection is noticed soon and a thin link still gets through. Attempts end when one succeeds, when an
 //! answer can't change (not found, permission), when there were too many, or when the budget of time is used up.
@@ -10,10 +15,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use backon::BackoffBuilder;
 use tokio::sync::Semaphore;
 
-use super::StorageError;
+use super::{StorageError, cap::Cap, gate::Gate, pace::Outcome};
+use crate::ids::random_hex;
 
 /// How much is tried.
 #[derive(Clone, Debug)]
@@ -22,9 +27,9 @@ pub(super) struct Policy {
     pub attempts: usize,
     /// Attempts where credentials can't be had: on a machine without any, people should not wait long to hear it.
     pub credential_attempts: usize,
-    /// The first pause; it doubles, with jitter.
+    /// The bound of the first pause; it doubles.
     pub first_pause: Duration,
-    /// The longest pause.
+    /// The highest bound of a pause.
     pub longest_pause: Duration,
     /// No attempt begins later than this after the first.
     pub budget: Duration,
@@ -47,6 +52,18 @@ impl Policy {
     };
     /// In this machine: nothing is gained by asking again.
     pub(super) const LOCAL: Self = Self { attempts: 1, patience: None, ..Self::REMOTE };
+
+    /// The pause after so many attempts (from 1): a share of a bound that doubles; `share` is from 0 to 1.
+    fn pause(&self, attempts: usize, share: f64) -> Duration {
+        let doublings = u32::try_from(attempts.saturating_sub(1)).unwrap_or(u32::MAX).min(30);
+        self.first_pause.saturating_mul(1 << doublings).min(self.longest_pause).mul_f64(share.clamp(0.0, 1.0))
+    }
+}
+
+/// A random number from 0 to 1.
+fn random_share() -> f64 {
+    // Eight hex digits always are a number.
+    f64::from(u32::from_str_radix(&random_hex(4), 16).unwrap_or(u32::MAX / 2)) / f64::from(u32::MAX)
 }
 
 /// What an error means for the next step.
@@ -54,6 +71,8 @@ impl Policy {
 pub(super) enum Verdict {
     /// May go away by itself.
     Transient,
+    /// The store is well and asks for less haste.
+    SlowDown,
     /// Credentials can't be had just now, or never.
     Credentials,
     NotFound,
@@ -68,23 +87,26 @@ pub(super) enum Verdict {
 #[derive(Debug)]
 pub(super) struct Failure {
     pub verdict: Verdict,
+    /// No answer came in time.
+    timed_out: bool,
     operation: &'static str,
     cause: Cause,
 }
 
 impl Failure {
     pub(super) fn new(operation: &'static str, error: &object_store::Error) -> Self {
-        Self { verdict: classify(error), operation, cause: Cause::of(error) }
+        Self { verdict: classify(error), timed_out: false, operation, cause: Cause::of(error) }
     }
 
     /// Of our own making: the runtime is shutting down.
     pub(super) fn stopped(operation: &'static str) -> Self {
-        Self { verdict: Verdict::Permanent, operation, cause: Cause("the program is stopping".into()) }
+        let cause = Cause("the program is stopping".into());
+        Self { verdict: Verdict::Permanent, timed_out: false, operation, cause }
     }
 
     /// Of our own making: worth another try.
     pub(super) fn transient(operation: &'static str, cause: &str) -> Self {
-        Self { verdict: Verdict::Transient, operation, cause: Cause(cause.to_owned()) }
+        Self { verdict: Verdict::Transient, timed_out: false, operation, cause: Cause(cause.to_owned()) }
     }
 
     pub(super) fn is_not_found(&self) -> bool {
@@ -107,25 +129,37 @@ impl Failure {
             Verdict::Permission | Verdict::Credentials => StorageError::Permission { operation, key, source },
             Verdict::Full => StorageError::Full { operation, key, source },
             Verdict::NoBucket => StorageError::NoBucket { operation, key, source },
-            Verdict::Transient | Verdict::Permanent => StorageError::Unavailable { operation, key, source },
+            Verdict::Transient | Verdict::SlowDown | Verdict::Permanent => {
+                StorageError::Unavailable { operation, key, source }
+            }
         }
     }
+}
+
+/// What a request waits for before it goes.
+#[derive(Clone, Copy)]
+pub(super) enum Queue<'a> {
+    /// Small requests: a fixed number at once.
+    Control(&'a Semaphore),
+    /// Bulk transfers: as many at once as the store takes well, and uploads within the bandwidth that they are given.
+    Bulk(&'a Gate, Option<&'a Cap>),
 }
 
 /// One operation, tried as often as the policy says.
 pub(super) struct Attempts<'a> {
     policy: &'a Policy,
-    queue: &'a Semaphore,
+    queue: Queue<'a>,
     operation: &'static str,
+    bytes: u64,
     patience: Option<Duration>,
 }
 
 impl<'a> Attempts<'a> {
     /// `bytes`: the most that go over the wire in one attempt.
-    pub(super) fn new(policy: &'a Policy, queue: &'a Semaphore, operation: &'static str, bytes: u64) -> Self {
+    pub(super) fn new(policy: &'a Policy, queue: Queue<'a>, operation: &'static str, bytes: u64) -> Self {
         let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
         let patience = policy.patience.map(|base| base.saturating_add(policy.patience_per_mib.saturating_mul(mib)));
-        Self { policy, queue, operation, patience }
+        Self { policy, queue, operation, bytes, patience }
     }
 
     /// For an operation that takes many requests in a row.
@@ -141,12 +175,6 @@ impl<'a> Attempts<'a> {
         R: Future<Output = object_store::Result<T>>,
     {
         let started = Instant::now();
-        let mut pauses = backon::ExponentialBuilder::default()
-            .with_min_delay(self.policy.first_pause)
-            .with_max_delay(self.policy.longest_pause)
-            .with_max_times(self.policy.attempts.saturating_sub(1))
-            .with_jitter()
-            .build();
         let mut patience = self.patience;
         for attempt in 1_usize.. {
             let failure = match self.once(&mut request, patience).await {
@@ -154,14 +182,15 @@ impl<'a> Attempts<'a> {
                 Err(failure) => failure,
             };
             let allowed = match failure.verdict {
-                Verdict::Transient => self.policy.attempts,
+                Verdict::SlowDown if self.policy.attempts > 1 => usize::MAX,
+                Verdict::Transient | Verdict::SlowDown => self.policy.attempts,
                 Verdict::Credentials => self.policy.credential_attempts.min(self.policy.attempts),
                 _ => 1,
             };
-            let Some(pause) = pauses.next().filter(|_| attempt < allowed && started.elapsed() < self.policy.budget)
-            else {
+            if attempt >= allowed || started.elapsed() >= self.policy.budget {
                 return Err(failure);
-            };
+            }
+            let pause = self.policy.pause(attempt, random_share());
             // The cause is already free of secrets.
             tracing::info!(operation = self.operation, attempt, pause_s = pause.as_secs_f64(), cause = %failure.cause,
                 "store request failed, trying again");
@@ -177,14 +206,42 @@ impl<'a> Attempts<'a> {
         F: FnMut() -> R,
         R: Future<Output = object_store::Result<T>>,
     {
-        let Ok(_permit) = self.queue.acquire().await else { return Err(Failure::stopped(self.operation)) };
+        match self.queue {
+            Queue::Control(places) => {
+                let Ok(_permit) = places.acquire().await else { return Err(Failure::stopped(self.operation)) };
+                self.ask(request, patience).await
+            }
+            Queue::Bulk(gate, cap) => {
+                let Some(mut pass) = gate.enter().await else { return Err(Failure::stopped(self.operation)) };
+                if let Some(cap) = cap {
+                    cap.take(self.bytes).await;
+                    pass.goes();
+                }
+                let answer = self.ask(request, patience).await;
+                match &answer {
+                    Ok(_) => pass.ended(Outcome::Done(self.bytes)),
+                    Err(failure) if failure.timed_out || failure.verdict == Verdict::SlowDown => {
+                        pass.ended(Outcome::Refused);
+                    }
+                    Err(_) => drop(pass),
+                }
+                answer
+            }
+        }
+    }
+
+    async fn ask<T, F, R>(&self, request: &mut F, patience: Option<Duration>) -> Result<T, Failure>
+    where
+        F: FnMut() -> R,
+        R: Future<Output = object_store::Result<T>>,
+    {
         let answer = match patience {
             None => request().await,
             Some(patience) => match tokio::time::timeout(patience, request()).await {
                 Ok(answer) => answer,
                 Err(_) => {
                     let cause = format!("no answer within {:.0} s", patience.as_secs_f64());
-                    return Err(Failure::transient(self.operation, &cause));
+                    return Err(Failure { timed_out: true, ..Failure::transient(self.operation, &cause) });
                 }
             },
         };
@@ -238,6 +295,11 @@ pub(super) fn classify(error: &object_store::Error) -> Verdict {
     if text.contains("ExpiredToken") {
         return Verdict::Permission;
     }
+    // A body that arrived otherwise than it was sent, or too slowly: S3 says 400, but the next try may fare better.
+    if ["BadDigest", "XAmzContentChecksumMismatch", "IncompleteBody", "RequestTimeout"].iter().any(|t| text.contains(t))
+    {
+        return Verdict::Transient;
+    }
     match error {
         Error::NotFound { .. } => return Verdict::NotFound,
         Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => return Verdict::Permission,
@@ -261,10 +323,17 @@ pub(super) fn classify(error: &object_store::Error) -> Verdict {
         }
     }
     match status(&text) {
+        Some(429) => Verdict::SlowDown,
+        // S3 means "too many", others word it so too; a 503 without it is a store that is down.
+        Some(503)
+            if ["SlowDown", "Slow Down", "reduce your request rate", "ServerBusy"].iter().any(|t| text.contains(t)) =>
+        {
+            Verdict::SlowDown
+        }
         Some(401 | 403) => Verdict::Permission,
         Some(404) => Verdict::NotFound,
         Some(507) => Verdict::Full,
-        Some(408 | 409 | 425 | 429) => Verdict::Transient,
+        Some(408 | 409 | 425) => Verdict::Transient,
         // A 200 whose body is an error.
         Some(200..=299) => Verdict::Transient,
         Some(501 | 505) => Verdict::Permanent,
@@ -363,19 +432,37 @@ mod tests {
             (io(13), Verdict::Permission), // EACCES
             (io(30), Verdict::Permission), // EROFS
             (io(5), Verdict::Transient),   // EIO
-            (said("Server returned non-2xx status code: 503 Service Unavailable: SlowDown"), Verdict::Transient),
+            (said("Server returned non-2xx status code: 503 Service Unavailable: SlowDown"), Verdict::SlowDown),
+            (said("Server returned non-2xx status code: 503 Service Unavailable: "), Verdict::Transient),
             (said("Server returned non-2xx status code: 409 Conflict: "), Verdict::Transient),
-            (said("Server returned non-2xx status code: 429 Too Many Requests: "), Verdict::Transient),
+            (said("Server returned non-2xx status code: 429 Too Many Requests: "), Verdict::SlowDown),
             (said("Server returned non-2xx status code: 403 Forbidden: AccessDenied"), Verdict::Permission),
             (said("Server returned non-2xx status code: 400 Bad Request: x"), Verdict::Permanent),
             (said("Server returned non-2xx status code: 501 Not Implemented: x"), Verdict::Permanent),
             (said("Server returned non-2xx status code: 404 Not Found: <Code>NoSuchBucket</Code>"), Verdict::NoBucket),
             (said("Error performing PUT http://169.254.169.254/latest/api/token in 1s"), Verdict::Credentials),
+            (said("status code: 400 Bad Request: <Code>BadDigest</Code>"), Verdict::Transient),
             (cut_short(3, 2), Verdict::Transient),
             (conflict(said("x")), Verdict::Transient),
         ];
         for (error, verdict) in cases {
             assert_eq!(classify(&error), verdict, "{error}");
+        }
+    }
+
+    #[test]
+    fn pauses_have_full_jitter_under_a_bound_that_doubles() {
+        let ms = Duration::from_millis;
+        for (attempts, bound) in [(1, 100), (2, 200), (3, 400), (7, 6400), (8, 10_000), (1000, 10_000)] {
+            for (share, expected) in [(0.0, 0), (0.5, bound / 2), (1.0, bound)] {
+                assert_eq!(Policy::REMOTE.pause(attempts, share), ms(expected), "{attempts} {share}");
+            }
+        }
+        let shares: Vec<f64> = (0..1000).map(|_| random_share()).collect();
+        assert!(shares.iter().all(|share| (0.0..=1.0).contains(share)));
+        // A thousand even draws miss a tenth of the range once in 10^45.
+        for tenth in 0..10 {
+            assert!(shares.iter().any(|share| (share * 10.0) as i32 == tenth), "no pause in tenth {tenth}");
         }
     }
 

@@ -18,7 +18,7 @@ use aws_sdk_s3::{
 };
 use object_store::aws::AwsCredentialProvider;
 
-use super::{Crc64, Lane, StorageError, Store};
+use super::{Crc64, StorageError, Store};
 
 /// The most pages of a listing that are believed: 1,000 uploads each.
 const MAX_PAGES: usize = 1000;
@@ -160,11 +160,11 @@ impl Store {
     /// What the store says of an object, without a download: its size and, on S3, the checksum that the store has made
     /// of it when it was put.
     pub async fn stored(&self, key: &str) -> Result<StoredObject, StorageError> {
-        let Some(bucket) = &self.inner.backend.s3 else {
+        let Some(bucket) = &self.inner.lanes.backend.s3 else {
             return Ok(StoredObject { size: self.head(key).await?.size, crc64: None });
         };
         let path = self.path(key)?;
-        let head = self.attempts(Lane::Control, "head", 0).run(|| bucket.stored(path.as_ref())).await;
+        let head = self.attempts("head", 0).run(|| bucket.stored(path.as_ref())).await;
         let (size, crc64) = head.map_err(|failure| failure.explain(&self.uri_of(key)))?;
         Ok(StoredObject { size, crc64 })
     }

@@ -28,7 +28,11 @@ fn environment(address: std::net::SocketAddr) -> Vec<(String, String)> {
 /// The integration tests' own server, which is atomic.
 #[path = "../../tests/support/s3.rs"]
 #[allow(dead_code, reason = "the integration tests use the rest")]
-mod server;
+pub(super) mod server;
+/// And their proxy that breaks things.
+#[path = "../../tests/support/proxy.rs"]
+#[allow(dead_code, reason = "the integration tests use the rest")]
+pub(super) mod proxy;
 
 /// A server of others, if it is installed.
 #[path = "../../tests/support/moto.rs"]
@@ -38,10 +42,14 @@ mod moto;
 pub(crate) fn atomic() -> (Store, server::S3Server) {
     // It brings a runtime of its own, which can't be started from within one.
     let server = std::thread::spawn(server::S3Server::start).join().unwrap();
+    (client(&server.endpoint(), &settings()), server)
+}
+
+/// A store at `endpoint`, which leads to such a server.
+pub(super) fn client(endpoint: &str, settings: &StorageConfig) -> Store {
     let environment: Vec<_> =
-        server::client_env(&server.endpoint()).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    let uri = format!("s3://{}/some/prefix", server::BUCKET);
-    (Store::open_with(&uri, &settings(), &environment).unwrap(), server)
+        server::client_env(endpoint).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    Store::open_with(&format!("s3://{}/some/prefix", server::BUCKET), settings, &environment).unwrap()
 }
 
 /// A server over s3s-fs with the bucket `bucket`: it answers conditional puts rightly in sequence, but isn't atomic.
@@ -139,6 +147,7 @@ async fn s3_holds_the_contract() {
     tests::contract(&store).await;
     let (store, server) = atomic();
     tests::contract(&store).await;
+    tests::contract(&store.at_priority(Priority::Background)).await;
     assert_eq!(server.open_uploads(), 0);
 }
 
@@ -379,7 +388,7 @@ async fn a_listing_that_leads_nowhere_is_an_error_and_strange_entries_are_left_a
 impl Store {
     /// One listing of unfinished uploads, without retries.
     async fn bare_uploads(&self) -> object_store::Result<usize> {
-        let bucket = self.inner.backend.s3.as_ref().expect("a store on S3");
+        let bucket = self.inner.lanes.backend.s3.as_ref().expect("a store on S3");
         bucket.uploads("p/").await.map(|found| found.len())
     }
 }

@@ -8,7 +8,7 @@ use std::{
     time::SystemTime,
 };
 
-use super::{Lane, StorageError, Store, retry::Failure};
+use super::{StorageError, Store, retry::Failure};
 
 /// Something that an upload to a folder has left behind, or is at work on just now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,10 +28,10 @@ enum Place {
 }
 
 async fn unfinished(store: &Store) -> Result<Vec<Unfinished>, StorageError> {
-    if let Some(bucket) = &store.inner.backend.s3 {
+    if let Some(bucket) = &store.inner.lanes.backend.s3 {
         let prefix = if store.prefix.is_empty() { String::new() } else { format!("{}/", store.prefix) };
         let request = || bucket.uploads(&prefix);
-        let found = store.attempts(Lane::Control, "list of uploads", 0).slow().run(request).await;
+        let found = store.attempts("list of uploads", 0).slow().run(request).await;
         let found = found.map_err(|failure| failure.not_of_the_object().explain(&store.uri_of("")))?;
         let own = found.into_iter().filter_map(|upload| {
             let key = store.relative(&upload.key)?.to_owned();
@@ -48,17 +48,16 @@ async fn unfinished(store: &Store) -> Result<Vec<Unfinished>, StorageError> {
 }
 
 async fn discard(store: &Store, left: &Unfinished) -> Result<(), StorageError> {
-    match (&left.place, &store.inner.backend.multipart) {
-        (Place::Upload(id), Some(multipart)) => {
+    match &left.place {
+        Place::Upload(id) => {
             let path = store.path(&left.key)?;
-            let abort = store.attempts(Lane::Control, "abort of an upload", 0);
-            match abort.run(|| multipart.abort_multipart(&path, id)).await {
+            let abort = store.attempts("abort of an upload", 0);
+            match abort.run(|| store.inner.lanes.backend.large.abort(&path, id)).await {
                 Err(failure) if !failure.is_not_found() => Err(failure.explain(&store.uri_of(&left.key))),
                 _ => Ok(()),
             }
         }
-        (Place::Upload(_), None) => Ok(()),
-        (Place::File(path), _) => {
+        Place::File(path) => {
             let path = path.clone();
             settled(store, tokio::task::spawn_blocking(move || gone_is_fine(std::fs::remove_file(path))).await)
         }

@@ -28,6 +28,8 @@ pub enum Fault {
     CutRequest(usize),
     /// The client hears this many bytes of the answer's body, then its connection closes.
     CutResponse(usize),
+    /// The lowest bit of this byte of the request's body is turned over.
+    FlipRequest(usize),
     /// The lowest bit of this byte of the answer's body is turned over.
     FlipResponse(usize),
     /// Nothing happens for so long, then the connection closes.
@@ -47,6 +49,7 @@ impl Fault {
             Self::CutRequest(_) => "cut request",
             Self::CutResponse(_) => "cut response",
             Self::FlipResponse(_) => "flipped bit",
+            Self::FlipRequest(_) => "bit flipped on its way up",
             Self::Stall(_) => "stall",
             Self::LoseAnswer => "lost answer",
             Self::Stale => "stale read",
@@ -214,6 +217,14 @@ fn cut(body: &Bytes, keep: usize) -> Body {
     StreamingBlob::wrap(futures::stream::iter(pieces)).into()
 }
 
+fn flip(body: Bytes, at: usize) -> Bytes {
+    let mut changed = body.to_vec();
+    if let Some(byte) = changed.get_mut(at) {
+        *byte ^= 1;
+    }
+    changed.into()
+}
+
 async fn pass_time(bytes: usize, rate: Option<u64>) {
     if let Some(rate) = rate {
         tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / rate as f64)).await;
@@ -263,6 +274,10 @@ async fn pass(
             }
         }
     }
+    let body = match fault {
+        Some(Fault::FlipRequest(at)) => flip(body, at),
+        _ => body,
+    };
     let socket = tokio::net::TcpStream::connect(upstream).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
     tokio::spawn(connection);
@@ -279,11 +294,7 @@ async fn pass(
     match fault {
         Some(Fault::LoseAnswer) => return Err(broken("answer lost on purpose")),
         Some(Fault::CutResponse(keep)) => return Ok(Response::from_parts(head, cut(&body, keep))),
-        Some(Fault::FlipResponse(at)) if at < body.len() => {
-            let mut changed = body.to_vec();
-            changed[at] ^= 1;
-            body = changed.into();
-        }
+        Some(Fault::FlipResponse(at)) => body = flip(body, at),
         _ => {}
     }
     Ok(Response::from_parts(head, Body::from(body)))

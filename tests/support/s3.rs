@@ -58,6 +58,19 @@ impl Default for Rules {
     }
 }
 
+/// What a write asked for beside the bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// `x-amz-server-side-encryption`
+    pub encryption: Option<String>,
+    /// `x-amz-server-side-encryption-aws-kms-key-id`
+    pub kms_key_id: Option<String>,
+    /// `x-amz-storage-class`
+    pub storage_class: Option<String>,
+    /// `x-amz-checksum-type`, of an object in parts.
+    pub checksum_type: Option<String>,
+}
+
 #[derive(Clone)]
 struct Stored {
     body: Bytes,
@@ -88,6 +101,8 @@ struct Table {
     uploads: BTreeMap<String, Upload>,
     rules: Rules,
     serial: u64,
+    /// By key and operation.
+    asked: BTreeMap<(String, &'static str), Asked>,
     /// Requests by operation: what a test counts.
     counts: BTreeMap<&'static str, u64>,
 }
@@ -212,6 +227,15 @@ impl S3Server {
         for (_, object) in table.objects.iter_mut().filter(|(key, _)| key.starts_with(prefix)) {
             object.modified -= by;
         }
+    }
+    /// Forgets every multipart upload, as a lifecycle rule does.
+    #[allow(dead_code, reason = "one of the two test binaries needs it")]
+    pub fn forget_uploads(&self) {
+        self.service.lock().uploads.clear();
+    }
+    /// What the last write of a key asked for, by the operation's S3 name.
+    pub fn asked(&self, key: &str, operation: &'static str) -> Option<Asked> {
+        self.service.lock().asked.get(&(key.to_owned(), operation)).cloned()
     }
     /// Requests so far of one operation, by its S3 name.
     pub fn count(&self, operation: &str) -> u64 {
@@ -375,6 +399,17 @@ macro_rules! sums {
     };
 }
 
+macro_rules! asked {
+    ($input:expr) => {
+        Asked {
+            encryption: $input.server_side_encryption.as_ref().map(|it| it.as_str().to_owned()),
+            kms_key_id: $input.ssekms_key_id.clone(),
+            storage_class: $input.storage_class.as_ref().map(|it| it.as_str().to_owned()),
+            checksum_type: None,
+        }
+    };
+}
+
 fn full_object() -> Option<ChecksumType> {
     Some(ChecksumType::from_static(ChecksumType::FULL_OBJECT))
 }
@@ -385,6 +420,8 @@ impl S3 for Service {
         let rules = self.enter("PutObject", &req.input.bucket, true)?;
         let (body, sums) = (req.input.body.take(), sums!(req.input));
         let body = read_body(body, req.input.content_length, sums, &req).await?;
+        let asked = asked!(req.input);
+        self.lock().asked.insert((req.input.key.clone(), "PutObject"), asked);
         let PutObjectInput { key, if_none_match, if_match, .. } = req.input;
         let if_none_match = if_none_match.filter(|_| rules.create_once != CreateOnce::Ignored);
         if rules.create_once == CreateOnce::Racy && if_none_match.is_some() {
@@ -560,6 +597,9 @@ impl S3 for Service {
         self.enter("CreateMultipartUpload", &req.input.bucket, true)?;
         let mut table = self.lock();
         let upload_id = format!("upload-{}", table.serial());
+        let checksum_type = req.input.checksum_type.as_ref().map(|kind| kind.as_str().to_owned());
+        let asked = Asked { checksum_type, ..asked!(req.input) };
+        table.asked.insert((req.input.key.clone(), "CreateMultipartUpload"), asked);
         let upload = Upload { key: req.input.key.clone(), started: SystemTime::now(), parts: BTreeMap::new() };
         table.uploads.insert(upload_id.clone(), upload);
         Ok(S3Response::new(CreateMultipartUploadOutput {

@@ -70,7 +70,7 @@ pub fn config() -> RunConfig {
 }
 
 pub fn storage() -> StorageConfig {
-    StorageConfig { concurrency: 8, part_mib: 16 }
+    StorageConfig::plain(8, 16)
 }
 
 /// One record of each kind, by its name.

@@ -166,6 +166,9 @@ pub struct Weather {
     pub latency: Duration,
 }
 
+/// How many kinds of weather there are.
+pub const KINDS: u64 = 10;
+
 impl Weather {
     /// Whether readers are told of an earlier time.
     pub fn is_stale(&self) -> bool {
@@ -174,7 +177,7 @@ impl Weather {
     /// One fault by its place in a list of all kinds.
     pub fn of_kind(kind: u64, random: &mut Random) -> Self {
         let somewhere = |random: &mut Random, end| random.between(0, end) as usize;
-        let (method, target, fault, often) = match kind % 9 {
+        let (method, target, fault, often) = match kind % KINDS {
             0 => ("", "", Fault::SlowDown, Often::Percent(random.between(5, 25))),
             // A storm: nothing gets through for a while.
             1 => ("", "", Fault::SlowDown, Often::Next(random.between(5, 60) as u32)),
@@ -194,7 +197,11 @@ impl Weather {
                 let fault = Fault::Stall(Duration::from_millis(random.between(20, 300)));
                 ("", "", fault, Often::Percent(random.between(2, 8)))
             }
-            7 => ("PUT", "", Fault::LoseAnswer, Often::Percent(random.between(5, 20))),
+            7 => {
+                let fault = Fault::FlipRequest(somewhere(random, 4_000));
+                ("PUT", "", fault, Often::Percent(random.between(5, 15)))
+            }
+            8 => ("PUT", "", Fault::LoseAnswer, Often::Percent(random.between(5, 20))),
             _ => ("", "journal", Fault::Stale, Often::Percent(random.between(5, 20))),
         };
         let latency = Duration::from_micros(if random.percent(50) { random.between(0, 10_000) } else { 0 });

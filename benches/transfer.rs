@@ -1,0 +1,244 @@
+//! What moving bytes costs, apart from training: `trainer`'s own transfers beside the barest client of the same store.
+//!
+//! One process moves an image of shared memory up and down; the S3 server is a process of its own, so that the CPU time counted here is the
+//! client's alone. *bare* is the least that anybody could do at the same concurrency and part size: uploads without a
+//! checksum, downloads that throw every byte away. A figure near *bare* leaves nothing to gain but in the HTTP stack itself.
+
+use std::{io::Write, os::unix::fs::FileExt, path::Path, sync::Arc, time::Instant};
+
+use anyhow::Context;
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
+use object_store::{
+    ClientOptions, GetOptions, GetRange, ObjectStore, PutPayload, aws::AmazonS3Builder, multipart::MultipartStore,
+};
+use trainer::{
+    checkpoint::restore::{RemoteFile, fetch, plan_pieces},
+    snapshot::image::{Mapping, SharedImage},
+    storage::Store,
+};
+
+use super::{Result, lab, s3};
+
+/// Files of a checkpoint that are moved at once.
+const FILES: usize = 2;
+
+/// What is moved, how.
+pub struct Task {
+    /// Size of one file, MiB.
+    pub mib: u64,
+    pub rounds: u32,
+    pub concurrency: u32,
+    pub part_mib: u32,
+}
+
+/// Prints a table: MB/s and CPU seconds a GiB, the median round of each row.
+pub fn run(task: &Task, scratch: &Path) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let server = lab::Server::start()?;
+    let folder = tempfile::tempdir_in(scratch)?;
+    let environment: Vec<(String, String)> =
+        server.environment().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    let settings: trainer::config::StorageConfig =
+        serde_json::from_value(serde_json::json!({ "concurrency": task.concurrency, "part_mib": task.part_mib }))?;
+    let on_s3 = Store::open_with(&format!("s3://{}/run", s3::BUCKET), &settings, &environment)?;
+    let on_disk = Store::open(&format!("file://{}", folder.path().display()), &settings)?;
+    let bare = Arc::new(bare_client(&environment)?);
+
+    let len = task.mib << 20;
+    let images: Vec<Mapping> = (0..FILES).map(|seed| image(len, Some(seed as u64 + 1))).collect::<Result<_>>()?;
+    let bodies: Vec<Bytes> = images.iter().map(|image| Ok(image.bytes(0..len)?)).collect::<Result<_>>()?;
+    let target = image(len * FILES as u64, Some(0))?;
+    let mut rows: Vec<(&str, Vec<(f64, f64)>)> = Vec::new();
+    let mut note = |name: &'static str, figures: (f64, f64)| match rows.iter_mut().find(|row| row.0 == name) {
+        Some(row) => row.1.push(figures),
+        None => rows.push((name, vec![figures])),
+    };
+    // The first round warms connections and pages, and is not counted.
+    for round in 0..=task.rounds {
+        let mut add = |name, figures| {
+            if round > 0 {
+                note(name, figures);
+            }
+        };
+        for (store, up, down) in [(&on_s3, "S3 up", "S3 down"), (&on_disk, "file up", "file down")] {
+            add(up, runtime.block_on(measured(task, put(store, &bodies)))?);
+            add(down, runtime.block_on(measured(task, take(store, &bodies, &target, task)))?);
+        }
+        add("S3 up, bare", runtime.block_on(measured(task, bare_put(&bare, &bodies, task)))?);
+        add("S3 down, bare", runtime.block_on(measured(task, bare_take(&bare, task)))?);
+        add("file up, bare", runtime.block_on(measured(task, bare_write(folder.path(), &bodies)))?);
+        add("file down, bare", runtime.block_on(measured(task, bare_read(folder.path(), task)))?);
+    }
+    println!(
+        "{FILES} files of {} MiB, {} requests at once, parts of {} MiB; median of {} rounds",
+        task.mib, task.concurrency, task.part_mib, task.rounds
+    );
+    println!("| transfer | MB/s | CPU s a GiB |\n|---|---|---|");
+    for (name, rounds) in rows {
+        println!("| {name} | {:.0} | {:.3} |", median(rounds.iter().map(|r| r.0)), median(rounds.iter().map(|r| r.1)));
+    }
+    Ok(())
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Runs `work`: MB/s, and this process's CPU seconds a GiB.
+async fn measured(task: &Task, work: impl Future<Output = Result<()>>) -> Result<(f64, f64)> {
+    let bytes = ((task.mib << 20) * FILES as u64) as f64;
+    let (begun, cpu) = (Instant::now(), lab::cpu_s(std::process::id()).context("own CPU time")?);
+    work.await?;
+    let (took, cpu) = (begun.elapsed().as_secs_f64(), lab::cpu_s(std::process::id()).context("own CPU time")? - cpu);
+    Ok((bytes / 1e6 / took, cpu / (bytes / f64::from(1 << 30))))
+}
+
+/// Shared memory with every page in place; `seed` fills it with something that does not repeat.
+fn image(len: u64, seed: Option<u64>) -> Result<Mapping> {
+    let image = SharedImage::create("bench")?;
+    image.grow(len)?;
+    let mapping = image.map()?;
+    mapping.prefault(0..len)?;
+    let whole = 0..len;
+    if let (Some(mut state), Some(chunk)) = (seed, mapping.chunks(std::slice::from_ref(&whole))?.first_mut()) {
+        for word in chunk.as_mut().chunks_exact_mut(8) {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            word.copy_from_slice(&state.to_le_bytes());
+        }
+    }
+    Ok(mapping)
+}
+
+fn name(index: usize) -> String {
+    format!("file-{index}")
+}
+
+async fn put(store: &Store, bodies: &[Bytes]) -> Result<()> {
+    let puts = bodies.iter().enumerate().map(|(i, body)| {
+        let (store, body) = (store.clone(), body.clone());
+        tokio::spawn(async move { store.upload(&name(i), body, |_| {}).await })
+    });
+    for put in futures::future::try_join_all(puts).await? {
+        put?;
+    }
+    Ok(())
+}
+
+async fn take(store: &Store, bodies: &[Bytes], target: &Mapping, task: &Task) -> Result<()> {
+    let file = |(i, body): (usize, &Bytes)| RemoteFile { name: name(i), bytes: body.len() as u64, crc64: None };
+    let files: Vec<RemoteFile> = bodies.iter().enumerate().map(file).collect();
+    let layout = plan_pieces(&files, u64::from(task.part_mib) << 20)?;
+    let ranges: Vec<_> = layout.pieces.iter().map(|p| p.image_offset..p.image_offset + p.len).collect();
+    let pieces = layout.pieces.into_iter().zip(target.chunks(&ranges)?).collect();
+    let store = store.clone();
+    tokio::spawn(async move { fetch(&store, "", &files, pieces, |_| {}).await }).await??;
+    Ok(())
+}
+
+fn bare_client(environment: &[(String, String)]) -> Result<object_store::aws::AmazonS3> {
+    let mut builder = AmazonS3Builder::new();
+    for (name, value) in environment {
+        if let Ok(key) = name.to_ascii_lowercase().parse() {
+            builder = builder.with_config(key, value);
+        }
+    }
+    let options = ClientOptions::new().with_timeout_disabled().with_allow_http(true);
+    Ok(builder
+        .with_bucket_name(s3::BUCKET)
+        .with_virtual_hosted_style_request(false)
+        .with_client_options(options)
+        .with_unsigned_payload(true)
+        .build()?)
+}
+
+async fn bare_put(client: &Arc<object_store::aws::AmazonS3>, bodies: &[Bytes], task: &Task) -> Result<()> {
+    let part = (task.part_mib as usize) << 20;
+    let puts = bodies.iter().enumerate().map(|(i, body)| {
+        let (client, body) = (client.clone(), body.clone());
+        let at_once = (task.concurrency as usize / FILES).max(1);
+        tokio::spawn(async move {
+            let path = object_store::path::Path::from(format!("bare/{}", name(i)));
+            let id = client.create_multipart(&path).await?;
+            let parts = (0..body.len().div_ceil(part)).map(|n| {
+                let (client, path, id) = (client.clone(), path.clone(), id.clone());
+                let data = body.slice(n * part..body.len().min((n + 1) * part));
+                async move {
+                    tokio::spawn(async move { client.put_part(&path, &id, n, PutPayload::from_bytes(data)).await })
+                        .await
+                }
+            });
+            let ids: Vec<_> = stream::iter(parts).buffered(at_once).try_collect::<Vec<_>>().await?;
+            client.complete_multipart(&path, &id, ids.into_iter().collect::<object_store::Result<_>>()?).await?;
+            Ok::<_, anyhow::Error>(())
+        })
+    });
+    for put in futures::future::try_join_all(puts).await? {
+        put?;
+    }
+    Ok(())
+}
+
+/// Gets everything and keeps nothing.
+async fn bare_take(client: &Arc<object_store::aws::AmazonS3>, task: &Task) -> Result<()> {
+    let (len, part) = (task.mib << 20, u64::from(task.part_mib) << 20);
+    let ranges = (0..FILES).flat_map(|i| (0..len.div_ceil(part)).map(move |n| (i, n * part..len.min((n + 1) * part))));
+    let gets = ranges.map(|(i, range)| {
+        let client = client.clone();
+        async move {
+            tokio::spawn(async move {
+                let path = object_store::path::Path::from(format!("bare/{}", name(i)));
+                let options = GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() };
+                let mut chunks = client.get_opts(&path, options).await?.into_stream();
+                while let Some(chunk) = chunks.next().await {
+                    chunk?;
+                }
+                Ok::<_, anyhow::Error>(())
+            })
+            .await?
+        }
+    });
+    stream::iter(gets).buffer_unordered(task.concurrency as usize).try_collect().await
+}
+
+/// One file a thread, written in order through the page cache, synced, and put in its place.
+async fn bare_write(folder: &Path, bodies: &[Bytes]) -> Result<()> {
+    let writes = bodies.iter().enumerate().map(|(i, body)| {
+        let (path, body) = (folder.join(format!("bare-{i}")), body.clone());
+        tokio::task::spawn_blocking(move || {
+            let hidden = path.with_extension("new");
+            let mut file = std::fs::File::create(&hidden)?;
+            file.write_all(&body)?;
+            file.sync_all()?;
+            std::fs::rename(hidden, path)
+        })
+    });
+    for write in futures::future::try_join_all(writes).await? {
+        write?;
+    }
+    Ok(())
+}
+
+/// Positioned reads into one small buffer a request.
+async fn bare_read(folder: &Path, task: &Task) -> Result<()> {
+    let (len, part) = (task.mib << 20, u64::from(task.part_mib) << 20);
+    let ranges = (0..FILES).flat_map(|i| (0..len.div_ceil(part)).map(move |n| (i, n * part..len.min((n + 1) * part))));
+    let reads = ranges.map(|(i, range)| {
+        let path = folder.join(format!("bare-{i}"));
+        async move {
+            tokio::task::spawn_blocking(move || {
+                let file = std::fs::File::open(path)?;
+                let mut buffer = vec![0; 256 << 10];
+                for at in range.clone().step_by(buffer.len()) {
+                    let len = buffer.len().min((range.end - at) as usize);
+                    file.read_exact_at(&mut buffer[..len], at)?;
+                }
+                Ok::<_, anyhow::Error>(())
+            })
+            .await?
+        }
+    });
+    stream::iter(reads).buffer_unordered(task.concurrency as usize).try_collect().await
+}

@@ -1,0 +1,104 @@
+//! The cap on bandwidth: so many bytes a second over all uploads, in the order in which they ask.
+
+use std::time::{Duration, Instant};
+
+use tokio::sync::Mutex;
+
+/// When the next part may go. Pure: times are counted from an epoch of the caller's.
+#[derive(Clone, Copy, Debug)]
+struct Schedule {
+    bytes_per_second: f64,
+    next: Duration,
+}
+
+impl Schedule {
+    /// How long a part must still wait.
+    fn wait(&self, now: Duration) -> Duration {
+        self.next.saturating_sub(now)
+    }
+
+    /// A part goes now.
+    fn goes(&mut self, now: Duration, bytes: u64) {
+        self.next = self.next.max(now) + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second);
+    }
+}
+
+/// A token bucket that holds no more than is being sent: after a pause one part goes at once, the next ones wait their time.
+///
+/// Whoever waits has taken nothing yet, so that an upload that is given up leaves no hole. The queue is first come, first
+/// served: no upload starves.
+pub(super) struct Cap {
+    /// Held while the first of the queue waits, which is what makes it a queue.
+    schedule: Mutex<Schedule>,
+    epoch: Instant,
+    bytes_per_second: f64,
+}
+
+impl Cap {
+    /// `None` for no cap.
+    pub(super) fn new(mib_per_second: Option<u32>) -> Option<Self> {
+        let bytes_per_second = f64::from(mib_per_second.filter(|&rate| rate > 0)?) * f64::from(1 << 20);
+        let schedule = Schedule { bytes_per_second, next: Duration::ZERO };
+        Some(Self { schedule: Mutex::new(schedule), epoch: Instant::now(), bytes_per_second })
+    }
+
+    /// Bytes that pass in half a second: a part should be no larger, or the line is all ours for longer than that.
+    pub(super) fn smooth_part(&self) -> u64 {
+        (self.bytes_per_second / 2.0) as u64
+    }
+
+    /// Waits until `bytes` may go.
+    pub(super) async fn take(&self, bytes: u64) {
+        let mut schedule = self.schedule.lock().await;
+        tokio::time::sleep(schedule.wait(self.epoch.elapsed())).await;
+        schedule.goes(self.epoch.elapsed(), bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn parts_keep_to_the_cap_and_a_pause_is_not_saved_up() {
+        let ms = Duration::from_millis;
+        let mut schedule = Schedule { bytes_per_second: (10 * MIB) as f64, next: Duration::ZERO };
+        let mut now = ms(3);
+        // The first at once, then one each half second, whatever their senders do in between.
+        for part in 0..20_u32 {
+            let wait = schedule.wait(now);
+            assert_eq!(now + wait, ms(3) + ms(500) * part);
+            now += wait;
+            schedule.goes(now, 5 * MIB);
+            now += ms(u64::from(part) * 17 % 400);
+        }
+        // Two minutes of nothing give no more than one part at once.
+        now += ms(120_000);
+        assert_eq!(schedule.wait(now), Duration::ZERO);
+        schedule.goes(now, 20 * MIB);
+        assert_eq!(schedule.wait(now), ms(2000));
+    }
+
+    #[tokio::test]
+    async fn who_gives_up_waiting_takes_nothing_and_lets_the_next_in() {
+        let cap = Cap::new(Some(1)).unwrap();
+        cap.take(1 << 40).await;
+        let next = cap.schedule.lock().await.next;
+        assert!(next > Duration::from_secs(1_000_000));
+        // Asked once and dropped, as by an upload that is given up; a hold on the queue would make the second hang.
+        for _ in 0..2 {
+            assert!(cap.take(MIB).now_or_never().is_none());
+        }
+        assert_eq!(cap.schedule.lock().await.next, next);
+    }
+
+    #[test]
+    fn no_cap_is_none() {
+        assert!(Cap::new(None).is_none() && Cap::new(Some(0)).is_none());
+        assert_eq!(Cap::new(Some(100)).unwrap().smooth_part(), 50 * MIB);
+    }
+}

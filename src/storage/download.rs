@@ -1,0 +1,134 @@
+//! Bytes of an object, straight into the caller's memory.
+//!
+//! What a connection delivers is copied once, from the small buffer of its socket into its place, and summed while it is still in
+//! the processor's cache; a file is read by position into its place ([`super::local`]). No request holds more of its own than that small
+//! buffer (hyper reads at most some 400 KiB at once), whatever its range: memory beside the targets is bounded by
+//! `storage.concurrency` times that.
+//!
+//! *Retry:* a range that failed half-way is asked for again from its start. *Cancel:* dropping the future drops the connection; a
+//! read from a file that is under way ends in the memory that it owns.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use futures::{StreamExt, stream::BoxStream};
+use object_store::{GetOptions, GetRange, GetResultPayload, ObjectStoreExt, path::Path};
+
+use super::{
+    Lanes, StorageError, Store,
+    crc::{Crc64, Summing},
+    local, retry,
+};
+
+/// Fills `target` with the bytes from `offset` on; gives their checksum.
+pub(super) async fn get_into<B: AsMut<[u8]> + Send + 'static>(
+    store: &Store,
+    lanes: &Lanes,
+    key: &str,
+    offset: u64,
+    mut target: B,
+) -> Result<Crc64, StorageError> {
+    let path = store.path(key)?;
+    let len = target.as_mut().len() as u64;
+    if len == 0 {
+        return Ok(Crc64::EMPTY);
+    }
+    let range = offset..offset.saturating_add(len);
+    // Locked by one attempt at a time; an attempt that is given up unlocks it.
+    let target = tokio::sync::Mutex::new(Some(target));
+    let request = || async {
+        let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
+        let result = match lanes.backend.objects.get_opts(&path, options).await {
+            Ok(result) if result.range == range => result,
+            Ok(result) => {
+                let error = retry::cut_short(len, result.range.end.saturating_sub(result.range.start));
+                return explain_bad_range(lanes, &path, &range, error).await;
+            }
+            Err(error) => return explain_bad_range(lanes, &path, &range, error).await,
+        };
+        let mut held = target.lock().await;
+        match result.payload {
+            GetResultPayload::Stream(chunks) => match held.as_mut() {
+                Some(target) => receive(chunks, target.as_mut()).await.map(Ok),
+                None => Err(lost()),
+            },
+            GetResultPayload::File(file, _) => {
+                let Some(mut target) = held.take() else { return Err(lost()) };
+                let reading = tokio::task::spawn_blocking(move || {
+                    let read = local::read(&file, offset, target.as_mut());
+                    (target, read)
+                });
+                let (target, read) = reading.await.map_err(|error| object_store::Error::JoinError { source: error })?;
+                *held = Some(target);
+                match read {
+                    Ok(sum) => Ok(Ok(sum)),
+                    Err(error) => {
+                        let error = object_store::Error::Generic { store: "file", source: Box::new(error) };
+                        explain_bad_range(lanes, &path, &range, error).await
+                    }
+                }
+            }
+        }
+    };
+    match store.bulk_get(lanes, len).run(request).await {
+        Ok(Ok(sum)) => Ok(sum),
+        Ok(Err(size)) => Err(StorageError::Short { key: store.uri_of(key), end: range.end, size }),
+        Err(failure) => Err(failure.explain(&store.uri_of(key))),
+    }
+}
+
+/// The target went down with a thread that was reading into it.
+fn lost() -> object_store::Error {
+    object_store::Error::NotSupported { source: "memory of an attempt that broke off is gone".into() }
+}
+
+async fn receive(
+    mut chunks: BoxStream<'static, object_store::Result<Bytes>>,
+    target: &mut [u8],
+) -> object_store::Result<Crc64> {
+    let wanted = target.len() as u64;
+    let mut left = target;
+    let mut summing = Summing::new();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk?;
+        let Some((place, rest)) = std::mem::take(&mut left).split_at_mut_checked(chunk.len()) else {
+            return Err(retry::cut_short(wanted, u64::MAX));
+        };
+        place.copy_from_slice(&chunk);
+        summing.add(&chunk);
+        left = rest;
+    }
+    if left.is_empty() { Ok(summing.sum()) } else { Err(retry::cut_short(wanted, wanted - left.len() as u64)) }
+}
+
+/// The checksum of a whole object of `len` bytes, which are thrown away; `None`: it has another length.
+pub(super) async fn sum(lanes: &Lanes, path: &Path, len: u64) -> object_store::Result<Option<Crc64>> {
+    let result = lanes.backend.objects.get_opts(path, GetOptions::default()).await?;
+    if result.meta.size != len {
+        return Ok(None);
+    }
+    let mut chunks = result.into_stream();
+    let (mut summing, mut got) = (Summing::new(), 0_u64);
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk?;
+        got += chunk.len() as u64;
+        summing.add(&chunk);
+    }
+    if got == len { Ok(Some(summing.sum())) } else { Err(retry::cut_short(len, got)) }
+}
+
+/// Stores word "the object is shorter than that" in many ways; its size decides. The inner error is that size.
+pub(super) async fn explain_bad_range<T>(
+    lanes: &Lanes,
+    path: &Path,
+    range: &Range<u64>,
+    error: object_store::Error,
+) -> object_store::Result<Result<T, u64>> {
+    if retry::is_answer(&error) {
+        return Err(error);
+    }
+    match lanes.backend.objects.head(path).await {
+        Ok(meta) if meta.size < range.end => Ok(Err(meta.size)),
+        _ => Err(error),
+    }
+}

@@ -1,0 +1,147 @@
+//! The queue that bulk requests wait in: first come, first served, as many at once as [`Pace`] finds right.
+
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use super::pace::{Outcome, Pace};
+
+struct State {
+    pace: Pace,
+    /// Places that are to be taken away as they become free: the limit has fallen below what is in flight.
+    debt: usize,
+    flying: usize,
+}
+
+/// A queue whose width changes.
+pub(super) struct Gate {
+    /// For the log.
+    name: &'static str,
+    places: Semaphore,
+    state: Mutex<State>,
+    epoch: Instant,
+}
+
+impl Gate {
+    pub(super) fn new(name: &'static str, pace: Pace) -> Self {
+        let places = Semaphore::new(pace.limit());
+        Self { name, places, state: Mutex::new(State { pace, debt: 0, flying: 0 }), epoch: Instant::now() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Duration {
+        self.epoch.elapsed()
+    }
+
+    /// Waits for a place; `None` if the queue is closed, which it never is.
+    pub(super) async fn enter(&self) -> Option<Pass<'_>> {
+        let permit = self.places.acquire().await.ok()?;
+        let mut state = self.state();
+        if state.flying == 0 {
+            state.pace.wakes(self.now());
+        }
+        state.flying += 1;
+        drop(state);
+        Some(Pass { gate: self, permit: Some(permit), began: self.now() })
+    }
+
+    /// Makes the number of places what the pace says.
+    fn fit(&self, state: &mut State, was: usize) {
+        let limit = state.pace.limit();
+        if limit > was {
+            let more = limit - was;
+            let forgiven = more.min(state.debt);
+            state.debt -= forgiven;
+            self.places.add_permits(more - forgiven);
+        } else {
+            let fewer = was - limit;
+            state.debt += fewer - self.places.forget_permits(fewer);
+        }
+    }
+}
+
+/// A place in flight. Dropped without a word, the request ended in a way that says nothing about the store's ease.
+pub(super) struct Pass<'a> {
+    gate: &'a Gate,
+    permit: Option<SemaphorePermit<'a>>,
+    began: Duration,
+}
+
+impl Pass<'_> {
+    /// The request goes out only now: what came before was a wait of our own making.
+    pub(super) fn goes(&mut self) {
+        self.began = self.gate.now();
+    }
+
+    /// How it ended.
+    pub(super) fn ended(self, outcome: Outcome) {
+        let gate = self.gate;
+        let mut state = gate.state();
+        let was = state.pace.limit();
+        let bound = gate.places.available_permits() == 0;
+        if let Some(reason) = state.pace.ended(self.began, gate.now(), bound, outcome) {
+            gate.fit(&mut state, was);
+            tracing::debug!(direction = gate.name, from = was, to = state.pace.limit(), ?reason, "requests at once");
+        }
+    }
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        let mut state = self.gate.state();
+        state.flying = state.flying.saturating_sub(1);
+        if state.debt > 0
+            && let Some(permit) = self.permit.take()
+        {
+            state.debt -= 1;
+            permit.forget();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn places_follow_the_pace_up_and_down() {
+        let gate = Gate::new("test", Pace::adaptive(8));
+        let free = || gate.places.available_permits();
+        let owed_and_flying = || {
+            let state = gate.state();
+            (state.debt, state.flying)
+        };
+        assert_eq!(free(), 4);
+        let mut passes = Vec::new();
+        for _ in 0..4 {
+            passes.push(gate.enter().await.unwrap());
+        }
+        passes.pop().unwrap().ended(Outcome::Refused);
+        // Two may be in flight, three are.
+        assert_eq!((free(), owed_and_flying()), (0, (1, 3)));
+        drop(passes.pop());
+        assert_eq!((free(), owed_and_flying()), (0, (0, 2)));
+        drop(passes);
+        assert_eq!((free(), owed_and_flying()), (2, (0, 0)));
+        // More places, of which some are owed: the debt is paid first.
+        passes = vec![gate.enter().await.unwrap(), gate.enter().await.unwrap()];
+        let change = |limit| {
+            let mut state = gate.state();
+            let was = state.pace.limit();
+            state.pace = Pace::fixed(limit);
+            gate.fit(&mut state, was);
+        };
+        change(1);
+        assert_eq!((free(), owed_and_flying()), (0, (1, 2)));
+        change(6);
+        assert_eq!((free(), owed_and_flying()), (4, (0, 2)));
+        drop(passes);
+        assert_eq!((free(), owed_and_flying()), (6, (0, 0)));
+    }
+}

@@ -1,0 +1,251 @@
+//! Writes to S3 in requests of our own, for what object_store can't say: a checksum that is known already, the whole object's
+//! checksum when parts are put together, a storage class for an object in parts.
+//!
+//! object_store sums every body that it sends, which would be the second time; it forgets what it summed. So large bodies go
+//! out from here: straight from the caller's pages, unsigned over the body (the CRC covers it from end to end), with the
+//! CRC64-NVME that was computed once. S3 holds each part against its checksum and answers 400 `BadDigest` otherwise; when the
+//! parts are put together, it holds their combined checksum against the one of the whole, and keeps that for `HeadObject`
+//! (Amazon S3 User Guide, "Checking object integrity", full-object checksums).
+//!
+//! Credentials, their renewal, the endpoint and the way to address a bucket stay object_store's: it signs a URL, of which only the
+//! place is used; the request itself is signed in its headers (AWS Signature Version 4), because URLs end up in logs.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use object_store::{
+    aws::{AmazonS3, AwsAuthorizer},
+    client::{HttpClient, HttpRequest, HttpResponse},
+    path::Path,
+    signer::{HeaderName, HeaderValue, Method, Signer},
+};
+
+use super::Crc64;
+
+/// The longest answer that is read, bytes.
+const MAX_ANSWER: usize = 1 << 20;
+const CHECKSUM: HeaderName = HeaderName::from_static("x-amz-checksum-crc64nvme");
+const CHECKSUM_TYPE: HeaderName = HeaderName::from_static("x-amz-checksum-type");
+const CHECKSUM_ALGORITHM: HeaderName = HeaderName::from_static("x-amz-checksum-algorithm");
+const CHECKSUM_MODE: HeaderName = HeaderName::from_static("x-amz-checksum-mode");
+
+/// A part that the store has taken.
+#[derive(Clone, Debug)]
+pub(super) struct TakenPart {
+    /// What the store calls it.
+    pub e_tag: String,
+    /// Whether the store said the part's checksum back, so that it knows of them.
+    pub summed: bool,
+    /// The part's checksum.
+    pub crc64: Crc64,
+}
+
+/// One bucket.
+pub(super) struct S3 {
+    pub client: Arc<AmazonS3>,
+    /// Connections for large bodies.
+    pub http: HttpClient,
+    pub region: String,
+    pub requester_pays: bool,
+    /// What every object gets: encryption and storage class.
+    pub object_headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+/// An answer other than success. object_store's errors have the same words, by which [`super::retry`] sorts them.
+#[derive(Debug, thiserror::Error)]
+enum Answer {
+    #[error("status code: {status}: {body}")]
+    Refused { status: String, body: String },
+    #[error("Received redirect without LOCATION")]
+    Redirect,
+    #[error("the store's answer has no {0}")]
+    Without(&'static str),
+    #[error("the store's checksum of it is {found}, not {expected}: it was changed on its way")]
+    OtherChecksum { expected: String, found: String },
+}
+
+fn failed(source: impl std::error::Error + Send + Sync + 'static) -> object_store::Error {
+    object_store::Error::Generic { store: "S3", source: Box::new(source) }
+}
+
+fn text(value: &str) -> object_store::Result<HeaderValue> {
+    HeaderValue::from_str(value).map_err(failed)
+}
+
+impl S3 {
+    async fn send(
+        &self,
+        method: Method,
+        path: &Path,
+        query: &[(&str, &str)],
+        headers: impl IntoIterator<Item = (HeaderName, HeaderValue)>,
+        body: Bytes,
+    ) -> object_store::Result<HttpResponse> {
+        let mut url = self.client.signed_url(Method::PUT, path, Duration::from_secs(60)).await?;
+        url.set_query(None);
+        if !query.is_empty() {
+            url.query_pairs_mut().extend_pairs(query);
+        }
+        let mut request = HttpRequest::new(body.into());
+        *request.method_mut() = method;
+        *request.uri_mut() = url.as_str().parse().map_err(failed)?;
+        request.headers_mut().extend(headers.into_iter().map(|(name, value)| (Some(name), value)));
+        let credential = self.client.credentials().get_credential().await?;
+        AwsAuthorizer::new(&credential, "s3", &self.region)
+            .with_sign_payload(false)
+            .with_request_payer(self.requester_pays)
+            .try_authorize(&mut request, None)?;
+        let response = self.http.execute(request).await.map_err(failed)?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        if status.is_redirection() {
+            return Err(failed(Answer::Redirect));
+        }
+        let answer = Answer::Refused { status: status.to_string(), body: read(response).await.unwrap_or_default() };
+        if status.as_u16() == 404 {
+            return Err(object_store::Error::NotFound { path: path.to_string(), source: Box::new(answer) });
+        }
+        Err(failed(answer))
+    }
+
+    /// Writes a whole object.
+    pub(super) async fn put(&self, path: &Path, body: Bytes, crc64: Crc64) -> object_store::Result<()> {
+        let headers = self.object_headers.iter().cloned().chain([(CHECKSUM, text(&crc64.base64())?)]);
+        let response = self.send(Method::PUT, path, &[], headers, body).await?;
+        is_said_back(&response, crc64).map(drop)
+    }
+
+    /// Begins an object in parts; gives the upload's id.
+    pub(super) async fn begin(&self, path: &Path) -> object_store::Result<String> {
+        let headers = self.object_headers.iter().cloned().chain([
+            (CHECKSUM_ALGORITHM, HeaderValue::from_static("CRC64NVME")),
+            (CHECKSUM_TYPE, HeaderValue::from_static("FULL_OBJECT")),
+        ]);
+        let response = self.send(Method::POST, path, &[("uploads", "")], headers, Bytes::new()).await?;
+        let answer = read(response).await?;
+        let id = between(&answer, "<UploadId>", "</UploadId>").filter(|id| !id.is_empty());
+        id.map(unescape).ok_or_else(|| failed(Answer::Without("upload id")))
+    }
+
+    /// Sends a part; `index` counts from 0.
+    pub(super) async fn part(
+        &self,
+        path: &Path,
+        id: &str,
+        index: usize,
+        body: Bytes,
+        crc64: Crc64,
+    ) -> object_store::Result<TakenPart> {
+        let number = (index + 1).to_string();
+        let query = [("partNumber", number.as_str()), ("uploadId", id)];
+        let response = self.send(Method::PUT, path, &query, [(CHECKSUM, text(&crc64.base64())?)], body).await?;
+        let summed = is_said_back(&response, crc64)?;
+        let e_tag = response.headers().get("etag").and_then(|tag| tag.to_str().ok()).map(str::to_owned);
+        Ok(TakenPart { e_tag: e_tag.ok_or_else(|| failed(Answer::Without("ETag")))?, summed, crc64 })
+    }
+
+    /// Puts the parts together. A store that knows checksums refuses if the whole is not what we summed.
+    pub(super) async fn complete(
+        &self,
+        path: &Path,
+        id: &str,
+        parts: &[TakenPart],
+        whole: Crc64,
+    ) -> object_store::Result<()> {
+        let mut body = String::from("<CompleteMultipartUpload xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">");
+        for (part, number) in parts.iter().zip(1_u32..) {
+            let e_tag = escape(&part.e_tag);
+            body.push_str(&format!("<Part><PartNumber>{number}</PartNumber><ETag>{e_tag}</ETag>"));
+            if part.summed {
+                body.push_str(&format!("<ChecksumCRC64NVME>{}</ChecksumCRC64NVME>", part.crc64.base64()));
+            }
+            body.push_str("</Part>");
+        }
+        body.push_str("</CompleteMultipartUpload>");
+        let knows_checksums = parts.iter().all(|part| part.summed);
+        let headers = [(CHECKSUM, text(&whole.base64())?), (CHECKSUM_TYPE, HeaderValue::from_static("FULL_OBJECT"))];
+        let headers = headers.into_iter().filter(|_| knows_checksums);
+        let response = self.send(Method::POST, path, &[("uploadId", id)], headers, body.into()).await?;
+        let status = response.status().to_string();
+        // S3 begins to answer before it is done: a failure may come as a success whose body is an error.
+        let answer = read(response).await?;
+        if answer.contains("<Error>") {
+            return Err(failed(Answer::Refused { status, body: answer }));
+        }
+        match between(&answer, "<ChecksumCRC64NVME>", "</ChecksumCRC64NVME>") {
+            Some(found) if found != whole.base64() => {
+                Err(failed(Answer::OtherChecksum { expected: whole.base64(), found: found.to_owned() }))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// An object's size and, where the store keeps one, whether its checksum is `expected`.
+    pub(super) async fn look(&self, path: &Path, expected: Crc64) -> object_store::Result<(u64, Option<bool>)> {
+        let mode = [(CHECKSUM_MODE, HeaderValue::from_static("ENABLED"))];
+        let response = self.send(Method::HEAD, path, &[], mode, Bytes::new()).await?;
+        let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let size = header(HeaderName::from_static("content-length")).and_then(|size| size.parse().ok());
+        let size = size.ok_or_else(|| failed(Answer::Without("length")))?;
+        let whole = header(CHECKSUM_TYPE).is_none_or(|kind| kind == "FULL_OBJECT");
+        Ok((size, header(CHECKSUM).filter(|_| whole).map(|found| found == expected.base64())))
+    }
+}
+
+/// Whether the store says our checksum back; another one is an error.
+fn is_said_back(response: &HttpResponse, crc64: Crc64) -> object_store::Result<bool> {
+    let Some(found) = response.headers().get(CHECKSUM) else { return Ok(false) };
+    let expected = crc64.base64();
+    if found.as_bytes() == expected.as_bytes() {
+        return Ok(true);
+    }
+    let found = String::from_utf8_lossy(found.as_bytes()).into_owned();
+    Err(failed(Answer::OtherChecksum { expected, found }))
+}
+
+/// An answer's body as text, as far as [`MAX_ANSWER`].
+async fn read(response: HttpResponse) -> object_store::Result<String> {
+    let mut chunks = response.into_body().bytes_stream();
+    let mut body = Vec::new();
+    while let Some(chunk) = chunks.next().await {
+        let chunk = chunk.map_err(failed)?;
+        let room = MAX_ANSWER - body.len();
+        body.extend_from_slice(&chunk[..chunk.len().min(room)]);
+        if body.len() == MAX_ANSWER {
+            break;
+        }
+    }
+    Ok(String::from_utf8_lossy(&body).into_owned())
+}
+
+fn between<'a>(text: &'a str, start: &str, end: &str) -> Option<&'a str> {
+    text.split_once(start)?.1.split_once(end).map(|(inner, _)| inner)
+}
+
+/// XML's five entities (XML 1.0, section 4.6).
+const ENTITIES: [(&str, &str); 5] = [("&lt;", "<"), ("&gt;", ">"), ("&quot;", "\""), ("&apos;", "'"), ("&amp;", "&")];
+
+fn unescape(text: &str) -> String {
+    ENTITIES.iter().fold(text.to_owned(), |text, (entity, plain)| text.replace(entity, plain))
+}
+
+fn escape(text: &str) -> String {
+    ENTITIES.iter().rev().fold(text.to_owned(), |text, (entity, plain)| text.replace(plain, entity))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entities_go_both_ways() {
+        for (plain, escaped) in [("\"e\"", "&quot;e&quot;"), ("a&lt;b", "a&amp;lt;b"), ("<&>'", "&lt;&amp;&gt;&apos;")]
+        {
+            assert_eq!(escape(plain), escaped);
+            assert_eq!(unescape(escaped), plain);
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! Transfers against a real server and real disks: checksums that the store checks, answers that are lost, storms, priorities.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use super::{
+    faulty::{Fault, Faulty},
+    s3_tests::{
+        atomic, client,
+        proxy::{self, FaultProxy, Often, Rule},
+        server::{Asked, S3Server},
+    },
+    tests::{pattern, settings},
+    *,
+};
+use crate::{
+    config::Encryption,
+    error::{Explain, Kind},
+};
+
+const KEY: &str = "some/prefix/k";
+
+/// A server behind a proxy, and a store that reaches it through both.
+fn behind_proxy(seed: u64) -> (Store, S3Server, FaultProxy) {
+    let (_, server) = atomic();
+    let upstream = server.address();
+    let proxy = std::thread::spawn(move || FaultProxy::start(upstream, seed)).join().unwrap();
+    (client(&proxy.endpoint(), &settings()), server, proxy)
+}
+
+fn next(count: u32, method: &'static str, target: &'static str, fault: proxy::Fault) -> Rule {
+    Rule { method, target, fault, often: Often::Next(count) }
+}
+
+/// Whether the store's own checksum of an object is `expected`.
+async fn keeps(store: &Store, expected: Crc64) -> Option<bool> {
+    let Large::S3(s3) = &store.inner.lanes.backend.large else { panic!("not on S3") };
+    s3.look(&store.path("k").unwrap(), expected).await.unwrap().1
+}
+
+#[tokio::test]
+async fn a_bit_that_flips_on_its_way_is_refused_by_the_store_and_sent_again() {
+    for (len, target, requests) in [(11 << 20, "partNumber=2", "UploadPart"), (1 << 20, "prefix/k", "PutObject")] {
+        let (store, server, proxy) = behind_proxy(0);
+        proxy.arm(next(1, "PUT", target, proxy::Fault::FlipRequest(4321)));
+        let body = pattern(len);
+        let put = store.upload("k", body.clone(), |_| {}).await.unwrap();
+        assert_eq!((put.crc64, proxy.broken()), (Crc64::of(&body), 1));
+        let parts = if len > 5 << 20 { 3 } else { 1 };
+        assert_eq!(server.count(requests), parts + 1, "the damaged one was sent again");
+        assert!(server.read(KEY).unwrap() == body);
+    }
+}
+
+#[tokio::test]
+async fn the_store_keeps_the_checksum_of_the_whole_object() {
+    let (store, server) = atomic();
+    for len in [0, 1 << 20, 23 << 20] {
+        let body = pattern(len);
+        let put = store.upload("k", body.clone(), |_| {}).await.unwrap();
+        assert_eq!(put.crc64, Crc64::of(&body));
+        assert_eq!(keeps(&store, put.crc64).await, Some(true), "{len}");
+        assert_eq!(keeps(&store, Crc64(put.crc64.0 ^ 1)).await, Some(false), "{len}");
+    }
+    let asked = server.asked(KEY, "CreateMultipartUpload").unwrap();
+    assert_eq!(asked.checksum_type.as_deref(), Some("FULL_OBJECT"));
+}
+
+#[tokio::test]
+async fn a_completion_whose_answer_is_lost_is_settled_by_the_stores_checksum() {
+    let (store, server, proxy) = behind_proxy(0);
+    proxy.arm(next(1, "POST", "uploadId=", proxy::Fault::LoseAnswer));
+    let body = pattern(11 << 20);
+    store.upload("k", body.clone(), |_| {}).await.unwrap();
+    assert_eq!((server.count("CompleteMultipartUpload"), server.count("HeadObject")), (2, 1));
+    assert_eq!(server.count("GetObject"), 0, "nothing was read back");
+    assert!(server.read(KEY).unwrap() == body);
+
+    // The same words are heard when the upload was gone before, and an older object of the same size stands there.
+    let mut older = body.to_vec();
+    older[0] ^= 1;
+    server.write(KEY, older.clone());
+    proxy.arm(next(1, "POST", "uploadId=", proxy::Fault::Reset));
+    let (server, left) = (Arc::new(server), AtomicU64::new(body.len() as u64));
+    let forgets = Arc::clone(&server);
+    let upload = store.upload("k", body.clone(), move |n| {
+        if left.fetch_sub(n, Ordering::SeqCst) == n {
+            forgets.forget_uploads();
+        }
+    });
+    let error = upload.await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error:?}");
+    assert!(server.read(KEY).unwrap() == older);
+}
+
+#[tokio::test]
+async fn ranges_that_are_cut_or_refused_are_got_again_whole() {
+    let (store, server, proxy) = behind_proxy(0);
+    let body = pattern(3 << 20);
+    server.write(KEY, body.clone());
+    proxy.arm(next(1, "GET", "", proxy::Fault::CutResponse(1_000_000)));
+    proxy.arm(next(1, "GET", "", proxy::Fault::SlowDown));
+    let sum = store.get_into("k", 1, vec![0; (3 << 20) - 1]).await.unwrap();
+    assert_eq!((sum, proxy.broken()), (Crc64::of(&body[1..]), 2));
+    // A flipped bit is not the transfer's to see: the sum that it gives is that of what came.
+    proxy.disarm();
+    proxy.arm(next(1, "GET", "", proxy::Fault::FlipResponse(77)));
+    let sum = store.get_into("k", 0, vec![0; 3 << 20]).await.unwrap();
+    assert_ne!(sum, Crc64::of(&body));
+}
+
+#[tokio::test]
+async fn a_storm_of_refusals_slows_transfers_down_and_ends_well() {
+    let seed = 20_260_101;
+    println!("seed {seed}");
+    let (store, server, proxy) = behind_proxy(seed);
+    proxy.arm(Rule { method: "", target: "", fault: proxy::Fault::SlowDown, often: Often::Percent(25) });
+    let body = pattern(42 << 20);
+    let put = store.upload("k", body.clone(), |_| {}).await.unwrap();
+    assert!(server.read(KEY).unwrap() == body && server.open_uploads() == 0);
+    let got = (0..8).map(|i| store.get_into("k", i << 20, vec![0; 1 << 20]));
+    futures::future::try_join_all(got).await.unwrap();
+    assert_eq!(put.crc64, Crc64::of(&body));
+    assert!(proxy.broken() > 0);
+}
+
+#[tokio::test]
+async fn a_store_that_asks_for_less_haste_is_asked_more_often_than_one_that_is_down() {
+    let faulty = Faulty::new(|op, _, n| if op == "put" && n < 12 { Fault::SlowDown } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings());
+    store.put("k", Bytes::new()).await.unwrap();
+    assert_eq!(faulty.count("put"), 13, "its policy gives up after 5 attempts otherwise");
+    store.upload("k", pattern(100), |_| {}).await.unwrap();
+}
+
+#[tokio::test]
+async fn encryption_and_storage_class_reach_the_store_with_every_object() {
+    let server = atomic().1;
+    for (encryption, key, header) in [
+        (Encryption::SseS3, None, "AES256"),
+        (Encryption::SseKms, None, "aws:kms"),
+        (Encryption::SseKms, Some("arn:aws:kms:us-east-1:1:key/2"), "aws:kms"),
+    ] {
+        let settings = StorageConfig {
+            encryption,
+            kms_key_id: key.map(str::to_owned),
+            storage_class: Some("STANDARD_IA".into()),
+            ..settings()
+        };
+        let store = client(&server.endpoint(), &settings);
+        store.upload("parts", pattern(6 << 20), |_| {}).await.unwrap();
+        store.upload("whole", pattern(6), |_| {}).await.unwrap();
+        store.create(&format!("{encryption:?}{}", key.is_some()), Bytes::from_static(b"x")).await.unwrap();
+        store.put("heartbeat", Bytes::new()).await.unwrap();
+        let expected = Asked {
+            encryption: Some(header.into()),
+            kms_key_id: key.map(str::to_owned),
+            storage_class: Some("STANDARD_IA".into()),
+            checksum_type: None,
+        };
+        let asked = |key: &str, operation| server.asked(&format!("some/prefix/{key}"), operation).unwrap();
+        let parts = Asked { checksum_type: Some("FULL_OBJECT".into()), ..expected.clone() };
+        assert_eq!(asked("parts", "CreateMultipartUpload"), parts);
+        assert_eq!(asked("whole", "PutObject"), expected);
+        assert_eq!(asked(&format!("{encryption:?}{}", key.is_some()), "PutObject"), expected);
+        // What is overwritten every few seconds would pay a class's least storage time for each.
+        assert_eq!(asked("heartbeat", "PutObject"), Asked { storage_class: None, ..expected });
+    }
+    let store = client(&server.endpoint(), &settings());
+    store.upload("plain", pattern(6), |_| {}).await.unwrap();
+    assert_eq!(server.asked("some/prefix/plain", "PutObject").unwrap(), Asked::default());
+}
+
+#[test]
+fn settings_of_s3_are_refused_elsewhere() {
+    let folder = tempfile::tempdir().unwrap();
+    for (setting, settings) in [
+        ("storage.encryption", StorageConfig { encryption: Encryption::SseS3, ..settings() }),
+        ("storage.storage_class", StorageConfig { storage_class: Some("STANDARD_IA".into()), ..settings() }),
+    ] {
+        for uri in ["memory://", "gs://bucket/x", "az://container/x", &format!("file://{}", folder.path().display())] {
+            let error = Store::open_with(uri, &settings, &[]).unwrap_err();
+            assert_eq!(error.kind(), Kind::Config);
+            assert!(error.to_string().contains(setting) && error.to_string().contains(uri), "{error}");
+            assert!(error.hint().unwrap().contains("leave"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_urgent_upload_is_not_held_back_by_the_cap() {
+    let settings = StorageConfig { max_upload_mib_per_s: Some(1), ..settings() };
+    let folder = tempfile::tempdir().unwrap();
+    for store in [
+        Store::open("memory://", &settings).unwrap(),
+        Store::open(&format!("file://{}", folder.path().display()), &settings).unwrap(),
+    ] {
+        // What is on its way will take twelve days.
+        store.cap().unwrap().take(1 << 40).await;
+        let waiting = tokio::spawn({
+            let store = store.clone();
+            async move { store.upload("held", pattern(100), |_| {}).await }
+        });
+        store.at_priority(Priority::Urgent).upload("k", pattern(12 << 20), |_| {}).await.unwrap();
+        assert!(!waiting.is_finished() && store.head("held").await.is_err());
+        waiting.abort();
+    }
+}
+
+/// The scheduling policy of this thread: field 41 of proc(5)'s `stat`.
+fn policy() -> u32 {
+    let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+    stat.rsplit_once(')').unwrap().1.split_whitespace().nth(38).unwrap().parse().unwrap()
+}
+
+/// Memory that knows on which kind of thread it was filled.
+struct Watched(Vec<u8>, Arc<AtomicU64>);
+impl AsMut<[u8]> for Watched {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.1.fetch_max(policy().into(), Ordering::SeqCst);
+        &mut self.0
+    }
+}
+
+const SCHED_IDLE: u32 = 5;
+
+#[tokio::test]
+async fn background_transfers_run_on_threads_that_give_way_and_others_do_not() {
+    let (store, _server) = atomic();
+    for (priority, expected) in [(Priority::Background, SCHED_IDLE), (Priority::Normal, 0), (Priority::Urgent, 0)] {
+        let store = store.at_priority(priority);
+        let seen = Arc::new(AtomicU64::new(0));
+        let sees = Arc::clone(&seen);
+        store
+            .upload("k", pattern(11 << 20), move |_| _ = sees.fetch_max(policy().into(), Ordering::SeqCst))
+            .await
+            .unwrap();
+        assert_eq!(seen.swap(0, Ordering::SeqCst), u64::from(expected), "{priority:?} up");
+        store.get_into("k", 0, Watched(vec![0; 1 << 20], Arc::clone(&seen))).await.unwrap();
+        assert_eq!(seen.load(Ordering::SeqCst), u64::from(expected), "{priority:?} down");
+    }
+    assert_eq!(policy(), 0, "the caller's own thread is as it was");
+}
+
+/// Every thread that works on background transfers is stuck, as on a machine whose cores are all taken.
+#[tokio::test]
+async fn a_heartbeat_does_not_wait_for_background_threads() {
+    let (store, _server) = atomic();
+    let background = store.at_priority(Priority::Background);
+    // Opens the background's connections, too.
+    background.upload("k", pattern(6 << 20), |_| {}).await.unwrap();
+    let (stuck, mut stuck_now) = tokio::sync::mpsc::unbounded_channel();
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let held = Arc::new(std::sync::Mutex::new(held));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
+    let idle = background.idle().unwrap();
+    let tasks: Vec<_> = (0..threads)
+        .map(|_| {
+            let (stuck, held) = (stuck.clone(), Arc::clone(&held));
+            let holds = async move {
+                stuck.send(()).unwrap();
+                // The first waits for the test, the others for the first.
+                let _ = held.lock().unwrap().recv();
+            };
+            idle.threads.spawn(holds).unwrap()
+        })
+        .collect();
+    for _ in 0..threads {
+        stuck_now.recv().await.unwrap();
+    }
+    let upload = tokio::spawn({
+        let background = background.clone();
+        async move { background.upload("waits", pattern(6 << 20), |_| {}).await }
+    });
+    // On this thread's runtime, through the other connections, whichever handle it is asked of.
+    for store in [&store, &background] {
+        store.put("heartbeat", Bytes::from_static(b"alive")).await.unwrap();
+        assert_eq!(store.get("heartbeat", 9).await.unwrap(), "alive");
+    }
+    store.at_priority(Priority::Urgent).upload("last", pattern(6 << 20), |_| {}).await.unwrap();
+    assert!(!upload.is_finished() && store.head("waits").await.is_err());
+    drop(release);
+    for task in tasks {
+        task.end().await.unwrap();
+    }
+    upload.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_background_transfer_that_is_dropped_stops_and_is_aborted() {
+    let faulty = Faulty::new(|op, _, n| if op == "part" && n >= 1 { Fault::Hang } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings()).at_priority(Priority::Background);
+    let (heard, mut first) = tokio::sync::mpsc::unbounded_channel();
+    {
+        let upload = store.upload("k", pattern(18 << 20), move |n| heard.send(n).unwrap());
+        tokio::select! {
+            biased;
+            _ = first.recv() => {}
+            done = upload => panic!("finished first: {done:?}"),
+        }
+    }
+    let aborted = async {
+        while faulty.count("abort") == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), aborted).await.expect("it was never aborted");
+}

@@ -11,5 +11,6 @@ mod outputs;
 mod protocol_model;
 mod protocol_random;
 mod rules;
+mod simulate;
 mod training;
 mod writers;

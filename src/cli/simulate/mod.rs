@@ -1,4 +1,6 @@
-//! `trainer simulate`
+//! `trainer simulate`: what was typed (here), the figures (`study`), and how they are told (`text`).
+mod study;
+mod text;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -7,16 +9,13 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, StoreArg},
-    history,
-    output::{self, Table},
-    run, store,
+    history, output, run, store,
 };
 use crate::{
     config::{self, Cadence, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
-    goodput::{self, Costs, Estimate, Gang, Job, Lives, Notice, Observed, Seen, Trace, Unfinished},
+    goodput::{Costs, Lives, Notice, Observed, Trace},
     ids::RunId,
-    random::SplitMix64,
     report::human,
     snapshot::cadence::{self, Measured},
 };
@@ -24,8 +23,6 @@ use crate::{
 const HOUR: f64 = 3600.0;
 /// The longest time that is accepted anywhere, days.
 const MOST_DAYS: f64 = 3650.0;
-/// Trials of one interval while the best one is looked for by playing.
-const SEARCH_TRIALS: u32 = 16;
 /// What is simulated where nothing else is known.
 const DEFAULT: Costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };
 const DEFAULT_WORK_S: f64 = 168.0 * HOUR;
@@ -167,8 +164,6 @@ impl<T> Input<T> {
 /// Everything that the figures follow from.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct Inputs {
-    /// Mean time from one loss of the job to the next, seconds.
-    job_mtbf_s: f64,
     machines: String,
     nodes: u32,
     stall_s: Input<f64>,
@@ -240,6 +235,8 @@ struct Baseline {
 #[derive(Debug, Serialize)]
 struct Report {
     inputs: Inputs,
+    /// Mean paid time from one loss of the job to the next, seconds.
+    job_mtbf_s: f64,
     /// Daly's formula for the stall and the job's mean time between losses, seconds.
     daly_s: f64,
     /// The best interval without notice, seconds, and what the formula's reaches of its goodput.
@@ -282,9 +279,9 @@ impl Simulate {
                     })?,
             ),
         };
-        let machines = self.machines(observed.as_ref())?;
-        let inputs = self.inputs(&machines, observed.as_ref(), configured.as_ref(), step_s);
-        Ok(Study { inputs, machines: machines.0 }.report(interval))
+        let (machines, said) = self.machines(observed.as_ref())?;
+        let inputs = self.inputs(&said, observed.as_ref(), configured.as_ref(), step_s);
+        Ok(study::Study { inputs, machines }.report(interval))
     }
 
     /// What the journal of a run tells, and its configuration.
@@ -331,7 +328,7 @@ impl Simulate {
 
     fn inputs(
         &self,
-        (machines, said): &(Machines, String),
+        said: &str,
         observed: Option<&Observed>,
         configured: Option<&RunConfig>,
         step_s: Option<f64>,
@@ -351,11 +348,7 @@ impl Simulate {
         });
         let costs = Costs { stall_s: stall_s.value, durable_s: durable_s.value, restart_s: restart_s.value };
         Inputs {
-            job_mtbf_s: match machines {
-                Machines::Random { lives, .. } => lives.mean_s() / f64::from(self.nodes),
-                Machines::Recorded(trace) => trace.mean_life_s(),
-            },
-            machines: said.clone(),
+            machines: said.to_owned(),
             nodes: self.nodes,
             notice_s: self.notice,
             notice_fits: Notice { share: 1.0, lead_s: self.notice }.fits(&costs),
@@ -384,298 +377,4 @@ fn load(path: &std::path::Path) -> Result<RunConfig> {
         machine,
         fetch: &run::fetch,
     })?)
-}
-
-/// The inputs, and machines made from them.
-struct Study {
-    inputs: Inputs,
-    machines: Machines,
-}
-
-impl Study {
-    fn costs(&self) -> Costs {
-        let Inputs { stall_s, durable_s, restart_s, .. } = &self.inputs;
-        Costs { stall_s: stall_s.value, durable_s: durable_s.value, restart_s: restart_s.value }
-    }
-
-    fn job(&self, notice: Notice) -> Job {
-        Job { work_s: self.inputs.work_s.value, nodes: self.inputs.nodes, costs: self.costs(), notice }
-    }
-
-    /// The time until the next save. `auto` is the agent's own function, with what the agent knows at that moment.
-    fn until_next_save(&self, policy: Policy, seen: &Seen) -> f64 {
-        let Policy::Fixed(interval_s) = policy else {
-            let known = |value: f64| (seen.saves > 0).then_some(value);
-            let (save_cost_s, durable_s) = (known(self.inputs.stall_s.value), known(self.inputs.durable_s.value));
-            let measured = Measured { save_cost_s, durable_s, trained_s: seen.up_s, interruptions: seen.interruptions };
-            return cadence::auto_interval(&measured).as_secs_f64();
-        };
-        interval_s
-    }
-
-    fn play(&self, policy: Policy, notice: Notice, trials: u32) -> Result<Estimate, Unfinished> {
-        let (job, seed) = (self.job(notice), self.inputs.seed);
-        let next = |seen: &Seen| self.until_next_save(policy, seen);
-        match &self.machines {
-            Machines::Random { lives, wait_s, together, .. } => {
-                let gang = |trial| {
-                    let seed = SplitMix64::named(seed, &format!("machines of trial {trial}")).next_u64();
-                    Gang::new(*lives, job.nodes, *wait_s, *together, seed)
-                };
-                goodput::simulate(&job, next, gang, trials, seed)
-            }
-            Machines::Recorded(trace) => {
-                let trials = u32::try_from(trace.lives()).unwrap_or(u32::MAX).min(trials);
-                goodput::simulate(&job, next, |trial| trace.machines(trial, trials), trials, seed)
-            }
-        }
-    }
-
-    /// In closed form, where there is one: for one node, and for several whose lives have no memory.
-    fn model(&self, interval_s: f64, notice: Notice) -> Option<f64> {
-        let Machines::Random { lives, lifetimes, wait_s, together } = &self.machines else { return None };
-        let nodes = f64::from(self.inputs.nodes);
-        let job = match (self.inputs.nodes, lifetimes) {
-            (1, _) => *lives,
-            (_, Lifetimes::Exponential) => Lives::exponential(lives.mean_s() / nodes),
-            _ => return None,
-        };
-        // The others wait for one; or each of all for the last, whose wait is the mean times 1 + 1/2 + … + 1/n.
-        let harmonic: f64 = (1..=self.inputs.nodes).map(|k| 1.0 / f64::from(k)).sum();
-        let idle_s = wait_s * ((1.0 - together) * (nodes - 1.0) / nodes + together * (harmonic - 1.0));
-        Some(goodput::goodput(&job, &self.costs(), notice, interval_s, idle_s))
-    }
-
-    /// The fixed interval with the most goodput, from one second to ten mean lives.
-    fn best(&self, notice: Notice) -> f64 {
-        let longest = (10.0 * self.inputs.job_mtbf_s).min(self.inputs.work_s.value);
-        let shortest = self.costs().feasible(1.0);
-        if self.model(shortest, notice).is_some() {
-            return goodput::best_interval(shortest, longest, 60, |s| self.model(s, notice).unwrap_or(0.0));
-        }
-        let played = |interval| self.play(Policy::Fixed(interval), notice, SEARCH_TRIALS.min(self.inputs.trials));
-        goodput::best_interval(shortest, longest, 24, |interval| played(interval).map_or(0.0, |found| found.goodput))
-    }
-
-    /// The same job on machines that stay.
-    fn undisturbed(&self) -> Result<Estimate, Unfinished> {
-        let next = |seen: &Seen| self.until_next_save(Policy::Auto, seen);
-        let calm = |_| Gang::new(Lives::exponential(1e15), self.inputs.nodes, 0.0, 0.0, self.inputs.seed);
-        goodput::simulate(&self.job(Notice::NONE), next, calm, 1, self.inputs.seed)
-    }
-
-    fn row(&self, name: &str, policy: Policy, notice: Notice, on_demand: Option<f64>) -> Row {
-        let mut row = Row {
-            policy: name.to_owned(),
-            notice: notice.share > 0.0,
-            interval_s: self.until_next_save(policy, &Seen { saves: 1, up_s: 0.0, interruptions: 0 }),
-            goodput: None,
-            goodput_error: None,
-            model_goodput: match policy {
-                Policy::Fixed(interval_s) => self.model(interval_s, notice),
-                Policy::Auto => None,
-            },
-            wall_s: None,
-            interruptions: None,
-            lost_s: None,
-            node_hours: None,
-            cost: None,
-            saving_against_on_demand: None,
-            never: None,
-        };
-        match self.play(policy, notice, self.inputs.trials) {
-            Ok(found) => {
-                let node_hours = found.paid_node_s / HOUR;
-                let cost = node_hours * self.inputs.spot_price;
-                if policy == Policy::Auto {
-                    row.interval_s = found.interval_s;
-                }
-                row.goodput = Some(found.goodput);
-                row.goodput_error = Some(found.goodput_error);
-                row.wall_s = Some(found.wall_s);
-                row.interruptions = Some(found.interruptions);
-                row.lost_s = Some(found.lost_s);
-                row.node_hours = Some(node_hours);
-                row.cost = Some(cost);
-                row.saving_against_on_demand = on_demand.map(|baseline| 1.0 - cost / baseline);
-            }
-            Err(why) => row.never = Some(why.to_string()),
-        }
-        row
-    }
-
-    fn report(self, configured: Option<f64>) -> Report {
-        let stays = self.undisturbed().ok();
-        let baseline = |name, price, found: &Estimate| {
-            let node_hours = found.paid_node_s / HOUR;
-            Baseline { name, price, goodput: found.goodput, wall_s: found.wall_s, node_hours, cost: node_hours * price }
-        };
-        let prices = [("on-demand", Some(self.inputs.on_demand_price)), ("reserved", self.inputs.reserved_price)];
-        let baselines: Vec<Baseline> = stays
-            .iter()
-            .flat_map(|found| prices.map(|(name, price)| Some(baseline(name, price?, found))))
-            .flatten()
-            .collect();
-        let on_demand = baselines.first().map(|baseline| baseline.cost);
-        let told = Notice { share: self.inputs.notice_share.value, lead_s: self.inputs.notice_s };
-        let best_s = self.best(Notice::NONE);
-        let mut spot = Vec::new();
-        for notice in [Notice::NONE, told].into_iter().take(if told.share > 0.0 { 2 } else { 1 }) {
-            let best = if notice.share > 0.0 { self.best(notice) } else { best_s };
-            spot.push(self.row("best fixed", Policy::Fixed(best), notice, on_demand));
-            spot.push(self.row("auto", Policy::Auto, notice, on_demand));
-            if let Some(interval_s) = configured {
-                spot.push(self.row("configured", Policy::Fixed(interval_s), notice, on_demand));
-            }
-            spot.push(self.row("every 2h", Policy::Fixed(2.0 * HOUR), notice, on_demand));
-        }
-        let daly_s = cadence::daly(self.inputs.stall_s.value.max(1e-3), self.inputs.job_mtbf_s);
-        let ratio = |a: Option<f64>, b: Option<f64>| a.zip(b).map(|(a, b)| a / b);
-        let of_formula = match self.model(daly_s, Notice::NONE) {
-            Some(model) => ratio(Some(model), spot[0].model_goodput),
-            None => ratio(
-                self.play(Policy::Fixed(daly_s), Notice::NONE, self.inputs.trials).ok().map(|found| found.goodput),
-                spot[0].goodput,
-            ),
-        };
-        Report {
-            daly_s,
-            best_s,
-            daly_share_of_best: of_formula,
-            auto_share_of_best: ratio(spot[1].goodput, spot[0].goodput),
-            break_even_spot_price: ratio(on_demand, spot[1].node_hours),
-            baselines,
-            spot,
-            inputs: self.inputs,
-        }
-    }
-}
-
-fn percent(share: f64) -> String {
-    format!("{:.2} %", 100.0 * share)
-}
-
-impl Report {
-    fn text(&self) -> String {
-        let Inputs { stall_s, durable_s, restart_s, notice_share, work_s, nodes, .. } = &self.inputs;
-        let said = |input: &Input<f64>| format!("{} ({})", human::seconds(input.value), input.from);
-        let fits = if self.inputs.notice_fits { "a save fits" } else { "no save fits: it saves nothing" };
-        let mut lines = vec![
-            ("machines", self.inputs.machines.clone()),
-            ("save", format!("training stands still {}, durable after {}", said(stall_s), said(durable_s))),
-            ("restart", said(restart_s)),
-            (
-                "notice",
-                format!(
-                    "{} ahead ({fits}), of {:.0} % of the losses ({}); paid until the machine is taken",
-                    human::seconds(self.inputs.notice_s),
-                    100.0 * notice_share.value,
-                    notice_share.from
-                ),
-            ),
-            ("work", format!("{} on {}", said(work_s), human::plural(u64::from(*nodes), "node"))),
-        ];
-        let reserved = self.inputs.reserved_price.map(|price| format!(", reserved {price}")).unwrap_or_default();
-        let prices = format!("on-demand {}, spot {}{reserved}", self.inputs.on_demand_price, self.inputs.spot_price);
-        lines.push(("prices", format!("a node and hour: {prices}")));
-        lines.push(("played", format!("{} times with seed {}", self.inputs.trials, self.inputs.seed)));
-        let mut text: String =
-            lines.iter().map(|(name, value)| format!("{name:<9} {}\n", human::plain(value))).collect();
-        text.push('\n');
-        text.push_str(&self.table());
-        text.push('\n');
-        self.conclusions().iter().for_each(|line| text.push_str(&format!("{line}\n")));
-        text
-    }
-
-    fn table(&self) -> String {
-        let mut table = Table::new(&[
-            "saves",
-            "notice",
-            ">every",
-            ">goodput",
-            ">model",
-            ">losses",
-            ">done again",
-            ">wall time",
-            ">node hours",
-            ">cost",
-            ">saving",
-        ]);
-        let or_dash = |value: Option<f64>, text: fn(f64) -> String| value.map_or_else(|| "-".into(), text);
-        for row in &self.spot {
-            table.row([
-                row.policy.clone(),
-                if row.notice { "yes" } else { "no" }.into(),
-                human::seconds(row.interval_s),
-                or_dash(row.goodput, percent),
-                or_dash(row.model_goodput, percent),
-                or_dash(row.interruptions, |count| format!("{count:.1}")),
-                or_dash(row.lost_s, human::seconds),
-                row.wall_s.map_or_else(|| "never".into(), human::seconds),
-                or_dash(row.node_hours, |hours| format!("{hours:.1}")),
-                or_dash(row.cost, |cost| format!("{cost:.2}")),
-                or_dash(row.saving_against_on_demand, |saving| format!("{:.1} %", 100.0 * saving)),
-            ]);
-        }
-        for Baseline { name, goodput, wall_s, node_hours, cost, .. } in &self.baselines {
-            let (wall, hours, cost) = (human::seconds(*wall_s), format!("{node_hours:.1}"), format!("{cost:.2}"));
-            let (losses, dash) = ("0.0".to_owned(), || "-".to_owned());
-            let again = human::seconds(0.0);
-            table.row([
-                (*name).into(),
-                dash(),
-                "auto".into(),
-                percent(*goodput),
-                dash(),
-                losses,
-                again,
-                wall,
-                hours,
-                cost,
-                dash(),
-            ]);
-        }
-        table.text()
-    }
-
-    fn conclusions(&self) -> Vec<String> {
-        let reaches = |share: Option<f64>| {
-            share.map_or_else(|| "it does not end".into(), |share| format!("{} of its goodput", percent(share)))
-        };
-        let mut lines = vec![
-            format!(
-                "Daly's formula for a stall of {} and a loss every {}: {}. Best found, without notice: {}; the formula's reaches {}.",
-                human::seconds(self.inputs.stall_s.value),
-                human::seconds(self.inputs.job_mtbf_s),
-                human::seconds(self.daly_s),
-                human::seconds(self.best_s),
-                reaches(self.daly_share_of_best)
-            ),
-            format!("checkpoint.every = \"auto\" reaches {}.", reaches(self.auto_share_of_best)),
-        ];
-        for row in self.spot.iter().filter(|row| row.policy == "auto" || row.never.is_some()) {
-            let with = format!("{}, {} notice", row.policy, if row.notice { "with" } else { "without" });
-            let (Some(cost), Some(wall)) = (row.cost, row.wall_s) else {
-                lines.push(format!("Spot does not pay ({with}): {}.", row.never.as_deref().unwrap_or("no figure")));
-                continue;
-            };
-            for Baseline { name, price, cost: theirs, wall_s, .. } in &self.baselines {
-                let verdict = if cost < *theirs { "pays" } else { "does not pay" };
-                let (percent, word) =
-                    (100.0 * (1.0 - cost / theirs).abs(), if cost < *theirs { "less" } else { "more" });
-                let used = if *name == "reserved" { ", if every reserved hour is used," } else { "" };
-                lines.push(format!(
-                    "Spot {verdict} ({with}): {cost:.2} at {} against {theirs:.2} {name} at {price}{used} is {percent:.1} % {word}, in {} instead of {}.",
-                    self.inputs.spot_price,
-                    human::seconds(wall),
-                    human::seconds(*wall_s)
-                ));
-            }
-        }
-        if let Some(price) = self.break_even_spot_price {
-            lines.push(format!("Without notice spot pays below {price:.3} a node and hour."));
-        }
-        lines
-    }
 }

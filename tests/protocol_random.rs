@@ -13,7 +13,7 @@ use trainer::{
         CheckpointError, catalog,
         header::{self, Dtype},
         manifest::{FileKind, TrainerState},
-        prune::{apply_prune, plan_prune},
+        prune::{Standing, apply_prune, doomed, plan_prune},
         restore,
         save::{Save, Upload, put_manifest, put_shards},
     },
@@ -327,18 +327,16 @@ async fn live(store: &Store, script: &[Op]) {
                 assert_eq!(verified, model.newest_good(), "op {number}: {op:?}");
                 let Some((step, generation)) = verified else { continue };
                 let verified = ResumePoint { step: Step(step), generation: Generation(generation) };
-                let own = |list: Vec<&trainer::journal::Checkpoint>| -> Vec<Committed> {
-                    list.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
+                let own = |list: Vec<&trainer::journal::Checkpoint>| -> Vec<trainer::journal::Checkpoint> {
+                    list.into_iter().cloned().collect()
                 };
                 let (line, good) = (own(journal.state().candidates()), own(journal.state().good()));
                 let live: Vec<_> =
                     journal.state().formed().and_then(|formed| formed.resume.clone()).into_iter().collect();
-                let plan = plan_prune(&line, &good, Keep { last: *last, every: None }, &verified, &live);
-                let kept = line.len()
-                    - line
-                        .iter()
-                        .filter(|c| plan.contains(&ResumePoint { step: c.step, generation: c.generation }))
-                        .count();
+                let standing = Standing { usable: verified.clone(), verified: Some(verified) };
+                let keep = Keep { last: *last, every: None, best: 0 };
+                let plan = doomed(&plan_prune(&line, &good, keep, &standing, &live));
+                let kept = line.iter().filter(|checkpoint| !plan.contains(&checkpoint.point())).count();
                 assert!(kept >= line.len().min(*last as usize), "op {number}: {op:?} keeps {kept} of {}", line.len());
                 let journal = tokio::sync::Mutex::new(journal);
                 let journal = &journal;

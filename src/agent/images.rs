@@ -12,7 +12,8 @@
 //! ([`Images::whole`]) before it is believed.
 //!
 //! # Crash, retry, cancel
-//! The memory is this process's own and goes with it. Headers are written when all ranks have captured, not before, so that a
+//! The memory is this process's own and goes with it. Pages are never given back while it lives: workers may have pinned them for
+//! a GPU, which would go on writing to the old ones. Headers are written when all ranks have captured, not before, so that a
 //! checkpoint fetched into the slot is whole until then.
 
 use std::ops::Range;
@@ -153,15 +154,6 @@ impl Images {
         self.slots[usize::from(RESTORE_SLOT)].held = sums.map(|files| Held { step, generation, files });
     }
 
-    /// What was fetched is of no more use; its memory is given back.
-    pub fn discard_received(&mut self) {
-        let slot = &mut self.slots[usize::from(RESTORE_SLOT)];
-        slot.held = None;
-        if let Err(error) = slot.image.clear() {
-            tracing::debug!(%error, "memory of what was loaded not given back");
-        }
-    }
-
     /// Where the files of this checkpoint lie, if a slot holds it: the slot, each file's first byte and length.
     pub fn find(&self, step: Step, generation: Generation) -> Option<(u8, Vec<(u64, u64)>)> {
         let is_it = |slot: &Slot| slot.held.as_ref().is_some_and(|h| (h.step, h.generation) == (step, generation));
@@ -294,8 +286,13 @@ mod tests {
     use crate::snapshot::plan::Dtype;
 
     fn tensors() -> Vec<TensorSpec> {
-        let tensor =
-            |name: &str, kind, n| TensorSpec { name: name.to_owned(), dtype: Dtype::F32, shape: vec![n], kind };
+        let tensor = |name: &str, kind, n| TensorSpec {
+            name: name.to_owned(),
+            dtype: Dtype::F32,
+            shape: vec![n],
+            kind,
+            part: None,
+        };
         vec![
             tensor("a", ShardKind::Model, 3000),
             tensor("b", ShardKind::Model, 2000),
@@ -380,8 +377,5 @@ mod tests {
         images.lay_out(&tensors(), WorldSize(1)).unwrap().for_each(drop);
         assert_eq!(images.find(Step(9), Generation(3)), Some((RESTORE_SLOT, files)));
         assert!(images.whole(RESTORE_SLOT).await);
-        images.discard_received();
-        assert_eq!(images.find(Step(9), Generation(3)), None);
-        assert!(images.slots[0].image.map().unwrap().bytes(0..100).unwrap().iter().all(|&b| b == 0));
     }
 }

@@ -240,7 +240,7 @@ pub async fn run(start: Plan, images: &mut Images, signals: &mut Signals, report
         notices: Vec::new(),
         draining: false,
         dead: None,
-        retention: Retention::default(),
+        retention: Retention::begin(&start.saver.run, &start.saver.journal, start.config.checkpoint),
         clock: now,
         looked: now,
         killing: None,
@@ -271,9 +271,7 @@ pub async fn run(start: Plan, images: &mut Images, signals: &mut Signals, report
     };
     if matches!(end, Ok(End::Completed { .. })) {
         // A run that has the time leaves the store as `checkpoint.keep` says.
-        life.retention.finish(RETENTION_PATIENCE).await;
-        life.retention.start(&life.start.saver.run, &life.start.saver.journal, life.start.config.checkpoint.keep);
-        life.retention.finish(RETENTION_PATIENCE).await;
+        life.retention.complete(RETENTION_PATIENCE).await;
     } else {
         // There may be a deadline, and a deletion that is cut off is as good as one that was never begun.
         life.retention.finish(Duration::ZERO).await;
@@ -357,6 +355,9 @@ impl Life<'_> {
             Input::Worker(WorkerEvent::Exited(rank, reason)) => self.on_exit(rank, &reason),
             Input::Save(event) => return self.on_save(event),
             Input::Fetch(Ok(fetched)) => {
+                if let Load::Checkpoint { step, generation, from: Source::Store { .. } } = &self.start.load {
+                    self.retention.restored(*step, *generation);
+                }
                 self.fetched = Some(fetched);
                 self.load_if_possible();
             }
@@ -579,11 +580,7 @@ impl Life<'_> {
             });
         }
         let held = match &self.start.load {
-            Load::Nothing => None,
-            Load::Weights { .. } => {
-                self.images.discard_received();
-                None
-            }
+            Load::Nothing | Load::Weights { .. } => None,
             Load::Checkpoint { step, generation, from } => {
                 if let Source::Store { files, .. } = from {
                     self.images.received(*step, *generation, &self.places.1, files);
@@ -603,6 +600,7 @@ impl Life<'_> {
         let saves = conductor.first_orders(now);
         self.conductor = Some(conductor);
         self.saves.training_begins();
+        self.retention.busy(false);
         self.tell_all(&ToWorker::Go { saves });
     }
 
@@ -670,6 +668,7 @@ impl Life<'_> {
                         conductor.copied(copy_s);
                     }
                     self.saves.upload(step, slot, self.images, &self.start.config)?;
+                    self.retention.busy(true);
                 }
                 Action::Chosen(choice) => say_choice(&choice),
                 Action::Finished { step } => return Ok(Some(self.finish(step)?)),
@@ -703,13 +702,13 @@ impl Life<'_> {
             }
             SaveEvent::Ended { step, slot, result } => (step, slot, result),
         };
+        self.retention.busy(false);
         let now = self.now();
         match result {
             Ok(saved) => {
                 self.saves.committed(slot, &saved, self.images, self.reporter);
                 if !self.draining {
-                    let keep = self.start.config.checkpoint.keep;
-                    self.retention.start(&self.start.saver.run, &self.start.saver.journal, keep);
+                    self.retention.start();
                 }
                 let Some(conductor) = &mut self.conductor else { return Ok(None) };
                 let cost = saved.committed.cost;

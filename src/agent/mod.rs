@@ -22,6 +22,7 @@ mod restart;
 mod retention;
 mod saver;
 mod saves;
+mod scrub;
 mod workers;
 
 use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
@@ -407,9 +408,8 @@ impl Agent {
             Ok(generation) => {
                 // They hold for every later generation, too: said once is enough.
                 self.overrides.clear();
-                for Damage { step, generation, object, reason } in self.damage.drain(..) {
-                    let reason = format!("{object}: {reason}");
-                    journal.append(Record::Damaged { step, generation, reason }).await?;
+                for damage in self.damage.drain(..) {
+                    journal.append(damage.record()).await?;
                 }
                 return Ok(Some((load, generation)));
             }

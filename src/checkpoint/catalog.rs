@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     ids::{Generation, Step},
-    journal::Committed,
+    journal::{Committed, Record, ResumePoint},
     layout,
     storage::Store,
 };
@@ -34,6 +34,19 @@ pub struct Damage {
     pub object: String,
     /// What is wrong with it.
     pub reason: String,
+}
+
+impl Damage {
+    /// Whether it is damage of this checkpoint.
+    pub fn is_of(&self, point: &ResumePoint) -> bool {
+        (self.step, self.generation) == (point.step, point.generation)
+    }
+
+    /// As the journal's `damaged` record has it.
+    pub fn record(&self) -> Record {
+        let Self { step, generation, object, reason } = self;
+        Record::Damaged { step: *step, generation: *generation, reason: format!("{object}: {reason}") }
+    }
 }
 
 /// What a search has found.

@@ -19,11 +19,13 @@ pub mod header;
 pub mod manifest;
 pub mod prune;
 pub mod restore;
+pub mod rubbish;
 pub mod save;
+pub mod slices;
 pub mod verify;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use std::path::PathBuf;
 

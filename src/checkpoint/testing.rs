@@ -15,7 +15,7 @@ use crate::{
         StorageConfig, Strategy, TrainConfig,
     },
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
-    journal::{Committed, SaveCost},
+    journal::{Committed, Entry, FormedReason, Record, ResumePoint, RosterEntry, RunState, SaveCost},
     layout,
     storage::Store,
 };
@@ -98,7 +98,12 @@ pub fn config() -> RunConfig {
             schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
         },
         parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: None, bucket_mib: 25 },
-        checkpoint: CheckpointConfig { every: Cadence::Auto, keep: Keep { last: 3, every: None } },
+        checkpoint: CheckpointConfig {
+            every: Cadence::Auto,
+            keep: Keep { last: 3, every: None, best: 0 },
+            scrub: None,
+            price_per_gib_month: 0.023,
+        },
         notice: NoticeConfig { sources: vec![] },
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 1, same_step: 1, backoff: std::time::Duration::ZERO },
@@ -193,4 +198,39 @@ pub async fn harm(store: &Store, folder: &str, name: &str, harm: Harm) -> String
         }
     }
     key
+}
+
+/// A record of any kind, as the next of a journal.
+pub fn entry(record: Record) -> Entry {
+    let (attempt, node) = (AttemptId::random(), NodeId::random());
+    Entry { format: 1, attempt, at: jiff::Timestamp::UNIX_EPOCH, node, record }
+}
+
+/// The state of a run whose generation 1 began from nothing and has committed these; the records of `more` follow.
+pub fn state_after(committed: Vec<Committed>, more: Vec<Record>) -> RunState {
+    let run_id = RunId::new("run").unwrap();
+    let created = Record::Created { run_id: run_id.clone(), config: Box::new(config()) };
+    let mut state = RunState::begin(&run_id, entry(created)).unwrap();
+    let records = [formed(1, None)].into_iter().chain(committed.into_iter().map(Record::Committed)).chain(more);
+    for (number, record) in (1..).zip(records) {
+        state.apply(number, entry(record)).unwrap();
+    }
+    state
+}
+
+/// [`state_after`] with nothing more.
+pub fn state_of(committed: Vec<Committed>) -> RunState {
+    state_after(committed, Vec::new())
+}
+
+/// A generation of one worker.
+pub fn formed(generation: u64, resume: Option<(u64, u64)>) -> Record {
+    Record::Formed {
+        generation: Generation(generation),
+        roster: vec![RosterEntry { node: NodeId::random(), workers: 1 }],
+        world_size: WorldSize(1),
+        resume: resume.map(|(step, generation)| ResumePoint { step: Step(step), generation: Generation(generation) }),
+        overrides: Vec::new(),
+        reason: FormedReason::Started,
+    }
 }

@@ -1,15 +1,22 @@
-//! Holding stored checkpoints against their manifests, for `trainer verify`.
+//! Holding stored checkpoints against their manifests: for `trainer verify`, for what is about to be deleted, and for the look
+//! that a running agent takes at what it keeps.
 //!
-//! [`Depth::Sizes`] asks the store for every file's length; [`Depth::Bytes`] downloads every byte and compares checksums,
-//! with a few parts in memory at a time. All flaws are collected, not only the first. *Crash, retry, cancel:* nothing is
-//! written here.
+//! [`Depth::Stored`] asks the store for every file's length and for the checksum that the store itself keeps of it (S3 keeps the
+//! CRC64-NVME of the whole object), so nothing is downloaded; where the store keeps none, the length is all that is compared,
+//! and [`Proof`] says so. [`Depth::Bytes`] downloads every byte and compares checksums, with a few parts in memory at a
+//! time. All flaws are collected, not only the first. [`look_again`] reads again what a look has found damaged, since a
+//! verdict is for ever and an answer may have been garbled on its way. *Crash, retry, cancel:* nothing is written here.
+
+use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
+use tokio::sync::watch;
 
 use super::{
     CheckpointError, catalog, join,
-    restore::{IN_FLIGHT, RemoteFile, compare, ranges, with_range},
+    manifest::Manifest,
+    restore::{IN_FLIGHT, RemoteFile, compare, ranges, with_range, wrong_size},
 };
 use crate::{
     ids::{Generation, Step},
@@ -17,16 +24,31 @@ use crate::{
     storage::{Crc64, Store},
 };
 
+/// Bytes of one request when a damaged object is read again, and when something is read gently.
+const PART: u64 = 4 << 20;
+
 /// How closely is looked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
-    /// Presence and size of every file.
-    Sizes,
+    /// Presence, size and the store's own checksum of every file.
+    Stored,
     /// Every byte, got in parts of at most so many.
     Bytes {
         /// Bytes of one request.
         part: u64,
     },
+}
+
+/// What an object was found to be the right one by, the weakest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Proof {
+    /// Its size only: the store keeps no checksum that could be compared.
+    Size,
+    /// The checksum that the store keeps of it.
+    Checksum,
+    /// Every byte of it.
+    Bytes,
 }
 
 /// What was found of one object.
@@ -36,6 +58,8 @@ pub struct FileReport {
     pub object: String,
     /// Its length by the manifest; for the manifest itself, 0.
     pub bytes: u64,
+    /// What was compared.
+    pub by: Proof,
     /// What is wrong with it; `None`: nothing was found.
     pub damage: Option<String>,
 }
@@ -49,6 +73,8 @@ pub struct Report {
     pub generation: Generation,
     /// Whether every byte was looked at.
     pub deep: bool,
+    /// What all of its objects were compared by: the weakest of them.
+    pub proof: Proof,
     /// Its objects: the manifest, then the files by name. A manifest that can't be believed stands alone.
     pub files: Vec<FileReport>,
 }
@@ -56,7 +82,46 @@ pub struct Report {
 impl Report {
     /// Whether nothing is wrong with it.
     pub fn is_sound(&self) -> bool {
-        self.files.iter().all(|file| file.damage.is_none())
+        self.damage().is_none()
+    }
+
+    /// Whether nothing is wrong with it, and checksums say so.
+    pub fn is_verified(&self) -> bool {
+        self.is_sound() && self.proof > Proof::Size
+    }
+
+    /// The first object that is damaged, and what is wrong with it.
+    pub fn damage(&self) -> Option<(&str, &str)> {
+        self.files.iter().find_map(|file| Some((file.object.as_str(), file.damage.as_deref()?)))
+    }
+
+    fn of(committed: &Committed, files: Vec<FileReport>) -> Self {
+        let proof = files.iter().map(|file| file.by).min().unwrap_or(Proof::Size);
+        let Committed { step, generation, .. } = *committed;
+        Self { step, generation, deep: proof == Proof::Bytes, proof, files }
+    }
+}
+
+/// Reading that stays out of the way of other work: one request at a time, no more than so many bytes a second on average, and
+/// nothing while `busy` says `true`.
+#[derive(Clone, Debug)]
+pub struct Gentle {
+    /// The bound.
+    pub bytes_per_s: u64,
+    /// Whether there is more important work for the store.
+    pub busy: watch::Receiver<bool>,
+}
+
+impl Gentle {
+    async fn wait_for_the_others(&self) {
+        // Nobody is left who could be busy when the sender is gone.
+        let _ = self.busy.clone().wait_for(|busy| !busy).await;
+    }
+
+    /// How long to rest after `len` bytes that took `took`.
+    fn rest(&self, len: u64, took: Duration) -> Duration {
+        let least = Duration::try_from_secs_f64(len as f64 / self.bytes_per_s.max(1) as f64);
+        least.unwrap_or(Duration::MAX).saturating_sub(took)
     }
 }
 
@@ -69,30 +134,92 @@ pub async fn verify(
     depth: Depth,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Report, CheckpointError> {
-    let deep = depth != Depth::Sizes;
-    let mut report = Report { step: committed.step, generation: committed.generation, deep, files: Vec::new() };
-    let read = catalog::read_manifest(store, committed).await;
-    let (manifest, damage) = split(read)?;
-    report.files.push(FileReport { object: committed.manifest.clone(), bytes: 0, damage });
-    let Some(manifest) = manifest else { return Ok(report) };
+    look(store, committed, depth, None, progress).await
+}
 
-    let folder = manifest.folder();
-    let files: Vec<RemoteFile> = manifest.files.iter().map(RemoteFile::from).collect();
-    let look = |file: RemoteFile| async {
-        let (object, bytes) = (join(&folder, &file.name), file.bytes);
-        let (_, damage) = split(catalog::check_size(store, &folder, file).await)?;
-        Ok::<_, CheckpointError>(FileReport { object, bytes, damage })
-    };
-    let mut looked: Vec<FileReport> = stream::iter(files.clone()).map(look).buffered(IN_FLIGHT).try_collect().await?;
-    if let Depth::Bytes { part } = depth {
-        for (file, found) in files.iter().zip(&mut looked) {
-            if found.damage.is_none() {
-                (_, found.damage) = split(check_bytes(store, &folder, file, part, progress).await)?;
+/// [`verify`] of every byte, at a low rate.
+pub async fn verify_gently(store: &Store, committed: &Committed, gentle: &Gentle) -> Result<Report, CheckpointError> {
+    look(store, committed, Depth::Bytes { part: PART }, Some(gentle), &|_| {}).await
+}
+
+async fn look(
+    store: &Store,
+    committed: &Committed,
+    depth: Depth,
+    gentle: Option<&Gentle>,
+    progress: &(dyn Fn(u64) + Send + Sync),
+) -> Result<Report, CheckpointError> {
+    let (manifest, own) = look_at_manifest(store, committed).await?;
+    let mut reports = vec![own];
+    if let Some(manifest) = manifest {
+        let folder = manifest.folder();
+        let files: Vec<RemoteFile> = manifest.files.iter().map(RemoteFile::from).collect();
+        let folder_name = folder.as_str();
+        let ask = |file: RemoteFile| async move { ask_the_store(store, folder_name, &file).await };
+        let mut asked: Vec<FileReport> = stream::iter(files.clone()).map(ask).buffered(IN_FLIGHT).try_collect().await?;
+        if let Depth::Bytes { part } = depth {
+            for (file, found) in files.iter().zip(&mut asked) {
+                // A checksum of the store that is not the manifest's does not settle it: the bytes do.
+                if found.damage.is_none() || found.by > Proof::Size {
+                    found.by = Proof::Bytes;
+                    (_, found.damage) = split(check_bytes(store, &folder, file, part, gentle, progress).await)?;
+                }
             }
         }
+        reports.append(&mut asked);
     }
-    report.files.append(&mut looked);
-    Ok(report)
+    Ok(Report { deep: depth != Depth::Stored, ..Report::of(committed, reports) })
+}
+
+/// Reads again what `report` says is damaged, every byte of it; the other objects are taken over as they were found. What is
+/// damaged in the result was found so twice.
+pub async fn look_again(store: &Store, committed: &Committed, report: &Report) -> Result<Report, CheckpointError> {
+    let (manifest, own) = look_at_manifest(store, committed).await?;
+    let mut reports = vec![own];
+    if let Some(manifest) = manifest {
+        let folder = manifest.folder();
+        for file in manifest.files.iter().map(RemoteFile::from) {
+            let before = report.files.iter().find(|before| before.object == join(&folder, &file.name));
+            let now = match before {
+                Some(sound) if sound.damage.is_none() => sound.clone(),
+                _ => {
+                    let mut now = ask_the_store(store, &folder, &file).await?;
+                    if now.damage.is_none() || now.by > Proof::Size {
+                        now.by = Proof::Bytes;
+                        (_, now.damage) = split(check_bytes(store, &folder, &file, PART, None, &|_| {}).await)?;
+                    }
+                    now
+                }
+            };
+            reports.push(now);
+        }
+    }
+    Ok(Report { deep: report.deep, ..Report::of(committed, reports) })
+}
+
+async fn look_at_manifest(
+    store: &Store,
+    committed: &Committed,
+) -> Result<(Option<Manifest>, FileReport), CheckpointError> {
+    let (manifest, damage) = split(catalog::read_manifest(store, committed).await)?;
+    Ok((manifest, FileReport { object: committed.manifest.clone(), bytes: 0, by: Proof::Bytes, damage }))
+}
+
+/// What the store says of one file. Damage by [`Proof::Size`] is one that reading the file can't mend.
+async fn ask_the_store(store: &Store, folder: &str, file: &RemoteFile) -> Result<FileReport, CheckpointError> {
+    let object = join(folder, &file.name);
+    let found = store.stored(&object).await.map_err(|error| CheckpointError::of_object(&object, error));
+    let (found, gone) = split(found)?;
+    let (by, checked) = match found {
+        None => (Proof::Size, Ok(())),
+        Some(found) if found.size != file.bytes => (Proof::Size, Err(wrong_size(&object, found.size, file.bytes))),
+        Some(found) => match found.crc64 {
+            Some(crc64) => (Proof::Checksum, compare(&object, file, crc64)),
+            None => (Proof::Size, Ok(())),
+        },
+    };
+    let (_, damage) = split(checked)?;
+    Ok(FileReport { object, bytes: file.bytes, by, damage: gone.or(damage) })
 }
 
 /// Takes damage out of the errors: it is what we are looking for.
@@ -110,16 +237,24 @@ async fn check_bytes(
     folder: &str,
     file: &RemoteFile,
     part: u64,
+    gentle: Option<&Gentle>,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<(), CheckpointError> {
     let sums = ranges(file.bytes, part).map(|range| async {
-        let len = range.end - range.start;
+        if let Some(gentle) = gentle {
+            gentle.wait_for_the_others().await;
+        }
+        let (begun, len) = (Instant::now(), range.end - range.start);
         let sum = with_range(store, folder, file, range, |bytes| Ok(Crc64::of(bytes))).await?;
         progress(len);
+        if let Some(gentle) = gentle {
+            tokio::time::sleep(gentle.rest(len, begun.elapsed())).await;
+        }
         Ok::<_, CheckpointError>((sum, len))
     });
     let combine = |whole: Crc64, (sum, len)| async move { Ok(whole.followed_by(sum, len)) };
-    let whole = stream::iter(sums).buffered(IN_FLIGHT).try_fold(Crc64::EMPTY, combine).await?;
+    let at_once = if gentle.is_some() { 1 } else { IN_FLIGHT };
+    let whole = stream::iter(sums).buffered(at_once).try_fold(Crc64::EMPTY, combine).await?;
     compare(&join(folder, &file.name), file, whole)
 }
 
@@ -129,23 +264,28 @@ mod tests {
 
     use super::*;
     use crate::{
-        checkpoint::testing::{HARMS, Harm, checkpoint, harm, memory_store},
+        checkpoint::testing::{HARMS, Harm, STORAGE, checkpoint, harm, memory_store},
         layout,
+        storage::{
+            faulty::{Fault, Faulty},
+            s3_tests,
+        },
     };
 
     #[tokio::test]
     async fn a_whole_checkpoint_is_sound_and_every_byte_of_it_is_looked_at() {
         let store = memory_store();
         let (committed, manifest) = checkpoint(&store, 5, 1, 2, 1).await;
-        for depth in [Depth::Sizes, Depth::Bytes { part: 1000 }] {
+        for (depth, proof) in [(Depth::Stored, Proof::Size), (Depth::Bytes { part: 1000 }, Proof::Bytes)] {
             let seen = AtomicU64::new(0);
             let heard = |n| {
                 seen.fetch_add(n, Ordering::Relaxed);
             };
             let report = verify(&store, &committed, depth, &heard).await.unwrap();
             assert!(report.is_sound(), "{report:?}");
+            assert_eq!((report.proof, report.is_verified()), (proof, proof == Proof::Bytes));
             assert_eq!(report.files.len(), manifest.files.len() + 1);
-            let expected = if depth == Depth::Sizes { 0 } else { manifest.bytes() };
+            let expected = if depth == Depth::Stored { 0 } else { manifest.bytes() };
             assert_eq!(seen.into_inner(), expected);
         }
     }
@@ -159,16 +299,111 @@ mod tests {
         for (name, how) in names.iter().zip(HARMS) {
             keys.push(harm(&store, &manifest.folder(), name, how).await);
         }
-        for (depth, expected) in [(Depth::Sizes, &keys[1..]), (Depth::Bytes { part: 777 }, &keys[..])] {
+        for (depth, expected) in [(Depth::Stored, &keys[1..]), (Depth::Bytes { part: 777 }, &keys[..])] {
             let report = verify(&store, &committed, depth, &|_| {}).await.unwrap();
-            let damaged: Vec<&String> =
-                report.files.iter().filter(|file| file.damage.is_some()).map(|file| &file.object).collect();
-            assert_eq!(damaged, expected.iter().collect::<Vec<_>>());
-            assert!(!report.is_sound());
+            let damaged = |report: &Report| -> Vec<String> {
+                report.files.iter().filter(|file| file.damage.is_some()).map(|file| file.object.clone()).collect()
+            };
+            assert_eq!(damaged(&report), expected);
+            assert!(!report.is_sound() && !report.is_verified());
+            let again = look_again(&store, &committed, &report).await.unwrap();
+            assert_eq!(damaged(&again), expected, "found damaged twice");
         }
         harm(&store, &manifest.folder(), layout::MANIFEST, Harm::Flip).await;
-        let report = verify(&store, &committed, Depth::Sizes, &|_| {}).await.unwrap();
+        let report = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap();
         assert_eq!(report.files.len(), 1);
         assert!(report.files[0].damage.as_ref().unwrap().contains("checksum"));
+        assert!(!look_again(&store, &committed, &report).await.unwrap().is_sound());
+    }
+
+    #[tokio::test]
+    async fn what_a_second_look_finds_whole_is_not_damaged() {
+        let store = memory_store();
+        let (committed, manifest) = checkpoint(&store, 5, 1, 2, 1).await;
+        for name in ["model-00001-of-00002.safetensors", layout::MANIFEST] {
+            let key = join(&manifest.folder(), name);
+            let bytes = store.get(&key, u64::MAX).await.unwrap();
+            harm(&store, &manifest.folder(), name, Harm::Delete).await;
+            let report = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap();
+            assert_eq!(report.damage(), Some((key.as_str(), "it does not exist")));
+            store.put(&key, bytes).await.unwrap();
+            let again = look_again(&store, &committed, &report).await.unwrap();
+            assert!(again.is_sound(), "{again:?}");
+            assert_eq!(again.files.len(), manifest.files.len() + 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn on_s3_the_stores_own_checksums_tell_without_a_download() {
+        let (store, server) = s3_tests::atomic();
+        let (committed, manifest) = checkpoint(&store, 5, 1, 2, 1).await;
+        let gets = server.count("GetObject");
+        let report = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap();
+        assert!(report.is_verified() && !report.deep, "{report:?}");
+        assert!(report.files[1..].iter().all(|file| file.by == Proof::Checksum), "{report:?}");
+        assert_eq!(server.count("GetObject") - gets, 1, "the manifest, and nothing else");
+
+        // Other bytes of the same length.
+        let name = "model-00002-of-00002.safetensors";
+        let object = harm(&store, &manifest.folder(), name, Harm::Flip).await;
+        let report = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap();
+        let (damaged, reason) = report.damage().unwrap();
+        assert!(damaged == object && reason.contains("checksum"), "{report:?}");
+        assert!(!look_again(&store, &committed, &report).await.unwrap().is_sound());
+
+        // A server that keeps none is not taken to have said that all is well.
+        server.set_rules(|rules| rules.keeps_checksums = false);
+        let report = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap();
+        assert!(report.is_sound() && !report.is_verified() && report.proof == Proof::Size, "{report:?}");
+        let report = verify(&store, &committed, Depth::Bytes { part: 1 << 20 }, &|_| {}).await.unwrap();
+        assert_eq!(report.damage().unwrap().0, object);
+    }
+
+    #[tokio::test]
+    async fn a_store_that_does_not_answer_is_no_damage() {
+        let faulty = Faulty::new(|operation, path, _| match operation {
+            "head" if path.ends_with(".safetensors") => Fault::Denied,
+            _ => Fault::Pass,
+        });
+        let store = Store::faulty(&faulty, &STORAGE);
+        let committed = crate::checkpoint::testing::commit(&store, &crate::checkpoint::testing::save(5, 1, 2, 1)).await;
+        let error = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap_err();
+        assert!(matches!(error, CheckpointError::Storage(_)), "{error:?}");
+    }
+
+    #[test]
+    fn a_gentle_reader_keeps_its_rate() {
+        let (_, busy) = watch::channel(false);
+        let gentle = |bytes_per_s| Gentle { bytes_per_s, busy: busy.clone() };
+        let ms = Duration::from_millis;
+        assert_eq!(gentle(1 << 20).rest(1 << 20, ms(0)), ms(1000));
+        assert_eq!(gentle(1 << 20).rest(1 << 20, ms(400)), ms(600));
+        assert_eq!(gentle(1 << 20).rest(1 << 20, ms(1400)), ms(0));
+        assert_eq!(gentle(0).rest(0, ms(1)), ms(0));
+        assert!(gentle(0).rest(u64::MAX, ms(0)) > Duration::from_secs(1 << 60));
+    }
+
+    #[tokio::test]
+    async fn a_gentle_reader_waits_while_others_are_busy() {
+        let faulty = Faulty::new(|_, _, _| Fault::Pass);
+        let store = Store::faulty(&faulty, &STORAGE);
+        let (committed, manifest) = checkpoint(&store, 5, 1, 1, 1).await;
+        let (says, busy) = watch::channel(true);
+        let (before, asked) = (faulty.count("get"), faulty.count("head"));
+        let reading = tokio::spawn({
+            let store = store.clone();
+            async move { verify_gently(&store, &committed, &Gentle { bytes_per_s: u64::MAX, busy }).await }
+        });
+        // The manifest is read, and the sizes are asked for; there it stops.
+        while faulty.count("head") < asked + manifest.files.len() {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..1000 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(faulty.count("get"), before + 1);
+        says.send(false).unwrap();
+        assert!(reading.await.unwrap().unwrap().is_verified());
+        assert_eq!(faulty.count("get"), before + 1 + manifest.files.len());
     }
 }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use jiff::Timestamp;
+use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
@@ -11,7 +12,11 @@ use super::{
     output::{self, Table},
     store,
 };
-use crate::{error::Result, report::human};
+use crate::{
+    error::Result,
+    journal::{self, CheckpointStatus, RunState},
+    report::human,
+};
 
 /// List a run's checkpoints
 #[derive(Debug, Args)]
@@ -26,19 +31,50 @@ pub struct Checkpoints {
 impl Checkpoints {
     pub(super) fn execute(self) -> Result<ExitCode> {
         let state = store::block_on(async { history::read(&self.run.store.open()?, &self.run.run_id).await })?;
-        let checkpoints: Vec<Checkpoint<'_>> = state.checkpoints().iter().map(Checkpoint::from).collect();
-        let text =
-            if self.json.json { output::json_lines(&checkpoints)? } else { table(&checkpoints, Timestamp::now()) };
+        let checkpoints: Vec<Listed<'_>> = state.checkpoints().iter().map(|c| Listed::of(&state, c)).collect();
+        let text = if self.json.json {
+            output::json_lines(&checkpoints)?
+        } else {
+            table(&checkpoints, Timestamp::now()) + &total(&checkpoints)
+        };
         output::emit(&text)?;
         Ok(ExitCode::SUCCESS)
     }
 }
 
-fn table(checkpoints: &[Checkpoint<'_>], now: Timestamp) -> String {
+/// A checkpoint and what it costs.
+#[derive(Debug, Serialize)]
+struct Listed<'a> {
+    #[serde(flatten)]
+    checkpoint: Checkpoint<'a>,
+    /// US dollars, estimated; 0 for what is pruned.
+    usd_per_month: f64,
+}
+
+impl<'a> Listed<'a> {
+    fn of(state: &RunState, checkpoint: &'a journal::Checkpoint) -> Self {
+        let bytes = if checkpoint.status == CheckpointStatus::Pruned { 0 } else { checkpoint.committed.bytes };
+        Self { checkpoint: Checkpoint::from(checkpoint), usd_per_month: history::monthly_cost(state, bytes) }
+    }
+}
+
+/// What all that is in the store comes to.
+fn total(checkpoints: &[Listed<'_>]) -> String {
+    let kept: Vec<&Listed<'_>> = checkpoints.iter().filter(|listed| listed.checkpoint.status != "pruned").collect();
+    let bytes = kept.iter().map(|listed| listed.checkpoint.committed.bytes).fold(0, u64::saturating_add);
+    format!(
+        "{} in the store: {}, about {} a month\n",
+        human::plural(kept.len() as u64, "checkpoint"),
+        human::bytes(bytes),
+        human::dollars(kept.iter().map(|listed| listed.usd_per_month).sum())
+    )
+}
+
+fn table(checkpoints: &[Listed<'_>], now: Timestamp) -> String {
     let headings =
         [">step", ">generation", ">size", ">loss", ">held out", ">stall", ">copy", ">durable", "committed", "status"];
     let mut table = Table::new(&headings);
-    for Checkpoint { committed, at, status, damage } in checkpoints {
+    for Listed { checkpoint: Checkpoint { committed, at, status, damage }, .. } in checkpoints {
         table.row([
             committed.step.to_string(),
             committed.generation.to_string(),

@@ -41,6 +41,12 @@ pub(super) async fn choose(run: &RunArg, step: Option<Step>) -> Result<(Store, C
     Ok((folder, committed))
 }
 
+/// What `bytes` cost in the store in a month by `checkpoint.price_per_gib_month`, US dollars.
+#[expect(clippy::cast_precision_loss, reason = "it is an estimate")]
+pub(super) fn monthly_cost(state: &RunState, bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30) * config(state).checkpoint.price_per_gib_month
+}
+
 /// What became of a run, as far as its journal knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]

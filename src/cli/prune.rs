@@ -1,8 +1,9 @@
 //! `trainer prune`
 
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use std::process::ExitCode;
 
 use clap::Args;
+use jiff::Timestamp;
 use serde::Serialize;
 use tokio::sync::Mutex;
 
@@ -13,35 +14,45 @@ use super::{
     store,
 };
 use crate::{
-    checkpoint::prune::{Abandoned, apply_prune, plan_for},
-    config::Keep,
+    checkpoint::{
+        CheckpointError,
+        prune::{Abandoned, Fate, Plan, Reading, Why, apply_prune, doomed, plan_for, quarantined},
+        rubbish::{self, Folder, Kind, Rubbish},
+    },
+    config::{Keep, Spacing, parse_spacing},
     error::{Context, Error, Result},
     ids::NodeId,
-    journal::{Journal, Record, ResumePoint, RunState},
+    journal::{CheckpointStatus, Journal, Record, ResumePoint, RunState},
     report::human,
     storage::Store,
 };
 
-/// What a killed upload has left behind is swept after so long; an upload under way is younger.
-const STALE: Duration = Duration::from_secs(24 * 60 * 60);
-
-/// Delete old checkpoints by plan
+/// Delete old checkpoints by plan, and what killed uploads have left behind
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   trainer prune --run-id first --dry-run
-  trainer prune --run-id first --keep-last 1 --keep-every 1000
+  trainer prune --run-id first --keep-last 1 --keep-every 6h --keep-best 2
 
-The newest checkpoint that verifies is never deleted, nor the one that the newest generation has resumed from.")]
+The newest checkpoint that checksums vouch for is never deleted, nor the one that the newest generation has resumed from.
+Where the store keeps no checksums the newest is read before anything goes. Damaged checkpoints stay for diagnosis until
+--damaged. Data and uploads that belong to no checkpoint go when they are a day old and their generation is over.")]
 pub struct Prune {
     #[command(flatten)]
     run: RunArg,
     /// Keep the newest so many [default: the run's setting]
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     keep_last: Option<u32>,
-    /// And every checkpoint whose step is a multiple of this [default: the run's setting]
-    #[arg(long, value_name = "STEPS", value_parser = clap::value_parser!(u64).range(1..))]
-    keep_every: Option<u64>,
+    /// And every checkpoint whose step is a multiple of this, or the first of each stretch of time: 1000, 6h [default:
+    /// the run's setting]
+    #[arg(long, value_name = "STEPS|TIME", value_parser = spacing)]
+    keep_every: Option<Spacing>,
+    /// And so many with the lowest validation loss [default: the run's setting]
+    #[arg(long, value_name = "N")]
+    keep_best: Option<u32>,
+    /// Delete the damaged checkpoints, too
+    #[arg(long)]
+    damaged: bool,
     /// Print the plan and delete nothing
     #[arg(long)]
     dry_run: bool,
@@ -49,63 +60,202 @@ pub struct Prune {
     json: JsonArg,
 }
 
-/// One checkpoint of the plan.
+fn spacing(text: &str) -> Result<Spacing, String> {
+    let steps = text.trim().parse().ok().filter(|steps| *steps > 0).map(Spacing::Steps);
+    steps.or_else(|| parse_spacing(text)).ok_or_else(|| "expected a number of steps, or a duration such as 6h".into())
+}
+
+/// One thing of the plan.
 #[derive(Debug, Serialize)]
-struct Doomed {
-    #[serde(flatten)]
-    point: ResumePoint,
-    bytes: u64,
-    deleted: bool,
+#[serde(tag = "kind", rename_all = "snake_case")]
+enum Line<'a> {
+    /// A checkpoint that stays or goes.
+    Checkpoint {
+        #[serde(flatten)]
+        fate: &'a Fate,
+        goes: bool,
+        deleted: bool,
+    },
+    /// A folder that no checkpoint lies in.
+    Folder {
+        #[serde(flatten)]
+        folder: &'a Folder,
+        deleted: bool,
+    },
+    /// An upload that nobody has finished.
+    Upload { key: &'a str, since: Timestamp, deleted: bool },
+    /// What it comes to.
+    Total(Total),
+}
+
+/// What it comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Total {
+    kept: u64,
+    kept_bytes: u64,
+    /// US dollars, estimated.
+    kept_usd_per_month: f64,
+    gone: u64,
+    /// Of checkpoints and folders; an unfinished upload's are not known.
+    gone_bytes: u64,
+    gone_usd_per_month: f64,
+}
+
+/// What was planned, or done.
+struct Done {
+    fates: Vec<Fate>,
+    rubbish: Rubbish,
+    total: Total,
+    /// Nothing vouches for the newest checkpoint yet.
+    unread: bool,
+    dry_run: bool,
 }
 
 impl Prune {
     pub(super) fn execute(self) -> Result<ExitCode> {
-        let doomed = store::block_on(self.prune())?;
-        output::emit(&if self.json.json { output::json_lines(&doomed)? } else { table(&doomed) })?;
+        let done = store::block_on(self.prune())?;
+        output::emit(&if self.json.json { output::json_lines(done.lines())? } else { done.text() })?;
         Ok(ExitCode::SUCCESS)
     }
 
-    async fn prune(&self) -> Result<Vec<Doomed>> {
+    async fn prune(&self) -> Result<Done> {
         let root = self.run.store.open()?;
         let folder = root.folder(self.run.run_id.as_str());
-        let journal = Journal::open(folder.clone(), NodeId::random(), self.run.run_id.clone()).await?;
+        let mut journal = Journal::open(folder.clone(), NodeId::random(), self.run.run_id.clone()).await?;
         let plan = self.plan(&folder, journal.state()).await?;
-        let bytes = |point: &ResumePoint| {
-            journal.state().checkpoint(point.step, point.generation).map_or(0, |checkpoint| checkpoint.committed.bytes)
-        };
-        let doomed = plan
-            .iter()
-            .map(|point| Doomed { point: point.clone(), bytes: bytes(point), deleted: !self.dry_run })
-            .collect();
+        for damage in &plan.damaged {
+            tracing::warn!(step = %damage.step, object = damage.object, "checkpoint is damaged: {}", damage.reason);
+            let status = journal.state().checkpoint(damage.step, damage.generation).map(|c| &c.status);
+            if !self.dry_run && status == Some(&CheckpointStatus::Good) {
+                journal.append(damage.record()).await?;
+            }
+        }
+        let fates = self.with_quarantined(plan.fates, journal.state())?;
+        let rubbish = rubbish::find(&folder, journal.state(), Timestamp::now()).await?;
+        if let Some(error) = &rubbish.unlisted {
+            tracing::warn!(%error, "unfinished uploads were not looked for: allow s3:ListBucketMultipartUploads");
+        }
+        let total = total(journal.state(), &fates, &rubbish);
         if !self.dry_run {
-            let journal = Arc::new(Mutex::new(journal));
-            apply_prune(&folder, &plan, |point: ResumePoint| {
-                let journal = Arc::clone(&journal);
+            let doing = format!("prune run {}", self.run.run_id);
+            let journal = Mutex::new(journal);
+            let append = |ResumePoint { step, generation }| {
+                let journal = &journal;
                 async move {
-                    let record = Record::Pruned { step: point.step, generation: point.generation };
-                    journal.lock().await.append(record).await?;
+                    journal.lock().await.append(Record::Pruned { step, generation }).await?;
                     Ok::<_, Error>(())
                 }
-            })
-            .await
-            .context(format!("prune run {}", self.run.run_id))?;
-            folder.sweep_unfinished(STALE).await?;
+            };
+            apply_prune(&folder, &doomed(&fates), append).await.context(&doing)?;
+            rubbish::sweep(&folder, &rubbish).await.context(doing)?;
         }
-        Ok(doomed)
+        Ok(Done { fates, rubbish, total, unread: plan.unread, dry_run: self.dry_run })
     }
 
-    async fn plan(&self, folder: &Store, state: &RunState) -> Result<Vec<ResumePoint>> {
+    async fn plan(&self, folder: &Store, state: &RunState) -> Result<Plan> {
         let config = history::config(state).checkpoint.keep;
-        let keep = Keep { last: self.keep_last.unwrap_or(config.last), every: self.keep_every.or(config.every) };
-        Ok(plan_for(folder, state, keep, Abandoned::Delete).await?)
+        let keep = Keep {
+            last: self.keep_last.unwrap_or(config.last),
+            every: self.keep_every.or(config.every),
+            best: self.keep_best.unwrap_or(config.best),
+        };
+        let reading = if self.dry_run { Reading::Assume } else { Reading::Unless(&[]) };
+        Ok(plan_for(folder, state, keep, Abandoned::Delete, reading, None).await?)
+    }
+
+    /// The plan with the damaged checkpoints in it. If there is none but damaged ones, they may be all there is.
+    fn with_quarantined(&self, mut fates: Vec<Fate>, state: &RunState) -> Result<Vec<Fate>> {
+        let mut damaged = quarantined(state);
+        if self.damaged {
+            if !damaged.is_empty() && state.candidates().is_empty() {
+                return Err(CheckpointError::NoneUsable { run_id: self.run.run_id.clone() }.into());
+            }
+            damaged.iter_mut().for_each(|fate| fate.stays.clear());
+        }
+        // What was found damaged just now stands in the plan, too.
+        fates.retain(|fate| damaged.iter().all(|damaged| damaged.point != fate.point));
+        fates.append(&mut damaged);
+        fates.sort_by_key(|fate| (fate.point.generation, fate.point.step));
+        Ok(fates)
     }
 }
 
-fn table(doomed: &[Doomed]) -> String {
-    let mut table = Table::new(&[">step", ">generation", ">size", ""]);
-    for Doomed { point, bytes, deleted } in doomed {
-        let done = if *deleted { "deleted" } else { "would be deleted" };
-        table.row([point.step.to_string(), point.generation.to_string(), human::bytes(*bytes), done.to_owned()]);
+fn total(state: &RunState, fates: &[Fate], rubbish: &Rubbish) -> Total {
+    let (gone, kept): (Vec<&Fate>, Vec<&Fate>) = fates.iter().partition(|fate| fate.goes());
+    let sum = |fates: &[&Fate]| fates.iter().map(|fate| fate.bytes).fold(0, u64::saturating_add);
+    let kept_bytes = sum(&kept);
+    let gone_bytes = rubbish.folders.iter().map(|folder| folder.bytes).fold(sum(&gone), u64::saturating_add);
+    Total {
+        kept: kept.len() as u64,
+        kept_bytes,
+        kept_usd_per_month: history::monthly_cost(state, kept_bytes),
+        gone: (gone.len() + rubbish.folders.len() + rubbish.uploads.len()) as u64,
+        gone_bytes,
+        gone_usd_per_month: history::monthly_cost(state, gone_bytes),
     }
-    if doomed.is_empty() { "nothing to delete\n".into() } else { table.text() }
+}
+
+impl Done {
+    fn lines(&self) -> Vec<Line<'_>> {
+        let deleted = !self.dry_run;
+        let mut lines = Vec::new();
+        for fate in &self.fates {
+            lines.push(Line::Checkpoint { fate, goes: fate.goes(), deleted: deleted && fate.goes() });
+        }
+        lines.extend(self.rubbish.folders.iter().map(|folder| Line::Folder { folder, deleted }));
+        for upload in &self.rubbish.uploads {
+            lines.push(Line::Upload { key: &upload.key, since: upload.since, deleted });
+        }
+        lines.push(Line::Total(self.total));
+        lines
+    }
+
+    fn text(&self) -> String {
+        let goes = if self.dry_run { "would be deleted" } else { "deleted" };
+        let mut table = Table::new(&[">step", ">generation", ">size", "", "why"]);
+        for fate in &self.fates {
+            let why = fate.stays.iter().map(|why| words(*why)).collect::<Vec<_>>().join(", ");
+            let (what, why) = if fate.goes() { (goes, "nothing asks for it".to_owned()) } else { ("stays", why) };
+            let (step, generation) = (fate.point.step.to_string(), fate.point.generation.to_string());
+            table.row([step, generation, human::bytes(fate.bytes), what.to_owned(), why]);
+        }
+        for Folder { step, generation, why, objects, bytes } in &self.rubbish.folders {
+            let why = match why {
+                Kind::LeftOver => "left over from a deletion that was cut off",
+                Kind::Orphaned => "never committed",
+            };
+            let why = format!("{why}, {}", human::plural(*objects, "object"));
+            table.row([step.to_string(), generation.to_string(), human::bytes(*bytes), goes.to_owned(), why]);
+        }
+        let mut text = table.text();
+        for upload in &self.rubbish.uploads {
+            let since = human::ago(upload.since, Timestamp::now());
+            text.push_str(&format!("unfinished upload of {}, {since}: {goes}\n", human::plain(&upload.key)));
+        }
+        let Total { kept, kept_bytes, kept_usd_per_month, gone, gone_bytes, gone_usd_per_month } = self.total;
+        text.push_str(&format!(
+            "kept: {}, {}, about {} a month\n{goes}: {gone}, {}, about {} a month\n",
+            human::plural(kept, "checkpoint"),
+            human::bytes(kept_bytes),
+            human::dollars(kept_usd_per_month),
+            human::bytes(gone_bytes),
+            human::dollars(gone_usd_per_month),
+        ));
+        if self.unread {
+            text.push_str("this store keeps no checksums: the newest checkpoint is read before anything is deleted\n");
+        }
+        text
+    }
+}
+
+fn words(why: Why) -> &'static str {
+    match why {
+        Why::Verified => "the newest that is verified",
+        Why::Unproven => "newer than what is verified",
+        Why::Last => "one of the last",
+        Why::Every => "one that is kept for good",
+        Why::Best => "one of the best",
+        Why::InUse => "the run has resumed from it",
+        Why::Quarantined => "damaged, kept for diagnosis (--damaged deletes it)",
+    }
 }

@@ -4,10 +4,10 @@ use toml::Value;
 
 use super::{
     CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, NoticeConfig, OnComplete, OptimizerConfig,
-    ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, Strategy, TrainConfig,
+    ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig,
     error::Origin,
     raw::Raw,
-    resolve::{self, ACTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES},
+    resolve::{self, ACTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, STRATEGIES},
     text,
 };
 
@@ -31,8 +31,9 @@ pub fn effect(key: &str) -> Effect {
         }
         "train.seed" => Effect::Fixed("it orders the samples: those already seen would come again, others never"),
         "train.optimizer.kind" => Effect::Fixed("the checkpoints hold this optimizer's moments"),
-        // The samples' cursor and the tensors are independent of the number of workers.
-        "parallel.nproc_per_node" | "data.validation_every" => Effect::Free,
+        // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps: only the
+        // order in which gradients are summed depends on it.
+        "parallel.strategy" | "parallel.nproc_per_node" | "data.validation_every" => Effect::Free,
         _ if key.starts_with("model.") => Effect::Fixed("the checkpoints' tensors belong to this model"),
         _ if ["data.", "train.", "parallel."].iter().any(|section| key.starts_with(section)) => Effect::Mathematical,
         _ => Effect::Free,
@@ -113,14 +114,12 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
     let ParallelConfig { strategy, nproc_per_node, bucket_mib } = parallel;
-    let CheckpointConfig { every, keep: Keep { last, every: keep_every } } = checkpoint;
+    let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, price_per_gib_month } =
+        checkpoint;
     let NoticeConfig { sources } = notice;
     let OnComplete { action } = on_complete;
     let RestartConfig { max, same_step, backoff } = restart;
     let StorageConfig { concurrency, part_mib } = storage;
-    let strategy = match strategy {
-        Strategy::Ddp => "ddp",
-    };
     vec![
         ("store", word(store)),
         ("model.kind", word(name_of(MODEL_KINDS, *kind))),
@@ -145,12 +144,15 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("train.schedule.kind", word(name_of(SCHEDULES, *schedule_kind))),
         ("train.schedule.warmup_steps", whole(*warmup_steps)),
         ("train.schedule.min_lr_ratio", Value::Float(*min_lr_ratio)),
-        ("parallel.strategy", word(strategy)),
+        ("parallel.strategy", word(name_of(STRATEGIES, *strategy))),
         ("parallel.nproc_per_node", nproc_per_node.map_or_else(|| word("auto"), whole)),
         ("parallel.bucket_mib", whole(*bucket_mib)),
         ("checkpoint.every", word(&text::format_cadence(*every))),
+        ("checkpoint.scrub", word(&scrub.map_or_else(|| "never".into(), text::format_duration))),
+        ("checkpoint.price_per_gib_month", Value::Float(*price_per_gib_month)),
         ("checkpoint.keep.last", whole(*last)),
-        ("checkpoint.keep.every", word(&keep_every.map_or_else(|| "never".into(), text::format_steps))),
+        ("checkpoint.keep.every", word(&keep_every.map_or_else(|| "never".into(), text::format_spacing))),
+        ("checkpoint.keep.best", whole(*best)),
         ("notice.sources", Value::Array(sources.iter().map(|source| word(source)).collect())),
         ("on_complete.action", word(name_of(ACTIONS, *action))),
         ("restart.max", whole(*max)),

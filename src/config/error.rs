@@ -82,18 +82,6 @@ pub enum ConfigError {
         /// What it may be.
         expected: String,
     },
-    /// Planned, and not there yet.
-    #[error("{origin}: {key} = {given} is not in this version, which has {available}")]
-    NotInThisVersion {
-        /// The key's full path.
-        key: String,
-        /// Where it was set.
-        origin: Origin,
-        /// The value, as TOML.
-        given: String,
-        /// What there is instead.
-        available: &'static str,
-    },
     /// A key without a usable default was not given.
     #[error("{key} is not set")]
     Missing {

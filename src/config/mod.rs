@@ -26,7 +26,9 @@ pub use error::{ConfigError, Origin};
 pub use machine::{Machine, workers_per_node};
 pub use raw::DEFAULT_TOML;
 pub use resolve::{Fetch, Sources, load};
-pub use text::{absolute_uri, format_cadence, format_duration, local_path, parse_cadence, parse_duration};
+pub use text::{
+    absolute_uri, format_cadence, format_duration, local_path, parse_cadence, parse_duration, parse_spacing,
+};
 
 /// A run's resolved configuration. Stored in the journal's `created` record.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -161,7 +163,7 @@ pub struct ParallelConfig {
     pub strategy: Strategy,
     /// Workers on one node; `None`: one a GPU, or one where there is none.
     pub nproc_per_node: Option<u32>,
-    /// Gradient bucket size of the all-reduce, MiB.
+    /// Size of the buckets in which gradients are reduced and weights gathered, MiB.
     pub bucket_mib: u32,
 }
 
@@ -171,6 +173,8 @@ pub struct ParallelConfig {
 pub enum Strategy {
     /// Everything replicated, gradients all-reduced.
     Ddp,
+    /// Weights replicated; optimizer state, and with bf16 the fp32 weights, partitioned (ZeRO stage 1, arXiv 1910.02054).
+    Zero1,
 }
 
 /// When state is saved, and what is kept.
@@ -180,6 +184,23 @@ pub struct CheckpointConfig {
     pub every: Cadence,
     /// What is kept.
     pub keep: Keep,
+    /// How often what is kept is held against its checksums while the run trains; `None`: never.
+    #[serde(default = "daily", with = "optional_seconds")]
+    pub scrub: Option<Duration>,
+    /// What a GiB costs in the store for a month, in US dollars; for estimates.
+    #[serde(default = "s3_standard_price")]
+    pub price_per_gib_month: f64,
+}
+
+/// The default of `checkpoint.scrub`, which journals of runs created before it was a setting don't name.
+#[expect(clippy::unnecessary_wraps, reason = "serde wants the field's own type")]
+const fn daily() -> Option<Duration> {
+    Some(Duration::from_secs(24 * 60 * 60))
+}
+
+/// S3 Standard, us-east-1, the first 50 TB of a month (<https://aws.amazon.com/s3/pricing/>).
+const fn s3_standard_price() -> f64 {
+    0.023
 }
 
 /// When state is saved.
@@ -200,8 +221,25 @@ pub enum Cadence {
 pub struct Keep {
     /// The newest so many.
     pub last: u32,
-    /// And every checkpoint whose step is a multiple of this.
-    pub every: Option<u64>,
+    /// And one at every so many steps, or so much time.
+    pub every: Option<Spacing>,
+    /// And so many with the lowest validation loss.
+    #[serde(default)]
+    pub best: u32,
+}
+
+/// How far apart checkpoints are that are kept for good. Stored as a plain number of steps, or as `{"seconds":21600.0}`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Spacing {
+    /// Checkpoints whose step is a multiple of this.
+    Steps(u64),
+    /// The first checkpoint of each such stretch of time, counted from 1970.
+    Time {
+        /// The stretch.
+        #[serde(with = "seconds")]
+        seconds: Duration,
+    },
 }
 
 /// What is listened to for warnings that the machine goes away.
@@ -260,5 +298,20 @@ mod seconds {
     }
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
         Duration::try_from_secs_f64(f64::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    }
+}
+
+/// The same, or nothing.
+mod optional_seconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+        value.map(|value| value.as_secs_f64()).serialize(serializer)
+    }
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+        let seconds = Option::<f64>::deserialize(deserializer)?;
+        seconds.map(Duration::try_from_secs_f64).transpose().map_err(serde::de::Error::custom)
     }
 }

@@ -3,14 +3,14 @@
 //! The embedded `default.toml` is the schema: its keys are the keys there are. Later layers replace single keys, so that
 //! `optimizer = { lr = 1e-3 }` leaves the other settings of the optimizer alone.
 
-use std::{collections::BTreeMap, fmt::Display, ops::RangeInclusive, path::Path};
+use std::{collections::BTreeMap, fmt::Display, ops::RangeInclusive, path::Path, time::Duration};
 
 use toml::{
     Table, Value,
     de::{DeTable, DeValue},
 };
 
-use super::{Cadence, ConfigError, error::Origin, text};
+use super::{Cadence, ConfigError, Spacing, error::Origin, text};
 
 /// Every key with its default, and a comment that says what it means.
 pub const DEFAULT_TOML: &str = include_str!("default.toml");
@@ -231,17 +231,30 @@ impl Raw {
         })
     }
 
-    /// `never` (gives `None`), or a count of steps.
-    pub fn never_or_steps(&self, key: &str) -> Result<Option<u64>, ConfigError> {
+    /// `never` (gives `None`), a count of steps or a duration.
+    pub fn never_or_spacing(&self, key: &str) -> Result<Option<Spacing>, ConfigError> {
+        const EXPECTED: &str = r#""never", a count of steps such as "1000 steps", or a duration such as "6h""#;
         match self.value(key)?.as_str() {
             Some("never") => Ok(None),
-            Some(other) if text::parse_steps(other).is_some() => Ok(text::parse_steps(other)),
-            _ => Err(self.wrong(key, r#""never", or a count of steps such as "1000 steps""#)),
+            other => other.and_then(text::parse_spacing).map(Some).ok_or_else(|| self.wrong(key, EXPECTED)),
+        }
+    }
+
+    /// `never` (gives `None`), or a duration of at least a second.
+    pub fn never_or_duration(&self, key: &str) -> Result<Option<Duration>, ConfigError> {
+        const EXPECTED: &str = r#""never", or a duration such as "12h" or "1d""#;
+        match self.value(key)?.as_str() {
+            Some("never") => Ok(None),
+            other => other
+                .and_then(text::parse_duration)
+                .filter(|duration| *duration >= Duration::from_secs(1))
+                .map(Some)
+                .ok_or_else(|| self.wrong(key, EXPECTED)),
         }
     }
 
     /// A duration.
-    pub fn duration(&self, key: &str) -> Result<std::time::Duration, ConfigError> {
+    pub fn duration(&self, key: &str) -> Result<Duration, ConfigError> {
         self.value(key)?
             .as_str()
             .and_then(text::parse_duration)

@@ -19,6 +19,7 @@ const MAX_MODEL_CONFIG: u64 = 1 << 20;
 
 pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("llama", ModelKind::Llama)];
 pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
+pub(super) const STRATEGIES: &[(&str, Strategy)] = &[("ddp", Strategy::Ddp), ("zero1", Strategy::Zero1)];
 pub(super) const SCHEDULES: &[(&str, ScheduleKind)] =
     &[("cosine", ScheduleKind::Cosine), ("linear", ScheduleKind::Linear), ("constant", ScheduleKind::Constant)];
 pub(super) const ACTIONS: &[(&str, CompleteAction)] =
@@ -219,20 +220,8 @@ fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigErro
 }
 
 fn parallel(raw: &Raw) -> Result<ParallelConfig, ConfigError> {
-    let strategy = match raw.text("parallel.strategy")? {
-        "ddp" => Strategy::Ddp,
-        "zero1" => {
-            return Err(ConfigError::NotInThisVersion {
-                key: "parallel.strategy".into(),
-                origin: raw.origin("parallel.strategy"),
-                given: raw.given("parallel.strategy"),
-                available: "\"ddp\"",
-            });
-        }
-        _ => return Err(raw.wrong("parallel.strategy", "\"ddp\"")),
-    };
     Ok(ParallelConfig {
-        strategy,
+        strategy: raw.choice("parallel.strategy", STRATEGIES)?,
         nproc_per_node: raw.word_or_whole("parallel.nproc_per_node", "auto", 1..=1024)?,
         bucket_mib: raw.whole("parallel.bucket_mib", 1..=65_536)?,
     })
@@ -243,8 +232,15 @@ fn checkpoint(raw: &Raw) -> Result<CheckpointConfig, ConfigError> {
         every: raw.cadence("checkpoint.every")?,
         keep: Keep {
             last: raw.whole("checkpoint.keep.last", 1..=u32::MAX)?,
-            every: raw.never_or_steps("checkpoint.keep.every")?,
+            every: raw.never_or_spacing("checkpoint.keep.every")?,
+            best: raw.whole("checkpoint.keep.best", 0..=u32::MAX)?,
         },
+        scrub: raw.never_or_duration("checkpoint.scrub")?,
+        price_per_gib_month: raw.number(
+            "checkpoint.price_per_gib_month",
+            |price| price >= 0.0,
+            "a number, at least 0",
+        )?,
     })
 }
 

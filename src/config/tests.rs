@@ -110,7 +110,12 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                 schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
             },
             parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: None, bucket_mib: 25 },
-            checkpoint: CheckpointConfig { every: Cadence::Auto, keep: Keep { last: 3, every: Some(1000) } },
+            checkpoint: CheckpointConfig {
+                every: Cadence::Auto,
+                keep: Keep { last: 3, every: Some(Spacing::Steps(1000)), best: 0 },
+                scrub: Some(Duration::from_secs(86_400)),
+                price_per_gib_month: 0.023,
+            },
             notice: NoticeConfig { sources: vec!["auto".into()] },
             on_complete: OnComplete { action: CompleteAction::Exit },
             restart: RestartConfig { max: 10, same_step: 3, backoff: Duration::from_secs(1) },
@@ -148,7 +153,11 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             "run.toml:5: unknown key train.optimizer.beta",
             "did you mean train.optimizer.betas?",
         ),
-        ("checkpoint.zzzzzz = 1", "run.toml:3: unknown key checkpoint.zzzzzz", "there are every, keep"),
+        (
+            "checkpoint.zzzzzz = 1",
+            "run.toml:3: unknown key checkpoint.zzzzzz",
+            "there are every, keep, price_per_gib_month, scrub",
+        ),
         (
             "'qqq.qqq' = 1",
             "run.toml:3: unknown key \"qqq.qqq\"",
@@ -203,12 +212,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             "run.toml:3: data.sequence_length = 0: expected a whole number from 1 to 1048576",
             "",
         ),
-        (
-            "parallel.strategy = 'zero1'",
-            "run.toml:3: parallel.strategy = \"zero1\" is not in this version, which has \"ddp\"",
-            "",
-        ),
-        ("parallel.strategy = 'fsdp'", "run.toml:3: parallel.strategy = \"fsdp\": expected \"ddp\"", ""),
+        ("parallel.strategy = 'fsdp'", "run.toml:3: parallel.strategy = \"fsdp\": expected \"ddp\" or \"zero1\"", ""),
         (
             "checkpoint.every = 500",
             "run.toml:3: checkpoint.every = 500: expected \"auto\", a count of steps such as \"500 steps\", or a duration such as \"2h\"",
@@ -221,7 +225,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "checkpoint.keep = { every = 1000 }",
-            "run.toml:3: checkpoint.keep.every = 1000: expected \"never\", or a count of steps such as \"1000 steps\"",
+            "run.toml:3: checkpoint.keep.every = 1000: expected \"never\", a count of steps such as \"1000 steps\", or a duration such as \"6h\"",
             "",
         ),
         (
@@ -370,8 +374,12 @@ fn a_resume_changes_what_it_names_and_nothing_else() {
     assert_eq!(apply_overrides(&base, &[]).unwrap(), base);
     assert!(diff(&base, &base).is_empty());
 
-    let overrides =
-        pairs(&[("checkpoint.every", "2h"), ("train.optimizer.lr", "1"), ("train.optimizer", "{grad_clip=0}")]);
+    let overrides = pairs(&[
+        ("checkpoint.every", "2h"),
+        ("parallel.strategy", "zero1"),
+        ("train.optimizer.lr", "1"),
+        ("train.optimizer", "{grad_clip=0}"),
+    ]);
     let changed = apply_overrides(&base, &overrides).unwrap();
     let differences: Vec<_> =
         diff(&base, &changed).into_iter().map(|d| (d.key, d.from, d.to, is_mathematical(d.key))).collect();
@@ -380,6 +388,7 @@ fn a_resume_changes_what_it_names_and_nothing_else() {
         [
             ("train.optimizer.lr", "0.0003".to_owned(), "1.0".to_owned(), true),
             ("train.optimizer.grad_clip", "1.0".to_owned(), "0.0".to_owned(), true),
+            ("parallel.strategy", "\"ddp\"".to_owned(), "\"zero1\"".to_owned(), false),
             ("checkpoint.every", "\"auto\"".to_owned(), "\"2h\"".to_owned(), false),
         ]
     );
@@ -439,10 +448,14 @@ fn every_key_has_an_effect_that_was_thought_about() {
         free,
         [
             "data.validation_every",
+            "parallel.strategy",
             "parallel.nproc_per_node",
             "checkpoint.every",
+            "checkpoint.scrub",
+            "checkpoint.price_per_gib_month",
             "checkpoint.keep.last",
             "checkpoint.keep.every",
+            "checkpoint.keep.best",
             "notice.sources",
             "on_complete.action",
             "restart.max",
@@ -478,4 +491,42 @@ fn the_configurations_that_are_delivered_are_read() {
         }
     }
     assert!(seen >= 2);
+}
+
+#[test]
+fn a_run_from_before_a_setting_was_there_has_its_default_and_hostile_ones_are_refused() {
+    let config = load_least("").unwrap();
+    let stored = serde_json::to_value(&config).unwrap();
+    let with = |change: &dyn Fn(&mut serde_json::Map<String, serde_json::Value>)| {
+        let mut changed = stored.clone();
+        change(changed["checkpoint"].as_object_mut().unwrap());
+        serde_json::from_value::<RunConfig>(changed)
+    };
+    let older = with(&|checkpoint| {
+        checkpoint.remove("scrub");
+        checkpoint.remove("price_per_gib_month");
+        checkpoint["keep"].as_object_mut().unwrap().remove("best");
+    });
+    assert_eq!(older.unwrap(), config);
+    let never = with(&|checkpoint| _ = checkpoint.insert("scrub".into(), serde_json::Value::Null));
+    assert_eq!(never.unwrap().checkpoint.scrub, None);
+    for (key, value) in [
+        ("scrub", serde_json::json!(-1.0)),
+        ("scrub", serde_json::json!(1e300)),
+        ("scrub", serde_json::json!("1d")),
+        ("price_per_gib_month", serde_json::json!("free")),
+        ("keep", serde_json::json!({"last": 3, "every": {"seconds": -5.0}})),
+        ("keep", serde_json::json!({"last": 3, "every": null, "best": -1})),
+    ] {
+        assert!(with(&|checkpoint| _ = checkpoint.insert(key.into(), value.clone())).is_err(), "{key} = {value}");
+    }
+    for (setting, expected) in [
+        ("checkpoint.scrub = '10ms'", "\"never\", or a duration"),
+        ("checkpoint.price_per_gib_month = -1", "a number, at least 0"),
+        ("checkpoint.keep = { best = -1 }", "a whole number, at least 0"),
+        ("checkpoint.keep = { every = '10ms' }", "\"never\", a count of steps"),
+    ] {
+        let error = load_least(setting).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
 }

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use super::Cadence;
+use super::{Cadence, Spacing};
 
 /// Reads `90s`, `2h`, `1h30m`, `250ms`, `1d`. `None` for anything else, and for what does not fit.
 pub fn parse_duration(text: &str) -> Option<Duration> {
@@ -84,6 +84,20 @@ pub fn format_cadence(cadence: Cadence) -> String {
         Cadence::Auto => "auto".into(),
         Cadence::Steps(steps) => format_steps(steps),
         Cadence::Time(time) => format_duration(time),
+    }
+}
+
+/// Reads `1000 steps` or a duration of at least a second.
+pub fn parse_spacing(text: &str) -> Option<Spacing> {
+    let time = || parse_duration(text).filter(|time| *time >= Duration::from_secs(1));
+    parse_steps(text).map(Spacing::Steps).or_else(|| time().map(|seconds| Spacing::Time { seconds }))
+}
+
+/// Writes a spacing the way [`parse_spacing`] reads it.
+pub fn format_spacing(spacing: Spacing) -> String {
+    match spacing {
+        Spacing::Steps(steps) => format_steps(steps),
+        Spacing::Time { seconds } => format_duration(seconds),
     }
 }
 
@@ -202,6 +216,27 @@ mod tests {
         assert_eq!(parse_cadence("500steps"), Some(Cadence::Steps(500)));
         for bad in ["0 steps", "-1 steps", "steps", "500", "0s", "10ms", "sometimes"] {
             assert_eq!(parse_cadence(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn spacings_are_read_and_written_alike() {
+        let six_hours = Spacing::Time { seconds: Duration::from_secs(6 * 3600) };
+        for (text, spacing) in [("1000 steps", Spacing::Steps(1000)), ("6h", six_hours)] {
+            assert_eq!(parse_spacing(text), Some(spacing));
+            assert_eq!(format_spacing(spacing), text);
+        }
+        for bad in ["0 steps", "0s", "10ms", "auto", "1000", ""] {
+            assert_eq!(parse_spacing(bad), None, "{bad:?}");
+        }
+        // As journals keep it: a plain number has always been steps.
+        assert_eq!(serde_json::to_string(&Spacing::Steps(1000)).unwrap(), "1000");
+        assert_eq!(serde_json::to_string(&six_hours).unwrap(), r#"{"seconds":21600.0}"#);
+        for (stored, spacing) in [("1000", Spacing::Steps(1000)), (r#"{"seconds":21600}"#, six_hours)] {
+            assert_eq!(serde_json::from_str::<Spacing>(stored).unwrap(), spacing);
+        }
+        for bad in ["-1", "1.5", r#"{"seconds":-1.0}"#, r#"{"seconds":1e300}"#, "{}", r#""6h""#, "[]"] {
+            assert!(serde_json::from_str::<Spacing>(bad).is_err(), "{bad}");
         }
     }
 

@@ -31,7 +31,12 @@ pub(super) fn config() -> RunConfig {
             schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 1, min_lr_ratio: 0.1 },
         },
         parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: None, bucket_mib: 25 },
-        checkpoint: CheckpointConfig { every: Cadence::Auto, keep: Keep { last: 3, every: None } },
+        checkpoint: CheckpointConfig {
+            every: Cadence::Auto,
+            keep: Keep { last: 3, every: None, best: 0 },
+            scrub: None,
+            price_per_gib_month: 0.023,
+        },
         notice: NoticeConfig { sources: vec!["auto".into()] },
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_secs(1) },

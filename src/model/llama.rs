@@ -13,6 +13,7 @@ use super::{
     llama_config::{EMBEDDING, FINAL_NORM, LlamaConfig, OUTPUT, layer_prefix},
     loss::linear_cross_entropy,
     rope::{RopeTable, Turns},
+    weight::Weight,
 };
 use crate::config::Precision;
 
@@ -22,45 +23,42 @@ pub struct Llama {
     precision: Precision,
     device: Device,
     parameters: Vec<(String, Tensor)>,
-    embedding: Tensor,
-    layers: Vec<Layer>,
-    norm: Tensor,
-    /// The embedding itself when tied.
-    output: Tensor,
+    parts: Parts,
     rope: RopeTable,
 }
 
+/// The parameters, each where it is used.
+struct Parts {
+    embedding: Weight,
+    layers: Vec<Layer>,
+    norm: Weight,
+    /// The embedding itself when tied.
+    output: Weight,
+}
+
 struct Layer {
-    input_norm: Tensor,
+    input_norm: Weight,
     query: Linear,
     key: Linear,
     value: Linear,
     attention_output: Linear,
-    middle_norm: Tensor,
+    middle_norm: Weight,
     gate: Linear,
     up: Linear,
     down: Linear,
 }
 
 struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
+    weight: Weight,
+    bias: Option<Weight>,
 }
 
-impl Llama {
-    /// A model with fresh weights.
-    pub fn new(config: LlamaConfig, settings: &BuildSettings) -> Result<Self, ModelError> {
-        let mut parameters = Vec::new();
-        for (name, shape) in config.parameter_shapes() {
-            let tensor = init::fresh(&config, &name, &shape, settings).doing("make parameters")?;
-            parameters.push((name, tensor));
-        }
-
-        // The same tensors again, each where it is used.
-        let named: HashMap<&str, &Tensor> = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+impl Parts {
+    fn assemble(config: &LlamaConfig, weights: &[(String, Weight)]) -> Result<Self, ModelError> {
+        let named: HashMap<&str, &Weight> = weights.iter().map(|(name, weight)| (name.as_str(), weight)).collect();
         let get = |name: &str| {
-            let tensor = named.get(name).ok_or_else(|| ModelError::NoParameter { name: name.to_owned() })?;
-            Ok::<_, ModelError>(tensor.shallow_clone())
+            let weight = named.get(name).ok_or_else(|| ModelError::NoParameter { name: name.to_owned() })?;
+            Ok::<_, ModelError>(weight.share())
         };
         let layers = (0..config.num_hidden_layers)
             .map(|layer| {
@@ -88,11 +86,25 @@ impl Llama {
             layers,
             norm: get(FINAL_NORM)?,
             output: get(if config.tie_word_embeddings { EMBEDDING } else { OUTPUT })?,
+        })
+    }
+}
+
+impl Llama {
+    /// A model with fresh weights.
+    pub fn new(config: LlamaConfig, settings: &BuildSettings) -> Result<Self, ModelError> {
+        let mut weights = Vec::new();
+        for (name, shape) in config.parameter_shapes() {
+            let leaf = init::fresh(&config, &name, &shape, settings).doing("make parameters")?;
+            weights.push((name, Weight { leaf, copy: None }));
+        }
+        Ok(Self {
+            parts: Parts::assemble(&config, &weights)?,
+            parameters: weights.into_iter().map(|(name, weight)| (name, weight.leaf)).collect(),
             rope: RopeTable::new(&config, settings.device),
             precision: settings.precision,
             device: settings.device,
             config,
-            parameters,
         })
     }
 
@@ -108,14 +120,13 @@ impl Llama {
             return Err(ModelError::Input { what: "tokens", reason });
         }
         let turns = self.rope.turns(len)?;
-        let mut x = Tensor::f_embedding(&self.embedding, tokens, -1, false, false)
-            .and_then(|x| self.at_use(&x))
-            .doing("look up token embeddings")?;
-        for layer in &self.layers {
+        let kind = self.kind();
+        let mut x = self.parts.embedding.look_up(tokens, kind).doing("look up token embeddings")?;
+        for layer in &self.parts.layers {
             x = self.attention(layer, &x, &turns).doing("compute attention")?;
             x = self.feed_forward(layer, &x).doing("compute feed-forward layer")?;
         }
-        self.rms_norm(&x, &self.norm).doing("compute last norm")
+        self.rms_norm(&x, &self.parts.norm).doing("compute last norm")
     }
 
     /// Adds a layer's attention to the residual stream `x`.
@@ -159,25 +170,27 @@ impl Llama {
     }
 
     fn linear(&self, x: &Tensor, linear: &Linear) -> Result<Tensor, TchError> {
-        let bias = linear.bias.as_ref().map(|bias| self.at_use(bias)).transpose()?;
-        x.f_linear(&self.at_use(&linear.weight)?, bias)
+        let bias = linear.bias.as_ref().map(|bias| bias.at_use(self.kind())).transpose()?;
+        x.f_linear(&linear.weight.at_use(self.kind())?, bias)
     }
 
     /// RMSNorm (Zhang and Sennrich, arXiv 1910.07467); LibTorch computes the mean square in fp32 for bf16 input too.
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, TchError> {
-        x.f_rms_norm([i64::from(self.config.hidden_size)], Some(self.at_use(weight)?), self.config.rms_norm_eps)
+    fn rms_norm(&self, x: &Tensor, weight: &Weight) -> Result<Tensor, TchError> {
+        x.f_rms_norm([i64::from(self.config.hidden_size)], Some(weight.at_use(self.kind())?), self.config.rms_norm_eps)
     }
 
-    /// A tensor in the type that it is computed with. The cast is recorded: gradients come back in fp32.
-    fn at_use(&self, tensor: &Tensor) -> Result<Tensor, TchError> {
+    /// The type that is computed with.
+    fn kind(&self) -> Kind {
         match self.precision {
-            Precision::Fp32 => Ok(tensor.shallow_clone()),
-            Precision::Bf16 => tensor.f_to_kind(Kind::BFloat16),
+            Precision::Fp32 => Kind::Float,
+            Precision::Bf16 => Kind::BFloat16,
         }
     }
 
     fn scores(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
-        self.at_use(&self.output)
+        self.parts
+            .output
+            .at_use(self.kind())
             .and_then(|output| hidden.f_linear(&output, None::<&Tensor>)?.f_to_kind(Kind::Float))
             .doing("compute logits")
     }
@@ -186,6 +199,24 @@ impl Llama {
 impl Model for Llama {
     fn parameters(&self) -> &[(String, Tensor)] {
         &self.parameters
+    }
+
+    fn set_parameters(&mut self, weights: Vec<Weight>) -> Result<(), ModelError> {
+        if weights.len() != self.parameters.len() {
+            let reason = format!("are {}, the model has {}", weights.len(), self.parameters.len());
+            return Err(ModelError::Input { what: "parameters", reason });
+        }
+        for ((name, own), weight) in self.parameters.iter().zip(&weights) {
+            let copy = weight.copy.as_ref().map_or_else(|| own.size(), Tensor::size);
+            if weight.leaf.size() != own.size() || copy != own.size() {
+                let reason = format!("hold {name} with other extents than {:?}", own.size());
+                return Err(ModelError::Input { what: "parameters", reason });
+            }
+        }
+        let named = self.parameters.iter().map(|(name, _)| name.clone()).zip(weights).collect::<Vec<_>>();
+        self.parts = Parts::assemble(&self.config, &named)?;
+        self.parameters = named.into_iter().map(|(name, weight)| (name, weight.leaf)).collect();
+        Ok(())
     }
 
     fn loss(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
@@ -200,7 +231,7 @@ impl Model for Llama {
         let hidden = self.hidden(&tokens.f_narrow(1, 0, len).doing("slice tokens")?)?;
         let hidden = hidden.f_flatten(0, 1).doing("compute loss")?;
         let targets = tokens.f_narrow(1, 1, len).and_then(|targets| targets.f_reshape(-1)).doing("slice tokens")?;
-        linear_cross_entropy(&hidden, &self.output, &targets)
+        linear_cross_entropy(&hidden, &self.parts.output, &targets)
     }
 
     fn logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {

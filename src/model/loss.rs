@@ -4,12 +4,12 @@
 //! three of them. Here rows are taken in chunks: the gradient of cross entropy is known in closed form (softmax minus
 //! one-hot), so each chunk's gradients with respect to hidden states and weights are computed along with its loss, and its
 //! scores are dropped (the idea of Liger Kernel's fused linear cross entropy, arXiv 2410.10989). No operation is done twice.
-//! The gradients enter autograd through a term that is zero in value: `s - detach(s)`, with `s` the inner product of each
-//! input and its gradient.
+//! That of the hidden states enters autograd through a term that is zero in value: `s - detach(s)`, with `s` their inner
+//! product with it; that of the weights through [`Weight::with_gradient`].
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Doing, ModelError};
+use super::{Doing, ModelError, Weight};
 
 /// Bytes of fp32 scores in one chunk. On a CPU below the 32 MiB from which glibc gives every buffer back to the kernel, so
 /// that chunks reuse warm pages; more on a GPU, which wants larger products.
@@ -22,21 +22,21 @@ const fn chunk_bytes(device: Device) -> i64 {
 
 /// Mean cross entropy of `hidden · weightᵀ` against `targets`: an fp32 scalar, differentiable once in `hidden` and `weight`.
 ///
-/// `hidden`: `[rows, width]`, fp32 or bf16, the type of the matrix products. `weight`: fp32 `[vocabulary, width]`. `targets`: i64
+/// `hidden`: `[rows, width]`, fp32 or bf16, the type of the matrix products. `weight`: `[vocabulary, width]`. `targets`: i64
 /// `[rows]`. Softmax and sums are fp32.
-pub(super) fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor, ModelError> {
+pub(super) fn linear_cross_entropy(hidden: &Tensor, weight: &Weight, targets: &Tensor) -> Result<Tensor, ModelError> {
     let rows = hidden.size().first().copied().unwrap_or(0);
-    let vocabulary = weight.size().first().copied().unwrap_or(0);
+    let vocabulary = weight.leaf.size().first().copied().unwrap_or(0);
     let chunk = (chunk_bytes(hidden.device()) / (4 * vocabulary.max(1))).max(128);
     chunked(hidden, weight, targets, rows, chunk).doing("compute loss")
 }
 
-fn chunked(hidden: &Tensor, weight: &Tensor, targets: &Tensor, rows: i64, chunk: i64) -> Result<Tensor, tch::TchError> {
+fn chunked(hidden: &Tensor, weight: &Weight, targets: &Tensor, rows: i64, chunk: i64) -> Result<Tensor, tch::TchError> {
     // Weights ask for gradients even where none are recorded; what was computed from them does not.
     let differentiate = hidden.requires_grad();
     let guard = tch::no_grad_guard();
     let kind = hidden.f_kind()?;
-    let matrix = weight.f_detach()?.f_to_kind(kind)?;
+    let matrix = weight.at_use(kind)?;
     let inputs = hidden.f_detach()?;
     let targets = targets.f_unsqueeze(1)?;
     let minus_one = Tensor::f_full([chunk.min(rows), 1], -1.0, (Kind::Float, hidden.device()))?;
@@ -68,12 +68,10 @@ fn chunked(hidden: &Tensor, weight: &Tensor, targets: &Tensor, rows: i64, chunk:
     let hidden_gradient = Tensor::f_cat(&hidden_gradients, 0)?.f_to_kind(Kind::Float)?;
     drop((guard, hidden_gradients));
 
-    // fp32 also for bf16 inputs: a caller's factor on the loss passes through these two products.
+    // fp32 also for bf16 inputs: a caller's factor on the loss passes through this product.
     let through_hidden = hidden.f_to_kind(Kind::Float)?.f_flatten(0, -1)?.f_dot(&hidden_gradient.f_flatten(0, -1)?)?;
-    let through_weight = weight.f_flatten(0, -1)?.f_dot(&weight_gradient.f_flatten(0, -1)?)?;
-    let carrier = through_hidden.f_add(&through_weight)?;
-    let nothing = carrier.f_sub(&carrier.f_detach()?)?.f_div_scalar(rows as f64)?;
-    loss.f_add(&nothing)
+    let nothing = through_hidden.f_sub(&through_hidden.f_detach()?)?.f_div_scalar(rows as f64)?;
+    weight.with_gradient(&loss.f_add(&nothing)?, &weight_gradient, rows as f64)
 }
 
 #[cfg(test)]
@@ -85,6 +83,10 @@ mod tests {
         let values = super::super::random::normal(seed, "test", len, 1.0);
         let tensor = Tensor::f_from_slice(&values).unwrap().f_view(shape).unwrap().f_to_kind(kind).unwrap();
         tensor.f_set_requires_grad(true).unwrap()
+    }
+
+    fn share(leaf: &Tensor) -> Weight {
+        Weight { leaf: leaf.shallow_clone(), copy: None }
     }
 
     fn targets() -> Tensor {
@@ -113,7 +115,7 @@ mod tests {
         let whole = scores.f_cross_entropy_loss(&targets(), None::<&Tensor>, tch::Reduction::Mean, -100, 0.0).unwrap();
         let expected = gradients(&whole, [&hidden, &weight]);
         for chunk in [1, 3, 5, 9, 10, 11] {
-            let loss = chunked(&hidden, &weight, &targets(), 10, chunk).unwrap();
+            let loss = chunked(&hidden, &share(&weight), &targets(), 10, chunk).unwrap();
             assert!(furthest(&loss, &whole) < 1e-6, "chunk {chunk}");
             let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
             assert!(furthest(&by_hidden, &expected[0]) < 1e-6, "chunk {chunk}");
@@ -126,9 +128,9 @@ mod tests {
         let (hidden, weight) = (leaf([10, 6], 1, Kind::BFloat16), leaf([7, 6], 2, Kind::Float));
         let exact_hidden =
             hidden.f_detach().unwrap().f_to_kind(Kind::Float).unwrap().f_set_requires_grad(true).unwrap();
-        let exact = chunked(&exact_hidden, &weight, &targets(), 10, 4).unwrap();
+        let exact = chunked(&exact_hidden, &share(&weight), &targets(), 10, 4).unwrap();
         let expected = gradients(&exact, [&exact_hidden, &weight]);
-        let loss = chunked(&hidden, &weight, &targets(), 10, 4).unwrap();
+        let loss = chunked(&hidden, &share(&weight), &targets(), 10, 4).unwrap();
         assert!(loss.f_kind().unwrap() == Kind::Float && furthest(&loss, &exact) < 2e-2);
         let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
         assert_eq!((by_hidden.f_kind().unwrap(), by_weight.f_kind().unwrap()), (Kind::BFloat16, Kind::Float));
@@ -139,8 +141,8 @@ mod tests {
     #[test]
     fn without_gradients_none_are_computed() {
         let (hidden, weight) = (leaf([10, 6], 1, Kind::Float), leaf([7, 6], 2, Kind::Float));
-        let with = chunked(&hidden, &weight, &targets(), 10, 4).unwrap();
-        let without = chunked(&hidden.f_detach().unwrap(), &weight, &targets(), 10, 4).unwrap();
+        let with = chunked(&hidden, &share(&weight), &targets(), 10, 4).unwrap();
+        let without = chunked(&hidden.f_detach().unwrap(), &share(&weight), &targets(), 10, 4).unwrap();
         assert!(with.requires_grad() && !without.requires_grad());
         assert_eq!(furthest(&with, &without), 0.0);
     }
@@ -151,7 +153,7 @@ mod tests {
         let hidden = leaf([10, 6], 1, Kind::Float).f_detach().unwrap().f_mul_scalar(1e3).unwrap();
         let hidden = hidden.f_set_requires_grad(true).unwrap();
         let weight = leaf([7, 6], 2, Kind::Float);
-        let loss = chunked(&hidden, &weight, &targets(), 10, 4).unwrap();
+        let loss = chunked(&hidden, &share(&weight), &targets(), 10, 4).unwrap();
         let value = loss.f_double_value(&[]).unwrap();
         assert!(value.is_finite() && value > 100.0, "{value}");
         let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);

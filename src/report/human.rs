@@ -73,6 +73,18 @@ fn three_digits(value: f64) -> String {
     }
 }
 
+/// US dollars: `$0.02`, `$0.0004`, `$1230`; small amounts keep a digit that says something.
+pub fn dollars(amount: f64) -> String {
+    match amount {
+        v if !v.is_finite() || v < 0.0 => "?".into(),
+        0.0 => "$0".into(),
+        v if v < 0.000_05 => "less than $0.0001".into(),
+        v if v < 0.009_5 => format!("${v:.4}"),
+        v if v < 99.5 => format!("${v:.2}"),
+        v => format!("${v:.0}"),
+    }
+}
+
 /// How long ago: `12 s ago`, `3h4m ago`; a moment ahead of our clock is `just now`.
 pub fn ago(then: jiff::Timestamp, now: jiff::Timestamp) -> String {
     let past = now.duration_since(then).as_secs();
@@ -122,6 +134,16 @@ mod tests {
             (1e300, "213503982334601d7h"),
         ] {
             assert_eq!(seconds(value), text);
+        }
+        for (value, text) in [
+            (0.0, "$0"),
+            (1e-9, "less than $0.0001"),
+            (0.001_23, "$0.0012"),
+            (0.5, "$0.50"),
+            (12_345.6, "$12346"),
+            (f64::NAN, "?"),
+        ] {
+            assert_eq!(dollars(value), text);
         }
         assert_eq!((plural(1, "step"), plural(2, "step")), ("1 step".into(), "2 steps".into()));
         assert_eq!(plain("a\u{1b}[31mb\n"), "a\\u{1b}[31mb\\n");

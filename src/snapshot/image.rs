@@ -24,7 +24,7 @@ use std::{
 
 use bytes::Bytes;
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::fs::MemfdFlags;
 
 /// Shared memory that can be handed to a child process.
 #[derive(Debug)]
@@ -50,14 +50,6 @@ impl SharedImage {
             rustix::fs::ftruncate(&self.fd, len)?;
         }
         Ok(())
-    }
-
-    /// Gives all its pages back; it reads as zero.
-    pub fn clear(&self) -> io::Result<()> {
-        match self.size()? {
-            0 => Ok(()),
-            len => Ok(rustix::fs::fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, len)?),
-        }
     }
 
     fn size(&self) -> io::Result<u64> {

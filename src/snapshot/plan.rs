@@ -1,8 +1,9 @@
 //! Which rank writes which tensor bytes, and where in its image they lie.
 //!
-//! State is replicated over the ranks (DDP), so each tensor is written once, by the rank that the plan gives it to:
-//! largest first, always to the rank with the fewest bytes so far, so that every rank writes about the same. The plan is
-//! a pure function of (tensors, world size): every process that makes it from the same list makes the same one.
+//! What is replicated over the ranks is written once, by the rank that the plan gives it to: largest first, always to the
+//! rank with the fewest bytes so far, so that every rank writes about the same. What one rank alone has (a [`Part`], under
+//! ZeRO-1) is written by that rank, under the name of a slice ([`slices`]). The plan is a pure function of (tensors, world
+//! size): every process that makes it from the same list makes the same one.
 //!
 //! Stored layout of one rank's image: its model shard, then, at the next page boundary, its optimizer shard. A shard is a
 //! complete safetensors file ([`crate::checkpoint::header`]) whose tensors follow one another without a gap, those with
@@ -14,7 +15,7 @@ use std::{collections::HashSet, ops::Range};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    checkpoint::header,
+    checkpoint::{header, slices},
     error::{Explain, Kind},
     ids::{Rank, WorldSize},
 };
@@ -41,6 +42,9 @@ pub enum PlanError {
     /// Two tensors of one name.
     #[error("state has two tensors of the name {0:?}")]
     Duplicate(String),
+    /// A part that does not lie within its tensor, or of a rank that there is not.
+    #[error("tensor {0:?} has a part outside of it, or of a rank outside of the world")]
+    Part(String),
     /// Sizes beyond 64 bits, or a header beyond what readers accept.
     #[error("tensor {0:?} makes the state too large for a file")]
     TooLarge(String),
@@ -55,13 +59,13 @@ impl Explain for PlanError {
 
 /// Divides `tensors` over the ranks and lays out every rank's image; one [`ImagePlan`] a rank, in the order of ranks.
 ///
-/// Largest first, each to the rank with the fewest bytes so far (ties: the lowest rank; equal sizes: by name), so no rank
-/// has more than the average and one largest tensor (Graham 1969, list scheduling). `page`: bytes of a memory page.
+/// Parts go to their owners. The others largest first, each to the rank with the fewest bytes so far (ties: the lowest rank; equal sizes: by name), so without
+/// parts no rank has more than the average and one largest tensor (Graham 1969, list scheduling). `page`: bytes of a memory page.
 pub fn plan(tensors: &[TensorSpec], world: WorldSize, page: u64) -> Result<Vec<ImagePlan>, PlanError> {
     if world.get() == 0 || !page.is_power_of_two() {
         return Err(PlanError::World { world, page });
     }
-    let sizes = checked_sizes(tensors)?;
+    let sizes = checked_sizes(tensors, world)?;
     let owned = assign(tensors, &sizes, world);
 
     let count = |kind| owned.iter().filter(|own| own.iter().any(|&t| tensors[t].kind == kind)).count();
@@ -88,7 +92,7 @@ pub fn plan(tensors: &[TensorSpec], world: WorldSize, page: u64) -> Result<Vec<I
 }
 
 /// Bytes of every tensor, or why the list makes no state.
-fn checked_sizes(tensors: &[TensorSpec]) -> Result<Vec<u64>, PlanError> {
+fn checked_sizes(tensors: &[TensorSpec], world: WorldSize) -> Result<Vec<u64>, PlanError> {
     if tensors.is_empty() {
         return Err(PlanError::Empty);
     }
@@ -99,10 +103,18 @@ fn checked_sizes(tensors: &[TensorSpec]) -> Result<Vec<u64>, PlanError> {
         if tensor.name.is_empty() || tensor.name == header::METADATA {
             return Err(PlanError::Name(tensor.name.clone()));
         }
-        if !names.insert(tensor.name.as_str()) {
-            return Err(PlanError::Duplicate(tensor.name.clone()));
+        let whole = tensor.dtype.bytes(&tensor.shape).ok_or_else(|| PlanError::TooLarge(tensor.name.clone()))?;
+        if let Some(part) = &tensor.part
+            && (part.begin >= part.end || part.end > whole / tensor.dtype.size() || part.owner.get() >= world.get())
+        {
+            return Err(PlanError::Part(tensor.name.clone()));
         }
-        let bytes = tensor.dtype.bytes(&tensor.shape);
+        let stored = tensor.stored_name();
+        if names.contains(&stored) {
+            return Err(PlanError::Duplicate(stored));
+        }
+        names.insert(stored);
+        let bytes = tensor.dtype.bytes(&tensor.stored_shape());
         let sum = bytes.and_then(|bytes| total.checked_add(bytes));
         let (Some(bytes), Some(sum)) = (bytes, sum) else {
             return Err(PlanError::TooLarge(tensor.name.clone()));
@@ -117,9 +129,18 @@ fn checked_sizes(tensors: &[TensorSpec]) -> Result<Vec<u64>, PlanError> {
 fn assign(tensors: &[TensorSpec], sizes: &[u64], world: WorldSize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..tensors.len()).collect();
     order.sort_by(|&a, &b| sizes[b].cmp(&sizes[a]).then_with(|| tensors[a].name.cmp(&tensors[b].name)));
-    let mut loads: std::collections::BTreeSet<(u64, u32)> = (0..world.get()).map(|rank| (0, rank)).collect();
     let mut owned = vec![Vec::new(); world.get() as usize];
-    for tensor in order {
+    let parts = |&tensor: &usize| tensors[tensor].part.is_some();
+    let (fixed, free): (Vec<usize>, Vec<usize>) = order.into_iter().partition(parts);
+    let mut fixed_loads = vec![0; owned.len()];
+    for tensor in fixed {
+        if let Some(part) = &tensors[tensor].part {
+            owned[part.owner.get() as usize].push(tensor);
+            fixed_loads[part.owner.get() as usize] += sizes[tensor];
+        }
+    }
+    let mut loads: std::collections::BTreeSet<(u64, u32)> = fixed_loads.into_iter().zip(0..).collect();
+    for tensor in free {
         // There is at least one rank, and each one that is taken out is put back.
         if let Some((load, rank)) = loads.pop_first() {
             owned[rank as usize].push(tensor);
@@ -134,7 +155,7 @@ fn assign(tensors: &[TensorSpec], sizes: &[u64], world: WorldSize) -> Vec<Vec<us
 
 /// The order of tensors in a file: largest elements first, so that each is aligned to its own; then by name.
 fn file_order(a: &TensorSpec, b: &TensorSpec) -> std::cmp::Ordering {
-    header::file_order((a.dtype, &a.name), (b.dtype, &b.name))
+    header::file_order((a.dtype, &a.stored_name()), (b.dtype, &b.stored_name()))
 }
 
 /// Hands out `stem-00001-of-0000N.safetensors` and so on.
@@ -161,8 +182,9 @@ fn lay_out(
     file_name: String,
     image_offset: u64,
 ) -> Option<ShardPlan> {
-    let specs = own.iter().map(|&t| &tensors[t]);
-    let header = header::write(specs.map(|spec| (spec.name.as_str(), spec.dtype, spec.shape.as_slice())))?;
+    let stored = |&t: &usize| (tensors[t].stored_name(), tensors[t].dtype, tensors[t].stored_shape());
+    let stored: Vec<_> = own.iter().map(stored).collect();
+    let header = header::write(stored.iter().map(|(name, dtype, shape)| (name.as_str(), *dtype, shape.as_slice())))?;
     let mut len = header.len() as u64;
     let mut placements = Vec::with_capacity(own.len());
     for tensor in own {
@@ -181,7 +203,7 @@ pub fn model_index(plans: &[ImagePlan], tensors: &[TensorSpec]) -> serde_json::V
     for shard in plans.iter().flat_map(|plan| &plan.shards).filter(|shard| shard.kind == ShardKind::Model) {
         for placement in &shard.tensors {
             if let Some(tensor) = tensors.get(placement.tensor) {
-                weight_map.insert(tensor.name.clone(), shard.file_name.clone().into());
+                weight_map.insert(tensor.stored_name(), shard.file_name.clone().into());
                 total_size += placement.len;
             }
         }
@@ -205,27 +227,62 @@ pub fn read_header(bytes: &[u8]) -> Result<Vec<(String, Dtype, Vec<u64>, Range<u
 pub enum ShardKind {
     /// Weights under Hugging Face names: `model-0000r-of-0000N.safetensors`.
     Model,
-    /// Moments: `optimizer-0000r-of-0000N.safetensors`.
+    /// Moments, and fp32 weights where the model's files have them in bf16: `optimizer-0000r-of-0000N.safetensors`.
     Optimizer,
 }
 
-/// One tensor of the state.
+/// The elements of a tensor that one rank alone has, counted in row-major order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// Who has them, and writes them.
+    pub owner: Rank,
+    /// The first.
+    pub begin: u64,
+    /// The one after the last.
+    pub end: u64,
+}
+
+/// One tensor of the state, or a part of one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorSpec {
-    /// Unique over the whole state. Weights: the Hugging Face name. Moments: `exp_avg.<name>`, `exp_avg_sq.<name>`.
+    /// Weights: the Hugging Face name. Others: `exp_avg.<name>`, `exp_avg_sq.<name>`, `master.<name>`.
     pub name: String,
     /// Element type.
     pub dtype: Dtype,
-    /// Extents, outermost first.
+    /// Extents of the whole tensor, outermost first.
     pub shape: Vec<u64>,
     /// The file it goes into.
     pub kind: ShardKind,
+    /// Which part of it this is; `None`: all of it, on every rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
 }
 
 impl TensorSpec {
-    /// Bytes of the tensor's data; `u64::MAX` if they don't fit 64 bits, which no plan accepts.
+    /// Its name in a file, unique over the whole state.
+    pub fn stored_name(&self) -> String {
+        match &self.part {
+            Some(part) => slices::stored_name(&self.name, &(part.begin..part.end), self.elements()),
+            None => self.name.clone(),
+        }
+    }
+
+    /// Its extents in a file.
+    pub fn stored_shape(&self) -> Vec<u64> {
+        match &self.part {
+            Some(part) if (part.begin..part.end) != (0..self.elements()) => vec![part.end.saturating_sub(part.begin)],
+            _ => self.shape.clone(),
+        }
+    }
+
+    /// Bytes of its data in a file; `u64::MAX` if they don't fit 64 bits, which no plan accepts.
     pub fn bytes(&self) -> u64 {
-        self.dtype.bytes(&self.shape).unwrap_or(u64::MAX)
+        self.dtype.bytes(&self.stored_shape()).unwrap_or(u64::MAX)
+    }
+
+    /// Elements of the whole tensor; `u64::MAX` if they don't fit 64 bits.
+    fn elements(&self) -> u64 {
+        self.dtype.bytes(&self.shape).map_or(u64::MAX, |bytes| bytes / self.dtype.size())
     }
 }
 
@@ -275,7 +332,7 @@ mod tests {
     use super::*;
 
     fn tensor(name: &str, dtype: Dtype, shape: &[u64], kind: ShardKind) -> TensorSpec {
-        TensorSpec { name: name.into(), dtype, shape: shape.to_vec(), kind }
+        TensorSpec { name: name.into(), dtype, shape: shape.to_vec(), kind, part: None }
     }
 
     /// A rank's image with byte `i % 251` of every tensor's data in place.
@@ -353,6 +410,40 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn parts_are_written_by_their_owners_as_slices() {
+        let part = |name: &str, owner, begin, end| TensorSpec {
+            part: Some(Part { owner: Rank(owner), begin, end }),
+            ..tensor(name, Dtype::F32, &[10, 10], ShardKind::Optimizer)
+        };
+        let tensors = [
+            part("exp_avg.w", 1, 0, 64),
+            part("exp_avg.w", 2, 64, 100),
+            part("exp_avg.v", 2, 0, 100),
+            tensor("w", Dtype::F32, &[10, 10], ShardKind::Model),
+            tensor("v", Dtype::F32, &[10], ShardKind::Model),
+        ];
+        let plans = plan(&tensors, WorldSize(3), 4096).unwrap();
+        let stored = |plan: &ImagePlan| {
+            let image = fill(plan);
+            let file = |s: &ShardPlan| read_header(&image[s.image_offset as usize..][..s.len as usize]).unwrap();
+            plan.shards.iter().flat_map(file).map(|(name, _, shape, _)| (name, shape)).collect::<Vec<_>>()
+        };
+        let entry = |name: &str, shape: &[u64]| (name.to_owned(), shape.to_vec());
+        // Whole tensors even out what the parts leave uneven.
+        assert_eq!(stored(&plans[0]), [entry("w", &[10, 10])]);
+        assert_eq!(stored(&plans[1]), [entry("v", &[10]), entry("exp_avg.w[0:64]", &[64])]);
+        assert_eq!(stored(&plans[2]), [entry("exp_avg.v", &[10, 10]), entry("exp_avg.w[64:100]", &[36])]);
+        let sent = serde_json::to_string(&tensors).unwrap();
+        assert_eq!(serde_json::from_str::<Vec<TensorSpec>>(&sent).unwrap(), tensors);
+
+        let twice = [part("w", 0, 0, 64), part("w", 1, 0, 64)];
+        assert_eq!(plan(&twice, WorldSize(2), 4096), Err(PlanError::Duplicate("w[0:64]".into())));
+        for bad in [part("w", 0, 64, 101), part("w", 0, 9, 9), part("w", 3, 0, 9), part("w", 0, 9, u64::MAX)] {
+            assert_eq!(plan(&[bad], WorldSize(3), 4096), Err(PlanError::Part("w".into())));
         }
     }
 

@@ -111,7 +111,7 @@ impl Store {
             longest_pause: std::time::Duration::from_millis(1),
             ..Policy::REMOTE
         };
-        let backend = Backend { objects: faulty.clone(), multipart: Some(faulty.clone()) };
+        let backend = Backend { objects: faulty.clone(), multipart: Some(faulty.clone()), s3: None };
         Self::assemble(backend, "memory://".into(), String::new(), policy, settings)
     }
 }

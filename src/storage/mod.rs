@@ -16,7 +16,7 @@
 //! Retry: this module retries everything itself (object_store's own retries are switched off, so that there is one
 //! budget, a request is signed anew each time, and a probe is one request). Crash and cancel: a future that is dropped,
 //! or an upload that fails, aborts its multipart upload; a kill leaves one behind, which the bucket's lifecycle rule or
-//! a sweep removes, and on `file://` a hidden `<name>#<number>` file, which [`Store::sweep_unfinished`] removes.
+//! a sweep removes, and on `file://` a hidden `<name>#<number>` file: [`Store::unfinished`] finds both.
 //!
 //! Bulk transfers and small requests (journal, heartbeats) wait in separate queues: a checkpoint on its way never
 //! delays the heartbeat that says its node is alive.
@@ -25,6 +25,8 @@ mod error;
 mod open;
 mod probe;
 mod retry;
+mod s3;
+mod unfinished;
 mod upload;
 
 #[cfg(test)]
@@ -34,7 +36,7 @@ pub(crate) mod s3_tests;
 #[cfg(test)]
 mod tests;
 
-use std::{fmt, ops::Range, sync::Arc, time::Duration};
+use std::{fmt, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
@@ -44,8 +46,8 @@ use object_store::{
 };
 use tokio::sync::Semaphore;
 
-pub use self::error::StorageError;
 use self::retry::{Attempts, Policy};
+pub use self::{error::StorageError, s3::StoredObject, unfinished::Unfinished};
 use crate::config::StorageConfig;
 
 /// Small requests in flight at once, beside the bulk transfers.
@@ -128,6 +130,8 @@ struct Backend {
     objects: Arc<dyn ObjectStore>,
     /// The same store's multipart interface; `None` on `file://`, where an upload is one file written in order.
     multipart: Option<Arc<dyn MultipartStore>>,
+    /// On S3: what object_store does not ask for.
+    s3: Option<s3::Bucket>,
 }
 
 struct Inner {
@@ -384,12 +388,6 @@ impl Store {
         progress: impl Fn(u64) + Send + Sync + 'static,
     ) -> Result<Uploaded, StorageError> {
         upload::upload(self, key, body, &progress).await
-    }
-
-    /// Removes what uploads to this folder left behind when their process was killed, if it is older than `age`; says
-    /// how many there were. Only `file://` can be swept; a bucket has its lifecycle rule.
-    pub async fn sweep_unfinished(&self, age: Duration) -> Result<u64, StorageError> {
-        upload::sweep_unfinished(self, age).await
     }
 
     /// Races parallel creates of a probe key: a store on which more than one wins is [`StorageError::Unfit`].

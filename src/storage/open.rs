@@ -17,7 +17,11 @@ use object_store::{
 };
 use url::{Host, Url};
 
-use super::{Backend, StorageError, retry::Policy};
+use super::{
+    Backend, StorageError,
+    retry::Policy,
+    s3::{Bucket, Place},
+};
 
 /// A backend and where its keys begin.
 pub(super) struct Opened {
@@ -66,7 +70,7 @@ pub(super) fn open(uri: &str, environment: &[(String, String)]) -> Result<Opened
             return Err(refuse("has a host: a store in memory has none"));
         }
         let memory = Arc::new(InMemory::new());
-        let backend = Backend { objects: memory.clone(), multipart: Some(memory) };
+        let backend = Backend { objects: memory.clone(), multipart: Some(memory), s3: None };
         return Ok(Opened { backend, root: "memory://".into(), prefix: prefix.into(), policy: Policy::LOCAL });
     }
     if authority.is_empty() {
@@ -113,13 +117,13 @@ fn open_file(path: &str, refuse: &dyn Fn(&str) -> StorageError) -> Result<Opened
         // A checkpoint that was deleted is not listed as an empty folder.
         .with_automatic_cleanup(true);
     let root = format!("file://{}", text.trim_end_matches('/'));
-    let backend = Backend { objects: Arc::new(local), multipart: None };
+    let backend = Backend { objects: Arc::new(local), multipart: None, s3: None };
     Ok(Opened { backend, root, prefix: String::new(), policy: Policy::LOCAL })
 }
 
 fn shared<T: ObjectStore + MultipartStore>(store: T) -> Backend {
     let store = Arc::new(store);
-    Backend { objects: store.clone(), multipart: Some(store) }
+    Backend { objects: store.clone(), multipart: Some(store), s3: None }
 }
 
 /// Retries are made one level up; see [`super::retry`].
@@ -188,14 +192,17 @@ fn s3(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String>
     let endpoint =
         ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"].iter().find_map(|name| variable(environment, name));
     let mut plain = false;
+    let mut place = second_client(bucket, environment);
     if let Some(endpoint) = endpoint {
         let (endpoint, plain_http) = check_endpoint(endpoint)?;
         plain = plain_http;
         builder = builder
             .with_config(AmazonS3ConfigKey::Endpoint, &endpoint)
-            .with_config(AmazonS3ConfigKey::S3Endpoint, endpoint);
+            .with_config(AmazonS3ConfigKey::S3Endpoint, &endpoint);
+        place.endpoint = Some(endpoint);
         if plain {
             builder = builder.with_virtual_hosted_style_request(false);
+            place.virtual_hosted = false;
         }
     }
     let has_source = [
@@ -223,7 +230,28 @@ fn s3(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String>
         .with_unsigned_payload(true)
         .build()
         .map_err(|error| format!("can't be opened: {error}"))?;
-    Ok(shared(store))
+    if !is_on(environment, "AWS_SKIP_SIGNATURE") {
+        place.credentials = Some(store.credentials().clone());
+    }
+    Ok(Backend { s3: Bucket::new(place), ..shared(store) })
+}
+
+/// The same bucket for the other client, as far as the environment says; without endpoint and credentials.
+fn second_client(bucket: &str, environment: &[(String, String)]) -> Place {
+    let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|name| variable(environment, name));
+    Place {
+        bucket: bucket.to_owned(),
+        region: region.unwrap_or("us-east-1").to_owned(),
+        endpoint: None,
+        virtual_hosted: is_on(environment, "AWS_VIRTUAL_HOSTED_STYLE_REQUEST"),
+        credentials: None,
+    }
+}
+
+/// Whether a variable says yes, in one of object_store's words for it.
+fn is_on(environment: &[(String, String)], name: &str) -> bool {
+    let word = variable(environment, name).unwrap_or_default().to_ascii_lowercase();
+    matches!(word.as_str(), "1" | "true" | "on" | "yes" | "y")
 }
 
 fn gcs(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String> {

@@ -30,6 +30,10 @@ fn environment(address: std::net::SocketAddr) -> Vec<(String, String)> {
 #[allow(dead_code, reason = "the integration tests use the rest")]
 mod server;
 
+/// A server of others, if it is installed.
+#[path = "../../tests/support/moto.rs"]
+mod moto;
+
 /// A store on a server that does what S3 does, as long as the server is kept.
 pub(crate) fn atomic() -> (Store, server::S3Server) {
     // It brings a runtime of its own, which can't be started from within one.
@@ -281,4 +285,113 @@ async fn a_range_that_comes_short_is_asked_again() {
     assert_eq!(store.get_range("k", 0..4).await.unwrap(), "abcd");
     // The second request was the question how large the object is.
     assert_eq!(count.load(Ordering::SeqCst), 3);
+}
+
+#[tokio::test]
+async fn the_stores_own_checksum_is_of_the_whole_object_however_it_was_put() {
+    let (store, server) = atomic();
+    for len in [0, 9, (11 << 20) + 1] {
+        let body = tests::pattern(len);
+        store.upload("k", body.clone(), |_| {}).await.unwrap();
+        let stored = store.stored("k").await.unwrap();
+        assert_eq!(stored, StoredObject { size: len as u64, crc64: Some(Crc64::of(&body)) });
+    }
+    server.set_rules(|rules| rules.keeps_checksums = false);
+    assert_eq!(store.stored("k").await.unwrap().crc64, None);
+}
+
+#[tokio::test]
+async fn unfinished_uploads_of_this_folder_are_found_over_all_pages_and_discarded() {
+    let (store, server) = atomic();
+    let hour = std::time::Duration::from_secs(3600);
+    for i in 0..5 {
+        server.leave_upload(&format!("some/prefix/run/a/{i}"), i * hour);
+    }
+    // The same key twice; a run whose name begins like ours; the folder above.
+    server.leave_upload("some/prefix/run/a/0", hour);
+    server.leave_upload("some/prefix/run2/a/0", hour);
+    server.leave_upload("some/run/a/0", hour);
+    let lists = server.count("ListMultipartUploads");
+    let found = store.folder("run").unfinished().await.unwrap();
+    let keys: Vec<&str> = found.iter().map(|left| left.key.as_str()).collect();
+    assert_eq!(keys, ["a/0", "a/0", "a/1", "a/2", "a/3", "a/4"]);
+    assert_eq!(server.count("ListMultipartUploads") - lists, 3, "pages of two");
+    assert!(found.iter().any(|left| left.since < jiff::Timestamp::now() - 3 * hour));
+    for left in found.iter().chain(&found[..1]) {
+        store.folder("run").discard(left).await.unwrap();
+    }
+    assert_eq!(server.upload_keys(), ["some/prefix/run2/a/0", "some/run/a/0"]);
+    server.set_rules(|rules| rules.deny_upload_list = true);
+    let error = store.unfinished().await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Permission, "{error:?}");
+}
+
+#[tokio::test]
+async fn the_second_client_is_told_the_same_and_asks_again_like_the_first() {
+    for (status, code, kind) in [
+        (403, "AccessDenied", Kind::Permission),
+        (400, "ExpiredToken", Kind::Permission),
+        (404, "NoSuchBucket", Kind::Config),
+        (301, "PermanentRedirect", Kind::Unavailable),
+    ] {
+        let (store, count) = told(move |_, _| Some(answer(status, &error_body(code)))).await;
+        let error = crate::error::Error::from(store.unfinished().await.unwrap_err());
+        let text = error.to_string();
+        assert_eq!(error.kind(), kind, "{code}: {text}");
+        assert!(text.contains("s3://bucket/p") && text.contains(code), "{text}");
+        assert!(!text.contains("SECRET") && !text.contains("hunter2"), "{text}");
+        assert_eq!(count.load(Ordering::SeqCst), 1, "{code} is not tried again");
+    }
+    let (store, count) = told(|_, n| match n {
+        0 => Some(answer(503, &error_body("SlowDown"))),
+        1 => None,
+        _ => Some(answer(200, "12345")),
+    })
+    .await;
+    assert_eq!(store.stored("k").await.unwrap(), StoredObject { size: 5, crc64: None });
+    assert_eq!(count.load(Ordering::SeqCst), 3);
+}
+
+#[tokio::test]
+async fn a_listing_that_leads_nowhere_is_an_error_and_strange_entries_are_left_alone() {
+    // Says that there is more, and means the same page.
+    let page = |next: &str, upload: &str| {
+        format!(
+            "<?xml version=\"1.0\"?><ListMultipartUploadsResult><IsTruncated>{}</IsTruncated>{next}{upload}</ListMultipartUploadsResult>",
+            !next.is_empty()
+        )
+    };
+    let turn = page("<NextKeyMarker>k</NextKeyMarker><NextUploadIdMarker>i</NextUploadIdMarker>", "");
+    let (store, _) = told(move |_, n| (n < 100).then(|| answer(200, &turn))).await;
+    let error = tokio::time::timeout(std::time::Duration::from_secs(120), store.bare_uploads()).await.unwrap();
+    assert!(error.unwrap_err().to_string().contains("S3"));
+    // Of another folder, without an id, without a time, and one that is sound.
+    let entries = "<Upload><Key>q/k</Key><UploadId>1</UploadId><Initiated>2026-01-01T00:00:00Z</Initiated></Upload>\
+                   <Upload><Key>p/a</Key><Initiated>2026-01-01T00:00:00Z</Initiated></Upload>\
+                   <Upload><Key>p/b</Key><UploadId>2</UploadId></Upload>\
+                   <Upload><Key>p/c</Key><UploadId>3</UploadId><Initiated>2026-01-01T00:00:00Z</Initiated></Upload>";
+    let entries = page("", entries);
+    let (store, _) = told(move |_, _| Some(answer(200, &entries))).await;
+    let found = store.unfinished().await.unwrap();
+    assert!(found.len() == 1 && found[0].key == "c", "{found:?}");
+}
+
+impl Store {
+    /// One listing of unfinished uploads, without retries.
+    async fn bare_uploads(&self) -> object_store::Result<usize> {
+        let bucket = self.inner.backend.s3.as_ref().expect("a store on S3");
+        bucket.uploads("p/").await.map(|found| found.len())
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_others_have_written_holds_the_contract() {
+    let Some(moto) = moto::Moto::start(server::BUCKET) else { return };
+    let environment: Vec<_> =
+        server::client_env(&moto.endpoint()).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    let uri = format!("s3://{}/some/prefix", server::BUCKET);
+    let store = Store::open_with(&uri, &settings(), &environment).unwrap();
+    tests::contract(&store).await;
+    store.prove_create_is_atomic().await.unwrap();
+    assert_eq!(store.list("").await.unwrap(), [], "nothing is left behind");
 }

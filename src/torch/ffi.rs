@@ -20,7 +20,7 @@ macro_rules! opaque {
         }
     )* };
 }
-opaque!(StoreHandle, GroupHandle, ReducerHandle, MarkHandle);
+opaque!(StoreHandle, GroupHandle, PendingHandle, ReducerHandle, MarkHandle);
 
 #[repr(C)]
 pub(super) struct Facts {
@@ -62,6 +62,20 @@ unsafe extern "C" {
     pub(super) fn trn_norm(tensors: *const *const AtTensor, count: usize, out: *mut *mut AtTensor) -> i32;
     pub(super) fn trn_zero_gradients(params: *const *const AtTensor, count: usize) -> i32;
     pub(super) fn trn_gradient(param: *const AtTensor, out: *mut *mut AtTensor) -> i32;
+    pub(super) fn trn_copy_at_use(leaf: *const AtTensor, copy: *const AtTensor, out: *mut *mut AtTensor) -> i32;
+    pub(super) fn trn_copy_lookup(
+        leaf: *const AtTensor,
+        copy: *const AtTensor,
+        tokens: *const AtTensor,
+        out: *mut *mut AtTensor,
+    ) -> i32;
+    pub(super) fn trn_with_gradient(
+        loss: *const AtTensor,
+        leaf: *const AtTensor,
+        gradient: *const AtTensor,
+        divisor: f64,
+        out: *mut *mut AtTensor,
+    ) -> i32;
     pub(super) fn trn_set_num_threads(threads: i32) -> i32;
     pub(super) fn trn_set_interop_threads(threads: i32) -> i32;
     pub(super) fn trn_set_deterministic(on: i32) -> i32;
@@ -94,6 +108,13 @@ unsafe extern "C" {
     pub(super) fn trn_group_all_reduce_sum(group: *const GroupHandle, tensor: *const AtTensor) -> i32;
     pub(super) fn trn_group_broadcast(group: *const GroupHandle, tensor: *const AtTensor, root: i32) -> i32;
     pub(super) fn trn_group_barrier(group: *const GroupHandle) -> i32;
+    pub(super) fn trn_group_all_gather(
+        group: *const GroupHandle,
+        flat: *const AtTensor,
+        out: *mut *mut PendingHandle,
+    ) -> i32;
+    pub(super) fn trn_pending_wait(pending: *const PendingHandle) -> i32;
+    pub(super) fn trn_pending_free(pending: *mut PendingHandle) -> i32;
     pub(super) fn trn_group_abort(group: *const GroupHandle) -> i32;
     pub(super) fn trn_reducer_new(
         params: *const *const AtTensor,
@@ -103,6 +124,17 @@ unsafe extern "C" {
         bucket_bytes: i64,
         out: *mut *mut ReducerHandle,
     ) -> i32;
+    pub(super) fn trn_reducer_new_sharded(
+        params: *const *const AtTensor,
+        count: usize,
+        group: *const GroupHandle,
+        indices: *const u64,
+        lengths: *const u64,
+        chunks: *const i64,
+        bucket_count: usize,
+        out: *mut *mut ReducerHandle,
+    ) -> i32;
+    pub(super) fn trn_reducer_bucket(reducer: *const ReducerHandle, index: usize, out: *mut *mut AtTensor) -> i32;
     pub(super) fn trn_reducer_free(reducer: *mut ReducerHandle) -> i32;
     pub(super) fn trn_reducer_backward(reducer: *mut ReducerHandle, loss: *const AtTensor, reduce: i32) -> i32;
 

@@ -195,6 +195,16 @@ impl ProcessGroup {
         check(doing, unsafe { ffi::trn_group_broadcast(self.handle, ffi::raw(tensor), root) })
     }
 
+    /// Starts to fill `flat`, which has as many equal chunks as there are ranks, with every rank's own: chunk r comes from
+    /// rank r. One dimension, contiguous, the same length and type everywhere. Nobody may write to `flat`, or read other
+    /// chunks than the rank's own, before [`Pending::wait`] returns.
+    pub fn all_gather(&self, flat: &Tensor) -> Result<Pending> {
+        let mut handle = ptr::null_mut();
+        // SAFETY: pointers are valid for the call; the work keeps the tensor's memory.
+        check("all-gather", unsafe { ffi::trn_group_all_gather(self.handle, ffi::raw(flat), &mut handle) })?;
+        Ok(Pending { handle })
+    }
+
     /// Returns when every rank has called it.
     pub fn barrier(&self) -> Result<()> {
         // SAFETY: the group is alive for the call.
@@ -214,6 +224,28 @@ impl ProcessGroup {
     }
 }
 
+/// A collective on its way. Dropping it waits for nothing: the work goes on and keeps what it needs.
+#[derive(Debug)]
+#[must_use = "its result is there only after a wait"]
+pub struct Pending {
+    handle: *mut ffi::PendingHandle,
+}
+
+impl Pending {
+    /// Returns when the result is there (Gloo), or is ordered before all later work of the device's current stream (NCCL).
+    pub fn wait(self) -> Result<()> {
+        // SAFETY: made by the shim and not freed yet.
+        check("wait for a collective", unsafe { ffi::trn_pending_wait(self.handle) })
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // SAFETY: made by the shim and freed once.
+        unsafe { ffi::trn_pending_free(self.handle) };
+    }
+}
+
 impl Drop for ProcessGroup {
     fn drop(&mut self) {
         // SAFETY: made by the shim and freed once; reducers hold references of their own.
@@ -222,21 +254,17 @@ impl Drop for ProcessGroup {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use std::{sync::mpsc, thread};
 
     use tch::Kind;
 
     use super::*;
 
-    pub(in crate::torch) const LIMIT: Duration = Duration::from_secs(60);
+    pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
     /// Runs `body` as every rank of a Gloo group, each on a thread of its own; gives the results by rank.
-    pub(in crate::torch) fn ranks<T: Send>(
-        world: u32,
-        limit: Duration,
-        body: impl Fn(ProcessGroup) -> T + Sync,
-    ) -> Vec<T> {
+    pub(crate) fn ranks<T: Send>(world: u32, limit: Duration, body: impl Fn(ProcessGroup) -> T + Sync) -> Vec<T> {
         let store = Store::serve("127.0.0.1", LIMIT).unwrap();
         let port = store.port();
         // A rank that leaves at once must not leave while another still connects.
@@ -282,6 +310,30 @@ pub(super) mod tests {
             Vec::<i64>::try_from(tensor).unwrap()
         });
         assert_eq!(got, [[2; 4], [2; 4], [2; 4]]);
+    }
+
+    #[test]
+    fn an_all_gather_brings_every_rank_every_chunk() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let got = ranks(3, LIMIT, |group| {
+                let rank = i64::from(group.rank().get());
+                let flats: Vec<_> = (0..3).map(|_| Tensor::full([12], -1.0, (kind, Device::Cpu))).collect();
+                let started: Vec<_> = flats
+                    .iter()
+                    .zip(1..)
+                    .map(|(flat, number)| {
+                        let _ = flat.narrow(0, 4 * rank, 4).fill_((rank + 10 * number) as f64);
+                        group.all_gather(flat).unwrap()
+                    })
+                    .collect();
+                started.into_iter().for_each(|pending| pending.wait().unwrap());
+                assert!(group.all_gather(&Tensor::zeros([7], (kind, Device::Cpu))).is_err(), "no three equal chunks");
+                flats.iter().map(|flat| Vec::<f32>::try_from(flat.to_kind(Kind::Float)).unwrap()).collect::<Vec<_>>()
+            });
+            let want: Vec<Vec<f32>> =
+                (1..4).map(|number| (0..12).map(|i| (i / 4 + 10 * number) as f32).collect()).collect();
+            assert!(got.iter().all(|got| *got == want), "{kind:?}: {got:?}");
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@
 
 mod bytes;
 mod copier;
+mod copies;
 mod ffi;
 mod group;
 mod optim;
@@ -25,9 +26,12 @@ use crate::error::{Explain, Kind};
 
 pub use bytes::{Pinned, byte_len, load_bytes, store_bytes};
 pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
-pub use group::{Backend, ProcessGroup, Store};
+pub use copies::{copy_at_use, copy_lookup, leaf_like, with_gradient};
+#[cfg(test)]
+pub(crate) use group::tests::{LIMIT, ranks};
+pub use group::{Backend, Pending, ProcessGroup, Store};
 pub use optim::{AdamW, Moments, adamw_step, grad_norm};
-pub use reducer::{Reducer, Reduction, gradients, zero_gradients};
+pub use reducer::{Bucket, Reducer, Reduction, gradients, zero_gradients};
 pub use runtime::{
     device_count, manual_seed, pick_device, rng_state, set_deterministic, set_interop_threads, set_num_threads,
     set_rng_state,

@@ -1,5 +1,8 @@
 //! Gradients averaged over the ranks while the backward pass still runs, by the engine of PyTorch's DDP.
 //!
+//! A reducer gives every rank all averages ([`Reducer::new`]), or to each rank one chunk of every bucket
+//! ([`Reducer::sharded`], for ZeRO-1, arXiv 1910.02054), which is half the traffic.
+//!
 //! Invariants, on which bit-equality across a resume rests:
 //! - Which gradient lies where in which bucket follows from the list of parameters and the two sizes alone (reverse
 //!   order of the list), and never changes. A ring sums each element in an order that depends on its place in its bucket.
@@ -22,6 +25,15 @@ pub enum Reduction {
     Accumulate,
     /// Averages what has been added up over the ranks: the last micro-batch.
     Average,
+}
+
+/// One bucket of a sharded reducer. All counts are elements.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bucket {
+    /// Its parameters, as numbers in the reducer's list, in the order in which their gradients lie.
+    pub params: Vec<usize>,
+    /// One rank's chunk: so many ranks times this hold all of it, the rest is padding.
+    pub chunk: u64,
 }
 
 /// Averages the gradients of a list of parameters over the ranks of a group, bucket by bucket, behind the backward pass.
@@ -57,10 +69,59 @@ impl Reducer {
         Ok(Self { handle })
     }
 
+    /// Like [`Reducer::new`], but after a [`Reduction::Average`] each rank has the averages of its own chunk of every bucket
+    /// alone; what stands elsewhere is of no use. `buckets` must hold each parameter once. Each element is summed in the
+    /// order of ranks (Gloo), wherever it lies.
+    pub fn sharded(params: &[Tensor], group: &ProcessGroup, buckets: &[Bucket]) -> Result<Self> {
+        let doing = "make the gradient reducer";
+        let number = |what| TorchError::Number { doing, what };
+        let mut seen = vec![false; params.len()];
+        let mut indices = Vec::with_capacity(params.len());
+        for &index in buckets.iter().flat_map(|bucket| &bucket.params) {
+            let place = seen.get_mut(index).filter(|seen| !**seen);
+            *place.ok_or(number("a bucket's parameter"))? = true;
+            indices.push(index as u64);
+        }
+        if seen.contains(&false) {
+            return Err(number("the number of parameters in buckets"));
+        }
+        let lengths: Vec<u64> = buckets.iter().map(|bucket| bucket.params.len() as u64).collect();
+        let chunks = buckets.iter().map(|bucket| i64::try_from(bucket.chunk).map_err(|_| number("a chunk")));
+        let chunks = chunks.collect::<Result<Vec<_>>>()?;
+        let raws = ffi::raws(params);
+        let mut handle = ptr::null_mut();
+        // SAFETY: pointers are valid for the call, `indices` has the sum of `lengths` elements, the two other lists have one
+        // for each bucket; the shim takes references of its own.
+        let status = unsafe {
+            ffi::trn_reducer_new_sharded(
+                raws.as_ptr(),
+                raws.len(),
+                group.handle(),
+                indices.as_ptr(),
+                lengths.as_ptr(),
+                chunks.as_ptr(),
+                buckets.len(),
+                &mut handle,
+            )
+        };
+        check(doing, status)?;
+        Ok(Self { handle })
+    }
+
+    /// The gradients of one bucket of a sharded reducer: one dimension, as many chunks as there are ranks. They stay where
+    /// they are for the reducer's life.
+    pub fn bucket(&self, index: usize) -> Result<Tensor> {
+        let mut memory = ptr::null_mut();
+        // SAFETY: pointers are valid for the call; the shim checks the number.
+        check("get a bucket", unsafe { ffi::trn_reducer_bucket(self.handle, index, &mut memory) })?;
+        // SAFETY: the call succeeded, so it wrote a tensor that is ours.
+        Ok(unsafe { ffi::adopt(memory) })
+    }
+
     /// Runs the backward pass of `loss`, adding to the gradients.
     ///
     /// With [`Reduction::Average`] every gradient is, on return, the sum over this step's passes, averaged over the
-    /// ranks; the loss must then depend on every parameter, which is checked. All ranks must average together. After an
+    /// ranks (of a sharded reducer: those of the rank's chunks); the loss must then depend on every parameter, which is checked. All ranks must average together. After an
     /// error the gradients are undefined and the reducer is of no more use.
     pub fn backward(&self, loss: &Tensor, reduction: Reduction) -> Result<()> {
         let reduce = (reduction == Reduction::Average).into();
@@ -278,6 +339,76 @@ mod tests {
                 }
                 zero_gradients(&model.params).unwrap();
             }
+        });
+    }
+
+    /// Each rank's chunk of each bucket, put together, against what the plain reducer gives.
+    #[test]
+    fn a_sharded_reducer_gives_each_rank_its_chunk_of_the_averages() {
+        for (world, passes) in [(1, 1), (2, 1), (3, 2), (4, 3)] {
+            let whole = ranks(world, LIMIT, |group| {
+                let model = Model::new();
+                let reducer = Reducer::new(&model.params, &group, BUCKETS.0, BUCKETS.1).unwrap();
+                let grads = reduce(&model, &reducer, &group, passes);
+                grads.iter().map(|grad| Vec::<f32>::try_from(grad.flatten(0, -1)).unwrap()).collect::<Vec<_>>()
+            });
+            let lens: Vec<usize> = whole[0].iter().map(Vec::len).collect();
+            // Two buckets, the chunk one element longer than it must be, so that there is padding.
+            let buckets = [vec![3, 2], vec![1, 0]].map(|params| {
+                let len: usize = params.iter().map(|&param| lens[param]).sum();
+                Bucket { params, chunk: (len as u64).div_ceil(world.into()) + 1 }
+            });
+            let chunks = ranks(world, LIMIT, |group| {
+                let model = Model::new();
+                let reducer = Reducer::sharded(&model.params, &group, &buckets).unwrap();
+                let handles: Vec<_> = (0..2).map(|index| reducer.bucket(index).unwrap()).collect();
+                reduce(&model, &reducer, &group, passes);
+                let own = |(memory, bucket): (&Tensor, &Bucket)| {
+                    let chunk = bucket.chunk as i64;
+                    Vec::<f32>::try_from(memory.narrow(0, chunk * i64::from(group.rank().get()), chunk)).unwrap()
+                };
+                let chunks: Vec<Vec<f32>> = handles.iter().zip(&buckets).map(own).collect();
+                zero_gradients(&model.params).unwrap();
+                for memory in &handles {
+                    assert_eq!(f64::try_from(memory.abs().sum(Kind::Float)).unwrap(), 0.0, "padding stays zero");
+                }
+                chunks
+            });
+            for (index, bucket) in buckets.iter().enumerate() {
+                let together: Vec<f32> = chunks.iter().flat_map(|rank| rank[index].clone()).collect();
+                let expected = bucket.params.iter().flat_map(|&param| whole[0][param].clone());
+                for (got, want) in together.iter().zip(expected) {
+                    assert!((got - want).abs() <= 1e-6 * want.abs().max(1e-3), "{got} for {want}, {world} ranks");
+                    // Halves are exact, and two numbers have one sum.
+                    assert!(world > 2 || got == &want, "{got} for {want}, {world} ranks");
+                }
+            }
+        }
+    }
+
+    fn reduce(model: &Model, reducer: &Reducer, group: &ProcessGroup, passes: i64) -> Vec<Tensor> {
+        for (i, part) in share(1, group).chunk(passes, 0).iter().enumerate() {
+            let last = i as i64 + 1 == passes;
+            let reduction = if last { Reduction::Average } else { Reduction::Accumulate };
+            reducer.backward(&(model.loss(part) / passes as f64), reduction).unwrap();
+        }
+        gradients(&model.params).unwrap()
+    }
+
+    #[test]
+    fn buckets_that_do_not_hold_every_parameter_once_are_refused() {
+        ranks(1, LIMIT, |group| {
+            let model = Model::new();
+            let refuse = |params: Vec<usize>, chunk| {
+                assert!(Reducer::sharded(&model.params, &group, &[Bucket { params, chunk }]).is_err());
+            };
+            refuse(vec![0, 1, 2], 10_000);
+            refuse(vec![0, 1, 2, 2], 10_000);
+            refuse(vec![0, 1, 2, 4], 10_000);
+            refuse(vec![0, 1, 2, 3], 10);
+            refuse(vec![0, 1, 2, 3], u64::MAX);
+            let plain = Reducer::new(&model.params, &group, BUCKETS.0, BUCKETS.1).unwrap();
+            assert!(plain.bucket(0).is_err(), "not sharded");
         });
     }
 

@@ -16,7 +16,10 @@ pub mod gate;
 
 mod batch;
 mod link;
+mod load;
 mod optim;
+mod parallel;
+mod partition;
 mod schedule;
 mod state;
 
@@ -33,7 +36,7 @@ use self::{
     batch::Batches,
     gate::{Save, StepGate},
     link::Link,
-    optim::Optimizer,
+    parallel::Parallel,
     state::State,
 };
 use crate::{
@@ -48,7 +51,7 @@ use crate::{
     model::{self, BuildSettings, Model},
     protocol::{Assignment, FromWorker, SLOT_FDS, SaveOrder, StepReport, ToWorker},
     snapshot::{capture::Capture, image::SharedImage, mode::CaptureMode},
-    torch::{self, Backend, HostCopier, ProcessGroup, Reducer, Reduction},
+    torch::{self, Backend, HostCopier, ProcessGroup},
 };
 
 /// How long ranks wait for each other: at the start, and in a collective whose peer is gone.
@@ -84,12 +87,10 @@ struct Worker {
     batches: Batches,
     sampler: Sampler,
     validation: u64,
-    optimizer: Optimizer,
+    parallel: Parallel,
     capture: Capture,
     /// Waited for captures since the last step report.
     stalled: Duration,
-    /// `None` in a world of one: there is nobody to reduce with.
-    reducer: Option<Reducer>,
 }
 
 fn inherited(fd: i32) -> Result<SharedImage> {
@@ -131,10 +132,11 @@ impl Worker {
         // Weights that are to be loaded need not be drawn first.
         let draw = resume_step == Step(0) && config.model.init_from.is_none();
         let settings = BuildSettings { device, precision: train.precision, seed: draw.then_some(train.seed) };
-        let model = model::build(config.model.kind, &config.model.config, &settings).context("build model")?;
-        let mut state = State::new(model.as_ref())?;
-        let parameters = state.weights().iter().map(|tensor| tensor.numel() as u64).sum();
-        link.tell(&FromWorker::Built { tensors: state.specs().to_vec(), device: device_name(device), parameters });
+        let mut model = model::build(config.model.kind, &config.model.config, &settings).context("build model")?;
+        let split = parallel::split(&config.parallel, model.as_ref(), rank, world);
+        let mut state = State::new(model.as_mut(), train.precision, split)?;
+        let (tensors, parameters) = (state.specs().to_vec(), state.parameters());
+        link.tell(&FromWorker::Built { tensors, device: device_name(device), parameters });
 
         let dataset = Dataset::open(&data_dir)?;
         let sampler = Sampler::over(&dataset, Split::Train, config.data.sequence_length, train.seed)?;
@@ -176,16 +178,11 @@ impl Worker {
             }
         };
         let capture = capture.ok_or_else(|| Error::new(Kind::Bug, "agent sent no layout"))?;
-        let reducer = match (&group, world.get()) {
-            (_, 1) => None,
-            (Some(group), _) => {
-                let bucket = (config.parallel.bucket_mib as usize) << 20;
-                Some(Reducer::new(state.weights(), group, bucket.min(1 << 20), bucket)?)
-            }
-            (None, _) => return Err(Error::new(Kind::Bug, "agent named no peers")),
-        };
-        // After the reducer, which decides where gradients lie.
-        let optimizer = Optimizer::new(train.optimizer, state.weights(), state.exp_avgs(), state.exp_avg_sqs())?;
+        if group.is_none() && world.get() > 1 {
+            return Err(Error::new(Kind::Bug, "agent named no peers"));
+        }
+        let group = group.filter(|_| world.get() > 1);
+        let parallel = Parallel::new(&config.parallel, train.optimizer, model.as_ref(), &state, group)?;
         let worker = Self {
             link: link.clone(),
             rank,
@@ -196,10 +193,9 @@ impl Worker {
             batches,
             sampler,
             validation,
-            optimizer,
+            parallel,
             capture,
             stalled: Duration::ZERO,
-            reducer,
             config,
         };
         Ok((worker, saves))
@@ -233,8 +229,8 @@ impl Worker {
                 step,
                 self.config.train.steps,
             );
-            let norm = self.optimizer.step(step, lr)?;
-            self.optimizer.zero_grad()?;
+            let norm = self.parallel.step(step, lr)?;
+            self.parallel.zero_grad()?;
 
             let report = StepReport {
                 step,
@@ -254,6 +250,8 @@ impl Worker {
             }
         }
         self.finish_capture()?;
+        // Peers may be told to leave once all have stopped: by then they must have sent what this rank waits for.
+        self.parallel.settle()?;
         self.link.tell(&FromWorker::Stopped { step: self.done });
         // The state stays as it is, so its save may be ordered when a slot gets free. The control thread ends the process.
         loop {
@@ -263,7 +261,7 @@ impl Worker {
         }
     }
 
-    /// Gradients of `step`, all-reduced under the last backward; returns the mean loss over this rank's sequences, and the
+    /// Gradients of `step`, reduced under the last backward; returns the mean loss over this rank's sequences, and the
     /// time spent reading data.
     fn forward_backward(&mut self, step: Step) -> Result<(Tensor, Duration)> {
         // Generators are seeded for each step, so that their state is a function of (seed, step, rank) on any world size.
@@ -279,14 +277,11 @@ impl Worker {
             let tokens = self.batches.read(Split::Train, samples)?;
             data += reading.elapsed();
 
+            // The weights are read from here on.
+            self.parallel.settle()?;
             let loss = self.model.loss(&tokens)?;
             let loss = torch::tch_result("scale loss", loss.f_div_scalar(f64::from(self.micro.accumulate)))?;
-            let is_last = micro + 1 == self.micro.accumulate;
-            match &self.reducer {
-                Some(reducer) if is_last => reducer.backward(&loss, Reduction::Average)?,
-                Some(reducer) => reducer.backward(&loss, Reduction::Accumulate)?,
-                None => torch::tch_result("backward pass", loss.f_backward())?,
-            }
+            self.parallel.backward(&loss, micro + 1 == self.micro.accumulate)?;
             let loss = loss.detach();
             total = Some(match total {
                 None => loss,
@@ -300,6 +295,7 @@ impl Worker {
     fn save(&mut self, Save { slot, mode }: Save) -> Result<()> {
         let (link, step) = (self.link.clone(), self.done);
         self.finish_capture()?;
+        self.parallel.settle()?;
         self.capture.start(slot, move |copy| {
             link.tell(&FromWorker::Captured { step, slot, copy_s: copy.as_secs_f64() });
         })?;
@@ -327,6 +323,7 @@ impl Worker {
     fn validate(&mut self, gate: &StepGate) -> Result<()> {
         let count = self.validation.min(u64::from(self.config.data.validation_sequences));
         let mut samples = share(count, self.rank, self.world);
+        self.parallel.settle()?;
         let (mut loss_sum, mut sequences) = (0.0, 0);
         while !samples.is_empty() {
             if gate.is_ending(self.done) && self.done.get() < self.config.train.steps {

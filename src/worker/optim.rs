@@ -2,6 +2,7 @@
 //!
 //! The update is that of Loshchilov and Hutter (arXiv 1711.05101) as `torch.optim.AdamW(fused=True)` computes it. Weight decay
 //! applies to matrices (two or more dimensions), not to norms. Moments are plain tensors, so that a checkpoint can hold them.
+//! It works element by element, so parts of tensors may be updated apart from one another.
 
 use tch::Tensor;
 
@@ -11,86 +12,85 @@ use crate::{
     torch::{self, AdamW, Moments, TorchError},
 };
 
-/// Weights of one decay group with their gradients and moments, in the order of the model's parameters.
+/// What an update reads and writes for one tensor, or a part of one: four tensors of the same extents, fp32.
+#[derive(Debug)]
+pub struct Slot {
+    /// Changed.
+    pub weight: Tensor,
+    /// Read, and left divided by the clipping scale.
+    pub gradient: Tensor,
+    /// First moment, changed.
+    pub exp_avg: Tensor,
+    /// Second moment, changed.
+    pub exp_avg_sq: Tensor,
+    /// Whether the tensor is a matrix.
+    pub decays: bool,
+}
+
+/// The update of some tensors of one rank.
+#[derive(Debug)]
+pub struct Update {
+    groups: Vec<Group>,
+}
+
+/// The slots of one weight decay, in their order.
 #[derive(Debug)]
 struct Group {
-    params: Vec<Tensor>,
+    weights: Vec<Tensor>,
     gradients: Vec<Tensor>,
     exp_avgs: Vec<Tensor>,
     exp_avg_sqs: Vec<Tensor>,
-    weight_decay: f64,
+    decays: bool,
 }
 
-/// The optimizer of one rank.
-#[derive(Debug)]
-pub struct Optimizer {
-    config: OptimizerConfig,
-    groups: Vec<Group>,
-    params: Vec<Tensor>,
-    gradients: Vec<Tensor>,
-}
-
-impl Optimizer {
-    /// Over `params` with their `exp_avgs` and `exp_avg_sqs` (same order, shapes and dtype, fp32). Gradients must be where they will
-    /// stay: make a [`torch::Reducer`] before the optimizer.
-    pub fn new(
-        config: OptimizerConfig,
-        params: &[Tensor],
-        exp_avgs: &[Tensor],
-        exp_avg_sqs: &[Tensor],
-    ) -> Result<Self, TorchError> {
-        torch::zero_gradients(params)?;
-        let gradients = torch::gradients(params)?;
-        let mut groups = Vec::with_capacity(2);
-        for decays in [true, false] {
-            let chosen: Vec<usize> = (0..params.len()).filter(|&i| (params[i].dim() >= 2) == decays).collect();
-            if chosen.is_empty() {
-                continue;
-            }
-            let pick = |from: &[Tensor]| chosen.iter().map(|&i| from[i].shallow_clone()).collect::<Vec<_>>();
-            groups.push(Group {
-                params: pick(params),
-                gradients: pick(&gradients),
-                exp_avgs: pick(exp_avgs),
-                exp_avg_sqs: pick(exp_avg_sqs),
-                weight_decay: if decays { config.weight_decay } else { 0.0 },
-            });
+impl Update {
+    /// Of `slots`, whose tensors stay where they are.
+    pub fn new(slots: Vec<Slot>) -> Self {
+        let mut groups = [true, false].map(|decays| Group {
+            weights: Vec::new(),
+            gradients: Vec::new(),
+            exp_avgs: Vec::new(),
+            exp_avg_sqs: Vec::new(),
+            decays,
+        });
+        for slot in slots {
+            let group = &mut groups[usize::from(!slot.decays)];
+            group.weights.push(slot.weight);
+            group.gradients.push(slot.gradient);
+            group.exp_avgs.push(slot.exp_avg);
+            group.exp_avg_sqs.push(slot.exp_avg_sq);
         }
-        let params = params.iter().map(Tensor::shallow_clone).collect();
-        Ok(Self { config, groups, params, gradients })
+        Self { groups: groups.into_iter().filter(|group| !group.weights.is_empty()).collect() }
     }
 
-    /// The `step`-th update of the run, from the gradients that the parameters hold. Returns the gradient's 2-norm before
-    /// clipping, as a scalar on the device: reading it is the caller's to time.
-    pub fn step(&mut self, step: Step, lr: f64) -> Result<Tensor, TorchError> {
-        tch::no_grad(|| {
-            let norm = torch::grad_norm(&self.gradients)?;
-            // The kernel divides gradients by the scale: max(1, norm / limit) clips without a pass of its own.
-            let scale = if self.config.grad_clip > 0.0 {
-                Some(torch::tch_result(
-                    "clip",
-                    norm.f_div_scalar(self.config.grad_clip).and_then(|s| s.f_clamp_min(1.0)),
-                )?)
-            } else {
-                None
+    /// The `step`-th update of the run. `scale`, if any, divides the gradients first.
+    pub fn apply(
+        &self,
+        config: &OptimizerConfig,
+        step: Step,
+        lr: f64,
+        scale: Option<&Tensor>,
+    ) -> Result<(), TorchError> {
+        for group in &self.groups {
+            let settings = AdamW {
+                lr,
+                beta1: config.betas[0],
+                beta2: config.betas[1],
+                eps: config.eps,
+                weight_decay: if group.decays { config.weight_decay } else { 0.0 },
             };
-            for group in &self.groups {
-                let settings = AdamW {
-                    lr,
-                    beta1: self.config.betas[0],
-                    beta2: self.config.betas[1],
-                    eps: self.config.eps,
-                    weight_decay: group.weight_decay,
-                };
-                let moments = Moments { exp_avgs: &group.exp_avgs, exp_avg_sqs: &group.exp_avg_sqs };
-                torch::adamw_step(&group.params, &group.gradients, moments, step, &settings, scale.as_ref())?;
-            }
-            Ok(norm)
-        })
+            let moments = Moments { exp_avgs: &group.exp_avgs, exp_avg_sqs: &group.exp_avg_sqs };
+            torch::adamw_step(&group.weights, &group.gradients, moments, step, &settings, scale)?;
+        }
+        Ok(())
     }
+}
 
-    /// Sets every gradient to zero, in place: the all-reduce buckets keep pointing at them.
-    pub fn zero_grad(&mut self) -> Result<(), TorchError> {
-        torch::zero_gradients(&self.params)
+/// What gradients of this 2-norm are divided by: max(1, norm / limit) clips without a pass of its own. `None`: no clipping.
+pub fn clip_scale(config: &OptimizerConfig, norm: &Tensor) -> Result<Option<Tensor>, TorchError> {
+    if config.grad_clip <= 0.0 {
+        return Ok(None);
     }
+    let scale = norm.f_div_scalar(config.grad_clip).and_then(|scale| scale.f_clamp_min(1.0));
+    torch::tch_result("clip", scale).map(Some)
 }

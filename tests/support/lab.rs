@@ -9,6 +9,7 @@ use std::{
 use rustix::process::Signal;
 
 use super::{
+    moto::Moto,
     proxy::FaultProxy,
     s3::{self, S3Server},
     trainer::{Finished, Losses, Trainer, losses, read},
@@ -154,6 +155,8 @@ pub enum Store {
     File(PathBuf),
     /// A server, which clients reach at this endpoint (its own, or that of a proxy before it).
     S3(Arc<S3Server>, String),
+    /// Somebody else's server; tests reach it by commands alone.
+    Moto(Arc<Moto>),
 }
 
 /// A place to work in: a folder, a store, and commands that know both.
@@ -182,6 +185,11 @@ impl Lab {
         let endpoint = proxy.endpoint();
         (Self::make(Some(Turn::take()), |_| Store::S3(server, endpoint)), proxy)
     }
+    /// With a server as its store that others have written; `None` where it is not installed.
+    pub fn on_moto() -> Option<Self> {
+        let moto = Arc::new(Moto::start(s3::BUCKET)?);
+        Some(Self::make(Some(Turn::take()), |_| Store::Moto(moto)))
+    }
     /// With a folder as its store, and in it a copy of [`interrupted`]'s run.
     pub fn on_interrupted_run() -> Self {
         let lab = Self::on_files();
@@ -205,14 +213,14 @@ impl Lab {
     pub fn uri(&self) -> String {
         match &self.store {
             Store::File(path) => format!("file://{}", path.display()),
-            Store::S3(..) => format!("s3://{}/runs", s3::BUCKET),
+            Store::S3(..) | Store::Moto(_) => format!("s3://{}/runs", s3::BUCKET),
         }
     }
     /// The server, for a lab that has one.
     pub fn server(&self) -> &S3Server {
         match &self.store {
             Store::S3(server, _) => server,
-            Store::File(_) => panic!("this lab has no S3 server"),
+            Store::File(_) | Store::Moto(_) => panic!("this lab has no S3 server of ours"),
         }
     }
     /// The text of a run configuration, with `more` at its end.
@@ -261,6 +269,7 @@ backoff = "50ms"
         match &self.store {
             Store::File(_) => trainer,
             Store::S3(_, endpoint) => trainer.envs(&s3::client_env(endpoint)),
+            Store::Moto(moto) => trainer.envs(&s3::client_env(&moto.endpoint())),
         }
     }
     /// A command about one run: `status`, `verify`, …
@@ -289,6 +298,7 @@ backoff = "50ms"
                 let root = format!("runs/{run}/");
                 server.keys(&root).iter().map(|key| key[root.len()..].to_owned()).collect()
             }
+            Store::Moto(_) => panic!("reached by commands alone"),
             Store::File(path) => {
                 let mut found = Vec::new();
                 walk(&path.join(run), "", &mut found);
@@ -306,6 +316,7 @@ backoff = "50ms"
             Store::S3(server, _) => {
                 server.read(&format!("runs/{run}/{key}")).unwrap_or_else(|| panic!("no object {key}")).to_vec()
             }
+            Store::Moto(_) => panic!("reached by commands alone"),
             Store::File(path) => read(&path.join(run).join(key)),
         }
     }
@@ -314,6 +325,7 @@ backoff = "50ms"
     pub fn damage(&self, run: &str, key: &str, change: impl FnOnce(&mut Vec<u8>)) {
         match &self.store {
             Store::S3(server, _) => server.rot(&format!("runs/{run}/{key}"), change),
+            Store::Moto(_) => panic!("reached by commands alone"),
             Store::File(path) => {
                 let path = path.join(run).join(key);
                 let mut bytes = read(&path);
@@ -327,6 +339,7 @@ backoff = "50ms"
     pub fn remove(&self, run: &str, key: &str) {
         match &self.store {
             Store::S3(server, _) => server.remove(&format!("runs/{run}/{key}")),
+            Store::Moto(_) => panic!("reached by commands alone"),
             Store::File(path) => std::fs::remove_file(path.join(run).join(key)).expect("remove object"),
         }
     }

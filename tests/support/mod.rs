@@ -1,6 +1,7 @@
-//! What the tests lean on. `s3` stands alone: the benchmarks include it too.
+//! What the tests lean on. `s3` and `moto` stand alone: others include them too.
 pub mod lab;
 pub mod memory;
+pub mod moto;
 pub mod proxy;
 pub mod s3;
 pub mod samples;

@@ -40,12 +40,22 @@ pub enum CreateOnce {
 }
 
 /// Rules that a test switches while clients are at work.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Rules {
     /// Every write and delete is answered with 403.
     pub deny_writes: bool,
     /// What `If-None-Match: *` does.
     pub create_once: CreateOnce,
+    /// A HEAD that asks for the object's checksum gets it.
+    pub keeps_checksums: bool,
+    /// `ListMultipartUploads` is answered with 403.
+    pub deny_upload_list: bool,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self { deny_writes: false, create_once: CreateOnce::default(), keeps_checksums: true, deny_upload_list: false }
+    }
 }
 
 #[derive(Clone)]
@@ -181,6 +191,27 @@ impl S3Server {
     /// Multipart uploads that were neither completed nor aborted.
     pub fn open_uploads(&self) -> usize {
         self.service.lock().uploads.len()
+    }
+    /// Begins a multipart upload of `key` and leaves it, as a client that was killed so long ago.
+    pub fn leave_upload(&self, key: &str, ago: Duration) -> String {
+        let mut table = self.service.lock();
+        let id = format!("upload-{}", table.serial());
+        let upload = Upload { key: key.to_owned(), started: SystemTime::now() - ago, parts: BTreeMap::new() };
+        table.uploads.insert(id.clone(), upload);
+        id
+    }
+    /// Keys of the multipart uploads that were neither completed nor aborted, sorted.
+    pub fn upload_keys(&self) -> Vec<String> {
+        let mut keys: Vec<String> = self.service.lock().uploads.values().map(|upload| upload.key.clone()).collect();
+        keys.sort();
+        keys
+    }
+    /// Makes the objects whose keys begin with `prefix` so much older.
+    pub fn age(&self, prefix: &str, by: Duration) {
+        let mut table = self.service.lock();
+        for (_, object) in table.objects.iter_mut().filter(|(key, _)| key.starts_with(prefix)) {
+            object.modified -= by;
+        }
     }
     /// Requests so far of one operation, by its S3 name.
     pub fn count(&self, operation: &str) -> u64 {
@@ -400,12 +431,13 @@ impl S3 for Service {
     }
 
     async fn head_object(&self, req: S3Request<HeadObjectInput>) -> S3Result<S3Response<HeadObjectOutput>> {
-        self.enter("HeadObject", &req.input.bucket, false)?;
+        let rules = self.enter("HeadObject", &req.input.bucket, false)?;
         let object = self.get(&req.input.key)?;
+        let shown = rules.keeps_checksums && req.input.checksum_mode.is_some();
         Ok(S3Response::new(HeadObjectOutput {
             content_length: Some(object.body.len() as i64),
-            checksum_crc64nvme: req.input.checksum_mode.is_some().then(|| crc64_text(object.crc64)),
-            checksum_type: req.input.checksum_mode.is_some().then(full_object).flatten(),
+            checksum_crc64nvme: shown.then(|| crc64_text(object.crc64)),
+            checksum_type: shown.then(full_object).flatten(),
             e_tag: Some(object.tag()),
             last_modified: Some(object.modified.into()),
             ..Default::default()
@@ -645,20 +677,36 @@ impl S3 for Service {
         &self,
         req: S3Request<ListMultipartUploadsInput>,
     ) -> S3Result<S3Response<ListMultipartUploadsOutput>> {
-        self.enter("ListMultipartUploads", &req.input.bucket, false)?;
+        let rules = self.enter("ListMultipartUploads", &req.input.bucket, false)?;
+        if rules.deny_upload_list {
+            return Err(s3_error!(AccessDenied, "not these"));
+        }
         let prefix = req.input.prefix.clone().unwrap_or_default();
+        // Sorted by key, then by id; behind the markers; S3 gives up to 1,000, this server two, so that clients turn pages.
+        let after = (req.input.key_marker.unwrap_or_default(), req.input.upload_id_marker.unwrap_or_default());
         let table = self.lock();
-        let uploads = table.uploads.iter().filter(|(_, upload)| upload.key.starts_with(&prefix));
-        let uploads = uploads.map(|(id, upload)| MultipartUpload {
-            key: Some(upload.key.clone()),
-            upload_id: Some(id.clone()),
-            initiated: Some(upload.started.into()),
+        let mut found: Vec<(String, String, SystemTime)> = table
+            .uploads
+            .iter()
+            .filter(|(id, upload)| upload.key.starts_with(&prefix) && (&upload.key, *id) > (&after.0, &after.1))
+            .map(|(id, upload)| (upload.key.clone(), id.clone(), upload.started))
+            .collect();
+        found.sort();
+        let truncated = found.len() > 2;
+        found.truncate(2);
+        let last = found.last().filter(|_| truncated).cloned();
+        let uploads = found.into_iter().map(|(key, id, started)| MultipartUpload {
+            key: Some(key),
+            upload_id: Some(id),
+            initiated: Some(started.into()),
             ..Default::default()
         });
         Ok(S3Response::new(ListMultipartUploadsOutput {
             bucket: Some(req.input.bucket),
             prefix: req.input.prefix,
-            is_truncated: Some(false),
+            is_truncated: Some(truncated),
+            next_key_marker: last.as_ref().map(|(key, ..)| key.clone()),
+            next_upload_id_marker: last.map(|(_, id, _)| id),
             uploads: Some(uploads.collect()),
             ..Default::default()
         }))

@@ -56,7 +56,12 @@ pub fn config() -> RunConfig {
             schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
         },
         parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: Some(2), bucket_mib: 25 },
-        checkpoint: CheckpointConfig { every: Cadence::Steps(100), keep: Keep { last: 3, every: Some(1000) } },
+        checkpoint: CheckpointConfig {
+            every: Cadence::Steps(100),
+            keep: Keep { last: 3, every: Some(Spacing::Steps(1000)), best: 0 },
+            scrub: Some(Duration::from_secs(86_400)),
+            price_per_gib_month: 0.023,
+        },
         notice: NoticeConfig { sources: vec!["auto".into()] },
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_millis(1500) },

@@ -1,0 +1,305 @@
+//! Looking after what a run keeps, while it trains: checkpoints that rot are found before they are needed, and rubbish goes.
+//!
+//! One task beside the event loop. At the start of a life and once a day it sweeps what [`crate::checkpoint::rubbish`] finds. Every
+//! checkpoint that is kept is held against its checksums once in `checkpoint.scrub`: those that the store keeps, where it
+//! does; elsewhere its bytes are read at no more than [`RATE`], one request at a time. While a restore or a save is on
+//! its way nothing is begun and no byte is read. What is damaged, and is so when it is read again, gets its `damaged`
+//! record: it is never resumed from again and never counted, and its bytes stay for diagnosis.
+//!
+//! *Crash, cancel:* nothing is kept outside the journal; a look that was cut off is begun again in the next life. *Retry:* a
+//! store that fails is asked again after [`AGAIN`].
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use jiff::Timestamp;
+use tokio::sync::watch;
+
+use super::retention::Kept;
+use crate::{
+    checkpoint::{
+        catalog::Damage,
+        rubbish,
+        verify::{Depth, Gentle, Report, look_again, verify, verify_gently},
+    },
+    error::Error,
+    ids::{Generation, Step},
+    journal::{Committed, ResumePoint},
+};
+
+/// The most bytes that are read in a second, on a store that keeps no checksums.
+const RATE: u64 = 32 << 20;
+/// How long after the last look at a newest checkpoint the one that is newest then is looked at: it advances what is known to
+/// be good, so that an older one need not be kept for that.
+const NEWEST: Duration = Duration::from_secs(10 * 60);
+/// A checkpoint that this life has not looked at is looked at after so long: many are gone before.
+const FIRST: Duration = Duration::from_secs(60 * 60);
+/// When a store that failed is asked again.
+const AGAIN: Duration = Duration::from_secs(10 * 60);
+
+/// Time since the life began.
+type Moment = Duration;
+
+/// What is known of one checkpoint that is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Watched {
+    point: ResumePoint,
+    /// This life knows of it since then.
+    since: Moment,
+    /// The end of the last look at it, and whether the store let us look.
+    looked: Option<(Moment, bool)>,
+}
+
+/// What is to be done next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Next {
+    /// Look at this checkpoint now.
+    Look(ResumePoint),
+    /// Nothing is due before so long.
+    Wait(Duration),
+    /// There is nothing to look at.
+    Nothing,
+}
+
+/// What to look at next. `watched`: the newest first; `newest`: the end of the last look at one that was the newest then.
+///
+/// Each is due `period` after the last look at it. One that this life has not looked at is due [`FIRST`] after it was first
+/// heard of, and the newest, if there was no look at a newest one for [`NEWEST`]; neither waits longer than `period`. Of
+/// two that are due the one that is due for longer comes first, then the newer: a resume would use it.
+fn next(watched: &[Watched], newest: Option<Moment>, period: Duration, now: Moment) -> Next {
+    let due = |(place, watched): (usize, &Watched)| {
+        let due = match watched.looked {
+            Some((at, true)) => at + period,
+            Some((at, false)) => at + period.min(AGAIN),
+            None if place == 0 => newest.unwrap_or_default() + period.min(NEWEST),
+            None => watched.since + period.min(FIRST),
+        };
+        (due, place)
+    };
+    match watched.iter().enumerate().map(due).min() {
+        None => Next::Nothing,
+        Some((due, place)) if due <= now => Next::Look(watched[place].point.clone()),
+        Some((due, _)) => Next::Wait(due - now),
+    }
+}
+
+/// Sweeps and looks until it is aborted.
+pub(super) async fn run(kept: Arc<Kept>, busy: watch::Receiver<bool>) {
+    tokio::join!(sweep_daily(&kept, busy.clone()), look_around(&kept, busy));
+}
+
+async fn sweep_daily(kept: &Kept, mut busy: watch::Receiver<bool>) {
+    loop {
+        // Its sender is gone when the life is over.
+        if busy.wait_for(|busy| !busy).await.is_err() {
+            return;
+        }
+        match sweep(kept).await {
+            Ok(0) => {}
+            Ok(swept) => tracing::info!(objects = swept, "swept what killed uploads and deletions had left behind"),
+            Err(error) => tracing::warn!(%error, "what killed uploads have left behind was not swept"),
+        }
+        tokio::time::sleep(rubbish::AGE).await;
+    }
+}
+
+async fn sweep(kept: &Kept) -> Result<u64, Error> {
+    let state = kept.journal.lock().await.state().clone();
+    let rubbish = rubbish::find(&kept.run, &state, Timestamp::now()).await?;
+    if let Some(error) = &rubbish.unlisted {
+        tracing::info!(%error, "unfinished uploads can't be listed here: they are left to the bucket's lifecycle rule");
+    }
+    Ok(rubbish::sweep(&kept.run, &rubbish).await?)
+}
+
+async fn look_around(kept: &Kept, busy: watch::Receiver<bool>) {
+    let Some(period) = kept.config.scrub else { return };
+    let begun = Instant::now();
+    let mut memory: BTreeMap<(Generation, Step), Watched> = BTreeMap::new();
+    let mut newest = None;
+    loop {
+        let good: Vec<Committed> = {
+            let journal = kept.journal.lock().await;
+            journal.state().good().into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
+        };
+        let key = |committed: &Committed| (committed.generation, committed.step);
+        memory.retain(|known, _| good.iter().any(|committed| key(committed) == *known));
+        for committed in &good {
+            let point = ResumePoint { step: committed.step, generation: committed.generation };
+            let watched = || Watched { point, since: begun.elapsed(), looked: None };
+            memory.entry(key(committed)).or_insert_with(watched);
+        }
+        let watched: Vec<Watched> = memory.values().rev().cloned().collect();
+        match next(&watched, newest, period, begun.elapsed()) {
+            Next::Nothing => kept.committed.notified().await,
+            Next::Wait(time) => {
+                // A commit may change what is due first.
+                let _ = tokio::time::timeout(time, kept.committed.notified()).await;
+            }
+            Next::Look(point) => {
+                if busy.clone().wait_for(|busy| !busy).await.is_err() {
+                    return;
+                }
+                let committed = good.iter().find(|c| (c.generation, c.step) == (point.generation, point.step));
+                let Some(committed) = committed else { continue };
+                kept.known().reading = Some(point.clone());
+                let looked = look(kept, committed, &busy).await;
+                kept.known().reading = None;
+                if let Err(error) = &looked {
+                    tracing::debug!(%error, step = %point.step, "checkpoint was not looked at");
+                }
+                let now = begun.elapsed();
+                if watched.first().is_some_and(|first| first.point == point) {
+                    newest = Some(now);
+                }
+                if let Some(watched) = memory.get_mut(&(point.generation, point.step)) {
+                    watched.looked = Some((now, looked.is_ok()));
+                }
+            }
+        }
+    }
+}
+
+/// Holds one checkpoint against the store's checksums, or against its bytes where the store keeps none.
+async fn look(kept: &Kept, committed: &Committed, busy: &watch::Receiver<bool>) -> Result<(), Error> {
+    let mut report = verify(&kept.run, committed, Depth::Stored, &|_| {}).await?;
+    if report.is_sound() && !report.is_verified() {
+        report = verify_gently(&kept.run, committed, &Gentle { bytes_per_s: RATE, busy: busy.clone() }).await?;
+    }
+    if !report.is_sound() {
+        report = look_again(&kept.run, committed, &report).await?;
+    }
+    let Report { step, generation, .. } = report;
+    match report.damage() {
+        None => kept.vouch(&ResumePoint { step, generation }),
+        Some((object, reason)) => {
+            let (object, reason) = (object.to_owned(), reason.to_owned());
+            kept.quarantine(&Damage { step, generation, object, reason }).await?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::Mutex;
+
+    use super::*;
+    use crate::{
+        checkpoint::testing::{Harm, checkpoint, config, harm, memory_store},
+        config::CheckpointConfig,
+        ids::{NodeId, RunId, WorldSize},
+        journal::{CheckpointStatus, Formed, FormedReason, Journal, Record, RosterEntry},
+        layout,
+    };
+
+    const DAY: Duration = Duration::from_secs(86_400);
+
+    fn watched(step: u64, since: Moment, looked: Option<(Moment, bool)>) -> Watched {
+        Watched { point: ResumePoint { step: Step(step), generation: Generation(1) }, since, looked }
+    }
+
+    fn minutes(count: u64) -> Duration {
+        Duration::from_secs(60 * count)
+    }
+
+    #[test]
+    fn the_newest_is_looked_at_soon_and_every_one_once_in_a_period() {
+        let look = |step| Next::Look(ResumePoint { step: Step(step), generation: Generation(1) });
+        assert_eq!(next(&[], None, DAY, minutes(5)), Next::Nothing);
+        let new = [watched(3, minutes(8), None), watched(2, minutes(4), None), watched(1, minutes(0), None)];
+        assert_eq!(next(&new, None, DAY, minutes(8)), Next::Wait(minutes(2)));
+        assert_eq!(next(&new, None, DAY, minutes(10)), look(3));
+        // One that was the newest was looked at a moment ago: this one can wait, and an older one comes first.
+        assert_eq!(next(&new, Some(minutes(55)), DAY, minutes(58)), Next::Wait(minutes(2)));
+        assert_eq!(next(&new, Some(minutes(55)), DAY, minutes(60)), look(1));
+        assert_eq!(next(&new, Some(minutes(55)), DAY, minutes(65)), look(1), "due for longer");
+        let looked = Some((minutes(60), true));
+        let seen = [watched(3, minutes(0), looked), watched(2, minutes(0), looked)];
+        assert_eq!(next(&seen, Some(minutes(60)), DAY, minutes(100)), Next::Wait(DAY - minutes(40)));
+        assert_eq!(next(&seen, Some(minutes(60)), DAY, minutes(60) + DAY), look(3), "of equals the newer");
+        // A store that failed is asked again before the period is over, and not at once.
+        let failed = [watched(3, minutes(0), Some((minutes(60), false)))];
+        assert_eq!(next(&failed, Some(minutes(60)), DAY, minutes(61)), Next::Wait(minutes(9)));
+        assert_eq!(next(&failed, Some(minutes(60)), DAY, minutes(70)), look(3));
+        // A short period bounds every wait.
+        let second = Duration::from_secs(1);
+        assert_eq!(next(&new, None, second, minutes(9)), look(3));
+        assert_eq!(next(&new, Some(minutes(9)), second, minutes(9)), look(1));
+        assert_eq!(next(&failed, None, second, minutes(60) + second), look(3));
+    }
+
+    /// A journal whose generation 1 has committed steps 1 to 3, in a store that keeps no checksums.
+    async fn kept() -> (Arc<Kept>, Vec<Committed>) {
+        let (run, node) = (memory_store(), NodeId::random());
+        let run_id = RunId::new("run").unwrap();
+        let mut journal = Journal::create(run.clone(), node.clone(), run_id, config()).await.unwrap();
+        let formed = Formed {
+            roster: vec![RosterEntry { node, workers: 1 }],
+            world_size: WorldSize(1),
+            resume: None,
+            overrides: Vec::new(),
+            reason: FormedReason::Started,
+        };
+        journal.form(formed).await.unwrap();
+        let mut list = Vec::new();
+        for step in 1..=3 {
+            let (committed, _) = checkpoint(&run, step, 1, 1, step).await;
+            journal.append(Record::Committed(committed.clone())).await.unwrap();
+            list.push(committed);
+        }
+        let config = CheckpointConfig { scrub: Some(DAY), ..config().checkpoint };
+        (Arc::new(Kept::new(&run, &Arc::new(Mutex::new(journal)), config)), list)
+    }
+
+    async fn status(kept: &Kept, step: u64) -> CheckpointStatus {
+        kept.journal.lock().await.state().checkpoint(Step(step), Generation(1)).unwrap().status.clone()
+    }
+
+    #[tokio::test]
+    async fn without_stored_checksums_bytes_are_read_and_what_has_rotted_is_written_down() {
+        let (kept, list) = kept().await;
+        let (_idle, busy) = watch::channel(false);
+        look(&kept, &list[0], &busy).await.unwrap();
+        assert_eq!(kept.known().verified, [ResumePoint { step: Step(1), generation: Generation(1) }]);
+        assert_eq!(status(&kept, 1).await, CheckpointStatus::Good);
+        let folder = layout::checkpoint(Step(3), Generation(1));
+        let object = harm(&kept.run, &folder, "optimizer-00001-of-00001.safetensors", Harm::Flip).await;
+        look(&kept, &list[2], &busy).await.unwrap();
+        match status(&kept, 3).await {
+            CheckpointStatus::Damaged { reason } => assert!(reason.starts_with(&object), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+        assert!(!kept.run.list(&folder).await.unwrap().is_empty(), "its bytes stay");
+        let records = kept.journal.lock().await.state().next();
+        look(&kept, &list[2], &busy).await.unwrap();
+        assert_eq!(kept.journal.lock().await.state().next(), records, "said once");
+    }
+
+    #[tokio::test]
+    async fn a_checkpoint_that_was_pruned_while_it_was_read_is_not_called_damaged() {
+        let (kept, list) = kept().await;
+        let (_idle, busy) = watch::channel(false);
+        let (step, generation) = (Step(1), Generation(1));
+        kept.journal.lock().await.append(Record::Pruned { step, generation }).await.unwrap();
+        crate::checkpoint::prune::delete_folder(&kept.run, step, generation).await.unwrap();
+        let records = kept.journal.lock().await.state().next();
+        look(&kept, &list[0], &busy).await.unwrap();
+        assert_eq!(status(&kept, 1).await, CheckpointStatus::Pruned);
+        assert_eq!(kept.journal.lock().await.state().next(), records, "nothing is written down");
+        assert!(kept.known().verified.is_empty());
+    }
+
+    #[tokio::test]
+    async fn what_a_killed_deletion_has_left_is_swept() {
+        let (kept, _) = kept().await;
+        let (step, generation) = (Step(1), Generation(1));
+        assert_eq!(sweep(&kept).await.unwrap(), 0);
+        kept.journal.lock().await.append(Record::Pruned { step, generation }).await.unwrap();
+        assert!(sweep(&kept).await.unwrap() > 0);
+        assert!(kept.run.list(&layout::checkpoint(step, generation)).await.unwrap().is_empty());
+    }
+}

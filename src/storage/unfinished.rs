@@ -1,0 +1,130 @@
+//! What killed uploads leave behind: on S3 multipart uploads that were neither completed nor aborted, whose parts are paid for
+//! and shown in no listing; on `file://` hidden files. Elsewhere the store clears them away by itself.
+//!
+//! *Crash, retry, cancel:* each is discarded by one request, and discarding one that is gone is fine.
+
+use std::{
+    path::{Path as FilePath, PathBuf},
+    time::SystemTime,
+};
+
+use super::{Lane, StorageError, Store, retry::Failure};
+
+/// Something that an upload to a folder has left behind, or is at work on just now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unfinished {
+    /// The key that it was to have, relative to the store handle that found it.
+    pub key: String,
+    /// When it was begun (S3) or last written to (`file://`), by the store's clock.
+    pub since: jiff::Timestamp,
+    place: Place,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    /// A multipart upload's id.
+    Upload(String),
+    File(PathBuf),
+}
+
+async fn unfinished(store: &Store) -> Result<Vec<Unfinished>, StorageError> {
+    if let Some(bucket) = &store.inner.backend.s3 {
+        let prefix = if store.prefix.is_empty() { String::new() } else { format!("{}/", store.prefix) };
+        let request = || bucket.uploads(&prefix);
+        let found = store.attempts(Lane::Control, "list of uploads", 0).slow().run(request).await;
+        let found = found.map_err(|failure| failure.not_of_the_object().explain(&store.uri_of("")))?;
+        let own = found.into_iter().filter_map(|upload| {
+            let key = store.relative(&upload.key)?.to_owned();
+            Some(Unfinished { key, since: upload.started, place: Place::Upload(upload.id) })
+        });
+        return Ok(own.collect());
+    }
+    let Some(folder) = store.uri().strip_prefix("file://").map(PathBuf::from) else { return Ok(Vec::new()) };
+    let looked = tokio::task::spawn_blocking(move || {
+        let mut found = Vec::new();
+        look_into(&folder, "", &mut found).map(|()| found)
+    });
+    settled(store, looked.await)
+}
+
+async fn discard(store: &Store, left: &Unfinished) -> Result<(), StorageError> {
+    match (&left.place, &store.inner.backend.multipart) {
+        (Place::Upload(id), Some(multipart)) => {
+            let path = store.path(&left.key)?;
+            let abort = store.attempts(Lane::Control, "abort of an upload", 0);
+            match abort.run(|| multipart.abort_multipart(&path, id)).await {
+                Err(failure) if !failure.is_not_found() => Err(failure.explain(&store.uri_of(&left.key))),
+                _ => Ok(()),
+            }
+        }
+        (Place::Upload(_), None) => Ok(()),
+        (Place::File(path), _) => {
+            let path = path.clone();
+            settled(store, tokio::task::spawn_blocking(move || gone_is_fine(std::fs::remove_file(path))).await)
+        }
+    }
+}
+
+/// The end of a piece of work on the local file system.
+fn settled<T>(store: &Store, done: Result<std::io::Result<T>, tokio::task::JoinError>) -> Result<T, StorageError> {
+    match done {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => {
+            let error = object_store::Error::Generic { store: "file", source: Box::new(error) };
+            Err(Failure::new("sweep", &error).explain(&store.uri()))
+        }
+        Err(_) => Err(Failure::stopped("sweep").explain(&store.uri())),
+    }
+}
+
+fn gone_is_fine(result: std::io::Result<()>) -> std::io::Result<()> {
+    result.or_else(|error| if error.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
+}
+
+fn look_into(folder: &FilePath, prefix: &str, found: &mut Vec<Unfinished>) -> std::io::Result<()> {
+    let gone = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if gone(&error) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        let metadata = match entry.metadata() {
+            Ok(metadata) => metadata,
+            Err(error) if gone(&error) => continue,
+            Err(error) => return Err(error),
+        };
+        // A name that is not UTF-8 is none of ours.
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        if metadata.is_dir() {
+            look_into(&entry.path(), &format!("{prefix}{name}/"), found)?;
+        } else if metadata.is_file()
+            && let Some(place) = unfinished_name(&name)
+        {
+            let since = metadata.modified().unwrap_or(SystemTime::now());
+            let since = jiff::Timestamp::try_from(since).unwrap_or(jiff::Timestamp::MAX);
+            found.push(Unfinished { key: format!("{prefix}{place}"), since, place: Place::File(entry.path()) });
+        }
+    }
+    Ok(())
+}
+
+/// The place that a file named `<name>#<digits>` is meant for: object_store names a file so that is not yet in its place.
+fn unfinished_name(name: &str) -> Option<&str> {
+    let (place, number) = name.split_once('#')?;
+    (!number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())).then_some(place)
+}
+
+impl Store {
+    /// What uploads to this folder have left behind, those under way included: by age and key the caller tells them apart.
+    pub async fn unfinished(&self) -> Result<Vec<Unfinished>, StorageError> {
+        unfinished(self).await
+    }
+
+    /// Discards what an upload has left behind; if it is gone, or has been finished, nothing happens. The handle must be
+    /// the one that found it.
+    pub async fn discard(&self, left: &Unfinished) -> Result<(), StorageError> {
+        discard(self, left).await
+    }
+}

@@ -1,0 +1,394 @@
+//! A state out of safetensors files, whoever wrote them: any world size, either strategy, this version or an earlier one.
+//!
+//! Every rank reads the headers of all files, holds every entry against the model, and demands that what there is of each
+//! tensor holds each of its elements exactly once; then it copies its own elements alone. Which tensor is what, and which one is
+//! believed where two say the same, stands in [`super::state`]. *Crash, error:* the state is then partly filled and of no
+//! use.
+
+use std::{collections::HashMap, ops::Range};
+
+use bytes::Bytes;
+use tch::{Kind, Tensor};
+
+use super::state::{Param, Role, State, Target, is_moment, part};
+use crate::{
+    checkpoint::{header, slices},
+    error::{Context, Error, Kind as ErrorKind, Result},
+    snapshot::plan::Dtype,
+    torch,
+};
+
+/// Where elements of a parameter stand in the files.
+struct Source<'a> {
+    elements: Range<u64>,
+    dtype: Dtype,
+    bytes: &'a [u8],
+}
+
+impl State {
+    /// Loads safetensors files. With `weights_only` the moments stay zero, other floating types are converted, and tensors that the
+    /// model does not have are passed over; otherwise every tensor must be there, in one piece or in slices that hold each
+    /// element once, with its very shape and type, and no other.
+    pub fn load(&mut self, files: &[Bytes], weights_only: bool) -> Result<()> {
+        let found = self.find(files, weights_only)?;
+        let roles: &[Role] = if weights_only { &[Role::Weight] } else { &Role::ALL };
+        for &role in roles {
+            for (param, sources) in found[role as usize].iter().enumerate() {
+                let Param { name, len, .. } = &self.params[param];
+                // Only bf16 weights stand beside masters.
+                if sources.is_empty() && role == Role::Master {
+                    let rounded = found[Role::Weight as usize][param].iter().any(|s| s.dtype != Dtype::F32);
+                    if rounded && !weights_only {
+                        return Err(mismatch(format!(
+                            "tensor {name} is not F32 in the files, and there is no {}{name}",
+                            role.prefix()
+                        )));
+                    }
+                    continue;
+                }
+                let name = format!("{}{name}", role.prefix());
+                if sources.is_empty() && *len > 0 {
+                    return Err(mismatch(format!("tensor {name} is in none of the files")));
+                }
+                slices::check_cover(sources.iter().map(|source| source.elements.clone()), *len)
+                    .map_err(|reason| Error::new(ErrorKind::Data, format!("tensor {name} {reason} in the files")))?;
+            }
+        }
+        for target in self.targets.iter().filter(|target| !weights_only || !is_moment(target.role)) {
+            let masters = &found[Role::Master as usize][target.param];
+            let sources = match target.role {
+                Role::Weight | Role::Master if masters.is_empty() => &found[Role::Weight as usize][target.param],
+                Role::Weight | Role::Master => masters,
+                role => &found[role as usize][target.param],
+            };
+            for source in sources {
+                let name = &self.params[target.param].name;
+                fill(target, source).context(format!("load tensor {}{name}", target.role.prefix()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where each parameter's elements stand, by role and parameter. Every entry has been held against the model; whether they
+    /// are all that is wanted has not been looked at.
+    fn find<'a>(&self, files: &'a [Bytes], weights_only: bool) -> Result<[Vec<Vec<Source<'a>>>; 4]> {
+        let index: HashMap<&str, usize> =
+            self.params.iter().enumerate().map(|(i, param)| (param.name.as_str(), i)).collect();
+        let mut found = Role::ALL.map(|_| self.params.iter().map(|_| Vec::new()).collect::<Vec<_>>());
+        for file in files {
+            for entry in header::read(file)? {
+                let (name, slice) = slices::parse_name(&entry.name);
+                let roles: &[Role] = if weights_only { &[Role::Weight] } else { &Role::ALL };
+                let named = roles.iter().find_map(|&role| {
+                    let param = index.get(name.strip_prefix(role.prefix())?)?;
+                    Some((role, *param))
+                });
+                let Some((role, param)) = named else {
+                    if weights_only {
+                        continue;
+                    }
+                    return Err(mismatch(format!(
+                        "checkpoint holds tensor {}, which the model does not have",
+                        entry.name
+                    )));
+                };
+                let Param { shape, len, .. } = &self.params[param];
+                let shape = slice.as_ref().map_or_else(|| shape.clone(), |slice| vec![slice.end - slice.start]);
+                let known = entry.dtype == Dtype::F32
+                    || weights_only
+                    || (role == Role::Weight && entry.dtype == Dtype::BF16 && slice.is_none());
+                if entry.shape != shape || !known {
+                    return Err(mismatch(format!(
+                        "tensor {} is {:?} {} in the files but {shape:?} F32 in the model",
+                        entry.name,
+                        entry.shape,
+                        entry.dtype.name(),
+                    )));
+                }
+                let bytes = file_range(file, &entry.range)?;
+                let elements = slice.unwrap_or(0..*len);
+                found[role as usize][param].push(Source { elements, dtype: entry.dtype, bytes });
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn mismatch(message: String) -> Error {
+    Error::new(ErrorKind::Config, message).with_hint(
+        "the model's configuration and the files do not belong together: check model.config and model.init_from",
+    )
+}
+
+/// Copies what `target` and `source` have in common.
+fn fill(target: &Target, source: &Source<'_>) -> Result<(), torch::TorchError> {
+    let end = target.begin + target.tensor.numel() as u64;
+    let (begin, end) = (target.begin.max(source.elements.start), end.min(source.elements.end));
+    if begin >= end {
+        return Ok(());
+    }
+    let to = torch::tch_result("load tensor", part(&target.tensor, begin - target.begin, end - begin))?;
+    let size = source.dtype.size();
+    let offset = |element: u64| usize::try_from((element - source.elements.start) * size).unwrap_or(usize::MAX);
+    // The source's bytes are as many as its elements: the header was held against the file, and the slice against the header.
+    let bytes = source.bytes.get(offset(begin)..offset(end)).unwrap_or_default();
+    let (kind, own) = match source.dtype {
+        Dtype::F32 => (Kind::Float, to.kind() == Kind::Float),
+        Dtype::BF16 => (Kind::BFloat16, to.kind() == Kind::BFloat16),
+        Dtype::F16 => (Kind::Half, false),
+        Dtype::I64 => (Kind::Int64, false),
+    };
+    if own {
+        return torch::load_bytes(&to, bytes);
+    }
+    let copied = tch::no_grad(|| {
+        let given = Tensor::f_from_data_size(bytes, &to.size(), kind)?;
+        to.shallow_clone().f_copy_(&given)
+    });
+    torch::tch_result("convert tensor", copied).map(|_| ())
+}
+
+fn file_range<'a>(file: &'a [u8], range: &Range<u64>) -> Result<&'a [u8]> {
+    let start = usize::try_from(range.start).ok();
+    let end = usize::try_from(range.end).ok();
+    let bytes = start.zip(end).and_then(|(start, end)| file.get(start..end));
+    bytes.ok_or_else(|| Error::new(ErrorKind::Data, "a tensor lies outside of its file"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::json;
+    use tch::Device;
+
+    use super::*;
+    use crate::{
+        config::{ModelKind, Precision},
+        ids::{Rank, WorldSize},
+        model::{self, BuildSettings, Model},
+        snapshot::plan::plan,
+        worker::{partition::Partition, state::signed},
+    };
+
+    fn build(precision: Precision, seed: u64) -> Box<dyn Model> {
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        });
+        model::build(ModelKind::Llama, &config, &BuildSettings { device: Device::Cpu, precision, seed: Some(seed) })
+            .unwrap()
+    }
+
+    /// A world's states by rank, `zero1` or `ddp`.
+    fn world(zero1: bool, precision: Precision, world: u32, seed: u64) -> Vec<State> {
+        let state = |rank| {
+            let mut model = build(precision, seed);
+            let lens: Vec<u64> = model.parameters().iter().map(|(_, leaf)| leaf.numel() as u64).collect();
+            let split = zero1.then(|| (Partition::new(&lens, WorldSize(world), 1000, 9000), Rank(rank)));
+            State::new(model.as_mut(), precision, split).unwrap()
+        };
+        (0..world).map(state).collect()
+    }
+
+    /// Moments other than zero: a function of name and place alone.
+    fn stir(states: &[State]) {
+        for state in states {
+            for target in state.targets.iter().filter(|target| is_moment(target.role)) {
+                let count = target.tensor.numel() as i64;
+                let begin = signed(target.begin) + 1000 * target.param as i64 + 7 * target.role as i64;
+                let values = (Tensor::arange_start(begin, begin + count, (Kind::Float, Device::Cpu)) * 0.1).sin();
+                target.tensor.shallow_clone().copy_(&values);
+            }
+        }
+    }
+
+    /// The files that a world would save.
+    fn files(states: &[State]) -> Vec<Bytes> {
+        let specs = states[0].specs();
+        assert!(states.iter().all(|state| state.specs() == specs), "ranks differ in what there is");
+        let plans = plan(specs, WorldSize(states.len() as u32), 4096).unwrap();
+        let mut files = Vec::new();
+        for (state, plan) in states.iter().zip(plans) {
+            for shard in plan.shards {
+                let mut file = shard.header;
+                for place in shard.tensors {
+                    let start = file.len();
+                    file.resize(start + place.len as usize, 0);
+                    torch::store_bytes(&state.tensors()[place.tensor], &mut file[start..]).unwrap();
+                }
+                files.push(file.into());
+            }
+        }
+        files
+    }
+
+    /// Every tensor in one piece, put together from whatever slices there are.
+    fn together(files: &[Bytes]) -> BTreeMap<String, Vec<u8>> {
+        let mut slices: BTreeMap<(String, u64), Vec<u8>> = BTreeMap::new();
+        for file in files {
+            for entry in header::read(file).unwrap() {
+                let (name, slice) = slices::parse_name(&entry.name);
+                let bytes = file[entry.range.start as usize..entry.range.end as usize].to_vec();
+                let begin = slice.map_or(0, |slice| slice.start);
+                assert!(slices.insert((name.to_owned(), begin), bytes).is_none(), "{}", entry.name);
+            }
+        }
+        let mut whole: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+        for ((name, _), bytes) in slices {
+            whole.entry(name).or_default().extend(bytes);
+        }
+        whole
+    }
+
+    fn load(states: &mut [State], files: &[Bytes]) {
+        states.iter_mut().for_each(|state| state.load(files, false).unwrap());
+    }
+
+    /// Masters under the weights' names, and no weights that are only rounded.
+    fn as_ddp_has_it(mut tensors: BTreeMap<String, Vec<u8>>) -> BTreeMap<String, Vec<u8>> {
+        let masters: Vec<String> = tensors.keys().filter(|name| name.starts_with("master.")).cloned().collect();
+        for name in masters {
+            let master = tensors.remove(&name).unwrap();
+            tensors.insert(name["master.".len()..].to_owned(), master);
+        }
+        tensors
+    }
+
+    #[test]
+    fn a_state_goes_through_every_world_and_strategy_without_losing_a_byte() {
+        for precision in [Precision::Fp32, Precision::Bf16] {
+            let origin = world(true, precision, 3, 1);
+            stir(&origin);
+            let first = files(&origin);
+            let expected = together(&first);
+            let slices = first.iter().flat_map(|file| header::read(file).unwrap());
+            assert!(slices.filter(|entry| slices::parse_name(&entry.name).1.is_some()).count() > 6, "slices");
+            let mut carried = first;
+            for (zero1, ranks) in [(true, 2), (true, 4), (false, 2), (true, 3), (false, 1), (true, 5), (true, 3)] {
+                // Another seed: what is not loaded shows.
+                let mut next = world(zero1, precision, ranks, 2);
+                load(&mut next, &carried);
+                carried = files(&next);
+                let got = together(&carried);
+                assert_eq!(as_ddp_has_it(got).keys().len(), as_ddp_has_it(expected.clone()).keys().len());
+                for (name, bytes) in as_ddp_has_it(together(&carried)) {
+                    assert!(as_ddp_has_it(expected.clone())[&name] == bytes, "{name}, zero1 {zero1}, {ranks} ranks");
+                }
+            }
+            // Rounded weights, too.
+            assert!(together(&carried) == expected, "{precision:?}");
+        }
+    }
+
+    #[test]
+    fn with_bf16_the_model_files_hold_the_rounded_weights_whole() {
+        let files = files(&world(true, Precision::Bf16, 3, 1));
+        let tensors = together(&files);
+        for (name, leaf) in build(Precision::Fp32, 1).parameters() {
+            let fp32 = Vec::<f32>::try_from(leaf.detach().view([-1])).unwrap();
+            let bits = |tensor: &Tensor| {
+                let mut bytes = vec![0; torch::byte_len(tensor).unwrap()];
+                torch::store_bytes(tensor, &mut bytes).unwrap();
+                bytes
+            };
+            assert_eq!(
+                tensors[&format!("master.{name}")],
+                fp32.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>()
+            );
+            assert_eq!(tensors[name], bits(&leaf.detach().to_kind(Kind::BFloat16)), "{name}");
+        }
+        let weights: Vec<_> = files.iter().flat_map(|file| header::read(file).unwrap()).collect();
+        for entry in weights.iter().filter(|entry| entry.dtype == Dtype::BF16) {
+            assert_eq!(slices::parse_name(&entry.name).1, None);
+        }
+    }
+
+    #[test]
+    fn weights_alone_are_taken_from_a_model_folder_of_any_type() {
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+            let source = build(Precision::Fp32, 3);
+            let tensors: Vec<_> = source
+                .parameters()
+                .iter()
+                .map(|(name, leaf)| (name.clone(), leaf.detach().to_kind(kind)))
+                .chain([("something.else".to_owned(), Tensor::zeros([3], (kind, Device::Cpu)))])
+                .collect();
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("model.safetensors");
+            Tensor::write_safetensors(&tensors, &path).unwrap();
+            let file = Bytes::from(std::fs::read(path).unwrap());
+            let mut states = world(true, Precision::Bf16, 2, 1);
+            stir(&states);
+            states.iter_mut().for_each(|state| state.load(std::slice::from_ref(&file), true).unwrap());
+            let got = together(&files(&states));
+            for (name, tensor) in &tensors[..tensors.len() - 1] {
+                let fp32 = Vec::<f32>::try_from(tensor.to_kind(Kind::Float).view([-1])).unwrap();
+                let fp32: Vec<u8> = fp32.iter().flat_map(|x| x.to_le_bytes()).collect();
+                assert!(got[&format!("master.{name}")] == fp32, "{name}");
+            }
+        }
+    }
+
+    /// A file with these tensors, its data the bytes 0, 1, 2, …
+    fn file(tensors: &[(&str, Dtype, &[u64])]) -> Bytes {
+        let mut file = header::write(tensors.iter().copied()).unwrap();
+        let data: u64 = tensors.iter().map(|(_, dtype, shape)| dtype.bytes(shape).unwrap()).sum();
+        file.extend((0..data).map(|i| i as u8));
+        file.into()
+    }
+
+    #[test]
+    fn hostile_slices_are_refused() {
+        let good = files(&world(true, Precision::Bf16, 2, 1));
+        let mut state = world(true, Precision::Bf16, 2, 1).remove(1);
+        state.load(&good, false).unwrap();
+        let norm = "model.norm.weight";
+        // All tensors as they are, but for one, which is cut anew.
+        let without = |name: &str| {
+            let mut kept = Vec::new();
+            for bytes in &good {
+                let entries = header::read(bytes).unwrap();
+                let entries: Vec<_> =
+                    entries.iter().filter(|entry| slices::parse_name(&entry.name).0 != name).collect();
+                let header = entries.iter().map(|e| (e.name.as_str(), e.dtype, e.shape.as_slice()));
+                let mut file = header::write(header).unwrap();
+                entries.iter().for_each(|e| file.extend(&bytes[e.range.start as usize..e.range.end as usize]));
+                kept.push(Bytes::from(file));
+            }
+            kept
+        };
+        let moment = format!("exp_avg.{norm}");
+        let mut check = |name: &str, tensors: &[(&str, Dtype, &[u64])], expected: &str| {
+            let mut files = without(name);
+            files.extend(tensors.iter().map(|&tensor| file(&[tensor])));
+            match state.load(&files, false) {
+                Ok(()) => assert_eq!(expected, "", "{tensors:?}"),
+                Err(error) => {
+                    assert!(!expected.is_empty() && error.to_string().contains(expected), "{tensors:?}: {error}")
+                }
+            }
+        };
+        let slice = |range: &str| format!("{moment}[{range}]");
+        let (a, b) = (slice("0:10"), slice("10:32"));
+        check(&moment, &[(&b, Dtype::F32, &[22]), (&a, Dtype::F32, &[10])], "");
+        check(&moment, &[(&moment, Dtype::F32, &[32])], "");
+        check(&moment, &[], "none of the files");
+        check(&moment, &[(&a, Dtype::F32, &[10])], "lacks its elements from 10 on");
+        check(&moment, &[(&b, Dtype::F32, &[22])], "lacks its elements from 0 on");
+        check(&moment, &[(&a, Dtype::F32, &[10]), (&slice("9:32"), Dtype::F32, &[23])], "9:10 twice");
+        check(&moment, &[(&a, Dtype::F32, &[10]), (&moment, Dtype::F32, &[32])], "0:10 twice");
+        check(&moment, &[(&moment, Dtype::F32, &[32]), (&moment, Dtype::F32, &[32])], "0:32 twice");
+        check(&moment, &[(&a, Dtype::F32, &[10]), (&slice("10:33"), Dtype::F32, &[23])], "10:33 beyond");
+        check(&moment, &[(&a, Dtype::F32, &[10]), (&slice("10:18446744073709551615"), Dtype::F32, &[22])], "[22] F32");
+        check(&moment, &[(&a, Dtype::F32, &[11]), (&b, Dtype::F32, &[22])], "[11] F32");
+        check(&moment, &[(&a, Dtype::F32, &[2, 5]), (&b, Dtype::F32, &[22])], "[2, 5] F32");
+        check(&moment, &[(&a, Dtype::BF16, &[10]), (&b, Dtype::F32, &[22])], "BF16");
+        check(&moment, &[(&slice("010:32"), Dtype::F32, &[22])], "does not have");
+        check("", &[("exp_avg.nothing[0:4]", Dtype::F32, &[4])], "does not have");
+        // Without fp32 weights beside them, rounded ones would silently lose bits.
+        check(&format!("master.{norm}"), &[], "there is no master.");
+        check(norm, &[], "none of the files");
+        check(norm, &[(&format!("{norm}[0:32]"), Dtype::BF16, &[32])], "BF16");
+    }
+}

@@ -63,6 +63,18 @@ fn json_has_dalys_optima_and_figures_that_agree() {
     }
 }
 
+/// Idle nodes that wait for others are paid, in the closed form and as played.
+#[test]
+fn several_nodes_agree_with_the_model_too() {
+    for together in ["0", "0.5", "1"] {
+        let line = "--json --mtbf 40h --nodes 4 --wait 10m --durable 20s --work 60d --trials 60 --notice-share 0";
+        let report = json(simulate(&format!("{line} --together {together}"), None));
+        let best = row(&report, "best fixed", false);
+        let (played, model) = (number(&best["goodput"]), number(&best["model_goodput"]));
+        assert!((played / model - 1.0).abs() < 0.003, "{played} instead of {model} with {together}");
+    }
+}
+
 /// The example that `src/goodput/trace.rs` computes by hand, once as counts and once as changes.
 #[test]
 fn a_trace_is_replayed_as_computed_by_hand() {

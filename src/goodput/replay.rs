@@ -8,7 +8,7 @@ const MOST_LIVES: u64 = 100_000;
 /// Saves of all trials together after which no further trial is begun, and of one trial after which it is given up.
 const MOST_SAVES: u64 = 20_000_000;
 /// Replacements during one wait after which a gang counts as never complete.
-const MOST_REPLACED: u32 = 100_000;
+const MOST_REPLACED: u32 = 10_000;
 
 /// What is to be done, and what it costs.
 #[derive(Clone, Copy, Debug, PartialEq)]

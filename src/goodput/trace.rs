@@ -233,9 +233,9 @@ mod tests {
     /// a and b are the gang; c takes b's place at once; when a and c go at one moment only d is left, until e comes.
     #[test]
     fn changes_are_read_as_the_lives_of_the_nodes_that_are_there_longest() {
-        let text = "1000,add,a\n2000,add,b\n3000,add,c\n5000,remove,b\n6000,add,d\n7000,remove,a\n7000,remove,c\n\n9000,add,e\n9500,add,f\n9700,remove,f\n";
+        let text = "1000,add,a\n2000,add,b\n3000,add,c\n5000,remove,b\n6000,add,d\n7000,remove,a\n7000,remove,c\n\n9000,add,e\n9500,add,f\n9700,remove,f\n9900,add,g\n";
         let trace = Trace::parse(text.as_bytes(), 2).unwrap();
-        assert_eq!(trace, Trace { up: vec![(1.0, 4.0), (4.0, 6.0), (8.0, 8.7)], length_s: 8.7 });
+        assert_eq!(trace, Trace { up: vec![(1.0, 4.0), (4.0, 6.0), (8.0, 8.9)], length_s: 8.9 });
     }
 
     #[test]

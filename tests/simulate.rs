@@ -120,7 +120,7 @@ fn a_run_and_its_configuration_give_what_no_flag_gives() {
 fn absurd_flags_are_refused() {
     for (line, said) in [
         ("--mtbf 0s", "more than 0s"),
-        ("--mtbf -5h", "--mtbf"),
+        ("--mtbf=-5h", "a duration"),
         ("--mtbf 99999d", "at most 3650d"),
         ("--notice-share 1.5", "from 0 to 1"),
         ("--together nan", "from 0 to 1"),

@@ -1,8 +1,8 @@
 //! Named crash points, beside the lines that they break.
 //!
 //! `TRAINER_FAULTS="save.after-shard=kill,worker.step=panic@rank=1@step=7"` makes the process die at a point: `kill` is SIGKILL
-//! to itself (nothing runs afterwards), `panic` a Rust panic, `error` an error from [`check`]. `@rank=`, `@step=` and
-//! `@hit=` (the n-th time, from 1) narrow it. Unset, a point costs one load of a static.
+//! to itself (nothing runs afterwards), `panic` a Rust panic, `error` an error from [`check`], `stop` SIGSTOP to itself: it
+//! sleeps at the point until somebody sends SIGCONT. `@rank=`, `@step=` and `@hit=` (the n-th time, from 1) narrow it. Unset, a point costs one load of a static.
 
 use std::{
     collections::HashMap,
@@ -17,6 +17,7 @@ enum Action {
     Kill,
     Panic,
     Error,
+    Stop,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +52,7 @@ fn parse(text: &str) -> Vec<Fault> {
                 "kill" => Action::Kill,
                 "panic" => Action::Panic,
                 "error" => Action::Error,
+                "stop" => Action::Stop,
                 _ => return None,
             };
             let mut fault = Fault { point: point.to_owned(), action, rank: None, step: None, hit: None };
@@ -104,6 +106,12 @@ pub fn check(point: &str, at: At) -> Result<(), Injected> {
         }
         Action::Panic => panic!("fault injected at {point}"),
         Action::Error => Err(Injected(point.to_owned())),
+        Action::Stop => {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
+            // Another thread may be the one that takes the signal: do not run on meanwhile.
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            Ok(())
+        }
     }
 }
 

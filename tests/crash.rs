@@ -51,6 +51,14 @@ fn death_after_the_commit_record_leaves_the_whole_checkpoint() {
 }
 
 #[test]
+fn a_save_that_panics_is_made_again_and_the_run_completes() {
+    let lab = Lab::on_files();
+    let life = lab.run("panics").faults("save.after-manifest=panic@hit=1").finish();
+    let life = life.expect_code(0).expect_said(&["fault injected at save.after-manifest"]);
+    lab.expect_as_undisturbed("panics", &[&life]);
+}
+
+#[test]
 fn a_killed_worker_is_replaced_and_the_run_completes_by_itself() {
     let lab = Lab::on_files();
     let running = lab.run("worker").start();

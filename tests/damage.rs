@@ -124,6 +124,34 @@ fn a_bit_turned_over_on_the_way_never_reaches_the_weights() {
     lab.expect_as_undisturbed("garbled", &[&first, &second]);
 }
 
+/// The next answers to reads of `target` are garbled; the run must go on from its newest checkpoint all the same, which is not
+/// written off: it lies whole in the store.
+fn garbled_on_the_way(target: &'static str, at: usize, times: u32) {
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    let running = lab.run("garbled").start();
+    running.wait_for_step("checkpoint", EVERY);
+    let first = running.power_off();
+    let newest = first.committed().last().copied().expect("a checkpoint");
+    proxy.arm(Rule { method: "GET", target, fault: Fault::FlipResponse(at), often: Often::Next(times) });
+    let second = lab.resume("garbled").finish().expect_code(0);
+    assert_eq!(proxy.broken(), u64::from(times), "{times} answers were garbled");
+    assert!(second.resumed_from() >= newest, "step {newest} was committed\n{}", second.story());
+    let records = lab.keys("garbled", "journal/");
+    let damaged = |key: &&String| String::from_utf8_lossy(&lab.read("garbled", key)).contains("\"damaged\"");
+    assert_eq!(records.iter().find(damaged), None, "a whole checkpoint was written off\n{}", second.story());
+    lab.expect_as_undisturbed("garbled", &[&first, &second]);
+}
+
+#[test]
+fn a_manifest_garbled_on_the_way_costs_no_checkpoint() {
+    garbled_on_the_way("/manifest.json", 100, 2);
+}
+
+#[test]
+fn weights_garbled_twice_on_the_way_cost_no_checkpoint() {
+    garbled_on_the_way("/model-", 5000, 2);
+}
+
 #[test]
 fn a_slow_store_loses_nothing() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);

@@ -199,11 +199,20 @@ fn each_fault_breaks_what_it_says() {
         assert_eq!(once.get_range(&key("landed"), 0..10).await.expect("a get"), body().slice(..10));
         assert_eq!(proxy.broken(), 7);
 
+        let listed = || async { once.list(None).try_collect::<Vec<_>>().await.expect("a list").len() };
+        let before = listed().await;
+        once.put(&key("new"), body().into()).await.expect("a put");
+        arm("", Fault::Stale, 2);
+        assert_eq!(listed().await, before, "the list of an earlier time");
+        assert!(matches!(once.head(&key("new")).await, Err(object_store::Error::NotFound { .. })), "not there yet");
+        assert_eq!((listed().await, once.head(&key("new")).await.is_ok()), (before + 1, true), "and then the truth");
+        assert_eq!(proxy.broken_by_kind()["stale read"], 2);
+
         proxy.arm(Rule { method: "GET", target: "landed", fault: Fault::SlowDown, often: Often::Percent(50) });
         for _ in 0..40 {
             let _ = once.get_range(&key("landed"), 0..10).await;
         }
-        assert!((8..32).contains(&(proxy.broken() - 7)), "{} of 40", proxy.broken() - 7);
+        assert!((8..32).contains(&(proxy.broken() - 9)), "{} of 40", proxy.broken() - 9);
         proxy.disarm();
         once.get_range(&key("landed"), 0..10).await.expect("a get without rules");
     });

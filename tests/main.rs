@@ -13,6 +13,7 @@ mod protocol_model;
 mod protocol_random;
 mod rules;
 mod simulate;
+mod torture;
 mod training;
 mod writers;
 mod zero1;

@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-fn sources() -> Vec<(String, String)> {
+/// Every source file below `src/`, and its text.
+pub fn sources() -> Vec<(String, String)> {
     fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).expect("folder of sources") {
             let path = entry.expect("entry").path();
@@ -23,7 +24,7 @@ fn sources() -> Vec<(String, String)> {
 }
 
 /// The code of a file: without comments, and without its unit tests, which stand at its foot.
-fn code(text: &str) -> String {
+pub fn code(text: &str) -> String {
     let body = text.split("\n#[cfg(test)]\nmod ").next().unwrap_or_default();
     let without = |line: &str| line.split("//").next().unwrap_or_default().to_owned();
     body.lines().map(without).collect::<Vec<_>>().join("\n")

@@ -57,6 +57,10 @@ use crate::{
 
 /// How long the journal's last words may take when the run ends on a store that does not answer.
 const LAST_WORDS: Duration = Duration::from_secs(30);
+/// Readings of a checkpoint that seemed damaged while it was loaded: one that finds it whole is believed.
+const READ_AGAIN: u32 = 2;
+/// So often: something on the way to this machine damages what it carries, and that is not for us to wait out.
+const BELIEVED: u32 = 4;
 /// Bytes of one range when a checkpoint is read again.
 const READ_AGAIN_PART: u64 = 16 << 20;
 
@@ -127,8 +131,8 @@ struct Agent {
     nproc_per_node: Option<u32>,
     overrides: Vec<(String, String)>,
     from: Option<Step>,
-    /// A checkpoint that seemed damaged was whole when it was read again; that is believed once.
-    read_again: bool,
+    /// How often a checkpoint that seemed damaged was whole when it was read again.
+    read_again: u32,
     /// Damage that was found before there was a generation to write it down under.
     damage: Vec<Damage>,
 }
@@ -180,7 +184,7 @@ impl Agent {
             nproc_per_node,
             overrides,
             from,
-            read_again: false,
+            read_again: 0,
             damage: Vec::new(),
         };
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
@@ -438,12 +442,15 @@ impl Agent {
             journal.state().checkpoint(*step, *generation).map(|checkpoint| checkpoint.committed.clone())
         };
         if let Some(committed) = committed {
-            let depth = Depth::Bytes { part: READ_AGAIN_PART };
-            let report = verify(&self.run, &committed, depth, &|_| {}).await?;
-            if report.is_sound() && !std::mem::replace(&mut self.read_again, true) {
-                let message = format!("{object}: {reason}; read again, it is whole");
-                self.reporter.event(&Event::Warning { message });
-                return Ok(());
+            for _ in 0..READ_AGAIN {
+                let depth = Depth::Bytes { part: READ_AGAIN_PART };
+                let report = verify(&self.run, &committed, depth, &|_| {}).await?;
+                if report.is_sound() && self.read_again < BELIEVED {
+                    self.read_again += 1;
+                    let message = format!("{object}: {reason}; read again, it is whole");
+                    self.reporter.event(&Event::Warning { message });
+                    return Ok(());
+                }
             }
         }
         self.warn_of_damage(*step, object, reason);

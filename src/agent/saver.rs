@@ -11,7 +11,7 @@ use tokio::sync::{Mutex as AsyncMutex, mpsc};
 
 use crate::{
     checkpoint::save::{Save, Upload, put_manifest, put_shards},
-    error::{Error, Result},
+    error::{Error, Kind, Result},
     faults::{self, At},
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
     journal::{Committed, Journal, Record, SaveCost},
@@ -90,7 +90,15 @@ pub struct Saved {
 pub fn start(context: Context, snapshot: Snapshot, events: mpsc::UnboundedSender<SaveEvent>) {
     tokio::spawn(async move {
         let (step, slot) = (snapshot.step, snapshot.slot);
-        let result = save(&context, snapshot, &events).await;
+        // A task of its own: whatever becomes of it, the event loop must hear of its end, or it would never save again.
+        let saving = tokio::spawn({
+            let events = events.clone();
+            async move { save(&context, snapshot, &events).await }
+        });
+        let result = match saving.await {
+            Ok(result) => result,
+            Err(error) => Err(Error::from_source(Kind::Bug, error).context(format!("save step {step}"))),
+        };
         let _ = events.send(SaveEvent::Ended { step, slot, result });
     });
 }
@@ -121,7 +129,7 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
     let sums = receipt.files.iter().map(|file| (file.name.clone(), file.crc64)).collect();
     let manifest = put_manifest(&context.run, &save, &[receipt], &expected).await?;
     faults::check("save.before-record", At { rank: None, step: Some(step.get()) })
-        .map_err(|fault| Error::from_source(crate::error::Kind::Bug, fault))?;
+        .map_err(|fault| Error::from_source(Kind::Bug, fault))?;
     let cost = {
         let mut cost = cost.lock().unwrap_or_else(PoisonError::into_inner);
         cost.durable_s = taken.elapsed().as_secs_f64();

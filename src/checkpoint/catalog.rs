@@ -23,6 +23,10 @@ use crate::{
     storage::Store,
 };
 
+/// A checkpoint that seems damaged is looked at so often before it is stepped over: it may have been a transfer that was
+/// damaged, and the verdict is for ever.
+const LOOKS: u32 = 3;
+
 /// A checkpoint that was stepped over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Damage {
@@ -83,7 +87,7 @@ pub async fn newest_usable(
     }
     let mut stepped_over = Vec::new();
     for committed in newest_first {
-        match inspect(store, committed).await {
+        match inspect_again(store, committed).await {
             Ok(manifest) => return Ok(Outcome { found: Some((committed.clone(), manifest)), stepped_over }),
             Err(CheckpointError::Damaged { object, reason }) => {
                 let Committed { step, generation, .. } = *committed;
@@ -93,6 +97,17 @@ pub async fn newest_usable(
         }
     }
     Ok(Outcome { found: None, stepped_over })
+}
+
+/// Inspects, and inspects again where that shows damage.
+async fn inspect_again(store: &Store, committed: &Committed) -> Result<Manifest, CheckpointError> {
+    for _ in 1..LOOKS {
+        match inspect(store, committed).await {
+            Err(CheckpointError::Damaged { .. }) => {}
+            done => return done,
+        }
+    }
+    inspect(store, committed).await
 }
 
 /// Reads a checkpoint's manifest and looks at the presence and size of every file; any flaw is

@@ -16,6 +16,8 @@ use super::{
 
 /// The longest `config.json` that is read, bytes.
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
+/// The most steps of a run: some two million million.
+pub const MAX_STEPS: u64 = (1 << 41) - 1;
 
 pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("llama", ModelKind::Llama)];
 pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
@@ -190,7 +192,7 @@ fn train(raw: &Raw, auto_threads: Option<u32>) -> Result<TrainConfig, ConfigErro
     raw.choice("train.optimizer.kind", &[("adamw", ())])?;
     let share = |n: f64| (0.0..1.0).contains(&n);
     Ok(TrainConfig {
-        steps: raw.whole("train.steps", 1..=u64::MAX)?,
+        steps: raw.whole("train.steps", 1..=MAX_STEPS)?,
         global_batch: raw.whole("train.global_batch", 1..=u32::MAX)?,
         max_micro_batch: raw.whole("train.max_micro_batch", 1..=u32::MAX)?,
         seed: raw.whole("train.seed", 0..=u64::MAX)?,

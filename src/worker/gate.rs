@@ -14,10 +14,18 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use crate::{ids::Step, protocol::SaveOrder, snapshot::mode::CaptureMode};
+use crate::{config::MAX_STEPS, ids::Step, protocol::SaveOrder, snapshot::mode::CaptureMode};
+
+const _: () = assert!(MAX_STEPS <= STEP);
 
 const FROZEN: u64 = 1 << 63;
 const NEVER: u64 = u64::MAX;
+/// The low bits of the state are the last step started; [`MAX_STEPS`] fits.
+const STEP: u64 = (1 << 41) - 1;
+/// Above them freezes are counted, so that a loop which was interrupted between its look at the orders and its start finds
+/// out that there was a freeze meanwhile, though it is over. It would have to sleep through four million of them not to.
+const FREEZE: u64 = 1 << 41;
+const FREEZES: u64 = (FROZEN - 1) & !STEP;
 
 /// What the loop does at a step boundary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +48,7 @@ pub struct Save {
 /// The meeting point of the train loop (one thread) and the control thread (another).
 #[derive(Debug)]
 pub struct StepGate {
-    /// The last step started, and the frozen bit.
+    /// The last step started, the number of freezes, and the frozen bit.
     state: AtomicU64,
     stop_after: AtomicU64,
     save_at: [AtomicU64; 2],
@@ -70,7 +78,10 @@ impl StepGate {
 
     /// Control thread: holds the loop at its next boundary; returns the last step started.
     pub fn freeze(&self) -> Step {
-        Step(self.state.fetch_or(FROZEN, Ordering::AcqRel) & !FROZEN)
+        let frozen = |state: u64| (state & STEP) | (state.wrapping_add(FREEZE) & FREEZES) | FROZEN;
+        let (Ok(before) | Err(before)) =
+            self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, |state| Some(frozen(state)));
+        Step(before & STEP)
     }
 
     /// Control thread: replaces all save orders, may bring the end forward, and lets the loop go on.
@@ -91,26 +102,48 @@ impl StepGate {
 
     /// Train loop: the boundary between `done` and the next step. Waits while frozen.
     pub fn enter(&self, done: Step) -> Boundary {
-        let next = done.next();
         loop {
-            let state = self.state.load(Ordering::Acquire);
-            if state & FROZEN != 0 {
-                let mut generation = self.lock();
-                while self.state.load(Ordering::Acquire) & FROZEN != 0 {
-                    generation = self.wake.wait(generation).unwrap_or_else(PoisonError::into_inner);
-                }
-                continue;
-            }
-            if done.get() >= self.stop_after.load(Ordering::Acquire) {
+            let state = self.wait_until_thawed();
+            let boundary = self.orders(done);
+            if !boundary.proceed {
                 return Boundary { save: self.take_save(done), proceed: false };
             }
-            let save = self.peek_save(done);
-            // A freeze since the load makes this fail: the loop then waits for what was decided.
-            if self.state.compare_exchange(state, next.get(), Ordering::AcqRel, Ordering::Acquire).is_ok() {
+            // Else somebody has frozen the loop since the look: it waits for what was decided.
+            if self.start(state, done.next()) {
                 self.take_save(done);
-                return Boundary { save, proceed: true };
+                return boundary;
             }
         }
+    }
+
+    /// The state, once it is not frozen.
+    fn wait_until_thawed(&self) -> u64 {
+        let state = self.state.load(Ordering::Acquire);
+        if state & FROZEN == 0 {
+            return state;
+        }
+        let mut generation = self.lock();
+        loop {
+            let state = self.state.load(Ordering::Acquire);
+            if state & FROZEN == 0 {
+                return state;
+            }
+            generation = self.wake.wait(generation).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// What is to be done at this boundary, as it stands now.
+    fn orders(&self, done: Step) -> Boundary {
+        if done.get() >= self.stop_after.load(Ordering::Acquire) {
+            return Boundary { save: None, proceed: false };
+        }
+        Boundary { save: self.peek_save(done), proceed: true }
+    }
+
+    /// Starts `next`, unless there was a freeze since `state` was read.
+    fn start(&self, state: u64, next: Step) -> bool {
+        let started = (state & !STEP) | (next.get() & STEP);
+        self.state.compare_exchange(state, started, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     fn peek_save(&self, done: Step) -> Option<Save> {
@@ -217,6 +250,18 @@ mod tests {
         gate.thaw(&[order(1, 0)], Some(Step(1)));
         assert_eq!(told.recv().unwrap(), Boundary { save: into(0), proceed: false });
         looper.join().unwrap();
+    }
+
+    #[test]
+    fn a_freeze_between_the_look_at_the_orders_and_the_start_is_found_out_though_it_is_over() {
+        let gate = StepGate::new(Step(0), Step(9));
+        gate.enter(Step(0));
+        let state = gate.wait_until_thawed();
+        assert_eq!(gate.orders(Step(1)), GO);
+        assert_eq!(gate.freeze(), Step(1));
+        gate.thaw(&[order(1, 0)], Some(Step(1)));
+        assert!(!gate.start(state, Step(2)), "step 2 began though all had agreed on step 1");
+        assert_eq!(gate.enter(Step(1)), Boundary { save: into(0), proceed: false });
     }
 
     /// Three loops run freely; they are frozen at a random moment; the largest started step is one that all can still reach.

@@ -190,6 +190,17 @@ impl Lab {
         let moto = Arc::new(Moto::start(s3::BUCKET)?);
         Some(Self::make(Some(Turn::take()), |_| Store::Moto(moto)))
     }
+    /// On files, for a campaign that counts its own processes: it takes no turn.
+    pub fn on_files_at_once() -> Self {
+        Self::make(None, |dir| Store::File(dir.join("store")))
+    }
+    /// The same on S3, through a proxy.
+    pub fn on_s3_through_proxy_at_once(seed: u64) -> (Self, FaultProxy) {
+        let server = Arc::new(S3Server::start());
+        let proxy = FaultProxy::start(server.address(), seed);
+        let endpoint = proxy.endpoint();
+        (Self::make(None, |_| Store::S3(server, endpoint)), proxy)
+    }
     /// With a folder as its store, and in it a copy of [`interrupted`]'s run.
     pub fn on_interrupted_run() -> Self {
         let lab = Self::on_files();
@@ -204,6 +215,18 @@ impl Lab {
         std::fs::write(lab.path("model.json"), model_config(512)).expect("write model.json");
         lab.write_config("run.toml", &lab.config(""));
         lab
+    }
+    /// Leaves its folder behind at `to`, with every object of its store, for a person to look at.
+    pub fn keep(self, to: &Path) {
+        let _ = std::fs::remove_dir_all(to);
+        copy_folder(self.dir.path(), to);
+        if let Store::S3(server, _) = &self.store {
+            for key in server.keys("") {
+                let path = to.join("store").join(&key);
+                std::fs::create_dir_all(path.parent().expect("below the store")).expect("folder of an object");
+                std::fs::write(path, server.read(&key).unwrap_or_default()).expect("write an object");
+            }
+        }
     }
     /// A path in its folder.
     pub fn path(&self, name: &str) -> PathBuf {

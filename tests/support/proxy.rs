@@ -5,6 +5,7 @@
 //! exact. Percentages come from a seeded generator: the same seed and the same order of requests break the same ones.
 
 use std::{
+    collections::{BTreeMap, HashMap},
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -33,6 +34,24 @@ pub enum Fault {
     Stall(Duration),
     /// The server does its work and answers; the client never hears of it.
     LoseAnswer,
+    /// A reader is told of an earlier time: a listing as it was answered last, an object as if it did not stand there yet.
+    Stale,
+}
+
+impl Fault {
+    /// Its name, in counts.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::SlowDown => "503",
+            Self::Reset => "reset",
+            Self::CutRequest(_) => "cut request",
+            Self::CutResponse(_) => "cut response",
+            Self::FlipResponse(_) => "flipped bit",
+            Self::Stall(_) => "stall",
+            Self::LoseAnswer => "lost answer",
+            Self::Stale => "stale read",
+        }
+    }
 }
 
 /// How often a rule breaks what it fits.
@@ -73,13 +92,18 @@ struct State {
     rules: Vec<Rule>,
     line: Line,
     random: u64,
-    broken: u64,
+    broken: BTreeMap<&'static str, u64>,
+    /// The last answer to each listing, by its target.
+    listings: HashMap<String, Bytes>,
 }
 
 impl State {
     /// The fault for this request, counted.
     fn decide(&mut self, method: &str, target: &str) -> Option<Fault> {
-        let fits = |rule: &Rule| (rule.method.is_empty() || rule.method == method) && target.contains(rule.target);
+        let fits = |rule: &Rule| {
+            let reads = !matches!(rule.fault, Fault::Stale) || method == "GET" || method == "HEAD";
+            reads && (rule.method.is_empty() || rule.method == method) && target.contains(rule.target)
+        };
         for index in 0..self.rules.len() {
             if !fits(&self.rules[index]) {
                 continue;
@@ -96,8 +120,9 @@ impl State {
                 }
             };
             if fires {
-                self.broken += 1;
-                return Some(self.rules[index].fault);
+                let fault = self.rules[index].fault;
+                *self.broken.entry(fault.name()).or_default() += 1;
+                return Some(fault);
             }
         }
         None
@@ -158,7 +183,11 @@ impl FaultProxy {
     }
     /// Requests broken so far.
     pub fn broken(&self) -> u64 {
-        lock(&self.state).broken
+        lock(&self.state).broken.values().sum()
+    }
+    /// The same, by the name of the fault.
+    pub fn broken_by_kind(&self) -> BTreeMap<&'static str, u64> {
+        lock(&self.state).broken.clone()
     }
 }
 
@@ -219,6 +248,21 @@ async fn pass(
         }
         _ => {}
     }
+    let listing = target.contains("list-type=");
+    if matches!(fault, Some(Fault::Stale)) {
+        let remembered = lock(&state).listings.get(&target).cloned();
+        match remembered {
+            Some(earlier) => return Ok(Response::new(Body::from(earlier))),
+            // Nothing was listed before: this reader is the first, and hears the truth.
+            None if listing => {}
+            None => {
+                let text = "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>NoSuchKey</Code><Message>on purpose</Message></Error>";
+                let mut answer = Response::new(Body::from(Bytes::from_static(text.as_bytes())));
+                *answer.status_mut() = hyper::StatusCode::NOT_FOUND;
+                return Ok(answer);
+            }
+        }
+    }
     let socket = tokio::net::TcpStream::connect(upstream).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
     tokio::spawn(connection);
@@ -228,6 +272,9 @@ async fn pass(
     }
     let (head, body) = sender.send_request(Request::from_parts(head, Body::from(body))).await?.into_parts();
     let mut body = whole(body).await?;
+    if listing && head.status.is_success() {
+        lock(&state).listings.insert(target, body.clone());
+    }
     pass_time(body.len(), line.down).await;
     match fault {
         Some(Fault::LoseAnswer) => return Err(broken("answer lost on purpose")),

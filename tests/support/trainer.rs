@@ -208,6 +208,39 @@ impl Running {
     pub fn wait_for_step(&self, kind: &str, step: u64) -> Event {
         self.wait_for(&format!("{kind} event of step {step}"), |event| event.is(kind, step))
     }
+    /// Waits for the first event from number `seen` on that fits, and moves `seen` behind it; `None` when the process ends
+    /// before, or [`LIMIT`] passes.
+    pub fn next(&self, seen: &mut usize, mut fits: impl FnMut(&Event) -> bool) -> Option<Event> {
+        let deadline = Instant::now() + LIMIT;
+        let mut heard = hear(&self.ear);
+        loop {
+            while let Some(event) = heard.events.get(*seen) {
+                *seen += 1;
+                if fits(event) {
+                    return Some(event.clone());
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if heard.closed || left.is_zero() {
+                return None;
+            }
+            heard = self.ear.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+    /// Waits until SIGSTOP has stopped the agent; `false` when it ends before.
+    pub fn stopped(&self) -> bool {
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid.as_raw_nonzero())).unwrap_or_default();
+            // The name in parentheses may hold anything: the state stands behind the last one (proc(5)).
+            match stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()) {
+                Some('T') => return true,
+                None | Some('Z' | 'X') => return false,
+                _ => std::thread::sleep(Duration::from_millis(2)),
+            }
+        }
+        false
+    }
     /// Sends the agent a signal.
     pub fn signal(&self, signal: Signal) {
         // The error is that it has gone already, and then the test finds out from its exit code.
@@ -258,7 +291,8 @@ impl Running {
         };
         self.status = Some(status);
         // A child that outlives the agent may hold the pipes open: don't wait for its end of them, only for the lines.
-        if self.childless_within(Duration::from_secs(30)) {
+        let alone = self.childless_within(Duration::from_secs(30));
+        if alone {
             for thread in self.threads.drain(..) {
                 let _ = thread.join();
             }
@@ -271,6 +305,7 @@ impl Running {
             stderr: heard.stderr.clone(),
             not_json: heard.not_json.clone(),
             shown: self.shown.clone(),
+            alone,
         }
     }
 }
@@ -287,15 +322,26 @@ impl Drop for Running {
     }
 }
 
-/// Living processes whose environment carries the mark. A zombie has no environment any more.
+/// Kills every process that descends from a [`Trainer`] of this process: for a campaign that is interrupted itself.
+pub fn kill_all_of_this_process() {
+    for pid in carrying(|item| item.starts_with(format!("{MARK}={}-", std::process::id()).as_bytes())) {
+        let _ = kill_process(pid, Signal::KILL);
+    }
+}
+
+/// Living processes whose environment carries the mark.
 fn marked(mark: &str) -> Vec<Pid> {
     let wanted = format!("{MARK}={mark}");
+    carrying(|item| item == wanted.as_bytes())
+}
+
+/// Living processes with such a variable in their environment. A zombie has no environment any more.
+fn carrying(fits: impl Fn(&[u8]) -> bool) -> Vec<Pid> {
     let Ok(folder) = std::fs::read_dir("/proc") else { return Vec::new() };
     folder
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
         .filter(|pid| {
-            std::fs::read(format!("/proc/{pid}/environ"))
-                .is_ok_and(|text| text.split(|b| *b == 0).any(|item| item == wanted.as_bytes()))
+            std::fs::read(format!("/proc/{pid}/environ")).is_ok_and(|text| text.split(|b| *b == 0).any(&fits))
         })
         .filter_map(Pid::from_raw)
         .collect()
@@ -321,12 +367,26 @@ pub struct Finished {
     pub stderr: String,
     not_json: Vec<String>,
     shown: String,
+    alone: bool,
 }
 
 impl Finished {
     /// The exit code; `None` when a signal ended it.
     pub fn code(&self) -> Option<i32> {
         self.status.code()
+    }
+    /// Whether SIGKILL ended it.
+    pub fn was_killed(&self) -> bool {
+        use std::os::unix::process::ExitStatusExt;
+        self.status.signal() == Some(Signal::KILL.as_raw())
+    }
+    /// Whether processes that it started were still there half a minute after its end.
+    pub fn left_processes(&self) -> bool {
+        !self.alone
+    }
+    /// Lines of `--json` output that are no JSON objects.
+    pub fn not_json(&self) -> &[String] {
+        &self.not_json
     }
     /// Everything that it said, for a failure message.
     pub fn story(&self) -> String {
@@ -351,8 +411,7 @@ impl Finished {
     /// Demands that a signal ended it.
     #[track_caller]
     pub fn expect_killed(self) -> Self {
-        use std::os::unix::process::ExitStatusExt;
-        assert_eq!(self.status.signal(), Some(Signal::KILL.as_raw()), "ended by itself\n{}", self.story());
+        assert!(self.was_killed(), "ended by itself\n{}", self.story());
         self
     }
     /// Events of one kind.

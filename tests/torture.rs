@@ -1,0 +1,262 @@
+//! Torture: runs that are killed, stopped, raced and starved of their store again and again, and must end as if nothing
+//! had happened.
+//!
+//! `plan` draws what is done from a seed, `stage` does it, `audit` reads the store from outside after every life, `campaign` plays
+//! many scenarios and counts. The tests here are a short campaign with everything in it once; `scripts/torture` runs a long one.
+//!
+//! A SIGKILL does not take the page cache away: what a power cut does to a file that was not synced is not seen here.
+
+mod audit;
+mod campaign;
+mod plan;
+mod random;
+mod stage;
+mod tally;
+
+use std::{collections::BTreeSet, time::Duration};
+
+use self::{
+    audit::{Auditor, Promise, crc64},
+    campaign::{Bounds, play},
+    plan::{Action, Disturbance, Life, Moment, POINTS, Scenario, Weather},
+    random::Random,
+    stage::{RUN, undisturbed},
+    tally::Tally,
+};
+use crate::support::{lab::Turn, proxy::Often};
+
+/// Plays a scenario in its turn; any broken promise fails the test.
+#[track_caller]
+fn played(scenario: &Scenario) -> Tally {
+    let _turn = Turn::take();
+    let (tally, result) = play(scenario, &|| true);
+    if let Err((violation, kept)) = result {
+        panic!("{violation}\nkept: {}", kept.display());
+    }
+    tally
+}
+
+fn calm(disturbance: Disturbance) -> Life {
+    Life { disturbance, then: None, weather: None }
+}
+
+fn scenario(on_s3: bool, ranks: u32, lives: Vec<Life>) -> Scenario {
+    Scenario { seed: 0, on_s3, ranks, every: 2, keep: 2, lives }
+}
+
+#[test]
+fn a_run_that_dies_at_every_crash_point_ends_as_the_undisturbed_one() {
+    let at = |point| calm(Disturbance::Point { point, action: Action::Kill, hit: 3 });
+    let tally = played(&scenario(false, 2, POINTS.iter().map(at).collect()));
+    for point in POINTS {
+        assert!(tally.kills_of(point.name) > 0, "nothing died at {}: {tally}", point.name);
+    }
+}
+
+#[test]
+fn a_crash_point_that_panics_or_fails_loses_nothing() {
+    let at = |action| move |point| calm(Disturbance::Point { point, action, hit: 3 });
+    played(&scenario(false, 1, POINTS.iter().map(at(Action::Panic)).collect()));
+    played(&scenario(false, 1, POINTS.iter().map(at(Action::Error)).collect()));
+}
+
+#[test]
+fn a_run_of_which_anything_is_killed_ends_as_the_undisturbed_one() {
+    let (early, late) = (Moment::after("formed", 1), Moment::after("step", 9));
+    let saving = Moment { delay: Duration::from_millis(2), ..Moment::after("upload", 9) };
+    let saved = Moment::after("checkpoint", 3);
+    let tally = played(&scenario(
+        false,
+        2,
+        vec![
+            calm(Disturbance::Agent(early)),
+            calm(Disturbance::Both(late)),
+            calm(Disturbance::Workers(vec![(saved, 0), (late, 1), (early, 1)])),
+            calm(Disturbance::Agent(saving)),
+            calm(Disturbance::Terminate { at: late, kill_after: Some(Duration::from_millis(5)) }),
+            calm(Disturbance::Both(saved)),
+        ],
+    ));
+    for whom in ["agent", "both", "worker"] {
+        assert!(tally.kills_of(whom) > 0, "no {whom} was killed: {tally}");
+    }
+}
+
+#[test]
+fn a_run_on_a_store_that_breaks_in_every_way_ends_as_the_undisturbed_one() {
+    let mut random = Random::new(7);
+    let mut life = |kind| {
+        let mut weather = Weather { latency: Duration::ZERO, ..Weather::of_kind(kind, &mut random) };
+        // A restore makes a dozen requests: each fault is to be met for sure.
+        if matches!(kind, 4 | 7 | 8) {
+            weather.rules[0].often = Often::Percent(40);
+        }
+        // A save, where writes break; else a restore is enough.
+        let writes = kind == 0 || weather.rules.iter().any(|rule| rule.method == "PUT");
+        let at = if writes { Moment::after("checkpoint", 1) } else { Moment::after("step", 2) };
+        Life { disturbance: Disturbance::Both(at), then: None, weather: Some(weather) }
+    };
+    let lives: Vec<Life> = (0..9).map(&mut life).collect();
+    let tally = played(&Scenario { every: 4, ..scenario(true, 1, lives) });
+    for kind in ["503", "reset", "cut request", "cut response", "flipped bit", "stall", "lost answer", "stale read"] {
+        assert!(tally.faults_of(kind) > 0, "the store had no {kind}: {tally}");
+    }
+}
+
+#[test]
+fn writers_that_sleep_or_race_commit_nothing_that_is_not_theirs() {
+    let at = Moment::after("checkpoint", 2);
+    let tally = played(&scenario(
+        false,
+        1,
+        vec![
+            calm(Disturbance::Rivals { lag: Duration::ZERO, kill: Some((false, at)) }),
+            calm(Disturbance::Nap { at, whole: true, time: Duration::from_millis(100) }),
+            calm(Disturbance::Rivals { lag: Duration::from_millis(50), kill: None }),
+        ],
+    ));
+    assert!(tally.lives >= 3, "{tally}");
+    let overtaken = Disturbance::Overtaken { at, whole: false, kill_heir: Some(at) };
+    let asleep = |point| {
+        let point = POINTS.iter().find(|known| known.name == point).expect("a crash point");
+        Disturbance::Asleep { point, hit: 4, kill_heir: at }
+    };
+    let lives = [overtaken, asleep("journal.before-append"), asleep("save.before-record")];
+    // Each waits seconds for the sleeper's heartbeat, and costs next to nothing: side by side.
+    let tallies = std::thread::scope(|scope| {
+        let plays = lives.map(|life| {
+            let scenario = scenario(false, 2, vec![calm(life)]);
+            scope.spawn(move || play(&scenario, &|| true))
+        });
+        plays.map(|play| play.join().expect("a scenario"))
+    });
+    for (tally, result) in tallies {
+        assert!(result.is_ok(), "{result:?}");
+        assert_eq!(tally.fenced, 1, "{tally}");
+    }
+}
+
+/// The long campaign: see `scripts/torture`.
+#[test]
+#[ignore = "takes minutes; scripts/torture runs it"]
+fn campaign_of_the_environment() {
+    assert!(campaign::run(&Bounds::of_environment()), "a promise was broken");
+}
+
+#[test]
+fn a_scenario_is_a_function_of_its_seed() {
+    let told = |seed| {
+        let scenario = Scenario::of(seed);
+        let lives: Vec<String> = scenario.lives.iter().map(ToString::to_string).collect();
+        format!("{scenario}: {}", lives.join("; "))
+    };
+    let all: BTreeSet<String> = (0..200).map(told).collect();
+    assert_eq!(all.len(), 200, "every seed is another scenario");
+    assert_eq!(told(7), told(7));
+    // What the long campaign may meet is all there is to meet.
+    let text = all.into_iter().collect::<Vec<_>>().join("\n");
+    for point in POINTS {
+        assert!(text.contains(point.name), "{} is never drawn", point.name);
+    }
+    for what in [
+        "kill agent",
+        "kill both",
+        "kill worker",
+        "SIGTERM",
+        "stop agent",
+        "stop all",
+        "take over",
+        "heir",
+        "=stop",
+        "rivals",
+    ] {
+        assert!(text.contains(what), "{what} is never drawn");
+    }
+}
+
+#[test]
+fn the_auditor_has_a_checksum_of_its_own() {
+    // The check value of CRC-64/NVME.
+    assert_eq!(crc64(b"123456789"), "ae8b14860a799888");
+}
+
+/// Nothing that the auditor is there to see escapes it.
+#[test]
+fn the_auditor_sees_what_is_lost_changed_or_written_twice() {
+    let _turn = Turn::take();
+    let (lab, _) = undisturbed(1);
+    let journal = lab.keys(RUN, "journal/");
+    let newest = lab.newest_checkpoint(RUN);
+    let weights = lab.keys(RUN, &format!("{newest}/model-")).pop().expect("weights");
+    let commit = |key: &&String| String::from_utf8_lossy(&lab.read(RUN, key)).contains("\"committed\"");
+    let commit = journal.iter().rfind(commit).expect("a commit").clone();
+    let mut auditor = Auditor::default();
+    auditor.audit(&lab, RUN, 1).expect("a run that nobody has touched");
+
+    // Each harm is undone before the next.
+    let mut harmed = |key: &str, harm: &dyn Fn(&mut Vec<u8>), promise: Promise| {
+        let whole = lab.read(RUN, key);
+        for fresh in [false, true] {
+            lab.damage(RUN, key, harm);
+            let seen = if fresh { Auditor::default().audit(&lab, RUN, 1) } else { auditor.audit(&lab, RUN, 1) };
+            lab.damage(RUN, key, |bytes| bytes.clone_from(&whole));
+            let found = seen.err().map(|violation| violation.promise);
+            // What was changed with care shows only to somebody who has seen it before.
+            assert!(found == Some(promise) || (fresh && found.is_none() && key == journal[0]), "{key}: {found:?}");
+        }
+    };
+    harmed(&weights, &|bytes| *bytes.last_mut().expect("a byte") ^= 1, Promise::LostCheckpoint);
+    harmed(&weights, &|bytes| bytes.truncate(100), Promise::LostCheckpoint);
+    harmed(&format!("{newest}/manifest.json"), &|bytes| bytes.push(b' '), Promise::LostCheckpoint);
+    harmed(&journal[0], &|bytes| bytes.push(b' '), Promise::LostCheckpoint);
+
+    // Another node, a generation that is fenced, a step that was committed before.
+    let text = String::from_utf8(lab.read(RUN, &commit)).expect("JSON");
+    let node = text.split("\"node\":\"").nth(1).and_then(|rest| rest.split('"').next()).expect("a node").to_owned();
+    let forged = |change: &dyn Fn(&str) -> String| {
+        lab.damage(RUN, &commit, |bytes| *bytes = change(&text).into_bytes());
+        let seen = Auditor::default().audit(&lab, RUN, 1);
+        lab.damage(RUN, &commit, |bytes| *bytes = text.clone().into_bytes());
+        seen.expect_err("a forged record").promise
+    };
+    assert_eq!(forged(&|text| text.replace(&node, "n000000000000")), Promise::DoubleCommit);
+    assert_eq!(forged(&|text| text.replace("\"generation\":1", "\"generation\":0")), Promise::DoubleCommit);
+    assert_eq!(forged(&|text| text.replace("\"step\":300", "\"step\":1")), Promise::DoubleCommit);
+
+    lab.remove(RUN, &weights);
+    assert_eq!(auditor.audit(&lab, RUN, 1).expect_err("a hole").promise, Promise::LostCheckpoint);
+    lab.remove(RUN, &journal[1]);
+    assert_eq!(auditor.audit(&lab, RUN, 1).expect_err("a gap").promise, Promise::LostCheckpoint);
+}
+
+/// Names of crash points in the source: the text that follows `faults::check(`, or a call of a function that hands its argument on
+/// to it.
+fn points_of_the_source() -> BTreeSet<String> {
+    let sources = crate::rules::sources();
+    let bodies: Vec<String> =
+        sources.iter().filter(|(file, _)| file != "faults.rs").map(|(_, text)| crate::rules::code(text)).collect();
+    let mut callers = BTreeSet::from(["faults::check".to_owned()]);
+    for body in &bodies {
+        for (at, _) in body.match_indices("faults::check(") {
+            if !body[at + "faults::check(".len()..].trim_start().starts_with('"') {
+                let function = body[..at].rsplit("fn ").next().unwrap_or_default();
+                callers.insert(function.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect());
+            }
+        }
+    }
+    let mut names = BTreeSet::new();
+    for (body, caller) in bodies.iter().flat_map(|body| callers.iter().map(move |caller| (body, caller))) {
+        for (at, call) in body.match_indices(&format!("{caller}(")) {
+            if let Some(rest) = body[at + call.len()..].trim_start().strip_prefix('"') {
+                names.extend(rest.split('"').next().map(str::to_owned));
+            }
+        }
+    }
+    names
+}
+
+#[test]
+fn every_crash_point_of_the_source_is_in_the_campaign() {
+    let table: BTreeSet<String> = POINTS.iter().map(|point| point.name.to_owned()).collect();
+    assert_eq!(points_of_the_source(), table, "left: the source; right: POINTS in tests/torture/plan.rs");
+}

@@ -1,0 +1,373 @@
+//! What is done to one run: a pure function of a seed.
+//!
+//! A scenario is a store, a number of ranks, a cadence, and a list of lives; each life is disturbed in one way, and on S3 some
+//! have bad weather besides. A moment is named by what the process has said by then and a short delay: where exactly a signal
+//! strikes is up to the machine, and nothing that is checked afterwards depends on it.
+
+use std::{fmt, time::Duration};
+
+use super::random::Random;
+use crate::support::proxy::{Fault, Often, Rule};
+
+/// Optimizer steps of a run.
+pub const STEPS: u64 = 300;
+
+/// Which process a crash point stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Process {
+    /// The agent.
+    Agent,
+    /// A worker.
+    Worker,
+}
+
+/// A named crash point of the source.
+#[derive(Clone, Copy, Debug)]
+pub struct Point {
+    /// Its name in `TRAINER_FAULTS`.
+    pub name: &'static str,
+    /// Who dies of it.
+    pub of: Process,
+    /// How often a life of some dozen steps surely passes it.
+    pub hits: u64,
+}
+
+/// Every crash point that there is: a test holds this table against the source.
+pub const POINTS: &[Point] = &[
+    Point { name: "journal.before-append", of: Process::Agent, hits: 5 },
+    Point { name: "journal.after-append", of: Process::Agent, hits: 5 },
+    Point { name: "save.after-shard", of: Process::Agent, hits: 16 },
+    Point { name: "save.before-receipt", of: Process::Agent, hits: 2 },
+    Point { name: "save.after-receipt", of: Process::Agent, hits: 2 },
+    Point { name: "save.after-manifest", of: Process::Agent, hits: 2 },
+    Point { name: "save.before-record", of: Process::Agent, hits: 2 },
+    Point { name: "worker.step", of: Process::Worker, hits: 20 },
+];
+
+/// When: a while after the n-th event of a kind, counted from the last death; without a kind, after the start.
+#[derive(Clone, Copy, Debug)]
+pub struct Moment {
+    /// The event's kind.
+    pub kind: Option<&'static str>,
+    /// Which one, from 1.
+    pub nth: u32,
+    /// The while.
+    pub delay: Duration,
+}
+
+impl Moment {
+    /// At once after an event.
+    pub const fn after(kind: &'static str, nth: u32) -> Self {
+        Self { kind: Some(kind), nth, delay: Duration::ZERO }
+    }
+    fn of(random: &mut Random, kind: &'static str, last: u64, micros: u64) -> Self {
+        let nth = random.between(1, last) as u32;
+        Self { kind: Some(kind), nth, delay: Duration::from_micros(random.between(0, micros)) }
+    }
+    /// Any moment of a life.
+    fn any(random: &mut Random) -> Self {
+        match random.between(0, 9) {
+            0 => Self { kind: None, nth: 0, delay: Duration::from_micros(random.between(0, 400_000)) },
+            1 => Self::of(random, "phase", 2, 30_000),
+            _ => Self::in_a_generation(random),
+        }
+    }
+    /// A moment after a generation was formed.
+    fn in_a_generation(random: &mut Random) -> Self {
+        match random.between(0, 7) {
+            0 => Self::of(random, "formed", 1, 300_000),
+            1 => Self::of(random, "upload", 8, 5_000),
+            2 | 3 => Self::of(random, "checkpoint", 2, 15_000),
+            _ => Self::of(random, "step", 12, 15_000),
+        }
+    }
+}
+
+/// What happens at a crash point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// SIGKILL to itself.
+    Kill,
+    /// A panic.
+    Panic,
+    /// An error that is returned.
+    Error,
+}
+
+/// What disturbs one life.
+#[derive(Clone, Debug)]
+pub enum Disturbance {
+    /// Nothing but the weather.
+    Nothing,
+    /// SIGKILL to the agent.
+    Agent(Moment),
+    /// SIGKILL to the agent and every worker.
+    Both(Moment),
+    /// SIGKILL to a worker (by its place among those there are), several times in one life.
+    Workers(Vec<(Moment, u64)>),
+    /// A crash point.
+    Point {
+        /// Which.
+        point: &'static Point,
+        /// What happens there.
+        action: Action,
+        /// The n-th time that it is passed.
+        hit: u64,
+    },
+    /// SIGTERM, then perhaps SIGKILL.
+    Terminate {
+        /// When.
+        at: Moment,
+        /// SIGKILL so much later.
+        kill_after: Option<Duration>,
+    },
+    /// SIGSTOP, then SIGCONT, with nobody else about.
+    Nap {
+        /// When.
+        at: Moment,
+        /// The workers, too.
+        whole: bool,
+        /// For how long.
+        time: Duration,
+    },
+    /// SIGSTOP; another agent takes over; SIGCONT.
+    Overtaken {
+        /// When.
+        at: Moment,
+        /// The workers are stopped, too.
+        whole: bool,
+        /// The other agent is killed then.
+        kill_heir: Option<Moment>,
+    },
+    /// An agent falls asleep at a crash point; another takes over and is killed; the first wakes.
+    Asleep {
+        /// Where.
+        point: &'static Point,
+        /// The n-th time that it is passed.
+        hit: u64,
+        /// The other agent is killed then.
+        kill_heir: Moment,
+    },
+    /// Two agents at once.
+    Rivals {
+        /// The second starts so much later.
+        lag: Duration,
+        /// The first (`false`) or the second is killed then.
+        kill: Option<(bool, Moment)>,
+    },
+}
+
+/// What the store is like for a while.
+#[derive(Clone, Debug, Default)]
+pub struct Weather {
+    /// What breaks.
+    pub rules: Vec<Rule>,
+    /// Before each request.
+    pub latency: Duration,
+}
+
+impl Weather {
+    /// Whether readers are told of an earlier time.
+    pub fn is_stale(&self) -> bool {
+        self.rules.iter().any(|rule| matches!(rule.fault, Fault::Stale))
+    }
+    /// One fault by its place in a list of all kinds.
+    pub fn of_kind(kind: u64, random: &mut Random) -> Self {
+        let somewhere = |random: &mut Random, end| random.between(0, end) as usize;
+        let (method, target, fault, often) = match kind % 9 {
+            0 => ("", "", Fault::SlowDown, Often::Percent(random.between(5, 25))),
+            // A storm: nothing gets through for a while.
+            1 => ("", "", Fault::SlowDown, Often::Next(random.between(5, 60) as u32)),
+            2 => ("", "", Fault::Reset, Often::Percent(random.between(3, 15))),
+            3 => {
+                let fault = Fault::CutRequest(somewhere(random, 2_000));
+                ("PUT", "/checkpoints/", fault, Often::Percent(random.between(10, 30)))
+            }
+            4 => ("GET", "", Fault::CutResponse(somewhere(random, 2_000)), Often::Percent(random.between(5, 15))),
+            5 => {
+                // A body that is shorter stays whole.
+                let fault = Fault::FlipResponse(somewhere(random, 4_000));
+                // What is damaged on the way again and again can't be told from what is damaged where it lies.
+                ("GET", "/checkpoints/", fault, Often::Next(random.between(1, 2) as u32))
+            }
+            6 => {
+                let fault = Fault::Stall(Duration::from_millis(random.between(20, 300)));
+                ("", "", fault, Often::Percent(random.between(2, 8)))
+            }
+            7 => ("PUT", "", Fault::LoseAnswer, Often::Percent(random.between(5, 20))),
+            _ => ("", "journal", Fault::Stale, Often::Percent(random.between(5, 20))),
+        };
+        let latency = Duration::from_micros(if random.percent(50) { random.between(0, 10_000) } else { 0 });
+        Self { rules: vec![Rule { method, target, fault, often }], latency }
+    }
+    fn draw(random: &mut Random) -> Self {
+        let mut all = Self::default();
+        for _ in 0..random.between(1, 2) {
+            let kind = random.next();
+            let Self { rules, latency } = Self::of_kind(kind, random);
+            all.rules.extend(rules);
+            all.latency = latency;
+        }
+        all
+    }
+}
+
+/// One start of an agent, to the end of all its processes.
+#[derive(Clone, Debug)]
+pub struct Life {
+    /// What disturbs it.
+    pub disturbance: Disturbance,
+    /// SIGKILL to an agent that has survived that.
+    pub then: Option<Moment>,
+    /// The store meanwhile; only S3 has weather.
+    pub weather: Option<Weather>,
+}
+
+/// One run and what is done to it.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    /// What all of it follows from.
+    pub seed: u64,
+    /// The store: S3 through a proxy, or a folder.
+    pub on_s3: bool,
+    /// Workers.
+    pub ranks: u32,
+    /// Steps from checkpoint to checkpoint.
+    pub every: u64,
+    /// Checkpoints that are kept.
+    pub keep: u64,
+    /// The lives, in order; an undisturbed one follows.
+    pub lives: Vec<Life>,
+}
+
+impl Scenario {
+    /// The scenario of a seed.
+    pub fn of(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let on_s3 = random.percent(40);
+        let (ranks, every, keep) = (random.between(1, 2) as u32, random.between(1, 6), random.between(1, 3));
+        let lives = (0..random.between(6, 10))
+            .map(|_| {
+                let weather = (on_s3 && random.percent(50)).then(|| Weather::draw(&mut random));
+                let disturbance = disturbance(&mut random);
+                // A crash point may be some saves away.
+                let far = matches!(disturbance, Disturbance::Point { .. });
+                let nth = random.between(1, 12) as u32 + if far { 60 } else { 0 };
+                let then = random.percent(90).then_some(Moment { kind: Some("step"), nth, delay: Duration::ZERO });
+                Life { disturbance, then, weather }
+            })
+            .collect();
+        Self { seed, on_s3, ranks, every, keep, lives }
+    }
+}
+
+fn disturbance(random: &mut Random) -> Disturbance {
+    match random.between(0, 99) {
+        0..=21 => Disturbance::Agent(Moment::any(random)),
+        22..=41 => Disturbance::Both(Moment::any(random)),
+        42..=61 => {
+            let kills = random.between(1, 4);
+            Disturbance::Workers((0..kills).map(|_| (Moment::in_a_generation(random), random.next())).collect())
+        }
+        62..=85 => {
+            let point = random.one_of(POINTS);
+            let action = *random.one_of(&[Action::Kill, Action::Kill, Action::Kill, Action::Panic, Action::Error]);
+            Disturbance::Point { point, action, hit: random.between(1, point.hits) }
+        }
+        86..=88 => {
+            let at = Moment::in_a_generation(random);
+            let kill_after = random.percent(70).then(|| Duration::from_micros(random.between(0, 60_000)));
+            Disturbance::Terminate { at, kill_after }
+        }
+        89..=90 => {
+            let time = Duration::from_millis(random.between(1, 400));
+            Disturbance::Nap { at: Moment::any(random), whole: random.percent(50), time }
+        }
+        91..=92 => {
+            let kill_heir = random.percent(80).then(|| Moment::in_a_generation(random));
+            let at = Moment::in_a_generation(random);
+            Disturbance::Overtaken { at, whole: random.percent(50), kill_heir }
+        }
+        93..=95 => {
+            let agents: Vec<&'static Point> = POINTS.iter().filter(|point| point.of == Process::Agent).collect();
+            let point = *random.one_of(&agents);
+            let kill_heir = Moment::in_a_generation(random);
+            Disturbance::Asleep { point, hit: random.between(1, point.hits), kill_heir }
+        }
+        96..=98 => {
+            let kill = random.percent(80).then(|| (random.percent(50), Moment::any(random)));
+            Disturbance::Rivals { lag: Duration::from_micros(random.between(0, 300_000)), kill }
+        }
+        _ => Disturbance::Nothing,
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kill => "kill",
+            Self::Panic => "panic",
+            Self::Error => "error",
+        })
+    }
+}
+
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            Some(kind) => write!(f, "{kind} {}", self.nth)?,
+            None => write!(f, "start")?,
+        }
+        if self.delay.is_zero() { Ok(()) } else { write!(f, "+{:.1}ms", self.delay.as_secs_f64() * 1e3) }
+    }
+}
+
+impl fmt::Display for Disturbance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let wide = |whole: &bool| if *whole { "all" } else { "agent" };
+        match self {
+            Self::Nothing => write!(f, "nothing"),
+            Self::Agent(at) => write!(f, "kill agent at {at}"),
+            Self::Both(at) => write!(f, "kill both at {at}"),
+            Self::Workers(kills) => {
+                let moments: Vec<String> = kills.iter().map(|(at, _)| at.to_string()).collect();
+                write!(f, "kill worker at {}", moments.join(", "))
+            }
+            Self::Point { point, action, hit } => write!(f, "{}={action}@hit={hit}", point.name),
+            Self::Terminate { at, kill_after: None } => write!(f, "SIGTERM at {at}"),
+            Self::Terminate { at, kill_after: Some(time) } => write!(f, "SIGTERM at {at}, SIGKILL after {time:.1?}"),
+            Self::Nap { at, whole, time } => write!(f, "stop {} at {at} for {time:.1?}", wide(whole)),
+            Self::Overtaken { at, whole, kill_heir } => {
+                write!(f, "stop {} at {at}, take over", wide(whole))?;
+                kill_heir.iter().try_for_each(|at| write!(f, ", kill the heir at {at}"))
+            }
+            Self::Asleep { point, hit, kill_heir } => {
+                write!(f, "{}=stop@hit={hit}, take over, kill the heir at {kill_heir}", point.name)
+            }
+            Self::Rivals { lag, kill } => {
+                write!(f, "rivals, lag {lag:.1?}")?;
+                let which = |second: bool| if second { "second" } else { "first" };
+                kill.iter().try_for_each(|(second, at)| write!(f, ", kill the {} at {at}", which(*second)))
+            }
+        }
+    }
+}
+
+impl fmt::Display for Life {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.disturbance)?;
+        self.then.iter().try_for_each(|at| write!(f, ", then kill agent at {at}"))?;
+        let Some(weather) = &self.weather else { return Ok(()) };
+        for Rule { method, target, fault, often } in &weather.rules {
+            write!(f, " | {fault:?} {often:?} {method}{target}")?;
+        }
+        if weather.latency.is_zero() { Ok(()) } else { write!(f, " | latency {:.1?}", weather.latency) }
+    }
+}
+
+impl fmt::Display for Scenario {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let store = if self.on_s3 { "s3" } else { "file" };
+        write!(f, "{store} ranks={} every={} keep={}", self.ranks, self.every, self.keep)
+    }
+}

@@ -1,0 +1,100 @@
+//! What a campaign has counted.
+
+use std::{collections::BTreeMap, fmt};
+
+use super::plan::Action;
+
+/// Counts, added up over scenarios.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    /// Scenarios that were played to their end.
+    pub scenarios: u64,
+    /// Agents that were started.
+    pub lives: u64,
+    /// Generations that went on from a checkpoint.
+    pub resumes: u64,
+    /// Agents that left with 79.
+    pub fenced: u64,
+    /// SIGKILLs that struck, by what they struck: `agent`, `worker`, `both`, or the name of a crash point.
+    kills: BTreeMap<&'static str, u64>,
+    /// Panics and errors at crash points.
+    others: BTreeMap<String, u64>,
+    /// Requests that the store broke.
+    faults: BTreeMap<&'static str, u64>,
+    /// Steps that were reported and done again: deaths, sum, most.
+    lost: (u64, u64, u64),
+}
+
+impl Tally {
+    /// Processes, or groups of them, that died of SIGKILL.
+    pub fn kills(&self) -> u64 {
+        self.kills.values().sum()
+    }
+    /// How many of these struck `whom`.
+    pub fn kills_of(&self, whom: &str) -> u64 {
+        self.kills.get(whom).copied().unwrap_or_default()
+    }
+    /// Requests of the store that were broken in this way.
+    pub fn faults_of(&self, kind: &str) -> u64 {
+        self.faults.get(kind).copied().unwrap_or_default()
+    }
+    /// Counts SIGKILLs.
+    pub fn kill(&mut self, whom: &'static str, times: u64) {
+        if times > 0 {
+            *self.kills.entry(whom).or_default() += times;
+        }
+    }
+    /// Counts a crash point that did something else than kill.
+    pub fn point(&mut self, name: &'static str, action: Action, times: u64) {
+        if times > 0 {
+            *self.others.entry(format!("{name} ({action})")).or_default() += times;
+        }
+    }
+    /// Counts what a death cost.
+    pub fn lost_steps(&mut self, steps: u64) {
+        let (deaths, sum, most) = self.lost;
+        self.lost = (deaths + 1, sum + steps, most.max(steps));
+    }
+    /// Counts the proxy's faults.
+    pub fn store_faults(&mut self, faults: BTreeMap<&'static str, u64>) {
+        for (kind, times) in faults {
+            *self.faults.entry(kind).or_default() += times;
+        }
+    }
+    /// Adds another's counts.
+    pub fn add(&mut self, other: Self) {
+        self.scenarios += other.scenarios;
+        self.lives += other.lives;
+        self.resumes += other.resumes;
+        self.fenced += other.fenced;
+        other.kills.into_iter().for_each(|(whom, times)| self.kill(whom, times));
+        other.others.into_iter().for_each(|(what, times)| *self.others.entry(what).or_default() += times);
+        self.store_faults(other.faults);
+        let (deaths, sum, most) = other.lost;
+        self.lost = (self.lost.0 + deaths, self.lost.1 + sum, self.lost.2.max(most));
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut row = |name: &str, value: String| writeln!(f, "  {name:<34} {value:>8}");
+        row("kills", self.kills().to_string())?;
+        for (whom, times) in &self.kills {
+            row(&format!("  {whom}"), times.to_string())?;
+        }
+        for (what, times) in &self.others {
+            row(&format!("other crashes: {what}"), times.to_string())?;
+        }
+        row("store faults", self.faults.values().sum::<u64>().to_string())?;
+        for (kind, times) in &self.faults {
+            row(&format!("  {kind}"), times.to_string())?;
+        }
+        row("runs", self.scenarios.to_string())?;
+        row("agents started", self.lives.to_string())?;
+        row("resumes from a checkpoint", self.resumes.to_string())?;
+        row("fenced writers", self.fenced.to_string())?;
+        let (deaths, sum, most) = self.lost;
+        row("steps done again per killed agent", format!("{:.1}", sum as f64 / deaths.max(1) as f64))?;
+        row("  at most", most.to_string())
+    }
+}

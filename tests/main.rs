@@ -12,6 +12,7 @@ mod outputs;
 mod protocol_model;
 mod protocol_random;
 mod rules;
+mod simulate;
 mod torture;
 mod training;
 mod writers;

@@ -118,6 +118,7 @@ fn help_names_every_command() {
         "export",
         "generate",
         "prune",
+        "simulate",
         "data",
         "completions",
     ] {

@@ -14,6 +14,7 @@ mod prune;
 mod resume;
 mod run;
 mod runs;
+mod simulate;
 mod status;
 mod store;
 mod verify;
@@ -52,6 +53,7 @@ enum Command {
     Export(export::Export),
     Generate(generate::Generate),
     Prune(prune::Prune),
+    Simulate(Box<simulate::Simulate>),
     #[command(subcommand)]
     Data(data::Data),
     Completions(completions::Completions),
@@ -121,6 +123,7 @@ impl Command {
             Self::Export(command) => command.execute(),
             Self::Generate(command) => command.execute(),
             Self::Prune(command) => command.execute(),
+            Self::Simulate(command) => command.execute(),
             Self::Data(command) => command.execute(&screen),
             Self::Completions(command) => command.execute(),
             Self::Worker => crate::worker::main(),

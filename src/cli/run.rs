@@ -82,7 +82,7 @@ impl Run {
 /// The most bytes of a model's description.
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
 
-fn fetch(folder: &str, name: &str) -> Result<Vec<u8>, String> {
+pub(super) fn fetch(folder: &str, name: &str) -> Result<Vec<u8>, String> {
     let read = async { Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec()) };
     store::block_on(read).map_err(|error| error.to_string())
 }

@@ -26,7 +26,9 @@ pub use error::{ConfigError, Origin};
 pub use machine::{Machine, workers_per_node};
 pub use raw::DEFAULT_TOML;
 pub use resolve::{Fetch, MAX_STEPS, Sources, load};
-pub use text::{absolute_uri, format_cadence, format_duration, local_path, parse_duration, parse_spacing};
+pub use text::{
+    absolute_uri, format_cadence, format_duration, local_path, parse_cadence, parse_duration, parse_spacing,
+};
 
 /// A run's resolved configuration. Stored in the journal's `created` record.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

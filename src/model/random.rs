@@ -8,42 +8,8 @@
 
 use std::num::NonZero;
 
-/// SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
-#[derive(Clone, Debug)]
-pub struct SplitMix64(u64);
-
-impl SplitMix64 {
-    /// The stream of a seed.
-    pub const fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// The stream that belongs to `name` under `seed`.
-    pub fn named(seed: u64, name: &str) -> Self {
-        // FNV-1a, then mixed with the seed, so that near seeds and near names give far streams.
-        let hash = name
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
-        Self(mix(mix(seed) ^ hash))
-    }
-
-    /// 64 random bits.
-    pub const fn next_u64(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
-    }
-
-    /// Evenly from [0, 1), 53 bits.
-    pub fn next_f64(&mut self) -> f64 {
-        (self.next_u64() >> 11) as f64 * (1.0 / (1_u64 << 53) as f64)
-    }
-}
-
-const fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
+pub use crate::random::SplitMix64;
+use crate::random::mix;
 
 /// Elements drawn from one sub-stream; part of what fixes the bits. Even, since numbers come in pairs.
 const BLOCK: usize = 1 << 16;
@@ -60,7 +26,7 @@ pub fn normal(seed: u64, name: &str, len: usize, std: f64) -> Vec<f32> {
             let mut fill = move || {
                 for (block, values) in values.chunks_mut(BLOCK).enumerate() {
                     let number = (part * (share / BLOCK) + block) as u64;
-                    fill_normal(&mut SplitMix64(mix(stream ^ mix(number + 1))), values, std);
+                    fill_normal(&mut SplitMix64::new(mix(stream ^ mix(number + 1))), values, std);
                 }
             };
             if threads == 1 {
@@ -142,7 +108,7 @@ mod tests {
         assert_eq!(normal(1234, "model.norm.weight", 2 * BLOCK + 1, 1.0)[..], long[..2 * BLOCK + 1]);
         let mut expected = vec![0.0; BLOCK];
         let stream = SplitMix64::named(1234, "model.norm.weight").next_u64();
-        fill_normal(&mut SplitMix64(mix(stream ^ mix(3))), &mut expected, 1.0);
+        fill_normal(&mut SplitMix64::new(mix(stream ^ mix(3))), &mut expected, 1.0);
         assert_eq!(long[2 * BLOCK..3 * BLOCK], expected);
         assert_ne!(normal(1235, "model.norm.weight", 4, 1.0), long[..4]);
         assert_ne!(normal(1234, "model.norm.weighs", 4, 1.0), long[..4]);

@@ -1,0 +1,165 @@
+//! What a run's journal says of costs and losses.
+
+use jiff::Timestamp;
+
+use crate::journal::{FormedReason, Outcome, RunState};
+
+/// What was observed in a run, as far as its journal tells.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Observed {
+    /// Saves that were committed.
+    pub saves: u64,
+    /// Median time for which the loop stood still for a save, seconds. What copying and uploading slow steps by is not in it.
+    pub stall_s: Option<f64>,
+    /// Median time from the end of a step to its `committed` record, seconds.
+    pub durable_s: Option<f64>,
+    /// Median time from a `formed` record that resumes to the first step after it, seconds. The start of machine and process, which
+    /// comes before, is not in it.
+    pub restart_s: Option<f64>,
+    /// Mean time from one step to the next, saves included, seconds.
+    pub step_s: Option<f64>,
+    /// Time from each `formed` record to the last record of its generation, summed up, seconds: without the waits between.
+    pub trained_s: f64,
+    /// Times that machines went away and others, or they again, carried on.
+    pub interruptions: u64,
+    /// Those of them that lost steps, or left no word.
+    pub lossy: u64,
+}
+
+impl Observed {
+    /// Reads the journal's story.
+    pub fn of(state: &RunState) -> Self {
+        let mut observed = Self { saves: state.checkpoints().len() as u64, ..Self::default() };
+        let cost = |of: fn(&crate::journal::SaveCost) -> f64| {
+            median(state.checkpoints().iter().map(|checkpoint| of(&checkpoint.committed.cost)).collect())
+        };
+        (observed.stall_s, observed.durable_s) = (cost(|cost| cost.stall_s), cost(|cost| cost.durable_s));
+        observed.step_s = step_s(state);
+        let mut restarts = Vec::new();
+        for (index, formed) in state.formations().iter().enumerate() {
+            let commits = state.checkpoints().iter().filter(|c| c.committed.generation == formed.generation);
+            let ended = state.interruptions().iter().find(|end| end.generation == formed.generation);
+            let completed = match state.outcome() {
+                Outcome::Completed { at, generation, .. } if *generation == formed.generation => Some(*at),
+                _ => None,
+            };
+            let last = commits.clone().map(|c| c.at).chain(ended.map(|end| end.at)).chain(completed).max();
+            observed.trained_s += last.map_or(0.0, |last| seconds(formed.at, last));
+            if let (Some(point), Some(first), Some(step_s)) = (&formed.resume, commits.clone().next(), observed.step_s)
+            {
+                let steps = first.committed.step.get().saturating_sub(point.step.get()) as f64;
+                restarts.push(seconds(formed.at, first.at) - first.committed.cost.durable_s - steps * step_s);
+            }
+            let another = state.formations().get(index + 1).is_some_and(|next| next.reason == FormedReason::Started);
+            if another {
+                observed.interruptions += 1;
+                observed.lossy += u64::from(ended.is_none_or(|end| end.lost_steps > 0));
+            }
+        }
+        observed.restart_s = median(restarts).map(|restart| restart.max(0.0));
+        observed
+    }
+
+    /// The share of losses that lost no step, if there were any.
+    pub fn announced(&self) -> Option<f64> {
+        (self.interruptions > 0).then(|| 1.0 - self.lossy as f64 / self.interruptions as f64)
+    }
+}
+
+/// Mean seconds a step between the first and the last commit of each generation.
+fn step_s(state: &RunState) -> Option<f64> {
+    let (mut time, mut steps) = (0.0, 0.0);
+    for pair in state.checkpoints().windows(2) {
+        let [a, b] = pair else { continue };
+        if a.committed.generation == b.committed.generation && b.committed.step > a.committed.step {
+            let durable = b.committed.cost.durable_s - a.committed.cost.durable_s;
+            time += (seconds(a.at, b.at) - if durable.is_finite() { durable } else { 0.0 }).max(0.0);
+            steps += (b.committed.step.get() - a.committed.step.get()) as f64;
+        }
+    }
+    (steps > 0.0 && time > 0.0).then_some(time / steps)
+}
+
+/// Both by the clock of one writer; another machine's may be behind.
+fn seconds(from: Timestamp, to: Timestamp) -> f64 {
+    to.duration_since(from).as_secs_f64().max(0.0)
+}
+
+/// The middle one of those that are numbers and not negative.
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.retain(|value| value.is_finite());
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).map(|value| value.max(0.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::journal::{Entry, Record};
+
+    /// A run whose journal says these records at these seconds.
+    fn state(records: &[(i64, Value)]) -> RunState {
+        let created = include_bytes!("../../tests/fixtures/formats/v1/journal-created.json");
+        let created = Entry::decode(created).unwrap();
+        let Record::Created { run_id, .. } = &created.record else { panic!("it is the first record") };
+        let mut state = RunState::begin(&run_id.clone(), created).unwrap();
+        for (number, (second, record)) in (1..).zip(records) {
+            let at = Timestamp::from_second(1_000_000 + second).unwrap();
+            let entry = json!({"format": 1, "attempt": "00112233445566778899aabbccddeeff", "at": at, "node": "n1", "record": record});
+            state.apply(number, Entry::decode(entry.to_string().as_bytes()).unwrap()).unwrap();
+        }
+        state
+    }
+
+    fn formed(generation: u64, resume: Option<(u64, u64)>, reason: &str) -> Value {
+        let resume = resume.map(|(step, generation)| json!({"step": step, "generation": generation}));
+        json!({"kind": "formed", "generation": generation, "roster": [{"node": "n1", "workers": 1}], "world_size": 1,
+               "resume": resume, "reason": reason})
+    }
+
+    fn committed(step: u64, generation: u64, stall_s: f64) -> Value {
+        json!({"kind": "committed", "step": step, "generation": generation, "manifest": "m", "manifest_crc64": "0", "bytes": 1,
+               "loss": 1.0, "cost": {"stall_s": stall_s, "copy_s": 0.5, "durable_s": 2.0}})
+    }
+
+    /// A second a step; restarts of 30, 10 and 40 s; one loss without a word, one drained, and a worker that died.
+    #[test]
+    fn a_journal_tells_costs_and_losses() {
+        let mut story = vec![
+            (0, formed(1, None, "started")),
+            (112, committed(100, 1, 0.1)),
+            (212, committed(200, 1, 0.3)),
+            (500, formed(2, Some((200, 1)), "started")),
+            (632, committed(300, 2, 0.2)),
+            (647, committed(315, 2, 0.1)),
+        ];
+        let interrupted = |lost_steps: u64| {
+            json!({"kind": "interrupted", "generation": 2, "step": 315 + lost_steps, "committed": 315, "lost_steps": lost_steps,
+                   "verdict": "x"})
+        };
+        story.push((648, interrupted(0)));
+        story.push((700, formed(3, Some((315, 2)), "started")));
+        story.push((797, committed(400, 3, 0.2)));
+        story.push((900, formed(4, Some((400, 3)), "worker_died")));
+        story.push((1042, committed(500, 4, 0.2)));
+        story.push((1043, json!({"kind": "completed", "generation": 4, "step": 500, "loss": 1.0})));
+        let found = Observed::of(&state(&story));
+        let expected = Observed {
+            saves: 6,
+            stall_s: Some(0.2),
+            durable_s: Some(2.0),
+            restart_s: Some(30.0),
+            step_s: Some(1.0),
+            trained_s: 212.0 + 148.0 + 97.0 + 143.0,
+            interruptions: 2,
+            lossy: 1,
+        };
+        assert_eq!((found, found.announced()), (expected, Some(0.5)));
+        story[6].1 = interrupted(3);
+        assert_eq!(Observed::of(&state(&story)).lossy, 2);
+        assert_eq!(Observed::of(&state(&[])), Observed::default());
+        assert_eq!(Observed::of(&state(&story[..1])).announced(), None);
+    }
+}

@@ -35,3 +35,4 @@ pub mod error;
 pub mod ids;
 pub mod random;
 pub mod faults;
+pub mod threads;

@@ -667,7 +667,9 @@ impl Life<'_> {
                     if let Some(conductor) = &mut self.conductor {
                         conductor.copied(copy_s);
                     }
-                    self.saves.upload(step, slot, self.images, &self.start.config)?;
+                    let ended = self.conductor.as_ref().is_some_and(Conductor::has_ended);
+                    let urgent = self.draining || self.dead.is_some() || ended;
+                    self.saves.upload(step, slot, urgent, self.images, &self.start.config)?;
                     self.retention.busy(true);
                 }
                 Action::Chosen(choice) => say_choice(&choice),

@@ -25,10 +25,14 @@ use crate::{
     journal::SaveCost,
     layout,
     report::{Event, Reporter},
+    storage::Priority,
 };
 
 /// Losses are kept for so many steps back: a snapshot's loss is looked up when all ranks have captured it.
 const REMEMBERED: u64 = 64;
+
+/// A save that took longer to become durable than this is not made on idle cores alone again.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What is kept of a snapshot until it is committed.
 #[derive(Debug)]
@@ -56,6 +60,8 @@ pub struct Saves {
     /// The last save that failed, and how often in a row.
     failed: (Step, u32),
     last_error: Option<Error>,
+    /// Transfers that gave way to all others took too long: they don't any more.
+    starved: bool,
 }
 
 impl Saves {
@@ -80,6 +86,7 @@ impl Saves {
             committed_at: Instant::now(),
             failed: (Step(0), 0),
             last_error: None,
+            starved: false,
         }
     }
 
@@ -140,8 +147,15 @@ impl Saves {
         self.keep(step).cost.lock().unwrap_or_else(PoisonError::into_inner).copy_s
     }
 
-    /// Starts uploading a slot that every rank has captured.
-    pub fn upload(&mut self, step: Step, slot: u8, images: &mut Images, config: &RunConfig) -> Result<()> {
+    /// Starts uploading a slot that every rank has captured. `urgent`: nobody trains any more, and the machine may go away.
+    pub fn upload(
+        &mut self,
+        step: Step,
+        slot: u8,
+        urgent: bool,
+        images: &mut Images,
+        config: &RunConfig,
+    ) -> Result<()> {
         let (uploads, index) = images.uploads(slot)?;
         let mut small = self.companions.clone();
         small.push((layout::MODEL_INDEX.to_owned(), index));
@@ -159,7 +173,14 @@ impl Saves {
             .ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
         let snapshot =
             Snapshot { step, slot, uploads, small, loss, validation_loss: self.validation_loss, cost, taken };
-        saver::start(self.context.clone(), snapshot, self.events.clone());
+        let priority = match (urgent, self.starved) {
+            (true, _) => Priority::Urgent,
+            (false, true) => Priority::Normal,
+            (false, false) => Priority::Background,
+        };
+        let mut context = self.context.clone();
+        context.run = context.run.at_priority(priority);
+        saver::start(context, snapshot, self.events.clone());
         Ok(())
     }
 
@@ -175,6 +196,11 @@ impl Saves {
         self.uploading = false;
         self.committed_at = Instant::now();
         self.kept.retain(|&kept, _| kept > committed.step);
+        if committed.cost.durable_s > PATIENCE.as_secs_f64() && !self.starved {
+            // Other programs may want all cores of this machine; a checkpoint must not wait for them for ever.
+            tracing::info!(durable_s = committed.cost.durable_s, "transfers no longer give way to other threads");
+            self.starved = true;
+        }
         images.hold(slot, committed.step, committed.generation, &saved.sums);
         reporter.event(&Event::Checkpoint {
             step: committed.step,

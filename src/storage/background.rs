@@ -1,16 +1,14 @@
 //! Threads that run only when nobody else wants the processor.
 //!
-//! A bulk transfer copies, sums and encrypts: on a machine whose cores are the trainer's, it should take what they leave. Linux's
-//! `SCHED_IDLE` does just that (sched(7)); it needs no privilege. These threads have a runtime and a client of their own, so that no
+//! A bulk transfer copies, sums and encrypts: on a machine whose cores are the trainer's, it should take what they leave ([`crate::threads`]).
+//! These threads have a runtime and a client of their own, so that no
 //! connection, timer or lock of theirs is one that the journal or a heartbeat waits for.
 
 use std::future::Future;
 
-use thread_priority::{
-    ThreadPriority,
-    unix::{NormalThreadSchedulePolicy, ThreadSchedulePolicy, set_thread_priority_and_policy, thread_native_id},
-};
 use tokio::{runtime::Runtime, task::JoinHandle};
+
+use crate::threads::give_way;
 
 /// At most so many threads at once work on transfers; one sums and copies several GB a second.
 const MOST_THREADS: usize = 4;
@@ -44,13 +42,6 @@ impl Drop for Background {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
-    }
-}
-
-fn give_way() {
-    let policy = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
-    if let Err(error) = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, policy) {
-        tracing::debug!(?error, "transfers keep their normal priority");
     }
 }
 

@@ -28,17 +28,15 @@ use std::{
 };
 
 use tch::Tensor;
-use thread_priority::{NormalThreadSchedulePolicy, ThreadPriority, ThreadSchedulePolicy};
 
 use super::{
     Result, TorchError,
     ffi::{self, Run, check},
 };
+use crate::threads::give_way;
 
 /// How much of a tensor a thread takes at a time: small enough that threads finish together.
 const CHUNK: usize = 1 << 20;
-/// Niceness of copy threads where the kernel does not know `SCHED_IDLE`.
-const NICENESS: i32 = 19;
 
 const DOING: &str = "copy to host";
 
@@ -79,7 +77,7 @@ impl HostCopier {
             let builder = std::thread::Builder::new().name(format!("copy-{index}"));
             let serve = move || {
                 if yielding {
-                    step_back();
+                    give_way();
                 }
                 queue.serve();
             };
@@ -213,15 +211,6 @@ impl<D: Send> fmt::Debug for CopyTicket<D> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // No code under these locks panics halfway through a change.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// The calling thread gets a core only while nobody else wants it. Where that is refused, copies compete a little more.
-fn step_back() {
-    let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
-    let thread = thread_priority::unix::thread_native_id();
-    if thread_priority::unix::set_thread_priority_and_policy(thread, ThreadPriority::Min, idle).is_err() {
-        let _ = rustix::process::setpriority_process(None, NICENESS);
-    }
 }
 
 /// Cuts runs into pieces of at most [`CHUNK`] bytes.

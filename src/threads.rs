@@ -1,0 +1,22 @@
+//! Threads that run only while a core would be idle.
+//!
+//! Linux's `SCHED_IDLE` (sched(7)) gives a thread a core when nobody else wants it, and takes it away at once when somebody does; it
+//! needs no privilege. Copies of snapshots and transfers of checkpoints run so: what they cost is not training's time.
+
+use thread_priority::{
+    ThreadPriority,
+    unix::{NormalThreadSchedulePolicy, ThreadSchedulePolicy, set_thread_priority_and_policy, thread_native_id},
+};
+
+/// Niceness where the kernel does not let a thread be idle.
+const NICENESS: i32 = 19;
+
+/// The calling thread gives way to all others from now on. Where that is refused it competes a little.
+pub fn give_way() {
+    let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
+    if let Err(error) = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle) {
+        tracing::debug!(?error, "thread keeps its scheduling policy");
+        // On Linux this is the calling thread alone.
+        let _ = rustix::process::setpriority_process(None, NICENESS);
+    }
+}

@@ -92,9 +92,10 @@ impl Staged {
             }
         }
         if done < bytes.len() {
-            // For good: only the end of a file is odd.
-            if self.direct.swap(false, Ordering::AcqRel) {
+            // For good: only the end of a file is odd. Of several threads each makes sure, and nobody says so before it is.
+            if self.direct.load(Ordering::Acquire) {
                 set_direct(&self.file, false)?;
+                self.direct.store(false, Ordering::Release);
             }
             self.file.write_all_at(&bytes[done..], offset + done as u64)?;
         }
@@ -236,6 +237,26 @@ mod tests {
                     .to_string_lossy()
                     .contains('#'))
             );
+        }
+    }
+
+    /// One that heard that the file is no longer written directly while it still was would have its odd bytes refused.
+    #[test]
+    fn threads_that_leave_the_direct_way_at_once_do_not_trip_each_other() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let body = &pages(BLOCK + 1)[1..];
+        let barrier = std::sync::Barrier::new(4);
+        for round in 0..300 {
+            let staged = Staged::begin(folder.path().join("k")).unwrap();
+            std::thread::scope(|scope| {
+                for part in 0..4 {
+                    let (staged, barrier) = (&staged, &barrier);
+                    scope.spawn(move || {
+                        barrier.wait();
+                        staged.write(body, part * body.len() as u64).unwrap_or_else(|e| panic!("round {round}: {e}"));
+                    });
+                }
+            });
         }
     }
 

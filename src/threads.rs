@@ -20,3 +20,16 @@ pub fn give_way() {
         let _ = rustix::process::setpriority_process(None, NICENESS);
     }
 }
+
+/// What tests look at.
+#[cfg(test)]
+pub(crate) mod testing {
+    /// The number of the policy that [`super::give_way`] asks for (sched(7)).
+    pub(crate) const SCHED_IDLE: u32 = 5;
+
+    /// The scheduling policy of this thread: field 41 of proc(5)'s `stat`.
+    pub(crate) fn policy() -> u32 {
+        let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
+        stat.rsplit_once(')').unwrap().1.split_whitespace().nth(38).unwrap().parse().unwrap()
+    }
+}

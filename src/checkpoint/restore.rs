@@ -3,7 +3,8 @@
 //! The caller lays the files out in one memory image ([`plan_pieces`]), cuts that image into one buffer a piece, and
 //! hands both over ([`fetch`]). Each piece comes straight into its buffer and is summed as it comes ([`Store::get_into`]); the
 //! pieces' CRC64-NVME are combined in the order of the file and held against the manifest. A byte is downloaded once a
-//! node, whatever the number of its ranks, and nothing is believed before its whole file has been checked.
+//! node, whatever the number of its ranks, and nothing is believed before its whole file has been checked. Nothing is trained
+//! meanwhile: the copies and sums run on threads of their own, as many as there are cores, which are gone at the end.
 //!
 //! *Memory:* the image, and a socket's buffer for each request in flight. *Crash, cancel:* nothing in the store changes. A piece that is being read
 //! from a disk when the future is dropped is read to its end, into the buffer that it owns. *Retry:* call again.
@@ -19,7 +20,7 @@ use super::{
 };
 use crate::{
     layout,
-    storage::{Crc64, StorageError, Store},
+    storage::{Crc64, Priority, StorageError, Store},
 };
 
 /// Pieces asked for at once. The store has a limit of its own; this one bounds the memory of those who keep what they get.
@@ -120,6 +121,8 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
     pieces: Vec<(Piece, B)>,
     progress: impl Fn(u64) + Send + Sync,
 ) -> Result<(), CheckpointError> {
+    // Nothing is trained before it is done.
+    let store = &store.at_priority(Priority::Urgent);
     let mut sums: Vec<Vec<(u64, u64, Crc64)>> = vec![Vec::new(); files.len()];
     let get = |(piece, mut buffer): (Piece, B)| {
         let progress = &progress;

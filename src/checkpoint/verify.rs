@@ -16,12 +16,12 @@ use tokio::sync::watch;
 use super::{
     CheckpointError, catalog, join,
     manifest::Manifest,
-    restore::{IN_FLIGHT, RemoteFile, compare, ranges, with_range, wrong_size},
+    restore::{IN_FLIGHT, RemoteFile, compare, ranges, wrong_size},
 };
 use crate::{
     ids::{Generation, Step},
     journal::Committed,
-    storage::{Crc64, Store},
+    storage::{Crc64, Priority, Store},
 };
 
 /// Bytes of one request when a damaged object is read again, and when something is read gently.
@@ -137,8 +137,9 @@ pub async fn verify(
     look(store, committed, depth, None, progress).await
 }
 
-/// [`verify`] of every byte, at a low rate.
+/// [`verify`] of every byte, at a low rate and on threads that give way to all others.
 pub async fn verify_gently(store: &Store, committed: &Committed, gentle: &Gentle) -> Result<Report, CheckpointError> {
+    let store = &store.at_priority(Priority::Background);
     look(store, committed, Depth::Bytes { part: PART }, Some(gentle), &|_| {}).await
 }
 
@@ -240,12 +241,16 @@ async fn check_bytes(
     gentle: Option<&Gentle>,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<(), CheckpointError> {
-    let sums = ranges(file.bytes, part).map(|range| async {
+    let object = &join(folder, &file.name);
+    let sums = ranges(file.bytes, part).map(|range| async move {
         if let Some(gentle) = gentle {
             gentle.wait_for_the_others().await;
         }
         let (begun, len) = (Instant::now(), range.end - range.start);
-        let sum = with_range(store, folder, file, range, |bytes| Ok(Crc64::of(bytes))).await?;
+        // Never more than a part.
+        let buffer = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
+        let sum = store.get_into(object, range.start, buffer).await;
+        let sum = sum.map_err(|error| CheckpointError::of_object(object, error))?;
         progress(len);
         if let Some(gentle) = gentle {
             tokio::time::sleep(gentle.rest(len, begun.elapsed())).await;
@@ -255,7 +260,7 @@ async fn check_bytes(
     let combine = |whole: Crc64, (sum, len)| async move { Ok(whole.followed_by(sum, len)) };
     let at_once = if gentle.is_some() { 1 } else { IN_FLIGHT };
     let whole = stream::iter(sums).buffered(at_once).try_fold(Crc64::EMPTY, combine).await?;
-    compare(&join(folder, &file.name), file, whole)
+    compare(object, file, whole)
 }
 
 #[cfg(test)]
@@ -270,6 +275,7 @@ mod tests {
             faulty::{Fault, Faulty},
             s3_tests,
         },
+        threads,
     };
 
     #[tokio::test]
@@ -288,6 +294,22 @@ mod tests {
             let expected = if depth == Depth::Stored { 0 } else { manifest.bytes() };
             assert_eq!(seen.into_inner(), expected);
         }
+    }
+
+    #[tokio::test]
+    async fn a_gentle_look_reads_on_threads_that_give_way() {
+        let faulty = Faulty::new(|op, path, _| {
+            let is_idle = threads::testing::policy() == threads::testing::SCHED_IDLE;
+            let bytes = op == "get" && path.ends_with(".safetensors");
+            if bytes && !is_idle { Fault::Denied } else { Fault::Pass }
+        });
+        let store = Store::faulty(&faulty, &STORAGE);
+        let (committed, _) = checkpoint(&store, 5, 1, 1, 1).await;
+        let gentle = Gentle { bytes_per_s: u64::MAX, busy: watch::channel(false).1 };
+        assert!(verify_gently(&store, &committed, &gentle).await.unwrap().is_sound());
+        verify(&store, &committed, Depth::Bytes { part: 1000 }, &|_| {})
+            .await
+            .expect_err("the caller's thread is no such thread");
     }
 
     #[tokio::test]

@@ -77,6 +77,34 @@ pub(super) async fn get_into<B: AsMut<[u8]> + Send + 'static>(
     }
 }
 
+/// The asked bytes and no others.
+pub(super) async fn get_range(
+    store: &Store,
+    lanes: &Lanes,
+    key: &str,
+    range: Range<u64>,
+) -> Result<Bytes, StorageError> {
+    let (path, wanted) = (store.path(key)?, range.end - range.start);
+    let request = || async {
+        let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
+        let result = match lanes.backend.objects.get_opts(&path, options).await {
+            Ok(result) if result.range == range => result,
+            Ok(result) => {
+                let error = retry::cut_short(wanted, result.range.end.saturating_sub(result.range.start));
+                return explain_bad_range(lanes, &path, &range, error).await;
+            }
+            Err(error) => return explain_bad_range(lanes, &path, &range, error).await,
+        };
+        let bytes = result.bytes().await?;
+        if bytes.len() as u64 == wanted { Ok(Ok(bytes)) } else { Err(retry::cut_short(wanted, bytes.len() as u64)) }
+    };
+    match store.bulk_get(lanes, wanted).run(request).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(size)) => Err(StorageError::Short { key: store.uri_of(key), end: range.end, size }),
+        Err(failure) => Err(failure.explain(&store.uri_of(key))),
+    }
+}
+
 /// The target went down with a thread that was reading into it.
 fn lost() -> object_store::Error {
     object_store::Error::NotSupported { source: "memory of an attempt that broke off is gone".into() }
@@ -118,7 +146,7 @@ pub(super) async fn sum(lanes: &Lanes, path: &Path, len: u64) -> object_store::R
 }
 
 /// Stores word "the object is shorter than that" in many ways; its size decides. The inner error is that size.
-pub(super) async fn explain_bad_range<T>(
+async fn explain_bad_range<T>(
     lanes: &Lanes,
     path: &Path,
     range: &Range<u64>,

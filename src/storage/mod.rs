@@ -2,7 +2,7 @@
 //!
 //! One code path serves `s3://`, `gs://`, `az://`, `file://` and `memory://`; `open` turns a URI into a backend, `retry`
 //! decides what is tried again, `upload` writes large objects in parts (`signed` on S3, `local` on disks), `download` reads ranges into
-//! memory, `pace` and `gate` find how many requests a store takes at once, `cap` bounds bandwidth, `background` has threads that give way,
+//! memory, `pace` and `gate` find how many requests a store takes at once, `cap` bounds bandwidth, `pool` has threads apart from the caller's,
 //! `probe` finds out whether create-once puts are atomic. Keys are relative to a [`Store`] (a whole store or a folder of one) and use `/`.
 //!
 //! Invariants
@@ -20,11 +20,10 @@
 //! a sweep removes, and on `file://` a hidden `<name>#<number>` file: [`Store::unfinished`] finds both.
 //!
 //! Bulk transfers and small requests (journal, heartbeats) wait in separate queues: a checkpoint on its way never
-//! delays the heartbeat that says its node is alive. At [`Priority::Background`] transfers have threads, connections and queues of their own, too.
+//! delays the heartbeat that says its node is alive. At another [`Priority`] transfers have threads, connections and queues of their own, too.
 //!
 //! Memory: uploads send the caller's pages, downloads fill them; beside them stands a socket's buffer a request, at most `storage.concurrency` each way.
 
-mod background;
 mod cap;
 mod crc;
 mod download;
@@ -33,6 +32,7 @@ mod gate;
 mod local;
 mod open;
 mod pace;
+mod pool;
 mod probe;
 mod retry;
 mod s3;
@@ -52,22 +52,22 @@ mod transfer_tests;
 use std::{
     fmt,
     ops::Range,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::{
-    Attribute, AttributeValue, Attributes, GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode,
-    PutOptions, PutPayload, path::Path,
+    Attribute, AttributeValue, Attributes, GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
+    PutPayload, path::Path,
 };
 use tokio::sync::Semaphore;
 
 use self::{
-    background::{Background, Task},
     cap::Cap,
     gate::Gate,
     pace::Pace,
+    pool::{Pool, Task},
     retry::{Attempts, Failure, Policy, Queue},
     upload::Large,
 };
@@ -119,7 +119,8 @@ pub enum Priority {
     Normal,
     /// What nobody else wants: threads of its own that give way to all others, with connections and limits of their own.
     Background,
-    /// The caller's, and no bandwidth cap holds it back: for the last save before the machine goes away.
+    /// All there is: no bandwidth cap holds uploads back, for the last save before the machine goes away; ranged reads get threads of
+    /// their own, for a restore that training waits for.
     Urgent,
 }
 
@@ -154,9 +155,9 @@ impl Lanes {
     }
 }
 
-/// What [`Priority::Background`] runs on.
-struct Idle {
-    threads: Background,
+/// What transfers run on that do not run on the caller's threads.
+struct Apart {
+    threads: Pool,
     lanes: Arc<Lanes>,
 }
 
@@ -168,8 +169,10 @@ struct Inner {
     root: String,
     policy: Policy,
     lanes: Arc<Lanes>,
-    /// Made when it is first needed.
-    idle: Mutex<Option<Arc<Idle>>>,
+    /// For [`Priority::Background`]: made when it is first needed.
+    idle: Mutex<Option<Arc<Apart>>>,
+    /// For reads at [`Priority::Urgent`]: there as long as one is under way.
+    ample: Mutex<Weak<Apart>>,
     reopen: Box<Reopen>,
     /// The most parts and ranges in flight, each way.
     concurrency: usize,
@@ -237,6 +240,7 @@ impl Store {
             policy,
             lanes: Lanes::new(backend, concurrency),
             idle: Mutex::new(None),
+            ample: Mutex::default(),
             reopen,
             concurrency,
             part: u64::from(settings.part_mib.max(1)) << 20,
@@ -327,31 +331,19 @@ impl Store {
 
     /// Some bytes of an object: exactly the asked ones, or [`StorageError::Short`] if the object ends before.
     pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StorageError> {
-        let path = self.path(key)?;
         if range.is_empty() {
-            return Ok(Bytes::new());
+            return self.path(key).map(|_| Bytes::new());
         }
-        let (wanted, lanes) = (range.end - range.start, &self.inner.lanes);
-        let request = || async {
-            let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
-            let result = match lanes.backend.objects.get_opts(&path, options).await {
-                Ok(result) => result,
-                Err(error) => return download::explain_bad_range(lanes, &path, &range, error).await,
-            };
-            if result.range != range {
-                let error = retry::cut_short(wanted, result.range.end.saturating_sub(result.range.start));
-                return download::explain_bad_range(lanes, &path, &range, error).await;
-            }
-            let bytes = result.bytes().await?;
-            if bytes.len() as u64 != wanted {
-                return Err(retry::cut_short(wanted, bytes.len() as u64));
-            }
-            Ok(Ok(bytes))
+        let store_and_key = (self.clone(), key.to_owned());
+        let work = |lanes: Arc<Lanes>| async move {
+            let (store, key) = store_and_key;
+            download::get_range(&store, &lanes, &key, range).await
         };
-        match self.bulk_get(lanes, wanted).run(request).await {
-            Ok(Ok(bytes)) => Ok(bytes),
-            Ok(Err(size)) => Err(StorageError::Short { key: self.uri_of(key), end: range.end, size }),
-            Err(failure) => Err(failure.explain(&self.uri_of(key))),
+        match self.apart()? {
+            Some(apart) => {
+                self.end_of(apart.threads.spawn(work(Arc::clone(&apart.lanes))), "get", &self.uri_of(key)).await
+            }
+            None => work(Arc::clone(&self.inner.lanes)).await,
         }
     }
 
@@ -365,12 +357,12 @@ impl Store {
         offset: u64,
         target: B,
     ) -> Result<Crc64, StorageError> {
-        let (store, lanes, key) = (self.clone(), self.lanes()?, key.to_owned());
-        let uri = self.uri_of(&key);
-        let work = async move { download::get_into(&store, &lanes, &key, offset, target).await };
-        let task = match self.priority {
-            Priority::Background => self.idle()?.threads.spawn(work),
-            Priority::Normal | Priority::Urgent => Some(Task(tokio::spawn(work))),
+        let (store, key, uri) = (self.clone(), key.to_owned(), self.uri_of(key));
+        let work = |lanes: Arc<Lanes>| async move { download::get_into(&store, &lanes, &key, offset, target).await };
+        let apart = self.apart()?;
+        let task = match &apart {
+            Some(apart) => apart.threads.spawn(work(Arc::clone(&apart.lanes))),
+            None => Some(Task(tokio::spawn(work(Arc::clone(&self.inner.lanes))))),
         };
         self.end_of(task, "get", &uri).await
     }
@@ -434,12 +426,14 @@ impl Store {
         body: Bytes,
         progress: impl Fn(u64) + Send + Sync + 'static,
     ) -> Result<Uploaded, StorageError> {
-        let (store, lanes, key) = (self.clone(), self.lanes()?, key.to_owned());
-        let uri = self.uri_of(&key);
-        let work = async move { upload::upload(&store, &lanes, &key, body, &progress).await };
+        let (store, key, uri) = (self.clone(), key.to_owned(), self.uri_of(key));
+        let work = |lanes: Arc<Lanes>| async move { upload::upload(&store, &lanes, &key, body, &progress).await };
         match self.priority {
-            Priority::Background => self.end_of(self.idle()?.threads.spawn(work), "upload", &uri).await,
-            Priority::Normal | Priority::Urgent => work.await,
+            Priority::Background => {
+                let idle = self.idle()?;
+                self.end_of(idle.threads.spawn(work(Arc::clone(&idle.lanes))), "upload", &uri).await
+            }
+            Priority::Normal | Priority::Urgent => work(Arc::clone(&self.inner.lanes)).await,
         }
     }
 
@@ -473,29 +467,49 @@ impl Store {
         PutOptions { mode, attributes: self.inner.attributes.clone(), ..PutOptions::default() }
     }
 
-    /// The way that bulk transfers of this handle take.
-    fn lanes(&self) -> Result<Arc<Lanes>, StorageError> {
+    /// What reads of this handle run on; `None`: on the caller's threads.
+    fn apart(&self) -> Result<Option<Arc<Apart>>, StorageError> {
         match self.priority {
-            Priority::Background => Ok(Arc::clone(&self.idle()?.lanes)),
-            Priority::Normal | Priority::Urgent => Ok(Arc::clone(&self.inner.lanes)),
+            Priority::Normal => Ok(None),
+            Priority::Background => self.idle().map(Some),
+            Priority::Urgent => self.ample().map(Some),
         }
     }
 
-    fn idle(&self) -> Result<Arc<Idle>, StorageError> {
+    fn idle(&self) -> Result<Arc<Apart>, StorageError> {
         let mut idle = self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(idle) = &*idle {
-            return Ok(Arc::clone(idle));
+        match &*idle {
+            Some(idle) => Ok(Arc::clone(idle)),
+            None => Ok(Arc::clone(idle.insert(self.start(Pool::idle)?))),
         }
-        let threads = Background::start().map_err(|error| {
+    }
+
+    fn ample(&self) -> Result<Arc<Apart>, StorageError> {
+        let mut ample = self.inner.ample.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ample) = ample.upgrade() {
+            return Ok(ample);
+        }
+        let started = self.start(Pool::ample)?;
+        *ample = Arc::downgrade(&started);
+        Ok(started)
+    }
+
+    fn start(&self, pool: impl FnOnce() -> std::io::Result<Pool>) -> Result<Arc<Apart>, StorageError> {
+        let threads = pool().map_err(|error| {
             let error = object_store::Error::Generic { store: "threads", source: Box::new(error) };
-            Failure::new("start of background transfers", &error).explain(&self.uri())
+            Failure::new("start of transfers", &error).explain(&self.uri())
         })?;
         let lanes = Lanes::new((self.inner.reopen)()?, self.inner.concurrency);
-        Ok(Arc::clone(idle.insert(Arc::new(Idle { threads, lanes }))))
+        Ok(Arc::new(Apart { threads, lanes }))
     }
 
     fn cap(&self) -> Option<&Cap> {
         self.inner.cap.as_ref().filter(|_| self.priority != Priority::Urgent)
+    }
+
+    /// Bytes of one part of an upload. Under a cap, one part should not take the line for long.
+    fn part(&self) -> u64 {
+        self.cap().map_or(self.inner.part, |cap| cap.smooth_part().min(self.inner.part))
     }
 
     /// A small request.

@@ -138,8 +138,7 @@ pub(super) async fn upload(
 ) -> Result<Uploaded, StorageError> {
     let path = store.path(key)?;
     let len = body.len() as u64;
-    let wanted = store.cap().map_or(store.inner.part, |cap| cap.smooth_part().min(store.inner.part));
-    let upload = Upload { store, lanes, path: &path, size: part_size(len, wanted), progress };
+    let upload = Upload { store, lanes, path: &path, size: part_size(len, store.part()), progress };
     let sent = match &lanes.backend.large {
         Large::File(files) => upload.write_file(files, &body).await,
         _ if len <= upload.size => upload.whole(body).await,

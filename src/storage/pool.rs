@@ -1,7 +1,7 @@
-//! Threads that run only when nobody else wants the processor.
+//! Threads apart from the caller's, for bulk transfers.
 //!
-//! A bulk transfer copies, sums and encrypts: on a machine whose cores are the trainer's, it should take what they leave ([`crate::threads`]).
-//! These threads have a runtime and a client of their own, so that no
+//! A bulk transfer copies, sums and decrypts, at some two GiB a second and core. On a machine whose cores are the trainer's, it should take what
+//! they leave ([`crate::threads`]); where training waits for it, all there is. Either kind has a runtime and a client of its own, so that no
 //! connection, timer or lock of theirs is one that the journal or a heartbeat waits for.
 
 use std::future::Future;
@@ -10,21 +10,33 @@ use tokio::{runtime::Runtime, task::JoinHandle};
 
 use crate::threads::give_way;
 
-/// At most so many threads at once work on transfers; one sums and copies several GB a second.
-const MOST_THREADS: usize = 4;
+/// At most so many threads that give way work on transfers at once.
+const MOST_IDLE: usize = 4;
+/// At most so many work on transfers for which training waits: enough for 200 Gbit/s.
+const MOST: usize = 16;
 
-/// A runtime whose threads, those for blocking work included, give way to all others.
-pub(super) struct Background {
+/// A runtime for transfers.
+pub(super) struct Pool {
     runtime: Option<Runtime>,
 }
 
-impl Background {
-    pub(super) fn start() -> std::io::Result<Self> {
+impl Pool {
+    /// Threads, those for blocking work included, that give way to all others.
+    pub(super) fn idle() -> std::io::Result<Self> {
+        Self::start(MOST_IDLE, give_way)
+    }
+
+    /// Threads like all others, about as many as there are cores.
+    pub(super) fn ample() -> std::io::Result<Self> {
+        Self::start(MOST, || {})
+    }
+
+    fn start(most: usize, begin: impl Fn() + Send + Sync + 'static) -> std::io::Result<Self> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(cores.clamp(1, MOST_THREADS))
+            .worker_threads(cores.clamp(1, most))
             .thread_name("bulk")
-            .on_thread_start(give_way)
+            .on_thread_start(begin)
             .enable_all()
             .build()?;
         Ok(Self { runtime: Some(runtime) })
@@ -36,7 +48,7 @@ impl Background {
     }
 }
 
-impl Drop for Background {
+impl Drop for Pool {
     fn drop(&mut self) {
         // Dropping a runtime waits for its threads, which must not be done on a thread of another one.
         if let Some(runtime) = self.runtime.take() {

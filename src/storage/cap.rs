@@ -94,6 +94,10 @@ mod tests {
             assert!(cap.take(MIB).now_or_never().is_none());
         }
         assert_eq!(cap.schedule.lock().await.next, next);
+        // Two that looked at the schedule at once would both go at the same time.
+        let mut first = Box::pin(cap.take(MIB));
+        assert!(first.as_mut().now_or_never().is_none());
+        assert!(cap.schedule.try_lock().is_err(), "who waits is the only one at the head of the queue");
     }
 
     #[test]

@@ -35,6 +35,12 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Requests that may be in flight.
+    #[cfg(test)]
+    pub(super) fn limit(&self) -> usize {
+        self.state().pace.limit()
+    }
+
     fn now(&self) -> Duration {
         self.epoch.elapsed()
     }
@@ -108,6 +114,18 @@ impl Drop for Pass<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_a_request_waited_for_a_cap_is_not_the_stores_time() {
+        let gate = Gate::new("test", Pace::adaptive(8));
+        let mut pass = gate.enter().await.unwrap();
+        let entered = pass.began;
+        while gate.now() == entered {
+            std::hint::spin_loop();
+        }
+        pass.goes();
+        assert!(pass.began > entered);
+    }
 
     #[tokio::test]
     async fn places_follow_the_pace_up_and_down() {

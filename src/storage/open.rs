@@ -480,6 +480,23 @@ mod tests {
     }
 
     #[test]
+    fn what_only_object_store_can_sign_is_left_to_it() {
+        let own = |pairs: &[(&str, &str)]| {
+            let mut builder = AmazonS3Builder::new();
+            for (name, value) in pairs {
+                builder = builder.with_config(name.parse::<AmazonS3ConfigKey>().unwrap(), *value);
+            }
+            own_requests(&builder, &StorageConfig::plain(4, 8)).unwrap()
+        };
+        for (name, value) in [("aws_skip_signature", "true"), ("aws_s3_express", "1"), (SSE, "sse-c")] {
+            assert!(own(&[(name, value)]).is_none(), "{name}={value}");
+        }
+        assert_eq!(own(&[]), Some(("us-east-1".into(), false, vec![])));
+        let paid = own(&[("aws_request_payer", "true"), ("aws_region", "eu-central-1")]);
+        assert_eq!(paid, Some(("eu-central-1".into(), true, vec![])));
+    }
+
+    #[test]
     fn a_machine_without_credentials_hears_so_at_once() {
         let said = error("s3://bucket", &[("AWS_EC2_METADATA_DISABLED", "true")]);
         assert!(said.contains("no credentials"), "{said}");

@@ -115,7 +115,7 @@ impl S3 {
     pub(super) async fn put(&self, path: &Path, body: Bytes, crc64: Crc64) -> object_store::Result<()> {
         let headers = self.object_headers.iter().cloned().chain([(CHECKSUM, text(&crc64.base64())?)]);
         let response = self.send(Method::PUT, path, &[], headers, body).await?;
-        is_said_back(&response, crc64).map(drop)
+        is_said_back(response.headers().get(CHECKSUM), crc64).map(drop)
     }
 
     /// Begins an object in parts; gives the upload's id.
@@ -142,7 +142,7 @@ impl S3 {
         let number = (index + 1).to_string();
         let query = [("partNumber", number.as_str()), ("uploadId", id)];
         let response = self.send(Method::PUT, path, &query, [(CHECKSUM, text(&crc64.base64())?)], body).await?;
-        let summed = is_said_back(&response, crc64)?;
+        let summed = is_said_back(response.headers().get(CHECKSUM), crc64)?;
         let e_tag = response.headers().get("etag").and_then(|tag| tag.to_str().ok()).map(str::to_owned);
         Ok(TakenPart { e_tag: e_tag.ok_or_else(|| failed(Answer::Without("ETag")))?, summed, crc64 })
     }
@@ -170,17 +170,7 @@ impl S3 {
         let headers = headers.into_iter().filter(|_| knows_checksums);
         let response = self.send(Method::POST, path, &[("uploadId", id)], headers, body.into()).await?;
         let status = response.status().to_string();
-        // S3 begins to answer before it is done: a failure may come as a success whose body is an error.
-        let answer = read(response).await?;
-        if answer.contains("<Error>") {
-            return Err(failed(Answer::Refused { status, body: answer }));
-        }
-        match between(&answer, "<ChecksumCRC64NVME>", "</ChecksumCRC64NVME>") {
-            Some(found) if found != whole.base64() => {
-                Err(failed(Answer::OtherChecksum { expected: whole.base64(), found: found.to_owned() }))
-            }
-            _ => Ok(()),
-        }
+        is_put_together(status, read(response).await?, whole)
     }
 
     /// An object's size and, where the store keeps one, whether its checksum is `expected`.
@@ -190,14 +180,32 @@ impl S3 {
         let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
         let size = header(HeaderName::from_static("content-length")).and_then(|size| size.parse().ok());
         let size = size.ok_or_else(|| failed(Answer::Without("length")))?;
-        let whole = header(CHECKSUM_TYPE).is_none_or(|kind| kind == "FULL_OBJECT");
-        Ok((size, header(CHECKSUM).filter(|_| whole).map(|found| found == expected.base64())))
+        Ok((size, is_kept(header(CHECKSUM_TYPE), header(CHECKSUM), expected)))
+    }
+}
+
+/// Whether the checksum that the store keeps of a whole object is `expected`; `None`: it keeps none, or one of the parts' checksums.
+fn is_kept(kind: Option<&str>, found: Option<&str>, expected: Crc64) -> Option<bool> {
+    let whole = kind.is_none_or(|kind| kind == "FULL_OBJECT");
+    found.filter(|_| whole).map(|found| found == expected.base64())
+}
+
+/// What the answer to a completion says. S3 begins to answer before it is done: a failure may come as a success whose body is an error.
+fn is_put_together(status: String, answer: String, whole: Crc64) -> object_store::Result<()> {
+    if answer.contains("<Error>") {
+        return Err(failed(Answer::Refused { status, body: answer }));
+    }
+    match between(&answer, "<ChecksumCRC64NVME>", "</ChecksumCRC64NVME>") {
+        Some(found) if found != whole.base64() => {
+            Err(failed(Answer::OtherChecksum { expected: whole.base64(), found: found.to_owned() }))
+        }
+        _ => Ok(()),
     }
 }
 
 /// Whether the store says our checksum back; another one is an error.
-fn is_said_back(response: &HttpResponse, crc64: Crc64) -> object_store::Result<bool> {
-    let Some(found) = response.headers().get(CHECKSUM) else { return Ok(false) };
+fn is_said_back(found: Option<&HeaderValue>, crc64: Crc64) -> object_store::Result<bool> {
+    let Some(found) = found else { return Ok(false) };
     let expected = crc64.base64();
     if found.as_bytes() == expected.as_bytes() {
         return Ok(true);
@@ -238,7 +246,44 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::retry::{Verdict, classify},
+        *,
+    };
+
+    #[test]
+    fn an_answer_with_another_checksum_or_an_error_inside_is_a_failure_worth_another_try() {
+        let (ours, other) = (Crc64::of(b"ours"), Crc64::of(b"other"));
+        let header = |crc64: Crc64| text(&crc64.base64()).unwrap();
+        assert!(!is_said_back(None, ours).unwrap() && is_said_back(Some(&header(ours)), ours).unwrap());
+        let answer = |inner: &str| format!("<CompleteMultipartUploadResult>{inner}</CompleteMultipartUploadResult>");
+        let says = |crc64: Crc64| answer(&format!("<ChecksumCRC64NVME>{}</ChecksumCRC64NVME>", crc64.base64()));
+        for sound in [answer(""), says(ours)] {
+            is_put_together("200 OK".into(), sound, ours).unwrap();
+        }
+        for error in [
+            is_said_back(Some(&header(other)), ours).unwrap_err(),
+            is_put_together("200 OK".into(), says(other), ours).unwrap_err(),
+            is_put_together("200 OK".into(), "<Error><Code>InternalError</Code></Error>".into(), ours).unwrap_err(),
+        ] {
+            assert_eq!(classify(&error), Verdict::Transient, "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_checksum_of_the_parts_checksums_says_nothing_about_the_bytes() {
+        let (ours, said) = (Crc64::of(b"ours"), Crc64::of(b"ours").base64());
+        for (kind, found, same) in [
+            (Some("FULL_OBJECT"), Some(said.as_str()), Some(true)),
+            (None, Some(&said), Some(true)),
+            (Some("FULL_OBJECT"), Some("AAAAAAAAAAA="), Some(false)),
+            (Some("COMPOSITE"), Some("AAAAAAAAAAA=-2"), None),
+            (Some("COMPOSITE"), Some(&said), None),
+            (None, None, None),
+        ] {
+            assert_eq!(is_kept(kind, found, ours), same, "{kind:?} {found:?}");
+        }
+    }
 
     #[test]
     fn entities_go_both_ways() {

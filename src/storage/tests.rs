@@ -382,32 +382,48 @@ fn a_runtime_may_stop_during_an_upload() {
 
 #[tokio::test]
 async fn bulk_transfers_are_limited_and_do_not_hold_up_small_requests() {
-    let (flying, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    // Down and up.
+    let counts = || Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
+    let (flying, most) = (counts(), counts());
     let faulty = Faulty::new({
         let (flying, most) = (flying.clone(), most.clone());
-        move |op, _, _| {
-            if op == "get" {
-                most.fetch_max(flying.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-                return Fault::Hang;
-            }
-            Fault::Pass
+        move |op, path, _| {
+            let way = match (op, path) {
+                (_, "heartbeat") => return Fault::Pass,
+                ("get", _) => 0,
+                ("part", _) => 1,
+                _ => return Fault::Pass,
+            };
+            most[way].fetch_max(flying[way].fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            Fault::Hang
         }
     });
     let store = Store::faulty(&faulty, &settings());
-    let gets: Vec<_> = (0..20)
+    let mut transfers: Vec<_> = (0..20)
         .map(|i| {
             // Folders and clones share the limit.
             let store = store.folder(&format!("f{}", i % 3));
-            tokio::spawn(async move { store.get_range("k", 0..1).await })
+            tokio::spawn(async move { store.get_range("k", 0..1).await.map(drop) })
         })
         .collect();
-    eventually(|| flying.load(Ordering::SeqCst) == 4).await;
-    store.put("heartbeat", Bytes::new()).await.unwrap();
+    transfers.extend((0..3).map(|i| {
+        let store = store.folder(&format!("f{i}"));
+        tokio::spawn(async move { store.upload("k", pattern(11 << 20), |_| {}).await.map(drop) })
+    }));
+    let both = |counts: &[AtomicUsize; 2]| counts.each_ref().map(|count| count.load(Ordering::SeqCst));
+    eventually(|| both(&flying) == [4, 4]).await;
+    let small = async {
+        store.put("heartbeat", Bytes::new()).await.unwrap();
+        store.create("record", Bytes::new()).await.unwrap();
+        store.get("heartbeat", 9).await.unwrap();
+        store.list("").await.unwrap();
+    };
+    tokio::time::timeout(Duration::from_secs(60), small).await.expect("small requests wait behind transfers");
     for _ in 0..1000 {
         tokio::task::yield_now().await;
     }
-    assert_eq!(most.load(Ordering::SeqCst), 4);
-    gets.iter().for_each(tokio::task::JoinHandle::abort);
+    assert_eq!(both(&most), [4, 4]);
+    transfers.iter().for_each(tokio::task::JoinHandle::abort);
 }
 
 #[tokio::test]
@@ -462,6 +478,9 @@ async fn child_that_fills_its_disk() {
     let error = store.create("once", pattern(9 << 20)).await.unwrap_err();
     assert!(matches!(error, StorageError::Full { .. }), "{error:?}");
     assert_eq!(store.get("k", 9).await.unwrap(), "old");
+    // Hidden files are removed by threads of the runtime, which would be gone with it.
+    let folder = std::env::var("TRAINER_TEST_FOLDER").unwrap();
+    eventually(|| std::fs::read_dir(&folder).unwrap().count() == 1).await;
 }
 
 #[test]

@@ -23,6 +23,7 @@ use super::{
 use crate::{
     config::Encryption,
     error::{Explain, Kind},
+    threads::testing::{SCHED_IDLE, policy},
 };
 
 const KEY: &str = "some/prefix/k";
@@ -69,35 +70,47 @@ async fn the_store_keeps_the_checksum_of_the_whole_object() {
         assert_eq!(keeps(&store, put.crc64).await, Some(true), "{len}");
         assert_eq!(keeps(&store, Crc64(put.crc64.0 ^ 1)).await, Some(false), "{len}");
     }
-    let asked = server.asked(KEY, "CreateMultipartUpload").unwrap();
-    assert_eq!(asked.checksum_type.as_deref(), Some("FULL_OBJECT"));
+    let parts = |operation| server.asked(KEY, operation).unwrap();
+    let asked = Asked { checksum_type: Some("FULL_OBJECT".into()), ..Asked::default() };
+    let begun = Asked { checksum_algorithm: Some("CRC64NVME".into()), ..asked.clone() };
+    assert_eq!(parts("CreateMultipartUpload"), begun);
+    // Said with each body, so that the store refuses what was changed on its way.
+    assert_eq!(parts("PutObject").checksum, Some(Crc64::of(&pattern(1 << 20)).base64()));
+    assert!(parts("UploadPart").checksum.is_some());
+    let whole = Crc64::of(&pattern(23 << 20)).base64();
+    assert_eq!(parts("CompleteMultipartUpload"), Asked { checksum: Some(whole), summed_parts: 5, ..asked });
 }
 
 #[tokio::test]
 async fn a_completion_whose_answer_is_lost_is_settled_by_the_stores_checksum() {
-    let (store, server, proxy) = behind_proxy(0);
-    proxy.arm(next(1, "POST", "uploadId=", proxy::Fault::LoseAnswer));
     let body = pattern(11 << 20);
-    store.upload("k", body.clone(), |_| {}).await.unwrap();
-    assert_eq!((server.count("CompleteMultipartUpload"), server.count("HeadObject")), (2, 1));
-    assert_eq!(server.count("GetObject"), 0, "nothing was read back");
-    assert!(server.read(KEY).unwrap() == body);
+    for keeps_checksums in [true, false] {
+        let (store, server, proxy) = behind_proxy(0);
+        server.set_rules(|rules| rules.keeps_checksums = keeps_checksums);
+        proxy.arm(next(1, "POST", "uploadId=", proxy::Fault::LoseAnswer));
+        store.upload("k", body.clone(), |_| {}).await.unwrap();
+        assert_eq!((server.count("CompleteMultipartUpload"), server.count("HeadObject")), (2, 1));
+        assert_eq!(server.count("GetObject"), u64::from(!keeps_checksums), "read back only where nothing else helps");
+        assert!(server.read(KEY).unwrap() == body);
 
-    // The same words are heard when the upload was gone before, and an older object of the same size stands there.
-    let mut older = body.to_vec();
-    older[0] ^= 1;
-    server.write(KEY, older.clone());
-    proxy.arm(next(1, "POST", "uploadId=", proxy::Fault::Reset));
-    let (server, left) = (Arc::new(server), AtomicU64::new(body.len() as u64));
-    let forgets = Arc::clone(&server);
-    let upload = store.upload("k", body.clone(), move |n| {
-        if left.fetch_sub(n, Ordering::SeqCst) == n {
-            forgets.forget_uploads();
+        // The same words are heard when the upload was gone before, and an older object stands there: of the same size, or longer.
+        let mut older = body.to_vec();
+        older[0] ^= 1;
+        let server = Arc::new(server);
+        for older in [older, [&body[..], b"more"].concat()] {
+            server.write(KEY, older.clone());
+            proxy.arm(next(1, "POST", "uploadId=", proxy::Fault::Reset));
+            let (forgets, left) = (Arc::clone(&server), AtomicU64::new(body.len() as u64));
+            let upload = store.upload("k", body.clone(), move |n| {
+                if left.fetch_sub(n, Ordering::SeqCst) == n {
+                    forgets.forget_uploads();
+                }
+            });
+            let error = upload.await.unwrap_err();
+            assert_eq!(error.kind(), Kind::Unavailable, "{error:?}");
+            assert!(server.read(KEY).unwrap() == older);
         }
-    });
-    let error = upload.await.unwrap_err();
-    assert_eq!(error.kind(), Kind::Unavailable, "{error:?}");
-    assert!(server.read(KEY).unwrap() == older);
+    }
 }
 
 #[tokio::test]
@@ -133,11 +146,15 @@ async fn a_storm_of_refusals_slows_transfers_down_and_ends_well() {
 
 #[tokio::test]
 async fn a_store_that_asks_for_less_haste_is_asked_more_often_than_one_that_is_down() {
-    let faulty = Faulty::new(|op, _, n| if op == "put" && n < 12 { Fault::SlowDown } else { Fault::Pass });
+    let slow = |n| n < 12 || n == 13;
+    let faulty = Faulty::new(move |op, _, n| if op == "put" && slow(n) { Fault::SlowDown } else { Fault::Pass });
     let store = Store::faulty(&faulty, &settings());
     store.put("k", Bytes::new()).await.unwrap();
     assert_eq!(faulty.count("put"), 13, "its policy gives up after 5 attempts otherwise");
+    let lanes = &store.inner.lanes;
+    assert_eq!((lanes.up.limit(), lanes.down.limit()), (4, 4), "a small request is none of the transfers' business");
     store.upload("k", pattern(100), |_| {}).await.unwrap();
+    assert_eq!((lanes.up.limit(), lanes.down.limit()), (2, 4));
 }
 
 #[tokio::test]
@@ -163,11 +180,14 @@ async fn encryption_and_storage_class_reach_the_store_with_every_object() {
             encryption: Some(header.into()),
             kms_key_id: key.map(str::to_owned),
             storage_class: Some("STANDARD_IA".into()),
-            checksum_type: None,
+            ..Asked::default()
         };
-        let asked = |key: &str, operation| server.asked(&format!("some/prefix/{key}"), operation).unwrap();
-        let parts = Asked { checksum_type: Some("FULL_OBJECT".into()), ..expected.clone() };
-        assert_eq!(asked("parts", "CreateMultipartUpload"), parts);
+        let asked = |key: &str, operation| {
+            let asked = server.asked(&format!("some/prefix/{key}"), operation).unwrap();
+            Asked { checksum: None, ..asked }
+        };
+        let begun = asked("parts", "CreateMultipartUpload");
+        assert_eq!(Asked { checksum_type: None, checksum_algorithm: None, ..begun }, expected);
         assert_eq!(asked("whole", "PutObject"), expected);
         assert_eq!(asked(&format!("{encryption:?}{}", key.is_some()), "PutObject"), expected);
         // What is overwritten every few seconds would pay a class's least storage time for each.
@@ -175,7 +195,8 @@ async fn encryption_and_storage_class_reach_the_store_with_every_object() {
     }
     let store = client(&server.endpoint(), &settings());
     store.upload("plain", pattern(6), |_| {}).await.unwrap();
-    assert_eq!(server.asked("some/prefix/plain", "PutObject").unwrap(), Asked::default());
+    let asked = server.asked("some/prefix/plain", "PutObject").unwrap();
+    assert_eq!(Asked { checksum: None, ..asked }, Asked::default());
 }
 
 #[test]
@@ -194,6 +215,20 @@ fn settings_of_s3_are_refused_elsewhere() {
     }
 }
 
+/// A broken promise is a failure, not a hang.
+async fn soon<T>(work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(60), work).await.expect("it waits for what it should not wait for")
+}
+
+#[test]
+fn parts_under_a_cap_are_what_passes_in_half_a_second() {
+    let settings = StorageConfig { max_upload_mib_per_s: Some(12), part_mib: 16, ..settings() };
+    let store = Store::open("memory://", &settings).unwrap();
+    assert_eq!((store.part(), store.at_priority(Priority::Urgent).part()), (6 << 20, 16 << 20));
+    let fast = StorageConfig { max_upload_mib_per_s: Some(1000), ..settings };
+    assert_eq!(Store::open("memory://", &fast).unwrap().part(), 16 << 20);
+}
+
 #[tokio::test]
 async fn an_urgent_upload_is_not_held_back_by_the_cap() {
     let settings = StorageConfig { max_upload_mib_per_s: Some(1), ..settings() };
@@ -208,16 +243,11 @@ async fn an_urgent_upload_is_not_held_back_by_the_cap() {
             let store = store.clone();
             async move { store.upload("held", pattern(100), |_| {}).await }
         });
-        store.at_priority(Priority::Urgent).upload("k", pattern(12 << 20), |_| {}).await.unwrap();
+        soon(store.at_priority(Priority::Urgent).upload("k", pattern(12 << 20), |_| {})).await.unwrap();
+        soon(store.put("heartbeat", Bytes::new())).await.unwrap();
         assert!(!waiting.is_finished() && store.head("held").await.is_err());
         waiting.abort();
     }
-}
-
-/// The scheduling policy of this thread: field 41 of proc(5)'s `stat`.
-fn policy() -> u32 {
-    let stat = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
-    stat.rsplit_once(')').unwrap().1.split_whitespace().nth(38).unwrap().parse().unwrap()
 }
 
 /// Memory that knows on which kind of thread it was filled.
@@ -228,8 +258,6 @@ impl AsMut<[u8]> for Watched {
         &mut self.0
     }
 }
-
-const SCHED_IDLE: u32 = 5;
 
 #[tokio::test]
 async fn background_transfers_run_on_threads_that_give_way_and_others_do_not() {
@@ -247,6 +275,44 @@ async fn background_transfers_run_on_threads_that_give_way_and_others_do_not() {
         assert_eq!(seen.load(Ordering::SeqCst), u64::from(expected), "{priority:?} down");
     }
     assert_eq!(policy(), 0, "the caller's own thread is as it was");
+    for (priority, expected) in [(Priority::Background, SCHED_IDLE), (Priority::Normal, 0), (Priority::Urgent, 0)] {
+        let seen = Arc::new(AtomicU64::new(0));
+        let sees = Arc::clone(&seen);
+        let faulty = Faulty::new(move |op, _, _| {
+            if op == "get" {
+                sees.fetch_max(policy().into(), Ordering::SeqCst);
+            }
+            Fault::Pass
+        });
+        let store = Store::faulty(&faulty, &settings()).at_priority(priority);
+        store.put("k", Bytes::from_static(b"bytes")).await.unwrap();
+        assert_eq!(store.get_range("k", 1..3).await.unwrap(), "yt");
+        assert_eq!(seen.load(Ordering::SeqCst), u64::from(expected), "{priority:?}, a range");
+    }
+}
+
+/// A runtime with one thread is all that the caller has; a restore uses more, and they are gone when it is done.
+#[tokio::test]
+async fn urgent_reads_have_threads_of_their_own_while_they_last() {
+    let (store, server) = atomic();
+    server.write(KEY, pattern(1 << 20));
+    let store = store.at_priority(Priority::Urgent);
+    let caller = std::thread::current().id();
+    let filled = Arc::new(std::sync::Mutex::new(Vec::new()));
+    struct Where(Vec<u8>, Arc<std::sync::Mutex<Vec<std::thread::ThreadId>>>);
+    impl AsMut<[u8]> for Where {
+        fn as_mut(&mut self) -> &mut [u8] {
+            self.1.lock().unwrap().push(std::thread::current().id());
+            &mut self.0
+        }
+    }
+    let got = (0..8).map(|_| store.get_into("k", 0, Where(vec![0; 1 << 20], Arc::clone(&filled))));
+    for sum in futures::future::try_join_all(got).await.unwrap() {
+        assert_eq!(sum, Crc64::of(&pattern(1 << 20)));
+    }
+    let filled = filled.lock().unwrap();
+    assert!(!filled.is_empty() && !filled.contains(&caller), "{caller:?}: {filled:?}");
+    assert!(store.inner.ample.lock().unwrap().upgrade().is_none(), "its threads are gone");
 }
 
 /// Every thread that works on background transfers is stuck, as on a machine whose cores are all taken.
@@ -254,8 +320,10 @@ async fn background_transfers_run_on_threads_that_give_way_and_others_do_not() {
 async fn a_heartbeat_does_not_wait_for_background_threads() {
     let (store, _server) = atomic();
     let background = store.at_priority(Priority::Background);
-    // Opens the background's connections, too.
+    // Opens the background's connections, too, both ways.
     background.upload("k", pattern(6 << 20), |_| {}).await.unwrap();
+    background.get_into("k", 0, vec![0; 6 << 20]).await.unwrap();
+    assert!(!Arc::ptr_eq(&background.idle().unwrap().lanes, &store.inner.lanes), "they are no others' connections");
     let (stuck, mut stuck_now) = tokio::sync::mpsc::unbounded_channel();
     let (release, held) = std::sync::mpsc::channel::<()>();
     let held = Arc::new(std::sync::Mutex::new(held));
@@ -281,10 +349,10 @@ async fn a_heartbeat_does_not_wait_for_background_threads() {
     });
     // On this thread's runtime, through the other connections, whichever handle it is asked of.
     for store in [&store, &background] {
-        store.put("heartbeat", Bytes::from_static(b"alive")).await.unwrap();
-        assert_eq!(store.get("heartbeat", 9).await.unwrap(), "alive");
+        soon(store.put("heartbeat", Bytes::from_static(b"alive"))).await.unwrap();
+        assert_eq!(soon(store.get("heartbeat", 9)).await.unwrap(), "alive");
     }
-    store.at_priority(Priority::Urgent).upload("last", pattern(6 << 20), |_| {}).await.unwrap();
+    soon(store.at_priority(Priority::Urgent).upload("last", pattern(6 << 20), |_| {})).await.unwrap();
     assert!(!upload.is_finished() && store.head("waits").await.is_err());
     drop(release);
     for task in tasks {

@@ -69,6 +69,12 @@ pub struct Asked {
     pub storage_class: Option<String>,
     /// `x-amz-checksum-type`, of an object in parts.
     pub checksum_type: Option<String>,
+    /// `x-amz-checksum-algorithm`, of an object in parts.
+    pub checksum_algorithm: Option<String>,
+    /// `x-amz-checksum-crc64nvme`: of the body, or of the whole where parts are put together.
+    pub checksum: Option<String>,
+    /// Parts that came with their CRC64-NVME, where parts are put together.
+    pub summed_parts: usize,
 }
 
 #[derive(Clone)]
@@ -405,7 +411,7 @@ macro_rules! asked {
             encryption: $input.server_side_encryption.as_ref().map(|it| it.as_str().to_owned()),
             kms_key_id: $input.ssekms_key_id.clone(),
             storage_class: $input.storage_class.as_ref().map(|it| it.as_str().to_owned()),
-            checksum_type: None,
+            ..Asked::default()
         }
     };
 }
@@ -418,9 +424,9 @@ fn full_object() -> Option<ChecksumType> {
 impl S3 for Service {
     async fn put_object(&self, mut req: S3Request<PutObjectInput>) -> S3Result<S3Response<PutObjectOutput>> {
         let rules = self.enter("PutObject", &req.input.bucket, true)?;
+        let asked = Asked { checksum: req.input.checksum_crc64nvme.clone(), ..asked!(req.input) };
         let (body, sums) = (req.input.body.take(), sums!(req.input));
         let body = read_body(body, req.input.content_length, sums, &req).await?;
-        let asked = asked!(req.input);
         self.lock().asked.insert((req.input.key.clone(), "PutObject"), asked);
         let PutObjectInput { key, if_none_match, if_match, .. } = req.input;
         let if_none_match = if_none_match.filter(|_| rules.create_once != CreateOnce::Ignored);
@@ -470,7 +476,8 @@ impl S3 for Service {
     async fn head_object(&self, req: S3Request<HeadObjectInput>) -> S3Result<S3Response<HeadObjectOutput>> {
         let rules = self.enter("HeadObject", &req.input.bucket, false)?;
         let object = self.get(&req.input.key)?;
-        let shown = rules.keeps_checksums && req.input.checksum_mode.is_some();
+        let asked = req.input.checksum_mode.as_ref().is_some_and(|mode| mode.as_str() == ChecksumMode::ENABLED);
+        let shown = rules.keeps_checksums && asked;
         Ok(S3Response::new(HeadObjectOutput {
             content_length: Some(object.body.len() as i64),
             checksum_crc64nvme: shown.then(|| crc64_text(object.crc64)),
@@ -598,7 +605,8 @@ impl S3 for Service {
         let mut table = self.lock();
         let upload_id = format!("upload-{}", table.serial());
         let checksum_type = req.input.checksum_type.as_ref().map(|kind| kind.as_str().to_owned());
-        let asked = Asked { checksum_type, ..asked!(req.input) };
+        let checksum_algorithm = req.input.checksum_algorithm.as_ref().map(|it| it.as_str().to_owned());
+        let asked = Asked { checksum_type, checksum_algorithm, ..asked!(req.input) };
         table.asked.insert((req.input.key.clone(), "CreateMultipartUpload"), asked);
         let upload = Upload { key: req.input.key.clone(), started: SystemTime::now(), parts: BTreeMap::new() };
         table.uploads.insert(upload_id.clone(), upload);
@@ -614,10 +622,12 @@ impl S3 for Service {
 
     async fn upload_part(&self, mut req: S3Request<UploadPartInput>) -> S3Result<S3Response<UploadPartOutput>> {
         self.enter("UploadPart", &req.input.bucket, true)?;
+        let asked = Asked { checksum: req.input.checksum_crc64nvme.clone(), ..Asked::default() };
         let (body, sums) = (req.input.body.take(), sums!(req.input));
         let body = read_body(body, req.input.content_length, sums, &req).await?;
         let mut table = self.lock();
         let serial = table.serial();
+        table.asked.insert((req.input.key.clone(), "UploadPart"), asked);
         let upload = table.uploads.get_mut(&req.input.upload_id).ok_or_else(|| s3_error!(NoSuchUpload))?;
         let part = Stored::new(body, serial);
         let (e_tag, crc64) = (part.tag(), part.crc64);
@@ -640,6 +650,12 @@ impl S3 for Service {
         table.check_conditions(&input.key, if_none_match, input.if_match.as_ref())?;
         let upload = table.uploads.get(&input.upload_id).ok_or_else(|| s3_error!(NoSuchUpload))?;
         let named = input.multipart_upload.and_then(|upload| upload.parts).unwrap_or_default();
+        let asked = Asked {
+            checksum_type: input.checksum_type.as_ref().map(|kind| kind.as_str().to_owned()),
+            checksum: input.checksum_crc64nvme.clone(),
+            summed_parts: named.iter().filter(|part| part.checksum_crc64nvme.is_some()).count(),
+            ..Asked::default()
+        };
         if named.is_empty() || !named.is_sorted_by_key(|part| part.part_number) {
             return Err(s3_error!(InvalidPartOrder));
         }
@@ -647,7 +663,8 @@ impl S3 for Service {
             .iter()
             .map(|part| {
                 let stored = upload.parts.get(&part.part_number?)?;
-                (part.e_tag.as_ref()?.value() == stored.e_tag).then_some(stored)
+                let sum = part.checksum_crc64nvme.as_ref().is_none_or(|given| *given == crc64_text(stored.crc64));
+                (sum && part.e_tag.as_ref()?.value() == stored.e_tag).then_some(stored)
             })
             .collect();
         let parts = parts.ok_or_else(|| s3_error!(InvalidPart))?;
@@ -677,6 +694,7 @@ impl S3 for Service {
             checksum_type: full_object(),
             ..Default::default()
         };
+        table.asked.insert((input.key.clone(), "CompleteMultipartUpload"), asked);
         table.objects.insert(input.key, object);
         table.uploads.remove(&input.upload_id);
         Ok(S3Response::new(output))

@@ -33,7 +33,7 @@ pub fn own(settings: &Settings) -> Result<()> {
     let large = bench.wants(large::NAME).then(|| Large::measure(&bench.task, bench.quick)).transpose()?;
     let mut markdown = bench.heading("trainer");
     if !results.is_empty() {
-        markdown += &report::table(&results, true);
+        markdown += &(bench.caption() + &report::table(&results, true));
     }
     if let Some(large) = &large {
         markdown += &format!("\n{}", large.table());
@@ -62,7 +62,8 @@ pub fn peers(settings: &Settings, python: &Path) -> Result<()> {
         Ok(())
     })?;
 
-    let mut markdown = bench.heading("trainer and PyTorch DCP") + &report::table(&results, false);
+    let mut markdown = bench.heading("trainer and PyTorch DCP") + &bench.caption();
+    markdown += &report::table(&results, false);
     for place in [Place::Disk, Place::S3] {
         let of = |ours: bool| {
             let matching = contenders.iter().filter(move |c| c.place == place && (c.who == Who::Trainer) == ours);
@@ -207,12 +208,11 @@ impl Bench {
         })
     }
 
+    /// What, when, on which machine.
     fn heading(&self, what: &str) -> String {
-        let (machine, task) = (&self.machine, &self.task);
+        let machine = &self.machine;
         format!(
-            "{what}: {}, commit {}. {}; {} cores, {} GiB, {}; load before: {:.1}.\n\
-             42 M parameters, fp32, {} ranks of {} threads, {} sequences of {} tokens a step, {} steps, a checkpoint every {}; \
-             median over {} {} (least – most).{}\n\n",
+            "{what}: {}, commit {}. {}; {} cores, {} GiB, {}; load before: {:.1}.{}\n",
             machine.date,
             machine.commit,
             machine.processor,
@@ -220,6 +220,16 @@ impl Bench {
             machine.memory_gib,
             machine.disk,
             machine.load_before,
+            if self.quick { " A quick run: not a measurement." } else { "" }
+        )
+    }
+
+    /// What the contenders' table is about.
+    fn caption(&self) -> String {
+        let task = &self.task;
+        format!(
+            "42 M parameters, fp32, {} ranks of {} threads, {} sequences of {} tokens a step, {} steps, a checkpoint every {}; \
+             median over {} {} (least – most).\n\n",
             task.ranks,
             task.threads,
             task.global_batch,
@@ -228,7 +238,6 @@ impl Bench {
             task.every,
             self.rounds,
             if self.rounds == 1 { "round" } else { "rounds" },
-            if self.quick { " A quick run: not a measurement." } else { "" }
         )
     }
 

@@ -105,7 +105,9 @@ pub fn ratios(ours: &Rounds, theirs: &[&Rounds]) -> String {
             })
             .collect();
         if cells.iter().any(|cell| cell != "–") {
-            row(&mut out, std::iter::once(metric.name.to_owned()).chain(cells));
+            let units = [", ms", ", s", ", MB", ", MB/s", ", %"];
+            let name = units.iter().find_map(|unit| metric.name.strip_suffix(unit)).unwrap_or(metric.name);
+            row(&mut out, std::iter::once(name.to_owned()).chain(cells));
         }
     }
     out

@@ -97,8 +97,8 @@ fn a_snapshot_newer_than_the_checkpoints_is_committed_before_the_workers_start_a
     // Nothing of the first save gets through until its worker is dead.
     proxy.arm(Rule { method: "PUT", target: "optimizer-", fault: Fault::SlowDown, often: Often::Percent(100) });
     let running = lab.run("newer").start();
-    // The wait for the capture of step 4 is over before step 5 changes the state.
-    running.wait_for_step("step", EVERY + 1);
+    // One snapshot is on its way, a second one waits for it: the wait for its capture is over before the next step ends.
+    running.wait_for_step("step", 2 * EVERY + 1);
     kill_process(running.workers().pop().expect("a worker"), Signal::KILL).expect("kill a worker");
     assert!(running.childless_within(Duration::from_secs(60)), "the other worker is still there");
     proxy.disarm();
@@ -107,7 +107,7 @@ fn a_snapshot_newer_than_the_checkpoints_is_committed_before_the_workers_start_a
     let restart = kinds.iter().position(|kind| *kind == "worker_died").expect("a death");
     assert_eq!(kinds[restart - 1], "checkpoint", "{}", life.story());
     assert_eq!(life.last("restored").value["from"], "memory", "{}", life.story());
-    assert!(life.resumed_from() >= EVERY, "{}", life.story());
+    assert!(life.resumed_from() >= 2 * EVERY, "{}", life.story());
     lab.expect_as_undisturbed("newer", &[&life]);
 }
 

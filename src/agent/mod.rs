@@ -43,6 +43,7 @@ use crate::{
     config::{Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
     data::{self, Dataset, Split},
     error::{Context, Error, Kind, Result},
+    goodput::Observed,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
     journal::{
         self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState,
@@ -471,15 +472,11 @@ impl Agent {
     }
 
     /// What the journal says of the life of machines. Times are the writers' wall clocks: good enough for an estimate, and
-    /// nothing but the cadence follows from it.
+    /// nothing but the cadence follows from it. A loss that was announced in time, and drained, lost no step: it is no reason
+    /// to save more often.
     async fn measured(&self) -> Measured {
-        let journal = self.journal.lock().await;
-        let state = journal.state();
-        let interruptions =
-            state.formations().iter().filter(|f| f.reason == FormedReason::Started).count().saturating_sub(1);
-        let since = state.formations().first().map(|first| first.at);
-        let trained_s = since.map_or(0.0, |since| state.last_activity().0.duration_since(since).as_secs_f64().max(0.0));
-        Measured { trained_s, interruptions: interruptions as u64, ..Measured::NOTHING }
+        let observed = Observed::of(self.journal.lock().await.state());
+        Measured { trained_s: observed.trained_s, interruptions: observed.lossy, ..Measured::NOTHING }
     }
 
     /// Sleeps, unless a notice comes: then its source.

@@ -14,7 +14,7 @@ pub struct Measured {
     pub durable_s: Option<f64>,
     /// Training time of the run so far, over all its machines, seconds.
     pub trained_s: f64,
-    /// Interruptions of the run so far.
+    /// Interruptions of the run so far that lost steps.
     pub interruptions: u64,
 }
 

@@ -101,7 +101,7 @@ pub fn round(
         Ok(command)
     };
     let (train, restore) = match contender.who {
-        Who::Trainer => (trainer_run(task, &store)?, trainer_resume(task, &store)),
+        Who::Trainer => (trainer_run(task, &store)?, trainer_resume(&store, Some(task.last_but_one()))),
         Who::Dcp { blocking } => {
             let python = python.context("no Python was given")?;
             (peer(task, python, "train", &store, blocking), peer(task, python, "restore", &store, blocking))
@@ -129,7 +129,8 @@ fn trainer(subcommand: &str, store: &str) -> Command {
     command
 }
 
-fn trainer_run(task: &Task, store: &str) -> Result<Command> {
+/// A new run that trains the task's model.
+pub fn trainer_run(task: &Task, store: &str) -> Result<Command> {
     let file = task.scratch.join("bench.toml");
     let Task { ranks, threads, steps, every, global_batch, sequence_length, validation, .. } = task;
     let (model, data) = (task.model.display(), task.data.display());
@@ -148,9 +149,10 @@ fn trainer_run(task: &Task, store: &str) -> Result<Command> {
     Ok(command)
 }
 
-fn trainer_resume(task: &Task, store: &str) -> Command {
+/// The same run, carried on from the newest checkpoint or from that of a step.
+pub fn trainer_resume(store: &str, from: Option<u64>) -> Command {
     let mut command = trainer("resume", store);
-    command.args(["--from", &task.last_but_one().to_string(), "--json"]);
+    command.arg("--json").args(from.map(|step| format!("--from={step}")));
     command
 }
 

@@ -12,10 +12,12 @@
 //! | inflation | by how much busy steps, without their stalls, are slower than quiet ones |
 //! | lost | everything that a checkpoint costs the loop: busy steps minus as many quiet ones, a checkpoint |
 //! | tokens/s | all tokens over all time after the warm-up, checkpoints and all |
+//! | upload | bytes of a checkpoint over its durable time, so training beside it and the loop's own copy are in it |
+//! | share | of what the barest client moves to and from the same store at `trainer`'s concurrency, no training beside it |
 
 use serde::Serialize;
 
-use super::lab::Life;
+use super::{lab::Life, transfer::Ceiling};
 
 /// Steps that are not looked at: memory is taken, caches get warm, gradient buckets are made.
 const WARM_UP: u64 = 3;
@@ -28,7 +30,7 @@ pub struct Figures {
     pub lost_ms: Option<f64>,
     pub inflation_percent: Option<f64>,
     pub durable_s: Option<f64>,
-    pub durable_mb_s: Option<f64>,
+    pub upload_mb_s: Option<f64>,
     pub step_ms: Option<f64>,
     pub quiet_tokens_s: Option<f64>,
     pub tokens_s: Option<f64>,
@@ -39,6 +41,10 @@ pub struct Figures {
     pub first_step_s: Option<f64>,
     pub restore_memory_mb: Option<f64>,
     pub server_cpu_s_gb: Option<f64>,
+    pub bare_up_mb_s: Option<f64>,
+    pub bare_down_mb_s: Option<f64>,
+    pub alone_up_mb_s: Option<f64>,
+    pub alone_down_mb_s: Option<f64>,
     pub checkpoints: usize,
     pub bytes: u64,
 }
@@ -126,7 +132,7 @@ impl Figures {
                 .filter(|_| !busy.is_empty())
                 .map(|step| ((busy_s - stalls) / (step * busy.len() as f64) - 1.0) * 100.0),
             durable_s: of(|save| Some(save.durable_s)),
-            durable_mb_s: of(|save| Some(save.bytes / save.durable_s / 1e6)),
+            upload_mb_s: of(|save| Some(save.bytes / save.durable_s / 1e6)),
             step_ms: step_s.map(|step| step * 1e3),
             quiet_tokens_s: step_s.map(|step| tokens / step),
             tokens_s: (trained > 0.0).then(|| tokens * count as f64 / trained),
@@ -149,6 +155,30 @@ impl Figures {
         self.first_step_s = life.of("step").next().map(|heard| heard.at_s);
         self.restore_memory_mb = Some(life.peak_memory_bytes as f64 / 1e6);
     }
+
+    /// Adds what the store takes and gives; `trainer`'s transfers with no training beside them are `trainer`'s figures alone.
+    pub fn add_ceiling(&mut self, ceiling: &Ceiling, ours: bool) {
+        self.bare_up_mb_s = Some(ceiling.bare_up);
+        self.bare_down_mb_s = Some(ceiling.bare_down);
+        self.alone_up_mb_s = ours.then_some(ceiling.trainer_up);
+        self.alone_down_mb_s = ours.then_some(ceiling.trainer_down);
+    }
+}
+
+/// Percent of the whole.
+fn share(part: Option<f64>, whole: Option<f64>) -> Option<f64> {
+    part.zip(whole).map(|(part, whole)| part / whole * 100.0)
+}
+
+/// How two contenders' figures are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compare {
+    /// One over the other.
+    Factor,
+    /// One less the other: figures near 0, or below it, have no factor.
+    Points,
+    /// Not at all: it says nothing that another row does not say.
+    No,
 }
 
 /// A figure as the tables show it.
@@ -160,30 +190,51 @@ pub struct Metric {
     pub more: bool,
     /// What `targets.md` asks for, of `trainer` alone.
     pub target: &'static str,
-    /// Whether a ratio between contenders says something.
-    pub ratio: bool,
+    pub compare: Compare,
 }
 
-const fn metric(name: &'static str, value: fn(&Figures) -> Option<f64>, digits: usize) -> Metric {
-    Metric { name, value, digits, more: false, target: "", ratio: true }
+const fn less(name: &'static str, value: fn(&Figures) -> Option<f64>, digits: usize) -> Metric {
+    Metric { name, value, digits, more: false, target: "", compare: Compare::Factor }
+}
+
+const fn more(name: &'static str, value: fn(&Figures) -> Option<f64>, digits: usize) -> Metric {
+    Metric { more: true, ..less(name, value, digits) }
+}
+
+const fn alone(name: &'static str, value: fn(&Figures) -> Option<f64>) -> Metric {
+    Metric { more: true, compare: Compare::No, ..less(name, value, 0) }
 }
 
 /// All of them, in the order of the tables.
-pub const METRICS: [Metric; 16] = [
-    Metric { target: "≤ 1/10 of DCP's 500", ..metric("stall a checkpoint, ms", |f| f.stall_ms, 3) },
-    metric("copy, ms", |f| f.copy_ms, 0),
-    Metric { target: "≤ 5 %", ratio: false, ..metric("step-time inflation, %", |f| f.inflation_percent, 1) },
-    metric("all that a checkpoint costs the loop, ms", |f| f.lost_ms, 0),
-    metric("durable after, s", |f| f.durable_s, 2),
-    Metric { more: true, ratio: false, ..metric("state made durable, MB/s", |f| f.durable_mb_s, 0) },
-    metric("restore, s", |f| f.restore_s, 2),
-    metric("of which fetched and checked, s", |f| f.fetch_s, 2),
-    Metric { more: true, ratio: false, ..metric("restore, MB/s", |f| f.restore_mb_s, 0) },
-    Metric { target: "≤ 10 s", ..metric("process start to first step after a restore, s", |f| f.first_step_s, 1) },
-    metric("step without a checkpoint, ms", |f| f.step_ms, 0),
-    Metric { more: true, target: "≥ PyTorch DDP", ..metric("tokens/s without checkpoints", |f| f.quiet_tokens_s, 0) },
-    Metric { more: true, ..metric("tokens/s, checkpoints and all", |f| f.tokens_s, 0) },
-    metric("peak memory, MB", |f| f.peak_memory_mb, 0),
-    metric("peak memory of a restore, MB", |f| f.restore_memory_mb, 0),
-    Metric { ratio: false, ..metric("server CPU a GB written, s", |f| f.server_cpu_s_gb, 2) },
+pub const METRICS: [Metric; 22] = [
+    Metric { target: "≤ 1/10 of DCP's 500", ..less("stall a checkpoint, ms", |f| f.stall_ms, 3) },
+    less("copy, ms", |f| f.copy_ms, 0),
+    Metric {
+        target: "≤ 5 %", compare: Compare::Points, ..less("step-time inflation, %", |f| f.inflation_percent, 1)
+    },
+    less("all that a checkpoint costs the loop, ms", |f| f.lost_ms, 0),
+    less("durable after, s", |f| f.durable_s, 2),
+    more("upload, state made durable beside training, MB/s", |f| f.upload_mb_s, 0),
+    alone("upload beside training, % of the fastest client", |f| share(f.upload_mb_s, f.bare_up_mb_s)),
+    less("restore, s", |f| f.restore_s, 2),
+    less("of which fetched and checked, s", |f| f.fetch_s, 2),
+    more("restore, MB/s", |f| f.restore_mb_s, 0),
+    alone("restore, % of the fastest client", |f| share(f.restore_mb_s, f.bare_down_mb_s)),
+    Metric { target: "≤ 10 s", ..less("process start to first step after a restore, s", |f| f.first_step_s, 1) },
+    less("step without a checkpoint, ms", |f| f.step_ms, 0),
+    Metric { target: "≥ PyTorch DDP", ..more("tokens/s without checkpoints", |f| f.quiet_tokens_s, 0) },
+    more("tokens/s, checkpoints and all", |f| f.tokens_s, 0),
+    less("peak memory of training and saving, MB", |f| f.peak_memory_mb, 0),
+    less("peak memory of a restore, MB", |f| f.restore_memory_mb, 0),
+    Metric { compare: Compare::No, ..less("server CPU a GB written, s", |f| f.server_cpu_s_gb, 2) },
+    alone("the fastest client: up, MB/s", |f| f.bare_up_mb_s),
+    alone("the fastest client: down, MB/s", |f| f.bare_down_mb_s),
+    Metric {
+        target: "≥ 90 %",
+        ..alone("upload alone, % of the fastest client", |f| share(f.alone_up_mb_s, f.bare_up_mb_s))
+    },
+    Metric {
+        target: "≥ 90 %",
+        ..alone("download alone, % of the fastest client", |f| share(f.alone_down_mb_s, f.bare_down_mb_s))
+    },
 ];

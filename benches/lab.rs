@@ -3,18 +3,19 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Lines},
     os::unix::fs::MetadataExt,
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
+use serde::Serialize;
 use serde_json::Value;
 
 use super::{Result, s3};
@@ -89,55 +90,132 @@ impl Life {
     }
 }
 
-/// Runs `command` until it ends, or kills it after the first event of kind `until`.
-pub fn observe(mut command: Command, until: Option<&str>) -> Result<Life> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let begun = Instant::now();
-    let mut child =
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().with_context(|| format!("start {program}"))?;
-    let pid = child.id();
-    let over = Arc::new(AtomicBool::new(false));
-    let watcher = {
-        let over = Arc::clone(&over);
-        thread::spawn(move || {
-            let mut peak = 0;
-            while !over.load(Ordering::Relaxed) {
-                peak = peak.max(memory(pid));
-                thread::sleep(LOOK);
-            }
-            peak
-        })
-    };
-
-    let mut events = Vec::new();
-    let mut killed = false;
-    for line in BufReader::new(child.stdout.take().context("output")?).lines() {
-        let line = line?;
-        let Ok(event) = serde_json::from_str::<Value>(&line) else { continue };
-        let last = until.is_some_and(|kind| event["event"] == kind);
-        events.push(Heard { at_s: begun.elapsed().as_secs_f64(), event });
-        if last {
-            killed = true;
-            child.kill()?;
-            break;
-        }
-    }
-    let status = child.wait()?;
-    over.store(true, Ordering::Relaxed);
-    let peak_memory_bytes = watcher.join().unwrap_or(0);
-    if !killed && !status.success() {
-        bail!("{program}: {status}");
-    }
-    Ok(Life { events, peak_memory_bytes })
+/// What processes hold at one moment, bytes. Program code and page cache are not counted.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Memory {
+    /// Private memory of the process that was started.
+    pub first: u64,
+    /// Private memory of its descendants.
+    pub others: u64,
+    /// Shared memory that any of them holds, each object counted once.
+    pub shared: u64,
 }
 
-/// Private memory of a process and its descendants, and the shared memory that they hold, each object counted once.
-/// Program code and page cache are not counted.
-fn memory(root: u32) -> u64 {
-    let mut private = 0;
+impl Memory {
+    pub fn total(self) -> u64 {
+        self.first + self.others + self.shared
+    }
+}
+
+/// A process that is listened to, and watched together with its descendants. Dropping it kills it.
+pub struct Live {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+    begun: Instant,
+    events: Vec<Heard>,
+    peak: Arc<Mutex<Memory>>,
+    over: Arc<AtomicBool>,
+    watcher: Option<JoinHandle<()>>,
+    program: String,
+}
+
+impl Live {
+    pub fn start(mut command: Command) -> Result<Self> {
+        let program = command.get_program().to_string_lossy().into_owned();
+        let begun = Instant::now();
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().with_context(|| format!("start {program}"))?;
+        let lines = BufReader::new(child.stdout.take().context("output")?).lines();
+        let (peak, over) = (Arc::new(Mutex::new(Memory::default())), Arc::new(AtomicBool::new(false)));
+        let watcher = {
+            let (pid, peak, over) = (child.id(), Arc::clone(&peak), Arc::clone(&over));
+            thread::spawn(move || {
+                while !over.load(Ordering::Relaxed) {
+                    let now = memory(pid);
+                    let mut peak = peak.lock().unwrap_or_else(PoisonError::into_inner);
+                    if now.total() > peak.total() {
+                        *peak = now;
+                    }
+                    drop(peak);
+                    thread::sleep(LOOK);
+                }
+            })
+        };
+        Ok(Self { child, lines, begun, events: Vec::new(), peak, over, watcher: Some(watcher), program })
+    }
+
+    /// Listens until an event of this kind, or to the end. `None`: it has ended.
+    fn listen(&mut self, until: Option<&str>) -> Result<Option<&Heard>> {
+        for line in self.lines.by_ref() {
+            let Ok(event) = serde_json::from_str::<Value>(&line?) else { continue };
+            let wanted = until.is_some_and(|kind| event["event"] == kind);
+            self.events.push(Heard { at_s: self.begun.elapsed().as_secs_f64(), event });
+            if wanted {
+                return Ok(self.events.last());
+            }
+        }
+        Ok(None)
+    }
+
+    /// Listens until an event of this kind.
+    pub fn wait_for(&mut self, kind: &str) -> Result<&Heard> {
+        let program = self.program.clone();
+        self.listen(Some(kind))?.with_context(|| format!("{program} ended and never said {kind}"))
+    }
+
+    /// Its descendants, by process id.
+    pub fn descendants(&self) -> Vec<u32> {
+        family(self.child.id()).into_iter().filter(|&pid| pid != self.child.id()).collect()
+    }
+
+    /// What was held at the moment when most was, since the start or since this was asked last.
+    pub fn take_peak(&self) -> Memory {
+        std::mem::take(&mut self.peak.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Kills it at once.
+    pub fn kill(mut self) -> Result<Life> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(self.end())
+    }
+
+    fn end(&mut self) -> Life {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(watcher) = self.watcher.take() {
+            let _ = watcher.join();
+        }
+        Life { events: std::mem::take(&mut self.events), peak_memory_bytes: self.take_peak().total() }
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        self.end();
+    }
+}
+
+/// Runs `command` until it ends, or kills it after the first event of kind `until`.
+pub fn observe(command: Command, until: Option<&str>) -> Result<Life> {
+    let mut live = Live::start(command)?;
+    if live.listen(until)?.is_some() {
+        return live.kill();
+    }
+    let status = live.child.wait()?;
+    if !status.success() {
+        bail!("{}: {status}", live.program);
+    }
+    Ok(live.end())
+}
+
+fn memory(root: u32) -> Memory {
+    let mut memory = Memory::default();
     let mut shared = BTreeMap::new();
     for pid in family(root) {
-        private += private_bytes(pid).unwrap_or(0);
+        let private = private_bytes(pid).unwrap_or(0);
+        *(if pid == root { &mut memory.first } else { &mut memory.others }) += private;
         let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { continue };
         for entry in descriptors.flatten() {
             let is_memory = fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:"));
@@ -146,7 +224,7 @@ fn memory(root: u32) -> u64 {
             }
         }
     }
-    private + shared.values().sum::<u64>()
+    Memory { shared: shared.values().sum(), ..memory }
 }
 
 fn private_bytes(pid: u32) -> Option<u64> {

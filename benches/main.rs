@@ -1,18 +1,19 @@
 //! The project's benchmark: what a checkpoint costs the training loop, how soon it is durable, how fast it comes back.
 //!
 //! ```text
-//! benches/run        figures own     trainer alone: file:// and s3://
+//! benches/run        figures own     trainer alone: file:// and s3://, the fastest client's share, a state of 2 GB
 //! benches/peers/run  figures peers   trainer and PyTorch DCP, alternating, and the ratios between them
 //!                    figures transfer  bytes up and down with no training: MB/s and CPU time
 //!                    figures serve-s3  the S3 server that all of them talk to, as a process of its own
 //! ```
 //! A contender is a command that prints `trainer`'s own JSON events; `peers/peer.py` prints them too, so both go through the
 //! same reading, the same arithmetic ([`figures`]) and the same tables ([`report`]). A benchmark reports and asserts nothing
-//! about time.
+//! about time; memory has a bound ([`large`]).
 
 mod contender;
 mod figures;
 mod lab;
+mod large;
 mod machine;
 mod report;
 #[path = "../tests/support/s3.rs"]
@@ -82,7 +83,7 @@ struct Settings {
     /// Threads of one rank [default: cores / 2]
     #[arg(long)]
     threads: Option<usize>,
-    /// Only contenders whose name contains this
+    /// Only contenders and parts whose name contains this: "disk", "S3", "memory"
     #[arg(long)]
     only: Option<String>,
 }
@@ -92,7 +93,7 @@ fn main() -> ExitCode {
         What::Own(settings) => suite::own(&settings),
         What::Peers { settings, python } => suite::peers(&settings, &python),
         What::Transfer { mib, rounds, concurrency, part_mib, scratch } => {
-            transfer::run(&transfer::Task { mib, rounds, concurrency, part_mib }, &scratch)
+            transfer::run(transfer::Task { mib, rounds, concurrency, part_mib }, &scratch)
         }
         What::ServeS3 => serve(),
     };

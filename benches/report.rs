@@ -7,7 +7,8 @@ use serde::Serialize;
 use super::{
     Result,
     contender::Contender,
-    figures::{Figures, METRICS, Metric, median},
+    figures::{Compare, Figures, METRICS, Metric, median},
+    large::Large,
     machine::Machine,
 };
 
@@ -27,6 +28,8 @@ pub struct Results<'a> {
     pub results: &'a [Rounds],
     /// `trainer`'s held-out loss, and PyTorch's with the same weights on the same sequences.
     pub losses: Option<(f64, f64)>,
+    /// The large state: its memory and its restarts.
+    pub large: Option<&'a Large>,
 }
 
 impl Rounds {
@@ -49,7 +52,7 @@ fn values(rounds: &Rounds, metric: &Metric) -> Vec<f64> {
     rounds.rounds.iter().filter_map(metric.value).filter(|value| value.is_finite()).collect()
 }
 
-fn row(out: &mut String, cells: impl IntoIterator<Item = String>) {
+pub fn row(out: &mut String, cells: impl IntoIterator<Item = String>) {
     out.push('|');
     for cell in cells {
         let _ = write!(out, " {cell} |");
@@ -57,7 +60,7 @@ fn row(out: &mut String, cells: impl IntoIterator<Item = String>) {
     out.push('\n');
 }
 
-fn head(out: &mut String, cells: Vec<String>) {
+pub fn head(out: &mut String, cells: Vec<String>) {
     let rule: Vec<String> = cells.iter().map(|_| "---".to_owned()).collect();
     row(out, cells);
     row(out, rule);
@@ -78,31 +81,49 @@ pub fn table(results: &[Rounds], with_target: bool) -> String {
     out
 }
 
-/// By what factor `ours` is better than each of `theirs`: of every round by itself, then the middle and the spread.
+/// By how much `ours` is better than each of `theirs`: of every round by itself, then the middle and the spread, and in a word what it
+/// comes to. Factors above 1, and points above 0, speak for `ours`.
 pub fn ratios(ours: &Rounds, theirs: &[&Rounds]) -> String {
     let mut out = String::new();
-    let names = theirs.iter().map(|rounds| rounds.contender.to_owned());
-    head(&mut out, std::iter::once(format!("{} is better by", ours.contender)).chain(names).collect());
-    for metric in METRICS.iter().filter(|metric| metric.ratio) {
+    let names = theirs.iter().map(|rounds| format!("than {}", rounds.contender));
+    head(&mut out, std::iter::once(format!("{} is better by a factor of", ours.contender)).chain(names).collect());
+    for metric in METRICS.iter().filter(|metric| metric.compare != Compare::No) {
         let cells: Vec<String> = theirs
             .iter()
             .map(|rounds| {
                 let pairs = ours.rounds.iter().zip(&rounds.rounds);
                 let of = |(our, their)| {
                     let (our, their) = ((metric.value)(our)?, (metric.value)(their)?);
-                    let ratio = if metric.more { our / their } else { their / our };
-                    ratio.is_finite().then_some(ratio)
+                    let gain = match metric.compare {
+                        Compare::Points => their - our,
+                        _ if metric.more => our / their,
+                        _ => their / our,
+                    };
+                    gain.is_finite().then_some(gain)
                 };
-                spread(&pairs.filter_map(of).collect::<Vec<_>>(), 2)
+                verdict(&pairs.filter_map(of).collect::<Vec<_>>(), metric.compare == Compare::Points)
             })
             .collect();
         if cells.iter().any(|cell| cell != "–") {
-            let name =
-                [", ms", ", s", ", MB"].iter().find_map(|unit| metric.name.strip_suffix(unit)).unwrap_or(metric.name);
+            let units = [", ms", ", s", ", MB", ", MB/s", ", %"];
+            let name = units.iter().find_map(|unit| metric.name.strip_suffix(unit)).unwrap_or(metric.name);
             row(&mut out, std::iter::once(name.to_owned()).chain(cells));
         }
     }
     out
+}
+
+/// The spread of what was gained, and a word: one that no round contradicts.
+fn verdict(gains: &[f64], points: bool) -> String {
+    let (even, unit, digits) = if points { (0.0, " points", 1) } else { (1.0, "", 2) };
+    let digits = if gains.iter().any(|gain| *gain >= 100.0) { 0 } else { digits };
+    let word = match gains {
+        [] => return spread(gains, digits),
+        _ if gains.iter().all(|gain| *gain > even) => "better",
+        _ if gains.iter().all(|gain| *gain < even) => "worse",
+        _ => "undecided",
+    };
+    format!("{}{unit}, {word}", spread(gains, digits))
 }
 
 /// Writes `<slug>.json` and `<slug>.md` into `folder`.

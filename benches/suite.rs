@@ -14,8 +14,10 @@ use super::{
     Result, Settings,
     contender::{self, Contender, Place, Task, Who},
     lab::Life,
+    large::{self, Large},
     machine::Machine,
     report::{self, Results, Rounds},
+    transfer::{self, Ceiling},
 };
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
@@ -26,15 +28,23 @@ const SAME_LOSS: f64 = 1e-4;
 
 /// `trainer` alone.
 pub fn own(settings: &Settings) -> Result<()> {
-    let bench = Bench::prepare(settings, 33)?;
+    let bench = Bench::prepare(settings)?;
     let results = bench.run(&OURS, None, |_, _| Ok(()))?;
-    let markdown = bench.heading("trainer") + &report::table(&results, true);
-    bench.conclude("trainer", &results, None, &markdown)
+    let large = bench.wants(large::NAME).then(|| Large::measure(&bench.task, bench.quick)).transpose()?;
+    let mut markdown = bench.heading("trainer");
+    if !results.is_empty() {
+        markdown += &(bench.caption() + &report::table(&results, true));
+    }
+    if let Some(large) = &large {
+        markdown += &format!("\n{}", large.table());
+    }
+    bench.conclude("trainer", &results, None, large.as_ref(), &markdown)?;
+    large.as_ref().map_or(Ok(()), Large::check)
 }
 
 /// `trainer` and PyTorch, alternating.
 pub fn peers(settings: &Settings, python: &Path) -> Result<()> {
-    let bench = Bench::prepare(settings, 23)?;
+    let bench = Bench::prepare(settings)?;
     let dcp = |blocking, place| Contender { who: Who::Dcp { blocking }, place };
     let contenders = [
         OURS[0],
@@ -52,7 +62,8 @@ pub fn peers(settings: &Settings, python: &Path) -> Result<()> {
         Ok(())
     })?;
 
-    let mut markdown = bench.heading("trainer and PyTorch DCP") + &report::table(&results, false);
+    let mut markdown = bench.heading("trainer and PyTorch DCP") + &bench.caption();
+    markdown += &report::table(&results, false);
     for place in [Place::Disk, Place::S3] {
         let of = |ours: bool| {
             let matching = contenders.iter().filter(move |c| c.place == place && (c.who == Who::Trainer) == ours);
@@ -72,7 +83,7 @@ pub fn peers(settings: &Settings, python: &Path) -> Result<()> {
             bench.task.validation
         );
     }
-    bench.conclude("peers", &results, losses, &markdown)?;
+    bench.conclude("peers", &results, losses, None, &markdown)?;
     if let Some((ours, theirs)) = losses {
         ensure!(
             (ours - theirs).abs() <= SAME_LOSS,
@@ -103,12 +114,11 @@ struct Bench {
 }
 
 impl Bench {
-    /// `steps`: of one training life in a full run.
-    fn prepare(settings: &Settings, steps: u64) -> Result<Self> {
+    fn prepare(settings: &Settings) -> Result<Self> {
         let scratch = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("benches");
         fs::create_dir_all(&scratch)?;
         let machine = Machine::describe(&scratch);
-        let (steps, every, rounds) = if settings.quick { (12, 4, 1) } else { (steps, 5, 3) };
+        let (steps, every, rounds) = if settings.quick { (12, 4, 1) } else { (23, 5, 3) };
         let task = Task {
             model: Path::new(ROOT).join("configs/models/bench-42m.json"),
             data: scratch.join("data"),
@@ -131,6 +141,20 @@ impl Bench {
         })
     }
 
+    fn wants(&self, name: &str) -> bool {
+        self.only.as_ref().is_none_or(|part| name.contains(part.as_str()))
+    }
+
+    /// What each store takes and gives in this round.
+    fn ceilings(&self, chosen: &[Contender]) -> Result<Vec<(Place, Ceiling)>> {
+        // As many bytes as the state has, moved as trainer moves them by default.
+        let mib = if self.quick { 64 } else { 240 };
+        let task = transfer::Task { mib, rounds: 1, concurrency: 16, part_mib: 16 };
+        let field = transfer::Field::prepare(task, &self.task.scratch)?;
+        let places = [Place::Disk, Place::S3].into_iter().filter(|&place| chosen.iter().any(|c| c.place == place));
+        places.map(|place| Ok((place, field.ceiling(place)?))).collect()
+    }
+
     /// Every contender once a round, in turns, so that what disturbs the machine disturbs all of them.
     fn run(
         &self,
@@ -138,20 +162,24 @@ impl Bench {
         python: Option<&Path>,
         mut look: impl FnMut(&Life, &Path) -> Result<()>,
     ) -> Result<Vec<Rounds>> {
-        let chosen: Vec<Contender> = contenders
-            .iter()
-            .copied()
-            .filter(|contender| self.only.as_ref().is_none_or(|part| contender.name().contains(part.as_str())))
-            .collect();
+        let chosen: Vec<Contender> =
+            contenders.iter().copied().filter(|contender| self.wants(contender.name())).collect();
+        if chosen.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut results: Vec<Rounds> = chosen.iter().map(|&contender| Rounds::of(contender)).collect();
         for round in 1..=self.rounds {
+            let ceilings = self.ceilings(&chosen)?;
             for (&contender, rounds) in chosen.iter().zip(&mut results) {
                 let begun = Instant::now();
-                let figures = contender::round(contender, &self.task, python, |life, folder| {
+                let mut figures = contender::round(contender, &self.task, python, |life, folder| {
                     let ours_on_disk = contender.who == Who::Trainer && contender.place == Place::Disk;
                     if ours_on_disk { look(life, folder) } else { Ok(()) }
                 })
                 .with_context(|| contender.name())?;
+                if let Some((_, ceiling)) = ceilings.iter().find(|(place, _)| *place == contender.place) {
+                    figures.add_ceiling(ceiling, contender.who == Who::Trainer);
+                }
                 let show = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.1}"));
                 eprintln!(
                     "round {round} of {}: {}: {} checkpoints, stall {} ms, durable {} s, restore {} s, {} tokens/s; took {:.0} s",
@@ -180,12 +208,11 @@ impl Bench {
         })
     }
 
+    /// What, when, on which machine.
     fn heading(&self, what: &str) -> String {
-        let (machine, task) = (&self.machine, &self.task);
+        let machine = &self.machine;
         format!(
-            "{what}: {}, commit {}. {}; {} cores, {} GiB, {}; load before: {:.1}.\n\
-             42 M parameters, fp32, {} ranks of {} threads, {} sequences of {} tokens a step, {} steps, a checkpoint every {}; \
-             median over {} {} (least – most).{}\n\n",
+            "{what}: {}, commit {}. {}; {} cores, {} GiB, {}; load before: {:.1}.{}\n",
             machine.date,
             machine.commit,
             machine.processor,
@@ -193,6 +220,16 @@ impl Bench {
             machine.memory_gib,
             machine.disk,
             machine.load_before,
+            if self.quick { " A quick run: not a measurement." } else { "" }
+        )
+    }
+
+    /// What the contenders' table is about.
+    fn caption(&self) -> String {
+        let task = &self.task;
+        format!(
+            "42 M parameters, fp32, {} ranks of {} threads, {} sequences of {} tokens a step, {} steps, a checkpoint every {}; \
+             median over {} {} (least – most).\n\n",
             task.ranks,
             task.threads,
             task.global_batch,
@@ -201,16 +238,22 @@ impl Bench {
             task.every,
             self.rounds,
             if self.rounds == 1 { "round" } else { "rounds" },
-            if self.quick { " A quick run: not a measurement." } else { "" }
         )
     }
 
-    fn conclude(&self, suite: &str, results: &[Rounds], losses: Option<(f64, f64)>, markdown: &str) -> Result<()> {
+    fn conclude(
+        &self,
+        suite: &str,
+        results: &[Rounds],
+        losses: Option<(f64, f64)>,
+        large: Option<&Large>,
+        markdown: &str,
+    ) -> Result<()> {
         println!("{markdown}");
         if self.quick || self.only.is_some() {
             return Ok(());
         }
-        let results = Results { suite, machine: &self.machine, settings: self.settings(), results, losses };
+        let results = Results { suite, machine: &self.machine, settings: self.settings(), results, losses, large };
         report::keep(&Path::new(ROOT).join("benches/results"), &results, markdown)
     }
 }

@@ -10,7 +10,9 @@ use anyhow::Context;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::{
-    ClientOptions, GetOptions, GetRange, ObjectStore, PutPayload, aws::AmazonS3Builder, multipart::MultipartStore,
+    ClientOptions, GetOptions, GetRange, ObjectStore, PutPayload,
+    aws::{AmazonS3, AmazonS3Builder},
+    multipart::MultipartStore,
 };
 use trainer::{
     checkpoint::restore::{RemoteFile, fetch, plan_pieces},
@@ -18,7 +20,7 @@ use trainer::{
     storage::Store,
 };
 
-use super::{Result, lab, s3};
+use super::{Result, contender::Place, figures::median, lab, s3};
 
 /// Files of a checkpoint that are moved at once.
 const FILES: usize = 2;
@@ -32,59 +34,127 @@ pub struct Task {
     pub part_mib: u32,
 }
 
-/// Prints a table: MB/s and CPU seconds a GiB, the median round of each row.
-pub fn run(task: &Task, scratch: &Path) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let server = lab::Server::start()?;
-    let folder = tempfile::tempdir_in(scratch)?;
-    let environment: Vec<(String, String)> =
-        server.environment().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    let settings: trainer::config::StorageConfig =
-        serde_json::from_value(serde_json::json!({ "concurrency": task.concurrency, "part_mib": task.part_mib }))?;
-    let on_s3 = Store::open_with(&format!("s3://{}/run", s3::BUCKET), &settings, &environment)?;
-    let on_disk = Store::open(&format!("file://{}", folder.path().display()), &settings)?;
-    let bare = Arc::new(bare_client(&environment)?);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Client {
+    Trainer,
+    Bare,
+}
 
-    let len = task.mib << 20;
-    let images: Vec<Mapping> = (0..FILES).map(|seed| image(len, Some(seed as u64 + 1))).collect::<Result<_>>()?;
-    let bodies: Vec<Bytes> = images.iter().map(|image| Ok(image.bytes(0..len)?)).collect::<Result<_>>()?;
-    let target = image(len * FILES as u64, Some(0))?;
-    let mut rows: Vec<(&str, Vec<(f64, f64)>)> = Vec::new();
-    let mut note = |name: &'static str, figures: (f64, f64)| match rows.iter_mut().find(|row| row.0 == name) {
-        Some(row) => row.1.push(figures),
-        None => rows.push((name, vec![figures])),
-    };
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Up,
+    Down,
+}
+
+/// MB/s of one store with no training beside it: `trainer`'s transfers, and the barest client's.
+#[derive(Clone, Copy, Debug)]
+pub struct Ceiling {
+    pub trainer_up: f64,
+    pub trainer_down: f64,
+    pub bare_up: f64,
+    pub bare_down: f64,
+}
+
+/// Prints a table: MB/s and CPU seconds a GiB, the median round of each row.
+pub fn run(task: Task, scratch: &Path) -> Result<()> {
+    let field = Field::prepare(task, scratch)?;
+    let rows: Vec<_> = [Place::S3, Place::Disk]
+        .into_iter()
+        .flat_map(|place| [Client::Trainer, Client::Bare].map(|client| (place, client)))
+        .flat_map(|(place, client)| [Way::Up, Way::Down].map(|way| (place, client, way)))
+        .collect();
+    let mut figures: Vec<Vec<(f64, f64)>> = vec![Vec::new(); rows.len()];
     // The first round warms connections and pages, and is not counted.
-    for round in 0..=task.rounds {
-        let mut add = |name, figures| {
+    for round in 0..=field.task.rounds {
+        for (&(place, client, way), figures) in rows.iter().zip(&mut figures) {
+            let figure = field.measure(place, client, way)?;
             if round > 0 {
-                note(name, figures);
+                figures.push(figure);
             }
-        };
-        for (store, up, down) in [(&on_s3, "S3 up", "S3 down"), (&on_disk, "file up", "file down")] {
-            add(up, runtime.block_on(measured(task, put(store, &bodies)))?);
-            add(down, runtime.block_on(measured(task, take(store, &bodies, &target, task)))?);
         }
-        add("S3 up, bare", runtime.block_on(measured(task, bare_put(&bare, &bodies, task)))?);
-        add("S3 down, bare", runtime.block_on(measured(task, bare_take(&bare, task)))?);
-        add("file up, bare", runtime.block_on(measured(task, bare_write(folder.path(), &bodies)))?);
-        add("file down, bare", runtime.block_on(measured(task, bare_read(folder.path(), task)))?);
     }
+    let task = &field.task;
     println!(
         "{FILES} files of {} MiB, {} requests at once, parts of {} MiB; median of {} rounds",
         task.mib, task.concurrency, task.part_mib, task.rounds
     );
     println!("| transfer | MB/s | CPU s a GiB |\n|---|---|---|");
-    for (name, rounds) in rows {
-        println!("| {name} | {:.0} | {:.3} |", median(rounds.iter().map(|r| r.0)), median(rounds.iter().map(|r| r.1)));
+    let middle = |values: Vec<f64>| median(&values).unwrap_or(f64::NAN);
+    for ((place, client, way), rounds) in rows.iter().zip(figures) {
+        let (speed, cpu): (Vec<f64>, Vec<f64>) = rounds.into_iter().unzip();
+        println!("| {place:?} {way:?}, {client:?} | {:.0} | {:.3} |", middle(speed), middle(cpu));
     }
     Ok(())
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+/// Both stores, what is put there, and room for what comes back.
+pub struct Field {
+    task: Task,
+    runtime: tokio::runtime::Runtime,
+    folder: tempfile::TempDir,
+    on_s3: Store,
+    on_disk: Store,
+    bare: Arc<AmazonS3>,
+    bodies: Vec<Bytes>,
+    target: Mapping,
+    _server: lab::Server,
+}
+
+impl Field {
+    pub fn prepare(task: Task, scratch: &Path) -> Result<Self> {
+        let server = lab::Server::start()?;
+        let folder = tempfile::tempdir_in(scratch)?;
+        let environment: Vec<(String, String)> =
+            server.environment().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let settings: trainer::config::StorageConfig =
+            serde_json::from_value(serde_json::json!({ "concurrency": task.concurrency, "part_mib": task.part_mib }))?;
+        let len = task.mib << 20;
+        let images: Vec<Mapping> = (0..FILES).map(|seed| image(len, Some(seed as u64 + 1))).collect::<Result<_>>()?;
+        Ok(Self {
+            runtime: tokio::runtime::Builder::new_multi_thread().enable_all().build()?,
+            on_s3: Store::open_with(&format!("s3://{}/run", s3::BUCKET), &settings, &environment)?,
+            on_disk: Store::open(&format!("file://{}", folder.path().display()), &settings)?,
+            bare: Arc::new(bare_client(&environment)?),
+            bodies: images.iter().map(|image| Ok(image.bytes(0..len)?)).collect::<Result<_>>()?,
+            target: image(len * FILES as u64, Some(0))?,
+            task,
+            folder,
+            _server: server,
+        })
+    }
+
+    /// Moves all files once: MB/s, and this process's CPU seconds a GiB. What comes down must have gone up before.
+    pub fn measure(&self, place: Place, client: Client, way: Way) -> Result<(f64, f64)> {
+        let Self { task, bodies, bare, target, .. } = self;
+        let store = if place == Place::S3 { &self.on_s3 } else { &self.on_disk };
+        let folder = self.folder.path();
+        self.runtime.block_on(async {
+            match (client, way, place) {
+                (Client::Trainer, Way::Up, _) => measured(task, put(store, bodies)).await,
+                (Client::Trainer, Way::Down, _) => measured(task, take(store, bodies, target, task)).await,
+                (Client::Bare, Way::Up, Place::S3) => measured(task, bare_put(bare, bodies, task)).await,
+                (Client::Bare, Way::Down, Place::S3) => measured(task, bare_take(bare, task)).await,
+                (Client::Bare, Way::Up, Place::Disk) => measured(task, bare_write(folder, bodies)).await,
+                (Client::Bare, Way::Down, Place::Disk) => measured(task, bare_read(folder, task)).await,
+            }
+        })
+    }
+
+    /// The better of two tries of each, in turns: the first warms connections and pages.
+    pub fn ceiling(&self, place: Place) -> Result<Ceiling> {
+        let mut best = Ceiling { trainer_up: 0.0, trainer_down: 0.0, bare_up: 0.0, bare_down: 0.0 };
+        for _ in 0..2 {
+            for (client, way, best) in [
+                (Client::Bare, Way::Up, &mut best.bare_up),
+                (Client::Trainer, Way::Up, &mut best.trainer_up),
+                (Client::Bare, Way::Down, &mut best.bare_down),
+                (Client::Trainer, Way::Down, &mut best.trainer_down),
+            ] {
+                *best = best.max(self.measure(place, client, way)?.0);
+            }
+        }
+        Ok(best)
+    }
 }
 
 /// Runs `work`: MB/s, and this process's CPU seconds a GiB.
@@ -138,7 +208,7 @@ async fn take(store: &Store, bodies: &[Bytes], target: &Mapping, task: &Task) ->
     Ok(())
 }
 
-fn bare_client(environment: &[(String, String)]) -> Result<object_store::aws::AmazonS3> {
+fn bare_client(environment: &[(String, String)]) -> Result<AmazonS3> {
     let mut builder = AmazonS3Builder::new();
     for (name, value) in environment {
         if let Ok(key) = name.to_ascii_lowercase().parse() {
@@ -154,7 +224,7 @@ fn bare_client(environment: &[(String, String)]) -> Result<object_store::aws::Am
         .build()?)
 }
 
-async fn bare_put(client: &Arc<object_store::aws::AmazonS3>, bodies: &[Bytes], task: &Task) -> Result<()> {
+async fn bare_put(client: &Arc<AmazonS3>, bodies: &[Bytes], task: &Task) -> Result<()> {
     let part = (task.part_mib as usize) << 20;
     let puts = bodies.iter().enumerate().map(|(i, body)| {
         let (client, body) = (client.clone(), body.clone());
@@ -182,7 +252,7 @@ async fn bare_put(client: &Arc<object_store::aws::AmazonS3>, bodies: &[Bytes], t
 }
 
 /// Gets everything and keeps nothing.
-async fn bare_take(client: &Arc<object_store::aws::AmazonS3>, task: &Task) -> Result<()> {
+async fn bare_take(client: &Arc<AmazonS3>, task: &Task) -> Result<()> {
     let (len, part) = (task.mib << 20, u64::from(task.part_mib) << 20);
     let ranges = (0..FILES).flat_map(|i| (0..len.div_ceil(part)).map(move |n| (i, n * part..len.min((n + 1) * part))));
     let gets = ranges.map(|(i, range)| {

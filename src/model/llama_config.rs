@@ -455,6 +455,7 @@ mod tests {
             sizes.insert(file.file_stem().unwrap().to_str().unwrap().to_owned(), listed);
         }
         let expected = [
+            ("bench-170m", 170_550_272),
             ("bench-42m", 41_689_600),
             ("llama-125m", 123_587_328),
             ("llama-1b", 1_235_814_400),

@@ -165,8 +165,8 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         ("train.steps = 0", "run.toml:3: train.steps = 0: expected a whole number from 1 to 2199023255551", ""),
         ("train.steps = -1", "run.toml:3: train.steps = -1: expected a whole number from 1 to 2199023255551", ""),
-        ("train.steps = 1.5", "run.toml:3: train.steps = 1.5: expected a whole number, at least 1", ""),
-        ("train.steps = {}", "run.toml:3: train.steps = {}: expected a whole number, at least 1", ""),
+        ("train.steps = 1.5", "run.toml:3: train.steps = 1.5: expected a whole number from 1 to 2199023255551", ""),
+        ("train.steps = {}", "run.toml:3: train.steps = {}: expected a whole number from 1 to 2199023255551", ""),
         (
             "train.global_batch = 4294967296",
             "run.toml:3: train.global_batch = 4294967296: expected a whole number, at least 1",

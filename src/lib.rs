@@ -28,6 +28,7 @@ pub mod checkpoint;
 pub mod journal;
 pub mod torch;
 pub mod storage;
+pub mod cloud;
 pub mod report;
 pub mod config;
 pub mod layout;

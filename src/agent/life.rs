@@ -24,8 +24,8 @@ use crate::{
     config::RunConfig,
     error::{Error, Kind, Result},
     ids::{Generation, Rank, Step},
-    journal::{JournalError, Record},
-    notice::{Notice, signal::Signals},
+    journal::{JournalError, Means, Record},
+    notice::{self, Notice, Notices},
     protocol::{Assignment, FromWorker, StepReport, ToWorker},
     report::{Event, Reporter},
     snapshot::{
@@ -213,7 +213,7 @@ enum Death {
 }
 
 /// Runs a life to its end. `images` are the node's: what they hold outlives it.
-pub async fn run(start: Plan, images: &mut Images, signals: &mut Signals, reporter: &Reporter) -> Result<End> {
+pub async fn run(start: Plan, images: &mut Images, notices: &mut Notices, reporter: &Reporter) -> Result<End> {
     let (worker_events, mut from_workers) = mpsc::unbounded_channel();
     let (saves, mut from_saver) = mpsc::unbounded_channel();
     let (retries, mut retry) = mpsc::unbounded_channel();
@@ -255,7 +255,7 @@ pub async fn run(start: Plan, images: &mut Images, signals: &mut Signals, report
         // Messages first, then the clock: what a worker said before it died must be heard before its death is acted on.
         let input = tokio::select! {
             biased;
-            notice = signals.next() => Input::Notice(notice),
+            notice = notices.next() => Input::Notice(notice),
             Some(event) = from_workers.recv() => Input::Worker(event),
             Some(event) = from_saver.recv() => Input::Save(event),
             Some(result) = fetching.recv() => Input::Fetch(result),
@@ -435,7 +435,8 @@ impl Life<'_> {
         self.draining = true;
         // In the background: the store may be slow, and the drain must not wait for it.
         let (journal, generation) = (Arc::clone(&self.start.saver.journal), self.start.saver.generation);
-        let record = Record::Notice { generation, source: notice.source.to_owned(), deadline_s };
+        let record =
+            Record::Notice { generation, source: notice.source.to_owned(), deadline_s, means: means(notice.kind) };
         tokio::spawn(async move {
             if let Err(error) = journal.lock().await.append(record).await {
                 tracing::debug!(%error, "notice not written to the journal");
@@ -750,5 +751,13 @@ fn say_choice(choice: &Choice) {
     match blocking_s {
         Some(blocking_s) => tracing::info!(overlap_s, blocking_s, copy_s, "{how}: measured to cost less"),
         None => tracing::info!(overlap_s, copy_s, "{how}: a save costs no more than the bare copy"),
+    }
+}
+
+fn means(kind: notice::Kind) -> Means {
+    match kind {
+        notice::Kind::Interruption => Means::Interruption,
+        notice::Kind::Stop => Means::Stop,
+        notice::Kind::Rebalance => Means::Rebalance,
     }
 }

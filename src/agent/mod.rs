@@ -49,7 +49,7 @@ use crate::{
         self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState,
     },
     layout, model,
-    notice::signal::Signals,
+    notice::Notices,
     rendezvous::heartbeat::{self, Process, Pulse},
     report::{Event, Reporter},
     snapshot::cadence::Measured,
@@ -128,7 +128,7 @@ struct Agent {
     /// The snapshot slots; what they hold outlives the workers.
     images: Images,
     reporter: Reporter,
-    signals: Signals,
+    notices: Notices,
     nproc_per_node: Option<u32>,
     overrides: Vec<(String, String)>,
     from: Option<Step>,
@@ -150,7 +150,7 @@ struct Resolved {
 impl Agent {
     async fn run(launch: Launch) -> Result<Outcome> {
         let Launch { store, run_id, begin, nproc_per_node, reporter } = launch;
-        let signals = Signals::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
+        let notices = Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
         let run = store.folder(run_id.as_str());
         let node = NodeId::random();
         let doing = |doing: &str| reporter.event(&Event::Phase { doing: doing.to_owned() });
@@ -181,15 +181,18 @@ impl Agent {
             journal: Arc::new(Mutex::new(journal)),
             images: Images::create()?,
             reporter,
-            signals,
+            notices,
             nproc_per_node,
             overrides,
             from,
             read_again: 0,
             damage: Vec::new(),
         };
+        agent.notices.begin(&resolved.config.notice);
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
         let result = agent.live(resolved).await;
+        let saved = matches!(result, Ok(Outcome::Completed | Outcome::Interrupted { lost_steps: 0 }));
+        agent.notices.release(saved).await;
         let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
         result
     }
@@ -207,6 +210,7 @@ impl Agent {
                 resolved = again;
                 continue;
             };
+            self.notices.formed(&self.run, generation);
             let world_size = WorldSize(resolved.workers);
             self.reporter.event(&Event::Formed {
                 generation,
@@ -232,7 +236,7 @@ impl Agent {
                 companions: resolved.companions.clone(),
                 measured: self.measured().await,
             };
-            match life::run(plan, &mut self.images, &mut self.signals, &self.reporter).await {
+            match life::run(plan, &mut self.images, &mut self.notices, &self.reporter).await {
                 Ok(End::Completed { loss }) => return self.complete(generation, &resolved, loss).await,
                 Ok(End::Stopped(stopped)) => return self.interrupted(generation, &stopped).await,
                 Ok(End::Damaged { object, reason }) => self.step_over(&load, &object, &reason).await?,
@@ -483,7 +487,7 @@ impl Agent {
     async fn pause(&mut self, time: Duration) -> Option<&'static str> {
         tokio::select! {
             () = tokio::time::sleep(time) => None,
-            notice = self.signals.next() => Some(notice.source),
+            notice = self.notices.next() => Some(notice.source),
         }
     }
 
@@ -504,7 +508,7 @@ impl Agent {
         let Stopped { step, committed, verdict } = stopped.clone();
         let lost_steps = step.get().saturating_sub(committed.get());
         let committed = (committed > Step(0)).then_some(committed);
-        self.append_last(Record::Interrupted { generation, step, committed, lost_steps, verdict }).await;
+        self.append_last(Record::Interrupted { generation, step, committed, lost_steps, verdict, drain: None }).await;
         self.reporter.event(&Event::Interrupted { step, lost_steps });
         Ok(Outcome::Interrupted { lost_steps })
     }

@@ -208,6 +208,7 @@ mod tests {
                 committed: None,
                 lost_steps: 0,
                 verdict: "x".into(),
+                drain: None,
             },
             Record::Failed { generation: Generation(2), step: Step(9), reason: "x".into() },
         ] {

@@ -238,6 +238,7 @@ pub(super) mod tests {
                 committed: Some(Step(30)),
                 lost_steps: 4,
                 verdict: "no time".into(),
+                drain: None,
             },
             Record::Damaged { step: Step(30), generation: Generation(2), reason: "x is short".into() },
             formed(3, Some((20, 1)), &[("train.steps", "500")]),
@@ -277,10 +278,11 @@ pub(super) mod tests {
         assert_eq!((Standing::of(&completed), last_step(&completed)), (Standing::Completed, Some(Step(9))));
         let failed = ended(Record::Failed { generation, step, reason: "x".into() });
         assert_eq!((Standing::of(&failed), last_step(&failed)), (Standing::Failed, Some(step)));
-        let noticed = ended(Record::Notice { generation, source: "x".into(), deadline_s: None });
+        let noticed =
+            ended(Record::Notice { generation, source: "x".into(), deadline_s: None, means: journal::Means::Stop });
         assert_eq!((Standing::of(&noticed), last_step(&noticed)), (Standing::InProgress, Some(Step(9))));
         let (verdict, committed) = ("x".to_owned(), Some(Step(9)));
-        let stopped = ended(Record::Interrupted { generation, step, committed, lost_steps: 3, verdict });
+        let stopped = ended(Record::Interrupted { generation, step, committed, lost_steps: 3, verdict, drain: None });
         assert_eq!((Standing::of(&stopped), last_step(&stopped)), (Standing::Interrupted, Some(step)));
         assert_eq!(Standing::of(&state(vec![created()])), Standing::Created);
     }

@@ -114,6 +114,9 @@ pub enum Record {
         /// Seconds left when it was heard, where known.
         #[serde(default, with = "float::option")]
         deadline_s: Option<f64>,
+        /// What it announces.
+        #[serde(default)]
+        means: Means,
     },
     /// A generation ended before the last step.
     Interrupted {
@@ -127,6 +130,9 @@ pub enum Record {
         lost_steps: u64,
         /// Why, and what became of the emergency save.
         verdict: String,
+        /// How the drain went, if there was one.
+        #[serde(default)]
+        drain: Option<Box<Drain>>,
     },
     /// A checkpoint was found damaged and is not used again.
     Damaged {
@@ -200,6 +206,66 @@ pub struct SaveCost {
     /// From the end of the step to the `committed` record.
     #[serde(with = "float")]
     pub durable_s: f64,
+}
+
+/// What a notice announces.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Means {
+    /// The machine goes away.
+    Interruption,
+    /// Somebody asks the run to stop.
+    #[default]
+    Stop,
+    /// The machine is likelier than others to go away.
+    Rebalance,
+}
+
+/// What a drain set out to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DrainPlan {
+    /// Save the newest step whole.
+    FullSave,
+    /// A save of the newest step is under way: only the rest of it is missing.
+    OnlyMissing,
+    /// There is no time for the newest step: finish the save that is under way.
+    FinishInFlight,
+    /// There is no time for any save: what has been done since the newest checkpoint will be lost.
+    StopEarly,
+}
+
+/// How a drain went: what was expected of it, and what came of it. Times are seconds from the moment at which the notice was heard.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Drain {
+    /// What was heard: `aws-spot`, `sigterm`, …
+    pub source: String,
+    /// Time that was left when it was heard, where known.
+    #[serde(default, with = "float::option")]
+    pub deadline_s: Option<f64>,
+    /// The last plan that was made.
+    pub plan: DrainPlan,
+    /// Why that plan, in words and figures.
+    pub reason: String,
+    /// The last step was to be durable; `None`: nothing was to be saved, or nothing was known of its cost.
+    #[serde(default, with = "float::option")]
+    pub predicted_s: Option<f64>,
+    /// It was durable; `None`: it never was.
+    #[serde(default, with = "float::option")]
+    pub actual_s: Option<f64>,
+    /// What happened when, in order.
+    #[serde(default)]
+    pub timeline: Vec<Happened>,
+}
+
+/// One moment of a drain.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Happened {
+    /// Seconds from the notice.
+    #[serde(with = "float")]
+    pub after_s: f64,
+    /// What happened, a short sentence without a full stop.
+    pub what: String,
 }
 
 /// One node of a generation.

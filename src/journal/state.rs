@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 
-use super::record::{Committed, Entry, FORMAT, FormedReason, Record, ResumePoint, RosterEntry};
+use super::record::{Committed, Drain, Entry, FORMAT, FormedReason, Means, Record, ResumePoint, RosterEntry};
 use crate::{
     config::RunConfig,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
@@ -83,6 +83,8 @@ pub struct NoticeHeard {
     pub source: String,
     /// Seconds left.
     pub deadline_s: Option<f64>,
+    /// What it announced.
+    pub means: Means,
 }
 
 /// The end of a generation before the last step.
@@ -102,6 +104,8 @@ pub struct Interruption {
     pub lost_steps: u64,
     /// Why, and what became of the emergency save.
     pub verdict: String,
+    /// How the drain went, if there was one.
+    pub drain: Option<Drain>,
 }
 
 /// How a run stands.
@@ -205,11 +209,13 @@ impl RunState {
             Record::Committed(committed) => {
                 self.checkpoints.push(Checkpoint { number, at, committed, status: CheckpointStatus::Good });
             }
-            Record::Notice { generation, source, deadline_s } => {
-                self.notices.push(NoticeHeard { number, at, generation, source, deadline_s });
+            Record::Notice { generation, source, deadline_s, means } => {
+                self.notices.push(NoticeHeard { number, at, generation, source, deadline_s, means });
             }
-            Record::Interrupted { generation, step, committed, lost_steps, verdict } => {
-                self.interruptions.push(Interruption { number, at, generation, step, committed, lost_steps, verdict });
+            Record::Interrupted { generation, step, committed, lost_steps, verdict, drain } => {
+                let drain = drain.map(|drain| *drain);
+                let end = Interruption { number, at, generation, step, committed, lost_steps, verdict, drain };
+                self.interruptions.push(end);
             }
             Record::Damaged { step, generation, reason } => {
                 if let Some(checkpoint) = self.checkpoint_mut(step, generation)

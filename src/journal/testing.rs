@@ -100,7 +100,12 @@ pub(super) fn committed(step: u64, generation: u64) -> Record {
 }
 
 pub(super) fn notice(generation: u64, source: &str) -> Record {
-    Record::Notice { generation: Generation(generation), source: source.into(), deadline_s: Some(120.0) }
+    Record::Notice {
+        generation: Generation(generation),
+        source: source.into(),
+        deadline_s: Some(120.0),
+        means: Means::Interruption,
+    }
 }
 
 pub(super) fn interrupted(generation: u64) -> Record {
@@ -110,6 +115,7 @@ pub(super) fn interrupted(generation: u64) -> Record {
         committed: Some(Step(10)),
         lost_steps: 2,
         verdict: "no time".into(),
+        drain: None,
     }
 }
 

@@ -1,0 +1,61 @@
+//! AWS's control plane: one configuration for all of its clients.
+//!
+//! Credentials and region come from the SDK's default chain (environment, profile, web identity, container, instance role), the
+//! endpoints from `AWS_ENDPOINT_URL` and its variants for one service. An error of a service becomes one sentence with the service's
+//! own code and message; the SDK's `Display` says only "service error".
+
+use aws_config::{BehaviorVersion, Region, SdkConfig};
+use tokio::sync::OnceCell;
+
+use crate::error::{Error, Kind};
+
+static CONFIG: OnceCell<SdkConfig> = OnceCell::const_new();
+
+/// What all clients are made from. The first call may take as long as the instance's metadata service takes to name the region.
+pub async fn config() -> &'static SdkConfig {
+    CONFIG.get_or_init(|| aws_config::load_defaults(BehaviorVersion::latest())).await
+}
+
+/// The same for a region that is known from elsewhere, such as a queue's URL.
+pub async fn config_in(region: &str) -> SdkConfig {
+    config().await.clone().into_builder().region(Region::new(region.to_owned())).build()
+}
+
+/// What a failed call means to the user: `doing` is a verb phrase such as "read parameters below /trainer".
+pub fn explain<E, R>(error: aws_sdk_ssm::error::SdkError<E, R>, doing: &str) -> Error
+where
+    E: aws_sdk_ssm::error::ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+    R: std::fmt::Debug + Send + Sync + 'static,
+{
+    use aws_sdk_ssm::error::{DisplayErrorContext, SdkError};
+    let (code, message) = match &error {
+        SdkError::ServiceError(failure) => {
+            let metadata = failure.err();
+            (metadata.code().map(str::to_owned), metadata.message().map(str::to_owned))
+        }
+        _ => (None, None),
+    };
+    let kind = match code.as_deref() {
+        Some(code)
+            if code.contains("AccessDenied")
+                || code.contains("Unauthorized")
+                || code.contains("InvalidClientTokenId") =>
+        {
+            Kind::Permission
+        }
+        Some(code) if code.contains("NotFound") || code.contains("NonExistent") || code.contains("Validation") => {
+            Kind::Config
+        }
+        _ => Kind::Unavailable,
+    };
+    let text = match (code, message) {
+        (Some(code), Some(message)) => format!("{code}: {message}"),
+        (Some(code), None) => code,
+        _ => DisplayErrorContext(&error).to_string(),
+    };
+    let error = Error::new(kind, text).context(doing);
+    match kind {
+        Kind::Permission => error.with_hint("see which role this machine has, and whether its policy allows this call"),
+        _ => error,
+    }
+}

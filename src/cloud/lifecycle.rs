@@ -59,9 +59,7 @@ impl Lifecycle {
         if named == "none" {
             return Ok(None);
         }
-        let ask = async |path| imds.get(path, LOOK).await.map_err(|error| Error::from_source(Kind::Unavailable, error));
-        let instance = ask(INSTANCE_ID).await?.map(|text| text.trim().to_owned());
-        let Some(instance) = instance.filter(|id| is_name(id)) else {
+        let Some(instance) = ask(imds, INSTANCE_ID).await? else {
             return Err(Error::new(Kind::Unavailable, "the metadata service does not name this machine"));
         };
         let timeouts = TimeoutConfig::builder().operation_timeout(LIMIT).operation_attempt_timeout(ATTEMPT).build();
@@ -73,7 +71,7 @@ impl Lifecycle {
         let group = match variable("TRAINER_AUTO_SCALING_GROUP") {
             Some(group) => group,
             // 404 where tags are not in the metadata, or there is no such tag.
-            None => match ask(GROUP_TAG).await?.map(|text| text.trim().to_owned()).filter(|name| is_name(name)) {
+            None => match ask(imds, GROUP_TAG).await? {
                 Some(group) => group,
                 None => match group_of(&client, &instance).await? {
                     Some(group) => group,
@@ -135,6 +133,12 @@ impl Lifecycle {
     }
 }
 
+/// A name from the metadata service.
+async fn ask(imds: &Imds, path: &str) -> Result<Option<String>, Error> {
+    let found = imds.get(path, LOOK).await.map_err(|error| Error::from_source(Kind::Unavailable, error))?;
+    Ok(found.map(|text| text.trim().to_owned()).filter(|name| is_name(name)))
+}
+
 /// The group that a machine belongs to, if any.
 async fn group_of(client: &Client, instance: &str) -> Result<Option<String>, Error> {
     let answer = client.describe_auto_scaling_instances().instance_ids(instance).send().await;
@@ -150,7 +154,8 @@ async fn group_of(client: &Client, instance: &str) -> Result<Option<String>, Err
 /// with ABANDON ends them all.
 fn choose(hooks: &[LifecycleHook]) -> Option<(String, Option<Duration>)> {
     let ending = hooks.iter().filter(|hook| hook.lifecycle_transition() == Some(TERMINATING));
-    let named = ending.filter_map(|hook| Some((hook.lifecycle_hook_name()?.to_owned(), waits(hook.heartbeat_timeout()))));
+    let named =
+        ending.filter_map(|hook| Some((hook.lifecycle_hook_name()?.to_owned(), waits(hook.heartbeat_timeout()))));
     named.min_by(|(a, a_waits), (b, b_waits)| {
         (a_waits.unwrap_or(Duration::MAX), a).cmp(&(b_waits.unwrap_or(Duration::MAX), b))
     })

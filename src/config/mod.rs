@@ -247,6 +247,9 @@ pub enum Spacing {
 pub struct NoticeConfig {
     /// `auto`, or any of `aws`, `gcp`, `azure`, `signals`, `file`.
     pub sources: Vec<String>,
+    /// Training goes on while the announced time surely leaves room for the last save; otherwise it stops at once.
+    #[serde(default = "yes")]
+    pub train_in_spare_time: bool,
     /// A file whose appearance or change says that the machine goes away; `None`: no file is watched.
     #[serde(default)]
     pub file: Option<String>,
@@ -269,6 +272,7 @@ impl Default for NoticeConfig {
     fn default() -> Self {
         Self {
             sources: vec![auto()],
+            train_in_spare_time: true,
             file: None,
             stop_window: None,
             usr1_window: None,
@@ -280,6 +284,10 @@ impl Default for NoticeConfig {
 
 fn auto() -> String {
     "auto".into()
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// What is done when the last step is committed.

@@ -24,6 +24,7 @@ pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32),
 pub(super) const STRATEGIES: &[(&str, Strategy)] = &[("ddp", Strategy::Ddp), ("zero1", Strategy::Zero1)];
 pub(super) const SCHEDULES: &[(&str, ScheduleKind)] =
     &[("cosine", ScheduleKind::Cosine), ("linear", ScheduleKind::Linear), ("constant", ScheduleKind::Constant)];
+pub(super) const SPARE_TIME: &[(&str, bool)] = &[("train", true), ("stop", false)];
 pub(super) const ACTIONS: &[(&str, CompleteAction)] =
     &[("exit", CompleteAction::Exit), ("terminate", CompleteAction::Terminate)];
 pub(super) const ENCRYPTIONS: &[(&str, Encryption)] =
@@ -269,6 +270,7 @@ fn notice(raw: &Raw, working_directory: &Path) -> Result<NoticeConfig, ConfigErr
     }
     Ok(NoticeConfig {
         sources: raw.words("notice.sources", "auto", NOTICE_SOURCES)?,
+        train_in_spare_time: raw.choice("notice.spare_time", SPARE_TIME)?,
         file,
         stop_window: raw.auto_or_duration("notice.stop_window")?,
         usr1_window: raw.auto_or_duration("notice.usr1_window")?,

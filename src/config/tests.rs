@@ -518,6 +518,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "checkpoint.keep.every",
             "checkpoint.keep.best",
             "notice.sources",
+            "notice.spare_time",
             "notice.file",
             "notice.stop_window",
             "notice.usr1_window",

@@ -6,17 +6,17 @@
 //! | `spot/instance-action` | 1 s | interruption; two minutes at the most, none with `hibernate` |
 //! | `autoscaling/target-lifecycle-state` | 2 s | `Terminated`: interruption, as late as the group's hook allows |
 //! | `events/recommendations/rebalance` | 5 s | save now and train on |
-//! | `events/maintenance/scheduled` | 30 s | save now and train on; interruption when a stop or a reboot is less than [`NEAR`] ahead |
+//! | `events/maintenance/scheduled` | 30 s | save now and train on; interruption when a stop or a reboot is at most five minutes ahead |
 //!
 //! A machine that was bought `on-demand` is not asked about spot. A notice holds once it was heard, whether or not it is there the
 //! next time: nobody promises that what is withdrawn does not happen. Of a spot interruption the action alone is the name: some services
 //! count its time from the request.
 //!
 //! Maintenance whose time had passed when this process first heard of it only asks for a save: a machine that waits for its reboot
-//! would else drain again with every start. The reboot itself comes with SIGTERM.
+//! would else drain again with every start, for hours. The reboot itself comes with SIGTERM.
 //!
 //! With a lifecycle hook (see [`crate::cloud::lifecycle`]) the hook is kept waiting from the moment at which the end was heard, and is
-//! completed in [`Ending::release`], when the run's last words are written. A crash in between leaves it to its time-out.
+//! completed when the run's last words are written. A crash in between leaves it to its time-out.
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,7 +26,7 @@ use tokio::{sync::watch, time::timeout};
 
 use super::{
     Confidence, Kind, Notice,
-    poll::{LIMIT, Mouth, Pace, http_date, left, name, rest, search},
+    poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
 };
 use crate::cloud::{imds::Imds, lifecycle::Lifecycle, metadata::MetadataError};
 
@@ -56,36 +56,45 @@ pub struct Found {
 /// Looks for the service until it answers. Never, where it is switched off.
 pub async fn find(named: bool) -> Found {
     let Some(imds) = Imds::from_environment() else { return std::future::pending().await };
-    let life_cycle = search("aws", named, async || imds.get(LIFE_CYCLE, LIMIT).await).await;
+    let mut search = Search::new("aws", named);
+    let life_cycle = loop {
+        match imds.get(LIFE_CYCLE, LIMIT).await {
+            Ok(life_cycle) => break life_cycle,
+            Err(error) => search.failed(&error).await,
+        }
+    };
     // "spot", "on-demand", "capacity-block", …: only one of them is known to stay.
     let spot = life_cycle.as_deref().map(str::trim) != Some("on-demand");
     tracing::debug!(endpoint = imds.uri(), life_cycle, "AWS's metadata service is listened to");
     Found { imds, spot }
 }
 
-/// What is to be done when this machine's end was announced by its group.
-#[derive(Debug)]
-pub struct Ending {
-    /// The group ends this machine.
-    announced: watch::Sender<bool>,
-    /// What holds that up; outer `None`: not known yet.
-    hook: watch::Sender<Option<Option<Arc<Lifecycle>>>>,
+/// Where this machine stands in its Auto Scaling group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Standing {
+    /// In none, as far as is known.
+    #[default]
+    Outside,
+    /// The group keeps it.
+    Member,
+    /// The group ends it.
+    Leaving,
 }
 
-impl Default for Ending {
-    fn default() -> Self {
-        Self { announced: watch::Sender::new(false), hook: watch::Sender::new(None) }
-    }
+/// What is to be done when this machine's end was announced by its group.
+#[derive(Debug, Default)]
+pub struct Ending {
+    standing: watch::Sender<Standing>,
+    /// What holds its end up; outer `None`: not known yet.
+    hook: watch::Sender<Option<Option<Arc<Lifecycle>>>>,
 }
 
 impl Ending {
     /// Lets the machine go, if its group waits for that.
     pub async fn release(&self) {
         let hook = self.hook.borrow().clone().flatten();
-        if !*self.announced.borrow() {
-            return;
-        }
-        let Some(hook) = hook else { return };
+        let leaving = *self.standing.borrow() == Standing::Leaving;
+        let Some(hook) = hook.filter(|_| leaving) else { return };
         match hook.complete().await {
             Ok(()) => tracing::info!("lifecycle hook {} is completed", hook.name()),
             // It ends by itself when its time-out has passed.
@@ -151,15 +160,15 @@ async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
         {
             // What holds it up decides how much time there is; it is usually known by now.
             let mut hook = ending.hook.subscribe();
-            ending.announced.send_replace(true);
+            ending.standing.send_replace(Standing::Leaving);
             let known = timeout(LIMIT, hook.wait_for(Option::is_some)).await;
             let hook = known.ok().and_then(|hook| hook.ok()?.clone().flatten());
             mouth.tell(notice(Kind::Interruption, hook.and_then(|hook| hook.timeout()), "aws-asg", "Terminated"));
             return;
         }
         // A machine of a group: it is time to know what will hold up its end.
-        if matches!(&outcome, Ok(Some(state)) if !state.trim().is_empty()) && ending.hook.borrow().is_none() {
-            ending.announced.send_if_modified(|_| true);
+        if matches!(&outcome, Ok(Some(state)) if !state.trim().is_empty()) {
+            ending.standing.send_replace(Standing::Member);
         }
         rest(&mut pace, TARGET, &outcome).await;
     }
@@ -167,9 +176,8 @@ async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
 
 /// Finds the hook once the group is known to take an interest, and keeps it waiting once the end was announced.
 async fn hold(imds: &Imds, ending: &Ending, configured: &str) {
-    let mut announced = ending.announced.subscribe();
-    // Marked as changed by the first answer that shows a group.
-    if announced.changed().await.is_err() {
+    let mut standing = ending.standing.subscribe();
+    if standing.wait_for(|standing| *standing != Standing::Outside).await.is_err() {
         return;
     }
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
@@ -188,7 +196,7 @@ async fn hold(imds: &Imds, ending: &Ending, configured: &str) {
     tracing::debug!(hook = hook.as_ref().map(|hook| hook.name()), "lifecycle hook at the end of this machine");
     ending.hook.send_replace(Some(hook.clone()));
     let Some(hook) = hook else { return };
-    if announced.wait_for(|announced| *announced).await.is_err() {
+    if standing.wait_for(|standing| *standing == Standing::Leaving).await.is_err() {
         return;
     }
     let every = hook.timeout().map_or(HEARTBEAT, |timeout| timeout / 3);
@@ -266,7 +274,8 @@ fn scheduled(body: &str, now: Timestamp, first: Timestamp) -> Read<Vec<Notice>> 
     let mut notices = Vec::new();
     for event in events.into_iter().filter(|event| event.state == "active").take(EVENTS) {
         let id = if event.event_id.is_empty() { name(&event.code) } else { name(&event.event_id) };
-        let ends = ["instance-stop", "instance-retirement", "instance-reboot", "system-reboot"].contains(&event.code.as_str());
+        let ends =
+            ["instance-stop", "instance-retirement", "instance-reboot", "system-reboot"].contains(&event.code.as_str());
         let at = http_date(&event.not_before);
         let ahead = at.filter(|at| *at > first).map(|at| left(at, now, Duration::MAX));
         match ahead {
@@ -340,7 +349,9 @@ mod tests {
         let now = at("2026-01-21T09:00:00Z");
         let earlier = at("2026-01-21T08:00:00Z");
         let event = |id: &str, code: &str, state: &str, not_before: &str| {
-            format!(r#"{{"NotBefore":"{not_before}","Code":"{code}","Description":"","EventId":"{id}","State":"{state}"}}"#)
+            format!(
+                r#"{{"NotBefore":"{not_before}","Code":"{code}","Description":"","EventId":"{id}","State":"{state}"}}"#
+            )
         };
         let leave = |seconds| notice(Kind::Interruption, Some(Duration::from_secs(seconds)), "aws-maintenance", "e");
         let save = notice(Kind::Rebalance, None, "aws-maintenance-ahead", "e");

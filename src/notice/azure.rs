@@ -5,8 +5,8 @@
 //! interruptions, at `NotBefore`, which is empty once they have started. A `Freeze` loses no memory: of one that is not known to be short
 //! the answer is a save.
 //!
-//! *Approval.* An event begins early if it is approved, which ends the wait for a machine that has nothing left to do. It is approved in
-//! [`Heard::release`], only after the last step is durable, and only if every resource that it names is this machine: approving it
+//! *Approval.* An event begins early if it is approved, which ends the wait for a machine that has nothing left to do. It is approved
+//! only after the last step is durable, and only if every resource that it names is this machine: approving it
 //! starts it for all of them. Not approving it costs nothing but the wait.
 
 use std::{
@@ -19,7 +19,7 @@ use serde::Deserialize;
 
 use super::{
     Confidence, Kind, Notice,
-    poll::{LIMIT, Mouth, Pace, http_date, left, name, rest, search},
+    poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
 };
 use crate::cloud::{azure::Azure, metadata::MetadataError};
 
@@ -45,7 +45,13 @@ pub struct Found {
 /// Looks for the service until it answers. Never, where it is switched off.
 pub async fn find(named: bool) -> Found {
     let Some(azure) = Azure::from_environment() else { return std::future::pending().await };
-    let me = search("azure", named, async || azure.name(LIMIT).await).await;
+    let mut search = Search::new("azure", named);
+    let me = loop {
+        match azure.name(LIMIT).await {
+            Ok(me) => break me,
+            Err(error) => search.failed(&error).await,
+        }
+    };
     tracing::debug!(endpoint = azure.uri(), machine = me, "Azure's scheduled events are listened to");
     Found { azure, me }
 }
@@ -66,7 +72,10 @@ impl Heard {
         for attempt in 1..=TRIES {
             match azure.start(&events, APPROVAL / TRIES).await {
                 Ok(()) => {
-                    tracing::info!(events = events.len(), "Azure may begin with what it has scheduled for this machine");
+                    tracing::info!(
+                        events = events.len(),
+                        "Azure may begin with what it has scheduled for this machine"
+                    );
                     return;
                 }
                 Err(error) => tracing::debug!(%error, attempt, "scheduled event not approved"),

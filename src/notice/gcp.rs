@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use super::{
     Confidence, Kind, Notice,
-    poll::{LIMIT, Mouth, Pace, rest, search},
+    poll::{LIMIT, Mouth, Pace, Search, rest},
 };
 use crate::cloud::{
     gcp::{Gcp, Value},
@@ -32,11 +32,14 @@ const MAINTENANCE_NOTICE: Duration = Duration::from_secs(60);
 /// Looks for the server until it answers. Never, where it is switched off.
 pub async fn find(named: bool) -> Gcp {
     let Some(gcp) = Gcp::from_environment() else { return std::future::pending().await };
-    search("gcp", named, async || {
-        let id = gcp.get(ID, LIMIT).await?;
-        id.ok_or(MetadataError::Status { status: 404, path: ID.to_owned() })
-    })
-    .await;
+    let mut search = Search::new("gcp", named);
+    loop {
+        match gcp.get(ID, LIMIT).await {
+            Ok(Some(_)) => break,
+            Ok(None) => search.failed(&MetadataError::Status { status: 404, path: ID.to_owned() }).await,
+            Err(error) => search.failed(&error).await,
+        }
+    }
     tracing::debug!(endpoint = gcp.uri(), "GCP's metadata server is listened to");
     gcp
 }
@@ -100,7 +103,9 @@ mod tests {
     #[test]
     fn values_are_read_as_documented() {
         let window = Duration::from_secs(150);
-        for (text, heard) in [("TRUE", true), ("true", true), ("FALSE", false), ("", false), ("TRUE?", false), ("1", false)] {
+        for (text, heard) in
+            [("TRUE", true), ("true", true), ("FALSE", false), ("", false), ("TRUE?", false), ("1", false)]
+        {
             let read = preempted(text, window);
             assert_eq!(read.is_some(), heard, "{text:?}");
             if let Some(notice) = read {

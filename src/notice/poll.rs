@@ -50,11 +50,6 @@ impl Pace {
         Self { every, most, failures: 0 }
     }
 
-    /// For a service that may not be there.
-    pub const fn search() -> Self {
-        Self::new(Duration::from_secs(1), SELDOM)
-    }
-
     /// The pause after an answer.
     pub const fn answered(&mut self) -> Duration {
         self.failures = 0;
@@ -86,26 +81,31 @@ pub async fn rest<T>(pace: &mut Pace, what: &str, outcome: &Result<T, MetadataEr
     tokio::time::sleep(pause).await;
 }
 
-/// Asks `look` until it succeeds, ever more seldom. `named`: the user has said that this service is there, and is told once that it is
-/// not.
-pub async fn search<T>(
-    what: &str,
+/// Looking for a service that may not be there.
+#[derive(Debug)]
+pub struct Search {
+    what: &'static str,
     named: bool,
-    mut look: impl AsyncFnMut() -> Result<T, MetadataError>,
-) -> T {
-    let mut pace = Pace::search();
-    loop {
-        let outcome = look().await;
-        if let Err(error) = &outcome
-            && named
-            && !pace.is_failing()
-        {
-            tracing::warn!("notice.sources names {what}, which does not answer ({error}); it is asked again now and then");
+    pace: Pace,
+}
+
+impl Search {
+    /// For the service `what`. `named`: the user has said that it is there, and is told once that it is not.
+    pub const fn new(what: &'static str, named: bool) -> Self {
+        Self { what, named, pace: Pace::new(Duration::from_secs(1), SELDOM) }
+    }
+
+    /// Sleeps until it is time to look again.
+    pub async fn failed(&mut self, error: &MetadataError) {
+        if self.named && !self.pace.is_failing() {
+            let what = self.what;
+            tracing::warn!(
+                "notice.sources names {what}, which does not answer ({error}); it is asked again now and then"
+            );
         }
-        match outcome {
-            Ok(found) => return found,
-            outcome => rest(&mut pace, what, &outcome).await,
-        }
+        let pause = self.pace.failed();
+        tracing::debug!(%error, again_s = pause.as_secs_f64(), "{} does not answer", self.what);
+        tokio::time::sleep(pause).await;
     }
 }
 
@@ -142,10 +142,8 @@ mod tests {
         assert!(!pace.is_failing());
         let mut slow = Pace::new(seconds(60), seconds(30));
         assert_eq!(slow.failed(), seconds(60), "never faster for a failure");
-        let mut long = Pace::search();
-        for _ in 0..100 {
-            assert!(long.failed() <= SELDOM);
-        }
+        let mut long = Search::new("a service", false).pace;
+        assert!((0..100).all(|_| long.failed() <= SELDOM));
     }
 
     #[test]

@@ -43,14 +43,20 @@ impl Surroundings {
     /// Looks around.
     pub fn look(variable: &dyn Fn(&str) -> Option<String>) -> Self {
         let container = ["/.dockerenv", "/run/.containerenv"].iter().any(|path| Path::new(path).exists());
-        Self::of(variable, container, std::io::stdin().is_terminal(), [std::process::id(), std::os::unix::process::parent_id()])
+        Self::of(
+            variable,
+            container,
+            std::io::stdin().is_terminal(),
+            [std::process::id(), std::os::unix::process::parent_id()],
+        )
     }
 
     fn of(variable: &dyn Fn(&str) -> Option<String>, container: bool, terminal: bool, family: [u32; 2]) -> Self {
         // A shell that a service has opened inherits the service's variables: what counts is that systemd has started this
         // process or its parent (SYSTEMD_EXEC_PID, systemd.exec(5)), and that nobody sits before it.
         let started = variable("SYSTEMD_EXEC_PID").and_then(|pid| pid.parse().ok());
-        let systemd = variable("INVOCATION_ID").is_some() && started.is_none_or(|pid| family.contains(&pid)) && !terminal;
+        let systemd =
+            variable("INVOCATION_ID").is_some() && started.is_none_or(|pid| family.contains(&pid)) && !terminal;
         Self {
             kubernetes: variable("KUBERNETES_SERVICE_HOST").is_some(),
             slurm: variable("SLURM_JOB_ID").is_some(),
@@ -111,7 +117,8 @@ mod tests {
     #[test]
     fn surroundings_are_known_by_what_they_leave() {
         let of = |variables: &[(&str, &str)], container, terminal| {
-            let variable = |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
+            let variable =
+                |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
             Surroundings::of(&variable, container, terminal, [40, 30])
         };
         let none = Surroundings::default();
@@ -138,7 +145,12 @@ mod tests {
     fn windows_come_from_the_environment_then_the_configuration_then_the_surroundings() {
         let none = Surroundings::default();
         let auto = NoticeConfig::default();
-        let set = NoticeConfig { stop_window: seconds(25), usr1_window: seconds(7), preemption_window: seconds(150), ..auto.clone() };
+        let set = NoticeConfig {
+            stop_window: seconds(25),
+            usr1_window: seconds(7),
+            preemption_window: seconds(150),
+            ..auto.clone()
+        };
         let pod = Surroundings { kubernetes: true, container: true, systemd: true, ..none };
         let slurm = Surroundings { slurm: true, container: true, ..none };
         let (docker, service) = (Surroundings { container: true, ..none }, Surroundings { systemd: true, ..none });

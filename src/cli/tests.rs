@@ -39,6 +39,7 @@ trainer resume: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --from --nproc
 trainer runs: --store (TRAINER_STORE) --json
 trainer status: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --watch --json
 trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
+trainer explain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer verify: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --all --deep --json
 trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --json
 trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --prompt --tokens --temperature --seed --json

@@ -3,6 +3,7 @@ mod support;
 
 mod crash;
 mod damage;
+mod deadline;
 mod formats;
 mod harness;
 mod input;

@@ -302,7 +302,9 @@ pub async fn run(
     }
     if let Some(workers) = life.workers.take() {
         match end {
-            Ok(End::Completed { .. } | End::Stopped(_)) => workers.dismiss(GRACE).await,
+            Ok(End::Completed { .. }) => workers.dismiss(GRACE).await,
+            // Where steps are lost they are in the midst of another one, and there may be no time to wait for its end.
+            Ok(End::Stopped(ref stopped)) if stopped.committed >= stopped.step => workers.dismiss(GRACE).await,
             _ => workers.kill().await,
         }
     }
@@ -644,8 +646,9 @@ impl Life<'_> {
             None => Ok(None),
             Some(Death::Permanent(error)) => Err(error),
             Some(Death::Diverged { step, reason }) => Ok(Some(End::Diverged { step, reason })),
-            Some(Death::Died(reason)) if self.draining => {
-                Ok(Some(self.stopped(format!("workers died during the drain: {reason}"))))
+            // For the time that is left, starting them again is not worth it.
+            Some(Death::Died(reason)) if self.watch.is_called() => {
+                Ok(Some(self.stopped(format!("workers died after the notice: {reason}"))))
             }
             Some(Death::Died(reason)) => Ok(Some(End::Died { step, reason })),
         }

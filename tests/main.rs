@@ -8,6 +8,7 @@ mod harness;
 mod input;
 mod integrity;
 mod interruption;
+mod metadata;
 mod outputs;
 mod protocol_model;
 mod protocol_random;

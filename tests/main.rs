@@ -4,6 +4,7 @@ mod support;
 mod boot;
 mod crash;
 mod damage;
+mod deadline;
 mod formats;
 mod harness;
 mod input;

@@ -7,6 +7,7 @@ mod boot;
 mod checkpoints;
 mod completions;
 mod data;
+mod explain;
 mod export;
 mod generate;
 mod history;
@@ -51,6 +52,7 @@ enum Command {
     Runs(runs::Runs),
     Status(status::Status),
     Checkpoints(checkpoints::Checkpoints),
+    Explain(explain::Explain),
     Verify(verify::Verify),
     Export(export::Export),
     Generate(generate::Generate),
@@ -122,6 +124,7 @@ impl Command {
             Self::Runs(command) => command.execute(),
             Self::Status(command) => command.execute(),
             Self::Checkpoints(command) => command.execute(),
+            Self::Explain(command) => command.execute(),
             Self::Verify(command) => command.execute(),
             Self::Export(command) => command.execute(),
             Self::Generate(command) => command.execute(),

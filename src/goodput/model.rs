@@ -47,6 +47,12 @@ impl Notice {
     pub fn fits(&self, costs: &Costs) -> bool {
         costs.committed_after_s() <= self.lead_s
     }
+
+    /// So long before the machine is taken training stops, seconds: two saves, one of which may have begun a moment ago, if the notice
+    /// leaves the time for them. It is what the agent keeps in reserve (`notice.spare_time = "train"`).
+    pub fn reserve_s(&self, costs: &Costs) -> f64 {
+        (2.0 * costs.committed_after_s()).min(self.lead_s)
+    }
 }
 
 /// How long machines live: a mixture of two exponential distributions.
@@ -96,11 +102,11 @@ pub fn goodput(lives: &Lives, costs: &Costs, notice: Notice, interval_s: f64, id
     let kept = |&(weight, mean): &(f64, f64)| {
         let killed = (-(costs.restart_s + first + costs.stall_s + lag) / mean).exp()
             * (first + interval / (segment / mean).exp_m1());
-        // All training up to the notice counts: the time in it that is no stall.
+        // All training up to the drain counts: the time in it that is no stall.
         let later = (interval / mean).neg_exp_m1() / (segment / mean).neg_exp_m1();
         let trained = (first / mean).neg_exp_m1() + (-(first + costs.stall_s) / mean).exp() * later;
-        let until_notice = mean * (-(costs.restart_s + notice.lead_s) / mean).exp() * trained;
-        weight * ((1.0 - drained) * killed + drained * until_notice)
+        let until_drain = mean * (-(costs.restart_s + notice.reserve_s(costs)) / mean).exp() * trained;
+        weight * ((1.0 - drained) * killed + drained * until_drain)
     };
     lives.parts.iter().filter(|(weight, _)| *weight > 0.0).map(kept).sum::<f64>() / (lives.mean_s() + idle_s)
 }

@@ -33,12 +33,14 @@ Examples:
   trainer boot --ssm-path /trainer/reports
   trainer boot s3://bucket/reports.toml --run-id-template 'reports-{year}q{quarter}' --store s3://bucket/runs
 
-What wins: flags < the environment < SSM parameters < instance tags, read from the left: a flag wins over all others.
-  environment  TRAINER_CONFIG  TRAINER_STORE  TRAINER_RUN_ID  TRAINER_RUN_ID_TEMPLATE  TRAINER_TIME_ZONE  TRAINER_SSM_PATH
-  parameters   <path>/config (TOML) or config-uri, store, run-id or run-id-template, time-zone, set/<key>,
-               worker-token and job-api-base-url (for `trainer work`)
-  tags         trainer:config-uri, trainer:store, trainer:run-id or trainer:run-id-template, trainer:time-zone,
-               trainer:ssm-path, trainer:set:<key>; shown to the instance where InstanceMetadataTags is enabled
+What wins: instance tags < SSM parameters < the environment < flags.
+  environment: TRAINER_ and CONFIG, STORE, RUN_ID, RUN_ID_TEMPLATE, TIME_ZONE, SSM_PATH
+  parameters below the path: config (TOML) or config-uri, store,
+    run-id or run-id-template, time-zone, set/<key>;
+    worker-token and job-api-base-url are for `trainer work`
+  tags: trainer: and config-uri, store, run-id or run-id-template, time-zone,
+    ssm-path, set:<key>; where InstanceMetadataTags is enabled
+
 Fields of a template: {year} {quarter} {month} {week} {week_year} {day}, in UTC or --time-zone. Only the run of the current date is \
 looked for: one of the quarter before that is unfinished is carried on by naming it with --run-id.
 

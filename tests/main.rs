@@ -1,6 +1,7 @@
 //! The whole product, from outside: the built binary, real processes, real stores, real faults.
 mod support;
 
+mod boot;
 mod crash;
 mod damage;
 mod deadline;

@@ -11,7 +11,8 @@
 //!
 //! # Two agents
 //! Both replay the same journal; the one whose `formed` record is written first has the run. The other looks at its heartbeat:
-//! alive, and it leaves with exit code 79; dead, and it forms the next generation. An agent that was taken for dead learns of
+//! alive, and it leaves with exit code 79, or stands by until that one is dead ([`Manner::standby`]); dead, and it forms the next
+//! generation. An agent that was taken for dead learns of
 //! it when it tries to commit, stops its workers and leaves with 79: two writers can never both commit.
 
 pub mod conductor;
@@ -28,7 +29,12 @@ mod scrub;
 mod watch;
 mod workers;
 
-use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    num::NonZeroU64,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use tokio::sync::Mutex;
@@ -44,7 +50,9 @@ use crate::{
         restore,
         verify::{Depth, verify},
     },
-    config::{Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
+    config::{
+        CompleteAction, Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node,
+    },
     data::{self, Dataset, Split},
     error::{Context, Error, Kind, Result},
     goodput::Observed,
@@ -60,6 +68,8 @@ use crate::{
     storage::Store,
 };
 
+/// Pause between two looks at the heartbeat of the agent that one stands by for.
+const STANDBY_PAUSE: Duration = Duration::from_secs(2);
 /// How long the journal's last words may take when the run ends on a store that does not answer.
 const LAST_WORDS: Duration = Duration::from_secs(30);
 /// Readings of a checkpoint that seemed damaged while it was loaded: one that finds it whole is believed.
@@ -80,8 +90,22 @@ pub struct Launch {
     pub begin: Begin,
     /// Workers on this node, if the command line says.
     pub nproc_per_node: Option<u32>,
+    /// How it goes about it.
+    pub manner: Manner,
     /// Hears what happens.
     pub reporter: Reporter,
+}
+
+/// How an agent goes about a run; the default is what `run` and `resume` do.
+#[derive(Clone, Debug, Default)]
+pub struct Manner {
+    /// How long to wait for another agent that has the run and lives; nothing: leave at once. While it waits, it watches the other's
+    /// heartbeat; when that stops, it takes over, and when the run is complete, it has nothing to do.
+    pub standby: Duration,
+    /// Where datasets that lie in an object store are kept on this machine; `None`: in the user's cache.
+    pub cache: Option<PathBuf>,
+    /// When this machine began to look for work; the time from there to the first generation is told.
+    pub since: Option<std::time::Instant>,
 }
 
 /// How a run begins.
@@ -96,13 +120,23 @@ pub enum Begin {
         /// `--set key=value`, as typed; see [`crate::config::canonical_overrides`].
         overrides: Vec<(String, String)>,
     },
+    /// As [`Begin::Create`]; of several nodes that do so at once one creates it, and the others do as with [`Begin::Resume`].
+    CreateOrResume {
+        /// The new run's configuration, overrides applied.
+        config: Box<RunConfig>,
+        /// For a run that exists by then.
+        overrides: Vec<(String, String)>,
+    },
 }
 
 /// How a run ended, when it ended well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The last step is committed.
-    Completed,
+    Completed {
+        /// What the run's configuration wants done then.
+        then: CompleteAction,
+    },
     /// It was asked to stop; so many steps must be done again.
     Interrupted {
         /// Finished steps that no checkpoint holds.
@@ -136,12 +170,24 @@ struct Agent {
     reporter: Reporter,
     notices: Notices,
     nproc_per_node: Option<u32>,
+    manner: Manner,
     overrides: Vec<(String, String)>,
     from: Option<Step>,
     /// How often a checkpoint that seemed damaged was whole when it was read again.
     read_again: u32,
     /// Damage that was found before there was a generation to write it down under.
     damage: Vec<Damage>,
+}
+
+/// What came of waiting for another agent.
+#[derive(Clone, Copy, Debug)]
+enum Waited {
+    /// It is gone, or there was none.
+    NothingNew,
+    /// It is gone, and the journal has gone on meanwhile.
+    WentOn,
+    /// This node was asked to stop.
+    InVain(Outcome),
 }
 
 /// A journal, what holds for its run, the settings that this command changes, and the checkpoint that it names.
@@ -172,7 +218,7 @@ struct Resolved {
 
 impl Agent {
     async fn run(launch: Launch) -> Result<Outcome> {
-        let Launch { store, run_id, begin, nproc_per_node, reporter } = launch;
+        let Launch { store, run_id, begin, nproc_per_node, manner, reporter } = launch;
         let mut notices =
             Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
         let run = store.folder(run_id.as_str());
@@ -182,7 +228,7 @@ impl Agent {
         let opening = async {
             doing("checking the store");
             store.prove_create_is_atomic().await?;
-            Self::open(&run, &node, &run_id, begin, nproc_per_node, &reporter).await
+            Self::open(&run, &node, &run_id, begin, nproc_per_node, manner.cache.as_deref(), &reporter).await
         };
         let opened = tokio::select! {
             biased;
@@ -190,7 +236,10 @@ impl Agent {
             () = told_to_leave(&mut notices, &reporter) => return Ok(Outcome::Interrupted { lost_steps: 0 }),
             opened = opening => opened?,
         };
-        let Some((journal, resolved, overrides, from)) = opened else { return Ok(Outcome::Completed) };
+        let (journal, resolved, overrides, from) = match opened {
+            Ok(opened) => opened,
+            Err(then) => return Ok(Outcome::Completed { then }),
+        };
         let mut agent = Self {
             run,
             run_id,
@@ -201,6 +250,7 @@ impl Agent {
             reporter,
             notices,
             nproc_per_node,
+            manner,
             overrides,
             from,
             read_again: 0,
@@ -209,53 +259,75 @@ impl Agent {
         agent.notices.begin(&resolved.config.notice);
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
         let result = agent.live(resolved).await;
-        let saved = matches!(result, Ok(Outcome::Completed | Outcome::Interrupted { lost_steps: 0 }));
+        let saved = matches!(result, Ok(Outcome::Completed { .. } | Outcome::Interrupted { lost_steps: 0 }));
         agent.notices.release(saved).await;
         let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
         result
     }
 
-    /// Opens or creates the journal and looks at all that the configuration names. `None`: the run has completed.
+    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what its
+    /// configuration wants done then.
     async fn open(
         run: &Store,
         node: &NodeId,
         run_id: &RunId,
         begin: Begin,
         nproc_per_node: Option<u32>,
+        cache: Option<&Path>,
         reporter: &Reporter,
-    ) -> Result<Option<Opened>> {
-        Ok(Some(match begin {
+    ) -> Result<Result<Opened, CompleteAction>> {
+        let (from, overrides) = match begin {
             Begin::Create(config) => {
                 // Whatever the configuration names is looked at before the run exists.
-                let resolved = resolve(&config, nproc_per_node, reporter).await?;
+                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
                 let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
-                (journal, resolved, Vec::new(), None)
+                return Ok(Ok((journal, resolved, Vec::new(), None)));
             }
-            Begin::Resume { from, overrides } => {
-                let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
-                let (config, overrides) = effective(journal.state(), &overrides)?;
-                if let Some(step) = completed(journal.state(), &config, from) {
-                    tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
-                    return Ok(None);
+            Begin::CreateOrResume { config, overrides } => {
+                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+                match Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await {
+                    Ok(journal) => return Ok(Ok((journal, resolved, Vec::new(), None))),
+                    Err(JournalError::Exists { .. }) => (None, overrides),
+                    Err(error) => return Err(error.into()),
                 }
-                (journal, resolve(&config, nproc_per_node, reporter).await?, overrides, from)
             }
-        }))
+            Begin::Resume { from, overrides } => (from, overrides),
+        };
+        let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
+        let (config, overrides) = effective(journal.state(), &overrides)?;
+        if let Some(step) = completed(journal.state(), &config, from) {
+            tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
+            return Ok(Err(config.on_complete.action));
+        }
+        let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+        Ok(Ok((journal, resolved, overrides, from)))
     }
 
     async fn live(&mut self, mut resolved: Resolved) -> Result<Outcome> {
-        if self.wait_for_the_other().await? {
-            let Some(again) = self.resolve_again().await? else { return Ok(Outcome::Completed) };
-            resolved = again;
+        match self.wait_for_the_other().await? {
+            Waited::InVain(outcome) => return Ok(outcome),
+            Waited::NothingNew => {}
+            Waited::WentOn => match self.resolve_again().await? {
+                Ok(again) => resolved = again,
+                Err(then) => return Ok(Outcome::Completed { then }),
+            },
         }
         let mut deaths = Vec::new();
         let mut reason = FormedReason::Started;
         loop {
             let Some((load, generation)) = self.form(&resolved, reason).await? else {
-                let Some(again) = self.resolve_again().await? else { return Ok(Outcome::Completed) };
-                resolved = again;
+                if let Waited::InVain(outcome) = self.wait_for_the_other().await? {
+                    return Ok(outcome);
+                }
+                match self.resolve_again().await? {
+                    Ok(again) => resolved = again,
+                    Err(then) => return Ok(Outcome::Completed { then }),
+                }
                 continue;
             };
+            if let Some(since) = self.manner.since.take() {
+                tracing::info!("boot to joined: {:.2} s", since.elapsed().as_secs_f64());
+            }
             self.notices.formed(&self.run, generation);
             let world_size = WorldSize(resolved.workers);
             self.reporter.event(&Event::Formed {
@@ -332,15 +404,37 @@ impl Agent {
         }
     }
 
-    /// Another agent may be at work on this run. If it lives, leave; if it has gone, carry on. Says whether the journal went on.
-    async fn wait_for_the_other(&mut self) -> Result<bool> {
-        let Some(other) = unfinished_leader(self.journal.lock().await.state()) else { return Ok(false) };
-        self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
-        let heartbeat::Life::Gone(process) = heartbeat::look(&self.run, &other).await? else {
-            return Err(taken(&self.run_id, &other));
-        };
-        let moved = self.journal.lock().await.refresh().await? > 0;
-        if !moved {
+    /// Another agent may be at work on this run. If it lives, stand by as long as that is wanted, then leave; if it has gone, carry
+    /// on. The journal may go on meanwhile, also under a third one, which is looked at in the same way.
+    async fn wait_for_the_other(&mut self) -> Result<Waited> {
+        let began = tokio::time::Instant::now();
+        let mut waited = Waited::NothingNew;
+        let mut standing_by_for = None;
+        loop {
+            let leader = unfinished_leader(self.journal.lock().await.state());
+            let Some(other) = leader.filter(|node| *node != self.node) else { return Ok(waited) };
+            self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
+            let life = heartbeat::look(&self.run, &other).await?;
+            if life == heartbeat::Life::Alive {
+                let left = self.manner.standby.saturating_sub(began.elapsed());
+                if left.is_zero() {
+                    return Err(taken(&self.run_id, &other));
+                }
+                if standing_by_for.as_ref() != Some(&other) {
+                    self.reporter.event(&Event::Standby { node: other.to_string() });
+                    standing_by_for = Some(other.clone());
+                }
+                let told = told_to_leave(&mut self.notices, &self.reporter);
+                if tokio::time::timeout(STANDBY_PAUSE.min(left), told).await.is_ok() {
+                    tracing::info!("asked to stop while standing by: this node has nothing to save");
+                    return Ok(Waited::InVain(Outcome::Interrupted { lost_steps: 0 }));
+                }
+            }
+            if self.journal.lock().await.refresh().await? > 0 {
+                waited = Waited::WentOn;
+                continue;
+            }
+            let heartbeat::Life::Gone(process) = life else { continue };
             // It left without a word: what it had finished since its newest checkpoint is lost.
             let journal = self.journal.lock().await;
             let generation = journal.state().formed().map_or_else(Generation::default, |formed| formed.generation);
@@ -353,23 +447,24 @@ impl Agent {
                 checkpoint,
             });
             heartbeat::bury(&self.run, &other).await;
+            return Ok(waited);
         }
-        Ok(moved)
     }
 
-    /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`None`).
-    async fn resolve_again(&mut self) -> Result<Option<Resolved>> {
+    /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`: what the
+    /// configuration wants done then).
+    async fn resolve_again(&mut self) -> Result<Result<Resolved, CompleteAction>> {
         let (config, overrides) = {
             let journal = self.journal.lock().await;
             let (config, overrides) = effective(journal.state(), &self.overrides)?;
             if let Some(step) = completed(journal.state(), &config, self.from) {
                 tracing::info!(run = %self.run_id, %step, "run has been completed by another node");
-                return Ok(None);
+                return Ok(Err(config.on_complete.action));
             }
             (config, overrides)
         };
         self.overrides = overrides;
-        Ok(Some(resolve(&config, self.nproc_per_node, &self.reporter).await?))
+        Ok(Ok(resolve(&config, self.nproc_per_node, self.manner.cache.as_deref(), &self.reporter).await?))
     }
 
     /// The newest usable checkpoint, or what a new run starts from. Damage is reported, and written down once this agent has a
@@ -473,14 +568,8 @@ impl Agent {
                 }
                 return Ok(Some((load, generation)));
             }
-            Err(JournalError::Overtaken { node, .. }) => {
-                drop(journal);
-                if heartbeat::look(&self.run, &node).await? == heartbeat::Life::Alive {
-                    return Err(taken(&self.run_id, &node));
-                }
-                self.journal.lock().await.refresh().await?;
-            }
-            Err(JournalError::Moved { .. }) => {}
+            // Whoever was first is looked at next.
+            Err(JournalError::Overtaken { .. } | JournalError::Moved { .. }) => {}
             Err(error) => return Err(error.into()),
         }
         self.damage.clear();
@@ -552,7 +641,7 @@ impl Agent {
         };
         journal.append(Record::Completed { generation, step, loss }).await?;
         self.reporter.event(&Event::Completed { step, loss });
-        Ok(Outcome::Completed)
+        Ok(Outcome::Completed { then: resolved.config.on_complete.action })
     }
 
     async fn interrupted(&self, generation: Generation, stopped: Stopped) -> Result<Outcome> {
@@ -625,14 +714,20 @@ fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig,
 }
 
 /// Looks at everything that the configuration names, and fetches the data.
-async fn resolve(config: &RunConfig, nproc_per_node: Option<u32>, reporter: &Reporter) -> Result<Resolved> {
+async fn resolve(
+    config: &RunConfig,
+    nproc_per_node: Option<u32>,
+    cache: Option<&Path>,
+    reporter: &Reporter,
+) -> Result<Resolved> {
     let workers = workers_per_node(&config.parallel, nproc_per_node, &Machine::detect());
     micro_batches(config.train.global_batch, WorldSize(workers), config.train.max_micro_batch)?;
     reporter.event(&Event::Phase { doing: "opening the token shards".into() });
     let shown = |progress: data::cache::CacheProgress| {
         tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
     };
-    let data_dir = data::ensure_local(&config.data.train, &cache_folder(), &config.storage, shown).await?;
+    let cache = cache.map_or_else(cache_folder, Path::to_owned);
+    let data_dir = data::ensure_local(&config.data.train, &cache, &config.storage, shown).await?;
     let dataset = Dataset::open(&data_dir)?;
     let vocabulary = model::vocab_size(config.model.kind, &config.model.config)?;
     data::check_vocabulary(dataset.index(), &config.data.train, vocabulary.into(), "model.config")?;
@@ -668,11 +763,7 @@ fn cache_folder() -> PathBuf {
 }
 
 /// The small files that make a checkpoint's folder a Hugging Face model folder.
-fn companions(
-    config: &RunConfig,
-    data_dir: &std::path::Path,
-    index: &data::shards::Index,
-) -> Result<Vec<(String, Bytes)>> {
+fn companions(config: &RunConfig, data_dir: &Path, index: &data::shards::Index) -> Result<Vec<(String, Bytes)>> {
     let json = |value: &serde_json::Value| {
         serde_json::to_vec_pretty(value).map(Bytes::from).map_err(|error| Error::from_source(Kind::Bug, error))
     };

@@ -3,6 +3,7 @@
 //! Standard output is data and is written by `output` and by the reporter only; standard error is conversation. Exit
 //! codes are those of [`Kind`]; wrong usage is 64, a panic is a bug and exits with 70.
 mod args;
+mod boot;
 mod checkpoints;
 mod completions;
 mod data;
@@ -48,6 +49,7 @@ pub struct Cli {
 enum Command {
     Run(run::Run),
     Resume(resume::Resume),
+    Boot(Box<boot::Boot>),
     Runs(runs::Runs),
     Status(status::Status),
     Checkpoints(checkpoints::Checkpoints),
@@ -98,7 +100,7 @@ fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
         }
     };
     let screen = match cli.command {
-        Command::Run(_) | Command::Resume(_) | Command::Data(_) => Screen::stderr(),
+        Command::Run(_) | Command::Resume(_) | Command::Boot(_) | Command::Data(_) => Screen::stderr(),
         _ => Screen::plain(),
     };
     init_logging(&screen);
@@ -120,6 +122,7 @@ impl Command {
         match self {
             Self::Run(command) => command.execute(screen),
             Self::Resume(command) => command.execute(screen),
+            Self::Boot(command) => command.execute(screen),
             Self::Runs(command) => command.execute(),
             Self::Status(command) => command.execute(),
             Self::Checkpoints(command) => command.execute(),

@@ -154,29 +154,26 @@ fn a_machine_on_demand_is_not_asked_about_spot_and_hears_its_group() {
 }
 
 #[test]
-fn a_recommendation_saves_and_trains_on() {
+fn a_recommendation_saves_once_and_trains_on() {
     let (lab, server) = (Lab::on_files(), on_aws());
-    server.set(REBALANCE, r#"{"noticeTime":"2026-10-27T08:22:00Z"}"#);
-    // No checkpoint is due but the last one.
-    let every = [
-        "--set",
-        "checkpoint.every=\"1000 steps\"",
-        "--set",
-        "train.steps=400",
-        "--set",
-        "train.schedule.kind=\"constant\"",
-    ];
-    let life = lab.run(RUN).args(&every).envs(&server.envs()).finish().expect_code(0);
+    // Some services name the recommendation by the time of the question. No checkpoint is due.
+    let running = long(&lab).envs(&server.envs()).start();
+    running.wait_for_step("step", 3);
+    let now = || format!(r#"{{"noticeTime":"{}"}}"#, jiff::Timestamp::now());
+    server.set(REBALANCE, Reply::each(now));
+    heard(&running, "aws-rebalance");
+    let saved = running.wait_for("a checkpoint", |event| event.kind() == "checkpoint").step().expect("its step");
+    running.wait_for_step("step", saved + 10);
+    let asked = server.requests_of(REBALANCE).len();
+    server.wait_for(REBALANCE, asked + 1);
+    running.signal(Signal::TERM);
+    let life = running.finish();
     let notices = life.of_kind("notice");
-    assert_eq!(notices.len(), 1, "{}", life.story());
-    assert_eq!(
-        (&notices[0].value["source"], &notices[0].value["means"]),
-        (&json!("aws-rebalance"), &json!("rebalance"))
-    );
-    let saved = life.committed();
-    assert_eq!(saved.len(), 2, "one more than the last\n{}", life.story());
-    assert_eq!(saved.last(), Some(&400), "{}", life.story());
-    assert_eq!(life.of_kind("step").len(), 400, "{}", life.story());
+    assert_eq!(notices.len(), 2, "advice is heard once, and then the signal\n{}", life.story());
+    assert_eq!(notices[0].value["means"], "rebalance", "{}", life.story());
+    let end = life.last("interrupted").step().expect("its step");
+    assert_eq!(life.committed().into_iter().collect::<Vec<_>>(), [saved, end], "{}", life.story());
+    interrupted_and_resumed(&lab, &life, "sigterm");
 }
 
 #[test]
@@ -225,10 +222,10 @@ fn maintenance_on_gcp_ends_a_run_unless_the_run_began_in_it() {
     server.set(MAINTENANCE_EVENT, "TERMINATE_ON_HOST_MAINTENANCE");
     let life = running.finish().expect_code(75);
     assert_eq!(life.of_kind("notice").len(), 1, "{}", life.story());
-    // The next process finds the announcement standing: it saves and trains on, until the machine is preempted.
+    // The next process finds the announcement standing: it trains on, until the machine is preempted.
     let running = lab.resume(RUN).envs(&server.envs()).envs(&window).start();
     heard(&running, "gcp-maintenance-ahead");
-    running.wait_for("a checkpoint", |event| event.kind() == "checkpoint");
+    running.wait_for("a step", |event| event.kind() == "step");
     server.set(PREEMPTED, "TRUE");
     heard(&running, "gcp-preempted");
     let life = running.finish();

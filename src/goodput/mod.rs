@@ -17,7 +17,7 @@ mod observed;
 mod replay;
 mod trace;
 
-pub use model::{Costs, Lives, Notice, best_interval, goodput};
+pub use model::{Costs, LEAST_RESERVE_S, Lives, Notice, best_interval, goodput};
 pub use observed::Observed;
 pub use replay::{Estimate, Gang, Job, Machines, Seen, Span, Unfinished, simulate};
 pub use trace::{Trace, TraceError};

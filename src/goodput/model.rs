@@ -7,6 +7,9 @@
 //! exponential parts the sum over k is geometric. With one exponential part and L = δ it is the complete model of Daly (2006,
 //! equation 20): M e^(R/M) (e^((τ+δ)/M) − 1) / τ seconds paid for a second of work.
 
+/// What is announced is approximate, and clocks differ: the agent keeps no less in reserve, seconds.
+pub const LEAST_RESERVE_S: f64 = 5.0;
+
 /// What saves and restarts take.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Costs {
@@ -51,7 +54,7 @@ impl Notice {
     /// So long before the machine is taken training stops, seconds: two saves, one of which may have begun a moment ago, if the notice
     /// leaves the time for them. It is what the agent keeps in reserve (`notice.spare_time = "train"`).
     pub fn reserve_s(&self, costs: &Costs) -> f64 {
-        (2.0 * costs.committed_after_s()).min(self.lead_s)
+        (2.0 * costs.committed_after_s()).max(LEAST_RESERVE_S).min(self.lead_s)
     }
 }
 

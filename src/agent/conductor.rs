@@ -423,6 +423,9 @@ impl Conductor {
                 *slot = Slot::Free;
             }
         }
+        if self.wanted && !self.slots.contains(&Slot::Free) {
+            self.make_room(started);
+        }
         let first = usize::from(self.newest == Some(0));
         for index in [first, 1 - first] {
             if self.slots[index] == Slot::Free
@@ -437,6 +440,22 @@ impl Conductor {
         }
     }
 
+    /// What is asked for now goes before what is due later: the furthest order that nobody has obeyed is taken back, and is given
+    /// again when there is room.
+    fn make_room(&mut self, started: Step) {
+        let ordered = |slot: &Slot| match slot {
+            Slot::Ordered { step, .. } if *step > started => Some(*step),
+            _ => None,
+        };
+        let Some(furthest) =
+            self.slots.iter_mut().filter(|slot| ordered(slot).is_some()).max_by_key(|slot| ordered(slot))
+        else {
+            return;
+        };
+        *furthest = Slot::Free;
+        self.last_ordered = self.slots.iter().filter_map(|slot| slot.step()).max().unwrap_or_default();
+    }
+
     /// Whether the ranks must be asked, because something is due that they have no order for.
     fn wants_freeze(&self, now: Moment) -> bool {
         let all_stopped = self.stopped == self.setup.ranks;
@@ -444,7 +463,12 @@ impl Conductor {
             return true;
         }
         let started = if all_stopped || self.end_decided { self.end } else { self.finished.next().min(self.end) };
-        self.slots.contains(&Slot::Free) && self.due(started, now).is_some()
+        let room = self.slots.iter().any(|slot| match slot {
+            Slot::Free => true,
+            Slot::Ordered { step, .. } => self.wanted && *step > started,
+            Slot::Full { .. } | Slot::Uploading { .. } => false,
+        });
+        room && self.due(started, now).is_some()
     }
 
     /// The newest snapshot, if none is being uploaded; an older one that is still waiting is worth less and gives up its slot.
@@ -767,21 +791,28 @@ mod tests {
         let mut c = conductor(Cadence::Steps(100), 0, 1000);
         assert_eq!(c.first_orders(at(0)), [order(100, 0), order(200, 1)]);
         c.step_finished(Step(41), 1.0, at(1));
-        assert!(c.save_now(at(2)).is_empty(), "both slots have their orders");
-        capture(&mut c, 0, 100, at(3));
-        assert!(c.step_finished(Step(130), 1.0, at(3)).is_empty());
-        let actions = c.uploaded(0, true, at(4));
+        // Both slots have their orders: the later one makes room.
+        let actions = c.save_now(at(2));
         assert_eq!(
-            answer(&mut c, &actions, [131, 132], at(4)),
+            answer(&mut c, &actions, [42, 43], at(2)),
+            [Action::Thaw { saves: vec![order(100, 0), order(43, 1)], stop_after: None }]
+        );
+        assert_eq!(capture(&mut c, 1, 43, at(3)), [Action::Upload { step: Step(43), slot: 1 }]);
+        // Asked for once: what follows is the cadence again, and what was taken back is ordered again.
+        let actions = c.uploaded(1, true, at(4));
+        assert_eq!(
+            answer(&mut c, &actions, [50, 50], at(4)),
+            [Action::Thaw { saves: vec![order(100, 0), order(200, 1)], stop_after: None }]
+        );
+        // Where there is room it is used.
+        capture(&mut c, 0, 100, at(5));
+        assert!(c.step_finished(Step(130), 1.0, at(5)).is_empty());
+        let actions = [c.uploaded(0, true, at(6)), c.save_now(at(6))].concat();
+        assert_eq!(
+            answer(&mut c, &actions[..1], [131, 132], at(6)),
             [Action::Thaw { saves: vec![order(132, 0), order(200, 1)], stop_after: None }]
         );
-        assert_eq!(capture(&mut c, 0, 132, at(5)), [Action::Upload { step: Step(132), slot: 0 }]);
-        // Asked for once: what follows is the cadence again.
-        let actions = c.uploaded(0, true, at(6));
-        assert_eq!(
-            answer(&mut c, &actions, [133, 133], at(6)),
-            [Action::Thaw { saves: vec![order(300, 0), order(200, 1)], stop_after: None }]
-        );
+        assert_eq!(capture(&mut c, 0, 132, at(7)), [Action::Upload { step: Step(132), slot: 0 }]);
     }
 
     #[test]

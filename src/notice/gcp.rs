@@ -62,10 +62,10 @@ async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(
             Some(tag) => gcp.next(path, tag, PATIENCE, PATIENCE + LIMIT).await,
             None => gcp.get(path, LIMIT).await,
         };
-        if let Ok(Some(Value { text, .. })) = &outcome {
-            if let Some(notice) = read(text, standing.since_the_first(text)) {
-                mouth.tell(notice);
-            }
+        if let Ok(Some(Value { text, .. })) = &outcome
+            && let Some(notice) = read(text, standing.since_the_first(text))
+        {
+            mouth.tell(notice);
         }
         // After a failure plainly again: what was missed is heard without waiting for another change.
         tag = outcome.as_ref().ok().and_then(|value| value.as_ref()?.tag.clone());

@@ -15,5 +15,6 @@ mod rules;
 mod simulate;
 mod torture;
 mod training;
+mod userdata;
 mod writers;
 mod zero1;

@@ -116,6 +116,12 @@ impl Moto {
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
+    /// Switches on what is off at first, such as `{"stepfunctions": {"execute_state_machine": true}}`: else every execution succeeds at once.
+    pub fn configure(&self, settings: &str) {
+        let answer = self.send("POST", "/moto-api/config", &[], settings);
+        assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
+    }
+
     /// All that it has written so far, up to the last answered request.
     pub fn log(&self) -> String {
         // What belongs to earlier requests was written before this one's line.
@@ -151,16 +157,29 @@ impl Moto {
     /// Calls an action of a service that speaks JSON (`target` as in `AWSStepFunctions.StartExecution`) and gives its answer;
     /// panics where it is refused.
     pub fn json(&self, service: &str, target: &str, request: &serde_json::Value) -> serde_json::Value {
+        self.try_json(service, target, request).unwrap_or_else(|answer| panic!("{target}: {answer}"))
+    }
+
+    /// The same; a refusal is the error, as it came.
+    pub fn try_json(
+        &self,
+        service: &str,
+        target: &str,
+        request: &serde_json::Value,
+    ) -> Result<serde_json::Value, String> {
         let headers = [
             ("Content-Type", "application/x-amz-json-1.0"),
             ("X-Amz-Target", target),
             ("Authorization", &signature(service)),
         ];
-        let answer = body(target, &self.send("POST", "/", &headers, &request.to_string()));
-        match answer.as_str() {
+        let answer = self.send("POST", "/", &headers, &request.to_string());
+        if !answer.starts_with("HTTP/1.1 200") {
+            return Err(answer);
+        }
+        Ok(match body(target, &answer).as_str() {
             "" => serde_json::Value::Null,
             text => serde_json::from_str(text).expect("JSON from moto"),
-        }
+        })
     }
 
     fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> String {

@@ -9,8 +9,8 @@
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
-    net::TcpStream,
-    path::PathBuf,
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, Stdio},
     sync::{
         Arc, Condvar, Mutex,
@@ -67,8 +67,14 @@ impl Moto {
     /// Starts one with an empty bucket and waits until it answers; `None` where it is not installed.
     pub fn start(bucket: &str) -> Option<Self> {
         let modules = tools()?;
+        // It must know its port to call itself, as its state machines do. Another process may take the port in between: then another.
+        (0..10).find_map(|_| Self::try_start(&modules, bucket)).or_else(|| panic!("moto found no free port"))
+    }
+
+    fn try_start(modules: &Path, bucket: &str) -> Option<Self> {
+        let port = TcpListener::bind(("127.0.0.1", 0)).and_then(|free| free.local_addr()).expect("a free port").port();
         let mut child = Command::new("python3")
-            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", "0"])
+            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
             .env("PYTHONPATH", modules)
             .env("PYTHONUNBUFFERED", "1")
             // Its own answers to a proxy's variables are nobody's business here.
@@ -81,16 +87,19 @@ impl Moto {
             .expect("start moto");
         let mut lines = BufReader::new(child.stderr.take().expect("piped"));
         let said = Arc::new(Said::default());
-        let port = loop {
-            let line = said.next(&mut lines);
-            assert!(line.is_some(), "moto has ended: {}", said.text.lock().expect("unpoisoned"));
-            let line = line.unwrap_or_default();
-            let digits = line.split_once("http://127.0.0.1:").map(|(_, rest)| rest);
-            let digits = digits.map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>());
-            if let Some(port) = digits.and_then(|digits| digits.parse().ok()) {
-                break port;
+        loop {
+            let Some(line) = said.next(&mut lines) else {
+                panic!("moto has ended: {}", said.text.lock().expect("unpoisoned"));
+            };
+            if line.contains(&format!("http://127.0.0.1:{port}")) {
+                break;
             }
-        };
+            if line.contains("in use") {
+                let _ = child.kill();
+                let _ = child.wait();
+                return None;
+            }
+        }
         // It writes a line for each request; nobody may make it wait.
         let listener = Arc::clone(&said);
         std::thread::spawn(move || while listener.next(&mut lines).is_some() {});

@@ -3,11 +3,14 @@ mod support;
 
 mod crash;
 mod damage;
+mod deadline;
 mod formats;
 mod harness;
 mod input;
 mod integrity;
 mod interruption;
+mod metadata;
+mod notices;
 mod outputs;
 mod protocol_model;
 mod protocol_random;

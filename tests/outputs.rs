@@ -114,6 +114,7 @@ fn help_names_every_command() {
         "runs",
         "status",
         "checkpoints",
+        "explain",
         "verify",
         "export",
         "generate",

@@ -16,6 +16,8 @@
 
 pub mod conductor;
 
+mod deadline;
+mod gauge;
 mod images;
 mod life;
 mod restart;
@@ -23,6 +25,7 @@ mod retention;
 mod saver;
 mod saves;
 mod scrub;
+mod watch;
 mod workers;
 
 use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
@@ -31,6 +34,7 @@ use bytes::Bytes;
 use tokio::sync::Mutex;
 
 use self::{
+    gauge::Gauges,
     images::Images,
     life::{End, Load, Plan, Source, Stopped},
 };
@@ -49,7 +53,7 @@ use crate::{
         self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState,
     },
     layout, model,
-    notice::Notices,
+    notice::{self, Notices},
     rendezvous::heartbeat::{self, Process, Pulse},
     report::{Event, Reporter},
     snapshot::cadence::Measured,
@@ -127,6 +131,8 @@ struct Agent {
     journal: Arc<Mutex<Journal>>,
     /// The snapshot slots; what they hold outlives the workers.
     images: Images,
+    /// What steps and saves take here.
+    gauges: Gauges,
     reporter: Reporter,
     notices: Notices,
     nproc_per_node: Option<u32>,
@@ -136,6 +142,23 @@ struct Agent {
     read_again: u32,
     /// Damage that was found before there was a generation to write it down under.
     damage: Vec<Damage>,
+}
+
+/// A journal, what holds for its run, the settings that this command changes, and the checkpoint that it names.
+type Opened = (Journal, Resolved, Vec<(String, String)>, Option<Step>);
+
+/// Waits for a notice to leave.
+async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
+    loop {
+        let notice = notices.next().await;
+        let deadline_s = notice.deadline.map(|left| left.as_secs_f64());
+        let means = notice.kind.name();
+        reporter.event(&Event::Notice { source: notice.source.to_owned(), deadline_s, means });
+        // For a save there is no state.
+        if notice.kind != notice::Kind::Rebalance {
+            return;
+        }
+    }
 }
 
 /// What every life of this agent has in common.
@@ -150,36 +173,31 @@ struct Resolved {
 impl Agent {
     async fn run(launch: Launch) -> Result<Outcome> {
         let Launch { store, run_id, begin, nproc_per_node, reporter } = launch;
-        let notices = Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
+        let mut notices =
+            Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
         let run = store.folder(run_id.as_str());
         let node = NodeId::random();
         let doing = |doing: &str| reporter.event(&Event::Phase { doing: doing.to_owned() });
 
-        doing("checking the store");
-        store.prove_create_is_atomic().await?;
-        let (journal, resolved, overrides, from) = match begin {
-            Begin::Create(config) => {
-                // Whatever the configuration names is looked at before the run exists.
-                let resolved = resolve(&config, nproc_per_node, &reporter).await?;
-                let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
-                (journal, resolved, Vec::new(), None)
-            }
-            Begin::Resume { from, overrides } => {
-                let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
-                let (config, overrides) = effective(journal.state(), &overrides)?;
-                if let Some(step) = completed(journal.state(), &config, from) {
-                    tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
-                    return Ok(Outcome::Completed);
-                }
-                (journal, resolve(&config, nproc_per_node, &reporter).await?, overrides, from)
-            }
+        let opening = async {
+            doing("checking the store");
+            store.prove_create_is_atomic().await?;
+            Self::open(&run, &node, &run_id, begin, nproc_per_node, &reporter).await
         };
+        let opened = tokio::select! {
+            biased;
+            // Data that is downloaded may take long; nothing is lost if it is not.
+            () = told_to_leave(&mut notices, &reporter) => return Ok(Outcome::Interrupted { lost_steps: 0 }),
+            opened = opening => opened?,
+        };
+        let Some((journal, resolved, overrides, from)) = opened else { return Ok(Outcome::Completed) };
         let mut agent = Self {
             run,
             run_id,
             node,
             journal: Arc::new(Mutex::new(journal)),
             images: Images::create()?,
+            gauges: Gauges::default(),
             reporter,
             notices,
             nproc_per_node,
@@ -195,6 +213,34 @@ impl Agent {
         agent.notices.release(saved).await;
         let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
         result
+    }
+
+    /// Opens or creates the journal and looks at all that the configuration names. `None`: the run has completed.
+    async fn open(
+        run: &Store,
+        node: &NodeId,
+        run_id: &RunId,
+        begin: Begin,
+        nproc_per_node: Option<u32>,
+        reporter: &Reporter,
+    ) -> Result<Option<Opened>> {
+        Ok(Some(match begin {
+            Begin::Create(config) => {
+                // Whatever the configuration names is looked at before the run exists.
+                let resolved = resolve(&config, nproc_per_node, reporter).await?;
+                let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
+                (journal, resolved, Vec::new(), None)
+            }
+            Begin::Resume { from, overrides } => {
+                let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
+                let (config, overrides) = effective(journal.state(), &overrides)?;
+                if let Some(step) = completed(journal.state(), &config, from) {
+                    tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
+                    return Ok(None);
+                }
+                (journal, resolve(&config, nproc_per_node, reporter).await?, overrides, from)
+            }
+        }))
     }
 
     async fn live(&mut self, mut resolved: Resolved) -> Result<Outcome> {
@@ -236,9 +282,12 @@ impl Agent {
                 companions: resolved.companions.clone(),
                 measured: self.measured().await,
             };
-            match life::run(plan, &mut self.images, &mut self.notices, &self.reporter).await {
+            if let Some(newest) = self.journal.lock().await.state().newest() {
+                self.gauges.suppose(&newest.committed);
+            }
+            match life::run(plan, &mut self.images, &mut self.gauges, &mut self.notices, &self.reporter).await {
                 Ok(End::Completed { loss }) => return self.complete(generation, &resolved, loss).await,
-                Ok(End::Stopped(stopped)) => return self.interrupted(generation, &stopped).await,
+                Ok(End::Stopped(stopped)) => return self.interrupted(generation, stopped).await,
                 Ok(End::Damaged { object, reason }) => self.step_over(&load, &object, &reason).await?,
                 Ok(End::Diverged { step, reason }) => return Err(self.diverged(generation, step, &reason).await),
                 Ok(End::Died { step, reason: why }) => {
@@ -257,10 +306,12 @@ impl Agent {
                                 restarts: u32::try_from(deaths.len()).unwrap_or(u32::MAX),
                                 backoff_s: after.as_secs_f64(),
                             });
-                            if let Some(notice) = self.pause(after).await {
+                            if self.pause(after).await {
                                 let committed = load.step().max(self.newest_committed().await);
-                                let verdict = format!("{notice} while workers were to be started again");
-                                return self.interrupted(generation, &Stopped { step, committed, verdict }).await;
+                                let verdict = "asked to stop while workers were to be started again".to_owned();
+                                return self
+                                    .interrupted(generation, Stopped { step, committed, verdict, drain: None })
+                                    .await;
                             }
                         }
                     }
@@ -483,11 +534,11 @@ impl Agent {
         Measured { trained_s: observed.trained_s, interruptions: observed.lossy, ..Measured::NOTHING }
     }
 
-    /// Sleeps, unless a notice comes: then its source.
-    async fn pause(&mut self, time: Duration) -> Option<&'static str> {
+    /// Sleeps, unless a notice to leave comes.
+    async fn pause(&mut self, time: Duration) -> bool {
         tokio::select! {
-            () = tokio::time::sleep(time) => None,
-            notice = self.notices.next() => Some(notice.source),
+            () = tokio::time::sleep(time) => false,
+            () = told_to_leave(&mut self.notices, &self.reporter) => true,
         }
     }
 
@@ -504,11 +555,12 @@ impl Agent {
         Ok(Outcome::Completed)
     }
 
-    async fn interrupted(&self, generation: Generation, stopped: &Stopped) -> Result<Outcome> {
-        let Stopped { step, committed, verdict } = stopped.clone();
+    async fn interrupted(&self, generation: Generation, stopped: Stopped) -> Result<Outcome> {
+        let Stopped { step, committed, verdict, drain } = stopped;
+        let drain = drain.map(Box::new);
         let lost_steps = step.get().saturating_sub(committed.get());
         let committed = (committed > Step(0)).then_some(committed);
-        self.append_last(Record::Interrupted { generation, step, committed, lost_steps, verdict, drain: None }).await;
+        self.append_last(Record::Interrupted { generation, step, committed, lost_steps, verdict, drain }).await;
         self.reporter.event(&Event::Interrupted { step, lost_steps });
         Ok(Outcome::Interrupted { lost_steps })
     }

@@ -6,6 +6,8 @@ mod args;
 mod checkpoints;
 mod completions;
 mod data;
+mod drain;
+mod explain;
 mod export;
 mod generate;
 mod history;
@@ -49,7 +51,9 @@ enum Command {
     Runs(runs::Runs),
     Status(status::Status),
     Checkpoints(checkpoints::Checkpoints),
+    Explain(explain::Explain),
     Verify(verify::Verify),
+    Drain(drain::Drain),
     Export(export::Export),
     Generate(generate::Generate),
     Prune(prune::Prune),
@@ -119,7 +123,9 @@ impl Command {
             Self::Runs(command) => command.execute(),
             Self::Status(command) => command.execute(),
             Self::Checkpoints(command) => command.execute(),
+            Self::Explain(command) => command.execute(),
             Self::Verify(command) => command.execute(),
+            Self::Drain(command) => command.execute(),
             Self::Export(command) => command.execute(),
             Self::Generate(command) => command.execute(),
             Self::Prune(command) => command.execute(),

@@ -4,5 +4,8 @@
 //! control plane is asked through the AWS SDK with the credentials of its default chain; no other module but the storage layer
 //! knows the SDK. Nothing here is stored, and nothing here starts or stops a machine unless its documentation says so.
 pub mod aws;
+pub mod azure;
+pub mod gcp;
 pub mod imds;
+pub mod lifecycle;
 pub mod metadata;

@@ -52,6 +52,7 @@ impl Summary {
             | Event::FoundDead { .. }
             | Event::Restored { .. }
             | Event::Notice { .. }
+            | Event::Drain { .. }
             | Event::WorkerDied { .. }
             | Event::Warning { .. }
             | Event::Phase { .. } => {}

@@ -85,12 +85,16 @@ impl Trainer {
         command.current_dir(dir).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
-            if ["TRAINER_", "AWS_", "GOOGLE_", "GCE_", "AZURE_"].iter().any(|prefix| text.starts_with(prefix)) {
+            if ["TRAINER_", "AWS_", "GOOGLE_", "GCE_", "NO_GCE_", "AZURE_", "SLURM_", "KUBERNETES_"]
+                .iter()
+                .any(|prefix| text.starts_with(prefix))
+            {
                 command.env_remove(&name);
             }
         }
         // A test machine may be a cloud machine: its metadata service is nobody's business here.
-        command.env("AWS_EC2_METADATA_DISABLED", "true").env("NO_COLOR", "1").env(MARK, &mark);
+        command.env("AWS_EC2_METADATA_DISABLED", "true").env("NO_GCE_CHECK", "true");
+        command.env("TRAINER_AZURE_METADATA_ENDPOINT", "off").env("NO_COLOR", "1").env(MARK, &mark);
         // What it would keep in the user's cache belongs to this test.
         command.env("XDG_CACHE_HOME", dir.join("cache"));
         Self { command, json: false, mark, shown: arguments.join(" ") }
@@ -245,6 +249,22 @@ impl Running {
     pub fn signal(&self, signal: Signal) {
         // The error is that it has gone already, and then the test finds out from its exit code.
         let _ = kill_process(self.pid, signal);
+    }
+    /// Events of this kind so far.
+    pub fn events(&self, kind: &str) -> Vec<Event> {
+        hear(&self.ear).events.iter().filter(|event| event.kind() == kind).cloned().collect()
+    }
+    /// Waits for something outside of the process; fails if the process ends before, or [`LIMIT`] passes.
+    #[track_caller]
+    pub fn wait_until(&self, what: &str, mut holds: impl FnMut() -> bool) {
+        let deadline = Instant::now() + LIMIT;
+        while !holds() {
+            let heard = hear(&self.ear);
+            let failed = heard.closed || Instant::now() > deadline;
+            assert!(!failed, "waited in vain for {what}\n{}", story(&self.shown, &heard));
+            drop(heard);
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
     /// Living processes that descend from this one, itself excluded.
     pub fn workers(&self) -> Vec<Pid> {

@@ -4,10 +4,14 @@ use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
-    os::unix::fs::{PermissionsExt, symlink},
+    os::unix::{
+        fs::{PermissionsExt, symlink},
+        process::CommandExt,
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use super::{path, said};
@@ -590,12 +594,22 @@ fn a_slurm_job_goes_back_into_the_queue_when_it_should() {
     assert!(fifo.success());
     let mut job = machine.command(&path("slurm/trainer.sbatch"), &cloud);
     job.envs([("TRAINER_STORE", "file:///runs"), ("TRAINER_RUN_ID", "r"), ("SLURM_JOB_ID", "42")]);
-    let mut job = job.stdout(Stdio::piped()).spawn().expect("start the batch script");
-    let mut lines = BufReader::new(job.stdout.take().expect("piped")).lines();
-    assert_eq!(lines.next().and_then(Result::ok).as_deref(), Some("ready"));
+    let mut job = job.stdout(Stdio::piped()).process_group(0).spawn().expect("start the batch script");
+    let (sender, lines) = std::sync::mpsc::channel();
+    let stdout = BufReader::new(job.stdout.take().expect("piped"));
+    std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
     let pid = rustix::process::Pid::from_child(&job);
+    let hears = |wanted: &str| {
+        let line = lines.recv_timeout(Duration::from_secs(60));
+        if line.as_deref() != Ok(wanted) {
+            // The step may be waiting for ever.
+            let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
+            panic!("{wanted} is expected: {line:?}");
+        }
+    };
+    hears("ready");
     rustix::process::kill_process(pid, rustix::process::Signal::USR1).expect("signal the script");
-    assert_eq!(lines.next().and_then(Result::ok).as_deref(), Some("heard"));
+    hears("heard");
     assert_eq!(job.wait().expect("its end").code(), Some(75));
     assert!(machine.calls().contains("scontrol requeue 42"), "{}", machine.calls());
 }

@@ -386,7 +386,11 @@ fn a_bundle_is_downloaded_with_the_machines_role_once() {
     let endpoint = server.endpoint();
     let variables = [("AWS_ENDPOINT_URL", endpoint.as_str())];
     // The server checks the signature; the program's exit code is the unit's.
-    expect(&machine.unit(&cloud, "run", &variables), 75, &["started with work --json and ", "/opt/trainer/lib"]);
+    expect(
+        &machine.unit(&cloud, "run", &variables),
+        75,
+        &["started with work --json --terminate-when-idle and ", "/opt/trainer/lib"],
+    );
     assert_eq!(server.count("GetObject"), 1);
     expect(&machine.unit(&cloud, "run", &variables), 75, &["started with work"]);
     assert_eq!(server.count("GetObject"), 1, "what is here is not downloaded again");

@@ -7,7 +7,7 @@
 #   TRAINER_BUNDLE         or: s3:// or https:// address of a .tar.gz with `trainer` and `lib/`, and TRAINER_BUNDLE_SHA256
 #                          (neither: /opt/trainer of the AMI)
 #   TRAINER_SSM_PATH, TRAINER_STORE, TRAINER_RUN_ID, TRAINER_RUN_ID_TEMPLATE, TRAINER_CONFIG, TRAINER_TIME_ZONE: see `trainer boot --help`
-#   TRAINER_QUEUE          a queue's URL: `trainer work` instead of `trainer boot`
+#   TRAINER_QUEUE          a queue's URL: `trainer work` instead of `trainer boot`; the machine leaves when the queue stays empty
 #   TRAINER_GPU            auto (wait for the driver if there is an NVIDIA device), required, none
 #   TRAINER_LOG_GROUP      a CloudWatch log group for the container's output
 #   TRAINER_TASK_TOKEN     an SSM parameter that holds a Step Functions task token: that task hears how it goes
@@ -196,7 +196,7 @@ get_bundle() {
 # --- what the unit calls
 
 run() {
-    local command=boot stop gpus=() logs=()
+    local command=(boot --json) stop gpus=() logs=()
     install -d -m 0700 "$run"
     export DOCKER_CONFIG=$run/docker
     know_machine
@@ -211,12 +211,12 @@ run() {
         wait_for_gpu
         gpus=(--gpus all)
     fi
-    if [ -n "${TRAINER_QUEUE:-}" ]; then command=work; fi
+    if [ -n "${TRAINER_QUEUE:-}" ]; then command=(work --json --terminate-when-idle); fi
     if [ -z "$image" ]; then
         if [ -n "${TRAINER_BUNDLE:-}" ]; then get_bundle; fi
         [ -x "$opt/trainer" ] || die 78 "there is no $opt/trainer" "set TRAINER_IMAGE or TRAINER_BUNDLE in /etc/trainer/machine.conf, or use an AMI that has it"
-        say "starts $opt/trainer $command on $id"
-        LD_LIBRARY_PATH=$opt/lib TMPDIR=$scratch exec "$opt/trainer" "$command" --json
+        say "starts $opt/trainer ${command[*]} on $id"
+        LD_LIBRARY_PATH=$opt/lib TMPDIR=$scratch exec "$opt/trainer" "${command[@]}"
     fi
     get_image
     # One of an earlier life, if the daemon died with it.
@@ -229,10 +229,10 @@ run() {
             --log-opt "awslogs-stream=$id" --log-opt mode=non-blocking --log-opt max-buffer-size=4m)
     fi
     stop=$((${TRAINER_STOP_WINDOW%s} + 10))
-    say "starts $image $command on $id"
+    say "starts $image ${command[*]} on $id"
     # Host network for the metadata service and NCCL; host IPC and memory locks for NCCL and pinned snapshots.
     exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout "$stop" \
-        --env-file "$run/env" --env TMPDIR=/scratch --volume "$scratch:/scratch" "${gpus[@]}" "${logs[@]}" "$image" "$command" --json
+        --env-file "$run/env" --env TMPDIR=/scratch --volume "$scratch:/scratch" "${gpus[@]}" "${logs[@]}" "$image" "${command[@]}"
 }
 stop() { if [ -n "$image" ]; then docker stop --time "$((${TRAINER_STOP_WINDOW%s} + 10))" trainer >/dev/null || true; fi; }
 # Nothing is bought for ever for a run that can't start.

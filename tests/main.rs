@@ -19,5 +19,6 @@ mod rules;
 mod simulate;
 mod torture;
 mod training;
+mod userdata;
 mod writers;
 mod zero1;

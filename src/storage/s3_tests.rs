@@ -36,6 +36,7 @@ pub(super) mod proxy;
 
 /// A server of others, if it is installed.
 #[path = "../../tests/support/moto.rs"]
+#[allow(dead_code, reason = "the integration tests use the rest")]
 mod moto;
 
 /// A store on a server that does what S3 does, as long as the server is kept.

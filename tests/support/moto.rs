@@ -1,47 +1,82 @@
-//! A second S3 server, written by others and independent of ours: moto (<https://github.com/getmoto/moto>), as a process on a
+//! AWS's interfaces, written by others and independent of ours: moto (<https://github.com/getmoto/moto>), as a process on a
 //! free port of 127.0.0.1, ended by its id. `scripts/test` installs it; where it is not installed, the tests that need
 //! it say so and pass.
 //!
 //! What it does not do, so what is not tested on it: it refuses no body for a wrong checksum and keeps no CRC64-NVME
 //! (`verify` without `--deep` has only sizes there), it gives all unfinished uploads on one page and says of each that
-//! it was begun in 2010, and it checks no signature.
+//! it was begun in 2010, and it checks no signature. Of a CloudFormation template it drops in silence what it does not
+//! know: only [`Moto::log`] says so.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
-    net::TcpStream,
-    path::PathBuf,
-    process::{Child, Command, Stdio},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, ChildStderr, Command, Stdio},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
-/// The version that `moto-requirements.txt` names; its folder has it in its name.
-const REQUIREMENTS: &str = include_str!("moto-requirements.txt");
+/// What `scripts/test` installs; the folder is named after its checksum.
+const REQUIREMENTS: &str = include_str!("tools-requirements.txt");
+
+/// Long enough for a machine that is busy; nothing waits so long that works.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The server, with the bucket made; it is killed when this is dropped.
 pub struct Moto {
     child: Child,
     port: u16,
+    said: Arc<Said>,
+    marks: AtomicU64,
 }
 
-/// The folder of Python modules that `scripts/test` makes.
-fn modules() -> Option<PathBuf> {
-    let version = REQUIREMENTS.lines().find_map(|line| line.strip_prefix("moto=="))?;
+/// What the process wrote to its standard error.
+#[derive(Default)]
+struct Said {
+    text: Mutex<String>,
+    more: Condvar,
+}
+
+/// The folder of Python modules and programs that `scripts/test` makes; `None`, after a word on standard output, where
+/// it is missing.
+pub fn tools() -> Option<PathBuf> {
+    let found = place().filter(|folder| folder.is_dir());
+    if found.is_none() {
+        println!(
+            "skipped: the tools of tests/support/tools-requirements.txt are not installed; scripts/test installs them where the \
+             Python package index is reached"
+        );
+    }
+    found
+}
+
+fn place() -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
-    Some(cache.join(format!("trainer/moto-{version}")))
+    // The same program that scripts/test asks.
+    let mut sum = Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().ok()?;
+    sum.stdin.take()?.write_all(REQUIREMENTS.as_bytes()).ok()?;
+    let sum = String::from_utf8(sum.wait_with_output().ok()?.stdout).ok()?;
+    Some(cache.join(format!("trainer/tools-{}", sum.get(..12)?)))
 }
 
 impl Moto {
-    /// Starts one with an empty bucket; `None` where it is not installed.
+    /// Starts one with an empty bucket and waits until it answers; `None` where it is not installed.
     pub fn start(bucket: &str) -> Option<Self> {
-        let Some(modules) = modules().filter(|modules| modules.is_dir()) else {
-            println!(
-                "skipped: moto is not installed; scripts/test installs it where the Python package index is reached"
-            );
-            return None;
-        };
+        let modules = tools()?;
+        // It must know its port to call itself, as its state machines do. Another process may take the port in between: then another.
+        (0..10).find_map(|_| Self::try_start(&modules, bucket)).or_else(|| panic!("moto found no free port"))
+    }
+
+    fn try_start(modules: &Path, bucket: &str) -> Option<Self> {
+        let port = TcpListener::bind(("127.0.0.1", 0)).and_then(|free| free.local_addr()).expect("a free port").port();
         let mut child = Command::new("python3")
-            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", "0"])
+            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
             .env("PYTHONPATH", modules)
+            .env("PYTHONUNBUFFERED", "1")
             // Its own answers to a proxy's variables are nobody's business here.
             .env_remove("http_proxy")
             .env_remove("HTTP_PROXY")
@@ -51,21 +86,24 @@ impl Moto {
             .spawn()
             .expect("start moto");
         let mut lines = BufReader::new(child.stderr.take().expect("piped"));
-        let (mut line, mut said) = (String::new(), String::new());
-        let port = loop {
-            line.clear();
-            let read = lines.read_line(&mut line).expect("read what moto says");
-            assert!(read > 0, "moto has ended: {said}");
-            said.push_str(&line);
-            let digits = line.split_once("http://127.0.0.1:").map(|(_, rest)| rest);
-            let digits = digits.map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>());
-            if let Some(port) = digits.and_then(|digits| digits.parse().ok()) {
-                break port;
+        let said = Arc::new(Said::default());
+        loop {
+            let Some(line) = said.next(&mut lines) else {
+                panic!("moto has ended: {}", said.text.lock().expect("unpoisoned"));
+            };
+            if line.contains(&format!("http://127.0.0.1:{port}")) {
+                break;
             }
-        };
+            if line.contains("in use") {
+                let _ = child.kill();
+                let _ = child.wait();
+                return None;
+            }
+        }
         // It writes a line for each request; nobody may make it wait.
-        std::thread::spawn(move || std::io::copy(&mut lines, &mut std::io::sink()));
-        let moto = Self { child, port };
+        let listener = Arc::clone(&said);
+        std::thread::spawn(move || while listener.next(&mut lines).is_some() {});
+        let moto = Self { child, port, said, marks: AtomicU64::new(0) };
         moto.make_bucket(bucket);
         Some(moto)
     }
@@ -75,14 +113,121 @@ impl Moto {
         format!("http://127.0.0.1:{}", self.port)
     }
 
-    fn make_bucket(&self, bucket: &str) {
+    /// Makes an empty bucket.
+    pub fn make_bucket(&self, bucket: &str) {
+        let answer = self.send("PUT", &format!("/{bucket}"), &[], "");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+
+    /// Forgets everything: buckets, queues, stacks, of all accounts.
+    pub fn reset(&self) {
+        let answer = self.send("POST", "/moto-api/reset", &[], "");
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+
+    /// Switches on what is off at first, such as `{"stepfunctions": {"execute_state_machine": true}}`: else every execution succeeds at once.
+    pub fn configure(&self, settings: &str) {
+        let answer = self.send("POST", "/moto-api/config", &[], settings);
+        assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
+    }
+
+    /// All that it has written so far, up to the last answered request.
+    pub fn log(&self) -> String {
+        // What belongs to earlier requests was written before this one's line.
+        let mark = format!("/moto-api/mark-{}", self.marks.fetch_add(1, Ordering::Relaxed));
+        self.send("GET", &mark, &[], "");
+        let text = self.said.text.lock().expect("unpoisoned");
+        let (text, waited) = self
+            .said
+            .more
+            .wait_timeout_while(text, PATIENCE, |text| !text.contains(&format!("{mark} ")))
+            .expect("unpoisoned");
+        assert!(!waited.timed_out(), "moto wrote no line for {mark}: {text}");
+        text.clone()
+    }
+
+    /// Calls an action of a service that speaks forms and XML (CloudFormation, Auto Scaling, EC2, IAM) and gives its answer's
+    /// body; panics where it is refused.
+    pub fn query(&self, service: &str, version: &str, action: &str, parameters: &[(&str, &str)]) -> String {
+        let mut form = format!("Action={action}&Version={version}");
+        for (name, value) in parameters {
+            form.push_str(&format!("&{name}="));
+            for byte in value.bytes() {
+                match byte {
+                    b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => form.push(char::from(byte)),
+                    _ => form.push_str(&format!("%{byte:02X}")),
+                }
+            }
+        }
+        let headers = [("Content-Type", "application/x-www-form-urlencoded"), ("Authorization", &signature(service))];
+        body(&format!("{service} {action}"), &self.send("POST", "/", &headers, &form))
+    }
+
+    /// Calls an action of a service that speaks JSON (`target` as in `AWSStepFunctions.StartExecution`) and gives its answer;
+    /// panics where it is refused.
+    pub fn json(&self, service: &str, target: &str, request: &serde_json::Value) -> serde_json::Value {
+        self.try_json(service, target, request).unwrap_or_else(|answer| panic!("{target}: {answer}"))
+    }
+
+    /// The same; a refusal is the error, as it came.
+    pub fn try_json(
+        &self,
+        service: &str,
+        target: &str,
+        request: &serde_json::Value,
+    ) -> Result<serde_json::Value, String> {
+        let headers = [
+            ("Content-Type", "application/x-amz-json-1.0"),
+            ("X-Amz-Target", target),
+            ("Authorization", &signature(service)),
+        ];
+        let answer = self.send("POST", "/", &headers, &request.to_string());
+        if !answer.starts_with("HTTP/1.1 200") {
+            return Err(answer);
+        }
+        Ok(match body(target, &answer).as_str() {
+            "" => serde_json::Value::Null,
+            text => serde_json::from_str(text).expect("JSON from moto"),
+        })
+    }
+
+    fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> String {
         let mut connection = TcpStream::connect(("127.0.0.1", self.port)).expect("connect to moto");
-        let request =
-            format!("PUT /{bucket} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
-        connection.write_all(request.as_bytes()).expect("ask moto for a bucket");
+        connection.set_read_timeout(Some(PATIENCE)).expect("bound the wait for moto");
+        let mut request = format!("{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n");
+        for (name, value) in headers {
+            request.push_str(&format!("{name}: {value}\r\n"));
+        }
+        request.push_str(&format!("Content-Length: {}\r\n\r\n{body}", body.len()));
+        connection.write_all(request.as_bytes()).expect("ask moto");
         let mut answer = String::new();
         connection.read_to_string(&mut answer).expect("hear moto");
-        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        answer
+    }
+}
+
+/// It reads the service and the region from here, and checks nothing.
+fn signature(service: &str) -> String {
+    format!(
+        "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/{service}/aws4_request, SignedHeaders=host, Signature=0"
+    )
+}
+
+fn body(what: &str, answer: &str) -> String {
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((answer, ""));
+    assert!(head.starts_with("HTTP/1.1 200"), "{what}: {answer}");
+    body.to_owned()
+}
+
+impl Said {
+    /// The next line, written down; `None` at the end.
+    fn next(&self, lines: &mut BufReader<ChildStderr>) -> Option<String> {
+        let mut line = Vec::new();
+        let read = lines.read_until(b'\n', &mut line).unwrap_or(0);
+        let line = String::from_utf8_lossy(&line).into_owned();
+        self.text.lock().expect("unpoisoned").push_str(&line);
+        self.more.notify_all();
+        (read > 0).then_some(line)
     }
 }
 

@@ -1,0 +1,319 @@
+//! Each file by itself: its opening, its secrets, its linters and schemas.
+use std::{path::Path, process::Command};
+
+use serde_json::Value;
+
+use super::{all, path, python, said, text, tool, yaml};
+use crate::support::{lab::scratch, moto};
+
+/// The files that are not opened by a comment with what they cost.
+const PLAIN: [&str; 2] = ["README.md", "container/Containerfile.dockerignore"];
+
+#[test]
+fn each_file_opens_with_what_it_costs_and_how_it_is_removed() {
+    for name in all().iter().filter(|name| !PLAIN.contains(&name.as_str())) {
+        let text = text(name);
+        let opening: String =
+            text.lines().take_while(|line| line.starts_with('#')).flat_map(|line| [line, "\n"]).collect();
+        let opening = opening.to_lowercase();
+        for word in ["cost", "removal"] {
+            assert!(
+                opening.contains(word),
+                "the opening comment of userdata/{name} says nothing about {word}:\n{opening}"
+            );
+        }
+        let percent = opening
+            .match_indices('%')
+            .any(|(at, _)| opening[..at].trim_end().ends_with(|last: char| last.is_ascii_digit()));
+        assert!(!percent, "a saving without its inputs in userdata/{name}");
+    }
+}
+
+#[test]
+fn the_table_names_each_file_and_no_other() {
+    let table = text("README.md");
+    for name in all() {
+        assert!(name == "README.md" || table.contains(&format!("({name})")), "userdata/README.md does not link {name}");
+    }
+    for link in table.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(link, _)| link) {
+        assert!(link.contains("://") || path(link).exists(), "userdata/README.md links {link}, which is not there");
+    }
+}
+
+/// What looks like a secret: AWS keys, private keys, tokens of GitHub and Slack, JSON web tokens, passwords that are written out.
+fn secret_in(text: &str) -> Option<&str> {
+    let long = |rest: &str, least: usize| {
+        rest.bytes().take_while(|byte| byte.is_ascii_alphanumeric() || b"_-+/=.".contains(byte)).count() >= least
+    };
+    let marks = [
+        ("AKIA", 16),
+        ("ASIA", 16),
+        ("ghp_", 30),
+        ("github_pat_", 30),
+        ("xoxb-", 20),
+        ("eyJ", 40),
+        ("X-Amz-Signature=", 1),
+    ];
+    for (mark, least) in marks {
+        for (at, _) in text.match_indices(mark) {
+            if long(&text[at + mark.len()..], least) {
+                return Some(&text[at..(at + mark.len() + 4).min(text.len())]);
+            }
+        }
+    }
+    let lower = text.to_ascii_lowercase();
+    for mark in ["-----begin", "worker_token=", "password=", "secret_access_key=", "secretaccesskey="] {
+        for (at, _) in lower.match_indices(mark) {
+            // Nothing behind it, or a variable or a placeholder, is no secret.
+            let rest = text[at + mark.len()..].trim_start_matches(['"', '\'']);
+            if !rest.starts_with(['$', '<', '…', '\n', '%']) && !rest.is_empty() {
+                return text.get(at..at + mark.len());
+            }
+        }
+    }
+    None
+}
+
+#[test]
+fn no_file_holds_a_secret() {
+    for planted in [
+        "id=AKIAIOSFODNN7EXAMPLE",
+        "-----BEGIN RSA PRIVATE KEY-----",
+        "WORKER_TOKEN=hunter2",
+        "https://b/k?X-Amz-Signature=ab",
+    ] {
+        assert!(secret_in(planted).is_some(), "{planted}");
+    }
+    assert_eq!(secret_in("WORKER_TOKEN=\"$token\""), None);
+    for name in all() {
+        let text = text(&name);
+        assert_eq!(secret_in(&text), None, "userdata/{name}");
+    }
+}
+
+#[test]
+fn shell_scripts_pass_shellcheck() {
+    let Some(mut shellcheck) = tool("shellcheck") else { return };
+    let scripts: Vec<_> = all().into_iter().filter(|name| text(name).starts_with("#!/usr/bin/env bash")).collect();
+    assert!(scripts.len() >= 6, "{scripts:?}");
+    // The one inside cloud-config too, as it is after its settings are put in.
+    let Some(config) = yaml(&text("azure/cloud-init.yaml")) else { return };
+    let inner = scratch().join("azure-trainer-machine");
+    std::fs::write(&inner, script_of(&config[0], "/usr/local/sbin/trainer-machine")).expect("write a script");
+    let output = shellcheck.args(scripts.iter().map(|name| path(name))).arg(&inner).output().expect("start shellcheck");
+    assert!(output.status.success(), "{}", said(&output));
+}
+
+fn script_of(cloud_config: &Value, file: &str) -> String {
+    let files = cloud_config["write_files"].as_array().expect("write_files");
+    let entry = files.iter().find(|entry| entry["path"] == file).unwrap_or_else(|| panic!("no {file} is written"));
+    entry["content"].as_str().expect("its content").replace("@IMAGE@", "registry/image")
+}
+
+#[test]
+fn the_container_file_passes_hadolint_and_says_how_it_is_stopped() {
+    let file = text("container/Containerfile");
+    for line in ["STOPSIGNAL SIGTERM", "ENTRYPOINT [\"/opt/trainer/trainer\"]", "USER 65532:65532"] {
+        assert!(file.lines().any(|found| found == line), "{line}");
+    }
+    let last = file.rsplit("\nFROM ").next().expect("the last stage");
+    assert!(!last.contains("python"), "Python in the image");
+    let rust = std::fs::read_to_string(path("../Cargo.toml")).expect("Cargo.toml");
+    let rust =
+        rust.lines().find_map(|line| line.strip_prefix("rust-version = ")).expect("rust-version").trim_matches('"');
+    assert!(file.contains(&format!("ARG RUST_VERSION={rust}\n")), "the image is built with another Rust than {rust}");
+    let Some(mut hadolint) = tool("hadolint") else { return };
+    let output = hadolint.arg(path("container/Containerfile")).output().expect("start hadolint");
+    assert!(output.status.success(), "{}", said(&output));
+}
+
+#[test]
+fn the_bundle_runs_without_the_build_tree() {
+    let folder = scratch().join("bundle");
+    let libtorch = std::env::var("LIBTORCH").unwrap_or_else(|_| ".libtorch".into());
+    let libtorch = Path::new(env!("CARGO_MANIFEST_DIR")).join(libtorch);
+    for _twice in 0..2 {
+        let output = Command::new(path("container/bundle"))
+            .args([Path::new(env!("CARGO_BIN_EXE_trainer")), &libtorch, &folder])
+            .output()
+            .expect("start bundle");
+        assert!(output.status.success(), "{}", said(&output));
+    }
+    let program = folder.join("trainer");
+    let output = Command::new(&program).arg("--version").env_clear().output().expect("start the bundled program");
+    assert!(output.status.success(), "{}", said(&output));
+    let output =
+        Command::new("ldd").arg(&program).env("LD_LIBRARY_PATH", folder.join("lib")).output().expect("start ldd");
+    let libraries = said(&output);
+    assert!(!libraries.contains("not found"), "{libraries}");
+    for line in libraries.lines().filter_map(|line| line.split_once(" => ")).map(|(_, path)| path) {
+        let of_the_system = ["/lib/", "/usr/lib/", "/lib64/"].iter().any(|place| line.starts_with(place));
+        assert!(
+            of_the_system || line.starts_with(folder.to_str().expect("a plain path")),
+            "from the build tree: {line}"
+        );
+    }
+    let names = std::fs::read_dir(folder.join("lib")).expect("lib").map(|entry| entry.expect("a library").file_name());
+    let names: Vec<_> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+    assert!(names.iter().any(|name| name == "libtorch_cpu.so") && !names.iter().any(|name| name.contains("python")));
+    std::fs::remove_dir_all(&folder).expect("remove half a gigabyte");
+    let output =
+        Command::new(path("container/bundle")).args(["/none", "/none", "/none"]).output().expect("start bundle");
+    assert!(said(&output).contains("there is no /none") && output.status.code() == Some(66), "{}", said(&output));
+}
+
+/// What systemd says about units, those that stand in scripts and in cloud-config too.
+#[test]
+fn systemd_understands_each_unit() {
+    let verify = |name: &str, unit: &str| {
+        let file = scratch().join(name);
+        std::fs::write(&file, unit).expect("write a unit");
+        let output = Command::new("systemd-analyze").arg("verify").arg(&file).output().ok()?;
+        Some(said(&output))
+    };
+    let mut units = vec![
+        ("trainer.service", text("systemd/trainer.service")),
+        ("trainer-work.service", text("systemd/trainer-work.service")),
+    ];
+    for script in ["aws/user-data.sh", "gcp/startup.sh"] {
+        let text = text(script);
+        let unit = text.split_once("\n[Unit]\n").expect("a unit").1.split_once("\nUNIT\n").expect("its end").0;
+        units.push(("trainer.service", format!("[Unit]\n{unit}\n").replace("$me", "/bin/true")));
+    }
+    for name in ["aws/cloud-init.yaml", "azure/cloud-init.yaml"] {
+        let Some(config) = yaml(&text(name)) else { return };
+        units.push(("trainer.service", script_of(&config[0], "/etc/systemd/system/trainer.service")));
+    }
+    for (name, unit) in &units {
+        for (key, value) in [("RestartForceExitStatus", "69 75 76 79"), ("RestartPreventExitStatus", "64 65 77 78")] {
+            assert!(unit.lines().any(|line| line == format!("{key}={value}")), "{key} of\n{unit}");
+        }
+        assert!(unit.contains("KillMode=mixed") && unit.contains("Restart=on-failure"), "{unit}");
+        let Some(said) = verify(name, unit) else {
+            println!("skipped: there is no systemd-analyze here");
+            return;
+        };
+        // That the program is not installed here is no fault of the unit.
+        for word in ["Unknown", "Failed to parse", "Invalid", "ignoring"] {
+            assert!(!said.contains(word), "{said}\n{unit}");
+        }
+    }
+    let wrong =
+        verify("wrong.service", "[Service]\nExecStart=/bin/true\nTimeoutStopSecs=1\n").expect("systemd-analyze");
+    assert!(wrong.contains("Unknown"), "systemd-analyze would not say it: {wrong}");
+}
+
+#[test]
+fn cloud_config_keeps_to_its_schema() {
+    const CHECK: &str = r#"
+import json, sys, jsonschema, yaml
+schema = json.load(open(sys.argv[1]))
+config = yaml.safe_load(sys.argv[2])
+# The schema of older versions lets unknown keys at the top pass.
+known = set(schema.get("properties", {}))
+for part in schema.get("allOf", []):
+    known |= set(schema["$defs"][part["$ref"].rsplit("/", 1)[-1]].get("properties", {}))
+unknown = set(config) - known
+sys.exit("unknown keys: " + ", ".join(sorted(unknown)) if unknown else None) if unknown else jsonschema.validate(config, schema)
+"#;
+    let Some(tools) = moto::tools() else { return };
+    let schema = tools.join("cloud-init/schema-cloud-config-v1.json");
+    if !schema.is_file() {
+        println!("skipped: cloud-init's schema is not installed; scripts/test takes it from Debian's package");
+        return;
+    }
+    let check =
+        |text: &str| python(CHECK, &[schema.to_str().expect("a plain path"), text]).expect("the tools are there");
+    for name in ["aws/cloud-init.yaml", "azure/cloud-init.yaml"] {
+        let text = text(name);
+        assert!(text.starts_with("#cloud-config\n"), "{name}");
+        let output = check(&text);
+        assert!(output.status.success(), "{name}: {}", said(&output));
+    }
+    for wrong in ["runcmdd: []\n", "write_files:\n  - pth: /a\n", "runcmd: 7\n"] {
+        assert!(!check(wrong).status.success(), "{wrong} passes");
+    }
+}
+
+#[test]
+fn kubernetes_files_keep_to_their_schemas() {
+    // Core objects: the API's own schemas, strictly. JobSet and TrainJob: the models that Kubeflow publishes; what they lose
+    // on a round trip they do not know.
+    const CHECK: &str = r#"
+import sys, yaml
+from kubernetes_validate import utils
+import kubeflow_trainer_api.models as models
+kinds = {"JobSet": models.JobsetV1alpha2JobSet, "TrainJob": models.TrainerV1alpha1TrainJob,
+         "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime}
+def lost(given, kept, where):
+    if isinstance(given, dict):
+        for key, value in given.items():
+            if not isinstance(kept, dict) or key not in kept: sys.exit(f"unknown field {where}.{key}")
+            lost(value, kept[key], f"{where}.{key}")
+    elif isinstance(given, list):
+        for n, (a, b) in enumerate(zip(given, kept)): lost(a, b, f"{where}[{n}]")
+for document in yaml.safe_load_all(sys.argv[1]):
+    kind = document["kind"]
+    if kind in kinds: lost(document, kinds[kind].from_dict(document).to_dict(), kind)
+    else: utils.validate(document, "1.33", strict=True)
+"#;
+    for (name, wrong) in [
+        ("kubernetes/job.yaml", ("podReplacementPolicy", "podReplacmentPolicy")),
+        ("kubernetes/jobset.yaml", ("onJobFailureReasons", "onJobFailureReason")),
+        ("kubernetes/trainjob.yaml", ("resourcesPerNode", "resourcePerNode")),
+    ] {
+        let text = text(name);
+        let Some(output) = python(CHECK, &[&text]) else { return };
+        assert!(output.status.success(), "{name}: {}", said(&output));
+        let output = python(CHECK, &[&text.replace(wrong.0, wrong.1)]).expect("the tools are there");
+        assert!(!output.status.success(), "{name}: the schema does not know {} from {}", wrong.0, wrong.1);
+        for document in yaml(&text).expect("the tools are there") {
+            expect_job_rules(name, &document);
+        }
+    }
+}
+
+/// What no schema knows: which exit code does what, and that the grace period is longer than the stop window.
+fn expect_job_rules(name: &str, document: &Value) {
+    match document {
+        Value::Object(fields) => {
+            if let Some(rules) = fields.get("podFailurePolicy") {
+                let codes = rules.to_string();
+                for code in [64, 65, 69, 75, 76, 77, 78] {
+                    assert!(codes.contains(&code.to_string()), "{name}: no rule for exit code {code}: {codes}");
+                }
+                assert!(!codes.contains("79") && !codes.contains("[0"), "{name}: {codes}");
+                assert_eq!(fields["template"]["spec"]["restartPolicy"], "Never", "{name}: podFailurePolicy needs it");
+                assert_eq!(fields["podReplacementPolicy"], "Failed", "{name}");
+            }
+            if let Some(containers) = fields.get("containers").and_then(Value::as_array) {
+                let grace = fields["terminationGracePeriodSeconds"].as_u64().expect("a grace period");
+                let window = containers[0]["env"]
+                    .as_array()
+                    .expect("env")
+                    .iter()
+                    .find(|one| one["name"] == "TRAINER_STOP_WINDOW");
+                let window = window.and_then(|one| one["value"].as_str()?.strip_suffix('s')?.parse().ok());
+                assert!(window.is_some_and(|window: u64| window < grace), "{name}: {window:?} in {grace} s");
+            }
+            if let Some(Value::String(action)) = fields.get("action") {
+                let known = ["Ignore", "FailJob", "RestartJobSetAndIgnoreMaxRestarts", "FailJobSet"];
+                assert!(known.contains(&action.as_str()), "{name}: {action}");
+            }
+            fields.values().for_each(|value| expect_job_rules(name, value));
+        }
+        Value::Array(items) => items.iter().for_each(|value| expect_job_rules(name, value)),
+        _ => {}
+    }
+}
+
+#[test]
+fn the_skypilot_task_recovers_on_the_codes_that_ask_for_it() {
+    let Some(task) = yaml(&text("skypilot/task.yaml")) else { return };
+    let keys: Vec<_> = task[0].as_object().expect("a mapping").keys().collect();
+    assert_eq!(keys, ["envs", "name", "resources", "run", "setup"]);
+    let recovery = &task[0]["resources"]["job_recovery"];
+    assert_eq!(recovery["recover_on_exit_codes"], serde_json::json!([69, 75, 76]));
+    assert_eq!(recovery["strategy"], "EAGER_NEXT_REGION");
+    assert_eq!(task[0]["resources"]["use_spot"], true);
+}

@@ -1,0 +1,377 @@
+//! The CloudFormation templates: linted, held against what the linter misses, and created.
+use serde_json::{Value, json};
+
+use super::{python, said, text, tool, yaml};
+use crate::support::moto::Moto;
+
+fn template(name: &str) -> Option<Value> {
+    Some(yaml(&text(name))?.remove(0))
+}
+
+fn properties<'t>(template: &'t Value, resource: &str) -> &'t Value {
+    &template["Resources"][resource]["Properties"]
+}
+
+#[test]
+fn templates_pass_cfn_lint() {
+    for name in ["aws/stack.yaml", "aws/batch.yaml"] {
+        let Some(mut lint) = tool("cfn-lint") else { return };
+        let output = lint.arg(super::path(name)).output().expect("start cfn-lint");
+        assert!(output.status.success(), "{name}: {}", said(&output));
+        assert!(text(name).len() <= 51_200, "{name} is longer than what create-stack takes as text");
+    }
+}
+
+/// Six fields; of day of month and day of week exactly one is a question mark; numbers in their ranges.
+/// <https://docs.aws.amazon.com/scheduler/latest/UserGuide/schedule-types.html>
+fn scheduler_cron(expression: &str) -> Result<(), String> {
+    let inner = expression.strip_prefix("cron(").and_then(|rest| rest.strip_suffix(')')).ok_or("is not cron(…)")?;
+    let fields: Vec<&str> = inner.split(' ').collect();
+    let [minute, hour, day, month, weekday, year] = fields[..] else {
+        return Err(format!("has {} fields, not 6", fields.len()));
+    };
+    if (day == "?") == (weekday == "?") {
+        return Err("needs one question mark, for the day of month or of week".into());
+    }
+    for (name, field, from, to) in [
+        ("minute", minute, 0, 59),
+        ("hour", hour, 0, 23),
+        ("day", day, 1, 31),
+        ("month", month, 1, 12),
+        ("weekday", weekday, 1, 7),
+        ("year", year, 1970, 2199),
+    ] {
+        for number in field.split([',', '-', '/']).filter(|part| !["*", "?", "L"].contains(part)) {
+            match number.parse::<u32>() {
+                Ok(number) if (from..=to).contains(&number) => {}
+                _ if name == "weekday" && ["SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT"].contains(&number) => {}
+                _ => return Err(format!("{number} is no {name}")),
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn schedules_are_what_the_scheduler_takes() {
+    for wrong in [
+        "kron(0 6 1 * ? *)",
+        "cron(0 6 1 1,4,7,10 *)",
+        "cron(0 6 1 1,4,7,10 * *)",
+        "cron(0 24 1 * ? *)",
+        "cron(0 6 ? 13 MON *)",
+        "cron(0 6 ? * ? *)",
+    ] {
+        assert!(scheduler_cron(wrong).is_err(), "{wrong}");
+    }
+    let Some(stack) = template("aws/stack.yaml") else { return };
+    let expression = stack["Parameters"]["Schedule"]["Default"].as_str().expect("a default schedule");
+    assert_eq!(scheduler_cron(expression), Ok(()), "{expression}");
+    assert_eq!(expression, "cron(0 6 1 1,4,7,10 ? *)", "each quarter");
+    let mut schedules = 0;
+    for (name, resource) in stack["Resources"].as_object().expect("resources") {
+        if resource["Type"] == "AWS::Scheduler::Schedule" {
+            schedules += 1;
+            assert_eq!(resource["Properties"]["ScheduleExpression"], json!({"Ref": "Schedule"}), "{name}");
+            assert!(resource["Condition"].is_string(), "{name} would run beside the others");
+            let target = &resource["Properties"]["Target"];
+            // Only braces that a context attribute may bring, and valid JSON once references are texts.
+            let input = target["Input"].as_str().or_else(|| target["Input"]["Fn::Sub"].as_str()).expect("an input");
+            serde_json::from_str::<Value>(input).unwrap_or_else(|error| panic!("{name}: {error}: {input}"));
+        }
+    }
+    assert_eq!(schedules, 3);
+    let arn = &properties(&stack, "BootSchedule")["Target"]["Arn"]["Fn::Sub"];
+    assert_eq!(arn, "arn:${AWS::Partition}:scheduler:::aws-sdk:autoscaling:setDesiredCapacity");
+}
+
+/// What cfn-lint lets pass, or can't know.
+#[test]
+fn machines_are_bought_as_meant() {
+    const KNOWN: &str = r#"
+import json, botocore.session
+session = botocore.session.Session()
+print(json.dumps(session.get_service_model("ec2").shape_for("InstanceType").enum))
+"#;
+    let Some(known) = python(KNOWN, &[]) else { return };
+    let known: Vec<String> = serde_json::from_slice(&known.stdout).expect("the types that EC2's model knows");
+    assert!(
+        known.iter().any(|name| name == "p5.48xlarge") && !known.iter().any(|name| name == "g6.2xlage"),
+        "{}",
+        known.len()
+    );
+    let stack = template("aws/stack.yaml").expect("the tools are there");
+    let group = properties(&stack, "Group");
+    let distribution = &group["MixedInstancesPolicy"]["InstancesDistribution"];
+    // https://docs.aws.amazon.com/autoscaling/ec2/APIReference/API_InstancesDistribution.html
+    assert_eq!(distribution["SpotAllocationStrategy"], "price-capacity-optimized");
+    assert_eq!(distribution["OnDemandAllocationStrategy"], "prioritized");
+    assert_eq!(distribution["OnDemandPercentageAboveBaseCapacity"], 0, "its default is 100");
+    assert!(distribution.get("SpotMaxPrice").is_none());
+    let of_the_template = &group["MixedInstancesPolicy"]["LaunchTemplate"];
+    let overrides = of_the_template["Overrides"].as_array().expect("overrides");
+    assert!(overrides.len() >= 10, "few types are few pools");
+    for one in overrides {
+        assert!(known.iter().any(|name| *name == one["InstanceType"]), "{one} is no instance type");
+    }
+    let version = &of_the_template["LaunchTemplateSpecification"]["Version"];
+    assert_eq!(*version, json!({"Fn::GetAtt": "LaunchTemplate.LatestVersionNumber"}), "$Latest would never be updated");
+    let data = &properties(&stack, "LaunchTemplate")["LaunchTemplateData"];
+    assert!(
+        data.get("InstanceMarketOptions").is_none(),
+        "a group with mixed instances refuses a template that asks for spot"
+    );
+    assert!(data.get("InstanceType").is_none() && data.get("KeyName").is_none());
+    assert_eq!(data["MetadataOptions"]["HttpTokens"], "required");
+    assert_eq!(data["MetadataOptions"]["HttpPutResponseHopLimit"], 2);
+    assert_eq!(group["CapacityRebalance"], true);
+    let hook = &group["LifecycleHookSpecificationList"][0];
+    assert_eq!(hook["LifecycleTransition"], "autoscaling:EC2_INSTANCE_TERMINATING");
+    assert_eq!(hook["DefaultResult"], "CONTINUE");
+    assert!((30..=7200).contains(&hook["HeartbeatTimeout"].as_u64().expect("a time-out")));
+    let batch = template("aws/batch.yaml").expect("the tools are there");
+    let types = &properties(&batch, "Machines")["ComputeResources"]["InstanceTypes"];
+    for one in types.as_array().expect("types of Batch") {
+        assert!(known.iter().any(|name| *name == *one), "{one} is no instance type");
+    }
+}
+
+#[test]
+fn nothing_comes_in_and_permissions_name_what_they_are_for() {
+    let Some(stack) = template("aws/stack.yaml") else { return };
+    let group = properties(&stack, "SecurityGroup");
+    assert_eq!(group["SecurityGroupIngress"], json!([]));
+    assert_eq!(group["SecurityGroupEgress"].as_array().map(Vec::len), Some(1));
+    let bucket = properties(&stack, "Bucket");
+    let block = bucket["PublicAccessBlockConfiguration"].as_object().expect("a public access block");
+    assert!(block.len() == 4 && block.values().all(|value| *value == true), "{block:?}");
+    assert_eq!(bucket["VersioningConfiguration"]["Status"], "Enabled");
+    let rules = bucket["LifecycleConfiguration"]["Rules"].to_string();
+    assert!(
+        rules.contains("AbortIncompleteMultipartUpload") && rules.contains("NoncurrentVersionExpiration"),
+        "{rules}"
+    );
+    assert_eq!(stack["Resources"]["Bucket"]["DeletionPolicy"], "Retain");
+    // Actions that name no resource because none can be named; each other one names its own.
+    const BROAD: [&str; 4] = [
+        "autoscaling:DescribeAutoScalingInstances",
+        "autoscaling:DescribeLifecycleHooks",
+        "servicequotas:GetServiceQuota",
+        "ecr:GetAuthorizationToken",
+    ];
+    let mut granted = Vec::new();
+    for (name, resource) in stack["Resources"].as_object().expect("resources") {
+        if resource["Type"] != "AWS::IAM::Role" {
+            continue;
+        }
+        for policy in resource["Properties"]["Policies"].as_array().expect("policies") {
+            for statement in policy["PolicyDocument"]["Statement"].as_array().expect("statements") {
+                let statement = statement.get("Fn::If").map_or(statement, |branches| &branches[1]);
+                let actions = match &statement["Action"] {
+                    Value::Array(actions) => actions.clone(),
+                    action => vec![action.clone()],
+                };
+                for action in &actions {
+                    let action = action.as_str().expect("an action");
+                    assert!(!action.contains('*'), "{name}: {action}");
+                    assert!(statement["Resource"] != "*" || BROAD.contains(&action), "{name}: {action} on everything");
+                    granted.push(format!("{name} {action}"));
+                }
+            }
+        }
+    }
+    for needed in [
+        "Role s3:GetObject",
+        "Role s3:PutObject",
+        "Role s3:AbortMultipartUpload",
+        "Role s3:ListBucketMultipartUploads",
+        "Role ssm:GetParametersByPath",
+        "Role sqs:ChangeMessageVisibility",
+        "Role autoscaling:CompleteLifecycleAction",
+        "Role autoscaling:RecordLifecycleActionHeartbeat",
+        "Role autoscaling:TerminateInstanceInAutoScalingGroup",
+        "Role ecr:BatchGetImage",
+        "ScheduleRole autoscaling:SetDesiredCapacity",
+        "ScheduleRole sqs:SendMessage",
+        "LoopRole ssm:PutParameter",
+        "LoopRole autoscaling:SetDesiredCapacity",
+    ] {
+        assert!(granted.iter().any(|one| one == needed), "nobody grants {needed}: {granted:?}");
+    }
+    // A rule of EventBridge can send only where the queue's own policy lets it.
+    let policy = properties(&stack, "QueuePolicy").to_string();
+    assert!(policy.contains("events.amazonaws.com") && policy.contains("sqs:SendMessage"), "{policy}");
+    let alarm = properties(&stack, "LagAlarm");
+    assert_eq!(alarm["TreatMissingData"], "notBreaching", "no machine, no lag");
+    let metric = properties(&stack, "LagMetric");
+    assert_eq!(metric["MetricTransformations"][0]["MetricValue"], "$.lag_s");
+    assert_eq!(metric["MetricTransformations"][0]["MetricName"], alarm["MetricName"]);
+    assert_eq!(metric["MetricTransformations"][0]["MetricNamespace"], alarm["Namespace"]);
+    assert_eq!(metric["FilterPattern"], "{ $.lag_s >= 0 }", "the field of `step` events, a number");
+}
+
+#[test]
+fn batch_starts_again_on_the_codes_that_ask_for_it() {
+    let Some(template) = template("aws/batch.yaml") else { return };
+    let strategy = &properties(&template, "JobDefinition")["RetryStrategy"];
+    let rules = strategy["EvaluateOnExit"].as_array().expect("rules");
+    assert!(rules.len() <= 5, "Batch takes five");
+    let again: Vec<_> =
+        rules.iter().filter(|rule| rule["Action"] == "RETRY").filter_map(|rule| rule["OnExitCode"].as_str()).collect();
+    assert_eq!(again, ["75", "76", "69"]);
+    assert_eq!(rules[0]["OnStatusReason"], "Host EC2*");
+    assert_eq!(rules[4], json!({"Action": "EXIT", "OnReason": "*"}), "all else ends it");
+    let data = properties(&template, "LaunchTemplate").to_string();
+    assert!(
+        data.contains("ECS_ENABLE_SPOT_INSTANCE_DRAINING=true") && data.contains("ECS_CONTAINER_STOP_TIMEOUT=110s")
+    );
+}
+
+/// The part of User Data that is a script, and all of it, as a machine gets it.
+#[test]
+fn the_stack_carries_user_data_and_it_fits() {
+    let script = text("aws/user-data.sh");
+    assert!(script.len() < 16_384, "user-data.sh has {} bytes", script.len());
+    let Some(stack) = template("aws/stack.yaml") else { return };
+    let join = &properties(&stack, "LaunchTemplate")["LaunchTemplateData"]["UserData"]["Fn::Base64"]["Fn::Join"];
+    assert_eq!(join[0], "");
+    let without_comments: String = script
+        .lines()
+        .filter(|line| !line.trim_start().starts_with('#') || line.starts_with("#!"))
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    assert_eq!(
+        join[1][1].as_str(),
+        Some(without_comments.as_str()),
+        "renew the copy in stack.yaml: grep -vE '^ *#([^!]|$)' userdata/aws/user-data.sh | sed 's/^\\(.\\)/                  \\1/'"
+    );
+    let head = join[1][0]["Fn::Sub"][0].as_str().expect("the settings");
+    assert!(head.ends_with("\n\n"), "a blank line between a part's head and its body");
+    // References are replaced by something longer than any of them is.
+    assert!(head.len() + without_comments.len() + 2_000 < 16_384);
+    for line in head.lines().filter(|line| line.trim_start().starts_with("TRAINER_")) {
+        let name = line.trim_start().split('=').next().expect("a name");
+        assert!(script.contains(name), "{name} means nothing to user-data.sh");
+    }
+}
+
+/// moto says of each type that it does not know that it drops it; this is the whole list.
+const DROPPED: [&str; 6] = [
+    "AWS::AutoScaling::ScalingPolicy",
+    "AWS::CloudWatch::Alarm",
+    "AWS::Logs::MetricFilter",
+    "AWS::S3::BucketPolicy",
+    "AWS::SQS::QueuePolicy",
+    "AWS::Scheduler::Schedule",
+];
+
+/// The stack's template, with an AMI parameter that exists on moto (it looks the default up even when another is given).
+pub fn template_for_moto() -> String {
+    let template = text("aws/stack.yaml");
+    let default =
+        template.split_once("Default: /aws/service/").expect("the AMI's parameter").1.lines().next().expect("its name");
+    template.replace(&format!("/aws/service/{default}"), "/images/gpu")
+}
+
+/// The text in the first `<tag>` of an answer after `from`.
+pub fn tagged<'a>(answer: &'a str, tag: &str) -> &'a str {
+    let (open, close) = (format!("<{tag}>"), format!("</{tag}>"));
+    answer
+        .split_once(&open)
+        .and_then(|(_, rest)| rest.split_once(&close))
+        .map_or_else(|| panic!("no {tag} in {answer}"), |(text, _)| text)
+}
+
+pub fn create(moto: &Moto, name: &str, work: &str) {
+    let images = moto.query("ec2", "2016-11-15", "DescribeImages", &[]);
+    let image =
+        json!({"Name": "/images/gpu", "Value": tagged(&images, "imageId"), "Type": "String", "Overwrite": true});
+    moto.json("ssm", "AmazonSSM.PutParameter", &image);
+    let subnets = moto.query("ec2", "2016-11-15", "DescribeSubnets", &[]);
+    let path = format!("/trainer/{name}");
+    let mut parameters: Vec<(String, String)> = vec![
+        ("StackName".into(), name.into()),
+        ("TemplateBody".into(), template_for_moto()),
+        ("Capabilities.member.1".into(), "CAPABILITY_IAM".into()),
+    ];
+    let values = [
+        ("VpcId", tagged(&subnets, "vpcId")),
+        ("SubnetIds", tagged(&subnets, "subnetId")),
+        ("ImageId", "/images/gpu"),
+        ("ConfigUri", "s3://configs/reports.toml"),
+        ("Image", "123456789012.dkr.ecr.us-east-1.amazonaws.com/trainer:1"),
+        ("Work", work),
+        ("SsmPath", &path),
+    ];
+    for (number, (key, value)) in values.into_iter().enumerate() {
+        parameters.push((format!("Parameters.member.{}.ParameterKey", number + 1), key.into()));
+        parameters.push((format!("Parameters.member.{}.ParameterValue", number + 1), value.into()));
+    }
+    let parameters: Vec<_> = parameters.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    moto.query("cloudformation", "2010-05-15", "CreateStack", &parameters);
+    let stacks = moto.query("cloudformation", "2010-05-15", "DescribeStacks", &[("StackName", name)]);
+    assert_eq!(tagged(&stacks, "StackStatus"), "CREATE_COMPLETE", "{stacks}");
+}
+
+#[test]
+fn the_stack_is_created_with_nothing_lost_but_what_moto_does_not_know() {
+    let Some(moto) = Moto::start("configs") else { return };
+    for (name, work) in [("booted", "boot"), ("queued", "queue"), ("looped", "loop")] {
+        create(&moto, name, work);
+        let answer = moto.query("cloudformation", "2010-05-15", "DescribeStackResources", &[("StackName", name)]);
+        let stack = template("aws/stack.yaml").expect("the tools are there");
+        for (resource, definition) in stack["Resources"].as_object().expect("resources") {
+            let wanted = match definition["Condition"].as_str() {
+                Some("IsBoot") => work == "boot",
+                Some("IsQueue") => work == "queue",
+                Some("IsLoop") => work == "loop",
+                Some("HasEmail") => false,
+                Some(other) => panic!("unknown condition {other}"),
+                None => true,
+            };
+            let kind = definition["Type"].as_str().expect("a type");
+            let is_there = answer.contains(&format!("<LogicalResourceId>{resource}</LogicalResourceId>"));
+            assert_eq!(
+                is_there,
+                wanted && !DROPPED.contains(&kind),
+                "{resource}, a {kind}, with Work={work}: {answer}"
+            );
+        }
+        let groups = moto.query(
+            "autoscaling",
+            "2011-01-01",
+            "DescribeAutoScalingGroups",
+            &[("AutoScalingGroupNames.member.1", name)],
+        );
+        assert_eq!(tagged(&groups, "DesiredCapacity"), "0", "nothing runs before its time");
+        assert_eq!(tagged(&groups, "OnDemandPercentageAboveBaseCapacity"), "0");
+        assert_eq!(tagged(&groups, "SpotAllocationStrategy"), "price-capacity-optimized");
+        let request = json!({"Path": format!("/trainer/{name}"), "Recursive": true});
+        let parameters = moto.json("ssm", "AmazonSSM.GetParametersByPath", &request);
+        let parameters = parameters["Parameters"].as_array().expect("parameters");
+        let value = |key: &str| {
+            let name = format!("/trainer/{name}/{key}");
+            parameters.iter().find(|one| one["Name"] == name).map(|one| one["Value"].as_str().expect("text").to_owned())
+        };
+        assert_eq!(value("config-uri").as_deref(), Some("s3://configs/reports.toml"));
+        assert_eq!(value("run-id-template").as_deref(), Some("reports-{year}q{quarter}"));
+        assert_eq!(value("set/on_complete.action").as_deref(), Some("terminate"));
+        assert!(value("store").is_some_and(|store| store.starts_with("s3://") && store.ends_with("/runs")));
+    }
+    let templates = moto.query("ec2", "2016-11-15", "DescribeLaunchTemplates", &[]);
+    let request = [("LaunchTemplateId", tagged(&templates, "launchTemplateId"))];
+    let data = moto.query("ec2", "2016-11-15", "DescribeLaunchTemplateVersions", &request);
+    assert_eq!(tagged(&data, "httpTokens"), "required");
+    assert!(!data.contains("instanceMarketOptions"));
+    let dropped: std::collections::BTreeSet<_> = moto
+        .log()
+        .lines()
+        .filter_map(|line| line.split_once("No Moto CloudFormation support for "))
+        .map(|(_, kind)| kind.trim().to_owned())
+        .collect();
+    assert_eq!(
+        dropped.into_iter().collect::<Vec<_>>(),
+        DROPPED,
+        "what moto drops is checked by this file's other tests"
+    );
+}

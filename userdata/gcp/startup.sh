@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Google Cloud: what instance-template.sh's machines run at each boot. Settings are instance attributes, none of them secret.
+#
+# Costs and removal: see instance-template.sh. On a machine: systemctl disable --now trainer; rm /etc/systemd/system/trainer.service.
+# Safe to run again. TRAINER_ROOT installs below a folder; a failure is said on standard error, which goes to the serial console.
+set -Eeuo pipefail
+root=${TRAINER_ROOT:-}
+metadata=http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1
+me=$root/usr/local/sbin/trainer-machine
+export DOCKER_CONFIG=$root/run/trainer/docker
+say() { printf 'trainer-machine: %s\n' "$*" >&2; }
+die() {
+    trap - ERR
+    say "error: $2"
+    say "hint: $3"
+    exit "$1"
+}
+trap 'die 70 "line $LINENO: \"$BASH_COMMAND\" failed" "see the lines above"' ERR
+ask() { curl -fsS --noproxy '*' --retry 5 --retry-connrefused --max-time 10 -H 'Metadata-Flavor: Google' "$metadata/$1"; }
+token() { ask instance/service-accounts/default/token | sed -n 's/.*"access_token" *: *"\([^"]*\)".*/\1/p'; }
+
+run() {
+    local image host gpus=() try
+    image=$(ask instance/attributes/trainer-image) || die 69 "the metadata service does not answer, or names no trainer-image" "give the instance the attribute trainer-image"
+    install -d -m 0700 "$root/run/trainer"
+    if cat "$root"/sys/bus/pci/devices/*/vendor 2>/dev/null | grep -q 0x10de; then
+        for ((try = 0; try < 12; try++)); do
+            if nvidia-smi -L >/dev/null 2>&1; then gpus=(--gpus all) && break; fi
+            sleep 10
+        done
+        [ ${#gpus[@]} -gt 0 ] || die 69 "the GPU driver does not answer: nvidia-smi -L fails" "use an image with the driver in it"
+    fi
+    command -v docker >/dev/null || die 78 "Docker is not installed" "use an image with Docker in it"
+    host=${image%%/*}
+    case $host in *.pkg.dev) token | docker login --username oauth2accesstoken --password-stdin "https://$host" >/dev/null ;; esac
+    docker pull --quiet "$image" >/dev/null || docker image inspect "$image" >/dev/null 2>&1 ||
+        die 69 "image $image can't be pulled" "look at its name, and whether the service account has roles/artifactregistry.reader"
+    docker rm --force trainer >/dev/null 2>&1 || true
+    {
+        echo "TRAINER_STORE=$(ask instance/attributes/trainer-store)"
+        echo "TRAINER_RUN_ID=$(ask instance/attributes/trainer-run-id)"
+        echo "TRAINER_CONFIG=$(ask instance/attributes/trainer-config)"
+        # Between the shutdown's beginning and its end a spot machine has 30 s.
+        echo TRAINER_STOP_WINDOW=20s
+    } >"$root/run/trainer/env"
+    exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout 25 \
+        --env-file "$root/run/trainer/env" "${gpus[@]}" "$image" boot --json
+}
+# A machine that has nothing left to do takes itself out of its group, which would replace one that only powers off.
+after() {
+    local group self
+    case ${EXIT_CODE:-}:${EXIT_STATUS:-} in exited:0 | exited:64 | exited:65 | exited:77 | exited:78) ;; *) return 0 ;; esac
+    group=$(ask instance/attributes/created-by) || return 0
+    self=$(ask instance/zone)/instances/$(ask instance/name)
+    # The token goes in by standard input: arguments can be read by everybody.
+    printf 'header = "Authorization: Bearer %s"\n' "$(token)" | curl -fsS --max-time 30 -K - -H 'Content-Type: application/json' \
+        -d "{\"instances\": [\"$self\"]}" "${TRAINER_COMPUTE_API:-https://compute.googleapis.com}/compute/v1/$group/deleteInstances" >/dev/null ||
+        say "warning: this machine can't leave its group and costs money: resize the group to 0 by hand"
+}
+boot() {
+    mkdir -p "${me%/*}" "$root/etc/systemd/system"
+    install -m 0755 "$0" "$me"
+    cat >"$root/etc/systemd/system/trainer.service" <<UNIT
+[Unit]
+Description=trainer
+Wants=network-online.target
+After=network-online.target docker.service
+StartLimitIntervalSec=6h
+StartLimitBurst=40
+[Service]
+ExecStart=$me run
+ExecStop=/usr/bin/docker stop --time 25 trainer
+ExecStopPost=$me after
+Restart=on-failure
+RestartSec=150
+RestartForceExitStatus=69 75 76 79
+RestartPreventExitStatus=64 65 77 78
+SuccessExitStatus=75
+KillMode=mixed
+TimeoutStopSec=30
+[Install]
+WantedBy=multi-user.target
+UNIT
+    systemctl daemon-reload
+    systemctl enable trainer.service
+    systemctl start --no-block trainer.service
+}
+case ${1:-boot} in
+boot | run | after) "${1:-boot}" ;;
+*) die 64 "unknown command $1" "boot, run or after" ;;
+esac

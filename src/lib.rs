@@ -15,6 +15,7 @@
 #![warn(missing_docs)]
 
 pub mod cli;
+pub mod work;
 pub mod agent;
 pub mod rendezvous;
 pub mod worker;

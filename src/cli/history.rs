@@ -174,6 +174,7 @@ pub(super) mod tests {
             [("model.config", "m.json"), ("data.train", "s3://b/d"), ("store", "s3://b/runs"), ("train.threads", "1")];
         config::load(&config::Sources {
             file: None,
+            text: None,
             flags: vec![],
             set: &set.map(|(key, value)| (key.to_owned(), value.to_owned())),
             working_directory: folder.path(),

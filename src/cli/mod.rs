@@ -18,6 +18,7 @@ mod simulate;
 mod status;
 mod store;
 mod verify;
+mod work;
 
 use std::{ffi::OsString, panic, process::ExitCode};
 
@@ -46,6 +47,7 @@ pub struct Cli {
 enum Command {
     Run(run::Run),
     Resume(resume::Resume),
+    Work(work::Work),
     Runs(runs::Runs),
     Status(status::Status),
     Checkpoints(checkpoints::Checkpoints),
@@ -94,7 +96,7 @@ fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
         }
     };
     let screen = match cli.command {
-        Command::Run(_) | Command::Resume(_) | Command::Data(_) => Screen::stderr(),
+        Command::Run(_) | Command::Resume(_) | Command::Work(_) | Command::Data(_) => Screen::stderr(),
         _ => Screen::plain(),
     };
     init_logging(&screen);
@@ -116,6 +118,7 @@ impl Command {
         match self {
             Self::Run(command) => command.execute(screen),
             Self::Resume(command) => command.execute(screen),
+            Self::Work(command) => command.execute(screen),
             Self::Runs(command) => command.execute(),
             Self::Status(command) => command.execute(),
             Self::Checkpoints(command) => command.execute(),

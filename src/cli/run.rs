@@ -69,6 +69,7 @@ impl Run {
         }
         let sources = Sources {
             file: Some(&self.config),
+            text: None,
             flags,
             set: &self.set.set,
             working_directory: &store::working_directory()?,

@@ -6,3 +6,4 @@
 pub mod aws;
 pub mod imds;
 pub mod metadata;
+pub mod sqs;

@@ -37,6 +37,8 @@ pub type Fetch<'a> = dyn Fn(&str, &str) -> Result<Vec<u8>, String> + 'a;
 pub struct Sources<'a> {
     /// The run's TOML file.
     pub file: Option<&'a Path>,
+    /// What it says, where it was read already: `file` is then what errors call it, which may be a URI.
+    pub text: Option<&'a str>,
     /// `(what the user calls it, key, value)` of each flag or environment variable that stands for a key.
     pub flags: Vec<(&'static str, &'static str, String)>,
     /// `--set key=value`, in order.
@@ -55,8 +57,10 @@ pub struct Sources<'a> {
 /// The first thing that is wrong, by key and place.
 pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
     let mut raw = Raw::defaults()?;
-    if let Some(path) = sources.file {
-        raw.add_file(path)?;
+    match (sources.file, sources.text) {
+        (Some(path), None) => raw.add_file(path)?,
+        (path, Some(text)) => raw.add_text(text, path.unwrap_or(Path::new("configuration")))?,
+        (None, None) => {}
     }
     for (name, key, value) in &sources.flags {
         // A flag's text is a number where it is one ("--nproc-per-node 2"), else text.
@@ -153,8 +157,15 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
     Ok(ModelConfig { kind, config, init_from })
 }
 
-/// The file from the working directory, else from the configuration file's folder.
+/// A URI; or the file from the working directory, else from the configuration file's folder, which may be remote.
 fn read_model_config(path: &str, sources: &Sources<'_>) -> Result<Vec<u8>, String> {
+    let fetch = |uri: &str| match uri.rsplit_once('/') {
+        Some((folder, name)) if !name.is_empty() => (sources.fetch)(folder, name),
+        _ => Err("names no object".into()),
+    };
+    if path.contains("://") {
+        return fetch(path);
+    }
     let mut tried: Vec<PathBuf> = vec![sources.working_directory.join(path)];
     if let Some(folder) = sources.file.and_then(Path::parent) {
         tried.push(sources.working_directory.join(folder).join(path));
@@ -166,7 +177,10 @@ fn read_model_config(path: &str, sources: &Sources<'_>) -> Result<Vec<u8>, Strin
             other => return other.map_err(|error| format!("can't be read: {error}")),
         }
     }
-    Err("no such file".into())
+    match sources.file.and_then(Path::parent).and_then(Path::to_str) {
+        Some(folder) if folder.contains("://") => fetch(&format!("{folder}/{path}")),
+        _ => Err("no such file".into()),
+    }
 }
 
 fn data(raw: &Raw, working_directory: &Path) -> Result<DataConfig, ConfigError> {

@@ -26,6 +26,7 @@ fn load_with(
     let set: Vec<_> = set.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
     load(&Sources {
         file: Some(&file),
+        text: None,
         flags,
         set: &set,
         working_directory: dir,
@@ -358,6 +359,7 @@ fn the_models_description_is_found_and_checked() {
         let file = dir.path().join("configs/beside.toml");
         load(&Sources {
             file: Some(&file),
+            text: None,
             flags: vec![],
             set: &[],
             working_directory: cwd,
@@ -542,6 +544,7 @@ fn the_configurations_that_are_delivered_are_read() {
             let fetch = |_: &str, _: &str| Err("remote".to_owned());
             let config = load(&Sources {
                 file: Some(&path),
+                text: None,
                 flags: vec![],
                 set: &[],
                 working_directory: root,

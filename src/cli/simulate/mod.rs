@@ -371,6 +371,7 @@ fn load(path: &std::path::Path) -> Result<RunConfig> {
     let machine = Machine::detect();
     Ok(config::load(&Sources {
         file: Some(path),
+        text: None,
         flags: vec![],
         set: &[],
         working_directory,

@@ -16,6 +16,7 @@
 
 pub mod cli;
 pub mod work;
+pub mod boot;
 pub mod agent;
 pub mod rendezvous;
 pub mod worker;

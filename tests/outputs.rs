@@ -111,6 +111,7 @@ fn help_names_every_command() {
     for command in [
         "run",
         "resume",
+        "work",
         "runs",
         "status",
         "checkpoints",

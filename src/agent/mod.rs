@@ -11,7 +11,8 @@
 //!
 //! # Two agents
 //! Both replay the same journal; the one whose `formed` record is written first has the run. The other looks at its heartbeat:
-//! alive, and it leaves with exit code 79; dead, and it forms the next generation. An agent that was taken for dead learns of
+//! alive, and it leaves with exit code 79, or stands by until that one is dead ([`Manner::standby`]); dead, and it forms the next
+//! generation. An agent that was taken for dead learns of
 //! it when it tries to commit, stops its workers and leaves with 79: two writers can never both commit.
 
 pub mod conductor;
@@ -40,7 +41,9 @@ use crate::{
         restore,
         verify::{Depth, verify},
     },
-    config::{Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
+    config::{
+        CompleteAction, Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node,
+    },
     data::{self, Dataset, Split},
     error::{Context, Error, Kind, Result},
     goodput::Observed,
@@ -49,13 +52,15 @@ use crate::{
         self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState,
     },
     layout, model,
-    notice::Notices,
+    notice::{self, Notices},
     rendezvous::heartbeat::{self, Process, Pulse},
     report::{Event, Reporter},
     snapshot::cadence::Measured,
     storage::Store,
 };
 
+/// Pause between two looks at the heartbeat of the agent that one stands by for.
+const STANDBY_PAUSE: Duration = Duration::from_secs(2);
 /// How long the journal's last words may take when the run ends on a store that does not answer.
 const LAST_WORDS: Duration = Duration::from_secs(30);
 /// Readings of a checkpoint that seemed damaged while it was loaded: one that finds it whole is believed.
@@ -76,8 +81,22 @@ pub struct Launch {
     pub begin: Begin,
     /// Workers on this node, if the command line says.
     pub nproc_per_node: Option<u32>,
+    /// How it goes about it.
+    pub manner: Manner,
     /// Hears what happens.
     pub reporter: Reporter,
+}
+
+/// How an agent goes about a run; the default is what `run` and `resume` do.
+#[derive(Clone, Debug, Default)]
+pub struct Manner {
+    /// How long to wait for another agent that has the run and lives; nothing: leave at once. While it waits, it watches the other's
+    /// heartbeat; when that stops, it takes over, and when the run is complete, it has nothing to do.
+    pub standby: Duration,
+    /// Where datasets that lie in an object store are kept on this machine; `None`: in the user's cache.
+    pub cache: Option<PathBuf>,
+    /// When this machine began to look for work; the time from there to the first generation is told.
+    pub since: Option<std::time::Instant>,
 }
 
 /// How a run begins.
@@ -92,13 +111,23 @@ pub enum Begin {
         /// `--set key=value`, as typed; see [`crate::config::canonical_overrides`].
         overrides: Vec<(String, String)>,
     },
+    /// As [`Begin::Create`]; of several nodes that do so at once one creates it, and the others do as with [`Begin::Resume`].
+    CreateOrResume {
+        /// The new run's configuration, overrides applied.
+        config: Box<RunConfig>,
+        /// For a run that exists by then.
+        overrides: Vec<(String, String)>,
+    },
 }
 
 /// How a run ended, when it ended well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The last step is committed.
-    Completed,
+    Completed {
+        /// What the run's configuration wants done then.
+        then: CompleteAction,
+    },
     /// It was asked to stop; so many steps must be done again.
     Interrupted {
         /// Finished steps that no checkpoint holds.
@@ -130,12 +159,24 @@ struct Agent {
     reporter: Reporter,
     notices: Notices,
     nproc_per_node: Option<u32>,
+    manner: Manner,
     overrides: Vec<(String, String)>,
     from: Option<Step>,
     /// How often a checkpoint that seemed damaged was whole when it was read again.
     read_again: u32,
     /// Damage that was found before there was a generation to write it down under.
     damage: Vec<Damage>,
+}
+
+/// What came of waiting for another agent.
+#[derive(Clone, Copy, Debug)]
+enum Waited {
+    /// It is gone, or there was none.
+    NothingNew,
+    /// It is gone, and the journal has gone on meanwhile.
+    WentOn,
+    /// This node was asked to stop.
+    InVain(Outcome),
 }
 
 /// What every life of this agent has in common.
@@ -149,7 +190,7 @@ struct Resolved {
 
 impl Agent {
     async fn run(launch: Launch) -> Result<Outcome> {
-        let Launch { store, run_id, begin, nproc_per_node, reporter } = launch;
+        let Launch { store, run_id, begin, nproc_per_node, manner, reporter } = launch;
         let notices = Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
         let run = store.folder(run_id.as_str());
         let node = NodeId::random();
@@ -157,21 +198,34 @@ impl Agent {
 
         doing("checking the store");
         store.prove_create_is_atomic().await?;
-        let (journal, resolved, overrides, from) = match begin {
-            Begin::Create(config) => {
+        let cache = manner.cache.as_deref();
+        let created = match &begin {
+            Begin::Resume { .. } => None,
+            Begin::Create(config) | Begin::CreateOrResume { config, .. } => {
                 // Whatever the configuration names is looked at before the run exists.
-                let resolved = resolve(&config, nproc_per_node, &reporter).await?;
-                let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
-                (journal, resolved, Vec::new(), None)
+                let resolved = resolve(config, nproc_per_node, cache, &reporter).await?;
+                let config = RunConfig::clone(config);
+                match (Journal::create(run.clone(), node.clone(), run_id.clone(), config).await, &begin) {
+                    (Err(JournalError::Exists { .. }), Begin::CreateOrResume { .. }) => None,
+                    (journal, _) => Some((journal?, resolved)),
+                }
             }
-            Begin::Resume { from, overrides } => {
+        };
+        let (journal, resolved, overrides, from) = match (created, begin) {
+            (Some((journal, resolved)), _) => (journal, resolved, Vec::new(), None),
+            (None, begin) => {
+                let (from, overrides) = match begin {
+                    Begin::Resume { from, overrides } => (from, overrides),
+                    Begin::CreateOrResume { overrides, .. } => (None, overrides),
+                    Begin::Create(_) => (None, Vec::new()),
+                };
                 let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
                 let (config, overrides) = effective(journal.state(), &overrides)?;
                 if let Some(step) = completed(journal.state(), &config, from) {
                     tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
-                    return Ok(Outcome::Completed);
+                    return Ok(Outcome::Completed { then: config.on_complete.action });
                 }
-                (journal, resolve(&config, nproc_per_node, &reporter).await?, overrides, from)
+                (journal, resolve(&config, nproc_per_node, cache, &reporter).await?, overrides, from)
             }
         };
         let mut agent = Self {
@@ -183,6 +237,7 @@ impl Agent {
             reporter,
             notices,
             nproc_per_node,
+            manner,
             overrides,
             from,
             read_again: 0,
@@ -191,25 +246,37 @@ impl Agent {
         agent.notices.begin(&resolved.config.notice);
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
         let result = agent.live(resolved).await;
-        let saved = matches!(result, Ok(Outcome::Completed | Outcome::Interrupted { lost_steps: 0 }));
+        let saved = matches!(result, Ok(Outcome::Completed { .. } | Outcome::Interrupted { lost_steps: 0 }));
         agent.notices.release(saved).await;
         let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
         result
     }
 
     async fn live(&mut self, mut resolved: Resolved) -> Result<Outcome> {
-        if self.wait_for_the_other().await? {
-            let Some(again) = self.resolve_again().await? else { return Ok(Outcome::Completed) };
-            resolved = again;
+        match self.wait_for_the_other().await? {
+            Waited::InVain(outcome) => return Ok(outcome),
+            Waited::NothingNew => {}
+            Waited::WentOn => match self.resolve_again().await? {
+                Ok(again) => resolved = again,
+                Err(then) => return Ok(Outcome::Completed { then }),
+            },
         }
         let mut deaths = Vec::new();
         let mut reason = FormedReason::Started;
         loop {
             let Some((load, generation)) = self.form(&resolved, reason).await? else {
-                let Some(again) = self.resolve_again().await? else { return Ok(Outcome::Completed) };
-                resolved = again;
+                if let Waited::InVain(outcome) = self.wait_for_the_other().await? {
+                    return Ok(outcome);
+                }
+                match self.resolve_again().await? {
+                    Ok(again) => resolved = again,
+                    Err(then) => return Ok(Outcome::Completed { then }),
+                }
                 continue;
             };
+            if let Some(since) = self.manner.since.take() {
+                tracing::info!("boot to joined: {:.2} s", since.elapsed().as_secs_f64());
+            }
             self.notices.formed(&self.run, generation);
             let world_size = WorldSize(resolved.workers);
             self.reporter.event(&Event::Formed {
@@ -281,15 +348,36 @@ impl Agent {
         }
     }
 
-    /// Another agent may be at work on this run. If it lives, leave; if it has gone, carry on. Says whether the journal went on.
-    async fn wait_for_the_other(&mut self) -> Result<bool> {
-        let Some(other) = unfinished_leader(self.journal.lock().await.state()) else { return Ok(false) };
-        self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
-        let heartbeat::Life::Gone(process) = heartbeat::look(&self.run, &other).await? else {
-            return Err(taken(&self.run_id, &other));
-        };
-        let moved = self.journal.lock().await.refresh().await? > 0;
-        if !moved {
+    /// Another agent may be at work on this run. If it lives, stand by as long as that is wanted, then leave; if it has gone, carry
+    /// on. The journal may go on meanwhile, also under a third one, which is looked at in the same way.
+    async fn wait_for_the_other(&mut self) -> Result<Waited> {
+        let began = tokio::time::Instant::now();
+        let mut waited = Waited::NothingNew;
+        let mut standing_by_for = None;
+        loop {
+            let leader = unfinished_leader(self.journal.lock().await.state());
+            let Some(other) = leader.filter(|node| *node != self.node) else { return Ok(waited) };
+            self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
+            let life = heartbeat::look(&self.run, &other).await?;
+            if life == heartbeat::Life::Alive {
+                let left = self.manner.standby.saturating_sub(began.elapsed());
+                if left.is_zero() {
+                    return Err(taken(&self.run_id, &other));
+                }
+                if standing_by_for.as_ref() != Some(&other) {
+                    self.reporter.event(&Event::Standby { node: other.to_string() });
+                    standing_by_for = Some(other.clone());
+                }
+                if let Some(source) = self.standby_ends(STANDBY_PAUSE.min(left)).await {
+                    tracing::info!(source, "asked to stop while standing by: this node has nothing to save");
+                    return Ok(Waited::InVain(Outcome::Interrupted { lost_steps: 0 }));
+                }
+            }
+            if self.journal.lock().await.refresh().await? > 0 {
+                waited = Waited::WentOn;
+                continue;
+            }
+            let heartbeat::Life::Gone(process) = life else { continue };
             // It left without a word: what it had finished since its newest checkpoint is lost.
             let journal = self.journal.lock().await;
             let generation = journal.state().formed().map_or_else(Generation::default, |formed| formed.generation);
@@ -302,23 +390,37 @@ impl Agent {
                 checkpoint,
             });
             heartbeat::bury(&self.run, &other).await;
+            return Ok(waited);
         }
-        Ok(moved)
     }
 
-    /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`None`).
-    async fn resolve_again(&mut self) -> Result<Option<Resolved>> {
+    /// Sleeps, unless this node is asked to stop: then by what. Mere advice moves nobody who only waits.
+    async fn standby_ends(&mut self, time: Duration) -> Option<&'static str> {
+        let asked = async {
+            loop {
+                let notice = self.notices.next().await;
+                if notice.kind != notice::Kind::Rebalance {
+                    return notice.source;
+                }
+            }
+        };
+        tokio::time::timeout(time, asked).await.ok()
+    }
+
+    /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`: what the
+    /// configuration wants done then).
+    async fn resolve_again(&mut self) -> Result<Result<Resolved, CompleteAction>> {
         let (config, overrides) = {
             let journal = self.journal.lock().await;
             let (config, overrides) = effective(journal.state(), &self.overrides)?;
             if let Some(step) = completed(journal.state(), &config, self.from) {
                 tracing::info!(run = %self.run_id, %step, "run has been completed by another node");
-                return Ok(None);
+                return Ok(Err(config.on_complete.action));
             }
             (config, overrides)
         };
         self.overrides = overrides;
-        Ok(Some(resolve(&config, self.nproc_per_node, &self.reporter).await?))
+        Ok(Ok(resolve(&config, self.nproc_per_node, self.manner.cache.as_deref(), &self.reporter).await?))
     }
 
     /// The newest usable checkpoint, or what a new run starts from. Damage is reported, and written down once this agent has a
@@ -422,14 +524,8 @@ impl Agent {
                 }
                 return Ok(Some((load, generation)));
             }
-            Err(JournalError::Overtaken { node, .. }) => {
-                drop(journal);
-                if heartbeat::look(&self.run, &node).await? == heartbeat::Life::Alive {
-                    return Err(taken(&self.run_id, &node));
-                }
-                self.journal.lock().await.refresh().await?;
-            }
-            Err(JournalError::Moved { .. }) => {}
+            // Whoever was first is looked at next.
+            Err(JournalError::Overtaken { .. } | JournalError::Moved { .. }) => {}
             Err(error) => return Err(error.into()),
         }
         self.damage.clear();
@@ -501,7 +597,7 @@ impl Agent {
         };
         journal.append(Record::Completed { generation, step, loss }).await?;
         self.reporter.event(&Event::Completed { step, loss });
-        Ok(Outcome::Completed)
+        Ok(Outcome::Completed { then: resolved.config.on_complete.action })
     }
 
     async fn interrupted(&self, generation: Generation, stopped: &Stopped) -> Result<Outcome> {
@@ -573,14 +669,20 @@ fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig,
 }
 
 /// Looks at everything that the configuration names, and fetches the data.
-async fn resolve(config: &RunConfig, nproc_per_node: Option<u32>, reporter: &Reporter) -> Result<Resolved> {
+async fn resolve(
+    config: &RunConfig,
+    nproc_per_node: Option<u32>,
+    cache: Option<&std::path::Path>,
+    reporter: &Reporter,
+) -> Result<Resolved> {
     let workers = workers_per_node(&config.parallel, nproc_per_node, &Machine::detect());
     micro_batches(config.train.global_batch, WorldSize(workers), config.train.max_micro_batch)?;
     reporter.event(&Event::Phase { doing: "opening the token shards".into() });
     let shown = |progress: data::cache::CacheProgress| {
         tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
     };
-    let data_dir = data::ensure_local(&config.data.train, &cache_folder(), &config.storage, shown).await?;
+    let cache = cache.map_or_else(cache_folder, std::path::Path::to_owned);
+    let data_dir = data::ensure_local(&config.data.train, &cache, &config.storage, shown).await?;
     let dataset = Dataset::open(&data_dir)?;
     let vocabulary = model::vocab_size(config.model.kind, &config.model.config)?;
     data::check_vocabulary(dataset.index(), &config.data.train, vocabulary.into(), "model.config")?;

@@ -3,6 +3,7 @@
 //! Standard output is data and is written by `output` and by the reporter only; standard error is conversation. Exit
 //! codes are those of [`Kind`]; wrong usage is 64, a panic is a bug and exits with 70.
 mod args;
+mod boot;
 mod checkpoints;
 mod completions;
 mod data;
@@ -47,6 +48,7 @@ pub struct Cli {
 enum Command {
     Run(run::Run),
     Resume(resume::Resume),
+    Boot(Box<boot::Boot>),
     Work(work::Work),
     Runs(runs::Runs),
     Status(status::Status),
@@ -96,7 +98,7 @@ fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
         }
     };
     let screen = match cli.command {
-        Command::Run(_) | Command::Resume(_) | Command::Work(_) | Command::Data(_) => Screen::stderr(),
+        Command::Run(_) | Command::Resume(_) | Command::Boot(_) | Command::Work(_) | Command::Data(_) => Screen::stderr(),
         _ => Screen::plain(),
     };
     init_logging(&screen);
@@ -118,6 +120,7 @@ impl Command {
         match self {
             Self::Run(command) => command.execute(screen),
             Self::Resume(command) => command.execute(screen),
+            Self::Boot(command) => command.execute(screen),
             Self::Work(command) => command.execute(screen),
             Self::Runs(command) => command.execute(),
             Self::Status(command) => command.execute(),

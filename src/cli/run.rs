@@ -12,8 +12,9 @@ use super::{
     store,
 };
 use crate::{
-    agent::{self, Begin, Launch, Outcome},
-    config::{self, Machine, RunConfig, Sources},
+    agent::{self, Begin, Launch, Manner, Outcome},
+    cloud::leave,
+    config::{self, CompleteAction, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
     ids::{RunId, random_hex},
     report::{Reporter, Screen},
@@ -113,22 +114,50 @@ pub(super) fn launch(
     begin: Begin,
     nproc_per_node: Option<u32>,
 ) -> Result<ExitCode> {
+    launch_as(screen, json, store, run_id, begin, nproc_per_node, Manner::default())
+}
+
+/// The same in another manner. When the run is complete, the machine does what the run's `on_complete` says.
+pub(super) fn launch_as(
+    screen: Screen,
+    json: JsonArg,
+    store: Store,
+    run_id: RunId,
+    begin: Begin,
+    nproc_per_node: Option<u32>,
+    manner: Manner,
+) -> Result<ExitCode> {
     let resume = format!("trainer resume --run-id {run_id} --store {}", store.uri());
     tracing::info!(%run_id, store = store.uri(), "{}", match &begin {
         Begin::Create(_) => "new run",
         Begin::Resume { .. } => "resuming run",
+        Begin::CreateOrResume { .. } => "new run, or one that another node has just created",
     });
     let reporter = Reporter::new(screen, json.json);
-    let outcome = agent::launch(Launch { store, run_id, begin, nproc_per_node, reporter: reporter.clone() });
+    let outcome = agent::launch(Launch { store, run_id, begin, nproc_per_node, manner, reporter: reporter.clone() });
     reporter.finish();
     Ok(match outcome? {
-        Outcome::Completed => ExitCode::SUCCESS,
+        Outcome::Completed { then } => {
+            complete(then)?;
+            ExitCode::SUCCESS
+        }
         Outcome::Interrupted { lost_steps } => {
             tracing::info!("carry on with: {resume}");
             let kind = if lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
             kind.exit_code().into()
         }
     })
+}
+
+/// What `on_complete.action` says. The run is complete whatever comes of it.
+pub(super) fn complete(then: CompleteAction) -> Result<()> {
+    match then {
+        CompleteAction::Exit => Ok(()),
+        CompleteAction::Terminate => store::block_on(async {
+            leave::leave().await;
+            Ok(())
+        }),
+    }
 }
 
 #[cfg(test)]

@@ -9,11 +9,15 @@ use super::{
     output, run, store,
 };
 use crate::{
-    cloud::sqs::LONGEST_HOLD,
+    cloud::{
+        leave,
+        sqs::LONGEST_HOLD,
+        ssm::{self, Parameter},
+    },
     config,
     error::{Kind, Result},
     report::{Reporter, Screen},
-    work::{self, Left, Said, Settings, Tools, lease::Terms},
+    work::{self, Left, Said, Settings, Tools, api, lease::Terms},
 };
 
 /// Take jobs from a queue, train them, and leave when it stays empty
@@ -50,8 +54,26 @@ pub struct Work {
     /// A message is passed on before it was held for longer; SQS's own limit is 12h
     #[arg(long, value_name = "DURATION", default_value = "12h", value_parser = longest)]
     max_hold: Duration,
+    /// When the queue stayed empty, take this machine out of its Auto Scaling group with the desired capacity lowered, or power off
+    #[arg(long)]
+    terminate_when_idle: bool,
+    /// Look for what the environment does not say, the job API's address and token, in the SSM parameters job-api-base-url and
+    /// worker-token below this path
+    #[arg(long, env = "TRAINER_SSM_PATH", value_name = "PATH", hide_env_values = true)]
+    ssm_path: Option<String>,
     #[command(flatten)]
     json: JsonArg,
+}
+
+/// A variable of the environment; for two of them a parameter does, too.
+fn variable(parameters: &[Parameter], name: &str) -> Option<String> {
+    let parameter = match name {
+        api::BASE_URL => "job-api-base-url",
+        api::TOKEN => "worker-token",
+        _ => "",
+    };
+    let given = std::env::var(name).ok().filter(|value| !value.trim().is_empty());
+    given.or_else(|| Some(parameters.iter().find(|it| it.name == parameter)?.value.reveal().to_owned()))
 }
 
 /// When a worker leaves.
@@ -93,6 +115,10 @@ impl Work {
                 tracing::warn!("{error}");
             }
         });
+        let parameters = match &self.ssm_path {
+            Some(path) => store::block_on(ssm::parameters(path))?,
+            None => Vec::new(),
+        };
         let settings = Settings {
             queue: self.queue,
             store: self.store,
@@ -106,10 +132,15 @@ impl Work {
             say,
             fetch: &run::fetch,
             working_directory: &store::working_directory()?,
-            variable: &|name| std::env::var(name).ok().filter(|value| !value.trim().is_empty()),
+            variable: &|name| variable(&parameters, name),
         };
         Ok(match work::run(settings, tools)? {
-            Left::Idle => ExitCode::SUCCESS,
+            Left::Idle => {
+                if self.terminate_when_idle {
+                    store::block_on(async { Ok(leave::leave().await) })?;
+                }
+                ExitCode::SUCCESS
+            }
             // Nothing is lost, and there may be jobs left.
             Left::Asked => Kind::Interrupted.exit_code().into(),
             Left::Job(code) => code.into(),

@@ -1,7 +1,7 @@
 //! AWS's control plane: one configuration for all of its clients.
 //!
-//! Credentials and region come from the SDK's default chain (environment, profile, web identity, container, instance role), the
-//! endpoints from `AWS_ENDPOINT_URL` and its variants for one service. An error of a service becomes one sentence with the service's
+//! Credentials come from the SDK's default chain (environment, profile, web identity, container, instance role), the region from
+//! [`region::find`](super::region::find), which asks a metadata service for a bounded time only, the endpoints from `AWS_ENDPOINT_URL` and its variants for one service. An error of a service becomes one sentence with the service's
 //! own code and message; the SDK's `Display` says only "service error".
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
@@ -11,9 +11,14 @@ use crate::error::{Error, Kind};
 
 static CONFIG: OnceCell<SdkConfig> = OnceCell::const_new();
 
-/// What all clients are made from. The first call may take as long as the instance's metadata service takes to name the region.
+/// What all clients are made from. The first call may take as long as [`region::find`](super::region::find) does.
 pub async fn config() -> &'static SdkConfig {
-    CONFIG.get_or_init(|| aws_config::load_defaults(BehaviorVersion::latest())).await
+    CONFIG
+        .get_or_init(|| async {
+            let region = super::region::find().await.map(|(name, _)| Region::new(name));
+            aws_config::defaults(BehaviorVersion::latest()).region(region).load().await
+        })
+        .await
 }
 
 /// The same for a region that is known from elsewhere, such as a queue's URL.

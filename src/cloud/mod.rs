@@ -3,7 +3,14 @@
 //! Metadata services are asked through [`metadata`], which believes nothing that it hears: every answer is bounded in time and size. AWS's
 //! control plane is asked through the AWS SDK with the credentials of its default chain; no other module but the storage layer
 //! knows the SDK. Nothing here is stored, and nothing here starts or stops a machine unless its documentation says so.
+pub mod autoscaling;
 pub mod aws;
+pub mod hardware;
+pub mod identity;
 pub mod imds;
+pub mod leave;
 pub mod metadata;
+pub mod power;
+pub mod region;
 pub mod sqs;
+pub mod ssm;

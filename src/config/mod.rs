@@ -25,7 +25,7 @@ pub use change::{Difference, Effect, apply_overrides, canonical_overrides, diff,
 pub use error::{ConfigError, Origin};
 pub use machine::{Machine, workers_per_node};
 pub use raw::DEFAULT_TOML;
-pub use resolve::{Fetch, MAX_STEPS, Sources, load};
+pub use resolve::{Fetch, MAX_STEPS, Sources, Text, load};
 pub use text::{
     absolute_uri, format_cadence, format_duration, local_path, parse_cadence, parse_duration, parse_spacing,
 };

@@ -33,12 +33,23 @@ const NOTICE_SOURCES: &[&str] = &["aws", "gcp", "azure", "signals", "file"];
 /// Reads a small remote object, by the URI of its folder and its name; an error is a phrase.
 pub type Fetch<'a> = dyn Fn(&str, &str) -> Result<Vec<u8>, String> + 'a;
 
+/// A configuration that is no file of this machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Text<'a> {
+    /// What errors call it: its URI, or the parameter that holds it.
+    pub name: &'a Path,
+    /// The TOML.
+    pub toml: &'a str,
+    /// URI of the folder that it lies in: a `model.config` that this machine does not have is looked for there.
+    pub folder: Option<&'a str>,
+}
+
 /// Where settings come from, lowest first, and what is needed to resolve them.
 pub struct Sources<'a> {
     /// The run's TOML file.
     pub file: Option<&'a Path>,
-    /// What it says, where it was read already: `file` is then what errors call it, which may be a URI.
-    pub text: Option<&'a str>,
+    /// The same as text, where it came from elsewhere; laid over the file.
+    pub text: Option<Text<'a>>,
     /// `(what the user calls it, key, value)` of each flag or environment variable that stands for a key.
     pub flags: Vec<(&'static str, &'static str, String)>,
     /// `--set key=value`, in order.
@@ -57,10 +68,11 @@ pub struct Sources<'a> {
 /// The first thing that is wrong, by key and place.
 pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
     let mut raw = Raw::defaults()?;
-    match (sources.file, sources.text) {
-        (Some(path), None) => raw.add_file(path)?,
-        (path, Some(text)) => raw.add_text(text, path.unwrap_or(Path::new("configuration")))?,
-        (None, None) => {}
+    if let Some(path) = sources.file {
+        raw.add_file(path)?;
+    }
+    if let Some(text) = &sources.text {
+        raw.add_text(text.toml, text.name)?;
     }
     for (name, key, value) in &sources.flags {
         // A flag's text is a number where it is one ("--nproc-per-node 2"), else text.
@@ -157,14 +169,11 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
     Ok(ModelConfig { kind, config, init_from })
 }
 
-/// A URI; or the file from the working directory, else from the configuration file's folder, which may be remote.
+/// The object of that URI; or the file from the working directory, else from the configuration's folder.
 fn read_model_config(path: &str, sources: &Sources<'_>) -> Result<Vec<u8>, String> {
-    let fetch = |uri: &str| match uri.rsplit_once('/') {
-        Some((folder, name)) if !name.is_empty() => (sources.fetch)(folder, name),
-        _ => Err("names no object".into()),
-    };
     if path.contains("://") {
-        return fetch(path);
+        let (folder, name) = path.rsplit_once('/').unwrap_or_default();
+        return (sources.fetch)(folder, name);
     }
     let mut tried: Vec<PathBuf> = vec![sources.working_directory.join(path)];
     if let Some(folder) = sources.file.and_then(Path::parent) {
@@ -177,10 +186,10 @@ fn read_model_config(path: &str, sources: &Sources<'_>) -> Result<Vec<u8>, Strin
             other => return other.map_err(|error| format!("can't be read: {error}")),
         }
     }
-    match sources.file.and_then(Path::parent).and_then(Path::to_str) {
-        Some(folder) if folder.contains("://") => fetch(&format!("{folder}/{path}")),
-        _ => Err("no such file".into()),
+    if let Some(folder) = sources.text.and_then(|text| text.folder) {
+        return (sources.fetch)(folder, path).map_err(|error| format!("not on this machine, and {error}"));
     }
+    Err("no such file".into())
 }
 
 fn data(raw: &Raw, working_directory: &Path) -> Result<DataConfig, ConfigError> {

@@ -86,6 +86,11 @@ pub enum Event {
         /// The newest checkpoint: the steps that it had finished after it are lost.
         checkpoint: Option<Step>,
     },
+    /// Another agent has this run and lives: this one waits until it is gone, or the run is complete.
+    Standby {
+        /// Its node.
+        node: String,
+    },
     /// State was loaded from a checkpoint.
     Restored {
         /// Its step.

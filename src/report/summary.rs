@@ -50,6 +50,7 @@ impl Summary {
             Event::Validation { .. }
             | Event::Upload { .. }
             | Event::FoundDead { .. }
+            | Event::Standby { .. }
             | Event::Restored { .. }
             | Event::Notice { .. }
             | Event::WorkerDied { .. }

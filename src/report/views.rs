@@ -75,6 +75,7 @@ impl Lines {
                     ),
                 }
             }
+            Event::Standby { node } => info!("standing by: node {} has this run and lives", human::plain(node)),
             Event::Restored { step, bytes, fetch_s, restore_s, from } => info!(
                 from,
                 size = %human::bytes(*bytes),
@@ -208,6 +209,7 @@ impl Bars {
             Event::WorkerDied { .. } | Event::Interrupted { .. } | Event::Completed { .. } => self.end_upload(),
             Event::Validation { .. }
             | Event::FoundDead { .. }
+            | Event::Standby { .. }
             | Event::Restored { .. }
             | Event::Notice { .. }
             | Event::Warning { .. } => {}

@@ -26,7 +26,10 @@ use super::{
     signed::S3,
     upload::Large,
 };
-use crate::config::{Encryption, StorageConfig};
+use crate::{
+    cloud::region,
+    config::{Encryption, StorageConfig},
+};
 
 /// A backend and where its keys begin.
 pub(super) struct Opened {
@@ -45,14 +48,20 @@ impl Opened {
     }
 }
 
-/// The process's own variables, as far as clouds read them.
+/// The process's own variables, as far as clouds read them; and the region that the machine said it is in, where they name none.
 pub(super) fn environment() -> Vec<(String, String)> {
     let ours =
         |name: &str| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|p| name.starts_with(p)) || name == "IDENTITY_ENDPOINT";
     let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
         Some((name.into_string().ok()?, value.into_string().ok()?))
     };
-    std::env::vars_os().filter_map(text).filter(|(name, _)| ours(name)).collect()
+    let mut found: Vec<_> = std::env::vars_os().filter_map(text).filter(|(name, _)| ours(name)).collect();
+    if variable(&found, "AWS_REGION").or(variable(&found, "AWS_DEFAULT_REGION")).is_none()
+        && let Some(region) = region::noted()
+    {
+        found.push(("AWS_REGION".into(), region.to_owned()));
+    }
+    found
 }
 
 pub(super) fn open(

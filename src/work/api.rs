@@ -9,12 +9,11 @@
 //! process ends is lost: the run's journal, not the API, is the record. A crash may repeat a report under another claim; `started` and
 //! `completed` may come several times for one run, and mean the same each time.
 //!
-//! The token is held in a type that prints nothing, goes into one header that is marked as sensitive, follows no redirect, and leaves
+//! The token is held in a [`Secret`], which prints nothing, goes into one header that is marked as sensitive, follows no redirect, and leaves
 //! this machine over https only.
 
 use std::{
     collections::VecDeque,
-    fmt,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -31,7 +30,7 @@ use url::Url;
 
 use super::lease::lock;
 use crate::{
-    cloud::sqs::is_loopback,
+    cloud::{sqs::is_loopback, ssm::Secret},
     error::{Error, Kind, Result},
     ids::RunId,
 };
@@ -46,16 +45,6 @@ const REQUEST: Duration = Duration::from_secs(10);
 const KEPT: Duration = Duration::from_secs(10 * 60);
 /// The longest pause between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-
-/// A secret. Prints nothing of itself.
-#[derive(Clone)]
-pub struct Token(String);
-
-impl fmt::Debug for Token {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Token")
-    }
-}
 
 /// What has happened to a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -130,7 +119,7 @@ pub struct Facts {
 #[derive(Debug)]
 pub struct Api {
     base: Url,
-    token: Token,
+    token: Secret,
     client: Client,
 }
 
@@ -185,7 +174,7 @@ impl Api {
         // A proxy would answer for its own loopback.
         let client = if is_loopback(&base) { client.no_proxy() } else { client };
         let client = client.build().map_err(|error| Error::from_source(Kind::Bug, error).context("make HTTP client"))?;
-        Ok(Some(Self { base, token: Token(token), client }))
+        Ok(Some(Self { base, token: Secret::new(token), client }))
     }
 
     /// `{base}/jobs/{name}/events`; the name is percent-encoded.
@@ -201,7 +190,7 @@ impl Api {
     async fn post(&self, report: &Report) -> (Verdict, String) {
         let name = report.run_id.as_ref().map_or(report.message_id.as_str(), RunId::as_str);
         let Ok(body) = serde_json::to_vec(report) else { return (Verdict::Refused, "it is no JSON".into()) };
-        let Ok(mut bearer) = HeaderValue::from_str(&format!("Bearer {}", self.token.0)) else {
+        let Ok(mut bearer) = HeaderValue::from_str(&format!("Bearer {}", self.token.reveal())) else {
             return (Verdict::Refused, "the token fits no header".into());
         };
         bearer.set_sensitive(true);

@@ -9,6 +9,7 @@
 //! is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the machine goes away, when another worker
 //! has the run, when the store does not answer, and when SQS would hide it no longer. It is left to the redrive policy when the
 //! job itself failed or can't be understood: reported, seen again after a pause, and after `maxReceiveCount` receives in the dead-letter queue.
+//! What a run's `on_complete` wants done with the machine is not done here: there may be another job.
 //!
 //! *Crash*: the lease runs out, another worker receives the message and resumes from the newest checkpoint; see [`handover`] for each
 //! moment. *Retry*: settling twice is fine. *Cancel*: SIGTERM while training is the agent's affair (it saves, and leaves with 75 or 76), after
@@ -38,9 +39,13 @@ use self::{
     lease::{Hold, Holder, Terms, lock},
 };
 use crate::{
-    agent::{self, Begin, Launch, Outcome},
-    cloud::sqs::{Message, Queue},
-    config::{self, Fetch, Machine, RunConfig, Sources, StorageConfig},
+    agent::{self, Begin, Launch, Manner, Outcome},
+    boot,
+    cloud::{
+        hardware, region,
+        sqs::{Message, Queue},
+    },
+    config::{self, Fetch, Machine, RunConfig, Sources, StorageConfig, Text},
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
     journal::{self, JournalError},
@@ -168,6 +173,8 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
         .map_err(|error| Error::from_source(Kind::Bug, error).context("start the worker"))?;
     let reports = Reports::start(api, runtime.handle());
     let heard = runtime.block_on(listen())?;
+    // Where nothing but the machine itself names it, the S3 client takes it from there.
+    runtime.block_on(region::find());
     let queue = runtime.block_on(Queue::open(&settings.queue))?;
     let max_receive_count = runtime.block_on(redrive(&queue))?;
     tracing::info!(queue = queue.url(), "waiting for jobs");
@@ -418,48 +425,44 @@ impl Worker<'_> {
 
     /// Trains the run of a job to its end, or to where it can't go on.
     fn train(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>) -> Result<Turn> {
-        let mut again = true;
-        loop {
-            let (store, begin) = match self.prepare(job, received, tracker)? {
-                Prepared::Launch { store, begin } => (store, begin),
-                Prepared::Done { step, loss } => {
-                    let facts = Facts { step: Some(step), loss: Some(loss).filter(|l| l.is_finite()), ..Facts::default() };
-                    lock(tracker).facts = facts;
-                    return Ok(Turn::new(End::Completed, State::Completed, 0));
-                }
-                Prepared::Renew { committed } => {
-                    lock(&lock(tracker).carried).step = committed;
-                    return Ok(Turn::new(End::Elsewhere, State::Renewed, 0));
-                }
-            };
-            if self.asked() {
-                let turn = Turn::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
-                return Ok(Turn { reason: Some("asked to stop before the run was started".into()), ..turn });
+        let (store, begin) = match self.prepare(job, received, tracker)? {
+            Prepared::Launch { store, begin } => (store, begin),
+            Prepared::Done { step, loss } => {
+                let facts = Facts { step: Some(step), loss: Some(loss).filter(|l| l.is_finite()), ..Facts::default() };
+                lock(tracker).facts = facts;
+                return Ok(Turn::new(End::Completed, State::Completed, 0));
             }
-            let created = matches!(begin, Begin::Create(_));
-            let listener: Listener = Box::new({
-                let tracker = Arc::clone(tracker);
-                move |event| lock(&tracker).hear(event, Instant::now())
-            });
-            let reporter = (self.tools.reporter)(listener);
-            let nproc_per_node = self.settings.workers.as_ref().map(|(_, count)| *count);
-            let launch = Launch { store, run_id: job.run_id.clone(), begin, nproc_per_node, reporter: reporter.clone() };
-            let outcome = agent::launch(launch);
-            reporter.finish();
-            return match outcome {
-                Ok(Outcome::Completed) => Ok(Turn::new(End::Completed, State::Completed, 0)),
-                Ok(Outcome::Interrupted { lost_steps }) => {
-                    let kind = if lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
-                    Ok(Turn::new(End::Interrupted, State::Interrupted, kind.exit_code()))
-                }
-                // Another worker has created it since we looked.
-                Err(error) if created && again && error.kind() == Kind::Usage => {
-                    again = false;
-                    continue;
-                }
-                Err(error) => Err(error),
-            };
+            Prepared::Renew { committed } => {
+                lock(&lock(tracker).carried).step = committed;
+                return Ok(Turn::new(End::Elsewhere, State::Renewed, 0));
+            }
+        };
+        if self.asked() {
+            let turn = Turn::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
+            return Ok(Turn { reason: Some("asked to stop before the run was started".into()), ..turn });
         }
+        let listener: Listener = Box::new({
+            let tracker = Arc::clone(tracker);
+            move |event| lock(&tracker).hear(event, Instant::now())
+        });
+        let reporter = (self.tools.reporter)(listener);
+        let launch = Launch {
+            store,
+            run_id: job.run_id.clone(),
+            begin,
+            nproc_per_node: self.settings.workers.as_ref().map(|(_, count)| *count),
+            manner: Manner { cache: boot::cache(&hardware::root()), ..Manner::default() },
+            reporter: reporter.clone(),
+        };
+        let outcome = agent::launch(launch);
+        reporter.finish();
+        Ok(match outcome? {
+            Outcome::Completed { .. } => Turn::new(End::Completed, State::Completed, 0),
+            Outcome::Interrupted { lost_steps } => {
+                let kind = if lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
+                Turn::new(End::Interrupted, State::Interrupted, kind.exit_code())
+            }
+        })
     }
 
     /// Finds the run, or makes ready to create it.
@@ -496,7 +499,7 @@ impl Worker<'_> {
                     None => self.config(job, Some(uri.clone()))?,
                 };
                 let store = Store::open(&uri, &config.storage)?;
-                Ok(Prepared::Launch { store, begin: Begin::Create(Box::new(config)) })
+                Ok(Prepared::Launch { store, begin: Begin::CreateOrResume { config: Box::new(config), overrides: Vec::new() } })
             }
             Err(error) => Err(error).context(format!("read journal of run {run_id}")),
         }
@@ -504,16 +507,16 @@ impl Worker<'_> {
 
     /// The configuration that a job names, as `trainer run` would resolve it.
     fn config(&self, job: &Job, store: Option<String>) -> Result<RunConfig> {
-        let (text, name) = match &job.config {
-            Source::Inline(text) => (text.clone(), format!("configuration of job {}", job.run_id)),
+        let (toml, name, folder) = match &job.config {
+            Source::Inline(toml) => (toml.clone(), format!("configuration of job {}", job.run_id), None),
             Source::At { folder, name } => {
                 let uri = format!("{folder}/{name}");
+                let doing = || format!("read configuration {uri}");
                 let bytes = (self.tools.fetch)(folder, name)
-                    .map_err(|reason| Error::new(Kind::Config, reason).context(format!("read configuration {uri}")))?;
-                let text = String::from_utf8(bytes).map_err(|error| {
-                    Error::from_source(Kind::Config, error.utf8_error()).context(format!("read configuration {uri}"))
-                })?;
-                (text, uri)
+                    .map_err(|reason| Error::new(Kind::Config, reason).context(doing()))?;
+                let toml = String::from_utf8(bytes)
+                    .map_err(|error| Error::from_source(Kind::Config, error.utf8_error()).context(doing()))?;
+                (toml, uri, Some(folder.as_str()))
             }
         };
         let mut flags = Vec::new();
@@ -524,8 +527,8 @@ impl Worker<'_> {
             flags.push(("--nproc-per-node", "parallel.nproc_per_node", setting.clone()));
         }
         let sources = Sources {
-            file: Some(Path::new(&name)),
-            text: Some(&text),
+            file: None,
+            text: Some(Text { name: Path::new(&name), toml: &toml, folder }),
             flags,
             set: &job.set,
             working_directory: self.tools.working_directory,

@@ -6,8 +6,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use bytes::Bytes;
 use hyper::{Request, Response, StatusCode, body::Incoming, service::service_fn};
+use s3s::Body;
 use serde_json::Value;
 
 /// The token that it takes.
@@ -122,7 +122,7 @@ impl Drop for JobApi {
 async fn hear(
     state: Arc<Mutex<State>>,
     request: Request<Incoming>,
-) -> Result<Response<http_body::Full>, std::convert::Infallible> {
+) -> Result<Response<Body>, s3s::StdError> {
     lock(&state).asked += 1;
     if lock(&state).hangs {
         std::future::pending::<()>().await;
@@ -130,13 +130,13 @@ async fn hear(
     let header = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
     let (path, key) = (request.uri().path().to_owned(), header("idempotency-key").unwrap_or_default());
     let allowed = header("authorization") == Some(format!("Bearer {TOKEN}"));
-    let body = http_body::read(request.into_body()).await;
+    let body = Body::from(request.into_body()).store_all_limited(1 << 20).await?;
     let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
     let mut state = lock(&state);
     let answer = state.next.pop_front().or(state.always).unwrap_or(200);
     let status = if allowed { answer } else { 401 };
     state.told.push(Told { path, key, body, status });
-    let mut response = Response::new(http_body::Full::new(Bytes::new()));
+    let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::from_u16(status).expect("a status");
     Ok(response)
 }

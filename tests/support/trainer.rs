@@ -85,12 +85,16 @@ impl Trainer {
         command.current_dir(dir).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
-            if ["TRAINER_", "AWS_", "GOOGLE_", "GCE_", "AZURE_"].iter().any(|prefix| text.starts_with(prefix)) {
+            if ["TRAINER_", "AWS_", "GOOGLE_", "GCE_", "NO_GCE_", "AZURE_", "SLURM_", "KUBERNETES_"]
+                .iter()
+                .any(|prefix| text.starts_with(prefix))
+            {
                 command.env_remove(&name);
             }
         }
         // A test machine may be a cloud machine: its metadata service is nobody's business here.
-        command.env("AWS_EC2_METADATA_DISABLED", "true").env("NO_COLOR", "1").env(MARK, &mark);
+        command.env("AWS_EC2_METADATA_DISABLED", "true").env("NO_GCE_CHECK", "true");
+        command.env("TRAINER_AZURE_METADATA_ENDPOINT", "off").env("NO_COLOR", "1").env(MARK, &mark);
         // What it would keep in the user's cache belongs to this test.
         command.env("XDG_CACHE_HOME", dir.join("cache"));
         Self { command, json: false, mark, shown: arguments.join(" ") }
@@ -241,6 +245,10 @@ impl Running {
         }
         false
     }
+    /// Whether stderr has said this by now.
+    pub fn has_said(&self, text: &str) -> bool {
+        hear(&self.ear).stderr.contains(text)
+    }
     /// Sends the agent a signal.
     pub fn signal(&self, signal: Signal) {
         // The error is that it has gone already, and then the test finds out from its exit code.
@@ -356,7 +364,7 @@ fn story(shown: &str, heard: &Heard) -> String {
 }
 
 /// A binary that has ended.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Finished {
     status: ExitStatus,
     /// What `--json` said, in order.

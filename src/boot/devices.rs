@@ -1,0 +1,126 @@
+//! Waiting for the NVIDIA driver, which on a fresh machine may come up later than this process.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    cloud::hardware::{self, Gpus},
+    error::{Error, Kind, Result},
+};
+
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(250);
+/// Between two lines that say what is waited for.
+const SAY: Duration = Duration::from_secs(10);
+/// Fewer device files than GPUs on the bus that have not become more for so long are all that there are: a container is given some
+/// of the machine's.
+const SETTLED: Duration = Duration::from_secs(10);
+
+/// What to make of what is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// There is nothing to wait for.
+    None,
+    /// All of them.
+    Ready,
+    /// Some of them, and no more are coming.
+    Some,
+    /// Not yet.
+    Wait,
+}
+
+/// `unchanged`: for so long the picture has been this one.
+fn judge(gpus: &Gpus, unchanged: Duration) -> Verdict {
+    match gpus {
+        Gpus { on_the_bus: 0, device_files: 0, .. } => Verdict::None,
+        Gpus { driver: true, device_files, on_the_bus } if device_files >= on_the_bus => Verdict::Ready,
+        Gpus { driver: true, device_files: 1.., .. } if unchanged >= SETTLED => Verdict::Some,
+        _ => Verdict::Wait,
+    }
+}
+
+/// Waits until the GPUs on the bus can be used, at most `limit`; says what there is, or `None` where there are no GPUs.
+pub async fn wait(root: &Path, limit: Duration) -> Result<Option<String>> {
+    let began = Instant::now();
+    let (mut seen, mut since, mut said) = (Gpus::default(), began, began);
+    loop {
+        let gpus = hardware::gpus(root);
+        if gpus != seen {
+            (seen, since) = (gpus, Instant::now());
+        }
+        let Gpus { on_the_bus, device_files, .. } = gpus;
+        match judge(&gpus, since.elapsed()) {
+            Verdict::None => return Ok(None),
+            Verdict::Ready => return Ok(Some(format!("{device_files} GPUs are ready"))),
+            Verdict::Some => return Ok(Some(format!("{device_files} of {on_the_bus} GPUs are given to this process"))),
+            Verdict::Wait => {}
+        }
+        let lacking = if gpus.driver { "device files /dev/nvidia0 …" } else { "the NVIDIA driver" };
+        if began.elapsed() >= limit {
+            let what = format!(
+                "{on_the_bus} NVIDIA devices are on the bus and {device_files} can be used: {lacking} did not come up within {} s",
+                limit.as_secs()
+            );
+            return Err(Error::new(Kind::Unavailable, what).with_hint(
+                "run nvidia-smi on the machine: a driver that was installed or updated in this boot needs a reboot; in a container check --gpus and the NVIDIA container toolkit",
+            ));
+        }
+        if said.elapsed() >= SAY {
+            said = Instant::now();
+            tracing::info!("boot: waiting for {lacking}, {} s so far", began.elapsed().as_secs());
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_waited_for_where_the_bus_has_them() {
+        const LONG: Duration = Duration::from_secs(11);
+        for (on_the_bus, driver, device_files, unchanged, verdict) in [
+            (0, false, 0, Duration::ZERO, Verdict::None),
+            (8, false, 0, LONG, Verdict::Wait),
+            (8, true, 0, LONG, Verdict::Wait),
+            (8, true, 8, Duration::ZERO, Verdict::Ready),
+            (8, false, 8, LONG, Verdict::Wait),
+            (8, true, 2, Duration::ZERO, Verdict::Wait),
+            (8, true, 2, LONG, Verdict::Some),
+            // The bus of the machine may be hidden from a container.
+            (0, true, 2, Duration::ZERO, Verdict::Ready),
+        ] {
+            let gpus = Gpus { on_the_bus, driver, device_files };
+            assert_eq!(judge(&gpus, unchanged), verdict, "{gpus:?}, {unchanged:?}");
+        }
+    }
+
+    fn write(root: &Path, path: &str, text: &str) {
+        let path = root.join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_driver_that_comes_late_is_waited_for_and_one_that_never_comes_is_an_error() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path();
+        assert_eq!(wait(path, Duration::ZERO).await.unwrap(), None);
+        write(path, "sys/bus/pci/devices/0000:00:1e.0/vendor", "0x10de\n");
+        write(path, "sys/bus/pci/devices/0000:00:1e.0/class", "0x030200\n");
+        let error = wait(path, Duration::ZERO).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Unavailable);
+        assert!(error.to_string().contains("1 NVIDIA devices are on the bus and 0 can be used"), "{error}");
+        assert!(error.hint().unwrap().contains("reboot"));
+
+        let (ready, ()) = tokio::join!(wait(path, Duration::from_secs(600)), async {
+            // It has looked at least once by now: this branch is polled after the first one.
+            write(path, "proc/driver/nvidia/version", "NVRM\n");
+            write(path, "dev/nvidia0", "");
+        });
+        assert_eq!(ready.unwrap().as_deref(), Some("1 GPUs are ready"));
+    }
+}

@@ -1,0 +1,278 @@
+//! What a machine does when it comes up: finds out what it is to train, and joins.
+//!
+//! # What is looked up, in this order
+//! 1. The region: `AWS_REGION`, a profile, or the instance's identity document.
+//! 2. What is to be done, from the [layers](settings): flags, the environment, SSM parameters below a path, instance tags.
+//! 3. The run: if its journal exists, it is resumed, and the configuration is not even read: a run keeps the settings it was created
+//!    with, and what `set` changes on top of them. Else it is created. A configuration is a file, an object of a store, or the
+//!    value of a parameter.
+//! 4. Devices that the bus has and the driver has not yet; a local disk that lives and dies with the machine, for datasets.
+//!
+//! # Run ids
+//! A template names the run of the day on which the machine boots (`reports-{year}q{quarter}`), and no other: a run of the quarter
+//! before that was not finished is not carried on by machines that boot in the new one. Whoever wants that names it with `--run-id`.
+//! A machine that trains on over the turn finishes what it began.
+//!
+//! # Twice at once, and again
+//! Nothing is stored outside the run's own journal. Two machines that boot with one run id at once both try to create it; one
+//! succeeds, the other resumes. One of them trains; the other stands by, its data fetched, watches the heartbeat, and takes
+//! over when that stops: this is what a group does that starts the replacement before it ends the machine that is
+//! replaced. A second boot of a run that is complete finds so and does what `on_complete` says. A kill at any instant leaves
+//! what the agent leaves.
+//!
+//! # Errors
+//! What a person must mend (configuration: 78, permission: 77) is told apart from what time may mend (69), so that a supervisor
+//! repeats the one and not the other. Names of parameters are logged, their values are not; a setting that is wrong is said with its
+//! value, as any other: settings are no secrets, they stand in the journal.
+pub mod settings;
+
+mod devices;
+mod template;
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use jiff::{Timestamp, tz::TimeZone};
+
+pub use self::devices::wait as wait_for_devices;
+use self::settings::{Given, Layer, Name, Origin};
+use crate::{
+    cloud::{hardware, identity, region, ssm},
+    config::{self, Effect, StorageConfig},
+    error::{Error, Kind, Result},
+    ids::RunId,
+    journal::{Entry, MAX_ENTRY, Record},
+    layout,
+    storage::{StorageError, Store},
+};
+
+/// Says each step of a boot with the time that it took.
+#[derive(Debug)]
+pub struct Steps {
+    began: Instant,
+    last: Instant,
+}
+
+impl Steps {
+    /// Counts from the start of this process: its libraries are loaded by now.
+    pub fn begin() -> Self {
+        let now = Instant::now();
+        let began = process_age().and_then(|age| now.checked_sub(age)).unwrap_or(now);
+        let mut steps = Self { began, last: began };
+        steps.done("program and libraries are loaded");
+        steps
+    }
+
+    /// When this process started.
+    pub fn began(&self) -> Instant {
+        self.began
+    }
+
+    /// A step is done.
+    pub fn done(&mut self, what: impl std::fmt::Display) {
+        let now = Instant::now();
+        tracing::info!("boot: {what}, {:.2} s", now.duration_since(self.last).as_secs_f64());
+        self.last = now;
+    }
+}
+
+/// How long this process has been there: field 22 of `/proc/self/stat`, in clock ticks since the boot, against `/proc/uptime` (proc(5)).
+fn process_age() -> Option<Duration> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    let started: f64 = stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()?;
+    let uptime: f64 = std::fs::read_to_string("/proc/uptime").ok()?.split(' ').next()?.parse().ok()?;
+    #[expect(clippy::cast_precision_loss, reason = "a hundred or so")]
+    let ticks = rustix::param::clock_ticks_per_second() as f64;
+    Duration::try_from_secs_f64(uptime - started / ticks).ok().filter(|age| *age < Duration::from_secs(3600))
+}
+
+/// What this machine is told to do, flags above everything else.
+pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
+    match region::find().await {
+        Some((region, source)) => steps.done(format_args!("region {region} {}", source.text())),
+        None => steps.done("no region is known"),
+    }
+    let variable = |name: &str| std::env::var(name).ok();
+    let above = flags.over(Layer::from_environment(&variable)?);
+    let tags = identity::tags().await;
+    let (count, (tags, unknown)) = (tags.len(), Layer::from_tags(tags)?);
+    if count > 0 {
+        steps.done(format_args!("{count} tags of this instance"));
+    }
+    for name in unknown {
+        tracing::warn!("tag trainer:{name} of this instance means nothing here");
+    }
+    let Some(path) = above.ssm_path.as_ref().or(tags.ssm_path.as_ref()).map(|path| path.value.clone()) else {
+        return Ok(above.over(tags));
+    };
+    if region::find().await.is_none() {
+        let what = format!("parameters below {path} can't be read: no region is known");
+        return Err(Error::new(Kind::Config, what).with_hint("set AWS_REGION, or let the machine read its metadata"));
+    }
+    let parameters = ssm::parameters(&path).await?;
+    let names: Vec<String> = parameters.iter().map(|parameter| parameter.name.clone()).collect();
+    steps.done(format_args!("{} parameters below {path}: {}", names.len(), shown(&names)));
+    if names.is_empty() {
+        tracing::warn!("there is no parameter below {path}");
+    }
+    let (parameters, unknown) = Layer::from_parameters(&path, parameters)?;
+    for name in unknown {
+        tracing::warn!("parameter {path}/{name} means nothing here");
+    }
+    Ok(above.over(parameters).over(tags))
+}
+
+/// The first few names.
+fn shown(names: &[String]) -> String {
+    const MOST: usize = 20;
+    let mut text = names.iter().take(MOST).cloned().collect::<Vec<_>>().join(", ");
+    if names.len() > MOST {
+        text += ", …";
+    }
+    text
+}
+
+/// The run that is meant at `now`.
+pub fn run_id(settings: &Layer, now: Timestamp) -> Result<RunId> {
+    let name = settings.name.as_ref().ok_or_else(|| {
+        Error::new(Kind::Config, "no run is named").with_hint(
+            "give --run-id or --run-id-template, TRAINER_RUN_ID or TRAINER_RUN_ID_TEMPLATE, or the parameter or tag run-id or run-id-template",
+        )
+    })?;
+    let result = match &name.value {
+        Name::Id(text) => RunId::new(text.as_str())
+            .map_err(|error| Error::from_source(Kind::Config, error).context(format!("take {}", name.origin))),
+        Name::Template(text) => {
+            let zone = time_zone(settings)?;
+            template::render(text, &now.to_zoned(zone))
+        }
+    };
+    result.map_err(|error| unsaid(&name.origin, "run id or template of one", error))
+}
+
+fn time_zone(settings: &Layer) -> Result<TimeZone> {
+    let Some(zone) = &settings.time_zone else { return Ok(TimeZone::UTC) };
+    TimeZone::get(&zone.value).map_err(|error| {
+        let error = Error::from_source(Kind::Config, error).context(format!("take {}", zone.origin));
+        unsaid(&zone.origin, "time zone of this machine's list", error)
+    })
+}
+
+/// An error about a value; without the value where a secret may have got there by mistake.
+fn unsaid(origin: &Origin, what: &str, error: Error) -> Error {
+    match origin {
+        Origin::Parameter(_) => {
+            let silent = Error::new(Kind::Config, format!("{origin} is no {what}"));
+            match error.hint() {
+                Some(hint) => silent.with_hint(hint),
+                None => silent,
+            }
+        }
+        _ => error,
+    }
+}
+
+/// The store that is named, if one is; a relative one is taken from `working_directory`.
+pub fn store(settings: &Layer, working_directory: &Path) -> Result<Option<Given<String>>> {
+    let Some(given) = &settings.store else { return Ok(None) };
+    let value = config::absolute_uri(&given.value, working_directory).map_err(|expected| {
+        let error = Error::new(Kind::Config, format!("store {:?}: expected {expected}", given.value));
+        unsaid(&given.origin, "store's URI", error)
+    })?;
+    // Whatever is wrong with it is said by those who open it: let them not say a secret.
+    if matches!(given.origin, Origin::Parameter(_)) && !value.contains("://") {
+        return Err(Error::new(Kind::Config, format!("{} is no store's URI", given.origin)));
+    }
+    Ok(Some(Given { value, origin: given.origin.clone() }))
+}
+
+/// How the run's store is to be used, if the run exists: as the configuration says that it was created with.
+pub async fn existing(store: &Store, run_id: &RunId) -> Result<Option<StorageConfig>> {
+    match store.folder(run_id.as_str()).get(&layout::journal_entry(0), MAX_ENTRY).await {
+        Ok(body) => match Entry::decode(&body).map(|entry| entry.record) {
+            Ok(Record::Created { config, .. }) => Ok(Some(config.storage)),
+            // Whoever replays the journal says what is wrong with it.
+            _ => Ok(Some(StorageConfig::plain(16, 16))),
+        },
+        Err(StorageError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The changed settings that a run that exists can take. What it keeps for life was set when it was created: on a machine that
+/// boots again that is no mistake.
+pub fn changes(set: &[(String, String)]) -> Vec<(String, String)> {
+    let (kept, free): (Vec<_>, Vec<_>) =
+        set.iter().cloned().partition(|(key, _)| matches!(config::effect(key), Effect::Fixed(_)));
+    for (key, _) in kept {
+        tracing::info!("boot: {key} stays as the run was created with");
+    }
+    free
+}
+
+/// Where datasets are kept on this machine: on a local disk that lives and dies with it, if one is mounted and takes a folder. Nothing
+/// that a resume needs is ever there.
+pub fn cache(root: &Path) -> Option<PathBuf> {
+    let disk = hardware::instance_store(root)?;
+    let folder = disk.join("trainer").join("datasets");
+    match std::fs::create_dir_all(&folder) {
+        Ok(()) => Some(folder),
+        Err(error) => {
+            tracing::warn!("the local disk at {} is not used: {error}", disk.display());
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(name: Name, origin: Origin) -> Layer {
+        Layer { name: Some(Given { value: name, origin }), ..Layer::default() }
+    }
+
+    #[test]
+    fn a_run_is_named_by_id_or_by_the_date_in_a_time_zone() {
+        let now: Timestamp = "2026-12-31T23:30:00Z".parse().unwrap();
+        let flag = || Origin::Flag("--run-id");
+        assert_eq!(run_id(&named(Name::Id("first".into()), flag()), now).unwrap().as_str(), "first");
+        let mut settings = named(Name::Template("r{year}q{quarter}".into()), flag());
+        assert_eq!(run_id(&settings, now).unwrap().as_str(), "r2026q4");
+        settings.time_zone = Some(Given { value: "no/such zone".into(), origin: flag() });
+        let error = run_id(&settings, now).unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        let error = run_id(&Layer::default(), now).unwrap_err();
+        assert!(error.kind() == Kind::Config && error.hint().unwrap().contains("TRAINER_RUN_ID_TEMPLATE"));
+    }
+
+    #[test]
+    fn what_came_out_of_a_parameter_is_not_said() {
+        let now = Timestamp::UNIX_EPOCH;
+        let parameter = || Origin::Parameter("/p/run-id".into());
+        for name in [Name::Id("hunter2 /".into()), Name::Template("{hunter2}".into())] {
+            let error = run_id(&named(name.clone(), parameter()), now).unwrap_err();
+            assert!(error.to_string().contains("/p/run-id") && !error.to_string().contains("hunter2"), "{error}");
+            let error = run_id(&named(name, Origin::Flag("--run-id")), now).unwrap_err();
+            assert!(error.to_string().contains("hunter2"), "{error}");
+        }
+        let secret = Layer { store: Some(Given { value: "hunter2".into(), origin: parameter() }), ..Layer::default() };
+        let error = store(&secret, Path::new("/work")).map(|found| found.map(|given| given.value));
+        assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+    }
+
+    #[test]
+    fn settings_that_a_run_keeps_for_life_are_no_mistake_on_the_next_boot() {
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        let set = [pair("train.steps", "5"), pair("data.sequence_length", "64"), pair("model.config", "x")];
+        assert_eq!(changes(&set), [pair("train.steps", "5")]);
+    }
+
+    #[test]
+    fn the_age_of_this_process_is_known() {
+        let age = process_age().unwrap();
+        assert!(age < Duration::from_secs(3600), "{age:?}");
+    }
+}

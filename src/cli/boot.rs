@@ -1,0 +1,257 @@
+//! `trainer boot`
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::Args;
+use jiff::Timestamp;
+
+use super::{
+    args::{JsonArg, SetArg, Workers, WorkersArg},
+    run, store,
+};
+use crate::{
+    agent::{Begin, Manner},
+    boot::{
+        self, Steps,
+        settings::{Config, Given, Layer, Name, Origin},
+    },
+    cloud::hardware,
+    config::{self, Machine, RunConfig, Sources, Text},
+    error::{Context, Error, Kind, Result},
+    ids::RunId,
+    report::Screen,
+    storage::Store,
+};
+
+/// The longest configuration that is read from a store, bytes.
+const MAX_CONFIG: u64 = 1 << 20;
+
+/// What machines run at boot: find the configuration, resume the run or start it
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  trainer boot --ssm-path /trainer/reports
+  trainer boot s3://bucket/reports.toml --run-id-template 'reports-{year}q{quarter}' --store s3://bucket/runs
+
+What wins: flags < the environment < SSM parameters < instance tags, read from the left: a flag wins over all others.
+  environment  TRAINER_CONFIG  TRAINER_STORE  TRAINER_RUN_ID  TRAINER_RUN_ID_TEMPLATE  TRAINER_TIME_ZONE  TRAINER_SSM_PATH
+  parameters   <path>/config (TOML) or config-uri, store, run-id or run-id-template, time-zone, set/<key>,
+               worker-token and job-api-base-url (for `trainer work`)
+  tags         trainer:config-uri, trainer:store, trainer:run-id or trainer:run-id-template, trainer:time-zone,
+               trainer:ssm-path, trainer:set:<key>; shown to the instance where InstanceMetadataTags is enabled
+Fields of a template: {year} {quarter} {month} {week} {week_year} {day}, in UTC or --time-zone. Only the run of the current date is \
+looked for: one of the quarter before that is unfinished is carried on by naming it with --run-id.
+
+A run that exists is resumed with the settings it was created with, and those that --set or set/<key> change; a changed configuration \
+changes nothing. A run that is complete is left alone. Two machines may boot one run: one trains, the other stands by and takes over \
+when the first is gone. When the run is complete, on_complete.action says what becomes of the machine.
+
+Datasets are kept on a mounted instance store (NVMe) where there is one, else in the user's cache.
+Exit codes beside those of `trainer run`: 78 nothing to do was found or it is wrong, 77 not permitted, 69 not reachable or no GPU driver \
+(start again), 79 another machine still has the run after --standby.")]
+pub struct Boot {
+    /// The settings of a new run: a TOML file, or its URI
+    config: Option<String>,
+    /// The run
+    #[arg(long, value_name = "ID")]
+    run_id: Option<String>,
+    /// The run, from today's date, such as 'reports-{year}q{quarter}'
+    #[arg(long, value_name = "TEMPLATE", conflicts_with = "run_id")]
+    run_id_template: Option<String>,
+    /// The time zone of that date, such as Europe/Berlin [default: UTC]
+    #[arg(long, value_name = "ZONE")]
+    time_zone: Option<String>,
+    /// Read SSM parameters below this path, such as /trainer/reports
+    #[arg(long, value_name = "PATH")]
+    ssm_path: Option<String>,
+    /// Where runs are kept: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
+    #[arg(long, value_name = "URI")]
+    store: Option<String>,
+    #[command(flatten)]
+    workers: WorkersArg,
+    #[command(flatten)]
+    set: SetArg,
+    /// How long to stand by while another machine trains this run: a duration such as 30m, or "forever"
+    #[arg(long, value_name = "TIME", default_value = "forever", value_parser = standby)]
+    standby: Duration,
+    /// How long to wait for the NVIDIA driver of a machine with GPUs
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
+    device_wait: Duration,
+    /// Print events as JSON, one object a line
+    #[arg(long)]
+    json: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    config::parse_duration(text).ok_or_else(|| "expected a duration such as 90s, 5m or 1h30m".into())
+}
+
+fn standby(text: &str) -> Result<Duration, String> {
+    if text == "forever" { Ok(Duration::MAX) } else { duration(text) }
+}
+
+impl Boot {
+    pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
+        let mut steps = Steps::begin();
+        let settings = store::block_on(boot::gather(self.layer(), &mut steps))?;
+        let run_id = boot::run_id(&settings, Timestamp::now())?;
+        let working_directory = store::working_directory()?;
+        let named = boot::store(&settings, &working_directory)?;
+
+        // A run that exists needs no configuration: one that can't be read is no reason not to carry it on.
+        let mut found = None;
+        if let Some(named) = &named {
+            found = find(&named.value, &config::StorageConfig::plain(16, 16), &run_id)?;
+        }
+        let (store, begin) = match found {
+            Some(store) => (store, None),
+            None => {
+                let config = self.configuration(&settings, named)?;
+                match find(&config.store, &config.storage, &run_id)? {
+                    Some(store) => (store, None),
+                    None => (Store::open(&config.store, &config.storage)?, Some(config)),
+                }
+            }
+        };
+        let overrides = boot::changes(&settings.set);
+        let begin = match begin {
+            Some(config) => {
+                steps.done(format_args!("run {run_id} does not exist in {}: it is created", store.uri()));
+                Begin::CreateOrResume { config: Box::new(config), overrides }
+            }
+            None => {
+                steps.done(format_args!("run {run_id} exists in {}: it is resumed", store.uri()));
+                Begin::Resume { from: None, overrides }
+            }
+        };
+        self.await_devices(&mut steps)?;
+        let cache = boot::cache(&hardware::root());
+        if let Some(folder) = &cache {
+            steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
+        }
+        let manner = Manner { standby: self.standby, cache, since: Some(steps.began()) };
+        let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
+        run::launch_as(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node, manner)
+    }
+
+    /// What the command line says.
+    fn layer(&self) -> Layer {
+        fn given<T>(value: Option<T>, flag: &'static str) -> Option<Given<T>> {
+            value.map(|value| Given { value, origin: Origin::Flag(flag) })
+        }
+        let id = given(self.run_id.clone().map(Name::Id), "--run-id");
+        Layer {
+            config: given(self.config.clone().map(Config::Place), "CONFIG"),
+            store: given(self.store.clone(), "--store"),
+            name: id.or_else(|| given(self.run_id_template.clone().map(Name::Template), "--run-id-template")),
+            time_zone: given(self.time_zone.clone(), "--time-zone"),
+            ssm_path: given(self.ssm_path.clone(), "--ssm-path"),
+            set: self.set.set.clone(),
+            ..Layer::default()
+        }
+    }
+
+    /// The configuration of a new run.
+    fn configuration(&self, settings: &Layer, store: Option<Given<String>>) -> Result<RunConfig> {
+        let given = settings.config.as_ref().ok_or_else(|| {
+            Error::new(Kind::Config, "no configuration is named, and the run does not exist").with_hint(
+                "give CONFIG, TRAINER_CONFIG, the parameter config or config-uri, or the tag trainer:config-uri",
+            )
+        })?;
+        let document = Document::read(given)?;
+        let mut flags = Vec::new();
+        if let Some(store) = store {
+            flags.push(("the store that this machine was given", "store", store.value));
+        }
+        if let Some(workers) = self.workers.nproc_per_node {
+            flags.push(("--nproc-per-node", "parallel.nproc_per_node", workers.setting()));
+        }
+        let sources = Sources {
+            file: document.file.as_deref(),
+            text: document.text.as_ref().map(|(name, toml, folder)| Text { name, toml, folder: folder.as_deref() }),
+            flags,
+            set: &settings.set,
+            working_directory: &store::working_directory()?,
+            machine: Machine::detect(),
+            fetch: &run::fetch,
+        };
+        Ok(config::load(&sources)?)
+    }
+
+    fn await_devices(&self, steps: &mut Steps) -> Result<()> {
+        let root = hardware::root();
+        let hidden = std::env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|list| matches!(list.trim(), "" | "-1"));
+        if !cfg!(torch_cuda) || hidden {
+            let count = hardware::gpus(&root).on_the_bus;
+            if count > 0 {
+                let why = if hidden { "CUDA_VISIBLE_DEVICES hides them" } else { "this build has no CUDA" };
+                tracing::warn!("{count} GPUs of this machine are not used: {why}");
+            }
+            return Ok(());
+        }
+        if let Some(what) = store::block_on(boot::wait_for_devices(&root, self.device_wait))? {
+            steps.done(what);
+        }
+        Ok(())
+    }
+}
+
+/// The store, opened as the run's own configuration says, if the run exists there.
+fn find(uri: &str, settings: &config::StorageConfig, run_id: &RunId) -> Result<Option<Store>> {
+    let store = Store::open(uri, settings)?;
+    let doing = || format!("look for run {run_id} in {}", store.uri());
+    match store::block_on(boot::existing(&store, run_id)).context(doing())? {
+        Some(settings) => Ok(Some(Store::open(uri, &settings)?)),
+        None => Ok(None),
+    }
+}
+
+/// A configuration as it was found.
+struct Document {
+    file: Option<PathBuf>,
+    /// Its name, the TOML, and the URI of the folder that it lies in.
+    text: Option<(PathBuf, String, Option<String>)>,
+}
+
+impl Document {
+    fn read(given: &Given<Config>) -> Result<Self> {
+        match &given.value {
+            Config::Toml(toml) => {
+                let text = (PathBuf::from(given.origin.to_string()), toml.clone(), None);
+                Ok(Self { file: None, text: Some(text) })
+            }
+            Config::Place(place) => {
+                if let Some(path) = config::local_path(place) {
+                    return Ok(Self { file: Some(path), text: None });
+                }
+                // Somebody may have put a secret there by mistake: what is no place is not said.
+                let plain = place.contains("://") || place.starts_with(['/', '.']);
+                if matches!(given.origin, Origin::Parameter(_)) && !plain {
+                    return Err(Error::new(Kind::Config, format!("{} is neither a URI nor a path", given.origin)));
+                }
+                let Some((folder, name)) = place.rsplit_once('/').filter(|_| place.contains("://")) else {
+                    return Ok(Self { file: Some(place.into()), text: None });
+                };
+                let doing = format!("read the configuration that {} names", given.origin);
+                let folder_store = Store::open(folder, &store::LIMITS).context(doing.as_str())?;
+                let read = async { Ok(folder_store.get(name, MAX_CONFIG).await?) };
+                let bytes = store::block_on(read).map_err(|error| missing(error).context(doing.as_str()))?;
+                let toml = String::from_utf8(bytes.to_vec())
+                    .map_err(|_| Error::new(Kind::Config, format!("{folder}/{name} is not text")))?;
+                let name = PathBuf::from(format!("{}/{name}", folder_store.uri()));
+                Ok(Self { file: None, text: Some((name, toml, Some(folder.to_owned()))) })
+            }
+        }
+    }
+}
+
+/// An object that a configuration names and that is not there is a mistake of the configuration.
+fn missing(error: Error) -> Error {
+    match error.kind() {
+        Kind::Unavailable | Kind::Permission | Kind::Config => error,
+        _ => {
+            let text = error.to_string();
+            Error::new(Kind::Config, text)
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Leaving an Auto Scaling group.
+//!
+//! A machine that has nothing left to do and merely powers off is replaced by its group, which costs money for ever. It leaves
+//! with `TerminateInstanceInAutoScalingGroup` and the desired capacity lowered by one; the group starts the termination
+//! itself. The API does not do that where the desired capacity would fall below the minimum.
+
+use std::time::Duration;
+
+use aws_sdk_autoscaling::{Client, config::timeout::TimeoutConfig, error::ProvideErrorMetadata};
+
+use super::{aws, identity::Identity};
+use crate::error::Error;
+
+/// For one request, and for one with all of the SDK's own retries.
+const ATTEMPT: Duration = Duration::from_secs(10);
+const OPERATION: Duration = Duration::from_secs(40);
+/// A group that is just being changed is asked so often again.
+const TRIES: u32 = 6;
+/// The first pause between two of them; it doubles.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// What came of it.
+#[derive(Debug)]
+pub enum Left {
+    /// The group ends this machine and starts none in its place.
+    Leaving,
+    /// It is in no group.
+    InNoGroup,
+    /// The desired capacity is the group's minimum already.
+    AtMinimum {
+        /// The API's words.
+        said: String,
+    },
+    /// It can't be done.
+    Failed(Error),
+}
+
+/// What a refusal means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    InNoGroup,
+    AtMinimum,
+    /// The group is busy: ask again.
+    Busy,
+    Other,
+}
+
+/// What the API says is told apart by code and, where one code stands for several things, by words.
+fn refusal(code: &str, message: &str) -> Refusal {
+    let message = message.to_ascii_lowercase();
+    let says = |words: &[&str]| words.iter().any(|word| message.contains(word));
+    match code {
+        "ScalingActivityInProgress" | "ResourceContention" => Refusal::Busy,
+        "ValidationError" if says(&["minsize", "min size", "minimum"]) => Refusal::AtMinimum,
+        "ValidationError" if says(&["not found", "no managed instance", "not part of", "not in an auto scaling"]) => {
+            Refusal::InNoGroup
+        }
+        _ => Refusal::Other,
+    }
+}
+
+/// Leaves the group, its desired capacity lowered by one.
+pub async fn leave(identity: &Identity) -> Left {
+    let timeouts = TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT).operation_timeout(OPERATION).build();
+    let config = aws_sdk_autoscaling::config::Builder::from(aws::config().await).timeout_config(timeouts).build();
+    let client = Client::from_conf(config);
+    let mut tries = 0;
+    loop {
+        let request = client.terminate_instance_in_auto_scaling_group().instance_id(&identity.instance_id);
+        let Err(error) = request.should_decrement_desired_capacity(true).send().await else { return Left::Leaving };
+        tries += 1;
+        let said = error.as_service_error().and_then(ProvideErrorMetadata::message).unwrap_or_default().to_owned();
+        match refusal(error.as_service_error().and_then(ProvideErrorMetadata::code).unwrap_or_default(), &said) {
+            Refusal::Busy if tries < TRIES => tokio::time::sleep(PAUSE * (1 << tries.min(5))).await,
+            Refusal::InNoGroup => return Left::InNoGroup,
+            Refusal::AtMinimum => return Left::AtMinimum { said },
+            Refusal::Busy | Refusal::Other => return Left::Failed(aws::explain(error, "leave the Auto Scaling group")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_understood_by_code_and_words() {
+        for (code, message, means) in [
+            (
+                "ValidationError",
+                "Currently, desiredSize equals minSize (1). Terminating instance without replacement will violate group's min size constraint. Either set shouldDecrementDesiredCapacity flag to false or lower group's min size.",
+                Refusal::AtMinimum,
+            ),
+            (
+                "ValidationError",
+                "Instance Id not found - No managed instance found for instance ID: i-0abc",
+                Refusal::InNoGroup,
+            ),
+            ("ValidationError", "1 validation error detected: Value '' at 'instanceId'", Refusal::Other),
+            ("ScalingActivityInProgress", "Scaling activity x is in progress", Refusal::Busy),
+            ("ResourceContention", "You already have a pending update", Refusal::Busy),
+            ("AccessDenied", "User is not authorized; minimum", Refusal::Other),
+            ("", "", Refusal::Other),
+        ] {
+            assert_eq!(refusal(code, message), means, "{code}: {message}");
+        }
+    }
+}

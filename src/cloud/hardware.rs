@@ -1,0 +1,235 @@
+//! What the kernel's file trees say of this machine: who made it, its NVIDIA devices, its local disks.
+//!
+//! Everything is read below a root, which is `/` unless `TRAINER_HOST_ROOT` names another: a container that has its machine's
+//! `/sys` elsewhere, or a test. Nothing is written, mounted or formatted. What can't be read is not there.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
+
+/// Names the root below which `/sys`, `/proc` and `/dev` are looked at.
+pub const ROOT_VARIABLE: &str = "TRAINER_HOST_ROOT";
+
+/// The root of the file trees.
+pub fn root() -> PathBuf {
+    std::env::var_os(ROOT_VARIABLE).filter(|path| !path.is_empty()).map_or_else(|| "/".into(), PathBuf::from)
+}
+
+/// Who made the machine, real or virtual.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Maker {
+    /// An EC2 instance.
+    Amazon,
+    /// Somebody else.
+    Other,
+    /// The firmware's tables are not to be seen.
+    Unknown,
+}
+
+fn line(path: PathBuf) -> Option<String> {
+    Some(std::fs::read_to_string(path).ok()?.trim().to_owned()).filter(|text| !text.is_empty())
+}
+
+fn names(folder: PathBuf) -> Vec<String> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
+}
+
+/// Who made the machine, by the firmware's tables: "Amazon EC2" on Nitro, a BIOS version that ends in `.amazon`, or a hypervisor's UUID
+/// that begins with `ec2`, on Xen (EC2 user guide, "Identify EC2 instances").
+pub fn maker(root: &Path) -> Maker {
+    let dmi = |name: &str| line(root.join("sys/class/dmi/id").join(name));
+    let tables = ["sys_vendor", "board_vendor", "bios_vendor", "bios_version"].map(dmi);
+    let amazon = |text: &String| text.to_ascii_lowercase().contains("amazon");
+    let uuid = line(root.join("sys/hypervisor/uuid"));
+    if tables.iter().flatten().any(amazon) || uuid.is_some_and(|uuid| uuid.to_ascii_lowercase().starts_with("ec2")) {
+        Maker::Amazon
+    } else if tables.iter().any(Option::is_some) {
+        Maker::Other
+    } else {
+        Maker::Unknown
+    }
+}
+
+/// What there is of NVIDIA's devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Gpus {
+    /// Display and 3D controllers on the PCI bus.
+    pub on_the_bus: usize,
+    /// The driver is loaded.
+    pub driver: bool,
+    /// Device files `/dev/nvidia0` and so on.
+    pub device_files: usize,
+}
+
+/// Looks for NVIDIA's devices: PCI vendor 10de with base class 03 (PCI code and ID assignment: display controllers), which leaves out
+/// the sound functions and switches that come with them.
+pub fn gpus(root: &Path) -> Gpus {
+    let bus = root.join("sys/bus/pci/devices");
+    let is_gpu = |name: &String| {
+        let read = |file: &str| line(bus.join(name).join(file)).unwrap_or_default();
+        read("vendor") == "0x10de" && read("class").starts_with("0x03")
+    };
+    let is_device_file = |name: &String| {
+        let number = name.strip_prefix("nvidia").unwrap_or_default();
+        !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())
+    };
+    Gpus {
+        on_the_bus: names(bus.clone()).iter().filter(|name| is_gpu(name)).count(),
+        driver: root.join("proc/driver/nvidia/version").exists(),
+        device_files: names(root.join("dev")).iter().filter(|name| is_device_file(name)).count(),
+    }
+}
+
+/// Models of NVMe disks that live and die with the machine, on EC2, Google Cloud and Azure.
+const INSTANCE_STORES: [&str; 3] = ["Amazon EC2 NVMe Instance Storage", "nvme_card", "Microsoft NVMe Direct Disk"];
+
+/// Where a disk that lives and dies with the machine is mounted for writing, alone or as part of an array or volume group; the first by
+/// path.
+pub fn instance_store(root: &Path) -> Option<PathBuf> {
+    let blocks = root.join("sys/block");
+    let all = names(blocks.clone());
+    let model = |name: &String| line(blocks.join(name).join("device/model")).unwrap_or_default();
+    let mut disks: BTreeSet<String> =
+        all.iter().filter(|name| INSTANCE_STORES.iter().any(|store| model(name).starts_with(store))).cloned().collect();
+    // `nvme_card-pd` is Google's persistent disk.
+    disks.retain(|name| !model(name).ends_with("-pd"));
+    // Arrays and volumes name what they are made of: whole disks, or partitions of them. Two levels: a volume on an array.
+    for _ in 0..2 {
+        for name in &all {
+            let parts = names(blocks.join(name).join("slaves"));
+            if !parts.is_empty() && parts.iter().all(|part| disks.iter().any(|disk| is_of(disk, part))) {
+                disks.insert(name.clone());
+            }
+        }
+    }
+    let volume = |disk: &String| line(blocks.join(disk).join("dm/name"));
+    let volumes: BTreeSet<String> = disks.iter().filter_map(volume).collect();
+    let mounts = std::fs::read_to_string(root.join("proc/self/mounts")).unwrap_or_default();
+    let mut found: Vec<PathBuf> = mounts
+        .lines()
+        .filter_map(|mount| {
+            let mut fields = mount.split(' ');
+            let (device, place, _kind, options) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+            let name = device.strip_prefix("/dev/")?;
+            let ours = match name.strip_prefix("mapper/") {
+                Some(volume) => volumes.contains(volume),
+                None => disks.iter().any(|disk| is_of(disk, name)),
+            };
+            let writable = options.split(',').any(|option| option == "rw");
+            (ours && writable).then(|| unescaped(place))
+        })
+        .collect();
+    found.sort();
+    found.into_iter().next()
+}
+
+/// Whether `name` is the disk or a partition of it: `nvme1n1`, `nvme1n1p2`.
+fn is_of(disk: &str, name: &str) -> bool {
+    let Some(rest) = name.strip_prefix(disk) else { return false };
+    let partition = rest.strip_prefix('p').unwrap_or_default();
+    rest.is_empty() || (!partition.is_empty() && partition.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// A path of `/proc/self/mounts`, in which blanks stand as octal numbers (fstab(5)).
+fn unescaped(path: &str) -> PathBuf {
+    let plain = |path: &str| path.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\");
+    PathBuf::from(plain(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tree of these files.
+    fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn the_firmware_says_whose_machine_it_is() {
+        for (files, maker_is) in [
+            (vec![("sys/class/dmi/id/sys_vendor", "Amazon EC2\n")], Maker::Amazon),
+            (
+                vec![("sys/class/dmi/id/sys_vendor", "Xen\n"), ("sys/class/dmi/id/bios_version", "4.11.amazon\n")],
+                Maker::Amazon,
+            ),
+            (vec![("sys/hypervisor/uuid", "EC2e1916-9099\n")], Maker::Amazon),
+            (vec![("sys/class/dmi/id/sys_vendor", "LENOVO\n")], Maker::Other),
+            (vec![], Maker::Unknown),
+            (vec![("sys/class/dmi/id/sys_vendor", "\n")], Maker::Unknown),
+        ] {
+            assert_eq!(maker(tree(&files).path()), maker_is, "{files:?}");
+        }
+    }
+
+    #[test]
+    fn gpus_are_counted_on_the_bus_and_as_device_files() {
+        let root = tree(&[
+            ("sys/bus/pci/devices/0000:00:1e.0/vendor", "0x10de\n"),
+            ("sys/bus/pci/devices/0000:00:1e.0/class", "0x030200\n"),
+            ("sys/bus/pci/devices/0000:00:1e.1/vendor", "0x10de\n"),
+            ("sys/bus/pci/devices/0000:00:1e.1/class", "0x040300\n"),
+            ("sys/bus/pci/devices/0000:00:03.0/vendor", "0x1d0f\n"),
+            ("sys/bus/pci/devices/0000:00:03.0/class", "0x030000\n"),
+            ("dev/nvidiactl", ""),
+            ("dev/nvidia-uvm", ""),
+        ]);
+        assert_eq!(gpus(root.path()), Gpus { on_the_bus: 1, driver: false, device_files: 0 });
+        std::fs::write(root.path().join("dev/nvidia0"), "").unwrap();
+        std::fs::create_dir_all(root.path().join("proc/driver/nvidia")).unwrap();
+        std::fs::write(root.path().join("proc/driver/nvidia/version"), "NVRM").unwrap();
+        assert_eq!(gpus(root.path()), Gpus { on_the_bus: 1, driver: true, device_files: 1 });
+        assert_eq!(gpus(tree(&[]).path()), Gpus::default());
+    }
+
+    #[test]
+    fn a_mounted_instance_store_is_found_and_no_other_disk() {
+        const STORE: &str = "Amazon EC2 NVMe Instance Storage       \n";
+        let disks: [(&str, &str); 5] = [
+            ("sys/block/nvme0n1/device/model", "Amazon Elastic Block Store\n"),
+            ("sys/block/nvme1n1/device/model", STORE),
+            ("sys/block/nvme2n1/device/model", STORE),
+            ("sys/block/nvme3n1/device/model", "nvme_card-pd\n"),
+            ("sys/block/loop0/ro", "0\n"),
+        ];
+        for (more, mounts, place) in [
+            (vec![], "/dev/nvme0n1p1 / ext4 rw,noatime 0 0\n", None),
+            (vec![], "/dev/nvme1n1 /mnt/local\\040disk xfs rw 0 0\n", Some("/mnt/local disk")),
+            (vec![], "/dev/nvme1n1p1 /scratch ext4 rw 0 0\n", Some("/scratch")),
+            (vec![], "/dev/nvme1n1 /scratch ext4 ro 0 0\n", None),
+            (vec![], "/dev/nvme3n1 /disk ext4 rw 0 0\n", None),
+            (vec![], "/dev/nvme10n1 /disk ext4 rw 0 0\n", None),
+            (vec![], "garbage\n\n/dev/nvme1n1\n", None),
+            (
+                vec![("sys/block/md0/slaves/nvme1n1", ""), ("sys/block/md0/slaves/nvme2n1", "")],
+                "/dev/md0 /raid xfs rw 0 0\n",
+                Some("/raid"),
+            ),
+            (
+                vec![("sys/block/md0/slaves/nvme1n1", ""), ("sys/block/md0/slaves/nvme0n1p2", "")],
+                "/dev/md0 /raid xfs rw 0 0\n",
+                None,
+            ),
+            (
+                vec![("sys/block/dm-0/slaves/nvme1n1", ""), ("sys/block/dm-0/dm/name", "vg.01-lv_ephemeral\n")],
+                "/dev/mapper/vg.01-lv_ephemeral /opt/dlami/nvme ext4 rw 0 0\n",
+                Some("/opt/dlami/nvme"),
+            ),
+            (vec![], "/dev/nvme2n1 /b ext4 rw 0 0\n/dev/nvme1n1 /a ext4 rw 0 0\n", Some("/a")),
+        ] {
+            let files: Vec<_> = disks.into_iter().chain(more).chain([("proc/self/mounts", mounts)]).collect();
+            assert_eq!(instance_store(tree(&files).path()), place.map(PathBuf::from), "{mounts}");
+        }
+        assert_eq!(instance_store(tree(&[]).path()), None);
+    }
+}

@@ -1,0 +1,57 @@
+//! Which region of AWS this process talks to.
+//!
+//! Found once, kept for the life of the process: the environment (`AWS_REGION`, `AWS_DEFAULT_REGION`), the profile of
+//! `AWS_PROFILE`, then the instance's identity document. The last one is asked only where a metadata service may be, and for a
+//! bounded time ([`identity::read`]). The environment can't be changed once threads run, so that what the machine
+//! said of itself is kept here, and the S3 client reads it here, too.
+
+use std::sync::OnceLock;
+
+use aws_config::{meta::region::ProvideRegion, profile::region::ProfileFileRegionProvider};
+
+use super::identity;
+
+static NOTED: OnceLock<String> = OnceLock::new();
+
+/// Where a region's name comes from; for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A variable.
+    Environment,
+    /// A file of AWS's tools.
+    Profile,
+    /// The machine.
+    Identity,
+}
+
+impl Source {
+    /// "from …"
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::Environment => "from the environment",
+            Self::Profile => "from the profile",
+            Self::Identity => "from the instance identity",
+        }
+    }
+}
+
+/// The region that is not in the environment, if it was looked for and found.
+pub fn noted() -> Option<&'static str> {
+    NOTED.get().map(String::as_str)
+}
+
+/// The region, and where it was found; `None`: nothing names one.
+pub async fn find() -> Option<(String, Source)> {
+    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    if let Some(region) = variable("AWS_REGION").or_else(|| variable("AWS_DEFAULT_REGION")) {
+        return Some((region, Source::Environment));
+    }
+    if let Some(region) = ProfileFileRegionProvider::new().region().await {
+        return Some((NOTED.get_or_init(|| region.to_string()).clone(), Source::Profile));
+    }
+    let region = match NOTED.get() {
+        Some(region) => region.clone(),
+        None => identity::read().await?.region.clone(),
+    };
+    Some((NOTED.get_or_init(|| region).clone(), Source::Identity))
+}

@@ -1,0 +1,135 @@
+//! Parameters of AWS Systems Manager, read by path.
+//!
+//! `GetParametersByPath` gives at most ten a page, and a page may be short or empty and still name a next one: only the token
+//! says where the end is (AWS API reference, `GetParametersByPath`). Encrypted ones come decrypted. Pages, parameters and
+//! bytes are bounded. A value may be a secret: it is held in a [`Secret`], and no error or log line here has one in it.
+
+use std::{fmt, time::Duration};
+
+use aws_sdk_ssm::{Client, config::timeout::TimeoutConfig};
+
+use super::aws;
+use crate::error::{Error, Kind, Result};
+
+/// The most of a page that the API gives.
+const PAGE: i32 = 10;
+/// Pages that are followed; many may be empty.
+const MAX_PAGES: usize = 200;
+/// Parameters that are taken.
+const MAX_PARAMETERS: usize = 500;
+/// Bytes of all values together. One value has at most 8 KiB.
+const MAX_BYTES: usize = 1 << 20;
+/// For one request, and for one with all of the SDK's own retries.
+const ATTEMPT: Duration = Duration::from_secs(5);
+const OPERATION: Duration = Duration::from_secs(25);
+
+/// A text that is shown to nobody: neither `Debug` nor a log line gives it away.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Takes it in.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    /// The text itself, for where it is needed.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+/// One parameter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parameter {
+    /// Its name below the path: `store`, `set/train.steps`.
+    pub name: String,
+    /// Its value.
+    pub value: Secret,
+}
+
+/// All parameters below `path`, at any depth, decrypted, by name.
+pub async fn parameters(path: &str) -> Result<Vec<Parameter>> {
+    let path = checked(path)?;
+    let doing = format!("read parameters below {path}");
+    let timeouts = TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT).operation_timeout(OPERATION).build();
+    let config = aws_sdk_ssm::config::Builder::from(aws::config().await).timeout_config(timeouts).build();
+    let client = Client::from_conf(config);
+    let mut found = Vec::new();
+    let (mut bytes, mut next) = (0, None);
+    for _ in 0..MAX_PAGES {
+        let request = client.get_parameters_by_path().path(path).recursive(true).with_decryption(true);
+        let answer = request.max_results(PAGE).set_next_token(next).send().await;
+        let page = answer.map_err(|error| aws::explain(error, &doing))?;
+        for parameter in page.parameters.unwrap_or_default() {
+            let (Some(name), Some(value)) = (parameter.name, parameter.value) else { continue };
+            // What does not lie below the path was not asked for.
+            let Some(name) = below(path, &name) else { continue };
+            bytes += name.len() + value.len();
+            if found.len() >= MAX_PARAMETERS || bytes > MAX_BYTES {
+                let what = format!("there are more than {MAX_PARAMETERS} parameters or {MAX_BYTES} bytes below {path}");
+                return Err(Error::new(Kind::Config, what).with_hint("name a path that holds this program's only"));
+            }
+            found.push(Parameter { name: name.to_owned(), value: Secret(value) });
+        }
+        next = page.next_token.filter(|token| !token.is_empty());
+        if next.is_none() {
+            found.sort_by(|a, b| a.name.cmp(&b.name));
+            return Ok(found);
+        }
+    }
+    Err(Error::new(Kind::Unavailable, format!("{doing}: the list did not end after {MAX_PAGES} pages")))
+}
+
+/// A path without a `/` at its end.
+fn checked(path: &str) -> Result<&str> {
+    let short = path.trim_end_matches('/');
+    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'/' | b'-' | b'_' | b'.');
+    if !short.starts_with('/') || short.contains("//") || short.len() > 900 || !short.bytes().all(plain) {
+        let what = format!("{path:?} is not a path of parameters");
+        return Err(Error::new(Kind::Config, what).with_hint("write it as /trainer/reports"));
+    }
+    Ok(short)
+}
+
+fn below<'a>(path: &str, name: &'a str) -> Option<&'a str> {
+    name.strip_prefix(path)?.strip_prefix('/').filter(|name| !name.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_checked_before_it_is_asked_for() {
+        for (path, short) in [("/trainer", "/trainer"), ("/a/b_c.d-1/", "/a/b_c.d-1")] {
+            assert_eq!(checked(path).unwrap(), short);
+        }
+        for path in ["", "/", "trainer", "/a//b", "/a b", "/a\n", "/ä", "s3://x"] {
+            let error = checked(path).unwrap_err();
+            assert_eq!(error.kind(), Kind::Config, "{path}");
+        }
+    }
+
+    #[test]
+    fn only_names_below_the_path_are_taken() {
+        assert_eq!(below("/a/b", "/a/b/c"), Some("c"));
+        assert_eq!(below("/a/b", "/a/b/set/x.y"), Some("set/x.y"));
+        for name in ["/a/b", "/a/bc/d", "/x", "/a/b/"] {
+            assert_eq!(below("/a/b", name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_secret_is_shown_to_nobody() {
+        let parameter = Parameter { name: "worker-token".into(), value: Secret::new("hunter2") };
+        assert!(!format!("{parameter:?} {:#?}", parameter.value).contains("hunter2"));
+        assert_eq!(parameter.value.reveal(), "hunter2");
+    }
+}

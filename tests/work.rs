@@ -89,7 +89,10 @@ impl Shop {
     }
     /// A worker that leaves two seconds after its last job, and whose jobs are seen again after five if it is killed.
     fn worker(&self) -> Trainer {
-        let worker = self.lab.command(&["work", "--queue", &self.queue, "--idle-exit", "2s", "--lease", "5s"]).json();
+        self.patient_worker("2s")
+    }
+    fn patient_worker(&self, idle_exit: &str) -> Trainer {
+        let worker = self.lab.command(&["work", "--queue", &self.queue, "--lease", "5s", "--idle-exit", idle_exit]).json();
         worker.envs(&s3::client_env(&self.moto.endpoint())).envs(&self.api.env())
     }
     /// Demands that neither queue holds anything.
@@ -203,7 +206,7 @@ fn the_job_of_a_killed_worker_is_seen_again_and_resumed() {
     assert_eq!(shop.count(&shop.queue), [0, 1, 0], "nobody was left to hand it over");
 
     // The lease must run out first; no time is slept away here: this worker waits for messages.
-    let second = shop.worker().args(&["--once", "--idle-exit", "2m"]).finish().expect_code(0);
+    let second = shop.patient_worker("2m").args(&["--once"]).finish().expect_code(0);
     // It was received twice, which is all that this queue allows, but for a run that got further it is renewed.
     assert_eq!(states(&second), ["claimed", "renewed", "claimed", "completed"], "{}", second.story());
     let received: Vec<&Value> = second.of_kind("job").iter().map(|event| &event.value["received"]).collect();
@@ -320,10 +323,8 @@ fn an_empty_queue_is_left_and_a_wrong_one_is_named() {
     assert_eq!((life.of_kind("idle").len(), life.events.len()), (1, 1), "{}", life.story());
     assert!(shop.api.told().is_empty());
 
-    let running = shop.worker().args(&["--idle-exit", "never"]).start();
-    while !running.has_said("waiting for jobs") {
-        std::thread::yield_now();
-    }
+    let running = shop.patient_worker("never").start();
+    running.wait_until_said("waiting for jobs");
     running.signal(Signal::TERM);
     running.finish().expect_code(75);
 

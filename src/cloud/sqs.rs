@@ -202,7 +202,7 @@ fn is_gone<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
 
 /// SQS counts in whole seconds; what is not zero is at least one.
 fn whole_seconds(time: Duration) -> i32 {
-    let up = time.as_secs() + u64::from(time.subsec_nanos() > 0);
+    let up = time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0));
     i32::try_from(up).unwrap_or(i32::MAX)
 }
 

@@ -245,9 +245,21 @@ impl Running {
         }
         false
     }
-    /// Whether stderr has said this by now.
-    pub fn has_said(&self, text: &str) -> bool {
-        hear(&self.ear).stderr.contains(text)
+    /// Waits until stderr says this.
+    #[track_caller]
+    pub fn wait_until_said(&self, text: &str) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let heard = hear(&self.ear);
+            if heard.stderr.contains(text) {
+                return;
+            }
+            let over = heard.closed || Instant::now() > deadline;
+            assert!(!over, "trainer did not say {text:?}\n{}", story(&self.shown, &heard));
+            // Lines of stderr ring no bell.
+            drop(heard);
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
     /// Sends the agent a signal.
     pub fn signal(&self, signal: Signal) {

@@ -159,6 +159,7 @@ fn a_slow_store_loses_nothing() {
         latency: Duration::from_millis(20),
         up: Some(20 << 20),
         down: Some(20 << 20),
+        ..Default::default()
     });
     let life = lab.run("slow").finish().expect_code(0);
     lab.expect_as_undisturbed("slow", &[&life]);

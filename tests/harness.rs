@@ -195,7 +195,12 @@ fn each_fault_breaks_what_it_says() {
         arm("GET", Fault::CutResponse(9), 1);
         once.get_range(&key("landed"), 0..10_000).await.expect_err("a cut get");
 
-        proxy.set_line(Line { latency: Duration::from_millis(1), up: Some(1 << 30), down: Some(1 << 30) });
+        proxy.set_line(Line {
+            latency: Duration::from_millis(1),
+            up: Some(1 << 30),
+            down: Some(1 << 30),
+            ..Line::default()
+        });
         assert_eq!(once.get_range(&key("landed"), 0..10).await.expect("a get"), body().slice(..10));
         assert_eq!(proxy.broken(), 7);
 

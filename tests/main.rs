@@ -1,8 +1,10 @@
 //! The whole product, from outside: the built binary, real processes, real stores, real faults.
 mod support;
 
+mod boot;
 mod crash;
 mod damage;
+mod deadline;
 mod formats;
 mod harness;
 mod input;

@@ -115,6 +115,7 @@ fn help_names_every_command() {
         "runs",
         "status",
         "checkpoints",
+        "explain",
         "verify",
         "export",
         "generate",

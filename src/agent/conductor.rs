@@ -12,6 +12,8 @@
 //! - Of two free slots the one is ordered that does not hold the newest checkpoint: workers that crash are started again from it.
 //! - The last step is always saved. A drain saves the step that it stops at; a snapshot that waits for its upload then gives up
 //!   its slot, since the newer one makes it worthless. The upload in flight is let finish: it may be all that is left.
+//! - A drain for which there is no time to save the end only stops the loop; what was captured before is still uploaded.
+//! - A save that is asked for now takes the step that is running, ahead of one that is ordered for later.
 
 use std::time::Duration;
 
@@ -141,6 +143,8 @@ pub struct Conductor {
     newest: Option<u8>,
     /// The last step's save is given up.
     abandoned: bool,
+    /// A save has been asked for, whatever the cadence says.
+    wanted: bool,
     /// Where the last order was, so that a cadence in steps orders each multiple once.
     last_ordered: Step,
 }
@@ -165,6 +169,7 @@ impl Conductor {
             saving: false,
             newest: setup.held,
             abandoned: false,
+            wanted: false,
             last_ordered: setup.done,
         }
     }
@@ -243,9 +248,10 @@ impl Conductor {
         if self.draining {
             self.end = self.end.min(largest);
             self.end_decided = true;
+            let (end, kept) = (self.end, self.abandoned);
             for slot in &mut self.slots {
                 // The end's state is newer, and needs the room.
-                if matches!(slot, Slot::Full { step } if *step < self.end) {
+                if matches!(slot, Slot::Full { step } if *step < end && !kept) {
                     *slot = Slot::Free;
                 }
             }
@@ -263,7 +269,7 @@ impl Conductor {
             let missing = missing.saturating_sub(1);
             *state = match missing {
                 // The end's state is newer, and needs the room.
-                0 if self.end_decided && step < self.end => Slot::Free,
+                0 if self.end_decided && step < self.end && !self.abandoned => Slot::Free,
                 0 => Slot::Full { step },
                 missing => Slot::Ordered { step, missing, mode },
             };
@@ -303,6 +309,32 @@ impl Conductor {
     pub fn drain(&mut self, now: Moment) -> Vec<Action> {
         self.draining = true;
         self.consider(now)
+    }
+
+    /// Stop as soon as possible, without a save of the step at which it stops: there is no time for one. What has been captured is
+    /// uploaded.
+    pub fn drain_unsaved(&mut self, now: Moment) -> Vec<Action> {
+        self.abandoned = true;
+        self.drain(now)
+    }
+
+    /// Save the running step, whatever the cadence says.
+    pub fn save_now(&mut self, now: Moment) -> Vec<Action> {
+        self.wanted = true;
+        self.consider(now)
+    }
+
+    /// The step that is being uploaded.
+    pub fn in_flight(&self) -> Option<Step> {
+        self.slots.iter().find_map(|slot| match slot {
+            Slot::Uploading { step } => Some(*step),
+            _ => None,
+        })
+    }
+
+    /// The step after which the loop ends, once a drain has been agreed.
+    pub fn agreed_end(&self) -> Option<Step> {
+        self.end_decided.then_some(self.end)
     }
 
     /// Whether every rank's loop has ended: what is left is to save its last state.
@@ -352,10 +384,15 @@ impl Conductor {
 
     /// The step to order now, if one is due, given that no rank has started a step after `started`.
     fn due(&self, started: Step, now: Moment) -> Option<Step> {
+        if self.abandoned {
+            return None;
+        }
         // A step that has been started can still be saved: its state stands until the next step changes it.
         let earliest = started.max(self.last_ordered.next());
         let step = if self.end_decided || started >= self.end {
             self.end
+        } else if self.wanted {
+            started
         } else {
             match self.setup.cadence {
                 Cadence::Steps(n) => Step(earliest.get().div_ceil(n.max(1)) * n.max(1)).min(self.end),
@@ -393,7 +430,8 @@ impl Conductor {
             {
                 let mode = self.chooser.mode();
                 self.slots[index] = Slot::Ordered { step, missing: self.setup.ranks, mode };
-                self.last_ordered = step;
+                self.last_ordered = self.last_ordered.max(step);
+                self.wanted = false;
                 self.last_order_at = now;
             }
         }
@@ -406,7 +444,7 @@ impl Conductor {
             return true;
         }
         let started = if all_stopped || self.end_decided { self.end } else { self.finished.next().min(self.end) };
-        !self.abandoned && self.slots.contains(&Slot::Free) && self.due(started, now).is_some()
+        self.slots.contains(&Slot::Free) && self.due(started, now).is_some()
     }
 
     /// The newest snapshot, if none is being uploaded; an older one that is still waiting is worth less and gives up its slot.
@@ -722,5 +760,47 @@ mod tests {
         assert!(c.frozen(ticket + 1, Step(5), at(0)).is_empty());
         assert!(c.frozen(ticket - 1, Step(5), at(0)).is_empty());
         assert_eq!(answer(&mut c, &actions, [3, 3], at(0)).len(), 1);
+    }
+
+    #[test]
+    fn a_save_that_is_asked_for_takes_the_running_step_and_leaves_the_cadence_alone() {
+        let mut c = conductor(Cadence::Steps(100), 0, 1000);
+        assert_eq!(c.first_orders(at(0)), [order(100, 0), order(200, 1)]);
+        c.step_finished(Step(41), 1.0, at(1));
+        assert!(c.save_now(at(2)).is_empty(), "both slots have their orders");
+        capture(&mut c, 0, 100, at(3));
+        assert!(c.step_finished(Step(130), 1.0, at(3)).is_empty());
+        let actions = c.uploaded(0, true, at(4));
+        assert_eq!(
+            answer(&mut c, &actions, [131, 132], at(4)),
+            [Action::Thaw { saves: vec![order(132, 0), order(200, 1)], stop_after: None }]
+        );
+        assert_eq!(capture(&mut c, 0, 132, at(5)), [Action::Upload { step: Step(132), slot: 0 }]);
+        // Asked for once: what follows is the cadence again.
+        let actions = c.uploaded(0, true, at(6));
+        assert_eq!(
+            answer(&mut c, &actions, [133, 133], at(6)),
+            [Action::Thaw { saves: vec![order(300, 0), order(200, 1)], stop_after: None }]
+        );
+    }
+
+    #[test]
+    fn a_drain_without_time_stops_and_uploads_what_was_captured_before() {
+        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        c.first_orders(at(0));
+        capture(&mut c, 0, 10, at(1));
+        capture(&mut c, 1, 20, at(2));
+        assert_eq!(c.in_flight(), Some(Step(10)));
+        let actions = c.drain_unsaved(at(3));
+        assert_eq!(
+            answer(&mut c, &actions, [25, 24], at(3)),
+            [Action::Thaw { saves: vec![], stop_after: Some(Step(25)) }]
+        );
+        assert_eq!(c.agreed_end(), Some(Step(25)));
+        c.rank_stopped(Step(25), at(4));
+        assert!(c.rank_stopped(Step(25), at(4)).is_empty(), "not before the upload's end");
+        assert_eq!(c.uploaded(0, true, at(5)), [Action::Upload { step: Step(20), slot: 1 }]);
+        assert_eq!(c.uploaded(1, true, at(6)), [Action::Finished { step: Step(25) }]);
+        assert_eq!(c.committed(), Step(20));
     }
 }

@@ -204,6 +204,12 @@ impl Images {
         Ok(layout.plans.iter().zip(layout.bases.iter().copied()))
     }
 
+    /// Bytes of one save's shards; `None` before [`lay_out`](Self::lay_out).
+    pub fn bytes(&self) -> Option<u64> {
+        let layout = self.layout.as_ref()?;
+        Some(layout.plans.iter().flat_map(|plan| &plan.shards).map(|shard| shard.len).sum())
+    }
+
     /// Whether [`lay_out`](Self::lay_out) has been done in this life.
     pub fn is_laid_out(&self) -> bool {
         self.layout.is_some()

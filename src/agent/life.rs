@@ -13,10 +13,13 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::{
     conductor::{Action, Conductor, Moment, Setup},
+    deadline::{self, Decision, Situation},
+    gauge::{Gauges, Span},
     images::{Fetched, Images, RESTORE_SLOT},
     retention::Retention,
     saver::{self, SaveEvent},
     saves::Saves,
+    watch::Watch,
     workers::{WorkerEvent, Workers},
 };
 use crate::{
@@ -24,7 +27,7 @@ use crate::{
     config::RunConfig,
     error::{Error, Kind, Result},
     ids::{Generation, Rank, Step},
-    journal::{JournalError, Means, Record},
+    journal::{Drain, DrainPlan, JournalError, Means, Record},
     notice::{self, Notice, Notices},
     protocol::{Assignment, FromWorker, StepReport, ToWorker},
     report::{Event, Reporter},
@@ -43,6 +46,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const RETENTION_PATIENCE: Duration = Duration::from_secs(20);
 /// Failed saves of the last state in a row, after which it is given up. Each has the store's own retries within it.
 const LAST_SAVE_TRIES: u32 = 8;
+/// Notices of one life that are written to the journal.
+const MOST_NOTICES: u32 = 16;
 /// How often the journal is looked at for a generation that fences this one.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -160,6 +165,8 @@ pub struct Stopped {
     pub committed: Step,
     /// What became of the save of the last step.
     pub verdict: String,
+    /// How the drain went, if there was one.
+    pub drain: Option<Drain>,
 }
 
 /// Everything that can happen to a life.
@@ -189,8 +196,15 @@ struct Life<'a> {
     saves: Saves,
     reports: BTreeMap<Step, Vec<StepReport>>,
     validations: BTreeMap<Step, (u32, f64, u64)>,
-    /// What said that the run is to stop.
-    notices: Vec<&'static str>,
+    gauges: &'a mut Gauges,
+    /// When the newest step was finished.
+    stepped: Instant,
+    /// What said that the run is to stop, and what is done about it.
+    watch: Watch,
+    /// Notices that were written to the journal.
+    written: u32,
+    /// The save that a notice with time to spare asks for has been ordered.
+    insured: bool,
     draining: bool,
     /// A worker has died or said why it can't go on; what is left is to finish uploads.
     dead: Option<Death>,
@@ -212,8 +226,14 @@ enum Death {
     Diverged { step: Step, reason: String },
 }
 
-/// Runs a life to its end. `images` are the node's: what they hold outlives it.
-pub async fn run(start: Plan, images: &mut Images, notices: &mut Notices, reporter: &Reporter) -> Result<End> {
+/// Runs a life to its end. `images` and `gauges` are the node's: what they hold outlives it.
+pub async fn run(
+    start: Plan,
+    images: &mut Images,
+    gauges: &mut Gauges,
+    notices: &mut Notices,
+    reporter: &Reporter,
+) -> Result<End> {
     let (worker_events, mut from_workers) = mpsc::unbounded_channel();
     let (saves, mut from_saver) = mpsc::unbounded_channel();
     let (retries, mut retry) = mpsc::unbounded_channel();
@@ -237,7 +257,11 @@ pub async fn run(start: Plan, images: &mut Images, notices: &mut Notices, report
         conductor: None,
         reports: BTreeMap::new(),
         validations: BTreeMap::new(),
-        notices: Vec::new(),
+        gauges,
+        stepped: now,
+        watch: Watch::default(),
+        written: 0,
+        insured: false,
         draining: false,
         dead: None,
         retention: Retention::begin(&start.saver.run, &start.saver.journal, start.config.checkpoint),
@@ -278,7 +302,9 @@ pub async fn run(start: Plan, images: &mut Images, notices: &mut Notices, report
     }
     if let Some(workers) = life.workers.take() {
         match end {
-            Ok(End::Completed { .. } | End::Stopped(_)) => workers.dismiss(GRACE).await,
+            Ok(End::Completed { .. }) => workers.dismiss(GRACE).await,
+            // Where steps are lost they are in the midst of another one, and there may be no time to wait for its end.
+            Ok(End::Stopped(ref stopped)) if stopped.committed >= stopped.step => workers.dismiss(GRACE).await,
             _ => workers.kill().await,
         }
     }
@@ -350,7 +376,7 @@ impl Life<'_> {
     /// The only place that changes state.
     fn handle(&mut self, input: Input) -> Result<Option<End>> {
         match input {
-            Input::Notice(notice) => return Ok(self.on_notice(&notice)),
+            Input::Notice(notice) => return self.on_notice(&notice),
             Input::Worker(WorkerEvent::Message(rank, message)) => return self.on_message(rank, message),
             Input::Worker(WorkerEvent::Exited(rank, reason)) => self.on_exit(rank, &reason),
             Input::Save(event) => return self.on_save(event),
@@ -379,7 +405,10 @@ impl Life<'_> {
                 self.look_for_a_fence();
                 let now = self.now();
                 let actions = self.conductor.as_mut().map(|c| c.tick(now)).unwrap_or_default();
-                return self.act(actions);
+                if let Some(end) = self.act(actions)? {
+                    return Ok(Some(end));
+                }
+                return self.look_at_the_deadline();
             }
         }
         self.end_of_the_dead()
@@ -418,37 +447,122 @@ impl Life<'_> {
     }
 
     fn stopped(&self, verdict: impl Into<String>) -> End {
-        End::Stopped(Stopped { step: self.finished(), committed: self.committed(), verdict: verdict.into() })
+        let drain = self.watch.story();
+        End::Stopped(Stopped { step: self.finished(), committed: self.committed(), verdict: verdict.into(), drain })
     }
 
-    fn on_notice(&mut self, notice: &Notice) -> Option<End> {
-        let again = self.notices.contains(&notice.source);
-        self.notices.push(notice.source);
-        let deadline_s = notice.deadline.map(|d| d.as_secs_f64());
-        self.reporter.event(&Event::Notice { source: notice.source.to_owned(), deadline_s });
+    fn on_notice(&mut self, notice: &Notice) -> Result<Option<End>> {
+        let deadline_s = notice.deadline.map(|left| left.as_secs_f64());
+        let means = notice.kind.name();
+        self.reporter.event(&Event::Notice { source: notice.source.to_owned(), deadline_s, means });
+        self.write_down(notice, deadline_s);
+        if notice.kind == notice::Kind::Rebalance {
+            let now = self.now();
+            // Whoever is on the point of leaving saves anyway.
+            let saving = self.conductor.as_mut().filter(|_| !self.watch.is_called());
+            let actions = saving.map(|conductor| conductor.save_now(now)).unwrap_or_default();
+            return self.act(actions);
+        }
+        let again = self.watch.hear(notice, Instant::now());
         if again {
-            return Some(self.stopped(format!("left at once on a second {}", notice.source)));
+            return Ok(Some(self.stopped(format!("left at once on a second {}", notice.source))));
         }
-        if self.draining {
-            return None;
+        if self.conductor.is_none() {
+            return Ok(Some(self.stopped(format!("{} before the first step: nothing to save", notice.source))));
         }
-        self.draining = true;
-        // In the background: the store may be slow, and the drain must not wait for it.
+        self.reconsider()
+    }
+
+    /// In the background: the store may be slow, and the drain must not wait for it.
+    fn write_down(&mut self, notice: &Notice, deadline_s: Option<f64>) {
+        if self.written >= MOST_NOTICES {
+            return;
+        }
+        self.written += 1;
         let (journal, generation) = (Arc::clone(&self.start.saver.journal), self.start.saver.generation);
-        let record =
-            Record::Notice { generation, source: notice.source.to_owned(), deadline_s, means: means(notice.kind) };
+        let means = means(notice.kind);
+        let record = Record::Notice { generation, source: notice.source.to_owned(), deadline_s, means };
         tokio::spawn(async move {
             if let Err(error) = journal.lock().await.append(record).await {
                 tracing::debug!(%error, "notice not written to the journal");
             }
         });
-        let now = self.now();
-        let Some(conductor) = &mut self.conductor else {
-            return Some(self.stopped(format!("{} before the first step: nothing to save", notice.source)));
+    }
+
+    /// Decides what can still be saved, and begins it.
+    fn reconsider(&mut self) -> Result<Option<End>> {
+        let Some(situation) = self.situation() else { return Ok(None) };
+        let (decision, reason) = deadline::decide(&situation);
+        let (now, instant) = (self.now(), Instant::now());
+        let (plan, needs) = match decision {
+            Decision::TrainOn { .. } if self.draining => return Ok(None),
+            Decision::TrainOn { .. } => {
+                if !std::mem::replace(&mut self.insured, true) {
+                    self.watch.says(instant, reason.clone());
+                    tracing::info!("{reason}");
+                    let actions = self.conductor.as_mut().map(|c| c.save_now(now)).unwrap_or_default();
+                    return self.act(actions);
+                }
+                return Ok(None);
+            }
+            Decision::Drain { plan, needs } => (plan, needs.map(|needs| needs.mean)),
         };
-        let actions = conductor.drain(now);
-        // Acting on a drain only asks and uploads: it ends nothing yet.
-        self.act(actions).ok().flatten()
+        if self.watch.plans(instant, plan, &reason, needs) {
+            let (plan, left_s) = (plan.name(), situation.left_s);
+            self.reporter.event(&Event::Drain { plan, left_s, predicted_s: needs, reason: reason.clone() });
+        }
+        if plan == DrainPlan::StopEarly {
+            return Ok(Some(self.stopped(reason)));
+        }
+        let Some(conductor) = &mut self.conductor else { return Ok(None) };
+        let actions = match plan {
+            DrainPlan::FinishInFlight => conductor.drain_unsaved(now),
+            _ if self.draining => Vec::new(),
+            _ => conductor.drain(now),
+        };
+        self.draining = true;
+        self.act(actions)
+    }
+
+    /// What the decision depends on; `None` before the first step.
+    fn situation(&self) -> Option<Situation> {
+        let conductor = self.conductor.as_ref()?;
+        let since = self.stepped.elapsed().as_secs_f64();
+        let step = if conductor.has_ended() { None } else { self.gauges.step.span() };
+        let under_way = self.saves.under_way();
+        let rest = under_way.and_then(|(total, sent, elapsed)| self.gauges.rest(total, sent, elapsed));
+        Some(Situation {
+            left_s: self.watch.left_s(Instant::now()),
+            may_train_on: self.start.config.notice.train_in_spare_time && self.watch.leaves_the_time_to_us(),
+            finished: conductor.finished(),
+            committed: conductor.committed(),
+            ended: conductor.has_ended(),
+            in_flight: conductor.in_flight().map(|step| (step, rest)),
+            step: step.map_or(Span::exactly(0.0), |step| step.after(since)),
+            copy: self.gauges.copy.span().unwrap_or(Span::exactly(0.0)),
+            save: self.images.bytes().and_then(|bytes| self.gauges.upload(bytes)),
+        })
+    }
+
+    /// Time has passed since a notice was heard.
+    fn look_at_the_deadline(&mut self) -> Result<Option<End>> {
+        if !self.watch.is_called() || self.dead.is_some() {
+            return Ok(None);
+        }
+        if !self.draining {
+            return self.reconsider();
+        }
+        let left_s = self.watch.left_s(Instant::now()).unwrap_or(f64::INFINITY);
+        if left_s > deadline::LAST_WORDS_S {
+            return Ok(None);
+        }
+        let (finished, committed) = (self.finished(), self.committed());
+        self.watch.says(Instant::now(), "the time is up");
+        Ok(Some(self.stopped(if committed >= finished {
+            format!("the time was up; step {finished} is committed")
+        } else {
+            format!("the time was up before step {finished} was durable")
+        })))
     }
 
     fn on_message(&mut self, rank: Rank, message: FromWorker) -> Result<Option<End>> {
@@ -532,8 +646,9 @@ impl Life<'_> {
             None => Ok(None),
             Some(Death::Permanent(error)) => Err(error),
             Some(Death::Diverged { step, reason }) => Ok(Some(End::Diverged { step, reason })),
-            Some(Death::Died(reason)) if self.draining => {
-                Ok(Some(self.stopped(format!("workers died during the drain: {reason}"))))
+            // For the time that is left, starting them again is not worth it.
+            Some(Death::Died(reason)) if self.watch.is_called() => {
+                Ok(Some(self.stopped(format!("workers died after the notice: {reason}"))))
             }
             Some(Death::Died(reason)) => Ok(Some(End::Died { step, reason })),
         }
@@ -624,8 +739,10 @@ impl Life<'_> {
             return self.end_of_the_dead();
         }
         self.saves.finished(step, loss);
+        self.stepped = Instant::now();
         let slowest = |f: fn(&StepReport) -> f64| reports.iter().map(f).fold(0.0, f64::max);
         let (step_s, stall_s) = (slowest(|r| r.step_s), slowest(|r| r.stall_s));
+        self.gauges.step.push(step_s);
         let config = &self.start.config;
         let tokens = u64::from(config.train.global_batch) * u64::from(config.data.sequence_length);
         let now = self.now();
@@ -662,13 +779,19 @@ impl Life<'_> {
         for action in actions {
             match action {
                 Action::Freeze { ticket } => self.tell_all(&ToWorker::Freeze { ticket }),
-                Action::Thaw { saves, stop_after } => self.tell_all(&ToWorker::Thaw { saves, stop_after }),
+                Action::Thaw { saves, stop_after } => {
+                    if let Some(step) = stop_after {
+                        self.watch.says(Instant::now(), format!("all ranks stop after step {step}"));
+                    }
+                    self.tell_all(&ToWorker::Thaw { saves, stop_after });
+                }
                 Action::Upload { step, slot } => {
                     let copy_s = self.saves.copy_s(step);
                     if let Some(conductor) = &mut self.conductor {
                         conductor.copied(copy_s);
                     }
                     let ended = self.conductor.as_ref().is_some_and(Conductor::has_ended);
+                    self.watch.says(Instant::now(), format!("upload of step {step} began"));
                     let urgent = self.draining || self.dead.is_some() || ended;
                     self.saves.upload(step, slot, urgent, self.images, &self.start.config)?;
                     self.retention.busy(true);
@@ -690,6 +813,12 @@ impl Life<'_> {
         if self.committed() >= step {
             return Ok(self.stopped("the last finished step is committed"));
         }
+        if self.watch.plan() == Some(DrainPlan::FinishInFlight) {
+            let committed = self.committed();
+            return Ok(
+                self.stopped(format!("there was time for the save of step {committed}, not for one of step {step}"))
+            );
+        }
         let error = self.saves.take_error().unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
         if !self.draining {
             return Err(error.context(format!("save the last step, {step}")));
@@ -709,7 +838,13 @@ impl Life<'_> {
         let now = self.now();
         match result {
             Ok(saved) => {
-                self.saves.committed(slot, &saved, self.images, self.reporter);
+                self.saves.committed(slot, &saved, self.images, self.gauges, self.reporter);
+                let instant = Instant::now();
+                self.watch.says(instant, format!("step {step} is committed"));
+                let whole = self.conductor.as_ref().and_then(Conductor::agreed_end).is_some_and(|end| step >= end);
+                if whole || self.watch.plan() == Some(DrainPlan::FinishInFlight) {
+                    self.watch.saved(instant);
+                }
                 if !self.draining {
                     self.retention.start();
                 }

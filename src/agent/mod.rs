@@ -17,6 +17,8 @@
 
 pub mod conductor;
 
+mod deadline;
+mod gauge;
 mod images;
 mod life;
 mod restart;
@@ -24,14 +26,21 @@ mod retention;
 mod saver;
 mod saves;
 mod scrub;
+mod watch;
 mod workers;
 
-use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    num::NonZeroU64,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use tokio::sync::Mutex;
 
 use self::{
+    gauge::Gauges,
     images::Images,
     life::{End, Load, Plan, Source, Stopped},
 };
@@ -156,6 +165,8 @@ struct Agent {
     journal: Arc<Mutex<Journal>>,
     /// The snapshot slots; what they hold outlives the workers.
     images: Images,
+    /// What steps and saves take here.
+    gauges: Gauges,
     reporter: Reporter,
     notices: Notices,
     nproc_per_node: Option<u32>,
@@ -179,6 +190,23 @@ enum Waited {
     InVain(Outcome),
 }
 
+/// A journal, what holds for its run, the settings that this command changes, and the checkpoint that it names.
+type Opened = (Journal, Resolved, Vec<(String, String)>, Option<Step>);
+
+/// Waits for a notice to leave.
+async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
+    loop {
+        let notice = notices.next().await;
+        let deadline_s = notice.deadline.map(|left| left.as_secs_f64());
+        let means = notice.kind.name();
+        reporter.event(&Event::Notice { source: notice.source.to_owned(), deadline_s, means });
+        // For a save there is no state.
+        if notice.kind != notice::Kind::Rebalance {
+            return;
+        }
+    }
+}
+
 /// What every life of this agent has in common.
 struct Resolved {
     config: RunConfig,
@@ -191,42 +219,26 @@ struct Resolved {
 impl Agent {
     async fn run(launch: Launch) -> Result<Outcome> {
         let Launch { store, run_id, begin, nproc_per_node, manner, reporter } = launch;
-        let notices = Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
+        let mut notices =
+            Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
         let run = store.folder(run_id.as_str());
         let node = NodeId::random();
         let doing = |doing: &str| reporter.event(&Event::Phase { doing: doing.to_owned() });
 
-        doing("checking the store");
-        store.prove_create_is_atomic().await?;
-        let cache = manner.cache.as_deref();
-        let created = match &begin {
-            Begin::Resume { .. } => None,
-            Begin::Create(config) | Begin::CreateOrResume { config, .. } => {
-                // Whatever the configuration names is looked at before the run exists.
-                let resolved = resolve(config, nproc_per_node, cache, &reporter).await?;
-                let config = RunConfig::clone(config);
-                match (Journal::create(run.clone(), node.clone(), run_id.clone(), config).await, &begin) {
-                    (Err(JournalError::Exists { .. }), Begin::CreateOrResume { .. }) => None,
-                    (journal, _) => Some((journal?, resolved)),
-                }
-            }
+        let opening = async {
+            doing("checking the store");
+            store.prove_create_is_atomic().await?;
+            Self::open(&run, &node, &run_id, begin, nproc_per_node, manner.cache.as_deref(), &reporter).await
         };
-        let (journal, resolved, overrides, from) = match (created, begin) {
-            (Some((journal, resolved)), _) => (journal, resolved, Vec::new(), None),
-            (None, begin) => {
-                let (from, overrides) = match begin {
-                    Begin::Resume { from, overrides } => (from, overrides),
-                    Begin::CreateOrResume { overrides, .. } => (None, overrides),
-                    Begin::Create(_) => (None, Vec::new()),
-                };
-                let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
-                let (config, overrides) = effective(journal.state(), &overrides)?;
-                if let Some(step) = completed(journal.state(), &config, from) {
-                    tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
-                    return Ok(Outcome::Completed { then: config.on_complete.action });
-                }
-                (journal, resolve(&config, nproc_per_node, cache, &reporter).await?, overrides, from)
-            }
+        let opened = tokio::select! {
+            biased;
+            // Data that is downloaded may take long; nothing is lost if it is not.
+            () = told_to_leave(&mut notices, &reporter) => return Ok(Outcome::Interrupted { lost_steps: 0 }),
+            opened = opening => opened?,
+        };
+        let (journal, resolved, overrides, from) = match opened {
+            Ok(opened) => opened,
+            Err(then) => return Ok(Outcome::Completed { then }),
         };
         let mut agent = Self {
             run,
@@ -234,6 +246,7 @@ impl Agent {
             node,
             journal: Arc::new(Mutex::new(journal)),
             images: Images::create()?,
+            gauges: Gauges::default(),
             reporter,
             notices,
             nproc_per_node,
@@ -250,6 +263,44 @@ impl Agent {
         agent.notices.release(saved).await;
         let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
         result
+    }
+
+    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what its
+    /// configuration wants done then.
+    async fn open(
+        run: &Store,
+        node: &NodeId,
+        run_id: &RunId,
+        begin: Begin,
+        nproc_per_node: Option<u32>,
+        cache: Option<&Path>,
+        reporter: &Reporter,
+    ) -> Result<Result<Opened, CompleteAction>> {
+        let (from, overrides) = match begin {
+            Begin::Create(config) => {
+                // Whatever the configuration names is looked at before the run exists.
+                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+                let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
+                return Ok(Ok((journal, resolved, Vec::new(), None)));
+            }
+            Begin::CreateOrResume { config, overrides } => {
+                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+                match Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await {
+                    Ok(journal) => return Ok(Ok((journal, resolved, Vec::new(), None))),
+                    Err(JournalError::Exists { .. }) => (None, overrides),
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Begin::Resume { from, overrides } => (from, overrides),
+        };
+        let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
+        let (config, overrides) = effective(journal.state(), &overrides)?;
+        if let Some(step) = completed(journal.state(), &config, from) {
+            tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
+            return Ok(Err(config.on_complete.action));
+        }
+        let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+        Ok(Ok((journal, resolved, overrides, from)))
     }
 
     async fn live(&mut self, mut resolved: Resolved) -> Result<Outcome> {
@@ -303,9 +354,12 @@ impl Agent {
                 companions: resolved.companions.clone(),
                 measured: self.measured().await,
             };
-            match life::run(plan, &mut self.images, &mut self.notices, &self.reporter).await {
+            if let Some(newest) = self.journal.lock().await.state().newest() {
+                self.gauges.suppose(&newest.committed);
+            }
+            match life::run(plan, &mut self.images, &mut self.gauges, &mut self.notices, &self.reporter).await {
                 Ok(End::Completed { loss }) => return self.complete(generation, &resolved, loss).await,
-                Ok(End::Stopped(stopped)) => return self.interrupted(generation, &stopped).await,
+                Ok(End::Stopped(stopped)) => return self.interrupted(generation, stopped).await,
                 Ok(End::Damaged { object, reason }) => self.step_over(&load, &object, &reason).await?,
                 Ok(End::Diverged { step, reason }) => return Err(self.diverged(generation, step, &reason).await),
                 Ok(End::Died { step, reason: why }) => {
@@ -324,10 +378,12 @@ impl Agent {
                                 restarts: u32::try_from(deaths.len()).unwrap_or(u32::MAX),
                                 backoff_s: after.as_secs_f64(),
                             });
-                            if let Some(notice) = self.pause(after).await {
+                            if self.pause(after).await {
                                 let committed = load.step().max(self.newest_committed().await);
-                                let verdict = format!("{notice} while workers were to be started again");
-                                return self.interrupted(generation, &Stopped { step, committed, verdict }).await;
+                                let verdict = "asked to stop while workers were to be started again".to_owned();
+                                return self
+                                    .interrupted(generation, Stopped { step, committed, verdict, drain: None })
+                                    .await;
                             }
                         }
                     }
@@ -368,8 +424,9 @@ impl Agent {
                     self.reporter.event(&Event::Standby { node: other.to_string() });
                     standing_by_for = Some(other.clone());
                 }
-                if let Some(source) = self.standby_ends(STANDBY_PAUSE.min(left)).await {
-                    tracing::info!(source, "asked to stop while standing by: this node has nothing to save");
+                let told = told_to_leave(&mut self.notices, &self.reporter);
+                if tokio::time::timeout(STANDBY_PAUSE.min(left), told).await.is_ok() {
+                    tracing::info!("asked to stop while standing by: this node has nothing to save");
                     return Ok(Waited::InVain(Outcome::Interrupted { lost_steps: 0 }));
                 }
             }
@@ -392,19 +449,6 @@ impl Agent {
             heartbeat::bury(&self.run, &other).await;
             return Ok(waited);
         }
-    }
-
-    /// Sleeps, unless this node is asked to stop: then by what. Mere advice moves nobody who only waits.
-    async fn standby_ends(&mut self, time: Duration) -> Option<&'static str> {
-        let asked = async {
-            loop {
-                let notice = self.notices.next().await;
-                if notice.kind != notice::Kind::Rebalance {
-                    return notice.source;
-                }
-            }
-        };
-        tokio::time::timeout(time, asked).await.ok()
     }
 
     /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`: what the
@@ -579,11 +623,11 @@ impl Agent {
         Measured { trained_s: observed.trained_s, interruptions: observed.lossy, ..Measured::NOTHING }
     }
 
-    /// Sleeps, unless a notice comes: then its source.
-    async fn pause(&mut self, time: Duration) -> Option<&'static str> {
+    /// Sleeps, unless a notice to leave comes.
+    async fn pause(&mut self, time: Duration) -> bool {
         tokio::select! {
-            () = tokio::time::sleep(time) => None,
-            notice = self.notices.next() => Some(notice.source),
+            () = tokio::time::sleep(time) => false,
+            () = told_to_leave(&mut self.notices, &self.reporter) => true,
         }
     }
 
@@ -600,11 +644,12 @@ impl Agent {
         Ok(Outcome::Completed { then: resolved.config.on_complete.action })
     }
 
-    async fn interrupted(&self, generation: Generation, stopped: &Stopped) -> Result<Outcome> {
-        let Stopped { step, committed, verdict } = stopped.clone();
+    async fn interrupted(&self, generation: Generation, stopped: Stopped) -> Result<Outcome> {
+        let Stopped { step, committed, verdict, drain } = stopped;
+        let drain = drain.map(Box::new);
         let lost_steps = step.get().saturating_sub(committed.get());
         let committed = (committed > Step(0)).then_some(committed);
-        self.append_last(Record::Interrupted { generation, step, committed, lost_steps, verdict, drain: None }).await;
+        self.append_last(Record::Interrupted { generation, step, committed, lost_steps, verdict, drain }).await;
         self.reporter.event(&Event::Interrupted { step, lost_steps });
         Ok(Outcome::Interrupted { lost_steps })
     }
@@ -672,7 +717,7 @@ fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig,
 async fn resolve(
     config: &RunConfig,
     nproc_per_node: Option<u32>,
-    cache: Option<&std::path::Path>,
+    cache: Option<&Path>,
     reporter: &Reporter,
 ) -> Result<Resolved> {
     let workers = workers_per_node(&config.parallel, nproc_per_node, &Machine::detect());
@@ -681,7 +726,7 @@ async fn resolve(
     let shown = |progress: data::cache::CacheProgress| {
         tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
     };
-    let cache = cache.map_or_else(cache_folder, std::path::Path::to_owned);
+    let cache = cache.map_or_else(cache_folder, Path::to_owned);
     let data_dir = data::ensure_local(&config.data.train, &cache, &config.storage, shown).await?;
     let dataset = Dataset::open(&data_dir)?;
     let vocabulary = model::vocab_size(config.model.kind, &config.model.config)?;
@@ -718,11 +763,7 @@ fn cache_folder() -> PathBuf {
 }
 
 /// The small files that make a checkpoint's folder a Hugging Face model folder.
-fn companions(
-    config: &RunConfig,
-    data_dir: &std::path::Path,
-    index: &data::shards::Index,
-) -> Result<Vec<(String, Bytes)>> {
+fn companions(config: &RunConfig, data_dir: &Path, index: &data::shards::Index) -> Result<Vec<(String, Bytes)>> {
     let json = |value: &serde_json::Value| {
         serde_json::to_vec_pretty(value).map(Bytes::from).map_err(|error| Error::from_source(Kind::Bug, error))
     };

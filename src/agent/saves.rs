@@ -14,6 +14,7 @@ use bytes::Bytes;
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
+    gauge::Gauges,
     images::Images,
     saver::{self, SaveEvent, Saved, Snapshot},
 };
@@ -56,6 +57,8 @@ pub struct Saves {
     sent: u64,
     sending: u64,
     uploading: bool,
+    began: Instant,
+    last_byte: Option<Instant>,
     committed_at: Instant,
     /// The last save that failed, and how often in a row.
     failed: (Step, u32),
@@ -83,6 +86,8 @@ impl Saves {
             sent: 0,
             sending: 0,
             uploading: false,
+            began: Instant::now(),
+            last_byte: None,
             committed_at: Instant::now(),
             failed: (Step(0), 0),
             last_error: None,
@@ -98,6 +103,11 @@ impl Saves {
     /// Since the newest commit, or the beginning.
     pub fn lag(&self) -> Duration {
         self.committed_at.elapsed()
+    }
+
+    /// The upload under way: its bytes, those that have arrived, and seconds since it began.
+    pub fn under_way(&self) -> Option<(u64, u64, f64)> {
+        self.uploading.then(|| (self.sending, self.sent.min(self.sending), self.began.elapsed().as_secs_f64()))
     }
 
     /// Whether a snapshot is on its way to the store.
@@ -164,6 +174,8 @@ impl Saves {
         small.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
         self.sending = uploads.iter().map(|upload| upload.body.len() as u64).sum();
         self.sent = 0;
+        self.began = Instant::now();
+        self.last_byte = None;
         self.uploading = true;
         let kept = self.keep(step);
         let (taken, cost) = (kept.taken, Arc::clone(&kept.cost));
@@ -187,13 +199,27 @@ impl Saves {
     /// So many bytes more have reached the store.
     pub fn progress(&mut self, step: Step, bytes: u64, reporter: &Reporter) {
         self.sent += bytes;
+        if self.sent >= self.sending {
+            self.last_byte.get_or_insert_with(Instant::now);
+        }
         reporter.event(&Event::Upload { step, sent: self.sent.min(self.sending), total: self.sending });
     }
 
     /// A save is committed: says so, and lets its snapshot be held for workers that crash.
-    pub fn committed(&mut self, slot: u8, saved: &Saved, images: &mut Images, reporter: &Reporter) {
+    pub fn committed(
+        &mut self,
+        slot: u8,
+        saved: &Saved,
+        images: &mut Images,
+        gauges: &mut Gauges,
+        reporter: &Reporter,
+    ) {
         let committed = &saved.committed;
         self.uploading = false;
+        let last_byte = self.last_byte.unwrap_or_else(Instant::now);
+        let upload_s = last_byte.saturating_duration_since(self.began).as_secs_f64();
+        gauges.saved(self.sending, upload_s, last_byte.elapsed().as_secs_f64());
+        gauges.copy.push(committed.cost.copy_s);
         self.committed_at = Instant::now();
         self.kept.retain(|&kept, _| kept > committed.step);
         if committed.cost.durable_s > PATIENCE.as_secs_f64() && !self.starved {

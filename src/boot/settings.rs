@@ -51,6 +51,15 @@ impl<T> std::fmt::Debug for Given<T> {
     }
 }
 
+impl Given<String> {
+    /// Whether it looks like a URI or path. A parameter that does not is not shown to whoever opens it, who would say its value: a
+    /// path in one is written with `/` or `.` at its beginning.
+    pub fn may_be_a_place(&self) -> bool {
+        let plain = self.value.contains("://") || self.value.starts_with(['/', '.']);
+        plain || !matches!(self.origin, Origin::Parameter(_))
+    }
+}
+
 /// A run's configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Config {

@@ -221,13 +221,12 @@ impl Document {
                 Ok(Self { file: None, text: Some(text) })
             }
             Config::Place(place) => {
+                let named = Given { value: place.clone(), origin: given.origin.clone() };
+                if !named.may_be_a_place() {
+                    return Err(Error::new(Kind::Config, format!("{} is neither a URI nor a path", given.origin)));
+                }
                 if let Some(path) = config::local_path(place) {
                     return Ok(Self { file: Some(path), text: None });
-                }
-                // Somebody may have put a secret there by mistake: what is no place is not said.
-                let plain = place.contains("://") || place.starts_with(['/', '.']);
-                if matches!(given.origin, Origin::Parameter(_)) && !plain {
-                    return Err(Error::new(Kind::Config, format!("{} is neither a URI nor a path", given.origin)));
                 }
                 let Some((folder, name)) = place.rsplit_once('/').filter(|_| place.contains("://")) else {
                     return Ok(Self { file: Some(place.into()), text: None });

@@ -7,6 +7,7 @@ mod boot;
 mod checkpoints;
 mod completions;
 mod data;
+mod explain;
 mod export;
 mod generate;
 mod history;
@@ -53,6 +54,7 @@ enum Command {
     Runs(runs::Runs),
     Status(status::Status),
     Checkpoints(checkpoints::Checkpoints),
+    Explain(explain::Explain),
     Verify(verify::Verify),
     Export(export::Export),
     Generate(generate::Generate),
@@ -125,6 +127,7 @@ impl Command {
             Self::Runs(command) => command.execute(),
             Self::Status(command) => command.execute(),
             Self::Checkpoints(command) => command.execute(),
+            Self::Explain(command) => command.execute(),
             Self::Verify(command) => command.execute(),
             Self::Export(command) => command.execute(),
             Self::Generate(command) => command.execute(),

@@ -40,6 +40,7 @@ trainer boot: CONFIG --run-id --run-id-template --time-zone --ssm-path --store -
 trainer runs: --store (TRAINER_STORE) --json
 trainer status: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --watch --json
 trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
+trainer explain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer verify: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --all --deep --json
 trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --json
 trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --prompt --tokens --temperature --seed --json

@@ -7,7 +7,7 @@ use super::{
     ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig,
     error::Origin,
     raw::Raw,
-    resolve::{self, ACTIONS, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, STRATEGIES},
+    resolve::{self, ACTIONS, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES},
     text,
 };
 
@@ -116,7 +116,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let ParallelConfig { strategy, nproc_per_node, bucket_mib } = parallel;
     let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, price_per_gib_month } =
         checkpoint;
-    let NoticeConfig { sources } = notice;
+    let NoticeConfig { sources, train_in_spare_time } = notice;
     let OnComplete { action } = on_complete;
     let RestartConfig { max, same_step, backoff } = restart;
     let StorageConfig { concurrency, part_mib, max_upload_mib_per_s, encryption, kms_key_id, storage_class } = storage;
@@ -154,6 +154,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("checkpoint.keep.every", word(&keep_every.map_or_else(|| "never".into(), text::format_spacing))),
         ("checkpoint.keep.best", whole(*best)),
         ("notice.sources", Value::Array(sources.iter().map(|source| word(source)).collect())),
+        ("notice.spare_time", word(name_of(SPARE_TIME, *train_in_spare_time))),
         ("on_complete.action", word(name_of(ACTIONS, *action))),
         ("restart.max", whole(*max)),
         ("restart.same_step", whole(*same_step)),

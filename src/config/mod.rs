@@ -247,6 +247,13 @@ pub enum Spacing {
 pub struct NoticeConfig {
     /// `auto`, or any of `aws`, `gcp`, `azure`, `signals`, `file`.
     pub sources: Vec<String>,
+    /// Training goes on while the announced time surely leaves room for the last save; otherwise it stops at once.
+    #[serde(default = "yes")]
+    pub train_in_spare_time: bool,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 /// What is done when the last step is committed.

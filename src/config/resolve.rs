@@ -24,6 +24,7 @@ pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32),
 pub(super) const STRATEGIES: &[(&str, Strategy)] = &[("ddp", Strategy::Ddp), ("zero1", Strategy::Zero1)];
 pub(super) const SCHEDULES: &[(&str, ScheduleKind)] =
     &[("cosine", ScheduleKind::Cosine), ("linear", ScheduleKind::Linear), ("constant", ScheduleKind::Constant)];
+pub(super) const SPARE_TIME: &[(&str, bool)] = &[("train", true), ("stop", false)];
 pub(super) const ACTIONS: &[(&str, CompleteAction)] =
     &[("exit", CompleteAction::Exit), ("terminate", CompleteAction::Terminate)];
 pub(super) const ENCRYPTIONS: &[(&str, Encryption)] =
@@ -272,7 +273,10 @@ fn checkpoint(raw: &Raw) -> Result<CheckpointConfig, ConfigError> {
 }
 
 fn notice(raw: &Raw) -> Result<NoticeConfig, ConfigError> {
-    Ok(NoticeConfig { sources: raw.words("notice.sources", "auto", NOTICE_SOURCES)? })
+    Ok(NoticeConfig {
+        sources: raw.words("notice.sources", "auto", NOTICE_SOURCES)?,
+        train_in_spare_time: raw.choice("notice.spare_time", SPARE_TIME)?,
+    })
 }
 
 fn restart(raw: &Raw) -> Result<RestartConfig, ConfigError> {

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 
-use crate::journal::{FormedReason, Outcome, RunState};
+use crate::journal::{FormedReason, RunState};
 
 /// What was observed in a run, as far as its journal tells.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -39,11 +39,7 @@ impl Observed {
         for (index, formed) in state.formations().iter().enumerate() {
             let commits = state.checkpoints().iter().filter(|c| c.committed.generation == formed.generation);
             let ended = state.interruptions().iter().find(|end| end.generation == formed.generation);
-            let completed = match state.outcome() {
-                Outcome::Completed { at, generation, .. } if *generation == formed.generation => Some(*at),
-                _ => None,
-            };
-            let last = commits.clone().map(|c| c.at).chain(ended.map(|end| end.at)).chain(completed).max();
+            let last = commits.clone().map(|c| c.at).chain(ended.map(|end| end.at)).chain(formed.ended).max();
             observed.trained_s += last.map_or(0.0, |last| seconds(formed.at, last));
             if let (Some(point), Some(first), Some(step_s)) = (&formed.resume, commits.clone().next(), observed.step_s)
             {
@@ -51,7 +47,8 @@ impl Observed {
                 restarts.push(seconds(formed.at, first.at) - first.committed.cost.durable_s - steps * step_s);
             }
             let another = state.formations().get(index + 1).is_some_and(|next| next.reason == FormedReason::Started);
-            if another {
+            // A run that had completed or failed was opened again: nothing was interrupted.
+            if another && formed.ended.is_none() {
                 observed.interruptions += 1;
                 observed.lossy += u64::from(ended.is_none_or(|end| end.lost_steps > 0));
             }

@@ -235,6 +235,18 @@ pub enum DrainPlan {
     StopEarly,
 }
 
+impl DrainPlan {
+    /// As it is stored.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::FullSave => "full_save",
+            Self::OnlyMissing => "only_missing",
+            Self::FinishInFlight => "finish_in_flight",
+            Self::StopEarly => "stop_early",
+        }
+    }
+}
+
 /// How a drain went: what was expected of it, and what came of it. Times are seconds from the moment at which the notice was heard.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Drain {

@@ -34,6 +34,8 @@ pub struct Formation {
     pub overrides: Vec<(String, String)>,
     /// Why it was formed.
     pub reason: FormedReason,
+    /// When it completed the run or failed, if it did; a later one may have opened the run again.
+    pub ended: Option<Timestamp>,
 }
 
 /// What a checkpoint is good for.
@@ -204,6 +206,7 @@ impl RunState {
                     resume,
                     overrides,
                     reason,
+                    ended: None,
                 });
             }
             Record::Committed(committed) => {
@@ -231,15 +234,24 @@ impl RunState {
             }
             Record::Completed { generation, step, loss } => {
                 self.outcome = Outcome::Completed { at, generation, step, loss };
+                self.end_of_formation(at);
             }
             Record::Failed { generation, step, reason } => {
                 self.outcome = Outcome::Failed { at, generation, step, reason };
+                self.end_of_formation(at);
             }
         }
         self.next = number + 1;
         self.last_at = at;
         self.last_node = node;
         Ok(())
+    }
+
+    /// The current one, as `consistent` has made sure.
+    fn end_of_formation(&mut self, at: Timestamp) {
+        if let Some(formed) = self.formations.last_mut() {
+            formed.ended = Some(at);
+        }
     }
 
     /// The rules that hold a journal together, whoever writes; what breaks one is neither written nor believed.

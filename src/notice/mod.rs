@@ -24,6 +24,17 @@ pub enum Kind {
     Rebalance,
 }
 
+impl Kind {
+    /// As events and the journal name it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Interruption => "interruption",
+            Self::Stop => "stop",
+            Self::Rebalance => "rebalance",
+        }
+    }
+}
+
 /// How sure it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Confidence {
@@ -76,4 +87,11 @@ impl Notices {
     /// The run has ended on this node and its last words are written; `saved`: its last finished step is durable. Whoever waits
     /// for this node is told so, within a bounded time.
     pub async fn release(&mut self, _saved: bool) {}
+}
+
+impl Notice {
+    /// Whether it is a signal that asks this process to stop: of those, the same one twice means "at once".
+    pub fn is_signal(&self) -> bool {
+        matches!(self.source, "sigterm" | "sigint")
+    }
 }

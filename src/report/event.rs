@@ -104,12 +104,25 @@ pub enum Event {
         /// Where it was read: `store`, or `memory` where a snapshot slot still held it.
         from: &'static str,
     },
-    /// This machine, or this run, is asked to stop.
+    /// This machine goes away, or is likely to, or this run is asked to stop.
     Notice {
         /// What said so.
         source: String,
         /// Seconds left, where known.
         deadline_s: Option<f64>,
+        /// What it announces: `interruption`, `stop`, or `rebalance` (save now, train on).
+        means: &'static str,
+    },
+    /// What is done about a notice before this node leaves.
+    Drain {
+        /// What is saved: `full_save`, `only_missing`, `finish_in_flight` or `stop_early`.
+        plan: &'static str,
+        /// Seconds until the machine goes away, where known.
+        left_s: Option<f64>,
+        /// Seconds until the save is expected to be durable, where known.
+        predicted_s: Option<f64>,
+        /// Why.
+        reason: String,
     },
     /// A worker died; its group is started again.
     WorkerDied {

@@ -53,6 +53,7 @@ impl Summary {
             | Event::Standby { .. }
             | Event::Restored { .. }
             | Event::Notice { .. }
+            | Event::Drain { .. }
             | Event::WorkerDied { .. }
             | Event::Warning { .. }
             | Event::Phase { .. } => {}

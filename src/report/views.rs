@@ -83,12 +83,16 @@ impl Lines {
                 restore = %human::seconds(*restore_s),
                 "state of step {step} is loaded",
             ),
-            Event::Notice { source, deadline_s: Some(left) } => {
-                warn!(source = %human::plain(source), "asked to stop, {} left", human::seconds(*left));
+            Event::Notice { source, deadline_s, means } => {
+                let source = human::plain(source);
+                let left = deadline_s.map(|left| format!(", {} left", human::seconds(left))).unwrap_or_default();
+                match *means {
+                    "rebalance" => warn!(source, "this machine may go away: saving, training goes on"),
+                    "interruption" => warn!(source, "this machine goes away{left}"),
+                    _ => warn!(source, "asked to stop{left}"),
+                }
             }
-            Event::Notice { source, deadline_s: None } => {
-                warn!(source = %human::plain(source), "asked to stop");
-            }
+            Event::Drain { plan, reason, .. } => info!(plan, "{}", human::plain(reason)),
             Event::WorkerDied { step, reason, restarts, backoff_s } => warn!(
                 %step,
                 restarts,
@@ -212,6 +216,7 @@ impl Bars {
             | Event::Standby { .. }
             | Event::Restored { .. }
             | Event::Notice { .. }
+            | Event::Drain { .. }
             | Event::Warning { .. } => {}
         }
     }

@@ -88,6 +88,8 @@ pub struct Line {
     pub up: Option<u64>,
     /// Bytes a second towards the client; `None`: no limit.
     pub down: Option<u64>,
+    /// Bytes a second of all objects of checkpoints together, one after the other, towards the server; `None`: no limit.
+    pub bulk: Option<u64>,
 }
 
 #[derive(Default)]
@@ -95,6 +97,10 @@ struct State {
     rules: Vec<Rule>,
     line: Line,
     random: u64,
+    /// When the line has carried the bulk that was given to it.
+    free_at: Option<tokio::time::Instant>,
+    /// Bulk that the line has carried.
+    carried: u64,
     broken: BTreeMap<&'static str, u64>,
     /// The last answer to each listing, by its target.
     listings: HashMap<String, Bytes>,
@@ -184,6 +190,10 @@ impl FaultProxy {
     pub fn set_line(&self, line: Line) {
         lock(&self.state).line = line;
     }
+    /// Bytes of checkpoints that have gone through.
+    pub fn carried(&self) -> u64 {
+        lock(&self.state).carried
+    }
     /// Requests broken so far.
     pub fn broken(&self) -> u64 {
         lock(&self.state).broken.values().sum()
@@ -231,6 +241,19 @@ async fn pass_time(bytes: usize, rate: Option<u64>) {
     }
 }
 
+/// Waits until the line has carried `bytes` of bulk, after all that was given to it before.
+async fn pass_bulk(state: &Mutex<State>, bytes: usize) {
+    let until = {
+        let mut state = lock(state);
+        let Some(rate) = state.line.bulk else { return };
+        let now = tokio::time::Instant::now();
+        let begin = state.free_at.unwrap_or(now).max(now);
+        *state.free_at.insert(begin + Duration::from_secs_f64(bytes as f64 / rate as f64))
+    };
+    tokio::time::sleep_until(until).await;
+    lock(state).carried += bytes as u64;
+}
+
 async fn pass(
     request: Request<Incoming>,
     upstream: SocketAddr,
@@ -245,6 +268,9 @@ async fn pass(
     let (head, body) = request.into_parts();
     let body = whole(body).await?;
     pass_time(body.len(), line.up).await;
+    if head.method == "PUT" && target.contains("/checkpoints/") {
+        pass_bulk(&state, body.len()).await;
+    }
     match fault {
         Some(Fault::SlowDown) => {
             let text = "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>SlowDown</Code><Message>on purpose</Message></Error>";

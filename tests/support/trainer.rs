@@ -266,6 +266,22 @@ impl Running {
         // The error is that it has gone already, and then the test finds out from its exit code.
         let _ = kill_process(self.pid, signal);
     }
+    /// Events of this kind so far.
+    pub fn events(&self, kind: &str) -> Vec<Event> {
+        hear(&self.ear).events.iter().filter(|event| event.kind() == kind).cloned().collect()
+    }
+    /// Waits for something outside of the process; fails if the process ends before, or [`LIMIT`] passes.
+    #[track_caller]
+    pub fn wait_until(&self, what: &str, mut holds: impl FnMut() -> bool) {
+        let deadline = Instant::now() + LIMIT;
+        while !holds() {
+            let heard = hear(&self.ear);
+            let failed = heard.closed || Instant::now() > deadline;
+            assert!(!failed, "waited in vain for {what}\n{}", story(&self.shown, &heard));
+            drop(heard);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
     /// Living processes that descend from this one, itself excluded.
     pub fn workers(&self) -> Vec<Pid> {
         marked(&self.mark).into_iter().filter(|pid| *pid != self.pid).collect()

@@ -1,0 +1,254 @@
+//! What can still be saved before a machine goes away: a pure decision over what is known.
+//!
+//! # The table
+//! With `needs` the time until the newest step would be durable, as short as can be hoped for (low), expected, and as long as must be
+//! feared (high), and `left` the announced time less [`LAST_WORDS_S`] for the journal:
+//!
+//! | left | decision |
+//! |---|---|
+//! | unknown, or no save was ever measured | save everything at once |
+//! | ≥ the reserve, and the notice leaves the time to us | save once as an insurance, train on |
+//! | ≥ needs, low | stop, save everything: full save, or only what is missing of it |
+//! | < needs, low; ≥ the rest of the save under way | stop, finish that one; say what will be lost |
+//! | less | leave at once; say what will be lost |
+//!
+//! The reserve is one step, one copy and *two* whole saves, all of them as long as must be feared: a save may have begun a moment ago and is let
+//! finish first. Stopping at once on a two-minute notice when a save takes a second would throw the two minutes away, on every
+//! interruption (`trainer simulate` shows it). A plan is tried as long as it is not hopeless: what it does not reach in time is given
+//! up [`LAST_WORDS_S`] before the deadline, so that the journal can say what was lost.
+//!
+//! An upload that has begun is never stopped in favour of a newer state: it holds all but the steps since it began, and the newer one would
+//! have to start from nothing.
+
+use super::gauge::Span;
+use crate::{ids::Step, journal::DrainPlan, report::human};
+
+/// Kept for the journal's last record and the process's end, seconds.
+pub const LAST_WORDS_S: f64 = 1.5;
+
+/// All that the decision depends on.
+#[derive(Clone, Copy, Debug)]
+pub struct Situation {
+    /// Until the machine goes away, seconds; `None`: nobody said.
+    pub left_s: Option<f64>,
+    /// The time that is left may be used: nobody waits for this process's end.
+    pub may_train_on: bool,
+    /// The newest finished step.
+    pub finished: Step,
+    /// The newest checkpoint.
+    pub committed: Step,
+    /// The loop has ended: no newer state will come.
+    pub ended: bool,
+    /// The save under way, and what is known of its rest.
+    pub in_flight: Option<(Step, Option<Span>)>,
+    /// What is left of the running step.
+    pub step: Span,
+    /// Copying a snapshot.
+    pub copy: Span,
+    /// Uploading and committing one whole save; `None`: none was ever measured.
+    pub save: Option<Span>,
+}
+
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Decision {
+    /// Save now as an insurance, and train until so much time is left, seconds.
+    TrainOn {
+        /// The reserve.
+        until_left_s: f64,
+    },
+    /// Stop the loop, and do this.
+    Drain {
+        /// What is saved.
+        plan: DrainPlan,
+        /// How long that takes from now; `None`: not known, or nothing is saved.
+        needs: Option<Span>,
+    },
+}
+
+/// The decision, and the reason in words and figures.
+pub fn decide(now: &Situation) -> (Decision, String) {
+    let newest_under_way = now.ended && now.in_flight.is_some_and(|(step, _)| step >= now.finished);
+    let whole = if newest_under_way { DrainPlan::OnlyMissing } else { DrainPlan::FullSave };
+    let rest = now.in_flight.map(|(_, rest)| rest);
+    let needs = match (newest_under_way, rest, now.save) {
+        (true, rest, _) => rest.flatten(),
+        // What is under way is finished first, while the loop ends and the state is copied.
+        (false, Some(rest), Some(save)) => Some(now.step.then(now.copy).beside(rest.unwrap_or(save)).then(save)),
+        (false, None, Some(save)) => Some(now.step.then(now.copy).then(save)),
+        (false, _, None) => None,
+    };
+    let begin = |why: String| (Decision::Drain { plan: whole, needs }, why);
+    let time = human::seconds;
+    let Some(needs) = needs else {
+        return begin("no save was measured yet: the last one begins at once".into());
+    };
+    let needed = format!("the last save takes {}, at most {}", time(needs.mean), time(needs.high));
+    let Some(left) = now.left_s else { return begin(format!("no deadline is known; {needed}")) };
+    let usable = left - LAST_WORDS_S;
+    if now.may_train_on && !now.ended {
+        let save = now.save.unwrap_or(needs).high;
+        let until_left_s = LAST_WORDS_S + now.step.high + now.copy.high + 2.0 * save;
+        if left > until_left_s {
+            let why = format!("{} left, {needed}: training goes on until {} are left", time(left), time(until_left_s));
+            return (Decision::TrainOn { until_left_s }, why);
+        }
+    }
+    if needs.low <= usable {
+        return begin(format!("{} left; {needed}", time(left)));
+    }
+    let least = format!("{} left, the last save takes at least {}", time(left.max(0.0)), time(needs.low));
+    let lost = |since: Step| human::plural(now.finished.get().saturating_sub(since.get()), "finished step");
+    match now.in_flight {
+        Some((step, Some(rest))) if !newest_under_way && step > now.committed && rest.low <= usable => {
+            let why = format!(
+                "{least}: the save of step {step} is finished in {} instead, {} after it will be lost",
+                time(rest.mean),
+                lost(step)
+            );
+            (Decision::Drain { plan: DrainPlan::FinishInFlight, needs: Some(rest) }, why)
+        }
+        _ => {
+            let why = format!("{least}: nothing can be saved, {} will be lost", lost(now.committed));
+            (Decision::Drain { plan: DrainPlan::StopEarly, needs: None }, why)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A step of 1 s, a copy of 0.5 s, a save of 10 s (8 to 12), 40 steps finished, 30 committed.
+    const CALM: Situation = Situation {
+        left_s: Some(120.0),
+        may_train_on: false,
+        finished: Step(40),
+        committed: Step(30),
+        ended: false,
+        in_flight: None,
+        step: Span { low: 0.0, mean: 0.5, high: 1.0 },
+        copy: Span { low: 0.5, mean: 0.5, high: 0.5 },
+        save: Some(Span { low: 8.0, mean: 10.0, high: 12.0 }),
+    };
+    const HALF: Span = Span { low: 4.0, mean: 5.0, high: 6.0 };
+
+    fn plan(situation: Situation) -> (&'static str, Option<f64>) {
+        match decide(&situation).0 {
+            Decision::TrainOn { until_left_s } => ("train on", Some(until_left_s)),
+            Decision::Drain { plan, needs } => {
+                let name = match plan {
+                    DrainPlan::FullSave => "full save",
+                    DrainPlan::OnlyMissing => "only missing",
+                    DrainPlan::FinishInFlight => "finish in flight",
+                    DrainPlan::StopEarly => "stop early",
+                };
+                (name, needs.map(|needs| needs.mean))
+            }
+        }
+    }
+
+    #[test]
+    fn the_deadline_decides_what_is_saved() {
+        let in_flight = Some((Step(36), Some(HALF)));
+        let table: &[(&str, Situation, &str, Option<f64>)] = &[
+            ("two minutes", CALM, "full save", Some(11.0)),
+            ("Azure's and GCP's 30 s", Situation { left_s: Some(30.0), ..CALM }, "full save", Some(11.0)),
+            // 10 − 1.5 is exactly what it takes if all goes well.
+            ("Docker's 10 s, just possible", Situation { left_s: Some(10.0), ..CALM }, "full save", Some(11.0)),
+            ("a moment less", Situation { left_s: Some(9.9), ..CALM }, "stop early", None),
+            ("nobody knows", Situation { left_s: None, ..CALM }, "full save", Some(11.0)),
+            ("past", Situation { left_s: Some(-5.0), ..CALM }, "stop early", None),
+            ("not a time", Situation { left_s: Some(f64::NAN), ..CALM }, "stop early", None),
+            ("no save was measured", Situation { save: None, left_s: Some(1.0), ..CALM }, "full save", None),
+            // The copy waits for nothing, the upload for the one before it.
+            ("one in flight", Situation { in_flight, ..CALM }, "full save", Some(15.0)),
+            (
+                "time for the one in flight only",
+                Situation { in_flight, left_s: Some(10.0), ..CALM },
+                "finish in flight",
+                Some(5.0),
+            ),
+            ("just so", Situation { in_flight, left_s: Some(5.5), ..CALM }, "finish in flight", Some(5.0)),
+            ("not even for that", Situation { in_flight, left_s: Some(5.4), ..CALM }, "stop early", None),
+            (
+                "it is no newer",
+                Situation { in_flight: Some((Step(30), Some(HALF))), left_s: Some(10.0), ..CALM },
+                "stop early",
+                None,
+            ),
+            (
+                "nothing is known of it",
+                Situation { in_flight: Some((Step(36), None)), left_s: Some(10.0), ..CALM },
+                "stop early",
+                None,
+            ),
+            (
+                "its pace alone is known",
+                Situation { in_flight, save: None, left_s: Some(10.0), ..CALM },
+                "full save",
+                None,
+            ),
+            (
+                "the newest is under way",
+                Situation { ended: true, in_flight: Some((Step(40), Some(HALF))), left_s: Some(10.0), ..CALM },
+                "only missing",
+                Some(5.0),
+            ),
+            (
+                "and can't be finished",
+                Situation { ended: true, in_flight: Some((Step(40), Some(HALF))), left_s: Some(5.0), ..CALM },
+                "stop early",
+                None,
+            ),
+            ("time is ours", Situation { may_train_on: true, ..CALM }, "train on", Some(27.0)),
+            ("time was ours", Situation { may_train_on: true, left_s: Some(27.0), ..CALM }, "full save", Some(11.0)),
+            ("not without a deadline", Situation { may_train_on: true, left_s: None, ..CALM }, "full save", Some(11.0)),
+            ("not without a measure", Situation { may_train_on: true, save: None, ..CALM }, "full save", None),
+            ("not when it has ended", Situation { may_train_on: true, ended: true, ..CALM }, "full save", Some(11.0)),
+        ];
+        for (what, situation, expected, needs) in table {
+            let (decision, reason) = decide(situation);
+            assert_eq!(plan(*situation), (*expected, *needs), "{what}: {decision:?}: {reason}");
+        }
+    }
+
+    #[test]
+    fn reasons_name_what_will_be_lost() {
+        let reason = |situation| decide(&situation).1;
+        let in_flight = Some((Step(36), Some(HALF)));
+        assert_eq!(reason(CALM), "2m left; the last save takes 11.0 s, at most 13.5 s");
+        assert_eq!(
+            reason(Situation { in_flight, left_s: Some(10.0), ..CALM }),
+            "10.0 s left, the last save takes at least 12.0 s: the save of step 36 is finished in 5.00 s instead, 4 finished steps after it \
+             will be lost"
+        );
+        assert_eq!(
+            reason(Situation { left_s: Some(2.0), ..CALM }),
+            "2.00 s left, the last save takes at least 8.50 s: nothing can be saved, 10 finished steps will be lost"
+        );
+    }
+
+    /// More time never saves less, whatever is known.
+    #[test]
+    fn more_time_never_saves_less() {
+        let worth = |situation: &Situation| match decide(situation).0 {
+            Decision::TrainOn { .. } => 3,
+            Decision::Drain { plan: DrainPlan::FullSave | DrainPlan::OnlyMissing, .. } => 2,
+            Decision::Drain { plan: DrainPlan::FinishInFlight, .. } => 1,
+            Decision::Drain { plan: DrainPlan::StopEarly, .. } => 0,
+        };
+        for in_flight in [None, Some((Step(36), Some(HALF))), Some((Step(36), None)), Some((Step(20), Some(HALF)))] {
+            for (may_train_on, ended) in [(false, false), (true, false), (true, true)] {
+                let mut before = 0;
+                for tenth in 0..1500 {
+                    let left_s = Some(f64::from(tenth) / 10.0);
+                    let now = worth(&Situation { left_s, may_train_on, ended, in_flight, ..CALM });
+                    assert!(now >= before, "{left_s:?} {in_flight:?} {may_train_on} {ended}");
+                    before = now;
+                }
+                assert!(before >= 2);
+            }
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! What steps and saves take on this machine, as measured, and how sure that is.
+//!
+//! Times are seconds. A [`Gauge`] is an exponentially weighted mean and variance: the newest value counts [`WEIGHT`]. Uploads are kept
+//! as seconds a byte, since it is times that are added up. What an earlier machine's journal says counts as one value of its own kind:
+//! better than nothing, and forgotten soon.
+//!
+//! Nothing is stored; a new life of the same agent keeps what the last one had measured.
+
+use crate::journal::Committed;
+
+/// How much a new value counts against all before it.
+const WEIGHT: f64 = 0.3;
+/// A mean is never believed to be nearer to the truth than this share of itself.
+const LEAST_SPREAD: f64 = 0.1;
+/// As long as there is but one value: the truth may well be this share away.
+const ONE_VALUE_SPREAD: f64 = 0.3;
+/// A value of another machine.
+const FOREIGN_SPREAD: f64 = 0.5;
+
+/// A time with its uncertainty, seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Span {
+    /// As short as can be hoped for.
+    pub low: f64,
+    /// Expected.
+    pub mean: f64,
+    /// As long as must be feared.
+    pub high: f64,
+}
+
+impl Span {
+    /// A time that is known.
+    pub const fn exactly(seconds: f64) -> Self {
+        Self { low: seconds, mean: seconds, high: seconds }
+    }
+
+    /// One after the other.
+    pub fn then(self, next: Self) -> Self {
+        Self { low: self.low + next.low, mean: self.mean + next.mean, high: self.high + next.high }
+    }
+
+    /// Side by side, until both have ended.
+    pub fn beside(self, other: Self) -> Self {
+        Self { low: self.low.max(other.low), mean: self.mean.max(other.mean), high: self.high.max(other.high) }
+    }
+
+    /// So many times as long.
+    pub fn times(self, factor: f64) -> Self {
+        Self { low: self.low * factor, mean: self.mean * factor, high: self.high * factor }
+    }
+
+    /// What is left of it after `seconds`.
+    pub fn after(self, seconds: f64) -> Self {
+        let left = |value: f64| (value - seconds).max(0.0);
+        Self { low: left(self.low), mean: left(self.mean), high: left(self.high) }
+    }
+}
+
+/// A running mean and its spread.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Gauge {
+    mean: f64,
+    variance: f64,
+    values: u32,
+    foreign: bool,
+}
+
+impl Gauge {
+    /// One more value; what is not a time is ignored.
+    pub fn push(&mut self, value: f64) {
+        if !value.is_finite() || value < 0.0 {
+            return;
+        }
+        if self.values == 0 || self.foreign {
+            *self = Self { mean: value, variance: 0.0, values: 1, foreign: false };
+            return;
+        }
+        let away = value - self.mean;
+        self.mean += WEIGHT * away;
+        self.variance = (1.0 - WEIGHT) * (self.variance + WEIGHT * away * away);
+        self.values = self.values.saturating_add(1);
+    }
+
+    fn suppose(&mut self, value: f64) {
+        if self.values == 0 {
+            self.push(value);
+            self.foreign = self.values > 0;
+        }
+    }
+
+    /// The mean, and two standard deviations to either side; `None` before the first value.
+    pub fn span(&self) -> Option<Span> {
+        let least = match (self.foreign, self.values) {
+            (_, 0) => return None,
+            (true, _) => FOREIGN_SPREAD,
+            (false, 1) => ONE_VALUE_SPREAD,
+            (false, _) => LEAST_SPREAD,
+        };
+        let away = (2.0 * self.variance.sqrt()).max(least * self.mean);
+        Some(Span { low: (self.mean - away).max(0.0), mean: self.mean, high: self.mean + away })
+    }
+}
+
+/// All that is known of this machine's pace.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Gauges {
+    /// One step.
+    pub step: Gauge,
+    /// Copying one snapshot.
+    pub copy: Gauge,
+    /// Uploading one byte.
+    pub byte: Gauge,
+    /// From the last byte to the `committed` record.
+    pub commit: Gauge,
+}
+
+impl Gauges {
+    /// What another life, perhaps on another machine, found a save to take.
+    pub fn suppose(&mut self, committed: &Committed) {
+        if committed.bytes > 0 && committed.cost.durable_s > 0.0 {
+            #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+            self.byte.suppose(committed.cost.durable_s / committed.bytes as f64);
+            self.copy.suppose(committed.cost.copy_s);
+        }
+    }
+
+    /// A save has ended: its upload took `upload_s` for `bytes`, and `commit_s` passed from the last byte to the record.
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    pub fn saved(&mut self, bytes: u64, upload_s: f64, commit_s: f64) {
+        if bytes > 0 {
+            self.byte.push(upload_s / bytes as f64);
+            self.commit.push(commit_s);
+        }
+    }
+
+    /// Uploading so many bytes and committing them.
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    pub fn upload(&self, bytes: u64) -> Option<Span> {
+        let commit = self.commit.span().unwrap_or(Span { low: 0.0, mean: 0.2, high: 1.0 });
+        Some(self.byte.span()?.times(bytes as f64).then(commit))
+    }
+
+    /// What is left of an upload of `total` bytes that has been under way for `elapsed_s`, `sent` of them having arrived. As long as
+    /// it is within what such an upload takes, that tells more than the bytes do: parts arrive together. Later, and where nothing is
+    /// known, its own pace so far does.
+    #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+    pub fn rest(&self, total: u64, sent: u64, elapsed_s: f64) -> Option<Span> {
+        if let Some(whole) = self.upload(total)
+            && elapsed_s < whole.mean
+        {
+            return Some(whole.after(elapsed_s));
+        }
+        let share = (sent as f64 / total.max(1) as f64).min(1.0);
+        let mean = if share > 0.0 { elapsed_s * (1.0 - share) / share } else { elapsed_s };
+        (elapsed_s > 0.0).then_some(Span { low: mean * 0.5, mean, high: mean * 2.0 + 1.0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn near(a: f64, b: f64) -> bool {
+        (a - b).abs() < 1e-9
+    }
+
+    #[test]
+    fn a_gauge_follows_its_values_and_knows_its_spread() {
+        let mut gauge = Gauge::default();
+        assert_eq!(gauge.span(), None);
+        gauge.push(10.0);
+        let one = gauge.span().unwrap();
+        assert!(near(one.low, 7.0) && near(one.mean, 10.0) && near(one.high, 13.0), "{one:?}");
+        for _ in 0..50 {
+            gauge.push(10.0);
+        }
+        let sure = gauge.span().unwrap();
+        assert!(near(sure.low, 9.0) && near(sure.high, 11.0), "{sure:?}");
+        for value in [5.0, 15.0].repeat(20) {
+            gauge.push(value);
+        }
+        let wide = gauge.span().unwrap();
+        assert!(wide.low < 2.0 && wide.high > 18.0 && wide.mean > 7.0 && wide.mean < 13.0, "{wide:?}");
+        for bad in [f64::NAN, -1.0, f64::INFINITY] {
+            gauge.push(bad);
+        }
+        assert_eq!(gauge.span().unwrap(), wide);
+    }
+
+    #[test]
+    fn another_machines_word_counts_until_there_is_one_of_our_own() {
+        let mut gauge = Gauge::default();
+        gauge.suppose(100.0);
+        assert!(near(gauge.span().unwrap().high, 150.0));
+        gauge.push(10.0);
+        assert!(near(gauge.span().unwrap().mean, 10.0), "{gauge:?}");
+        gauge.suppose(100.0);
+        assert!(near(gauge.span().unwrap().mean, 10.0), "{gauge:?}");
+    }
+
+    #[test]
+    fn the_rest_of_an_upload_is_told_by_time_and_then_by_its_own_pace() {
+        let mut gauges = Gauges::default();
+        assert_eq!(gauges.rest(100, 0, 0.0), None, "nothing is known");
+        assert!(near(gauges.rest(100, 25, 10.0).unwrap().mean, 30.0), "a quarter in 10 s");
+        assert!(near(gauges.rest(100, 0, 10.0).unwrap().mean, 10.0));
+        for _ in 0..20 {
+            gauges.saved(100, 10.0, 1.0);
+        }
+        // All parts are under way, none has arrived.
+        assert!(near(gauges.rest(100, 0, 8.0).unwrap().mean, 3.0), "{gauges:?}");
+        assert!(near(gauges.rest(100, 50, 20.0).unwrap().mean, 20.0), "later than ever before");
+        assert!(near(gauges.upload(200).unwrap().mean, 21.0));
+    }
+}

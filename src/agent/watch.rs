@@ -1,0 +1,191 @@
+//! What has been announced to this node, and what was done about it: the notices, the deadline that follows from them, and the story
+//! that the journal is told at the end.
+//!
+//! Bookkeeping beside the event loop; what is done is decided by [`deadline`](super::deadline). A deadline counts down on the monotonic
+//! clock from the moment at which its notice was heard. Of several deadlines the earliest holds; one that had passed when it was heard
+//! is none: the machine may go away at any moment, and may as well stay, so everything is saved for as long as it lasts.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::{
+    journal::{Drain, DrainPlan, Happened},
+    notice::{Kind, Notice},
+};
+
+/// Moments of one drain that are written down.
+const MOST_MOMENTS: usize = 32;
+
+/// What was heard, and what came of it.
+#[derive(Debug, Default)]
+pub struct Watch {
+    first: Option<(Instant, &'static str)>,
+    sources: Vec<&'static str>,
+    until: Option<Instant>,
+    announced: Option<Duration>,
+    /// Somebody waits for this process's end.
+    awaited: bool,
+    plan: Option<(DrainPlan, String, Option<f64>)>,
+    actual_s: Option<f64>,
+    timeline: Vec<Happened>,
+}
+
+impl Watch {
+    /// A notice that asks this node to leave. Says whether the same signal had come before: whoever sends it again does not want to wait.
+    pub fn hear(&mut self, notice: &Notice, now: Instant) -> bool {
+        let again = notice.is_signal() && self.sources.contains(&notice.source);
+        self.sources.push(notice.source);
+        self.first.get_or_insert((now, notice.source));
+        self.awaited |= notice.kind == Kind::Stop;
+        let mut what = format!("{} was heard", notice.source);
+        match notice.deadline {
+            Some(Duration::ZERO) => what.push_str(", its time is up"),
+            Some(left) => {
+                what = format!("{what}, {:.1} s left", left.as_secs_f64());
+                if let Some(until) = now.checked_add(left)
+                    && self.until.is_none_or(|known| until < known)
+                {
+                    self.until = Some(until);
+                    self.announced.get_or_insert(left);
+                }
+            }
+            None => {}
+        }
+        self.says(now, what);
+        again
+    }
+
+    /// Whether anything asked this node to leave.
+    pub fn is_called(&self) -> bool {
+        self.first.is_some()
+    }
+
+    /// Until the machine goes away, seconds; below zero afterwards.
+    pub fn left_s(&self, now: Instant) -> Option<f64> {
+        let until = self.until?;
+        Some(until.saturating_duration_since(now).as_secs_f64() - now.saturating_duration_since(until).as_secs_f64())
+    }
+
+    /// Whether nobody waits for this process's end.
+    pub fn leaves_the_time_to_us(&self) -> bool {
+        !self.awaited
+    }
+
+    /// What is done now, and why; `needs_s`: how long that takes from now. Says whether that is new.
+    pub fn plans(&mut self, now: Instant, plan: DrainPlan, reason: &str, needs_s: Option<f64>) -> bool {
+        if self.plan.as_ref().is_some_and(|(known, ..)| *known == plan) {
+            return false;
+        }
+        let predicted_s = needs_s.map(|needs| self.since(now) + needs);
+        self.says(now, format!("{}: {reason}", word(plan)));
+        self.plan = Some((plan, reason.to_owned(), predicted_s));
+        true
+    }
+
+    /// What is being done.
+    pub fn plan(&self) -> Option<DrainPlan> {
+        self.plan.as_ref().map(|(plan, ..)| *plan)
+    }
+
+    /// What was to be saved is durable.
+    pub fn saved(&mut self, now: Instant) {
+        let since = self.since(now);
+        self.actual_s.get_or_insert(since);
+    }
+
+    /// Something happened that belongs to the story.
+    pub fn says(&mut self, now: Instant, what: impl Into<String>) {
+        if self.first.is_some() && self.timeline.len() < MOST_MOMENTS {
+            self.timeline.push(Happened { after_s: self.since(now), what: what.into() });
+        }
+    }
+
+    fn since(&self, now: Instant) -> f64 {
+        self.first.map_or(0.0, |(first, _)| now.saturating_duration_since(first).as_secs_f64())
+    }
+
+    /// For the journal; `None` if nothing was heard, or nothing came of it.
+    pub fn story(&self) -> Option<Drain> {
+        let (_, source) = self.first?;
+        let (plan, reason, predicted_s) = self.plan.clone()?;
+        Some(Drain {
+            source: source.to_owned(),
+            deadline_s: self.announced.map(|left| left.as_secs_f64()),
+            plan,
+            reason,
+            predicted_s,
+            actual_s: self.actual_s,
+            timeline: self.timeline.clone(),
+        })
+    }
+}
+
+/// A plan's name for people.
+const fn word(plan: DrainPlan) -> &'static str {
+    match plan {
+        DrainPlan::FullSave => "save everything",
+        DrainPlan::OnlyMissing => "upload what is missing",
+        DrainPlan::FinishInFlight => "finish the save under way",
+        DrainPlan::StopEarly => "leave without a save",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::notice::Confidence;
+
+    fn notice(source: &'static str, kind: Kind, deadline: Option<u64>) -> Notice {
+        let deadline = deadline.map(Duration::from_secs);
+        Notice { kind, deadline, source, id: "1".into(), confidence: Confidence::Announced }
+    }
+
+    #[test]
+    fn the_earliest_deadline_holds_and_a_past_one_is_none() {
+        let now = Instant::now();
+        let mut watch = Watch::default();
+        assert!(!watch.is_called() && watch.story().is_none());
+        watch.hear(&notice("aws-spot", Kind::Interruption, Some(0)), now);
+        assert_eq!(watch.left_s(now), None);
+        watch.hear(&notice("aws-spot", Kind::Interruption, Some(120)), now);
+        assert!(watch.leaves_the_time_to_us());
+        watch.hear(&notice("sigterm", Kind::Stop, Some(30)), now + Duration::from_secs(10));
+        watch.hear(&notice("aws-scheduled", Kind::Interruption, Some(500)), now);
+        assert!(!watch.leaves_the_time_to_us());
+        assert_eq!(watch.left_s(now), Some(40.0));
+        assert_eq!(watch.left_s(now + Duration::from_secs(50)), Some(-10.0));
+    }
+
+    #[test]
+    fn only_the_same_signal_again_asks_to_leave_at_once() {
+        let now = Instant::now();
+        let mut watch = Watch::default();
+        assert!(!watch.hear(&notice("aws-spot", Kind::Interruption, Some(120)), now));
+        assert!(!watch.hear(&notice("aws-spot", Kind::Interruption, Some(110)), now), "said again, not asked again");
+        assert!(!watch.hear(&notice("sigterm", Kind::Stop, None), now), "a supervisor's, after the notice");
+        assert!(!watch.hear(&notice("sigint", Kind::Stop, None), now));
+        assert!(watch.hear(&notice("sigterm", Kind::Stop, None), now));
+    }
+
+    #[test]
+    fn the_story_holds_what_was_expected_and_what_came_of_it() {
+        let now = Instant::now();
+        let at = |seconds| now + Duration::from_secs(seconds);
+        let mut watch = Watch::default();
+        watch.says(now, "not yet part of it");
+        watch.hear(&notice("gcp-preempted", Kind::Interruption, Some(30)), now);
+        assert!(watch.plans(at(4), DrainPlan::FullSave, "there is time", Some(2.0)));
+        assert!(!watch.plans(at(5), DrainPlan::FullSave, "there still is", Some(9.0)), "nothing new");
+        watch.saved(at(7));
+        watch.saved(at(9));
+        let story = watch.story().unwrap();
+        assert_eq!((story.predicted_s, story.actual_s, story.deadline_s), (Some(6.0), Some(7.0), Some(30.0)));
+        let moments: Vec<(f64, &str)> = story.timeline.iter().map(|m| (m.after_s, m.what.as_str())).collect();
+        assert_eq!(moments, [(0.0, "gcp-preempted was heard, 30.0 s left"), (4.0, "save everything: there is time")]);
+        for second in 0..100 {
+            watch.says(at(second), "more");
+        }
+        assert_eq!(watch.story().unwrap().timeline.len(), MOST_MOMENTS);
+    }
+}

@@ -1,0 +1,496 @@
+//! `trainer boot` on machines that come up: where it finds what to do, what it does when it is not alone, and how it leaves.
+//!
+//! Parameters, groups and objects lie on moto, what the machine knows of itself on a metadata server of our own; refusals that moto does
+//! not give come from a server of three lines. `PATH` holds stand-ins where a machine might power off.
+
+use std::{
+    io::{Read, Write},
+    net::TcpListener,
+    os::unix::fs::PermissionsExt,
+    path::PathBuf,
+};
+
+use aws_config::{BehaviorVersion, Region, SdkConfig};
+use rustix::process::Signal;
+
+use crate::support::{
+    lab::{EVERY, Lab, STEPS, data_set, model_config},
+    metadata::{Fault, INSTANCE, MetadataServer, TOKEN},
+    moto::Moto,
+    s3,
+    trainer::{Finished, Running, Trainer, losses},
+};
+
+/// What must be seen nowhere.
+const TOKEN_OF_THE_API: &str = "s3cr3t-of-the-job-api";
+
+/// Everything of AWS at one endpoint, for the test's own requests.
+fn aws(endpoint: &str) -> SdkConfig {
+    let keys = aws_sdk_ssm::config::Credentials::new(s3::ACCESS_KEY, s3::SECRET_KEY, None, None, "test");
+    let loader = aws_config::defaults(BehaviorVersion::latest())
+        .region(Region::new("us-east-1"))
+        .endpoint_url(endpoint)
+        .credentials_provider(keys);
+    wait(loader.load())
+}
+
+fn wait<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime").block_on(work)
+}
+
+/// Puts parameters below `/trainer/test`; names with a `!` are encrypted.
+fn put_parameters(moto: &Moto, pairs: &[(&str, &str)]) {
+    use aws_sdk_ssm::types::ParameterType;
+    let client = aws_sdk_ssm::Client::new(&aws(&moto.endpoint()));
+    wait(async {
+        for (name, value) in pairs {
+            let kind = if name.contains('!') { ParameterType::SecureString } else { ParameterType::String };
+            let name = format!("/trainer/test/{}", name.trim_start_matches('!'));
+            client.put_parameter().name(name).value(*value).r#type(kind).send().await.expect("put a parameter");
+        }
+    });
+}
+
+/// A machine that knows itself, by its metadata service, and talks to this AWS. No region and no key is in its environment.
+fn machine(lab: &Lab, metadata: &MetadataServer, endpoint: &str, arguments: &[&str]) -> Trainer {
+    let aws = [("AWS_ENDPOINT_URL", endpoint.to_owned()), ("AWS_ALLOW_HTTP", "true".to_owned())];
+    let own = [("AWS_ENDPOINT_URL_AUTO_SCALING", endpoint.to_owned()), nowhere(lab)];
+    Trainer::new(&lab.path(""), arguments).envs(&metadata.envs()).envs(&aws).envs(&own)
+}
+
+/// No file tree that says what this machine is.
+fn nowhere(lab: &Lab) -> (&'static str, String) {
+    ("TRAINER_HOST_ROOT", lab.path("no-such-root").display().to_string())
+}
+
+fn boot(lab: &Lab, arguments: &[&str]) -> Trainer {
+    let all: Vec<&str> = ["boot"].iter().chain(arguments).copied().collect();
+    lab.command(&all).envs(&[nowhere(lab)]).json()
+}
+
+/// A folder with these programs, each of which writes its name and arguments to `called`.
+fn stand_ins(lab: &Lab, names: &[&str]) -> (&'static str, String) {
+    let folder = lab.path("bin");
+    std::fs::create_dir_all(&folder).expect("folder of stand-ins");
+    for name in names {
+        let path = folder.join(name);
+        let script = format!("#!/bin/sh\necho {name} \"$@\" >> {}\n", lab.path("called").display());
+        std::fs::write(&path, script).expect("write a stand-in");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("make it a program");
+    }
+    ("PATH", folder.display().to_string())
+}
+
+fn called(lab: &Lab) -> String {
+    std::fs::read_to_string(lab.path("called")).unwrap_or_default()
+}
+
+/// A server that gives every request this answer.
+fn answering(status: &str, kind: &str, body: &str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let endpoint = format!("http://{}", listener.local_addr().expect("its address"));
+    let answer = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    // It ends with the test process.
+    std::thread::spawn(move || {
+        for connection in listener.incoming().flatten() {
+            let (mut connection, mut request, mut buffer) = (connection, Vec::new(), [0; 4096]);
+            // The request's head, and as much of its body as it announces.
+            loop {
+                let read = connection.read(&mut buffer).unwrap_or(0);
+                request.extend_from_slice(&buffer[..read]);
+                let text = String::from_utf8_lossy(&request).to_ascii_lowercase();
+                let length = text.split("content-length: ").nth(1).and_then(|rest| rest.lines().next()?.parse().ok());
+                let body = text.find("\r\n\r\n").map(|at| request.len() - at - 4);
+                if read == 0 || body.is_some_and(|body| body >= length.unwrap_or(0)) {
+                    break;
+                }
+            }
+            let _ = connection.write_all(answer.as_bytes());
+        }
+    });
+    endpoint
+}
+
+/// The configuration without a store, and with its model described in a file of this name.
+fn plain_config(model: &str) -> String {
+    format!(
+        r#"model = {{ kind = "llama", config = "{model}" }}
+data = {{ train = "file://{}", sequence_length = 32 }}
+checkpoint = {{ every = "{EVERY} steps" }}
+parallel = {{ nproc_per_node = 2 }}
+[train]
+steps = {STEPS}
+global_batch = 12
+max_micro_batch = 2
+seed = 1234
+threads = 1
+optimizer = {{ kind = "adamw", lr = 3e-3 }}
+schedule = {{ kind = "cosine", warmup_steps = 4 }}
+"#,
+        data_set().display()
+    )
+}
+
+#[track_caller]
+fn expect_secret_unseen(life: &Finished) {
+    let seen = life.stdout.contains(TOKEN_OF_THE_API) || life.stderr.contains(TOKEN_OF_THE_API);
+    assert!(!seen, "the token is in the output\n{}", life.story());
+}
+
+#[test]
+fn a_run_is_created_then_resumed_then_left_alone() {
+    let lab = Lab::on_files();
+    let uri = lab.uri();
+    let first = boot(&lab, &["run.toml", "--run-id", "life", "--store", &uri]).start();
+    first.wait_for_step("checkpoint", EVERY);
+    first.signal(Signal::TERM);
+    let first = first.finish().expect_code(75).expect_said(&["run life does not exist", "boot to joined"]);
+
+    // The configuration is gone by now: the run has it.
+    std::fs::remove_file(lab.path("run.toml")).expect("remove the configuration");
+    let environment =
+        [("TRAINER_CONFIG", "run.toml".into()), ("TRAINER_STORE", uri), ("TRAINER_RUN_ID", "life".into())];
+    let again = || boot(&lab, &["--set", "train.seed=1234"]).envs(&environment).finish().expect_code(0);
+    let second = again().expect_said(&["run life exists", "train.seed stays as the run was created with"]);
+    assert!(second.resumed_from() >= EVERY, "{}", second.story());
+    lab.expect_as_undisturbed("life", &[&first, &second]);
+
+    let before = lab.keys("life", "");
+    for _ in 0..2 {
+        let idle = again().expect_said(&["run has completed, nothing is left to do"]);
+        assert!(idle.events.is_empty(), "{}", idle.story());
+    }
+    assert_eq!(lab.keys("life", ""), before, "a boot of a run that is complete has left something behind");
+}
+
+#[test]
+fn what_is_wrong_is_said_with_its_own_exit_code() {
+    let lab = Lab::on_files();
+    let uri = lab.uri();
+    boot(&lab, &["run.toml", "--store", &uri])
+        .finish()
+        .expect_code(78)
+        .expect_said(&["no run is named", "run-id-template"]);
+    boot(&lab, &["--run-id", "x", "--store", &uri])
+        .finish()
+        .expect_code(78)
+        .expect_said(&["no configuration is named"]);
+    boot(&lab, &["run.toml", "--run-id", "x", "--run-id-template", "y"]).finish().expect_code(64);
+    boot(&lab, &["run.toml", "--run-id-template", "r{quater}"])
+        .finish()
+        .expect_code(78)
+        .expect_said(&["unknown field {quater}", "{quarter}"]);
+    boot(&lab, &["gone.toml", "--run-id", "x"]).finish().expect_code(78).expect_said(&["gone.toml"]);
+    boot(&lab, &["--run-id", "x", "--ssm-path", "/p"]).finish().expect_code(78).expect_said(&["no region is known"]);
+
+    let ssm = |endpoint: &str| {
+        let keys = s3::client_env(endpoint);
+        boot(&lab, &["--run-id", "x", "--ssm-path", "/p"]).envs(&keys).finish()
+    };
+    let body = r#"{"__type":"AccessDeniedException","message":"not authorized to perform: ssm:GetParametersByPath"}"#;
+    ssm(&answering("400 Bad Request", "application/x-amz-json-1.1", body)).expect_code(77).expect_said(&[
+        "read parameters below /p",
+        "AccessDeniedException",
+        "hint: see which role",
+    ]);
+    // A port on which nobody listens.
+    let closed = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    ssm(&format!("http://{closed}")).expect_code(69).expect_said(&["read parameters below /p"]);
+}
+
+#[test]
+fn parameters_say_what_to_do_in_the_region_of_the_machine() {
+    let Some(lab) = Lab::on_moto() else { return };
+    let crate::support::lab::Store::Moto(moto) = lab.store.clone() else { unreachable!("made on moto") };
+    let (metadata, model) = (MetadataServer::start(), lab.path("model.json").display().to_string());
+    let config = plain_config(&model);
+    // More than one page of ten.
+    let notes: Vec<String> = (0..14).map(|n| format!("note-{n:02}")).collect();
+    let mut pairs: Vec<(&str, &str)> = notes.iter().map(|name| (name.as_str(), "x")).collect();
+    pairs.extend([
+        ("config", config.as_str()),
+        ("store", "s3://bucket/runs"),
+        ("run-id", "of-the-parameters"),
+        ("set/checkpoint.keep.last", "7"),
+        ("set/checkpoint/keep/best", "0"),
+        ("!worker-token", TOKEN_OF_THE_API),
+        ("zone", TOKEN_OF_THE_API),
+    ]);
+    put_parameters(&moto, &pairs);
+    let path = ["boot", "--ssm-path", "/trainer/test/"];
+    // The environment stands above the parameters, and a flag above both.
+    let environment = [("TRAINER_RUN_ID_TEMPLATE", "of-the-environment".to_owned())];
+    let life = machine(&lab, &metadata, &moto.endpoint(), &path)
+        .args(&["--run-id", "of-the-flag", "--set", "checkpoint.keep.last=2"])
+        .envs(&environment)
+        .json()
+        .finish()
+        .expect_code(0)
+        .expect_said(&[
+            "region us-east-1 from the instance identity",
+            "21 parameters below /trainer/test: ",
+            "worker-token",
+            "these mean nothing here: note-00, ",
+            ", zone",
+            "run of-the-flag does not exist in s3://bucket/runs",
+            "boot to joined",
+        ]);
+    expect_secret_unseen(&life);
+    lab.expect_as_undisturbed("of-the-flag", &[&life]);
+    let journal = lab.command(&["status", "--run-id", "of-the-flag", "--store", "s3://bucket/runs", "--json"]).finish();
+    expect_secret_unseen(&journal.expect_code(0));
+
+    let life = machine(&lab, &metadata, &moto.endpoint(), &path).envs(&environment).json().finish().expect_code(0);
+    assert!(life.stderr.contains("run of-the-environment does not exist"), "{}", life.story());
+    let life = machine(&lab, &metadata, &moto.endpoint(), &path).json().finish().expect_code(0);
+    assert!(life.stderr.contains("run of-the-parameters does not exist"), "{}", life.story());
+    expect_secret_unseen(&life);
+
+    // What a parameter holds is not said when it is wrong.
+    put_parameters(&moto, &[("bad/run-id", TOKEN_OF_THE_API), ("bad/run-id-template", "x")]);
+    let twice = machine(&lab, &metadata, &moto.endpoint(), &["boot", "--ssm-path", "/trainer/test/bad"]).finish();
+    expect_secret_unseen(&twice.expect_code(78).expect_said(&["/trainer/test/bad/run-id-template"]));
+    let slashed = format!("{TOKEN_OF_THE_API}/x");
+    put_parameters(&moto, &[("worse/run-id", &slashed)]);
+    let wrong = machine(&lab, &metadata, &moto.endpoint(), &["boot", "--ssm-path", "/trainer/test/worse"]).finish();
+    expect_secret_unseen(&wrong.expect_code(78).expect_said(&["parameter /trainer/test/worse/run-id is no run id"]));
+}
+
+#[test]
+fn tags_say_what_to_do_and_a_configuration_may_lie_in_the_store() {
+    let lab = Lab::on_s3();
+    let server = lab.server();
+    server.write("conf/deep/run.toml", plain_config("models/model.json"));
+    server.write("conf/deep/models/model.json", model_config(512));
+    let metadata = MetadataServer::start();
+    let tags = [
+        ("trainer:config-uri", "s3://bucket/conf/deep/run.toml"),
+        ("trainer:store", "s3://bucket/runs"),
+        ("trainer:run-id-template", "tagged"),
+        ("trainer:set:train.steps", "3"),
+        ("trainer:set:train.schedule.warmup_steps", "1"),
+        ("trainer:worker-token", TOKEN_OF_THE_API),
+        ("Name", "x"),
+    ];
+    metadata.set("/latest/meta-data/tags/instance", tags.map(|(key, _)| key).join("\n"));
+    for (key, value) in tags {
+        metadata.set(&format!("/latest/meta-data/tags/instance/{key}"), value);
+    }
+    let life = boot(&lab, &[]).envs(&metadata.envs()).finish().expect_code(0).expect_said(&[
+        "6 tags of this instance",
+        "these mean nothing here: worker-token",
+        "run tagged does not exist in s3://bucket/runs",
+    ]);
+    assert_eq!(life.last("completed").step(), Some(3), "{}", life.story());
+    expect_secret_unseen(&life);
+    assert!(!metadata.requests().iter().any(|asked| asked.path.ends_with("/Name")), "another tag was asked for");
+    for key in server.keys("") {
+        let body = server.read(&key).unwrap_or_default();
+        assert!(!String::from_utf8_lossy(&body).contains(TOKEN_OF_THE_API), "the token is in {key}");
+    }
+}
+
+#[test]
+fn a_metadata_service_that_hangs_or_is_not_there_holds_nobody_up() {
+    let lab = Lab::on_files();
+    let metadata = MetadataServer::start();
+    metadata.storm(Fault::Hang);
+    let arguments = [
+        "run.toml",
+        "--run-id",
+        "hang",
+        "--set",
+        "train.steps=2",
+        "--set",
+        "train.schedule.warmup_steps=0",
+        "--set",
+        "notice.sources=[\"signals\"]",
+    ];
+    boot(&lab, &arguments).envs(&metadata.envs()).finish().expect_code(0).expect_said(&[
+        "nothing is known of this machine",
+        "hop limit of 1",
+        "no region is known",
+    ]);
+    assert_eq!(metadata.requests_of(TOKEN).len(), 1, "it was asked again");
+
+    drop(metadata);
+    let closed = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    let gone = [
+        ("AWS_EC2_METADATA_DISABLED", "false".to_owned()),
+        ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{closed}")),
+    ];
+    let arguments = arguments.map(|argument| if argument == "hang" { "gone" } else { argument });
+    boot(&lab, &arguments).envs(&gone).finish().expect_code(0).expect_said(&["no region is known"]);
+}
+
+/// Starts two machines for one new run; gives the one that trains first, then the other.
+fn pair(lab: &Lab, run: &str, more: &[&str]) -> (Running, Running) {
+    let uri = lab.uri();
+    let arguments: Vec<&str> = ["run.toml", "--run-id", run, "--store", &uri].iter().chain(more).copied().collect();
+    let (one, other) = (boot(lab, &arguments).start(), boot(lab, &arguments).start());
+    let first = one.wait_for("formed or standby event", |event| matches!(event.kind(), "formed" | "standby"));
+    if first.kind() == "formed" { (one, other) } else { (other, one) }
+}
+
+#[test]
+fn of_two_machines_one_trains_and_the_other_takes_over_when_that_is_killed() {
+    let lab = Lab::on_files();
+    // Far more steps than the first has time for.
+    let (first, second) = pair(&lab, "pair", &["--set", "train.steps=100000"]);
+    second.wait_for("standby event", |event| event.kind() == "standby");
+    first.wait_for_step("checkpoint", EVERY);
+    let first = first.power_off().expect_killed();
+    let newest = *first.committed().last().expect("a checkpoint");
+    second.wait_for("checkpoint event", |event| event.kind() == "checkpoint");
+    second.signal(Signal::TERM);
+    let second = second.finish().expect_code(75);
+    assert!(second.resumed_from() >= newest, "{}", second.story());
+    let kinds = second.events.iter().map(|event| event.kind().to_owned());
+    let order: Vec<String> = kinds.filter(|kind| matches!(kind.as_str(), "standby" | "formed")).collect();
+    assert_eq!(order, ["standby", "formed"], "{}", second.story());
+    assert!(first.of_kind("standby").is_empty(), "{}", first.story());
+    // Every step from the first on, and where both made one, the same.
+    let last = second.last("interrupted").step().expect("its last step");
+    assert_eq!(losses(&[&first, &second]).into_keys().collect::<Vec<_>>(), (1..=last).collect::<Vec<_>>());
+    lab.expect_all_verify("pair");
+}
+
+#[test]
+fn one_that_stands_by_has_nothing_to_do_when_the_other_completes_and_leaves_when_told() {
+    let lab = Lab::on_files();
+    // Long enough for two more to come while the first is at work.
+    let (first, second) = pair(&lab, "end", &["--set", "train.steps=600"]);
+    second.wait_for("standby event", |event| event.kind() == "standby");
+    let uri = lab.uri();
+    let third = boot(&lab, &["--run-id", "end", "--store", &uri]).start();
+    third.wait_for("standby event", |event| event.kind() == "standby");
+    third.signal(Signal::TERM);
+    let third = third.finish().expect_code(75).expect_said(&["asked to stop while standing by"]);
+    assert!(third.of_kind("formed").is_empty(), "{}", third.story());
+    let impatient = boot(&lab, &["--run-id", "end", "--store", &uri, "--standby", "0s"]).finish();
+    impatient.expect_code(79).expect_said(&["is alive"]);
+    let (first, second) = (first.finish().expect_code(0), second.finish().expect_code(0));
+    assert!(second.of_kind("formed").is_empty(), "{}", second.story());
+    let steps: Vec<u64> = first.of_kind("step").iter().filter_map(|event| event.step()).collect();
+    assert_eq!(steps, (1..=600).collect::<Vec<_>>(), "each step once, by the first alone");
+}
+
+/// A run of two steps that ends with "terminate", on a machine with this id.
+fn short_run(lab: &Lab, metadata: &MetadataServer, endpoint: &str, run: &str) -> Trainer {
+    let arguments =
+        ["boot", "run.toml", "--run-id", run, "--set", "train.steps=2", "--set", "train.schedule.warmup_steps=0"];
+    let keys = s3::client_env(endpoint);
+    let own = [("AWS_EC2_METADATA_DISABLED", "false".to_owned())];
+    machine(lab, metadata, endpoint, &arguments)
+        .args(&["--set", "on_complete.action=terminate"])
+        .envs(&keys)
+        .envs(&own)
+        .envs(&[stand_ins(lab, &["systemctl"])])
+        .json()
+}
+
+#[test]
+fn a_machine_of_a_group_leaves_it_and_nothing_comes_in_its_place() {
+    let Some(moto) = Moto::start("unused") else { return };
+    let lab = Lab::on_files();
+    let client = aws_sdk_autoscaling::Client::new(&aws(&moto.endpoint()));
+    let group = || async {
+        let answer = client.describe_auto_scaling_groups().auto_scaling_group_names("trainers").send().await;
+        let group = answer.expect("describe the group").auto_scaling_groups.unwrap_or_default().remove(0);
+        let instances = group.instances.unwrap_or_default();
+        (group.desired_capacity, instances.iter().filter_map(|one| one.instance_id.clone()).collect::<Vec<_>>())
+    };
+    let instances = wait(async {
+        let launch = client.create_launch_configuration().launch_configuration_name("gpu").image_id("ami-12c6146b");
+        launch.instance_type("t2.micro").send().await.expect("a launch configuration");
+        let made = client.create_auto_scaling_group().auto_scaling_group_name("trainers");
+        let made = made.launch_configuration_name("gpu").availability_zones("us-east-1a");
+        made.min_size(0).max_size(2).desired_capacity(2).send().await.expect("a group");
+        group().await.1
+    });
+    assert_eq!(instances.len(), 2);
+    let metadata = MetadataServer::start();
+    let identity = format!(r#"{{"instanceId":"{}","region":"us-east-1"}}"#, instances[0]);
+    metadata.set("/latest/dynamic/instance-identity/document", identity);
+    let life = short_run(&lab, &metadata, &moto.endpoint(), "leaver").finish().expect_code(0);
+    let said = format!("the Auto Scaling group ends {}", instances[0]);
+    let life = life.expect_said(&[&said]);
+    assert_eq!(wait(group()), (Some(1), vec![instances[1].clone()]), "{}", life.story());
+    assert_eq!(called(&lab), "", "it powered off");
+}
+
+#[test]
+fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced() {
+    let lab = Lab::on_files();
+    let metadata = MetadataServer::start();
+    let refusal = |code: &str, message: &str| {
+        let body = format!(
+            "<ErrorResponse xmlns=\"http://autoscaling.amazonaws.com/doc/2011-01-01/\"><Error><Type>Sender</Type><Code>{code}</Code><Message>{message}</Message></Error><RequestId>x</RequestId></ErrorResponse>"
+        );
+        answering("400 Bad Request", "text/xml", &body)
+    };
+    let minimum = refusal(
+        "ValidationError",
+        "Currently, desiredSize equals minSize (1). Terminating instance without replacement will violate group's min size constraint.",
+    );
+    short_run(&lab, &metadata, &minimum, "at-minimum")
+        .finish()
+        .expect_code(0)
+        .expect_said(&[&format!("{INSTANCE} stays on and costs money"), "lower the group's MinSize to 0"]);
+    assert_eq!(called(&lab), "", "it powered off");
+
+    let outside = refusal("ValidationError", "Instance Id not found - No managed instance found for instance ID");
+    short_run(&lab, &metadata, &outside, "outside")
+        .finish()
+        .expect_code(0)
+        .expect_said(&["is in no Auto Scaling group"]);
+    assert_eq!(called(&lab), "systemctl poweroff\n");
+
+    let denied = refusal("AccessDenied", "not authorized to perform: autoscaling:TerminateInstanceInAutoScalingGroup");
+    short_run(&lab, &metadata, &denied, "denied")
+        .finish()
+        .expect_code(0)
+        .expect_said(&["AccessDenied", "starts another machine in place of"]);
+    assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n");
+
+    // A machine of no cloud; and the same run again, with `resume`, since it is the run's configuration that says so.
+    let path = [stand_ins(&lab, &[])];
+    std::fs::remove_file(PathBuf::from(&path[0].1).join("systemctl")).expect("remove a stand-in");
+    let path = [stand_ins(&lab, &["shutdown"])];
+    lab.resume("denied").envs(&path).finish().expect_code(0).expect_said(&["powering off (shutdown -h now)"]);
+    assert!(called(&lab).ends_with("shutdown -h now\n"), "{}", called(&lab));
+    std::fs::remove_file(lab.path("bin/shutdown")).expect("remove a stand-in");
+    lab.resume("denied").envs(&path).finish().expect_code(0).expect_said(&["this machine stays on and may cost money"]);
+}
+
+#[test]
+fn datasets_are_kept_on_the_local_disk_of_the_machine() {
+    let lab = Lab::on_s3();
+    for entry in std::fs::read_dir(data_set()).expect("the data set").flatten() {
+        let name = entry.file_name().into_string().expect("a plain name");
+        lab.server().write(&format!("data/{name}"), std::fs::read(entry.path()).expect("a file of the data set"));
+    }
+    let (root, disk) = (lab.path("root"), lab.path("disk"));
+    for (path, text) in [
+        ("sys/block/nvme1n1/device/model", "Amazon EC2 NVMe Instance Storage\n".to_owned()),
+        ("proc/self/mounts", format!("/dev/nvme1n1 {} ext4 rw 0 0\n", disk.display())),
+    ] {
+        let path = root.join(path);
+        std::fs::create_dir_all(path.parent().expect("below the root")).expect("a folder");
+        std::fs::write(path, text).expect("a file");
+    }
+    std::fs::create_dir_all(&disk).expect("the disk");
+    let short =
+        ["--set", "train.steps=2", "--set", "train.schedule.warmup_steps=0", "--set", "data.train=s3://bucket/data"];
+    boot(&lab, &["run.toml", "--run-id", "disk"])
+        .args(&short)
+        .envs(&[("TRAINER_HOST_ROOT", root.display().to_string())])
+        .finish()
+        .expect_code(0)
+        .expect_said(&["datasets are kept on the local disk"]);
+    let kept = std::fs::read_dir(disk.join("trainer/datasets")).expect("the cache").count();
+    assert!(kept > 0 && !lab.path("cache/trainer/datasets").exists(), "{kept} entries on the disk");
+}

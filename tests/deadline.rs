@@ -1,0 +1,104 @@
+//! The deadline decides what is saved: real runs on a store that takes so many bytes a second and no more, asked to stop with more
+//! or less time left.
+//!
+//! No test waits for time to pass: the line to the store is the clock, and what it has carried says how far a save has got. Saves take
+//! several seconds and steps a hundredth of one, so that a loaded machine changes little.
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::{
+    lab::Lab,
+    proxy::{FaultProxy, Line},
+    trainer::{Finished, Running},
+};
+
+/// The first save takes so long, seconds; it is measured, and the next one begins at once.
+const SAVE_S: u64 = 8;
+
+/// A run that saves all the time, on a line that carries one save in [`SAVE_S`]; its second save is half on its way.
+fn half_way(lab: &Lab, proxy: &FaultProxy, window: &str) -> Running {
+    let running = lab
+        .run("held")
+        .args(&["--set", "train.steps=100000"])
+        .envs(&[("TRAINER_STOP_WINDOW", window.to_owned())])
+        .start();
+    let bytes = running.wait_for("a checkpoint", |event| event.kind() == "checkpoint").value["bytes"].as_u64();
+    let bytes = bytes.expect("its size");
+    // Of one save the bytes are known now; the line is narrowed for those that follow.
+    proxy.set_line(Line { bulk: Some(bytes / SAVE_S), ..Line::default() });
+    let narrow = running.wait_for("a save on the narrow line", |event| {
+        event.kind() == "checkpoint" && event.value["durable_s"].as_f64() > Some(SAVE_S as f64 * 0.9)
+    });
+    let begun = proxy.carried();
+    let step = narrow.step().expect("its step");
+    running.wait_until("half of the next save is through", || proxy.carried() >= begun + bytes / 2);
+    assert!(step > 0);
+    running
+}
+
+/// The one interruption of the run, as `trainer explain` tells it.
+fn explained(lab: &Lab, life: &Finished) -> Value {
+    let explain = lab.about("explain", "held").args(&["--json"]).finish().expect_code(0);
+    let line = explain.stdout.lines().next().unwrap_or_else(|| panic!("nothing was told\n{}", life.story()));
+    serde_json::from_str(line).expect("a JSON line")
+}
+
+fn near(drain: &Value, story: &str) {
+    let (predicted, actual) = (drain["predicted_s"].as_f64(), drain["actual_s"].as_f64());
+    let (Some(predicted), Some(actual)) = (predicted, actual) else { panic!("{drain}\n{story}") };
+    assert!((actual / predicted - 1.0).abs() < 0.25, "predicted {predicted} s, took {actual} s\n{drain}\n{story}");
+}
+
+#[test]
+fn with_time_enough_the_newest_step_is_saved_as_predicted() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    let running = half_way(&lab, &proxy, "100s");
+    running.signal(Signal::TERM);
+    let life = running.finish().expect_code(75);
+    let drain = life.last("drain");
+    assert_eq!(drain.value["plan"], "full_save", "{}", life.story());
+    let last = life.last("interrupted").step().expect("its step");
+    assert_eq!(life.committed().last(), Some(&last), "{}", life.story());
+    let told = explained(&lab, &life);
+    assert_eq!(told["lost_steps"], 0, "{told}");
+    assert_eq!(told["drain"]["plan"], "full_save", "{told}");
+    near(&told["drain"], &life.story());
+    lab.expect_all_verify("held");
+}
+
+#[test]
+fn with_too_little_time_the_save_under_way_is_finished() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    // Half of a save needs 4 s. One and a half need 12 s: even at the best pace that was ever hoped for, more than 8 s.
+    let running = half_way(&lab, &proxy, "9500ms");
+    let before = running.events("checkpoint").last().and_then(|event| event.step()).expect("a checkpoint");
+    running.signal(Signal::TERM);
+    let life = running.finish().expect_code(76);
+    assert_eq!(life.last("drain").value["plan"], "finish_in_flight", "{}", life.story());
+    let committed = *life.committed().last().expect("a checkpoint");
+    assert!(committed > before, "the save under way was not finished\n{}", life.story());
+    let told = explained(&lab, &life);
+    let lost = life.last("interrupted").step().expect("its step") - committed;
+    assert!(lost > 0 && told["lost_steps"] == lost, "{told}\n{}", life.story());
+    near(&told["drain"], &life.story());
+    lab.expect_all_verify("held");
+}
+
+#[test]
+fn with_no_time_the_journal_says_what_was_lost() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    let running = half_way(&lab, &proxy, "3s");
+    running.signal(Signal::TERM);
+    let life = running.finish().expect_code(76);
+    assert_eq!(life.last("drain").value["plan"], "stop_early", "{}", life.story());
+    let (last, newest) = (life.last("interrupted"), *life.committed().last().expect("a checkpoint"));
+    let lost = last.step().expect("its step") - newest;
+    assert_eq!(last.value["lost_steps"], lost, "{}", life.story());
+    let told = explained(&lab, &life);
+    assert_eq!((&told["lost_steps"], &told["checkpoint"]), (&lost.into(), &newest.into()), "{told}");
+    assert!(told["verdict"].as_str().is_some_and(|verdict| verdict.contains("will be lost")), "{told}");
+    proxy.set_line(Line::default());
+    let next = lab.resume("held").args(&["--set", &format!("train.steps={}", newest + 8)]).finish().expect_code(0);
+    assert_eq!(next.resumed_from(), newest, "{}", next.story());
+}

@@ -70,8 +70,8 @@ fn with_time_enough_the_newest_step_is_saved_as_predicted() {
 #[test]
 fn with_too_little_time_the_save_under_way_is_finished() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
-    // Half of a save needs 4 s. One and a half need 12 s: even at the best pace that was ever hoped for, more than 8 s.
-    let running = half_way(&lab, &proxy, "9500ms");
+    // Half of a save needs 4 s. One and a half need 12 s: even at the best pace that was ever hoped for, more than 7.5 s.
+    let running = half_way(&lab, &proxy, "9s");
     let before = running.events("checkpoint").last().and_then(|event| event.step()).expect("a checkpoint");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(76);

@@ -1,7 +1,8 @@
 //! What steps and saves take on this machine, as measured, and how sure that is.
 //!
 //! Times are seconds. A [`Gauge`] is an exponentially weighted mean and variance: the newest value counts [`WEIGHT`]. Uploads are kept
-//! as seconds a byte, since it is times that are added up. What an earlier machine's journal says counts as one value of its own kind:
+//! as seconds a byte, since it is times that are added up. A value that is far from all that was feared or hoped for begins a new account:
+//! the line to the store has changed, and the mean of before and after is true of neither. What an earlier machine's journal says counts as one value of its own kind:
 //! better than nothing, and forgotten soon.
 //!
 //! Nothing is stored; a new life of the same agent keeps what the last one had measured.
@@ -10,10 +11,12 @@ use crate::journal::Committed;
 
 /// How much a new value counts against all before it.
 const WEIGHT: f64 = 0.3;
+/// So many times as long as was feared, or as short as was hoped for, is another world.
+const CHANGED: f64 = 1.5;
 /// A mean is never believed to be nearer to the truth than this share of itself.
 const LEAST_SPREAD: f64 = 0.1;
 /// As long as there is but one value: the truth may well be this share away.
-const ONE_VALUE_SPREAD: f64 = 0.3;
+const ONE_VALUE_SPREAD: f64 = 0.2;
 /// A value of another machine.
 const FOREIGN_SPREAD: f64 = 0.5;
 
@@ -71,7 +74,8 @@ impl Gauge {
         if !value.is_finite() || value < 0.0 {
             return;
         }
-        if self.values == 0 || self.foreign {
+        let changed = self.span().is_some_and(|span| value > CHANGED * span.high || value * CHANGED < span.low);
+        if self.values == 0 || self.foreign || changed {
             *self = Self { mean: value, variance: 0.0, values: 1, foreign: false };
             return;
         }
@@ -170,21 +174,26 @@ mod tests {
         assert_eq!(gauge.span(), None);
         gauge.push(10.0);
         let one = gauge.span().unwrap();
-        assert!(near(one.low, 7.0) && near(one.mean, 10.0) && near(one.high, 13.0), "{one:?}");
+        assert!(near(one.low, 8.0) && near(one.mean, 10.0) && near(one.high, 12.0), "{one:?}");
         for _ in 0..50 {
             gauge.push(10.0);
         }
         let sure = gauge.span().unwrap();
         assert!(near(sure.low, 9.0) && near(sure.high, 11.0), "{sure:?}");
-        for value in [5.0, 15.0].repeat(20) {
+        for value in [9.0, 12.0, 7.0, 15.0].into_iter().chain([6.0, 15.0].repeat(20)) {
             gauge.push(value);
         }
         let wide = gauge.span().unwrap();
-        assert!(wide.low < 2.0 && wide.high > 18.0 && wide.mean > 7.0 && wide.mean < 13.0, "{wide:?}");
+        assert!(wide.low < 4.0 && wide.high > 17.0 && wide.mean > 8.0 && wide.mean < 13.0, "{wide:?}");
         for bad in [f64::NAN, -1.0, f64::INFINITY] {
             gauge.push(bad);
         }
         assert_eq!(gauge.span().unwrap(), wide);
+        gauge.push(100.0);
+        let new = gauge.span().unwrap();
+        assert!(near(new.mean, 100.0) && near(new.high, 120.0), "the line has changed: {new:?}");
+        gauge.push(0.1);
+        assert!(near(gauge.span().unwrap().mean, 0.1), "and again: {gauge:?}");
     }
 
     #[test]

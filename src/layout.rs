@@ -4,6 +4,7 @@
 //! <store>/<run-id>/
 //!   journal/00000000000000000000.json …     numbered from 0 without a gap, created once
 //!   nodes/<node-id>.json                    heartbeat, overwritten by its owner alone
+//!   drains/g0003.json                       somebody asks generation 3 to save and stop; created once
 //!   checkpoints/s00001200-g0003/            data of one attempt; a (step, generation) pair is written once
 //!      model-00001-of-00004.safetensors     model.safetensors.index.json  config.json  tokenizer.json  generation_config.json
 //!      optimizer-00001-of-00004.safetensors trainer_state.json  receipt-<node-id>.json  manifest.json
@@ -16,6 +17,8 @@ use crate::ids::{Generation, NodeId, Step};
 pub const JOURNAL: &str = "journal";
 /// Folder of the heartbeats.
 pub const NODES: &str = "nodes";
+/// Folder of the requests to save and stop.
+pub const DRAINS: &str = "drains";
 /// Folder of the checkpoints.
 pub const CHECKPOINTS: &str = "checkpoints";
 /// Name of a checkpoint's manifest.
@@ -49,6 +52,11 @@ pub fn journal_number(key: &str) -> Option<u64> {
 /// Key of a node's heartbeat.
 pub fn heartbeat(node: &NodeId) -> String {
     format!("{NODES}/{node}.json")
+}
+
+/// Key of the request that a generation save and stop.
+pub fn drain(generation: Generation) -> String {
+    format!("{DRAINS}/g{:04}.json", generation.get())
 }
 
 /// Folder of one attempt at a checkpoint.

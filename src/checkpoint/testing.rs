@@ -104,7 +104,7 @@ pub fn config() -> RunConfig {
             scrub: None,
             price_per_gib_month: 0.023,
         },
-        notice: NoticeConfig { sources: vec![], train_in_spare_time: true },
+        notice: NoticeConfig { sources: vec![], ..NoticeConfig::default() },
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 1, same_step: 1, backoff: std::time::Duration::ZERO },
         storage: STORAGE,

@@ -7,6 +7,7 @@ mod boot;
 mod checkpoints;
 mod completions;
 mod data;
+mod drain;
 mod explain;
 mod export;
 mod generate;
@@ -56,6 +57,7 @@ enum Command {
     Checkpoints(checkpoints::Checkpoints),
     Explain(explain::Explain),
     Verify(verify::Verify),
+    Drain(drain::Drain),
     Export(export::Export),
     Generate(generate::Generate),
     Prune(prune::Prune),
@@ -129,6 +131,7 @@ impl Command {
             Self::Checkpoints(command) => command.execute(),
             Self::Explain(command) => command.execute(),
             Self::Verify(command) => command.execute(),
+            Self::Drain(command) => command.execute(),
             Self::Export(command) => command.execute(),
             Self::Generate(command) => command.execute(),
             Self::Prune(command) => command.execute(),

@@ -80,7 +80,11 @@ impl Imds {
 
     async fn token(&self, renew: bool, limit: Duration) -> Result<String, MetadataError> {
         const PATH: &str = "/latest/api/token";
-        let mut held = self.token.lock().await;
+        let began = Instant::now();
+        // Somebody else may be fetching one, as slowly as the service lets him.
+        let waited = tokio::time::timeout(limit, self.token.lock()).await;
+        let slow = || MetadataError::Slow { endpoint: self.uri().to_owned(), path: PATH.to_owned(), limit };
+        let (mut held, limit) = (waited.map_err(|_| slow())?, limit.saturating_sub(began.elapsed()));
         if let Some(token) = held.as_ref().filter(|token| !renew && token.until > Instant::now()) {
             return Ok(token.text.clone());
         }

@@ -5,10 +5,13 @@
 //! knows the SDK. Nothing here is stored, and nothing here starts or stops a machine unless its documentation says so.
 pub mod autoscaling;
 pub mod aws;
+pub mod azure;
+pub mod gcp;
 pub mod hardware;
 pub mod identity;
 pub mod imds;
 pub mod leave;
+pub mod lifecycle;
 pub mod metadata;
 pub mod power;
 pub mod region;

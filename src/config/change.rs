@@ -116,7 +116,16 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let ParallelConfig { strategy, nproc_per_node, bucket_mib } = parallel;
     let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, price_per_gib_month } =
         checkpoint;
-    let NoticeConfig { sources, train_in_spare_time } = notice;
+    let NoticeConfig {
+        sources,
+        train_in_spare_time,
+        file,
+        stop_window,
+        usr1_window,
+        preemption_window,
+        lifecycle_hook,
+    } = notice;
+    let auto = |window: &Option<_>| word(&window.map_or_else(|| "auto".into(), text::format_duration));
     let OnComplete { action } = on_complete;
     let RestartConfig { max, same_step, backoff } = restart;
     let StorageConfig { concurrency, part_mib, max_upload_mib_per_s, encryption, kms_key_id, storage_class } = storage;
@@ -155,6 +164,11 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("checkpoint.keep.best", whole(*best)),
         ("notice.sources", Value::Array(sources.iter().map(|source| word(source)).collect())),
         ("notice.spare_time", word(name_of(SPARE_TIME, *train_in_spare_time))),
+        ("notice.file", word(file.as_deref().unwrap_or_default())),
+        ("notice.stop_window", auto(stop_window)),
+        ("notice.usr1_window", auto(usr1_window)),
+        ("notice.preemption_window", auto(preemption_window)),
+        ("notice.lifecycle_hook", word(lifecycle_hook)),
         ("on_complete.action", word(name_of(ACTIONS, *action))),
         ("restart.max", whole(*max)),
         ("restart.same_step", whole(*same_step)),

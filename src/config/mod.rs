@@ -250,6 +250,40 @@ pub struct NoticeConfig {
     /// Training goes on while the announced time surely leaves room for the last save; otherwise it stops at once.
     #[serde(default = "yes")]
     pub train_in_spare_time: bool,
+    /// A file whose appearance or change says that the machine goes away; `None`: no file is watched.
+    #[serde(default)]
+    pub file: Option<String>,
+    /// From SIGTERM or SIGINT to SIGKILL; `None`: found out.
+    #[serde(default, with = "optional_seconds")]
+    pub stop_window: Option<Duration>,
+    /// From SIGUSR1 to the end; `None`: found out.
+    #[serde(default, with = "optional_seconds")]
+    pub usr1_window: Option<Duration>,
+    /// From GCP's preemption notice to the end; `None`: the least that there is.
+    #[serde(default, with = "optional_seconds")]
+    pub preemption_window: Option<Duration>,
+    /// The hook at the end of a machine of an Auto Scaling group: `auto`, `none`, or its name.
+    #[serde(default = "auto")]
+    pub lifecycle_hook: String,
+}
+
+impl Default for NoticeConfig {
+    /// As `default.toml` has it.
+    fn default() -> Self {
+        Self {
+            sources: vec![auto()],
+            train_in_spare_time: true,
+            file: None,
+            stop_window: None,
+            usr1_window: None,
+            preemption_window: None,
+            lifecycle_hook: auto(),
+        }
+    }
+}
+
+fn auto() -> String {
+    "auto".into()
 }
 
 const fn yes() -> bool {

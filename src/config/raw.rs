@@ -253,6 +253,15 @@ impl Raw {
         }
     }
 
+    /// `auto` (gives `None`), or a duration.
+    pub fn auto_or_duration(&self, key: &str) -> Result<Option<Duration>, ConfigError> {
+        const EXPECTED: &str = r#""auto", or a duration such as "30s" or "2m""#;
+        match self.value(key)?.as_str() {
+            Some("auto") => Ok(None),
+            other => other.and_then(text::parse_duration).map(Some).ok_or_else(|| self.wrong(key, EXPECTED)),
+        }
+    }
+
     /// A duration.
     pub fn duration(&self, key: &str) -> Result<Duration, ConfigError> {
         self.value(key)?

@@ -92,7 +92,7 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
         train: train(&raw, Some((sources.machine.cores / workers).max(1)))?,
         parallel,
         checkpoint: checkpoint(&raw)?,
-        notice: notice(&raw)?,
+        notice: notice(&raw, sources.working_directory)?,
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
         restart: restart(&raw)?,
         storage: storage(&raw)?,
@@ -110,7 +110,7 @@ pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> R
         train: train(raw, None)?,
         parallel: parallel(raw)?,
         checkpoint: checkpoint(raw)?,
-        notice: notice(raw)?,
+        notice: notice(raw, working_directory)?,
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
         restart: restart(raw)?,
         storage: storage(raw)?,
@@ -272,10 +272,33 @@ fn checkpoint(raw: &Raw) -> Result<CheckpointConfig, ConfigError> {
     })
 }
 
-fn notice(raw: &Raw) -> Result<NoticeConfig, ConfigError> {
+fn notice(raw: &Raw, working_directory: &Path) -> Result<NoticeConfig, ConfigError> {
+    let file = match raw.text("notice.file")? {
+        "" => None,
+        path => {
+            let file = working_directory.join(path).into_os_string().into_string();
+            let expected = "the path of a file on this machine, such as \"/run/trainer/stop\"";
+            let file = file.map_err(|_| raw.wrong("notice.file", expected))?;
+            if path.contains("://") || path.chars().any(char::is_control) {
+                return Err(raw.wrong("notice.file", expected));
+            }
+            Some(file)
+        }
+    };
+    let hook = raw.text("notice.lifecycle_hook")?;
+    // The characters that Auto Scaling allows in a hook's name.
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'/');
+    if hook.is_empty() || hook.len() > 255 || !hook.bytes().all(allowed) {
+        return Err(raw.wrong("notice.lifecycle_hook", "\"auto\", \"none\", or the name of a lifecycle hook"));
+    }
     Ok(NoticeConfig {
         sources: raw.words("notice.sources", "auto", NOTICE_SOURCES)?,
         train_in_spare_time: raw.choice("notice.spare_time", SPARE_TIME)?,
+        file,
+        stop_window: raw.auto_or_duration("notice.stop_window")?,
+        usr1_window: raw.auto_or_duration("notice.usr1_window")?,
+        preemption_window: raw.auto_or_duration("notice.preemption_window")?,
+        lifecycle_hook: hook.to_owned(),
     })
 }
 

@@ -37,7 +37,7 @@ pub(super) fn config() -> RunConfig {
             scrub: None,
             price_per_gib_month: 0.023,
         },
-        notice: NoticeConfig { sources: vec!["auto".into()], train_in_spare_time: true },
+        notice: NoticeConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_secs(1) },
         storage: settings(),

@@ -1,17 +1,52 @@
 //! "This machine, or this run, goes away": one type, whatever said so, and one stream of them.
 //!
+//! | source | listened to where | says |
+//! |---|---|---|
+//! | signals (`signal.rs`) | everywhere | stop; the machine goes away; save now |
+//! | metadata services (`aws.rs`, `gcp.rs`, `azure.rs`) | in that cloud | the machine goes away; save now |
+//! | a watched file (`file.rs`) | where one is named | the machine goes away |
+//! | `trainer drain` ([`drain`]) | in the run's folder | stop |
+//!
 //! Sources only say what they heard; the agent decides what it means. The stream drops repeats of what it has given, by source and id:
 //! a metadata service repeats a notice with every poll. Signals are not repeats of each other: of the same signal, the second one asks
 //! to leave at once.
 //!
-//! Nothing is stored. Sources are polled by tasks of their own, so that one that hangs holds up neither the others nor training; they
-//! end with the [`Notices`] that started them.
-pub mod signal;
+//! Nothing is stored but a request to drain. Sources are polled by tasks of their own, so that one that hangs holds up neither the others
+//! nor training; they end with the [`Notices`] that started them. A question takes two seconds at the most, is asked once at a time, and
+//! more seldom while there are no answers; a service that is absent, or mad, is never a reason to stop. With `sources = "auto"` every
+//! cloud's service is looked for, and the first that answers as it should is the only one that is asked from then on.
+mod aws;
+mod azure;
+pub mod drain;
+mod file;
+mod gcp;
+mod poll;
+mod signal;
+mod window;
 
-use std::{io, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
-use self::signal::Signals;
+use tokio::{sync::mpsc, task::JoinSet, time::Instant};
+
+use self::{
+    poll::Mouth,
+    signal::Signals,
+    window::{Surroundings, Windows, windows},
+};
 use crate::{config::NoticeConfig, ids::Generation, storage::Store};
+
+/// How long telling those who wait for this node may take.
+const FAREWELL: Duration = Duration::from_secs(15);
+/// Advice of one source is not news again so soon, whatever it is called.
+const ADVICE: Duration = Duration::from_secs(600);
+/// Notices of one source in one life of this process; what says more is not listened to any more.
+const MOST: usize = 64;
 
 /// What is going to happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -61,37 +96,281 @@ pub struct Notice {
     pub confidence: Confidence,
 }
 
+impl Notice {
+    /// Whether it is a signal that asks this process to stop: of those, the same one twice means "at once".
+    pub fn is_signal(&self) -> bool {
+        matches!(self.source, "sigterm" | "sigint")
+    }
+}
+
 /// All sources as one stream.
 #[derive(Debug)]
 pub struct Notices {
     signals: Signals,
+    mouth: Mouth,
+    ear: mpsc::Receiver<(Instant, Notice)>,
+    given: Given,
+    settings: Option<NoticeConfig>,
+    polls: JoinSet<()>,
+    drain: JoinSet<()>,
+    ending: Arc<aws::Ending>,
+    approval: Arc<azure::Heard>,
 }
 
 impl Notices {
     /// Takes the signals over from here on: they no longer end the process.
     pub fn listen() -> io::Result<Self> {
-        Ok(Self { signals: Signals::listen()? })
+        let (mouth, ear) = Mouth::new();
+        Ok(Self {
+            signals: Signals::listen(windows_here(&NoticeConfig::default()))?,
+            mouth,
+            ear,
+            given: Given::default(),
+            settings: None,
+            polls: JoinSet::new(),
+            drain: JoinSet::new(),
+            ending: Arc::default(),
+            approval: Arc::default(),
+        })
     }
 
     /// Starts asking the other sources, as the configuration says. Called again, it follows a changed configuration.
-    pub fn begin(&mut self, _settings: &NoticeConfig) {}
+    pub fn begin(&mut self, settings: &NoticeConfig) {
+        if self.settings.as_ref() == Some(settings) {
+            return;
+        }
+        self.settings = Some(settings.clone());
+        let windows = windows_here(settings);
+        let named = |source: &str| settings.sources.iter().any(|name| name == source);
+        let auto = named("auto");
+        self.signals.windows = windows;
+        self.signals.all = auto || named("signals");
+        // The old ones end here.
+        self.polls = JoinSet::new();
+        if let Some(path) = settings.file.as_deref().filter(|_| auto || named("file")) {
+            self.polls.spawn(file::listen(PathBuf::from(path), self.mouth.clone()));
+        }
+        let clouds = Clouds {
+            mouth: self.mouth.clone(),
+            ending: Arc::clone(&self.ending),
+            approval: Arc::clone(&self.approval),
+            hook: settings.lifecycle_hook.clone(),
+            window: windows.preemption,
+        };
+        if auto {
+            self.polls.spawn(clouds.wherever_this_is());
+        } else {
+            for (source, cloud) in [("aws", Cloud::Aws), ("gcp", Cloud::Gcp), ("azure", Cloud::Azure)] {
+                if named(source) {
+                    self.polls.spawn(clouds.clone().in_cloud(cloud));
+                }
+            }
+        }
+    }
 
     /// This node trains in `generation` of the run whose folder is `run`: whoever asks that generation to stop is heard.
-    pub fn formed(&mut self, _run: &Store, _generation: Generation) {}
+    pub fn formed(&mut self, run: &Store, generation: Generation) {
+        self.drain = JoinSet::new();
+        self.drain.spawn(drain::listen(run.clone(), generation, self.mouth.clone()));
+    }
 
     /// The next notice. Safe to drop and call again.
     pub async fn next(&mut self) -> Notice {
-        self.signals.next().await
+        loop {
+            let (heard, mut notice) = tokio::select! {
+                biased;
+                notice = self.signals.next() => return notice,
+                Some(heard) = self.ear.recv() => heard,
+            };
+            if self.given.is_new(&notice, heard) {
+                // The time since then was nobody's: it may have waited to be taken.
+                notice.deadline = notice.deadline.map(|left| left.saturating_sub(heard.elapsed()));
+                return notice;
+            }
+        }
     }
 
     /// The run has ended on this node and its last words are written; `saved`: its last finished step is durable. Whoever waits
     /// for this node is told so, within a bounded time.
-    pub async fn release(&mut self, _saved: bool) {}
+    pub async fn release(&mut self, saved: bool) {
+        let approve = async {
+            if saved {
+                self.approval.release().await;
+            }
+        };
+        let farewell = async { futures::join!(approve, self.ending.release()) };
+        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+            tracing::debug!("whoever waits for this machine could not be told that it may go");
+        }
+        self.polls.abort_all();
+        self.drain.abort_all();
+    }
 }
 
-impl Notice {
-    /// Whether it is a signal that asks this process to stop: of those, the same one twice means "at once".
-    pub fn is_signal(&self) -> bool {
-        matches!(self.source, "sigterm" | "sigint")
+fn windows_here(settings: &NoticeConfig) -> Windows {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    windows(settings, &variable, Surroundings::look(&variable))
+}
+
+/// What the tasks that ask a cloud need.
+#[derive(Clone)]
+struct Clouds {
+    mouth: Mouth,
+    ending: Arc<aws::Ending>,
+    approval: Arc<azure::Heard>,
+    hook: String,
+    window: Duration,
+}
+
+#[derive(Clone, Copy)]
+enum Cloud {
+    Aws,
+    Gcp,
+    Azure,
+}
+
+impl Clouds {
+    async fn in_cloud(self, cloud: Cloud) {
+        match cloud {
+            Cloud::Aws => aws::listen(aws::find(true).await, self.mouth, self.ending, self.hook).await,
+            Cloud::Gcp => gcp::listen(gcp::find(true).await, self.mouth, self.window).await,
+            Cloud::Azure => azure::listen(azure::find(true).await, self.mouth, self.approval).await,
+        }
+    }
+
+    async fn wherever_this_is(self) {
+        tokio::select! {
+            found = aws::find(false) => aws::listen(found, self.mouth, self.ending, self.hook).await,
+            found = gcp::find(false) => gcp::listen(found, self.mouth, self.window).await,
+            found = azure::find(false) => azure::listen(found, self.mouth, self.approval).await,
+        }
+    }
+}
+
+/// What the stream has given.
+#[derive(Debug, Default)]
+struct Given {
+    ids: HashMap<&'static str, HashSet<String>>,
+    advice: HashMap<&'static str, Instant>,
+}
+
+impl Given {
+    /// Whether this is news, which it then is no longer.
+    fn is_new(&mut self, notice: &Notice, now: Instant) -> bool {
+        let ids = self.ids.entry(notice.source).or_default();
+        if ids.contains(&notice.id) || ids.len() >= MOST {
+            return false;
+        }
+        if notice.kind == Kind::Rebalance {
+            // Some services call the same advice by the time of the question.
+            let before = self.advice.get(notice.source);
+            if before.is_some_and(|before| now.saturating_duration_since(*before) < ADVICE) {
+                return false;
+            }
+            self.advice.insert(notice.source, now);
+        }
+        ids.insert(notice.id.clone());
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What a metadata service might answer: anything, JSON of any shape, and JSON that is nearly right.
+    pub(super) fn odd_answer() -> impl Strategy<Value = String> {
+        let word = prop_oneof![
+            Just("action"),
+            Just("time"),
+            Just("noticeTime"),
+            Just("NotBefore"),
+            Just("EventId"),
+            Just("Code"),
+            Just("State"),
+            Just("Events"),
+            Just("EventType"),
+            Just("EventStatus"),
+            Just("Resources"),
+            Just("DurationInSeconds"),
+            Just("deadline_s"),
+            Just("terminate"),
+            Just("active"),
+            Just("system-reboot"),
+            Just("Preempt"),
+            Just("Freeze"),
+            Just("Scheduled"),
+            Just("Started"),
+            Just("me"),
+            Just("2017-09-18T08:22:00Z"),
+            Just("-009999-01-01T00:00:00Z"),
+            Just("Mon, 19 Sep 2016 18:29:47 GMT"),
+        ];
+        let text = prop_oneof![word.clone().prop_map(str::to_owned), ".{0,200}"];
+        let leaf = prop_oneof![
+            Just(serde_json::Value::Null),
+            any::<bool>().prop_map(Into::into),
+            any::<i64>().prop_map(Into::into),
+            any::<f64>().prop_map(Into::into),
+            text.prop_map(Into::into),
+        ];
+        let json = leaf.prop_recursive(4, 40, 8, move |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..8).prop_map(Into::into),
+                proptest::collection::vec((word.clone(), inner), 0..8)
+                    .prop_map(|members| members.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()),
+            ]
+        });
+        prop_oneof![any::<String>(), json.prop_map(|json| json.to_string())]
+    }
+
+    fn notice(kind: Kind, source: &'static str, id: &str) -> Notice {
+        Notice { kind, deadline: None, source, id: id.into(), confidence: Confidence::Announced }
+    }
+
+    #[test]
+    fn what_was_given_is_not_given_again() {
+        let mut given = Given::default();
+        let now = Instant::now();
+        for (kind, source, id, after_s, new) in [
+            (Kind::Interruption, "aws-spot", "terminate", 0, true),
+            (Kind::Interruption, "aws-spot", "terminate", 1, false),
+            (Kind::Interruption, "aws-spot", "stop", 2, true),
+            (Kind::Interruption, "aws-asg", "terminate", 2, true),
+            (Kind::Rebalance, "aws-rebalance", "a", 10, true),
+            (Kind::Rebalance, "aws-rebalance", "b", 15, false),
+            (Kind::Rebalance, "azure-freeze", "b", 15, true),
+            (Kind::Rebalance, "aws-rebalance", "a", 700, false),
+            (Kind::Rebalance, "aws-rebalance", "b", 700, true),
+            (Kind::Interruption, "aws-spot", "terminate", 900_000, false),
+        ] {
+            let at = now + Duration::from_secs(after_s);
+            assert_eq!(given.is_new(&notice(kind, source, id), at), new, "{source} {id} after {after_s} s");
+        }
+        let talker = |n: usize| notice(Kind::Interruption, "talker", &n.to_string());
+        let heard = (0..1000).filter(|n| given.is_new(&talker(*n), now)).count();
+        assert_eq!(heard, MOST, "one that never stops is not listened to for ever");
+    }
+
+    #[tokio::test]
+    async fn a_deadline_counts_from_when_it_was_heard() {
+        let mut notices = Notices::listen().unwrap();
+        let minute = Some(Duration::from_secs(60));
+        let long_ago = Instant::now().checked_sub(Duration::from_secs(25)).unwrap();
+        let (mouth, ear) = mpsc::channel(8);
+        notices.ear = ear;
+        let spot = Notice { deadline: minute, ..notice(Kind::Interruption, "aws-spot", "terminate") };
+        mouth.send((long_ago, spot.clone())).await.unwrap();
+        mouth.send((Instant::now(), spot)).await.unwrap();
+        let late = Notice { deadline: minute, ..notice(Kind::Interruption, "file", "1") };
+        let longer_ago = Instant::now().checked_sub(Duration::from_secs(61)).unwrap_or(long_ago);
+        mouth.send((longer_ago, late)).await.unwrap();
+        let first = notices.next().await;
+        assert!(first.deadline.unwrap() <= Duration::from_secs(35), "{first:?}");
+        let second = notices.next().await;
+        assert_eq!(second.source, "file", "the repeat was dropped");
+        assert!(second.deadline.unwrap() <= Duration::from_secs(35), "{second:?}");
     }
 }

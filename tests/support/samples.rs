@@ -62,7 +62,7 @@ pub fn config() -> RunConfig {
             scrub: Some(Duration::from_secs(86_400)),
             price_per_gib_month: 0.023,
         },
-        notice: NoticeConfig { sources: vec!["auto".into()], train_in_spare_time: true },
+        notice: NoticeConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_millis(1500) },
         storage: storage(),

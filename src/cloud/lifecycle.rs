@@ -1,0 +1,210 @@
+//! The hook at the end of a machine of an AWS Auto Scaling group.
+//!
+//! With such a hook a machine that the group is about to end waits until somebody completes the hook, or until the hook's heartbeat
+//! time-out has passed since the last heartbeat (30 s to 2 h; in all at most 48 h, or a hundred time-outs). Without one it is ended at
+//! once. A hook holds up a scale-in, a rebalance or a refresh; a spot machine that EC2 takes back it does not hold up
+//! (<https://docs.aws.amazon.com/autoscaling/ec2/userguide/lifecycle-hooks.html>).
+//!
+//! Which group: `TRAINER_AUTO_SCALING_GROUP`; else the machine's tag `aws:autoscaling:groupName`, where its metadata has tags; else
+//! `DescribeAutoScalingInstances`. Which hook: `TRAINER_LIFECYCLE_HOOK` or the configuration; else the group's one hook at
+//! the end of a machine, by `DescribeLifecycleHooks`, which is also what says how long its time-out is. With group and hook named, a
+//! role needs `RecordLifecycleActionHeartbeat` and `CompleteLifecycleAction` on that group and nothing else; then the time-out
+//! is not known.
+//!
+//! Nothing is stored. A process that dies sends no more heartbeats, and the group goes on when the time-out has passed. A call is bounded
+//! by [`LIMIT`], its retries included.
+
+use std::time::Duration;
+
+use aws_sdk_autoscaling::{
+    Client,
+    config::{retry::RetryConfig, timeout::TimeoutConfig},
+    types::LifecycleHook,
+};
+
+use super::{aws, imds::Imds};
+use crate::error::{Error, Kind};
+
+/// The longest that one call takes.
+pub const LIMIT: Duration = Duration::from_secs(5);
+/// Of one attempt.
+const ATTEMPT: Duration = Duration::from_secs(2);
+/// Of one question to the metadata service.
+const LOOK: Duration = Duration::from_secs(2);
+const TERMINATING: &str = "autoscaling:EC2_INSTANCE_TERMINATING";
+const INSTANCE_ID: &str = "/latest/meta-data/instance-id";
+const GROUP_TAG: &str = "/latest/meta-data/tags/instance/aws:autoscaling:groupName";
+
+/// A hook that holds up the end of this machine.
+#[derive(Clone, Debug)]
+pub struct Lifecycle {
+    client: Client,
+    instance: String,
+    group: String,
+    hook: String,
+    timeout: Option<Duration>,
+}
+
+impl Lifecycle {
+    /// Finds this machine's hook. `configured`: `auto`, `none`, or its name. `None`: nothing holds up its end.
+    ///
+    /// # Errors
+    /// The metadata service does not name the machine, or Auto Scaling does not answer or refuses.
+    pub async fn find(
+        imds: &Imds,
+        configured: &str,
+        variable: &(dyn Fn(&str) -> Option<String> + Sync),
+    ) -> Result<Option<Self>, Error> {
+        let named = variable("TRAINER_LIFECYCLE_HOOK").unwrap_or_else(|| configured.to_owned());
+        if named == "none" {
+            return Ok(None);
+        }
+        let Some(instance) = ask(imds, INSTANCE_ID).await? else {
+            return Err(Error::new(Kind::Unavailable, "the metadata service does not name this machine"));
+        };
+        let timeouts = TimeoutConfig::builder().operation_timeout(LIMIT).operation_attempt_timeout(ATTEMPT).build();
+        let config = aws_sdk_autoscaling::config::Builder::from(aws::config().await)
+            .timeout_config(timeouts)
+            .retry_config(RetryConfig::standard().with_max_attempts(3))
+            .build();
+        let client = Client::from_conf(config);
+        let group = match variable("TRAINER_AUTO_SCALING_GROUP") {
+            Some(group) => group,
+            // 404 where tags are not in the metadata, or there is no such tag.
+            None => match ask(imds, GROUP_TAG).await? {
+                Some(group) => group,
+                None => match group_of(&client, &instance).await? {
+                    Some(group) => group,
+                    None => return Ok(None),
+                },
+            },
+        };
+        let mut request = client.describe_lifecycle_hooks().auto_scaling_group_name(&group);
+        if named != "auto" {
+            request = request.lifecycle_hook_names(&named);
+        }
+        let (hook, timeout) = match request.send().await {
+            Ok(hooks) => match choose(hooks.lifecycle_hooks()) {
+                Some(found) => found,
+                None if named == "auto" => return Ok(None),
+                None => {
+                    return Err(Error::new(
+                        Kind::Config,
+                        format!("group {group} has no hook {named} at the end of a machine"),
+                    ));
+                }
+            },
+            Err(error) if named == "auto" => {
+                return Err(aws::explain(error, &format!("ask for the lifecycle hooks of group {group}")));
+            }
+            // Its name is all that is needed; only how long it waits stays unknown.
+            Err(error) => {
+                let error = aws::explain(error, &format!("ask for lifecycle hook {named} of group {group}"));
+                tracing::debug!(%error, "the hook's time-out is not known");
+                (named, None)
+            }
+        };
+        Ok(Some(Self { client, instance, group, hook, timeout }))
+    }
+
+    /// How long the hook waits after a heartbeat, where known.
+    pub const fn timeout(&self) -> Option<Duration> {
+        self.timeout
+    }
+
+    /// The group's name and the hook's, for people.
+    pub fn name(&self) -> String {
+        format!("{} of group {}", self.hook, self.group)
+    }
+
+    /// Makes the hook wait for another time-out from now.
+    pub async fn heartbeat(&self) -> Result<(), Error> {
+        let request = self.client.record_lifecycle_action_heartbeat().instance_id(&self.instance);
+        let sent = request.auto_scaling_group_name(&self.group).lifecycle_hook_name(&self.hook).send().await;
+        sent.map(drop).map_err(|error| aws::explain(error, &format!("keep lifecycle hook {} waiting", self.name())))
+    }
+
+    /// Ends the wait: the machine may go.
+    pub async fn complete(&self) -> Result<(), Error> {
+        let request = self.client.complete_lifecycle_action().instance_id(&self.instance);
+        let request = request.auto_scaling_group_name(&self.group).lifecycle_hook_name(&self.hook);
+        let sent = request.lifecycle_action_result("CONTINUE").send().await;
+        sent.map(drop).map_err(|error| aws::explain(error, &format!("complete lifecycle hook {}", self.name())))
+    }
+}
+
+/// A name from the metadata service.
+async fn ask(imds: &Imds, path: &str) -> Result<Option<String>, Error> {
+    let found = imds.get(path, LOOK).await.map_err(|error| Error::from_source(Kind::Unavailable, error))?;
+    Ok(found.map(|text| text.trim().to_owned()).filter(|name| is_name(name)))
+}
+
+/// The group that a machine belongs to, if any.
+async fn group_of(client: &Client, instance: &str) -> Result<Option<String>, Error> {
+    let answer = client.describe_auto_scaling_instances().instance_ids(instance).send().await;
+    let answer = answer.map_err(|error| {
+        aws::explain(error, &format!("ask for the Auto Scaling group of {instance}"))
+            .with_hint("let the metadata have the machine's tags, or set TRAINER_AUTO_SCALING_GROUP")
+    })?;
+    let mut found = answer.auto_scaling_instances().iter().filter(|member| member.instance_id() == Some(instance));
+    Ok(found.find_map(|member| member.auto_scaling_group_name()).map(str::to_owned))
+}
+
+/// The hook that matters: of several at the end of a machine the one that waits least, since the first that ends the wait
+/// with ABANDON ends them all.
+fn choose(hooks: &[LifecycleHook]) -> Option<(String, Option<Duration>)> {
+    let ending = hooks.iter().filter(|hook| hook.lifecycle_transition() == Some(TERMINATING));
+    let named =
+        ending.filter_map(|hook| Some((hook.lifecycle_hook_name()?.to_owned(), waits(hook.heartbeat_timeout()))));
+    named.min_by(|(a, a_waits), (b, b_waits)| {
+        (a_waits.unwrap_or(Duration::MAX), a).cmp(&(b_waits.unwrap_or(Duration::MAX), b))
+    })
+}
+
+/// A heartbeat time-out within its documented bounds.
+fn waits(seconds: Option<i32>) -> Option<Duration> {
+    let seconds = u64::try_from(seconds?).ok()?;
+    Some(Duration::from_secs(seconds.clamp(30, 7200)))
+}
+
+/// Whether a text from the metadata service may go into a request.
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.len() <= 255 && !text.chars().any(char::is_control)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hook_at_the_end_that_waits_least_is_chosen() {
+        let hook = |name: &str, transition: &str, timeout: Option<i32>| {
+            LifecycleHook::builder()
+                .lifecycle_hook_name(name)
+                .lifecycle_transition(transition)
+                .set_heartbeat_timeout(timeout)
+                .build()
+        };
+        let launch = hook("launch", "autoscaling:EC2_INSTANCE_LAUNCHING", Some(30));
+        let (long, short) = (hook("long", TERMINATING, Some(3600)), hook("short", TERMINATING, Some(120)));
+        let (unknown, nameless) = (hook("unknown", TERMINATING, None), LifecycleHook::builder().build());
+        let chosen = |hooks: &[&LifecycleHook]| {
+            let hooks: Vec<LifecycleHook> = hooks.iter().map(|hook| (*hook).clone()).collect();
+            choose(&hooks).map(|(name, timeout)| (name, timeout.map(|timeout| timeout.as_secs())))
+        };
+        assert_eq!(chosen(&[]), None);
+        assert_eq!(chosen(&[&launch, &nameless]), None);
+        assert_eq!(chosen(&[&launch, &long, &short, &unknown]), Some(("short".into(), Some(120))));
+        assert_eq!(chosen(&[&unknown]), Some(("unknown".into(), None)));
+        for (given, waited) in [(Some(0), 30), (Some(300), 300), (Some(i32::MAX), 7200)] {
+            assert_eq!(waits(given), Some(Duration::from_secs(waited)), "{given:?}");
+        }
+        assert_eq!((waits(Some(-1)), waits(None)), (None, None));
+    }
+
+    #[test]
+    fn names_from_the_metadata_service_are_bounded() {
+        assert!(is_name("trainers 1/a"));
+        assert!(!is_name("") && !is_name("a\nb") && !is_name(&"x".repeat(256)));
+    }
+}

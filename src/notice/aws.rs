@@ -1,0 +1,403 @@
+//! What AWS's instance metadata says of this machine's end (<https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/>: Spot Instance
+//! interruption notices, EC2 instance rebalance recommendations, scheduled events; Auto Scaling: target lifecycle state).
+//!
+//! | asked | how often | what it means |
+//! |---|---|---|
+//! | `spot/instance-action` | 1 s | interruption; two minutes at the most, none with `hibernate` |
+//! | `autoscaling/target-lifecycle-state` | 2 s | `Terminated`: interruption, as late as the group's hook allows |
+//! | `events/recommendations/rebalance` | 5 s | save now and train on |
+//! | `events/maintenance/scheduled` | 30 s | save now and train on; interruption when a stop or a reboot is at most five minutes ahead |
+//!
+//! A machine that was bought `on-demand` is not asked about spot. A notice holds once it was heard, whether or not it is there the
+//! next time: nobody promises that what is withdrawn does not happen. Of a spot interruption the action alone is the name: some services
+//! count its time from the request.
+//!
+//! Maintenance whose time had passed when this process first heard of it only asks for a save: a machine that waits for its reboot
+//! would else drain again with every start, for hours. The reboot itself comes with SIGTERM.
+//!
+//! With a lifecycle hook (see [`crate::cloud::lifecycle`]) the hook is kept waiting from the moment at which the end was heard, and is
+//! completed when the run's last words are written. A crash in between leaves it to its time-out.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use serde::Deserialize;
+use tokio::{sync::watch, time::timeout};
+
+use super::{
+    Confidence, Kind, Notice,
+    poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
+};
+use crate::cloud::{imds::Imds, lifecycle::Lifecycle, metadata::MetadataError};
+
+const LIFE_CYCLE: &str = "/latest/meta-data/instance-life-cycle";
+const SPOT: &str = "/latest/meta-data/spot/instance-action";
+const REBALANCE: &str = "/latest/meta-data/events/recommendations/rebalance";
+const TARGET: &str = "/latest/meta-data/autoscaling/target-lifecycle-state";
+const MAINTENANCE: &str = "/latest/meta-data/events/maintenance/scheduled";
+
+/// The most that a spot interruption announces.
+const SPOT_NOTICE: Duration = Duration::from_secs(120);
+/// Maintenance so near is a reason to leave.
+const NEAR: Duration = Duration::from_secs(300);
+/// Events of one list that are looked at.
+const EVENTS: usize = 32;
+/// Between two heartbeats of a hook whose time-out is not known; the shortest time-out is 30 s.
+const HEARTBEAT: Duration = Duration::from_secs(10);
+
+/// The service, once it has answered.
+#[derive(Debug)]
+pub struct Found {
+    imds: Imds,
+    /// The machine can be taken back at any time.
+    spot: bool,
+}
+
+/// Looks for the service until it answers. Never, where it is switched off.
+pub async fn find(named: bool) -> Found {
+    let Some(imds) = Imds::from_environment() else { return std::future::pending().await };
+    let mut search = Search::new("aws", named);
+    let life_cycle = loop {
+        match imds.get(LIFE_CYCLE, LIMIT).await {
+            Ok(life_cycle) => break life_cycle,
+            Err(error) => search.failed(&error).await,
+        }
+    };
+    // "spot", "on-demand", "capacity-block", …: only one of them is known to stay.
+    let spot = life_cycle.as_deref().map(str::trim) != Some("on-demand");
+    tracing::debug!(endpoint = imds.uri(), life_cycle, "AWS's metadata service is listened to");
+    Found { imds, spot }
+}
+
+/// Where this machine stands in its Auto Scaling group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Standing {
+    /// In none, as far as is known.
+    #[default]
+    Outside,
+    /// The group keeps it.
+    Member,
+    /// The group ends it.
+    Leaving,
+}
+
+/// What is to be done when this machine's end was announced by its group.
+#[derive(Debug, Default)]
+pub struct Ending {
+    standing: watch::Sender<Standing>,
+    /// What holds its end up; outer `None`: not known yet.
+    hook: watch::Sender<Option<Option<Arc<Lifecycle>>>>,
+}
+
+impl Ending {
+    /// Lets the machine go, if its group waits for that.
+    pub async fn release(&self) {
+        let hook = self.hook.borrow().clone().flatten();
+        let leaving = *self.standing.borrow() == Standing::Leaving;
+        let Some(hook) = hook.filter(|_| leaving) else { return };
+        match hook.complete().await {
+            Ok(()) => tracing::info!("lifecycle hook {} is completed", hook.name()),
+            // It ends by itself when its time-out has passed.
+            Err(error) => tracing::warn!(%error, "the lifecycle hook waits for its time-out"),
+        }
+    }
+}
+
+/// Tells what the service says, for ever.
+pub async fn listen(found: Found, mouth: Mouth, ending: Arc<Ending>, hook: String) {
+    let Found { imds, spot } = found;
+    let second = Duration::from_secs(1);
+    let spot = async {
+        if spot {
+            let pace = Pace::new(second, 8 * second);
+            watch_path(&imds, SPOT, pace, &mouth, |body| Ok(vec![spot_action(body, Timestamp::now())?])).await;
+        }
+    };
+    let rebalance = watch_path(&imds, REBALANCE, Pace::new(5 * second, 40 * second), &mouth, |body| {
+        Ok(vec![recommendation(body)?])
+    });
+    let mut first = None;
+    let maintenance = watch_path(&imds, MAINTENANCE, Pace::new(30 * second, 120 * second), &mouth, |body| {
+        let now = Timestamp::now();
+        scheduled(body, now, *first.get_or_insert(now))
+    });
+    let target = target(&imds, &mouth, &ending);
+    let hold = hold(&imds, &ending, &hook);
+    futures::join!(spot, rebalance, maintenance, target, hold);
+}
+
+/// What an answer says, or what it should have been.
+type Read<T> = Result<T, &'static str>;
+
+/// Asks for one path at a pace and tells what `read` makes of the answers.
+async fn watch_path(
+    imds: &Imds,
+    path: &'static str,
+    mut pace: Pace,
+    mouth: &Mouth,
+    mut read: impl FnMut(&str) -> Read<Vec<Notice>>,
+) {
+    loop {
+        let outcome = imds.get(path, LIMIT).await.and_then(|body| match body {
+            None => Ok(()),
+            Some(body) => {
+                let garbled = |expected| MetadataError::Garbled { path: path.to_owned(), expected };
+                read(&body).map_err(garbled)?.into_iter().for_each(|notice| mouth.tell(notice));
+                Ok(())
+            }
+        });
+        rest(&mut pace, path, &outcome).await;
+    }
+}
+
+/// Asks where the group is taking this machine, until it is its end.
+async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
+    let mut pace = Pace::new(Duration::from_secs(2), Duration::from_secs(16));
+    loop {
+        let outcome = imds.get(TARGET, LIMIT).await;
+        if let Ok(Some(state)) = &outcome
+            && is_end(state)
+        {
+            // What holds it up decides how much time there is; it is usually known by now.
+            let mut hook = ending.hook.subscribe();
+            ending.standing.send_replace(Standing::Leaving);
+            let known = timeout(LIMIT, hook.wait_for(Option::is_some)).await;
+            let hook = known.ok().and_then(|hook| hook.ok()?.clone().flatten());
+            mouth.tell(notice(Kind::Interruption, hook.and_then(|hook| hook.timeout()), "aws-asg", "Terminated"));
+            return;
+        }
+        // A machine of a group: it is time to know what will hold up its end.
+        if matches!(&outcome, Ok(Some(state)) if !state.trim().is_empty()) {
+            ending.standing.send_replace(Standing::Member);
+        }
+        rest(&mut pace, TARGET, &outcome).await;
+    }
+}
+
+/// Finds the hook once the group is known to take an interest, and keeps it waiting once the end was announced.
+async fn hold(imds: &Imds, ending: &Ending, configured: &str) {
+    let mut standing = ending.standing.subscribe();
+    if standing.wait_for(|standing| *standing != Standing::Outside).await.is_err() {
+        return;
+    }
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(60));
+    let hook = loop {
+        match Lifecycle::find(imds, configured, &variable).await {
+            Ok(hook) => break hook.map(Arc::new),
+            Err(error) => {
+                if !pace.is_failing() {
+                    tracing::warn!(%error, hint = error.hint(), "what holds up this machine's end is not known: the group will not wait for the last save");
+                }
+                tokio::time::sleep(pace.failed()).await;
+            }
+        }
+    };
+    tracing::debug!(hook = hook.as_ref().map(|hook| hook.name()), "lifecycle hook at the end of this machine");
+    ending.hook.send_replace(Some(hook.clone()));
+    let Some(hook) = hook else { return };
+    if standing.wait_for(|standing| *standing == Standing::Leaving).await.is_err() {
+        return;
+    }
+    let every = hook.timeout().map_or(HEARTBEAT, |timeout| timeout / 3);
+    let mut pace = Pace::new(every, every);
+    loop {
+        let pause = match hook.heartbeat().await {
+            Ok(()) => pace.answered(),
+            Err(error) => {
+                tracing::debug!(%error, "the lifecycle hook was not kept waiting");
+                pace.failed().min(HEARTBEAT)
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+fn notice(kind: Kind, deadline: Option<Duration>, source: &'static str, id: impl Into<String>) -> Notice {
+    let confidence = match kind {
+        Kind::Rebalance => Confidence::Advisory,
+        Kind::Interruption | Kind::Stop => Confidence::Announced,
+    };
+    Notice { kind, deadline, source, id: id.into(), confidence }
+}
+
+fn is_end(target_state: &str) -> bool {
+    target_state.trim() == "Terminated"
+}
+
+/// Reads `spot/instance-action`. A time that has passed, or that can't be read, makes the action no less certain.
+fn spot_action(body: &str, now: Timestamp) -> Read<Notice> {
+    #[derive(Deserialize)]
+    struct Action {
+        action: String,
+        #[serde(default)]
+        time: serde_json::Value,
+    }
+    const EXPECTED: &str = "a spot instance action";
+    let Action { action, time } = serde_json::from_str(body).map_err(|_| EXPECTED)?;
+    let at: Option<Timestamp> = time.as_str().and_then(|time| time.parse().ok());
+    let deadline = match action.as_str() {
+        // Hibernation begins with its notice.
+        "hibernate" => Duration::ZERO,
+        "terminate" | "stop" => at.map_or(SPOT_NOTICE, |at| left(at, now, SPOT_NOTICE)),
+        _ => return Err(EXPECTED),
+    };
+    Ok(notice(Kind::Interruption, Some(deadline), "aws-spot", action))
+}
+
+/// Reads `events/recommendations/rebalance`.
+fn recommendation(body: &str) -> Read<Notice> {
+    #[derive(Deserialize)]
+    struct Recommendation {
+        #[serde(rename = "noticeTime")]
+        notice_time: String,
+    }
+    let Recommendation { notice_time } = serde_json::from_str(body).map_err(|_| "a rebalance recommendation")?;
+    Ok(notice(Kind::Rebalance, None, "aws-rebalance", name(&notice_time)))
+}
+
+/// Reads `events/maintenance/scheduled`. `first`: when this process first had an answer.
+fn scheduled(body: &str, now: Timestamp, first: Timestamp) -> Read<Vec<Notice>> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Event {
+        #[serde(default)]
+        event_id: String,
+        #[serde(default)]
+        code: String,
+        #[serde(default)]
+        state: String,
+        #[serde(default)]
+        not_before: String,
+    }
+    let events: Vec<Event> = serde_json::from_str(body).map_err(|_| "a list of scheduled events")?;
+    let mut notices = Vec::new();
+    for event in events.into_iter().filter(|event| event.state == "active").take(EVENTS) {
+        let id = if event.event_id.is_empty() { name(&event.code) } else { name(&event.event_id) };
+        let ends =
+            ["instance-stop", "instance-retirement", "instance-reboot", "system-reboot"].contains(&event.code.as_str());
+        let at = http_date(&event.not_before);
+        let ahead = at.filter(|at| *at > first).map(|at| left(at, now, Duration::MAX));
+        match ahead {
+            Some(ahead) if ends && ahead <= NEAR => {
+                notices.push(notice(Kind::Interruption, Some(ahead), "aws-maintenance", id));
+            }
+            // Network or power, a time that is far, has passed or can't be read, or a code that is not known.
+            _ => notices.push(notice(Kind::Rebalance, None, "aws-maintenance-ahead", id)),
+        }
+    }
+    Ok(notices)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn spot_actions_are_read_whatever_their_time() {
+        let now = at("2017-09-18T08:20:30Z");
+        for (body, id, seconds) in [
+            (r#"{"action":"terminate","time":"2017-09-18T08:22:00Z"}"#, "terminate", 90),
+            (r#"{"action": "stop", "time": "2017-09-18T08:22:30Z", "more": 1}"#, "stop", 120),
+            (r#"{"action":"terminate","time":"2017-09-18T09:22:00Z"}"#, "terminate", 120),
+            (r#"{"action":"terminate","time":"2017-09-18T08:00:00Z"}"#, "terminate", 0),
+            (r#"{"action":"hibernate","time":"2017-09-18T08:22:00Z"}"#, "hibernate", 0),
+            (r#"{"action":"terminate","time":"tomorrow"}"#, "terminate", 120),
+            (r#"{"action":"terminate","time":17}"#, "terminate", 120),
+            (r#"{"action":"terminate"}"#, "terminate", 120),
+        ] {
+            let read = spot_action(body, now).unwrap();
+            assert_eq!(read, notice(Kind::Interruption, Some(Duration::from_secs(seconds)), "aws-spot", id), "{body}");
+            assert_eq!(read.confidence, Confidence::Announced);
+        }
+        for body in ["", "terminate", "{}", "[]", r#"{"action":"none"}"#, r#"{"action":1,"time":"x"}"#, "<html>"] {
+            assert!(spot_action(body, now).is_err(), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_moving_time_is_no_new_notice() {
+        let body = |time: &str| format!(r#"{{"action":"terminate","time":"{time}"}}"#);
+        let first = spot_action(&body("2017-09-18T08:22:00Z"), at("2017-09-18T08:20:00Z")).unwrap();
+        let second = spot_action(&body("2017-09-18T08:22:05Z"), at("2017-09-18T08:20:05Z")).unwrap();
+        assert_eq!(first.id, second.id);
+    }
+
+    #[test]
+    fn only_the_end_of_a_machine_is_its_end() {
+        for (state, end) in [
+            ("Terminated", true),
+            ("Terminated\n", true),
+            ("InService", false),
+            ("", false),
+            ("Warmed:Terminated", false),
+            ("Detached", false),
+            ("Standby", false),
+        ] {
+            assert_eq!(is_end(state), end, "{state:?}");
+        }
+    }
+
+    #[test]
+    fn maintenance_is_left_for_when_it_is_near() {
+        let now = at("2026-01-21T09:00:00Z");
+        let earlier = at("2026-01-21T08:00:00Z");
+        let event = |id: &str, code: &str, state: &str, not_before: &str| {
+            format!(
+                r#"{{"NotBefore":"{not_before}","Code":"{code}","Description":"","EventId":"{id}","State":"{state}"}}"#
+            )
+        };
+        let leave = |seconds| notice(Kind::Interruption, Some(Duration::from_secs(seconds)), "aws-maintenance", "e");
+        let save = notice(Kind::Rebalance, None, "aws-maintenance-ahead", "e");
+        assert_eq!(save.confidence, Confidence::Advisory);
+        for (code, state, not_before, first, wanted) in [
+            ("system-reboot", "active", "21 Jan 2026 09:04:00 GMT", earlier, Some(leave(240))),
+            ("instance-reboot", "active", "21 Jan 2026 09:05:00 GMT", earlier, Some(leave(300))),
+            ("instance-stop", "active", "21 Jan 2026 08:59:00 GMT", earlier, Some(leave(0))),
+            ("instance-retirement", "active", "21 Jan 2026 09:05:01 GMT", earlier, Some(save.clone())),
+            ("instance-stop", "active", "1 Feb 2026 09:00:00 GMT", earlier, Some(save.clone())),
+            ("instance-stop", "active", "21 Jan 2026 08:59:00 GMT", now, Some(save.clone())),
+            ("instance-stop", "active", "soon", earlier, Some(save.clone())),
+            ("system-maintenance", "active", "21 Jan 2026 09:01:00 GMT", earlier, Some(save.clone())),
+            ("new-code", "active", "21 Jan 2026 09:01:00 GMT", earlier, Some(save)),
+            ("system-reboot", "completed", "21 Jan 2026 09:01:00 GMT", earlier, None),
+            ("system-reboot", "canceled", "21 Jan 2026 09:01:00 GMT", earlier, None),
+        ] {
+            let body = format!("[{}]", event("e", code, state, not_before));
+            let read = scheduled(&body, now, first).unwrap();
+            assert_eq!(read, wanted.into_iter().collect::<Vec<_>>(), "{code} {state} {not_before}");
+        }
+        assert_eq!(scheduled("[]", now, now), Ok(vec![]));
+        assert!(scheduled("{}", now, now).is_err() && scheduled("", now, now).is_err());
+        let many = vec![event("e", "system-reboot", "active", "soon"); 1000].join(",");
+        assert_eq!(scheduled(&format!("[{many}]"), now, now).unwrap().len(), EVENTS);
+    }
+
+    #[test]
+    fn a_recommendation_is_named_by_its_time() {
+        let read = recommendation(r#"{"noticeTime":"2020-10-27T08:22:00Z"}"#).unwrap();
+        assert_eq!(read, notice(Kind::Rebalance, None, "aws-rebalance", "2020-10-27T08:22:00Z"));
+        assert!(recommendation("{}").is_err() && recommendation("2020-10-27T08:22:00Z").is_err());
+    }
+
+    fn holds(notice: &Notice) -> bool {
+        notice.id.len() <= 100 && notice.deadline.is_none_or(|deadline| deadline <= NEAR)
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_is_too_odd(body in super::super::tests::odd_answer(), seconds in 0_i64..4_000_000_000) {
+            let now = Timestamp::from_second(seconds).unwrap();
+            prop_assert!(spot_action(&body, now).is_ok_and(|n| holds(&n)) || spot_action(&body, now).is_err());
+            prop_assert!(recommendation(&body).map_or(true, |n| holds(&n)));
+            prop_assert!(scheduled(&body, now, now).map_or(true, |all| all.len() <= EVENTS && all.iter().all(holds)));
+            is_end(&body);
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! Azure's Scheduled Events (<https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events>).
+//!
+//! The document is asked for every second; its first answer may take two minutes. An event counts if its `Resources` name this machine:
+//! every machine of an availability set is told of the events of all. `Preempt`, `Terminate`, `Redeploy` and `Reboot` are
+//! interruptions, at `NotBefore`, which is empty once they have started. A `Freeze` loses no memory: of one that is not known to be short
+//! the answer is a save.
+//!
+//! *Approval.* An event begins early if it is approved, which ends the wait for a machine that has nothing left to do. It is approved
+//! only after the last step is durable, and only if every resource that it names is this machine: approving it
+//! starts it for all of them. Not approving it costs nothing but the wait.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use serde::Deserialize;
+
+use super::{
+    Confidence, Kind, Notice,
+    poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
+};
+use crate::cloud::{azure::Azure, metadata::MetadataError};
+
+/// The first answer may take so long.
+const FIRST: Duration = Duration::from_secs(130);
+/// How long an approval may take, and how often it is tried.
+const APPROVAL: Duration = Duration::from_secs(5);
+const TRIES: u32 = 2;
+/// The most that any event announces: `Freeze` and `Reboot` 15 min, `Terminate` up to 15 min.
+const LONGEST: Duration = Duration::from_secs(15 * 60);
+/// A freeze that is shorter, seconds, may be ignored, says Azure.
+const SHORT: i64 = 9;
+/// Events of one document that are looked at.
+const EVENTS: usize = 64;
+
+/// The service, once it has answered, and what it calls this machine.
+#[derive(Debug)]
+pub struct Found {
+    azure: Azure,
+    me: String,
+}
+
+/// Looks for the service until it answers. Never, where it is switched off.
+pub async fn find(named: bool) -> Found {
+    let Some(azure) = Azure::from_environment() else { return std::future::pending().await };
+    let mut search = Search::new("azure", named);
+    let me = loop {
+        match azure.name(LIMIT).await {
+            Ok(me) => break me,
+            Err(error) => search.failed(&error).await,
+        }
+    };
+    tracing::debug!(endpoint = azure.uri(), machine = me, "Azure's scheduled events are listened to");
+    Found { azure, me }
+}
+
+/// What is to be approved when this machine has nothing left to do.
+#[derive(Debug, Default)]
+pub struct Heard(Mutex<Option<(Azure, Vec<String>)>>);
+
+impl Heard {
+    fn set(&self, azure: &Azure, ours: Vec<String>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((azure.clone(), ours));
+    }
+
+    /// Approves the interruptions of this machine alone; call it only when the last step is durable.
+    pub async fn release(&self) {
+        let heard = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some((azure, events)) = heard.filter(|(_, events)| !events.is_empty()) else { return };
+        for attempt in 1..=TRIES {
+            match azure.start(&events, APPROVAL / TRIES).await {
+                Ok(()) => {
+                    tracing::info!(
+                        events = events.len(),
+                        "Azure may begin with what it has scheduled for this machine"
+                    );
+                    return;
+                }
+                Err(error) => tracing::debug!(%error, attempt, "scheduled event not approved"),
+            }
+        }
+    }
+}
+
+/// Tells what the service says, for ever.
+pub async fn listen(found: Found, mouth: Mouth, heard: Arc<Heard>) {
+    let Found { azure, me } = found;
+    let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
+    let mut limit = FIRST;
+    loop {
+        let outcome = azure.events(limit).await.and_then(|body| {
+            let garbled = |expected| MetadataError::Garbled { path: "/metadata/scheduledevents".into(), expected };
+            read(&body, &me, Timestamp::now()).map_err(garbled)
+        });
+        if let Ok(document) = &outcome {
+            limit = 5 * LIMIT;
+            document.notices.iter().cloned().for_each(|notice| mouth.tell(notice));
+            heard.set(&azure, document.to_approve.clone());
+        }
+        rest(&mut pace, "Azure's list of scheduled events", &outcome).await;
+    }
+}
+
+/// What a document says to this machine.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Document {
+    notices: Vec<Notice>,
+    /// Interruptions that have not started and concern this machine alone.
+    to_approve: Vec<String>,
+}
+
+fn read(body: &str, me: &str, now: Timestamp) -> Result<Document, &'static str> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Raw {
+        events: Vec<Event>,
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Event {
+        event_id: String,
+        event_type: String,
+        event_status: String,
+        #[serde(default)]
+        resources: Vec<String>,
+        #[serde(default)]
+        not_before: Option<String>,
+        #[serde(default)]
+        duration_in_seconds: Option<i64>,
+    }
+    let Raw { events } = serde_json::from_str(body).map_err(|_| "a document of scheduled events")?;
+    let mut document = Document::default();
+    for event in events.into_iter().take(EVENTS) {
+        // Names of resources are the same in any case of letters.
+        let mine = event.resources.iter().filter(|name| name.eq_ignore_ascii_case(me)).count();
+        let started = match event.event_status.as_str() {
+            "Scheduled" => false,
+            "Started" => true,
+            _ => continue,
+        };
+        let id = name(&event.event_id);
+        if mine == 0 || id.is_empty() || id != event.event_id {
+            continue;
+        }
+        match event.event_type.as_str() {
+            "Preempt" | "Terminate" | "Redeploy" | "Reboot" => {
+                let at = event.not_before.as_deref().filter(|_| !started).and_then(http_date);
+                let (deadline, confidence) = match (started, at) {
+                    (true, _) => (Some(Duration::ZERO), Confidence::Certain),
+                    (false, Some(at)) => (Some(left(at, now, LONGEST)), Confidence::Announced),
+                    // Scheduled, and its time can't be read.
+                    (false, None) => (None, Confidence::Announced),
+                };
+                let source = if event.event_type == "Preempt" { "azure-preempt" } else { "azure-scheduled" };
+                if !started && mine == event.resources.len() {
+                    document.to_approve.push(id.clone());
+                }
+                document.notices.push(Notice { kind: Kind::Interruption, deadline, source, id, confidence });
+            }
+            "Freeze" if !(0..SHORT).contains(&event.duration_in_seconds.unwrap_or(-1)) => {
+                let (kind, confidence) = (Kind::Rebalance, Confidence::Announced);
+                document.notices.push(Notice { kind, deadline: None, source: "azure-freeze", id, confidence });
+            }
+            _ => {}
+        }
+    }
+    Ok(document)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn events_are_read_for_this_machine_alone() {
+        let now: Timestamp = "2016-09-19T18:29:17Z".parse().unwrap();
+        let soon = "Mon, 19 Sep 2016 18:29:47 GMT";
+        let leave = |seconds: Option<u64>| (Kind::Interruption, seconds.map(Duration::from_secs));
+        let save = (Kind::Rebalance, None);
+        // type, status, resources, NotBefore, duration; what is told, whether it may be approved.
+        for (kind, status, resources, not_before, duration, told, approved) in [
+            ("Preempt", "Scheduled", vec!["me"], soon, -1, Some(leave(Some(30))), true),
+            ("Preempt", "Scheduled", vec!["ME"], soon, -1, Some(leave(Some(30))), true),
+            ("Preempt", "Started", vec!["me"], "", -1, Some(leave(Some(0))), false),
+            ("Terminate", "Scheduled", vec!["me", "other"], soon, -1, Some(leave(Some(30))), false),
+            ("Reboot", "Scheduled", vec!["me"], "Mon, 19 Sep 2016 19:29:47 GMT", -1, Some(leave(Some(900))), true),
+            ("Redeploy", "Scheduled", vec!["me"], "Mon, 19 Sep 2016 18:00:00 GMT", -1, Some(leave(Some(0))), true),
+            ("Redeploy", "Scheduled", vec!["me"], "soon", -1, Some(leave(None)), true),
+            ("Preempt", "Scheduled", vec!["other"], soon, -1, None, false),
+            ("Preempt", "Scheduled", vec![], soon, -1, None, false),
+            ("Preempt", "Completed", vec!["me"], soon, -1, None, false),
+            ("Freeze", "Scheduled", vec!["me"], soon, 5, None, false),
+            ("Freeze", "Scheduled", vec!["me"], soon, 9, Some(save), false),
+            ("Freeze", "Scheduled", vec!["me"], soon, -1, Some(save), false),
+            ("NewKind", "Scheduled", vec!["me"], soon, -1, None, false),
+        ] {
+            let event = json!({"EventId": "A-1", "EventType": kind, "EventStatus": status, "Resources": resources,
+                               "NotBefore": not_before, "DurationInSeconds": duration, "ResourceType": "VirtualMachine"});
+            let body = json!({"DocumentIncarnation": 1, "Events": [event]}).to_string();
+            let document = read(&body, "me", now).unwrap();
+            let heard: Vec<_> = document.notices.iter().map(|notice| (notice.kind, notice.deadline)).collect();
+            assert_eq!(heard, told.into_iter().collect::<Vec<_>>(), "{body}");
+            assert_eq!(document.to_approve, if approved { vec!["A-1"] } else { vec![] }, "{body}");
+        }
+        assert_eq!(read(r#"{"DocumentIncarnation":1,"Events":[]}"#, "me", now), Ok(Document::default()));
+        for body in ["", "[]", "{}", r#"{"Events":{}}"#, r#"{"Events":[{}]}"#] {
+            assert!(read(body, "me", now).is_err(), "{body}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_document_is_too_odd(body in super::super::tests::odd_answer(), seconds in 0_i64..4_000_000_000) {
+            if let Ok(document) = read(&body, "me", Timestamp::from_second(seconds).unwrap()) {
+                prop_assert!(document.notices.len() <= EVENTS && document.to_approve.len() <= EVENTS);
+                for notice in document.notices {
+                    prop_assert!(notice.id.len() <= 100 && notice.deadline.is_none_or(|deadline| deadline <= LONGEST));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! A request, in the run's own folder, that a live generation save and stop.
+//!
+//! Stored layout: `drains/g0003.json`, created once: [`Request`]. That it stands is all that its reader looks at. It is of one
+//! generation, so that whoever resumes the run later is not stopped by it; it stays, as the journal does, and costs a few bytes.
+//!
+//! The agent of that generation asks for it every [`INTERVAL`]. A crash on either side loses nothing: asked again, the request stands
+//! already.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::{Confidence, Kind, Notice, poll::Mouth};
+use crate::{
+    ids::{AttemptId, Generation},
+    layout,
+    storage::{CreateOutcome, StorageError, Store},
+};
+
+/// Between two questions to the store.
+pub const INTERVAL: Duration = Duration::from_secs(5);
+const FORMAT: u32 = 1;
+
+/// The stored object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Version of this layout.
+    pub format: u32,
+    /// Tells this request from another.
+    pub attempt: AttemptId,
+    /// The generation that is asked.
+    pub generation: Generation,
+    /// When, by the clock of whoever asks.
+    pub at: Timestamp,
+}
+
+/// Asks `generation` of the run in folder `run` to save and stop. Says whether nobody had asked before.
+pub async fn ask(run: &Store, generation: Generation) -> Result<bool, StorageError> {
+    let request = Request { format: FORMAT, attempt: AttemptId::random(), generation, at: Timestamp::now() };
+    // A struct of numbers and strings always becomes JSON.
+    let body = Bytes::from(serde_json::to_vec(&request).unwrap_or_default());
+    Ok(run.create(&layout::drain(generation), body).await? == CreateOutcome::Created)
+}
+
+async fn is_asked(run: &Store, generation: Generation) -> Result<bool, StorageError> {
+    match run.head(&layout::drain(generation)).await {
+        Ok(_) => Ok(true),
+        Err(StorageError::NotFound { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Tells when `generation` is asked to stop.
+pub(super) async fn listen(run: Store, generation: Generation, mouth: Mouth) {
+    loop {
+        tokio::time::sleep(INTERVAL).await;
+        match is_asked(&run, generation).await {
+            Ok(true) => break,
+            Ok(false) => {}
+            Err(error) => tracing::debug!(%error, "whether somebody asks this run to stop is not known"),
+        }
+    }
+    let (kind, confidence) = (Kind::Stop, Confidence::Certain);
+    mouth.tell(Notice { kind, deadline: None, source: "drain", id: generation.to_string(), confidence });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::StorageConfig;
+
+    #[tokio::test]
+    async fn a_request_is_of_one_generation_and_stands_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = Store::open(&format!("file://{}", dir.path().display()), &StorageConfig::plain(4, 16)).unwrap();
+        assert!(ask(&run, Generation(3)).await.unwrap());
+        assert!(!ask(&run, Generation(3)).await.unwrap(), "it stands already");
+        let body = run.get("drains/g0003.json", 4096).await.unwrap();
+        let request: Request = serde_json::from_slice(&body).unwrap();
+        assert_eq!((request.format, request.generation), (1, Generation(3)));
+        assert!(is_asked(&run, Generation(3)).await.unwrap());
+        assert!(!is_asked(&run, Generation(4)).await.unwrap(), "a later generation is not stopped");
+        assert!(ask(&run, Generation(4)).await.unwrap());
+        assert!(is_asked(&run, Generation(4)).await.unwrap());
+    }
+}

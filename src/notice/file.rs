@@ -1,0 +1,190 @@
+//! A watched file: whatever can write one can say that this machine goes away.
+//!
+//! What counts is that the file appears or changes while this process runs. One that stood there when the process began is old
+//! news: it would else end every restart. It may be empty, or hold the seconds that are left (`90`, `2m`) or JSON, `{"deadline_s": 90}`;
+//! what can't be read says no less that the machine goes away. At most 4 KiB of it are read, once it has stayed the same
+//! from one look to the next: whoever writes it need not do so at once.
+
+use std::{
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde_json::Value;
+use tokio::io::AsyncReadExt;
+
+use super::{Confidence, Kind, Notice, poll::Mouth};
+use crate::config::parse_duration;
+
+/// Between two looks.
+const INTERVAL: Duration = Duration::from_millis(500);
+/// The most that is read.
+const MAX_CONTENT: u64 = 4096;
+/// No deadline is further away.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// What tells one state of a file from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Looks {
+    inode: u64,
+    size: u64,
+    changed: (i64, i64),
+    regular: bool,
+}
+
+/// Tells of the file, for ever.
+pub async fn listen(path: PathBuf, mouth: Mouth) {
+    let mut watched = Watched::begin(path).await;
+    loop {
+        tokio::time::sleep(INTERVAL).await;
+        if let Some(notice) = watched.look().await {
+            mouth.tell(notice);
+        }
+    }
+}
+
+/// A file, and what is known of it.
+struct Watched {
+    path: PathBuf,
+    /// What was told, or stood there at the beginning.
+    known: Option<Looks>,
+    /// At the last look.
+    before: Option<Looks>,
+}
+
+impl Watched {
+    async fn begin(path: PathBuf) -> Self {
+        let known = look(&path).await;
+        Self { path, known, before: known }
+    }
+
+    /// News, if it has changed and then stayed the same from one look to the next.
+    async fn look(&mut self) -> Option<Notice> {
+        let now = look(&self.path).await;
+        let settled = now == std::mem::replace(&mut self.before, now);
+        let Some(looks) = now else {
+            self.known = None;
+            return None;
+        };
+        if !settled || self.known == now {
+            return None;
+        }
+        self.known = now;
+        let content = if looks.regular { read(&self.path).await } else { Vec::new() };
+        let deadline = deadline(&content).unwrap_or_else(|()| {
+            tracing::warn!(file = %self.path.display(), "the watched file holds no time: when this machine goes away is not known");
+            None
+        });
+        let id = format!("{}-{}-{}.{}", looks.inode, looks.size, looks.changed.0, looks.changed.1);
+        let (kind, confidence) = (Kind::Interruption, Confidence::Announced);
+        Some(Notice { kind, deadline, source: "file", id, confidence })
+    }
+}
+
+async fn look(path: &Path) -> Option<Looks> {
+    let found = tokio::fs::metadata(path).await.ok()?;
+    Some(Looks {
+        inode: found.ino(),
+        size: found.size(),
+        changed: (found.mtime(), found.mtime_nsec()),
+        regular: found.is_file(),
+    })
+}
+
+async fn read(path: &Path) -> Vec<u8> {
+    let mut content = Vec::new();
+    if let Ok(file) = tokio::fs::File::open(path).await {
+        // What can't be read to its end is read as far as it goes.
+        let _ = file.take(MAX_CONTENT).read_to_end(&mut content).await;
+    }
+    content
+}
+
+/// The time that is left; `Err`: the content means nothing.
+fn deadline(content: &[u8]) -> Result<Option<Duration>, ()> {
+    let text = std::str::from_utf8(content).map_err(|_| ())?.trim();
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let seconds = match serde_json::from_str(text) {
+        Ok(Value::Number(seconds)) => seconds.as_f64(),
+        Ok(Value::Object(members)) => match members.get("deadline_s") {
+            None | Some(Value::Null) => return Ok(None),
+            Some(seconds) => seconds.as_f64(),
+        },
+        Ok(_) => None,
+        Err(_) => return parse_duration(text).map(|left| Some(left.min(LONGEST))).ok_or(()),
+    };
+    let seconds = seconds.filter(|seconds| seconds.is_finite()).ok_or(())?;
+    Ok(Some(Duration::try_from_secs_f64(seconds.clamp(0.0, LONGEST.as_secs_f64())).map_err(|_| ())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn contents_are_seconds_durations_or_json() {
+        let seconds = |seconds| Ok(Some(Duration::from_secs_f64(seconds)));
+        for (content, wanted) in [
+            ("", Ok(None)),
+            (" \n", Ok(None)),
+            ("90\n", seconds(90.0)),
+            ("1.5", seconds(1.5)),
+            ("2m", seconds(120.0)),
+            ("-5", seconds(0.0)),
+            ("1e300", Ok(Some(LONGEST))),
+            (r#"{"deadline_s": 30}"#, seconds(30.0)),
+            (r#"{"deadline_s": null}"#, Ok(None)),
+            (r#"{"other": 1}"#, Ok(None)),
+            (r#"{"deadline_s": "30"}"#, Err(())),
+            ("[30]", Err(())),
+            ("true", Err(())),
+            ("soon", Err(())),
+            ("1e999", Err(())),
+        ] {
+            assert_eq!(deadline(content.as_bytes()), wanted, "{content:?}");
+        }
+        assert_eq!(deadline(b"\xff\xfe"), Err(()));
+    }
+
+    proptest! {
+        #[test]
+        fn no_content_is_too_odd(content in proptest::collection::vec(any::<u8>(), 0..200), text in super::super::tests::odd_answer()) {
+            for content in [content.as_slice(), text.as_bytes()] {
+                prop_assert!(deadline(content).map_or(true, |left| left.is_none_or(|left| left <= LONGEST)));
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn only_what_appears_or_changes_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stop");
+        std::fs::write(&path, "old").unwrap();
+        let mut watched = Watched::begin(path.clone()).await;
+        for _ in 0..3 {
+            assert_eq!(watched.look().await, None, "an old file is no news");
+        }
+        std::fs::write(&path, r#"{"deadline_s": 30}"#).unwrap();
+        assert_eq!(watched.look().await, None, "it may still be written");
+        let first = watched.look().await.unwrap();
+        assert_eq!((first.kind, first.deadline), (Kind::Interruption, Some(Duration::from_secs(30))));
+        assert_eq!(watched.look().await, None, "told once");
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(watched.look().await, None);
+        std::fs::create_dir(&path).unwrap();
+        assert_eq!(watched.look().await, None);
+        let second = watched.look().await.unwrap();
+        assert_eq!(second.deadline, None, "not a file, but it is there");
+        assert_ne!(first.id, second.id);
+        std::fs::remove_dir(&path).unwrap();
+        assert_eq!(watched.look().await, None);
+        std::fs::write(&path, vec![b'9'; 1 << 20]).unwrap();
+        assert_eq!(watched.look().await, None);
+        assert!(watched.look().await.is_some(), "what is too long to be a number");
+    }
+}

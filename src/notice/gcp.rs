@@ -1,0 +1,126 @@
+//! What Compute Engine's metadata server says of this machine's end
+//! (<https://cloud.google.com/compute/docs/instances/spot>, <https://cloud.google.com/compute/docs/gpus/gpu-host-maintenance>).
+//!
+//! - `instance/preempted` `TRUE`: interruption. What is left is 30 s, unless the machine was made with
+//!   `--preemption-notice-duration`, which the server does not tell: `notice.preemption_window` does.
+//! - `instance/maintenance-event` `TERMINATE_ON_HOST_MAINTENANCE`: interruption. A machine with GPUs is told an hour ahead, others a minute;
+//!   which of the two is not said, so a minute is what is counted on. If that stood there when this process began, it was started in
+//!   that hour: it saves now and trains on, since it would else drain again with every start. `MIGRATE_ON_HOST_MAINTENANCE` costs a
+//!   pause: nothing is lost.
+//!
+//! Each is asked for plainly once, then with a request that waits for a change to what was heard last.
+
+use std::time::Duration;
+
+use super::{
+    Confidence, Kind, Notice,
+    poll::{LIMIT, Mouth, Pace, Search, rest},
+};
+use crate::cloud::{
+    gcp::{Gcp, Value},
+    metadata::MetadataError,
+};
+
+const ID: &str = "/instance/id";
+const PREEMPTED: &str = "/instance/preempted";
+const MAINTENANCE: &str = "/instance/maintenance-event";
+/// How long one request waits for a change.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// What is counted on between the announcement of maintenance and its beginning.
+const MAINTENANCE_NOTICE: Duration = Duration::from_secs(60);
+
+/// Looks for the server until it answers. Never, where it is switched off.
+pub async fn find(named: bool) -> Gcp {
+    let Some(gcp) = Gcp::from_environment() else { return std::future::pending().await };
+    let mut search = Search::new("gcp", named);
+    loop {
+        match gcp.get(ID, LIMIT).await {
+            Ok(Some(_)) => break,
+            Ok(None) => search.failed(&MetadataError::Status { status: 404, path: ID.to_owned() }).await,
+            Err(error) => search.failed(&error).await,
+        }
+    }
+    tracing::debug!(endpoint = gcp.uri(), "GCP's metadata server is listened to");
+    gcp
+}
+
+/// Tells what the server says, for ever. `window`: what is left after a preemption notice.
+pub async fn listen(gcp: Gcp, mouth: Mouth, window: Duration) {
+    let preempted = watch_path(&gcp, PREEMPTED, &mouth, |text, _| preempted(text, window));
+    let maintenance = watch_path(&gcp, MAINTENANCE, &mouth, maintenance);
+    futures::join!(preempted, maintenance);
+}
+
+/// `read` is given an answer and whether it is the first.
+async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(&str, bool) -> Option<Notice>) {
+    // The pause after an answer bounds what a server costs that answers at once although nothing has changed.
+    let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
+    let (mut tag, mut first): (Option<String>, bool) = (None, true);
+    loop {
+        let outcome = match &tag {
+            Some(tag) => gcp.next(path, tag, PATIENCE, PATIENCE + LIMIT).await,
+            None => gcp.get(path, LIMIT).await,
+        };
+        if let Ok(Some(Value { text, .. })) = &outcome {
+            if let Some(notice) = read(text, first) {
+                mouth.tell(notice);
+            }
+            first = false;
+        }
+        // After a failure plainly again: what was missed is heard without waiting for another change.
+        tag = outcome.as_ref().ok().and_then(|value| value.as_ref()?.tag.clone());
+        rest(&mut pace, path, &outcome).await;
+    }
+}
+
+fn preempted(text: &str, window: Duration) -> Option<Notice> {
+    text.eq_ignore_ascii_case("true").then(|| Notice {
+        kind: Kind::Interruption,
+        deadline: Some(window),
+        source: "gcp-preempted",
+        id: "preempted".into(),
+        confidence: Confidence::Certain,
+    })
+}
+
+fn maintenance(text: &str, first: bool) -> Option<Notice> {
+    let (kind, deadline, source, confidence) = match (text, first) {
+        ("TERMINATE_ON_HOST_MAINTENANCE", false) => {
+            (Kind::Interruption, Some(MAINTENANCE_NOTICE), "gcp-maintenance", Confidence::Announced)
+        }
+        ("TERMINATE_ON_HOST_MAINTENANCE", true) => {
+            (Kind::Rebalance, None, "gcp-maintenance-ahead", Confidence::Announced)
+        }
+        _ => return None,
+    };
+    Some(Notice { kind, deadline, source, id: "maintenance".into(), confidence })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_read_as_documented() {
+        let window = Duration::from_secs(150);
+        for (text, heard) in
+            [("TRUE", true), ("true", true), ("FALSE", false), ("", false), ("TRUE?", false), ("1", false)]
+        {
+            let read = preempted(text, window);
+            assert_eq!(read.is_some(), heard, "{text:?}");
+            if let Some(notice) = read {
+                assert_eq!((notice.kind, notice.deadline), (Kind::Interruption, Some(window)));
+            }
+        }
+        for (text, first, kind) in [
+            ("TERMINATE_ON_HOST_MAINTENANCE", false, Some(Kind::Interruption)),
+            ("TERMINATE_ON_HOST_MAINTENANCE", true, Some(Kind::Rebalance)),
+            ("MIGRATE_ON_HOST_MAINTENANCE", false, None),
+            ("NONE", false, None),
+            ("NONE", true, None),
+            ("", true, None),
+        ] {
+            assert_eq!(maintenance(text, first).map(|notice| notice.kind), kind, "{text:?}");
+        }
+    }
+}

@@ -120,6 +120,7 @@ fn help_names_every_command() {
         "export",
         "generate",
         "prune",
+        "doctor",
         "simulate",
         "data",
         "completions",

@@ -92,7 +92,8 @@ impl Shop {
         self.patient_worker("2s")
     }
     fn patient_worker(&self, idle_exit: &str) -> Trainer {
-        let worker = self.lab.command(&["work", "--queue", &self.queue, "--lease", "5s", "--idle-exit", idle_exit]).json();
+        let worker =
+            self.lab.command(&["work", "--queue", &self.queue, "--lease", "5s", "--idle-exit", idle_exit]).json();
         worker.envs(&s3::client_env(&self.moto.endpoint())).envs(&self.api.env())
     }
     /// Demands that neither queue holds anything.
@@ -165,7 +166,10 @@ fn a_job_runs_to_its_end_and_leaves_the_queue() {
     // The same message once more: there is nothing left to do, and that is said again.
     shop.send(&shop.job("first", json!({})));
     let again = shop.worker().finish().expect_code(0);
-    assert_eq!((states(&again).as_slice(), again.of_kind("step").len()), (&["claimed".into(), "completed".into()][..], 0));
+    assert_eq!(
+        (states(&again).as_slice(), again.of_kind("step").len()),
+        (&["claimed".into(), "completed".into()][..], 0)
+    );
     assert_eq!(shop.api.heard().last().map(|told| told.body["step"].clone()), Some(STEPS.into()));
     shop.expect_empty();
     shop.expect_no_token(&[&life, &again]);
@@ -274,9 +278,9 @@ fn a_message_that_was_held_too_long_is_handed_over_while_training_goes_on() {
     wait_for_job(&running, "handed_over");
     assert_eq!(shop.count(&shop.queue), [0, 0, 1], "a copy that is not seen for a while");
     let mut seen = 0;
-    let at = running.next(&mut seen, |event| is_job(event, "handed_over")).and_then(|_| {
-        running.next(&mut seen, |event| event.kind() == "checkpoint")
-    });
+    let at = running
+        .next(&mut seen, |event| is_job(event, "handed_over"))
+        .and_then(|_| running.next(&mut seen, |event| event.kind() == "checkpoint"));
     assert!(at.is_some(), "training goes on");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(75);

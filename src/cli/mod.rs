@@ -7,6 +7,7 @@ mod boot;
 mod checkpoints;
 mod completions;
 mod data;
+mod doctor;
 mod drain;
 mod explain;
 mod export;
@@ -61,6 +62,7 @@ enum Command {
     Export(export::Export),
     Generate(generate::Generate),
     Prune(prune::Prune),
+    Doctor(doctor::Doctor),
     Simulate(Box<simulate::Simulate>),
     #[command(subcommand)]
     Data(data::Data),
@@ -102,7 +104,9 @@ fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
         }
     };
     let screen = match cli.command {
-        Command::Run(_) | Command::Resume(_) | Command::Boot(_) | Command::Work(_) | Command::Data(_) => Screen::stderr(),
+        Command::Run(_) | Command::Resume(_) | Command::Boot(_) | Command::Work(_) | Command::Data(_) => {
+            Screen::stderr()
+        }
         _ => Screen::plain(),
     };
     init_logging(&screen);
@@ -135,6 +139,7 @@ impl Command {
             Self::Export(command) => command.execute(),
             Self::Generate(command) => command.execute(),
             Self::Prune(command) => command.execute(),
+            Self::Doctor(command) => command.execute(),
             Self::Simulate(command) => command.execute(),
             Self::Data(command) => command.execute(&screen),
             Self::Completions(command) => command.execute(),

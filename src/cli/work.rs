@@ -109,9 +109,7 @@ impl Work {
         let json = self.json.json;
         let say: Arc<dyn Fn(&Said) + Send + Sync> = Arc::new(move |said| {
             // A reader that has gone is no reason to leave a job; one that never was, neither.
-            if json
-                && let Err(error) = output::json_lines([said]).and_then(|line| output::emit(&line))
-            {
+            if json && let Err(error) = output::json_lines([said]).and_then(|line| output::emit(&line)) {
                 tracing::warn!("{error}");
             }
         });

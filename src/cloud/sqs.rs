@@ -84,10 +84,11 @@ impl Queue {
     /// # Errors
     /// What is no URL of a standard queue, or would send messages over the network unencrypted.
     pub async fn open(url: &str) -> Result<Self> {
-        let place = Place::of(url)
-            .map_err(|reason| Error::new(Kind::Config, format!("queue {} {reason}", redacted(url))).with_hint(
+        let place = Place::of(url).map_err(|reason| {
+            Error::new(Kind::Config, format!("queue {} {reason}", redacted(url))).with_hint(
                 "write the URL that SQS shows, such as https://sqs.eu-central-1.amazonaws.com/123456789012/jobs",
-            ))?;
+            )
+        })?;
         let shared = match &place.region {
             Some(region) => aws::config_in(region).await,
             None => aws::config().await.clone(),
@@ -233,7 +234,9 @@ impl Place {
             return Err("names no queue");
         }
         if url.path().ends_with(".fifo") {
-            return Err("is a FIFO queue: use a standard one; that a run has one writer, and in which order, its journal sees to");
+            return Err(
+                "is a FIFO queue: use a standard one; that a run has one writer, and in which order, its journal sees to",
+            );
         }
         let host = match url.host() {
             Some(Host::Domain(name)) => name.to_ascii_lowercase(),

@@ -173,7 +173,8 @@ impl Api {
         let client = Client::builder().redirect(redirect::Policy::none()).timeout(REQUEST);
         // A proxy would answer for its own loopback.
         let client = if is_loopback(&base) { client.no_proxy() } else { client };
-        let client = client.build().map_err(|error| Error::from_source(Kind::Bug, error).context("make HTTP client"))?;
+        let client =
+            client.build().map_err(|error| Error::from_source(Kind::Bug, error).context("make HTTP client"))?;
         Ok(Some(Self { base, token: Secret::new(token), client }))
     }
 
@@ -269,11 +270,8 @@ pub struct Reports {
 impl Reports {
     /// Starts the task that sends them, on `runtime`.
     pub fn start(api: Option<Api>, runtime: &Handle) -> Self {
-        let reports = Self {
-            outbox: Arc::default(),
-            waiting: Arc::new(watch::Sender::new(0)),
-            heard_by: api.is_some(),
-        };
+        let reports =
+            Self { outbox: Arc::default(), waiting: Arc::new(watch::Sender::new(0)), heard_by: api.is_some() };
         if let Some(api) = api {
             runtime.spawn(deliver(api, reports.clone()));
         }

@@ -111,7 +111,9 @@ impl Job {
                 Value::String(text) => text,
                 Value::Number(_) | Value::Bool(_) | Value::Array(_) => value.to_string(),
                 Value::Null | Value::Object(_) => {
-                    return Err(InvalidJob::Wrong(format!("set.{key:?} is neither text, a number, true, false nor a list")));
+                    return Err(InvalidJob::Wrong(format!(
+                        "set.{key:?} is neither text, a number, true, false nor a list"
+                    )));
                 }
             };
             set.push((key, text));
@@ -142,10 +144,7 @@ mod tests {
         assert_eq!(job.config, Source::At { folder: "s3://b/c".into(), name: "run.toml".into() });
         assert_eq!(job.store.as_deref(), Some("s3://b/runs"));
         let set: Vec<(&str, &str)> = job.set.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
-        assert_eq!(
-            set,
-            [("checkpoint.every", "2h"), ("train.optimizer.betas", "[0.9,0.95]"), ("train.steps", "5000")]
-        );
+        assert_eq!(set, [("checkpoint.every", "2h"), ("train.optimizer.betas", "[0.9,0.95]"), ("train.steps", "5000")]);
         let job = Job::parse(r#"{"run_id":"r2","config":"[train]\nsteps = 1"}"#).unwrap();
         assert_eq!((job.config, job.store, job.set), (Source::Inline("[train]\nsteps = 1".into()), None, vec![]));
     }

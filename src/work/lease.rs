@@ -122,7 +122,9 @@ async fn extend(queue: &Queue, message: &Message, lease: Duration) -> Hold {
     match queue.hide(message, lease).await {
         Ok(Held::Yes) => Hold::Ours,
         Ok(Held::Gone) => {
-            tracing::warn!("the queue no longer knows this worker's hold on its message; the run's journal keeps others off");
+            tracing::warn!(
+                "the queue no longer knows this worker's hold on its message; the run's journal keeps others off"
+            );
             Hold::Lost
         }
         Err(error) => {

@@ -30,7 +30,11 @@ use std::{
 use jiff::Timestamp;
 use rustix::process::{Signal, getpid, kill_process};
 use serde::Serialize;
-use tokio::{runtime::Runtime, sync::watch};
+use tokio::{
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 
 use self::{
     api::{Api, Facts, Report, Reports, Stage},
@@ -49,7 +53,6 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
     journal::{self, JournalError},
-    notice::signal::Signals,
     report::{Event, Listener, Reporter},
     storage::Store,
 };
@@ -189,13 +192,19 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     left
 }
 
-/// Counts the signals that ask this process to stop, from here on.
+/// Counts the signals that ask this process to stop, from here on. What they mean in a run the agent knows, which listens for itself.
 async fn listen() -> Result<watch::Receiver<u32>> {
-    let mut signals = Signals::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
+    let on = |kind| signal(kind).map_err(|error| Error::from_source(Kind::Bug, error).context("listen for signals"));
+    let mut terminate = on(SignalKind::terminate())?;
+    let (mut interrupt, mut user) = (on(SignalKind::interrupt())?, on(SignalKind::user_defined1())?);
     let (sender, receiver) = watch::channel(0);
     tokio::spawn(async move {
         loop {
-            signals.next().await;
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+                _ = user.recv() => {}
+            }
             sender.send_modify(|count: &mut u32| *count = count.saturating_add(1));
         }
     });
@@ -228,11 +237,19 @@ enum Next {
 
 /// What a run needs to begin, or why it does not.
 enum Prepared {
-    Launch { store: Store, begin: Begin },
+    Launch {
+        store: Store,
+        begin: Begin,
+    },
     /// The run was completed before, at this step, with this loss.
-    Done { step: u64, loss: f64 },
+    Done {
+        step: u64,
+        loss: f64,
+    },
     /// Its message is renewed first: the run got this far since it was sent.
-    Renew { committed: u64 },
+    Renew {
+        committed: u64,
+    },
 }
 
 /// How a turn ended.
@@ -365,7 +382,12 @@ impl Worker<'_> {
         let carried = Arc::new(Mutex::new(carried));
         let tracker = Arc::new(Mutex::new(Tracker {
             reports: self.reports.clone(),
-            head: Head { run_id: run_id.clone(), message_id: message.id.clone(), claim: random_hex(8), received: message.received },
+            head: Head {
+                run_id: run_id.clone(),
+                message_id: message.id.clone(),
+                claim: random_hex(8),
+                received: message.received,
+            },
             carried: Arc::clone(&carried),
             heard: self.heard.clone(),
             facts: Facts::default(),
@@ -404,9 +426,7 @@ impl Worker<'_> {
         }
         let what = match turn.state {
             State::Renewed => Settle::Renew { delay: Duration::ZERO, interrupted: false },
-            _ => {
-                settle(turn.end, hold, message.received, self.max_receive_count.is_some(), self.settings.terms.lease)
-            }
+            _ => settle(turn.end, hold, message.received, self.max_receive_count.is_some(), self.settings.terms.lease),
         };
         // The message first: the machine may have seconds left, and the API may take them all.
         self.runtime.block_on(self.settle(message, what, *lock(&carried)));
@@ -471,7 +491,10 @@ impl Worker<'_> {
         let (uri, config) = match named {
             Some(uri) => {
                 let uri = config::absolute_uri(uri, self.tools.working_directory);
-                (uri.map_err(|expected| Error::new(Kind::Config, format!("store of the job: expected {expected}")))?, None)
+                (
+                    uri.map_err(|expected| Error::new(Kind::Config, format!("store of the job: expected {expected}")))?,
+                    None,
+                )
             }
             None => {
                 let config = self.config(job, None)?;
@@ -499,7 +522,10 @@ impl Worker<'_> {
                     None => self.config(job, Some(uri.clone()))?,
                 };
                 let store = Store::open(&uri, &config.storage)?;
-                Ok(Prepared::Launch { store, begin: Begin::CreateOrResume { config: Box::new(config), overrides: Vec::new() } })
+                Ok(Prepared::Launch {
+                    store,
+                    begin: Begin::CreateOrResume { config: Box::new(config), overrides: Vec::new() },
+                })
             }
             Err(error) => Err(error).context(format!("read journal of run {run_id}")),
         }

@@ -80,10 +80,7 @@ impl JobApi {
     }
     /// The environment with which a worker reports to it.
     pub fn env(&self) -> Vec<(&'static str, String)> {
-        vec![
-            ("JOB_API_BASE_URL", format!("http://{}/v1", self.address)),
-            ("WORKER_TOKEN", TOKEN.to_owned()),
-        ]
+        vec![("JOB_API_BASE_URL", format!("http://{}/v1", self.address)), ("WORKER_TOKEN", TOKEN.to_owned())]
     }
     /// Answers the next requests with these.
     pub fn answer_next(&self, statuses: &[u16]) {
@@ -119,10 +116,7 @@ impl Drop for JobApi {
     }
 }
 
-async fn hear(
-    state: Arc<Mutex<State>>,
-    request: Request<Incoming>,
-) -> Result<Response<Body>, s3s::StdError> {
+async fn hear(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Result<Response<Body>, s3s::StdError> {
     lock(&state).asked += 1;
     if lock(&state).hangs {
         std::future::pending::<()>().await;

@@ -150,10 +150,7 @@ impl Quotas {
         runtime.spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 let value = Arc::clone(&shared);
-                let service = service_fn(move |request: Request<Incoming>| {
-                    let value = value.load(Ordering::Relaxed);
-                    async move { answer(request, value).await }
-                });
+                let service = service_fn(move |request| answer(Arc::clone(&value), request));
                 tokio::spawn(async move {
                     let server = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
                     let _ = server.serve_connection(hyper_util::rt::TokioIo::new(socket), service).await;
@@ -164,7 +161,8 @@ impl Quotas {
     }
 }
 
-async fn answer(request: Request<Incoming>, value: u64) -> Result<Response<Body>, s3s::StdError> {
+async fn answer(value: Arc<AtomicU64>, request: Request<Incoming>) -> Result<Response<Body>, s3s::StdError> {
+    let value = value.load(Ordering::Relaxed);
     let body = Body::from(request.into_body()).store_all_limited(1 << 20).await?;
     let asked: Value = serde_json::from_slice(&body)?;
     // g5.xlarge is of the family G and VT.

@@ -27,7 +27,7 @@ use crate::{
         quota,
     },
     config::{self, Machine, NoticeConfig, Precision, RunConfig, Sources, StorageConfig, workers_per_node},
-    error::{Error, Kind, Result},
+    error::{Error, Explain, Kind, Result},
     ids::{RunId, random_hex},
     journal, layout, model,
     notice::window::{Surroundings, windows},
@@ -263,7 +263,7 @@ async fn examine(store: &Store) -> Vec<Line> {
     let sweep = within("store sweep", async {
         match store.folder(layout::PROBES).unfinished().await {
             Ok(_) => Line::ok("store sweep", "unfinished uploads can be listed"),
-            Err(error) if Error::from(error).kind() == Kind::Permission => Line::warn(
+            Err(error) if error.kind() == Kind::Permission => Line::warn(
                 "store sweep",
                 "unfinished uploads can't be listed",
                 "allow s3:ListBucketMultipartUploads on the bucket, or leave them to a lifecycle rule",
@@ -285,7 +285,6 @@ async fn examine(store: &Store) -> Vec<Line> {
             }
         }
     });
-    let mut lines = vec![put];
     let (list, create, parts, sweep, rule) = tokio::join!(list, create, parts, sweep, rule);
     let delete = within("store delete", async {
         match store.delete(&key).await {
@@ -293,8 +292,7 @@ async fn examine(store: &Store) -> Vec<Line> {
             Err(error) => Line::error("store delete", &error.into()),
         }
     });
-    lines.extend([list, create, parts, sweep, delete.await, rule, clock]);
-    lines
+    vec![put, list, create, parts, sweep, delete.await, rule, clock]
 }
 
 /// Puts an object, reads it back, and asks the store when that was.

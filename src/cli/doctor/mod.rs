@@ -234,6 +234,9 @@ fn available_memory() -> Option<u64> {
 async fn examine(store: &Store) -> Vec<Line> {
     let key = format!("{}/doctor-{}", layout::PROBES, random_hex(16));
     let (put, clock) = put_and_look(store, &key).await;
+    if put.kind == Some(Kind::Unavailable) {
+        return vec![put, Line::skipped("store", "what else it allows can't be found out now")];
+    }
     let list = within("store list", async {
         match store.list(layout::PROBES).await {
             Ok(found) if found.iter().any(|object| object.key == key) || put.verdict != Verdict::Ok => {
@@ -275,13 +278,11 @@ async fn examine(store: &Store) -> Vec<Line> {
         match store.abort_rule().await {
             Ok(rule) => verdict::lifecycle(rule),
             Err(error) => {
-                let error = Error::from(error);
-                let found = format!("not known: {error}");
-                Line::warn(
-                    "lifecycle rule",
-                    found,
-                    "allow s3:GetLifecycleConfiguration, or look at the bucket's rules yourself",
-                )
+                let todo = match error.kind() {
+                    Kind::Permission => "allow s3:GetLifecycleConfiguration, or look at the bucket's rules yourself",
+                    _ => "look at the bucket's rules yourself: unfinished uploads should be aborted after 2 days",
+                };
+                Line::warn("lifecycle rule", format!("not known: {}", Error::from(error)), todo)
             }
         }
     });

@@ -12,6 +12,7 @@ mod input;
 mod integrity;
 mod interruption;
 mod metadata;
+mod notices;
 mod outputs;
 mod protocol_model;
 mod protocol_random;

@@ -13,7 +13,7 @@
 //! | less | leave at once; say what will be lost |
 //!
 //! The reserve is one step, one copy and *two* whole saves, all of them as long as must be feared: a save may have begun a moment ago and is let
-//! finish first. Stopping at once on a two-minute notice when a save takes a second would throw the two minutes away, on every
+//! finish first. It is never less than [`LEAST_RESERVE_S`]. Stopping at once on a two-minute notice when a save takes a second would throw the two minutes away, on every
 //! interruption (`trainer simulate` shows it). A plan is tried as long as it is not hopeless: what it does not reach in time is given
 //! up [`LAST_WORDS_S`] before the deadline, so that the journal can say what was lost.
 //!
@@ -21,7 +21,7 @@
 //! have to start from nothing.
 
 use super::gauge::Span;
-use crate::{ids::Step, journal::DrainPlan, report::human};
+use crate::{goodput::LEAST_RESERVE_S, ids::Step, journal::DrainPlan, report::human};
 
 /// Kept for the journal's last record and the process's end, seconds.
 pub const LAST_WORDS_S: f64 = 1.5;
@@ -88,7 +88,7 @@ pub fn decide(now: &Situation) -> (Decision, String) {
     let usable = left - LAST_WORDS_S;
     if now.may_train_on && !now.ended {
         let save = now.save.unwrap_or(needs).high;
-        let until_left_s = LAST_WORDS_S + now.step.high + now.copy.high + 2.0 * save;
+        let until_left_s = (LAST_WORDS_S + now.step.high + now.copy.high + 2.0 * save).max(LEAST_RESERVE_S);
         if left > until_left_s {
             let why = format!("{} left, {needed}: training goes on until {} are left", time(left), time(until_left_s));
             return (Decision::TrainOn { until_left_s }, why);
@@ -203,6 +203,12 @@ mod tests {
             ),
             ("time is ours", Situation { may_train_on: true, ..CALM }, "train on", Some(27.0)),
             ("time was ours", Situation { may_train_on: true, left_s: Some(27.0), ..CALM }, "full save", Some(11.0)),
+            (
+                "saves that take no time still leave a reserve",
+                Situation { may_train_on: true, save: Some(Span::exactly(0.01)), ..CALM },
+                "train on",
+                Some(LEAST_RESERVE_S),
+            ),
             ("not without a deadline", Situation { may_train_on: true, left_s: None, ..CALM }, "full save", Some(11.0)),
             ("not without a measure", Situation { may_train_on: true, save: None, ..CALM }, "full save", None),
             ("not when it has ended", Situation { may_train_on: true, ended: true, ..CALM }, "full save", Some(11.0)),

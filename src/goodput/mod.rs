@@ -7,8 +7,8 @@
 //!
 //! What is assumed, by both: saves are asynchronous (training stands still for the stall, goes on while the state is
 //! uploaded, and the save counts only once it is durable), one is in flight at a time, and nothing is done in the time that a
-//! restart takes. A notice ends training at once; the state is saved if a save fits into it, and the machine is paid for until
-//! it is taken. Waiting for a machine costs wall time and, on a run of several nodes, the idle ones' money. Steps are taken
+//! restart takes. After a notice into which a save fits training goes on until twice the time of a
+//! save is left, then all of it is saved; the machine is paid for until it is taken. Waiting for a machine costs wall time and, on a run of several nodes, the idle ones' money. Steps are taken
 //! to be short: what a kill loses of the running step is not counted. All times are seconds.
 //!
 //! Nothing is stored, and every function gives the same answer for the same input and seed.
@@ -17,7 +17,7 @@ mod observed;
 mod replay;
 mod trace;
 
-pub use model::{Costs, Lives, Notice, best_interval, goodput};
+pub use model::{Costs, LEAST_RESERVE_S, Lives, Notice, best_interval, goodput};
 pub use observed::Observed;
 pub use replay::{Estimate, Gang, Job, Machines, Seen, Span, Unfinished, simulate};
 pub use trace::{Trace, TraceError};

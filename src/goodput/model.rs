@@ -7,6 +7,9 @@
 //! exponential parts the sum over k is geometric. With one exponential part and L = δ it is the complete model of Daly (2006,
 //! equation 20): M e^(R/M) (e^((τ+δ)/M) − 1) / τ seconds paid for a second of work.
 
+/// What is announced is approximate, and clocks differ: the agent keeps no less in reserve, seconds.
+pub const LEAST_RESERVE_S: f64 = 5.0;
+
 /// What saves and restarts take.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Costs {
@@ -46,6 +49,12 @@ impl Notice {
     /// Whether a save that is ordered at the notice is durable before the machine is taken.
     pub fn fits(&self, costs: &Costs) -> bool {
         costs.committed_after_s() <= self.lead_s
+    }
+
+    /// So long before the machine is taken training stops, seconds: two saves, one of which may have begun a moment ago, if the notice
+    /// leaves the time for them. It is what the agent keeps in reserve (`notice.spare_time = "train"`).
+    pub fn reserve_s(&self, costs: &Costs) -> f64 {
+        (2.0 * costs.committed_after_s()).max(LEAST_RESERVE_S).min(self.lead_s)
     }
 }
 
@@ -96,11 +105,11 @@ pub fn goodput(lives: &Lives, costs: &Costs, notice: Notice, interval_s: f64, id
     let kept = |&(weight, mean): &(f64, f64)| {
         let killed = (-(costs.restart_s + first + costs.stall_s + lag) / mean).exp()
             * (first + interval / (segment / mean).exp_m1());
-        // All training up to the notice counts: the time in it that is no stall.
+        // All training up to the drain counts: the time in it that is no stall.
         let later = (interval / mean).neg_exp_m1() / (segment / mean).neg_exp_m1();
         let trained = (first / mean).neg_exp_m1() + (-(first + costs.stall_s) / mean).exp() * later;
-        let until_notice = mean * (-(costs.restart_s + notice.lead_s) / mean).exp() * trained;
-        weight * ((1.0 - drained) * killed + drained * until_notice)
+        let until_drain = mean * (-(costs.restart_s + notice.reserve_s(costs)) / mean).exp() * trained;
+        weight * ((1.0 - drained) * killed + drained * until_drain)
     };
     lives.parts.iter().filter(|(weight, _)| *weight > 0.0).map(kept).sum::<f64>() / (lives.mean_s() + idle_s)
 }

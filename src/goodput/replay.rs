@@ -242,7 +242,7 @@ fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, 
     let Costs { stall_s, restart_s, .. } = job.costs;
     let committed_after_s = job.costs.committed_after_s();
     // Training ends here; a save that is under way may still become durable until the machine is taken.
-    let stop = if warned { life_s - job.notice.lead_s } else { life_s };
+    let stop = if warned { life_s - job.notice.reserve_s(&job.costs) } else { life_s };
     let (mut now, mut trained_s, mut kept_s) = (restart_s, 0.0, 0.0);
     // What the save in flight holds, and when it counts. None is ordered while it is in flight.
     let (mut in_flight, mut durable_at) = (0.0, restart_s);

@@ -51,25 +51,39 @@ pub async fn listen(gcp: Gcp, mouth: Mouth, window: Duration) {
     futures::join!(preempted, maintenance);
 }
 
-/// `read` is given an answer and whether it is the first.
+/// `read` is given an answer and whether it has been the same since the first one.
 async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(&str, bool) -> Option<Notice>) {
     // The pause after an answer bounds what a server costs that answers at once although nothing has changed.
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
-    let (mut tag, mut first): (Option<String>, bool) = (None, true);
+    let mut tag: Option<String> = None;
+    let mut standing = Standing::default();
     loop {
         let outcome = match &tag {
             Some(tag) => gcp.next(path, tag, PATIENCE, PATIENCE + LIMIT).await,
             None => gcp.get(path, LIMIT).await,
         };
         if let Ok(Some(Value { text, .. })) = &outcome {
-            if let Some(notice) = read(text, first) {
+            if let Some(notice) = read(text, standing.since_the_first(text)) {
                 mouth.tell(notice);
             }
-            first = false;
         }
         // After a failure plainly again: what was missed is heard without waiting for another change.
         tag = outcome.as_ref().ok().and_then(|value| value.as_ref()?.tag.clone());
         rest(&mut pace, path, &outcome).await;
+    }
+}
+
+/// What stood there when this process began, until it changes.
+#[derive(Debug, Default)]
+struct Standing {
+    first: Option<String>,
+    changed: bool,
+}
+
+impl Standing {
+    fn since_the_first(&mut self, text: &str) -> bool {
+        self.changed |= self.first.get_or_insert_with(|| text.to_owned()) != text;
+        !self.changed
     }
 }
 
@@ -83,8 +97,8 @@ fn preempted(text: &str, window: Duration) -> Option<Notice> {
     })
 }
 
-fn maintenance(text: &str, first: bool) -> Option<Notice> {
-    let (kind, deadline, source, confidence) = match (text, first) {
+fn maintenance(text: &str, since_the_first: bool) -> Option<Notice> {
+    let (kind, deadline, source, confidence) = match (text, since_the_first) {
         ("TERMINATE_ON_HOST_MAINTENANCE", false) => {
             (Kind::Interruption, Some(MAINTENANCE_NOTICE), "gcp-maintenance", Confidence::Announced)
         }
@@ -99,6 +113,13 @@ fn maintenance(text: &str, first: bool) -> Option<Notice> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_stood_there_stands_there_until_it_changes() {
+        let mut standing = Standing::default();
+        let seen = ["A", "A", "B", "A", "A"].map(|text| standing.since_the_first(text));
+        assert_eq!(seen, [true, true, false, false, false], "an answer that comes again after a minute is no change");
+    }
 
     #[test]
     fn values_are_read_as_documented() {

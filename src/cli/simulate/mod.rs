@@ -172,6 +172,8 @@ struct Inputs {
     notice_s: f64,
     notice_share: Input<f64>,
     notice_fits: bool,
+    /// So long before the machine is taken training stops.
+    reserve_s: f64,
     work_s: Input<f64>,
     on_demand_price: f64,
     spot_price: f64,
@@ -341,6 +343,7 @@ impl Simulate {
         let durable_s = Input::pick(self.durable, run(|o| o.durable_s, "median"), DEFAULT.durable_s);
         let after = "median, from the journal's record on; the machine's boot is not in it";
         let restart_s = Input::pick(self.restart, run(|o| o.restart_s, after), DEFAULT.restart_s);
+        let notice = Notice { share: 1.0, lead_s: self.notice };
         let notice_share = Input::pick(self.notice_share, run(Observed::announced, "losses without lost steps"), 1.0);
         let steps = configured.zip(step_s).map(|(config, step_s)| {
             let steps = config.train.steps;
@@ -351,7 +354,8 @@ impl Simulate {
             machines: said.to_owned(),
             nodes: self.nodes,
             notice_s: self.notice,
-            notice_fits: Notice { share: 1.0, lead_s: self.notice }.fits(&costs),
+            notice_fits: notice.fits(&costs),
+            reserve_s: notice.reserve_s(&costs),
             work_s: Input::pick(self.work, steps, DEFAULT_WORK_S),
             on_demand_price: self.on_demand_price,
             spot_price: self.spot_price,

@@ -113,7 +113,7 @@ impl Report {
         {
             lines.push(format!(
                 "The notice does not pay with saves this frequent: training stops {} early, and a kill loses less.",
-                human::seconds(self.inputs.notice_s)
+                human::seconds(self.inputs.reserve_s)
             ));
         }
         for row in self.spot.iter().filter(|row| ["auto", "configured"].contains(&row.policy.as_str())) {

@@ -1,0 +1,448 @@
+//! What says that a machine goes away, and what the run makes of it: the real binary before a metadata server of ours.
+//!
+//! Runs that are interrupted are long ones, so that the notice comes while they train; their learning rate is constant, so that the
+//! number of steps changes nothing else. Announced time is not trained in here (`notice.spare_time = "stop"`) unless a test says so.
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::support::{
+    lab::{Lab, Store},
+    metadata::{
+        Cloud, Fault, HOOK, INSTANCE, LIFE_CYCLE, LIFECYCLE, MAINTENANCE, MAINTENANCE_EVENT, MetadataServer, PREEMPTED,
+        REBALANCE, Reply, SCHEDULED_EVENTS, SPOT, TOKEN, azure_event, parameter, spot_notice,
+    },
+    trainer::{Finished, Running, Trainer},
+};
+
+const RUN: &str = "noticed";
+const HEARTBEAT: &str = "/?Action=RecordLifecycleActionHeartbeat";
+const COMPLETE: &str = "/?Action=CompleteLifecycleAction";
+
+/// A run that lasts until something ends it.
+fn long(lab: &Lab) -> Trainer {
+    let set = ["train.steps=1000000", "train.schedule.kind=\"constant\"", "checkpoint.every=\"100000 steps\""];
+    set.iter()
+        .fold(lab.run(RUN), |command, set| command.args(&["--set", set]))
+        .args(&["--set", "notice.spare_time=\"stop\""])
+}
+
+fn heard(running: &Running, source: &str) {
+    running.wait_for(&format!("a notice of {source}"), |event| {
+        event.kind() == "notice" && event.value["source"] == source
+    });
+}
+
+/// The steps whose `committed` record stands in a run's journal, newest last.
+fn committed(store: &std::path::Path) -> Vec<u64> {
+    let mut records: Vec<_> = std::fs::read_dir(store.join(RUN).join("journal"))
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .collect();
+    records.sort();
+    let read = |path: &std::path::PathBuf| serde_json::from_slice::<Value>(&std::fs::read(path).ok()?).ok();
+    let records = records.iter().filter_map(read).map(|entry| entry["record"].clone());
+    records.filter(|record| record["kind"] == "committed").filter_map(|record| record["step"].as_u64()).collect()
+}
+
+fn folder(lab: &Lab) -> std::path::PathBuf {
+    match &lab.store {
+        Store::File(path) => path.clone(),
+        _ => panic!("this lab's store is no folder"),
+    }
+}
+
+/// Demands that a life was interrupted with nothing lost, and that the next one carries on from that very step.
+#[track_caller]
+fn interrupted_and_resumed(lab: &Lab, life: &Finished, source: &str) {
+    assert_eq!(life.code(), Some(75), "{}", life.story());
+    let notice = life.of_kind("notice").into_iter().find(|event| event.value["source"] == source);
+    assert!(notice.is_some(), "no notice of {source}\n{}", life.story());
+    let end = life.last("interrupted");
+    let step = end.step().expect("its step");
+    assert_eq!(end.value["lost_steps"], 0, "{}", life.story());
+    let more = format!("train.steps={}", step + 3);
+    let next =
+        lab.resume(RUN).args(&["--set", &more, "--set", "train.schedule.warmup_steps=1"]).finish().expect_code(0);
+    assert_eq!(next.resumed_from(), step, "{}", next.story());
+    let steps: Vec<u64> = next.of_kind("step").iter().filter_map(|event| event.step()).collect();
+    assert_eq!(steps, (step + 1..=step + 3).collect::<Vec<_>>(), "{}", next.story());
+}
+
+fn on_aws() -> MetadataServer {
+    MetadataServer::start().only(Cloud::Aws)
+}
+
+#[test]
+fn a_spot_interruption_is_saved_for_and_resumed_from() {
+    let (lab, server) = (Lab::on_files(), on_aws());
+    // As some services have it: two minutes from each request.
+    // Without a hook nothing but the notices is asked for, and so one token is enough.
+    let running = long(&lab).args(&["--set", "notice.lifecycle_hook=\"none\""]).envs(&server.envs()).start();
+    running.wait_for_step("step", 3);
+    server.wait_for(SPOT, 3);
+    server.set(SPOT, Reply::each(|| spot_notice("terminate", 120)));
+    heard(&running, "aws-spot");
+    let life = running.finish();
+    assert_eq!(life.of_kind("notice").len(), 1, "a moving time is no new notice\n{}", life.story());
+    let deadline = life.last("notice").value["deadline_s"].as_f64().expect("a deadline");
+    assert!(deadline > 60.0 && deadline <= 120.0, "{deadline}");
+    // One token, and every path asked once at a time, never sooner than its interval after the last answer.
+    assert_eq!(server.requests_of(TOKEN).len(), 1, "tokens are kept");
+    for (path, interval_ms) in [(SPOT, 1000), (REBALANCE, 5000), (LIFECYCLE, 2000), (MAINTENANCE, 30_000)] {
+        let asked = server.requests_of(path);
+        assert!(!asked.is_empty(), "{path} was never asked");
+        for pair in asked.windows(2) {
+            let apart = pair[1].at.duration_since(pair[0].at).as_millis();
+            assert!(apart >= interval_ms, "{path} was asked again after {apart} ms");
+        }
+    }
+    interrupted_and_resumed(&lab, &life, "aws-spot");
+}
+
+#[test]
+fn a_spot_notice_whose_time_has_passed_is_a_notice() {
+    let (lab, server) = (Lab::on_files(), on_aws());
+    let running = long(&lab).envs(&server.envs()).start();
+    running.wait_for_step("step", 3);
+    server.set(SPOT, spot_notice("stop", -3600));
+    heard(&running, "aws-spot");
+    // It is withdrawn: what was heard holds.
+    server.remove(SPOT);
+    let life = running.finish();
+    assert_eq!(life.last("notice").value["deadline_s"], 0.0, "{}", life.story());
+    interrupted_and_resumed(&lab, &life, "aws-spot");
+}
+
+#[test]
+fn a_machine_on_demand_is_not_asked_about_spot_and_hears_its_group() {
+    let (lab, server) = (Lab::on_files(), on_aws());
+    server.set(LIFE_CYCLE, "on-demand");
+    server.set(SPOT, spot_notice("terminate", 120));
+    server.set_hook(Some(30));
+    server.note_posts({
+        let store = folder(&lab);
+        move || format!("{:?}", committed(&store))
+    });
+    let running = long(&lab).envs(&server.envs()).start();
+    running.wait_for_step("step", 3);
+    // The hook is found before it is needed.
+    server.wait_for("/?Action=DescribeLifecycleHooks", 1);
+    server.set(LIFECYCLE, "Terminated");
+    heard(&running, "aws-asg");
+    let life = running.finish();
+    assert!(server.requests_of(SPOT).is_empty(), "spot was asked about");
+    let left = life.last("notice").value["deadline_s"].as_f64().expect("the hook's time-out");
+    assert!(left > 0.0 && left <= 30.0, "{left}");
+    let step = life.last("interrupted").step().expect("its step");
+    let complete = server.requests_of(COMPLETE);
+    assert_eq!(complete.len(), 1, "{}", life.story());
+    assert_eq!(complete[0].note, format!("[{step}]"), "completed only after the last step was committed");
+    assert_eq!(complete[0].status, Some(200));
+    assert_eq!(parameter(&complete[0].body, "LifecycleActionResult").as_deref(), Some("CONTINUE"));
+    assert_eq!(parameter(&complete[0].body, "LifecycleHookName").as_deref(), Some(HOOK));
+    assert_eq!(parameter(&complete[0].body, "InstanceId").as_deref(), Some(INSTANCE));
+    let first_heartbeat = server.requests_of(HEARTBEAT).first().map(|asked| asked.note.clone());
+    assert_eq!(
+        first_heartbeat.as_deref(),
+        Some("[]"),
+        "the hook was kept waiting while the step was saved\n{}",
+        life.story()
+    );
+    interrupted_and_resumed(&lab, &life, "aws-asg");
+}
+
+#[test]
+fn a_recommendation_saves_and_trains_on() {
+    let (lab, server) = (Lab::on_files(), on_aws());
+    server.set(REBALANCE, r#"{"noticeTime":"2026-10-27T08:22:00Z"}"#);
+    // No checkpoint is due but the last one.
+    let every = [
+        "--set",
+        "checkpoint.every=\"1000 steps\"",
+        "--set",
+        "train.steps=400",
+        "--set",
+        "train.schedule.kind=\"constant\"",
+    ];
+    let life = lab.run(RUN).args(&every).envs(&server.envs()).finish().expect_code(0);
+    let notices = life.of_kind("notice");
+    assert_eq!(notices.len(), 1, "{}", life.story());
+    assert_eq!(
+        (&notices[0].value["source"], &notices[0].value["means"]),
+        (&json!("aws-rebalance"), &json!("rebalance"))
+    );
+    let saved = life.committed();
+    assert_eq!(saved.len(), 2, "one more than the last\n{}", life.story());
+    assert_eq!(saved.last(), Some(&400), "{}", life.story());
+    assert_eq!(life.of_kind("step").len(), 400, "{}", life.story());
+}
+
+#[test]
+fn maintenance_that_is_far_is_saved_for_and_maintenance_that_is_near_is_left_for() {
+    let at = |ahead: i64| {
+        let at = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(ahead);
+        at.strftime("%-d %b %Y %H:%M:%S GMT").to_string()
+    };
+    let event = |id: &str, ahead| {
+        json!({"EventId": id, "Code": "system-reboot", "State": "active", "NotBefore": at(ahead), "NotAfter": at(ahead + 7200),
+               "Description": "scheduled reboot"})
+    };
+    let (lab, server) = (Lab::on_files(), on_aws());
+    server.set(MAINTENANCE, json!([event("far", 86_400), event("near", 200)]));
+    let life = long(&lab).envs(&server.envs()).finish();
+    let heard: Vec<_> = life.of_kind("notice").iter().map(|event| event.value["source"].clone()).collect();
+    assert_eq!(heard, ["aws-maintenance-ahead", "aws-maintenance"], "{}", life.story());
+    interrupted_and_resumed(&lab, &life, "aws-maintenance");
+}
+
+#[test]
+fn a_preemption_on_gcp_is_saved_for_and_resumed_from() {
+    let (lab, server) = (Lab::on_files(), MetadataServer::start().only(Cloud::Gcp));
+    let running = long(&lab).envs(&server.envs()).start();
+    running.wait_for_step("step", 3);
+    // The first request, and then one that waits for a change.
+    server.wait_for(PREEMPTED, 1);
+    server.set(PREEMPTED, "TRUE");
+    heard(&running, "gcp-preempted");
+    let life = running.finish();
+    let left = life.last("notice").value["deadline_s"].as_f64().expect("a deadline");
+    assert!(left > 20.0 && left <= 30.0, "{left}");
+    assert!(server.requests_of(PREEMPTED).len() <= 3, "it waits for changes instead of asking");
+    interrupted_and_resumed(&lab, &life, "gcp-preempted");
+}
+
+#[test]
+fn maintenance_on_gcp_ends_a_run_unless_the_run_began_in_it() {
+    let (lab, server) = (Lab::on_files(), MetadataServer::start().only(Cloud::Gcp));
+    let window = [("TRAINER_PREEMPTION_WINDOW", "150".to_owned())];
+    let running = long(&lab).envs(&server.envs()).envs(&window).start();
+    server.wait_for(MAINTENANCE_EVENT, 1);
+    running.wait_for_step("step", 3);
+    server.set(MAINTENANCE_EVENT, "MIGRATE_ON_HOST_MAINTENANCE");
+    server.wait_for(MAINTENANCE_EVENT, 2);
+    server.set(MAINTENANCE_EVENT, "TERMINATE_ON_HOST_MAINTENANCE");
+    let life = running.finish().expect_code(75);
+    assert_eq!(life.of_kind("notice").len(), 1, "{}", life.story());
+    // The next process finds the announcement standing: it saves and trains on, until the machine is preempted.
+    let running = lab.resume(RUN).envs(&server.envs()).envs(&window).start();
+    heard(&running, "gcp-maintenance-ahead");
+    running.wait_for("a checkpoint", |event| event.kind() == "checkpoint");
+    server.set(PREEMPTED, "TRUE");
+    heard(&running, "gcp-preempted");
+    let life = running.finish();
+    let left = life.last("notice").value["deadline_s"].as_f64().expect("a deadline");
+    assert!(left > 120.0 && left <= 150.0, "{left}");
+    interrupted_and_resumed(&lab, &life, "gcp-preempted");
+}
+
+/// A run on Azure that is told of this event; the server's log of approvals.
+fn told_on_azure(lab: &Lab, resources: &[&str], kind: &str) -> (Finished, Vec<crate::support::metadata::Asked>) {
+    let server = MetadataServer::start().only(Cloud::Azure);
+    server.note_posts({
+        let store = folder(lab);
+        move || format!("{:?}", committed(&store))
+    });
+    let others = azure_event("others", "Preempt", 30, &["another-machine"]);
+    server.events(|events| events.push(others));
+    let running = long(lab).envs(&server.envs()).start();
+    running.wait_for_step("step", 3);
+    server.wait_for(SCHEDULED_EVENTS, 2);
+    server.events(|events| events.push(azure_event("ours", kind, 30, resources)));
+    let life = running.finish();
+    let approvals = server.requests_of(SCHEDULED_EVENTS).into_iter().filter(|asked| asked.method == "POST").collect();
+    (life, approvals)
+}
+
+#[test]
+fn an_event_on_azure_is_approved_when_the_last_step_is_committed() {
+    let lab = Lab::on_files();
+    let (life, approvals) = told_on_azure(&lab, &[INSTANCE], "Preempt");
+    let step = life.last("interrupted").step().expect("its step");
+    assert_eq!(approvals.len(), 1, "{}", life.story());
+    assert_eq!(approvals[0].note, format!("[{step}]"), "approved only after the last step was committed");
+    assert_eq!(approvals[0].body, r#"{"StartRequests":[{"EventId":"ours"}]}"#);
+    interrupted_and_resumed(&lab, &life, "azure-preempt");
+}
+
+#[test]
+fn an_event_of_several_machines_is_left_for_and_not_approved() {
+    let lab = Lab::on_files();
+    let (life, approvals) = told_on_azure(&lab, &[INSTANCE, "another-machine"], "Reboot");
+    assert!(approvals.is_empty(), "it would have begun for the other machine, too\n{}", life.story());
+    interrupted_and_resumed(&lab, &life, "azure-scheduled");
+}
+
+/// A run through a storm from its first moment to its last, on a machine of that cloud.
+fn unharmed_by(storms: &[(Cloud, Fault)]) {
+    for (cloud, fault) in storms {
+        let (lab, server) = (Lab::on_files(), MetadataServer::start().only(*cloud));
+        server.storm(*fault);
+        let life = lab.run(RUN).envs(&server.envs()).finish().expect_code(0);
+        assert!(!server.requests().is_empty(), "nobody asked");
+        assert!(life.of_kind("notice").is_empty(), "{cloud:?}, {fault:?}\n{}", life.story());
+        lab.expect_as_undisturbed(RUN, &[&life]);
+        let shown = life.stderr.lines().filter(|line| line.contains("metadata")).count();
+        assert_eq!(shown, 0, "a storm is nothing to be told of\n{}", life.story());
+    }
+}
+
+#[test]
+fn a_metadata_service_that_is_mad_from_the_first_moment_harms_nothing() {
+    unharmed_by(&[
+        (Cloud::Aws, Fault::Status(401)),
+        (Cloud::Aws, Fault::Hang),
+        (Cloud::Aws, Fault::Garbage),
+        (Cloud::Gcp, Fault::Garbage),
+        (Cloud::Azure, Fault::Close),
+    ]);
+}
+
+#[test]
+fn a_metadata_service_that_goes_mad_harms_nothing_and_is_heard_when_it_recovers() {
+    let (lab, server) = (Lab::on_files(), on_aws());
+    let running = long(&lab).envs(&server.envs()).start();
+    server.wait_for(SPOT, 1);
+    for fault in [Fault::Status(500), Fault::Garbage, Fault::Close, Fault::Status(401)] {
+        let before = server.requests_of(SPOT).len() + server.requests_of(TOKEN).len();
+        server.storm(fault);
+        while server.requests_of(SPOT).len() + server.requests_of(TOKEN).len() == before {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+    server.calm();
+    server.forget_tokens();
+    server.set(SPOT, spot_notice("terminate", 120));
+    heard(&running, "aws-spot");
+    let life = running.finish();
+    assert_eq!(life.of_kind("notice").len(), 1, "{}", life.story());
+    interrupted_and_resumed(&lab, &life, "aws-spot");
+}
+
+#[test]
+fn a_notice_that_stands_when_a_run_is_resumed_ends_it_with_nothing_lost() {
+    let (lab, server) = (Lab::on_files(), on_aws());
+    let first = long(&lab).start();
+    first.wait_for_step("step", 3);
+    first.signal(Signal::TERM);
+    let first = first.finish().expect_code(75);
+    let step = first.last("interrupted").step();
+    server.set(SPOT, spot_notice("terminate", 120));
+    let second = lab.resume(RUN).envs(&server.envs()).finish().expect_code(75);
+    let end = second.last("interrupted");
+    assert!(end.step() >= step && end.value["lost_steps"] == 0, "{}", second.story());
+    server.remove(SPOT);
+    interrupted_and_resumed(&lab, &second, "aws-spot");
+}
+
+#[test]
+fn usr1_says_that_the_machine_goes_away_and_usr2_asks_for_a_save() {
+    let lab = Lab::on_files();
+    let slurm = [("SLURM_JOB_ID", "17".to_owned())];
+    let running = long(&lab).envs(&slurm).start();
+    running.wait_for_step("step", 3);
+    running.signal(Signal::USR2);
+    heard(&running, "sigusr2");
+    let saved = running.wait_for("a checkpoint", |event| event.kind() == "checkpoint").step().expect("its step");
+    running.wait_for_step("step", saved + 2);
+    running.signal(Signal::USR1);
+    let life = running.finish();
+    let last = &life.last("notice").value;
+    assert_eq!((&last["source"], &last["means"]), (&json!("sigusr1"), &json!("interruption")));
+    assert_eq!(last["deadline_s"], 60.0, "Slurm's --signal comes a minute ahead\n{}", life.story());
+    interrupted_and_resumed(&lab, &life, "sigusr1");
+}
+
+#[test]
+fn signals_that_are_not_listened_to_end_nothing_and_sigterm_twice_leaves_at_once() {
+    let lab = Lab::on_files();
+    let window = [("TRAINER_STOP_WINDOW", "25s".to_owned())];
+    let running = long(&lab).args(&["--set", "notice.sources=[\"file\"]"]).envs(&window).start();
+    running.wait_for_step("step", 3);
+    running.signal(Signal::USR1);
+    running.signal(Signal::USR2);
+    let seen =
+        running.wait_for("a step", |event| event.kind() == "step" && event.step() > Some(6)).step().expect("its step");
+    running.wait_for_step("step", seen + 10);
+    running.signal(Signal::TERM);
+    heard(&running, "sigterm");
+    running.signal(Signal::TERM);
+    let life = running.finish();
+    assert!(matches!(life.code(), Some(75 | 76)), "{}", life.story());
+    let sources: Vec<_> = life.of_kind("notice").iter().map(|event| event.value["source"].clone()).collect();
+    assert!(sources.iter().all(|source| source == "sigterm"), "{sources:?}");
+    assert_eq!(life.of_kind("notice")[0].value["deadline_s"], 25.0, "{}", life.story());
+}
+
+#[test]
+fn a_watched_file_ends_a_run_and_not_the_next() {
+    let lab = Lab::on_files();
+    let file = format!("notice.file=\"{}\"", lab.path("leave").display());
+    let running = long(&lab).args(&["--set", &file]).start();
+    running.wait_for_step("step", 3);
+    std::fs::write(lab.path("leave"), r#"{"deadline_s": 40}"#).expect("write the watched file");
+    heard(&running, "file");
+    let life = running.finish();
+    let left = life.last("notice").value["deadline_s"].as_f64().expect("a deadline");
+    assert!(left > 20.0 && left <= 40.0, "{left}");
+    // It is still there, and the next life trains to its end.
+    interrupted_and_resumed(&lab, &life, "file");
+}
+
+#[test]
+fn drain_stops_the_generation_that_is_at_work_and_no_other() {
+    let lab = Lab::on_files();
+    let running = long(&lab).start();
+    running.wait_for_step("step", 3);
+    let asked = lab.about("drain", RUN).json().finish().expect_code(0);
+    let life = running.finish();
+    let answer = &asked.events.last().expect("its answer").value;
+    let step = life.last("interrupted").step().expect("its step");
+    assert_eq!((&answer["state"], &answer["step"]), (&json!("interrupted"), &json!(step)), "{}", asked.story());
+    assert_eq!((&answer["lost_steps"], &answer["asked_before"]), (&json!(0), &json!(false)), "{}", asked.story());
+    assert_eq!(lab.keys(RUN, "drains/"), ["drains/g0001.json"]);
+    // What has stopped can't be asked to stop, and what is resumed is not stopped by the old request.
+    let again = lab.about("drain", RUN).finish().expect_code(64);
+    assert!(again.stderr.contains("is not running: it is interrupted"), "{}", again.story());
+    interrupted_and_resumed(&lab, &life, "drain");
+    let over = lab.about("drain", RUN).finish().expect_code(64);
+    assert!(over.stderr.contains("is not running: it is completed"), "{}", over.story());
+    lab.about("prune", RUN).args(&["--keep-last", "1"]).finish().expect_code(0);
+    assert_eq!(lab.keys(RUN, "drains/"), ["drains/g0001.json"], "the request is no rubbish");
+}
+
+#[test]
+fn drain_does_not_wait_if_it_is_told_so_and_refuses_the_dead() {
+    let lab = Lab::on_files();
+    let missing = lab.about("drain", RUN).finish();
+    assert_ne!(missing.code(), Some(0), "{}", missing.story());
+    let running = long(&lab).start();
+    running.wait_for_step("step", 3);
+    for before in [false, true] {
+        let asked = lab.about("drain", RUN).args(&["--no-wait"]).json().finish().expect_code(0);
+        let answer = &asked.events.last().expect("its answer").value;
+        assert_eq!(answer["asked_before"], before, "{}", asked.story());
+    }
+    let life = running.finish().expect_code(75);
+    assert_eq!(life.last("notice").value["means"], "stop", "{}", life.story());
+    let killed = lab.resume(RUN).start();
+    killed.wait_for("a step", |event| event.kind() == "step");
+    killed.power_off();
+    let dead = lab.about("drain", RUN).finish().expect_code(64);
+    assert!(dead.stderr.contains("has gone without a word"), "{}", dead.story());
+}
+
+#[test]
+fn the_hook_is_found_through_calls_when_the_machine_has_no_tags() {
+    let (lab, server) = (Lab::on_files(), on_aws());
+    server.remove("/latest/meta-data/tags/instance/aws:autoscaling:groupName");
+    server.set(LIFECYCLE, "Terminated");
+    let life = long(&lab).envs(&server.envs()).finish();
+    assert_eq!(server.requests_of("/?Action=DescribeAutoScalingInstances").len(), 1, "{}", life.story());
+    assert_eq!(server.requests_of(COMPLETE).len(), 1, "{}", life.story());
+    // Signed with the role's credentials, which came from the metadata service.
+    let signed = &server.requests_of(COMPLETE)[0].headers["authorization"];
+    assert!(signed.contains("ASIATEST") && signed.contains("us-east-1"), "{signed}");
+    assert_eq!(life.code(), Some(75), "{}", life.story());
+}

@@ -494,3 +494,27 @@ fn datasets_are_kept_on_the_local_disk_of_the_machine() {
     let kept = std::fs::read_dir(disk.join("trainer/datasets")).expect("the cache").count();
     assert!(kept > 0 && !lab.path("cache/trainer/datasets").exists(), "{kept} entries on the disk");
 }
+
+#[test]
+fn what_the_run_says_of_its_store_holds_on_every_machine() {
+    let lab = Lab::on_s3();
+    let uri = lab.uri();
+    let more = ["--set", "storage.encryption=sse-s3", "--set", "train.steps=100000"];
+    let lives = [
+        boot(&lab, &["run.toml", "--run-id", "kept"]).args(&more),
+        boot(&lab, &["--run-id", "kept", "--store", &uri]),
+        lab.resume("kept"),
+    ];
+    let mut generations = Vec::new();
+    for life in lives {
+        let life = life.start();
+        life.wait_for("checkpoint event", |event| event.kind() == "checkpoint");
+        life.signal(Signal::TERM);
+        let life = life.finish().expect_code(75);
+        let newest = lab.newest_checkpoint("kept");
+        let asked = lab.server().asked(&format!("runs/kept/{newest}/manifest.json"), "PutObject").expect("a put");
+        assert_eq!(asked.encryption.as_deref(), Some("AES256"), "{newest}\n{}", life.story());
+        generations.push(newest.rsplit_once("-g").expect("its generation").1.to_owned());
+    }
+    assert_eq!(generations, ["0001", "0002", "0003"], "each life has made a checkpoint");
+}

@@ -89,6 +89,7 @@ mod tests {
             (8, true, 8, Duration::ZERO, Verdict::Ready),
             (8, false, 8, LONG, Verdict::Wait),
             (8, true, 2, Duration::ZERO, Verdict::Wait),
+            (8, true, 7, Duration::ZERO, Verdict::Wait),
             (8, true, 2, LONG, Verdict::Some),
             // The bus of the machine may be hidden from a container.
             (0, true, 2, Duration::ZERO, Verdict::Ready),

@@ -17,7 +17,7 @@
 //! Nothing is stored outside the run's own journal. Two machines that boot with one run id at once both try to create it; one
 //! succeeds, the other resumes. One of them trains; the other stands by, its data fetched, watches the heartbeat, and takes
 //! over when that stops: this is what a group does that starts the replacement before it ends the machine that is
-//! replaced. A second boot of a run that is complete finds so and does what `on_complete` says. A kill at any instant leaves
+//! replaced. A second boot of a run that is complete finds so, waits for no device, and does what `on_complete` says. A kill at any instant leaves
 //! what the agent leaves.
 //!
 //! # Errors
@@ -43,7 +43,7 @@ use crate::{
     config::{self, Effect, StorageConfig},
     error::{Error, Kind, Result},
     ids::RunId,
-    journal::{Entry, MAX_ENTRY, Record},
+    journal::{self, Entry, MAX_ENTRY, Outcome, Record},
     layout,
     storage::{StorageError, Store},
 };
@@ -191,7 +191,8 @@ pub fn store(settings: &Layer, working_directory: &Path) -> Result<Option<Given<
     Ok(Some(Given { value, origin: given.origin.clone() }))
 }
 
-/// How the run's store is to be used, if the run exists: as the configuration says that it was created with.
+/// How the run's store is to be used, if the run exists: as the configuration says that it was created with. It needs no more than the
+/// journal's first record.
 pub async fn existing(store: &Store, run_id: &RunId) -> Result<Option<StorageConfig>> {
     match store.folder(run_id.as_str()).get(&layout::journal_entry(0), MAX_ENTRY).await {
         Ok(body) => match Entry::decode(&body).map(|entry| entry.record) {
@@ -202,6 +203,12 @@ pub async fn existing(store: &Store, run_id: &RunId) -> Result<Option<StorageCon
         Err(StorageError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether the run's journal says that it is complete.
+pub async fn is_complete(store: &Store, run_id: &RunId) -> Result<bool> {
+    let state = journal::replay(&store.folder(run_id.as_str()), run_id).await?;
+    Ok(matches!(state.outcome(), Outcome::Completed { .. }))
 }
 
 /// The changed settings that a run that exists can take. What it keeps for life was set when it was created: on a machine that

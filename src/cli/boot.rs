@@ -46,7 +46,7 @@ A run that exists is resumed with the settings it was created with, and those th
 changes nothing. A run that is complete is left alone. Two machines may boot one run: one trains, the other stands by and takes over \
 when the first is gone. When the run is complete, on_complete.action says what becomes of the machine.
 
-Datasets are kept on a mounted instance store (NVMe) where there is one, else in the user's cache.
+Datasets are kept on a mounted instance store (NVMe) where there is one, else in the user's cache. TRAINER_HOST_ROOT names the folder of the machine's /sys, /proc and /dev, for a container that has them elsewhere.
 Exit codes beside those of `trainer run`: 78 nothing to do was found or it is wrong, 77 not permitted, 69 not reachable or no GPU driver \
 (start again), 79 another machine still has the run after --standby.")]
 pub struct Boot {
@@ -124,7 +124,7 @@ impl Boot {
                 Begin::Resume { from: None, overrides }
             }
         };
-        self.await_devices(&mut steps)?;
+        self.await_devices(&store, &run_id, &begin, &mut steps)?;
         let cache = boot::cache(&hardware::root());
         if let Some(folder) = &cache {
             steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
@@ -178,7 +178,7 @@ impl Boot {
         Ok(config::load(&sources)?)
     }
 
-    fn await_devices(&self, steps: &mut Steps) -> Result<()> {
+    fn await_devices(&self, store: &Store, run_id: &RunId, begin: &Begin, steps: &mut Steps) -> Result<()> {
         let root = hardware::root();
         let hidden = std::env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|list| matches!(list.trim(), "" | "-1"));
         if !cfg!(torch_cuda) || hidden {
@@ -189,15 +189,32 @@ impl Boot {
             }
             return Ok(());
         }
-        if let Some(what) = store::block_on(boot::wait_for_devices(&root, self.device_wait))? {
+        let wait = |limit| store::block_on(boot::wait_for_devices(&root, limit));
+        let ready = match wait(Duration::ZERO) {
+            Ok(ready) => ready,
+            // A machine with nothing to do needs no device, and must not stay on for want of one.
+            Err(_) if is_idle(store, run_id, begin)? => return Ok(()),
+            Err(_) => wait(self.device_wait)?,
+        };
+        if let Some(what) = ready {
             steps.done(what);
         }
         Ok(())
     }
 }
 
+/// Whether the run is complete and given no more steps.
+fn is_idle(store: &Store, run_id: &RunId, begin: &Begin) -> Result<bool> {
+    match begin {
+        Begin::Resume { overrides, .. } if overrides.iter().all(|(key, _)| key != "train.steps") => {
+            store::block_on(boot::is_complete(store, run_id))
+        }
+        _ => Ok(false),
+    }
+}
+
 /// The store, opened as the run's own configuration says, if the run exists there.
-fn find(uri: &str, settings: &config::StorageConfig, run_id: &RunId) -> Result<Option<Store>> {
+pub(super) fn find(uri: &str, settings: &config::StorageConfig, run_id: &RunId) -> Result<Option<Store>> {
     let store = Store::open(uri, settings)?;
     let doing = || format!("look for run {run_id} in {}", store.uri());
     match store::block_on(boot::existing(&store, run_id)).context(doing())? {

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{
     args::{JsonArg, RunArg, SetArg, Workers, WorkersArg},
-    run,
+    boot, run, store,
 };
 use crate::{agent::Begin, error::Result, ids::Step, report::Screen};
 
@@ -40,6 +40,8 @@ impl Resume {
         let begin = Begin::Resume { from: self.from, overrides: self.set.set };
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
         let store = self.run.store.open()?;
+        // What the run's configuration says of its store (encryption, storage class, limits) holds for its whole life.
+        let store = boot::find(&store.uri(), &store::LIMITS, &self.run.run_id)?.unwrap_or(store);
         run::launch(screen, JsonArg { json: self.json }, store, self.run.run_id, begin, nproc_per_node)
     }
 }

@@ -6,7 +6,10 @@
 
 use std::{fmt, time::Duration};
 
-use aws_sdk_ssm::{Client, config::timeout::TimeoutConfig};
+use aws_sdk_ssm::{
+    Client,
+    config::{retry::RetryConfig, timeout::TimeoutConfig},
+};
 
 use super::aws;
 use crate::error::{Error, Kind, Result};
@@ -19,9 +22,11 @@ const MAX_PAGES: usize = 200;
 const MAX_PARAMETERS: usize = 500;
 /// Bytes of all values together. One value has at most 8 KiB.
 const MAX_BYTES: usize = 1 << 20;
-/// For one request, and for one with all of the SDK's own retries.
+/// For one request, and for one with all of the SDK's own retries (with jitter): on a machine that comes up, so does its network.
 const ATTEMPT: Duration = Duration::from_secs(5);
-const OPERATION: Duration = Duration::from_secs(25);
+const OPERATION: Duration = Duration::from_secs(30);
+const ATTEMPTS: u32 = 6;
+const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 
 /// A text that is shown to nobody: neither `Debug` nor a log line gives it away.
 #[derive(Clone, PartialEq, Eq)]
@@ -59,7 +64,9 @@ pub async fn parameters(path: &str) -> Result<Vec<Parameter>> {
     let path = checked(path)?;
     let doing = format!("read parameters below {path}");
     let timeouts = TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT).operation_timeout(OPERATION).build();
-    let config = aws_sdk_ssm::config::Builder::from(aws::config().await).timeout_config(timeouts).build();
+    let retries = RetryConfig::standard().with_max_attempts(ATTEMPTS).with_max_backoff(LONGEST_PAUSE);
+    let config = aws_sdk_ssm::config::Builder::from(aws::config().await);
+    let config = config.timeout_config(timeouts).retry_config(retries).build();
     let client = Client::from_conf(config);
     let mut found = Vec::new();
     let (mut bytes, mut next) = (0, None);

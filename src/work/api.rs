@@ -5,7 +5,7 @@
 //! 408, 425, 429, 5xx and no answer at all are tried again with the same key; everything else is a refusal, logged and not repeated.
 //!
 //! Reports leave in order, one at a time, from a task of their own: training never waits for them, and a failing API costs log lines. Of
-//! progress that could not be sent only the newest is kept; every other report is tried for [`KEPT`]. What is still unsent when the
+//! progress that could not be sent only the newest is kept; every other report is tried for ten minutes. What is still unsent when the
 //! process ends is lost: the run's journal, not the API, is the record. A crash may repeat a report under another claim; `started` and
 //! `completed` may come several times for one run, and mean the same each time.
 //!

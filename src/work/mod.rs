@@ -20,6 +20,7 @@ pub mod api;
 pub mod handover;
 pub mod job;
 pub mod lease;
+mod tracker;
 
 use std::{
     path::Path,
@@ -27,8 +28,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use jiff::Timestamp;
-use rustix::process::{Signal, getpid, kill_process};
 use serde::Serialize;
 use tokio::{
     runtime::Runtime,
@@ -37,10 +36,11 @@ use tokio::{
 };
 
 use self::{
-    api::{Api, Facts, Report, Reports, Stage},
+    api::{Api, Facts, Reports, Stage},
     handover::{Carried, End, INTERRUPTIONS, STEP, Settle, made_progress, settle},
     job::{Job, Source},
     lease::{Hold, Holder, Terms, lock},
+    tracker::{Head, Tracker},
 };
 use crate::{
     agent::{self, Begin, Launch, Manner, Outcome},
@@ -53,12 +53,10 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
     journal::{self, JournalError},
-    report::{Event, Listener, Reporter},
+    report::{Listener, Reporter},
     storage::Store,
 };
 
-/// Progress is reported no more often, but for checkpoints.
-const PROGRESS: Duration = Duration::from_secs(30);
 /// How long the last reports are waited for when the worker leaves.
 const LAST_REPORTS: Duration = Duration::from_secs(15);
 /// The same when the machine may be about to go away.
@@ -380,22 +378,17 @@ impl Worker<'_> {
         tracing::info!(run = name, received = times, interruptions = carried.interruptions, "job received");
 
         let carried = Arc::new(Mutex::new(carried));
-        let tracker = Arc::new(Mutex::new(Tracker {
-            reports: self.reports.clone(),
-            head: Head {
+        let tracker = Arc::new(Mutex::new(Tracker::new(
+            self.reports.clone(),
+            Head {
                 run_id: run_id.clone(),
                 message_id: message.id.clone(),
                 claim: random_hex(8),
                 received: message.received,
             },
-            carried: Arc::clone(&carried),
-            heard: self.heard.clone(),
-            facts: Facts::default(),
-            sequence: 0,
-            listening: false,
-            started: false,
-            last: None,
-        }));
+            Arc::clone(&carried),
+            self.heard.clone(),
+        )));
         let (turn, hold) = match Job::parse(&message.body) {
             Err(error) => {
                 let turn = Turn::new(End::Unintelligible, State::Failed, Kind::Config.exit_code());
@@ -585,97 +578,5 @@ impl Worker<'_> {
         if let Err(error) = done {
             tracing::warn!("message is seen again when its lease ends: {error}");
         }
-    }
-}
-
-/// What all reports of a turn have in common.
-struct Head {
-    run_id: Option<RunId>,
-    message_id: String,
-    claim: String,
-    received: u32,
-}
-
-/// Hears a run and makes reports of it.
-struct Tracker {
-    reports: Reports,
-    head: Head,
-    carried: Arc<Mutex<Carried>>,
-    heard: watch::Receiver<u32>,
-    facts: Facts,
-    sequence: u64,
-    /// The agent has begun to listen for signals.
-    listening: bool,
-    started: bool,
-    /// When progress was last reported.
-    last: Option<Instant>,
-}
-
-impl Tracker {
-    fn hear(&mut self, event: &Event, now: Instant) {
-        // The agent's first event comes after it has begun to listen. What came before, only this worker has heard.
-        if !std::mem::replace(&mut self.listening, true) && *self.heard.borrow() > 0 {
-            let _ = kill_process(getpid(), Signal::TERM);
-        }
-        match event {
-            Event::Formed { resume_step, total_steps, .. } => {
-                self.facts.total_steps = Some(*total_steps);
-                self.facts.step = Some(resume_step.map_or(0, |step| step.get()));
-                self.facts.checkpoint = resume_step.map(|step| step.get());
-                if !std::mem::replace(&mut self.started, true) {
-                    self.report(Stage::Started);
-                }
-            }
-            Event::Step { step, loss, tokens_per_s, .. } => {
-                self.facts.step = Some(step.get());
-                self.facts.loss = Some(*loss).filter(|loss| loss.is_finite());
-                self.facts.tokens_per_s = Some(*tokens_per_s);
-                if self.last.is_none_or(|last| now.duration_since(last) >= PROGRESS) {
-                    self.progress(now);
-                }
-            }
-            Event::Checkpoint { step, .. } => {
-                self.facts.checkpoint = Some(step.get());
-                lock(&self.carried).step = step.get();
-                self.progress(now);
-            }
-            Event::Interrupted { step, lost_steps } => {
-                self.facts.step = Some(step.get());
-                self.facts.lost_steps = Some(*lost_steps);
-            }
-            Event::Completed { step, loss } => {
-                self.facts.step = Some(step.get());
-                self.facts.loss = Some(*loss).filter(|loss| loss.is_finite());
-            }
-            _ => {}
-        }
-    }
-
-    fn progress(&mut self, now: Instant) {
-        self.last = Some(now);
-        self.report(Stage::Progress);
-    }
-
-    fn end(&mut self, stage: Stage, reason: Option<String>, code: u8) {
-        self.facts.reason = reason;
-        self.facts.exit_code = Some(code);
-        self.facts.tokens_per_s = None;
-        self.report(stage);
-    }
-
-    fn report(&mut self, event: Stage) {
-        let Head { run_id, message_id, claim, received } = &self.head;
-        self.reports.send(Report {
-            event,
-            run_id: run_id.clone(),
-            message_id: message_id.clone(),
-            claim: claim.clone(),
-            sequence: self.sequence,
-            at: Timestamp::now(),
-            received: *received,
-            interruptions: lock(&self.carried).interruptions,
-            facts: self.facts.clone(),
-        });
-        self.sequence += 1;
     }
 }

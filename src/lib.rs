@@ -15,6 +15,7 @@
 #![warn(missing_docs)]
 
 pub mod cli;
+pub mod work;
 pub mod boot;
 pub mod agent;
 pub mod rendezvous;

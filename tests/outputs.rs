@@ -111,6 +111,7 @@ fn help_names_every_command() {
     for command in [
         "run",
         "resume",
+        "work",
         "runs",
         "status",
         "checkpoints",
@@ -119,6 +120,7 @@ fn help_names_every_command() {
         "export",
         "generate",
         "prune",
+        "doctor",
         "simulate",
         "data",
         "completions",

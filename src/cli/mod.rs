@@ -7,6 +7,7 @@ mod boot;
 mod checkpoints;
 mod completions;
 mod data;
+mod doctor;
 mod drain;
 mod explain;
 mod export;
@@ -21,6 +22,7 @@ mod simulate;
 mod status;
 mod store;
 mod verify;
+mod work;
 
 use std::{ffi::OsString, panic, process::ExitCode};
 
@@ -50,6 +52,7 @@ enum Command {
     Run(run::Run),
     Resume(resume::Resume),
     Boot(Box<boot::Boot>),
+    Work(work::Work),
     Runs(runs::Runs),
     Status(status::Status),
     Checkpoints(checkpoints::Checkpoints),
@@ -59,6 +62,7 @@ enum Command {
     Export(export::Export),
     Generate(generate::Generate),
     Prune(prune::Prune),
+    Doctor(doctor::Doctor),
     Simulate(Box<simulate::Simulate>),
     #[command(subcommand)]
     Data(data::Data),
@@ -100,7 +104,9 @@ fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
         }
     };
     let screen = match cli.command {
-        Command::Run(_) | Command::Resume(_) | Command::Boot(_) | Command::Data(_) => Screen::stderr(),
+        Command::Run(_) | Command::Resume(_) | Command::Boot(_) | Command::Work(_) | Command::Data(_) => {
+            Screen::stderr()
+        }
         _ => Screen::plain(),
     };
     init_logging(&screen);
@@ -123,6 +129,7 @@ impl Command {
             Self::Run(command) => command.execute(screen),
             Self::Resume(command) => command.execute(screen),
             Self::Boot(command) => command.execute(screen),
+            Self::Work(command) => command.execute(screen),
             Self::Runs(command) => command.execute(),
             Self::Status(command) => command.execute(),
             Self::Checkpoints(command) => command.execute(),
@@ -132,6 +139,7 @@ impl Command {
             Self::Export(command) => command.execute(),
             Self::Generate(command) => command.execute(),
             Self::Prune(command) => command.execute(),
+            Self::Doctor(command) => command.execute(),
             Self::Simulate(command) => command.execute(),
             Self::Data(command) => command.execute(&screen),
             Self::Completions(command) => command.execute(),

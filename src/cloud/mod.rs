@@ -14,5 +14,7 @@ pub mod leave;
 pub mod lifecycle;
 pub mod metadata;
 pub mod power;
+pub mod quota;
 pub mod region;
+pub mod sqs;
 pub mod ssm;

@@ -22,7 +22,7 @@ mod file;
 mod gcp;
 mod poll;
 mod signal;
-mod window;
+pub mod window;
 
 use std::{
     collections::{HashMap, HashSet},

@@ -29,6 +29,9 @@ enum Message {
     Finish(mpsc::SyncSender<()>),
 }
 
+/// Hears every event, on the reporter's thread; it must not wait.
+pub type Listener = Box<dyn FnMut(&Event) + Send>;
+
 /// Where events go. Cheap to clone, usable from any thread.
 #[derive(Clone)]
 pub struct Reporter {
@@ -49,8 +52,18 @@ impl Reporter {
 
     /// Shows events on `screen`, and writes JSON lines to `json`.
     pub fn with_output(screen: Screen, json: Option<Box<dyn Write + Send>>) -> Self {
+        Self::start(screen, json, Box::new(|_| {}))
+    }
+
+    /// [`Reporter::new`], whose events `listener` hears, too.
+    pub fn with_listener(screen: Screen, json: bool, listener: Listener) -> Self {
+        Self::start(screen, json.then(|| Box::new(std::io::stdout()) as Box<dyn Write + Send>), listener)
+    }
+
+    fn start(screen: Screen, json: Option<Box<dyn Write + Send>>, listener: Listener) -> Self {
         let (sender, receiver) = mpsc::channel();
-        let drawn = std::thread::Builder::new().name("report".into()).spawn(move || draw(&receiver, screen, json));
+        let draw = move || draw(&receiver, screen, json, listener);
+        let drawn = std::thread::Builder::new().name("report".into()).spawn(draw);
         if let Err(error) = drawn {
             // A machine that is out of threads has other worries: train on unseen.
             tracing::warn!(%error, "can't start the thread that shows progress");
@@ -78,7 +91,12 @@ impl Reporter {
     }
 }
 
-fn draw(receiver: &mpsc::Receiver<Message>, screen: Screen, mut json: Option<Box<dyn Write + Send>>) {
+fn draw(
+    receiver: &mpsc::Receiver<Message>,
+    screen: Screen,
+    mut json: Option<Box<dyn Write + Send>>,
+    mut listener: Listener,
+) {
     let start = Instant::now();
     let mut bars = screen.is_live().then(|| Bars::new(screen.clone()));
     let mut lines = Lines::new(bars.is_none());
@@ -93,6 +111,7 @@ fn draw(receiver: &mpsc::Receiver<Message>, screen: Screen, mut json: Option<Box
             }
         };
         summary.add(&event);
+        listener(&event);
         if let Some(output) = &mut json
             && let Err(error) = write_json(output, &event)
         {

@@ -3,7 +3,7 @@
 //! One code path serves `s3://`, `gs://`, `az://`, `file://` and `memory://`; `open` turns a URI into a backend, `retry`
 //! decides what is tried again, `upload` writes large objects in parts (`signed` on S3, `local` on disks), `download` reads ranges into
 //! memory, `pace` and `gate` find how many requests a store takes at once, `cap` bounds bandwidth, `pool` has threads apart from the caller's,
-//! `probe` finds out whether create-once puts are atomic. Keys are relative to a [`Store`] (a whole store or a folder of one) and use `/`.
+//! `probe` finds out whether create-once puts are atomic, `examine` what else a place allows. Keys are relative to a [`Store`] (a whole store or a folder of one) and use `/`.
 //!
 //! Invariants
 //! - An object appears whole or not at all. On `file://` it is written beside its place, synced, and then linked or
@@ -28,6 +28,7 @@ mod cap;
 mod crc;
 mod download;
 mod error;
+mod examine;
 mod gate;
 mod local;
 mod open;
@@ -74,6 +75,7 @@ use self::{
 pub use self::{
     crc::{Crc64, InvalidCrc64},
     error::StorageError,
+    examine::AbortRule,
     s3::StoredObject,
     unfinished::Unfinished,
 };

@@ -49,13 +49,18 @@ pub(super) enum Large {
 }
 
 /// What the store says of a part.
-enum Part {
+pub(super) enum Part {
     S3(TakenPart),
     Other(PartId),
 }
 
 impl Large {
-    async fn begin(&self, path: &Path) -> object_store::Result<String> {
+    /// Whether objects are written in one piece, by position.
+    pub(super) const fn is_file(&self) -> bool {
+        matches!(self, Self::File(_))
+    }
+
+    pub(super) async fn begin(&self, path: &Path) -> object_store::Result<String> {
         match self {
             Self::S3(s3) => s3.begin(path).await,
             Self::Parts(store) => store.create_multipart(path).await,
@@ -63,7 +68,14 @@ impl Large {
         }
     }
 
-    async fn part(&self, path: &Path, id: &str, index: usize, body: Bytes, crc: Crc64) -> object_store::Result<Part> {
+    pub(super) async fn part(
+        &self,
+        path: &Path,
+        id: &str,
+        index: usize,
+        body: Bytes,
+        crc: Crc64,
+    ) -> object_store::Result<Part> {
         match self {
             Self::S3(s3) => s3.part(path, id, index, body, crc).await.map(Part::S3),
             Self::Parts(store) => {

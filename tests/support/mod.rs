@@ -1,4 +1,5 @@
 //! What the tests lean on. `s3` and `moto` stand alone: others include them too.
+pub mod job_api;
 pub mod lab;
 pub mod memory;
 pub mod metadata;

@@ -50,11 +50,22 @@ pub struct Rules {
     pub keeps_checksums: bool,
     /// `ListMultipartUploads` is answered with 403.
     pub deny_upload_list: bool,
+    /// `AbortMultipartUpload` is answered with 403.
+    pub deny_abort: bool,
+    /// A lifecycle rule for the whole bucket aborts unfinished uploads after so many days.
+    pub abort_after_days: Option<i32>,
 }
 
 impl Default for Rules {
     fn default() -> Self {
-        Self { deny_writes: false, create_once: CreateOnce::default(), keeps_checksums: true, deny_upload_list: false }
+        Self {
+            deny_writes: false,
+            create_once: CreateOnce::default(),
+            keeps_checksums: true,
+            deny_upload_list: false,
+            deny_abort: false,
+            abort_after_days: None,
+        }
     }
 }
 
@@ -704,7 +715,10 @@ impl S3 for Service {
         &self,
         req: S3Request<AbortMultipartUploadInput>,
     ) -> S3Result<S3Response<AbortMultipartUploadOutput>> {
-        self.enter("AbortMultipartUpload", &req.input.bucket, true)?;
+        let rules = self.enter("AbortMultipartUpload", &req.input.bucket, true)?;
+        if rules.deny_abort {
+            return Err(s3_error!(AccessDenied, "not this"));
+        }
         let gone = self.lock().uploads.remove(&req.input.upload_id);
         gone.map(|_| S3Response::new(AbortMultipartUploadOutput::default())).ok_or_else(|| s3_error!(NoSuchUpload))
     }
@@ -768,6 +782,27 @@ impl S3 for Service {
             uploads: Some(uploads.collect()),
             ..Default::default()
         }))
+    }
+
+    async fn get_bucket_lifecycle_configuration(
+        &self,
+        req: S3Request<GetBucketLifecycleConfigurationInput>,
+    ) -> S3Result<S3Response<GetBucketLifecycleConfigurationOutput>> {
+        let rules = self.enter("GetBucketLifecycleConfiguration", &req.input.bucket, false)?;
+        let days = rules.abort_after_days.ok_or_else(|| s3_error!(NoSuchLifecycleConfiguration))?;
+        let abort = AbortIncompleteMultipartUpload { days_after_initiation: Some(days) };
+        let rule = LifecycleRule {
+            abort_incomplete_multipart_upload: Some(abort),
+            filter: Some(LifecycleRuleFilter { prefix: Some(String::new()), ..Default::default() }),
+            id: Some("abort".into()),
+            status: ExpirationStatus::from_static(ExpirationStatus::ENABLED),
+            expiration: None,
+            noncurrent_version_expiration: None,
+            noncurrent_version_transitions: None,
+            prefix: None,
+            transitions: None,
+        };
+        Ok(S3Response::new(GetBucketLifecycleConfigurationOutput { rules: Some(vec![rule]), ..Default::default() }))
     }
 
     async fn head_bucket(&self, req: S3Request<HeadBucketInput>) -> S3Result<S3Response<HeadBucketOutput>> {

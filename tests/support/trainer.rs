@@ -245,6 +245,22 @@ impl Running {
         }
         false
     }
+    /// Waits until stderr says this.
+    #[track_caller]
+    pub fn wait_until_said(&self, text: &str) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let heard = hear(&self.ear);
+            if heard.stderr.contains(text) {
+                return;
+            }
+            let over = heard.closed || Instant::now() > deadline;
+            assert!(!over, "trainer did not say {text:?}\n{}", story(&self.shown, &heard));
+            // Lines of stderr ring no bell.
+            drop(heard);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
     /// Sends the agent a signal.
     pub fn signal(&self, signal: Signal) {
         // The error is that it has gone already, and then the test finds out from its exit code.
@@ -376,7 +392,7 @@ fn story(shown: &str, heard: &Heard) -> String {
 }
 
 /// A binary that has ended.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Finished {
     status: ExitStatus,
     /// What `--json` said, in order.

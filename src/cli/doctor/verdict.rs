@@ -1,0 +1,430 @@
+//! What a finding means: pure functions, from what was seen to a line with a verdict and what to do.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::{
+    cloud::{hardware::Gpus, quota::Family},
+    error::{Error, Kind},
+    notice::window::Surroundings,
+    report::human,
+    storage::AbortRule,
+};
+
+/// How a check came out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Verdict {
+    /// As it should be.
+    Ok,
+    /// It works, and could hurt.
+    Warn,
+    /// A run would fail, or lose what it should not.
+    Fail,
+    /// There is nothing to check here, or no way to.
+    Skipped,
+}
+
+/// One line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Line {
+    /// What was looked at.
+    pub check: &'static str,
+    /// How it came out.
+    pub verdict: Verdict,
+    /// What was found.
+    pub found: String,
+    /// What to do about it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub todo: Option<String>,
+    /// Of a failure: whose affair it is.
+    #[serde(skip)]
+    pub kind: Option<Kind>,
+}
+
+impl Line {
+    pub fn ok(check: &'static str, found: impl Into<String>) -> Self {
+        Self { check, verdict: Verdict::Ok, found: found.into(), todo: None, kind: None }
+    }
+
+    pub fn skipped(check: &'static str, found: impl Into<String>) -> Self {
+        Self { verdict: Verdict::Skipped, ..Self::ok(check, found) }
+    }
+
+    pub fn warn(check: &'static str, found: impl Into<String>, todo: impl Into<String>) -> Self {
+        Self { verdict: Verdict::Warn, todo: Some(todo.into()), ..Self::ok(check, found) }
+    }
+
+    pub fn fail(check: &'static str, kind: Kind, found: impl Into<String>, todo: impl Into<String>) -> Self {
+        Self { verdict: Verdict::Fail, kind: Some(kind), ..Self::warn(check, found, todo) }
+    }
+
+    /// An error is a failure; its hint is what to do.
+    pub fn error(check: &'static str, error: &Error) -> Self {
+        let todo = error.hint().map(str::to_owned);
+        Self { todo, ..Self::fail(check, error.kind(), error.to_string(), "") }
+    }
+}
+
+/// The exit code: 0, or that of the worst failure. What must be put right by hand before anything can work comes first; what may
+/// heal by itself last.
+pub(super) fn exit_code(lines: &[Line]) -> u8 {
+    let failed = lines.iter().filter(|line| line.verdict == Verdict::Fail).filter_map(|line| line.kind);
+    let rank = |kind: &Kind| match kind {
+        Kind::Config | Kind::Usage | Kind::Data | Kind::Bug | Kind::Fenced => 2,
+        Kind::Permission => 1,
+        Kind::Unavailable | Kind::Interrupted | Kind::InterruptedWithLoss => 0,
+    };
+    failed.max_by_key(rank).map_or(0, |kind| match rank(&kind) {
+        2 => Kind::Config.exit_code(),
+        1 => Kind::Permission.exit_code(),
+        _ => Kind::Unavailable.exit_code(),
+    })
+}
+
+/// The machine's GPUs, what the driver shows of them, and what LibTorch can use.
+pub(super) fn devices(seen: Gpus, cuda_build: bool, usable: u32) -> Line {
+    const CHECK: &str = "devices";
+    let gpus = |count: usize| human::plural(count as u64, "GPU");
+    let present = seen.on_the_bus.max(seen.device_files);
+    if usable > 0 && usize::try_from(usable).is_ok_and(|usable| usable >= seen.device_files) {
+        return Line::ok(CHECK, format!("{} for LibTorch", gpus(usable as usize)));
+    }
+    if present == 0 {
+        return Line::ok(CHECK, "no GPU: workers compute on the CPU");
+    }
+    if !cuda_build {
+        let found = format!("{}, but this build has no CUDA", gpus(present));
+        return Line::warn(CHECK, found, "build with LIBTORCH naming a LibTorch for CUDA: scripts/setup");
+    }
+    if !seen.driver || seen.device_files == 0 {
+        let found = format!("{} on the bus, but no driver is loaded, or no device file is here", gpus(present));
+        let todo = "install the NVIDIA driver; in a container, start it with --gpus all";
+        return Line::fail(CHECK, Kind::Config, found, todo);
+    }
+    let found = format!("{}, of which LibTorch can use {usable}", gpus(present));
+    Line::fail(CHECK, Kind::Config, found, "see nvidia-smi; the driver may be too old for this LibTorch")
+}
+
+/// Bytes that the host needs: two snapshot slots of the whole state, and on a CPU the workers' own state and work space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Need {
+    /// Bytes of one snapshot.
+    pub state: u64,
+    /// Bytes of all workers on this host's memory.
+    pub workers: u64,
+}
+
+/// Bytes of work space that a process with LibTorch takes on a CPU.
+const WORK_SPACE: u64 = 512 << 20;
+
+/// What a model of so many parameters needs: moments and fp32 weights are 12 bytes a parameter, with bf16 the weights beside them 2 more;
+/// gradients are as large as the weights that they are of.
+pub(super) fn need(parameters: u64, bf16: bool, workers: u32, on_cpu: bool) -> Need {
+    let weights = if bf16 { 2 } else { 4 };
+    let state = parameters.saturating_mul(if bf16 { 14 } else { 12 });
+    let each = state.saturating_add(parameters.saturating_mul(weights)).saturating_add(WORK_SPACE);
+    Need { state, workers: if on_cpu { each.saturating_mul(workers.into()) } else { 0 } }
+}
+
+/// Whether `available` bytes of memory are enough.
+pub(super) fn memory(need: Need, available: u64) -> Line {
+    const CHECK: &str = "memory";
+    let slots = need.state.saturating_mul(2);
+    let all = slots.saturating_add(need.workers);
+    let workers = match need.workers {
+        0 => String::new(),
+        bytes => format!(", {} for workers", human::bytes(bytes)),
+    };
+    let found = format!(
+        "{} available; a run takes about {}: {} for two snapshot slots{workers}",
+        human::bytes(available),
+        human::bytes(all),
+        human::bytes(slots),
+    );
+    if all > available {
+        return Line::fail(
+            CHECK,
+            Kind::Config,
+            found,
+            "use a machine with more memory, fewer workers, or a smaller model; in a container, raise its limit",
+        );
+    }
+    if all > available / 10 * 9 {
+        return Line::warn(CHECK, found, "little is left for the page cache and for everything else");
+    }
+    Line::ok(CHECK, found)
+}
+
+/// What the bucket does with uploads that nobody finishes.
+pub(super) fn lifecycle(rule: AbortRule) -> Line {
+    const CHECK: &str = "lifecycle rule";
+    const TODO: &str = "add a rule with AbortIncompleteMultipartUpload after 2 days: parts of an upload that a reclaim has cut off are \
+                        billed until somebody aborts it, and a run that is never resumed sweeps no more";
+    match rule {
+        AbortRule::NotNeeded => Line::skipped(CHECK, "not on S3"),
+        AbortRule::Missing => Line::warn(CHECK, "no rule aborts unfinished uploads below this prefix", TODO),
+        AbortRule::After { days: 0 } => {
+            Line::warn(CHECK, "unfinished uploads are aborted at once", "give large uploads a day at least")
+        }
+        AbortRule::After { days } => {
+            Line::ok(CHECK, format!("unfinished uploads are aborted after {}", human::plural(days.into(), "day")))
+        }
+    }
+}
+
+/// How far the store's clock is from this machine's. `before` and `after`: around the request in which the store took its time, which
+/// it tells in whole seconds.
+pub(super) fn clock(before: Timestamp, store: Timestamp, after: Timestamp) -> Line {
+    const CHECK: &str = "clock";
+    let early = before.duration_since(store).as_secs_f64() - 1.0;
+    let late = store.duration_since(after).as_secs_f64();
+    let skew = early.max(late).max(0.0);
+    let found = match skew {
+        skew if skew < 1.0 => "agrees with the store's".to_owned(),
+        skew if early > late => format!("{} ahead of the store's", human::seconds(skew)),
+        skew => format!("{} behind the store's", human::seconds(skew)),
+    };
+    match skew {
+        // S3 refuses what is signed with a clock that is a quarter of an hour off (RequestTimeTooSkewed).
+        skew if skew > 600.0 => {
+            Line::fail(CHECK, Kind::Config, found, "set this machine's clock: chronyd or systemd-timesyncd")
+        }
+        skew if skew > 30.0 => Line::warn(CHECK, found, "let chronyd or systemd-timesyncd keep this machine's clock"),
+        _ => Line::ok(CHECK, found),
+    }
+}
+
+/// What the instance metadata service was heard to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Imds {
+    /// Switched off by the environment.
+    Off,
+    /// It gives tokens and answers.
+    Answers,
+    /// The token's `PUT` has no answer, and a plain `GET` this one.
+    Silent {
+        /// The status; `None`: no answer either.
+        get: Option<u16>,
+    },
+    /// Nobody is there.
+    Absent,
+    /// It refused, with this status.
+    Refused(u16),
+    /// It said what makes no sense.
+    Garbled,
+}
+
+/// Whether notices and the machine's role can be had.
+pub(super) fn imds(heard: Imds, on_ec2: bool) -> Line {
+    const CHECK: &str = "instance metadata";
+    match heard {
+        Imds::Off => Line::skipped(CHECK, "switched off by AWS_EC2_METADATA_DISABLED"),
+        Imds::Answers => Line::ok(CHECK, "IMDSv2 answers: notices and the machine's role can be had"),
+        Imds::Silent { get: Some(401 | 200) } => Line::fail(
+            CHECK,
+            Kind::Config,
+            "a request for a token has no answer, but a plain one has: the hop limit is 1",
+            "set HttpPutResponseHopLimit to 2 in the launch template (aws ec2 modify-instance-metadata-options), or run the container \
+             with --network host",
+        ),
+        Imds::Absent | Imds::Silent { .. } if !on_ec2 => Line::skipped(CHECK, "no EC2 instance, as far as can be seen"),
+        Imds::Absent | Imds::Silent { .. } => Line::warn(
+            CHECK,
+            "this is an EC2 instance, but its metadata service can't be reached",
+            "let this process reach 169.254.169.254; without it no notice is heard before the machine goes away",
+        ),
+        Imds::Refused(status) => Line::warn(
+            CHECK,
+            format!("the metadata service answers {status}"),
+            "see whether HttpEndpoint is enabled in the instance's metadata options",
+        ),
+        Imds::Garbled => Line::warn(
+            CHECK,
+            "what answers is no metadata service",
+            "see AWS_EC2_METADATA_SERVICE_ENDPOINT, or what listens at 169.254.169.254",
+        ),
+    }
+}
+
+/// Whether a save fits between being asked to stop and being killed. `durable`: the longest of the run's newest saves.
+pub(super) fn stop_window(window: Option<Duration>, here: Surroundings, durable: Option<f64>) -> Line {
+    const CHECK: &str = "stop time-out";
+    let raise = match here {
+        Surroundings { kubernetes: true, .. } => "raise terminationGracePeriodSeconds",
+        Surroundings { slurm: true, .. } => "submit with --signal=B:USR1@120, or have KillWait raised",
+        Surroundings { container: true, .. } => "start the container with --stop-timeout 110",
+        Surroundings { systemd: true, .. } => "set TimeoutStopSec=110 in the unit",
+        Surroundings { .. } => "raise the time-out of what starts this process",
+    };
+    let todo = format!("{raise}, and say so with TRAINER_STOP_WINDOW=110s");
+    match (window, durable) {
+        (None, None) => Line::ok(CHECK, "nothing is known that kills this process after it was asked to stop"),
+        (None, Some(durable)) => Line::ok(
+            CHECK,
+            format!("a save takes {}; nothing is known that kills this process before", human::seconds(durable)),
+        ),
+        (Some(window), None) => {
+            let found = format!(
+                "{} from being asked to stop to the end; how long a save takes is not known yet (--run-id)",
+                human::seconds(window.as_secs_f64())
+            );
+            if window < Duration::from_secs(20) { Line::warn(CHECK, found, todo) } else { Line::ok(CHECK, found) }
+        }
+        (Some(window), Some(durable)) => {
+            let window = window.as_secs_f64();
+            let found = format!(
+                "{} from being asked to stop to the end; a save takes up to {}",
+                human::seconds(window),
+                human::seconds(durable)
+            );
+            if durable > window * 0.8 { Line::warn(CHECK, found, todo) } else { Line::ok(CHECK, found) }
+        }
+    }
+}
+
+/// Whether the account may have this machine as a spot machine. `quota` and `vcpus` in vCPUs.
+pub(super) fn quota(instance_type: &str, region: &str, family: Family, quota: f64, vcpus: u32) -> Line {
+    const CHECK: &str = "spot quota";
+    let Family { name, spot } = family;
+    let found = format!("{quota} vCPUs of {name} spot machines in {region}; {instance_type} takes {vcpus}");
+    let todo = format!(
+        "\"Max spot instance count exceeded\" is what EC2 says: request more with aws service-quotas request-service-quota-increase \
+         --service-code ec2 --quota-code {spot} --desired-value …"
+    );
+    match quota {
+        quota if quota < f64::from(vcpus) => Line::fail(CHECK, Kind::Config, found, todo),
+        quota if quota < 2.0 * f64::from(vcpus) => {
+            Line::warn(CHECK, format!("{found}: a replacement that starts before this one has gone is refused"), todo)
+        }
+        _ => Line::ok(CHECK, found),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is(line: &Line) -> (Verdict, bool) {
+        (line.verdict, line.todo.is_some())
+    }
+    const OK: (Verdict, bool) = (Verdict::Ok, false);
+    const SKIPPED: (Verdict, bool) = (Verdict::Skipped, false);
+    const WARN: (Verdict, bool) = (Verdict::Warn, true);
+    const FAIL: (Verdict, bool) = (Verdict::Fail, true);
+
+    #[test]
+    fn the_worst_failure_is_the_exit_code() {
+        let fail = |kind| Line::fail("x", kind, "", "");
+        for (lines, code) in [
+            (vec![], 0),
+            (vec![Line::ok("x", ""), Line::warn("x", "", ""), Line::skipped("x", "")], 0),
+            (vec![fail(Kind::Unavailable)], 69),
+            (vec![fail(Kind::Permission), fail(Kind::Unavailable)], 77),
+            (vec![fail(Kind::Unavailable), fail(Kind::Config), fail(Kind::Permission)], 78),
+            (vec![fail(Kind::Data)], 78),
+        ] {
+            assert_eq!(exit_code(&lines), code, "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn devices_that_nobody_can_use_are_said() {
+        let seen = |on_the_bus, driver, device_files| Gpus { on_the_bus, driver, device_files };
+        for (seen, cuda, usable, expected) in [
+            (seen(0, false, 0), false, 0, OK),
+            (seen(0, false, 0), true, 0, OK),
+            (seen(8, true, 8), true, 8, OK),
+            (seen(8, true, 8), true, 4, FAIL),
+            (seen(8, true, 8), false, 0, WARN),
+            (seen(8, false, 0), true, 0, FAIL),
+            (seen(8, true, 0), true, 0, FAIL),
+            // In a container the bus may be out of sight.
+            (seen(0, true, 2), true, 2, OK),
+        ] {
+            assert_eq!(is(&devices(seen, cuda, usable)), expected, "{seen:?} {cuda} {usable}");
+        }
+    }
+
+    #[test]
+    fn two_slots_and_the_workers_must_fit() {
+        let gib = 1_u64 << 30;
+        assert_eq!(need(1_000_000_000, true, 8, false), Need { state: 14_000_000_000, workers: 0 });
+        assert_eq!(need(1_000_000, false, 2, true), Need { state: 12_000_000, workers: 2 * (16_000_000 + WORK_SPACE) });
+        assert_eq!(need(u64::MAX, true, 2, true).state, u64::MAX);
+        let need = Need { state: 10 * gib, workers: 5 * gib };
+        for (available, expected) in [(20 * gib, FAIL), (26 * gib, WARN), (28 * gib, OK), (0, FAIL)] {
+            assert_eq!(is(&memory(need, available)), expected, "{available}");
+        }
+    }
+
+    #[test]
+    fn a_bucket_should_clear_away_what_is_left() {
+        assert_eq!(is(&lifecycle(AbortRule::After { days: 2 })), OK);
+        assert_eq!(is(&lifecycle(AbortRule::After { days: 0 })), WARN);
+        assert_eq!(is(&lifecycle(AbortRule::Missing)), WARN);
+        assert_eq!(is(&lifecycle(AbortRule::NotNeeded)), SKIPPED);
+    }
+
+    #[test]
+    fn clocks_are_compared_over_a_request() {
+        let at = |seconds: i64| Timestamp::from_second(1_000_000 + seconds).unwrap();
+        for (store, expected) in
+            [(10, OK), (9, OK), (12, OK), (41, OK), (50, WARN), (-25, WARN), (700, FAIL), (-700, FAIL)]
+        {
+            assert_eq!(is(&clock(at(10), at(store), at(12))), expected, "{store}");
+        }
+        assert!(clock(at(10), at(-50), at(12)).found.contains("ahead"));
+        assert!(clock(at(10), at(100), at(12)).found.contains("behind"));
+    }
+
+    #[test]
+    fn a_hop_limit_is_told_from_a_machine_that_is_no_instance() {
+        for (heard, on_ec2, expected) in [
+            (Imds::Off, true, SKIPPED),
+            (Imds::Answers, false, OK),
+            (Imds::Silent { get: Some(401) }, false, FAIL),
+            (Imds::Silent { get: Some(200) }, true, FAIL),
+            (Imds::Silent { get: None }, false, SKIPPED),
+            (Imds::Silent { get: None }, true, WARN),
+            (Imds::Absent, false, SKIPPED),
+            (Imds::Absent, true, WARN),
+            (Imds::Refused(403), true, WARN),
+            (Imds::Garbled, false, WARN),
+        ] {
+            assert_eq!(is(&imds(heard, on_ec2)), expected, "{heard:?} {on_ec2}");
+        }
+    }
+
+    #[test]
+    fn a_save_must_fit_into_the_time_to_stop() {
+        let pod = Surroundings { kubernetes: true, container: true, ..Surroundings::default() };
+        let seconds = |seconds| Some(Duration::from_secs(seconds));
+        for (window, durable, expected) in [
+            (None, None, OK),
+            (None, Some(1e6), OK),
+            (seconds(10), None, WARN),
+            (seconds(30), None, OK),
+            (seconds(30), Some(23.0), OK),
+            (seconds(30), Some(25.0), WARN),
+        ] {
+            assert_eq!(is(&stop_window(window, pod, durable)), expected, "{window:?} {durable:?}");
+        }
+        let advice = |here| stop_window(seconds(1), here, None).todo.unwrap();
+        assert!(advice(pod).contains("terminationGracePeriodSeconds"));
+        assert!(advice(Surroundings { systemd: true, ..Surroundings::default() }).contains("TimeoutStopSec"));
+        assert!(advice(Surroundings { container: true, ..Surroundings::default() }).contains("--stop-timeout"));
+    }
+
+    #[test]
+    fn a_quota_must_take_the_machine() {
+        let family = crate::cloud::quota::family("g5.xlarge").unwrap();
+        for (have, expected) in [(0.0, FAIL), (3.0, FAIL), (4.0, WARN), (8.0, OK), (1e6, OK)] {
+            let line = quota("g5.xlarge", "us-east-1", family, have, 4);
+            assert_eq!(is(&line), expected, "{have}");
+        }
+        assert!(quota("g5.xlarge", "us-east-1", family, 0.0, 4).todo.unwrap().contains("L-3819A6DF"));
+    }
+}

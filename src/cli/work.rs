@@ -1,0 +1,165 @@
+//! `trainer work`
+
+use std::{process::ExitCode, sync::Arc, time::Duration};
+
+use clap::Args;
+
+use super::{
+    args::{JsonArg, WorkersArg},
+    output, run, store,
+};
+use crate::{
+    cloud::{
+        leave,
+        sqs::LONGEST_HOLD,
+        ssm::{self, Parameter},
+    },
+    config,
+    error::{Kind, Result},
+    report::{Reporter, Screen},
+    work::{self, Left, Said, Settings, Tools, api, lease::Terms},
+};
+
+/// Take jobs from a queue, train them, and leave when it stays empty
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  trainer work --queue https://sqs.eu-central-1.amazonaws.com/123456789012/jobs --store s3://bucket/runs
+  trainer work --queue \"$QUEUE\" --once --json > events.jsonl
+
+A message is a job, as JSON:
+  {\"run_id\": \"reports-2026q4\", \"config_uri\": \"s3://bucket/configs/reports.toml\", \"set\": {\"train.steps\": 5000}}
+or with the TOML itself in \"config\", and where it is kept in \"store\". A run that exists is carried on as it is.
+
+Jobs are reported to JOB_API_BASE_URL, if it is set, with WORKER_TOKEN. The message of a job whose machine goes away is sent anew, so
+that an interruption does not count towards the queue's maxReceiveCount; a kill counts, unless a checkpoint was committed since.")]
+pub struct Work {
+    /// The queue's URL
+    #[arg(long, env = "TRAINER_QUEUE", value_name = "URL", hide_env_values = true)]
+    queue: String,
+    /// Where runs are kept whose jobs don't say: s3://bucket/prefix, gs://…, az://…, file://path
+    #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
+    store: Option<String>,
+    #[command(flatten)]
+    workers: WorkersArg,
+    /// Leave when the queue stayed empty for so long, or "never"
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = idle_exit)]
+    idle_exit: Idle,
+    /// Leave after one job, with its exit code
+    #[arg(long)]
+    once: bool,
+    /// A message is hidden for so long at a time: when this worker is killed, others see its job so much later
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = lease)]
+    lease: Duration,
+    /// A message is passed on before it was held for longer; SQS's own limit is 12h
+    #[arg(long, value_name = "DURATION", default_value = "12h", value_parser = longest)]
+    max_hold: Duration,
+    /// When the queue stayed empty, take this machine out of its Auto Scaling group with the desired capacity lowered, or power off
+    #[arg(long)]
+    terminate_when_idle: bool,
+    /// Look for what the environment does not say, the job API's address and token, in the SSM parameters job-api-base-url and
+    /// worker-token below this path
+    #[arg(long, env = "TRAINER_SSM_PATH", value_name = "PATH", hide_env_values = true)]
+    ssm_path: Option<String>,
+    #[command(flatten)]
+    json: JsonArg,
+}
+
+/// A variable of the environment; for two of them a parameter does, too.
+fn variable(parameters: &[Parameter], name: &str) -> Option<String> {
+    let parameter = match name {
+        api::BASE_URL => "job-api-base-url",
+        api::TOKEN => "worker-token",
+        _ => "",
+    };
+    let given = std::env::var(name).ok().filter(|value| !value.trim().is_empty());
+    given.or_else(|| Some(parameters.iter().find(|it| it.name == parameter)?.value.reveal().to_owned()))
+}
+
+/// When a worker leaves.
+#[derive(Clone, Copy, Debug)]
+struct Idle(Option<Duration>);
+
+fn idle_exit(text: &str) -> Result<Idle, String> {
+    match text {
+        "never" => Ok(Idle(None)),
+        _ => config::parse_duration(text)
+            .map(|time| Idle(Some(time)))
+            .ok_or_else(|| "expected a duration such as 5m, or \"never\"".into()),
+    }
+}
+
+fn between(text: &str, low: Duration, high: Duration) -> Result<Duration, String> {
+    config::parse_duration(text).filter(|time| (low..=high).contains(time)).ok_or_else(|| {
+        format!("expected a duration from {} to {}", config::format_duration(low), config::format_duration(high))
+    })
+}
+
+/// Shorter than three seconds, a slow answer would end it.
+fn lease(text: &str) -> Result<Duration, String> {
+    between(text, Duration::from_secs(3), LONGEST_HOLD / 2)
+}
+
+fn longest(text: &str) -> Result<Duration, String> {
+    between(text, Duration::from_secs(3), LONGEST_HOLD)
+}
+
+impl Work {
+    pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
+        let json = self.json.json;
+        let say: Arc<dyn Fn(&Said) + Send + Sync> = Arc::new(move |said| {
+            // A reader that has gone is no reason to leave a job; one that never was, neither.
+            if json && let Err(error) = output::json_lines([said]).and_then(|line| output::emit(&line)) {
+                tracing::warn!("{error}");
+            }
+        });
+        let parameters = match &self.ssm_path {
+            Some(path) => store::block_on(ssm::parameters(path))?,
+            None => Vec::new(),
+        };
+        let settings = Settings {
+            queue: self.queue,
+            store: self.store,
+            workers: self.workers.nproc_per_node.map(|workers| (workers.setting(), workers.count())),
+            idle_exit: self.idle_exit.0,
+            once: self.once,
+            terms: Terms { lease: self.lease, longest: self.max_hold },
+        };
+        let tools = Tools {
+            reporter: &|listener| Reporter::with_listener(screen.clone(), json, listener),
+            say,
+            fetch: &run::fetch,
+            working_directory: &store::working_directory()?,
+            variable: &|name| variable(&parameters, name),
+        };
+        Ok(match work::run(settings, tools)? {
+            Left::Idle => {
+                if self.terminate_when_idle {
+                    store::block_on(async { Ok(leave::leave().await) })?;
+                }
+                ExitCode::SUCCESS
+            }
+            // Nothing is lost, and there may be jobs left.
+            Left::Asked => Kind::Interrupted.exit_code().into(),
+            Left::Job(code) => code.into(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_held_to_what_sqs_takes() {
+        assert_eq!(lease("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(longest("12h"), Ok(LONGEST_HOLD));
+        for bad in ["2s", "7h", "5", "x"] {
+            assert!(lease(bad).is_err(), "{bad}");
+        }
+        assert!(longest("13h").is_err());
+        assert!(matches!(idle_exit("never"), Ok(Idle(None))));
+        assert!(matches!(idle_exit("90s"), Ok(Idle(Some(time))) if time == Duration::from_secs(90)));
+        assert!(idle_exit("soon").is_err());
+    }
+}

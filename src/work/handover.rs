@@ -1,0 +1,192 @@
+//! Pure decisions: what is done with a message before its run is trained, and after.
+//!
+//! A queue counts receives and moves a message that was received too often away. That is meant for jobs that break their workers; a
+//! machine that is reclaimed ten times has broken nothing. SQS can't take a receive back, so a message that is handed on by choice is *renewed*: a
+//! fresh copy is sent, whose receives count from 0, and the old one is deleted, in this order.
+//!
+//! | killed here | what is left | what comes of it |
+//! |---|---|---|
+//! | before the send | the old message, hidden until its lease ends | received again, one receive more |
+//! | between send and delete | both | one worker trains, the other finds the run alive or completed; the journal fences |
+//! | after the delete | the copy | as intended |
+//!
+//! A kill, then, counts as a receive, since nobody was left to renew. Whoever receives the message next makes up for it: where the run's journal shows a
+//! checkpoint that was not there when the copy was sent, the job is no poison, and its message is renewed before it is trained. A job that is
+//! killed again and again without a checkpoint in between ends in the dead-letter queue, as it should.
+//!
+//! Attributes that a copy carries: `trainer-interruptions`, how often its run was handed on because its machine went away, and `trainer-step`, the newest
+//! committed step at that moment. Both are only counts; a wrong one misleads a report, or costs a receive.
+
+use std::time::Duration;
+
+use super::lease::Hold;
+use crate::{cloud::sqs::LONGEST_DELAY, error::Kind};
+
+/// The attribute that counts interruptions.
+pub const INTERRUPTIONS: &str = "trainer-interruptions";
+/// The attribute with the newest committed step.
+pub const STEP: &str = "trainer-step";
+
+/// What a message carries from hand to hand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// How often its run was handed on because its machine went away.
+    pub interruptions: u64,
+    /// The newest committed step when it was sent.
+    pub step: u64,
+}
+
+impl Carried {
+    /// As attributes.
+    pub const fn numbers(self) -> [(&'static str, u64); 2] {
+        [(INTERRUPTIONS, self.interruptions), (STEP, self.step)]
+    }
+}
+
+/// Whether a message that was received more than once is renewed before it is trained: its run got further since it was sent, so those who
+/// received it before did their work.
+pub const fn made_progress(received: u32, carried: Carried, committed: u64) -> bool {
+    received > 1 && committed > carried.step
+}
+
+/// How a job's turn on this worker ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The run is complete.
+    Completed,
+    /// The machine goes away, or somebody asked this worker to stop.
+    Interrupted,
+    /// The run is in the hands of another worker, which is alive.
+    Elsewhere,
+    /// Something that the job needs does not answer; that is nobody's fault here.
+    Unreachable,
+    /// It needs a person, or another machine.
+    Failed,
+    /// The message can't be understood, here or anywhere.
+    Unintelligible,
+}
+
+impl End {
+    /// From the error with which a run ended.
+    pub const fn of_error(kind: Kind) -> Self {
+        match kind {
+            Kind::Fenced => Self::Elsewhere,
+            Kind::Unavailable => Self::Unreachable,
+            Kind::Interrupted | Kind::InterruptedWithLoss => Self::Interrupted,
+            Kind::Usage | Kind::Data | Kind::Bug | Kind::Permission | Kind::Config => Self::Failed,
+        }
+    }
+}
+
+/// What is done with the message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settle {
+    /// It is deleted.
+    Delete,
+    /// A copy is sent that may be received after `delay`, then it is deleted.
+    Renew {
+        /// Until the copy is seen.
+        delay: Duration,
+        /// Whether this is one interruption more.
+        interrupted: bool,
+    },
+    /// It is seen again after this time, and the receive counts.
+    Return(Duration),
+    /// Nothing: it is no longer ours.
+    Leave,
+}
+
+/// What is done with a message that was received `received` times, whose lease is `lease` long.
+pub fn settle(end: End, hold: Hold, received: u32, dead_letters: bool, lease: Duration) -> Settle {
+    match (end, hold) {
+        // One that somebody else holds by now is not doubled; deleting it by an old receipt does nothing, or the right thing.
+        (End::Completed, _) => Settle::Delete,
+        (_, Hold::Lost | Hold::HandedOver) => Settle::Leave,
+        (End::Interrupted, Hold::Ours) => Settle::Renew { delay: Duration::ZERO, interrupted: true },
+        (End::Elsewhere, Hold::Ours) => Settle::Renew { delay: lease.min(LONGEST_DELAY), interrupted: false },
+        (End::Unreachable, Hold::Ours) => Settle::Renew { delay: lease.min(LONGEST_DELAY), interrupted: true },
+        // With a dead-letter queue it is soon there; without one it would be all that this worker does.
+        (End::Unintelligible, Hold::Ours) if dead_letters => Settle::Return(Duration::ZERO),
+        (End::Failed | End::Unintelligible, Hold::Ours) => Settle::Return(pause(received, lease)),
+    }
+}
+
+/// Before a failed job is tried again: a tenth of the lease, doubled with each receive, up to three leases.
+fn pause(received: u32, lease: Duration) -> Duration {
+    let doublings = received.saturating_sub(1).min(16);
+    (lease / 10).saturating_mul(1 << doublings).clamp(Duration::from_secs(1), lease * 3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEASE: Duration = Duration::from_secs(300);
+
+    #[test]
+    fn only_what_failed_counts_towards_the_dead_letter_queue() {
+        let renew = |seconds, interrupted| Settle::Renew { delay: Duration::from_secs(seconds), interrupted };
+        let back = |seconds| Settle::Return(Duration::from_secs(seconds));
+        for (end, received, dead_letters, expected) in [
+            (End::Completed, 1, true, Settle::Delete),
+            (End::Interrupted, 1, true, renew(0, true)),
+            (End::Interrupted, 9, false, renew(0, true)),
+            (End::Elsewhere, 1, true, renew(300, false)),
+            (End::Unreachable, 1, true, renew(300, true)),
+            (End::Failed, 1, true, back(30)),
+            (End::Failed, 2, true, back(60)),
+            (End::Failed, 3, false, back(120)),
+            (End::Failed, 4_000_000_000, false, back(900)),
+            (End::Unintelligible, 1, true, back(0)),
+            (End::Unintelligible, 1, false, back(30)),
+        ] {
+            assert_eq!(settle(end, Hold::Ours, received, dead_letters, LEASE), expected, "{end:?} {received}");
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_no_longer_ours_is_never_doubled() {
+        for hold in [Hold::Lost, Hold::HandedOver] {
+            for end in [End::Interrupted, End::Elsewhere, End::Unreachable, End::Failed, End::Unintelligible] {
+                assert_eq!(settle(end, hold, 1, true, LEASE), Settle::Leave, "{end:?} {hold:?}");
+            }
+            assert_eq!(settle(End::Completed, hold, 1, true, LEASE), Settle::Delete);
+        }
+    }
+
+    #[test]
+    fn delays_and_pauses_stay_within_what_sqs_takes() {
+        let hour = Duration::from_secs(3600);
+        assert_eq!(
+            settle(End::Elsewhere, Hold::Ours, 1, true, hour),
+            Settle::Renew { delay: LONGEST_DELAY, interrupted: false }
+        );
+        let second = Duration::from_secs(1);
+        assert_eq!(settle(End::Failed, Hold::Ours, 1, true, second), Settle::Return(second));
+    }
+
+    #[test]
+    fn a_kill_is_forgiven_where_the_run_got_further() {
+        let carried = |step| Carried { interruptions: 0, step };
+        for (received, step, committed, forgiven) in
+            [(1, 0, 100, false), (2, 0, 100, true), (2, 100, 100, false), (2, 100, 101, true), (5, 0, 0, false)]
+        {
+            assert_eq!(made_progress(received, carried(step), committed), forgiven, "{received} {step} {committed}");
+        }
+    }
+
+    #[test]
+    fn every_kind_of_error_ends_a_job_in_one_way() {
+        for (kind, end) in [
+            (Kind::Fenced, End::Elsewhere),
+            (Kind::Unavailable, End::Unreachable),
+            (Kind::Bug, End::Failed),
+            (Kind::Data, End::Failed),
+            (Kind::Config, End::Failed),
+            (Kind::Permission, End::Failed),
+            (Kind::Usage, End::Failed),
+        ] {
+            assert_eq!(End::of_error(kind), end);
+        }
+    }
+}

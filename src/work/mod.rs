@@ -1,0 +1,582 @@
+//! A queue worker: takes a job from a queue of SQS, trains its run, and reports to a job API.
+//!
+//! The queue says *that* a run is wanted; what is true of the run stands in its journal and nowhere else. So a message may come twice, late,
+//! or to two workers at once: the journal lets one of them write, the other finds the run alive or completed. [`job`] is what a message
+//! says, [`lease`] keeps it hidden, [`handover`] decides what becomes of it, [`api`] is who hears of it.
+//!
+//! # One message
+//! receive → hide it lease by lease → read the run's journal → train, unless the run is complete → settle. A message is deleted when its run
+//! is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the machine goes away, when another worker
+//! has the run, when the store does not answer, and when SQS would hide it no longer. It is left to the redrive policy when the
+//! job itself failed or can't be understood: reported, seen again after a pause, and after `maxReceiveCount` receives in the dead-letter queue.
+//! What a run's `on_complete` wants done with the machine is not done here: there may be another job.
+//!
+//! *Crash*: the lease runs out, another worker receives the message and resumes from the newest checkpoint; see [`handover`] for each
+//! moment. *Retry*: settling twice is fine. *Cancel*: SIGTERM while training is the agent's affair (it saves, and leaves with 75 or 76), after
+//! which the message is renewed first and reported second; between two jobs it ends this worker with 75. Signals that come after a message was
+//! received and before the agent listens are held and sent again.
+
+pub mod api;
+pub mod handover;
+pub mod job;
+pub mod lease;
+mod tracker;
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+use tokio::{
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+use self::{
+    api::{Api, Facts, Reports, Stage},
+    handover::{Carried, End, INTERRUPTIONS, STEP, Settle, made_progress, settle},
+    job::{Job, Source},
+    lease::{Hold, Holder, Terms, lock},
+    tracker::{Head, Tracker},
+};
+use crate::{
+    agent::{self, Begin, Launch, Manner, Outcome},
+    boot,
+    cloud::{
+        hardware, region,
+        sqs::{Message, Queue},
+    },
+    config::{self, Fetch, Machine, RunConfig, Sources, StorageConfig, Text},
+    error::{Context, Error, Kind, Result},
+    ids::{RunId, random_hex},
+    journal::{self, JournalError},
+    report::{Listener, Reporter},
+    storage::Store,
+};
+
+/// How long the last reports are waited for when the worker leaves.
+const LAST_REPORTS: Duration = Duration::from_secs(15);
+/// The same when the machine may be about to go away.
+const HURRIED_REPORTS: Duration = Duration::from_secs(5);
+/// A queue that does not answer for so long ends the worker.
+const PATIENCE: Duration = Duration::from_secs(5 * 60);
+/// Limits while a journal is read; a run's own are in its configuration.
+const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
+/// The longest reason that is reported, characters.
+const REASON: usize = 2000;
+
+/// What a worker is told.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The queue's URL.
+    pub queue: String,
+    /// Where runs are kept whose jobs do not say.
+    pub store: Option<String>,
+    /// Workers on this node: as the configuration has it, and as a number.
+    pub workers: Option<(String, u32)>,
+    /// Leave when the queue stayed empty for so long; `None`: never.
+    pub idle_exit: Option<Duration>,
+    /// Leave after one job.
+    pub once: bool,
+    /// How long a message is held.
+    pub terms: Terms,
+}
+
+/// What a worker needs of its caller.
+pub struct Tools<'a> {
+    /// Makes the reporter of one run, which the listener hears too.
+    pub reporter: &'a dyn Fn(Listener) -> Reporter,
+    /// Hears what happens to jobs.
+    pub say: Arc<dyn Fn(&Said) + Send + Sync>,
+    /// Reads a small remote object.
+    pub fetch: &'a Fetch<'a>,
+    /// Relative paths are taken from here.
+    pub working_directory: &'a Path,
+    /// The environment.
+    pub variable: &'a dyn Fn(&str) -> Option<String>,
+}
+
+/// What happens to jobs: lines of `--json`, beside the events of their runs.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Said {
+    /// Something happened to a job.
+    Job {
+        /// What.
+        state: State,
+        /// The run; `None`: the message names none.
+        run_id: Option<RunId>,
+        /// The message, by the queue's name for it.
+        message_id: String,
+        /// How often it was received, this time included.
+        received: u32,
+        /// How often its run was handed on because its machine went away.
+        interruptions: u64,
+        /// Why.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        reason: Option<String>,
+        /// The exit code that `trainer run` would have ended with.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        exit_code: Option<u8>,
+    },
+    /// The queue stayed empty: this worker leaves.
+    Idle {
+        /// For so long.
+        after_s: f64,
+    },
+}
+
+/// What has happened to a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It was received.
+    Claimed,
+    /// Its message was held for as long as SQS lets it be: a copy is in the queue, and training goes on.
+    HandedOver,
+    /// Its run got further since it was sent, so a fresh copy is in the queue.
+    Renewed,
+    /// Another worker has its run.
+    StandBy,
+    /// Its run is complete.
+    Completed,
+    /// Its machine goes away.
+    Interrupted,
+    /// What it needs does not answer.
+    Unreachable,
+    /// It needs a person, unless another worker has more luck with it.
+    Failed,
+}
+
+/// Why a worker left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// The queue stayed empty.
+    Idle,
+    /// It was asked to, between two jobs.
+    Asked,
+    /// A job ended with this exit code.
+    Job(u8),
+}
+
+/// Takes jobs until the queue stays empty, the machine goes away, or a job is over that was to be the only one. Call it from the main
+/// thread: see [`agent::launch`].
+pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
+    let api = Api::from(tools.variable)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("work-io")
+        .enable_all()
+        .build()
+        .map_err(|error| Error::from_source(Kind::Bug, error).context("start the worker"))?;
+    let reports = Reports::start(api, runtime.handle());
+    let heard = runtime.block_on(listen())?;
+    // Where nothing but the machine itself names it, the S3 client takes it from there.
+    runtime.block_on(region::find());
+    let queue = runtime.block_on(Queue::open(&settings.queue))?;
+    let max_receive_count = runtime.block_on(redrive(&queue))?;
+    tracing::info!(queue = queue.url(), "waiting for jobs");
+    let worker = Worker { settings, tools, reports, heard, queue, max_receive_count, runtime };
+    let left = worker.work();
+    let hurried = matches!(left, Ok(Left::Asked)) || worker.asked();
+    let unheard = worker.runtime.block_on(worker.reports.flush(if hurried { HURRIED_REPORTS } else { LAST_REPORTS }));
+    if unheard > 0 {
+        tracing::warn!(unheard, "reports were not heard by the job API");
+    }
+    worker.runtime.shutdown_timeout(Duration::from_secs(1));
+    left
+}
+
+/// Counts the signals that ask this process to stop, from here on. What they mean in a run the agent knows, which listens for itself.
+async fn listen() -> Result<watch::Receiver<u32>> {
+    let on = |kind| signal(kind).map_err(|error| Error::from_source(Kind::Bug, error).context("listen for signals"));
+    let mut terminate = on(SignalKind::terminate())?;
+    let (mut interrupt, mut user) = (on(SignalKind::interrupt())?, on(SignalKind::user_defined1())?);
+    let (sender, receiver) = watch::channel(0);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+                _ = user.recv() => {}
+            }
+            sender.send_modify(|count: &mut u32| *count = count.saturating_add(1));
+        }
+    });
+    Ok(receiver)
+}
+
+/// How often a message may be received, as far as the queue tells; finds out whether there is such a queue.
+async fn redrive(queue: &Queue) -> Result<Option<u32>> {
+    match queue.redrive().await {
+        Ok(Some(policy)) => Ok(Some(policy.max_receive_count)),
+        Ok(None) => {
+            tracing::warn!("queue has no dead-letter queue: a job that always fails comes back for ever");
+            Ok(None)
+        }
+        // Reading attributes is a permission of its own, and not needed.
+        Err(error) if error.kind() == Kind::Permission => {
+            tracing::debug!("whether the queue has a dead-letter queue is not known: {error}");
+            Ok(None)
+        }
+        Err(error) => Err(error.context(format!("look at queue {}", queue.url()))),
+    }
+}
+
+/// What a look at the queue has brought.
+enum Next {
+    Message(Box<Message>),
+    Nothing,
+    Asked,
+}
+
+/// What a run needs to begin, or why it does not.
+enum Prepared {
+    Launch {
+        store: Store,
+        begin: Begin,
+    },
+    /// The run was completed before, at this step, with this loss.
+    Done {
+        step: u64,
+        loss: f64,
+    },
+    /// Its message is renewed first: the run got this far since it was sent.
+    Renew {
+        committed: u64,
+    },
+}
+
+/// How a turn ended.
+struct Turn {
+    end: End,
+    state: State,
+    code: u8,
+    reason: Option<String>,
+}
+
+impl Turn {
+    fn new(end: End, state: State, code: u8) -> Self {
+        Self { end, state, code, reason: None }
+    }
+
+    fn of_error(error: &Error) -> Self {
+        let end = End::of_error(error.kind());
+        let state = match end {
+            End::Completed => State::Completed,
+            End::Interrupted => State::Interrupted,
+            End::Elsewhere => State::StandBy,
+            End::Unreachable => State::Unreachable,
+            End::Failed | End::Unintelligible => State::Failed,
+        };
+        let reason = Some(error.to_string().chars().take(REASON).collect());
+        Self { end, state, code: error.kind().exit_code(), reason }
+    }
+}
+
+struct Worker<'a> {
+    settings: Settings,
+    tools: Tools<'a>,
+    reports: Reports,
+    /// Signals so far.
+    heard: watch::Receiver<u32>,
+    queue: Queue,
+    max_receive_count: Option<u32>,
+    runtime: Runtime,
+}
+
+impl Worker<'_> {
+    fn work(&self) -> Result<Left> {
+        let mut idle_since = Instant::now();
+        loop {
+            let left = self.settings.idle_exit.map(|limit| limit.saturating_sub(idle_since.elapsed()));
+            let message = match self.runtime.block_on(self.next(left.unwrap_or(Duration::MAX)))? {
+                Next::Asked => return Ok(Left::Asked),
+                Next::Nothing => {
+                    let idle = idle_since.elapsed();
+                    if self.settings.idle_exit.is_some_and(|limit| idle >= limit) {
+                        (self.tools.say)(&Said::Idle { after_s: idle.as_secs_f64() });
+                        return Ok(Left::Idle);
+                    }
+                    continue;
+                }
+                Next::Message(message) => message,
+            };
+            let Turn { end, state, code, .. } = self.turn(&message);
+            // A run that another worker trains for weeks must not keep this one waiting for weeks.
+            if !matches!(state, State::StandBy | State::Renewed) {
+                idle_since = Instant::now();
+            }
+            if matches!(end, End::Interrupted | End::Unreachable) {
+                return Ok(Left::Job(code));
+            }
+            if self.asked() {
+                return Ok(Left::Asked);
+            }
+            if self.settings.once && !matches!(state, State::StandBy | State::Renewed) {
+                return Ok(Left::Job(code));
+            }
+        }
+    }
+
+    fn asked(&self) -> bool {
+        *self.heard.borrow() > 0
+    }
+
+    /// The next message, waited for up to `left`, but for a look at the queue in any case.
+    async fn next(&self, left: Duration) -> Result<Next> {
+        let mut heard = self.heard.clone();
+        let mut failing: Option<Instant> = None;
+        let receive = async {
+            loop {
+                // A receive that does not wait asks only some of the queue's servers.
+                let wait = left.max(Duration::from_secs(1));
+                match self.queue.receive(self.settings.terms.lease, wait).await {
+                    Ok(found) => return Ok(found.map_or(Next::Nothing, |message| Next::Message(Box::new(message)))),
+                    Err(error) if error.kind() == Kind::Unavailable => {
+                        let since = *failing.get_or_insert_with(Instant::now);
+                        if since.elapsed() > PATIENCE {
+                            return Err(error);
+                        }
+                        tracing::warn!("queue does not answer, trying on: {error}");
+                        tokio::time::sleep(Duration::from_secs(2)).await;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = heard.wait_for(|count| *count > 0) => Ok(Next::Asked),
+            next = receive => next,
+        }
+    }
+
+    /// One message, from its claim until it is settled.
+    fn turn(&self, message: &Message) -> Turn {
+        let number = |name| message.number(name).unwrap_or_default();
+        let carried = Carried { interruptions: number(INTERRUPTIONS), step: number(STEP) };
+        let run_id = Job::name_of(&message.body);
+        let say = {
+            let (say, run_id) = (Arc::clone(&self.tools.say), run_id.clone());
+            let (message_id, received) = (message.id.clone(), message.received);
+            move |state, reason: Option<String>, exit_code| {
+                let (run_id, message_id) = (run_id.clone(), message_id.clone());
+                let interruptions = carried.interruptions;
+                say(&Said::Job { state, run_id, message_id, received, interruptions, reason, exit_code });
+            }
+        };
+        say(State::Claimed, None, None);
+        let times = match self.max_receive_count {
+            Some(most) => format!("{} of {most}", message.received),
+            None => message.received.to_string(),
+        };
+        let name = run_id.as_ref().map_or("without a run", RunId::as_str);
+        tracing::info!(run = name, received = times, interruptions = carried.interruptions, "job received");
+
+        let carried = Arc::new(Mutex::new(carried));
+        let tracker = Arc::new(Mutex::new(Tracker::new(
+            self.reports.clone(),
+            Head {
+                run_id: run_id.clone(),
+                message_id: message.id.clone(),
+                claim: random_hex(8),
+                received: message.received,
+            },
+            Arc::clone(&carried),
+            self.heard.clone(),
+        )));
+        let (turn, hold) = match Job::parse(&message.body) {
+            Err(error) => {
+                let turn = Turn::new(End::Unintelligible, State::Failed, Kind::Config.exit_code());
+                (Turn { reason: Some(error.to_string()), ..turn }, Hold::Ours)
+            }
+            Ok(job) => {
+                let holder = {
+                    let _context = self.runtime.enter();
+                    let handed_over = {
+                        let say = say.clone();
+                        move || say(State::HandedOver, None, None)
+                    };
+                    let (queue, terms) = (self.queue.clone(), self.settings.terms);
+                    Holder::start(queue, message.clone(), Arc::clone(&carried), terms, handed_over)
+                };
+                let turn = self.train(&job, message.received, &tracker).unwrap_or_else(|error| {
+                    if let Some(hint) = error.hint() {
+                        tracing::warn!("hint: {}", crate::report::human::plain(hint));
+                    }
+                    Turn::of_error(&error)
+                });
+                (turn, self.runtime.block_on(holder.stop()))
+            }
+        };
+        if let Some(reason) = &turn.reason {
+            let reason = crate::report::human::plain(reason);
+            tracing::warn!(run = name, received = times, state = ?turn.state, "job is not done: {reason}");
+        }
+        let what = match turn.state {
+            State::Renewed => Settle::Renew { delay: Duration::ZERO, interrupted: false },
+            _ => settle(turn.end, hold, message.received, self.max_receive_count.is_some(), self.settings.terms.lease),
+        };
+        // The message first: the machine may have seconds left, and the API may take them all.
+        self.runtime.block_on(self.settle(message, what, *lock(&carried)));
+        let stage = match turn.state {
+            State::Completed => Some(Stage::Completed),
+            State::Failed => Some(Stage::Failed),
+            State::Interrupted | State::Unreachable => Some(Stage::Interrupted),
+            State::Claimed | State::HandedOver | State::Renewed | State::StandBy => None,
+        };
+        if let Some(stage) = stage {
+            lock(&tracker).end(stage, turn.reason.clone(), turn.code);
+        }
+        say(turn.state, turn.reason.clone(), Some(turn.code));
+        turn
+    }
+
+    /// Trains the run of a job to its end, or to where it can't go on.
+    fn train(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>) -> Result<Turn> {
+        let (store, begin) = match self.prepare(job, received, tracker)? {
+            Prepared::Launch { store, begin } => (store, begin),
+            Prepared::Done { step, loss } => {
+                let facts = Facts { step: Some(step), loss: Some(loss).filter(|l| l.is_finite()), ..Facts::default() };
+                lock(tracker).facts = facts;
+                return Ok(Turn::new(End::Completed, State::Completed, 0));
+            }
+            Prepared::Renew { committed } => {
+                lock(&lock(tracker).carried).step = committed;
+                return Ok(Turn::new(End::Elsewhere, State::Renewed, 0));
+            }
+        };
+        if self.asked() {
+            let turn = Turn::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
+            return Ok(Turn { reason: Some("asked to stop before the run was started".into()), ..turn });
+        }
+        let listener: Listener = Box::new({
+            let tracker = Arc::clone(tracker);
+            move |event| lock(&tracker).hear(event, Instant::now())
+        });
+        let reporter = (self.tools.reporter)(listener);
+        let launch = Launch {
+            store,
+            run_id: job.run_id.clone(),
+            begin,
+            nproc_per_node: self.settings.workers.as_ref().map(|(_, count)| *count),
+            manner: Manner { cache: boot::cache(&hardware::root()), ..Manner::default() },
+            reporter: reporter.clone(),
+        };
+        let outcome = agent::launch(launch);
+        reporter.finish();
+        Ok(match outcome? {
+            Outcome::Completed { .. } => Turn::new(End::Completed, State::Completed, 0),
+            Outcome::Interrupted { lost_steps } => {
+                let kind = if lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
+                Turn::new(End::Interrupted, State::Interrupted, kind.exit_code())
+            }
+        })
+    }
+
+    /// Finds the run, or makes ready to create it.
+    fn prepare(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>) -> Result<Prepared> {
+        let named = job.store.as_deref().or(self.settings.store.as_deref());
+        let (uri, config) = match named {
+            Some(uri) => {
+                let uri = config::absolute_uri(uri, self.tools.working_directory);
+                (
+                    uri.map_err(|expected| Error::new(Kind::Config, format!("store of the job: expected {expected}")))?,
+                    None,
+                )
+            }
+            None => {
+                let config = self.config(job, None)?;
+                (config.store.clone(), Some(config))
+            }
+        };
+        let root = Store::open(&uri, &LIMITS)?;
+        let run_id = &job.run_id;
+        match self.runtime.block_on(journal::replay(&root.folder(run_id.as_str()), run_id)) {
+            Ok(state) => {
+                if let journal::Outcome::Completed { step, loss, .. } = state.outcome() {
+                    return Ok(Prepared::Done { step: step.get(), loss: *loss });
+                }
+                let committed = state.newest().map_or(0, |checkpoint| checkpoint.committed.step.get());
+                let carried = *lock(&lock(tracker).carried);
+                if self.max_receive_count.is_some() && made_progress(received, carried, committed) {
+                    return Ok(Prepared::Renew { committed });
+                }
+                let store = Store::open(&uri, &state.config().storage)?;
+                Ok(Prepared::Launch { store, begin: Begin::Resume { from: None, overrides: Vec::new() } })
+            }
+            Err(JournalError::NoSuchRun { .. }) => {
+                let config = match config {
+                    Some(config) => config,
+                    None => self.config(job, Some(uri.clone()))?,
+                };
+                let store = Store::open(&uri, &config.storage)?;
+                Ok(Prepared::Launch {
+                    store,
+                    begin: Begin::CreateOrResume { config: Box::new(config), overrides: Vec::new() },
+                })
+            }
+            Err(error) => Err(error).context(format!("read journal of run {run_id}")),
+        }
+    }
+
+    /// The configuration that a job names, as `trainer run` would resolve it.
+    fn config(&self, job: &Job, store: Option<String>) -> Result<RunConfig> {
+        let (toml, name, folder) = match &job.config {
+            Source::Inline(toml) => (toml.clone(), format!("configuration of job {}", job.run_id), None),
+            Source::At { folder, name } => {
+                let uri = format!("{folder}/{name}");
+                let doing = || format!("read configuration {uri}");
+                let bytes = (self.tools.fetch)(folder, name)
+                    .map_err(|reason| Error::new(Kind::Config, reason).context(doing()))?;
+                let toml = String::from_utf8(bytes)
+                    .map_err(|error| Error::from_source(Kind::Config, error.utf8_error()).context(doing()))?;
+                (toml, uri, Some(folder.as_str()))
+            }
+        };
+        let mut flags = Vec::new();
+        if let Some(store) = store {
+            flags.push(("store of the job or --store", "store", store));
+        }
+        if let Some((setting, _)) = &self.settings.workers {
+            flags.push(("--nproc-per-node", "parallel.nproc_per_node", setting.clone()));
+        }
+        let sources = Sources {
+            file: None,
+            text: Some(Text { name: Path::new(&name), toml: &toml, folder }),
+            flags,
+            set: &job.set,
+            working_directory: self.tools.working_directory,
+            machine: Machine::detect(),
+            fetch: self.tools.fetch,
+        };
+        Ok(config::load(&sources)?)
+    }
+
+    /// Does what was decided. What fails here leaves the message where it is, to be seen again when its lease ends.
+    async fn settle(&self, message: &Message, what: Settle, carried: Carried) {
+        let done = match what {
+            Settle::Leave => Ok(()),
+            Settle::Delete => self.queue.delete(message).await,
+            Settle::Return(after) => self.queue.hide(message, after).await.map(drop),
+            Settle::Renew { delay, interrupted } => {
+                let interruptions = carried.interruptions.saturating_add(u64::from(interrupted));
+                let carried = Carried { interruptions, ..carried };
+                match self.queue.send_copy(message, &carried.numbers(), delay).await {
+                    Ok(()) => self.queue.delete(message).await,
+                    Err(error) => {
+                        tracing::warn!("message can't be renewed, so this receive counts: {error}");
+                        self.queue.hide(message, delay).await.map(drop)
+                    }
+                }
+            }
+        };
+        if let Err(error) = done {
+            tracing::warn!("message is seen again when its lease ends: {error}");
+        }
+    }
+}

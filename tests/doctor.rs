@@ -1,0 +1,228 @@
+//! `trainer doctor` against stores that lack something, metadata services that are in the way, and quotas that are too small.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use hyper::{Request, Response, body::Incoming, service::service_fn};
+use s3s::Body;
+use serde_json::Value;
+
+use crate::support::{
+    lab::{Lab, ORIGIN},
+    metadata::{Fault, MetadataServer, TOKEN},
+    s3::CreateOnce,
+    trainer::{Finished, Trainer},
+};
+
+/// Each line of the answer, by its check.
+#[track_caller]
+fn lines(life: &Finished) -> BTreeMap<String, Value> {
+    let line = |event: &crate::support::trainer::Event| {
+        (event.value["check"].as_str().unwrap_or_default().to_owned(), event.value.clone())
+    };
+    life.events.iter().map(line).collect()
+}
+
+/// Demands these verdicts, and that whatever is not well says what to do.
+#[track_caller]
+fn expect(life: &Finished, verdicts: &[(&str, &str)]) -> BTreeMap<String, Value> {
+    let lines = lines(life);
+    for (check, verdict) in verdicts {
+        assert_eq!(lines[*check]["verdict"], *verdict, "{check}\n{}", life.story());
+    }
+    for line in lines.values() {
+        let wants = ["warn", "fail"].contains(&line["verdict"].as_str().unwrap_or_default());
+        assert_eq!(wants, line["todo"].is_string(), "{line}\n{}", life.story());
+    }
+    lines
+}
+
+/// With a long time to stop, wherever these tests run.
+fn doctor(lab: &Lab) -> Trainer {
+    lab.command(&["doctor", "run.toml"]).json().envs(&[("TRAINER_STOP_WINDOW", "1h".to_owned())])
+}
+
+const STORE: [&str; 6] =
+    ["store put and get", "store list", "store create-once", "store multipart", "store sweep", "store delete"];
+
+#[test]
+fn a_machine_with_all_that_a_run_needs_is_well() {
+    let lab = Lab::on_s3();
+    lab.server().set_rules(|rules| rules.abort_after_days = Some(2));
+    let life = doctor(&lab).finish().expect_code(0);
+    expect(&life, &STORE.map(|check| (check, "ok")));
+    expect(
+        &life,
+        &[
+            ("configuration", "ok"),
+            ("libtorch", "ok"),
+            ("memory", "ok"),
+            ("lifecycle rule", "ok"),
+            ("clock", "ok"),
+            ("instance metadata", "skipped"),
+            ("spot quota", "skipped"),
+        ],
+    );
+    assert!(lab.server().keys("").is_empty(), "left behind: {:?}", lab.server().keys(""));
+    assert_eq!(lab.server().open_uploads(), 0, "an upload is left behind");
+}
+
+#[test]
+fn what_a_store_lacks_is_named() {
+    let lab = Lab::on_s3();
+    // No rule at all is worth a warning, and no failure.
+    let life = doctor(&lab).finish().expect_code(0);
+    expect(&life, &[("lifecycle rule", "warn")]);
+
+    lab.server().set_rules(|rules| rules.deny_upload_list = true);
+    expect(&doctor(&lab).finish().expect_code(0), &[("store sweep", "warn"), ("store multipart", "ok")]);
+
+    lab.server().set_rules(|rules| rules.deny_abort = true);
+    let life = doctor(&lab).finish().expect_code(77);
+    let found = expect(&life, &[("store multipart", "fail"), ("store put and get", "ok")]);
+    assert!(found["store multipart"]["found"].to_string().contains("abort"), "{}", life.story());
+
+    lab.server().set_rules(|rules| rules.deny_writes = true);
+    let life = doctor(&lab).finish().expect_code(77);
+    expect(
+        &life,
+        &[("store put and get", "fail"), ("store list", "ok"), ("store create-once", "fail"), ("clock", "skipped")],
+    );
+
+    for create_once in [CreateOnce::Ignored, CreateOnce::Racy] {
+        lab.server().set_rules(|rules| {
+            (rules.deny_writes, rules.deny_abort, rules.create_once) = (false, false, create_once);
+        });
+        let life = doctor(&lab).finish().expect_code(78);
+        expect(&life, &[("store put and get", "ok"), ("store create-once", "fail")]);
+    }
+    assert!(lab.server().keys("").is_empty(), "left behind: {:?}", lab.server().keys(""));
+}
+
+#[test]
+fn a_store_that_is_not_there_is_one_line_among_others() {
+    let lab = Lab::on_files();
+    let text = lab.config("").replace(&lab.uri(), "s3://nobody/runs");
+    lab.write_config("run.toml", &text);
+    // A port that nobody listens on.
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
+    let life = doctor(&lab).envs(&crate::support::s3::client_env(&format!("http://{closed}"))).finish().expect_code(69);
+    expect(&life, &[("store put and get", "fail"), ("libtorch", "ok"), ("memory", "ok"), ("stop time-out", "ok")]);
+    assert!(!lines(&life).contains_key("store list"), "a store that is not there is said once\n{}", life.story());
+
+    lab.write_config("run.toml", &lab.config("\n[chekpoint]\nevery = \"1h\"\n"));
+    let life = doctor(&lab).finish().expect_code(78);
+    let found = expect(&life, &[("configuration", "fail"), ("memory", "skipped"), ("store", "skipped")]);
+    assert!(found["configuration"]["found"].to_string().contains("chekpoint"), "{}", life.story());
+}
+
+#[test]
+fn the_time_to_stop_is_held_against_the_saves_of_a_run() {
+    let lab = Lab::on_interrupted_run();
+    let asked = |window: &str| {
+        let doctor = doctor(&lab).args(&["--run-id", ORIGIN]);
+        doctor.envs(&[("TRAINER_STOP_WINDOW", window.to_owned())]).finish().expect_code(0)
+    };
+    expect(&asked("1h"), &[("stop time-out", "ok")]);
+    let life = asked("1ms");
+    let found = expect(&life, &[("stop time-out", "warn")]);
+    assert!(found["stop time-out"]["found"].to_string().contains("a save takes up to"), "{}", life.story());
+}
+
+/// Service Quotas, which moto does not know for EC2: every quota has this value.
+struct Quotas {
+    address: SocketAddr,
+    value: Arc<AtomicU64>,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Quotas {
+    fn start(value: u64) -> Self {
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).expect("a port");
+        let (address, value) = (listener.local_addr().expect("its address"), Arc::new(AtomicU64::new(value)));
+        let shared = Arc::clone(&value);
+        runtime.spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                let value = Arc::clone(&shared);
+                let service = service_fn(move |request| answer(Arc::clone(&value), request));
+                tokio::spawn(async move {
+                    let server = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
+                    let _ = server.serve_connection(hyper_util::rt::TokioIo::new(socket), service).await;
+                });
+            }
+        });
+        Self { address, value, runtime: Some(runtime) }
+    }
+}
+
+async fn answer(value: Arc<AtomicU64>, request: Request<Incoming>) -> Result<Response<Body>, s3s::StdError> {
+    let value = value.load(Ordering::Relaxed);
+    let body = Body::from(request.into_body()).store_all_limited(1 << 20).await?;
+    let asked: Value = serde_json::from_slice(&body)?;
+    // g5.xlarge is of the family G and VT.
+    let known = asked["ServiceCode"] == "ec2" && asked["QuotaCode"] == "L-3819A6DF";
+    let (status, text) = match known {
+        true => {
+            (200, format!(r#"{{"Quota":{{"QuotaName":"All G and VT Spot Instance Requests","Value":{value}.0}}}}"#))
+        }
+        false => (400, r#"{"__type":"NoSuchResourceException","Message":"no such quota"}"#.to_owned()),
+    };
+    let answer = Response::builder().status(status).header("content-type", "application/x-amz-json-1.1");
+    Ok(answer.body(Body::from(bytes::Bytes::from(text)))?)
+}
+
+impl Drop for Quotas {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+#[test]
+fn metadata_hop_limit_and_quota() {
+    let lab = Lab::on_files();
+    let metadata = MetadataServer::start();
+    let quotas = Quotas::start(0);
+    let on_instance = || {
+        let keys = [("AWS_ACCESS_KEY_ID", "AKIATEST"), ("AWS_SECRET_ACCESS_KEY", "secret")];
+        let mut variables: Vec<(&'static str, String)> = keys.map(|(name, value)| (name, value.to_owned())).to_vec();
+        variables.push(("AWS_ENDPOINT_URL_SERVICE_QUOTAS", format!("http://{}", quotas.address)));
+        doctor(&lab).envs(&metadata.envs()).envs(&variables)
+    };
+    let life = on_instance().finish().expect_code(78);
+    let found = expect(&life, &[("instance metadata", "ok"), ("spot quota", "fail")]);
+    for said in ["L-3819A6DF", "Max spot instance count exceeded"] {
+        assert!(found["spot quota"]["todo"].to_string().contains(said), "{}", life.story());
+    }
+    quotas.value.store(1_000_000, Ordering::Relaxed);
+    expect(&on_instance().finish().expect_code(0), &[("instance metadata", "ok"), ("spot quota", "ok")]);
+
+    // The answer to the PUT dies on the way, as with a hop limit of 1; a plain GET is answered with 401.
+    metadata.storm_on(TOKEN, Fault::Hang);
+    let life = on_instance().finish().expect_code(78);
+    let found = expect(&life, &[("instance metadata", "fail"), ("spot quota", "skipped")]);
+    assert!(found["instance metadata"]["todo"].to_string().contains("HttpPutResponseHopLimit"), "{}", life.story());
+    metadata.calm();
+    metadata.storm(Fault::Status(403));
+    expect(&on_instance().finish().expect_code(0), &[("instance metadata", "warn")]);
+}
+
+#[test]
+fn lines_for_people_say_what_to_do() {
+    let lab = Lab::on_s3();
+    let life = lab.command(&["doctor", "run.toml"]).finish().expect_code(0);
+    let line = |start: &str| life.stdout.lines().any(|line| line.starts_with(start));
+    assert!(line("ok    libtorch") && line("warn  lifecycle rule"), "{}", life.story());
+    assert!(life.stdout.contains("→ add a rule with AbortIncompleteMultipartUpload"), "{}", life.story());
+    let bare = lab.command(&["doctor"]).finish().expect_code(0);
+    assert!(bare.stdout.contains("none is named: give CONFIG or --store"), "{}", bare.story());
+}

@@ -1,0 +1,344 @@
+//! `trainer work` against a queue that others have written (moto's SQS, as a process), a store on disk, and a job API of our own.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use aws_sdk_sqs::{
+    Client,
+    config::{BehaviorVersion, Credentials, Region},
+    types::{MessageAttributeValue, QueueAttributeName},
+};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::support::{
+    job_api::{JobApi, TOKEN, Told},
+    lab::{EVERY, Lab, STEPS},
+    moto::Moto,
+    s3,
+    trainer::{Event, Finished, Running, Trainer},
+};
+
+/// A queue with its dead-letter queue, and all that a worker needs.
+struct Shop {
+    lab: Lab,
+    moto: Arc<Moto>,
+    api: JobApi,
+    client: Client,
+    queue: String,
+    dead: String,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Shop {
+    /// `None` where moto is not installed.
+    fn open(max_receive_count: u32) -> Option<Self> {
+        let moto = Arc::new(Moto::start(s3::BUCKET)?);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime of the shop");
+        let config = aws_sdk_sqs::config::Builder::new()
+            .behavior_version(BehaviorVersion::latest())
+            .region(Region::new("us-east-1"))
+            .endpoint_url(moto.endpoint())
+            .credentials_provider(Credentials::new(s3::ACCESS_KEY, s3::SECRET_KEY, None, None, "test"))
+            .build();
+        let client = Client::from_conf(config);
+        let (queue, dead) = runtime.block_on(async {
+            let make = async |name: &str, attributes| {
+                let made = client.create_queue().queue_name(name).set_attributes(attributes).send().await;
+                made.expect("make a queue").queue_url.expect("its URL")
+            };
+            let dead = make("dead", None).await;
+            let policy = json!({
+                "deadLetterTargetArn": "arn:aws:sqs:us-east-1:123456789012:dead",
+                "maxReceiveCount": max_receive_count.to_string(),
+            });
+            let policy = [(QueueAttributeName::RedrivePolicy, policy.to_string())].into();
+            (make("jobs", Some(policy)).await, dead)
+        });
+        Some(Self { lab: Lab::on_files(), moto, api: JobApi::start(), client, queue, dead, runtime })
+    }
+    fn send(&self, body: &str) {
+        let sent = self.client.send_message().queue_url(&self.queue).message_body(body).send();
+        self.runtime.block_on(sent).expect("send a message");
+    }
+    /// A job whose configuration lies at a URI.
+    fn job(&self, run: &str, set: Value) -> String {
+        let uri = format!("file://{}", self.lab.path("run.toml").display());
+        json!({"version": 1, "run_id": run, "config_uri": uri, "set": set}).to_string()
+    }
+    /// Messages of a queue: to be seen, in flight, delayed.
+    fn count(&self, queue: &str) -> [u64; 3] {
+        let asked = self.client.get_queue_attributes().queue_url(queue).attribute_names(QueueAttributeName::All).send();
+        let attributes = self.runtime.block_on(asked).expect("attributes of a queue").attributes.unwrap_or_default();
+        [
+            QueueAttributeName::ApproximateNumberOfMessages,
+            QueueAttributeName::ApproximateNumberOfMessagesNotVisible,
+            QueueAttributeName::ApproximateNumberOfMessagesDelayed,
+        ]
+        .map(|name| attributes[&name].parse().expect("a number"))
+    }
+    /// Bodies and attributes of what is to be seen in a queue.
+    fn take(&self, queue: &str) -> Vec<(String, BTreeMap<String, MessageAttributeValue>)> {
+        let asked = self.client.receive_message().queue_url(queue).max_number_of_messages(10);
+        let asked = asked.message_attribute_names("All").send();
+        let messages = self.runtime.block_on(asked).expect("receive").messages.unwrap_or_default();
+        let plain = |message: aws_sdk_sqs::types::Message| {
+            let attributes = message.message_attributes.unwrap_or_default().into_iter().collect();
+            (message.body.unwrap_or_default(), attributes)
+        };
+        messages.into_iter().map(plain).collect()
+    }
+    /// A worker that leaves two seconds after its last job, and whose jobs are seen again after five if it is killed.
+    fn worker(&self) -> Trainer {
+        self.patient_worker("2s")
+    }
+    fn patient_worker(&self, idle_exit: &str) -> Trainer {
+        let worker =
+            self.lab.command(&["work", "--queue", &self.queue, "--lease", "5s", "--idle-exit", idle_exit]).json();
+        worker.envs(&s3::client_env(&self.moto.endpoint())).envs(&self.api.env())
+    }
+    /// Demands that neither queue holds anything.
+    #[track_caller]
+    fn expect_empty(&self) {
+        assert_eq!((self.count(&self.queue), self.count(&self.dead)), ([0; 3], [0; 3]), "messages left");
+    }
+    /// Demands that nobody was told the token.
+    #[track_caller]
+    fn expect_no_token(&self, lives: &[&Finished]) {
+        for life in lives {
+            assert!(!life.stdout.contains(TOKEN) && !life.stderr.contains(TOKEN), "the token is in the output");
+        }
+        fn search(folder: &std::path::Path) {
+            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                if entry.path().is_dir() {
+                    search(&entry.path());
+                } else if let Ok(bytes) = std::fs::read(entry.path()) {
+                    let found = bytes.windows(TOKEN.len()).any(|window| window == TOKEN.as_bytes());
+                    assert!(!found, "the token is in {}", entry.path().display());
+                }
+            }
+        }
+        search(&self.lab.path(""));
+    }
+}
+
+fn is_job(event: &Event, state: &str) -> bool {
+    event.kind() == "job" && event.value["state"] == state
+}
+
+/// What happened to jobs, in order: `claimed`, …
+fn states(life: &Finished) -> Vec<String> {
+    life.of_kind("job").iter().map(|event| event.value["state"].as_str().unwrap_or_default().to_owned()).collect()
+}
+
+fn events(told: &[Told]) -> Vec<&str> {
+    told.iter().map(Told::event).collect()
+}
+
+#[track_caller]
+fn wait_for_job(running: &Running, state: &str) -> Event {
+    running.wait_for(&format!("a job that is {state}"), |event| is_job(event, state))
+}
+
+#[test]
+fn a_job_runs_to_its_end_and_leaves_the_queue() {
+    let Some(shop) = Shop::open(3) else { return };
+    shop.send(&shop.job("first", json!({"train.steps": STEPS})));
+    let life = shop.worker().finish().expect_code(0);
+    assert_eq!(states(&life), ["claimed", "completed"], "{}", life.story());
+    assert_eq!(life.of_kind("idle").len(), 1, "{}", life.story());
+    shop.lab.expect_as_undisturbed("first", &[&life]);
+    shop.expect_empty();
+
+    let told = shop.api.heard();
+    assert!(told.iter().all(|told| told.path == "/v1/jobs/first/events"), "{told:?}");
+    let said = events(&told);
+    assert_eq!((said.first(), said.last()), (Some(&"started"), Some(&"completed")), "{said:?}");
+    assert!(said[1..said.len() - 1].iter().all(|event| *event == "progress") && said.len() >= 3, "{said:?}");
+    let sequences: Vec<u64> = told.iter().filter_map(|told| told.body["sequence"].as_u64()).collect();
+    assert!(sequences.is_sorted_by(|a, b| a < b), "{sequences:?}");
+    let keys: std::collections::BTreeSet<&str> = told.iter().map(|told| told.key.as_str()).collect();
+    assert_eq!(keys.len(), told.len(), "each report has its own key");
+    let (first, last) = (&told[0].body, &told[told.len() - 1].body);
+    assert_eq!((&first["total_steps"], &first["received"]), (&STEPS.into(), &1.into()), "{first}");
+    assert_eq!((&last["step"], &last["exit_code"]), (&STEPS.into(), &0.into()), "{last}");
+    assert_eq!(last["loss"], life.last("completed").value["loss"], "{last}");
+
+    // The same message once more: there is nothing left to do, and that is said again.
+    shop.send(&shop.job("first", json!({})));
+    let again = shop.worker().finish().expect_code(0);
+    assert_eq!(
+        (states(&again).as_slice(), again.of_kind("step").len()),
+        (&["claimed".into(), "completed".into()][..], 0)
+    );
+    assert_eq!(shop.api.heard().last().map(|told| told.body["step"].clone()), Some(STEPS.into()));
+    shop.expect_empty();
+    shop.expect_no_token(&[&life, &again]);
+}
+
+#[test]
+fn an_interrupted_job_goes_to_the_next_worker_without_a_mark_against_it() {
+    // The second receive of one message would put it into the dead-letter queue.
+    let Some(shop) = Shop::open(1) else { return };
+    shop.send(&shop.job("asked", json!({})));
+    let running = shop.worker().start();
+    running.wait_for_step("step", EVERY + 1);
+    running.signal(Signal::TERM);
+    let first = running.finish().expect_code(75);
+    assert_eq!(states(&first), ["claimed", "interrupted"], "{}", first.story());
+    assert_eq!(shop.count(&shop.queue), [1, 0, 0], "the copy is to be seen at once\n{}", first.story());
+    let report = shop.api.heard().pop().expect("a report");
+    assert_eq!((report.event(), &report.body["exit_code"]), ("interrupted", &75.into()), "{report:?}");
+
+    let second = shop.worker().finish().expect_code(0);
+    let claimed = &second.of_kind("job")[0].value;
+    assert_eq!((&claimed["received"], &claimed["interruptions"]), (&1.into(), &1.into()), "{}", second.story());
+    assert_eq!(states(&second), ["claimed", "completed"], "{}", second.story());
+    assert_eq!(second.resumed_from(), first.last("interrupted").step().expect("its step"));
+    shop.lab.expect_as_undisturbed("asked", &[&first, &second]);
+    shop.expect_empty();
+    shop.expect_no_token(&[&first, &second]);
+}
+
+#[test]
+fn the_job_of_a_killed_worker_is_seen_again_and_resumed() {
+    let Some(shop) = Shop::open(2) else { return };
+    shop.send(&shop.job("killed", json!({})));
+    let running = shop.worker().start();
+    running.wait_for_step("checkpoint", EVERY);
+    running.wait_for_step("step", EVERY + 1);
+    let first = running.power_off();
+    assert_eq!(shop.count(&shop.queue), [0, 1, 0], "nobody was left to hand it over");
+
+    // The lease must run out first; no time is slept away here: this worker waits for messages.
+    let second = shop.patient_worker("2m").args(&["--once"]).finish().expect_code(0);
+    // It was received twice, which is all that this queue allows, but for a run that got further it is renewed.
+    assert_eq!(states(&second), ["claimed", "renewed", "claimed", "completed"], "{}", second.story());
+    let received: Vec<&Value> = second.of_kind("job").iter().map(|event| &event.value["received"]).collect();
+    assert_eq!(received, [2, 2, 1, 1], "{}", second.story());
+    assert!(second.resumed_from() >= EVERY, "{}", second.story());
+    shop.lab.expect_as_undisturbed("killed", &[&first, &second]);
+    shop.expect_empty();
+}
+
+#[test]
+fn what_fails_ends_in_the_dead_letter_queue_and_the_worker_lives_on() {
+    let Some(shop) = Shop::open(2) else { return };
+    let broken = shop.job("broken", json!({"train.stepz": 1}));
+    for body in ["poison", r#"{"run_id":"newer","version":9}"#, &broken] {
+        shop.send(body);
+    }
+    shop.send(&shop.job("good", json!({})));
+    let life = shop.worker().finish().expect_code(0);
+    shop.lab.expect_as_undisturbed("good", &[&life]);
+    assert_eq!(shop.count(&shop.queue), [0; 3], "{}", life.story());
+    let mut dead: Vec<String> = shop.take(&shop.dead).into_iter().map(|(body, _)| body).collect();
+    dead.sort();
+    let mut expected = ["poison".to_owned(), r#"{"run_id":"newer","version":9}"#.to_owned(), broken];
+    expected.sort();
+    assert_eq!(dead, expected, "{}", life.story());
+    life.clone().expect_said(&["train.stepz", "2 of 2", "version 9"]);
+
+    let failed: Vec<Told> = shop.api.heard().into_iter().filter(|told| told.event() == "failed").collect();
+    let of = |path: &str| failed.iter().filter(|told| told.path == path).collect::<Vec<_>>();
+    for run in ["broken", "newer"] {
+        let of = of(&format!("/v1/jobs/{run}/events"));
+        let received: Vec<&Value> = of.iter().map(|told| &told.body["received"]).collect();
+        assert_eq!(received, [1, 2], "{failed:?}");
+        assert!(of[0].body["exit_code"] == 78 && of[0].body["reason"].is_string(), "{of:?}");
+    }
+    let nameless: Vec<&Told> = failed.iter().filter(|told| told.body["run_id"].is_null()).collect();
+    assert_eq!(nameless.len(), 2, "{failed:?}");
+    let id = nameless[0].body["message_id"].as_str().expect("its id");
+    assert_eq!(nameless[0].path, format!("/v1/jobs/{id}/events"));
+}
+
+#[test]
+fn of_two_workers_one_trains_and_the_other_puts_the_message_back() {
+    let Some(shop) = Shop::open(2) else { return };
+    let job = shop.job("long", json!({"train.steps": 1_000_000}));
+    shop.send(&job);
+    let running = shop.worker().start();
+    running.wait_for_step("checkpoint", EVERY);
+    shop.send(&job);
+    let other = shop.worker().finish().expect_code(0);
+    assert_eq!(states(&other), ["claimed", "stand_by"], "{}", other.story());
+    assert!(other.of_kind("formed").is_empty() && other.of_kind("idle").len() == 1, "{}", other.story());
+    running.signal(Signal::TERM);
+    let first = running.finish().expect_code(75);
+    assert_eq!(first.of_kind("formed").len(), 1, "nobody else took the run\n{}", first.story());
+    // One copy from each; the run's id makes them one.
+    assert_eq!(shop.count(&shop.queue).iter().sum::<u64>(), 2, "{}", first.story());
+}
+
+#[test]
+fn a_message_that_was_held_too_long_is_handed_over_while_training_goes_on() {
+    let Some(shop) = Shop::open(2) else { return };
+    shop.send(&shop.job("long", json!({"train.steps": 1_000_000})));
+    let running = shop.worker().args(&["--max-hold", "8s"]).start();
+    wait_for_job(&running, "handed_over");
+    assert_eq!(shop.count(&shop.queue), [0, 0, 1], "a copy that is not seen for a while");
+    let mut seen = 0;
+    let at = running
+        .next(&mut seen, |event| is_job(event, "handed_over"))
+        .and_then(|_| running.next(&mut seen, |event| event.kind() == "checkpoint"));
+    assert!(at.is_some(), "training goes on");
+    running.signal(Signal::TERM);
+    let life = running.finish().expect_code(75);
+    assert_eq!(states(&life), ["claimed", "handed_over", "interrupted"], "{}", life.story());
+    assert_eq!(shop.count(&shop.queue), [0, 0, 1], "no second copy\n{}", life.story());
+}
+
+#[test]
+fn training_does_not_wait_for_the_job_api() {
+    let Some(shop) = Shop::open(3) else { return };
+    shop.api.hang();
+    shop.send(&shop.job("unheard", json!({})));
+    let life = shop.worker().finish().expect_code(0).expect_said(&["not heard by the job API"]);
+    shop.lab.expect_as_undisturbed("unheard", &[&life]);
+    assert!(shop.api.asked() >= 1 && shop.api.told().is_empty());
+    shop.expect_empty();
+    shop.expect_no_token(&[&life]);
+}
+
+#[test]
+fn a_report_that_fails_is_repeated_under_its_key_and_in_order() {
+    let Some(shop) = Shop::open(3) else { return };
+    shop.api.answer_next(&[500, 503, 429]);
+    shop.send(&shop.job("repeated", json!({})));
+    let life = shop.worker().finish().expect_code(0);
+    let told = shop.api.told();
+    let tries: Vec<(&str, u16)> = told.iter().take(4).map(|told| (told.event(), told.status)).collect();
+    assert_eq!(tries, [("started", 500), ("started", 503), ("started", 429), ("started", 200)], "{}", life.story());
+    assert!(told[..4].iter().all(|other| other.key == told[0].key), "{told:?}");
+    assert_eq!(events(&shop.api.heard()).last(), Some(&"completed"), "{told:?}");
+
+    // A refusal is not repeated, and is no reason to stop.
+    shop.api.answer_always(403);
+    shop.send(&shop.job("repeated", json!({})));
+    let before = shop.api.told().len();
+    shop.worker().finish().expect_code(0).expect_said(&["refused a report", "403"]);
+    assert_eq!(shop.api.told().len(), before + 1);
+}
+
+#[test]
+fn an_empty_queue_is_left_and_a_wrong_one_is_named() {
+    let Some(shop) = Shop::open(3) else { return };
+    let life = shop.worker().finish().expect_code(0);
+    assert_eq!((life.of_kind("idle").len(), life.events.len()), (1, 1), "{}", life.story());
+    assert!(shop.api.told().is_empty());
+
+    let running = shop.patient_worker("never").start();
+    running.wait_until_said("waiting for jobs");
+    running.signal(Signal::TERM);
+    running.finish().expect_code(75);
+
+    let missing = format!("{}x", shop.queue);
+    let other = |queue: &str| {
+        let worker = shop.lab.command(&["work", "--queue", queue, "--idle-exit", "1s"]);
+        worker.envs(&s3::client_env(&shop.moto.endpoint()))
+    };
+    other(&missing).finish().expect_code(78).expect_said(&["NonExistentQueue", &missing]);
+    other("https://sqs.us-east-1.amazonaws.com/1/jobs.fifo").finish().expect_code(78).expect_said(&["FIFO"]);
+    let tokenless = other(&shop.queue).envs(&shop.api.env()).envs(&[("WORKER_TOKEN", String::new())]);
+    tokenless.finish().expect_code(78).expect_said(&["JOB_API_BASE_URL", "WORKER_TOKEN"]);
+}

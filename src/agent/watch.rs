@@ -2,7 +2,7 @@
 //! that the journal is told at the end.
 //!
 //! Bookkeeping beside the event loop; what is done is decided by [`deadline`](super::deadline). A deadline counts down on the monotonic
-//! clock from the moment at which its notice was heard. Of several deadlines the earliest holds; one that had passed when it was heard
+//! clock from the moment at which its notice was heard. Of several deadlines that somebody is sure of the earliest holds; one that had passed when it was heard
 //! is none: the machine may go away at any moment, and may as well stay, so everything is saved for as long as it lasts.
 
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use crate::{
     journal::{Drain, DrainPlan, Happened},
-    notice::{Kind, Notice},
+    notice::{Confidence, Kind, Notice},
 };
 
 /// Moments of one drain that are written down.
@@ -42,8 +42,11 @@ impl Watch {
         match notice.deadline {
             Some(Duration::ZERO) => what.push_str(", its time is up"),
             Some(left) => {
-                what = format!("{what}, {:.1} s left", left.as_secs_f64());
+                let sure = notice.confidence > Confidence::Advisory;
+                let usual = if sure { "" } else { ", as is usual here" };
+                what = format!("{what}, {:.1} s left{usual}", left.as_secs_f64());
                 if let Some(until) = now.checked_add(left)
+                    && sure
                     && self.until.is_none_or(|known| until < known)
                 {
                     self.until = Some(until);
@@ -134,7 +137,6 @@ const fn word(plan: DrainPlan) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::notice::Confidence;
 
     fn notice(source: &'static str, kind: Kind, deadline: Option<u64>) -> Notice {
         let deadline = deadline.map(Duration::from_secs);
@@ -155,6 +157,12 @@ mod tests {
         assert!(!watch.leaves_the_time_to_us());
         assert_eq!(watch.left_s(now), Some(40.0));
         assert_eq!(watch.left_s(now + Duration::from_secs(50)), Some(-10.0));
+        // What is merely usual binds nobody.
+        let mut watch = Watch::default();
+        let usual = Notice { confidence: Confidence::Advisory, ..notice("sigterm", Kind::Stop, Some(10)) };
+        watch.hear(&usual, now);
+        assert_eq!(watch.left_s(now), None);
+        assert_eq!(watch.timeline[0].what, "sigterm was heard, 10.0 s left, as is usual here");
     }
 
     #[test]

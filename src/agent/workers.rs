@@ -136,6 +136,8 @@ fn start_one(
         .arg(WORKER_SUBCOMMAND)
         .env("OMP_NUM_THREADS", threads.to_string())
         .env("MKL_NUM_THREADS", threads.to_string())
+        // A worker talks to nobody.
+        .env_remove("WORKER_TOKEN")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(Stdio::piped());

@@ -70,10 +70,10 @@ impl Kind {
     }
 }
 
-/// How sure it is.
+/// How sure it is, its deadline included: a deadline of which nobody is sure is no reason to give a save up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Confidence {
-    /// It may well not happen.
+    /// It may well not happen, or at another time.
     Advisory,
     /// It happens, unless whoever announced it changes his mind.
     Announced,

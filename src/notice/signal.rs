@@ -54,7 +54,14 @@ impl Signals {
                 continue;
             }
             self.heard += 1;
-            return Notice { kind, deadline, source, id: self.heard.to_string(), confidence: Confidence::Certain };
+            let known = match kind {
+                Kind::Stop => self.windows.stop_is_known,
+                Kind::Interruption => self.windows.usr1_is_known,
+                Kind::Rebalance => true,
+            };
+            // What such surroundings usually leave is no more than a hint.
+            let confidence = if known { Confidence::Certain } else { Confidence::Advisory };
+            return Notice { kind, deadline, source, id: self.heard.to_string(), confidence };
         }
     }
 }

@@ -1,5 +1,7 @@
 //! How long a process has after it was asked to stop. Whoever asks does not say, so it is taken from what is configured, else from what
-//! is known of the surroundings; decided by a pure function.
+//! is known of the surroundings; decided by a pure function. A window that was configured binds: what can't be done within it is not
+//! begun. One that only follows from the surroundings is a default that many change, and a stop that is no kill may come in them, too: it is
+//! said, and nobody gives a save up because of it.
 //!
 //! The defaults of the surroundings, each as documented by its maker: Kubernetes `terminationGracePeriodSeconds` 30 s
 //! (<https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/>), Slurm `KillWait` 30 s and `--signal` 60 s ahead
@@ -24,6 +26,10 @@ pub struct Windows {
     pub usr1: Option<Duration>,
     /// After GCP's preemption notice.
     pub preemption: Duration,
+    /// Whether somebody has said how long `stop` is.
+    pub stop_is_known: bool,
+    /// The same of `usr1`.
+    pub usr1_is_known: bool,
 }
 
 /// What this process runs in. Several may be true: a pod is a container on a machine that systemd runs.
@@ -94,9 +100,13 @@ pub fn windows(
         named.or(configured).map(|window| window.min(LONGEST))
     };
     let slurm = surroundings.slurm.then_some(Duration::from_secs(60));
+    let stop = given("TRAINER_STOP_WINDOW", settings.stop_window);
+    let usr1 = given("TRAINER_USR1_WINDOW", settings.usr1_window);
     Windows {
-        stop: given("TRAINER_STOP_WINDOW", settings.stop_window).or_else(|| surroundings.stop()),
-        usr1: given("TRAINER_USR1_WINDOW", settings.usr1_window).or(slurm),
+        stop_is_known: stop.is_some(),
+        usr1_is_known: usr1.is_some(),
+        stop: stop.or_else(|| surroundings.stop()),
+        usr1: usr1.or(slurm),
         preemption: given("TRAINER_PREEMPTION_WINDOW", settings.preemption_window).unwrap_or(PREEMPTION),
     }
 }
@@ -169,8 +179,11 @@ mod tests {
             (&auto, Some("18446744073709551615"), none, Some(LONGEST), Some(LONGEST), LONGEST.as_secs()),
         ] {
             let variable = |name: &str| environment.filter(|_| name.starts_with("TRAINER_")).map(str::to_owned);
-            let wanted = Windows { stop, usr1, preemption: Duration::from_secs(preemption) };
-            assert_eq!(windows(settings, &variable, surroundings), wanted, "{environment:?}, {surroundings:?}");
+            let found = windows(settings, &variable, surroundings);
+            let wanted = Windows { stop, usr1, preemption: Duration::from_secs(preemption), ..found };
+            assert_eq!(found, wanted, "{environment:?}, {surroundings:?}");
+            let said = environment.is_some_and(|text| !text.contains(['n', '-'])) || settings.stop_window.is_some();
+            assert_eq!((found.stop_is_known, found.usr1_is_known), (said, said), "{environment:?}, {surroundings:?}");
         }
     }
 }

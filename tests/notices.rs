@@ -77,20 +77,17 @@ fn on_aws() -> MetadataServer {
 #[test]
 fn a_spot_interruption_is_saved_for_and_resumed_from() {
     let (lab, server) = (Lab::on_files(), on_aws());
-    // As some services have it: so far ahead of each request. Training goes on for a while, and the notice is answered again and again.
     // Without a hook nothing but the notices is asked for, and so one token is enough.
-    let set = ["--set", "notice.lifecycle_hook=\"none\"", "--set", "notice.spare_time=\"train\""];
-    let running = long(&lab).args(&set).envs(&server.envs()).start();
+    let running = long(&lab).args(&["--set", "notice.lifecycle_hook=\"none\""]).envs(&server.envs()).start();
     running.wait_for_step("step", 3);
     server.wait_for(SPOT, 3);
-    server.set(SPOT, Reply::each(|| spot_notice("terminate", 10)));
+    // As some services have it: two minutes from each request.
+    server.set(SPOT, Reply::each(|| spot_notice("terminate", 120)));
     heard(&running, "aws-spot");
-    let before = server.requests_of(SPOT).len();
-    server.wait_for(SPOT, before + 2);
     let life = running.finish();
-    assert_eq!(life.of_kind("notice").len(), 1, "a moving time is no new notice\n{}", life.story());
+    assert_eq!(life.of_kind("notice").len(), 1, "{}", life.story());
     let deadline = life.last("notice").value["deadline_s"].as_f64().expect("a deadline");
-    assert!(deadline > 0.0 && deadline <= 10.0, "{deadline}");
+    assert!(deadline > 60.0 && deadline <= 120.0, "{deadline}");
     // One token, and every path asked once at a time, never sooner than its interval after the last answer.
     assert_eq!(server.requests_of(TOKEN).len(), 1, "tokens are kept");
     for (path, interval_ms) in [(SPOT, 1000), (REBALANCE, 5000), (LIFECYCLE, 2000), (MAINTENANCE, 30_000)] {

@@ -163,7 +163,8 @@ async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
             ending.standing.send_replace(Standing::Leaving);
             let known = timeout(LIMIT, hook.wait_for(Option::is_some)).await;
             let hook = known.ok().and_then(|hook| hook.ok()?.clone().flatten());
-            mouth.tell(notice(Kind::Interruption, hook.and_then(|hook| hook.timeout()), "aws-asg", "Terminated"));
+            // The group waits for this machine, and pays for it, often with its replacement there already.
+            mouth.tell(notice(Kind::Stop, hook.and_then(|hook| hook.timeout()), "aws-asg", "Terminated"));
             return;
         }
         // A machine of a group: it is time to know what will hold up its end.

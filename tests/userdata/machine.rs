@@ -572,50 +572,56 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
 #[test]
 fn a_slurm_job_goes_back_into_the_queue_when_it_should() {
     let cloud = Cloud::machine();
+    let job = |machine: &Machine| {
+        let mut job = machine.command(&path("slurm/trainer.sbatch"), &cloud);
+        job.envs([("TRAINER_STORE", "file:///runs"), ("TRAINER_RUN_ID", "r"), ("SLURM_JOB_ID", "42")])
+            .env("TRAINER", machine.path("bin/trainer"));
+        job
+    };
     for (code, queued) in
         [(0, false), (69, true), (75, true), (76, true), (64, false), (65, false), (78, false), (79, false)]
     {
         let machine = Machine::new("");
-        machine.executable("bin/srun", &format!("{STAND_IN}exit {code}\n"));
-        let mut job = machine.command(&path("slurm/trainer.sbatch"), &cloud);
-        job.envs([("TRAINER_STORE", "file:///runs"), ("TRAINER_RUN_ID", "r"), ("SLURM_JOB_ID", "42")]);
-        let output = job.output().expect("start the batch script");
+        machine.executable("bin/trainer", &format!("{STAND_IN}exit {code}\n"));
+        let output = job(&machine).output().expect("start the batch script");
         assert_eq!(output.status.code(), Some(code), "{}", said(&output));
         assert_eq!(machine.calls().contains("scontrol requeue 42"), queued, "exit code {code}: {}", machine.calls());
-        assert!(
-            machine.calls().contains("srun --kill-on-bad-exit=1 /opt/trainer/trainer boot --json"),
-            "{}",
-            machine.calls()
-        );
+        assert!(machine.calls().contains("trainer boot --json"), "{}", machine.calls());
     }
-    // Slurm's signal goes to the script; the step must hear it, and its answer must be waited for.
-    let machine = Machine::new("");
-    let step = format!(
-        "{STAND_IN}trap 'echo heard; exit 75' USR1\necho ready\nexec 2>/dev/null\nwhile :; do read -r _ <\"$here/never\" || true; done\n"
-    );
-    machine.executable("bin/srun", &step);
-    let fifo = Command::new("mkfifo").arg(machine.path("stand-ins/never")).status().expect("start mkfifo");
-    assert!(fifo.success());
-    let mut job = machine.command(&path("slurm/trainer.sbatch"), &cloud);
-    job.envs([("TRAINER_STORE", "file:///runs"), ("TRAINER_RUN_ID", "r"), ("SLURM_JOB_ID", "42")]);
-    let mut job = job.stdout(Stdio::piped()).process_group(0).spawn().expect("start the batch script");
-    let (sender, lines) = std::sync::mpsc::channel();
-    let stdout = BufReader::new(job.stdout.take().expect("piped"));
-    std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
-    let pid = rustix::process::Pid::from_child(&job);
-    let hears = |wanted: &str| {
-        let line = lines.recv_timeout(Duration::from_secs(60));
-        if line.as_deref() != Ok(wanted) {
-            // The step may be waiting for ever.
-            let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
-            panic!("{wanted} is expected: {line:?}");
-        }
-    };
-    hears("ready");
-    rustix::process::kill_process(pid, rustix::process::Signal::USR1).expect("signal the script");
-    hears("heard");
-    assert_eq!(job.wait().expect("its end").code(), Some(75));
-    assert!(machine.calls().contains("scontrol requeue 42"), "{}", machine.calls());
+    // Slurm's signal goes to the script, or to all its processes; trainer must hear it, and its answer must be waited for.
+    use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+    for (signal, all) in [(Signal::USR1, false), (Signal::TERM, false), (Signal::TERM, true)] {
+        let machine = Machine::new("");
+        let program = format!(
+            "{STAND_IN}trap 'trap \"\" TERM; echo heard; exit 75' USR1 TERM\necho ready\nexec 2>/dev/null\n\
+             while :; do read -r _ <\"$here/never\" || true; done\n"
+        );
+        machine.executable("bin/trainer", &program);
+        // srun answers SIGTERM with SIGKILL for its step.
+        machine
+            .executable("bin/srun", &format!("{STAND_IN}shift\n\"$@\" & trap 'kill -9 $!; exit 137' TERM\nwait $!\n"));
+        let fifo = Command::new("mkfifo").arg(machine.path("stand-ins/never")).status().expect("start mkfifo");
+        assert!(fifo.success());
+        let mut job = job(&machine).stdout(Stdio::piped()).process_group(0).spawn().expect("start the batch script");
+        let (sender, lines) = std::sync::mpsc::channel();
+        let stdout = BufReader::new(job.stdout.take().expect("piped"));
+        std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        let pid = Pid::from_child(&job);
+        let hears = |wanted: &str| {
+            let line = lines.recv_timeout(Duration::from_secs(60));
+            if line.as_deref() != Ok(wanted) {
+                // The program may be waiting for ever.
+                let _ = kill_process_group(pid, Signal::KILL);
+                panic!("{wanted} is expected: {line:?}");
+            }
+        };
+        hears("ready");
+        let send = if all { kill_process_group } else { kill_process };
+        send(pid, signal).expect("signal the script");
+        hears("heard");
+        assert_eq!(job.wait().expect("its end").code(), Some(75));
+        assert!(machine.calls().contains("scontrol requeue 42"), "{}", machine.calls());
+    }
 }
 
 /// A container's first process gets no signal that it does not handle, and inherits every orphan.

@@ -187,6 +187,7 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
         "Role s3:ListBucketMultipartUploads",
         "Role ssm:GetParametersByPath",
         "Role sqs:ChangeMessageVisibility",
+        "Role sqs:SendMessage",
         "Role autoscaling:CompleteLifecycleAction",
         "Role autoscaling:RecordLifecycleActionHeartbeat",
         "Role autoscaling:TerminateInstanceInAutoScalingGroup",

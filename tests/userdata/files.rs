@@ -113,7 +113,12 @@ fn script_of(cloud_config: &Value, file: &str) -> String {
 #[test]
 fn the_container_file_passes_hadolint_and_says_how_it_is_stopped() {
     let file = text("container/Containerfile");
-    for line in ["STOPSIGNAL SIGTERM", "ENTRYPOINT [\"/opt/trainer/trainer\"]", "USER 65532:65532"] {
+    for line in [
+        "STOPSIGNAL SIGTERM",
+        "ENTRYPOINT [\"/opt/trainer/trainer\"]",
+        "USER 65532:65532",
+        "ENV XDG_CACHE_HOME=/tmp/cache",
+    ] {
         assert!(file.lines().any(|found| found == line), "{line}");
     }
     let last = file.rsplit("\nFROM ").next().expect("the last stage");
@@ -185,6 +190,9 @@ fn systemd_understands_each_unit() {
         units.push(("trainer.service", script_of(&config[0], "/etc/systemd/system/trainer.service")));
     }
     for (name, unit) in &units {
+        // A service that may write nowhere still needs a place for datasets.
+        let cache = unit.contains("\nCacheDirectory=trainer\n") && unit.contains("XDG_CACHE_HOME=/var/cache/trainer");
+        assert!(cache || !unit.contains("ProtectSystem=strict"), "{unit}");
         for (key, value) in [("RestartForceExitStatus", "69 75 76 79"), ("RestartPreventExitStatus", "64 65 77 78")] {
             assert!(unit.lines().any(|line| line == format!("{key}={value}")), "{key} of\n{unit}");
         }

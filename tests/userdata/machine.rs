@@ -332,6 +332,8 @@ esac"#,
         "--ipc host",
         "--stop-timeout 110",
         "--gpus all",
+        // Where datasets are kept: the container's user has no home.
+        "--env XDG_CACHE_HOME=/scratch",
         "awslogs-group=training",
         "mode=non-blocking",
         "boot --json",

@@ -232,7 +232,8 @@ run() {
     say "starts $image ${command[*]} on $id"
     # Host network for the metadata service and NCCL; host IPC and memory locks for NCCL and pinned snapshots.
     exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout "$stop" \
-        --env-file "$run/env" --env TMPDIR=/scratch --volume "$scratch:/scratch" "${gpus[@]}" "${logs[@]}" "$image" "${command[@]}"
+        --env-file "$run/env" --env TMPDIR=/scratch --env XDG_CACHE_HOME=/scratch \
+        --volume "$scratch:/scratch" "${gpus[@]}" "${logs[@]}" "$image" "${command[@]}"
 }
 stop() { if [ -n "$image" ]; then docker stop --time "$((${TRAINER_STOP_WINDOW%s} + 10))" trainer >/dev/null || true; fi; }
 # Nothing is bought for ever for a run that can't start.

@@ -199,6 +199,10 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     ] {
         assert!(granted.iter().any(|one| one == needed), "nobody grants {needed}: {granted:?}");
     }
+    // The configuration can be read before this stack's own bucket is there, and from no address that the program does not know.
+    let role = properties(&stack, "Role").to_string();
+    assert!(role.contains("s3:::${ReadBucket}/*") && role.contains("s3:::${ReadBucket}\""), "{role}");
+    assert_eq!(stack["Parameters"]["ConfigUri"]["AllowedPattern"], "s3://.+");
     // A rule of EventBridge can send only where the queue's own policy lets it.
     let policy = properties(&stack, "QueuePolicy").to_string();
     assert!(policy.contains("events.amazonaws.com") && policy.contains("sqs:SendMessage"), "{policy}");
@@ -300,6 +304,7 @@ pub fn create(moto: &Moto, name: &str, work: &str) {
         ("SubnetIds", tagged(&subnets, "subnetId")),
         ("ImageId", "/images/gpu"),
         ("ConfigUri", "s3://configs/reports.toml"),
+        ("ReadBucket", "configs"),
         ("Image", "123456789012.dkr.ecr.us-east-1.amazonaws.com/trainer:1"),
         ("Work", work),
         ("SsmPath", &path),

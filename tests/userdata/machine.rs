@@ -626,6 +626,43 @@ fn a_slurm_job_goes_back_into_the_queue_when_it_should() {
     }
 }
 
+/// Azure's command line is a stand-in that keeps the machine's User Data and knows no scale set.
+#[test]
+fn a_scale_set_is_made_with_what_its_machine_needs() {
+    let cloud = Cloud::machine();
+    let machine = Machine::new("");
+    let az = format!(
+        "{STAND_IN}if [ \"$2\" = show ] && [ ! -e \"$here/user-data\" ]; then exit 3; fi\n\
+         for one; do if [ \"$last\" = --custom-data ]; then cat \"$one\" >\"$here/user-data\"; fi; last=$one; done\n"
+    );
+    machine.executable("bin/az", &az);
+    let dirname = ["/usr/bin/dirname", "/bin/dirname"].map(Path::new).into_iter().find(|path| path.is_file());
+    symlink(dirname.expect("dirname is not installed"), machine.path("bin/dirname")).expect("a link");
+    let variables = [
+        ("GROUP", "training"),
+        ("LOCATION", "westeurope"),
+        ("IMAGE", "registry/image"),
+        ("STORE", "az://container/runs"),
+        ("RUN_ID", "reports"),
+        ("CONFIG", "az://container/reports.toml"),
+    ];
+    let mut make = machine.command(&path("azure/scale-set.sh"), &cloud);
+    let output = make.envs(variables).output().expect("start scale-set.sh");
+    assert!(!output.status.success() && said(&output).contains("ACCOUNT"), "{}", said(&output));
+    let output = make.env("ACCOUNT", "storage").output().expect("start scale-set.sh");
+    assert!(output.status.success(), "{}", said(&output));
+    let given = std::fs::read_to_string(machine.path("stand-ins/user-data")).expect("User Data");
+    // The store takes the account from there.
+    assert!(given.lines().any(|line| line.trim() == "AZURE_STORAGE_ACCOUNT_NAME=storage"), "{given}");
+    assert!(!given.contains("@ACCOUNT@") && !given.contains("@STORE@"), "{given}");
+    let calls = machine.calls();
+    let made = calls.lines().find(|line| line.starts_with("az vmss create")).expect("az vmss create");
+    // What `az vmss create` does not know, and what spot machines can't have.
+    assert!(!made.contains("--nsg-rule") && !made.contains("terminate-notification"), "{made}");
+    assert!(made.contains("--nsg trainer-reports"), "{made}");
+    assert!(calls.contains("az network nsg create --resource-group training"), "{calls}");
+}
+
 /// A container's first process gets no signal that it does not handle, and inherits every orphan.
 #[test]
 fn the_agent_stops_well_as_a_containers_first_process() {

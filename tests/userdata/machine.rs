@@ -558,11 +558,26 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         assert_eq!((&body["taskToken"], &body["error"]), (&"task+token/1==".into(), &"TrainerGaveUp".into()));
         assert!(!machine.calls().contains("shutdown"), "{}", machine.calls());
     }
+    // A job that waits would start the next machine, for ever.
+    let answers = [("SuspendProcesses", "<Suspended/>"), ("TerminateInstanceInAutoScalingGroup", "<Activity/>")];
+    let cloud = Cloud::with(&answers);
+    let machine = Machine::new("TRAINER_ON_FAILURE=terminate\nTRAINER_QUEUE=https://queue\nTRAINER_GROUP=reports\n");
+    machine.boot(&cloud);
+    expect(&ended(&machine, &cloud, "exited", "78"), 0, &["aws autoscaling resume-processes", "lowered by one"]);
+    let asked: Vec<_> = cloud.asked("Version=2011-01-01").into_iter().map(|(_, body)| body).collect();
+    assert!(
+        asked.len() == 2
+            && asked[0].contains("AutoScalingGroupName=reports&ScalingProcesses.member.1=AlarmNotification")
+            && asked[1].contains("TerminateInstanceInAutoScalingGroup"),
+        "{asked:?}"
+    );
     // In no group: it ends by powering off.
     let (machine, cloud) = (Machine::new("TRAINER_ON_FAILURE=terminate\n"), Cloud::machine());
     machine.boot(&cloud);
     expect(&ended(&machine, &cloud, "exited", "78"), 0, &["powers off"]);
     assert!(machine.calls().contains("shutdown -h now"), "{}", machine.calls());
+    let tries = cloud.asked("TerminateInstanceInAutoScalingGroup").len();
+    assert_eq!(tries, 6, "a group would replace a machine that powers off because one request failed");
     // A run that is complete tells its task.
     let cloud = Cloud::with(&[("GetParameter", r#"{"Parameter":{"Value":"token"}}"#), ("SendTask", "{}")]);
     let machine = Machine::new("TRAINER_TASK_TOKEN=/t\n");

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # EC2 User Data: makes a fresh machine train, and keeps it at that over every restart. No awscli, no Python, no package is installed.
+# EC2 takes 16 KB, and with its comments this is longer: gzip it, which cloud-init unpacks, or take it as it stands in stack.yaml.
 #
 # The AMI has Docker and, for GPUs, NVIDIA's driver and container toolkit (AWS's Deep Learning Base AMI has); with a bundle instead of an
 # image, glibc 2.36 and curl 7.88. Settings stand in /etc/trainer/machine.conf, lines of NAME=value, none secret:
@@ -8,6 +9,7 @@
 #                          (neither: /opt/trainer of the AMI)
 #   TRAINER_SSM_PATH, TRAINER_STORE, TRAINER_RUN_ID, TRAINER_RUN_ID_TEMPLATE, TRAINER_CONFIG, TRAINER_TIME_ZONE: see `trainer boot --help`
 #   TRAINER_QUEUE          a queue's URL: `trainer work` instead of `trainer boot`; the machine leaves when the queue stays empty
+#   TRAINER_GROUP          this machine's Auto Scaling group, if jobs in the queue start its machines
 #   TRAINER_GPU            auto (wait for the driver if there is an NVIDIA device), required, none
 #   TRAINER_LOG_GROUP      a CloudWatch log group for the container's output
 #   TRAINER_TASK_TOKEN     an SSM parameter that holds a Step Functions task token: that task hears how it goes
@@ -236,6 +238,11 @@ run() {
         --volume "$scratch:/scratch" "${gpus[@]}" "${logs[@]}" "$image" "${command[@]}"
 }
 stop() { if [ -n "$image" ]; then docker stop --time "$((${TRAINER_STOP_WINDOW%s} + 10))" trainer >/dev/null || true; fi; }
+# scaling ACTION PARAMETERS: of Auto Scaling.
+scaling() {
+    payload="Action=$1&Version=2011-01-01&$2" retry 6 \
+        signed "$region" autoscaling --max-time 10 "${AWS_ENDPOINT_URL:-https://autoscaling.$region.amazonaws.com}/"
+}
 # Nothing is bought for ever for a run that can't start.
 give_up() {
     local said
@@ -246,8 +253,16 @@ give_up() {
         say "hint: the machine stays and costs money (TRAINER_ON_FAILURE=keep); put it right and: systemctl start trainer"
         return 0
     fi
-    if said=$(payload="Action=TerminateInstanceInAutoScalingGroup&Version=2011-01-01&ShouldDecrementDesiredCapacity=true&InstanceId=$id" \
-        signed "$region" autoscaling --max-time 20 "${AWS_ENDPOINT_URL:-https://autoscaling.$region.amazonaws.com}/") && [ -n "$said" ]; then
+    # A job that still waits would raise the capacity again.
+    if [ -n "${TRAINER_QUEUE:-}" ] && [ -n "${TRAINER_GROUP:-}" ]; then
+        if scaling SuspendProcesses "AutoScalingGroupName=$TRAINER_GROUP&ScalingProcesses.member.1=AlarmNotification" >/dev/null; then
+            say "hint: jobs start no machine until you have put it right and: aws autoscaling resume-processes" \
+                "--auto-scaling-group-name $TRAINER_GROUP --scaling-processes AlarmNotification"
+        else
+            say "warning: jobs that wait may start machines for ever: set the MaxSize of $TRAINER_GROUP to 0"
+        fi
+    fi
+    if said=$(scaling TerminateInstanceInAutoScalingGroup "ShouldDecrementDesiredCapacity=true&InstanceId=$id") && [ -n "$said" ]; then
         say "this machine is terminated and its group's capacity lowered by one"
     else
         say "this machine is in no Auto Scaling group that it may leave: powers off"

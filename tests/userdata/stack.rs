@@ -207,6 +207,11 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     // A rule of EventBridge can send only where the queue's own policy lets it.
     let policy = properties(&stack, "QueuePolicy").to_string();
     assert!(policy.contains("events.amazonaws.com") && policy.contains("sqs:SendMessage"), "{policy}");
+    // Interruptions do not count as receives, so that a broken job is paid for only so often.
+    let redrive = &properties(&stack, "Queue")["RedrivePolicy"];
+    assert_eq!(redrive["maxReceiveCount"], 6);
+    let given_up = properties(&stack, "LostWork")["AlarmDescription"].as_str().expect("a description");
+    assert!(given_up.contains("after 6 failures"), "{given_up}");
     let alarm = properties(&stack, "LagAlarm");
     assert_eq!(alarm["TreatMissingData"], "notBreaching", "no machine, no lag");
     let metric = properties(&stack, "LagMetric");

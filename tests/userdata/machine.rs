@@ -515,7 +515,7 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         machine.unit(cloud, "after", &[("EXIT_CODE", code), ("EXIT_STATUS", status), ("SERVICE_RESULT", "exit-code")])
     };
     let stopped = "systemctl stop --no-block trainer.service";
-    // Codes that are worth another start: for ever.
+    // Codes that are worth another start.
     let (machine, cloud) = (Machine::new(""), Cloud::machine());
     machine.boot(&cloud);
     for code in ["0", "69", "75", "76", "79"].repeat(3) {
@@ -533,6 +533,21 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         &["gives up: failed 5 times in a row", "costs money (TRAINER_ON_FAILURE=keep)"],
     );
     assert!(machine.calls().contains(stopped) && !machine.calls().contains("shutdown"), "{}", machine.calls());
+    // What is away for hours does not come back: a mistyped image, a broken driver. One start that got anywhere begins the count again.
+    let (machine, cloud) = (Machine::new(""), Cloud::machine());
+    machine.boot(&cloud);
+    for code in [vec!["69"; 39], vec!["75"], vec!["69"; 39]].concat() {
+        expect(&ended(&machine, &cloud, "exited", code), 0, &[]);
+    }
+    assert!(!machine.calls().contains(stopped), "{}", machine.calls());
+    expect(&ended(&machine, &cloud, "exited", "69"), 0, &["gives up: failed 40 times in a row"]);
+    expect(&ended(&machine, &cloud, "exited", "69"), 0, &[]);
+    assert_eq!(
+        machine.calls().matches(stopped).count(),
+        1,
+        "who starts it by hand has as many tries: {}",
+        machine.calls()
+    );
     // What can't get better, at once: in a group the machine leaves it, and its task hears of it.
     for code in ["64", "65", "77", "78"] {
         let answers = [

@@ -248,6 +248,8 @@ give_up() {
     local said
     say "gives up: $1"
     systemctl stop --no-block trainer.service
+    # Whoever starts it by hand has as many tries again.
+    rm -f "$run/failures" "$run/away"
     tell SendTaskFailure ',"error":"TrainerGaveUp","cause":"see the log"'
     if [ "${TRAINER_ON_FAILURE:-keep}" != terminate ]; then
         say "hint: the machine stays and costs money (TRAINER_ON_FAILURE=keep); put it right and: systemctl start trainer"
@@ -269,22 +271,33 @@ give_up() {
         shutdown -h now
     fi
 }
-# What the run's end means; systemd says how it ended and starts it again or not. Codes that are worth another try without end count for
-# nothing; five of the others in a row are enough.
+# What the run's end means; systemd says how it ended and starts it again or not. Interruptions count for nothing. Something that is away
+# (69) comes back or never: 40 times in a row take two hours and a half. Five of the others in a row are enough.
 after() {
-    local count=0
+    local count=0 most=5 file=$run/failures
     install -d -m 0700 "$run"
     know_machine
     case ${EXIT_CODE:-}:${EXIT_STATUS:-} in
-    exited:0) tell SendTaskSuccess ',"output":"{}"' ;;
-    exited:69 | exited:75 | exited:76 | exited:79) rm -f "$run/failures" ;;
-    exited:64 | exited:65 | exited:77 | exited:78) give_up "exit code $EXIT_STATUS: another start would end the same way" ;;
-    *)
-        if [ -r "$run/failures" ]; then count=$(cat "$run/failures"); fi
-        echo "$((count + 1))" >"$run/failures"
-        if [ "$count" -ge 4 ]; then give_up "failed $((count + 1)) times in a row, last with ${EXIT_CODE:-} ${EXIT_STATUS:-}"; fi
+    exited:0)
+        tell SendTaskSuccess ',"output":"{}"'
+        return 0
+        ;;
+    exited:75 | exited:76 | exited:79)
+        rm -f "$run/failures" "$run/away"
+        return 0
+        ;;
+    exited:64 | exited:65 | exited:77 | exited:78)
+        give_up "exit code $EXIT_STATUS: another start would end the same way"
+        return 0
+        ;;
+    exited:69)
+        rm -f "$file"
+        most=40 file=$run/away
         ;;
     esac
+    if [ -r "$file" ]; then count=$(cat "$file"); fi
+    echo "$((++count))" >"$file"
+    if [ "$count" -ge "$most" ]; then give_up "failed $count times in a row, last with ${EXIT_CODE:-} ${EXIT_STATUS:-}"; fi
 }
 boot() {
     mkdir -p "$root/var/log" "$root/run" "$root/opt" "$root/etc/trainer"

@@ -593,6 +593,21 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
     assert!(machine.calls().contains("shutdown -h now"), "{}", machine.calls());
     let tries = cloud.asked("TerminateInstanceInAutoScalingGroup").len();
     assert_eq!(tries, 6, "a group would replace a machine that powers off because one request failed");
+    // A container can't power its machine off: where no group ends the machine, it does so itself.
+    let in_a_group = [("/latest/meta-data/autoscaling/target-lifecycle-state", "InService")];
+    for (settings, group, off) in [
+        ("TRAINER_IMAGE=a/b\nTRAINER_ON_COMPLETE=terminate\n", false, true),
+        ("TRAINER_IMAGE=a/b\nTRAINER_QUEUE=https://queue\n", false, true),
+        ("TRAINER_IMAGE=a/b\nTRAINER_ON_COMPLETE=terminate\n", true, false),
+        ("TRAINER_IMAGE=a/b\n", false, false),
+        ("TRAINER_QUEUE=https://queue\n", false, false),
+    ] {
+        let (machine, cloud) =
+            (Machine::new(settings), if group { Cloud::with(&in_a_group) } else { Cloud::machine() });
+        machine.boot(&cloud);
+        expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
+        assert_eq!(machine.calls().contains("shutdown -h now"), off, "{settings}: {}", machine.calls());
+    }
     // A run that is complete tells its task.
     let cloud = Cloud::with(&[("GetParameter", r#"{"Parameter":{"Value":"token"}}"#), ("SendTask", "{}")]);
     let machine = Machine::new("TRAINER_TASK_TOKEN=/t\n");

@@ -14,6 +14,7 @@
 #   TRAINER_LOG_GROUP      a CloudWatch log group for the container's output
 #   TRAINER_TASK_TOKEN     an SSM parameter that holds a Step Functions task token: that task hears how it goes
 #   TRAINER_ON_FAILURE     keep (the machine, for a look), or terminate (it, with the group's capacity lowered, so that none is bought instead)
+#   TRAINER_ON_COMPLETE    terminate: with an image and in no group, power off after a run, as on_complete.action does without a container
 #   TRAINER_STOP_WINDOW    how long a stop may take: 100s
 #
 # Costs: the machine's price an hour x hours, its disk, what it logs. `trainer simulate` says what interruptions add.
@@ -271,6 +272,12 @@ give_up() {
         shutdown -h now
     fi
 }
+# 22: the metadata service has answered, and knows of none.
+in_no_group() {
+    local code=0
+    metadata autoscaling/target-lifecycle-state >/dev/null 2>&1 || code=$?
+    [ "$code" = 22 ]
+}
 # What the run's end means; systemd says how it ended and starts it again or not. Interruptions count for nothing. Something that is away
 # (69) comes back or never: 40 times in a row take two hours and a half. Five of the others in a row are enough.
 after() {
@@ -280,6 +287,8 @@ after() {
     case ${EXIT_CODE:-}:${EXIT_STATUS:-} in
     exited:0)
         tell SendTaskSuccess ',"output":"{}"'
+        # A container can leave a group, but power nothing off.
+        if [ -n "$image" ] && { [ -n "${TRAINER_QUEUE:-}" ] || [ "${TRAINER_ON_COMPLETE:-}" = terminate ]; } && in_no_group; then shutdown -h now; fi
         return 0
         ;;
     exited:75 | exited:76 | exited:79)

@@ -533,6 +533,12 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         &["gives up: failed 5 times in a row", "costs money (TRAINER_ON_FAILURE=keep)"],
     );
     assert!(machine.calls().contains(stopped) && !machine.calls().contains("shutdown"), "{}", machine.calls());
+    // A task that hears of it gives the machine back, and then it is not there for a look.
+    let cloud = Cloud::with(&[("GetParameter", r#"{"Parameter":{"Value":"token"}}"#), ("SendTask", "{}")]);
+    let machine = Machine::new("TRAINER_TASK_TOKEN=/t\n");
+    machine.boot(&cloud);
+    expect(&ended(&machine, &cloud, "exited", "78"), 0, &["costs money (TRAINER_ON_FAILURE=keep)"]);
+    assert_eq!(cloud.asked("SendTaskFailure").len(), 0);
     // What is away for hours does not come back: a mistyped image, a broken driver. One start that got anywhere begins the count again.
     let (machine, cloud) = (Machine::new(""), Cloud::machine());
     machine.boot(&cloud);

@@ -251,11 +251,11 @@ give_up() {
     systemctl stop --no-block trainer.service
     # Whoever starts it by hand has as many tries again.
     rm -f "$run/failures" "$run/away"
-    tell SendTaskFailure ',"error":"TrainerGaveUp","cause":"see the log"'
     if [ "${TRAINER_ON_FAILURE:-keep}" != terminate ]; then
         say "hint: the machine stays and costs money (TRAINER_ON_FAILURE=keep); put it right and: systemctl start trainer"
         return 0
     fi
+    tell SendTaskFailure ',"error":"TrainerGaveUp","cause":"see the log"'
     # A job that still waits would raise the capacity again.
     if [ -n "${TRAINER_QUEUE:-}" ] && [ -n "${TRAINER_GROUP:-}" ]; then
         if scaling SuspendProcesses "AutoScalingGroupName=$TRAINER_GROUP&ScalingProcesses.member.1=AlarmNotification" >/dev/null; then

@@ -125,6 +125,8 @@ print(json.dumps(session.get_service_model("ec2").shape_for("InstanceType").enum
     assert_eq!(data["MetadataOptions"]["HttpTokens"], "required");
     assert_eq!(data["MetadataOptions"]["HttpPutResponseHopLimit"], 2);
     assert_eq!(group["CapacityRebalance"], true);
+    let only_if_said = json!({"Fn::If": ["BeginNow", {"Ref": "DesiredCapacity"}, {"Ref": "AWS::NoValue"}]});
+    assert_eq!(group["DesiredCapacity"], only_if_said, "an update of the stack would end the machine that trains");
     let hook = &group["LifecycleHookSpecificationList"][0];
     assert_eq!(hook["LifecycleTransition"], "autoscaling:EC2_INSTANCE_TERMINATING");
     assert_eq!(hook["DefaultResult"], "CONTINUE");

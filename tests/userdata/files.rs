@@ -123,6 +123,7 @@ fn the_container_file_passes_hadolint_and_says_how_it_is_stopped() {
     }
     let last = file.rsplit("\nFROM ").next().expect("the last stage");
     assert!(!last.contains("python"), "Python in the image");
+    assert!(last.contains(" tzdata "), "a time zone has no meaning without its rules");
     let rust = std::fs::read_to_string(path("../Cargo.toml")).expect("Cargo.toml");
     let rust =
         rust.lines().find_map(|line| line.strip_prefix("rust-version = ")).expect("rust-version").trim_matches('"');

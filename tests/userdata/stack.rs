@@ -368,6 +368,7 @@ fn the_stack_is_created_with_nothing_lost_but_what_moto_does_not_know() {
         };
         assert_eq!(value("config-uri").as_deref(), Some("s3://configs/reports.toml"));
         assert_eq!(value("run-id-template").as_deref(), Some("reports-{year}q{quarter}"));
+        assert_eq!(value("time-zone").as_deref(), Some("UTC"), "the schedule's");
         assert_eq!(value("set/on_complete.action").as_deref(), Some("terminate"));
         assert!(value("store").is_some_and(|store| store.starts_with("s3://") && store.ends_with("/runs")));
     }

@@ -81,6 +81,10 @@ fn schedules_are_what_the_scheduler_takes() {
         }
     }
     assert_eq!(schedules, 3);
+    // Each attempt has an id of its own, which is the run's: one that arrived unnoticed would be a second run.
+    let queue = properties(&stack, "QueueSchedule");
+    assert!(queue["Target"]["Input"].to_string().contains("<aws.scheduler.execution-id>"));
+    assert_eq!(queue["Target"]["RetryPolicy"]["MaximumRetryAttempts"], 3);
     let arn = &properties(&stack, "BootSchedule")["Target"]["Arn"]["Fn::Sub"];
     assert_eq!(arn, "arn:${AWS::Partition}:scheduler:::aws-sdk:autoscaling:setDesiredCapacity");
 }

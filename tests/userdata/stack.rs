@@ -218,6 +218,14 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     assert_eq!(redrive["maxReceiveCount"], 6);
     let given_up = properties(&stack, "LostWork")["AlarmDescription"].as_str().expect("a description");
     assert!(given_up.contains("after 6 failures"), "{given_up}");
+    // An execution that ends otherwise than by its own states leaves its machine: somebody must hear of it.
+    for end in ["Failed", "TimedOut", "Aborted"] {
+        let alarm = properties(&stack, &format!("Loop{end}"));
+        let state_machine = json!([{"Name": "StateMachineArn", "Value": {"Ref": "Loop"}}]);
+        assert_eq!((&alarm["Namespace"], &alarm["Dimensions"]), (&json!("AWS/States"), &state_machine), "{end}");
+        assert_eq!(alarm["MetricName"], format!("Executions{end}"));
+        assert_eq!(alarm["AlarmActions"], json!([{"Ref": "Topic"}]), "{end}");
+    }
     let alarm = properties(&stack, "LagAlarm");
     assert_eq!(alarm["TreatMissingData"], "notBreaching", "no machine, no lag");
     let metric = properties(&stack, "LagMetric");

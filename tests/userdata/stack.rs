@@ -159,7 +159,12 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     );
     assert_eq!(stack["Resources"]["Bucket"]["DeletionPolicy"], "Retain");
     // Actions that name no resource because none can be named; each other one names its own.
-    const BROAD: [&str; 4] = [
+    const BROAD: [&str; 9] = [
+        "ssm:UpdateInstanceInformation",
+        "ssmmessages:CreateControlChannel",
+        "ssmmessages:CreateDataChannel",
+        "ssmmessages:OpenControlChannel",
+        "ssmmessages:OpenDataChannel",
         "autoscaling:DescribeAutoScalingInstances",
         "autoscaling:DescribeLifecycleHooks",
         "servicequotas:GetServiceQuota",
@@ -170,6 +175,8 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
         if resource["Type"] != "AWS::IAM::Role" {
             continue;
         }
+        // What they grant on everything stands in no file of ours: AmazonSSMManagedInstanceCore reads every parameter.
+        assert!(resource["Properties"].get("ManagedPolicyArns").is_none(), "{name}");
         for policy in resource["Properties"]["Policies"].as_array().expect("policies") {
             for statement in policy["PolicyDocument"]["Statement"].as_array().expect("statements") {
                 let statement = statement.get("Fn::If").map_or(statement, |branches| &branches[1]);
@@ -192,6 +199,7 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
         "Role s3:AbortMultipartUpload",
         "Role s3:ListBucketMultipartUploads",
         "Role ssm:GetParametersByPath",
+        "Role ssmmessages:OpenDataChannel",
         "Role sqs:ChangeMessageVisibility",
         "Role sqs:SendMessage",
         "Role autoscaling:CompleteLifecycleAction",

@@ -149,7 +149,16 @@ fn answer(
         "PUT" if path == "/latest/api/token" && head.contains("X-aws-ec2-metadata-token-ttl-seconds") => {
             (200, "metadata-token")
         }
-        "GET" if !head.contains("X-aws-ec2-metadata-token: metadata-token") => (401, ""),
+        "GET"
+            if !["X-aws-ec2-metadata-token: metadata-token", "Metadata-Flavor: Google", "Metadata:true"]
+                .iter()
+                .any(|line| head.contains(line)) =>
+        {
+            (401, "")
+        }
+        // Whoever deletes something must ask twice.
+        "DELETE" if asked.lock().expect("unpoisoned").iter().all(|(head, _)| !head.starts_with("DELETE ")) => (503, ""),
+        "DELETE" => (200, ""),
         "GET" => answers.get(&path).map_or((404, ""), |text| (200, text.as_str())),
         "POST" => {
             let known =
@@ -712,6 +721,64 @@ fn a_scale_set_is_made_with_what_its_machine_needs() {
     assert!(!made.contains("--nsg-rule") && !made.contains("terminate-notification"), "{made}");
     assert!(made.contains("--nsg trainer-reports"), "{made}");
     assert!(calls.contains("az network nsg create --resource-group training"), "{calls}");
+}
+
+/// Those of Google, Azure and of one machine by hand, as the unit calls them after a run's end.
+#[test]
+fn no_machine_stays_on_when_no_start_is_worth_it() {
+    let role = r#"{"access_token":"metadata-token","expires_in":1}"#;
+    let token = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https%3A%2F%2Fmanagement.azure.com%2F";
+    let google = "/computeMetadata/v1/instance";
+    let answers = [
+        (format!("{google}/attributes/created-by"), "projects/1/zones/z/instanceGroupManagers/reports"),
+        (format!("{google}/zone"), "projects/1/zones/z"),
+        (format!("{google}/name"), "reports-1"),
+        (format!("{google}/service-accounts/default/token"), role),
+        ("/metadata/instance/compute/resourceId?api-version=2021-02-01&format=text".into(), "/machines/1"),
+        (token.into(), role),
+        ("deleteInstances".into(), "{}"),
+    ];
+    let answers: Vec<_> = answers.iter().map(|(key, value)| (key.as_str(), *value)).collect();
+    for kind in ["gcp", "azure", "aws"] {
+        let Some(script) = (match kind {
+            "gcp" => Some(std::fs::read_to_string(path("gcp/startup.sh")).expect("startup.sh")),
+            kind => super::yaml(&super::text(&format!("{kind}/cloud-init.yaml")))
+                .map(|config| super::files::script_of(&config[0], "/usr/local/sbin/trainer-machine")),
+        }) else {
+            continue;
+        };
+        // The second DELETE is answered: Azure is asked again after a failure.
+        let left = |machine: &Machine, cloud: &Cloud| match kind {
+            "gcp" => cloud.asked("instanceGroupManagers/reports/deleteInstances").len() == 1,
+            "azure" => cloud.asked("DELETE /machines/1?").len() == 2,
+            _ => machine.calls().contains("systemctl poweroff"),
+        };
+        let codes = |codes: &[&str]| {
+            let (machine, cloud) = (Machine::new(""), Cloud::with(&answers));
+            machine.executable("bin/after", &script);
+            for code in codes {
+                let mut after = machine.command(&machine.path("bin/after"), &cloud);
+                let output = after
+                    .arg("after")
+                    .env("GCE_METADATA_HOST", cloud.endpoint().trim_start_matches("http://"))
+                    .env("TRAINER_COMPUTE_API", cloud.endpoint())
+                    .env("TRAINER_AZURE_METADATA_ENDPOINT", cloud.endpoint())
+                    .env("TRAINER_AZURE_MANAGEMENT_ENDPOINT", cloud.endpoint())
+                    .envs([("EXIT_CODE", "exited"), ("EXIT_STATUS", code)])
+                    .output()
+                    .expect("start trainer-machine");
+                expect(&output, 0, &[]);
+            }
+            left(&machine, &cloud)
+        };
+        for code in ["64", "65", "77", "78"] {
+            assert!(codes(&[code]), "{kind}: {code}");
+        }
+        assert!(!codes(&["70", "70", "70", "70", "75", "70", "137", "70", "70"]), "{kind}: interrupted in between");
+        assert!(codes(&["70", "70", "137", "70", "70"]), "{kind}: five times in a row");
+        assert!(!codes(&[vec!["69"; 39], vec!["79"], vec!["69"; 2]].concat()), "{kind}: away, and here in between");
+        assert!(codes(&["69"; 40]), "{kind}: away for hours");
+    }
 }
 
 /// A container's first process gets no signal that it does not handle, and inherits every orphan.

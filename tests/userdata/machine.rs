@@ -781,6 +781,46 @@ fn no_machine_stays_on_when_no_start_is_worth_it() {
     }
 }
 
+#[test]
+fn googles_notice_is_as_long_as_was_asked_for() {
+    for (notice, window) in [("", "30s"), ("120s", "120s")] {
+        let machine = Machine::new("");
+        machine.executable("bin/gcloud", &format!("{STAND_IN}[ \"$2\" != describe ] && [ \"$3\" != describe ]\n"));
+        let dirname = ["/usr/bin/dirname", "/bin/dirname"].map(Path::new).into_iter().find(|path| path.is_file());
+        symlink(dirname.expect("dirname is not installed"), machine.path("bin/dirname")).expect("a link");
+        let cloud = Cloud::with(&[
+            ("/computeMetadata/v1/instance/attributes/trainer-image", "registry/image"),
+            ("/computeMetadata/v1/instance/attributes/trainer-store", "gs://bucket/runs"),
+            ("/computeMetadata/v1/instance/attributes/trainer-run-id", "reports"),
+            ("/computeMetadata/v1/instance/attributes/trainer-config", "gs://bucket/reports.toml"),
+            ("/computeMetadata/v1/instance/attributes/trainer-preemption-window", window),
+        ]);
+        let variables = [
+            ("PROJECT", "project"),
+            ("ZONE", "zone"),
+            ("BUCKET", "bucket"),
+            ("RUN_ID", "reports"),
+            ("CONFIG", "gs://bucket/reports.toml"),
+            ("IMAGE", "registry/image"),
+            ("SPOT_NOTICE", notice),
+        ];
+        let mut make = machine.command(&path("gcp/instance-template.sh"), &cloud);
+        let output = make.envs(variables).output().expect("start instance-template.sh");
+        assert!(output.status.success(), "{}", said(&output));
+        let calls = machine.calls();
+        assert!(calls.contains(&format!("trainer-preemption-window={window} ")), "{calls}");
+        assert_eq!(calls.contains("--preemption-notice-duration=120s"), !notice.is_empty(), "{calls}");
+        // What the machine makes of it.
+        let mut start = machine.command(&path("gcp/startup.sh"), &cloud);
+        start.arg("run").env("GCE_METADATA_HOST", cloud.endpoint().trim_start_matches("http://"));
+        expect(&start.output().expect("start startup.sh"), 0, &[]);
+        let env = std::fs::read_to_string(machine.path("root/run/trainer/env")).expect("the container's variables");
+        for line in [&*format!("TRAINER_PREEMPTION_WINDOW={window}"), "TRAINER_STOP_WINDOW=20s"] {
+            assert!(env.lines().any(|found| found == line), "{line} is not in\n{env}");
+        }
+    }
+}
+
 /// A container's first process gets no signal that it does not handle, and inherits every orphan.
 #[test]
 fn the_agent_stops_well_as_a_containers_first_process() {

@@ -40,6 +40,8 @@ run() {
         echo "TRAINER_STORE=$(ask instance/attributes/trainer-store)"
         echo "TRAINER_RUN_ID=$(ask instance/attributes/trainer-run-id)"
         echo "TRAINER_CONFIG=$(ask instance/attributes/trainer-config)"
+        # How long after the notice the shutdown begins; the metadata service does not say.
+        echo "TRAINER_PREEMPTION_WINDOW=$(ask instance/attributes/trainer-preemption-window)"
         # Between the shutdown's beginning and its end a spot machine has 30 s.
         echo TRAINER_STOP_WINDOW=20s
     } >"$root/run/trainer/env"

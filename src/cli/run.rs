@@ -84,9 +84,8 @@ impl Run {
 /// The most bytes of a model's description.
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
 
-pub(super) fn fetch(folder: &str, name: &str) -> Result<Vec<u8>, String> {
-    let read = async { Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec()) };
-    store::block_on(read).map_err(|error| error.to_string())
+pub(super) fn fetch(folder: &str, name: &str) -> Result<Vec<u8>> {
+    store::block_on(async { Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec()) })
 }
 
 /// `<file stem>-<yyyymmdd>-<hhmmss>-<4 hex digits>`, with what an id can't hold made `-`.

@@ -531,8 +531,8 @@ impl Worker<'_> {
             Source::At { folder, name } => {
                 let uri = format!("{folder}/{name}");
                 let doing = || format!("read configuration {uri}");
-                let bytes = (self.tools.fetch)(folder, name)
-                    .map_err(|reason| Error::new(Kind::Config, reason).context(doing()))?;
+                let bytes =
+                    (self.tools.fetch)(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
                 let toml = String::from_utf8(bytes)
                     .map_err(|error| Error::from_source(Kind::Config, error.utf8_error()).context(doing()))?;
                 (toml, uri, Some(folder.as_str()))

@@ -326,6 +326,45 @@ fn a_metadata_service_that_hangs_or_is_not_there_holds_nobody_up() {
     boot(&lab, &arguments).envs(&gone).finish().expect_code(0).expect_said(&["no region is known"]);
 }
 
+/// The file trees of an EC2 instance.
+fn on_ec2(lab: &Lab) -> (&'static str, String) {
+    let root = lab.path("ec2");
+    let tables = root.join("sys/class/dmi/id");
+    std::fs::create_dir_all(&tables).expect("a folder");
+    std::fs::write(tables.join("sys_vendor"), "Amazon EC2\n").expect("a file");
+    ("TRAINER_HOST_ROOT", root.display().to_string())
+}
+
+#[test]
+fn an_instance_whose_tags_can_not_be_read_is_asked_again_and_creates_no_run_without_them() {
+    let lab = Lab::on_files();
+    let metadata = MetadataServer::start();
+    let elsewhere = format!("file://{}", lab.path("elsewhere").display());
+    let value = "/latest/meta-data/tags/instance/trainer:store";
+    metadata.set("/latest/meta-data/tags/instance", "trainer:store");
+    metadata.set(value, elsewhere.as_str());
+    let on_instance = || {
+        let short = ["--set", "train.steps=2", "--set", "train.schedule.warmup_steps=0"];
+        boot(&lab, &["run.toml", "--run-id", "tagged"]).args(&short).envs(&metadata.envs()).envs(&[on_ec2(&lab)])
+    };
+    metadata.set(value, 403);
+    let unread = on_instance().finish().expect_code(69);
+    let unread = unread.expect_said(&["tag trainer:store of this instance can't be read", "answered 403"]);
+    assert!(unread.events.is_empty() && lab.keys("tagged", "").is_empty(), "{}", unread.story());
+
+    // What passes, whether it is a tag or all that the machine knows of itself.
+    metadata.set(value, elsewhere.as_str());
+    for (path, fault) in [(TOKEN, Fault::Status(503)), (value, Fault::Status(503)), (value, Fault::Status(429))] {
+        let before = metadata.requests_of(path).len();
+        metadata.storm_on(path, fault);
+        let life = on_instance().start();
+        metadata.wait_for(path, before + 1);
+        metadata.calm();
+        life.finish().expect_code(0).expect_said(&[&format!("in {elsewhere}")]);
+    }
+    assert!(lab.keys("tagged", "").is_empty(), "a second run");
+}
+
 /// Starts two machines for one new run; gives the one that trains first, then the other.
 fn pair(lab: &Lab, run: &str, more: &[&str]) -> (Running, Running) {
     let uri = lab.uri();

@@ -91,7 +91,7 @@ impl Queue {
         })?;
         let shared = match &place.region {
             Some(region) => aws::config_in(region).await,
-            None => aws::config().await.clone(),
+            None => aws::config().await,
         };
         let mut config = aws_sdk_sqs::config::Builder::from(&shared);
         if let Some(endpoint) = &place.endpoint {

@@ -495,14 +495,29 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
         .expect_said(&["AccessDenied", "starts another machine in place of"]);
     assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n");
 
-    // A machine of no cloud; and the same run again, with `resume`, since it is the run's configuration that says so.
+    // A machine of no cloud, there for the run, which is complete.
     let path = [stand_ins(&lab, &[])];
     std::fs::remove_file(PathBuf::from(&path[0].1).join("systemctl")).expect("remove a stand-in");
     let path = [stand_ins(&lab, &["shutdown"])];
-    lab.resume("denied").envs(&path).finish().expect_code(0).expect_said(&["powering off (shutdown -h now)"]);
+    let again = || boot(&lab, &["run.toml", "--run-id", "denied"]).envs(&path).finish().expect_code(0);
+    again().expect_said(&["powering off (shutdown -h now)"]);
     assert!(called(&lab).ends_with("shutdown -h now\n"), "{}", called(&lab));
     std::fs::remove_file(lab.path("bin/shutdown")).expect("remove a stand-in");
-    lab.resume("denied").envs(&path).finish().expect_code(0).expect_said(&["this machine stays on and may cost money"]);
+    again().expect_said(&["this machine stays on and may cost money"]);
+}
+
+#[test]
+fn who_asks_for_a_run_that_is_complete_keeps_his_machine_and_who_completes_it_does_not() {
+    let lab = Lab::on_files();
+    let path = [stand_ins(&lab, &["systemctl"])];
+    let short = ["--set", "train.steps=2", "--set", "train.schedule.warmup_steps=0"];
+    lab.run("mine").args(&short).args(&["--set", "on_complete.action=terminate"]).envs(&path).finish().expect_code(0);
+    assert_eq!(called(&lab), "systemctl poweroff\n", "the run's own machine");
+    let resume = || lab.resume("mine").envs(&path);
+    resume().finish().expect_code(0).expect_said(&["run has completed, nothing is left to do"]);
+    assert_eq!(called(&lab), "systemctl poweroff\n", "powered off for a run that was complete before");
+    resume().args(&["--set", "train.steps=4"]).finish().expect_code(0);
+    assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n", "it has trained the rest");
 }
 
 #[test]

@@ -131,7 +131,7 @@ impl Boot {
         if let Some(folder) = &cache {
             steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
         }
-        let manner = Manner { standby: self.standby, cache, since: Some(steps.began()) };
+        let manner = Manner { standby: self.standby, cache, since: Some(steps.began()), dedicated: true };
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
         run::launch_as(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node, manner)
     }

@@ -116,7 +116,7 @@ pub(super) fn launch(
     launch_as(screen, json, store, run_id, begin, nproc_per_node, Manner::default())
 }
 
-/// The same in another manner. When the run is complete, the machine does what the run's `on_complete` says.
+/// The same in another manner.
 pub(super) fn launch_as(
     screen: Screen,
     json: JsonArg,
@@ -148,7 +148,7 @@ pub(super) fn launch_as(
     })
 }
 
-/// What `on_complete.action` says. The run is complete whatever comes of it.
+/// What the run's `on_complete` says of this machine. The run is complete whatever comes of it.
 pub(super) fn complete(then: CompleteAction) -> Result<()> {
     match then {
         CompleteAction::Exit => Ok(()),

@@ -462,6 +462,28 @@ fn a_machine_of_a_group_leaves_it_and_nothing_comes_in_its_place() {
 }
 
 #[test]
+fn a_machine_that_leaves_its_group_does_not_wait_at_the_groups_hook() {
+    const COMPLETE: &str = "/?Action=CompleteLifecycleAction";
+    let lab = Lab::on_files();
+    let metadata = MetadataServer::start();
+    short_run(&lab, &metadata, &metadata.endpoint(), "hooked").finish().expect_code(0).expect_said(&[
+        &format!("the Auto Scaling group ends {INSTANCE}"),
+        "lifecycle hook drain of group trainers is completed",
+    ]);
+    let calls: Vec<String> = metadata.requests().into_iter().map(|asked| asked.path).collect();
+    let at = |call: &str| calls.iter().position(|path| path == call);
+    assert!(at("/?Action=TerminateInstanceInAutoScalingGroup") < at(COMPLETE), "{calls:?}");
+
+    // Somebody else's hook.
+    let before = metadata.requests_of(COMPLETE).len();
+    short_run(&lab, &metadata, &metadata.endpoint(), "held")
+        .args(&["--set", "notice.lifecycle_hook=none"])
+        .finish()
+        .expect_code(0);
+    assert_eq!(metadata.requests_of(COMPLETE).len(), before);
+}
+
+#[test]
 fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced() {
     let lab = Lab::on_files();
     let metadata = MetadataServer::start();

@@ -113,8 +113,9 @@ pub struct Manner {
 
 impl Manner {
     /// What is to be done with the machine when the run is complete.
-    fn then(&self, config: &RunConfig, trained_here: bool) -> CompleteAction {
-        if self.dedicated || trained_here { config.on_complete.action } else { CompleteAction::Exit }
+    fn then(&self, config: &RunConfig, trained_here: bool) -> Afterwards {
+        let action = if self.dedicated || trained_here { config.on_complete.action } else { CompleteAction::Exit };
+        Afterwards { action, lifecycle_hook: config.notice.lifecycle_hook.clone() }
     }
 }
 
@@ -139,13 +140,22 @@ pub enum Begin {
     },
 }
 
+/// What is to be done with this machine when the run is complete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Afterwards {
+    /// Whether it goes.
+    pub action: CompleteAction,
+    /// The hook that holds up its end: `notice.lifecycle_hook`.
+    pub lifecycle_hook: String,
+}
+
 /// How a run ended, when it ended well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The last step is committed.
     Completed {
         /// What is to be done with this machine then.
-        then: CompleteAction,
+        then: Afterwards,
     },
     /// It was asked to stop; so many steps must be done again.
     Interrupted {
@@ -190,7 +200,7 @@ struct Agent {
 }
 
 /// What came of waiting for another agent.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 enum Waited {
     /// It is gone, or there was none.
     NothingNew,
@@ -285,7 +295,7 @@ impl Agent {
         nproc_per_node: Option<u32>,
         manner: &Manner,
         reporter: &Reporter,
-    ) -> Result<Result<Opened, CompleteAction>> {
+    ) -> Result<Result<Opened, Afterwards>> {
         let cache = manner.cache.as_deref();
         let (from, overrides) = match begin {
             Begin::Create(config) => {
@@ -464,7 +474,7 @@ impl Agent {
 
     /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`: what is
     /// to be done with this machine then).
-    async fn resolve_again(&mut self) -> Result<Result<Resolved, CompleteAction>> {
+    async fn resolve_again(&mut self) -> Result<Result<Resolved, Afterwards>> {
         let (config, overrides) = {
             let journal = self.journal.lock().await;
             let (config, overrides) = effective(journal.state(), &self.overrides)?;

@@ -12,7 +12,7 @@ use super::{
     store,
 };
 use crate::{
-    agent::{self, Begin, Launch, Manner, Outcome},
+    agent::{self, Afterwards, Begin, Launch, Manner, Outcome},
     cloud::leave,
     config::{self, CompleteAction, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
@@ -137,7 +137,7 @@ pub(super) fn launch_as(
     reporter.finish();
     Ok(match outcome? {
         Outcome::Completed { then } => {
-            complete(then)?;
+            complete(&then)?;
             ExitCode::SUCCESS
         }
         Outcome::Interrupted { lost_steps } => {
@@ -149,11 +149,11 @@ pub(super) fn launch_as(
 }
 
 /// What the run's `on_complete` says of this machine. The run is complete whatever comes of it.
-pub(super) fn complete(then: CompleteAction) -> Result<()> {
-    match then {
+fn complete(then: &Afterwards) -> Result<()> {
+    match then.action {
         CompleteAction::Exit => Ok(()),
         CompleteAction::Terminate => store::block_on(async {
-            leave::leave().await;
+            leave::leave(&then.lifecycle_hook).await;
             Ok(())
         }),
     }

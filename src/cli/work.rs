@@ -135,7 +135,7 @@ impl Work {
         Ok(match work::run(settings, tools)? {
             Left::Idle => {
                 if self.terminate_when_idle {
-                    store::block_on(async { Ok(leave::leave().await) })?;
+                    store::block_on(async { Ok(leave::leave(leave::ANY_HOOK).await) })?;
                 }
                 ExitCode::SUCCESS
             }

@@ -58,6 +58,8 @@ pub enum End {
     Interrupted,
     /// The run is in the hands of another worker, which is alive.
     Elsewhere,
+    /// The run got further since the message was sent: it is renewed before it is trained.
+    Further,
     /// Something that the job needs does not answer; that is nobody's fault here.
     Unreachable,
     /// It needs a person, or another machine.
@@ -103,6 +105,7 @@ pub fn settle(end: End, hold: Hold, received: u32, dead_letters: bool, lease: Du
         (End::Completed, _) => Settle::Delete,
         (_, Hold::Lost | Hold::HandedOver) => Settle::Leave,
         (End::Interrupted, Hold::Ours) => Settle::Renew { delay: Duration::ZERO, interrupted: true },
+        (End::Further, Hold::Ours) => Settle::Renew { delay: Duration::ZERO, interrupted: false },
         (End::Elsewhere, Hold::Ours) => Settle::Renew { delay: lease.min(LONGEST_DELAY), interrupted: false },
         (End::Unreachable, Hold::Ours) => Settle::Renew { delay: lease.min(LONGEST_DELAY), interrupted: true },
         // With a dead-letter queue it is soon there; without one it would be all that this worker does.
@@ -132,6 +135,7 @@ mod tests {
             (End::Interrupted, 1, true, renew(0, true)),
             (End::Interrupted, 9, false, renew(0, true)),
             (End::Elsewhere, 1, true, renew(300, false)),
+            (End::Further, 2, true, renew(0, false)),
             (End::Unreachable, 1, true, renew(300, true)),
             (End::Failed, 1, true, back(30)),
             (End::Failed, 2, true, back(60)),
@@ -147,7 +151,14 @@ mod tests {
     #[test]
     fn a_message_that_is_no_longer_ours_is_never_doubled() {
         for hold in [Hold::Lost, Hold::HandedOver] {
-            for end in [End::Interrupted, End::Elsewhere, End::Unreachable, End::Failed, End::Unintelligible] {
+            for end in [
+                End::Interrupted,
+                End::Elsewhere,
+                End::Further,
+                End::Unreachable,
+                End::Failed,
+                End::Unintelligible,
+            ] {
                 assert_eq!(settle(end, hold, 1, true, LEASE), Settle::Leave, "{end:?} {hold:?}");
             }
             assert_eq!(settle(End::Completed, hold, 1, true, LEASE), Settle::Delete);

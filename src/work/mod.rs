@@ -269,6 +269,7 @@ impl Turn {
             End::Completed => State::Completed,
             End::Interrupted => State::Interrupted,
             End::Elsewhere => State::StandBy,
+            End::Further => State::Renewed,
             End::Unreachable => State::Unreachable,
             End::Failed | End::Unintelligible => State::Failed,
         };
@@ -417,10 +418,8 @@ impl Worker<'_> {
             let reason = crate::report::human::plain(reason);
             tracing::warn!(run = name, received = times, state = ?turn.state, "job is not done: {reason}");
         }
-        let what = match turn.state {
-            State::Renewed => Settle::Renew { delay: Duration::ZERO, interrupted: false },
-            _ => settle(turn.end, hold, message.received, self.max_receive_count.is_some(), self.settings.terms.lease),
-        };
+        let dead_letters = self.max_receive_count.is_some();
+        let what = settle(turn.end, hold, message.received, dead_letters, self.settings.terms.lease);
         // The message first: the machine may have seconds left, and the API may take them all.
         self.runtime.block_on(self.settle(message, what, *lock(&carried)));
         let stage = match turn.state {
@@ -447,7 +446,7 @@ impl Worker<'_> {
             }
             Prepared::Renew { committed } => {
                 lock(&lock(tracker).carried).step = committed;
-                return Ok(Turn::new(End::Elsewhere, State::Renewed, 0));
+                return Ok(Turn::new(End::Further, State::Renewed, 0));
             }
         };
         if self.asked() {

@@ -7,8 +7,9 @@
 //! # One message
 //! receive → hide it lease by lease → read the run's journal → train, unless the run is complete → settle. A message is deleted when its run
 //! is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the machine goes away, when another worker
-//! has the run, when the store does not answer, and when SQS would hide it no longer. It is left to the redrive policy when the
-//! job itself failed or can't be understood: reported, seen again after a pause, and after `maxReceiveCount` receives in the dead-letter queue.
+//! has the run, when this worker's own store does not answer, and when SQS would hide it no longer. It is left to the redrive policy when the
+//! job itself failed, can't be understood, or needs what does not answer: reported, seen again after a pause, and after
+//! `maxReceiveCount` receives in the dead-letter queue.
 //! What a run's `on_complete` wants done with the machine is not done here: there may be another job.
 //!
 //! *Crash*: the lease runs out, another worker receives the message and resumes from the newest checkpoint; see [`handover`] for each
@@ -28,6 +29,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use serde::Serialize;
 use tokio::{
     runtime::Runtime,
@@ -53,6 +55,7 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
     journal::{self, JournalError},
+    layout,
     report::{Listener, Reporter},
     storage::Store,
 };
@@ -65,6 +68,8 @@ const HURRIED_REPORTS: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(5 * 60);
 /// Limits while a journal is read; a run's own are in its configuration.
 const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
+/// This worker's own store is asked for so long whether it answers.
+const STORE_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest reason that is reported, characters.
 const REASON: usize = 2000;
 
@@ -145,7 +150,7 @@ pub enum State {
     Completed,
     /// Its machine goes away.
     Interrupted,
-    /// What it needs does not answer.
+    /// What it needs does not answer from here.
     Unreachable,
     /// It needs a person, unless another worker has more luck with it.
     Failed,
@@ -270,7 +275,7 @@ impl Turn {
             End::Interrupted => State::Interrupted,
             End::Elsewhere => State::StandBy,
             End::Further => State::Renewed,
-            End::Unreachable => State::Unreachable,
+            End::Unreachable | End::CutOff => State::Unreachable,
             End::Failed | End::Unintelligible => State::Failed,
         };
         let reason = Some(error.to_string().chars().take(REASON).collect());
@@ -311,7 +316,7 @@ impl Worker<'_> {
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
             }
-            if matches!(end, End::Interrupted | End::Unreachable) {
+            if matches!(end, End::Interrupted | End::CutOff) {
                 return Ok(Left::Job(code));
             }
             if self.asked() {
@@ -378,6 +383,7 @@ impl Worker<'_> {
         let name = run_id.as_ref().map_or("without a run", RunId::as_str);
         tracing::info!(run = name, received = times, interruptions = carried.interruptions, "job received");
 
+        let begun_at = carried.step;
         let carried = Arc::new(Mutex::new(carried));
         let tracker = Arc::new(Mutex::new(Tracker::new(
             self.reports.clone(),
@@ -405,12 +411,16 @@ impl Worker<'_> {
                     let (queue, terms) = (self.queue.clone(), self.settings.terms);
                     Holder::start(queue, message.clone(), Arc::clone(&carried), terms, handed_over)
                 };
-                let turn = self.train(&job, message.received, &tracker).unwrap_or_else(|error| {
+                let mut turn = self.train(&job, message.received, &tracker).unwrap_or_else(|error| {
                     if let Some(hint) = error.hint() {
                         tracing::warn!("hint: {}", crate::report::human::plain(hint));
                     }
                     Turn::of_error(&error)
                 });
+                // While the message is still held: this may take its time.
+                if turn.end == End::Unreachable && self.runtime.block_on(self.is_cut_off()) {
+                    turn.end = End::CutOff;
+                }
                 (turn, self.runtime.block_on(holder.stop()))
             }
         };
@@ -419,12 +429,14 @@ impl Worker<'_> {
             tracing::warn!(run = name, received = times, state = ?turn.state, "job is not done: {reason}");
         }
         let dead_letters = self.max_receive_count.is_some();
-        let what = settle(turn.end, hold, message.received, dead_letters, self.settings.terms.lease);
+        let further = lock(&carried).step > begun_at;
+        let what = settle(turn.end, hold, message.received, further, dead_letters, self.settings.terms.lease);
         // The message first: the machine may have seconds left, and the API may take them all.
         self.runtime.block_on(self.settle(message, what, *lock(&carried)));
         let stage = match turn.state {
             State::Completed => Some(Stage::Completed),
             State::Failed => Some(Stage::Failed),
+            State::Unreachable if matches!(what, Settle::Return(_)) => Some(Stage::Failed),
             State::Interrupted | State::Unreachable => Some(Stage::Interrupted),
             State::Claimed | State::HandedOver | State::Renewed | State::StandBy => None,
         };
@@ -433,6 +445,30 @@ impl Worker<'_> {
         }
         say(turn.state, turn.reason.clone(), Some(turn.code));
         turn
+    }
+
+    /// Whether this worker's own store does not take anything either. A refusal is an answer: that is for a person.
+    async fn is_cut_off(&self) -> bool {
+        let Some(uri) = &self.settings.store else { return false };
+        let Ok(uri) = config::absolute_uri(uri, self.tools.working_directory) else { return false };
+        let Ok(store) = Store::open(&uri, &LIMITS) else { return false };
+        let key = format!("{}/{}", layout::PROBES, random_hex(16));
+        let put = async {
+            let put = store.put(&key, Bytes::from_static(b"whether this store answers")).await;
+            // What stays behind is rubbish of a few bytes, below a folder that is known for it.
+            let _ = store.delete(&key).await;
+            put
+        };
+        let mut heard = self.heard.clone();
+        tokio::select! {
+            biased;
+            // Nobody has the time to find out whose fault it is.
+            _ = heard.wait_for(|count| *count > 0) => true,
+            put = tokio::time::timeout(STORE_PATIENCE, put) => match put {
+                Ok(put) => put.is_err_and(|error| Error::from(error).kind() == Kind::Unavailable),
+                Err(_) => true,
+            },
+        }
     }
 
     /// Trains the run of a job to its end, or to where it can't go on.

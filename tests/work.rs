@@ -347,6 +347,22 @@ fn a_report_that_fails_is_repeated_under_its_key_and_in_order() {
 }
 
 #[test]
+fn a_machine_that_can_not_leave_goes_on_with_the_next_job() {
+    let Some(shop) = Shop::open(3) else { return };
+    // A machine of no cloud, without a command that powers off.
+    let bare = [("PATH", shop.lab.path("bin").display().to_string())];
+    let running = shop.worker().args(&["--terminate-when-idle"]).envs(&bare).start();
+    running.wait_for("an empty queue", |event| event.kind() == "idle");
+    running.wait_until_said("this machine stays on and may cost money");
+    shop.send(&shop.job("late", json!({"train.steps": STEPS})));
+    wait_for_job(&running, "completed");
+    running.signal(Signal::TERM);
+    let life = running.finish().expect_code(75);
+    shop.lab.expect_as_undisturbed("late", &[&life]);
+    shop.expect_empty();
+}
+
+#[test]
 fn an_empty_queue_is_left_and_a_wrong_one_is_named() {
     let Some(shop) = Shop::open(3) else { return };
     let life = shop.worker().finish().expect_code(0);

@@ -102,6 +102,8 @@ pub struct Tools<'a> {
     pub working_directory: &'a Path,
     /// The environment.
     pub variable: &'a dyn Fn(&str) -> Option<String>,
+    /// Makes the machine leave when the queue stayed empty, and says whether it does; `None`: it is not to.
+    pub leave: Option<&'a dyn Fn() -> Result<bool>>,
 }
 
 /// What happens to jobs: lines of `--json`, beside the events of their runs.
@@ -127,7 +129,7 @@ pub enum Said {
         #[serde(skip_serializing_if = "Option::is_none")]
         exit_code: Option<u8>,
     },
-    /// The queue stayed empty: this worker leaves.
+    /// The queue stayed empty: this worker leaves, unless its machine was to leave with it and can't.
     Idle {
         /// For so long.
         after_s: f64,
@@ -305,7 +307,11 @@ impl Worker<'_> {
                     let idle = idle_since.elapsed();
                     if self.settings.idle_exit.is_some_and(|limit| idle >= limit) {
                         (self.tools.say)(&Said::Idle { after_s: idle.as_secs_f64() });
-                        return Ok(Left::Idle);
+                        if self.machine_may_leave()? {
+                            return Ok(Left::Idle);
+                        }
+                        // It is paid for: it may as well take the next job.
+                        idle_since = Instant::now();
                     }
                     continue;
                 }
@@ -326,6 +332,14 @@ impl Worker<'_> {
                 return Ok(Left::Job(code));
             }
         }
+    }
+
+    /// Whether nothing keeps this worker: its machine leaves with it, or was not to.
+    fn machine_may_leave(&self) -> Result<bool> {
+        let Some(leave) = self.tools.leave else { return Ok(true) };
+        // It may be gone before the reports are.
+        self.runtime.block_on(self.reports.flush(LAST_REPORTS));
+        leave()
     }
 
     fn asked(&self) -> bool {

@@ -179,22 +179,26 @@ impl Notices {
         loop {
             let (heard, mut notice) = tokio::select! {
                 biased;
-                notice = self.signals.next() => return notice,
+                notice = self.signals.next() => {
+                    self.approval.given(&notice);
+                    return notice;
+                }
                 Some(heard) = self.ear.recv() => heard,
             };
             if self.given.is_new(&notice, heard) {
                 // The time since then was nobody's: it may have waited to be taken.
                 notice.deadline = notice.deadline.map(|left| left.saturating_sub(heard.elapsed()));
+                self.approval.given(&notice);
                 return notice;
             }
         }
     }
 
-    /// The run has ended on this node and its last words are written; `saved`: its last finished step is durable. Whoever waits
-    /// for this node is told so, within a bounded time.
-    pub async fn release(&mut self, saved: bool) {
+    /// The run has ended on this node and its last words are written; `left`: this process leaves because it was told to, and the last
+    /// finished step is durable. Whoever waits for this node is told so, within a bounded time.
+    pub async fn release(&mut self, left: bool) {
         let approve = async {
-            if saved {
+            if left {
                 self.approval.release().await;
             }
         };

@@ -12,7 +12,7 @@ use std::{
 };
 
 use serde_json::Value;
-use tokio::io::AsyncReadExt;
+use tokio::{io::AsyncReadExt, time::Instant};
 
 use super::{Confidence, Kind, Notice, poll::Mouth};
 use crate::config::parse_duration;
@@ -38,8 +38,8 @@ pub async fn listen(path: PathBuf, mouth: Mouth) {
     let mut watched = Watched::begin(path).await;
     loop {
         tokio::time::sleep(INTERVAL).await;
-        if let Some(notice) = watched.look().await {
-            mouth.tell(notice);
+        if let Some((heard, notice)) = watched.hear().await {
+            mouth.repeat(heard, notice);
         }
     }
 }
@@ -51,12 +51,22 @@ struct Watched {
     known: Option<Looks>,
     /// At the last look.
     before: Option<Looks>,
+    /// The last news, and when it was heard.
+    news: Option<(Instant, Notice)>,
 }
 
 impl Watched {
     async fn begin(path: PathBuf) -> Self {
         let known = look(&path).await;
-        Self { path, known, before: known }
+        Self { path, known, before: known, news: None }
+    }
+
+    /// The last news, with every look: it may be long before somebody takes it.
+    async fn hear(&mut self) -> Option<(Instant, Notice)> {
+        if let Some(notice) = self.look().await {
+            self.news = Some((Instant::now(), notice));
+        }
+        self.news.clone()
     }
 
     /// News, if it has changed and then stayed the same from one look to the next.
@@ -158,6 +168,20 @@ mod tests {
                 prop_assert!(deadline(content).map_or(true, |left| left.is_none_or(|left| left <= LONGEST)));
             }
         }
+    }
+
+    #[tokio::test]
+    async fn news_is_told_with_every_look_as_of_when_it_was_heard() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stop");
+        let mut watched = Watched::begin(path.clone()).await;
+        std::fs::write(&path, "90").unwrap();
+        assert_eq!(watched.hear().await, None, "it may still be written");
+        let first = watched.hear().await;
+        assert!(first.is_some());
+        assert_eq!(watched.hear().await, first, "the first may not have been taken");
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(watched.hear().await, first, "what was said holds");
     }
 
     #[tokio::test]

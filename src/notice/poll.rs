@@ -30,7 +30,12 @@ impl Mouth {
 
     /// Says it.
     pub fn tell(&self, notice: Notice) {
-        if self.0.try_send((Instant::now(), notice)).is_err() {
+        self.repeat(Instant::now(), notice);
+    }
+
+    /// Says again what was heard at that time: it may not have been taken.
+    pub fn repeat(&self, heard: Instant, notice: Notice) {
+        if self.0.try_send((heard, notice)).is_err() {
             tracing::debug!("a notice is not taken: too many wait");
         }
     }

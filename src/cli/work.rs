@@ -16,6 +16,7 @@ use crate::{
     },
     config,
     error::{Kind, Result},
+    notice,
     report::{Reporter, Screen},
     work::{self, Left, Said, Settings, Tools, api, lease::Terms},
 };
@@ -107,6 +108,8 @@ fn longest(text: &str) -> Result<Duration, String> {
 
 impl Work {
     pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
+        // What is said between two jobs is news to the next.
+        notice::running_for();
         let json = self.json.json;
         let say: Arc<dyn Fn(&Said) + Send + Sync> = Arc::new(move |said| {
             // A reader that has gone is no reason to leave a job; one that never was, neither.

@@ -34,6 +34,7 @@ use std::{
 
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
+pub use self::poll::running_for;
 use self::{
     poll::Mouth,
     signal::Signals,
@@ -120,6 +121,7 @@ pub struct Notices {
 impl Notices {
     /// Takes the signals over from here on: they no longer end the process.
     pub fn listen() -> io::Result<Self> {
+        running_for();
         let (mouth, ear) = Mouth::new();
         Ok(Self {
             signals: Signals::listen(windows_here(&NoticeConfig::default()))?,

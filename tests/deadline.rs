@@ -16,8 +16,8 @@ use crate::support::{
 /// The first save takes so long, seconds; it is measured, and the next one begins at once.
 const SAVE_S: u64 = 8;
 
-/// A run that saves all the time, on a line that carries one save in [`SAVE_S`]; its second save is half on its way.
-fn half_way(lab: &Lab, proxy: &FaultProxy, window: &str) -> Running {
+/// A run that saves all the time, on a line that carries one save in [`SAVE_S`]; such a share of its second save is through.
+fn under_way(lab: &Lab, proxy: &FaultProxy, share: f64, window: &str) -> Running {
     let running = lab
         .run("held")
         .args(&["--set", "train.steps=100000"])
@@ -32,7 +32,8 @@ fn half_way(lab: &Lab, proxy: &FaultProxy, window: &str) -> Running {
     });
     let begun = proxy.carried();
     let step = narrow.step().expect("its step");
-    running.wait_until("half of the next save is through", || proxy.carried() >= begun + bytes / 2);
+    let through = (bytes as f64 * share) as u64;
+    running.wait_until("so much of the next save is through", || proxy.carried() >= begun + through);
     assert!(step > 0);
     running
 }
@@ -53,7 +54,7 @@ fn near(drain: &Value, story: &str) {
 #[test]
 fn with_time_enough_the_newest_step_is_saved_as_predicted() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
-    let running = half_way(&lab, &proxy, "100s");
+    let running = under_way(&lab, &proxy, 0.5, "100s");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(75);
     let drain = life.last("drain");
@@ -71,7 +72,7 @@ fn with_time_enough_the_newest_step_is_saved_as_predicted() {
 fn with_too_little_time_the_save_under_way_is_finished() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     // Half of a save needs 4 s. One and a half need 12 s: even at the best pace that was ever hoped for, more than 7.5 s.
-    let running = half_way(&lab, &proxy, "9s");
+    let running = under_way(&lab, &proxy, 0.5, "9s");
     let before = running.events("checkpoint").last().and_then(|event| event.step()).expect("a checkpoint");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(76);
@@ -88,7 +89,7 @@ fn with_too_little_time_the_save_under_way_is_finished() {
 #[test]
 fn with_no_time_the_journal_says_what_was_lost() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
-    let running = half_way(&lab, &proxy, "3s");
+    let running = under_way(&lab, &proxy, 0.0, "3s");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(76);
     assert_eq!(life.last("drain").value["plan"], "stop_early", "{}", life.story());

@@ -9,10 +9,11 @@
 //! | unknown, or no save was ever measured | save everything at once |
 //! | ≥ the reserve, and the notice leaves the time to us | save once as an insurance, train on |
 //! | ≥ needs, low | stop, save everything: full save, or only what is missing of it |
-//! | < needs, low; ≥ the rest of the save under way | stop, finish that one; say what will be lost |
+//! | ≥ the rest of a save under way that is newer than the newest checkpoint | stop, finish that one; say what will be lost |
+//! | ≥ half of needs, low | stop, and try to save everything: the pace was measured beside training, which now stands still |
 //! | less | leave at once; say what will be lost |
 //!
-//! The reserve is one step, one copy and *two* whole saves, all of them as long as must be feared: a save may have begun a moment ago and is let
+//! The reserve is what is left of the running step, one more (the next look may come when it has begun), one copy and *two* whole saves, all of them as long as must be feared: a save may have begun a moment ago and is let
 //! finish first. It is never less than [`LEAST_RESERVE_S`]. Stopping at once on a two-minute notice when a save takes a second would throw the two minutes away, on every
 //! interruption (`trainer simulate` shows it). A plan is tried as long as it is not hopeless: what it does not reach in time is given
 //! up [`LAST_WORDS_S`] before the deadline, so that the journal can say what was lost.
@@ -25,6 +26,9 @@ use crate::{goodput::LEAST_RESERVE_S, ids::Step, journal::DrainPlan, report::hum
 
 /// Kept for the journal's last record and the process's end, seconds.
 pub const LAST_WORDS_S: f64 = 1.5;
+
+/// A save that takes more than so many times the time that is left, even at the best pace that was ever measured, is not begun.
+const HOPELESS: f64 = 2.0;
 
 /// All that the decision depends on.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +47,8 @@ pub struct Situation {
     pub in_flight: Option<(Step, Option<Span>)>,
     /// What is left of the running step.
     pub step: Span,
+    /// A whole one.
+    pub whole_step: Span,
     /// Copying a snapshot.
     pub copy: Span,
     /// Uploading and committing one whole save; `None`: none was ever measured.
@@ -88,7 +94,8 @@ pub fn decide(now: &Situation) -> (Decision, String) {
     let usable = left - LAST_WORDS_S;
     if now.may_train_on && !now.ended {
         let save = now.save.unwrap_or(needs).high;
-        let until_left_s = (LAST_WORDS_S + now.step.high + now.copy.high + 2.0 * save).max(LEAST_RESERVE_S);
+        let until_left_s =
+            (LAST_WORDS_S + now.step.high + now.whole_step.high + now.copy.high + 2.0 * save).max(LEAST_RESERVE_S);
         if left > until_left_s {
             let why = format!("{} left, {needed}: training goes on until {} are left", time(left), time(until_left_s));
             return (Decision::TrainOn { until_left_s }, why);
@@ -108,6 +115,7 @@ pub fn decide(now: &Situation) -> (Decision, String) {
             );
             (Decision::Drain { plan: DrainPlan::FinishInFlight, needs: Some(rest) }, why)
         }
+        _ if needs.low <= HOPELESS * usable => begin(format!("{least}: it is tried")),
         _ => {
             let why = format!("{least}: nothing can be saved, {} will be lost", lost(now.committed));
             (Decision::Drain { plan: DrainPlan::StopEarly, needs: None }, why)
@@ -128,9 +136,11 @@ mod tests {
         ended: false,
         in_flight: None,
         step: Span { low: 0.0, mean: 0.5, high: 1.0 },
+        whole_step: Span { low: 0.8, mean: 1.0, high: 1.2 },
         copy: Span { low: 0.5, mean: 0.5, high: 0.5 },
         save: Some(Span { low: 8.0, mean: 10.0, high: 12.0 }),
     };
+    const LONG: Span = Span { low: 25.0, mean: 30.0, high: 35.0 };
     const HALF: Span = Span { low: 4.0, mean: 5.0, high: 6.0 };
 
     fn plan(situation: Situation) -> (&'static str, Option<f64>) {
@@ -156,7 +166,9 @@ mod tests {
             ("Azure's and GCP's 30 s", Situation { left_s: Some(30.0), ..CALM }, "full save", Some(11.0)),
             // 10 − 1.5 is exactly what it takes if all goes well.
             ("Docker's 10 s, just possible", Situation { left_s: Some(10.0), ..CALM }, "full save", Some(11.0)),
-            ("a moment less", Situation { left_s: Some(9.9), ..CALM }, "stop early", None),
+            ("a moment less is worth a try", Situation { left_s: Some(9.9), ..CALM }, "full save", Some(11.0)),
+            ("half of it", Situation { left_s: Some(5.75), ..CALM }, "full save", Some(11.0)),
+            ("hopeless", Situation { left_s: Some(5.74), ..CALM }, "stop early", None),
             ("nobody knows", Situation { left_s: None, ..CALM }, "full save", Some(11.0)),
             ("past", Situation { left_s: Some(-5.0), ..CALM }, "stop early", None),
             ("not a time", Situation { left_s: Some(f64::NAN), ..CALM }, "stop early", None),
@@ -174,14 +186,14 @@ mod tests {
             (
                 "it is no newer",
                 Situation { in_flight: Some((Step(30), Some(HALF))), left_s: Some(10.0), ..CALM },
-                "stop early",
-                None,
+                "full save",
+                Some(15.0),
             ),
             (
                 "nothing is known of it",
                 Situation { in_flight: Some((Step(36), None)), left_s: Some(10.0), ..CALM },
-                "stop early",
-                None,
+                "full save",
+                Some(20.0),
             ),
             (
                 "its pace alone is known",
@@ -197,12 +209,19 @@ mod tests {
             ),
             (
                 "and can't be finished",
-                Situation { ended: true, in_flight: Some((Step(40), Some(HALF))), left_s: Some(5.0), ..CALM },
+                Situation { ended: true, in_flight: Some((Step(40), Some(HALF))), left_s: Some(3.4), ..CALM },
                 "stop early",
                 None,
             ),
-            ("time is ours", Situation { may_train_on: true, ..CALM }, "train on", Some(27.0)),
-            ("time was ours", Situation { may_train_on: true, left_s: Some(27.0), ..CALM }, "full save", Some(11.0)),
+            ("time is ours", Situation { may_train_on: true, ..CALM }, "train on", Some(28.2)),
+            ("time was ours", Situation { may_train_on: true, left_s: Some(28.2), ..CALM }, "full save", Some(11.0)),
+            // The next step may have begun when it is looked at again: a whole one must fit, too.
+            (
+                "long steps",
+                Situation { may_train_on: true, left_s: Some(70.0), step: LONG, whole_step: LONG, ..CALM },
+                "full save",
+                Some(40.5),
+            ),
             (
                 "saves that take no time still leave a reserve",
                 Situation { may_train_on: true, save: Some(Span::exactly(0.01)), ..CALM },

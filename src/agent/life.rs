@@ -9,7 +9,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{sync::mpsc, task::JoinHandle, time::Instant};
 
 use super::{
     conductor::{Action, Conductor, Moment, Setup},
@@ -46,6 +46,12 @@ const GRACE: Duration = Duration::from_secs(5);
 const RETENTION_PATIENCE: Duration = Duration::from_secs(20);
 /// Failed saves of the last state in a row, after which it is given up. Each has the store's own retries within it.
 const LAST_SAVE_TRIES: u32 = 8;
+/// Ranks that are to stop and have finished no step for so long, or for ten usual steps if that is longer, are killed.
+const STUCK: Duration = Duration::from_secs(120);
+/// As long as no step was measured.
+const UNKNOWN_STEP: Duration = Duration::from_secs(1200);
+/// How long processes that were killed may take to be gone. One that hangs in the kernel never is.
+const GONE: Duration = Duration::from_secs(10);
 /// Notices of one life that are written to the journal.
 const MOST_NOTICES: u32 = 16;
 /// How often the journal is looked at for a generation that fences this one.
@@ -211,7 +217,7 @@ struct Life<'a> {
     retention: Retention,
     clock: Instant,
     looked: Instant,
-    killing: Option<tokio::task::JoinHandle<()>>,
+    killing: Option<JoinHandle<()>>,
     retries: mpsc::UnboundedSender<u8>,
     fence: mpsc::UnboundedSender<Error>,
 }
@@ -226,13 +232,15 @@ enum Death {
     Diverged { step: Step, reason: String },
 }
 
-/// Runs a life to its end. `images` and `gauges` are the node's: what they hold outlives it.
+/// Runs a life to its end. `images` and `gauges` are the node's: what they hold outlives it. Of a life that was asked to stop the workers
+/// may still be on their way out: `leaving` ends when they are gone.
 pub async fn run(
     start: Plan,
     images: &mut Images,
     gauges: &mut Gauges,
     notices: &mut Notices,
     reporter: &Reporter,
+    leaving: &mut Option<JoinHandle<()>>,
 ) -> Result<End> {
     let (worker_events, mut from_workers) = mpsc::unbounded_channel();
     let (saves, mut from_saver) = mpsc::unbounded_channel();
@@ -300,18 +308,27 @@ pub async fn run(
         // There may be a deadline, and a deletion that is cut off is as good as one that was never begun.
         life.retention.finish(Duration::ZERO).await;
     }
-    if let Some(workers) = life.workers.take() {
-        match end {
-            Ok(End::Completed { .. }) => workers.dismiss(GRACE).await,
-            // Where steps are lost they are in the midst of another one, and there may be no time to wait for its end.
-            Ok(End::Stopped(ref stopped)) if stopped.committed >= stopped.step => workers.dismiss(GRACE).await,
-            _ => workers.kill().await,
+    let workers = life.workers.take().map(|workers| match &end {
+        Ok(End::Completed { .. }) => tokio::spawn(workers.dismiss(GRACE)),
+        // Where steps are lost they are in the midst of another one, and there may be no time to wait for its end.
+        Ok(End::Stopped(stopped)) if stopped.committed >= stopped.step => tokio::spawn(workers.dismiss(GRACE)),
+        _ => tokio::spawn(workers.kill()),
+    });
+    let processes = [workers, life.killing.take()];
+    let gone = async move {
+        for process in processes.into_iter().flatten() {
+            if tokio::time::timeout(GONE, process).await.is_err() {
+                tracing::warn!("worker processes were killed and are not gone yet");
+            }
         }
+    };
+    if matches!(end, Ok(End::Stopped(_))) {
+        // The journal's last words are more urgent.
+        *leaving = Some(tokio::spawn(gone));
+        return end;
     }
-    if let Some(killing) = life.killing.take() {
-        // The next life needs their devices' memory.
-        let _ = killing.await;
-    }
+    // The next life needs their devices' memory.
+    gone.await;
     end
 }
 
@@ -539,6 +556,7 @@ impl Life<'_> {
             ended: conductor.has_ended(),
             in_flight: conductor.in_flight().map(|step| (step, rest)),
             step: step.map_or(Span::exactly(0.0), |step| step.after(since)),
+            whole_step: step.unwrap_or(Span::exactly(0.0)),
             copy: self.gauges.copy.span().unwrap_or(Span::exactly(0.0)),
             save: self.images.bytes().and_then(|bytes| self.gauges.upload(bytes)),
         })
@@ -546,15 +564,15 @@ impl Life<'_> {
 
     /// Time has passed since a notice was heard.
     fn look_at_the_deadline(&mut self) -> Result<Option<End>> {
-        if !self.watch.is_called() || self.dead.is_some() {
+        if !self.watch.is_called() {
             return Ok(None);
         }
-        if !self.draining {
+        if !self.draining && self.dead.is_none() {
             return self.reconsider();
         }
         let left_s = self.watch.left_s(Instant::now()).unwrap_or(f64::INFINITY);
         if left_s > deadline::LAST_WORDS_S {
-            return Ok(None);
+            return self.look_at_the_stuck();
         }
         let (finished, committed) = (self.finished(), self.committed());
         self.watch.says(Instant::now(), "the time is up");
@@ -563,6 +581,27 @@ impl Life<'_> {
         } else {
             format!("the time was up before step {finished} was durable")
         })))
+    }
+
+    /// A drain without a deadline must end, too: ranks that have not moved for long will not stop by themselves.
+    fn look_at_the_stuck(&mut self) -> Result<Option<End>> {
+        let ended = self.conductor.as_ref().is_some_and(Conductor::has_ended);
+        if ended || self.dead.is_some() {
+            return Ok(None);
+        }
+        let usual = self
+            .gauges
+            .step
+            .span()
+            .map_or(UNKNOWN_STEP, |step| Duration::try_from_secs_f64(10.0 * step.high).unwrap_or(UNKNOWN_STEP));
+        let patience = usual.max(STUCK);
+        if self.stepped.elapsed() < patience || self.watch.since(Instant::now()) < patience.as_secs_f64() {
+            return Ok(None);
+        }
+        let reason = format!("no step was finished for {} s after the notice", patience.as_secs());
+        self.watch.says(Instant::now(), reason.clone());
+        self.dead = Some(Death::Died(reason));
+        self.end_of_the_dead()
     }
 
     fn on_message(&mut self, rank: Rank, message: FromWorker) -> Result<Option<End>> {

@@ -358,9 +358,19 @@ impl Agent {
             if let Some(newest) = self.journal.lock().await.state().newest() {
                 self.gauges.suppose(&newest.committed);
             }
-            match life::run(plan, &mut self.images, &mut self.gauges, &mut self.notices, &self.reporter).await {
+            let mut leaving = None;
+            let lived =
+                life::run(plan, &mut self.images, &mut self.gauges, &mut self.notices, &self.reporter, &mut leaving)
+                    .await;
+            match lived {
                 Ok(End::Completed { loss }) => return self.complete(generation, &resolved, loss).await,
-                Ok(End::Stopped(stopped)) => return self.interrupted(generation, stopped).await,
+                Ok(End::Stopped(stopped)) => {
+                    let outcome = self.interrupted(generation, stopped).await;
+                    if let Some(leaving) = leaving {
+                        let _ = leaving.await;
+                    }
+                    return outcome;
+                }
                 Ok(End::Damaged { object, reason }) => self.step_over(&load, &object, &reason).await?,
                 Ok(End::Diverged { step, reason }) => return Err(self.diverged(generation, step, &reason).await),
                 Ok(End::Died { step, reason: why }) => {

@@ -3,7 +3,7 @@
 //!
 //! Bookkeeping beside the event loop; what is done is decided by [`deadline`](super::deadline). A deadline counts down on the monotonic
 //! clock from the moment at which its notice was heard. Of several deadlines that somebody is sure of the earliest holds; one that had passed when it was heard
-//! is none: the machine may go away at any moment, and may as well stay, so everything is saved for as long as it lasts.
+//! is none: the machine may go away at any moment, and may as well stay, so everything is saved at once and for as long as it lasts.
 
 use std::time::Duration;
 
@@ -14,6 +14,8 @@ use crate::{
     notice::{Confidence, Kind, Notice},
 };
 
+/// The same signal again within this time is an echo: a process group and a script that forwards it both deliver it.
+const ECHO: Duration = Duration::from_secs(1);
 /// Moments of one drain that are written down.
 const MOST_MOMENTS: usize = 32;
 
@@ -21,11 +23,12 @@ const MOST_MOMENTS: usize = 32;
 #[derive(Debug, Default)]
 pub struct Watch {
     first: Option<(Instant, &'static str)>,
-    sources: Vec<&'static str>,
+    /// When each signal was first heard.
+    signals: Vec<(&'static str, Instant)>,
     until: Option<Instant>,
     announced: Option<Duration>,
-    /// Somebody waits for this process's end.
-    awaited: bool,
+    /// Somebody waits for this process's end, or the machine goes at a time that nobody has named.
+    at_once: bool,
     plan: Option<(DrainPlan, String, Option<f64>)>,
     actual_s: Option<f64>,
     timeline: Vec<Happened>,
@@ -34,10 +37,13 @@ pub struct Watch {
 impl Watch {
     /// A notice that asks this node to leave. Says whether the same signal had come before: whoever sends it again does not want to wait.
     pub fn hear(&mut self, notice: &Notice, now: Instant) -> bool {
-        let again = notice.is_signal() && self.sources.contains(&notice.source);
-        self.sources.push(notice.source);
+        let before = self.signals.iter().find(|(source, _)| *source == notice.source).map(|(_, first)| *first);
+        let again = before.is_some_and(|first| now.saturating_duration_since(first) >= ECHO);
+        if notice.is_signal() && before.is_none() {
+            self.signals.push((notice.source, now));
+        }
         self.first.get_or_insert((now, notice.source));
-        self.awaited |= notice.kind == Kind::Stop;
+        self.at_once |= notice.kind == Kind::Stop || notice.deadline.is_none_or(|left| left.is_zero());
         let mut what = format!("{} was heard", notice.source);
         match notice.deadline {
             Some(Duration::ZERO) => what.push_str(", its time is up"),
@@ -70,9 +76,9 @@ impl Watch {
         Some(until.saturating_duration_since(now).as_secs_f64() - now.saturating_duration_since(until).as_secs_f64())
     }
 
-    /// Whether nobody waits for this process's end.
+    /// Whether nobody waits for this process's end, and the end of the machine has a time.
     pub fn leaves_the_time_to_us(&self) -> bool {
-        !self.awaited
+        !self.at_once
     }
 
     /// What is done now, and why; `needs_s`: how long that takes from now. Says whether that is new.
@@ -104,7 +110,8 @@ impl Watch {
         }
     }
 
-    fn since(&self, now: Instant) -> f64 {
+    /// Since the first notice, seconds.
+    pub fn since(&self, now: Instant) -> f64 {
         self.first.map_or(0.0, |(first, _)| now.saturating_duration_since(first).as_secs_f64())
     }
 
@@ -151,10 +158,8 @@ mod tests {
         watch.hear(&notice("aws-spot", Kind::Interruption, Some(0)), now);
         assert_eq!(watch.left_s(now), None);
         watch.hear(&notice("aws-spot", Kind::Interruption, Some(120)), now);
-        assert!(watch.leaves_the_time_to_us());
         watch.hear(&notice("sigterm", Kind::Stop, Some(30)), now + Duration::from_secs(10));
         watch.hear(&notice("aws-scheduled", Kind::Interruption, Some(500)), now);
-        assert!(!watch.leaves_the_time_to_us());
         assert_eq!(watch.left_s(now), Some(40.0));
         assert_eq!(watch.left_s(now + Duration::from_secs(50)), Some(-10.0));
         // What is merely usual binds nobody.
@@ -166,6 +171,18 @@ mod tests {
     }
 
     #[test]
+    fn an_end_without_a_time_leaves_none_to_spare() {
+        for sudden in [None, Some(0)] {
+            let now = Instant::now();
+            let mut watch = Watch::default();
+            watch.hear(&notice("azure", Kind::Interruption, Some(900)), now);
+            assert!(watch.leaves_the_time_to_us());
+            watch.hear(&notice("azure", Kind::Interruption, sudden), now);
+            assert!(!watch.leaves_the_time_to_us(), "{sudden:?}");
+        }
+    }
+
+    #[test]
     fn only_the_same_signal_again_asks_to_leave_at_once() {
         let now = Instant::now();
         let mut watch = Watch::default();
@@ -173,7 +190,11 @@ mod tests {
         assert!(!watch.hear(&notice("aws-spot", Kind::Interruption, Some(110)), now), "said again, not asked again");
         assert!(!watch.hear(&notice("sigterm", Kind::Stop, None), now), "a supervisor's, after the notice");
         assert!(!watch.hear(&notice("sigint", Kind::Stop, None), now));
-        assert!(watch.hear(&notice("sigterm", Kind::Stop, None), now));
+        assert!(!watch.hear(&notice("sigterm", Kind::Stop, None), now), "an echo");
+        assert!(!watch.hear(&notice("sigusr1", Kind::Interruption, None), now));
+        let later = now + ECHO;
+        assert!(!watch.hear(&notice("sigusr1", Kind::Interruption, None), later), "asks for nothing more");
+        assert!(watch.hear(&notice("sigterm", Kind::Stop, None), later));
     }
 
     #[test]

@@ -150,7 +150,7 @@ async fn watch_path(
     }
 }
 
-/// Asks where the group is taking this machine, until it is its end.
+/// Asks where the group is taking this machine.
 async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
     let mut pace = Pace::new(Duration::from_secs(2), Duration::from_secs(16));
     loop {
@@ -163,13 +163,20 @@ async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
             ending.standing.send_replace(Standing::Leaving);
             let known = timeout(LIMIT, hook.wait_for(Option::is_some)).await;
             let hook = known.ok().and_then(|hook| hook.ok()?.clone().flatten());
-            // The group waits for this machine, and pays for it, often with its replacement there already.
-            mouth.tell(notice(Kind::Stop, hook.and_then(|hook| hook.timeout()), "aws-asg", "Terminated"));
-            return;
-        }
-        // A machine of a group: it is time to know what will hold up its end.
-        if matches!(&outcome, Ok(Some(state)) if !state.trim().is_empty()) {
-            ending.standing.send_replace(Standing::Member);
+            // The group waits for this machine, and pays for it, often with its replacement there already. The hook is kept waiting: its
+            // time-out is no reason to give a save up.
+            let confidence = Confidence::Advisory;
+            let deadline = hook.and_then(|hook| hook.timeout());
+            mouth.tell(Notice { confidence, ..notice(Kind::Stop, deadline, "aws-asg", "Terminated") });
+        } else if matches!(&outcome, Ok(Some(state)) if !state.trim().is_empty()) {
+            // A machine of a group: it is time to know what will hold up its end. An end that was announced is not taken back.
+            ending.standing.send_if_modified(|standing| {
+                let news = *standing == Standing::Outside;
+                if news {
+                    *standing = Standing::Member;
+                }
+                news
+            });
         }
         rest(&mut pace, TARGET, &outcome).await;
     }

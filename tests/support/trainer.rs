@@ -282,6 +282,16 @@ impl Running {
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+    /// Sends `signal` again and again until the process has ended, or [`LIMIT`] passes.
+    #[track_caller]
+    pub fn ask_until_it_ends(&self, signal: Signal) {
+        let deadline = Instant::now() + LIMIT;
+        while !hear(&self.ear).closed {
+            assert!(Instant::now() < deadline, "asked in vain\n{}", story(&self.shown, &hear(&self.ear)));
+            self.signal(signal);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
     /// Living processes that descend from this one, itself excluded.
     pub fn workers(&self) -> Vec<Pid> {
         marked(&self.mark).into_iter().filter(|pid| *pid != self.pid).collect()

@@ -272,7 +272,8 @@ fn a_job_that_nothing_answers_is_put_away_and_the_worker_leaves_only_if_its_own_
     assert_eq!(dead, [unreachable], "{}", second.story());
 
     shop.send(&shop.job("cut-off", json!({})));
-    let third = shop.worker().args(&["--store", "gs://nowhere/runs"]).envs(&silent).finish().expect_code(69);
+    let silent = [("AWS_ENDPOINT_URL", "http://127.0.0.1:1".to_owned())];
+    let third = shop.worker().args(&["--store", "s3://nowhere/runs"]).envs(&silent).finish().expect_code(69);
     assert_eq!(states(&third), ["claimed", "unreachable"], "{}", third.story());
     assert_eq!(shop.count(&shop.queue), [0, 0, 1], "a copy that is not seen for a while\n{}", third.story());
     assert_eq!(shop.api.heard().pop().map(|told| told.event().to_owned()).as_deref(), Some("interrupted"));

@@ -279,8 +279,9 @@ impl Agent {
         agent.notices.begin(&resolved.config.notice);
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
         let result = agent.live(resolved).await;
-        let saved = matches!(result, Ok(Outcome::Completed { .. } | Outcome::Interrupted { lost_steps: 0 }));
-        agent.notices.release(saved).await;
+        // After a run that is complete the machine may have other work.
+        let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 }));
+        agent.notices.release(left).await;
         let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
         result
     }

@@ -96,15 +96,18 @@ fn shell_scripts_pass_shellcheck() {
     let Some(mut shellcheck) = tool("shellcheck") else { return };
     let scripts: Vec<_> = all().into_iter().filter(|name| text(name).starts_with("#!/usr/bin/env bash")).collect();
     assert!(scripts.len() >= 6, "{scripts:?}");
-    // The one inside cloud-config too, as it is after its settings are put in.
-    let Some(config) = yaml(&text("azure/cloud-init.yaml")) else { return };
-    let inner = scratch().join("azure-trainer-machine");
-    std::fs::write(&inner, script_of(&config[0], "/usr/local/sbin/trainer-machine")).expect("write a script");
-    let output = shellcheck.args(scripts.iter().map(|name| path(name))).arg(&inner).output().expect("start shellcheck");
+    // Those inside cloud-config too, as they are after its settings are put in.
+    for kind in ["aws", "azure"] {
+        let Some(config) = yaml(&text(&format!("{kind}/cloud-init.yaml"))) else { return };
+        let inner = scratch().join(format!("{kind}-trainer-machine"));
+        std::fs::write(&inner, script_of(&config[0], "/usr/local/sbin/trainer-machine")).expect("write a script");
+        shellcheck.arg(&inner);
+    }
+    let output = shellcheck.args(scripts.iter().map(|name| path(name))).output().expect("start shellcheck");
     assert!(output.status.success(), "{}", said(&output));
 }
 
-fn script_of(cloud_config: &Value, file: &str) -> String {
+pub fn script_of(cloud_config: &Value, file: &str) -> String {
     let files = cloud_config["write_files"].as_array().expect("write_files");
     let entry = files.iter().find(|entry| entry["path"] == file).unwrap_or_else(|| panic!("no {file} is written"));
     entry["content"].as_str().expect("its content").replace("@IMAGE@", "registry/image")
@@ -113,11 +116,17 @@ fn script_of(cloud_config: &Value, file: &str) -> String {
 #[test]
 fn the_container_file_passes_hadolint_and_says_how_it_is_stopped() {
     let file = text("container/Containerfile");
-    for line in ["STOPSIGNAL SIGTERM", "ENTRYPOINT [\"/opt/trainer/trainer\"]", "USER 65532:65532"] {
+    for line in [
+        "STOPSIGNAL SIGTERM",
+        "ENTRYPOINT [\"/opt/trainer/trainer\"]",
+        "USER 65532:65532",
+        "ENV XDG_CACHE_HOME=/tmp/cache",
+    ] {
         assert!(file.lines().any(|found| found == line), "{line}");
     }
     let last = file.rsplit("\nFROM ").next().expect("the last stage");
     assert!(!last.contains("python"), "Python in the image");
+    assert!(last.contains(" tzdata "), "a time zone has no meaning without its rules");
     let rust = std::fs::read_to_string(path("../Cargo.toml")).expect("Cargo.toml");
     let rust =
         rust.lines().find_map(|line| line.strip_prefix("rust-version = ")).expect("rust-version").trim_matches('"');
@@ -185,9 +194,14 @@ fn systemd_understands_each_unit() {
         units.push(("trainer.service", script_of(&config[0], "/etc/systemd/system/trainer.service")));
     }
     for (name, unit) in &units {
+        // A service that may write nowhere still needs a place for datasets.
+        let cache = unit.contains("\nCacheDirectory=trainer\n") && unit.contains("XDG_CACHE_HOME=/var/cache/trainer");
+        assert!(cache || !unit.contains("ProtectSystem=strict"), "{unit}");
         for (key, value) in [("RestartForceExitStatus", "69 75 76 79"), ("RestartPreventExitStatus", "64 65 77 78")] {
             assert!(unit.lines().any(|line| line == format!("{key}={value}")), "{key} of\n{unit}");
         }
+        // A unit that systemd gives up leaves a machine that is paid for and does nothing.
+        assert!(unit.contains("\nStartLimitIntervalSec=0\n"), "{unit}");
         assert!(unit.contains("KillMode=mixed") && unit.contains("Restart=on-failure"), "{unit}");
         let Some(said) = verify(name, unit) else {
             println!("skipped: there is no systemd-analyze here");

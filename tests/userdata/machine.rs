@@ -149,7 +149,16 @@ fn answer(
         "PUT" if path == "/latest/api/token" && head.contains("X-aws-ec2-metadata-token-ttl-seconds") => {
             (200, "metadata-token")
         }
-        "GET" if !head.contains("X-aws-ec2-metadata-token: metadata-token") => (401, ""),
+        "GET"
+            if !["X-aws-ec2-metadata-token: metadata-token", "Metadata-Flavor: Google", "Metadata:true"]
+                .iter()
+                .any(|line| head.contains(line)) =>
+        {
+            (401, "")
+        }
+        // Whoever deletes something must ask twice.
+        "DELETE" if asked.lock().expect("unpoisoned").iter().all(|(head, _)| !head.starts_with("DELETE ")) => (503, ""),
+        "DELETE" => (200, ""),
         "GET" => answers.get(&path).map_or((404, ""), |text| (200, text.as_str())),
         "POST" => {
             let known =
@@ -332,6 +341,8 @@ esac"#,
         "--ipc host",
         "--stop-timeout 110",
         "--gpus all",
+        // Where datasets are kept: the container's user has no home.
+        "--env XDG_CACHE_HOME=/scratch",
         "awslogs-group=training",
         "mode=non-blocking",
         "boot --json",
@@ -513,7 +524,7 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         machine.unit(cloud, "after", &[("EXIT_CODE", code), ("EXIT_STATUS", status), ("SERVICE_RESULT", "exit-code")])
     };
     let stopped = "systemctl stop --no-block trainer.service";
-    // Codes that are worth another start: for ever.
+    // Codes that are worth another start.
     let (machine, cloud) = (Machine::new(""), Cloud::machine());
     machine.boot(&cloud);
     for code in ["0", "69", "75", "76", "79"].repeat(3) {
@@ -531,6 +542,27 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         &["gives up: failed 5 times in a row", "costs money (TRAINER_ON_FAILURE=keep)"],
     );
     assert!(machine.calls().contains(stopped) && !machine.calls().contains("shutdown"), "{}", machine.calls());
+    // A task that hears of it gives the machine back, and then it is not there for a look.
+    let cloud = Cloud::with(&[("GetParameter", r#"{"Parameter":{"Value":"token"}}"#), ("SendTask", "{}")]);
+    let machine = Machine::new("TRAINER_TASK_TOKEN=/t\n");
+    machine.boot(&cloud);
+    expect(&ended(&machine, &cloud, "exited", "78"), 0, &["costs money (TRAINER_ON_FAILURE=keep)"]);
+    assert_eq!(cloud.asked("SendTaskFailure").len(), 0);
+    // What is away for hours does not come back: a mistyped image, a broken driver. One start that got anywhere begins the count again.
+    let (machine, cloud) = (Machine::new(""), Cloud::machine());
+    machine.boot(&cloud);
+    for code in [vec!["69"; 39], vec!["75"], vec!["69"; 39]].concat() {
+        expect(&ended(&machine, &cloud, "exited", code), 0, &[]);
+    }
+    assert!(!machine.calls().contains(stopped), "{}", machine.calls());
+    expect(&ended(&machine, &cloud, "exited", "69"), 0, &["gives up: failed 40 times in a row"]);
+    expect(&ended(&machine, &cloud, "exited", "69"), 0, &[]);
+    assert_eq!(
+        machine.calls().matches(stopped).count(),
+        1,
+        "who starts it by hand has as many tries: {}",
+        machine.calls()
+    );
     // What can't get better, at once: in a group the machine leaves it, and its task hears of it.
     for code in ["64", "65", "77", "78"] {
         let answers = [
@@ -556,11 +588,41 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         assert_eq!((&body["taskToken"], &body["error"]), (&"task+token/1==".into(), &"TrainerGaveUp".into()));
         assert!(!machine.calls().contains("shutdown"), "{}", machine.calls());
     }
+    // A job that waits would start the next machine, for ever.
+    let answers = [("SuspendProcesses", "<Suspended/>"), ("TerminateInstanceInAutoScalingGroup", "<Activity/>")];
+    let cloud = Cloud::with(&answers);
+    let machine = Machine::new("TRAINER_ON_FAILURE=terminate\nTRAINER_QUEUE=https://queue\nTRAINER_GROUP=reports\n");
+    machine.boot(&cloud);
+    expect(&ended(&machine, &cloud, "exited", "78"), 0, &["aws autoscaling resume-processes", "lowered by one"]);
+    let asked: Vec<_> = cloud.asked("Version=2011-01-01").into_iter().map(|(_, body)| body).collect();
+    assert!(
+        asked.len() == 2
+            && asked[0].contains("AutoScalingGroupName=reports&ScalingProcesses.member.1=AlarmNotification")
+            && asked[1].contains("TerminateInstanceInAutoScalingGroup"),
+        "{asked:?}"
+    );
     // In no group: it ends by powering off.
     let (machine, cloud) = (Machine::new("TRAINER_ON_FAILURE=terminate\n"), Cloud::machine());
     machine.boot(&cloud);
     expect(&ended(&machine, &cloud, "exited", "78"), 0, &["powers off"]);
     assert!(machine.calls().contains("shutdown -h now"), "{}", machine.calls());
+    let tries = cloud.asked("TerminateInstanceInAutoScalingGroup").len();
+    assert_eq!(tries, 6, "a group would replace a machine that powers off because one request failed");
+    // A container can't power its machine off: where no group ends the machine, it does so itself.
+    let in_a_group = [("/latest/meta-data/autoscaling/target-lifecycle-state", "InService")];
+    for (settings, group, off) in [
+        ("TRAINER_IMAGE=a/b\nTRAINER_ON_COMPLETE=terminate\n", false, true),
+        ("TRAINER_IMAGE=a/b\nTRAINER_QUEUE=https://queue\n", false, true),
+        ("TRAINER_IMAGE=a/b\nTRAINER_ON_COMPLETE=terminate\n", true, false),
+        ("TRAINER_IMAGE=a/b\n", false, false),
+        ("TRAINER_QUEUE=https://queue\n", false, false),
+    ] {
+        let (machine, cloud) =
+            (Machine::new(settings), if group { Cloud::with(&in_a_group) } else { Cloud::machine() });
+        machine.boot(&cloud);
+        expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
+        assert_eq!(machine.calls().contains("shutdown -h now"), off, "{settings}: {}", machine.calls());
+    }
     // A run that is complete tells its task.
     let cloud = Cloud::with(&[("GetParameter", r#"{"Parameter":{"Value":"token"}}"#), ("SendTask", "{}")]);
     let machine = Machine::new("TRAINER_TASK_TOKEN=/t\n");
@@ -572,50 +634,191 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
 #[test]
 fn a_slurm_job_goes_back_into_the_queue_when_it_should() {
     let cloud = Cloud::machine();
+    let job = |machine: &Machine| {
+        let mut job = machine.command(&path("slurm/trainer.sbatch"), &cloud);
+        job.envs([("TRAINER_STORE", "file:///runs"), ("TRAINER_RUN_ID", "r"), ("SLURM_JOB_ID", "42")])
+            .env("TRAINER", machine.path("bin/trainer"));
+        job
+    };
     for (code, queued) in
         [(0, false), (69, true), (75, true), (76, true), (64, false), (65, false), (78, false), (79, false)]
     {
         let machine = Machine::new("");
-        machine.executable("bin/srun", &format!("{STAND_IN}exit {code}\n"));
-        let mut job = machine.command(&path("slurm/trainer.sbatch"), &cloud);
-        job.envs([("TRAINER_STORE", "file:///runs"), ("TRAINER_RUN_ID", "r"), ("SLURM_JOB_ID", "42")]);
-        let output = job.output().expect("start the batch script");
+        machine.executable("bin/trainer", &format!("{STAND_IN}exit {code}\n"));
+        let output = job(&machine).output().expect("start the batch script");
         assert_eq!(output.status.code(), Some(code), "{}", said(&output));
         assert_eq!(machine.calls().contains("scontrol requeue 42"), queued, "exit code {code}: {}", machine.calls());
-        assert!(
-            machine.calls().contains("srun --kill-on-bad-exit=1 /opt/trainer/trainer boot --json"),
-            "{}",
-            machine.calls()
-        );
+        assert!(machine.calls().contains("trainer boot --json"), "{}", machine.calls());
     }
-    // Slurm's signal goes to the script; the step must hear it, and its answer must be waited for.
+    // Slurm's signal goes to the script, or to all its processes; trainer must hear it, and its answer must be waited for.
+    use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+    for (signal, all) in [(Signal::USR1, false), (Signal::TERM, false), (Signal::TERM, true)] {
+        let machine = Machine::new("");
+        let program = format!(
+            "{STAND_IN}trap 'trap \"\" TERM; echo heard; exit 75' USR1 TERM\necho ready\nexec 2>/dev/null\n\
+             while :; do read -r _ <\"$here/never\" || true; done\n"
+        );
+        machine.executable("bin/trainer", &program);
+        // srun answers SIGTERM with SIGKILL for its step.
+        machine
+            .executable("bin/srun", &format!("{STAND_IN}shift\n\"$@\" & trap 'kill -9 $!; exit 137' TERM\nwait $!\n"));
+        let fifo = Command::new("mkfifo").arg(machine.path("stand-ins/never")).status().expect("start mkfifo");
+        assert!(fifo.success());
+        let mut job = job(&machine).stdout(Stdio::piped()).process_group(0).spawn().expect("start the batch script");
+        let (sender, lines) = std::sync::mpsc::channel();
+        let stdout = BufReader::new(job.stdout.take().expect("piped"));
+        std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        let pid = Pid::from_child(&job);
+        let hears = |wanted: &str| {
+            let line = lines.recv_timeout(Duration::from_secs(60));
+            if line.as_deref() != Ok(wanted) {
+                // The program may be waiting for ever.
+                let _ = kill_process_group(pid, Signal::KILL);
+                panic!("{wanted} is expected: {line:?}");
+            }
+        };
+        hears("ready");
+        let send = if all { kill_process_group } else { kill_process };
+        send(pid, signal).expect("signal the script");
+        hears("heard");
+        assert_eq!(job.wait().expect("its end").code(), Some(75));
+        assert!(machine.calls().contains("scontrol requeue 42"), "{}", machine.calls());
+    }
+}
+
+/// Azure's command line is a stand-in that keeps the machine's User Data and knows no scale set.
+#[test]
+fn a_scale_set_is_made_with_what_its_machine_needs() {
+    let cloud = Cloud::machine();
     let machine = Machine::new("");
-    let step = format!(
-        "{STAND_IN}trap 'echo heard; exit 75' USR1\necho ready\nexec 2>/dev/null\nwhile :; do read -r _ <\"$here/never\" || true; done\n"
+    let az = format!(
+        "{STAND_IN}if [ \"$2\" = show ] && [ ! -e \"$here/user-data\" ]; then exit 3; fi\n\
+         for one; do if [ \"$last\" = --custom-data ]; then cat \"$one\" >\"$here/user-data\"; fi; last=$one; done\n"
     );
-    machine.executable("bin/srun", &step);
-    let fifo = Command::new("mkfifo").arg(machine.path("stand-ins/never")).status().expect("start mkfifo");
-    assert!(fifo.success());
-    let mut job = machine.command(&path("slurm/trainer.sbatch"), &cloud);
-    job.envs([("TRAINER_STORE", "file:///runs"), ("TRAINER_RUN_ID", "r"), ("SLURM_JOB_ID", "42")]);
-    let mut job = job.stdout(Stdio::piped()).process_group(0).spawn().expect("start the batch script");
-    let (sender, lines) = std::sync::mpsc::channel();
-    let stdout = BufReader::new(job.stdout.take().expect("piped"));
-    std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
-    let pid = rustix::process::Pid::from_child(&job);
-    let hears = |wanted: &str| {
-        let line = lines.recv_timeout(Duration::from_secs(60));
-        if line.as_deref() != Ok(wanted) {
-            // The step may be waiting for ever.
-            let _ = rustix::process::kill_process_group(pid, rustix::process::Signal::KILL);
-            panic!("{wanted} is expected: {line:?}");
+    machine.executable("bin/az", &az);
+    let dirname = ["/usr/bin/dirname", "/bin/dirname"].map(Path::new).into_iter().find(|path| path.is_file());
+    symlink(dirname.expect("dirname is not installed"), machine.path("bin/dirname")).expect("a link");
+    let variables = [
+        ("GROUP", "training"),
+        ("LOCATION", "westeurope"),
+        ("IMAGE", "registry/image"),
+        ("STORE", "az://container/runs"),
+        ("RUN_ID", "reports"),
+        ("CONFIG", "az://container/reports.toml"),
+    ];
+    let mut make = machine.command(&path("azure/scale-set.sh"), &cloud);
+    let output = make.envs(variables).output().expect("start scale-set.sh");
+    assert!(!output.status.success() && said(&output).contains("ACCOUNT"), "{}", said(&output));
+    let output = make.env("ACCOUNT", "storage").output().expect("start scale-set.sh");
+    assert!(output.status.success(), "{}", said(&output));
+    let given = std::fs::read_to_string(machine.path("stand-ins/user-data")).expect("User Data");
+    // The store takes the account from there.
+    assert!(given.lines().any(|line| line.trim() == "AZURE_STORAGE_ACCOUNT_NAME=storage"), "{given}");
+    assert!(!given.contains("@ACCOUNT@") && !given.contains("@STORE@"), "{given}");
+    let calls = machine.calls();
+    let made = calls.lines().find(|line| line.starts_with("az vmss create")).expect("az vmss create");
+    // What `az vmss create` does not know, and what spot machines can't have.
+    assert!(!made.contains("--nsg-rule") && !made.contains("terminate-notification"), "{made}");
+    assert!(made.contains("--nsg trainer-reports"), "{made}");
+    assert!(calls.contains("az network nsg create --resource-group training"), "{calls}");
+}
+
+/// Those of Google, Azure and of one machine by hand, as the unit calls them after a run's end.
+#[test]
+fn no_machine_stays_on_when_no_start_is_worth_it() {
+    let role = r#"{"access_token":"metadata-token","expires_in":1}"#;
+    let token = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https%3A%2F%2Fmanagement.azure.com%2F";
+    let google = "/computeMetadata/v1/instance";
+    let answers = [
+        (format!("{google}/attributes/created-by"), "projects/1/zones/z/instanceGroupManagers/reports"),
+        (format!("{google}/zone"), "projects/1/zones/z"),
+        (format!("{google}/name"), "reports-1"),
+        (format!("{google}/service-accounts/default/token"), role),
+        ("/metadata/instance/compute/resourceId?api-version=2021-02-01&format=text".into(), "/machines/1"),
+        (token.into(), role),
+        ("deleteInstances".into(), "{}"),
+    ];
+    let answers: Vec<_> = answers.iter().map(|(key, value)| (key.as_str(), *value)).collect();
+    for kind in ["gcp", "azure", "aws"] {
+        let Some(script) = (match kind {
+            "gcp" => Some(std::fs::read_to_string(path("gcp/startup.sh")).expect("startup.sh")),
+            kind => super::yaml(&super::text(&format!("{kind}/cloud-init.yaml")))
+                .map(|config| super::files::script_of(&config[0], "/usr/local/sbin/trainer-machine")),
+        }) else {
+            continue;
+        };
+        // The second DELETE is answered: Azure is asked again after a failure.
+        let left = |machine: &Machine, cloud: &Cloud| match kind {
+            "gcp" => cloud.asked("instanceGroupManagers/reports/deleteInstances").len() == 1,
+            "azure" => cloud.asked("DELETE /machines/1?").len() == 2,
+            _ => machine.calls().contains("systemctl poweroff"),
+        };
+        let codes = |codes: &[&str]| {
+            let (machine, cloud) = (Machine::new(""), Cloud::with(&answers));
+            machine.executable("bin/after", &script);
+            for code in codes {
+                let mut after = machine.command(&machine.path("bin/after"), &cloud);
+                let output = after
+                    .arg("after")
+                    .env("GCE_METADATA_HOST", cloud.endpoint().trim_start_matches("http://"))
+                    .env("TRAINER_COMPUTE_API", cloud.endpoint())
+                    .env("TRAINER_AZURE_METADATA_ENDPOINT", cloud.endpoint())
+                    .env("TRAINER_AZURE_MANAGEMENT_ENDPOINT", cloud.endpoint())
+                    .envs([("EXIT_CODE", "exited"), ("EXIT_STATUS", code)])
+                    .output()
+                    .expect("start trainer-machine");
+                expect(&output, 0, &[]);
+            }
+            left(&machine, &cloud)
+        };
+        for code in ["64", "65", "77", "78"] {
+            assert!(codes(&[code]), "{kind}: {code}");
         }
-    };
-    hears("ready");
-    rustix::process::kill_process(pid, rustix::process::Signal::USR1).expect("signal the script");
-    hears("heard");
-    assert_eq!(job.wait().expect("its end").code(), Some(75));
-    assert!(machine.calls().contains("scontrol requeue 42"), "{}", machine.calls());
+        assert!(!codes(&["70", "70", "70", "70", "75", "70", "137", "70", "70"]), "{kind}: interrupted in between");
+        assert!(codes(&["70", "70", "137", "70", "70"]), "{kind}: five times in a row");
+        assert!(!codes(&[vec!["69"; 39], vec!["79"], vec!["69"; 2]].concat()), "{kind}: away, and here in between");
+        assert!(codes(&["69"; 40]), "{kind}: away for hours");
+    }
+}
+
+#[test]
+fn googles_notice_is_as_long_as_was_asked_for() {
+    for (notice, window) in [("", "30s"), ("120s", "120s")] {
+        let machine = Machine::new("");
+        machine.executable("bin/gcloud", &format!("{STAND_IN}[ \"$2\" != describe ] && [ \"$3\" != describe ]\n"));
+        let dirname = ["/usr/bin/dirname", "/bin/dirname"].map(Path::new).into_iter().find(|path| path.is_file());
+        symlink(dirname.expect("dirname is not installed"), machine.path("bin/dirname")).expect("a link");
+        let cloud = Cloud::with(&[
+            ("/computeMetadata/v1/instance/attributes/trainer-image", "registry/image"),
+            ("/computeMetadata/v1/instance/attributes/trainer-store", "gs://bucket/runs"),
+            ("/computeMetadata/v1/instance/attributes/trainer-run-id", "reports"),
+            ("/computeMetadata/v1/instance/attributes/trainer-config", "gs://bucket/reports.toml"),
+            ("/computeMetadata/v1/instance/attributes/trainer-preemption-window", window),
+        ]);
+        let variables = [
+            ("PROJECT", "project"),
+            ("ZONE", "zone"),
+            ("BUCKET", "bucket"),
+            ("RUN_ID", "reports"),
+            ("CONFIG", "gs://bucket/reports.toml"),
+            ("IMAGE", "registry/image"),
+            ("SPOT_NOTICE", notice),
+        ];
+        let mut make = machine.command(&path("gcp/instance-template.sh"), &cloud);
+        let output = make.envs(variables).output().expect("start instance-template.sh");
+        assert!(output.status.success(), "{}", said(&output));
+        let calls = machine.calls();
+        assert!(calls.contains(&format!("trainer-preemption-window={window} ")), "{calls}");
+        assert_eq!(calls.contains("--preemption-notice-duration=120s"), !notice.is_empty(), "{calls}");
+        // What the machine makes of it.
+        let mut start = machine.command(&path("gcp/startup.sh"), &cloud);
+        start.arg("run").env("GCE_METADATA_HOST", cloud.endpoint().trim_start_matches("http://"));
+        expect(&start.output().expect("start startup.sh"), 0, &[]);
+        let env = std::fs::read_to_string(machine.path("root/run/trainer/env")).expect("the container's variables");
+        for line in [&*format!("TRAINER_PREEMPTION_WINDOW={window}"), "TRAINER_STOP_WINDOW=20s"] {
+            assert!(env.lines().any(|found| found == line), "{line} is not in\n{env}");
+        }
+    }
 }
 
 /// A container's first process gets no signal that it does not handle, and inherits every orphan.

@@ -81,6 +81,10 @@ fn schedules_are_what_the_scheduler_takes() {
         }
     }
     assert_eq!(schedules, 3);
+    // Each attempt has an id of its own, which is the run's: one that arrived unnoticed would be a second run.
+    let queue = properties(&stack, "QueueSchedule");
+    assert!(queue["Target"]["Input"].to_string().contains("<aws.scheduler.execution-id>"));
+    assert_eq!(queue["Target"]["RetryPolicy"]["MaximumRetryAttempts"], 3);
     let arn = &properties(&stack, "BootSchedule")["Target"]["Arn"]["Fn::Sub"];
     assert_eq!(arn, "arn:${AWS::Partition}:scheduler:::aws-sdk:autoscaling:setDesiredCapacity");
 }
@@ -125,6 +129,8 @@ print(json.dumps(session.get_service_model("ec2").shape_for("InstanceType").enum
     assert_eq!(data["MetadataOptions"]["HttpTokens"], "required");
     assert_eq!(data["MetadataOptions"]["HttpPutResponseHopLimit"], 2);
     assert_eq!(group["CapacityRebalance"], true);
+    let only_if_said = json!({"Fn::If": ["BeginNow", {"Ref": "DesiredCapacity"}, {"Ref": "AWS::NoValue"}]});
+    assert_eq!(group["DesiredCapacity"], only_if_said, "an update of the stack would end the machine that trains");
     let hook = &group["LifecycleHookSpecificationList"][0];
     assert_eq!(hook["LifecycleTransition"], "autoscaling:EC2_INSTANCE_TERMINATING");
     assert_eq!(hook["DefaultResult"], "CONTINUE");
@@ -153,7 +159,12 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     );
     assert_eq!(stack["Resources"]["Bucket"]["DeletionPolicy"], "Retain");
     // Actions that name no resource because none can be named; each other one names its own.
-    const BROAD: [&str; 4] = [
+    const BROAD: [&str; 9] = [
+        "ssm:UpdateInstanceInformation",
+        "ssmmessages:CreateControlChannel",
+        "ssmmessages:CreateDataChannel",
+        "ssmmessages:OpenControlChannel",
+        "ssmmessages:OpenDataChannel",
         "autoscaling:DescribeAutoScalingInstances",
         "autoscaling:DescribeLifecycleHooks",
         "servicequotas:GetServiceQuota",
@@ -164,6 +175,8 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
         if resource["Type"] != "AWS::IAM::Role" {
             continue;
         }
+        // What they grant on everything stands in no file of ours: AmazonSSMManagedInstanceCore reads every parameter.
+        assert!(resource["Properties"].get("ManagedPolicyArns").is_none(), "{name}");
         for policy in resource["Properties"]["Policies"].as_array().expect("policies") {
             for statement in policy["PolicyDocument"]["Statement"].as_array().expect("statements") {
                 let statement = statement.get("Fn::If").map_or(statement, |branches| &branches[1]);
@@ -186,9 +199,12 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
         "Role s3:AbortMultipartUpload",
         "Role s3:ListBucketMultipartUploads",
         "Role ssm:GetParametersByPath",
+        "Role ssmmessages:OpenDataChannel",
         "Role sqs:ChangeMessageVisibility",
+        "Role sqs:SendMessage",
         "Role autoscaling:CompleteLifecycleAction",
         "Role autoscaling:RecordLifecycleActionHeartbeat",
+        "Role autoscaling:SuspendProcesses",
         "Role autoscaling:TerminateInstanceInAutoScalingGroup",
         "Role ecr:BatchGetImage",
         "ScheduleRole autoscaling:SetDesiredCapacity",
@@ -198,9 +214,26 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     ] {
         assert!(granted.iter().any(|one| one == needed), "nobody grants {needed}: {granted:?}");
     }
+    // The configuration can be read before this stack's own bucket is there, and from no address that the program does not know.
+    let role = properties(&stack, "Role").to_string();
+    assert!(role.contains("s3:::${ReadBucket}/*") && role.contains("s3:::${ReadBucket}\""), "{role}");
+    assert_eq!(stack["Parameters"]["ConfigUri"]["AllowedPattern"], "s3://.+");
     // A rule of EventBridge can send only where the queue's own policy lets it.
     let policy = properties(&stack, "QueuePolicy").to_string();
     assert!(policy.contains("events.amazonaws.com") && policy.contains("sqs:SendMessage"), "{policy}");
+    // Interruptions do not count as receives, so that a broken job is paid for only so often.
+    let redrive = &properties(&stack, "Queue")["RedrivePolicy"];
+    assert_eq!(redrive["maxReceiveCount"], 6);
+    let given_up = properties(&stack, "LostWork")["AlarmDescription"].as_str().expect("a description");
+    assert!(given_up.contains("after 6 failures"), "{given_up}");
+    // An execution that ends otherwise than by its own states leaves its machine: somebody must hear of it.
+    for end in ["Failed", "TimedOut", "Aborted"] {
+        let alarm = properties(&stack, &format!("Loop{end}"));
+        let state_machine = json!([{"Name": "StateMachineArn", "Value": {"Ref": "Loop"}}]);
+        assert_eq!((&alarm["Namespace"], &alarm["Dimensions"]), (&json!("AWS/States"), &state_machine), "{end}");
+        assert_eq!(alarm["MetricName"], format!("Executions{end}"));
+        assert_eq!(alarm["AlarmActions"], json!([{"Ref": "Topic"}]), "{end}");
+    }
     let alarm = properties(&stack, "LagAlarm");
     assert_eq!(alarm["TreatMissingData"], "notBreaching", "no machine, no lag");
     let metric = properties(&stack, "LagMetric");
@@ -231,7 +264,6 @@ fn batch_starts_again_on_the_codes_that_ask_for_it() {
 #[test]
 fn the_stack_carries_user_data_and_it_fits() {
     let script = text("aws/user-data.sh");
-    assert!(script.len() < 16_384, "user-data.sh has {} bytes", script.len());
     let Some(stack) = template("aws/stack.yaml") else { return };
     let join = &properties(&stack, "LaunchTemplate")["LaunchTemplateData"]["UserData"]["Fn::Base64"]["Fn::Join"];
     assert_eq!(join[0], "");
@@ -299,6 +331,7 @@ pub fn create(moto: &Moto, name: &str, work: &str) {
         ("SubnetIds", tagged(&subnets, "subnetId")),
         ("ImageId", "/images/gpu"),
         ("ConfigUri", "s3://configs/reports.toml"),
+        ("ReadBucket", "configs"),
         ("Image", "123456789012.dkr.ecr.us-east-1.amazonaws.com/trainer:1"),
         ("Work", work),
         ("SsmPath", &path),
@@ -355,6 +388,7 @@ fn the_stack_is_created_with_nothing_lost_but_what_moto_does_not_know() {
         };
         assert_eq!(value("config-uri").as_deref(), Some("s3://configs/reports.toml"));
         assert_eq!(value("run-id-template").as_deref(), Some("reports-{year}q{quarter}"));
+        assert_eq!(value("time-zone").as_deref(), Some("UTC"), "the schedule's");
         assert_eq!(value("set/on_complete.action").as_deref(), Some("terminate"));
         assert!(value("store").is_some_and(|store| store.starts_with("s3://") && store.ends_with("/runs")));
     }

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # EC2 User Data: makes a fresh machine train, and keeps it at that over every restart. No awscli, no Python, no package is installed.
+# EC2 takes 16 KB, and with its comments this is longer: gzip it, which cloud-init unpacks, or take it as it stands in stack.yaml.
 #
 # The AMI has Docker and, for GPUs, NVIDIA's driver and container toolkit (AWS's Deep Learning Base AMI has); with a bundle instead of an
 # image, glibc 2.36 and curl 7.88. Settings stand in /etc/trainer/machine.conf, lines of NAME=value, none secret:
@@ -8,10 +9,12 @@
 #                          (neither: /opt/trainer of the AMI)
 #   TRAINER_SSM_PATH, TRAINER_STORE, TRAINER_RUN_ID, TRAINER_RUN_ID_TEMPLATE, TRAINER_CONFIG, TRAINER_TIME_ZONE: see `trainer boot --help`
 #   TRAINER_QUEUE          a queue's URL: `trainer work` instead of `trainer boot`; the machine leaves when the queue stays empty
+#   TRAINER_GROUP          this machine's Auto Scaling group, if jobs in the queue start its machines
 #   TRAINER_GPU            auto (wait for the driver if there is an NVIDIA device), required, none
 #   TRAINER_LOG_GROUP      a CloudWatch log group for the container's output
 #   TRAINER_TASK_TOKEN     an SSM parameter that holds a Step Functions task token: that task hears how it goes
 #   TRAINER_ON_FAILURE     keep (the machine, for a look), or terminate (it, with the group's capacity lowered, so that none is bought instead)
+#   TRAINER_ON_COMPLETE    terminate: with an image and in no group, power off after a run, as on_complete.action does without a container
 #   TRAINER_STOP_WINDOW    how long a stop may take: 100s
 #
 # Costs: the machine's price an hour x hours, its disk, what it logs. `trainer simulate` says what interruptions add.
@@ -232,43 +235,78 @@ run() {
     say "starts $image ${command[*]} on $id"
     # Host network for the metadata service and NCCL; host IPC and memory locks for NCCL and pinned snapshots.
     exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout "$stop" \
-        --env-file "$run/env" --env TMPDIR=/scratch --volume "$scratch:/scratch" "${gpus[@]}" "${logs[@]}" "$image" "${command[@]}"
+        --env-file "$run/env" --env TMPDIR=/scratch --env XDG_CACHE_HOME=/scratch \
+        --volume "$scratch:/scratch" "${gpus[@]}" "${logs[@]}" "$image" "${command[@]}"
 }
 stop() { if [ -n "$image" ]; then docker stop --time "$((${TRAINER_STOP_WINDOW%s} + 10))" trainer >/dev/null || true; fi; }
+# scaling ACTION PARAMETERS: of Auto Scaling.
+scaling() {
+    payload="Action=$1&Version=2011-01-01&$2" retry 6 \
+        signed "$region" autoscaling --max-time 10 "${AWS_ENDPOINT_URL:-https://autoscaling.$region.amazonaws.com}/"
+}
 # Nothing is bought for ever for a run that can't start.
 give_up() {
     local said
     say "gives up: $1"
     systemctl stop --no-block trainer.service
-    tell SendTaskFailure ',"error":"TrainerGaveUp","cause":"see the log"'
+    # Whoever starts it by hand has as many tries again.
+    rm -f "$run/failures" "$run/away"
     if [ "${TRAINER_ON_FAILURE:-keep}" != terminate ]; then
         say "hint: the machine stays and costs money (TRAINER_ON_FAILURE=keep); put it right and: systemctl start trainer"
         return 0
     fi
-    if said=$(payload="Action=TerminateInstanceInAutoScalingGroup&Version=2011-01-01&ShouldDecrementDesiredCapacity=true&InstanceId=$id" \
-        signed "$region" autoscaling --max-time 20 "${AWS_ENDPOINT_URL:-https://autoscaling.$region.amazonaws.com}/") && [ -n "$said" ]; then
+    tell SendTaskFailure ',"error":"TrainerGaveUp","cause":"see the log"'
+    # A job that still waits would raise the capacity again.
+    if [ -n "${TRAINER_QUEUE:-}" ] && [ -n "${TRAINER_GROUP:-}" ]; then
+        if scaling SuspendProcesses "AutoScalingGroupName=$TRAINER_GROUP&ScalingProcesses.member.1=AlarmNotification" >/dev/null; then
+            say "hint: jobs start no machine until you have put it right and: aws autoscaling resume-processes" \
+                "--auto-scaling-group-name $TRAINER_GROUP --scaling-processes AlarmNotification"
+        else
+            say "warning: jobs that wait may start machines for ever: set the MaxSize of $TRAINER_GROUP to 0"
+        fi
+    fi
+    if said=$(scaling TerminateInstanceInAutoScalingGroup "ShouldDecrementDesiredCapacity=true&InstanceId=$id") && [ -n "$said" ]; then
         say "this machine is terminated and its group's capacity lowered by one"
     else
         say "this machine is in no Auto Scaling group that it may leave: powers off"
         shutdown -h now
     fi
 }
-# What the run's end means; systemd says how it ended and starts it again or not. Codes that are worth another try without end count for
-# nothing; five of the others in a row are enough.
+# 22: the metadata service has answered, and knows of none.
+in_no_group() {
+    local code=0
+    metadata autoscaling/target-lifecycle-state >/dev/null 2>&1 || code=$?
+    [ "$code" = 22 ]
+}
+# What the run's end means; systemd says how it ended and starts it again or not. Interruptions count for nothing. Something that is away
+# (69) comes back or never: 40 times in a row take two hours and a half. Five of the others in a row are enough.
 after() {
-    local count=0
+    local count=0 most=5 file=$run/failures
     install -d -m 0700 "$run"
     know_machine
     case ${EXIT_CODE:-}:${EXIT_STATUS:-} in
-    exited:0) tell SendTaskSuccess ',"output":"{}"' ;;
-    exited:69 | exited:75 | exited:76 | exited:79) rm -f "$run/failures" ;;
-    exited:64 | exited:65 | exited:77 | exited:78) give_up "exit code $EXIT_STATUS: another start would end the same way" ;;
-    *)
-        if [ -r "$run/failures" ]; then count=$(cat "$run/failures"); fi
-        echo "$((count + 1))" >"$run/failures"
-        if [ "$count" -ge 4 ]; then give_up "failed $((count + 1)) times in a row, last with ${EXIT_CODE:-} ${EXIT_STATUS:-}"; fi
+    exited:0)
+        tell SendTaskSuccess ',"output":"{}"'
+        # A container can leave a group, but power nothing off.
+        if [ -n "$image" ] && { [ -n "${TRAINER_QUEUE:-}" ] || [ "${TRAINER_ON_COMPLETE:-}" = terminate ]; } && in_no_group; then shutdown -h now; fi
+        return 0
+        ;;
+    exited:75 | exited:76 | exited:79)
+        rm -f "$run/failures" "$run/away"
+        return 0
+        ;;
+    exited:64 | exited:65 | exited:77 | exited:78)
+        give_up "exit code $EXIT_STATUS: another start would end the same way"
+        return 0
+        ;;
+    exited:69)
+        rm -f "$file"
+        most=40 file=$run/away
         ;;
     esac
+    if [ -r "$file" ]; then count=$(cat "$file"); fi
+    echo "$((++count))" >"$file"
+    if [ "$count" -ge "$most" ]; then give_up "failed $count times in a row, last with ${EXIT_CODE:-} ${EXIT_STATUS:-}"; fi
 }
 boot() {
     mkdir -p "$root/var/log" "$root/run" "$root/opt" "$root/etc/trainer"

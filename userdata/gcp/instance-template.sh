@@ -28,7 +28,7 @@ if ! gcloud compute instance-templates describe "$name" --project="$PROJECT" >/d
         --boot-disk-size=100GB --boot-disk-type=pd-balanced \
         --service-account="$account" --scopes=cloud-platform \
         --shielded-secure-boot --shielded-vtpm --shielded-integrity-monitoring \
-        --metadata="enable-oslogin=TRUE,block-project-ssh-keys=TRUE,trainer-image=$IMAGE,trainer-store=gs://$BUCKET/runs,trainer-run-id=$RUN_ID,trainer-config=$CONFIG" \
+        --metadata="enable-oslogin=TRUE,block-project-ssh-keys=TRUE,trainer-image=$IMAGE,trainer-store=gs://$BUCKET/runs,trainer-run-id=$RUN_ID,trainer-config=$CONFIG,trainer-preemption-window=${SPOT_NOTICE:-30s}" \
         --metadata-from-file="startup-script=$here/startup.sh,shutdown-script=$here/shutdown.sh"
 fi
 if ! gcloud compute instance-groups managed describe "$name" --project="$PROJECT" --zone="$ZONE" >/dev/null 2>&1; then

@@ -40,21 +40,45 @@ run() {
         echo "TRAINER_STORE=$(ask instance/attributes/trainer-store)"
         echo "TRAINER_RUN_ID=$(ask instance/attributes/trainer-run-id)"
         echo "TRAINER_CONFIG=$(ask instance/attributes/trainer-config)"
+        # How long after the notice the shutdown begins; the metadata service does not say.
+        echo "TRAINER_PREEMPTION_WINDOW=$(ask instance/attributes/trainer-preemption-window)"
         # Between the shutdown's beginning and its end a spot machine has 30 s.
         echo TRAINER_STOP_WINDOW=20s
     } >"$root/run/trainer/env"
     exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout 25 \
         --env-file "$root/run/trainer/env" "${gpus[@]}" "$image" boot --json
 }
+# Whether no further start is worth it; systemd says how the last one ended. What is away (69) is given 40 tries in a row, two hours or more;
+# a bug or a kill five; an interruption counts for nothing.
+over() {
+    local count=0 most=5 counts=$root/run/trainer file
+    install -d -m 0700 "$counts"
+    file=$counts/failures
+    case ${EXIT_CODE:-}:${EXIT_STATUS:-} in
+    exited:0 | exited:64 | exited:65 | exited:77 | exited:78) return 0 ;;
+    exited:75 | exited:76 | exited:79)
+        rm -f "$file" "$counts/away"
+        return 1
+        ;;
+    exited:69)
+        rm -f "$file"
+        most=40 file=$counts/away
+        ;;
+    esac
+    if [ -r "$file" ]; then count=$(cat "$file"); fi
+    echo "$((++count))" >"$file"
+    [ "$count" -ge "$most" ]
+}
 # A machine that has nothing left to do takes itself out of its group, which would replace one that only powers off.
 after() {
     local group self
-    case ${EXIT_CODE:-}:${EXIT_STATUS:-} in exited:0 | exited:64 | exited:65 | exited:77 | exited:78) ;; *) return 0 ;; esac
+    if ! over; then return 0; fi
     group=$(ask instance/attributes/created-by) || return 0
     self=$(ask instance/zone)/instances/$(ask instance/name)
     # The token goes in by standard input: arguments can be read by everybody.
-    printf 'header = "Authorization: Bearer %s"\n' "$(token)" | curl -fsS --max-time 30 -K - -H 'Content-Type: application/json' \
-        -d "{\"instances\": [\"$self\"]}" "${TRAINER_COMPUTE_API:-https://compute.googleapis.com}/compute/v1/$group/deleteInstances" >/dev/null ||
+    printf 'header = "Authorization: Bearer %s"\n' "$(token)" |
+        curl -fsS --max-time 15 --retry 5 --retry-all-errors --retry-max-time 60 -K - -H 'Content-Type: application/json' \
+            -d "{\"instances\": [\"$self\"]}" "${TRAINER_COMPUTE_API:-https://compute.googleapis.com}/compute/v1/$group/deleteInstances" >/dev/null ||
         say "warning: this machine can't leave its group and costs money: resize the group to 0 by hand"
 }
 boot() {
@@ -65,8 +89,7 @@ boot() {
 Description=trainer
 Wants=network-online.target
 After=network-online.target docker.service
-StartLimitIntervalSec=6h
-StartLimitBurst=40
+StartLimitIntervalSec=0
 [Service]
 ExecStart=$me run
 ExecStop=/usr/bin/docker stop --time 25 trainer
@@ -77,7 +100,8 @@ RestartForceExitStatus=69 75 76 79
 RestartPreventExitStatus=64 65 77 78
 SuccessExitStatus=75
 KillMode=mixed
-TimeoutStopSec=30
+# For leaving the group; the container is ended by docker stop.
+TimeoutStopSec=90
 [Install]
 WantedBy=multi-user.target
 UNIT

@@ -94,6 +94,16 @@ impl Error {
         self
     }
 
+    /// The same of an object that a configuration or a job names: one that is not there, or is not what it should be, is a mistake of
+    /// whoever named it; a store that does not answer or refuses is not.
+    #[must_use]
+    pub fn of_what_is_named(mut self) -> Self {
+        if !matches!(self.kind, Kind::Unavailable | Kind::Permission) {
+            self.kind = Kind::Config;
+        }
+        self
+    }
+
     /// What is to be done about it.
     pub const fn kind(&self) -> Kind {
         self.kind
@@ -172,6 +182,18 @@ mod tests {
         let error = Error::from(inner).context("read model").context("start run");
         assert_eq!(error.to_string(), "start run: read model: open file: no such file");
         assert_eq!((error.kind(), error.hint()), (Kind::Config, Some("check the path")));
+    }
+
+    #[test]
+    fn only_a_store_that_answers_shows_a_mistake_of_whoever_named_an_object() {
+        for (kind, named) in [
+            (Kind::Unavailable, Kind::Unavailable),
+            (Kind::Permission, Kind::Permission),
+            (Kind::Data, Kind::Config),
+            (Kind::Config, Kind::Config),
+        ] {
+            assert_eq!(Error::new(kind, "x").of_what_is_named().kind(), named);
+        }
     }
 
     #[test]

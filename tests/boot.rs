@@ -326,6 +326,45 @@ fn a_metadata_service_that_hangs_or_is_not_there_holds_nobody_up() {
     boot(&lab, &arguments).envs(&gone).finish().expect_code(0).expect_said(&["no region is known"]);
 }
 
+/// The file trees of an EC2 instance.
+fn on_ec2(lab: &Lab) -> (&'static str, String) {
+    let root = lab.path("ec2");
+    let tables = root.join("sys/class/dmi/id");
+    std::fs::create_dir_all(&tables).expect("a folder");
+    std::fs::write(tables.join("sys_vendor"), "Amazon EC2\n").expect("a file");
+    ("TRAINER_HOST_ROOT", root.display().to_string())
+}
+
+#[test]
+fn an_instance_whose_tags_can_not_be_read_is_asked_again_and_creates_no_run_without_them() {
+    let lab = Lab::on_files();
+    let metadata = MetadataServer::start();
+    let elsewhere = format!("file://{}", lab.path("elsewhere").display());
+    let value = "/latest/meta-data/tags/instance/trainer:store";
+    metadata.set("/latest/meta-data/tags/instance", "trainer:store");
+    metadata.set(value, elsewhere.as_str());
+    let on_instance = || {
+        let short = ["--set", "train.steps=2", "--set", "train.schedule.warmup_steps=0"];
+        boot(&lab, &["run.toml", "--run-id", "tagged"]).args(&short).envs(&metadata.envs()).envs(&[on_ec2(&lab)])
+    };
+    metadata.set(value, 403);
+    let unread = on_instance().finish().expect_code(69);
+    let unread = unread.expect_said(&["tag trainer:store of this instance can't be read", "answered 403"]);
+    assert!(unread.events.is_empty() && lab.keys("tagged", "").is_empty(), "{}", unread.story());
+
+    // What passes, whether it is a tag or all that the machine knows of itself.
+    metadata.set(value, elsewhere.as_str());
+    for (path, fault) in [(TOKEN, Fault::Status(503)), (value, Fault::Status(503)), (value, Fault::Status(429))] {
+        let before = metadata.requests_of(path).len();
+        metadata.storm_on(path, fault);
+        let life = on_instance().start();
+        metadata.wait_for(path, before + 1);
+        metadata.calm();
+        life.finish().expect_code(0).expect_said(&[&format!("in {elsewhere}")]);
+    }
+    assert!(lab.keys("tagged", "").is_empty(), "a second run");
+}
+
 /// Starts two machines for one new run; gives the one that trains first, then the other.
 fn pair(lab: &Lab, run: &str, more: &[&str]) -> (Running, Running) {
     let uri = lab.uri();
@@ -423,6 +462,28 @@ fn a_machine_of_a_group_leaves_it_and_nothing_comes_in_its_place() {
 }
 
 #[test]
+fn a_machine_that_leaves_its_group_does_not_wait_at_the_groups_hook() {
+    const COMPLETE: &str = "/?Action=CompleteLifecycleAction";
+    let lab = Lab::on_files();
+    let metadata = MetadataServer::start();
+    short_run(&lab, &metadata, &metadata.endpoint(), "hooked").finish().expect_code(0).expect_said(&[
+        &format!("the Auto Scaling group ends {INSTANCE}"),
+        "lifecycle hook drain of group trainers is completed",
+    ]);
+    let calls: Vec<String> = metadata.requests().into_iter().map(|asked| asked.path).collect();
+    let at = |call: &str| calls.iter().position(|path| path == call);
+    assert!(at("/?Action=TerminateInstanceInAutoScalingGroup") < at(COMPLETE), "{calls:?}");
+
+    // Somebody else's hook.
+    let before = metadata.requests_of(COMPLETE).len();
+    short_run(&lab, &metadata, &metadata.endpoint(), "held")
+        .args(&["--set", "notice.lifecycle_hook=none"])
+        .finish()
+        .expect_code(0);
+    assert_eq!(metadata.requests_of(COMPLETE).len(), before);
+}
+
+#[test]
 fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced() {
     let lab = Lab::on_files();
     let metadata = MetadataServer::start();
@@ -456,14 +517,29 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
         .expect_said(&["AccessDenied", "starts another machine in place of"]);
     assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n");
 
-    // A machine of no cloud; and the same run again, with `resume`, since it is the run's configuration that says so.
+    // A machine of no cloud, there for the run, which is complete.
     let path = [stand_ins(&lab, &[])];
     std::fs::remove_file(PathBuf::from(&path[0].1).join("systemctl")).expect("remove a stand-in");
     let path = [stand_ins(&lab, &["shutdown"])];
-    lab.resume("denied").envs(&path).finish().expect_code(0).expect_said(&["powering off (shutdown -h now)"]);
+    let again = || boot(&lab, &["run.toml", "--run-id", "denied"]).envs(&path).finish().expect_code(0);
+    again().expect_said(&["powering off (shutdown -h now)"]);
     assert!(called(&lab).ends_with("shutdown -h now\n"), "{}", called(&lab));
     std::fs::remove_file(lab.path("bin/shutdown")).expect("remove a stand-in");
-    lab.resume("denied").envs(&path).finish().expect_code(0).expect_said(&["this machine stays on and may cost money"]);
+    again().expect_said(&["this machine stays on and may cost money"]);
+}
+
+#[test]
+fn who_asks_for_a_run_that_is_complete_keeps_his_machine_and_who_completes_it_does_not() {
+    let lab = Lab::on_files();
+    let path = [stand_ins(&lab, &["systemctl"])];
+    let short = ["--set", "train.steps=2", "--set", "train.schedule.warmup_steps=0"];
+    lab.run("mine").args(&short).args(&["--set", "on_complete.action=terminate"]).envs(&path).finish().expect_code(0);
+    assert_eq!(called(&lab), "systemctl poweroff\n", "the run's own machine");
+    let resume = || lab.resume("mine").envs(&path);
+    resume().finish().expect_code(0).expect_said(&["run has completed, nothing is left to do"]);
+    assert_eq!(called(&lab), "systemctl poweroff\n", "powered off for a run that was complete before");
+    resume().args(&["--set", "train.steps=4"]).finish().expect_code(0);
+    assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n", "it has trained the rest");
 }
 
 #[test]

@@ -271,6 +271,23 @@ fn an_event_of_several_machines_is_left_for_and_not_approved() {
     interrupted_and_resumed(&lab, &life, "azure-scheduled");
 }
 
+#[test]
+fn an_event_on_azure_that_nobody_leaves_for_is_not_approved() {
+    let approvals = |server: &MetadataServer| {
+        server.requests_of(SCHEDULED_EVENTS).iter().filter(|asked| asked.method == "POST").count()
+    };
+    // The time until it begins is trained in, until somebody asks the run to stop.
+    let (lab, server) = (Lab::on_files(), MetadataServer::start().only(Cloud::Azure));
+    let running = long(&lab).args(&["--set", "notice.spare_time=\"train\""]).envs(&server.envs()).start();
+    running.wait_for_step("step", 3);
+    server.events(|events| events.push(azure_event("far", "Reboot", 800, &[INSTANCE])));
+    heard(&running, "azure-scheduled");
+    running.signal(Signal::INT);
+    let life = running.finish().expect_code(75);
+    assert_eq!(life.of_kind("notice").len(), 2, "{}", life.story());
+    assert_eq!(approvals(&server), 0, "{}", life.story());
+}
+
 /// A run through a storm from its first moment to its last, on a machine of that cloud.
 fn unharmed_by(storms: &[(Cloud, Fault)]) {
     for (cloud, fault) in storms {

@@ -253,6 +253,33 @@ fn what_fails_ends_in_the_dead_letter_queue_and_the_worker_lives_on() {
 }
 
 #[test]
+fn a_job_that_nothing_answers_is_put_away_and_the_worker_leaves_only_if_its_own_store_is_silent() {
+    let Some(shop) = Shop::open(1) else { return };
+    let silent = [("GOOGLE_BASE_URL", "http://127.0.0.1:1".to_owned()), ("GOOGLE_SKIP_SIGNATURE", "true".to_owned())];
+    let unreachable = shop.job("unreachable", json!({"data.train": "gs://nowhere/data"}));
+    shop.send(&unreachable);
+    let first = shop.patient_worker("15s").args(&["--once"]).envs(&silent).finish().expect_code(69);
+    assert_eq!(states(&first), ["claimed", "unreachable"], "{}", first.story());
+    let report = shop.api.heard().pop().expect("a report");
+    assert_eq!((report.event(), &report.body["exit_code"]), ("failed", &69.into()), "{report:?}");
+
+    // That was the one receive that this queue allows. Others are trained meanwhile.
+    shop.send(&shop.job("good", json!({})));
+    let second = shop.patient_worker("8s").envs(&silent).finish().expect_code(0);
+    shop.lab.expect_as_undisturbed("good", &[&second]);
+    assert_eq!(shop.count(&shop.queue), [0; 3], "{}", second.story());
+    let dead: Vec<String> = shop.take(&shop.dead).into_iter().map(|(body, _)| body).collect();
+    assert_eq!(dead, [unreachable], "{}", second.story());
+
+    shop.send(&shop.job("cut-off", json!({})));
+    let silent = [("AWS_ENDPOINT_URL", "http://127.0.0.1:1".to_owned())];
+    let third = shop.worker().args(&["--store", "s3://nowhere/runs"]).envs(&silent).finish().expect_code(69);
+    assert_eq!(states(&third), ["claimed", "unreachable"], "{}", third.story());
+    assert_eq!(shop.count(&shop.queue), [0, 0, 1], "a copy that is not seen for a while\n{}", third.story());
+    assert_eq!(shop.api.heard().pop().map(|told| told.event().to_owned()).as_deref(), Some("interrupted"));
+}
+
+#[test]
 fn of_two_workers_one_trains_and_the_other_puts_the_message_back() {
     let Some(shop) = Shop::open(2) else { return };
     let job = shop.job("long", json!({"train.steps": 1_000_000}));
@@ -318,6 +345,22 @@ fn a_report_that_fails_is_repeated_under_its_key_and_in_order() {
     let before = shop.api.told().len();
     shop.worker().finish().expect_code(0).expect_said(&["refused a report", "403"]);
     assert_eq!(shop.api.told().len(), before + 1);
+}
+
+#[test]
+fn a_machine_that_can_not_leave_goes_on_with_the_next_job() {
+    let Some(shop) = Shop::open(3) else { return };
+    // A machine of no cloud, without a command that powers off.
+    let bare = [("PATH", shop.lab.path("bin").display().to_string())];
+    let running = shop.worker().args(&["--terminate-when-idle"]).envs(&bare).start();
+    running.wait_for("an empty queue", |event| event.kind() == "idle");
+    running.wait_until_said("this machine stays on and may cost money");
+    shop.send(&shop.job("late", json!({"train.steps": STEPS})));
+    wait_for_job(&running, "completed");
+    running.signal(Signal::TERM);
+    let life = running.finish().expect_code(75);
+    shop.lab.expect_as_undisturbed("late", &[&life]);
+    shop.expect_empty();
 }
 
 #[test]

@@ -106,6 +106,17 @@ pub struct Manner {
     pub cache: Option<PathBuf>,
     /// When this machine began to look for work; the time from there to the first generation is told.
     pub since: Option<std::time::Instant>,
+    /// This machine is there for the run: what the run's `on_complete` says is done even where others have completed it. Else it is
+    /// done by who trained the run to its end: to ask for a run that is complete must not end the machine of who asks.
+    pub dedicated: bool,
+}
+
+impl Manner {
+    /// What is to be done with the machine when the run is complete.
+    fn then(&self, config: &RunConfig, trained_here: bool) -> Afterwards {
+        let action = if self.dedicated || trained_here { config.on_complete.action } else { CompleteAction::Exit };
+        Afterwards { action, lifecycle_hook: config.notice.lifecycle_hook.clone() }
+    }
 }
 
 /// How a run begins.
@@ -129,13 +140,22 @@ pub enum Begin {
     },
 }
 
+/// What is to be done with this machine when the run is complete.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Afterwards {
+    /// Whether it goes.
+    pub action: CompleteAction,
+    /// The hook that holds up its end: `notice.lifecycle_hook`.
+    pub lifecycle_hook: String,
+}
+
 /// How a run ended, when it ended well.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The last step is committed.
     Completed {
-        /// What the run's configuration wants done then.
-        then: CompleteAction,
+        /// What is to be done with this machine then.
+        then: Afterwards,
     },
     /// It was asked to stop; so many steps must be done again.
     Interrupted {
@@ -180,7 +200,7 @@ struct Agent {
 }
 
 /// What came of waiting for another agent.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 enum Waited {
     /// It is gone, or there was none.
     NothingNew,
@@ -228,7 +248,7 @@ impl Agent {
         let opening = async {
             doing("checking the store");
             store.prove_create_is_atomic().await?;
-            Self::open(&run, &node, &run_id, begin, nproc_per_node, manner.cache.as_deref(), &reporter).await
+            Self::open(&run, &node, &run_id, begin, nproc_per_node, &manner, &reporter).await
         };
         let opened = tokio::select! {
             biased;
@@ -259,23 +279,25 @@ impl Agent {
         agent.notices.begin(&resolved.config.notice);
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
         let result = agent.live(resolved).await;
-        let saved = matches!(result, Ok(Outcome::Completed { .. } | Outcome::Interrupted { lost_steps: 0 }));
-        agent.notices.release(saved).await;
+        // After a run that is complete the machine may have other work.
+        let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 }));
+        agent.notices.release(left).await;
         let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
         result
     }
 
-    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what its
-    /// configuration wants done then.
+    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what is to
+    /// be done with this machine then.
     async fn open(
         run: &Store,
         node: &NodeId,
         run_id: &RunId,
         begin: Begin,
         nproc_per_node: Option<u32>,
-        cache: Option<&Path>,
+        manner: &Manner,
         reporter: &Reporter,
-    ) -> Result<Result<Opened, CompleteAction>> {
+    ) -> Result<Result<Opened, Afterwards>> {
+        let cache = manner.cache.as_deref();
         let (from, overrides) = match begin {
             Begin::Create(config) => {
                 // Whatever the configuration names is looked at before the run exists.
@@ -297,7 +319,7 @@ impl Agent {
         let (config, overrides) = effective(journal.state(), &overrides)?;
         if let Some(step) = completed(journal.state(), &config, from) {
             tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
-            return Ok(Err(config.on_complete.action));
+            return Ok(Err(manner.then(&config, false)));
         }
         let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
         Ok(Ok((journal, resolved, overrides, from)))
@@ -461,15 +483,15 @@ impl Agent {
         }
     }
 
-    /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`: what the
-    /// configuration wants done then).
-    async fn resolve_again(&mut self) -> Result<Result<Resolved, CompleteAction>> {
+    /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`: what is
+    /// to be done with this machine then).
+    async fn resolve_again(&mut self) -> Result<Result<Resolved, Afterwards>> {
         let (config, overrides) = {
             let journal = self.journal.lock().await;
             let (config, overrides) = effective(journal.state(), &self.overrides)?;
             if let Some(step) = completed(journal.state(), &config, self.from) {
                 tracing::info!(run = %self.run_id, %step, "run has been completed by another node");
-                return Ok(Err(config.on_complete.action));
+                return Ok(Err(self.manner.then(&config, false)));
             }
             (config, overrides)
         };
@@ -651,7 +673,7 @@ impl Agent {
         };
         journal.append(Record::Completed { generation, step, loss }).await?;
         self.reporter.event(&Event::Completed { step, loss });
-        Ok(Outcome::Completed { then: resolved.config.on_complete.action })
+        Ok(Outcome::Completed { then: self.manner.then(&resolved.config, true) })
     }
 
     async fn interrupted(&self, generation: Generation, stopped: Stopped) -> Result<Outcome> {

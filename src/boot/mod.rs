@@ -39,7 +39,11 @@ use jiff::{Timestamp, tz::TimeZone};
 pub use self::devices::wait as wait_for_devices;
 use self::settings::{Given, Layer, Name, Origin};
 use crate::{
-    cloud::{hardware, identity, region, ssm},
+    cloud::{
+        hardware,
+        identity::{self, Tags},
+        region, ssm,
+    },
     config::{self, Effect, StorageConfig},
     error::{Error, Kind, Result},
     ids::RunId,
@@ -96,7 +100,10 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
     }
     let variable = |name: &str| std::env::var(name).ok();
     let above = flags.over(Layer::from_environment(&variable)?);
-    let tags = identity::tags().await;
+    let (tags, silence) = match identity::tags().await? {
+        Tags::Known(tags) => (tags, None),
+        Tags::Silent(error) => (Vec::new(), Some(error)),
+    };
     let (count, (tags, unknown)) = (tags.len(), Layer::from_tags(tags)?);
     if count > 0 {
         steps.done(format_args!("{count} tags of this instance"));
@@ -108,12 +115,14 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
         );
     }
     let Some(path) = above.ssm_path.as_ref().or(tags.ssm_path.as_ref()).map(|path| path.value.clone()) else {
-        return Ok(above.over(tags));
+        return settled(above.over(tags), silence);
     };
     let path = path.trim_end_matches('/');
     if region::find().await.is_none() {
         let what = format!("parameters below {path} can't be read: no region is known");
-        return Err(Error::new(Kind::Config, what).with_hint("set AWS_REGION, or let the machine read its metadata"));
+        let error = Error::new(Kind::Config, what).with_hint("set AWS_REGION, or let the machine read its metadata");
+        // The region is one of the things that the machine may say later.
+        return Err(silence.unwrap_or(error));
     }
     let parameters = ssm::parameters(path).await?;
     let names: Vec<String> = parameters.iter().map(|parameter| parameter.name.clone()).collect();
@@ -125,7 +134,16 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
     if !unknown.is_empty() {
         tracing::warn!("of the parameters below {path} these mean nothing here: {}", shown(&unknown));
     }
-    Ok(above.over(parameters).over(tags))
+    settled(above.over(parameters).over(tags), silence)
+}
+
+/// What an instance that says nothing of itself is to do: what was said elsewhere, if that is all there is to say. Else its tags may name
+/// another run or store, and a guess would start a second run.
+fn settled(said: Layer, silence: Option<Error>) -> Result<Layer> {
+    match silence {
+        Some(error) if said.config.is_none() || said.store.is_none() || said.name.is_none() => Err(error),
+        _ => Ok(said),
+    }
 }
 
 /// The first few names.
@@ -256,6 +274,31 @@ mod tests {
         assert_eq!(error.kind(), Kind::Config);
         let error = run_id(&Layer::default(), now).unwrap_err();
         assert!(error.kind() == Kind::Config && error.hint().unwrap().contains("TRAINER_RUN_ID_TEMPLATE"));
+    }
+
+    #[test]
+    fn an_instance_that_says_nothing_does_what_was_said_elsewhere_or_nothing() {
+        fn given<T>(value: T) -> Option<Given<T>> {
+            Some(Given { value, origin: Origin::Flag("flag") })
+        }
+        let silence = || Some(Error::new(Kind::Unavailable, "silence"));
+        let all = Layer {
+            config: given(settings::Config::Place("run.toml".into())),
+            store: given("s3://b/runs".to_owned()),
+            name: given(Name::Id("first".into())),
+            ..Layer::default()
+        };
+        assert_eq!(settled(all.clone(), silence()).unwrap(), all);
+        let parts = [
+            Layer { config: None, ..all.clone() },
+            Layer { store: None, ..all.clone() },
+            Layer { name: None, ..all },
+            Layer::default(),
+        ];
+        for part in parts {
+            assert_eq!(settled(part.clone(), None).unwrap(), part);
+            assert_eq!(settled(part, silence()).unwrap_err().kind(), Kind::Unavailable);
+        }
     }
 
     #[test]

@@ -131,7 +131,7 @@ impl Boot {
         if let Some(folder) = &cache {
             steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
         }
-        let manner = Manner { standby: self.standby, cache, since: Some(steps.began()) };
+        let manner = Manner { standby: self.standby, cache, since: Some(steps.began()), dedicated: true };
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
         run::launch_as(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node, manner)
     }
@@ -253,23 +253,12 @@ impl Document {
                 let doing = format!("read the configuration that {} names", given.origin);
                 let folder_store = Store::open(folder, &store::LIMITS).context(doing.as_str())?;
                 let read = async { Ok(folder_store.get(name, MAX_CONFIG).await?) };
-                let bytes = store::block_on(read).map_err(|error| missing(error).context(doing.as_str()))?;
+                let bytes = store::block_on(read).map_err(|error| error.of_what_is_named().context(doing.as_str()))?;
                 let toml = String::from_utf8(bytes.to_vec())
                     .map_err(|_| Error::new(Kind::Config, format!("{folder}/{name} is not text")))?;
                 let name = PathBuf::from(format!("{}/{name}", folder_store.uri()));
                 Ok(Self { file: None, text: Some((name, toml, Some(folder.to_owned()))) })
             }
-        }
-    }
-}
-
-/// An object that a configuration names and that is not there is a mistake of the configuration.
-fn missing(error: Error) -> Error {
-    match error.kind() {
-        Kind::Unavailable | Kind::Permission | Kind::Config => error,
-        _ => {
-            let text = error.to_string();
-            Error::new(Kind::Config, text)
         }
     }
 }

@@ -179,7 +179,7 @@ pub(super) mod tests {
             set: &set.map(|(key, value)| (key.to_owned(), value.to_owned())),
             working_directory: folder.path(),
             machine: config::Machine { cores: 1, gpus: 0 },
-            fetch: &|_, _| Err(String::new()),
+            fetch: &|_, _| Err(crate::error::Error::new(crate::error::Kind::Data, "none")),
         })
         .unwrap()
     }

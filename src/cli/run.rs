@@ -12,7 +12,7 @@ use super::{
     store,
 };
 use crate::{
-    agent::{self, Begin, Launch, Manner, Outcome},
+    agent::{self, Afterwards, Begin, Launch, Manner, Outcome},
     cloud::leave,
     config::{self, CompleteAction, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
@@ -84,9 +84,8 @@ impl Run {
 /// The most bytes of a model's description.
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
 
-pub(super) fn fetch(folder: &str, name: &str) -> Result<Vec<u8>, String> {
-    let read = async { Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec()) };
-    store::block_on(read).map_err(|error| error.to_string())
+pub(super) fn fetch(folder: &str, name: &str) -> Result<Vec<u8>> {
+    store::block_on(async { Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec()) })
 }
 
 /// `<file stem>-<yyyymmdd>-<hhmmss>-<4 hex digits>`, with what an id can't hold made `-`.
@@ -117,7 +116,7 @@ pub(super) fn launch(
     launch_as(screen, json, store, run_id, begin, nproc_per_node, Manner::default())
 }
 
-/// The same in another manner. When the run is complete, the machine does what the run's `on_complete` says.
+/// The same in another manner.
 pub(super) fn launch_as(
     screen: Screen,
     json: JsonArg,
@@ -138,7 +137,7 @@ pub(super) fn launch_as(
     reporter.finish();
     Ok(match outcome? {
         Outcome::Completed { then } => {
-            complete(then)?;
+            complete(&then)?;
             ExitCode::SUCCESS
         }
         Outcome::Interrupted { lost_steps } => {
@@ -149,12 +148,12 @@ pub(super) fn launch_as(
     })
 }
 
-/// What `on_complete.action` says. The run is complete whatever comes of it.
-pub(super) fn complete(then: CompleteAction) -> Result<()> {
-    match then {
+/// What the run's `on_complete` says of this machine. The run is complete whatever comes of it.
+fn complete(then: &Afterwards) -> Result<()> {
+    match then.action {
         CompleteAction::Exit => Ok(()),
         CompleteAction::Terminate => store::block_on(async {
-            leave::leave().await;
+            leave::leave(&then.lifecycle_hook).await;
             Ok(())
         }),
     }

@@ -10,12 +10,13 @@ use super::{
 };
 use crate::{
     cloud::{
-        leave,
+        leave::{self, Departure},
         sqs::LONGEST_HOLD,
         ssm::{self, Parameter},
     },
     config,
     error::{Kind, Result},
+    notice,
     report::{Reporter, Screen},
     work::{self, Left, Said, Settings, Tools, api, lease::Terms},
 };
@@ -54,7 +55,8 @@ pub struct Work {
     /// A message is passed on before it was held for longer; SQS's own limit is 12h
     #[arg(long, value_name = "DURATION", default_value = "12h", value_parser = longest)]
     max_hold: Duration,
-    /// When the queue stayed empty, take this machine out of its Auto Scaling group with the desired capacity lowered, or power off
+    /// When the queue stayed empty, take this machine out of its Auto Scaling group with the desired capacity lowered, or power off;
+    /// where neither can be done, keep working
     #[arg(long)]
     terminate_when_idle: bool,
     /// Look for what the environment does not say, the job API's address and token, in the SSM parameters job-api-base-url and
@@ -106,6 +108,8 @@ fn longest(text: &str) -> Result<Duration, String> {
 
 impl Work {
     pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
+        // What is said between two jobs is news to the next.
+        notice::running_for();
         let json = self.json.json;
         let say: Arc<dyn Fn(&Said) + Send + Sync> = Arc::new(move |said| {
             // A reader that has gone is no reason to leave a job; one that never was, neither.
@@ -125,20 +129,17 @@ impl Work {
             once: self.once,
             terms: Terms { lease: self.lease, longest: self.max_hold },
         };
+        let leave = || store::block_on(async { Ok(leave::leave(leave::ANY_HOOK).await != Departure::Stays) });
         let tools = Tools {
             reporter: &|listener| Reporter::with_listener(screen.clone(), json, listener),
             say,
             fetch: &run::fetch,
             working_directory: &store::working_directory()?,
             variable: &|name| variable(&parameters, name),
+            leave: self.terminate_when_idle.then_some(&leave),
         };
         Ok(match work::run(settings, tools)? {
-            Left::Idle => {
-                if self.terminate_when_idle {
-                    store::block_on(async { Ok(leave::leave().await) })?;
-                }
-                ExitCode::SUCCESS
-            }
+            Left::Idle => ExitCode::SUCCESS,
             // Nothing is lost, and there may be jobs left.
             Left::Asked => Kind::Interrupted.exit_code().into(),
             Left::Job(code) => code.into(),

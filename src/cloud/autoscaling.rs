@@ -62,7 +62,7 @@ fn refusal(code: &str, message: &str) -> Refusal {
 /// Leaves the group, its desired capacity lowered by one.
 pub async fn leave(identity: &Identity) -> Left {
     let timeouts = TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT).operation_timeout(OPERATION).build();
-    let config = aws_sdk_autoscaling::config::Builder::from(aws::config().await).timeout_config(timeouts).build();
+    let config = aws_sdk_autoscaling::config::Builder::from(&aws::config().await).timeout_config(timeouts).build();
     let client = Client::from_conf(config);
     let mut tries = 0;
     loop {

@@ -11,19 +11,22 @@ use crate::error::{Error, Kind};
 
 static CONFIG: OnceCell<SdkConfig> = OnceCell::const_new();
 
-/// What all clients are made from. The first call may take as long as [`region::find`](super::region::find) does.
-pub async fn config() -> &'static SdkConfig {
-    CONFIG
-        .get_or_init(|| async {
-            let region = super::region::find().await.map(|(name, _)| Region::new(name));
-            aws_config::defaults(BehaviorVersion::latest()).region(region).load().await
-        })
-        .await
+/// What all clients are made from. The first call may take as long as [`region::find`](super::region::find) does. Kept once a region is
+/// known: the machine may say it later.
+pub async fn config() -> SdkConfig {
+    let load = async |region| aws_config::defaults(BehaviorVersion::latest()).region(region).load().await;
+    if let Some(config) = CONFIG.get() {
+        return config.clone();
+    }
+    match super::region::find().await {
+        Some((name, _)) => CONFIG.get_or_init(|| load(Some(Region::new(name)))).await.clone(),
+        None => load(None).await,
+    }
 }
 
 /// The same for a region that is known from elsewhere, such as a queue's URL.
 pub async fn config_in(region: &str) -> SdkConfig {
-    config().await.clone().into_builder().region(Region::new(region.to_owned())).build()
+    config().await.into_builder().region(Region::new(region.to_owned())).build()
 }
 
 /// What a failed call means to the user: `doing` is a verb phrase such as "read parameters below /trainer".

@@ -1,27 +1,30 @@
 //! What an EC2 instance says of itself: its id, its region, its tags.
 //!
 //! A machine that is none must not be held up: where the firmware names another maker, nobody is asked, and where it names nobody
-//! (containers without `/sys`), one short question is. On an instance the network may come up after this process: a
-//! service that can't be reached is asked again for a while; one that takes the question and says nothing is not (its
-//! usual cause, a hop limit of 1 in front of a container, does not pass).
+//! (containers without `/sys`), one short question is. On an instance the network may come up after this process, and the service
+//! may be slow or refuse under load: it is asked again for a while. Silence is never taken for an answer: whoever asks later
+//! asks anew, and a machine whose tags can't be read does not do something else than they say.
 
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
-use tokio::sync::OnceCell;
+use tokio::sync::{Mutex, OnceCell};
 
 use super::{
     hardware::{self, Maker},
     imds::Imds,
     metadata::MetadataError,
 };
+use crate::error::{Error, Kind, Result};
 
 /// For one question.
 const LIMIT: Duration = Duration::from_secs(2);
 /// For the one question to a machine that may or may not be an instance.
 const SHORT: Duration = Duration::from_secs(1);
-/// How long the network of an instance may take to come up.
+/// How long the network of an instance may take to come up, and its metadata service to recover.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// After silence nobody is asked for so long: those who want to know at about the same time wait once.
+const SILENCE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(250);
 /// The most tags that an instance can have is 50.
 const MAX_TAGS: usize = 50;
@@ -57,24 +60,43 @@ struct Instance {
     identity: Identity,
 }
 
-static INSTANCE: OnceCell<Option<Instance>> = OnceCell::const_new();
+/// Why nothing is known of a machine.
+#[derive(Clone, Debug)]
+struct Silence {
+    since: Instant,
+    /// It surely is an instance.
+    on_amazon: bool,
+    error: MetadataError,
+}
 
-async fn instance() -> Option<&'static Instance> {
-    INSTANCE
-        .get_or_init(|| async {
-            let imds = Imds::from_environment()?;
-            let named = std::env::var_os("AWS_EC2_METADATA_SERVICE_ENDPOINT").is_some_and(|value| !value.is_empty());
-            let (limit, patience) = patience(named, hardware::maker(&hardware::root()))?;
-            match ask(&imds, limit, patience).await {
-                Ok(identity) => Some(Instance { imds, identity }),
-                Err(error) => {
-                    tracing::info!("nothing is known of this machine: {error}{}", hint(&error));
-                    None
-                }
-            }
-        })
-        .await
-        .as_ref()
+static INSTANCE: OnceCell<Instance> = OnceCell::const_new();
+static SILENCE_HEARD: Mutex<Option<Silence>> = Mutex::const_new(None);
+
+/// The instance; `Ok(None)`: there is nobody to ask.
+async fn instance() -> Result<Option<&'static Instance>, Silence> {
+    if let Some(instance) = INSTANCE.get() {
+        return Ok(Some(instance));
+    }
+    let mut silence = SILENCE_HEARD.lock().await;
+    // Somebody else may have asked meanwhile.
+    if let Some(instance) = INSTANCE.get() {
+        return Ok(Some(instance));
+    }
+    if let Some(silence) = silence.as_ref().filter(|silence| silence.since.elapsed() < SILENCE) {
+        return Err(silence.clone());
+    }
+    let Some(imds) = Imds::from_environment() else { return Ok(None) };
+    let named = std::env::var_os("AWS_EC2_METADATA_SERVICE_ENDPOINT").is_some_and(|value| !value.is_empty());
+    let maker = hardware::maker(&hardware::root());
+    let Some((limit, patience)) = patience(named, maker) else { return Ok(None) };
+    match ask(&imds, limit, patience).await {
+        Ok(identity) => Ok(Some(INSTANCE.get_or_init(|| async { Instance { imds, identity } }).await)),
+        Err(error) => {
+            tracing::info!("nothing is known of this machine: {error}{}", hint(&error));
+            let heard = Silence { since: Instant::now(), on_amazon: maker == Maker::Amazon, error };
+            Err(silence.insert(heard).clone())
+        }
+    }
 }
 
 /// How long one question and all of them may take; `None`: nobody need be asked. `named`: the user says where the service is.
@@ -89,17 +111,34 @@ fn patience(named: bool, maker: Maker) -> Option<(Duration, Duration)> {
 
 async fn ask(imds: &Imds, limit: Duration, patience: Duration) -> Result<Identity, MetadataError> {
     const PATH: &str = "/latest/dynamic/instance-identity/document";
+    let text = persist(imds, PATH, limit, patience).await?;
+    let text = text.ok_or_else(|| MetadataError::Status { status: 404, path: PATH.into() })?;
+    let wrong = || MetadataError::Garbled { path: PATH.into(), expected: "an identity document" };
+    Identity::parse(&text).ok_or_else(wrong)
+}
+
+/// Asks until there is an answer that stands, or `patience` has passed.
+async fn persist(
+    imds: &Imds,
+    path: &str,
+    limit: Duration,
+    patience: Duration,
+) -> Result<Option<String>, MetadataError> {
     let began = Instant::now();
     loop {
-        match imds.get(PATH, limit).await {
-            Ok(Some(text)) => {
-                let wrong = || MetadataError::Garbled { path: PATH.into(), expected: "an identity document" };
-                return Identity::parse(&text).ok_or_else(wrong);
-            }
-            Ok(None) => return Err(MetadataError::Status { status: 404, path: PATH.into() }),
-            Err(MetadataError::Unreachable { .. }) if began.elapsed() < patience => tokio::time::sleep(PAUSE).await,
-            Err(error) => return Err(error),
+        match imds.get(path, limit).await {
+            Err(error) if may_pass(&error) && began.elapsed() < patience => tokio::time::sleep(PAUSE).await,
+            answer => return answer,
         }
+    }
+}
+
+/// Whether the next answer may be another one.
+const fn may_pass(error: &MetadataError) -> bool {
+    match error {
+        MetadataError::Unreachable { .. } | MetadataError::Slow { .. } => true,
+        MetadataError::Status { status, .. } => *status == 429 || *status >= 500,
+        MetadataError::Garbled { .. } => false,
     }
 }
 
@@ -110,39 +149,65 @@ fn hint(error: &MetadataError) -> &'static str {
     }
 }
 
-/// The instance that this process runs on; `None`: it runs on none, or the instance says nothing. Asked once; bounded.
+/// The instance that this process runs on; `None`: it runs on none, or the instance says nothing now. Bounded.
 pub async fn read() -> Option<&'static Identity> {
-    instance().await.map(|instance| &instance.identity)
+    instance().await.ok().flatten().map(|instance| &instance.identity)
 }
 
-/// The tags whose key begins with `trainer:`, without it; empty where tags are not shown to the instance
-/// (`InstanceMetadataTags`). A tag's value is at most 256 characters.
-pub async fn tags() -> Vec<(String, String)> {
-    const PATH: &str = "/latest/meta-data/tags/instance";
-    let Some(instance) = instance().await else { return Vec::new() };
-    let mut tags = Vec::new();
-    let keys = match instance.imds.get(PATH, LIMIT).await {
-        Ok(keys) => keys.unwrap_or_default(),
-        Err(error) => {
-            tracing::warn!("tags of this instance can't be read: {error}");
-            return tags;
+/// What is known of the tags of this machine.
+#[derive(Debug)]
+pub enum Tags {
+    /// Those whose key begins with `trainer:`, without it; none where tags are not shown to the instance (`InstanceMetadataTags`), or
+    /// the machine may be none. A tag's value is at most 256 characters.
+    Known(Vec<(String, String)>),
+    /// This is an instance, and it says nothing of itself now.
+    Silent(Error),
+}
+
+/// The tags of this machine.
+///
+/// # Errors
+/// The instance answers, and whether it has such tags, or what one of them says, can't be read now.
+pub async fn tags() -> Result<Tags> {
+    match instance().await {
+        Ok(Some(instance)) => read_tags(&instance.imds, PATIENCE).await.map(Tags::Known),
+        Err(Silence { on_amazon: true, error, .. }) => {
+            let error = unreadable("the tags of this instance", &format!("{error}{}", hint(&error)));
+            Ok(Tags::Silent(
+                error.with_hint("try again; if this machine is not to be asked: AWS_EC2_METADATA_DISABLED=true"),
+            ))
         }
-    };
+        Ok(None) | Err(_) => Ok(Tags::Known(Vec::new())),
+    }
+}
+
+async fn read_tags(imds: &Imds, patience: Duration) -> Result<Vec<(String, String)>> {
+    const PATH: &str = "/latest/meta-data/tags/instance";
+    let keys = persist(imds, PATH, LIMIT, patience).await;
+    let keys = keys.map_err(|error| unreadable("the tags of this instance", &error))?.unwrap_or_default();
+    let mut tags = Vec::new();
     for key in keys.lines().take(MAX_TAGS) {
         let plain = |b: u8| b.is_ascii_alphanumeric() || b"+-=._:@".contains(&b);
         let Some(name) = key.strip_prefix(TAG_PREFIX).filter(|name| name.bytes().all(plain)) else { continue };
-        match instance.imds.get(&format!("{PATH}/{key}"), LIMIT).await {
+        let what = || format!("tag {key} of this instance");
+        match persist(imds, &format!("{PATH}/{key}"), LIMIT, patience).await {
             Ok(Some(value)) if value.chars().count() <= 256 => tags.push((name.to_owned(), value)),
-            Ok(_) => tracing::warn!("tag {key} of this instance is not usable"),
-            Err(error) => tracing::warn!("tag {key} of this instance can't be read: {error}"),
+            Ok(Some(_)) => return Err(unreadable(&what(), &"it is longer than a tag can be")),
+            Ok(None) => return Err(unreadable(&what(), &"it is listed and not there")),
+            Err(error) => return Err(unreadable(&what(), &error)),
         }
     }
-    tags
+    Ok(tags)
+}
+
+/// Without one tag the others may name another run, or another place for it: time may mend this, guesses don't.
+fn unreadable(what: &str, why: &dyn std::fmt::Display) -> Error {
+    Error::new(Kind::Unavailable, format!("{what} can't be read: {why}"))
 }
 
 /// Whether the instance belongs to an Auto Scaling group, as far as it knows.
 pub async fn in_group() -> Option<bool> {
-    let instance = instance().await?;
+    let instance = instance().await.ok().flatten()?;
     let answer = instance.imds.get("/latest/meta-data/autoscaling/target-lifecycle-state", LIMIT).await;
     answer.ok().map(|state| state.is_some())
 }
@@ -176,5 +241,19 @@ mod tests {
         assert_eq!(patience(true, Maker::Other), Some((LIMIT, Duration::ZERO)));
         assert_eq!(patience(false, Maker::Unknown), Some((SHORT, Duration::ZERO)));
         assert_eq!(patience(false, Maker::Other), None);
+    }
+
+    #[test]
+    fn what_may_pass_is_asked_again() {
+        let (endpoint, path) = ("http://h".to_owned(), "/p".to_owned());
+        let status = |status| MetadataError::Status { status, path: path.clone() };
+        let slow = MetadataError::Slow { endpoint: endpoint.clone(), path: path.clone(), limit: LIMIT };
+        let unreachable = MetadataError::Unreachable { endpoint, reason: "refused".into() };
+        for error in [slow, unreachable, status(429), status(500), status(503)] {
+            assert!(may_pass(&error), "{error}");
+        }
+        for error in [status(400), status(401), status(403), MetadataError::Garbled { path, expected: "x" }] {
+            assert!(!may_pass(&error), "{error}");
+        }
     }
 }

@@ -2,10 +2,20 @@
 //!
 //! In an Auto Scaling group it is the group that ends the machine, with its desired capacity lowered. Outside of one, and where
 //! the group can't be asked, the machine powers off. Where the group's minimum forbids it to go, it stays: powered off, it would
-//! be replaced at once by one that finds nothing to do and does the same, for ever. The work is done whatever comes of
-//! this, so that nothing here is an error; what a person must do is said.
+//! be replaced at once by one that finds nothing to do and does the same, for ever. A lifecycle hook at its end would keep an
+//! idle machine waiting, and costing, until the hook's time-out: this process has nothing to save, and completes it. The work is
+//! done whatever comes of this, so that nothing here is an error; what a person must do is said.
 
-use super::{autoscaling, identity, power};
+use std::time::{Duration, Instant};
+
+use super::{autoscaling, identity, imds::Imds, lifecycle::Lifecycle, power};
+use crate::error::{Error, Kind};
+
+/// The group's one hook at the end of a machine, where no run says which.
+pub const ANY_HOOK: &str = "auto";
+/// How long the group may take to come to the hook: until then it refuses that it be completed.
+const RELEASE: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_secs(2);
 
 /// What became of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,13 +28,14 @@ pub enum Departure {
     Stays,
 }
 
-/// Leaves.
-pub async fn leave() -> Departure {
+/// Leaves. `lifecycle_hook`: the hook that this process may complete, as [`Lifecycle::find`] takes it.
+pub async fn leave(lifecycle_hook: &str) -> Departure {
     if let Some(identity) = identity::read().await {
         let id = &identity.instance_id;
         match autoscaling::leave(identity).await {
             autoscaling::Left::Leaving => {
                 tracing::info!("on_complete: the Auto Scaling group ends {id}; its desired capacity is one lower");
+                release(lifecycle_hook).await;
                 return Departure::Group;
             }
             autoscaling::Left::AtMinimum { said } => {
@@ -54,5 +65,76 @@ pub async fn leave() -> Departure {
             tracing::error!("on_complete: this machine stays on and may cost money: {error}");
             Departure::Stays
         }
+    }
+}
+
+/// Completes the hook at the end of this machine, if there is one, once the group waits for it.
+async fn release(configured: &str) {
+    let Some(imds) = Imds::from_environment() else { return };
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let began = Instant::now();
+    let found = persist(began, PAUSE, async || Lifecycle::find(&imds, configured, &variable).await, is_silence).await;
+    let outcome = match found {
+        Ok(None) => return,
+        Ok(Some(hook)) => persist(began, PAUSE, async || hook.complete().await, is_early).await.map(|()| hook.name()),
+        Err(error) => Err(error),
+    };
+    match outcome {
+        Ok(name) => tracing::info!("on_complete: lifecycle hook {name} is completed"),
+        Err(error) => {
+            let hint = error.hint().map(|hint| format!("; {hint}")).unwrap_or_default();
+            tracing::warn!(
+                "on_complete: a lifecycle hook may hold up the end of this machine until its time-out: {error}{hint}"
+            );
+        }
+    }
+}
+
+/// Tries until it succeeds, fails for good, or [`RELEASE`] has passed since `began`.
+async fn persist<T>(
+    began: Instant,
+    pause: Duration,
+    mut attempt: impl AsyncFnMut() -> Result<T, Error>,
+    may_pass: impl Fn(&Error) -> bool,
+) -> Result<T, Error> {
+    loop {
+        match attempt().await {
+            Err(error) if may_pass(&error) && began.elapsed() < RELEASE => tokio::time::sleep(pause).await,
+            answer => return answer,
+        }
+    }
+}
+
+/// Nobody has answered.
+fn is_silence(error: &Error) -> bool {
+    error.kind() == Kind::Unavailable
+}
+
+/// The same, or the machine does not wait at the hook yet, which the API calls a validation error.
+fn is_early(error: &Error) -> bool {
+    is_silence(error) || error.kind() == Kind::Config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_hook_is_completed_once_the_group_waits_for_it_and_not_for_ever() {
+        let tried = async |began: Instant, answers: &[Option<Kind>]| {
+            let mut tries = 0;
+            let attempt = async || {
+                let answer = answers.get(tries).copied().unwrap_or(Some(Kind::Config));
+                tries += 1;
+                answer.map_or(Ok(()), |kind| Err(Error::new(kind, "no")))
+            };
+            let outcome = persist(began, Duration::ZERO, attempt, is_early).await;
+            (outcome.map_err(|error| error.kind()), tries)
+        };
+        let now = Instant::now;
+        assert_eq!(tried(now(), &[Some(Kind::Config), Some(Kind::Unavailable), None]).await, (Ok(()), 3));
+        assert_eq!(tried(now(), &[Some(Kind::Permission), None]).await, (Err(Kind::Permission), 1));
+        let Some(long_ago) = now().checked_sub(RELEASE) else { return };
+        assert_eq!(tried(long_ago, &[]).await, (Err(Kind::Config), 1));
     }
 }

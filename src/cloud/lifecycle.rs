@@ -63,7 +63,7 @@ impl Lifecycle {
             return Err(Error::new(Kind::Unavailable, "the metadata service does not name this machine"));
         };
         let timeouts = TimeoutConfig::builder().operation_timeout(LIMIT).operation_attempt_timeout(ATTEMPT).build();
-        let config = aws_sdk_autoscaling::config::Builder::from(aws::config().await)
+        let config = aws_sdk_autoscaling::config::Builder::from(&aws::config().await)
             .timeout_config(timeouts)
             .retry_config(RetryConfig::standard().with_max_attempts(3))
             .build();

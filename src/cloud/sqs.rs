@@ -27,6 +27,8 @@ use crate::error::{Error, Kind, Result};
 pub const LONGEST_HOLD: Duration = Duration::from_secs(12 * 60 * 60);
 /// The longest that SQS delays a message that is sent.
 pub const LONGEST_DELAY: Duration = Duration::from_secs(15 * 60);
+/// The most attributes that a message may have.
+const MOST_ATTRIBUTES: usize = 10;
 /// The longest that a receive waits for a message.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(20);
 /// One call, with the SDK's retries, takes no longer; a receive its wait more.
@@ -91,7 +93,7 @@ impl Queue {
         })?;
         let shared = match &place.region {
             Some(region) => aws::config_in(region).await,
-            None => aws::config().await.clone(),
+            None => aws::config().await,
         };
         let mut config = aws_sdk_sqs::config::Builder::from(&shared);
         if let Some(endpoint) = &place.endpoint {
@@ -150,14 +152,10 @@ impl Queue {
         }
     }
 
-    /// Sends a copy of `message`, which may be received after `delay`; attributes stay, but for `numbers`. Its receives are counted from
-    /// 0 again.
+    /// Sends a copy of `message`, which may be received after `delay`; attributes stay, but for `numbers`, and as far as there is room for
+    /// them. Its receives are counted from 0 again.
     pub async fn send_copy(&self, message: &Message, numbers: &[(&str, u64)], delay: Duration) -> Result<()> {
-        let mut attributes = message.attributes.clone();
-        for (name, number) in numbers {
-            let value = MessageAttributeValue::builder().data_type("Number").string_value(number.to_string()).build();
-            attributes.insert((*name).to_owned(), value.map_err(|error| Error::from_source(Kind::Bug, error))?);
-        }
+        let attributes = attributes_of_copy(&message.attributes, numbers)?;
         let call = self.client.send_message().queue_url(&self.url).message_body(&message.body);
         let call = call.set_message_attributes(Some(attributes).filter(|all| !all.is_empty()));
         let call = call.delay_seconds(whole_seconds(delay.min(LONGEST_DELAY))).send();
@@ -174,6 +172,28 @@ impl Queue {
             Err(_) => Err(slow("delete the message", CALL)),
         }
     }
+}
+
+/// The attributes of a copy: `numbers`, and of the others those that still fit, by name: a copy without some of a sender's
+/// attributes is better than none.
+fn attributes_of_copy(
+    attributes: &HashMap<String, MessageAttributeValue>,
+    numbers: &[(&str, u64)],
+) -> Result<HashMap<String, MessageAttributeValue>> {
+    let mut others: Vec<_> =
+        attributes.iter().filter(|(name, _)| numbers.iter().all(|(number, _)| number != name)).collect();
+    others.sort_by_key(|(name, _)| *name);
+    let room = MOST_ATTRIBUTES.saturating_sub(numbers.len());
+    if others.len() > room {
+        let dropped: Vec<_> = others.drain(room..).map(|(name, _)| name.as_str()).collect();
+        tracing::warn!("the message's copy has no room for these attributes: {}", dropped.join(", "));
+    }
+    let mut copied: HashMap<_, _> = others.into_iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+    for (name, number) in numbers {
+        let value = MessageAttributeValue::builder().data_type("Number").string_value(number.to_string()).build();
+        copied.insert((*name).to_owned(), value.map_err(|error| Error::from_source(Kind::Bug, error))?);
+    }
+    Ok(copied)
 }
 
 async fn bounded<T, E>(
@@ -334,6 +354,28 @@ mod tests {
         assert_eq!(of(r#"{"deadLetterTargetArn":"arn:x","maxReceiveCount":5}"#), Some(5));
         for bad in ["", "{}", "[]", r#"{"maxReceiveCount":-1}"#, r#"{"maxReceiveCount":99999999999}"#] {
             assert_eq!(of(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_copy_never_has_more_attributes_than_sqs_takes() {
+        let numbers = [("trainer-interruptions", 2), ("trainer-step", 300)];
+        let text = |text: &str| {
+            MessageAttributeValue::builder().data_type("String").string_value(text).build().expect("a value")
+        };
+        for foreign in 0..=MOST_ATTRIBUTES {
+            for before in [false, true] {
+                let mut attributes: HashMap<_, _> = (0..foreign).map(|n| (format!("a{n}"), text("kept"))).collect();
+                if before {
+                    attributes.extend(numbers.map(|(name, _)| (name.to_owned(), text("old"))));
+                }
+                let copied = attributes_of_copy(&attributes, &numbers).unwrap();
+                assert_eq!(copied.len(), (foreign + 2).min(MOST_ATTRIBUTES), "{foreign} {before}");
+                for (name, number) in numbers {
+                    assert_eq!(copied[name].string_value(), Some(number.to_string().as_str()), "{foreign} {before}");
+                }
+                assert!(copied.values().filter(|value| value.string_value() == Some("kept")).count() == foreign.min(8));
+            }
         }
     }
 

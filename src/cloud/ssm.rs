@@ -65,7 +65,7 @@ pub async fn parameters(path: &str) -> Result<Vec<Parameter>> {
     let doing = format!("read parameters below {path}");
     let timeouts = TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT).operation_timeout(OPERATION).build();
     let retries = RetryConfig::standard().with_max_attempts(ATTEMPTS).with_max_backoff(LONGEST_PAUSE);
-    let config = aws_sdk_ssm::config::Builder::from(aws::config().await);
+    let config = aws_sdk_ssm::config::Builder::from(&aws::config().await);
     let config = config.timeout_config(timeouts).retry_config(retries).build();
     let client = Client::from_conf(config);
     let mut found = Vec::new();

@@ -102,6 +102,22 @@ pub enum ConfigError {
         /// What is wrong with it.
         reason: String,
     },
+    /// What a key names lies in a store that did not give it now: what it says is not known, so that it can't be wrong.
+    #[error("{origin}: {key} names {path}: {reason}")]
+    Withheld {
+        /// The key's full path.
+        key: &'static str,
+        /// Where it was set.
+        origin: Origin,
+        /// Its URI.
+        path: String,
+        /// What the store said.
+        reason: String,
+        /// What is to be done about that.
+        kind: Kind,
+        /// How, where we know.
+        hint: Option<String>,
+    },
     /// Two settings that each are fine do not go together.
     #[error("{0}")]
     Together(String),
@@ -127,13 +143,17 @@ pub enum ConfigError {
 
 impl Explain for ConfigError {
     fn kind(&self) -> Kind {
-        Kind::Config
+        match self {
+            Self::Withheld { kind, .. } => *kind,
+            _ => Kind::Config,
+        }
     }
 
     fn hint(&self) -> Option<String> {
         match self {
             Self::UnknownKey { nearest: Some(nearest), .. } => Some(format!("did you mean {nearest}?")),
             Self::UnknownKey { nearest: None, siblings, .. } => Some(format!("there are {}", siblings.join(", "))),
+            Self::Withheld { hint, .. } => hint.clone(),
             Self::Missing { remedy, .. } => Some(remedy.clone()),
             Self::Fixed { .. } => Some("start a new run, with model.init_from to keep the weights".into()),
             Self::IndivisibleBatch { works, .. } => {

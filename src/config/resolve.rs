@@ -13,6 +13,7 @@ use super::{
     raw::{self, Raw},
     text, workers_per_node,
 };
+use crate::error::{Error, Kind};
 
 /// The longest `config.json` that is read, bytes.
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
@@ -31,8 +32,8 @@ pub(super) const ENCRYPTIONS: &[(&str, Encryption)] =
     &[("default", Encryption::Default), ("sse-s3", Encryption::SseS3), ("sse-kms", Encryption::SseKms)];
 const NOTICE_SOURCES: &[&str] = &["aws", "gcp", "azure", "signals", "file"];
 
-/// Reads a small remote object, by the URI of its folder and its name; an error is a phrase.
-pub type Fetch<'a> = dyn Fn(&str, &str) -> Result<Vec<u8>, String> + 'a;
+/// Reads a small remote object, by the URI of its folder and its name.
+pub type Fetch<'a> = dyn Fn(&str, &str) -> Result<Vec<u8>, Error> + 'a;
 
 /// A configuration that is no file of this machine.
 #[derive(Clone, Copy, Debug)]
@@ -154,7 +155,7 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
         (Some(folder), "") => {
             let bytes = match text::local_path(folder) {
                 Some(local) => raw::read_limited(&local.join("config.json"), MAX_MODEL_CONFIG)
-                    .map_err(|error| format!("its config.json can't be read: {error}")),
+                    .map_err(|error| Error::new(Kind::Config, format!("its config.json can't be read: {error}"))),
                 None => (sources.fetch)(folder, "config.json"),
             };
             ("model.init_from", folder.as_str(), bytes)
@@ -162,8 +163,19 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
         (_, path) => ("model.config", path, read_model_config(path, sources)),
     };
     let named = |reason| ConfigError::Named { key, origin: raw.origin(key), path: name.to_owned(), reason };
-    let config: Json =
-        serde_json::from_slice(&bytes.map_err(named)?).map_err(|error| named(format!("not valid JSON: {error}")))?;
+    let bytes = bytes.map_err(|error| match error.kind() {
+        kind @ (Kind::Unavailable | Kind::Permission) => ConfigError::Withheld {
+            key,
+            origin: raw.origin(key),
+            path: name.to_owned(),
+            reason: error.to_string(),
+            kind,
+            hint: error.hint().map(str::to_owned),
+        },
+        // One that is not there is a mistake of the configuration, as any other.
+        _ => named(error.to_string()),
+    })?;
+    let config: Json = serde_json::from_slice(&bytes).map_err(|error| named(format!("not valid JSON: {error}")))?;
     if !config.is_object() {
         return Err(named("not a JSON object, as a Hugging Face config.json is".into()));
     }
@@ -171,7 +183,7 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
 }
 
 /// The object of that URI; or the file from the working directory, else from the configuration's folder.
-fn read_model_config(path: &str, sources: &Sources<'_>) -> Result<Vec<u8>, String> {
+fn read_model_config(path: &str, sources: &Sources<'_>) -> Result<Vec<u8>, Error> {
     if path.contains("://") {
         let (folder, name) = path.rsplit_once('/').unwrap_or_default();
         return (sources.fetch)(folder, name);
@@ -184,13 +196,17 @@ fn read_model_config(path: &str, sources: &Sources<'_>) -> Result<Vec<u8>, Strin
     for candidate in &tried {
         match raw::read_limited(candidate, MAX_MODEL_CONFIG) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            other => return other.map_err(|error| format!("can't be read: {error}")),
+            other => return other.map_err(|error| Error::new(Kind::Config, format!("can't be read: {error}"))),
         }
     }
     if let Some(folder) = sources.text.and_then(|text| text.folder) {
-        return (sources.fetch)(folder, path).map_err(|error| format!("not on this machine, and {error}"));
+        return (sources.fetch)(folder, path).map_err(|error| {
+            let hint = error.hint().map(str::to_owned);
+            let error = Error::new(error.kind(), format!("not on this machine, and {error}"));
+            hint.into_iter().fold(error, Error::with_hint)
+        });
     }
-    Err("no such file".into())
+    Err(Error::new(Kind::Config, "no such file"))
 }
 
 fn data(raw: &Raw, working_directory: &Path) -> Result<DataConfig, ConfigError> {

@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
 use super::{raw::Raw, *};
-use crate::error::Explain;
+use crate::error::{Error, Explain, Kind};
 
 const MACHINE: Machine = Machine { cores: 8, gpus: 0 };
 
@@ -31,7 +31,7 @@ fn load_with(
         set: &set,
         working_directory: dir,
         machine: MACHINE,
-        fetch: &|folder, name| Err(format!("asked for {name} of {folder}")),
+        fetch: &|folder, name| Err(Error::new(Kind::Data, format!("asked for {name} of {folder}"))),
     })
 }
 
@@ -355,7 +355,7 @@ fn the_models_description_is_found_and_checked() {
     std::fs::write(dir.path().join("configs/beside.toml"), "model.config = 'models/tiny.json'\ndata.train = 'x'")
         .unwrap();
     let load_beside = |cwd: &Path| {
-        let none = |_: &str, _: &str| Err(String::new());
+        let none = |_: &str, _: &str| Err(Error::new(Kind::Data, "none"));
         let file = dir.path().join("configs/beside.toml");
         load(&Sources {
             file: Some(&file),
@@ -541,13 +541,46 @@ fn every_key_has_an_effect_that_was_thought_about() {
 }
 
 #[test]
+fn a_store_that_does_not_give_a_model_is_no_mistake_of_the_configuration() {
+    let dir = folder();
+    for named in ["model.init_from = 's3://b/hf'", "model.config = 's3://b/m.json'", "model.config = 'gone.json'"] {
+        for (kind, expected) in [
+            (Kind::Unavailable, Kind::Unavailable),
+            (Kind::Permission, Kind::Permission),
+            (Kind::Data, Kind::Config),
+            (Kind::Config, Kind::Config),
+        ] {
+            let error = load(&Sources {
+                file: None,
+                text: Some(Text {
+                    name: Path::new("s3://b/run.toml"),
+                    toml: &format!("{named}\ndata.train = 'data'\n"),
+                    folder: Some("s3://b"),
+                }),
+                flags: vec![],
+                set: &[],
+                working_directory: dir.path(),
+                machine: MACHINE,
+                fetch: &|_, _| Err(Error::new(kind, "the store's words").with_hint("the store's hint")),
+            })
+            .unwrap_err();
+            assert_eq!(error.kind(), expected, "{error}");
+            assert!(error.to_string().contains("the store's words"), "{error}");
+            if expected != Kind::Config {
+                assert_eq!(error.hint().as_deref(), Some("the store's hint"), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn the_configurations_that_are_delivered_are_read() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut seen = 0;
     for entry in std::fs::read_dir(root.join("configs")).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "toml") {
-            let fetch = |_: &str, _: &str| Err("remote".to_owned());
+            let fetch = |_: &str, _: &str| Err(Error::new(Kind::Data, "remote"));
             let config = load(&Sources {
                 file: Some(&path),
                 text: None,

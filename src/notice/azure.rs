@@ -6,11 +6,13 @@
 //! the answer is a save.
 //!
 //! *Approval.* An event begins early if it is approved, which ends the wait for a machine that has nothing left to do. It is approved
-//! only after the last step is durable, and only if every resource that it names is this machine: approving it
-//! starts it for all of them. Not approving it costs nothing but the wait.
+//! only after the last step is durable, only if every resource that it names is this machine (approving it
+//! starts it for all of them), and only if this process leaves because of it: one that was not told of it, or was asked to stop for
+//! another reason, leaves the rest of the time to whatever runs here next. Not approving it costs nothing but the wait.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    collections::HashSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -34,6 +36,8 @@ const LONGEST: Duration = Duration::from_secs(15 * 60);
 const SHORT: i64 = 9;
 /// Events of one document that are looked at.
 const EVENTS: usize = 64;
+const PREEMPT: &str = "azure-preempt";
+const SCHEDULED: &str = "azure-scheduled";
 
 /// The service, once it has answered, and what it calls this machine.
 #[derive(Debug)]
@@ -58,17 +62,29 @@ pub async fn find(named: bool) -> Found {
 
 /// What is to be approved when this machine has nothing left to do.
 #[derive(Debug, Default)]
-pub struct Heard(Mutex<Option<(Azure, Vec<String>)>>);
+pub struct Heard {
+    service: Mutex<Option<(Azure, Vec<String>)>>,
+    reasons: Mutex<Reasons>,
+}
 
 impl Heard {
     fn set(&self, azure: &Azure, ours: Vec<String>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((azure.clone(), ours));
+        *lock(&self.service) = Some((azure.clone(), ours));
     }
 
-    /// Approves the interruptions of this machine alone; call it only when the last step is durable.
+    /// The agent was given `notice`.
+    pub fn given(&self, notice: &Notice) {
+        lock(&self.reasons).add(notice);
+    }
+
+    /// Approves the interruptions of this machine alone, as far as this process leaves because of them; call it only when the last step
+    /// is durable.
     pub async fn release(&self) {
-        let heard = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some((azure, events)) = heard.filter(|(_, events)| !events.is_empty()) else { return };
+        let Some((azure, ours)) = lock(&self.service).take() else { return };
+        let events = lock(&self.reasons).approvable(ours);
+        if events.is_empty() {
+            return;
+        }
         for attempt in 1..=TRIES {
             match azure.start(&events, APPROVAL / TRIES).await {
                 Ok(()) => {
@@ -82,6 +98,41 @@ impl Heard {
             }
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Why this process leaves, if it does.
+#[derive(Debug, Default)]
+struct Reasons {
+    /// Notices of events, by id.
+    events: HashSet<String>,
+    /// Something else asked it to leave.
+    others: bool,
+}
+
+impl Reasons {
+    fn add(&mut self, notice: &Notice) {
+        match (notice.kind, notice.source) {
+            (Kind::Rebalance, _) => {}
+            (Kind::Interruption, PREEMPT | SCHEDULED) => {
+                self.events.insert(notice.id.clone());
+            }
+            (Kind::Interruption | Kind::Stop, _) => self.others = true,
+        }
+    }
+
+    /// Those of the scheduled events `ours` that may begin early.
+    fn approvable(&self, ours: Vec<String>) -> Vec<String> {
+        ours.into_iter().filter(|event| !self.others && self.events.contains(&notice_id(event, false))).collect()
+    }
+}
+
+/// An event keeps its id when it starts, which is news nevertheless: there is no time left then.
+fn notice_id(event: &str, started: bool) -> String {
+    format!("{event}-{}", if started { "Started" } else { "Scheduled" })
 }
 
 /// Tells what the service says, for ever.
@@ -153,10 +204,12 @@ fn read(body: &str, me: &str, now: Timestamp) -> Result<Document, &'static str> 
                     // Scheduled, and its time can't be read.
                     (false, None) => (None, Confidence::Announced),
                 };
-                let source = if event.event_type == "Preempt" { "azure-preempt" } else { "azure-scheduled" };
+                let source = if event.event_type == "Preempt" { PREEMPT } else { SCHEDULED };
+                let notice_id = notice_id(&id, started);
                 if !started && mine == event.resources.len() {
-                    document.to_approve.push(id.clone());
+                    document.to_approve.push(id);
                 }
+                let id = notice_id;
                 document.notices.push(Notice { kind: Kind::Interruption, deadline, source, id, confidence });
             }
             "Freeze" if !(0..SHORT).contains(&event.duration_in_seconds.unwrap_or(-1)) => {
@@ -213,13 +266,52 @@ mod tests {
         }
     }
 
+    #[test]
+    fn an_event_that_starts_is_news() {
+        let id = |status: &str| {
+            let event = json!({"EventId": "A-1", "EventType": "Reboot", "EventStatus": status, "Resources": ["me"]});
+            let body = json!({"DocumentIncarnation": 1, "Events": [event]}).to_string();
+            read(&body, "me", Timestamp::UNIX_EPOCH).unwrap().notices.remove(0).id
+        };
+        assert_eq!(id("Scheduled"), id("Scheduled"), "repeats are known by it");
+        assert_ne!(id("Scheduled"), id("Started"));
+    }
+
+    #[test]
+    fn what_this_process_does_not_leave_for_is_not_approved() {
+        let notice = |kind, source, id: &str| {
+            let confidence = Confidence::Announced;
+            Notice { kind, deadline: None, source, id: id.into(), confidence }
+        };
+        let event = notice(Kind::Interruption, SCHEDULED, &notice_id("A-1", false));
+        let started = notice(Kind::Interruption, SCHEDULED, &notice_id("A-1", true));
+        let freeze = notice(Kind::Rebalance, "azure-freeze", "F-1");
+        let asked = notice(Kind::Stop, "sigint", "1");
+        let slurm = notice(Kind::Interruption, "sigusr1", "1");
+        for (given, approved) in [
+            (vec![], false),
+            (vec![&event], true),
+            (vec![&freeze, &event], true),
+            (vec![&started], false),
+            (vec![&freeze], false),
+            (vec![&asked], false),
+            (vec![&event, &asked], false),
+            (vec![&slurm, &event], false),
+        ] {
+            let mut reasons = Reasons::default();
+            given.iter().for_each(|notice| reasons.add(notice));
+            let approvable = reasons.approvable(vec!["A-1".into(), "another".into()]);
+            assert_eq!(approvable, if approved { vec!["A-1"] } else { vec![] }, "{given:?}");
+        }
+    }
+
     proptest! {
         #[test]
         fn no_document_is_too_odd(body in super::super::tests::odd_answer(), seconds in 0_i64..4_000_000_000) {
             if let Ok(document) = read(&body, "me", Timestamp::from_second(seconds).unwrap()) {
                 prop_assert!(document.notices.len() <= EVENTS && document.to_approve.len() <= EVENTS);
                 for notice in document.notices {
-                    prop_assert!(notice.id.len() <= 100 && notice.deadline.is_none_or(|deadline| deadline <= LONGEST));
+                    prop_assert!(notice.id.len() <= 110 && notice.deadline.is_none_or(|deadline| deadline <= LONGEST));
                 }
             }
         }

@@ -52,10 +52,14 @@ async fn is_asked(run: &Store, generation: Generation) -> Result<bool, StorageEr
     }
 }
 
-/// Tells when `generation` is asked to stop.
+/// Tells when `generation` is asked to stop, from then on again and again: it may be long before somebody takes it.
 pub(super) async fn listen(run: Store, generation: Generation, mouth: Mouth) {
+    listen_every(INTERVAL, run, generation, mouth).await;
+}
+
+async fn listen_every(interval: Duration, run: Store, generation: Generation, mouth: Mouth) {
     loop {
-        tokio::time::sleep(INTERVAL).await;
+        tokio::time::sleep(interval).await;
         match is_asked(&run, generation).await {
             Ok(true) => break,
             Ok(false) => {}
@@ -63,13 +67,31 @@ pub(super) async fn listen(run: Store, generation: Generation, mouth: Mouth) {
         }
     }
     let (kind, confidence) = (Kind::Stop, Confidence::Certain);
-    mouth.tell(Notice { kind, deadline: None, source: "drain", id: generation.to_string(), confidence });
+    let notice = Notice { kind, deadline: None, source: "drain", id: generation.to_string(), confidence };
+    loop {
+        mouth.tell(notice.clone());
+        tokio::time::sleep(interval).await;
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::config::StorageConfig;
+
+    #[tokio::test]
+    async fn a_request_is_told_again_and_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = Store::open(&format!("file://{}", dir.path().display()), &StorageConfig::plain(4, 16)).unwrap();
+        ask(&run, Generation(3)).await.unwrap();
+        let (mouth, mut ear) = Mouth::new();
+        let listening = tokio::spawn(listen_every(Duration::from_millis(1), run, Generation(3), mouth));
+        let first = ear.recv().await.map(|(_, notice)| (notice.kind, notice.id));
+        assert_eq!(first, Some((Kind::Stop, Generation(3).to_string())));
+        let again = ear.recv().await.map(|(_, notice)| (notice.kind, notice.id));
+        assert_eq!(again, first, "the first may not have been taken");
+        listening.abort();
+    }
 
     #[tokio::test]
     async fn a_request_is_of_one_generation_and_stands_once() {

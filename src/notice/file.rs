@@ -1,7 +1,7 @@
 //! A watched file: whatever can write one can say that this machine goes away.
 //!
-//! What counts is that the file appears or changes while this process runs. One that stood there when the process began is old
-//! news: it would else end every restart. It may be empty, or hold the seconds that are left (`90`, `2m`) or JSON, `{"deadline_s": 90}`;
+//! What counts is that the file appears or changes while this process runs. One that was last written before the process began is old
+//! news, as is one from the future: it would else end every restart. It may be empty, or hold the seconds that are left (`90`, `2m`) or JSON, `{"deadline_s": 90}`;
 //! what can't be read says no less that the machine goes away. At most 4 KiB of it are read, once it has stayed the same
 //! from one look to the next: whoever writes it need not do so at once.
 
@@ -11,10 +11,14 @@ use std::{
     time::Duration,
 };
 
+use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
-use tokio::io::AsyncReadExt;
+use tokio::{io::AsyncReadExt, time::Instant};
 
-use super::{Confidence, Kind, Notice, poll::Mouth};
+use super::{
+    Confidence, Kind, Notice,
+    poll::{Mouth, running_for},
+};
 use crate::config::parse_duration;
 
 /// Between two looks.
@@ -35,11 +39,12 @@ struct Looks {
 
 /// Tells of the file, for ever.
 pub async fn listen(path: PathBuf, mouth: Mouth) {
-    let mut watched = Watched::begin(path).await;
+    let began = Timestamp::now().checked_sub(SignedDuration::try_from(running_for()).unwrap_or_default());
+    let mut watched = Watched::begin(path, began.unwrap_or(Timestamp::MIN)).await;
     loop {
         tokio::time::sleep(INTERVAL).await;
-        if let Some(notice) = watched.look().await {
-            mouth.tell(notice);
+        if let Some((heard, notice)) = watched.hear().await {
+            mouth.repeat(heard, notice);
         }
     }
 }
@@ -47,16 +52,30 @@ pub async fn listen(path: PathBuf, mouth: Mouth) {
 /// A file, and what is known of it.
 struct Watched {
     path: PathBuf,
-    /// What was told, or stood there at the beginning.
+    /// What was told, or was old at the beginning.
     known: Option<Looks>,
     /// At the last look.
     before: Option<Looks>,
+    /// The last news, and when it was heard.
+    news: Option<(Instant, Notice)>,
 }
 
 impl Watched {
-    async fn begin(path: PathBuf) -> Self {
-        let known = look(&path).await;
-        Self { path, known, before: known }
+    /// What was written before `began` is old.
+    async fn begin(path: PathBuf, began: Timestamp) -> Self {
+        let before = look(&path).await;
+        let at = |time: Timestamp| (time.as_second(), i64::from(time.subsec_nanosecond()));
+        let fresh = at(began)..=at(Timestamp::now());
+        let known = before.filter(|looks| !fresh.contains(&looks.changed));
+        Self { path, known, before, news: None }
+    }
+
+    /// The last news, with every look: it may be long before somebody takes it.
+    async fn hear(&mut self) -> Option<(Instant, Notice)> {
+        if let Some(notice) = self.look().await {
+            self.news = Some((Instant::now(), notice));
+        }
+        self.news.clone()
     }
 
     /// News, if it has changed and then stayed the same from one look to the next.
@@ -161,11 +180,45 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn news_is_told_with_every_look_as_of_when_it_was_heard() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stop");
+        let mut watched = Watched::begin(path.clone(), Timestamp::now()).await;
+        std::fs::write(&path, "90").unwrap();
+        assert_eq!(watched.hear().await, None, "it may still be written");
+        let first = watched.hear().await;
+        assert!(first.is_some());
+        assert_eq!(watched.hear().await, first, "the first may not have been taken");
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(watched.hear().await, first, "what was said holds");
+    }
+
+    #[tokio::test]
+    async fn what_was_written_since_this_process_began_is_news_however_late_it_is_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stop");
+        std::fs::write(&path, "90").unwrap();
+        let now = Timestamp::now();
+        let hour = SignedDuration::from_hours(1);
+        for (written, began, news) in [
+            (now - hour, now - hour * 2, true),
+            (now - hour, now - hour, true),
+            (now - hour * 2, now - hour, false),
+            (now + hour, now - hour, false),
+        ] {
+            let file = std::fs::File::options().write(true).open(&path).unwrap();
+            file.set_modified(written.into()).unwrap();
+            let mut watched = Watched::begin(path.clone(), began).await;
+            assert_eq!(watched.look().await.is_some(), news, "{written} {began}");
+        }
+    }
+
+    #[tokio::test]
     async fn only_what_appears_or_changes_counts() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("stop");
         std::fs::write(&path, "old").unwrap();
-        let mut watched = Watched::begin(path.clone()).await;
+        let mut watched = Watched::begin(path.clone(), Timestamp::now()).await;
         for _ in 0..3 {
             assert_eq!(watched.look().await, None, "an old file is no news");
         }

@@ -5,7 +5,8 @@
 //!   `--preemption-notice-duration`, which the server does not tell: `notice.preemption_window` does.
 //! - `instance/maintenance-event` `TERMINATE_ON_HOST_MAINTENANCE`: interruption. A machine with GPUs is told an hour ahead, others a minute;
 //!   which of the two is not said, so a minute is what is counted on. If that stood there when this process began, it was started in
-//!   that hour: it saves now and trains on, since it would else drain again with every start. `MIGRATE_ON_HOST_MAINTENANCE` costs a
+//!   that hour: it saves now and trains on, since it would else drain again with every start. Where the server is first asked later than
+//!   a minute after the beginning, what stands there counts as new. `MIGRATE_ON_HOST_MAINTENANCE` costs a
 //!   pause: nothing is lost.
 //!
 //! Each is asked for plainly once, then with a request that waits for a change to what was heard last.
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use super::{
     Confidence, Kind, Notice,
-    poll::{LIMIT, Mouth, Pace, Search, rest},
+    poll::{LIMIT, Mouth, Pace, Search, rest, running_for},
 };
 use crate::cloud::{
     gcp::{Gcp, Value},
@@ -56,7 +57,7 @@ async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(
     // The pause after an answer bounds what a server costs that answers at once although nothing has changed.
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
     let mut tag: Option<String> = None;
-    let mut standing = Standing::default();
+    let mut standing = Standing::of_process(running_for());
     loop {
         let outcome = match &tag {
             Some(tag) => gcp.next(path, tag, PATIENCE, PATIENCE + LIMIT).await,
@@ -74,13 +75,18 @@ async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(
 }
 
 /// What stood there when this process began, until it changes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Standing {
     first: Option<String>,
     changed: bool,
 }
 
 impl Standing {
+    /// Of a process that has `run` so long before its first question. Too long, and what comes first may be new, and its end near.
+    fn of_process(run: Duration) -> Self {
+        Self { first: None, changed: run > MAINTENANCE_NOTICE }
+    }
+
     fn since_the_first(&mut self, text: &str) -> bool {
         self.changed |= self.first.get_or_insert_with(|| text.to_owned()) != text;
         !self.changed
@@ -116,9 +122,15 @@ mod tests {
 
     #[test]
     fn what_stood_there_stands_there_until_it_changes() {
-        let mut standing = Standing::default();
+        let mut standing = Standing::of_process(Duration::from_secs(5));
         let seen = ["A", "A", "B", "A", "A"].map(|text| standing.since_the_first(text));
         assert_eq!(seen, [true, true, false, false, false], "an answer that comes again after a minute is no change");
+    }
+
+    #[test]
+    fn what_is_first_asked_for_late_is_news() {
+        let mut standing = Standing::of_process(Duration::from_secs(300));
+        assert_eq!(["A", "A"].map(|text| standing.since_the_first(text)), [false, false]);
     }
 
     #[test]

@@ -34,6 +34,7 @@ use std::{
 
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
+pub use self::poll::running_for;
 use self::{
     poll::Mouth,
     signal::Signals,
@@ -120,6 +121,7 @@ pub struct Notices {
 impl Notices {
     /// Takes the signals over from here on: they no longer end the process.
     pub fn listen() -> io::Result<Self> {
+        running_for();
         let (mouth, ear) = Mouth::new();
         Ok(Self {
             signals: Signals::listen(windows_here(&NoticeConfig::default()))?,
@@ -179,22 +181,26 @@ impl Notices {
         loop {
             let (heard, mut notice) = tokio::select! {
                 biased;
-                notice = self.signals.next() => return notice,
+                notice = self.signals.next() => {
+                    self.approval.given(&notice);
+                    return notice;
+                }
                 Some(heard) = self.ear.recv() => heard,
             };
             if self.given.is_new(&notice, heard) {
                 // The time since then was nobody's: it may have waited to be taken.
                 notice.deadline = notice.deadline.map(|left| left.saturating_sub(heard.elapsed()));
+                self.approval.given(&notice);
                 return notice;
             }
         }
     }
 
-    /// The run has ended on this node and its last words are written; `saved`: its last finished step is durable. Whoever waits
-    /// for this node is told so, within a bounded time.
-    pub async fn release(&mut self, saved: bool) {
+    /// The run has ended on this node and its last words are written; `left`: this process leaves because it was told to, and the last
+    /// finished step is durable. Whoever waits for this node is told so, within a bounded time.
+    pub async fn release(&mut self, left: bool) {
         let approve = async {
-            if saved {
+            if left {
                 self.approval.release().await;
             }
         };

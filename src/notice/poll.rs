@@ -1,6 +1,6 @@
 //! What all polled sources share: how often, how long, how loud, and how they tell what they heard.
 
-use std::time::Duration;
+use std::{sync::OnceLock, time::Duration};
 
 use jiff::{Timestamp, civil::DateTime, fmt::strtime, tz::TimeZone};
 use tokio::{sync::mpsc, time::Instant};
@@ -17,6 +17,13 @@ const WAITING: usize = 64;
 /// The longest name of a notice.
 const NAME: usize = 100;
 
+/// How long this process has run: since the first question, so it is asked when the process begins. Sources begin later, when
+/// the run's configuration and data are there; what came to pass in between is news.
+pub fn running_for() -> Duration {
+    static BEGAN: OnceLock<std::time::Instant> = OnceLock::new();
+    BEGAN.get_or_init(std::time::Instant::now).elapsed()
+}
+
 /// Where sources tell what they heard. Repeats may be told again and again: whoever listens drops them.
 #[derive(Clone, Debug)]
 pub struct Mouth(mpsc::Sender<(Instant, Notice)>);
@@ -30,7 +37,12 @@ impl Mouth {
 
     /// Says it.
     pub fn tell(&self, notice: Notice) {
-        if self.0.try_send((Instant::now(), notice)).is_err() {
+        self.repeat(Instant::now(), notice);
+    }
+
+    /// Says again what was heard at that time: it may not have been taken.
+    pub fn repeat(&self, heard: Instant, notice: Notice) {
+        if self.0.try_send((heard, notice)).is_err() {
             tracing::debug!("a notice is not taken: too many wait");
         }
     }

@@ -1,8 +1,10 @@
 //! A node's sign of life, and how another node reads it.
 //!
 //! Stored layout: `nodes/<node-id>.json`, overwritten by its owner alone, once a second: a counter and where the process runs.
-//! No clock of another machine is believed: a node is dead when *this* process has not seen the counter change for
-//! [`PATIENCE`] of its own monotonic time, or when it is a process of this very machine that the kernel no longer knows.
+//! No clock of another machine is believed: a node is dead when *this* process has not seen the counter change for long
+//! enough ([`PATIENCE`], [`NEAR`]) of its own monotonic time, or when it is a process of this very machine that the kernel no longer knows.
+//! A live node that is taken for dead loses its steps: a network may swallow a few beats in a row, so that one that fails is not tried
+//! again (the next is newer), and a reader waits for several of them.
 //! A heartbeat decides only whether it is polite to form a generation; safety comes from the journal's fencing.
 //!
 //! On a crash the object stays and its counter stands still. A clean exit deletes it.
@@ -21,8 +23,15 @@ use crate::{
 
 /// Time between two beats.
 pub const INTERVAL: Duration = Duration::from_secs(1);
-/// A counter that has not changed for so long belongs to a dead node.
-pub const PATIENCE: Duration = Duration::from_secs(6);
+/// A counter that has not changed for so long belongs to a dead node: time for the [longest](LONGEST) beats to fail.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+/// The same for a process of this machine with a store in it: no network can come between.
+pub const NEAR: Duration = Duration::from_secs(6);
+/// A beat without an answer is given up after so long; after each that fails in a row it is twice as much, since a line that a checkpoint
+/// fills is slow, and giving up too soon for ever would be no beat at all.
+const SHORTEST: Duration = Duration::from_secs(2);
+/// But never more.
+const LONGEST: Duration = Duration::from_secs(8);
 /// The layout that is written, and the highest that is read.
 const FORMAT: u32 = 1;
 const LIMIT: u64 = 64 << 10;
@@ -133,19 +142,10 @@ impl Pulse {
     /// Writes the first beat, so that nobody can take the node for dead, then one every [`INTERVAL`].
     pub async fn start(run: Store, node: NodeId) -> Result<Self, StorageError> {
         let process = Process::current();
-        beat(&run, &node, &process, 0).await?;
+        run.put(&layout::heartbeat(&node), body(&node, &process, 0)).await?;
         let task = tokio::spawn({
             let (run, node) = (run.clone(), node.clone());
-            async move {
-                let mut interval = tokio::time::interval(INTERVAL);
-                interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-                for counter in 1.. {
-                    interval.tick().await;
-                    if let Err(error) = beat(&run, &node, &process, counter).await {
-                        tracing::debug!(%error, "heartbeat missed");
-                    }
-                }
-            }
+            async move { beats(&run, &node, &process, INTERVAL, limit).await }
         });
         Ok(Self { run, node, task })
     }
@@ -165,11 +165,31 @@ impl Drop for Pulse {
     }
 }
 
-async fn beat(run: &Store, node: &NodeId, process: &Process, counter: u64) -> Result<(), StorageError> {
+/// Beats for ever; `limit` says how long a beat may take after so many that failed.
+async fn beats(run: &Store, node: &NodeId, process: &Process, every: Duration, limit: impl Fn(u32) -> Duration) {
+    let mut interval = tokio::time::interval(every);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut failed = 0_u32;
+    for counter in 1.. {
+        interval.tick().await;
+        match run.put_once(&layout::heartbeat(node), body(node, process, counter), limit(failed)).await {
+            Ok(()) => failed = 0,
+            Err(error) => {
+                failed = failed.saturating_add(1);
+                tracing::debug!(%error, failed, "heartbeat missed");
+            }
+        }
+    }
+}
+
+fn limit(failed: u32) -> Duration {
+    SHORTEST.saturating_mul(1 << failed.min(16)).min(LONGEST)
+}
+
+fn body(node: &NodeId, process: &Process, counter: u64) -> Bytes {
     let heartbeat = Heartbeat { format: FORMAT, node: node.clone(), counter, process: process.clone() };
     // A struct of numbers and strings always becomes JSON.
-    let body = serde_json::to_vec(&heartbeat).unwrap_or_default();
-    run.put(&layout::heartbeat(node), Bytes::from(body)).await
+    serde_json::to_vec(&heartbeat).unwrap_or_default().into()
 }
 
 async fn read(run: &Store, node: &NodeId) -> Result<Option<Heartbeat>, StorageError> {
@@ -190,18 +210,26 @@ pub enum Life {
     Gone(Option<Process>),
 }
 
+/// How long a counter may stand still.
+const fn patience(local_store: bool, of_this_machine: bool) -> Duration {
+    if local_store && of_this_machine { NEAR } else { PATIENCE }
+}
+
 /// Looks whether `node` still lives. Takes up to [`PATIENCE`] when it does not, less when the kernel can tell.
 pub async fn look(run: &Store, node: &NodeId) -> Result<Life, StorageError> {
     let Some(first) = read(run, node).await? else { return Ok(Life::Gone(None)) };
     let begin = tokio::time::Instant::now();
+    let patience = patience(run.is_local(), first.process.is_of_this_machine());
     loop {
+        // From here on the counter is known to have changed or not: how long this look itself takes says nothing.
+        let watched = begin.elapsed();
         if first.process.is_gone() {
             return Ok(Life::Gone(Some(first.process)));
         }
         match read(run, node).await? {
             None => return Ok(Life::Gone(None)),
             Some(now) if now.counter != first.counter => return Ok(Life::Alive),
-            Some(_) if begin.elapsed() >= PATIENCE => return Ok(Life::Gone(Some(first.process))),
+            Some(_) if watched >= patience => return Ok(Life::Gone(Some(first.process))),
             Some(_) => tokio::time::sleep(INTERVAL / 4).await,
         }
     }
@@ -217,6 +245,49 @@ pub async fn bury(run: &Store, node: &NodeId) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        config::StorageConfig,
+        storage::faulty::{Fault, Faulty},
+    };
+
+    #[test]
+    fn a_node_whose_beats_the_network_swallows_is_not_taken_for_dead() {
+        assert_eq!(patience(true, true), NEAR);
+        for (local_store, of_this_machine) in [(false, false), (false, true), (true, false)] {
+            assert_eq!(patience(local_store, of_this_machine), PATIENCE, "{local_store} {of_this_machine}");
+        }
+        // Three in a row fail and the fourth takes nearly as long.
+        let limits = [0, 1, 2, 3, 1000].map(limit);
+        assert_eq!(limits.map(|limit| limit.as_secs()), [2, 4, 8, 8, 8]);
+        let longest: Duration = limits[..4].iter().map(|limit| *limit + INTERVAL).sum();
+        assert!(longest < PATIENCE, "{longest:?}");
+    }
+
+    #[tokio::test]
+    async fn a_beat_that_fails_is_followed_by_a_newer_one() {
+        for fault in [Fault::Hang, Fault::SlowDown, Fault::Lost] {
+            // One hangs, is refused or is lost for good, and what comes after it gets through.
+            let faulty = Faulty::new(move |op, _, n| if op == "put" && n == 0 { fault } else { Fault::Pass });
+            let store = Store::faulty_with(&faulty, &StorageConfig::plain(4, 8), Some(Duration::MAX));
+            let (node, process) = (NodeId::new("n1").unwrap(), Process::current());
+            let beating = tokio::spawn({
+                let (store, node) = (store.clone(), node.clone());
+                let (every, limit) = (Duration::from_millis(1), |_| Duration::from_millis(20));
+                async move { beats(&store, &node, &process, every, limit).await }
+            });
+            let seen = async {
+                loop {
+                    if let Some(heartbeat) = read(&store, &node).await.unwrap() {
+                        return heartbeat.counter;
+                    }
+                    tokio::task::yield_now().await;
+                }
+            };
+            let first = tokio::time::timeout(Duration::from_secs(60), seen).await.expect("no beat came through");
+            assert!(first > 1, "{fault:?}: beat {first} was sent again");
+            beating.abort();
+        }
+    }
 
     #[test]
     fn a_process_is_gone_only_when_this_kernel_says_so() {

@@ -54,6 +54,7 @@ use std::{
     fmt,
     ops::Range,
     sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -257,6 +258,11 @@ impl Store {
         self.uri_of("")
     }
 
+    /// Whether it lies in this machine, as far as its URI says: a file system may come over a network.
+    pub fn is_local(&self) -> bool {
+        self.inner.policy.is_local()
+    }
+
     /// A folder of this store, with the same connections and limits.
     #[must_use]
     pub fn folder(&self, name: &str) -> Self {
@@ -303,6 +309,18 @@ impl Store {
         let request =
             || self.objects().put_opts(&path, PutPayload::from_bytes(body.clone()), PutMode::Overwrite.into());
         let put = self.attempts("put", body.len() as u64).run(request).await;
+        put.map(drop).map_err(|failure| failure.explain(&self.uri_of(key)))
+    }
+
+    /// The same with one request, given up after `limit`: for what is soon written anew. What lies in this machine is not given up: the
+    /// system goes on with it all the same.
+    pub async fn put_once(&self, key: &str, body: Bytes, limit: Duration) -> Result<(), StorageError> {
+        let path = self.path(key)?;
+        let request =
+            || self.objects().put_opts(&path, PutPayload::from_bytes(body.clone()), PutMode::Overwrite.into());
+        let policy = self.inner.policy.once(limit);
+        let queue = Queue::Control(&self.inner.lanes.control);
+        let put = Attempts::new(&policy, queue, "put", body.len() as u64).run(request).await;
         put.map(drop).map_err(|failure| failure.explain(&self.uri_of(key)))
     }
 

@@ -44,7 +44,7 @@ pub(super) struct Opened {
 impl Opened {
     /// Whether it lies in this machine: no connections, and of a store in memory there is but one.
     pub fn is_local(&self) -> bool {
-        self.policy.patience.is_none()
+        self.policy.is_local()
     }
 }
 

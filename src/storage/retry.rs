@@ -53,6 +53,17 @@ impl Policy {
     /// In this machine: nothing is gained by asking again.
     pub(super) const LOCAL: Self = Self { attempts: 1, patience: None, ..Self::REMOTE };
 
+    /// Whether there is no network in between.
+    pub(super) fn is_local(&self) -> bool {
+        self.patience.is_none()
+    }
+
+    /// One attempt, given up after `limit`.
+    pub(super) fn once(&self, limit: Duration) -> Self {
+        let patience = self.patience.map(|patience| patience.min(limit));
+        Self { attempts: 1, patience, patience_per_mib: Duration::ZERO, ..self.clone() }
+    }
+
     /// The pause after so many attempts (from 1): a share of a bound that doubles; `share` is from 0 to 1.
     fn pause(&self, attempts: usize, share: f64) -> Duration {
         let doublings = u32::try_from(attempts.saturating_sub(1)).unwrap_or(u32::MAX).min(30);

@@ -10,6 +10,9 @@
 //! | between send and delete | both | one worker trains, the other finds the run alive or completed; the journal fences |
 //! | after the delete | the copy | as intended |
 //!
+//! A job whose store or data do not answer may be as broken as one that fails: its receives count, too, unless its run got further on this worker. Only
+//! where the worker's own store does not answer either, the fault is here: the message is renewed and the worker leaves.
+//!
 //! A kill, then, counts as a receive, since nobody was left to renew. Whoever receives the message next makes up for it: where the run's journal shows a
 //! checkpoint that was not there when the copy was sent, the job is no poison, and its message is renewed before it is trained. A job that is
 //! killed again and again without a checkpoint in between ends in the dead-letter queue, as it should.
@@ -58,8 +61,12 @@ pub enum End {
     Interrupted,
     /// The run is in the hands of another worker, which is alive.
     Elsewhere,
-    /// Something that the job needs does not answer; that is nobody's fault here.
+    /// The run got further since the message was sent: it is renewed before it is trained.
+    Further,
+    /// Something that the job needs does not answer from here.
     Unreachable,
+    /// Nor does this worker's own store: no job can be trained here.
+    CutOff,
     /// It needs a person, or another machine.
     Failed,
     /// The message can't be understood, here or anywhere.
@@ -96,15 +103,21 @@ pub enum Settle {
     Leave,
 }
 
-/// What is done with a message that was received `received` times, whose lease is `lease` long.
-pub fn settle(end: End, hold: Hold, received: u32, dead_letters: bool, lease: Duration) -> Settle {
+/// What is done with a message that was received `received` times, whose lease is `lease` long. `further`: its run has committed a step
+/// on this worker.
+pub fn settle(end: End, hold: Hold, received: u32, further: bool, dead_letters: bool, lease: Duration) -> Settle {
     match (end, hold) {
         // One that somebody else holds by now is not doubled; deleting it by an old receipt does nothing, or the right thing.
         (End::Completed, _) => Settle::Delete,
         (_, Hold::Lost | Hold::HandedOver) => Settle::Leave,
         (End::Interrupted, Hold::Ours) => Settle::Renew { delay: Duration::ZERO, interrupted: true },
+        (End::Further, Hold::Ours) => Settle::Renew { delay: Duration::ZERO, interrupted: false },
         (End::Elsewhere, Hold::Ours) => Settle::Renew { delay: lease.min(LONGEST_DELAY), interrupted: false },
-        (End::Unreachable, Hold::Ours) => Settle::Renew { delay: lease.min(LONGEST_DELAY), interrupted: true },
+        (End::CutOff, Hold::Ours) => Settle::Renew { delay: lease.min(LONGEST_DELAY), interrupted: true },
+        (End::Unreachable, Hold::Ours) if further => {
+            Settle::Renew { delay: lease.min(LONGEST_DELAY), interrupted: false }
+        }
+        (End::Unreachable, Hold::Ours) => Settle::Return(lease),
         // With a dead-letter queue it is soon there; without one it would be all that this worker does.
         (End::Unintelligible, Hold::Ours) if dead_letters => Settle::Return(Duration::ZERO),
         (End::Failed | End::Unintelligible, Hold::Ours) => Settle::Return(pause(received, lease)),
@@ -132,7 +145,10 @@ mod tests {
             (End::Interrupted, 1, true, renew(0, true)),
             (End::Interrupted, 9, false, renew(0, true)),
             (End::Elsewhere, 1, true, renew(300, false)),
-            (End::Unreachable, 1, true, renew(300, true)),
+            (End::Further, 2, true, renew(0, false)),
+            (End::CutOff, 9, true, renew(300, true)),
+            (End::Unreachable, 1, true, back(300)),
+            (End::Unreachable, 9, false, back(300)),
             (End::Failed, 1, true, back(30)),
             (End::Failed, 2, true, back(60)),
             (End::Failed, 3, false, back(120)),
@@ -140,17 +156,31 @@ mod tests {
             (End::Unintelligible, 1, true, back(0)),
             (End::Unintelligible, 1, false, back(30)),
         ] {
-            assert_eq!(settle(end, Hold::Ours, received, dead_letters, LEASE), expected, "{end:?} {received}");
+            assert_eq!(settle(end, Hold::Ours, received, false, dead_letters, LEASE), expected, "{end:?} {received}");
         }
+        assert_eq!(
+            settle(End::Unreachable, Hold::Ours, 2, true, true, LEASE),
+            renew(300, false),
+            "its run got further"
+        );
+        assert_eq!(settle(End::Failed, Hold::Ours, 2, true, true, LEASE), back(60), "what fails, fails");
     }
 
     #[test]
     fn a_message_that_is_no_longer_ours_is_never_doubled() {
         for hold in [Hold::Lost, Hold::HandedOver] {
-            for end in [End::Interrupted, End::Elsewhere, End::Unreachable, End::Failed, End::Unintelligible] {
-                assert_eq!(settle(end, hold, 1, true, LEASE), Settle::Leave, "{end:?} {hold:?}");
+            for end in [
+                End::Interrupted,
+                End::Elsewhere,
+                End::Further,
+                End::Unreachable,
+                End::CutOff,
+                End::Failed,
+                End::Unintelligible,
+            ] {
+                assert_eq!(settle(end, hold, 1, true, true, LEASE), Settle::Leave, "{end:?} {hold:?}");
             }
-            assert_eq!(settle(End::Completed, hold, 1, true, LEASE), Settle::Delete);
+            assert_eq!(settle(End::Completed, hold, 1, true, true, LEASE), Settle::Delete);
         }
     }
 
@@ -158,11 +188,11 @@ mod tests {
     fn delays_and_pauses_stay_within_what_sqs_takes() {
         let hour = Duration::from_secs(3600);
         assert_eq!(
-            settle(End::Elsewhere, Hold::Ours, 1, true, hour),
+            settle(End::Elsewhere, Hold::Ours, 1, false, true, hour),
             Settle::Renew { delay: LONGEST_DELAY, interrupted: false }
         );
         let second = Duration::from_secs(1);
-        assert_eq!(settle(End::Failed, Hold::Ours, 1, true, second), Settle::Return(second));
+        assert_eq!(settle(End::Failed, Hold::Ours, 1, false, true, second), Settle::Return(second));
     }
 
     #[test]

@@ -7,8 +7,9 @@
 //! # One message
 //! receive → hide it lease by lease → read the run's journal → train, unless the run is complete → settle. A message is deleted when its run
 //! is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the machine goes away, when another worker
-//! has the run, when the store does not answer, and when SQS would hide it no longer. It is left to the redrive policy when the
-//! job itself failed or can't be understood: reported, seen again after a pause, and after `maxReceiveCount` receives in the dead-letter queue.
+//! has the run, when this worker's own store does not answer, and when SQS would hide it no longer. It is left to the redrive policy when the
+//! job itself failed, can't be understood, or needs what does not answer: reported, seen again after a pause, and after
+//! `maxReceiveCount` receives in the dead-letter queue.
 //! What a run's `on_complete` wants done with the machine is not done here: there may be another job.
 //!
 //! *Crash*: the lease runs out, another worker receives the message and resumes from the newest checkpoint; see [`handover`] for each
@@ -28,6 +29,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use serde::Serialize;
 use tokio::{
     runtime::Runtime,
@@ -53,6 +55,7 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
     journal::{self, JournalError},
+    layout,
     report::{Listener, Reporter},
     storage::Store,
 };
@@ -65,6 +68,8 @@ const HURRIED_REPORTS: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(5 * 60);
 /// Limits while a journal is read; a run's own are in its configuration.
 const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
+/// This worker's own store is asked for so long whether it answers.
+const STORE_PATIENCE: Duration = Duration::from_secs(60);
 /// The longest reason that is reported, characters.
 const REASON: usize = 2000;
 
@@ -97,6 +102,8 @@ pub struct Tools<'a> {
     pub working_directory: &'a Path,
     /// The environment.
     pub variable: &'a dyn Fn(&str) -> Option<String>,
+    /// Makes the machine leave when the queue stayed empty, and says whether it does; `None`: it is not to.
+    pub leave: Option<&'a dyn Fn() -> Result<bool>>,
 }
 
 /// What happens to jobs: lines of `--json`, beside the events of their runs.
@@ -122,7 +129,7 @@ pub enum Said {
         #[serde(skip_serializing_if = "Option::is_none")]
         exit_code: Option<u8>,
     },
-    /// The queue stayed empty: this worker leaves.
+    /// The queue stayed empty: this worker leaves, unless its machine was to leave with it and can't.
     Idle {
         /// For so long.
         after_s: f64,
@@ -145,7 +152,7 @@ pub enum State {
     Completed,
     /// Its machine goes away.
     Interrupted,
-    /// What it needs does not answer.
+    /// What it needs does not answer from here.
     Unreachable,
     /// It needs a person, unless another worker has more luck with it.
     Failed,
@@ -269,7 +276,8 @@ impl Turn {
             End::Completed => State::Completed,
             End::Interrupted => State::Interrupted,
             End::Elsewhere => State::StandBy,
-            End::Unreachable => State::Unreachable,
+            End::Further => State::Renewed,
+            End::Unreachable | End::CutOff => State::Unreachable,
             End::Failed | End::Unintelligible => State::Failed,
         };
         let reason = Some(error.to_string().chars().take(REASON).collect());
@@ -299,7 +307,11 @@ impl Worker<'_> {
                     let idle = idle_since.elapsed();
                     if self.settings.idle_exit.is_some_and(|limit| idle >= limit) {
                         (self.tools.say)(&Said::Idle { after_s: idle.as_secs_f64() });
-                        return Ok(Left::Idle);
+                        if self.machine_may_leave()? {
+                            return Ok(Left::Idle);
+                        }
+                        // It is paid for: it may as well take the next job.
+                        idle_since = Instant::now();
                     }
                     continue;
                 }
@@ -310,7 +322,7 @@ impl Worker<'_> {
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
             }
-            if matches!(end, End::Interrupted | End::Unreachable) {
+            if matches!(end, End::Interrupted | End::CutOff) {
                 return Ok(Left::Job(code));
             }
             if self.asked() {
@@ -320,6 +332,14 @@ impl Worker<'_> {
                 return Ok(Left::Job(code));
             }
         }
+    }
+
+    /// Whether nothing keeps this worker: its machine leaves with it, or was not to.
+    fn machine_may_leave(&self) -> Result<bool> {
+        let Some(leave) = self.tools.leave else { return Ok(true) };
+        // It may be gone before the reports are.
+        self.runtime.block_on(self.reports.flush(LAST_REPORTS));
+        leave()
     }
 
     fn asked(&self) -> bool {
@@ -377,6 +397,7 @@ impl Worker<'_> {
         let name = run_id.as_ref().map_or("without a run", RunId::as_str);
         tracing::info!(run = name, received = times, interruptions = carried.interruptions, "job received");
 
+        let begun_at = carried.step;
         let carried = Arc::new(Mutex::new(carried));
         let tracker = Arc::new(Mutex::new(Tracker::new(
             self.reports.clone(),
@@ -404,12 +425,16 @@ impl Worker<'_> {
                     let (queue, terms) = (self.queue.clone(), self.settings.terms);
                     Holder::start(queue, message.clone(), Arc::clone(&carried), terms, handed_over)
                 };
-                let turn = self.train(&job, message.received, &tracker).unwrap_or_else(|error| {
+                let mut turn = self.train(&job, message.received, &tracker).unwrap_or_else(|error| {
                     if let Some(hint) = error.hint() {
                         tracing::warn!("hint: {}", crate::report::human::plain(hint));
                     }
                     Turn::of_error(&error)
                 });
+                // While the message is still held: this may take its time.
+                if turn.end == End::Unreachable && self.runtime.block_on(self.is_cut_off()) {
+                    turn.end = End::CutOff;
+                }
                 (turn, self.runtime.block_on(holder.stop()))
             }
         };
@@ -417,15 +442,15 @@ impl Worker<'_> {
             let reason = crate::report::human::plain(reason);
             tracing::warn!(run = name, received = times, state = ?turn.state, "job is not done: {reason}");
         }
-        let what = match turn.state {
-            State::Renewed => Settle::Renew { delay: Duration::ZERO, interrupted: false },
-            _ => settle(turn.end, hold, message.received, self.max_receive_count.is_some(), self.settings.terms.lease),
-        };
+        let dead_letters = self.max_receive_count.is_some();
+        let further = lock(&carried).step > begun_at;
+        let what = settle(turn.end, hold, message.received, further, dead_letters, self.settings.terms.lease);
         // The message first: the machine may have seconds left, and the API may take them all.
         self.runtime.block_on(self.settle(message, what, *lock(&carried)));
         let stage = match turn.state {
             State::Completed => Some(Stage::Completed),
             State::Failed => Some(Stage::Failed),
+            State::Unreachable if matches!(what, Settle::Return(_)) => Some(Stage::Failed),
             State::Interrupted | State::Unreachable => Some(Stage::Interrupted),
             State::Claimed | State::HandedOver | State::Renewed | State::StandBy => None,
         };
@@ -434,6 +459,30 @@ impl Worker<'_> {
         }
         say(turn.state, turn.reason.clone(), Some(turn.code));
         turn
+    }
+
+    /// Whether this worker's own store does not take anything either. A refusal is an answer: that is for a person.
+    async fn is_cut_off(&self) -> bool {
+        let Some(uri) = &self.settings.store else { return false };
+        let Ok(uri) = config::absolute_uri(uri, self.tools.working_directory) else { return false };
+        let Ok(store) = Store::open(&uri, &LIMITS) else { return false };
+        let key = format!("{}/{}", layout::PROBES, random_hex(16));
+        let put = async {
+            let put = store.put(&key, Bytes::from_static(b"whether this store answers")).await;
+            // What stays behind is rubbish of a few bytes, below a folder that is known for it.
+            let _ = store.delete(&key).await;
+            put
+        };
+        let mut heard = self.heard.clone();
+        tokio::select! {
+            biased;
+            // Nobody has the time to find out whose fault it is.
+            _ = heard.wait_for(|count| *count > 0) => true,
+            put = tokio::time::timeout(STORE_PATIENCE, put) => match put {
+                Ok(put) => put.is_err_and(|error| Error::from(error).kind() == Kind::Unavailable),
+                Err(_) => true,
+            },
+        }
     }
 
     /// Trains the run of a job to its end, or to where it can't go on.
@@ -447,7 +496,7 @@ impl Worker<'_> {
             }
             Prepared::Renew { committed } => {
                 lock(&lock(tracker).carried).step = committed;
-                return Ok(Turn::new(End::Elsewhere, State::Renewed, 0));
+                return Ok(Turn::new(End::Further, State::Renewed, 0));
             }
         };
         if self.asked() {
@@ -531,8 +580,8 @@ impl Worker<'_> {
             Source::At { folder, name } => {
                 let uri = format!("{folder}/{name}");
                 let doing = || format!("read configuration {uri}");
-                let bytes = (self.tools.fetch)(folder, name)
-                    .map_err(|reason| Error::new(Kind::Config, reason).context(doing()))?;
+                let bytes =
+                    (self.tools.fetch)(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
                 let toml = String::from_utf8(bytes)
                     .map_err(|error| Error::from_source(Kind::Config, error.utf8_error()).context(doing()))?;
                 (toml, uri, Some(folder.as_str()))

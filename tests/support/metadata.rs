@@ -1,5 +1,5 @@
-//! The metadata services of AWS, GCP and Azure on one port of 127.0.0.1, and beside them the four calls of AWS's Auto Scaling by
-//! which a machine keeps its own end waiting.
+//! The metadata services of AWS, GCP and Azure on one port of 127.0.0.1, and beside them the calls of AWS's Auto Scaling by
+//! which a machine keeps its own end waiting, and asks for it.
 //!
 //! In process, ready when `start` returns, gone when it is dropped. What it does is what the vendors document and what real ones were
 //! seen to do: AWS's version 2 only, with tokens that are checked; GCP's `wait_for_change`; Azure's document that moves on when an
@@ -588,6 +588,7 @@ fn auto_scaling(state: &State, asked: &Asked) -> Said {
              <LifecycleTransition>autoscaling:EC2_INSTANCE_TERMINATING</LifecycleTransition>\
              <HeartbeatTimeout>{timeout}</HeartbeatTimeout><GlobalTimeout>172800</GlobalTimeout><DefaultResult>CONTINUE</DefaultResult></member></LifecycleHooks>"
         ),
+        "TerminateInstanceInAutoScalingGroup" if wanted("InstanceId", INSTANCE) => String::new(),
         "RecordLifecycleActionHeartbeat" | "CompleteLifecycleAction" => {
             let known = wanted("AutoScalingGroupName", GROUP)
                 && wanted("LifecycleHookName", HOOK)

@@ -1,21 +1,8 @@
 #!/usr/bin/env bash
 # EC2 User Data: makes a fresh machine train, and keeps it at that over every restart. No awscli, no Python, no package is installed.
-# EC2 takes 16 KB, and with its comments this is longer: gzip it, which cloud-init unpacks, or take it as it stands in stack.yaml.
 #
 # The AMI has Docker and, for GPUs, NVIDIA's driver and container toolkit (AWS's Deep Learning Base AMI has); with a bundle instead of an
-# image, glibc 2.36 and curl 7.88. Settings stand in /etc/trainer/machine.conf, lines of NAME=value, none secret:
-#   TRAINER_IMAGE          container image, best by digest; from ECR it is pulled with the machine's role
-#   TRAINER_BUNDLE         or: s3:// or https:// address of a .tar.gz with `trainer` and `lib/`, and TRAINER_BUNDLE_SHA256
-#                          (neither: /opt/trainer of the AMI)
-#   TRAINER_SSM_PATH, TRAINER_STORE, TRAINER_RUN_ID, TRAINER_RUN_ID_TEMPLATE, TRAINER_CONFIG, TRAINER_TIME_ZONE: see `trainer boot --help`
-#   TRAINER_QUEUE          a queue's URL: `trainer work` instead of `trainer boot`; the machine leaves when the queue stays empty
-#   TRAINER_GROUP          this machine's Auto Scaling group, if jobs in the queue start its machines
-#   TRAINER_GPU            auto (wait for the driver if there is an NVIDIA device), required, none
-#   TRAINER_LOG_GROUP      a CloudWatch log group for the container's output
-#   TRAINER_TASK_TOKEN     an SSM parameter that holds a Step Functions task token: that task hears how it goes
-#   TRAINER_ON_FAILURE     keep (the machine, for a look), or terminate (it, with the group's capacity lowered, so that none is bought instead)
-#   TRAINER_ON_COMPLETE    terminate: with an image and in no group, power off after a run, as on_complete.action does without a container
-#   TRAINER_STOP_WINDOW    how long a stop may take: 100s
+# image, glibc 2.36 and curl 7.88. Settings stand in /etc/trainer/machine.conf, lines of NAME=value, none secret: userdata/README.md lists them.
 #
 # Costs: the machine's price an hour x hours, its disk, what it logs. `trainer simulate` says what interruptions add.
 # Removal: terminate the machine; or systemctl disable --now trainer, then delete /etc/trainer, /opt/trainer*,

@@ -285,7 +285,10 @@ fn the_stack_carries_user_data_and_it_fits() {
     let settings = text("README.md");
     for line in head.lines().filter(|line| line.trim_start().starts_with("TRAINER_")) {
         let name = line.trim_start().split('=').next().expect("a name");
-        assert!(script.contains(name) || settings.contains(&format!("`{name}`")), "{name} means nothing to user-data.sh");
+        assert!(
+            script.contains(name) || settings.contains(&format!("`{name}`")),
+            "{name} means nothing to user-data.sh"
+        );
     }
 }
 

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::support::{
     lab::Lab,
-    proxy::{FaultProxy, Line},
+    proxy::{Fault, FaultProxy, Line, Often, Rule},
     trainer::{Finished, Running},
 };
 
@@ -102,4 +102,51 @@ fn with_no_time_the_journal_says_what_was_lost() {
     proxy.set_line(Line::default());
     let next = lab.resume("held").args(&["--set", &format!("train.steps={}", newest + 8)]).finish().expect_code(0);
     assert_eq!(next.resumed_from(), newest, "{}", next.story());
+}
+
+#[test]
+fn a_save_that_does_not_come_through_is_given_up_in_time() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    let window = [("TRAINER_STOP_WINDOW", "6s".to_owned())];
+    let running = lab.run("held").args(&["--set", "train.steps=100000"]).envs(&window).start();
+    running.wait_for("a second checkpoint", |event| event.kind() == "checkpoint" && event.step() > Some(4));
+    // The store stops taking checkpoints, for longer than this test is allowed to last.
+    let fault = Fault::Stall(std::time::Duration::from_secs(3600));
+    proxy.arm(Rule { method: "PUT", target: "/checkpoints/", fault, often: Often::Next(1_000_000) });
+    running.wait_until("a save that hangs", || proxy.broken() > 0);
+    running.signal(Signal::TERM);
+    let life = running.finish().expect_code(76);
+    let newest = *life.committed().last().expect("a checkpoint");
+    let told = explained(&lab, &life);
+    assert_eq!((&told["checkpoint"], &told["drain"]["actual_s"]), (&newest.into(), &Value::Null), "{told}");
+    assert_eq!(told["lost_steps"], life.last("interrupted").value["lost_steps"], "{told}");
+    assert!(told["verdict"].as_str().is_some_and(|verdict| verdict.contains("the time was up")), "{told}");
+}
+
+#[test]
+fn with_time_to_spare_it_saves_at_once_and_trains_on() {
+    let lab = Lab::on_files();
+    let file = lab.path("notice");
+    let setting = format!("notice.file={:?}", file.display().to_string());
+    let running = lab
+        .run("held")
+        .args(&["--set", "train.steps=1000000", "--set", "checkpoint.every=\"1h\"", "--set", &setting])
+        .start();
+    running.wait_for_step("step", 3);
+    // What a save takes must be known, or there would be nothing to reckon with.
+    running.signal(Signal::USR2);
+    let first = running.wait_for("a checkpoint", |event| event.kind() == "checkpoint").step();
+    std::fs::write(&file, "12").expect("write the notice");
+    let insurance = running.wait_for("an insurance", |event| event.kind() == "checkpoint" && event.step() > first);
+    let further = insurance.step().expect("its step") + 10;
+    running.wait_for_step("step", further);
+    let life = running.finish().expect_code(75);
+    let end = life.last("interrupted").step().expect("its step");
+    assert!(end > further, "{}", life.story());
+    let committed: Vec<u64> = life.committed().into_iter().collect();
+    assert_eq!(committed, [first, insurance.step(), Some(end)].map(|step| step.expect("a step")), "{}", life.story());
+    let told = explained(&lab, &life);
+    let timeline: Vec<&str> =
+        told["drain"]["timeline"].as_array().expect("moments").iter().filter_map(|m| m["what"].as_str()).collect();
+    assert!(timeline[1].contains("training goes on until 5.00 s are left"), "{timeline:?}");
 }

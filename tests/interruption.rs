@@ -7,7 +7,7 @@
 use rustix::process::Signal;
 
 use crate::support::{
-    lab::{EVERY, Lab, ORIGIN, STEPS, interrupted, reference},
+    lab::{EVERY, Lab, ORIGIN, STEPS, data_set, interrupted, reference},
     proxy::{Fault, Often, Rule},
     trainer::losses,
 };
@@ -133,6 +133,29 @@ fn a_second_signal_leaves_without_waiting_for_the_store() {
     let second = lab.resume("twice").finish().expect_code(0);
     assert!(Some(&second.resumed_from()) >= first.committed().last(), "{}", second.story());
     lab.expect_as_undisturbed("twice", &[&first, &second]);
+}
+
+#[test]
+fn sigterm_while_data_is_fetched_is_heard() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    for entry in std::fs::read_dir(data_set()).expect("the data set").map(|entry| entry.expect("a file")) {
+        let key = format!("data/{}", entry.file_name().to_string_lossy());
+        lab.server().write(&key, std::fs::read(entry.path()).expect("read a file"));
+    }
+    // The tokens do not come, for longer than this test is allowed to last.
+    let fault = Fault::Stall(std::time::Duration::from_secs(3600));
+    proxy.arm(Rule { method: "GET", target: "/data/train-", fault, often: Often::Next(1_000_000) });
+    let setting = ["--set", "data.train=\"s3://bucket/data\""];
+    let running = lab.run("waiting").args(&setting).start();
+    running.wait_until("a request for tokens", || proxy.broken() > 0);
+    running.signal(Signal::TERM);
+    let first = running.finish().expect_code(75);
+    assert_eq!(first.last("notice").value["source"], "sigterm", "{}", first.story());
+    assert!(first.of_kind("formed").is_empty(), "{}", first.story());
+    proxy.disarm();
+    // Nothing was looked at yet, so that the run does not exist: the same command is right.
+    let second = lab.run("waiting").args(&setting).finish().expect_code(0);
+    lab.expect_as_undisturbed("waiting", &[&second]);
 }
 
 fn resumed_on(ranks: u32) {

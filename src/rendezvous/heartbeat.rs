@@ -23,7 +23,7 @@ use crate::{
 
 /// Time between two beats.
 pub const INTERVAL: Duration = Duration::from_secs(1);
-/// A counter that has not changed for so long belongs to a dead node: time for the [longest](LONGEST) beats to fail.
+/// A counter that has not changed for so long belongs to a dead node: time for several of the longest beats to fail.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The same for a process of this machine with a store in it: no network can come between.
 pub const NEAR: Duration = Duration::from_secs(6);

@@ -123,6 +123,18 @@ mod tests {
 
     /// A second a step; restarts of 30, 10 and 40 s; one loss without a word, one drained, and a worker that died.
     #[test]
+    fn a_run_that_was_given_more_steps_was_not_interrupted() {
+        let story = [
+            (0, formed(1, None, "started")),
+            (112, committed(100, 1, 0.1)),
+            (113, json!({"kind": "completed", "generation": 1, "step": 100, "loss": 1.0})),
+            (500, formed(2, Some((100, 1)), "started")),
+        ];
+        let found = Observed::of(&state(&story));
+        assert_eq!((found.interruptions, found.lossy, found.trained_s), (0, 0, 113.0));
+    }
+
+    #[test]
     fn a_journal_tells_costs_and_losses() {
         let mut story = vec![
             (0, formed(1, None, "started")),

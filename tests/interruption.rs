@@ -158,6 +158,17 @@ fn sigterm_while_data_is_fetched_is_heard() {
     lab.expect_as_undisturbed("waiting", &[&second]);
 }
 
+#[test]
+fn fewer_steps_than_are_committed_are_refused_and_change_nothing() {
+    let lab = Lab::on_interrupted_run();
+    let records = lab.keys(ORIGIN, "journal/").len();
+    let fewer = lab.resume(ORIGIN).args(&["--set", "train.steps=6", "--set", "train.schedule.warmup_steps=1"]).finish();
+    fewer.expect_code(78).expect_said(&["train.steps = 6", "--from"]);
+    assert_eq!(lab.keys(ORIGIN, "journal/").len(), records);
+    let life = lab.resume(ORIGIN).finish().expect_code(0);
+    lab.expect_as_undisturbed(ORIGIN, &[&interrupted().life, &life]);
+}
+
 fn resumed_on(ranks: u32) {
     let lab = Lab::on_interrupted_run();
     let origin = interrupted();

@@ -579,6 +579,13 @@ impl Agent {
     /// Chooses the resume point and forms the next generation. `None`: the journal went on meanwhile, so look again at everything.
     async fn form(&mut self, resolved: &Resolved, reason: FormedReason) -> Result<Option<(Load, Generation)>> {
         let load = self.choose(resolved).await?;
+        let (step, last) = (load.step(), resolved.config.train.steps);
+        if step.get() > last {
+            // Said before it is written down: what a generation has changed holds for all later ones.
+            let what = format!("run {} is at step {step} already, beyond train.steps = {last}", self.run_id);
+            return Err(Error::new(Kind::Config, what)
+                .with_hint("set train.steps to more, or name an earlier checkpoint with --from"));
+        }
         let resume = match &load {
             Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
             _ => None,

@@ -321,9 +321,9 @@ fn a_metadata_service_that_goes_mad_harms_nothing_and_is_heard_when_it_recovers(
     for fault in [Fault::Status(500), Fault::Garbage, Fault::Close, Fault::Status(401)] {
         let before = server.requests_of(SPOT).len() + server.requests_of(TOKEN).len();
         server.storm(fault);
-        while server.requests_of(SPOT).len() + server.requests_of(TOKEN).len() == before {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
+        running.wait_until("a request into the storm", || {
+            server.requests_of(SPOT).len() + server.requests_of(TOKEN).len() > before
+        });
     }
     server.calm();
     server.forget_tokens();

@@ -205,7 +205,7 @@ fn text(episodes: &[Episode<'_>], total: &Total<'_>) -> String {
         (count, unknown) => {
             let more = match unknown {
                 0 => String::new(),
-                unknown => format!(", what {unknown} of them lost is not known"),
+                unknown => format!(" ({unknown} of unknown loss)"),
             };
             writeln!(
                 text,
@@ -365,7 +365,7 @@ mod tests {
         assert_eq!(
             text(&episodes, &total(&state, &episodes)),
             "\
-run first: 2 interruptions, 0 steps lost, what 1 of them lost is not known, 2m away
+run first: 2 interruptions, 0 steps lost (1 of unknown loss), 2m away
 
    1.         1970-01-12 13:51:40 UTC, generation 1 on node n1
    heard      aws-rebalance: the machine may go away; saved, and trained on

@@ -8,7 +8,16 @@ use rustix::process::{Signal, kill_process};
 use crate::support::{
     lab::{EVERY, Lab},
     proxy::{Fault, Often, Rule},
+    trainer::Running,
 };
+
+/// A run that has saved after step 16, perhaps before that, and waits after step 17: a worker that is killed now has a successor which comes
+/// to its end without waiting there.
+fn held_after_a_checkpoint(lab: &Lab, run: &str, every: &str) -> Running {
+    let running = lab.run(run).hold_after(17).args(&["--set", &format!("checkpoint.every=\"{every}\"")]).start();
+    running.held();
+    running
+}
 
 /// The agent dies at `point` while it saves step 8; the next life starts from `resumed`.
 fn dies_at(point: &str, resumed: u64) {
@@ -61,22 +70,21 @@ fn a_save_that_panics_is_made_again_and_the_run_completes() {
 #[test]
 fn a_killed_worker_is_replaced_and_the_run_completes_by_itself() {
     let lab = Lab::on_files();
-    let running = lab.run("worker").start();
-    running.wait_for_step("checkpoint", EVERY);
-    running.wait_for_step("step", EVERY + 2);
+    let running = held_after_a_checkpoint(&lab, "worker", "16 steps");
+    running.wait_for_step("checkpoint", 16);
     let worker = running.workers().pop().expect("a worker");
     kill_process(worker, Signal::KILL).expect("kill a worker");
     let life = running.finish().expect_code(0);
     assert!(!life.of_kind("worker_died").is_empty(), "{}", life.story());
-    assert!(life.resumed_from() >= EVERY, "the new group starts from a checkpoint\n{}", life.story());
+    assert_eq!(life.resumed_from(), 16, "the new group starts from a checkpoint\n{}", life.story());
     lab.expect_as_undisturbed("worker", &[&life]);
 }
 
 #[test]
 fn workers_start_again_from_memory_though_no_checkpoint_can_be_read() {
     let (lab, proxy) = Lab::on_s3_through_proxy(31);
-    let running = lab.run("memory").start();
-    running.wait_for_step("checkpoint", EVERY);
+    let running = held_after_a_checkpoint(&lab, "memory", "16 steps");
+    running.wait_for_step("checkpoint", 16);
     for method in ["GET", "HEAD"] {
         proxy.arm(Rule { method, target: "checkpoints/", fault: Fault::Reset, often: Often::Percent(100) });
     }
@@ -87,7 +95,7 @@ fn workers_start_again_from_memory_though_no_checkpoint_can_be_read() {
     let life = running.finish().expect_code(0);
     let restored = life.last("restored");
     assert_eq!(restored.value["from"].as_str(), Some("memory"), "{}", life.story());
-    assert!(restored.step() >= Some(EVERY), "the new group starts from a checkpoint\n{}", life.story());
+    assert_eq!(restored.step(), Some(16), "the new group starts from a checkpoint\n{}", life.story());
     lab.expect_as_undisturbed("memory", &[&life]);
 }
 
@@ -96,9 +104,8 @@ fn a_snapshot_newer_than_the_checkpoints_is_committed_before_the_workers_start_a
     let (lab, proxy) = Lab::on_s3_through_proxy(32);
     // Nothing of the first save gets through until its worker is dead.
     proxy.arm(Rule { method: "PUT", target: "optimizer-", fault: Fault::SlowDown, often: Often::Percent(100) });
-    let running = lab.run("newer").start();
     // One snapshot is on its way, a second one waits for it: the wait for its capture is over before the next step ends.
-    running.wait_for_step("step", 2 * EVERY + 1);
+    let running = held_after_a_checkpoint(&lab, "newer", "8 steps");
     kill_process(running.workers().pop().expect("a worker"), Signal::KILL).expect("kill a worker");
     assert!(running.childless_within(Duration::from_secs(60)), "the other worker is still there");
     proxy.disarm();
@@ -107,7 +114,7 @@ fn a_snapshot_newer_than_the_checkpoints_is_committed_before_the_workers_start_a
     let restart = kinds.iter().position(|kind| *kind == "worker_died").expect("a death");
     assert_eq!(kinds[restart - 1], "checkpoint", "{}", life.story());
     assert_eq!(life.last("restored").value["from"], "memory", "{}", life.story());
-    assert!(life.resumed_from() >= 2 * EVERY, "{}", life.story());
+    assert_eq!(life.resumed_from(), 16, "{}", life.story());
     lab.expect_as_undisturbed("newer", &[&life]);
 }
 
@@ -127,7 +134,7 @@ fn a_worker_that_dies_at_the_same_step_again_and_again_ends_the_run_with_a_clear
 #[test]
 fn workers_never_outlive_their_agent() {
     let lab = Lab::on_files();
-    let running = lab.run("orphans").start();
+    let running = lab.run("orphans").hold_after(2).start();
     running.wait_for_step("step", 2);
     assert!(running.workers().len() >= 2, "two workers are at work");
     running.signal(Signal::KILL);

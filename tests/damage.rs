@@ -114,9 +114,11 @@ fn a_write_whose_acknowledgement_is_lost_is_recognised_as_its_own() {
 #[test]
 fn a_bit_turned_over_on_the_way_never_reaches_the_weights() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
-    let running = lab.run("garbled").start();
+    let running = lab.run("garbled").hold_after(2 * EVERY + 1).start();
     running.wait_for_step("checkpoint", 2 * EVERY);
+    running.held();
     running.signal(rustix::process::Signal::TERM);
+    running.let_go();
     let first = running.finish().expect_code(75);
     proxy.arm(Rule { method: "GET", target: ".safetensors", fault: Fault::FlipResponse(5000), often: Often::Next(1) });
     let second = lab.resume("garbled").finish().expect_code(0);
@@ -128,7 +130,7 @@ fn a_bit_turned_over_on_the_way_never_reaches_the_weights() {
 /// written off: it lies whole in the store.
 fn garbled_on_the_way(target: &'static str, at: usize, times: u32) {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
-    let running = lab.run("garbled").start();
+    let running = lab.run("garbled").hold_after(EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
     let first = running.power_off();
     let newest = first.committed().last().copied().expect("a checkpoint");

@@ -143,9 +143,10 @@ fn wrong_keys_are_a_matter_of_permission_and_are_not_printed() {
 #[test]
 fn permission_lost_half_way_loses_nothing_committed() {
     let lab = Lab::on_s3();
-    let running = lab.run("denied").start();
+    let running = lab.run("denied").hold_after(EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
     lab.server().set_rules(|rules| rules.deny_writes = true);
+    running.let_go();
     let first = running.finish();
     assert_eq!(first.code(), Some(77), "{}", first.story());
     lab.server().set_rules(|rules| rules.deny_writes = false);

@@ -17,12 +17,14 @@ fn records(lab: &Lab, run: &str, kind: &str) -> Vec<Value> {
     records.filter(|record| record["kind"] == kind).collect()
 }
 
-/// A run on S3 that SIGTERM has ended after three checkpoints at least.
+/// A run on S3 that SIGTERM has ended after two checkpoints at least.
 fn interrupted_on_s3(run: &str) -> Lab {
     let lab = Lab::on_s3();
-    let running = lab.run(run).start();
-    running.wait_for_step("checkpoint", 3 * EVERY);
+    let running = lab.run(run).hold_after(2 * EVERY + 1).start();
+    running.wait_for_step("checkpoint", 2 * EVERY);
+    running.held();
     running.signal(Signal::TERM);
+    running.let_go();
     running.finish().expect_code(75);
     lab
 }
@@ -221,9 +223,8 @@ fn a_completed_run_leaves_what_keep_says() {
 #[test]
 fn on_a_server_that_others_have_written_a_run_is_killed_resumed_verified_and_pruned() {
     let Some(lab) = Lab::on_moto() else { return };
-    let running = lab.run("moto").start();
+    let running = lab.run("moto").hold_after(2 * EVERY + 1).start();
     running.wait_for_step("checkpoint", 2 * EVERY);
-    running.wait_for_step("step", 2 * EVERY + 1);
     let first = running.power_off();
     let second = lab.resume("moto").finish().expect_code(0);
     assert!(second.resumed_from() >= 2 * EVERY, "{}", second.story());

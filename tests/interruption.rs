@@ -14,18 +14,16 @@ use crate::support::{
 
 fn killed_three_times(lab: &Lab, run: &str) {
     // Before the first checkpoint; when a save has just begun; when a checkpoint has just been committed.
-    let first = lab.run(run).start();
+    let first = lab.run(run).hold_after(2).start();
     first.wait_for_step("step", 2);
     let first = first.power_off().expect_killed();
 
-    let second = lab.resume(run).start();
+    let second = lab.resume(run).hold_after(2 * EVERY + 1).start();
     second.wait_for_step("step", 2 * EVERY);
     let second = second.power_off().expect_killed();
 
-    let third = lab.resume(run).start();
-    third.wait_for("a checkpoint after step 12", |event| {
-        event.kind() == "checkpoint" && event.step() >= Some(3 * EVERY)
-    });
+    let third = lab.resume(run).hold_after(EVERY + 1).start();
+    third.wait_for("a checkpoint", |event| event.kind() == "checkpoint");
     let third = third.power_off().expect_killed();
     let committed = third.committed().last().copied().expect("a checkpoint");
 
@@ -56,9 +54,11 @@ fn two_undisturbed_runs_are_equal_in_every_digit() {
 
 fn asked_to_stop(signal: Signal) {
     let lab = Lab::on_files();
-    let running = lab.run("asked").start();
+    let running = lab.run("asked").hold_after(EVERY + 1).start();
     running.wait_for_step("step", EVERY + 1);
+    running.held();
     running.signal(signal);
+    running.let_go();
     let first = running.finish().expect_code(75);
     let interrupted = first.last("interrupted");
     assert_eq!(interrupted.value["lost_steps"], 0, "{}", first.story());
@@ -98,9 +98,9 @@ fn sigterm_before_the_first_step_is_heard() {
 #[test]
 fn sigterm_while_workers_are_to_be_started_again_is_heard() {
     let lab = Lab::on_files();
-    let running = lab.run("pause").args(&["--set", "restart.backoff=\"1h\""]).start();
+    let running = lab.run("pause").args(&["--set", "restart.backoff=\"1h\""]).hold_after(EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
-    running.wait_for_step("step", EVERY + 1);
+    running.held();
     let worker = running.workers().pop().expect("a worker");
     rustix::process::kill_process(worker, Signal::KILL).expect("kill a worker");
     running.wait_for("a worker_died event", |event| event.kind() == "worker_died");
@@ -118,13 +118,15 @@ fn sigterm_while_workers_are_to_be_started_again_is_heard() {
 #[test]
 fn a_second_signal_leaves_without_waiting_for_the_store() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
-    let running = lab.run("twice").start();
+    let running = lab.run("twice").hold_after(EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
     // The store stops taking checkpoints, for longer than this test is allowed to last.
     let fault = Fault::Stall(std::time::Duration::from_secs(3600));
     proxy.arm(Rule { method: "PUT", target: "/checkpoints/", fault, often: Often::Next(1_000_000) });
+    running.held();
     running.signal(Signal::TERM);
     running.wait_for("a notice", |event| event.kind() == "notice");
+    running.let_go();
     // At once it is taken for an echo of the first one; whoever goes on asking is heard.
     running.ask_until_it_ends(Signal::TERM);
     let first = running.finish();

@@ -31,8 +31,8 @@ fn the_held_out_loss_is_measured_when_it_is_due_and_is_the_same_after_a_resume()
     let steps: Vec<_> = measured.iter().map(|(step, _)| step.unwrap()).collect();
     assert_eq!(steps, [6, 12, 18, 24], "{}", whole.story());
 
-    let first = lab.run("killed").args(&settings).start();
-    first.wait_for_step("step", 2 * EVERY + 1);
+    let first = lab.run("killed").args(&settings).hold_after(2 * EVERY + 1).start();
+    first.wait_for_step("checkpoint", 2 * EVERY);
     first.power_off().expect_killed();
     let second = lab.resume("killed").finish().expect_code(0);
     for event in second.of_kind("validation") {
@@ -47,7 +47,7 @@ fn bfloat16_with_accumulated_gradients_resumes_to_the_last_digit() {
     let settings = with(&["train.precision=bf16", "train.max_micro_batch=2"]);
     let lab = Lab::on_files();
     let whole = lab.run("whole").args(&settings).finish().expect_code(0);
-    let first = lab.run("killed").args(&settings).start();
+    let first = lab.run("killed").args(&settings).hold_after(EVERY + 2).start();
     first.wait_for_step("step", EVERY + 2);
     let first = first.power_off().expect_killed();
     let second = lab.resume("killed").finish().expect_code(0);

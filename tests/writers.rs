@@ -17,8 +17,9 @@ fn signal_all(running: &Running, pids: &[Pid], signal: Signal) {
 #[test]
 fn a_writer_that_slept_while_another_took_over_is_fenced() {
     let lab = Lab::on_files();
-    let sleeper = lab.run("fence").start();
+    let sleeper = lab.run("fence").hold_after(EVERY + 1).start();
     sleeper.wait_for_step("checkpoint", EVERY);
+    sleeper.held();
     let workers = sleeper.workers();
     signal_all(&sleeper, &workers, Signal::STOP);
 

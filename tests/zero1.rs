@@ -56,9 +56,10 @@ fn a_killed_run_resumes_to_the_last_digit() {
     let settings = ["parallel.strategy=zero1", "train.precision=bf16"];
     let lab = Lab::on_files();
     let whole = whole_run(&lab, "whole", 3, &settings);
-    let first = lab.run("killed").args(&["--nproc-per-node", "3"]).args(&with(&settings)).start();
+    let first = lab.run("killed").args(&["--nproc-per-node", "3"]).args(&with(&settings));
+    let first = first.hold_after(EVERY + 2).start();
     first.wait_for_step("checkpoint", EVERY);
-    first.wait_for_step("step", EVERY + 2);
+    first.held();
     let first = first.power_off().expect_killed();
     let second = lab.resume("killed").args(&["--nproc-per-node", "3"]).finish().expect_code(0);
     assert!(second.resumed_from() >= EVERY, "{}", second.story());
@@ -74,7 +75,8 @@ fn a_run_goes_from_world_to_world_and_between_strategies() {
     let mut lives: Vec<Finished> = Vec::new();
     for (strategy, ranks, ckpt) in [("zero1", "3", origin / EVERY + 1), ("zero1", "2", origin / EVERY + 2)] {
         let set = format!("parallel.strategy={strategy}");
-        let life = lab.resume(ORIGIN).args(&["--nproc-per-node", ranks, "--set", &set]).start();
+        let life = lab.resume(ORIGIN).args(&["--nproc-per-node", ranks, "--set", &set]);
+        let life = life.hold_after(EVERY + 1).start();
         life.wait_for_step("checkpoint", ckpt * EVERY);
         let life = life.power_off().expect_killed();
         assert!(life.resumed_from() >= origin, "{}", life.story());

@@ -456,10 +456,12 @@ pub fn interrupted() -> &'static Interrupted {
         };
         let asked = || {
             let lab = Lab::make(None, |dir| Store::File(dir.join("store")));
-            let running = lab.run(ORIGIN).start();
+            let running = lab.run(ORIGIN).hold_after(2 * EVERY + 1).start();
             running.wait_for_step("checkpoint", 2 * EVERY);
-            running.wait_for_step("step", 2 * EVERY + 1);
+            running.held();
             running.signal(Signal::TERM);
+            running.wait_for("a notice", |event| event.kind() == "notice");
+            running.let_go();
             (lab, running.finish())
         };
         let (lab, life) = (0..20).map(|_| asked()).find(|(_, life)| in_time(life)).expect("asked in time");

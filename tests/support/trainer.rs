@@ -120,6 +120,12 @@ impl Trainer {
         self.command.env("TRAINER_FAULTS", text);
         self
     }
+    /// Lets the run finish `step` steps of this life, no more, until [`Running::let_go`]: a test that looks at a run in its midst is not in a
+    /// race with its end. What is saved after an earlier step is committed meanwhile. A later life of the same process is held there, too, if
+    /// it has so many steps left.
+    pub fn hold_after(self, steps: u64) -> Self {
+        self.faults(&format!("worker.step=stop@rank=0@hit={}", steps + 1))
+    }
     /// Starts it.
     pub fn start(mut self) -> Running {
         let mut child = self.command.spawn().expect("start the trainer binary");
@@ -172,6 +178,13 @@ fn listen(mut reader: impl BufRead, json: bool, ear: &Ear) {
     }
     hear(ear).closed = true;
     ear.1.notify_all();
+}
+
+/// The state of a process: `R`, `S`, `T` for stopped, `Z`, ….
+fn state(pid: Pid) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    // The name in parentheses may hold anything: the state stands behind the last one (proc(5)).
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// A started binary. Dropped, it and everything it started is killed.
@@ -231,13 +244,26 @@ impl Running {
             heard = self.ear.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
+    /// Waits until the run is where [`Trainer::hold_after`] holds it.
+    #[track_caller]
+    pub fn held(&self) -> Pid {
+        let mut held = None;
+        self.wait_until("a worker that is held", || {
+            held = self.workers().into_iter().find(|pid| state(*pid) == Some('T'));
+            held.is_some()
+        });
+        held.expect("waited for")
+    }
+    /// Lets a run go on that [`Trainer::hold_after`] holds.
+    #[track_caller]
+    pub fn let_go(&self) {
+        kill_process(self.held(), Signal::CONT).expect("let a worker go on");
+    }
     /// Waits until SIGSTOP has stopped the agent; `false` when it ends before.
     pub fn stopped(&self) -> bool {
         let deadline = Instant::now() + LIMIT;
         while Instant::now() < deadline {
-            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid.as_raw_nonzero())).unwrap_or_default();
-            // The name in parentheses may hold anything: the state stands behind the last one (proc(5)).
-            match stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()) {
+            match state(self.pid) {
                 Some('T') => return true,
                 None | Some('Z' | 'X') => return false,
                 _ => std::thread::sleep(Duration::from_millis(2)),

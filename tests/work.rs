@@ -437,6 +437,19 @@ fn the_message_is_renewed_before_the_lifecycle_hook_is_completed() {
 }
 
 #[test]
+fn a_machine_is_let_go_though_the_queue_does_not_answer() {
+    let Some(shop) = Shop::open(1) else { return };
+    let (server, running) = training_on(&shop, Cloud::Aws);
+    server.wait_for("/?Action=DescribeLifecycleHooks", 1);
+    server.note_posts(String::new);
+    shop.moto.hang();
+    server.set(LIFECYCLE, "Terminated");
+    let life = running.finish().expect_code(75).expect_said(&["message was not renewed within 10 s"]);
+    assert_eq!(server.requests_of("/?Action=CompleteLifecycleAction").len(), 1, "{}", life.story());
+    assert_eq!(shop.api.heard().last().map(Told::event), Some("interrupted"), "{}", life.story());
+}
+
+#[test]
 fn the_message_is_renewed_before_a_scheduled_event_is_approved() {
     let Some(shop) = Shop::open(1) else { return };
     let (server, running) = training_on(&shop, Cloud::Azure);

@@ -17,6 +17,7 @@ use crate::support::{
     lab::{EVERY, Lab, STEPS, data_set, model_config},
     metadata::{Fault, INSTANCE, MetadataServer, TOKEN},
     moto::Moto,
+    proxy::{self, Often, Rule},
     s3,
     trainer::{Finished, Running, Trainer, losses},
 };
@@ -391,8 +392,8 @@ fn of_two_machines_one_trains_and_the_other_takes_over_when_that_is_killed() {
     let order: Vec<String> = kinds.filter(|kind| matches!(kind.as_str(), "standby" | "formed")).collect();
     assert_eq!(order, ["standby", "formed"], "{}", second.story());
     assert!(first.of_kind("standby").is_empty(), "{}", first.story());
-    // Every step from the first on, and where both made one, the same.
-    let last = second.last("interrupted").step().expect("its last step");
+    // Every step from the first on, and where both made one, the same; the first may have got further without a checkpoint.
+    let last = second.last("interrupted").step().max(first.last("step").step()).expect("a step");
     assert_eq!(losses(&[&first, &second]).into_keys().collect::<Vec<_>>(), (1..=last).collect::<Vec<_>>());
     lab.expect_all_verify("pair");
 }
@@ -542,13 +543,18 @@ fn who_asks_for_a_run_that_is_complete_keeps_his_machine_and_who_completes_it_do
     assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n", "it has trained the rest");
 }
 
-#[test]
-fn datasets_are_kept_on_the_local_disk_of_the_machine() {
-    let lab = Lab::on_s3();
+/// Puts the data set into the lab's bucket, as `s3://bucket/data`.
+fn upload_data(lab: &Lab) {
     for entry in std::fs::read_dir(data_set()).expect("the data set").flatten() {
         let name = entry.file_name().into_string().expect("a plain name");
         lab.server().write(&format!("data/{name}"), std::fs::read(entry.path()).expect("a file of the data set"));
     }
+}
+
+#[test]
+fn datasets_are_kept_on_the_local_disk_of_the_machine() {
+    let lab = Lab::on_s3();
+    upload_data(&lab);
     let (root, disk) = (lab.path("root"), lab.path("disk"));
     for (path, text) in [
         ("sys/block/nvme1n1/device/model", "Amazon EC2 NVMe Instance Storage\n".to_owned()),
@@ -593,4 +599,119 @@ fn what_the_run_says_of_its_store_holds_on_every_machine() {
         generations.push(newest.rsplit_once("-g").expect("its generation").1.to_owned());
     }
     assert_eq!(generations, ["0001", "0002", "0003"], "each life has made a checkpoint");
+}
+
+#[test]
+fn what_a_later_life_changes_of_its_store_holds_at_once_and_from_then_on() {
+    let lab = Lab::on_s3();
+    let uri = lab.uri();
+    let class = "storage.storage_class=STANDARD_IA";
+    let lives = [
+        (boot(&lab, &["run.toml", "--run-id", "changed", "--set", "train.steps=100000"]), [None, None]),
+        (lab.resume("changed").args(&["--set", "storage.encryption=sse-s3"]), [Some("AES256"), None]),
+        (boot(&lab, &["--run-id", "changed", "--store", &uri]), [Some("AES256"), None]),
+        (boot(&lab, &["--run-id", "changed", "--store", &uri, "--set", class]), [Some("AES256"), Some("STANDARD_IA")]),
+        (lab.resume("changed").args(&["--set", "storage.encryption=default"]), [None, Some("STANDARD_IA")]),
+        (lab.resume("changed"), [None, Some("STANDARD_IA")]),
+    ];
+    for (n, (life, [encryption, class])) in lives.into_iter().enumerate() {
+        let records = lab.keys("changed", "journal/").len();
+        let life = life.start();
+        life.wait_for("a step", |event| event.kind() == "step");
+        life.signal(Signal::TERM);
+        let life = life.finish().expect_code(75);
+        let newest = lab.newest_checkpoint("changed");
+        assert!(newest.ends_with(&format!("-g{:04}", n + 1)), "{newest}\n{}", life.story());
+        // The first of this life's records, too: nothing is written as it was before.
+        let record = lab.keys("changed", "journal/").remove(records);
+        for key in [format!("{newest}/manifest.json"), record] {
+            let asked = lab.server().asked(&format!("runs/changed/{key}"), "PutObject").expect("a put");
+            let found = [asked.encryption.as_deref(), asked.storage_class.as_deref()];
+            assert_eq!(found, [encryption, class], "life {n}, {key}\n{}", life.story());
+        }
+    }
+}
+
+#[test]
+fn the_store_is_asked_for_the_run_as_often_as_this_command_says() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    let life = lab.run("asked").start();
+    life.wait_for("a step", |event| event.kind() == "step");
+    life.signal(Signal::TERM);
+    life.finish().expect_code(75);
+    for (n, command) in ["resume", "boot"].into_iter().enumerate() {
+        proxy.arm(Rule { method: "GET", target: "/bucket", fault: proxy::Fault::Reset, often: Often::Next(1_000_000) });
+        let before = proxy.broken();
+        let refused =
+            lab.about(command, "asked").args(&["--set", "storage.attempts=2"]).envs(&[nowhere(&lab)]).finish();
+        let refused = refused.expect_code(69);
+        assert_eq!(proxy.broken() - before, 2, "{n}\n{}", refused.story());
+        proxy.disarm();
+    }
+}
+
+#[test]
+fn who_is_stopped_before_the_run_exists_is_told_to_start_again() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    upload_data(&lab);
+    let setting = ["--set", "data.train=\"s3://bucket/data\""];
+    let uri = lab.uri();
+    let stopped = |command: Trainer| {
+        // The tokens do not come, for longer than this test is allowed to last.
+        let fault = proxy::Fault::Stall(std::time::Duration::from_secs(3600));
+        proxy.arm(Rule { method: "GET", target: "/data/train-", fault, often: Often::Next(1_000_000) });
+        let before = proxy.broken();
+        let running = command.args(&setting).start();
+        running.wait_until("a request for tokens", || proxy.broken() > before);
+        running.signal(Signal::TERM);
+        let life = running.finish().expect_code(75);
+        proxy.disarm();
+        life
+    };
+    let machine = || boot(&lab, &["run.toml", "--run-id", "late", "--store", &uri]);
+    for early in [stopped(lab.run("late")), stopped(machine())] {
+        let early =
+            early.expect_said(&["stopped before the run was created, nothing is lost: give the same command again"]);
+        assert!(!early.stderr.contains("trainer resume"), "there is nothing to resume\n{}", early.story());
+        assert!(lab.keys("late", "").is_empty(), "{}", early.story());
+    }
+    // It is right: the same command makes the run. One that exists is resumed, by whoever is stopped as early.
+    machine().args(&setting).args(&["--set", "train.steps=5"]).finish().expect_code(0);
+    std::fs::remove_dir_all(lab.path("cache")).expect("remove the local copy");
+    stopped(lab.resume("late").args(&["--set", "train.steps=9"]))
+        .expect_said(&["carry on with: trainer resume --run-id late"]);
+}
+
+#[test]
+fn a_machine_with_gpus_is_waited_for_or_told_that_they_are_not_used() {
+    let lab = Lab::on_files();
+    let root = lab.path("gpus");
+    let device = root.join("sys/bus/pci/devices/0000:00:1e.0");
+    std::fs::create_dir_all(&device).expect("a folder");
+    std::fs::write(device.join("vendor"), "0x10de\n").expect("a file");
+    std::fs::write(device.join("class"), "0x030200\n").expect("a file");
+    let on_it = |run: &str| {
+        let arguments = ["run.toml", "--run-id", run, "--device-wait", "0s"];
+        let short = ["--set", "train.steps=2", "--set", "train.schedule.warmup_steps=0"];
+        let root = [("TRAINER_HOST_ROOT", root.display().to_string())];
+        boot(&lab, &arguments).args(&short).envs(&root)
+    };
+    // Hidden from this process, they are nothing to wait for.
+    let hidden = on_it("hidden").envs(&[("CUDA_VISIBLE_DEVICES", String::new())]).finish().expect_code(0);
+    if cfg!(torch_cuda) {
+        hidden.expect_said(&["1 GPUs of this machine are not used: CUDA_VISIBLE_DEVICES hides them"]);
+        let without = on_it("driverless").finish().expect_code(69);
+        let without = without.expect_said(&[
+            "1 NVIDIA devices are on the bus and 0 can be used",
+            "the NVIDIA driver",
+            "within 0 s",
+        ]);
+        assert!(lab.keys("driverless", "").is_empty(), "{}", without.story());
+        // A machine with nothing to do needs no device.
+        on_it("hidden").finish().expect_code(0).expect_said(&["run has completed"]);
+    } else {
+        hidden.expect_said(&["1 GPUs of this machine are not used"]);
+        let without = on_it("driverless").finish().expect_code(0);
+        without.expect_said(&["1 GPUs of this machine are not used: this build has no CUDA"]);
+    }
 }

@@ -288,6 +288,23 @@ fn an_event_on_azure_that_nobody_leaves_for_is_not_approved() {
     assert_eq!(approvals(&server), 0, "{}", life.story());
 }
 
+#[test]
+fn a_run_that_is_complete_before_a_scheduled_event_begins_does_not_approve_it() {
+    // What runs on this machine next may need the time.
+    let (lab, server) = (Lab::on_files(), MetadataServer::start().only(Cloud::Azure));
+    // Only who knows what a save takes can tell what time there is to spare.
+    let enough = ["notice.spare_time=\"train\"", "train.steps=1000", "checkpoint.every=\"50 steps\""];
+    let running = enough.iter().fold(long(&lab), |command, set| command.args(&["--set", set]));
+    let running = running.envs(&server.envs()).start();
+    running.wait_for("a checkpoint", |event| event.kind() == "checkpoint");
+    server.events(|events| events.push(azure_event("far", "Reboot", 800, &[INSTANCE])));
+    heard(&running, "azure-scheduled");
+    let life = running.finish().expect_code(0);
+    assert_eq!(life.last("completed").step(), Some(1000), "{}", life.story());
+    let approvals = server.requests_of(SCHEDULED_EVENTS).iter().filter(|asked| asked.method == "POST").count();
+    assert_eq!(approvals, 0, "{}", life.story());
+}
+
 /// A run through a storm from its first moment to its last, on a machine of that cloud.
 fn unharmed_by(storms: &[(Cloud, Fault)]) {
     for (cloud, fault) in storms {

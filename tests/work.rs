@@ -1,4 +1,5 @@
-//! `trainer work` against a queue that others have written (moto's SQS, as a process), a store on disk, and a job API of our own.
+//! `trainer work` against a queue that others have written (moto's SQS, as a process), a store on disk or on an S3 server of our own, and a job
+//! API and a metadata server of our own.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -12,7 +13,8 @@ use serde_json::{Value, json};
 
 use crate::support::{
     job_api::{JobApi, TOKEN, Told},
-    lab::{EVERY, Lab, STEPS},
+    lab::{EVERY, Lab, STEPS, Store, model_config},
+    metadata::{Asked, Cloud, INSTANCE, LIFECYCLE, MetadataServer, SCHEDULED_EVENTS, azure_event, parameter},
     moto::Moto,
     s3,
     trainer::{Event, Finished, Running, Trainer},
@@ -32,6 +34,10 @@ struct Shop {
 impl Shop {
     /// `None` where moto is not installed.
     fn open(max_receive_count: u32) -> Option<Self> {
+        Self::open_with(Lab::on_files, max_receive_count)
+    }
+    /// The same, with its runs elsewhere.
+    fn open_with(lab: impl FnOnce() -> Lab, max_receive_count: u32) -> Option<Self> {
         let moto = Arc::new(Moto::start(s3::BUCKET)?);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime of the shop");
         let config = aws_sdk_sqs::config::Builder::new()
@@ -54,7 +60,7 @@ impl Shop {
             let policy = [(QueueAttributeName::RedrivePolicy, policy.to_string())].into();
             (make("jobs", Some(policy)).await, dead)
         });
-        Some(Self { lab: Lab::on_files(), moto, api: JobApi::start(), client, queue, dead, runtime })
+        Some(Self { lab: lab(), moto, api: JobApi::start(), client, queue, dead, runtime })
     }
     fn send(&self, body: &str) {
         let sent = self.client.send_message().queue_url(&self.queue).message_body(body).send();
@@ -65,16 +71,8 @@ impl Shop {
         let uri = format!("file://{}", self.lab.path("run.toml").display());
         json!({"version": 1, "run_id": run, "config_uri": uri, "set": set}).to_string()
     }
-    /// Messages of a queue: to be seen, in flight, delayed.
     fn count(&self, queue: &str) -> [u64; 3] {
-        let asked = self.client.get_queue_attributes().queue_url(queue).attribute_names(QueueAttributeName::All).send();
-        let attributes = self.runtime.block_on(asked).expect("attributes of a queue").attributes.unwrap_or_default();
-        [
-            QueueAttributeName::ApproximateNumberOfMessages,
-            QueueAttributeName::ApproximateNumberOfMessagesNotVisible,
-            QueueAttributeName::ApproximateNumberOfMessagesDelayed,
-        ]
-        .map(|name| attributes[&name].parse().expect("a number"))
+        count(&self.moto, queue)
     }
     /// Bodies and attributes of what is to be seen in a queue.
     fn take(&self, queue: &str) -> Vec<(String, BTreeMap<String, MessageAttributeValue>)> {
@@ -94,7 +92,12 @@ impl Shop {
     fn patient_worker(&self, idle_exit: &str) -> Trainer {
         let worker =
             self.lab.command(&["work", "--queue", &self.queue, "--lease", "5s", "--idle-exit", idle_exit]).json();
-        worker.envs(&s3::client_env(&self.moto.endpoint())).envs(&self.api.env())
+        let worker = match &self.lab.store {
+            // The queue's URL says where the queue is.
+            Store::S3(..) => worker,
+            _ => worker.envs(&s3::client_env(&self.moto.endpoint())),
+        };
+        worker.envs(&self.api.env())
     }
     /// Demands that neither queue holds anything.
     #[track_caller]
@@ -119,6 +122,16 @@ impl Shop {
         }
         search(&self.lab.path(""));
     }
+}
+
+/// Messages of a queue: to be seen, in flight, delayed.
+fn count(moto: &Moto, queue: &str) -> [u64; 3] {
+    let request = json!({"QueueUrl": queue, "AttributeNames": ["All"]});
+    let answer = moto.json("sqs", "AmazonSQS.GetQueueAttributes", &request);
+    ["", "NotVisible", "Delayed"].map(|kind| {
+        let number = &answer["Attributes"][format!("ApproximateNumberOfMessages{kind}")];
+        number.as_str().and_then(|text| text.parse().ok()).unwrap_or_else(|| panic!("no number of messages: {answer}"))
+    })
 }
 
 fn is_job(event: &Event, state: &str) -> bool {
@@ -256,7 +269,7 @@ fn what_fails_ends_in_the_dead_letter_queue_and_the_worker_lives_on() {
 fn a_job_that_nothing_answers_is_put_away_and_the_worker_leaves_only_if_its_own_store_is_silent() {
     let Some(shop) = Shop::open(1) else { return };
     let silent = [("GOOGLE_BASE_URL", "http://127.0.0.1:1".to_owned()), ("GOOGLE_SKIP_SIGNATURE", "true".to_owned())];
-    let unreachable = shop.job("unreachable", json!({"data.train": "gs://nowhere/data"}));
+    let unreachable = shop.job("unreachable", json!({"data.train": "gs://nowhere/data", "storage.attempts": 2}));
     shop.send(&unreachable);
     let first = shop.patient_worker("15s").args(&["--once"]).envs(&silent).finish().expect_code(69);
     assert_eq!(states(&first), ["claimed", "unreachable"], "{}", first.story());
@@ -271,7 +284,7 @@ fn a_job_that_nothing_answers_is_put_away_and_the_worker_leaves_only_if_its_own_
     let dead: Vec<String> = shop.take(&shop.dead).into_iter().map(|(body, _)| body).collect();
     assert_eq!(dead, [unreachable], "{}", second.story());
 
-    shop.send(&shop.job("cut-off", json!({})));
+    shop.send(&shop.job("cut-off", json!({"storage.attempts": 2})));
     let silent = [("AWS_ENDPOINT_URL", "http://127.0.0.1:1".to_owned())];
     let third = shop.worker().args(&["--store", "s3://nowhere/runs"]).envs(&silent).finish().expect_code(69);
     assert_eq!(states(&third), ["claimed", "unreachable"], "{}", third.story());
@@ -384,4 +397,157 @@ fn an_empty_queue_is_left_and_a_wrong_one_is_named() {
     other("https://sqs.us-east-1.amazonaws.com/1/jobs.fifo").finish().expect_code(78).expect_said(&["FIFO"]);
     let tokenless = other(&shop.queue).envs(&shop.api.env()).envs(&[("WORKER_TOKEN", String::new())]);
     tokenless.finish().expect_code(78).expect_said(&["JOB_API_BASE_URL", "WORKER_TOKEN"]);
+}
+
+/// A worker with a job without an end, on a machine of this cloud, once the run trains; what stood in the queue at each `POST` to the
+/// metadata server is noted there.
+fn training_on(shop: &Shop, cloud: Cloud) -> (MetadataServer, Running) {
+    let server = MetadataServer::start().only(cloud);
+    server.note_posts({
+        let (moto, queue) = (Arc::clone(&shop.moto), shop.queue.clone());
+        move || format!("{:?}", count(&moto, &queue))
+    });
+    let set = json!({"train.steps": 1_000_000, "train.schedule.kind": "constant", "checkpoint.every": "100000 steps",
+                     "notice.spare_time": "stop"});
+    shop.send(&shop.job("leaving", set));
+    let running = shop.worker().envs(&server.envs()).start();
+    running.wait_for_step("step", 3);
+    (server, running)
+}
+
+/// Demands that the machine was let go by one request, when the copy was to be seen and the message deleted.
+#[track_caller]
+fn expect_renewed_before(asked: &[Asked], life: &Finished) {
+    let notes: Vec<&str> = asked.iter().map(|asked| asked.note.as_str()).collect();
+    assert_eq!(notes, ["[1, 0, 0]"], "to be seen, in flight, delayed\n{}", life.story());
+    assert_eq!(states(life), ["claimed", "interrupted"], "{}", life.story());
+}
+
+#[test]
+fn the_message_is_renewed_before_the_lifecycle_hook_is_completed() {
+    let Some(shop) = Shop::open(1) else { return };
+    let (server, running) = training_on(&shop, Cloud::Aws);
+    // The hook is found before it is needed.
+    server.wait_for("/?Action=DescribeLifecycleHooks", 1);
+    server.set(LIFECYCLE, "Terminated");
+    let life = running.finish().expect_code(75);
+    expect_renewed_before(&server.requests_of("/?Action=CompleteLifecycleAction"), &life);
+    let kept = server.requests_of("/?Action=RecordLifecycleActionHeartbeat");
+    assert_eq!(kept.first().map(|asked| asked.note.as_str()), Some("[0, 1, 0]"), "{}", life.story());
+}
+
+#[test]
+fn a_machine_is_let_go_though_the_queue_does_not_answer() {
+    let Some(shop) = Shop::open(1) else { return };
+    let (server, running) = training_on(&shop, Cloud::Aws);
+    server.wait_for("/?Action=DescribeLifecycleHooks", 1);
+    server.note_posts(String::new);
+    shop.moto.hang();
+    server.set(LIFECYCLE, "Terminated");
+    let life = running.finish().expect_code(75).expect_said(&["message was not renewed within 10 s"]);
+    assert_eq!(server.requests_of("/?Action=CompleteLifecycleAction").len(), 1, "{}", life.story());
+    assert_eq!(shop.api.heard().last().map(Told::event), Some("interrupted"), "{}", life.story());
+}
+
+#[test]
+fn the_message_is_renewed_before_a_scheduled_event_is_approved() {
+    let Some(shop) = Shop::open(1) else { return };
+    let (server, running) = training_on(&shop, Cloud::Azure);
+    server.wait_for(SCHEDULED_EVENTS, 1);
+    server.events(|events| events.push(azure_event("ours", "Preempt", 30, &[INSTANCE])));
+    let life = running.finish().expect_code(75);
+    let asked = server.requests_of(SCHEDULED_EVENTS);
+    let approvals: Vec<Asked> = asked.into_iter().filter(|asked| asked.method == "POST").collect();
+    expect_renewed_before(&approvals, &life);
+}
+
+#[test]
+fn a_configuration_and_what_it_names_may_lie_in_the_bucket() {
+    let Some(shop) = Shop::open_with(Lab::on_s3, 2) else { return };
+    // A relative name in it is one beside it.
+    let beside = shop.lab.path("model.json").display().to_string();
+    let server = shop.lab.server();
+    server.write("conf/deep/run.toml", shop.lab.config("").replace(&beside, "models/model.json"));
+    server.write("conf/deep/models/model.json", model_config(512));
+    let job = |run: &str, name: &str| {
+        json!({"run_id": run, "config_uri": format!("s3://bucket/conf/deep/{name}")}).to_string()
+    };
+    shop.send(&job("remote", "run.toml"));
+    shop.send(&job("lost", "gone.toml"));
+    let life = shop.worker().finish().expect_code(0).expect_said(&["s3://bucket/conf/deep/gone.toml"]);
+    shop.lab.expect_as_undisturbed("remote", &[&life]);
+    let lost: Vec<_> = shop.api.heard().into_iter().filter(|told| told.body["run_id"] == "lost").collect();
+    let said: Vec<_> = lost.iter().map(|told| (told.event(), told.body["exit_code"].as_u64())).collect();
+    assert_eq!(said, [("failed", Some(78)); 2], "{}", life.story());
+    assert_eq!((shop.count(&shop.queue), shop.count(&shop.dead)), ([0; 3], [1, 0, 0]), "{}", life.story());
+}
+
+#[test]
+fn the_job_api_may_be_named_by_parameters() {
+    let Some(shop) = Shop::open(3) else { return };
+    let api = shop.api.env();
+    for (name, value, kind) in [("job-api-base-url", &api[0].1, "String"), ("worker-token", &api[1].1, "SecureString")]
+    {
+        let parameter = json!({"Name": format!("/trainer/jobs/{name}"), "Value": value, "Type": kind});
+        shop.moto.json("ssm", "AmazonSSM.PutParameter", &parameter);
+    }
+    // A variable that is empty is one that is not set.
+    let unset = [("JOB_API_BASE_URL", String::new()), ("WORKER_TOKEN", String::new())];
+    shop.send(&shop.job("reported", json!({})));
+    let life = shop.worker().args(&["--ssm-path", "/trainer/jobs/"]).envs(&unset).finish().expect_code(0);
+    let heard = shop.api.heard();
+    assert_eq!(
+        (events(&heard).first(), events(&heard).last()),
+        (Some(&"started"), Some(&"completed")),
+        "{}",
+        life.story()
+    );
+    shop.expect_no_token(&[&life]);
+
+    // What the environment says comes first.
+    shop.send(&shop.job("reported", json!({})));
+    let before = heard.len();
+    let wrong = [("WORKER_TOKEN", "another".to_owned())];
+    let life = shop.worker().args(&["--ssm-path", "/trainer/jobs"]).envs(&unset).envs(&wrong).finish().expect_code(0);
+    let last = shop.api.told().pop().map(|told| told.status);
+    assert_eq!((shop.api.heard().len(), last), (before, Some(401)), "{}", life.story());
+}
+
+#[test]
+fn a_machine_leaves_its_group_when_the_queue_stays_empty() {
+    let Some(shop) = Shop::open(3) else { return };
+    let server = MetadataServer::start().only(Cloud::Aws);
+    shop.send(&shop.job("last", json!({})));
+    let life = shop.worker().args(&["--terminate-when-idle"]).envs(&server.envs()).finish().expect_code(0);
+    assert_eq!(states(&life), ["claimed", "completed"], "{}", life.story());
+    assert_eq!(life.of_kind("idle").len(), 1, "{}", life.story());
+    let calls = server.requests().into_iter().filter(|asked| asked.path.starts_with("/?Action="));
+    let calls: Vec<Asked> = calls.filter(|asked| !asked.path.contains("Describe")).collect();
+    let paths: Vec<&str> = calls.iter().map(|asked| asked.path.as_str()).collect();
+    let expected = ["/?Action=TerminateInstanceInAutoScalingGroup", "/?Action=CompleteLifecycleAction"];
+    assert_eq!(paths, expected, "{}", life.story());
+    assert_eq!(parameter(&calls[0].body, "InstanceId").as_deref(), Some(INSTANCE));
+    assert_eq!(parameter(&calls[0].body, "ShouldDecrementDesiredCapacity").as_deref(), Some("true"));
+    shop.expect_empty();
+}
+
+#[test]
+fn what_a_later_life_says_of_the_store_holds_for_the_queue_too() {
+    let Some(shop) = Shop::open_with(Lab::on_s3, 3) else { return };
+    let lab = &shop.lab;
+    let first = lab.run("classed").start();
+    first.wait_for_step("step", 2);
+    first.signal(Signal::TERM);
+    let first = first.finish().expect_code(75);
+    let second = lab.resume("classed").args(&["--set", "storage.storage_class=STANDARD_IA"]).start();
+    second.wait_for("a step", |event| event.kind() == "step");
+    second.signal(Signal::TERM);
+    let second = second.finish().expect_code(75);
+    shop.send(&shop.job("classed", json!({})));
+    let third = shop.worker().finish().expect_code(0);
+    lab.expect_as_undisturbed("classed", &[&first, &second, &third]);
+    let newest = lab.newest_checkpoint("classed");
+    assert!(newest.ends_with("-g0003"), "{newest}\n{}", third.story());
+    let asked = lab.server().asked(&format!("runs/classed/{newest}/manifest.json"), "PutObject").expect("a put");
+    assert_eq!(asked.storage_class.as_deref(), Some("STANDARD_IA"), "{}", third.story());
 }

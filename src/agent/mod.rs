@@ -30,6 +30,7 @@ mod watch;
 mod workers;
 
 use std::{
+    cell::Cell,
     num::NonZeroU64,
     path::{Path, PathBuf},
     sync::Arc,
@@ -130,6 +131,8 @@ pub enum Begin {
         from: Option<Step>,
         /// `--set key=value`, as typed; see [`crate::config::canonical_overrides`].
         overrides: Vec<(String, String)>,
+        /// What its journal said when it was found; it is read on from there.
+        state: Box<RunState>,
     },
     /// As [`Begin::Create`]; of several nodes that do so at once one creates it, and the others do as with [`Begin::Resume`].
     CreateOrResume {
@@ -157,6 +160,8 @@ pub enum Outcome {
         /// What is to be done with this machine then.
         then: Afterwards,
     },
+    /// It was asked to stop before it had created the run: the same command again is as good as new.
+    NotCreated,
     /// It was asked to stop; so many steps must be done again.
     Interrupted {
         /// Finished steps that no checkpoint holds.
@@ -166,16 +171,53 @@ pub enum Outcome {
 
 /// Runs a run on this node to its end. Call it from the main thread: the workers' lives are tied to the thread that starts them.
 pub fn launch(launch: Launch) -> Result<Outcome> {
+    launch_then(launch, |outcome| outcome)
+}
+
+/// The same; gives what `last` makes of the outcome. `last` comes after the run's last words and before whoever waits for this machine
+/// is told that it may go: the machine may be gone a moment later. Until then it is kept waiting.
+pub fn launch_then<T>(launch: Launch, last: impl FnOnce(Result<Outcome>) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("agent-io")
         .enable_all()
         .build()
-        .map_err(|error| Error::from_source(Kind::Bug, error).context("start the agent"))?;
-    let result = runtime.block_on(Agent::run(launch));
+        .map_err(|error| Error::from_source(Kind::Bug, error).context("start the agent"));
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return last(Err(error)),
+    };
+    let (outcome, farewell) = runtime.block_on(Agent::run(launch));
+    let made = last(outcome);
+    if let Some(farewell) = farewell {
+        runtime.block_on(farewell.say());
+    }
     // Uploads of a run that was lost to another writer may hang on a dead store.
     runtime.shutdown_timeout(Duration::from_secs(1));
-    result
+    made
+}
+
+/// How far a beginning came.
+enum Begun {
+    /// All is open.
+    Agent(Box<(Agent, Resolved, Pulse)>),
+    /// There is nothing to do.
+    Over(Outcome),
+}
+
+/// What is left to do when a run has ended on this node and its last words are written.
+struct Farewell {
+    notices: Notices,
+    pulse: Pulse,
+    /// It was told to leave, and nothing is lost.
+    left: bool,
+}
+
+impl Farewell {
+    async fn say(mut self) {
+        self.notices.release(self.left).await;
+        let _ = tokio::time::timeout(LAST_WORDS, self.pulse.stop()).await;
+    }
 }
 
 struct Agent {
@@ -213,6 +255,17 @@ enum Waited {
 /// A journal, what holds for its run, the settings that this command changes, and the checkpoint that it names.
 type Opened = (Journal, Resolved, Vec<(String, String)>, Option<Step>);
 
+/// What a journal is opened with.
+struct Opening<'a> {
+    /// The run's folder.
+    run: &'a Store,
+    node: &'a NodeId,
+    run_id: &'a RunId,
+    nproc_per_node: Option<u32>,
+    manner: &'a Manner,
+    reporter: &'a Reporter,
+}
+
 /// Waits for a notice to leave.
 async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
     loop {
@@ -237,7 +290,21 @@ struct Resolved {
 }
 
 impl Agent {
-    async fn run(launch: Launch) -> Result<Outcome> {
+    /// What came of it, and what is to be said afterwards to those who wait for this node, if anybody can.
+    async fn run(launch: Launch) -> (Result<Outcome>, Option<Farewell>) {
+        let begun = match Self::begin(launch).await {
+            Ok(Begun::Agent(begun)) => begun,
+            Ok(Begun::Over(outcome)) => return (Ok(outcome), None),
+            Err(error) => return (Err(error), None),
+        };
+        let (mut agent, resolved, pulse) = *begun;
+        let result = agent.live(resolved).await;
+        // After a run that is complete the machine may have other work.
+        let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 }));
+        (result, Some(Farewell { notices: agent.notices, pulse, left }))
+    }
+
+    async fn begin(launch: Launch) -> Result<Begun> {
         let Launch { store, run_id, begin, nproc_per_node, manner, reporter } = launch;
         let mut notices =
             Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
@@ -245,20 +312,27 @@ impl Agent {
         let node = NodeId::random();
         let doing = |doing: &str| reporter.event(&Event::Phase { doing: doing.to_owned() });
 
+        // Whether the run may exist: who stops after the first request that creates it does not know what came of that.
+        let exists = Cell::new(matches!(begin, Begin::Resume { .. }));
         let opening = async {
             doing("checking the store");
             store.prove_create_is_atomic().await?;
-            Self::open(&run, &node, &run_id, begin, nproc_per_node, &manner, &reporter).await
+            let (manner, reporter) = (&manner, &reporter);
+            let opening = Opening { run: &run, node: &node, run_id: &run_id, nproc_per_node, manner, reporter };
+            Self::open(opening, begin, &exists).await
         };
         let opened = tokio::select! {
             biased;
             // Data that is downloaded may take long; nothing is lost if it is not.
-            () = told_to_leave(&mut notices, &reporter) => return Ok(Outcome::Interrupted { lost_steps: 0 }),
+            () = told_to_leave(&mut notices, &reporter) => {
+                let nothing_lost = Outcome::Interrupted { lost_steps: 0 };
+                return Ok(Begun::Over(if exists.get() { nothing_lost } else { Outcome::NotCreated }));
+            }
             opened = opening => opened?,
         };
         let (journal, resolved, overrides, from) = match opened {
             Ok(opened) => opened,
-            Err(then) => return Ok(Outcome::Completed { then }),
+            Err(then) => return Ok(Begun::Over(Outcome::Completed { then })),
         };
         let mut agent = Self {
             run,
@@ -278,44 +352,37 @@ impl Agent {
         };
         agent.notices.begin(&resolved.config.notice);
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
-        let result = agent.live(resolved).await;
-        // After a run that is complete the machine may have other work.
-        let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 }));
-        agent.notices.release(left).await;
-        let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
-        result
+        Ok(Begun::Agent(Box::new((agent, resolved, pulse))))
     }
 
-    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what is to
+    /// Opens or creates the journal and looks at all that the configuration names; sets `exists` before it asks for the run to be created. `Err`: the run has completed; what is to
     /// be done with this machine then.
-    async fn open(
-        run: &Store,
-        node: &NodeId,
-        run_id: &RunId,
-        begin: Begin,
-        nproc_per_node: Option<u32>,
-        manner: &Manner,
-        reporter: &Reporter,
-    ) -> Result<Result<Opened, Afterwards>> {
+    async fn open(opening: Opening<'_>, begin: Begin, exists: &Cell<bool>) -> Result<Result<Opened, Afterwards>> {
+        let Opening { run, node, run_id, nproc_per_node, manner, reporter } = opening;
         let cache = manner.cache.as_deref();
-        let (from, overrides) = match begin {
+        let (from, overrides, journal) = match begin {
             Begin::Create(config) => {
                 // Whatever the configuration names is looked at before the run exists.
                 let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+                exists.set(true);
                 let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
                 return Ok(Ok((journal, resolved, Vec::new(), None)));
             }
             Begin::CreateOrResume { config, overrides } => {
                 let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+                exists.set(true);
                 match Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await {
                     Ok(journal) => return Ok(Ok((journal, resolved, Vec::new(), None))),
-                    Err(JournalError::Exists { .. }) => (None, overrides),
+                    Err(JournalError::Exists { .. }) => {
+                        (None, overrides, Journal::open(run.clone(), node.clone(), run_id.clone()).await?)
+                    }
                     Err(error) => return Err(error.into()),
                 }
             }
-            Begin::Resume { from, overrides } => (from, overrides),
+            Begin::Resume { from, overrides, state } => {
+                (from, overrides, Journal::follow(run.clone(), node.clone(), *state).await?)
+            }
         };
-        let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
         let (config, overrides) = effective(journal.state(), &overrides)?;
         if let Some(step) = completed(journal.state(), &config, from) {
             tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");

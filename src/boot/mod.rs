@@ -5,7 +5,9 @@
 //! 2. What is to be done, from the [layers](settings): flags, the environment, SSM parameters below a path, instance tags.
 //! 3. The run: if its journal exists, it is resumed, and the configuration is not even read: a run keeps the settings it was created
 //!    with, and what `set` changes on top of them. Else it is created. A configuration is a file, an object of a store, or the
-//!    value of a parameter.
+//!    value of a parameter. How the store is asked while the run is looked for, `set` says (`storage.attempts`, …), and nothing else can;
+//!    from then on the run's own `storage` settings hold, later generations' changes included. What another machine changes of them
+//!    while this one stands by, this process does not follow.
 //! 4. Devices that the bus has and the driver has not yet; a local disk that lives and dies with the machine, for datasets.
 //!
 //! # Run ids
@@ -44,12 +46,11 @@ use crate::{
         identity::{self, Tags},
         region, ssm,
     },
-    config::{self, Effect, StorageConfig},
+    config::{self, Effect},
     error::{Error, Kind, Result},
     ids::RunId,
-    journal::{self, Entry, MAX_ENTRY, Outcome, Record},
-    layout,
-    storage::{StorageError, Store},
+    journal::{self, JournalError, RunState},
+    storage::Store,
 };
 
 /// Says each step of a boot with the time that it took.
@@ -209,24 +210,21 @@ pub fn store(settings: &Layer, working_directory: &Path) -> Result<Option<Given<
     Ok(Some(Given { value, origin: given.origin.clone() }))
 }
 
-/// How the run's store is to be used, if the run exists: as the configuration says that it was created with. It needs no more than the
-/// journal's first record.
-pub async fn existing(store: &Store, run_id: &RunId) -> Result<Option<StorageConfig>> {
-    match store.folder(run_id.as_str()).get(&layout::journal_entry(0), MAX_ENTRY).await {
-        Ok(body) => match Entry::decode(&body).map(|entry| entry.record) {
-            Ok(Record::Created { config, .. }) => Ok(Some(config.storage)),
-            // Whoever replays the journal says what is wrong with it.
-            _ => Ok(Some(StorageConfig::plain(16, 16))),
-        },
-        Err(StorageError::NotFound { .. }) => Ok(None),
-        Err(error) => Err(error.into()),
+/// What the journal of a run says, if the run exists in this store.
+pub async fn existing(store: &Store, run_id: &RunId) -> Result<Option<RunState>, JournalError> {
+    match journal::replay(&store.folder(run_id.as_str()), run_id).await {
+        Ok(state) => Ok(Some(state)),
+        Err(JournalError::NoSuchRun { .. }) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
-/// Whether the run's journal says that it is complete.
-pub async fn is_complete(store: &Store, run_id: &RunId) -> Result<bool> {
-    let state = journal::replay(&store.folder(run_id.as_str()), run_id).await?;
-    Ok(matches!(state.outcome(), Outcome::Completed { .. }))
+/// The store at `uri`, used as the run that lives there says by now: as it was created with, with what later generations and now
+/// `overrides` change.
+pub fn open(uri: &str, state: &RunState, overrides: &[(String, String)]) -> Result<Store> {
+    let config = config::apply_overrides(state.config(), &state.overrides())?;
+    let settings = config::apply_overrides(&config, overrides)?.storage;
+    Ok(Store::open(uri, &settings)?)
 }
 
 /// The changed settings that a run that exists can take. What it keeps for life was set when it was created: on a machine that

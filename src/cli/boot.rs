@@ -19,6 +19,7 @@ use crate::{
     config::{self, Machine, RunConfig, Sources, Text},
     error::{Context, Error, Kind, Result},
     ids::RunId,
+    journal::{Outcome, RunState},
     report::Screen,
     storage::Store,
 };
@@ -45,7 +46,8 @@ Fields of a template: {year} {quarter} {month} {week} {week_year} {day}, in UTC 
 looked for: one of the quarter before that is unfinished is carried on by naming it with --run-id.
 
 A run that exists is resumed with the settings it was created with, and those that --set or set/<key> change; a changed configuration \
-changes nothing. A run that is complete is left alone. Two machines may boot one run: one trains, the other stands by and takes over \
+changes nothing. Settings of storage hold from the first request on: storage.attempts says how often one that fails is tried. A run that \
+is complete is left alone. Two machines may boot one run: one trains, the other stands by and takes over \
 when the first is gone. When the run is complete, on_complete.action says what becomes of the machine.
 
 Datasets are kept on a mounted instance store (NVMe) where there is one, else in the user's cache. TRAINER_HOST_ROOT names the folder of the machine's /sys, /proc and /dev, for a container that has them elsewhere.
@@ -103,30 +105,32 @@ impl Boot {
         // A run that exists needs no configuration: one that can't be read is no reason not to carry it on.
         let mut found = None;
         if let Some(named) = &named {
-            found = find(&named.value, &config::StorageConfig::plain(16, 16), &run_id)?;
+            found = find(&named.value, &config::reading_settings(&settings.set)?, &run_id)?;
         }
-        let (store, begin) = match found {
-            Some(store) => (store, None),
+        let overrides = boot::changes(&settings.set);
+        let found = match found {
+            Some(found) => Found::Run(found),
             None => {
                 let config = self.configuration(&settings, named)?;
                 match find(&config.store, &config.storage, &run_id)? {
-                    Some(store) => (store, None),
-                    None => (Store::open(&config.store, &config.storage)?, Some(config)),
+                    Some(found) => Found::Run(found),
+                    None => Found::Nothing(Box::new(config)),
                 }
             }
         };
-        let overrides = boot::changes(&settings.set);
-        let begin = match begin {
-            Some(config) => {
-                steps.done(format_args!("run {run_id} does not exist in {}: it is created", store.uri()));
-                Begin::CreateOrResume { config: Box::new(config), overrides }
-            }
-            None => {
+        let (store, begin) = match found {
+            Found::Run((uri, state)) => {
+                let store = boot::open(&uri, &state, &overrides)?;
                 steps.done(format_args!("run {run_id} exists in {}: it is resumed", store.uri()));
-                Begin::Resume { from: None, overrides }
+                (store, Begin::Resume { from: None, overrides, state })
+            }
+            Found::Nothing(config) => {
+                let store = Store::open(&config.store, &config.storage)?;
+                steps.done(format_args!("run {run_id} does not exist in {}: it is created", store.uri()));
+                (store, Begin::CreateOrResume { config, overrides })
             }
         };
-        self.await_devices(&store, &run_id, &begin, &mut steps)?;
+        self.await_devices(&begin, &mut steps)?;
         let cache = boot::cache(&hardware::root());
         if let Some(folder) = &cache {
             steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
@@ -180,7 +184,7 @@ impl Boot {
         Ok(config::load(&sources)?)
     }
 
-    fn await_devices(&self, store: &Store, run_id: &RunId, begin: &Begin, steps: &mut Steps) -> Result<()> {
+    fn await_devices(&self, begin: &Begin, steps: &mut Steps) -> Result<()> {
         let root = hardware::root();
         let hidden = std::env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|list| matches!(list.trim(), "" | "-1"));
         if !cfg!(torch_cuda) || hidden {
@@ -195,7 +199,7 @@ impl Boot {
         let ready = match wait(Duration::ZERO) {
             Ok(ready) => ready,
             // A machine with nothing to do needs no device, and must not stay on for want of one.
-            Err(_) if is_idle(store, run_id, begin)? => return Ok(()),
+            Err(_) if is_idle(begin) => return Ok(()),
             Err(_) => wait(self.device_wait)?,
         };
         if let Some(what) = ready {
@@ -206,23 +210,30 @@ impl Boot {
 }
 
 /// Whether the run is complete and given no more steps.
-fn is_idle(store: &Store, run_id: &RunId, begin: &Begin) -> Result<bool> {
+fn is_idle(begin: &Begin) -> bool {
     match begin {
-        Begin::Resume { overrides, .. } if overrides.iter().all(|(key, _)| key != "train.steps") => {
-            store::block_on(boot::is_complete(store, run_id))
+        Begin::Resume { overrides, state, .. } => {
+            matches!(state.outcome(), Outcome::Completed { .. })
+                && overrides.iter().all(|(key, _)| key != "train.steps")
         }
-        _ => Ok(false),
+        _ => false,
     }
 }
 
-/// The store, opened as the run's own configuration says, if the run exists there.
-pub(super) fn find(uri: &str, settings: &config::StorageConfig, run_id: &RunId) -> Result<Option<Store>> {
+/// The store's URI and what the run's journal says, if the run exists there.
+fn find(uri: &str, settings: &config::StorageConfig, run_id: &RunId) -> Result<Option<(String, Box<RunState>)>> {
     let store = Store::open(uri, settings)?;
-    let doing = || format!("look for run {run_id} in {}", store.uri());
-    match store::block_on(boot::existing(&store, run_id)).context(doing())? {
-        Some(settings) => Ok(Some(Store::open(uri, &settings)?)),
-        None => Ok(None),
-    }
+    let look = async { Ok(boot::existing(&store, run_id).await?) };
+    let found = store::block_on(look).context(format!("look for run {run_id} in {}", store.uri()))?;
+    Ok(found.map(|state| (store.uri(), Box::new(state))))
+}
+
+/// What there is of a run.
+enum Found {
+    /// It exists: its store's URI, and what its journal says.
+    Run((String, Box<RunState>)),
+    /// Nothing: it is created with this configuration.
+    Nothing(Box<RunConfig>),
 }
 
 /// A configuration as it was found.

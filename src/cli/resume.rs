@@ -6,9 +6,9 @@ use clap::Args;
 
 use super::{
     args::{JsonArg, RunArg, SetArg, Workers, WorkersArg},
-    boot, run, store,
+    run, store,
 };
-use crate::{agent::Begin, error::Result, ids::Step, report::Screen};
+use crate::{agent::Begin, boot, config, error::Result, ids::Step, journal, report::Screen, storage::Store};
 
 /// Carry a run on from its newest checkpoint that verifies
 #[derive(Debug, Args)]
@@ -19,7 +19,7 @@ Examples:
   trainer resume --run-id first --set train.steps=2000
 
 The run keeps the settings it was created with. What --set changes stays changed; what belongs to the run for life (its \
-model, the cut and the order of its samples) is refused.")]
+model, the cut and the order of its samples) is refused. What --set says of storage holds from the first request on.")]
 pub struct Resume {
     #[command(flatten)]
     run: RunArg,
@@ -37,11 +37,14 @@ pub struct Resume {
 
 impl Resume {
     pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
-        let begin = Begin::Resume { from: self.from, overrides: self.set.set };
+        let (run_id, overrides) = (self.run.run_id, self.set.set);
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
-        let store = self.run.store.open()?;
-        // What the run's configuration says of its store (encryption, storage class, limits) holds for its whole life.
-        let store = boot::find(&store.uri(), &store::LIMITS, &self.run.run_id)?.unwrap_or(store);
-        run::launch(screen, JsonArg { json: self.json }, store, self.run.run_id, begin, nproc_per_node)
+        let store = Store::open(&self.run.store.open()?.uri(), &config::reading_settings(&overrides)?)?;
+        let look = async { Ok(journal::replay(&store.folder(run_id.as_str()), &run_id).await?) };
+        let state = store::block_on(look)?;
+        // What the run says of its store (encryption, storage class, limits) holds on every machine.
+        let store = boot::open(&store.uri(), &state, &overrides)?;
+        let begin = Begin::Resume { from: self.from, overrides, state: Box::new(state) };
+        run::launch(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node)
     }
 }

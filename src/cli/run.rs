@@ -140,6 +140,10 @@ pub(super) fn launch_as(
             complete(&then)?;
             ExitCode::SUCCESS
         }
+        Outcome::NotCreated => {
+            tracing::info!("stopped before the run was created, nothing is lost: give the same command again");
+            Kind::Interrupted.exit_code().into()
+        }
         Outcome::Interrupted { lost_steps } => {
             tracing::info!("carry on with: {resume}");
             let kind = if lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };

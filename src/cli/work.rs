@@ -33,7 +33,10 @@ A message is a job, as JSON:
 or with the TOML itself in \"config\", and where it is kept in \"store\". A run that exists is carried on as it is.
 
 Jobs are reported to JOB_API_BASE_URL, if it is set, with WORKER_TOKEN. The message of a job whose machine goes away is sent anew, so
-that an interruption does not count towards the queue's maxReceiveCount; a kill counts, unless a checkpoint was committed since.")]
+that an interruption does not count towards the queue's maxReceiveCount; a kill counts, unless a checkpoint was committed since.
+
+A job whose store or data don't answer is put away for a --lease once each request was tried storage.attempts times, as its configuration
+or its \"set\" says (10, about a quarter of a minute).")]
 pub struct Work {
     /// The queue's URL
     #[arg(long, env = "TRAINER_QUEUE", value_name = "URL", hide_env_values = true)]

@@ -104,6 +104,22 @@ pub fn canonical_overrides(
     Ok(diff(base, &changed).into_iter().map(|change| (change.key.to_owned(), change.to)).collect())
 }
 
+/// How a run's store is asked before the run's own settings are known, which stand in that very store: as these overrides say. What S3 is
+/// to do with what is written is left out: that is the run's to say, and nothing is written by then.
+///
+/// # Errors
+/// Unknown keys of `storage`, and wrong values.
+pub fn reading_settings(overrides: &[(String, String)]) -> Result<StorageConfig, ConfigError> {
+    const WRITING: [&str; 3] = ["storage.encryption", "storage.kms_key_id", "storage.storage_class"];
+    let mut raw = Raw::defaults()?;
+    for (key, value) in overrides {
+        if key.starts_with("storage.") && !WRITING.contains(&key.as_str()) {
+            raw.add_set(key, value)?;
+        }
+    }
+    resolve::storage(&raw)
+}
+
 /// Every setting by its full key, as TOML, in the order of `default.toml`. `model.config` is the JSON itself, as text.
 pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     // Taken apart without `..`: a new field that is not listed here does not compile.
@@ -128,7 +144,8 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let auto = |window: &Option<_>| word(&window.map_or_else(|| "auto".into(), text::format_duration));
     let OnComplete { action } = on_complete;
     let RestartConfig { max, same_step, backoff } = restart;
-    let StorageConfig { concurrency, part_mib, max_upload_mib_per_s, encryption, kms_key_id, storage_class } = storage;
+    let StorageConfig { concurrency, part_mib, attempts, max_upload_mib_per_s, encryption, kms_key_id, storage_class } =
+        storage;
     vec![
         ("store", word(store)),
         ("model.kind", word(name_of(MODEL_KINDS, *kind))),
@@ -175,6 +192,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("restart.backoff", word(&text::format_duration(*backoff))),
         ("storage.concurrency", whole(*concurrency)),
         ("storage.part_mib", whole(*part_mib)),
+        ("storage.attempts", whole(*attempts)),
         ("storage.max_upload_mib_per_s", max_upload_mib_per_s.map_or_else(|| word("none"), whole)),
         ("storage.encryption", word(name_of(ENCRYPTIONS, *encryption))),
         ("storage.kms_key_id", word(kms_key_id.as_deref().unwrap_or_default())),

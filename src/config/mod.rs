@@ -21,7 +21,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use batch::{MicroBatches, micro_batches};
-pub use change::{Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, settings};
+pub use change::{
+    Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, reading_settings, settings,
+};
 pub use error::{ConfigError, Origin};
 pub use machine::{Machine, workers_per_node};
 pub use raw::DEFAULT_TOML;
@@ -326,6 +328,9 @@ pub struct StorageConfig {
     pub concurrency: u32,
     /// Size of one part of an upload and of one range of a download, MiB.
     pub part_mib: u32,
+    /// A request that fails is tried so often in all.
+    #[serde(default = "attempts")]
+    pub attempts: u32,
     /// All uploads together take no more than this, MiB a second; `None`: no cap.
     #[serde(default)]
     pub max_upload_mib_per_s: Option<u32>,
@@ -346,12 +351,18 @@ impl StorageConfig {
         Self {
             concurrency,
             part_mib,
+            attempts: attempts(),
             max_upload_mib_per_s: None,
             encryption: Encryption::Default,
             kms_key_id: None,
             storage_class: None,
         }
     }
+}
+
+/// What runs had before it was a setting; `default.toml` says the same.
+const fn attempts() -> u32 {
+    10
 }
 
 /// How S3 encrypts what it keeps.

@@ -326,7 +326,7 @@ fn restart(raw: &Raw) -> Result<RestartConfig, ConfigError> {
     })
 }
 
-fn storage(raw: &Raw) -> Result<StorageConfig, ConfigError> {
+pub(super) fn storage(raw: &Raw) -> Result<StorageConfig, ConfigError> {
     let text = |key| raw.text(key).map(|text| Some(text.trim().to_owned()).filter(|text| !text.is_empty()));
     let encryption = raw.choice("storage.encryption", ENCRYPTIONS)?;
     let printable = |text: &String| text.len() <= 2048 && text.bytes().all(|b| b.is_ascii_graphic());
@@ -355,6 +355,7 @@ fn storage(raw: &Raw) -> Result<StorageConfig, ConfigError> {
         concurrency: raw.whole("storage.concurrency", 1..=1024)?,
         // S3 takes no part below 5 MiB (but the last) and none over 5 GiB.
         part_mib: raw.whole("storage.part_mib", 5..=5120)?,
+        attempts: raw.whole("storage.attempts", 1..=1000)?,
         max_upload_mib_per_s: raw.word_or_whole("storage.max_upload_mib_per_s", "none", 1..=1_000_000)?,
         encryption,
         kms_key_id,

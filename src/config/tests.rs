@@ -503,6 +503,24 @@ fn what_a_run_keeps_for_life_is_refused_with_the_reason() {
 }
 
 #[test]
+fn a_store_is_read_as_the_caller_says_before_the_run_can_say_anything() {
+    let set = [
+        ("train.steps", "5"),
+        ("storage.attempts", "3"),
+        ("storage.part_mib", "8"),
+        // Right only with what the run says.
+        ("storage.kms_key_id", "alias/run"),
+        ("storage.storage_class", "STANDARD_IA"),
+    ];
+    let expected = StorageConfig { attempts: 3, ..StorageConfig::plain(16, 8) };
+    assert_eq!(reading_settings(&pairs(&set)).unwrap(), expected);
+    for (key, value) in [("storage.attempts", "0"), ("storage.attemps", "3")] {
+        let error = reading_settings(&pairs(&[(key, value)])).unwrap_err().to_string();
+        assert!(error.contains(key), "{error}");
+    }
+}
+
+#[test]
 fn every_key_has_an_effect_that_was_thought_about() {
     let base = load_least("").unwrap();
     let free: Vec<&str> =
@@ -532,6 +550,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "restart.backoff",
             "storage.concurrency",
             "storage.part_mib",
+            "storage.attempts",
             "storage.max_upload_mib_per_s",
             "storage.encryption",
             "storage.kms_key_id",

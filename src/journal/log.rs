@@ -87,6 +87,13 @@ impl Journal {
         Ok(Self { store, node, state, held: None, unsettled: None })
     }
 
+    /// The same where `state` was read from there before: reads on.
+    pub async fn follow(store: Store, node: NodeId, state: RunState) -> Result<Self, JournalError> {
+        let mut journal = Self { store, node, state, held: None, unsettled: None };
+        journal.refresh().await?;
+        Ok(journal)
+    }
+
     /// The run as of the last record read.
     pub fn state(&self) -> &RunState {
         &self.state

@@ -196,7 +196,7 @@ impl Notices {
         }
     }
 
-    /// The run has ended on this node and its last words are written; `left`: this process leaves because it was told to, and the last
+    /// The run has ended on this node, its last words are written, and whoever started it has done what must not be cut short; `left`: this process leaves because it was told to, and the last
     /// finished step is durable. Whoever waits for this node is told so, within a bounded time.
     pub async fn release(&mut self, left: bool) {
         let approve = async {

@@ -116,7 +116,8 @@ pub(super) fn open(
         _ => return Err(refuse("has a scheme that is not known")),
     };
     let backend = backend.map_err(|reason| refuse(&reason))?;
-    Ok(Opened { backend, root: format!("{scheme}://{authority}"), prefix: prefix.into(), policy: Policy::REMOTE })
+    let policy = Policy { attempts: settings.attempts.max(1) as usize, ..Policy::REMOTE };
+    Ok(Opened { backend, root: format!("{scheme}://{authority}"), prefix: prefix.into(), policy })
 }
 
 /// `./runs`, `runs` or `/data/runs`; what follows `file://` is a path as typed, not percent-encoded.

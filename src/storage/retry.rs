@@ -23,7 +23,7 @@ use crate::ids::random_hex;
 /// How much is tried.
 #[derive(Clone, Debug)]
 pub(super) struct Policy {
-    /// Attempts in all.
+    /// Attempts in all; over a network `storage.attempts` of the configuration.
     pub attempts: usize,
     /// Attempts where credentials can't be had: on a machine without any, people should not wait long to hear it.
     pub credential_attempts: usize,

@@ -14,8 +14,10 @@
 //!
 //! *Crash*: the lease runs out, another worker receives the message and resumes from the newest checkpoint; see [`handover`] for each
 //! moment. *Retry*: settling twice is fine. *Cancel*: SIGTERM while training is the agent's affair (it saves, and leaves with 75 or 76), after
-//! which the message is renewed first and reported second; between two jobs it ends this worker with 75. Signals that come after a message was
-//! received and before the agent listens are held and sent again.
+//! which the message is settled first (bounded in time, whatever the queue does), whoever waits for the machine is told second that it may go (the
+//! lifecycle hook is completed, the scheduled event approved: [`agent::launch_then`]), and the job API third: a machine that is taken the moment
+//! it may go has left its job to the next one. Between two jobs it ends this worker with 75. Signals that come after a message was received and
+//! before the agent listens are held and sent again.
 
 pub mod api;
 pub mod handover;
@@ -54,8 +56,7 @@ use crate::{
     config::{self, Fetch, Machine, RunConfig, Sources, StorageConfig, Text},
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
-    journal::{self, JournalError},
-    layout,
+    journal, layout,
     report::{Listener, Reporter},
     storage::Store,
 };
@@ -66,10 +67,12 @@ const LAST_REPORTS: Duration = Duration::from_secs(15);
 const HURRIED_REPORTS: Duration = Duration::from_secs(5);
 /// A queue that does not answer for so long ends the worker.
 const PATIENCE: Duration = Duration::from_secs(5 * 60);
-/// Limits while a journal is read; a run's own are in its configuration.
+/// Limits where no run says others.
 const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
 /// This worker's own store is asked for so long whether it answers.
-const STORE_PATIENCE: Duration = Duration::from_secs(60);
+const STORE_PATIENCE: Duration = Duration::from_secs(20);
+/// Renewing the message of a job whose machine goes away may take so long: notices leave as little as 30 s, the last save included.
+const RENEWAL: Duration = Duration::from_secs(10);
 /// The longest reason that is reported, characters.
 const REASON: usize = 2000;
 
@@ -270,7 +273,28 @@ impl Turn {
         Self { end, state, code, reason: None }
     }
 
+    /// The machine goes away before there is anything to save.
+    fn not_begun() -> Self {
+        let turn = Self::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
+        Self { reason: Some("asked to stop before the run was started".into()), ..turn }
+    }
+
+    fn of_outcome(outcome: &Result<Outcome>) -> Self {
+        match outcome {
+            Ok(Outcome::Completed { .. }) => Self::new(End::Completed, State::Completed, 0),
+            Ok(Outcome::NotCreated) => Self::not_begun(),
+            Ok(Outcome::Interrupted { lost_steps }) => {
+                let kind = if *lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
+                Self::new(End::Interrupted, State::Interrupted, kind.exit_code())
+            }
+            Err(error) => Self::of_error(error),
+        }
+    }
+
     fn of_error(error: &Error) -> Self {
+        if let Some(hint) = error.hint() {
+            tracing::warn!("hint: {}", crate::report::human::plain(hint));
+        }
         let end = End::of_error(error.kind());
         let state = match end {
             End::Completed => State::Completed,
@@ -283,6 +307,14 @@ impl Turn {
         let reason = Some(error.to_string().chars().take(REASON).collect());
         Self { end, state, code: error.kind().exit_code(), reason }
     }
+}
+
+/// A message that this worker has received.
+struct Claim<'a> {
+    message: &'a Message,
+    /// The newest committed step when it came.
+    begun_at: u64,
+    carried: Arc<Mutex<Carried>>,
 }
 
 struct Worker<'a> {
@@ -397,8 +429,7 @@ impl Worker<'_> {
         let name = run_id.as_ref().map_or("without a run", RunId::as_str);
         tracing::info!(run = name, received = times, interruptions = carried.interruptions, "job received");
 
-        let begun_at = carried.step;
-        let carried = Arc::new(Mutex::new(carried));
+        let claim = Claim { message, begun_at: carried.step, carried: Arc::new(Mutex::new(carried)) };
         let tracker = Arc::new(Mutex::new(Tracker::new(
             self.reports.clone(),
             Head {
@@ -407,13 +438,13 @@ impl Worker<'_> {
                 claim: random_hex(8),
                 received: message.received,
             },
-            Arc::clone(&carried),
+            Arc::clone(&claim.carried),
             self.heard.clone(),
         )));
-        let (turn, hold) = match Job::parse(&message.body) {
+        let (turn, what) = match Job::parse(&message.body) {
             Err(error) => {
                 let turn = Turn::new(End::Unintelligible, State::Failed, Kind::Config.exit_code());
-                (Turn { reason: Some(error.to_string()), ..turn }, Hold::Ours)
+                self.conclude(&claim, None, Turn { reason: Some(error.to_string()), ..turn })
             }
             Ok(job) => {
                 let holder = {
@@ -423,30 +454,16 @@ impl Worker<'_> {
                         move || say(State::HandedOver, None, None)
                     };
                     let (queue, terms) = (self.queue.clone(), self.settings.terms);
-                    Holder::start(queue, message.clone(), Arc::clone(&carried), terms, handed_over)
+                    Holder::start(queue, message.clone(), Arc::clone(&claim.carried), terms, handed_over)
                 };
-                let mut turn = self.train(&job, message.received, &tracker).unwrap_or_else(|error| {
-                    if let Some(hint) = error.hint() {
-                        tracing::warn!("hint: {}", crate::report::human::plain(hint));
-                    }
-                    Turn::of_error(&error)
-                });
-                // While the message is still held: this may take its time.
-                if turn.end == End::Unreachable && self.runtime.block_on(self.is_cut_off()) {
-                    turn.end = End::CutOff;
-                }
-                (turn, self.runtime.block_on(holder.stop()))
+                let conclude = |turn| self.conclude(&claim, Some(holder), turn);
+                self.train(&job, message.received, &tracker, conclude)
             }
         };
         if let Some(reason) = &turn.reason {
             let reason = crate::report::human::plain(reason);
             tracing::warn!(run = name, received = times, state = ?turn.state, "job is not done: {reason}");
         }
-        let dead_letters = self.max_receive_count.is_some();
-        let further = lock(&carried).step > begun_at;
-        let what = settle(turn.end, hold, message.received, further, dead_letters, self.settings.terms.lease);
-        // The message first: the machine may have seconds left, and the API may take them all.
-        self.runtime.block_on(self.settle(message, what, *lock(&carried)));
         let stage = match turn.state {
             State::Completed => Some(Stage::Completed),
             State::Failed => Some(Stage::Failed),
@@ -461,6 +478,40 @@ impl Worker<'_> {
         turn
     }
 
+    /// Lets go of a message as the end of its turn wants it: the machine may have seconds left, so that this comes before everything else.
+    fn conclude(&self, claim: &Claim<'_>, holder: Option<Holder>, mut turn: Turn) -> (Turn, Settle) {
+        let goes_away = turn.end == End::Interrupted;
+        let work = async {
+            // While the message is still held: this may take its time.
+            if turn.end == End::Unreachable && self.is_cut_off().await {
+                turn.end = End::CutOff;
+            }
+            let hold = match holder {
+                Some(holder) => holder.stop().await,
+                None => Hold::Ours,
+            };
+            let Claim { message, begun_at, .. } = *claim;
+            let carried = *lock(&claim.carried);
+            let (further, dead_letters) = (carried.step > begun_at, self.max_receive_count.is_some());
+            let what = settle(turn.end, hold, message.received, further, dead_letters, self.settings.terms.lease);
+            self.settle(message, what, carried).await;
+            what
+        };
+        let what = self.runtime.block_on(async {
+            if !goes_away {
+                return work.await;
+            }
+            tokio::time::timeout(RENEWAL, work).await.unwrap_or_else(|_| {
+                let limit = RENEWAL.as_secs();
+                tracing::warn!(
+                    "message was not renewed within {limit} s: seen again when its lease ends, this receive counts"
+                );
+                Settle::Leave
+            })
+        });
+        (turn, what)
+    }
+
     /// Whether this worker's own store does not take anything either. A refusal is an answer: that is for a person.
     async fn is_cut_off(&self) -> bool {
         let Some(uri) = &self.settings.store else { return false };
@@ -468,9 +519,12 @@ impl Worker<'_> {
         let Ok(store) = Store::open(&uri, &LIMITS) else { return false };
         let key = format!("{}/{}", layout::PROBES, random_hex(16));
         let put = async {
-            let put = store.put(&key, Bytes::from_static(b"whether this store answers")).await;
-            // What stays behind is rubbish of a few bytes, below a folder that is known for it.
-            let _ = store.delete(&key).await;
+            // One request: who asks has waited for something else all the time that a store is given.
+            let put = store.put_once(&key, Bytes::from_static(b"whether this store answers"), STORE_PATIENCE).await;
+            if put.is_ok() {
+                // What stays behind is rubbish of a few bytes, below a folder that is known for it.
+                let _ = store.delete(&key).await;
+            }
             put
         };
         let mut heard = self.heard.clone();
@@ -485,23 +539,24 @@ impl Worker<'_> {
         }
     }
 
-    /// Trains the run of a job to its end, or to where it can't go on.
-    fn train(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>) -> Result<Turn> {
-        let (store, begin) = match self.prepare(job, received, tracker)? {
-            Prepared::Launch { store, begin } => (store, begin),
-            Prepared::Done { step, loss } => {
+    /// Trains the run of a job to its end, or to where it can't go on; gives what `conclude` makes of that, which comes before whoever waits
+    /// for this machine is told that it may go.
+    fn train<T>(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>, conclude: impl FnOnce(Turn) -> T) -> T {
+        let (store, begin) = match self.prepare(job, received, tracker) {
+            Ok(Prepared::Launch { store, begin }) => (store, begin),
+            Ok(Prepared::Done { step, loss }) => {
                 let facts = Facts { step: Some(step), loss: Some(loss).filter(|l| l.is_finite()), ..Facts::default() };
                 lock(tracker).facts = facts;
-                return Ok(Turn::new(End::Completed, State::Completed, 0));
+                return conclude(Turn::new(End::Completed, State::Completed, 0));
             }
-            Prepared::Renew { committed } => {
+            Ok(Prepared::Renew { committed }) => {
                 lock(&lock(tracker).carried).step = committed;
-                return Ok(Turn::new(End::Further, State::Renewed, 0));
+                return conclude(Turn::new(End::Further, State::Renewed, 0));
             }
+            Err(error) => return conclude(Turn::of_error(&error)),
         };
         if self.asked() {
-            let turn = Turn::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
-            return Ok(Turn { reason: Some("asked to stop before the run was started".into()), ..turn });
+            return conclude(Turn::not_begun());
         }
         let listener: Listener = Box::new({
             let tracker = Arc::clone(tracker);
@@ -516,15 +571,9 @@ impl Worker<'_> {
             manner: Manner { cache: boot::cache(&hardware::root()), ..Manner::default() },
             reporter: reporter.clone(),
         };
-        let outcome = agent::launch(launch);
+        let concluded = agent::launch_then(launch, |outcome| conclude(Turn::of_outcome(&outcome)));
         reporter.finish();
-        Ok(match outcome? {
-            Outcome::Completed { .. } => Turn::new(End::Completed, State::Completed, 0),
-            Outcome::Interrupted { lost_steps } => {
-                let kind = if lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
-                Turn::new(End::Interrupted, State::Interrupted, kind.exit_code())
-            }
-        })
+        concluded
     }
 
     /// Finds the run, or makes ready to create it.
@@ -543,10 +592,11 @@ impl Worker<'_> {
                 (config.store.clone(), Some(config))
             }
         };
-        let root = Store::open(&uri, &LIMITS)?;
+        let root = Store::open(&uri, &config::reading_settings(&job.set)?)?;
         let run_id = &job.run_id;
-        match self.runtime.block_on(journal::replay(&root.folder(run_id.as_str()), run_id)) {
-            Ok(state) => {
+        let found = self.runtime.block_on(boot::existing(&root, run_id));
+        match found.context(format!("read journal of run {run_id}"))? {
+            Some(state) => {
                 if let journal::Outcome::Completed { step, loss, .. } = state.outcome() {
                     return Ok(Prepared::Done { step: step.get(), loss: *loss });
                 }
@@ -555,10 +605,11 @@ impl Worker<'_> {
                 if self.max_receive_count.is_some() && made_progress(received, carried, committed) {
                     return Ok(Prepared::Renew { committed });
                 }
-                let store = Store::open(&uri, &state.config().storage)?;
-                Ok(Prepared::Launch { store, begin: Begin::Resume { from: None, overrides: Vec::new() } })
+                let store = boot::open(&uri, &state, &[])?;
+                let begin = Begin::Resume { from: None, overrides: Vec::new(), state: Box::new(state) };
+                Ok(Prepared::Launch { store, begin })
             }
-            Err(JournalError::NoSuchRun { .. }) => {
+            None => {
                 let config = match config {
                     Some(config) => config,
                     None => self.config(job, Some(uri.clone()))?,
@@ -569,7 +620,6 @@ impl Worker<'_> {
                     begin: Begin::CreateOrResume { config: Box::new(config), overrides: Vec::new() },
                 })
             }
-            Err(error) => Err(error).context(format!("read journal of run {run_id}")),
         }
     }
 

@@ -19,6 +19,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Pid, Signal};
+
 /// What `scripts/test` installs; the folder is named after its checksum.
 const REQUIREMENTS: &str = include_str!("tools-requirements.txt");
 
@@ -117,6 +119,11 @@ impl Moto {
     pub fn make_bucket(&self, bucket: &str) {
         let answer = self.send("PUT", &format!("/{bucket}"), &[], "");
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+
+    /// Answers nothing from now on: connections are taken, and that is all.
+    pub fn hang(&self) {
+        rustix::process::kill_process(Pid::from_child(&self.child), Signal::STOP).expect("stop moto");
     }
 
     /// Forgets everything: buckets, queues, stacks, of all accounts.

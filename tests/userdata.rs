@@ -3,10 +3,13 @@
 //!
 //! Tools and schemas come from `scripts/test`; where they are not installed, the tests that need them say so and pass. What nothing here
 //! checks: Azure's and Google's command lines (only their shell), SkyPilot's schema (only its keys that we use), and anything against a real cloud.
+mod elsewhere;
+mod endings;
 mod files;
 mod loops;
 mod machine;
 mod stack;
+mod stand_ins;
 
 use std::{
     path::{Path, PathBuf},

@@ -203,6 +203,12 @@ fn systemd_understands_each_unit() {
         // A unit that systemd gives up leaves a machine that is paid for and does nothing.
         assert!(unit.contains("\nStartLimitIntervalSec=0\n"), "{unit}");
         assert!(unit.contains("KillMode=mixed") && unit.contains("Restart=on-failure"), "{unit}");
+        // A container that has ended by itself is gone: a stop that fails for that would start a completed run again.
+        for stop in unit.lines().filter_map(|line| line.strip_prefix("ExecStop=")) {
+            assert!(stop.starts_with("-/usr/bin/docker stop ") || stop == "/bin/true stop", "{stop}");
+        }
+        // A worker that leaves with 0 when the queue is empty is not there for the next job.
+        assert!(*name != "trainer-work.service" || unit.contains(" work --json --idle-exit never\n"), "{unit}");
         let Some(said) = verify(name, unit) else {
             println!("skipped: there is no systemd-analyze here");
             return;
@@ -329,5 +335,8 @@ fn the_skypilot_task_recovers_on_the_codes_that_ask_for_it() {
     let recovery = &task[0]["resources"]["job_recovery"];
     assert_eq!(recovery["recover_on_exit_codes"], serde_json::json!([69, 75, 76]));
     assert_eq!(recovery["strategy"], "EAGER_NEXT_REGION");
+    // Else a machine looks for the bucket in its own region, and the next machine is in another.
+    let store = task[0]["envs"]["TRAINER_STORE"].as_str();
+    assert!(store.is_some_and(|store| store.starts_with("s3://")) && task[0]["envs"]["AWS_REGION"].is_string());
     assert_eq!(task[0]["resources"]["use_spot"], true);
 }

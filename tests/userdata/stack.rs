@@ -1,4 +1,6 @@
 //! The CloudFormation templates: linted, held against what the linter misses, and created.
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 
 use super::{python, said, text, tool, yaml};
@@ -142,6 +144,93 @@ print(json.dumps(session.get_service_model("ec2").shape_for("InstanceType").enum
     }
 }
 
+/// Each permission: role, action, and what it is for. `*` only for actions that know no resource to name.
+const GRANTS: &[&str] = &[
+    "LoopRole autoscaling:SetDesiredCapacity the group",
+    "LoopRole ssm:PutParameter arn:aws:ssm:here:parameter${SsmPath}-loop/task-token",
+    "Role autoscaling:CompleteLifecycleAction the group",
+    "Role autoscaling:DescribeAutoScalingInstances *",
+    "Role autoscaling:DescribeLifecycleHooks *",
+    "Role autoscaling:RecordLifecycleActionHeartbeat the group",
+    "Role autoscaling:SuspendProcesses the group",
+    "Role autoscaling:TerminateInstanceInAutoScalingGroup the group",
+    "Role ecr:BatchCheckLayerAvailability arn:aws:ecr:here:repository/${RepositoryName}",
+    "Role ecr:BatchGetImage arn:aws:ecr:here:repository/${RepositoryName}",
+    "Role ecr:GetAuthorizationToken *",
+    "Role ecr:GetDownloadUrlForLayer arn:aws:ecr:here:repository/${RepositoryName}",
+    "Role logs:CreateLogStream LogGroup.Arn",
+    "Role logs:PutLogEvents LogGroup.Arn",
+    "Role s3:AbortMultipartUpload ${Bucket.Arn}/*",
+    "Role s3:DeleteObject ${Bucket.Arn}/*",
+    "Role s3:GetLifecycleConfiguration Bucket.Arn",
+    "Role s3:GetObject ${Bucket.Arn}/*",
+    "Role s3:GetObject arn:aws:s3:::${ReadBucket}/* if HasReadBucket",
+    "Role s3:ListBucket Bucket.Arn",
+    "Role s3:ListBucket arn:aws:s3:::${ReadBucket} if HasReadBucket",
+    "Role s3:ListBucketMultipartUploads Bucket.Arn",
+    "Role s3:PutObject ${Bucket.Arn}/*",
+    "Role servicequotas:GetServiceQuota *",
+    "Role sns:Publish Topic",
+    "Role sqs:ChangeMessageVisibility Queue.Arn",
+    "Role sqs:DeleteMessage Queue.Arn",
+    "Role sqs:GetQueueAttributes Queue.Arn",
+    "Role sqs:ReceiveMessage Queue.Arn",
+    "Role sqs:SendMessage Queue.Arn",
+    "Role ssm:GetParameter arn:aws:ssm:here:parameter${SsmPath}-loop/task-token",
+    "Role ssm:GetParametersByPath arn:aws:ssm:here:parameter${SsmPath}",
+    "Role ssm:UpdateInstanceInformation *",
+    "Role ssmmessages:CreateControlChannel *",
+    "Role ssmmessages:CreateDataChannel *",
+    "Role ssmmessages:OpenControlChannel *",
+    "Role ssmmessages:OpenDataChannel *",
+    "Role states:SendTaskFailure arn:aws:states:here:stateMachine:${AWS::StackName}-loop if IsLoop",
+    "Role states:SendTaskHeartbeat arn:aws:states:here:stateMachine:${AWS::StackName}-loop if IsLoop",
+    "Role states:SendTaskSuccess arn:aws:states:here:stateMachine:${AWS::StackName}-loop if IsLoop",
+    "ScheduleRole autoscaling:SetDesiredCapacity the group",
+    "ScheduleRole sqs:SendMessage DeadLetters.Arn",
+    "ScheduleRole sqs:SendMessage Queue.Arn",
+    "ScheduleRole states:StartExecution Loop if IsLoop",
+];
+
+/// What the stack's roles grant, as [`GRANTS`] writes it.
+fn granted(stack: &Value) -> BTreeSet<String> {
+    fn list(value: &Value) -> Vec<&Value> {
+        value.as_array().map_or_else(|| vec![value], |values| values.iter().collect())
+    }
+    let mut granted = BTreeSet::new();
+    for (name, resource) in stack["Resources"].as_object().expect("resources") {
+        if resource["Type"] != "AWS::IAM::Role" {
+            continue;
+        }
+        // What they grant on everything stands in no file of ours: AmazonSSMManagedInstanceCore reads every parameter.
+        assert!(resource["Properties"].get("ManagedPolicyArns").is_none(), "{name}");
+        for policy in resource["Properties"]["Policies"].as_array().expect("policies") {
+            for statement in policy["PolicyDocument"]["Statement"].as_array().expect("statements") {
+                let (condition, statement) = match statement.get("Fn::If") {
+                    Some(branches) => (format!(" if {}", branches[0].as_str().expect("a condition")), &branches[1]),
+                    None => (String::new(), statement),
+                };
+                assert_eq!(statement["Effect"], "Allow");
+                for action in list(&statement["Action"]) {
+                    for resource in list(&statement["Resource"]) {
+                        let short = ["Fn::Sub", "Fn::GetAtt", "Ref"].iter().find_map(|function| resource.get(function));
+                        let resource = short.unwrap_or(resource).as_str().expect("what it is for");
+                        let resource = resource.replace(
+                            "arn:${AWS::Partition}:autoscaling:${AWS::Region}:${AWS::AccountId}:autoScalingGroup:*:autoScalingGroupName/${AWS::StackName}",
+                            "the group",
+                        );
+                        let resource = resource
+                            .replace("${AWS::Region}:${AWS::AccountId}", "here")
+                            .replace("${AWS::Partition}", "aws");
+                        granted.insert(format!("{name} {} {resource}{condition}", action.as_str().expect("an action")));
+                    }
+                }
+            }
+        }
+    }
+    granted
+}
+
 #[test]
 fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     let Some(stack) = template("aws/stack.yaml") else { return };
@@ -151,69 +240,14 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     let bucket = properties(&stack, "Bucket");
     let block = bucket["PublicAccessBlockConfiguration"].as_object().expect("a public access block");
     assert!(block.len() == 4 && block.values().all(|value| *value == true), "{block:?}");
-    assert_eq!(bucket["VersioningConfiguration"]["Status"], "Enabled");
-    let rules = bucket["LifecycleConfiguration"]["Rules"].to_string();
-    assert!(
-        rules.contains("AbortIncompleteMultipartUpload") && rules.contains("NoncurrentVersionExpiration"),
-        "{rules}"
-    );
+    assert_eq!(bucket["VersioningConfiguration"]["Status"], json!({"Ref": "Versioning"}));
+    assert_eq!(stack["Parameters"]["Versioning"]["Default"], "Enabled");
+    let rules = &bucket["LifecycleConfiguration"]["Rules"];
+    assert_eq!(rules[0]["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"], 1);
+    // What is pruned is paid for all that time, and a run prunes hundreds of checkpoints a day.
+    assert_eq!(rules[1]["NoncurrentVersionExpiration"]["NoncurrentDays"], 1);
     assert_eq!(stack["Resources"]["Bucket"]["DeletionPolicy"], "Retain");
-    // Actions that name no resource because none can be named; each other one names its own.
-    const BROAD: [&str; 9] = [
-        "ssm:UpdateInstanceInformation",
-        "ssmmessages:CreateControlChannel",
-        "ssmmessages:CreateDataChannel",
-        "ssmmessages:OpenControlChannel",
-        "ssmmessages:OpenDataChannel",
-        "autoscaling:DescribeAutoScalingInstances",
-        "autoscaling:DescribeLifecycleHooks",
-        "servicequotas:GetServiceQuota",
-        "ecr:GetAuthorizationToken",
-    ];
-    let mut granted = Vec::new();
-    for (name, resource) in stack["Resources"].as_object().expect("resources") {
-        if resource["Type"] != "AWS::IAM::Role" {
-            continue;
-        }
-        // What they grant on everything stands in no file of ours: AmazonSSMManagedInstanceCore reads every parameter.
-        assert!(resource["Properties"].get("ManagedPolicyArns").is_none(), "{name}");
-        for policy in resource["Properties"]["Policies"].as_array().expect("policies") {
-            for statement in policy["PolicyDocument"]["Statement"].as_array().expect("statements") {
-                let statement = statement.get("Fn::If").map_or(statement, |branches| &branches[1]);
-                let actions = match &statement["Action"] {
-                    Value::Array(actions) => actions.clone(),
-                    action => vec![action.clone()],
-                };
-                for action in &actions {
-                    let action = action.as_str().expect("an action");
-                    assert!(!action.contains('*'), "{name}: {action}");
-                    assert!(statement["Resource"] != "*" || BROAD.contains(&action), "{name}: {action} on everything");
-                    granted.push(format!("{name} {action}"));
-                }
-            }
-        }
-    }
-    for needed in [
-        "Role s3:GetObject",
-        "Role s3:PutObject",
-        "Role s3:AbortMultipartUpload",
-        "Role s3:ListBucketMultipartUploads",
-        "Role ssm:GetParametersByPath",
-        "Role ssmmessages:OpenDataChannel",
-        "Role sqs:ChangeMessageVisibility",
-        "Role sqs:SendMessage",
-        "Role autoscaling:CompleteLifecycleAction",
-        "Role autoscaling:RecordLifecycleActionHeartbeat",
-        "Role autoscaling:SuspendProcesses",
-        "Role autoscaling:TerminateInstanceInAutoScalingGroup",
-        "Role ecr:BatchGetImage",
-        "ScheduleRole autoscaling:SetDesiredCapacity",
-        "ScheduleRole sqs:SendMessage",
-        "LoopRole ssm:PutParameter",
-        "LoopRole autoscaling:SetDesiredCapacity",
-    ] {
-        assert!(granted.iter().any(|one| one == needed), "nobody grants {needed}: {granted:?}");
-    }
+    assert_eq!(granted(&stack), GRANTS.iter().map(|line| line.to_string()).collect::<BTreeSet<_>>());
     // The configuration can be read before this stack's own bucket is there, and from no address that the program does not know.
     let role = properties(&stack, "Role").to_string();
     assert!(role.contains("s3:::${ReadBucket}/*") && role.contains("s3:::${ReadBucket}\""), "{role}");
@@ -244,6 +278,65 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
 }
 
 #[test]
+fn nothing_fails_unheard() {
+    let Some(stack) = template("aws/stack.yaml") else { return };
+    let group = properties(&stack, "Group");
+    let notification =
+        json!([{"TopicARN": {"Ref": "Topic"}, "NotificationTypes": ["autoscaling:EC2_INSTANCE_LAUNCH_ERROR"]}]);
+    assert_eq!(group["NotificationConfigurations"], notification, "no quota, no capacity, no such AMI");
+    // Each alarm that starts no machine tells somebody, in every way to begin a run.
+    let alarms: Vec<_> = stack["Resources"]
+        .as_object()
+        .expect("resources")
+        .iter()
+        .filter(|(_, one)| one["Type"] == "AWS::CloudWatch::Alarm")
+        .collect();
+    let mut looked_at = 0;
+    for (name, alarm) in &alarms {
+        let action = if *name == "JobsWaiting" { "OneMore" } else { "Topic" };
+        assert_eq!(alarm["Properties"]["AlarmActions"], json!([{"Ref": action}]), "{name}");
+        assert_eq!(alarm["Properties"]["TreatMissingData"], "notBreaching", "{name}");
+        looked_at += alarm["Properties"]["Metrics"].as_array().map_or(1, |metrics| metrics.len() - 1);
+    }
+    assert_eq!((alarms.len(), looked_at), (8, 9), "what the opening comment of stack.yaml says of their cost");
+    // A job that waits longer than any that is worked on: a message is held for 12 hours at most.
+    let old = properties(&stack, "JobsOld");
+    assert_eq!((&old["MetricName"], &old["Statistic"]), (&json!("ApproximateAgeOfOldestMessage"), &json!("Maximum")));
+    assert_eq!(old["Dimensions"], json!([{"Name": "QueueName", "Value": {"Fn::GetAtt": "Queue.QueueName"}}]));
+    let (threshold, kept) = (old["Threshold"].as_u64(), properties(&stack, "Queue")["MessageRetentionPeriod"].as_u64());
+    assert!(threshold > Some(12 * 3600) && threshold < kept, "{threshold:?} of {kept:?}");
+    // A machine that hangs prints no lag.
+    let silence = properties(&stack, "Silence");
+    let metrics = silence["Metrics"].as_array().expect("metrics");
+    assert_eq!(metrics[0]["Expression"], "IF(FILL(machines, 0) > 0 AND FILL(lag, -1) < 0, 1, 0)");
+    let machines = json!({"Namespace": "AWS/AutoScaling", "MetricName": "GroupInServiceInstances",
+        "Dimensions": [{"Name": "AutoScalingGroupName", "Value": {"Ref": "Group"}}]});
+    assert_eq!((&metrics[1]["Id"], &metrics[1]["MetricStat"]["Metric"]), (&json!("machines"), &machines));
+    assert_eq!(
+        group["MetricsCollection"][0]["Metrics"],
+        json!(["GroupInServiceInstances"]),
+        "it is counted only if asked for"
+    );
+    let lag = &properties(&stack, "LagMetric")["MetricTransformations"][0];
+    let lag = json!({"Namespace": lag["MetricNamespace"], "MetricName": lag["MetricName"]});
+    assert_eq!((&metrics[2]["Id"], &metrics[2]["MetricStat"]["Metric"]), (&json!("lag"), &lag));
+    assert!(metrics[1..].iter().all(|one| one["ReturnData"] == false), "{metrics:?}");
+    // The log is that of a container.
+    assert_eq!(stack["Resources"]["Silence"]["Condition"], "HasImage");
+}
+
+#[test]
+fn a_job_that_waits_ends_no_machine_that_works() {
+    let Some(stack) = template("aws/stack.yaml") else { return };
+    let policy = properties(&stack, "OneMore");
+    // An exact number would lower the capacity of a group that has more; MaxSize is the group's own affair.
+    assert_eq!(policy["AdjustmentType"], "ChangeInCapacity");
+    assert_eq!(policy["StepAdjustments"], json!([{"MetricIntervalLowerBound": 0, "ScalingAdjustment": 1}]));
+    // The alarm asks again each minute.
+    assert!(policy["EstimatedInstanceWarmup"].as_u64() >= Some(600), "{policy}");
+}
+
+#[test]
 fn batch_starts_again_on_the_codes_that_ask_for_it() {
     let Some(template) = template("aws/batch.yaml") else { return };
     let strategy = &properties(&template, "JobDefinition")["RetryStrategy"];
@@ -260,6 +353,23 @@ fn batch_starts_again_on_the_codes_that_ask_for_it() {
     );
 }
 
+/// The settings' references, and the most that may stand in their place: limits of AWS where there are any, else more than anybody writes.
+const LONGEST: [(&str, usize); 12] = [
+    ("${AWS::Region}", 16),
+    ("${Image}", 250),
+    ("${Bundle}", 200),
+    ("${BundleSha256}", 64),
+    ("${SsmPath}", 100),
+    ("${Bucket}", 63),
+    // The stack's name, its resource's, and a suffix; so are queue and topic.
+    ("${LogGroup}", 160),
+    ("${OnFailure}", 9),
+    ("${Topic}", 220),
+    ("${JobQueue}", 150),
+    ("${AWS::StackName}", 128),
+    ("${TaskToken}", 116),
+];
+
 /// The part of User Data that is a script, and all of it, as a machine gets it.
 #[test]
 fn the_stack_carries_user_data_and_it_fits() {
@@ -275,12 +385,18 @@ fn the_stack_carries_user_data_and_it_fits() {
     assert_eq!(
         join[1][1].as_str(),
         Some(without_comments.as_str()),
-        "renew the copy in stack.yaml: grep -vE '^ *#([^!]|$)' userdata/aws/user-data.sh | sed 's/^\\(.\\)/                  \\1/'"
+        "renew the copy in stack.yaml: grep -vE '^\\s*#([^!]|$)' userdata/aws/user-data.sh | sed 's/^\\(.\\)/             \\1/'"
     );
     let head = join[1][0]["Fn::Sub"][0].as_str().expect("the settings");
     assert!(head.ends_with("\n\n"), "a blank line between a part's head and its body");
-    // References are replaced by something longer than any of them is.
-    assert!(head.len() + without_comments.len() + 2_000 < 16_384);
+    let mut whole = head.to_owned();
+    for (reference, longest) in LONGEST {
+        assert!(head.contains(reference), "{reference}");
+        whole = whole.replace(reference, &"x".repeat(longest));
+    }
+    assert!(!whole.contains("${"), "how long may it become? {whole}");
+    let whole = whole.len() + without_comments.len() + join[1][2].as_str().expect("the end").len();
+    assert!(whole < 16_384, "EC2 takes no more than 16 KB: {whole}");
     assert!(script.len() < 16_384, "EC2 takes no more than 16 KB: {}", script.len());
     let settings = text("README.md");
     for line in head.lines().filter(|line| line.trim_start().starts_with("TRAINER_")) {
@@ -364,6 +480,7 @@ fn the_stack_is_created_with_nothing_lost_but_what_moto_does_not_know() {
                 Some("IsQueue") => work == "queue",
                 Some("IsLoop") => work == "loop",
                 Some("HasEmail") => false,
+                Some("HasImage") => true,
                 Some(other) => panic!("unknown condition {other}"),
                 None => true,
             };

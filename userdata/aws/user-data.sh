@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# EC2 User Data: makes a fresh machine train, and keeps it at that over every restart. No awscli, no Python, no package is installed.
+# EC2 User Data: makes a fresh machine train, and keeps it at that over every restart. No package is installed.
 #
-# The AMI has Docker and, for GPUs, NVIDIA's driver and container toolkit (AWS's Deep Learning Base AMI has); with a bundle instead of an
-# image, glibc 2.36 and curl 7.88. Settings stand in /etc/trainer/machine.conf, lines of NAME=value, none secret: userdata/README.md lists them.
+# The AMI has Docker and, for GPUs, NVIDIA's driver and container toolkit; with a bundle instead of an image, glibc 2.36 and curl 7.88.
+# Settings stand in /etc/trainer/machine.conf, lines of NAME=value, none secret: userdata/README.md lists them.
 #
-# Costs: the machine's price an hour x hours, its disk, what it logs. `trainer simulate` says what interruptions add.
-# Removal: terminate the machine; or systemctl disable --now trainer, then delete /etc/trainer, /opt/trainer*,
-#          /usr/local/sbin/trainer-machine and trainer* below /etc/systemd/system.
+# Costs: the machine's price an hour x hours, its disk, what it logs.
+# Removal: terminate the machine.
 #
-# Installs itself (below TRAINER_ROOT, if set) as trainer-machine, and a unit that runs `trainer-machine run` at each start. Safe to run
-# again and twice at once. Failures say what to do, on standard error and in /var/log/trainer-boot.log.
+# Installs itself (below TRAINER_ROOT, if set) as trainer-machine, with a unit that runs `trainer-machine run` at each start. Safe to run
+# again and twice at once. What fails is said on standard error and in /var/log/trainer-boot.log. Tabs: EC2 takes 16 KB.
 set -Eeuo pipefail
 umask 022
 root=${TRAINER_ROOT:-}
@@ -29,285 +28,311 @@ token='' id=''
 say() { printf '%s trainer-machine: %s\n' "$(date -u +%FT%TZ)" "$*" | tee -a "$root/var/log/trainer-boot.log" >&2; }
 # die CODE WHAT HINT: the codes are trainer's own.
 die() {
-    trap - ERR
-    say "error: $2"
-    say "hint: $3"
-    exit "$1"
+	trap - ERR
+	say "error: $2"
+	say "hint: $3"
+	exit "$1"
 }
-trap 'die 70 "line $LINENO: \"$BASH_COMMAND\" failed" "see the lines above; if they do not help, this script has a bug"' ERR
-# retry TIMES COMMAND…: with growing pauses of at most 30 s, each a little different from machine to machine.
+trap 'die 70 "line $LINENO: \"$BASH_COMMAND\" failed" "see the lines above"' ERR
+# retry TIMES COMMAND…: with growing pauses of at most 30 s.
 retry() {
-    local times=$1 try pause=1
-    shift
-    for ((try = 1; ; try++)); do
-        if "$@"; then return 0; fi
-        if [ "$try" -ge "$times" ]; then return 1; fi
-        sleep "$pause.$((RANDOM % 10))"
-        pause=$((pause < 15 ? pause * 2 : 30))
-    done
+	local times=$1 try pause=1
+	shift
+	for ((try = 1; ; try++)); do
+		if "$@"; then return 0; fi
+		if [ "$try" -ge "$times" ]; then return 1; fi
+		sleep "$pause.$((RANDOM % 10))"
+		pause=$((pause < 15 ? pause * 2 : 30))
+	done
 }
 # put FILE MODE: writes standard input there if it differs; 0 if it was written.
 put() {
-    local new
-    mkdir -p "${1%/*}"
-    new=$(mktemp "$1.XXXXXX")
-    cat >"$new"
-    chmod "$2" "$new"
-    if cmp -s "$new" "$1"; then
-        rm -f "$new"
-        return 1
-    fi
-    mv -f "$new" "$1"
+	local new
+	mkdir -p "${1%/*}"
+	new=$(mktemp "$1.XXXXXX")
+	cat >"$new"
+	chmod "$2" "$new"
+	if cmp -s "$new" "$1"; then
+		rm -f "$new"
+		return 1
+	fi
+	mv -f "$new" "$1"
 }
 
 # --- AWS: the metadata service and signed requests. Nothing secret stands in an argument or a log.
 
 get_token() {
-    token=$(curl -fsS --noproxy '*' --connect-timeout 2 --max-time 5 -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 600' "$imds/latest/api/token")
+	token=$(curl -fsS --noproxy '*' --connect-timeout 2 --max-time 5 -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 600' "$imds/latest/api/token")
 }
 metadata() {
-    printf 'header = "X-aws-ec2-metadata-token: %s"\n' "$token" |
-        curl -fsS --noproxy '*' --connect-timeout 2 --max-time 5 -K - "$imds/latest/meta-data/$1"
+	printf 'header = "X-aws-ec2-metadata-token: %s"\n' "$token" |
+		curl -fsS --noproxy '*' --connect-timeout 2 --max-time 5 -K - "$imds/latest/meta-data/$1"
 }
 know_machine() {
-    if [ -n "$id" ]; then return 0; fi
-    retry 8 get_token || die 69 "the metadata service at $imds gives no token" \
-        "switch it on (HttpEndpoint: enabled, HttpTokens: required); in a container it needs host network or a hop limit of 2"
-    id=$(retry 4 metadata instance-id) || die 69 "the metadata service does not name the instance" "look at $imds by hand"
-    region=${region:-$(retry 4 metadata placement/region)} || die 69 "the metadata service does not name the region" "set AWS_REGION"
+	if [ -n "$id" ]; then return 0; fi
+	retry 8 get_token || die 69 "the metadata service at $imds gives no token" \
+		"switch it on (HttpEndpoint: enabled); in a container it needs host network or a hop limit of 2"
+	id=$(retry 4 metadata instance-id) || die 69 "the metadata service does not name the instance" "look at $imds by hand"
+	region=${region:-$(retry 4 metadata placement/region)} || die 69 "the metadata service does not name the region" "set AWS_REGION"
 }
 field() { sed -n "s/.*\"$1\" *: *\"\([^\"]*\)\".*/\1/p" | head -n 1; }
 # signed REGION SERVICE CURL-ARGUMENT…, with $payload as the body
 signed() {
-    local sign=aws:amz:$1:$2 role said
-    shift 2
-    if ! get_token || ! role=$(metadata iam/security-credentials/) || ! said=$(metadata "iam/security-credentials/$role"); then
-        say "no credentials: does the launch template name an instance profile?"
-        return 1
-    fi
-    {
-        printf 'user = "%s:%s"\n' "$(field AccessKeyId <<<"$said")" "$(field SecretAccessKey <<<"$said")"
-        printf 'header = "x-amz-security-token: %s"\n' "$(field Token <<<"$said")"
-        if [ -n "${payload:-}" ]; then printf 'data = "%s"\n' "${payload//\"/\\\"}"; fi
-    } | curl -fsS --connect-timeout 5 --aws-sigv4 "$sign" -K - "$@"
+	local sign=aws:amz:$1:$2 role said
+	shift 2
+	if ! get_token || ! role=$(metadata iam/security-credentials/) || ! said=$(metadata "iam/security-credentials/$role"); then
+		say "no credentials: does the launch template name an instance profile?"
+		return 1
+	fi
+	{
+		printf 'user = "%s:%s"\n' "$(field AccessKeyId <<<"$said")" "$(field SecretAccessKey <<<"$said")"
+		printf 'header = "x-amz-security-token: %s"\n' "$(field Token <<<"$said")"
+		if [ -n "${payload:-}" ]; then printf 'data = "%s"\n' "${payload//\"/\\\"}"; fi
+	} | curl -fsS --connect-timeout 5 --aws-sigv4 "$sign" -K - "$@"
 }
 # json REGION SERVICE HOST TARGET: $payload is JSON
 json() {
-    local version=1.1
-    if [ "$2" = states ]; then version=1.0; fi
-    signed "$1" "$2" --max-time 20 -H "Content-Type: application/x-amz-json-$version" -H "X-Amz-Target: $4" "${AWS_ENDPOINT_URL:-https://$3.$1.amazonaws.com}/"
+	local version=1.1
+	if [ "$2" = states ]; then version=1.0; fi
+	signed "$1" "$2" --max-time 20 -H "Content-Type: application/x-amz-json-$version" -H "X-Amz-Target: $4" "${AWS_ENDPOINT_URL:-https://$3.$1.amazonaws.com}/"
 }
-# tell ACTION MORE: to the task of the state machine, if there is one.
+# tell ACTION MORE: to the task of the state machine, if there is one. A success that is lost costs another machine.
 tell() {
-    local said
-    if [ -z "${TRAINER_TASK_TOKEN:-}" ]; then return 0; fi
-    if ! said=$(payload="{\"Name\":\"$TRAINER_TASK_TOKEN\"}" json "$region" ssm ssm AmazonSSM.GetParameter) ||
-        ! payload="{\"taskToken\":\"$(field Value <<<"$said")\"${2:-}}" json "$region" states states "AWSStepFunctions.$1" >/dev/null; then
-        say "warning: $1 did not reach the state machine"
-    fi
+	local said
+	if [ -z "${TRAINER_TASK_TOKEN:-}" ]; then return 0; fi
+	if ! said=$(payload="{\"Name\":\"$TRAINER_TASK_TOKEN\"}" retry 4 json "$region" ssm ssm AmazonSSM.GetParameter) ||
+		! payload="{\"taskToken\":\"$(field Value <<<"$said")\"${2:-}}" retry 4 json "$region" states states "AWSStepFunctions.$1" >/dev/null; then
+		say "warning: the state machine has not heard $1"
+	fi
 }
 
 # --- the machine
 
-# Local disks are scratch space: they are lost with the machine, and nothing depends on them.
+# Local disks are scratch space: nothing depends on them.
 mount_scratch() {
-    local disk
-    scratch=$root/mnt/trainer
-    if [ -d "$root/opt/dlami/nvme" ]; then scratch=$root/opt/dlami/nvme; fi
-    if [ -d "$root/opt/dlami/nvme" ] || mountpoint -q "$scratch"; then return 0; fi
-    mkdir -p "$scratch"
-    disk=$(blkid -L trainer-scratch || true)
-    if [ -z "$disk" ]; then
-        disk=$(lsblk -dnpo NAME,MODEL 2>/dev/null | awk '/Amazon EC2 NVMe Instance Storage/ {print $1; exit}')
-        # Never over something that somebody has put there.
-        if [ -z "$disk" ] || [ -n "$(lsblk -no FSTYPE "$disk" | tr -d ' \n')" ]; then return 0; fi
-        mkfs.ext4 -q -L trainer-scratch "$disk" || return 0
-    fi
-    mount -o noatime "$disk" "$scratch" || say "warning: $disk can't be mounted; scratch space is on the root disk"
+	local disk
+	scratch=$root/mnt/trainer
+	if [ -d "$root/opt/dlami/nvme" ]; then scratch=$root/opt/dlami/nvme; fi
+	if [ -d "$root/opt/dlami/nvme" ] || mountpoint -q "$scratch"; then return 0; fi
+	mkdir -p "$scratch"
+	disk=$(blkid -L trainer-scratch || true)
+	if [ -z "$disk" ]; then
+		disk=$(lsblk -dnpo NAME,MODEL 2>/dev/null | awk '/Amazon EC2 NVMe Instance Storage/ {print $1; exit}')
+		# Never over something that somebody has put there.
+		if [ -z "$disk" ] || [ -n "$(lsblk -no FSTYPE "$disk" | tr -d ' \n')" ]; then return 0; fi
+		mkfs.ext4 -q -L trainer-scratch "$disk" || return 0
+	fi
+	mount -o noatime "$disk" "$scratch" || say "warning: $disk can't be mounted; scratch space is on the root disk"
 }
 has_gpu() {
-    case ${TRAINER_GPU:-auto} in
-    none) return 1 ;;
-    required) return 0 ;;
-    auto) cat "$root"/sys/bus/pci/devices/*/vendor 2>/dev/null | grep -q 0x10de ;;
-    *) die 78 "TRAINER_GPU is \"$TRAINER_GPU\"" "use auto, required or none" ;;
-    esac
+	case ${TRAINER_GPU:-auto} in
+	none) return 1 ;;
+	required) return 0 ;;
+	auto) cat "$root"/sys/bus/pci/devices/*/vendor 2>/dev/null | grep -q 0x10de ;;
+	*) die 78 "TRAINER_GPU is \"$TRAINER_GPU\"" "use auto, required or none" ;;
+	esac
 }
 wait_for_gpu() {
-    retry 12 nvidia-smi -L >/dev/null || die 69 "the GPU driver does not answer: nvidia-smi -L fails" \
-        "use an AMI with the driver in it; one that was installed since the machine booted needs a reboot"
-    nvidia-smi -pm 1 >/dev/null || true
+	retry 12 nvidia-smi -L >/dev/null || die 69 "the GPU driver does not answer: nvidia-smi -L fails" \
+		"use an AMI with the driver in it; one that was installed since the machine booted needs a reboot"
+	nvidia-smi -pm 1 >/dev/null || true
 }
 log_in() {
-    local host=${image%%/*} at said
-    [[ $host =~ ^[0-9]{12}\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com$ ]] || return 0
-    at=${BASH_REMATCH[1]}
-    said=$(payload='{}' json "$at" ecr api.ecr AmazonEC2ContainerRegistry_V20150921.GetAuthorizationToken) || return 1
-    field authorizationToken <<<"$said" | base64 -d | cut -d: -f2- | docker login --username AWS --password-stdin "$host" >/dev/null
+	local host=${image%%/*} at said
+	[[ $host =~ ^[0-9]{12}\.dkr\.ecr\.([a-z0-9-]+)\.amazonaws\.com$ ]] || return 0
+	at=${BASH_REMATCH[1]}
+	said=$(payload='{}' json "$at" ecr api.ecr AmazonEC2ContainerRegistry_V20150921.GetAuthorizationToken) || return 1
+	field authorizationToken <<<"$said" | base64 -d | cut -d: -f2- | docker login --username AWS --password-stdin "$host" >/dev/null
 }
 pull() { log_in && docker pull --quiet "$image" >/dev/null; }
 get_image() {
-    command -v docker >/dev/null || die 78 "TRAINER_IMAGE is set, but Docker is not installed" "use an AMI with Docker in it, or TRAINER_BUNDLE"
-    retry 10 docker info >/dev/null 2>&1 || die 69 "the Docker daemon does not answer" "journalctl -u docker"
-    # What a digest names never changes.
-    case $image in *@sha256:*) if docker image inspect "$image" >/dev/null 2>&1; then return 0; fi ;; esac
-    if retry 6 pull; then return 0; fi
-    docker image inspect "$image" >/dev/null 2>&1 || die 69 "image $image can't be pulled" \
-        "look at its name, and whether the role may ecr:GetAuthorizationToken, BatchGetImage and GetDownloadUrlForLayer"
-    say "warning: $image can't be pulled; going on with the one that is here"
+	command -v docker >/dev/null || die 78 "TRAINER_IMAGE is set, but Docker is not installed" "use an AMI with Docker in it, or TRAINER_BUNDLE"
+	retry 10 docker info >/dev/null 2>&1 || die 69 "the Docker daemon does not answer" "journalctl -u docker"
+	# What a digest names never changes.
+	case $image in *@sha256:*) if docker image inspect "$image" >/dev/null 2>&1; then return 0; fi ;; esac
+	if retry 6 pull; then return 0; fi
+	docker image inspect "$image" >/dev/null 2>&1 || die 69 "image $image can't be pulled" \
+		"look at its name, and whether the role may ecr:GetAuthorizationToken, BatchGetImage and GetDownloadUrlForLayer"
+	say "warning: $image can't be pulled; going on with the one that is here"
 }
 download() {
-    local path=${TRAINER_BUNDLE#s3://}
-    case $TRAINER_BUNDLE in
-    s3://*) signed "$region" s3 --max-time 1800 -H 'x-amz-content-sha256: UNSIGNED-PAYLOAD' -o "$1" "${AWS_ENDPOINT_URL:-https://s3.$region.amazonaws.com}/$path" ;;
-    https://* | http://127.0.0.1:*) curl -fsSL --connect-timeout 5 --max-time 1800 -o "$1" "$TRAINER_BUNDLE" ;;
-    *) die 78 "TRAINER_BUNDLE is neither s3:// nor https://" "correct /etc/trainer/machine.conf" ;;
-    esac
+	local path=${TRAINER_BUNDLE#s3://}
+	case $TRAINER_BUNDLE in
+	s3://*) signed "$region" s3 --max-time 1800 -H 'x-amz-content-sha256: UNSIGNED-PAYLOAD' -o "$1" "${AWS_ENDPOINT_URL:-https://s3.$region.amazonaws.com}/$path" ;;
+	https://* | http://127.0.0.1:*) curl -fsSL --connect-timeout 5 --max-time 1800 -o "$1" "$TRAINER_BUNDLE" ;;
+	*) die 78 "TRAINER_BUNDLE is neither s3:// nor https://" "correct /etc/trainer/machine.conf" ;;
+	esac
 }
 get_bundle() {
-    local sum=${TRAINER_BUNDLE_SHA256:-} got partial
-    [[ $sum =~ ^[0-9a-f]{64}$ ]] || die 78 "TRAINER_BUNDLE_SHA256 is not a SHA-256" "sha256sum the bundle and write it to /etc/trainer/machine.conf"
-    if [ ! -x "$opt-$sum/trainer" ]; then
-        rm -rf "$opt"-*.partial
-        partial=$(mktemp -d "$opt-XXXXXX.partial")
-        retry 6 download "$partial/bundle.tar.gz" || die 69 "the bundle can't be downloaded" \
-            "look at TRAINER_BUNDLE, whether the role may s3:GetObject there, and that curl is 7.88 or newer"
-        got=$(sha256sum "$partial/bundle.tar.gz")
-        [ "${got%% *}" = "$sum" ] || die 65 "the bundle's SHA-256 is ${got%% *}, not $sum" "another file was uploaded since: correct TRAINER_BUNDLE_SHA256, or the file"
-        tar -xzf "$partial/bundle.tar.gz" -C "$partial" --no-same-owner
-        rm -f "$partial/bundle.tar.gz"
-        [ -x "$partial/trainer" ] || die 65 "the bundle holds no executable \`trainer\`" "make it as userdata/README.md says"
-        chmod 755 "$partial"
-        mv -T "$partial" "$opt-$sum"
-    fi
-    ln -sfnT "$opt-$sum" "$opt"
+	local sum=${TRAINER_BUNDLE_SHA256:-} got partial
+	[[ $sum =~ ^[0-9a-f]{64}$ ]] || die 78 "TRAINER_BUNDLE_SHA256 is not a SHA-256" "sha256sum the bundle and write it to /etc/trainer/machine.conf"
+	if [ ! -x "$opt-$sum/trainer" ]; then
+		rm -rf "$opt"-*.partial
+		partial=$(mktemp -d "$opt-XXXXXX.partial")
+		retry 6 download "$partial/bundle.tar.gz" || die 69 "the bundle can't be downloaded" \
+			"look at TRAINER_BUNDLE, whether the role may s3:GetObject there, and that curl is 7.88 or newer"
+		got=$(sha256sum "$partial/bundle.tar.gz")
+		[ "${got%% *}" = "$sum" ] || die 65 "the bundle's SHA-256 is ${got%% *}, not $sum" "another file was uploaded since: correct TRAINER_BUNDLE_SHA256, or the file"
+		tar -xzf "$partial/bundle.tar.gz" -C "$partial" --no-same-owner
+		rm -f "$partial/bundle.tar.gz"
+		[ -x "$partial/trainer" ] || die 65 "the bundle holds no executable \`trainer\`" "make it as userdata/README.md says"
+		chmod 755 "$partial"
+		mv -T "$partial" "$opt-$sum"
+	fi
+	ln -sfnT "$opt-$sum" "$opt"
 }
 
 # --- what the unit calls
 
 run() {
-    local command=(boot --json) stop gpus=() logs=()
-    install -d -m 0700 "$run"
-    export DOCKER_CONFIG=$run/docker
-    know_machine
-    export AWS_REGION=$region
-    [[ $TRAINER_STOP_WINDOW =~ ^[1-9][0-9]*s$ ]] || die 78 "TRAINER_STOP_WINDOW is \"$TRAINER_STOP_WINDOW\"" "write seconds: 100s"
-    # Ends with the unit.
-    if [ -n "${TRAINER_TASK_TOKEN:-}" ]; then (while sleep 300; do tell SendTaskHeartbeat; done) & fi
-    mount_scratch
-    # The container's user is nobody in particular.
-    chmod 1777 "$scratch"
-    if has_gpu; then
-        wait_for_gpu
-        gpus=(--gpus all)
-    fi
-    if [ -n "${TRAINER_QUEUE:-}" ]; then command=(work --json --terminate-when-idle); fi
-    if [ -z "$image" ]; then
-        if [ -n "${TRAINER_BUNDLE:-}" ]; then get_bundle; fi
-        [ -x "$opt/trainer" ] || die 78 "there is no $opt/trainer" "set TRAINER_IMAGE or TRAINER_BUNDLE in /etc/trainer/machine.conf, or use an AMI that has it"
-        say "starts $opt/trainer ${command[*]} on $id"
-        LD_LIBRARY_PATH=$opt/lib TMPDIR=$scratch exec "$opt/trainer" "${command[@]}"
-    fi
-    get_image
-    # One of an earlier life, if the daemon died with it.
-    docker stop --time 110 trainer >/dev/null 2>&1 || true
-    docker rm trainer >/dev/null 2>&1 || true
-    env | grep -E '^(TRAINER_(CONFIG|STORE|RUN_ID|RUN_ID_TEMPLATE|TIME_ZONE|SSM_PATH|QUEUE|STOP_WINDOW|LOG)|AWS_REGION)=' >"$run/env"
-    if [ -n "${TRAINER_LOG_GROUP:-}" ]; then
-        # Training never waits for a log.
-        logs=(--log-driver awslogs --log-opt "awslogs-region=$region" --log-opt "awslogs-group=$TRAINER_LOG_GROUP"
-            --log-opt "awslogs-stream=$id" --log-opt mode=non-blocking --log-opt max-buffer-size=4m)
-    fi
-    stop=$((${TRAINER_STOP_WINDOW%s} + 10))
-    say "starts $image ${command[*]} on $id"
-    # Host network for the metadata service and NCCL; host IPC and memory locks for NCCL and pinned snapshots.
-    exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout "$stop" \
-        --env-file "$run/env" --env TMPDIR=/scratch --env XDG_CACHE_HOME=/scratch \
-        --volume "$scratch:/scratch" "${gpus[@]}" "${logs[@]}" "$image" "${command[@]}"
+	local command=(boot --json) stop gpus=() logs=()
+	install -d -m 0700 "$run"
+	export DOCKER_CONFIG=$run/docker
+	know_machine
+	export AWS_REGION=$region
+	[[ $TRAINER_STOP_WINDOW =~ ^[1-9][0-9]*s$ ]] || die 78 "TRAINER_STOP_WINDOW is \"$TRAINER_STOP_WINDOW\"" "write seconds: 100s"
+	# Not for a program that hangs. Ends with the unit.
+	if [ -n "${TRAINER_TASK_TOKEN:-}" ]; then
+		(while sleep 300; do if [ -n "$(journalctl -u trainer --since=-6min -n 1 -q -o cat)" ]; then tell SendTaskHeartbeat; fi; done) &
+	fi
+	mount_scratch
+	chmod 1777 "$scratch"
+	if has_gpu; then
+		wait_for_gpu
+		gpus=(--gpus all)
+	fi
+	if [ -n "${TRAINER_QUEUE:-}" ]; then command=(work --json --terminate-when-idle); fi
+	if [ -z "$image" ]; then
+		if [ -n "${TRAINER_BUNDLE:-}" ]; then get_bundle; fi
+		[ -x "$opt/trainer" ] || die 78 "there is no $opt/trainer" "set TRAINER_IMAGE or TRAINER_BUNDLE in /etc/trainer/machine.conf, or use an AMI that has it"
+		say "starts $opt/trainer ${command[*]} on $id"
+		LD_LIBRARY_PATH=$opt/lib TMPDIR=$scratch exec "$opt/trainer" "${command[@]}"
+	fi
+	get_image
+	# Of an earlier life.
+	docker stop --time 110 trainer >/dev/null 2>&1 || true
+	docker rm trainer >/dev/null 2>&1 || true
+	env | grep -E '^(TRAINER_(CONFIG|STORE|RUN_ID|RUN_ID_TEMPLATE|TIME_ZONE|SSM_PATH|QUEUE|STOP_WINDOW|LOG)|AWS_REGION)=' >"$run/env"
+	if [ -n "${TRAINER_LOG_GROUP:-}" ]; then
+		# Training never waits for a log.
+		logs=(--log-driver awslogs --log-opt "awslogs-region=$region" --log-opt "awslogs-group=$TRAINER_LOG_GROUP"
+			--log-opt "awslogs-stream=$id" --log-opt mode=non-blocking --log-opt max-buffer-size=4m)
+	fi
+	if leaves; then logs+=(--env TRAINER_POWER_OFF=host); fi
+	stop=$((${TRAINER_STOP_WINDOW%s} + 10))
+	say "starts $image ${command[*]} on $id"
+	# Host network for the metadata service and NCCL; host IPC and memory locks for NCCL and pinned snapshots.
+	exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout "$stop" \
+		--env-file "$run/env" --env TMPDIR=/scratch --env XDG_CACHE_HOME=/scratch \
+		--volume "$scratch:/scratch" "${gpus[@]}" "${logs[@]}" "$image" "${command[@]}"
 }
 stop() { if [ -n "$image" ]; then docker stop --time "$((${TRAINER_STOP_WINDOW%s} + 10))" trainer >/dev/null || true; fi; }
 # scaling ACTION PARAMETERS: of Auto Scaling.
 scaling() {
-    payload="Action=$1&Version=2011-01-01&$2" retry 6 \
-        signed "$region" autoscaling --max-time 10 "${AWS_ENDPOINT_URL:-https://autoscaling.$region.amazonaws.com}/"
+	payload="Action=$1&Version=2011-01-01&$2" retry 6 \
+		signed "$region" autoscaling --max-time 10 "${AWS_ENDPOINT_URL:-https://autoscaling.$region.amazonaws.com}/"
 }
-# Nothing is bought for ever for a run that can't start.
-give_up() {
-    local said
-    say "gives up: $1"
-    systemctl stop --no-block trainer.service
-    # Whoever starts it by hand has as many tries again.
-    rm -f "$run/failures" "$run/away"
-    if [ "${TRAINER_ON_FAILURE:-keep}" != terminate ]; then
-        say "hint: the machine stays and costs money (TRAINER_ON_FAILURE=keep); put it right and: systemctl start trainer"
-        return 0
-    fi
-    tell SendTaskFailure ',"error":"TrainerGaveUp","cause":"see the log"'
-    # A job that still waits would raise the capacity again.
-    if [ -n "${TRAINER_QUEUE:-}" ] && [ -n "${TRAINER_GROUP:-}" ]; then
-        if scaling SuspendProcesses "AutoScalingGroupName=$TRAINER_GROUP&ScalingProcesses.member.1=AlarmNotification" >/dev/null; then
-            say "hint: jobs start no machine until you have put it right and: aws autoscaling resume-processes" \
-                "--auto-scaling-group-name $TRAINER_GROUP --scaling-processes AlarmNotification"
-        else
-            say "warning: jobs that wait may start machines for ever: set the MaxSize of $TRAINER_GROUP to 0"
-        fi
-    fi
-    if said=$(scaling TerminateInstanceInAutoScalingGroup "ShouldDecrementDesiredCapacity=true&InstanceId=$id") && [ -n "$said" ]; then
-        say "this machine is terminated and its group's capacity lowered by one"
-    else
-        say "this machine is in no Auto Scaling group that it may leave: powers off"
-        shutdown -h now
-    fi
-}
+# A job that waits would raise the capacity.
+hold() { scaling SuspendProcesses "AutoScalingGroupName=$TRAINER_GROUP&ScalingProcesses.member.1=AlarmNotification" >/dev/null; }
+# The group ends this machine and buys no other; it may do so already.
+leave() { leaving || [ -n "$(scaling TerminateInstanceInAutoScalingGroup "ShouldDecrementDesiredCapacity=true&InstanceId=$id")" ] || leaving; }
+leaving() { [ "$(metadata autoscaling/target-lifecycle-state 2>/dev/null)" = Terminated ]; }
 # 22: the metadata service has answered, and knows of none.
 in_no_group() {
-    local code=0
-    metadata autoscaling/target-lifecycle-state >/dev/null 2>&1 || code=$?
-    [ "$code" = 22 ]
+	local code=0
+	metadata autoscaling/target-lifecycle-state >/dev/null 2>&1 || code=$?
+	[ "$code" = 22 ]
 }
-# What the run's end means; systemd says how it ended and starts it again or not. Interruptions count for nothing. Something that is away
-# (69) comes back or never: 40 times in a row take two hours and a half. Five of the others in a row are enough.
+# To those who should hear of it: what was said last.
+publish() {
+	if [ -z "${TRAINER_TOPIC:-}" ]; then return 0; fi
+	payload="Action=Publish&Version=2010-03-31&TopicArn=$TRAINER_TOPIC&Subject=trainer+needs+somebody" retry 3 signed "$region" sns --max-time 10 \
+		--data-urlencode "Message=$id, log group ${TRAINER_LOG_GROUP:-none}: $(journalctl -u trainer -n 20 -q -o cat)" \
+		"${AWS_ENDPOINT_URL:-https://sns.$region.amazonaws.com}/" >/dev/null
+}
+# within SECONDS COMMAND…: systemd gives `after` 130 s in all.
+within() { timeout "$1" "$me" "${@:2}"; }
+# Nothing is bought for ever for a run that can't start.
+give_up() {
+	local off=
+	say "gives up: $1"
+	systemctl stop --no-block trainer.service
+	# Whoever starts it by hand has as many tries again.
+	rm -f "$run/failures" "$run/away"
+	if [ "${TRAINER_ON_FAILURE:-keep}" != terminate ]; then
+		say "hint: the machine stays and costs money (TRAINER_ON_FAILURE=keep); put it right and systemctl start trainer"
+	else
+		if within 45 leave; then
+			say "its group ends this machine, its capacity lowered by one"
+		else
+			off=yes
+			say "no Auto Scaling group takes this machine: powers off"
+		fi
+		if [ -n "${TRAINER_QUEUE:-}" ] && [ -n "${TRAINER_GROUP:-}" ]; then
+			if within 20 hold; then
+				say "hint: jobs start no machine until you have put it right and: aws autoscaling resume-processes" \
+					"--auto-scaling-group-name $TRAINER_GROUP --scaling-processes AlarmNotification"
+			else
+				say "warning: jobs that wait may start machines for ever: set the MaxSize of $TRAINER_GROUP to 0"
+			fi
+		fi
+		within 20 tell SendTaskFailure ',"error":"TrainerGaveUp","cause":"see the log"' || true
+	fi
+	within 20 publish || say "warning: nobody has heard of it"
+	if [ -n "$off" ]; then shutdown -h now; fi
+}
+leaves() { [ -n "${TRAINER_QUEUE:-}" ] || [ "${TRAINER_ON_COMPLETE:-}" = terminate ]; }
+# A container can leave a group, if that answers, but power nothing off.
+complete() {
+	within 30 tell SendTaskSuccess ',"output":"{}"' || true
+	if ! leaves; then return 0; fi
+	if within 20 in_no_group; then
+		if [ -n "$image" ]; then shutdown -h now; fi
+	elif ! within 45 leave; then
+		say "warning: done, but the machine can't leave its group and costs money: look at MinSize and the role, and end it"
+		within 20 publish || true
+	fi
+}
+# What the run's end means; systemd starts it again or not. Interruptions count for nothing. What is away (69) comes back or never: 40
+# times in a row take two hours and a half. Five of the others in a row are enough.
 after() {
-    local count=0 most=5 file=$run/failures
-    install -d -m 0700 "$run"
-    know_machine
-    case ${EXIT_CODE:-}:${EXIT_STATUS:-} in
-    exited:0)
-        tell SendTaskSuccess ',"output":"{}"'
-        # A container can leave a group, but power nothing off.
-        if [ -n "$image" ] && { [ -n "${TRAINER_QUEUE:-}" ] || [ "${TRAINER_ON_COMPLETE:-}" = terminate ]; } && in_no_group; then shutdown -h now; fi
-        return 0
-        ;;
-    exited:75 | exited:76 | exited:79)
-        rm -f "$run/failures" "$run/away"
-        return 0
-        ;;
-    exited:64 | exited:65 | exited:77 | exited:78)
-        give_up "exit code $EXIT_STATUS: another start would end the same way"
-        return 0
-        ;;
-    exited:69)
-        rm -f "$file"
-        most=40 file=$run/away
-        ;;
-    esac
-    if [ -r "$file" ]; then count=$(cat "$file"); fi
-    echo "$((++count))" >"$file"
-    if [ "$count" -ge "$most" ]; then give_up "failed $count times in a row, last with ${EXIT_CODE:-} ${EXIT_STATUS:-}"; fi
+	local count=0 most=5 file=$run/failures
+	install -d -m 0700 "$run"
+	case ${EXIT_CODE:-}:${EXIT_STATUS:-} in
+	exited:0)
+		complete
+		return 0
+		;;
+	exited:75 | exited:76 | exited:79)
+		rm -f "$run/failures" "$run/away"
+		return 0
+		;;
+	exited:64 | exited:65 | exited:77 | exited:78)
+		give_up "exit code $EXIT_STATUS: another start would end the same way"
+		return 0
+		;;
+	exited:69)
+		rm -f "$file"
+		most=40 file=$run/away
+		;;
+	esac
+	if [ -r "$file" ]; then count=$(cat "$file"); fi
+	echo "$((++count))" >"$file"
+	if [ "$count" -ge "$most" ]; then give_up "failed $count times in a row, last with ${EXIT_CODE:-} ${EXIT_STATUS:-}"; fi
 }
 boot() {
-    mkdir -p "$root/var/log" "$root/run" "$root/opt" "$root/etc/trainer"
-    exec 9>"$root/run/trainer-boot.lock"
-    flock 9
-    put "$me" 755 <"$0" || true
-    # A driver that is upgraded under a running job is gone until the next reboot.
-    systemctl disable --now unattended-upgrades.service apt-daily-upgrade.timer >/dev/null 2>&1 || true
-    local changed=
-    if put "$root/etc/systemd/system/docker.service.d/trainer.conf" 644 <<'UNIT'; then changed=yes; fi
+	mkdir -p "$root/var/log" "$root/run" "$root/opt" "$root/etc/trainer"
+	exec 9>"$root/run/trainer-boot.lock"
+	flock 9
+	put "$me" 755 <"$0" || true
+	# A driver that is upgraded under a running job is gone until the next reboot.
+	systemctl disable --now unattended-upgrades.service apt-daily-upgrade.timer >/dev/null 2>&1 || true
+	local changed=
+	if put "$root/etc/systemd/system/docker.service.d/trainer.conf" 644 <<'UNIT'; then changed=yes; fi
 [Service]
 TimeoutStopSec=130
 UNIT
-    if put "$root/etc/systemd/system/trainer.service" 644 <<UNIT; then changed=yes; fi
+	if put "$root/etc/systemd/system/trainer.service" 644 <<UNIT; then changed=yes; fi
 [Unit]
 Description=trainer
 Wants=network-online.target
@@ -330,13 +355,17 @@ StandardError=journal+console
 [Install]
 WantedBy=multi-user.target
 UNIT
-    if [ -n "$changed" ]; then systemctl daemon-reload; fi
-    exec 9>&-
-    systemctl enable trainer.service
-    systemctl start --no-block trainer.service
-    say "installed; follow it with: journalctl -fu trainer"
+	if [ -n "$changed" ]; then systemctl daemon-reload; fi
+	exec 9>&-
+	systemctl enable trainer.service
+	systemctl start --no-block trainer.service
+	say "installed; follow it with: journalctl -fu trainer"
 }
 case ${1:-boot} in
 boot | run | stop | after) "${1:-boot}" ;;
+leave | in_no_group | hold | tell | publish)
+	know_machine
+	"$@" || exit 1
+	;;
 *) die 64 "unknown command $1" "boot, run, stop or after" ;;
 esac

@@ -10,6 +10,7 @@
 #
 # The service account may read and write the bucket (roles/storage.objectUser on it), pull the image (roles/artifactregistry.reader), and
 # take itself out of its group (a custom role with compute.instanceGroupManagers.update and compute.instances.delete).
+# No Secure Boot: with it the kernel takes NVIDIA's modules only if they are signed with a key of the image, which is not known of these images.
 # SPOT_NOTICE=120s asks for two minutes between notice and shutdown; without it a machine has 30 s.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -27,7 +28,7 @@ if ! gcloud compute instance-templates describe "$name" --project="$PROJECT" >/d
         --image-project="${VM_IMAGE_PROJECT:-deeplearning-platform-release}" --image-family="${VM_IMAGE_FAMILY:-common-cu128-ubuntu-2204-nvidia-570}" \
         --boot-disk-size=100GB --boot-disk-type=pd-balanced \
         --service-account="$account" --scopes=cloud-platform \
-        --shielded-secure-boot --shielded-vtpm --shielded-integrity-monitoring \
+        --no-shielded-secure-boot --shielded-vtpm --shielded-integrity-monitoring \
         --metadata="enable-oslogin=TRUE,block-project-ssh-keys=TRUE,trainer-image=$IMAGE,trainer-store=gs://$BUCKET/runs,trainer-run-id=$RUN_ID,trainer-config=$CONFIG,trainer-preemption-window=${SPOT_NOTICE:-30s}" \
         --metadata-from-file="startup-script=$here/startup.sh,shutdown-script=$here/shutdown.sh"
 fi

@@ -20,7 +20,7 @@ ask() { curl -fsS --noproxy '*' --retry 5 --retry-connrefused --max-time 10 -H '
 token() { ask instance/service-accounts/default/token | sed -n 's/.*"access_token" *: *"\([^"]*\)".*/\1/p'; }
 
 run() {
-    local image host gpus=() try
+    local image host gpus=() try name value
     image=$(ask instance/attributes/trainer-image) || die 69 "the metadata service does not answer, or names no trainer-image" "give the instance the attribute trainer-image"
     install -d -m 0700 "$root/run/trainer"
     if cat "$root"/sys/bus/pci/devices/*/vendor 2>/dev/null | grep -q 0x10de; then
@@ -32,18 +32,23 @@ run() {
     fi
     command -v docker >/dev/null || die 78 "Docker is not installed" "use an image with Docker in it"
     host=${image%%/*}
-    case $host in *.pkg.dev) token | docker login --username oauth2accesstoken --password-stdin "https://$host" >/dev/null ;; esac
+    case $host in *.pkg.dev) token | docker login --username oauth2accesstoken --password-stdin "https://$host" >/dev/null ||
+        die 69 "registry $host takes no log-in" "give the instance a service account with the scope cloud-platform and roles/artifactregistry.reader" ;; esac
     docker pull --quiet "$image" >/dev/null || docker image inspect "$image" >/dev/null 2>&1 ||
         die 69 "image $image can't be pulled" "look at its name, and whether the service account has roles/artifactregistry.reader"
     docker rm --force trainer >/dev/null 2>&1 || true
     {
-        echo "TRAINER_STORE=$(ask instance/attributes/trainer-store)"
-        echo "TRAINER_RUN_ID=$(ask instance/attributes/trainer-run-id)"
-        echo "TRAINER_CONFIG=$(ask instance/attributes/trainer-config)"
-        # How long after the notice the shutdown begins; the metadata service does not say.
-        echo "TRAINER_PREEMPTION_WINDOW=$(ask instance/attributes/trainer-preemption-window)"
+        # The last: how long after the notice the shutdown begins; the metadata service does not say.
+        for name in store run-id config preemption-window; do
+            value=$(ask "instance/attributes/trainer-$name") ||
+                die 69 "the metadata service does not answer, or names no trainer-$name" "give the instance the attribute trainer-$name"
+            name=${name^^}
+            echo "TRAINER_${name//-/_}=$value"
+        done
         # Between the shutdown's beginning and its end a spot machine has 30 s.
         echo TRAINER_STOP_WINDOW=20s
+        # After exit code 0 this script takes the machine away: the program in its container need not try.
+        echo TRAINER_POWER_OFF=host
     } >"$root/run/trainer/env"
     exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout 25 \
         --env-file "$root/run/trainer/env" "${gpus[@]}" "$image" boot --json
@@ -92,7 +97,8 @@ After=network-online.target docker.service
 StartLimitIntervalSec=0
 [Service]
 ExecStart=$me run
-ExecStop=/usr/bin/docker stop --time 25 trainer
+# -: a container that has ended by itself is gone, and that is no failure to start again after.
+ExecStop=-/usr/bin/docker stop --time 25 trainer
 ExecStopPost=$me after
 Restart=on-failure
 RestartSec=150

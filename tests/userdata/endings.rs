@@ -1,0 +1,301 @@
+//! What becomes of a machine when its run has ended: it starts again, leaves, or gives up, and somebody hears of it.
+use std::net::TcpListener;
+
+use super::{
+    path, said,
+    stand_ins::{Cloud, Machine, ended, expect},
+};
+
+#[test]
+fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
+    let stopped = "systemctl stop --no-block trainer.service";
+    // Codes that are worth another start.
+    let (machine, cloud) = (Machine::new(""), Cloud::machine());
+    machine.boot(&cloud);
+    for code in ["0", "69", "75", "76", "79"].repeat(3) {
+        expect(&ended(&machine, &cloud, "exited", code), 0, &[]);
+    }
+    assert!(!machine.calls().contains(stopped), "{}", machine.calls());
+    // Others five times in a row; one that is worth it begins the count again.
+    for code in ["70", "70", "70", "70", "75", "70", "125", "70", "70"] {
+        expect(&ended(&machine, &cloud, "exited", code), 0, &[]);
+    }
+    assert!(!machine.calls().contains(stopped), "{}", machine.calls());
+    expect(
+        &ended(&machine, &cloud, "killed", "KILL"),
+        0,
+        &["gives up: failed 5 times in a row", "costs money (TRAINER_ON_FAILURE=keep)"],
+    );
+    assert!(machine.calls().contains(stopped) && !machine.calls().contains("shutdown"), "{}", machine.calls());
+    // A task that hears of it gives the machine back, and then it is not there for a look.
+    let cloud = Cloud::with(&[("GetParameter", r#"{"Parameter":{"Value":"token"}}"#), ("SendTask", "{}")]);
+    let machine = Machine::new("TRAINER_TASK_TOKEN=/t\n");
+    machine.boot(&cloud);
+    expect(&ended(&machine, &cloud, "exited", "78"), 0, &["costs money (TRAINER_ON_FAILURE=keep)"]);
+    assert_eq!(cloud.asked("SendTaskFailure").len(), 0);
+    // What is away for hours does not come back: a mistyped image, a broken driver. One start that got anywhere begins the count again.
+    let (machine, cloud) = (Machine::new(""), Cloud::machine());
+    machine.boot(&cloud);
+    for code in [vec!["69"; 39], vec!["75"], vec!["69"; 39]].concat() {
+        expect(&ended(&machine, &cloud, "exited", code), 0, &[]);
+    }
+    assert!(!machine.calls().contains(stopped), "{}", machine.calls());
+    expect(&ended(&machine, &cloud, "exited", "69"), 0, &["gives up: failed 40 times in a row"]);
+    expect(&ended(&machine, &cloud, "exited", "69"), 0, &[]);
+    assert_eq!(
+        machine.calls().matches(stopped).count(),
+        1,
+        "who starts it by hand has as many tries: {}",
+        machine.calls()
+    );
+    // What can't get better, at once: in a group the machine leaves it, and its task hears of it.
+    for code in ["64", "65", "77", "78"] {
+        let answers = [
+            ("TerminateInstanceInAutoScalingGroup", "<Activity/>"),
+            ("GetParameter", r#"{"Parameter":{"Name":"/t","Value":"task+token/1=="}}"#),
+            ("SendTask", "{}"),
+        ];
+        let cloud = Cloud::with(&answers);
+        let machine = Machine::new("TRAINER_ON_FAILURE=terminate\nTRAINER_TASK_TOKEN=/t\n");
+        machine.boot(&cloud);
+        expect(
+            &ended(&machine, &cloud, "exited", code),
+            0,
+            &[&format!("exit code {code}"), "its capacity lowered by one"],
+        );
+        let (_, body) = cloud.asked("TerminateInstanceInAutoScalingGroup").remove(0);
+        assert!(
+            body.contains("ShouldDecrementDesiredCapacity=true") && body.contains("InstanceId=i-0123456789abcdef0"),
+            "{body}"
+        );
+        let (_, body) = cloud.asked("AWSStepFunctions.SendTaskFailure").remove(0);
+        let body: serde_json::Value = serde_json::from_str(&body).expect("JSON");
+        assert_eq!((&body["taskToken"], &body["error"]), (&"task+token/1==".into(), &"TrainerGaveUp".into()));
+        assert!(!machine.calls().contains("shutdown"), "{}", machine.calls());
+    }
+    // A job that waits would start the next machine, for ever.
+    let answers = [("SuspendProcesses", "<Suspended/>"), ("TerminateInstanceInAutoScalingGroup", "<Activity/>")];
+    let cloud = Cloud::with(&answers);
+    let machine = Machine::new("TRAINER_ON_FAILURE=terminate\nTRAINER_QUEUE=https://queue\nTRAINER_GROUP=reports\n");
+    machine.boot(&cloud);
+    expect(&ended(&machine, &cloud, "exited", "78"), 0, &["aws autoscaling resume-processes", "lowered by one"]);
+    let asked: Vec<_> = cloud.asked("Version=2011-01-01").into_iter().map(|(_, body)| body).collect();
+    assert!(
+        asked.len() == 2
+            && asked[0].contains("TerminateInstanceInAutoScalingGroup")
+            && asked[1].contains("AutoScalingGroupName=reports&ScalingProcesses.member.1=AlarmNotification"),
+        "{asked:?}"
+    );
+    // In no group: it ends by powering off.
+    let (machine, cloud) = (Machine::new("TRAINER_ON_FAILURE=terminate\n"), Cloud::machine());
+    machine.boot(&cloud);
+    expect(&ended(&machine, &cloud, "exited", "78"), 0, &["powers off"]);
+    assert!(machine.calls().contains("shutdown -h now"), "{}", machine.calls());
+    let tries = cloud.asked("TerminateInstanceInAutoScalingGroup").len();
+    assert_eq!(tries, 6, "a group would replace a machine that powers off because one request failed");
+    // A container can't power its machine off: where no group ends the machine, it does so itself.
+    let in_a_group = [("/latest/meta-data/autoscaling/target-lifecycle-state", "InService")];
+    for (settings, group, off) in [
+        ("TRAINER_IMAGE=a/b\nTRAINER_ON_COMPLETE=terminate\n", false, true),
+        ("TRAINER_IMAGE=a/b\nTRAINER_QUEUE=https://queue\n", false, true),
+        ("TRAINER_IMAGE=a/b\nTRAINER_ON_COMPLETE=terminate\n", true, false),
+        ("TRAINER_IMAGE=a/b\n", false, false),
+        ("TRAINER_QUEUE=https://queue\n", false, false),
+    ] {
+        let (machine, cloud) =
+            (Machine::new(settings), if group { Cloud::with(&in_a_group) } else { Cloud::machine() });
+        machine.boot(&cloud);
+        expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
+        assert_eq!(machine.calls().contains("shutdown -h now"), off, "{settings}: {}", machine.calls());
+    }
+    // A run that is complete tells its task, and again if that was not heard: a success that is lost costs an hour and another machine.
+    let token = ("GetParameter", r#"{"Parameter":{"Value":"token"}}"#);
+    for (answers, tries) in [(&[token, ("SendTask", "{}")][..], 1), (&[token], 4)] {
+        let (machine, cloud) = (Machine::new("TRAINER_TASK_TOKEN=/t\n"), Cloud::with(answers));
+        machine.boot(&cloud);
+        expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
+        assert_eq!(cloud.asked("AWSStepFunctions.SendTaskSuccess").len(), tries);
+    }
+}
+
+/// The body of the one request in which this action was asked for.
+fn asked_once(cloud: &Cloud, action: &str) -> String {
+    let mut asked = cloud.asked(&format!("Action={action}&"));
+    assert_eq!(asked.len(), 1, "{action}: {asked:?}");
+    asked.remove(0).1
+}
+
+#[test]
+fn somebody_hears_of_a_machine_that_gives_up() {
+    let topic = "TRAINER_TOPIC=arn:aws:sns:us-east-1:123456789012:reports\nTRAINER_LOG_GROUP=training\n";
+    for on_failure in ["keep", "terminate"] {
+        let cloud = Cloud::with(&[("TerminateInstance", "<Activity/>"), ("Action=Publish", "<MessageId/>")]);
+        let machine = Machine::new(&format!("{topic}TRAINER_ON_FAILURE={on_failure}\n"));
+        machine.boot(&cloud);
+        machine.does("journalctl", "echo 'unknown key \"stpes\"'");
+        expect(&ended(&machine, &cloud, "exited", "78"), 0, &["gives up: exit code 78"]);
+        let body = asked_once(&cloud, "Publish");
+        assert!(body.contains("&TopicArn=arn:aws:sns:us-east-1:123456789012:reports&"), "{body}");
+        // Which machine, where its log is, and what it said: it may be gone before anybody looks.
+        for part in ["i-0123456789abcdef0", "training", "stpes"] {
+            assert!(body.split_once("&Message=").is_some_and(|(_, message)| message.contains(part)), "{part}: {body}");
+        }
+    }
+    // Nobody to tell, and nobody who hears.
+    for (settings, warns) in [("", false), (topic, true)] {
+        let (machine, cloud) = (Machine::new(settings), Cloud::machine());
+        machine.boot(&cloud);
+        let output = ended(&machine, &cloud, "exited", "78");
+        expect(&output, 0, &["gives up"]);
+        assert_eq!(said(&output).contains("nobody has heard of it"), warns, "{}", said(&output));
+    }
+}
+
+/// systemd ends what takes longer than `TimeoutStopSec`, and then nothing would switch the machine off.
+#[test]
+fn giving_up_ends_in_time_whatever_hangs() {
+    let most: u32 = 130;
+    let all = "TRAINER_ON_FAILURE=terminate\nTRAINER_ON_COMPLETE=terminate\nTRAINER_QUEUE=https://queue\nTRAINER_GROUP=reports\nTRAINER_TASK_TOKEN=/t\n\
+               TRAINER_TOPIC=arn:aws:sns:us-east-1:1:t\nTRAINER_IMAGE=a/b\n";
+    for (code, off) in [("78", true), ("0", false)] {
+        let (machine, cloud) = (Machine::new(all), Cloud::machine());
+        machine.boot(&cloud);
+        let unit = std::fs::read_to_string(machine.path("root/etc/systemd/system/trainer.service")).expect("the unit");
+        assert!(unit.contains(&format!("\nTimeoutStopSec={most}\n")), "{unit}");
+        // The time of each is over before it has done anything.
+        machine.does("timeout", "exit 124");
+        expect(&ended(&machine, &cloud, "exited", code), 0, &[]);
+        let calls = machine.calls();
+        assert_eq!(calls.contains("shutdown -h now"), off, "{code}: {calls}");
+        let seconds: u32 = calls
+            .lines()
+            .filter_map(|line| line.strip_prefix("timeout "))
+            .map(|rest| rest.split(' ').next().and_then(|number| number.parse::<u32>().ok()).expect("seconds"))
+            .sum();
+        assert!((60..=most - 10).contains(&seconds), "{seconds} s: {calls}");
+        // All else that could hang is asked within those times.
+        assert_eq!(cloud.asked("").len(), 0, "{:?}", cloud.asked(""));
+    }
+    // Where the metadata service does not answer, nothing is known of the machine but that it does not train.
+    let nobody = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").port();
+    let nobody = format!("http://127.0.0.1:{nobody}");
+    let (machine, cloud) = (Machine::new("TRAINER_ON_FAILURE=terminate\n"), Cloud::machine());
+    machine.boot(&cloud);
+    for _time in 0..5 {
+        let variables =
+            [("EXIT_CODE", "exited"), ("EXIT_STATUS", "70"), ("AWS_EC2_METADATA_SERVICE_ENDPOINT", nobody.as_str())];
+        expect(&machine.unit(&cloud, "after", &variables), 0, &[]);
+    }
+    assert!(machine.calls().contains("shutdown -h now"), "{}", machine.calls());
+}
+
+#[test]
+fn a_machine_that_is_done_leaves_its_group_even_if_the_program_could_not() {
+    let topic = "TRAINER_TOPIC=arn:aws:sns:us-east-1:1:t\n";
+    let state = "/latest/meta-data/autoscaling/target-lifecycle-state";
+    let terminate = ("TerminateInstance", "<Activity/>");
+    for settings in ["TRAINER_IMAGE=a/b\nTRAINER_ON_COMPLETE=terminate\n", "TRAINER_QUEUE=https://queue\n"] {
+        // It is still in service: the program's own call has failed.
+        let cloud = Cloud::with(&[(state, "InService"), terminate]);
+        let machine = Machine::new(settings);
+        machine.boot(&cloud);
+        expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
+        let body = asked_once(&cloud, "TerminateInstanceInAutoScalingGroup");
+        assert!(body.contains("ShouldDecrementDesiredCapacity=true"), "{body}");
+        // It is leaving: once more would lower the capacity by two.
+        let cloud = Cloud::with(&[(state, "Terminated"), terminate]);
+        expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
+        assert_eq!(cloud.asked("TerminateInstance").len(), 0);
+        // The group does not let it go: powered off it would be replaced, for ever, so that a person must hear of it.
+        let cloud = Cloud::with(&[(state, "InService"), ("Action=Publish", "<MessageId/>")]);
+        let machine = Machine::new(&format!("{settings}{topic}"));
+        machine.boot(&cloud);
+        expect(&ended(&machine, &cloud, "exited", "0"), 0, &["can't leave its group and costs money"]);
+        asked_once(&cloud, "Publish");
+        assert!(!machine.calls().contains("shutdown"), "{}", machine.calls());
+    }
+    // Whoever did not ask for it keeps the machine.
+    let (machine, cloud) = (Machine::new("TRAINER_IMAGE=a/b\n"), Cloud::with(&[(state, "InService"), terminate]));
+    machine.boot(&cloud);
+    expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
+    assert_eq!(cloud.asked("TerminateInstance").len(), 0);
+}
+
+/// What is in the container can power nothing off: it is told that its host does so, where the host does.
+#[test]
+fn the_container_knows_who_switches_the_machine_off() {
+    for (settings, told) in
+        [("TRAINER_QUEUE=https://queue\n", true), ("TRAINER_ON_COMPLETE=terminate\n", true), ("", false)]
+    {
+        let (machine, cloud) = (Machine::new(&format!("TRAINER_IMAGE=a/b\n{settings}")), Cloud::machine());
+        machine.boot(&cloud);
+        expect(&machine.unit(&cloud, "run", &[]), 0, &[]);
+        let calls = machine.calls();
+        let run = calls.lines().find(|line| line.starts_with("docker run")).expect("docker run");
+        assert_eq!(run.contains(" --env TRAINER_POWER_OFF=host "), told, "{run}");
+        let off = machine.calls();
+        expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
+        assert_eq!(machine.calls()[off.len()..].contains("shutdown -h now"), told, "a promise: {settings}");
+    }
+    let Some(azure) = super::yaml(&super::text("azure/cloud-init.yaml")) else { return };
+    let env = super::files::script_of(&azure[0], "/etc/trainer/env");
+    assert!(env.lines().any(|line| line == "TRAINER_POWER_OFF=host"), "{env}");
+}
+
+/// Those of Google, Azure and of one machine by hand, as the unit calls them after a run's end.
+#[test]
+fn no_machine_stays_on_when_no_start_is_worth_it() {
+    let role = r#"{"access_token":"metadata-token","expires_in":1}"#;
+    let token = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https%3A%2F%2Fmanagement.azure.com%2F";
+    let google = "/computeMetadata/v1/instance";
+    let answers = [
+        (format!("{google}/attributes/created-by"), "projects/1/zones/z/instanceGroupManagers/reports"),
+        (format!("{google}/zone"), "projects/1/zones/z"),
+        (format!("{google}/name"), "reports-1"),
+        (format!("{google}/service-accounts/default/token"), role),
+        ("/metadata/instance/compute/resourceId?api-version=2021-02-01&format=text".into(), "/machines/1"),
+        (token.into(), role),
+        ("deleteInstances".into(), "{}"),
+    ];
+    let answers: Vec<_> = answers.iter().map(|(key, value)| (key.as_str(), *value)).collect();
+    for kind in ["gcp", "azure", "aws"] {
+        let Some(script) = (match kind {
+            "gcp" => Some(std::fs::read_to_string(path("gcp/startup.sh")).expect("startup.sh")),
+            kind => super::yaml(&super::text(&format!("{kind}/cloud-init.yaml")))
+                .map(|config| super::files::script_of(&config[0], "/usr/local/sbin/trainer-machine")),
+        }) else {
+            continue;
+        };
+        // The second DELETE is answered: Azure is asked again after a failure.
+        let left = |machine: &Machine, cloud: &Cloud| match kind {
+            "gcp" => cloud.asked("instanceGroupManagers/reports/deleteInstances").len() == 1,
+            "azure" => cloud.asked("DELETE /machines/1?").len() == 2,
+            _ => machine.calls().contains("systemctl poweroff"),
+        };
+        let codes = |codes: &[&str]| {
+            let (machine, cloud) = (Machine::new(""), Cloud::with(&answers));
+            machine.executable("bin/after", &script);
+            for code in codes {
+                let mut after = machine.command(&machine.path("bin/after"), &cloud);
+                let output = after
+                    .arg("after")
+                    .env("GCE_METADATA_HOST", cloud.endpoint().trim_start_matches("http://"))
+                    .env("TRAINER_COMPUTE_API", cloud.endpoint())
+                    .env("TRAINER_AZURE_METADATA_ENDPOINT", cloud.endpoint())
+                    .env("TRAINER_AZURE_MANAGEMENT_ENDPOINT", cloud.endpoint())
+                    .envs([("EXIT_CODE", "exited"), ("EXIT_STATUS", code)])
+                    .output()
+                    .expect("start trainer-machine");
+                expect(&output, 0, &[]);
+            }
+            left(&machine, &cloud)
+        };
+        for code in ["64", "65", "77", "78"] {
+            assert!(codes(&[code]), "{kind}: {code}");
+        }
+        assert!(!codes(&["70", "70", "70", "70", "75", "70", "137", "70", "70"]), "{kind}: interrupted in between");
+        assert!(codes(&["70", "70", "137", "70", "70"]), "{kind}: five times in a row");
+        assert!(!codes(&[vec!["69"; 39], vec!["79"], vec!["69"; 2]].concat()), "{kind}: away, and here in between");
+        assert!(codes(&["69"; 40]), "{kind}: away for hours");
+    }
+}

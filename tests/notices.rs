@@ -278,8 +278,11 @@ fn an_event_on_azure_that_nobody_leaves_for_is_not_approved() {
     };
     // The time until it begins is trained in, until somebody asks the run to stop.
     let (lab, server) = (Lab::on_files(), MetadataServer::start().only(Cloud::Azure));
-    let running = long(&lab).args(&["--set", "notice.spare_time=\"train\""]).envs(&server.envs()).start();
-    running.wait_for_step("step", 3);
+    // Only who knows what a save takes can tell what time there is to spare.
+    let spare = ["notice.spare_time=\"train\"", "checkpoint.every=\"50 steps\""];
+    let running = spare.iter().fold(long(&lab), |command, set| command.args(&["--set", set]));
+    let running = running.envs(&server.envs()).start();
+    running.wait_for("a checkpoint", |event| event.kind() == "checkpoint");
     server.events(|events| events.push(azure_event("far", "Reboot", 800, &[INSTANCE])));
     heard(&running, "azure-scheduled");
     running.signal(Signal::INT);

@@ -1,10 +1,14 @@
 //! What becomes of a machine when its run has ended: it starts again, leaves, or gives up, and somebody hears of it.
 use std::net::TcpListener;
 
+use serde_json::json;
+
 use super::{
     path, said,
+    stack::{create, tagged},
     stand_ins::{Cloud, Machine, ended, expect},
 };
+use crate::support::moto::Moto;
 
 #[test]
 fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
@@ -149,6 +153,44 @@ fn somebody_hears_of_a_machine_that_gives_up() {
         expect(&output, 0, &["gives up"]);
         assert_eq!(said(&output).contains("nobody has heard of it"), warns, "{}", said(&output));
     }
+}
+
+/// The same words, to an AWS that others have written: the stack's own group and topic.
+#[test]
+fn giving_up_is_understood() {
+    let Some(moto) = Moto::start("configs") else { return };
+    create(&moto, "queued", "queue");
+    let topics = moto.query("sns", "2010-03-31", "ListTopics", &[]);
+    let topic = tagged(&topics, "TopicArn");
+    let queue = moto.json("sqs", "AmazonSQS.CreateQueue", &json!({"QueueName": "mail"}));
+    let mail = [("TopicArn", topic), ("Protocol", "sqs"), ("Endpoint", "arn:aws:sqs:us-east-1:123456789012:mail")];
+    moto.query("sns", "2010-03-31", "Subscribe", &mail);
+    let capacity = [("AutoScalingGroupName", "queued"), ("DesiredCapacity", "1")];
+    moto.query("autoscaling", "2011-01-01", "SetDesiredCapacity", &capacity);
+    let group = || {
+        let request = [("AutoScalingGroupNames.member.1", "queued")];
+        moto.query("autoscaling", "2011-01-01", "DescribeAutoScalingGroups", &request)
+    };
+    let before = group();
+    let cloud = Cloud::with(&[("/latest/meta-data/instance-id", tagged(&before, "InstanceId"))]);
+    let machine = Machine::new(&format!(
+        "TRAINER_ON_FAILURE=terminate\nTRAINER_QUEUE=https://queue\nTRAINER_GROUP=queued\nTRAINER_TOPIC={topic}\n"
+    ));
+    machine.boot(&cloud);
+    machine.does("journalctl", "echo 'unknown key \"stpes\" & 100 %+'");
+    let endpoint = moto.endpoint();
+    let variables = [("EXIT_CODE", "exited"), ("EXIT_STATUS", "78"), ("AWS_ENDPOINT_URL", endpoint.as_str())];
+    expect(&machine.unit(&cloud, "after", &variables), 0, &["lowered by one", "resume-processes"]);
+    let after = group();
+    assert_eq!((tagged(&before, "DesiredCapacity"), tagged(&after, "DesiredCapacity")), ("1", "0"));
+    assert_eq!(tagged(tagged(&after, "SuspendedProcesses"), "ProcessName"), "AlarmNotification");
+    let mail = moto.json("sqs", "AmazonSQS.ReceiveMessage", &json!({"QueueUrl": queue["QueueUrl"]}));
+    let body = mail["Messages"][0]["Body"].as_str().unwrap_or_else(|| panic!("no mail: {mail}"));
+    let mail: serde_json::Value = serde_json::from_str(body).expect("JSON");
+    assert_eq!(mail["Subject"], "trainer needs somebody");
+    let message = mail["Message"].as_str().expect("a message");
+    assert!(message.starts_with(tagged(&before, "InstanceId")), "{message}");
+    assert!(message.ends_with("unknown key \"stpes\" & 100 %+"), "{message}");
 }
 
 /// systemd ends what takes longer than `TimeoutStopSec`, and then nothing would switch the machine off.

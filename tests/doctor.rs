@@ -135,7 +135,8 @@ fn the_time_to_stop_is_held_against_the_saves_of_a_run() {
     assert!(found["stop time-out"]["found"].to_string().contains("a save takes up to"), "{}", life.story());
 }
 
-/// Service Quotas, which moto does not know for EC2: every quota has this value.
+/// Service Quotas, which moto does not know for EC2: G and VT have this value in us-east-1; in every other region none was ever applied,
+/// and AWS's default is 0.
 struct Quotas {
     address: SocketAddr,
     value: Arc<AtomicU64>,
@@ -165,15 +166,20 @@ impl Quotas {
 
 async fn answer(value: Arc<AtomicU64>, request: Request<Incoming>) -> Result<Response<Body>, s3s::StdError> {
     let value = value.load(Ordering::Relaxed);
+    let header =
+        |name| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+    let (operation, signed_for) = (header("x-amz-target"), header("authorization"));
     let body = Body::from(request.into_body()).store_all_limited(1 << 20).await?;
     let asked: Value = serde_json::from_slice(&body)?;
     // g5.xlarge is of the family G and VT.
     let known = asked["ServiceCode"] == "ec2" && asked["QuotaCode"] == "L-3819A6DF";
-    let (status, text) = match known {
-        true => {
-            (200, format!(r#"{{"Quota":{{"QuotaName":"All G and VT Spot Instance Requests","Value":{value}.0}}}}"#))
-        }
-        false => (400, r#"{"__type":"NoSuchResourceException","Message":"no such quota"}"#.to_owned()),
+    let said = |value| {
+        (200, format!(r#"{{"Quota":{{"QuotaName":"All G and VT Spot Instance Requests","Value":{value}.0}}}}"#))
+    };
+    let (status, text) = match operation.rsplit('.').next() {
+        Some("GetServiceQuota") if known && signed_for.contains("/us-east-1/") => said(value),
+        Some("GetAWSDefaultServiceQuota") if known => said(0),
+        _ => (400, r#"{"__type":"NoSuchResourceException","Message":"no such quota"}"#.to_owned()),
     };
     let answer = Response::builder().status(status).header("content-type", "application/x-amz-json-1.1");
     Ok(answer.body(Body::from(bytes::Bytes::from(text)))?)
@@ -187,24 +193,69 @@ impl Drop for Quotas {
     }
 }
 
+impl Quotas {
+    /// The environment in which an account has these quotas.
+    fn envs(&self) -> Vec<(&'static str, String)> {
+        let keys = [("AWS_ACCESS_KEY_ID", "AKIATEST"), ("AWS_SECRET_ACCESS_KEY", "secret")];
+        let mut variables: Vec<(&'static str, String)> = keys.map(|(name, value)| (name, value.to_owned())).to_vec();
+        variables.push(("AWS_ENDPOINT_URL_SERVICE_QUOTAS", format!("http://{}", self.address)));
+        // A profile of the machine's user would name a region.
+        variables.push(("AWS_CONFIG_FILE", "/no/such/file".to_owned()));
+        variables
+    }
+}
+
+/// Whoever meets "Max spot instance count exceeded" has no machine yet.
+#[test]
+fn a_quota_can_be_looked_at_before_there_is_a_machine() {
+    let lab = Lab::on_files();
+    let quotas = Quotas::start(11);
+    let asked = |line: &str| {
+        let doctor = lab.command(&["doctor"]).json().envs(&quotas.envs());
+        doctor.args(&line.split_whitespace().collect::<Vec<_>>()).finish()
+    };
+    let quota = |life: &Finished, verdict| expect(life, &[("spot quota", verdict)])["spot quota"].to_string();
+    let life = asked("--instance-type g5.xlarge --region us-east-1").expect_code(0);
+    assert!(quota(&life, "ok").contains("11 vCPUs of G and VT"), "{}", life.story());
+    let life = asked("--instance-type g5.xlarge --region us-east-1 --count 2").expect_code(0);
+    quota(&life, "warn");
+    let life = asked("--instance-type g5.xlarge --region us-east-1 --count 3").expect_code(78);
+    let said = quota(&life, "fail");
+    assert!(said.contains("take 12") && said.contains("--desired-value 16"), "{}", life.story());
+    // Never applied: AWS's default.
+    let life = asked("--instance-type g5.xlarge --region eu-west-3").expect_code(78);
+    let said = quota(&life, "fail");
+    assert!(said.contains("0 vCPUs of G and VT spot machines in eu-west-3 (AWS's default"), "{}", life.story());
+    // Nothing is ok that is not known.
+    for line in ["--instance-type g5.xlarge", "--instance-type p9.xlarge --region us-east-1"] {
+        quota(&asked(line).expect_code(0), "warn");
+    }
+    let life = asked("--instance-type p4d.24xlarge --region us-east-1").expect_code(0);
+    assert!(quota(&life, "warn").contains("NoSuchResourceException"), "{}", life.story());
+    asked("--region us-east-1").expect_code(64).expect_said(&["--instance-type"]);
+}
+
 #[test]
 fn metadata_hop_limit_and_quota() {
     let lab = Lab::on_files();
     let metadata = MetadataServer::start();
     let quotas = Quotas::start(0);
-    let on_instance = || {
-        let keys = [("AWS_ACCESS_KEY_ID", "AKIATEST"), ("AWS_SECRET_ACCESS_KEY", "secret")];
-        let mut variables: Vec<(&'static str, String)> = keys.map(|(name, value)| (name, value.to_owned())).to_vec();
-        variables.push(("AWS_ENDPOINT_URL_SERVICE_QUOTAS", format!("http://{}", quotas.address)));
-        doctor(&lab).envs(&metadata.envs()).envs(&variables)
-    };
+    let on_instance = || doctor(&lab).envs(&metadata.envs()).envs(&quotas.envs());
     let life = on_instance().finish().expect_code(78);
     let found = expect(&life, &[("instance metadata", "ok"), ("spot quota", "fail")]);
     for said in ["L-3819A6DF", "Max spot instance count exceeded"] {
         assert!(found["spot quota"]["todo"].to_string().contains(said), "{}", life.story());
     }
-    quotas.value.store(1_000_000, Ordering::Relaxed);
+    quotas.value.store(8, Ordering::Relaxed);
     expect(&on_instance().finish().expect_code(0), &[("instance metadata", "ok"), ("spot quota", "ok")]);
+    // A machine of 48 vCPUs has as many for the quota, whatever of them a container shows.
+    metadata.set(
+        "/latest/dynamic/instance-identity/document",
+        serde_json::json!({"instanceId": "i-1", "region": "us-east-1", "instanceType": "g5.12xlarge"}),
+    );
+    let life = on_instance().finish().expect_code(78);
+    let found = expect(&life, &[("spot quota", "fail")]);
+    assert!(found["spot quota"]["found"].to_string().contains("g5.12xlarge takes 48"), "{}", life.story());
 
     // The answer to the PUT dies on the way, as with a hop limit of 1; a plain GET is answered with 401.
     metadata.storm_on(TOKEN, Fault::Hang);

@@ -84,6 +84,17 @@ pub fn gpus(root: &Path) -> Gpus {
     }
 }
 
+/// Processors of the machine that are switched on, whatever of them this process may use: `0-3,8` are 5 (kernel documentation,
+/// admin-guide/cputopology).
+pub fn processors(root: &Path) -> Option<u32> {
+    let text = line(root.join("sys/devices/system/cpu/online"))?;
+    let count = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        last.parse::<u32>().ok()?.checked_sub(first.parse().ok()?)?.checked_add(1)
+    };
+    text.split(',').try_fold(0_u32, |all, range| all.checked_add(count(range)?))
+}
+
 /// Models of NVMe disks that live and die with the machine, on EC2, Google Cloud and Azure.
 const INSTANCE_STORES: [&str; 3] = ["Amazon EC2 NVMe Instance Storage", "nvme_card", "Microsoft NVMe Direct Disk"];
 
@@ -190,6 +201,22 @@ mod tests {
         std::fs::write(root.path().join("proc/driver/nvidia/version"), "NVRM").unwrap();
         assert_eq!(gpus(root.path()), Gpus { on_the_bus: 1, driver: true, device_files: 1 });
         assert_eq!(gpus(tree(&[]).path()), Gpus::default());
+    }
+
+    #[test]
+    fn processors_are_counted_by_their_ranges() {
+        for (text, count) in [
+            ("0-47\n", Some(48)),
+            ("0", Some(1)),
+            ("0-3,8\n", Some(5)),
+            ("", None),
+            ("3-0", None),
+            ("0-4294967295", None),
+            ("all", None),
+        ] {
+            assert_eq!(processors(tree(&[("sys/devices/system/cpu/online", text)]).path()), count, "{text}");
+        }
+        assert_eq!(processors(tree(&[]).path()), None);
     }
 
     #[test]

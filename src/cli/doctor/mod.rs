@@ -4,6 +4,7 @@
 //! another: what can't be looked at is a line, too. What it writes into the store lies below the folder of probes and is deleted; what a kill
 //! leaves there is a few bytes.
 
+mod account;
 mod verdict;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
@@ -21,10 +22,8 @@ use super::{
 use crate::{
     cloud::{
         hardware::{self, Maker},
-        identity,
         imds::Imds,
         metadata::{Endpoint, MetadataError},
-        quota,
     },
     config::{self, Machine, NoticeConfig, Precision, RunConfig, Sources, StorageConfig, workers_per_node},
     error::{Error, Explain, Kind, Result},
@@ -49,6 +48,7 @@ Examples:
   trainer doctor
   trainer doctor config.toml --store s3://bucket/runs
   trainer doctor config.toml --run-id reports-2026q4      # holds the time to stop against what its saves take
+  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3      # may the account have them?
 
 Exit codes: 0 nothing failed (warnings may be there); else that of the worst failure: 78 something is set wrong, 77 not permitted, \
 69 not reachable.")]
@@ -63,6 +63,8 @@ pub struct Doctor {
     run_id: Option<RunId>,
     #[command(flatten)]
     workers: WorkersArg,
+    #[command(flatten)]
+    machines: account::MachinesArg,
     #[command(flatten)]
     json: JsonArg,
 }
@@ -96,8 +98,12 @@ impl Doctor {
                 lines.push(self.memory(config));
                 lines
             };
-            let (mut lines, kept, metadata, quota) =
-                tokio::join!(here, self.store(config), within("instance metadata", metadata()), spot_quota());
+            let (mut lines, kept, metadata, quota) = tokio::join!(
+                here,
+                self.store(config),
+                within("instance metadata", metadata()),
+                account::spot_quota(&self.machines)
+            );
             lines.extend(kept);
             lines.extend([metadata, quota]);
             Ok(lines)
@@ -347,28 +353,6 @@ async fn metadata() -> Line {
         Err(MetadataError::Garbled { .. }) => verdict::Imds::Garbled,
     };
     verdict::imds(heard, on_ec2)
-}
-
-/// The account's quota for machines like this one.
-async fn spot_quota() -> Line {
-    const CHECK: &str = "spot quota";
-    within(CHECK, async {
-        let Some(identity) = identity::read().await else {
-            return Line::skipped(CHECK, "no EC2 instance, as far as can be seen");
-        };
-        let (kind, region) = (&identity.instance_type, &identity.region);
-        let Some(family) = quota::family(kind) else {
-            return Line::skipped(CHECK, format!("which quota {kind:?} counts towards is not known"));
-        };
-        match quota::vcpus(region, family.spot).await {
-            Ok(have) => verdict::quota(kind, region, family, have, Machine::detect().cores),
-            Err(error) => {
-                let todo = "allow servicequotas:GetServiceQuota, or see Service Quotas in the console";
-                Line::warn(CHECK, format!("not known: {error}"), todo)
-            }
-        }
-    })
-    .await
 }
 
 /// Lines for people.

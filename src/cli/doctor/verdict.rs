@@ -6,7 +6,10 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    cloud::{hardware::Gpus, quota::Family},
+    cloud::{
+        hardware::Gpus,
+        quota::{Family, Quota},
+    },
     error::{Error, Kind},
     notice::window::Surroundings,
     report::human,
@@ -285,22 +288,52 @@ pub(super) fn stop_window(window: Option<Duration>, here: Surroundings, durable:
     }
 }
 
-/// Whether the account may have this machine as a spot machine. `quota` and `vcpus` in vCPUs.
-pub(super) fn quota(instance_type: &str, region: &str, family: Family, quota: f64, vcpus: u32) -> Line {
+/// Spot machines that are wanted at once.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Machines<'a> {
+    /// Their type.
+    pub instance_type: &'a str,
+    /// Where.
+    pub region: &'a str,
+    /// How many.
+    pub count: u32,
+    /// What one of them counts; `None`: not known.
+    pub vcpus: Option<u32>,
+}
+
+/// Whether the account may have these machines.
+pub(super) fn quota(machines: Machines<'_>, family: Family, quota: Quota) -> Line {
     const CHECK: &str = "spot quota";
-    let Family { name, spot } = family;
-    let found = format!("{quota} vCPUs of {name} spot machines in {region}; {instance_type} takes {vcpus}");
+    let (Machines { instance_type, region, count, vcpus }, Family { name, spot }) = (machines, family);
+    let from = if quota.is_default { " (AWS's default: none was applied to this account)" } else { "" };
+    let have = format!("{} vCPUs of {name} spot machines in {region}{from}", quota.vcpus);
+    let Some(vcpus) = vcpus.map(u64::from) else {
+        let todo =
+            format!("hold the quota against them: aws ec2 describe-instance-types --instance-types {instance_type}");
+        return Line::warn(CHECK, format!("{have}; how many vCPUs {instance_type} has is not known here"), todo);
+    };
+    let all = vcpus * u64::from(count);
+    let takes = if count == 1 { "takes" } else { "take" };
+    let found = format!("{have}; {} {takes} {all}", human_count(count, instance_type));
+    // A replacement may be started before the machine that it replaces has gone.
+    let enough = all + vcpus;
     let todo = format!(
         "\"Max spot instance count exceeded\" is what EC2 says: request more with aws service-quotas request-service-quota-increase \
-         --service-code ec2 --quota-code {spot} --desired-value …"
+         --region {region} --service-code ec2 --quota-code {spot} --desired-value {enough}"
     );
-    match quota {
-        quota if quota < f64::from(vcpus) => Line::fail(CHECK, Kind::Config, found, todo),
-        quota if quota < 2.0 * f64::from(vcpus) => {
-            Line::warn(CHECK, format!("{found}: a replacement that starts before this one has gone is refused"), todo)
-        }
+    match quota.vcpus {
+        quota if quota < all as f64 => Line::fail(CHECK, Kind::Config, found, todo),
+        quota if quota < enough as f64 => Line::warn(
+            CHECK,
+            format!("{found}: a replacement that starts before another one has gone is refused"),
+            todo,
+        ),
         _ => Line::ok(CHECK, found),
     }
+}
+
+fn human_count(count: u32, instance_type: &str) -> String {
+    if count == 1 { instance_type.to_owned() } else { format!("{count} x {instance_type}") }
 }
 
 #[cfg(test)]
@@ -421,10 +454,28 @@ mod tests {
     #[test]
     fn a_quota_must_take_the_machine() {
         let family = crate::cloud::quota::family("g5.xlarge").unwrap();
-        for (have, expected) in [(0.0, FAIL), (3.0, FAIL), (4.0, WARN), (8.0, OK), (1e6, OK)] {
-            let line = quota("g5.xlarge", "us-east-1", family, have, 4);
-            assert_eq!(is(&line), expected, "{have}");
+        let machines = |count, vcpus| Machines { instance_type: "g5.xlarge", region: "us-east-1", count, vcpus };
+        let have = |vcpus| Quota { vcpus, is_default: false };
+        for (has, count, expected) in [
+            (0.0, 1, FAIL),
+            (3.0, 1, FAIL),
+            (4.0, 1, WARN),
+            (8.0, 1, OK),
+            (1e6, 1, OK),
+            (8.0, 3, FAIL),
+            (12.0, 3, WARN),
+            (16.0, 3, OK),
+            (1e6, u32::MAX, FAIL),
+        ] {
+            let line = quota(machines(count, Some(4)), family, have(has));
+            assert_eq!(is(&line), expected, "{has} {count}");
         }
-        assert!(quota("g5.xlarge", "us-east-1", family, 0.0, 4).todo.unwrap().contains("L-3819A6DF"));
+        let todo = quota(machines(3, Some(4)), family, have(0.0)).todo.unwrap();
+        for said in ["L-3819A6DF", "--region us-east-1", "--desired-value 16"] {
+            assert!(todo.contains(said), "{todo}");
+        }
+        assert_eq!(is(&quota(machines(1, None), family, have(1e6))), WARN, "nobody knows how many there must be");
+        let default = quota(machines(1, Some(4)), family, Quota { vcpus: 0.0, is_default: true });
+        assert!(default.found.contains("AWS's default"), "{default:?}");
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -14,10 +15,10 @@ use s3s::Body;
 use serde_json::Value;
 
 use crate::support::{
-    lab::{Lab, ORIGIN},
-    metadata::{Fault, MetadataServer, TOKEN},
+    lab::{Lab, ORIGIN, data_set},
+    metadata::{Fault, MetadataServer, PREEMPTED, SCHEDULED_EVENTS, TOKEN},
     s3::CreateOnce,
-    trainer::{Finished, Trainer},
+    trainer::{Finished, Trainer, read},
 };
 
 /// Each line of the answer, by its check.
@@ -61,11 +62,14 @@ fn a_machine_with_all_that_a_run_needs_is_well() {
         &life,
         &[
             ("configuration", "ok"),
+            ("dataset", "ok"),
             ("libtorch", "ok"),
             ("memory", "ok"),
             ("lifecycle rule", "ok"),
             ("clock", "ok"),
             ("instance metadata", "skipped"),
+            ("gcp metadata", "skipped"),
+            ("azure metadata", "skipped"),
             ("spot quota", "skipped"),
         ],
     );
@@ -120,6 +124,87 @@ fn a_store_that_is_not_there_is_one_line_among_others() {
     let life = doctor(&lab).finish().expect_code(78);
     let found = expect(&life, &[("configuration", "fail"), ("memory", "skipped"), ("store", "skipped")]);
     assert!(found["configuration"]["found"].to_string().contains("chekpoint"), "{}", life.story());
+}
+
+/// What would stop a run in its first minute, on a machine that is paid: data and weights that are not there, or not whole.
+#[test]
+fn what_a_configuration_names_is_looked_at() {
+    let lab = Lab::on_s3();
+    let text = lab.config("");
+    let with = |from: &str, to: &str| {
+        assert!(text.contains(from), "{from}");
+        lab.write_config("run.toml", &text.replace(from, to));
+        doctor(&lab).finish()
+    };
+    let data = format!("file://{}", data_set().display());
+    for (uri, code) in [("file:///no/such/folder", 78), ("s3://trainer/no-such-data", 78)] {
+        let uri = uri.replace("trainer", crate::support::s3::BUCKET);
+        let life = with(&data, &uri).expect_code(code);
+        let found = expect(&life, &[("configuration", "ok"), ("dataset", "fail"), ("store put and get", "ok")]);
+        for said in [uri.as_str(), "trainer data prepare"] {
+            assert!(found["dataset"].to_string().contains(said), "{said}\n{}", life.story());
+        }
+    }
+    // In a store: the index alone is read.
+    lab.server().write("data/index.json", read(&data_set().join("index.json")));
+    let remote = format!("s3://{}/data", crate::support::s3::BUCKET);
+    let life = with(&data, &remote).expect_code(0);
+    let found = expect(&life, &[("dataset", "ok")]);
+    assert!(found["dataset"]["found"].to_string().contains("held out"), "{}", life.story());
+    lab.server().write("data/index.json", "{");
+    expect(&with(&data, &remote).expect_code(78), &[("dataset", "fail")]);
+    // Longer than any shard.
+    let life = with("sequence_length = 32", "sequence_length = 1000000").expect_code(78);
+    expect(&life, &[("dataset", "fail")]);
+
+    let begin = |folder: &str| with("kind = \"llama\"\n", &format!("kind = \"llama\"\ninit_from = \"{folder}\"\n"));
+    let life = begin("no-such-model").expect_code(78);
+    let found = expect(&life, &[("dataset", "ok"), ("initial weights", "fail")]);
+    assert!(found["initial weights"].to_string().contains("no-such-model"), "{}", life.story());
+    let index = r#"{"weight_map":{"a":"model-00001-of-00002.safetensors","b":"model-00002-of-00002.safetensors"}}"#;
+    std::fs::create_dir_all(lab.path("base")).expect("folder of a model");
+    std::fs::write(lab.path("base/model.safetensors.index.json"), index).expect("write an index");
+    std::fs::write(lab.path("base/model-00001-of-00002.safetensors"), "0123").expect("write a shard");
+    let life = begin("base").expect_code(78);
+    let found = expect(&life, &[("initial weights", "fail")]);
+    assert!(found["initial weights"].to_string().contains("model-00002-of-00002"), "{}", life.story());
+    std::fs::write(lab.path("base/model-00002-of-00002.safetensors"), "4567").expect("write a shard");
+    let life = begin("base").expect_code(0);
+    let found = expect(&life, &[("initial weights", "ok")]);
+    assert!(found["initial weights"]["found"].to_string().contains("2 files of 8 B"), "{}", life.story());
+}
+
+/// Every cloud's service has its line, and a machine of one cloud is not told what to do on another.
+#[test]
+fn each_clouds_metadata_service_has_a_line() {
+    let lab = Lab::on_files();
+    let google = lab.path("google");
+    let firmware = google.join("sys/class/dmi/id");
+    std::fs::create_dir_all(&firmware).expect("folder of the firmware's tables");
+    std::fs::write(firmware.join("product_name"), "Google Compute Engine\n").expect("write a table");
+    let asked = |server: &MetadataServer, root: &Path| {
+        let root = [("TRAINER_HOST_ROOT", root.display().to_string())];
+        doctor(&lab).envs(&server.envs()).envs(&root).finish().expect_code(0)
+    };
+    let metadata = MetadataServer::start();
+    expect(&asked(&metadata, &google), &[("gcp metadata", "ok"), ("azure metadata", "ok")]);
+    assert!(metadata.requests_of(SCHEDULED_EVENTS).is_empty(), "asking for scheduled events switches them on");
+    metadata.storm_on(PREEMPTED, Fault::Status(503));
+    let life = asked(&metadata, &google);
+    let found = expect(&life, &[("gcp metadata", "warn"), ("azure metadata", "ok")]);
+    assert!(!found["gcp metadata"].to_string().contains("HttpEndpoint"), "{}", life.story());
+    metadata.calm();
+
+    // Nobody there: at home a warning, elsewhere nothing.
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
+    let silent = [
+        ("NO_GCE_CHECK", "false".to_owned()),
+        ("GCE_METADATA_HOST", closed.to_string()),
+        ("TRAINER_AZURE_METADATA_ENDPOINT", format!("http://{closed}")),
+        ("TRAINER_HOST_ROOT", google.display().to_string()),
+    ];
+    let life = doctor(&lab).envs(&silent).finish().expect_code(0);
+    expect(&life, &[("gcp metadata", "warn"), ("azure metadata", "skipped"), ("instance metadata", "skipped")]);
 }
 
 #[test]

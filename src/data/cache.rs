@@ -21,11 +21,12 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use rustix::fs::{FlockOperation, flock};
 
 use super::{
-    DataError,
+    DataError, Dataset,
     fetch::fetch,
     input::local_path,
     shards::{FileEntry, INDEX, Index, MAX_INDEX_BYTES, read_index},
@@ -71,9 +72,34 @@ pub async fn ensure_local(
         // Workers may have another working directory.
         return path.canonicalize().map_err(|source| DataError::Io { doing: "read", path, source });
     }
-    let store =
-        Store::open(uri, settings).map_err(|source| DataError::Store { doing: "open", uri: uri.to_owned(), source })?;
-    download(&store, uri, cache_root, settings, &progress).await
+    download(&open(uri, settings)?, uri, cache_root, settings, &progress).await
+}
+
+/// The index of the dataset at `uri`, and nothing downloaded; of one in a folder, every file is held against it by its length.
+///
+/// # Errors
+/// Those of [`ensure_local`].
+pub async fn read_index_of(uri: &str, settings: &StorageConfig) -> Result<Index, DataError> {
+    match local_path(uri) {
+        Some(path) => match Dataset::open(&path) {
+            Ok(dataset) => Ok(dataset.index().clone()),
+            Err(DataError::Missing { .. }) => Err(DataError::Missing { uri: uri.to_owned() }),
+            Err(error) => Err(error),
+        },
+        None => Ok(fetch_index(&open(uri, settings)?, uri).await?.0),
+    }
+}
+
+fn open(uri: &str, settings: &StorageConfig) -> Result<Store, DataError> {
+    Store::open(uri, settings).map_err(|source| DataError::Store { doing: "open", uri: uri.to_owned(), source })
+}
+
+async fn fetch_index(store: &Store, uri: &str) -> Result<(Index, Bytes), DataError> {
+    let bytes = store.get(INDEX, MAX_INDEX_BYTES).await.map_err(|source| match source {
+        StorageError::NotFound { .. } => DataError::Missing { uri: uri.to_owned() },
+        source => DataError::Store { doing: "read the dataset index of", uri: uri.to_owned(), source },
+    })?;
+    Ok((Index::parse(&bytes, &format!("{uri}/{INDEX}"))?, bytes))
 }
 
 /// [`ensure_local`] from a store that is open.
@@ -84,11 +110,7 @@ async fn download(
     settings: &StorageConfig,
     progress: &(impl Fn(CacheProgress) + Send + Sync),
 ) -> Result<PathBuf, DataError> {
-    let bytes = store.get(INDEX, MAX_INDEX_BYTES).await.map_err(|source| match source {
-        StorageError::NotFound { .. } => DataError::Missing { uri: uri.to_owned() },
-        source => DataError::Store { doing: "read the dataset index of", uri: uri.to_owned(), source },
-    })?;
-    let index = Index::parse(&bytes, &format!("{uri}/{INDEX}"))?;
+    let (index, bytes) = fetch_index(store, uri).await?;
     let dir = cache_root.join(format!("{}-{}", Crc64::of(&bytes), bytes.len()));
     if is_complete(&dir, &index) {
         return Ok(dir);

@@ -64,10 +64,19 @@ impl Line {
         Self { verdict: Verdict::Fail, kind: Some(kind), ..Self::warn(check, found, todo) }
     }
 
-    /// An error is a failure; its hint is what to do.
+    /// An error is a failure; its hint is what to do, or else what its kind calls for.
     pub fn error(check: &'static str, error: &Error) -> Self {
-        let todo = error.hint().map(str::to_owned);
-        Self { todo, ..Self::fail(check, error.kind(), error.to_string(), "") }
+        let todo = error.hint().unwrap_or(match error.kind() {
+            Kind::Usage | Kind::Config => "put right what is named here, and look again",
+            Kind::Permission => {
+                "give what this process runs as (a role, a key, a user) the permission that is named here"
+            }
+            Kind::Unavailable => "check the network, proxies and endpoints, and look again",
+            Kind::Data => "put back what is named here from a copy, or make it again",
+            Kind::Bug => "report it, with this line",
+            Kind::Fenced | Kind::Interrupted | Kind::InterruptedWithLoss => "look again",
+        });
+        Self::fail(check, error.kind(), error.to_string(), todo)
     }
 }
 
@@ -161,6 +170,20 @@ pub(super) fn memory(need: Need, available: u64) -> Line {
     Line::ok(CHECK, found)
 }
 
+/// Whether a dataset can be trained on: sequences to train on, sequences held out, and how often these are measured.
+pub(super) fn dataset(uri: &str, train: u64, held_out: u64, sequence_length: u32, validation_every: u64) -> Line {
+    const CHECK: &str = "dataset";
+    let found = format!("{train} sequences of {sequence_length} tokens and {held_out} held out in {uri}");
+    if train == 0 {
+        return Line::fail(CHECK, Kind::Config, found, "lower data.sequence_length, or prepare more text");
+    }
+    if held_out == 0 && validation_every > 0 {
+        let todo = "prepare it with --validation-ratio, or set data.validation_every = 0";
+        return Line::warn(CHECK, format!("{found}: a held-out loss will never be measured"), todo);
+    }
+    Line::ok(CHECK, found)
+}
+
 /// What the bucket does with uploads that nobody finishes.
 pub(super) fn lifecycle(rule: AbortRule) -> Line {
     const CHECK: &str = "lifecycle rule";
@@ -200,16 +223,82 @@ pub(super) fn clock(before: Timestamp, store: Timestamp, after: Timestamp) -> Li
     }
 }
 
-/// What the instance metadata service was heard to do.
+/// A cloud's metadata service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Imds {
+pub(super) enum Service {
+    /// EC2's.
+    Aws,
+    /// Compute Engine's.
+    Gcp,
+    /// Azure's.
+    Azure,
+}
+
+impl Service {
+    /// The name of its line.
+    pub const fn check(self) -> &'static str {
+        match self {
+            Self::Aws => "instance metadata",
+            Self::Gcp => "gcp metadata",
+            Self::Azure => "azure metadata",
+        }
+    }
+
+    /// What switches it off.
+    const fn switch(self) -> &'static str {
+        match self {
+            Self::Aws => "AWS_EC2_METADATA_DISABLED",
+            Self::Gcp => "NO_GCE_CHECK",
+            Self::Azure => "TRAINER_AZURE_METADATA_ENDPOINT",
+        }
+    }
+
+    /// What names it.
+    const fn variable(self) -> &'static str {
+        match self {
+            Self::Aws => "AWS_EC2_METADATA_SERVICE_ENDPOINT",
+            Self::Gcp => "GCE_METADATA_HOST",
+            Self::Azure => "TRAINER_AZURE_METADATA_ENDPOINT",
+        }
+    }
+
+    const fn answers(self) -> &'static str {
+        match self {
+            Self::Aws => "IMDSv2 answers: notices and the machine's role can be had",
+            Self::Gcp => "the metadata server answers: preemptions can be heard",
+            Self::Azure => "the metadata service answers: scheduled events can be heard",
+        }
+    }
+
+    const fn machine(self) -> &'static str {
+        match self {
+            Self::Aws => "EC2 instance",
+            Self::Gcp => "machine of Google Cloud",
+            Self::Azure => "machine of Azure",
+        }
+    }
+
+    const fn refused(self) -> &'static str {
+        match self {
+            Self::Aws => "see whether HttpEndpoint is enabled in the instance's metadata options",
+            Self::Gcp => {
+                "see whether a proxy or GKE's metadata server stands between; a pod with hostNetwork reaches the machine's own"
+            }
+            Self::Azure => "see whether a proxy stands between: the service refuses what was forwarded",
+        }
+    }
+}
+
+/// What a metadata service was heard to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Heard {
     /// Switched off by the environment.
     Off,
-    /// It gives tokens and answers.
+    /// It answers.
     Answers,
-    /// The token's `PUT` has no answer, and a plain `GET` this one.
+    /// It does not answer; on EC2 it is the token's `PUT` that has no answer.
     Silent {
-        /// The status; `None`: no answer either.
+        /// On EC2 the status of a plain `GET`; `None`: no answer either.
         get: Option<u16>,
     },
     /// Nobody is there.
@@ -220,35 +309,39 @@ pub(super) enum Imds {
     Garbled,
 }
 
-/// Whether notices and the machine's role can be had.
-pub(super) fn imds(heard: Imds, on_ec2: bool) -> Line {
-    const CHECK: &str = "instance metadata";
+/// Whether notices can be had of this service. `at_home`: the machine is one of its cloud; `named`: the environment says where it is.
+/// All three clouds have theirs at one address, so that a refusal on a strange machine is but another cloud's answer.
+pub(super) fn metadata(service: Service, heard: Heard, at_home: bool, named: bool) -> Line {
+    let (check, machine) = (service.check(), service.machine());
     match heard {
-        Imds::Off => Line::skipped(CHECK, "switched off by AWS_EC2_METADATA_DISABLED"),
-        Imds::Answers => Line::ok(CHECK, "IMDSv2 answers: notices and the machine's role can be had"),
-        Imds::Silent { get: Some(401 | 200) } => Line::fail(
-            CHECK,
+        Heard::Off => Line::skipped(check, format!("switched off by {}", service.switch())),
+        Heard::Answers => Line::ok(check, service.answers()),
+        Heard::Silent { get: Some(401 | 200) } => Line::fail(
+            check,
             Kind::Config,
             "a request for a token has no answer, but a plain one has: the hop limit is 1",
             "set HttpPutResponseHopLimit to 2 in the launch template (aws ec2 modify-instance-metadata-options), or run the container \
              with --network host",
         ),
-        Imds::Absent | Imds::Silent { .. } if !on_ec2 => Line::skipped(CHECK, "no EC2 instance, as far as can be seen"),
-        Imds::Absent | Imds::Silent { .. } => Line::warn(
-            CHECK,
-            "this is an EC2 instance, but its metadata service can't be reached",
+        Heard::Absent | Heard::Silent { .. } if at_home => Line::warn(
+            check,
+            format!(
+                "this is a{} {machine}, but its metadata service can't be reached",
+                if service == Service::Aws { "n" } else { "" }
+            ),
             "let this process reach 169.254.169.254; without it no notice is heard before the machine goes away",
         ),
-        Imds::Refused(status) => Line::warn(
-            CHECK,
-            format!("the metadata service answers {status}"),
-            "see whether HttpEndpoint is enabled in the instance's metadata options",
-        ),
-        Imds::Garbled => Line::warn(
-            CHECK,
+        Heard::Refused(status) if at_home || named => {
+            Line::warn(check, format!("the metadata service answers {status}"), service.refused())
+        }
+        Heard::Garbled if at_home || named => Line::warn(
+            check,
             "what answers is no metadata service",
-            "see AWS_EC2_METADATA_SERVICE_ENDPOINT, or what listens at 169.254.169.254",
+            format!("see {}, or what listens at 169.254.169.254", service.variable()),
         ),
+        Heard::Absent | Heard::Silent { .. } | Heard::Refused(_) | Heard::Garbled => {
+            Line::skipped(check, format!("no {machine}, as far as can be seen"))
+        }
     }
 }
 
@@ -415,20 +508,64 @@ mod tests {
 
     #[test]
     fn a_hop_limit_is_told_from_a_machine_that_is_no_instance() {
-        for (heard, on_ec2, expected) in [
-            (Imds::Off, true, SKIPPED),
-            (Imds::Answers, false, OK),
-            (Imds::Silent { get: Some(401) }, false, FAIL),
-            (Imds::Silent { get: Some(200) }, true, FAIL),
-            (Imds::Silent { get: None }, false, SKIPPED),
-            (Imds::Silent { get: None }, true, WARN),
-            (Imds::Absent, false, SKIPPED),
-            (Imds::Absent, true, WARN),
-            (Imds::Refused(403), true, WARN),
-            (Imds::Garbled, false, WARN),
+        for (heard, at_home, expected) in [
+            (Heard::Off, true, SKIPPED),
+            (Heard::Answers, false, OK),
+            (Heard::Silent { get: Some(401) }, false, FAIL),
+            (Heard::Silent { get: Some(200) }, true, FAIL),
+            (Heard::Silent { get: None }, false, SKIPPED),
+            (Heard::Silent { get: None }, true, WARN),
+            (Heard::Absent, false, SKIPPED),
+            (Heard::Absent, true, WARN),
+            (Heard::Refused(403), true, WARN),
+            (Heard::Garbled, true, WARN),
         ] {
-            assert_eq!(is(&imds(heard, on_ec2)), expected, "{heard:?} {on_ec2}");
+            assert_eq!(is(&metadata(Service::Aws, heard, at_home, false)), expected, "{heard:?} {at_home}");
         }
+    }
+
+    /// One address serves three clouds: a stranger's refusal says nothing, one of a service that somebody named does.
+    #[test]
+    fn another_clouds_answer_is_no_fault() {
+        for service in [Service::Aws, Service::Gcp, Service::Azure] {
+            for heard in [Heard::Refused(400), Heard::Refused(404), Heard::Refused(405), Heard::Garbled] {
+                assert_eq!(is(&metadata(service, heard, false, false)), SKIPPED, "{service:?} {heard:?}");
+                assert_eq!(is(&metadata(service, heard, false, true)), WARN, "{service:?} {heard:?}");
+                assert_eq!(is(&metadata(service, heard, true, false)), WARN, "{service:?} {heard:?}");
+            }
+        }
+        let advice = metadata(Service::Gcp, Heard::Refused(403), true, false).todo.unwrap();
+        assert!(!advice.contains("HttpEndpoint"), "{advice}");
+    }
+
+    #[test]
+    fn a_dataset_must_hold_a_sequence() {
+        for (train, held_out, every, expected) in
+            [(10, 0, 0, OK), (10, 3, 50, OK), (10, 0, 50, WARN), (0, 3, 50, FAIL), (0, 0, 0, FAIL)]
+        {
+            assert_eq!(is(&dataset("s3://b/d", train, held_out, 512, every)), expected, "{train} {held_out} {every}");
+        }
+    }
+
+    /// A line that is not well says what to do, whatever the error knows.
+    #[test]
+    fn an_error_without_a_hint_says_what_to_do_too() {
+        for kind in [
+            Kind::Usage,
+            Kind::Data,
+            Kind::Unavailable,
+            Kind::Bug,
+            Kind::Interrupted,
+            Kind::InterruptedWithLoss,
+            Kind::Permission,
+            Kind::Config,
+            Kind::Fenced,
+        ] {
+            let line = Line::error("x", &Error::new(kind, "what"));
+            assert!(line.todo.is_some_and(|todo| !todo.is_empty()), "{kind:?}");
+        }
+        let line = Line::error("x", &Error::new(Kind::Config, "what").with_hint("do this"));
+        assert_eq!(line.todo.as_deref(), Some("do this"));
     }
 
     #[test]

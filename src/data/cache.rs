@@ -9,7 +9,7 @@
 //!   train-00000.bin …  tokenizer.json     complete and checked: they get their names by a rename at the end
 //!   index.json                            last: with it, the folder is complete
 //! ```
-//! A worker's [`Dataset`](super::Dataset) opens that folder; it knows of no store.
+//! A worker's [`Dataset`] opens that folder; it knows of no store.
 //!
 //! # Crash, retry, cancel, two at once
 //! A file under its own name is complete, so a download that was broken off goes on with the files that are missing. The lock

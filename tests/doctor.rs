@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -14,10 +15,10 @@ use s3s::Body;
 use serde_json::Value;
 
 use crate::support::{
-    lab::{Lab, ORIGIN},
-    metadata::{Fault, MetadataServer, TOKEN},
+    lab::{Lab, ORIGIN, data_set},
+    metadata::{Fault, MetadataServer, PREEMPTED, SCHEDULED_EVENTS, TOKEN},
     s3::CreateOnce,
-    trainer::{Finished, Trainer},
+    trainer::{Finished, Trainer, read},
 };
 
 /// Each line of the answer, by its check.
@@ -61,11 +62,14 @@ fn a_machine_with_all_that_a_run_needs_is_well() {
         &life,
         &[
             ("configuration", "ok"),
+            ("dataset", "ok"),
             ("libtorch", "ok"),
             ("memory", "ok"),
             ("lifecycle rule", "ok"),
             ("clock", "ok"),
             ("instance metadata", "skipped"),
+            ("gcp metadata", "skipped"),
+            ("azure metadata", "skipped"),
             ("spot quota", "skipped"),
         ],
     );
@@ -122,6 +126,87 @@ fn a_store_that_is_not_there_is_one_line_among_others() {
     assert!(found["configuration"]["found"].to_string().contains("chekpoint"), "{}", life.story());
 }
 
+/// What would stop a run in its first minute, on a machine that is paid: data and weights that are not there, or not whole.
+#[test]
+fn what_a_configuration_names_is_looked_at() {
+    let lab = Lab::on_s3();
+    let text = lab.config("");
+    let with = |from: &str, to: &str| {
+        assert!(text.contains(from), "{from}");
+        lab.write_config("run.toml", &text.replace(from, to));
+        doctor(&lab).finish()
+    };
+    let data = format!("file://{}", data_set().display());
+    for (uri, code) in [("file:///no/such/folder", 78), ("s3://trainer/no-such-data", 78)] {
+        let uri = uri.replace("trainer", crate::support::s3::BUCKET);
+        let life = with(&data, &uri).expect_code(code);
+        let found = expect(&life, &[("configuration", "ok"), ("dataset", "fail"), ("store put and get", "ok")]);
+        for said in [uri.as_str(), "trainer data prepare"] {
+            assert!(found["dataset"].to_string().contains(said), "{said}\n{}", life.story());
+        }
+    }
+    // In a store: the index alone is read.
+    lab.server().write("data/index.json", read(&data_set().join("index.json")));
+    let remote = format!("s3://{}/data", crate::support::s3::BUCKET);
+    let life = with(&data, &remote).expect_code(0);
+    let found = expect(&life, &[("dataset", "ok")]);
+    assert!(found["dataset"]["found"].to_string().contains("held out"), "{}", life.story());
+    lab.server().write("data/index.json", "{");
+    expect(&with(&data, &remote).expect_code(78), &[("dataset", "fail")]);
+    // Longer than any shard.
+    let life = with("sequence_length = 32", "sequence_length = 1000000").expect_code(78);
+    expect(&life, &[("dataset", "fail")]);
+
+    let begin = |folder: &str| with("kind = \"llama\"\n", &format!("kind = \"llama\"\ninit_from = \"{folder}\"\n"));
+    let life = begin("no-such-model").expect_code(78);
+    let found = expect(&life, &[("dataset", "ok"), ("initial weights", "fail")]);
+    assert!(found["initial weights"].to_string().contains("no-such-model"), "{}", life.story());
+    let index = r#"{"weight_map":{"a":"model-00001-of-00002.safetensors","b":"model-00002-of-00002.safetensors"}}"#;
+    std::fs::create_dir_all(lab.path("base")).expect("folder of a model");
+    std::fs::write(lab.path("base/model.safetensors.index.json"), index).expect("write an index");
+    std::fs::write(lab.path("base/model-00001-of-00002.safetensors"), "0123").expect("write a shard");
+    let life = begin("base").expect_code(78);
+    let found = expect(&life, &[("initial weights", "fail")]);
+    assert!(found["initial weights"].to_string().contains("model-00002-of-00002"), "{}", life.story());
+    std::fs::write(lab.path("base/model-00002-of-00002.safetensors"), "4567").expect("write a shard");
+    let life = begin("base").expect_code(0);
+    let found = expect(&life, &[("initial weights", "ok")]);
+    assert!(found["initial weights"]["found"].to_string().contains("2 files of 8 B"), "{}", life.story());
+}
+
+/// Every cloud's service has its line, and a machine of one cloud is not told what to do on another.
+#[test]
+fn each_clouds_metadata_service_has_a_line() {
+    let lab = Lab::on_files();
+    let google = lab.path("google");
+    let firmware = google.join("sys/class/dmi/id");
+    std::fs::create_dir_all(&firmware).expect("folder of the firmware's tables");
+    std::fs::write(firmware.join("product_name"), "Google Compute Engine\n").expect("write a table");
+    let asked = |server: &MetadataServer, root: &Path| {
+        let root = [("TRAINER_HOST_ROOT", root.display().to_string())];
+        doctor(&lab).envs(&server.envs()).envs(&root).finish().expect_code(0)
+    };
+    let metadata = MetadataServer::start();
+    expect(&asked(&metadata, &google), &[("gcp metadata", "ok"), ("azure metadata", "ok")]);
+    assert!(metadata.requests_of(SCHEDULED_EVENTS).is_empty(), "asking for scheduled events switches them on");
+    metadata.storm_on(PREEMPTED, Fault::Status(503));
+    let life = asked(&metadata, &google);
+    let found = expect(&life, &[("gcp metadata", "warn"), ("azure metadata", "ok")]);
+    assert!(!found["gcp metadata"].to_string().contains("HttpEndpoint"), "{}", life.story());
+    metadata.calm();
+
+    // Nobody there: at home a warning, elsewhere nothing.
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
+    let silent = [
+        ("NO_GCE_CHECK", "false".to_owned()),
+        ("GCE_METADATA_HOST", closed.to_string()),
+        ("TRAINER_AZURE_METADATA_ENDPOINT", format!("http://{closed}")),
+        ("TRAINER_HOST_ROOT", google.display().to_string()),
+    ];
+    let life = doctor(&lab).envs(&silent).finish().expect_code(0);
+    expect(&life, &[("gcp metadata", "warn"), ("azure metadata", "skipped"), ("instance metadata", "skipped")]);
+}
+
 #[test]
 fn the_time_to_stop_is_held_against_the_saves_of_a_run() {
     let lab = Lab::on_interrupted_run();
@@ -135,7 +220,8 @@ fn the_time_to_stop_is_held_against_the_saves_of_a_run() {
     assert!(found["stop time-out"]["found"].to_string().contains("a save takes up to"), "{}", life.story());
 }
 
-/// Service Quotas, which moto does not know for EC2: every quota has this value.
+/// Service Quotas, which moto does not know for EC2: G and VT have this value in us-east-1; in every other region none was ever applied,
+/// and AWS's default is 0.
 struct Quotas {
     address: SocketAddr,
     value: Arc<AtomicU64>,
@@ -165,15 +251,20 @@ impl Quotas {
 
 async fn answer(value: Arc<AtomicU64>, request: Request<Incoming>) -> Result<Response<Body>, s3s::StdError> {
     let value = value.load(Ordering::Relaxed);
+    let header =
+        |name| request.headers().get(name).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+    let (operation, signed_for) = (header("x-amz-target"), header("authorization"));
     let body = Body::from(request.into_body()).store_all_limited(1 << 20).await?;
     let asked: Value = serde_json::from_slice(&body)?;
     // g5.xlarge is of the family G and VT.
     let known = asked["ServiceCode"] == "ec2" && asked["QuotaCode"] == "L-3819A6DF";
-    let (status, text) = match known {
-        true => {
-            (200, format!(r#"{{"Quota":{{"QuotaName":"All G and VT Spot Instance Requests","Value":{value}.0}}}}"#))
-        }
-        false => (400, r#"{"__type":"NoSuchResourceException","Message":"no such quota"}"#.to_owned()),
+    let said = |value| {
+        (200, format!(r#"{{"Quota":{{"QuotaName":"All G and VT Spot Instance Requests","Value":{value}.0}}}}"#))
+    };
+    let (status, text) = match operation.rsplit('.').next() {
+        Some("GetServiceQuota") if known && signed_for.contains("/us-east-1/") => said(value),
+        Some("GetAWSDefaultServiceQuota") if known => said(0),
+        _ => (400, r#"{"__type":"NoSuchResourceException","Message":"no such quota"}"#.to_owned()),
     };
     let answer = Response::builder().status(status).header("content-type", "application/x-amz-json-1.1");
     Ok(answer.body(Body::from(bytes::Bytes::from(text)))?)
@@ -187,24 +278,69 @@ impl Drop for Quotas {
     }
 }
 
+impl Quotas {
+    /// The environment in which an account has these quotas.
+    fn envs(&self) -> Vec<(&'static str, String)> {
+        let keys = [("AWS_ACCESS_KEY_ID", "AKIATEST"), ("AWS_SECRET_ACCESS_KEY", "secret")];
+        let mut variables: Vec<(&'static str, String)> = keys.map(|(name, value)| (name, value.to_owned())).to_vec();
+        variables.push(("AWS_ENDPOINT_URL_SERVICE_QUOTAS", format!("http://{}", self.address)));
+        // A profile of the machine's user would name a region.
+        variables.push(("AWS_CONFIG_FILE", "/no/such/file".to_owned()));
+        variables
+    }
+}
+
+/// Whoever meets "Max spot instance count exceeded" has no machine yet.
+#[test]
+fn a_quota_can_be_looked_at_before_there_is_a_machine() {
+    let lab = Lab::on_files();
+    let quotas = Quotas::start(11);
+    let asked = |line: &str| {
+        let doctor = lab.command(&["doctor"]).json().envs(&quotas.envs());
+        doctor.args(&line.split_whitespace().collect::<Vec<_>>()).finish()
+    };
+    let quota = |life: &Finished, verdict| expect(life, &[("spot quota", verdict)])["spot quota"].to_string();
+    let life = asked("--instance-type g5.xlarge --region us-east-1").expect_code(0);
+    assert!(quota(&life, "ok").contains("11 vCPUs of G and VT"), "{}", life.story());
+    let life = asked("--instance-type g5.xlarge --region us-east-1 --count 2").expect_code(0);
+    quota(&life, "warn");
+    let life = asked("--instance-type g5.xlarge --region us-east-1 --count 3").expect_code(78);
+    let said = quota(&life, "fail");
+    assert!(said.contains("take 12") && said.contains("--desired-value 16"), "{}", life.story());
+    // Never applied: AWS's default.
+    let life = asked("--instance-type g5.xlarge --region eu-west-3").expect_code(78);
+    let said = quota(&life, "fail");
+    assert!(said.contains("0 vCPUs of G and VT spot machines in eu-west-3 (AWS's default"), "{}", life.story());
+    // Nothing is ok that is not known.
+    for line in ["--instance-type g5.xlarge", "--instance-type p9.xlarge --region us-east-1"] {
+        quota(&asked(line).expect_code(0), "warn");
+    }
+    let life = asked("--instance-type p4d.24xlarge --region us-east-1").expect_code(0);
+    assert!(quota(&life, "warn").contains("NoSuchResourceException"), "{}", life.story());
+    asked("--region us-east-1").expect_code(64).expect_said(&["--instance-type"]);
+}
+
 #[test]
 fn metadata_hop_limit_and_quota() {
     let lab = Lab::on_files();
     let metadata = MetadataServer::start();
     let quotas = Quotas::start(0);
-    let on_instance = || {
-        let keys = [("AWS_ACCESS_KEY_ID", "AKIATEST"), ("AWS_SECRET_ACCESS_KEY", "secret")];
-        let mut variables: Vec<(&'static str, String)> = keys.map(|(name, value)| (name, value.to_owned())).to_vec();
-        variables.push(("AWS_ENDPOINT_URL_SERVICE_QUOTAS", format!("http://{}", quotas.address)));
-        doctor(&lab).envs(&metadata.envs()).envs(&variables)
-    };
+    let on_instance = || doctor(&lab).envs(&metadata.envs()).envs(&quotas.envs());
     let life = on_instance().finish().expect_code(78);
     let found = expect(&life, &[("instance metadata", "ok"), ("spot quota", "fail")]);
     for said in ["L-3819A6DF", "Max spot instance count exceeded"] {
         assert!(found["spot quota"]["todo"].to_string().contains(said), "{}", life.story());
     }
-    quotas.value.store(1_000_000, Ordering::Relaxed);
+    quotas.value.store(8, Ordering::Relaxed);
     expect(&on_instance().finish().expect_code(0), &[("instance metadata", "ok"), ("spot quota", "ok")]);
+    // A machine of 48 vCPUs has as many for the quota, whatever of them a container shows.
+    metadata.set(
+        "/latest/dynamic/instance-identity/document",
+        serde_json::json!({"instanceId": "i-1", "region": "us-east-1", "instanceType": "g5.12xlarge"}),
+    );
+    let life = on_instance().finish().expect_code(78);
+    let found = expect(&life, &[("spot quota", "fail")]);
+    assert!(found["spot quota"]["found"].to_string().contains("g5.12xlarge takes 48"), "{}", life.story());
 
     // The answer to the PUT dies on the way, as with a hop limit of 1; a plain GET is answered with 401.
     metadata.storm_on(TOKEN, Fault::Hang);

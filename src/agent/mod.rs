@@ -54,7 +54,7 @@ use crate::{
     config::{
         CompleteAction, Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node,
     },
-    data::{self, Dataset, Split},
+    data::{self, Dataset, LocalDataset, Split},
     error::{Context, Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
@@ -283,7 +283,8 @@ async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
 /// What every life of this agent has in common.
 struct Resolved {
     config: RunConfig,
-    data_dir: PathBuf,
+    /// Stays on this machine for as long as this does.
+    data: LocalDataset,
     sequences: NonZeroU64,
     workers: u32,
     companions: Vec<(String, Bytes)>,
@@ -428,7 +429,7 @@ impl Agent {
             let began = tokio::time::Instant::now();
             let plan = Plan {
                 config: resolved.config.clone(),
-                data_dir: resolved.data_dir.clone(),
+                data_dir: resolved.data.dir().to_owned(),
                 sequences: resolved.sequences,
                 workers: resolved.workers,
                 load: load.clone(),
@@ -833,8 +834,8 @@ async fn resolve(
         tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
     };
     let cache = cache.map_or_else(cache_folder, Path::to_owned);
-    let data_dir = data::ensure_local(&config.data.train, &cache, &config.storage, shown).await?;
-    let dataset = Dataset::open(&data_dir)?;
+    let data = data::ensure_local(&config.data.train, &cache, &config.storage, shown).await?;
+    let dataset = Dataset::open(data.dir())?;
     let vocabulary = model::vocab_size(config.model.kind, &config.model.config)?;
     data::check_vocabulary(dataset.index(), &config.data.train, vocabulary.into(), "model.config")?;
     let longest = model::max_sequence_length(config.model.kind, &config.model.config)?;
@@ -855,9 +856,9 @@ async fn resolve(
     Ok(Resolved {
         workers,
         sequences,
-        companions: companions(config, &data_dir, dataset.index())?,
+        companions: companions(config, data.dir(), dataset.index())?,
         config: config.clone(),
-        data_dir,
+        data,
     })
 }
 

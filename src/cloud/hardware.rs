@@ -21,6 +21,10 @@ pub fn root() -> PathBuf {
 pub enum Maker {
     /// An EC2 instance.
     Amazon,
+    /// A machine of Google Cloud.
+    Google,
+    /// A machine of Azure.
+    Azure,
     /// Somebody else.
     Other,
     /// The firmware's tables are not to be seen.
@@ -38,8 +42,11 @@ fn names(folder: PathBuf) -> Vec<String> {
     names
 }
 
+const AZURE_TAG: &str = "7783-7084-3265-9085-8269-3286-77";
+
 /// Who made the machine, by the firmware's tables: "Amazon EC2" on Nitro, a BIOS version that ends in `.amazon`, or a hypervisor's UUID
-/// that begins with `ec2`, on Xen (EC2 user guide, "Identify EC2 instances").
+/// that begins with `ec2`, on Xen (EC2 user guide, "Identify EC2 instances"); "Google" on Compute Engine; Microsoft's name stands on Hyper-V
+/// anywhere, Azure's machines have an asset tag of their own (cloud-init, ds-identify).
 pub fn maker(root: &Path) -> Maker {
     let dmi = |name: &str| line(root.join("sys/class/dmi/id").join(name));
     let tables = ["sys_vendor", "board_vendor", "bios_vendor", "bios_version"].map(dmi);
@@ -47,6 +54,10 @@ pub fn maker(root: &Path) -> Maker {
     let uuid = line(root.join("sys/hypervisor/uuid"));
     if tables.iter().flatten().any(amazon) || uuid.is_some_and(|uuid| uuid.to_ascii_lowercase().starts_with("ec2")) {
         Maker::Amazon
+    } else if dmi("product_name").is_some_and(|name| name == "Google Compute Engine") {
+        Maker::Google
+    } else if dmi("chassis_asset_tag").is_some_and(|tag| tag == AZURE_TAG) {
+        Maker::Azure
     } else if tables.iter().any(Option::is_some) {
         Maker::Other
     } else {
@@ -82,6 +93,38 @@ pub fn gpus(root: &Path) -> Gpus {
         driver: root.join("proc/driver/nvidia/version").exists(),
         device_files: names(root.join("dev")).iter().filter(|name| is_device_file(name)).count(),
     }
+}
+
+/// Bytes of memory that may still be taken: the kernel's estimate, or less where the cgroup has a limit. Of what a cgroup has used, the
+/// page cache and slabs that can be reclaimed are given back when memory is short, as the kernel's own estimate counts them (kernel
+/// documentation, filesystems/proc, `MemAvailable`; admin-guide/cgroup-v2, `memory.stat`). Files in tmpfs are on other lists.
+pub fn available_memory(root: &Path) -> Option<u64> {
+    let meminfo = std::fs::read_to_string(root.join("proc/meminfo")).ok()?;
+    let free = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let free = free.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)?;
+    let cgroup = |name: &str| line(root.join("sys/fs/cgroup").join(name));
+    let number = |name: &str| cgroup(name)?.parse::<u64>().ok();
+    // "max" is no number: no limit.
+    let Some(limit) = number("memory.max") else { return Some(free) };
+    let stat = cgroup("memory.stat").unwrap_or_default();
+    let reclaimable = stat.lines().filter_map(|line| {
+        let (name, bytes) = line.split_once(' ')?;
+        ["active_file", "inactive_file", "slab_reclaimable"].contains(&name).then(|| bytes.parse::<u64>().ok())?
+    });
+    let reclaimable = reclaimable.fold(0, u64::saturating_add);
+    let used = number("memory.current").unwrap_or(0).saturating_sub(reclaimable);
+    Some(limit.saturating_sub(used).min(free))
+}
+
+/// Processors of the machine that are switched on, whatever of them this process may use: `0-3,8` are 5 (kernel documentation,
+/// admin-guide/cputopology).
+pub fn processors(root: &Path) -> Option<u32> {
+    let text = line(root.join("sys/devices/system/cpu/online"))?;
+    let count = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        last.parse::<u32>().ok()?.checked_sub(first.parse().ok()?)?.checked_add(1)
+    };
+    text.split(',').try_fold(0_u32, |all, range| all.checked_add(count(range)?))
 }
 
 /// Models of NVMe disks that live and die with the machine, on EC2, Google Cloud and Azure.
@@ -164,6 +207,21 @@ mod tests {
                 Maker::Amazon,
             ),
             (vec![("sys/hypervisor/uuid", "EC2e1916-9099\n")], Maker::Amazon),
+            (
+                vec![
+                    ("sys/class/dmi/id/sys_vendor", "Google\n"),
+                    ("sys/class/dmi/id/product_name", "Google Compute Engine\n"),
+                ],
+                Maker::Google,
+            ),
+            (
+                vec![
+                    ("sys/class/dmi/id/sys_vendor", "Microsoft Corporation\n"),
+                    ("sys/class/dmi/id/chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77\n"),
+                ],
+                Maker::Azure,
+            ),
+            (vec![("sys/class/dmi/id/sys_vendor", "Microsoft Corporation\n")], Maker::Other),
             (vec![("sys/class/dmi/id/sys_vendor", "LENOVO\n")], Maker::Other),
             (vec![], Maker::Unknown),
             (vec![("sys/class/dmi/id/sys_vendor", "\n")], Maker::Unknown),
@@ -190,6 +248,47 @@ mod tests {
         std::fs::write(root.path().join("proc/driver/nvidia/version"), "NVRM").unwrap();
         assert_eq!(gpus(root.path()), Gpus { on_the_bus: 1, driver: true, device_files: 1 });
         assert_eq!(gpus(tree(&[]).path()), Gpus::default());
+    }
+
+    #[test]
+    fn the_page_cache_of_a_container_is_memory_that_may_be_taken() {
+        const FREE: (&str, &str) = ("proc/meminfo", "MemTotal: 32 kB\nMemAvailable:     16384 kB\n");
+        const STAT: &str = "anon 1000\nfile 5100\nshmem 100\ninactive_anon 700\ninactive_file 3000\nactive_file 2000\n\
+                            slab_reclaimable 500\nslab_unreclaimable 400\n";
+        let file = |name: &'static str, text| (name, text);
+        for (cgroup, available) in [
+            (vec![], 16_384 * 1024),
+            (vec![file("memory.max", "max\n"), file("memory.current", "9000\n")], 16_384 * 1024),
+            (vec![file("memory.max", "10000\n"), file("memory.current", "9000\n")], 1000),
+            (vec![file("memory.max", "10000"), file("memory.current", "9000"), file("memory.stat", STAT)], 6500),
+            (vec![file("memory.max", "10000"), file("memory.current", "5000"), file("memory.stat", STAT)], 10_000),
+            (vec![file("memory.max", "10000"), file("memory.current", "12000"), file("memory.stat", "x")], 0),
+            (vec![file("memory.max", "99999999999"), file("memory.current", "9000")], 16_384 * 1024),
+        ] {
+            let root = tree(&[FREE]);
+            std::fs::create_dir_all(root.path().join("sys/fs/cgroup")).unwrap();
+            for (name, text) in &cgroup {
+                std::fs::write(root.path().join("sys/fs/cgroup").join(name), text).unwrap();
+            }
+            assert_eq!(available_memory(root.path()), Some(available), "{cgroup:?}");
+        }
+        assert_eq!(available_memory(tree(&[]).path()), None);
+    }
+
+    #[test]
+    fn processors_are_counted_by_their_ranges() {
+        for (text, count) in [
+            ("0-47\n", Some(48)),
+            ("0", Some(1)),
+            ("0-3,8\n", Some(5)),
+            ("", None),
+            ("3-0", None),
+            ("0-4294967295", None),
+            ("all", None),
+        ] {
+            assert_eq!(processors(tree(&[("sys/devices/system/cpu/online", text)]).path()), count, "{text}");
+        }
+        assert_eq!(processors(tree(&[]).path()), None);
     }
 
     #[test]

@@ -105,7 +105,7 @@ fn patience(named: bool, maker: Maker) -> Option<(Duration, Duration)> {
         Maker::Amazon => Some((LIMIT, PATIENCE)),
         _ if named => Some((LIMIT, Duration::ZERO)),
         Maker::Unknown => Some((SHORT, Duration::ZERO)),
-        Maker::Other => None,
+        Maker::Google | Maker::Azure | Maker::Other => None,
     }
 }
 
@@ -240,7 +240,9 @@ mod tests {
         assert_eq!(patience(true, Maker::Amazon), Some((LIMIT, PATIENCE)));
         assert_eq!(patience(true, Maker::Other), Some((LIMIT, Duration::ZERO)));
         assert_eq!(patience(false, Maker::Unknown), Some((SHORT, Duration::ZERO)));
-        assert_eq!(patience(false, Maker::Other), None);
+        for other in [Maker::Google, Maker::Azure, Maker::Other] {
+            assert_eq!(patience(false, other), None);
+        }
     }
 
     #[test]

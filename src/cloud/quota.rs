@@ -2,16 +2,16 @@
 //!
 //! "Max spot instance count exceeded" is the first thing that many new accounts hear: their quota for GPU machines is 0. Quotas are
 //! counted in vCPUs, per region, for all machines of a family together, and open requests count too (EC2 user guide, "Spot
-//! Instance quotas"). Only asked for, never changed.
+//! Instance quotas"; the codes: AWS General Reference, "Amazon EC2 endpoints and quotas"). Only asked for, never changed.
 
 use std::time::Duration;
 
-use aws_sdk_servicequotas::Client;
+use aws_sdk_servicequotas::{Client, error::SdkError};
 
 use super::aws;
 use crate::error::{Error, Kind, Result};
 
-/// For the question with all of the SDK's retries.
+/// For all questions with the SDK's retries.
 const LIMIT: Duration = Duration::from_secs(15);
 
 /// A family of instance types that share a quota.
@@ -27,16 +27,20 @@ pub struct Family {
 pub fn family(instance_type: &str) -> Option<Family> {
     let (class, _) = instance_type.split_once('.')?;
     let letters: String = class.chars().take_while(char::is_ascii_lowercase).collect();
-    let (name, spot) = match letters.as_str() {
-        "g" | "gr" | "vt" => ("G and VT", "L-3819A6DF"),
-        "p" => ("P", "L-7212CCBC"),
-        "trn" => ("Trn", "L-5480EFD2"),
-        "inf" => ("Inf", "L-B5D1601B"),
-        "dl" => ("DL", "L-85EED4F7"),
-        "f" => ("F", "L-88CF9481"),
-        "x" => ("X", "L-E3A00192"),
+    let generation: String = class.chars().skip(letters.len()).take_while(char::is_ascii_digit).collect();
+    let (name, spot) = match (letters.as_str(), generation.as_str()) {
+        ("g" | "gr" | "vt", _) => ("G and VT", "L-3819A6DF"),
+        ("p", "2" | "3" | "4") => ("P4, P3 and P2", "L-7212CCBC"),
+        ("p", "5") => ("P5", "L-C4BD4855"),
+        // Which of them counts P6 is not in AWS's list.
+        ("p", _) => return None,
+        ("trn", _) => ("Trn", "L-6B0D517C"),
+        ("inf", _) => ("Inf", "L-B5D1601B"),
+        ("dl", _) => ("DL", "L-85EED4F7"),
+        ("f", _) => ("F", "L-88CF9481"),
+        ("x", _) => ("X", "L-E3A00192"),
         // A, C, D, H, I, M, R, T, Z: "Standard", in all their spellings.
-        other if "acdhimrtz".contains(other.chars().next()?) && other != "hpc" && other != "mac" => {
+        (other, _) if "acdhimrtz".contains(other.chars().next()?) && other != "hpc" && other != "mac" => {
             ("Standard", "L-34B43A08")
         }
         _ => return None,
@@ -44,20 +48,62 @@ pub fn family(instance_type: &str) -> Option<Family> {
     Some(Family { name, spot })
 }
 
-/// The quota of a code, vCPUs.
-pub async fn vcpus(region: &str, code: &str) -> Result<f64> {
-    let client = Client::new(&aws::config_in(region).await);
-    let call = client.get_service_quota().service_code("ec2").quota_code(code).send();
-    let doing = format!("read quota {code} of EC2 in {region}");
-    match tokio::time::timeout(LIMIT, call).await {
-        Ok(answer) => {
-            let answer = answer.map_err(|error| aws::explain(error, &doing))?;
-            let value =
-                answer.quota().and_then(|quota| quota.value()).filter(|value| value.is_finite() && *value >= 0.0);
-            value.ok_or_else(|| Error::new(Kind::Unavailable, format!("{doing}: the answer has no number")))
-        }
-        Err(_) => Err(Error::new(Kind::Unavailable, format!("{doing}: no answer within {} s", LIMIT.as_secs()))),
+/// Types whose vCPUs their size does not say.
+const ODD: [(&str, u32); 4] = [("g4dn.metal", 96), ("g5g.metal", 64), ("c4.8xlarge", 36), ("d2.8xlarge", 36)];
+/// Classes from before sizes meant the same everywhere.
+const OLD: [&str; 9] = ["c1", "cc2", "cg1", "cr1", "hi1", "hs1", "m1", "m2", "t1"];
+
+/// The vCPUs of an instance type, by its size: `large` has 2, `xlarge` 4, `<n>xlarge` and `metal-<n>xl` 4 n (EC2 instance types guide,
+/// specifications). `None`: its size does not say.
+pub fn vcpus(instance_type: &str) -> Option<u32> {
+    if let Some((_, vcpus)) = ODD.iter().find(|(odd, _)| *odd == instance_type) {
+        return Some(*vcpus);
     }
+    let (class, size) = instance_type.split_once('.')?;
+    if OLD.contains(&class) {
+        return None;
+    }
+    match size {
+        "large" => Some(2),
+        "xlarge" => Some(4),
+        _ => {
+            let times = size.strip_suffix("xlarge").or_else(|| size.strip_prefix("metal-")?.strip_suffix("xl"))?;
+            times.parse::<u32>().ok().filter(|n| (1..=256).contains(n)).map(|n| 4 * n)
+        }
+    }
+}
+
+/// A quota.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Quota {
+    /// How many may run at once.
+    pub vcpus: f64,
+    /// It is what AWS gives every account: none was ever applied to this one.
+    pub is_default: bool,
+}
+
+/// The quota of a code. One that was never applied to the account may be answered with "no such resource" (aws-cli issue 6629): AWS's default
+/// counts then.
+pub async fn read(region: &str, code: &str) -> Result<Quota> {
+    let client = Client::new(&aws::config_in(region).await);
+    let doing = format!("read quota {code} of EC2 in {region}");
+    let work = async {
+        let applied = client.get_service_quota().service_code("ec2").quota_code(code).send().await;
+        let (value, is_default) = match applied {
+            Ok(answer) => (answer.quota().and_then(|quota| quota.value()), false),
+            Err(SdkError::ServiceError(error)) if error.err().is_no_such_resource_exception() => {
+                let default = client.get_aws_default_service_quota().service_code("ec2").quota_code(code).send().await;
+                let answer = default.map_err(|error| aws::explain(error, &format!("{doing}, AWS's default")))?;
+                (answer.quota().and_then(|quota| quota.value()), true)
+            }
+            Err(error) => return Err(aws::explain(error, &doing)),
+        };
+        let vcpus = value.filter(|value| value.is_finite() && *value >= 0.0);
+        let vcpus = vcpus.ok_or_else(|| Error::new(Kind::Unavailable, format!("{doing}: the answer has no number")))?;
+        Ok(Quota { vcpus, is_default })
+    };
+    let late = |_| Error::new(Kind::Unavailable, format!("{doing}: no answer within {} s", LIMIT.as_secs()));
+    tokio::time::timeout(LIMIT, work).await.map_err(late)?
 }
 
 #[cfg(test)]
@@ -71,8 +117,13 @@ mod tests {
             ("g6e.48xlarge", Some("L-3819A6DF")),
             ("gr6.4xlarge", Some("L-3819A6DF")),
             ("vt1.3xlarge", Some("L-3819A6DF")),
-            ("p5en.48xlarge", Some("L-7212CCBC")),
-            ("trn1.32xlarge", Some("L-5480EFD2")),
+            ("p4d.24xlarge", Some("L-7212CCBC")),
+            ("p3dn.24xlarge", Some("L-7212CCBC")),
+            ("p5.48xlarge", Some("L-C4BD4855")),
+            ("p5en.48xlarge", Some("L-C4BD4855")),
+            ("p6-b200.48xlarge", None),
+            ("trn1.32xlarge", Some("L-6B0D517C")),
+            ("trn2u.48xlarge", Some("L-6B0D517C")),
             ("inf2.xlarge", Some("L-B5D1601B")),
             ("dl1.24xlarge", Some("L-85EED4F7")),
             ("x2idn.16xlarge", Some("L-E3A00192")),
@@ -87,6 +138,34 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(family(instance_type).map(|family| family.spot), code, "{instance_type}");
+        }
+    }
+
+    #[test]
+    fn a_size_names_its_vcpus() {
+        for (instance_type, count) in [
+            ("g5.xlarge", Some(4)),
+            ("g5.12xlarge", Some(48)),
+            ("g6e.48xlarge", Some(192)),
+            ("p3.2xlarge", Some(8)),
+            ("p4d.24xlarge", Some(96)),
+            ("p5.48xlarge", Some(192)),
+            ("trn1.32xlarge", Some(128)),
+            ("inf1.6xlarge", Some(24)),
+            ("c7i.metal-24xl", Some(96)),
+            ("m7g.large", Some(2)),
+            ("g4dn.metal", Some(96)),
+            ("c4.8xlarge", Some(36)),
+            ("c7g.metal", None),
+            ("t3.medium", None),
+            ("m2.xlarge", None),
+            ("g5.0xlarge", None),
+            ("g5.-1xlarge", None),
+            ("g5.99999999999xlarge", None),
+            ("xlarge", None),
+            ("", None),
+        ] {
+            assert_eq!(vcpus(instance_type), count, "{instance_type}");
         }
     }
 }

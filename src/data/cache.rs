@@ -4,11 +4,12 @@
 //! ```text
 //! <cache>/<index CRC64>-<index length>/   one folder a dataset: another index is another folder
 //!   .lock                                 held by the process that downloads
+//!   .use                                  held by all who use it; when room is short, what nobody uses goes (`room`)
 //!   .part-<random>                        a download under way
 //!   train-00000.bin …  tokenizer.json     complete and checked: they get their names by a rename at the end
 //!   index.json                            last: with it, the folder is complete
 //! ```
-//! A worker's [`Dataset`](super::Dataset) opens that folder; it knows of no store.
+//! A worker's [`Dataset`] opens that folder; it knows of no store.
 //!
 //! # Crash, retry, cancel, two at once
 //! A file under its own name is complete, so a download that was broken off goes on with the files that are missing. The lock
@@ -21,13 +22,15 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use rustix::fs::{FlockOperation, flock};
 
 use super::{
-    DataError,
+    DataError, Dataset,
     fetch::fetch,
     input::local_path,
+    room::{self, InUse},
     shards::{FileEntry, INDEX, Index, MAX_INDEX_BYTES, read_index},
 };
 use crate::{
@@ -52,7 +55,22 @@ pub struct CacheProgress {
     pub total: u64,
 }
 
-/// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be and checked by CRC64-NVME.
+/// A dataset's folder on this machine. In a cache it stays for as long as this lives.
+#[derive(Debug)]
+pub struct LocalDataset {
+    dir: PathBuf,
+    _in_use: Option<InUse>,
+}
+
+impl LocalDataset {
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+}
+
+/// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be and checked by CRC64-NVME. Where room is short,
+/// other datasets there that nobody uses are removed first.
 ///
 /// # Errors
 /// [`DataError::Missing`] if there is no index at `uri`; [`DataError::Damaged`] names an object that isn't what the index
@@ -62,18 +80,44 @@ pub async fn ensure_local(
     cache_root: &Path,
     settings: &StorageConfig,
     progress: impl Fn(CacheProgress) + Send + Sync,
-) -> Result<PathBuf, DataError> {
+) -> Result<LocalDataset, DataError> {
     if let Some(path) = local_path(uri) {
         read_index(&path).map_err(|error| match error {
             DataError::Missing { .. } => DataError::Missing { uri: uri.to_owned() },
             other => other,
         })?;
         // Workers may have another working directory.
-        return path.canonicalize().map_err(|source| DataError::Io { doing: "read", path, source });
+        let dir = path.canonicalize().map_err(|source| DataError::Io { doing: "read", path, source })?;
+        return Ok(LocalDataset { dir, _in_use: None });
     }
-    let store =
-        Store::open(uri, settings).map_err(|source| DataError::Store { doing: "open", uri: uri.to_owned(), source })?;
-    download(&store, uri, cache_root, settings, &progress).await
+    download(&open(uri, settings)?, uri, cache_root, settings, &progress, &room::free).await
+}
+
+/// The index of the dataset at `uri`, and nothing downloaded; of one in a folder, every file is held against it by its length.
+///
+/// # Errors
+/// Those of [`ensure_local`].
+pub async fn read_index_of(uri: &str, settings: &StorageConfig) -> Result<Index, DataError> {
+    match local_path(uri) {
+        Some(path) => match Dataset::open(&path) {
+            Ok(dataset) => Ok(dataset.index().clone()),
+            Err(DataError::Missing { .. }) => Err(DataError::Missing { uri: uri.to_owned() }),
+            Err(error) => Err(error),
+        },
+        None => Ok(fetch_index(&open(uri, settings)?, uri).await?.0),
+    }
+}
+
+fn open(uri: &str, settings: &StorageConfig) -> Result<Store, DataError> {
+    Store::open(uri, settings).map_err(|source| DataError::Store { doing: "open", uri: uri.to_owned(), source })
+}
+
+async fn fetch_index(store: &Store, uri: &str) -> Result<(Index, Bytes), DataError> {
+    let bytes = store.get(INDEX, MAX_INDEX_BYTES).await.map_err(|source| match source {
+        StorageError::NotFound { .. } => DataError::Missing { uri: uri.to_owned() },
+        source => DataError::Store { doing: "read the dataset index of", uri: uri.to_owned(), source },
+    })?;
+    Ok((Index::parse(&bytes, &format!("{uri}/{INDEX}"))?, bytes))
 }
 
 /// [`ensure_local`] from a store that is open.
@@ -83,24 +127,29 @@ async fn download(
     cache_root: &Path,
     settings: &StorageConfig,
     progress: &(impl Fn(CacheProgress) + Send + Sync),
-) -> Result<PathBuf, DataError> {
-    let bytes = store.get(INDEX, MAX_INDEX_BYTES).await.map_err(|source| match source {
-        StorageError::NotFound { .. } => DataError::Missing { uri: uri.to_owned() },
-        source => DataError::Store { doing: "read the dataset index of", uri: uri.to_owned(), source },
-    })?;
-    let index = Index::parse(&bytes, &format!("{uri}/{INDEX}"))?;
+    free: &(impl Fn(&Path) -> Option<u64> + Send + Sync),
+) -> Result<LocalDataset, DataError> {
+    let (index, bytes) = fetch_index(store, uri).await?;
     let dir = cache_root.join(format!("{}-{}", Crc64::of(&bytes), bytes.len()));
-    if is_complete(&dir, &index) {
-        return Ok(dir);
+    if !is_complete(&dir, &index) {
+        // On a disk that is full to the last byte not even a folder can be made.
+        room::make(cache_root, 0, free);
     }
-    std::fs::create_dir_all(&dir).map_err(io("make", &dir))?;
+    // From here on nobody removes it.
+    let in_use = room::take(&dir).await.map_err(io("make", &dir))?;
+    let here = || LocalDataset { dir: dir.clone(), _in_use: Some(in_use) };
+    if is_complete(&dir, &index) {
+        return Ok(here());
+    }
     let _lock = lock(&dir).await?;
     if is_complete(&dir, &index) {
-        return Ok(dir);
+        return Ok(here());
     }
     let missing: Vec<FileEntry> = index.files().filter(|entry| !is_here(&dir, entry)).cloned().collect();
     let total: u64 = index.files().map(|entry| entry.bytes).sum();
-    let done = std::sync::atomic::AtomicU64::new(total - missing.iter().map(|entry| entry.bytes).sum::<u64>());
+    let needed: u64 = missing.iter().map(|entry| entry.bytes).sum();
+    room::make(cache_root, needed, free);
+    let done = std::sync::atomic::AtomicU64::new(total - needed);
     let report = |bytes: u64| {
         let done = done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed) + bytes;
         progress(CacheProgress { done, total });
@@ -115,7 +164,7 @@ async fn download(
     let temporary = dir.join(part_name());
     std::fs::write(&temporary, &bytes).map_err(io("write", &temporary))?;
     rename(&temporary, &dir.join(INDEX))?;
-    Ok(dir)
+    Ok(here())
 }
 
 async fn download_file(
@@ -199,6 +248,10 @@ mod tests {
 
     fn ignore(_: CacheProgress) {}
 
+    fn endless(_: &Path) -> Option<u64> {
+        Some(u64::MAX)
+    }
+
     /// A dataset of several shards in a store in memory.
     async fn prepared() -> Store {
         let dir = tempfile::tempdir().unwrap();
@@ -222,7 +275,7 @@ mod tests {
     }
 
     async fn fetch_into(store: &Store, cache: &Path) -> Result<PathBuf, DataError> {
-        download(store, "memory://", cache, &STORAGE, &ignore).await
+        Ok(download(store, "memory://", cache, &STORAGE, &ignore, &endless).await?.dir)
     }
 
     fn names(dir: &Path) -> Vec<String> {
@@ -237,7 +290,7 @@ mod tests {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
         let seen = Mutex::new(Vec::new());
         let hear = |progress: CacheProgress| seen.lock().unwrap().push(progress);
-        let dir = download(&store, "memory://", cache.path(), &STORAGE, &hear).await.unwrap();
+        let dir = download(&store, "memory://", cache.path(), &STORAGE, &hear, &endless).await.unwrap().dir;
         let seen = seen.into_inner().unwrap();
         assert_eq!((seen[0].done, seen.iter().map(|p| p.done).max().unwrap()), (0, seen[0].total));
         let data = Dataset::open(&dir).unwrap();
@@ -269,6 +322,56 @@ mod tests {
             Dataset::open(task.await.unwrap().unwrap()).unwrap();
         }
         assert_eq!(names(cache.path()).len(), 1);
+    }
+
+    /// With a disk on which nothing is ever free, all goes that nobody uses, and what is in use stays: a download that is under way, too.
+    #[tokio::test]
+    async fn a_dataset_in_use_outlives_a_disk_that_is_full() {
+        let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
+        let local = download(&store, "memory://", cache.path(), &STORAGE, &ignore, &endless).await.unwrap();
+        let full = |_: &Path| Some(0);
+        room::make(cache.path(), 1, full);
+        Dataset::open(local.dir()).unwrap();
+        drop(local);
+        room::make(cache.path(), 1, full);
+        assert!(names(cache.path()).is_empty(), "{:?}", names(cache.path()));
+        // While it is downloaded.
+        let squeeze = |_: CacheProgress| room::make(cache.path(), 1, full);
+        let local = download(&store, "memory://", cache.path(), &STORAGE, &squeeze, &endless).await.unwrap();
+        Dataset::open(local.dir()).unwrap();
+    }
+
+    /// What a worker that takes one job after the other meets: the disk holds the data of earlier jobs.
+    #[tokio::test]
+    async fn a_download_on_a_full_disk_takes_the_place_of_what_nobody_uses() {
+        let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
+        let earlier = fetch_into(&store, cache.path()).await.unwrap();
+        // Another index is another dataset, with the same files here.
+        let mut index = store.get(INDEX, 1 << 20).await.unwrap().to_vec();
+        index.push(b'\n');
+        store.put(INDEX, index.into()).await.unwrap();
+        let folders = Mutex::new(Vec::new());
+        let full_while_it_is_there = |root: &Path| {
+            folders.lock().unwrap().push(names(root));
+            Some(if earlier.exists() { 0 } else { u64::MAX })
+        };
+        let later =
+            download(&store, "memory://", cache.path(), &STORAGE, &ignore, &full_while_it_is_there).await.unwrap();
+        Dataset::open(later.dir()).unwrap();
+        assert!(!earlier.exists() && later.dir() != earlier);
+        let first = folders.lock().unwrap()[0].clone();
+        assert_eq!(first.len(), 1, "room is made before anything is written: {first:?}");
+        // It fits but for what is missing.
+        drop(later);
+        let one = cache.path().join(&names(cache.path())[0]);
+        std::fs::remove_file(one.join(INDEX)).unwrap();
+        std::fs::remove_file(one.join("train-00001.bin")).unwrap();
+        let other = cache.path().join("00000000000000aa-1");
+        std::fs::create_dir_all(&other).unwrap();
+        let spare = (1 << 30) + 1;
+        let nearly_full = move |_: &Path| Some(if other.exists() { spare } else { u64::MAX });
+        download(&store, "memory://", cache.path(), &STORAGE, &ignore, &nearly_full).await.unwrap();
+        assert_eq!(names(cache.path()).len(), 1, "what is missing needs more than is spare");
     }
 
     #[tokio::test]
@@ -329,7 +432,7 @@ mod tests {
             ..PrepareSettings::new(vec![input], TokenizerSource::Train { vocab: 257 }, &uri)
         };
         prepare(settings, |_| {}).await.unwrap();
-        assert_eq!(ensure_local(&uri, &cache, &STORAGE, ignore).await.unwrap(), out.canonicalize().unwrap());
+        assert_eq!(ensure_local(&uri, &cache, &STORAGE, ignore).await.unwrap().dir(), out.canonicalize().unwrap());
         assert!(!cache.exists());
     }
 }

@@ -22,6 +22,7 @@ mod encode;
 mod fetch;
 mod input;
 pub mod prepare;
+mod room;
 pub mod sampler;
 pub mod shards;
 pub mod tokenizer;
@@ -29,7 +30,7 @@ mod writer;
 
 use std::path::PathBuf;
 
-pub use cache::ensure_local;
+pub use cache::{LocalDataset, ensure_local};
 pub use prepare::{PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource, prepare};
 pub use sampler::Sampler;
 pub use shards::{Dataset, Split};
@@ -185,6 +186,11 @@ impl Explain for DataError {
                 "set vocab_size in the model's config.json to {data_vocab} or more, or prepare the data with the model's tokenizer"
             ),
             Self::Exists { .. } => "give another --out, or --overwrite to replace it".into(),
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                "make room on that disk; datasets out of an object store are kept on a mounted instance store, else below XDG_CACHE_HOME \
+                 or ~/.cache"
+                    .into()
+            }
             Self::Store { source, .. } => return source.hint(),
             _ => return None,
         })

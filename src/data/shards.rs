@@ -204,6 +204,11 @@ impl Index {
         self.shards(split).iter().map(|shard| shard.tokens).sum()
     }
 
+    /// How many samples of `sequence_length` predictions a split has; 0 for a length of 0.
+    pub fn samples(&self, split: Split, sequence_length: u32) -> u64 {
+        self.shards(split).iter().map(|shard| samples_in(shard.tokens, u64::from(sequence_length))).sum()
+    }
+
     /// Every file beside the index: the tokenizer, then all shards.
     pub fn files(&self) -> impl Iterator<Item = &FileEntry> {
         std::iter::once(&self.tokenizer).chain(Split::ALL.into_iter().flat_map(|s| self.shards(s)).map(|s| &s.file))
@@ -274,9 +279,9 @@ impl Dataset {
         &self.index
     }
 
-    /// How many samples of `sequence_length` predictions a split has; 0 for a length of 0.
+    /// [`Index::samples`].
     pub fn samples(&self, split: Split, sequence_length: u32) -> u64 {
-        self.shards(split).iter().map(|shard| samples_in(shard.tokens, u64::from(sequence_length))).sum()
+        self.index.samples(split, sequence_length)
     }
 
     /// Fills `tokens`, of length `sequence_length + 1`, with sample `index` of those that [`Dataset::samples`] counts.

@@ -30,8 +30,9 @@ pub struct Seen {
     pub saves: u64,
     /// Time with all machines there, over all lives before this one, seconds.
     pub up_s: f64,
-    /// Interruptions before this life.
-    pub interruptions: u64,
+    /// Lives before this one that ended without a word: what their last save did not hold was lost. One that was announced, and drained, is
+    /// not among them.
+    pub lossy: u64,
 }
 
 /// A time in which all machines are there.
@@ -204,15 +205,16 @@ fn play(
     machines: &mut impl Machines,
     random: &mut SplitMix64,
 ) -> Result<Trial, Unfinished> {
-    let (mut trial, mut done_s, mut up_s) = (Trial::default(), 0.0, 0.0);
+    let (mut trial, mut done_s, mut up_s, mut lossy) = (Trial::default(), 0.0, 0.0, 0);
     for interruptions in 0..MOST_LIVES {
         let span = machines.next_span().ok_or(Unfinished::NoMachines)?;
         let life_s = span.end_s - span.start_s;
         let warned = random.next_f64() < job.notice.share && job.notice.fits(&job.costs);
-        let seen = Seen { saves: 0, up_s, interruptions };
+        let seen = Seen { saves: 0, up_s, lossy };
         let life = live(job, policy, seen, life_s, warned, job.work_s - done_s);
         done_s += life.kept_s;
         up_s += life_s;
+        lossy += u64::from(!warned);
         trial.saves += life.saves;
         trial.trained_s += life.trained_s;
         trial.lost_s += life.trained_s - life.kept_s;
@@ -341,7 +343,7 @@ mod tests {
                     save_cost_s: known.map(|()| costs.stall_s),
                     durable_s: known.map(|()| costs.durable_s),
                     trained_s: seen.up_s,
-                    interruptions: seen.interruptions,
+                    interruptions: seen.lossy,
                 };
                 auto_interval(&measured).as_secs_f64()
             };
@@ -372,6 +374,32 @@ mod tests {
         assert!(none.goodput < half.goodput && half.goodput < all.goodput, "{none:?} {half:?} {all:?}");
         assert!(all.lost_s == 0.0 && none.lost_s > half.lost_s, "{all:?}");
         assert_eq!(with(1.0, 19.0).goodput, none.goodput, "no save fits into 19 s");
+    }
+
+    /// The agent counts a loss that was drained for no reason to save more often, and so does what is simulated: with every loss announced,
+    /// all that a policy ever sees is time.
+    #[test]
+    fn losses_that_were_announced_are_not_seen_as_losses() {
+        let costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };
+        let seen_at_last = |share, lead_s| {
+            let job = Job { work_s: 200.0 * HOUR, nodes: 1, costs, notice: Notice { share, lead_s } };
+            let last = std::cell::Cell::new(Seen { saves: 0, up_s: 0.0, lossy: 0 });
+            let policy = |seen: &Seen| {
+                last.set(*seen);
+                300.0
+            };
+            let found = random(&job, Lives::exponential(2.0 * HOUR), policy, 1);
+            (last.get(), found.interruptions)
+        };
+        let (seen, interruptions) = seen_at_last(1.0, 120.0);
+        assert!(seen.lossy == 0 && interruptions > 50.0 && seen.up_s > 100.0 * HOUR, "{seen:?} {interruptions}");
+        let (seen, interruptions) = seen_at_last(0.5, 120.0);
+        assert!(0.3 < seen.lossy as f64 / interruptions && (seen.lossy as f64) < 0.7 * interruptions, "{seen:?}");
+        // No word, or none that a save fits into: each is one.
+        for (share, lead_s) in [(0.0, 120.0), (1.0, 9.0)] {
+            let (seen, interruptions) = seen_at_last(share, lead_s);
+            assert_eq!(seen.lossy as f64, interruptions, "{share} {lead_s}");
+        }
     }
 
     /// Losses that take all nodes replace those that had proved themselves by young ones, and all must wait for the last.

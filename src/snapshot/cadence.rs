@@ -1,5 +1,8 @@
 //! How often to save: Young's and Daly's optimum from what is measured.
 //!
+//! The time of a restart is no input: it is paid once an interruption, however often state is saved, so that the optimum
+//! doesn't depend on it (Daly 2006, below). Nor are interruptions that were announced and lost nothing: they are as cheap with rare saves.
+//!
 //! `trainer simulate` plays [`auto_interval`] itself, life by life, against the best fixed interval (`goodput`
 //! holds it to 99 % of that on spot lifetimes).
 

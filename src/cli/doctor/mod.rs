@@ -4,14 +4,20 @@
 //! another: what can't be looked at is a line, too. What it writes into the store lies below the folder of probes and is deleted; what a kill
 //! leaves there is a few bytes.
 
+mod account;
+mod metadata;
+mod named;
 mod verdict;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use clap::Args;
 use jiff::Timestamp;
-use reqwest::Method;
 
 use self::verdict::{Line, Need, Verdict, exit_code};
 use super::{
@@ -19,13 +25,7 @@ use super::{
     output, run, store,
 };
 use crate::{
-    cloud::{
-        hardware::{self, Maker},
-        identity,
-        imds::Imds,
-        metadata::{Endpoint, MetadataError},
-        quota,
-    },
+    cloud::hardware,
     config::{self, Machine, NoticeConfig, Precision, RunConfig, Sources, StorageConfig, workers_per_node},
     error::{Error, Explain, Kind, Result},
     ids::{RunId, random_hex},
@@ -37,8 +37,6 @@ use crate::{
 
 /// A check takes no longer.
 const LIMIT: Duration = Duration::from_secs(30);
-/// One question to the metadata service.
-const QUESTION: Duration = Duration::from_secs(2);
 /// Saves whose time is looked at.
 const SAVES: usize = 5;
 
@@ -49,6 +47,7 @@ Examples:
   trainer doctor
   trainer doctor config.toml --store s3://bucket/runs
   trainer doctor config.toml --run-id reports-2026q4      # holds the time to stop against what its saves take
+  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3      # may the account have them?
 
 Exit codes: 0 nothing failed (warnings may be there); else that of the worst failure: 78 something is set wrong, 77 not permitted, \
 69 not reachable.")]
@@ -63,6 +62,8 @@ pub struct Doctor {
     run_id: Option<RunId>,
     #[command(flatten)]
     workers: WorkersArg,
+    #[command(flatten)]
+    machines: account::MachinesArg,
     #[command(flatten)]
     json: JsonArg,
 }
@@ -81,7 +82,7 @@ impl Doctor {
         let config = match self.configuration() {
             None => None,
             Some(Ok(config)) => {
-                lines.push(Line::ok("configuration", "can be read, and what it names is here"));
+                lines.push(Line::ok("configuration", "can be read"));
                 Some(config)
             }
             Some(Err(error)) => {
@@ -96,10 +97,18 @@ impl Doctor {
                 lines.push(self.memory(config));
                 lines
             };
-            let (mut lines, kept, metadata, quota) =
-                tokio::join!(here, self.store(config), within("instance metadata", metadata()), spot_quota());
+            let named = async {
+                match config {
+                    Some(config) => named::look(config).await,
+                    None => Vec::new(),
+                }
+            };
+            let (mut lines, named, kept, metadata, quota) =
+                tokio::join!(here, named, self.store(config), metadata::look(), account::spot_quota(&self.machines));
+            lines.extend(named);
             lines.extend(kept);
-            lines.extend([metadata, quota]);
+            lines.extend(metadata);
+            lines.push(quota);
             Ok(lines)
         })?);
         let text = if self.json.json { output::json_lines(&lines)? } else { shown(&lines) };
@@ -126,7 +135,7 @@ impl Doctor {
 
     fn memory(&self, config: Option<&RunConfig>) -> Line {
         const CHECK: &str = "memory";
-        let Some(available) = available_memory() else {
+        let Some(available) = hardware::available_memory(Path::new("/")) else {
             return Line::skipped(CHECK, "the kernel does not say how much there is");
         };
         let Some(config) = config else {
@@ -217,17 +226,6 @@ async fn libtorch() -> Vec<Line> {
             vec![Line::fail("libtorch", Kind::Config, "it panicked when it was asked for devices", todo)]
         }
     }
-}
-
-/// Bytes that may still be taken: the kernel's estimate, or less where the cgroup has a limit.
-fn available_memory() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let free = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)?;
-    let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?.trim().parse::<u64>().ok();
-    // "max" is no number: no limit.
-    let limit = read("memory.max").map(|limit| limit.saturating_sub(read("memory.current").unwrap_or(0)));
-    Some(limit.map_or(free, |limit| limit.min(free)))
 }
 
 /// What the store allows and what it does.
@@ -324,51 +322,6 @@ async fn put_and_look(store: &Store, key: &str) -> (Line, Line) {
             (Line::fail(CHECK, Kind::Unavailable, found, todo), nothing("nothing could be put"))
         }
     }
-}
-
-/// AWS's metadata service, and whether a hop limit is in the way.
-async fn metadata() -> Line {
-    const PATH: &str = "/latest/meta-data/instance-id";
-    let on_ec2 = hardware::maker(&hardware::root()) == Maker::Amazon;
-    let Some(imds) = Imds::from_environment() else { return verdict::imds(verdict::Imds::Off, on_ec2) };
-    let heard = match imds.get(PATH, QUESTION).await {
-        Ok(Some(_)) => verdict::Imds::Answers,
-        Ok(None) => verdict::Imds::Garbled,
-        Err(MetadataError::Slow { .. }) => {
-            // Its answer has more hops to live than that to the PUT.
-            let get = match Endpoint::new(imds.uri()) {
-                Some(endpoint) => endpoint.ask(Method::GET, PATH, &[], None, QUESTION).await.ok(),
-                None => None,
-            };
-            verdict::Imds::Silent { get: get.map(|answer| answer.status) }
-        }
-        Err(MetadataError::Unreachable { .. }) => verdict::Imds::Absent,
-        Err(MetadataError::Status { status, .. }) => verdict::Imds::Refused(status),
-        Err(MetadataError::Garbled { .. }) => verdict::Imds::Garbled,
-    };
-    verdict::imds(heard, on_ec2)
-}
-
-/// The account's quota for machines like this one.
-async fn spot_quota() -> Line {
-    const CHECK: &str = "spot quota";
-    within(CHECK, async {
-        let Some(identity) = identity::read().await else {
-            return Line::skipped(CHECK, "no EC2 instance, as far as can be seen");
-        };
-        let (kind, region) = (&identity.instance_type, &identity.region);
-        let Some(family) = quota::family(kind) else {
-            return Line::skipped(CHECK, format!("which quota {kind:?} counts towards is not known"));
-        };
-        match quota::vcpus(region, family.spot).await {
-            Ok(have) => verdict::quota(kind, region, family, have, Machine::detect().cores),
-            Err(error) => {
-                let todo = "allow servicequotas:GetServiceQuota, or see Service Quotas in the console";
-                Line::warn(CHECK, format!("not known: {error}"), todo)
-            }
-        }
-    })
-    .await
 }
 
 /// Lines for people.

@@ -6,7 +6,10 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::{
-    cloud::{hardware::Gpus, quota::Family},
+    cloud::{
+        hardware::Gpus,
+        quota::{Family, Quota},
+    },
     error::{Error, Kind},
     notice::window::Surroundings,
     report::human,
@@ -61,10 +64,19 @@ impl Line {
         Self { verdict: Verdict::Fail, kind: Some(kind), ..Self::warn(check, found, todo) }
     }
 
-    /// An error is a failure; its hint is what to do.
+    /// An error is a failure; its hint is what to do, or else what its kind calls for.
     pub fn error(check: &'static str, error: &Error) -> Self {
-        let todo = error.hint().map(str::to_owned);
-        Self { todo, ..Self::fail(check, error.kind(), error.to_string(), "") }
+        let todo = error.hint().unwrap_or(match error.kind() {
+            Kind::Usage | Kind::Config => "put right what is named here, and look again",
+            Kind::Permission => {
+                "give what this process runs as (a role, a key, a user) the permission that is named here"
+            }
+            Kind::Unavailable => "check the network, proxies and endpoints, and look again",
+            Kind::Data => "put back what is named here from a copy, or make it again",
+            Kind::Bug => "report it, with this line",
+            Kind::Fenced | Kind::Interrupted | Kind::InterruptedWithLoss => "look again",
+        });
+        Self::fail(check, error.kind(), error.to_string(), todo)
     }
 }
 
@@ -158,6 +170,20 @@ pub(super) fn memory(need: Need, available: u64) -> Line {
     Line::ok(CHECK, found)
 }
 
+/// Whether a dataset can be trained on: sequences to train on, sequences held out, and how often these are measured.
+pub(super) fn dataset(uri: &str, train: u64, held_out: u64, sequence_length: u32, validation_every: u64) -> Line {
+    const CHECK: &str = "dataset";
+    let found = format!("{train} sequences of {sequence_length} tokens and {held_out} held out in {uri}");
+    if train == 0 {
+        return Line::fail(CHECK, Kind::Config, found, "lower data.sequence_length, or prepare more text");
+    }
+    if held_out == 0 && validation_every > 0 {
+        let todo = "prepare it with --validation-ratio, or set data.validation_every = 0";
+        return Line::warn(CHECK, format!("{found}: a held-out loss will never be measured"), todo);
+    }
+    Line::ok(CHECK, found)
+}
+
 /// What the bucket does with uploads that nobody finishes.
 pub(super) fn lifecycle(rule: AbortRule) -> Line {
     const CHECK: &str = "lifecycle rule";
@@ -197,58 +223,6 @@ pub(super) fn clock(before: Timestamp, store: Timestamp, after: Timestamp) -> Li
     }
 }
 
-/// What the instance metadata service was heard to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Imds {
-    /// Switched off by the environment.
-    Off,
-    /// It gives tokens and answers.
-    Answers,
-    /// The token's `PUT` has no answer, and a plain `GET` this one.
-    Silent {
-        /// The status; `None`: no answer either.
-        get: Option<u16>,
-    },
-    /// Nobody is there.
-    Absent,
-    /// It refused, with this status.
-    Refused(u16),
-    /// It said what makes no sense.
-    Garbled,
-}
-
-/// Whether notices and the machine's role can be had.
-pub(super) fn imds(heard: Imds, on_ec2: bool) -> Line {
-    const CHECK: &str = "instance metadata";
-    match heard {
-        Imds::Off => Line::skipped(CHECK, "switched off by AWS_EC2_METADATA_DISABLED"),
-        Imds::Answers => Line::ok(CHECK, "IMDSv2 answers: notices and the machine's role can be had"),
-        Imds::Silent { get: Some(401 | 200) } => Line::fail(
-            CHECK,
-            Kind::Config,
-            "a request for a token has no answer, but a plain one has: the hop limit is 1",
-            "set HttpPutResponseHopLimit to 2 in the launch template (aws ec2 modify-instance-metadata-options), or run the container \
-             with --network host",
-        ),
-        Imds::Absent | Imds::Silent { .. } if !on_ec2 => Line::skipped(CHECK, "no EC2 instance, as far as can be seen"),
-        Imds::Absent | Imds::Silent { .. } => Line::warn(
-            CHECK,
-            "this is an EC2 instance, but its metadata service can't be reached",
-            "let this process reach 169.254.169.254; without it no notice is heard before the machine goes away",
-        ),
-        Imds::Refused(status) => Line::warn(
-            CHECK,
-            format!("the metadata service answers {status}"),
-            "see whether HttpEndpoint is enabled in the instance's metadata options",
-        ),
-        Imds::Garbled => Line::warn(
-            CHECK,
-            "what answers is no metadata service",
-            "see AWS_EC2_METADATA_SERVICE_ENDPOINT, or what listens at 169.254.169.254",
-        ),
-    }
-}
-
 /// Whether a save fits between being asked to stop and being killed. `durable`: the longest of the run's newest saves.
 pub(super) fn stop_window(window: Option<Duration>, here: Surroundings, durable: Option<f64>) -> Line {
     const CHECK: &str = "stop time-out";
@@ -285,22 +259,52 @@ pub(super) fn stop_window(window: Option<Duration>, here: Surroundings, durable:
     }
 }
 
-/// Whether the account may have this machine as a spot machine. `quota` and `vcpus` in vCPUs.
-pub(super) fn quota(instance_type: &str, region: &str, family: Family, quota: f64, vcpus: u32) -> Line {
+/// Spot machines that are wanted at once.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Machines<'a> {
+    /// Their type.
+    pub instance_type: &'a str,
+    /// Where.
+    pub region: &'a str,
+    /// How many.
+    pub count: u32,
+    /// What one of them counts; `None`: not known.
+    pub vcpus: Option<u32>,
+}
+
+/// Whether the account may have these machines.
+pub(super) fn quota(machines: Machines<'_>, family: Family, quota: Quota) -> Line {
     const CHECK: &str = "spot quota";
-    let Family { name, spot } = family;
-    let found = format!("{quota} vCPUs of {name} spot machines in {region}; {instance_type} takes {vcpus}");
+    let (Machines { instance_type, region, count, vcpus }, Family { name, spot }) = (machines, family);
+    let from = if quota.is_default { " (AWS's default: none was applied to this account)" } else { "" };
+    let have = format!("{} vCPUs of {name} spot machines in {region}{from}", quota.vcpus);
+    let Some(vcpus) = vcpus.map(u64::from) else {
+        let todo =
+            format!("hold the quota against them: aws ec2 describe-instance-types --instance-types {instance_type}");
+        return Line::warn(CHECK, format!("{have}; how many vCPUs {instance_type} has is not known here"), todo);
+    };
+    let all = vcpus * u64::from(count);
+    let takes = if count == 1 { "takes" } else { "take" };
+    let found = format!("{have}; {} {takes} {all}", human_count(count, instance_type));
+    // A replacement may be started before the machine that it replaces has gone.
+    let enough = all + vcpus;
     let todo = format!(
         "\"Max spot instance count exceeded\" is what EC2 says: request more with aws service-quotas request-service-quota-increase \
-         --service-code ec2 --quota-code {spot} --desired-value …"
+         --region {region} --service-code ec2 --quota-code {spot} --desired-value {enough}"
     );
-    match quota {
-        quota if quota < f64::from(vcpus) => Line::fail(CHECK, Kind::Config, found, todo),
-        quota if quota < 2.0 * f64::from(vcpus) => {
-            Line::warn(CHECK, format!("{found}: a replacement that starts before this one has gone is refused"), todo)
-        }
+    match quota.vcpus {
+        quota if quota < all as f64 => Line::fail(CHECK, Kind::Config, found, todo),
+        quota if quota < enough as f64 => Line::warn(
+            CHECK,
+            format!("{found}: a replacement that starts before another one has gone is refused"),
+            todo,
+        ),
         _ => Line::ok(CHECK, found),
     }
+}
+
+fn human_count(count: u32, instance_type: &str) -> String {
+    if count == 1 { instance_type.to_owned() } else { format!("{count} x {instance_type}") }
 }
 
 #[cfg(test)]
@@ -381,21 +385,33 @@ mod tests {
     }
 
     #[test]
-    fn a_hop_limit_is_told_from_a_machine_that_is_no_instance() {
-        for (heard, on_ec2, expected) in [
-            (Imds::Off, true, SKIPPED),
-            (Imds::Answers, false, OK),
-            (Imds::Silent { get: Some(401) }, false, FAIL),
-            (Imds::Silent { get: Some(200) }, true, FAIL),
-            (Imds::Silent { get: None }, false, SKIPPED),
-            (Imds::Silent { get: None }, true, WARN),
-            (Imds::Absent, false, SKIPPED),
-            (Imds::Absent, true, WARN),
-            (Imds::Refused(403), true, WARN),
-            (Imds::Garbled, false, WARN),
-        ] {
-            assert_eq!(is(&imds(heard, on_ec2)), expected, "{heard:?} {on_ec2}");
+    fn a_dataset_must_hold_a_sequence() {
+        for (train, held_out, every, expected) in
+            [(10, 0, 0, OK), (10, 3, 50, OK), (10, 0, 50, WARN), (0, 3, 50, FAIL), (0, 0, 0, FAIL)]
+        {
+            assert_eq!(is(&dataset("s3://b/d", train, held_out, 512, every)), expected, "{train} {held_out} {every}");
         }
+    }
+
+    /// A line that is not well says what to do, whatever the error knows.
+    #[test]
+    fn an_error_without_a_hint_says_what_to_do_too() {
+        for kind in [
+            Kind::Usage,
+            Kind::Data,
+            Kind::Unavailable,
+            Kind::Bug,
+            Kind::Interrupted,
+            Kind::InterruptedWithLoss,
+            Kind::Permission,
+            Kind::Config,
+            Kind::Fenced,
+        ] {
+            let line = Line::error("x", &Error::new(kind, "what"));
+            assert!(line.todo.is_some_and(|todo| !todo.is_empty()), "{kind:?}");
+        }
+        let line = Line::error("x", &Error::new(Kind::Config, "what").with_hint("do this"));
+        assert_eq!(line.todo.as_deref(), Some("do this"));
     }
 
     #[test]
@@ -421,10 +437,28 @@ mod tests {
     #[test]
     fn a_quota_must_take_the_machine() {
         let family = crate::cloud::quota::family("g5.xlarge").unwrap();
-        for (have, expected) in [(0.0, FAIL), (3.0, FAIL), (4.0, WARN), (8.0, OK), (1e6, OK)] {
-            let line = quota("g5.xlarge", "us-east-1", family, have, 4);
-            assert_eq!(is(&line), expected, "{have}");
+        let machines = |count, vcpus| Machines { instance_type: "g5.xlarge", region: "us-east-1", count, vcpus };
+        let have = |vcpus| Quota { vcpus, is_default: false };
+        for (has, count, expected) in [
+            (0.0, 1, FAIL),
+            (3.0, 1, FAIL),
+            (4.0, 1, WARN),
+            (8.0, 1, OK),
+            (1e6, 1, OK),
+            (8.0, 3, FAIL),
+            (12.0, 3, WARN),
+            (16.0, 3, OK),
+            (1e6, u32::MAX, FAIL),
+        ] {
+            let line = quota(machines(count, Some(4)), family, have(has));
+            assert_eq!(is(&line), expected, "{has} {count}");
         }
-        assert!(quota("g5.xlarge", "us-east-1", family, 0.0, 4).todo.unwrap().contains("L-3819A6DF"));
+        let todo = quota(machines(3, Some(4)), family, have(0.0)).todo.unwrap();
+        for said in ["L-3819A6DF", "--region us-east-1", "--desired-value 16"] {
+            assert!(todo.contains(said), "{todo}");
+        }
+        assert_eq!(is(&quota(machines(1, None), family, have(1e6))), WARN, "nobody knows how many there must be");
+        let default = quota(machines(1, Some(4)), family, Quota { vcpus: 0.0, is_default: true });
+        assert!(default.found.contains("AWS's default"), "{default:?}");
     }
 }

@@ -75,7 +75,7 @@ pub struct Simulate {
     /// Mean wait for a machine
     #[arg(long, value_name = "D", default_value = "5m", value_parser = seconds)]
     wait: f64,
-    /// Time that a save takes from training [default: the run's, or 1s]
+    /// Time that a save takes from training: the stall, and what it slows steps by [default: the run's stall, or 1s]
     #[arg(long, value_name = "D", value_parser = seconds)]
     stall: Option<f64>,
     /// From the order of a save until it counts [default: the run's, or 10s]

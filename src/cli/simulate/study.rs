@@ -26,12 +26,14 @@ impl Study {
         Job { work_s: self.inputs.work_s.value, nodes: self.inputs.nodes, costs: self.costs(), notice }
     }
 
-    /// The time until the next save. `auto` is the agent's own function, with what the agent knows at that moment.
+    /// The time until the next save. `auto` is the agent's own function, with what the agent knows at that moment: the time that a save
+    /// takes from training, and the losses that were not announced. What a save slows steps by is part of the former where the input says
+    /// so; a run's journal does not tell it.
     fn until_next_save(&self, policy: Policy, seen: &Seen) -> f64 {
         let Policy::Fixed(interval_s) = policy else {
             let known = |value: f64| (seen.saves > 0).then_some(value);
             let (save_cost_s, durable_s) = (known(self.inputs.stall_s.value), known(self.inputs.durable_s.value));
-            let measured = Measured { save_cost_s, durable_s, trained_s: seen.up_s, interruptions: seen.interruptions };
+            let measured = Measured { save_cost_s, durable_s, trained_s: seen.up_s, interruptions: seen.lossy };
             return cadence::auto_interval(&measured).as_secs_f64();
         };
         interval_s
@@ -96,7 +98,7 @@ impl Study {
         let mut row = Row {
             policy: name.to_owned(),
             notice: notice.share > 0.0,
-            interval_s: self.until_next_save(policy, &Seen { saves: 1, up_s: 0.0, interruptions: 0 }),
+            interval_s: self.until_next_save(policy, &Seen { saves: 1, up_s: 0.0, lossy: 0 }),
             goodput: None,
             goodput_error: None,
             model_goodput: match policy {

@@ -14,7 +14,7 @@ impl Report {
         let fits = if self.inputs.notice_fits { "a save fits" } else { "no save fits: it saves nothing" };
         let mut lines = vec![
             ("machines", self.inputs.machines.clone()),
-            ("save", format!("training stands still {}, durable after {}", said(stall_s), said(durable_s))),
+            ("save", format!("takes {} from training, durable after {}", said(stall_s), said(durable_s))),
             ("restart", said(restart_s)),
             (
                 "notice",
@@ -98,7 +98,7 @@ impl Report {
         };
         let mut lines = vec![
             format!(
-                "Daly's formula for a stall of {} and a loss every {}: {}. Best found, without notice: {}; the formula's {}.",
+                "Daly's formula for a save of {} and a loss every {}: {}. Best found, without notice: {}; the formula's {}.",
                 human::seconds(self.inputs.stall_s.value),
                 human::seconds(self.job_mtbf_s),
                 human::seconds(self.daly_s),

@@ -1,0 +1,90 @@
+//! What the account may have: its quota for spot machines of a type, whether this machine is one or not.
+
+use clap::Args;
+
+use super::{
+    verdict::{self, Line, Machines},
+    within,
+};
+use crate::{
+    cloud::{hardware, identity, quota, region},
+    error::Kind,
+};
+
+const CHECK: &str = "spot quota";
+
+/// The machines that are wanted.
+#[derive(Debug, Args)]
+pub(super) struct MachinesArg {
+    /// The EC2 instance type that is to be had as spot machines, such as g5.xlarge [default: this machine's, if it is one]
+    #[arg(long, value_name = "TYPE", value_parser = name)]
+    instance_type: Option<String>,
+    /// Where they are to run [default: as AWS's tools have it]
+    #[arg(long, value_name = "REGION", requires = "instance_type", value_parser = name)]
+    region: Option<String>,
+    /// How many of them at once
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    count: u32,
+}
+
+/// Both become part of requests.
+fn name(text: &str) -> Result<String, String> {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(&b);
+    let is_plain = (1..=64).contains(&text.len()) && text.bytes().all(plain);
+    is_plain.then(|| text.to_owned()).ok_or_else(|| "expected small letters, digits, \"-\" and \".\"".into())
+}
+
+/// The account's quota for these machines.
+pub(super) async fn spot_quota(wanted: &MachinesArg) -> Line {
+    within(CHECK, look(wanted)).await
+}
+
+async fn look(wanted: &MachinesArg) -> Line {
+    let (instance_type, region, here) = match &wanted.instance_type {
+        Some(instance_type) => {
+            let region = match &wanted.region {
+                Some(region) => Some(region.clone()),
+                None => region::find().await.map(|(name, _)| name),
+            };
+            let Some(region) = region else {
+                return Line::warn(CHECK, "not known: no region is named", "give --region, or set AWS_REGION");
+            };
+            (instance_type.clone(), region, None)
+        }
+        None => {
+            let Some(identity) = identity::read().await else {
+                let found =
+                    "no EC2 instance, as far as can be seen; --instance-type asks for one that is still to be had";
+                return Line::skipped(CHECK, found);
+            };
+            // A container or an affinity may show this process fewer; the quota counts the machine's.
+            let here = hardware::processors(&hardware::root());
+            (identity.instance_type.clone(), identity.region.clone(), here)
+        }
+    };
+    let vcpus = quota::vcpus(&instance_type).or(here);
+    let machines = Machines { instance_type: &instance_type, region: &region, count: wanted.count, vcpus };
+    let Some(family) = quota::family(&instance_type) else {
+        let found = format!("which quota {instance_type:?} counts towards is not known here");
+        return match wanted.instance_type {
+            Some(_) => {
+                Line::warn(CHECK, found, "see the spot quotas of Amazon EC2 under Service Quotas in the console")
+            }
+            None => Line::skipped(CHECK, found),
+        };
+    };
+    match quota::read(&region, family.spot).await {
+        Ok(quota) => verdict::quota(machines, family, quota),
+        Err(error) => {
+            let todo = match error.kind() {
+                Kind::Permission => {
+                    "allow servicequotas:GetServiceQuota and servicequotas:GetAWSDefaultServiceQuota, or see Service Quotas in the console"
+                }
+                _ => {
+                    "see that AWS is reached with credentials (aws sts get-caller-identity), or see Service Quotas in the console"
+                }
+            };
+            Line::warn(CHECK, format!("not known: {error}"), todo)
+        }
+    }
+}

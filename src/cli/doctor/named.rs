@@ -1,0 +1,55 @@
+//! What a configuration names: its dataset and the weights that it starts from, read as far as a run's first minute would.
+
+use super::{
+    open,
+    verdict::{self, Line},
+    within,
+};
+use crate::{
+    checkpoint::restore,
+    config::RunConfig,
+    data::{self, cache},
+    error::{Error, Kind, Result},
+    model,
+    report::human,
+};
+
+const DATASET: &str = "dataset";
+const WEIGHTS: &str = "initial weights";
+
+/// One line for each thing that is named.
+pub(super) async fn look(config: &RunConfig) -> Vec<Line> {
+    let dataset = within(DATASET, async { dataset(config).await.unwrap_or_else(|error| Line::error(DATASET, &error)) });
+    let Some(uri) = &config.model.init_from else { return vec![dataset.await] };
+    let weights =
+        within(WEIGHTS, async { weights(config, uri).await.unwrap_or_else(|error| Line::error(WEIGHTS, &error)) });
+    let (dataset, weights) = tokio::join!(dataset, weights);
+    vec![dataset, weights]
+}
+
+/// The index, and whether the model and the length of its sequences go with it. A dataset in a folder is opened; of another one no more
+/// than the index is read.
+async fn dataset(config: &RunConfig) -> Result<Line> {
+    let uri = &config.data.train;
+    let index = cache::read_index_of(uri, &config.storage).await?;
+    data::check_vocabulary(
+        &index,
+        uri,
+        model::vocab_size(config.model.kind, &config.model.config)?.into(),
+        "model.config",
+    )?;
+    let samples = |split| index.samples(split, config.data.sequence_length);
+    let (train, held_out) = (samples(data::Split::Train), samples(data::Split::Validation));
+    Ok(verdict::dataset(uri, train, held_out, config.data.sequence_length, config.data.validation_every))
+}
+
+/// The weights' files and how long they are.
+async fn weights(config: &RunConfig, uri: &str) -> Result<Line> {
+    let Some(folder) = open(uri, &config.storage)? else {
+        return Err(Error::new(Kind::Config, format!("model.init_from: there is no folder {uri}"))
+            .with_hint("name a Hugging Face model folder, here or in a store"));
+    };
+    let files = restore::weights_from_folder(&folder).await?;
+    let bytes = files.iter().map(|file| file.bytes).sum();
+    Ok(Line::ok(WEIGHTS, format!("{} of {} in {uri}", human::plural(files.len() as u64, "file"), human::bytes(bytes))))
+}

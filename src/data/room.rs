@@ -1,0 +1,253 @@
+//! Room in the cache: which datasets are in use, and which goes when the disk is short.
+//!
+//! Whoever uses a dataset's folder, from the first byte of its download on, holds a shared lock on `.use` in it; what is to go is
+//! locked exclusively first, so that nothing goes that anybody uses. When room is short, the datasets that were taken into use
+//! longest ago go, whole or broken off, until there is enough, and no more of them.
+//!
+//! # Crash, two at once
+//! A folder is renamed to `.evicted-<random>` before it is deleted: under its own name a dataset is never half there. What a crash leaves
+//! under that name is deleted by whoever is short of room next. A lock belongs to the open file, so it vanishes with its process. A file
+//! system without locks can't tell who uses what: there nothing goes.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use rustix::{
+    fs::{FlockOperation, flock, statvfs},
+    io::Errno,
+};
+
+use crate::ids::random_hex;
+
+/// Locked by all who use the folder that it lies in; its time is that of the last use.
+const USE: &str = ".use";
+const EVICTED_PREFIX: &str = ".evicted-";
+/// How often it is looked whether a folder that is about to go has gone.
+const POLL: Duration = Duration::from_millis(50);
+/// What is left free for others on the same disk, bytes.
+const SPARE: u64 = 1 << 30;
+
+/// A folder in use: it stays until this is dropped.
+#[derive(Debug)]
+pub(super) struct InUse {
+    /// `None`: the folder can't be locked, and nobody else can tell that it is in use.
+    _lock: Option<File>,
+}
+
+/// Makes the folder if need be, and takes it into use.
+pub(super) async fn take(dir: &Path) -> io::Result<InUse> {
+    let mut gone = 0;
+    // A file system on which an open file never is the one at its path can't tell who uses what.
+    while gone < 100 {
+        std::fs::create_dir_all(dir)?;
+        match try_take(dir) {
+            Taken::Yes(lock) => return Ok(InUse { _lock: lock }),
+            Taken::Gone => gone += 1,
+            Taken::Going => tokio::time::sleep(POLL).await,
+        }
+    }
+    Ok(InUse { _lock: None })
+}
+
+enum Taken {
+    /// With its lock, where it has one.
+    Yes(Option<File>),
+    /// It has been moved away meanwhile.
+    Gone,
+    /// Somebody is about to move it away.
+    Going,
+}
+
+fn try_take(dir: &Path) -> Taken {
+    let path = dir.join(USE);
+    // A cache that belongs to another user can be used, too.
+    let opened = File::options().create(true).append(true).open(&path).or_else(|_| File::open(&path));
+    let Ok(file) = opened else {
+        return if dir.is_dir() { Taken::Yes(None) } else { Taken::Gone };
+    };
+    match flock(&file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) if !is_at(&file, &path) => Taken::Gone,
+        Ok(()) => {
+            // Only the order of removal follows from it.
+            let _ = file.set_modified(SystemTime::now());
+            Taken::Yes(Some(file))
+        }
+        Err(Errno::WOULDBLOCK | Errno::INTR) => Taken::Going,
+        Err(_) => Taken::Yes(None),
+    }
+}
+
+/// Whether the open file is still the one that lies at `path`.
+fn is_at(file: &File, path: &Path) -> bool {
+    let (Ok(open), Ok(there)) = (file.metadata(), std::fs::metadata(path)) else { return false };
+    (open.dev(), open.ino()) == (there.dev(), there.ino())
+}
+
+/// Bytes that may still be written where `dir` lies; `None`: the file system does not say.
+pub(super) fn free(dir: &Path) -> Option<u64> {
+    let found = statvfs(dir).ok()?;
+    found.f_bavail.checked_mul(found.f_frsize)
+}
+
+/// Sees to it that `needed` bytes fit below `root`, as far as that is possible without touching what is in use. What can't be looked at or
+/// removed is left alone: whether the room is enough shows when it is written to.
+pub(super) fn make(root: &Path, needed: u64, free: impl Fn(&Path) -> Option<u64>) {
+    let is_enough = || free(root).is_none_or(|free| free >= needed.saturating_add(SPARE));
+    if is_enough() {
+        return;
+    }
+    let folders: Vec<PathBuf> = std::fs::read_dir(root).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    for left in folders.iter().filter(|path| name(path).starts_with(EVICTED_PREFIX)) {
+        let _ = std::fs::remove_dir_all(left);
+    }
+    let mut datasets: Vec<(SystemTime, &PathBuf)> =
+        folders.iter().filter(|path| is_dataset(name(path))).map(|path| (last_use(path), path)).collect();
+    datasets.sort();
+    for (_, dir) in datasets {
+        if is_enough() {
+            return;
+        }
+        match evict(root, dir) {
+            Ok(true) => {
+                tracing::info!(dataset = %dir.display(), "removed from the cache: nobody uses it, and room is short")
+            }
+            Ok(false) => {}
+            Err(error) => tracing::warn!(dataset = %dir.display(), %error, "not removed from the cache"),
+        }
+    }
+}
+
+/// Moves a dataset away and deletes it; `false`: somebody uses it, or nobody can tell.
+fn evict(root: &Path, dir: &Path) -> io::Result<bool> {
+    let path = dir.join(USE);
+    let lock = File::options().create(true).append(true).open(&path)?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() || !is_at(&lock, &path) {
+        return Ok(false);
+    }
+    let away = root.join(format!("{EVICTED_PREFIX}{}", random_hex(8)));
+    std::fs::rename(dir, &away)?;
+    std::fs::remove_dir_all(&away)?;
+    Ok(true)
+}
+
+fn name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+/// `<index CRC64>-<index length>`: nothing else in the folder is ours.
+fn is_dataset(name: &str) -> bool {
+    let Some((crc, length)) = name.split_once('-') else { return false };
+    crc.len() == 16
+        && crc.bytes().all(|b| b.is_ascii_hexdigit())
+        && !length.is_empty()
+        && length.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// A folder that was never marked as used is the first to go.
+fn last_use(dir: &Path) -> SystemTime {
+    let marked = std::fs::metadata(dir.join(USE)).and_then(|metadata| metadata.modified());
+    marked.unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: u64 = 1000;
+
+    /// A dataset of [`SIZE`] bytes that was last used at this second.
+    fn dataset(root: &Path, number: u32, used_at: Option<u64>) -> PathBuf {
+        let dir = root.join(format!("{number:016x}-77"));
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("train-00000.bin"), vec![0; SIZE as usize]).unwrap();
+        if let Some(second) = used_at {
+            let file = File::create(dir.join(USE)).unwrap();
+            file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(second)).unwrap();
+        }
+        dir
+    }
+
+    /// The bytes that are free on a disk of so many bytes, of which [`SPARE`] stay free.
+    fn disk(bytes: u64) -> impl Fn(&Path) -> Option<u64> {
+        move |root| {
+            let each = |dir: PathBuf| std::fs::metadata(dir.join("train-00000.bin")).map_or(0, |file| file.len());
+            let used: u64 = std::fs::read_dir(root).unwrap().map(|entry| each(entry.unwrap().path())).sum();
+            Some((bytes + SPARE).saturating_sub(used))
+        }
+    }
+
+    fn names(root: &Path) -> Vec<String> {
+        let mut names: Vec<String> =
+            std::fs::read_dir(root).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[tokio::test]
+    async fn the_least_recently_used_goes_until_there_is_room_and_nothing_that_is_in_use() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let [old, older, oldest] = [(1, 300), (2, 200), (3, 100)].map(|(n, at)| dataset(root, n, Some(at)));
+        let before_marks = dataset(root, 4, None);
+        // Not ours.
+        std::fs::create_dir_all(root.join("my-notes")).unwrap();
+        std::fs::write(root.join("my-notes/train-00000.bin"), "").unwrap();
+
+        make(root, SIZE, disk(5 * SIZE));
+        assert_eq!(names(root).len(), 5, "there is room");
+        make(root, SIZE, disk(4 * SIZE));
+        assert!(!before_marks.exists() && oldest.exists(), "one is enough: {:?}", names(root));
+        // In use: it stays, and the next one goes.
+        let in_use = take(&oldest).await.unwrap();
+        std::fs::File::open(oldest.join(USE)).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        make(root, SIZE, disk(3 * SIZE));
+        assert!(oldest.exists() && !older.exists() && old.exists(), "{:?}", names(root));
+        make(root, 100 * SIZE, disk(3 * SIZE));
+        assert_eq!(names(root), [name(&oldest), "my-notes"], "all but the one in use and what is not ours");
+        drop(in_use);
+        make(root, 100 * SIZE, disk(3 * SIZE));
+        assert_eq!(names(root), ["my-notes"]);
+    }
+
+    #[tokio::test]
+    async fn what_is_taken_into_use_is_the_newest() {
+        let root = tempfile::tempdir().unwrap();
+        let [first, second] = [(1, 100), (2, 200)].map(|(n, at)| dataset(root.path(), n, Some(at)));
+        drop(take(&first).await.unwrap());
+        make(root.path(), SIZE, disk(2 * SIZE));
+        assert!(first.exists() && !second.exists());
+    }
+
+    #[test]
+    fn a_disk_that_does_not_say_loses_nothing_and_rests_of_a_crash_go() {
+        let root = tempfile::tempdir().unwrap();
+        let kept = dataset(root.path(), 1, Some(100));
+        std::fs::rename(dataset(root.path(), 2, None), root.path().join(".evicted-0123")).unwrap();
+        make(root.path(), u64::MAX, |_| None);
+        assert_eq!(names(root.path()).len(), 2);
+        make(root.path(), SIZE, disk(2 * SIZE));
+        assert_eq!(names(root.path()), [name(&kept)]);
+    }
+
+    /// Whoever waits for the lock of a folder that goes makes it anew.
+    #[tokio::test]
+    async fn a_folder_that_goes_while_it_is_taken_is_made_anew() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = dataset(root.path(), 1, Some(100));
+        let lock = File::options().append(true).open(dir.join(USE)).unwrap();
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
+        assert!(matches!(try_take(&dir), Taken::Going));
+        std::fs::rename(&dir, root.path().join(".evicted-1")).unwrap();
+        let in_use = take(&dir).await.unwrap();
+        assert!(in_use._lock.is_some() && dir.join(USE).exists() && !dir.join("train-00000.bin").exists());
+        // The lock of the folder that has gone says nothing of the one that is there.
+        assert!(!is_at(&lock, &dir.join(USE)));
+        drop(lock);
+        assert!(!evict(root.path(), &dir).unwrap());
+    }
+}

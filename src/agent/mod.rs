@@ -37,7 +37,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, mpsc};
 
 use self::{
     gauge::Gauges,
@@ -51,7 +51,8 @@ use crate::{
         verify::{Depth, verify},
     },
     config::{
-        CompleteAction, Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node,
+        CompleteAction, Machine, NoticeConfig, RunConfig, apply_overrides, canonical_overrides, micro_batches,
+        workers_per_node,
     },
     data::{self, Dataset, Split},
     error::{Context, Error, Kind, Result},
@@ -178,6 +179,56 @@ pub fn launch(launch: Launch) -> Result<Outcome> {
     result
 }
 
+/// What is needed to open a run.
+struct Opening<'a> {
+    run: &'a Store,
+    node: &'a NodeId,
+    run_id: &'a RunId,
+    nproc_per_node: Option<u32>,
+    manner: &'a Manner,
+    /// Hears what the configuration says of notices as soon as it is known.
+    settings: &'a mpsc::UnboundedSender<NoticeConfig>,
+}
+
+impl Opening<'_> {
+    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what is to
+    /// be done with this machine then.
+    async fn open(self, begin: Begin, reporter: &Reporter) -> Result<Result<Opened, Afterwards>> {
+        let Self { run, node, run_id, nproc_per_node, manner, settings } = self;
+        let cache = manner.cache.as_deref();
+        // Whoever hears it waits for the end of this function.
+        let configured = |config: &RunConfig| drop(settings.send(config.notice.clone()));
+        let (from, overrides) = match begin {
+            Begin::Create(config) => {
+                configured(&config);
+                // Whatever the configuration names is looked at before the run exists.
+                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+                let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
+                return Ok(Ok((journal, resolved, Vec::new(), None)));
+            }
+            Begin::CreateOrResume { config, overrides } => {
+                configured(&config);
+                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+                match Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await {
+                    Ok(journal) => return Ok(Ok((journal, resolved, Vec::new(), None))),
+                    Err(JournalError::Exists { .. }) => (None, overrides),
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Begin::Resume { from, overrides } => (from, overrides),
+        };
+        let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
+        let (config, overrides) = effective(journal.state(), &overrides)?;
+        if let Some(step) = completed(journal.state(), &config, from) {
+            tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
+            return Ok(Err(manner.then(&config, false)));
+        }
+        configured(&config);
+        let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+        Ok(Ok((journal, resolved, overrides, from)))
+    }
+}
+
 struct Agent {
     run: Store,
     run_id: RunId,
@@ -188,7 +239,6 @@ struct Agent {
     /// What steps and saves take here.
     gauges: Gauges,
     reporter: Reporter,
-    notices: Notices,
     nproc_per_node: Option<u32>,
     manner: Manner,
     overrides: Vec<(String, String)>,
@@ -200,14 +250,12 @@ struct Agent {
 }
 
 /// What came of waiting for another agent.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 enum Waited {
     /// It is gone, or there was none.
     NothingNew,
     /// It is gone, and the journal has gone on meanwhile.
     WentOn,
-    /// This node was asked to stop.
-    InVain(Outcome),
 }
 
 /// A journal, what holds for its run, the settings that this command changes, and the checkpoint that it names.
@@ -227,6 +275,15 @@ async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
     }
 }
 
+/// Does `work`; `None`: a notice to leave came first. Only for work that may be dropped at any moment.
+async fn unless_told<T>(notices: &mut Notices, reporter: &Reporter, work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        () = told_to_leave(notices, reporter) => None,
+        done = work => Some(done),
+    }
+}
+
 /// What every life of this agent has in common.
 struct Resolved {
     config: RunConfig,
@@ -238,28 +295,47 @@ struct Resolved {
 
 impl Agent {
     async fn run(launch: Launch) -> Result<Outcome> {
-        let Launch { store, run_id, begin, nproc_per_node, manner, reporter } = launch;
         let mut notices =
             Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
+        let result = Self::run_with(launch, &mut notices).await;
+        // After a run that is complete the machine may have other work.
+        let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 }));
+        notices.release(left).await;
+        result
+    }
+
+    async fn run_with(launch: Launch, notices: &mut Notices) -> Result<Outcome> {
+        let Launch { store, run_id, begin, nproc_per_node, manner, reporter } = launch;
         let run = store.folder(run_id.as_str());
         let node = NodeId::random();
         let doing = |doing: &str| reporter.event(&Event::Phase { doing: doing.to_owned() });
 
-        let opening = async {
-            doing("checking the store");
-            store.prove_create_is_atomic().await?;
-            Self::open(&run, &node, &run_id, begin, nproc_per_node, &manner, &reporter).await
-        };
-        let opened = tokio::select! {
-            biased;
-            // Data that is downloaded may take long; nothing is lost if it is not.
-            () = told_to_leave(&mut notices, &reporter) => return Ok(Outcome::Interrupted { lost_steps: 0 }),
-            opened = opening => opened?,
+        let opened = {
+            let (settings, mut known) = mpsc::unbounded_channel();
+            let opening = async {
+                doing("checking the store");
+                store.prove_create_is_atomic().await?;
+                let (run, node, run_id, manner) = (&run, &node, &run_id, &manner);
+                let opening = Opening { run, node, run_id, nproc_per_node, manner, settings: &settings };
+                opening.open(begin, &reporter).await
+            };
+            tokio::pin!(opening);
+            loop {
+                tokio::select! {
+                    biased;
+                    // The machine may go away while data is downloaded, which may take long.
+                    Some(settings) = known.recv() => notices.begin(&settings),
+                    // Nothing is lost if it is not.
+                    () = told_to_leave(notices, &reporter) => return Ok(Outcome::Interrupted { lost_steps: 0 }),
+                    opened = &mut opening => break opened?,
+                }
+            }
         };
         let (journal, resolved, overrides, from) = match opened {
             Ok(opened) => opened,
             Err(then) => return Ok(Outcome::Completed { then }),
         };
+        notices.begin(&resolved.config.notice);
         let mut agent = Self {
             run,
             run_id,
@@ -268,7 +344,6 @@ impl Agent {
             images: Images::create()?,
             gauges: Gauges::default(),
             reporter,
-            notices,
             nproc_per_node,
             manner,
             overrides,
@@ -276,81 +351,53 @@ impl Agent {
             read_again: 0,
             damage: Vec::new(),
         };
-        agent.notices.begin(&resolved.config.notice);
         let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
-        let result = agent.live(resolved).await;
-        // After a run that is complete the machine may have other work.
-        let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 }));
-        agent.notices.release(left).await;
+        let result = agent.live(resolved, notices).await;
         let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
         result
     }
 
-    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what is to
-    /// be done with this machine then.
-    async fn open(
-        run: &Store,
-        node: &NodeId,
-        run_id: &RunId,
-        begin: Begin,
-        nproc_per_node: Option<u32>,
-        manner: &Manner,
-        reporter: &Reporter,
-    ) -> Result<Result<Opened, Afterwards>> {
-        let cache = manner.cache.as_deref();
-        let (from, overrides) = match begin {
-            Begin::Create(config) => {
-                // Whatever the configuration names is looked at before the run exists.
-                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
-                let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
-                return Ok(Ok((journal, resolved, Vec::new(), None)));
-            }
-            Begin::CreateOrResume { config, overrides } => {
-                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
-                match Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await {
-                    Ok(journal) => return Ok(Ok((journal, resolved, Vec::new(), None))),
-                    Err(JournalError::Exists { .. }) => (None, overrides),
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Begin::Resume { from, overrides } => (from, overrides),
-        };
-        let journal = Journal::open(run.clone(), node.clone(), run_id.clone()).await?;
-        let (config, overrides) = effective(journal.state(), &overrides)?;
-        if let Some(step) = completed(journal.state(), &config, from) {
-            tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
-            return Ok(Err(manner.then(&config, false)));
-        }
-        let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
-        Ok(Ok((journal, resolved, overrides, from)))
-    }
-
-    async fn live(&mut self, mut resolved: Resolved) -> Result<Outcome> {
-        match self.wait_for_the_other().await? {
-            Waited::InVain(outcome) => return Ok(outcome),
-            Waited::NothingNew => {}
-            Waited::WentOn => match self.resolve_again().await? {
-                Ok(again) => resolved = again,
-                Err(then) => return Ok(Outcome::Completed { then }),
-            },
-        }
+    async fn live(&mut self, mut resolved: Resolved, notices: &mut Notices) -> Result<Outcome> {
+        let reporter = self.reporter.clone();
         let mut deaths = Vec::new();
         let mut reason = FormedReason::Started;
+        // Whether another agent is at work, and whether the journal has gone on since `resolved` was looked at.
+        let (mut look, mut stale) = (true, false);
+        // The last finished step, once this node has formed a generation.
+        let mut finished = None;
         loop {
-            let Some((load, generation)) = self.form(&resolved, reason).await? else {
-                if let Waited::InVain(outcome) = self.wait_for_the_other().await? {
-                    return Ok(outcome);
+            if look {
+                match unless_told(notices, &reporter, self.wait_for_the_other()).await {
+                    None => {
+                        tracing::info!("asked to stop while standing by: this node has nothing to save");
+                        return Ok(Outcome::Interrupted { lost_steps: 0 });
+                    }
+                    Some(waited) => stale |= matches!(waited?, Waited::WentOn),
                 }
-                match self.resolve_again().await? {
-                    Ok(again) => resolved = again,
-                    Err(then) => return Ok(Outcome::Completed { then }),
+            }
+            if stale {
+                match unless_told(notices, &reporter, self.resolve_again()).await {
+                    None => return Ok(Outcome::Interrupted { lost_steps: 0 }),
+                    Some(again) => match again? {
+                        Ok(again) => resolved = again,
+                        Err(then) => return Ok(Outcome::Completed { then }),
+                    },
                 }
+            }
+            let Some(load) = unless_told(notices, &reporter, self.choose(&resolved)).await else {
+                return self.told_between_lives("a checkpoint to go on from was looked for", finished).await;
+            };
+            let load = load?;
+            let Some(generation) = self.form(&load, &resolved, reason).await? else {
+                (look, stale) = (true, true);
                 continue;
             };
+            (look, stale) = (false, false);
+            finished = Some(load.step());
             if let Some(since) = self.manner.since.take() {
                 tracing::info!("boot to joined: {:.2} s", since.elapsed().as_secs_f64());
             }
-            self.notices.formed(&self.run, generation);
+            notices.formed(&self.run, generation);
             let world_size = WorldSize(resolved.workers);
             self.reporter.event(&Event::Formed {
                 generation,
@@ -381,8 +428,7 @@ impl Agent {
             }
             let mut leaving = None;
             let lived =
-                life::run(plan, &mut self.images, &mut self.gauges, &mut self.notices, &self.reporter, &mut leaving)
-                    .await;
+                life::run(plan, &mut self.images, &mut self.gauges, notices, &self.reporter, &mut leaving).await;
             match lived {
                 Ok(End::Completed { loss }) => return self.complete(generation, &resolved, loss).await,
                 Ok(End::Stopped(stopped)) => {
@@ -392,10 +438,20 @@ impl Agent {
                     }
                     return outcome;
                 }
-                Ok(End::Damaged { object, reason }) => self.step_over(&load, &object, &reason).await?,
+                Ok(End::Damaged { object, reason }) => {
+                    let reading = self.step_over(&load, &object, &reason);
+                    match unless_told(notices, &reporter, reading).await {
+                        Some(done) => done?,
+                        None => {
+                            let doing = "a checkpoint that seemed damaged was read again";
+                            return self.told_between_lives(doing, finished).await;
+                        }
+                    }
+                }
                 Ok(End::Diverged { step, reason }) => return Err(self.diverged(generation, step, &reason).await),
                 Ok(End::Died { step, reason: why }) => {
                     deaths.push(step);
+                    finished = Some(step);
                     match restart::decide(&deaths, &resolved.config.restart) {
                         restart::Decision::GiveUp { reason } => {
                             let reason = format!("{reason}: {why}");
@@ -410,12 +466,8 @@ impl Agent {
                                 restarts: u32::try_from(deaths.len()).unwrap_or(u32::MAX),
                                 backoff_s: after.as_secs_f64(),
                             });
-                            if self.pause(after).await {
-                                let committed = load.step().max(self.newest_committed().await);
-                                let verdict = "asked to stop while workers were to be started again".to_owned();
-                                return self
-                                    .interrupted(generation, Stopped { step, committed, verdict, drain: None })
-                                    .await;
+                            if unless_told(notices, &reporter, tokio::time::sleep(after)).await.is_none() {
+                                return self.told_between_lives("workers were to be started again", finished).await;
                             }
                         }
                     }
@@ -456,11 +508,7 @@ impl Agent {
                     self.reporter.event(&Event::Standby { node: other.to_string() });
                     standing_by_for = Some(other.clone());
                 }
-                let told = told_to_leave(&mut self.notices, &self.reporter);
-                if tokio::time::timeout(STANDBY_PAUSE.min(left), told).await.is_ok() {
-                    tracing::info!("asked to stop while standing by: this node has nothing to save");
-                    return Ok(Waited::InVain(Outcome::Interrupted { lost_steps: 0 }));
-                }
+                tokio::time::sleep(STANDBY_PAUSE.min(left)).await;
             }
             if self.journal.lock().await.refresh().await? > 0 {
                 waited = Waited::WentOn;
@@ -576,9 +624,8 @@ impl Agent {
         self.reporter.event(&Event::Warning { message });
     }
 
-    /// Chooses the resume point and forms the next generation. `None`: the journal went on meanwhile, so look again at everything.
-    async fn form(&mut self, resolved: &Resolved, reason: FormedReason) -> Result<Option<(Load, Generation)>> {
-        let load = self.choose(resolved).await?;
+    /// Forms the next generation, which starts from `load`. `None`: the journal went on meanwhile, so look again at everything.
+    async fn form(&mut self, load: &Load, resolved: &Resolved, reason: FormedReason) -> Result<Option<Generation>> {
         let (step, last) = (load.step(), resolved.config.train.steps);
         if step.get() > last {
             // Said before it is written down: what a generation has changed holds for all later ones.
@@ -586,7 +633,7 @@ impl Agent {
             return Err(Error::new(Kind::Config, what)
                 .with_hint("set train.steps to more, or name an earlier checkpoint with --from"));
         }
-        let resume = match &load {
+        let resume = match load {
             Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
             _ => None,
         };
@@ -605,7 +652,7 @@ impl Agent {
                 for damage in self.damage.drain(..) {
                     journal.append(damage.record()).await?;
                 }
-                return Ok(Some((load, generation)));
+                return Ok(Some(generation));
             }
             // Whoever was first is looked at next.
             Err(JournalError::Overtaken { .. } | JournalError::Moved { .. }) => {}
@@ -662,12 +709,18 @@ impl Agent {
         Measured { trained_s: observed.trained_s, interruptions: observed.lossy, ..Measured::NOTHING }
     }
 
-    /// Sleeps, unless a notice to leave comes.
-    async fn pause(&mut self, time: Duration) -> bool {
-        tokio::select! {
-            () = tokio::time::sleep(time) => false,
-            () = told_to_leave(&mut self.notices, &self.reporter) => true,
-        }
+    /// A notice to leave came while no worker was at work. `step`: the last one that was finished under a generation of this node, if it
+    /// has formed one.
+    async fn told_between_lives(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
+        let (held, committed) = {
+            let journal = self.journal.lock().await;
+            (journal.held(), journal.state().newest().map_or(Step(0), |newest| newest.committed.step))
+        };
+        let (Some(generation), Some(step)) = (held, step) else {
+            return Ok(Outcome::Interrupted { lost_steps: 0 });
+        };
+        let verdict = format!("asked to stop while {doing}");
+        self.interrupted(generation, Stopped { step, committed, verdict, drain: None }).await
     }
 
     async fn complete(&self, generation: Generation, resolved: &Resolved, loss: f64) -> Result<Outcome> {

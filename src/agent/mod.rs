@@ -267,7 +267,8 @@ async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
         let notice = notices.next().await;
         let deadline_s = notice.deadline.map(|left| left.as_secs_f64());
         let means = notice.kind.name();
-        reporter.event(&Event::Notice { source: notice.source.to_owned(), deadline_s, means });
+        let (source, binding) = (notice.source.to_owned(), notice.deadline_binds());
+        reporter.event(&Event::Notice { source, deadline_s, means, binding });
         // For a save there is no state.
         if notice.kind != notice::Kind::Rebalance {
             return;

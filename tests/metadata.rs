@@ -122,7 +122,8 @@ fn our_client_replaces_a_token_before_it_ends() {
     block_on(async {
         let server = MetadataServer::start().only(Cloud::Aws);
         // The service may grant less than is asked for. Of so short a life the second half is margin.
-        server.set_longest_token(10);
+        let life = Duration::from_secs(16);
+        server.set_longest_token(life.as_secs());
         let imds = client(&server);
         let began = std::time::Instant::now();
         while server.requests_of(TOKEN).len() < 2 {
@@ -130,6 +131,8 @@ fn our_client_replaces_a_token_before_it_ends() {
             assert_eq!(imds.get(SPOT, LIMIT).await, Ok(None));
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+        let given = server.requests_of(TOKEN);
+        assert!(given[1].at - given[0].at < life, "it had ended by then");
         let refused = server.requests_of(SPOT).iter().filter(|asked| asked.status == Some(401)).count();
         assert_eq!(refused, 0, "no request went out with a token that had ended");
     });

@@ -408,12 +408,18 @@ fn a_request_that_was_on_its_way_when_a_worker_died_is_obeyed() {
     let lab = Lab::on_files();
     let running = long(&lab).start();
     running.wait_for_step("step", 3);
-    lab.about("drain", RUN).args(&["--no-wait"]).finish().expect_code(0);
+    let asked = lab.about("drain", RUN).json().start();
+    asked.wait_until("a request", || !lab.keys(RUN, "drains/").is_empty());
     // Requests are looked for every five seconds: nearly always the next generation has been formed by then.
     let worker = running.workers().pop().expect("a worker");
     rustix::process::kill_process(worker, Signal::KILL).expect("kill a worker");
     let life = running.finish();
     assert!(matches!(life.code(), Some(75 | 76)), "{}", life.story());
     assert_eq!(life.last("notice").value["source"], "drain", "{}", life.story());
+    // Whoever asked and waited is told how it ended.
+    let asked = asked.finish().expect_code(0);
+    let answer = &asked.events.last().expect("its answer").value;
+    assert_eq!((&answer["generation"], &answer["state"]), (&json!(1), &json!("interrupted")), "{}", asked.story());
+    assert_eq!(answer["step"], life.last("interrupted").value["step"], "{}", asked.story());
     assert_eq!(lab.keys(RUN, "drains/"), ["drains/g0001.json"]);
 }

@@ -76,8 +76,7 @@ fn aws_gives_tokens_and_asks_for_them() {
 fn our_client_renews_a_token_that_was_forgotten_and_gives_up_in_time() {
     block_on(async {
         let server = MetadataServer::start().only(Cloud::Aws);
-        let imds =
-            Imds::from(&|name| (name == "AWS_EC2_METADATA_SERVICE_ENDPOINT").then(|| server.endpoint())).unwrap();
+        let imds = client(&server);
         let get = |limit| imds.get(SPOT, limit);
         assert_eq!(get(LIMIT).await, Ok(None));
         let notice = spot_notice("terminate", 120);
@@ -110,6 +109,46 @@ fn our_client_renews_a_token_that_was_forgotten_and_gives_up_in_time() {
         }
         server.calm();
         assert!(get(LIMIT).await.unwrap().is_some());
+    });
+}
+
+/// Our client, of this server.
+fn client(server: &MetadataServer) -> Imds {
+    Imds::from(&|name| (name == "AWS_EC2_METADATA_SERVICE_ENDPOINT").then(|| server.endpoint())).expect("a client")
+}
+
+#[test]
+fn our_client_replaces_a_token_before_it_ends() {
+    block_on(async {
+        let server = MetadataServer::start().only(Cloud::Aws);
+        // The service may grant less than is asked for. Of so short a life the second half is margin.
+        let life = Duration::from_secs(16);
+        server.set_longest_token(life.as_secs());
+        let imds = client(&server);
+        let began = std::time::Instant::now();
+        while server.requests_of(TOKEN).len() < 2 {
+            assert!(began.elapsed() < LIMIT, "the token was never replaced");
+            assert_eq!(imds.get(SPOT, LIMIT).await, Ok(None));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let given = server.requests_of(TOKEN);
+        assert!(given[1].at - given[0].at < life, "it had ended by then");
+        let refused = server.requests_of(SPOT).iter().filter(|asked| asked.status == Some(401)).count();
+        assert_eq!(refused, 0, "no request went out with a token that had ended");
+    });
+}
+
+#[test]
+fn our_client_reaches_a_service_on_ipv6() {
+    // A machine without IPv6 has nothing to show here.
+    let Some(server) = MetadataServer::start_on_ipv6() else { return };
+    let endpoint = server.endpoint();
+    assert!(endpoint.starts_with("http://[::1]:"), "{endpoint}");
+    block_on(async {
+        let server = server.only(Cloud::Aws);
+        assert_eq!(client(&server).get(SPOT, LIMIT).await, Ok(None));
+        server.set(SPOT, spot_notice("terminate", 120));
+        assert!(client(&server).get(SPOT, LIMIT).await.is_ok_and(|body| body.is_some()));
     });
 }
 

@@ -9,32 +9,30 @@ use serde_json::{Value, json};
 use crate::support::{
     lab::{Lab, Store},
     metadata::{
-        Cloud, Fault, HOOK, INSTANCE, LIFE_CYCLE, LIFECYCLE, MAINTENANCE, MAINTENANCE_EVENT, MetadataServer, PREEMPTED,
-        REBALANCE, Reply, SCHEDULED_EVENTS, SPOT, TOKEN, azure_event, parameter, spot_notice,
+        Cloud, INSTANCE, LIFECYCLE, MAINTENANCE, MAINTENANCE_EVENT, MetadataServer, PREEMPTED, REBALANCE, Reply,
+        SCHEDULED_EVENTS, SPOT, TOKEN, azure_event, spot_notice,
     },
     trainer::{Finished, Running, Trainer},
 };
 
-const RUN: &str = "noticed";
-const HEARTBEAT: &str = "/?Action=RecordLifecycleActionHeartbeat";
-const COMPLETE: &str = "/?Action=CompleteLifecycleAction";
+pub const RUN: &str = "noticed";
 
 /// A run that lasts until something ends it.
-fn long(lab: &Lab) -> Trainer {
+pub fn long(lab: &Lab) -> Trainer {
     let set = ["train.steps=1000000", "train.schedule.kind=\"constant\"", "checkpoint.every=\"100000 steps\""];
     set.iter()
         .fold(lab.run(RUN), |command, set| command.args(&["--set", set]))
         .args(&["--set", "notice.spare_time=\"stop\""])
 }
 
-fn heard(running: &Running, source: &str) {
+pub fn heard(running: &Running, source: &str) {
     running.wait_for(&format!("a notice of {source}"), |event| {
         event.kind() == "notice" && event.value["source"] == source
     });
 }
 
 /// The steps whose `committed` record stands in a run's journal, newest last.
-fn committed(store: &std::path::Path) -> Vec<u64> {
+pub fn committed(store: &std::path::Path) -> Vec<u64> {
     let mut records: Vec<_> = std::fs::read_dir(store.join(RUN).join("journal"))
         .into_iter()
         .flatten()
@@ -46,7 +44,7 @@ fn committed(store: &std::path::Path) -> Vec<u64> {
     records.filter(|record| record["kind"] == "committed").filter_map(|record| record["step"].as_u64()).collect()
 }
 
-fn folder(lab: &Lab) -> std::path::PathBuf {
+pub fn folder(lab: &Lab) -> std::path::PathBuf {
     match &lab.store {
         Store::File(path) => path.clone(),
         _ => panic!("this lab's store is no folder"),
@@ -55,7 +53,7 @@ fn folder(lab: &Lab) -> std::path::PathBuf {
 
 /// Demands that a life was interrupted with nothing lost, and that the next one carries on from that very step.
 #[track_caller]
-fn interrupted_and_resumed(lab: &Lab, life: &Finished, source: &str) {
+pub fn interrupted_and_resumed(lab: &Lab, life: &Finished, source: &str) {
     assert_eq!(life.code(), Some(75), "{}", life.story());
     let notice = life.of_kind("notice").into_iter().find(|event| event.value["source"] == source);
     assert!(notice.is_some(), "no notice of {source}\n{}", life.story());
@@ -70,7 +68,7 @@ fn interrupted_and_resumed(lab: &Lab, life: &Finished, source: &str) {
     assert_eq!(steps, (step + 1..=step + 3).collect::<Vec<_>>(), "{}", next.story());
 }
 
-fn on_aws() -> MetadataServer {
+pub fn on_aws() -> MetadataServer {
     MetadataServer::start().only(Cloud::Aws)
 }
 
@@ -116,44 +114,6 @@ fn a_spot_notice_whose_time_has_passed_is_a_notice() {
 }
 
 #[test]
-fn a_machine_on_demand_is_not_asked_about_spot_and_hears_its_group() {
-    let (lab, server) = (Lab::on_files(), on_aws());
-    server.set(LIFE_CYCLE, "on-demand");
-    server.set(SPOT, spot_notice("terminate", 120));
-    server.set_hook(Some(30));
-    server.note_posts({
-        let store = folder(&lab);
-        move || format!("{:?}", committed(&store))
-    });
-    let running = long(&lab).envs(&server.envs()).start();
-    running.wait_for_step("step", 3);
-    // The hook is found before it is needed.
-    server.wait_for("/?Action=DescribeLifecycleHooks", 1);
-    server.set(LIFECYCLE, "Terminated");
-    heard(&running, "aws-asg");
-    let life = running.finish();
-    assert!(server.requests_of(SPOT).is_empty(), "spot was asked about");
-    let left = life.last("notice").value["deadline_s"].as_f64().expect("the hook's time-out");
-    assert!(left > 0.0 && left <= 30.0, "{left}");
-    let step = life.last("interrupted").step().expect("its step");
-    let complete = server.requests_of(COMPLETE);
-    assert_eq!(complete.len(), 1, "{}", life.story());
-    assert_eq!(complete[0].note, format!("[{step}]"), "completed only after the last step was committed");
-    assert_eq!(complete[0].status, Some(200));
-    assert_eq!(parameter(&complete[0].body, "LifecycleActionResult").as_deref(), Some("CONTINUE"));
-    assert_eq!(parameter(&complete[0].body, "LifecycleHookName").as_deref(), Some(HOOK));
-    assert_eq!(parameter(&complete[0].body, "InstanceId").as_deref(), Some(INSTANCE));
-    let first_heartbeat = server.requests_of(HEARTBEAT).first().map(|asked| asked.note.clone());
-    assert_eq!(
-        first_heartbeat.as_deref(),
-        Some("[]"),
-        "the hook was kept waiting while the step was saved\n{}",
-        life.story()
-    );
-    interrupted_and_resumed(&lab, &life, "aws-asg");
-}
-
-#[test]
 fn a_recommendation_saves_once_and_trains_on() {
     let (lab, server) = (Lab::on_files(), on_aws());
     // Some services name the recommendation by the time of the question. No checkpoint is due.
@@ -164,8 +124,9 @@ fn a_recommendation_saves_once_and_trains_on() {
     heard(&running, "aws-rebalance");
     let saved = running.wait_for("a checkpoint", |event| event.kind() == "checkpoint").step().expect("its step");
     running.wait_for_step("step", saved + 10);
+    // Of two more answers the first was read before the second was asked for.
     let asked = server.requests_of(REBALANCE).len();
-    server.wait_for(REBALANCE, asked + 1);
+    server.wait_for(REBALANCE, asked + 2);
     running.signal(Signal::TERM);
     let life = running.finish();
     let notices = life.of_kind("notice");
@@ -308,52 +269,6 @@ fn a_run_that_is_complete_before_a_scheduled_event_begins_does_not_approve_it() 
     assert_eq!(approvals, 0, "{}", life.story());
 }
 
-/// A run through a storm from its first moment to its last, on a machine of that cloud.
-fn unharmed_by(storms: &[(Cloud, Fault)]) {
-    for (cloud, fault) in storms {
-        let (lab, server) = (Lab::on_files(), MetadataServer::start().only(*cloud));
-        server.storm(*fault);
-        let life = lab.run(RUN).envs(&server.envs()).finish().expect_code(0);
-        assert!(!server.requests().is_empty(), "nobody asked");
-        assert!(life.of_kind("notice").is_empty(), "{cloud:?}, {fault:?}\n{}", life.story());
-        lab.expect_as_undisturbed(RUN, &[&life]);
-        let shown = life.stderr.lines().filter(|line| line.contains("metadata")).count();
-        assert_eq!(shown, 0, "a storm is nothing to be told of\n{}", life.story());
-    }
-}
-
-#[test]
-fn a_metadata_service_that_is_mad_from_the_first_moment_harms_nothing() {
-    unharmed_by(&[
-        (Cloud::Aws, Fault::Status(401)),
-        (Cloud::Aws, Fault::Hang),
-        (Cloud::Aws, Fault::Garbage),
-        (Cloud::Gcp, Fault::Garbage),
-        (Cloud::Azure, Fault::Close),
-    ]);
-}
-
-#[test]
-fn a_metadata_service_that_goes_mad_harms_nothing_and_is_heard_when_it_recovers() {
-    let (lab, server) = (Lab::on_files(), on_aws());
-    let running = long(&lab).envs(&server.envs()).start();
-    server.wait_for(SPOT, 1);
-    for fault in [Fault::Status(500), Fault::Garbage, Fault::Close, Fault::Status(401)] {
-        let before = server.requests_of(SPOT).len() + server.requests_of(TOKEN).len();
-        server.storm(fault);
-        running.wait_until("a request into the storm", || {
-            server.requests_of(SPOT).len() + server.requests_of(TOKEN).len() > before
-        });
-    }
-    server.calm();
-    server.forget_tokens();
-    server.set(SPOT, spot_notice("terminate", 120));
-    heard(&running, "aws-spot");
-    let life = running.finish();
-    assert_eq!(life.of_kind("notice").len(), 1, "{}", life.story());
-    interrupted_and_resumed(&lab, &life, "aws-spot");
-}
-
 #[test]
 fn a_notice_that_stands_when_a_run_is_resumed_ends_it_with_nothing_lost() {
     let (lab, server) = (Lab::on_files(), on_aws());
@@ -391,22 +306,47 @@ fn usr1_says_that_the_machine_goes_away_and_usr2_asks_for_a_save() {
 #[test]
 fn signals_that_are_not_listened_to_end_nothing_and_sigterm_twice_leaves_at_once() {
     let lab = Lab::on_files();
-    let window = [("TRAINER_STOP_WINDOW", "25s".to_owned())];
-    let running = long(&lab).args(&["--set", "notice.sources=[\"file\"]"]).envs(&window).start();
+    let window = [("TRAINER_STOP_WINDOW", "150s".to_owned())];
+    let running = long(&lab).args(&["--set", "notice.sources=[\"file\"]"]).envs(&window).hold_after(40).start();
     running.wait_for_step("step", 3);
     running.signal(Signal::USR1);
     running.signal(Signal::USR2);
-    let seen =
-        running.wait_for("a step", |event| event.kind() == "step" && event.step() > Some(6)).step().expect("its step");
-    running.wait_for_step("step", seen + 10);
+    running.wait_for_step("step", 40);
+    // A drain can't end while a rank is held: what ends the run is the second signal.
+    running.held();
     running.signal(Signal::TERM);
     heard(&running, "sigterm");
+    // At once it would be taken for an echo of the first one.
+    running.ask_until_it_ends(Signal::TERM);
+    let life = running.finish().expect_code(76);
+    let sources: Vec<_> = life.of_kind("notice").iter().map(|event| event.value["source"].clone()).collect();
+    assert!(sources.len() > 1 && sources.iter().all(|source| source == "sigterm"), "{sources:?}");
+    assert_eq!(life.of_kind("notice")[0].value["deadline_s"], 150.0, "{}", life.story());
+    assert_eq!(life.last("interrupted").value["lost_steps"], 40, "{}", life.story());
+    let told = lab.about("explain", RUN).finish().expect_code(0);
+    assert!(told.stdout.contains("verdict    left at once on a second sigterm"), "{}", told.story());
+}
+
+#[test]
+fn a_window_that_is_only_usual_is_said_and_binds_nobody() {
+    let lab = Lab::on_files();
+    let slurm = [("SLURM_JOB_ID", "17".to_owned())];
+    let running = long(&lab).envs(&slurm).start();
+    running.wait_for_step("step", 3);
     running.signal(Signal::TERM);
     let life = running.finish();
-    assert!(matches!(life.code(), Some(75 | 76)), "{}", life.story());
-    let sources: Vec<_> = life.of_kind("notice").iter().map(|event| event.value["source"].clone()).collect();
-    assert!(sources.iter().all(|source| source == "sigterm"), "{sources:?}");
-    assert_eq!(life.of_kind("notice")[0].value["deadline_s"], 25.0, "{}", life.story());
+    let notice = &life.last("notice").value;
+    assert_eq!((&notice["deadline_s"], &notice["binding"]), (&json!(30.0), &json!(false)), "{}", life.story());
+    // The run, the notice and the journal say the same.
+    assert!(
+        life.stderr.contains("asked to stop, no deadline that binds is known (30.0 s by default)"),
+        "{}",
+        life.story()
+    );
+    let told = lab.about("explain", RUN).json().finish().expect_code(0);
+    assert_eq!(told.events[0].value["notices"][0]["deadline_s"], Value::Null, "{}", told.story());
+    assert_eq!(told.events[0].value["drain"]["deadline_s"], Value::Null, "{}", told.story());
+    interrupted_and_resumed(&lab, &life, "sigterm");
 }
 
 #[test]
@@ -484,15 +424,22 @@ fn drain_does_not_wait_if_it_is_told_so_and_refuses_the_dead() {
 }
 
 #[test]
-fn the_hook_is_found_through_calls_when_the_machine_has_no_tags() {
-    let (lab, server) = (Lab::on_files(), on_aws());
-    server.remove("/latest/meta-data/tags/instance/aws:autoscaling:groupName");
-    server.set(LIFECYCLE, "Terminated");
-    let life = long(&lab).envs(&server.envs()).finish();
-    assert_eq!(server.requests_of("/?Action=DescribeAutoScalingInstances").len(), 1, "{}", life.story());
-    assert_eq!(server.requests_of(COMPLETE).len(), 1, "{}", life.story());
-    // Signed with the role's credentials, which came from the metadata service.
-    let signed = &server.requests_of(COMPLETE)[0].headers["authorization"];
-    assert!(signed.contains("ASIATEST") && signed.contains("us-east-1"), "{signed}");
-    assert_eq!(life.code(), Some(75), "{}", life.story());
+fn a_request_that_was_on_its_way_when_a_worker_died_is_obeyed() {
+    let lab = Lab::on_files();
+    let running = long(&lab).start();
+    running.wait_for_step("step", 3);
+    let asked = lab.about("drain", RUN).json().start();
+    asked.wait_until("a request", || !lab.keys(RUN, "drains/").is_empty());
+    // Requests are looked for every five seconds: nearly always the next generation has been formed by then.
+    let worker = running.workers().pop().expect("a worker");
+    rustix::process::kill_process(worker, Signal::KILL).expect("kill a worker");
+    let life = running.finish();
+    assert!(matches!(life.code(), Some(75 | 76)), "{}", life.story());
+    assert_eq!(life.last("notice").value["source"], "drain", "{}", life.story());
+    // Whoever asked and waited is told how it ended.
+    let asked = asked.finish().expect_code(0);
+    let answer = &asked.events.last().expect("its answer").value;
+    assert_eq!((&answer["generation"], &answer["state"]), (&json!(1), &json!("interrupted")), "{}", asked.story());
+    assert_eq!(answer["step"], life.last("interrupted").value["step"], "{}", asked.story());
+    assert_eq!(lab.keys(RUN, "drains/"), ["drains/g0001.json"]);
 }

@@ -11,6 +11,7 @@
 //! | ≥ needs, low | stop, save everything: full save, or only what is missing of it |
 //! | ≥ the rest of a save under way that is newer than the newest checkpoint | stop, finish that one; say what will be lost |
 //! | ≥ half of needs, low | stop, and try to save everything: the pace was measured beside training, which now stands still |
+//! | ≥ half of that rest, low | stop, and try to finish that one; say what will be lost |
 //! | less | leave at once; say what will be lost |
 //!
 //! The reserve is what is left of the running step, one more (the next look may come when it has begun), one copy and *two* whole saves, all of them as long as must be feared: a save may have begun a moment ago and is let
@@ -21,13 +22,14 @@
 //! An upload that has begun is never stopped in favour of a newer state: it holds all but the steps since it began, and the newer one would
 //! have to start from nothing.
 
-use super::gauge::Span;
+use super::{gauge::Span, watch::Usual};
 use crate::{goodput::LEAST_RESERVE_S, ids::Step, journal::DrainPlan, report::human};
 
 /// Kept for the journal's last record and the process's end, seconds.
 pub const LAST_WORDS_S: f64 = 1.5;
 
-/// A save that takes more than so many times the time that is left, even at the best pace that was ever measured, is not begun.
+/// A save that takes more than so many times the time that is left, even at the best pace that was ever measured, is not begun, and one
+/// that has so much left is given up.
 const HOPELESS: f64 = 2.0;
 
 /// All that the decision depends on.
@@ -35,6 +37,8 @@ const HOPELESS: f64 = 2.0;
 pub struct Situation {
     /// Until the machine goes away, seconds; `None`: nobody said.
     pub left_s: Option<f64>,
+    /// A time that was named and that nobody is sure of: it is said, and nothing follows from it.
+    pub usual: Option<Usual>,
     /// The time that is left may be used: nobody waits for this process's end.
     pub may_train_on: bool,
     /// The newest finished step.
@@ -90,7 +94,13 @@ pub fn decide(now: &Situation) -> (Decision, String) {
         return begin("no save was measured yet: the last one begins at once".into());
     };
     let needed = format!("the last save takes {}, at most {}", time(needs.mean), time(needs.high));
-    let Some(left) = now.left_s else { return begin(format!("no deadline is known; {needed}")) };
+    let Some(left) = now.left_s else {
+        let known = now.usual.map_or_else(
+            || "no deadline is known".to_owned(),
+            |usual| format!("no deadline that binds is known ({usual})"),
+        );
+        return begin(format!("{known}; {needed}"));
+    };
     let usable = left - LAST_WORDS_S;
     if now.may_train_on && !now.ended {
         let save = now.save.unwrap_or(needs).high;
@@ -106,16 +116,19 @@ pub fn decide(now: &Situation) -> (Decision, String) {
     }
     let least = format!("{} left, the last save takes at least {}", time(left.max(0.0)), time(needs.low));
     let lost = |since: Step| human::plural(now.finished.get().saturating_sub(since.get()), "finished step");
-    match now.in_flight {
-        Some((step, Some(rest))) if !newest_under_way && step > now.committed && rest.low <= usable => {
-            let why = format!(
-                "{least}: the save of step {step} is finished in {} instead, {} after it will be lost",
-                time(rest.mean),
-                lost(step)
-            );
-            (Decision::Drain { plan: DrainPlan::FinishInFlight, needs: Some(rest) }, why)
+    let older = now.in_flight.filter(|(step, _)| !newest_under_way && *step > now.committed);
+    let finish = |step: Step, rest: Span, how: &str| {
+        let why = format!("{least}: the save of step {step} {how} instead, {} after it will be lost", lost(step));
+        (Decision::Drain { plan: DrainPlan::FinishInFlight, needs: Some(rest) }, why)
+    };
+    match older {
+        Some((step, Some(rest))) if rest.low <= usable => {
+            finish(step, rest, &format!("is finished in {}", time(rest.mean)))
         }
         _ if needs.low <= HOPELESS * usable => begin(format!("{least}: it is tried")),
+        Some((step, Some(rest))) if rest.low <= HOPELESS * usable => {
+            finish(step, rest, &format!("needs {} more and is tried", time(rest.mean)))
+        }
         _ => {
             let why = format!("{least}: nothing can be saved, {} will be lost", lost(now.committed));
             (Decision::Drain { plan: DrainPlan::StopEarly, needs: None }, why)
@@ -130,6 +143,7 @@ mod tests {
     /// A step of 1 s, a copy of 0.5 s, a save of 10 s (8 to 12), 40 steps finished, 30 committed.
     const CALM: Situation = Situation {
         left_s: Some(120.0),
+        usual: None,
         may_train_on: false,
         finished: Step(40),
         committed: Step(30),
@@ -182,7 +196,10 @@ mod tests {
                 Some(5.0),
             ),
             ("just so", Situation { in_flight, left_s: Some(5.5), ..CALM }, "finish in flight", Some(5.0)),
-            ("not even for that", Situation { in_flight, left_s: Some(5.4), ..CALM }, "stop early", None),
+            // What has been uploaded is not thrown away for a shortfall with which a save would be begun.
+            ("nearly so", Situation { in_flight, left_s: Some(5.4), ..CALM }, "finish in flight", Some(5.0)),
+            ("half of that", Situation { in_flight, left_s: Some(3.5), ..CALM }, "finish in flight", Some(5.0)),
+            ("not even for that", Situation { in_flight, left_s: Some(3.4), ..CALM }, "stop early", None),
             (
                 "it is no newer",
                 Situation { in_flight: Some((Step(30), Some(HALF))), left_s: Some(10.0), ..CALM },
@@ -247,6 +264,17 @@ mod tests {
             reason(Situation { in_flight, left_s: Some(10.0), ..CALM }),
             "10.0 s left, the last save takes at least 12.0 s: the save of step 36 is finished in 5.00 s instead, 4 finished steps after it \
              will be lost"
+        );
+        assert_eq!(
+            reason(Situation { in_flight, left_s: Some(4.0), ..CALM }),
+            "4.00 s left, the last save takes at least 12.0 s: the save of step 36 needs 5.00 s more and is tried instead, 4 finished steps \
+             after it will be lost"
+        );
+        let usual = Usual { source: "sigterm", left: std::time::Duration::from_secs(10) };
+        assert_eq!(
+            reason(Situation { left_s: None, usual: Some(usual), ..CALM }),
+            "no deadline that binds is known (10.0 s is usual here, TRAINER_STOP_WINDOW says what it is); the last save takes 11.0 s, at \
+             most 13.5 s"
         );
         assert_eq!(
             reason(Situation { left_s: Some(2.0), ..CALM }),

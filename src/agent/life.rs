@@ -49,7 +49,7 @@ const RETENTION_PATIENCE: Duration = Duration::from_secs(20);
 const LAST_SAVE_TRIES: u32 = 8;
 /// How long processes that were killed may take to be gone. One that hangs in the kernel never is.
 const GONE: Duration = Duration::from_secs(10);
-/// How often the journal is looked at for a generation that fences this one.
+/// How often the journal is looked at for a generation that fences this one, and how long a look may keep others from it.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// What a life starts with.
@@ -429,7 +429,8 @@ impl Life<'_> {
     /// An agent that was asleep, or cut off, while another formed the next generation learns of it here at the latest; whatever it
     /// might try to commit before that is refused anyway.
     fn look_for_a_fence(&mut self) {
-        if self.looked.elapsed() < LOOK {
+        // What a drain commits is fenced by its own append; until then the journal is not to be kept from it.
+        if self.looked.elapsed() < LOOK || self.draining {
             return;
         }
         self.looked = Instant::now();
@@ -437,9 +438,10 @@ impl Life<'_> {
         tokio::spawn(async move {
             // Somebody who has the journal finds out by himself.
             let Ok(mut journal) = journal.try_lock() else { return };
-            if let Err(error) = journal.refresh().await {
-                tracing::debug!(%error, "journal not looked at");
-                return;
+            match tokio::time::timeout(LOOK, journal.refresh()).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => return tracing::debug!(%error, "journal not looked at"),
+                Err(_) => return tracing::debug!("journal not looked at: the store does not answer"),
             }
             if let Some(formed) = journal.state().formed()
                 && Some(formed.generation) > journal.held()

@@ -21,6 +21,7 @@ mod deadline;
 mod gauge;
 mod images;
 mod life;
+mod opening;
 mod restart;
 mod retention;
 mod saver;
@@ -29,21 +30,15 @@ mod scrub;
 mod watch;
 mod workers;
 
-use std::{
-    cell::Cell,
-    num::NonZeroU64,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{cell::Cell, path::PathBuf, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, mpsc};
 
 use self::{
     gauge::Gauges,
     images::Images,
     life::{End, Load, Plan, Source, Stopped},
+    opening::{Opening, Resolved, completed, effective, resolve},
 };
 use crate::{
     checkpoint::{
@@ -51,17 +46,14 @@ use crate::{
         restore,
         verify::{Depth, verify},
     },
-    config::{
-        CompleteAction, Machine, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node,
-    },
-    data::{self, Dataset, LocalDataset, Split},
+    config::{CompleteAction, RunConfig},
     error::{Context, Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
     journal::{
         self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState,
     },
-    layout, model,
+    layout,
     notice::{self, Notices},
     rendezvous::heartbeat::{self, Process, Pulse},
     report::{Event, Reporter},
@@ -197,18 +189,11 @@ pub fn launch_then<T>(launch: Launch, last: impl FnOnce(Result<Outcome>) -> T) -
     made
 }
 
-/// How far a beginning came.
-enum Begun {
-    /// All is open.
-    Agent(Box<(Agent, Resolved, Pulse)>),
-    /// There is nothing to do.
-    Over(Outcome),
-}
-
 /// What is left to do when a run has ended on this node and its last words are written.
 struct Farewell {
     notices: Notices,
-    pulse: Pulse,
+    /// Once it beats.
+    pulse: Option<Pulse>,
     /// It was told to leave, and nothing is lost.
     left: bool,
 }
@@ -216,7 +201,9 @@ struct Farewell {
 impl Farewell {
     async fn say(mut self) {
         self.notices.release(self.left).await;
-        let _ = tokio::time::timeout(LAST_WORDS, self.pulse.stop()).await;
+        if let Some(pulse) = self.pulse {
+            let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
+        }
     }
 }
 
@@ -230,7 +217,6 @@ struct Agent {
     /// What steps and saves take here.
     gauges: Gauges,
     reporter: Reporter,
-    notices: Notices,
     nproc_per_node: Option<u32>,
     manner: Manner,
     overrides: Vec<(String, String)>,
@@ -242,28 +228,12 @@ struct Agent {
 }
 
 /// What came of waiting for another agent.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 enum Waited {
     /// It is gone, or there was none.
     NothingNew,
     /// It is gone, and the journal has gone on meanwhile.
     WentOn,
-    /// This node was asked to stop.
-    InVain(Outcome),
-}
-
-/// A journal, what holds for its run, the settings that this command changes, and the checkpoint that it names.
-type Opened = (Journal, Resolved, Vec<(String, String)>, Option<Step>);
-
-/// What a journal is opened with.
-struct Opening<'a> {
-    /// The run's folder.
-    run: &'a Store,
-    node: &'a NodeId,
-    run_id: &'a RunId,
-    nproc_per_node: Option<u32>,
-    manner: &'a Manner,
-    reporter: &'a Reporter,
 }
 
 /// Waits for a notice to leave.
@@ -272,7 +242,8 @@ async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
         let notice = notices.next().await;
         let deadline_s = notice.deadline.map(|left| left.as_secs_f64());
         let means = notice.kind.name();
-        reporter.event(&Event::Notice { source: notice.source.to_owned(), deadline_s, means });
+        let (source, binding) = (notice.source.to_owned(), notice.deadline_binds());
+        reporter.event(&Event::Notice { source, deadline_s, means, binding });
         // For a save there is no state.
         if notice.kind != notice::Kind::Rebalance {
             return;
@@ -280,61 +251,68 @@ async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
     }
 }
 
-/// What every life of this agent has in common.
-struct Resolved {
-    config: RunConfig,
-    /// Stays on this machine for as long as this does.
-    data: LocalDataset,
-    sequences: NonZeroU64,
-    workers: u32,
-    companions: Vec<(String, Bytes)>,
+/// Does `work`; `None`: a notice to leave came first. Only for work that may be dropped at any moment.
+async fn unless_told<T>(notices: &mut Notices, reporter: &Reporter, work: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        () = told_to_leave(notices, reporter) => None,
+        done = work => Some(done),
+    }
 }
 
 impl Agent {
     /// What came of it, and what is to be said afterwards to those who wait for this node, if anybody can.
     async fn run(launch: Launch) -> (Result<Outcome>, Option<Farewell>) {
-        let begun = match Self::begin(launch).await {
-            Ok(Begun::Agent(begun)) => begun,
-            Ok(Begun::Over(outcome)) => return (Ok(outcome), None),
+        let listening = Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"));
+        let mut notices = match listening {
+            Ok(notices) => notices,
             Err(error) => return (Err(error), None),
         };
-        let (mut agent, resolved, pulse) = *begun;
-        let result = agent.live(resolved).await;
+        let mut pulse = None;
+        let result = Self::run_with(launch, &mut notices, &mut pulse).await;
         // After a run that is complete the machine may have other work.
-        let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 }));
-        (result, Some(Farewell { notices: agent.notices, pulse, left }))
+        let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 } | Outcome::NotCreated));
+        (result, Some(Farewell { notices, pulse, left }))
     }
 
-    async fn begin(launch: Launch) -> Result<Begun> {
+    async fn run_with(launch: Launch, notices: &mut Notices, pulse: &mut Option<Pulse>) -> Result<Outcome> {
         let Launch { store, run_id, begin, nproc_per_node, manner, reporter } = launch;
-        let mut notices =
-            Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"))?;
         let run = store.folder(run_id.as_str());
         let node = NodeId::random();
         let doing = |doing: &str| reporter.event(&Event::Phase { doing: doing.to_owned() });
 
-        // Whether the run may exist: who stops after the first request that creates it does not know what came of that.
-        let exists = Cell::new(matches!(begin, Begin::Resume { .. }));
-        let opening = async {
-            doing("checking the store");
-            store.prove_create_is_atomic().await?;
-            let (manner, reporter) = (&manner, &reporter);
-            let opening = Opening { run: &run, node: &node, run_id: &run_id, nproc_per_node, manner, reporter };
-            Self::open(opening, begin, &exists).await
-        };
-        let opened = tokio::select! {
-            biased;
-            // Data that is downloaded may take long; nothing is lost if it is not.
-            () = told_to_leave(&mut notices, &reporter) => {
-                let nothing_lost = Outcome::Interrupted { lost_steps: 0 };
-                return Ok(Begun::Over(if exists.get() { nothing_lost } else { Outcome::NotCreated }));
+        let opened = {
+            let (settings, mut known) = mpsc::unbounded_channel();
+            // Whether the run may exist: who stops after the first request that creates it does not know what came of that.
+            let exists = Cell::new(matches!(begin, Begin::Resume { .. }));
+            let opening = async {
+                doing("checking the store");
+                store.prove_create_is_atomic().await?;
+                let (run, node, run_id, manner) = (&run, &node, &run_id, &manner);
+                let (settings, exists) = (&settings, &exists);
+                let opening = Opening { run, node, run_id, nproc_per_node, manner, settings, exists };
+                opening.open(begin, &reporter).await
+            };
+            tokio::pin!(opening);
+            loop {
+                tokio::select! {
+                    biased;
+                    // The machine may go away while data is downloaded, which may take long.
+                    Some(settings) = known.recv() => notices.begin(&settings),
+                    // Nothing is lost if it is not.
+                    () = told_to_leave(notices, &reporter) => {
+                        let nothing_lost = Outcome::Interrupted { lost_steps: 0 };
+                        return Ok(if exists.get() { nothing_lost } else { Outcome::NotCreated });
+                    }
+                    opened = &mut opening => break opened?,
+                }
             }
-            opened = opening => opened?,
         };
         let (journal, resolved, overrides, from) = match opened {
             Ok(opened) => opened,
-            Err(then) => return Ok(Begun::Over(Outcome::Completed { then })),
+            Err(then) => return Ok(Outcome::Completed { then }),
         };
+        notices.begin(&resolved.config.notice);
         let mut agent = Self {
             run,
             run_id,
@@ -343,7 +321,6 @@ impl Agent {
             images: Images::create()?,
             gauges: Gauges::default(),
             reporter,
-            notices,
             nproc_per_node,
             manner,
             overrides,
@@ -351,74 +328,51 @@ impl Agent {
             read_again: 0,
             damage: Vec::new(),
         };
-        agent.notices.begin(&resolved.config.notice);
-        let pulse = Pulse::start(agent.run.clone(), agent.node.clone()).await?;
-        Ok(Begun::Agent(Box::new((agent, resolved, pulse))))
+        *pulse = Some(Pulse::start(agent.run.clone(), agent.node.clone()).await?);
+        agent.live(resolved, notices).await
     }
 
-    /// Opens or creates the journal and looks at all that the configuration names; sets `exists` before it asks for the run to be created. `Err`: the run has completed; what is to
-    /// be done with this machine then.
-    async fn open(opening: Opening<'_>, begin: Begin, exists: &Cell<bool>) -> Result<Result<Opened, Afterwards>> {
-        let Opening { run, node, run_id, nproc_per_node, manner, reporter } = opening;
-        let cache = manner.cache.as_deref();
-        let (from, overrides, journal) = match begin {
-            Begin::Create(config) => {
-                // Whatever the configuration names is looked at before the run exists.
-                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
-                exists.set(true);
-                let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
-                return Ok(Ok((journal, resolved, Vec::new(), None)));
-            }
-            Begin::CreateOrResume { config, overrides } => {
-                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
-                exists.set(true);
-                match Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await {
-                    Ok(journal) => return Ok(Ok((journal, resolved, Vec::new(), None))),
-                    Err(JournalError::Exists { .. }) => {
-                        (None, overrides, Journal::open(run.clone(), node.clone(), run_id.clone()).await?)
-                    }
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Begin::Resume { from, overrides, state } => {
-                (from, overrides, Journal::follow(run.clone(), node.clone(), *state).await?)
-            }
-        };
-        let (config, overrides) = effective(journal.state(), &overrides)?;
-        if let Some(step) = completed(journal.state(), &config, from) {
-            tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
-            return Ok(Err(manner.then(&config, false)));
-        }
-        let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
-        Ok(Ok((journal, resolved, overrides, from)))
-    }
-
-    async fn live(&mut self, mut resolved: Resolved) -> Result<Outcome> {
-        match self.wait_for_the_other().await? {
-            Waited::InVain(outcome) => return Ok(outcome),
-            Waited::NothingNew => {}
-            Waited::WentOn => match self.resolve_again().await? {
-                Ok(again) => resolved = again,
-                Err(then) => return Ok(Outcome::Completed { then }),
-            },
-        }
+    async fn live(&mut self, mut resolved: Resolved, notices: &mut Notices) -> Result<Outcome> {
+        let reporter = self.reporter.clone();
         let mut deaths = Vec::new();
         let mut reason = FormedReason::Started;
+        // Whether another agent is at work, and whether the journal has gone on since `resolved` was looked at.
+        let (mut look, mut stale) = (true, false);
+        // The last finished step, once this node has formed a generation.
+        let mut finished = None;
         loop {
-            let Some((load, generation)) = self.form(&resolved, reason).await? else {
-                if let Waited::InVain(outcome) = self.wait_for_the_other().await? {
-                    return Ok(outcome);
+            if look {
+                match unless_told(notices, &reporter, self.wait_for_the_other()).await {
+                    None => {
+                        tracing::info!("asked to stop while standing by: this node has nothing to save");
+                        return Ok(Outcome::Interrupted { lost_steps: 0 });
+                    }
+                    Some(waited) => stale |= matches!(waited?, Waited::WentOn),
                 }
-                match self.resolve_again().await? {
-                    Ok(again) => resolved = again,
-                    Err(then) => return Ok(Outcome::Completed { then }),
+            }
+            if stale {
+                match unless_told(notices, &reporter, self.resolve_again()).await {
+                    None => return Ok(Outcome::Interrupted { lost_steps: 0 }),
+                    Some(again) => match again? {
+                        Ok(again) => resolved = again,
+                        Err(then) => return Ok(Outcome::Completed { then }),
+                    },
                 }
+            }
+            let Some(load) = unless_told(notices, &reporter, self.choose(&resolved)).await else {
+                return self.told_between_lives("a checkpoint to go on from was looked for", finished).await;
+            };
+            let load = load?;
+            let Some(generation) = self.form(&load, &resolved, reason).await? else {
+                (look, stale) = (true, true);
                 continue;
             };
+            (look, stale) = (false, false);
+            finished = Some(load.step());
             if let Some(since) = self.manner.since.take() {
                 tracing::info!("boot to joined: {:.2} s", since.elapsed().as_secs_f64());
             }
-            self.notices.formed(&self.run, generation);
+            notices.formed(&self.run, generation);
             let world_size = WorldSize(resolved.workers);
             self.reporter.event(&Event::Formed {
                 generation,
@@ -449,8 +403,7 @@ impl Agent {
             }
             let mut leaving = None;
             let lived =
-                life::run(plan, &mut self.images, &mut self.gauges, &mut self.notices, &self.reporter, &mut leaving)
-                    .await;
+                life::run(plan, &mut self.images, &mut self.gauges, notices, &self.reporter, &mut leaving).await;
             match lived {
                 Ok(End::Completed { loss }) => return self.complete(generation, &resolved, loss).await,
                 Ok(End::Stopped(stopped)) => {
@@ -460,10 +413,20 @@ impl Agent {
                     }
                     return outcome;
                 }
-                Ok(End::Damaged { object, reason }) => self.step_over(&load, &object, &reason).await?,
+                Ok(End::Damaged { object, reason }) => {
+                    let reading = self.step_over(&load, &object, &reason);
+                    match unless_told(notices, &reporter, reading).await {
+                        Some(done) => done?,
+                        None => {
+                            let doing = "a checkpoint that seemed damaged was read again";
+                            return self.told_between_lives(doing, finished).await;
+                        }
+                    }
+                }
                 Ok(End::Diverged { step, reason }) => return Err(self.diverged(generation, step, &reason).await),
                 Ok(End::Died { step, reason: why }) => {
                     deaths.push(step);
+                    finished = Some(step);
                     match restart::decide(&deaths, &resolved.config.restart) {
                         restart::Decision::GiveUp { reason } => {
                             let reason = format!("{reason}: {why}");
@@ -478,12 +441,8 @@ impl Agent {
                                 restarts: u32::try_from(deaths.len()).unwrap_or(u32::MAX),
                                 backoff_s: after.as_secs_f64(),
                             });
-                            if self.pause(after).await {
-                                let committed = load.step().max(self.newest_committed().await);
-                                let verdict = "asked to stop while workers were to be started again".to_owned();
-                                return self
-                                    .interrupted(generation, Stopped { step, committed, verdict, drain: None })
-                                    .await;
+                            if unless_told(notices, &reporter, tokio::time::sleep(after)).await.is_none() {
+                                return self.told_between_lives("workers were to be started again", finished).await;
                             }
                         }
                     }
@@ -524,11 +483,7 @@ impl Agent {
                     self.reporter.event(&Event::Standby { node: other.to_string() });
                     standing_by_for = Some(other.clone());
                 }
-                let told = told_to_leave(&mut self.notices, &self.reporter);
-                if tokio::time::timeout(STANDBY_PAUSE.min(left), told).await.is_ok() {
-                    tracing::info!("asked to stop while standing by: this node has nothing to save");
-                    return Ok(Waited::InVain(Outcome::Interrupted { lost_steps: 0 }));
-                }
+                tokio::time::sleep(STANDBY_PAUSE.min(left)).await;
             }
             if self.journal.lock().await.refresh().await? > 0 {
                 waited = Waited::WentOn;
@@ -644,9 +599,8 @@ impl Agent {
         self.reporter.event(&Event::Warning { message });
     }
 
-    /// Chooses the resume point and forms the next generation. `None`: the journal went on meanwhile, so look again at everything.
-    async fn form(&mut self, resolved: &Resolved, reason: FormedReason) -> Result<Option<(Load, Generation)>> {
-        let load = self.choose(resolved).await?;
+    /// Forms the next generation, which starts from `load`. `None`: the journal went on meanwhile, so look again at everything.
+    async fn form(&mut self, load: &Load, resolved: &Resolved, reason: FormedReason) -> Result<Option<Generation>> {
         let (step, last) = (load.step(), resolved.config.train.steps);
         if step.get() > last {
             // Said before it is written down: what a generation has changed holds for all later ones.
@@ -654,7 +608,7 @@ impl Agent {
             return Err(Error::new(Kind::Config, what)
                 .with_hint("set train.steps to more, or name an earlier checkpoint with --from"));
         }
-        let resume = match &load {
+        let resume = match load {
             Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
             _ => None,
         };
@@ -673,7 +627,7 @@ impl Agent {
                 for damage in self.damage.drain(..) {
                     journal.append(damage.record()).await?;
                 }
-                return Ok(Some((load, generation)));
+                return Ok(Some(generation));
             }
             // Whoever was first is looked at next.
             Err(JournalError::Overtaken { .. } | JournalError::Moved { .. }) => {}
@@ -730,12 +684,18 @@ impl Agent {
         Measured { trained_s: observed.trained_s, interruptions: observed.lossy, ..Measured::NOTHING }
     }
 
-    /// Sleeps, unless a notice to leave comes.
-    async fn pause(&mut self, time: Duration) -> bool {
-        tokio::select! {
-            () = tokio::time::sleep(time) => false,
-            () = told_to_leave(&mut self.notices, &self.reporter) => true,
-        }
+    /// A notice to leave came while no worker was at work. `step`: the last one that was finished under a generation of this node, if it
+    /// has formed one.
+    async fn told_between_lives(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
+        let (held, committed) = {
+            let journal = self.journal.lock().await;
+            (journal.held(), journal.state().newest().map_or(Step(0), |newest| newest.committed.step))
+        };
+        let (Some(generation), Some(step)) = (held, step) else {
+            return Ok(Outcome::Interrupted { lost_steps: 0 });
+        };
+        let verdict = format!("asked to stop while {doing}");
+        self.interrupted(generation, Stopped { step, committed, verdict, drain: None }).await
     }
 
     async fn complete(&self, generation: Generation, resolved: &Resolved, loss: f64) -> Result<Outcome> {
@@ -803,90 +763,4 @@ fn unfinished_leader(state: &RunState) -> Option<NodeId> {
     let said = state.interruptions().iter().any(|end| end.generation == formed.generation);
     let open = *state.outcome() == journal::Outcome::Open;
     (open && !said).then(|| formed.node.clone())
-}
-
-/// The last step of a run that has completed; `None` if it has not, was given more steps, or is told to go back.
-fn completed(state: &RunState, config: &RunConfig, from: Option<Step>) -> Option<Step> {
-    match state.outcome() {
-        journal::Outcome::Completed { step, .. } if from.is_none() && config.train.steps <= step.get() => Some(*step),
-        _ => None,
-    }
-}
-
-/// The configuration that holds now: as created, with what every generation has changed, and what this command changes; and
-/// those last changes in the form in which the journal keeps them.
-fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Vec<(String, String)>)> {
-    let base = apply_overrides(state.config(), &state.overrides())?;
-    Ok((apply_overrides(&base, typed)?, canonical_overrides(&base, typed)?))
-}
-
-/// Looks at everything that the configuration names, and fetches the data.
-async fn resolve(
-    config: &RunConfig,
-    nproc_per_node: Option<u32>,
-    cache: Option<&Path>,
-    reporter: &Reporter,
-) -> Result<Resolved> {
-    let workers = workers_per_node(&config.parallel, nproc_per_node, &Machine::detect());
-    micro_batches(config.train.global_batch, WorldSize(workers), config.train.max_micro_batch)?;
-    reporter.event(&Event::Phase { doing: "opening the token shards".into() });
-    let shown = |progress: data::cache::CacheProgress| {
-        tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
-    };
-    let cache = cache.map_or_else(cache_folder, Path::to_owned);
-    let data = data::ensure_local(&config.data.train, &cache, &config.storage, shown).await?;
-    let dataset = Dataset::open(data.dir())?;
-    let vocabulary = model::vocab_size(config.model.kind, &config.model.config)?;
-    data::check_vocabulary(dataset.index(), &config.data.train, vocabulary.into(), "model.config")?;
-    let longest = model::max_sequence_length(config.model.kind, &config.model.config)?;
-    if config.data.sequence_length > longest {
-        let length = config.data.sequence_length;
-        return Err(Error::new(
-            Kind::Config,
-            format!(
-                "data.sequence_length is {length}, but the model takes at most {longest} (max_position_embeddings)"
-            ),
-        ));
-    }
-    let samples = dataset.samples(Split::Train, config.data.sequence_length);
-    let sequences = NonZeroU64::new(samples).ok_or_else(|| {
-        let message = format!("{} holds no sequence of {} tokens", config.data.train, config.data.sequence_length);
-        Error::new(Kind::Config, message).with_hint("shorten data.sequence_length or prepare more data")
-    })?;
-    Ok(Resolved {
-        workers,
-        sequences,
-        companions: companions(config, data.dir(), dataset.index())?,
-        config: config.clone(),
-        data,
-    })
-}
-
-/// Where datasets that lie in an object store are kept on this machine.
-fn cache_folder() -> PathBuf {
-    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
-    base.unwrap_or_else(std::env::temp_dir).join("trainer").join("datasets")
-}
-
-/// The small files that make a checkpoint's folder a Hugging Face model folder.
-fn companions(config: &RunConfig, data_dir: &Path, index: &data::shards::Index) -> Result<Vec<(String, Bytes)>> {
-    let json = |value: &serde_json::Value| {
-        serde_json::to_vec_pretty(value).map(Bytes::from).map_err(|error| Error::from_source(Kind::Bug, error))
-    };
-    let mut files = vec![(layout::MODEL_CONFIG.to_owned(), json(&config.model.config)?)];
-    let eos = config.model.config.get("eos_token_id").cloned().unwrap_or_else(|| index.eos_id.into());
-    let mut generation = serde_json::json!({ "eos_token_id": eos });
-    if let Some(bos) = config.model.config.get("bos_token_id") {
-        generation["bos_token_id"] = bos.clone();
-    }
-    files.push((layout::GENERATION_CONFIG.to_owned(), json(&generation)?));
-    let tokenizer = data_dir.join(layout::TOKENIZER);
-    match std::fs::read(&tokenizer) {
-        Ok(bytes) => files.push((layout::TOKENIZER.to_owned(), bytes.into())),
-        Err(error) => {
-            return Err(Error::from_source(Kind::Config, error).context(format!("read {}", tokenizer.display())));
-        }
-    }
-    Ok(files)
 }

@@ -11,13 +11,45 @@ use tokio::time::Instant;
 
 use crate::{
     journal::{Drain, DrainPlan, Happened},
-    notice::{Confidence, Kind, Notice},
+    notice::{Kind, Notice},
+    report::human,
 };
 
 /// The same signal again within this time is an echo: a process group and a script that forwards it both deliver it.
 const ECHO: Duration = Duration::from_secs(1);
 /// Moments of one drain that are written down.
 const MOST_MOMENTS: usize = 32;
+
+/// A deadline that binds nobody, and what named it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usual {
+    /// What was heard.
+    pub source: &'static str,
+    /// The time that it left.
+    pub left: Duration,
+}
+
+impl std::fmt::Display for Usual {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let left = human::seconds(self.left.as_secs_f64());
+        match self.source {
+            "aws-asg" => write!(f, "the lifecycle hook, which is kept waiting, would wait {left}"),
+            "sigusr1" => write!(f, "{left} is usual here, TRAINER_USR1_WINDOW says what it is"),
+            _ => write!(f, "{left} is usual here, TRAINER_STOP_WINDOW says what it is"),
+        }
+    }
+}
+
+/// What is being done.
+#[derive(Clone, Debug)]
+struct Planned {
+    plan: DrainPlan,
+    reason: String,
+    /// When, seconds from the first notice.
+    at_s: f64,
+    /// When it is to be durable.
+    until_s: Option<f64>,
+}
 
 /// What was heard, and what came of it.
 #[derive(Debug, Default)]
@@ -29,7 +61,9 @@ pub struct Watch {
     announced: Option<Duration>,
     /// Somebody waits for this process's end, or the machine goes at a time that nobody has named.
     at_once: bool,
-    plan: Option<(DrainPlan, String, Option<f64>)>,
+    /// The last deadline of which nobody is sure.
+    usual: Option<Usual>,
+    plan: Option<Planned>,
     actual_s: Option<f64>,
     timeline: Vec<Happened>,
 }
@@ -47,17 +81,19 @@ impl Watch {
         let mut what = format!("{} was heard", notice.source);
         match notice.deadline {
             Some(Duration::ZERO) => what.push_str(", its time is up"),
-            Some(left) => {
-                let sure = notice.confidence > Confidence::Advisory;
-                let usual = if sure { "" } else { ", as is usual here" };
-                what = format!("{what}, {:.1} s left{usual}", left.as_secs_f64());
+            Some(left) if notice.deadline_binds() => {
+                what = format!("{what}, {:.1} s left", left.as_secs_f64());
                 if let Some(until) = now.checked_add(left)
-                    && sure
                     && self.until.is_none_or(|known| until < known)
                 {
                     self.until = Some(until);
                     self.announced.get_or_insert(left);
                 }
+            }
+            Some(left) => {
+                let usual = Usual { source: notice.source, left };
+                what = format!("{what}; {usual}");
+                self.usual = Some(usual);
             }
             None => {}
         }
@@ -76,6 +112,11 @@ impl Watch {
         Some(until.saturating_duration_since(now).as_secs_f64() - now.saturating_duration_since(until).as_secs_f64())
     }
 
+    /// A deadline that was named and binds nobody.
+    pub const fn usual(&self) -> Option<Usual> {
+        self.usual
+    }
+
     /// Whether nobody waits for this process's end, and the end of the machine has a time.
     pub fn leaves_the_time_to_us(&self) -> bool {
         !self.at_once
@@ -83,18 +124,18 @@ impl Watch {
 
     /// What is done now, and why; `needs_s`: how long that takes from now. Says whether that is new.
     pub fn plans(&mut self, now: Instant, plan: DrainPlan, reason: &str, needs_s: Option<f64>) -> bool {
-        if self.plan.as_ref().is_some_and(|(known, ..)| *known == plan) {
+        if self.plan() == Some(plan) {
             return false;
         }
-        let predicted_s = needs_s.map(|needs| self.since(now) + needs);
+        let at_s = self.since(now);
         self.says(now, format!("{}: {reason}", word(plan)));
-        self.plan = Some((plan, reason.to_owned(), predicted_s));
+        self.plan = Some(Planned { plan, reason: reason.to_owned(), at_s, until_s: needs_s.map(|needs| at_s + needs) });
         true
     }
 
     /// What is being done.
     pub fn plan(&self) -> Option<DrainPlan> {
-        self.plan.as_ref().map(|(plan, ..)| *plan)
+        self.plan.as_ref().map(|planned| planned.plan)
     }
 
     /// What was to be saved is durable.
@@ -118,13 +159,14 @@ impl Watch {
     /// For the journal; `None` if nothing was heard, or nothing came of it.
     pub fn story(&self) -> Option<Drain> {
         let (_, source) = self.first?;
-        let (plan, reason, predicted_s) = self.plan.clone()?;
+        let Planned { plan, reason, at_s, until_s } = self.plan.clone()?;
         Some(Drain {
             source: source.to_owned(),
             deadline_s: self.announced.map(|left| left.as_secs_f64()),
             plan,
             reason,
-            predicted_s,
+            planned_s: Some(at_s),
+            predicted_s: until_s,
             actual_s: self.actual_s,
             timeline: self.timeline.clone(),
         })
@@ -144,6 +186,7 @@ const fn word(plan: DrainPlan) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::notice::Confidence;
 
     fn notice(source: &'static str, kind: Kind, deadline: Option<u64>) -> Notice {
         let deadline = deadline.map(Duration::from_secs);
@@ -167,7 +210,9 @@ mod tests {
         let usual = Notice { confidence: Confidence::Advisory, ..notice("sigterm", Kind::Stop, Some(10)) };
         watch.hear(&usual, now);
         assert_eq!(watch.left_s(now), None);
-        assert_eq!(watch.timeline[0].what, "sigterm was heard, 10.0 s left, as is usual here");
+        let said = "sigterm was heard; 10.0 s is usual here, TRAINER_STOP_WINDOW says what it is";
+        assert_eq!(watch.timeline[0].what, said);
+        assert_eq!(watch.usual(), Some(Usual { source: "sigterm", left: Duration::from_secs(10) }));
     }
 
     #[test]
@@ -209,7 +254,8 @@ mod tests {
         watch.saved(at(7));
         watch.saved(at(9));
         let story = watch.story().unwrap();
-        assert_eq!((story.predicted_s, story.actual_s, story.deadline_s), (Some(6.0), Some(7.0), Some(30.0)));
+        assert_eq!((story.planned_s, story.predicted_s, story.actual_s), (Some(4.0), Some(6.0), Some(7.0)));
+        assert_eq!(story.deadline_s, Some(30.0));
         let moments: Vec<(f64, &str)> = story.timeline.iter().map(|m| (m.after_s, m.what.as_str())).collect();
         assert_eq!(moments, [(0.0, "gcp-preempted was heard, 30.0 s left"), (4.0, "save everything: there is time")]);
         for second in 0..100 {

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     error::{Error, Kind, Result},
     ids::{Generation, RunId, Step},
-    journal::{Outcome, RunState},
+    journal::{Formation, Outcome, RunState},
     notice::drain,
     rendezvous::heartbeat::{self, Life},
     report::human,
@@ -28,7 +28,7 @@ const PULSE: u32 = 10;
 /// Ask a live run to save and stop
 #[derive(Debug, Args)]
 #[command(
-    after_help = "The run leaves with exit code 75; `trainer resume` carries it on. A generation that is formed later is not stopped.\n\nExample: trainer drain --run-id first"
+    after_help = "The run leaves with exit code 75; `trainer resume` carries it on. A generation that another process forms later is not stopped.\n\nExample: trainer drain --run-id first"
 )]
 pub struct Drain {
     #[command(flatten)]
@@ -138,12 +138,20 @@ async fn alive(folder: &Store, state: &RunState) -> Result<Generation> {
     }
 }
 
-/// Waits until the journal says how the generation ended.
-async fn wait(root: &Store, folder: &Store, run_id: &RunId, generation: Generation) -> Result<End> {
+/// Whether the process of generation `asked` has formed the newest one, too: it obeys the request all the same. A node's id is of one process.
+fn carried_on_itself(state: &RunState, asked: Generation) -> bool {
+    let node = |formed: &Formation| formed.node.clone();
+    let before = state.formations().iter().find(|formed| formed.generation == asked).map(node);
+    before.is_some() && before == state.formed().map(node)
+}
+
+/// Waits until the journal says how the generation ended, or the one by which the same process has carried on when a worker died.
+async fn wait(root: &Store, folder: &Store, run_id: &RunId, mut generation: Generation) -> Result<End> {
     for look in 1_u32.. {
         let state = history::read(root, run_id).await?;
         match progress(&state, generation) {
             Progress::Ended(end) => return Ok(end),
+            Progress::Followed(by) if carried_on_itself(&state, generation) => generation = by,
             Progress::Followed(by) => {
                 return Err(Error::new(
                     Kind::Unavailable,

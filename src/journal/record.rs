@@ -259,6 +259,9 @@ pub struct Drain {
     pub plan: DrainPlan,
     /// Why that plan, in words and figures.
     pub reason: String,
+    /// The plan was made, seconds from the notice: time to spare is trained in first. `None`: not written down.
+    #[serde(default, with = "float::option")]
+    pub planned_s: Option<f64>,
     /// The last step was to be durable; `None`: nothing was to be saved, or nothing was known of its cost.
     #[serde(default, with = "float::option")]
     pub predicted_s: Option<f64>,

@@ -289,6 +289,31 @@ async fn a_dropped_append_is_settled_like_a_lost_answer() {
 }
 
 #[tokio::test]
+async fn an_append_that_was_dropped_and_landed_after_all_is_one_more_record_for_the_next() {
+    // The notice is put, its answer is lost, and its future is dropped while the store asks whose record stands there.
+    let faulty = Faulty::new(|op, _, n| match (op, n) {
+        ("create", 2) => Fault::AnswerLost,
+        ("get", 0) => Fault::Hang,
+        _ => Fault::Pass,
+    });
+    let store = Store::faulty(&faulty, &settings()).folder("run");
+    let mut a = new_run(&store).await;
+    a.form(forming("a", None)).await.unwrap();
+    {
+        let append = a.append(notice(1, "sigterm"));
+        tokio::pin!(append);
+        while faulty.count("get") == 0 {
+            assert!(futures::poll!(&mut append).is_pending());
+            tokio::task::yield_now().await;
+        }
+    }
+    // It is given up for good: what comes next is another record.
+    assert_eq!(a.append(committed(5, 1)).await.unwrap(), 3);
+    let state = replay(&store, &run_id()).await.unwrap();
+    assert_eq!((state.next(), state.notices().len(), points(&state.good())), (4, 1, vec![(5, 1)]));
+}
+
+#[tokio::test]
 async fn a_refused_record_is_not_written() {
     let store = memory();
     let mut a = new_run(&store).await;

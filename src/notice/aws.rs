@@ -4,7 +4,7 @@
 //! | asked | how often | what it means |
 //! |---|---|---|
 //! | `spot/instance-action` | 1 s | interruption; two minutes at the most, none with `hibernate` |
-//! | `autoscaling/target-lifecycle-state` | 2 s | `Terminated`: interruption, as late as the group's hook allows |
+//! | `autoscaling/target-lifecycle-state` | 2 s | `Terminated`: stop, at once; the group's hook is kept waiting meanwhile |
 //! | `events/recommendations/rebalance` | 5 s | save now and train on |
 //! | `events/maintenance/scheduled` | 30 s | save now and train on; interruption when a stop or a reboot is at most five minutes ahead |
 //!
@@ -28,7 +28,7 @@ use super::{
     Confidence, Kind, Notice,
     poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
 };
-use crate::cloud::{imds::Imds, lifecycle::Lifecycle, metadata::MetadataError};
+use crate::cloud::{hardware, imds::Imds, lifecycle::Lifecycle, metadata::MetadataError};
 
 const LIFE_CYCLE: &str = "/latest/meta-data/instance-life-cycle";
 const SPOT: &str = "/latest/meta-data/spot/instance-action";
@@ -44,6 +44,8 @@ const NEAR: Duration = Duration::from_secs(300);
 const EVENTS: usize = 32;
 /// Between two heartbeats of a hook whose time-out is not known; the shortest time-out is 30 s.
 const HEARTBEAT: Duration = Duration::from_secs(10);
+/// Between two looks for the hook once the end was announced: this process may be gone soon.
+const HURRY: Duration = Duration::from_secs(1);
 
 /// The service, once it has answered.
 #[derive(Debug)]
@@ -56,7 +58,8 @@ pub struct Found {
 /// Looks for the service until it answers. Never, where it is switched off.
 pub async fn find(named: bool) -> Found {
     let Some(imds) = Imds::from_environment() else { return std::future::pending().await };
-    let mut search = Search::new("aws", named);
+    let here = hardware::maker(&hardware::root()) == hardware::Maker::Amazon;
+    let mut search = Search::new("aws", named, here);
     let life_cycle = loop {
         match imds.get(LIFE_CYCLE, LIMIT).await {
             Ok(life_cycle) => break life_cycle,
@@ -90,11 +93,15 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// Lets the machine go, if its group waits for that.
+    /// Lets the machine go, if its group waits for that. Its hook may still be looked for: a node that has nothing to save is ready to
+    /// leave at once, and the machine would idle, paid, until the time-out. The caller bounds the wait.
     pub async fn release(&self) {
-        let hook = self.hook.borrow().clone().flatten();
-        let leaving = *self.standing.borrow() == Standing::Leaving;
-        let Some(hook) = hook.filter(|_| leaving) else { return };
+        if *self.standing.borrow() != Standing::Leaving {
+            return;
+        }
+        let mut hook = self.hook.subscribe();
+        let known = hook.wait_for(Option::is_some).await.ok().and_then(|known| known.clone().flatten());
+        let Some(hook) = known else { return };
         match hook.complete().await {
             Ok(()) => tracing::info!("lifecycle hook {} is completed", hook.name()),
             // It ends by itself when its time-out has passed.
@@ -197,7 +204,12 @@ async fn hold(imds: &Imds, ending: &Ending, configured: &str) {
                 if !pace.is_failing() {
                     tracing::warn!(%error, hint = error.hint(), "what holds up this machine's end is not known: the group will not wait for the last save");
                 }
-                tokio::time::sleep(pace.failed()).await;
+                // An end that is announced ends the pause.
+                let leaving = standing.wait_for(|standing| *standing == Standing::Leaving);
+                let hurry = timeout(pace.failed(), leaving).await.is_ok();
+                if hurry {
+                    tokio::time::sleep(HURRY).await;
+                }
             }
         }
     };

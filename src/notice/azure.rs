@@ -49,7 +49,7 @@ pub struct Found {
 /// Looks for the service until it answers. Never, where it is switched off.
 pub async fn find(named: bool) -> Found {
     let Some(azure) = Azure::from_environment() else { return std::future::pending().await };
-    let mut search = Search::new("azure", named);
+    let mut search = Search::new("azure", named, false);
     let me = loop {
         match azure.name(LIMIT).await {
             Ok(me) => break me,

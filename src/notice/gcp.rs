@@ -33,7 +33,7 @@ const MAINTENANCE_NOTICE: Duration = Duration::from_secs(60);
 /// Looks for the server until it answers. Never, where it is switched off.
 pub async fn find(named: bool) -> Gcp {
     let Some(gcp) = Gcp::from_environment() else { return std::future::pending().await };
-    let mut search = Search::new("gcp", named);
+    let mut search = Search::new("gcp", named, false);
     loop {
         match gcp.get(ID, LIMIT).await {
             Ok(Some(_)) => break,

@@ -12,8 +12,9 @@
 //! to leave at once.
 //!
 //! Nothing is stored but a request to drain. Sources are polled by tasks of their own, so that one that hangs holds up neither the others
-//! nor training; they end with the [`Notices`] that started them. A question takes two seconds at the most, is asked once at a time, and
-//! more seldom while there are no answers; a service that is absent, or mad, is never a reason to stop. With `sources = "auto"` every
+//! nor training; they end with the [`Notices`] that started them. A question takes two seconds at the most (but Azure's list of events,
+//! which may take two minutes the first time and gets ten seconds later, and Google's, which wait a minute for a change), is asked once at a
+//! time, and more seldom while there are no answers; a service that is absent, or mad, is never a reason to stop. With `sources = "auto"` every
 //! cloud's service is looked for, and the first that answers as it should is the only one that is asked from then on.
 mod aws;
 mod azure;
@@ -32,7 +33,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::mpsc, task::JoinSet, time::Instant};
+use tokio::{
+    sync::mpsc,
+    task::{AbortHandle, JoinSet},
+    time::Instant,
+};
 
 pub use self::poll::running_for;
 use self::{
@@ -42,6 +47,9 @@ use self::{
 };
 use crate::{config::NoticeConfig, ids::Generation, storage::Store};
 
+/// How long requests to a generation that this node has left behind are looked for: whoever asks has looked at the journal and at a
+/// heartbeat before.
+const LATE: Duration = Duration::from_secs(60);
 /// How long telling those who wait for this node may take.
 const FAREWELL: Duration = Duration::from_secs(15);
 /// Advice of one source is not news again so soon, whatever it is called.
@@ -102,6 +110,11 @@ impl Notice {
     pub fn is_signal(&self) -> bool {
         matches!(self.source, "sigterm" | "sigint")
     }
+
+    /// Whether its deadline is one: what is not done by then is not done.
+    pub fn deadline_binds(&self) -> bool {
+        self.deadline.is_some() && self.confidence > Confidence::Advisory
+    }
 }
 
 /// All sources as one stream.
@@ -114,6 +127,8 @@ pub struct Notices {
     settings: Option<NoticeConfig>,
     polls: JoinSet<()>,
     drain: JoinSet<()>,
+    /// The generation that this node trains in, and the task that hears of it.
+    held: Option<(Generation, AbortHandle)>,
     ending: Arc<aws::Ending>,
     approval: Arc<azure::Heard>,
 }
@@ -131,6 +146,7 @@ impl Notices {
             settings: None,
             polls: JoinSet::new(),
             drain: JoinSet::new(),
+            held: None,
             ending: Arc::default(),
             approval: Arc::default(),
         })
@@ -170,10 +186,16 @@ impl Notices {
         }
     }
 
-    /// This node trains in `generation` of the run whose folder is `run`: whoever asks that generation to stop is heard.
+    /// This node trains in `generation` of the run whose folder is `run`: whoever asks that generation to stop is heard. So is, for a
+    /// while, whoever asks the one before: it may have ended while the request was on its way.
     pub fn formed(&mut self, run: &Store, generation: Generation) {
-        self.drain = JoinSet::new();
-        self.drain.spawn(drain::listen(run.clone(), generation, self.mouth.clone()));
+        if let Some((before, listening)) = self.held.take() {
+            listening.abort();
+            let late = drain::listen(run.clone(), before, self.mouth.clone());
+            self.drain.spawn(async move { drop(tokio::time::timeout(LATE, late).await) });
+        }
+        let listening = self.drain.spawn(drain::listen(run.clone(), generation, self.mouth.clone()));
+        self.held = Some((generation, listening));
     }
 
     /// The next notice. Safe to drop and call again.

@@ -12,13 +12,15 @@ use crate::cloud::metadata::MetadataError;
 pub const LIMIT: Duration = Duration::from_secs(2);
 /// Pauses between looks for a service that is not there double up to this.
 const SELDOM: Duration = Duration::from_secs(300);
+/// And up to this for one that is known to be there and only does not answer: a machine that is young, or a network that fails for a while.
+const SOON: Duration = Duration::from_secs(10);
 /// Notices that wait to be taken; more are dropped, and heard again with the next poll.
 const WAITING: usize = 64;
 /// The longest name of a notice.
 const NAME: usize = 100;
 
 /// How long this process has run: since the first question, so it is asked when the process begins. Sources begin later, when
-/// the run's configuration and data are there; what came to pass in between is news.
+/// the run's configuration is known; what came to pass in between is news.
 pub fn running_for() -> Duration {
     static BEGAN: OnceLock<std::time::Instant> = OnceLock::new();
     BEGAN.get_or_init(std::time::Instant::now).elapsed()
@@ -102,9 +104,11 @@ pub struct Search {
 }
 
 impl Search {
-    /// For the service `what`. `named`: the user has said that it is there, and is told once that it is not.
-    pub const fn new(what: &'static str, named: bool) -> Self {
-        Self { what, named, pace: Pace::new(Duration::from_secs(1), SELDOM) }
+    /// For the service `what`. `named`: the user has said that it is there, and is told once that it is not. `here`: the machine itself says
+    /// that it is of that cloud.
+    pub const fn new(what: &'static str, named: bool, here: bool) -> Self {
+        let most = if named || here { SOON } else { SELDOM };
+        Self { what, named, pace: Pace::new(Duration::from_secs(1), most) }
     }
 
     /// Sleeps until it is time to look again.
@@ -154,8 +158,13 @@ mod tests {
         assert!(!pace.is_failing());
         let mut slow = Pace::new(seconds(60), seconds(30));
         assert_eq!(slow.failed(), seconds(60), "never faster for a failure");
-        let mut long = Search::new("a service", false).pace;
-        assert!((0..100).all(|_| long.failed() <= SELDOM));
+        for (named, here, most) in
+            [(false, false, SELDOM), (true, false, SOON), (false, true, SOON), (true, true, SOON)]
+        {
+            let mut long = Search::new("a service", named, here).pace;
+            let pauses: Vec<_> = (0..100).map(|_| long.failed()).collect();
+            assert!(pauses.iter().all(|pause| *pause <= most) && pauses.last() == Some(&most), "{named} {here}");
+        }
     }
 
     #[test]

@@ -112,6 +112,8 @@ pub enum Event {
         deadline_s: Option<f64>,
         /// What it announces: `interruption`, `stop`, or `rebalance` (save now, train on).
         means: &'static str,
+        /// Somebody is sure of that time. Else it is only said, and no save is given up because of it.
+        binding: bool,
     },
     /// What is done about a notice before this node leaves.
     Drain {

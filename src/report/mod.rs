@@ -203,8 +203,8 @@ mod tests {
             },
             Event::WorkerDied { step: Step(6), reason: "signal 9".into(), restarts: 1, backoff_s: 1.0 },
             Event::Warning { message: "checkpoint of step 4 is stepped over".into() },
-            Event::Notice { source: "aws-spot".into(), deadline_s: Some(120.0), means: "interruption" },
-            Event::Notice { source: "sigterm".into(), deadline_s: None, means: "stop" },
+            Event::Notice { source: "aws-spot".into(), deadline_s: Some(120.0), means: "interruption", binding: true },
+            Event::Notice { source: "sigterm".into(), deadline_s: None, means: "stop", binding: false },
             Event::Drain {
                 plan: "full_save",
                 left_s: Some(28.5),
@@ -251,8 +251,8 @@ mod tests {
 {"event":"checkpoint","step":6,"generation":2,"bytes":10,"stall_s":0.001,"copy_s":0.125,"durable_s":1.5}
 {"event":"worker_died","step":6,"reason":"signal 9","restarts":1,"backoff_s":1.0}
 {"event":"warning","message":"checkpoint of step 4 is stepped over"}
-{"event":"notice","source":"aws-spot","deadline_s":120.0,"means":"interruption"}
-{"event":"notice","source":"sigterm","deadline_s":null,"means":"stop"}
+{"event":"notice","source":"aws-spot","deadline_s":120.0,"means":"interruption","binding":true}
+{"event":"notice","source":"sigterm","deadline_s":null,"means":"stop","binding":false}
 {"event":"drain","plan":"full_save","left_s":28.5,"predicted_s":3.0,"reason":"28.5 s left; the last save takes 3.00 s, at most 4.00 s"}
 {"event":"interrupted","step":6,"lost_steps":0}
 {"event":"completed","step":9,"loss":1.25}

@@ -83,11 +83,17 @@ impl Lines {
                 restore = %human::seconds(*restore_s),
                 "state of step {step} is loaded",
             ),
-            Event::Notice { source, deadline_s, means } => {
+            Event::Notice { source, deadline_s, means, binding } => {
                 let source = human::plain(source);
-                let left = deadline_s.map(|left| format!(", {} left", human::seconds(left))).unwrap_or_default();
+                let left = match deadline_s.map(human::seconds) {
+                    Some(left) if *binding => format!(", {left} left"),
+                    Some(left) => format!(", no deadline that binds is known ({left} by default)"),
+                    None => String::new(),
+                };
                 match *means {
-                    "rebalance" => warn!(source, "this machine may go away: saving, training goes on"),
+                    "rebalance" => {
+                        warn!(source, "this machine may go away: what is not saved yet is saved, training goes on")
+                    }
                     "interruption" => warn!(source, "this machine goes away{left}"),
                     _ => warn!(source, "asked to stop{left}"),
                 }

@@ -158,6 +158,8 @@ struct Table {
     incarnation: u64,
     events: Vec<Value>,
     heartbeat_timeout: Option<u64>,
+    /// Seconds; the longest that a token lives.
+    longest_token: Option<u64>,
 }
 
 impl Table {
@@ -193,6 +195,15 @@ pub struct MetadataServer {
 impl MetadataServer {
     /// All three clouds on a free port of 127.0.0.1: a spot machine in a group, to which nothing is about to happen.
     pub fn start() -> Self {
+        Self::start_at("127.0.0.1").expect("port for the metadata server")
+    }
+    /// The same on `[::1]`; `None` where the machine has no IPv6.
+    pub fn start_on_ipv6() -> Option<Self> {
+        Self::start_at("[::1]").ok()
+    }
+    fn start_at(host: &str) -> std::io::Result<Self> {
+        // Bound here, so that a test may start one within a runtime of its own.
+        let listener = std::net::TcpListener::bind(format!("{host}:0"))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("metadata-server")
@@ -200,8 +211,6 @@ impl MetadataServer {
             .build()
             .expect("runtime of the metadata server");
         let state = Arc::<State>::default();
-        // Bound here, so that a test may start one within a runtime of its own.
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("port for the metadata server");
         listener.set_nonblocking(true).expect("a listener that does not block");
         let address = listener.local_addr().expect("address of the metadata server");
         runtime.spawn(serve(listener, Arc::clone(&state)));
@@ -232,14 +241,14 @@ impl MetadataServer {
             json!({"instanceId": INSTANCE, "region": "us-east-1", "availabilityZone": "us-east-1a",
                    "instanceType": "g5.xlarge", "accountId": "123456789012", "architecture": "x86_64"}),
         );
-        server
+        Ok(server)
     }
     /// Of this cloud alone: what belongs to the others is answered with 404.
     pub fn only(self, cloud: Cloud) -> Self {
         self.state.lock().only = Some(cloud);
         self
     }
-    /// `http://127.0.0.1:<port>`
+    /// `http://127.0.0.1:<port>`, or with `[::1]`
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
@@ -289,6 +298,10 @@ impl MetadataServer {
     /// Forgets all tokens, as after a restart of the service.
     pub fn forget_tokens(&self) {
         self.state.lock().tokens.clear();
+    }
+    /// Gives tokens that live no longer than so many seconds, whatever is asked for, and says so.
+    pub fn set_longest_token(&self, seconds: u64) {
+        self.state.lock().longest_token = Some(seconds);
     }
     /// What is asked of the world at each `POST`, and written into the log with it.
     pub fn note_posts(&self, note: impl Fn() -> String + Send + 'static) {
@@ -473,6 +486,7 @@ fn aws(state: &State, asked: &Asked) -> Said {
         let ttl = asked.headers.get(TTL).and_then(|text| text.parse::<u64>().ok());
         let Some(ttl) = ttl.filter(|ttl| (1..=21_600).contains(ttl)) else { return 400.into() };
         let mut table = state.lock();
+        let ttl = ttl.min(table.longest_token.unwrap_or(ttl));
         table.serial += 1;
         let token = format!("AQAEA-token-{}==", table.serial);
         table.tokens.insert(token.clone(), Instant::now() + Duration::from_secs(ttl));

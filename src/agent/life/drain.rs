@@ -25,6 +25,8 @@ use crate::{
 
 /// Notices of one life that are written to the journal.
 const MOST_NOTICES: u32 = 16;
+/// How long writing one may keep others from the journal: what the machine's last seconds are for is the commit.
+const NOTE: Duration = Duration::from_secs(1);
 /// Ranks that are to stop and have finished no step for so long, or for ten usual steps if that is longer, are killed.
 const STUCK: Duration = Duration::from_secs(120);
 /// As long as no step was measured.
@@ -34,8 +36,14 @@ impl Life<'_> {
     pub(super) fn on_notice(&mut self, notice: &Notice) -> Result<Option<End>> {
         let deadline_s = notice.deadline.map(|left| left.as_secs_f64());
         let means = notice.kind.name();
-        self.reporter.event(&Event::Notice { source: notice.source.to_owned(), deadline_s, means });
-        self.write_down(notice, deadline_s);
+        self.reporter.event(&Event::Notice {
+            source: notice.source.to_owned(),
+            deadline_s,
+            means,
+            binding: notice.deadline_binds(),
+        });
+        // For whoever reads it later, a time that binds nobody is none.
+        self.write_down(notice, deadline_s.filter(|_| notice.deadline_binds()));
         if notice.kind == notice::Kind::Rebalance {
             let now = self.now();
             // Whoever is on the point of leaving saves anyway.
@@ -53,7 +61,8 @@ impl Life<'_> {
         self.reconsider()
     }
 
-    /// In the background: the store may be slow, and the drain must not wait for it.
+    /// In the background, and given up soon: the store may be slow, and neither the drain nor the commit at its end may wait for it. A
+    /// record that lands after all is one more that the next append reads before its own.
     fn write_down(&mut self, notice: &Notice, deadline_s: Option<f64>) {
         if self.written >= MOST_NOTICES {
             return;
@@ -63,8 +72,11 @@ impl Life<'_> {
         let means = means(notice.kind);
         let record = Record::Notice { generation, source: notice.source.to_owned(), deadline_s, means };
         tokio::spawn(async move {
-            if let Err(error) = journal.lock().await.append(record).await {
-                tracing::debug!(%error, "notice not written to the journal");
+            let mut journal = journal.lock().await;
+            match tokio::time::timeout(NOTE, journal.append(record)).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "notice not written to the journal"),
+                Err(_) => tracing::debug!("notice not written to the journal: the store does not answer"),
             }
         });
     }
@@ -113,6 +125,7 @@ impl Life<'_> {
         let rest = under_way.and_then(|(total, sent, elapsed)| self.gauges.rest(total, sent, elapsed));
         Some(Situation {
             left_s: self.watch.left_s(Instant::now()),
+            usual: self.watch.usual(),
             may_train_on: self.start.config.notice.train_in_spare_time && self.watch.leaves_the_time_to_us(),
             finished: conductor.finished(),
             committed: conductor.committed(),

@@ -1,0 +1,181 @@
+//! From a configuration to what a life needs: the journal, the data, and how many workers share the work.
+//!
+//! Whatever the configuration names is looked at before a new run is created. Nothing is stored here but the journal's first record and the
+//! data set's copy on this machine; both may be dropped at any moment.
+
+use std::{
+    cell::Cell,
+    num::NonZeroU64,
+    path::{Path, PathBuf},
+};
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use super::{Afterwards, Begin, Manner};
+use crate::{
+    config::{Machine, NoticeConfig, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
+    data::{self, Dataset, LocalDataset, Split},
+    error::{Error, Kind, Result},
+    ids::{NodeId, RunId, Step, WorldSize},
+    journal::{self, Journal, JournalError, RunState},
+    layout, model,
+    report::{Event, Reporter},
+    storage::Store,
+};
+
+/// A journal, what holds for its run, the settings that this command changes, and the checkpoint that it names.
+pub type Opened = (Journal, Resolved, Vec<(String, String)>, Option<Step>);
+
+/// What every life of this agent has in common.
+pub struct Resolved {
+    pub config: RunConfig,
+    /// Stays on this machine for as long as this does.
+    pub data: LocalDataset,
+    pub sequences: NonZeroU64,
+    pub workers: u32,
+    pub companions: Vec<(String, Bytes)>,
+}
+
+/// What is needed to open a run.
+pub struct Opening<'a> {
+    pub run: &'a Store,
+    pub node: &'a NodeId,
+    pub run_id: &'a RunId,
+    pub nproc_per_node: Option<u32>,
+    pub manner: &'a Manner,
+    /// Hears what the configuration says of notices as soon as it is known.
+    pub settings: &'a mpsc::UnboundedSender<NoticeConfig>,
+    /// Set before the run is asked to be created.
+    pub exists: &'a Cell<bool>,
+}
+
+impl Opening<'_> {
+    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what is to
+    /// be done with this machine then.
+    pub async fn open(self, begin: Begin, reporter: &Reporter) -> Result<Result<Opened, Afterwards>> {
+        let Self { run, node, run_id, nproc_per_node, manner, settings, exists } = self;
+        let cache = manner.cache.as_deref();
+        // Whoever hears it waits for the end of this function.
+        let configured = |config: &RunConfig| drop(settings.send(config.notice.clone()));
+        let (from, overrides, journal) = match begin {
+            Begin::Create(config) => {
+                configured(&config);
+                // Whatever the configuration names is looked at before the run exists.
+                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+                exists.set(true);
+                let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
+                return Ok(Ok((journal, resolved, Vec::new(), None)));
+            }
+            Begin::CreateOrResume { config, overrides } => {
+                configured(&config);
+                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+                exists.set(true);
+                match Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await {
+                    Ok(journal) => return Ok(Ok((journal, resolved, Vec::new(), None))),
+                    Err(JournalError::Exists { .. }) => {
+                        (None, overrides, Journal::open(run.clone(), node.clone(), run_id.clone()).await?)
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Begin::Resume { from, overrides, state } => {
+                (from, overrides, Journal::follow(run.clone(), node.clone(), *state).await?)
+            }
+        };
+        let (config, overrides) = effective(journal.state(), &overrides)?;
+        if let Some(step) = completed(journal.state(), &config, from) {
+            tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
+            return Ok(Err(manner.then(&config, false)));
+        }
+        configured(&config);
+        let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+        Ok(Ok((journal, resolved, overrides, from)))
+    }
+}
+
+/// The last step of a run that has completed; `None` if it has not, was given more steps, or is told to go back.
+pub fn completed(state: &RunState, config: &RunConfig, from: Option<Step>) -> Option<Step> {
+    match state.outcome() {
+        journal::Outcome::Completed { step, .. } if from.is_none() && config.train.steps <= step.get() => Some(*step),
+        _ => None,
+    }
+}
+
+/// The configuration that holds now: as created, with what every generation has changed, and what this command changes; and
+/// those last changes in the form in which the journal keeps them.
+pub fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Vec<(String, String)>)> {
+    let base = apply_overrides(state.config(), &state.overrides())?;
+    Ok((apply_overrides(&base, typed)?, canonical_overrides(&base, typed)?))
+}
+
+/// Looks at everything that the configuration names, and fetches the data.
+pub async fn resolve(
+    config: &RunConfig,
+    nproc_per_node: Option<u32>,
+    cache: Option<&Path>,
+    reporter: &Reporter,
+) -> Result<Resolved> {
+    let workers = workers_per_node(&config.parallel, nproc_per_node, &Machine::detect());
+    micro_batches(config.train.global_batch, WorldSize(workers), config.train.max_micro_batch)?;
+    reporter.event(&Event::Phase { doing: "opening the token shards".into() });
+    let shown = |progress: data::cache::CacheProgress| {
+        tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
+    };
+    let cache = cache.map_or_else(cache_folder, Path::to_owned);
+    let data = data::ensure_local(&config.data.train, &cache, &config.storage, shown).await?;
+    let dataset = Dataset::open(data.dir())?;
+    let vocabulary = model::vocab_size(config.model.kind, &config.model.config)?;
+    data::check_vocabulary(dataset.index(), &config.data.train, vocabulary.into(), "model.config")?;
+    let longest = model::max_sequence_length(config.model.kind, &config.model.config)?;
+    if config.data.sequence_length > longest {
+        let length = config.data.sequence_length;
+        return Err(Error::new(
+            Kind::Config,
+            format!(
+                "data.sequence_length is {length}, but the model takes at most {longest} (max_position_embeddings)"
+            ),
+        ));
+    }
+    let samples = dataset.samples(Split::Train, config.data.sequence_length);
+    let sequences = NonZeroU64::new(samples).ok_or_else(|| {
+        let message = format!("{} holds no sequence of {} tokens", config.data.train, config.data.sequence_length);
+        Error::new(Kind::Config, message).with_hint("shorten data.sequence_length or prepare more data")
+    })?;
+    Ok(Resolved {
+        workers,
+        sequences,
+        companions: companions(config, data.dir(), dataset.index())?,
+        config: config.clone(),
+        data,
+    })
+}
+
+/// Where datasets that lie in an object store are kept on this machine.
+fn cache_folder() -> PathBuf {
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
+    base.unwrap_or_else(std::env::temp_dir).join("trainer").join("datasets")
+}
+
+/// The small files that make a checkpoint's folder a Hugging Face model folder.
+fn companions(config: &RunConfig, data_dir: &Path, index: &data::shards::Index) -> Result<Vec<(String, Bytes)>> {
+    let json = |value: &serde_json::Value| {
+        serde_json::to_vec_pretty(value).map(Bytes::from).map_err(|error| Error::from_source(Kind::Bug, error))
+    };
+    let mut files = vec![(layout::MODEL_CONFIG.to_owned(), json(&config.model.config)?)];
+    let eos = config.model.config.get("eos_token_id").cloned().unwrap_or_else(|| index.eos_id.into());
+    let mut generation = serde_json::json!({ "eos_token_id": eos });
+    if let Some(bos) = config.model.config.get("bos_token_id") {
+        generation["bos_token_id"] = bos.clone();
+    }
+    files.push((layout::GENERATION_CONFIG.to_owned(), json(&generation)?));
+    let tokenizer = data_dir.join(layout::TOKENIZER);
+    match std::fs::read(&tokenizer) {
+        Ok(bytes) => files.push((layout::TOKENIZER.to_owned(), bytes.into())),
+        Err(error) => {
+            return Err(Error::from_source(Kind::Config, error).context(format!("read {}", tokenizer.display())));
+        }
+    }
+    Ok(files)
+}

@@ -7,6 +7,7 @@
 //! captured have been uploaded and committed, unless the run was lost to another writer or the user would not wait.
 
 mod drain;
+mod progress;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -200,6 +201,7 @@ struct Life<'a> {
     gauges: &'a mut Gauges,
     /// When the newest step was finished.
     stepped: Instant,
+    standstill: progress::Quiet,
     /// What said that the run is to stop, and what is done about it.
     watch: Watch,
     /// Notices that were written to the journal.
@@ -262,6 +264,7 @@ pub async fn run(
         validations: BTreeMap::new(),
         gauges,
         stepped: now,
+        standstill: progress::Quiet::begin(now),
         watch: Watch::default(),
         written: 0,
         insured: false,
@@ -420,7 +423,10 @@ impl Life<'_> {
                 if let Some(end) = self.act(actions)? {
                     return Ok(Some(end));
                 }
-                return self.look_at_the_deadline();
+                if let Some(end) = self.look_at_the_deadline()? {
+                    return Ok(Some(end));
+                }
+                self.look_at_the_standstill();
             }
         }
         self.end_of_the_dead()
@@ -615,6 +621,7 @@ impl Life<'_> {
         let mut conductor = Conductor::new(setup, self.start.measured, now);
         let saves = conductor.first_orders(now);
         self.conductor = Some(conductor);
+        self.standstill = progress::Quiet::begin(Instant::now());
         self.saves.training_begins();
         self.retention.busy(false);
         self.tell_all(&ToWorker::Go { saves });
@@ -640,6 +647,7 @@ impl Life<'_> {
         }
         self.saves.finished(step, loss);
         self.stepped = Instant::now();
+        self.standstill = progress::Quiet::begin(self.stepped);
         let slowest = |f: fn(&StepReport) -> f64| reports.iter().map(f).fold(0.0, f64::max);
         let (step_s, stall_s) = (slowest(|r| r.step_s), slowest(|r| r.stall_s));
         self.gauges.step.push(step_s);
@@ -663,6 +671,7 @@ impl Life<'_> {
     }
 
     fn on_validated(&mut self, step: Step, loss_sum: f64, sequences: u64) {
+        self.standstill = progress::Quiet::begin(Instant::now());
         let entry = self.validations.entry(step).or_default();
         *entry = (entry.0 + 1, entry.1 + loss_sum, entry.2 + sequences);
         if entry.0 == self.start.workers

@@ -106,7 +106,7 @@ pub fn config() -> RunConfig {
         },
         notice: NoticeConfig { sources: vec![], ..NoticeConfig::default() },
         on_complete: OnComplete { action: CompleteAction::Exit },
-        restart: RestartConfig { max: 1, same_step: 1, backoff: std::time::Duration::ZERO },
+        restart: RestartConfig { max: 1, same_step: 1, backoff: std::time::Duration::ZERO, hang: None },
         storage: STORAGE,
     }
 }

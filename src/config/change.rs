@@ -143,7 +143,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     } = notice;
     let auto = |window: &Option<_>| word(&window.map_or_else(|| "auto".into(), text::format_duration));
     let OnComplete { action } = on_complete;
-    let RestartConfig { max, same_step, backoff } = restart;
+    let RestartConfig { max, same_step, backoff, hang } = restart;
     let StorageConfig { concurrency, part_mib, attempts, max_upload_mib_per_s, encryption, kms_key_id, storage_class } =
         storage;
     vec![
@@ -190,6 +190,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("restart.max", whole(*max)),
         ("restart.same_step", whole(*same_step)),
         ("restart.backoff", word(&text::format_duration(*backoff))),
+        ("restart.hang", word(&hang.map_or_else(|| "never".into(), text::format_duration))),
         ("storage.concurrency", whole(*concurrency)),
         ("storage.part_mib", whole(*part_mib)),
         ("storage.attempts", whole(*attempts)),

@@ -309,7 +309,7 @@ pub enum CompleteAction {
     Terminate,
 }
 
-/// What the agent does when a worker dies.
+/// What the agent does when a worker dies, or stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RestartConfig {
     /// Restarts of the worker group in one life of the agent; then it gives up.
@@ -319,6 +319,9 @@ pub struct RestartConfig {
     /// The first pause before a restart; it doubles up to a minute.
     #[serde(with = "seconds")]
     pub backoff: Duration,
+    /// Workers that have not got further for so long are ended and started again; `None`: they are only told of.
+    #[serde(default, with = "optional_seconds")]
+    pub hang: Option<Duration>,
 }
 
 /// Limits towards the object store, and what it is to do with what it gets.

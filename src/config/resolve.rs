@@ -323,6 +323,7 @@ fn restart(raw: &Raw) -> Result<RestartConfig, ConfigError> {
         max: raw.whole("restart.max", 0..=u32::MAX)?,
         same_step: raw.whole("restart.same_step", 1..=u32::MAX)?,
         backoff: raw.duration("restart.backoff")?,
+        hang: raw.never_or_duration("restart.hang")?,
     })
 }
 

@@ -119,7 +119,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
             },
             notice: NoticeConfig::default(),
             on_complete: OnComplete { action: CompleteAction::Exit },
-            restart: RestartConfig { max: 10, same_step: 3, backoff: Duration::from_secs(1) },
+            restart: RestartConfig { max: 10, same_step: 3, backoff: Duration::from_secs(1), hang: None },
             storage: StorageConfig::plain(16, 16),
         }
     );
@@ -548,6 +548,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "restart.max",
             "restart.same_step",
             "restart.backoff",
+            "restart.hang",
             "storage.concurrency",
             "storage.part_mib",
             "storage.attempts",

@@ -39,7 +39,7 @@ pub(super) fn config() -> RunConfig {
         },
         notice: NoticeConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
-        restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_secs(1) },
+        restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_secs(1), hang: None },
         storage: settings(),
     }
 }

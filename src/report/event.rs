@@ -126,6 +126,17 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// No step has finished for long.
+    NoProgress {
+        /// The last finished step.
+        step: Step,
+        /// Seconds since something moved.
+        quiet_s: f64,
+        /// Finished steps that no checkpoint holds yet.
+        lag_steps: u64,
+        /// Seconds since the last step that is committed was finished.
+        lag_s: f64,
+    },
     /// A worker died; its group is started again.
     WorkerDied {
         /// The last finished step.

@@ -201,6 +201,7 @@ mod tests {
                 copy_s: 0.125,
                 durable_s: 1.5,
             },
+            Event::NoProgress { step: Step(6), quiet_s: 600.0, lag_steps: 2, lag_s: 601.5 },
             Event::WorkerDied { step: Step(6), reason: "signal 9".into(), restarts: 1, backoff_s: 1.0 },
             Event::Warning { message: "checkpoint of step 4 is stepped over".into() },
             Event::Notice { source: "aws-spot".into(), deadline_s: Some(120.0), means: "interruption", binding: true },
@@ -249,6 +250,7 @@ mod tests {
 {"event":"step","step":7,"loss":null,"lr":0.0003,"grad_norm":1.5,"tokens":3584,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}
 {"event":"validation","step":6,"loss":5.5}
 {"event":"checkpoint","step":6,"generation":2,"bytes":10,"stall_s":0.001,"copy_s":0.125,"durable_s":1.5}
+{"event":"no_progress","step":6,"quiet_s":600.0,"lag_steps":2,"lag_s":601.5}
 {"event":"worker_died","step":6,"reason":"signal 9","restarts":1,"backoff_s":1.0}
 {"event":"warning","message":"checkpoint of step 4 is stepped over"}
 {"event":"notice","source":"aws-spot","deadline_s":120.0,"means":"interruption","binding":true}

@@ -54,6 +54,7 @@ impl Summary {
             | Event::Restored { .. }
             | Event::Notice { .. }
             | Event::Drain { .. }
+            | Event::NoProgress { .. }
             | Event::WorkerDied { .. }
             | Event::Warning { .. }
             | Event::Phase { .. } => {}

@@ -99,6 +99,13 @@ impl Lines {
                 }
             }
             Event::Drain { plan, reason, .. } => info!(plan, "{}", human::plain(reason)),
+            Event::NoProgress { step, quiet_s, lag_steps, lag_s } => warn!(
+                %step,
+                lag_steps,
+                lag_s = %format_args!("{lag_s:.1}"),
+                "no step has finished for {}; `restart.hang` says after how long the workers are started again",
+                human::seconds(*quiet_s),
+            ),
             Event::WorkerDied { step, reason, restarts, backoff_s } => warn!(
                 %step,
                 restarts,
@@ -223,6 +230,7 @@ impl Bars {
             | Event::Restored { .. }
             | Event::Notice { .. }
             | Event::Drain { .. }
+            | Event::NoProgress { .. }
             | Event::Warning { .. } => {}
         }
     }

@@ -64,7 +64,7 @@ pub fn config() -> RunConfig {
         },
         notice: NoticeConfig::default(),
         on_complete: OnComplete { action: CompleteAction::Exit },
-        restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_millis(1500) },
+        restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_millis(1500), hang: None },
         storage: storage(),
     }
 }

@@ -408,7 +408,7 @@ fn one_that_stands_by_has_nothing_to_do_when_the_other_completes_and_leaves_when
     let third = boot(&lab, &["--run-id", "end", "--store", &uri]).start();
     third.wait_for("standby event", |event| event.kind() == "standby");
     third.signal(Signal::TERM);
-    let third = third.finish().expect_code(75).expect_said(&["asked to stop while standing by"]);
+    let third = third.finish().expect_code(75).expect_said(&["asked to stop before this node has taken up the run"]);
     assert!(third.of_kind("formed").is_empty(), "{}", third.story());
     let impatient = boot(&lab, &["--run-id", "end", "--store", &uri, "--standby", "0s"]).finish();
     impatient.expect_code(79).expect_said(&["is alive"]);

@@ -148,8 +148,14 @@ fn maintenance_that_is_far_is_saved_for_and_maintenance_that_is_near_is_left_for
                "Description": "scheduled reboot"})
     };
     let (lab, server) = (Lab::on_files(), on_aws());
-    server.set(MAINTENANCE, json!([event("far", 86_400), event("near", 200)]));
-    let life = long(&lab).envs(&server.envs()).finish();
+    let far = event("far", 86_400);
+    server.set(MAINTENANCE, json!([far]));
+    let running = long(&lab).envs(&server.envs()).start();
+    heard(&running, "aws-maintenance-ahead");
+    running.wait_for_step("step", 3);
+    // Asked for twice a minute.
+    server.set(MAINTENANCE, json!([far, event("near", 250)]));
+    let life = running.finish();
     let heard: Vec<_> = life.of_kind("notice").iter().map(|event| event.value["source"].clone()).collect();
     assert_eq!(heard, ["aws-maintenance-ahead", "aws-maintenance"], "{}", life.story());
     interrupted_and_resumed(&lab, &life, "aws-maintenance");

@@ -344,7 +344,7 @@ impl Agent {
             if look {
                 match unless_told(notices, &reporter, self.wait_for_the_other()).await {
                     None => {
-                        tracing::info!("asked to stop while standing by: this node has nothing to save");
+                        tracing::info!("asked to stop before this node has taken up the run: it has nothing to save");
                         return Ok(Outcome::Interrupted { lost_steps: 0 });
                     }
                     Some(waited) => stale |= matches!(waited?, Waited::WentOn),

@@ -122,7 +122,9 @@ impl Life<'_> {
         let since = self.stepped.elapsed().as_secs_f64();
         let step = if conductor.has_ended() { None } else { self.gauges.step.span() };
         let under_way = self.saves.under_way();
-        let rest = under_way.and_then(|(total, sent, elapsed)| self.gauges.rest(total, sent, elapsed));
+        let storage = &self.start.config.storage;
+        let parts = u64::from(storage.concurrency) * (u64::from(storage.part_mib) << 20);
+        let rest = under_way.and_then(|(total, sent, elapsed)| self.gauges.rest(total, sent, parts, elapsed));
         Some(Situation {
             left_s: self.watch.left_s(Instant::now()),
             usual: self.watch.usual(),

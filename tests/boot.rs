@@ -145,9 +145,11 @@ fn expect_secret_unseen(life: &Finished) {
 fn a_run_is_created_then_resumed_then_left_alone() {
     let lab = Lab::on_files();
     let uri = lab.uri();
-    let first = boot(&lab, &["run.toml", "--run-id", "life", "--store", &uri]).start();
+    let first = boot(&lab, &["run.toml", "--run-id", "life", "--store", &uri]).hold_after(EVERY + 1).start();
     first.wait_for_step("checkpoint", EVERY);
+    first.held();
     first.signal(Signal::TERM);
+    first.let_go();
     let first = first.finish().expect_code(75).expect_said(&["run life does not exist", "boot to joined"]);
 
     // The configuration is gone by now: the run has it.
@@ -367,10 +369,10 @@ fn an_instance_whose_tags_can_not_be_read_is_asked_again_and_creates_no_run_with
 }
 
 /// Starts two machines for one new run; gives the one that trains first, then the other.
-fn pair(lab: &Lab, run: &str, more: &[&str]) -> (Running, Running) {
+fn pair(lab: &Lab, run: &str, manner: impl Fn(Trainer) -> Trainer) -> (Running, Running) {
     let uri = lab.uri();
-    let arguments: Vec<&str> = ["run.toml", "--run-id", run, "--store", &uri].iter().chain(more).copied().collect();
-    let (one, other) = (boot(lab, &arguments).start(), boot(lab, &arguments).start());
+    let machine = || manner(boot(lab, &["run.toml", "--run-id", run, "--store", &uri])).start();
+    let (one, other) = (machine(), machine());
     let first = one.wait_for("formed or standby event", |event| matches!(event.kind(), "formed" | "standby"));
     if first.kind() == "formed" { (one, other) } else { (other, one) }
 }
@@ -379,7 +381,7 @@ fn pair(lab: &Lab, run: &str, more: &[&str]) -> (Running, Running) {
 fn of_two_machines_one_trains_and_the_other_takes_over_when_that_is_killed() {
     let lab = Lab::on_files();
     // Far more steps than the first has time for.
-    let (first, second) = pair(&lab, "pair", &["--set", "train.steps=100000"]);
+    let (first, second) = pair(&lab, "pair", |it| it.args(&["--set", "train.steps=100000"]));
     second.wait_for("standby event", |event| event.kind() == "standby");
     first.wait_for_step("checkpoint", EVERY);
     let first = first.power_off().expect_killed();
@@ -401,8 +403,8 @@ fn of_two_machines_one_trains_and_the_other_takes_over_when_that_is_killed() {
 #[test]
 fn one_that_stands_by_has_nothing_to_do_when_the_other_completes_and_leaves_when_told() {
     let lab = Lab::on_files();
-    // Long enough for two more to come while the first is at work.
-    let (first, second) = pair(&lab, "end", &["--set", "train.steps=600"]);
+    // Two more come while the first is at work.
+    let (first, second) = pair(&lab, "end", |it| it.hold_after(2));
     second.wait_for("standby event", |event| event.kind() == "standby");
     let uri = lab.uri();
     let third = boot(&lab, &["--run-id", "end", "--store", &uri]).start();
@@ -412,10 +414,11 @@ fn one_that_stands_by_has_nothing_to_do_when_the_other_completes_and_leaves_when
     assert!(third.of_kind("formed").is_empty(), "{}", third.story());
     let impatient = boot(&lab, &["--run-id", "end", "--store", &uri, "--standby", "0s"]).finish();
     impatient.expect_code(79).expect_said(&["is alive"]);
+    first.let_go();
     let (first, second) = (first.finish().expect_code(0), second.finish().expect_code(0));
     assert!(second.of_kind("formed").is_empty(), "{}", second.story());
     let steps: Vec<u64> = first.of_kind("step").iter().filter_map(|event| event.step()).collect();
-    assert_eq!(steps, (1..=600).collect::<Vec<_>>(), "each step once, by the first alone");
+    assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>(), "each step once, by the first alone");
 }
 
 /// A run of two steps that ends with "terminate", on a machine with this id.

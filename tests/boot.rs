@@ -718,3 +718,30 @@ fn a_machine_with_gpus_is_waited_for_or_told_that_they_are_not_used() {
         without.expect_said(&["1 GPUs of this machine are not used: this build has no CUDA"]);
     }
 }
+
+#[test]
+fn who_is_stopped_while_it_looks_for_its_run_leaves_at_once_and_begins_nothing() {
+    let lab = Lab::on_files();
+    let metadata = MetadataServer::start();
+    metadata.storm(Fault::Hang);
+    // An instance: its service is asked again and again.
+    let machine = || boot(&lab, &["run.toml", "--run-id", "early"]).envs(&metadata.envs()).envs(&[on_ec2(&lab)]);
+    for signal in [Signal::TERM, Signal::INT, Signal::USR1] {
+        let before = metadata.requests_of(TOKEN).len();
+        let life = machine().start();
+        metadata.wait_for(TOKEN, before + 1);
+        // Asks for a save of nothing, and ends nobody.
+        life.signal(Signal::USR2);
+        life.signal(signal);
+        let life = life.finish().expect_code(75).expect_said(&["before anything was begun, nothing is lost"]);
+        assert!(life.events.is_empty() && lab.keys("early", "").is_empty(), "{}", life.story());
+    }
+
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    let fault = proxy::Fault::Stall(std::time::Duration::from_secs(3600));
+    proxy.arm(Rule { method: "GET", target: "/bucket", fault, often: Often::Next(1_000_000) });
+    let life = boot(&lab, &["run.toml", "--run-id", "early", "--store", &lab.uri()]).start();
+    life.wait_until("a look for the run", || proxy.broken() > 0);
+    life.signal(Signal::TERM);
+    life.finish().expect_code(75).expect_said(&["before anything was begun, nothing is lost"]);
+}

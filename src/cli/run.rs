@@ -85,7 +85,12 @@ impl Run {
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
 
 pub(super) fn fetch(folder: &str, name: &str) -> Result<Vec<u8>> {
-    store::block_on(async { Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec()) })
+    store::block_on(fetched(folder, name))
+}
+
+/// A small remote object.
+pub(super) async fn fetched(folder: &str, name: &str) -> Result<Vec<u8>> {
+    Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec())
 }
 
 /// `<file stem>-<yyyymmdd>-<hhmmss>-<4 hex digits>`, with what an id can't hold made `-`.
@@ -113,13 +118,12 @@ pub(super) fn launch(
     begin: Begin,
     nproc_per_node: Option<u32>,
 ) -> Result<ExitCode> {
-    launch_as(screen, json, store, run_id, begin, nproc_per_node, Manner::default())
+    launch_as(Reporter::new(screen, json.json), store, run_id, begin, nproc_per_node, Manner::default())
 }
 
-/// The same in another manner.
+/// The same in another manner, with a reporter of the caller's.
 pub(super) fn launch_as(
-    screen: Screen,
-    json: JsonArg,
+    reporter: Reporter,
     store: Store,
     run_id: RunId,
     begin: Begin,
@@ -132,7 +136,6 @@ pub(super) fn launch_as(
         Begin::Resume { .. } => "resuming run",
         Begin::CreateOrResume { .. } => "new run, or one that another node has just created",
     });
-    let reporter = Reporter::new(screen, json.json);
     let outcome = agent::launch(Launch { store, run_id, begin, nproc_per_node, manner, reporter: reporter.clone() });
     reporter.finish();
     Ok(match outcome? {

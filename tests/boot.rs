@@ -15,7 +15,7 @@ use rustix::process::Signal;
 
 use crate::support::{
     lab::{EVERY, Lab, STEPS, data_set, model_config},
-    metadata::{Fault, INSTANCE, MetadataServer, TOKEN},
+    metadata::{Fault, INSTANCE, LIFECYCLE, MetadataServer, TOKEN},
     moto::Moto,
     proxy::{self, Often, Rule},
     s3,
@@ -518,8 +518,24 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
     short_run(&lab, &metadata, &denied, "denied")
         .finish()
         .expect_code(0)
-        .expect_said(&["AccessDenied", "starts another machine in place of"]);
+        .expect_said(&["AccessDenied", &format!("{INSTANCE} stays on and costs money"), "it would be replaced"]);
+    assert_eq!(called(&lab), "systemctl poweroff\n", "it powered off in a group");
+
+    // Who does not answer may do so later.
+    let closed = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    let silent = short_run(&lab, &metadata, &format!("http://{closed}"), "silent").start();
+    silent.wait_until_said("the group is asked again in 60 s");
+    silent.signal(Signal::TERM);
+    silent.finish().expect_code(0);
+    assert_eq!(called(&lab), "systemctl poweroff\n", "it powered off in a group that is silent");
+
+    // In none, as its metadata says, which is what the API could not say.
+    metadata.set(LIFECYCLE, 404);
+    short_run(&lab, &metadata, &denied, "groupless").finish().expect_code(0).expect_said(&["powering off"]);
     assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n");
+    let told = [("TRAINER_POWER_OFF", "host".to_owned())];
+    short_run(&lab, &metadata, &outside, "told").envs(&told).finish().expect_code(0).expect_said(&["TRAINER_POWER_OFF=host"]);
+    assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n", "that was left to somebody else");
 
     // A machine of no cloud, there for the run, which is complete.
     let path = [stand_ins(&lab, &[])];

@@ -384,6 +384,15 @@ fn a_machine_that_can_not_leave_goes_on_with_the_next_job() {
 }
 
 #[test]
+fn a_machine_that_its_host_switches_off_is_left_to_it() {
+    let Some(shop) = Shop::open(3) else { return };
+    // A container: nothing in it powers off.
+    let host = [("PATH", shop.lab.path("bin").display().to_string()), ("TRAINER_POWER_OFF", "host".into())];
+    let life = shop.worker().args(&["--terminate-when-idle"]).envs(&host).finish().expect_code(0);
+    assert_eq!(life.of_kind("idle").len(), 1, "{}", life.story());
+}
+
+#[test]
 fn an_empty_queue_is_left_and_a_wrong_one_is_named() {
     let Some(shop) = Shop::open(3) else { return };
     let life = shop.worker().finish().expect_code(0);

@@ -49,7 +49,8 @@ looked for: one of the quarter before that is unfinished is carried on by naming
 A run that exists is resumed with the settings it was created with, and those that --set or set/<key> change; a changed configuration \
 changes nothing. Settings of storage hold from the first request on: storage.attempts says how often one that fails is tried. A run that \
 is complete is left alone. Two machines may boot one run: one trains, the other stands by and takes over \
-when the first is gone. When the run is complete, on_complete.action says what becomes of the machine.
+when the first is gone. When the run is complete, on_complete.action says what becomes of the machine. TRAINER_POWER_OFF=host says that \
+whoever started this process powers the machine off after exit code 0, as it must for a container: then nothing is powered off from here.
 
 Datasets are kept on a mounted instance store (NVMe) where there is one, else in the user's cache. TRAINER_HOST_ROOT names the folder of the machine's /sys, /proc and /dev, for a container that has them elsewhere.
 Exit codes beside those of `trainer run`: 78 nothing to do was found or it is wrong, 77 not permitted, 69 not reachable or no GPU driver \
@@ -87,7 +88,7 @@ pub struct Boot {
     json: bool,
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     config::parse_duration(text).ok_or_else(|| "expected a duration such as 90s, 5m or 1h30m".into())
 }
 

@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::Args;
@@ -13,7 +14,8 @@ use super::{
 };
 use crate::{
     agent::{self, Afterwards, Begin, Launch, Manner, Outcome},
-    cloud::leave,
+    boot::stop::Stop,
+    cloud::leave::{self, Departure},
     config::{self, CompleteAction, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
     ids::{RunId, random_hex},
@@ -155,14 +157,28 @@ pub(super) fn launch_as(
     })
 }
 
+/// A group that does not answer is asked again after so long; the pause doubles up to the second of these.
+const ASK_AGAIN: Duration = Duration::from_secs(60);
+const ASK_AGAIN_AT_MOST: Duration = Duration::from_secs(3600);
+
 /// What the run's `on_complete` says of this machine. The run is complete whatever comes of it.
 fn complete(then: &Afterwards) -> Result<()> {
     match then.action {
         CompleteAction::Exit => Ok(()),
-        CompleteAction::Terminate => store::block_on(async {
-            leave::leave(&then.lifecycle_hook).await;
-            Ok(())
-        }),
+        CompleteAction::Terminate => {
+            let stop = Stop::listen()?;
+            let left = stop.block_on(async {
+                let mut pause = ASK_AGAIN;
+                while leave::leave(&then.lifecycle_hook).await == (Departure::Stays { silence: true }) {
+                    tracing::warn!("on_complete: the group is asked again in {} s", pause.as_secs());
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(ASK_AGAIN_AT_MOST);
+                }
+                Ok(())
+            });
+            // Who ends this process before has seen to its machine, or will.
+            left.or_else(|error| if stop.heard().asked() { Ok(()) } else { Err(error) })
+        }
     }
 }
 

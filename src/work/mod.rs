@@ -16,13 +16,15 @@
 //! moment. *Retry*: settling twice is fine. *Cancel*: SIGTERM while training is the agent's affair (it saves, and leaves with 75 or 76), after
 //! which the message is settled first (bounded in time, whatever the queue does), whoever waits for the machine is told second that it may go (the
 //! lifecycle hook is completed, the scheduled event approved: [`agent::launch_then`]), and the job API third: a machine that is taken the moment
-//! it may go has left its job to the next one. Between two jobs it ends this worker with 75. Signals that come after a message was received and
-//! before the agent listens are held and sent again.
+//! it may go has left its job to the next one. Between two jobs, and while a job's journal and configuration are read, whatever says that this
+//! machine goes away, or asks this worker to stop, ends it with 75 (`lookout.rs`). Signals that come just before the agent listens are held and
+//! sent again.
 
 pub mod api;
 pub mod handover;
 pub mod job;
 pub mod lease;
+mod lookout;
 mod tracker;
 
 use std::{
@@ -32,28 +34,26 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use serde::Serialize;
-use tokio::{
-    runtime::Runtime,
-    signal::unix::{SignalKind, signal},
-    sync::watch,
-};
+use tokio::runtime::Runtime;
 
 use self::{
     api::{Api, Facts, Reports, Stage},
     handover::{Carried, End, INTERRUPTIONS, STEP, Settle, made_progress, settle},
     job::{Job, Source},
     lease::{Hold, Holder, Terms, lock},
+    lookout::Lookout,
     tracker::{Head, Tracker},
 };
 use crate::{
     agent::{self, Begin, Launch, Manner, Outcome},
-    boot,
+    boot::{self, stop::Heard},
     cloud::{
         hardware, region,
         sqs::{Message, Queue},
     },
-    config::{self, Fetch, Machine, RunConfig, Sources, StorageConfig, Text},
+    config::{self, Machine, RunConfig, Sources, StorageConfig, Text},
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
     journal, layout,
@@ -91,7 +91,12 @@ pub struct Settings {
     pub once: bool,
     /// How long a message is held.
     pub terms: Terms,
+    /// How long the driver of this machine's GPUs is waited for.
+    pub device_wait: Duration,
 }
+
+/// Reads a small remote object: folder and name.
+pub type FetchLater<'a> = dyn Fn(&str, &str) -> BoxFuture<'static, Result<Vec<u8>>> + 'a;
 
 /// What a worker needs of its caller.
 pub struct Tools<'a> {
@@ -100,7 +105,9 @@ pub struct Tools<'a> {
     /// Hears what happens to jobs.
     pub say: Arc<dyn Fn(&Said) + Send + Sync>,
     /// Reads a small remote object.
-    pub fetch: &'a Fetch<'a>,
+    pub fetch: &'a FetchLater<'a>,
+    /// What this process was asked by signals, from its beginning on.
+    pub heard: Heard,
     /// Relative paths are taken from here.
     pub working_directory: &'a Path,
     /// The environment.
@@ -183,15 +190,19 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
         .build()
         .map_err(|error| Error::from_source(Kind::Bug, error).context("start the worker"))?;
     let reports = Reports::start(api, runtime.handle());
-    let heard = runtime.block_on(listen())?;
-    // Where nothing but the machine itself names it, the S3 client takes it from there.
-    runtime.block_on(region::find());
-    let queue = runtime.block_on(Queue::open(&settings.queue))?;
-    let max_receive_count = runtime.block_on(redrive(&queue))?;
+    let heard = tools.heard.clone();
+    let (queue, max_receive_count) = match runtime.block_on(heard.unless(open(&settings))) {
+        Err(_) if heard.asked() => return Ok(Left::Asked),
+        opened => opened?,
+    };
     tracing::info!(queue = queue.url(), "waiting for jobs");
-    let worker = Worker { settings, tools, reports, heard, queue, max_receive_count, runtime };
+    let lookout = Lookout::new(heard);
+    let worker = Worker { settings, tools, reports, lookout, queue, max_receive_count, runtime };
     let left = worker.work();
-    let hurried = matches!(left, Ok(Left::Asked)) || worker.asked();
+    let hurried = matches!(left, Ok(Left::Asked)) || worker.lookout.told();
+    if hurried {
+        worker.runtime.block_on(worker.lookout.let_machine_go());
+    }
     let unheard = worker.runtime.block_on(worker.reports.flush(if hurried { HURRIED_REPORTS } else { LAST_REPORTS }));
     if unheard > 0 {
         tracing::warn!(unheard, "reports were not heard by the job API");
@@ -200,23 +211,17 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     left
 }
 
-/// Counts the signals that ask this process to stop, from here on. What they mean in a run the agent knows, which listens for itself.
-async fn listen() -> Result<watch::Receiver<u32>> {
-    let on = |kind| signal(kind).map_err(|error| Error::from_source(Kind::Bug, error).context("listen for signals"));
-    let mut terminate = on(SignalKind::terminate())?;
-    let (mut interrupt, mut user) = (on(SignalKind::interrupt())?, on(SignalKind::user_defined1())?);
-    let (sender, receiver) = watch::channel(0);
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-                _ = user.recv() => {}
-            }
-            sender.send_modify(|count: &mut u32| *count = count.saturating_add(1));
-        }
-    });
-    Ok(receiver)
+/// Waits for this machine's devices and finds the queue; how often a message of it may be received.
+async fn open(settings: &Settings) -> Result<(Queue, Option<u32>)> {
+    // A job that begins before the driver is there trains on the CPU, for as long as it lasts.
+    if let Some(devices) = boot::await_gpus(&hardware::root(), settings.device_wait).await? {
+        tracing::info!("{devices}");
+    }
+    // Where nothing but the machine itself names it, the S3 client takes it from there.
+    region::find().await;
+    let queue = Queue::open(&settings.queue).await?;
+    let max_receive_count = redrive(&queue).await?;
+    Ok((queue, max_receive_count))
 }
 
 /// How often a message may be received, as far as the queue tells; finds out whether there is such a queue.
@@ -321,8 +326,7 @@ struct Worker<'a> {
     settings: Settings,
     tools: Tools<'a>,
     reports: Reports,
-    /// Signals so far.
-    heard: watch::Receiver<u32>,
+    lookout: Lookout,
     queue: Queue,
     max_receive_count: Option<u32>,
     runtime: Runtime,
@@ -357,7 +361,7 @@ impl Worker<'_> {
             if matches!(end, End::Interrupted | End::CutOff) {
                 return Ok(Left::Job(code));
             }
-            if self.asked() {
+            if self.lookout.told() {
                 return Ok(Left::Asked);
             }
             if self.settings.once && !matches!(state, State::StandBy | State::Renewed) {
@@ -369,18 +373,20 @@ impl Worker<'_> {
     /// Whether nothing keeps this worker: its machine leaves with it, or was not to.
     fn machine_may_leave(&self) -> Result<bool> {
         let Some(leave) = self.tools.leave else { return Ok(true) };
+        // The end that this worker asks for is no news to it.
+        self.runtime.block_on(self.lookout.rest());
         // It may be gone before the reports are.
         self.runtime.block_on(self.reports.flush(LAST_REPORTS));
         leave()
     }
 
-    fn asked(&self) -> bool {
-        *self.heard.borrow() > 0
+    /// What comes of `work`, unless this worker is told to leave.
+    fn unless_told<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.runtime.block_on(self.lookout.unless(work))
     }
 
     /// The next message, waited for up to `left`, but for a look at the queue in any case.
     async fn next(&self, left: Duration) -> Result<Next> {
-        let mut heard = self.heard.clone();
         let mut failing: Option<Instant> = None;
         let receive = async {
             loop {
@@ -400,10 +406,9 @@ impl Worker<'_> {
                 }
             }
         };
-        tokio::select! {
-            biased;
-            _ = heard.wait_for(|count| *count > 0) => Ok(Next::Asked),
-            next = receive => next,
+        match self.lookout.unless(receive).await {
+            Err(_) if self.lookout.told() => Ok(Next::Asked),
+            next => next,
         }
     }
 
@@ -439,7 +444,7 @@ impl Worker<'_> {
                 received: message.received,
             },
             Arc::clone(&claim.carried),
-            self.heard.clone(),
+            self.lookout.heard.clone(),
         )));
         let (turn, what) = match Job::parse(&message.body) {
             Err(error) => {
@@ -527,11 +532,10 @@ impl Worker<'_> {
             }
             put
         };
-        let mut heard = self.heard.clone();
         tokio::select! {
             biased;
             // Nobody has the time to find out whose fault it is.
-            _ = heard.wait_for(|count| *count > 0) => true,
+            () = self.lookout.heard.wait() => true,
             put = tokio::time::timeout(STORE_PATIENCE, put) => match put {
                 Ok(put) => put.is_err_and(|error| Error::from(error).kind() == Kind::Unavailable),
                 Err(_) => true,
@@ -553,11 +557,14 @@ impl Worker<'_> {
                 lock(&lock(tracker).carried).step = committed;
                 return conclude(Turn::new(End::Further, State::Renewed, 0));
             }
+            Err(_) if self.lookout.told() => return conclude(Turn::not_begun()),
             Err(error) => return conclude(Turn::of_error(&error)),
         };
-        if self.asked() {
+        if self.lookout.told() {
             return conclude(Turn::not_begun());
         }
+        // The agent asks the metadata service for itself.
+        self.runtime.block_on(self.lookout.rest());
         let listener: Listener = Box::new({
             let tracker = Arc::clone(tracker);
             move |event| lock(&tracker).hear(event, Instant::now())
@@ -594,7 +601,8 @@ impl Worker<'_> {
         };
         let root = Store::open(&uri, &config::reading_settings(&job.set)?)?;
         let run_id = &job.run_id;
-        let found = self.runtime.block_on(boot::existing(&root, run_id));
+        // The store may be silent, and is asked for minutes.
+        let found = self.unless_told(async { Ok(boot::existing(&root, run_id).await?) });
         match found.context(format!("read journal of run {run_id}"))? {
             Some(state) => {
                 if let journal::Outcome::Completed { step, loss, .. } = state.outcome() {
@@ -631,7 +639,7 @@ impl Worker<'_> {
                 let uri = format!("{folder}/{name}");
                 let doing = || format!("read configuration {uri}");
                 let bytes =
-                    (self.tools.fetch)(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
+                    self.fetch(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
                 let toml = String::from_utf8(bytes)
                     .map_err(|error| Error::from_source(Kind::Config, error.utf8_error()).context(doing()))?;
                 (toml, uri, Some(folder.as_str()))
@@ -651,9 +659,13 @@ impl Worker<'_> {
             set: &job.set,
             working_directory: self.tools.working_directory,
             machine: Machine::detect(),
-            fetch: self.tools.fetch,
+            fetch: &|folder, name| self.fetch(folder, name),
         };
         Ok(config::load(&sources)?)
+    }
+
+    fn fetch(&self, folder: &str, name: &str) -> Result<Vec<u8>> {
+        self.unless_told((self.tools.fetch)(folder, name))
     }
 
     /// Does what was decided. What fails here leaves the message where it is, to be seen again when its lease ends.

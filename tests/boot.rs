@@ -515,10 +515,11 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
     assert_eq!(called(&lab), "systemctl poweroff\n");
 
     let denied = refusal("AccessDenied", "not authorized to perform: autoscaling:TerminateInstanceInAutoScalingGroup");
-    short_run(&lab, &metadata, &denied, "denied")
-        .finish()
-        .expect_code(0)
-        .expect_said(&["AccessDenied", &format!("{INSTANCE} stays on and costs money"), "it would be replaced"]);
+    short_run(&lab, &metadata, &denied, "denied").finish().expect_code(0).expect_said(&[
+        "AccessDenied",
+        &format!("{INSTANCE} stays on and costs money"),
+        "it would be replaced",
+    ]);
     assert_eq!(called(&lab), "systemctl poweroff\n", "it powered off in a group");
 
     // Who does not answer may do so later.
@@ -534,7 +535,11 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
     short_run(&lab, &metadata, &denied, "groupless").finish().expect_code(0).expect_said(&["powering off"]);
     assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n");
     let told = [("TRAINER_POWER_OFF", "host".to_owned())];
-    short_run(&lab, &metadata, &outside, "told").envs(&told).finish().expect_code(0).expect_said(&["TRAINER_POWER_OFF=host"]);
+    short_run(&lab, &metadata, &outside, "told")
+        .envs(&told)
+        .finish()
+        .expect_code(0)
+        .expect_said(&["TRAINER_POWER_OFF=host"]);
     assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n", "that was left to somebody else");
 
     // A machine of no cloud, there for the run, which is complete.
@@ -745,14 +750,17 @@ fn who_is_stopped_while_it_looks_for_its_run_leaves_at_once_and_begins_nothing()
     for signal in [Signal::TERM, Signal::INT, Signal::USR1] {
         let before = metadata.requests_of(TOKEN).len();
         let life = machine().start();
-        metadata.wait_for(TOKEN, before + 1);
+        life.wait_until("a question", || metadata.requests_of(TOKEN).len() > before);
         // Asks for a save of nothing, and ends nobody.
         life.signal(Signal::USR2);
         life.signal(signal);
         let life = life.finish().expect_code(75).expect_said(&["before anything was begun, nothing is lost"]);
         assert!(life.events.is_empty() && lab.keys("early", "").is_empty(), "{}", life.story());
     }
+}
 
+#[test]
+fn who_is_stopped_while_the_store_is_silent_does_not_wait_for_it() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let fault = proxy::Fault::Stall(std::time::Duration::from_secs(3600));
     proxy.arm(Rule { method: "GET", target: "/bucket", fault, often: Often::Next(1_000_000) });

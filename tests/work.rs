@@ -14,8 +14,11 @@ use serde_json::{Value, json};
 use crate::support::{
     job_api::{JobApi, TOKEN, Told},
     lab::{EVERY, Lab, STEPS, Store, model_config},
-    metadata::{Asked, Cloud, INSTANCE, LIFECYCLE, MetadataServer, SCHEDULED_EVENTS, azure_event, parameter},
+    metadata::{
+        Asked, Cloud, INSTANCE, LIFECYCLE, MetadataServer, SCHEDULED_EVENTS, SPOT, azure_event, parameter, spot_notice,
+    },
     moto::Moto,
+    proxy::{Fault, Often, Rule},
     s3,
     trainer::{Event, Finished, Running, Trainer},
 };
@@ -567,4 +570,125 @@ fn what_a_later_life_says_of_the_store_holds_for_the_queue_too() {
     assert!(newest.ends_with("-g0003"), "{newest}\n{}", third.story());
     let asked = lab.server().asked(&format!("runs/classed/{newest}/manifest.json"), "PutObject").expect("a put");
     assert_eq!(asked.storage_class.as_deref(), Some("STANDARD_IA"), "{}", third.story());
+}
+
+#[test]
+fn a_worker_that_is_told_to_leave_while_a_job_is_read_renews_it_and_does_not_wait_for_the_store() {
+    let mut proxy = None;
+    let lab = || {
+        let (lab, between) = Lab::on_s3_through_proxy(0);
+        proxy = Some(between);
+        lab
+    };
+    let Some(shop) = Shop::open_with(lab, 1) else { return };
+    let proxy = proxy.expect("made with the lab");
+    shop.lab.server().write("conf/run.toml", shop.lab.config(""));
+    shop.send(&json!({"run_id": "unread", "config_uri": "s3://bucket/conf/run.toml"}).to_string());
+    let job = json!({"run_id": "unread", "config_uri": "s3://bucket/conf/run.toml", "store": shop.lab.uri()});
+    for (n, target) in ["/conf/", "journal"].into_iter().enumerate() {
+        let fault = Fault::Stall(std::time::Duration::from_secs(3600));
+        proxy.arm(Rule { method: "GET", target, fault, often: Often::Next(1_000_000) });
+        let before = proxy.broken();
+        let running = shop.leasing_worker("1h", "2m").start();
+        running.wait_until("a request to a silent store", || proxy.broken() > before);
+        running.signal(Signal::TERM);
+        let life = running.finish().expect_code(75);
+        assert_eq!(states(&life), ["claimed", "interrupted"], "{}", life.story());
+        assert_eq!(shop.count(&shop.queue), [1, 0, 0], "to be seen at once\n{}", life.story());
+        proxy.disarm();
+        if n == 0 {
+            shop.moto.json("sqs", "AmazonSQS.PurgeQueue", &json!({"QueueUrl": shop.queue}));
+            shop.send(&job.to_string());
+        }
+    }
+}
+
+#[test]
+fn an_idle_worker_whose_machine_goes_away_leaves_and_lets_it_go() {
+    let Some(shop) = Shop::open(1) else { return };
+    let server = MetadataServer::start().only(Cloud::Aws);
+    let idle = || {
+        let running = shop.leasing_worker("1h", "never").envs(&server.envs()).start();
+        running.wait_until_said("waiting for jobs");
+        // A save of nothing.
+        running.signal(Signal::USR2);
+        running
+    };
+    let running = idle();
+    // The hook is found before it is needed.
+    server.wait_for("/?Action=DescribeLifecycleHooks", 1);
+    server.set(LIFECYCLE, "Terminated");
+    let life = running.finish().expect_code(75).expect_said(&["told to leave", "aws-asg"]);
+    assert_eq!(server.requests_of("/?Action=CompleteLifecycleAction").len(), 1, "{}", life.story());
+
+    server.set(LIFECYCLE, "InService");
+    let running = idle();
+    server.set(SPOT, spot_notice("terminate", 120));
+    // What comes now is for others.
+    running.finish().expect_code(75).expect_said(&["told to leave", "aws-spot"]);
+}
+
+#[test]
+fn a_worker_waits_for_its_gpus_before_its_first_job() {
+    let Some(shop) = Shop::open(1) else { return };
+    let device = shop.lab.path("gpus/sys/bus/pci/devices/0000:00:1e.0");
+    std::fs::create_dir_all(&device).expect("a folder");
+    std::fs::write(device.join("vendor"), "0x10de\n").expect("a file");
+    std::fs::write(device.join("class"), "0x030200\n").expect("a file");
+    shop.send(&shop.job("patient", json!({})));
+    let root = [("TRAINER_HOST_ROOT", shop.lab.path("gpus").display().to_string())];
+    let life = shop.worker().args(&["--device-wait", "0s"]).envs(&root).finish();
+    if cfg!(torch_cuda) {
+        let life = life.expect_code(69).expect_said(&["1 NVIDIA devices are on the bus and 0 can be used"]);
+        assert!(life.events.is_empty(), "{}", life.story());
+        assert_eq!(shop.count(&shop.queue), [1, 0, 0], "nothing was received");
+    } else {
+        life.expect_code(0).expect_said(&["1 GPUs of this machine are not used: this build has no CUDA"]);
+    }
+}
+
+#[test]
+fn a_machine_on_which_run_after_run_fails_does_not_empty_the_queue() {
+    // The second receive of one message would put it into the dead-letter queue.
+    let Some(shop) = Shop::open(1) else { return };
+    for run in ["one", "other"] {
+        shop.send(&shop.job(run, json!({"restart.max": 0})));
+    }
+    let life = shop.leasing_worker("1h", "2m").faults("worker.step=panic").finish().expect_code(70);
+    let life = life.expect_said(&["run after run fails here"]);
+    assert_eq!(states(&life), ["claimed", "failed", "claimed", "failed"], "{}", life.story());
+    assert_eq!(shop.count(&shop.queue), [0, 1, 1], "the first has counted, the second is renewed\n{}", life.story());
+    let heard = shop.api.heard();
+    assert_eq!(events(&heard).iter().filter(|event| **event == "failed").count(), 1, "{heard:?}");
+    assert_eq!(heard.last().map(Told::event), Some("interrupted"), "the second goes on elsewhere: {heard:?}");
+}
+
+#[test]
+fn a_worker_whose_own_store_refuses_leaves_and_its_job_bears_no_mark() {
+    let Some(shop) = Shop::open_with(Lab::on_s3, 1) else { return };
+    shop.lab.server().set_rules(|rules| rules.deny_writes = true);
+    shop.send(&shop.job("denied", json!({})));
+    let uri = shop.lab.uri();
+    let life = shop.leasing_worker("1h", "2m").args(&["--store", &uri]).finish().expect_code(77);
+    assert_eq!(states(&life), ["claimed", "failed"], "{}", life.story());
+    assert_eq!(shop.count(&shop.queue), [0, 0, 1], "renewed\n{}", life.story());
+
+    // The store of the job alone: it is the job that fails.
+    shop.moto.json("sqs", "AmazonSQS.PurgeQueue", &json!({"QueueUrl": shop.queue}));
+    let own = format!("file://{}", shop.lab.path("own").display());
+    let job = json!({"run_id": "elsewhere", "store": uri, "config": shop.lab.config("")}).to_string();
+    shop.send(&job);
+    let life = shop.leasing_worker("1h", "2m").args(&["--once", "--store", &own]).finish().expect_code(77);
+    assert_eq!(shop.count(&shop.queue), [0, 1, 0], "this receive counts\n{}", life.story());
+}
+
+#[test]
+fn a_queue_is_not_empty_while_a_job_that_failed_here_is_put_away() {
+    let Some(shop) = Shop::open(2) else { return };
+    let broken = shop.job("broken", json!({"train.stepz": 1}));
+    shop.send(&broken);
+    // Its pauses, 3 s and 6 s, are longer than the worker would wait for another.
+    let life = shop.leasing_worker("30s", "1s").finish().expect_code(0);
+    assert_eq!(states(&life), ["claimed", "failed", "claimed", "failed"], "{}", life.story());
+    assert_eq!((shop.count(&shop.queue), shop.count(&shop.dead)), ([0; 3], [1, 0, 0]), "{}", life.story());
 }

@@ -144,7 +144,8 @@ impl Work {
             device_wait: self.device_wait,
             terms: Terms { lease: self.lease, longest: self.max_hold },
         };
-        let leave = || store::block_on(async { Ok(!matches!(leave::leave(leave::ANY_HOOK).await, Departure::Stays { .. })) });
+        let leave =
+            || store::block_on(async { Ok(!matches!(leave::leave(leave::ANY_HOOK).await, Departure::Stays { .. })) });
         let tools = Tools {
             reporter: &|listener| Reporter::with_listener(screen.clone(), json, listener),
             say,

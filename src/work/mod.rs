@@ -7,7 +7,7 @@
 //! # One message
 //! receive → hide it lease by lease → read the run's journal → train, unless the run is complete → settle. A message is deleted when its run
 //! is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the machine goes away, when another worker
-//! has the run, when this worker's own store does not answer, and when SQS would hide it no longer. It is left to the redrive policy when the
+//! has the run, when the fault is this worker's own (its store does not answer or refuses, run after run fails), and when SQS would hide it no longer. It is left to the redrive policy when the
 //! job itself failed, can't be understood, or needs what does not answer: reported, seen again after a pause, and after
 //! `maxReceiveCount` receives in the dead-letter queue.
 //! What a run's `on_complete` wants done with the machine is not done here: there may be another job.
@@ -28,6 +28,7 @@ mod lookout;
 mod tracker;
 
 use std::{
+    cell::RefCell,
     path::Path,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -40,7 +41,7 @@ use tokio::runtime::Runtime;
 
 use self::{
     api::{Api, Facts, Reports, Stage},
-    handover::{Carried, End, INTERRUPTIONS, STEP, Settle, made_progress, settle},
+    handover::{Carried, End, INTERRUPTIONS, STEP, Settle, Suspicion, made_progress, settle},
     job::{Job, Source},
     lease::{Hold, Holder, Terms, lock},
     lookout::Lookout,
@@ -197,7 +198,8 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     };
     tracing::info!(queue = queue.url(), "waiting for jobs");
     let lookout = Lookout::new(heard);
-    let worker = Worker { settings, tools, reports, lookout, queue, max_receive_count, runtime };
+    let suspicion = RefCell::default();
+    let worker = Worker { settings, tools, reports, lookout, suspicion, queue, max_receive_count, runtime };
     let left = worker.work();
     let hurried = matches!(left, Ok(Left::Asked)) || worker.lookout.told();
     if hurried {
@@ -271,11 +273,13 @@ struct Turn {
     state: State,
     code: u8,
     reason: Option<String>,
+    /// With which error, if with one.
+    error: Option<Kind>,
 }
 
 impl Turn {
     fn new(end: End, state: State, code: u8) -> Self {
-        Self { end, state, code, reason: None }
+        Self { end, state, code, reason: None, error: None }
     }
 
     /// The machine goes away before there is anything to save.
@@ -310,13 +314,14 @@ impl Turn {
             End::Failed | End::Unintelligible => State::Failed,
         };
         let reason = Some(error.to_string().chars().take(REASON).collect());
-        Self { end, state, code: error.kind().exit_code(), reason }
+        Self { end, state, code: error.kind().exit_code(), reason, error: Some(error.kind()) }
     }
 }
 
 /// A message that this worker has received.
 struct Claim<'a> {
     message: &'a Message,
+    run_id: Option<RunId>,
     /// The newest committed step when it came.
     begun_at: u64,
     carried: Arc<Mutex<Carried>>,
@@ -327,6 +332,8 @@ struct Worker<'a> {
     tools: Tools<'a>,
     reports: Reports,
     lookout: Lookout,
+    /// Of this worker itself.
+    suspicion: RefCell<Suspicion>,
     queue: Queue,
     max_receive_count: Option<u32>,
     runtime: Runtime,
@@ -336,7 +343,8 @@ impl Worker<'_> {
     fn work(&self) -> Result<Left> {
         let mut idle_since = Instant::now();
         loop {
-            let left = self.settings.idle_exit.map(|limit| limit.saturating_sub(idle_since.elapsed()));
+            let until_idle = idle_since.saturating_duration_since(Instant::now());
+            let left = self.settings.idle_exit.map(|limit| (limit + until_idle).saturating_sub(idle_since.elapsed()));
             let message = match self.runtime.block_on(self.next(left.unwrap_or(Duration::MAX)))? {
                 Next::Asked => return Ok(Left::Asked),
                 Next::Nothing => {
@@ -353,10 +361,14 @@ impl Worker<'_> {
                 }
                 Next::Message(message) => message,
             };
-            let Turn { end, state, code, .. } = self.turn(&message);
+            let (Turn { end, state, code, .. }, what) = self.turn(&message);
             // A run that another worker trains for weeks must not keep this one waiting for weeks.
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
+                // Put away, it is still in the queue: who left now would leave it to nobody.
+                if let Settle::Return(after) = what {
+                    idle_since += after;
+                }
             }
             if matches!(end, End::Interrupted | End::CutOff) {
                 return Ok(Left::Job(code));
@@ -412,8 +424,8 @@ impl Worker<'_> {
         }
     }
 
-    /// One message, from its claim until it is settled.
-    fn turn(&self, message: &Message) -> Turn {
+    /// One message, from its claim until it is settled, and how it was.
+    fn turn(&self, message: &Message) -> (Turn, Settle) {
         let number = |name| message.number(name).unwrap_or_default();
         let carried = Carried { interruptions: number(INTERRUPTIONS), step: number(STEP) };
         let run_id = Job::name_of(&message.body);
@@ -434,7 +446,8 @@ impl Worker<'_> {
         let name = run_id.as_ref().map_or("without a run", RunId::as_str);
         tracing::info!(run = name, received = times, interruptions = carried.interruptions, "job received");
 
-        let claim = Claim { message, begun_at: carried.step, carried: Arc::new(Mutex::new(carried)) };
+        let claim =
+            Claim { message, run_id: run_id.clone(), begun_at: carried.step, carried: Arc::new(Mutex::new(carried)) };
         let tracker = Arc::new(Mutex::new(Tracker::new(
             self.reports.clone(),
             Head {
@@ -471,6 +484,8 @@ impl Worker<'_> {
         }
         let stage = match turn.state {
             State::Completed => Some(Stage::Completed),
+            // It goes on elsewhere.
+            State::Failed | State::Unreachable if matches!(what, Settle::Renew { .. }) => Some(Stage::Interrupted),
             State::Failed => Some(Stage::Failed),
             State::Unreachable if matches!(what, Settle::Return(_)) => Some(Stage::Failed),
             State::Interrupted | State::Unreachable => Some(Stage::Interrupted),
@@ -480,24 +495,35 @@ impl Worker<'_> {
             lock(&tracker).end(stage, turn.reason.clone(), turn.code);
         }
         say(turn.state, turn.reason.clone(), Some(turn.code));
-        turn
+        (turn, what)
     }
 
     /// Lets go of a message as the end of its turn wants it: the machine may have seconds left, so that this comes before everything else.
     fn conclude(&self, claim: &Claim<'_>, holder: Option<Holder>, mut turn: Turn) -> (Turn, Settle) {
         let goes_away = turn.end == End::Interrupted;
         let work = async {
+            let committed = lock(&claim.carried).step;
+            let further = committed > claim.begun_at;
+            let mut suspicion = self.suspicion.borrow_mut();
+            let run = claim.run_id.as_ref();
+            let suspect = run.is_some_and(|run| suspicion.is_confirmed_by(run, turn.error, further));
+            drop(suspicion);
+            if suspect {
+                tracing::error!("run after run fails here: the message goes to another worker, and this one leaves");
+                turn.end = End::CutOff;
+            }
             // While the message is still held: this may take its time.
-            if turn.end == End::Unreachable && self.is_cut_off().await {
+            let asks = matches!(turn.error, Some(Kind::Unavailable | Kind::Permission)) && turn.end != End::CutOff;
+            if asks && self.is_cut_off().await {
                 turn.end = End::CutOff;
             }
             let hold = match holder {
                 Some(holder) => holder.stop().await,
                 None => Hold::Ours,
             };
-            let Claim { message, begun_at, .. } = *claim;
+            let message = claim.message;
             let carried = *lock(&claim.carried);
-            let (further, dead_letters) = (carried.step > begun_at, self.max_receive_count.is_some());
+            let dead_letters = self.max_receive_count.is_some();
             let what = settle(turn.end, hold, message.received, further, dead_letters, self.settings.terms.lease);
             self.settle(message, what, carried).await;
             what
@@ -517,7 +543,7 @@ impl Worker<'_> {
         (turn, what)
     }
 
-    /// Whether this worker's own store does not take anything either. A refusal is an answer: that is for a person.
+    /// Whether this worker's own store does not take anything either.
     async fn is_cut_off(&self) -> bool {
         let Some(uri) = &self.settings.store else { return false };
         let Ok(uri) = config::absolute_uri(uri, self.tools.working_directory) else { return false };
@@ -537,7 +563,7 @@ impl Worker<'_> {
             // Nobody has the time to find out whose fault it is.
             () = self.lookout.heard.wait() => true,
             put = tokio::time::timeout(STORE_PATIENCE, put) => match put {
-                Ok(put) => put.is_err_and(|error| Error::from(error).kind() == Kind::Unavailable),
+                Ok(put) => put.is_err_and(|error| matches!(Error::from(error).kind(), Kind::Unavailable | Kind::Permission)),
                 Err(_) => true,
             },
         }
@@ -638,8 +664,7 @@ impl Worker<'_> {
             Source::At { folder, name } => {
                 let uri = format!("{folder}/{name}");
                 let doing = || format!("read configuration {uri}");
-                let bytes =
-                    self.fetch(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
+                let bytes = self.fetch(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
                 let toml = String::from_utf8(bytes)
                     .map_err(|error| Error::from_source(Kind::Config, error.utf8_error()).context(doing()))?;
                 (toml, uri, Some(folder.as_str()))

@@ -26,6 +26,7 @@ pub mod job;
 pub mod lease;
 mod lookout;
 mod tracker;
+mod turn;
 
 use std::{
     cell::RefCell,
@@ -46,9 +47,10 @@ use self::{
     lease::{Hold, Holder, Terms, lock},
     lookout::Lookout,
     tracker::{Head, Tracker},
+    turn::Turn,
 };
 use crate::{
-    agent::{self, Begin, Launch, Manner, Outcome},
+    agent::{self, Begin, Launch, Manner},
     boot::{self, stop::Heard},
     cloud::{
         hardware, region,
@@ -74,9 +76,6 @@ const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
 const STORE_PATIENCE: Duration = Duration::from_secs(20);
 /// Renewing the message of a job whose machine goes away may take so long: notices leave as little as 30 s, the last save included.
 const RENEWAL: Duration = Duration::from_secs(10);
-/// The longest reason that is reported, characters.
-const REASON: usize = 2000;
-
 /// What a worker is told.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -267,57 +266,6 @@ enum Prepared {
     },
 }
 
-/// How a turn ended.
-struct Turn {
-    end: End,
-    state: State,
-    code: u8,
-    reason: Option<String>,
-    /// With which error, if with one.
-    error: Option<Kind>,
-}
-
-impl Turn {
-    fn new(end: End, state: State, code: u8) -> Self {
-        Self { end, state, code, reason: None, error: None }
-    }
-
-    /// The machine goes away before there is anything to save.
-    fn not_begun() -> Self {
-        let turn = Self::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
-        Self { reason: Some("asked to stop before the run was started".into()), ..turn }
-    }
-
-    fn of_outcome(outcome: &Result<Outcome>) -> Self {
-        match outcome {
-            Ok(Outcome::Completed { .. }) => Self::new(End::Completed, State::Completed, 0),
-            Ok(Outcome::NotCreated) => Self::not_begun(),
-            Ok(Outcome::Interrupted { lost_steps }) => {
-                let kind = if *lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
-                Self::new(End::Interrupted, State::Interrupted, kind.exit_code())
-            }
-            Err(error) => Self::of_error(error),
-        }
-    }
-
-    fn of_error(error: &Error) -> Self {
-        if let Some(hint) = error.hint() {
-            tracing::warn!("hint: {}", crate::report::human::plain(hint));
-        }
-        let end = End::of_error(error.kind());
-        let state = match end {
-            End::Completed => State::Completed,
-            End::Interrupted => State::Interrupted,
-            End::Elsewhere => State::StandBy,
-            End::Further => State::Renewed,
-            End::Unreachable | End::CutOff => State::Unreachable,
-            End::Failed | End::Unintelligible => State::Failed,
-        };
-        let reason = Some(error.to_string().chars().take(REASON).collect());
-        Self { end, state, code: error.kind().exit_code(), reason, error: Some(error.kind()) }
-    }
-}
-
 /// A message that this worker has received.
 struct Claim<'a> {
     message: &'a Message,
@@ -501,17 +449,15 @@ impl Worker<'_> {
     /// Lets go of a message as the end of its turn wants it: the machine may have seconds left, so that this comes before everything else.
     fn conclude(&self, claim: &Claim<'_>, holder: Option<Holder>, mut turn: Turn) -> (Turn, Settle) {
         let goes_away = turn.end == End::Interrupted;
+        let further = lock(&claim.carried).step > claim.begun_at;
+        let mut suspicion = self.suspicion.borrow_mut();
+        let no_good = claim.run_id.as_ref().is_some_and(|run| suspicion.is_confirmed_by(run, turn.error, further));
+        drop(suspicion);
+        if no_good {
+            tracing::error!("run after run fails here: the message goes to another worker, and this one leaves");
+            turn.end = End::CutOff;
+        }
         let work = async {
-            let committed = lock(&claim.carried).step;
-            let further = committed > claim.begun_at;
-            let mut suspicion = self.suspicion.borrow_mut();
-            let run = claim.run_id.as_ref();
-            let suspect = run.is_some_and(|run| suspicion.is_confirmed_by(run, turn.error, further));
-            drop(suspicion);
-            if suspect {
-                tracing::error!("run after run fails here: the message goes to another worker, and this one leaves");
-                turn.end = End::CutOff;
-            }
             // While the message is still held: this may take its time.
             let asks = matches!(turn.error, Some(Kind::Unavailable | Kind::Permission)) && turn.end != End::CutOff;
             if asks && self.is_cut_off().await {

@@ -15,7 +15,7 @@ use rustix::process::Signal;
 
 use crate::support::{
     lab::{EVERY, Lab, STEPS, data_set, model_config},
-    metadata::{Fault, INSTANCE, MetadataServer, TOKEN},
+    metadata::{Fault, INSTANCE, LIFECYCLE, MetadataServer, TOKEN},
     moto::Moto,
     proxy::{self, Often, Rule},
     s3,
@@ -145,9 +145,11 @@ fn expect_secret_unseen(life: &Finished) {
 fn a_run_is_created_then_resumed_then_left_alone() {
     let lab = Lab::on_files();
     let uri = lab.uri();
-    let first = boot(&lab, &["run.toml", "--run-id", "life", "--store", &uri]).start();
+    let first = boot(&lab, &["run.toml", "--run-id", "life", "--store", &uri]).hold_after(EVERY + 1).start();
     first.wait_for_step("checkpoint", EVERY);
+    first.held();
     first.signal(Signal::TERM);
+    first.let_go();
     let first = first.finish().expect_code(75).expect_said(&["run life does not exist", "boot to joined"]);
 
     // The configuration is gone by now: the run has it.
@@ -367,10 +369,10 @@ fn an_instance_whose_tags_can_not_be_read_is_asked_again_and_creates_no_run_with
 }
 
 /// Starts two machines for one new run; gives the one that trains first, then the other.
-fn pair(lab: &Lab, run: &str, more: &[&str]) -> (Running, Running) {
+fn pair(lab: &Lab, run: &str, manner: impl Fn(Trainer) -> Trainer) -> (Running, Running) {
     let uri = lab.uri();
-    let arguments: Vec<&str> = ["run.toml", "--run-id", run, "--store", &uri].iter().chain(more).copied().collect();
-    let (one, other) = (boot(lab, &arguments).start(), boot(lab, &arguments).start());
+    let machine = || manner(boot(lab, &["run.toml", "--run-id", run, "--store", &uri])).start();
+    let (one, other) = (machine(), machine());
     let first = one.wait_for("formed or standby event", |event| matches!(event.kind(), "formed" | "standby"));
     if first.kind() == "formed" { (one, other) } else { (other, one) }
 }
@@ -379,7 +381,7 @@ fn pair(lab: &Lab, run: &str, more: &[&str]) -> (Running, Running) {
 fn of_two_machines_one_trains_and_the_other_takes_over_when_that_is_killed() {
     let lab = Lab::on_files();
     // Far more steps than the first has time for.
-    let (first, second) = pair(&lab, "pair", &["--set", "train.steps=100000"]);
+    let (first, second) = pair(&lab, "pair", |it| it.args(&["--set", "train.steps=100000"]));
     second.wait_for("standby event", |event| event.kind() == "standby");
     first.wait_for_step("checkpoint", EVERY);
     let first = first.power_off().expect_killed();
@@ -401,8 +403,8 @@ fn of_two_machines_one_trains_and_the_other_takes_over_when_that_is_killed() {
 #[test]
 fn one_that_stands_by_has_nothing_to_do_when_the_other_completes_and_leaves_when_told() {
     let lab = Lab::on_files();
-    // Long enough for two more to come while the first is at work.
-    let (first, second) = pair(&lab, "end", &["--set", "train.steps=600"]);
+    // Two more come while the first is at work.
+    let (first, second) = pair(&lab, "end", |it| it.hold_after(2));
     second.wait_for("standby event", |event| event.kind() == "standby");
     let uri = lab.uri();
     let third = boot(&lab, &["--run-id", "end", "--store", &uri]).start();
@@ -412,10 +414,11 @@ fn one_that_stands_by_has_nothing_to_do_when_the_other_completes_and_leaves_when
     assert!(third.of_kind("formed").is_empty(), "{}", third.story());
     let impatient = boot(&lab, &["--run-id", "end", "--store", &uri, "--standby", "0s"]).finish();
     impatient.expect_code(79).expect_said(&["is alive"]);
+    first.let_go();
     let (first, second) = (first.finish().expect_code(0), second.finish().expect_code(0));
     assert!(second.of_kind("formed").is_empty(), "{}", second.story());
     let steps: Vec<u64> = first.of_kind("step").iter().filter_map(|event| event.step()).collect();
-    assert_eq!(steps, (1..=600).collect::<Vec<_>>(), "each step once, by the first alone");
+    assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>(), "each step once, by the first alone");
 }
 
 /// A run of two steps that ends with "terminate", on a machine with this id.
@@ -512,11 +515,32 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
     assert_eq!(called(&lab), "systemctl poweroff\n");
 
     let denied = refusal("AccessDenied", "not authorized to perform: autoscaling:TerminateInstanceInAutoScalingGroup");
-    short_run(&lab, &metadata, &denied, "denied")
+    short_run(&lab, &metadata, &denied, "denied").finish().expect_code(0).expect_said(&[
+        "AccessDenied",
+        &format!("{INSTANCE} stays on and costs money"),
+        "it would be replaced",
+    ]);
+    assert_eq!(called(&lab), "systemctl poweroff\n", "it powered off in a group");
+
+    // Who does not answer may do so later.
+    let closed = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    let silent = short_run(&lab, &metadata, &format!("http://{closed}"), "silent").start();
+    silent.wait_until_said("the group is asked again in 60 s");
+    silent.signal(Signal::TERM);
+    silent.finish().expect_code(0);
+    assert_eq!(called(&lab), "systemctl poweroff\n", "it powered off in a group that is silent");
+
+    // In none, as its metadata says, which is what the API could not say.
+    metadata.set(LIFECYCLE, 404);
+    short_run(&lab, &metadata, &denied, "groupless").finish().expect_code(0).expect_said(&["powering off"]);
+    assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n");
+    let told = [("TRAINER_POWER_OFF", "host".to_owned())];
+    short_run(&lab, &metadata, &outside, "told")
+        .envs(&told)
         .finish()
         .expect_code(0)
-        .expect_said(&["AccessDenied", "starts another machine in place of"]);
-    assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n");
+        .expect_said(&["TRAINER_POWER_OFF=host"]);
+    assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n", "that was left to somebody else");
 
     // A machine of no cloud, there for the run, which is complete.
     let path = [stand_ins(&lab, &[])];
@@ -714,4 +738,34 @@ fn a_machine_with_gpus_is_waited_for_or_told_that_they_are_not_used() {
         let without = on_it("driverless").finish().expect_code(0);
         without.expect_said(&["1 GPUs of this machine are not used: this build has no CUDA"]);
     }
+}
+
+#[test]
+fn who_is_stopped_while_it_looks_for_its_run_leaves_at_once_and_begins_nothing() {
+    let lab = Lab::on_files();
+    let metadata = MetadataServer::start();
+    metadata.storm(Fault::Hang);
+    // An instance: its service is asked again and again.
+    let machine = || boot(&lab, &["run.toml", "--run-id", "early"]).envs(&metadata.envs()).envs(&[on_ec2(&lab)]);
+    for signal in [Signal::TERM, Signal::INT, Signal::USR1] {
+        let before = metadata.requests_of(TOKEN).len();
+        let life = machine().start();
+        life.wait_until("a question", || metadata.requests_of(TOKEN).len() > before);
+        // Asks for a save of nothing, and ends nobody.
+        life.signal(Signal::USR2);
+        life.signal(signal);
+        let life = life.finish().expect_code(75).expect_said(&["before anything was begun, nothing is lost"]);
+        assert!(life.events.is_empty() && lab.keys("early", "").is_empty(), "{}", life.story());
+    }
+}
+
+#[test]
+fn who_is_stopped_while_the_store_is_silent_does_not_wait_for_it() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    let fault = proxy::Fault::Stall(std::time::Duration::from_secs(3600));
+    proxy.arm(Rule { method: "GET", target: "/bucket", fault, often: Often::Next(1_000_000) });
+    let life = boot(&lab, &["run.toml", "--run-id", "early", "--store", &lab.uri()]).start();
+    life.wait_until("a look for the run", || proxy.broken() > 0);
+    life.signal(Signal::TERM);
+    life.finish().expect_code(75).expect_said(&["before anything was begun, nothing is lost"]);
 }

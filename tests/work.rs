@@ -14,8 +14,11 @@ use serde_json::{Value, json};
 use crate::support::{
     job_api::{JobApi, TOKEN, Told},
     lab::{EVERY, Lab, STEPS, Store, model_config},
-    metadata::{Asked, Cloud, INSTANCE, LIFECYCLE, MetadataServer, SCHEDULED_EVENTS, azure_event, parameter},
+    metadata::{
+        Asked, Cloud, INSTANCE, LIFECYCLE, MetadataServer, SCHEDULED_EVENTS, SPOT, azure_event, parameter, spot_notice,
+    },
     moto::Moto,
+    proxy::{Fault, Often, Rule},
     s3,
     trainer::{Event, Finished, Running, Trainer},
 };
@@ -90,8 +93,11 @@ impl Shop {
         self.patient_worker("2s")
     }
     fn patient_worker(&self, idle_exit: &str) -> Trainer {
+        self.leasing_worker("5s", idle_exit)
+    }
+    fn leasing_worker(&self, lease: &str, idle_exit: &str) -> Trainer {
         let worker =
-            self.lab.command(&["work", "--queue", &self.queue, "--lease", "5s", "--idle-exit", idle_exit]).json();
+            self.lab.command(&["work", "--queue", &self.queue, "--lease", lease, "--idle-exit", idle_exit]).json();
         let worker = match &self.lab.store {
             // The queue's URL says where the queue is.
             Store::S3(..) => worker,
@@ -193,9 +199,11 @@ fn an_interrupted_job_goes_to_the_next_worker_without_a_mark_against_it() {
     // The second receive of one message would put it into the dead-letter queue.
     let Some(shop) = Shop::open(1) else { return };
     shop.send(&shop.job("asked", json!({})));
-    let running = shop.worker().start();
+    let running = shop.worker().hold_after(EVERY + 1).start();
     running.wait_for_step("step", EVERY + 1);
+    running.held();
     running.signal(Signal::TERM);
+    running.let_go();
     let first = running.finish().expect_code(75);
     assert_eq!(states(&first), ["claimed", "interrupted"], "{}", first.story());
     assert_eq!(shop.count(&shop.queue), [1, 0, 0], "the copy is to be seen at once\n{}", first.story());
@@ -216,11 +224,12 @@ fn an_interrupted_job_goes_to_the_next_worker_without_a_mark_against_it() {
 fn the_job_of_a_killed_worker_is_seen_again_and_resumed() {
     let Some(shop) = Shop::open(2) else { return };
     shop.send(&shop.job("killed", json!({})));
-    let running = shop.worker().start();
+    let running = shop.worker().hold_after(EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
     running.wait_for_step("step", EVERY + 1);
     let first = running.power_off();
-    assert_eq!(shop.count(&shop.queue), [0, 1, 0], "nobody was left to hand it over");
+    // In flight, or to be seen again by now.
+    assert_eq!(shop.count(&shop.queue).iter().sum::<u64>(), 1, "nobody was left to hand it over");
 
     // The lease must run out first; no time is slept away here: this worker waits for messages.
     let second = shop.patient_worker("2m").args(&["--once"]).finish().expect_code(0);
@@ -286,7 +295,8 @@ fn a_job_that_nothing_answers_is_put_away_and_the_worker_leaves_only_if_its_own_
 
     shop.send(&shop.job("cut-off", json!({"storage.attempts": 2})));
     let silent = [("AWS_ENDPOINT_URL", "http://127.0.0.1:1".to_owned())];
-    let third = shop.worker().args(&["--store", "s3://nowhere/runs"]).envs(&silent).finish().expect_code(69);
+    let third = shop.leasing_worker("1h", "2s").args(&["--store", "s3://nowhere/runs"]);
+    let third = third.envs(&silent).finish().expect_code(69);
     assert_eq!(states(&third), ["claimed", "unreachable"], "{}", third.story());
     assert_eq!(shop.count(&shop.queue), [0, 0, 1], "a copy that is not seen for a while\n{}", third.story());
     assert_eq!(shop.api.heard().pop().map(|told| told.event().to_owned()).as_deref(), Some("interrupted"));
@@ -374,6 +384,15 @@ fn a_machine_that_can_not_leave_goes_on_with_the_next_job() {
     let life = running.finish().expect_code(75);
     shop.lab.expect_as_undisturbed("late", &[&life]);
     shop.expect_empty();
+}
+
+#[test]
+fn a_machine_that_its_host_switches_off_is_left_to_it() {
+    let Some(shop) = Shop::open(3) else { return };
+    // A container: nothing in it powers off.
+    let host = [("PATH", shop.lab.path("bin").display().to_string()), ("TRAINER_POWER_OFF", "host".into())];
+    let life = shop.worker().args(&["--terminate-when-idle"]).envs(&host).finish().expect_code(0);
+    assert_eq!(life.of_kind("idle").len(), 1, "{}", life.story());
 }
 
 #[test]
@@ -535,14 +554,15 @@ fn a_machine_leaves_its_group_when_the_queue_stays_empty() {
 fn what_a_later_life_says_of_the_store_holds_for_the_queue_too() {
     let Some(shop) = Shop::open_with(Lab::on_s3, 3) else { return };
     let lab = &shop.lab;
-    let first = lab.run("classed").start();
-    first.wait_for_step("step", 2);
-    first.signal(Signal::TERM);
-    let first = first.finish().expect_code(75);
-    let second = lab.resume("classed").args(&["--set", "storage.storage_class=STANDARD_IA"]).start();
-    second.wait_for("a step", |event| event.kind() == "step");
-    second.signal(Signal::TERM);
-    let second = second.finish().expect_code(75);
+    let stopped = |command: Trainer| {
+        let running = command.hold_after(2).start();
+        running.held();
+        running.signal(Signal::TERM);
+        running.let_go();
+        running.finish().expect_code(75)
+    };
+    let first = stopped(lab.run("classed"));
+    let second = stopped(lab.resume("classed").args(&["--set", "storage.storage_class=STANDARD_IA"]));
     shop.send(&shop.job("classed", json!({})));
     let third = shop.worker().finish().expect_code(0);
     lab.expect_as_undisturbed("classed", &[&first, &second, &third]);
@@ -550,4 +570,125 @@ fn what_a_later_life_says_of_the_store_holds_for_the_queue_too() {
     assert!(newest.ends_with("-g0003"), "{newest}\n{}", third.story());
     let asked = lab.server().asked(&format!("runs/classed/{newest}/manifest.json"), "PutObject").expect("a put");
     assert_eq!(asked.storage_class.as_deref(), Some("STANDARD_IA"), "{}", third.story());
+}
+
+#[test]
+fn a_worker_that_is_told_to_leave_while_a_job_is_read_renews_it_and_does_not_wait_for_the_store() {
+    let mut proxy = None;
+    let lab = || {
+        let (lab, between) = Lab::on_s3_through_proxy(0);
+        proxy = Some(between);
+        lab
+    };
+    let Some(shop) = Shop::open_with(lab, 1) else { return };
+    let proxy = proxy.expect("made with the lab");
+    shop.lab.server().write("conf/run.toml", shop.lab.config(""));
+    shop.send(&json!({"run_id": "unread", "config_uri": "s3://bucket/conf/run.toml"}).to_string());
+    let job = json!({"run_id": "unread", "config_uri": "s3://bucket/conf/run.toml", "store": shop.lab.uri()});
+    for (n, target) in ["/conf/", "journal"].into_iter().enumerate() {
+        let fault = Fault::Stall(std::time::Duration::from_secs(3600));
+        proxy.arm(Rule { method: "GET", target, fault, often: Often::Next(1_000_000) });
+        let before = proxy.broken();
+        let running = shop.leasing_worker("1h", "2m").start();
+        running.wait_until("a request to a silent store", || proxy.broken() > before);
+        running.signal(Signal::TERM);
+        let life = running.finish().expect_code(75);
+        assert_eq!(states(&life), ["claimed", "interrupted"], "{}", life.story());
+        assert_eq!(shop.count(&shop.queue), [1, 0, 0], "to be seen at once\n{}", life.story());
+        proxy.disarm();
+        if n == 0 {
+            shop.moto.json("sqs", "AmazonSQS.PurgeQueue", &json!({"QueueUrl": shop.queue}));
+            shop.send(&job.to_string());
+        }
+    }
+}
+
+#[test]
+fn an_idle_worker_whose_machine_goes_away_leaves_and_lets_it_go() {
+    let Some(shop) = Shop::open(1) else { return };
+    let server = MetadataServer::start().only(Cloud::Aws);
+    let idle = || {
+        let running = shop.leasing_worker("1h", "never").envs(&server.envs()).start();
+        running.wait_until_said("waiting for jobs");
+        // A save of nothing.
+        running.signal(Signal::USR2);
+        running
+    };
+    let running = idle();
+    // The hook is found before it is needed.
+    server.wait_for("/?Action=DescribeLifecycleHooks", 1);
+    server.set(LIFECYCLE, "Terminated");
+    let life = running.finish().expect_code(75).expect_said(&["told to leave", "aws-asg"]);
+    assert_eq!(server.requests_of("/?Action=CompleteLifecycleAction").len(), 1, "{}", life.story());
+
+    server.set(LIFECYCLE, "InService");
+    let running = idle();
+    server.set(SPOT, spot_notice("terminate", 120));
+    // What comes now is for others.
+    running.finish().expect_code(75).expect_said(&["told to leave", "aws-spot"]);
+}
+
+#[test]
+fn a_worker_waits_for_its_gpus_before_its_first_job() {
+    let Some(shop) = Shop::open(1) else { return };
+    let device = shop.lab.path("gpus/sys/bus/pci/devices/0000:00:1e.0");
+    std::fs::create_dir_all(&device).expect("a folder");
+    std::fs::write(device.join("vendor"), "0x10de\n").expect("a file");
+    std::fs::write(device.join("class"), "0x030200\n").expect("a file");
+    shop.send(&shop.job("patient", json!({})));
+    let root = [("TRAINER_HOST_ROOT", shop.lab.path("gpus").display().to_string())];
+    let life = shop.worker().args(&["--device-wait", "0s"]).envs(&root).finish();
+    if cfg!(torch_cuda) {
+        let life = life.expect_code(69).expect_said(&["1 NVIDIA devices are on the bus and 0 can be used"]);
+        assert!(life.events.is_empty(), "{}", life.story());
+        assert_eq!(shop.count(&shop.queue), [1, 0, 0], "nothing was received");
+    } else {
+        life.expect_code(0).expect_said(&["1 GPUs of this machine are not used: this build has no CUDA"]);
+    }
+}
+
+#[test]
+fn a_machine_on_which_run_after_run_fails_does_not_empty_the_queue() {
+    // The second receive of one message would put it into the dead-letter queue.
+    let Some(shop) = Shop::open(1) else { return };
+    for run in ["one", "other"] {
+        shop.send(&shop.job(run, json!({"restart.max": 0})));
+    }
+    let life = shop.leasing_worker("1h", "2m").faults("worker.step=panic").finish().expect_code(70);
+    let life = life.expect_said(&["run after run fails here"]);
+    assert_eq!(states(&life), ["claimed", "failed", "claimed", "failed"], "{}", life.story());
+    assert_eq!(shop.count(&shop.queue), [0, 1, 1], "the first has counted, the second is renewed\n{}", life.story());
+    let heard = shop.api.heard();
+    assert_eq!(events(&heard).iter().filter(|event| **event == "failed").count(), 1, "{heard:?}");
+    assert_eq!(heard.last().map(Told::event), Some("interrupted"), "the second goes on elsewhere: {heard:?}");
+}
+
+#[test]
+fn a_worker_whose_own_store_refuses_leaves_and_its_job_bears_no_mark() {
+    let Some(shop) = Shop::open_with(Lab::on_s3, 1) else { return };
+    shop.lab.server().set_rules(|rules| rules.deny_writes = true);
+    shop.send(&shop.job("denied", json!({})));
+    let uri = shop.lab.uri();
+    let life = shop.leasing_worker("1h", "2m").args(&["--store", &uri]).finish().expect_code(77);
+    assert_eq!(states(&life), ["claimed", "failed"], "{}", life.story());
+    assert_eq!(shop.count(&shop.queue), [0, 0, 1], "renewed\n{}", life.story());
+
+    // The store of the job alone: it is the job that fails.
+    shop.moto.json("sqs", "AmazonSQS.PurgeQueue", &json!({"QueueUrl": shop.queue}));
+    let own = format!("file://{}", shop.lab.path("own").display());
+    let job = json!({"run_id": "elsewhere", "store": uri, "config": shop.lab.config("")}).to_string();
+    shop.send(&job);
+    let life = shop.leasing_worker("1h", "2m").args(&["--once", "--store", &own]).finish().expect_code(77);
+    assert_eq!(shop.count(&shop.queue), [0, 1, 0], "this receive counts\n{}", life.story());
+}
+
+#[test]
+fn a_queue_is_not_empty_while_a_job_that_failed_here_is_put_away() {
+    let Some(shop) = Shop::open(2) else { return };
+    let broken = shop.job("broken", json!({"train.stepz": 1}));
+    shop.send(&broken);
+    // Its pauses, 3 s and 6 s, are longer than the worker would wait for another.
+    let life = shop.leasing_worker("30s", "1s").finish().expect_code(0);
+    assert_eq!(states(&life), ["claimed", "failed", "claimed", "failed"], "{}", life.story());
+    assert_eq!((shop.count(&shop.queue), shop.count(&shop.dead)), ([0; 3], [1, 0, 0]), "{}", life.story());
 }

@@ -41,8 +41,22 @@ fn judge(gpus: &Gpus, unchanged: Duration) -> Verdict {
     }
 }
 
+/// Waits until the GPUs of this machine can be used, at most `limit`, where this process uses any; says what there is to use.
+pub async fn await_gpus(root: &Path, limit: Duration) -> Result<Option<String>> {
+    let hidden = std::env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|list| matches!(list.trim(), "" | "-1"));
+    if cfg!(torch_cuda) && !hidden {
+        return wait(root, limit).await;
+    }
+    let count = hardware::gpus(root).on_the_bus;
+    if count > 0 {
+        let why = if hidden { "CUDA_VISIBLE_DEVICES hides them" } else { "this build has no CUDA" };
+        tracing::warn!("{count} GPUs of this machine are not used: {why}");
+    }
+    Ok(None)
+}
+
 /// Waits until the GPUs on the bus can be used, at most `limit`; says what there is, or `None` where there are no GPUs.
-pub async fn wait(root: &Path, limit: Duration) -> Result<Option<String>> {
+async fn wait(root: &Path, limit: Duration) -> Result<Option<String>> {
     let began = Instant::now();
     let (mut seen, mut since, mut said) = (Gpus::default(), began, began);
     loop {

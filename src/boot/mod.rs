@@ -20,13 +20,14 @@
 //! succeeds, the other resumes. One of them trains; the other stands by, its data fetched, watches the heartbeat, and takes
 //! over when that stops: this is what a group does that starts the replacement before it ends the machine that is
 //! replaced. A second boot of a run that is complete finds so, waits for no device, and does what `on_complete` says. A kill at any instant leaves
-//! what the agent leaves.
+//! what the agent leaves. Who asks this process to stop before the agent listens is heard all the same ([`stop`]): then nothing is begun.
 //!
 //! # Errors
 //! What a person must mend (configuration: 78, permission: 77) is told apart from what time may mend (69), so that a supervisor
 //! repeats the one and not the other. Names of parameters are logged, their values are not; a setting that is wrong is said with its
 //! value, as any other: settings are no secrets, they stand in the journal.
 pub mod settings;
+pub mod stop;
 
 mod devices;
 mod template;
@@ -38,7 +39,7 @@ use std::{
 
 use jiff::{Timestamp, tz::TimeZone};
 
-pub use self::devices::wait as wait_for_devices;
+pub use self::devices::await_gpus;
 use self::settings::{Given, Layer, Name, Origin};
 use crate::{
     cloud::{

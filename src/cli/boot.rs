@@ -6,7 +6,7 @@ use clap::Args;
 use jiff::Timestamp;
 
 use super::{
-    args::{JsonArg, SetArg, Workers, WorkersArg},
+    args::{SetArg, Workers, WorkersArg},
     run, store,
 };
 use crate::{
@@ -14,13 +14,14 @@ use crate::{
     boot::{
         self, Steps,
         settings::{Config, Given, Layer, Name, Origin},
+        stop::Stop,
     },
     cloud::hardware,
     config::{self, Machine, RunConfig, Sources, Text},
     error::{Context, Error, Kind, Result},
     ids::RunId,
     journal::{Outcome, RunState},
-    report::Screen,
+    report::{Event, Reporter, Screen},
     storage::Store,
 };
 
@@ -48,7 +49,8 @@ looked for: one of the quarter before that is unfinished is carried on by naming
 A run that exists is resumed with the settings it was created with, and those that --set or set/<key> change; a changed configuration \
 changes nothing. Settings of storage hold from the first request on: storage.attempts says how often one that fails is tried. A run that \
 is complete is left alone. Two machines may boot one run: one trains, the other stands by and takes over \
-when the first is gone. When the run is complete, on_complete.action says what becomes of the machine.
+when the first is gone. When the run is complete, on_complete.action says what becomes of the machine. TRAINER_POWER_OFF=host says that \
+whoever started this process powers the machine off after exit code 0, as it must for a container: then nothing is powered off from here.
 
 Datasets are kept on a mounted instance store (NVMe) where there is one, else in the user's cache. TRAINER_HOST_ROOT names the folder of the machine's /sys, /proc and /dev, for a container that has them elsewhere.
 Exit codes beside those of `trainer run`: 78 nothing to do was found or it is wrong, 77 not permitted, 69 not reachable or no GPU driver \
@@ -86,7 +88,7 @@ pub struct Boot {
     json: bool,
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     config::parse_duration(text).ok_or_else(|| "expected a duration such as 90s, 5m or 1h30m".into())
 }
 
@@ -96,8 +98,33 @@ fn standby(text: &str) -> Result<Duration, String> {
 
 impl Boot {
     pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
+        // First of all: the first process of a container does not get a signal that nobody listens for.
+        let stop = Stop::listen()?;
+        let ready = match self.prepare(&stop) {
+            Ok(ready) if !stop.heard().asked() => ready,
+            Err(error) if !stop.heard().asked() => return Err(error),
+            _ => {
+                tracing::info!("asked to stop before anything was begun, nothing is lost: give the same command again");
+                return Ok(Kind::Interrupted.exit_code().into());
+            }
+        };
+        let Ready { store, run_id, begin, manner } = ready;
+        let (heard, mut first) = (stop.heard(), true);
+        // The agent's first event comes after it has begun to listen.
+        let pass_on = move |_: &Event| {
+            if std::mem::take(&mut first) {
+                heard.pass_on();
+            }
+        };
+        let reporter = Reporter::with_listener(screen, self.json, Box::new(pass_on));
+        let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
+        run::launch_as(reporter, store, run_id, begin, nproc_per_node, manner)
+    }
+
+    /// Finds out what is to be done, and waits until it can be.
+    fn prepare(&self, stop: &Stop) -> Result<Ready> {
         let mut steps = Steps::begin();
-        let settings = store::block_on(boot::gather(self.layer(), &mut steps))?;
+        let settings = stop.block_on(boot::gather(self.layer(), &mut steps))?;
         let run_id = boot::run_id(&settings, Timestamp::now())?;
         let working_directory = store::working_directory()?;
         let named = boot::store(&settings, &working_directory)?;
@@ -105,14 +132,14 @@ impl Boot {
         // A run that exists needs no configuration: one that can't be read is no reason not to carry it on.
         let mut found = None;
         if let Some(named) = &named {
-            found = find(&named.value, &config::reading_settings(&settings.set)?, &run_id)?;
+            found = find(stop, &named.value, &config::reading_settings(&settings.set)?, &run_id)?;
         }
         let overrides = boot::changes(&settings.set);
         let found = match found {
             Some(found) => Found::Run(found),
             None => {
-                let config = self.configuration(&settings, named)?;
-                match find(&config.store, &config.storage, &run_id)? {
+                let config = self.configuration(stop, &settings, named)?;
+                match find(stop, &config.store, &config.storage, &run_id)? {
                     Some(found) => Found::Run(found),
                     None => Found::Nothing(Box::new(config)),
                 }
@@ -130,14 +157,13 @@ impl Boot {
                 (store, Begin::CreateOrResume { config, overrides })
             }
         };
-        self.await_devices(&begin, &mut steps)?;
+        self.await_devices(stop, &begin, &mut steps)?;
         let cache = boot::cache(&hardware::root());
         if let Some(folder) = &cache {
             steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
         }
         let manner = Manner { standby: self.standby, cache, since: Some(steps.began()), dedicated: true };
-        let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
-        run::launch_as(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node, manner)
+        Ok(Ready { store, run_id, begin, manner })
     }
 
     /// What the command line says.
@@ -158,13 +184,13 @@ impl Boot {
     }
 
     /// The configuration of a new run.
-    fn configuration(&self, settings: &Layer, store: Option<Given<String>>) -> Result<RunConfig> {
+    fn configuration(&self, stop: &Stop, settings: &Layer, store: Option<Given<String>>) -> Result<RunConfig> {
         let given = settings.config.as_ref().ok_or_else(|| {
             Error::new(Kind::Config, "no configuration is named, and the run does not exist").with_hint(
                 "give CONFIG, TRAINER_CONFIG, the parameter config or config-uri, or the tag trainer:config-uri",
             )
         })?;
-        let document = Document::read(given)?;
+        let document = Document::read(stop, given)?;
         let mut flags = Vec::new();
         if let Some(store) = store {
             flags.push(("the store that this machine was given", "store", store.value));
@@ -179,23 +205,14 @@ impl Boot {
             set: &settings.set,
             working_directory: &store::working_directory()?,
             machine: Machine::detect(),
-            fetch: &run::fetch,
+            fetch: &|folder, name| stop.block_on(run::fetched(folder, name)),
         };
         Ok(config::load(&sources)?)
     }
 
-    fn await_devices(&self, begin: &Begin, steps: &mut Steps) -> Result<()> {
+    fn await_devices(&self, stop: &Stop, begin: &Begin, steps: &mut Steps) -> Result<()> {
         let root = hardware::root();
-        let hidden = std::env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|list| matches!(list.trim(), "" | "-1"));
-        if !cfg!(torch_cuda) || hidden {
-            let count = hardware::gpus(&root).on_the_bus;
-            if count > 0 {
-                let why = if hidden { "CUDA_VISIBLE_DEVICES hides them" } else { "this build has no CUDA" };
-                tracing::warn!("{count} GPUs of this machine are not used: {why}");
-            }
-            return Ok(());
-        }
-        let wait = |limit| store::block_on(boot::wait_for_devices(&root, limit));
+        let wait = |limit| stop.block_on(boot::await_gpus(&root, limit));
         let ready = match wait(Duration::ZERO) {
             Ok(ready) => ready,
             // A machine with nothing to do needs no device, and must not stay on for want of one.
@@ -221,11 +238,24 @@ fn is_idle(begin: &Begin) -> bool {
 }
 
 /// The store's URI and what the run's journal says, if the run exists there.
-fn find(uri: &str, settings: &config::StorageConfig, run_id: &RunId) -> Result<Option<(String, Box<RunState>)>> {
+fn find(
+    stop: &Stop,
+    uri: &str,
+    settings: &config::StorageConfig,
+    run_id: &RunId,
+) -> Result<Option<(String, Box<RunState>)>> {
     let store = Store::open(uri, settings)?;
     let look = async { Ok(boot::existing(&store, run_id).await?) };
-    let found = store::block_on(look).context(format!("look for run {run_id} in {}", store.uri()))?;
+    let found = stop.block_on(look).context(format!("look for run {run_id} in {}", store.uri()))?;
     Ok(found.map(|state| (store.uri(), Box::new(state))))
+}
+
+/// All that an agent needs to begin.
+struct Ready {
+    store: Store,
+    run_id: RunId,
+    begin: Begin,
+    manner: Manner,
 }
 
 /// What there is of a run.
@@ -244,7 +274,7 @@ struct Document {
 }
 
 impl Document {
-    fn read(given: &Given<Config>) -> Result<Self> {
+    fn read(stop: &Stop, given: &Given<Config>) -> Result<Self> {
         match &given.value {
             Config::Toml(toml) => {
                 let text = (PathBuf::from(given.origin.to_string()), toml.clone(), None);
@@ -264,7 +294,7 @@ impl Document {
                 let doing = format!("read the configuration that {} names", given.origin);
                 let folder_store = Store::open(folder, &store::LIMITS).context(doing.as_str())?;
                 let read = async { Ok(folder_store.get(name, MAX_CONFIG).await?) };
-                let bytes = store::block_on(read).map_err(|error| error.of_what_is_named().context(doing.as_str()))?;
+                let bytes = stop.block_on(read).map_err(|error| error.of_what_is_named().context(doing.as_str()))?;
                 let toml = String::from_utf8(bytes.to_vec())
                     .map_err(|_| Error::new(Kind::Config, format!("{folder}/{name} is not text")))?;
                 let name = PathBuf::from(format!("{}/{name}", folder_store.uri()));

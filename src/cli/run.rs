@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::Args;
@@ -13,7 +14,8 @@ use super::{
 };
 use crate::{
     agent::{self, Afterwards, Begin, Launch, Manner, Outcome},
-    cloud::leave,
+    boot::stop::Stop,
+    cloud::leave::{self, Departure},
     config::{self, CompleteAction, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
     ids::{RunId, random_hex},
@@ -85,7 +87,12 @@ impl Run {
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
 
 pub(super) fn fetch(folder: &str, name: &str) -> Result<Vec<u8>> {
-    store::block_on(async { Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec()) })
+    store::block_on(fetched(folder, name))
+}
+
+/// A small remote object.
+pub(super) async fn fetched(folder: &str, name: &str) -> Result<Vec<u8>> {
+    Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec())
 }
 
 /// `<file stem>-<yyyymmdd>-<hhmmss>-<4 hex digits>`, with what an id can't hold made `-`.
@@ -113,13 +120,12 @@ pub(super) fn launch(
     begin: Begin,
     nproc_per_node: Option<u32>,
 ) -> Result<ExitCode> {
-    launch_as(screen, json, store, run_id, begin, nproc_per_node, Manner::default())
+    launch_as(Reporter::new(screen, json.json), store, run_id, begin, nproc_per_node, Manner::default())
 }
 
-/// The same in another manner.
+/// The same in another manner, with a reporter of the caller's.
 pub(super) fn launch_as(
-    screen: Screen,
-    json: JsonArg,
+    reporter: Reporter,
     store: Store,
     run_id: RunId,
     begin: Begin,
@@ -132,7 +138,6 @@ pub(super) fn launch_as(
         Begin::Resume { .. } => "resuming run",
         Begin::CreateOrResume { .. } => "new run, or one that another node has just created",
     });
-    let reporter = Reporter::new(screen, json.json);
     let outcome = agent::launch(Launch { store, run_id, begin, nproc_per_node, manner, reporter: reporter.clone() });
     reporter.finish();
     Ok(match outcome? {
@@ -152,14 +157,28 @@ pub(super) fn launch_as(
     })
 }
 
+/// A group that does not answer is asked again after so long; the pause doubles up to the second of these.
+const ASK_AGAIN: Duration = Duration::from_secs(60);
+const ASK_AGAIN_AT_MOST: Duration = Duration::from_secs(3600);
+
 /// What the run's `on_complete` says of this machine. The run is complete whatever comes of it.
 fn complete(then: &Afterwards) -> Result<()> {
     match then.action {
         CompleteAction::Exit => Ok(()),
-        CompleteAction::Terminate => store::block_on(async {
-            leave::leave(&then.lifecycle_hook).await;
-            Ok(())
-        }),
+        CompleteAction::Terminate => {
+            let stop = Stop::listen()?;
+            let left = stop.block_on(async {
+                let mut pause = ASK_AGAIN;
+                while leave::leave(&then.lifecycle_hook).await == (Departure::Stays { silence: true }) {
+                    tracing::warn!("on_complete: the group is asked again in {} s", pause.as_secs());
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(ASK_AGAIN_AT_MOST);
+                }
+                Ok(())
+            });
+            // Who ends this process before has seen to its machine, or will.
+            left.or_else(|error| if stop.heard().asked() { Ok(()) } else { Err(error) })
+        }
     }
 }
 

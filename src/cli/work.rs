@@ -6,9 +6,11 @@ use clap::Args;
 
 use super::{
     args::{JsonArg, WorkersArg},
+    boot::duration,
     output, run, store,
 };
 use crate::{
+    boot::stop::Stop,
     cloud::{
         leave::{self, Departure},
         sqs::LONGEST_HOLD,
@@ -58,10 +60,14 @@ pub struct Work {
     /// A message is passed on before it was held for longer; SQS's own limit is 12h
     #[arg(long, value_name = "DURATION", default_value = "12h", value_parser = longest)]
     max_hold: Duration,
-    /// When the queue stayed empty, take this machine out of its Auto Scaling group with the desired capacity lowered, or power off;
-    /// where neither can be done, keep working
+    /// When the queue stayed empty, take this machine out of its Auto Scaling group with the desired capacity lowered; outside of a group
+    /// power off, or leave that to whoever started this process and sees it end with 0 (TRAINER_POWER_OFF=host); where none of it can be
+    /// done, keep working
     #[arg(long)]
     terminate_when_idle: bool,
+    /// How long to wait for the NVIDIA driver of a machine with GPUs, before the first job
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
+    device_wait: Duration,
     /// Look for what the environment does not say, the job API's address and token, in the SSM parameters job-api-base-url and
     /// worker-token below this path
     #[arg(long, env = "TRAINER_SSM_PATH", value_name = "PATH", hide_env_values = true)]
@@ -120,8 +126,13 @@ impl Work {
                 tracing::warn!("{error}");
             }
         });
+        // First of all: the first process of a container does not get a signal that nobody listens for.
+        let stop = Stop::listen()?;
         let parameters = match &self.ssm_path {
-            Some(path) => store::block_on(ssm::parameters(path))?,
+            Some(path) => match stop.block_on(ssm::parameters(path)) {
+                Err(_) if stop.heard().asked() => return Ok(Kind::Interrupted.exit_code().into()),
+                parameters => parameters?,
+            },
             None => Vec::new(),
         };
         let settings = Settings {
@@ -130,13 +141,19 @@ impl Work {
             workers: self.workers.nproc_per_node.map(|workers| (workers.setting(), workers.count())),
             idle_exit: self.idle_exit.0,
             once: self.once,
+            device_wait: self.device_wait,
             terms: Terms { lease: self.lease, longest: self.max_hold },
         };
-        let leave = || store::block_on(async { Ok(leave::leave(leave::ANY_HOOK).await != Departure::Stays) });
+        let leave =
+            || store::block_on(async { Ok(!matches!(leave::leave(leave::ANY_HOOK).await, Departure::Stays { .. })) });
         let tools = Tools {
             reporter: &|listener| Reporter::with_listener(screen.clone(), json, listener),
             say,
-            fetch: &run::fetch,
+            fetch: &|folder, name| {
+                let (folder, name) = (folder.to_owned(), name.to_owned());
+                Box::pin(async move { run::fetched(&folder, &name).await })
+            },
+            heard: stop.heard(),
             working_directory: &store::working_directory()?,
             variable: &|name| variable(&parameters, name),
             leave: self.terminate_when_idle.then_some(&leave),

@@ -1,10 +1,13 @@
 //! What `on_complete.action = "terminate"` does: this machine leaves, and nothing comes in its place.
 //!
-//! In an Auto Scaling group it is the group that ends the machine, with its desired capacity lowered. Outside of one, and where
-//! the group can't be asked, the machine powers off. Where the group's minimum forbids it to go, it stays: powered off, it would
-//! be replaced at once by one that finds nothing to do and does the same, for ever. A lifecycle hook at its end would keep an
+//! In an Auto Scaling group it is the group that ends the machine, with its desired capacity lowered. Outside of one the machine
+//! powers off. Where the group does not let it go (its minimum forbids it, the permission is missing, nothing answers), it stays: powered off,
+//! it would be replaced at once by one that finds nothing to do and does the same, for ever. A lifecycle hook at its end would keep an
 //! idle machine waiting, and costing, until the hook's time-out: this process has nothing to save, and completes it. The work is
 //! done whatever comes of this, so that nothing here is an error; what a person must do is said.
+//!
+//! A container has no command that powers its machine off. `TRAINER_POWER_OFF=host` says that whoever started this process does that when
+//! it has ended with 0: then no command is looked for.
 
 use std::time::{Duration, Instant};
 
@@ -16,6 +19,8 @@ pub const ANY_HOOK: &str = "auto";
 /// How long the group may take to come to the hook: until then it refuses that it be completed.
 const RELEASE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_secs(2);
+/// Says who powers the machine off.
+const POWER_OFF: &str = "TRAINER_POWER_OFF";
 
 /// What became of the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,8 +29,13 @@ pub enum Departure {
     Group,
     /// It powers off.
     Power,
-    /// It stays, and a person must see to it.
-    Stays,
+    /// Whoever started this process switches it off when this process has ended.
+    Host,
+    /// It stays. A person must see to it, unless the group has only not answered: then it is to be asked again.
+    Stays {
+        /// The group has not answered.
+        silence: bool,
+    },
 }
 
 /// Leaves. `lifecycle_hook`: the hook that this process may complete, as [`Lifecycle::find`] takes it.
@@ -42,7 +52,7 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
                 tracing::error!(
                     "on_complete: {id} stays on and costs money: its group's desired capacity can't fall below the minimum ({said}); lower the group's MinSize to 0, then end it"
                 );
-                return Departure::Stays;
+                return Departure::Stays { silence: false };
             }
             autoscaling::Left::InNoGroup => tracing::info!("on_complete: {id} is in no Auto Scaling group"),
             autoscaling::Left::Failed(error) => {
@@ -50,11 +60,16 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
                 tracing::error!("on_complete: {error}{hint}");
                 if identity::in_group().await == Some(true) {
                     tracing::error!(
-                        "on_complete: the group starts another machine in place of {id} until its desired capacity is lowered: allow autoscaling:TerminateInstanceInAutoScalingGroup"
+                        "on_complete: {id} stays on and costs money: powered off, it would be replaced until its group's desired capacity is lowered; allow autoscaling:TerminateInstanceInAutoScalingGroup, or end it"
                     );
+                    return Departure::Stays { silence: is_silence(&error) };
                 }
             }
         }
+    }
+    if by_host(std::env::var(POWER_OFF).ok().as_deref()) {
+        tracing::info!("on_complete: whoever started this process switches the machine off ({POWER_OFF}=host)");
+        return Departure::Host;
     }
     match power::off().await {
         Ok(command) => {
@@ -63,7 +78,19 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
         }
         Err(error) => {
             tracing::error!("on_complete: this machine stays on and may cost money: {error}");
-            Departure::Stays
+            Departure::Stays { silence: false }
+        }
+    }
+}
+
+/// Whether somebody else powers the machine off, by what [`POWER_OFF`] says.
+fn by_host(variable: Option<&str>) -> bool {
+    match variable.map(str::trim) {
+        None | Some("") => false,
+        Some("host") => true,
+        Some(other) => {
+            tracing::warn!("{POWER_OFF}={other:?} means nothing and is not followed: the one value is \"host\"");
+            false
         }
     }
 }

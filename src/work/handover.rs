@@ -13,6 +13,11 @@
 //! A job whose store or data do not answer may be as broken as one that fails: its receives count, too, unless its run got further on this worker. Only
 //! where the worker's own store does not answer either, the fault is here: the message is renewed and the worker leaves.
 //!
+//! The same holds for what fails. A machine with a broken GPU, or a role that may not write any more, would fail one healthy job after the
+//! other into the dead-letter queue. So where the worker's own store refuses, and where a second run in a row ends with a fault of this program
+//! or for want of permission with no checkpoint in between ([`Suspicion`]), the message is renewed and the worker leaves with that exit code.
+//! The first of the two has counted; and of two jobs that are poison themselves the second is renewed, at the cost of a worker.
+//!
 //! A kill, then, counts as a receive, since nobody was left to renew. Whoever receives the message next makes up for it: where the run's journal shows a
 //! checkpoint that was not there when the copy was sent, the job is no poison, and its message is renewed before it is trained. A job that is
 //! killed again and again without a checkpoint in between ends in the dead-letter queue, as it should.
@@ -23,7 +28,7 @@
 use std::time::Duration;
 
 use super::lease::Hold;
-use crate::{cloud::sqs::LONGEST_DELAY, error::Kind};
+use crate::{cloud::sqs::LONGEST_DELAY, error::Kind, ids::RunId};
 
 /// The attribute that counts interruptions.
 pub const INTERRUPTIONS: &str = "trainer-interruptions";
@@ -65,7 +70,8 @@ pub enum End {
     Further,
     /// Something that the job needs does not answer from here.
     Unreachable,
-    /// Nor does this worker's own store: no job can be trained here.
+    /// The fault is this worker's own, as far as can be told: its store does not answer or refuses, or run after run fails. No job can be
+    /// trained here.
     CutOff,
     /// It needs a person, or another machine.
     Failed,
@@ -82,6 +88,32 @@ impl End {
             Kind::Interrupted | Kind::InterruptedWithLoss => Self::Interrupted,
             Kind::Usage | Kind::Data | Kind::Bug | Kind::Permission | Kind::Config => Self::Failed,
         }
+    }
+}
+
+/// Whether what fails on this worker is its own fault.
+#[derive(Clone, Debug, Default)]
+pub struct Suspicion {
+    /// This run has failed here, and none has committed a step since.
+    failed: Option<RunId>,
+}
+
+impl Suspicion {
+    /// A run has ended here, with an error of the kind `error` if with any; `further`: it has committed a step. Whether this worker
+    /// is no good.
+    pub fn is_confirmed_by(&mut self, run: &RunId, error: Option<Kind>, further: bool) -> bool {
+        if further {
+            self.failed = None;
+        }
+        if !matches!(error, Some(Kind::Bug | Kind::Permission)) {
+            return false;
+        }
+        let confirmed = self.failed.as_ref().is_some_and(|before| before != run);
+        // A run that fails after a checkpoint has shown that this machine can train.
+        if !further {
+            self.failed = Some(run.clone());
+        }
+        confirmed
     }
 }
 
@@ -193,6 +225,31 @@ mod tests {
         );
         let second = Duration::from_secs(1);
         assert_eq!(settle(End::Failed, Hold::Ours, 1, false, true, second), Settle::Return(second));
+    }
+
+    #[test]
+    fn a_worker_is_no_good_when_two_runs_fail_in_a_row_without_a_checkpoint_in_between() {
+        let [a, b] = ["a", "b"].map(|id| RunId::new(id).unwrap());
+        let (bug, no, config) = (Some(Kind::Bug), Some(Kind::Permission), Some(Kind::Config));
+        for (story, expected) in [
+            (vec![(&a, bug, false), (&b, bug, false)], true),
+            (vec![(&a, bug, false), (&b, no, false)], true),
+            (vec![(&a, bug, false), (&a, bug, false)], false),
+            (vec![(&a, bug, false), (&a, bug, false), (&b, no, false)], true),
+            // What is wrong with a job's configuration says nothing of the machine, for or against.
+            (vec![(&a, bug, false), (&b, config, false)], false),
+            (vec![(&a, bug, false), (&b, config, false), (&b, bug, false)], true),
+            (vec![(&a, bug, false), (&b, None, false), (&b, no, false)], true),
+            // A step was committed: this machine can train.
+            (vec![(&a, bug, false), (&b, None, true), (&b, bug, false)], false),
+            (vec![(&a, bug, false), (&b, bug, true)], false),
+            (vec![(&a, bug, true), (&b, bug, false)], false),
+        ] {
+            let mut suspicion = Suspicion::default();
+            let last =
+                story.iter().map(|(run, error, further)| suspicion.is_confirmed_by(run, *error, *further)).last();
+            assert_eq!(last, Some(expected), "{story:?}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! # One message
 //! receive → hide it lease by lease → read the run's journal → train, unless the run is complete → settle. A message is deleted when its run
 //! is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the machine goes away, when another worker
-//! has the run, when this worker's own store does not answer, and when SQS would hide it no longer. It is left to the redrive policy when the
+//! has the run, when the fault is this worker's own (its store does not answer or refuses, run after run fails), and when SQS would hide it no longer. It is left to the redrive policy when the
 //! job itself failed, can't be understood, or needs what does not answer: reported, seen again after a pause, and after
 //! `maxReceiveCount` receives in the dead-letter queue.
 //! What a run's `on_complete` wants done with the machine is not done here: there may be another job.
@@ -16,44 +16,47 @@
 //! moment. *Retry*: settling twice is fine. *Cancel*: SIGTERM while training is the agent's affair (it saves, and leaves with 75 or 76), after
 //! which the message is settled first (bounded in time, whatever the queue does), whoever waits for the machine is told second that it may go (the
 //! lifecycle hook is completed, the scheduled event approved: [`agent::launch_then`]), and the job API third: a machine that is taken the moment
-//! it may go has left its job to the next one. Between two jobs it ends this worker with 75. Signals that come after a message was received and
-//! before the agent listens are held and sent again.
+//! it may go has left its job to the next one. Between two jobs, and while a job's journal and configuration are read, whatever says that this
+//! machine goes away, or asks this worker to stop, ends it with 75 (`lookout.rs`). Signals that come just before the agent listens are held and
+//! sent again.
 
 pub mod api;
 pub mod handover;
 pub mod job;
 pub mod lease;
+mod lookout;
 mod tracker;
+mod turn;
 
 use std::{
+    cell::RefCell,
     path::Path,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use serde::Serialize;
-use tokio::{
-    runtime::Runtime,
-    signal::unix::{SignalKind, signal},
-    sync::watch,
-};
+use tokio::runtime::Runtime;
 
 use self::{
     api::{Api, Facts, Reports, Stage},
-    handover::{Carried, End, INTERRUPTIONS, STEP, Settle, made_progress, settle},
+    handover::{Carried, End, INTERRUPTIONS, STEP, Settle, Suspicion, made_progress, settle},
     job::{Job, Source},
     lease::{Hold, Holder, Terms, lock},
+    lookout::Lookout,
     tracker::{Head, Tracker},
+    turn::Turn,
 };
 use crate::{
-    agent::{self, Begin, Launch, Manner, Outcome},
-    boot,
+    agent::{self, Begin, Launch, Manner},
+    boot::{self, stop::Heard},
     cloud::{
         hardware, region,
         sqs::{Message, Queue},
     },
-    config::{self, Fetch, Machine, RunConfig, Sources, StorageConfig, Text},
+    config::{self, Machine, RunConfig, Sources, StorageConfig, Text},
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
     journal, layout,
@@ -73,9 +76,6 @@ const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
 const STORE_PATIENCE: Duration = Duration::from_secs(20);
 /// Renewing the message of a job whose machine goes away may take so long: notices leave as little as 30 s, the last save included.
 const RENEWAL: Duration = Duration::from_secs(10);
-/// The longest reason that is reported, characters.
-const REASON: usize = 2000;
-
 /// What a worker is told.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -91,7 +91,12 @@ pub struct Settings {
     pub once: bool,
     /// How long a message is held.
     pub terms: Terms,
+    /// How long the driver of this machine's GPUs is waited for.
+    pub device_wait: Duration,
 }
+
+/// Reads a small remote object: folder and name.
+pub type FetchLater<'a> = dyn Fn(&str, &str) -> BoxFuture<'static, Result<Vec<u8>>> + 'a;
 
 /// What a worker needs of its caller.
 pub struct Tools<'a> {
@@ -100,7 +105,9 @@ pub struct Tools<'a> {
     /// Hears what happens to jobs.
     pub say: Arc<dyn Fn(&Said) + Send + Sync>,
     /// Reads a small remote object.
-    pub fetch: &'a Fetch<'a>,
+    pub fetch: &'a FetchLater<'a>,
+    /// What this process was asked by signals, from its beginning on.
+    pub heard: Heard,
     /// Relative paths are taken from here.
     pub working_directory: &'a Path,
     /// The environment.
@@ -183,15 +190,20 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
         .build()
         .map_err(|error| Error::from_source(Kind::Bug, error).context("start the worker"))?;
     let reports = Reports::start(api, runtime.handle());
-    let heard = runtime.block_on(listen())?;
-    // Where nothing but the machine itself names it, the S3 client takes it from there.
-    runtime.block_on(region::find());
-    let queue = runtime.block_on(Queue::open(&settings.queue))?;
-    let max_receive_count = runtime.block_on(redrive(&queue))?;
+    let heard = tools.heard.clone();
+    let (queue, max_receive_count) = match runtime.block_on(heard.unless(open(&settings))) {
+        Err(_) if heard.asked() => return Ok(Left::Asked),
+        opened => opened?,
+    };
     tracing::info!(queue = queue.url(), "waiting for jobs");
-    let worker = Worker { settings, tools, reports, heard, queue, max_receive_count, runtime };
+    let lookout = Lookout::new(heard);
+    let suspicion = RefCell::default();
+    let worker = Worker { settings, tools, reports, lookout, suspicion, queue, max_receive_count, runtime };
     let left = worker.work();
-    let hurried = matches!(left, Ok(Left::Asked)) || worker.asked();
+    let hurried = matches!(left, Ok(Left::Asked)) || worker.lookout.told();
+    if hurried {
+        worker.runtime.block_on(worker.lookout.let_machine_go());
+    }
     let unheard = worker.runtime.block_on(worker.reports.flush(if hurried { HURRIED_REPORTS } else { LAST_REPORTS }));
     if unheard > 0 {
         tracing::warn!(unheard, "reports were not heard by the job API");
@@ -200,23 +212,17 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     left
 }
 
-/// Counts the signals that ask this process to stop, from here on. What they mean in a run the agent knows, which listens for itself.
-async fn listen() -> Result<watch::Receiver<u32>> {
-    let on = |kind| signal(kind).map_err(|error| Error::from_source(Kind::Bug, error).context("listen for signals"));
-    let mut terminate = on(SignalKind::terminate())?;
-    let (mut interrupt, mut user) = (on(SignalKind::interrupt())?, on(SignalKind::user_defined1())?);
-    let (sender, receiver) = watch::channel(0);
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-                _ = user.recv() => {}
-            }
-            sender.send_modify(|count: &mut u32| *count = count.saturating_add(1));
-        }
-    });
-    Ok(receiver)
+/// Waits for this machine's devices and finds the queue; how often a message of it may be received.
+async fn open(settings: &Settings) -> Result<(Queue, Option<u32>)> {
+    // A job that begins before the driver is there trains on the CPU, for as long as it lasts.
+    if let Some(devices) = boot::await_gpus(&hardware::root(), settings.device_wait).await? {
+        tracing::info!("{devices}");
+    }
+    // Where nothing but the machine itself names it, the S3 client takes it from there.
+    region::find().await;
+    let queue = Queue::open(&settings.queue).await?;
+    let max_receive_count = redrive(&queue).await?;
+    Ok((queue, max_receive_count))
 }
 
 /// How often a message may be received, as far as the queue tells; finds out whether there is such a queue.
@@ -260,58 +266,10 @@ enum Prepared {
     },
 }
 
-/// How a turn ended.
-struct Turn {
-    end: End,
-    state: State,
-    code: u8,
-    reason: Option<String>,
-}
-
-impl Turn {
-    fn new(end: End, state: State, code: u8) -> Self {
-        Self { end, state, code, reason: None }
-    }
-
-    /// The machine goes away before there is anything to save.
-    fn not_begun() -> Self {
-        let turn = Self::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
-        Self { reason: Some("asked to stop before the run was started".into()), ..turn }
-    }
-
-    fn of_outcome(outcome: &Result<Outcome>) -> Self {
-        match outcome {
-            Ok(Outcome::Completed { .. }) => Self::new(End::Completed, State::Completed, 0),
-            Ok(Outcome::NotCreated) => Self::not_begun(),
-            Ok(Outcome::Interrupted { lost_steps }) => {
-                let kind = if *lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
-                Self::new(End::Interrupted, State::Interrupted, kind.exit_code())
-            }
-            Err(error) => Self::of_error(error),
-        }
-    }
-
-    fn of_error(error: &Error) -> Self {
-        if let Some(hint) = error.hint() {
-            tracing::warn!("hint: {}", crate::report::human::plain(hint));
-        }
-        let end = End::of_error(error.kind());
-        let state = match end {
-            End::Completed => State::Completed,
-            End::Interrupted => State::Interrupted,
-            End::Elsewhere => State::StandBy,
-            End::Further => State::Renewed,
-            End::Unreachable | End::CutOff => State::Unreachable,
-            End::Failed | End::Unintelligible => State::Failed,
-        };
-        let reason = Some(error.to_string().chars().take(REASON).collect());
-        Self { end, state, code: error.kind().exit_code(), reason }
-    }
-}
-
 /// A message that this worker has received.
 struct Claim<'a> {
     message: &'a Message,
+    run_id: Option<RunId>,
     /// The newest committed step when it came.
     begun_at: u64,
     carried: Arc<Mutex<Carried>>,
@@ -321,8 +279,9 @@ struct Worker<'a> {
     settings: Settings,
     tools: Tools<'a>,
     reports: Reports,
-    /// Signals so far.
-    heard: watch::Receiver<u32>,
+    lookout: Lookout,
+    /// Of this worker itself.
+    suspicion: RefCell<Suspicion>,
     queue: Queue,
     max_receive_count: Option<u32>,
     runtime: Runtime,
@@ -332,7 +291,8 @@ impl Worker<'_> {
     fn work(&self) -> Result<Left> {
         let mut idle_since = Instant::now();
         loop {
-            let left = self.settings.idle_exit.map(|limit| limit.saturating_sub(idle_since.elapsed()));
+            let until_idle = idle_since.saturating_duration_since(Instant::now());
+            let left = self.settings.idle_exit.map(|limit| (limit + until_idle).saturating_sub(idle_since.elapsed()));
             let message = match self.runtime.block_on(self.next(left.unwrap_or(Duration::MAX)))? {
                 Next::Asked => return Ok(Left::Asked),
                 Next::Nothing => {
@@ -349,15 +309,19 @@ impl Worker<'_> {
                 }
                 Next::Message(message) => message,
             };
-            let Turn { end, state, code, .. } = self.turn(&message);
+            let (Turn { end, state, code, .. }, what) = self.turn(&message);
             // A run that another worker trains for weeks must not keep this one waiting for weeks.
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
+                // Put away, it is still in the queue: who left now would leave it to nobody.
+                if let Settle::Return(after) = what {
+                    idle_since += after;
+                }
             }
             if matches!(end, End::Interrupted | End::CutOff) {
                 return Ok(Left::Job(code));
             }
-            if self.asked() {
+            if self.lookout.told() {
                 return Ok(Left::Asked);
             }
             if self.settings.once && !matches!(state, State::StandBy | State::Renewed) {
@@ -369,18 +333,20 @@ impl Worker<'_> {
     /// Whether nothing keeps this worker: its machine leaves with it, or was not to.
     fn machine_may_leave(&self) -> Result<bool> {
         let Some(leave) = self.tools.leave else { return Ok(true) };
+        // The end that this worker asks for is no news to it.
+        self.runtime.block_on(self.lookout.rest());
         // It may be gone before the reports are.
         self.runtime.block_on(self.reports.flush(LAST_REPORTS));
         leave()
     }
 
-    fn asked(&self) -> bool {
-        *self.heard.borrow() > 0
+    /// What comes of `work`, unless this worker is told to leave.
+    fn unless_told<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        self.runtime.block_on(self.lookout.unless(work))
     }
 
     /// The next message, waited for up to `left`, but for a look at the queue in any case.
     async fn next(&self, left: Duration) -> Result<Next> {
-        let mut heard = self.heard.clone();
         let mut failing: Option<Instant> = None;
         let receive = async {
             loop {
@@ -400,15 +366,14 @@ impl Worker<'_> {
                 }
             }
         };
-        tokio::select! {
-            biased;
-            _ = heard.wait_for(|count| *count > 0) => Ok(Next::Asked),
-            next = receive => next,
+        match self.lookout.unless(receive).await {
+            Err(_) if self.lookout.told() => Ok(Next::Asked),
+            next => next,
         }
     }
 
-    /// One message, from its claim until it is settled.
-    fn turn(&self, message: &Message) -> Turn {
+    /// One message, from its claim until it is settled, and how it was.
+    fn turn(&self, message: &Message) -> (Turn, Settle) {
         let number = |name| message.number(name).unwrap_or_default();
         let carried = Carried { interruptions: number(INTERRUPTIONS), step: number(STEP) };
         let run_id = Job::name_of(&message.body);
@@ -429,7 +394,8 @@ impl Worker<'_> {
         let name = run_id.as_ref().map_or("without a run", RunId::as_str);
         tracing::info!(run = name, received = times, interruptions = carried.interruptions, "job received");
 
-        let claim = Claim { message, begun_at: carried.step, carried: Arc::new(Mutex::new(carried)) };
+        let claim =
+            Claim { message, run_id: run_id.clone(), begun_at: carried.step, carried: Arc::new(Mutex::new(carried)) };
         let tracker = Arc::new(Mutex::new(Tracker::new(
             self.reports.clone(),
             Head {
@@ -439,7 +405,7 @@ impl Worker<'_> {
                 received: message.received,
             },
             Arc::clone(&claim.carried),
-            self.heard.clone(),
+            self.lookout.heard.clone(),
         )));
         let (turn, what) = match Job::parse(&message.body) {
             Err(error) => {
@@ -466,6 +432,8 @@ impl Worker<'_> {
         }
         let stage = match turn.state {
             State::Completed => Some(Stage::Completed),
+            // It goes on elsewhere.
+            State::Failed | State::Unreachable if matches!(what, Settle::Renew { .. }) => Some(Stage::Interrupted),
             State::Failed => Some(Stage::Failed),
             State::Unreachable if matches!(what, Settle::Return(_)) => Some(Stage::Failed),
             State::Interrupted | State::Unreachable => Some(Stage::Interrupted),
@@ -475,24 +443,33 @@ impl Worker<'_> {
             lock(&tracker).end(stage, turn.reason.clone(), turn.code);
         }
         say(turn.state, turn.reason.clone(), Some(turn.code));
-        turn
+        (turn, what)
     }
 
     /// Lets go of a message as the end of its turn wants it: the machine may have seconds left, so that this comes before everything else.
     fn conclude(&self, claim: &Claim<'_>, holder: Option<Holder>, mut turn: Turn) -> (Turn, Settle) {
         let goes_away = turn.end == End::Interrupted;
+        let further = lock(&claim.carried).step > claim.begun_at;
+        let mut suspicion = self.suspicion.borrow_mut();
+        let no_good = claim.run_id.as_ref().is_some_and(|run| suspicion.is_confirmed_by(run, turn.error, further));
+        drop(suspicion);
+        if no_good {
+            tracing::error!("run after run fails here: the message goes to another worker, and this one leaves");
+            turn.end = End::CutOff;
+        }
         let work = async {
             // While the message is still held: this may take its time.
-            if turn.end == End::Unreachable && self.is_cut_off().await {
+            let asks = matches!(turn.error, Some(Kind::Unavailable | Kind::Permission)) && turn.end != End::CutOff;
+            if asks && self.is_cut_off().await {
                 turn.end = End::CutOff;
             }
             let hold = match holder {
                 Some(holder) => holder.stop().await,
                 None => Hold::Ours,
             };
-            let Claim { message, begun_at, .. } = *claim;
+            let message = claim.message;
             let carried = *lock(&claim.carried);
-            let (further, dead_letters) = (carried.step > begun_at, self.max_receive_count.is_some());
+            let dead_letters = self.max_receive_count.is_some();
             let what = settle(turn.end, hold, message.received, further, dead_letters, self.settings.terms.lease);
             self.settle(message, what, carried).await;
             what
@@ -512,7 +489,7 @@ impl Worker<'_> {
         (turn, what)
     }
 
-    /// Whether this worker's own store does not take anything either. A refusal is an answer: that is for a person.
+    /// Whether this worker's own store does not take anything either.
     async fn is_cut_off(&self) -> bool {
         let Some(uri) = &self.settings.store else { return false };
         let Ok(uri) = config::absolute_uri(uri, self.tools.working_directory) else { return false };
@@ -527,13 +504,12 @@ impl Worker<'_> {
             }
             put
         };
-        let mut heard = self.heard.clone();
         tokio::select! {
             biased;
             // Nobody has the time to find out whose fault it is.
-            _ = heard.wait_for(|count| *count > 0) => true,
+            () = self.lookout.heard.wait() => true,
             put = tokio::time::timeout(STORE_PATIENCE, put) => match put {
-                Ok(put) => put.is_err_and(|error| Error::from(error).kind() == Kind::Unavailable),
+                Ok(put) => put.is_err_and(|error| matches!(Error::from(error).kind(), Kind::Unavailable | Kind::Permission)),
                 Err(_) => true,
             },
         }
@@ -553,11 +529,14 @@ impl Worker<'_> {
                 lock(&lock(tracker).carried).step = committed;
                 return conclude(Turn::new(End::Further, State::Renewed, 0));
             }
+            Err(_) if self.lookout.told() => return conclude(Turn::not_begun()),
             Err(error) => return conclude(Turn::of_error(&error)),
         };
-        if self.asked() {
+        if self.lookout.told() {
             return conclude(Turn::not_begun());
         }
+        // The agent asks the metadata service for itself.
+        self.runtime.block_on(self.lookout.rest());
         let listener: Listener = Box::new({
             let tracker = Arc::clone(tracker);
             move |event| lock(&tracker).hear(event, Instant::now())
@@ -594,7 +573,8 @@ impl Worker<'_> {
         };
         let root = Store::open(&uri, &config::reading_settings(&job.set)?)?;
         let run_id = &job.run_id;
-        let found = self.runtime.block_on(boot::existing(&root, run_id));
+        // The store may be silent, and is asked for minutes.
+        let found = self.unless_told(async { Ok(boot::existing(&root, run_id).await?) });
         match found.context(format!("read journal of run {run_id}"))? {
             Some(state) => {
                 if let journal::Outcome::Completed { step, loss, .. } = state.outcome() {
@@ -630,8 +610,7 @@ impl Worker<'_> {
             Source::At { folder, name } => {
                 let uri = format!("{folder}/{name}");
                 let doing = || format!("read configuration {uri}");
-                let bytes =
-                    (self.tools.fetch)(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
+                let bytes = self.fetch(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
                 let toml = String::from_utf8(bytes)
                     .map_err(|error| Error::from_source(Kind::Config, error.utf8_error()).context(doing()))?;
                 (toml, uri, Some(folder.as_str()))
@@ -651,9 +630,13 @@ impl Worker<'_> {
             set: &job.set,
             working_directory: self.tools.working_directory,
             machine: Machine::detect(),
-            fetch: self.tools.fetch,
+            fetch: &|folder, name| self.fetch(folder, name),
         };
         Ok(config::load(&sources)?)
+    }
+
+    fn fetch(&self, folder: &str, name: &str) -> Result<Vec<u8>> {
+        self.unless_told((self.tools.fetch)(folder, name))
     }
 
     /// Does what was decided. What fails here leaves the message where it is, to be seen again when its lease ends.

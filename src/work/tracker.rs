@@ -6,15 +6,13 @@ use std::{
 };
 
 use jiff::Timestamp;
-use rustix::process::{Signal, getpid, kill_process};
-use tokio::sync::watch;
 
 use super::{
     api::{Facts, Report, Reports, Stage},
     handover::Carried,
     lease::lock,
 };
-use crate::{ids::RunId, report::Event};
+use crate::{boot::stop::Heard, ids::RunId, report::Event};
 
 /// Progress is reported no more often, but for checkpoints.
 const PROGRESS: Duration = Duration::from_secs(30);
@@ -31,7 +29,7 @@ pub(super) struct Tracker {
     reports: Reports,
     head: Head,
     pub carried: Arc<Mutex<Carried>>,
-    heard: watch::Receiver<u32>,
+    heard: Heard,
     pub facts: Facts,
     sequence: u64,
     /// The agent has begun to listen for signals.
@@ -42,7 +40,7 @@ pub(super) struct Tracker {
 }
 
 impl Tracker {
-    pub fn new(reports: Reports, head: Head, carried: Arc<Mutex<Carried>>, heard: watch::Receiver<u32>) -> Self {
+    pub fn new(reports: Reports, head: Head, carried: Arc<Mutex<Carried>>, heard: Heard) -> Self {
         let facts = Facts::default();
         Self { reports, head, carried, heard, facts, sequence: 0, listening: false, started: false, last: None }
     }
@@ -50,8 +48,8 @@ impl Tracker {
     /// Something has happened in the run.
     pub fn hear(&mut self, event: &Event, now: Instant) {
         // The agent's first event comes after it has begun to listen. What came before, only this worker has heard.
-        if !std::mem::replace(&mut self.listening, true) && *self.heard.borrow() > 0 {
-            let _ = kill_process(getpid(), Signal::TERM);
+        if !std::mem::replace(&mut self.listening, true) {
+            self.heard.pass_on();
         }
         match event {
             Event::Formed { resume_step, total_steps, .. } => {

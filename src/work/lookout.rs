@@ -1,0 +1,89 @@
+//! Hears, while no agent does, that this worker is to leave: by signals, and by what says that its machine goes away.
+//!
+//! An idle machine is taken back, or scaled in, as any other. Whoever does that waits for it, and it is paid for meanwhile; a job that it claims
+//! in its last minutes is only interrupted. While a run trains its agent listens for itself, and with the run's settings; one of the two
+//! asks the metadata service at a time.
+
+use std::cell::Cell;
+
+use tokio::sync::Mutex;
+
+use crate::{
+    boot::stop::Heard,
+    config::NoticeConfig,
+    error::{Error, Kind, Result},
+    notice::{self, Notices},
+};
+
+/// See the module.
+pub(super) struct Lookout {
+    /// Signals, from the beginning of this process on.
+    pub heard: Heard,
+    /// `None`: nobody listens yet, or somebody else does.
+    notices: Mutex<Option<Notices>>,
+    /// The machine goes away.
+    leaving: Cell<bool>,
+}
+
+impl Lookout {
+    pub fn new(heard: Heard) -> Self {
+        Self { heard, notices: Mutex::default(), leaving: Cell::new(false) }
+    }
+
+    /// Whether this worker is to leave.
+    pub fn told(&self) -> bool {
+        self.heard.asked() || self.leaving.get()
+    }
+
+    /// Waits until it is. Safe to drop and call again.
+    async fn wait(&self) -> Result<()> {
+        let mut notices = self.notices.lock().await;
+        let notices = match &mut *notices {
+            Some(notices) => notices,
+            none => {
+                let failed = |error| Error::from_source(Kind::Bug, error).context("listen for notices");
+                let notices = none.insert(Notices::listen().map_err(failed)?);
+                // No run says what to listen to.
+                notices.begin(&NoticeConfig::default());
+                notices
+            }
+        };
+        loop {
+            let notice = tokio::select! {
+                biased;
+                () = self.heard.wait() => return Ok(()),
+                notice = notices.next() => notice,
+            };
+            // There is nothing to save.
+            if notice.kind != notice::Kind::Rebalance {
+                tracing::info!(source = notice.source, "this worker is told to leave");
+                self.leaving.set(true);
+                return Ok(());
+            }
+        }
+    }
+
+    /// What comes of `work`; an error if this worker is told to leave before ([`Self::told`]).
+    pub async fn unless<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::select! {
+            biased;
+            told = self.wait() => {
+                told?;
+                Err(Error::new(Kind::Interrupted, "told to leave"))
+            }
+            done = work => done,
+        }
+    }
+
+    /// Somebody else listens from here on, or nobody need.
+    pub async fn rest(&self) {
+        *self.notices.lock().await = None;
+    }
+
+    /// Whoever waits for this machine is told that it may go: what it was to do is settled. An agent has done so for itself.
+    pub async fn let_machine_go(&self) {
+        if let Some(notices) = &mut *self.notices.lock().await {
+            notices.release(true).await;
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! How the turn of a job on this worker ended, as the queue, the job API and the caller are to hear of it.
+
+use super::{State, handover::End};
+use crate::{
+    agent::Outcome,
+    error::{Error, Kind, Result},
+};
+
+/// The longest reason that is reported, characters.
+const REASON: usize = 2000;
+
+/// How a turn ended.
+pub(super) struct Turn {
+    pub end: End,
+    pub state: State,
+    /// The exit code that it would be alone.
+    pub code: u8,
+    pub reason: Option<String>,
+    /// With which error, if with one.
+    pub error: Option<Kind>,
+}
+
+impl Turn {
+    pub fn new(end: End, state: State, code: u8) -> Self {
+        Self { end, state, code, reason: None, error: None }
+    }
+
+    /// The machine goes away before there is anything to save.
+    pub fn not_begun() -> Self {
+        let turn = Self::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
+        Self { reason: Some("asked to stop before the run was started".into()), ..turn }
+    }
+
+    pub fn of_outcome(outcome: &Result<Outcome>) -> Self {
+        match outcome {
+            Ok(Outcome::Completed { .. }) => Self::new(End::Completed, State::Completed, 0),
+            Ok(Outcome::NotCreated) => Self::not_begun(),
+            Ok(Outcome::Interrupted { lost_steps }) => {
+                let kind = if *lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
+                Self::new(End::Interrupted, State::Interrupted, kind.exit_code())
+            }
+            Err(error) => Self::of_error(error),
+        }
+    }
+
+    pub fn of_error(error: &Error) -> Self {
+        if let Some(hint) = error.hint() {
+            tracing::warn!("hint: {}", crate::report::human::plain(hint));
+        }
+        let end = End::of_error(error.kind());
+        let state = match end {
+            End::Completed => State::Completed,
+            End::Interrupted => State::Interrupted,
+            End::Elsewhere => State::StandBy,
+            End::Further => State::Renewed,
+            End::Unreachable | End::CutOff => State::Unreachable,
+            End::Failed | End::Unintelligible => State::Failed,
+        };
+        let reason = Some(error.to_string().chars().take(REASON).collect());
+        Self { end, state, code: error.kind().exit_code(), reason, error: Some(error.kind()) }
+    }
+}

@@ -200,7 +200,7 @@ fn what_is_wrong_is_said_with_its_own_exit_code() {
         "hint: see which role",
     ]);
     // A port on which nobody listens.
-    let closed = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    let closed = "127.0.0.1:1";
     ssm(&format!("http://{closed}")).expect_code(69).expect_said(&["read parameters below /p"]);
 }
 
@@ -320,7 +320,7 @@ fn a_metadata_service_that_hangs_or_is_not_there_holds_nobody_up() {
     assert_eq!(metadata.requests_of(TOKEN).len(), 1, "it was asked again");
 
     drop(metadata);
-    let closed = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    let closed = "127.0.0.1:1";
     let gone = [
         ("AWS_EC2_METADATA_DISABLED", "false".to_owned()),
         ("AWS_EC2_METADATA_SERVICE_ENDPOINT", format!("http://{closed}")),
@@ -523,7 +523,7 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
     assert_eq!(called(&lab), "systemctl poweroff\n", "it powered off in a group");
 
     // Who does not answer may do so later.
-    let closed = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its address");
+    let closed = "127.0.0.1:1";
     let silent = short_run(&lab, &metadata, &format!("http://{closed}"), "silent").start();
     silent.wait_until_said("the group is asked again in 60 s");
     silent.signal(Signal::TERM);

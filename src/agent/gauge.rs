@@ -146,8 +146,9 @@ impl Gauges {
 
     /// What is left of an upload of `total` bytes that has been under way for `elapsed_s`, `sent` of them having arrived and up to `parts`
     /// bytes being on their way at once. As long as it is within what such an upload takes, that tells more than the bytes do: parts
-    /// arrive together. Later, and where nothing is known, its own pace so far does; what is on its way is half through on average. Left
-    /// out, a save of one wave would seem to need minutes when a second has passed and its smallest file is all that has arrived.
+    /// arrive together. Later, and where nothing is known, its own pace so far does; until a first wave has arrived, what is on its way
+    /// counts as half through. Left out, a save of one wave would seem to need minutes when a second has passed and its smallest file is all
+    /// that has arrived.
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     pub fn rest(&self, total: u64, sent: u64, parts: u64, elapsed_s: f64) -> Option<Span> {
         if let Some(whole) = self.upload(total)
@@ -155,7 +156,7 @@ impl Gauges {
         {
             return Some(whole.after(elapsed_s));
         }
-        let under_way = total.saturating_sub(sent).min(parts) as f64 / 2.0;
+        let under_way = if sent < parts { total.saturating_sub(sent).min(parts) as f64 / 2.0 } else { 0.0 };
         let share = ((sent as f64 + under_way) / total.max(1) as f64).min(1.0);
         let mean = if share > 0.0 { elapsed_s * (1.0 - share) / share } else { elapsed_s };
         (elapsed_s > 0.0).then_some(Span { low: mean * 0.5, mean, high: mean * 2.0 + 1.0 })
@@ -213,7 +214,7 @@ mod tests {
     fn the_rest_of_an_upload_is_told_by_time_and_then_by_its_own_pace() {
         let mut gauges = Gauges::default();
         assert_eq!(gauges.rest(100, 0, 10, 0.0), None, "nothing is known");
-        assert!(near(gauges.rest(100, 20, 10, 10.0).unwrap().mean, 30.0), "a quarter in 10 s");
+        assert!(near(gauges.rest(100, 25, 10, 10.0).unwrap().mean, 30.0), "a quarter in 10 s");
         assert!(near(gauges.rest(100, 0, 0, 10.0).unwrap().mean, 10.0));
         // One wave.
         assert!(near(gauges.rest(100, 0, 1000, 10.0).unwrap().mean, 10.0));
@@ -223,7 +224,7 @@ mod tests {
         }
         // All parts are under way, none has arrived.
         assert!(near(gauges.rest(100, 0, 10, 8.0).unwrap().mean, 3.0), "{gauges:?}");
-        assert!(near(gauges.rest(100, 45, 10, 20.0).unwrap().mean, 20.0), "later than ever before");
+        assert!(near(gauges.rest(100, 50, 10, 20.0).unwrap().mean, 20.0), "later than ever before");
         assert!(near(gauges.upload(200).unwrap().mean, 21.0));
     }
 }

@@ -12,7 +12,11 @@ mod progress;
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::{sync::mpsc, task::JoinHandle, time::Instant};
+use tokio::{
+    sync::mpsc,
+    task::{AbortHandle, JoinHandle},
+    time::Instant,
+};
 
 use super::{
     conductor::{Action, Conductor, Moment, Setup},
@@ -214,6 +218,8 @@ struct Life<'a> {
     retention: Retention,
     clock: Instant,
     looked: Instant,
+    /// The look at the journal that may be under way.
+    looking: Option<AbortHandle>,
     killing: Option<JoinHandle<()>>,
     retries: mpsc::UnboundedSender<u8>,
     fence: mpsc::UnboundedSender<Error>,
@@ -273,6 +279,7 @@ pub async fn run(
         retention: Retention::begin(&start.saver.run, &start.saver.journal, start.config.checkpoint),
         clock: now,
         looked: now,
+        looking: None,
         killing: None,
         retries,
         fence,
@@ -441,7 +448,7 @@ impl Life<'_> {
         }
         self.looked = Instant::now();
         let (journal, fence) = (Arc::clone(&self.start.saver.journal), self.fence.clone());
-        tokio::spawn(async move {
+        let look = tokio::spawn(async move {
             // Somebody who has the journal finds out by himself.
             let Ok(mut journal) = journal.try_lock() else { return };
             match tokio::time::timeout(LOOK, journal.refresh()).await {
@@ -456,6 +463,7 @@ impl Life<'_> {
                 let _ = fence.send(JournalError::Fenced { node, generation }.into());
             }
         });
+        self.looking = Some(look.abort_handle());
     }
 
     fn finished(&self) -> Step {

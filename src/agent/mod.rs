@@ -344,17 +344,24 @@ impl Agent {
             if look {
                 match unless_told(notices, &reporter, self.wait_for_the_other()).await {
                     None => {
-                        tracing::info!("asked to stop before this node has taken up the run: it has nothing to save");
-                        return Ok(Outcome::Interrupted { lost_steps: 0 });
+                        if finished.is_none() {
+                            tracing::info!(
+                                "asked to stop before this node has taken up the run: it has nothing to save"
+                            );
+                        }
+                        return self.told_between_lives("another node was looked at", finished).await;
                     }
                     Some(waited) => stale |= matches!(waited?, Waited::WentOn),
                 }
             }
             if stale {
                 match unless_told(notices, &reporter, self.resolve_again()).await {
-                    None => return Ok(Outcome::Interrupted { lost_steps: 0 }),
+                    None => return self.told_between_lives("data was fetched", finished).await,
                     Some(again) => match again? {
-                        Ok(again) => resolved = again,
+                        Ok(again) => {
+                            resolved = again;
+                            notices.begin(&resolved.config.notice);
+                        }
                         Err(then) => return Ok(Outcome::Completed { then }),
                     },
                 }

@@ -47,7 +47,7 @@ use crate::{
         identity::{self, Tags},
         region, ssm,
     },
-    config::{self, Effect},
+    config::{self, Effect, StorageConfig},
     error::{Error, Kind, Result},
     ids::RunId,
     journal::{self, JournalError, RunState},
@@ -223,9 +223,13 @@ pub async fn existing(store: &Store, run_id: &RunId) -> Result<Option<RunState>,
 /// The store at `uri`, used as the run that lives there says by now: as it was created with, with what later generations and now
 /// `overrides` change.
 pub fn open(uri: &str, state: &RunState, overrides: &[(String, String)]) -> Result<Store> {
+    Ok(Store::open(uri, &settings(state, overrides)?)?)
+}
+
+/// How that store is used.
+pub fn settings(state: &RunState, overrides: &[(String, String)]) -> Result<StorageConfig> {
     let config = config::apply_overrides(state.config(), &state.overrides())?;
-    let settings = config::apply_overrides(&config, overrides)?.storage;
-    Ok(Store::open(uri, &settings)?)
+    Ok(config::apply_overrides(&config, overrides)?.storage)
 }
 
 /// The changed settings that a run that exists can take. What it keeps for life was set when it was created: on a machine that

@@ -151,7 +151,11 @@ async fn wait(root: &Store, folder: &Store, run_id: &RunId, mut generation: Gene
         let state = history::read(root, run_id).await?;
         match progress(&state, generation) {
             Progress::Ended(end) => return Ok(end),
-            Progress::Followed(by) if carried_on_itself(&state, generation) => generation = by,
+            Progress::Followed(by) if carried_on_itself(&state, generation) => {
+                // It listens for the earlier request a while longer, but the store may not have let it hear that one.
+                drain::ask(folder, by).await?;
+                generation = by;
+            }
             Progress::Followed(by) => {
                 return Err(Error::new(
                     Kind::Unavailable,

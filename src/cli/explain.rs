@@ -247,6 +247,10 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
         _ if !episode.notices.is_empty() => {}
         // The store did not take the notice's own record in time.
         Some(drain) => line("heard", drain.source.clone()),
+        // Heard between two lives of the workers, when there was nothing to save.
+        None if episode.how == How::Stopped => {
+            line("heard", "a request to stop; whose was not written down".to_owned())
+        }
         None => line("heard", "nothing: there was no warning".to_owned()),
     }
     for notice in &episode.notices {

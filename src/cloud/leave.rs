@@ -58,11 +58,19 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
             autoscaling::Left::Failed(error) => {
                 let hint = error.hint().map(|hint| format!("; {hint}")).unwrap_or_default();
                 tracing::error!("on_complete: {error}{hint}");
-                if identity::in_group().await == Some(true) {
-                    tracing::error!(
-                        "on_complete: {id} stays on and costs money: powered off, it would be replaced until its group's desired capacity is lowered; allow autoscaling:TerminateInstanceInAutoScalingGroup, or end it"
-                    );
-                    return Departure::Stays { silence: is_silence(&error) };
+                match identity::in_group().await {
+                    Some(false) => {}
+                    Some(true) => {
+                        tracing::error!(
+                            "on_complete: {id} stays on and costs money: powered off, it would be replaced until its group's desired capacity is lowered; allow autoscaling:TerminateInstanceInAutoScalingGroup, or end it"
+                        );
+                        return Departure::Stays { silence: is_silence(&error) };
+                    }
+                    // It may be in one.
+                    None => {
+                        tracing::error!("on_complete: {id} stays on: whether it is in a group is not known either");
+                        return Departure::Stays { silence: true };
+                    }
                 }
             }
         }

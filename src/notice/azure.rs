@@ -23,7 +23,7 @@ use super::{
     Confidence, Kind, Notice,
     poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
 };
-use crate::cloud::{azure::Azure, metadata::MetadataError};
+use crate::cloud::{azure::Azure, hardware, metadata::MetadataError};
 
 /// The first answer may take so long.
 const FIRST: Duration = Duration::from_secs(130);
@@ -49,7 +49,8 @@ pub struct Found {
 /// Looks for the service until it answers. Never, where it is switched off.
 pub async fn find(named: bool) -> Found {
     let Some(azure) = Azure::from_environment() else { return std::future::pending().await };
-    let mut search = Search::new("azure", named, false);
+    let here = hardware::maker(&hardware::root()) == hardware::Maker::Azure;
+    let mut search = Search::new("azure", named, here);
     let me = loop {
         match azure.name(LIMIT).await {
             Ok(me) => break me,

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::cloud::{
     gcp::{Gcp, Value},
+    hardware,
     metadata::MetadataError,
 };
 
@@ -33,7 +34,8 @@ const MAINTENANCE_NOTICE: Duration = Duration::from_secs(60);
 /// Looks for the server until it answers. Never, where it is switched off.
 pub async fn find(named: bool) -> Gcp {
     let Some(gcp) = Gcp::from_environment() else { return std::future::pending().await };
-    let mut search = Search::new("gcp", named, false);
+    let here = hardware::maker(&hardware::root()) == hardware::Maker::Google;
+    let mut search = Search::new("gcp", named, here);
     loop {
         match gcp.get(ID, LIMIT).await {
             Ok(Some(_)) => break,

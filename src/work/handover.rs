@@ -105,7 +105,8 @@ impl Suspicion {
         if further {
             self.failed = None;
         }
-        if !matches!(error, Some(Kind::Bug | Kind::Permission)) {
+        // Want of permission may be the job's: it may name what this worker's role can't read. Whether the worker's own store refuses is asked.
+        if error != Some(Kind::Bug) {
             return false;
         }
         let confirmed = self.failed.as_ref().is_some_and(|before| before != run);
@@ -233,13 +234,14 @@ mod tests {
         let (bug, no, config) = (Some(Kind::Bug), Some(Kind::Permission), Some(Kind::Config));
         for (story, expected) in [
             (vec![(&a, bug, false), (&b, bug, false)], true),
-            (vec![(&a, bug, false), (&b, no, false)], true),
+            (vec![(&a, bug, false), (&b, no, false)], false),
+            (vec![(&a, no, false), (&b, no, false)], false),
             (vec![(&a, bug, false), (&a, bug, false)], false),
-            (vec![(&a, bug, false), (&a, bug, false), (&b, no, false)], true),
+            (vec![(&a, bug, false), (&a, bug, false), (&b, bug, false)], true),
             // What is wrong with a job's configuration says nothing of the machine, for or against.
             (vec![(&a, bug, false), (&b, config, false)], false),
             (vec![(&a, bug, false), (&b, config, false), (&b, bug, false)], true),
-            (vec![(&a, bug, false), (&b, None, false), (&b, no, false)], true),
+            (vec![(&a, no, false), (&a, bug, false), (&b, None, false), (&b, bug, false)], true),
             // A step was committed: this machine can train.
             (vec![(&a, bug, false), (&b, None, true), (&b, bug, false)], false),
             (vec![(&a, bug, false), (&b, bug, true)], false),

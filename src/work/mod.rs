@@ -56,7 +56,7 @@ use crate::{
         hardware, region,
         sqs::{Message, Queue},
     },
-    config::{self, Machine, RunConfig, Sources, StorageConfig, Text},
+    config::{self, Encryption, Machine, RunConfig, Sources, StorageConfig, Text},
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
     journal, layout,
@@ -74,6 +74,8 @@ const PATIENCE: Duration = Duration::from_secs(5 * 60);
 const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
 /// This worker's own store is asked for so long whether it answers.
 const STORE_PATIENCE: Duration = Duration::from_secs(20);
+/// Taking away what it was asked with.
+const SWEEP_PATIENCE: Duration = Duration::from_secs(2);
 /// Renewing the message of a job whose machine goes away may take so long: notices leave as little as 30 s, the last save included.
 const RENEWAL: Duration = Duration::from_secs(10);
 /// What a worker is told.
@@ -192,13 +194,17 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     let reports = Reports::start(api, runtime.handle());
     let heard = tools.heard.clone();
     let (queue, max_receive_count) = match runtime.block_on(heard.unless(open(&settings))) {
-        Err(_) if heard.asked() => return Ok(Left::Asked),
-        opened => opened?,
+        Ok(opened) => opened,
+        Err(error) => {
+            // A name that is being looked up, on a machine without a network, is not waited for.
+            runtime.shutdown_timeout(Duration::ZERO);
+            return if heard.asked() { Ok(Left::Asked) } else { Err(error) };
+        }
     };
     tracing::info!(queue = queue.url(), "waiting for jobs");
     let lookout = Lookout::new(heard);
-    let suspicion = RefCell::default();
-    let worker = Worker { settings, tools, reports, lookout, suspicion, queue, max_receive_count, runtime };
+    let (suspicion, encryption) = (RefCell::default(), RefCell::default());
+    let worker = Worker { settings, tools, reports, lookout, suspicion, encryption, queue, max_receive_count, runtime };
     let left = worker.work();
     let hurried = matches!(left, Ok(Left::Asked)) || worker.lookout.told();
     if hurried {
@@ -282,6 +288,8 @@ struct Worker<'a> {
     lookout: Lookout,
     /// Of this worker itself.
     suspicion: RefCell<Suspicion>,
+    /// How the run of this turn has its objects encrypted: a bucket may take no others.
+    encryption: RefCell<(Encryption, Option<String>)>,
     queue: Queue,
     max_receive_count: Option<u32>,
     runtime: Runtime,
@@ -313,8 +321,10 @@ impl Worker<'_> {
             // A run that another worker trains for weeks must not keep this one waiting for weeks.
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
-                // Put away, it is still in the queue: who left now would leave it to nobody.
-                if let Settle::Return(after) = what {
+                // Put away, it is still in the queue: who left now would leave it to nobody. Without a dead-letter queue that would be for ever.
+                if let Settle::Return(after) = what
+                    && self.max_receive_count.is_some()
+                {
                     idle_since += after;
                 }
             }
@@ -489,27 +499,30 @@ impl Worker<'_> {
         (turn, what)
     }
 
+    fn encrypts(&self, storage: &StorageConfig) {
+        *self.encryption.borrow_mut() = (storage.encryption, storage.kms_key_id.clone());
+    }
+
     /// Whether this worker's own store does not take anything either.
     async fn is_cut_off(&self) -> bool {
         let Some(uri) = &self.settings.store else { return false };
         let Ok(uri) = config::absolute_uri(uri, self.tools.working_directory) else { return false };
-        let Ok(store) = Store::open(&uri, &LIMITS) else { return false };
+        let (encryption, kms_key_id) = self.encryption.borrow().clone();
+        let Ok(store) = Store::open(&uri, &StorageConfig { encryption, kms_key_id, ..LIMITS }) else { return false };
         let key = format!("{}/{}", layout::PROBES, random_hex(16));
-        let put = async {
-            // One request: who asks has waited for something else all the time that a store is given.
-            let put = store.put_once(&key, Bytes::from_static(b"whether this store answers"), STORE_PATIENCE).await;
-            if put.is_ok() {
-                // What stays behind is rubbish of a few bytes, below a folder that is known for it.
-                let _ = store.delete(&key).await;
-            }
-            put
-        };
+        // One request: who asks has waited for something else all the time that a store is given.
+        let put = store.put_once(&key, Bytes::from_static(b"whether this store answers"), STORE_PATIENCE);
         tokio::select! {
             biased;
             // Nobody has the time to find out whose fault it is.
             () = self.lookout.heard.wait() => true,
             put = tokio::time::timeout(STORE_PATIENCE, put) => match put {
-                Ok(put) => put.is_err_and(|error| matches!(Error::from(error).kind(), Kind::Unavailable | Kind::Permission)),
+                Ok(Ok(())) => {
+                    // What stays behind is rubbish of a few bytes, below a folder that is known for it.
+                    let _ = tokio::time::timeout(SWEEP_PATIENCE, store.delete(&key)).await;
+                    false
+                }
+                Ok(Err(error)) => matches!(Error::from(error).kind(), Kind::Unavailable | Kind::Permission),
                 Err(_) => true,
             },
         }
@@ -557,6 +570,7 @@ impl Worker<'_> {
 
     /// Finds the run, or makes ready to create it.
     fn prepare(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>) -> Result<Prepared> {
+        self.encryption.take();
         let named = job.store.as_deref().or(self.settings.store.as_deref());
         let (uri, config) = match named {
             Some(uri) => {
@@ -585,6 +599,7 @@ impl Worker<'_> {
                 if self.max_receive_count.is_some() && made_progress(received, carried, committed) {
                     return Ok(Prepared::Renew { committed });
                 }
+                self.encrypts(&boot::settings(&state, &[])?);
                 let store = boot::open(&uri, &state, &[])?;
                 let begin = Begin::Resume { from: None, overrides: Vec::new(), state: Box::new(state) };
                 Ok(Prepared::Launch { store, begin })
@@ -594,6 +609,7 @@ impl Worker<'_> {
                     Some(config) => config,
                     None => self.config(job, Some(uri.clone()))?,
                 };
+                self.encrypts(&config.storage);
                 let store = Store::open(&uri, &config.storage)?;
                 Ok(Prepared::Launch {
                     store,

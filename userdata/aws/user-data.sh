@@ -237,12 +237,8 @@ hold() { scaling SuspendProcesses "AutoScalingGroupName=$TRAINER_GROUP&ScalingPr
 # The group ends this machine and buys no other; it may do so already.
 leave() { leaving || [ -n "$(scaling TerminateInstanceInAutoScalingGroup "ShouldDecrementDesiredCapacity=true&InstanceId=$id")" ] || leaving; }
 leaving() { [ "$(metadata autoscaling/target-lifecycle-state 2>/dev/null)" = Terminated ]; }
-# 22: the metadata service has answered, and knows of none.
-in_no_group() {
-	local code=0
-	metadata autoscaling/target-lifecycle-state >/dev/null 2>&1 || code=$?
-	[ "$code" = 22 ]
-}
+# The metadata service has answered, and knows of none.
+in_no_group() { [[ $(metadata autoscaling/target-lifecycle-state 2>&1) == *"error: 404"* ]]; }
 # To those who should hear of it: what was said last.
 publish() {
 	if [ -z "${TRAINER_TOPIC:-}" ]; then return 0; fi

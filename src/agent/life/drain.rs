@@ -42,6 +42,10 @@ impl Life<'_> {
             means,
             binding: notice.deadline_binds(),
         });
+        // A store that hangs would keep the journal from what is to be written now; a look that is cut off has read what it has read.
+        if let Some(looking) = self.looking.take() {
+            looking.abort();
+        }
         // For whoever reads it later, a time that binds nobody is none.
         self.write_down(notice, deadline_s.filter(|_| notice.deadline_binds()));
         if notice.kind == notice::Kind::Rebalance {

@@ -27,15 +27,17 @@ impl Life<'_> {
     /// Says so, or ends workers that hang.
     pub fn look_at_the_standstill(&mut self) {
         let step = self.finished();
-        // After the last step the store is waited for.
-        let trains = self.conductor.is_some() && step < Step(self.start.config.train.steps);
-        if !trains || self.draining || self.dead.is_some() {
+        // Once all ranks have stopped the store is waited for, which says so itself.
+        let works = self.conductor.as_ref().is_some_and(|conductor| !conductor.has_ended());
+        if !works || self.draining || self.dead.is_some() {
             return;
         }
         let quiet = self.standstill.since.elapsed();
         let usual = self.gauges.step.span().and_then(|step| Duration::try_from_secs_f64(step.high).ok());
         match restart::standstill(quiet, usual, self.standstill.told, &self.start.config.restart) {
             restart::Standstill::Wait => {}
+            // The last state may wait for a slot that a silent store keeps: who ended the workers then would lose it.
+            restart::Standstill::End if step >= Step(self.start.config.train.steps) => {}
             restart::Standstill::Tell => {
                 self.standstill.told += 1;
                 self.reporter.event(&Event::NoProgress {

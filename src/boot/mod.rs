@@ -223,11 +223,11 @@ pub async fn existing(store: &Store, run_id: &RunId) -> Result<Option<RunState>,
 /// The store at `uri`, used as the run that lives there says by now: as it was created with, with what later generations and now
 /// `overrides` change.
 pub fn open(uri: &str, state: &RunState, overrides: &[(String, String)]) -> Result<Store> {
-    Ok(Store::open(uri, &settings(state, overrides)?)?)
+    Ok(Store::open(uri, &storage(state, overrides)?)?)
 }
 
 /// How that store is used.
-pub fn settings(state: &RunState, overrides: &[(String, String)]) -> Result<StorageConfig> {
+pub fn storage(state: &RunState, overrides: &[(String, String)]) -> Result<StorageConfig> {
     let config = config::apply_overrides(state.config(), &state.overrides())?;
     Ok(config::apply_overrides(&config, overrides)?.storage)
 }

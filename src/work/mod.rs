@@ -599,7 +599,7 @@ impl Worker<'_> {
                 if self.max_receive_count.is_some() && made_progress(received, carried, committed) {
                     return Ok(Prepared::Renew { committed });
                 }
-                self.encrypts(&boot::settings(&state, &[])?);
+                self.encrypts(&boot::storage(&state, &[])?);
                 let store = boot::open(&uri, &state, &[])?;
                 let begin = Begin::Resume { from: None, overrides: Vec::new(), state: Box::new(state) };
                 Ok(Prepared::Launch { store, begin })

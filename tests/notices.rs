@@ -429,12 +429,11 @@ fn drain_does_not_wait_if_it_is_told_so_and_refuses_the_dead() {
     assert!(dead.stderr.contains("has gone without a word"), "{}", dead.story());
 }
 
-#[test]
-fn a_request_that_was_on_its_way_when_a_worker_died_is_obeyed() {
-    let lab = Lab::on_files();
-    let running = long(&lab).start();
+/// A worker dies after its generation was asked to stop, before the request was heard; gives what became of it, and of who had asked.
+fn asked_before_a_death(lab: &Lab, more: &[&str]) -> (Finished, Finished) {
+    let running = long(lab).start();
     running.wait_for_step("step", 3);
-    let asked = lab.about("drain", RUN).json().start();
+    let asked = lab.about("drain", RUN).args(more).json().start();
     asked.wait_until("a request", || !lab.keys(RUN, "drains/").is_empty());
     // Requests are looked for every five seconds: nearly always the next generation has been formed by then.
     let worker = running.workers().pop().expect("a worker");
@@ -442,10 +441,21 @@ fn a_request_that_was_on_its_way_when_a_worker_died_is_obeyed() {
     let life = running.finish();
     assert!(matches!(life.code(), Some(75 | 76)), "{}", life.story());
     assert_eq!(life.last("notice").value["source"], "drain", "{}", life.story());
-    // Whoever asked and waited is told how it ended.
-    let asked = asked.finish().expect_code(0);
+    (life, asked.finish().expect_code(0))
+}
+
+#[test]
+fn a_request_that_was_on_its_way_when_a_worker_died_is_obeyed() {
+    let lab = Lab::on_files();
+    asked_before_a_death(&lab, &["--no-wait"]);
+    assert_eq!(lab.keys(RUN, "drains/"), ["drains/g0001.json"], "it was not asked again");
+}
+
+#[test]
+fn who_waits_for_a_run_to_stop_is_told_how_it_ended_though_a_worker_died_in_between() {
+    let lab = Lab::on_files();
+    let (life, asked) = asked_before_a_death(&lab, &[]);
     let answer = &asked.events.last().expect("its answer").value;
     assert_eq!((&answer["generation"], &answer["state"]), (&json!(1), &json!("interrupted")), "{}", asked.story());
     assert_eq!(answer["step"], life.last("interrupted").value["step"], "{}", asked.story());
-    assert_eq!(lab.keys(RUN, "drains/"), ["drains/g0001.json"]);
 }

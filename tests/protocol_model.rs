@@ -22,9 +22,7 @@ use std::{
 
 use trainer::{
     ids::{AttemptId, Generation, NodeId, Step, WorldSize},
-    journal::{
-        Committed, Entry, FORMAT, FormedReason, Record, Refusal, ResumePoint, RosterEntry, RunState, SaveCost, admit,
-    },
+    journal::{Committed, Entry, FormedReason, Record, Refusal, ResumePoint, RosterEntry, RunState, SaveCost, admit},
 };
 
 use crate::support::samples;
@@ -186,7 +184,7 @@ fn record(what: What) -> Record {
 
 fn entry(node: String, attempt: String, record: Record) -> Entry {
     let (node, attempt) = (NodeId::new(node).expect("valid"), AttemptId::new(attempt).expect("valid"));
-    Entry { format: FORMAT, attempt, at: jiff::Timestamp::UNIX_EPOCH, node, record }
+    Entry { format: record.format(), attempt, at: jiff::Timestamp::UNIX_EPOCH, node, record }
 }
 
 /// The real code's reading of a journal.

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::{
     admit::{Refusal, admit},
     error::JournalError,
-    record::{Committed, Entry, FORMAT, FormedReason, InvalidEntry, MAX_ENTRY, Record, ResumePoint, RosterEntry},
+    record::{Committed, Entry, FormedReason, InvalidEntry, MAX_ENTRY, Record, ResumePoint, RosterEntry},
     state::RunState,
 };
 use crate::{
@@ -337,7 +337,7 @@ async fn read(store: &Store, number: u64) -> Result<Option<Entry>, JournalError>
 }
 
 fn new_entry(node: &NodeId, record: Record) -> Entry {
-    Entry { format: FORMAT, attempt: AttemptId::random(), at: Timestamp::now(), node: node.clone(), record }
+    Entry { format: record.format(), attempt: AttemptId::random(), at: Timestamp::now(), node: node.clone(), record }
 }
 
 fn encode(entry: &Entry) -> Result<Bytes, JournalError> {

@@ -13,8 +13,9 @@ use crate::{
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
 };
 
-/// The version of the layout that is written, and the highest that is read.
-pub const FORMAT: u32 = 1;
+/// The highest version of the layout that is read. Each record is written in the lowest version that knows its kind
+/// ([`Record::format`]), so that an older program reads a journal up to the first record that is new to it.
+pub const FORMAT: u32 = 2;
 
 /// The longest record that is believed or written: the first one carries the configuration and a model's `config.json`.
 pub const MAX_ENTRY: u64 = 4 << 20;
@@ -399,8 +400,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_named_whatever_else_it_holds() {
-        let error = Entry::decode(br#"{"format":2,"something":"else"}"#).unwrap_err();
-        assert_eq!(error, InvalidEntry::Newer { found: 2 });
+        let error = Entry::decode(br#"{"format":3,"something":"else"}"#).unwrap_err();
+        assert_eq!(error, InvalidEntry::Newer { found: 3 });
     }
 
     #[test]

@@ -420,6 +420,21 @@ fn check_format(entry: &Entry) -> Result<(), Inconsistent> {
 }
 
 impl Record {
+    /// The lowest version of the layout that knows its kind.
+    pub const fn format(&self) -> u32 {
+        match self {
+            Self::Created { .. }
+            | Self::Formed { .. }
+            | Self::Committed(_)
+            | Self::Notice { .. }
+            | Self::Interrupted { .. }
+            | Self::Damaged { .. }
+            | Self::Completed { .. }
+            | Self::Failed { .. }
+            | Self::Pruned { .. } => 1,
+        }
+    }
+
     /// Its name in stored records.
     pub const fn kind(&self) -> &'static str {
         match self {

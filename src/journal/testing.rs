@@ -53,7 +53,7 @@ pub(super) fn node(name: &str) -> NodeId {
 }
 
 pub(super) fn entry(name: &str, record: Record) -> Entry {
-    Entry { format: FORMAT, attempt: AttemptId::random(), at: Timestamp::UNIX_EPOCH, node: node(name), record }
+    Entry { format: record.format(), attempt: AttemptId::random(), at: Timestamp::UNIX_EPOCH, node: node(name), record }
 }
 
 pub(super) fn created() -> Record {

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     job_api::{JobApi, TOKEN, Told},
-    lab::{EVERY, Lab, STEPS, Store, model_config},
+    lab::{EVERY, Lab, STEPS, Store, data_set, model_config},
     metadata::{
         Asked, Cloud, INSTANCE, LIFECYCLE, MetadataServer, SCHEDULED_EVENTS, SPOT, azure_event, parameter, spot_notice,
     },
@@ -96,14 +96,23 @@ impl Shop {
         self.leasing_worker("5s", idle_exit)
     }
     fn leasing_worker(&self, lease: &str, idle_exit: &str) -> Trainer {
-        let worker =
-            self.lab.command(&["work", "--queue", &self.queue, "--lease", lease, "--idle-exit", idle_exit]).json();
+        let worker = self.strict_worker(lease, idle_exit).args(&["--allow", &self.places()]);
         let worker = match &self.lab.store {
             // The queue's URL says where the queue is.
             Store::S3(..) => worker,
             _ => worker.envs(&s3::client_env(&self.moto.endpoint())),
         };
         worker.envs(&self.api.env())
+    }
+    /// What the messages of these tests name: the lab, the data of all labs, and stores that do not answer.
+    fn places(&self) -> String {
+        let folder = |path: &std::path::Path| format!("file://{}", path.display());
+        let data = folder(data_set().parent().expect("a folder"));
+        [data, folder(&self.lab.path("")), "s3://bucket".into(), "gs://nowhere".into()].join(",")
+    }
+    /// A worker that opens no place but its own store.
+    fn strict_worker(&self, lease: &str, idle_exit: &str) -> Trainer {
+        self.lab.command(&["work", "--queue", &self.queue, "--lease", lease, "--idle-exit", idle_exit]).json()
     }
     /// Demands that neither queue holds anything.
     #[track_caller]
@@ -426,8 +435,9 @@ fn training_on(shop: &Shop, cloud: Cloud) -> (MetadataServer, Running) {
         let (moto, queue) = (Arc::clone(&shop.moto), shop.queue.clone());
         move || format!("{:?}", count(&moto, &queue))
     });
-    let set = json!({"train.steps": 1_000_000, "train.schedule.kind": "constant", "checkpoint.every": "100000 steps",
-                     "notice.spare_time": "stop"});
+    // When a machine goes away is for its operator to say, whose configuration the message names.
+    shop.lab.write_config("run.toml", &shop.lab.config("[notice]\nspare_time = \"stop\"\n"));
+    let set = json!({"train.steps": 1_000_000, "train.schedule.kind": "constant", "checkpoint.every": "100000 steps"});
     shop.send(&shop.job("leaving", set));
     let running = shop.worker().envs(&server.envs()).start();
     running.wait_for_step("step", 3);
@@ -691,4 +701,55 @@ fn a_queue_is_not_empty_while_a_job_that_failed_here_is_put_away() {
     let life = shop.leasing_worker("30s", "1s").finish().expect_code(0);
     assert_eq!(states(&life), ["claimed", "failed", "claimed", "failed"], "{}", life.story());
     assert_eq!((shop.count(&shop.queue), shop.count(&shop.dead)), ([0; 3], [1, 0, 0]), "{}", life.story());
+}
+
+#[test]
+fn a_message_that_names_what_is_not_open_to_it_ends_in_the_dead_letter_queue_and_the_worker_trains_on() {
+    let Some(shop) = Shop::open_with(Lab::on_s3, 1) else { return };
+    let secret = shop.lab.path("secret.json").display().to_string();
+    let touched = shop.lab.path("touched");
+    std::fs::write(&touched, "").expect("write a file");
+    let data = format!("file://{}", data_set().display());
+    let server = shop.lab.server();
+    let beside = shop.lab.path("model.json").display().to_string();
+    server.write("conf/run.toml", shop.lab.config("").replace(&beside, "model.json"));
+    server.write("conf/model.json", model_config(512));
+    let at = |set: Value| json!({"run_id": "bad", "config_uri": "s3://bucket/conf/run.toml", "set": set});
+    let inline = |toml: String| json!({"run_id": "bad", "config": toml});
+    let bad = [
+        at(json!({"notice.file": touched})),
+        at(json!({"model.init_from": "s3://private/weights"})),
+        at(json!({"model.config": &secret})),
+        at(json!({"data.train": format!("{data}/../secret")})),
+        at(json!({"data.train": "/etc"})),
+        json!({"run_id": "bad", "config_uri": "s3://bucket/conf/run.toml", "store": "s3://outsider/runs"}),
+        json!({"run_id": "bad", "config_uri": "s3://bucket/conf/run.toml", "store": "file:///tmp/runs"}),
+        json!({"run_id": "bad", "config_uri": "s3://outsider/run.toml"}),
+        json!({"run_id": "bad", "config_uri": format!("file://{}", shop.lab.path("run.toml").display())}),
+        inline(shop.lab.config("[notice]\nfile = \"x\"\n")),
+        inline(shop.lab.config("").replace(&beside, &secret)),
+    ];
+    for body in &bad {
+        shop.send(&body.to_string());
+    }
+    shop.send(&json!({"run_id": "good", "config_uri": "s3://bucket/conf/run.toml"}).to_string());
+    let mine = [("--store", shop.lab.uri()), ("--allow", format!("s3://bucket,{data}"))];
+    let mut worker = shop.strict_worker("30s", "8s").envs(&shop.api.env());
+    for (name, value) in &mine {
+        worker = worker.args(&[name, value]);
+    }
+    let life = worker.finish().expect_code(0).expect_said(&["--allow s3://private/weights", "notice.file"]);
+    shop.lab.expect_as_undisturbed("good", &[&life]);
+    let failed: Vec<u64> = (life.of_kind("job").iter())
+        .filter(|event| event.value["state"] == "failed")
+        .filter_map(|event| event.value["exit_code"].as_u64())
+        .collect();
+    assert_eq!(failed, vec![78; bad.len()], "{}", life.story());
+    // Their one receive has counted.
+    assert_eq!(
+        (shop.count(&shop.queue), shop.count(&shop.dead)),
+        ([0; 3], [bad.len() as u64, 0, 0]),
+        "{}",
+        life.story()
+    );
 }

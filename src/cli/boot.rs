@@ -200,7 +200,12 @@ impl Boot {
         }
         let sources = Sources {
             file: document.file.as_deref(),
-            text: document.text.as_ref().map(|(name, toml, folder)| Text { name, toml, folder: folder.as_deref() }),
+            text: document.text.as_ref().map(|(name, toml, folder)| Text {
+                name,
+                toml,
+                folder: folder.as_deref(),
+                guard: None,
+            }),
             flags,
             set: &settings.set,
             working_directory: &store::working_directory()?,

@@ -37,7 +37,7 @@ fn options_are_added_on_purpose_only() {
 trainer run: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --nproc-per-node --set --json
 trainer resume: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --from --nproc-per-node --set --json
 trainer boot: CONFIG --run-id --run-id-template --time-zone --ssm-path --store --nproc-per-node --set --standby --device-wait --json
-trainer work: --queue (TRAINER_QUEUE) --store (TRAINER_STORE) --nproc-per-node --idle-exit --once --lease --max-hold --terminate-when-idle --device-wait --ssm-path (TRAINER_SSM_PATH) --json
+trainer work: --queue (TRAINER_QUEUE) --store (TRAINER_STORE) --allow (TRAINER_ALLOW) --nproc-per-node --idle-exit --once --lease --max-hold --terminate-when-idle --device-wait --ssm-path (TRAINER_SSM_PATH) --json
 trainer runs: --store (TRAINER_STORE) --json
 trainer status: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --watch --json
 trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json

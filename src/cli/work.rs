@@ -20,7 +20,7 @@ use crate::{
     error::{Kind, Result},
     notice,
     report::{Reporter, Screen},
-    work::{self, Left, Said, Settings, Tools, api, lease::Terms},
+    work::{self, Left, Said, Settings, Tools, allow::Allowed, api, lease::Terms},
 };
 
 /// Take jobs from a queue, train them, and leave when it stays empty
@@ -32,7 +32,8 @@ Examples:
 
 A message is a job, as JSON:
   {\"run_id\": \"reports-2026q4\", \"config_uri\": \"s3://bucket/configs/reports.toml\", \"set\": {\"train.steps\": 5000}}
-or with the TOML itself in \"config\", and where it is kept in \"store\". A run that exists is carried on as it is.
+or with the TOML itself in \"config\", and where it is kept in \"store\". A run that exists is carried on as it is. A message may name
+only what --allow covers, and no notice.*: when this machine goes away is not for a message to say.
 
 Jobs are reported to JOB_API_BASE_URL, if it is set, with WORKER_TOKEN. The message of a job whose machine goes away is sent anew, so
 that an interruption does not count towards the queue's maxReceiveCount; a kill counts, unless a checkpoint was committed since.
@@ -46,6 +47,10 @@ pub struct Work {
     /// Where runs are kept whose jobs don't say: s3://bucket/prefix, gs://…, az://…, file://path
     #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
     store: Option<String>,
+    /// What messages may name: stores, configurations, models and data below these URIs; without it, the --store, and to be read its
+    /// bucket and that of TRAINER_CONFIG, or of the parameter config-uri. A folder of this machine is open only if it is named here
+    #[arg(long, env = "TRAINER_ALLOW", value_name = "PREFIX", num_args = 1.., value_delimiter = ',', hide_env_values = true)]
+    allow: Vec<String>,
     #[command(flatten)]
     workers: WorkersArg,
     /// Leave when the queue stayed empty for so long, or "never"
@@ -135,7 +140,12 @@ impl Work {
             },
             None => Vec::new(),
         };
+        let parameter = parameters.iter().find(|it| it.name == "config-uri").map(|it| it.value.reveal().to_owned());
+        let configuration = std::env::var("TRAINER_CONFIG").ok().filter(|uri| !uri.is_empty()).or(parameter);
+        let cwd = store::working_directory()?;
+        let allowed = Allowed::new(&self.allow, self.store.as_deref(), configuration.as_deref(), &cwd)?;
         let settings = Settings {
+            allowed,
             queue: self.queue,
             store: self.store,
             workers: self.workers.nproc_per_node.map(|workers| (workers.setting(), workers.count())),
@@ -154,7 +164,7 @@ impl Work {
                 Box::pin(async move { run::fetched(&folder, &name).await })
             },
             heard: stop.heard(),
-            working_directory: &store::working_directory()?,
+            working_directory: &cwd,
             variable: &|name| variable(&parameters, name),
             leave: self.terminate_when_idle.then_some(&leave),
         };

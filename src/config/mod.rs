@@ -27,7 +27,7 @@ pub use change::{
 pub use error::{ConfigError, Origin};
 pub use machine::{Machine, workers_per_node};
 pub use raw::DEFAULT_TOML;
-pub use resolve::{Fetch, MAX_STEPS, Sources, Text, load};
+pub use resolve::{Fetch, Guard, MAX_STEPS, PLACES, Sources, Text, load};
 pub use text::{
     absolute_uri, format_cadence, format_duration, local_path, parse_cadence, parse_duration, parse_spacing,
 };

@@ -35,8 +35,14 @@ const NOTICE_SOURCES: &[&str] = &["aws", "gcp", "azure", "signals", "file"];
 /// Reads a small remote object, by the URI of its folder and its name.
 pub type Fetch<'a> = dyn Fn(&str, &str) -> Result<Vec<u8>, Error> + 'a;
 
+/// Whether a text may name a place: the key, and the absolute URI of what it names.
+pub type Guard<'a> = dyn Fn(&'static str, &str) -> Result<(), Error> + 'a;
+
+/// The keys whose values name a place.
+pub const PLACES: [&str; 4] = ["store", "model.config", "model.init_from", "data.train"];
+
 /// A configuration that is no file of this machine.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Text<'a> {
     /// What errors call it: its URI, or the parameter that holds it.
     pub name: &'a Path,
@@ -44,6 +50,14 @@ pub struct Text<'a> {
     pub toml: &'a str,
     /// URI of the folder that it lies in: a `model.config` that this machine does not have is looked for there.
     pub folder: Option<&'a str>,
+    /// What it may name; `None`: anything. It is asked before anything is read.
+    pub guard: Option<&'a Guard<'a>>,
+}
+
+impl std::fmt::Debug for Text<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Text").field("name", &self.name).field("folder", &self.folder).finish_non_exhaustive()
+    }
 }
 
 /// Where settings come from, lowest first, and what is needed to resolve them.
@@ -84,6 +98,7 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
     for (key, value) in sources.set {
         raw.add_set(key, value)?;
     }
+    guard(&raw, sources)?;
     let parallel = parallel(&raw)?;
     let workers = workers_per_node(&parallel, None, &sources.machine);
     let config = RunConfig {
@@ -100,6 +115,36 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
     };
     check(&config)?;
     Ok(config)
+}
+
+/// Asks whether the configuration may name what it names.
+fn guard(raw: &Raw, sources: &Sources<'_>) -> Result<(), ConfigError> {
+    let Some(Text { guard: Some(guard), folder, .. }) = sources.text else { return Ok(()) };
+    for key in PLACES {
+        let text = raw.text(key)?;
+        if text.is_empty() {
+            continue;
+        }
+        let uri = match folder {
+            // One beside the configuration.
+            Some(folder) if key == "model.config" && is_beside(text) => format!("{folder}/{text}"),
+            _ => uri(raw, key, sources.working_directory)?,
+        };
+        guard(key, &uri).map_err(|error| ConfigError::Withheld {
+            key,
+            origin: raw.origin(key),
+            path: text.to_owned(),
+            reason: error.to_string(),
+            kind: error.kind(),
+            hint: error.hint().map(str::to_owned),
+        })?;
+    }
+    Ok(())
+}
+
+/// Whether a name is one in the folder of the configuration.
+fn is_beside(name: &str) -> bool {
+    !name.contains("://") && Path::new(name).is_relative()
 }
 
 /// Everything but the store and the model, which a run keeps; `threads` is what "auto" means.
@@ -189,6 +234,10 @@ fn read_model_config(path: &str, sources: &Sources<'_>) -> Result<Vec<u8>, Error
         return (sources.fetch)(folder, name);
     }
     let mut tried: Vec<PathBuf> = vec![sources.working_directory.join(path)];
+    // A name in a guarded text is one beside it.
+    if is_beside(path) && sources.text.is_some_and(|text| text.guard.is_some() && text.folder.is_some()) {
+        tried.clear();
+    }
     if let Some(folder) = sources.file.and_then(Path::parent) {
         tried.push(sources.working_directory.join(folder).join(path));
     }

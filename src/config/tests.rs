@@ -576,6 +576,7 @@ fn a_store_that_does_not_give_a_model_is_no_mistake_of_the_configuration() {
                     name: Path::new("s3://b/run.toml"),
                     toml: &format!("{named}\ndata.train = 'data'\n"),
                     folder: Some("s3://b"),
+                    guard: None,
                 }),
                 flags: vec![],
                 set: &[],

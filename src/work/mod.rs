@@ -2,7 +2,7 @@
 //!
 //! The queue says *that* a run is wanted; what is true of the run stands in its journal and nowhere else. So a message may come twice, late,
 //! or to two workers at once: the journal lets one of them write, the other finds the run alive or completed. [`job`] is what a message
-//! says, [`lease`] keeps it hidden, [`handover`] decides what becomes of it, [`api`] is who hears of it.
+//! says, [`allow`] what it may name, [`lease`] keeps it hidden, [`handover`] decides what becomes of it, [`api`] is who hears of it.
 //!
 //! # One message
 //! receive → hide it lease by lease → read the run's journal → train, unless the run is complete → settle. A message is deleted when its run
@@ -20,6 +20,7 @@
 //! machine goes away, or asks this worker to stop, ends it with 75 (`lookout.rs`). Signals that come just before the agent listens are held and
 //! sent again.
 
+pub mod allow;
 pub mod api;
 pub mod handover;
 pub mod job;
@@ -41,6 +42,7 @@ use serde::Serialize;
 use tokio::runtime::Runtime;
 
 use self::{
+    allow::{Allowed, Use},
     api::{Api, Facts, Reports, Stage},
     handover::{Carried, End, INTERRUPTIONS, STEP, Settle, Suspicion, made_progress, settle},
     job::{Job, Source},
@@ -85,6 +87,8 @@ pub struct Settings {
     pub queue: String,
     /// Where runs are kept whose jobs do not say.
     pub store: Option<String>,
+    /// What messages may name.
+    pub allowed: Allowed,
     /// Workers on this node: as the configuration has it, and as a number.
     pub workers: Option<(String, u32)>,
     /// Leave when the queue stayed empty for so long; `None`: never.
@@ -571,14 +575,14 @@ impl Worker<'_> {
     /// Finds the run, or makes ready to create it.
     fn prepare(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>) -> Result<Prepared> {
         self.encryption.take();
+        self.settings.allowed.check_settings(job)?;
         let named = job.store.as_deref().or(self.settings.store.as_deref());
         let (uri, config) = match named {
             Some(uri) => {
-                let uri = config::absolute_uri(uri, self.tools.working_directory);
-                (
-                    uri.map_err(|expected| Error::new(Kind::Config, format!("store of the job: expected {expected}")))?,
-                    None,
-                )
+                let uri = config::absolute_uri(uri, self.tools.working_directory)
+                    .map_err(|expected| Error::new(Kind::Config, format!("store of the job: expected {expected}")))?;
+                self.settings.allowed.check("store", &uri, Use::Write)?;
+                (uri, None)
             }
             None => {
                 let config = self.config(job, None)?;
@@ -625,12 +629,17 @@ impl Worker<'_> {
             Source::Inline(toml) => (toml.clone(), format!("configuration of job {}", job.run_id), None),
             Source::At { folder, name } => {
                 let uri = format!("{folder}/{name}");
+                self.settings.allowed.check("config_uri", &uri, Use::Read)?;
                 let doing = || format!("read configuration {uri}");
                 let bytes = self.fetch(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
                 let toml = String::from_utf8(bytes)
                     .map_err(|error| Error::from_source(Kind::Config, error.utf8_error()).context(doing()))?;
                 (toml, uri, Some(folder.as_str()))
             }
+        };
+        let guard = |key: &'static str, uri: &str| {
+            let used = if key == "store" { Use::Write } else { Use::Read };
+            self.settings.allowed.check(key, uri, used)
         };
         let mut flags = Vec::new();
         if let Some(store) = store {
@@ -641,7 +650,7 @@ impl Worker<'_> {
         }
         let sources = Sources {
             file: None,
-            text: Some(Text { name: Path::new(&name), toml: &toml, folder }),
+            text: Some(Text { name: Path::new(&name), toml: &toml, folder, guard: Some(&guard) }),
             flags,
             set: &job.set,
             working_directory: self.tools.working_directory,

@@ -340,3 +340,29 @@ fn the_skypilot_task_recovers_on_the_codes_that_ask_for_it() {
     assert!(store.is_some_and(|store| store.starts_with("s3://")) && task[0]["envs"]["AWS_REGION"].is_string());
     assert_eq!(task[0]["resources"]["use_spot"], true);
 }
+
+#[test]
+fn what_is_built_for_a_gpu_finds_it() {
+    // Without a flag the set-up asks the machine that builds, and that is seldom the one that trains.
+    for name in all() {
+        for line in text(&name).lines().filter(|line| line.contains("scripts/setup") && line.contains("&&")) {
+            assert!(line.contains("--cuda"), "userdata/{name}: {line}");
+        }
+    }
+    let image = text("container/Containerfile");
+    assert!(image.contains("scripts/setup \"--${FLAVOUR}\"") && image.contains("ARG FLAVOUR=cuda"), "{image}");
+    // GKE has no container runtime of NVIDIA's: its device plugin mounts the driver below /usr/local/nvidia.
+    for (variable, folder) in
+        [("LD_LIBRARY_PATH=/opt/trainer/lib:", "/usr/local/nvidia/lib64"), ("PATH=", "/usr/local/nvidia/bin")]
+    {
+        let found =
+            image.split_whitespace().any(|word| word.starts_with(variable) && word.split(':').any(|one| one == folder));
+        assert!(found, "{variable} of the image does not name {folder}");
+    }
+    // A sandbox keeps the setuid nvidia-modprobe from making /dev/nvidia-uvm when CUDA asks for it.
+    for name in all().iter().filter(|name| name.ends_with(".service") && text(name).contains("NoNewPrivileges=yes")) {
+        let unit = text(name);
+        let before = unit.lines().find(|line| line.starts_with("ExecStartPre=") && line.contains("nvidia-modprobe"));
+        assert_eq!(before, Some("ExecStartPre=+-/usr/bin/nvidia-modprobe -c0 -u"), "userdata/{name}");
+    }
+}

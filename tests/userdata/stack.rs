@@ -256,6 +256,9 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     // A rule of EventBridge can send only where the queue's own policy lets it.
     let policy = properties(&stack, "QueuePolicy").to_string();
     assert!(policy.contains("events.amazonaws.com") && policy.contains("sqs:SendMessage"), "{policy}");
+    expect_one_queue_a_policy(&stack);
+    // The disk of the default image has 75 GB: a smaller one is refused at each launch.
+    assert!(stack["Parameters"]["DiskGiB"]["MinValue"].as_u64() >= Some(75));
     // Interruptions do not count as receives, so that a broken job is paid for only so often.
     let redrive = &properties(&stack, "Queue")["RedrivePolicy"];
     assert_eq!(redrive["maxReceiveCount"], 6);
@@ -407,6 +410,26 @@ fn the_stack_carries_user_data_and_it_fits() {
             "{name} means nothing to user-data.sh"
         );
     }
+}
+
+/// SQS takes a policy only if it speaks of the one queue that it is put on; neither moto nor cfn-lint knows that.
+#[track_caller]
+fn expect_one_queue_a_policy(stack: &Value) {
+    let resources = stack["Resources"].as_object().expect("resources");
+    let policies = resources.iter().filter(|(_, one)| one["Type"] == "AWS::SQS::QueuePolicy");
+    let mut queues = BTreeSet::new();
+    for (name, policy) in policies {
+        let policy = &policy["Properties"];
+        let queue = match policy["Queues"].as_array().expect("a list of queues").as_slice() {
+            [queue] => queue["Ref"].as_str().expect("a queue of this stack"),
+            more => panic!("{name} is put on {} queues", more.len()),
+        };
+        assert!(queues.insert(queue.to_owned()), "{queue} has two policies: the later one replaces the other");
+        for statement in policy["PolicyDocument"]["Statement"].as_array().expect("statements") {
+            assert_eq!(statement["Resource"], json!({"Fn::GetAtt": format!("{queue}.Arn")}), "{name}");
+        }
+    }
+    assert_eq!(queues, ["DeadLetters", "Queue"].map(str::to_owned).into(), "queues that a rule may send to");
 }
 
 /// moto says of each type that it does not know that it drops it; this is the whole list.

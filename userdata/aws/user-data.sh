@@ -212,7 +212,7 @@ run() {
 	# Of an earlier life.
 	docker stop --time 110 trainer >/dev/null 2>&1 || true
 	docker rm trainer >/dev/null 2>&1 || true
-	env | grep -E '^(TRAINER_(CONFIG|STORE|RUN_ID|RUN_ID_TEMPLATE|TIME_ZONE|SSM_PATH|QUEUE|STOP_WINDOW|LOG)|AWS_REGION)=' >"$run/env"
+	env | grep -E '^(TRAINER_(CONFIG|STORE|RUN_ID|RUN_ID_TEMPLATE|TIME_ZONE|SSM_PATH|QUEUE|ALLOW|STOP_WINDOW|LOG)|AWS_REGION)=' >"$run/env"
 	if [ -n "${TRAINER_LOG_GROUP:-}" ]; then
 		# Training never waits for a log.
 		logs=(--log-driver awslogs --log-opt "awslogs-region=$region" --log-opt "awslogs-group=$TRAINER_LOG_GROUP"

@@ -346,7 +346,7 @@ fn what_is_built_for_a_gpu_finds_it() {
     // Without a flag the set-up asks the machine that builds, and that is seldom the one that trains.
     for name in all() {
         for line in text(&name).lines().filter(|line| line.contains("scripts/setup") && line.contains("&&")) {
-            assert!(line.contains("--cuda"), "userdata/{name}: {line}");
+            assert!(line.contains("scripts/setup --cuda"), "userdata/{name}: {line}");
         }
     }
     let image = text("container/Containerfile");

@@ -418,7 +418,8 @@ fn an_empty_queue_is_left_and_a_wrong_one_is_named() {
 
     let missing = format!("{}x", shop.queue);
     let other = |queue: &str| {
-        let worker = shop.lab.command(&["work", "--queue", queue, "--idle-exit", "1s"]);
+        let store = shop.lab.uri();
+        let worker = shop.lab.command(&["work", "--queue", queue, "--store", &store, "--idle-exit", "1s"]);
         worker.envs(&s3::client_env(&shop.moto.endpoint()))
     };
     other(&missing).finish().expect_code(78).expect_said(&["NonExistentQueue", &missing]);

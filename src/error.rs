@@ -109,6 +109,18 @@ impl Error {
         self.kind
     }
 
+    /// Whether an error of this type is among its causes.
+    pub fn comes_of<E: std::error::Error + 'static>(&self) -> bool {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&*self.source);
+        while let Some(error) = cause {
+            if error.is::<E>() {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
+    }
+
     /// How to fix it, where we know.
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()

@@ -103,6 +103,16 @@ fn a_run_on_a_store_that_breaks_in_every_way_ends_as_the_undisturbed_one() {
     }
 }
 
+/// One request of every kind hangs for seconds, and deletions for ever, while the run is asked to stop.
+#[test]
+fn a_run_whose_requests_hang_is_saved_whole_whenever_it_is_asked_to_stop() {
+    let at = |nth| Disturbance::Terminate { at: Moment::after("checkpoint", nth), kill_after: None };
+    let weather = Some(Weather::of_stalls(Duration::from_secs(3)));
+    let stalled = |disturbance| Life { disturbance, then: None, weather: weather.clone() };
+    let tally = played(&Scenario { every: 4, keep: 1, ..scenario(true, 1, vec![stalled(at(3))]) });
+    assert!(tally.faults_of("long stall") > 6, "{tally}");
+}
+
 #[test]
 fn writers_that_sleep_or_race_commit_nothing_that_is_not_theirs() {
     let at = Moment::after("checkpoint", 2);
@@ -169,6 +179,8 @@ fn a_scenario_is_a_function_of_its_seed() {
         "heir",
         "=stop",
         "rivals",
+        "hang 1 ",
+        "hang all",
     ] {
         assert!(text.contains(what), "{what} is never drawn");
     }

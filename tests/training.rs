@@ -30,6 +30,16 @@ fn the_held_out_loss_is_measured_when_it_is_due_and_is_the_same_after_a_resume()
         whole.of_kind("validation").iter().map(|e| (e.step(), e.number_text("loss").map(str::to_owned))).collect();
     let steps: Vec<_> = measured.iter().map(|(step, _)| step.unwrap()).collect();
     assert_eq!(steps, [6, 12, 18, 24], "{}", whole.story());
+    // `checkpoint.keep.best` ranks by what was measured of a checkpoint's own state.
+    let told: Vec<(u64, bool)> = lab
+        .keys("whole", "journal/")
+        .iter()
+        .map(|key| serde_json::from_slice::<serde_json::Value>(&lab.read("whole", key)).unwrap()["record"].clone())
+        .filter(|record| record["kind"] == "committed")
+        .map(|record| (record["step"].as_u64().unwrap(), record["validation_loss"].is_number()))
+        .collect();
+    assert!(told.iter().all(|(step, measured)| *measured == step.is_multiple_of(6)), "{told:?}");
+    assert!(told.contains(&(24, true)), "{told:?}");
 
     let first = lab.run("killed").args(&settings).hold_after(2 * EVERY + 1).start();
     first.wait_for_step("checkpoint", 2 * EVERY);

@@ -15,7 +15,7 @@
 //! - A drain for which there is no time to save the end only stops the loop; what was captured before is still uploaded.
 //! - A save that is asked for now takes the step that is running, ahead of one that is ordered for later.
 
-use std::time::Duration;
+use std::{num::NonZeroU64, time::Duration};
 
 use crate::{
     config::Cadence,
@@ -112,6 +112,9 @@ pub struct Setup {
     pub last: Step,
     /// When state is saved.
     pub cadence: Cadence,
+    /// `checkpoint.keep.best` ranks by what is measured after each multiple of these steps: their state is saved, too.
+    /// Not with a cadence in steps, whose orders are given ahead.
+    pub ranked: Option<NonZeroU64>,
     /// The slot that holds the checkpoint which was loaded, if one does.
     pub held: Option<u8>,
 }
@@ -147,6 +150,8 @@ pub struct Conductor {
     wanted: bool,
     /// Where the last order was, so that a cadence in steps orders each multiple once.
     last_ordered: Step,
+    /// The newest step after which the ranks were asked whether its state, which is measured, still stands.
+    ranked: Step,
 }
 
 impl Conductor {
@@ -171,6 +176,7 @@ impl Conductor {
             abandoned: false,
             wanted: false,
             last_ordered: setup.done,
+            ranked: setup.done,
         }
     }
 
@@ -403,6 +409,13 @@ impl Conductor {
         (step > self.setup.done && !self.has_snapshot_of(step)).then_some(step)
     }
 
+    /// This step, if its state is one that `keep.best` ranks, and nothing holds it yet.
+    fn measured(&self, step: Step) -> Option<Step> {
+        let ranked = self.setup.ranked.is_some_and(|every| step.get().is_multiple_of(every.get()));
+        let wanted = ranked && !self.abandoned && !self.end_decided && step > self.setup.done;
+        (wanted && !self.has_snapshot_of(step)).then_some(step)
+    }
+
     fn is_overdue(&self, now: Moment) -> bool {
         now.saturating_sub(self.last_order_at) >= self.interval()
     }
@@ -417,6 +430,7 @@ impl Conductor {
 
     /// Gives free slots their orders, after taking back those that the new end makes void.
     fn give_orders(&mut self, started: Step, now: Moment) {
+        self.ranked = self.finished;
         for slot in &mut self.slots {
             // No rank has finished a step after `started`, so none has obeyed this one.
             if matches!(slot, Slot::Ordered { step, .. } if *step > started && *step > self.end) {
@@ -429,7 +443,7 @@ impl Conductor {
         let first = usize::from(self.newest == Some(0));
         for index in [first, 1 - first] {
             if self.slots[index] == Slot::Free
-                && let Some(step) = self.due(started, now)
+                && let Some(step) = self.measured(started).or_else(|| self.due(started, now))
             {
                 let mode = self.chooser.mode();
                 self.slots[index] = Slot::Ordered { step, missing: self.setup.ranks, mode };
@@ -468,7 +482,10 @@ impl Conductor {
             Slot::Ordered { step, .. } => self.wanted && *step > started,
             Slot::Full { .. } | Slot::Uploading { .. } => false,
         });
-        room && self.due(started, now).is_some()
+        // The ranks measure after the step, and its state stands until they are done. Each step is asked about once.
+        let ask = self.finished > self.ranked;
+        let measured = ask && [self.finished, started].iter().any(|step| self.measured(*step).is_some());
+        room && (measured || self.due(started, now).is_some())
     }
 
     /// The newest snapshot, if none is being uploaded; an older one that is still waiting is worth less and gives up its slot.
@@ -517,7 +534,7 @@ mod tests {
 
     fn conductor(cadence: Cadence, done: u64, last: u64) -> Conductor {
         Conductor::new(
-            Setup { ranks: 2, done: Step(done), last: Step(last), cadence, held: None },
+            Setup { ranks: 2, done: Step(done), last: Step(last), cadence, ranked: None, held: None },
             Measured::NOTHING,
             at(0),
         )
@@ -743,7 +760,8 @@ mod tests {
             c.uploaded(saves[0].slot, true, at(60 * round + 2));
         }
         assert_eq!(taken, [0, 1, 0, 1]);
-        let setup = Setup { ranks: 1, done: Step(5), last: Step(9), cadence: Cadence::Steps(1), held: Some(0) };
+        let setup =
+            Setup { ranks: 1, done: Step(5), last: Step(9), cadence: Cadence::Steps(1), ranked: None, held: Some(0) };
         let orders = Conductor::new(setup, Measured::NOTHING, at(0)).first_orders(at(0));
         assert_eq!(orders[1].step, Step(6), "slot 0 holds step 5: {orders:?}");
     }
@@ -813,6 +831,42 @@ mod tests {
             [Action::Thaw { saves: vec![order(132, 0), order(200, 1)], stop_after: None }]
         );
         assert_eq!(capture(&mut c, 0, 132, at(7)), [Action::Upload { step: Step(132), slot: 0 }]);
+    }
+
+    #[test]
+    fn a_state_that_is_measured_is_saved_if_it_still_stands() {
+        let mut c = conductor(Cadence::Auto, 0, 1000);
+        c.setup.ranked = NonZeroU64::new(10);
+        let freezes = |actions: &[Action]| matches!(actions, [Action::Freeze { .. }]);
+        assert!(c.step_finished(Step(8), 1.0, at(0)).is_empty());
+        let actions = c.step_finished(Step(9), 1.0, at(0));
+        assert!(freezes(&actions), "{actions:?}");
+        // One has begun the step that will be measured.
+        assert_eq!(
+            answer(&mut c, &actions, [9, 10], at(0)),
+            [Action::Thaw { saves: vec![order(10, 0)], stop_after: None }]
+        );
+        assert!(c.step_finished(Step(10), 1.0, at(0)).is_empty(), "it has its order");
+        assert_eq!(capture(&mut c, 0, 10, at(0)), [Action::Upload { step: Step(10), slot: 0 }]);
+        assert!(c.uploaded(0, true, at(0)).is_empty());
+        // None has begun it: they are asked again when it is finished, and both are still measuring.
+        let actions = c.step_finished(Step(19), 1.0, at(0));
+        assert!(freezes(&actions), "{actions:?}");
+        assert_eq!(answer(&mut c, &actions, [19, 19], at(0)), [Action::Thaw { saves: vec![], stop_after: None }]);
+        assert!(c.tick(at(0)).is_empty());
+        let actions = c.step_finished(Step(20), 1.0, at(0));
+        assert_eq!(
+            answer(&mut c, &actions, [20, 20], at(0)),
+            [Action::Thaw { saves: vec![order(20, 1)], stop_after: None }]
+        );
+        assert_eq!(capture(&mut c, 1, 20, at(0)), [Action::Upload { step: Step(20), slot: 1 }]);
+        assert!(c.uploaded(1, true, at(0)).is_empty());
+        // One has gone on: nothing is saved, and nobody is asked again.
+        let actions = c.step_finished(Step(30), 1.0, at(0));
+        assert!(freezes(&actions), "{actions:?}");
+        assert_eq!(answer(&mut c, &actions, [30, 31], at(0)), [Action::Thaw { saves: vec![], stop_after: None }]);
+        assert!(c.tick(at(0)).is_empty());
+        assert!(c.step_finished(Step(31), 1.0, at(0)).is_empty());
     }
 
     #[test]

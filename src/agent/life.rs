@@ -3,18 +3,21 @@
 //! One event loop, no shared state: `select!` arms only make an [`Input`]; [`Life::handle`] changes state and acts. What to do
 //! about saves and about the end is decided by the [`Conductor`]; this file carries it out.
 //!
-//! A life ends in one of the ways of [`End`]. Whatever the way, its processes are gone afterwards, and snapshots that every rank had
-//! captured have been uploaded and committed, unless the run was lost to another writer or the user would not wait.
+//! A life ends in one of the ways of [`End`]. Whatever the way, its processes are gone afterwards, or on their way out
+//! ([`Left`]), and snapshots that every rank had captured have been uploaded and committed, unless the run was lost to
+//! another writer or there was no time to wait: then the save under way is given up, so that what is said of it stays
+//! true.
 
 mod drain;
+mod look;
 mod progress;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
     sync::mpsc,
-    task::{AbortHandle, JoinHandle},
+    task::{AbortHandle, JoinHandle, JoinSet},
     time::Instant,
 };
 
@@ -33,7 +36,7 @@ use crate::{
     config::RunConfig,
     error::{Error, Kind, Result},
     ids::{Generation, Rank, Step},
-    journal::{Drain, DrainPlan, JournalError},
+    journal::{Drain, DrainPlan},
     notice::{Notice, Notices},
     protocol::{Assignment, FromWorker, StepReport, ToWorker},
     report::{Event, Reporter},
@@ -42,20 +45,16 @@ use crate::{
         mode::{CaptureMode, Choice},
         plan::TensorSpec,
     },
-    storage::Store,
+    storage::{Adrift, Store},
 };
 
 const TICK: Duration = Duration::from_millis(200);
 /// How long workers that were asked to leave may take.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long the end of a life waits for old checkpoints to be deleted.
-const RETENTION_PATIENCE: Duration = Duration::from_secs(20);
 /// Failed saves of the last state in a row, after which it is given up. Each has the store's own retries within it.
 const LAST_SAVE_TRIES: u32 = 8;
 /// How long processes that were killed may take to be gone. One that hangs in the kernel never is.
 const GONE: Duration = Duration::from_secs(10);
-/// How often the journal is looked at for a generation that fences this one, and how long a look may keep others from it.
-const LOOK: Duration = Duration::from_secs(5);
 
 /// What a life starts with.
 pub struct Plan {
@@ -181,8 +180,11 @@ enum Input {
     Save(SaveEvent),
     Fetch(Result<Fetched, CheckpointError>),
     Notice(Notice),
-    Retry { slot: u8 },
-    Fenced(Error),
+    Retry {
+        slot: u8,
+    },
+    /// The run can't go on here.
+    Over(Error),
     Tick,
 }
 
@@ -210,6 +212,8 @@ struct Life<'a> {
     watch: Watch,
     /// Notices that were written to the journal.
     written: u32,
+    /// Those that are being written.
+    notes: JoinSet<()>,
     /// The save that a notice with time to spare asks for has been ordered.
     insured: bool,
     draining: bool,
@@ -235,15 +239,24 @@ enum Death {
     Diverged { step: Step, reason: String },
 }
 
-/// Runs a life to its end. `images` and `gauges` are the node's: what they hold outlives it. Of a life that was asked to stop the workers
-/// may still be on their way out: `leaving` ends when they are gone.
+/// What a life that has ended well leaves to be done once the journal's last words are written, which are more urgent.
+#[derive(Debug, Default)]
+pub struct Left {
+    /// Workers that are on their way out; it ends when they are gone.
+    pub leaving: Option<JoinHandle<()>>,
+    /// Of a run that is complete: has the time to leave the store as `checkpoint.keep` says.
+    pub retention: Option<Retention>,
+}
+
+/// Runs a life to its end. `images` and `gauges` are the node's: what they hold outlives it. `left` is filled by a life
+/// that is complete or was asked to stop.
 pub async fn run(
     start: Plan,
     images: &mut Images,
     gauges: &mut Gauges,
     notices: &mut Notices,
     reporter: &Reporter,
-    leaving: &mut Option<JoinHandle<()>>,
+    left: &mut Left,
 ) -> Result<End> {
     let (worker_events, mut from_workers) = mpsc::unbounded_channel();
     let (saves, mut from_saver) = mpsc::unbounded_channel();
@@ -273,6 +286,7 @@ pub async fn run(
         standstill: progress::Quiet::begin(now),
         watch: Watch::default(),
         written: 0,
+        notes: JoinSet::new(),
         insured: false,
         draining: false,
         dead: None,
@@ -297,7 +311,7 @@ pub async fn run(
             Some(event) = from_saver.recv() => Input::Save(event),
             Some(result) = fetching.recv() => Input::Fetch(result),
             Some(slot) = retry.recv() => Input::Retry { slot },
-            Some(error) = fenced.recv() => Input::Fenced(error),
+            Some(error) = fenced.recv() => Input::Over(error),
             _ = tick.tick() => Input::Tick,
         };
         match life.handle(input) {
@@ -306,12 +320,11 @@ pub async fn run(
             Err(error) => break Err(error),
         }
     };
-    if matches!(end, Ok(End::Completed { .. })) {
-        // A run that has the time leaves the store as `checkpoint.keep` says.
-        life.retention.complete(RETENTION_PATIENCE).await;
-    } else {
-        // There may be a deadline, and a deletion that is cut off is as good as one that was never begun.
-        life.retention.finish(Duration::ZERO).await;
+    life.hush();
+    if matches!(end, Ok(End::Stopped(_))) {
+        life.saves.give_up();
+        // Each is given up soon.
+        while life.notes.join_next().await.is_some() {}
     }
     let workers = life.workers.take().map(|workers| match &end {
         Ok(End::Completed { .. }) => tokio::spawn(workers.dismiss(GRACE)),
@@ -327,9 +340,8 @@ pub async fn run(
             }
         }
     };
-    if matches!(end, Ok(End::Stopped(_))) {
-        // The journal's last words are more urgent.
-        *leaving = Some(tokio::spawn(gone));
+    if matches!(end, Ok(End::Stopped(_) | End::Completed { .. })) {
+        *left = Left { leaving: Some(tokio::spawn(gone)), retention: Some(life.retention) };
         return end;
     }
     // The next life needs their devices' memory.
@@ -422,9 +434,9 @@ impl Life<'_> {
                 let actions = self.conductor.as_mut().map(|c| c.uploaded(slot, false, now)).unwrap_or_default();
                 return self.act(actions);
             }
-            Input::Fenced(error) => return Err(error),
+            Input::Over(error) => return Err(error),
             Input::Tick => {
-                self.look_for_a_fence();
+                self.look_at_the_journal();
                 let now = self.now();
                 let actions = self.conductor.as_mut().map(|c| c.tick(now)).unwrap_or_default();
                 if let Some(end) = self.act(actions)? {
@@ -437,33 +449,6 @@ impl Life<'_> {
             }
         }
         self.end_of_the_dead()
-    }
-
-    /// An agent that was asleep, or cut off, while another formed the next generation learns of it here at the latest; whatever it
-    /// might try to commit before that is refused anyway.
-    fn look_for_a_fence(&mut self) {
-        // What a drain commits is fenced by its own append; until then the journal is not to be kept from it.
-        if self.looked.elapsed() < LOOK || self.draining {
-            return;
-        }
-        self.looked = Instant::now();
-        let (journal, fence) = (Arc::clone(&self.start.saver.journal), self.fence.clone());
-        let look = tokio::spawn(async move {
-            // Somebody who has the journal finds out by himself.
-            let Ok(mut journal) = journal.try_lock() else { return };
-            match tokio::time::timeout(LOOK, journal.refresh()).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => return tracing::debug!(%error, "journal not looked at"),
-                Err(_) => return tracing::debug!("journal not looked at: the store does not answer"),
-            }
-            if let Some(formed) = journal.state().formed()
-                && Some(formed.generation) > journal.held()
-            {
-                let (node, generation) = (formed.node.clone(), formed.generation);
-                let _ = fence.send(JournalError::Fenced { node, generation }.into());
-            }
-        });
-        self.looking = Some(look.abort_handle());
     }
 
     fn finished(&self) -> Step {
@@ -623,6 +608,7 @@ impl Life<'_> {
             done: self.start.load.step(),
             last: Step(self.start.config.train.steps),
             cadence: self.start.config.checkpoint.every,
+            ranked: progress::ranked(&self.start.config),
             held,
         };
         let now = self.now();
@@ -687,7 +673,7 @@ impl Life<'_> {
             && count > 0
         {
             let loss = sum / count as f64;
-            self.saves.validated(loss);
+            self.saves.validated(step, loss);
             self.reporter.event(&Event::Validation { step, loss });
         }
     }
@@ -710,6 +696,9 @@ impl Life<'_> {
                     let ended = self.conductor.as_ref().is_some_and(Conductor::has_ended);
                     self.watch.says(Instant::now(), format!("upload of step {step} began"));
                     let urgent = self.draining || self.dead.is_some() || ended;
+                    if urgent {
+                        self.hush();
+                    }
                     self.saves.upload(step, slot, urgent, self.images, &self.start.config)?;
                     self.retention.busy(true);
                 }
@@ -762,7 +751,9 @@ impl Life<'_> {
                 if whole || self.watch.plan() == Some(DrainPlan::FinishInFlight) {
                     self.watch.saved(instant);
                 }
-                if !self.draining {
+                let ended = self.conductor.as_ref().is_some_and(Conductor::has_ended);
+                // On a machine that is about to go, or at the end of the run, there is more important work.
+                if !(self.draining || self.watch.is_called() || ended) {
                     self.retention.start();
                 }
                 let Some(conductor) = &mut self.conductor else { return Ok(None) };
@@ -772,6 +763,9 @@ impl Life<'_> {
                 self.act(actions)
             }
             Err(error) if error.kind() == Kind::Fenced => Err(error),
+            Err(error) if error.comes_of::<Adrift>() => {
+                Err(error.context(format!("save step {step}; the newest checkpoint is of step {}", self.committed())))
+            }
             Err(error) => {
                 let times = self.saves.failed(step, error, self.reporter);
                 let Some(conductor) = &mut self.conductor else { return Ok(None) };

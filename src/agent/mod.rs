@@ -22,23 +22,26 @@ mod gauge;
 mod images;
 mod life;
 mod opening;
+mod parting;
 mod restart;
 mod retention;
 mod saver;
 mod saves;
 mod scrub;
+mod shared;
 mod watch;
 mod workers;
 
 use std::{cell::Cell, path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::mpsc;
 
 use self::{
     gauge::Gauges,
     images::Images,
-    life::{End, Load, Plan, Source, Stopped},
+    life::{End, Left, Load, Plan, Source},
     opening::{Opening, Resolved, completed, effective, resolve},
+    shared::SharedJournal,
 };
 use crate::{
     checkpoint::{
@@ -50,9 +53,7 @@ use crate::{
     error::{Context, Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
-    journal::{
-        self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, RunState,
-    },
+    journal::{self, Committed, Formed, FormedReason, JournalError, Record, ResumePoint, RosterEntry, RunState},
     layout,
     notice::{self, Notices},
     rendezvous::heartbeat::{self, Process, Pulse},
@@ -63,8 +64,8 @@ use crate::{
 
 /// Pause between two looks at the heartbeat of the agent that one stands by for.
 const STANDBY_PAUSE: Duration = Duration::from_secs(2);
-/// How long the journal's last words may take when the run ends on a store that does not answer.
-const LAST_WORDS: Duration = Duration::from_secs(30);
+/// How long it may take to take the heartbeat away at the end: whoever does not find it so waits a little longer.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// Readings of a checkpoint that seemed damaged while it was loaded: one that finds it whole is believed.
 const READ_AGAIN: u32 = 2;
 /// So often: something on the way to this machine damages what it carries, and that is not for us to wait out.
@@ -202,7 +203,7 @@ impl Farewell {
     async fn say(mut self) {
         self.notices.release(self.left).await;
         if let Some(pulse) = self.pulse {
-            let _ = tokio::time::timeout(LAST_WORDS, pulse.stop()).await;
+            let _ = tokio::time::timeout(FAREWELL, pulse.stop()).await;
         }
     }
 }
@@ -211,7 +212,7 @@ struct Agent {
     run: Store,
     run_id: RunId,
     node: NodeId,
-    journal: Arc<Mutex<Journal>>,
+    journal: Arc<SharedJournal>,
     /// The snapshot slots; what they hold outlives the workers.
     images: Images,
     /// What steps and saves take here.
@@ -225,6 +226,9 @@ struct Agent {
     read_again: u32,
     /// Damage that was found before there was a generation to write it down under.
     damage: Vec<Damage>,
+    /// Nodes that were found dead. Their heartbeats tell others how long they have stood still until there is a
+    /// generation after theirs.
+    dead: Vec<NodeId>,
 }
 
 /// What came of waiting for another agent.
@@ -317,7 +321,7 @@ impl Agent {
             run,
             run_id,
             node,
-            journal: Arc::new(Mutex::new(journal)),
+            journal: Arc::new(SharedJournal::new(journal)),
             images: Images::create()?,
             gauges: Gauges::default(),
             reporter,
@@ -327,8 +331,17 @@ impl Agent {
             from,
             read_again: 0,
             damage: Vec::new(),
+            dead: Vec::new(),
         };
-        *pulse = Some(Pulse::start(agent.run.clone(), agent.node.clone()).await?);
+        let _held = agent.run.hold().await.context("hold the run's folder")?;
+        let beating = Pulse::start(agent.run.clone(), agent.node.clone());
+        match unless_told(notices, &agent.reporter, beating).await {
+            Some(beating) => *pulse = Some(beating?),
+            None => {
+                tracing::info!("asked to stop before this node has taken up the run: it has nothing to save");
+                return Ok(Outcome::Interrupted { lost_steps: 0 });
+            }
+        }
         agent.live(resolved, notices).await
     }
 
@@ -370,7 +383,11 @@ impl Agent {
                 return self.told_between_lives("a checkpoint to go on from was looked for", finished).await;
             };
             let load = load?;
-            let Some(generation) = self.form(&load, &resolved, reason).await? else {
+            let formed = match unless_told(notices, &reporter, self.form(&load, &resolved, reason)).await {
+                Some(formed) => formed?,
+                None => return self.told_between_lives("a generation was formed", finished).await,
+            };
+            let Some(generation) = formed else {
                 (look, stale) = (true, true);
                 continue;
             };
@@ -399,6 +416,7 @@ impl Agent {
                     run_id: self.run_id.clone(),
                     node: self.node.clone(),
                     generation,
+                    formed: began,
                     world_size,
                     journal: Arc::clone(&self.journal),
                 },
@@ -408,16 +426,20 @@ impl Agent {
             if let Some(newest) = self.journal.lock().await.state().newest() {
                 self.gauges.suppose(&newest.committed);
             }
-            let mut leaving = None;
-            let lived =
-                life::run(plan, &mut self.images, &mut self.gauges, notices, &self.reporter, &mut leaving).await;
+            let mut left = Left::default();
+            let lived = life::run(plan, &mut self.images, &mut self.gauges, notices, &self.reporter, &mut left).await;
             match lived {
-                Ok(End::Completed { loss }) => return self.complete(generation, &resolved, loss).await,
+                Ok(End::Completed { loss }) => {
+                    let outcome = self.complete(generation, &resolved, loss, notices).await?;
+                    match outcome {
+                        Outcome::Completed { .. } => self.tidy(left, notices).await,
+                        _ => self.gone(left).await,
+                    }
+                    return Ok(outcome);
+                }
                 Ok(End::Stopped(stopped)) => {
                     let outcome = self.interrupted(generation, stopped).await;
-                    if let Some(leaving) = leaving {
-                        let _ = leaving.await;
-                    }
+                    self.gone(left).await;
                     return outcome;
                 }
                 Ok(End::Damaged { object, reason }) => {
@@ -492,7 +514,7 @@ impl Agent {
                 }
                 tokio::time::sleep(STANDBY_PAUSE.min(left)).await;
             }
-            if self.journal.lock().await.refresh().await? > 0 {
+            if self.journal.first().await.refresh().await? > 0 {
                 waited = Waited::WentOn;
                 continue;
             }
@@ -508,7 +530,8 @@ impl Agent {
                 pid: process.map(|process| process.pid),
                 checkpoint,
             });
-            heartbeat::bury(&self.run, &other).await;
+            drop(journal);
+            self.dead.push(other);
             return Ok(waited);
         }
     }
@@ -626,11 +649,15 @@ impl Agent {
             overrides: self.overrides.clone(),
             reason,
         };
-        let mut journal = self.journal.lock().await;
+        let mut journal = self.journal.first().await;
         match journal.form(formed).await {
             Ok(generation) => {
                 // They hold for every later generation, too: said once is enough.
                 self.overrides.clear();
+                for dead in self.dead.drain(..) {
+                    let run = self.run.clone();
+                    tokio::spawn(async move { heartbeat::bury(&run, &dead).await });
+                }
                 for damage in self.damage.drain(..) {
                     journal.append(damage.record()).await?;
                 }
@@ -668,7 +695,7 @@ impl Agent {
         }
         self.warn_of_damage(*step, object, reason);
         let record = Record::Damaged { step: *step, generation: *generation, reason: format!("{object}: {reason}") };
-        self.journal.lock().await.append(record).await?;
+        self.journal.append_first(record).await?;
         if self.from.is_some() {
             return Err(Error::new(
                 Kind::Data,
@@ -691,43 +718,6 @@ impl Agent {
         Measured { trained_s: observed.trained_s, interruptions: observed.lossy, ..Measured::NOTHING }
     }
 
-    /// A notice to leave came while no worker was at work. `step`: the last one that was finished under a generation of this node, if it
-    /// has formed one.
-    async fn told_between_lives(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
-        let (held, committed) = {
-            let journal = self.journal.lock().await;
-            (journal.held(), journal.state().newest().map_or(Step(0), |newest| newest.committed.step))
-        };
-        let (Some(generation), Some(step)) = (held, step) else {
-            return Ok(Outcome::Interrupted { lost_steps: 0 });
-        };
-        let verdict = format!("asked to stop while {doing}");
-        self.interrupted(generation, Stopped { step, committed, verdict, drain: None }).await
-    }
-
-    async fn complete(&self, generation: Generation, resolved: &Resolved, loss: f64) -> Result<Outcome> {
-        let step = Step(resolved.config.train.steps);
-        // A run killed between its last commit and this record makes no step in its last life: the commit knows the loss.
-        let mut journal = self.journal.lock().await;
-        let loss = match journal.state().newest() {
-            Some(newest) if !loss.is_finite() => newest.committed.loss,
-            _ => loss,
-        };
-        journal.append(Record::Completed { generation, step, loss }).await?;
-        self.reporter.event(&Event::Completed { step, loss });
-        Ok(Outcome::Completed { then: self.manner.then(&resolved.config, true) })
-    }
-
-    async fn interrupted(&self, generation: Generation, stopped: Stopped) -> Result<Outcome> {
-        let Stopped { step, committed, verdict, drain } = stopped;
-        let drain = drain.map(Box::new);
-        let lost_steps = step.get().saturating_sub(committed.get());
-        let committed = (committed > Step(0)).then_some(committed);
-        self.append_last(Record::Interrupted { generation, step, committed, lost_steps, verdict, drain }).await;
-        self.reporter.event(&Event::Interrupted { step, lost_steps });
-        Ok(Outcome::Interrupted { lost_steps })
-    }
-
     async fn diverged(&self, generation: Generation, step: Step, reason: &str) -> Error {
         // A step's loss speaks for the state before its update: the state that this step began with is under suspicion, too.
         let good = {
@@ -746,16 +736,6 @@ impl Agent {
             "no checkpoint was made yet; lower train.optimizer.lr and start again".to_owned()
         };
         Error::new(Kind::Config, reason).with_hint(hint)
-    }
-
-    /// Writes a record whose loss would be a pity but is no reason to hang: the run ends whether or not the store answers.
-    async fn append_last(&self, record: Record) {
-        let append = async { self.journal.lock().await.append(record).await };
-        match tokio::time::timeout(LAST_WORDS, append).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "the journal's last record was not written"),
-            Err(_) => tracing::warn!("the journal's last record was not written: the store does not answer"),
-        }
     }
 }
 

@@ -5,6 +5,9 @@
 //! vouch for, never the one that this generation resumed from. A failure deletes less than it might, and is tried again
 //! after the next commit.
 //!
+//! It gives way: a commit takes the journal from it ([`super::shared`]), its small requests to the store wait in a
+//! queue of their own, and it [ends](Retention::hush) at the first notice, and when the last state of a run is saved.
+//!
 //! What has been held against its checksums is remembered for this life ([`Known`]): what was restored from, and what was
 //! read. On a store that keeps checksums it is not needed, they are asked for each time. On another one the newest
 //! checkpoint that was read stays beside the newest `keep.last`, until [`super::scrub`] has read a newer one.
@@ -15,11 +18,11 @@ use std::{
 };
 
 use tokio::{
-    sync::{Mutex, Notify, watch},
+    sync::{Notify, watch},
     task::JoinHandle,
 };
 
-use super::scrub;
+use super::{scrub, shared::SharedJournal};
 use crate::{
     checkpoint::{
         catalog::Damage,
@@ -28,7 +31,7 @@ use crate::{
     config::CheckpointConfig,
     error::Error,
     ids::{Generation, Step},
-    journal::{CheckpointStatus, Journal, Record, ResumePoint},
+    journal::{CheckpointStatus, Record, ResumePoint, RunState},
     storage::Store,
 };
 
@@ -46,7 +49,7 @@ pub(super) struct Known {
 pub(super) struct Kept {
     /// The run's folder.
     pub run: Store,
-    pub journal: Arc<Mutex<Journal>>,
+    pub journal: Arc<SharedJournal>,
     pub config: CheckpointConfig,
     /// A checkpoint was committed.
     pub committed: Notify,
@@ -54,8 +57,8 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    pub fn new(run: &Store, journal: &Arc<Mutex<Journal>>, config: CheckpointConfig) -> Self {
-        let (run, journal) = (run.clone(), Arc::clone(journal));
+    pub fn new(run: &Store, journal: &Arc<SharedJournal>, config: CheckpointConfig) -> Self {
+        let (run, journal) = (run.for_upkeep(), Arc::clone(journal));
         Self { run, journal, config, committed: Notify::new(), known: PlainMutex::default() }
     }
 
@@ -73,10 +76,8 @@ impl Kept {
 
     /// Writes down what was found damaged, unless the journal already says why it is not to be used.
     pub async fn quarantine(&self, damage: &Damage) -> Result<(), Error> {
-        let mut journal = self.journal.lock().await;
-        let status = journal.state().checkpoint(damage.step, damage.generation).map(|checkpoint| &checkpoint.status);
-        if status == Some(&CheckpointStatus::Good) {
-            journal.append(damage.record()).await?;
+        let good = |state: &RunState| is_good(state, damage.step, damage.generation);
+        if self.journal.append_when_free(damage.record(), good).await?.is_some() {
             let Damage { step, object, reason, .. } = damage;
             tracing::warn!(%step, "checkpoint is damaged and will not be resumed from: {object}: {reason}");
         }
@@ -91,15 +92,20 @@ pub struct Retention {
     kept: Arc<Kept>,
     busy: watch::Sender<bool>,
     pass: Option<JoinHandle<()>>,
-    scrub: JoinHandle<()>,
+    /// `None`: it was told to end.
+    scrub: Option<JoinHandle<()>>,
+}
+
+fn is_good(state: &RunState, step: Step, generation: Generation) -> bool {
+    state.checkpoint(step, generation).is_some_and(|checkpoint| checkpoint.status == CheckpointStatus::Good)
 }
 
 impl Retention {
     /// Begins to care for a run's checkpoints; until [`busy`](Self::busy) says otherwise there is more important work.
-    pub fn begin(run: &Store, journal: &Arc<Mutex<Journal>>, config: CheckpointConfig) -> Self {
+    pub fn begin(run: &Store, journal: &Arc<SharedJournal>, config: CheckpointConfig) -> Self {
         let (kept, (busy, others)) = (Arc::new(Kept::new(run, journal, config)), watch::channel(true));
         let scrub = tokio::spawn(scrub::run(Arc::clone(&kept), others));
-        Self { kept, busy, pass: None, scrub }
+        Self { kept, busy, pass: None, scrub: Some(scrub) }
     }
 
     /// A checkpoint was restored from, so every byte of its tensors was held against its checksums.
@@ -115,6 +121,9 @@ impl Retention {
     /// Starts a pass after a commit, unless one is under way: the next commit asks again.
     pub fn start(&mut self) {
         self.kept.committed.notify_one();
+        // It had ended for a save that a notice asked for, and the run goes on.
+        let kept = &self.kept;
+        self.scrub.get_or_insert_with(|| tokio::spawn(scrub::run(Arc::clone(kept), self.busy.subscribe())));
         if self.pass.as_ref().is_none_or(JoinHandle::is_finished) {
             self.spawn(false);
         }
@@ -131,8 +140,17 @@ impl Retention {
         }));
     }
 
+    /// Ends deletions and looks at once: what is to be saved now has the store and the journal to itself. What is cut
+    /// off is as good as what was never begun.
+    pub fn hush(&mut self) {
+        for task in self.scrub.take().into_iter().chain(self.pass.take()) {
+            task.abort();
+        }
+        self.kept.known().reading = None;
+    }
+
     /// Lets the pass under way finish, for at most `patience`.
-    pub async fn finish(&mut self, patience: Duration) {
+    async fn finish(&mut self, patience: Duration) {
         if let Some(pass) = self.pass.take() {
             let stop = pass.abort_handle();
             if tokio::time::timeout(patience, pass).await.is_err() {
@@ -141,12 +159,10 @@ impl Retention {
         }
     }
 
-    /// At the end of a run that has the time: the store is left exactly as `checkpoint.keep` says. Each of two passes is
-    /// waited for for at most `patience`.
+    /// At the end of a run that has the time: the store is left exactly as `checkpoint.keep` says. Waits for at most
+    /// `patience`.
     pub async fn complete(&mut self, patience: Duration) {
-        self.scrub.abort();
-        self.kept.known().reading = None;
-        self.finish(patience).await;
+        self.hush();
         self.spawn(true);
         self.finish(patience).await;
     }
@@ -154,10 +170,7 @@ impl Retention {
 
 impl Drop for Retention {
     fn drop(&mut self) {
-        self.scrub.abort();
-        if let Some(pass) = &self.pass {
-            pass.abort();
-        }
+        self.hush();
     }
 }
 
@@ -184,7 +197,10 @@ async fn pass(kept: &Kept, exact: bool) -> Result<usize, Error> {
     }
     let doomed = doomed(&plan.fates);
     apply_prune(&kept.run, &doomed, |ResumePoint { step, generation }| async move {
-        kept.journal.lock().await.append(Record::Pruned { step, generation }).await?;
+        let stands = |state: &RunState| {
+            state.checkpoint(step, generation).is_some_and(|found| found.status != CheckpointStatus::Pruned)
+        };
+        kept.journal.append_when_free(Record::Pruned { step, generation }, stands).await?;
         Ok::<_, Error>(())
     })
     .await?;

@@ -7,14 +7,15 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use tokio::sync::{Mutex as AsyncMutex, mpsc};
+use tokio::{sync::mpsc, task::AbortHandle};
 
+use super::shared::SharedJournal;
 use crate::{
     checkpoint::save::{Save, Upload, put_manifest, put_shards},
     error::{Error, Kind, Result},
     faults::{self, At},
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
-    journal::{Committed, Journal, Record, SaveCost},
+    journal::{Committed, Record, SaveCost},
     storage::{Crc64, Store},
 };
 
@@ -29,10 +30,12 @@ pub struct Context {
     pub node: NodeId,
     /// This life's generation.
     pub generation: Generation,
+    /// When it was formed.
+    pub formed: tokio::time::Instant,
     /// Workers of all nodes.
     pub world_size: WorldSize,
     /// Shared with the event loop.
-    pub journal: Arc<AsyncMutex<Journal>>,
+    pub journal: Arc<SharedJournal>,
 }
 
 /// One snapshot on its way.
@@ -48,7 +51,7 @@ pub struct Snapshot {
     pub small: Vec<(String, Bytes)>,
     /// The step's loss.
     pub loss: f64,
-    /// The newest validation loss.
+    /// Its validation loss, if it was measured.
     pub validation_loss: Option<f64>,
     /// Filled in by the event loop as it learns it; read when the record is written.
     pub cost: Arc<Mutex<SaveCost>>,
@@ -86,21 +89,24 @@ pub struct Saved {
     pub sums: Vec<(String, Crc64)>,
 }
 
-/// Starts saving `snapshot`; what becomes of it goes to `events`.
-pub fn start(context: Context, snapshot: Snapshot, events: mpsc::UnboundedSender<SaveEvent>) {
+/// Starts saving `snapshot`; what becomes of it goes to `events`. The handle gives it up: nothing more is written of it
+/// then, but what is on its way to the store may land.
+pub fn start(context: Context, snapshot: Snapshot, events: mpsc::UnboundedSender<SaveEvent>) -> AbortHandle {
+    let (step, slot) = (snapshot.step, snapshot.slot);
+    // A task of its own: whatever becomes of it, the event loop must hear of its end, or it would never save again.
+    let saving = tokio::spawn({
+        let events = events.clone();
+        async move { save(&context, snapshot, &events).await }
+    });
+    let give_up = saving.abort_handle();
     tokio::spawn(async move {
-        let (step, slot) = (snapshot.step, snapshot.slot);
-        // A task of its own: whatever becomes of it, the event loop must hear of its end, or it would never save again.
-        let saving = tokio::spawn({
-            let events = events.clone();
-            async move { save(&context, snapshot, &events).await }
-        });
         let result = match saving.await {
             Ok(result) => result,
             Err(error) => Err(Error::from_source(Kind::Bug, error).context(format!("save step {step}"))),
         };
         let _ = events.send(SaveEvent::Ended { step, slot, result });
     });
+    give_up
 }
 
 async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSender<SaveEvent>) -> Result<Saved> {
@@ -133,6 +139,7 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
     let cost = {
         let mut cost = cost.lock().unwrap_or_else(PoisonError::into_inner);
         cost.durable_s = taken.elapsed().as_secs_f64();
+        cost.lived_s = context.formed.elapsed().as_secs_f64();
         *cost
     };
     let committed = Committed {
@@ -145,6 +152,6 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
         validation_loss,
         cost,
     };
-    context.journal.lock().await.append(Record::Committed(committed.clone())).await?;
+    context.journal.append_first(Record::Committed(committed.clone())).await?;
     Ok(Saved { committed, sums })
 }

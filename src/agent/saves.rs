@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{sync::mpsc, task::AbortHandle, time::Instant};
 
 use super::{
     gauge::Gauges,
@@ -53,10 +53,13 @@ pub struct Saves {
     events: mpsc::UnboundedSender<SaveEvent>,
     kept: BTreeMap<Step, Kept>,
     losses: BTreeMap<Step, f64>,
-    validation_loss: Option<f64>,
+    /// The newest validation, and the step whose state it measured.
+    validated: Option<(Step, f64)>,
     sent: u64,
     sending: u64,
     uploading: bool,
+    /// Gives the save up that was begun last.
+    give_up: Option<AbortHandle>,
     began: Instant,
     last_byte: Option<Instant>,
     committed_at: Instant,
@@ -82,10 +85,11 @@ impl Saves {
             events,
             kept: BTreeMap::new(),
             losses: BTreeMap::new(),
-            validation_loss: None,
+            validated: None,
             sent: 0,
             sending: 0,
             uploading: false,
+            give_up: None,
             began: Instant::now(),
             last_byte: None,
             committed_at: Instant::now(),
@@ -130,9 +134,9 @@ impl Saves {
         self.losses.get(&step).copied()
     }
 
-    /// The newest validation.
-    pub fn validated(&mut self, loss: f64) {
-        self.validation_loss = Some(loss);
+    /// The state of `step` was measured.
+    pub fn validated(&mut self, step: Step, loss: f64) {
+        self.validated = Some((step, loss));
     }
 
     fn keep(&mut self, step: Step) -> &Kept {
@@ -183,8 +187,9 @@ impl Saves {
         let loss = kept
             .loss
             .ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
-        let snapshot =
-            Snapshot { step, slot, uploads, small, loss, validation_loss: self.validation_loss, cost, taken };
+        // Ranks measure a state before they copy it. What was measured of another one says nothing of this.
+        let validation_loss = self.validated.filter(|(measured, _)| *measured == step).map(|(_, loss)| loss);
+        let snapshot = Snapshot { step, slot, uploads, small, loss, validation_loss, cost, taken };
         let priority = match (urgent, self.starved) {
             (true, _) => Priority::Urgent,
             (false, true) => Priority::Normal,
@@ -192,8 +197,15 @@ impl Saves {
         };
         let mut context = self.context.clone();
         context.run = context.run.at_priority(priority);
-        saver::start(context, snapshot, self.events.clone());
+        self.give_up = Some(saver::start(context, snapshot, self.events.clone()));
         Ok(())
+    }
+
+    /// What has not become a checkpoint by now is no longer to become one: the journal is about to say so.
+    pub fn give_up(&mut self) {
+        if let Some(saving) = self.give_up.take() {
+            saving.abort();
+        }
     }
 
     /// So many bytes more have reached the store.

@@ -185,10 +185,9 @@ async fn look(kept: &Kept, committed: &Committed, busy: &watch::Receiver<bool>) 
 
 #[cfg(test)]
 mod tests {
-    use tokio::sync::Mutex;
-
     use super::*;
     use crate::{
+        agent::shared::SharedJournal,
         checkpoint::testing::{Harm, checkpoint, config, harm, memory_store},
         config::CheckpointConfig,
         ids::{NodeId, RunId, WorldSize},
@@ -252,7 +251,7 @@ mod tests {
             list.push(committed);
         }
         let config = CheckpointConfig { scrub: Some(DAY), ..config().checkpoint };
-        (Arc::new(Kept::new(&run, &Arc::new(Mutex::new(journal)), config)), list)
+        (Arc::new(Kept::new(&run, &Arc::new(SharedJournal::new(journal)), config)), list)
     }
 
     async fn status(kept: &Kept, step: u64) -> CheckpointStatus {
@@ -284,7 +283,7 @@ mod tests {
         let (kept, list) = kept().await;
         let (_idle, busy) = watch::channel(false);
         let (step, generation) = (Step(1), Generation(1));
-        kept.journal.lock().await.append(Record::Pruned { step, generation }).await.unwrap();
+        kept.journal.first().await.append(Record::Pruned { step, generation }).await.unwrap();
         crate::checkpoint::prune::delete_folder(&kept.run, step, generation).await.unwrap();
         let records = kept.journal.lock().await.state().next();
         look(&kept, &list[0], &busy).await.unwrap();
@@ -298,7 +297,7 @@ mod tests {
         let (kept, _) = kept().await;
         let (step, generation) = (Step(1), Generation(1));
         assert_eq!(sweep(&kept).await.unwrap(), 0);
-        kept.journal.lock().await.append(Record::Pruned { step, generation }).await.unwrap();
+        kept.journal.first().await.append(Record::Pruned { step, generation }).await.unwrap();
         assert!(sweep(&kept).await.unwrap() > 0);
         assert!(kept.run.list(&layout::checkpoint(step, generation)).await.unwrap().is_empty());
     }

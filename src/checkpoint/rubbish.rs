@@ -3,11 +3,13 @@
 //! - *Left over:* the folder of a checkpoint that was pruned. Its deleter was killed after the `pruned` record.
 //! - *Orphaned:* a folder without a `committed` record, of a generation that can commit no more, older than a day. Its
 //!   writer was killed, or fenced, before its record.
-//! - *Unfinished:* an upload that was neither completed nor aborted ([`Store::unfinished`]), as old, of such a generation.
+//! - *Unfinished:* an upload that was neither completed nor aborted ([`Store::unfinished`]), as old, of such a
+//!   generation, or of one that was interrupted.
 //!
-//! A generation can commit no more when a newer one stands, since that fences it, or when the run says that it has
-//! ended. So safety comes from the journal; the age is a second lock on the same door, and may be measured by two clocks.
-//! Damaged checkpoints have a record: they are quarantined, not rubbish. What is not named like a checkpoint is not ours.
+//! A generation can commit no more when a newer one stands, since that fences it, or when the run is complete or has
+//! failed. That it was interrupted is no such word: a commit of it may come late. So safety comes from the journal; the
+//! age is a second lock on the same door, and may be measured by two clocks. Damaged checkpoints have a record: they
+//! are quarantined, not rubbish. What is not named like a checkpoint is not ours.
 //!
 //! *Crash, retry, cancel:* what was not swept is found again.
 
@@ -80,9 +82,13 @@ pub async fn find(store: &Store, state: &RunState, now: Timestamp) -> Result<Rub
 
 /// Whether nothing of this generation can be committed any more.
 fn is_over(state: &RunState, generation: Generation) -> bool {
-    let ended = *state.outcome() != Outcome::Open
-        || state.interruptions().iter().any(|end| end.generation == state.generation());
-    generation < state.generation() || generation == state.generation() && ended
+    generation < state.generation() || generation == state.generation() && *state.outcome() != Outcome::Open
+}
+
+/// Whether this generation uploads nothing any more: one whose upload is discarded all the same does not commit it.
+fn has_left(state: &RunState, generation: Generation) -> bool {
+    let interrupted = || state.interruptions().iter().any(|end| end.generation == generation);
+    is_over(state, generation) || generation == state.generation() && interrupted()
 }
 
 fn is_old(since: Timestamp, now: Timestamp) -> bool {
@@ -124,7 +130,7 @@ fn folders(state: &RunState, objects: &[ObjectInfo], now: Timestamp) -> Vec<Fold
 fn is_stale(state: &RunState, key: &str, since: Timestamp, now: Timestamp) -> bool {
     let in_checkpoints = key.strip_prefix(layout::CHECKPOINTS).is_some_and(|rest| rest.starts_with('/'));
     let over = match place(key) {
-        Some((_, generation)) => is_over(state, generation),
+        Some((_, generation)) => has_left(state, generation),
         None => !in_checkpoints,
     };
     over && is_old(since, now)
@@ -200,22 +206,24 @@ mod tests {
         let found = folders(&state, &objects, now());
         assert_eq!(names(&found), [(1, 1, Kind::LeftOver), (4, 1, Kind::Orphaned)]);
         assert_eq!((found[1].objects, found[1].bytes), (2, 20));
-        // The newest generation says that it has ended.
-        for end in [
-            Record::Interrupted {
-                generation: Generation(2),
-                step: Step(9),
-                committed: None,
-                lost_steps: 0,
-                verdict: "x".into(),
-                drain: None,
-            },
-            Record::Failed { generation: Generation(2), step: Step(9), reason: "x".into() },
-        ] {
-            let state = state_after(list.clone(), more.iter().cloned().chain([end]).collect());
-            let found = folders(&state, &objects, now());
-            assert_eq!(names(&found), [(1, 1, Kind::LeftOver), (4, 1, Kind::Orphaned), (6, 2, Kind::Orphaned)]);
-        }
+        // The newest generation was interrupted: a commit of it may still be on its way. Its uploads are not needed any
+        // more.
+        let after = |end: Record| state_after(list.clone(), more.iter().cloned().chain([end]).collect());
+        let interrupted = after(Record::Interrupted {
+            generation: Generation(2),
+            step: Step(9),
+            committed: None,
+            lost_steps: 0,
+            verdict: "x".into(),
+            drain: None,
+        });
+        assert_eq!(names(&folders(&interrupted, &objects, now())), [(1, 1, Kind::LeftOver), (4, 1, Kind::Orphaned)]);
+        let upload = "checkpoints/s00000006-g0002/a";
+        assert!(is_stale(&interrupted, upload, now() - DAY, now()) && !is_stale(&state, upload, now() - DAY, now()));
+        // It failed: nothing comes after that.
+        let failed = after(Record::Failed { generation: Generation(2), step: Step(9), reason: "x".into() });
+        let found = names(&folders(&failed, &objects, now()));
+        assert_eq!(found, [(1, 1, Kind::LeftOver), (4, 1, Kind::Orphaned), (6, 2, Kind::Orphaned)]);
     }
 
     #[tokio::test]

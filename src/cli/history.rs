@@ -221,7 +221,7 @@ pub(super) mod tests {
             bytes: 3 << 20,
             loss: 2.5,
             validation_loss: None,
-            cost: SaveCost { stall_s: 0.001, copy_s: 0.1, durable_s: 0.5 },
+            cost: SaveCost { stall_s: 0.001, copy_s: 0.1, durable_s: 0.5, lived_s: 0.0 },
         })
     }
 

@@ -1,8 +1,21 @@
 //! What a run's journal says of costs and losses.
+//!
+//! Records carry the wall clock of the machine that wrote them, which may be wrong by half a century when a machine
+//! comes up. So where the journal says how long something took by a clock that nobody sets, that is believed; elsewhere
+//! no more than the steps that were made account for.
 
 use jiff::Timestamp;
 
-use crate::journal::{FormedReason, RunState};
+use crate::journal::{Checkpoint, Formation, FormedReason, Interruption, RunState};
+
+/// What steps take more than their mean time: saves that were tried again, validations, neighbours.
+const SLACK: f64 = 2.0;
+/// What a generation takes beside its steps at most, seconds: start, restore, the end.
+const BESIDE: f64 = 3600.0;
+/// What one takes at most whose steps can't be counted, seconds.
+const UNKNOWN: f64 = 86_400.0;
+/// Steps that take so many times what the middle ones do were measured by a clock that was set meanwhile.
+const SET: f64 = 100.0;
 
 /// What was observed in a run, as far as its journal tells.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -39,12 +52,11 @@ impl Observed {
         for (index, formed) in state.formations().iter().enumerate() {
             let commits = state.checkpoints().iter().filter(|c| c.committed.generation == formed.generation);
             let ended = state.interruptions().iter().find(|end| end.generation == formed.generation);
-            let last = commits.clone().map(|c| c.at).chain(ended.map(|end| end.at)).chain(formed.ended).max();
-            observed.trained_s += last.map_or(0.0, |last| seconds(formed.at, last));
+            observed.trained_s += lived(formed, &commits.clone().collect::<Vec<_>>(), ended, observed.step_s);
             if let (Some(point), Some(first), Some(step_s)) = (&formed.resume, commits.clone().next(), observed.step_s)
             {
                 let steps = first.committed.step.get().saturating_sub(point.step.get()) as f64;
-                restarts.push(seconds(formed.at, first.at) - first.committed.cost.durable_s - steps * step_s);
+                restarts.push(lived_until(formed, first) - first.committed.cost.durable_s - steps * step_s);
             }
             let another = state.formations().get(index + 1).is_some_and(|next| next.reason == FormedReason::Started);
             // A run that had completed or failed was opened again: nothing was interrupted.
@@ -63,17 +75,51 @@ impl Observed {
     }
 }
 
+/// From the start of a generation to a commit of it, seconds.
+fn lived_until(formed: &Formation, commit: &Checkpoint) -> f64 {
+    match commit.committed.cost.lived_s {
+        lived if lived.is_finite() && lived > 0.0 => lived,
+        _ => seconds(formed.at, commit.at),
+    }
+}
+
+/// From the start of a generation to the last that is heard of it, seconds.
+fn lived(formed: &Formation, commits: &[&Checkpoint], ended: Option<&Interruption>, step_s: Option<f64>) -> f64 {
+    let most =
+        |from: u64, to: u64| step_s.map_or(UNKNOWN, |step_s| BESIDE + SLACK * step_s * to.saturating_sub(from) as f64);
+    let begun = formed.resume.as_ref().map_or(0, |point| point.step.get());
+    let until = commits.iter().map(|commit| commit.committed.step.get()).max();
+    let known = commits
+        .iter()
+        .filter(|commit| commit.committed.cost.lived_s > 0.0)
+        .max_by(|a, b| a.committed.cost.lived_s.total_cmp(&b.committed.cost.lived_s));
+    // Where measuring ends the wall clock carries on.
+    let (lived, from, at) = match known {
+        Some(commit) => (lived_until(formed, commit), commit.committed.step.get(), commit.at),
+        None => (0.0, begun, formed.at),
+    };
+    let last = commits.iter().map(|commit| commit.at).chain(ended.map(|end| end.at)).chain(formed.ended).max();
+    let step = ended.map(|end| end.step.get()).max(until).unwrap_or(from);
+    lived + last.map_or(0.0, |last| seconds(at, last)).min(most(from, step))
+}
+
 /// Mean seconds a step between the first and the last commit of each generation.
 fn step_s(state: &RunState) -> Option<f64> {
-    let (mut time, mut steps) = (0.0, 0.0);
+    let mut stretches = Vec::new();
     for pair in state.checkpoints().windows(2) {
         let [a, b] = pair else { continue };
         if a.committed.generation == b.committed.generation && b.committed.step > a.committed.step {
-            let durable = b.committed.cost.durable_s - a.committed.cost.durable_s;
-            time += (seconds(a.at, b.at) - if durable.is_finite() { durable } else { 0.0 }).max(0.0);
-            steps += (b.committed.step.get() - a.committed.step.get()) as f64;
+            let (cost, before) = (b.committed.cost, a.committed.cost);
+            let durable = cost.durable_s - before.durable_s;
+            let measured = before.lived_s > 0.0 && cost.lived_s > before.lived_s;
+            let between = if measured { cost.lived_s - before.lived_s } else { seconds(a.at, b.at) };
+            let time = (between - if durable.is_finite() { durable } else { 0.0 }).max(0.0);
+            stretches.push((time, (b.committed.step.get() - a.committed.step.get()) as f64));
         }
     }
+    let middle = median(stretches.iter().map(|(time, steps)| time / steps).collect())?;
+    stretches.retain(|(time, steps)| middle == 0.0 || time / steps <= SET * middle);
+    let (time, steps) = stretches.iter().fold((0.0, 0.0), |(time, steps), more| (time + more.0, steps + more.1));
     (steps > 0.0 && time > 0.0).then_some(time / steps)
 }
 
@@ -132,6 +178,41 @@ mod tests {
         ];
         let found = Observed::of(&state(&story));
         assert_eq!((found.interruptions, found.lossy, found.trained_s), (0, 0, 113.0));
+    }
+
+    /// A machine that comes up in 1970, and hears the time a minute later: before its first commit, or between two.
+    #[test]
+    fn a_clock_that_was_wrong_at_boot_is_not_half_a_century_of_training() {
+        let before = -1_000_000;
+        let late = [
+            (before, formed(1, None, "started")),
+            (112, committed(100, 1, 0.1)),
+            (212, committed(200, 1, 0.1)),
+            (312, committed(300, 1, 0.1)),
+        ];
+        let found = Observed::of(&state(&late));
+        assert_eq!((found.step_s, found.trained_s), (Some(1.0), BESIDE + SLACK * 300.0));
+        // One commit: what a step takes is not known.
+        assert_eq!(Observed::of(&state(&late[..2])).trained_s, UNKNOWN);
+        let between = [
+            (before, formed(1, None, "started")),
+            (before + 112, committed(100, 1, 0.1)),
+            (212, committed(200, 1, 0.1)),
+            (312, committed(300, 1, 0.1)),
+            (412, committed(400, 1, 0.1)),
+        ];
+        let found = Observed::of(&state(&between));
+        assert_eq!((found.step_s, found.trained_s), (Some(1.0), BESIDE + SLACK * 400.0));
+        // Where the time was measured it is believed, and the clock only for what comes after.
+        let mut measured = late.clone();
+        for ((_, record), lived_s) in measured[1..].iter_mut().zip([112.0, 212.0, 312.0]) {
+            record["cost"]["lived_s"] = json!(lived_s);
+        }
+        let found = Observed::of(&state(&measured));
+        assert_eq!((found.step_s, found.trained_s), (Some(1.0), 312.0));
+        let [formed, first, ..] = measured;
+        let end = json!({"kind": "interrupted", "generation": 1, "step": 130, "committed": 100, "lost_steps": 30, "verdict": "x"});
+        assert_eq!(Observed::of(&state(&[formed, first, (142, end)])).trained_s, 112.0 + 30.0);
     }
 
     #[test]

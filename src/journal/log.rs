@@ -131,6 +131,35 @@ impl Journal {
         self.append_if(record, |_, _| Ok(())).await
     }
 
+    /// Appends what `make` makes of the state that the record will stand on: it is made anew when a `committed` came in
+    /// between. So no record that says what was lost contradicts a commit whose answer was late.
+    pub async fn append_made(&mut self, make: impl Fn(&RunState) -> Record) -> Result<u64, JournalError> {
+        loop {
+            let record = make(&self.state);
+            let still_right = |came: &Record, node: &NodeId| match came {
+                Record::Committed(Committed { generation, .. }) => {
+                    let what = format!("node {node} appended {}", came.kind());
+                    Err(JournalError::Moved { generation: *generation, what })
+                }
+                _ => Ok(()),
+            };
+            match self.append_if(record, still_right).await {
+                Err(JournalError::Moved { .. }) => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// The commit that was begun last, if it is not known whether it stands.
+    pub fn doubtful(&self) -> Option<&Committed> {
+        match &self.unsettled {
+            Some(Unsettled { entry: Entry { record: Record::Committed(committed), .. }, number: None }) => {
+                Some(committed)
+            }
+            _ => None,
+        }
+    }
+
     /// Forms the next generation, which fences all older ones; this node holds it from then on.
     ///
     /// `formed` is chosen from [`state`](Self::state) as it stands at the call. If the run went on in the meantime, the

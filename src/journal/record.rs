@@ -188,7 +188,7 @@ pub struct Committed {
     /// The step's training loss.
     #[serde(with = "float")]
     pub loss: f64,
-    /// The newest validation loss, if there is one.
+    /// The step's validation loss, if it was measured. Earlier versions wrote the newest one, of whatever step.
     #[serde(default, with = "float::option")]
     pub validation_loss: Option<f64>,
     /// What the save cost.
@@ -207,6 +207,13 @@ pub struct SaveCost {
     /// From the end of the step to the `committed` record.
     #[serde(with = "float")]
     pub durable_s: f64,
+    /// From the `formed` record of its generation to this one, by a clock that nobody sets; 0: not known.
+    #[serde(default, with = "float", skip_serializing_if = "is_unknown")]
+    pub lived_s: f64,
+}
+
+fn is_unknown(seconds: &f64) -> bool {
+    *seconds == 0.0
 }
 
 /// What a notice announces.

@@ -123,6 +123,21 @@ impl Process {
             && self.pid_namespace == here.pid_namespace
             && start_time(self.pid) != Some(self.started)
     }
+
+    /// Whether it is surely at work: this kernel knows it, in this namespace, and has not stopped it.
+    fn is_at_work(&self) -> bool {
+        let here = Self::current();
+        self.boot_id == here.boot_id
+            && self.pid_namespace == here.pid_namespace
+            && start_time(self.pid) == Some(self.started)
+            && !matches!(state(self.pid).as_deref(), None | Some("T" | "t"))
+    }
+}
+
+/// The kernel's letter for what a process does.
+fn state(pid: u32) -> Option<String> {
+    let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
+    Some(stat.rsplit_once(')')?.1.split_ascii_whitespace().next()?.to_owned())
 }
 
 /// Start of a process in clock ticks since the boot: field 22 of `/proc/<pid>/stat` (proc(5)); `None` if there is none, or it is a
@@ -221,16 +236,17 @@ pub enum Life {
     Gone(Option<Process>),
 }
 
-/// How long a counter may stand still.
-const fn patience(local_store: bool, of_this_machine: bool) -> Duration {
-    if local_store && of_this_machine { NEAR } else { PATIENCE }
+/// How long a counter may stand still. A disk may keep a process waiting that is at work: its beats go through the same
+/// queue as all that is written on this machine.
+const fn patience(local_store: bool, of_this_machine: bool, at_work: bool) -> Duration {
+    if local_store && of_this_machine && !at_work { NEAR } else { PATIENCE }
 }
 
 /// Looks whether `node` still lives. Takes up to [`PATIENCE`] when it does not, less when the kernel can tell.
 pub async fn look(run: &Store, node: &NodeId) -> Result<Life, StorageError> {
     let Some(first) = read(run, node).await? else { return Ok(Life::Gone(None)) };
     let begin = tokio::time::Instant::now();
-    let patience = patience(run.is_local(), first.process.is_of_this_machine());
+    let of_this_machine = first.process.is_of_this_machine();
     loop {
         // From here on the counter is known to have changed or not: how long this look itself takes says nothing.
         let watched = begin.elapsed();
@@ -240,7 +256,9 @@ pub async fn look(run: &Store, node: &NodeId) -> Result<Life, StorageError> {
         match read(run, node).await? {
             None => return Ok(Life::Gone(None)),
             Some(now) if now.counter != first.counter => return Ok(Life::Alive),
-            Some(_) if watched >= patience => return Ok(Life::Gone(Some(first.process))),
+            Some(_) if watched >= patience(run.is_local(), of_this_machine, first.process.is_at_work()) => {
+                return Ok(Life::Gone(Some(first.process)));
+            }
             Some(_) => tokio::time::sleep(READ_AGAIN).await,
         }
     }
@@ -263,10 +281,12 @@ mod tests {
 
     #[test]
     fn a_node_whose_beats_the_network_swallows_is_not_taken_for_dead() {
-        assert_eq!(patience(true, true), NEAR);
+        assert_eq!(patience(true, true, false), NEAR);
         for (local_store, of_this_machine) in [(false, false), (false, true), (true, false)] {
-            assert_eq!(patience(local_store, of_this_machine), PATIENCE, "{local_store} {of_this_machine}");
+            assert_eq!(patience(local_store, of_this_machine, false), PATIENCE, "{local_store} {of_this_machine}");
         }
+        // A disk that stalls is no death of a process that the kernel knows.
+        assert_eq!(patience(true, true, true), PATIENCE);
         // Three in a row fail and the fourth takes nearly as long.
         let limits = [0, 1, 2, 3, 1000].map(limit);
         assert_eq!(limits.map(|limit| limit.as_secs()), [2, 4, 8, 8, 8]);
@@ -317,6 +337,19 @@ mod tests {
             !Process { pid_namespace: "pid:[1]".into(), started: 1, ..me }.is_gone(),
             "another container's process"
         );
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let sleeping = Process { pid: child.id(), started: start_time(child.id()).unwrap(), ..Process::current() };
+        assert!(sleeping.is_at_work() && !sleeping.is_gone());
+        assert!(!Process { boot_id: "elsewhere".into(), ..sleeping.clone() }.is_at_work());
+        assert!(!Process { started: sleeping.started + 1, ..sleeping.clone() }.is_at_work());
+        rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::STOP).unwrap();
+        while sleeping.is_at_work() {
+            std::thread::yield_now();
+        }
+        assert!(!sleeping.is_gone(), "it is only stopped");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!sleeping.is_at_work() && sleeping.is_gone());
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = child.id();
         let started = start_time(pid).unwrap_or(1);

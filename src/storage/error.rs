@@ -91,6 +91,17 @@ pub enum StorageError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The folder that the store lies in is no longer there.
+    #[error("{operation} of {key} was not begun")]
+    Adrift {
+        /// What was to be done.
+        operation: &'static str,
+        /// The key.
+        key: String,
+        /// What has become of the folder.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A setting that this kind of store does not know.
     #[error("{setting} is set, but {uri} is not on S3")]
     Setting {
@@ -115,7 +126,7 @@ impl Explain for StorageError {
             Self::InvalidUri { .. } | Self::Setting { .. } | Self::Unfit { .. } | Self::NoBucket { .. } => Kind::Config,
             Self::InvalidKey { .. } | Self::NotFound { .. } | Self::TooLarge { .. } | Self::Short { .. } => Kind::Data,
             Self::Permission { .. } => Kind::Permission,
-            Self::Full { .. } | Self::Unavailable { .. } => Kind::Unavailable,
+            Self::Full { .. } | Self::Unavailable { .. } | Self::Adrift { .. } => Kind::Unavailable,
         }
     }
 
@@ -138,6 +149,9 @@ impl Explain for StorageError {
             Self::NoBucket { .. } => "create the bucket, or check its name, and AWS_ENDPOINT_URL if it is not on AWS",
             Self::Full { .. } => {
                 "free space, prune old checkpoints (trainer prune), or use another store; nothing partial is visible"
+            }
+            Self::Adrift { .. } => {
+                "mount the disk again, or move the folder back, then trainer resume; nothing was written beside it"
             }
             Self::Unfit { .. } => {
                 "use a store whose conditional put is atomic: Amazon S3, Google Cloud Storage, Azure Blob Storage, RustFS, \

@@ -37,6 +37,8 @@ pub(crate) enum Fault {
     Denied,
     /// It never answers.
     Hang,
+    /// The store does it, and never answers.
+    LandsAndHangs,
 }
 
 /// Of (operation, path, how many such requests came before).
@@ -91,6 +93,10 @@ impl Faulty {
                 Err(object_store::Error::PermissionDenied { path: path.to_string(), source: "403 Forbidden".into() })
             }
             Fault::Hang => std::future::pending().await,
+            Fault::LandsAndHangs => {
+                let _ = does.await;
+                std::future::pending().await
+            }
         }
     }
 }

@@ -24,6 +24,7 @@
 //!
 //! Memory: uploads send the caller's pages, downloads fill them; beside them stands a socket's buffer a request, at most `storage.concurrency` each way.
 
+mod anchor;
 mod cap;
 mod crc;
 mod download;
@@ -51,9 +52,10 @@ mod tests;
 mod transfer_tests;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     ops::Range,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
@@ -65,7 +67,16 @@ use object_store::{
 };
 use tokio::sync::Semaphore;
 
+pub use self::{
+    anchor::Adrift,
+    crc::{Crc64, InvalidCrc64},
+    error::StorageError,
+    examine::AbortRule,
+    s3::StoredObject,
+    unfinished::Unfinished,
+};
 use self::{
+    anchor::Anchor,
     cap::Cap,
     gate::Gate,
     pace::Pace,
@@ -73,17 +84,12 @@ use self::{
     retry::{Attempts, Failure, Policy, Queue},
     upload::Large,
 };
-pub use self::{
-    crc::{Crc64, InvalidCrc64},
-    error::StorageError,
-    examine::AbortRule,
-    s3::StoredObject,
-    unfinished::Unfinished,
-};
 use crate::config::StorageConfig;
 
 /// Small requests in flight at once, beside the bulk transfers.
 const CONTROL_CONCURRENCY: usize = 16;
+/// Small requests of housekeeping in flight at once, beside all others.
+const UPKEEP_CONCURRENCY: usize = 16;
 
 /// What became of a create-once put.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,6 +147,8 @@ struct Lanes {
     backend: Backend,
     /// Small requests in flight.
     control: Semaphore,
+    /// Those of housekeeping.
+    upkeep: Semaphore,
     /// Parts going up.
     up: Gate,
     /// Ranges coming down.
@@ -154,7 +162,8 @@ impl Lanes {
             _ => Pace::adaptive(concurrency),
         };
         let (up, down) = (Gate::new("up", pace()), Gate::new("down", pace()));
-        Arc::new(Self { backend, control: Semaphore::new(CONTROL_CONCURRENCY), up, down })
+        let (control, upkeep) = (Semaphore::new(CONTROL_CONCURRENCY), Semaphore::new(UPKEEP_CONCURRENCY));
+        Arc::new(Self { backend, control, upkeep, up, down })
     }
 }
 
@@ -184,6 +193,8 @@ struct Inner {
     cap: Option<Cap>,
     /// What objects that are written once carry.
     attributes: Attributes,
+    /// Folders that are held, by their keys.
+    anchors: Mutex<BTreeMap<String, Arc<Anchor>>>,
 }
 
 /// A store, or a folder of one; cheap to clone. Keys are relative to it and use `/`.
@@ -195,6 +206,20 @@ pub struct Store {
     /// Key of this folder within the store, without `/` at either end; "" for all of it.
     prefix: String,
     priority: Priority,
+    /// Small requests of this handle are housekeeping.
+    upkeep: bool,
+}
+
+/// A folder that is [held](Store::hold).
+#[derive(Debug)]
+pub struct Held {
+    store: Store,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.store.anchors().remove(&self.store.prefix);
+    }
 }
 
 impl fmt::Debug for Store {
@@ -249,8 +274,9 @@ impl Store {
             part: u64::from(settings.part_mib.max(1)) << 20,
             cap: Cap::new(settings.max_upload_mib_per_s),
             attributes: class.map(|class| (Attribute::StorageClass, AttributeValue::from(class))).into_iter().collect(),
+            anchors: Mutex::default(),
         };
-        Self { inner: Arc::new(inner), prefix, priority: Priority::Normal }
+        Self { inner: Arc::new(inner), prefix, priority: Priority::Normal, upkeep: false }
     }
 
     /// The URI of this store or folder; [`Store::open`] of it opens the same place.
@@ -275,6 +301,55 @@ impl Store {
         Self { priority, ..self.clone() }
     }
 
+    /// The same place, for housekeeping: small requests wait in a queue of their own, so that deletions and looks that
+    /// hang hold up neither journal nor heartbeat.
+    #[must_use]
+    pub fn for_upkeep(&self) -> Self {
+        Self { upkeep: true, ..self.clone() }
+    }
+
+    /// On `file://` holds this folder, which must be there, for as long as what is given: its disk can't be unmounted
+    /// meanwhile, and where the folder goes away all the same every write and delete below it, by whatever handle of
+    /// this store, is [`StorageError::Adrift`]. Elsewhere there is nothing to hold.
+    pub async fn hold(&self) -> Result<Held, StorageError> {
+        let held = Held { store: self.clone() };
+        let Large::File(files) = &self.inner.lanes.backend.large else { return Ok(held) };
+        let failed = |error: object_store::Error| Failure::new("open", &error).explain(&self.uri());
+        let path = files.path_to_filesystem(&self.path("")?).map_err(failed)?;
+        let anchor = tokio::task::spawn_blocking(move || Anchor::hold(&path)).await;
+        let anchor = anchor.map_err(|_| Failure::stopped("open").explain(&self.uri()))?;
+        let anchor = anchor.map_err(|error| failed(retry::of_file(error)))?;
+        self.anchors().insert(self.prefix.clone(), Arc::new(anchor));
+        Ok(held)
+    }
+
+    fn anchors(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Anchor>>> {
+        self.inner.anchors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the folder that was [held](Self::hold), if one was, is still there.
+    pub async fn holds(&self) -> Result<(), StorageError> {
+        self.still_holds("look", "").await
+    }
+
+    /// Before a write of `key`: whether the folders that are held are still where it leads.
+    async fn still_holds(&self, operation: &'static str, key: &str) -> Result<(), StorageError> {
+        let whole = join(&self.prefix, key);
+        let leads =
+            |folder: &str| whole.strip_prefix(folder).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        let anchors: Vec<_> =
+            self.anchors().iter().filter(|(folder, _)| leads(folder)).map(|(_, anchor)| Arc::clone(anchor)).collect();
+        if anchors.is_empty() {
+            return Ok(());
+        }
+        let checks = move || anchors.iter().try_for_each(|anchor| anchor.check());
+        match tokio::task::spawn_blocking(checks).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(adrift)) => Err(StorageError::Adrift { operation, key: self.uri_of(key), source: Box::new(adrift) }),
+            Err(_) => Err(Failure::stopped(operation).explain(&self.uri_of(key))),
+        }
+    }
+
     /// Writes `body` under `key` if, and only if, nothing stands there. Atomic: of many racing creates exactly one wins.
     /// `body` must differ between writers (it carries an attempt id): a lost answer is settled by reading back.
     ///
@@ -282,6 +357,7 @@ impl Store {
     /// again with the same body.
     pub async fn create(&self, key: &str, body: Bytes) -> Result<CreateOutcome, StorageError> {
         let path = self.path(key)?;
+        self.still_holds("create", key).await?;
         let request = || async {
             let payload = PutPayload::from_bytes(body.clone());
             match self.objects().put_opts(&path, payload, self.options(PutMode::Create)).await {
@@ -306,6 +382,7 @@ impl Store {
     /// Writes `body` under `key`, over whatever stands there.
     pub async fn put(&self, key: &str, body: Bytes) -> Result<(), StorageError> {
         let path = self.path(key)?;
+        self.still_holds("put", key).await?;
         let request =
             || self.objects().put_opts(&path, PutPayload::from_bytes(body.clone()), PutMode::Overwrite.into());
         let put = self.attempts("put", body.len() as u64).run(request).await;
@@ -316,6 +393,7 @@ impl Store {
     /// system goes on with it all the same.
     pub async fn put_once(&self, key: &str, body: Bytes, limit: Duration) -> Result<(), StorageError> {
         let path = self.path(key)?;
+        self.still_holds("put", key).await?;
         let request =
             || self.objects().put_opts(&path, PutPayload::from_bytes(body.clone()), PutMode::Overwrite.into());
         let policy = self.inner.policy.once(limit);
@@ -429,6 +507,7 @@ impl Store {
     /// Deletes an object; one that is not there is fine.
     pub async fn delete(&self, key: &str) -> Result<(), StorageError> {
         let path = self.path(key)?;
+        self.still_holds("delete", key).await?;
         match self.attempts("delete", 0).run(|| self.objects().delete(&path)).await {
             Ok(()) => Ok(()),
             Err(failure) if failure.is_not_found() => Ok(()),
@@ -446,6 +525,7 @@ impl Store {
         body: Bytes,
         progress: impl Fn(u64) + Send + Sync + 'static,
     ) -> Result<Uploaded, StorageError> {
+        self.still_holds("upload", key).await?;
         let (store, key, uri) = (self.clone(), key.to_owned(), self.uri_of(key));
         let work = |lanes: Arc<Lanes>| async move { upload::upload(&store, &lanes, &key, body, &progress).await };
         match self.priority {
@@ -534,7 +614,9 @@ impl Store {
 
     /// A small request.
     fn attempts(&self, operation: &'static str, bytes: u64) -> Attempts<'_> {
-        Attempts::new(&self.inner.policy, Queue::Control(&self.inner.lanes.control), operation, bytes)
+        let lanes = &self.inner.lanes;
+        let queue = if self.upkeep { &lanes.upkeep } else { &lanes.control };
+        Attempts::new(&self.inner.policy, Queue::Control(queue), operation, bytes)
     }
 
     /// A small request that belongs to a bulk transfer.

@@ -278,6 +278,11 @@ pub(super) fn conflict(error: object_store::Error) -> object_store::Error {
     object_store::Error::Generic { store: "store", source: Box::new(Conflict(Box::new(error))) }
 }
 
+/// What the disk said.
+pub(super) fn of_file(error: std::io::Error) -> object_store::Error {
+    object_store::Error::Generic { store: "file", source: Box::new(error) }
+}
+
 /// An answer of the wrong length; transient.
 pub(super) fn cut_short(wanted: u64, got: u64) -> object_store::Error {
     object_store::Error::Generic { store: "store", source: Box::new(CutShort { wanted, got }) }

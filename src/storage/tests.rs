@@ -348,8 +348,48 @@ async fn a_failed_upload_is_aborted() {
     let store = Store::faulty(&faulty, &settings());
     let error = store.upload("k", pattern(18 << 20), |_| {}).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Permission);
-    assert_eq!(faulty.count("abort"), 1);
+    eventually(|| faulty.count("abort") == 1).await;
     assert!(matches!(store.head("k").await, Err(StorageError::NotFound { .. })));
+}
+
+/// An outage counts once: who made the upload hears of it, and the parts are seen to beside what comes next.
+#[tokio::test]
+async fn an_upload_that_failed_is_told_before_its_parts_are_given_up() {
+    let faulty = Faulty::new(|op, _, _| match op {
+        "part" => Fault::Denied,
+        "abort" => Fault::Hang,
+        _ => Fault::Pass,
+    });
+    let store = Store::faulty_with(&faulty, &settings(), Some(Duration::MAX));
+    let upload = store.upload("k", pattern(18 << 20), |_| {});
+    let told = tokio::time::timeout(Duration::from_secs(60), upload).await.expect("it waits for the abort");
+    assert_eq!(told.unwrap_err().kind(), Kind::Permission);
+    eventually(|| faulty.count("abort") == 1).await;
+}
+
+#[tokio::test]
+async fn deletions_and_looks_that_hang_hold_up_neither_journal_nor_heartbeat() {
+    let faulty = Faulty::new(|_, path, _| if path.starts_with("checkpoints/") { Fault::Hang } else { Fault::Pass });
+    let store = Store::faulty_with(&faulty, &settings(), Some(Duration::MAX));
+    let upkeep = store.for_upkeep();
+    let hanging: Vec<_> = (0..64)
+        .map(|i| {
+            let store = upkeep.folder("checkpoints");
+            tokio::spawn(async move {
+                match i % 2 {
+                    0 => store.delete("a").await.map(drop),
+                    _ => store.head("a").await.map(drop),
+                }
+            })
+        })
+        .collect();
+    eventually(|| faulty.count("delete") + faulty.count("head") == UPKEEP_CONCURRENCY).await;
+    let small = async {
+        store.put("heartbeat", Bytes::new()).await.unwrap();
+        store.create("record", Bytes::new()).await.unwrap();
+    };
+    tokio::time::timeout(Duration::from_secs(60), small).await.expect("held up");
+    hanging.iter().for_each(tokio::task::JoinHandle::abort);
 }
 
 #[tokio::test]

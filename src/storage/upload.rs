@@ -208,10 +208,11 @@ impl Upload<'_> {
             Ok(sent.crc64)
         };
         let sent = sent.await;
-        guard.target = None;
-        if sent.is_err() {
-            target.abort().await;
+        if sent.is_ok() {
+            guard.target = None;
         }
+        // Else it is aborted beside what comes next: a store that is out would keep the caller from the next try for as
+        // long again.
         sent
     }
 
@@ -327,7 +328,7 @@ impl Target {
     }
 }
 
-/// Aborts a multipart upload also when its future was dropped.
+/// Aborts a multipart upload that failed, or whose future was dropped.
 struct Abort {
     target: Option<Target>,
 }

@@ -79,6 +79,42 @@ pub struct Rule {
     pub often: Often,
 }
 
+/// What becomes of a request that hangs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lands {
+    /// The server never hears of it.
+    Never,
+    /// The server does its work at once; its answer hangs.
+    AtOnce,
+    /// The server hears of it when it is let go, whether or not the client is still there.
+    Late,
+}
+
+/// Requests that hang, told by what their bodies hold, too.
+#[derive(Clone, Copy, Debug)]
+pub struct Hang {
+    /// The HTTP method; empty: any.
+    pub method: &'static str,
+    /// Must occur in path and query; empty: any.
+    pub target: &'static str,
+    /// Must occur in the body; empty: any.
+    pub body: &'static str,
+    /// The next so many.
+    pub times: u32,
+    /// For so long at most; they are let go by [`FaultProxy::let_go`], too.
+    pub time: Duration,
+    /// What becomes of it.
+    pub lands: Lands,
+}
+
+impl Hang {
+    /// All such requests, for ever.
+    pub const fn all(method: &'static str, target: &'static str, body: &'static str) -> Self {
+        let time = Duration::from_secs(100_000);
+        Self { method, target, body, times: u32::MAX, time, lands: Lands::Never }
+    }
+}
+
 /// How good the line is.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Line {
@@ -95,6 +131,10 @@ pub struct Line {
 #[derive(Default)]
 struct State {
     rules: Vec<Rule>,
+    hangs: Vec<Hang>,
+    /// Requests that hung, and whether they are let go.
+    hung: u64,
+    let_go: tokio::sync::watch::Sender<bool>,
     line: Line,
     random: u64,
     /// When the line has carried the bulk that was given to it.
@@ -135,6 +175,18 @@ impl State {
             }
         }
         None
+    }
+    /// How this request hangs, if it does; counted.
+    fn hang(&mut self, method: &str, target: &str, body: &[u8]) -> Option<Hang> {
+        let holds = |wanted: &str| wanted.is_empty() || String::from_utf8_lossy(body).contains(wanted);
+        let hang = self.hangs.iter_mut().find(|hang| {
+            let fits = (hang.method.is_empty() || hang.method == method) && target.contains(hang.target);
+            hang.times > 0 && fits && holds(hang.body)
+        })?;
+        hang.times = hang.times.saturating_sub(u32::from(hang.times != u32::MAX));
+        self.hung += 1;
+        *self.broken.entry("long stall").or_default() += 1;
+        Some(*hang)
     }
 }
 
@@ -182,9 +234,26 @@ impl FaultProxy {
     pub fn arm(&self, rule: Rule) {
         lock(&self.state).rules.push(rule);
     }
+    /// Lets requests hang from now on.
+    pub fn hang(&self, hang: Hang) {
+        let mut state = lock(&self.state);
+        state.let_go.send_replace(false);
+        state.hangs.push(hang);
+    }
+    /// Requests that hung so far.
+    pub fn hung(&self) -> u64 {
+        lock(&self.state).hung
+    }
+    /// Lets go what hangs.
+    pub fn let_go(&self) {
+        let mut state = lock(&self.state);
+        state.hangs.clear();
+        state.let_go.send_replace(true);
+    }
     /// Forgets all rules.
     pub fn disarm(&self) {
         lock(&self.state).rules.clear();
+        self.let_go();
     }
     /// Changes the line.
     pub fn set_line(&self, line: Line) {
@@ -271,6 +340,24 @@ async fn pass(
     if head.method == "PUT" && target.contains("/checkpoints/") {
         pass_bulk(&state, body.len()).await;
     }
+    let hang = lock(&state).hang(head.method.as_str(), &target, &body);
+    if let Some(hang) = hang {
+        let mut let_go = lock(&state).let_go.subscribe();
+        // Of its own: a client that goes away takes the rest of this function with it.
+        let end = tokio::spawn(async move {
+            let request = Request::from_parts(head, Body::from(body));
+            let mut request = Some(request);
+            if let Some(request) = request.take_if(|_| hang.lands == Lands::AtOnce) {
+                let _ = forward(request, upstream).await;
+            }
+            let _ = tokio::time::timeout(hang.time, let_go.wait_for(|let_go| *let_go)).await;
+            if let Some(request) = request.take_if(|_| hang.lands == Lands::Late) {
+                let _ = forward(request, upstream).await;
+            }
+        });
+        let _ = end.await;
+        return Err(broken("hung on purpose"));
+    }
     match fault {
         Some(Fault::SlowDown) => {
             let text = "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>SlowDown</Code><Message>on purpose</Message></Error>";
@@ -304,14 +391,11 @@ async fn pass(
         Some(Fault::FlipRequest(at)) => flip(body, at),
         _ => body,
     };
-    let socket = tokio::net::TcpStream::connect(upstream).await?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
-    tokio::spawn(connection);
     if let Some(Fault::CutRequest(keep)) = fault {
-        let _ = sender.send_request(Request::from_parts(head, cut(&body, keep))).await;
+        let _ = forward(Request::from_parts(head, cut(&body, keep)), upstream).await;
         return Err(broken("request cut on purpose"));
     }
-    let (head, body) = sender.send_request(Request::from_parts(head, Body::from(body))).await?.into_parts();
+    let (head, body) = forward(Request::from_parts(head, Body::from(body)), upstream).await?.into_parts();
     let mut body = whole(body).await?;
     if listing && head.status.is_success() {
         lock(&state).listings.insert(target, body.clone());
@@ -324,6 +408,13 @@ async fn pass(
         _ => {}
     }
     Ok(Response::from_parts(head, Body::from(body)))
+}
+
+async fn forward(request: Request<Body>, upstream: SocketAddr) -> Result<Response<Incoming>, s3s::StdError> {
+    let socket = tokio::net::TcpStream::connect(upstream).await?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(socket)).await?;
+    tokio::spawn(connection);
+    Ok(sender.send_request(request).await?)
 }
 
 async fn whole(body: Incoming) -> Result<Bytes, s3s::StdError> {

@@ -94,7 +94,7 @@ pub fn records() -> Vec<Record> {
             bytes: 512_000_000,
             loss: 2.25,
             validation_loss: Some(f64::INFINITY),
-            cost: SaveCost { stall_s: 0.012, copy_s: 0.3, durable_s: 4.5 },
+            cost: SaveCost { stall_s: 0.012, copy_s: 0.3, durable_s: 4.5, lived_s: 0.0 },
         }),
         Record::Notice { generation, source: "sigterm".into(), deadline_s: Some(120.0), means: Means::Stop },
         Record::Interrupted {

@@ -99,6 +99,23 @@ impl Trainer {
         command.env("XDG_CACHE_HOME", dir.join("cache"));
         Self { command, json: false, mark, shown: arguments.join(" ") }
     }
+    /// Has another program start it, which must become it: `nsenter`, `setpriv`.
+    pub fn within(mut self, program: &[&str]) -> Self {
+        let mut command = Command::new(program[0]);
+        command.args(&program[1..]).arg(self.command.get_program()).args(self.command.get_args());
+        for (name, value) in self.command.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        if let Some(folder) = self.command.get_current_dir() {
+            command.current_dir(folder);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.command = command;
+        self
+    }
     /// Adds arguments.
     pub fn args(mut self, arguments: &[&str]) -> Self {
         self.command.args(arguments);

@@ -7,7 +7,7 @@
 use std::{fmt, time::Duration};
 
 use super::random::Random;
-use crate::support::proxy::{Fault, Often, Rule};
+use crate::support::proxy::{Fault, Hang, Lands, Often, Rule};
 
 /// Optimizer steps of a run.
 pub const STEPS: u64 = 300;
@@ -162,12 +162,60 @@ pub enum Disturbance {
 pub struct Weather {
     /// What breaks.
     pub rules: Vec<Rule>,
+    /// What hangs.
+    pub hangs: Vec<Hang>,
     /// Before each request.
     pub latency: Duration,
 }
 
 /// How many kinds of weather there are.
-pub const KINDS: u64 = 10;
+pub const KINDS: u64 = 11;
+
+/// Single requests that hang for seconds: of every kind that a save, a restore or the end of a run waits for.
+const WAITED_FOR: &[(&str, &str, &str)] = &[
+    ("PUT", "/journal/", "\"kind\":\"committed\""),
+    ("PUT", "/journal/", "\"kind\":\"formed\""),
+    ("PUT", "/journal/", "\"kind\":\"interrupted\""),
+    ("PUT", "/journal/", "\"kind\":\"completed\""),
+    ("PUT", "/checkpoints/", ""),
+    ("GET", "/checkpoints/", ""),
+    ("GET", "/journal/", ""),
+    ("GET", "list-type=", ""),
+];
+/// Those that hang for ever: nobody waits for them, whatever happens.
+const HOUSEKEEPING: &[(&str, &str, &str)] = &[
+    ("PUT", "/journal/", "\"kind\":\"pruned\""),
+    ("PUT", "/journal/", "\"kind\":\"notice\""),
+    ("DELETE", "/checkpoints/", ""),
+    ("POST", "?delete", ""),
+];
+
+/// A heartbeat that hangs for ever would end in a run that is taken over.
+const HEARTBEAT: (&str, &str, &str) = ("PUT", "/nodes/", "");
+
+impl Weather {
+    /// One request of each kind hangs for so long, and housekeeping for ever.
+    pub fn of_stalls(time: Duration) -> Self {
+        let of = |&(method, target, body): &(&'static str, &'static str, &'static str)| Hang::all(method, target, body);
+        let once = WAITED_FOR.iter().chain([&HEARTBEAT]).map(|kind| Hang { times: 1, time, ..of(kind) });
+        Self { hangs: HOUSEKEEPING.iter().map(of).chain(once).collect(), ..Self::default() }
+    }
+    /// One kind of request hangs.
+    fn of_a_stall(random: &mut Random) -> Self {
+        let (method, target, body) = match random.between(0, 9) {
+            0..=5 => *random.one_of(WAITED_FOR),
+            6..=8 => *random.one_of(HOUSEKEEPING),
+            _ => HEARTBEAT,
+        };
+        let hang = Hang::all(method, target, body);
+        if HOUSEKEEPING.contains(&(method, target, body)) {
+            return Self { hangs: vec![hang], ..Self::default() };
+        }
+        let time = Duration::from_millis(random.between(2_000, 20_000));
+        let lands = *random.one_of(&[Lands::Never, Lands::AtOnce, Lands::Late]);
+        Self { hangs: vec![Hang { times: 1, time, lands, ..hang }], ..Self::default() }
+    }
+}
 
 impl Weather {
     /// Whether readers are told of an earlier time.
@@ -176,6 +224,9 @@ impl Weather {
     }
     /// One fault by its place in a list of all kinds.
     pub fn of_kind(kind: u64, random: &mut Random) -> Self {
+        if kind % KINDS == 10 {
+            return Self::of_a_stall(random);
+        }
         let somewhere = |random: &mut Random, end| random.between(0, end) as usize;
         let (method, target, fault, often) = match kind % KINDS {
             0 => ("", "", Fault::SlowDown, Often::Percent(random.between(5, 25))),
@@ -205,14 +256,15 @@ impl Weather {
             _ => ("", "journal", Fault::Stale, Often::Percent(random.between(5, 20))),
         };
         let latency = Duration::from_micros(if random.percent(50) { random.between(0, 10_000) } else { 0 });
-        Self { rules: vec![Rule { method, target, fault, often }], latency }
+        Self { rules: vec![Rule { method, target, fault, often }], hangs: Vec::new(), latency }
     }
     fn draw(random: &mut Random) -> Self {
         let mut all = Self::default();
         for _ in 0..random.between(1, 2) {
             let kind = random.next();
-            let Self { rules, latency } = Self::of_kind(kind, random);
+            let Self { rules, hangs, latency } = Self::of_kind(kind, random);
             all.rules.extend(rules);
+            all.hangs.extend(hangs);
             all.latency = latency;
         }
         all
@@ -367,6 +419,10 @@ impl fmt::Display for Life {
         let Some(weather) = &self.weather else { return Ok(()) };
         for Rule { method, target, fault, often } in &weather.rules {
             write!(f, " | {fault:?} {often:?} {method}{target}")?;
+        }
+        for Hang { method, target, body, times, time, lands } in &weather.hangs {
+            let times = if *times == u32::MAX { "all".to_owned() } else { times.to_string() };
+            write!(f, " | hang {times} {method}{target} {body} {time:.1?} {lands:?}")?;
         }
         if weather.latency.is_zero() { Ok(()) } else { write!(f, " | latency {:.1?}", weather.latency) }
     }

@@ -239,6 +239,7 @@ impl<'a> Stage<'a> {
         let weather = life.weather.as_ref().filter(|_| self.proxy.is_some());
         if let (Some(weather), Some(proxy)) = (weather, &self.proxy) {
             weather.rules.iter().for_each(|rule| proxy.arm(rule.clone()));
+            weather.hangs.iter().for_each(|hang| proxy.hang(*hang));
             proxy.set_line(Line { latency: weather.latency, ..Line::default() });
         }
         let ended = self.disturb(life)?;

@@ -25,7 +25,7 @@ use crate::{
 
 /// Notices of one life that are written to the journal.
 const MOST_NOTICES: u32 = 16;
-/// How long writing one may keep others from the journal: what the machine's last seconds are for is the commit.
+/// How long writing one may take: the end of a run waits for it.
 const NOTE: Duration = Duration::from_secs(1);
 /// Ranks that are to stop and have finished no step for so long, or for ten usual steps if that is longer, are killed.
 const STUCK: Duration = Duration::from_secs(120);
@@ -42,10 +42,7 @@ impl Life<'_> {
             means,
             binding: notice.deadline_binds(),
         });
-        // A store that hangs would keep the journal from what is to be written now; a look that is cut off has read what it has read.
-        if let Some(looking) = self.looking.take() {
-            looking.abort();
-        }
+        self.hush();
         // For whoever reads it later, a time that binds nobody is none.
         self.write_down(notice, deadline_s.filter(|_| notice.deadline_binds()));
         if notice.kind == notice::Kind::Rebalance {
@@ -65,6 +62,14 @@ impl Life<'_> {
         self.reconsider()
     }
 
+    /// From now on the store and the journal belong to what is to be saved.
+    pub(super) fn hush(&mut self) {
+        if let Some(looking) = self.looking.take() {
+            looking.abort();
+        }
+        self.retention.hush();
+    }
+
     /// In the background, and given up soon: the store may be slow, and neither the drain nor the commit at its end may wait for it. A
     /// record that lands after all is one more that the next append reads before its own.
     fn write_down(&mut self, notice: &Notice, deadline_s: Option<f64>) {
@@ -75,9 +80,8 @@ impl Life<'_> {
         let (journal, generation) = (Arc::clone(&self.start.saver.journal), self.start.saver.generation);
         let means = means(notice.kind);
         let record = Record::Notice { generation, source: notice.source.to_owned(), deadline_s, means };
-        tokio::spawn(async move {
-            let mut journal = journal.lock().await;
-            match tokio::time::timeout(NOTE, journal.append(record)).await {
+        self.notes.spawn(async move {
+            match tokio::time::timeout(NOTE, journal.append_when_free(record, |_| true)).await {
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => tracing::debug!(%error, "notice not written to the journal"),
                 Err(_) => tracing::debug!("notice not written to the journal: the store does not answer"),
@@ -116,7 +120,10 @@ impl Life<'_> {
             _ if self.draining => Vec::new(),
             _ => conductor.drain(now),
         };
-        self.draining = true;
+        if !std::mem::replace(&mut self.draining, true) {
+            // There may have been time to train on since the notice.
+            self.hush();
+        }
         self.act(actions)
     }
 

@@ -3,12 +3,16 @@
 //! What is done is decided in [`restart::standstill`]. Nothing is stored; a crash or a new life begins to count again. While workers are asked to
 //! stop it is [`super::drain`]'s to wait for them.
 
-use std::time::Duration;
+use std::{num::NonZeroU64, time::Duration};
 
 use tokio::time::Instant;
 
 use super::{super::restart, Death, Life};
-use crate::{ids::Step, report::Event};
+use crate::{
+    config::{Cadence, RunConfig},
+    ids::Step,
+    report::Event,
+};
 
 /// Since when nothing has moved, and how often that was told.
 pub struct Quiet {
@@ -21,6 +25,12 @@ impl Quiet {
     pub fn begin(now: Instant) -> Self {
         Self { since: now, told: 0 }
     }
+}
+
+/// Steps after whose multiples a state is measured that `checkpoint.keep.best` ranks.
+pub fn ranked(config: &RunConfig) -> Option<NonZeroU64> {
+    let wanted = config.checkpoint.keep.best > 0 && !matches!(config.checkpoint.every, Cadence::Steps(_));
+    NonZeroU64::new(config.data.validation_every).filter(|_| wanted)
 }
 
 impl Life<'_> {

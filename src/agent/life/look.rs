@@ -1,0 +1,110 @@
+//! A look at the journal now and then: has another agent taken the run, and does the journal still stand?
+//!
+//! It runs beside the event loop, which hears of what it finds. Whoever wants to write meanwhile comes first.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::Instant;
+
+use super::{super::shared::SharedJournal, Life};
+use crate::{
+    error::{Error, Kind, Result},
+    journal::JournalError,
+    layout,
+    storage::{StorageError, Store},
+};
+
+/// How often the journal is looked at, and how long a look may take.
+const LOOK: Duration = Duration::from_secs(5);
+
+impl Life<'_> {
+    /// An agent that was asleep, or cut off, while another formed the next generation learns of it here at the latest;
+    /// whatever it might try to commit before that is refused anyway. And one whose store was emptied or unmounted
+    /// hears of it before it has trained for weeks.
+    pub(super) fn look_at_the_journal(&mut self) {
+        // What a drain commits is fenced by its own append; until then the journal is not to be kept from it.
+        if self.looked.elapsed() < LOOK || self.draining {
+            return;
+        }
+        self.looked = Instant::now();
+        let (journal, run) = (Arc::clone(&self.start.saver.journal), self.start.saver.run.clone());
+        let ended = self.fence.clone();
+        let look = tokio::spawn(async move {
+            match tokio::time::timeout(LOOK, look(&journal, &run)).await {
+                Ok(Ok(None)) => {}
+                Ok(Ok(Some(end))) => drop(ended.send(end)),
+                Ok(Err(error)) => tracing::debug!(%error, "journal not looked at"),
+                Err(_) => tracing::debug!("journal not looked at: the store does not answer"),
+            }
+        });
+        self.looking = Some(look.abort_handle());
+    }
+}
+
+/// Why the run can't go on here, if it can't.
+async fn look(journal: &SharedJournal, run: &Store) -> Result<Option<Error>> {
+    let newest = {
+        // Somebody who has the journal finds out by himself.
+        let Some(journal) = journal.look().await else { return Ok(None) };
+        let journal = journal?;
+        if let Some(formed) = journal.state().formed()
+            && Some(formed.generation) > journal.held()
+        {
+            let (node, generation) = (formed.node.clone(), formed.generation);
+            return Ok(Some(JournalError::Fenced { node, generation }.into()));
+        }
+        layout::journal_entry(journal.state().next().saturating_sub(1))
+    };
+    match run.head(&newest).await {
+        Ok(_) => Ok(None),
+        Err(StorageError::NotFound { key }) => Ok(Some(match run.holds().await {
+            Err(adrift) => adrift.into(),
+            Ok(()) => gone(&key),
+        })),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn gone(record: &str) -> Error {
+    let what = format!("journal record {record} is gone, and so may be all of the run");
+    Error::new(Kind::Unavailable, what)
+        .with_hint("nothing more is written: bring the run's folder back as it was, then trainer resume")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        checkpoint::testing::{config, file_store, memory_store},
+        ids::{NodeId, RunId},
+        journal::Journal,
+    };
+
+    async fn journal(store: &Store) -> SharedJournal {
+        let run_id = RunId::new("run").unwrap();
+        SharedJournal::new(Journal::create(store.clone(), NodeId::random(), run_id, config()).await.unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_journal_whose_newest_record_is_gone_ends_the_run() {
+        let store = memory_store();
+        let journal = journal(&store).await;
+        assert!(look(&journal, &store).await.unwrap().is_none());
+        store.delete(&layout::journal_entry(0)).await.unwrap();
+        let end = look(&journal, &store).await.unwrap().expect("nothing is there any more");
+        assert_eq!(end.kind(), Kind::Unavailable);
+        assert!(end.to_string().contains("00000000.json is gone"), "{end}");
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_is_no_longer_there_is_named_as_the_cause() {
+        let (folder, store) = file_store();
+        let journal = journal(&store).await;
+        let _held = store.hold().await.unwrap();
+        assert!(look(&journal, &store).await.unwrap().is_none());
+        std::fs::rename(folder.path().join("run"), folder.path().join("elsewhere")).unwrap();
+        let end = look(&journal, &store).await.unwrap().expect("it was moved");
+        assert_eq!(end.kind(), Kind::Unavailable);
+        assert!(end.to_string().contains("is no longer the folder"), "{end}");
+    }
+}

@@ -1,0 +1,209 @@
+//! How a run ends on this node: what the journal is told last, and what is left to be done then.
+//!
+//! What was lost is said by the journal as it stands at the very place of the record that says it: a save that was
+//! given up, and whose `committed` landed all the same, is told as what it is, and nothing that is told can be
+//! overtaken by it. Exit code and events say the same.
+
+use std::time::Duration;
+
+use super::{
+    Agent, Outcome,
+    life::{Left, Stopped},
+    opening::Resolved,
+    shared::PATIENCE,
+    told_to_leave, unless_told,
+};
+use crate::{
+    error::Result,
+    ids::{Generation, Step},
+    journal::{self, CheckpointStatus, JournalError, Record, RunState},
+    notice::Notices,
+    report::Event,
+};
+
+/// How long the journal's last words may take when the run ends on a store that does not answer.
+const LAST_WORDS: Duration = Duration::from_secs(30);
+/// How long a commit may take whose data is durable and of whose record nothing was heard. The last words still have to
+/// follow it before a deadline.
+const AGAIN: Duration = Duration::from_millis(500);
+/// How long the record that a run is complete may take when this node is told to leave while it is written.
+const COMPLETING: Duration = Duration::from_secs(2);
+/// How long the end of a run that is complete waits for old checkpoints to be deleted.
+const TIDYING: Duration = Duration::from_secs(20);
+
+/// What `interrupted` says after the records of `state`. The generation's own commits count that its life has not heard
+/// of.
+pub(super) fn interruption(state: &RunState, generation: Generation, stopped: &Stopped) -> Record {
+    let Stopped { step, committed, verdict, drain } = stopped.clone();
+    let ours = |checkpoint: &&journal::Checkpoint| {
+        checkpoint.committed.generation == generation && checkpoint.status == CheckpointStatus::Good
+    };
+    let late = state.checkpoints().iter().filter(ours).map(|checkpoint| checkpoint.committed.step).max();
+    let late = late.filter(|late| *late > committed);
+    let committed = late.unwrap_or(committed);
+    let found = |late| format!("{verdict}; then it was found that step {late} is committed");
+    let verdict = late.map_or_else(|| verdict.clone(), found);
+    Record::Interrupted {
+        generation,
+        step,
+        committed: (committed > Step(0)).then_some(committed),
+        lost_steps: step.get().saturating_sub(committed.get()),
+        verdict,
+        drain: drain.map(Box::new),
+    }
+}
+
+impl Agent {
+    /// A notice to leave came while no worker was at work. `step`: the last one that was finished under a generation of
+    /// this node, if it has formed one.
+    pub(super) async fn told_between_lives(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
+        let (held, committed) = {
+            let journal = self.journal.lock().await;
+            (journal.held(), journal.state().newest().map_or(Step(0), |newest| newest.committed.step))
+        };
+        let (Some(generation), Some(step)) = (held, step) else {
+            return Ok(Outcome::Interrupted { lost_steps: 0 });
+        };
+        let verdict = format!("asked to stop while {doing}");
+        self.interrupted(generation, Stopped { step, committed, verdict, drain: None }).await
+    }
+
+    /// The last step is committed.
+    pub(super) async fn complete(
+        &self,
+        generation: Generation,
+        resolved: &Resolved,
+        loss: f64,
+        notices: &mut Notices,
+    ) -> Result<Outcome> {
+        let step = Step(resolved.config.train.steps);
+        // A run killed between its last commit and this record makes no step in its last life: the commit knows the
+        // loss.
+        let loss = match self.journal.lock().await.state().newest() {
+            Some(newest) if !loss.is_finite() => newest.committed.loss,
+            _ => loss,
+        };
+        let completed = {
+            let completing = self.journal.append_first(Record::Completed { generation, step, loss });
+            tokio::pin!(completing);
+            tokio::select! {
+                biased;
+                completed = &mut completing => Some(completed),
+                () = told_to_leave(notices, &self.reporter) => {
+                    tokio::time::timeout(COMPLETING, completing).await.ok()
+                }
+            }
+        };
+        let outcome = match completed {
+            Some(completed) => completed.map(|_| None)?,
+            None => {
+                let verdict = "asked to stop while it was written down that the run is complete".to_owned();
+                let stopped = Stopped { step, committed: step, verdict, drain: None };
+                self.last_words(generation, &stopped).await
+            }
+        };
+        if let Some(lost_steps) = outcome {
+            self.reporter.event(&Event::Interrupted { step, lost_steps });
+            return Ok(Outcome::Interrupted { lost_steps });
+        }
+        self.reporter.event(&Event::Completed { step, loss });
+        Ok(Outcome::Completed { then: self.manner.then(&resolved.config, true) })
+    }
+
+    /// The run was asked to stop.
+    pub(super) async fn interrupted(&self, generation: Generation, stopped: Stopped) -> Result<Outcome> {
+        let lost_steps = self.last_words(generation, &stopped).await.unwrap_or(0);
+        self.reporter.event(&Event::Interrupted { step: stopped.step, lost_steps });
+        Ok(Outcome::Interrupted { lost_steps })
+    }
+
+    /// Writes down what was lost; gives it as far as the journal is known by then. `None`: the run is complete.
+    async fn last_words(&self, generation: Generation, stopped: &Stopped) -> Option<u64> {
+        let words = async {
+            let mut journal = self.journal.first().await;
+            if let Some(committed) = journal.doubtful().cloned() {
+                let step = committed.step;
+                match tokio::time::timeout(AGAIN, journal.append(Record::Committed(committed))).await {
+                    Ok(Ok(_)) => tracing::info!(%step, "the record of the last save was written at the second try"),
+                    Ok(Err(error)) => tracing::warn!(%error, %step, "the record of the last save was not written"),
+                    Err(_) => tracing::warn!(%step, "the record of the last save was not written: no answer"),
+                }
+            }
+            let make = |state: &RunState| interruption(state, generation, stopped);
+            for patience in PATIENCE {
+                if let Ok(written) = tokio::time::timeout(patience, journal.append_made(make)).await {
+                    return written;
+                }
+            }
+            journal.append_made(make).await
+        };
+        said(tokio::time::timeout(LAST_WORDS, words).await);
+        let journal = self.journal.lock().await;
+        let lost = match interruption(journal.state(), generation, stopped) {
+            Record::Interrupted { lost_steps, .. } => lost_steps,
+            _ => 0,
+        };
+        (!matches!(journal.state().outcome(), journal::Outcome::Completed { .. })).then_some(lost)
+    }
+
+    /// Writes a record whose loss would be a pity but is no reason to hang: the run ends whether or not the store
+    /// answers.
+    pub(super) async fn append_last(&self, record: Record) {
+        said(tokio::time::timeout(LAST_WORDS, self.journal.append_first(record)).await);
+    }
+
+    /// What a run that is complete has the time for, unless this node is told to leave.
+    pub(super) async fn tidy(&self, mut left: Left, notices: &mut Notices) {
+        if let Some(mut retention) = left.retention.take() {
+            unless_told(notices, &self.reporter, retention.complete(TIDYING)).await;
+        }
+        self.gone(left).await;
+    }
+
+    /// Waits until the last life's workers are gone.
+    pub(super) async fn gone(&self, left: Left) {
+        if let Some(leaving) = left.leaving {
+            let _ = leaving.await;
+        }
+    }
+}
+
+fn said(written: Result<Result<u64, JournalError>, tokio::time::error::Elapsed>) {
+    match written {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "the journal's last record was not written"),
+        Err(_) => tracing::warn!("the journal's last record was not written: the store does not answer"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::testing::{checkpoint, memory_store, state_after};
+
+    fn stopped(step: u64, committed: u64) -> Stopped {
+        Stopped { step: Step(step), committed: Step(committed), verdict: "the time was up".into(), drain: None }
+    }
+
+    fn told(record: Record) -> (Option<Step>, u64, String) {
+        match record {
+            Record::Interrupted { committed, lost_steps, verdict, .. } => (committed, lost_steps, verdict),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_lost_is_what_the_journal_does_not_hold() {
+        let store = memory_store();
+        let (first, second) = (checkpoint(&store, 1, 1, 1, 1).await.0, checkpoint(&store, 2, 1, 1, 2).await.0);
+        let state = state_after(vec![first, second], vec![]);
+        let of = |stopped, generation| told(interruption(&state, Generation(generation), &stopped));
+        assert_eq!(of(stopped(5, 2), 1), (Some(Step(2)), 3, "the time was up".into()));
+        // Step 2 is committed, and its life has not heard of it.
+        let late = "the time was up; then it was found that step 2 is committed".to_owned();
+        assert_eq!(of(stopped(2, 1), 1), (Some(Step(2)), 0, late));
+        // What another generation has committed is not this one's.
+        assert_eq!(of(stopped(2, 1), 2), (Some(Step(1)), 1, "the time was up".into()));
+        assert_eq!(of(stopped(2, 0), 2).0, None);
+    }
+}

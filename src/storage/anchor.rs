@@ -1,0 +1,120 @@
+//! A folder on a disk that is held open while it is written to, so that nothing is written beside it.
+//!
+//! A disk that is unmounted leaves its mount point behind, an empty folder of the same name, in which a checkpoint
+//! would lie as if it were durable. So the folder is held open, which keeps `umount` from taking it away (EBUSY), and
+//! before each write its path is looked up: it must still lead to what is held. That finds what the kernel lets pass: a
+//! lazy unmount, another file system mounted over it, and a folder that was moved or deleted.
+//!
+//! Nothing is stored. *Crash:* the kernel closes what was held.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+/// A folder that is held.
+#[derive(Debug)]
+pub(super) struct Anchor {
+    folder: File,
+    path: PathBuf,
+}
+
+/// The path no longer leads to the folder that is held.
+#[derive(Debug, thiserror::Error)]
+#[error("{path} is no longer the folder that it was: {how}")]
+pub struct Adrift {
+    path: String,
+    how: &'static str,
+}
+
+impl Anchor {
+    /// Holds a folder that is there.
+    pub(super) fn hold(path: &Path) -> io::Result<Self> {
+        Ok(Self { folder: File::open(path)?, path: path.to_owned() })
+    }
+
+    /// Whether its path still leads to it. A path that can't be looked up for another reason says nothing: the write
+    /// itself will.
+    pub(super) fn check(&self) -> Result<(), Adrift> {
+        let Ok(held) = self.folder.metadata() else { return Ok(()) };
+        let adrift = |how| Err(Adrift { path: self.path.display().to_string(), how });
+        match fs::metadata(&self.path) {
+            Ok(found) if found.dev() != held.dev() => adrift("a disk was unmounted, or another one mounted over it"),
+            Ok(found) if found.ino() != held.ino() => adrift("another folder stands in its place"),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                adrift("it was deleted or moved, or its disk was unmounted")
+            }
+            Ok(_) | Err(_) => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{
+        checkpoint::testing::STORAGE,
+        error::{Error, Kind},
+        storage::Store,
+    };
+
+    #[test]
+    fn a_folder_that_was_moved_deleted_or_replaced_is_told_from_the_one_that_is_held() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("run");
+        fs::create_dir(&path).unwrap();
+        let anchor = Anchor::hold(&path).unwrap();
+        anchor.check().unwrap();
+        fs::rename(&path, root.path().join("elsewhere")).unwrap();
+        let text = anchor.check().unwrap_err().to_string();
+        assert!(text.contains("/run is no longer") && text.contains("moved"), "{text}");
+        fs::create_dir(&path).unwrap();
+        assert!(anchor.check().unwrap_err().to_string().contains("another folder"));
+        fs::remove_dir(&path).unwrap();
+        fs::rename(root.path().join("elsewhere"), &path).unwrap();
+        anchor.check().unwrap();
+    }
+
+    /// What would be written into a mount point lies beside the store: nothing is, by no kind of write.
+    #[tokio::test]
+    async fn nothing_is_written_beside_a_folder_that_is_held() {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(&format!("file://{}", root.path().display()), &STORAGE).unwrap().folder("run");
+        store.put("first", Bytes::from_static(b"1")).await.unwrap();
+        let held = store.hold().await.unwrap();
+        store.folder("inner").put("second", Bytes::from_static(b"2")).await.unwrap();
+        let path = root.path().join("run");
+        fs::rename(&path, root.path().join("elsewhere")).unwrap();
+        // As a mount point is left.
+        for bare in [false, true] {
+            if bare {
+                fs::create_dir(&path).unwrap();
+            }
+            let body = || Bytes::from_static(b"3");
+            let errors = [
+                store.create("third", body()).await.unwrap_err(),
+                store.put("third", body()).await.unwrap_err(),
+                store.put_once("third", body(), std::time::Duration::MAX).await.unwrap_err(),
+                store.upload("third", body(), |_| {}).await.unwrap_err(),
+                store.folder("inner").put("third", body()).await.unwrap_err(),
+                store.delete("first").await.unwrap_err(),
+            ];
+            for error in errors {
+                let error = Error::from(error);
+                assert_eq!(error.kind(), Kind::Unavailable);
+                assert!(error.to_string().contains("is no longer the folder"), "{error}");
+                assert!(error.hint().is_some_and(|hint| hint.contains("mount")), "{error:?}");
+            }
+            assert_eq!(path.exists(), bare);
+        }
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(root.path().join("elsewhere")).unwrap().count(), 2);
+        // Only as long as it is held.
+        drop(held);
+        store.put("third", Bytes::new()).await.unwrap();
+    }
+}

@@ -6,6 +6,8 @@
 
 use std::fmt;
 
+use crate::shortage::Shortage;
+
 /// What is to be done about an error; decides the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
@@ -77,7 +79,19 @@ impl Error {
 
     /// Any other error, with the kind that the caller knows it has.
     pub fn from_source(kind: Kind, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self { kind, hint: None, context: Vec::new(), source: source.into() }
+        Self { kind, hint: None, context: Vec::new(), source: source.into() }.heeding_shortage()
+    }
+
+    /// A system that is short of something is no bug and no mistake: time, or whoever looks after the machine, mends it.
+    fn heeding_shortage(mut self) -> Self {
+        let Some(shortage) = Shortage::of(&*self.source) else { return self };
+        if matches!(self.kind, Kind::Usage | Kind::Data | Kind::Bug | Kind::Config | Kind::Permission) {
+            self.kind = Kind::Unavailable;
+        }
+        if self.kind == Kind::Unavailable {
+            self.hint = Some(shortage.hint().to_owned());
+        }
+        self
     }
 
     /// Adds or replaces the hint.
@@ -129,7 +143,8 @@ impl Error {
 
 impl<E: Explain> From<E> for Error {
     fn from(error: E) -> Self {
-        Self { kind: error.kind(), hint: error.hint(), context: Vec::new(), source: Box::new(error) }
+        let (kind, hint) = (error.kind(), error.hint());
+        Self { kind, hint, context: Vec::new(), source: Box::new(error) }.heeding_shortage()
     }
 }
 
@@ -194,6 +209,23 @@ mod tests {
         let error = Error::from(inner).context("read model").context("start run");
         assert_eq!(error.to_string(), "start run: read model: open file: no such file");
         assert_eq!((error.kind(), error.hint()), (Kind::Config, Some("check the path")));
+    }
+
+    #[test]
+    fn a_system_that_is_short_of_something_is_neither_a_bug_nor_a_mistake() {
+        for number in [11, 12, 23, 24, 28] {
+            let source = || std::io::Error::from_raw_os_error(number);
+            for kind in [Kind::Bug, Kind::Config, Kind::Data, Kind::Usage, Kind::Permission, Kind::Unavailable] {
+                let error = Error::from_source(kind, source());
+                assert_eq!(error.kind(), Kind::Unavailable, "{number}: {error:?}");
+                assert!(error.hint().unwrap().contains("start again"), "{number}");
+            }
+            let error = Error::from(Inner(source()));
+            assert_eq!(error.kind(), Kind::Unavailable, "{error:?}");
+            assert!(error.hint().unwrap().contains("start again"), "{number}");
+        }
+        let error = Error::from_source(Kind::Bug, std::io::Error::from_raw_os_error(2));
+        assert_eq!((error.kind(), error.hint()), (Kind::Bug, None));
     }
 
     #[test]

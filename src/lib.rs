@@ -36,6 +36,7 @@ pub mod config;
 pub mod layout;
 pub mod error;
 pub mod ids;
+pub mod shortage;
 pub mod random;
 pub mod faults;
 pub mod threads;

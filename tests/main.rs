@@ -8,6 +8,7 @@ mod doctor;
 mod deadline;
 mod formats;
 mod harness;
+mod hints;
 mod hook;
 mod input;
 mod integrity;

@@ -30,6 +30,7 @@ use crate::{
     },
     error::{Error, Kind, Result},
     ids::{Generation, Step, WorldSize},
+    shortage::Shortage,
     snapshot::{
         image::{self, ImageChunk, Mapping, SharedImage},
         plan::{self, ImagePlan, ShardKind, TensorSpec},
@@ -106,7 +107,14 @@ impl Fetch {
 }
 
 fn memory(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
-    move |error| Error::from_source(Kind::Bug, error).context(doing)
+    move |error| {
+        let error = Error::from_source(Kind::Bug, error).context(doing);
+        match error.kind() {
+            // tmpfs and memfd say that there is no room where there is no memory.
+            Kind::Unavailable => error.with_hint(Shortage::Memory.hint()),
+            _ => error,
+        }
+    }
 }
 
 impl Images {

@@ -21,6 +21,7 @@ mod deadline;
 mod gauge;
 mod images;
 mod life;
+mod loopback;
 mod opening;
 mod parting;
 mod restart;
@@ -30,6 +31,7 @@ mod saves;
 mod scrub;
 mod shared;
 mod watch;
+mod words;
 mod workers;
 
 use std::{cell::Cell, path::PathBuf, sync::Arc, time::Duration};
@@ -454,14 +456,17 @@ impl Agent {
                 }
                 Ok(End::Diverged { step, reason }) => return Err(self.diverged(generation, step, &reason).await),
                 Ok(End::Died { step, reason: why }) => {
-                    deaths.push(step);
+                    deaths.push(restart::Death::of(step, &why));
                     finished = Some(step);
                     match restart::decide(&deaths, &resolved.config.restart) {
-                        restart::Decision::GiveUp { reason } => {
+                        restart::Decision::GiveUp { reason, out_of_memory } => {
                             let reason = format!("{reason}: {why}");
-                            self.append_last(Record::Failed { generation, step, reason: reason.clone() }).await;
-                            let hint = format!("when the cause is cured: trainer resume --run-id {}", self.run_id);
-                            return Err(Error::new(Kind::Bug, reason).with_hint(hint));
+                            let (train, workers) = (&resolved.config.train, resolved.workers);
+                            let error = restart::given_up(reason, out_of_memory, &self.run_id, train, workers);
+                            if error.kind() != Kind::Unavailable {
+                                self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;
+                            }
+                            return Err(error);
                         }
                         restart::Decision::Restart { after } => {
                             self.reporter.event(&Event::WorkerDied {
@@ -506,7 +511,7 @@ impl Agent {
             if life == heartbeat::Life::Alive {
                 let left = self.manner.standby.saturating_sub(began.elapsed());
                 if left.is_zero() {
-                    return Err(taken(&self.run_id, &other));
+                    return Err(words::taken(&self.run_id, &other));
                 }
                 if standing_by_for.as_ref() != Some(&other) {
                     self.reporter.event(&Event::Standby { node: other.to_string() });
@@ -597,9 +602,9 @@ impl Agent {
         };
         let what = format!("no checkpoint that run {} could go on from is usable", self.run_id);
         Err(Error::new(Kind::Data, what).with_hint(if good.is_empty() {
-            "start the run again under another id".to_owned()
+            "start again under another id: trainer run CONFIG --run-id NEW".to_owned()
         } else {
-            format!("one that it had turned away from may be named with --from: {}", good.join(", "))
+            words::abandoned(&self.run_id, &good)
         }))
     }
 
@@ -635,8 +640,7 @@ impl Agent {
         if step.get() > last {
             // Said before it is written down: what a generation has changed holds for all later ones.
             let what = format!("run {} is at step {step} already, beyond train.steps = {last}", self.run_id);
-            return Err(Error::new(Kind::Config, what)
-                .with_hint("set train.steps to more, or name an earlier checkpoint with --from"));
+            return Err(Error::new(Kind::Config, what).with_hint(words::more_steps(&self.run_id)));
         }
         let resume = match load {
             Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
@@ -701,7 +705,7 @@ impl Agent {
                 Kind::Data,
                 format!("the checkpoint of step {step} is damaged: {object}: {reason}"),
             )
-            .with_hint("leave --from out to carry on from the newest one that is whole"));
+            .with_hint(format!("carry on from the newest whole one: trainer resume --run-id {}", self.run_id)));
         }
         Ok(())
     }
@@ -733,15 +737,10 @@ impl Agent {
                 self.run_id
             )
         } else {
-            "no checkpoint was made yet; lower train.optimizer.lr and start again".to_owned()
+            words::LOWER_RATE.to_owned()
         };
         Error::new(Kind::Config, reason).with_hint(hint)
     }
-}
-
-fn taken(run_id: &RunId, other: &NodeId) -> Error {
-    Error::new(Kind::Fenced, format!("run {run_id} is in the hands of node {other}, which is alive"))
-        .with_hint("nothing is lost; this command may be repeated when that node has gone")
 }
 
 /// The leader of a generation that has not said how it ended: it may still be at work.

@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use super::{Afterwards, Begin, Manner};
+use super::{Afterwards, Begin, Manner, loopback};
 use crate::{
     config::{Machine, NoticeConfig, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
     data::{self, Dataset, LocalDataset, Split},
@@ -118,6 +118,7 @@ pub async fn resolve(
 ) -> Result<Resolved> {
     let workers = workers_per_node(&config.parallel, nproc_per_node, &Machine::detect());
     micro_batches(config.train.global_batch, WorldSize(workers), config.train.max_micro_batch)?;
+    loopback::check(workers)?;
     reporter.event(&Event::Phase { doing: "opening the token shards".into() });
     let shown = |progress: data::cache::CacheProgress| {
         tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");

@@ -2,7 +2,28 @@
 
 use std::time::Duration;
 
-use crate::{config::RestartConfig, ids::Step};
+use crate::{
+    config::{RestartConfig, TrainConfig, micro_batches},
+    error::{Error, Kind},
+    ids::{RunId, Step, WorldSize},
+    shortage::{Shortage, is_out_of_memory},
+};
+
+/// A group of workers that died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Death {
+    /// The last step that it had finished.
+    pub step: Step,
+    /// Memory ran out, on a GPU or on the host.
+    pub out_of_memory: bool,
+}
+
+impl Death {
+    /// After `step`, for this reason.
+    pub fn of(step: Step, reason: &str) -> Self {
+        Self { step, out_of_memory: is_out_of_memory(reason) }
+    }
+}
 
 /// What to do after a death.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -16,6 +37,8 @@ pub enum Decision {
     GiveUp {
         /// Why, for a person.
         reason: String,
+        /// The model and its batch do not fit into memory.
+        out_of_memory: bool,
     },
 }
 
@@ -35,21 +58,52 @@ const LONG: Duration = Duration::from_secs(600);
 const LONG_STEPS: u32 = 20;
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// Decides after the last of `deaths`: for each, the last step that the group had finished. A group that dies at the same
-/// step again and again has a cause that a restart does not cure; one that dies here and there is restarted up to the bound.
-pub fn decide(deaths: &[Step], settings: &RestartConfig) -> Decision {
-    let Some(last) = deaths.last() else { return Decision::Restart { after: Duration::ZERO } };
-    let same = deaths.iter().rev().take_while(|step| *step == last).count();
+/// Decides after the last of `deaths`. A group that dies at the same step again and again has a cause that a restart
+/// does not cure; one that dies here and there is restarted up to the bound. Where memory ran out, another process may
+/// have taken it: the group is tried once more, and given up if it runs out again before it has come any further.
+pub fn decide(deaths: &[Death], settings: &RestartConfig) -> Decision {
+    let Some((last, earlier)) = deaths.split_last() else { return Decision::Restart { after: Duration::ZERO } };
+    let step = last.step;
+    if last.out_of_memory && earlier.iter().any(|death| death.out_of_memory && step <= death.step) {
+        return Decision::GiveUp { reason: format!("memory ran out again after step {step}"), out_of_memory: true };
+    }
+    let out_of_memory = false;
+    let same = deaths.iter().rev().take_while(|death| death.step == step).count();
     let same_limit = usize::try_from(settings.same_step.max(1)).unwrap_or(usize::MAX);
     if same >= same_limit {
-        return Decision::GiveUp { reason: format!("workers died {same} times in a row after step {last}") };
+        return Decision::GiveUp { reason: format!("workers died {same} times in a row after step {step}"), out_of_memory };
     }
     let limit = usize::try_from(settings.max).unwrap_or(usize::MAX);
     if deaths.len() > limit {
-        return Decision::GiveUp { reason: format!("workers died {} times; restart.max is {limit}", deaths.len()) };
+        let reason = format!("workers died {} times; restart.max is {limit}", deaths.len());
+        return Decision::GiveUp { reason, out_of_memory };
     }
     let doubled = settings.backoff.saturating_mul(1 << (deaths.len() - 1).min(16));
     Decision::Restart { after: doubled.min(LONGEST_PAUSE) }
+}
+
+/// What ends the run when it is given up, and what to type next.
+pub fn given_up(reason: String, out_of_memory: bool, run_id: &RunId, train: &TrainConfig, workers: u32) -> Error {
+    if !out_of_memory && let Some(shortage) = Shortage::in_words(&reason) {
+        return Error::new(Kind::Unavailable, reason).with_hint(shortage.hint());
+    }
+    if !out_of_memory {
+        let hint = format!("when the cause is cured: trainer resume --run-id {run_id}");
+        return Error::new(Kind::Bug, reason).with_hint(hint);
+    }
+    let batch = micro_batches(train.global_batch, WorldSize(workers), train.max_micro_batch);
+    let hint = match batch.map_or(train.max_micro_batch, |batch| batch.micro_batch) {
+        0 | 1 => format!(
+            "a micro-batch is one sequence already: carry on where each worker has more memory, or with more workers \
+             (--nproc-per-node), which share the optimizer's state: trainer resume --run-id {run_id}"
+        ),
+        most => format!(
+            "halve the micro-batch: trainer resume --run-id {run_id} --set train.max_micro_batch={}; the global batch \
+             stays as it is",
+            most / 2
+        ),
+    };
+    Error::new(Kind::Config, reason).with_hint(hint)
 }
 
 /// Decides when nothing has moved for `quiet`. `usual`: what a step takes, if that is known; `told`: how often it was said since something
@@ -65,11 +119,16 @@ pub fn standstill(quiet: Duration, usual: Option<Duration>, told: u32, settings:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{OptimizerConfig, Precision, ScheduleConfig, ScheduleKind};
 
     const SETTINGS: RestartConfig = RestartConfig { max: 4, same_step: 3, backoff: Duration::from_secs(1), hang: None };
 
+    fn died(step: u64) -> Death {
+        Death { step: Step(step), out_of_memory: false }
+    }
+
     fn decided(deaths: &[u64]) -> Decision {
-        decide(&deaths.iter().map(|&step| Step(step)).collect::<Vec<_>>(), &SETTINGS)
+        decide(&deaths.iter().map(|&step| died(step)).collect::<Vec<_>>(), &SETTINGS)
     }
 
     #[test]
@@ -80,16 +139,69 @@ mod tests {
         assert_eq!(decided(&[5, 9, 9, 12]), after(8));
         assert!(matches!(decided(&[1, 2, 3, 4, 5]), Decision::GiveUp { .. }));
         let patient = RestartConfig { max: 100, ..SETTINGS };
-        let many: Vec<_> = (0..50).map(Step).collect();
+        let many: Vec<_> = (0..50).map(died).collect();
         assert_eq!(decide(&many, &patient), Decision::Restart { after: LONGEST_PAUSE });
     }
 
     #[test]
     fn a_death_at_the_same_step_again_and_again_is_given_up() {
         assert!(matches!(decided(&[7, 7]), Decision::Restart { .. }));
-        let Decision::GiveUp { reason } = decided(&[7, 7, 7]) else { panic!("started again") };
+        let Decision::GiveUp { reason, out_of_memory: false } = decided(&[7, 7, 7]) else { panic!("started again") };
         assert!(reason.contains("after step 7"), "{reason}");
         assert!(matches!(decided(&[7, 7, 8, 7]), Decision::Restart { .. }), "progress in between");
+    }
+
+    #[test]
+    fn memory_that_ran_out_is_tried_once_more_and_given_up_unless_steps_were_finished_in_between() {
+        let full = |step| Death { step: Step(step), out_of_memory: true };
+        let given_up = |deaths: &[Death]| matches!(decide(deaths, &SETTINGS), Decision::GiveUp { out_of_memory: true, .. });
+        for (deaths, end) in [
+            (vec![full(0)], false),
+            (vec![full(0), full(0)], true),
+            // From the checkpoint of step 5: not as far as the first time.
+            (vec![full(9), full(7)], true),
+            (vec![full(9), full(10)], false),
+            (vec![full(9), full(10), full(10)], true),
+            (vec![full(9), died(7), full(9)], true),
+            (vec![died(9), full(9)], false),
+            (vec![full(9), died(9)], false),
+        ] {
+            assert_eq!(given_up(&deaths), end, "{deaths:?}");
+        }
+    }
+
+    #[test]
+    fn who_has_too_little_memory_hears_the_command_that_needs_less() {
+        let train = |max_micro_batch| TrainConfig {
+            steps: 1,
+            global_batch: 4,
+            max_micro_batch,
+            seed: 1,
+            precision: Precision::Fp32,
+            threads: 1,
+            optimizer: OptimizerConfig { lr: 1e-3, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 },
+            schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 1, min_lr_ratio: 0.1 },
+        };
+        let run: RunId = "r1".parse().unwrap();
+        // 32 sequences by 2 workers: 16 each, in passes of 8.
+        let error = given_up("why".into(), true, &run, &TrainConfig { global_batch: 32, ..train(9) }, 2);
+        assert_eq!(error.kind(), Kind::Config);
+        let hint = error.hint().unwrap();
+        assert!(hint.contains("trainer resume --run-id r1 --set train.max_micro_batch=4;"), "{hint}");
+        let error = given_up("why".into(), true, &run, &train(1), 2);
+        assert!(error.hint().unwrap().contains("--nproc-per-node"), "{error:?}");
+        assert_eq!(given_up("why".into(), false, &run, &train(8), 2).kind(), Kind::Bug);
+        let error = given_up("workers died: socket: Too many open files".into(), false, &run, &train(8), 2);
+        assert_eq!(error.kind(), Kind::Unavailable);
+        assert!(error.hint().unwrap().contains("ulimit"), "{error:?}");
+    }
+
+    #[test]
+    fn a_death_for_want_of_memory_is_known_by_its_words() {
+        let words = "worker 0: compute attention: CUDA out of memory. Tried to allocate 2.00 GiB";
+        assert!(Death::of(Step(1), words).out_of_memory);
+        let killed = "worker 0 killed by SIGKILL (by a person, or by the kernel for want of memory)";
+        assert!(!Death::of(Step(1), killed).out_of_memory);
     }
 
     #[test]

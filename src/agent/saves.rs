@@ -65,6 +65,8 @@ pub struct Saves {
     committed_at: Instant,
     /// The last save that failed, and how often in a row.
     failed: (Step, u32),
+    /// Saves that failed since the last that did not, whichever.
+    in_a_row: u32,
     last_error: Option<Error>,
     /// Transfers that gave way to all others took too long: they don't any more.
     starved: bool,
@@ -94,6 +96,7 @@ impl Saves {
             last_byte: None,
             committed_at: Instant::now(),
             failed: (Step(0), 0),
+            in_a_row: 0,
             last_error: None,
             starved: false,
         }
@@ -227,7 +230,7 @@ impl Saves {
         reporter: &Reporter,
     ) {
         let committed = &saved.committed;
-        self.uploading = false;
+        (self.uploading, self.in_a_row) = (false, 0);
         let last_byte = self.last_byte.unwrap_or_else(Instant::now);
         let upload_s = last_byte.saturating_duration_since(self.began).as_secs_f64();
         gauges.saved(self.sending, upload_s, last_byte.elapsed().as_secs_f64());
@@ -255,8 +258,14 @@ impl Saves {
         self.uploading = false;
         let times = if self.failed.0 == step { self.failed.1 + 1 } else { 1 };
         self.failed = (step, times);
-        let message = format!("save of step {step} failed and is tried again: {error}");
-        reporter.event(&Event::Warning { message });
+        self.in_a_row += 1;
+        // Said once, then ever less often: a session that has expired may last until somebody comes.
+        if self.in_a_row.is_power_of_two() {
+            let count = if self.in_a_row == 1 { String::new() } else { format!(" ({} times in a row)", self.in_a_row) };
+            let hint = error.hint().map(|hint| format!("; hint: {hint}")).unwrap_or_default();
+            let message = format!("save of step {step} failed and is tried again{count}: {error}{hint}");
+            reporter.event(&Event::Warning { message });
+        }
         self.last_error = Some(error);
         times
     }

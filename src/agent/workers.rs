@@ -5,6 +5,8 @@
 //! asks the kernel to be killed when its agent dies, and leaves when the control stream ends: children never outlive the agent.
 //! The agent starts children from its main thread only, because that kill is tied to the thread that started them.
 
+mod inherited;
+
 use std::{
     collections::VecDeque,
     os::{fd::OwnedFd, unix::net::UnixStream as StdStream},
@@ -134,10 +136,10 @@ fn start_one(
     std::os::unix::process::CommandExt::arg0(&mut command, "trainer-worker");
     command
         .arg(WORKER_SUBCOMMAND)
+        .env_clear()
+        .envs(std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(inherited::is_for_workers)))
         .env("OMP_NUM_THREADS", threads.to_string())
         .env("MKL_NUM_THREADS", threads.to_string())
-        // A worker talks to nobody.
-        .env_remove("WORKER_TOKEN")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(Stdio::piped());

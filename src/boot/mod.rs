@@ -122,7 +122,7 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
     let path = path.trim_end_matches('/');
     if region::find().await.is_none() {
         let what = format!("parameters below {path} can't be read: no region is known");
-        let error = Error::new(Kind::Config, what).with_hint("set AWS_REGION, or let the machine read its metadata");
+        let error = Error::new(Kind::Config, what).with_hint("set AWS_REGION, such as AWS_REGION=eu-central-1, or let the machine read its metadata (a container: hop limit 2)");
         // The region is one of the things that the machine may say later.
         return Err(silence.unwrap_or(error));
     }

@@ -117,7 +117,7 @@ impl Explain for HeaderError {
             Self::Dtype { .. } => {
                 Some(format!("convert the model to one of {}", Dtype::ALL.map(Dtype::name).join(", ")))
             }
-            _ => Some("the file is damaged or not a safetensors file".into()),
+            _ => Some("the file is damaged or not a safetensors file: fetch or export it again".into()),
         }
     }
 }

@@ -150,7 +150,7 @@ impl Explain for CheckpointError {
             Self::Damaged { .. } => {
                 "`trainer verify --all` says which checkpoints are whole; `trainer resume` steps back to the newest of them"
             }
-            Self::NoneUsable { .. } => "nothing was deleted: what is left may be all there is",
+            Self::NoneUsable { .. } => "nothing was deleted; `trainer verify --run-id RUN --all` lists what is damaged",
             Self::Storage(error) => return error.hint(),
             Self::TooNew { .. } => "use the version of trainer that wrote this run, or a newer one",
             Self::AlreadyWritten { .. } => "another process of this run is alive; stop one of the two",
@@ -160,7 +160,7 @@ impl Explain for CheckpointError {
             }
             Self::TooLarge { .. } => "the sizes in this folder can't be right, or the model needs a larger machine",
             Self::Occupied { .. } => "name a folder that does not exist yet",
-            Self::Io { .. } => "check that the disk has room and that you may write there",
+            Self::Io { .. } => "check that the disk has room (`df -h`) and that you may write there (`ls -ld`)",
             Self::Incomplete { .. } | Self::Injected(_) | Self::Internal(_) => return None,
         };
         Some(text.into())

@@ -126,7 +126,8 @@ async fn alive(folder: &Store, state: &RunState) -> Result<Generation> {
             Standing::Created => "has not begun to train yet".to_owned(),
             standing => format!("is not running: it is {}", standing.word()),
         };
-        return Err(Error::new(Kind::Usage, format!("run {run_id} {what}")));
+        return Err(Error::new(Kind::Usage, format!("run {run_id} {what}"))
+            .with_hint(format!("there is nothing to stop; `trainer status --run-id {run_id}` says more")));
     };
     match heartbeat::look(folder, &formed.node).await? {
         Life::Alive => Ok(formed.generation),
@@ -161,7 +162,7 @@ async fn wait(root: &Store, folder: &Store, run_id: &RunId, mut generation: Gene
                     Kind::Unavailable,
                     format!("generation {generation} of run {run_id} was followed by {by} before it stopped"),
                 )
-                .with_hint("ask again: the request does not hold for later generations"));
+                .with_hint("type the same command again: the request does not hold for later generations"));
             }
             Progress::AtWork => {}
         }

@@ -17,7 +17,7 @@ use crate::{
     checkpoint::export::Target,
     config::ModelKind,
     data::tokenizer::TextTokenizer,
-    error::{Context, Error, Kind, Result},
+    error::{Error, Kind, Result},
     ids::{Step, random_hex},
     layout,
     model::{self, ModelError, generate::GenerateSettings},
@@ -141,9 +141,18 @@ struct Scratch(PathBuf);
 impl Scratch {
     fn new() -> Result<Self> {
         let path = std::env::temp_dir().join(format!("trainer-generate-{}", random_hex(8)));
-        make_private(&path)
-            .map_err(|error| Error::from_source(Kind::Unavailable, error))
-            .context(format!("make folder {}", path.display()))?;
+        make_private(&path).map_err(|error| {
+            let kind = match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Kind::Config,
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Kind::Permission,
+                _ => Kind::Unavailable,
+            };
+            let error = Error::from_source(kind, error).context(format!("make temporary folder {}", path.display()));
+            match kind {
+                Kind::Unavailable => error,
+                _ => error.with_hint("set TMPDIR to a folder that exists, which you may write to"),
+            }
+        })?;
         Ok(Self(path))
     }
 }

@@ -27,7 +27,8 @@ pub(super) async fn choose(run: &RunArg, step: Option<Step>) -> Result<(Store, C
     let checkpoints = if step.is_some() { state.good() } else { state.candidates() };
     let candidates: Vec<Committed> = checkpoints.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect();
     if candidates.is_empty() {
-        return Err(Error::new(Kind::Usage, format!("run {} has no checkpoint yet", run.run_id)));
+        return Err(Error::new(Kind::Usage, format!("run {} has no checkpoint yet", run.run_id))
+            .with_hint(format!("`trainer status --run-id {}` shows how far it is", run.run_id)));
     }
     let outcome = catalog::newest_usable(&folder, &candidates, step).await?;
     for damage in outcome.stepped_over {

@@ -31,11 +31,13 @@ use clap::{Parser, Subcommand, error::ErrorKind};
 use crate::{
     error::{Error, Kind, Result},
     report::{Screen, init_logging},
+    shortage,
 };
 
 const AFTER_HELP: &str = "\
-Exit codes: 0 completed; 64 wrong usage; 65 data damaged; 69 store not reachable; 70 bug; 75 interrupted, nothing lost, \
-start again; 76 interrupted, steps lost, start again; 77 permission; 78 wrong configuration; 79 another writer has this run.
+Exit codes: 0 completed; 64 wrong usage; 65 data damaged; 69 store not reachable, or this machine is short of memory, open \
+files or disk; 70 bug; 75 interrupted, nothing lost, start again; 76 interrupted, steps lost, start again; 77 permission; \
+78 wrong configuration; 79 another writer has this run.
 
 TRAINER_LOG filters the log on standard error: debug, or trainer::agent=trace,warn.";
 
@@ -110,6 +112,7 @@ fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
         _ => Screen::plain(),
     };
     init_logging(&screen);
+    shortage::allow_open_files();
     cli.command.execute(screen).unwrap_or_else(|error| {
         eprint!("{}", said(&error));
         error.kind().exit_code().into()

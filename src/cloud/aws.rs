@@ -7,6 +7,7 @@
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use tokio::sync::OnceCell;
 
+use super::direct;
 use crate::error::{Error, Kind};
 
 static CONFIG: OnceCell<SdkConfig> = OnceCell::const_new();
@@ -14,7 +15,10 @@ static CONFIG: OnceCell<SdkConfig> = OnceCell::const_new();
 /// What all clients are made from. The first call may take as long as [`region::find`](super::region::find) does. Kept once a region is
 /// known: the machine may say it later.
 pub async fn config() -> SdkConfig {
-    let load = async |region| aws_config::defaults(BehaviorVersion::latest()).region(region).load().await;
+    let load = async |region| {
+        let defaults = aws_config::defaults(BehaviorVersion::latest()).http_client(direct::sdk_client());
+        defaults.region(region).load().await
+    };
     if let Some(config) = CONFIG.get() {
         return config.clone();
     }
@@ -45,17 +49,21 @@ where
     };
     let kind = match code.as_deref() {
         Some(code)
-            if code.contains("AccessDenied")
-                || code.contains("Unauthorized")
-                || code.contains("InvalidClientTokenId") =>
+            if ["AccessDenied", "Unauthorized", "InvalidClientTokenId", "UnrecognizedClient", "Expired", "Signature"]
+                .iter()
+                .any(|part| code.contains(part))
+                || code == "AuthFailure" =>
         {
             Kind::Permission
         }
         Some(code) if code.contains("NotFound") || code.contains("NonExistent") || code.contains("Validation") => {
             Kind::Config
         }
+        // The chain of credentials ended.
+        None if DisplayErrorContext(&error).to_string().contains("credential") => Kind::Permission,
         _ => Kind::Unavailable,
     };
+    let expired = code.as_deref().is_some_and(|code| code.contains("Expired"));
     let text = match (code, message) {
         (Some(code), Some(message)) => format!("{code}: {message}"),
         (Some(code), None) => code,
@@ -63,7 +71,10 @@ where
     };
     let error = Error::new(kind, text).context(doing);
     match kind {
-        Kind::Permission => error.with_hint("see which role this machine has, and whether its policy allows this call"),
+        Kind::Permission if expired => error.with_hint("the session has expired: `aws sso login`, or set new keys"),
+        Kind::Permission => error.with_hint(
+            "see who this process is, `aws sts get-caller-identity`, and allow that role or user this call; without any: set AWS_PROFILE",
+        ),
         _ => error,
     }
 }

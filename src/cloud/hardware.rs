@@ -95,25 +95,13 @@ pub fn gpus(root: &Path) -> Gpus {
     }
 }
 
-/// Bytes of memory that may still be taken: the kernel's estimate, or less where the cgroup has a limit. Of what a cgroup has used, the
-/// page cache and slabs that can be reclaimed are given back when memory is short, as the kernel's own estimate counts them (kernel
-/// documentation, filesystems/proc, `MemAvailable`; admin-guide/cgroup-v2, `memory.stat`). Files in tmpfs are on other lists.
+/// Bytes of memory that may still be taken: the kernel's estimate, or less where a cgroup that this process is in, or one above it, has a
+/// limit ([`cgroup`](super::cgroup)).
 pub fn available_memory(root: &Path) -> Option<u64> {
     let meminfo = std::fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let free = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let free = free.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)?;
-    let cgroup = |name: &str| line(root.join("sys/fs/cgroup").join(name));
-    let number = |name: &str| cgroup(name)?.parse::<u64>().ok();
-    // "max" is no number: no limit.
-    let Some(limit) = number("memory.max") else { return Some(free) };
-    let stat = cgroup("memory.stat").unwrap_or_default();
-    let reclaimable = stat.lines().filter_map(|line| {
-        let (name, bytes) = line.split_once(' ')?;
-        ["active_file", "inactive_file", "slab_reclaimable"].contains(&name).then(|| bytes.parse::<u64>().ok())?
-    });
-    let reclaimable = reclaimable.fold(0, u64::saturating_add);
-    let used = number("memory.current").unwrap_or(0).saturating_sub(reclaimable);
-    Some(limit.saturating_sub(used).min(free))
+    Some(super::cgroup::available_memory(root).map_or(free, |left| left.min(free)))
 }
 
 /// Processors of the machine that are switched on, whatever of them this process may use: `0-3,8` are 5 (kernel documentation,

@@ -6,6 +6,9 @@
 pub mod autoscaling;
 pub mod aws;
 pub mod azure;
+mod cgroup;
+pub mod credentials;
+pub mod direct;
 pub mod gcp;
 pub mod hardware;
 pub mod identity;

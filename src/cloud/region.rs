@@ -8,6 +8,7 @@
 use std::sync::OnceLock;
 
 use aws_config::{meta::region::ProvideRegion, profile::region::ProfileFileRegionProvider};
+use futures::FutureExt;
 
 use super::identity;
 
@@ -38,6 +39,15 @@ impl Source {
 /// The region that is not in the environment, if it was looked for and found.
 pub fn noted() -> Option<&'static str> {
     NOTED.get().map(String::as_str)
+}
+
+/// The region of the profile, which is read from files at once; kept.
+pub fn of_profile() -> Option<&'static str> {
+    if let Some(known) = noted() {
+        return Some(known);
+    }
+    let region = ProfileFileRegionProvider::new().region().now_or_never()??;
+    Some(NOTED.get_or_init(|| region.to_string()))
 }
 
 /// The region, and where it was found; `None`: nothing names one.

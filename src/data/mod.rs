@@ -191,6 +191,12 @@ impl Explain for DataError {
                  or ~/.cache"
                     .into()
             }
+            Self::Io { path, source, .. } if path.starts_with(std::env::temp_dir()) => match source.kind() {
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied => {
+                    "set TMPDIR to a folder that exists, which you may write to".into()
+                }
+                _ => return None,
+            },
             Self::Store { source, .. } => return source.hint(),
             _ => return None,
         })

@@ -101,16 +101,17 @@ impl Explain for JournalError {
             Self::Exists { run_id, .. } => {
                 Some(format!("carry it on with trainer resume --run-id {run_id}, or choose another id"))
             }
-            Self::NoSuchRun { .. } => Some("trainer runs lists the runs of a store; check --store and --run-id".into()),
-            Self::Newer { .. } => Some("use the version of trainer that wrote it, or a newer one".into()),
+            Self::NoSuchRun { .. } => Some("`trainer runs --store URI` lists the runs of a store; check --store and --run-id".into()),
+            Self::Newer { .. } => Some("install the version of trainer that wrote it, or a newer one; `trainer --version` shows this one's".into()),
             Self::Damaged { .. } => Some(
-                "nothing has been changed; restore the object from a copy or an older version of it in the bucket"
+                "nothing has been changed; restore the object from a copy, or from an older version of it in the bucket: `aws s3api \
+                 list-object-versions --bucket BUCKET --prefix KEY`"
                     .into(),
             ),
             Self::Fenced { .. } | Self::Overtaken { .. } => {
-                Some("the other node carries this run on; nothing is to be done here".into())
+                Some("the other node carries this run on: `trainer status` shows how far it is, and nothing is to be done here".into())
             }
-            Self::Moved { .. } => Some("try again".into()),
+            Self::Moved { .. } => Some("type the same command again".into()),
             Self::Storage(error) => error.hint(),
             Self::Refused { .. } | Self::Injected(_) => None,
         }

@@ -27,6 +27,7 @@ pub use self::{folder::from_folder, llama_config::LlamaConfig, weight::Weight};
 use crate::{
     config::{ModelKind, Precision},
     error::{Explain, Kind},
+    shortage::is_out_of_memory,
 };
 
 /// What can go wrong with a model.
@@ -77,10 +78,7 @@ impl ModelError {
     }
 
     fn out_of_memory(&self) -> bool {
-        matches!(self, Self::Torch { source, .. } if {
-            let text = source.to_string();
-            text.contains("out of memory") || text.contains("not enough memory")
-        })
+        matches!(self, Self::Torch { source, .. } if is_out_of_memory(&source.to_string()))
     }
 }
 
@@ -98,7 +96,7 @@ impl Explain for ModelError {
             Self::Architecture { .. } => {
                 Some("use a config.json with \"architectures\": [\"LlamaForCausalLM\"]".into())
             }
-            Self::Torch { .. } if self.out_of_memory() => Some("lower train.max_micro_batch".into()),
+            Self::Torch { .. } if self.out_of_memory() => Some("lower train.max_micro_batch: --set train.max_micro_batch=N".into()),
             _ => None,
         }
     }

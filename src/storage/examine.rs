@@ -4,8 +4,9 @@
 //! *Crash, cancel:* an upload of one small part may stay behind, for a sweep or a lifecycle rule to remove.
 
 use bytes::Bytes;
+use object_store::{GetOptions, ObjectStore, path::Path};
 
-use super::{Crc64, StorageError, Store};
+use super::{Crc64, StorageError, Store, retry};
 use crate::{ids::random_hex, layout};
 
 /// What the bucket's lifecycle rules do with uploads that nobody finishes.
@@ -50,5 +51,14 @@ impl Store {
         let asked = self.attempts("read of the lifecycle rules", 0).run(|| bucket.abort_after(&prefix)).await;
         let days = asked.map_err(|failure| failure.not_of_the_object().explain(&self.uri_of("")))?;
         Ok(days.map_or(AbortRule::Missing, |days| AbortRule::After { days }))
+    }
+
+    /// Why a HEAD failed. Of a refusal only the answer to a GET says it, which has a body.
+    pub(super) async fn why(&self, path: &Path, error: object_store::Error) -> object_store::Error {
+        if !retry::is_mute(&error) {
+            return error;
+        }
+        let first = GetOptions { range: Some((0..1).into()), ..GetOptions::default() };
+        self.objects().get_opts(path, first).await.err().unwrap_or(error)
     }
 }

@@ -26,11 +26,13 @@
 
 mod anchor;
 mod cap;
+mod connect;
 mod crc;
 mod download;
 mod error;
 mod examine;
 mod gate;
+mod links;
 mod local;
 mod open;
 mod pace;
@@ -44,6 +46,8 @@ mod upload;
 
 #[cfg(test)]
 pub(crate) mod faulty;
+#[cfg(test)]
+mod reason_tests;
 #[cfg(test)]
 pub(crate) mod s3_tests;
 #[cfg(test)]
@@ -234,7 +238,7 @@ impl Store {
     /// Clouds take credentials, region and endpoint from the environment. No request is made; a `file://` folder is
     /// created. Each `memory://` is a new, empty store, shared by the clones of this handle only.
     pub fn open(uri: &str, settings: &StorageConfig) -> Result<Self, StorageError> {
-        Self::open_with(uri, settings, &open::environment())
+        Self::open_with(uri, settings, &open::environment(uri))
     }
 
     /// [`Store::open`] with environment variables given by name, instead of the process's own.
@@ -376,7 +380,10 @@ impl Store {
             }
         };
         let outcome = self.attempts("create", body.len() as u64).run(request).await;
-        outcome.map_err(|failure| failure.explain(&self.uri_of(key)))
+        outcome.map_err(|failure| match self.prove_links(key) {
+            Ok(()) => failure.explain(&self.uri_of(key)),
+            Err(no_links) => no_links,
+        })
     }
 
     /// Writes `body` under `key`, over whatever stands there.
@@ -468,7 +475,13 @@ impl Store {
     /// Size and age of an object.
     pub async fn head(&self, key: &str) -> Result<ObjectInfo, StorageError> {
         let path = self.path(key)?;
-        let meta = self.attempts("head", 0).run(|| self.objects().head(&path)).await;
+        let request = || async {
+            match self.objects().head(&path).await {
+                Ok(meta) => Ok(meta),
+                Err(error) => Err(self.why(&path, error).await),
+            }
+        };
+        let meta = self.attempts("head", 0).run(request).await;
         let meta = meta.map_err(|failure| failure.explain(&self.uri_of(key)))?;
         Ok(ObjectInfo { key: key.to_owned(), size: meta.size, last_modified: timestamp(&meta) })
     }

@@ -4,13 +4,13 @@
 //! variable means is object_store's affair, but for four things that are ours: CRC64-NVME on every S3 put, requests
 //! unsigned over their body where TLS protects it, plain HTTP only to this machine, and no retries below our own.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc};
 
 use object_store::{
     ClientOptions, ObjectStore, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey, Checksum, S3ConditionalPut},
     azure::{AzureConfigKey, MicrosoftAzureBuilder},
-    client::{HttpConnector, ReqwestConnector},
+    client::HttpConnector,
     gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
     local::LocalFileSystem,
     memory::InMemory,
@@ -21,13 +21,14 @@ use url::{Host, Url};
 
 use super::{
     Backend, StorageError,
+    connect::Connector,
     retry::Policy,
     s3::{Bucket, Place},
     signed::S3,
     upload::Large,
 };
 use crate::{
-    cloud::region,
+    cloud::{credentials::Chain, region},
     config::{Encryption, StorageConfig},
 };
 
@@ -48,16 +49,20 @@ impl Opened {
     }
 }
 
-/// The process's own variables, as far as clouds read them; and the region that the machine said it is in, where they name none.
-pub(super) fn environment() -> Vec<(String, String)> {
-    let ours =
-        |name: &str| ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|p| name.starts_with(p)) || name == "IDENTITY_ENDPOINT";
+/// The process's own variables, as far as clouds read them; and, for a store on S3, the region of the profile or that
+/// the machine said it is in, where they name none.
+pub(super) fn environment(uri: &str) -> Vec<(String, String)> {
+    let ours = |name: &str| {
+        ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|p| name.starts_with(p))
+            || ["IDENTITY_ENDPOINT", "HOME"].contains(&name)
+    };
     let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
         Some((name.into_string().ok()?, value.into_string().ok()?))
     };
     let mut found: Vec<_> = std::env::vars_os().filter_map(text).filter(|(name, _)| ours(name)).collect();
-    if variable(&found, "AWS_REGION").or(variable(&found, "AWS_DEFAULT_REGION")).is_none()
-        && let Some(region) = region::noted()
+    if uri.starts_with("s3://")
+        && variable(&found, "AWS_REGION").or(variable(&found, "AWS_DEFAULT_REGION")).is_none()
+        && let Some(region) = region::of_profile()
     {
         found.push(("AWS_REGION".into(), region.to_owned()));
     }
@@ -173,13 +178,10 @@ fn no_retries() -> RetryConfig {
     RetryConfig { max_retries: 0, ..RetryConfig::default() }
 }
 
-/// Time-outs of whole requests are made one level up too, since they depend on the request's size.
+/// Time-outs of whole requests are made one level up too, since they depend on the request's size; the rest is
+/// [`Connector`]'s.
 fn client_options(plain_http: bool) -> ClientOptions {
-    ClientOptions::new()
-        .with_timeout_disabled()
-        .with_connect_timeout(Duration::from_secs(5))
-        .with_pool_idle_timeout(Duration::from_secs(30))
-        .with_allow_http(plain_http)
+    ClientOptions::new().with_timeout_disabled().with_allow_http(plain_http)
 }
 
 /// Variables that `T` knows, by its own names for them.
@@ -227,10 +229,6 @@ fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) 
             builder = builder.with_config(key, value);
         }
     }
-    // What AWS's own tools call these.
-    if let Some(endpoint) = variable(environment, "AWS_EC2_METADATA_SERVICE_ENDPOINT") {
-        builder = builder.with_metadata_endpoint(endpoint.trim_end_matches('/'));
-    }
     let endpoint =
         ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"].iter().find_map(|name| variable(environment, name));
     let mut plain = false;
@@ -247,17 +245,8 @@ fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) 
             place.virtual_hosted = false;
         }
     }
-    let has_source = [
-        "AWS_ACCESS_KEY_ID",
-        "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-        "AWS_SKIP_SIGNATURE",
-    ]
-    .iter()
-    .any(|name| variable(environment, name).is_some());
-    if !has_source && variable(environment, "AWS_EC2_METADATA_DISABLED").is_some_and(|v| v.eq_ignore_ascii_case("true"))
-    {
+    let has_keys = variable(environment, "AWS_ACCESS_KEY_ID").is_some();
+    if !has_keys && !has_source(environment) {
         return Err("has no credentials: none are in the environment, and AWS_EC2_METADATA_DISABLED is set".into());
     }
     let algorithm = match settings.encryption {
@@ -283,6 +272,12 @@ fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) 
         // Over TLS the body needs no signature; the CRC covers it end to end. Without TLS, on this machine, likewise.
         .with_unsigned_payload(true);
     let own = own_requests(&builder, settings)?;
+    let region = place.region.clone();
+    let connector = Connector { region: Some(region.clone()) };
+    let mut builder = builder.with_http_connector(connector.clone());
+    if !has_keys && !is_on(environment, "AWS_SKIP_SIGNATURE") {
+        builder = builder.with_region(&region).with_credentials(Chain::of_this_process(&region));
+    }
     let client = Arc::new(builder.build().map_err(|error| format!("can't be opened: {error}"))?);
     if !is_on(environment, "AWS_SKIP_SIGNATURE") {
         place.credentials = Some(client.credentials().clone());
@@ -291,11 +286,33 @@ fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) 
     let Some((region, requester_pays, object_headers)) = own else {
         return Ok(Backend { objects: client.clone(), large: Large::Parts(client), s3: second });
     };
-    let http = ReqwestConnector::default()
+    let http = connector
         .connect(&client_options(plain))
         .map_err(|error| format!("can't be opened: {error}"))?;
     let s3 = S3 { client: client.clone(), http, region, requester_pays, object_headers };
     Ok(Backend { objects: client, large: Large::S3(Arc::new(s3)), s3: second })
+}
+
+/// Whether credentials may be found anywhere at all: otherwise people need not wait to hear that there are none.
+fn has_source(environment: &[(String, String)]) -> bool {
+    const SOURCES: [&str; 5] = [
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "AWS_SKIP_SIGNATURE",
+        "AWS_PROFILE",
+    ];
+    let at_home = |file| variable(environment, "HOME").map(|home| PathBuf::from(home).join(".aws").join(file));
+    let named = |name| variable(environment, name).map(PathBuf::from);
+    let files = [
+        named("AWS_CONFIG_FILE").or_else(|| at_home("config")),
+        named("AWS_SHARED_CREDENTIALS_FILE").or_else(|| at_home("credentials")),
+    ];
+    let no_machine =
+        variable(environment, "AWS_EC2_METADATA_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"));
+    !no_machine
+        || SOURCES.iter().any(|name| variable(environment, name).is_some())
+        || files.iter().flatten().any(|file| file.exists())
 }
 
 /// The same bucket for the other client, as far as the environment says; without endpoint and credentials.
@@ -371,6 +388,7 @@ fn gcs(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String
     }
     let store = builder
         .with_bucket_name(bucket)
+        .with_http_connector(Connector { region: None })
         .with_client_options(client_options(plain))
         .with_retry(no_retries())
         .build()
@@ -398,6 +416,7 @@ fn azure(container: &str, environment: &[(String, String)]) -> Result<Backend, S
     }
     let store = builder
         .with_container_name(container)
+        .with_http_connector(Connector { region: None })
         .with_client_options(client_options(plain))
         .with_retry(no_retries())
         .build()

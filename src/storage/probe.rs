@@ -28,6 +28,7 @@ enum Heard {
 }
 
 pub(super) async fn prove_create_is_atomic(store: &Store) -> Result<(), StorageError> {
+    store.prove_links(layout::PROBES)?;
     let mut spare = SPARE_ROUNDS;
     let mut proven = 0;
     while proven < ROUNDS {
@@ -65,6 +66,21 @@ async fn create(store: &Store, path: &Path, body: &Bytes) -> Heard {
     }
 }
 
+/// A create was refused for good. Whether it was the condition that the store does not know, or something else in the
+/// request, a put without the condition tells.
+async fn why_refused(store: &Store, key: &str, path: &Path, refused: Failure) -> StorageError {
+    let unfit = |said: &dyn std::fmt::Display| StorageError::Unfit {
+        reason: format!("{}: it does not know conditional puts: {said}", store.uri()),
+    };
+    if refused.is_not_implemented() {
+        return unfit(refused.cause());
+    }
+    match store.objects().put_opts(path, PutPayload::from_static(b"plain"), PutMode::Overwrite.into()).await {
+        Ok(_) => unfit(refused.cause()),
+        Err(error) => Failure::new("put", &error).explain(&store.uri_of(key)),
+    }
+}
+
 async fn round(store: &Store, key: &str, path: &Path) -> Result<(), StorageError> {
     let unfit = |reason: String| Err(StorageError::Unfit { reason: format!("{}: {reason}", store.uri()) });
     // Opens as many connections as there will be racers, so that all creates leave at once.
@@ -76,7 +92,7 @@ async fn round(store: &Store, key: &str, path: &Path) -> Result<(), StorageError
         tokio::spawn(async move { create(&store, &path, &body).await })
     });
     let mut winners = Vec::new();
-    let mut failure = None;
+    let mut failure: Option<Failure> = None;
     for (racer, heard) in join_all(tasks).await.into_iter().enumerate() {
         match heard {
             Ok(Heard::Created) => winners.push(racer),
@@ -85,10 +101,10 @@ async fn round(store: &Store, key: &str, path: &Path) -> Result<(), StorageError
             Err(_) => failure = Some(Failure::stopped("create")),
         }
     }
-    if let Some(failure) = &failure
-        && failure.verdict == Verdict::Permanent
+    if winners.is_empty()
+        && let Some(refused) = failure.take_if(|failure| failure.verdict == Verdict::Permanent)
     {
-        return unfit("it does not know conditional puts".into());
+        return Err(why_refused(store, key, path, refused).await);
     }
     if winners.len() > 1 {
         return unfit(format!(
@@ -112,7 +128,7 @@ async fn round(store: &Store, key: &str, path: &Path) -> Result<(), StorageError
             return unfit("a create over an object that stood there succeeded; it ignores If-None-Match".into());
         }
         Heard::Failed(error) if classify(&error) == Verdict::Permanent => {
-            return unfit("it does not know conditional puts".into());
+            return Err(why_refused(store, key, path, Failure::new("create", &error)).await);
         }
         Heard::Failed(error) => return Err(Failure::new("create", &error).explain(&store.uri_of(key))),
     }

@@ -17,8 +17,8 @@ use std::{
 
 use tokio::sync::Semaphore;
 
-use super::{StorageError, cap::Cap, gate::Gate, pace::Outcome};
-use crate::ids::random_hex;
+use super::{StorageError, cap::Cap, error::EXPIRED, gate::Gate, pace::Outcome};
+use crate::{cloud::credentials::NoCredentials, ids::random_hex};
 
 /// How much is tried.
 #[derive(Clone, Debug)]
@@ -90,6 +90,8 @@ pub(super) enum Verdict {
     Permission,
     Full,
     NoBucket,
+    /// The bucket is in another region.
+    Region,
     /// Asking again gives the same answer.
     Permanent,
 }
@@ -100,24 +102,38 @@ pub(super) struct Failure {
     pub verdict: Verdict,
     /// No answer came in time.
     timed_out: bool,
+    /// Where the bucket is, if the store said so.
+    region: Option<String>,
     operation: &'static str,
     cause: Cause,
 }
 
 impl Failure {
     pub(super) fn new(operation: &'static str, error: &object_store::Error) -> Self {
-        Self { verdict: classify(error), timed_out: false, operation, cause: Cause::of(error) }
+        let region = region_in(&whole_text(error));
+        Self { verdict: classify(error), timed_out: false, region, operation, cause: Cause::of(error) }
     }
 
     /// Of our own making: the runtime is shutting down.
     pub(super) fn stopped(operation: &'static str) -> Self {
         let cause = Cause("the program is stopping".into());
-        Self { verdict: Verdict::Permanent, timed_out: false, operation, cause }
+        Self { verdict: Verdict::Permanent, timed_out: false, region: None, operation, cause }
     }
 
     /// Of our own making: worth another try.
     pub(super) fn transient(operation: &'static str, cause: &str) -> Self {
-        Self { verdict: Verdict::Transient, timed_out: false, operation, cause: Cause(cause.to_owned()) }
+        let cause = Cause(cause.to_owned());
+        Self { verdict: Verdict::Transient, timed_out: false, region: None, operation, cause }
+    }
+
+    /// The cause, for people.
+    pub(super) fn cause(&self) -> &Cause {
+        &self.cause
+    }
+
+    /// The store says that it does not know what was asked.
+    pub(super) fn is_not_implemented(&self) -> bool {
+        self.cause.0.starts_with("501") || self.cause.0.contains("NotImplemented")
     }
 
     pub(super) fn is_not_found(&self) -> bool {
@@ -140,6 +156,7 @@ impl Failure {
             Verdict::Permission | Verdict::Credentials => StorageError::Permission { operation, key, source },
             Verdict::Full => StorageError::Full { operation, key, source },
             Verdict::NoBucket => StorageError::NoBucket { operation, key, source },
+            Verdict::Region => StorageError::Region { operation, key, region: self.region, source },
             Verdict::Transient | Verdict::SlowDown | Verdict::Permanent => {
                 StorageError::Unavailable { operation, key, source }
             }
@@ -290,7 +307,8 @@ pub(super) fn cut_short(wanted: u64, got: u64) -> object_store::Error {
 
 /// Whether the error says by itself what it means for a ranged read.
 pub(super) fn is_answer(error: &object_store::Error) -> bool {
-    matches!(classify(error), Verdict::NotFound | Verdict::Permission | Verdict::Credentials | Verdict::NoBucket)
+    use Verdict::{Credentials, NoBucket, NotFound, Permission, Region};
+    matches!(classify(error), NotFound | Permission | Credentials | NoBucket | Region)
 }
 
 fn chain<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
@@ -301,14 +319,17 @@ fn chain<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (d
 /// server hold the wording.
 pub(super) fn classify(error: &object_store::Error) -> Verdict {
     use object_store::Error;
-    let text = chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    let text = whole_text(error);
     if ["NoSuchBucket", "The specified bucket does not exist", "ContainerNotFound"].iter().any(|t| text.contains(t)) {
         return Verdict::NoBucket;
     }
-    if is_about_credentials(&text) {
+    if is_about_credentials(&text) || chain(error).any(|cause| cause.is::<NoCredentials>()) {
         return Verdict::Credentials;
     }
-    if text.contains("ExpiredToken") {
+    if is_elsewhere(&text) {
+        return Verdict::Region;
+    }
+    if EXPIRED.iter().chain(&REFUSED_KEYS).any(|code| text.contains(code)) {
         return Verdict::Permission;
     }
     // A body that arrived otherwise than it was sent, or too slowly: S3 says 400, but the next try may fare better.
@@ -356,9 +377,45 @@ pub(super) fn classify(error: &object_store::Error) -> Verdict {
         Some(500..=599) => Verdict::Transient,
         Some(_) => Verdict::Permanent,
         None if text.contains("Server returned error response") => Verdict::Transient,
-        None if text.contains("Received redirect") => Verdict::Permanent,
         None => Verdict::Transient,
     }
+}
+
+/// What stores say of keys, signatures and clocks, with 400 or 403.
+const REFUSED_KEYS: [&str; 6] = [
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "RequestTimeTooSkewed",
+    "InvalidSecurity",
+    "AuthFailure",
+    "AuthorizationHeaderMalformed",
+];
+
+/// The bucket is in another region than the one that was asked, or signed for: codes of S3's errors, and redirects.
+fn is_elsewhere(text: &str) -> bool {
+    let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
+    let of_the_key = says(&["Access Key", "Credential="]);
+    says(&["PermanentRedirect", "IllegalLocationConstraint", "Received redirect", "<Region>"])
+        || (says(&["AuthorizationHeaderMalformed", "AuthorizationQueryParametersError"]) && !of_the_key)
+        || matches!(status(text), Some(301 | 302 | 303 | 308))
+}
+
+/// The region that an answer names: as an element, or in the words "the region 'us-east-1' is wrong; expecting
+/// 'eu-west-1'".
+fn region_in(text: &str) -> Option<String> {
+    let named = between(text, "<Region>", "</Region>").or_else(|| between(text, "expecting '", "'"))?;
+    let sound = !named.is_empty() && named.len() < 40 && named.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    sound.then(|| named.to_owned())
+}
+
+/// A refusal whose reason did not come along: a HEAD's answer has no body.
+pub(super) fn is_mute(error: &object_store::Error) -> bool {
+    let text = whole_text(error);
+    !text.contains("<Code>") && matches!(status(&text), Some(400 | 401 | 403))
+}
+
+fn whole_text(error: &object_store::Error) -> String {
+    chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// The request that failed was one to an instance metadata service.
@@ -382,7 +439,10 @@ pub(super) struct Cause(String);
 
 impl Cause {
     pub(super) fn of(error: &object_store::Error) -> Self {
-        let text = chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ");
+        let text = whole_text(error);
+        if let Some(none) = chain(error).find_map(|cause| cause.downcast_ref::<NoCredentials>()) {
+            return Self(tidy(&none.to_string()));
+        }
         if is_about_credentials(&text) {
             return Self("no credentials in the environment, and no answer from an instance metadata service".into());
         }
@@ -394,7 +454,7 @@ impl Cause {
             return Self(if said.is_empty() { status } else { tidy(&format!("{status}: {said}")) });
         }
         if text.contains("Received redirect without LOCATION") {
-            return Self("redirected: the bucket is in another region".into());
+            return Self("redirected".into());
         }
         let innermost = chain(error).last().map(ToString::to_string).unwrap_or_default();
         // A transport error says less than its parents: "connect error" and "connection refused" belong together.
@@ -458,11 +518,36 @@ mod tests {
             (said("Server returned non-2xx status code: 404 Not Found: <Code>NoSuchBucket</Code>"), Verdict::NoBucket),
             (said("Error performing PUT http://169.254.169.254/latest/api/token in 1s"), Verdict::Credentials),
             (said("status code: 400 Bad Request: <Code>BadDigest</Code>"), Verdict::Transient),
+            (said("status code: 400 Bad Request: <Code>ExpiredToken</Code>"), Verdict::Permission),
+            (said("status code: 400 Bad Request: <Code>InvalidToken</Code>"), Verdict::Permission),
+            (said("status code: 403 Forbidden: <Code>RequestTimeTooSkewed</Code>"), Verdict::Permission),
+            (said("status code: 400 Bad Request: <Code>InvalidAccessKeyId</Code>"), Verdict::Permission),
+            (said("status code: 400 Bad Request: <Code>AuthorizationHeaderMalformed</Code>"), Verdict::Region),
+            (
+                said("status code: 400 Bad Request: <Code>AuthorizationHeaderMalformed</Code> a non-empty Access Key"),
+                Verdict::Permission,
+            ),
+            (said("status code: 400 Bad Request: <Code>X</Code><Region>eu-west-1</Region>"), Verdict::Region),
+            (said("status code: 301 Moved Permanently: "), Verdict::Region),
+            (said("Received redirect without LOCATION"), Verdict::Region),
             (cut_short(3, 2), Verdict::Transient),
             (conflict(said("x")), Verdict::Transient),
         ];
         for (error, verdict) in cases {
             assert_eq!(classify(&error), verdict, "{error}");
+        }
+    }
+
+    #[test]
+    fn the_region_is_taken_from_the_answer() {
+        for (text, region) in [
+            ("<Error><Code>PermanentRedirect</Code><Region>eu-west-1</Region></Error>", Some("eu-west-1")),
+            ("the region 'us-east-1' is wrong; expecting 'ap-south-1'", Some("ap-south-1")),
+            ("<Region></Region>", None),
+            ("<Region>\u{1b}[2J</Region>", None),
+            ("no region", None),
+        ] {
+            assert_eq!(region_in(text).as_deref(), region, "{text}");
         }
     }
 

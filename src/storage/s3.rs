@@ -19,6 +19,7 @@ use aws_sdk_s3::{
 use object_store::aws::AwsCredentialProvider;
 
 use super::{Crc64, StorageError, Store};
+use crate::cloud::direct;
 
 /// The most pages of a listing that are believed: 1,000 uploads each.
 const MAX_PAGES: usize = 1000;
@@ -78,6 +79,7 @@ impl Bucket {
                 .region(Region::new(self.place.region.clone()))
                 .force_path_style(!self.place.virtual_hosted)
                 .retry_config(RetryConfig::disabled())
+                .http_client(direct::sdk_client())
                 // Each request brings its own credentials; those of the one before are not to be used again.
                 .identity_cache(SharedIdentityCache::new(IdentityCache::no_cache()));
             if let Some(endpoint) = &self.place.endpoint {
@@ -194,7 +196,13 @@ impl Store {
             return Ok(StoredObject { size: self.head(key).await?.size, crc64: None });
         };
         let path = self.path(key)?;
-        let head = self.attempts("head", 0).run(|| bucket.stored(path.as_ref())).await;
+        let request = || async {
+            match bucket.stored(path.as_ref()).await {
+                Ok(stored) => Ok(stored),
+                Err(error) => Err(self.why(&path, error).await),
+            }
+        };
+        let head = self.attempts("head", 0).run(request).await;
         let (size, crc64) = head.map_err(|failure| failure.explain(&self.uri_of(key)))?;
         Ok(StoredObject { size, crc64 })
     }
@@ -238,8 +246,12 @@ where
     let status = error.raw_response().map(|response| response.status().as_u16());
     let Some(status) = status else { return said(format!("{operation}: {}", DisplayErrorContext(&error))) };
     let (code, message) = (error.code().unwrap_or_default(), error.message().unwrap_or_default());
-    let answer = match (code, message) {
-        ("", "") => String::new(),
+    let region = error.raw_response().and_then(|response| response.headers().get("x-amz-bucket-region"));
+    let answer = match (code, message, region) {
+        (_, _, Some(region)) if (301..=308).contains(&status) => {
+            format!(" <Code>{code}</Code><Message>{message}</Message><Region>{region}</Region>")
+        }
+        ("", "", _) => String::new(),
         _ => format!(" <Code>{code}</Code><Message>{message}</Message>"),
     };
     said(format!("{operation}: Server returned non-2xx status code: {status}:{answer}"))

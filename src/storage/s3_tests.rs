@@ -74,10 +74,10 @@ async fn not_atomic() -> (Store, tempfile::TempDir) {
     (Store::open_with("s3://bucket/some/prefix", &settings(), &environment(address)).unwrap(), folder)
 }
 
-type Answer = Response<http_body::Full>;
+pub(super) type Answer = Response<http_body::Full>;
 
 /// What a body is made of, with no more crates than are here anyway.
-mod http_body {
+pub(super) mod http_body {
     use std::{
         convert::Infallible,
         pin::Pin,
@@ -88,7 +88,7 @@ mod http_body {
     use hyper::body::{Body, Frame};
 
     /// One piece of bytes.
-    pub(super) struct Full(pub Option<Bytes>);
+    pub(in super::super) struct Full(pub Option<Bytes>);
     impl Body for Full {
         type Data = Bytes;
         type Error = Infallible;
@@ -98,7 +98,7 @@ mod http_body {
     }
 }
 
-fn answer(status: u16, body: &str) -> Answer {
+pub(super) fn answer(status: u16, body: &str) -> Answer {
     let length = body.len();
     let body = http_body::Full(Some(Bytes::from(body.to_owned())));
     Response::builder()
@@ -111,7 +111,7 @@ fn answer(status: u16, body: &str) -> Answer {
 }
 
 /// A store whose n-th request (from 0) is answered by `says`; `None` cuts the connection.
-async fn told(
+pub(super) async fn told(
     says: impl Fn(&Request<Incoming>, usize) -> Option<Answer> + Send + Sync + 'static,
 ) -> (Store, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -136,7 +136,7 @@ async fn told(
     (store, seen)
 }
 
-fn error_body(code: &str) -> String {
+pub(super) fn error_body(code: &str) -> String {
     format!(
         "<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>said the store</Message><StringToSign>SECRET</StringToSign></Error>"
     )
@@ -217,8 +217,11 @@ async fn answers_of_a_server_are_sorted_and_hinted() {
         (403, "SignatureDoesNotMatch", Kind::Permission, "AWS_SECRET_ACCESS_KEY"),
         (400, "ExpiredToken", Kind::Permission, "expired"),
         (404, "NoSuchBucket", Kind::Config, "create the bucket"),
-        (301, "PermanentRedirect", Kind::Unavailable, "AWS_REGION"),
-        (400, "AuthorizationHeaderMalformed", Kind::Unavailable, "AWS_REGION"),
+        (400, "InvalidToken", Kind::Permission, "expired"),
+        (403, "InvalidAccessKeyId", Kind::Permission, "AWS_ACCESS_KEY_ID"),
+        (403, "RequestTimeTooSkewed", Kind::Permission, "clock"),
+        (301, "PermanentRedirect", Kind::Config, "AWS_REGION"),
+        (400, "AuthorizationHeaderMalformed", Kind::Config, "AWS_REGION"),
     ] {
         let (store, count) = told(move |_, _| Some(answer(status, &error_body(code)))).await;
         for error in [
@@ -350,7 +353,7 @@ async fn the_second_client_is_told_the_same_and_asks_again_like_the_first() {
         (403, "AccessDenied", Kind::Permission),
         (400, "ExpiredToken", Kind::Permission),
         (404, "NoSuchBucket", Kind::Config),
-        (301, "PermanentRedirect", Kind::Unavailable),
+        (301, "PermanentRedirect", Kind::Config),
     ] {
         let (store, count) = told(move |_, _| Some(answer(status, &error_body(code)))).await;
         let error = crate::error::Error::from(store.unfinished().await.unwrap_err());

@@ -21,7 +21,7 @@ use object_store::{
     signer::{HeaderName, HeaderValue, Method, Signer},
 };
 
-use super::Crc64;
+use super::{Crc64, retry::is_mute};
 
 /// The longest answer that is read, bytes.
 const MAX_ANSWER: usize = 1 << 20;
@@ -57,8 +57,6 @@ pub(super) struct S3 {
 enum Answer {
     #[error("status code: {status}: {body}")]
     Refused { status: String, body: String },
-    #[error("Received redirect without LOCATION")]
-    Redirect,
     #[error("the store's answer has no {0}")]
     Without(&'static str),
     #[error("the store's checksum of it is {found}, not {expected}: it was changed on its way")]
@@ -100,9 +98,6 @@ impl S3 {
         let status = response.status();
         if status.is_success() {
             return Ok(response);
-        }
-        if status.is_redirection() {
-            return Err(failed(Answer::Redirect));
         }
         let answer = Answer::Refused { status: status.to_string(), body: read(response).await.unwrap_or_default() };
         if status.as_u16() == 404 {
@@ -176,7 +171,14 @@ impl S3 {
     /// An object's size and, where the store keeps one, whether its checksum is `expected`.
     pub(super) async fn look(&self, path: &Path, expected: Crc64) -> object_store::Result<(u64, Option<bool>)> {
         let mode = [(CHECKSUM_MODE, HeaderValue::from_static("ENABLED"))];
-        let response = self.send(Method::HEAD, path, &[], mode, Bytes::new()).await?;
+        let response = match self.send(Method::HEAD, path, &[], mode, Bytes::new()).await {
+            // The answer to a GET says why.
+            Err(error) if is_mute(&error) => {
+                let first = [(HeaderName::from_static("range"), HeaderValue::from_static("bytes=0-0"))];
+                return Err(self.send(Method::GET, path, &[], first, Bytes::new()).await.err().unwrap_or(error));
+            }
+            other => other?,
+        };
         let header = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
         let size = header(HeaderName::from_static("content-length")).and_then(|size| size.parse().ok());
         let size = size.ok_or_else(|| failed(Answer::Without("length")))?;

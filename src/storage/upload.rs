@@ -26,7 +26,7 @@ use object_store::{
 use super::{
     Crc64, Lanes, StorageError, Store, Uploaded, download,
     local::Staged,
-    retry::Failure,
+    retry::{Failure, Verdict},
     signed::{S3, TakenPart},
 };
 
@@ -322,7 +322,13 @@ impl Target {
         if let Err(failure) = attempts.run(|| self.lanes.backend.large.abort(&self.path, &self.id)).await
             && !failure.is_not_found()
         {
+            let refused = matches!(failure.verdict, Verdict::Permission | Verdict::Credentials);
             let error = crate::error::Error::from(failure.explain(&self.store.uri_of("")));
+            if refused {
+                // The upload failed for the same reason, which is said.
+                tracing::debug!(%error, key = %self.path, "parts of a failed upload stay in the store");
+                return;
+            }
             tracing::warn!(%error, key = %self.path, "parts of a failed upload stay in the store until its lifecycle rule removes them");
         }
     }

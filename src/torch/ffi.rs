@@ -157,7 +157,7 @@ pub(super) fn check(doing: &'static str, status: i32) -> Result<()> {
     Err(match status {
         2 => TorchError::Peer { doing, message },
         3 => TorchError::OutOfMemory { doing, message },
-        _ => TorchError::Refused { doing, message },
+        _ => TorchError::refused(doing, message),
     })
 }
 

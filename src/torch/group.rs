@@ -1,8 +1,8 @@
 //! The c10d store, through which ranks find each other, and the group in which they compute together.
 //!
 //! Rank 0 serves the store; every rank connects to it and makes its [`ProcessGroup`] with the same prefix. Every
-//! collective must be called by all ranks in the same order. The store listens on the given host's address alone where
-//! that is an address of this machine, so a run on one machine opens no port to the outside.
+//! collective must be called by all ranks in the same order. The store asks nobody who he is: it listens on the given host's address
+//! alone, so a run on one machine opens no port to the outside, and where that address is not this machine's, that is an error.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, ToSocketAddrs, UdpSocket},
@@ -57,15 +57,13 @@ impl Store {
     pub fn serve(host: &str, timeout: Duration) -> Result<Self> {
         let doing = "serve the rendezvous store on";
         let fail = |source| TorchError::Address { doing, host: host.to_owned(), source };
-        let listener = match TcpListener::bind((host, 0)) {
-            // Behind a translated address (a container, a service) the name that peers use is not bound here.
-            Err(error) if error.kind() == std::io::ErrorKind::AddrNotAvailable => {
-                TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).or_else(|_| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)))
-            }
-            other => other,
+        // Never at all addresses: whoever reaches the store can write into it.
+        let listener = TcpListener::bind((host, 0)).map_err(fail)?;
+        let address = listener.local_addr().map_err(fail)?;
+        if address.ip().is_unspecified() {
+            return Err(fail(std::io::ErrorKind::InvalidInput.into()));
         }
-        .map_err(fail)?;
-        let port = listener.local_addr().map_err(fail)?.port();
+        let port = address.port();
         let name = ffi::c_text(doing, host)?;
         let mut handle = ptr::null_mut();
         // SAFETY: pointers are valid for the call; the socket is handed over, the shim closes it with the store.
@@ -418,7 +416,10 @@ pub(crate) mod tests {
         assert!(store.local_address().unwrap().is_loopback());
         // The port is free on another loopback address: the store is bound to its own alone.
         TcpListener::bind(("127.0.0.2", store.port())).unwrap();
-        assert!(Store::serve("no such host", LIMIT).is_err());
+        // An address of nobody (RFC 5737), and every address: neither may be served at another one instead.
+        for host in ["no such host", "192.0.2.1", "0.0.0.0", "::"] {
+            assert!(Store::serve(host, LIMIT).is_err(), "{host}");
+        }
         assert!(Store::connect("nul\0host", 1, LIMIT).is_err());
     }
 }

@@ -22,7 +22,10 @@ mod optim;
 mod reducer;
 mod runtime;
 
-use crate::error::{Explain, Kind};
+use crate::{
+    error::{Explain, Kind},
+    shortage::is_out_of_memory,
+};
 
 pub use bytes::{Pinned, byte_len, load_bytes, store_bytes};
 pub use copier::{Copied, CopyJob, CopyTicket, HostCopier};
@@ -42,7 +45,7 @@ pub type Result<T, E = TorchError> = std::result::Result<T, E>;
 
 /// The result of one of tch's own functions, as ours.
 pub fn tch_result<T>(doing: &'static str, result: std::result::Result<T, tch::TchError>) -> Result<T> {
-    result.map_err(|error| TorchError::Refused { doing, message: error.to_string() })
+    result.map_err(|error| TorchError::refused(doing, error.to_string()))
 }
 
 /// The value of a tensor of one element; waits for the device.
@@ -158,6 +161,17 @@ pub enum TorchError {
     Callback,
 }
 
+impl TorchError {
+    /// LibTorch refused in these words.
+    pub(crate) fn refused(doing: &'static str, message: String) -> Self {
+        if is_out_of_memory(&message) {
+            Self::OutOfMemory { doing, message }
+        } else {
+            Self::Refused { doing, message }
+        }
+    }
+}
+
 impl Explain for TorchError {
     fn kind(&self) -> Kind {
         match self {
@@ -177,10 +191,13 @@ impl Explain for TorchError {
 
     fn hint(&self) -> Option<String> {
         match self {
-            Self::OutOfMemory { .. } => Some("lower train.max_micro_batch".into()),
+            Self::OutOfMemory { .. } => Some("lower train.max_micro_batch: --set train.max_micro_batch=N".into()),
             Self::NoNccl => Some("run scripts/setup --cuda and build again".into()),
             Self::NoDevice { .. } => Some("start at most one worker a GPU (--nproc-per-node)".into()),
-            Self::Address { .. } => Some("the address must belong to this machine or be reachable from it".into()),
+            Self::Address { .. } => Some(
+                "the address must be this machine's, of an interface that is up: `ip addr` shows them, `ip link set lo up` sets up loopback"
+                    .into(),
+            ),
             _ => None,
         }
     }

@@ -161,14 +161,15 @@ impl Api {
         match base.scheme() {
             "https" => {}
             "http" if is_loopback(&base) => {}
-            _ => return Err(wrong("is not https", "the token would be readable on the way")),
+            _ => return Err(wrong("is not https", "write it as https://…: the token would be readable on the way")),
         }
         let token = variable(TOKEN).map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
         let token = token.ok_or_else(|| {
             wrong(&format!("is set, but {TOKEN} is not"), &format!("set {TOKEN}, or leave {BASE_URL} out"))
         })?;
         if HeaderValue::from_str(&token).is_err() {
-            return Err(Error::new(Kind::Config, format!("{TOKEN} has characters that no HTTP header takes")));
+            return Err(Error::new(Kind::Config, format!("{TOKEN} has characters that no HTTP header takes"))
+                .with_hint(format!("set {TOKEN} to the token alone, without quotes and line breaks")));
         }
         let client = Client::builder().redirect(redirect::Policy::none()).timeout(REQUEST);
         // A proxy would answer for its own loopback.

@@ -50,6 +50,7 @@ use crate::{
     ids::{Rank, Step, WorldSize},
     model::{self, BuildSettings, Model},
     protocol::{Assignment, FromWorker, SLOT_FDS, SaveOrder, StepReport, ToWorker},
+    shortage::is_out_of_memory,
     snapshot::{capture::Capture, image::SharedImage, mode::CaptureMode},
     torch::{self, Backend, HostCopier, ProcessGroup},
 };
@@ -65,7 +66,9 @@ pub fn main() -> Result<ExitCode> {
     match result {
         Ok(never) => match never {},
         Err(error) => {
-            let permanent = matches!(error.kind(), Kind::Config | Kind::Usage | Kind::Data | Kind::Permission);
+            // What memory does not hold now it may hold once others have let theirs go: the agent decides.
+            let permanent = matches!(error.kind(), Kind::Config | Kind::Usage | Kind::Data | Kind::Permission)
+                && !is_out_of_memory(&error.to_string());
             let hint = error.hint().map(str::to_owned);
             link.tell(&FromWorker::Failed { message: error.to_string(), hint, permanent });
             link::leave()

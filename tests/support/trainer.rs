@@ -97,6 +97,8 @@ impl Trainer {
         command.env("TRAINER_AZURE_METADATA_ENDPOINT", "off").env("NO_COLOR", "1").env(MARK, &mark);
         // What it would keep in the user's cache belongs to this test.
         command.env("XDG_CACHE_HOME", dir.join("cache"));
+        // So do keys and regions of the user's profiles.
+        command.env("AWS_CONFIG_FILE", "/no/such/file").env("AWS_SHARED_CREDENTIALS_FILE", "/no/such/file");
         Self { command, json: false, mark, shown: arguments.join(" ") }
     }
     /// Has another program start it, which must become it: `nsenter`, `setpriv`.
@@ -130,6 +132,21 @@ impl Trainer {
     /// Sets environment variables.
     pub fn envs(mut self, variables: &[(&'static str, String)]) -> Self {
         self.command.envs(variables.iter().map(|(name, value)| (*name, value)));
+        self
+    }
+    /// Starts it by another program, which sets something up and then becomes it: `prlimit`, `unshare`.
+    pub fn under(mut self, wrapper: &[&str]) -> Self {
+        let mut command = Command::new(wrapper[0]);
+        command.args(&wrapper[1..]).arg(self.command.get_program()).args(self.command.get_args());
+        for (name, value) in self.command.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        command.current_dir(self.command.get_current_dir().expect("a folder to work in"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.command = command;
         self
     }
     /// Arms crash points: see `src/faults.rs`.

@@ -1,0 +1,35 @@
+//! What to type next, where that takes more than a few words.
+
+use crate::{
+    error::{Error, Kind},
+    ids::{NodeId, RunId},
+};
+
+/// A run diverged that has no checkpoint.
+pub const LOWER_RATE: &str = "no checkpoint was made yet; start again with a lower learning rate: trainer run CONFIG \
+                              --run-id NEW --set train.optimizer.lr=…";
+
+/// Only checkpoints are left that the run has turned away from.
+pub fn abandoned(run_id: &RunId, steps: &[String]) -> String {
+    let steps = steps.join(", ");
+    format!(
+        "checkpoints abandoned by an earlier --from can be selected: trainer resume --run-id {run_id} --from STEP, \
+         one of {steps}"
+    )
+}
+
+/// The run is beyond its last step.
+pub fn more_steps(run_id: &RunId) -> String {
+    format!(
+        "give more steps, --set train.steps=N, or an earlier checkpoint, --from STEP: `trainer checkpoints --run-id \
+         {run_id}` lists them"
+    )
+}
+
+/// Another node has the run.
+pub fn taken(run_id: &RunId, other: &NodeId) -> Error {
+    Error::new(Kind::Fenced, format!("run {run_id} is in the hands of node {other}, which is alive")).with_hint(format!(
+        "nothing is lost: `trainer status --run-id {run_id} --watch` shows its work, `trainer drain --run-id \
+         {run_id}` ends it; then give this command again"
+    ))
+}

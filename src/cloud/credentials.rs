@@ -1,0 +1,204 @@
+//! AWS credentials, from one chain for the whole program.
+//!
+//! The chain is the SDK's: environment, profile (`~/.aws/config` and `~/.aws/credentials`: keys, `credential_process`,
+//! SSO, roles), web identity, container, instance metadata. The SDK's own clients use it as it is; the S3 store takes
+//! it from here, in object_store's form.
+//!
+//! What was found is kept until shortly before it ends, for all stores of the process. The chain is built anew each
+//! time: files that were changed meanwhile (`aws sso login`, keys that were exchanged) are read again. While the old
+//! credentials still hold, a chain that does not answer is no failure. *Bounds:* [`LIMIT`] for one look; who waited for
+//! a look that failed gets its failure.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant, SystemTime},
+};
+
+use aws_config::{
+    BehaviorVersion, Region, default_provider::credentials::DefaultCredentialsChain, provider_config::ProviderConfig,
+};
+use aws_credential_types::provider::{ProvideCredentials, error::CredentialsError};
+use object_store::{CredentialProvider, aws::AwsCredential};
+use tokio::sync::Mutex;
+
+use super::direct;
+
+/// The longest that one look for credentials takes: processes and SSO answer in seconds, an instance at once.
+const LIMIT: Duration = Duration::from_secs(12);
+/// Credentials are renewed so long before they end.
+const MARGIN: Duration = Duration::from_secs(300);
+/// Keys without an end are looked up again after this time: somebody may have exchanged them.
+const KEPT: Duration = Duration::from_secs(300);
+/// After a look that failed, the next one.
+const AGAIN: Duration = Duration::from_secs(30);
+/// Those who waited while a look failed do not look again at once.
+const SAME: Duration = Duration::from_secs(1);
+
+/// Why there are none.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoCredentials {
+    /// No source has any.
+    #[error("no credentials: none in the environment, in a profile (~/.aws) or in a role of this machine ({0})")]
+    Nowhere(String),
+    /// A source should have some, and does not give them.
+    #[error("no credentials: {0}")]
+    Failed(String),
+    /// Nothing came.
+    #[error("no credentials: no source answered within {} s", LIMIT.as_secs())]
+    Slow,
+}
+
+#[derive(Debug)]
+struct Found {
+    credential: Arc<AwsCredential>,
+    renew: Instant,
+    /// `None`: they have no end.
+    until: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    found: Option<Found>,
+    failed: Option<(Instant, NoCredentials)>,
+}
+
+/// The chain.
+#[derive(Debug)]
+pub struct Chain {
+    region: String,
+    state: Mutex<State>,
+}
+
+impl Chain {
+    /// The process's own. `region`: where roles are taken on, said by the first who asks.
+    pub fn of_this_process(region: &str) -> Arc<Self> {
+        static CHAIN: OnceLock<Arc<Chain>> = OnceLock::new();
+        let chain = || Arc::new(Self { region: region.to_owned(), state: Mutex::default() });
+        Arc::clone(CHAIN.get_or_init(chain))
+    }
+
+    async fn current(&self) -> Result<Arc<AwsCredential>, NoCredentials> {
+        let mut state = self.state.lock().await;
+        let now = Instant::now();
+        if let Some(found) = state.found.as_ref().filter(|found| now < found.renew) {
+            return Ok(Arc::clone(&found.credential));
+        }
+        if let Some((at, error)) = &state.failed
+            && now.duration_since(*at) < SAME
+        {
+            return Err(error.clone());
+        }
+        let error = match tokio::time::timeout(LIMIT, look(&self.region)).await {
+            Ok(Ok((credential, ends))) => {
+                let credential = Arc::new(credential);
+                let (renew, until) = times(ends.map(|ends| ends.duration_since(SystemTime::now()).unwrap_or_default()));
+                let now = Instant::now();
+                state.found = Some(Found {
+                    credential: Arc::clone(&credential),
+                    renew: now + renew,
+                    until: until.map(|until| now + until),
+                });
+                state.failed = None;
+                return Ok(credential);
+            }
+            Ok(Err(error)) => error,
+            Err(_) => NoCredentials::Slow,
+        };
+        let now = Instant::now();
+        if let Some(found) = &mut state.found
+            && found.until.is_none_or(|until| now < until)
+        {
+            tracing::debug!(%error, "credentials were not renewed, going on with those that still hold");
+            found.renew = now + AGAIN;
+            return Ok(Arc::clone(&found.credential));
+        }
+        state.failed = Some((now, error.clone()));
+        Err(error)
+    }
+}
+
+/// When credentials that end after `left` are renewed, and when they are of no more use.
+fn times(left: Option<Duration>) -> (Duration, Option<Duration>) {
+    match left {
+        None => (KEPT, None),
+        Some(left) => (left - MARGIN.min(left / 4), Some(left)),
+    }
+}
+
+async fn look(region: &str) -> Result<(AwsCredential, Option<SystemTime>), NoCredentials> {
+    let region = Region::new(region.to_owned());
+    let settings = ProviderConfig::without_region()
+        .with_region(Some(region.clone()))
+        .with_behavior_version(Some(BehaviorVersion::latest()))
+        .with_http_client(direct::sdk_client());
+    let chain = DefaultCredentialsChain::builder().region(region).configure(settings).build().await;
+    let found = chain.provide_credentials().await.map_err(|error| refused(&error))?;
+    let credential = AwsCredential {
+        key_id: found.access_key_id().to_owned(),
+        secret_key: found.secret_access_key().to_owned(),
+        token: found.session_token().map(str::to_owned),
+    };
+    Ok((credential, found.expiry()))
+}
+
+fn refused(error: &CredentialsError) -> NoCredentials {
+    // The outer text says only that something failed.
+    let mut words = String::new();
+    let mut cause: Option<&dyn std::error::Error> = Some(error);
+    while let Some(error) = cause {
+        let text = error.to_string();
+        if !words.contains(&text) {
+            if !words.is_empty() {
+                words.push_str(": ");
+            }
+            words.push_str(&text);
+        }
+        cause = error.source();
+    }
+    match error {
+        CredentialsError::CredentialsNotLoaded(_) => NoCredentials::Nowhere(words),
+        _ => NoCredentials::Failed(words),
+    }
+}
+
+impl CredentialProvider for Chain {
+    type Credential = AwsCredential;
+
+    fn get_credential<'a, 'b>(
+        &'a self,
+    ) -> Pin<Box<dyn Future<Output = object_store::Result<Arc<AwsCredential>>> + Send + 'b>>
+    where
+        'a: 'b,
+        Self: 'b,
+    {
+        Box::pin(async {
+            let found = self.current().await;
+            found.map_err(|error| object_store::Error::Generic { store: "S3", source: Box::new(error) })
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn credentials_are_renewed_before_they_end() {
+        let seconds = Duration::from_secs;
+        for (left, renew) in [(3600, 3300), (900, 675), (60, 45), (0, 0)] {
+            assert_eq!(times(Some(seconds(left))), (seconds(renew), Some(seconds(left))), "{left}");
+        }
+        assert_eq!(times(None), (KEPT, None));
+    }
+
+    #[test]
+    fn a_reason_is_told_with_its_causes_and_nothing_twice() {
+        let inner = std::io::Error::other("no such script");
+        let error = refused(&CredentialsError::provider_error(inner));
+        assert!(matches!(&error, NoCredentials::Failed(words) if words.ends_with("no such script")), "{error}");
+        let nowhere = refused(&CredentialsError::not_loaded("nothing is set"));
+        assert!(matches!(nowhere, NoCredentials::Nowhere(_)), "{nowhere}");
+    }
+}

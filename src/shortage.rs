@@ -1,0 +1,191 @@
+//! What the system is short of, by its error numbers (errno(3)): files, processes, memory, room on a disk.
+//!
+//! Such an error is nobody's mistake and no fault of this program: the same call succeeds when there is more of it.
+//! Every error that ends at the user is looked at here ([`crate::error`]), so that no module need know the numbers.
+
+use std::{error::Error as StdError, io};
+
+use rustix::{
+    io::Errno,
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
+
+/// As many open files as this program may want: connections to a store, shards of a dataset, workers.
+const FILES: u64 = 65_536;
+
+/// What there is too little of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shortage {
+    /// EMFILE, ENFILE: open files.
+    Files,
+    /// EAGAIN of fork(2) and clone(2): processes and threads.
+    Processes,
+    /// ENOMEM.
+    Memory,
+    /// ENOSPC, EDQUOT: room on a disk.
+    Room,
+}
+
+impl Shortage {
+    /// What `error`, or a cause of it, says that there is too little of.
+    pub fn of(error: &(dyn StdError + 'static)) -> Option<Self> {
+        let mut cause = Some(error);
+        while let Some(error) = cause {
+            let here = match error.downcast_ref::<io::Error>() {
+                Some(error) => Self::of_io(error),
+                None => error.downcast_ref::<Errno>().and_then(|errno| Self::of_number(errno.raw_os_error())),
+            };
+            if here.is_some() {
+                return here;
+            }
+            cause = error.source();
+        }
+        None
+    }
+
+    /// The same of words (strerror(3)): what a worker says of a library that says no more.
+    pub fn in_words(words: &str) -> Option<Self> {
+        const WORDS: [(&str, Shortage); 6] = [
+            ("Too many open files", Shortage::Files),
+            ("Resource temporarily unavailable", Shortage::Processes),
+            ("Cannot allocate memory", Shortage::Memory),
+            ("No space left on device", Shortage::Room),
+            ("Disk quota exceeded", Shortage::Room),
+            ("std::bad_alloc", Shortage::Memory),
+        ];
+        WORDS.iter().find(|(said, _)| words.contains(said)).map(|(_, shortage)| *shortage)
+    }
+
+    fn of_io(error: &io::Error) -> Option<Self> {
+        match error.raw_os_error() {
+            Some(number) => Self::of_number(number),
+            // One with a text of its own may hold another.
+            None => match error.kind() {
+                io::ErrorKind::OutOfMemory => Some(Self::Memory),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some(Self::Room),
+                _ => error.get_ref().and_then(|inner| Self::of(inner)),
+            },
+        }
+    }
+
+    fn of_number(number: i32) -> Option<Self> {
+        match Errno::from_raw_os_error(number) {
+            Errno::MFILE | Errno::NFILE => Some(Self::Files),
+            Errno::AGAIN => Some(Self::Processes),
+            Errno::NOMEM => Some(Self::Memory),
+            Errno::NOSPC | Errno::DQUOT => Some(Self::Room),
+            _ => None,
+        }
+    }
+
+    /// What to type next.
+    pub const fn hint(self) -> &'static str {
+        match self {
+            Self::Files => {
+                "raise the limit of open files, `ulimit -Hn 65536` (systemd: LimitNOFILE=65536; docker: --ulimit \
+                 nofile=65536), and start again"
+            }
+            Self::Processes => {
+                "raise the limit of processes and threads, `ulimit -u` (systemd: TasksMax=; docker: --pids-limit), \
+                 and start again"
+            }
+            Self::Memory => {
+                "free memory, raise the container's limit, or take a larger machine, and start again; `trainer doctor \
+                 CONFIG` says how much a run takes"
+            }
+            Self::Room => "free space there (`df -h` shows how much is left), and start again",
+        }
+    }
+}
+
+/// Whether LibTorch's words say that memory ran out, on a GPU or on the host: its own allocators', CUDA's, cuBLAS's and
+/// NCCL's.
+pub fn is_out_of_memory(words: &str) -> bool {
+    const WORDS: [&str; 6] = [
+        "out of memory",
+        "not enough memory",
+        "can't allocate memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "cudaErrorMemoryAllocation",
+    ];
+    WORDS.iter().any(|said| words.contains(said))
+}
+
+/// Takes as many open files as the system lets this process have: shells and service managers give 1,024, of which many
+/// connections and shards leave nothing. Children inherit it.
+pub fn allow_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map_or(FILES, |most| most.min(FILES));
+    if limit.current.is_some_and(|current| current < wanted) {
+        // Where it is refused, the limit stays as it is.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: limit.maximum });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("outer")]
+    struct Outer(#[source] io::Error);
+
+    #[test]
+    fn a_shortage_is_seen_wherever_it_stands_in_the_chain() {
+        for (number, shortage) in [
+            (24, Some(Shortage::Files)),
+            (23, Some(Shortage::Files)),
+            (11, Some(Shortage::Processes)),
+            (12, Some(Shortage::Memory)),
+            (28, Some(Shortage::Room)),
+            (122, Some(Shortage::Room)),
+            (2, None),
+            (13, None),
+        ] {
+            let error = || io::Error::from_raw_os_error(number);
+            assert_eq!(Shortage::of(&error()), shortage, "{number}");
+            assert_eq!(Shortage::of(&Outer(error())), shortage, "{number}");
+            assert_eq!(Shortage::of(&Outer(io::Error::other(error()))), shortage, "{number}");
+            assert_eq!(Shortage::of(&io::Error::other(Outer(error()))), shortage, "{number}");
+            assert_eq!(Shortage::of(&Errno::from_raw_os_error(number)), shortage, "{number}");
+        }
+        assert_eq!(Shortage::of(&io::Error::from(io::ErrorKind::OutOfMemory)), Some(Shortage::Memory));
+        assert_eq!(Shortage::of(&io::Error::other("os error 24")), None, "words are no number");
+        for number in [24, 23, 11, 12, 28, 122] {
+            let error = io::Error::from_raw_os_error(number);
+            assert_eq!(Shortage::in_words(&format!("gloo: {error}")), Shortage::of(&error), "{error}");
+        }
+        assert_eq!(Shortage::in_words("killed by signal 11"), None);
+    }
+
+    #[test]
+    fn words_of_a_full_gpu_and_of_a_full_host_are_known() {
+        for said in [
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.06 GiB",
+            "CUDA error: out of memory",
+            "[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory: you tried to allocate \
+             8 bytes",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'",
+        ] {
+            assert!(is_out_of_memory(said), "{said}");
+        }
+        for said in ["CUDA error: an illegal memory access was encountered", "killed by signal 11", ""] {
+            assert!(!is_out_of_memory(said), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_low_soft_limit_of_open_files_is_raised() {
+        let before = getrlimit(Resource::Nofile);
+        let low = Rlimit { current: Some(256), maximum: before.maximum };
+        if before.maximum.is_some_and(|most| most <= 256) || setrlimit(Resource::Nofile, low).is_err() {
+            return;
+        }
+        allow_open_files();
+        let after = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, before).unwrap();
+        assert_eq!(after.current, Some(before.maximum.map_or(FILES, |most| most.min(FILES))));
+    }
+}

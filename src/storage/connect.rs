@@ -1,0 +1,135 @@
+//! Connections of object_store's clients.
+//!
+//! object_store brings its own, which differ in three things: they ask this machine and its metadata service through
+//! the environment's proxy ([`direct`]); they follow redirects, to which S3's signatures do not belong; and they drop
+//! what a redirect and a failed HEAD say in their headers: the bucket's region. Here an answer from another region
+//! becomes one with a body that says so, in S3's words, by which [`super::retry`] sorts it.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use object_store::{
+    ClientConfigKey, ClientOptions,
+    client::{HttpClient, HttpConnector, HttpError, HttpRequest, HttpResponse, HttpService},
+};
+use reqwest::{Client, StatusCode, redirect};
+
+use crate::cloud::direct;
+
+/// What S3 says of a bucket that is asked for elsewhere.
+const REGION: &str = "x-amz-bucket-region";
+/// How long it takes at the most to be connected.
+const CONNECT: Duration = Duration::from_secs(5);
+/// The same for this machine and its metadata service, which are near or not there.
+const CONNECT_NEAR: Duration = Duration::from_secs(1);
+const IDLE: Duration = Duration::from_secs(30);
+
+/// Makes connections for requests that are signed for a region; `None`: for stores without regions.
+#[derive(Clone, Debug)]
+pub(super) struct Connector {
+    pub region: Option<String>,
+}
+
+#[derive(Debug)]
+struct Lines {
+    region: Option<String>,
+    proxied: Client,
+    straight: Client,
+}
+
+impl HttpConnector for Connector {
+    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
+        let plain = options.get_config_value(&ClientConfigKey::AllowHttp).is_some_and(|allowed| allowed == "true");
+        let client = |limit| {
+            Client::builder()
+                .user_agent(concat!("trainer/", env!("CARGO_PKG_VERSION")))
+                .connect_timeout(limit)
+                .pool_idle_timeout(IDLE)
+                .redirect(redirect::Policy::none())
+                .http1_only()
+                // A length that is announced is that of the object.
+                .no_gzip()
+                .no_brotli()
+                .no_zstd()
+                .no_deflate()
+                .https_only(!plain)
+        };
+        let build = |builder: reqwest::ClientBuilder| {
+            builder.build().map_err(|error| object_store::Error::Generic { store: "HTTP", source: Box::new(error) })
+        };
+        Ok(HttpClient::new(Lines {
+            region: self.region.clone(),
+            proxied: build(client(CONNECT))?,
+            straight: build(client(CONNECT_NEAR).no_proxy())?,
+        }))
+    }
+}
+
+#[async_trait]
+impl HttpService for Lines {
+    async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
+        let straight = request.uri().host().is_some_and(direct::is_asked_straight);
+        let client = if straight { &self.straight } else { &self.proxied };
+        let answer = client.call(request).await?;
+        let status = answer.status();
+        if self.region.is_none() || status.is_success() || status == StatusCode::NOT_MODIFIED {
+            return Ok(answer);
+        }
+        let theirs = answer.headers().get(REGION).and_then(|region| region.to_str().ok());
+        match elsewhere(status, self.region.as_deref(), theirs) {
+            None => Ok(answer),
+            Some((status, body)) => {
+                let mut told = HttpResponse::new(Bytes::from(body).into());
+                *told.status_mut() = status;
+                Ok(told)
+            }
+        }
+    }
+}
+
+/// What an answer that the bucket is elsewhere becomes. A redirect within the region is one of a bucket so new that not
+/// every server knows it: that passes.
+fn elsewhere(status: StatusCode, ours: Option<&str>, theirs: Option<&str>) -> Option<(StatusCode, String)> {
+    let says = |status, code: &str, message: &str, region: Option<&str>| {
+        let region = region.map(|region| format!("<Region>{region}</Region>")).unwrap_or_default();
+        Some((status, format!("<Error><Code>{code}</Code><Message>{message}</Message>{region}</Error>")))
+    };
+    // It ends up in messages.
+    let theirs = theirs.filter(|name| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-'));
+    let other = theirs.filter(|theirs| ours.is_some_and(|ours| !ours.eq_ignore_ascii_case(theirs)));
+    match (status.as_u16(), other) {
+        (301..=308 | 400, Some(region)) => {
+            says(StatusCode::BAD_REQUEST, "PermanentRedirect", "the bucket is in another region", Some(region))
+        }
+        (307, None) => {
+            says(StatusCode::SERVICE_UNAVAILABLE, "TemporaryRedirect", "the bucket is not known everywhere yet", None)
+        }
+        (301 | 302 | 303 | 308, None) => {
+            says(StatusCode::BAD_REQUEST, "PermanentRedirect", "the store answers elsewhere", None)
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_from_another_region_says_which() {
+        let ask = |status, theirs| elsewhere(StatusCode::from_u16(status).unwrap(), Some("us-east-1"), theirs);
+        for status in [301, 307, 400] {
+            let (told, body) = ask(status, Some("eu-west-1")).unwrap();
+            assert_eq!(told, 400);
+            assert!(body.contains("<Region>eu-west-1</Region>"), "{body}");
+        }
+        assert!(ask(301, None).unwrap().1.contains("PermanentRedirect"));
+        assert!(ask(301, Some("<b>")).is_some_and(|(_, body)| !body.contains("<b>")));
+        // Of our own region: a new bucket, a wrong request, a missing object.
+        assert_eq!(ask(307, Some("us-east-1")).unwrap().0, 503);
+        for (status, theirs) in [(400, Some("us-east-1")), (400, None), (403, Some("eu-west-1")), (404, None), (500, None)] {
+            assert_eq!(ask(status, theirs), None, "{status} {theirs:?}");
+        }
+    }
+}

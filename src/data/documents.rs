@@ -184,7 +184,7 @@ fn read_plain(
                 // Can't fail: this prefix was found valid.
                 std::str::from_utf8(&buffer[..error.valid_up_to()]).unwrap_or_default()
             }
-            Err(_) => return Ok(Some("is not UTF-8 text")),
+            Err(_) => return Ok(Some("is not UTF-8 text; if it is text, convert it with iconv")),
         };
         if text.as_bytes().contains(&0) {
             return Ok(Some("holds a NUL byte, so it is not text"));

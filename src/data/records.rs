@@ -421,4 +421,54 @@ mod tests {
             assert!(at == line && reason.contains(said), "{text}: {at} {reason}");
         }
     }
+
+    #[test]
+    fn only_what_is_json_is_taken_for_json() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let verdict = |name: &str, text: &str| {
+            std::fs::write(&path, text).unwrap();
+            recognise(&Source::open(&path, name).unwrap(), "text").unwrap()
+        };
+        let record = "{\"text\": \"a\"}";
+        let pretty = "{\n  \"text\": \"a\"\n}";
+        for (name, text, shape) in [
+            ("a.jsonl", "anything", Shape::Lines),
+            ("a.ndjson", "[{}]", Shape::Array),
+            ("a.json", record, Shape::Values),
+            ("a", pretty, Shape::Values),
+            ("a.txt", &format!("{record}\n\n{record}\n"), Shape::Lines),
+            ("a.json", &format!("\u{feff} {record}\n{record}"), Shape::Lines),
+            ("a.json", &format!("{record}{record}"), Shape::Values),
+            ("a.data", &format!("{pretty}\n{pretty}"), Shape::Values),
+            ("a", &format!("[{pretty},{record}]"), Shape::Array),
+            ("a.json", "[{oops}]", Shape::Array),
+            ("a.json", "[]", Shape::Array),
+            ("a.json", "{\"text\": oops}\n{}", Shape::Lines),
+            ("a.json", &format!("{record},\n{record}"), Shape::Lines),
+            ("a.json", "{\"messages\": []}", Shape::Values),
+        ] {
+            assert_eq!(verdict(name, text), Verdict::Records(shape), "{name}: {text}");
+        }
+        for (name, text) in [
+            ("Cargo.toml", "[package]\nname = \"x\""),
+            ("a.md", "[link](to)"),
+            ("a.ini", "[{section}]"),
+            ("a.clj", "[{:a 1}]"),
+            ("a.tex", "{\\rtf1 text}"),
+            ("a.html", "{{ title }}\n{{ body }}"),
+            ("a.py", "{'a': 1}\n{'b': 2}"),
+            ("a.txt", "{unfinished"),
+            ("a.txt", "[1, 2]"),
+            ("a.ipynb", "{\"cells\": []}"),
+            ("tsconfig.json", "{\n  // why\n  \"a\": 1\n}"),
+            ("a.rs", ""),
+        ] {
+            assert_eq!(verdict(name, text), Verdict::Text, "{name}: {text}");
+        }
+        assert_eq!(verdict("package.json", "{\"name\": \"x\"}"), Verdict::ObjectAsText);
+        for text in ["[{\"body\": \"a\"}]", "{\"body\": 1}\n{\"body\": 2}", "[1, 2]"] {
+            assert!(matches!(verdict("a.json", text), Verdict::LeftOut(_)), "{text}");
+        }
+    }
 }

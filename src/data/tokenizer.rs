@@ -303,6 +303,48 @@ mod tests {
     }
 
     #[test]
+    fn a_long_word_that_repeats_gives_no_token_as_long_as_itself() {
+        let mut state = 7_u64;
+        let word: String = (0..3000)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                char::from(b'a' + (state >> 33) as u8 % 26)
+            })
+            .collect();
+        let texts = vec![format!("{word} {word} {word}")];
+        let tokenizer = train(6000, &texts);
+        let json: serde_json::Value = serde_json::from_slice(tokenizer.json()).unwrap();
+        let longest = json["model"]["vocab"].as_object().unwrap().keys().map(String::len).max().unwrap();
+        assert!((20..=MAX_TOKEN_BYTES).contains(&longest), "the longest token has {longest} bytes");
+        assert_eq!(tokenizer.decode(&tokenizer.encode(&texts[0]).unwrap()).unwrap(), texts[0]);
+    }
+
+    #[test]
+    fn the_well_known_end_token_is_one_that_the_tokenizer_calls_special() {
+        let word_level = |added: &[(&str, bool)]| {
+            let added: Vec<serde_json::Value> = added
+                .iter()
+                .enumerate()
+                .map(|(id, (content, special))| {
+                    serde_json::json!({
+                        "id": id, "content": content, "special": special, "single_word": false, "lstrip": false,
+                        "rstrip": false, "normalized": false,
+                    })
+                })
+                .collect();
+            let model = serde_json::json!({ "type": "WordLevel", "unk_token": "?", "vocab": {} });
+            let json = serde_json::json!({ "version": "1.0", "added_tokens": added, "model": model });
+            let tokenizer = TextTokenizer::from_json(json.to_string().into_bytes(), "t", EndToken::Known).unwrap();
+            tokenizer.decode(&[tokenizer.eos_id()]).unwrap()
+        };
+        // Some vocabularies hold tags of HTML.
+        assert_eq!(word_level(&[("</s>", false), ("<eos>", true)]), "<eos>");
+        assert_eq!(word_level(&[("</s>", false), ("<b>", true)]), "</s>");
+        let deep_seek = "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>";
+        assert_eq!(word_level(&[(deep_seek, true)]), deep_seek);
+    }
+
+    #[test]
     fn a_model_needs_an_embedding_for_every_token() {
         let index = Index {
             format: FORMAT,

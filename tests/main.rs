@@ -17,6 +17,7 @@ mod metadata;
 mod moments;
 mod notices;
 mod outputs;
+mod prepare_inputs;
 mod protocol_model;
 mod protocol_random;
 mod rules;

@@ -6,14 +6,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
     output::{self, Table},
     store,
 };
 use crate::{
-    data::prepare::{self, PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource},
+    data::prepare::{self, Phase, PrepareEvent, PrepareSettings, PrepareSummary, TokenizerSource},
     error::Result,
     report::{Screen, human},
 };
@@ -24,20 +24,23 @@ pub enum Data {
     Prepare(Prepare),
 }
 
-/// Turn text, JSON lines or Parquet into token shards
+/// Turn text, JSON records or Parquet into token shards
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   trainer data prepare --input 'src/**/*.rs' --tokenizer train:4096 --out runs/data/rust
   trainer data prepare --input s3://bucket/text --tokenizer tokenizer.json --out s3://bucket/tokens
+  trainer data prepare --input 'shards/*.jsonl.zst' --text-field doc.text --tokenizer s3://bucket/model --out data
 
+The first bytes of a file decide what it holds: JSON lines, an array of JSON objects, Parquet, or plain text; each may
+be packed by gzip or zstd. Tables, other archives and what is not UTF-8 are left out, up to 5 of 100 files.
 The same inputs and settings give the same shards; a dataset that is there already is used again.")]
 pub struct Prepare {
-    /// A path, folder, glob or URI of text, .jsonl or .parquet; may be given several times
+    /// A path, folder, glob or URI of text, JSON records or Parquet; may be given several times
     #[arg(long, required = true, value_name = "GLOB|URI", num_args = 1)]
     input: Vec<String>,
-    /// A Hugging Face tokenizer.json, or train:VOCAB to train one on the input
-    #[arg(long, value_name = "FILE|train:VOCAB")]
+    /// A Hugging Face tokenizer.json or its folder, by path or URI, or train:VOCAB to train one on the input
+    #[arg(long, value_name = "FILE|DIR|URI|train:VOCAB")]
     tokenizer: TokenizerSource,
     /// The folder or URI to write
     #[arg(long, value_name = "URI")]
@@ -48,7 +51,7 @@ pub struct Prepare {
     /// The share of the text that is held out, 0 to 0.5
     #[arg(long, value_name = "SHARE", help_heading = "Details")]
     validation_ratio: Option<f64>,
-    /// The field of JSON lines, or column of Parquet, that holds the text [default: text]
+    /// The field of JSON records, or column of Parquet, that holds the text, such as doc.text [default: text]
     #[arg(long, value_name = "NAME", help_heading = "Details")]
     text_field: Option<String>,
     /// The token between documents [default: the tokenizer's end of text]
@@ -63,9 +66,21 @@ pub struct Prepare {
     /// Encoding threads [default: one a core]
     #[arg(long, value_name = "N", help_heading = "Details")]
     threads: Option<usize>,
+    /// Go on without inputs that can't be read, however many
+    #[arg(long, help_heading = "Details")]
+    skip_unreadable: bool,
+    /// What a record that can't be read is: an error, or left out and counted
+    #[arg(long, value_name = "WHAT", value_enum, default_value = "error", help_heading = "Details")]
+    bad_records: BadRecords,
     /// Replace another dataset that is there
     #[arg(long, help_heading = "Details")]
     overwrite: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum BadRecords {
+    Error,
+    Skip,
 }
 
 impl Data {
@@ -81,6 +96,7 @@ impl Prepare {
         let json = self.json;
         let settings = self.settings()?;
         let progress = Progress::new(screen);
+        tracing::info!("looking for inputs");
         let summary =
             store::block_on(async move { Ok(prepare::prepare(settings, move |event| progress.show(&event)).await?) })?;
         output::emit(&if json { output::json_lines([&summary])? } else { table(&summary) })?;
@@ -96,6 +112,8 @@ impl Prepare {
             eos_token: self.eos_token,
             sample_bytes: self.sample_bytes,
             overwrite: self.overwrite,
+            skip_unreadable: self.skip_unreadable,
+            skip_bad_records: self.bad_records == BadRecords::Skip,
             threads: self.threads.unwrap_or(defaults.threads),
             ..defaults
         })
@@ -112,7 +130,14 @@ fn table(summary: &PrepareSummary) -> String {
         summary.shards.to_string(),
         if summary.reused { "(was there)".into() } else { summary.documents.to_string() },
     ]);
-    table.text()
+    let mut text = table.text();
+    if summary.skipped > 0 {
+        text.push_str(&format!("{} of {} were left out\n", summary.skipped, human::plural(summary.files, "file")));
+    }
+    if summary.bad_records > 0 {
+        text.push_str(&format!("{} left out\n", human::plural(summary.bad_records, "record")));
+    }
+    text
 }
 
 /// Shows a preparation: a bar on a terminal, a line every few seconds elsewhere.
@@ -125,7 +150,25 @@ impl Progress {
     const PAUSE: Duration = Duration::from_secs(5);
 
     fn new(screen: &Screen) -> Self {
-        Self { bar: screen.bytes_bar("encoding"), last_line: Mutex::new(Instant::now()) }
+        Self { bar: screen.bytes_bar("preparing"), last_line: Mutex::new(Instant::now()) }
+    }
+
+    /// Moves the bar, or writes a line if the last one was a while ago.
+    fn advance(&self, doing: &str, done: u64, all: u64, so_far: String) {
+        match &self.bar {
+            Some(bar) => {
+                bar.set_length(all);
+                bar.set_position(done);
+                bar.set_message(so_far);
+            }
+            None => {
+                let mut last = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
+                if last.elapsed() >= Self::PAUSE {
+                    *last = Instant::now();
+                    tracing::info!("{doing} {} of {}, {so_far}", human::bytes(done), human::bytes(all));
+                }
+            }
+        }
     }
 
     fn show(&self, event: &PrepareEvent) {
@@ -133,25 +176,39 @@ impl Progress {
             PrepareEvent::Found { files, bytes } => {
                 tracing::info!(size = %human::bytes(*bytes), "found {}", human::plural(*files, "file"));
             }
+            PrepareEvent::Phase { phase, seconds: 0 } => match phase {
+                Phase::Sampling => tracing::info!("reading text to train a tokenizer on"),
+                // Told with the size of its text.
+                Phase::TokenizerTraining => {}
+                Phase::Encoding => tracing::info!("encoding"),
+                Phase::Writing => tracing::info!("writing the last shards"),
+            },
+            PrepareEvent::Phase { phase, seconds } => {
+                let doing = match phase {
+                    Phase::Sampling => "reading text",
+                    Phase::TokenizerTraining => "training tokenizer",
+                    Phase::Encoding => "encoding",
+                    Phase::Writing => "writing",
+                };
+                match &self.bar {
+                    Some(bar) => bar.set_message(format!("{doing}: {seconds} s")),
+                    None => tracing::info!("{doing}: {seconds} s so far"),
+                }
+            }
+            PrepareEvent::Fetching { bytes, bytes_total } => {
+                self.advance("fetched", *bytes, *bytes_total, "waiting for the next".into());
+            }
+            PrepareEvent::Sampling { input_bytes, input_bytes_total, sample_bytes } => {
+                let so_far = format!("{} of text for the tokenizer", human::bytes(*sample_bytes));
+                self.advance("looked through", *input_bytes, *input_bytes_total, so_far);
+            }
             PrepareEvent::TokenizerTraining { sample_bytes } => {
                 tracing::info!(sample = %human::bytes(*sample_bytes), "training tokenizer");
             }
             PrepareEvent::TokenizerReady { vocab_size } => tracing::info!(vocab_size, "tokenizer is ready"),
-            PrepareEvent::Progress { input_bytes, input_bytes_total, tokens, .. } => match &self.bar {
-                Some(bar) => {
-                    bar.set_length(*input_bytes_total);
-                    bar.set_position(*input_bytes);
-                    bar.set_message(format!("{tokens} tokens"));
-                }
-                None => {
-                    let mut last = self.last_line.lock().unwrap_or_else(PoisonError::into_inner);
-                    if last.elapsed() >= Self::PAUSE {
-                        *last = Instant::now();
-                        let (done, all) = (human::bytes(*input_bytes), human::bytes(*input_bytes_total));
-                        tracing::info!(tokens, "encoded {done} of {all}");
-                    }
-                }
-            },
+            PrepareEvent::Progress { input_bytes, input_bytes_total, tokens, .. } => {
+                self.advance("encoded", *input_bytes, *input_bytes_total, format!("{tokens} tokens"));
+            }
             PrepareEvent::Skipped { input, reason } => {
                 tracing::warn!(input = %human::plain(input), "skipped: {}", human::plain(reason));
             }

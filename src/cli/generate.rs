@@ -16,8 +16,8 @@ use super::{
 use crate::{
     checkpoint::export::Target,
     config::ModelKind,
-    data::tokenizer::TextTokenizer,
-    error::{Error, Kind, Result},
+    data::tokenizer::{EndToken, TextTokenizer},
+    error::{Context, Error, Kind, Result},
     ids::{Step, random_hex},
     layout,
     model::{self, ModelError, generate::GenerateSettings},
@@ -44,6 +44,9 @@ pub struct Generate {
     /// The same seed gives the same text
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     seed: u64,
+    /// The token that ends the text, and stands before an empty prompt [default: the one of the training data]
+    #[arg(long, value_name = "TOKEN")]
+    eos_token: Option<String>,
     #[command(flatten)]
     json: JsonArg,
 }
@@ -64,7 +67,9 @@ impl Generate {
         let exported = folder.0.join("model");
         let target = Target::Folder(exported.clone());
         let (step, _) = store::block_on(export::export(&self.run, self.step, &target))?;
-        let tokenizer = TextTokenizer::load(&exported.join(layout::TOKENIZER), None)?;
+        let ends = end_ids(&exported.join(layout::GENERATION_CONFIG))?;
+        let end = self.eos_token.as_deref().map_or(EndToken::OneOf(&ends), EndToken::Named);
+        let tokenizer = TextTokenizer::load_with(&exported.join(layout::TOKENIZER), end)?;
         let model = model::from_folder(ModelKind::Llama, &exported)?;
         // The files are no longer needed, and a long text may be interrupted.
         drop(folder);
@@ -78,7 +83,7 @@ impl Generate {
             max_new_tokens: self.tokens,
             temperature: self.temperature,
             seed: self.seed,
-            stop: Some(tokenizer.eos_id()),
+            stop: if self.eos_token.is_some() { vec![tokenizer.eos_id()] } else { with(ends, tokenizer.eos_id()) },
         };
         let mut live = Live { tokenizer: &tokenizer, tokens: Vec::new(), shown: 0, open: !self.json.json };
         live.say(&self.prompt);
@@ -93,6 +98,33 @@ impl Generate {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// The end tokens that a checkpoint names: what its data has between documents, or what the model's configuration says.
+fn end_ids(generation_config: &Path) -> Result<Vec<u32>> {
+    let text = match std::fs::read(generation_config) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => {
+            let doing = format!("read {}", generation_config.display());
+            return Err(Error::from_source(Kind::Unavailable, error).context(doing));
+        }
+    };
+    // Written by this program, and held against its checksum: what it does not hold, it does not say.
+    let config: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    let id = |value: &serde_json::Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    Ok(match config.get("eos_token_id") {
+        Some(serde_json::Value::Array(ids)) => ids.iter().filter_map(id).collect(),
+        Some(one) => id(one).into_iter().collect(),
+        None => Vec::new(),
+    })
+}
+
+fn with(mut ids: Vec<u32>, id: u32) -> Vec<u32> {
+    if !ids.contains(&id) {
+        ids.push(id);
+    }
+    ids
 }
 
 /// A temperature that can't be used was typed here: wrong usage, not wrong configuration.
@@ -170,5 +202,28 @@ impl Drop for Scratch {
         {
             tracing::warn!(folder = %self.0.display(), %error, "can't remove a temporary folder");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_tokens_are_those_of_the_checkpoint() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(layout::GENERATION_CONFIG);
+        assert!(end_ids(&path).unwrap().is_empty());
+        for (text, ids) in [
+            ("{\"eos_token_id\": 7}", &[7][..]),
+            ("{\"eos_token_id\": [7, 9]}", &[7, 9]),
+            ("{\"eos_token_id\": null}", &[]),
+            ("{}", &[]),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(end_ids(&path).unwrap(), ids, "{text}");
+        }
+        assert_eq!(with(vec![7], 7), [7]);
+        assert_eq!(with(vec![], 7), [7]);
     }
 }

@@ -4,11 +4,12 @@
 //! pieces of text into ids. Memory is bounded: one batch of text and its ids, and the writers' shards.
 
 use std::{
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc::{self, RecvTimeoutError},
     },
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -16,29 +17,35 @@ use tokio::runtime::Handle;
 
 use super::{
     DataError,
-    documents::{self, Outcome, Piece},
-    fetch::fetch,
+    documents::{self, At, Outcome, Piece, Wanted},
+    given::Given,
     input::{Input, Place},
-    prepare::{PrepareEvent, PrepareSettings, TokenizerSource},
+    left_out::LeftOut,
+    prepare::{Phase, PrepareEvent, PrepareSettings, TokenizerSource},
+    remote::Remote,
     shards::{FORMAT, FileEntry, Index, Split, TokenType},
-    tokenizer::TextTokenizer,
+    special::Unfit,
+    tokenizer::{EndToken, TextTokenizer},
     writer::ShardWriter,
 };
 use crate::{
-    ids::random_hex,
     layout::TOKENIZER,
     storage::{Crc64, Store},
 };
 
 /// Text given to the encoding threads at once, for each of them: enough to keep them busy, little enough to be held.
 const BATCH_BYTES_PER_THREAD: usize = 1 << 20;
+/// How often a long step without progress of its own is told of.
+const TELL: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counts {
     /// Documents that had any text.
     pub documents: u64,
-    /// Inputs left out because they are not text.
+    /// Inputs left out because they can't be read.
     pub skipped: u64,
+    /// Records left out because they can't be read.
+    pub bad_records: u64,
 }
 
 /// One preparation; runs on blocking threads and awaits the store through `runtime`.
@@ -46,6 +53,8 @@ pub(super) struct Job {
     pub settings: PrepareSettings,
     /// Sorted: their order is the order of the output.
     pub inputs: Vec<Input>,
+    /// The tokenizer, unless it is to be trained.
+    pub given: Option<Given>,
     /// Where shards go.
     pub store: Store,
     pub runtime: Handle,
@@ -57,14 +66,25 @@ pub(super) struct Job {
 impl Job {
     /// Writes all shards; the answer is the index without its recipe, the tokenizer's file, and what was counted.
     pub(super) fn run(self) -> Result<(Index, Bytes, Counts), DataError> {
-        let tokenizer = match &self.settings.tokenizer {
-            TokenizerSource::File(path) => TextTokenizer::load(path, self.settings.eos_token.as_deref())?,
-            TokenizerSource::Train { vocab } => {
-                let sample = self.sample(self.settings.sample_budget(*vocab))?;
+        let part = u64::from(self.settings.storage.part_mib) << 20;
+        let mut remote = Remote::new(&self.inputs, self.runtime.clone(), part, &self.stop, &*self.progress);
+        let mut left_out = LeftOut::new(&self.settings, &self.inputs, &*self.progress);
+        left_out.unreadable()?;
+        let phase = |phase| (self.progress)(PrepareEvent::Phase { phase, seconds: 0 });
+        let end_token = self.settings.eos_token.as_deref().map_or(EndToken::Known, EndToken::Named);
+        let tokenizer = match (&self.given, &self.settings.tokenizer) {
+            (Some(given), _) => TextTokenizer::from_json(given.json.clone(), &given.name, end_token)?,
+            (None, TokenizerSource::Train { vocab }) => {
+                phase(Phase::Sampling);
+                let sample = self.sample(self.settings.sample_budget(*vocab), &mut remote, &mut left_out)?;
                 let sample_bytes = sample.iter().map(|text| text.len() as u64).sum();
+                phase(Phase::TokenizerTraining);
                 (self.progress)(PrepareEvent::TokenizerTraining { sample_bytes });
-                TextTokenizer::train(*vocab, sample.iter().map(String::as_str))?
+                self.telling(Phase::TokenizerTraining, || {
+                    TextTokenizer::train(*vocab, sample.iter().map(String::as_str))
+                })?
             }
+            (None, _) => return Err(DataError::Stopped { reason: "the tokenizer was not read".into() }),
         };
         let vocab_size = tokenizer.vocab_size();
         (self.progress)(PrepareEvent::TokenizerReady { vocab_size });
@@ -80,27 +100,34 @@ impl Job {
             validation: writer(Split::Validation),
             batch: Vec::new(),
             batch_bytes: 0,
+            input: 0,
             pieces: 0,
             text_bytes: 0,
             input_bytes: 0,
             input_bytes_total: self.inputs.iter().map(|input| input.bytes).sum(),
         };
+        phase(Phase::Encoding);
         let mut counts = Counts::default();
-        for input in &self.inputs {
-            let outcome = self.read(input, &mut |piece| {
-                counts.documents += u64::from(!piece.continues);
-                encoder.add(piece)?;
-                Ok(true)
-            })?;
-            if let Outcome::Skipped(reason) = outcome {
-                counts.skipped += 1;
-                (self.progress)(PrepareEvent::Skipped { input: input.name.clone(), reason: reason.into() });
+        for (number, input) in self.inputs.iter().enumerate() {
+            if !left_out.contains(number) {
+                encoder.input = number;
+                let outcome = self.read(number, &mut remote, &mut |piece| {
+                    counts.documents += u64::from(!piece.continues);
+                    encoder.add(piece)?;
+                    Ok(true)
+                })?;
+                remote.done(number, false);
+                left_out.add(number, outcome)?;
             }
             encoder.input_bytes += input.bytes;
         }
         encoder.encode_batch()?;
+        phase(Phase::Writing);
+        (counts.skipped, counts.bad_records) = left_out.finish();
+        let last = encoder.progress();
         let Encoder { train, validation, .. } = encoder;
         let (train, validation) = (train.finish()?, validation.finish()?);
+        (self.progress)(last);
         self.check_splits(&train, &validation, counts)?;
         let index = Index {
             format: FORMAT,
@@ -122,9 +149,10 @@ impl Job {
     fn check_splits<T>(&self, train: &[T], validation: &[T], counts: Counts) -> Result<(), DataError> {
         if train.is_empty() && validation.is_empty() {
             let reason = format!(
-                "no text in {} files, {} of which were left out because they are not text",
+                "no text in {} files, {} of which were left out; {} records were left out",
                 self.inputs.len(),
-                counts.skipped
+                counts.skipped,
+                counts.bad_records
             );
             return Err(DataError::Input { input: self.settings.inputs.join(" "), reason });
         }
@@ -149,12 +177,26 @@ impl Job {
 
     /// Text to train the tokenizer on: spread evenly over the inputs by their stored size, so that of many small files
     /// some are read and of few large ones the beginning of each.
-    fn sample(&self, budget: u64) -> Result<Vec<String>, DataError> {
+    fn sample(
+        &self,
+        budget: u64,
+        remote: &mut Remote<'_>,
+        left_out: &mut LeftOut<'_>,
+    ) -> Result<Vec<String>, DataError> {
         let total: u64 = self.inputs.iter().map(|input| input.bytes).sum();
         let (mut passed, mut taken) = (0_u64, 0_u64);
         let mut sample = Vec::new();
-        for input in &self.inputs {
+        let mut told = Instant::now();
+        for (number, input) in self.inputs.iter().enumerate() {
             self.stopped()?;
+            if told.elapsed() >= Duration::from_secs(1) {
+                told = Instant::now();
+                (self.progress)(PrepareEvent::Sampling {
+                    input_bytes: passed,
+                    input_bytes_total: total,
+                    sample_bytes: taken,
+                });
+            }
             passed += input.bytes;
             // If everything fits, everything is taken, also where text is larger than its stored form.
             let due = if total <= budget {
@@ -162,48 +204,69 @@ impl Job {
             } else {
                 (u128::from(budget) * u128::from(passed) / u128::from(total)) as u64
             };
-            if taken >= due {
+            if taken >= due || left_out.contains(number) {
                 continue;
             }
-            self.read(input, &mut |piece| {
+            let outcome = self.read(number, remote, &mut |piece| {
                 taken += piece.text.len() as u64;
                 sample.push(piece.text.to_owned());
                 Ok(taken < due)
             })?;
+            remote.done(number, true);
+            if matches!(outcome, Outcome::Skipped(_)) {
+                left_out.add(number, outcome)?;
+            }
         }
         Ok(sample)
     }
 
     fn read(
         &self,
-        input: &Input,
+        number: usize,
+        remote: &mut Remote<'_>,
         sink: &mut dyn FnMut(Piece<'_>) -> Result<bool, DataError>,
     ) -> Result<Outcome, DataError> {
-        match &input.place {
-            Place::Local(path) => documents::read(path, &input.name, &self.settings.text_field, sink),
-            Place::Remote { store, key } => {
-                let scratch = Scratch::new();
-                let part = u64::from(self.settings.storage.part_mib) << 20;
-                self.runtime.block_on(fetch(store, key, input.bytes, part, &scratch.0, &|_| {}))?;
-                documents::read(&scratch.0, &input.name, &self.settings.text_field, sink)
+        let input = &self.inputs[number];
+        let wanted = Wanted { field: &self.settings.text_field, skip_bad_records: self.settings.skip_bad_records };
+        let read = match &input.place {
+            Place::Local(path) => documents::read(path, &input.name, &wanted, sink),
+            Place::Remote { .. } => documents::read(&remote.path(number)?, &input.name, &wanted, sink),
+            Place::Unreadable(reason) => Ok(Outcome::Skipped(reason.clone())),
+        };
+        match read {
+            Err(DataError::Io { doing: "open", source, .. })
+                if self.settings.skip_unreadable && source.kind() == std::io::ErrorKind::PermissionDenied =>
+            {
+                Ok(Outcome::Skipped(format!("can't be opened: {source}")))
             }
+            read => read,
         }
     }
-}
 
-/// A temporary file, gone when dropped.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Self {
-        Self(std::env::temp_dir().join(format!("trainer-input-{}", random_hex(16))))
+    /// Does `work`, and says every few seconds that it goes on.
+    fn telling<T>(&self, phase: Phase, work: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let (ended, has_ended) = mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                while has_ended.recv_timeout(TELL) == Err(RecvTimeoutError::Timeout) {
+                    (self.progress)(PrepareEvent::Phase { phase, seconds: began.elapsed().as_secs() });
+                }
+            });
+            let done = work();
+            drop(ended);
+            done
+        })
     }
 }
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+/// A piece of text that waits to be encoded.
+struct Text {
+    text: String,
+    continues: bool,
+    /// Number of its input.
+    input: usize,
+    at: At,
 }
 
 /// Pieces in, token shards out.
@@ -212,8 +275,10 @@ struct Encoder<'a> {
     tokenizer: &'a TextTokenizer,
     train: ShardWriter,
     validation: ShardWriter,
-    batch: Vec<(String, bool)>,
+    batch: Vec<Text>,
     batch_bytes: usize,
+    /// Number of the input that is being read.
+    input: usize,
     pieces: u64,
     text_bytes: u64,
     input_bytes: u64,
@@ -229,7 +294,8 @@ impl Encoder<'_> {
     }
 
     fn add(&mut self, piece: Piece<'_>) -> Result<(), DataError> {
-        self.batch.push((piece.text.to_owned(), piece.continues));
+        let Piece { text, continues, at } = piece;
+        self.batch.push(Text { text: text.to_owned(), continues, input: self.input, at });
         self.batch_bytes += piece.text.len();
         if self.batch_bytes >= BATCH_BYTES_PER_THREAD * self.threads() { self.encode_batch() } else { Ok(()) }
     }
@@ -238,8 +304,8 @@ impl Encoder<'_> {
     fn encode_batch(&mut self) -> Result<(), DataError> {
         self.job.stopped()?;
         let batch = std::mem::take(&mut self.batch);
-        let encoded = encode_all(self.tokenizer, &batch, self.threads())?;
-        for ((text, continues), ids) in batch.iter().zip(encoded) {
+        let encoded = encode_all(self.tokenizer, &batch, &self.job.inputs, self.threads())?;
+        for (Text { text, continues, .. }, ids) in batch.iter().zip(encoded) {
             let writer = match split_of(text, self.job.settings.validation_ratio) {
                 Split::Train => &mut self.train,
                 Split::Validation => &mut self.validation,
@@ -249,25 +315,34 @@ impl Encoder<'_> {
         }
         self.text_bytes += self.batch_bytes as u64;
         self.batch_bytes = 0;
-        (self.job.progress)(PrepareEvent::Progress {
+        (self.job.progress)(self.progress());
+        Ok(())
+    }
+
+    fn progress(&self) -> PrepareEvent {
+        PrepareEvent::Progress {
             input_bytes: self.input_bytes,
             input_bytes_total: self.input_bytes_total,
             text_bytes: self.text_bytes,
             tokens: self.train.tokens() + self.validation.tokens(),
-        });
-        Ok(())
+        }
     }
 }
 
 /// Ids of every text, in the order of the texts.
-fn encode_all(tokenizer: &TextTokenizer, batch: &[(String, bool)], threads: usize) -> Result<Vec<Vec<u32>>, DataError> {
+fn encode_all(
+    tokenizer: &TextTokenizer,
+    batch: &[Text],
+    inputs: &[Input],
+    threads: usize,
+) -> Result<Vec<Vec<u32>>, DataError> {
     let next = AtomicUsize::new(0);
     let encode = || -> Result<Vec<(usize, Vec<u32>)>, DataError> {
         let mut mine = Vec::new();
         loop {
             let number = next.fetch_add(1, Ordering::Relaxed);
-            let Some((text, _)) = batch.get(number) else { return Ok(mine) };
-            mine.push((number, tokenizer.encode(text)?));
+            let Some(text) = batch.get(number) else { return Ok(mine) };
+            mine.push((number, tokenizer.encode_text(&text.text).map_err(|unfit| refuse(text, unfit, inputs))?));
         }
     };
     let mut all = vec![Vec::new(); batch.len()];
@@ -282,6 +357,22 @@ fn encode_all(tokenizer: &TextTokenizer, batch: &[(String, bool)], threads: usiz
         }
         Ok(all)
     })
+}
+
+/// The error that names the text's place in its file.
+fn refuse(text: &Text, unfit: Unfit, inputs: &[Input]) -> DataError {
+    let name = inputs.get(text.input).map_or("", |input| &input.name);
+    let (before, reason) = match unfit {
+        Unfit::Special { token, at } => (
+            text.text.get(..at).unwrap_or_default(),
+            format!(
+                "the text holds {token:?}, a special token of this tokenizer, which has no other form for it; change \
+                 the text, or take another tokenizer or --eos-token"
+            ),
+        ),
+        Unfit::Refused(reason) => ("", format!("the tokenizer refuses the text: {reason}")),
+    };
+    DataError::Input { input: text.at.behind(before, name), reason }
 }
 
 /// The split of a text: held out if its hash, evenly spread over 64 bits, lies below the ratio.

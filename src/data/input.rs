@@ -2,10 +2,14 @@
 //!
 //! They are named by path, folder, glob or store URI; all are found before the first is read, sorted by name and taken
 //! once each. Hidden files and folders are left out unless named, and so is what lies in the output folder.
+//! [`super::scan`] finds the local ones.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
-use super::DataError;
+use super::{DataError, scan::Scan};
 use crate::{config::StorageConfig, storage::Store};
 
 /// A file to read.
@@ -17,12 +21,30 @@ pub(super) struct Input {
     pub bytes: u64,
     /// Where it is.
     pub place: Place,
+    /// It was asked for by this very name, not found in a folder or by a pattern.
+    pub named: bool,
+}
+
+impl Input {
+    /// The last part of its name, for the recipe.
+    pub(super) fn last_name(&self) -> String {
+        match &self.place {
+            // Odd bytes count, too.
+            Place::Local(path) if path.to_str().is_none() => format!("{:?}", path.file_name().unwrap_or_default()),
+            _ => format!("{:?}", self.name.rsplit('/').next().unwrap_or_default()),
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
 pub(super) enum Place {
     Local(PathBuf),
-    Remote { store: Store, key: String },
+    Remote {
+        store: Store,
+        key: String,
+    },
+    /// Nothing that can be read, for this reason.
+    Unreadable(String),
 }
 
 /// The path of a `file://` URI or of a plain path; `None` for other stores.
@@ -34,11 +56,11 @@ pub(super) fn local_path(uri: &str) -> Option<PathBuf> {
     }
 }
 
-fn is_glob(text: &str) -> bool {
+pub(super) fn is_glob(text: &str) -> bool {
     text.contains(['*', '?', '['])
 }
 
-const MATCH: glob::MatchOptions =
+pub(super) const MATCH: glob::MatchOptions =
     glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
 
 /// Finds all inputs, sorted by name, each once. Files below `out` are left out: they are our own.
@@ -47,54 +69,30 @@ pub(super) async fn find(
     out: Option<&Path>,
     storage: &StorageConfig,
 ) -> Result<Vec<Input>, DataError> {
-    let mut inputs = Vec::new();
+    let (mut remote, mut scan) = (Vec::new(), Scan::default());
     for spec in specs {
-        let before = inputs.len();
-        match local_path(spec) {
-            Some(path) => find_local(spec, &path, out, &mut inputs)?,
-            None => find_remote(spec, storage, &mut inputs).await?,
-        }
-        if inputs.len() == before {
+        let found = match local_path(spec) {
+            Some(path) => scan.add(spec, &path, out)?,
+            None => {
+                let before = remote.len();
+                find_remote(spec, storage, &mut remote).await?;
+                remote.len() > before
+            }
+        };
+        if !found {
             return Err(DataError::Input { input: spec.clone(), reason: "matches no file".into() });
         }
     }
-    inputs.sort_by(|a, b| a.name.cmp(&b.name));
-    inputs.dedup_by(|a, b| a.name == b.name);
-    Ok(inputs)
-}
-
-fn find_local(spec: &str, path: &Path, out: Option<&Path>, inputs: &mut Vec<Input>) -> Result<(), DataError> {
-    let invalid = |reason: String| DataError::Input { input: spec.to_owned(), reason };
-    let text = path.to_str().ok_or_else(|| invalid("is not UTF-8".into()))?;
-    let pattern = if path.is_dir() {
-        format!("{}/**/*", glob::Pattern::escape(text.trim_end_matches('/')))
-    } else if is_glob(text) && !path.exists() {
-        text.to_owned()
-    } else {
-        glob::Pattern::escape(text)
+    remote.sort_by(|a: &Input, b| a.name.cmp(&b.name));
+    remote.dedup_by(|a, b| a.name == b.name);
+    let mut inputs = scan.finish();
+    inputs.append(&mut remote);
+    // Of two names that look the same the bytes decide.
+    let bytes = |input: &Input| {
+        if let Place::Local(path) = &input.place { path.clone().into_os_string() } else { OsString::new() }
     };
-    // A hidden file that is named in full is meant.
-    let options = glob::MatchOptions { require_literal_leading_dot: pattern.contains("**") || is_glob(text), ..MATCH };
-    let out = out.and_then(|path| path.canonicalize().ok());
-    for found in glob::glob_with(&pattern, options).map_err(|error| invalid(error.to_string()))? {
-        let path = found.map_err(|error| DataError::Io {
-            doing: "read",
-            path: error.path().to_owned(),
-            source: error.into(),
-        })?;
-        let metadata =
-            std::fs::metadata(&path).map_err(|source| DataError::Io { doing: "read", path: path.clone(), source })?;
-        if !metadata.is_file() {
-            continue;
-        }
-        if let (Some(out), Ok(real)) = (&out, path.canonicalize())
-            && real.starts_with(out)
-        {
-            continue;
-        }
-        inputs.push(Input { name: path.display().to_string(), bytes: metadata.len(), place: Place::Local(path) });
-    }
-    Ok(())
+    inputs.sort_by(|a, b| a.name.cmp(&b.name).then_with(|| bytes(a).cmp(&bytes(b))));
+    Ok(inputs)
 }
 
 async fn find_remote(spec: &str, storage: &StorageConfig, inputs: &mut Vec<Input>) -> Result<(), DataError> {
@@ -120,6 +118,7 @@ async fn find_remote(spec: &str, storage: &StorageConfig, inputs: &mut Vec<Input
                 name: format!("{base}/{}", object.key),
                 bytes: object.size,
                 place: Place::Remote { store: store.clone(), key: object.key },
+                named: false,
             });
         }
     }
@@ -131,7 +130,7 @@ async fn find_remote(spec: &str, storage: &StorageConfig, inputs: &mut Vec<Input
         let store = Store::open(folder, storage).map_err(failed)?;
         if let Ok(object) = store.head(key).await {
             let place = Place::Remote { store, key: key.to_owned() };
-            inputs.push(Input { name: base.to_owned(), bytes: object.size, place });
+            inputs.push(Input { name: base.to_owned(), bytes: object.size, place, named: true });
         }
     }
     Ok(())

@@ -17,14 +17,24 @@
 //!   ties by value, and documents are assigned to splits by a hash of their text.
 
 pub mod cache;
+mod columns;
+mod compressed;
 mod documents;
 mod encode;
 mod fetch;
+mod given;
 mod input;
+mod json;
+mod left_out;
 pub mod prepare;
+mod progress;
+mod records;
+mod remote;
 mod room;
 pub mod sampler;
+mod scan;
 pub mod shards;
+mod special;
 pub mod tokenizer;
 mod writer;
 

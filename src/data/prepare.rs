@@ -1,6 +1,6 @@
-//! `trainer data prepare`: text, JSON lines or Parquet into token shards.
+//! `trainer data prepare`: text, JSON records or Parquet into token shards.
 //!
-//! 1. Find the inputs.
+//! 1. Find the inputs; those in stores are fetched ahead of what reads them.
 //! 2. Train a tokenizer on an even, bounded sample of them, or load one.
 //! 3. Encode all documents on all cores, a few MiB at a time; give each to a split by a hash of its text; write shards
 //!    as they fill.
@@ -36,7 +36,8 @@ use tokio::runtime::Handle;
 use super::{
     DataError,
     encode::{Counts, Job},
-    input::{self, Input},
+    given::{self, Given},
+    input::{self, Input, Place},
     shards::{FORMAT, INDEX, Index, MAX_INDEX_BYTES, Split},
     tokenizer::MAX_SAMPLE_BYTES,
 };
@@ -46,11 +47,15 @@ use crate::{
     storage::{CreateOutcome, StorageError, Store},
 };
 
+pub use super::progress::{Phase, PrepareEvent};
+
 /// Where the tokenizer comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TokenizerSource {
-    /// A `tokenizer.json`.
+    /// A `tokenizer.json`, or a folder with one.
     File(PathBuf),
+    /// The same, in a store.
+    Uri(String),
     /// Trained on the inputs.
     Train {
         /// Entries of its vocabulary.
@@ -60,7 +65,7 @@ pub enum TokenizerSource {
 
 impl FromStr for TokenizerSource {
     type Err = String;
-    /// `train:VOCAB`, or the path of a `tokenizer.json`.
+    /// `train:VOCAB`, or path or URI of a `tokenizer.json` or its folder.
     fn from_str(text: &str) -> Result<Self, String> {
         match text.strip_prefix("train:") {
             Some(vocab) => vocab
@@ -68,6 +73,7 @@ impl FromStr for TokenizerSource {
                 .parse()
                 .map(|vocab| Self::Train { vocab })
                 .map_err(|_| format!("{vocab:?} is not a vocabulary size; write train:4096, for example")),
+            None if text.contains("://") => Ok(Self::Uri(text.to_owned())),
             None => Ok(Self::File(PathBuf::from(text))),
         }
     }
@@ -94,6 +100,10 @@ pub struct PrepareSettings {
     pub sample_bytes: Option<u64>,
     /// Replace a dataset that is there.
     pub overwrite: bool,
+    /// Go on without the inputs that can't be read, however many.
+    pub skip_unreadable: bool,
+    /// Go on without the records that can't be read.
+    pub skip_bad_records: bool,
     /// Encoding threads; 0: one a core.
     pub threads: usize,
     /// Limits towards the stores.
@@ -113,6 +123,8 @@ impl PrepareSettings {
             eos_token: None,
             sample_bytes: None,
             overwrite: false,
+            skip_unreadable: false,
+            skip_bad_records: false,
             threads: 0,
             storage: StorageConfig::plain(16, 8),
         }
@@ -144,52 +156,6 @@ impl PrepareSettings {
     }
 }
 
-/// What happens during a preparation.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-pub enum PrepareEvent {
-    /// The inputs are known.
-    Found {
-        /// Files.
-        files: u64,
-        /// Their bytes, as stored.
-        bytes: u64,
-    },
-    /// A tokenizer is being trained.
-    TokenizerTraining {
-        /// On so much text.
-        sample_bytes: u64,
-    },
-    /// The tokenizer is ready.
-    TokenizerReady {
-        /// Entries of its vocabulary.
-        vocab_size: u32,
-    },
-    /// So much is done.
-    Progress {
-        /// Bytes of finished input files, as stored.
-        input_bytes: u64,
-        /// Bytes of all input files.
-        input_bytes_total: u64,
-        /// Text encoded, bytes.
-        text_bytes: u64,
-        /// Tokens of both splits.
-        tokens: u64,
-    },
-    /// An input was left out.
-    Skipped {
-        /// Its path or URI.
-        input: String,
-        /// Why.
-        reason: String,
-    },
-    /// A person should know this.
-    Warning {
-        /// What.
-        message: String,
-    },
-}
-
 /// What was prepared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct PrepareSummary {
@@ -207,8 +173,12 @@ pub struct PrepareSummary {
     pub shards: u64,
     /// Documents that had any text; 0 if reused.
     pub documents: u64,
-    /// Inputs left out because they are not text; 0 if reused.
+    /// Inputs.
+    pub files: u64,
+    /// Inputs left out because they can't be read; 0 if reused.
     pub skipped: u64,
+    /// Records left out because they can't be read; 0 if reused.
+    pub bad_records: u64,
 }
 
 /// Prepares a dataset and returns what it holds. `progress` is called from other threads, several times a second.
@@ -237,13 +207,15 @@ pub(super) async fn prepare_into(
     let out = input::local_path(&settings.out);
     let inputs = input::find(&settings.inputs, out.as_deref(), &settings.storage).await?;
     progress(PrepareEvent::Found { files: inputs.len() as u64, bytes: inputs.iter().map(|input| input.bytes).sum() });
-    let recipe = recipe(&settings, &inputs)?;
+    let files = inputs.len() as u64;
+    let given = given::load(&settings.tokenizer, &settings.storage).await?;
+    let recipe = recipe(&settings, &inputs, given.as_ref());
     match store.get(INDEX, MAX_INDEX_BYTES).await {
         Ok(_) if settings.overwrite => store.delete(INDEX).await.map_err(|e| failed("delete the index of", e))?,
         Ok(bytes) => {
             let origin = format!("{}/{INDEX}", store.uri());
             return match Index::parse(&bytes, &origin) {
-                Ok(index) if index.recipe == recipe => Ok(summary(&index, store.uri(), true, Counts::default())),
+                Ok(index) if index.recipe == recipe => Ok(summary(&index, store.uri(), true, files, Counts::default())),
                 _ => Err(DataError::Exists { uri: store.uri() }),
             };
         }
@@ -255,6 +227,7 @@ pub(super) async fn prepare_into(
     let job = Job {
         settings,
         inputs,
+        given,
         store: store.clone(),
         runtime: Handle::current(),
         stop: stop.0.clone(),
@@ -267,7 +240,7 @@ pub(super) async fn prepare_into(
     store.put(TOKENIZER, tokenizer).await.map_err(|e| failed("write the tokenizer to", e))?;
     sweep(&store, &index).await?;
     match store.create(INDEX, index.to_bytes().into()).await.map_err(|e| failed("write the index to", e))? {
-        CreateOutcome::Created => Ok(summary(&index, store.uri(), false, counts)),
+        CreateOutcome::Created => Ok(summary(&index, store.uri(), false, files, counts)),
         CreateOutcome::Exists => Err(DataError::Exists { uri: store.uri() }),
     }
 }
@@ -286,7 +259,7 @@ async fn sweep(store: &Store, index: &Index) -> Result<(), DataError> {
     Ok(())
 }
 
-fn summary(index: &Index, uri: String, reused: bool, counts: Counts) -> PrepareSummary {
+fn summary(index: &Index, uri: String, reused: bool, files: u64, counts: Counts) -> PrepareSummary {
     PrepareSummary {
         uri,
         reused,
@@ -295,32 +268,30 @@ fn summary(index: &Index, uri: String, reused: bool, counts: Counts) -> PrepareS
         validation_tokens: index.tokens(Split::Validation),
         shards: (index.train.len() + index.validation.len()) as u64,
         documents: counts.documents,
+        files,
         skipped: counts.skipped,
+        bad_records: counts.bad_records,
     }
 }
 
 /// A checksum over everything that decides the output, as far as it can be known without reading the inputs. Inputs
 /// count by file name and size, so that a moved folder gives the same dataset.
-fn recipe(settings: &PrepareSettings, inputs: &[Input]) -> Result<String, DataError> {
-    let tokenizer = match &settings.tokenizer {
-        TokenizerSource::Train { vocab } => format!("train:{vocab} on {}", settings.sample_budget(*vocab)),
-        TokenizerSource::File(path) => {
-            let bytes = std::fs::read(path).map_err(|error| DataError::Tokenizer {
-                file: path.display().to_string(),
-                reason: format!("can't be read: {error}"),
-            })?;
-            format!("{:016x}", crc_fast::crc64_nvme(&bytes))
-        }
+fn recipe(settings: &PrepareSettings, inputs: &[Input], given: Option<&Given>) -> String {
+    let tokenizer = match (&settings.tokenizer, given) {
+        (TokenizerSource::Train { vocab }, _) => format!("train:{vocab} on {}", settings.sample_budget(*vocab)),
+        (_, given) => format!("{:016x}", crc_fast::crc64_nvme(given.map_or(&[], |given| &given.json))),
     };
     let mut text = format!(
         "format {FORMAT}\ntokenizer {tokenizer}\neos {:?}\nheld out {}\nshard {}\nfield {:?}\n",
         settings.eos_token, settings.validation_ratio, settings.shard_tokens, settings.text_field
     );
-    for input in inputs {
-        let name = input.name.rsplit('/').next().unwrap_or_default();
-        text.push_str(&format!("{} {name:?}\n", input.bytes));
+    if settings.skip_bad_records {
+        text.push_str("without bad records\n");
     }
-    Ok(format!("{:016x}", crc_fast::crc64_nvme(text.as_bytes())))
+    for input in inputs.iter().filter(|input| !matches!(input.place, Place::Unreadable(_))) {
+        text.push_str(&format!("{} {}\n", input.bytes, input.last_name()));
+    }
+    format!("{:016x}", crc_fast::crc64_nvme(text.as_bytes()))
 }
 
 /// Tells the threads that nobody waits for them any more.
@@ -542,7 +513,7 @@ mod tests {
         for (settings, said) in [
             (input("absent.txt"), "matches no file"),
             (input("empty.txt"), "no text in 1 files"),
-            (input("src/picture.png"), "1 of which were left out"),
+            (input("src/picture.png"), "1 of 1 file;"),
             (input("bad.jsonl"), "bad.jsonl:1"),
             (PrepareSettings { inputs: vec![], ..base.clone() }, "--input"),
             (PrepareSettings { validation_ratio: 0.6, ..base.clone() }, "--validation-ratio"),
@@ -595,6 +566,7 @@ mod tests {
         assert_eq!("train:4096".parse(), Ok(TokenizerSource::Train { vocab: 4096 }));
         assert_eq!("train:32_768".parse(), Ok(TokenizerSource::Train { vocab: 32_768 }));
         assert_eq!("a/tokenizer.json".parse(), Ok(TokenizerSource::File("a/tokenizer.json".into())));
+        assert_eq!("s3://bucket/model".parse(), Ok(TokenizerSource::Uri("s3://bucket/model".into())));
         assert!("train:many".parse::<TokenizerSource>().unwrap_err().contains("train:4096"));
     }
 }

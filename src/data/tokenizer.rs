@@ -17,14 +17,27 @@ use tokenizers::{
     pre_tokenizers::byte_level::ByteLevel,
 };
 
-use super::{DataError, shards::Index};
+use super::{
+    DataError, given,
+    shards::Index,
+    special::{Specials, Unfit},
+};
 
 /// The token between documents, in tokenizers trained here.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
 /// Looked for, in this order, in a tokenizer that was made elsewhere.
-const KNOWN_END_TOKENS: [&str; 8] =
-    [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "<|end▁of▁sentence|>", "[SEP]"];
+pub(super) const KNOWN_END_TOKENS: [&str; 8] = [
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    // DeepSeek's, with full-width bars and low blocks.
+    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+    "[SEP]",
+];
 
 /// The smallest vocabulary that can be trained: every byte and the end-of-text token.
 pub const MIN_VOCAB: u32 = 257;
@@ -33,12 +46,28 @@ pub const MAX_VOCAB: u32 = 1 << 20;
 /// The most text that a tokenizer is trained on, bytes: keeps the trainer's 32-bit counts from overflowing.
 pub const MAX_SAMPLE_BYTES: u64 = 512 << 20;
 
+/// The longest token that training makes, bytes of its stored form: a long word that repeats (base64, a line of dashes)
+/// would give tokens as long as itself.
+const MAX_TOKEN_BYTES: usize = 256;
+
 /// A `tokenizer.json` of any size in use is smaller.
-const MAX_FILE_BYTES: u64 = 256 << 20;
+pub(super) const MAX_FILE_BYTES: u64 = 256 << 20;
+
+/// Which token stands between documents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndToken<'a> {
+    /// A well-known one.
+    Known,
+    /// The one of this name.
+    Named(&'a str),
+    /// The first of these ids that the tokenizer has, else a well-known one.
+    OneOf(&'a [u32]),
+}
 
 /// A tokenizer ready to encode documents.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
+    specials: Specials,
     json: Vec<u8>,
     vocab_size: u32,
     eos_id: u32,
@@ -65,36 +94,41 @@ impl TextTokenizer {
             .show_progress(false)
             .vocab_size(vocab as usize)
             .min_frequency(2)
+            .max_token_length(Some(MAX_TOKEN_BYTES))
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
             .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
             .build();
         tokenizer.train(&mut trainer, sample).map_err(|error| failed(error.to_string()))?;
         let json = tokenizer.to_string(true).map_err(|error| failed(error.to_string()))?;
         // Loaded from its stored form, so that what encodes here is what anybody else will load.
-        Self::from_json(json.into_bytes(), &name, Some(END_OF_TEXT))
+        Self::from_json(json.into_bytes(), &name, EndToken::Named(END_OF_TEXT))
     }
 
     /// Loads a `tokenizer.json`. `end_token` names the token to put between documents; `None`: a well-known one.
     pub fn load(path: &Path, end_token: Option<&str>) -> Result<Self, DataError> {
-        let file = path.display().to_string();
-        let failed = |reason: String| DataError::Tokenizer { file: file.clone(), reason };
-        let length = std::fs::metadata(path).map_err(|error| failed(format!("can't be read: {error}")))?.len();
-        if length > MAX_FILE_BYTES {
-            return Err(failed(format!("has {length} bytes; a tokenizer.json has at most {MAX_FILE_BYTES}")));
-        }
-        let json = std::fs::read(path).map_err(|error| failed(format!("can't be read: {error}")))?;
-        Self::from_json(json, &file, end_token)
+        Self::load_with(path, end_token.map_or(EndToken::Known, EndToken::Named))
     }
 
-    fn from_json(json: Vec<u8>, file: &str, end_token: Option<&str>) -> Result<Self, DataError> {
+    /// Loads a `tokenizer.json`.
+    pub fn load_with(path: &Path, end_token: EndToken<'_>) -> Result<Self, DataError> {
+        Self::from_json(given::read(path)?, &path.display().to_string(), end_token)
+    }
+
+    pub(super) fn from_json(json: Vec<u8>, file: &str, end_token: EndToken<'_>) -> Result<Self, DataError> {
         let failed = |reason: String| DataError::Tokenizer { file: file.to_owned(), reason };
         let mut tokenizer = Tokenizer::from_bytes(&json)
             .map_err(|error| failed(format!("is not a tokenizer.json of Hugging Face tokenizers: {error}")))?;
         let eos_id = match end_token {
-            Some(token) => tokenizer.token_to_id(token).ok_or_else(|| failed(format!("has no token {token:?}")))?,
-            None => KNOWN_END_TOKENS.iter().find_map(|token| tokenizer.token_to_id(token)).ok_or_else(|| {
-                failed(format!("has none of the end-of-text tokens {KNOWN_END_TOKENS:?}; name it with --eos-token"))
-            })?,
+            EndToken::Named(token) => {
+                tokenizer.token_to_id(token).ok_or_else(|| failed(format!("has no token {token:?}")))?
+            }
+            EndToken::Known | EndToken::OneOf(_) => {
+                let ids = if let EndToken::OneOf(ids) = end_token { ids } else { &[] };
+                let given = ids.iter().copied().find(|&id| tokenizer.id_to_token(id).is_some());
+                given.or_else(|| known_end(&tokenizer)).ok_or_else(|| {
+                    failed(format!("has none of the end-of-text tokens {KNOWN_END_TOKENS:?}; name it with --eos-token"))
+                })?
+            }
         };
         // Ids may have gaps: the largest one counts, not how many there are.
         let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
@@ -103,16 +137,32 @@ impl TextTokenizer {
         tokenizer.set_encode_special_tokens(true);
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|error| failed(error.to_string()))?;
-        Ok(Self { tokenizer, json, vocab_size, eos_id })
+        let specials = Specials::of(&mut tokenizer, &json, eos_id).map_err(failed)?;
+        Ok(Self { tokenizer, specials, json, vocab_size, eos_id })
     }
 
     /// Ids of `text`, without any special token.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
-        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| DataError::Tokenizer {
-            file: crate::layout::TOKENIZER.into(),
-            reason: error.to_string(),
-        })?;
-        Ok(encoding.get_ids().to_vec())
+        self.encode_text(text).map_err(|unfit| {
+            let reason = match unfit {
+                Unfit::Special { token, at } => {
+                    format!("the text spells {token:?} at byte {at}, a special token that has no other form")
+                }
+                Unfit::Refused(reason) => reason,
+            };
+            DataError::Tokenizer { file: crate::layout::TOKENIZER.into(), reason }
+        })
+    }
+
+    /// [`Self::encode`] for whoever knows where the text comes from.
+    pub(super) fn encode_text(&self, text: &str) -> Result<Vec<u32>, Unfit> {
+        self.specials.encode(&self.tokenizer, text)
+    }
+
+    /// The id of a token.
+    #[cfg(test)]
+    pub(super) fn id_of(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
     }
 
     /// The text of `ids`.
@@ -136,6 +186,13 @@ impl TextTokenizer {
     pub fn json(&self) -> &[u8] {
         &self.json
     }
+}
+
+/// The well-known end token of a tokenizer: one that it calls special, else any.
+fn known_end(tokenizer: &Tokenizer) -> Option<u32> {
+    let added = tokenizer.get_added_tokens_decoder();
+    let known = || KNOWN_END_TOKENS.iter().filter_map(|token| tokenizer.token_to_id(token));
+    known().find(|id| added.get(id).is_some_and(|token| token.special)).or_else(|| known().next())
 }
 
 /// Refuses a model with fewer embeddings than the data has token ids; more are fine (vocabularies are often padded).
@@ -243,6 +300,48 @@ mod tests {
         }
         // Little text gives a small vocabulary, not an error.
         assert_eq!(TextTokenizer::train(5000, ["a"].into_iter()).unwrap().vocab_size(), MIN_VOCAB);
+    }
+
+    #[test]
+    fn a_long_word_that_repeats_gives_no_token_as_long_as_itself() {
+        let mut state = 7_u64;
+        let word: String = (0..3000)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                char::from(b'a' + (state >> 33) as u8 % 26)
+            })
+            .collect();
+        let texts = vec![format!("{word} {word} {word}")];
+        let tokenizer = train(6000, &texts);
+        let json: serde_json::Value = serde_json::from_slice(tokenizer.json()).unwrap();
+        let longest = json["model"]["vocab"].as_object().unwrap().keys().map(String::len).max().unwrap();
+        assert!((20..=MAX_TOKEN_BYTES).contains(&longest), "the longest token has {longest} bytes");
+        assert_eq!(tokenizer.decode(&tokenizer.encode(&texts[0]).unwrap()).unwrap(), texts[0]);
+    }
+
+    #[test]
+    fn the_well_known_end_token_is_one_that_the_tokenizer_calls_special() {
+        let word_level = |added: &[(&str, bool)]| {
+            let added: Vec<serde_json::Value> = added
+                .iter()
+                .enumerate()
+                .map(|(id, (content, special))| {
+                    serde_json::json!({
+                        "id": id, "content": content, "special": special, "single_word": false, "lstrip": false,
+                        "rstrip": false, "normalized": false,
+                    })
+                })
+                .collect();
+            let model = serde_json::json!({ "type": "WordLevel", "unk_token": "?", "vocab": {} });
+            let json = serde_json::json!({ "version": "1.0", "added_tokens": added, "model": model });
+            let tokenizer = TextTokenizer::from_json(json.to_string().into_bytes(), "t", EndToken::Known).unwrap();
+            tokenizer.decode(&[tokenizer.eos_id()]).unwrap()
+        };
+        // Some vocabularies hold tags of HTML.
+        assert_eq!(word_level(&[("</s>", false), ("<eos>", true)]), "<eos>");
+        assert_eq!(word_level(&[("</s>", false), ("<b>", true)]), "</s>");
+        let deep_seek = "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>";
+        assert_eq!(word_level(&[(deep_seek, true)]), deep_seek);
     }
 
     #[test]

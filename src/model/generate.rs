@@ -9,7 +9,7 @@ use tch::Tensor;
 use super::{Doing, Model, ModelError, random::SplitMix64};
 
 /// How to sample.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GenerateSettings {
     /// The most tokens to add.
     pub max_new_tokens: u32,
@@ -17,8 +17,8 @@ pub struct GenerateSettings {
     pub temperature: f64,
     /// Seed of the choices.
     pub seed: u64,
-    /// Ends the text; it is not returned.
-    pub stop: Option<u32>,
+    /// Each of these ends the text; it is not returned.
+    pub stop: Vec<u32>,
 }
 
 /// The tokens that follow `prompt`, which has at least one; each is given to `heard` as soon as it is known.
@@ -55,7 +55,7 @@ pub fn generate(
             what: "model",
             reason: "gives scores that are not numbers; its weights are damaged or training diverged".into(),
         })?;
-        if Some(token) == settings.stop {
+        if settings.stop.contains(&token) {
             break;
         }
         heard(token);
@@ -109,7 +109,8 @@ mod tests {
         build(ModelKind::Llama, &config, &settings).unwrap()
     }
 
-    const GREEDY: GenerateSettings = GenerateSettings { max_new_tokens: 12, temperature: 0.0, seed: 1, stop: None };
+    const GREEDY: GenerateSettings =
+        GenerateSettings { max_new_tokens: 12, temperature: 0.0, seed: 1, stop: Vec::new() };
 
     #[test]
     fn greedy_text_is_the_most_likely_one_even_beyond_the_longest_sequence() {
@@ -127,7 +128,8 @@ mod tests {
         // Before a token that has not come yet, the text ends there.
         let stop = *text.iter().find(|token| **token != text[0]).unwrap();
         let cut = text.iter().position(|token| *token == stop).unwrap();
-        let stopped = generate(&*model, &[3, 1, 4], &GenerateSettings { stop: Some(stop), ..GREEDY }, |_| {}).unwrap();
+        let stopped =
+            generate(&*model, &[3, 1, 4], &GenerateSettings { stop: vec![99_999, stop], ..GREEDY }, |_| {}).unwrap();
         assert_eq!(stopped, text[..cut]);
     }
 

@@ -1,0 +1,379 @@
+//! Local files that a path, a folder or a glob names.
+//!
+//! Names are bytes: one that is not UTF-8 is matched and shown with its odd bytes replaced, and opened as it is. Links
+//! are followed, but none to a folder that lies above it or was walked already; so loops end, and a file that several
+//! names lead to (the hub's cache keeps `snapshots/…` as links to `blobs/…`) is taken once. Of its names the one that
+//! tells what it holds is kept.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    fs::{FileType, Metadata},
+    io,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{FileTypeExt, MetadataExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use super::{
+    DataError,
+    compressed::ending,
+    input::{Input, MATCH, Place, is_glob},
+};
+
+/// Device and inode.
+type Inode = (u64, u64);
+
+/// One step of a pattern.
+enum Part {
+    Literal(OsString),
+    Glob(glob::Pattern),
+    /// `**`
+    Folders,
+}
+
+/// Collects files; each once.
+#[derive(Default)]
+pub(super) struct Scan {
+    found: Vec<(Input, bool)>,
+    /// Place in `found` of a file.
+    files: BTreeMap<(Inode, u64), usize>,
+    /// Folders walked for the pattern that is being expanded, with the parts of it that were left.
+    walked: BTreeSet<(usize, Inode)>,
+    /// Folders above the ones that are walked.
+    above: BTreeSet<Inode>,
+    /// Links to folders, with the parts of the pattern that are left: walked when all real folders are.
+    links: Vec<(PathBuf, usize)>,
+}
+
+impl Scan {
+    /// Adds what `spec`, whose path is `path`, names; answers whether it names anything. Files below `out` are our own.
+    pub(super) fn add(&mut self, spec: &str, path: &Path, out: Option<&Path>) -> Result<bool, DataError> {
+        let invalid = |reason: String| DataError::Input { input: spec.to_owned(), reason };
+        let text = path.to_str().ok_or_else(|| invalid("is not UTF-8".into()))?;
+        let out = out.and_then(|path| path.canonicalize().ok());
+        let mut parts = Vec::new();
+        if path.is_dir() {
+            parts.extend(literals(text));
+            parts.push(Part::Folders);
+            parts.push(any()?);
+        } else if is_glob(text) && std::fs::symlink_metadata(path).is_err() {
+            for part in text.split('/').filter(|part| !part.is_empty()) {
+                parts.push(match part {
+                    "**" => Part::Folders,
+                    _ if is_glob(part) => {
+                        Part::Glob(glob::Pattern::new(part).map_err(|error| invalid(error.to_string()))?)
+                    }
+                    _ => Part::Literal(part.into()),
+                });
+            }
+            if matches!(parts.last(), Some(Part::Folders)) {
+                parts.push(any()?);
+            }
+        } else {
+            let before = self.found.len();
+            return Ok(self.file(path.to_owned(), out.as_deref(), true)? || self.found.len() > before);
+        }
+        // As the names always were: without a leading "./".
+        let leading = parts.iter().take_while(|part| matches!(part, Part::Literal(name) if name == ".")).count();
+        parts.drain(..leading);
+        let root = PathBuf::from(if text.starts_with('/') { "/" } else { "" });
+        self.walked.clear();
+        self.above.clear();
+        self.links.clear();
+        let mut any = self.expand(&root, &parts, out.as_deref())?;
+        let mut next = 0;
+        while let Some((folder, left)) = self.links.get(next).cloned() {
+            next += 1;
+            any |= self.begin(&folder, &parts[parts.len() - left..], out.as_deref())?;
+        }
+        Ok(any)
+    }
+
+    /// What was found.
+    pub(super) fn finish(self) -> Vec<Input> {
+        self.found.into_iter().map(|(input, _)| input).collect()
+    }
+
+    fn expand(&mut self, folder: &Path, parts: &[Part], out: Option<&Path>) -> Result<bool, DataError> {
+        let Some((part, rest)) = parts.split_first() else { return self.file(folder.to_owned(), out, false) };
+        match part {
+            Part::Literal(name) => {
+                let next = folder.join(name);
+                if std::fs::symlink_metadata(&next).is_err() {
+                    return Ok(false);
+                }
+                self.expand(&next, rest, out)
+            }
+            Part::Glob(pattern) => {
+                let mut any = false;
+                for (name, _) in entries(folder)? {
+                    if pattern.matches_with(&name.to_string_lossy(), MATCH) {
+                        any |= self.expand(&folder.join(name), rest, out)?;
+                    }
+                }
+                Ok(any)
+            }
+            Part::Folders => self.begin(folder, parts, out),
+        }
+    }
+
+    /// Walks a folder that isn't below one that is walked.
+    fn begin(&mut self, folder: &Path, parts: &[Part], out: Option<&Path>) -> Result<bool, DataError> {
+        let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        if let Ok(real) = here.canonicalize() {
+            let above = real.ancestors().skip(1).filter_map(|folder| std::fs::metadata(folder).ok());
+            self.above.extend(above.map(|metadata| (metadata.dev(), metadata.ino())));
+        }
+        self.walk(folder, parts, out)
+    }
+
+    /// Expands what follows `**` in `folder` and all folders below it.
+    fn walk(&mut self, folder: &Path, parts: &[Part], out: Option<&Path>) -> Result<bool, DataError> {
+        let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let Ok(metadata) = std::fs::metadata(here) else { return Ok(false) };
+        let inode = (metadata.dev(), metadata.ino());
+        if !metadata.is_dir() || self.above.contains(&inode) || !self.walked.insert((parts.len(), inode)) {
+            return Ok(false);
+        }
+        let mut any = self.expand(folder, &parts[1..], out)?;
+        for (name, kind) in entries(folder)? {
+            if name.as_bytes().starts_with(b".") {
+                continue;
+            }
+            let next = folder.join(name);
+            if kind.is_symlink() && next.is_dir() {
+                self.links.push((next, parts.len()));
+            } else if kind.is_dir() {
+                any |= self.walk(&next, parts, out)?;
+            }
+        }
+        Ok(any)
+    }
+
+    /// Adds a file, if it is one; answers whether it was there.
+    fn file(&mut self, path: PathBuf, out: Option<&Path>, named: bool) -> Result<bool, DataError> {
+        let name = path.to_string_lossy().into_owned();
+        let (place, bytes, inode) = match std::fs::metadata(&path) {
+            Ok(metadata) if metadata.is_dir() => return Ok(false),
+            Ok(metadata) if metadata.is_file() => {
+                let inode = (metadata.ino() != 0).then(|| (metadata.dev(), metadata.ino()));
+                (Place::Local(path.clone()), metadata.len(), inode)
+            }
+            Ok(metadata) => (Place::Unreadable(special(&metadata).into()), 0, None),
+            Err(error) => match bad_link(&path, &error) {
+                Some(reason) => (Place::Unreadable(reason.into()), 0, None),
+                None if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+                None => return Err(DataError::Io { doing: "read", path, source: error }),
+            },
+        };
+        if let (Some(out), Ok(real)) = (out, path.canonicalize())
+            && real.starts_with(out)
+        {
+            return Ok(false);
+        }
+        let link = std::fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink());
+        let input = Input { name, bytes, place, named };
+        // Some file systems give one number to all files: the size must agree, too.
+        let Some(place) = inode.and_then(|inode| self.files.get(&(inode, bytes)).copied()) else {
+            if let Some(inode) = inode {
+                self.files.insert((inode, bytes), self.found.len());
+            }
+            self.found.push((input, link));
+            return Ok(true);
+        };
+        let rank = |name: &str, link: bool| (ending(name).len() > 8 || ending(name) == name, link);
+        if let Some((kept, kept_link)) = self.found.get_mut(place) {
+            let named = named || kept.named;
+            if (rank(&input.name, link), &input.name) < (rank(&kept.name, *kept_link), &kept.name) {
+                (*kept, *kept_link) = (input, link);
+            }
+            kept.named = named;
+        }
+        Ok(true)
+    }
+}
+
+fn any() -> Result<Part, DataError> {
+    let pattern =
+        glob::Pattern::new("*").map_err(|error| DataError::Input { input: "*".into(), reason: error.to_string() })?;
+    Ok(Part::Glob(pattern))
+}
+
+fn literals(path: &str) -> impl Iterator<Item = Part> {
+    path.split('/').filter(|part| !part.is_empty()).map(|part| Part::Literal(part.into()))
+}
+
+/// Names in a folder, sorted, and what each is; none of what is no folder.
+fn entries(folder: &Path) -> Result<Vec<(OsString, FileType)>, DataError> {
+    let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let failed = |source| DataError::Io { doing: "read", path: here.to_owned(), source };
+    let entries = match std::fs::read_dir(here) {
+        Ok(entries) => entries,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotADirectory | io::ErrorKind::NotFound) => {
+            return Ok(Vec::new());
+        }
+        Err(error) if is_loop(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(failed(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(failed)?;
+        names.push((entry.file_name(), entry.file_type().map_err(failed)?));
+    }
+    names.sort_by(|(one, _), (other, _)| one.cmp(other));
+    Ok(names)
+}
+
+fn is_loop(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error())
+}
+
+/// What is wrong with a link that leads to no file.
+fn bad_link(path: &Path, error: &io::Error) -> Option<&'static str> {
+    if is_loop(error) {
+        return Some("is a link that leads back to itself");
+    }
+    let link = std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink());
+    (link && error.kind() == io::ErrorKind::NotFound).then_some("is a link to something that is not there")
+}
+
+/// What a file is that has no end, or no bytes of its own.
+fn special(metadata: &Metadata) -> &'static str {
+    let kind = metadata.file_type();
+    if kind.is_fifo() {
+        "is a pipe, which can be read once only; write it to a file first"
+    } else if kind.is_socket() {
+        "is a socket, not a file"
+    } else {
+        "is a device, not a file"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{ffi::OsStr, os::unix::fs::symlink};
+
+    use super::*;
+
+    fn write(dir: &Path, name: impl AsRef<OsStr>, body: &str) {
+        let path = dir.join(Path::new(name.as_ref()));
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, body).unwrap();
+    }
+
+    fn scan(dir: &Path, specs: &[&str]) -> Vec<Input> {
+        let mut scan = Scan::default();
+        for spec in specs {
+            scan.add(spec, &dir.join(spec), None).unwrap();
+        }
+        let mut found = scan.finish();
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        found
+    }
+
+    fn names(dir: &Path, specs: &[&str]) -> Vec<String> {
+        let short = |input: Input| input.name.strip_prefix(dir.to_str().unwrap()).unwrap()[1..].to_owned();
+        scan(dir, specs).into_iter().map(short).collect()
+    }
+
+    #[test]
+    fn names_are_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let odd = OsStr::from_bytes(b"caf\xe9/na\xefve.txt");
+        write(dir.path(), odd, "one");
+        write(dir.path(), OsStr::from_bytes(b"caf\xea/na\xefve.txt"), "two");
+        for spec in ["", "**/*.txt", "caf*/*", "caf?/na?ve.txt", "**"] {
+            let found = scan(dir.path(), &[spec]);
+            assert_eq!(found.len(), 2, "{spec}");
+            let Place::Local(path) = &found[0].place else { panic!() };
+            assert!(path.is_file() && path.ends_with(odd), "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn links_are_followed_once_and_never_upwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        write(root, "in/a/one.txt", "1");
+        write(root, "in/b/two.txt", "2");
+        write(root, "in/b/deep/three.txt", "3");
+        write(root, "outside.txt", "x");
+        write(root, "elsewhere/four.txt", "4");
+        for (to, at) in [
+            ("..", "in/up"),
+            ("../..", "in/b/upper"),
+            ("../b", "in/a/b"),
+            ("../a", "in/b/a"),
+            (".", "in/here"),
+            ("self", "in/self"),
+            ("../elsewhere", "in/else"),
+            ("..", "elsewhere/back"),
+            ("gone", "in/gone.txt"),
+            ("a/one.txt", "in/also-one.txt"),
+        ] {
+            symlink(to, root.join(at)).unwrap();
+        }
+        std::fs::hard_link(root.join("in/b/two.txt"), root.join("in/zwei.txt")).unwrap();
+        for spec in ["in", "in/**/*", "in/**"] {
+            let found = scan(root, &[spec]);
+            let readable: Vec<&str> = found
+                .iter()
+                .filter(|input| matches!(input.place, Place::Local(_)))
+                .map(|input| input.name.strip_prefix(root.to_str().unwrap()).unwrap())
+                .collect();
+            assert_eq!(
+                readable,
+                ["/in/a/one.txt", "/in/b/deep/three.txt", "/in/b/two.txt", "/in/else/four.txt"],
+                "{spec}"
+            );
+            let reasons: Vec<&str> = found
+                .iter()
+                .filter_map(
+                    |input| if let Place::Unreadable(reason) = &input.place { Some(reason.as_str()) } else { None },
+                )
+                .collect();
+            assert!(
+                reasons.len() == 2 && reasons[0].contains("not there") && reasons[1].contains("itself"),
+                "{reasons:?}"
+            );
+        }
+        // Without ** a link is just a name.
+        assert_eq!(names(root, &["in/up/*.txt"]), ["in/up/outside.txt"]);
+    }
+
+    #[test]
+    fn a_file_in_the_cache_of_the_hub_is_known_by_the_name_that_tells_what_it_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path();
+        write(root, "models/blobs/0123456789abcdef0123456789abcdef01234567", "{}");
+        std::fs::create_dir_all(root.join("models/snapshots/main/data")).unwrap();
+        let to = "../../../blobs/0123456789abcdef0123456789abcdef01234567";
+        symlink(to, root.join("models/snapshots/main/data/train.jsonl")).unwrap();
+        assert_eq!(names(root, &["models"]), ["models/snapshots/main/data/train.jsonl"]);
+        assert_eq!(names(root, &["models/blobs", "models/snapshots"]), ["models/snapshots/main/data/train.jsonl"]);
+    }
+
+    #[test]
+    fn what_is_no_file_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("a.sock")).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            dir.path().join("pipe"),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+            0,
+        )
+        .unwrap();
+        let found = scan(dir.path(), &[""]);
+        let reason = |at: usize| match &found[at].place {
+            Place::Unreadable(reason) => reason.clone(),
+            other => panic!("{other:?}"),
+        };
+        assert!(found.len() == 2 && reason(0).contains("socket") && reason(1).contains("pipe"));
+        assert!(scan(dir.path(), &["pipe"])[0].named);
+    }
+}

@@ -1,0 +1,379 @@
+//! Text never becomes a special token.
+//!
+//! A tokenizer's special tokens mark what no text may claim: where a document ends, where one begins, padding. The
+//! library can be told not to look for those that are *added* to the model; yet a model may hold them in its own
+//! vocabulary, where text that spells one would reach it: Unigram and WordPiece by their look-up, BPE by merges that
+//! lead there. Here these ways are closed in the model that encodes, so that such text comes out as its pieces; and
+//! whatever comes out is held against the list once more. The stored tokenizer stays as it is.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+use tokenizers::{AddedToken, ModelWrapper, Tokenizer};
+
+use super::tokenizer::KNOWN_END_TOKENS;
+
+/// Special by their names, wherever they stand.
+const KNOWN: [&str; 16] = [
+    "<s>", "</s>", "<unk>", "<pad>", "<mask>", "<bos>", "<eos>", "<cls>", "<sep>", "[UNK]", "[CLS]", "[SEP]", "[PAD]",
+    "[MASK]", "[BOS]", "[EOS]",
+];
+
+/// A token that marks something, by its name alone.
+fn is_mark(token: &str) -> bool {
+    let between = |open: &str, close: &str| {
+        token.strip_prefix(open).and_then(|rest| rest.strip_suffix(close)).is_some_and(|name| !name.is_empty())
+    };
+    KNOWN.contains(&token)
+        || KNOWN_END_TOKENS.contains(&token)
+        || between("<|", "|>")
+        || between("<\u{ff5c}", "\u{ff5c}>")
+}
+
+/// The special tokens of one tokenizer, and the model that doesn't give them.
+pub(super) struct Specials {
+    /// Ids that no text may give, and their names.
+    ids: BTreeMap<u32, String>,
+    /// Given for what the model does not know, which any text may hold.
+    unknown: Option<u32>,
+    /// The tokenizer with the ways to special tokens closed; `None`: it had none.
+    closed: Option<Box<Tokenizer>>,
+}
+
+/// Why a text has no ids.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Unfit {
+    /// It would give a special token.
+    Special {
+        token: String,
+        /// Byte of the text at which it would stand.
+        at: usize,
+    },
+    /// The tokenizer refused.
+    Refused(String),
+}
+
+impl Specials {
+    /// Finds the special tokens of `tokenizer`, which was read from `json`, and closes the ways to them. Added tokens
+    /// that only look special, or are the end token, become special ones.
+    pub(super) fn of(tokenizer: &mut Tokenizer, json: &[u8], end: u32) -> Result<Self, String> {
+        let stored: Value = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+        let model = stored.get("model").unwrap_or(&Value::Null);
+        let added: BTreeMap<u32, AddedToken> = tokenizer.get_added_tokens_decoder().into_iter().collect();
+        let vocabulary = tokenizer.get_vocab(false);
+        let unknown = match (model.get("unk_token"), model.get("unk_id")) {
+            (Some(Value::String(token)), _) => vocabulary.get(token).copied(),
+            (_, Some(id)) => id.as_u64().and_then(|id| u32::try_from(id).ok()),
+            _ => None,
+        };
+
+        let mut ids = BTreeMap::new();
+        let mut made_special = Vec::new();
+        for (&id, token) in &added {
+            // A tag of HTML may be an ordinary word.
+            let mark = is_mark(&token.content) && !matches!(token.content.as_str(), "<s>" | "</s>");
+            // One character is text, whatever it is called.
+            if id == end || mark || token.special && token.content.trim().chars().count() > 1 {
+                ids.insert(id, token.content.clone());
+                if !token.special {
+                    made_special.push(AddedToken::from(token.content.clone(), true));
+                }
+            }
+        }
+        tokenizer.add_special_tokens(&made_special);
+        let mut framing = BTreeSet::new();
+        framing_ids(stored.get("post_processor").unwrap_or(&Value::Null), &mut framing);
+        for (token, &id) in &vocabulary {
+            if !added.contains_key(&id) && (is_mark(token) || framing.contains(&id)) {
+                ids.insert(id, token.clone());
+            }
+        }
+        // An end token that is a word like any other can't be closed: text that holds it is refused.
+        let is_word =
+            |id: u32, name: &str| id == end && !is_mark(name) && !added.get(&id).is_some_and(|token| token.special);
+        let mut names: BTreeSet<String> =
+            ids.iter().filter(|(id, name)| !is_word(**id, name)).map(|(_, name)| name.clone()).collect();
+        for id in unknown.into_iter().chain([end]) {
+            ids.entry(id).or_insert_with(|| tokenizer.id_to_token(id).unwrap_or_default());
+        }
+        let unknown = unknown.filter(|&id| id != end);
+        names.extend(unknown.and_then(|id| ids.get(&id)).cloned());
+        let closed = match close(model, &names) {
+            None => None,
+            Some(model) => {
+                let model: ModelWrapper = serde_json::from_value(model).map_err(|error| error.to_string())?;
+                let mut closed = tokenizer.clone();
+                closed.with_model(model);
+                Some(Box::new(closed))
+            }
+        };
+        Ok(Self { ids, unknown, closed })
+    }
+
+    /// Ids of `text`, none of them special, except for what the tokenizer does not know.
+    pub(super) fn encode(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Unfit> {
+        let refused = |error: tokenizers::Error| Unfit::Refused(error.to_string());
+        let tokenizer = self.closed.as_deref().unwrap_or(tokenizer);
+        let ids = tokenizer.encode_fast(text, false).map_err(refused)?.get_ids().to_vec();
+        let forged = |id: &u32| Some(*id) != self.unknown && self.ids.contains_key(id);
+        let spelt = self.unknown.is_some_and(|unknown| ids.contains(&unknown))
+            && self.ids.values().any(|name| !name.is_empty() && text.contains(name.as_str()));
+        if !spelt && !ids.iter().any(forged) {
+            return Ok(ids);
+        }
+        // Again, with the places.
+        let encoding = tokenizer.encode(text, false).map_err(refused)?;
+        for (id, &(start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
+            let here = text.get(start..end).unwrap_or_default().trim();
+            let unknown_mark = Some(*id) == self.unknown && self.ids.values().any(|name| name == here);
+            if forged(id) || unknown_mark {
+                let token = if unknown_mark { here.to_owned() } else { self.ids[id].clone() };
+                return Err(Unfit::Special { token, at: start });
+            }
+        }
+        Ok(ids)
+    }
+}
+
+/// Ids that a post-processor puts around texts.
+fn framing_ids(processor: &Value, ids: &mut BTreeSet<u32>) {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    for pair in ["sep", "cls"] {
+        ids.extend(processor.get(pair).and_then(|pair| pair.get(1)).and_then(id));
+    }
+    for token in processor.get("special_tokens").and_then(Value::as_object).into_iter().flat_map(|all| all.values()) {
+        ids.extend(token.get("ids").and_then(Value::as_array).into_iter().flatten().filter_map(id));
+    }
+    for inner in processor.get("processors").and_then(Value::as_array).into_iter().flatten() {
+        framing_ids(inner, ids);
+    }
+}
+
+/// `model` without its ways to the tokens `names`; `None` if it has none, or no other form for them.
+fn close(model: &Value, names: &BTreeSet<String>) -> Option<Value> {
+    // No text has it: these characters are not for interchange, and the check of what comes out stands behind.
+    let nowhere = |number: usize| format!("\u{fdd0}special token {number}\u{fdd1}");
+    let mut closed = model.clone();
+    let mut found = false;
+    match model.get("vocab")? {
+        // Unigram: a list, in which the place is the id.
+        Value::Array(pieces) => {
+            for (number, piece) in pieces.iter().enumerate() {
+                if piece.get(0).and_then(Value::as_str).is_some_and(|name| names.contains(name)) {
+                    *closed.get_mut("vocab")?.get_mut(number)?.get_mut(0)? = nowhere(number).into();
+                    found = true;
+                }
+            }
+        }
+        Value::Object(entries) => {
+            let merges = model.get("merges").and_then(Value::as_array);
+            let prefix = model.get("continuing_subword_prefix").and_then(Value::as_str);
+            if let Some(merges) = merges {
+                let prefix = prefix.unwrap_or_default();
+                let kept: Vec<Value> = merges.iter().filter(|merge| !meets(merge, prefix, names)).cloned().collect();
+                found = kept.len() < merges.len();
+                *closed.get_mut("merges")? = kept.into();
+            } else if prefix.is_none() {
+                // A word-level model knows no pieces: text that spells a mark is refused.
+                return None;
+            }
+            if merges.is_none() || model.get("ignore_merges").and_then(Value::as_bool) == Some(true) {
+                for (number, name) in names.iter().enumerate().filter(|(_, name)| entries.contains_key(*name)) {
+                    let vocabulary = closed.get_mut("vocab")?.as_object_mut()?;
+                    let id = vocabulary.remove(name)?;
+                    vocabulary.insert(nowhere(number), id);
+                    if model.get("unk_token").and_then(Value::as_str) == Some(name) {
+                        *closed.get_mut("unk_token")? = nowhere(number).into();
+                    }
+                    found = true;
+                }
+            }
+        }
+        _ => {}
+    }
+    found.then_some(closed)
+}
+
+/// A merge that makes one of `names`, or is made of one.
+fn meets(merge: &Value, prefix: &str, names: &BTreeSet<String>) -> bool {
+    let parts = match merge {
+        Value::String(text) => text.split_once(' '),
+        Value::Array(pair) => pair.first().and_then(Value::as_str).zip(pair.get(1).and_then(Value::as_str)),
+        _ => None,
+    };
+    parts.is_some_and(|(left, right)| {
+        let whole = format!("{left}{}", right.strip_prefix(prefix).unwrap_or(right));
+        [left, right, &whole].into_iter().any(|token| names.contains(token))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::data::tokenizer::{EndToken, TextTokenizer};
+
+    fn tokenizer(model: Value, added: Value, pre_tokenizer: Value) -> TextTokenizer {
+        let json = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
+            "pre_tokenizer": pre_tokenizer, "post_processor": null, "decoder": null, "model": model,
+        });
+        TextTokenizer::from_json(json.to_string().into_bytes(), "tokenizer.json", EndToken::Known).unwrap()
+    }
+
+    fn added(id: u32, content: &str, special: bool) -> Value {
+        json!({
+            "id": id, "content": content, "special": special, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false,
+        })
+    }
+
+    fn split() -> Value {
+        json!({ "type": "WhitespaceSplit" })
+    }
+
+    /// Every character of the texts below as a piece of its own, after `first`.
+    fn letters(first: &[&str]) -> Vec<String> {
+        let mut all: Vec<String> = first.iter().map(|name| (*name).to_owned()).collect();
+        all.extend("<>/|sapdunkeoft[]SEPUNK \u{ff5c}x".chars().map(String::from));
+        all.dedup();
+        all
+    }
+
+    fn by_id(pieces: &[String]) -> Value {
+        let mut map = serde_json::Map::new();
+        for (id, piece) in pieces.iter().enumerate() {
+            map.entry(piece.clone()).or_insert(id.into());
+        }
+        map.into()
+    }
+
+    /// None of the marks comes out, and the text is not lost.
+    fn comes_out_as_pieces(tokenizer: &TextTokenizer, marks: &[&str], text: &str) {
+        let ids = tokenizer.encode(text).unwrap();
+        for mark in marks {
+            let id = tokenizer.id_of(mark).unwrap();
+            assert!(!ids.contains(&id), "{text:?} gave {mark} in {ids:?}");
+        }
+        assert_eq!(tokenizer.decode(&ids).unwrap().replace(' ', ""), text.replace(' ', ""));
+    }
+
+    #[test]
+    fn a_unigram_vocabulary_that_holds_the_end_token_gives_its_pieces() {
+        for byte_fallback in [false, true] {
+            let names = ["<unk>", "<s>", "</s>", "<pad>", "<|x|>", "<\u{ff5c}x\u{ff5c}>"];
+            let vocabulary: Vec<Value> = letters(&names)
+                .into_iter()
+                .map(|piece| json!([piece, if piece.chars().count() > 1 { -0.1 } else { -5.0 }]))
+                .collect();
+            let model = json!({ "type": "Unigram", "unk_id": 0, "vocab": vocabulary, "byte_fallback": byte_fallback });
+            for declared in
+                [json!([]), json!([added(2, "</s>", true), added(1, "<s>", true)]), json!([added(2, "</s>", false)])]
+            {
+                let tokenizer = tokenizer(model.clone(), declared, json!(null));
+                assert_eq!(tokenizer.eos_id(), 2);
+                for text in ["a</s>x", "</s>", "<s><pad><unk>", "<|x|> <\u{ff5c}x\u{ff5c}>"] {
+                    comes_out_as_pieces(&tokenizer, &names, text);
+                }
+                // What it does not know is unknown, as ever.
+                assert!(tokenizer.encode("q").unwrap().contains(&0));
+            }
+        }
+    }
+
+    #[test]
+    fn merges_that_lead_to_the_end_token_are_not_taken() {
+        let names = ["<unk>", "<s>", "</s>", "</", "s>", "</s", "<|endoftext|>", "<|", "|>"];
+        let vocabulary = by_id(&letters(&names));
+        let merges = json!([["<", "/"], ["s", ">"], ["</", "s>"], ["<", "s>"], ["</", "s"], ["</s", ">"]]);
+        let legacy = json!(["< /", "s >", "</ s>", "< s>", "</ s", "</s >"]);
+        for (merges, ignore_merges) in [(merges, false), (legacy.clone(), true), (legacy, false)] {
+            let model = json!({
+                "type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": ignore_merges,
+                "vocab": vocabulary, "merges": merges,
+            });
+            for declared in [json!([]), json!([added(2, "</s>", true)])] {
+                let tokenizer = tokenizer(model.clone(), declared, json!(null));
+                for text in ["a</s>x", "</s>", "<s>", "<unk>", "<|endoftext|>"] {
+                    comes_out_as_pieces(&tokenizer, &["</s>", "<s>", "<|endoftext|>"], text);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_word_piece_vocabulary_gives_pieces_or_refuses() {
+        let mut pieces = letters(&["[UNK]", "[SEP]", "[PAD]"]);
+        pieces.extend("SEPUNKAD]x".chars().map(|letter| format!("##{letter}")));
+        let model = json!({
+            "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": by_id(&pieces),
+        });
+        let tokenizer = tokenizer(model.clone(), json!([added(1, "[SEP]", true)]), split());
+        for text in ["[SEP]", "x [SEP] x", "[UNK]"] {
+            let ids = tokenizer.encode(text).unwrap();
+            assert!(ids.len() >= 5 && ids.iter().all(|&id| id > 2), "{text}: {ids:?}");
+        }
+        assert_eq!(tokenizer.encode("qqq").unwrap(), [0]);
+        // Without pieces for it there is no other form.
+        let mut few: Vec<String> = ["[UNK]", "[SEP]", "x"].map(str::to_owned).to_vec();
+        few.dedup();
+        let model = json!({
+            "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": by_id(&few),
+        });
+        let tokenizer = self::tokenizer(model, json!([]), split());
+        assert_eq!(tokenizer.encode("x q x").unwrap(), [2, 0, 2]);
+        for (text, at) in [("x [SEP]", 2), ("[UNK] x", 0)] {
+            let unfit = tokenizer.encode_text(text).unwrap_err();
+            assert!(matches!(unfit, Unfit::Special { at: place, .. } if place == at), "{unfit:?}");
+        }
+    }
+
+    #[test]
+    fn a_word_level_vocabulary_refuses_the_mark_and_says_where() {
+        let pieces = ["<unk>", "</s>", "<pad>", "a", "b"].map(str::to_owned);
+        let model = json!({ "type": "WordLevel", "unk_token": "<unk>", "vocab": by_id(&pieces) });
+        for declared in [json!([]), json!([added(1, "</s>", true)])] {
+            let tokenizer = tokenizer(model.clone(), declared, split());
+            assert_eq!(tokenizer.encode("a b q").unwrap(), [3, 4, 0]);
+            for (text, token, at) in [("a\n</s> b", "</s>", 2), ("<pad>", "<pad>", 0), ("a <unk>", "<unk>", 2)] {
+                let unfit = tokenizer.encode_text(text).unwrap_err();
+                assert_eq!(unfit, Unfit::Special { token: token.into(), at }, "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_end_token_that_is_declared_an_ordinary_one_is_not_looked_for_in_text() {
+        let vocabulary = by_id(&letters(&["<unk>"]));
+        let model = json!({
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": vocabulary, "merges": [],
+        });
+        let declared = json!([added(50, "<|endoftext|>", false), added(51, "<|x|>", false), added(52, "sap", false)]);
+        let tokenizer = tokenizer(model, declared, json!(null));
+        comes_out_as_pieces(&tokenizer, &["<|endoftext|>", "<|x|>"], "<|endoftext|><|x|>");
+        // What is ordinary stays so.
+        assert_eq!(tokenizer.encode("sap").unwrap(), [tokenizer.id_of("sap").unwrap()]);
+    }
+
+    #[test]
+    fn an_end_token_that_is_a_word_like_any_other_makes_such_text_an_error() {
+        let pieces = letters(&["<unk>"]);
+        let model = json!({
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": by_id(&pieces), "merges": [],
+        });
+        let json = json!({ "version": "1.0", "added_tokens": [], "pre_tokenizer": null, "model": model });
+        let tokenizer = TextTokenizer::from_json(json.to_string().into_bytes(), "t", EndToken::Named("x")).unwrap();
+        assert_eq!(tokenizer.encode_text("sax").unwrap_err(), Unfit::Special { token: "x".into(), at: 2 });
+        assert_eq!(tokenizer.encode("sa").unwrap().len(), 2);
+    }
+}

@@ -1,0 +1,249 @@
+//! `data prepare` on files as people have them: packed, misnamed, broken, linked, and texts that spell special tokens.
+
+use std::{
+    ffi::OsStr,
+    io::Write,
+    os::unix::{ffi::OsStrExt, fs::symlink},
+    path::Path,
+};
+
+use crate::support::{
+    lab::{Lab, data_set, model_config, sample_text},
+    s3::BUCKET,
+    trainer::Finished,
+};
+
+fn write(lab: &Lab, name: impl AsRef<OsStr>, body: impl AsRef<[u8]>) {
+    let path = lab.path("").join(name.as_ref());
+    std::fs::create_dir_all(path.parent().expect("folder")).expect("folder");
+    std::fs::write(path, body).expect("write input");
+}
+
+fn prepare(lab: &Lab, input: &str, out: &str, more: &[&str]) -> Finished {
+    let (input, out) = (lab.path(input).display().to_string(), lab.path(out).display().to_string());
+    let tokenizer = data_set().join("tokenizer.json").display().to_string();
+    let mut arguments = vec!["data", "prepare", "--input", &input, "--out", &out, "--validation-ratio", "0"];
+    if !more.contains(&"--tokenizer") {
+        arguments.extend(["--tokenizer", &tokenizer]);
+    }
+    lab.command(&arguments).args(more).finish()
+}
+
+/// The training tokens of a data set, of which there are fewer than 65,536 kinds.
+fn tokens(out: &Path) -> Vec<u32> {
+    let bytes = std::fs::read(out.join("train-00000.bin")).expect("a shard");
+    bytes.chunks(2).map(|id| u32::from(u16::from_le_bytes([id[0], id[1]]))).collect()
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    writer.write_all(bytes).expect("pack");
+    writer.finish().expect("pack")
+}
+
+fn zstd(bytes: &[u8]) -> Vec<u8> {
+    zstd::stream::encode_all(bytes, 1).expect("pack")
+}
+
+#[test]
+fn records_are_read_from_every_form_in_which_they_are_shipped() {
+    let lab = Lab::on_files_at_once();
+    let texts = ["one\nline", "an \"other\" one", "gr\u{fc}n", "the last"];
+    let record = |text: &&str| serde_json::json!({ "id": 7, "doc": { "text": text } });
+    let lines: String = texts.iter().map(|text| format!("{}\n", record(text))).collect();
+    let array = serde_json::to_string_pretty(&texts.iter().map(|text| record(text)).collect::<Vec<_>>()).unwrap();
+    let spread: String =
+        texts.iter().map(|text| format!("{}\n", serde_json::to_string_pretty(&record(text)).unwrap())).collect();
+    let nan = lines.replace("\"id\":7", "\"id\":NaN,\"name\":\"\\ud800\"");
+    assert!(nan.contains("NaN"));
+    let (half, rest) = lines.split_at(lines.find('\n').unwrap() + 1);
+    let members = [gzip(half.as_bytes()), gzip(rest.as_bytes())].concat();
+    let frames = [zstd(half.as_bytes()), zstd(rest.as_bytes())].concat();
+    let forms: [(&str, Vec<u8>); 11] = [
+        ("a.jsonl", lines.clone().into()),
+        ("a.json", lines.clone().into()),
+        ("b.json", array.clone().into()),
+        ("c.json", spread.into()),
+        ("d.json", format!("\u{feff}{array}").into()),
+        ("blob", lines.clone().into()),
+        ("nan.jsonl", nan.into()),
+        ("a.jsonl.gz", members.clone()),
+        ("a.json.zst", frames),
+        ("packed-blob", members),
+        ("e.json.gz", gzip(array.as_bytes())),
+    ];
+    let mut expected = None;
+    for (name, body) in forms {
+        write(&lab, name, body);
+        let out = format!("out-{name}");
+        let done = prepare(&lab, name, &out, &["--text-field", "doc.text"]).expect_code(0);
+        let tokens = tokens(&lab.path(&out));
+        assert_eq!(tokens.iter().filter(|&&id| id == 0).count(), texts.len(), "{name}: {}", done.story());
+        assert_eq!(expected.get_or_insert_with(|| tokens.clone()), &tokens, "{name} gives other tokens");
+    }
+}
+
+#[test]
+fn what_is_not_read_is_an_error_that_names_it_and_what_to_do() {
+    let lab = Lab::on_files_at_once();
+    let packed = gzip("{\"text\": \"a\"}\n".repeat(5000).as_bytes());
+    let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"hello\"}]}\n";
+    let utf16: Vec<u8> = "{\"text\": \"a\"}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n";
+    let inputs: [(&str, Vec<u8>, &[&str]); 14] = [
+        ("a.csv", b"text\na\n".to_vec(), &["a.csv", "table", "to_parquet"]),
+        ("a.tsv", b"text\na\n".to_vec(), &["a.tsv", "table"]),
+        ("b.csv.gz", gzip(b"text\na\n"), &["b.csv.gz", "table"]),
+        ("a.xz", b"\xfd7zXZ\0".to_vec(), &["a.xz", "compressed"]),
+        ("cut.jsonl.gz", packed[..packed.len() / 2].to_vec(), &["cut.jsonl.gz", "cut short"]),
+        ("cut.txt.zst", zstd(&[b'a'; 9999])[..9].to_vec(), &["cut.txt.zst"]),
+        ("a.json", utf16, &["a.json", "UTF-16", "iconv"]),
+        ("lfs.jsonl", pointer.into(), &["lfs.jsonl", "git lfs pull"]),
+        ("chat.jsonl", chat.into(), &["chat.jsonl:1", "conversation", "messages"]),
+        ("chat.json", chat.repeat(2).into(), &["chat.json:1", "conversation"]),
+        ("fields.json", b"[{\"body\": \"a\"}]".to_vec(), &["fields.json", "body", "--text-field"]),
+        ("numbers.json", b"[1, 2, 3]".to_vec(), &["numbers.json", "array"]),
+        ("broken.json", b"{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"text\": oops}\n".to_vec(), &["broken.json:3"]),
+        ("open.json", b"[{\"text\": \"a\"},\n{\"text\": \"b\"}\n".to_vec(), &["open.json:3", "ends"]),
+    ];
+    for (name, body, said) in inputs {
+        write(&lab, name, body);
+        prepare(&lab, name, "out", &[]).expect_code(78).expect_said(said);
+        assert!(!lab.path("out/index.json").exists(), "{name} made a data set");
+    }
+    let pipe = lab.path("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).expect("pipe");
+    prepare(&lab, "pipe", "out", &[]).expect_code(78).expect_said(&["pipe, which can be read once only"]);
+}
+
+#[test]
+fn the_line_of_an_error_is_the_one_of_its_file_and_bad_records_can_be_left_out() {
+    let lab = Lab::on_files_at_once();
+    write(&lab, "in/a.jsonl", "{\"text\": \"a\"}\n".repeat(500));
+    write(
+        &lab,
+        "in/b.jsonl",
+        "{\"text\": \"b\"}\n\n{\"text\": 5}\n{\"text\"\n{\"text\": \"\\ud800\"}\n{\"text\": \"c\"}\n",
+    );
+    prepare(&lab, "in", "out", &[]).expect_code(78).expect_said(&["b.jsonl:3"]);
+    let done = prepare(&lab, "in", "out", &["--bad-records", "skip", "--json"]).expect_code(0);
+    let summary: serde_json::Value = serde_json::from_str(&done.stdout).expect("a summary");
+    assert_eq!((&summary["bad_records"], &summary["documents"]), (&3.into(), &502.into()), "{}", done.story());
+    assert!(done.stderr.contains("3 records of") && done.stderr.contains("b.jsonl:3"), "{}", done.story());
+    // A record larger than any document is not held, whether it is wanted or not.
+    let huge = format!("{{\"text\": \"{}\"}}\n", "x".repeat(70 << 20));
+    write(&lab, "huge.jsonl.zst", zstd(format!("{{\"text\": \"a\"}}\n{huge}{{\"text\": \"b\"}}\n").as_bytes()));
+    prepare(&lab, "huge.jsonl.zst", "huge", &[]).expect_code(78).expect_said(&["huge.jsonl.zst:2", "64 MiB"]);
+    prepare(&lab, "huge.jsonl.zst", "huge", &["--bad-records", "skip"]).expect_code(0);
+    assert_eq!(tokens(&lab.path("huge")).iter().filter(|&&id| id == 0).count(), 2);
+}
+
+#[test]
+fn a_few_files_may_be_left_out_and_the_summary_counts_them() {
+    let lab = Lab::on_files_at_once();
+    for number in 0..40 {
+        write(&lab, format!("in/{number}.txt"), format!("text {number}"));
+    }
+    write(&lab, "in/picture.png", b"\x89PNG\0");
+    write(&lab, "in/table.csv", "a,b\n");
+    let done = prepare(&lab, "in", "out", &[]).expect_code(0);
+    assert!(done.stdout.contains("2 of 42 files were left out"), "{}", done.story());
+    for number in 0..4 {
+        write(&lab, format!("in/{number}.xlsx"), "x");
+    }
+    prepare(&lab, "in", "more", &[]).expect_code(78).expect_said(&["of 46 files", "--skip-unreadable", "0.xlsx"]);
+    let done = prepare(&lab, "in", "more", &["--skip-unreadable"]).expect_code(0);
+    assert!(done.stdout.contains("6 of 46 files were left out"), "{}", done.story());
+}
+
+#[test]
+fn names_that_are_not_text_and_links_that_lead_in_circles_are_no_trouble() {
+    let lab = Lab::on_files_at_once();
+    write(&lab, OsStr::from_bytes(b"in/caf\xe9.txt"), "one");
+    write(&lab, "in/deep/two.txt", "two");
+    symlink("..", lab.path("in/deep/up")).expect("link");
+    symlink("deep/two.txt", lab.path("in/zwei.txt")).expect("link");
+    for (input, out) in [("in", "a"), ("in/**/*", "b"), ("in/**", "c")] {
+        let done = prepare(&lab, input, out, &["--json"]).expect_code(0);
+        let summary: serde_json::Value = serde_json::from_str(&done.stdout).expect("a summary");
+        assert_eq!(summary["documents"], 2, "{}", done.story());
+    }
+    symlink("self", lab.path("self")).expect("link");
+    prepare(&lab, "self", "d", &[]).expect_code(78).expect_said(&["self", "leads back to itself"]);
+}
+
+#[test]
+fn no_text_ends_a_document() {
+    let lab = Lab::on_files_at_once();
+    let letters = "abcdefghijklmnopqrstuvwxyz</>\u{2581}";
+    let mut vocabulary = vec![serde_json::json!(["<unk>", 0.0]), serde_json::json!(["</s>", -0.1])];
+    vocabulary.extend(letters.chars().map(|letter| serde_json::json!([letter.to_string(), -9.0])));
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "added_tokens": [],
+        "pre_tokenizer": { "type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": "always" },
+        "model": { "type": "Unigram", "unk_id": 0, "vocab": vocabulary, "byte_fallback": false },
+    });
+    write(&lab, "unigram/tokenizer.json", tokenizer.to_string());
+    write(&lab, "in/a.txt", "the end </s> is</s>here");
+    write(&lab, "in/b.txt", "another");
+    let folder = lab.path("unigram").display().to_string();
+    prepare(&lab, "in", "out", &["--tokenizer", &folder]).expect_code(0);
+    let ends = tokens(&lab.path("out")).iter().filter(|&&id| id == 1).count();
+    assert_eq!(ends, 2, "one end for each of two documents");
+
+    // Whole words only: there is no other form for it.
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": { "type": "WhitespaceSplit" },
+        "model": { "type": "WordLevel", "unk_token": "<unk>", "vocab": { "<unk>": 0, "</s>": 1, "another": 2 } },
+    });
+    write(&lab, "words.json", tokenizer.to_string());
+    write(&lab, "in/c.txt", "another\nword\n</s> here\n");
+    let words = lab.path("words.json").display().to_string();
+    prepare(&lab, "in/c.txt", "words", &["--tokenizer", &words]).expect_code(78).expect_said(&["c.txt:3", "</s>"]);
+}
+
+#[test]
+fn inputs_in_a_store_are_fetched_once_and_every_phase_is_told() {
+    let lab = Lab::on_s3();
+    for (number, text) in sample_text().as_bytes().chunks(10_000).take(6).enumerate() {
+        lab.server().write(&format!("texts/{number}.txt"), text.to_vec());
+    }
+    let (input, out) = (format!("s3://{BUCKET}/texts"), lab.path("out").display().to_string());
+    let before = lab.server().count("GetObject");
+    let done = lab
+        .command(&["data", "prepare", "--input", &input, "--tokenizer", "train:400", "--out", &out])
+        .finish()
+        .expect_code(0)
+        .expect_said(&["looking for inputs", "reading text", "training tokenizer", "encoding", "writing"]);
+    assert_eq!(lab.server().count("GetObject") - before, 6, "{}", done.story());
+
+    // A tokenizer is taken from there, too.
+    lab.server().write("model/tokenizer.json", std::fs::read(lab.path("out/tokenizer.json")).expect("tokenizer"));
+    for (place, out) in [("model", "second"), ("model/tokenizer.json", "third")] {
+        let (tokenizer, out) = (format!("s3://{BUCKET}/{place}"), lab.path(out).display().to_string());
+        lab.command(&["data", "prepare", "--input", &input, "--tokenizer", &tokenizer, "--out", &out])
+            .finish()
+            .expect_code(0);
+    }
+    assert_eq!(tokens(&lab.path("out")), tokens(&lab.path("third")));
+}
+
+#[test]
+fn generate_ends_with_the_token_that_the_data_has_between_its_documents() {
+    let lab = Lab::on_files();
+    let tokenizer = std::fs::read_to_string(data_set().join("tokenizer.json")).expect("tokenizer");
+    write(&lab, "tokenizer.json", tokenizer.replace("<|endoftext|>", "<|fin|>"));
+    write(&lab, "in.txt", sample_text());
+    let tokenizer = lab.path("tokenizer.json").display().to_string();
+    prepare(&lab, "in.txt", "data", &["--tokenizer", &tokenizer]).expect_code(78).expect_said(&["--eos-token"]);
+    prepare(&lab, "in.txt", "data", &["--tokenizer", &tokenizer, "--eos-token", "<|fin|>"]).expect_code(0);
+    lab.write_config("model.json", &model_config(512));
+    let train = format!("data.train=\"file://{}\"", lab.path("data").display());
+    lab.run("x").args(&["--set", &train]).finish().expect_code(0);
+    let generate = |more: &[&str]| {
+        lab.about("generate", "x").args(&["--prompt", "", "--tokens", "5", "--json"]).args(more).finish()
+    };
+    generate(&[]).expect_code(0);
+    generate(&["--eos-token", "<|fin|>"]).expect_code(0);
+    generate(&["--eos-token", "<|other|>"]).expect_code(78).expect_said(&["<|other|>"]);
+}

@@ -17,7 +17,7 @@ use crate::{
     checkpoint::export::Target,
     config::ModelKind,
     data::tokenizer::{EndToken, TextTokenizer},
-    error::{Context, Error, Kind, Result},
+    error::{Error, Kind, Result},
     ids::{Step, random_hex},
     layout,
     model::{self, ModelError, generate::GenerateSettings},

@@ -157,9 +157,11 @@ fn a_format_from_the_future_is_told_from_damage() {
     for (name, bytes) in written() {
         let Ok(text) = String::from_utf8(bytes) else { continue };
         let next = if name.starts_with("journal-") { FORMAT + 1 } else { 2 };
-        let newer = text
-            .replacen("\"format\": 1", &format!("\"format\": {next}"), 1)
-            .replacen("\"format\":1", &format!("\"format\":{next}"), 1);
+        let newer = text.replacen("\"format\": 1", &format!("\"format\": {next}"), 1).replacen(
+            "\"format\":1",
+            &format!("\"format\":{next}"),
+            1,
+        );
         let error = read(&name, newer.as_bytes()).unwrap_err();
         assert!(error.contains(&format!("format {next}")), "{name}: {error}");
     }

@@ -53,7 +53,9 @@ impl Path {
     const fn words(self) -> &'static str {
         match self {
             Self::Bulk => "its bulk reads (the threads that fetch a checkpoint) are garbled, single reads are not",
-            Self::Slot => "the memory of snapshot slot 0, which checkpoints are fetched into, does not keep what is read into it",
+            Self::Slot => {
+                "the memory of snapshot slot 0, which checkpoints are fetched into, does not keep what is read into it"
+            }
             Self::Store => "the disk, or the network to the store, gives other bytes each time",
         }
     }
@@ -102,8 +104,9 @@ fn garbles(step: Step, found: &Found, path: Path) -> Error {
         "this machine garbles what it reads: {}; the checkpoint of step {step} is not at fault: {object}: {reason}",
         path.words()
     );
-    Error::new(Kind::Unavailable, what)
-        .with_hint("nothing is lost and nothing was written off; resume on another machine, and have this one looked at")
+    Error::new(Kind::Unavailable, what).with_hint(
+        "nothing is lost and nothing was written off; resume on another machine, and have this one looked at",
+    )
 }
 
 async fn read(run: &Store, committed: &Committed) -> Result<Report, CheckpointError> {
@@ -153,13 +156,15 @@ impl Agent {
             if let Some(found) = Found::of(&report) {
                 still.get_or_insert(found);
             } else if condemn::clear(&mut *self.journal.lock().await, &report).await? {
-                let message = format!("the checkpoint of step {step} had been found damaged and is whole: it is good again");
+                let message =
+                    format!("the checkpoint of step {step} had been found damaged and is whole: it is good again");
                 self.reporter.event(&Event::Warning { message });
                 return Ok(());
             }
         }
         let Some(Found { object, reason }) = still else { return Ok(()) };
-        let what = format!("the checkpoint of step {step} was found damaged, and is when it is read now: {object}: {reason}");
+        let what =
+            format!("the checkpoint of step {step} was found damaged, and is when it is read now: {object}: {reason}");
         Err(Error::new(Kind::Usage, what).with_hint(match others.as_slice() {
             [] => "there is no other".to_owned(),
             others => format!("name another one: {}", steps(others)),

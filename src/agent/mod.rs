@@ -42,10 +42,7 @@ use self::{
     opening::{Opening, Resolved, completed, effective, resolve},
 };
 use crate::{
-    checkpoint::{
-        condemn::Docket,
-        restore,
-    },
+    checkpoint::{condemn::Docket, restore},
     config::{CompleteAction, RunConfig},
     error::{Context, Error, Kind, Result},
     goodput::Observed,

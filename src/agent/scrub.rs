@@ -172,7 +172,9 @@ async fn look(kept: &Kept, committed: &Committed, busy: &watch::Receiver<bool>) 
     if let Some((object, reason)) = report.damage() {
         let again = look_again(&kept.run, committed, &report).await?;
         if again.is_sound() {
-            tracing::warn!("{object}: {reason}; read again, it is whole: something on the way to this machine garbles what it carries");
+            tracing::warn!(
+                "{object}: {reason}; read again, it is whole: something on the way to this machine garbles what it carries"
+            );
         }
         report = again;
     }

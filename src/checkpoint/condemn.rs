@@ -130,8 +130,7 @@ impl Docket {
     pub async fn condemn(&self, journal: &mut Journal) -> Result<Option<Damage>, JournalError> {
         let Some(damage) = self.next(journal.state()) else { return Ok(None) };
         let Damage { step, generation, object, reason } = &damage;
-        let record =
-            Record::Damaged { step: *step, generation: *generation, reason: format!("{object}: {reason}") };
+        let record = Record::Damaged { step: *step, generation: *generation, reason: format!("{object}: {reason}") };
         match journal.append(record).await {
             Ok(_) => {
                 self.condemned(&damage);
@@ -167,11 +166,7 @@ impl Docket {
     }
 }
 
-async fn read_whole(
-    store: &Store,
-    committed: &Committed,
-    gentle: Option<&Gentle>,
-) -> Result<Report, CheckpointError> {
+async fn read_whole(store: &Store, committed: &Committed, gentle: Option<&Gentle>) -> Result<Report, CheckpointError> {
     match gentle {
         Some(gentle) => verify_gently(store, committed, gentle).await,
         None => verify(store, committed, Depth::Bytes { part: PART }, &|_| {}).await,

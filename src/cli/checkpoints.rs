@@ -83,7 +83,9 @@ fn table(checkpoints: &[Listed<'_>], now: Timestamp) -> String {
     let mut table = Table::new(&headings);
     for Listed { checkpoint: Checkpoint { committed, at, status, damage }, cleared, .. } in checkpoints {
         let standing = match cleared {
-            Some(cleared) if *status == "good" => format!("{status}: read whole {}, after doubt", human::ago(*cleared, now)),
+            Some(cleared) if *status == "good" => {
+                format!("{status}: read whole {}, after doubt", human::ago(*cleared, now))
+            }
             _ => (*status).to_owned(),
         };
         table.row([

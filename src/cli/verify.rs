@@ -132,7 +132,8 @@ async fn clear(folder: &Store, state: RunState, looked: &mut [Looked]) -> Result
     let mut journal = Journal::follow(folder.clone(), NodeId::random(), state).await?;
     for Looked { report, cleared } in looked {
         let step = report.step;
-        *cleared = condemn::clear(&mut journal, report).await.context(format!("take back the verdict on step {step}"))?;
+        *cleared =
+            condemn::clear(&mut journal, report).await.context(format!("take back the verdict on step {step}"))?;
         if *cleared {
             tracing::warn!(%step, "checkpoint had been found damaged and is whole: it is good again");
         }

@@ -1,7 +1,7 @@
 //! Stored formats: what released versions have written is read for ever; what strangers have written is an error.
 //!
-//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it. They are never changed: a new version gets a
-//! folder of its own. `fixtures/formats/hostile/` holds objects that each once looked dangerous. Both are read by the very
+//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` what version 2 has added. They are never changed: a
+//! new version gets a folder of its own. `fixtures/formats/hostile/` holds objects that each once looked dangerous. Both are read by the very
 //! functions that read the store.
 
 use std::{fs, path::PathBuf};
@@ -15,7 +15,7 @@ use trainer::{
     },
     data::shards::Index,
     ids::{Generation, Rank, Step, WorldSize},
-    journal::Entry,
+    journal::{Entry, FORMAT, Record},
     protocol::{self, Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
     rendezvous::heartbeat::Heartbeat,
     snapshot::mode::CaptureMode,
@@ -83,6 +83,12 @@ fn written() -> Vec<(String, Vec<u8>)> {
     all
 }
 
+/// What version 2 has added, as this version writes it.
+fn written_by_version_2() -> Vec<(String, Vec<u8>)> {
+    let encoded = |record: Record| (format!("journal-{}.json", record.kind()), samples::entry(record).encode());
+    samples::records_of_version_2().into_iter().map(encoded).map(|(name, body)| (name, body.expect("short"))).collect()
+}
+
 mod erased {
     pub trait Json {
         fn pretty(&self) -> Vec<u8>;
@@ -115,12 +121,19 @@ fn read(name: &str, bytes: &[u8]) -> Result<String, String> {
 
 /// With `TRAINER_WRITE_FIXTURES=1` it writes the fixtures that are missing; it changes none.
 #[test]
-fn what_version_1_has_written_is_read_to_the_same_value() {
+fn what_earlier_versions_have_written_is_read_to_the_same_value() {
+    read_to_the_same_value("v1", written());
+    read_to_the_same_value("v2", written_by_version_2());
+}
+
+fn read_to_the_same_value(version: &str, written: Vec<(String, Vec<u8>)>) {
     let write = std::env::var_os("TRAINER_WRITE_FIXTURES").is_some();
-    for (name, now) in written() {
-        let path = folder("v1").join(&name);
+    let fixtures = fs::read_dir(folder(version)).map_or(0, Iterator::count);
+    assert!(write || fixtures == written.len(), "{version}: a fixture that nobody reads, or none");
+    for (name, now) in written {
+        let path = folder(version).join(&name);
         if write && !path.exists() {
-            fs::create_dir_all(folder("v1")).expect("a folder");
+            fs::create_dir_all(folder(version)).expect("a folder");
             fs::write(&path, &now).expect("written");
         }
         let then = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -128,17 +141,29 @@ fn what_version_1_has_written_is_read_to_the_same_value() {
         assert!(then.is_ok(), "{name}: {then:?}");
         assert_eq!(then, now, "{name}");
     }
-    let fixtures = fs::read_dir(folder("v1")).expect("fixtures").count();
-    assert_eq!(fixtures, written().len(), "a fixture that nobody reads");
+}
+
+#[test]
+fn each_record_is_written_in_the_lowest_version_that_knows_its_kind() {
+    for (version, records) in [(1, samples::records()), (2, samples::records_of_version_2())] {
+        for record in records {
+            assert_eq!(record.format(), version, "{}", record.kind());
+        }
+    }
 }
 
 #[test]
 fn a_format_from_the_future_is_told_from_damage() {
     for (name, bytes) in written() {
         let Ok(text) = String::from_utf8(bytes) else { continue };
-        let newer = text.replacen("\"format\": 1", "\"format\": 2", 1).replacen("\"format\":1", "\"format\":2", 1);
+        let next = if name.starts_with("journal-") { FORMAT + 1 } else { 2 };
+        let newer = text.replacen("\"format\": 1", &format!("\"format\": {next}"), 1).replacen(
+            "\"format\":1",
+            &format!("\"format\":{next}"),
+            1,
+        );
         let error = read(&name, newer.as_bytes()).unwrap_err();
-        assert!(error.contains("format 2"), "{name}: {error}");
+        assert!(error.contains(&format!("format {next}")), "{name}: {error}");
     }
 }
 
@@ -170,7 +195,7 @@ fn allowed(bytes: usize) -> usize {
 fn kinds() -> Vec<(String, Vec<u8>)> {
     let messages = messages().into_iter().enumerate();
     let messages = messages.map(|(i, bytes)| (format!("{}-{i}", if i < 3 { "toworker" } else { "fromworker" }), bytes));
-    written().into_iter().chain(messages).collect()
+    written().into_iter().chain(written_by_version_2()).chain(messages).collect()
 }
 
 /// A change to some bytes: hostile numbers, holes, repetitions, nesting.

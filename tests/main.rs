@@ -6,6 +6,7 @@ mod crash;
 mod damage;
 mod doctor;
 mod deadline;
+mod doubt;
 mod formats;
 mod harness;
 mod hints;

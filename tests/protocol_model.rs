@@ -2,8 +2,8 @@
 //!
 //! The world: a store with an atomic create-once put, and agents that replay the journal, form generations, save and
 //! commit. At any moment an agent may be killed or paused for ever so long, a request may be done and its answer lost, a
-//! request that was given up may land later or never, a save may be given up and made again, and a person may turn the run
-//! back with `--from`. Heartbeats are left out: any agent may form at any time, which is the worst that they can allow.
+//! request that was given up may land later or never, a save may be given up and made again, a person may turn the run
+//! back with `--from`, and somebody may condemn a checkpoint and take that back, rightly or not. Heartbeats are left out: any agent may form at any time, which is the worst that they can allow.
 //!
 //! What the real code decides is decided by it here too: [`RunState::apply`] reads the journal, [`admit`] says what may be
 //! appended, [`RunState::candidates`] says where to look for the newest checkpoint. Around it stand the loops of
@@ -36,6 +36,8 @@ type Attempt = (u8, u8);
 enum What {
     Formed { generation: u8, resume: Option<Point>, turned_back: bool },
     Committed { point: Point, manifest: Attempt },
+    Damaged { point: Point },
+    Cleared { point: Point },
 }
 
 /// A journal record: who wrote it, to the attempt.
@@ -103,6 +105,7 @@ struct World {
     told: BTreeSet<Point>,
     boots: u8,
     faults: u8,
+    verdicts: u8,
     turned_back: bool,
 }
 
@@ -119,6 +122,8 @@ enum Bug {
     ClaimAfterReading,
     /// A repeated append doesn't look whether its first try stands.
     BlindRetry,
+    /// A checkpoint is condemned without asking the rule book.
+    HardVerdict,
 }
 
 /// How large a world.
@@ -128,6 +133,8 @@ struct Bounds {
     boots: u8,
     saves: u8,
     faults: u8,
+    /// Checkpoints condemned or cleared.
+    verdicts: u8,
     turns_back: bool,
 }
 
@@ -141,6 +148,10 @@ enum Sight {
     TookOver,
     TurnedBack,
     SecondGenerationCommits,
+    Condemned,
+    Cleared,
+    /// An agent goes on from another checkpoint than the newest, which is condemned.
+    SteppedBack,
 }
 
 /// What the real code makes of a journal: a state, or why it refuses it.
@@ -179,6 +190,14 @@ fn record(what: What) -> Record {
             validation_loss: None,
             cost: SaveCost::default(),
         }),
+        What::Damaged { point } => {
+            let ResumePoint { step, generation } = real(point);
+            Record::Damaged { step, generation, reason: String::new() }
+        }
+        What::Cleared { point } => {
+            let ResumePoint { step, generation } = real(point);
+            Record::Cleared { step, generation }
+        }
     }
 }
 
@@ -210,14 +229,42 @@ fn replay(journal: &[Rec]) -> Read {
     state
 }
 
-/// The newest checkpoint, in words of its own: the highest that the newest generation committed, else what it resumed from.
+/// Whether the last verdict on a checkpoint, if there is one, is that it is damaged.
+fn is_condemned(journal: &[Rec], wanted: Point) -> bool {
+    let verdicts = journal.iter().filter_map(|rec| match rec.what {
+        What::Damaged { point } if point == wanted => Some(true),
+        What::Cleared { point } if point == wanted => Some(false),
+        _ => None,
+    });
+    verdicts.last().unwrap_or(false)
+}
+
+/// The newest checkpoint that is not condemned, in words of its own: the highest that the newest generation committed, else the highest up
+/// to what it resumed from, and so on back.
 fn newest(journal: &[Rec]) -> Option<Point> {
-    journal.iter().fold(None, |newest, rec| match rec.what {
-        What::Formed { resume, .. } => resume,
-        What::Committed { point, .. } => {
-            Some(newest.filter(|newest| newest.1 == point.1).map_or(point, |n| n.max(point)))
+    let formed = |wanted: Option<u8>| {
+        journal.iter().rev().find_map(|rec| match rec.what {
+            What::Formed { generation, resume, .. } if wanted.is_none_or(|wanted| wanted == generation) => {
+                Some((generation, resume))
+            }
+            _ => None,
+        })
+    };
+    let (mut line, mut limit) = (formed(None), u8::MAX);
+    while let Some((generation, resume)) = line {
+        let found = journal.iter().filter_map(|rec| match rec.what {
+            What::Committed { point, .. } if point.1 == generation && point.0 <= limit => Some(point),
+            _ => None,
+        });
+        if let Some(newest) = found.filter(|point| !is_condemned(journal, *point)).max() {
+            return Some(newest);
         }
-    })
+        line = resume.and_then(|point| {
+            limit = point.0;
+            formed(Some(point.1))
+        });
+    }
+    None
 }
 
 impl World {
@@ -268,7 +315,11 @@ impl World {
                         return Err(format!("{point:?} is committed, and its data is not there"));
                     }
                 }
+                What::Damaged { .. } | What::Cleared { .. } => {}
             }
+        }
+        if !points.is_empty() && newest(&self.journal).is_none() {
+            return Err("every checkpoint is condemned, and nobody can go on".to_owned());
         }
         if let Some(lost) = self.told.iter().find(|point| !points.contains(point)) {
             return Err(format!("{lost:?} was committed, and its record is gone"));
@@ -319,10 +370,34 @@ impl World {
             }
             all.push((format!("lands late: {request:?}"), world));
         }
+        self.next_verdicts(bounds, bug, saw, &mut all);
         for (_, world) in &mut all {
             world.agents.sort_unstable();
         }
         all
+    }
+
+    /// Somebody reads the journal and appends a verdict, or takes one back; in one go, since nothing else is theirs.
+    fn next_verdicts(&self, bounds: Bounds, bug: Bug, saw: &mut BTreeSet<Sight>, all: &mut Vec<(String, Self)>) {
+        if self.verdicts >= bounds.verdicts {
+            return;
+        }
+        let Ok(state) = replay(&self.journal) else { return };
+        for point in state.checkpoints().iter().map(|checkpoint| small(&checkpoint.point())) {
+            let (what, sight) = if is_condemned(&self.journal, point) {
+                (What::Cleared { point }, Sight::Cleared)
+            } else {
+                (What::Damaged { point }, Sight::Condemned)
+            };
+            if admit(&state, None, &record(what)).is_err() && bug != Bug::HardVerdict {
+                continue;
+            }
+            saw.insert(sight);
+            let mut world = self.clone();
+            world.verdicts += 1;
+            world.journal.push(Rec { attempt: (u8::MAX, world.verdicts), what });
+            all.push((format!("somebody appends {what:?}"), world));
+        }
     }
 
     fn next_of(
@@ -361,6 +436,10 @@ impl World {
                 candidates.sort_by_key(|c| std::cmp::Reverse((c.generation, c.step)));
                 let point = |c: &Committed| small(&ResumePoint { step: c.step, generation: c.generation });
                 let found = candidates.iter().find(|c| self.is_whole(point(c), &c.manifest_crc64)).map(point);
+                let condemned = |c: &&trainer::journal::Checkpoint| is_condemned(&self.journal, small(&c.point()));
+                if known.checkpoints().iter().filter(condemned).any(|c| Some(small(&c.point())) > found) {
+                    saw.insert(Sight::SteppedBack);
+                }
                 let mut claim = |resume: Option<Point>, turned_back: bool| {
                     let generation = small(&ResumePoint { step: Step(0), generation: known.generation().next() }).1;
                     let world = with(&mut |world, agent| {
@@ -503,6 +582,7 @@ impl Agent {
                 self.held = Some(generation);
                 self.step = resume.map_or(0, |point| point.0);
             }
+            What::Damaged { .. } | What::Cleared { .. } => {}
         }
         self.doing = Doing::Training;
     }
@@ -582,6 +662,7 @@ impl Agent {
                     looked: false,
                 }
             }
+            What::Damaged { .. } | What::Cleared { .. } => return,
         };
     }
 }
@@ -626,7 +707,7 @@ fn explore(bounds: Bounds, bug: Bug) -> Explored {
     Explored { states: known.len(), saw, flaw: None }
 }
 
-const SMALL: Bounds = Bounds { agents: 2, boots: 2, saves: 2, faults: 1, turns_back: true };
+const SMALL: Bounds = Bounds { agents: 2, boots: 2, saves: 2, faults: 1, verdicts: 0, turns_back: true };
 
 fn expect_sound(bounds: Bounds, sights: &[Sight]) {
     let Explored { states, saw, flaw } = explore(bounds, Bug::None);
@@ -653,6 +734,13 @@ fn three_boots_of_which_one_turns_the_run_back_find_the_newest() {
 }
 
 #[test]
+fn verdicts_and_their_withdrawal_at_any_moment_leave_a_checkpoint_to_go_on_from() {
+    use Sight::*;
+    let bounds = Bounds { faults: 0, verdicts: 3, ..SMALL };
+    expect_sound(bounds, &[Fenced, Overtaken, TurnedBack, SecondGenerationCommits, Condemned, Cleared, SteppedBack]);
+}
+
+#[test]
 fn every_seeded_bug_is_found() {
     for (bug, flaw) in [
         (Bug::CheckThenWrite, "holds the run"),
@@ -660,8 +748,10 @@ fn every_seeded_bug_is_found() {
         (Bug::RecordFirst, "its data is not there"),
         (Bug::ClaimAfterReading, "is newer"),
         (Bug::BlindRetry, "a second time"),
+        (Bug::HardVerdict, "every checkpoint is condemned"),
     ] {
-        let explored = explore(SMALL, bug);
+        let verdicts = u8::from(bug == Bug::HardVerdict);
+        let explored = explore(Bounds { verdicts, ..SMALL }, bug);
         let Some((trace, found)) = explored.flaw else {
             panic!("{bug:?} was not found in {} states", explored.states);
         };

@@ -1,5 +1,5 @@
 //! Random lives of a run against a model of a few lines: agents that boot, save, are killed between any two steps of a save,
-//! wake up after others have taken over, turn back; objects that are damaged; checkpoints that are pruned.
+//! wake up after others have taken over, turn back; objects that are damaged, and mended; checkpoints that are condemned, cleared, pruned.
 //!
 //! Journal, saves, discovery and pruning are the real code on a real store; [`Model`] is what a person would say must come
 //! of it. A failure prints the shortest sequence that shows it. `PROPTEST_RNG_SEED=<number>` repeats a run.
@@ -10,12 +10,15 @@ use bytes::Bytes;
 use proptest::{prelude::*, strategy::ValueTree};
 use trainer::{
     checkpoint::{
-        CheckpointError, catalog,
+        CheckpointError,
+        catalog::{self, Damage},
+        condemn::{self, Docket},
         header::{self, Dtype},
         manifest::{FileKind, TrainerState},
         prune::{Standing, apply_prune, doomed, plan_prune},
         restore,
         save::{Save, Upload, put_manifest, put_shards},
+        verify::{Depth, Proof, verify},
     },
     config::Keep,
     ids::{AttemptId, Generation, NodeId, Step, WorldSize},
@@ -76,6 +79,10 @@ enum Op {
     Prune {
         last: u32,
     },
+    /// What happened to a checkpoint is undone, and somebody reads all of it.
+    Mend {
+        which: prop::sample::Index,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -90,6 +97,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..AGENTS).prop_map(|who| Op::SaveAgain { who }),
         1 => (index(), index(), harm).prop_map(|(which, file, harm)| Op::Damage { which, file, harm }),
         1 => (1_u32..4).prop_map(|last| Op::Prune { last }),
+        1 => index().prop_map(|which| Op::Mend { which }),
     ]
 }
 
@@ -99,6 +107,8 @@ fn op() -> impl Strategy<Value = Op> {
 struct Model {
     grew_from: BTreeMap<Point, Option<Point>>,
     bad: BTreeSet<Point>,
+    /// What damaged objects held before.
+    before: BTreeMap<Point, BTreeMap<String, Bytes>>,
     head: Option<Point>,
     generation: u64,
     holder: usize,
@@ -191,20 +201,32 @@ async fn carry_out(store: &Store, journal: &mut Journal, save: &Save, cut: Cut) 
     journal.append(Record::Committed(committed)).await.map(|_| true)
 }
 
-/// Finds the newest checkpoint that is whole to the last byte, as an agent does: what loading it shows to be damaged is
-/// written down, and it looks again.
+/// Finds the newest checkpoint that is whole to the last byte, as an agent does: what loading it shows to be damaged is passed over, and
+/// one of those is written down when another one was loaded.
 async fn discover(store: &Store, journal: &mut Journal) -> Option<Point> {
+    let docket = Docket::default();
     loop {
-        let candidates: Vec<Committed> = journal.state().candidates().iter().map(|c| c.committed.clone()).collect();
-        let (committed, manifest) = catalog::newest_usable(store, &candidates, None).await.expect("a store").found?;
+        let candidates = journal.state().candidates().into_iter().filter(|c| !docket.passes_over(&c.point()));
+        let candidates: Vec<Committed> = candidates.map(|c| c.committed.clone()).collect();
+        let outcome = catalog::newest_usable(store, &candidates, None).await.expect("a store");
+        for damage in &outcome.stepped_over {
+            docket.suspect(damage);
+        }
+        let (committed, manifest) = outcome.found?;
         let files = restore::tensor_files(&manifest);
         let pieces = restore::plan_pieces(&files, 1 << 20).expect("small").pieces;
         let buffers = pieces.iter().map(|piece| (*piece, vec![0; piece.len as usize])).collect();
         let (step, generation) = (committed.step, committed.generation);
         match restore::fetch(store, &manifest.folder(), &files, buffers, |_| {}).await {
-            Ok(()) => return Some((step.get(), generation.get())),
-            Err(CheckpointError::Damaged { reason, .. }) => {
-                journal.append(Record::Damaged { step, generation, reason }).await.expect("not fenced, just read");
+            Ok(()) => {
+                docket.vouch(&ResumePoint { step, generation }, Proof::Bytes);
+                let condemned = docket.condemn(journal).await.expect("not fenced, just read");
+                assert!(condemned.is_none_or(|damage| !damage.is_of(&ResumePoint { step, generation })));
+                assert_eq!(docket.condemn(journal).await.expect("not fenced"), None, "one for one");
+                return Some((step.get(), generation.get()));
+            }
+            Err(CheckpointError::Damaged { object, reason }) => {
+                docket.suspect(&Damage { step, generation, object, reason });
             }
             Err(error) => panic!("{error}"),
         }
@@ -304,6 +326,7 @@ async fn live(store: &Store, script: &[Op]) {
                 }
                 let key = file.get(&keys);
                 let mut bytes = store.get(key, 1 << 20).await.expect("listed").to_vec();
+                model.before.entry(point).or_default().entry(key.clone()).or_insert_with(|| bytes.clone().into());
                 match harm {
                     Harm::Gone => store.delete(key).await.expect("deleted"),
                     Harm::Short => {
@@ -352,6 +375,25 @@ async fn live(store: &Store, script: &[Op]) {
                 };
                 apply_prune(store, &plan, append).await.unwrap_or_else(|error| panic!("op {number}: {op:?}: {error}"));
                 model.bad.extend(plan.iter().map(point_of));
+                model.before.retain(|point, _| !plan.iter().any(|gone| point_of(gone) == *point));
+            }
+            Op::Mend { which } => {
+                let hurt: Vec<Point> = model.before.keys().copied().collect();
+                if hurt.is_empty() {
+                    continue;
+                }
+                let (step, generation) = *which.get(&hurt);
+                for (key, bytes) in model.before.remove(&(step, generation)).unwrap_or_default() {
+                    store.put(&key, bytes).await.expect("put");
+                }
+                let mut journal =
+                    Journal::open(store.clone(), NodeId::random(), samples::run_id()).await.expect("a journal");
+                let checkpoint = journal.state().checkpoint(Step(step), Generation(generation)).expect("committed");
+                let committed = checkpoint.committed.clone();
+                let report = verify(store, &committed, Depth::Bytes { part: 64 }, &|_| {}).await.expect("a store");
+                assert!(report.is_sound(), "op {number}: {op:?}: {report:?}");
+                condemn::clear(&mut journal, &report).await.expect("not fenced, just read");
+                model.bad.remove(&(step, generation));
             }
         }
         let state = trainer::journal::replay(store, &samples::run_id()).await.expect("the journal reads");
@@ -359,6 +401,7 @@ async fn live(store: &Store, script: &[Op]) {
         assert_eq!(committed.len(), state.checkpoints().len(), "op {number}: {op:?}: something is committed twice");
         assert_eq!(committed, model.grew_from.keys().copied().collect(), "op {number}: {op:?}");
         assert_eq!(state.generation().get(), model.generation, "op {number}: {op:?}");
+        assert!(committed.is_empty() || state.newest().is_some(), "op {number}: {op:?}: all are condemned");
     }
 }
 

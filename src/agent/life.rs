@@ -32,7 +32,7 @@ use super::{
     workers::{WorkerEvent, Workers},
 };
 use crate::{
-    checkpoint::{CheckpointError, restore::RemoteFile},
+    checkpoint::{CheckpointError, condemn::Docket, restore::RemoteFile},
     config::RunConfig,
     error::{Error, Kind, Result},
     ids::{Generation, Rank, Step},
@@ -74,6 +74,8 @@ pub struct Plan {
     pub companions: Vec<(String, Bytes)>,
     /// What is known of the cost of saves and the life of machines.
     pub measured: Measured,
+    /// What this process has found damaged.
+    pub docket: Docket,
 }
 
 /// What the workers' state is made from.
@@ -290,7 +292,7 @@ pub async fn run(
         insured: false,
         draining: false,
         dead: None,
-        retention: Retention::begin(&start.saver.run, &start.saver.journal, start.config.checkpoint),
+        retention: Retention::begin(&start.saver.run, &start.saver.journal, start.config.checkpoint, &start.docket),
         clock: now,
         looked: now,
         looking: None,

@@ -18,6 +18,7 @@
 pub mod conductor;
 
 mod deadline;
+mod doubt;
 mod gauge;
 mod images;
 mod life;
@@ -46,11 +47,7 @@ use self::{
     shared::SharedJournal,
 };
 use crate::{
-    checkpoint::{
-        catalog::{self, Damage},
-        restore,
-        verify::{Depth, verify},
-    },
+    checkpoint::{condemn::Docket, restore},
     config::{CompleteAction, RunConfig},
     error::{Context, Error, Kind, Result},
     goodput::Observed,
@@ -68,12 +65,6 @@ use crate::{
 const STANDBY_PAUSE: Duration = Duration::from_secs(2);
 /// How long it may take to take the heartbeat away at the end: whoever does not find it so waits a little longer.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// Readings of a checkpoint that seemed damaged while it was loaded: one that finds it whole is believed.
-const READ_AGAIN: u32 = 2;
-/// So often: something on the way to this machine damages what it carries, and that is not for us to wait out.
-const BELIEVED: u32 = 4;
-/// Bytes of one range when a checkpoint is read again.
-const READ_AGAIN_PART: u64 = 16 << 20;
 
 /// What is to be run.
 #[derive(Debug)]
@@ -224,10 +215,8 @@ struct Agent {
     manner: Manner,
     overrides: Vec<(String, String)>,
     from: Option<Step>,
-    /// How often a checkpoint that seemed damaged was whole when it was read again.
-    read_again: u32,
-    /// Damage that was found before there was a generation to write it down under.
-    damage: Vec<Damage>,
+    /// What this process has found damaged.
+    docket: Docket,
     /// Nodes that were found dead. Their heartbeats tell others how long they have stood still until there is a
     /// generation after theirs.
     dead: Vec<NodeId>,
@@ -331,8 +320,7 @@ impl Agent {
             manner,
             overrides,
             from,
-            read_again: 0,
-            damage: Vec::new(),
+            docket: Docket::default(),
             dead: Vec::new(),
         };
         let _held = agent.run.hold().await.context("hold the run's folder")?;
@@ -423,6 +411,7 @@ impl Agent {
                     journal: Arc::clone(&self.journal),
                 },
                 companions: resolved.companions.clone(),
+                docket: self.docket.clone(),
                 measured: self.measured().await,
             };
             if let Some(newest) = self.journal.lock().await.state().newest() {
@@ -557,23 +546,16 @@ impl Agent {
         Ok(Ok(resolve(&config, self.nproc_per_node, self.manner.cache.as_deref(), &self.reporter).await?))
     }
 
-    /// The newest usable checkpoint, or what a new run starts from. Damage is reported, and written down once this agent has a
-    /// generation to write under.
+    /// The newest usable checkpoint, or what a new run starts from. Damage is reported; what comes of it says [`Docket`].
     async fn choose(&mut self, resolved: &Resolved) -> Result<Load> {
-        let candidates: Vec<Committed> = {
-            let journal = self.journal.lock().await;
-            let state = journal.state();
-            let choice = if self.from.is_some() { state.good() } else { state.candidates() };
-            choice.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
-        };
+        let candidates = self.candidates().await?;
         if let Some(load) = self.in_memory(&candidates).await {
             return Ok(load);
         }
-        let outcome = catalog::newest_usable(&self.run, &candidates, self.from).await?;
-        for damage in &outcome.stepped_over {
+        let outcome = self.newest_usable(&candidates).await?;
+        for damage in outcome.stepped_over.iter().filter(|damage| self.docket.suspect(damage)) {
             self.warn_of_damage(damage.step, &damage.object, &damage.reason);
         }
-        self.damage.extend(outcome.stepped_over);
         if let Some((committed, manifest)) = outcome.found {
             return Ok(Load::Checkpoint {
                 step: committed.step,
@@ -584,28 +566,10 @@ impl Agent {
                 },
             });
         }
-        if !candidates.is_empty() {
-            let what = match self.from {
-                Some(step) => format!("the checkpoint of step {step} of run {} is damaged", self.run_id),
-                None => format!("none of the {} checkpoints of run {} is usable", candidates.len(), self.run_id),
-            };
-            let hint = format!("`trainer verify --run-id {} --all` lists what is damaged", self.run_id);
-            return Err(Error::new(Kind::Data, what).with_hint(hint));
+        if candidates.is_empty() && self.journal.lock().await.state().checkpoints().is_empty() {
+            return self.beginning(resolved).await;
         }
-        let good: Vec<String> = {
-            let journal = self.journal.lock().await;
-            if journal.state().checkpoints().is_empty() {
-                drop(journal);
-                return self.beginning(resolved).await;
-            }
-            journal.state().good().iter().map(|checkpoint| checkpoint.committed.step.to_string()).collect()
-        };
-        let what = format!("no checkpoint that run {} could go on from is usable", self.run_id);
-        Err(Error::new(Kind::Data, what).with_hint(if good.is_empty() {
-            "start again under another id: trainer run CONFIG --run-id NEW".to_owned()
-        } else {
-            words::abandoned(&self.run_id, &good)
-        }))
+        Err(self.nothing_usable(candidates.len()).await)
     }
 
     /// The newest checkpoint, if a slot of this node still holds it: the store need not be read.
@@ -662,52 +626,13 @@ impl Agent {
                     let run = self.run.clone();
                     tokio::spawn(async move { heartbeat::bury(&run, &dead).await });
                 }
-                for damage in self.damage.drain(..) {
-                    journal.append(damage.record()).await?;
-                }
                 return Ok(Some(generation));
             }
             // Whoever was first is looked at next.
             Err(JournalError::Overtaken { .. } | JournalError::Moved { .. }) => {}
             Err(error) => return Err(error.into()),
         }
-        self.damage.clear();
         Ok(None)
-    }
-
-    /// A checkpoint did not pass its checksums while it was loaded. It is read again first: a transfer may have been damaged, and
-    /// the verdict is for ever.
-    async fn step_over(&mut self, load: &Load, object: &str, reason: &str) -> Result<()> {
-        let Load::Checkpoint { step, generation, .. } = load else {
-            return Err(Error::new(Kind::Data, format!("{object}: {reason}")));
-        };
-        let committed = {
-            let journal = self.journal.lock().await;
-            journal.state().checkpoint(*step, *generation).map(|checkpoint| checkpoint.committed.clone())
-        };
-        if let Some(committed) = committed {
-            for _ in 0..READ_AGAIN {
-                let depth = Depth::Bytes { part: READ_AGAIN_PART };
-                let report = verify(&self.run, &committed, depth, &|_| {}).await?;
-                if report.is_sound() && self.read_again < BELIEVED {
-                    self.read_again += 1;
-                    let message = format!("{object}: {reason}; read again, it is whole");
-                    self.reporter.event(&Event::Warning { message });
-                    return Ok(());
-                }
-            }
-        }
-        self.warn_of_damage(*step, object, reason);
-        let record = Record::Damaged { step: *step, generation: *generation, reason: format!("{object}: {reason}") };
-        self.journal.append_first(record).await?;
-        if self.from.is_some() {
-            return Err(Error::new(
-                Kind::Data,
-                format!("the checkpoint of step {step} is damaged: {object}: {reason}"),
-            )
-            .with_hint(format!("carry on from the newest whole one: trainer resume --run-id {}", self.run_id)));
-        }
-        Ok(())
     }
 
     async fn newest_committed(&self) -> Step {

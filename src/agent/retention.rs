@@ -26,7 +26,9 @@ use super::{scrub, shared::SharedJournal};
 use crate::{
     checkpoint::{
         catalog::Damage,
+        condemn::Docket,
         prune::{Abandoned, Reading, apply_prune, doomed, plan_for},
+        verify::{Gentle, Proof},
     },
     config::CheckpointConfig,
     error::Error,
@@ -53,35 +55,61 @@ pub(super) struct Kept {
     pub config: CheckpointConfig,
     /// A checkpoint was committed.
     pub committed: Notify,
+    /// What this process has found damaged.
+    pub docket: Docket,
     known: PlainMutex<Known>,
 }
 
 impl Kept {
-    pub fn new(run: &Store, journal: &Arc<SharedJournal>, config: CheckpointConfig) -> Self {
-        let (run, journal) = (run.for_upkeep(), Arc::clone(journal));
-        Self { run, journal, config, committed: Notify::new(), known: PlainMutex::default() }
+    pub fn new(run: &Store, journal: &Arc<SharedJournal>, config: CheckpointConfig, docket: &Docket) -> Self {
+        let (run, journal, docket) = (run.for_upkeep(), Arc::clone(journal), docket.clone());
+        Self { run, journal, config, committed: Notify::new(), docket, known: PlainMutex::default() }
     }
 
     pub fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers that checksums vouch for a checkpoint.
-    pub fn vouch(&self, point: &ResumePoint) {
+    /// Remembers that checksums vouch for a checkpoint: those that the store keeps, or every byte of it.
+    pub fn vouch(&self, point: &ResumePoint, proof: Proof) {
+        self.docket.vouch(point, proof);
         let mut known = self.known();
         if !known.verified.contains(point) {
             known.verified.push(point.clone());
         }
     }
 
-    /// Writes down what was found damaged, unless the journal already says why it is not to be used.
-    pub async fn quarantine(&self, damage: &Damage) -> Result<(), Error> {
-        let good = |state: &RunState| is_good(state, damage.step, damage.generation);
-        if self.journal.append_when_free(damage.record(), good).await?.is_some() {
+    /// A checkpoint was found damaged twice. It is no more than a suspect, unless the journal already says why it is not to be used.
+    pub async fn suspect(&self, damage: &Damage) {
+        self.known().verified.retain(|point| !damage.is_of(point));
+        let journal = self.journal.lock().await;
+        let status = journal.state().checkpoint(damage.step, damage.generation).map(|checkpoint| &checkpoint.status);
+        if status == Some(&CheckpointStatus::Good) && self.docket.suspect(damage) {
             let Damage { step, object, reason, .. } = damage;
+            tracing::warn!(%step, "checkpoint seems damaged: {object}: {reason}");
+        }
+    }
+
+    /// Condemns a suspect, if this process can read another checkpoint whole.
+    pub async fn settle(&self, busy: &watch::Receiver<bool>) -> Result<(), Error> {
+        if !self.docket.has_suspects() {
+            return Ok(());
+        }
+        let state = self.journal.lock().await.state().clone();
+        let gentle = Gentle { bytes_per_s: scrub::RATE, busy: busy.clone() };
+        if !self.docket.prove(&self.run, &state, Some(&gentle)).await? {
+            tracing::warn!(
+                "no checkpoint is whole as this machine reads it: it may be what garbles them, so none is written off and none deleted"
+            );
+            return Ok(());
+        }
+        let Some((damage, record)) = self.docket.next_record(self.journal.lock().await.state()) else { return Ok(()) };
+        let may = |state: &RunState| self.docket.may_condemn(state, &damage);
+        if self.journal.append_when_free(record, may).await?.is_some() {
+            self.docket.condemned(&damage);
+            let Damage { step, object, reason, .. } = &damage;
             tracing::warn!(%step, "checkpoint is damaged and will not be resumed from: {object}: {reason}");
         }
-        self.known().verified.retain(|point| !damage.is_of(point));
         Ok(())
     }
 }
@@ -96,21 +124,17 @@ pub struct Retention {
     scrub: Option<JoinHandle<()>>,
 }
 
-fn is_good(state: &RunState, step: Step, generation: Generation) -> bool {
-    state.checkpoint(step, generation).is_some_and(|checkpoint| checkpoint.status == CheckpointStatus::Good)
-}
-
 impl Retention {
     /// Begins to care for a run's checkpoints; until [`busy`](Self::busy) says otherwise there is more important work.
-    pub fn begin(run: &Store, journal: &Arc<SharedJournal>, config: CheckpointConfig) -> Self {
-        let (kept, (busy, others)) = (Arc::new(Kept::new(run, journal, config)), watch::channel(true));
+    pub fn begin(run: &Store, journal: &Arc<SharedJournal>, config: CheckpointConfig, docket: &Docket) -> Self {
+        let (kept, (busy, others)) = (Arc::new(Kept::new(run, journal, config, docket)), watch::channel(true));
         let scrub = tokio::spawn(scrub::run(Arc::clone(&kept), others));
         Self { kept, busy, pass: None, scrub: Some(scrub) }
     }
 
     /// A checkpoint was restored from, so every byte of its tensors was held against its checksums.
     pub fn restored(&self, step: Step, generation: Generation) {
-        self.kept.vouch(&ResumePoint { step, generation });
+        self.kept.vouch(&ResumePoint { step, generation }, Proof::Bytes);
     }
 
     /// Whether there is more important work for the store than looking at what is kept: a restore, or a save.
@@ -130,9 +154,9 @@ impl Retention {
     }
 
     fn spawn(&mut self, exact: bool) {
-        let kept = Arc::clone(&self.kept);
+        let (kept, busy) = (Arc::clone(&self.kept), self.busy.subscribe());
         self.pass = Some(tokio::spawn(async move {
-            match pass(&kept, exact).await {
+            match pass(&kept, exact, &busy).await {
                 Ok(0) => {}
                 Ok(deleted) => tracing::debug!(checkpoints = deleted, "old checkpoints deleted"),
                 Err(error) => tracing::warn!(%error, "old checkpoints were not deleted"),
@@ -175,7 +199,12 @@ impl Drop for Retention {
 }
 
 /// One pass. `exact`: the newest checkpoint itself is read where nothing vouches for it, so that no older one need stay.
-async fn pass(kept: &Kept, exact: bool) -> Result<usize, Error> {
+async fn pass(kept: &Kept, exact: bool, busy: &watch::Receiver<bool>) -> Result<usize, Error> {
+    // What was stepped over before another one was loaded. A machine that reads nothing whole deletes nothing either.
+    if kept.docket.is_distrusted() {
+        return Ok(0);
+    }
+    kept.settle(busy).await?;
     // A copy: looking at the store takes time, and commits must not wait for it.
     let state = kept.journal.lock().await.state().clone();
     let (mut verified, reading) = {
@@ -189,11 +218,17 @@ async fn pass(kept: &Kept, exact: bool) -> Result<usize, Error> {
     let reading = reading.as_ref();
     let keep = kept.config.keep;
     let plan = plan_for(&kept.run, &state, keep, Abandoned::Keep, Reading::Unless(&verified), reading).await?;
-    for damage in &plan.damaged {
-        kept.quarantine(damage).await?;
-    }
     if let Some(point) = &plan.verified {
-        kept.vouch(point);
+        kept.vouch(point, Proof::Checksum);
+    }
+    if !plan.damaged.is_empty() {
+        for damage in &plan.damaged {
+            kept.suspect(damage).await;
+        }
+        kept.settle(busy).await?;
+    }
+    if kept.docket.is_distrusted() {
+        return Ok(0);
     }
     let doomed = doomed(&plan.fates);
     apply_prune(&kept.run, &doomed, |ResumePoint { step, generation }| async move {

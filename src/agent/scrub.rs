@@ -3,8 +3,8 @@
 //! One task beside the event loop. At the start of a life and once a day it sweeps what [`crate::checkpoint::rubbish`] finds. Every
 //! checkpoint that is kept is held against its checksums once in `checkpoint.scrub`: those that the store keeps, where it
 //! does; elsewhere its bytes are read at no more than [`RATE`], one request at a time. While a restore or a save is on
-//! its way nothing is begun and no byte is read. What is damaged, and is so when it is read again, gets its `damaged`
-//! record: it is never resumed from again and never counted, and its bytes stay for diagnosis.
+//! its way nothing is begun and no byte is read. What is damaged, and is so when it is read again while another one is whole, gets its
+//! `damaged` record ([`crate::checkpoint::condemn`]): it is never resumed from again and never counted, and its bytes stay for diagnosis.
 //!
 //! *Crash, cancel:* nothing is kept outside the journal; a look that was cut off is begun again in the next life. *Retry:* a
 //! store that fails is asked again after [`AGAIN`].
@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// The most bytes that are read in a second, on a store that keeps no checksums.
-const RATE: u64 = 32 << 20;
+pub(super) const RATE: u64 = 32 << 20;
 /// How long after the last look at a newest checkpoint the one that is newest then is looked at: it advances what is known to
 /// be good, so that an older one need not be kept for that.
 const NEWEST: Duration = Duration::from_secs(10 * 60);
@@ -169,15 +169,22 @@ async fn look(kept: &Kept, committed: &Committed, busy: &watch::Receiver<bool>) 
     if report.is_sound() && !report.is_verified() {
         report = verify_gently(&kept.run, committed, &Gentle { bytes_per_s: RATE, busy: busy.clone() }).await?;
     }
-    if !report.is_sound() {
-        report = look_again(&kept.run, committed, &report).await?;
+    if let Some((object, reason)) = report.damage() {
+        let again = look_again(&kept.run, committed, &report).await?;
+        if again.is_sound() {
+            tracing::warn!(
+                "{object}: {reason}; read again, it is whole: something on the way to this machine garbles what it carries"
+            );
+        }
+        report = again;
     }
-    let Report { step, generation, .. } = report;
+    let Report { step, generation, proof, .. } = report;
     match report.damage() {
-        None => kept.vouch(&ResumePoint { step, generation }),
+        None => kept.vouch(&ResumePoint { step, generation }, proof),
         Some((object, reason)) => {
             let (object, reason) = (object.to_owned(), reason.to_owned());
-            kept.quarantine(&Damage { step, generation, object, reason }).await?;
+            kept.suspect(&Damage { step, generation, object, reason }).await;
+            kept.settle(busy).await?;
         }
     }
     Ok(())
@@ -188,7 +195,10 @@ mod tests {
     use super::*;
     use crate::{
         agent::shared::SharedJournal,
-        checkpoint::testing::{Harm, checkpoint, config, harm, memory_store},
+        checkpoint::{
+            condemn::Docket,
+            testing::{Harm, checkpoint, config, harm, memory_store},
+        },
         config::CheckpointConfig,
         ids::{NodeId, RunId, WorldSize},
         journal::{CheckpointStatus, Formed, FormedReason, Journal, Record, RosterEntry},
@@ -251,7 +261,7 @@ mod tests {
             list.push(committed);
         }
         let config = CheckpointConfig { scrub: Some(DAY), ..config().checkpoint };
-        (Arc::new(Kept::new(&run, &Arc::new(SharedJournal::new(journal)), config)), list)
+        (Arc::new(Kept::new(&run, &Arc::new(SharedJournal::new(journal)), config, &Docket::default())), list)
     }
 
     async fn status(kept: &Kept, step: u64) -> CheckpointStatus {

@@ -18,13 +18,13 @@ use super::{
 };
 use crate::{
     ids::{Generation, Step},
-    journal::{Committed, Record, ResumePoint},
+    journal::{Committed, ResumePoint},
     layout,
     storage::Store,
 };
 
 /// A checkpoint that seems damaged is looked at so often before it is stepped over: it may have been a transfer that was
-/// damaged, and the verdict is for ever.
+/// damaged.
 const LOOKS: u32 = 3;
 
 /// A checkpoint that was stepped over.
@@ -46,10 +46,9 @@ impl Damage {
         (self.step, self.generation) == (point.step, point.generation)
     }
 
-    /// As the journal's `damaged` record has it.
-    pub fn record(&self) -> Record {
-        let Self { step, generation, object, reason } = self;
-        Record::Damaged { step: *step, generation: *generation, reason: format!("{object}: {reason}") }
+    /// The checkpoint.
+    pub fn point(&self) -> ResumePoint {
+        ResumePoint { step: self.step, generation: self.generation }
     }
 }
 

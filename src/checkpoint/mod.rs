@@ -14,6 +14,7 @@
 //! the first is stepped over, the second is an error, because stepping back would throw away good work.
 
 pub mod catalog;
+pub mod condemn;
 pub mod export;
 pub mod header;
 pub mod manifest;

@@ -52,6 +52,8 @@ pub enum Why {
     InUse,
     /// Damaged: kept for diagnosis.
     Quarantined,
+    /// It had been found damaged, and is whole when it is read again.
+    Cleared,
 }
 
 /// What becomes of one checkpoint.

@@ -49,12 +49,19 @@ struct Listed<'a> {
     checkpoint: Checkpoint<'a>,
     /// US dollars, estimated; 0 for what is pruned.
     usd_per_month: f64,
+    /// When it was read whole after it had been found damaged.
+    cleared: Option<Timestamp>,
 }
 
 impl<'a> Listed<'a> {
     fn of(state: &RunState, checkpoint: &'a journal::Checkpoint) -> Self {
         let bytes = if checkpoint.status == CheckpointStatus::Pruned { 0 } else { checkpoint.committed.bytes };
-        Self { checkpoint: Checkpoint::from(checkpoint), usd_per_month: history::monthly_cost(state, bytes) }
+        let cleared = state.clearances().iter().rev().find(|cleared| cleared.point == checkpoint.point());
+        Self {
+            checkpoint: Checkpoint::from(checkpoint),
+            usd_per_month: history::monthly_cost(state, bytes),
+            cleared: cleared.map(|cleared| cleared.at),
+        }
     }
 }
 
@@ -74,7 +81,13 @@ fn table(checkpoints: &[Listed<'_>], now: Timestamp) -> String {
     let headings =
         [">step", ">generation", ">size", ">loss", ">held out", ">stall", ">copy", ">durable", "committed", "status"];
     let mut table = Table::new(&headings);
-    for Listed { checkpoint: Checkpoint { committed, at, status, damage }, .. } in checkpoints {
+    for Listed { checkpoint: Checkpoint { committed, at, status, damage }, cleared, .. } in checkpoints {
+        let standing = match cleared {
+            Some(cleared) if *status == "good" => {
+                format!("{status}: read whole {}, after doubt", human::ago(*cleared, now))
+            }
+            _ => (*status).to_owned(),
+        };
         table.row([
             committed.step.to_string(),
             committed.generation.to_string(),
@@ -85,7 +98,7 @@ fn table(checkpoints: &[Listed<'_>], now: Timestamp) -> String {
             human::seconds(committed.cost.copy_s),
             human::seconds(committed.cost.durable_s),
             human::ago(*at, now),
-            damage.map_or_else(|| (*status).to_owned(), |damage| format!("{status}: {damage}")),
+            damage.map_or(standing, |damage| format!("{status}: {damage}")),
         ]);
     }
     table.text()

@@ -36,8 +36,10 @@ pub(super) async fn choose(run: &RunArg, step: Option<Step>) -> Result<(Store, C
     }
     let (committed, _) = outcome.found.ok_or_else(|| {
         let what = format!("none of the {} checkpoints of run {} is usable", candidates.len(), run.run_id);
-        Error::new(Kind::Data, what)
-            .with_hint(format!("`trainer verify --run-id {} --all` lists what is damaged", run.run_id))
+        Error::new(Kind::Data, what).with_hint(format!(
+            "look at them from another machine: trainer verify --run-id {} --all --deep",
+            run.run_id
+        ))
     })?;
     Ok((folder, committed))
 }

@@ -16,16 +16,21 @@ use super::{
 use crate::{
     checkpoint::{
         CheckpointError,
+        condemn::{self, Docket},
         prune::{Abandoned, Fate, Plan, Reading, Why, apply_prune, doomed, plan_for, quarantined},
         rubbish::{self, Folder, Kind, Rubbish},
+        verify::{Depth, verify},
     },
     config::{Keep, Spacing, parse_spacing},
-    error::{Context, Error, Result},
+    error::{Context, Error, Kind as ErrorKind, Result},
     ids::NodeId,
     journal::{CheckpointStatus, Journal, Record, ResumePoint, RunState},
     report::human,
     storage::Store,
 };
+
+/// Bytes of one request when a damaged checkpoint is read once more.
+const PART: u64 = 4 << 20;
 
 /// Delete old checkpoints by plan, and what killed uploads have left behind
 #[derive(Debug, Args)]
@@ -36,7 +41,7 @@ Examples:
 
 The newest checkpoint that checksums vouch for is never deleted, nor the one that the newest generation has resumed from.
 Where the store keeps no checksums the newest is read before anything goes. Damaged checkpoints stay for diagnosis until
---damaged. Data and uploads that belong to no checkpoint go when they are a day old and their generation is over.")]
+--damaged, which reads them once more and keeps what is whole after all. Data and uploads that belong to no checkpoint go when they are a day old and their generation is over.")]
 pub struct Prune {
     #[command(flatten)]
     run: RunArg,
@@ -123,14 +128,18 @@ impl Prune {
         let folder = root.folder(self.run.run_id.as_str());
         let mut journal = Journal::open(folder.clone(), NodeId::random(), self.run.run_id.clone()).await?;
         let plan = self.plan(&folder, journal.state()).await?;
+        let docket = Docket::default();
         for damage in &plan.damaged {
             tracing::warn!(step = %damage.step, object = damage.object, "checkpoint is damaged: {}", damage.reason);
-            let status = journal.state().checkpoint(damage.step, damage.generation).map(|c| &c.status);
-            if !self.dry_run && status == Some(&CheckpointStatus::Good) {
-                journal.append(damage.record()).await?;
+            if !self.dry_run {
+                docket.suspect(damage);
+                self.settle(&docket, &folder, &mut journal).await?;
             }
         }
-        let fates = self.with_quarantined(plan.fates, journal.state())?;
+        let mut fates = self.with_quarantined(plan.fates, journal.state())?;
+        if self.damaged && !self.dry_run {
+            take_back(&folder, &mut journal, &mut fates).await?;
+        }
         let rubbish = rubbish::find(&folder, journal.state(), Timestamp::now()).await?;
         if let Some(error) = &rubbish.unlisted {
             tracing::warn!(%error, "unfinished uploads were not looked for: allow s3:ListBucketMultipartUploads");
@@ -150,6 +159,19 @@ impl Prune {
             rubbish::sweep(&folder, &rubbish).await.context(doing)?;
         }
         Ok(Done { fates, rubbish, total, unread: plan.unread, dry_run: self.dry_run })
+    }
+
+    /// Condemns the suspect, if another checkpoint is whole as this machine reads it.
+    async fn settle(&self, docket: &Docket, folder: &Store, journal: &mut Journal) -> Result<()> {
+        if docket.prove(folder, journal.state(), None).await? {
+            docket.condemn(journal).await?;
+            return Ok(());
+        }
+        let what = "no checkpoint is whole as this machine reads it: it may be this machine that garbles them";
+        let run_id = &self.run.run_id;
+        Err(Error::new(ErrorKind::Unavailable, what).with_hint(format!(
+            "nothing was written off and nothing deleted; try again from another machine, which `trainer verify --run-id {run_id} --all --deep` may tell more of"
+        )))
     }
 
     async fn plan(&self, folder: &Store, state: &RunState) -> Result<Plan> {
@@ -178,6 +200,23 @@ impl Prune {
         fates.sort_by_key(|fate| (fate.point.generation, fate.point.step));
         Ok(fates)
     }
+}
+
+/// What is whole after all is no longer condemned, and stays: a deletion is for ever.
+async fn take_back(folder: &Store, journal: &mut Journal, fates: &mut [Fate]) -> Result<()> {
+    for fate in fates.iter_mut().filter(|fate| fate.goes()) {
+        let ResumePoint { step, generation } = fate.point;
+        let Some(checkpoint) = journal.state().checkpoint(step, generation) else { continue };
+        if !matches!(checkpoint.status, CheckpointStatus::Damaged { .. }) {
+            continue;
+        }
+        let report = verify(folder, &checkpoint.committed.clone(), Depth::Bytes { part: PART }, &|_| {}).await?;
+        if condemn::clear(journal, &report).await? {
+            tracing::warn!(%step, "checkpoint had been found damaged and is whole: it is good again, and stays");
+            fate.stays.push(Why::Cleared);
+        }
+    }
+    Ok(())
 }
 
 fn total(state: &RunState, fates: &[Fate], rubbish: &Rubbish) -> Total {
@@ -257,5 +296,6 @@ fn words(why: Why) -> &'static str {
         Why::Best => "one of the best",
         Why::InUse => "the run has resumed from it",
         Why::Quarantined => "damaged, kept for diagnosis (--damaged deletes it)",
+        Why::Cleared => "found damaged before, and whole when it was read again",
     }
 }

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
+use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
@@ -11,11 +12,15 @@ use super::{
     store,
 };
 use crate::{
-    checkpoint::verify::{self, Depth, FileReport, Proof, Report},
-    error::{Error, Kind, Result},
-    ids::Step,
-    journal::{Checkpoint, CheckpointStatus, RunState},
+    checkpoint::{
+        condemn,
+        verify::{self, Depth, FileReport, Proof, Report},
+    },
+    error::{Context, Error, Kind, Result},
+    ids::{NodeId, Step},
+    journal::{Checkpoint, CheckpointStatus, Journal, RunState},
     report::human,
+    storage::Store,
 };
 
 /// Hold a run's objects against their manifests
@@ -28,7 +33,8 @@ Examples:
 S3 keeps a checksum of every object, so nothing is downloaded but the manifest, and what seems damaged, to make sure. A
 store that keeps none can only be asked for sizes, and the answer says so: --deep compares every byte.
 
-Exit code 65 if anything is damaged. Nothing is changed.")]
+A checkpoint that was found damaged before and is whole in every byte (--deep) is good again: the journal then says so. Nothing else is
+changed. Exit code 65 if anything is damaged.")]
 pub struct Verify {
     #[command(flatten)]
     run: RunArg,
@@ -45,11 +51,23 @@ pub struct Verify {
     json: JsonArg,
 }
 
+/// A report, and what came of it.
+#[derive(Debug, Serialize)]
+struct Looked {
+    #[serde(flatten)]
+    report: Report,
+    /// It had been found damaged before, and the verdict was taken back.
+    cleared: bool,
+}
+
 impl Verify {
     pub(super) fn execute(self) -> Result<ExitCode> {
-        let reports = store::block_on(self.look())?;
-        let json = self.json.json;
-        output::emit(&if json { output::json_lines(&reports)? } else { table(&reports) + &summary(&reports) })?;
+        let (looked, clearing) = store::block_on(self.look())?;
+        let text = if self.json.json { output::json_lines(&looked)? } else { told(&looked) };
+        output::emit(&text)?;
+        // What was found is told, even if it could not be written down.
+        clearing?;
+        let reports: Vec<&Report> = looked.iter().map(|looked| &looked.report).collect();
         let damaged = reports.iter().filter(|report| !report.is_sound()).count();
         if damaged == 0 {
             return Ok(ExitCode::SUCCESS);
@@ -61,22 +79,27 @@ impl Verify {
         .with_hint("`trainer resume` steps over damaged checkpoints by itself"))
     }
 
-    async fn look(&self) -> Result<Vec<Report>> {
+    async fn look(&self) -> Result<(Vec<Looked>, Result<()>)> {
         let root = self.run.store.open()?;
         let state = history::read(&root, &self.run.run_id).await?;
         let folder = root.folder(self.run.run_id.as_str());
         let part = u64::from(store::LIMITS.part_mib) << 20;
         let depth = if self.deep { Depth::Bytes { part } } else { Depth::Stored };
-        let mut reports = Vec::new();
+        let mut looked = Vec::new();
         for checkpoint in self.chosen(&state)? {
             let mut report = verify::verify(&folder, &checkpoint.committed, depth, &|_| {}).await?;
-            if !report.is_sound() {
+            if let Some((object, reason)) = report.damage() {
                 // An answer may have been garbled, and a store may keep a wrong checksum: the bytes decide.
-                report = verify::look_again(&folder, &checkpoint.committed, &report).await?;
+                let again = verify::look_again(&folder, &checkpoint.committed, &report).await?;
+                if again.is_sound() {
+                    tracing::warn!("{object}: {reason}; read again, it is whole");
+                }
+                report = again;
             }
-            reports.push(report);
+            looked.push(Looked { report, cleared: false });
         }
-        Ok(reports)
+        let cleared = clear(&folder, state, &mut looked).await;
+        Ok((looked, cleared))
     }
 
     fn chosen<'a>(&self, state: &'a RunState) -> Result<Vec<&'a Checkpoint>> {
@@ -96,7 +119,42 @@ impl Verify {
     }
 }
 
-fn table(reports: &[Report]) -> String {
+/// Takes back the verdict on what is whole in every byte.
+async fn clear(folder: &Store, state: RunState, looked: &mut [Looked]) -> Result<()> {
+    let is_whole = |report: &Report| report.is_sound() && report.proof == Proof::Bytes;
+    let is_condemned = |report: &Report| {
+        let checkpoint = state.checkpoint(report.step, report.generation);
+        checkpoint.is_some_and(|checkpoint| matches!(checkpoint.status, CheckpointStatus::Damaged { .. }))
+    };
+    if !looked.iter().any(|Looked { report, .. }| is_whole(report) && is_condemned(report)) {
+        return Ok(());
+    }
+    let mut journal = Journal::follow(folder.clone(), NodeId::random(), state).await?;
+    for Looked { report, cleared } in looked {
+        let step = report.step;
+        *cleared =
+            condemn::clear(&mut journal, report).await.context(format!("take back the verdict on step {step}"))?;
+        if *cleared {
+            tracing::warn!(%step, "checkpoint had been found damaged and is whole: it is good again");
+        }
+    }
+    Ok(())
+}
+
+/// All of it, for people.
+fn told(looked: &[Looked]) -> String {
+    let reports: Vec<&Report> = looked.iter().map(|looked| &looked.report).collect();
+    let mut text = table(&reports) + &summary(&reports);
+    for Looked { report, .. } in looked.iter().filter(|looked| looked.cleared) {
+        let (step, generation) = (report.step, report.generation);
+        text.push_str(&format!(
+            "step {step}, generation {generation}: had been found damaged and is whole; it is good again\n"
+        ));
+    }
+    text
+}
+
+fn table(reports: &[&Report]) -> String {
     let mut table = Table::new(&[">step", ">generation", "object", ">size", "found"]);
     for report in reports {
         for file in &report.files {
@@ -118,7 +176,7 @@ fn table(reports: &[Report]) -> String {
 }
 
 /// One line on all of it; what only sizes speak for is not called good.
-fn summary(reports: &[Report]) -> String {
+fn summary(reports: &[&Report]) -> String {
     let files: Vec<&FileReport> = reports.iter().flat_map(|report| &report.files).collect();
     let (damaged, sound): (Vec<&FileReport>, Vec<&FileReport>) =
         files.iter().copied().partition(|file| file.damage.is_some());
@@ -148,12 +206,13 @@ mod tests {
         };
         let report =
             |files| Report { step: Step(1), generation: Generation(1), deep: false, proof: Proof::Size, files };
-        let text = summary(&[report(vec![file(Proof::Bytes, None), file(Proof::Size, None), file(Proof::Size, None)])]);
+        let text =
+            summary(&[&report(vec![file(Proof::Bytes, None), file(Proof::Size, None), file(Proof::Size, None)])]);
         assert_eq!(
             text,
             "3 objects: 1 good by every byte, 2 size only: this store keeps no checksum, --deep compares every byte\n"
         );
-        let text = summary(&[report(vec![file(Proof::Checksum, None), file(Proof::Checksum, Some("x is short"))])]);
+        let text = summary(&[&report(vec![file(Proof::Checksum, None), file(Proof::Checksum, Some("x is short"))])]);
         assert_eq!(text, "2 objects: 1 damaged, 1 good by the store's checksum\n");
     }
 }

@@ -25,13 +25,15 @@ pub enum Refusal {
 /// 1. A writer that holds an older generation than the newest is fenced, whatever it writes; so is a record that speaks for
 ///    an older generation.
 /// 2. `committed`, `completed` and `failed` are for the holder of the newest generation. Anybody may write `notice` and
-///    `interrupted` for the newest generation, `damaged`, `pruned`, and `formed`.
+///    `interrupted` for the newest generation, `damaged`, `cleared`, `pruned`, and `formed`.
 /// 3. A (step, generation) pair is committed once. Generations rise. `created` is the first record only.
-/// 4. After `completed` or `failed` only `damaged`, `pruned` and `formed` come.
+/// 4. After `completed` or `failed` only `damaged`, `cleared`, `pruned` and `formed` come.
 /// 5. A generation resumes from a good checkpoint, or from the beginning if nothing was ever committed: no run starts
 ///    over because its checkpoints are damaged. It has nodes and workers.
 /// 6. The newest good checkpoint is not pruned, nor the one that the newest generation resumed from while the run is open.
 /// 7. A run completes at a step that is its newest good checkpoint.
+/// 8. A good checkpoint is condemned (`damaged`) only while another one of the run as it stands is good, and never the one that was read
+///    whole last ([`RunState::spared`]). `cleared` takes a verdict back; of a pruned checkpoint there is nothing left to clear.
 pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Result<(), Refusal> {
     let wrong = |reason: String| Err(Refusal::Wrong(reason));
     let speaks_for = match record {
@@ -40,7 +42,11 @@ pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Res
         | Record::Interrupted { generation, .. }
         | Record::Completed { generation, .. }
         | Record::Failed { generation, .. } => Some(*generation),
-        Record::Created { .. } | Record::Formed { .. } | Record::Damaged { .. } | Record::Pruned { .. } => None,
+        Record::Created { .. }
+        | Record::Formed { .. }
+        | Record::Damaged { .. }
+        | Record::Cleared { .. }
+        | Record::Pruned { .. } => None,
     };
     if let Some(newest) = state.formed()
         && [held, speaks_for].into_iter().flatten().any(|generation| generation < newest.generation)
@@ -87,6 +93,17 @@ pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Res
             if good && ended.is_none() && resumed.is_some_and(is_it) {
                 return wrong(format!("the newest generation resumed from step {step} of generation {generation}"));
             }
+        }
+        Record::Damaged { step, generation, .. } => {
+            let point = super::ResumePoint { step: *step, generation: *generation };
+            if let Some(why) = state.spared(&point) {
+                return wrong(format!("step {step} of generation {generation} is not condemned: {why}"));
+            }
+        }
+        Record::Cleared { step, generation }
+            if state.checkpoint(*step, *generation).is_some_and(|c| c.status == CheckpointStatus::Pruned) =>
+        {
+            return wrong(format!("step {step} of generation {generation} is pruned"));
         }
         Record::Completed { step, .. } if state.newest().is_none_or(|newest| newest.committed.step != *step) => {
             return wrong(format!("step {step} is not the newest good checkpoint"));

@@ -58,7 +58,7 @@ pub enum JournalError {
         /// The newest generation.
         generation: Generation,
     },
-    /// A checkpoint was committed, damaged or pruned, or the run ended, while a generation was about to be formed: choose
+    /// A checkpoint was committed, damaged, cleared or pruned, or the run ended, while a generation was about to be formed: choose
     /// its resume point again from the state as it is now.
     #[error("the run went on while generation {generation} was about to be formed: {what}")]
     Moved {

@@ -18,6 +18,7 @@
 //! failed `committed` names must not be deleted without asking the journal again.
 
 mod admit;
+mod doubt;
 mod error;
 mod log;
 mod record;
@@ -31,6 +32,7 @@ mod store_tests;
 mod testing;
 
 pub use admit::{Refusal, admit};
+pub use doubt::Clearance;
 pub use error::JournalError;
 pub use log::{Formed, Journal, list_runs, replay};
 pub use record::*;

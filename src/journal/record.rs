@@ -170,6 +170,13 @@ pub enum Record {
         /// The generation that wrote it.
         generation: Generation,
     },
+    /// A checkpoint that had been found damaged was read whole: it is good again.
+    Cleared {
+        /// Its step.
+        step: Step,
+        /// The generation that wrote it.
+        generation: Generation,
+    },
 }
 
 /// A checkpoint exists: the journal's most important record.

@@ -40,6 +40,7 @@ fn what_contradicts_the_records_before_it_is_not_believed() {
         (failed(1), "while 3 stands"),
         (damaged(11, 1), "never committed"),
         (pruned(10, 3), "never committed"),
+        (cleared(10, 3), "never committed"),
     ] {
         let mut state = state(base());
         let before = state.clone();
@@ -120,9 +121,17 @@ fn a_run_that_ended_is_opened_again_by_forming() {
 fn an_older_holder_is_fenced_whatever_it_writes() {
     let state = state([formed(1, None), committed(9, 1), formed(2, Some(point(9, 1)))]);
     let fenced = Err(Refusal::Fenced { node: node("a"), generation: Generation(2) });
-    for record in
-        [committed(10, 1), notice(1, "x"), interrupted(1), completed(9, 1), failed(1), damaged(9, 1), formed(3, None)]
-    {
+    let of_all_kinds = [
+        committed(10, 1),
+        notice(1, "x"),
+        interrupted(1),
+        completed(9, 1),
+        failed(1),
+        damaged(9, 1),
+        cleared(9, 1),
+        formed(3, None),
+    ];
+    for record in of_all_kinds {
         assert_eq!(admit(&state, held(1), &record), fenced, "{record:?}");
     }
     // Even if it claims the newest generation, or never held one and speaks for an older.
@@ -133,12 +142,12 @@ fn an_older_holder_is_fenced_whatever_it_writes() {
 
 #[test]
 fn only_the_holder_commits_and_ends_the_run() {
-    let state = state([formed(1, None), committed(9, 1)]);
+    let state = state([formed(1, None), committed(8, 1), committed(9, 1)]);
     for record in [committed(10, 1), completed(9, 1), failed(1)] {
         assert!(matches!(admit(&state, None, &record), Err(Refusal::Wrong(_))), "{record:?}");
         assert_eq!(admit(&state, held(1), &record), Ok(()), "{record:?}");
     }
-    for record in [notice(1, "drain"), interrupted(1), damaged(9, 1), formed(2, Some(point(9, 1)))] {
+    for record in [notice(1, "drain"), interrupted(1), damaged(9, 1), cleared(9, 1), formed(2, Some(point(9, 1)))] {
         assert_eq!(admit(&state, None, &record), Ok(()), "{record:?}");
     }
     // Nobody speaks for a generation that is not there.
@@ -152,7 +161,7 @@ fn nothing_but_housekeeping_follows_the_end() {
         for record in [committed(21, 1), notice(1, "x"), interrupted(1), completed(20, 1), failed(1)] {
             assert!(matches!(admit(&state, held(1), &record), Err(Refusal::Wrong(_))), "{record:?}");
         }
-        for record in [damaged(9, 1), pruned(9, 1), formed(2, Some(point(20, 1)))] {
+        for record in [damaged(9, 1), cleared(9, 1), pruned(9, 1), formed(2, Some(point(20, 1)))] {
             assert_eq!(admit(&state, held(1), &record), Ok(()), "{record:?}");
         }
     }
@@ -191,4 +200,73 @@ fn a_generation_resumes_from_a_good_checkpoint_and_a_run_completes_at_one() {
     let Record::Formed { generation, resume, overrides, reason, .. } = formed(2, None) else { unreachable!() };
     let world_size = crate::ids::WorldSize(1);
     assert!(wrong(&Record::Formed { generation, roster: Vec::new(), world_size, resume, overrides, reason }));
+}
+
+// Verdicts.
+
+fn refused(records: &[Record], record: &Record) -> Option<String> {
+    match admit(&state(records.iter().cloned()), None, record) {
+        Ok(()) => None,
+        Err(Refusal::Wrong(reason)) => Some(reason),
+        Err(fenced) => panic!("{fenced:?}"),
+    }
+}
+
+#[test]
+fn the_last_good_checkpoint_is_never_condemned() {
+    let mut records = vec![formed(1, None), committed(5, 1), committed(9, 1)];
+    assert_eq!(refused(&records, &damaged(9, 1)), None);
+    records.push(damaged(9, 1));
+    assert!(refused(&records, &damaged(5, 1)).unwrap().contains("last good"));
+    assert_eq!(refused(&records, &damaged(9, 1)), None, "what is condemned may be so once more");
+    // What the run has turned away from does not stand in for it.
+    let turned = [formed(1, None), committed(5, 1), committed(9, 1), formed(2, Some(point(5, 1)))];
+    assert!(refused(&turned, &damaged(5, 1)).unwrap().contains("last good"));
+    assert_eq!(refused(&turned, &damaged(9, 1)), None);
+}
+
+#[test]
+fn the_checkpoint_that_was_read_whole_last_is_never_condemned() {
+    let mut records = vec![formed(1, None), committed(5, 1), committed(9, 1), formed(2, Some(point(9, 1)))];
+    assert_eq!(refused(&records, &damaged(9, 1)), None, "nobody has trained from it yet");
+    let stopped = Record::Interrupted {
+        generation: Generation(2),
+        step: Step(10),
+        committed: Some(Step(9)),
+        lost_steps: 1,
+        verdict: String::new(),
+        drain: None,
+    };
+    let told: Vec<Record> = records.iter().cloned().chain([stopped]).collect();
+    assert!(refused(&told, &damaged(9, 1)).unwrap().contains("read whole"), "a step was made from it");
+    records.push(committed(12, 2));
+    assert!(refused(&records, &damaged(9, 1)).unwrap().contains("read whole"));
+    assert_eq!((refused(&records, &damaged(12, 2)), refused(&records, &damaged(5, 1))), (None, None));
+    // A later one that was read whole takes its place.
+    records.extend([damaged(5, 1), cleared(5, 1)]);
+    assert!(refused(&records, &damaged(5, 1)).unwrap().contains("read whole"));
+    assert_eq!(refused(&records, &damaged(9, 1)), None);
+    records.extend([formed(3, Some(point(12, 2))), committed(15, 3)]);
+    assert!(refused(&records, &damaged(12, 2)).unwrap().contains("read whole"));
+    assert_eq!(refused(&records, &damaged(5, 1)), None);
+    // Deleted, it can't be looked at: the one before it counts.
+    records.extend([completed(15, 3), pruned(12, 2)]);
+    assert!(refused(&records, &damaged(5, 1)).unwrap().contains("read whole"));
+}
+
+#[test]
+fn a_verdict_is_taken_back() {
+    let mut records = vec![formed(1, None), committed(5, 1), committed(9, 1), damaged(9, 1)];
+    assert_eq!(points(&state(records.clone()).candidates()), [(5, 1)]);
+    records.push(cleared(9, 1));
+    let cleared_once = state(records.clone());
+    assert_eq!(points(&cleared_once.candidates()), [(9, 1), (5, 1)]);
+    assert_eq!(cleared_once.clearances().iter().map(|c| c.point.clone()).collect::<Vec<_>>(), [point(9, 1)]);
+    // Twice is once; what is pruned stays so.
+    records.push(cleared(9, 1));
+    assert_eq!(state(records.clone()).clearances().len(), 1);
+    records.push(pruned(5, 1));
+    assert!(refused(&records, &cleared(5, 1)).unwrap().contains("is pruned"));
+    records.push(cleared(5, 1));
+    assert_eq!(points(&state(records).candidates()), [(9, 1)]);
 }

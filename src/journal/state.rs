@@ -2,7 +2,10 @@
 
 use jiff::Timestamp;
 
-use super::record::{Committed, Drain, Entry, FORMAT, FormedReason, Means, Record, ResumePoint, RosterEntry};
+use super::{
+    doubt::Clearance,
+    record::{Committed, Drain, Entry, FORMAT, FormedReason, Means, Record, ResumePoint, RosterEntry},
+};
 use crate::{
     config::RunConfig,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
@@ -154,6 +157,7 @@ pub struct RunState {
     checkpoints: Vec<Checkpoint>,
     notices: Vec<NoticeHeard>,
     interruptions: Vec<Interruption>,
+    clearances: Vec<Clearance>,
     outcome: Outcome,
 }
 
@@ -178,6 +182,7 @@ impl RunState {
             checkpoints: Vec::new(),
             notices: Vec::new(),
             interruptions: Vec::new(),
+            clearances: Vec::new(),
             outcome: Outcome::Open,
         })
     }
@@ -232,6 +237,14 @@ impl RunState {
                     checkpoint.status = CheckpointStatus::Pruned;
                 }
             }
+            Record::Cleared { step, generation } => {
+                if let Some(checkpoint) = self.checkpoint_mut(step, generation)
+                    && matches!(checkpoint.status, CheckpointStatus::Damaged { .. })
+                {
+                    checkpoint.status = CheckpointStatus::Good;
+                    self.clearances.push(Clearance { number, at, point: ResumePoint { step, generation } });
+                }
+            }
             Record::Completed { generation, step, loss } => {
                 self.outcome = Outcome::Completed { at, generation, step, loss };
                 self.end_of_formation(at);
@@ -282,7 +295,9 @@ impl RunState {
             | Record::Interrupted { generation, .. }
             | Record::Completed { generation, .. }
             | Record::Failed { generation, .. } => self.is_current(*generation),
-            Record::Damaged { step, generation, .. } | Record::Pruned { step, generation } => {
+            Record::Damaged { step, generation, .. }
+            | Record::Pruned { step, generation }
+            | Record::Cleared { step, generation } => {
                 if self.checkpoint(*step, *generation).is_none() {
                     return wrong(format!("names step {step} of generation {generation}, which was never committed"));
                 }
@@ -406,6 +421,11 @@ impl RunState {
         &self.interruptions
     }
 
+    /// All verdicts that were taken back, oldest first.
+    pub fn clearances(&self) -> &[Clearance] {
+        &self.clearances
+    }
+
     /// How the run stands.
     pub fn outcome(&self) -> &Outcome {
         &self.outcome
@@ -432,6 +452,7 @@ impl Record {
             | Self::Completed { .. }
             | Self::Failed { .. }
             | Self::Pruned { .. } => 1,
+            Self::Cleared { .. } => 2,
         }
     }
 
@@ -447,6 +468,7 @@ impl Record {
             Self::Completed { .. } => "completed",
             Self::Failed { .. } => "failed",
             Self::Pruned { .. } => "pruned",
+            Self::Cleared { .. } => "cleared",
         }
     }
 }

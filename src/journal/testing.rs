@@ -123,6 +123,10 @@ pub(super) fn damaged(step: u64, generation: u64) -> Record {
     Record::Damaged { step: Step(step), generation: Generation(generation), reason: "a hole".into() }
 }
 
+pub(super) fn cleared(step: u64, generation: u64) -> Record {
+    Record::Cleared { step: Step(step), generation: Generation(generation) }
+}
+
 pub(super) fn pruned(step: u64, generation: u64) -> Record {
     Record::Pruned { step: Step(step), generation: Generation(generation) }
 }

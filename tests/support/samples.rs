@@ -73,7 +73,12 @@ pub fn storage() -> StorageConfig {
     StorageConfig::plain(8, 16)
 }
 
-/// One record of each kind, by its name.
+/// One record of each kind that version 2 of the journal has added.
+pub fn records_of_version_2() -> Vec<Record> {
+    vec![Record::Cleared { step: Step(1200), generation: Generation(3) }]
+}
+
+/// One record of each kind of version 1 of the journal.
 pub fn records() -> Vec<Record> {
     let (step, generation) = (Step(1200), Generation(3));
     vec![
@@ -114,7 +119,7 @@ pub fn records() -> Vec<Record> {
 
 pub fn entry(record: Record) -> Entry {
     let at = "2026-11-20T08:30:00.123456789Z".parse().expect("a time");
-    Entry { format: 1, attempt: attempt(), at, node: node(), record }
+    Entry { format: record.format(), attempt: attempt(), at, node: node(), record }
 }
 
 fn files() -> Vec<FileEntry> {

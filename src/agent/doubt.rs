@@ -1,0 +1,293 @@
+//! A checkpoint that seems damaged when it is loaded: is it the checkpoint, or this machine?
+//!
+//! It is read again before anything is concluded, into other memory and by other threads. Whole: what was damaged was a transfer, or
+//! this machine damages what it carries; it is loaded again, a few times, and then this process leaves for another machine's sake. Damaged
+//! in the same way: it is passed over, and condemned once this process has loaded another one whole ([`crate::checkpoint::condemn`]).
+//! Damaged in another way each time: it is what reads that is broken.
+
+use std::time::Duration;
+
+use super::{Agent, life::Load, words};
+use crate::{
+    checkpoint::{
+        CheckpointError,
+        catalog::{self, Damage},
+        condemn,
+        verify::{Depth, Report, verify},
+    },
+    error::{Error, Kind, Result},
+    ids::Step,
+    journal::{CheckpointStatus, Committed},
+    report::Event,
+    storage::{Priority, Store},
+};
+
+/// Readings of a checkpoint that seemed damaged while it was loaded: one that finds it whole is believed.
+const READ_AGAIN: usize = 2;
+/// So many loads in a row that failed though the checkpoint is whole: that is not for us to wait out.
+const LOADS: u32 = 4;
+/// What seems damaged before a byte of it is loaded is looked at once more after so long: what garbled an answer may have passed by then.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Bytes of one range when a checkpoint is read again.
+const PART: u64 = 16 << 20;
+
+/// Damage as one reading has found it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Found {
+    object: String,
+    reason: String,
+}
+
+/// What this machine garbles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Path {
+    /// What the many threads of a restore read, whatever the memory.
+    Bulk,
+    /// What lies in the memory of the snapshot slot.
+    Slot,
+    /// What comes from the store: each reading gives other bytes.
+    Store,
+}
+
+impl Path {
+    const fn words(self) -> &'static str {
+        match self {
+            Self::Bulk => "its bulk reads (the threads that fetch a checkpoint) are garbled, single reads are not",
+            Self::Slot => {
+                "the memory of snapshot slot 0, which checkpoints are fetched into, does not keep what is read into it"
+            }
+            Self::Store => "the disk, or the network to the store, gives other bytes each time",
+        }
+    }
+}
+
+/// What is to be done after a load that has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Decision {
+    /// Once more, the same.
+    Again,
+    /// Once more would be once too often: leave, and say what is broken.
+    Leave,
+    /// Each reading gives other bytes.
+    Contradiction,
+    /// Take another one.
+    PassOver,
+}
+
+/// `load`: what the load has found; `readings`: what reading it again has found, `None`: it is whole; `failed`: loads in a row that
+/// have failed like this one, this one among them.
+fn decide(load: &Found, readings: &[Option<Found>], failed: u32) -> Decision {
+    if readings.iter().any(Option::is_none) {
+        return if failed < LOADS { Decision::Again } else { Decision::Leave };
+    }
+    let all = || readings.iter().flatten().chain([load]);
+    // The bytes of an object are the same for ever: two checksums of it are one too many.
+    let contradicts = |a: &Found, b: &Found| a.object == b.object && a.is_sum() && b.is_sum() && a.reason != b.reason;
+    if all().any(|a| all().any(|b| contradicts(a, b))) { Decision::Contradiction } else { Decision::PassOver }
+}
+
+impl Found {
+    fn of(report: &Report) -> Option<Self> {
+        report.damage().map(|(object, reason)| Self { object: object.to_owned(), reason: reason.to_owned() })
+    }
+
+    /// Whether another checksum was found, and not another length, or nothing.
+    fn is_sum(&self) -> bool {
+        self.reason.starts_with("its checksum is ")
+    }
+}
+
+/// This machine is not to be trusted with what it reads; another one is.
+fn garbles(step: Step, found: &Found, path: Path) -> Error {
+    let Found { object, reason } = found;
+    let what = format!(
+        "this machine garbles what it reads: {}; the checkpoint of step {step} is not at fault: {object}: {reason}",
+        path.words()
+    );
+    Error::new(Kind::Unavailable, what).with_hint(
+        "nothing is lost and nothing was written off; resume on another machine, and have this one looked at",
+    )
+}
+
+async fn read(run: &Store, committed: &Committed) -> Result<Report, CheckpointError> {
+    verify(run, committed, Depth::Bytes { part: PART }, &|_| {}).await
+}
+
+impl Agent {
+    /// The checkpoints to choose from: those that this process has not found damaged. One that `--from` names may be condemned: it is read
+    /// whole first, and then the verdict is taken back.
+    pub(super) async fn candidates(&self) -> Result<Vec<Committed>> {
+        if let Some(step) = self.from {
+            self.take_back(step).await?;
+        }
+        let journal = self.journal.lock().await;
+        let state = journal.state();
+        let choice = if self.from.is_some() { state.good() } else { state.candidates() };
+        let choice = choice.into_iter().filter(|checkpoint| !self.docket.passes_over(&checkpoint.point()));
+        Ok(choice.map(|checkpoint| checkpoint.committed.clone()).collect())
+    }
+
+    /// The newest of them that is whole as far as sizes tell.
+    pub(super) async fn newest_usable(&self, candidates: &[Committed]) -> Result<catalog::Outcome> {
+        let outcome = catalog::newest_usable(&self.run, candidates, self.from).await?;
+        if outcome.stepped_over.is_empty() {
+            return Ok(outcome);
+        }
+        tokio::time::sleep(PAUSE).await;
+        Ok(catalog::newest_usable(&self.run, candidates, self.from).await?)
+    }
+
+    /// Clears a condemned checkpoint of `step` if it is whole, unless there is a good one of that step.
+    async fn take_back(&self, step: Step) -> Result<()> {
+        let (condemned, others): (Vec<_>, Vec<Step>) = {
+            let journal = self.journal.lock().await;
+            let state = journal.state();
+            let others: Vec<Step> = state.good().iter().map(|good| good.committed.step).collect();
+            if others.contains(&step) {
+                return Ok(());
+            }
+            let mine = state.checkpoints().iter().rev().filter(|checkpoint| checkpoint.committed.step == step);
+            let damaged = mine.filter(|checkpoint| matches!(checkpoint.status, CheckpointStatus::Damaged { .. }));
+            (damaged.map(|checkpoint| checkpoint.committed.clone()).collect(), others)
+        };
+        let mut still = None;
+        for committed in &condemned {
+            let report = read(&self.run, committed).await?;
+            if let Some(found) = Found::of(&report) {
+                still.get_or_insert(found);
+            } else if condemn::clear(&mut *self.journal.first().await, &report).await? {
+                let message =
+                    format!("the checkpoint of step {step} had been found damaged and is whole: it is good again");
+                self.reporter.event(&Event::Warning { message });
+                return Ok(());
+            }
+        }
+        let Some(Found { object, reason }) = still else { return Ok(()) };
+        let what =
+            format!("the checkpoint of step {step} was found damaged, and is when it is read now: {object}: {reason}");
+        Err(Error::new(Kind::Usage, what).with_hint(match others.as_slice() {
+            [] => "there is no other".to_owned(),
+            others => format!("name another one: {}", steps(others)),
+        }))
+    }
+
+    /// There are checkpoints, and none that can be used.
+    pub(super) async fn nothing_usable(&self, looked_at: usize) -> Error {
+        let run_id = &self.run_id;
+        let (good, condemned) = {
+            let journal = self.journal.lock().await;
+            let state = journal.state();
+            let good: Vec<Step> = state.good().iter().map(|checkpoint| checkpoint.committed.step).collect();
+            let is_damaged = |c: &&crate::journal::Checkpoint| matches!(c.status, CheckpointStatus::Damaged { .. });
+            (good, state.checkpoints().iter().filter(is_damaged).count())
+        };
+        let what = match self.from {
+            Some(step) => format!("the checkpoint of step {step} of run {run_id} is damaged"),
+            None if looked_at > 0 => format!("none of the {looked_at} checkpoints of run {run_id} is usable"),
+            None => format!("no checkpoint that run {run_id} could go on from is usable"),
+        };
+        let look = format!("trainer verify --run-id {run_id} --all --deep");
+        Error::new(Kind::Data, what).with_hint(if looked_at > 0 || condemned > 0 {
+            format!("look at them from another machine with `{look}`: it takes the verdict back on what is whole, and `--from STEP` names any")
+        } else {
+            words::abandoned(run_id, &good.iter().map(Step::to_string).collect::<Vec<_>>())
+        })
+    }
+
+    /// A checkpoint did not pass its checksums while it was loaded.
+    pub(super) async fn step_over(&self, load: &Load, object: &str, reason: &str) -> Result<()> {
+        let loaded = Found { object: object.to_owned(), reason: reason.to_owned() };
+        let Load::Checkpoint { step, generation, .. } = load else {
+            return Err(Error::new(Kind::Data, format!("{object}: {reason}")));
+        };
+        let (step, generation) = (*step, *generation);
+        let committed = {
+            let journal = self.journal.lock().await;
+            journal.state().checkpoint(step, generation).map(|checkpoint| checkpoint.committed.clone())
+        };
+        let Some(committed) = committed else {
+            return Err(Error::new(Kind::Bug, format!("step {step} was loaded and was never committed")));
+        };
+        let mut readings = Vec::new();
+        while readings.len() < READ_AGAIN && readings.iter().all(Option::is_some) {
+            readings.push(Found::of(&read(&self.run, &committed).await?));
+        }
+        let failed = if readings.iter().any(Option::is_none) { self.docket.whole_again() } else { 0 };
+        match decide(&loaded, &readings, failed) {
+            Decision::Again => {
+                let message = format!("{object}: {reason}; read again, it is whole");
+                self.reporter.event(&Event::Warning { message });
+                Ok(())
+            }
+            Decision::Leave => {
+                // The threads of a restore, and memory that is no slot's.
+                let bulk = read(&self.run.at_priority(Priority::Urgent), &committed).await?;
+                Err(garbles(step, &loaded, if bulk.is_sound() { Path::Slot } else { Path::Bulk }))
+            }
+            Decision::Contradiction => Err(garbles(step, &loaded, Path::Store)),
+            Decision::PassOver => {
+                let damage = Damage { step, generation, object: object.to_owned(), reason: reason.to_owned() };
+                if self.docket.suspect(&damage) {
+                    self.warn_of_damage(step, object, reason);
+                }
+                if self.from.is_some() {
+                    let what = format!("the checkpoint of step {step} is damaged: {object}: {reason}");
+                    return Err(Error::new(Kind::Data, what).with_hint(format!(
+                        "carry on from the newest whole one: trainer resume --run-id {}",
+                        self.run_id
+                    )));
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn steps(steps: &[Step]) -> String {
+    steps.iter().map(Step::to_string).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(object: &str, reason: &str) -> Found {
+        Found { object: object.into(), reason: reason.into() }
+    }
+
+    fn sum(object: &str, sum: u32) -> Found {
+        found(object, &format!("its checksum is {sum}, it should be 7"))
+    }
+
+    #[test]
+    fn a_reading_that_finds_it_whole_is_believed_however_often_the_load_fails() {
+        let load = sum("a", 1);
+        for failed in 1..LOADS {
+            assert_eq!(decide(&load, &[None], failed), Decision::Again, "{failed}");
+            assert_eq!(decide(&load, &[Some(sum("a", 2)), None], failed), Decision::Again, "{failed}");
+        }
+        for failed in [LOADS, LOADS + 1, u32::MAX] {
+            assert_eq!(decide(&load, &[None], failed), Decision::Leave, "{failed}");
+            assert_eq!(decide(&load, &[Some(load.clone()), None], failed), Decision::Leave, "{failed}");
+        }
+    }
+
+    #[test]
+    fn damage_that_every_reading_finds_is_passed_over() {
+        let load = sum("a", 1);
+        assert_eq!(decide(&load, &[Some(load.clone()), Some(load.clone())], 0), Decision::PassOver);
+        // Of two damaged objects each reading may meet another one first.
+        assert_eq!(decide(&load, &[Some(sum("b", 3)), Some(load.clone())], 0), Decision::PassOver);
+        let short = found("a", "it ends after 5 bytes");
+        assert_eq!(decide(&short, &[Some(found("a", "it has 5 bytes, it should have 9"))], 0), Decision::PassOver);
+        assert_eq!(decide(&load, &[Some(short)], 0), Decision::PassOver, "it was cut meanwhile");
+    }
+
+    #[test]
+    fn other_bytes_at_each_reading_are_no_damage_of_the_checkpoint() {
+        let load = sum("a", 1);
+        assert_eq!(decide(&load, &[Some(sum("a", 2)), Some(sum("a", 3))], 0), Decision::Contradiction);
+        assert_eq!(decide(&load, &[Some(sum("b", 2)), Some(sum("b", 3))], 0), Decision::Contradiction);
+        assert_eq!(decide(&load, &[Some(load.clone()), Some(sum("a", 2))], 0), Decision::Contradiction);
+    }
+}

@@ -1,0 +1,335 @@
+//! Who may condemn a checkpoint: the one place that writes `damaged`.
+//!
+//! A machine that garbles what it reads (a bit of its memory that is stuck, a disk, a network card) finds every checkpoint damaged. So a
+//! finding is a suspicion at first: the checkpoint is passed over by this process, and nothing is written down. After the same process
+//! has read another checkpoint whole, every byte of it, it may condemn one that it had found damaged before; for the next one it must
+//! read a whole one again. The journal's own rules spare the last good checkpoint and the one that was read whole last
+//! ([`RunState::spared`]). A verdict is taken back by [`clear`].
+//!
+//! *Crash, cancel:* suspicions go with the process; whoever comes next finds the same damage. *Retry:* a record that may not have been
+//! written is asked for again.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{
+    CheckpointError,
+    catalog::Damage,
+    verify::{Depth, Gentle, Proof, Report, verify, verify_gently},
+};
+use crate::{
+    ids::{Generation, Step},
+    journal::{Checkpoint, CheckpointStatus, Committed, Journal, JournalError, Record, ResumePoint, RunState},
+    storage::Store,
+};
+
+/// Whole checkpoints that are looked for before this machine is held to be the one that is broken.
+const TRIES: usize = 3;
+/// Bytes of one request.
+const PART: u64 = 4 << 20;
+
+/// What one process holds against checkpoints. Clones are the same docket.
+#[derive(Clone, Debug, Default)]
+pub struct Docket(Arc<Mutex<Cases>>);
+
+#[derive(Debug, Default)]
+struct Cases {
+    /// Found damaged twice, the oldest finding first.
+    suspects: Vec<Suspect>,
+    /// Found damaged, and not found whole since: this process does not use them.
+    passed_over: Vec<ResumePoint>,
+    /// The last one that checksums vouched for.
+    verified: Option<ResumePoint>,
+    /// Loads in a row that failed though the checkpoint was whole when it was read again.
+    whole_again: u32,
+    /// No checkpoint that was tried could be read whole.
+    distrusted: bool,
+}
+
+#[derive(Debug)]
+struct Suspect {
+    damage: Damage,
+    /// Another one was read whole since, and nothing was condemned for it.
+    proven: bool,
+}
+
+impl Docket {
+    fn cases(&self) -> MutexGuard<'_, Cases> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A checkpoint was found damaged, and again when it was read again. Says whether this is news.
+    pub fn suspect(&self, damage: &Damage) -> bool {
+        let mut cases = self.cases();
+        let point = damage.point();
+        if !cases.suspects.iter().any(|suspect| suspect.damage.is_of(&point)) {
+            cases.suspects.push(Suspect { damage: damage.clone(), proven: false });
+        }
+        let is_news = !cases.passed_over.contains(&point);
+        if is_news {
+            cases.passed_over.push(point);
+        }
+        is_news
+    }
+
+    /// Whether there is a checkpoint that may have to be condemned.
+    pub fn has_suspects(&self) -> bool {
+        !self.cases().suspects.is_empty()
+    }
+
+    /// Whether this process has found the checkpoint damaged.
+    pub fn passes_over(&self, point: &ResumePoint) -> bool {
+        self.cases().passed_over.contains(point)
+    }
+
+    /// Checksums vouch for a checkpoint. Only if this process has compared them with every byte does it show that it can read.
+    pub fn vouch(&self, point: &ResumePoint, proof: Proof) {
+        let mut cases = self.cases();
+        cases.verified = Some(point.clone());
+        if proof == Proof::Bytes {
+            cases.passed_over.retain(|other| other != point);
+            cases.suspects.retain(|suspect| !suspect.damage.is_of(point));
+            cases.suspects.iter_mut().for_each(|suspect| suspect.proven = true);
+            (cases.whole_again, cases.distrusted) = (0, false);
+        }
+    }
+
+    /// A load failed, and the checkpoint was whole when it was read again; gives how often in a row.
+    pub fn whole_again(&self) -> u32 {
+        let mut cases = self.cases();
+        cases.whole_again += 1;
+        cases.whole_again
+    }
+
+    /// Whether this process could not read a single checkpoint whole when it tried: what it finds says nothing.
+    pub fn is_distrusted(&self) -> bool {
+        self.cases().distrusted
+    }
+
+    /// The suspect that may be condemned next, with the record that does so. Those that no longer count as good are forgotten.
+    /// Whoever has written it says so with [`condemned`](Self::condemned).
+    pub fn next_record(&self, state: &RunState) -> Option<(Damage, Record)> {
+        let damage = self.next(state)?;
+        let Damage { step, generation, object, reason } = &damage;
+        let record = Record::Damaged { step: *step, generation: *generation, reason: format!("{object}: {reason}") };
+        Some((damage, record))
+    }
+
+    /// Whether that suspect may still be condemned.
+    pub fn may_condemn(&self, state: &RunState, damage: &Damage) -> bool {
+        self.next(state).as_ref() == Some(damage)
+    }
+
+    fn next(&self, state: &RunState) -> Option<Damage> {
+        let mut cases = self.cases();
+        let is_good = |point: &ResumePoint| {
+            state.checkpoint(point.step, point.generation).is_some_and(|c| c.status == CheckpointStatus::Good)
+        };
+        cases.suspects.retain(|suspect| is_good(&suspect.damage.point()));
+        let may = |suspect: &&Suspect| {
+            let point = suspect.damage.point();
+            suspect.proven && cases.verified.as_ref() != Some(&point) && state.spared(&point).is_none()
+        };
+        cases.suspects.iter().find(may).map(|suspect| suspect.damage.clone())
+    }
+
+    /// One was condemned: what was read whole before does not count for another.
+    pub fn condemned(&self, damage: &Damage) {
+        let mut cases = self.cases();
+        cases.suspects.retain(|suspect| !suspect.damage.is_of(&damage.point()));
+        cases.suspects.iter_mut().for_each(|suspect| suspect.proven = false);
+    }
+
+    /// Writes down one suspect, if one may be condemned: from then on nobody resumes from it.
+    pub async fn condemn(&self, journal: &mut Journal) -> Result<Option<Damage>, JournalError> {
+        let Some((damage, record)) = self.next_record(journal.state()) else { return Ok(None) };
+        match journal.append(record).await {
+            Ok(_) => {
+                self.condemned(&damage);
+                Ok(Some(damage))
+            }
+            // Somebody else has condemned another one meanwhile.
+            Err(JournalError::Refused { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Reads another checkpoint whole, the newest first, if there are suspects that wait for it. `false`: none that was tried is whole
+    /// when this process reads it. `store` is the run's folder.
+    pub async fn prove(
+        &self,
+        store: &Store,
+        state: &RunState,
+        gentle: Option<&Gentle>,
+    ) -> Result<bool, CheckpointError> {
+        if self.cases().suspects.iter().all(|suspect| suspect.proven) {
+            return Ok(true);
+        }
+        let others: Vec<&Checkpoint> =
+            state.good().into_iter().filter(|other| !self.passes_over(&other.point())).take(TRIES).collect();
+        for other in others {
+            if read_whole(store, &other.committed, gentle).await?.is_sound() {
+                self.vouch(&other.point(), Proof::Bytes);
+                return Ok(true);
+            }
+        }
+        self.cases().distrusted = true;
+        Ok(false)
+    }
+}
+
+async fn read_whole(store: &Store, committed: &Committed, gentle: Option<&Gentle>) -> Result<Report, CheckpointError> {
+    match gentle {
+        Some(gentle) => verify_gently(store, committed, gentle).await,
+        None => verify(store, committed, Depth::Bytes { part: PART }, &|_| {}).await,
+    }
+}
+
+/// Takes the verdict on a checkpoint back, which `report` says is whole in every byte. Says whether there was one.
+pub async fn clear(journal: &mut Journal, report: &Report) -> Result<bool, JournalError> {
+    let (step, generation): (Step, Generation) = (report.step, report.generation);
+    let status = journal.state().checkpoint(step, generation).map(|checkpoint| &checkpoint.status);
+    let condemned = matches!(status, Some(CheckpointStatus::Damaged { .. }));
+    if !condemned || !report.is_sound() || report.proof != Proof::Bytes {
+        return Ok(false);
+    }
+    journal.append(Record::Cleared { step, generation }).await?;
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        checkpoint::testing::{Harm, checkpoint, config, harm, memory_store},
+        ids::{NodeId, RunId, WorldSize},
+        journal::{Formed, FormedReason, RosterEntry},
+        layout,
+    };
+
+    fn point(step: u64) -> ResumePoint {
+        ResumePoint { step: Step(step), generation: Generation(1) }
+    }
+
+    fn damage(step: u64) -> Damage {
+        Damage { step: Step(step), generation: Generation(1), object: format!("o{step}"), reason: "a hole".into() }
+    }
+
+    /// A journal whose generation 1 has committed steps 1 to `count`.
+    async fn run(store: &Store, count: u64) -> Journal {
+        let node = NodeId::random();
+        let mut journal =
+            Journal::create(store.clone(), node.clone(), RunId::new("run").unwrap(), config()).await.unwrap();
+        let formed = Formed {
+            roster: vec![RosterEntry { node, workers: 1 }],
+            world_size: WorldSize(1),
+            resume: None,
+            overrides: Vec::new(),
+            reason: FormedReason::Started,
+        };
+        journal.form(formed).await.unwrap();
+        for step in 1..=count {
+            let (committed, _) = checkpoint(store, step, 1, 1, step).await;
+            journal.append(Record::Committed(committed)).await.unwrap();
+        }
+        journal
+    }
+
+    fn condemned(journal: &Journal) -> Vec<u64> {
+        let is_damaged = |c: &&Checkpoint| matches!(c.status, CheckpointStatus::Damaged { .. });
+        journal.state().checkpoints().iter().filter(is_damaged).map(|c| c.committed.step.get()).collect()
+    }
+
+    #[tokio::test]
+    async fn each_verdict_needs_a_whole_checkpoint_that_was_read_after_the_finding() {
+        let store = memory_store();
+        let mut journal = run(&store, 5).await;
+        let docket = Docket::default();
+        docket.vouch(&point(1), Proof::Bytes);
+        assert!(docket.suspect(&damage(5)) && docket.suspect(&damage(4)) && !docket.suspect(&damage(5)));
+        assert!(docket.passes_over(&point(5)) && !docket.passes_over(&point(3)));
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), None, "what was read before says nothing");
+        // The store's own checksum is nothing that this machine has read.
+        docket.vouch(&point(3), Proof::Checksum);
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), None);
+        docket.vouch(&point(3), Proof::Bytes);
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), Some(damage(5)));
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), None, "one for one");
+        docket.vouch(&point(3), Proof::Bytes);
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), Some(damage(4)));
+        docket.vouch(&point(3), Proof::Bytes);
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), None, "there is no suspect left");
+        assert_eq!(condemned(&journal), [4, 5]);
+    }
+
+    #[tokio::test]
+    async fn what_is_found_whole_later_is_no_suspect_and_what_was_verified_last_is_not_condemned() {
+        let store = memory_store();
+        let mut journal = run(&store, 3).await;
+        let docket = Docket::default();
+        docket.suspect(&damage(3));
+        docket.vouch(&point(3), Proof::Bytes);
+        assert!(!docket.passes_over(&point(3)));
+        docket.vouch(&point(2), Proof::Bytes);
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), None);
+        // Proven by 2, and then the store itself vouches for 3.
+        docket.suspect(&damage(3));
+        docket.vouch(&point(2), Proof::Bytes);
+        docket.vouch(&point(3), Proof::Checksum);
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), None);
+        // The last good one is spared, whatever is known of it.
+        for step in [1, 2] {
+            docket.suspect(&damage(step));
+            docket.vouch(&point(3), Proof::Bytes);
+            docket.condemn(&mut journal).await.unwrap();
+        }
+        docket.suspect(&damage(3));
+        docket.vouch(&point(1), Proof::Bytes);
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), None);
+        assert_eq!(condemned(&journal), [1, 2]);
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_reads_nothing_whole_condemns_nothing() {
+        let store = memory_store();
+        let mut journal = run(&store, 5).await;
+        let docket = Docket::default();
+        assert!(docket.prove(&store, journal.state(), None).await.unwrap(), "there is nothing to prove");
+        docket.suspect(&damage(5));
+        for step in [4, 3, 2] {
+            let folder = layout::checkpoint(Step(step), Generation(1));
+            harm(&store, &folder, "model-00001-of-00001.safetensors", Harm::Flip).await;
+        }
+        assert!(!docket.prove(&store, journal.state(), None).await.unwrap());
+        assert!(docket.is_distrusted());
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), None);
+        docket.vouch(&point(1), Proof::Bytes);
+        assert!(!docket.is_distrusted());
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), Some(damage(5)));
+        assert_eq!(condemned(&journal), [5]);
+    }
+
+    #[tokio::test]
+    async fn a_verdict_is_taken_back_by_every_byte_and_by_nothing_less() {
+        let store = memory_store();
+        let mut journal = run(&store, 2).await;
+        let docket = Docket::default();
+        docket.suspect(&damage(2));
+        assert!(docket.prove(&store, journal.state(), None).await.unwrap());
+        assert_eq!(docket.condemn(&mut journal).await.unwrap(), Some(damage(2)));
+        let committed = journal.state().checkpoint(Step(2), Generation(1)).unwrap().committed.clone();
+        let stored = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap();
+        assert!(!clear(&mut journal, &stored).await.unwrap(), "sizes say nothing");
+        let whole = verify(&store, &committed, Depth::Bytes { part: 1000 }, &|_| {}).await.unwrap();
+        assert!(clear(&mut journal, &whole).await.unwrap());
+        docket.vouch(&point(2), whole.proof);
+        assert_eq!(condemned(&journal), [0_u64; 0]);
+        assert!(!clear(&mut journal, &whole).await.unwrap(), "there is no verdict any more");
+        harm(&store, &layout::checkpoint(Step(1), Generation(1)), "model-00001-of-00001.safetensors", Harm::Flip).await;
+        let committed = journal.state().checkpoint(Step(1), Generation(1)).unwrap().committed.clone();
+        docket.suspect(&damage(1));
+        docket.prove(&store, journal.state(), None).await.unwrap();
+        docket.condemn(&mut journal).await.unwrap().expect("2 stands in for it");
+        let broken = verify(&store, &committed, Depth::Bytes { part: 1000 }, &|_| {}).await.unwrap();
+        assert!(!clear(&mut journal, &broken).await.unwrap());
+    }
+}

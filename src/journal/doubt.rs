@@ -1,0 +1,57 @@
+//! Verdicts on checkpoints, and what spares one: one machine's doubt must not cost a run what is whole.
+
+use jiff::Timestamp;
+
+use super::{
+    record::ResumePoint,
+    state::{CheckpointStatus, Formation, RunState},
+};
+
+/// A verdict that was taken back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Clearance {
+    /// Number of its record.
+    pub number: u64,
+    /// When, by its writer's clock.
+    pub at: Timestamp,
+    /// The checkpoint that was read whole.
+    pub point: ResumePoint,
+}
+
+impl RunState {
+    /// The good checkpoint that was read whole last, as far as records tell: one that was cleared, or one that a generation resumed from
+    /// which has trained since.
+    pub fn last_verified(&self) -> Option<ResumePoint> {
+        let is_good = |point: &ResumePoint| {
+            self.checkpoint(point.step, point.generation).is_some_and(|c| c.status == CheckpointStatus::Good)
+        };
+        let cleared = self.clearances().iter().rev().find(|cleared| is_good(&cleared.point));
+        let loaded = self.formations().iter().rev().find_map(|formed| {
+            let point = formed.resume.as_ref().filter(|point| is_good(point))?;
+            self.has_trained(formed, point).then(|| (formed.number, point.clone()))
+        });
+        let cleared = cleared.map(|cleared| (cleared.number, cleared.point.clone()));
+        cleared.into_iter().chain(loaded).max_by_key(|(number, _)| *number).map(|(_, point)| point)
+    }
+
+    /// Whether a generation went on from the checkpoint that it resumed from: so it had loaded it.
+    fn has_trained(&self, formed: &Formation, from: &ResumePoint) -> bool {
+        let generation = formed.generation;
+        self.checkpoints().iter().rev().any(|c| c.committed.generation == generation)
+            || self.interruptions().iter().rev().any(|end| end.generation == generation && end.step > from.step)
+    }
+
+    /// Why a good checkpoint must not be condemned, whatever one machine has found; `None`: it may be.
+    pub fn spared(&self, point: &ResumePoint) -> Option<&'static str> {
+        let is_good = |c: &super::Checkpoint| c.status == CheckpointStatus::Good;
+        if !self.checkpoint(point.step, point.generation).is_some_and(is_good) {
+            return None;
+        }
+        let is_it = |c: &&super::Checkpoint| c.point() == *point;
+        let line = self.candidates();
+        if self.good().len() == 1 || (line.len() == 1 && line.iter().any(is_it)) {
+            return Some("it is the last good checkpoint");
+        }
+        (self.last_verified().as_ref() == Some(point)).then_some("no other was read whole since it was")
+    }
+}

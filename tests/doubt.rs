@@ -1,0 +1,221 @@
+//! One machine's doubt condemns nothing for ever: a machine that garbles all that it reads leaves a run as it was, and what was condemned
+//! is taken back when somebody reads it whole.
+//!
+//! The machine is a healthy one with `fixtures/garble/garble.c` preloaded, which turns bits over in what is read of checkpoints.
+
+use std::{path::PathBuf, process::Command, sync::OnceLock};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::rules::sources;
+use crate::support::{
+    lab::{EVERY, Lab, ORIGIN, STEPS, interrupted, scratch},
+    trainer::Trainer,
+};
+
+fn shim() -> &'static PathBuf {
+    static SHIM: OnceLock<PathBuf> = OnceLock::new();
+    SHIM.get_or_init(|| {
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/garble/garble.c");
+        let shim = scratch().join("garble.so");
+        let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&shim).arg(source).arg("-ldl").status();
+        assert!(built.expect("cc, which Rust links with, too").success());
+        shim
+    })
+}
+
+/// The same command on a machine that garbles what it reads.
+fn garbled(trainer: Trainer, how: &str) -> Trainer {
+    trainer.envs(&[("LD_PRELOAD", shim().display().to_string()), ("GARBLE", how.to_owned())])
+}
+
+/// Journal records, oldest first.
+fn journal(lab: &Lab, run: &str) -> Vec<Value> {
+    let keys = lab.keys(run, "journal/").into_iter().filter(|key| key.ends_with(".json"));
+    keys.map(|key| serde_json::from_slice(&lab.read(run, &key)).expect("a record")).collect()
+}
+
+/// Those of this kind.
+fn records(lab: &Lab, run: &str, kind: &str) -> Vec<Value> {
+    journal(lab, run).into_iter().filter(|entry| entry["record"]["kind"] == kind).collect()
+}
+
+fn expect_nothing_condemned(lab: &Lab, run: &str, story: &str) {
+    assert_eq!(records(lab, run, "damaged"), Vec::<Value>::new(), "{story}");
+}
+
+/// A healthy machine finds the run as the broken one has met it.
+fn expect_resumes_from_its_newest(lab: &Lab) {
+    let life = lab.resume(ORIGIN).finish().expect_code(0);
+    assert_eq!(life.resumed_from(), interrupted().step, "{}", life.story());
+    lab.expect_as_undisturbed(ORIGIN, &[&interrupted().life, &life]);
+}
+
+/// Turns a bit of the newest checkpoint's weights over; gives the key.
+fn hurt_the_newest(lab: &Lab) -> String {
+    let folder = lab.newest_checkpoint(ORIGIN);
+    let key = lab.keys(ORIGIN, &format!("{folder}/model-")).remove(0);
+    flip(lab, &key);
+    key
+}
+
+fn flip(lab: &Lab, key: &str) {
+    lab.damage(ORIGIN, key, |bytes| {
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+    });
+}
+
+#[test]
+fn a_machine_that_garbles_loads_but_not_single_reads_leaves_and_says_so() {
+    for (how, path) in [("bulk", "its bulk reads"), ("slot", "the memory of snapshot slot 0")] {
+        let lab = Lab::on_interrupted_run();
+        let life = garbled(lab.resume(ORIGIN), how).finish().expect_code(69);
+        let life = life.expect_said(&["this machine garbles what it reads", path, "nothing was written off"]);
+        assert!(life.of_kind("step").is_empty(), "{}", life.story());
+        expect_nothing_condemned(&lab, ORIGIN, &life.story());
+        expect_resumes_from_its_newest(&lab);
+    }
+}
+
+#[test]
+fn a_disk_that_gives_other_bytes_at_each_reading_is_told_from_a_damaged_checkpoint() {
+    let lab = Lab::on_interrupted_run();
+    let life = garbled(lab.resume(ORIGIN), "disk").finish().expect_code(69);
+    let life = life.expect_said(&["this machine garbles what it reads", "other bytes each time"]);
+    expect_nothing_condemned(&lab, ORIGIN, &life.story());
+    expect_resumes_from_its_newest(&lab);
+}
+
+#[test]
+fn a_machine_to_which_everything_is_damaged_condemns_nothing_by_any_command() {
+    let lab = Lab::on_interrupted_run();
+    let before = lab.keys(ORIGIN, "checkpoints/");
+    let newest = interrupted().step.to_string();
+    for from in [&[][..], &["--from", &newest]] {
+        let life = garbled(lab.resume(ORIGIN).args(from), "all").finish().expect_code(65);
+        assert!(life.of_kind("step").is_empty(), "{}", life.story());
+        expect_nothing_condemned(&lab, ORIGIN, &life.story());
+    }
+    for (command, arguments) in [("prune", &["--keep-last", "1"][..]), ("verify", &["--all", "--deep"])] {
+        let said = garbled(lab.about(command, ORIGIN).args(arguments), "all").finish().expect_code(65);
+        expect_nothing_condemned(&lab, ORIGIN, &said.story());
+    }
+    assert_eq!(lab.keys(ORIGIN, "checkpoints/"), before);
+    lab.expect_all_verify(ORIGIN);
+    expect_resumes_from_its_newest(&lab);
+}
+
+#[test]
+fn a_run_on_a_machine_that_garbles_what_it_reads_condemns_and_deletes_nothing() {
+    let lab = Lab::on_files();
+    let text =
+        lab.config("\n[checkpoint.keep]\nlast = 2\n").replace("[checkpoint]\n", "[checkpoint]\nscrub = \"1s\"\n");
+    lab.write_config("run.toml", &text.replace(&format!("steps = {STEPS}"), "steps = 1000000"));
+    let running = garbled(lab.run("rot"), "all").start();
+    running.wait_until_said("no checkpoint is whole as this machine reads it");
+    running.signal(Signal::TERM);
+    let life = running.finish().expect_code(75);
+    expect_nothing_condemned(&lab, "rot", &life.story());
+    assert_eq!(records(&lab, "rot", "pruned"), Vec::<Value>::new(), "{}", life.story());
+    lab.expect_all_verify("rot");
+}
+
+#[test]
+fn of_two_damaged_checkpoints_one_is_condemned_for_each_that_was_read_whole() {
+    let lab = Lab::on_interrupted_run();
+    let mut hurt = vec![hurt_the_newest(&lab)];
+    let middle = format!("checkpoints/s{:08}-g0001/optimizer-", 2 * EVERY);
+    hurt.push(lab.keys(ORIGIN, &middle).remove(0));
+    flip(&lab, &hurt[1]);
+    let life = lab.resume(ORIGIN).hold_after(EVERY + 1).start();
+    // Its first commit is when it may write down what it had passed over.
+    life.wait_until("a verdict", || !records(&lab, ORIGIN, "damaged").is_empty());
+    let condemned = records(&lab, ORIGIN, "damaged");
+    let life = life.power_off();
+    assert_eq!(life.resumed_from(), EVERY, "{}", life.story());
+    assert_eq!(condemned[0]["record"]["step"], interrupted().step, "{}", life.story());
+    let all = journal(&lab, ORIGIN);
+    let place = |entry: &Value| all.iter().position(|other| other == entry).expect("it stands");
+    let first = records(&lab, ORIGIN, "committed").into_iter().find(|c| c["record"]["generation"] != 1);
+    assert!(place(&condemned[0]) > place(&first.expect("a commit")), "not before another one was read whole");
+    // The next one needs another proof; the bytes of both stay.
+    let second = lab.resume(ORIGIN).finish().expect_code(0);
+    lab.expect_as_undisturbed(ORIGIN, &[&interrupted().life, &life, &second]);
+    assert!(hurt.iter().all(|key| !lab.read(ORIGIN, key).is_empty()));
+}
+
+/// A run of which a checkpoint was condemned that is whole again; gives its step.
+fn wrongly_condemned() -> (Lab, u64) {
+    let lab = Lab::on_interrupted_run();
+    let key = hurt_the_newest(&lab);
+    let life = lab.resume(ORIGIN).finish().expect_code(0);
+    assert_eq!(life.resumed_from(), 2 * EVERY, "{}", life.story());
+    let condemned = records(&lab, ORIGIN, "damaged");
+    assert_eq!(condemned.len(), 1, "{}", life.story());
+    // While it is damaged it is refused, by name too.
+    let step = interrupted().step.to_string();
+    lab.about("verify", ORIGIN).args(&["--step", &step, "--deep"]).finish().expect_code(65);
+    let refused = lab.about("resume", ORIGIN).args(&["--from", &step]).finish().expect_code(64);
+    refused.expect_said(&["was found damaged, and is when it is read now"]);
+    assert!(records(&lab, ORIGIN, "cleared").is_empty());
+    flip(&lab, &key);
+    (lab, interrupted().step)
+}
+
+#[test]
+fn verify_deep_takes_a_verdict_back_when_every_byte_is_right() {
+    let (lab, step) = wrongly_condemned();
+    let named = ["--step", &step.to_string()];
+    lab.about("verify", ORIGIN).args(&named).finish().expect_code(0);
+    assert!(records(&lab, ORIGIN, "cleared").is_empty(), "sizes take nothing back");
+    let told = lab.about("verify", ORIGIN).args(&named).args(&["--deep"]).finish().expect_code(0);
+    assert!(told.stdout.contains("had been found damaged and is whole; it is good again"), "{}", told.story());
+    let told = told.expect_said(&["is good again"]);
+    let cleared = records(&lab, ORIGIN, "cleared");
+    assert_eq!(cleared.len(), 1, "{}", told.story());
+    // An older program reads that it is too old, and nothing of damage.
+    assert_eq!((&cleared[0]["format"], &cleared[0]["record"]["step"]), (&2.into(), &step.into()));
+    let again = lab.about("verify", ORIGIN).args(&named).args(&["--deep", "--json"]).finish().expect_code(0);
+    assert!(again.stdout.contains("\"cleared\":false"), "{}", again.story());
+    assert_eq!(records(&lab, ORIGIN, "cleared").len(), 1, "once");
+    let listed = lab.about("checkpoints", ORIGIN).finish().expect_code(0);
+    assert!(listed.stdout.contains("after doubt") && !listed.stdout.contains("damaged"), "{}", listed.story());
+    let life = lab.resume(ORIGIN).args(&["--from", &step.to_string()]).finish().expect_code(0);
+    assert_eq!(life.resumed_from(), step, "{}", life.story());
+    lab.expect_as_undisturbed(ORIGIN, &[&interrupted().life, &life]);
+}
+
+#[test]
+fn resume_from_a_condemned_checkpoint_reads_it_first_and_takes_the_verdict_back() {
+    let (lab, step) = wrongly_condemned();
+    let life = lab.resume(ORIGIN).args(&["--from", &step.to_string()]).finish().expect_code(0);
+    assert_eq!(life.resumed_from(), step, "{}", life.story());
+    assert!(life.of_kind("warning").iter().any(|event| event.line.contains("good again")), "{}", life.story());
+    assert_eq!(records(&lab, ORIGIN, "cleared").len(), 1, "{}", life.story());
+    lab.expect_as_undisturbed(ORIGIN, &[&interrupted().life, &life]);
+}
+
+#[test]
+fn prune_damaged_deletes_only_what_is_damaged_when_it_is_read_once_more() {
+    let (lab, step) = wrongly_condemned();
+    let folder = format!("checkpoints/s{step:08}-g0001/");
+    let before = lab.keys(ORIGIN, &folder);
+    let pruned = lab.about("prune", ORIGIN).args(&["--damaged"]).finish().expect_code(0);
+    assert!(pruned.stdout.contains("whole when it was read again"), "{}", pruned.story());
+    assert_eq!(lab.keys(ORIGIN, &folder), before, "{}", pruned.story());
+    assert_eq!(records(&lab, ORIGIN, "cleared").len(), 1, "{}", pruned.story());
+    lab.expect_all_verify(ORIGIN);
+}
+
+#[test]
+fn verdicts_are_written_in_one_place() {
+    let writes = |kind: &str| -> Vec<String> {
+        let own = |text: &str| text.split("\n#[cfg(test)]").next().unwrap_or_default().contains(kind);
+        let found = sources().into_iter().filter(|(name, text)| !name.starts_with("journal/") && own(text));
+        found.map(|(name, _)| name).collect()
+    };
+    assert_eq!(writes("Record::Damaged {"), ["checkpoint/condemn.rs"]);
+    assert_eq!(writes("Record::Cleared {"), ["checkpoint/condemn.rs"]);
+}

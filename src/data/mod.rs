@@ -21,6 +21,7 @@ mod documents;
 mod encode;
 mod fetch;
 mod input;
+pub mod meaning;
 pub mod prepare;
 mod room;
 pub mod sampler;

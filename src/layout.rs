@@ -7,6 +7,7 @@
 //!   drains/g0003.json                       somebody asks generation 3 to save and stop; created once
 //!   checkpoints/s00001200-g0003/            data of one attempt; a (step, generation) pair is written once
 //!      model-00001-of-00004.safetensors     model.safetensors.index.json  config.json  tokenizer.json  generation_config.json
+//!      tokenizer_config.json, and other files of a tokenizer where the run's weights came with them
 //!      optimizer-00001-of-00004.safetensors trainer_state.json  receipt-<node-id>.json  manifest.json
 //! ```
 //! Numbers are padded so that listings read well, but they are compared as numbers: padding is not a limit.
@@ -31,6 +32,27 @@ pub const MODEL_INDEX: &str = "model.safetensors.index.json";
 pub const MODEL_CONFIG: &str = "config.json";
 /// Name of the tokenizer (Hugging Face `tokenizers`).
 pub const TOKENIZER: &str = "tokenizer.json";
+/// Name of the tokenizer's settings (Hugging Face).
+pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+/// Name of a list of the special tokens (Hugging Face, until version 4 of transformers).
+pub const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+/// Names of the files of a tokenizer beside `tokenizer.json`, chat templates included (Hugging Face).
+pub const TOKENIZER_FILES: [&str; 14] = [
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tokenizer.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+];
 /// Name of the generation defaults (Hugging Face).
 pub const GENERATION_CONFIG: &str = "generation_config.json";
 /// Name of a whole model in one file (Hugging Face).

@@ -169,9 +169,14 @@ fn what_a_configuration_names_is_looked_at() {
     let found = expect(&life, &[("initial weights", "fail")]);
     assert!(found["initial weights"].to_string().contains("model-00002-of-00002"), "{}", life.story());
     std::fs::write(lab.path("base/model-00002-of-00002.safetensors"), "4567").expect("write a shard");
-    let life = begin("base").expect_code(0);
-    let found = expect(&life, &[("initial weights", "ok")]);
-    assert!(found["initial weights"]["found"].to_string().contains("2 files of 8 B"), "{}", life.story());
+    // All files are there, and none is one of tensors.
+    let life = begin("base").expect_code(78);
+    let found = expect(&life, &[("initial weights", "fail")]);
+    assert!(
+        found["initial weights"].to_string().contains("model-00001-of-00002.safetensors: safetensors header"),
+        "{}",
+        life.story()
+    );
 }
 
 /// Every cloud's service has its line, and a machine of one cloud is not told what to do on another.

@@ -17,10 +17,12 @@
 
 pub mod conductor;
 
+mod companions;
 mod deadline;
 mod doubt;
 mod gauge;
 mod images;
+pub mod initial;
 mod life;
 mod loopback;
 mod opening;
@@ -49,7 +51,7 @@ use self::{
 use crate::{
     checkpoint::{condemn::Docket, restore},
     config::{CompleteAction, RunConfig},
-    error::{Context, Error, Kind, Result},
+    error::{Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
     journal::{self, Committed, Formed, FormedReason, JournalError, Record, ResumePoint, RosterEntry, RunState},
@@ -533,17 +535,20 @@ impl Agent {
     /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`: what is
     /// to be done with this machine then).
     async fn resolve_again(&mut self) -> Result<Result<Resolved, Afterwards>> {
-        let (config, overrides) = {
+        let (config, overrides, holders) = {
             let journal = self.journal.lock().await;
             let (config, overrides) = effective(journal.state(), &self.overrides)?;
             if let Some(step) = completed(journal.state(), &config, self.from) {
                 tracing::info!(run = %self.run_id, %step, "run has been completed by another node");
                 return Ok(Err(self.manner.then(&config, false)));
             }
-            (config, overrides)
+            (config, overrides, companions::holders(journal.state()))
         };
         self.overrides = overrides;
-        Ok(Ok(resolve(&config, self.nproc_per_node, self.manner.cache.as_deref(), &self.reporter).await?))
+        let cache = self.manner.cache.as_deref();
+        let mut resolved = resolve(&config, self.nproc_per_node, cache, &self.reporter).await?;
+        companions::of_existing_run(&mut resolved, &self.run, &holders).await?;
+        Ok(Ok(resolved))
     }
 
     /// The newest usable checkpoint, or what a new run starts from. Damage is reported; what comes of it says [`Docket`].
@@ -588,8 +593,8 @@ impl Agent {
     /// What a run without a checkpoint starts from.
     async fn beginning(&self, resolved: &Resolved) -> Result<Load> {
         let Some(uri) = &resolved.config.model.init_from else { return Ok(Load::Nothing) };
-        let folder = Store::open(uri, &resolved.config.storage)?;
-        let files = restore::weights_from_folder(&folder).await.context(format!("read weights of {uri}"))?;
+        let folder = initial::open(uri, &resolved.config)?;
+        let files = initial::weights(&resolved.config, uri, &folder).await?;
         Ok(Load::Weights { folder, files })
     }
 

@@ -12,14 +12,18 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use super::{Afterwards, Begin, Manner, loopback};
+use super::{
+    Afterwards, Begin, Manner,
+    companions::{self, Tokens},
+    loopback,
+};
 use crate::{
     config::{Machine, NoticeConfig, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
     data::{self, Dataset, LocalDataset, Split},
     error::{Error, Kind, Result},
     ids::{NodeId, RunId, Step, WorldSize},
     journal::{self, Journal, JournalError, RunState},
-    layout, model,
+    model,
     report::{Event, Reporter},
     storage::Store,
 };
@@ -62,21 +66,32 @@ impl Opening<'_> {
             Begin::Create(config) => {
                 configured(&config);
                 // Whatever the configuration names is looked at before the run exists.
-                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+                let resolved = resolve_new(&config, nproc_per_node, cache, reporter).await?;
                 exists.set(true);
                 let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
                 return Ok(Ok((journal, resolved, Vec::new(), None)));
             }
             Begin::CreateOrResume { config, overrides } => {
                 configured(&config);
-                let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
-                exists.set(true);
-                match Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await {
-                    Ok(journal) => return Ok(Ok((journal, resolved, Vec::new(), None))),
-                    Err(JournalError::Exists { .. }) => {
-                        (None, overrides, Journal::open(run.clone(), node.clone(), run_id.clone()).await?)
+                match resolve_new(&config, nproc_per_node, cache, reporter).await {
+                    Ok(resolved) => {
+                        exists.set(true);
+                        match Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await {
+                            Ok(journal) => return Ok(Ok((journal, resolved, Vec::new(), None))),
+                            Err(JournalError::Exists { .. }) => {
+                                (None, overrides, Journal::open(run.clone(), node.clone(), run_id.clone()).await?)
+                            }
+                            Err(error) => return Err(error.into()),
+                        }
                     }
-                    Err(error) => return Err(error.into()),
+                    // No run is created of what is refused; one that exists goes on as it was created.
+                    Err(refused) => match Journal::open(run.clone(), node.clone(), run_id.clone()).await {
+                        Ok(journal) => {
+                            exists.set(true);
+                            (None, overrides, journal)
+                        }
+                        Err(_) => return Err(refused),
+                    },
                 }
             }
             Begin::Resume { from, overrides, state } => {
@@ -89,7 +104,8 @@ impl Opening<'_> {
             return Ok(Err(manner.then(&config, false)));
         }
         configured(&config);
-        let resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+        let mut resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+        companions::of_existing_run(&mut resolved, run, &companions::holders(journal.state())).await?;
         Ok(Ok((journal, resolved, overrides, from)))
     }
 }
@@ -107,6 +123,19 @@ pub fn completed(state: &RunState, config: &RunConfig, from: Option<Step>) -> Op
 pub fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Vec<(String, String)>)> {
     let base = apply_overrides(state.config(), &state.overrides())?;
     Ok((apply_overrides(&base, typed)?, canonical_overrides(&base, typed)?))
+}
+
+/// The same as [`resolve`] of a run that is about to be created, which holds what it starts from to more.
+async fn resolve_new(
+    config: &RunConfig,
+    nproc_per_node: Option<u32>,
+    cache: Option<&Path>,
+    reporter: &Reporter,
+) -> Result<Resolved> {
+    model::check_description(config.model.kind, &config.model.config)?;
+    let mut resolved = resolve(config, nproc_per_node, cache, reporter).await?;
+    companions::of_new_run(config, &mut resolved, reporter).await?;
+    Ok(resolved)
 }
 
 /// Looks at everything that the configuration names, and fetches the data.
@@ -146,7 +175,7 @@ pub async fn resolve(
     Ok(Resolved {
         workers,
         sequences,
-        companions: companions(config, data.dir(), dataset.index())?,
+        companions: companions::plain(config, &Tokens::of(data.dir(), dataset.index())?)?,
         config: config.clone(),
         data,
     })
@@ -157,26 +186,4 @@ fn cache_folder() -> PathBuf {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
     base.unwrap_or_else(std::env::temp_dir).join("trainer").join("datasets")
-}
-
-/// The small files that make a checkpoint's folder a Hugging Face model folder.
-fn companions(config: &RunConfig, data_dir: &Path, index: &data::shards::Index) -> Result<Vec<(String, Bytes)>> {
-    let json = |value: &serde_json::Value| {
-        serde_json::to_vec_pretty(value).map(Bytes::from).map_err(|error| Error::from_source(Kind::Bug, error))
-    };
-    let mut files = vec![(layout::MODEL_CONFIG.to_owned(), json(&config.model.config)?)];
-    let eos = config.model.config.get("eos_token_id").cloned().unwrap_or_else(|| index.eos_id.into());
-    let mut generation = serde_json::json!({ "eos_token_id": eos });
-    if let Some(bos) = config.model.config.get("bos_token_id") {
-        generation["bos_token_id"] = bos.clone();
-    }
-    files.push((layout::GENERATION_CONFIG.to_owned(), json(&generation)?));
-    let tokenizer = data_dir.join(layout::TOKENIZER);
-    match std::fs::read(&tokenizer) {
-        Ok(bytes) => files.push((layout::TOKENIZER.to_owned(), bytes.into())),
-        Err(error) => {
-            return Err(Error::from_source(Kind::Config, error).context(format!("read {}", tokenizer.display())));
-        }
-    }
-    Ok(files)
 }

@@ -1,8 +1,9 @@
 //! A checkpoint's weights as a Hugging Face model folder.
 //!
 //! Stored layout: `model.safetensors` (all weights in one file, tensors in [`header::file_order`]), `config.json`,
-//! `tokenizer.json`, `generation_config.json`, the last three where the checkpoint has them. The bytes depend on the
-//! weights alone: checkpoints of equal weights give equal files, whatever the world size that wrote them.
+//! `tokenizer.json`, `generation_config.json` and the tokenizer's other files, all but the first where the checkpoint
+//! has them. The bytes depend on the weights alone: checkpoints of equal weights give equal files, whatever the world
+//! size that wrote them.
 //!
 //! Shards are read from start to end in parts, each part is summed and its tensors' bytes are put where the merged file
 //! has them, so every byte is got once and checked, and a folder on disk needs no more memory than the parts in flight.
@@ -35,7 +36,10 @@ use crate::{
 };
 
 /// Small files that make weights a model, in the order in which they are put.
-const SMALL: [&str; 3] = [layout::TOKENIZER, layout::GENERATION_CONFIG, layout::MODEL_CONFIG];
+fn small_names() -> impl Iterator<Item = &'static str> {
+    let last = [layout::TOKENIZER, layout::GENERATION_CONFIG, layout::MODEL_CONFIG];
+    layout::TOKENIZER_FILES.into_iter().chain(last)
+}
 
 /// Where an export goes.
 #[derive(Clone, Debug)]
@@ -66,7 +70,7 @@ pub async fn export(
 ) -> Result<Exported, CheckpointError> {
     let merge = Merge::plan(store, manifest).await?;
     let mut small = Vec::new();
-    for name in SMALL.into_iter().filter(|name| manifest.file(name).is_some()) {
+    for name in small_names().filter(|name| manifest.file(name).is_some()) {
         small.push((name, small_file(store, manifest, name).await?));
     }
     let mut files = vec![layout::MODEL.to_owned()];

@@ -50,6 +50,10 @@ impl Dtype {
             Self::I64 => 8,
         }
     }
+    /// The type of this name in a safetensors header.
+    pub fn of_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|known| known.name() == name)
+    }
     /// The name in a safetensors header.
     pub const fn name(self) -> &'static str {
         match self {
@@ -156,6 +160,51 @@ pub fn length(start: &[u8], file: u64) -> Result<u64, HeaderError> {
 
 /// Reads the JSON of a header of a file of `file` bytes in all; tensors come back in file order.
 pub fn parse(json: &[u8], file: u64) -> Result<Vec<TensorEntry>, HeaderError> {
+    parse_foreign(json, file)?
+        .into_iter()
+        .map(|ForeignTensor { name, dtype, shape, range }| match Dtype::of_name(&dtype) {
+            Some(dtype) => Ok(TensorEntry { name, dtype, shape, range }),
+            None => Err(HeaderError::Dtype { name, dtype }),
+        })
+        .collect()
+}
+
+/// One tensor of a file that somebody else has written: of any element type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ForeignTensor {
+    /// Unique in the file.
+    pub name: String,
+    /// Element type, as the header spells it.
+    pub dtype: String,
+    /// Extents, outermost first.
+    pub shape: Vec<u64>,
+    /// Its bytes, counted from the start of the *file*.
+    pub range: Range<u64>,
+}
+
+/// Reads the header of a whole file of any element types, in file order.
+pub fn read_foreign(bytes: &[u8]) -> Result<Vec<ForeignTensor>, HeaderError> {
+    let file = bytes.len() as u64;
+    let length = length(bytes, file)?;
+    // `length` has compared it with the file's length, which fits usize.
+    parse_foreign(&bytes[PREFIX as usize..(PREFIX + length) as usize], file)
+}
+
+/// Bytes of one element of a type that safetensors knows; `None` for the others, and for those of parts of a byte.
+fn size_of(dtype: &str) -> Option<u64> {
+    match dtype {
+        "BOOL" | "U8" | "I8" => Some(1),
+        "U16" | "I16" | "F16" | "BF16" => Some(2),
+        "U32" | "I32" | "F32" => Some(4),
+        "U64" | "I64" | "F64" | "C64" => Some(8),
+        _ if dtype.starts_with("F8_") => Some(1),
+        _ => None,
+    }
+}
+
+/// Reads the JSON of a header, whatever the element types. The length of a tensor of a type that is not known is
+/// believed.
+pub fn parse_foreign(json: &[u8], file: u64) -> Result<Vec<ForeignTensor>, HeaderError> {
     let text = std::str::from_utf8(json).map_err(|error| HeaderError::Syntax(error.to_string()))?;
     let Raw(raw) = serde_json::from_str(text).map_err(|error| HeaderError::Syntax(error.to_string()))?;
     let data_start = PREFIX + json.len() as u64;
@@ -163,19 +212,19 @@ pub fn parse(json: &[u8], file: u64) -> Result<Vec<TensorEntry>, HeaderError> {
 
     let mut tensors = Vec::with_capacity(raw.len());
     for (name, RawTensor { dtype, shape, data_offsets: [begin, end] }) in raw {
-        let Some(dtype) = Dtype::ALL.into_iter().find(|known| known.name() == dtype) else {
-            return Err(HeaderError::Dtype { name, dtype });
-        };
         let fail = |name: String, reason| Err(HeaderError::Tensor { name, reason });
         if begin > end || end > data_len {
             return fail(name, "lies outside of the file");
         }
-        match dtype.bytes(&shape) {
-            Some(bytes) if bytes == end - begin => {}
-            Some(_) => return fail(name, "is not as long as its shape says"),
-            None => return fail(name, "has a shape beyond 64 bits"),
+        let elements = shape.iter().try_fold(1_u64, |elements, &extent| elements.checked_mul(extent));
+        if let Some(size) = size_of(&dtype) {
+            match elements.and_then(|elements| elements.checked_mul(size)) {
+                Some(bytes) if bytes == end - begin => {}
+                Some(_) => return fail(name, "is not as long as its shape says"),
+                None => return fail(name, "has a shape beyond 64 bits"),
+            }
         }
-        tensors.push(TensorEntry { name, dtype, shape, range: data_start + begin..data_start + end });
+        tensors.push(ForeignTensor { name, dtype, shape, range: data_start + begin..data_start + end });
     }
     // Two keys of one name would hide one tensor from every reader that keeps the last.
     let mut names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();

@@ -16,6 +16,7 @@
 pub mod catalog;
 pub mod condemn;
 pub mod export;
+pub mod foreign;
 pub mod header;
 pub mod manifest;
 pub mod prune;
@@ -99,6 +100,16 @@ pub enum CheckpointError {
         /// What is missing.
         reason: String,
     },
+    /// A folder's weights are not those of the model that should start from them.
+    #[error("{folder}: {reason}")]
+    Mismatch {
+        /// The folder's URI.
+        folder: String,
+        /// Which tensor of which file, and what is wrong with it.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
     /// The checkpoints' files can't be handled on this machine.
     #[error("{bytes} bytes in {files} files can't be laid out")]
     TooLarge {
@@ -138,7 +149,9 @@ impl Explain for CheckpointError {
             Self::Damaged { .. } | Self::NoneUsable { .. } => Kind::Data,
             Self::Storage(error) => error.kind(),
             Self::AlreadyWritten { .. } => Kind::Fenced,
-            Self::TooNew { .. } | Self::NotAModel { .. } | Self::TooLarge { .. } => Kind::Config,
+            Self::TooNew { .. } | Self::NotAModel { .. } | Self::Mismatch { .. } | Self::TooLarge { .. } => {
+                Kind::Config
+            }
             Self::NoSuchStep { .. } | Self::Occupied { .. } => Kind::Usage,
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => Kind::Permission,
             Self::Io { .. } => Kind::Unavailable,
@@ -153,6 +166,7 @@ impl Explain for CheckpointError {
             }
             Self::NoneUsable { .. } => "nothing was deleted; `trainer verify --run-id RUN --all` lists what is damaged",
             Self::Storage(error) => return error.hint(),
+            Self::Mismatch { hint, .. } => return Some(hint.clone()),
             Self::TooNew { .. } => "use the version of trainer that wrote this run, or a newer one",
             Self::AlreadyWritten { .. } => "another process of this run is alive; stop one of the two",
             Self::NoSuchStep { .. } => "name one of these steps, or leave `--from` out for the newest",

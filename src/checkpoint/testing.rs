@@ -86,7 +86,13 @@ pub fn config() -> RunConfig {
     RunConfig {
         store: "memory://".into(),
         model: ModelConfig { kind: ModelKind::Llama, config: serde_json::json!({}), init_from: None },
-        data: DataConfig { train: "x".into(), sequence_length: 256, validation_every: 0, validation_sequences: 0 },
+        data: DataConfig {
+            train: "x".into(),
+            tokenizer: Default::default(),
+            sequence_length: 256,
+            validation_every: 0,
+            validation_sequences: 0,
+        },
         train: TrainConfig {
             steps: 2000,
             global_batch: 32,

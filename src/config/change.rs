@@ -7,7 +7,9 @@ use super::{
     ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig,
     error::Origin,
     raw::Raw,
-    resolve::{self, ACTIONS, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES},
+    resolve::{
+        self, ACTIONS, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES, TOKENIZER_RULES,
+    },
     text,
 };
 
@@ -34,6 +36,8 @@ pub fn effect(key: &str) -> Effect {
         // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps: only the
         // order in which gradients are summed depends on it.
         "parallel.strategy" | "parallel.nproc_per_node" | "data.validation_every" => Effect::Free,
+        // It was looked at when the run was created.
+        "data.tokenizer" => Effect::Free,
         _ if key.starts_with("model.") => Effect::Fixed("the checkpoints' tensors belong to this model"),
         _ if ["data.", "train.", "parallel."].iter().any(|section| key.starts_with(section)) => Effect::Mathematical,
         _ => Effect::Free,
@@ -125,7 +129,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     // Taken apart without `..`: a new field that is not listed here does not compile.
     let RunConfig { store, model, data, train, parallel, checkpoint, notice, on_complete, restart, storage } = config;
     let ModelConfig { kind, config: model_config, init_from } = model;
-    let DataConfig { train: data_train, sequence_length, validation_every, validation_sequences } = data;
+    let DataConfig { train: data_train, tokenizer, sequence_length, validation_every, validation_sequences } = data;
     let TrainConfig { steps, global_batch, max_micro_batch, seed, precision, threads, optimizer, schedule } = train;
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
@@ -152,6 +156,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("model.config", word(&model_config.to_string())),
         ("model.init_from", word(init_from.as_deref().unwrap_or_default())),
         ("data.train", word(data_train)),
+        ("data.tokenizer", word(name_of(TOKENIZER_RULES, *tokenizer))),
         ("data.sequence_length", whole(*sequence_length)),
         ("data.validation_every", whole(*validation_every)),
         ("data.validation_sequences", whole(*validation_sequences)),

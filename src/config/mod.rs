@@ -81,12 +81,26 @@ pub enum ModelKind {
 pub struct DataConfig {
     /// URI of a folder made by `trainer data prepare`.
     pub train: String,
+    /// How its tokenizer and that of `model.init_from` go together. Looked at when the run is created.
+    #[serde(default)]
+    pub tokenizer: TokenizerRule,
     /// Tokens in one sequence (one sample gives this many predictions).
     pub sequence_length: u32,
     /// Validation every this many steps; 0: never.
     pub validation_every: u64,
     /// Sequences in one validation, over the whole world.
     pub validation_sequences: u32,
+}
+
+/// How the tokenizer of the data and that of the model folder that a run starts from go together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenizerRule {
+    /// Their ids mean the same.
+    #[default]
+    Same,
+    /// They are known to differ: the weights learn another vocabulary.
+    Differs,
 }
 
 /// The mathematics of training. Nothing here may change on a resume unless it is named with `--set`.

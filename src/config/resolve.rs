@@ -8,7 +8,7 @@ use toml::Value;
 use super::{
     CheckpointConfig, CompleteAction, ConfigError, DataConfig, Encryption, Keep, Machine, ModelConfig, ModelKind,
     NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig,
-    ScheduleKind, StorageConfig, Strategy, TrainConfig,
+    ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig,
     error::Origin,
     raw::{self, Raw},
     text, workers_per_node,
@@ -21,6 +21,8 @@ const MAX_MODEL_CONFIG: u64 = 1 << 20;
 pub const MAX_STEPS: u64 = (1 << 41) - 1;
 
 pub(super) const MODEL_KINDS: &[(&str, ModelKind)] = &[("llama", ModelKind::Llama)];
+pub(super) const TOKENIZER_RULES: &[(&str, TokenizerRule)] =
+    &[("same", TokenizerRule::Same), ("differs", TokenizerRule::Differs)];
 pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
 pub(super) const STRATEGIES: &[(&str, Strategy)] = &[("ddp", Strategy::Ddp), ("zero1", Strategy::Zero1)];
 pub(super) const SCHEDULES: &[(&str, ScheduleKind)] =
@@ -267,6 +269,7 @@ fn data(raw: &Raw, working_directory: &Path) -> Result<DataConfig, ConfigError> 
     }
     Ok(DataConfig {
         train: uri(raw, "data.train", working_directory)?,
+        tokenizer: raw.choice("data.tokenizer", TOKENIZER_RULES)?,
         sequence_length: raw.whole("data.sequence_length", 1..=1 << 20)?,
         validation_every: raw.whole("data.validation_every", 0..=u64::MAX)?,
         validation_sequences: raw.whole("data.validation_sequences", 1..=u32::MAX)?,

@@ -90,6 +90,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
             },
             data: DataConfig {
                 train: format!("{root}/runs/data/rust"),
+                tokenizer: TokenizerRule::Same,
                 sequence_length: 256,
                 validation_every: 0,
                 validation_sequences: 64
@@ -528,6 +529,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
     assert_eq!(
         free,
         [
+            "data.tokenizer",
             "data.validation_every",
             "parallel.strategy",
             "parallel.nproc_per_node",

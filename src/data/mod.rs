@@ -26,6 +26,7 @@ mod given;
 mod input;
 mod json;
 mod left_out;
+pub mod meaning;
 pub mod prepare;
 mod progress;
 mod records;

@@ -19,7 +19,13 @@ pub(super) fn config() -> RunConfig {
     RunConfig {
         store: "memory://".into(),
         model: ModelConfig { kind: ModelKind::Llama, config: serde_json::json!({"hidden_size": 8}), init_from: None },
-        data: DataConfig { train: "data".into(), sequence_length: 8, validation_every: 0, validation_sequences: 0 },
+        data: DataConfig {
+            train: "data".into(),
+            tokenizer: Default::default(),
+            sequence_length: 8,
+            validation_every: 0,
+            validation_sequences: 0,
+        },
         train: TrainConfig {
             steps: 100,
             global_batch: 4,

@@ -1,8 +1,9 @@
 //! A Llama model's Hugging Face `config.json`, checked.
 //!
-//! Read as Hugging Face does: an absent or null key has its default, keys that don't touch the mathematics are ignored,
-//! both spellings of the rotary settings are known (`rope_theta` with `rope_scaling`, and `rope_parameters`). A
-//! setting that we would compute differently is refused, never ignored.
+//! Read as Hugging Face does: an absent or null key has its default, and both spellings of the rotary settings are
+//! known (`rope_theta` with `rope_scaling`, and `rope_parameters`). What a new run may be described with is narrower:
+//! see
+//! [`super::description`], which refuses every key that is neither computed nor harmless.
 
 use serde_json::{Map, Value};
 
@@ -72,6 +73,8 @@ const MAX_POSITIONS: u64 = 1 << 27;
 const MAX_EMBEDDING: u64 = i32::MAX as u64;
 /// Elements of all parameters.
 const MAX_PARAMETERS: u64 = 1 << 40;
+/// Bases of the rotary wavelengths.
+const THETA: std::ops::RangeInclusive<f64> = 1.0..=1e15;
 
 impl LlamaConfig {
     /// Reads and checks a description.
@@ -81,7 +84,7 @@ impl LlamaConfig {
             path: "",
         };
         check_architecture(&keys)?;
-        keys.must_be("hidden_act", "silu")?;
+        keys.must_be("hidden_act", &["silu", "swish"])?;
         if keys.number("attention_dropout", Some(0.0), 0.0..=1.0)? != 0.0 {
             return Err(ModelError::config("attention_dropout", "is not 0, which is not supported"));
         }
@@ -91,8 +94,10 @@ impl LlamaConfig {
 
         let hidden_size = keys.count("hidden_size", None, MAX_WIDTH)?;
         let num_attention_heads = keys.count("num_attention_heads", None, MAX_WIDTH)?;
-        if !hidden_size.is_multiple_of(num_attention_heads) {
-            let reason = format!("{hidden_size} is not a multiple of num_attention_heads {num_attention_heads}");
+        if keys.get("head_dim").is_none() && !hidden_size.is_multiple_of(num_attention_heads) {
+            let reason = format!(
+                "{hidden_size} is not a multiple of num_attention_heads {num_attention_heads}, and there is no head_dim"
+            );
             return Err(ModelError::config("hidden_size", reason));
         }
         let num_key_value_heads = keys.count("num_key_value_heads", Some(num_attention_heads), MAX_WIDTH)?;
@@ -197,15 +202,19 @@ pub(super) fn layer_prefix(layer: u32) -> String {
     format!("model.layers.{layer}.")
 }
 
+/// The architecture's name, and how the first conversions spelt it.
+const ARCHITECTURES: [&str; 2] = ["LlamaForCausalLM", "LLaMAForCausalLM"];
+
 fn check_architecture(keys: &Keys) -> Result<(), ModelError> {
+    let unnamed = |value: &Value| value.as_array().is_some_and(Vec::is_empty);
     let (said, fits) = match (keys.get("architectures"), keys.get("model_type")) {
-        (Some(Value::Array(names)), _) => {
+        (Some(Value::Array(names)), _) if !names.is_empty() => {
             let names: Vec<_> = names.iter().filter_map(Value::as_str).collect();
-            (format!("{names:?}"), names.contains(&"LlamaForCausalLM"))
+            (format!("{names:?}"), ARCHITECTURES.iter().any(|known| names.contains(known)))
         }
-        (Some(other), _) => (other.to_string(), false),
-        (None, Some(model_type)) => (model_type.to_string(), model_type == "llama"),
-        (None, None) => ("no architecture".to_owned(), false),
+        (Some(other), _) if !unnamed(other) => (other.to_string(), false),
+        (_, Some(model_type)) => (model_type.to_string(), model_type == "llama"),
+        (_, None) => ("no architecture".to_owned(), false),
     };
     let found = || said.chars().take(200).collect();
     if fits { Ok(()) } else { Err(ModelError::Architecture { found: found() }) }
@@ -213,18 +222,21 @@ fn check_architecture(keys: &Keys) -> Result<(), ModelError> {
 
 impl Rope {
     fn from_keys(keys: &Keys) -> Result<Self, ModelError> {
-        let theta_range = 1.0..=1e15;
-        let theta = keys.number("rope_theta", Some(10_000.0), theta_range.clone())?;
-        let (name, nested) = match (keys.get("rope_parameters"), keys.get("rope_scaling")) {
-            (Some(nested), _) => ("rope_parameters.", nested),
-            (None, Some(nested)) => ("rope_scaling.", nested),
-            (None, None) => return Ok(Self { theta, scaling: None }),
-        };
+        let theta = keys.number("rope_theta", Some(10_000.0), THETA)?;
+        match (keys.get("rope_parameters"), keys.get("rope_scaling")) {
+            (Some(nested), _) => Self::nested(nested, "rope_parameters.", theta),
+            (None, Some(nested)) => Self::nested(nested, "rope_scaling.", theta),
+            (None, None) => Ok(Self { theta, scaling: None }),
+        }
+    }
+
+    /// What the object `nested` says; `name` is its key with a dot, `theta` holds where it names none.
+    pub(super) fn nested(nested: &Value, name: &'static str, theta: f64) -> Result<Self, ModelError> {
         let map = nested
             .as_object()
             .ok_or_else(|| ModelError::config(name.trim_end_matches('.'), "is neither an object nor null"))?;
         let keys = Keys { map, path: name };
-        let theta = keys.number("rope_theta", Some(theta), theta_range)?;
+        let theta = keys.number("rope_theta", Some(theta), THETA)?;
         match keys.get("rope_type").or_else(|| keys.get("type")).map(|kind| (kind, kind.as_str())) {
             None | Some((_, Some("default"))) => Ok(Self { theta, scaling: None }),
             Some((_, Some("llama3"))) => {
@@ -252,18 +264,18 @@ impl Rope {
 }
 
 /// An object's keys, read with errors that name them.
-struct Keys<'a> {
-    map: &'a Map<String, Value>,
-    path: &'static str,
+pub(super) struct Keys<'a> {
+    pub map: &'a Map<String, Value>,
+    pub path: &'static str,
 }
 
 impl Keys<'_> {
-    fn wrong(&self, key: &str, reason: impl Into<String>) -> ModelError {
+    pub fn wrong(&self, key: &str, reason: impl Into<String>) -> ModelError {
         ModelError::config(format!("{}{key}", self.path), reason)
     }
 
     /// The value; null counts as absent.
-    fn get(&self, key: &str) -> Option<&Value> {
+    pub fn get(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
@@ -300,9 +312,11 @@ impl Keys<'_> {
         }
     }
 
-    fn must_be(&self, key: &str, wanted: &str) -> Result<(), ModelError> {
+    /// Text that is one of `spellings`, of which the first is the usual one.
+    fn must_be(&self, key: &str, spellings: &[&str]) -> Result<(), ModelError> {
         match self.get(key) {
-            Some(value) if value != wanted => {
+            Some(value) if !value.as_str().is_some_and(|text| spellings.contains(&text)) => {
+                let wanted = spellings.first().copied().unwrap_or_default();
                 Err(self.wrong(key, format!("is {}; only {wanted:?} is supported", shown(value))))
             }
             _ => Ok(()),
@@ -311,7 +325,7 @@ impl Keys<'_> {
 }
 
 /// A value for an error message, cut short.
-fn shown(value: &Value) -> String {
+pub(super) fn shown(value: &Value) -> String {
     value.to_string().chars().take(80).collect()
 }
 

@@ -11,6 +11,7 @@
 //! A model keeps no state between calls beyond its parameters (and a table of constants that grows on demand): a call
 //! that failed or was given up leaves nothing behind.
 
+mod description;
 mod folder;
 pub mod generate;
 mod init;
@@ -176,6 +177,24 @@ pub fn build(
 pub fn parameter_shapes(kind: ModelKind, config: &serde_json::Value) -> Result<Vec<(String, Vec<u64>)>, ModelError> {
     match kind {
         ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.parameter_shapes()),
+    }
+}
+
+/// Holds the description of a run that is about to be created against what is computed here: a key that is neither
+/// computed nor known to be harmless is refused by name.
+pub fn check_description(kind: ModelKind, config: &serde_json::Value) -> Result<(), ModelError> {
+    match kind {
+        ModelKind::Llama => description::check(config),
+    }
+}
+
+/// The output layer's and the token embedding's names, and whether they are one.
+pub fn head(kind: ModelKind, config: &serde_json::Value) -> Result<(&'static str, &'static str, bool), ModelError> {
+    match kind {
+        ModelKind::Llama => {
+            let config = LlamaConfig::from_json(config)?;
+            Ok((llama_config::OUTPUT, llama_config::EMBEDDING, config.tie_word_embeddings))
+        }
     }
 }
 

@@ -76,7 +76,8 @@ impl State {
             self.params.iter().enumerate().map(|(i, param)| (param.name.as_str(), i)).collect();
         let mut found = Role::ALL.map(|_| self.params.iter().map(|_| Vec::new()).collect::<Vec<_>>());
         for file in files {
-            for entry in header::read(file)? {
+            // What is passed over may be of any type.
+            for entry in header::read_foreign(file)? {
                 let (name, slice) = slices::parse_name(&entry.name);
                 let roles: &[Role] = if weights_only { &[Role::Weight] } else { &Role::ALL };
                 let named = roles.iter().find_map(|&role| {
@@ -92,22 +93,23 @@ impl State {
                         entry.name
                     )));
                 };
+                let Some(dtype) = Dtype::of_name(&entry.dtype) else {
+                    return Err(header::HeaderError::Dtype { name: entry.name, dtype: entry.dtype }.into());
+                };
                 let Param { shape, len, .. } = &self.params[param];
                 let shape = slice.as_ref().map_or_else(|| shape.clone(), |slice| vec![slice.end - slice.start]);
-                let known = entry.dtype == Dtype::F32
+                let known = dtype == Dtype::F32
                     || weights_only
-                    || (role == Role::Weight && entry.dtype == Dtype::BF16 && slice.is_none());
+                    || (role == Role::Weight && dtype == Dtype::BF16 && slice.is_none());
                 if entry.shape != shape || !known {
                     return Err(mismatch(format!(
                         "tensor {} is {:?} {} in the files but {shape:?} F32 in the model",
-                        entry.name,
-                        entry.shape,
-                        entry.dtype.name(),
+                        entry.name, entry.shape, entry.dtype,
                     )));
                 }
                 let bytes = file_range(file, &entry.range)?;
                 let elements = slice.unwrap_or(0..*len);
-                found[role as usize][param].push(Source { elements, dtype: entry.dtype, bytes });
+                found[role as usize][param].push(Source { elements, dtype, bytes });
             }
         }
         Ok(found)
@@ -312,7 +314,7 @@ mod tests {
                 .parameters()
                 .iter()
                 .map(|(name, leaf)| (name.clone(), leaf.detach().to_kind(kind)))
-                .chain([("something.else".to_owned(), Tensor::zeros([3], (kind, Device::Cpu)))])
+                .chain([("rotary_emb.inv_freq".to_owned(), Tensor::zeros([3], (Kind::Double, Device::Cpu)))])
                 .collect();
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("model.safetensors");

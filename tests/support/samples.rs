@@ -41,6 +41,7 @@ pub fn config() -> RunConfig {
         },
         data: DataConfig {
             train: "s3://bucket/data".into(),
+            tokenizer: TokenizerRule::Same,
             sequence_length: 256,
             validation_every: 50,
             validation_sequences: 8,

@@ -6,13 +6,17 @@ use super::{
     within,
 };
 use crate::{
-    checkpoint::restore,
+    agent::initial,
     config::RunConfig,
-    data::{self, cache},
-    error::{Error, Kind, Result},
-    model,
+    data::{self, cache, meaning::Meaning},
+    error::Result,
+    layout, model,
     report::human,
+    storage::StorageError,
 };
+
+/// A `tokenizer.json` of any size in use is smaller.
+const MAX_TOKENIZER: u64 = 256 << 20;
 
 const DATASET: &str = "dataset";
 const WEIGHTS: &str = "initial weights";
@@ -30,6 +34,7 @@ pub(super) async fn look(config: &RunConfig) -> Vec<Line> {
 /// The index, and whether the model and the length of its sequences go with it. A dataset in a folder is opened; of another one no more
 /// than the index is read.
 async fn dataset(config: &RunConfig) -> Result<Line> {
+    model::check_description(config.model.kind, &config.model.config)?;
     let uri = &config.data.train;
     let index = cache::read_index_of(uri, &config.storage).await?;
     data::check_vocabulary(
@@ -43,13 +48,24 @@ async fn dataset(config: &RunConfig) -> Result<Line> {
     Ok(verdict::dataset(uri, train, held_out, config.data.sequence_length, config.data.validation_every))
 }
 
-/// The weights' files and how long they are.
+/// The weights' files and how long they are, held against the model; and the folder's tokenizer, held against the
+/// data's.
 async fn weights(config: &RunConfig, uri: &str) -> Result<Line> {
-    let Some(folder) = open(uri, &config.storage)? else {
-        return Err(Error::new(Kind::Config, format!("model.init_from: there is no folder {uri}"))
-            .with_hint("name a Hugging Face model folder, here or in a store"));
-    };
-    let files = restore::weights_from_folder(&folder).await?;
+    let folder = initial::open(uri, config)?;
+    let files = initial::weights(config, uri, &folder).await?;
+    if let Some(data) = tokenizer(config).await? {
+        initial::check_tokenizer(config, uri, &folder, &data).await?;
+    }
     let bytes = files.iter().map(|file| file.bytes).sum();
     Ok(Line::ok(WEIGHTS, format!("{} of {} in {uri}", human::plural(files.len() as u64, "file"), human::bytes(bytes))))
+}
+
+/// What the ids of the data mean. `None`: there is no such file, which the line of the dataset tells.
+async fn tokenizer(config: &RunConfig) -> Result<Option<Meaning>> {
+    let Some(data) = open(&config.data.train, &config.storage)? else { return Ok(None) };
+    match data.get(layout::TOKENIZER, MAX_TOKENIZER).await {
+        Ok(json) => Ok(Meaning::of_json(&json).ok()),
+        Err(StorageError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }

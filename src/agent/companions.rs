@@ -1,0 +1,498 @@
+//! The small files that make a checkpoint's folder a Hugging Face model folder, which any program opens: the model's
+//! description, how text is made, and the tokenizer.
+//!
+//! What they say of tokens is what the data says. A run that starts from the weights of a folder whose tokenizer is the
+//! data's takes that tokenizer's other files along, chat templates included. They are read from the folder when the run
+//! is created, and from the newest checkpoint when it is carried on: the folder may be gone by then.
+
+use std::{collections::BTreeMap, path::Path, time::Duration};
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
+use serde_json::{Map, Value, json};
+
+use super::{initial, opening::Resolved};
+use crate::{
+    checkpoint::{CheckpointError, catalog, restore},
+    config::{RunConfig, TokenizerRule},
+    data::{Dataset, meaning::Meaning, shards::Index},
+    error::{Error, Kind, Result},
+    journal::{Committed, RunState},
+    layout, model,
+    report::{Event, Reporter},
+    storage::{StorageError, Store},
+};
+
+/// Files by name.
+pub type Files = Vec<(String, Bytes)>;
+
+/// A file of a tokenizer of any size in use is smaller.
+const MAX_FILE: u64 = 256 << 20;
+/// Files of a folder that are asked for at once.
+const ASKED: usize = 8;
+/// Checkpoints that are asked for what a run took along, newest first.
+const CHECKPOINTS: usize = 3;
+/// A run that exists does not wait longer for the folder that it once started from.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The data's tokenizer.
+pub struct Tokens {
+    /// Its `tokenizer.json`.
+    pub json: Bytes,
+    /// What its ids mean.
+    pub meaning: Meaning,
+    /// The token between documents.
+    pub eos_id: u32,
+}
+
+impl Tokens {
+    /// Of a dataset's folder on this machine.
+    pub fn of(dir: &Path, index: &Index) -> Result<Self> {
+        let path = dir.join(layout::TOKENIZER);
+        let json: Bytes = std::fs::read(&path)
+            .map_err(|error| Error::from_source(Kind::Config, error).context(format!("read {}", path.display())))?
+            .into();
+        // The data was made with it, whatever it may be: without its vocabulary the files only say less.
+        let meaning = Meaning::of_json(&json).unwrap_or_else(|reason| {
+            tracing::warn!("{} {reason}", path.display());
+            Meaning::default()
+        });
+        Ok(Self { json, meaning, eos_id: index.eos_id })
+    }
+
+    fn eos(&self) -> Option<&str> {
+        self.meaning.text(self.eos_id)
+    }
+}
+
+/// The files of a run whose tokenizer is the data's alone.
+pub fn plain(config: &RunConfig, tokens: &Tokens) -> Result<Files> {
+    files(config, tokens, None).map(|(files, _)| files)
+}
+
+/// Looks at what a new run starts from, and takes along what belongs to it.
+///
+/// # Errors
+/// Weights or a tokenizer that are not those of the model and the data.
+pub async fn of_new_run(config: &RunConfig, resolved: &mut Resolved, reporter: &Reporter) -> Result<()> {
+    let dataset = Dataset::open(resolved.data.dir())?;
+    let tokens = Tokens::of(resolved.data.dir(), dataset.index())?;
+    let own = match &config.model.init_from {
+        Some(uri) => {
+            let folder = initial::open(uri, config)?;
+            initial::weights(config, uri, &folder).await?;
+            initial::check_tokenizer(config, uri, &folder, &tokens.meaning).await?;
+            if config.data.tokenizer == TokenizerRule::Same { Some(from_folder(&folder).await?) } else { None }
+        }
+        None => None,
+    };
+    let (files, contradictions) = files(config, &tokens, own.as_deref())?;
+    for message in contradictions {
+        reporter.event(&Event::Warning { message });
+    }
+    resolved.companions = files;
+    Ok(())
+}
+
+/// The checkpoints that may hold what a run took along, newest first.
+pub fn holders(state: &RunState) -> Vec<Committed> {
+    state.candidates().into_iter().take(CHECKPOINTS).map(|checkpoint| checkpoint.committed.clone()).collect()
+}
+
+/// Takes along what a run that exists had from the folder that it started from. A run is not held up for want of it.
+pub async fn of_existing_run(resolved: &mut Resolved, run: &Store, holders: &[Committed]) -> Result<()> {
+    let config = resolved.config.clone();
+    let (Some(uri), TokenizerRule::Same) = (&config.model.init_from, config.data.tokenizer) else { return Ok(()) };
+    let dataset = Dataset::open(resolved.data.dir())?;
+    let tokens = Tokens::of(resolved.data.dir(), dataset.index())?;
+    let own = match from_checkpoints(run, holders).await {
+        Some(own) => own,
+        None => {
+            let look = async {
+                let folder = initial::open(uri, &config)?;
+                initial::check_tokenizer(&config, uri, &folder, &tokens.meaning).await?;
+                from_folder(&folder).await
+            };
+            match tokio::time::timeout(PATIENCE, look).await {
+                Ok(Ok(own)) => own,
+                Ok(Err(error)) => {
+                    tracing::info!(%error, "the tokenizer's files of model.init_from are not taken along");
+                    return Ok(());
+                }
+                Err(_) => {
+                    tracing::info!(
+                        "the tokenizer's files of model.init_from are not taken along: {uri} does not answer"
+                    );
+                    return Ok(());
+                }
+            }
+        }
+    };
+    resolved.companions = files(&config, &tokens, Some(&own))?.0;
+    Ok(())
+}
+
+/// The files that travel, as they stand in a model folder.
+async fn from_folder(folder: &Store) -> Result<Files> {
+    let names = layout::TOKENIZER_FILES.into_iter().chain([layout::GENERATION_CONFIG]);
+    let get = |name: &'static str| async move {
+        match folder.get(name, MAX_FILE).await {
+            Ok(bytes) => Ok(Some((name.to_owned(), bytes))),
+            Err(StorageError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(Error::from(error)),
+        }
+    };
+    let found: Vec<Option<(String, Bytes)>> = stream::iter(names).map(get).buffered(ASKED).try_collect().await?;
+    Ok(found.into_iter().flatten().collect())
+}
+
+/// The same out of the newest checkpoint that has them.
+async fn from_checkpoints(run: &Store, holders: &[Committed]) -> Option<Files> {
+    for committed in holders {
+        let read = async {
+            let manifest = catalog::read_manifest(run, committed).await?;
+            let mut files = Files::new();
+            for name in layout::TOKENIZER_FILES.into_iter().chain([layout::GENERATION_CONFIG]) {
+                if manifest.file(name).is_some() {
+                    files.push((name.to_owned(), restore::small_file(run, &manifest, name).await?));
+                }
+            }
+            Ok::<_, CheckpointError>(files)
+        };
+        match read.await {
+            // An earlier version took nothing along.
+            Ok(files) => return files.iter().any(|(name, _)| name == layout::TOKENIZER_CONFIG).then_some(files),
+            Err(error) => tracing::debug!(%error, step = %committed.step, "small files of a checkpoint can't be read"),
+        }
+    }
+    None
+}
+
+/// All files, and what of the folder and the description contradicts the data. `own`: the tokenizer is that of a model
+/// folder, which has these files.
+fn files(config: &RunConfig, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> Result<(Files, Vec<String>)> {
+    let mut said = Vec::new();
+    let mut files: BTreeMap<String, Bytes> = own.unwrap_or_default().iter().cloned().collect();
+
+    let description = description(&config.model.config, tokens, own.is_some(), &mut said);
+    let generation = files.get(layout::GENERATION_CONFIG).and_then(|bytes| object(bytes));
+    let generation = generation_config(generation, &description, tokens, &mut said);
+    files.insert(layout::MODEL_CONFIG.into(), pretty(&description)?);
+    files.insert(layout::GENERATION_CONFIG.into(), pretty(&generation)?);
+
+    let json = if own.is_some() { None } else { without_special_tokens(&tokens.json) };
+    let json = json.as_ref().map(pretty).transpose()?.unwrap_or_else(|| tokens.json.clone());
+    files.insert(layout::TOKENIZER.into(), json);
+
+    match files.get(layout::TOKENIZER_CONFIG).and_then(|bytes| object(bytes)) {
+        Some(mut settings) => {
+            if end_with(&mut settings, layout::TOKENIZER_CONFIG, tokens, &mut said) {
+                files.insert(layout::TOKENIZER_CONFIG.into(), pretty(&Value::Object(settings))?);
+            }
+        }
+        None => {
+            let longest = model::max_sequence_length(config.model.kind, &config.model.config)?;
+            files.insert(layout::TOKENIZER_CONFIG.into(), pretty(&tokenizer_config(tokens, &description, longest))?);
+        }
+    }
+    if let Some(mut special) = files.get(layout::SPECIAL_TOKENS).and_then(|bytes| object(bytes))
+        && special.contains_key("eos_token")
+        && end_with(&mut special, layout::SPECIAL_TOKENS, tokens, &mut said)
+    {
+        files.insert(layout::SPECIAL_TOKENS.into(), pretty(&Value::Object(special))?);
+    }
+    Ok((files.into_iter().collect(), said))
+}
+
+fn pretty(value: &Value) -> Result<Bytes> {
+    serde_json::to_vec_pretty(value).map(Bytes::from).map_err(|error| Error::from_source(Kind::Bug, error))
+}
+
+fn object(bytes: &[u8]) -> Option<Map<String, Value>> {
+    serde_json::from_slice(bytes).ok()
+}
+
+/// Whether an `eos_token_id`, one or a list of them, holds the data's.
+fn holds(ids: &Value, eos_id: u32) -> bool {
+    match ids {
+        Value::Array(ids) => ids.iter().any(|id| *id == eos_id),
+        id => *id == eos_id,
+    }
+}
+
+/// That `file` says otherwise than the data.
+fn contradiction(file: &str, found: &Value, tokens: &Tokens) -> String {
+    let found: String = found.to_string().chars().take(80).collect();
+    let eos = tokens.eos().map(|text| format!("{text:?}, ")).unwrap_or_default();
+    format!(
+        "{file} has {found} for the end of a text, the data ends documents with {eos}id {}: checkpoints say the latter",
+        tokens.eos_id
+    )
+}
+
+/// The model's description, with the data's end token, and with the rotary settings in the spellings of all versions.
+fn description(config: &Value, tokens: &Tokens, own: bool, said: &mut Vec<String>) -> Value {
+    let mut config = config.clone();
+    let Some(map) = config.as_object_mut() else { return config };
+    let given = map.get("eos_token_id").filter(|ids| !ids.is_null());
+    if !given.is_some_and(|ids| holds(ids, tokens.eos_id)) {
+        if let Some(given) = given {
+            said.push(contradiction(layout::MODEL_CONFIG, given, tokens));
+        }
+        map.insert("eos_token_id".into(), tokens.eos_id.into());
+    }
+    // Another tokenizer may have anything in its place.
+    if !own && map.contains_key("bos_token_id") && bos(map, tokens).is_none() {
+        map.insert("bos_token_id".into(), Value::Null);
+    }
+    // Version 4 of transformers reads the first two keys, version 5 all three.
+    let present = |map: &Map<String, Value>, key: &str| map.get(key).is_some_and(|value| !value.is_null());
+    if let Some(Value::Object(rope)) = map.get("rope_parameters").cloned() {
+        if !present(map, "rope_theta")
+            && let Some(theta) = rope.get("rope_theta").filter(|theta| theta.is_number())
+        {
+            map.insert("rope_theta".into(), theta.clone());
+        }
+        let kind = rope.get("rope_type").or_else(|| rope.get("type"));
+        if !present(map, "rope_scaling") && kind.is_some_and(|kind| kind != "default") {
+            map.insert("rope_scaling".into(), Value::Object(rope));
+        }
+    }
+    config
+}
+
+/// The id of the description's begin token, where the data's tokenizer has a special token of this id.
+fn bos(description: &Map<String, Value>, tokens: &Tokens) -> Option<u32> {
+    let id = description.get("bos_token_id")?.as_u64().and_then(|id| u32::try_from(id).ok())?;
+    tokens.meaning.is_special(id).then_some(id)
+}
+
+/// How text is made: as the folder says, and ended as the data says.
+fn generation_config(
+    folder: Option<Map<String, Value>>,
+    description: &Value,
+    tokens: &Tokens,
+    said: &mut Vec<String>,
+) -> Value {
+    let from_folder = folder.is_some();
+    let mut generation = folder.unwrap_or_default();
+    let given = generation.get("eos_token_id").filter(|ids| !ids.is_null());
+    if !given.is_some_and(|ids| holds(ids, tokens.eos_id)) {
+        if let Some(given) = given {
+            said.push(contradiction(layout::GENERATION_CONFIG, given, tokens));
+        }
+        let ids = description.get("eos_token_id").cloned().unwrap_or_else(|| tokens.eos_id.into());
+        generation.insert("eos_token_id".into(), ids);
+    }
+    if !from_folder && let Some(id) = description.get("bos_token_id").filter(|id| !id.is_null()) {
+        generation.insert("bos_token_id".into(), id.clone());
+    }
+    Value::Object(generation)
+}
+
+/// The settings of a tokenizer that has none: without them transformers makes one of the model's kind, with tokens of
+/// its own.
+fn tokenizer_config(tokens: &Tokens, description: &Value, longest: u32) -> Value {
+    let mut settings = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": longest,
+        "clean_up_tokenization_spaces": false,
+    });
+    if let Some(eos) = tokens.eos() {
+        settings["eos_token"] = eos.into();
+    }
+    let bos = description.as_object().and_then(|map| bos(map, tokens));
+    if let Some(bos) = bos.and_then(|id| tokens.meaning.text(id)) {
+        settings["bos_token"] = bos.into();
+    }
+    settings
+}
+
+/// Has settings of a tokenizer name the data's end token; whether they are others now.
+fn end_with(settings: &mut Map<String, Value>, file: &str, tokens: &Tokens, said: &mut Vec<String>) -> bool {
+    let Some(eos) = tokens.eos() else { return false };
+    let given = settings.get("eos_token").filter(|token| !token.is_null());
+    let text = given.map(|token| token.get("content").unwrap_or(token));
+    if text.is_some_and(|text| text == eos) {
+        return false;
+    }
+    if let Some(text) = text {
+        said.push(contradiction(file, text, tokens));
+    }
+    settings.insert("eos_token".into(), eos.into());
+    true
+}
+
+/// The same tokenizer without what puts special tokens around a text, as the data is without them; `None` where there
+/// is nothing of the kind.
+fn without_special_tokens(json: &[u8]) -> Option<Value> {
+    fn adds(step: &Value) -> bool {
+        let pieces = ["single", "pair"].into_iter().filter_map(|key| step[key].as_array()).flatten();
+        match step["type"].as_str() {
+            Some("BertProcessing" | "RobertaProcessing") => true,
+            Some("TemplateProcessing") => pieces.into_iter().any(|piece| piece.get("SpecialToken").is_some()),
+            _ => false,
+        }
+    }
+    let mut json: Value = serde_json::from_slice(json).ok()?;
+    let steps = json.get_mut("post_processor")?;
+    if adds(steps) {
+        *steps = Value::Null;
+        return Some(json);
+    }
+    let inner = steps.get_mut("processors")?.as_array_mut()?;
+    let before = inner.len();
+    inner.retain(|step| !adds(step));
+    let (after, none) = (inner.len(), inner.is_empty());
+    if none {
+        *steps = Value::Null;
+    }
+    (after < before).then_some(json)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::testing;
+
+    fn tokens() -> Tokens {
+        let json = json!({
+            "added_tokens": [
+                {"id": 0, "content": "<|end|>", "special": true}, {"id": 1, "content": "<|begin|>", "special": true},
+            ],
+            "post_processor": {"type": "ByteLevel"},
+            "model": {"type": "BPE", "vocab": {"a": 2, "b": 3}, "merges": []},
+        });
+        let json: Bytes = json.to_string().into_bytes().into();
+        Tokens { meaning: Meaning::of_json(&json).unwrap(), json, eos_id: 0 }
+    }
+
+    fn config(extra: Value) -> RunConfig {
+        let mut config = testing::config();
+        config.model.config = json!({
+            "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64,
+        });
+        for (key, value) in extra.as_object().unwrap() {
+            config.model.config[key] = value.clone();
+        }
+        config
+    }
+
+    fn made(extra: Value, own: Option<Value>) -> (BTreeMap<String, Value>, Vec<String>) {
+        let own: Option<Files> = own.map(|own| {
+            let own = own.as_object().unwrap().clone();
+            own.into_iter().map(|(name, value)| (name, Bytes::from(value.to_string()))).collect()
+        });
+        let (files, said) = files(&config(extra), &tokens(), own.as_deref()).unwrap();
+        (files.into_iter().map(|(name, bytes)| (name, serde_json::from_slice(&bytes).unwrap())).collect(), said)
+    }
+
+    #[test]
+    fn a_tokenizer_without_settings_gets_some() {
+        let (files, said) = made(json!({"bos_token_id": 1}), None);
+        let settings = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 64, "clean_up_tokenization_spaces": false,
+            "eos_token": "<|end|>", "bos_token": "<|begin|>",
+        });
+        assert_eq!(files[layout::TOKENIZER_CONFIG], settings);
+        assert_eq!(files[layout::GENERATION_CONFIG], json!({"eos_token_id": 0, "bos_token_id": 1}));
+        assert_eq!(files[layout::MODEL_CONFIG]["eos_token_id"], 0);
+        assert_eq!(said, Vec::<String>::new());
+        assert_eq!(files.len(), 4);
+    }
+
+    #[test]
+    fn files_say_what_the_data_says_and_so_does_a_warning() {
+        let given = json!({"eos_token_id": [7, 9], "bos_token_id": 3});
+        let (files, said) = made(given.clone(), None);
+        assert_eq!(files[layout::MODEL_CONFIG]["eos_token_id"], 0);
+        assert_eq!(files[layout::MODEL_CONFIG]["bos_token_id"], Value::Null);
+        assert_eq!(files[layout::GENERATION_CONFIG], json!({"eos_token_id": 0}));
+        assert!(matches!(said.as_slice(), [one] if one.contains("config.json has [7,9]")), "{said:?}");
+
+        let own = json!({
+            "generation_config.json": {"eos_token_id": 9, "temperature": 0.6},
+            "tokenizer_config.json": {"eos_token": {"content": "<|turn|>"}, "tokenizer_class": "X"},
+            "special_tokens_map.json": {"eos_token": "<|turn|>", "bos_token": "<|begin|>"},
+            "chat_template.json": {"chat_template": "x"},
+        });
+        let (files, said) = made(given, Some(own));
+        assert_eq!(files[layout::GENERATION_CONFIG], json!({"eos_token_id": 0, "temperature": 0.6}));
+        assert_eq!(files[layout::TOKENIZER_CONFIG], json!({"eos_token": "<|end|>", "tokenizer_class": "X"}));
+        assert_eq!(files[layout::SPECIAL_TOKENS]["eos_token"], "<|end|>");
+        assert_eq!(files["chat_template.json"]["chat_template"], "x");
+        assert_eq!(files[layout::MODEL_CONFIG]["bos_token_id"], 3, "the model's own");
+        for (file, message) in
+            ["config", "generation_config", "tokenizer_config", "special_tokens_map"].iter().zip(&said)
+        {
+            assert!(
+                message.starts_with(&format!("{file}.json has ")) && message.contains("\"<|end|>\", id 0"),
+                "{message}"
+            );
+        }
+        assert_eq!(said.len(), 4);
+    }
+
+    #[test]
+    fn what_agrees_with_the_data_travels_to_the_byte() {
+        let own: Files = vec![
+            (layout::TOKENIZER_CONFIG.into(), Bytes::from_static(b"{ \"eos_token\" :\"<|end|>\"}")),
+            ("tokenizer.model".into(), Bytes::from_static(b"\0\xff")),
+            ("merges.txt".into(), Bytes::from_static(b"a b\n")),
+        ];
+        let (files, said) = files(&config(json!({"eos_token_id": [9, 0]})), &tokens(), Some(&own)).unwrap();
+        let files: BTreeMap<_, _> = files.into_iter().collect();
+        for (name, bytes) in &own {
+            assert_eq!(&files[name], bytes, "{name}");
+        }
+        assert_eq!(files[layout::TOKENIZER], tokens().json);
+        let generation: Value = serde_json::from_slice(&files[layout::GENERATION_CONFIG]).unwrap();
+        assert_eq!(generation["eos_token_id"], json!([9, 0]), "more ends than the data's are no contradiction");
+        assert!(said.is_empty(), "{said:?}");
+    }
+
+    #[test]
+    fn files_made_once_are_made_again_from_themselves() {
+        let (files_before, _) = files(&config(json!({"eos_token_id": 7})), &tokens(), Some(&[])).unwrap();
+        let own: Files = files_before
+            .iter()
+            .filter(|(name, _)| *name == layout::GENERATION_CONFIG || layout::TOKENIZER_FILES.contains(&name.as_str()))
+            .cloned()
+            .collect();
+        assert_eq!(files(&config(json!({"eos_token_id": 7})), &tokens(), Some(&own)).unwrap().0, files_before);
+    }
+
+    #[test]
+    fn rotary_settings_are_spelt_for_every_version() {
+        let rope = json!({"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16});
+        let (files, _) = made(json!({"rope_parameters": rope}), None);
+        let description = &files[layout::MODEL_CONFIG];
+        assert_eq!((&description["rope_theta"], &description["rope_scaling"]), (&json!(5e5), &rope));
+        model::check_description(crate::config::ModelKind::Llama, description).unwrap();
+        let (files, _) = made(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}), None);
+        let description = &files[layout::MODEL_CONFIG];
+        assert_eq!((&description["rope_theta"], description.get("rope_scaling")), (&json!(2e4), None));
+    }
+
+    #[test]
+    fn no_begin_token_is_put_before_a_text_unless_the_tokenizer_is_the_models_own() {
+        let template = json!({"type": "TemplateProcessing", "single": [
+            {"SpecialToken": {"id": "<|begin|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": {}});
+        let bytes = json!({"type": "ByteLevel"});
+        let with = |steps: Value| json!({"post_processor": steps}).to_string().into_bytes();
+        let steps = |steps: Value| without_special_tokens(&with(steps)).map(|json| json["post_processor"].clone());
+        assert_eq!(steps(template.clone()), Some(Value::Null));
+        assert_eq!(steps(json!({"type": "RobertaProcessing"})), Some(Value::Null));
+        assert_eq!(
+            steps(json!({"type": "Sequence", "processors": [bytes, template]})),
+            Some(json!({"type": "Sequence", "processors": [bytes]}))
+        );
+        assert_eq!(steps(json!({"type": "Sequence", "processors": [template]})), Some(Value::Null));
+        assert_eq!(steps(json!({"type": "Sequence", "processors": [bytes]})), None);
+        assert_eq!(steps(bytes), None);
+        assert_eq!(steps(Value::Null), None);
+    }
+}

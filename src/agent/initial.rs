@@ -1,0 +1,68 @@
+//! What a new run starts from: a model folder's weights, which must be those of the model, and its tokenizer, which
+//! must be the data's.
+
+use crate::{
+    checkpoint::{
+        foreign::{self, Expected},
+        restore::RemoteFile,
+    },
+    config::{self, RunConfig, TokenizerRule},
+    data::meaning::Meaning,
+    error::{Context, Error, Kind, Result},
+    layout, model,
+    storage::{StorageError, Store},
+};
+
+/// A `tokenizer.json` of any size in use is smaller.
+const MAX_TOKENIZER: u64 = 256 << 20;
+
+/// The folder. One on this machine that is not there is not made.
+pub fn open(uri: &str, config: &RunConfig) -> Result<Store> {
+    if config::local_path(uri).is_some_and(|path| !path.exists()) {
+        return Err(Error::new(Kind::Config, format!("model.init_from: there is no folder {uri}"))
+            .with_hint("name a Hugging Face model folder, here or in a store"));
+    }
+    Ok(Store::open(uri, &config.storage)?)
+}
+
+/// The files of the folder's weights; every tensor of theirs is the model's, or harmless.
+pub async fn weights(config: &RunConfig, uri: &str, folder: &Store) -> Result<Vec<RemoteFile>> {
+    let shapes = model::parameter_shapes(config.model.kind, &config.model.config)?;
+    let (head, embedding, tied) = model::head(config.model.kind, &config.model.config)?;
+    let expected = Expected { shapes: &shapes, head, embedding, tied };
+    foreign::weights_for(folder, expected).await.context(format!("read weights of {uri}"))
+}
+
+/// Holds the folder's tokenizer against the data's, unless the configuration says that they differ.
+pub async fn check_tokenizer(config: &RunConfig, uri: &str, folder: &Store, data: &Meaning) -> Result<()> {
+    if config.data.tokenizer == TokenizerRule::Differs {
+        return Ok(());
+    }
+    const DIFFERS: &str = "data.tokenizer = \"differs\" says that the weights are to learn another vocabulary";
+    let wrong = |message: String, hint: String| Err(Error::new(Kind::Config, message).with_hint(hint));
+    let json = match folder.get(layout::TOKENIZER, MAX_TOKENIZER).await {
+        Ok(json) => json,
+        Err(StorageError::NotFound { .. }) => {
+            return wrong(
+                format!("{uri} has no tokenizer.json that the tokenizer of the data could be held against"),
+                format!("put the model's tokenizer.json into that folder; {DIFFERS}"),
+            );
+        }
+        Err(error) => return Err(Error::from(error).context(format!("read the tokenizer of {uri}"))),
+    };
+    let model = match Meaning::of_json(&json) {
+        Ok(model) => model,
+        Err(reason) => {
+            let hint = format!("put the model's own tokenizer.json into that folder; {DIFFERS}");
+            return wrong(format!("tokenizer.json of {uri} {reason}"), hint);
+        }
+    };
+    let Some(difference) = data.difference(&model) else { return Ok(()) };
+    let path = config::local_path(uri).map_or_else(|| uri.to_owned(), |path| path.display().to_string());
+    wrong(
+        format!("the tokenizer of {} is not that of {uri} (there): {difference}", config.data.train),
+        format!(
+            "prepare the data with the model's: trainer data prepare --tokenizer {path}/tokenizer.json …; {DIFFERS}"
+        ),
+    )
+}

@@ -55,7 +55,7 @@ use crate::{
     },
     layout,
     notice::{self, Notices},
-    rendezvous::heartbeat::{self, Process, Pulse},
+    rendezvous::heartbeat::{self, Process, Pulse, Turning},
     report::{Event, Reporter},
     snapshot::cadence::Measured,
     storage::Store,
@@ -268,14 +268,19 @@ impl Agent {
             Ok(notices) => notices,
             Err(error) => return (Err(error), None),
         };
-        let mut pulse = None;
-        let result = Self::run_with(launch, &mut notices, &mut pulse).await;
+        let (mut pulse, turning) = (None, Turning::default());
+        let result = turning.during(Self::run_with(launch, &mut notices, &mut pulse, &turning)).await;
         // After a run that is complete the machine may have other work.
         let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 } | Outcome::NotCreated));
         (result, Some(Farewell { notices, pulse, left }))
     }
 
-    async fn run_with(launch: Launch, notices: &mut Notices, pulse: &mut Option<Pulse>) -> Result<Outcome> {
+    async fn run_with(
+        launch: Launch,
+        notices: &mut Notices,
+        pulse: &mut Option<Pulse>,
+        turning: &Turning,
+    ) -> Result<Outcome> {
         let Launch { store, run_id, begin, nproc_per_node, manner, reporter } = launch;
         let run = store.folder(run_id.as_str());
         let node = NodeId::random();
@@ -328,7 +333,7 @@ impl Agent {
             read_again: 0,
             damage: Vec::new(),
         };
-        *pulse = Some(Pulse::start(agent.run.clone(), agent.node.clone()).await?);
+        *pulse = Some(Pulse::start(agent.run.clone(), agent.node.clone(), turning.clone()).await?);
         agent.live(resolved, notices).await
     }
 

@@ -21,6 +21,7 @@ mod protocol_random;
 mod rules;
 mod simulate;
 mod storms;
+mod streams;
 mod torture;
 mod training;
 mod userdata;

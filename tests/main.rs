@@ -27,6 +27,7 @@ mod rules;
 mod simulate;
 mod stalls;
 mod storms;
+mod streams;
 mod torture;
 mod training;
 mod unmounted;

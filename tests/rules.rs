@@ -1,5 +1,5 @@
-//! The source is held against its own rules: imports point down the list in `src/lib.rs`, and `unsafe` stays where it is
-//! allowed.
+//! The source is held against its own rules: imports point down the list in `src/lib.rs`, `unsafe` stays where it is
+//! allowed, and nobody writes to the streams of this process but those who know what to do when they are broken.
 
 use std::path::{Path, PathBuf};
 
@@ -119,4 +119,46 @@ fn unsafe_code_stays_in_torch_and_in_the_snapshot_image() {
         let allowed = file.starts_with("torch/") || file == "snapshot/image.rs";
         assert!(!uses || allowed, "src/{file} contains unsafe code");
     }
+}
+
+/// Macros that wait for whoever reads a stream, and panic when nobody does.
+const BLUNT: [&str; 5] = ["print!", "println!", "eprint!", "eprintln!", "dbg!"];
+/// Where standard output and standard error are written.
+const WRITERS: [&str; 2] = ["report/writer.rs", "cli/output.rs"];
+
+/// Ways in which a file writes to a stream of this process past the writers.
+fn written_past_the_writers(file: &str, text: &str) -> Vec<String> {
+    let code = code(text);
+    let macros = BLUNT.iter().filter(|name| {
+        let whole = |at: usize| !code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
+        code.match_indices(**name).any(|(at, _)| whole(at))
+    });
+    let streams = ["stdout()", "stderr()"].iter().filter(|name| {
+        // Asking what it is is not writing.
+        let asks = |rest: &str| rest.starts_with(".is_terminal()");
+        !WRITERS.contains(&file)
+            && code.match_indices(&format!("io::{name}")).any(|(at, found)| !asks(&code[at + found.len()..]))
+    });
+    macros.chain(streams).map(|what| format!("src/{file}: {what}")).collect()
+}
+
+#[test]
+fn nobody_writes_to_a_stream_past_the_writers() {
+    // They run elsewhere: in a test, or before the program is built.
+    let elsewhere =
+        |file: &str| file.ends_with("tests.rs") || file.ends_with("testing.rs") || file.ends_with("build.rs");
+    let sources = sources();
+    let ours = sources.iter().filter(|(file, _)| !elsewhere(file));
+    let wrong: Vec<String> = ours.flat_map(|(file, text)| written_past_the_writers(file, text)).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    for text in [
+        "fn f() { eprintln!(\"x\") }",
+        "fn f() { std::println!() }",
+        "fn f() { writeln!(io::stderr(), \"x\") }",
+        "fn f() { std::io::stdout().lock() }",
+    ] {
+        assert_eq!(written_past_the_writers("agent/mod.rs", text).len(), 1, "{text}");
+    }
+    assert!(written_past_the_writers("agent/mod.rs", "fn f() { io::stderr().is_terminal() } // eprintln!").is_empty());
+    assert!(written_past_the_writers("report/writer.rs", "fn f() { io::stderr() }").is_empty());
 }

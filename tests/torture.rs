@@ -11,6 +11,7 @@ mod campaign;
 mod plan;
 mod random;
 mod stage;
+mod streams;
 mod tally;
 
 use std::{collections::BTreeSet, time::Duration};

@@ -11,6 +11,7 @@ use aws_sdk_sqs::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use crate::streams::{How, Which, broken};
 use crate::support::{
     job_api::{JobApi, TOKEN, Told},
     lab::{EVERY, Lab, STEPS, Store, data_set, model_config},
@@ -201,6 +202,26 @@ fn a_job_runs_to_its_end_and_leaves_the_queue() {
     assert_eq!(shop.api.heard().last().map(|told| told.body["step"].clone()), Some(STEPS.into()));
     shop.expect_empty();
     shop.expect_no_token(&[&life, &again]);
+}
+
+/// The job API hears of progress and the queue of the step although nobody reads what the worker says.
+#[test]
+fn a_worker_whose_readers_stand_still_reports_and_settles_its_jobs() {
+    let Some(shop) = Shop::open(1) else { return };
+    shop.send(&shop.job("unread", json!({})));
+    let (first, _reader) = broken(shop.worker().hold_after(EVERY + 1), Which::Both, How::StandsStill);
+    let running = first.start();
+    running.held();
+    running.wait_until("a report of progress", || events(&shop.api.heard()).contains(&"progress"));
+    running.signal(Signal::HUP);
+    running.let_go();
+    running.finish().expect_code(75);
+    let copies = shop.take(&shop.queue);
+    let step = copies[0].1.get("trainer-step").map(|step| step.string_value.clone());
+    assert_eq!(copies.len(), 1, "{copies:?}");
+    assert!(step.is_some(), "{copies:?}");
+    let said = shop.api.heard();
+    assert_eq!(events(&said).last(), Some(&"interrupted"), "{said:?}");
 }
 
 #[test]

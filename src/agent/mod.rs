@@ -57,7 +57,7 @@ use crate::{
     journal::{self, Committed, Formed, FormedReason, JournalError, Record, ResumePoint, RosterEntry, RunState},
     layout,
     notice::{self, Notices},
-    rendezvous::heartbeat::{self, Process, Pulse},
+    rendezvous::heartbeat::{self, Process, Pulse, Turning},
     report::{Event, Reporter},
     snapshot::cadence::Measured,
     storage::Store,
@@ -265,14 +265,19 @@ impl Agent {
             Ok(notices) => notices,
             Err(error) => return (Err(error), None),
         };
-        let mut pulse = None;
-        let result = Self::run_with(launch, &mut notices, &mut pulse).await;
+        let (mut pulse, turning) = (None, Turning::default());
+        let result = turning.during(Self::run_with(launch, &mut notices, &mut pulse, &turning)).await;
         // After a run that is complete the machine may have other work.
         let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 } | Outcome::NotCreated));
         (result, Some(Farewell { notices, pulse, left }))
     }
 
-    async fn run_with(launch: Launch, notices: &mut Notices, pulse: &mut Option<Pulse>) -> Result<Outcome> {
+    async fn run_with(
+        launch: Launch,
+        notices: &mut Notices,
+        pulse: &mut Option<Pulse>,
+        turning: &Turning,
+    ) -> Result<Outcome> {
         let Launch { store, run_id, begin, nproc_per_node, manner, reporter } = launch;
         let run = store.folder(run_id.as_str());
         let node = NodeId::random();
@@ -326,7 +331,7 @@ impl Agent {
             dead: Vec::new(),
         };
         let _held = agent.run.hold().await.context("hold the run's folder")?;
-        let beating = Pulse::start(agent.run.clone(), agent.node.clone());
+        let beating = Pulse::start(agent.run.clone(), agent.node.clone(), turning.clone());
         match unless_told(notices, &agent.reporter, beating).await {
             Some(beating) => *pulse = Some(beating?),
             None => {

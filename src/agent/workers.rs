@@ -17,7 +17,7 @@ use std::{
 
 use command_fds::{CommandFdExt, FdMapping};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::UnixStream,
     process::{Child, Command},
     sync::{Notify, mpsc},
@@ -35,6 +35,9 @@ use crate::{
 /// takes the same activations. With these it keeps them (mallopt(3); the threshold's upper limit is 32 MiB). Results are the
 /// same bits.
 const MALLOC: [(&str, &str); 2] = [("MALLOC_MMAP_THRESHOLD_", "33554432"), ("MALLOC_TRIM_THRESHOLD_", "1073741824")];
+
+/// Bytes of a line of a worker's standard error that are kept.
+const LINE: usize = 16 << 10;
 
 /// What is heard of a worker.
 #[derive(Debug)]
@@ -179,8 +182,8 @@ fn start_one(
         let last_words = Arc::clone(&last_words);
         async move {
             let Some(stderr) = stderr else { return };
-            let mut lines = BufReader::new(stderr).lines();
-            while let Ok(Some(line)) = lines.next_line().await {
+            let mut reader = BufReader::new(stderr);
+            while let Ok(Some(line)) = read_line(&mut reader).await {
                 tracing::info!(target: "trainer::worker", rank = rank.get(), "{line}");
                 let mut words = last_words.lock().unwrap_or_else(PoisonError::into_inner);
                 if words.len() == 3 {
@@ -213,6 +216,34 @@ fn start_one(
         }
     });
     Ok(Handle { orders, kill, ended })
+}
+
+/// One line of whatever somebody says, without its end: bytes that are no text are shown as such, and of a line that does not end no more than
+/// [`LINE`] bytes are kept. `None`: nothing more is said.
+async fn read_line(from: &mut (impl AsyncBufRead + Unpin)) -> std::io::Result<Option<String>> {
+    let (mut line, mut len, mut ended) = (Vec::new(), 0_usize, false);
+    while !ended {
+        let part = from.fill_buf().await?;
+        if part.is_empty() {
+            if len == 0 {
+                return Ok(None);
+            }
+            break;
+        }
+        let end = part.iter().position(|byte| *byte == b'\n');
+        let text = part.get(..end.unwrap_or(part.len())).unwrap_or_default();
+        line.extend(text.iter().take(LINE - line.len()));
+        len += text.len();
+        let used = text.len() + usize::from(end.is_some());
+        ended = end.is_some();
+        from.consume(used);
+    }
+    let cut = len - line.len();
+    let mut text = String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned();
+    if cut > 0 {
+        text.push_str(&format!(" ... ({cut} more bytes)"));
+    }
+    Ok(Some(text))
 }
 
 async fn wait(child: &mut Child, kill: &Notify) -> std::io::Result<ExitStatus> {
@@ -256,4 +287,22 @@ fn reason(status: std::io::Result<ExitStatus>, words: &str) -> String {
         reason.extend(words.chars().take(600));
     }
     reason
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn lines_that_are_no_text_or_do_not_end_are_read_on() {
+        let endless = "x".repeat(5 * LINE + 7);
+        let said = [b"first\r\n\xff\xfe broken \xc3\n\n".as_slice(), endless.as_bytes(), b"\nlast"].concat();
+        let mut reader = BufReader::with_capacity(100, said.as_slice());
+        let mut lines = Vec::new();
+        while let Some(line) = read_line(&mut reader).await.unwrap() {
+            lines.push(line);
+        }
+        let cut = format!("{} ... ({} more bytes)", "x".repeat(LINE), 4 * LINE + 7);
+        assert_eq!(lines, ["first", "\u{fffd}\u{fffd} broken \u{fffd}", "", cut.as_str(), "last"]);
+    }
 }

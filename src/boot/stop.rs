@@ -1,25 +1,25 @@
 //! Being asked to stop while nobody else listens: before the agent does, and between two jobs.
 //!
-//! Listening begins with the process. Until then a signal ends it by default, which nobody can tell from a crash; and to the first process of a
-//! container the kernel does not deliver a signal at all that nobody listens for, so that it would begin to train in its last seconds and be
-//! killed. What has to be saved is the agent's affair: as long as nothing trains there is nothing to save, and whatever is waited for is
-//! left where it is.
+//! Listening begins with the process ([`inbox`]). What has to be saved is the agent's affair: as long as nothing trains there is nothing to
+//! save, and whatever is waited for is left where it is.
 //!
-//! Signals are counted. The agent listens for itself from its start on; what came in the moment before is sent again once it listens
-//! ([`Heard::pass_on`]). Nothing is stored here.
+//! Here signals are only counted: the agent takes them out for itself, from its start on, and finds what came in the moment before. Nothing is
+//! stored here.
 
 use std::time::Duration;
 
-use rustix::process::{Signal, getpid, kill_process};
-use tokio::{
-    runtime::Runtime,
-    signal::unix::{SignalKind, signal},
-    sync::watch,
+use tokio::runtime::Runtime;
+
+use crate::{
+    error::{Error, Kind, Result},
+    notice::inbox::{self, Inbox},
+    report,
 };
 
-use crate::error::{Error, Kind, Result};
+/// How long what nobody can give up (a read of a file that hangs) may keep a process that was asked to stop and has begun nothing.
+const STUCK: Duration = Duration::from_secs(2);
 
-/// Listens as long as it lives, on a runtime of its own.
+/// Hears whether this process is asked to stop; what is waited for meanwhile has a runtime of its own.
 #[derive(Debug)]
 pub struct Stop {
     /// `None`: this is being dropped.
@@ -29,12 +29,25 @@ pub struct Stop {
 
 /// What was heard so far. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Heard(watch::Receiver<u32>);
+pub struct Heard {
+    inbox: Inbox,
+    /// What came before it is not listened for.
+    before: u32,
+}
 
 impl Stop {
-    /// Takes over, from here on, the signals that ask a process to stop: SIGTERM, SIGINT, SIGUSR1. SIGUSR2 asks for a save, and is no longer
-    /// the end of a process that has nothing to save.
+    /// Hears the signals that ask a process to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) from the beginning of this process on. SIGUSR2 asks for
+    /// a save, and is no longer the end of a process that has nothing to save.
     pub fn listen() -> Result<Self> {
+        Self::start(|_| 0)
+    }
+
+    /// The same without those that an agent has obeyed.
+    pub fn listen_anew() -> Result<Self> {
+        Self::start(Inbox::obeyed)
+    }
+
+    fn start(before: impl Fn(&Inbox) -> u32) -> Result<Self> {
         let failed = |error| Error::from_source(Kind::Bug, error).context("listen for signals");
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -42,24 +55,25 @@ impl Stop {
             .enable_all()
             .build()
             .map_err(failed)?;
-        let (sender, receiver) = watch::channel(0_u32);
-        let context = runtime.enter();
-        let on = |kind| signal(kind).map_err(failed);
-        let (mut terminate, mut interrupt) = (on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
-        let (mut usr1, mut usr2) = (on(SignalKind::user_defined1())?, on(SignalKind::user_defined2())?);
-        drop(context);
-        runtime.spawn(async move {
-            loop {
-                tokio::select! {
-                    _ = terminate.recv() => {}
-                    _ = interrupt.recv() => {}
-                    _ = usr1.recv() => {}
-                    _ = usr2.recv() => continue,
-                }
-                sender.send_modify(|count| *count = count.saturating_add(1));
-            }
-        });
-        Ok(Self { runtime: Some(runtime), heard: Heard(receiver) })
+        let inbox = inbox::open().map_err(failed)?;
+        let before = before(&inbox);
+        Ok(Self { runtime: Some(runtime), heard: Heard { inbox, before } })
+    }
+
+    /// As long as this lives, a process that is asked to stop and does not get round to it ends all the same. For the time in which nothing is
+    /// begun that could be lost.
+    pub fn leave_when_stuck(&self) {
+        let heard = self.heard();
+        let leave = async move {
+            heard.wait().await;
+            tokio::time::sleep(STUCK).await;
+            report::say("asked to stop before anything was begun, nothing is lost: give the same command again\n");
+            report::flush();
+            std::process::exit(Kind::Interrupted.exit_code().into());
+        };
+        if let Some(runtime) = &self.runtime {
+            runtime.spawn(leave);
+        }
     }
 
     /// What is heard, for those who wait elsewhere.
@@ -88,15 +102,12 @@ impl Drop for Stop {
 impl Heard {
     /// Whether this process was asked to stop.
     pub fn asked(&self) -> bool {
-        *self.0.borrow() > 0
+        self.inbox.asked() > self.before
     }
 
     /// Waits until it is.
     pub async fn wait(&self) {
-        if self.0.clone().wait_for(|count| *count > 0).await.is_err() {
-            // Nobody listens any more.
-            std::future::pending::<()>().await;
-        }
+        self.inbox.asked_again(self.before).await;
     }
 
     /// What comes of `work`; an error of the kind "interrupted" if this process is asked to stop before.
@@ -105,13 +116,6 @@ impl Heard {
             biased;
             () = self.wait() => Err(Error::new(Kind::Interrupted, "asked to stop before the run was started")),
             done = work => done,
-        }
-    }
-
-    /// Asks this process once more, if it was asked: whoever listens by now is to hear of it.
-    pub fn pass_on(&self) {
-        if self.asked() {
-            let _ = kill_process(getpid(), Signal::TERM);
         }
     }
 }

@@ -21,7 +21,7 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::RunId,
     journal::{Outcome, RunState},
-    report::{Event, Reporter, Screen},
+    report::{Reporter, Screen},
     storage::Store,
 };
 
@@ -98,25 +98,14 @@ fn standby(text: &str) -> Result<Duration, String> {
 
 impl Boot {
     pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
-        // First of all: the first process of a container does not get a signal that nobody listens for.
         let stop = Stop::listen()?;
-        let ready = match self.prepare(&stop) {
-            Ok(ready) if !stop.heard().asked() => ready,
-            Err(error) if !stop.heard().asked() => return Err(error),
-            _ => {
-                tracing::info!("asked to stop before anything was begun, nothing is lost: give the same command again");
-                return Ok(Kind::Interrupted.exit_code().into());
-            }
+        stop.leave_when_stuck();
+        let Some(ready) = run::unless_asked(&stop, self.prepare(&stop))? else {
+            return Ok(Kind::Interrupted.exit_code().into());
         };
+        drop(stop);
         let Ready { store, run_id, begin, manner } = ready;
-        let (heard, mut first) = (stop.heard(), true);
-        // The agent's first event comes after it has begun to listen.
-        let pass_on = move |_: &Event| {
-            if std::mem::take(&mut first) {
-                heard.pass_on();
-            }
-        };
-        let reporter = Reporter::with_listener(screen, self.json, Box::new(pass_on));
+        let reporter = Reporter::new(screen, self.json);
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
         run::launch_as(reporter, store, run_id, begin, nproc_per_node, manner)
     }

@@ -16,7 +16,7 @@ use crate::{
     journal::{Formation, Outcome, RunState},
     notice::drain,
     rendezvous::heartbeat::{self, Life},
-    report::human,
+    report::{self, human},
     storage::Store,
 };
 
@@ -107,7 +107,7 @@ impl Drain {
             let generation = alive(&folder, &state).await?;
             let first = drain::ask(&folder, generation).await?;
             let asked = if first { "is asked" } else { "had been asked before" };
-            eprintln!("generation {generation} of run {run_id} {asked} to save and stop");
+            report::say(format!("generation {generation} of run {run_id} {asked} to save and stop\n"));
             let end = if self.no_wait { None } else { Some(wait(&root, &folder, run_id, generation).await?) };
             let report = Report { run_id, generation, asked_before: !first, end };
             let text = if self.json.json { output::json_lines([&report])? } else { report.text() };

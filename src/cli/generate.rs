@@ -1,7 +1,7 @@
 //! `trainer generate`
 
 use std::{
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -85,13 +85,15 @@ impl Generate {
             seed: self.seed,
             stop: if self.eos_token.is_some() { vec![tokenizer.eos_id()] } else { with(ends, tokenizer.eos_id()) },
         };
-        let mut live = Live { tokenizer: &tokenizer, tokens: Vec::new(), shown: 0, open: !self.json.json };
+        let mut live =
+            Live { tokenizer: &tokenizer, tokens: Vec::new(), shown: 0, quiet: self.json.json, read: Ok(true) };
         live.say(&self.prompt);
         let new = model::generate::generate(model.as_ref(), &prompt, &settings, |token| live.token(token))
             .map_err(|error| as_usage(error, self.temperature))?;
         let text = tokenizer.decode(&new)?;
         live.say(text.get(live.shown..).unwrap_or_default());
         live.say("\n");
+        live.read?;
         if self.json.json {
             let generated = Generated { step, prompt: &self.prompt, text: &text, tokens: new.len() };
             output::emit(&output::json_lines([&generated])?)?;
@@ -141,16 +143,23 @@ struct Live<'a> {
     tokens: Vec<u32>,
     /// Bytes of the decoded text that are shown.
     shown: usize,
-    /// Someone still reads.
-    open: bool,
+    /// Nothing is shown.
+    quiet: bool,
+    /// Whether someone still reads.
+    read: Result<bool>,
 }
 
 impl Live<'_> {
-    fn token(&mut self, token: u32) {
+    /// One more; whether it is worth while to go on.
+    fn token(&mut self, token: u32) -> bool {
         self.tokens.push(token);
-        if !self.open {
-            return;
+        if !self.quiet {
+            self.show();
         }
+        matches!(self.read, Ok(true))
+    }
+
+    fn show(&mut self) {
         let Ok(text) = self.tokenizer.decode(&self.tokens) else { return };
         let whole = text.trim_end_matches(char::REPLACEMENT_CHARACTER);
         if let Some(new) = whole.get(self.shown..) {
@@ -160,9 +169,8 @@ impl Live<'_> {
     }
 
     fn say(&mut self, text: &str) {
-        if self.open {
-            let mut stdout = io::stdout().lock();
-            self.open = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).is_ok();
+        if !self.quiet && matches!(self.read, Ok(true)) {
+            self.read = output::show(text);
         }
     }
 }

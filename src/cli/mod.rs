@@ -1,7 +1,8 @@
 //! What the user typed, as one call into the library; one file for each subcommand.
 //!
-//! Standard output is data and is written by `output` and by the reporter only; standard error is conversation. Exit
-//! codes are those of [`Kind`]; wrong usage is 64, a panic is a bug and exits with 70.
+//! Standard output is data and is written by `output` and by the reporter only; standard error is conversation, which the writer in
+//! [`report`] takes: no reader of it can hold anything up, or change an exit code. Exit codes are those of [`Kind`]; wrong usage is 64, a panic is
+//! a bug and exits with 70.
 mod args;
 mod boot;
 mod checkpoints;
@@ -24,13 +25,14 @@ mod store;
 mod verify;
 mod work;
 
-use std::{ffi::OsString, panic, process::ExitCode};
+use std::{backtrace::Backtrace, ffi::OsString, io::IsTerminal, panic, process::ExitCode};
 
 use clap::{Parser, Subcommand, error::ErrorKind};
 
 use crate::{
     error::{Error, Kind, Result},
-    report::{Screen, init_logging},
+    notice::inbox,
+    report::{self, Screen, init_logging},
     shortage,
 };
 
@@ -40,6 +42,9 @@ files or disk; 70 bug; 75 interrupted, nothing lost, start again; 76 interrupted
 78 wrong configuration; 79 another writer has this run.
 
 TRAINER_LOG filters the log on standard error: debug, or trainer::agent=trace,warn.";
+
+/// Commands that do not end with the signals that ask a process to, and hear them from their first instruction on.
+const HEARS: [&str; 4] = ["run", "resume", "boot", "work"];
 
 /// Trains LibTorch models on machines that may vanish; checkpoints to an object store and resumes by itself.
 #[derive(Debug, Parser)]
@@ -76,16 +81,21 @@ enum Command {
 
 /// Runs the command line and gives its exit code.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let loud = panic::take_hook();
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    if arguments.get(1).is_some_and(|command| HEARS.iter().any(|name| command == *name)) {
+        // First of all. What it can't do, it says to whoever asks for it next.
+        let _ = inbox::open();
+    }
     let traced = std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0");
     panic::set_hook(Box::new(move |info| {
-        if traced {
-            loud(info);
-        }
-        eprintln!("{}", bug_line(info.payload_as_str(), info.location()));
+        let trace =
+            if traced { format!("{info}\nstack backtrace:\n{}\n", Backtrace::force_capture()) } else { String::new() };
+        let line = bug_line(info.payload_as_str(), info.location());
+        report::say(format!("{trace}{line}\n"));
     }));
-    let arguments: Vec<OsString> = arguments.into_iter().collect();
-    panic::catch_unwind(|| parse_and_run(arguments)).unwrap_or_else(|_| Kind::Bug.exit_code().into())
+    let code = panic::catch_unwind(|| parse_and_run(arguments)).unwrap_or_else(|_| Kind::Bug.exit_code().into());
+    report::flush();
+    code
 }
 
 fn bug_line(what: Option<&str>, place: Option<&panic::Location<'_>>) -> String {
@@ -97,12 +107,16 @@ fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            // A reader that is gone does not want to hear of it.
-            let _ = error.print();
-            return match error.kind() {
-                ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => ExitCode::SUCCESS,
-                _ => Kind::Usage.exit_code().into(),
-            };
+            let asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+            let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+            let coloured = !plain && if asked_for { output::is_terminal() } else { std::io::stderr().is_terminal() };
+            let text = error.render();
+            let text = if coloured { text.ansi().to_string() } else { text.to_string() };
+            if asked_for {
+                return output::emit(&text).map_or_else(|error| ended(&error), |()| ExitCode::SUCCESS);
+            }
+            report::say(text);
+            return Kind::Usage.exit_code().into();
         }
     };
     let screen = match cli.command {
@@ -113,10 +127,12 @@ fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
     };
     init_logging(&screen);
     shortage::allow_open_files();
-    cli.command.execute(screen).unwrap_or_else(|error| {
-        eprint!("{}", said(&error));
-        error.kind().exit_code().into()
-    })
+    cli.command.execute(screen).unwrap_or_else(|error| ended(&error))
+}
+
+fn ended(error: &Error) -> ExitCode {
+    report::say(said(error));
+    error.kind().exit_code().into()
 }
 
 /// An error as the user reads it. Names in it may come from a store: they must not steer the terminal.

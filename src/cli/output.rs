@@ -1,6 +1,6 @@
-//! Standard output: data, and nothing else.
+//! Standard output: data, and nothing else. What was asked for and can't be written is an error, unless its reader has gone.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use serde::Serialize;
 
@@ -8,13 +8,22 @@ use crate::error::{Error, Kind, Result};
 
 /// Writes `text`. A reader that has gone (`trainer runs | head`) is no error, and is not told anything.
 pub(super) fn emit(text: &str) -> Result<()> {
+    show(text).map(drop)
+}
+
+/// The same; says whether somebody may still read: who has more to write need not go on else.
+pub(super) fn show(text: &str) -> Result<bool> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Error::from_source(Kind::Unavailable, error).context("write to standard output"))
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(Error::from_source(Kind::Unavailable, error).context("write to standard output")),
     }
+}
+
+/// Whether a person looks at standard output.
+pub(super) fn is_terminal() -> bool {
+    io::stdout().is_terminal()
 }
 
 /// Each value as JSON on a line of its own.

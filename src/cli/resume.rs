@@ -6,9 +6,18 @@ use clap::Args;
 
 use super::{
     args::{JsonArg, RunArg, SetArg, Workers, WorkersArg},
-    run, store,
+    run,
 };
-use crate::{agent::Begin, boot, config, error::Result, ids::Step, journal, report::Screen, storage::Store};
+use crate::{
+    agent::Begin,
+    boot::{self, stop::Stop},
+    config,
+    error::{Kind, Result},
+    ids::Step,
+    journal,
+    report::Screen,
+    storage::Store,
+};
 
 /// Carry a run on from its newest checkpoint that verifies
 #[derive(Debug, Args)]
@@ -39,11 +48,19 @@ impl Resume {
     pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
         let (run_id, overrides) = (self.run.run_id, self.set.set);
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
-        let store = Store::open(&self.run.store.open()?.uri(), &config::reading_settings(&overrides)?)?;
-        let look = async { Ok(journal::replay(&store.folder(run_id.as_str()), &run_id).await?) };
-        let state = store::block_on(look)?;
-        // What the run says of its store (encryption, storage class, limits) holds on every machine.
-        let store = boot::open(&store.uri(), &state, &overrides)?;
+        let stop = Stop::listen()?;
+        stop.leave_when_stuck();
+        let prepare = || {
+            let store = Store::open(&self.run.store.open()?.uri(), &config::reading_settings(&overrides)?)?;
+            let look = async { Ok(journal::replay(&store.folder(run_id.as_str()), &run_id).await?) };
+            let state = stop.block_on(look)?;
+            // What the run says of its store (encryption, storage class, limits) holds on every machine.
+            Ok((boot::open(&store.uri(), &state, &overrides)?, state))
+        };
+        let Some((store, state)) = run::unless_asked(&stop, prepare())? else {
+            return Ok(Kind::Interrupted.exit_code().into());
+        };
+        drop(stop);
         let begin = Begin::Resume { from: self.from, overrides, state: Box::new(state) };
         run::launch(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node)
     }

@@ -51,18 +51,26 @@ pub struct Run {
 
 impl Run {
     pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
-        let config = self.resolve()?;
-        let run_id = match self.run_id {
-            Some(id) => id,
-            None => default_id(&self.config, &jiff::Zoned::now(), &random_hex(2))?,
+        let stop = Stop::listen()?;
+        stop.leave_when_stuck();
+        let prepare = || {
+            let config = self.resolve(&stop)?;
+            let run_id = match &self.run_id {
+                Some(id) => id.clone(),
+                None => default_id(&self.config, &jiff::Zoned::now(), &random_hex(2))?,
+            };
+            let store = Store::open(&config.store, &config.storage)?;
+            Ok((store, run_id, Begin::Create(Box::new(config))))
         };
-        let store = Store::open(&config.store, &config.storage)?;
+        let Some((store, run_id, begin)) = unless_asked(&stop, prepare())? else {
+            return Ok(Kind::Interrupted.exit_code().into());
+        };
+        drop(stop);
         let nproc_per_node = self.workers.nproc_per_node.map(super::args::Workers::count);
-        let begin = Begin::Create(Box::new(config));
         launch(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node)
     }
 
-    fn resolve(&self) -> Result<RunConfig> {
+    fn resolve(&self, stop: &Stop) -> Result<RunConfig> {
         let mut flags = Vec::new();
         if let Some(store) = &self.store.store {
             flags.push(("--store or TRAINER_STORE", "store", store.clone()));
@@ -77,7 +85,7 @@ impl Run {
             set: &self.set.set,
             working_directory: &store::working_directory()?,
             machine: Machine::detect(),
-            fetch: &fetch,
+            fetch: &|folder, name| stop.block_on(fetched(folder, name)),
         };
         Ok(config::load(&sources)?)
     }
@@ -109,6 +117,15 @@ fn default_id(config: &Path, now: &jiff::Zoned, random: &str) -> Result<RunId> {
     let stem = if stem.is_empty() { "run" } else { stem };
     RunId::new(format!("{stem}-{}-{random}", now.strftime("%Y%m%d-%H%M%S")))
         .map_err(|error| Error::from_source(Kind::Bug, error))
+}
+
+/// What was made ready; `None`: this process was asked to stop meanwhile, and says so.
+pub(super) fn unless_asked<T>(stop: &Stop, ready: Result<T>) -> Result<Option<T>> {
+    if stop.heard().asked() {
+        tracing::info!("asked to stop before anything was begun, nothing is lost: give the same command again");
+        return Ok(None);
+    }
+    ready.map(Some)
 }
 
 /// Hands the run to the agent and tells the user how it ended.
@@ -166,7 +183,7 @@ fn complete(then: &Afterwards) -> Result<()> {
     match then.action {
         CompleteAction::Exit => Ok(()),
         CompleteAction::Terminate => {
-            let stop = Stop::listen()?;
+            let stop = Stop::listen_anew()?;
             let left = stop.block_on(async {
                 let mut pause = ASK_AGAIN;
                 while leave::leave(&then.lifecycle_hook).await == (Departure::Stays { silence: true }) {

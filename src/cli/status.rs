@@ -1,6 +1,6 @@
 //! `trainer status`
 
-use std::{io::IsTerminal, process::ExitCode, time::Duration};
+use std::{process::ExitCode, time::Duration};
 
 use clap::Args;
 use jiff::Timestamp;
@@ -68,13 +68,13 @@ impl Status {
         store::block_on(async {
             let root = self.run.store.open()?;
             // Elsewhere than on a terminal each look is added below the last: a log of JSON lines, or of tables.
-            let redraw = self.watch && !self.json.json && std::io::stdout().is_terminal();
+            let redraw = self.watch && !self.json.json && output::is_terminal();
             loop {
                 let state = history::read(&root, &self.run.run_id).await?;
                 let report = Report::new(&state, root.uri());
                 let text = if self.json.json { output::json_lines([&report])? } else { report.text(Timestamp::now()) };
-                output::emit(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
-                if !self.watch || report.state.is_end() {
+                let read = output::show(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
+                if !self.watch || !read || report.state.is_end() {
                     return Ok(ExitCode::SUCCESS);
                 }
                 tokio::select! {

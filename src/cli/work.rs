@@ -19,7 +19,7 @@ use crate::{
     config,
     error::{Kind, Result},
     notice,
-    report::{Reporter, Screen},
+    report::{self, Reporter, Screen},
     work::{self, Left, Said, Settings, Tools, allow::Allowed, api, lease::Terms},
 };
 
@@ -126,12 +126,11 @@ impl Work {
         notice::running_for();
         let json = self.json.json;
         let say: Arc<dyn Fn(&Said) + Send + Sync> = Arc::new(move |said| {
-            // A reader that has gone is no reason to leave a job; one that never was, neither.
-            if json && let Err(error) = output::json_lines([said]).and_then(|line| output::emit(&line)) {
-                tracing::warn!("{error}");
+            // A reader that has gone, or stands still, is no reason to leave a job.
+            if json && let Ok(line) = output::json_lines([said]) {
+                report::say_event(line);
             }
         });
-        // First of all: the first process of a container does not get a signal that nobody listens for.
         let stop = Stop::listen()?;
         let parameters = match &self.ssm_path {
             Some(path) => match stop.block_on(ssm::parameters(path)) {

@@ -21,12 +21,12 @@ pub struct GenerateSettings {
     pub stop: Vec<u32>,
 }
 
-/// The tokens that follow `prompt`, which has at least one; each is given to `heard` as soon as it is known.
+/// The tokens that follow `prompt`, which has at least one; each is given to `heard` as soon as it is known, which says whether to go on.
 pub fn generate(
     model: &dyn Model,
     prompt: &[u32],
     settings: &GenerateSettings,
-    mut heard: impl FnMut(u32),
+    mut heard: impl FnMut(u32) -> bool,
 ) -> Result<Vec<u32>, ModelError> {
     if prompt.is_empty() {
         return Err(ModelError::Input { what: "prompt", reason: "is empty".into() });
@@ -58,8 +58,10 @@ pub fn generate(
         if settings.stop.contains(&token) {
             break;
         }
-        heard(token);
         new.push(token);
+        if !heard(token) {
+            break;
+        }
         tokens.push(token.into());
     }
     Ok(new)
@@ -116,7 +118,11 @@ mod tests {
     fn greedy_text_is_the_most_likely_one_even_beyond_the_longest_sequence() {
         let model = model();
         let mut heard = Vec::new();
-        let text = generate(&*model, &[3, 1, 4], &GREEDY, |token| heard.push(token)).unwrap();
+        let text = generate(&*model, &[3, 1, 4], &GREEDY, |token| {
+            heard.push(token);
+            true
+        })
+        .unwrap();
         assert_eq!((text.len(), &heard), (12, &text));
         let mut all = vec![3_i64, 1, 4];
         for &token in &text {

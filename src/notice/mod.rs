@@ -21,6 +21,7 @@ mod azure;
 pub mod drain;
 mod file;
 mod gcp;
+pub mod inbox;
 mod poll;
 mod signal;
 pub mod window;
@@ -106,7 +107,8 @@ pub struct Notice {
 }
 
 impl Notice {
-    /// Whether it is a signal that asks this process to stop: of those, the same one twice means "at once".
+    /// Whether it is a signal of somebody who asks this process to stop: of those, the same one twice means "at once". A terminal that goes
+    /// away sends SIGHUP more than once, and means nothing by it.
     pub fn is_signal(&self) -> bool {
         matches!(self.source, "sigterm" | "sigint")
     }

@@ -1,6 +1,6 @@
-//! Signals as notices. The handler is tokio's: it sets a flag and wakes the loop, nothing more.
+//! Signals as notices.
 //!
-//! - SIGTERM, SIGINT: stop. Always heard.
+//! - SIGTERM, SIGINT, SIGHUP: stop. Always heard, but for a SIGHUP that was ignored when this process began.
 //! - SIGUSR1: the machine goes away, as with Slurm's `--signal=B:USR1@120`.
 //! - SIGUSR2: save now and train on.
 //!
@@ -8,17 +8,16 @@
 
 use std::io;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
-
-use super::{Confidence, Kind, Notice, window::Windows};
+use super::{
+    Confidence, Kind, Notice,
+    inbox::{self, Inbox, Signal},
+    window::Windows,
+};
 
 /// Listens for the signals that ask something of a process.
 #[derive(Debug)]
 pub struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    usr1: Signal,
-    usr2: Signal,
+    inbox: Inbox,
     heard: u64,
     /// SIGUSR1 and SIGUSR2 count.
     pub all: bool,
@@ -27,27 +26,20 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes the signals over from here on: they no longer end the process.
+    /// Takes the signals over from here on: they no longer end the process. What has come before and nobody has taken comes first.
     pub fn listen(windows: Windows) -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            usr1: signal(SignalKind::user_defined1())?,
-            usr2: signal(SignalKind::user_defined2())?,
-            heard: 0,
-            all: true,
-            windows,
-        })
+        Ok(Self { inbox: inbox::open()?, heard: 0, all: true, windows })
     }
 
     /// The next one. Safe to drop and call again.
     pub async fn next(&mut self) -> Notice {
         loop {
-            let (source, kind, deadline) = tokio::select! {
-                _ = self.terminate.recv() => ("sigterm", Kind::Stop, self.windows.stop),
-                _ = self.interrupt.recv() => ("sigint", Kind::Stop, self.windows.stop),
-                _ = self.usr1.recv() => ("sigusr1", Kind::Interruption, self.windows.usr1),
-                _ = self.usr2.recv() => ("sigusr2", Kind::Rebalance, None),
+            let (source, kind, deadline) = match self.inbox.take().await {
+                Signal::Terminate => ("sigterm", Kind::Stop, self.windows.stop),
+                Signal::Interrupt => ("sigint", Kind::Stop, self.windows.stop),
+                Signal::HangUp => ("sighup", Kind::Stop, self.windows.stop),
+                Signal::User1 => ("sigusr1", Kind::Interruption, self.windows.usr1),
+                Signal::User2 => ("sigusr2", Kind::Rebalance, None),
             };
             if !self.all && kind != Kind::Stop {
                 tracing::debug!("{source} is not listened to: notice.sources does not name signals");

@@ -3,6 +3,7 @@
 //! Stored layout: `nodes/<node-id>.json`, overwritten by its owner alone: a counter and where the process runs.
 //! No clock of another machine is believed: a node is dead when *this* process has not seen the counter change for long
 //! enough ([`PATIENCE`], [`NEAR`]) of its own monotonic time, or when it is a process of this very machine that the kernel no longer knows.
+//! A beat is sent only if the [event loop](Turning) has turned since the last one: an agent whose loop hangs looks dead, and is.
 //! A live node that is taken for dead loses its steps: a network may swallow a few beats in a row, so that one that fails is not tried
 //! again (the next is newer), and a reader waits for several of them.
 //! A heartbeat decides only whether it is polite to form a generation; safety comes from the journal's fencing.
@@ -12,11 +13,11 @@
 //!
 //! On a crash the object stays and its counter stands still. A clean exit deletes it.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::task::JoinHandle;
+use tokio::{sync::Notify, task::JoinHandle};
 
 use crate::{
     ids::NodeId,
@@ -152,6 +153,36 @@ fn start_time(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
+/// Between two turns of an event loop that has nothing to do: several in the shortest time between two beats.
+const TURN: Duration = Duration::from_millis(200);
+
+/// Whether an event loop turns. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Turning(Arc<Notify>);
+
+impl Turning {
+    /// Does all of an event loop's work, and says meanwhile that it turns. What `work` waits for may take as long as it likes (a download, a
+    /// store that does not answer): the clock is looked at by the same task, so that it stands still only if `work` does not give its
+    /// thread back.
+    pub async fn during<T>(&self, work: impl Future<Output = T>) -> T {
+        tokio::pin!(work);
+        let mut turn = tokio::time::interval(TURN);
+        turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut work => return done,
+                _ = turn.tick() => self.0.notify_one(),
+            }
+        }
+    }
+
+    /// Waits until it has turned since this was last waited for.
+    async fn turned(&self) {
+        self.0.notified().await;
+    }
+}
+
 /// Beats until it is dropped or [`stopped`](Self::stop).
 #[derive(Debug)]
 pub struct Pulse {
@@ -162,12 +193,13 @@ pub struct Pulse {
 
 impl Pulse {
     /// Writes the first beat, so that nobody can take the node for dead, then one every [`INTERVAL`] ([`NEAR_INTERVAL`]).
-    pub async fn start(run: Store, node: NodeId) -> Result<Self, StorageError> {
+    /// A beat that is due waits until the loop behind `turning` has turned.
+    pub async fn start(run: Store, node: NodeId, turning: Turning) -> Result<Self, StorageError> {
         let process = Process::current();
         run.put(&layout::heartbeat(&node), body(&node, &process, 0)).await?;
         let task = tokio::spawn({
             let (run, node) = (run.clone(), node.clone());
-            async move { beats(&run, &node, &process, interval(run.is_local()), limit).await }
+            async move { beats(&run, &node, &process, &turning, interval(run.is_local()), limit).await }
         });
         Ok(Self { run, node, task })
     }
@@ -188,12 +220,20 @@ impl Drop for Pulse {
 }
 
 /// Beats for ever; `limit` says how long a beat may take after so many that failed.
-async fn beats(run: &Store, node: &NodeId, process: &Process, every: Duration, limit: impl Fn(u32) -> Duration) {
+async fn beats(
+    run: &Store,
+    node: &NodeId,
+    process: &Process,
+    turning: &Turning,
+    every: Duration,
+    limit: impl Fn(u32) -> Duration,
+) {
     let mut interval = tokio::time::interval(every);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut failed = 0_u32;
     for counter in 1.. {
         interval.tick().await;
+        turning.turned().await;
         match run.put_once(&layout::heartbeat(node), body(node, process, counter), limit(failed)).await {
             Ok(()) => failed = 0,
             Err(error) => {
@@ -308,7 +348,10 @@ mod tests {
             let beating = tokio::spawn({
                 let (store, node) = (store.clone(), node.clone());
                 let (every, limit) = (Duration::from_millis(1), |_| Duration::from_millis(20));
-                async move { beats(&store, &node, &process, every, limit).await }
+                async move {
+                    let turning = Turning::default();
+                    turning.during(beats(&store, &node, &process, &turning, every, limit)).await;
+                }
             });
             let seen = async {
                 loop {
@@ -322,6 +365,60 @@ mod tests {
             assert!(first > 1, "{fault:?}: beat {first} was sent again");
             beating.abort();
         }
+    }
+
+    /// Counts beats until there are `more` of them; fails after a time that no machine needs.
+    async fn beats_on(store: &Store, node: &NodeId, more: u64) -> u64 {
+        let begin = read(store, node).await.unwrap().map_or(0, |heartbeat| heartbeat.counter);
+        let look = async {
+            loop {
+                if let Some(heartbeat) = read(store, node).await.unwrap().filter(|beat| beat.counter >= begin + more) {
+                    return heartbeat.counter;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), look).await.expect("no beat came through")
+    }
+
+    /// As in the agent: the loop has a thread of its own, and the beats another.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_loop_that_waits_beats_and_one_that_is_blocked_does_not() {
+        let store = Store::faulty_with(&Faulty::new(|_, _, _| Fault::Pass), &StorageConfig::plain(4, 8), None);
+        let (node, process, turning) = (NodeId::new("n1").unwrap(), Process::current(), Turning::default());
+        let beating = tokio::spawn({
+            let (store, node, turning) = (store.clone(), node.clone(), turning.clone());
+            async move { beats(&store, &node, &process, &turning, Duration::from_millis(1), limit).await }
+        });
+        let (block, blocked) = std::sync::mpsc::channel::<()>();
+        let (go_on, waits) = tokio::sync::oneshot::channel();
+        let (says_blocked, is_blocked) = tokio::sync::oneshot::channel();
+        let (after, ended) = tokio::sync::oneshot::channel::<()>();
+        let the_loop = tokio::task::spawn_blocking({
+            let (runtime, turning) = (tokio::runtime::Handle::current(), turning.clone());
+            move || {
+                runtime.block_on(turning.during(async {
+                    waits.await.unwrap();
+                    says_blocked.send(()).unwrap();
+                    // What a write to a pipe that nobody reads does, or a lock that is never given back.
+                    let _ = blocked.recv();
+                    ended.await.unwrap();
+                }));
+            }
+        });
+        beats_on(&store, &node, 3).await;
+        go_on.send(()).unwrap();
+        is_blocked.await.unwrap();
+        // One may be on its way, and one more be due to a turn from before.
+        tokio::time::sleep(TURN).await;
+        let before = read(&store, &node).await.unwrap().unwrap().counter;
+        tokio::time::sleep(5 * TURN).await;
+        assert!(read(&store, &node).await.unwrap().unwrap().counter <= before + 2, "it beats and its loop is blocked");
+        block.send(()).unwrap();
+        beats_on(&store, &node, 3).await;
+        after.send(()).unwrap();
+        the_loop.await.unwrap();
+        beating.abort();
     }
 
     #[test]

@@ -167,6 +167,14 @@ pub enum Event {
         /// What, where.
         message: String,
     },
+    /// Events are missing here: whoever reads `--json` stood still for long, or the output took nothing. Steps are dropped first. Made by the
+    /// writer of the lines alone.
+    Dropped {
+        /// Events of steps.
+        steps: u64,
+        /// Other events.
+        others: u64,
+    },
     /// What is being done while nothing else can be shown: "downloading token shards".
     Phase {
         /// A verb phrase.

@@ -1,41 +1,44 @@
-//! Typed events out of the run, drawn by one reporter: a live view on a terminal, plain lines elsewhere, JSON lines on stdout.
+//! Typed events out of the run, shown by one reporter: a live view on a terminal, plain lines elsewhere, JSON lines on stdout.
 //!
 //! Standard output is data: with `--json` one object a line, the events named in [`Event`]'s documentation, and nothing
-//! else ever. Standard error is conversation. A thread of its own writes both, so that a reader that is slow, stopped
-//! (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait, and a closed standard output silently
-//! ends the JSON lines. Cancelling a run loses no event that was given before [`Reporter::finish`] returns.
+//! else ever. Standard error is conversation. [A thread of its own](writer) writes each of them, so that a reader that is slow, stopped
+//! (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait. Whoever else hears events, the [`Listener`], hears them where
+//! they happen: nothing between the two waits for a reader. Cancelling a run loses no event that was given before [`Reporter::finish`] returns
+//! and whose reader reads.
 mod event;
 pub mod human;
 mod screen;
 mod summary;
 mod views;
+mod writer;
 
 use std::{
     io::Write,
-    sync::{Arc, mpsc},
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
 };
 
 pub use event::Event;
 pub use screen::{LOG_VARIABLE, Screen, init_logging};
 use summary::Summary;
 use views::{Bars, Lines};
+use writer::Weight;
+pub use writer::{flush, say, say_event};
 
-/// How long [`Reporter::finish`] waits for a reader that does not read.
-const PATIENCE: Duration = Duration::from_secs(5);
-
-enum Message {
-    Event(Event),
-    Finish(mpsc::SyncSender<()>),
-}
-
-/// Hears every event, on the reporter's thread; it must not wait.
+/// Hears every event where it happens; it must not wait.
 pub type Listener = Box<dyn FnMut(&Event) + Send>;
+
+/// Where JSON lines go.
+enum Json {
+    Stdout,
+    Other(Box<dyn Write + Send>),
+}
 
 /// Where events go. Cheap to clone, usable from any thread.
 #[derive(Clone)]
 pub struct Reporter {
-    sender: Arc<mpsc::Sender<Message>>,
+    /// `None`: nothing is shown, or no more.
+    view: Arc<Mutex<Option<View>>>,
 }
 
 impl std::fmt::Debug for Reporter {
@@ -47,111 +50,108 @@ impl std::fmt::Debug for Reporter {
 impl Reporter {
     /// Shows events on `screen`, and with `json` as JSON lines on standard output.
     pub fn new(screen: Screen, json: bool) -> Self {
-        Self::with_output(screen, json.then(|| Box::new(std::io::stdout()) as Box<dyn Write + Send>))
+        Self::with_listener(screen, json, Box::new(|_| {}))
     }
 
-    /// Shows events on `screen`, and writes JSON lines to `json`.
+    /// Shows events on `screen`, and writes JSON lines to `json`, which must not wait.
     pub fn with_output(screen: Screen, json: Option<Box<dyn Write + Send>>) -> Self {
-        Self::start(screen, json, Box::new(|_| {}))
+        Self::start(screen, json.map(Json::Other), Box::new(|_| {}))
     }
 
     /// [`Reporter::new`], whose events `listener` hears, too.
     pub fn with_listener(screen: Screen, json: bool, listener: Listener) -> Self {
-        Self::start(screen, json.then(|| Box::new(std::io::stdout()) as Box<dyn Write + Send>), listener)
+        Self::start(screen, json.then_some(Json::Stdout), listener)
     }
 
-    fn start(screen: Screen, json: Option<Box<dyn Write + Send>>, listener: Listener) -> Self {
-        let (sender, receiver) = mpsc::channel();
-        let draw = move || draw(&receiver, screen, json, listener);
-        let drawn = std::thread::Builder::new().name("report".into()).spawn(draw);
-        if let Err(error) = drawn {
-            // A machine that is out of threads has other worries: train on unseen.
-            tracing::warn!(%error, "can't start the thread that shows progress");
-        }
-        Self { sender: Arc::new(sender) }
+    fn start(screen: Screen, json: Option<Json>, listener: Listener) -> Self {
+        let bars = screen.is_live().then(|| Bars::new(screen));
+        let lines = Lines::new(bars.is_none());
+        let view = View { begin: Instant::now(), json, listener, bars, lines, summary: Summary::default() };
+        Self { view: Arc::new(Mutex::new(Some(view))) }
     }
 
     /// Shows nothing; for callers that want no output.
     pub fn silent() -> Self {
-        Self { sender: Arc::new(mpsc::channel().0) }
+        Self { view: Arc::default() }
     }
 
-    /// Something happened. Does not wait.
+    /// Something happened. Does not wait for whoever reads.
     pub fn event(&self, event: &Event) {
-        // The other end is gone after `finish`, and in a silent reporter.
-        let _ = self.sender.send(Message::Event(event.clone()));
+        if let Some(view) = &mut *self.view.lock().unwrap_or_else(PoisonError::into_inner) {
+            view.show(event);
+        }
     }
 
-    /// Shows what is still to be shown, takes bars away and says the summary. Later events are dropped.
+    /// Takes bars away and says the summary. Later events are dropped.
     pub fn finish(&self) {
-        let (done, finished) = mpsc::sync_channel(1);
-        if self.sender.send(Message::Finish(done)).is_ok() {
-            let _ = finished.recv_timeout(PATIENCE);
+        let view = self.view.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(view) = view {
+            view.end();
         }
     }
 }
 
-fn draw(
-    receiver: &mpsc::Receiver<Message>,
-    screen: Screen,
-    mut json: Option<Box<dyn Write + Send>>,
-    mut listener: Listener,
-) {
-    let start = Instant::now();
-    let mut bars = screen.is_live().then(|| Bars::new(screen.clone()));
-    let mut lines = Lines::new(bars.is_none());
-    let mut summary = Summary::default();
-    let mut done = None;
-    for message in receiver {
-        let event = match message {
-            Message::Event(event) => event,
-            Message::Finish(sender) => {
-                done = Some(sender);
-                break;
-            }
-        };
-        summary.add(&event);
-        listener(&event);
-        if let Some(output) = &mut json
-            && let Err(error) = write_json(output, &event)
+/// All that shows events.
+struct View {
+    begin: Instant,
+    json: Option<Json>,
+    listener: Listener,
+    bars: Option<Bars>,
+    lines: Lines,
+    summary: Summary,
+}
+
+impl View {
+    fn show(&mut self, event: &Event) {
+        // First, whatever becomes of the rest.
+        (self.listener)(event);
+        self.summary.add(event);
+        if let Some(json) = &mut self.json
+            && let Err(error) = write_json(json, event)
         {
             if error.kind() != std::io::ErrorKind::BrokenPipe {
-                tracing::warn!(%error, "can't write events to standard output, going on without them");
+                tracing::warn!(%error, "can't write events, going on without them");
             }
-            json = None;
+            self.json = None;
         }
-        lines.show(&event, Instant::now());
-        if let Some(bars) = &mut bars {
-            bars.show(&event);
+        self.lines.show(event, Instant::now());
+        if let Some(bars) = &mut self.bars {
+            bars.show(event);
         }
     }
-    if let Some(bars) = &mut bars {
-        bars.clear();
-    }
-    if let Some(line) = summary.line(start.elapsed().as_secs_f64()) {
-        tracing::info!("{line}");
-    }
-    // Whoever waits for the end has its answer even if it has given up by now.
-    if let Some(done) = done {
-        let _ = done.try_send(());
+
+    fn end(mut self) {
+        if let Some(bars) = &mut self.bars {
+            bars.clear();
+        }
+        if let Some(line) = self.summary.line(self.begin.elapsed().as_secs_f64()) {
+            tracing::info!("{line}");
+        }
     }
 }
 
 /// Writes one event as one line. `upload` and `phase` are for the eye and are no part of the API.
-fn write_json(output: &mut dyn Write, event: &Event) -> std::io::Result<()> {
+fn write_json(output: &mut Json, event: &Event) -> std::io::Result<()> {
     if matches!(event, Event::Upload { .. } | Event::Phase { .. }) {
         return Ok(());
     }
     let mut line = serde_json::to_vec(event)?;
     line.push(b'\n');
-    output.write_all(&line)?;
-    output.flush()
+    match output {
+        Json::Stdout => {
+            let weight = if matches!(event, Event::Step { .. }) { Weight::Passing } else { Weight::Lasting };
+            writer::out().say(line, weight);
+            Ok(())
+        }
+        Json::Other(output) => {
+            output.write_all(&line)?;
+            output.flush()
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use super::*;
     use crate::ids::{Generation, Step, WorldSize};
 
@@ -212,6 +212,7 @@ mod tests {
                 predicted_s: Some(3.0),
                 reason: "28.5 s left; the last save takes 3.00 s, at most 4.00 s".into(),
             },
+            Event::Dropped { steps: 12, others: 1 },
             Event::Interrupted { step: Step(6), lost_steps: 0 },
             Event::Completed { step: Step(9), loss: 1.25 },
         ]
@@ -256,6 +257,7 @@ mod tests {
 {"event":"notice","source":"aws-spot","deadline_s":120.0,"means":"interruption","binding":true}
 {"event":"notice","source":"sigterm","deadline_s":null,"means":"stop","binding":false}
 {"event":"drain","plan":"full_save","left_s":28.5,"predicted_s":3.0,"reason":"28.5 s left; the last save takes 3.00 s, at most 4.00 s"}
+{"event":"dropped","steps":12,"others":1}
 {"event":"interrupted","step":6,"lost_steps":0}
 {"event":"completed","step":9,"loss":1.25}
 "#

@@ -1,16 +1,24 @@
-//! Standard error, shared by log lines and progress bars: a line goes above the bars, never through them.
+//! Standard error, shared by log lines and progress bars: a line goes above the bars, never through them. Both are left to the
+//! [writer](super::writer): whoever logs or moves a bar does not wait for a terminal.
 
-use std::io::{self, IsTerminal, Write};
+use std::{
+    io::{self, IsTerminal, Write},
+    sync::{Arc, Mutex, PoisonError},
+};
 
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, TermLike};
 use tracing_subscriber::{
     EnvFilter,
     fmt::{MakeWriter, format::Writer, time::FormatTime},
 };
 
+use super::writer::{self, Weight};
+
 /// The environment variable with the log filter, in `tracing`'s syntax: `debug`, `trainer::agent=trace`.
 pub const LOG_VARIABLE: &str = "TRAINER_LOG";
 const DEFAULT_FILTER: &str = "warn,trainer=info";
+/// Pictures of the bars in a second.
+const PICTURES: u8 = 20;
 
 /// Standard error. Cheap to clone.
 #[derive(Clone)]
@@ -23,7 +31,11 @@ impl Screen {
     /// Standard error, where bars are drawn if it is a terminal that can.
     pub fn stderr() -> Self {
         let live = io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
-        if live { Self { multi: MultiProgress::new(), live } } else { Self::plain() }
+        if !live {
+            return Self::plain();
+        }
+        let target = ProgressDrawTarget::term_like_with_hz(Box::new(Pictures::default()), PICTURES);
+        Self { multi: MultiProgress::with_draw_target(target), live }
     }
 
     /// Standard error without bars.
@@ -63,6 +75,8 @@ pub fn init_logging(screen: &Screen) {
         .with_timer(Clock)
         .with_target(false)
         .with_ansi(colour)
+        // They would be written past the writer, and what can't be written would be a panic.
+        .log_internal_errors(false)
         .with_writer(screen.clone())
         .try_init();
     if let (Ok(()), Some(Err(error))) = (installed, parsed) {
@@ -82,19 +96,83 @@ impl FormatTime for Clock {
 impl<'a> MakeWriter<'a> for Screen {
     type Writer = Above<'a>;
     fn make_writer(&'a self) -> Self::Writer {
-        Above(self)
+        Above { screen: self, weight: Weight::Passing }
+    }
+    fn make_writer_for(&'a self, about: &tracing::Metadata<'_>) -> Self::Writer {
+        let weight = if *about.level() <= tracing::Level::WARN { Weight::Lasting } else { Weight::Passing };
+        Above { screen: self, weight }
     }
 }
 
 /// Writes above the bars. `tracing` gives a whole line at a time.
-pub struct Above<'a>(&'a Screen);
+pub struct Above<'a> {
+    screen: &'a Screen,
+    weight: Weight,
+}
 
 impl Write for Above<'_> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let put = || io::stderr().write_all(line).map(|()| line.len());
-        if self.0.live { self.0.multi.suspend(put) } else { put() }
+        let put = || writer::err().say(line.to_vec(), self.weight);
+        if self.screen.live {
+            self.screen.multi.suspend(put)
+        } else {
+            put()
+        }
+        Ok(line.len())
     }
     fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
+        Ok(())
+    }
+}
+
+/// The terminal as the bars see it: each picture goes to the writer as a whole.
+#[derive(Clone, Debug, Default)]
+struct Pictures(Arc<Mutex<String>>);
+
+impl Pictures {
+    fn draw(&self, text: &str) -> io::Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push_str(text);
+        Ok(())
+    }
+    fn travel(&self, cells: usize, way: char) -> io::Result<()> {
+        if cells == 0 { Ok(()) } else { self.draw(&format!("\x1b[{cells}{way}")) }
+    }
+}
+
+impl TermLike for Pictures {
+    fn width(&self) -> u16 {
+        writer::terminal_size().0
+    }
+    fn height(&self) -> u16 {
+        writer::terminal_size().1
+    }
+    fn move_cursor_up(&self, n: usize) -> io::Result<()> {
+        self.travel(n, 'A')
+    }
+    fn move_cursor_down(&self, n: usize) -> io::Result<()> {
+        self.travel(n, 'B')
+    }
+    fn move_cursor_right(&self, n: usize) -> io::Result<()> {
+        self.travel(n, 'C')
+    }
+    fn move_cursor_left(&self, n: usize) -> io::Result<()> {
+        self.travel(n, 'D')
+    }
+    fn write_line(&self, text: &str) -> io::Result<()> {
+        self.draw(text)?;
+        self.draw("\n")
+    }
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        self.draw(text)
+    }
+    fn clear_line(&self) -> io::Result<()> {
+        self.draw("\r\x1b[2K")
+    }
+    fn flush(&self) -> io::Result<()> {
+        let picture = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
+        if !picture.is_empty() {
+            writer::err().say(picture.into_bytes(), Weight::Picture);
+        }
+        Ok(())
     }
 }

@@ -57,6 +57,7 @@ impl Summary {
             | Event::NoProgress { .. }
             | Event::WorkerDied { .. }
             | Event::Warning { .. }
+            | Event::Dropped { .. }
             | Event::Phase { .. } => {}
         }
     }

@@ -124,7 +124,7 @@ impl Lines {
                     info!("{}", human::plain(doing));
                 }
             }
-            Event::Upload { .. } => {}
+            Event::Upload { .. } | Event::Dropped { .. } => {}
         }
     }
 }
@@ -231,7 +231,8 @@ impl Bars {
             | Event::Notice { .. }
             | Event::Drain { .. }
             | Event::NoProgress { .. }
-            | Event::Warning { .. } => {}
+            | Event::Warning { .. }
+            | Event::Dropped { .. } => {}
         }
     }
 

@@ -12,7 +12,7 @@ use std::{
 /// The LibTorch that `tch` 0.24 is made for; class layouts in the shim are those of this version.
 const TORCH_VERSION: &str = "2.11.0";
 
-const SOURCES: [&str; 5] = ["defaults.cpp", "group.cpp", "math.cpp", "copies.cpp", "device.cpp"];
+const SOURCES: [&str; 6] = ["defaults.cpp", "group.cpp", "math.cpp", "copies.cpp", "device.cpp", "signals.cpp"];
 
 fn main() {
     println!("cargo::rerun-if-env-changed=LIBTORCH");

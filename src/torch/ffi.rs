@@ -42,6 +42,8 @@ pub(super) struct Run {
 unsafe extern "C" {
     fn trn_last_error() -> *const c_char;
 
+    pub(super) fn trn_release_signals();
+
     pub(super) fn trn_tensor_facts(tensor: *const AtTensor, out: *mut Facts) -> i32;
     pub(super) fn trn_tensor_load(tensor: *const AtTensor, source: *const c_void, bytes: u64) -> i32;
     pub(super) fn trn_tensor_store(tensor: *const AtTensor, target: *mut c_void, bytes: u64) -> i32;

@@ -21,6 +21,7 @@ mod group;
 mod optim;
 mod reducer;
 mod runtime;
+mod signals;
 
 use crate::{
     error::{Explain, Kind},
@@ -39,6 +40,7 @@ pub use runtime::{
     device_count, manual_seed, pick_device, rng_state, set_deterministic, set_interop_threads, set_num_threads,
     set_rng_state,
 };
+pub use signals::release_signals;
 
 /// Shorthand for this module's results.
 pub type Result<T, E = TorchError> = std::result::Result<T, E>;

@@ -17,8 +17,7 @@
 //! which the message is settled first (bounded in time, whatever the queue does), whoever waits for the machine is told second that it may go (the
 //! lifecycle hook is completed, the scheduled event approved: [`agent::launch_then`]), and the job API third: a machine that is taken the moment
 //! it may go has left its job to the next one. Between two jobs, and while a job's journal and configuration are read, whatever says that this
-//! machine goes away, or asks this worker to stop, ends it with 75 (`lookout.rs`). Signals that come just before the agent listens are held and
-//! sent again.
+//! machine goes away, or asks this worker to stop, ends it with 75 (`lookout.rs`). Signals that come just before the agent listens wait for it.
 
 pub mod allow;
 pub mod api;
@@ -419,7 +418,6 @@ impl Worker<'_> {
                 received: message.received,
             },
             Arc::clone(&claim.carried),
-            self.lookout.heard.clone(),
         )));
         let (turn, what) = match Job::parse(&message.body) {
             Err(error) => {

@@ -12,7 +12,7 @@ use super::{
     handover::Carried,
     lease::lock,
 };
-use crate::{boot::stop::Heard, ids::RunId, report::Event};
+use crate::{ids::RunId, report::Event};
 
 /// Progress is reported no more often, but for checkpoints.
 const PROGRESS: Duration = Duration::from_secs(30);
@@ -29,28 +29,21 @@ pub(super) struct Tracker {
     reports: Reports,
     head: Head,
     pub carried: Arc<Mutex<Carried>>,
-    heard: Heard,
     pub facts: Facts,
     sequence: u64,
-    /// The agent has begun to listen for signals.
-    listening: bool,
     started: bool,
     /// When progress was last reported.
     last: Option<Instant>,
 }
 
 impl Tracker {
-    pub fn new(reports: Reports, head: Head, carried: Arc<Mutex<Carried>>, heard: Heard) -> Self {
+    pub fn new(reports: Reports, head: Head, carried: Arc<Mutex<Carried>>) -> Self {
         let facts = Facts::default();
-        Self { reports, head, carried, heard, facts, sequence: 0, listening: false, started: false, last: None }
+        Self { reports, head, carried, facts, sequence: 0, started: false, last: None }
     }
 
     /// Something has happened in the run.
     pub fn hear(&mut self, event: &Event, now: Instant) {
-        // The agent's first event comes after it has begun to listen. What came before, only this worker has heard.
-        if !std::mem::replace(&mut self.listening, true) {
-            self.heard.pass_on();
-        }
         match event {
             Event::Formed { resume_step, total_steps, .. } => {
                 self.facts.total_steps = Some(*total_steps);

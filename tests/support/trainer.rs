@@ -160,29 +160,62 @@ impl Trainer {
     pub fn hold_after(self, steps: u64) -> Self {
         self.faults(&format!("worker.step=stop@rank=0@hit={}", steps + 1))
     }
+    /// Gives it another standard output, to which nobody here listens.
+    pub fn stdout(mut self, to: impl Into<Stdio>) -> Self {
+        self.command.stdout(to);
+        self
+    }
+    /// The same for standard error.
+    pub fn stderr(mut self, to: impl Into<Stdio>) -> Self {
+        self.command.stderr(to);
+        self
+    }
+    /// Lets a shell start it, after `before`, with these redirections.
+    pub fn through_shell(mut self, before: &str, redirections: &str) -> Self {
+        let script = format!("{before} exec \"$0\" \"$@\" {redirections}");
+        self.shown = format!("{} {redirections}", self.shown);
+        self.through("bash", &["-c", &script])
+    }
+    /// Lets it be the first process of a namespace of its own, as in a container; in another namespace of users, so that nobody need be root.
+    pub fn in_a_container(self) -> Self {
+        self.through("unshare", &["--user", "--map-root-user", "--pid", "--fork", "--kill-child"])
+    }
+    /// Lets another program start it.
+    fn through(self, program: &str, arguments: &[&str]) -> Self {
+        let mut shell = Command::new(program);
+        shell.args(arguments);
+        shell.arg(self.command.get_program()).args(self.command.get_args());
+        shell.current_dir(self.command.get_current_dir().expect("a folder"));
+        for (name, value) in self.command.get_envs() {
+            match value {
+                Some(value) => shell.env(name, value),
+                None => shell.env_remove(name),
+            };
+        }
+        shell.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Self { command: shell, ..self }
+    }
     /// Starts it.
     pub fn start(mut self) -> Running {
         let mut child = self.command.spawn().expect("start the trainer binary");
         let ear = Ear::default();
-        let (stdout, stderr) = (child.stdout.take().expect("piped"), child.stderr.take().expect("piped"));
         let json = self.json;
-        let threads = vec![
-            std::thread::spawn({
-                let ear = ear.clone();
-                move || listen(BufReader::new(stdout), json, &ear)
-            }),
-            std::thread::spawn({
-                let ear = ear.clone();
-                move || {
-                    let mut reader = BufReader::new(stderr);
-                    let mut line = Vec::new();
-                    while reader.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
-                        hear(&ear).stderr.push_str(&String::from_utf8_lossy(&line));
-                        line.clear();
-                    }
+        let mut threads = Vec::new();
+        if let Some(stdout) = child.stdout.take() {
+            let ear = ear.clone();
+            threads.push(std::thread::spawn(move || listen(BufReader::new(stdout), json, &ear)));
+        }
+        if let Some(stderr) = child.stderr.take() {
+            let ear = ear.clone();
+            threads.push(std::thread::spawn(move || {
+                let mut reader = BufReader::new(stderr);
+                let mut line = Vec::new();
+                while reader.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
+                    hear(&ear).stderr.push_str(&String::from_utf8_lossy(&line));
+                    line.clear();
                 }
-            }),
-        ];
+            }));
+        }
         let pid = Pid::from_child(&child);
         Running { child, pid, ear, threads, mark: self.mark, shown: self.shown, status: None }
     }
@@ -292,6 +325,14 @@ impl Running {
     #[track_caller]
     pub fn let_go(&self) {
         kill_process(self.held(), Signal::CONT).expect("let a worker go on");
+    }
+    /// Whether anything stands on standard output.
+    pub fn has_said_anything(&self) -> bool {
+        !hear(&self.ear).stdout.is_empty()
+    }
+    /// Its process.
+    pub fn pid(&self) -> Pid {
+        self.pid
     }
     /// Waits until SIGSTOP has stopped the agent; `false` when it ends before.
     pub fn stopped(&self) -> bool {
@@ -480,6 +521,10 @@ impl Finished {
     /// The exit code; `None` when a signal ended it.
     pub fn code(&self) -> Option<i32> {
         self.status.code()
+    }
+    /// How it ended.
+    pub fn status(&self) -> ExitStatus {
+        self.status
     }
     /// Whether SIGKILL ended it.
     pub fn was_killed(&self) -> bool {

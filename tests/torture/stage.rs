@@ -7,6 +7,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use super::{
     audit::{Auditor, Checked, Promise, View, Violation, demand},
     plan::{Action, Disturbance, Life, Moment, Process, STEPS, Scenario},
+    streams::Manner,
     tally::Tally,
 };
 use crate::support::{
@@ -298,7 +299,9 @@ impl<'a> Stage<'a> {
             Disturbance::Point { action: Action::Error, .. } => (&[0, 69, 70], None),
             Disturbance::Terminate { kill_after, .. } => (&[0, 75, 76], kill_after.map(|_| "agent")),
         };
-        let mut command = begin(&self.lab);
+        let manner = Manner::of(self.scenario, self.tally.lives, &life.disturbance);
+        let _ = writeln!(self.story, "{manner}");
+        let (mut command, _reader) = manner.apply(begin(&self.lab));
         if let Disturbance::Point { point, action, hit } = &life.disturbance {
             command = command.faults(&format!("{}={action}@hit={hit}", point.name));
         }
@@ -308,7 +311,7 @@ impl<'a> Stage<'a> {
             Disturbance::Both(at) if agent.wait(at) => agent.signal(&agent.all(true), Signal::KILL),
             Disturbance::Workers(kills) => agent.lose_workers(kills),
             Disturbance::Terminate { at, kill_after } if agent.wait(at) => {
-                agent.signal(&[], Signal::TERM);
+                agent.signal(&[], manner.signal);
                 if let Some(time) = kill_after {
                     std::thread::sleep(*time);
                     agent.signal(&[], Signal::KILL);

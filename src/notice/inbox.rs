@@ -1,0 +1,203 @@
+//! The signals that this process was sent, from the first instruction of `main` on.
+//!
+//! The handlers are tokio's: one sets a flag and wakes a thread of this file's own, which counts. What has come before somebody listens waits
+//! for him: until the handlers stand a signal ends the process by default, which nobody can tell from a crash, and to the first process of a
+//! container the kernel does not deliver a signal at all that nobody handles. Before `main` they are held ([`torch::release_signals`]).
+//!
+//! - SIGTERM, SIGINT, SIGHUP: stop. SIGHUP, which a terminal sends that goes away, is left alone where it was ignored at the start (`nohup`).
+//! - SIGUSR1: the machine goes away. SIGUSR2: save now.
+//! - SIGXFSZ is taken and forgotten: a file that may not grow any more (`ulimit -f`) is then an error of the write, not the end of the process.
+
+use std::{io, sync::OnceLock};
+
+use tokio::{
+    signal::unix::{Signal as Stream, SignalKind, signal},
+    sync::watch,
+};
+
+use crate::torch;
+
+/// A signal that asks something of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// SIGTERM.
+    Terminate,
+    /// SIGINT.
+    Interrupt,
+    /// SIGHUP.
+    HangUp,
+    /// SIGUSR1.
+    User1,
+    /// SIGUSR2.
+    User2,
+}
+
+/// In the order in which they are taken.
+const ALL: [Signal; 5] = [Signal::Terminate, Signal::Interrupt, Signal::HangUp, Signal::User1, Signal::User2];
+
+impl Signal {
+    const fn kind(self) -> SignalKind {
+        match self {
+            Self::Terminate => SignalKind::terminate(),
+            Self::Interrupt => SignalKind::interrupt(),
+            Self::HangUp => SignalKind::hangup(),
+            Self::User1 => SignalKind::user_defined1(),
+            Self::User2 => SignalKind::user_defined2(),
+        }
+    }
+
+    /// Whether it asks this process to leave.
+    const fn asks_to_leave(self) -> bool {
+        !matches!(self, Self::User2)
+    }
+}
+
+/// What has come.
+#[derive(Clone, Copy, Debug, Default)]
+struct Came {
+    /// By place in [`ALL`]: what nobody has taken yet.
+    waiting: [u32; ALL.len()],
+    /// Signals that ask this process to leave, taken or not.
+    asked: u32,
+}
+
+/// See the module. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Inbox(watch::Sender<Came>);
+
+static INBOX: OnceLock<Result<Inbox, (io::ErrorKind, String)>> = OnceLock::new();
+
+/// Takes the signals over: from here on they no longer end the process. Called again, it gives the same inbox.
+pub fn open() -> io::Result<Inbox> {
+    let opened = INBOX.get_or_init(|| Inbox::begin().map_err(|error| (error.kind(), error.to_string())));
+    opened.clone().map_err(|(kind, text)| io::Error::new(kind, text))
+}
+
+impl Inbox {
+    fn begin() -> io::Result<Self> {
+        let hang_up_is_ignored =
+            is_ignored(SignalKind::hangup(), &std::fs::read_to_string("/proc/self/status").unwrap_or_default());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        let mut streams = [const { None }; ALL.len()];
+        {
+            // From here on they count, whatever the thread that hears them is doing.
+            let _context = runtime.enter();
+            for (stream, which) in streams.iter_mut().zip(ALL) {
+                if which != Signal::HangUp || !hang_up_is_ignored {
+                    *stream = Some(signal(which.kind())?);
+                }
+            }
+            // Nobody waits for it.
+            drop(signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw())));
+        }
+        torch::release_signals();
+        let inbox = Self(watch::Sender::new(Came::default()));
+        let hears = inbox.clone();
+        let hear = move || {
+            runtime.block_on(futures::future::join_all(streams.into_iter().zip(0..).map(|(s, i)| hears.hear(s, i))))
+        };
+        std::thread::Builder::new().name("signals".into()).spawn(hear)?;
+        Ok(inbox)
+    }
+
+    /// Counts what comes in `stream`.
+    async fn hear(&self, stream: Option<Stream>, place: usize) {
+        let Some(mut stream) = stream else { return };
+        while stream.recv().await.is_some() {
+            self.0.send_modify(|came| came.count(place));
+        }
+    }
+
+    /// Takes the next signal out, once. Safe to drop and call again.
+    pub async fn take(&self) -> Signal {
+        let mut news = self.0.subscribe();
+        loop {
+            let mut taken = None;
+            self.0.send_if_modified(|came| {
+                taken = came.take();
+                false
+            });
+            if let Some(taken) = taken {
+                return taken;
+            }
+            if news.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// How often this process was asked to leave so far.
+    pub fn asked(&self) -> u32 {
+        self.0.borrow().asked
+    }
+
+    /// How many of them somebody has taken.
+    pub fn obeyed(&self) -> u32 {
+        let came = self.0.borrow();
+        let waiting = came.waiting.iter().zip(ALL).filter(|(_, which)| which.asks_to_leave());
+        came.asked.saturating_sub(waiting.map(|(waiting, _)| waiting).sum())
+    }
+
+    /// Waits until it was asked more often than `before`.
+    pub async fn asked_again(&self, before: u32) {
+        if self.0.subscribe().wait_for(|came| came.asked > before).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl Came {
+    fn count(&mut self, place: usize) {
+        let (Some(waiting), Some(which)) = (self.waiting.get_mut(place), ALL.get(place)) else { return };
+        *waiting = waiting.saturating_add(1);
+        if which.asks_to_leave() {
+            self.asked = self.asked.saturating_add(1);
+        }
+    }
+
+    fn take(&mut self) -> Option<Signal> {
+        let (waiting, which) = self.waiting.iter_mut().zip(ALL).find(|(waiting, _)| **waiting > 0)?;
+        *waiting -= 1;
+        Some(which)
+    }
+}
+
+/// Whether `/proc/self/status` has the signal among those that are ignored (proc(5)): the bit below its number in `SigIgn`.
+fn is_ignored(kind: SignalKind, status: &str) -> bool {
+    let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    let bit = u32::try_from(kind.as_raw_value() - 1).unwrap_or_default();
+    mask.is_some_and(|mask| mask >> bit & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_ignored_stands_in_the_mask() {
+        let status =
+            "Name:\ttrainer\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000440\n";
+        assert!(is_ignored(SignalKind::hangup(), status));
+        assert!(is_ignored(SignalKind::pipe(), status));
+        for kind in [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::user_defined1()] {
+            assert!(!is_ignored(kind, status), "{kind:?}");
+        }
+        assert!(!is_ignored(SignalKind::hangup(), ""));
+    }
+
+    #[tokio::test]
+    async fn what_came_before_somebody_listens_waits_and_is_taken_once() {
+        let inbox = Inbox(watch::Sender::new(Came::default()));
+        for place in [4, 0, 2, 0] {
+            inbox.0.send_modify(|came| came.count(place));
+        }
+        assert_eq!((inbox.asked(), inbox.obeyed()), (3, 0), "SIGUSR2 does not ask to leave");
+        for signal in [Signal::Terminate, Signal::Terminate, Signal::HangUp, Signal::User2] {
+            assert_eq!(inbox.take().await, signal);
+        }
+        let (later, ()) = tokio::join!(inbox.take(), async { inbox.0.send_modify(|came| came.count(3)) });
+        assert_eq!(later, Signal::User1);
+        inbox.asked_again(3).await;
+        assert_eq!((inbox.asked(), inbox.obeyed()), (4, 4));
+    }
+}

@@ -1,0 +1,51 @@
+// Signals from the first moment at which this program can say anything about them: before the constructors of LibTorch's libraries, which take
+// most of the time from the start of the process to main. Until somebody handles them they would end the process by default, and the first
+// process of a container would never hear of them. They are held here, and given free by main once their handlers stand.
+#include <csignal>
+#include <cstring>
+#include <initializer_list>
+
+namespace {
+
+sigset_t asked() noexcept {
+  sigset_t signals;
+  sigemptyset(&signals);
+  for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2}) {
+    sigaddset(&signals, signal);
+  }
+  return signals;
+}
+
+// The commands that handle them (src/cli/mod.rs); a test program that has this file in it is none of them.
+bool handles(int count, char** arguments) noexcept {
+  if (count < 2) {
+    return false;
+  }
+  const char* slash = std::strrchr(arguments[0], '/');
+  if (std::strcmp(slash == nullptr ? arguments[0] : slash + 1, "trainer") != 0) {
+    return false;
+  }
+  for (const char* command : {"run", "resume", "boot", "work"}) {
+    if (std::strcmp(arguments[1], command) == 0) {
+      return true;
+    }
+  }
+  return false;
+}
+
+void hold(int count, char** arguments, char**) noexcept {
+  if (handles(count, arguments)) {
+    const sigset_t signals = asked();
+    sigprocmask(SIG_BLOCK, &signals, nullptr);
+  }
+}
+
+// Called before any library's constructors (System V ABI, "Initialization and Termination Functions").
+[[gnu::section(".preinit_array"), gnu::used]] void (*const hold_before_all)(int, char**, char**) = hold;
+
+} // namespace
+
+extern "C" void trn_release_signals() noexcept {
+  const sigset_t signals = asked();
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+}

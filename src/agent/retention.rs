@@ -163,7 +163,7 @@ impl Drop for Retention {
 
 /// One pass. `exact`: the newest checkpoint itself is read where nothing vouches for it, so that no older one need stay.
 async fn pass(kept: &Kept, exact: bool) -> Result<usize, Error> {
-    // A copy: looking at the store takes time, and commits must not wait for it.
+    // A copy, which is cheap: looking at the store takes time, and commits must not wait for it.
     let state = kept.journal.lock().await.state().clone();
     let (mut verified, reading) = {
         let known = kept.known();
@@ -183,8 +183,8 @@ async fn pass(kept: &Kept, exact: bool) -> Result<usize, Error> {
         kept.vouch(point);
     }
     let doomed = doomed(&plan.fates);
-    apply_prune(&kept.run, &doomed, |ResumePoint { step, generation }| async move {
-        kept.journal.lock().await.append(Record::Pruned { step, generation }).await?;
+    apply_prune(&kept.run, &doomed, |points| async move {
+        kept.journal.lock().await.append(Record::pruned(points)).await?;
         Ok::<_, Error>(())
     })
     .await?;

@@ -14,7 +14,7 @@ use crate::{
     checkpoint::verify::{self, Depth, FileReport, Proof, Report},
     error::{Error, Kind, Result},
     ids::Step,
-    journal::{Checkpoint, CheckpointStatus, RunState},
+    journal::{self, Checkpoint, CheckpointStatus, RunState},
     report::human,
 };
 
@@ -26,7 +26,8 @@ Examples:
   trainer verify --run-id first --all --deep   # every byte of every checkpoint
 
 S3 keeps a checksum of every object, so nothing is downloaded but the manifest, and what seems damaged, to make sure. A
-store that keeps none can only be asked for sizes, and the answer says so: --deep compares every byte.
+store that keeps none can only be asked for sizes, and the answer says so: --deep compares every byte. --all --deep also holds the summaries of the journal against each of its
+records.
 
 Exit code 65 if anything is damaged. Nothing is changed.")]
 pub struct Verify {
@@ -65,6 +66,9 @@ impl Verify {
         let root = self.run.store.open()?;
         let state = history::read(&root, &self.run.run_id).await?;
         let folder = root.folder(self.run.run_id.as_str());
+        if self.all && self.deep {
+            journal::audit(&folder, &self.run.run_id).await?;
+        }
         let part = u64::from(store::LIMITS.part_mib) << 20;
         let depth = if self.deep { Depth::Bytes { part } } else { Depth::Stored };
         let mut reports = Vec::new();

@@ -37,7 +37,7 @@ impl Observed {
         observed.step_s = step_s(state);
         let mut restarts = Vec::new();
         for (index, formed) in state.formations().iter().enumerate() {
-            let commits = state.checkpoints().iter().filter(|c| c.committed.generation == formed.generation);
+            let commits = state.checkpoints().of(formed.generation);
             let ended = state.interruptions().iter().find(|end| end.generation == formed.generation);
             let last = commits.clone().map(|c| c.at).chain(ended.map(|end| end.at)).chain(formed.ended).max();
             observed.trained_s += last.map_or(0.0, |last| seconds(formed.at, last));
@@ -66,8 +66,7 @@ impl Observed {
 /// Mean seconds a step between the first and the last commit of each generation.
 fn step_s(state: &RunState) -> Option<f64> {
     let (mut time, mut steps) = (0.0, 0.0);
-    for pair in state.checkpoints().windows(2) {
-        let [a, b] = pair else { continue };
+    for (a, b) in state.checkpoints().pairs() {
         if a.committed.generation == b.committed.generation && b.committed.step > a.committed.step {
             let durable = b.committed.cost.durable_s - a.committed.cost.durable_s;
             time += (seconds(a.at, b.at) - if durable.is_finite() { durable } else { 0.0 }).max(0.0);

@@ -170,6 +170,11 @@ pub enum Record {
         /// The generation that wrote it.
         generation: Generation,
     },
+    /// The same of several at once. Since format 2; see [`Record::pruned`].
+    PrunedMany {
+        /// The checkpoints, at least one.
+        checkpoints: Vec<ResumePoint>,
+    },
 }
 
 /// A checkpoint exists: the journal's most important record.

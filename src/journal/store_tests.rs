@@ -331,7 +331,7 @@ async fn a_refused_record_is_not_written() {
 #[tokio::test]
 async fn damage_is_named_by_its_object() {
     let key = |number| format!("memory:///run/{}", layout::journal_entry(number));
-    let newer = Entry { format: 2, ..entry("a", notice(1, "x")) };
+    let newer = Entry { format: FORMAT + 1, ..entry("a", notice(1, "x")) };
     let encoded = |entry: &Entry| Bytes::from(serde_json::to_vec(entry).unwrap());
     let cases: Vec<(u64, Option<Bytes>, &str)> = vec![
         (0, None, "is missing"),
@@ -340,7 +340,7 @@ async fn damage_is_named_by_its_object() {
         (2, Some(Bytes::from_static(b"\xff\x00garbage")), "not a journal record"),
         (2, Some(Bytes::from(vec![b'['; 100_000])), "not a journal record"),
         (2, Some(Bytes::from(vec![b' '; (4 << 20) + 1])), "too large"),
-        (2, Some(encoded(&newer)), "format 2"),
+        (2, Some(encoded(&newer)), "format 3"),
         (2, Some(encoded(&entry("a", created()))), "only the first"),
         (2, Some(encoded(&entry("a", committed(9, 7)))), "while 1 stands"),
         (0, Some(encoded(&entry("a", notice(1, "x")))), "not created"),

@@ -30,6 +30,7 @@ mod download;
 mod error;
 mod examine;
 mod gate;
+mod listing;
 mod local;
 mod open;
 mod pace;

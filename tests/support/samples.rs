@@ -109,12 +109,13 @@ pub fn records() -> Vec<Record> {
         Record::Completed { generation, step: Step(2000), loss: 1.5 },
         Record::Failed { generation, step, reason: "loss is NaN".into() },
         Record::Pruned { step: Step(100), generation: Generation(1) },
+        Record::pruned([100, 200].map(|step| ResumePoint { step: Step(step), generation: Generation(1) }).into()),
     ]
 }
 
 pub fn entry(record: Record) -> Entry {
     let at = "2026-11-20T08:30:00.123456789Z".parse().expect("a time");
-    Entry { format: 1, attempt: attempt(), at, node: node(), record }
+    Entry { format: record.format(), attempt: attempt(), at, node: node(), record }
 }
 
 fn files() -> Vec<FileEntry> {

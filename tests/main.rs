@@ -12,6 +12,7 @@ mod hook;
 mod input;
 mod integrity;
 mod interruption;
+mod journal;
 mod metadata;
 mod moments;
 mod notices;

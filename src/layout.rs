@@ -3,6 +3,7 @@
 //! ```text
 //! <store>/<run-id>/
 //!   journal/00000000000000000000.json …     numbered from 0 without a gap, created once
+//!   summaries/16/0…0128/0…0144 …            records 128 to 143 once more: a long run opens faster; created once
 //!   nodes/<node-id>.json                    heartbeat, overwritten by its owner alone
 //!   drains/g0003.json                       somebody asks generation 3 to save and stop; created once
 //!   checkpoints/s00001200-g0003/            data of one attempt; a (step, generation) pair is written once
@@ -16,6 +17,8 @@ use crate::ids::{Generation, NodeId, Step};
 
 /// Folder of the journal.
 pub const JOURNAL: &str = "journal";
+/// Folder of the journal's summaries.
+pub const SUMMARIES: &str = "summaries";
 /// Folder of the heartbeats.
 pub const NODES: &str = "nodes";
 /// Folder of the requests to save and stop.
@@ -68,6 +71,21 @@ pub fn journal_entry(number: u64) -> String {
 /// The number of a journal record's key; `None` for anything else.
 pub fn journal_number(key: &str) -> Option<u64> {
     let digits = key.strip_prefix(JOURNAL)?.strip_prefix('/')?.strip_suffix(".json")?;
+    (digits.len() == 20 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
+}
+
+/// Folder of the summaries that end on a multiple of `span` and begin at record `from`; `None`: each begins where the
+/// one before it ends.
+pub fn summaries(span: u64, from: Option<u64>) -> String {
+    match from {
+        Some(from) => format!("{SUMMARIES}/{span}/{from:020}"),
+        None => format!("{SUMMARIES}/{span}/all"),
+    }
+}
+
+/// The number that a summary's key ends with; `None` for anything else.
+pub fn summary_number(key: &str) -> Option<u64> {
+    let (_, digits) = key.strip_prefix(SUMMARIES)?.rsplit_once('/')?;
     (digits.len() == 20 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok())?
 }
 

@@ -15,6 +15,7 @@ mod input;
 mod integrity;
 mod interop;
 mod interruption;
+mod journal;
 mod metadata;
 mod model_folder;
 mod moments;

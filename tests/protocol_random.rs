@@ -22,7 +22,10 @@ use trainer::{
     },
     config::Keep,
     ids::{AttemptId, Generation, NodeId, Step, WorldSize},
-    journal::{Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, SaveCost},
+    journal::{
+        self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, SaveCost,
+        replay,
+    },
     layout,
     storage::Store,
 };
@@ -83,6 +86,11 @@ enum Op {
     Mend {
         which: prop::sample::Index,
     },
+    /// Something happens to a summary of the journal, which must not matter.
+    Summary {
+        which: prop::sample::Index,
+        harm: Harm,
+    },
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -95,9 +103,10 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..AGENTS, index()).prop_map(|(who, to)| Op::TurnBack { who, to }),
         6 => (0..AGENTS, cut).prop_map(|(who, cut)| Op::Save { who, cut }),
         1 => (0..AGENTS).prop_map(|who| Op::SaveAgain { who }),
-        1 => (index(), index(), harm).prop_map(|(which, file, harm)| Op::Damage { which, file, harm }),
+        1 => (index(), index(), harm.clone()).prop_map(|(which, file, harm)| Op::Damage { which, file, harm }),
         1 => (1_u32..4).prop_map(|last| Op::Prune { last }),
         1 => index().prop_map(|which| Op::Mend { which }),
+        1 => (index(), harm.clone()).prop_map(|(which, harm)| Op::Summary { which, harm }),
     ]
 }
 
@@ -361,19 +370,20 @@ async fn live(store: &Store, script: &[Op]) {
                 let plan = doomed(&plan_prune(&line, &good, keep, &standing, &live));
                 let kept = line.iter().filter(|checkpoint| !plan.contains(&checkpoint.point())).count();
                 assert!(kept >= line.len().min(*last as usize), "op {number}: {op:?} keeps {kept} of {}", line.len());
+                let records = journal.state().next() + u64::from(!plan.is_empty());
                 let journal = tokio::sync::Mutex::new(journal);
                 let journal = &journal;
-                let append = |point: ResumePoint| async move {
-                    let record = Record::Pruned { step: point.step, generation: point.generation };
+                let append = |points| async move {
                     journal
                         .lock()
                         .await
-                        .append(record)
+                        .append(Record::pruned(points))
                         .await
                         .map(drop)
                         .map_err(|e| CheckpointError::Internal(e.to_string()))
                 };
                 apply_prune(store, &plan, append).await.unwrap_or_else(|error| panic!("op {number}: {op:?}: {error}"));
+                assert_eq!(journal.lock().await.state().next(), records, "op {number}: {op:?} is one record");
                 model.bad.extend(plan.iter().map(point_of));
                 model.before.retain(|point, _| !plan.iter().any(|gone| point_of(gone) == *point));
             }
@@ -395,21 +405,77 @@ async fn live(store: &Store, script: &[Op]) {
                 condemn::clear(&mut journal, &report).await.expect("not fenced, just read");
                 model.bad.remove(&(step, generation));
             }
+            Op::Summary { which, harm } => {
+                let summaries = store.list(layout::SUMMARIES).await.expect("a store");
+                if summaries.is_empty() {
+                    continue;
+                }
+                let key = &which.get(&summaries).key;
+                let mut bytes = store.get(key, 1 << 20).await.expect("listed").to_vec();
+                match harm {
+                    Harm::Gone => store.delete(key).await.expect("deleted"),
+                    Harm::Short => {
+                        bytes.pop();
+                        store.put(key, bytes.into()).await.expect("put");
+                    }
+                    Harm::Flip => {
+                        let at = number.wrapping_mul(37) % bytes.len();
+                        bytes[at] ^= 0x10;
+                        store.put(key, bytes.into()).await.expect("put");
+                    }
+                }
+            }
         }
-        let state = trainer::journal::replay(store, &samples::run_id()).await.expect("the journal reads");
+        let state = replay(store, &samples::run_id()).await.expect("the journal reads");
         let committed: BTreeSet<Point> = state.checkpoints().iter().map(|c| point_of(&c.point())).collect();
         assert_eq!(committed.len(), state.checkpoints().len(), "op {number}: {op:?}: something is committed twice");
         assert_eq!(committed, model.grew_from.keys().copied().collect(), "op {number}: {op:?}");
         assert_eq!(state.generation().get(), model.generation, "op {number}: {op:?}");
         assert!(committed.is_empty() || state.newest().is_some(), "op {number}: {op:?}: all are condemned");
     }
+    // Whatever was killed, lost or garbled: what is written is what the records say, or is seen not to be.
+    journal::audit(store, &samples::run_id()).await.expect("no summary disagrees");
+    assert_wrong_summaries_are_named(store).await;
+}
+
+/// The same run in another life: its summaries are sound, and tell another story.
+async fn assert_wrong_summaries_are_named(store: &Store) {
+    let elsewhere = Store::open("memory://", &samples::storage()).expect("a store").folder("run");
+    let node = NodeId::random();
+    let mut journal = Journal::create(elsewhere.clone(), node.clone(), samples::run_id(), samples::config())
+        .await
+        .expect("a new run");
+    let roster = vec![RosterEntry { node, workers: 1 }];
+    let (world_size, overrides, reason) = (WorldSize(1), Vec::new(), FormedReason::Started);
+    let formed = Formed { roster, world_size, resume: None, overrides, reason };
+    let generation = journal.form(formed).await.expect("nobody else");
+    while journal.state().next() < 16 {
+        let notice =
+            Record::Notice { generation, source: "x".into(), deadline_s: None, means: trainer::journal::Means::Stop };
+        journal.append(notice).await.expect("nobody else");
+    }
+    journal.summed_up(std::time::Duration::from_secs(60)).await;
+    let key = layout::summaries(16, Some(0)) + "/00000000000000000016";
+    let wrong = elsewhere.get(&key, 1 << 20).await.expect("a summary");
+    // The records of this life, and that summary.
+    let apart = Store::open("memory://", &samples::storage()).expect("a store").folder("run");
+    let records = replay(store, &samples::run_id()).await.expect("the journal reads").next();
+    if records < 16 {
+        return;
+    }
+    for key in (0..records).map(layout::journal_entry) {
+        apart.put(&key, store.get(&key, 1 << 22).await.expect("a record")).await.expect("put");
+    }
+    apart.put(&key, wrong).await.expect("put");
+    let error = replay(&apart, &samples::run_id()).await.expect_err("it disagrees").to_string();
+    assert!(error.contains(&key) && error.contains("disagrees"), "{error}");
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(150) })]
 
     #[test]
-    fn any_life_of_a_run_is_what_the_model_says(script in prop::collection::vec(op(), 1..40)) {
+    fn any_life_of_a_run_is_what_the_model_says(script in prop::collection::vec(op(), 1..50)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let store = Store::open("memory://", &samples::storage()).expect("a store").folder("run");
         runtime.block_on(live(&store, &script));

@@ -205,7 +205,7 @@ async fn pass(kept: &Kept, exact: bool, busy: &watch::Receiver<bool>) -> Result<
         return Ok(0);
     }
     kept.settle(busy).await?;
-    // A copy: looking at the store takes time, and commits must not wait for it.
+    // A copy, which is cheap: looking at the store takes time, and commits must not wait for it.
     let state = kept.journal.lock().await.state().clone();
     let (mut verified, reading) = {
         let known = kept.known();
@@ -231,11 +231,13 @@ async fn pass(kept: &Kept, exact: bool, busy: &watch::Receiver<bool>) -> Result<
         return Ok(0);
     }
     let doomed = doomed(&plan.fates);
-    apply_prune(&kept.run, &doomed, |ResumePoint { step, generation }| async move {
+    apply_prune(&kept.run, &doomed, |points| async move {
         let stands = |state: &RunState| {
-            state.checkpoint(step, generation).is_some_and(|found| found.status != CheckpointStatus::Pruned)
+            let status =
+                |point: &ResumePoint| state.checkpoint(point.step, point.generation).map(|found| &found.status);
+            points.iter().any(|point| status(point).is_some_and(|status| *status != CheckpointStatus::Pruned))
         };
-        kept.journal.append_when_free(Record::Pruned { step, generation }, stands).await?;
+        kept.journal.append_when_free(Record::pruned(points.clone()), stands).await?;
         Ok::<_, Error>(())
     })
     .await?;

@@ -6,8 +6,10 @@
 //! restored from, which compares the same checksums. So no 100 GB are read after each save. Damaged checkpoints are
 //! quarantined: never counted, never resumed from, deleted only when a person says so.
 //!
-//! Order of a deletion: the journal's `pruned` record (from then on it is no checkpoint), the manifest, the other objects.
-//! *Crash:* after the record, the rest of the folder is garbage that nobody reads; [`super::rubbish`] takes it away later.
+//! Order of a deletion: the journal's `pruned` record, one for a whole plan (from then on they are no checkpoints), then
+//! folder by folder the manifest and the other objects.
+//! *Crash:* after the record, what is left of the folders is garbage that nobody reads; [`super::rubbish`] takes it away
+//! later.
 //! *Retry:* deleting what is gone is fine, and a checkpoint already pruned is no longer in the list that a plan is made
 //! from. *Cancel:* like a crash.
 
@@ -33,6 +35,8 @@ use crate::{
 
 /// Bytes of one request when the newest checkpoint must be read before anything goes: some dozens are in memory at once.
 const PART: u64 = 4 << 20;
+/// Checkpoints that one `pruned` record names at most: it has a size that it may have.
+const ONE_RECORD: usize = 10_000;
 
 /// Why a checkpoint stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -317,20 +321,27 @@ async fn sound(
     Ok(damage.map_or(Ok(again), Err))
 }
 
-/// Carries a plan out. `append` writes the journal's `pruned` record of one checkpoint and must not return before it
-/// stands; if it fails nothing of that checkpoint is deleted. `store` is the run's folder. Gives the objects deleted.
+/// Carries a plan out. `append` writes the journal's one `pruned` record of all these checkpoints and must not return
+/// before it stands; if it fails nothing of them is deleted. `store` is the run's folder. Gives the objects deleted. A
+/// folder that can't be deleted keeps no other one from it; the first error is given in the end.
 pub async fn apply_prune<E, F, A>(store: &Store, plan: &[ResumePoint], mut append: A) -> Result<u64, E>
 where
     E: From<CheckpointError>,
     F: Future<Output = Result<(), E>>,
-    A: FnMut(ResumePoint) -> F,
+    A: FnMut(Vec<ResumePoint>) -> F,
 {
-    let mut deleted = 0;
-    for point in plan {
-        append(point.clone()).await?;
-        deleted += delete_folder(store, point.step, point.generation).await?;
+    let mut deleted = Ok(0);
+    for points in plan.chunks(ONE_RECORD) {
+        append(points.to_vec()).await?;
+        for point in points {
+            match (delete_folder(store, point.step, point.generation).await, &mut deleted) {
+                (Ok(more), Ok(deleted)) => *deleted += more,
+                (Err(error), Ok(_)) => deleted = Err(error),
+                (_, Err(_)) => {}
+            }
+        }
     }
-    Ok(deleted)
+    Ok(deleted?)
 }
 
 /// Deletes all data of one (step, generation), the manifest first; gives the objects deleted. The caller has made sure
@@ -654,8 +665,8 @@ mod tests {
         crate::checkpoint::catalog::inspect(&store, &old).await.unwrap();
 
         let appended = RefCell::new(Vec::new());
-        let append = |point: ResumePoint| {
-            appended.borrow_mut().push(point);
+        let append = |points: Vec<ResumePoint>| {
+            appended.borrow_mut().extend(points);
             let (store, old) = (store.clone(), old.clone());
             async move { crate::checkpoint::catalog::inspect(&store, &old).await.map(|_| ()) }
         };

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     error::{Error, Kind, Result},
     ids::{Generation, RunId, Step},
-    journal::{Formation, Outcome, RunState},
+    journal::{Formation, Journal, Outcome, RunState},
     notice::drain,
     rendezvous::heartbeat::{self, Life},
     report::{self, human},
@@ -103,12 +103,12 @@ impl Drain {
         store::block_on(async {
             let (root, run_id) = (self.run.store.open()?, &self.run.run_id);
             let folder = root.folder(run_id.as_str());
-            let state = history::read(&root, run_id).await?;
-            let generation = alive(&folder, &state).await?;
+            let mut journal = history::open(&root, run_id).await?;
+            let generation = alive(&folder, journal.state()).await?;
             let first = drain::ask(&folder, generation).await?;
             let asked = if first { "is asked" } else { "had been asked before" };
             report::say(format!("generation {generation} of run {run_id} {asked} to save and stop\n"));
-            let end = if self.no_wait { None } else { Some(wait(&root, &folder, run_id, generation).await?) };
+            let end = if self.no_wait { None } else { Some(wait(&folder, &mut journal, generation).await?) };
             let report = Report { run_id, generation, asked_before: !first, end };
             let text = if self.json.json { output::json_lines([&report])? } else { report.text() };
             output::emit(&text)?;
@@ -147,12 +147,14 @@ fn carried_on_itself(state: &RunState, asked: Generation) -> bool {
 }
 
 /// Waits until the journal says how the generation ended, or the one by which the same process has carried on when a worker died.
-async fn wait(root: &Store, folder: &Store, run_id: &RunId, mut generation: Generation) -> Result<End> {
+async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation) -> Result<End> {
+    let run_id = journal.state().run_id().clone();
     for look in 1_u32.. {
-        let state = history::read(root, run_id).await?;
-        match progress(&state, generation) {
+        history::read_on(journal).await?;
+        let state = journal.state();
+        match progress(state, generation) {
             Progress::Ended(end) => return Ok(end),
-            Progress::Followed(by) if carried_on_itself(&state, generation) => {
+            Progress::Followed(by) if carried_on_itself(state, generation) => {
                 // It listens for the earlier request a while longer, but the store may not have let it hear that one.
                 drain::ask(folder, by).await?;
                 generation = by;
@@ -167,18 +169,18 @@ async fn wait(root: &Store, folder: &Store, run_id: &RunId, mut generation: Gene
             Progress::AtWork => {}
         }
         if look.is_multiple_of(PULSE)
-            && let Some(formed) = state.formed()
-            && let Life::Gone(_) = heartbeat::look(folder, &formed.node).await?
-            // It may have written its last word since.
-            && progress(&history::read(root, run_id).await?, generation) == Progress::AtWork
+            && let Some(node) = state.formed().map(|formed| formed.node.clone())
+            && let Life::Gone(_) = heartbeat::look(folder, &node).await?
         {
-            return Err(Error::new(
-                Kind::Unavailable,
-                format!("node {} of run {run_id} has gone without a word", formed.node),
-            )
-            .with_hint(format!(
-                "what it had finished since its newest checkpoint is lost; see trainer status --run-id {run_id}"
-            )));
+            // It may have written its last word since.
+            history::read_on(journal).await?;
+            if progress(journal.state(), generation) != Progress::AtWork {
+                continue;
+            }
+            return Err(Error::new(Kind::Unavailable, format!("node {node} of run {run_id} has gone without a word"))
+                .with_hint(format!(
+                    "what it had finished since its newest checkpoint is lost; see trainer status --run-id {run_id}"
+                )));
         }
         tokio::time::sleep(LOOK).await;
     }

@@ -159,7 +159,7 @@ fn episode<'a>(
         .filter(|notice| notice.generation == generation)
         .map(|n| Heard { at: n.at, source: &n.source, means: n.means, deadline_s: n.deadline_s })
         .collect();
-    let commits = state.checkpoints().iter().filter(|c| c.committed.generation == generation);
+    let commits = state.checkpoints().of(generation);
     let last_sign = commits.clone().map(|c| c.at).chain(notices.iter().map(|n| n.at)).chain([formed.at]).max();
     let at = said.map_or(last_sign.unwrap_or(formed.at), |said| said.at);
     let drain = said.and_then(|said| said.drain.as_ref());

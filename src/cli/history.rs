@@ -8,10 +8,22 @@ use crate::{
     checkpoint::catalog,
     config::{self, RunConfig},
     error::{Context, Error, Kind, Result},
-    ids::{Generation, RunId, Step},
-    journal::{self, CheckpointStatus, Committed, FormedReason, Outcome, RunState},
+    ids::{Generation, NodeId, RunId, Step},
+    journal::{self, CheckpointStatus, Committed, FormedReason, Journal, Outcome, RunState},
     storage::Store,
 };
+
+/// Opens a run's journal for one who reads on in it. `root` is the store.
+pub(super) async fn open(root: &Store, run_id: &RunId) -> Result<Journal> {
+    let journal = Journal::open(root.folder(run_id.as_str()), NodeId::random(), run_id.clone()).await;
+    journal.context(format!("read journal of run {run_id}"))
+}
+
+/// Reads on in a run's journal.
+pub(super) async fn read_on(journal: &mut Journal) -> Result<()> {
+    let doing = format!("read journal of run {}", journal.state().run_id());
+    journal.refresh().await.map(drop).context(doing)
+}
 
 /// Reads a run's journal. `root` is the store.
 pub(super) async fn read(root: &Store, run_id: &RunId) -> Result<RunState> {
@@ -166,7 +178,7 @@ pub(super) fn worker_restarts(state: &RunState) -> u64 {
 pub(super) mod tests {
     use super::*;
     use crate::{
-        ids::{AttemptId, NodeId, WorldSize},
+        ids::{AttemptId, WorldSize},
         journal::{Entry, Record, ResumePoint, RosterEntry, SaveCost},
     };
 

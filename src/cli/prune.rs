@@ -1,6 +1,6 @@
 //! `trainer prune`
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use clap::Args;
 use jiff::Timestamp;
@@ -24,13 +24,15 @@ use crate::{
     config::{Keep, Spacing, parse_spacing},
     error::{Context, Error, Kind as ErrorKind, Result},
     ids::NodeId,
-    journal::{CheckpointStatus, Journal, Record, ResumePoint, RunState},
+    journal::{CheckpointStatus, Journal, Record, RunState},
     report::human,
     storage::Store,
 };
 
 /// Bytes of one request when a damaged checkpoint is read once more.
 const PART: u64 = 4 << 20;
+/// How long a summary of the journal is waited for.
+const SUMMARY: Duration = Duration::from_secs(10);
 
 /// Delete old checkpoints by plan, and what killed uploads have left behind
 #[derive(Debug, Args)]
@@ -148,15 +150,16 @@ impl Prune {
         if !self.dry_run {
             let doing = format!("prune run {}", self.run.run_id);
             let journal = Mutex::new(journal);
-            let append = |ResumePoint { step, generation }| {
+            let append = |points| {
                 let journal = &journal;
                 async move {
-                    journal.lock().await.append(Record::Pruned { step, generation }).await?;
+                    journal.lock().await.append(Record::pruned(points)).await?;
                     Ok::<_, Error>(())
                 }
             };
             apply_prune(&folder, &doomed(&fates), append).await.context(&doing)?;
             rubbish::sweep(&folder, &rubbish).await.context(doing)?;
+            journal.into_inner().summed_up(SUMMARY).await;
         }
         Ok(Done { fates, rubbish, total, unread: plan.unread, dry_run: self.dry_run })
     }

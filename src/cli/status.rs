@@ -69,17 +69,23 @@ impl Status {
             let root = self.run.store.open()?;
             // Elsewhere than on a terminal each look is added below the last: a log of JSON lines, or of tables.
             let redraw = self.watch && !self.json.json && output::is_terminal();
+            let mut journal = history::open(&root, &self.run.run_id).await?;
+            let stop = tokio::signal::ctrl_c();
+            tokio::pin!(stop);
             loop {
-                let state = history::read(&root, &self.run.run_id).await?;
-                let report = Report::new(&state, root.uri());
+                let report = Report::new(journal.state(), root.uri());
                 let text = if self.json.json { output::json_lines([&report])? } else { report.text(Timestamp::now()) };
                 let read = output::show(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
                 if !self.watch || !read || report.state.is_end() {
                     return Ok(ExitCode::SUCCESS);
                 }
+                let look = async {
+                    tokio::time::sleep(WATCH).await;
+                    history::read_on(&mut journal).await
+                };
                 tokio::select! {
-                    () = tokio::time::sleep(WATCH) => {}
-                    stop = tokio::signal::ctrl_c() => {
+                    read = look => read?,
+                    stop = &mut stop => {
                         return stop
                             .map(|()| ExitCode::SUCCESS)
                             .map_err(|error| Error::from_source(Kind::Bug, error).context("listen for Ctrl-C"));

@@ -18,7 +18,7 @@ use crate::{
     },
     error::{Context, Error, Kind, Result},
     ids::{NodeId, Step},
-    journal::{Checkpoint, CheckpointStatus, Journal, RunState},
+    journal::{self, Checkpoint, CheckpointStatus, Journal, RunState},
     report::human,
     storage::Store,
 };
@@ -31,7 +31,8 @@ Examples:
   trainer verify --run-id first --all --deep   # every byte of every checkpoint
 
 S3 keeps a checksum of every object, so nothing is downloaded but the manifest, and what seems damaged, to make sure. A
-store that keeps none can only be asked for sizes, and the answer says so: --deep compares every byte.
+store that keeps none can only be asked for sizes, and the answer says so: --deep compares every byte. --all --deep also holds the summaries of the journal against each of its
+records.
 
 A checkpoint that was found damaged before and is whole in every byte (--deep) is good again: the journal then says so. Nothing else is
 changed. Exit code 65 if anything is damaged.")]
@@ -83,6 +84,9 @@ impl Verify {
         let root = self.run.store.open()?;
         let state = history::read(&root, &self.run.run_id).await?;
         let folder = root.folder(self.run.run_id.as_str());
+        if self.all && self.deep {
+            journal::audit(&folder, &self.run.run_id).await?;
+        }
         let part = u64::from(store::LIMITS.part_mib) << 20;
         let depth = if self.deep { Depth::Bytes { part } } else { Depth::Stored };
         let mut looked = Vec::new();

@@ -50,7 +50,7 @@ impl Observed {
         observed.step_s = step_s(state);
         let mut restarts = Vec::new();
         for (index, formed) in state.formations().iter().enumerate() {
-            let commits = state.checkpoints().iter().filter(|c| c.committed.generation == formed.generation);
+            let commits = state.checkpoints().of(formed.generation);
             let ended = state.interruptions().iter().find(|end| end.generation == formed.generation);
             observed.trained_s += lived(formed, &commits.clone().collect::<Vec<_>>(), ended, observed.step_s);
             if let (Some(point), Some(first), Some(step_s)) = (&formed.resume, commits.clone().next(), observed.step_s)
@@ -106,8 +106,7 @@ fn lived(formed: &Formation, commits: &[&Checkpoint], ended: Option<&Interruptio
 /// Mean seconds a step between the first and the last commit of each generation.
 fn step_s(state: &RunState) -> Option<f64> {
     let mut stretches = Vec::new();
-    for pair in state.checkpoints().windows(2) {
-        let [a, b] = pair else { continue };
+    for (a, b) in state.checkpoints().pairs() {
         if a.committed.generation == b.committed.generation && b.committed.step > a.committed.step {
             let (cost, before) = (b.committed.cost, a.committed.cost);
             let durable = cost.durable_s - before.durable_s;

@@ -1,7 +1,7 @@
 //! Which record may be appended to a run in a given state, by whom: the rule book, without I/O.
 
 use super::{
-    record::{Committed, Record},
+    record::{Committed, Record, ResumePoint},
     state::{CheckpointStatus, Outcome, RunState},
 };
 use crate::ids::{Generation, NodeId};
@@ -25,7 +25,7 @@ pub enum Refusal {
 /// 1. A writer that holds an older generation than the newest is fenced, whatever it writes; so is a record that speaks for
 ///    an older generation.
 /// 2. `committed`, `completed` and `failed` are for the holder of the newest generation. Anybody may write `notice` and
-///    `interrupted` for the newest generation, `damaged`, `cleared`, `pruned`, and `formed`.
+///    `interrupted` for the newest generation, `damaged`, `cleared`, `pruned` (of one or of many), and `formed`.
 /// 3. A (step, generation) pair is committed once. Generations rise. `created` is the first record only.
 /// 4. After `completed` or `failed` only `damaged`, `cleared`, `pruned` and `formed` come.
 /// 5. A generation resumes from a good checkpoint, or from the beginning if nothing was ever committed: no run starts
@@ -46,7 +46,8 @@ pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Res
         | Record::Formed { .. }
         | Record::Damaged { .. }
         | Record::Cleared { .. }
-        | Record::Pruned { .. } => None,
+        | Record::Pruned { .. }
+        | Record::PrunedMany { .. } => None,
     };
     if let Some(newest) = state.formed()
         && [held, speaks_for].into_iter().flatten().any(|generation| generation < newest.generation)
@@ -84,15 +85,10 @@ pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Res
             }
         }
         Record::Pruned { step, generation } => {
-            let is_it = |point: &super::ResumePoint| point.step == *step && point.generation == *generation;
-            let good = state.checkpoint(*step, *generation).is_some_and(|c| c.status == CheckpointStatus::Good);
-            if state.newest().is_some_and(|newest| is_it(&newest.point())) {
-                return wrong(format!("step {step} of generation {generation} is the newest good checkpoint"));
-            }
-            let resumed = state.formed().and_then(|formed| formed.resume.as_ref());
-            if good && ended.is_none() && resumed.is_some_and(is_it) {
-                return wrong(format!("the newest generation resumed from step {step} of generation {generation}"));
-            }
+            may_be_pruned(state, &ResumePoint { step: *step, generation: *generation })?;
+        }
+        Record::PrunedMany { checkpoints } => {
+            checkpoints.iter().try_for_each(|point| may_be_pruned(state, point))?;
         }
         Record::Damaged { step, generation, .. } => {
             let point = super::ResumePoint { step: *step, generation: *generation };
@@ -109,6 +105,22 @@ pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Res
             return wrong(format!("step {step} is not the newest good checkpoint"));
         }
         _ => {}
+    }
+    Ok(())
+}
+
+/// Rule 6.
+fn may_be_pruned(state: &RunState, point: &ResumePoint) -> Result<(), Refusal> {
+    let ResumePoint { step, generation } = point;
+    if state.newest().is_some_and(|newest| newest.point() == *point) {
+        return Err(Refusal::Wrong(format!("step {step} of generation {generation} is the newest good checkpoint")));
+    }
+    let good = state.checkpoint(*step, *generation).is_some_and(|c| c.status == CheckpointStatus::Good);
+    let resumed = state.formed().and_then(|formed| formed.resume.as_ref());
+    if good && *state.outcome() == Outcome::Open && resumed == Some(point) {
+        return Err(Refusal::Wrong(format!(
+            "the newest generation resumed from step {step} of generation {generation}"
+        )));
     }
     Ok(())
 }

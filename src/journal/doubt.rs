@@ -37,7 +37,7 @@ impl RunState {
     /// Whether a generation went on from the checkpoint that it resumed from: so it had loaded it.
     fn has_trained(&self, formed: &Formation, from: &ResumePoint) -> bool {
         let generation = formed.generation;
-        self.checkpoints().iter().rev().any(|c| c.committed.generation == generation)
+        self.checkpoints().of(generation).next().is_some()
             || self.interruptions().iter().rev().any(|end| end.generation == generation && end.step > from.step)
     }
 

@@ -34,6 +34,14 @@ pub enum JournalError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A summary of the journal contradicts the records, which are right.
+    #[error("{object} disagrees with the records of the journal: {reason}")]
+    Disagrees {
+        /// The summary.
+        object: String,
+        /// In what.
+        reason: String,
+    },
     /// A record was written by a newer version of this program.
     #[error("journal record {object} has format {format}, which this version can't read")]
     Newer {
@@ -88,7 +96,7 @@ impl Explain for JournalError {
         match self {
             Self::Exists { .. } => Kind::Usage,
             Self::NoSuchRun { .. } | Self::Newer { .. } => Kind::Config,
-            Self::Damaged { .. } => Kind::Data,
+            Self::Damaged { .. } | Self::Disagrees { .. } => Kind::Data,
             Self::Fenced { .. } | Self::Overtaken { .. } => Kind::Fenced,
             Self::Moved { .. } | Self::Injected(_) => Kind::Unavailable,
             Self::Refused { .. } => Kind::Bug,
@@ -106,6 +114,10 @@ impl Explain for JournalError {
             Self::Damaged { .. } => Some(
                 "nothing has been changed; restore the object from a copy, or from an older version of it in the bucket: `aws s3api \
                  list-object-versions --bucket BUCKET --prefix KEY`"
+                    .into(),
+            ),
+            Self::Disagrees { .. } => Some(
+                "delete that object and try again: it only makes opening the run faster, and nothing else reads it"
                     .into(),
             ),
             Self::Fenced { .. } | Self::Overtaken { .. } => {

@@ -1,14 +1,19 @@
 //! Reading and appending: the rules of [`super::admit`](fn@super::admit), carried out on a store.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
+use tokio::task::JoinHandle;
 
 use super::{
     admit::{Refusal, admit},
     error::JournalError,
-    record::{Committed, Entry, FormedReason, InvalidEntry, MAX_ENTRY, Record, ResumePoint, RosterEntry},
+    record::{Committed, Entry, FormedReason, InvalidEntry, Record, ResumePoint, RosterEntry},
+    replay::{self, damaged, is_begun, missing, read},
     state::RunState,
+    summary::{SPANS, Spans},
 };
 use crate::{
     config::RunConfig,
@@ -18,8 +23,8 @@ use crate::{
     storage::{CreateOutcome, StorageError, Store},
 };
 
-/// Records read at once.
-const READ_AHEAD: usize = 16;
+/// Runs looked at at once.
+const RUNS_AT_ONCE: usize = 16;
 
 /// What a new generation is to be; see [`Record::Formed`].
 #[derive(Clone, Debug, PartialEq)]
@@ -54,6 +59,8 @@ pub struct Journal {
     /// The newest generation that this node has formed through this journal.
     held: Option<Generation>,
     unsettled: Option<Unsettled>,
+    /// Writes a summary; see [`super::summary`].
+    summary: Option<JoinHandle<()>>,
 }
 
 impl Journal {
@@ -62,34 +69,39 @@ impl Journal {
     /// [`JournalError::Exists`] if the id is taken. Of several nodes that create one run at once exactly one succeeds.
     pub async fn create(store: Store, node: NodeId, run_id: RunId, config: RunConfig) -> Result<Self, JournalError> {
         let taken = |store: &Store, run_id| JournalError::Exists { run_id, store: parent(&store.uri()) };
-        let numbers = numbers(&store).await?;
-        if numbers.first() == Some(&0) {
+        if is_begun(&store).await? {
             return Err(taken(&store, run_id));
-        }
-        if !numbers.is_empty() {
-            return Err(missing(&store, 0));
         }
         let record = Record::Created { run_id: run_id.clone(), config: Box::new(config) };
         let entry = new_entry(&node, record);
         let body = encode(&entry)?;
         before_append(&entry.record)?;
-        if store.create(&layout::journal_entry(0), body).await? == CreateOutcome::Exists {
+        if store.create(&layout::journal_entry(0), body.clone()).await? == CreateOutcome::Exists {
             return Err(taken(&store, run_id));
         }
-        let state = RunState::begin(&run_id, entry).map_err(|error| damaged(&store, 0, &error))?;
+        let state = RunState::begin_as(&run_id, entry, body, SPANS).map_err(|error| damaged(&store, 0, &error))?;
         faults::check("journal.after-append", At::default())?;
-        Ok(Self { store, node, state, held: None, unsettled: None })
+        Ok(Self::new(store, node, state))
+    }
+
+    fn new(store: Store, node: NodeId, state: RunState) -> Self {
+        Self { store, node, state, held: None, unsettled: None, summary: None }
     }
 
     /// Opens the run in its folder `store` and reads all its records.
     pub async fn open(store: Store, node: NodeId, run_id: RunId) -> Result<Self, JournalError> {
-        let state = replay(&store, &run_id).await?;
-        Ok(Self { store, node, state, held: None, unsettled: None })
+        Self::open_by(store, node, run_id, SPANS).await
+    }
+
+    /// The same with summaries of these lengths.
+    pub(super) async fn open_by(store: Store, node: NodeId, run_id: RunId, spans: Spans) -> Result<Self, JournalError> {
+        let state = replay::replay_by(&store, &run_id, spans).await?;
+        Ok(Self::new(store, node, state))
     }
 
     /// The same where `state` was read from there before: reads on.
     pub async fn follow(store: Store, node: NodeId, state: RunState) -> Result<Self, JournalError> {
-        let mut journal = Self { store, node, state, held: None, unsettled: None };
+        let mut journal = Self::new(store, node, state);
         journal.refresh().await?;
         Ok(journal)
     }
@@ -112,8 +124,8 @@ impl Journal {
     /// Reads on to the end; says how many records were new.
     pub async fn refresh(&mut self) -> Result<u64, JournalError> {
         let before = self.state.next();
-        while let Some(entry) = read(&self.store, self.state.next()).await? {
-            self.apply(entry)?;
+        while let Some((entry, body)) = read(&self.store, self.state.next()).await? {
+            self.apply(entry, body)?;
         }
         Ok(self.state.next() - before)
     }
@@ -225,19 +237,19 @@ impl Journal {
             self.unsettled = Some(Unsettled { entry: entry.clone(), number: None });
             match self.store.create(&layout::journal_entry(number), body.clone()).await? {
                 CreateOutcome::Created => {
-                    self.apply(entry.clone())?;
+                    self.apply(entry.clone(), body)?;
                     return self.settled(&entry, number);
                 }
                 CreateOutcome::Exists => {
                     let mut verdict = Ok(());
-                    while let Some(came) = read(&self.store, self.state.next()).await? {
+                    while let Some((came, bytes)) = read(&self.store, self.state.next()).await? {
                         let number = self.state.next();
                         if came.attempt == entry.attempt {
-                            self.apply(came)?;
+                            self.apply(came, bytes)?;
                             return self.settled(&entry, number);
                         }
                         verdict = verdict.and_then(|()| still_right(&came.record, &came.node));
-                        self.apply(came)?;
+                        self.apply(came, bytes)?;
                     }
                     if self.state.next() == number {
                         return Err(missing(&self.store, number));
@@ -262,7 +274,27 @@ impl Journal {
     fn settled(&mut self, entry: &Entry, number: u64) -> Result<u64, JournalError> {
         self.unsettled = None;
         faults::check("journal.after-append", at(&entry.record))?;
+        self.sum_up(number + 1);
         Ok(number)
+    }
+
+    /// Has the summaries written that are due now that all records before `next` stand. Nobody waits for that.
+    fn sum_up(&mut self, next: u64) {
+        // What is left out while one is written, or comes to nothing, is caught up with by the next.
+        if self.summary.as_ref().is_none_or(JoinHandle::is_finished)
+            && let Some(due) = self.state.tail.due(next)
+        {
+            self.summary = Some(tokio::spawn(due.write(self.store.clone())));
+        }
+    }
+
+    /// Waits for a summary that is being written, but not longer than `patience`: for a process that is about to end.
+    pub async fn summed_up(&mut self, patience: Duration) {
+        if let Some(mut summary) = self.summary.take()
+            && tokio::time::timeout(patience, &mut summary).await.is_err()
+        {
+            summary.abort();
+        }
     }
 
     /// The same knowledge, on another store.
@@ -272,48 +304,20 @@ impl Journal {
     }
 
     /// Takes in the next record, and notes when it is one of ours that had been given up.
-    fn apply(&mut self, entry: Entry) -> Result<(), JournalError> {
+    fn apply(&mut self, entry: Entry, body: Bytes) -> Result<(), JournalError> {
         let number = self.state.next();
         let ours = self.unsettled.as_ref().is_some_and(|unsettled| unsettled.entry.attempt == entry.attempt);
         let formed = match &entry.record {
             Record::Formed { generation, .. } if ours => Some(*generation),
             _ => None,
         };
-        self.state.apply(number, entry).map_err(|error| damaged(&self.store, number, &error))?;
+        self.state.take_in(number, entry, body).map_err(|error| damaged(&self.store, number, &error))?;
         if let Some(unsettled) = self.unsettled.as_mut().filter(|_| ours) {
             unsettled.number = Some(number);
         }
         self.held = formed.or(self.held);
         Ok(())
     }
-}
-
-/// Reads the journal of the run in its folder `store`.
-pub async fn replay(store: &Store, run_id: &RunId) -> Result<RunState, JournalError> {
-    let listed = numbers(store).await?;
-    if listed.is_empty() {
-        return Err(JournalError::NoSuchRun { run_id: run_id.clone(), store: parent(&store.uri()) });
-    }
-    let mut read_ahead = futures::stream::iter(0..listed.len() as u64)
-        .map(|number| async move { read(store, number).await?.ok_or_else(|| missing(store, number)) })
-        .buffered(READ_AHEAD);
-    let Some(first) = read_ahead.try_next().await? else { return Err(missing(store, 0)) };
-    let mut state = RunState::begin(run_id, first).map_err(|error| damaged(store, 0, &error))?;
-    let add = |state: &mut RunState, entry: Entry| {
-        let number = state.next();
-        state.apply(number, entry).map_err(|error| damaged(store, number, &error))
-    };
-    while let Some(entry) = read_ahead.try_next().await? {
-        add(&mut state, entry)?;
-    }
-    // What came while the list was being read, and what a folder's listing may have missed.
-    while let Some(entry) = read(store, state.next()).await? {
-        add(&mut state, entry)?;
-    }
-    if listed.last().is_some_and(|&last| last >= state.next()) {
-        return Err(missing(store, state.next()));
-    }
-    Ok(state)
 }
 
 /// The runs of a store, sorted: folders that hold a journal record 0.
@@ -328,41 +332,12 @@ pub async fn list_runs(store: &Store) -> Result<Vec<RunId>, JournalError> {
         }
     });
     let mut runs: Vec<_> = futures::stream::iter(looks)
-        .buffered(READ_AHEAD)
+        .buffered(RUNS_AT_ONCE)
         .try_filter_map(|run| std::future::ready(Ok(run)))
         .try_collect()
         .await?;
     runs.sort_unstable();
     Ok(runs)
-}
-
-/// The numbers of the journal's records, in order.
-async fn numbers(store: &Store) -> Result<Vec<u64>, JournalError> {
-    let listed = store.list(layout::JOURNAL).await?;
-    let mut numbers: Vec<_> = listed.iter().filter_map(|info| layout::journal_number(&info.key)).collect();
-    numbers.sort_unstable();
-    Ok(numbers)
-}
-
-/// One record; `None` if there is none of this number.
-async fn read(store: &Store, number: u64) -> Result<Option<Entry>, JournalError> {
-    let key = layout::journal_entry(number);
-    let object = || format!("{}/{key}", store.uri());
-    let body = match store.get(&key, MAX_ENTRY).await {
-        Ok(body) => body,
-        Err(StorageError::NotFound { .. }) => return Ok(None),
-        Err(error @ StorageError::TooLarge { .. }) => {
-            return Err(JournalError::Damaged { object: object(), reason: format!("is too large: {error}") });
-        }
-        Err(error) => return Err(error.into()),
-    };
-    match Entry::decode(&body) {
-        Ok(entry) => Ok(Some(entry)),
-        Err(InvalidEntry::Newer { found }) => Err(JournalError::Newer { object: object(), format: found }),
-        Err(error @ InvalidEntry::Garbled(_)) => {
-            Err(JournalError::Damaged { object: object(), reason: error.to_string() })
-        }
-    }
 }
 
 fn new_entry(node: &NodeId, record: Record) -> Entry {
@@ -395,17 +370,7 @@ fn refused(record: &Record, refusal: Refusal) -> JournalError {
     }
 }
 
-fn damaged(store: &Store, number: u64, error: &super::Inconsistent) -> JournalError {
-    let object = format!("{}/{}", store.uri(), layout::journal_entry(number));
-    JournalError::Damaged { object, reason: error.to_string() }
-}
-
-fn missing(store: &Store, number: u64) -> JournalError {
-    let object = format!("{}/{}", store.uri(), layout::journal_entry(number));
-    JournalError::Damaged { object, reason: "is missing, though later ones are there".into() }
-}
-
 /// The URI of the store that a run's folder lies in.
-fn parent(uri: &str) -> String {
+pub(super) fn parent(uri: &str) -> String {
     uri.rsplit_once('/').map_or_else(|| uri.to_owned(), |(store, _)| store.to_owned())
 }

@@ -2,7 +2,8 @@
 //!
 //! Stored layout: `<run>/journal/<20 digits>.json`, numbered from 0 without a gap, each one [`Entry`]. Records are only ever
 //! created, never changed, never deleted while the run lives. [`RunState`] is what they say when read in order;
-//! [`Journal`] reads and appends; [`admit`] is the rule book.
+//! [`Journal`] reads and appends; [`admit`] is the rule book. Beside them lie summaries (`summary`), which hold the same
+//! records in few objects, so that a long journal opens fast; the records alone decide.
 //!
 //! Invariants
 //! - **One order.** A record is appended by creating the next number, which succeeds for one writer only, and only after
@@ -18,22 +19,32 @@
 //! failed `committed` names must not be deleted without asking the journal again.
 
 mod admit;
+mod checkpoints;
 mod doubt;
 mod error;
 mod log;
+mod pack;
 mod record;
+mod replay;
 mod state;
+mod summary;
 
 #[cfg(test)]
 mod rules_tests;
 #[cfg(test)]
+mod scans_tests;
+#[cfg(test)]
 mod store_tests;
+#[cfg(test)]
+mod summary_tests;
 #[cfg(test)]
 mod testing;
 
 pub use admit::{Refusal, admit};
+pub use checkpoints::Checkpoints;
 pub use doubt::Clearance;
 pub use error::JournalError;
-pub use log::{Formed, Journal, list_runs, replay};
+pub use log::{Formed, Journal, list_runs};
 pub use record::*;
+pub use replay::{audit, replay};
 pub use state::{Checkpoint, CheckpointStatus, Formation, Inconsistent, Interruption, NoticeHeard, Outcome, RunState};

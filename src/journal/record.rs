@@ -170,7 +170,12 @@ pub enum Record {
         /// The generation that wrote it.
         generation: Generation,
     },
-    /// A checkpoint that had been found damaged was read whole: it is good again.
+    /// The same of several at once. Since format 2; see [`Record::pruned`].
+    PrunedMany {
+        /// The checkpoints, at least one.
+        checkpoints: Vec<ResumePoint>,
+    },
+    /// A checkpoint that had been found damaged was read whole: it is good again. Since format 2.
     Cleared {
         /// Its step.
         step: Step,

@@ -1,10 +1,15 @@
 //! What a run's journal says, read in order: a pure replay.
 
+use std::sync::Arc;
+
+use bytes::Bytes;
 use jiff::Timestamp;
 
 use super::{
+    checkpoints::Checkpoints,
     doubt::Clearance,
     record::{Committed, Drain, Entry, FORMAT, FormedReason, Means, Record, ResumePoint, RosterEntry},
+    summary::{Spans, Tail},
 };
 use crate::{
     config::RunConfig,
@@ -144,21 +149,23 @@ pub enum Outcome {
 
 /// What a run's journal says.
 ///
-/// A later `formed` opens a run again that had completed or failed.
+/// A later `formed` opens a run again that had completed or failed. A copy is cheap, however long the run has lived.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunState {
     run_id: RunId,
-    config: RunConfig,
+    config: Arc<RunConfig>,
     created_at: Timestamp,
     next: u64,
     last_at: Timestamp,
     last_node: NodeId,
-    formations: Vec<Formation>,
-    checkpoints: Vec<Checkpoint>,
-    notices: Vec<NoticeHeard>,
-    interruptions: Vec<Interruption>,
-    clearances: Vec<Clearance>,
+    formations: Arc<Vec<Formation>>,
+    checkpoints: Checkpoints,
+    notices: Arc<Vec<NoticeHeard>>,
+    interruptions: Arc<Vec<Interruption>>,
+    clearances: Arc<Vec<Clearance>>,
     outcome: Outcome,
+    /// What the next summary is made of.
+    pub(super) tail: Tail,
 }
 
 impl RunState {
@@ -173,18 +180,34 @@ impl RunState {
         }
         Ok(Self {
             run_id: found,
-            config: *config,
+            config: Arc::new(*config),
             created_at: entry.at,
             next: 1,
             last_at: entry.at,
             last_node: entry.node,
-            formations: Vec::new(),
-            checkpoints: Vec::new(),
-            notices: Vec::new(),
-            interruptions: Vec::new(),
-            clearances: Vec::new(),
+            formations: Arc::default(),
+            checkpoints: Checkpoints::default(),
+            notices: Arc::default(),
+            interruptions: Arc::default(),
+            clearances: Arc::default(),
             outcome: Outcome::Open,
+            tail: Tail::default(),
         })
+    }
+
+    /// The same from its stored bytes, with summaries of these lengths.
+    pub(super) fn begin_as(run_id: &RunId, entry: Entry, body: Bytes, spans: Spans) -> Result<Self, Inconsistent> {
+        let mut state = Self::begin(run_id, entry.clone())?;
+        state.tail = Tail::new(spans);
+        state.tail.push(0, entry, body);
+        Ok(state)
+    }
+
+    /// [`apply`](Self::apply) of a record whose stored bytes are known.
+    pub(super) fn take_in(&mut self, number: u64, entry: Entry, body: Bytes) -> Result<(), Inconsistent> {
+        self.apply(number, entry.clone())?;
+        self.tail.push(number, entry, body);
+        Ok(())
     }
 
     /// Adds the next record; on an error nothing has changed.
@@ -201,7 +224,7 @@ impl RunState {
             Record::Formed { generation, roster, world_size, resume, overrides, reason } => {
                 let node = node.clone();
                 self.outcome = Outcome::Open;
-                self.formations.push(Formation {
+                Arc::make_mut(&mut self.formations).push(Formation {
                     number,
                     at,
                     node,
@@ -218,12 +241,19 @@ impl RunState {
                 self.checkpoints.push(Checkpoint { number, at, committed, status: CheckpointStatus::Good });
             }
             Record::Notice { generation, source, deadline_s, means } => {
-                self.notices.push(NoticeHeard { number, at, generation, source, deadline_s, means });
+                Arc::make_mut(&mut self.notices).push(NoticeHeard {
+                    number,
+                    at,
+                    generation,
+                    source,
+                    deadline_s,
+                    means,
+                });
             }
             Record::Interrupted { generation, step, committed, lost_steps, verdict, drain } => {
                 let drain = drain.map(|drain| *drain);
                 let end = Interruption { number, at, generation, step, committed, lost_steps, verdict, drain };
-                self.interruptions.push(end);
+                Arc::make_mut(&mut self.interruptions).push(end);
             }
             Record::Damaged { step, generation, reason } => {
                 if let Some(checkpoint) = self.checkpoint_mut(step, generation)
@@ -242,7 +272,15 @@ impl RunState {
                     && matches!(checkpoint.status, CheckpointStatus::Damaged { .. })
                 {
                     checkpoint.status = CheckpointStatus::Good;
-                    self.clearances.push(Clearance { number, at, point: ResumePoint { step, generation } });
+                    let cleared = Clearance { number, at, point: ResumePoint { step, generation } };
+                    Arc::make_mut(&mut self.clearances).push(cleared);
+                }
+            }
+            Record::PrunedMany { checkpoints } => {
+                for ResumePoint { step, generation } in checkpoints {
+                    if let Some(checkpoint) = self.checkpoint_mut(step, generation) {
+                        checkpoint.status = CheckpointStatus::Pruned;
+                    }
                 }
             }
             Record::Completed { generation, step, loss } => {
@@ -254,6 +292,7 @@ impl RunState {
                 self.end_of_formation(at);
             }
         }
+        self.checkpoints.settle();
         self.next = number + 1;
         self.last_at = at;
         self.last_node = node;
@@ -262,7 +301,7 @@ impl RunState {
 
     /// The current one, as `consistent` has made sure.
     fn end_of_formation(&mut self, at: Timestamp) {
-        if let Some(formed) = self.formations.last_mut() {
+        if let Some(formed) = Arc::make_mut(&mut self.formations).last_mut() {
             formed.ended = Some(at);
         }
     }
@@ -297,11 +336,19 @@ impl RunState {
             | Record::Failed { generation, .. } => self.is_current(*generation),
             Record::Damaged { step, generation, .. }
             | Record::Pruned { step, generation }
-            | Record::Cleared { step, generation } => {
-                if self.checkpoint(*step, *generation).is_none() {
-                    return wrong(format!("names step {step} of generation {generation}, which was never committed"));
-                }
-                Ok(())
+            | Record::Cleared { step, generation } => self.is_committed(*step, *generation),
+            Record::PrunedMany { checkpoints } if checkpoints.is_empty() => wrong("names no checkpoint".into()),
+            Record::PrunedMany { checkpoints } => {
+                checkpoints.iter().try_for_each(|point| self.is_committed(point.step, point.generation))
+            }
+        }
+    }
+
+    fn is_committed(&self, step: Step, generation: Generation) -> Result<(), Inconsistent> {
+        match self.checkpoint(step, generation) {
+            Some(_) => Ok(()),
+            None => {
+                Err(Inconsistent(format!("names step {step} of generation {generation}, which was never committed")))
             }
         }
     }
@@ -362,23 +409,23 @@ impl RunState {
     }
 
     /// All checkpoints that were ever committed, in the order in which they were.
-    pub fn checkpoints(&self) -> &[Checkpoint] {
+    pub fn checkpoints(&self) -> &Checkpoints {
         &self.checkpoints
     }
 
     /// One checkpoint, whatever its status.
     pub fn checkpoint(&self, step: Step, generation: Generation) -> Option<&Checkpoint> {
-        self.checkpoints.iter().rev().find(|c| c.committed.step == step && c.committed.generation == generation)
+        self.checkpoints.get(step, generation)
     }
 
     fn checkpoint_mut(&mut self, step: Step, generation: Generation) -> Option<&mut Checkpoint> {
-        self.checkpoints.iter_mut().rev().find(|c| c.committed.step == step && c.committed.generation == generation)
+        self.checkpoints.get_mut(step, generation)
     }
 
     /// All good checkpoints, also those that the run has turned away from, the last committed first: what an explicit
     /// `--from STEP` may choose from.
     pub fn good(&self) -> Vec<&Checkpoint> {
-        self.checkpoints.iter().rev().filter(|c| c.status == CheckpointStatus::Good).collect()
+        self.checkpoints.good().collect()
     }
 
     /// The good checkpoints that the run as it stands consists of, newest first: those of the newest generation, then
@@ -387,28 +434,24 @@ impl RunState {
     /// What an older generation committed beyond the point that a newer one resumed from is not among them: after
     /// `resume --from 50` the run is what grew from step 50, even before anything of it is committed.
     pub fn candidates(&self) -> Vec<&Checkpoint> {
-        let mut found = Vec::new();
-        let mut limit = None;
-        let mut formation = self.formations.last();
-        while let Some(Formation { generation, resume, .. }) = formation {
-            let within = |c: &&Checkpoint| {
-                c.committed.generation == *generation && limit.is_none_or(|limit| c.committed.step <= limit)
-            };
-            let mut own: Vec<_> = self.checkpoints.iter().filter(within).collect();
-            own.sort_by_key(|c| std::cmp::Reverse(c.committed.step));
-            found.extend(own.into_iter().filter(|c| c.status == CheckpointStatus::Good));
-            // Generations rise in the list and a resume point is older than what resumes from it: this ends.
-            formation = resume.as_ref().and_then(|point| {
-                limit = Some(point.step);
-                self.formations.iter().find(|f| f.generation == point.generation && f.generation < *generation)
-            });
-        }
-        found
+        self.line().collect()
     }
 
     /// The newest good checkpoint of the run as it stands: the first of [`candidates`](Self::candidates).
     pub fn newest(&self) -> Option<&Checkpoint> {
-        self.candidates().into_iter().next()
+        self.line().next()
+    }
+
+    /// [`candidates`](Self::candidates), found as they are asked for.
+    fn line(&self) -> impl Iterator<Item = &Checkpoint> {
+        let newest = self.formations.last().map(|formation| (formation, None));
+        let back = std::iter::successors(newest, move |(formation, _)| {
+            // Generations rise in the list and a resume point is older than what resumes from it: this ends.
+            let point = formation.resume.as_ref().filter(|point| point.generation < formation.generation)?;
+            let at = self.formations.binary_search_by_key(&point.generation, |f| f.generation).ok()?;
+            Some((&self.formations[at], Some(point.step)))
+        });
+        back.flat_map(move |(formation, limit)| self.checkpoints.good_of(formation.generation, limit))
     }
 
     /// All warnings heard, oldest first.
@@ -452,7 +495,15 @@ impl Record {
             | Self::Completed { .. }
             | Self::Failed { .. }
             | Self::Pruned { .. } => 1,
-            Self::Cleared { .. } => 2,
+            Self::PrunedMany { .. } | Self::Cleared { .. } => 2,
+        }
+    }
+
+    /// What prunes these checkpoints: one in the record that every program knows, several in one record.
+    pub fn pruned(checkpoints: Vec<ResumePoint>) -> Self {
+        match <[ResumePoint; 1]>::try_from(checkpoints) {
+            Ok([ResumePoint { step, generation }]) => Self::Pruned { step, generation },
+            Err(checkpoints) => Self::PrunedMany { checkpoints },
         }
     }
 
@@ -468,6 +519,7 @@ impl Record {
             Self::Completed { .. } => "completed",
             Self::Failed { .. } => "failed",
             Self::Pruned { .. } => "pruned",
+            Self::PrunedMany { .. } => "pruned_many",
             Self::Cleared { .. } => "cleared",
         }
     }

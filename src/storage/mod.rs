@@ -33,6 +33,7 @@ mod error;
 mod examine;
 mod gate;
 mod links;
+mod listing;
 mod local;
 mod open;
 mod pace;

@@ -76,7 +76,10 @@ pub fn storage() -> StorageConfig {
 
 /// One record of each kind that version 2 of the journal has added.
 pub fn records_of_version_2() -> Vec<Record> {
-    vec![Record::Cleared { step: Step(1200), generation: Generation(3) }]
+    vec![
+        Record::Cleared { step: Step(1200), generation: Generation(3) },
+        Record::pruned([100, 200].map(|step| ResumePoint { step: Step(step), generation: Generation(1) }).into()),
+    ]
 }
 
 /// One record of each kind of version 1 of the journal.

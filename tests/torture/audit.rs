@@ -156,6 +156,19 @@ fn number(key: &str) -> Option<u64> {
 }
 
 impl View {
+    fn prune(&mut self, number: u64, place: Place) -> Checked {
+        demand(Some(place) != self.newest(), Promise::LostCheckpoint, || {
+            format!("journal record {number} prunes {place:?}, the newest checkpoint")
+        })?;
+        let resumed = self.formed.last().and_then(|formed| formed.resume);
+        demand(Some(place) != resumed || self.completed.is_some(), Promise::LostCheckpoint, || {
+            format!("journal record {number} prunes {place:?}, which the newest generation resumed from")
+        })?;
+        demand(self.standing.remove(&place).is_some(), Promise::LostCheckpoint, || {
+            format!("journal record {number} prunes {place:?}, which does not stand")
+        })
+    }
+
     fn apply(&mut self, number: u64, bytes: &[u8], ranks: u32) -> Checked {
         let other = |how: String| Violation { promise: Promise::Other, how: format!("journal record {number}: {how}") };
         let entry: Value = serde_json::from_slice(bytes).map_err(|error| other(error.to_string()))?;
@@ -186,7 +199,7 @@ impl View {
         demand(node == self.holder, Promise::DoubleCommit, || {
             format!("journal record {number} is of node {node}, which {} had fenced: {record}", self.holder)
         })?;
-        if !matches!(kind, "damaged" | "pruned") {
+        if !matches!(kind, "damaged" | "pruned" | "pruned_many") {
             let (generation, newest) = (uint("generation")?, self.generation());
             demand(generation == newest, Promise::DoubleCommit, || {
                 format!("journal record {number} speaks for generation {generation}, the newest is {newest}: {record}")
@@ -202,18 +215,12 @@ impl View {
                 self.standing.insert(place, (text("manifest"), text("manifest_crc64")));
                 self.committed.push(place);
             }
-            "pruned" => {
-                let place = (uint("step")?, uint("generation")?);
-                demand(Some(place) != self.newest(), Promise::LostCheckpoint, || {
-                    format!("journal record {number} prunes {place:?}, the newest checkpoint")
-                })?;
-                let resumed = self.formed.last().and_then(|formed| formed.resume);
-                demand(Some(place) != resumed || self.completed.is_some(), Promise::LostCheckpoint, || {
-                    format!("journal record {number} prunes {place:?}, which the newest generation resumed from")
-                })?;
-                demand(self.standing.remove(&place).is_some(), Promise::LostCheckpoint, || {
-                    format!("journal record {number} prunes {place:?}, which does not stand")
-                })?;
+            "pruned" => self.prune(number, (uint("step")?, uint("generation")?))?,
+            "pruned_many" => {
+                for point in record["checkpoints"].as_array().into_iter().flatten() {
+                    let place = point["step"].as_u64().zip(point["generation"].as_u64());
+                    self.prune(number, place.ok_or_else(|| other(format!("is {record}")))?)?;
+                }
             }
             // Nothing here damages what is stored.
             "damaged" => {

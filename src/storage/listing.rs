@@ -1,0 +1,37 @@
+//! Listings that need not be whole.
+
+use futures::{StreamExt, TryStreamExt};
+
+use super::{ObjectInfo, StorageError, Store, timestamp};
+
+impl Store {
+    /// At most `limit` objects below `prefix` (a folder), and no more requests than they take. With `after`, a key that
+    /// need not be there: those behind it in the order of their names, which is the order that they come in, except on
+    /// `file://`, which has none and must look at every name to skip one.
+    pub async fn list_some(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<ObjectInfo>, StorageError> {
+        let folder = self.path(prefix)?;
+        let after = after.map(|key| self.path(key)).transpose()?;
+        let request = || {
+            let found = match &after {
+                Some(after) => self.objects().list_with_offset(Some(&folder), after),
+                None => self.objects().list(Some(&folder)),
+            };
+            found.take(limit).try_collect::<Vec<_>>()
+        };
+        let found = match self.attempts("list", 0).slow().run(request).await {
+            Ok(found) => found,
+            Err(failure) if failure.is_not_found() => Vec::new(),
+            Err(failure) => return Err(failure.explain(&self.uri_of(prefix))),
+        };
+        let infos = found.into_iter().filter_map(|meta| {
+            let key = self.relative(meta.location.as_ref())?.to_owned();
+            Some(ObjectInfo { key, size: meta.size, last_modified: timestamp(&meta) })
+        });
+        Ok(infos.collect())
+    }
+}

@@ -51,7 +51,7 @@ use self::{
 use crate::{
     checkpoint::{condemn::Docket, restore},
     config::{CompleteAction, RunConfig},
-    error::{Error, Kind, Result},
+    error::{Context, Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
     journal::{self, Committed, Formed, FormedReason, JournalError, Record, ResumePoint, RosterEntry, RunState},

@@ -24,7 +24,7 @@ use crate::{
     config::{Keep, Spacing, parse_spacing},
     error::{Context, Error, Kind as ErrorKind, Result},
     ids::NodeId,
-    journal::{CheckpointStatus, Journal, Record, RunState},
+    journal::{CheckpointStatus, Journal, Record, ResumePoint, RunState},
     report::human,
     storage::Store,
 };

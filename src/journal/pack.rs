@@ -113,9 +113,16 @@ fn put_common(rows: &mut Vec<u8>, before: &mut Before, entry: &Entry, step: Step
 
 fn put_committed(rows: &mut Vec<u8>, before: &mut Before, committed: &Committed) {
     let Committed { step, generation, manifest, manifest_crc64, bytes, loss, validation_loss, cost } = committed;
+    let SaveCost { stall_s, copy_s, durable_s, lived_s } = cost;
     let usual = *manifest == usual_manifest(*step, *generation);
+    let lived_s = Some(*lived_s).filter(|lived| lived.to_bits() != 0);
     let sum = manifest_crc64.parse::<Crc64>().ok().filter(|sum| sum.to_string() == *manifest_crc64);
-    rows.push(u8::from(!usual) | u8::from(sum.is_none()) << 1 | u8::from(validation_loss.is_some()) << 2);
+    rows.push(
+        u8::from(!usual)
+            | u8::from(sum.is_none()) << 1
+            | u8::from(validation_loss.is_some()) << 2
+            | u8::from(lived_s.is_some()) << 3,
+    );
     if !usual {
         put_bytes(rows, manifest.as_bytes());
     }
@@ -124,9 +131,8 @@ fn put_committed(rows: &mut Vec<u8>, before: &mut Before, committed: &Committed)
         None => put_bytes(rows, manifest_crc64.as_bytes()),
     }
     put_difference(rows, &mut before.bytes, *bytes);
-    let SaveCost { stall_s, copy_s, durable_s } = cost;
-    for value in [Some(*loss), *validation_loss, Some(*stall_s), Some(*copy_s), Some(*durable_s)].into_iter().flatten()
-    {
+    let values = [Some(*loss), *validation_loss, Some(*stall_s), Some(*copy_s), Some(*durable_s), lived_s];
+    for value in values.into_iter().flatten() {
         rows.extend(value.to_bits().to_le_bytes());
     }
 }
@@ -272,7 +278,9 @@ impl<'a> Reader<'a> {
         let bytes = self.difference(&mut before.bytes)?;
         let loss = self.float()?;
         let validation_loss = if flags & 4 == 0 { None } else { Some(self.float()?) };
-        let cost = SaveCost { stall_s: self.float()?, copy_s: self.float()?, durable_s: self.float()? };
+        let (stall_s, copy_s, durable_s) = (self.float()?, self.float()?, self.float()?);
+        let lived_s = if flags & 8 == 0 { 0.0 } else { self.float()? };
+        let cost = SaveCost { stall_s, copy_s, durable_s, lived_s };
         Ok(Committed { step, generation, manifest, manifest_crc64, bytes, loss, validation_loss, cost })
     }
 }

@@ -148,7 +148,9 @@ impl Explain for CheckpointError {
             Self::Damaged { .. } | Self::NoneUsable { .. } => Kind::Data,
             Self::Storage(error) => error.kind(),
             Self::AlreadyWritten { .. } => Kind::Fenced,
-            Self::TooNew { .. } | Self::NotAModel { .. } | Self::Mismatch { .. } | Self::TooLarge { .. } => Kind::Config,
+            Self::TooNew { .. } | Self::NotAModel { .. } | Self::Mismatch { .. } | Self::TooLarge { .. } => {
+                Kind::Config
+            }
             Self::NoSuchStep { .. } | Self::Occupied { .. } => Kind::Usage,
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => Kind::Permission,
             Self::Io { .. } => Kind::Unavailable,

@@ -7,7 +7,9 @@ use super::{
     ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig,
     error::Origin,
     raw::Raw,
-    resolve::{self, ACTIONS, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES, TOKENIZER_RULES},
+    resolve::{
+        self, ACTIONS, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES, TOKENIZER_RULES,
+    },
     text,
 };
 

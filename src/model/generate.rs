@@ -133,7 +133,7 @@ mod tests {
         // Before a token that has not come yet, the text ends there.
         let stop = *text.iter().find(|token| **token != text[0]).unwrap();
         let cut = text.iter().position(|token| *token == stop).unwrap();
-        let stopped = generate(&*model, &[3, 1, 4], &GenerateSettings { stop: Some(stop), ..GREEDY }, |_| {}).unwrap();
+        let stopped = generate(&*model, &[3, 1, 4], &GenerateSettings { stop: Some(stop), ..GREEDY }, |_| true).unwrap();
         assert_eq!(stopped, text[..cut]);
     }
 
@@ -142,7 +142,7 @@ mod tests {
         let model = model();
         let text = |seed| {
             let settings = GenerateSettings { temperature: 1.0, seed, ..GREEDY };
-            generate(&*model, &[0], &settings, |_| {}).unwrap()
+            generate(&*model, &[0], &settings, |_| true).unwrap()
         };
         assert_eq!(text(1), text(1));
         assert_ne!(text(1), text(2));
@@ -173,7 +173,7 @@ mod tests {
             [(&[][..], 1.0), (&[40], 1.0), (&[1], -1.0), (&[1], f64::NAN), (&[1], f64::INFINITY)]
         {
             let settings = GenerateSettings { temperature, ..GREEDY };
-            assert!(matches!(generate(&*model, prompt, &settings, |_| {}), Err(ModelError::Input { .. })));
+            assert!(matches!(generate(&*model, prompt, &settings, |_| true), Err(ModelError::Input { .. })));
         }
     }
 }

@@ -133,7 +133,8 @@ mod tests {
         // Before a token that has not come yet, the text ends there.
         let stop = *text.iter().find(|token| **token != text[0]).unwrap();
         let cut = text.iter().position(|token| *token == stop).unwrap();
-        let stopped = generate(&*model, &[3, 1, 4], &GenerateSettings { stop: Some(stop), ..GREEDY }, |_| true).unwrap();
+        let stopped =
+            generate(&*model, &[3, 1, 4], &GenerateSettings { stop: Some(stop), ..GREEDY }, |_| true).unwrap();
         assert_eq!(stopped, text[..cut]);
     }
 

@@ -183,7 +183,11 @@ fn ranks_that_can_not_meet_over_loopback_are_told_at_the_start() {
         return;
     }
     let life = lab.run("x").under(alone).finish().expect_code(78);
-    assert!(life.stderr.contains("loopback interface") && life.stderr.contains("ip link set lo up"), "{}", life.story());
+    assert!(
+        life.stderr.contains("loopback interface") && life.stderr.contains("ip link set lo up"),
+        "{}",
+        life.story()
+    );
     // No worker was started for it, and one worker needs nobody.
     assert!(life.of_kind("worker_died").is_empty() && life.of_kind("formed").is_empty(), "{}", life.story());
     let one = ["--nproc-per-node", "1", "--set", "train.steps=4"];

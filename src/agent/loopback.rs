@@ -21,9 +21,9 @@ pub fn check(workers: u32) -> Result<()> {
     }
     connect().map_err(|error| {
         let what = format!("connect {workers} workers over 127.0.0.1, the loopback interface of this machine");
-        Error::from_source(Kind::Config, error).context(what).with_hint(
-            "bring it up: ip link set lo up; or train with one worker: --nproc-per-node 1",
-        )
+        Error::from_source(Kind::Config, error)
+            .context(what)
+            .with_hint("bring it up: ip link set lo up; or train with one worker: --nproc-per-node 1")
     })
 }
 

@@ -71,7 +71,10 @@ pub fn decide(deaths: &[Death], settings: &RestartConfig) -> Decision {
     let same = deaths.iter().rev().take_while(|death| death.step == step).count();
     let same_limit = usize::try_from(settings.same_step.max(1)).unwrap_or(usize::MAX);
     if same >= same_limit {
-        return Decision::GiveUp { reason: format!("workers died {same} times in a row after step {step}"), out_of_memory };
+        return Decision::GiveUp {
+            reason: format!("workers died {same} times in a row after step {step}"),
+            out_of_memory,
+        };
     }
     let limit = usize::try_from(settings.max).unwrap_or(usize::MAX);
     if deaths.len() > limit {
@@ -154,7 +157,8 @@ mod tests {
     #[test]
     fn memory_that_ran_out_is_tried_once_more_and_given_up_unless_steps_were_finished_in_between() {
         let full = |step| Death { step: Step(step), out_of_memory: true };
-        let given_up = |deaths: &[Death]| matches!(decide(deaths, &SETTINGS), Decision::GiveUp { out_of_memory: true, .. });
+        let given_up =
+            |deaths: &[Death]| matches!(decide(deaths, &SETTINGS), Decision::GiveUp { out_of_memory: true, .. });
         for (deaths, end) in [
             (vec![full(0)], false),
             (vec![full(0), full(0)], true),

@@ -49,9 +49,16 @@ where
     };
     let kind = match code.as_deref() {
         Some(code)
-            if ["AccessDenied", "Unauthorized", "InvalidClientTokenId", "UnrecognizedClient", "Expired", "Signature"]
-                .iter()
-                .any(|part| code.contains(part))
+            if [
+                "AccessDenied",
+                "Unauthorized",
+                "InvalidClientTokenId",
+                "UnrecognizedClient",
+                "Expired",
+                "Signature",
+            ]
+            .iter()
+            .any(|part| code.contains(part))
                 || code == "AuthFailure" =>
         {
             Kind::Permission

@@ -96,7 +96,9 @@ impl Explain for ModelError {
             Self::Architecture { .. } => {
                 Some("use a config.json with \"architectures\": [\"LlamaForCausalLM\"]".into())
             }
-            Self::Torch { .. } if self.out_of_memory() => Some("lower train.max_micro_batch: --set train.max_micro_batch=N".into()),
+            Self::Torch { .. } if self.out_of_memory() => {
+                Some("lower train.max_micro_batch: --set train.max_micro_batch=N".into())
+            }
             _ => None,
         }
     }

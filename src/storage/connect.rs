@@ -128,7 +128,9 @@ mod tests {
         assert!(ask(301, Some("<b>")).is_some_and(|(_, body)| !body.contains("<b>")));
         // Of our own region: a new bucket, a wrong request, a missing object.
         assert_eq!(ask(307, Some("us-east-1")).unwrap().0, 503);
-        for (status, theirs) in [(400, Some("us-east-1")), (400, None), (403, Some("eu-west-1")), (404, None), (500, None)] {
+        for (status, theirs) in
+            [(400, Some("us-east-1")), (400, None), (403, Some("eu-west-1")), (404, None), (500, None)]
+        {
             assert_eq!(ask(status, theirs), None, "{status} {theirs:?}");
         }
     }

@@ -215,7 +215,13 @@ fn permission_hint(operation: &str, cause: &str) -> &'static str {
          AWS_SESSION_TOKEN anew, and start again"
     } else if says(&["RequestTimeTooSkewed"]) {
         "set this machine's clock: `timedatectl set-ntp true`, or `chronyc makestep`"
-    } else if says(&["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity", "AuthFailure", "HeaderMalformed"]) {
+    } else if says(&[
+        "InvalidAccessKeyId",
+        "SignatureDoesNotMatch",
+        "InvalidSecurity",
+        "AuthFailure",
+        "HeaderMalformed",
+    ]) {
         "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (`aws sts get-caller-identity`), and that they belong to \
          this endpoint: AWS_ENDPOINT_URL"
     } else if says(&["os error 1)"]) {

@@ -62,7 +62,8 @@ mod tests {
 
     #[test]
     fn every_word_for_no_links_is_known_and_no_other_error() {
-        for (number, refused) in [(1, true), (95, true), (31, true), (38, true), (13, false), (28, false), (24, false)] {
+        for (number, refused) in [(1, true), (95, true), (31, true), (38, true), (13, false), (28, false), (24, false)]
+        {
             assert_eq!(is_refusal(&io::Error::from_raw_os_error(number)), refused, "{number}");
         }
     }

@@ -286,9 +286,7 @@ fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) 
     let Some((region, requester_pays, object_headers)) = own else {
         return Ok(Backend { objects: client.clone(), large: Large::Parts(client), s3: second });
     };
-    let http = connector
-        .connect(&client_options(plain))
-        .map_err(|error| format!("can't be opened: {error}"))?;
+    let http = connector.connect(&client_options(plain)).map_err(|error| format!("can't be opened: {error}"))?;
     let s3 = S3 { client: client.clone(), http, region, requester_pays, object_headers };
     Ok(Backend { objects: client, large: Large::S3(Arc::new(s3)), s3: second })
 }

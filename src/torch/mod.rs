@@ -164,11 +164,7 @@ pub enum TorchError {
 impl TorchError {
     /// LibTorch refused in these words.
     pub(crate) fn refused(doing: &'static str, message: String) -> Self {
-        if is_out_of_memory(&message) {
-            Self::OutOfMemory { doing, message }
-        } else {
-            Self::Refused { doing, message }
-        }
+        if is_out_of_memory(&message) { Self::OutOfMemory { doing, message } } else { Self::Refused { doing, message } }
     }
 }
 

@@ -63,7 +63,8 @@ const PREFIXES: [&str; 38] = [
 ];
 
 /// Parts of the names of secrets.
-const SECRET: [&str; 8] = ["TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY"];
+const SECRET: [&str; 8] =
+    ["TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY"];
 
 /// Whether a worker gets the variable `name`.
 pub fn is_for_workers(name: &str) -> bool {

@@ -51,7 +51,7 @@ fn records_are_read_from_every_form_in_which_they_are_shipped() {
     let texts = ["one\nline", "an \"other\" one", "gr\u{fc}n", "the last"];
     let record = |text: &&str| serde_json::json!({ "id": 7, "doc": { "text": text } });
     let lines: String = texts.iter().map(|text| format!("{}\n", record(text))).collect();
-    let array = serde_json::to_string_pretty(&texts.iter().map(|text| record(text)).collect::<Vec<_>>()).unwrap();
+    let array = serde_json::to_string_pretty(&texts.iter().map(&record).collect::<Vec<_>>()).unwrap();
     let spread: String =
         texts.iter().map(|text| format!("{}\n", serde_json::to_string_pretty(&record(text)).unwrap())).collect();
     let nan = lines.replace("\"id\":7", "\"id\":NaN,\"name\":\"\\ud800\"");

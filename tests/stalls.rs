@@ -110,9 +110,7 @@ fn a_heartbeat_that_hangs_does_not_hold_up_the_last_save() {
 fn a_commit_whose_record_hangs_once_is_written_anew() {
     for lands in [Lands::Never, Lands::AtOnce, Lands::Late] {
         let (lab, proxy) = Lab::on_s3_through_proxy(1);
-        // Less than the store's requests have otherwise.
-        let window = [("TRAINER_STOP_WINDOW", "12s".to_owned())];
-        let running = long(&lab).envs(&window).hold_after(EVERY + 1).start();
+        let running = long(&lab).hold_after(EVERY + 1).start();
         running.wait_for_step("checkpoint", EVERY);
         running.held();
         proxy.hang(Hang { times: 1, lands, ..Hang::all("PUT", "/journal/", "\"kind\":\"committed\"") });

@@ -54,7 +54,9 @@ struct Listed<'a> {
 impl<'a> Listed<'a> {
     fn of(state: &RunState, checkpoint: &'a journal::Checkpoint) -> Self {
         let bytes = if checkpoint.status == CheckpointStatus::Pruned { 0 } else { checkpoint.committed.bytes };
-        Self { checkpoint: Checkpoint::from(checkpoint), usd_per_month: history::monthly_cost(state, bytes) }
+        // The price is worked out from all that was ever set: not for each of the many that cost nothing.
+        let usd_per_month = if bytes == 0 { 0.0 } else { history::monthly_cost(state, bytes) };
+        Self { checkpoint: Checkpoint::from(checkpoint), usd_per_month }
     }
 }
 

@@ -4,6 +4,7 @@
 //! benches/run        figures own     trainer alone: file:// and s3://, the fastest client's share, a state of 2 GB
 //! benches/peers/run  figures peers   trainer and PyTorch DCP, alternating, and the ratios between them
 //!                    figures transfer  bytes up and down with no training: MB/s and CPU time
+//!                    figures journal   opening a run of a million records: seconds and requests
 //!                    figures serve-s3  the S3 server that all of them talk to, as a process of its own
 //! ```
 //! A contender is a command that prints `trainer`'s own JSON events; `peers/peer.py` prints them too, so both go through the
@@ -12,6 +13,7 @@
 
 mod contender;
 mod figures;
+mod journal;
 mod lab;
 mod large;
 mod machine;
@@ -67,6 +69,18 @@ enum What {
         #[arg(long, default_value = "target")]
         scratch: std::path::PathBuf,
     },
+    /// Opening a run that has lived for months: seconds and requests, with summaries and without
+    Journal {
+        /// Records of its journal
+        #[arg(long, default_value_t = 130_000)]
+        records: u64,
+        /// A journal's first record
+        #[arg(long, default_value = "tests/fixtures/formats/v1/journal-created.json")]
+        created: std::path::PathBuf,
+        /// Folder for the files
+        #[arg(long, default_value = "target")]
+        scratch: std::path::PathBuf,
+    },
     /// The S3 server: prints its endpoint, serves until its standard input ends
     ServeS3,
 }
@@ -95,6 +109,7 @@ fn main() -> ExitCode {
         What::Transfer { mib, rounds, concurrency, part_mib, scratch } => {
             transfer::run(transfer::Task { mib, rounds, concurrency, part_mib }, &scratch)
         }
+        What::Journal { records, created, scratch } => journal::run(records, &created, &scratch),
         What::ServeS3 => serve(),
     };
     match outcome {

@@ -221,7 +221,7 @@ async fn boot(store: &Store, from: Option<Point>) -> Result<(Agent, Option<Point
     let resume = found.map(|(step, generation)| ResumePoint { step: Step(step), generation: Generation(generation) });
     let roster = vec![RosterEntry { node, workers: 1 }];
     let (world_size, overrides, reason) = (WorldSize(1), Vec::new(), FormedReason::Started);
-    let formed = Formed { roster, world_size, resume, overrides, reason };
+    let formed = Formed { roster, world_size, resume, overrides, reason, data: None };
     let generation = journal.form(formed).await.map_err(|error| error.to_string())?.get();
     Ok((Agent { journal, generation, step: found.map_or(0, |point| point.0), last: None }, found))
 }

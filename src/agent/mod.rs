@@ -22,6 +22,7 @@ mod gauge;
 mod images;
 mod life;
 mod opening;
+mod provenance;
 mod restart;
 mod retention;
 mod saver;
@@ -42,7 +43,7 @@ use self::{
 };
 use crate::{
     checkpoint::{
-        catalog::{self, Damage},
+        catalog::Damage,
         restore,
         verify::{Depth, verify},
     },
@@ -102,6 +103,8 @@ pub struct Manner {
     /// This machine is there for the run: what the run's `on_complete` says is done even where others have completed it. Else it is
     /// done by who trained the run to its end: to ask for a run that is complete must not end the machine of who asks.
     pub dedicated: bool,
+    /// A person has named the data with this very command: if it is not what the run was trained on so far, it is from here on.
+    pub accepts_data: bool,
 }
 
 impl Manner {
@@ -366,7 +369,9 @@ impl Agent {
                     },
                 }
             }
-            let Some(load) = unless_told(notices, &reporter, self.choose(&resolved)).await else {
+            provenance::is_still_there(&resolved)?;
+            let choosing = self.choose_with_data(&resolved);
+            let Some(load) = unless_told(notices, &reporter, choosing).await else {
                 return self.told_between_lives("a checkpoint to go on from was looked for", finished).await;
             };
             let load = load?;
@@ -400,6 +405,7 @@ impl Agent {
                     node: self.node.clone(),
                     generation,
                     world_size,
+                    data: resolved.identity.clone(),
                     journal: Arc::clone(&self.journal),
                 },
                 companions: resolved.companions.clone(),
@@ -526,7 +532,20 @@ impl Agent {
             (config, overrides)
         };
         self.overrides = overrides;
-        Ok(Ok(resolve(&config, self.nproc_per_node, self.manner.cache.as_deref(), &self.reporter).await?))
+        let resolved = resolve(&config, self.nproc_per_node, self.manner.cache.as_deref(), &self.reporter).await?;
+        provenance::data_agrees(self.journal.lock().await.state(), &resolved, self.accepts_data())?;
+        Ok(Ok(resolved))
+    }
+
+    /// [`choose`](Self::choose), while the rest of the data is held against its checksums.
+    async fn choose_with_data(&mut self, resolved: &Resolved) -> Result<Load> {
+        let whole = async { Ok::<_, Error>(resolved.data.whole().await?) };
+        let (load, ()) = tokio::try_join!(self.choose(resolved), whole)?;
+        Ok(load)
+    }
+
+    fn accepts_data(&self) -> bool {
+        self.manner.accepts_data || provenance::names_data(&self.overrides)
     }
 
     /// The newest usable checkpoint, or what a new run starts from. Damage is reported, and written down once this agent has a
@@ -541,7 +560,8 @@ impl Agent {
         if let Some(load) = self.in_memory(&candidates).await {
             return Ok(load);
         }
-        let outcome = catalog::newest_usable(&self.run, &candidates, self.from).await?;
+        let made_of = provenance::MadeOf::new(self.journal.lock().await.state(), resolved, self.accepts_data());
+        let outcome = provenance::newest_usable(&self.run, &candidates, self.from, &made_of).await?;
         for damage in &outcome.stepped_over {
             self.warn_of_damage(damage.step, &damage.object, &damage.reason);
         }
@@ -625,12 +645,14 @@ impl Agent {
             resume,
             overrides: self.overrides.clone(),
             reason,
+            data: Some(resolved.identity.clone()),
         };
         let mut journal = self.journal.lock().await;
         match journal.form(formed).await {
             Ok(generation) => {
                 // They hold for every later generation, too: said once is enough.
                 self.overrides.clear();
+                self.manner.accepts_data = false;
                 for damage in self.damage.drain(..) {
                     journal.append(damage.record()).await?;
                 }

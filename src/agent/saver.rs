@@ -13,7 +13,7 @@ use crate::{
     checkpoint::save::{Save, Upload, put_manifest, put_shards},
     error::{Error, Kind, Result},
     faults::{self, At},
-    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
+    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
     journal::{Committed, Journal, Record, SaveCost},
     storage::{Crc64, Store},
 };
@@ -31,6 +31,8 @@ pub struct Context {
     pub generation: Generation,
     /// Workers of all nodes.
     pub world_size: WorldSize,
+    /// The data that is trained on.
+    pub data: DatasetId,
     /// Shared with the event loop.
     pub journal: Arc<AsyncMutex<Journal>>,
 }

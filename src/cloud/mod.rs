@@ -7,6 +7,7 @@ pub mod autoscaling;
 pub mod aws;
 pub mod azure;
 pub mod gcp;
+pub mod gpus;
 pub mod hardware;
 pub mod identity;
 pub mod imds;

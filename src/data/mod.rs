@@ -20,11 +20,14 @@ pub mod cache;
 mod documents;
 mod encode;
 mod fetch;
+pub mod identity;
 mod input;
+mod place;
 pub mod prepare;
 mod room;
 pub mod sampler;
 pub mod shards;
+mod sums;
 pub mod tokenizer;
 mod writer;
 

@@ -58,6 +58,15 @@ number! {
     WorldSize(u32)
 }
 
+/// Which data a run is trained on, by checksums (CRC64-NVME, 16 lower-case hex digits).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatasetId {
+    /// Of the bytes of the dataset's index, which holds those of every shard and of the tokenizer.
+    pub index: String,
+    /// Of the tokenizer's vocabulary: what a token id means. A dataset that is made anew with the same tokenizer keeps it.
+    pub vocabulary: String,
+}
+
 /// Why a text is not an id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what} {text:?} {reason}")]

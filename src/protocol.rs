@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     config::RunConfig,
-    ids::{Generation, Rank, Step, WorldSize},
+    ids::{DatasetId, Generation, Rank, Step, WorldSize},
     snapshot::{
         mode::CaptureMode,
         plan::{ImagePlan, TensorSpec},
@@ -103,6 +103,8 @@ pub struct Assignment {
     pub config: RunConfig,
     /// Local folder that holds the token shards.
     pub data_dir: std::path::PathBuf,
+    /// The data that must lie there.
+    pub data: DatasetId,
     /// The step whose state is loaded; 0: a fresh start.
     pub resume_step: Step,
 }

@@ -14,7 +14,7 @@ use trainer::{
         save::Receipt,
     },
     data::shards::Index,
-    ids::{Generation, Rank, Step, WorldSize},
+    ids::{DatasetId, Generation, Rank, Step, WorldSize},
     journal::{Entry, FORMAT, Record},
     protocol::{self, Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
     rendezvous::heartbeat::Heartbeat,
@@ -52,6 +52,7 @@ fn messages() -> [Vec<u8>; 6] {
         generation: Generation(3),
         config: samples::config(),
         data_dir: "/data".into(),
+        data: DatasetId { index: "00000000deadbeef".into(), vocabulary: "0123456789abcdef".into() },
         resume_step: Step(9),
     };
     let report =

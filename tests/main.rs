@@ -4,6 +4,7 @@ mod support;
 mod boot;
 mod crash;
 mod damage;
+mod dataset;
 mod doctor;
 mod deadline;
 mod doubt;

@@ -179,6 +179,7 @@ fn record(what: What) -> Record {
             resume: resume.map(real),
             overrides: Vec::new(),
             reason: FormedReason::Started,
+            data: None,
         },
         What::Committed { point, manifest } => Record::Committed(Committed {
             step: Step(point.0.into()),

@@ -252,7 +252,7 @@ async fn boot(store: &Store, from: Option<Point>) -> Result<(Agent, Option<Point
     let resume = found.map(|(step, generation)| ResumePoint { step: Step(step), generation: Generation(generation) });
     let roster = vec![RosterEntry { node, workers: 1 }];
     let (world_size, overrides, reason) = (WorldSize(1), Vec::new(), FormedReason::Started);
-    let formed = Formed { roster, world_size, resume, overrides, reason };
+    let formed = Formed { roster, world_size, resume, overrides, reason, data: None };
     let generation = journal.form(formed).await.map_err(|error| error.to_string())?.get();
     Ok((Agent { journal, generation, step: found.map_or(0, |point| point.0), last: None }, found))
 }
@@ -447,7 +447,7 @@ async fn assert_wrong_summaries_are_named(store: &Store) {
         .expect("a new run");
     let roster = vec![RosterEntry { node, workers: 1 }];
     let (world_size, overrides, reason) = (WorldSize(1), Vec::new(), FormedReason::Started);
-    let formed = Formed { roster, world_size, resume: None, overrides, reason };
+    let formed = Formed { roster, world_size, resume: None, overrides, reason, data: None };
     let generation = journal.form(formed).await.expect("nobody else");
     while journal.state().next() < 16 {
         let notice =

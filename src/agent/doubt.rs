@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use super::{Agent, life::Load, words};
+use super::{Agent, life::Load, provenance, words};
 use crate::{
     checkpoint::{
         CheckpointError,
@@ -128,13 +128,17 @@ impl Agent {
     }
 
     /// The newest of them that is whole as far as sizes tell.
-    pub(super) async fn newest_usable(&self, candidates: &[Committed]) -> Result<catalog::Outcome> {
-        let outcome = catalog::newest_usable(&self.run, candidates, self.from).await?;
+    pub(super) async fn newest_usable(
+        &self,
+        candidates: &[Committed],
+        made_of: &provenance::MadeOf<'_>,
+    ) -> Result<catalog::Outcome> {
+        let outcome = provenance::newest_usable(&self.run, candidates, self.from, made_of).await?;
         if outcome.stepped_over.is_empty() {
             return Ok(outcome);
         }
         tokio::time::sleep(PAUSE).await;
-        Ok(catalog::newest_usable(&self.run, candidates, self.from).await?)
+        provenance::newest_usable(&self.run, candidates, self.from, made_of).await
     }
 
     /// Clears a condemned checkpoint of `step` if it is whole, unless there is a good one of that step.

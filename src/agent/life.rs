@@ -403,6 +403,7 @@ impl Life<'_> {
                 generation: self.start.saver.generation,
                 config: self.start.config.clone(),
                 data_dir: self.start.data_dir.clone(),
+                data: self.start.saver.data.clone(),
                 resume_step: self.start.load.step(),
             };
             self.tell(Rank(rank), ToWorker::Start(Box::new(assignment)));

@@ -27,6 +27,7 @@ mod life;
 mod loopback;
 mod opening;
 mod parting;
+mod provenance;
 mod restart;
 mod retention;
 mod saver;
@@ -98,6 +99,8 @@ pub struct Manner {
     /// This machine is there for the run: what the run's `on_complete` says is done even where others have completed it. Else it is
     /// done by who trained the run to its end: to ask for a run that is complete must not end the machine of who asks.
     pub dedicated: bool,
+    /// A person has named the data with this very command: if it is not what the run was trained on so far, it is from here on.
+    pub accepts_data: bool,
 }
 
 impl Manner {
@@ -376,7 +379,9 @@ impl Agent {
                     },
                 }
             }
-            let Some(load) = unless_told(notices, &reporter, self.choose(&resolved)).await else {
+            provenance::is_still_there(&resolved)?;
+            let choosing = self.choose_with_data(&resolved);
+            let Some(load) = unless_told(notices, &reporter, choosing).await else {
                 return self.told_between_lives("a checkpoint to go on from was looked for", finished).await;
             };
             let load = load?;
@@ -415,6 +420,7 @@ impl Agent {
                     generation,
                     formed: began,
                     world_size,
+                    data: resolved.identity.clone(),
                     journal: Arc::clone(&self.journal),
                 },
                 companions: resolved.companions.clone(),
@@ -552,8 +558,20 @@ impl Agent {
         self.overrides = overrides;
         let cache = self.manner.cache.as_deref();
         let mut resolved = resolve(&config, self.nproc_per_node, cache, &self.reporter).await?;
+        provenance::data_agrees(self.journal.lock().await.state(), &resolved, self.accepts_data())?;
         companions::of_existing_run(&mut resolved, &self.run, &holders).await?;
         Ok(Ok(resolved))
+    }
+
+    /// [`choose`](Self::choose), while the rest of the data is held against its checksums.
+    async fn choose_with_data(&mut self, resolved: &Resolved) -> Result<Load> {
+        let whole = async { Ok::<_, Error>(resolved.data.whole().await?) };
+        let (load, ()) = tokio::try_join!(self.choose(resolved), whole)?;
+        Ok(load)
+    }
+
+    fn accepts_data(&self) -> bool {
+        self.manner.accepts_data || provenance::names_data(&self.overrides)
     }
 
     /// The newest usable checkpoint, or what a new run starts from. Damage is reported; what comes of it says [`Docket`].
@@ -562,7 +580,8 @@ impl Agent {
         if let Some(load) = self.in_memory(&candidates).await {
             return Ok(load);
         }
-        let outcome = self.newest_usable(&candidates).await?;
+        let made_of = provenance::MadeOf::new(self.journal.lock().await.state(), resolved, self.accepts_data());
+        let outcome = self.newest_usable(&candidates, &made_of).await?;
         for damage in outcome.stepped_over.iter().filter(|damage| self.docket.suspect(damage)) {
             self.warn_of_damage(damage.step, &damage.object, &damage.reason);
         }
@@ -626,12 +645,14 @@ impl Agent {
             resume,
             overrides: self.overrides.clone(),
             reason,
+            data: Some(resolved.identity.clone()),
         };
         let mut journal = self.journal.first().await;
         match journal.form(formed).await {
             Ok(generation) => {
                 // They hold for every later generation, too: said once is enough.
                 self.overrides.clear();
+                self.manner.accepts_data = false;
                 for dead in self.dead.drain(..) {
                     let run = self.run.clone();
                     tokio::spawn(async move { heartbeat::bury(&run, &dead).await });

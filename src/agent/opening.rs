@@ -16,12 +16,13 @@ use super::{
     Afterwards, Begin, Manner,
     companions::{self, Tokens},
     loopback,
+    provenance::{self, names_data},
 };
 use crate::{
     config::{Machine, NoticeConfig, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
-    data::{self, Dataset, LocalDataset, Split},
+    data::{self, Dataset, LocalDataset, Split, identity},
     error::{Error, Kind, Result},
-    ids::{NodeId, RunId, Step, WorldSize},
+    ids::{DatasetId, NodeId, RunId, Step, WorldSize},
     journal::{self, Journal, JournalError, RunState},
     model,
     report::{Event, Reporter},
@@ -39,6 +40,8 @@ pub struct Resolved {
     pub sequences: NonZeroU64,
     pub workers: u32,
     pub companions: Vec<(String, Bytes)>,
+    /// Which data it is.
+    pub identity: DatasetId,
 }
 
 /// What is needed to open a run.
@@ -67,13 +70,18 @@ impl Opening<'_> {
                 configured(&config);
                 // Whatever the configuration names is looked at before the run exists.
                 let resolved = resolve_new(&config, nproc_per_node, cache, reporter).await?;
+                resolved.data.whole().await?;
                 exists.set(true);
                 let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await?;
                 return Ok(Ok((journal, resolved, Vec::new(), None)));
             }
             Begin::CreateOrResume { config, overrides } => {
                 configured(&config);
-                match resolve_new(&config, nproc_per_node, cache, reporter).await {
+                let resolved = match resolve_new(&config, nproc_per_node, cache, reporter).await {
+                    Ok(resolved) => resolved.data.whole().await.map(|()| resolved).map_err(Error::from),
+                    Err(refused) => Err(refused),
+                };
+                match resolved {
                     Ok(resolved) => {
                         exists.set(true);
                         match Journal::create(run.clone(), node.clone(), run_id.clone(), *config).await {
@@ -105,6 +113,7 @@ impl Opening<'_> {
         }
         configured(&config);
         let mut resolved = resolve(&config, nproc_per_node, cache, reporter).await?;
+        provenance::data_agrees(journal.state(), &resolved, manner.accepts_data || names_data(&overrides))?;
         companions::of_existing_run(&mut resolved, run, &companions::holders(journal.state())).await?;
         Ok(Ok((journal, resolved, overrides, from)))
     }
@@ -145,6 +154,7 @@ pub async fn resolve(
     cache: Option<&Path>,
     reporter: &Reporter,
 ) -> Result<Resolved> {
+    provenance::compute_device(config).await?;
     let workers = workers_per_node(&config.parallel, nproc_per_node, &Machine::detect());
     micro_batches(config.train.global_batch, WorldSize(workers), config.train.max_micro_batch)?;
     loopback::check(workers)?;
@@ -152,9 +162,10 @@ pub async fn resolve(
     let shown = |progress: data::cache::CacheProgress| {
         tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
     };
-    let cache = cache.map_or_else(cache_folder, Path::to_owned);
-    let data = data::ensure_local(&config.data.train, &cache, &config.storage, shown).await?;
+    let cache = cache.map(Path::to_owned).or_else(cache_folder);
+    let data = data::ensure_local(&config.data.train, cache.as_deref(), &config.storage, shown).await?;
     let dataset = Dataset::open(data.dir())?;
+    let identity = identity::identify(data.dir())?;
     let vocabulary = model::vocab_size(config.model.kind, &config.model.config)?;
     data::check_vocabulary(dataset.index(), &config.data.train, vocabulary.into(), "model.config")?;
     let longest = model::max_sequence_length(config.model.kind, &config.model.config)?;
@@ -178,12 +189,13 @@ pub async fn resolve(
         companions: companions::plain(config, &Tokens::of(data.dir(), dataset.index())?)?,
         config: config.clone(),
         data,
+        identity,
     })
 }
 
-/// Where datasets that lie in an object store are kept on this machine.
-fn cache_folder() -> PathBuf {
-    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = base.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")));
-    base.unwrap_or_else(std::env::temp_dir).join("trainer").join("datasets")
+/// Where datasets that lie in an object store are kept on this machine; `None`: this user has no such place.
+fn cache_folder() -> Option<PathBuf> {
+    let named = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")));
+    Some(base?.join("trainer").join("datasets"))
 }

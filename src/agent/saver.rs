@@ -14,7 +14,7 @@ use crate::{
     checkpoint::save::{Save, Upload, put_manifest, put_shards},
     error::{Error, Kind, Result},
     faults::{self, At},
-    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
+    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
     journal::{Committed, Record, SaveCost},
     storage::{Crc64, Store},
 };
@@ -34,6 +34,8 @@ pub struct Context {
     pub formed: tokio::time::Instant,
     /// Workers of all nodes.
     pub world_size: WorldSize,
+    /// The data that is trained on.
+    pub data: DatasetId,
     /// Shared with the event loop.
     pub journal: Arc<SharedJournal>,
 }

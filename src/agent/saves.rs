@@ -178,6 +178,7 @@ impl Saves {
         small.push((layout::MODEL_INDEX.to_owned(), index));
         let state = TrainerState::at(step, config, self.sequences)
             .ok_or_else(|| Error::new(Kind::Config, "train.steps × train.global_batch is too large"))?;
+        let state = TrainerState { data: Some(self.context.data.clone()), ..state };
         small.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
         self.sending = uploads.iter().map(|upload| upload.body.len() as u64).sum();
         self.sent = 0;

@@ -252,6 +252,7 @@ mod tests {
             resume: None,
             overrides: Vec::new(),
             reason: FormedReason::Started,
+            data: None,
         };
         journal.form(formed).await.unwrap();
         let mut list = Vec::new();

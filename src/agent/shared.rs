@@ -204,6 +204,7 @@ mod tests {
             resume: None,
             overrides: Vec::new(),
             reason: FormedReason::Started,
+            data: None,
         };
         journal.form(formed).await.unwrap();
         for step in 1..=2 {

@@ -6,7 +6,11 @@ use std::{
 };
 
 use crate::{
-    cloud::hardware::{self, Gpus},
+    cloud::{
+        gpus,
+        hardware::{self, Gpus},
+    },
+    config::Device,
     error::{Error, Kind, Result},
 };
 
@@ -41,16 +45,12 @@ fn judge(gpus: &Gpus, unchanged: Duration) -> Verdict {
     }
 }
 
-/// Waits until the GPUs of this machine can be used, at most `limit`, where this process uses any; says what there is to use.
-pub async fn await_gpus(root: &Path, limit: Duration) -> Result<Option<String>> {
-    let hidden = std::env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|list| matches!(list.trim(), "" | "-1"));
-    if cfg!(torch_cuda) && !hidden {
+/// Waits until the GPUs of this machine can be used, at most `limit`, where this process uses any; says what there is to use. Of those that
+/// are not used the agent tells.
+pub async fn await_gpus(root: &Path, wanted: Device, limit: Duration) -> Result<Option<String>> {
+    let hidden = gpus::hides_all(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref());
+    if cfg!(torch_cuda) && !hidden && !gpus::cpu_is_meant(wanted) {
         return wait(root, limit).await;
-    }
-    let count = hardware::gpus(root).on_the_bus;
-    if count > 0 {
-        let why = if hidden { "CUDA_VISIBLE_DEVICES hides them" } else { "this build has no CUDA" };
-        tracing::warn!("{count} GPUs of this machine are not used: {why}");
     }
     Ok(None)
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::CheckpointError;
 use crate::{
     config::{RunConfig, ScheduleConfig},
-    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
+    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
     layout,
     storage::Crc64,
 };
@@ -199,6 +199,9 @@ pub struct TrainerState {
     pub schedule: ScheduleConfig,
     /// How random numbers are made.
     pub rng: RngRule,
+    /// The data that was trained on; `None`: not written down, in checkpoints of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<DatasetId>,
 }
 
 /// How random numbers are made.
@@ -210,7 +213,7 @@ pub enum RngRule {
 }
 
 impl TrainerState {
-    /// The state after `step` of a run over data with `sequences` sequences in one pass; `None` if a count overflows.
+    /// The state after `step` of a run over data with `sequences` sequences in one pass; `None` if a count overflows. It names no data.
     pub fn at(step: Step, config: &RunConfig, sequences: NonZeroU64) -> Option<Self> {
         let samples = step.get().checked_mul(u64::from(config.train.global_batch))?;
         Some(Self {
@@ -227,6 +230,7 @@ impl TrainerState {
             lr: config.train.optimizer.lr,
             schedule: config.train.schedule,
             rng: RngRule::PerStep,
+            data: None,
         })
     }
 
@@ -240,8 +244,11 @@ impl TrainerState {
         let state: Self = from_json(object, bytes)?;
         let samples = state.step.get().checked_mul(u64::from(state.global_batch));
         let tokens = samples.and_then(|samples| samples.checked_mul(u64::from(state.sequence_length)));
-        if samples != Some(state.samples) || tokens != Some(state.tokens) {
-            return Err(CheckpointError::damaged(object, "its counts don't agree with one another"));
+        for (field, found, expected) in [("samples", state.samples, samples), ("tokens", state.tokens, tokens)] {
+            if expected != Some(found) {
+                let reason = format!("its {field} is {found}, which its other counts contradict");
+                return Err(CheckpointError::damaged(object, reason));
+            }
         }
         Ok(state)
     }

@@ -16,7 +16,7 @@ use serde::Deserialize;
 
 use super::{
     CheckpointError, join,
-    manifest::{FileEntry, MAX_JSON, Manifest, TrainerState, is_plain_name},
+    manifest::{FileEntry, MAX_JSON, Manifest, is_plain_name},
 };
 use crate::{
     layout,
@@ -217,18 +217,6 @@ pub async fn small_file(store: &Store, manifest: &Manifest, name: &str) -> Resul
     Ok(bytes)
 }
 
-/// The trainer's state of a checkpoint, checked against its manifest.
-pub async fn trainer_state(store: &Store, manifest: &Manifest) -> Result<TrainerState, CheckpointError> {
-    let object = join(&manifest.folder(), layout::TRAINER_STATE);
-    let bytes = small_file(store, manifest, layout::TRAINER_STATE).await?;
-    let state = TrainerState::parse(&object, &bytes)?;
-    if state.step != manifest.step {
-        let reason = format!("it is of step {}, its manifest of step {}", state.step, manifest.step);
-        return Err(CheckpointError::damaged(object, reason));
-    }
-    Ok(state)
-}
-
 /// The weights of a Hugging Face folder: `model.safetensors`, or all shards of its index. Sizes are the store's; there is
 /// no checksum to hold them against. `store` is the folder itself, so `""` is the `folder` that [`fetch`] wants.
 pub async fn weights_from_folder(store: &Store) -> Result<Vec<RemoteFile>, CheckpointError> {
@@ -280,7 +268,7 @@ mod tests {
     use crate::{
         checkpoint::{
             header,
-            manifest::FileKind,
+            manifest::{FileKind, TrainerState},
             testing::{HARMS, checkpoint, file, file_store, harm, memory_store, random, weights},
         },
         ids::Step,
@@ -373,10 +361,11 @@ mod tests {
         for how in HARMS {
             let store = memory_store();
             let (_, manifest) = checkpoint(&store, 5, 1, 2, 42).await;
-            let state = trainer_state(&store, &manifest).await.unwrap();
+            let bytes = small_file(&store, &manifest, layout::TRAINER_STATE).await.unwrap();
+            let state = TrainerState::parse(layout::TRAINER_STATE, &bytes).unwrap();
             assert_eq!((state.step, state.samples, state.tokens), (Step(5), 160, 40960));
             let key = harm(&store, &manifest.folder(), layout::TRAINER_STATE, how).await;
-            let error = trainer_state(&store, &manifest).await.unwrap_err();
+            let error = small_file(&store, &manifest, layout::TRAINER_STATE).await.unwrap_err();
             assert!(matches!(&error, CheckpointError::Damaged { object, .. } if *object == key), "{how:?}: {error}");
         }
     }

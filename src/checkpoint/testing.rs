@@ -103,7 +103,12 @@ pub fn config() -> RunConfig {
             optimizer: OptimizerConfig { lr: 3e-4, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 },
             schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
         },
-        parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: None, bucket_mib: 25 },
+        parallel: ParallelConfig {
+            strategy: Strategy::Ddp,
+            nproc_per_node: None,
+            device: crate::config::Device::Auto,
+            bucket_mib: 25,
+        },
         checkpoint: CheckpointConfig {
             every: Cadence::Auto,
             keep: Keep { last: 3, every: None, best: 0 },
@@ -238,5 +243,6 @@ pub fn formed(generation: u64, resume: Option<(u64, u64)>) -> Record {
         resume: resume.map(|(step, generation)| ResumePoint { step: Step(step), generation: Generation(generation) }),
         overrides: Vec::new(),
         reason: FormedReason::Started,
+        data: None,
     }
 }

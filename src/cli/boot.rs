@@ -52,7 +52,7 @@ is complete is left alone. Two machines may boot one run: one trains, the other 
 when the first is gone. When the run is complete, on_complete.action says what becomes of the machine. TRAINER_POWER_OFF=host says that \
 whoever started this process powers the machine off after exit code 0, as it must for a container: then nothing is powered off from here.
 
-Datasets are kept on a mounted instance store (NVMe) where there is one, else in the user's cache. TRAINER_HOST_ROOT names the folder of the machine's /sys, /proc and /dev, for a container that has them elsewhere.
+Datasets are kept on a mounted instance store (NVMe) where there is one, else in the user's cache, else in a folder of this process alone. TRAINER_HOST_ROOT names the folder of the machine's /sys, /proc and /dev, for a container that has them elsewhere.
 Exit codes beside those of `trainer run`: 78 nothing to do was found or it is wrong, 77 not permitted, 69 not reachable or no GPU driver \
 (start again), 79 another machine still has the run after --standby.")]
 pub struct Boot {
@@ -151,7 +151,8 @@ impl Boot {
         if let Some(folder) = &cache {
             steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
         }
-        let manner = Manner { standby: self.standby, cache, since: Some(steps.began()), dedicated: true };
+        let since = Some(steps.began());
+        let manner = Manner { standby: self.standby, cache, since, dedicated: true, accepts_data: false };
         Ok(Ready { store, run_id, begin, manner })
     }
 
@@ -206,7 +207,14 @@ impl Boot {
 
     fn await_devices(&self, stop: &Stop, begin: &Begin, steps: &mut Steps) -> Result<()> {
         let root = hardware::root();
-        let wait = |limit| stop.block_on(boot::await_gpus(&root, limit));
+        let wanted = match begin {
+            Begin::Resume { overrides, state, .. } => {
+                let all: Vec<_> = state.overrides().into_iter().chain(overrides.iter().cloned()).collect();
+                config::apply_overrides(state.config(), &all)?.parallel.device
+            }
+            Begin::Create(config) | Begin::CreateOrResume { config, .. } => config.parallel.device,
+        };
+        let wait = |limit| stop.block_on(boot::await_gpus(&root, wanted, limit));
         let ready = match wait(Duration::ZERO) {
             Ok(ready) => ready,
             // A machine with nothing to do needs no device, and must not stay on for want of one.

@@ -224,6 +224,7 @@ pub(super) mod tests {
                 .map(|(step, generation)| ResumePoint { step: Step(step), generation: Generation(generation) }),
             overrides: overrides.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
             reason: if generation == 2 { FormedReason::WorkerDied } else { FormedReason::Started },
+            data: None,
         }
     }
 

@@ -5,17 +5,17 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::{
-    args::{JsonArg, RunArg, SetArg, Workers, WorkersArg},
+    args::{RunArg, SetArg, Workers, WorkersArg},
     run,
 };
 use crate::{
-    agent::Begin,
+    agent::{Begin, Manner},
     boot::{self, stop::Stop},
     config,
     error::{Kind, Result},
     ids::Step,
     journal,
-    report::Screen,
+    report::{Reporter, Screen},
     storage::Store,
 };
 
@@ -27,7 +27,7 @@ Examples:
   trainer resume --run-id first --nproc-per-node 4     # any number of workers resumes any checkpoint
   trainer resume --run-id first --set train.steps=2000
 
-The run keeps the settings it was created with. What --set changes stays changed; what belongs to the run for life (its \
+The run keeps the settings it was created with, and its data: another dataset in its place is refused, unless --set data.train=… names it. What --set changes stays changed; what belongs to the run for life (its \
 model, the cut and the order of its samples) is refused. What --set says of storage holds from the first request on.")]
 pub struct Resume {
     #[command(flatten)]
@@ -61,7 +61,9 @@ impl Resume {
             return Ok(Kind::Interrupted.exit_code().into());
         };
         drop(stop);
+        let accepts_data = config::names(&overrides, "data.train")?;
         let begin = Begin::Resume { from: self.from, overrides, state: Box::new(state) };
-        run::launch(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node)
+        let manner = Manner { accepts_data, ..Manner::default() };
+        run::launch_as(Reporter::new(screen, self.json), store, run_id, begin, nproc_per_node, manner)
     }
 }

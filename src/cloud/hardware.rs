@@ -95,6 +95,40 @@ pub fn gpus(root: &Path) -> Gpus {
     }
 }
 
+/// The same; of the device files only those count that this process may use: no folder in a file's place, and none that a container's
+/// device rules refuse.
+pub fn usable_gpus(root: &Path) -> Gpus {
+    let dev = root.join("dev");
+    let numbered = |name: &String| {
+        let number = name.strip_prefix("nvidia").unwrap_or_default();
+        !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())
+    };
+    let may_use = |name: &String| {
+        let path = dev.join(name);
+        let refused = || {
+            let opened = std::fs::File::options().read(true).write(true).open(&path);
+            opened.is_err_and(|error| error.raw_os_error() == Some(rustix::io::Errno::PERM.raw_os_error()))
+        };
+        path.metadata().is_ok_and(|metadata| !metadata.is_dir()) && !refused()
+    };
+    let device_files = names(dev.clone()).iter().filter(|name| numbered(name) && may_use(name)).count();
+    Gpus { device_files, ..gpus(root) }
+}
+
+/// The version of the loaded NVIDIA driver: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 …`, or what its module
+/// says.
+pub fn driver_version(root: &Path) -> Option<String> {
+    let is_version = |word: &&str| {
+        let mut parts = word.split('.');
+        let numbers = parts.all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()));
+        numbers && word.contains('.')
+    };
+    let of_driver = line(root.join("proc/driver/nvidia/version"));
+    let of_driver =
+        of_driver.and_then(|text| text.lines().next()?.split_whitespace().find(is_version).map(str::to_owned));
+    of_driver.or_else(|| line(root.join("sys/module/nvidia/version")).filter(|text| is_version(&text.as_str())))
+}
+
 /// Bytes of memory that may still be taken: the kernel's estimate, or less where a cgroup that this process is in, or one above it, has a
 /// limit ([`cgroup`](super::cgroup)).
 pub fn available_memory(root: &Path) -> Option<u64> {
@@ -236,6 +270,31 @@ mod tests {
         std::fs::write(root.path().join("proc/driver/nvidia/version"), "NVRM").unwrap();
         assert_eq!(gpus(root.path()), Gpus { on_the_bus: 1, driver: true, device_files: 1 });
         assert_eq!(gpus(tree(&[]).path()), Gpus::default());
+    }
+
+    #[test]
+    fn the_driver_says_its_version_and_a_folder_is_no_device() {
+        const NVRM: &str = "proc/driver/nvidia/version";
+        for (files, version) in [
+            (vec![], None),
+            (vec![(NVRM, "NVRM\n")], None),
+            (
+                vec![(
+                    NVRM,
+                    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\nGCC version:  gcc 11.4.0\n",
+                )],
+                Some("535.183.01"),
+            ),
+            (
+                vec![(NVRM, "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n")],
+                Some("580.65.06"),
+            ),
+            (vec![("sys/module/nvidia/version", "470.256.02\n")], Some("470.256.02")),
+        ] {
+            assert_eq!(driver_version(tree(&files).path()).as_deref(), version, "{files:?}");
+        }
+        let root = tree(&[("dev/nvidiactl", ""), ("dev/nvidia-uvm", ""), ("dev/nvidia0", ""), ("dev/nvidia1/x", "")]);
+        assert_eq!(usable_gpus(root.path()).device_files, 1, "one of these is a device");
     }
 
     #[test]

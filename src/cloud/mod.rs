@@ -10,6 +10,7 @@ mod cgroup;
 pub mod credentials;
 pub mod direct;
 pub mod gcp;
+pub mod gpus;
 pub mod hardware;
 pub mod identity;
 pub mod imds;

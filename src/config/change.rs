@@ -8,7 +8,8 @@ use super::{
     error::Origin,
     raw::Raw,
     resolve::{
-        self, ACTIONS, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES, TOKENIZER_RULES,
+        self, ACTIONS, DEVICES, ENCRYPTIONS, MODEL_KINDS, PRECISIONS, SCHEDULES, SPARE_TIME, STRATEGIES,
+        TOKENIZER_RULES,
     },
     text,
 };
@@ -35,7 +36,8 @@ pub fn effect(key: &str) -> Effect {
         "train.optimizer.kind" => Effect::Fixed("the checkpoints hold this optimizer's moments"),
         // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps: only the
         // order in which gradients are summed depends on it.
-        "parallel.strategy" | "parallel.nproc_per_node" | "data.validation_every" => Effect::Free,
+        // What a machine computes on is its own affair, as its kind of GPU is.
+        "parallel.strategy" | "parallel.nproc_per_node" | "parallel.device" | "data.validation_every" => Effect::Free,
         // It was looked at when the run was created.
         "data.tokenizer" => Effect::Free,
         _ if key.starts_with("model.") => Effect::Fixed("the checkpoints' tensors belong to this model"),
@@ -108,6 +110,18 @@ pub fn canonical_overrides(
     Ok(diff(base, &changed).into_iter().map(|change| (change.key.to_owned(), change.to)).collect())
 }
 
+/// Whether one of these overrides names `key`, be it with the value that it has.
+///
+/// # Errors
+/// Unknown keys.
+pub fn names(overrides: &[(String, String)], key: &str) -> Result<bool, ConfigError> {
+    let mut raw = Raw::defaults()?;
+    for (key, value) in overrides {
+        raw.add_set(key, value)?;
+    }
+    Ok(raw.origin(key) == Origin::Set)
+}
+
 /// How a run's store is asked before the run's own settings are known, which stand in that very store: as these overrides say. What S3 is
 /// to do with what is written is left out: that is the run's to say, and nothing is written by then.
 ///
@@ -133,7 +147,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let TrainConfig { steps, global_batch, max_micro_batch, seed, precision, threads, optimizer, schedule } = train;
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
-    let ParallelConfig { strategy, nproc_per_node, bucket_mib } = parallel;
+    let ParallelConfig { strategy, nproc_per_node, device, bucket_mib } = parallel;
     let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, price_per_gib_month } =
         checkpoint;
     let NoticeConfig {
@@ -177,6 +191,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("train.schedule.min_lr_ratio", Value::Float(*min_lr_ratio)),
         ("parallel.strategy", word(name_of(STRATEGIES, *strategy))),
         ("parallel.nproc_per_node", nproc_per_node.map_or_else(|| word("auto"), whole)),
+        ("parallel.device", word(name_of(DEVICES, *device))),
         ("parallel.bucket_mib", whole(*bucket_mib)),
         ("checkpoint.every", word(&text::format_cadence(*every))),
         ("checkpoint.scrub", word(&scrub.map_or_else(|| "never".into(), text::format_duration))),

@@ -1,13 +1,13 @@
 //! What the configuration must know of the machine to resolve "auto".
 
-use super::ParallelConfig;
+use super::{Device, ParallelConfig};
 
 /// Processors and GPUs of this machine, as far as this process may use them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Machine {
     /// CPU cores, at least 1; affinity and cgroup limits are counted.
     pub cores: u32,
-    /// GPUs; 0 in a build without CUDA.
+    /// GPUs; 0 in a build without CUDA, and where `TRAINER_GPU` is `none`.
     pub gpus: u32,
 }
 
@@ -15,7 +15,8 @@ impl Machine {
     /// Looks at this machine. Asks no driver: device files are counted, `CUDA_VISIBLE_DEVICES` is obeyed.
     pub fn detect() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
-        let gpus = if cfg!(torch_cuda) {
+        let none = std::env::var("TRAINER_GPU").is_ok_and(|gpu| gpu.trim() == "none");
+        let gpus = if cfg!(torch_cuda) && !none {
             let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
             let names = std::fs::read_dir("/dev").into_iter().flatten().filter_map(Result::ok).map(|e| e.file_name());
             count_gpus(names.filter_map(|name| name.into_string().ok()), visible.as_deref())
@@ -43,7 +44,8 @@ fn count_gpus(device_files: impl Iterator<Item = String>, visible: Option<&str>)
 
 /// Workers that this node starts: the flag, else the configuration, else one a GPU, or one where there is none.
 pub fn workers_per_node(parallel: &ParallelConfig, flag: Option<u32>, machine: &Machine) -> u32 {
-    flag.or(parallel.nproc_per_node).unwrap_or(machine.gpus).max(1)
+    let gpus = if parallel.device == Device::Cpu { 0 } else { machine.gpus };
+    flag.or(parallel.nproc_per_node).unwrap_or(gpus).max(1)
 }
 
 #[cfg(test)]
@@ -70,11 +72,14 @@ mod tests {
 
     #[test]
     fn the_flag_wins_over_the_configuration_over_the_gpus() {
-        let parallel = |n| ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: n, bucket_mib: 25 };
+        let parallel =
+            |n| ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: n, device: Device::Auto, bucket_mib: 25 };
         let machine = |gpus| Machine { cores: 8, gpus };
         assert_eq!(workers_per_node(&parallel(Some(2)), Some(4), &machine(8)), 4);
         assert_eq!(workers_per_node(&parallel(Some(2)), None, &machine(8)), 2);
         assert_eq!(workers_per_node(&parallel(None), None, &machine(8)), 8);
         assert_eq!(workers_per_node(&parallel(None), None, &machine(0)), 1);
+        let on_cpu = ParallelConfig { device: Device::Cpu, ..parallel(None) };
+        assert_eq!(workers_per_node(&on_cpu, None, &machine(8)), 1);
     }
 }

@@ -22,7 +22,8 @@ use serde::{Deserialize, Serialize};
 
 pub use batch::{MicroBatches, micro_batches};
 pub use change::{
-    Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, reading_settings, settings,
+    Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, names, reading_settings,
+    settings,
 };
 pub use error::{ConfigError, Origin};
 pub use machine::{Machine, workers_per_node};
@@ -179,6 +180,9 @@ pub struct ParallelConfig {
     pub strategy: Strategy,
     /// Workers on one node; `None`: one a GPU, or one where there is none.
     pub nproc_per_node: Option<u32>,
+    /// What workers compute on.
+    #[serde(default)]
+    pub device: Device,
     /// Size of the buckets in which gradients are reduced and weights gathered, MiB.
     pub bucket_mib: u32,
 }
@@ -191,6 +195,19 @@ pub enum Strategy {
     Ddp,
     /// Weights replicated; optimizer state, and with bf16 the fp32 weights, partitioned (ZeRO stage 1, arXiv 1910.02054).
     Zero1,
+}
+
+/// What workers compute on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// GPUs where there are any, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// GPUs.
+    Cuda,
 }
 
 /// When state is saved, and what is kept.

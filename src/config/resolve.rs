@@ -6,9 +6,9 @@ use serde_json::Value as Json;
 use toml::Value;
 
 use super::{
-    CheckpointConfig, CompleteAction, ConfigError, DataConfig, Encryption, Keep, Machine, ModelConfig, ModelKind,
-    NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig,
-    ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig,
+    CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, Machine, ModelConfig,
+    ModelKind, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig,
+    ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig,
     error::Origin,
     raw::{self, Raw},
     text, workers_per_node,
@@ -25,6 +25,7 @@ pub(super) const TOKENIZER_RULES: &[(&str, TokenizerRule)] =
     &[("same", TokenizerRule::Same), ("differs", TokenizerRule::Differs)];
 pub(super) const PRECISIONS: &[(&str, Precision)] = &[("fp32", Precision::Fp32), ("bf16", Precision::Bf16)];
 pub(super) const STRATEGIES: &[(&str, Strategy)] = &[("ddp", Strategy::Ddp), ("zero1", Strategy::Zero1)];
+pub(super) const DEVICES: &[(&str, Device)] = &[("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda)];
 pub(super) const SCHEDULES: &[(&str, ScheduleKind)] =
     &[("cosine", ScheduleKind::Cosine), ("linear", ScheduleKind::Linear), ("constant", ScheduleKind::Constant)];
 pub(super) const SPARE_TIME: &[(&str, bool)] = &[("train", true), ("stop", false)];
@@ -319,6 +320,7 @@ fn parallel(raw: &Raw) -> Result<ParallelConfig, ConfigError> {
     Ok(ParallelConfig {
         strategy: raw.choice("parallel.strategy", STRATEGIES)?,
         nproc_per_node: raw.word_or_whole("parallel.nproc_per_node", "auto", 1..=1024)?,
+        device: raw.choice("parallel.device", DEVICES)?,
         bucket_mib: raw.whole("parallel.bucket_mib", 1..=65_536)?,
     })
 }

@@ -111,7 +111,12 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                 },
                 schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
             },
-            parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: None, bucket_mib: 25 },
+            parallel: ParallelConfig {
+                strategy: Strategy::Ddp,
+                nproc_per_node: None,
+                device: crate::config::Device::Auto,
+                bucket_mib: 25
+            },
             checkpoint: CheckpointConfig {
                 every: Cadence::Auto,
                 keep: Keep { last: 3, every: Some(Spacing::Steps(1000)), best: 0 },
@@ -533,6 +538,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "data.validation_every",
             "parallel.strategy",
             "parallel.nproc_per_node",
+            "parallel.device",
             "checkpoint.every",
             "checkpoint.scrub",
             "checkpoint.price_per_gib_month",

@@ -11,6 +11,12 @@
 //! ```
 //! A worker's [`Dataset`] opens that folder; it knows of no store.
 //!
+//! # What is believed
+//! Lengths alone are not: a disk turns bits, and a power cut leaves files of the right length without their bytes. So every shard is held
+//! against its CRC64 once a process, on several threads (see [`mod@super::sums`]); one that is wrong in a cache is fetched again, one in a
+//! `file://` folder is an error that names it. The index of a cache is believed if it is the store's, byte for byte. Folders of other
+//! users and links are not believed at all (see [`mod@super::place`]).
+//!
 //! # Crash, retry, cancel, two at once
 //! A file under its own name is complete, so a download that was broken off goes on with the files that are missing. The lock
 //! spares the machine a second download; correctness doesn't rest on it, since two downloads would rename the same bytes
@@ -18,7 +24,9 @@
 
 use std::{
     fs::File,
+    io::Write,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -30,8 +38,10 @@ use super::{
     DataError, Dataset,
     fetch::fetch,
     input::local_path,
+    place::{self, Private},
     room::{self, InUse},
     shards::{FileEntry, INDEX, Index, MAX_INDEX_BYTES, read_index},
+    sums::{self, Checking},
 };
 use crate::{
     config::StorageConfig,
@@ -59,7 +69,11 @@ pub struct CacheProgress {
 #[derive(Debug)]
 pub struct LocalDataset {
     dir: PathBuf,
+    /// Of a folder that nothing was fetched into: whether its files are what the index says.
+    checking: Option<Checking>,
     _in_use: Option<InUse>,
+    /// Goes after the lock in it.
+    _private: Option<Arc<Private>>,
 }
 
 impl LocalDataset {
@@ -67,30 +81,53 @@ impl LocalDataset {
     pub fn dir(&self) -> &Path {
         &self.dir
     }
+
+    /// Waits until every file has been held against its checksum.
+    ///
+    /// # Errors
+    /// [`DataError::Damaged`] names the first that is wrong.
+    pub async fn whole(&self) -> Result<(), DataError> {
+        let Some(checking) = &self.checking else { return Ok(()) };
+        match checking.wrong().await?.into_iter().next() {
+            Some((entry, found)) => Err(wrong_sum(self.dir.join(&entry.file).display().to_string(), &entry, found)),
+            None => Ok(()),
+        }
+    }
 }
 
-/// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be and checked by CRC64-NVME. Where room is short,
-/// other datasets there that nobody uses are removed first.
+fn wrong_sum(file: String, entry: &FileEntry, found: Crc64) -> DataError {
+    DataError::Damaged { file, reason: format!("has CRC64 {found}, its index says {}", entry.crc64) }
+}
+
+/// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be (`None`: into a folder of this process) and
+/// checked by CRC64-NVME: of a `file://` one that goes on, see [`LocalDataset::whole`]. Where room is short, other datasets there that nobody
+/// uses are removed first.
 ///
 /// # Errors
 /// [`DataError::Missing`] if there is no index at `uri`; [`DataError::Damaged`] names an object that isn't what the index
 /// says; store and file system errors.
 pub async fn ensure_local(
     uri: &str,
-    cache_root: &Path,
+    cache_root: Option<&Path>,
     settings: &StorageConfig,
     progress: impl Fn(CacheProgress) + Send + Sync,
 ) -> Result<LocalDataset, DataError> {
     if let Some(path) = local_path(uri) {
-        read_index(&path).map_err(|error| match error {
+        let index = read_index(&path).map_err(|error| match error {
             DataError::Missing { .. } => DataError::Missing { uri: uri.to_owned() },
             other => other,
         })?;
         // Workers may have another working directory.
         let dir = path.canonicalize().map_err(|source| DataError::Io { doing: "read", path, source })?;
-        return Ok(LocalDataset { dir, _in_use: None });
+        let files = index.files().filter(|entry| dir.join(&entry.file).is_file()).cloned().collect();
+        let checking = Some(Checking::begin(&dir, files));
+        return Ok(LocalDataset { dir, checking, _in_use: None, _private: None });
     }
-    download(&open(uri, settings)?, uri, cache_root, settings, &progress, &room::free).await
+    let store = open(uri, settings)?;
+    let index = fetch_index(&store, uri).await?;
+    let (root, private) = place::settle(cache_root)?;
+    let local = download(&store, index, &root, settings, &progress, &room::free).await?;
+    Ok(LocalDataset { _private: private, ..local })
 }
 
 /// The index of the dataset at `uri`, and nothing downloaded; of one in a folder, every file is held against it by its length.
@@ -120,32 +157,40 @@ async fn fetch_index(store: &Store, uri: &str) -> Result<(Index, Bytes), DataErr
     Ok((Index::parse(&bytes, &format!("{uri}/{INDEX}"))?, bytes))
 }
 
-/// [`ensure_local`] from a store that is open.
+/// [`ensure_local`] from a store that is open, with the index that it has.
 async fn download(
     store: &Store,
-    uri: &str,
+    (index, bytes): (Index, Bytes),
     cache_root: &Path,
     settings: &StorageConfig,
     progress: &(impl Fn(CacheProgress) + Send + Sync),
     free: &(impl Fn(&Path) -> Option<u64> + Send + Sync),
 ) -> Result<LocalDataset, DataError> {
-    let (index, bytes) = fetch_index(store, uri).await?;
     let dir = cache_root.join(format!("{}-{}", Crc64::of(&bytes), bytes.len()));
-    if !is_complete(&dir, &index) {
+    if !is_complete(&dir, &index, &bytes) {
         // On a disk that is full to the last byte not even a folder can be made.
         room::make(cache_root, 0, free);
     }
     // From here on nobody removes it.
     let in_use = room::take(&dir).await.map_err(io("make", &dir))?;
-    let here = || LocalDataset { dir: dir.clone(), _in_use: Some(in_use) };
-    if is_complete(&dir, &index) {
+    let here = || LocalDataset { dir: dir.clone(), checking: None, _in_use: Some(in_use), _private: None };
+    let wrong = || async {
+        Checking::begin(&dir, index.files().filter(|entry| is_here(&dir, entry)).cloned().collect()).wrong().await
+    };
+    if wrong().await?.is_empty() && is_complete(&dir, &index, &bytes) {
         return Ok(here());
     }
     let _lock = lock(&dir).await?;
-    if is_complete(&dir, &index) {
+    // Somebody else may have fetched meanwhile what is missing or wrong.
+    let wrong = wrong().await?;
+    if wrong.is_empty() && is_complete(&dir, &index, &bytes) {
         return Ok(here());
     }
-    let missing: Vec<FileEntry> = index.files().filter(|entry| !is_here(&dir, entry)).cloned().collect();
+    for (entry, found) in &wrong {
+        tracing::warn!("fetched again: {}", wrong_sum(dir.join(&entry.file).display().to_string(), entry, *found));
+    }
+    let is_missing = |entry: &&FileEntry| !is_here(&dir, entry) || wrong.iter().any(|(wrong, _)| wrong == *entry);
+    let missing: Vec<FileEntry> = index.files().filter(is_missing).cloned().collect();
     let total: u64 = index.files().map(|entry| entry.bytes).sum();
     let needed: u64 = missing.iter().map(|entry| entry.bytes).sum();
     room::make(cache_root, needed, free);
@@ -162,8 +207,9 @@ async fn download(
         .try_collect::<Vec<()>>()
         .await?;
     let temporary = dir.join(part_name());
-    std::fs::write(&temporary, &bytes).map_err(io("write", &temporary))?;
+    write_through(&temporary, &bytes).map_err(io("write", &temporary))?;
     rename(&temporary, &dir.join(INDEX))?;
+    File::open(&dir).and_then(|dir| dir.sync_all()).map_err(io("write", &dir))?;
     Ok(here())
 }
 
@@ -185,12 +231,19 @@ async fn download_file(
         })?;
     if crc64 != entry.crc64 {
         let _ = std::fs::remove_file(&temporary);
-        return Err(DataError::Damaged {
-            file: format!("{}/{}", store.uri(), entry.file),
-            reason: format!("has CRC64 {crc64}, its index says {}", entry.crc64),
-        });
+        return Err(wrong_sum(format!("{}/{}", store.uri(), entry.file), &entry, crc64));
     }
-    rename(&temporary, &dir.join(&entry.file))
+    let path = dir.join(&entry.file);
+    rename(&temporary, &path)?;
+    sums::know(&path, crc64);
+    Ok(())
+}
+
+/// Writes a new file to the disk itself: after a power cut a name must not stand for bytes that never came there.
+fn write_through(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create_new(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
 }
 
 fn part_name() -> String {
@@ -207,18 +260,23 @@ fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> DataEr
 }
 
 fn is_here(dir: &Path, entry: &FileEntry) -> bool {
-    std::fs::metadata(dir.join(&entry.file)).is_ok_and(|metadata| metadata.is_file() && metadata.len() == entry.bytes)
+    std::fs::symlink_metadata(dir.join(&entry.file))
+        .is_ok_and(|metadata| metadata.is_file() && metadata.len() == entry.bytes)
 }
 
-fn is_complete(dir: &Path, index: &Index) -> bool {
-    dir.join(INDEX).is_file() && index.files().all(|entry| is_here(dir, entry))
+/// `bytes`: the index as the store has it. A file by that name that holds anything else is of no use.
+fn is_complete(dir: &Path, index: &Index, bytes: &[u8]) -> bool {
+    let path = dir.join(INDEX);
+    let is_file = |length| path.symlink_metadata().is_ok_and(|found| found.is_file() && found.len() == length);
+    let holds = is_file(bytes.len() as u64) && std::fs::read(&path).is_ok_and(|found| found == bytes);
+    holds && index.files().all(|entry| is_here(dir, entry))
 }
 
 /// Waits until no other process downloads into `dir`, then removes what broken-off downloads left. On a file system
 /// without locks there is no waiting and no cleaning.
 async fn lock(dir: &Path) -> Result<Option<File>, DataError> {
     let path = dir.join(LOCK);
-    let file = File::options().create(true).append(true).open(&path).map_err(io("open", &path))?;
+    let file = place::no_link().create(true).append(true).open(&path).map_err(io("open", &path))?;
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => break,
@@ -275,7 +333,7 @@ mod tests {
     }
 
     async fn fetch_into(store: &Store, cache: &Path) -> Result<PathBuf, DataError> {
-        Ok(download(store, "memory://", cache, &STORAGE, &ignore, &endless).await?.dir)
+        Ok(download(store, fetch_index(store, "memory://").await?, cache, &STORAGE, &ignore, &endless).await?.dir)
     }
 
     fn names(dir: &Path) -> Vec<String> {
@@ -290,7 +348,11 @@ mod tests {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
         let seen = Mutex::new(Vec::new());
         let hear = |progress: CacheProgress| seen.lock().unwrap().push(progress);
-        let dir = download(&store, "memory://", cache.path(), &STORAGE, &hear, &endless).await.unwrap().dir;
+        let dir =
+            download(&store, fetch_index(&store, "memory://").await.unwrap(), cache.path(), &STORAGE, &hear, &endless)
+                .await
+                .unwrap()
+                .dir;
         let seen = seen.into_inner().unwrap();
         assert_eq!((seen[0].done, seen.iter().map(|p| p.done).max().unwrap()), (0, seen[0].total));
         let data = Dataset::open(&dir).unwrap();
@@ -307,6 +369,44 @@ mod tests {
             store.delete(&entry.file).await.unwrap();
         }
         assert_eq!(fetch_into(&store, cache.path()).await.unwrap(), dir);
+    }
+
+    /// What a power cut, a bad disk and a hand leave behind: the next process, which knows nothing of the files, puts it right.
+    #[tokio::test]
+    async fn an_index_or_shard_that_is_not_what_the_store_has_is_fetched_again() {
+        let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
+        let dir = fetch_into(&store, cache.path()).await.unwrap();
+        let index = std::fs::read(dir.join(INDEX)).unwrap();
+        let shard = dir.join(&Dataset::open(&dir).unwrap().index().train[1].file.file);
+        let good = std::fs::read(&shard).unwrap();
+        let mut stale = index.clone();
+        let digit = stale.iter().rposition(u8::is_ascii_digit).unwrap();
+        stale[digit] ^= 1;
+        for bad in [Vec::new(), stale] {
+            std::fs::write(dir.join(INDEX), bad).unwrap();
+            fetch_into(&store, cache.path()).await.unwrap();
+            assert_eq!(std::fs::read(dir.join(INDEX)).unwrap(), index);
+        }
+        // Where this process has not looked yet.
+        let moved = tempfile::tempdir().unwrap();
+        let elsewhere = moved.path().join(dir.file_name().unwrap());
+        std::fs::rename(&dir, &elsewhere).unwrap();
+        let shard = elsewhere.join(shard.file_name().unwrap());
+        let mut bad = good.clone();
+        bad[3] ^= 4;
+        std::fs::write(&shard, &bad).unwrap();
+        assert_eq!(fetch_into(&store, moved.path()).await.unwrap(), elsewhere);
+        assert_eq!(std::fs::read(&shard).unwrap(), good);
+        // A link in a shard's place is none of ours, whatever it leads to.
+        std::fs::rename(&shard, moved.path().join("away")).unwrap();
+        std::os::unix::fs::symlink(moved.path().join("away"), &shard).unwrap();
+        fetch_into(&store, moved.path()).await.unwrap();
+        assert!(!shard.is_symlink() && std::fs::read(&shard).unwrap() == good);
+        // Nor is one in the folder's.
+        let linked = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(&elsewhere, linked.path().join(dir.file_name().unwrap())).unwrap();
+        let error = fetch_into(&store, linked.path()).await.unwrap_err();
+        assert!(matches!(&error, DataError::Io { source, .. } if source.to_string().contains("is a link")), "{error}");
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -328,7 +428,16 @@ mod tests {
     #[tokio::test]
     async fn a_dataset_in_use_outlives_a_disk_that_is_full() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
-        let local = download(&store, "memory://", cache.path(), &STORAGE, &ignore, &endless).await.unwrap();
+        let local = download(
+            &store,
+            fetch_index(&store, "memory://").await.unwrap(),
+            cache.path(),
+            &STORAGE,
+            &ignore,
+            &endless,
+        )
+        .await
+        .unwrap();
         let full = |_: &Path| Some(0);
         room::make(cache.path(), 1, full);
         Dataset::open(local.dir()).unwrap();
@@ -337,7 +446,16 @@ mod tests {
         assert!(names(cache.path()).is_empty(), "{:?}", names(cache.path()));
         // While it is downloaded.
         let squeeze = |_: CacheProgress| room::make(cache.path(), 1, full);
-        let local = download(&store, "memory://", cache.path(), &STORAGE, &squeeze, &endless).await.unwrap();
+        let local = download(
+            &store,
+            fetch_index(&store, "memory://").await.unwrap(),
+            cache.path(),
+            &STORAGE,
+            &squeeze,
+            &endless,
+        )
+        .await
+        .unwrap();
         Dataset::open(local.dir()).unwrap();
     }
 
@@ -355,8 +473,16 @@ mod tests {
             folders.lock().unwrap().push(names(root));
             Some(if earlier.exists() { 0 } else { u64::MAX })
         };
-        let later =
-            download(&store, "memory://", cache.path(), &STORAGE, &ignore, &full_while_it_is_there).await.unwrap();
+        let later = download(
+            &store,
+            fetch_index(&store, "memory://").await.unwrap(),
+            cache.path(),
+            &STORAGE,
+            &ignore,
+            &full_while_it_is_there,
+        )
+        .await
+        .unwrap();
         Dataset::open(later.dir()).unwrap();
         assert!(!earlier.exists() && later.dir() != earlier);
         let first = folders.lock().unwrap()[0].clone();
@@ -370,7 +496,16 @@ mod tests {
         std::fs::create_dir_all(&other).unwrap();
         let spare = (1 << 30) + 1;
         let nearly_full = move |_: &Path| Some(if other.exists() { spare } else { u64::MAX });
-        download(&store, "memory://", cache.path(), &STORAGE, &ignore, &nearly_full).await.unwrap();
+        download(
+            &store,
+            fetch_index(&store, "memory://").await.unwrap(),
+            cache.path(),
+            &STORAGE,
+            &ignore,
+            &nearly_full,
+        )
+        .await
+        .unwrap();
         assert_eq!(names(cache.path()).len(), 1, "what is missing needs more than is spare");
     }
 
@@ -422,7 +557,7 @@ mod tests {
         let uri = format!("file://{}", out.display());
         let cache = dir.path().join("cache");
         for missing in [uri.as_str(), "memory://"] {
-            let error = ensure_local(missing, &cache, &STORAGE, ignore).await.unwrap_err();
+            let error = ensure_local(missing, Some(&cache), &STORAGE, ignore).await.unwrap_err();
             assert!(error.to_string().contains(missing), "{error}");
             assert!(error.hint().unwrap().contains("trainer data prepare"));
         }
@@ -432,7 +567,10 @@ mod tests {
             ..PrepareSettings::new(vec![input], TokenizerSource::Train { vocab: 257 }, &uri)
         };
         prepare(settings, |_| {}).await.unwrap();
-        assert_eq!(ensure_local(&uri, &cache, &STORAGE, ignore).await.unwrap().dir(), out.canonicalize().unwrap());
+        assert_eq!(
+            ensure_local(&uri, Some(&cache), &STORAGE, ignore).await.unwrap().dir(),
+            out.canonicalize().unwrap()
+        );
         assert!(!cache.exists());
     }
 }

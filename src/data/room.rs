@@ -22,6 +22,7 @@ use rustix::{
     io::Errno,
 };
 
+use super::place;
 use crate::ids::random_hex;
 
 /// Locked by all who use the folder that it lies in; its time is that of the last use.
@@ -44,7 +45,14 @@ pub(super) async fn take(dir: &Path) -> io::Result<InUse> {
     let mut gone = 0;
     // A file system on which an open file never is the one at its path can't tell who uses what.
     while gone < 100 {
-        std::fs::create_dir_all(dir)?;
+        place::make(dir)?;
+        match place::is_ours(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                gone += 1;
+                continue;
+            }
+            done => done?,
+        }
         match try_take(dir) {
             Taken::Yes(lock) => return Ok(InUse { _lock: lock }),
             Taken::Gone => gone += 1,
@@ -65,8 +73,7 @@ enum Taken {
 
 fn try_take(dir: &Path) -> Taken {
     let path = dir.join(USE);
-    // A cache that belongs to another user can be used, too.
-    let opened = File::options().create(true).append(true).open(&path).or_else(|_| File::open(&path));
+    let opened = place::no_link().create(true).append(true).open(&path);
     let Ok(file) = opened else {
         return if dir.is_dir() { Taken::Yes(None) } else { Taken::Gone };
     };
@@ -84,7 +91,7 @@ fn try_take(dir: &Path) -> Taken {
 
 /// Whether the open file is still the one that lies at `path`.
 fn is_at(file: &File, path: &Path) -> bool {
-    let (Ok(open), Ok(there)) = (file.metadata(), std::fs::metadata(path)) else { return false };
+    let (Ok(open), Ok(there)) = (file.metadata(), std::fs::symlink_metadata(path)) else { return false };
     (open.dev(), open.ino()) == (there.dev(), there.ino())
 }
 
@@ -101,7 +108,9 @@ pub(super) fn make(root: &Path, needed: u64, free: impl Fn(&Path) -> Option<u64>
     if is_enough() {
         return;
     }
-    let folders: Vec<PathBuf> = std::fs::read_dir(root).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    let entries = std::fs::read_dir(root).into_iter().flatten().flatten();
+    let is_folder = |entry: &std::fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    let folders: Vec<PathBuf> = entries.filter(is_folder).map(|entry| entry.path()).collect();
     for left in folders.iter().filter(|path| name(path).starts_with(EVICTED_PREFIX)) {
         let _ = std::fs::remove_dir_all(left);
     }
@@ -125,7 +134,7 @@ pub(super) fn make(root: &Path, needed: u64, free: impl Fn(&Path) -> Option<u64>
 /// Moves a dataset away and deletes it; `false`: somebody uses it, or nobody can tell.
 fn evict(root: &Path, dir: &Path) -> io::Result<bool> {
     let path = dir.join(USE);
-    let lock = File::options().create(true).append(true).open(&path)?;
+    let lock = place::no_link().create(true).append(true).open(&path)?;
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() || !is_at(&lock, &path) {
         return Ok(false);
     }

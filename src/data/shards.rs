@@ -360,6 +360,11 @@ const fn samples_in(tokens: u64, length: u64) -> u64 {
 
 /// Reads and checks `dir/index.json`.
 pub fn read_index(dir: &Path) -> Result<Index, DataError> {
+    Index::parse(&read_index_bytes(dir)?, &dir.join(INDEX).display().to_string())
+}
+
+/// The bytes of `dir/index.json`.
+pub(super) fn read_index_bytes(dir: &Path) -> Result<Vec<u8>, DataError> {
     let path = dir.join(INDEX);
     let missing = || DataError::Missing { uri: dir.display().to_string() };
     let length = match std::fs::metadata(&path) {
@@ -373,8 +378,7 @@ pub fn read_index(dir: &Path) -> Result<Index, DataError> {
             reason: format!("has {length} bytes, more than the {MAX_INDEX_BYTES} that an index may have"),
         });
     }
-    let bytes = std::fs::read(&path).map_err(|source| DataError::Io { doing: "read", path: path.clone(), source })?;
-    Index::parse(&bytes, &path.display().to_string())
+    std::fs::read(&path).map_err(|source| DataError::Io { doing: "read", path, source })
 }
 
 fn open_shard(dir: &Path, shard: &ShardEntry) -> Result<OpenShard, DataError> {

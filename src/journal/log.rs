@@ -18,7 +18,7 @@ use super::{
 use crate::{
     config::RunConfig,
     faults::{self, At},
-    ids::{AttemptId, Generation, NodeId, RunId, WorldSize},
+    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, WorldSize},
     layout,
     storage::{CreateOutcome, StorageError, Store},
 };
@@ -39,6 +39,8 @@ pub struct Formed {
     pub overrides: Vec<(String, String)>,
     /// Why it is formed.
     pub reason: FormedReason,
+    /// The data that it is trained on.
+    pub data: Option<DatasetId>,
 }
 
 /// An append that was begun and whose end is not known.
@@ -180,8 +182,8 @@ impl Journal {
     /// state is up to date after either.
     pub async fn form(&mut self, formed: Formed) -> Result<Generation, JournalError> {
         let generation = self.state.generation().next();
-        let Formed { roster, world_size, resume, overrides, reason } = formed;
-        let record = Record::Formed { generation, roster, world_size, resume, overrides, reason };
+        let Formed { roster, world_size, resume, overrides, reason, data } = formed;
+        let record = Record::Formed { generation, roster, world_size, resume, overrides, reason, data };
         let still_right = |record: &Record, node: &NodeId| match record {
             Record::Formed { generation, .. } => {
                 Err(JournalError::Overtaken { node: node.clone(), generation: *generation })

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::RunConfig,
-    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
+    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
 };
 
 /// The highest version of the layout that is read. Each record is written in the lowest version that knows its kind
@@ -103,6 +103,9 @@ pub enum Record {
         /// Why this generation was formed.
         #[serde(default)]
         reason: FormedReason,
+        /// The data that it is trained on; `None`: not written down, in journals of earlier versions.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        data: Option<DatasetId>,
     },
     /// A checkpoint exists.
     Committed(Committed),

@@ -197,9 +197,9 @@ fn a_generation_resumes_from_a_good_checkpoint_and_a_run_completes_at_one() {
     assert!(!wrong(&formed(2, Some(point(5, 1)))));
     assert!(wrong(&formed(2, None)), "what was committed would be left behind unsaid");
     assert!(wrong(&completed(9, 1)) && wrong(&completed(10, 1)) && !wrong(&completed(5, 1)));
-    let Record::Formed { generation, resume, overrides, reason, .. } = formed(2, None) else { unreachable!() };
+    let Record::Formed { generation, resume, overrides, reason, data, .. } = formed(2, None) else { unreachable!() };
     let world_size = crate::ids::WorldSize(1);
-    assert!(wrong(&Record::Formed { generation, roster: Vec::new(), world_size, resume, overrides, reason }));
+    assert!(wrong(&Record::Formed { generation, roster: Vec::new(), world_size, resume, overrides, reason, data }));
 }
 
 // Verdicts.

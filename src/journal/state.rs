@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     config::RunConfig,
-    ids::{Generation, NodeId, RunId, Step, WorldSize},
+    ids::{DatasetId, Generation, NodeId, RunId, Step, WorldSize},
 };
 
 /// Why a record can't stand where it stands; a verb phrase about the record.
@@ -42,6 +42,8 @@ pub struct Formation {
     pub overrides: Vec<(String, String)>,
     /// Why it was formed.
     pub reason: FormedReason,
+    /// The data that it is trained on; `None`: not written down.
+    pub data: Option<DatasetId>,
     /// When it completed the run or failed, if it did; a later one may have opened the run again.
     pub ended: Option<Timestamp>,
 }
@@ -221,7 +223,7 @@ impl RunState {
         match record {
             // `consistent` refused it.
             Record::Created { .. } => {}
-            Record::Formed { generation, roster, world_size, resume, overrides, reason } => {
+            Record::Formed { generation, roster, world_size, resume, overrides, reason, data } => {
                 let node = node.clone();
                 self.outcome = Outcome::Open;
                 Arc::make_mut(&mut self.formations).push(Formation {
@@ -234,6 +236,7 @@ impl RunState {
                     resume,
                     overrides,
                     reason,
+                    data,
                     ended: None,
                 });
             }
@@ -376,6 +379,11 @@ impl RunState {
     /// Every `--set` of every generation, oldest first: applied in this order to [`config`](Self::config).
     pub fn overrides(&self) -> Vec<(String, String)> {
         self.formations.iter().flat_map(|formation| formation.overrides.iter().cloned()).collect()
+    }
+
+    /// The data that the run is trained on, as its newest generation that has written it down says.
+    pub fn data(&self) -> Option<&DatasetId> {
+        self.formations.iter().rev().find_map(|formation| formation.data.as_ref())
     }
 
     /// When the run was created.

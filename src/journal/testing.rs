@@ -36,7 +36,12 @@ pub(super) fn config() -> RunConfig {
             optimizer: OptimizerConfig { lr: 1e-3, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 },
             schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 1, min_lr_ratio: 0.1 },
         },
-        parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: None, bucket_mib: 25 },
+        parallel: ParallelConfig {
+            strategy: Strategy::Ddp,
+            nproc_per_node: None,
+            device: crate::config::Device::Auto,
+            bucket_mib: 25,
+        },
         checkpoint: CheckpointConfig {
             every: Cadence::Auto,
             keep: Keep { last: 3, every: None, best: 0 },
@@ -78,6 +83,7 @@ pub(super) fn formed(generation: u64, resume: Option<ResumePoint>) -> Record {
         resume,
         overrides: vec![("train.steps".into(), generation.to_string())],
         reason: FormedReason::Started,
+        data: None,
     }
 }
 
@@ -89,6 +95,7 @@ pub(super) fn forming(name: &str, resume: Option<ResumePoint>) -> Formed {
         resume,
         overrides: Vec::new(),
         reason: FormedReason::Started,
+        data: None,
     }
 }
 

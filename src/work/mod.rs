@@ -57,7 +57,7 @@ use crate::{
         hardware, region,
         sqs::{Message, Queue},
     },
-    config::{self, Encryption, Machine, RunConfig, Sources, StorageConfig, Text},
+    config::{self, Device, Encryption, Machine, RunConfig, Sources, StorageConfig, Text},
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
     journal, layout,
@@ -224,7 +224,7 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
 /// Waits for this machine's devices and finds the queue; how often a message of it may be received.
 async fn open(settings: &Settings) -> Result<(Queue, Option<u32>)> {
     // A job that begins before the driver is there trains on the CPU, for as long as it lasts.
-    if let Some(devices) = boot::await_gpus(&hardware::root(), settings.device_wait).await? {
+    if let Some(devices) = boot::await_gpus(&hardware::root(), Device::Auto, settings.device_wait).await? {
         tracing::info!("{devices}");
     }
     // Where nothing but the machine itself names it, the S3 client takes it from there.

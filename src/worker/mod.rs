@@ -15,6 +15,7 @@
 pub mod gate;
 
 mod batch;
+mod device;
 mod link;
 mod load;
 mod optim;
@@ -42,7 +43,7 @@ use self::{
 use crate::{
     config::{MicroBatches, RunConfig, micro_batches},
     data::{
-        Dataset, Sampler, Split,
+        Dataset, Sampler, Split, identity,
         sampler::{batch as positions, share},
     },
     error::{Context, Error, Kind, Result},
@@ -116,7 +117,7 @@ impl Worker {
             ToWorker::Start(assignment) => *assignment,
             other => return Err(out_of_turn(&other)),
         };
-        let Assignment { rank, local_rank, world_size: world, config, data_dir, resume_step, .. } = assignment;
+        let Assignment { rank, local_rank, world_size: world, config, data_dir, data, resume_step, .. } = assignment;
         let train = &config.train;
         torch::set_num_threads(train.threads)?;
         torch::set_interop_threads(1)?;
@@ -131,7 +132,7 @@ impl Worker {
             None
         };
 
-        let device = torch::pick_device(local_rank)?;
+        let device = device::pick(config.parallel.device, local_rank)?;
         // Weights that are to be loaded need not be drawn first.
         let draw = resume_step == Step(0) && config.model.init_from.is_none();
         let settings = BuildSettings { device, precision: train.precision, seed: draw.then_some(train.seed) };
@@ -142,6 +143,10 @@ impl Worker {
         link.tell(&FromWorker::Built { tensors, device: device_name(device), parameters });
 
         let dataset = Dataset::open(&data_dir)?;
+        if !identity::is_still(&data_dir, &data.index)? {
+            let what = format!("the dataset in {} was replaced while it was opened", data_dir.display());
+            return Err(Error::new(Kind::Config, what).with_hint("give the same command again, which says what to do"));
+        }
         let sampler = Sampler::over(&dataset, Split::Train, config.data.sequence_length, train.seed)?;
         let validation = dataset.samples(Split::Validation, config.data.sequence_length);
         let micro = micro_batches(train.global_batch, world, train.max_micro_batch)?;

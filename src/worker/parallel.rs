@@ -296,7 +296,12 @@ mod tests {
         // Small buckets, so that there are many.
         let split = (case.strategy == Strategy::Zero1).then(|| (Partition::new(&lens, world, 1000, 9000), rank));
         let state = State::new(model.as_mut(), case.precision, split).unwrap();
-        let config = ParallelConfig { strategy: case.strategy, nproc_per_node: None, bucket_mib: 1 };
+        let config = ParallelConfig {
+            strategy: case.strategy,
+            nproc_per_node: None,
+            device: crate::config::Device::Auto,
+            bucket_mib: 1,
+        };
         let optimizer =
             OptimizerConfig { lr: 1e-2, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: case.clip };
         let all = group.filter(|_| world.get() > 1);
@@ -426,7 +431,12 @@ mod tests {
     #[test]
     fn a_world_of_one_has_nothing_to_share() {
         let model = build(&CASE);
-        let config = |strategy| ParallelConfig { strategy, nproc_per_node: None, bucket_mib: 1 };
+        let config = |strategy| ParallelConfig {
+            strategy,
+            nproc_per_node: None,
+            device: crate::config::Device::Auto,
+            bucket_mib: 1,
+        };
         let split = |strategy, world| split(&config(strategy), model.as_ref(), Rank(0), WorldSize(world)).is_some();
         assert_eq!(
             [split(Strategy::Zero1, 1), split(Strategy::Ddp, 2), split(Strategy::Zero1, 2)],

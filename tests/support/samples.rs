@@ -56,7 +56,12 @@ pub fn config() -> RunConfig {
             optimizer: OptimizerConfig { lr: 3e-4, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 },
             schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
         },
-        parallel: ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: Some(2), bucket_mib: 25 },
+        parallel: ParallelConfig {
+            strategy: Strategy::Ddp,
+            nproc_per_node: Some(2),
+            device: trainer::config::Device::Auto,
+            bucket_mib: 25,
+        },
         checkpoint: CheckpointConfig {
             every: Cadence::Steps(100),
             keep: Keep { last: 3, every: Some(Spacing::Steps(1000)), best: 0 },
@@ -94,6 +99,7 @@ pub fn records() -> Vec<Record> {
             resume: Some(ResumePoint { step: Step(1100), generation: Generation(2) }),
             overrides: vec![("train.steps".into(), "2500".into())],
             reason: FormedReason::WorkerDied,
+            data: None,
         },
         Record::Committed(Committed {
             step,
@@ -177,6 +183,7 @@ pub fn trainer_state() -> TrainerState {
         lr: 3e-4,
         schedule: config().train.schedule,
         rng: RngRule::PerStep,
+        data: None,
     }
 }
 

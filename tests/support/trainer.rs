@@ -95,6 +95,10 @@ impl Trainer {
         // A test machine may be a cloud machine: its metadata service is nobody's business here.
         command.env("AWS_EC2_METADATA_DISABLED", "true").env("NO_GCE_CHECK", "true");
         command.env("TRAINER_AZURE_METADATA_ENDPOINT", "off").env("NO_COLOR", "1").env(MARK, &mark);
+        // A build for CPUs is tested on machines with GPUs, too.
+        if !cfg!(torch_cuda) && Path::new("/dev/nvidia0").exists() {
+            command.env("TRAINER_GPU", "none");
+        }
         // What it would keep in the user's cache belongs to this test.
         command.env("XDG_CACHE_HOME", dir.join("cache"));
         // So do keys and regions of the user's profiles.

@@ -25,8 +25,11 @@ use super::{
     output, run, store,
 };
 use crate::{
-    cloud::hardware,
-    config::{self, Machine, NoticeConfig, Precision, RunConfig, Sources, StorageConfig, workers_per_node},
+    cloud::{
+        gpus::{self, Found},
+        hardware,
+    },
+    config::{self, Device, Machine, NoticeConfig, Precision, RunConfig, Sources, StorageConfig, workers_per_node},
     error::{Error, Explain, Kind, Result},
     ids::{RunId, random_hex},
     journal, layout, model,
@@ -93,7 +96,7 @@ impl Doctor {
         let config = config.as_ref();
         lines.extend(store::block_on(async {
             let here = async {
-                let mut lines = libtorch().await;
+                let mut lines = libtorch(config.map_or_else(Device::default, |config| config.parallel.device)).await;
                 lines.push(self.memory(config));
                 lines
             };
@@ -156,7 +159,12 @@ impl Doctor {
         let machine = Machine::detect();
         let flag = self.workers.nproc_per_node.map(super::args::Workers::count);
         let workers = workers_per_node(&config.parallel, flag, &machine);
-        Ok(verdict::need(parameters, config.train.precision == Precision::Bf16, workers, machine.gpus == 0))
+        Ok(verdict::need(
+            parameters,
+            config.train.precision == Precision::Bf16,
+            workers,
+            machine.gpus == 0 || gpus::cpu_is_meant(config.parallel.device),
+        ))
     }
 
     /// The store, and what a run in it says of its saves.
@@ -212,14 +220,14 @@ fn stop_window(notice: &NoticeConfig, durable: Result<Option<f64>>) -> Line {
     }
 }
 
-async fn libtorch() -> Vec<Line> {
-    let counted = tokio::task::spawn_blocking(torch::device_count).await;
+async fn libtorch(wanted: Device) -> Vec<Line> {
+    let look = move || Found::look(&hardware::root(), wanted, torch::device_count);
+    let looked = tokio::task::spawn_blocking(look).await;
     let build = if cfg!(torch_cuda) { "with CUDA" } else { "for CPUs" };
-    match counted {
-        Ok(Ok(usable)) => vec![
-            Line::ok("libtorch", format!("loaded, built {build}")),
-            verdict::devices(hardware::gpus(&hardware::root()), cfg!(torch_cuda), usable),
-        ],
+    match looked {
+        Ok(Ok(found)) => {
+            vec![Line::ok("libtorch", format!("loaded, built {build}")), verdict::devices(&found)]
+        }
         Ok(Err(error)) => vec![Line::error("libtorch", &Error::from(error))],
         Err(_) => {
             let todo = "run scripts/setup, and see that the driver is as new as this LibTorch wants it";

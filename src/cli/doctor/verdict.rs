@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::{
     cloud::{
-        hardware::Gpus,
+        gpus::{Choice, Found},
         quota::{Family, Quota},
     },
     error::{Error, Kind},
@@ -97,27 +97,25 @@ pub(super) fn exit_code(lines: &[Line]) -> u8 {
 }
 
 /// The machine's GPUs, what the driver shows of them, and what LibTorch can use.
-pub(super) fn devices(seen: Gpus, cuda_build: bool, usable: u32) -> Line {
+pub(super) fn devices(found: &Found) -> Line {
     const CHECK: &str = "devices";
     let gpus = |count: usize| human::plural(count as u64, "GPU");
-    let present = seen.on_the_bus.max(seen.device_files);
-    if usable > 0 && usize::try_from(usable).is_ok_and(|usable| usable >= seen.device_files) {
-        return Line::ok(CHECK, format!("{} for LibTorch", gpus(usable as usize)));
+    let usable = usize::try_from(found.usable).unwrap_or(usize::MAX);
+    match found.choose() {
+        Choice::Gpu if usable >= found.seen.device_files => Line::ok(CHECK, format!("{} for LibTorch", gpus(usable))),
+        Choice::Gpu => {
+            let found = format!("{}, of which LibTorch can use {usable}", gpus(found.seen.device_files));
+            Line::fail(CHECK, Kind::Config, found, "see nvidia-smi; CUDA_VISIBLE_DEVICES may leave some out")
+        }
+        Choice::Cpu(None) => Line::ok(CHECK, "no GPU: workers compute on the CPU"),
+        Choice::Cpu(Some(note)) => Line::warn(
+            CHECK,
+            note,
+            "where they are meant to be used: a build with CUDA (scripts/setup --cuda), its driver, and no setting \
+                                     that says otherwise",
+        ),
+        Choice::Refused { what, hint } => Line::fail(CHECK, Kind::Config, what, hint),
     }
-    if present == 0 {
-        return Line::ok(CHECK, "no GPU: workers compute on the CPU");
-    }
-    if !cuda_build {
-        let found = format!("{}, but this build has no CUDA", gpus(present));
-        return Line::warn(CHECK, found, "build with LIBTORCH naming a LibTorch for CUDA: scripts/setup");
-    }
-    if !seen.driver || seen.device_files == 0 {
-        let found = format!("{} on the bus, but no driver is loaded, or no device file is here", gpus(present));
-        let todo = "install the NVIDIA driver; in a container, start it with --gpus all";
-        return Line::fail(CHECK, Kind::Config, found, todo);
-    }
-    let found = format!("{}, of which LibTorch can use {usable}", gpus(present));
-    Line::fail(CHECK, Kind::Config, found, "see nvidia-smi; the driver may be too old for this LibTorch")
 }
 
 /// Bytes that the host needs: two snapshot slots of the whole state, and on a CPU the workers' own state and work space.
@@ -310,6 +308,7 @@ fn human_count(count: u32, instance_type: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{cloud::hardware::Gpus, config::Device};
 
     fn is(line: &Line) -> (Verdict, bool) {
         (line.verdict, line.todo.is_some())
@@ -337,18 +336,30 @@ mod tests {
     #[test]
     fn devices_that_nobody_can_use_are_said() {
         let seen = |on_the_bus, driver, device_files| Gpus { on_the_bus, driver, device_files };
+        let found = |seen: Gpus, cuda, usable| Found {
+            wanted: Device::Auto,
+            cuda,
+            seen,
+            driver: None,
+            unified_memory: true,
+            usable,
+            gpu: None,
+            visible: None,
+            given: None,
+        };
         for (seen, cuda, usable, expected) in [
             (seen(0, false, 0), false, 0, OK),
             (seen(0, false, 0), true, 0, OK),
             (seen(8, true, 8), true, 8, OK),
             (seen(8, true, 8), true, 4, FAIL),
-            (seen(8, true, 8), false, 0, WARN),
+            (seen(8, true, 8), false, 0, FAIL),
+            (seen(8, false, 0), false, 0, WARN),
             (seen(8, false, 0), true, 0, FAIL),
             (seen(8, true, 0), true, 0, FAIL),
             // In a container the bus may be out of sight.
             (seen(0, true, 2), true, 2, OK),
         ] {
-            assert_eq!(is(&devices(seen, cuda, usable)), expected, "{seen:?} {cuda} {usable}");
+            assert_eq!(is(&devices(&found(seen, cuda, usable))), expected, "{seen:?} {cuda} {usable}");
         }
     }
 

@@ -1,0 +1,25 @@
+//! The device that a worker computes on.
+
+use crate::{
+    cloud::{
+        gpus::{self, Found},
+        hardware,
+    },
+    config,
+    error::Result,
+    ids::Rank,
+    torch,
+};
+
+/// The worker's GPU, or the CPU. The agent has settled which of the two it is; a GPU that has gone since is no reason to go on without a
+/// word on the CPU.
+pub fn pick(wanted: config::Device, local_rank: Rank) -> Result<tch::Device> {
+    if gpus::cpu_is_meant(wanted) {
+        return Ok(tch::Device::Cpu);
+    }
+    let device = torch::pick_device(local_rank)?;
+    if device == tch::Device::Cpu {
+        Found::look(&hardware::root(), wanted, torch::device_count)?.choose().settled()?;
+    }
+    Ok(device)
+}

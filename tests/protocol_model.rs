@@ -232,12 +232,12 @@ fn replay(journal: &[Rec]) -> Read {
 
 /// Whether the last verdict on a checkpoint, if there is one, is that it is damaged.
 fn is_condemned(journal: &[Rec], wanted: Point) -> bool {
-    let verdicts = journal.iter().filter_map(|rec| match rec.what {
+    let mut verdicts = journal.iter().filter_map(|rec| match rec.what {
         What::Damaged { point } if point == wanted => Some(true),
         What::Cleared { point } if point == wanted => Some(false),
         _ => None,
     });
-    verdicts.last().unwrap_or(false)
+    verdicts.next_back().unwrap_or(false)
 }
 
 /// The newest checkpoint that is not condemned, in words of its own: the highest that the newest generation committed, else the highest up

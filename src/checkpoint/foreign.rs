@@ -312,7 +312,8 @@ mod tests {
 
     #[tokio::test]
     async fn what_does_not_fit_is_told_by_tensor_and_file() {
-        let cases: [(&str, &[(&str, &str, &[u64], u8)], &str); 4] = [
+        type Tensor<'a> = (&'a str, &'a str, &'a [u64], u8);
+        let cases: [(&str, &[Tensor<'_>], &str); 4] = [
             ("shape", &[TOKENS, ("model.norm.weight", "F32", &[3], 1)], "is [3], the model's is [2]"),
             ("type", &[TOKENS, ("model.norm.weight", "F64", &[2], 1)], "elements of type F64"),
             ("integers", &[TOKENS, ("model.norm.weight", "I64", &[2], 1)], "elements of type I64"),

@@ -39,10 +39,13 @@ pub(super) fn know(path: &Path, crc64: Crc64) {
 /// A file that is not what its index says, and the sum that it has.
 pub(super) type Wrong = (FileEntry, Crc64);
 
+/// Files that are being read; gives those that are not what they should be.
+type Check = JoinHandle<Result<Vec<Wrong>, DataError>>;
+
 /// Files that are being read on other threads; dropped, it ends them.
 #[derive(Debug)]
 pub(super) struct Checking {
-    running: tokio::sync::Mutex<Option<JoinHandle<Result<Vec<Wrong>, DataError>>>>,
+    running: tokio::sync::Mutex<Option<Check>>,
     ended: Arc<AtomicBool>,
 }
 

@@ -67,7 +67,7 @@ where
             Kind::Config
         }
         // The chain of credentials ended.
-        None if DisplayErrorContext(&error).to_string().contains("credential") => Kind::Permission,
+        None if DisplayErrorContext(&error).to_string().contains("no providers in chain") => Kind::Permission,
         _ => Kind::Unavailable,
     };
     let expired = code.as_deref().is_some_and(|code| code.contains("Expired"));

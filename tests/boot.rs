@@ -197,7 +197,7 @@ fn what_is_wrong_is_said_with_its_own_exit_code() {
     ssm(&answering("400 Bad Request", "application/x-amz-json-1.1", body)).expect_code(77).expect_said(&[
         "read parameters below /p",
         "AccessDeniedException",
-        "hint: see which role",
+        "hint: see who this process is",
     ]);
     // A port on which nobody listens.
     let closed = "127.0.0.1:1";
@@ -669,7 +669,9 @@ fn the_store_is_asked_for_the_run_as_often_as_this_command_says() {
         let refused =
             lab.about(command, "asked").args(&["--set", "storage.attempts=2"]).envs(&[nowhere(&lab)]).finish();
         let refused = refused.expect_code(69);
-        assert_eq!(proxy.broken() - before, 2, "{n}\n{}", refused.story());
+        // The first record and the list are asked for side by side.
+        let asked = proxy.broken() - before;
+        assert!((2..=4).contains(&asked) && !refused.stderr.contains("attempt=2"), "{n}: {asked}\n{}", refused.story());
         proxy.disarm();
     }
 }

@@ -290,6 +290,10 @@ impl Agent {
             let (settings, mut known) = mpsc::unbounded_channel();
             // Whether the run may exist: who stops after the first request that creates it does not know what came of that.
             let exists = Cell::new(matches!(begin, Begin::Resume { .. }));
+            let newest = match &begin {
+                Begin::Resume { state, .. } => state.newest().map(|newest| newest.committed.step),
+                _ => None,
+            };
             let opening = async {
                 doing("checking the store");
                 store.prove_create_is_atomic().await?;
@@ -306,6 +310,9 @@ impl Agent {
                     Some(settings) = known.recv() => notices.begin(&settings),
                     // Nothing is lost if it is not.
                     () = told_to_leave(notices, &reporter) => {
+                        if let Some(step) = newest {
+                            reporter.event(&Event::Interrupted { step, lost_steps: 0 });
+                        }
                         let nothing_lost = Outcome::Interrupted { lost_steps: 0 };
                         return Ok(if exists.get() { nothing_lost } else { Outcome::NotCreated });
                     }
@@ -339,7 +346,7 @@ impl Agent {
             Some(beating) => *pulse = Some(beating?),
             None => {
                 tracing::info!("asked to stop before this node has taken up the run: it has nothing to save");
-                return Ok(Outcome::Interrupted { lost_steps: 0 });
+                return agent.told_between_lives("its heartbeat was begun", None).await;
             }
         }
         agent.live(resolved, notices).await

@@ -62,6 +62,9 @@ impl Agent {
             (journal.held(), journal.state().newest().map_or(Step(0), |newest| newest.committed.step))
         };
         let (Some(generation), Some(step)) = (held, step) else {
+            if committed > Step(0) {
+                self.reporter.event(&Event::Interrupted { step: committed, lost_steps: 0 });
+            }
             return Ok(Outcome::Interrupted { lost_steps: 0 });
         };
         let verdict = format!("asked to stop while {doing}");

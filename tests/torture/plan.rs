@@ -184,7 +184,7 @@ const WAITED_FOR: &[(&str, &str, &str)] = &[
 ];
 /// Those that hang for ever: nobody waits for them, whatever happens.
 const HOUSEKEEPING: &[(&str, &str, &str)] = &[
-    ("PUT", "/journal/", "\"kind\":\"pruned\""),
+    ("PUT", "/journal/", "\"kind\":\"pruned"),
     ("PUT", "/journal/", "\"kind\":\"notice\""),
     ("DELETE", "/checkpoints/", ""),
     ("POST", "?delete", ""),

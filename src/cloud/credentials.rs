@@ -6,7 +6,7 @@
 //!
 //! What was found is kept until shortly before it ends, for all stores of the process. The chain is built anew each
 //! time: files that were changed meanwhile (`aws sso login`, keys that were exchanged) are read again. While the old
-//! credentials still hold, a chain that does not answer is no failure. *Bounds:* [`LIMIT`] for one look; who waited for
+//! credentials still hold, a chain that does not answer is no failure. *Bounds:* `LIMIT` for one look; who waited for
 //! a look that failed gets its failure.
 
 use std::{

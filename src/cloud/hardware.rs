@@ -130,7 +130,7 @@ pub fn driver_version(root: &Path) -> Option<String> {
 }
 
 /// Bytes of memory that may still be taken: the kernel's estimate, or less where a cgroup that this process is in, or one above it, has a
-/// limit ([`cgroup`](super::cgroup)).
+/// limit (`cloud/cgroup.rs`).
 pub fn available_memory(root: &Path) -> Option<u64> {
     let meminfo = std::fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let free = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

@@ -13,9 +13,9 @@
 //!
 //! # What is believed
 //! Lengths alone are not: a disk turns bits, and a power cut leaves files of the right length without their bytes. So every shard is held
-//! against its CRC64 once a process, on several threads (see [`mod@super::sums`]); one that is wrong in a cache is fetched again, one in a
+//! against its CRC64 once a process, on several threads (`data/sums.rs`); one that is wrong in a cache is fetched again, one in a
 //! `file://` folder is an error that names it. The index of a cache is believed if it is the store's, byte for byte. Folders of other
-//! users and links are not believed at all (see [`mod@super::place`]).
+//! users and links are not believed at all (`data/place.rs`).
 //!
 //! # Crash, retry, cancel, two at once
 //! A file under its own name is complete, so a download that was broken off goes on with the files that are missing. The lock

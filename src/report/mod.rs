@@ -1,7 +1,7 @@
 //! Typed events out of the run, shown by one reporter: a live view on a terminal, plain lines elsewhere, JSON lines on stdout.
 //!
 //! Standard output is data: with `--json` one object a line, the events named in [`Event`]'s documentation, and nothing
-//! else ever. Standard error is conversation. [A thread of its own](writer) writes each of them, so that a reader that is slow, stopped
+//! else ever. Standard error is conversation. A thread of its own (`writer.rs`) writes each of them, so that a reader that is slow, stopped
 //! (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait. Whoever else hears events, the [`Listener`], hears them where
 //! they happen: nothing between the two waits for a reader. Cancelling a run loses no event that was given before [`Reporter::finish`] returns
 //! and whose reader reads.

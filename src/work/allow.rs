@@ -131,7 +131,7 @@ mod tests {
 
     fn allowed(allow: &[&str], store: Option<&str>, configuration: Option<&str>) -> Allowed {
         let allow: Vec<String> = allow.iter().map(|place| (*place).to_owned()).collect();
-        Allowed::new(&allow, store, configuration, Path::new("/work")).unwrap()
+        Allowed::new(&allow, store, configuration, Path::new("/here")).unwrap()
     }
 
     fn job(text: &str) -> Job {
@@ -173,8 +173,8 @@ mod tests {
         for (uri, expected) in [
             ("gs://d/sets/one", true),
             ("gs://d/other", false),
-            ("file:///work/models/tiny", true),
-            ("file:///work/modelsx", false),
+            ("file:///here/models/tiny", true),
+            ("file:///here/modelsx", false),
             ("s3://b/runs/x", true),
             ("s3://b/conf", false),
             ("s3://configs/run.toml", false),

@@ -53,6 +53,8 @@ const TICK: Duration = Duration::from_millis(200);
 const GRACE: Duration = Duration::from_secs(5);
 /// Failed saves of the last state in a row, after which it is given up. Each has the store's own retries within it.
 const LAST_SAVE_TRIES: u32 = 8;
+/// How long the end of a life waits for the records of notices, which give way to all others.
+const NOTED: Duration = Duration::from_secs(1);
 /// How long processes that were killed may take to be gone. One that hangs in the kernel never is.
 const GONE: Duration = Duration::from_secs(10);
 
@@ -325,8 +327,9 @@ pub async fn run(
     life.hush();
     if matches!(end, Ok(End::Stopped(_))) {
         life.saves.give_up();
-        // Each is given up soon.
-        while life.notes.join_next().await.is_some() {}
+        let written = async { while life.notes.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(NOTED, written).await;
+        life.notes.shutdown().await;
     }
     let workers = life.workers.take().map(|workers| match &end {
         Ok(End::Completed { .. }) => tokio::spawn(workers.dismiss(GRACE)),

@@ -25,8 +25,8 @@ use crate::{
 
 /// Notices of one life that are written to the journal.
 const MOST_NOTICES: u32 = 16;
-/// How long writing one may take: the end of a run waits for it.
-const NOTE: Duration = Duration::from_secs(1);
+/// How long writing one may take: it gives way to all others, so that nobody waits for it but the end of a life, shortly.
+const NOTE: Duration = Duration::from_secs(10);
 /// Ranks that are to stop and have finished no step for so long, or for ten usual steps if that is longer, are killed.
 const STUCK: Duration = Duration::from_secs(120);
 /// As long as no step was measured.

@@ -17,7 +17,7 @@ use crate::{
     },
     error::{Error, Kind, Result},
     ids::Step,
-    journal::{CheckpointStatus, Committed},
+    journal::{CheckpointStatus, Committed, ResumePoint, RunState, Urgency},
     report::Event,
     storage::{Priority, Store},
 };
@@ -120,8 +120,7 @@ impl Agent {
         if let Some(step) = self.from {
             self.take_back(step).await?;
         }
-        let journal = self.journal.lock().await;
-        let state = journal.state();
+        let state = self.journal.state();
         let choice = if self.from.is_some() { state.good() } else { state.candidates() };
         let choice = choice.into_iter().filter(|checkpoint| !self.docket.passes_over(&checkpoint.point()));
         Ok(choice.map(|checkpoint| checkpoint.committed.clone()).collect())
@@ -144,8 +143,7 @@ impl Agent {
     /// Clears a condemned checkpoint of `step` if it is whole, unless there is a good one of that step.
     async fn take_back(&self, step: Step) -> Result<()> {
         let (condemned, others): (Vec<_>, Vec<Step>) = {
-            let journal = self.journal.lock().await;
-            let state = journal.state();
+            let state = self.journal.state();
             let others: Vec<Step> = state.good().iter().map(|good| good.committed.step).collect();
             if others.contains(&step) {
                 return Ok(());
@@ -159,7 +157,10 @@ impl Agent {
             let report = read(&self.run, committed).await?;
             if let Some(found) = Found::of(&report) {
                 still.get_or_insert(found);
-            } else if condemn::clear(&mut *self.journal.first().await, &report).await? {
+            } else if let Some(record) = condemn::clearance(&self.journal.state(), &report) {
+                let point = ResumePoint { step, generation: committed.generation };
+                let condemned = move |state: &RunState| condemn::is_condemned(state, &point);
+                self.journal.append_if(Urgency::Formed, record, condemned).await?;
                 let message =
                     format!("the checkpoint of step {step} had been found damaged and is whole: it is good again");
                 self.reporter.event(&Event::Warning { message });
@@ -179,8 +180,7 @@ impl Agent {
     pub(super) async fn nothing_usable(&self, looked_at: usize) -> Error {
         let run_id = &self.run_id;
         let (good, condemned) = {
-            let journal = self.journal.lock().await;
-            let state = journal.state();
+            let state = self.journal.state();
             let good: Vec<Step> = state.good().iter().map(|checkpoint| checkpoint.committed.step).collect();
             let is_damaged = |c: &&crate::journal::Checkpoint| matches!(c.status, CheckpointStatus::Damaged { .. });
             (good, state.checkpoints().iter().filter(is_damaged).count())
@@ -205,10 +205,8 @@ impl Agent {
             return Err(Error::new(Kind::Data, format!("{object}: {reason}")));
         };
         let (step, generation) = (*step, *generation);
-        let committed = {
-            let journal = self.journal.lock().await;
-            journal.state().checkpoint(step, generation).map(|checkpoint| checkpoint.committed.clone())
-        };
+        let state = self.journal.state();
+        let committed = state.checkpoint(step, generation).map(|checkpoint| checkpoint.committed.clone());
         let Some(committed) = committed else {
             return Err(Error::new(Kind::Bug, format!("step {step} was loaded and was never committed")));
         };

@@ -33,12 +33,11 @@ mod retention;
 mod saver;
 mod saves;
 mod scrub;
-mod shared;
 mod watch;
 mod words;
 mod workers;
 
-use std::{cell::Cell, path::PathBuf, sync::Arc, time::Duration};
+use std::{cell::Cell, path::PathBuf, time::Duration};
 
 use tokio::sync::mpsc;
 
@@ -47,7 +46,6 @@ use self::{
     images::Images,
     life::{End, Left, Load, Plan, Source},
     opening::{Opening, Resolved, completed, effective, resolve},
-    shared::SharedJournal,
 };
 use crate::{
     checkpoint::{condemn::Docket, restore},
@@ -55,7 +53,7 @@ use crate::{
     error::{Context, Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
-    journal::{self, Committed, Formed, FormedReason, JournalError, Record, ResumePoint, RosterEntry, RunState},
+    journal::{self, Committed, Formed, FormedReason, JournalError, JournalWriter, Record, ResumePoint, RosterEntry, RunState},
     layout,
     notice::{self, Notices},
     rendezvous::heartbeat::{self, Process, Pulse, Turning},
@@ -210,7 +208,7 @@ struct Agent {
     run: Store,
     run_id: RunId,
     node: NodeId,
-    journal: Arc<SharedJournal>,
+    journal: JournalWriter,
     /// The snapshot slots; what they hold outlives the workers.
     images: Images,
     /// What steps and saves take here.
@@ -329,7 +327,7 @@ impl Agent {
             run,
             run_id,
             node,
-            journal: Arc::new(SharedJournal::new(journal)),
+            journal: JournalWriter::start(journal),
             images: Images::create()?,
             gauges: Gauges::default(),
             reporter,
@@ -428,13 +426,13 @@ impl Agent {
                     formed: began,
                     world_size,
                     data: resolved.identity.clone(),
-                    journal: Arc::clone(&self.journal),
+                    journal: self.journal.clone(),
                 },
                 companions: resolved.companions.clone(),
                 docket: self.docket.clone(),
-                measured: self.measured().await,
+                measured: self.measured(),
             };
-            if let Some(newest) = self.journal.lock().await.state().newest() {
+            if let Some(newest) = self.journal.state().newest() {
                 self.gauges.suppose(&newest.committed);
             }
             let mut left = Left::default();
@@ -497,7 +495,7 @@ impl Agent {
                 Err(error) => {
                     // A store that does not answer needs no person, and would not take the record.
                     if !matches!(error.kind(), Kind::Fenced | Kind::Unavailable) {
-                        let step = self.newest_committed().await;
+                        let step = self.newest_committed();
                         self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;
                     }
                     return Err(error);
@@ -513,7 +511,7 @@ impl Agent {
         let mut waited = Waited::NothingNew;
         let mut standing_by_for = None;
         loop {
-            let leader = unfinished_leader(self.journal.lock().await.state());
+            let leader = unfinished_leader(&self.journal.state());
             let Some(other) = leader.filter(|node| *node != self.node) else { return Ok(waited) };
             self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
             let life = heartbeat::look(&self.run, &other).await?;
@@ -528,15 +526,15 @@ impl Agent {
                 }
                 tokio::time::sleep(STANDBY_PAUSE.min(left)).await;
             }
-            if self.journal.first().await.refresh().await? > 0 {
+            if self.journal.refresh().await? > 0 {
                 waited = Waited::WentOn;
                 continue;
             }
             let heartbeat::Life::Gone(process) = life else { continue };
             // It left without a word: what it had finished since its newest checkpoint is lost.
-            let journal = self.journal.lock().await;
-            let generation = journal.state().formed().map_or_else(Generation::default, |formed| formed.generation);
-            let checkpoint = journal.state().newest().map(|checkpoint| checkpoint.committed.step);
+            let state = self.journal.state();
+            let generation = state.formed().map_or_else(Generation::default, |formed| formed.generation);
+            let checkpoint = state.newest().map(|checkpoint| checkpoint.committed.step);
             self.reporter.event(&Event::FoundDead {
                 node: other.to_string(),
                 generation,
@@ -544,7 +542,6 @@ impl Agent {
                 pid: process.map(|process| process.pid),
                 checkpoint,
             });
-            drop(journal);
             self.dead.push(other);
             return Ok(waited);
         }
@@ -553,19 +550,17 @@ impl Agent {
     /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`: what is
     /// to be done with this machine then).
     async fn resolve_again(&mut self) -> Result<Result<Resolved, Afterwards>> {
-        let (config, overrides, holders) = {
-            let journal = self.journal.lock().await;
-            let (config, overrides) = effective(journal.state(), &self.overrides)?;
-            if let Some(step) = completed(journal.state(), &config, self.from) {
-                tracing::info!(run = %self.run_id, %step, "run has been completed by another node");
-                return Ok(Err(self.manner.then(&config, false)));
-            }
-            (config, overrides, companions::holders(journal.state()))
-        };
+        let state = self.journal.state();
+        let (config, overrides) = effective(&state, &self.overrides)?;
+        if let Some(step) = completed(&state, &config, self.from) {
+            tracing::info!(run = %self.run_id, %step, "run has been completed by another node");
+            return Ok(Err(self.manner.then(&config, false)));
+        }
+        let holders = companions::holders(&state);
         self.overrides = overrides;
         let cache = self.manner.cache.as_deref();
         let mut resolved = resolve(&config, self.nproc_per_node, cache, &self.reporter).await?;
-        provenance::data_agrees(self.journal.lock().await.state(), &resolved, self.accepts_data())?;
+        provenance::data_agrees(&self.journal.state(), &resolved, self.accepts_data())?;
         companions::of_existing_run(&mut resolved, &self.run, &holders).await?;
         Ok(Ok(resolved))
     }
@@ -587,7 +582,8 @@ impl Agent {
         if let Some(load) = self.in_memory(&candidates).await {
             return Ok(load);
         }
-        let made_of = provenance::MadeOf::new(self.journal.lock().await.state(), resolved, self.accepts_data());
+        let state = self.journal.state();
+        let made_of = provenance::MadeOf::new(&state, resolved, self.accepts_data());
         let outcome = self.newest_usable(&candidates, &made_of).await?;
         for damage in outcome.stepped_over.iter().filter(|damage| self.docket.suspect(damage)) {
             self.warn_of_damage(damage.step, &damage.object, &damage.reason);
@@ -602,7 +598,7 @@ impl Agent {
                 },
             });
         }
-        if candidates.is_empty() && self.journal.lock().await.state().checkpoints().is_empty() {
+        if candidates.is_empty() && self.journal.state().checkpoints().is_empty() {
             return self.beginning(resolved).await;
         }
         Err(self.nothing_usable(candidates.len()).await)
@@ -654,8 +650,7 @@ impl Agent {
             reason,
             data: Some(resolved.identity.clone()),
         };
-        let mut journal = self.journal.first().await;
-        match journal.form(formed).await {
+        match self.journal.form(formed).await {
             Ok(generation) => {
                 // They hold for every later generation, too: said once is enough.
                 self.overrides.clear();
@@ -673,23 +668,23 @@ impl Agent {
         Ok(None)
     }
 
-    async fn newest_committed(&self) -> Step {
-        self.journal.lock().await.state().newest().map_or(Step(0), |checkpoint| checkpoint.committed.step)
+    fn newest_committed(&self) -> Step {
+        self.journal.state().newest().map_or(Step(0), |checkpoint| checkpoint.committed.step)
     }
 
     /// What the journal says of the life of machines. Times are the writers' wall clocks: good enough for an estimate, and
     /// nothing but the cadence follows from it. A loss that was announced in time, and drained, lost no step: it is no reason
     /// to save more often.
-    async fn measured(&self) -> Measured {
-        let observed = Observed::of(self.journal.lock().await.state());
+    fn measured(&self) -> Measured {
+        let observed = Observed::of(&self.journal.state());
         Measured { trained_s: observed.trained_s, interruptions: observed.lossy, ..Measured::NOTHING }
     }
 
     async fn diverged(&self, generation: Generation, step: Step, reason: &str) -> Error {
         // A step's loss speaks for the state before its update: the state that this step began with is under suspicion, too.
         let good = {
-            let journal = self.journal.lock().await;
-            let steps: Vec<Step> = journal.state().candidates().iter().map(|c| c.committed.step).collect();
+            let state = self.journal.state();
+            let steps: Vec<Step> = state.candidates().iter().map(|c| c.committed.step).collect();
             steps.into_iter().find(|good| good.next() < step).unwrap_or_default()
         };
         let reason = format!("training diverged at step {step}: {reason}");

@@ -10,22 +10,18 @@ use super::{
     Agent, Outcome,
     life::{Left, Stopped},
     opening::Resolved,
-    shared::PATIENCE,
     told_to_leave, unless_told,
 };
 use crate::{
     error::Result,
     ids::{Generation, Step},
-    journal::{self, CheckpointStatus, JournalError, Record, RunState},
+    journal::{self, CheckpointStatus, JournalError, Record, RunState, Urgency},
     notice::Notices,
     report::Event,
 };
 
 /// How long the journal's last words may take when the run ends on a store that does not answer.
 const LAST_WORDS: Duration = Duration::from_secs(30);
-/// How long a commit may take whose data is durable and of whose record nothing was heard. The last words still have to
-/// follow it before a deadline.
-const AGAIN: Duration = Duration::from_millis(500);
 /// How long the record that a run is complete may take when this node is told to leave while it is written.
 const COMPLETING: Duration = Duration::from_secs(2);
 /// How long the end of a run that is complete waits for old checkpoints to be deleted.
@@ -57,11 +53,8 @@ impl Agent {
     /// A notice to leave came while no worker was at work. `step`: the last one that was finished under a generation of
     /// this node, if it has formed one.
     pub(super) async fn told_between_lives(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
-        let (held, committed) = {
-            let journal = self.journal.lock().await;
-            (journal.held(), journal.state().newest().map_or(Step(0), |newest| newest.committed.step))
-        };
-        let (Some(generation), Some(step)) = (held, step) else {
+        let committed = self.newest_committed();
+        let (Some(generation), Some(step)) = (self.journal.view().held, step) else {
             if committed > Step(0) {
                 self.reporter.event(&Event::Interrupted { step: committed, lost_steps: 0 });
             }
@@ -82,12 +75,12 @@ impl Agent {
         let step = Step(resolved.config.train.steps);
         // A run killed between its last commit and this record makes no step in its last life: the commit knows the
         // loss.
-        let loss = match self.journal.lock().await.state().newest() {
+        let loss = match self.journal.state().newest() {
             Some(newest) if !loss.is_finite() => newest.committed.loss,
             _ => loss,
         };
         let completed = {
-            let completing = self.journal.append_first(Record::Completed { generation, step, loss });
+            let completing = self.journal.append(Urgency::LastWords, Record::Completed { generation, step, loss });
             tokio::pin!(completing);
             tokio::select! {
                 biased;
@@ -122,37 +115,23 @@ impl Agent {
 
     /// Writes down what was lost; gives it as far as the journal is known by then. `None`: the run is complete.
     async fn last_words(&self, generation: Generation, stopped: &Stopped) -> Option<u64> {
-        let words = async {
-            let mut journal = self.journal.first().await;
-            if let Some(committed) = journal.doubtful().cloned() {
-                let step = committed.step;
-                match tokio::time::timeout(AGAIN, journal.append(Record::Committed(committed))).await {
-                    Ok(Ok(_)) => tracing::info!(%step, "the record of the last save was written at the second try"),
-                    Ok(Err(error)) => tracing::warn!(%error, %step, "the record of the last save was not written"),
-                    Err(_) => tracing::warn!(%step, "the record of the last save was not written: no answer"),
-                }
-            }
-            let make = |state: &RunState| interruption(state, generation, stopped);
-            for patience in PATIENCE {
-                if let Ok(written) = tokio::time::timeout(patience, journal.append_made(make)).await {
-                    return written;
-                }
-            }
-            journal.append_made(make).await
-        };
+        let words = self.journal.last_words({
+            let stopped = stopped.clone();
+            move |state| interruption(state, generation, &stopped)
+        });
         said(tokio::time::timeout(LAST_WORDS, words).await);
-        let journal = self.journal.lock().await;
-        let lost = match interruption(journal.state(), generation, stopped) {
+        let state = self.journal.state();
+        let lost = match interruption(&state, generation, stopped) {
             Record::Interrupted { lost_steps, .. } => lost_steps,
             _ => 0,
         };
-        (!matches!(journal.state().outcome(), journal::Outcome::Completed { .. })).then_some(lost)
+        (!matches!(state.outcome(), journal::Outcome::Completed { .. })).then_some(lost)
     }
 
     /// Writes a record whose loss would be a pity but is no reason to hang: the run ends whether or not the store
     /// answers.
     pub(super) async fn append_last(&self, record: Record) {
-        said(tokio::time::timeout(LAST_WORDS, self.journal.append_first(record)).await);
+        said(tokio::time::timeout(LAST_WORDS, self.journal.append(Urgency::LastWords, record)).await);
     }
 
     /// What a run that is complete has the time for, unless this node is told to leave.

@@ -5,7 +5,7 @@
 //! vouch for, never the one that this generation resumed from. A failure deletes less than it might, and is tried again
 //! after the next commit.
 //!
-//! It gives way: a commit takes the journal from it ([`super::shared`]), its small requests to the store wait in a
+//! It gives way: the journal's writer prefers everything else, its small requests to the store wait in a
 //! queue of their own, and it [ends](Retention::hush) at the first notice, and when the last state of a run is saved.
 //!
 //! What has been held against its checksums is remembered for this life ([`Known`]): what was restored from, and what was
@@ -13,7 +13,7 @@
 //! checkpoint that was read stays beside the newest `keep.last`, until [`super::scrub`] has read a newer one.
 
 use std::{
-    sync::{Arc, Mutex as PlainMutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -22,7 +22,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{scrub, shared::SharedJournal};
+use super::scrub;
 use crate::{
     checkpoint::{
         catalog::Damage,
@@ -33,7 +33,7 @@ use crate::{
     config::CheckpointConfig,
     error::Error,
     ids::{Generation, Step},
-    journal::{CheckpointStatus, Record, ResumePoint, RunState},
+    journal::{CheckpointStatus, JournalWriter, Record, ResumePoint, RunState, Urgency},
     storage::Store,
 };
 
@@ -51,19 +51,19 @@ pub(super) struct Known {
 pub(super) struct Kept {
     /// The run's folder.
     pub run: Store,
-    pub journal: Arc<SharedJournal>,
+    pub journal: JournalWriter,
     pub config: CheckpointConfig,
     /// A checkpoint was committed.
     pub committed: Notify,
     /// What this process has found damaged.
     pub docket: Docket,
-    known: PlainMutex<Known>,
+    known: Mutex<Known>,
 }
 
 impl Kept {
-    pub fn new(run: &Store, journal: &Arc<SharedJournal>, config: CheckpointConfig, docket: &Docket) -> Self {
-        let (run, journal, docket) = (run.for_upkeep(), Arc::clone(journal), docket.clone());
-        Self { run, journal, config, committed: Notify::new(), docket, known: PlainMutex::default() }
+    pub fn new(run: &Store, journal: &JournalWriter, config: CheckpointConfig, docket: &Docket) -> Self {
+        let (run, journal, docket) = (run.for_upkeep(), journal.clone(), docket.clone());
+        Self { run, journal, config, committed: Notify::new(), docket, known: Mutex::default() }
     }
 
     pub fn known(&self) -> MutexGuard<'_, Known> {
@@ -80,10 +80,10 @@ impl Kept {
     }
 
     /// A checkpoint was found damaged twice. It is no more than a suspect, unless the journal already says why it is not to be used.
-    pub async fn suspect(&self, damage: &Damage) {
+    pub fn suspect(&self, damage: &Damage) {
         self.known().verified.retain(|point| !damage.is_of(point));
-        let journal = self.journal.lock().await;
-        let status = journal.state().checkpoint(damage.step, damage.generation).map(|checkpoint| &checkpoint.status);
+        let state = self.journal.state();
+        let status = state.checkpoint(damage.step, damage.generation).map(|checkpoint| &checkpoint.status);
         if status == Some(&CheckpointStatus::Good) && self.docket.suspect(damage) {
             let Damage { step, object, reason, .. } = damage;
             tracing::warn!(%step, "checkpoint seems damaged: {object}: {reason}");
@@ -95,7 +95,7 @@ impl Kept {
         if !self.docket.has_suspects() {
             return Ok(());
         }
-        let state = self.journal.lock().await.state().clone();
+        let state = self.journal.state();
         let gentle = Gentle { bytes_per_s: scrub::RATE, busy: busy.clone() };
         if !self.docket.prove(&self.run, &state, Some(&gentle)).await? {
             tracing::warn!(
@@ -103,9 +103,12 @@ impl Kept {
             );
             return Ok(());
         }
-        let Some((damage, record)) = self.docket.next_record(self.journal.lock().await.state()) else { return Ok(()) };
-        let may = |state: &RunState| self.docket.may_condemn(state, &damage);
-        if self.journal.append_when_free(record, may).await?.is_some() {
+        let Some((damage, record)) = self.docket.next_record(&self.journal.state()) else { return Ok(()) };
+        let may = {
+            let (docket, damage) = (self.docket.clone(), damage.clone());
+            move |state: &RunState| docket.may_condemn(state, &damage)
+        };
+        if self.journal.append_if(Urgency::Housekeeping, record, may).await?.is_some() {
             self.docket.condemned(&damage);
             let Damage { step, object, reason, .. } = &damage;
             tracing::warn!(%step, "checkpoint is damaged and will not be resumed from: {object}: {reason}");
@@ -126,7 +129,7 @@ pub struct Retention {
 
 impl Retention {
     /// Begins to care for a run's checkpoints; until [`busy`](Self::busy) says otherwise there is more important work.
-    pub fn begin(run: &Store, journal: &Arc<SharedJournal>, config: CheckpointConfig, docket: &Docket) -> Self {
+    pub fn begin(run: &Store, journal: &JournalWriter, config: CheckpointConfig, docket: &Docket) -> Self {
         let (kept, (busy, others)) = (Arc::new(Kept::new(run, journal, config, docket)), watch::channel(true));
         let scrub = tokio::spawn(scrub::run(Arc::clone(&kept), others));
         Self { kept, busy, pass: None, scrub: Some(scrub) }
@@ -205,8 +208,7 @@ async fn pass(kept: &Kept, exact: bool, busy: &watch::Receiver<bool>) -> Result<
         return Ok(0);
     }
     kept.settle(busy).await?;
-    // A copy, which is cheap: looking at the store takes time, and commits must not wait for it.
-    let state = kept.journal.lock().await.state().clone();
+    let state = kept.journal.state();
     let (mut verified, reading) = {
         let known = kept.known();
         (known.verified.clone(), known.reading.clone())
@@ -223,7 +225,7 @@ async fn pass(kept: &Kept, exact: bool, busy: &watch::Receiver<bool>) -> Result<
     }
     if !plan.damaged.is_empty() {
         for damage in &plan.damaged {
-            kept.suspect(damage).await;
+            kept.suspect(damage);
         }
         kept.settle(busy).await?;
     }
@@ -232,12 +234,13 @@ async fn pass(kept: &Kept, exact: bool, busy: &watch::Receiver<bool>) -> Result<
     }
     let doomed = doomed(&plan.fates);
     apply_prune(&kept.run, &doomed, |points| async move {
-        let stands = |state: &RunState| {
+        let record = Record::pruned(points.clone());
+        let stands = move |state: &RunState| {
             let status =
                 |point: &ResumePoint| state.checkpoint(point.step, point.generation).map(|found| &found.status);
             points.iter().any(|point| status(point).is_some_and(|status| *status != CheckpointStatus::Pruned))
         };
-        kept.journal.append_when_free(Record::pruned(points.clone()), stands).await?;
+        kept.journal.append_if(Urgency::Housekeeping, record, stands).await?;
         Ok::<_, Error>(())
     })
     .await?;

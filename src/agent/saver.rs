@@ -1,21 +1,21 @@
 //! From a full slot to a checkpoint: shards, receipt, manifest, then the `committed` record.
 //!
 //! Runs as a task beside the event loop, one at a time. It uploads the very pages that the workers wrote; they are lent to it, and
-//! given back when it ends. A crash anywhere leaves either a checkpoint or garbage that nobody reads. A failure is reported and
-//! the run trains on: the next save is a new attempt at a new step. Losing the run to another writer is final.
+//! given back when it ends. A crash anywhere leaves either a checkpoint or garbage that nobody reads. A failure is reported
+//! and the run trains on; the same snapshot is tried again after a pause that doubles. Losing the run to another writer
+//! is final.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use tokio::{sync::mpsc, task::AbortHandle};
 
-use super::shared::SharedJournal;
 use crate::{
     checkpoint::save::{Save, Upload, put_manifest, put_shards},
     error::{Error, Kind, Result},
     faults::{self, At},
     ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
-    journal::{Committed, Record, SaveCost},
+    journal::{Committed, JournalWriter, Record, SaveCost, Urgency},
     storage::{Crc64, Store},
 };
 
@@ -37,7 +37,7 @@ pub struct Context {
     /// The data that is trained on.
     pub data: DatasetId,
     /// Shared with the event loop.
-    pub journal: Arc<SharedJournal>,
+    pub journal: JournalWriter,
 }
 
 /// One snapshot on its way.
@@ -154,6 +154,6 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
         validation_loss,
         cost,
     };
-    context.journal.append_first(Record::Committed(committed.clone())).await?;
+    context.journal.append(Urgency::Commit, Record::Committed(committed.clone())).await?;
     Ok(Saved { committed, sums })
 }

@@ -107,7 +107,7 @@ async fn sweep_daily(kept: &Kept, mut busy: watch::Receiver<bool>) {
 }
 
 async fn sweep(kept: &Kept) -> Result<u64, Error> {
-    let state = kept.journal.lock().await.state().clone();
+    let state = kept.journal.state();
     let rubbish = rubbish::find(&kept.run, &state, Timestamp::now()).await?;
     if let Some(error) = &rubbish.unlisted {
         tracing::info!(%error, "unfinished uploads can't be listed here: they are left to the bucket's lifecycle rule");
@@ -121,10 +121,8 @@ async fn look_around(kept: &Kept, busy: watch::Receiver<bool>) {
     let mut memory: BTreeMap<(Generation, Step), Watched> = BTreeMap::new();
     let mut newest = None;
     loop {
-        let good: Vec<Committed> = {
-            let journal = kept.journal.lock().await;
-            journal.state().good().into_iter().map(|checkpoint| checkpoint.committed.clone()).collect()
-        };
+        let state = kept.journal.state();
+        let good: Vec<Committed> = state.good().into_iter().map(|checkpoint| checkpoint.committed.clone()).collect();
         let key = |committed: &Committed| (committed.generation, committed.step);
         memory.retain(|known, _| good.iter().any(|committed| key(committed) == *known));
         for committed in &good {
@@ -183,7 +181,7 @@ async fn look(kept: &Kept, committed: &Committed, busy: &watch::Receiver<bool>) 
         None => kept.vouch(&ResumePoint { step, generation }, proof),
         Some((object, reason)) => {
             let (object, reason) = (object.to_owned(), reason.to_owned());
-            kept.suspect(&Damage { step, generation, object, reason }).await;
+            kept.suspect(&Damage { step, generation, object, reason });
             kept.settle(busy).await?;
         }
     }
@@ -194,14 +192,13 @@ async fn look(kept: &Kept, committed: &Committed, busy: &watch::Receiver<bool>) 
 mod tests {
     use super::*;
     use crate::{
-        agent::shared::SharedJournal,
         checkpoint::{
             condemn::Docket,
             testing::{Harm, checkpoint, config, harm, memory_store},
         },
         config::CheckpointConfig,
         ids::{NodeId, RunId, WorldSize},
-        journal::{CheckpointStatus, Formed, FormedReason, Journal, Record, RosterEntry},
+        journal::{CheckpointStatus, Formed, FormedReason, Journal, JournalWriter, Record, RosterEntry, Urgency},
         layout,
     };
 
@@ -262,11 +259,11 @@ mod tests {
             list.push(committed);
         }
         let config = CheckpointConfig { scrub: Some(DAY), ..config().checkpoint };
-        (Arc::new(Kept::new(&run, &Arc::new(SharedJournal::new(journal)), config, &Docket::default())), list)
+        (Arc::new(Kept::new(&run, &JournalWriter::start(journal), config, &Docket::default())), list)
     }
 
     async fn status(kept: &Kept, step: u64) -> CheckpointStatus {
-        kept.journal.lock().await.state().checkpoint(Step(step), Generation(1)).unwrap().status.clone()
+        kept.journal.state().checkpoint(Step(step), Generation(1)).unwrap().status.clone()
     }
 
     #[tokio::test]
@@ -284,9 +281,9 @@ mod tests {
             other => panic!("{other:?}"),
         }
         assert!(!kept.run.list(&folder).await.unwrap().is_empty(), "its bytes stay");
-        let records = kept.journal.lock().await.state().next();
+        let records = kept.journal.state().next();
         look(&kept, &list[2], &busy).await.unwrap();
-        assert_eq!(kept.journal.lock().await.state().next(), records, "said once");
+        assert_eq!(kept.journal.state().next(), records, "said once");
     }
 
     #[tokio::test]
@@ -294,12 +291,12 @@ mod tests {
         let (kept, list) = kept().await;
         let (_idle, busy) = watch::channel(false);
         let (step, generation) = (Step(1), Generation(1));
-        kept.journal.first().await.append(Record::Pruned { step, generation }).await.unwrap();
+        kept.journal.append(Urgency::Commit, Record::Pruned { step, generation }).await.unwrap();
         crate::checkpoint::prune::delete_folder(&kept.run, step, generation).await.unwrap();
-        let records = kept.journal.lock().await.state().next();
+        let records = kept.journal.state().next();
         look(&kept, &list[0], &busy).await.unwrap();
         assert_eq!(status(&kept, 1).await, CheckpointStatus::Pruned);
-        assert_eq!(kept.journal.lock().await.state().next(), records, "nothing is written down");
+        assert_eq!(kept.journal.state().next(), records, "nothing is written down");
         assert!(kept.known().verified.is_empty());
     }
 
@@ -308,7 +305,7 @@ mod tests {
         let (kept, _) = kept().await;
         let (step, generation) = (Step(1), Generation(1));
         assert_eq!(sweep(&kept).await.unwrap(), 0);
-        kept.journal.first().await.append(Record::Pruned { step, generation }).await.unwrap();
+        kept.journal.append(Urgency::Commit, Record::Pruned { step, generation }).await.unwrap();
         assert!(sweep(&kept).await.unwrap() > 0);
         assert!(kept.run.list(&layout::checkpoint(step, generation)).await.unwrap().is_empty());
     }

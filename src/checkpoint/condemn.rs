@@ -17,7 +17,6 @@ use super::{
     verify::{Depth, Gentle, Proof, Report, verify, verify_gently},
 };
 use crate::{
-    ids::{Generation, Step},
     journal::{Checkpoint, CheckpointStatus, Committed, Journal, JournalError, Record, ResumePoint, RunState},
     storage::Store,
 };
@@ -184,15 +183,23 @@ async fn read_whole(store: &Store, committed: &Committed, gentle: Option<&Gentle
     }
 }
 
-/// Takes the verdict on a checkpoint back, which `report` says is whole in every byte. Says whether there was one.
+/// Whether a checkpoint is condemned.
+pub fn is_condemned(state: &RunState, point: &ResumePoint) -> bool {
+    let status = state.checkpoint(point.step, point.generation).map(|checkpoint| &checkpoint.status);
+    matches!(status, Some(CheckpointStatus::Damaged { .. }))
+}
+
+/// The record that takes the verdict on a checkpoint back, if there is one and `report` says that every byte is whole.
+pub fn clearance(state: &RunState, report: &Report) -> Option<Record> {
+    let (step, generation) = (report.step, report.generation);
+    let whole = report.is_sound() && report.proof == Proof::Bytes;
+    (whole && is_condemned(state, &ResumePoint { step, generation })).then_some(Record::Cleared { step, generation })
+}
+
+/// Appends that record; says whether there was a verdict to take back.
 pub async fn clear(journal: &mut Journal, report: &Report) -> Result<bool, JournalError> {
-    let (step, generation): (Step, Generation) = (report.step, report.generation);
-    let status = journal.state().checkpoint(step, generation).map(|checkpoint| &checkpoint.status);
-    let condemned = matches!(status, Some(CheckpointStatus::Damaged { .. }));
-    if !condemned || !report.is_sound() || report.proof != Proof::Bytes {
-        return Ok(false);
-    }
-    journal.append(Record::Cleared { step, generation }).await?;
+    let Some(record) = clearance(journal.state(), report) else { return Ok(false) };
+    journal.append(record).await?;
     Ok(true)
 }
 

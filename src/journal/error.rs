@@ -83,6 +83,9 @@ pub enum JournalError {
         /// What it contradicts.
         reason: String,
     },
+    /// The task that owns the journal has ended, which it does only when it panics.
+    #[error("nobody writes the journal any more")]
+    NoWriter,
     /// The store failed. After an append the outcome is unknown; appending the same record again settles it.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -99,7 +102,7 @@ impl Explain for JournalError {
             Self::Damaged { .. } | Self::Disagrees { .. } => Kind::Data,
             Self::Fenced { .. } | Self::Overtaken { .. } => Kind::Fenced,
             Self::Moved { .. } | Self::Injected(_) => Kind::Unavailable,
-            Self::Refused { .. } => Kind::Bug,
+            Self::Refused { .. } | Self::NoWriter => Kind::Bug,
             Self::Storage(error) => error.kind(),
         }
     }
@@ -125,7 +128,7 @@ impl Explain for JournalError {
             }
             Self::Moved { .. } => Some("type the same command again".into()),
             Self::Storage(error) => error.hint(),
-            Self::Refused { .. } | Self::Injected(_) => None,
+            Self::Refused { .. } | Self::NoWriter | Self::Injected(_) => None,
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Stored layout: `<run>/journal/<20 digits>.json`, numbered from 0 without a gap, each one [`Entry`]. Records are only ever
 //! created, never changed, never deleted while the run lives. [`RunState`] is what they say when read in order;
-//! [`Journal`] reads and appends; [`admit`] is the rule book. Beside them lie summaries (`summary`), which hold the same
+//! [`Journal`] reads and appends, [`JournalWriter`] is the task that owns it while an agent lives; [`admit`] is the rule book. Beside them lie summaries (`summary`), which hold the same
 //! records in few objects, so that a long journal opens fast; the records alone decide.
 //!
 //! Invariants
@@ -28,6 +28,7 @@ mod record;
 mod replay;
 mod state;
 mod summary;
+mod writer;
 
 #[cfg(test)]
 mod rules_tests;
@@ -48,3 +49,4 @@ pub use log::{Formed, Journal, list_runs};
 pub use record::*;
 pub use replay::{audit, replay};
 pub use state::{Checkpoint, CheckpointStatus, Formation, Inconsistent, Interruption, NoticeHeard, Outcome, RunState};
+pub use writer::{JournalWriter, Urgency, View};

@@ -4,7 +4,7 @@
 //! Part of the event loop: these functions are called by it alone. On a crash nothing of this is left but the `notice` records; whoever
 //! comes next finds a generation that ended without a word.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
@@ -18,15 +18,13 @@ use super::{
 };
 use crate::{
     error::Result,
-    journal::{DrainPlan, Means, Record},
+    journal::{DrainPlan, Means, Record, Urgency},
     notice::{self, Notice},
     report::Event,
 };
 
 /// Notices of one life that are written to the journal.
 const MOST_NOTICES: u32 = 16;
-/// How long writing one may take: it gives way to all others, so that nobody waits for it but the end of a life, shortly.
-const NOTE: Duration = Duration::from_secs(10);
 /// Ranks that are to stop and have finished no step for so long, or for ten usual steps if that is longer, are killed.
 const STUCK: Duration = Duration::from_secs(120);
 /// As long as no step was measured.
@@ -70,21 +68,19 @@ impl Life<'_> {
         self.retention.hush();
     }
 
-    /// In the background, and given up soon: the store may be slow, and neither the drain nor the commit at its end may wait for it. A
-    /// record that lands after all is one more that the next append reads before its own.
+    /// In the background: neither the drain nor the commit at its end waits for it. A record that lands after it was given
+    /// up is one more that the next append reads before its own.
     fn write_down(&mut self, notice: &Notice, deadline_s: Option<f64>) {
         if self.written >= MOST_NOTICES {
             return;
         }
         self.written += 1;
-        let (journal, generation) = (Arc::clone(&self.start.saver.journal), self.start.saver.generation);
+        let (journal, generation) = (self.start.saver.journal.clone(), self.start.saver.generation);
         let means = means(notice.kind);
         let record = Record::Notice { generation, source: notice.source.to_owned(), deadline_s, means };
         self.notes.spawn(async move {
-            match tokio::time::timeout(NOTE, journal.append_when_free(record, |_| true)).await {
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "notice not written to the journal"),
-                Err(_) => tracing::debug!("notice not written to the journal: the store does not answer"),
+            if let Err(error) = journal.append_if(Urgency::Notice, record, |_| true).await {
+                tracing::debug!(%error, "notice not written to the journal");
             }
         });
     }

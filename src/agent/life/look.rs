@@ -2,14 +2,14 @@
 //!
 //! It runs beside the event loop, which hears of what it finds. Whoever wants to write meanwhile comes first.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{super::shared::SharedJournal, Life};
+use super::Life;
 use crate::{
     error::{Error, Kind, Result},
-    journal::JournalError,
+    journal::{JournalError, JournalWriter},
     layout,
     storage::{StorageError, Store},
 };
@@ -27,7 +27,7 @@ impl Life<'_> {
             return;
         }
         self.looked = Instant::now();
-        let (journal, run) = (Arc::clone(&self.start.saver.journal), self.start.saver.run.clone());
+        let (journal, run) = (self.start.saver.journal.clone(), self.start.saver.run.clone());
         let ended = self.fence.clone();
         let look = tokio::spawn(async move {
             match tokio::time::timeout(LOOK, look(&journal, &run)).await {
@@ -42,18 +42,17 @@ impl Life<'_> {
 }
 
 /// Why the run can't go on here, if it can't.
-async fn look(journal: &SharedJournal, run: &Store) -> Result<Option<Error>> {
+async fn look(journal: &JournalWriter, run: &Store) -> Result<Option<Error>> {
     let newest = {
-        // Somebody who has the journal finds out by himself.
-        let Some(journal) = journal.look().await else { return Ok(None) };
-        let journal = journal?;
-        if let Some(formed) = journal.state().formed()
-            && Some(formed.generation) > journal.held()
+        // Other work on the journal finds out by itself.
+        let Some(view) = journal.look().await? else { return Ok(None) };
+        if let Some(formed) = view.state.formed()
+            && Some(formed.generation) > view.held
         {
             let (node, generation) = (formed.node.clone(), formed.generation);
             return Ok(Some(JournalError::Fenced { node, generation }.into()));
         }
-        layout::journal_entry(journal.state().next().saturating_sub(1))
+        layout::journal_entry(view.state.next().saturating_sub(1))
     };
     match run.head(&newest).await {
         Ok(_) => Ok(None),
@@ -80,9 +79,9 @@ mod tests {
         journal::Journal,
     };
 
-    async fn journal(store: &Store) -> SharedJournal {
+    async fn journal(store: &Store) -> JournalWriter {
         let run_id = RunId::new("run").unwrap();
-        SharedJournal::new(Journal::create(store.clone(), NodeId::random(), run_id, config()).await.unwrap())
+        JournalWriter::start(Journal::create(store.clone(), NodeId::random(), run_id, config()).await.unwrap())
     }
 
     #[tokio::test]

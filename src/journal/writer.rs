@@ -1,0 +1,514 @@
+//! The one task that owns a run's journal while an agent lives.
+//!
+//! Every other task holds a [`JournalWriter`]: it sends commands, each with its [`Urgency`], and reads the newest
+//! [`View`] without waiting. An append may hang in the store for many seconds, and a notice leaves few; so the task
+//! interrupts a notice, housekeeping or a look as soon as something more urgent arrives, and begins it again afterwards.
+//!
+//! # Owns
+//! The [`Journal`], the queue of commands, the order in which they run.
+//!
+//! # Does not own
+//! The rules of what may be appended ([`super::admit`](fn@super::admit)), the decision what to write, and how long a
+//! caller waits: a caller that drops its future takes its command back.
+//!
+//! # Invariants
+//! - One command at a time touches the journal.
+//! - The view shows a command's outcome before its caller receives the answer.
+//! - A conditional append ([`append_if`](JournalWriter::append_if)) asks its condition each time that it begins.
+//!
+//! # Crash, retry, cancel
+//! Nothing is stored here. An interrupted or withdrawn append may stand all the same; the journal settles that with the
+//! next append, which reads whose record has its number. A commit of unknown fate is [`View::doubtful`] until then.
+
+use std::time::Duration;
+
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::timeout,
+};
+
+use super::{Committed, Formed, Journal, JournalError, Record, RunState};
+use crate::ids::Generation;
+
+/// How long each of the first attempts at an urgent record may take. Records are small, and a machine's last seconds
+/// may be passing.
+const PATIENCE: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(4), Duration::from_secs(8)];
+/// How long the second attempt at a commit of unknown fate may take. The last words follow it, before a deadline.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Which command runs first; the most urgent stands first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Urgency {
+    /// A checkpoint whose data is durable.
+    Commit,
+    /// How the generation or the run ends.
+    LastWords,
+    /// A new generation, and what has to be known before it.
+    Formed,
+    /// A notice that was heard.
+    Notice,
+    /// `pruned` and `damaged`.
+    Housekeeping,
+    /// A search for newer records, for which nobody waits.
+    Look,
+}
+
+impl Urgency {
+    /// Whether a command that runs is interrupted when one of urgency `other` arrives.
+    fn gives_way_to(self, other: Self) -> bool {
+        self >= Self::Notice && other < self
+    }
+}
+
+/// What is known of the journal.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// The run as of the last record read. A copy is cheap.
+    pub state: RunState,
+    /// The newest generation that this node has formed.
+    pub held: Option<Generation>,
+    /// The commit that was begun last, if nobody knows yet whether it stands.
+    pub doubtful: Option<Committed>,
+}
+
+impl View {
+    fn of(journal: &Journal) -> Self {
+        Self { state: journal.state().clone(), held: journal.held(), doubtful: journal.doubtful().cloned() }
+    }
+}
+
+type Wanted = Box<dyn Fn(&RunState) -> bool + Send + Sync>;
+type Make = Box<dyn Fn(&RunState) -> Record + Send + Sync>;
+
+/// What is to be done with the journal.
+enum Work {
+    /// Appends a record as long as the state wants it.
+    Append { record: Record, wanted: Wanted },
+    /// Settles a doubtful commit, then appends what follows from the state.
+    LastWords(Make),
+    Form(Formed),
+    Refresh,
+}
+
+/// The number of the record or of the generation, or how many records were read. `None`: the record is not wanted, or
+/// more urgent work took the journal from a look.
+type Answer = Result<Option<u64>, JournalError>;
+
+struct Command {
+    urgency: Urgency,
+    work: Work,
+    answer: oneshot::Sender<Answer>,
+}
+
+/// A handle to the task that owns a run's journal.
+#[derive(Clone, Debug)]
+pub struct JournalWriter {
+    commands: mpsc::UnboundedSender<Command>,
+    view: watch::Receiver<View>,
+}
+
+impl JournalWriter {
+    /// Starts the task, which ends when the last handle is dropped. Call it within a tokio runtime.
+    pub fn start(journal: Journal) -> Self {
+        let (commands, received) = mpsc::unbounded_channel();
+        let (shown, view) = watch::channel(View::of(&journal));
+        tokio::spawn(Task { journal, received, queue: Vec::new(), shown }.run());
+        Self { commands, view }
+    }
+
+    /// What is known now.
+    pub fn view(&self) -> View {
+        self.view.borrow().clone()
+    }
+
+    /// The run as of the last record read.
+    pub fn state(&self) -> RunState {
+        self.view.borrow().state.clone()
+    }
+
+    async fn ask(&self, urgency: Urgency, work: Work) -> Answer {
+        let (answer, answered) = oneshot::channel();
+        // The task outlives its handles; if it panicked, its answer never comes.
+        let _ = self.commands.send(Command { urgency, work, answer });
+        answered.await.unwrap_or(Err(JournalError::NoWriter))
+    }
+
+    /// Appends a record at once; gives its number. If the store does not answer, the request is soon repeated.
+    pub async fn append(&self, urgency: Urgency, record: Record) -> Result<u64, JournalError> {
+        let wanted = Box::new(|_: &RunState| true);
+        self.ask(urgency, Work::Append { record, wanted }).await.map(Option::unwrap_or_default)
+    }
+
+    /// Appends a record if the state `wants` it when its turn comes; gives its number.
+    pub async fn append_if(
+        &self,
+        urgency: Urgency,
+        record: Record,
+        wanted: impl Fn(&RunState) -> bool + Send + Sync + 'static,
+    ) -> Result<Option<u64>, JournalError> {
+        self.ask(urgency, Work::Append { record, wanted: Box::new(wanted) }).await
+    }
+
+    /// Settles the fate of a doubtful commit, then appends what `make` makes of the state; gives its number.
+    pub async fn last_words(
+        &self,
+        make: impl Fn(&RunState) -> Record + Send + Sync + 'static,
+    ) -> Result<u64, JournalError> {
+        self.ask(Urgency::LastWords, Work::LastWords(Box::new(make))).await.map(Option::unwrap_or_default)
+    }
+
+    /// Forms the next generation; see [`Journal::form`].
+    pub async fn form(&self, formed: Formed) -> Result<Generation, JournalError> {
+        self.ask(Urgency::Formed, Work::Form(formed)).await.map(|number| Generation(number.unwrap_or_default()))
+    }
+
+    /// Reads on to the end; says how many records were new.
+    pub async fn refresh(&self) -> Result<u64, JournalError> {
+        self.ask(Urgency::Formed, Work::Refresh).await.map(Option::unwrap_or_default)
+    }
+
+    /// Reads on if nothing else is to be done; `None`: there is, and it finds out by itself what is new.
+    pub async fn look(&self) -> Result<Option<View>, JournalError> {
+        let read = self.ask(Urgency::Look, Work::Refresh).await?;
+        Ok(read.map(|_| self.view()))
+    }
+}
+
+struct Task {
+    journal: Journal,
+    received: mpsc::UnboundedReceiver<Command>,
+    /// The most urgent last; of one urgency, the first to come last.
+    queue: Vec<Command>,
+    shown: watch::Sender<View>,
+}
+
+/// How the work on a command ended.
+enum Ended {
+    Answered(Answer),
+    /// Its caller no longer waits.
+    Withdrawn,
+    /// Something more urgent has arrived.
+    Interrupted,
+}
+
+impl Task {
+    async fn run(mut self) {
+        loop {
+            while let Ok(command) = self.received.try_recv() {
+                enqueue(&mut self.queue, command);
+            }
+            let Some(command) = self.queue.pop() else {
+                let Some(command) = self.received.recv().await else { return };
+                enqueue(&mut self.queue, command);
+                continue;
+            };
+            self.serve(command).await;
+        }
+    }
+
+    async fn serve(&mut self, mut command: Command) {
+        if command.answer.is_closed() {
+            return;
+        }
+        let ended = {
+            let Self { journal, received, queue, .. } = self;
+            let work = perform(journal, command.urgency, &command.work);
+            tokio::pin!(work);
+            loop {
+                tokio::select! {
+                    biased;
+                    Some(other) = received.recv() => {
+                        let interrupts = command.urgency.gives_way_to(other.urgency);
+                        if other.urgency == Urgency::Look {
+                            let _ = other.answer.send(Ok(None));
+                        } else {
+                            enqueue(queue, other);
+                        }
+                        if interrupts {
+                            break Ended::Interrupted;
+                        }
+                    }
+                    () = command.answer.closed() => break Ended::Withdrawn,
+                    answer = &mut work => break Ended::Answered(answer),
+                }
+            }
+        };
+        self.shown.send_replace(View::of(&self.journal));
+        match ended {
+            Ended::Answered(answer) => drop(command.answer.send(answer)),
+            Ended::Interrupted if command.urgency == Urgency::Look => drop(command.answer.send(Ok(None))),
+            // It is the first of its urgency again.
+            Ended::Interrupted => {
+                let place = self.queue.partition_point(|other| other.urgency >= command.urgency);
+                self.queue.insert(place, command);
+            }
+            Ended::Withdrawn => {}
+        }
+    }
+}
+
+fn enqueue(queue: &mut Vec<Command>, command: Command) {
+    let place = queue.partition_point(|other| other.urgency > command.urgency);
+    queue.insert(place, command);
+}
+
+async fn perform(journal: &mut Journal, urgency: Urgency, work: &Work) -> Answer {
+    if let Work::LastWords(_) = work {
+        settle_doubt(journal).await;
+    }
+    // The same record again settles what came of the attempt before.
+    if urgency <= Urgency::LastWords {
+        for patience in PATIENCE {
+            if let Ok(answer) = timeout(patience, attempt(journal, work)).await {
+                return answer;
+            }
+            tracing::info!("the store does not answer: the journal's record is sent again");
+        }
+    }
+    attempt(journal, work).await
+}
+
+async fn attempt(journal: &mut Journal, work: &Work) -> Answer {
+    match work {
+        Work::Append { record, wanted } => {
+            if !wanted(journal.state()) {
+                return Ok(None);
+            }
+            match journal.append(record.clone()).await {
+                // An earlier attempt was found to stand.
+                Err(JournalError::Refused { .. }) if !wanted(journal.state()) => Ok(None),
+                other => other.map(Some),
+            }
+        }
+        Work::LastWords(make) => journal.append_made(make).await.map(Some),
+        Work::Form(formed) => journal.form(formed.clone()).await.map(|generation| Some(generation.get())),
+        Work::Refresh => journal.refresh().await.map(Some),
+    }
+}
+
+/// Tries once more to write a commit whose fate is unknown: its data is durable.
+async fn settle_doubt(journal: &mut Journal) {
+    let Some(committed) = journal.doubtful().cloned() else { return };
+    let step = committed.step;
+    match timeout(AGAIN, journal.append(Record::Committed(committed))).await {
+        Ok(Ok(_)) => tracing::info!(%step, "the second attempt wrote the record of the last save"),
+        Ok(Err(error)) => tracing::warn!(%error, %step, "the record of the last save was not written"),
+        Err(_) => tracing::warn!(%step, "the record of the last save was not written: the store does not answer"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    };
+
+    use super::*;
+    use crate::{
+        checkpoint::testing::{STORAGE, checkpoint, config},
+        ids::{Generation, NodeId, RunId, Step, WorldSize},
+        journal::{CheckpointStatus, FormedReason, RosterEntry},
+        layout,
+        storage::{
+            Store,
+            faulty::{Fault, Faulty},
+        },
+    };
+
+    /// A test that hangs fails.
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    /// A journal whose generation 1 has committed steps 1 and 2, on a store whose creates hang once `hangs` says so;
+    /// the next one sets it back.
+    async fn writer(fault: Fault) -> (JournalWriter, Store, Arc<AtomicBool>) {
+        let hangs = Arc::new(AtomicBool::new(false));
+        let faulty = Faulty::new({
+            let hangs = Arc::clone(&hangs);
+            move |operation, path, _| {
+                let append = operation == "create" && path.contains(layout::JOURNAL);
+                if append && hangs.swap(false, Ordering::SeqCst) { fault } else { Fault::Pass }
+            }
+        });
+        let store = Store::faulty_with(&faulty, &STORAGE, Some(Duration::MAX));
+        let (node, run_id) = (NodeId::random(), RunId::new("run").unwrap());
+        let mut journal = Journal::create(store.clone(), node.clone(), run_id, config()).await.unwrap();
+        let formed = Formed {
+            roster: vec![RosterEntry { node, workers: 1 }],
+            world_size: WorldSize(1),
+            resume: None,
+            overrides: Vec::new(),
+            reason: FormedReason::Started,
+            data: None,
+        };
+        journal.form(formed).await.unwrap();
+        for step in 1..=2 {
+            let (committed, _) = checkpoint(&store, step, 1, 1, step).await;
+            journal.append(Record::Committed(committed)).await.unwrap();
+        }
+        (JournalWriter::start(journal), store, hangs)
+    }
+
+    fn status(state: &RunState) -> CheckpointStatus {
+        state.checkpoint(Step(1), Generation(1)).unwrap().status.clone()
+    }
+
+    fn good(state: &RunState) -> bool {
+        status(state) == CheckpointStatus::Good
+    }
+
+    const PRUNED: Record = Record::Pruned { step: Step(1), generation: Generation(1) };
+
+    async fn hanging(hangs: &AtomicBool) {
+        while hangs.load(Ordering::SeqCst) {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn prune(journal: &JournalWriter) -> tokio::task::JoinHandle<Answer> {
+        let journal = journal.clone();
+        tokio::spawn(async move { journal.append_if(Urgency::Housekeeping, PRUNED, good).await })
+    }
+
+    #[test]
+    fn only_what_can_wait_gives_way_and_only_to_what_is_more_urgent() {
+        use Urgency::{Commit, Formed, Housekeeping, LastWords, Look, Notice};
+        let all = [Commit, LastWords, Formed, Notice, Housekeeping, Look];
+        for (place, urgency) in all.into_iter().enumerate() {
+            let first: Vec<_> = all.into_iter().filter(|other| urgency.gives_way_to(*other)).collect();
+            let expected = if place < 3 { &[][..] } else { &all[..place] };
+            assert_eq!(first, expected, "{urgency:?}");
+        }
+    }
+
+    /// Housekeeping hangs in the store; a commit comes, and stands next; the housekeeping is done after it, once.
+    async fn gives_way(fault: Fault, numbers: (u64, u64)) {
+        let (journal, store, hangs) = writer(fault).await;
+        hangs.store(true, Ordering::SeqCst);
+        let pruning = prune(&journal);
+        hanging(&hangs).await;
+        let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
+        let commit = journal.append(Urgency::Commit, Record::Committed(committed));
+        let number = timeout(LIMIT, commit).await.expect("the commit waits").unwrap();
+        let pruned = timeout(LIMIT, pruning).await.expect("it was forgotten").unwrap().unwrap();
+        assert_eq!(number, numbers.0);
+        // If the interrupted append had landed, it is not written twice.
+        assert_eq!(pruned, (numbers.1 > numbers.0).then_some(numbers.1));
+        let state = journal.state();
+        assert_eq!((state.next(), status(&state)), (6, CheckpointStatus::Pruned));
+    }
+
+    #[tokio::test]
+    async fn a_commit_interrupts_housekeeping_that_hangs() {
+        gives_way(Fault::Hang, (4, 5)).await;
+    }
+
+    #[tokio::test]
+    async fn an_interrupted_append_that_stands_is_not_written_twice() {
+        gives_way(Fault::LandsAndHangs, (5, 4)).await;
+    }
+
+    #[test]
+    fn what_waits_is_served_by_urgency_then_in_order() {
+        let command = |urgency, number| {
+            let record = Record::Pruned { step: Step(number), generation: Generation(1) };
+            let work = Work::Append { record, wanted: Box::new(|_| true) };
+            Command { urgency, work, answer: oneshot::channel().0 }
+        };
+        let mut queue = Vec::new();
+        for (urgency, number) in [
+            (Urgency::Housekeeping, 1),
+            (Urgency::Notice, 2),
+            (Urgency::Commit, 3),
+            (Urgency::Notice, 4),
+            (Urgency::Housekeeping, 5),
+            (Urgency::LastWords, 6),
+        ] {
+            enqueue(&mut queue, command(urgency, number));
+        }
+        let mut served = Vec::new();
+        while let Some(Command { work: Work::Append { record: Record::Pruned { step, .. }, .. }, .. }) = queue.pop() {
+            served.push(step.get());
+        }
+        assert_eq!(served, [3, 6, 2, 4, 1, 5]);
+    }
+
+    #[tokio::test]
+    async fn a_look_gives_up_beside_other_work() {
+        let (journal, store, hangs) = writer(Fault::Hang).await;
+        let seen = journal.look().await.unwrap().expect("nothing else is to be done");
+        assert_eq!(seen.state.next(), 4);
+        hangs.store(true, Ordering::SeqCst);
+        let pruning = prune(&journal);
+        hanging(&hangs).await;
+        assert!(timeout(LIMIT, journal.look()).await.expect("it waits").unwrap().is_none());
+        pruning.abort();
+        let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
+        assert_eq!(journal.append(Urgency::Commit, Record::Committed(committed)).await.unwrap(), 4);
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_goes_away_takes_its_command_back() {
+        let (journal, _, hangs) = writer(Fault::Hang).await;
+        hangs.store(true, Ordering::SeqCst);
+        let pruning = prune(&journal);
+        hanging(&hangs).await;
+        // Of one urgency: it waits behind the one that hangs.
+        let waiting = prune(&journal);
+        waiting.abort();
+        assert!(waiting.await.is_err());
+        pruning.abort();
+        assert!(pruning.await.is_err());
+        let again = journal.append_if(Urgency::Housekeeping, PRUNED, good);
+        assert_eq!(timeout(LIMIT, again).await.expect("for ever").unwrap(), Some(4));
+        assert_eq!(journal.state().next(), 5);
+    }
+
+    #[tokio::test]
+    async fn a_record_that_is_not_wanted_is_not_written() {
+        let (journal, ..) = writer(Fault::Pass).await;
+        let never = journal.append_if(Urgency::Housekeeping, PRUNED, |_| false).await.unwrap();
+        assert_eq!((never, journal.state().next()), (None, 4));
+    }
+
+    #[tokio::test]
+    async fn the_view_shows_what_was_answered() {
+        let (journal, store, _) = writer(Fault::Pass).await;
+        assert_eq!(journal.view().held, Some(Generation(1)));
+        let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
+        journal.append(Urgency::Commit, Record::Committed(committed)).await.unwrap();
+        assert_eq!(journal.state().newest().map(|newest| newest.committed.step), Some(Step(3)));
+    }
+
+    /// The commit's answer is lost, its caller gives up, and it stands: before the last words begin, or only after.
+    #[tokio::test]
+    async fn last_words_are_made_of_what_stands() {
+        for fault in [Fault::LandsAndHangs, Fault::Hang] {
+            let (journal, store, hangs) = writer(fault).await;
+            let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
+            hangs.store(true, Ordering::SeqCst);
+            let commit = tokio::spawn({
+                let (journal, committed) = (journal.clone(), committed.clone());
+                async move { journal.append(Urgency::Commit, Record::Committed(committed)).await }
+            });
+            hanging(&hangs).await;
+            commit.abort();
+            let make = |state: &RunState| {
+                let newest = state.newest().map(|newest| newest.committed.step);
+                Record::Interrupted {
+                    generation: Generation(1),
+                    step: Step(3),
+                    committed: newest,
+                    lost_steps: 3 - newest.unwrap_or_default().get(),
+                    verdict: "the time was up".into(),
+                    drain: None,
+                }
+            };
+            timeout(LIMIT, journal.last_words(make)).await.expect("they wait").unwrap();
+            let view = journal.view();
+            let said = &view.state.interruptions()[0];
+            assert_eq!((said.lost_steps, said.committed), (0, Some(Step(3))), "{fault:?}");
+            assert_eq!((view.state.next(), view.doubtful), (6, None), "{fault:?}");
+        }
+    }
+}

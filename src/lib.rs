@@ -17,6 +17,7 @@
 pub mod cli;
 pub mod work;
 pub mod boot;
+pub mod run;
 pub mod agent;
 pub mod rendezvous;
 pub mod worker;

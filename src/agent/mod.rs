@@ -37,6 +37,8 @@ mod watch;
 mod words;
 mod workers;
 
+pub use opening::effective;
+
 use std::{cell::Cell, path::PathBuf, time::Duration};
 
 use tokio::sync::mpsc;
@@ -45,25 +47,26 @@ use self::{
     gauge::Gauges,
     images::Images,
     life::{End, Left, Load, Plan, Source},
-    opening::{Opening, Resolved, completed, effective, resolve},
+    opening::{Opening, Resolved, completed, resolve},
 };
 use crate::{
     checkpoint::{condemn::Docket, restore},
-    config::{CompleteAction, RunConfig},
+    config::{CompleteAction, NoticeConfig, RunConfig},
     error::{Context, Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
     journal::{self, Committed, Formed, FormedReason, JournalError, JournalWriter, Record, ResumePoint, RosterEntry, RunState},
     layout,
     notice::{self, Notices},
-    rendezvous::heartbeat::{self, Process, Pulse, Turning},
+    rendezvous::{
+        heartbeat::{self, Process, Pulse, Turning},
+        policy::{self, Move, View},
+    },
     report::{Event, Reporter},
     snapshot::cadence::Measured,
     storage::Store,
 };
 
-/// Pause between two looks at the heartbeat of the agent that one stands by for.
-const STANDBY_PAUSE: Duration = Duration::from_secs(2);
 /// How long it may take to take the heartbeat away at the end: whoever does not find it so waits a little longer.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -225,13 +228,22 @@ struct Agent {
     dead: Vec<NodeId>,
 }
 
-/// What came of waiting for another agent.
-#[derive(Clone, Copy, Debug)]
-enum Waited {
-    /// It is gone, or there was none.
-    NothingNew,
-    /// It is gone, and the journal has gone on meanwhile.
-    WentOn,
+/// What comes before the next generation.
+enum Before {
+    /// Nothing: this node takes the run up.
+    Start,
+    /// The workers of the last generation died.
+    Backoff(Duration),
+    /// The last generation could not load its checkpoint.
+    Reread { load: Load, object: String, reason: String },
+}
+
+/// What came of taking up the run.
+enum Next {
+    /// This node has formed a generation, which starts from `load`.
+    Formed { generation: Generation, load: Load },
+    /// The run is complete.
+    Completed(Afterwards),
 }
 
 /// Waits for a notice to leave.
@@ -251,10 +263,25 @@ async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
 
 /// Does `work`; `None`: a notice to leave came first. Only for work that may be dropped at any moment.
 async fn unless_told<T>(notices: &mut Notices, reporter: &Reporter, work: impl Future<Output = T>) -> Option<T> {
-    tokio::select! {
-        biased;
-        () = told_to_leave(notices, reporter) => None,
-        done = work => Some(done),
+    let (_none, mut known) = mpsc::unbounded_channel();
+    unless_told_as(notices, &mut known, reporter, work).await
+}
+
+/// The same, where `work` itself finds out what the run's settings say of notices, and sends it to `known`.
+async fn unless_told_as<T>(
+    notices: &mut Notices,
+    known: &mut mpsc::UnboundedReceiver<NoticeConfig>,
+    reporter: &Reporter,
+    work: impl Future<Output = T>,
+) -> Option<T> {
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            biased;
+            Some(settings) = known.recv() => notices.begin(&settings),
+            () = told_to_leave(notices, reporter) => return None,
+            done = &mut work => return Some(done),
+        }
     }
 }
 
@@ -300,23 +327,15 @@ impl Agent {
                 let opening = Opening { run, node, run_id, nproc_per_node, manner, settings, exists };
                 opening.open(begin, &reporter).await
             };
-            tokio::pin!(opening);
-            loop {
-                tokio::select! {
-                    biased;
-                    // The machine may go away while data is downloaded, which may take long.
-                    Some(settings) = known.recv() => notices.begin(&settings),
-                    // Nothing is lost if it is not.
-                    () = told_to_leave(notices, &reporter) => {
-                        if let Some(step) = newest {
-                            reporter.event(&Event::Interrupted { step, lost_steps: 0 });
-                        }
-                        let nothing_lost = Outcome::Interrupted { lost_steps: 0 };
-                        return Ok(if exists.get() { nothing_lost } else { Outcome::NotCreated });
-                    }
-                    opened = &mut opening => break opened?,
+            // The machine may go away while data is downloaded, which may take long.
+            let Some(opened) = unless_told_as(notices, &mut known, &reporter, opening).await else {
+                if let Some(step) = newest {
+                    reporter.event(&Event::Interrupted { step, lost_steps: 0 });
                 }
-            }
+                let nothing_lost = Outcome::Interrupted { lost_steps: 0 };
+                return Ok(if exists.get() { nothing_lost } else { Outcome::NotCreated });
+            };
+            opened?
         };
         let (journal, resolved, overrides, from) = match opened {
             Ok(opened) => opened,
@@ -343,101 +362,50 @@ impl Agent {
         match unless_told(notices, &agent.reporter, beating).await {
             Some(beating) => *pulse = Some(beating?),
             None => {
-                tracing::info!("asked to stop before this node has taken up the run: it has nothing to save");
                 return agent.told_between_lives("its heartbeat was begun", None).await;
             }
         }
         agent.live(resolved, notices).await
     }
 
+    /// Forms generations and runs them, one after the other, until the run has ended on this node.
     async fn live(&mut self, mut resolved: Resolved, notices: &mut Notices) -> Result<Outcome> {
         let reporter = self.reporter.clone();
         let mut deaths = Vec::new();
-        let mut reason = FormedReason::Started;
-        // Whether another agent is at work, and whether the journal has gone on since `resolved` was looked at.
-        let (mut look, mut stale) = (true, false);
+        let (mut before, mut reason) = (Before::Start, FormedReason::Started);
         // The last finished step, once this node has formed a generation.
         let mut finished = None;
         loop {
-            if look {
-                match unless_told(notices, &reporter, self.wait_for_the_other()).await {
-                    None => {
-                        if finished.is_none() {
-                            tracing::info!(
-                                "asked to stop before this node has taken up the run: it has nothing to save"
-                            );
-                        }
-                        return self.told_between_lives("another node was looked at", finished).await;
-                    }
-                    Some(waited) => stale |= matches!(waited?, Waited::WentOn),
-                }
-            }
-            if stale {
-                match unless_told(notices, &reporter, self.resolve_again()).await {
-                    None => return self.told_between_lives("data was fetched", finished).await,
-                    Some(again) => match again? {
-                        Ok(again) => {
-                            resolved = again;
-                            notices.begin(&resolved.config.notice);
-                        }
-                        Err(then) => return Ok(Outcome::Completed { then }),
-                    },
-                }
-            }
-            provenance::is_still_there(&resolved)?;
-            let choosing = self.choose_with_data(&resolved);
-            let Some(load) = unless_told(notices, &reporter, choosing).await else {
-                return self.told_between_lives("a checkpoint to go on from was looked for", finished).await;
+            // Between two generations nothing is at stake: whatever is under way may be dropped when a notice comes.
+            let doing = Cell::new("the run was taken up");
+            let (settings, mut known) = mpsc::unbounded_channel();
+            let taking_up = self.take_up(before, &mut resolved, reason, &doing, &settings);
+            let Some(next) = unless_told_as(notices, &mut known, &reporter, taking_up).await else {
+                return self.told_between_lives(doing.get(), finished).await;
             };
-            let load = load?;
-            let formed = match unless_told(notices, &reporter, self.form(&load, &resolved, reason)).await {
-                Some(formed) => formed?,
-                None => return self.told_between_lives("a generation was formed", finished).await,
+            let (generation, load) = match next? {
+                Next::Formed { generation, load } => (generation, load),
+                Next::Completed(then) => return Ok(Outcome::Completed { then }),
             };
-            let Some(generation) = formed else {
-                (look, stale) = (true, true);
-                continue;
-            };
-            (look, stale) = (false, false);
             finished = Some(load.step());
             if let Some(since) = self.manner.since.take() {
                 tracing::info!("boot to joined: {:.2} s", since.elapsed().as_secs_f64());
             }
             notices.formed(&self.run, generation);
-            let world_size = WorldSize(resolved.workers);
             self.reporter.event(&Event::Formed {
                 generation,
-                world_size,
+                world_size: WorldSize(resolved.workers),
                 resume_step: (load.step() > Step(0)).then_some(load.step()),
                 total_steps: resolved.config.train.steps,
             });
             let began = tokio::time::Instant::now();
-            let plan = Plan {
-                config: resolved.config.clone(),
-                data_dir: resolved.data.dir().to_owned(),
-                sequences: resolved.sequences,
-                workers: resolved.workers,
-                load: load.clone(),
-                saver: saver::Context {
-                    run: self.run.clone(),
-                    run_id: self.run_id.clone(),
-                    node: self.node.clone(),
-                    generation,
-                    formed: began,
-                    world_size,
-                    data: resolved.identity.clone(),
-                    journal: self.journal.clone(),
-                },
-                companions: resolved.companions.clone(),
-                docket: self.docket.clone(),
-                measured: self.measured(),
-            };
+            let plan = self.plan(generation, &load, &resolved, began);
             if let Some(newest) = self.journal.state().newest() {
                 self.gauges.suppose(&newest.committed);
             }
             let mut left = Left::default();
             let lived = life::run(plan, &mut self.images, &mut self.gauges, notices, &self.reporter, &mut left).await;
-            match lived {
+            before = match lived {
                 Ok(End::Completed { loss }) => {
                     let outcome = self.complete(generation, &resolved, loss, notices).await?;
                     match outcome {
@@ -451,46 +419,13 @@ impl Agent {
                     self.gone(left).await;
                     return outcome;
                 }
-                Ok(End::Damaged { object, reason }) => {
-                    let reading = self.step_over(&load, &object, &reason);
-                    match unless_told(notices, &reporter, reading).await {
-                        Some(done) => done?,
-                        None => {
-                            let doing = "a checkpoint that seemed damaged was read again";
-                            return self.told_between_lives(doing, finished).await;
-                        }
-                    }
-                }
+                Ok(End::Damaged { object, reason }) => Before::Reread { load, object, reason },
                 Ok(End::Diverged { step, reason }) => return Err(self.diverged(generation, step, &reason).await),
                 Ok(End::Died { step, reason: why }) => {
                     deaths.push(restart::Death::of(step, &why));
-                    finished = Some(step);
-                    match restart::decide(&deaths, &resolved.config.restart) {
-                        restart::Decision::GiveUp { reason, out_of_memory } => {
-                            let reason = format!("{reason}: {why}");
-                            let (train, workers) = (&resolved.config.train, resolved.workers);
-                            let error = restart::given_up(reason, out_of_memory, &self.run_id, train, workers);
-                            if error.kind() != Kind::Unavailable {
-                                self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;
-                            }
-                            return Err(error);
-                        }
-                        restart::Decision::Restart { after } => {
-                            self.reporter.event(&Event::WorkerDied {
-                                step,
-                                reason: why,
-                                restarts: u32::try_from(deaths.len()).unwrap_or(u32::MAX),
-                                backoff_s: after.as_secs_f64(),
-                            });
-                            if unless_told(notices, &reporter, tokio::time::sleep(after)).await.is_none() {
-                                return self.told_between_lives("workers were to be started again", finished).await;
-                            }
-                        }
-                    }
-                    tracing::debug!(life_s = began.elapsed().as_secs_f64(), "life ended");
-                    reason = FormedReason::WorkerDied;
-                    // What `--from` asked for has been done; later lives carry on from the newest.
-                    self.from = None;
+                    (finished, reason) = (Some(step), FormedReason::WorkerDied);
+                    tracing::debug!(generation_s = began.elapsed().as_secs_f64(), "the workers are gone");
+                    Before::Backoff(self.died(generation, step, &why, &deaths, &resolved).await?)
                 }
                 Err(error) => {
                     // A store that does not answer needs no person, and would not take the record.
@@ -500,51 +435,168 @@ impl Agent {
                     }
                     return Err(error);
                 }
+            };
+        }
+    }
+
+    /// A worker died at `step`: how long to wait before the group starts again, or why it does not.
+    async fn died(
+        &mut self,
+        generation: Generation,
+        step: Step,
+        why: &str,
+        deaths: &[restart::Death],
+        resolved: &Resolved,
+    ) -> Result<Duration> {
+        match restart::decide(deaths, &resolved.config.restart) {
+            restart::Decision::GiveUp { reason, out_of_memory } => {
+                let (reason, train) = (format!("{reason}: {why}"), &resolved.config.train);
+                let error = restart::given_up(reason, out_of_memory, &self.run_id, train, resolved.workers);
+                if error.kind() != Kind::Unavailable {
+                    self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;
+                }
+                Err(error)
+            }
+            restart::Decision::Restart { after } => {
+                self.reporter.event(&Event::WorkerDied {
+                    step,
+                    reason: why.to_owned(),
+                    restarts: u32::try_from(deaths.len()).unwrap_or(u32::MAX),
+                    backoff_s: after.as_secs_f64(),
+                });
+                // What `--from` asked for has been done; later generations carry on from the newest checkpoint.
+                self.from = None;
+                Ok(after)
             }
         }
     }
 
-    /// Another agent may be at work on this run. If it lives, stand by as long as that is wanted, then leave; if it has gone, carry
-    /// on. The journal may go on meanwhile, also under a third one, which is looked at in the same way.
-    async fn wait_for_the_other(&mut self) -> Result<Waited> {
-        let began = tokio::time::Instant::now();
-        let mut waited = Waited::NothingNew;
-        let mut standing_by_for = None;
-        loop {
-            let leader = unfinished_leader(&self.journal.state());
-            let Some(other) = leader.filter(|node| *node != self.node) else { return Ok(waited) };
-            self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
-            let life = heartbeat::look(&self.run, &other).await?;
-            if life == heartbeat::Life::Alive {
-                let left = self.manner.standby.saturating_sub(began.elapsed());
-                if left.is_zero() {
-                    return Err(words::taken(&self.run_id, &other));
-                }
-                if standing_by_for.as_ref() != Some(&other) {
-                    self.reporter.event(&Event::Standby { node: other.to_string() });
-                    standing_by_for = Some(other.clone());
-                }
-                tokio::time::sleep(STANDBY_PAUSE.min(left)).await;
-            }
-            if self.journal.refresh().await? > 0 {
-                waited = Waited::WentOn;
-                continue;
-            }
-            let heartbeat::Life::Gone(process) = life else { continue };
-            // It left without a word: what it had finished since its newest checkpoint is lost.
-            let state = self.journal.state();
-            let generation = state.formed().map_or_else(Generation::default, |formed| formed.generation);
-            let checkpoint = state.newest().map(|checkpoint| checkpoint.committed.step);
-            self.reporter.event(&Event::FoundDead {
-                node: other.to_string(),
+    /// What a generation starts with.
+    fn plan(&self, generation: Generation, load: &Load, resolved: &Resolved, formed: tokio::time::Instant) -> Plan {
+        Plan {
+            config: resolved.config.clone(),
+            data_dir: resolved.data.dir().to_owned(),
+            sequences: resolved.sequences,
+            workers: resolved.workers,
+            load: load.clone(),
+            saver: saver::Context {
+                run: self.run.clone(),
+                run_id: self.run_id.clone(),
+                node: self.node.clone(),
                 generation,
-                same_machine: process.as_ref().map(Process::is_of_this_machine),
-                pid: process.map(|process| process.pid),
-                checkpoint,
-            });
-            self.dead.push(other);
-            return Ok(waited);
+                formed,
+                world_size: WorldSize(resolved.workers),
+                data: resolved.identity.clone(),
+                journal: self.journal.clone(),
+            },
+            companions: resolved.companions.clone(),
+            docket: self.docket.clone(),
+            measured: self.measured(),
         }
+    }
+
+    /// From wherever the run stands to a generation of this node. `doing` says at each moment what is under way;
+    /// `settings` hears what the run says of notices when that has changed. May be dropped at any moment.
+    async fn take_up(
+        &mut self,
+        before: Before,
+        resolved: &mut Resolved,
+        reason: FormedReason,
+        doing: &Cell<&'static str>,
+        settings: &mpsc::UnboundedSender<NoticeConfig>,
+    ) -> Result<Next> {
+        // Whether another node may be at work.
+        let mut look = matches!(before, Before::Start);
+        match before {
+            Before::Start => {}
+            Before::Backoff(after) => {
+                doing.set("workers were to be started again");
+                tokio::time::sleep(after).await;
+            }
+            Before::Reread { load, object, reason } => {
+                doing.set("a checkpoint that seemed damaged was read again");
+                self.step_over(&load, &object, &reason).await?;
+            }
+        }
+        // Whether the journal has gone on since `resolved` was made of it.
+        let mut stale = false;
+        loop {
+            if look {
+                doing.set("another node was looked at");
+                stale |= self.wait_for_the_leader().await?;
+            }
+            if stale {
+                doing.set("data was fetched");
+                match self.resolve_again().await? {
+                    Ok(again) => *resolved = again,
+                    Err(then) => return Ok(Next::Completed(then)),
+                }
+                // Whoever hears it waits for the end of this function.
+                let _ = settings.send(resolved.config.notice.clone());
+            }
+            provenance::is_still_there(resolved)?;
+            doing.set("a checkpoint to go on from was looked for");
+            let load = self.choose_with_data(resolved).await?;
+            doing.set("a generation was formed");
+            if let Some(generation) = self.form(&load, resolved, reason).await? {
+                return Ok(Next::Formed { generation, load });
+            }
+            (look, stale) = (true, true);
+        }
+    }
+
+    /// Another node may be at work on this run: does what [`policy::decide`] says until this one may form a generation.
+    /// Says whether the journal has gone on meanwhile, also under a third node.
+    async fn wait_for_the_leader(&mut self) -> Result<bool> {
+        let (began, settings) = (tokio::time::Instant::now(), policy::Settings { standby: self.manner.standby });
+        let mut view = View::of(&self.journal.state(), &self.node);
+        let (mut went_on, mut standing_by_for) = (false, None);
+        loop {
+            let (next, reason) = policy::decide(&view, began.elapsed(), settings);
+            tracing::debug!(?next, "{reason}");
+            match next {
+                Move::Form => return Ok(went_on),
+                Move::Leave(leader) => return Err(words::taken(&self.run_id, &leader)),
+                Move::Look(leader) => {
+                    self.reporter.event(&Event::Phase { doing: format!("looking whether node {leader} still lives") });
+                    view.liveness = Some(heartbeat::look(&self.run, &leader).await?);
+                }
+                Move::StandBy(leader, pause) => {
+                    if standing_by_for.as_ref() != Some(&leader) {
+                        self.reporter.event(&Event::Standby { node: leader.to_string() });
+                        standing_by_for = Some(leader);
+                    }
+                    tokio::time::sleep(pause).await;
+                    went_on |= self.journal.refresh().await? > 0;
+                    view = View::of(&self.journal.state(), &self.node);
+                }
+                Move::ReadOn => {
+                    if self.journal.refresh().await? > 0 {
+                        went_on = true;
+                        view = View::of(&self.journal.state(), &self.node);
+                    } else {
+                        view.read_on = true;
+                    }
+                }
+                Move::TakeOver(leader, process) => {
+                    self.found_dead(leader, process);
+                    return Ok(went_on);
+                }
+            }
+        }
+    }
+
+    /// The leader left without a word: what it had finished since its newest checkpoint is lost.
+    fn found_dead(&mut self, leader: NodeId, process: Option<Process>) {
+        let state = self.journal.state();
+        self.reporter.event(&Event::FoundDead {
+            node: leader.to_string(),
+            generation: state.formed().map_or_else(Generation::default, |formed| formed.generation),
+            same_machine: process.as_ref().map(Process::is_of_this_machine),
+            pid: process.map(|process| process.pid),
+            checkpoint: state.newest().map(|checkpoint| checkpoint.committed.step),
+        });
+        self.dead.push(leader);
     }
 
     /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`: what is
@@ -699,12 +751,4 @@ impl Agent {
         };
         Error::new(Kind::Config, reason).with_hint(hint)
     }
-}
-
-/// The leader of a generation that has not said how it ended: it may still be at work.
-fn unfinished_leader(state: &RunState) -> Option<NodeId> {
-    let formed = state.formed()?;
-    let said = state.interruptions().iter().any(|end| end.generation == formed.generation);
-    let open = *state.outcome() == journal::Outcome::Open;
-    (open && !said).then(|| formed.node.clone())
 }

@@ -55,6 +55,7 @@ impl Agent {
     pub(super) async fn told_between_lives(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
         let committed = self.newest_committed();
         let (Some(generation), Some(step)) = (self.journal.view().held, step) else {
+            tracing::info!("asked to stop before this node has taken up the run: it has nothing to save");
             if committed > Step(0) {
                 self.reporter.event(&Event::Interrupted { step: committed, lost_steps: 0 });
             }

@@ -47,11 +47,9 @@ use crate::{
         identity::{self, Tags},
         region, ssm,
     },
-    config::{self, Effect, StorageConfig},
+    config::{self, Effect},
     error::{Error, Kind, Result},
     ids::RunId,
-    journal::{self, JournalError, RunState},
-    storage::Store,
 };
 
 /// Says each step of a boot with the time that it took.
@@ -209,27 +207,6 @@ pub fn store(settings: &Layer, working_directory: &Path) -> Result<Option<Given<
         unsaid(&given.origin, "store's URI", error)
     })?;
     Ok(Some(Given { value, origin: given.origin.clone() }))
-}
-
-/// What the journal of a run says, if the run exists in this store.
-pub async fn existing(store: &Store, run_id: &RunId) -> Result<Option<RunState>, JournalError> {
-    match journal::replay(&store.folder(run_id.as_str()), run_id).await {
-        Ok(state) => Ok(Some(state)),
-        Err(JournalError::NoSuchRun { .. }) => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// The store at `uri`, used as the run that lives there says by now: as it was created with, with what later generations and now
-/// `overrides` change.
-pub fn open(uri: &str, state: &RunState, overrides: &[(String, String)]) -> Result<Store> {
-    Ok(Store::open(uri, &storage(state, overrides)?)?)
-}
-
-/// How that store is used.
-pub fn storage(state: &RunState, overrides: &[(String, String)]) -> Result<StorageConfig> {
-    let config = config::apply_overrides(state.config(), &state.overrides())?;
-    Ok(config::apply_overrides(&config, overrides)?.storage)
 }
 
 /// The changed settings that a run that exists can take. What it keeps for life was set when it was created: on a machine that

@@ -17,11 +17,11 @@ use crate::{
         stop::Stop,
     },
     cloud::hardware,
-    config::{self, Machine, RunConfig, Sources, Text},
+    config::{self, Device, Machine, RunConfig, Sources, StorageConfig, Text},
     error::{Context, Error, Kind, Result},
     ids::RunId,
-    journal::{Outcome, RunState},
     report::{Reporter, Screen},
+    run::open::{self, Found},
     storage::Store,
 };
 
@@ -119,34 +119,38 @@ impl Boot {
         let named = boot::store(&settings, &working_directory)?;
 
         // A run that exists needs no configuration: one that can't be read is no reason not to carry it on.
-        let mut found = None;
-        if let Some(named) = &named {
-            found = find(stop, &named.value, &config::reading_settings(&settings.set)?, &run_id)?;
-        }
         let overrides = boot::changes(&settings.set);
-        let found = match found {
-            Some(found) => Found::Run(found),
-            None => {
-                let config = self.configuration(stop, &settings, named)?;
-                match find(stop, &config.store, &config.storage, &run_id)? {
-                    Some(found) => Found::Run(found),
-                    None => Found::Nothing(Box::new(config)),
-                }
-            }
+        let find = |uri: &str, reading: &StorageConfig| {
+            let found = stop.block_on(open::find(uri, reading, &run_id, overrides.clone()));
+            found.context(format!("look for run {run_id} in {uri}"))
         };
-        let (store, begin) = match found {
-            Found::Run((uri, state)) => {
-                let store = boot::open(&uri, &state, &overrides)?;
-                steps.done(format_args!("run {run_id} exists in {}: it is resumed", store.uri()));
-                (store, Begin::Resume { from: None, overrides, state })
+        let mut found = Found::New;
+        if let Some(named) = &named {
+            found = find(&named.value, &config::reading_settings(&settings.set)?)?;
+        }
+        let mut new = None;
+        if matches!(found, Found::New) {
+            let config = new.insert(self.configuration(stop, &settings, named)?);
+            found = find(&config.store, &config.storage)?;
+        }
+        // A machine with nothing to do needs no device, and does not stay on to wait for one.
+        let idle = matches!(found, Found::Complete(..));
+        let (device, store, begin) = match (found, new) {
+            (Found::Existing(run) | Found::Complete(run, _), _) => {
+                steps.done(format_args!("run {run_id} exists in {}: it is resumed", run.store.uri()));
+                let device = run.config.parallel.device;
+                let (store, begin) = run.resume(None);
+                (device, store, begin)
             }
-            Found::Nothing(config) => {
+            (Found::New, Some(config)) => {
                 let store = Store::open(&config.store, &config.storage)?;
                 steps.done(format_args!("run {run_id} does not exist in {}: it is created", store.uri()));
-                (store, Begin::CreateOrResume { config, overrides })
+                (config.parallel.device, store, Begin::CreateOrResume { config: Box::new(config), overrides })
             }
+            // The configuration was read as soon as no run was found.
+            (Found::New, None) => return Err(Error::new(Kind::Bug, "a new run has no configuration")),
         };
-        self.await_devices(stop, &begin, &mut steps)?;
+        self.await_devices(stop, device, idle, &mut steps)?;
         let cache = boot::cache(&hardware::root());
         if let Some(folder) = &cache {
             steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
@@ -205,20 +209,12 @@ impl Boot {
         Ok(config::load(&sources)?)
     }
 
-    fn await_devices(&self, stop: &Stop, begin: &Begin, steps: &mut Steps) -> Result<()> {
+    fn await_devices(&self, stop: &Stop, wanted: Device, idle: bool, steps: &mut Steps) -> Result<()> {
         let root = hardware::root();
-        let wanted = match begin {
-            Begin::Resume { overrides, state, .. } => {
-                let all: Vec<_> = state.overrides().into_iter().chain(overrides.iter().cloned()).collect();
-                config::apply_overrides(state.config(), &all)?.parallel.device
-            }
-            Begin::Create(config) | Begin::CreateOrResume { config, .. } => config.parallel.device,
-        };
         let wait = |limit| stop.block_on(boot::await_gpus(&root, wanted, limit));
         let ready = match wait(Duration::ZERO) {
             Ok(ready) => ready,
-            // A machine with nothing to do needs no device, and must not stay on for want of one.
-            Err(_) if is_idle(begin) => return Ok(()),
+            Err(_) if idle => return Ok(()),
             Err(_) => wait(self.device_wait)?,
         };
         if let Some(what) = ready {
@@ -228,44 +224,12 @@ impl Boot {
     }
 }
 
-/// Whether the run is complete and given no more steps.
-fn is_idle(begin: &Begin) -> bool {
-    match begin {
-        Begin::Resume { overrides, state, .. } => {
-            matches!(state.outcome(), Outcome::Completed { .. })
-                && overrides.iter().all(|(key, _)| key != "train.steps")
-        }
-        _ => false,
-    }
-}
-
-/// The store's URI and what the run's journal says, if the run exists there.
-fn find(
-    stop: &Stop,
-    uri: &str,
-    settings: &config::StorageConfig,
-    run_id: &RunId,
-) -> Result<Option<(String, Box<RunState>)>> {
-    let store = Store::open(uri, settings)?;
-    let look = async { Ok(boot::existing(&store, run_id).await?) };
-    let found = stop.block_on(look).context(format!("look for run {run_id} in {}", store.uri()))?;
-    Ok(found.map(|state| (store.uri(), Box::new(state))))
-}
-
 /// All that an agent needs to begin.
 struct Ready {
     store: Store,
     run_id: RunId,
     begin: Begin,
     manner: Manner,
-}
-
-/// What there is of a run.
-enum Found {
-    /// It exists: its store's URI, and what its journal says.
-    Run((String, Box<RunState>)),
-    /// Nothing: it is created with this configuration.
-    Nothing(Box<RunConfig>),
 }
 
 /// A configuration as it was found.

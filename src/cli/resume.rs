@@ -9,14 +9,13 @@ use super::{
     run,
 };
 use crate::{
-    agent::{Begin, Manner},
-    boot::{self, stop::Stop},
+    agent::Manner,
+    boot::stop::Stop,
     config,
     error::{Kind, Result},
     ids::Step,
-    journal,
     report::{Reporter, Screen},
-    storage::Store,
+    run::open,
 };
 
 /// Carry a run on from its newest checkpoint that verifies
@@ -50,19 +49,16 @@ impl Resume {
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
         let stop = Stop::listen()?;
         stop.leave_when_stuck();
+        let accepts_data = config::names(&overrides, "data.train")?;
         let prepare = || {
-            let store = Store::open(&self.run.store.open()?.uri(), &config::reading_settings(&overrides)?)?;
-            let look = async { Ok(journal::replay(&store.folder(run_id.as_str()), &run_id).await?) };
-            let state = stop.block_on(look)?;
-            // What the run says of its store (encryption, storage class, limits) holds on every machine.
-            Ok((boot::open(&store.uri(), &state, &overrides)?, state))
+            let (uri, reading) = (self.run.store.open()?.uri(), config::reading_settings(&overrides)?);
+            let found = stop.block_on(open::find(&uri, &reading, &run_id, overrides))?;
+            Ok(found.existing(&run_id, &uri)?.resume(self.from))
         };
-        let Some((store, state)) = run::unless_asked(&stop, prepare())? else {
+        let Some((store, begin)) = run::unless_asked(&stop, prepare())? else {
             return Ok(Kind::Interrupted.exit_code().into());
         };
         drop(stop);
-        let accepts_data = config::names(&overrides, "data.train")?;
-        let begin = Begin::Resume { from: self.from, overrides, state: Box::new(state) };
         let manner = Manner { accepts_data, ..Manner::default() };
         run::launch_as(Reporter::new(screen, self.json), store, run_id, begin, nproc_per_node, manner)
     }

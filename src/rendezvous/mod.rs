@@ -1,2 +1,4 @@
-//! Who is in the run: heartbeats in the store, and whether another agent that formed a generation still lives.
+//! Who is in the run: heartbeats in the store, and what a node does about another one that leads the run.
+
 pub mod heartbeat;
+pub mod policy;

@@ -60,8 +60,9 @@ use crate::{
     config::{self, Device, Encryption, Machine, RunConfig, Sources, StorageConfig, Text},
     error::{Context, Error, Kind, Result},
     ids::{RunId, random_hex},
-    journal, layout,
+    layout,
     report::{Listener, Reporter},
+    run::open::{self, Completed, Found},
     storage::Store,
 };
 
@@ -587,26 +588,22 @@ impl Worker<'_> {
                 (config.store.clone(), Some(config))
             }
         };
-        let root = Store::open(&uri, &config::reading_settings(&job.set)?)?;
-        let run_id = &job.run_id;
+        let (run_id, reading) = (&job.run_id, config::reading_settings(&job.set)?);
         // The store may be silent, and is asked for minutes.
-        let found = self.unless_told(async { Ok(boot::existing(&root, run_id).await?) });
+        let found = self.unless_told(open::find(&uri, &reading, run_id, Vec::new()));
         match found.context(format!("read journal of run {run_id}"))? {
-            Some(state) => {
-                if let journal::Outcome::Completed { step, loss, .. } = state.outcome() {
-                    return Ok(Prepared::Done { step: step.get(), loss: *loss });
-                }
-                let committed = state.newest().map_or(0, |checkpoint| checkpoint.committed.step.get());
+            Found::Complete(_, Completed { step, loss }) => Ok(Prepared::Done { step: step.get(), loss }),
+            Found::Existing(run) => {
+                let committed = run.state.newest().map_or(0, |checkpoint| checkpoint.committed.step.get());
                 let carried = *lock(&lock(tracker).carried);
                 if self.max_receive_count.is_some() && made_progress(received, carried, committed) {
                     return Ok(Prepared::Renew { committed });
                 }
-                self.encrypts(&boot::storage(&state, &[])?);
-                let store = boot::open(&uri, &state, &[])?;
-                let begin = Begin::Resume { from: None, overrides: Vec::new(), state: Box::new(state) };
+                self.encrypts(&run.config.storage);
+                let (store, begin) = run.resume(None);
                 Ok(Prepared::Launch { store, begin })
             }
-            None => {
+            Found::New => {
                 let config = match config {
                     Some(config) => config,
                     None => self.config(job, Some(uri.clone()))?,

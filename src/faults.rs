@@ -7,8 +7,11 @@
 use std::{
     collections::HashMap,
     sync::{Mutex, OnceLock},
+    time::Duration,
 };
 
+/// How long a thread that has sent SIGSTOP waits for it.
+const STOPPING: Duration = Duration::from_millis(50);
 /// The environment variable that arms crash points.
 pub const VARIABLE: &str = "TRAINER_FAULTS";
 
@@ -108,8 +111,8 @@ pub fn check(point: &str, at: At) -> Result<(), Injected> {
         Action::Error => Err(Injected(point.to_owned())),
         Action::Stop => {
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
-            // Another thread may be the one that takes the signal: do not run on meanwhile.
-            std::thread::sleep(std::time::Duration::from_millis(50));
+            #[expect(clippy::disallowed_methods, reason = "another thread may take the signal: this one does not run on")]
+            std::thread::sleep(STOPPING);
             Ok(())
         }
     }

@@ -1,4 +1,7 @@
 //! The whole product, from outside: the built binary, real processes, real stores, real faults.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that meets what it does not expect fails")]
+#![allow(clippy::disallowed_methods, reason = "helpers poll other processes from threads of their own")]
+
 mod support;
 
 mod boot;

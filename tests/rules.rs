@@ -1,10 +1,14 @@
-//! The source is held against its own rules: imports point down the list in `src/lib.rs`, `unsafe` stays where it is
-//! allowed, and nobody writes to the streams of this process but those who know what to do when they are broken.
+//! The rules of the source: imports point down the list in `src/lib.rs`, five rooms stay apart, `unsafe` stays where it
+//! is allowed, only the writers write to the streams of the process, lines and files stay short, pauses have names.
 
 use std::path::{Path, PathBuf};
 
 /// Every source file below `src/`, and its text.
 pub fn sources() -> Vec<(String, String)> {
+    sources_below("src")
+}
+
+fn sources_below(folder: &str) -> Vec<(String, String)> {
     fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).expect("folder of sources") {
             let path = entry.expect("entry").path();
@@ -15,11 +19,11 @@ pub fn sources() -> Vec<(String, String)> {
             }
         }
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let mut paths = Vec::new();
     walk(&root, &mut paths);
     paths.sort();
-    let name = |path: &Path| path.strip_prefix(&root).expect("below src").display().to_string();
+    let name = |path: &Path| path.strip_prefix(&root).expect("below the root").display().to_string();
     paths.iter().map(|path| (name(path), std::fs::read_to_string(path).expect("read source"))).collect()
 }
 
@@ -161,4 +165,88 @@ fn nobody_writes_to_a_stream_past_the_writers() {
     }
     assert!(written_past_the_writers("agent/mod.rs", "fn f() { io::stderr().is_terminal() } // eprintln!").is_empty());
     assert!(written_past_the_writers("report/writer.rs", "fn f() { io::stderr() }").is_empty());
+}
+
+/// Rooms that know nothing of each other, whichever stands above: (who, of whom).
+const APART: [(&str, &str); 5] = [
+    ("agent", "torch"),
+    ("checkpoint", "torch"),
+    ("snapshot", "storage"),
+    ("worker", "storage"),
+    ("worker", "agent"),
+];
+
+#[test]
+fn five_pairs_of_rooms_stay_apart() {
+    for (file, text) in sources() {
+        let own = file.split('/').next().unwrap_or_default().trim_end_matches(".rs");
+        for name in named_modules(&code(&text)) {
+            assert!(!APART.contains(&(own, name.as_str())), "src/{file} names crate::{name}");
+        }
+    }
+    let named = named_modules("use crate::{error, storage::{Store, Crc64}};\nfn f(x: crate::torch::T) {}");
+    assert_eq!(named, ["error", "storage", "torch"]);
+}
+
+/// Columns of a line, comments included.
+const WIDTH: usize = 120;
+
+/// Whether a line may be wider: a row of a table in a comment, which can't be broken.
+fn is_row(line: &str) -> bool {
+    let comment = line.trim_start().trim_start_matches("//").trim_start_matches(['/', '!']).trim_start();
+    line.trim_start().starts_with("//") && comment.starts_with('|')
+}
+
+fn too_wide(text: &str) -> Vec<usize> {
+    let wide = |line: &str| line.chars().count() > WIDTH && !is_row(line);
+    text.lines().enumerate().filter(|(_, line)| wide(line)).map(|(at, _)| at + 1).collect()
+}
+
+#[test]
+fn no_line_is_wider_than_120_columns() {
+    let mut wrong = Vec::new();
+    for folder in ["src", "tests", "benches"] {
+        for (file, text) in sources_below(folder) {
+            wrong.extend(too_wide(&text).into_iter().map(|line| format!("{folder}/{file}:{line}")));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert_eq!(too_wide(&format!("{}\n{}", "x".repeat(120), "é".repeat(121))), [2]);
+    assert!(too_wide(&format!("    //! | {} |", "x".repeat(200))).is_empty());
+    assert_eq!(too_wide(&format!("    // {}", "x".repeat(200))), [1]);
+}
+
+/// Lines of code of one file.
+const LENGTH: usize = 600;
+
+/// Lines that hold code: no comment, not blank, not the unit tests at the foot.
+fn lines_of_code(text: &str) -> usize {
+    code(text).lines().filter(|line| !line.trim().is_empty()).count()
+}
+
+#[test]
+fn no_file_has_more_than_600_lines_of_code() {
+    for (file, text) in sources() {
+        let count = lines_of_code(&text);
+        assert!(count <= LENGTH, "src/{file} has {count} lines of code: split it");
+    }
+    assert_eq!(lines_of_code("//! x\n\nfn f() {} // y\n\n#[cfg(test)]\nmod tests {\n    fn g() {}\n}"), 1);
+}
+
+/// Pauses whose length has no name. A name says what is waited for, and its constant says why that long.
+fn nameless_pauses(text: &str) -> usize {
+    let starts = ["Duration::from", "std::time::Duration::from", "tokio::time::Duration::from"];
+    let code = code(text);
+    let number = |at: usize| starts.iter().any(|start| code[at..].trim_start().starts_with(start));
+    code.match_indices("sleep(").filter(|(at, found)| number(at + found.len())).count()
+}
+
+#[test]
+fn every_pause_has_a_name() {
+    let wrong: Vec<String> =
+        sources().into_iter().filter(|(_, text)| nameless_pauses(text) > 0).map(|(file, _)| file).collect();
+    assert!(wrong.is_empty(), "a pause is written as a number: {wrong:?}");
+    assert_eq!(nameless_pauses("fn f() { tokio::time::sleep(Duration::from_secs(2)).await }"), 1);
+    assert_eq!(nameless_pauses("fn f() { std::thread::sleep(std::time::Duration::from_millis(50)) }"), 1);
+    assert_eq!(nameless_pauses("fn f() { sleep(PAUSE * 2).await; sleep(pause) }"), 0);
 }

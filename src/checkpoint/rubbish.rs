@@ -293,7 +293,7 @@ mod tests {
         let (good, _) = checkpoint(&store, 3, 1, 1, 1).await;
         let state = state_after(vec![good], vec![formed(2, Some((3, 1)))]);
         let root = guard.path().join("run/checkpoints");
-        let old = std::time::SystemTime::now() - 2 * DAY;
+        let old = std::time::SystemTime::from(Timestamp::now()) - 2 * DAY;
         let leave = |folder: &str, name: &str| {
             std::fs::create_dir_all(root.join(folder)).unwrap();
             let path = root.join(folder).join(name);

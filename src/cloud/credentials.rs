@@ -93,6 +93,7 @@ impl Chain {
         let error = match tokio::time::timeout(LIMIT, look(&self.region)).await {
             Ok(Ok((credential, ends))) => {
                 let credential = Arc::new(credential);
+                #[expect(clippy::disallowed_methods, reason = "credentials end at a time of the wall clock")]
                 let (renew, until) = times(ends.map(|ends| ends.duration_since(SystemTime::now()).unwrap_or_default()));
                 let now = Instant::now();
                 state.found = Some(Found {

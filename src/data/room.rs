@@ -80,7 +80,7 @@ fn try_take(dir: &Path) -> Taken {
     match flock(&file, FlockOperation::NonBlockingLockShared) {
         Ok(()) if !is_at(&file, &path) => Taken::Gone,
         Ok(()) => {
-            // Only the order of removal follows from it.
+            #[expect(clippy::disallowed_methods, reason = "only the order of removal follows from it")]
             let _ = file.set_modified(SystemTime::now());
             Taken::Yes(Some(file))
         }

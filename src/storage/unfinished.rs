@@ -3,10 +3,7 @@
 //!
 //! *Crash, retry, cancel:* each is discarded by one request, and discarding one that is gone is fine.
 
-use std::{
-    path::{Path as FilePath, PathBuf},
-    time::SystemTime,
-};
+use std::path::{Path as FilePath, PathBuf};
 
 use super::{StorageError, Store, retry::Failure};
 
@@ -101,8 +98,9 @@ fn look_into(folder: &FilePath, prefix: &str, found: &mut Vec<Unfinished>) -> st
         } else if metadata.is_file()
             && let Some(place) = unfinished_name(&name)
         {
-            let since = metadata.modified().unwrap_or(SystemTime::now());
-            let since = jiff::Timestamp::try_from(since).unwrap_or(jiff::Timestamp::MAX);
+            // One whose time is not known is not old.
+            let since = metadata.modified().ok().and_then(|since| jiff::Timestamp::try_from(since).ok());
+            let since = since.unwrap_or(jiff::Timestamp::MAX);
             found.push(Unfinished { key: format!("{prefix}{place}"), since, place: Place::File(entry.path()) });
         }
     }

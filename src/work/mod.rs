@@ -70,6 +70,8 @@ use crate::{
 const LAST_REPORTS: Duration = Duration::from_secs(15);
 /// The same when the machine may be about to go away.
 const HURRIED_REPORTS: Duration = Duration::from_secs(5);
+/// Pause before a queue that did not answer is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
 /// A queue that does not answer for so long ends the worker.
 const PATIENCE: Duration = Duration::from_secs(5 * 60);
 /// Limits where no run says others.
@@ -374,7 +376,7 @@ impl Worker<'_> {
                             return Err(error);
                         }
                         tracing::warn!("queue does not answer, trying on: {error}");
-                        tokio::time::sleep(Duration::from_secs(2)).await;
+                        tokio::time::sleep(ASK_AGAIN).await;
                     }
                     Err(error) => return Err(error),
                 }

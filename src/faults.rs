@@ -111,7 +111,10 @@ pub fn check(point: &str, at: At) -> Result<(), Injected> {
         Action::Error => Err(Injected(point.to_owned())),
         Action::Stop => {
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
-            #[expect(clippy::disallowed_methods, reason = "another thread may take the signal: this one does not run on")]
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "another thread may take the signal: this one does not run on"
+            )]
             std::thread::sleep(STOPPING);
             Ok(())
         }

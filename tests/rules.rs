@@ -168,13 +168,8 @@ fn nobody_writes_to_a_stream_past_the_writers() {
 }
 
 /// Rooms that know nothing of each other, whichever stands above: (who, of whom).
-const APART: [(&str, &str); 5] = [
-    ("agent", "torch"),
-    ("checkpoint", "torch"),
-    ("snapshot", "storage"),
-    ("worker", "storage"),
-    ("worker", "agent"),
-];
+const APART: [(&str, &str); 5] =
+    [("agent", "torch"), ("checkpoint", "torch"), ("snapshot", "storage"), ("worker", "storage"), ("worker", "agent")];
 
 #[test]
 fn five_pairs_of_rooms_stay_apart() {

@@ -55,7 +55,9 @@ use crate::{
     error::{Context, Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
-    journal::{self, Committed, Formed, FormedReason, JournalError, JournalWriter, Record, ResumePoint, RosterEntry, RunState},
+    journal::{
+        Committed, Formed, FormedReason, JournalError, JournalWriter, Record, ResumePoint, RosterEntry, RunState,
+    },
     layout,
     notice::{self, Notices},
     rendezvous::{

@@ -208,7 +208,7 @@ mod tests {
     use super::*;
     use crate::{
         checkpoint::testing::{Harm, checkpoint, config, harm, memory_store},
-        ids::{NodeId, RunId, WorldSize},
+        ids::{Generation, NodeId, RunId, Step, WorldSize},
         journal::{Formed, FormedReason, RosterEntry},
         layout,
     };

@@ -83,7 +83,10 @@ type Make = Box<dyn Fn(&RunState) -> Record + Send + Sync>;
 /// What is to be done with the journal.
 enum Work {
     /// Appends a record as long as the state wants it.
-    Append { record: Record, wanted: Wanted },
+    Append {
+        record: Record,
+        wanted: Wanted,
+    },
     /// Settles a doubtful commit, then appends what follows from the state.
     LastWords(Make),
     Form(Formed),

@@ -114,6 +114,7 @@ mod tests {
         let run = Store::open(&uri, &STORAGE).unwrap().folder(run_id.as_str());
         let mut config = config();
         config.train.steps = 1;
+        config.data.validation_sequences = 1;
         let mut journal = Journal::create(run.clone(), node.clone(), run_id.clone(), config).await.unwrap();
         let formed = Formed {
             roster: vec![RosterEntry { node, workers: 1 }],

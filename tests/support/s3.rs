@@ -99,7 +99,12 @@ struct Stored {
 impl Stored {
     fn new(body: Bytes, serial: u64) -> Self {
         let crc64 = checksum(Crc64Nvme, &body);
-        Self { body, crc64, e_tag: format!("{crc64:016x}{serial:016x}"), modified: SystemTime::now() }
+        Self {
+            body,
+            crc64,
+            e_tag: format!("{crc64:016x}{serial:016x}"),
+            modified: SystemTime::from(jiff::Timestamp::now()),
+        }
     }
     fn tag(&self) -> ETag {
         ETag::Strong(self.e_tag.clone())
@@ -228,7 +233,11 @@ impl S3Server {
     pub fn leave_upload(&self, key: &str, ago: Duration) -> String {
         let mut table = self.service.lock();
         let id = format!("upload-{}", table.serial());
-        let upload = Upload { key: key.to_owned(), started: SystemTime::now() - ago, parts: BTreeMap::new() };
+        let upload = Upload {
+            key: key.to_owned(),
+            started: SystemTime::from(jiff::Timestamp::now()) - ago,
+            parts: BTreeMap::new(),
+        };
         table.uploads.insert(id.clone(), upload);
         id
     }
@@ -619,7 +628,11 @@ impl S3 for Service {
         let checksum_algorithm = req.input.checksum_algorithm.as_ref().map(|it| it.as_str().to_owned());
         let asked = Asked { checksum_type, checksum_algorithm, ..asked!(req.input) };
         table.asked.insert((req.input.key.clone(), "CreateMultipartUpload"), asked);
-        let upload = Upload { key: req.input.key.clone(), started: SystemTime::now(), parts: BTreeMap::new() };
+        let upload = Upload {
+            key: req.input.key.clone(),
+            started: SystemTime::from(jiff::Timestamp::now()),
+            parts: BTreeMap::new(),
+        };
         table.uploads.insert(upload_id.clone(), upload);
         Ok(S3Response::new(CreateMultipartUploadOutput {
             bucket: Some(req.input.bucket),
@@ -696,7 +709,7 @@ impl S3 for Service {
         parts.iter().for_each(|part| body.extend_from_slice(&part.body));
         let serial = table.serial();
         let e_tag = format!("{crc64:016x}{serial:016x}-{}", named.len());
-        let object = Stored { body: body.freeze(), crc64, e_tag, modified: SystemTime::now() };
+        let object = Stored { body: body.freeze(), crc64, e_tag, modified: SystemTime::from(jiff::Timestamp::now()) };
         let output = CompleteMultipartUploadOutput {
             bucket: Some(input.bucket),
             key: Some(input.key.clone()),

@@ -15,7 +15,8 @@
 #![warn(missing_docs)]
 
 pub mod cli;
-pub mod work;
+pub mod doctor;
+pub mod queue;
 pub mod boot;
 pub mod run;
 pub mod agent;
@@ -26,9 +27,11 @@ pub mod model;
 pub mod data;
 pub mod notice;
 pub mod snapshot;
+pub mod history;
 pub mod goodput;
 pub mod checkpoint;
 pub mod journal;
+pub mod format;
 pub mod torch;
 pub mod storage;
 pub mod cloud;

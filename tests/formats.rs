@@ -9,11 +9,11 @@ use std::{fs, path::PathBuf};
 use proptest::prelude::*;
 use trainer::{
     checkpoint::{
-        header::{self, Dtype},
         manifest::{Manifest, TrainerState},
         save::Receipt,
     },
     data::shards::Index,
+    format::header::{self, Dtype},
     ids::{DatasetId, Generation, Rank, Step, WorldSize},
     journal::{Entry, FORMAT, Record},
     protocol::{self, Assignment, FromWorker, SaveOrder, StepReport, ToWorker},

@@ -13,7 +13,6 @@ use trainer::{
         CheckpointError,
         catalog::{self, Damage},
         condemn::{self, Docket},
-        header::{self, Dtype},
         manifest::{FileKind, TrainerState},
         prune::{Standing, apply_prune, doomed, plan_prune},
         restore,
@@ -21,6 +20,7 @@ use trainer::{
         verify::{Depth, Proof, verify},
     },
     config::Keep,
+    format::header::{self, Dtype},
     ids::{AttemptId, Generation, NodeId, Step, WorldSize},
     journal::{
         self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, SaveCost,

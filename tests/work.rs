@@ -687,7 +687,7 @@ fn a_machine_on_which_run_after_run_fails_does_not_empty_the_queue() {
         shop.send(&shop.job(run, json!({"restart.max": 0})));
     }
     let life = shop.leasing_worker("1h", "2m").faults("worker.step=panic").finish().expect_code(70);
-    let life = life.expect_said(&["run after run fails here"]);
+    let life = life.expect_said(&["two consecutive jobs failed on this machine"]);
     assert_eq!(states(&life), ["claimed", "failed", "claimed", "failed"], "{}", life.story());
     assert_eq!(shop.count(&shop.queue), [0, 1, 1], "the first has counted, the second is renewed\n{}", life.story());
     let heard = shop.api.heard();

@@ -23,13 +23,12 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::{
-    CheckpointError,
-    header::{self, TensorEntry},
-    join,
+    CheckpointError, join,
     manifest::{FileKind, Manifest},
     restore::{IN_FLIGHT, RemoteFile, compare, ranges, small_file, with_range},
 };
 use crate::{
+    format::header::{self, TensorEntry},
     ids::random_hex,
     layout,
     storage::{Crc64, Store},

@@ -12,11 +12,15 @@ use futures::{StreamExt, TryStreamExt, stream};
 
 use super::{
     CheckpointError,
-    header::{self, Dtype, ForeignTensor},
     restore::{IN_FLIGHT, RemoteFile, weights_from_folder},
-    slices,
 };
-use crate::storage::{StorageError, Store};
+use crate::{
+    format::{
+        header::{self, Dtype, ForeignTensor},
+        slices,
+    },
+    storage::{StorageError, Store},
+};
 
 /// What the model takes from the folder.
 #[derive(Clone, Copy, Debug)]

@@ -141,7 +141,7 @@ pub(super) fn validate_files(files: &[FileEntry]) -> Result<(), String> {
         if !names.insert(name.as_str()) {
             return Err(format!("file {name} is named twice"));
         }
-        if *kind != FileKind::Meta && *bytes < super::header::PREFIX {
+        if *kind != FileKind::Meta && *bytes < crate::format::header::PREFIX {
             return Err(format!("file {name} has {bytes} bytes, too few for tensors"));
         }
         // Signed, because object stores and file systems count that way.

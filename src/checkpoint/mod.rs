@@ -2,7 +2,7 @@
 //!
 //! This module knows bytes and names, no tensors beyond what a safetensors header says. All stores given to it are a
 //! run's folder (`<store>/<run-id>`), so that keys are those of [`crate::layout`]; layouts of single objects stand in
-//! [`manifest`] and [`header`].
+//! [`manifest`] and [`crate::format`].
 //!
 //! The one invariant: *a checkpoint is a step whose `committed` record stands in the journal*. Data gets there in the
 //! order shards → receipts → manifest → record, each complete before the next begins ([`save`]); it is believed in the
@@ -17,13 +17,11 @@ pub mod catalog;
 pub mod condemn;
 pub mod export;
 pub mod foreign;
-pub mod header;
 pub mod manifest;
 pub mod prune;
 pub mod restore;
 pub mod rubbish;
 pub mod save;
-pub mod slices;
 pub mod verify;
 
 #[cfg(test)]

@@ -267,10 +267,10 @@ mod tests {
     use super::*;
     use crate::{
         checkpoint::{
-            header,
             manifest::{FileKind, TrainerState},
             testing::{HARMS, checkpoint, file, file_store, harm, memory_store, random, weights},
         },
+        format::header,
         ids::Step,
     };
 

@@ -3,7 +3,6 @@
 use bytes::Bytes;
 
 use super::{
-    header::{self, Dtype},
     join,
     manifest::{FileKind, Manifest, TrainerState},
     save::{Save, Upload, put_manifest, put_shards},
@@ -14,6 +13,7 @@ use crate::{
         OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind,
         StorageConfig, Strategy, TrainConfig,
     },
+    format::header::{self, Dtype},
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
     journal::{Committed, Entry, FormedReason, Record, ResumePoint, RosterEntry, RunState, SaveCost},
     layout,

@@ -8,12 +8,12 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
-    history::{self, Checkpoint},
     output::{self, Table},
     store,
 };
 use crate::{
     error::Result,
+    history::{self, Checkpoint},
     journal::{self, CheckpointStatus, RunState},
     report::human,
 };

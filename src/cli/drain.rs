@@ -7,11 +7,11 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
-    history::{self, Standing},
     output, store,
 };
 use crate::{
     error::{Error, Kind, Result},
+    history::{self, Standing},
     ids::{Generation, RunId, Step},
     journal::{Formation, Journal, Outcome, RunState},
     notice::drain,
@@ -203,7 +203,7 @@ impl Report<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::history::tests::{state, story};
+    use crate::history::tests::{state, story};
 
     #[test]
     fn the_journal_says_how_a_generation_ended() {

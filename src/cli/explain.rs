@@ -3,17 +3,19 @@
 use std::{fmt::Write, process::ExitCode};
 
 use clap::Args;
-use jiff::Timestamp;
-use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
-    history, output, store,
+    output, store,
 };
 use crate::{
     error::Result,
-    ids::{Generation, NodeId, RunId, Step},
-    journal::{Drain, DrainPlan, Formation, FormedReason, Interruption, Means, RunState},
+    history::{
+        self,
+        episodes::{Episode, How, Total, carried_out, episodes, total},
+    },
+    ids::Step,
+    journal::{DrainPlan, Means},
     report::human,
 };
 
@@ -33,71 +35,6 @@ pub struct Explain {
     json: JsonArg,
 }
 
-/// How a generation ended before the run was done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum How {
-    /// It was asked to stop, and said what became of it.
-    Stopped,
-    /// It ended without a word: killed, or cut off from the store.
-    Vanished,
-    /// One of its workers died; the same machine carried on.
-    WorkerDied,
-}
-
-/// A notice, as the journal has it.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-struct Heard<'a> {
-    at: Timestamp,
-    source: &'a str,
-    means: Means,
-    deadline_s: Option<f64>,
-}
-
-/// What carried on.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-struct Next<'a> {
-    generation: Generation,
-    node: &'a NodeId,
-    resume_step: Option<Step>,
-    /// From the end, or the last sign of life, until it was formed.
-    away_s: f64,
-}
-
-/// One interruption.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-struct Episode<'a> {
-    generation: Generation,
-    node: &'a NodeId,
-    how: How,
-    /// When it ended; of one that vanished, its last sign of life.
-    at: Timestamp,
-    /// The last finished step, where it was said.
-    step: Option<Step>,
-    /// The checkpoint that the run has carried on from, or can.
-    checkpoint: Option<Step>,
-    /// Finished steps that are done again, where that is known.
-    lost_steps: Option<u64>,
-    verdict: Option<&'a str>,
-    notices: Vec<Heard<'a>>,
-    drain: Option<&'a Drain>,
-    /// By how much the prediction was off, counted from when the plan was made: 0.1 says that it took a tenth longer than expected.
-    prediction_error: Option<f64>,
-    next: Option<Next<'a>>,
-}
-
-/// What `--json` prints at the end.
-#[derive(Debug, Serialize)]
-struct Total<'a> {
-    run_id: &'a RunId,
-    interruptions: usize,
-    /// Of those whose loss is known.
-    lost_steps: u64,
-    /// Interruptions whose loss nobody could write down.
-    unknown: usize,
-    away_s: f64,
-}
-
 impl Explain {
     pub(super) fn execute(self) -> Result<ExitCode> {
         let state = store::block_on(async { history::read(&self.run.store.open()?, &self.run.run_id).await })?;
@@ -113,84 +50,6 @@ impl Explain {
         output::emit(&text)?;
         Ok(ExitCode::SUCCESS)
     }
-}
-
-fn total<'a>(state: &'a RunState, episodes: &[Episode<'_>]) -> Total<'a> {
-    Total {
-        run_id: state.run_id(),
-        interruptions: episodes.len(),
-        lost_steps: episodes.iter().filter_map(|episode| episode.lost_steps).sum(),
-        unknown: episodes.iter().filter(|episode| episode.lost_steps.is_none()).count(),
-        away_s: episodes.iter().filter_map(|episode| Some(episode.next.as_ref()?.away_s)).sum(),
-    }
-}
-
-/// Every generation that ended before the run was done, the oldest first. One that is last and has not said how it ended may still be
-/// at work: it is none.
-fn episodes(state: &RunState) -> Vec<Episode<'_>> {
-    let formations = state.formations();
-    let mut episodes = Vec::new();
-    for (index, formed) in formations.iter().enumerate() {
-        let said = state.interruptions().iter().find(|end| end.generation == formed.generation);
-        let next = formations.get(index + 1);
-        let how = match (said, next) {
-            (Some(_), _) => How::Stopped,
-            (None, _) if formed.ended.is_some() => continue,
-            (None, None) => continue,
-            (None, Some(next)) if next.reason == FormedReason::WorkerDied => How::WorkerDied,
-            (None, Some(_)) => How::Vanished,
-        };
-        episodes.push(episode(state, formed, how, said, next));
-    }
-    episodes
-}
-
-fn episode<'a>(
-    state: &'a RunState,
-    formed: &'a Formation,
-    how: How,
-    said: Option<&'a Interruption>,
-    next: Option<&'a Formation>,
-) -> Episode<'a> {
-    let generation = formed.generation;
-    let notices: Vec<_> = state
-        .notices()
-        .iter()
-        .filter(|notice| notice.generation == generation)
-        .map(|n| Heard { at: n.at, source: &n.source, means: n.means, deadline_s: n.deadline_s })
-        .collect();
-    let commits = state.checkpoints().of(generation);
-    let last_sign = commits.clone().map(|c| c.at).chain(notices.iter().map(|n| n.at)).chain([formed.at]).max();
-    let at = said.map_or(last_sign.unwrap_or(formed.at), |said| said.at);
-    let drain = said.and_then(|said| said.drain.as_ref());
-    let newest = commits.map(|c| c.committed.step).chain(formed.resume.as_ref().map(|point| point.step)).max();
-    Episode {
-        generation,
-        node: &formed.node,
-        how,
-        at,
-        step: said.map(|said| said.step),
-        checkpoint: said.map_or(newest, |said| said.committed),
-        lost_steps: said.map(|said| said.lost_steps),
-        verdict: said.map(|said| said.verdict.as_str()),
-        notices,
-        drain,
-        prediction_error: drain.and_then(carried_out).and_then(|(expected, took)| Some(took? / expected - 1.0)),
-        next: next.map(|next| Next {
-            generation: next.generation,
-            node: &next.node,
-            resume_step: next.resume.as_ref().map(|point| point.step),
-            away_s: next.at.duration_since(at).as_secs_f64().max(0.0),
-        }),
-    }
-}
-
-/// How long what was planned was to take, and took, from when it was planned: the time before, which may have been trained in, is not
-/// the save's. `None`: nothing was expected, or the journal does not say when.
-fn carried_out(drain: &Drain) -> Option<(f64, Option<f64>)> {
-    let planned = drain.planned_s?;
-    let expected = drain.predicted_s.map(|at| at - planned).filter(|expected| *expected > 0.0)?;
-    Some((expected, drain.actual_s.map(|at| (at - planned).max(0.0))))
 }
 
 /// How wrong a prediction was, for people.
@@ -325,8 +184,9 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
 mod tests {
     use super::*;
     use crate::{
-        cli::history::tests::{committed, created, formed, state},
-        journal::{Happened, Record},
+        history::tests::{committed, created, formed, state},
+        ids::Generation,
+        journal::{Drain, Happened, Record, RunState},
     };
 
     /// Planned 100 s after the notice.

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
-    history, output, store,
+    output, store,
 };
 use crate::{
     checkpoint::{
@@ -16,6 +16,7 @@ use crate::{
     },
     config,
     error::{Context, Result},
+    history,
     ids::{RunId, Step},
     report::human,
     storage::Store,
@@ -81,7 +82,7 @@ impl Done<'_> {
 
 /// Exports a step's weights, or the newest; gives the step.
 pub(super) async fn export(run: &RunArg, step: Option<Step>, target: &Target) -> Result<(Step, export::Exported)> {
-    let (folder, committed) = history::choose(run, step).await?;
+    let (folder, committed) = history::choose(&run.store.open()?, &run.run_id, step).await?;
     let doing = || format!("export step {}", committed.step);
     let manifest = catalog::read_manifest(&folder, &committed).await.context(doing())?;
     let part = u64::from(store::LIMITS.part_mib) << 20;

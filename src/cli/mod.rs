@@ -13,7 +13,6 @@ mod drain;
 mod explain;
 mod export;
 mod generate;
-mod history;
 mod output;
 mod prune;
 mod resume;

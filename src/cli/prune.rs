@@ -9,7 +9,6 @@ use tokio::sync::Mutex;
 
 use super::{
     args::{JsonArg, RunArg},
-    history,
     output::{self, Table},
     store,
 };
@@ -23,6 +22,7 @@ use crate::{
     },
     config::{Keep, Spacing, parse_spacing},
     error::{Context, Error, Kind as ErrorKind, Result},
+    history,
     ids::NodeId,
     journal::{CheckpointStatus, Journal, Record, ResumePoint, RunState},
     report::human,

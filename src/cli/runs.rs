@@ -9,12 +9,12 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, StoreArg},
-    history::{self, Standing},
     output::{self, Table},
     store,
 };
 use crate::{
     error::{Kind, Result},
+    history::{self, Standing},
     ids::{RunId, Step},
     journal::{self, RunState},
     report::human,

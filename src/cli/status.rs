@@ -8,12 +8,12 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
-    history::{self, Checkpoint, Interruption, Standing},
     output, store,
 };
 use crate::{
     config::{self, Cadence, RunConfig},
     error::{Error, Kind, Result},
+    history::{self, Checkpoint, Interruption, Standing},
     ids::{Generation, RunId, Step, WorldSize},
     journal::{Outcome, RunState},
     report::human,
@@ -215,7 +215,7 @@ fn summary(config: &RunConfig) -> Vec<(&'static str, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::history::tests::{state, story};
+    use crate::history::tests::{state, story};
 
     #[test]
     fn a_state_is_told_to_people_and_to_machines() {

@@ -7,7 +7,6 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
-    history,
     output::{self, Table},
     store,
 };
@@ -17,6 +16,7 @@ use crate::{
         verify::{self, Depth, FileReport, Proof, Report},
     },
     error::{Context, Error, Kind, Result},
+    history,
     ids::{NodeId, Step},
     journal::{self, Checkpoint, CheckpointStatus, Journal, RunState},
     report::human,

@@ -19,8 +19,8 @@ use crate::{
     config,
     error::{Kind, Result},
     notice,
+    queue::{self, Left, Said, Settings, Tools, allow::Allowed, api, lease::Terms},
     report::{self, Reporter, Screen},
-    work::{self, Left, Said, Settings, Tools, allow::Allowed, api, lease::Terms},
 };
 
 /// Take jobs from a queue, train them, and leave when it stays empty
@@ -59,7 +59,7 @@ pub struct Work {
     /// Leave after one job, with its exit code
     #[arg(long)]
     once: bool,
-    /// A message is hidden for so long at a time: when this worker is killed, others see its job so much later
+    /// A message is hidden for so long at a time: when this consumer is killed, others see its job so much later
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = lease)]
     lease: Duration,
     /// A message is passed on before it was held for longer; SQS's own limit is 12h
@@ -92,7 +92,7 @@ fn variable(parameters: &[Parameter], name: &str) -> Option<String> {
     given.or_else(|| Some(parameters.iter().find(|it| it.name == parameter)?.value.reveal().to_owned()))
 }
 
-/// When a worker leaves.
+/// When a consumer leaves.
 #[derive(Clone, Copy, Debug)]
 struct Idle(Option<Duration>);
 
@@ -167,7 +167,7 @@ impl Work {
             variable: &|name| variable(&parameters, name),
             leave: self.terminate_when_idle.then_some(&leave),
         };
-        Ok(match work::run(settings, tools)? {
+        Ok(match queue::run(settings, tools)? {
             Left::Idle => ExitCode::SUCCESS,
             // Nothing is lost, and there may be jobs left.
             Left::Asked => Kind::Interrupted.exit_code().into(),

@@ -98,6 +98,7 @@ mod tests {
     use super::*;
     use crate::{
         checkpoint::testing::{STORAGE, checkpoint, config},
+        config::NoticeConfig,
         ids::{Generation, NodeId, WorldSize},
         journal::{Formed, FormedReason, Journal, Record, RosterEntry},
     };
@@ -114,7 +115,7 @@ mod tests {
         let run = Store::open(&uri, &STORAGE).unwrap().folder(run_id.as_str());
         let mut config = config();
         config.train.steps = 1;
-        config.data.validation_sequences = 1;
+        (config.data.validation_sequences, config.notice) = (1, NoticeConfig::default());
         let mut journal = Journal::create(run.clone(), node.clone(), run_id.clone(), config).await.unwrap();
         let formed = Formed {
             roster: vec![RosterEntry { node, workers: 1 }],

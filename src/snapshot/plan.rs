@@ -6,7 +6,7 @@
 //! size): every process that makes it from the same list makes the same one.
 //!
 //! Stored layout of one rank's image: its model shard, then, at the next page boundary, its optimizer shard. A shard is a
-//! complete safetensors file ([`crate::checkpoint::header`]) whose tensors follow one another without a gap, those with
+//! complete safetensors file ([`crate::format::header`]) whose tensors follow one another without a gap, those with
 //! the largest elements first, so that each is aligned, then by name. Shapes never change during a run, so headers are
 //! written once, when the plan is made; a capture writes tensor bytes only.
 
@@ -15,12 +15,12 @@ use std::{collections::HashSet, ops::Range};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    checkpoint::{header, slices},
     error::{Explain, Kind},
+    format::{header, slices},
     ids::{Rank, WorldSize},
 };
 
-pub use crate::checkpoint::header::{Dtype, HeaderError};
+pub use crate::format::header::{Dtype, HeaderError};
 
 /// Why no plan can be made.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -12,8 +12,8 @@ use tch::{Kind, Tensor};
 
 use super::state::{Param, Role, State, Target, is_moment, part};
 use crate::{
-    checkpoint::{header, slices},
     error::{Context, Error, Kind as ErrorKind, Result},
+    format::{header, slices},
     snapshot::plan::Dtype,
     torch,
 };

@@ -173,7 +173,7 @@ mod tests {
                 prop_assert_eq!(have, owned);
             }
             for (ranges, &len) in ranges.into_iter().zip(&lens) {
-                prop_assert_eq!(crate::checkpoint::slices::check_cover(ranges, len), Ok(()));
+                prop_assert_eq!(crate::format::slices::check_cover(ranges, len), Ok(()));
             }
             for bucket in partition.buckets() {
                 prop_assert_eq!(bucket.chunk % ALIGN, 0);

@@ -11,7 +11,7 @@
 //! | zero1, fp32 | `<name>` F32 | its slices of `exp_avg.<name>`, `exp_avg_sq.<name>` |
 //! | zero1, bf16 | `<name>` BF16 | those, and its slices of `master.<name>`: the fp32 weights |
 //!
-//! Slices are stored as [`slices`](crate::checkpoint::slices) says. Where a checkpoint has `master.<name>`, that is the weight, and
+//! Slices are stored as [`slices`](crate::format::slices) says. Where a checkpoint has `master.<name>`, that is the weight, and
 //! `<name>` is its value rounded to bf16: so a checkpoint's folder stays a model folder that anybody can load, with nothing
 //! gathered to save it. Any rank of any world under either strategy loads from any of these: it takes its own elements
 //! out of the files, which all lie in shared memory. Files of an earlier version have whole tensors only and are

@@ -9,12 +9,13 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, StoreArg},
-    history, output, run, store,
+    output, run, store,
 };
 use crate::{
     config::{self, Cadence, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
     goodput::{Costs, Lives, Notice, Observed, Trace},
+    history,
     ids::RunId,
     report::human,
     snapshot::cadence::{self, Measured},

@@ -19,7 +19,7 @@ use crate::{
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Verdict {
+pub enum Verdict {
     /// As it should be.
     Ok,
     /// It works, and could hurt.
@@ -32,7 +32,7 @@ pub(super) enum Verdict {
 
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct Line {
+pub struct Line {
     /// What was looked at.
     pub check: &'static str,
     /// How it came out.
@@ -48,24 +48,24 @@ pub(super) struct Line {
 }
 
 impl Line {
-    pub fn ok(check: &'static str, found: impl Into<String>) -> Self {
+    pub(super) fn ok(check: &'static str, found: impl Into<String>) -> Self {
         Self { check, verdict: Verdict::Ok, found: found.into(), todo: None, kind: None }
     }
 
-    pub fn skipped(check: &'static str, found: impl Into<String>) -> Self {
+    pub(super) fn skipped(check: &'static str, found: impl Into<String>) -> Self {
         Self { verdict: Verdict::Skipped, ..Self::ok(check, found) }
     }
 
-    pub fn warn(check: &'static str, found: impl Into<String>, todo: impl Into<String>) -> Self {
+    pub(super) fn warn(check: &'static str, found: impl Into<String>, todo: impl Into<String>) -> Self {
         Self { verdict: Verdict::Warn, todo: Some(todo.into()), ..Self::ok(check, found) }
     }
 
-    pub fn fail(check: &'static str, kind: Kind, found: impl Into<String>, todo: impl Into<String>) -> Self {
+    pub(super) fn fail(check: &'static str, kind: Kind, found: impl Into<String>, todo: impl Into<String>) -> Self {
         Self { verdict: Verdict::Fail, kind: Some(kind), ..Self::warn(check, found, todo) }
     }
 
     /// An error is a failure; its hint is what to do, or else what its kind calls for.
-    pub fn error(check: &'static str, error: &Error) -> Self {
+    pub(super) fn error(check: &'static str, error: &Error) -> Self {
         let todo = error.hint().unwrap_or(match error.kind() {
             Kind::Usage | Kind::Config => "put right what is named here, and look again",
             Kind::Permission => {
@@ -82,7 +82,7 @@ impl Line {
 
 /// The exit code: 0, or that of the worst failure. What must be put right by hand before anything can work comes first; what may
 /// heal by itself last.
-pub(super) fn exit_code(lines: &[Line]) -> u8 {
+pub fn exit_code(lines: &[Line]) -> u8 {
     let failed = lines.iter().filter(|line| line.verdict == Verdict::Fail).filter_map(|line| line.kind);
     let rank = |kind: &Kind| match kind {
         Kind::Config | Kind::Usage | Kind::Data | Kind::Bug | Kind::Fenced => 2,

@@ -1,23 +1,23 @@
-//! A queue worker: takes a job from a queue of SQS, trains its run, and reports to a job API.
+//! A queue consumer: takes a job from a queue of SQS, trains its run, and reports to a job API.
 //!
 //! The queue says *that* a run is wanted; what is true of the run stands in its journal and nowhere else. So a message may come twice, late,
-//! or to two workers at once: the journal lets one of them write, the other finds the run alive or completed. [`job`] is what a message
+//! or to two consumers at once: the journal lets one of them write, the other finds the run alive or completed. [`job`] is what a message
 //! says, [`allow`] what it may name, [`lease`] keeps it hidden, [`handover`] decides what becomes of it, [`api`] is who hears of it.
 //!
 //! # One message
 //! receive → hide it lease by lease → read the run's journal → train, unless the run is complete → settle. A message is deleted when its run
-//! is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the machine goes away, when another worker
-//! has the run, when the fault is this worker's own (its store does not answer or refuses, run after run fails), and when SQS would hide it no longer. It is left to the redrive policy when the
+//! is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the machine goes away, when another consumer
+//! has the run, when the fault is this consumer's own (its store does not answer or refuses, run after run fails), and when SQS would hide it no longer. It is left to the redrive policy when the
 //! job itself failed, can't be understood, or needs what does not answer: reported, seen again after a pause, and after
 //! `maxReceiveCount` receives in the dead-letter queue.
 //! What a run's `on_complete` wants done with the machine is not done here: there may be another job.
 //!
-//! *Crash*: the lease runs out, another worker receives the message and resumes from the newest checkpoint; see [`handover`] for each
+//! *Crash*: the lease runs out, another consumer receives the message and resumes from the newest checkpoint; see [`handover`] for each
 //! moment. *Retry*: settling twice is fine. *Cancel*: SIGTERM while training is the agent's affair (it saves, and leaves with 75 or 76), after
 //! which the message is settled first (bounded in time, whatever the queue does), whoever waits for the machine is told second that it may go (the
 //! lifecycle hook is completed, the scheduled event approved: [`agent::launch_then`]), and the job API third: a machine that is taken the moment
 //! it may go has left its job to the next one. Between two jobs, and while a job's journal and configuration are read, whatever says that this
-//! machine goes away, or asks this worker to stop, ends it with 75 (`lookout.rs`). Signals that come just before the agent listens wait for it.
+//! machine goes away, or asks this consumer to stop, ends it with 75 (`lookout.rs`). Signals that come just before the agent listens wait for it.
 
 pub mod allow;
 pub mod api;
@@ -66,23 +66,23 @@ use crate::{
     storage::Store,
 };
 
-/// How long the last reports are waited for when the worker leaves.
+/// How long the last reports are waited for when the consumer leaves.
 const LAST_REPORTS: Duration = Duration::from_secs(15);
 /// The same when the machine may be about to go away.
 const HURRIED_REPORTS: Duration = Duration::from_secs(5);
 /// Pause before a queue that did not answer is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
-/// A queue that does not answer for so long ends the worker.
+/// A queue that does not answer for so long ends the consumer.
 const PATIENCE: Duration = Duration::from_secs(5 * 60);
 /// Limits where no run says others.
 const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
-/// This worker's own store is asked for so long whether it answers.
+/// This consumer's own store is asked for so long whether it answers.
 const STORE_PATIENCE: Duration = Duration::from_secs(20);
 /// Taking away what it was asked with.
 const SWEEP_PATIENCE: Duration = Duration::from_secs(2);
 /// Renewing the message of a job whose machine goes away may take so long: notices leave as little as 30 s, the last save included.
 const RENEWAL: Duration = Duration::from_secs(10);
-/// What a worker is told.
+/// What a consumer is told.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The queue's URL.
@@ -106,7 +106,7 @@ pub struct Settings {
 /// Reads a small remote object: folder and name.
 pub type FetchLater<'a> = dyn Fn(&str, &str) -> BoxFuture<'static, Result<Vec<u8>>> + 'a;
 
-/// What a worker needs of its caller.
+/// What a consumer needs of its caller.
 pub struct Tools<'a> {
     /// Makes the reporter of one run, which the listener hears too.
     pub reporter: &'a dyn Fn(Listener) -> Reporter,
@@ -147,7 +147,7 @@ pub enum Said {
         #[serde(skip_serializing_if = "Option::is_none")]
         exit_code: Option<u8>,
     },
-    /// The queue stayed empty: this worker leaves, unless its machine was to leave with it and can't.
+    /// The queue stayed empty: this consumer leaves, unless its machine was to leave with it and can't.
     Idle {
         /// For so long.
         after_s: f64,
@@ -164,7 +164,7 @@ pub enum State {
     HandedOver,
     /// Its run got further since it was sent, so a fresh copy is in the queue.
     Renewed,
-    /// Another worker has its run.
+    /// Another consumer has its run.
     StandBy,
     /// Its run is complete.
     Completed,
@@ -172,11 +172,11 @@ pub enum State {
     Interrupted,
     /// What it needs does not answer from here.
     Unreachable,
-    /// It needs a person, unless another worker has more luck with it.
+    /// It needs a person, unless another consumer has more luck with it.
     Failed,
 }
 
-/// Why a worker left.
+/// Why a consumer left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Left {
     /// The queue stayed empty.
@@ -196,7 +196,7 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
         .thread_name("work-io")
         .enable_all()
         .build()
-        .map_err(|error| Error::from_source(Kind::Bug, error).context("start the worker"))?;
+        .map_err(|error| Error::from_source(Kind::Bug, error).context("start the consumer"))?;
     let reports = Reports::start(api, runtime.handle());
     let heard = tools.heard.clone();
     let (queue, max_receive_count) = match runtime.block_on(heard.unless(open(&settings))) {
@@ -210,17 +210,19 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     tracing::info!(queue = queue.url(), "waiting for jobs");
     let lookout = Lookout::new(heard);
     let (suspicion, encryption) = (RefCell::default(), RefCell::default());
-    let worker = Worker { settings, tools, reports, lookout, suspicion, encryption, queue, max_receive_count, runtime };
-    let left = worker.work();
-    let hurried = matches!(left, Ok(Left::Asked)) || worker.lookout.told();
+    let consumer =
+        Consumer { settings, tools, reports, lookout, suspicion, encryption, queue, max_receive_count, runtime };
+    let left = consumer.work();
+    let hurried = matches!(left, Ok(Left::Asked)) || consumer.lookout.told();
     if hurried {
-        worker.runtime.block_on(worker.lookout.let_machine_go());
+        consumer.runtime.block_on(consumer.lookout.let_machine_go());
     }
-    let unheard = worker.runtime.block_on(worker.reports.flush(if hurried { HURRIED_REPORTS } else { LAST_REPORTS }));
+    let unheard =
+        consumer.runtime.block_on(consumer.reports.flush(if hurried { HURRIED_REPORTS } else { LAST_REPORTS }));
     if unheard > 0 {
         tracing::warn!(unheard, "reports were not heard by the job API");
     }
-    worker.runtime.shutdown_timeout(Duration::from_secs(1));
+    consumer.runtime.shutdown_timeout(Duration::from_secs(1));
     left
 }
 
@@ -278,7 +280,7 @@ enum Prepared {
     },
 }
 
-/// A message that this worker has received.
+/// A message that this consumer has received.
 struct Claim<'a> {
     message: &'a Message,
     run_id: Option<RunId>,
@@ -287,12 +289,12 @@ struct Claim<'a> {
     carried: Arc<Mutex<Carried>>,
 }
 
-struct Worker<'a> {
+struct Consumer<'a> {
     settings: Settings,
     tools: Tools<'a>,
     reports: Reports,
     lookout: Lookout,
-    /// Of this worker itself.
+    /// Of this consumer itself.
     suspicion: RefCell<Suspicion>,
     /// How the run of this turn has its objects encrypted: a bucket may take no others.
     encryption: RefCell<(Encryption, Option<String>)>,
@@ -301,7 +303,7 @@ struct Worker<'a> {
     runtime: Runtime,
 }
 
-impl Worker<'_> {
+impl Consumer<'_> {
     fn work(&self) -> Result<Left> {
         let mut idle_since = Instant::now();
         loop {
@@ -324,7 +326,7 @@ impl Worker<'_> {
                 Next::Message(message) => message,
             };
             let (Turn { end, state, code, .. }, what) = self.turn(&message);
-            // A run that another worker trains for weeks must not keep this one waiting for weeks.
+            // A run that another consumer trains for weeks must not keep this one waiting for weeks.
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
                 // Put away, it is still in the queue: who left now would leave it to nobody. Without a dead-letter queue that would be for ever.
@@ -346,17 +348,17 @@ impl Worker<'_> {
         }
     }
 
-    /// Whether nothing keeps this worker: its machine leaves with it, or was not to.
+    /// Whether nothing keeps this consumer: its machine leaves with it, or was not to.
     fn machine_may_leave(&self) -> Result<bool> {
         let Some(leave) = self.tools.leave else { return Ok(true) };
-        // The end that this worker asks for is no news to it.
+        // The end that this consumer asks for is no news to it.
         self.runtime.block_on(self.lookout.rest());
         // It may be gone before the reports are.
         self.runtime.block_on(self.reports.flush(LAST_REPORTS));
         leave()
     }
 
-    /// What comes of `work`, unless this worker is told to leave.
+    /// What comes of `work`, unless this consumer is told to leave.
     fn unless_told<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.runtime.block_on(self.lookout.unless(work))
     }
@@ -469,7 +471,9 @@ impl Worker<'_> {
         let no_good = claim.run_id.as_ref().is_some_and(|run| suspicion.is_confirmed_by(run, turn.error, further));
         drop(suspicion);
         if no_good {
-            tracing::error!("run after run fails here: the message goes to another worker, and this one leaves");
+            tracing::error!(
+                "two consecutive jobs failed on this machine: returning the message to the queue and exiting"
+            );
             turn.end = End::CutOff;
         }
         let work = async {
@@ -508,7 +512,7 @@ impl Worker<'_> {
         *self.encryption.borrow_mut() = (storage.encryption, storage.kms_key_id.clone());
     }
 
-    /// Whether this worker's own store does not take anything either.
+    /// Whether this consumer's own store does not take anything either.
     async fn is_cut_off(&self) -> bool {
         let Some(uri) = &self.settings.store else { return false };
         let Ok(uri) = config::absolute_uri(uri, self.tools.working_directory) else { return false };

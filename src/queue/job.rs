@@ -28,7 +28,7 @@ pub struct Job {
     pub run_id: RunId,
     /// Its configuration.
     pub config: Source,
-    /// Where it is kept; `None`: as the worker or the configuration says.
+    /// Where it is kept; `None`: as the consumer or the configuration says.
     pub store: Option<String>,
     /// Settings that differ from the configuration's, as `--set` takes them.
     pub set: Vec<(String, String)>,

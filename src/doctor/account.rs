@@ -1,9 +1,7 @@
 //! What the account may have: its quota for spot machines of a type, whether this machine is one or not.
 
-use clap::Args;
-
 use super::{
-    verdict::{self, Line, Machines},
+    verdict::{self, Line},
     within,
 };
 use crate::{
@@ -14,32 +12,22 @@ use crate::{
 const CHECK: &str = "spot quota";
 
 /// The machines that are wanted.
-#[derive(Debug, Args)]
-pub(super) struct MachinesArg {
-    /// The EC2 instance type that is to be had as spot machines, such as g5.xlarge [default: this machine's, if it is one]
-    #[arg(long, value_name = "TYPE", value_parser = name)]
-    instance_type: Option<String>,
-    /// Where they are to run [default: as AWS's tools have it]
-    #[arg(long, value_name = "REGION", requires = "instance_type", value_parser = name)]
-    region: Option<String>,
-    /// How many of them at once
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
-    count: u32,
-}
-
-/// Both become part of requests.
-fn name(text: &str) -> Result<String, String> {
-    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(&b);
-    let is_plain = (1..=64).contains(&text.len()) && text.bytes().all(plain);
-    is_plain.then(|| text.to_owned()).ok_or_else(|| "expected small letters, digits, \"-\" and \".\"".into())
+#[derive(Clone, Debug)]
+pub struct Machines {
+    /// The EC2 instance type; `None`: this machine's, if it is one.
+    pub instance_type: Option<String>,
+    /// Where they are to run; `None`: as AWS's tools have it.
+    pub region: Option<String>,
+    /// How many of them at once.
+    pub count: u32,
 }
 
 /// The account's quota for these machines.
-pub(super) async fn spot_quota(wanted: &MachinesArg) -> Line {
+pub(super) async fn spot_quota(wanted: &Machines) -> Line {
     within(CHECK, look(wanted)).await
 }
 
-async fn look(wanted: &MachinesArg) -> Line {
+async fn look(wanted: &Machines) -> Line {
     let (instance_type, region, here) = match &wanted.instance_type {
         Some(instance_type) => {
             let region = match &wanted.region {
@@ -63,7 +51,7 @@ async fn look(wanted: &MachinesArg) -> Line {
         }
     };
     let vcpus = quota::vcpus(&instance_type).or(here);
-    let machines = Machines { instance_type: &instance_type, region: &region, count: wanted.count, vcpus };
+    let machines = verdict::Machines { instance_type: &instance_type, region: &region, count: wanted.count, vcpus };
     let Some(family) = quota::family(&instance_type) else {
         let found = format!("which quota {instance_type:?} counts towards is not known here");
         return match wanted.instance_type {

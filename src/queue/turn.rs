@@ -1,4 +1,4 @@
-//! How the turn of a job on this worker ended, as the queue, the job API and the caller are to hear of it.
+//! How the turn of a job on this consumer ended, as the queue, the job API and the caller are to hear of it.
 
 use super::{State, handover::End};
 use crate::{

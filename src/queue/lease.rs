@@ -2,7 +2,7 @@
 //!
 //! A message is hidden for one lease at a time, and the lease is taken anew when a third of it is over, so that two requests in a row may fail. Twelve
 //! hours after its receive SQS hides it no longer. Before that it is handed over: a copy is sent, then the old one deleted
-//! (see [`super::handover`]), and training goes on with no message in hand. An idle worker that receives the copy sees by the run's
+//! (see [`super::handover`]), and training goes on with no message in hand. An idle consumer that receives the copy sees by the run's
 //! heartbeat that it is alive and puts the copy back for a while; when the machine goes away, the copy is what brings the run to the next one.
 //!
 //! *Crash*: the lease runs out and the message is seen again. *Cancel*: [`Holder::stop`] lets a request that is under way end first, so that a
@@ -21,7 +21,7 @@ use crate::cloud::sqs::{Held, LONGEST_DELAY, Message, Queue};
 /// How long a message is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terms {
-    /// It is hidden for so long at a time: how long it takes until a killed worker's job is seen by others.
+    /// It is hidden for so long at a time: how long it takes until a killed consumer's job is seen by others.
     pub lease: Duration,
     /// It is handed over before it was held for longer.
     pub longest: Duration,
@@ -54,7 +54,7 @@ impl Terms {
 pub enum Hold {
     /// Ours.
     Ours,
-    /// Its lease ran out, or somebody deleted it: another worker may have it.
+    /// Its lease ran out, or somebody deleted it: another consumer may have it.
     Lost,
     /// Ours no more, by choice: a copy is in the queue.
     HandedOver,
@@ -123,7 +123,7 @@ async fn extend(queue: &Queue, message: &Message, lease: Duration) -> Hold {
         Ok(Held::Yes) => Hold::Ours,
         Ok(Held::Gone) => {
             tracing::warn!(
-                "the queue no longer knows this worker's hold on its message; the run's journal keeps others off"
+                "the queue no longer knows this consumer's hold on its message; the run's journal keeps others off"
             );
             Hold::Lost
         }

@@ -1,22 +1,22 @@
 //! Pure decisions: what is done with a message before its run is trained, and after.
 //!
-//! A queue counts receives and moves a message that was received too often away. That is meant for jobs that break their workers; a
+//! A queue counts receives and moves a message that was received too often away. That is meant for jobs that break their consumers; a
 //! machine that is reclaimed ten times has broken nothing. SQS can't take a receive back, so a message that is handed on by choice is *renewed*: a
 //! fresh copy is sent, whose receives count from 0, and the old one is deleted, in this order.
 //!
 //! | killed here | what is left | what comes of it |
 //! |---|---|---|
 //! | before the send | the old message, hidden until its lease ends | received again, one receive more |
-//! | between send and delete | both | one worker trains, the other finds the run alive or completed; the journal fences |
+//! | between send and delete | both | one consumer trains, the other finds the run alive or completed; the journal fences |
 //! | after the delete | the copy | as intended |
 //!
-//! A job whose store or data do not answer may be as broken as one that fails: its receives count, too, unless its run got further on this worker. Only
-//! where the worker's own store does not answer either, the fault is here: the message is renewed and the worker leaves.
+//! A job whose store or data do not answer may be as broken as one that fails: its receives count, too, unless its run got further on this consumer. Only
+//! where the consumer's own store does not answer either, the fault is here: the message is renewed and the consumer leaves.
 //!
 //! The same holds for what fails. A machine with a broken GPU, or a role that may not write any more, would fail one healthy job after the
-//! other into the dead-letter queue. So where the worker's own store refuses, and where a second run in a row ends with a fault of this program
-//! or for want of permission with no checkpoint in between ([`Suspicion`]), the message is renewed and the worker leaves with that exit code.
-//! The first of the two has counted; and of two jobs that are poison themselves the second is renewed, at the cost of a worker.
+//! other into the dead-letter queue. So where the consumer's own store refuses, and where a second run in a row ends with a fault of this program
+//! or for want of permission with no checkpoint in between ([`Suspicion`]), the message is renewed and the consumer leaves with that exit code.
+//! The first of the two has counted; and of two jobs that are poison themselves the second is renewed, at the cost of a consumer.
 //!
 //! A kill, then, counts as a receive, since nobody was left to renew. Whoever receives the message next makes up for it: where the run's journal shows a
 //! checkpoint that was not there when the copy was sent, the job is no poison, and its message is renewed before it is trained. A job that is
@@ -57,20 +57,20 @@ pub const fn made_progress(received: u32, carried: Carried, committed: u64) -> b
     received > 1 && committed > carried.step
 }
 
-/// How a job's turn on this worker ended.
+/// How a job's turn on this consumer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// The run is complete.
     Completed,
-    /// The machine goes away, or somebody asked this worker to stop.
+    /// The machine goes away, or somebody asked this consumer to stop.
     Interrupted,
-    /// The run is in the hands of another worker, which is alive.
+    /// The run is in the hands of another consumer, which is alive.
     Elsewhere,
     /// The run got further since the message was sent: it is renewed before it is trained.
     Further,
     /// Something that the job needs does not answer from here.
     Unreachable,
-    /// The fault is this worker's own, as far as can be told: its store does not answer or refuses, or run after run fails. No job can be
+    /// The fault is this consumer's own, as far as can be told: its store does not answer or refuses, or run after run fails. No job can be
     /// trained here.
     CutOff,
     /// It needs a person, or another machine.
@@ -91,7 +91,7 @@ impl End {
     }
 }
 
-/// Whether what fails on this worker is its own fault.
+/// Whether what fails on this consumer is its own fault.
 #[derive(Clone, Debug, Default)]
 pub struct Suspicion {
     /// This run has failed here, and none has committed a step since.
@@ -99,13 +99,13 @@ pub struct Suspicion {
 }
 
 impl Suspicion {
-    /// A run has ended here, with an error of the kind `error` if with any; `further`: it has committed a step. Whether this worker
+    /// A run has ended here, with an error of the kind `error` if with any; `further`: it has committed a step. Whether this consumer
     /// is no good.
     pub fn is_confirmed_by(&mut self, run: &RunId, error: Option<Kind>, further: bool) -> bool {
         if further {
             self.failed = None;
         }
-        // Want of permission may be the job's: it may name what this worker's role can't read. Whether the worker's own store refuses is asked.
+        // Want of permission may be the job's: it may name what this consumer's role can't read. Whether the consumer's own store refuses is asked.
         if error != Some(Kind::Bug) {
             return false;
         }
@@ -137,7 +137,7 @@ pub enum Settle {
 }
 
 /// What is done with a message that was received `received` times, whose lease is `lease` long. `further`: its run has committed a step
-/// on this worker.
+/// on this consumer.
 pub fn settle(end: End, hold: Hold, received: u32, further: bool, dead_letters: bool, lease: Duration) -> Settle {
     match (end, hold) {
         // One that somebody else holds by now is not doubled; deleting it by an old receipt does nothing, or the right thing.
@@ -151,7 +151,7 @@ pub fn settle(end: End, hold: Hold, received: u32, further: bool, dead_letters: 
             Settle::Renew { delay: lease.min(LONGEST_DELAY), interrupted: false }
         }
         (End::Unreachable, Hold::Ours) => Settle::Return(lease),
-        // With a dead-letter queue it is soon there; without one it would be all that this worker does.
+        // With a dead-letter queue it is soon there; without one it would be all that this consumer does.
         (End::Unintelligible, Hold::Ours) if dead_letters => Settle::Return(Duration::ZERO),
         (End::Failed | End::Unintelligible, Hold::Ours) => Settle::Return(pause(received, lease)),
     }

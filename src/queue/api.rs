@@ -50,15 +50,15 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
-    /// Its run trains on this worker.
+    /// Its run trains on this consumer.
     Started,
     /// It trains on.
     Progress,
-    /// Its machine goes away, or it could not go on for now; another worker carries it on.
+    /// Its machine goes away, or it could not go on for now; another consumer carries it on.
     Interrupted,
     /// Its last step is committed.
     Completed,
-    /// It needs a person, unless another worker has more luck with it.
+    /// It needs a person, unless another consumer has more luck with it.
     Failed,
 }
 
@@ -71,7 +71,7 @@ pub struct Report {
     pub run_id: Option<RunId>,
     /// The message, by the queue's name for it.
     pub message_id: String,
-    /// This worker's turn with it: a new one each time that it is received.
+    /// This consumer's turn with it: a new one each time that it is received.
     pub claim: String,
     /// Counts this turn's reports, from 0.
     pub sequence: u64,

@@ -1,35 +1,32 @@
-//! `trainer doctor`
+//! Examines everything that a run needs, before it needs it, and says what to do.
 //!
-//! Looks at everything that a run needs, before it needs it, and says what to do. Each check has one bounded time and none hides
-//! another: what can't be looked at is a line, too. What it writes into the store lies below the folder of probes and is deleted; what a kill
-//! leaves there is a few bytes.
+//! Each check has a bounded time, and none hides another: what can't be examined is a line, too. `verdict.rs` says what a
+//! finding means, as pure functions.
+//!
+//! Stored layout: what it writes into the store lies below the folder of probes and is deleted; a kill leaves a few bytes
+//! there. *Cancel:* at any moment.
 
 mod account;
 mod metadata;
 mod named;
 mod verdict;
 
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
 use bytes::Bytes;
-use clap::Args;
 use jiff::Timestamp;
 
-use self::verdict::{Line, Need, Verdict, exit_code};
-use super::{
-    args::{JsonArg, WorkersArg},
-    output, run, store,
+use self::verdict::Need;
+pub use self::{
+    account::Machines,
+    verdict::{Line, Verdict, exit_code},
 };
 use crate::{
     cloud::{
         gpus::{self, Found},
         hardware,
     },
-    config::{self, Device, Machine, NoticeConfig, Precision, RunConfig, Sources, StorageConfig, workers_per_node},
+    config::{self, Device, Machine, NoticeConfig, Precision, RunConfig, StorageConfig, workers_per_node},
     error::{Error, Explain, Kind, Result},
     ids::{RunId, random_hex},
     journal, layout, model,
@@ -40,35 +37,24 @@ use crate::{
 
 /// A check takes no longer.
 const LIMIT: Duration = Duration::from_secs(30);
+/// Limits of a store that no configuration names.
+const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
 /// Saves whose time is looked at.
 const SAVES: usize = 5;
 
-/// Look whether this machine, its store and its account have what a run needs
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  trainer doctor
-  trainer doctor config.toml --store s3://bucket/runs
-  trainer doctor config.toml --run-id reports-2026q4      # holds the time to stop against what its saves take
-  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3      # may the account have them?
-
-Exit codes: 0 nothing failed (warnings may be there); else that of the worst failure: 78 something is set wrong, 77 not permitted, \
-69 not reachable.")]
+/// What is to be looked at, beyond this machine.
+#[derive(Debug)]
 pub struct Doctor {
-    /// The settings of a run: its store, its model's memory
-    config: Option<PathBuf>,
-    /// Where runs are kept: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
-    #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
-    store: Option<String>,
-    /// A run whose saves are held against the time to stop
-    #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
-    run_id: Option<RunId>,
-    #[command(flatten)]
-    workers: WorkersArg,
-    #[command(flatten)]
-    machines: account::MachinesArg,
-    #[command(flatten)]
-    json: JsonArg,
+    /// The settings of a run, as far as they could be read.
+    pub config: Option<Result<RunConfig>>,
+    /// The absolute URI of the store, where no configuration says it.
+    pub store: Option<Result<String>>,
+    /// A run whose saves are compared with the time to stop.
+    pub run_id: Option<RunId>,
+    /// Workers on this node, if the command line says.
+    pub nproc_per_node: Option<u32>,
+    /// The machines whose quota is looked at.
+    pub machines: Machines,
 }
 
 /// The answer of one check that may not come.
@@ -80,9 +66,10 @@ async fn within(check: &'static str, work: impl Future<Output = Line>) -> Line {
 }
 
 impl Doctor {
-    pub(super) fn execute(self) -> Result<ExitCode> {
+    /// Looks at everything; one line for each check.
+    pub async fn look(mut self) -> Vec<Line> {
         let mut lines = Vec::new();
-        let config = match self.configuration() {
+        let config = match self.config.take() {
             None => None,
             Some(Ok(config)) => {
                 lines.push(Line::ok("configuration", "can be read"));
@@ -94,46 +81,21 @@ impl Doctor {
             }
         };
         let config = config.as_ref();
-        lines.extend(store::block_on(async {
-            let here = async {
-                let mut lines = libtorch(config.map_or_else(Device::default, |config| config.parallel.device)).await;
-                lines.push(self.memory(config));
-                lines
-            };
-            let named = async {
-                match config {
-                    Some(config) => named::look(config).await,
-                    None => Vec::new(),
-                }
-            };
-            let (mut lines, named, kept, metadata, quota) =
-                tokio::join!(here, named, self.store(config), metadata::look(), account::spot_quota(&self.machines));
-            lines.extend(named);
-            lines.extend(kept);
-            lines.extend(metadata);
-            lines.push(quota);
-            Ok(lines)
-        })?);
-        let text = if self.json.json { output::json_lines(&lines)? } else { shown(&lines) };
-        output::emit(&text)?;
-        Ok(exit_code(&lines).into())
-    }
-
-    fn configuration(&self) -> Option<Result<RunConfig>> {
-        let file = self.config.as_ref()?;
-        let read = || {
-            let flags = self.store.iter().map(|uri| ("--store or TRAINER_STORE", "store", uri.clone())).collect();
-            Ok(config::load(&Sources {
-                file: Some(file),
-                text: None,
-                flags,
-                set: &[],
-                working_directory: &store::working_directory()?,
-                machine: Machine::detect(),
-                fetch: &run::fetch,
-            })?)
+        let here = async {
+            let mut lines = libtorch(config.map_or_else(Device::default, |config| config.parallel.device)).await;
+            lines.push(self.memory(config));
+            lines
         };
-        Some(read())
+        let named = async {
+            match config {
+                Some(config) => named::look(config).await,
+                None => Vec::new(),
+            }
+        };
+        let (here, named, kept, metadata, quota) =
+            tokio::join!(here, named, self.store(config), metadata::look(), account::spot_quota(&self.machines));
+        lines.extend([here, named, kept, metadata, vec![quota]].into_iter().flatten());
+        lines
     }
 
     fn memory(&self, config: Option<&RunConfig>) -> Line {
@@ -157,8 +119,7 @@ impl Doctor {
         let elements = |shape: &[u64]| shape.iter().fold(1_u64, |all, extent| all.saturating_mul(*extent));
         let parameters = shapes.iter().fold(0_u64, |all, (_, shape)| all.saturating_add(elements(shape)));
         let machine = Machine::detect();
-        let flag = self.workers.nproc_per_node.map(super::args::Workers::count);
-        let workers = workers_per_node(&config.parallel, flag, &machine);
+        let workers = workers_per_node(&config.parallel, self.nproc_per_node, &machine);
         Ok(verdict::need(
             parameters,
             config.train.precision == Precision::Bf16,
@@ -170,9 +131,15 @@ impl Doctor {
     /// The store, and what a run in it says of its saves.
     async fn store(&self, config: Option<&RunConfig>) -> Vec<Line> {
         const CHECK: &str = "store";
-        let settings = config.map_or(store::LIMITS, |config| config.storage.clone());
-        let named = config.map(|config| config.store.clone()).or_else(|| self.store.clone());
-        let opened = named.as_deref().map(|uri| open(uri, &settings));
+        let settings = config.map_or(LIMITS, |config| config.storage.clone());
+        let opened = match (config, &self.store) {
+            (Some(config), _) => Some(open(&config.store, &settings)),
+            (None, Some(Ok(uri))) => Some(open(uri, &settings)),
+            (None, Some(Err(error))) => {
+                return vec![Line::error(CHECK, error), stop_window(&NoticeConfig::default(), Ok(None))];
+            }
+            (None, None) => None,
+        };
         let store = match opened {
             None => Err(Line::skipped(CHECK, "none is named: give CONFIG or --store")),
             Some(Ok(Some(store))) => Ok(store),
@@ -204,11 +171,10 @@ impl Doctor {
 
 /// The store at `uri`; `None`: a folder that is not there, which is not made for a look.
 fn open(uri: &str, settings: &StorageConfig) -> Result<Option<Store>> {
-    let uri = store::absolute(uri)?;
-    if config::local_path(&uri).is_some_and(|path| !path.exists()) {
+    if config::local_path(uri).is_some_and(|path| !path.exists()) {
         return Ok(None);
     }
-    Ok(Some(Store::open(&uri, settings)?))
+    Ok(Some(Store::open(uri, settings)?))
 }
 
 fn stop_window(notice: &NoticeConfig, durable: Result<Option<f64>>) -> Line {
@@ -330,24 +296,4 @@ async fn put_and_look(store: &Store, key: &str) -> (Line, Line) {
             (Line::fail(CHECK, Kind::Unavailable, found, todo), nothing("nothing could be put"))
         }
     }
-}
-
-/// Lines for people.
-fn shown(lines: &[Line]) -> String {
-    let plain = crate::report::human::plain;
-    let width = lines.iter().map(|line| line.check.len()).max().unwrap_or(0);
-    let mut text = String::new();
-    for line in lines {
-        let word = match line.verdict {
-            Verdict::Ok => "ok",
-            Verdict::Warn => "warn",
-            Verdict::Fail => "FAIL",
-            Verdict::Skipped => "-",
-        };
-        text.push_str(&format!("{word:<5} {:<width$}  {}\n", line.check, plain(&line.found)));
-        if let Some(todo) = &line.todo {
-            text.push_str(&format!("{:<5} {:<width$}  → {}\n", "", "", plain(todo)));
-        }
-    }
-    text
 }

@@ -1,4 +1,4 @@
-//! Hears, while no agent does, that this worker is to leave: by signals, and by what says that its machine goes away.
+//! Hears, while no agent does, that this consumer is to leave: by signals, and by what says that its machine goes away.
 //!
 //! An idle machine is taken back, or scaled in, as any other. Whoever does that waits for it, and it is paid for meanwhile; a job that it claims
 //! in its last minutes is only interrupted. While a run trains its agent listens for itself, and with the run's settings; one of the two
@@ -30,7 +30,7 @@ impl Lookout {
         Self { heard, notices: Mutex::default(), leaving: Cell::new(false) }
     }
 
-    /// Whether this worker is to leave.
+    /// Whether this consumer is to leave.
     pub fn told(&self) -> bool {
         self.heard.asked() || self.leaving.get()
     }
@@ -56,14 +56,14 @@ impl Lookout {
             };
             // There is nothing to save.
             if notice.kind != notice::Kind::Rebalance {
-                tracing::info!(source = notice.source, "this worker is told to leave");
+                tracing::info!(source = notice.source, "this consumer is told to leave");
                 self.leaving.set(true);
                 return Ok(());
             }
         }
     }
 
-    /// What comes of `work`; an error if this worker is told to leave before ([`Self::told`]).
+    /// What comes of `work`; an error if this consumer is told to leave before ([`Self::told`]).
     pub async fn unless<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             biased;

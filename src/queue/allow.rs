@@ -1,15 +1,15 @@
-//! What a message of a queue may name: who may send a message is not always who may use all that this worker can read and write.
+//! What a message of a queue may name: who may send a message is not always who may use all that this consumer can read and write.
 //!
-//! A worker holds a role; a message comes from whoever may write to the queue. So a message decides which run is trained, and
+//! A consumer holds a role; a message comes from whoever may write to the queue. So a message decides which run is trained, and
 //! nothing beyond the places that `--allow` covers: the run's store, its configuration, model, initial weights and data. Without
-//! `--allow` these are the worker's own `--store`; its bucket may be read, and the bucket of the configuration that
+//! `--allow` these are the consumer's own `--store`; its bucket may be read, and the bucket of the configuration that
 //! its machine was given for `trainer boot` (`TRAINER_CONFIG`, or the parameter `config-uri`).
 //!
 //! # Invariants
 //! - A place covers itself and what lies below it, folder by folder: `s3://b/runs` does not cover `s3://b/runs-of-others`.
 //! - A URI is compared as text. One that a store might read in another way (`..`, `%2e`, an empty folder) is refused.
 //! - A path or a `file://` URI is covered only where `--allow` or `--store` names a folder of this machine.
-//! - `notice.*` belongs to the machine: a message that could say when it goes away could end one worker after the other, each
+//! - `notice.*` belongs to the machine: a message that could say when it goes away could end one consumer after the other, each
 //!   time with a renewed message that never reaches the dead-letter queue.
 //!
 //! No I/O. What is refused is an error of the job (exit code 78): its receives count.
@@ -41,7 +41,7 @@ pub struct Allowed {
 }
 
 impl Allowed {
-    /// From `--allow`; if that is empty, from the worker's own store and the configuration that its machine was given.
+    /// From `--allow`; if that is empty, from the consumer's own store and the configuration that its machine was given.
     ///
     /// # Errors
     /// A place that is no URI of a store; or nothing is allowed, so that no job could be taken.
@@ -85,9 +85,9 @@ impl Allowed {
             Use::Read => "read",
             Use::Write => "write to",
         };
-        let what = format!("{what} of the message: this worker may not {verb} {uri} for a queue");
+        let what = format!("{what} of the message: this consumer may not {verb} {uri} for a queue");
         Err(Error::new(Kind::Config, what)
-            .with_hint(format!("start the worker with --allow {uri}, or a folder above it")))
+            .with_hint(format!("start the consumer with --allow {uri}, or a folder above it")))
     }
 
     /// Whether what a message says itself is a message's to say. What it names is [checked](Self::check) when it is known.

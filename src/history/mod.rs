@@ -1,9 +1,13 @@
-//! A run's journal, told to people: [`RunState`] in the words of the reading commands.
+//! A run's journal as people read it: how it stands, what each checkpoint became, the story of its interruptions.
+//!
+//! Everything here is read from a [`RunState`]; nothing is stored or decided. Commands, and whatever shows a run, print
+//! what this says.
+
+pub mod episodes;
 
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::args::RunArg;
 use crate::{
     checkpoint::catalog,
     config::{self, RunConfig},
@@ -14,58 +18,55 @@ use crate::{
 };
 
 /// Opens a run's journal for one who reads on in it. `root` is the store.
-pub(super) async fn open(root: &Store, run_id: &RunId) -> Result<Journal> {
+pub async fn open(root: &Store, run_id: &RunId) -> Result<Journal> {
     let journal = Journal::open(root.folder(run_id.as_str()), NodeId::random(), run_id.clone()).await;
     journal.context(format!("read journal of run {run_id}"))
 }
 
 /// Reads on in a run's journal.
-pub(super) async fn read_on(journal: &mut Journal) -> Result<()> {
+pub async fn read_on(journal: &mut Journal) -> Result<()> {
     let doing = format!("read journal of run {}", journal.state().run_id());
     journal.refresh().await.map(drop).context(doing)
 }
 
 /// Reads a run's journal. `root` is the store.
-pub(super) async fn read(root: &Store, run_id: &RunId) -> Result<RunState> {
+pub async fn read(root: &Store, run_id: &RunId) -> Result<RunState> {
     journal::replay(&root.folder(run_id.as_str()), run_id).await.context(format!("read journal of run {run_id}"))
 }
 
 /// The checkpoint of a step, or the newest that is whole as far as sizes tell. Says which damaged ones were stepped over.
-pub(super) async fn choose(run: &RunArg, step: Option<Step>) -> Result<(Store, Committed)> {
-    let root = run.store.open()?;
-    let state = read(&root, &run.run_id).await?;
-    let folder = root.folder(run.run_id.as_str());
+pub async fn choose(root: &Store, run_id: &RunId, step: Option<Step>) -> Result<(Store, Committed)> {
+    let state = read(root, run_id).await?;
+    let folder = root.folder(run_id.as_str());
     // By itself only what the run as it stands consists of; by name also what it has turned away from.
     let checkpoints = if step.is_some() { state.good() } else { state.candidates() };
     let candidates: Vec<Committed> = checkpoints.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect();
     if candidates.is_empty() {
-        return Err(Error::new(Kind::Usage, format!("run {} has no checkpoint yet", run.run_id))
-            .with_hint(format!("`trainer status --run-id {}` shows how far it is", run.run_id)));
+        return Err(Error::new(Kind::Usage, format!("run {run_id} has no checkpoint yet"))
+            .with_hint(format!("`trainer status --run-id {run_id}` shows how far it is")));
     }
     let outcome = catalog::newest_usable(&folder, &candidates, step).await?;
     for damage in outcome.stepped_over {
         tracing::warn!(step = %damage.step, object = damage.object, "checkpoint is damaged: {}", damage.reason);
     }
     let (committed, _) = outcome.found.ok_or_else(|| {
-        let what = format!("none of the {} checkpoints of run {} is usable", candidates.len(), run.run_id);
-        Error::new(Kind::Data, what).with_hint(format!(
-            "look at them from another machine: trainer verify --run-id {} --all --deep",
-            run.run_id
-        ))
+        let what = format!("none of the {} checkpoints of run {run_id} is usable", candidates.len());
+        Error::new(Kind::Data, what)
+            .with_hint(format!("look at them from another machine: trainer verify --run-id {run_id} --all --deep"))
     })?;
     Ok((folder, committed))
 }
 
 /// What `bytes` cost in the store in a month by `checkpoint.price_per_gib_month`, US dollars.
 #[expect(clippy::cast_precision_loss, reason = "it is an estimate")]
-pub(super) fn monthly_cost(state: &RunState, bytes: u64) -> f64 {
+pub fn monthly_cost(state: &RunState, bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30) * config(state).checkpoint.price_per_gib_month
 }
 
 /// What became of a run, as far as its journal knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Standing {
+pub enum Standing {
     /// No workers have been started yet.
     Created,
     /// A generation was formed and has not ended; whether its machine still lives the journal can't know.
@@ -79,6 +80,7 @@ pub(super) enum Standing {
 }
 
 impl Standing {
+    /// How a run stands.
     pub fn of(state: &RunState) -> Self {
         match (state.outcome(), state.formed(), state.interruptions().last()) {
             (Outcome::Completed { .. }, ..) => Self::Completed,
@@ -108,9 +110,11 @@ impl Standing {
 
 /// A checkpoint and what became of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Checkpoint<'a> {
+pub struct Checkpoint<'a> {
+    /// The record.
     #[serde(flatten)]
     pub committed: &'a Committed,
+    /// When it was committed.
     pub at: Timestamp,
     /// `good`, `damaged` or `pruned`.
     pub status: &'static str,
@@ -131,11 +135,16 @@ impl<'a> From<&'a journal::Checkpoint> for Checkpoint<'a> {
 
 /// An end before the last step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Interruption<'a> {
+pub struct Interruption<'a> {
+    /// When.
     pub at: Timestamp,
+    /// The generation that ended.
     pub generation: Generation,
+    /// The last finished step.
     pub step: Step,
+    /// Steps that are done again.
     pub lost_steps: u64,
+    /// Why it ended.
     pub verdict: &'a str,
 }
 
@@ -147,13 +156,13 @@ impl<'a> From<&'a journal::Interruption> for Interruption<'a> {
 }
 
 /// The configuration as it is now, with every change of a resume.
-pub(super) fn config(state: &RunState) -> RunConfig {
+pub fn config(state: &RunState) -> RunConfig {
     // What was accepted once is accepted again; if this version thinks otherwise, what the run began with is shown.
     config::apply_overrides(state.config(), &state.overrides()).unwrap_or_else(|_| state.config().clone())
 }
 
 /// The last step that the journal names as finished, of the run as it stands.
-pub(super) fn last_step(state: &RunState) -> Option<Step> {
+pub fn last_step(state: &RunState) -> Option<Step> {
     let formed = state.formed()?;
     let of_this_generation = state.interruptions().iter().filter(|end| end.generation == formed.generation);
     let ended = match state.outcome() {
@@ -165,17 +174,17 @@ pub(super) fn last_step(state: &RunState) -> Option<Step> {
 }
 
 /// Steps that were done again, or are to be, after interruptions.
-pub(super) fn lost_steps(state: &RunState) -> u64 {
+pub fn lost_steps(state: &RunState) -> u64 {
     state.interruptions().iter().map(|end| end.lost_steps).sum()
 }
 
 /// Times that workers were started again because one had died.
-pub(super) fn worker_restarts(state: &RunState) -> u64 {
+pub fn worker_restarts(state: &RunState) -> u64 {
     state.formations().iter().filter(|formed| formed.reason == FormedReason::WorkerDied).count() as u64
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::{
         ids::{AttemptId, WorldSize},

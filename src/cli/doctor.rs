@@ -1,0 +1,121 @@
+//! `trainer doctor`
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::Args;
+
+use super::{
+    args::{JsonArg, Workers, WorkersArg},
+    output, run, store,
+};
+use crate::{
+    config::{self, Machine, RunConfig, Sources},
+    doctor::{self, Line, Machines, Verdict, exit_code},
+    error::Result,
+    ids::RunId,
+    report::human,
+};
+
+/// Look whether this machine, its store and its account have what a run needs
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  trainer doctor
+  trainer doctor config.toml --store s3://bucket/runs
+  trainer doctor config.toml --run-id reports-2026q4      # holds the time to stop against what its saves take
+  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3      # may the account have them?
+
+Exit codes: 0 nothing failed (warnings may be there); else that of the worst failure: 78 something is set wrong, 77 not permitted, \
+69 not reachable.")]
+pub struct Doctor {
+    /// The settings of a run: its store, its model's memory
+    config: Option<PathBuf>,
+    /// Where runs are kept: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
+    #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
+    store: Option<String>,
+    /// A run whose saves are held against the time to stop
+    #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
+    run_id: Option<RunId>,
+    #[command(flatten)]
+    workers: WorkersArg,
+    #[command(flatten)]
+    machines: MachinesArg,
+    #[command(flatten)]
+    json: JsonArg,
+}
+
+/// The machines that are wanted.
+#[derive(Debug, Args)]
+pub struct MachinesArg {
+    /// The EC2 instance type that is to be had as spot machines, such as g5.xlarge [default: this machine's, if it is one]
+    #[arg(long, value_name = "TYPE", value_parser = name)]
+    instance_type: Option<String>,
+    /// Where they are to run [default: as AWS's tools have it]
+    #[arg(long, value_name = "REGION", requires = "instance_type", value_parser = name)]
+    region: Option<String>,
+    /// How many of them at once
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    count: u32,
+}
+
+/// Both become part of requests.
+fn name(text: &str) -> Result<String, String> {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(&b);
+    let is_plain = (1..=64).contains(&text.len()) && text.bytes().all(plain);
+    is_plain.then(|| text.to_owned()).ok_or_else(|| "expected small letters, digits, \"-\" and \".\"".into())
+}
+
+impl Doctor {
+    pub(super) fn execute(self) -> Result<ExitCode> {
+        let Self { store: named, run_id, workers, machines, json, .. } = &self;
+        let MachinesArg { instance_type, region, count } = machines;
+        let doctor = doctor::Doctor {
+            config: self.configuration(),
+            store: named.as_deref().map(store::absolute),
+            run_id: run_id.clone(),
+            nproc_per_node: workers.nproc_per_node.map(Workers::count),
+            machines: Machines { instance_type: instance_type.clone(), region: region.clone(), count: *count },
+        };
+        let lines = store::block_on(async { Ok(doctor.look().await) })?;
+        let text = if json.json { output::json_lines(&lines)? } else { shown(&lines) };
+        output::emit(&text)?;
+        Ok(exit_code(&lines).into())
+    }
+
+    fn configuration(&self) -> Option<Result<RunConfig>> {
+        let file = self.config.as_ref()?;
+        let read = || {
+            let flags = self.store.iter().map(|uri| ("--store or TRAINER_STORE", "store", uri.clone())).collect();
+            Ok(config::load(&Sources {
+                file: Some(file),
+                text: None,
+                flags,
+                set: &[],
+                working_directory: &store::working_directory()?,
+                machine: Machine::detect(),
+                fetch: &run::fetch,
+            })?)
+        };
+        Some(read())
+    }
+}
+
+/// Lines for people.
+fn shown(lines: &[Line]) -> String {
+    let plain = human::plain;
+    let width = lines.iter().map(|line| line.check.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for line in lines {
+        let word = match line.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Warn => "warn",
+            Verdict::Fail => "FAIL",
+            Verdict::Skipped => "-",
+        };
+        text.push_str(&format!("{word:<5} {:<width$}  {}\n", line.check, plain(&line.found)));
+        if let Some(todo) = &line.todo {
+            text.push_str(&format!("{:<5} {:<width$}  → {}\n", "", "", plain(todo)));
+        }
+    }
+    text
+}

@@ -4,6 +4,7 @@
 //! to itself (nothing runs afterwards), `panic` a Rust panic, `error` an error from [`check`], `stop` SIGSTOP to itself: it
 //! sleeps at the point until somebody sends SIGCONT. `@rank=`, `@step=` and `@hit=` (the n-th time, from 1) narrow it. Unset, a point costs one load of a static.
 
+use crate::env;
 use std::{
     collections::HashMap,
     sync::{Mutex, OnceLock},
@@ -74,7 +75,7 @@ fn parse(text: &str) -> Vec<Fault> {
 
 fn armed() -> &'static [Fault] {
     static ARMED: OnceLock<Vec<Fault>> = OnceLock::new();
-    ARMED.get_or_init(|| std::env::var(VARIABLE).map(|text| parse(&text)).unwrap_or_default())
+    ARMED.get_or_init(|| env::given(VARIABLE).map(|text| parse(&text)).unwrap_or_default())
 }
 
 /// Dies here, or returns an error, if a fault is armed for `point`; otherwise does nothing.

@@ -37,6 +37,7 @@ pub mod storage;
 pub mod cloud;
 pub mod report;
 pub mod config;
+pub mod env;
 pub mod layout;
 pub mod error;
 pub mod ids;

@@ -245,3 +245,22 @@ fn every_pause_has_a_name() {
     assert_eq!(nameless_pauses("fn f() { std::thread::sleep(std::time::Duration::from_millis(50)) }"), 1);
     assert_eq!(nameless_pauses("fn f() { sleep(PAUSE * 2).await; sleep(pause) }"), 0);
 }
+
+#[test]
+fn the_environment_is_read_in_one_place_that_says_what_each_variable_means() {
+    let documented: Vec<&str> = trainer::env::OURS.iter().map(|(name, _)| *name).collect();
+    assert!(documented.is_sorted(), "{documented:?}");
+    let elsewhere = |file: &str| ["env.rs", "torch/build.rs"].contains(&file) || file.ends_with("tests.rs");
+    for (file, text) in sources() {
+        let code = code(&text);
+        assert!(elsewhere(&file) || !code.contains("env::var"), "src/{file} reads the environment past src/env.rs");
+        for (at, _) in code.match_indices("\"TRAINER_") {
+            let name: String = code[at + 1..]
+                .chars()
+                .take_while(|c| c.is_ascii_uppercase() || *c == '_' || c.is_ascii_digit())
+                .collect();
+            let known = documented.contains(&name.as_str()) || name == "TRAINER_" || name.starts_with("TRAINER_TEST_");
+            assert!(known || elsewhere(&file), "src/{file} names {name}, which src/env.rs does not explain");
+        }
+    }
+}

@@ -21,6 +21,7 @@ use super::{
 use crate::{
     config::{Machine, NoticeConfig, RunConfig, apply_overrides, canonical_overrides, micro_batches, workers_per_node},
     data::{self, Dataset, LocalDataset, Split, identity},
+    env,
     error::{Error, Kind, Result},
     ids::{DatasetId, NodeId, RunId, Step, WorldSize},
     journal::{self, Journal, JournalError, RunState},
@@ -195,7 +196,7 @@ pub async fn resolve(
 
 /// Where datasets that lie in an object store are kept on this machine; `None`: this user has no such place.
 fn cache_folder() -> Option<PathBuf> {
-    let named = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let named = |name| env::raw(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")));
     Some(base?.join("trainer").join("datasets"))
 }

@@ -17,7 +17,6 @@ use crate::{
         manifest::{Manifest, TrainerState},
         restore,
     },
-    cloud::{gpus::Found, hardware},
     config::{RunConfig, apply_overrides},
     data::identity,
     error::{Error, Kind, Result},
@@ -25,7 +24,7 @@ use crate::{
     journal::{Committed, RunState},
     layout,
     storage::Store,
-    torch,
+    worker::device,
 };
 
 /// A state that seems damaged is read so often before its checkpoint is stepped over.
@@ -35,8 +34,7 @@ const READINGS: u32 = 3;
 /// not meant for the CPU.
 pub async fn compute_device(config: &RunConfig) -> Result<()> {
     let wanted = config.parallel.device;
-    let look = move || Found::look(&hardware::root(), wanted, torch::device_count);
-    let found = tokio::task::spawn_blocking(look).await;
+    let found = tokio::task::spawn_blocking(move || device::look(wanted)).await;
     let found = found.map_err(|error| Error::from_source(Kind::Bug, error).context("look for GPUs"))??;
     if let Some(note) = found.choose().settled()? {
         tracing::warn!("{note}");

@@ -25,6 +25,7 @@ use tokio::{
 };
 
 use crate::{
+    env,
     error::{Error, Kind},
     ids::Rank,
     protocol::{self, FromWorker, MAX_MESSAGE, SLOT_FDS, ToWorker, WORKER_SUBCOMMAND},
@@ -140,19 +141,19 @@ fn start_one(
     command
         .arg(WORKER_SUBCOMMAND)
         .env_clear()
-        .envs(std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(inherited::is_for_workers)))
+        .envs(env::all().filter(|(name, _)| name.to_str().is_some_and(inherited::is_for_workers)))
         .env("OMP_NUM_THREADS", threads.to_string())
         .env("MKL_NUM_THREADS", threads.to_string())
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
-    if ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].iter().all(|name| std::env::var_os(name).is_none()) {
+    if ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].iter().all(|name| env::raw(name).is_none()) {
         // libgomp's threads spin for milliseconds after each operation. That is right on a quiet machine and ruinous on a busy one;
         // a short spin measured the same on the first and up to 4 times faster on the second. Results are the same bits.
         command.env("GOMP_SPINCOUNT", "10000");
     }
     for (name, value) in MALLOC {
-        if std::env::var_os(name).is_none() {
+        if env::raw(name).is_none() {
             command.env(name, value);
         }
     }

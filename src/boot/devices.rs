@@ -11,6 +11,7 @@ use crate::{
         hardware::{self, Gpus},
     },
     config::Device,
+    env,
     error::{Error, Kind, Result},
 };
 
@@ -48,7 +49,7 @@ fn judge(gpus: &Gpus, unchanged: Duration) -> Verdict {
 /// Waits until the GPUs of this machine can be used, at most `limit`, where this process uses any; says what there is to use. Of those that
 /// are not used the agent tells.
 pub async fn await_gpus(root: &Path, wanted: Device, limit: Duration) -> Result<Option<String>> {
-    let hidden = gpus::hides_all(std::env::var("CUDA_VISIBLE_DEVICES").ok().as_deref());
+    let hidden = gpus::hides_all(env::given("CUDA_VISIBLE_DEVICES").as_deref());
     if cfg!(torch_cuda) && !hidden && !gpus::cpu_is_meant(wanted) {
         return wait(root, limit).await;
     }

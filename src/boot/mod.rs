@@ -48,6 +48,7 @@ use crate::{
         region, ssm,
     },
     config::{self, Effect},
+    env,
     error::{Error, Kind, Result},
     ids::RunId,
 };
@@ -98,7 +99,7 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
         Some((region, source)) => steps.done(format_args!("region {region} {}", source.text())),
         None => steps.done("no region is known"),
     }
-    let variable = |name: &str| std::env::var(name).ok();
+    let variable = |name: &str| env::given(name);
     let above = flags.over(Layer::from_environment(&variable)?);
     let (tags, silence) = match identity::tags().await? {
         Tags::Known(tags) => (tags, None),

@@ -29,6 +29,7 @@ use std::{backtrace::Backtrace, ffi::OsString, io::IsTerminal, panic, process::E
 use clap::{Parser, Subcommand, error::ErrorKind};
 
 use crate::{
+    env,
     error::{Error, Kind, Result},
     notice::inbox,
     report::{self, Screen, init_logging},
@@ -85,7 +86,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         // First of all. What it can't do, it says to whoever asks for it next.
         let _ = inbox::open();
     }
-    let traced = std::env::var_os("RUST_BACKTRACE").is_some_and(|value| value != "0");
+    let traced = env::raw("RUST_BACKTRACE").is_some_and(|value| value != "0");
     panic::set_hook(Box::new(move |info| {
         let trace =
             if traced { format!("{info}\nstack backtrace:\n{}\n", Backtrace::force_capture()) } else { String::new() };
@@ -107,7 +108,7 @@ fn parse_and_run(arguments: Vec<OsString>) -> ExitCode {
         Ok(cli) => cli,
         Err(error) => {
             let asked_for = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-            let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+            let plain = env::raw("NO_COLOR").is_some_and(|value| !value.is_empty());
             let coloured = !plain && if asked_for { output::is_terminal() } else { std::io::stderr().is_terminal() };
             let text = error.render();
             let text = if coloured { text.ansi().to_string() } else { text.to_string() };

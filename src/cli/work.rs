@@ -16,7 +16,7 @@ use crate::{
         sqs::LONGEST_HOLD,
         ssm::{self, Parameter},
     },
-    config,
+    config, env,
     error::{Kind, Result},
     notice,
     queue::{self, Left, Said, Settings, Tools, allow::Allowed, api, lease::Terms},
@@ -88,7 +88,7 @@ fn variable(parameters: &[Parameter], name: &str) -> Option<String> {
         api::TOKEN => "worker-token",
         _ => "",
     };
-    let given = std::env::var(name).ok().filter(|value| !value.trim().is_empty());
+    let given = env::text(name).filter(|value| !value.trim().is_empty());
     given.or_else(|| Some(parameters.iter().find(|it| it.name == parameter)?.value.reveal().to_owned()))
 }
 
@@ -140,7 +140,7 @@ impl Work {
             None => Vec::new(),
         };
         let parameter = parameters.iter().find(|it| it.name == "config-uri").map(|it| it.value.reveal().to_owned());
-        let configuration = std::env::var("TRAINER_CONFIG").ok().filter(|uri| !uri.is_empty()).or(parameter);
+        let configuration = env::text("TRAINER_CONFIG").or(parameter);
         let cwd = store::working_directory()?;
         let allowed = Allowed::new(&self.allow, self.store.as_deref(), configuration.as_deref(), &cwd)?;
         let settings = Settings {

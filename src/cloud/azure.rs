@@ -6,6 +6,7 @@
 //!
 //! Environment: `TRAINER_AZURE_METADATA_ENDPOINT`, a URL, or `off`: there is none.
 
+use crate::env;
 use std::time::Duration;
 
 use reqwest::Method;
@@ -28,7 +29,7 @@ pub struct Azure {
 impl Azure {
     /// As the environment says; `None` where it is switched off.
     pub fn from_environment() -> Option<Self> {
-        Self::from(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+        Self::from(&|name| env::text(name))
     }
 
     /// As `variable` says.

@@ -7,6 +7,7 @@
 //! Environment: `GCE_METADATA_HOST`, a host or `host:port`, as Google's own libraries read it, and `NO_GCE_CHECK=true`, with which they
 //! look for no such server.
 
+use crate::env;
 use std::time::Duration;
 
 use reqwest::Method;
@@ -37,7 +38,7 @@ pub struct Value {
 impl Gcp {
     /// As the environment says; `None` where it is switched off.
     pub fn from_environment() -> Option<Self> {
-        Self::from(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+        Self::from(&|name| env::text(name))
     }
 
     /// As `variable` says.

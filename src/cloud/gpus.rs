@@ -13,6 +13,7 @@ use std::path::Path;
 use super::hardware::{self, Gpus};
 use crate::{
     config::Device,
+    env,
     error::{Error, Kind},
 };
 
@@ -88,7 +89,7 @@ fn is_none(gpu: Option<&str>) -> bool {
 }
 
 fn variable(name: &str) -> Option<String> {
-    std::env::var(name).ok()
+    env::given(name)
 }
 
 impl Found {

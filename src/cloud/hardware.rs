@@ -3,6 +3,7 @@
 //! Everything is read below a root, which is `/` unless `TRAINER_HOST_ROOT` names another: a container that has its machine's
 //! `/sys` elsewhere, or a test. Nothing is written, mounted or formatted. What can't be read is not there.
 
+use crate::env;
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
@@ -13,7 +14,7 @@ pub const ROOT_VARIABLE: &str = "TRAINER_HOST_ROOT";
 
 /// The root of the file trees.
 pub fn root() -> PathBuf {
-    std::env::var_os(ROOT_VARIABLE).filter(|path| !path.is_empty()).map_or_else(|| "/".into(), PathBuf::from)
+    env::raw(ROOT_VARIABLE).filter(|path| !path.is_empty()).map_or_else(|| "/".into(), PathBuf::from)
 }
 
 /// Who made the machine, real or virtual.

@@ -15,6 +15,7 @@ use super::{
     imds::Imds,
     metadata::MetadataError,
 };
+use crate::env;
 use crate::error::{Error, Kind, Result};
 
 /// For one question.
@@ -86,7 +87,7 @@ async fn instance() -> Result<Option<&'static Instance>, Silence> {
         return Err(silence.clone());
     }
     let Some(imds) = Imds::from_environment() else { return Ok(None) };
-    let named = std::env::var_os("AWS_EC2_METADATA_SERVICE_ENDPOINT").is_some_and(|value| !value.is_empty());
+    let named = env::raw("AWS_EC2_METADATA_SERVICE_ENDPOINT").is_some_and(|value| !value.is_empty());
     let maker = hardware::maker(&hardware::root());
     let Some((limit, patience)) = patience(named, maker) else { return Ok(None) };
     match ask(&imds, limit, patience).await {

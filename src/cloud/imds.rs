@@ -8,6 +8,7 @@
 //! Environment, as the AWS SDKs read it: `AWS_EC2_METADATA_DISABLED`, `AWS_EC2_METADATA_SERVICE_ENDPOINT`,
 //! `AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE` (`IPv4`, `IPv6`).
 
+use crate::env;
 use std::time::{Duration, Instant};
 
 use reqwest::Method;
@@ -40,7 +41,7 @@ pub struct Imds {
 impl Imds {
     /// As the environment says; `None` where it is switched off.
     pub fn from_environment() -> Option<Self> {
-        Self::from(&|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+        Self::from(&|name| env::text(name))
     }
 
     /// As `variable` says.

@@ -12,6 +12,7 @@
 use std::time::{Duration, Instant};
 
 use super::{autoscaling, identity, imds::Imds, lifecycle::Lifecycle, power};
+use crate::env;
 use crate::error::{Error, Kind};
 
 /// The group's one hook at the end of a machine, where no run says which.
@@ -75,7 +76,7 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
             }
         }
     }
-    if by_host(std::env::var(POWER_OFF).ok().as_deref()) {
+    if by_host(env::given(POWER_OFF).as_deref()) {
         tracing::info!("on_complete: whoever started this process switches the machine off ({POWER_OFF}=host)");
         return Departure::Host;
     }
@@ -106,7 +107,7 @@ fn by_host(variable: Option<&str>) -> bool {
 /// Completes the hook at the end of this machine, if there is one, once the group waits for it.
 async fn release(configured: &str) {
     let Some(imds) = Imds::from_environment() else { return };
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let variable = |name: &str| env::text(name);
     let began = Instant::now();
     let found = persist(began, PAUSE, async || Lifecycle::find(&imds, configured, &variable).await, is_silence).await;
     let outcome = match found {

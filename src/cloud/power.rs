@@ -4,6 +4,7 @@
 
 use std::{path::PathBuf, process::Stdio, time::Duration};
 
+use crate::env;
 use crate::error::{Error, Kind, Result};
 
 /// What is tried, in this order.
@@ -35,6 +36,6 @@ pub async fn off() -> Result<String> {
 }
 
 fn find(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
+    let path = env::raw("PATH")?;
     std::env::split_paths(&path).map(|folder| folder.join(program)).find(|path| path.is_file())
 }

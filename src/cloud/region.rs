@@ -5,6 +5,7 @@
 //! bounded time ([`identity::read`]). The environment can't be changed once threads run, so that what the machine
 //! said of itself is kept here, and the S3 client reads it here, too.
 
+use crate::env;
 use std::sync::OnceLock;
 
 use aws_config::{meta::region::ProvideRegion, profile::region::ProfileFileRegionProvider};
@@ -52,7 +53,7 @@ pub fn of_profile() -> Option<&'static str> {
 
 /// The region, and where it was found; `None`: nothing names one.
 pub async fn find() -> Option<(String, Source)> {
-    let variable = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let variable = |name| env::text(name);
     if let Some(region) = variable("AWS_REGION").or_else(|| variable("AWS_DEFAULT_REGION")) {
         return Some((region, Source::Environment));
     }

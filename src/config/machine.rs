@@ -1,6 +1,7 @@
 //! What the configuration must know of the machine to resolve "auto".
 
 use super::{Device, ParallelConfig};
+use crate::env;
 
 /// Processors and GPUs of this machine, as far as this process may use them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,9 +16,9 @@ impl Machine {
     /// Looks at this machine. Asks no driver: device files are counted, `CUDA_VISIBLE_DEVICES` is obeyed.
     pub fn detect() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
-        let none = std::env::var("TRAINER_GPU").is_ok_and(|gpu| gpu.trim() == "none");
+        let none = env::given("TRAINER_GPU").is_some_and(|gpu| gpu.trim() == "none");
         let gpus = if cfg!(torch_cuda) && !none {
-            let visible = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+            let visible = env::given("CUDA_VISIBLE_DEVICES");
             let names = std::fs::read_dir("/dev").into_iter().flatten().filter_map(Result::ok).map(|e| e.file_name());
             count_gpus(names.filter_map(|name| name.into_string().ok()), visible.as_deref())
         } else {

@@ -13,6 +13,7 @@ use crate::{
         imds::Imds,
         metadata::{Endpoint, MetadataError},
     },
+    env,
     error::Kind,
 };
 
@@ -23,7 +24,7 @@ const QUESTION: Duration = Duration::from_secs(2);
 pub(super) async fn look() -> Vec<Line> {
     let maker = hardware::maker(&hardware::root());
     let line = |service: Service, home: Maker, variable: &str, heard| {
-        let named = std::env::var_os(variable).is_some_and(|value| !value.is_empty());
+        let named = env::raw(variable).is_some_and(|value| !value.is_empty());
         verdict(service, heard, maker == home, named)
     };
     let (aws, gcp, azure) = tokio::join!(

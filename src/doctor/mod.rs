@@ -22,17 +22,15 @@ pub use self::{
     verdict::{Line, Verdict, exit_code},
 };
 use crate::{
-    cloud::{
-        gpus::{self, Found},
-        hardware,
-    },
+    cloud::{gpus, hardware},
     config::{self, Device, Machine, NoticeConfig, Precision, RunConfig, StorageConfig, workers_per_node},
+    env,
     error::{Error, Explain, Kind, Result},
     ids::{RunId, random_hex},
     journal, layout, model,
     notice::window::{Surroundings, windows},
     storage::Store,
-    torch,
+    worker::device,
 };
 
 /// A check takes no longer.
@@ -178,7 +176,7 @@ fn open(uri: &str, settings: &StorageConfig) -> Result<Option<Store>> {
 }
 
 fn stop_window(notice: &NoticeConfig, durable: Result<Option<f64>>) -> Line {
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let variable = |name: &str| env::text(name);
     let surroundings = Surroundings::look(&variable);
     match durable {
         Ok(durable) => verdict::stop_window(windows(notice, &variable, surroundings).stop, surroundings, durable),
@@ -187,14 +185,13 @@ fn stop_window(notice: &NoticeConfig, durable: Result<Option<f64>>) -> Line {
 }
 
 async fn libtorch(wanted: Device) -> Vec<Line> {
-    let look = move || Found::look(&hardware::root(), wanted, torch::device_count);
-    let looked = tokio::task::spawn_blocking(look).await;
+    let looked = tokio::task::spawn_blocking(move || device::look(wanted)).await;
     let build = if cfg!(torch_cuda) { "with CUDA" } else { "for CPUs" };
     match looked {
         Ok(Ok(found)) => {
             vec![Line::ok("libtorch", format!("loaded, built {build}")), verdict::devices(&found)]
         }
-        Ok(Err(error)) => vec![Line::error("libtorch", &Error::from(error))],
+        Ok(Err(error)) => vec![Line::error("libtorch", &error)],
         Err(_) => {
             let todo = "run scripts/setup, and see that the driver is as new as this LibTorch wants it";
             vec![Line::fail("libtorch", Kind::Config, "it panicked when it was asked for devices", todo)]

@@ -29,6 +29,7 @@ use super::{
     poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
 };
 use crate::cloud::{hardware, imds::Imds, lifecycle::Lifecycle, metadata::MetadataError};
+use crate::env;
 
 const LIFE_CYCLE: &str = "/latest/meta-data/instance-life-cycle";
 const SPOT: &str = "/latest/meta-data/spot/instance-action";
@@ -195,7 +196,7 @@ async fn hold(imds: &Imds, ending: &Ending, configured: &str) {
     if standing.wait_for(|standing| *standing != Standing::Outside).await.is_err() {
         return;
     }
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let variable = |name: &str| env::text(name);
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(60));
     let hook = loop {
         match Lifecycle::find(imds, configured, &variable).await {

@@ -46,6 +46,7 @@ use self::{
     signal::Signals,
     window::{Surroundings, Windows, windows},
 };
+use crate::env;
 use crate::{config::NoticeConfig, ids::Generation, storage::Store};
 
 /// How long requests to a generation that this node has left behind are looked for: whoever asks has looked at the journal and at a
@@ -238,7 +239,7 @@ impl Notices {
 }
 
 fn windows_here(settings: &NoticeConfig) -> Windows {
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let variable = |name: &str| env::text(name);
     windows(settings, &variable, Surroundings::look(&variable))
 }
 

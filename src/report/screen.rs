@@ -1,6 +1,7 @@
 //! Standard error, shared by log lines and progress bars: a line goes above the bars, never through them. Both are left to the
 //! [writer](super::writer): whoever logs or moves a bar does not wait for a terminal.
 
+use crate::env;
 use std::{
     io::{self, IsTerminal, Write},
     sync::{Arc, Mutex, PoisonError},
@@ -30,7 +31,7 @@ pub struct Screen {
 impl Screen {
     /// Standard error, where bars are drawn if it is a terminal that can.
     pub fn stderr() -> Self {
-        let live = io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
+        let live = io::stderr().is_terminal() && env::raw("TERM").is_none_or(|term| term != "dumb");
         if !live {
             return Self::plain();
         }
@@ -63,13 +64,13 @@ impl Screen {
 ///
 /// A filter that can't be read is reported and the default used: a slip in a variable must not stop a run at boot.
 pub fn init_logging(screen: &Screen) {
-    let wanted = std::env::var(LOG_VARIABLE).ok().filter(|text| !text.trim().is_empty());
+    let wanted = env::text(LOG_VARIABLE).filter(|text| !text.trim().is_empty());
     let parsed = wanted.as_deref().map(EnvFilter::try_new);
     let filter = match &parsed {
         Some(Ok(filter)) => filter.clone(),
         _ => EnvFilter::new(DEFAULT_FILTER),
     };
-    let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let colour = io::stderr().is_terminal() && env::raw("NO_COLOR").is_none_or(|value| value.is_empty());
     let installed = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_timer(Clock)

@@ -30,6 +30,7 @@ use super::{
 use crate::{
     cloud::{credentials::Chain, region},
     config::{Encryption, StorageConfig},
+    env,
 };
 
 /// A backend and where its keys begin.
@@ -59,7 +60,7 @@ pub(super) fn environment(uri: &str) -> Vec<(String, String)> {
     let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
         Some((name.into_string().ok()?, value.into_string().ok()?))
     };
-    let mut found: Vec<_> = std::env::vars_os().filter_map(text).filter(|(name, _)| ours(name)).collect();
+    let mut found: Vec<_> = env::all().filter_map(text).filter(|(name, _)| ours(name)).collect();
     if uri.starts_with("s3://")
         && variable(&found, "AWS_REGION").or(variable(&found, "AWS_DEFAULT_REGION")).is_none()
         && let Some(region) = region::of_profile()

@@ -11,6 +11,11 @@ use crate::{
     torch,
 };
 
+/// The GPUs of this machine, as the machine and LibTorch see them. Loading a driver may take seconds.
+pub fn look(wanted: config::Device) -> Result<Found> {
+    Ok(Found::look(&hardware::root(), wanted, torch::device_count)?)
+}
+
 /// The worker's GPU, or the CPU. The agent has settled which of the two it is; a GPU that has gone since is no reason to go on without a
 /// word on the CPU.
 pub fn pick(wanted: config::Device, local_rank: Rank) -> Result<tch::Device> {
@@ -19,7 +24,7 @@ pub fn pick(wanted: config::Device, local_rank: Rank) -> Result<tch::Device> {
     }
     let device = torch::pick_device(local_rank)?;
     if device == tch::Device::Cpu {
-        Found::look(&hardware::root(), wanted, torch::device_count)?.choose().settled()?;
+        look(wanted)?.choose().settled()?;
     }
     Ok(device)
 }

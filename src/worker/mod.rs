@@ -12,10 +12,10 @@
 //! alone. Sample order, learning rate and seeds are pure functions of the step; gradient buckets have one fixed layout; the
 //! reductions of LibTorch are deterministic for a given number of threads.
 
+pub mod device;
 pub mod gate;
 
 mod batch;
-mod device;
 mod link;
 mod load;
 mod optim;

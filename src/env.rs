@@ -1,0 +1,51 @@
+//! The environment variables of this program, and the one place that reads the environment.
+//!
+//! [`OURS`] says what each of our own variables means; a test holds it together with the names in the source. Variables
+//! of others (`AWS_REGION`, `NO_COLOR`, …) are read by their own rules, beside the code that needs them. The environment
+//! is read when it is asked for and never changed: threads may run.
+
+use std::ffi::OsString;
+
+/// Our variables, and what they say. A flag wins over its variable.
+pub const OURS: [(&str, &str); 20] = [
+    ("TRAINER_ALLOW", "what messages of a queue may name; as --allow, separated by commas"),
+    ("TRAINER_AUTO_SCALING_GROUP", "the group of this machine, where its tags can't be read"),
+    ("TRAINER_AZURE_METADATA_ENDPOINT", "where Azure's metadata service is, if not at its address"),
+    ("TRAINER_CONFIG", "the configuration of `boot` and `work`: a file or a URI"),
+    ("TRAINER_CUDA", "scripts/setup: which flavour of LibTorch to fetch"),
+    ("TRAINER_FAULTS", "crash points, for tests"),
+    ("TRAINER_GPU", "`none`: compute on the CPU although the machine has GPUs"),
+    ("TRAINER_HOST_ROOT", "the folder of the machine's /sys, /proc and /dev, in a container that has them elsewhere"),
+    ("TRAINER_LIFECYCLE_HOOK", "the hook of the group that holds this machine's end"),
+    ("TRAINER_LOG", "which log lines to write, such as debug or trainer::storage=debug"),
+    ("TRAINER_POWER_OFF", "`host`: whoever started this process powers the machine off after exit code 0"),
+    ("TRAINER_PREEMPTION_WINDOW", "seconds from a preemption notice to the end of the machine"),
+    ("TRAINER_QUEUE", "the queue of `work`; as --queue"),
+    ("TRAINER_RUN_ID", "the run; as --run-id"),
+    ("TRAINER_RUN_ID_TEMPLATE", "the run of the day; as --run-id-template"),
+    ("TRAINER_SSM_PATH", "where SSM parameters lie; as --ssm-path"),
+    ("TRAINER_STOP_WINDOW", "seconds from SIGTERM to the end of the process; as notice.stop_window"),
+    ("TRAINER_STORE", "where runs are kept; as --store"),
+    ("TRAINER_TIME_ZONE", "the time zone of the day; as --time-zone"),
+    ("TRAINER_USR1_WINDOW", "seconds from SIGUSR1 to the end of the process; as notice.usr1_window"),
+];
+
+/// A variable's text; `None`: it is not set, is empty, or is not UTF-8.
+pub fn text(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// A variable's text, empty or not; `None`: it is not set, or is not UTF-8.
+pub fn given(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+/// A variable's value as it is, empty or not.
+pub fn raw(name: &str) -> Option<OsString> {
+    std::env::var_os(name)
+}
+
+/// All variables.
+pub fn all() -> impl Iterator<Item = (OsString, OsString)> {
+    std::env::vars_os()
+}

@@ -3,6 +3,7 @@
 //! Looks at everything that a run needs, before it needs it, and says what to do. Each check has one bounded time and none hides
 //! another: what can't be looked at is a line, too. What it writes into the store lies below the folder of probes and is deleted; what a kill
 //! leaves there is a few bytes.
+#![doc = include_str!("README.md")]
 
 mod account;
 mod metadata;

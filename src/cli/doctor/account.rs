@@ -16,13 +16,13 @@ const CHECK: &str = "spot quota";
 /// The machines that are wanted.
 #[derive(Debug, Args)]
 pub(super) struct MachinesArg {
-    /// The EC2 instance type that is to be had as spot machines, such as g5.xlarge [default: this machine's, if it is one]
+    /// The EC2 instance type wanted as spot machines, such as g5.xlarge [default: this machine's, if on EC2]
     #[arg(long, value_name = "TYPE", value_parser = name)]
     instance_type: Option<String>,
-    /// Where they are to run [default: as AWS's tools have it]
+    /// The region they run in [default: as for AWS's tools]
     #[arg(long, value_name = "REGION", requires = "instance_type", value_parser = name)]
     region: Option<String>,
-    /// How many of them at once
+    /// How many machines at once
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     count: u32,
 }

@@ -44,24 +44,26 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// Saves whose time is looked at.
 const SAVES: usize = 5;
 
-/// Look whether this machine, its store and its account have what a run needs
+/// Check whether this machine, its store and its account have what a run needs
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   trainer doctor
   trainer doctor config.toml --store s3://bucket/runs
-  trainer doctor config.toml --run-id reports-2026q4      # holds the time to stop against what its saves take
-  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3      # may the account have them?
+  trainer doctor config.toml --run-id reports-2026q4      # compares the stop time-out with its saves
+  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3      # checks the account's quota
 
-Exit codes: 0 nothing failed (warnings may be there); else that of the worst failure: 78 something is set wrong, 77 not permitted, \
-69 not reachable.")]
+Exit codes: 0 if nothing failed (warnings are possible), else that of the worst failure:
+  69  not reachable
+  77  not permitted
+  78  wrong setting")]
 pub struct Doctor {
-    /// The settings of a run: its store, its model's memory
+    /// The configuration of a run: its store, its model's memory
     config: Option<PathBuf>,
-    /// Where runs are kept: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
+    /// The store of the runs: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
     #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
     store: Option<String>,
-    /// A run whose saves are held against the time to stop
+    /// A run whose saves are compared with the time to stop
     #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
     run_id: Option<RunId>,
     #[command(flatten)]

@@ -14,6 +14,7 @@
 //! alive, and it leaves with exit code 79, or stands by until that one is dead ([`Manner::standby`]); dead, and it forms the next
 //! generation. An agent that was taken for dead learns of
 //! it when it tries to commit, stops its workers and leaves with 79: two writers can never both commit.
+#![doc = include_str!("README.md")]
 
 pub mod conductor;
 

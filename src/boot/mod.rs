@@ -26,6 +26,7 @@
 //! What a person must mend (configuration: 78, permission: 77) is told apart from what time may mend (69), so that a supervisor
 //! repeats the one and not the other. Names of parameters are logged, their values are not; a setting that is wrong is said with its
 //! value, as any other: settings are no secrets, they stand in the journal.
+#![doc = include_str!("README.md")]
 pub mod settings;
 pub mod stop;
 

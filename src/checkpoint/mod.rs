@@ -12,6 +12,7 @@
 //!
 //! Damage (an object missing, of another size, of another checksum) is told apart from a store that does not answer:
 //! the first is stepped over, the second is an error, because stepping back would throw away good work.
+#![doc = include_str!("README.md")]
 
 pub mod catalog;
 pub mod condemn;

@@ -7,7 +7,7 @@ use crate::{config::Machine, error::Result, ids::RunId, storage::Store};
 /// Which store.
 #[derive(Clone, Debug, Args)]
 pub(super) struct StoreArg {
-    /// Where runs are kept: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's, or
+    /// The store of the runs: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's, or
     /// file://./runs]
     #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
     pub store: Option<String>,
@@ -16,7 +16,7 @@ pub(super) struct StoreArg {
 /// Which run.
 #[derive(Clone, Debug, Args)]
 pub(super) struct RunArg {
-    /// The run
+    /// The run's id
     #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
     pub run_id: RunId,
     #[command(flatten)]
@@ -26,7 +26,7 @@ pub(super) struct RunArg {
 /// How the answer is written.
 #[derive(Clone, Copy, Debug, Args)]
 pub(super) struct JsonArg {
-    /// Print JSON, one object a line
+    /// Print JSON, one object per line
     #[arg(long)]
     pub json: bool,
 }
@@ -34,7 +34,7 @@ pub(super) struct JsonArg {
 /// Settings that are changed.
 #[derive(Clone, Debug, Args)]
 pub(super) struct SetArg {
-    /// Change a setting, such as train.steps=500 or checkpoint.every=2h; may be given several times
+    /// Change a setting, such as train.steps=500 or checkpoint.every=2h; repeatable
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_value)]
     pub set: Vec<(String, String)>,
 }
@@ -67,7 +67,7 @@ impl Workers {
 /// Workers on this node.
 #[derive(Clone, Copy, Debug, Args)]
 pub(super) struct WorkersArg {
-    /// Workers on this node, or "auto": one for each GPU, or one where there is none [default: the configuration's]
+    /// Workers on this node, or "auto": one per GPU, or one without GPUs [default: the configuration's]
     #[arg(long, value_name = "N|auto", value_parser = workers)]
     pub nproc_per_node: Option<Workers>,
 }

@@ -28,14 +28,14 @@ use crate::{
 /// The longest configuration that is read from a store, bytes.
 const MAX_CONFIG: u64 = 1 << 20;
 
-/// What machines run at boot: find the configuration, resume the run or start it
+/// What a machine runs at boot: find the configuration, then resume the run or create it
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   trainer boot --ssm-path /trainer/reports
   trainer boot s3://bucket/reports.toml --run-id-template 'reports-{year}q{quarter}' --store s3://bucket/runs
 
-What wins: instance tags < SSM parameters < the environment < flags.
+Precedence: instance tags < SSM parameters < environment < flags.
   environment: TRAINER_ and CONFIG, STORE, RUN_ID, RUN_ID_TEMPLATE, TIME_ZONE, SSM_PATH
   parameters below the path: config (TOML) or config-uri, store,
     run-id or run-id-template, time-zone, set/<key>;
@@ -43,25 +43,32 @@ What wins: instance tags < SSM parameters < the environment < flags.
   tags: trainer: and config-uri, store, run-id or run-id-template, time-zone,
     ssm-path, set:<key>; where InstanceMetadataTags is enabled
 
-Fields of a template: {year} {quarter} {month} {week} {week_year} {day}, in UTC or --time-zone. Only the run of the current date is \
-looked for: one of the quarter before that is unfinished is carried on by naming it with --run-id.
+Fields of a template: {year} {quarter} {month} {week} {week_year} {day}, in UTC or --time-zone.
+Only the current date's run is considered. To continue an unfinished run from an earlier period, pass its --run-id.
 
-A run that exists is resumed with the settings it was created with, and those that --set or set/<key> change; a changed configuration \
-changes nothing. Settings of storage hold from the first request on: storage.attempts says how often one that fails is tried. A run that \
-is complete is left alone. Two machines may boot one run: one trains, the other stands by and takes over \
-when the first is gone. When the run is complete, on_complete.action says what becomes of the machine. TRAINER_POWER_OFF=host says that \
-whoever started this process powers the machine off after exit code 0, as it must for a container: then nothing is powered off from here.
+An existing run resumes with the settings it was created with, plus what --set or set/<key> changes.
+A changed configuration changes nothing. Settings of storage apply from the first request;
+storage.attempts is the number of attempts per request. A complete run is left alone.
+Two machines may boot one run: one trains, the other waits and takes over when the first is gone.
+When the run is complete, on_complete.action says what happens to the machine.
+TRAINER_POWER_OFF=host means that the host powers the machine off after exit code 0, as a container needs;
+then `boot` powers nothing off.
 
-Datasets are kept on a mounted instance store (NVMe) where there is one, else in the user's cache, else in a folder of this process alone. TRAINER_HOST_ROOT names the folder of the machine's /sys, /proc and /dev, for a container that has them elsewhere.
-Exit codes beside those of `trainer run`: 78 nothing to do was found or it is wrong, 77 not permitted, 69 not reachable or no GPU driver \
-(start again), 79 another machine still has the run after --standby.")]
+Datasets are kept on a mounted instance store (NVMe), else in the user's cache, else in a folder of this process.
+TRAINER_HOST_ROOT is the folder of the machine's /sys, /proc and /dev, if a container has them elsewhere.
+
+Exit codes in addition to those of `trainer run`:
+  69  not reachable, or no GPU driver (start again)
+  77  not permitted
+  78  no job found, or a wrong one
+  79  another machine still has the run after --standby")]
 pub struct Boot {
-    /// The settings of a new run: a TOML file, or its URI
+    /// The configuration of a new run: a TOML file, or its URI
     config: Option<String>,
-    /// The run
+    /// The run's id
     #[arg(long, value_name = "ID")]
     run_id: Option<String>,
-    /// The run, from today's date, such as 'reports-{year}q{quarter}'
+    /// The run's id, made from today's date, such as 'reports-{year}q{quarter}'
     #[arg(long, value_name = "TEMPLATE", conflicts_with = "run_id")]
     run_id_template: Option<String>,
     /// The time zone of that date, such as Europe/Berlin [default: UTC]
@@ -70,20 +77,20 @@ pub struct Boot {
     /// Read SSM parameters below this path, such as /trainer/reports
     #[arg(long, value_name = "PATH")]
     ssm_path: Option<String>,
-    /// Where runs are kept: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
+    /// The store of the runs: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
     #[arg(long, value_name = "URI")]
     store: Option<String>,
     #[command(flatten)]
     workers: WorkersArg,
     #[command(flatten)]
     set: SetArg,
-    /// How long to stand by while another machine trains this run: a duration such as 30m, or "forever"
+    /// How long to wait while another machine trains this run: a duration such as 30m, or "forever"
     #[arg(long, value_name = "TIME", default_value = "forever", value_parser = standby)]
     standby: Duration,
-    /// How long to wait for the NVIDIA driver of a machine with GPUs
+    /// How long to wait for the NVIDIA driver on a machine with GPUs
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
     device_wait: Duration,
-    /// Print events as JSON, one object a line
+    /// Print events as JSON, one object per line
     #[arg(long)]
     json: bool,
 }

@@ -18,7 +18,7 @@ use crate::{
     report::{Screen, human},
 };
 
-/// Make training data
+/// Prepare training data
 #[derive(Debug, Subcommand)]
 pub enum Data {
     Prepare(Prepare),
@@ -32,11 +32,12 @@ Examples:
   trainer data prepare --input s3://bucket/text --tokenizer tokenizer.json --out s3://bucket/tokens
   trainer data prepare --input 'shards/*.jsonl.zst' --text-field doc.text --tokenizer s3://bucket/model --out data
 
-The first bytes of a file decide what it holds: JSON lines, an array of JSON objects, Parquet, or plain text; each may
-be packed by gzip or zstd. Tables, other archives and what is not UTF-8 are left out, up to 5 of 100 files.
-The same inputs and settings give the same shards; a dataset that is there already is used again.")]
+The first bytes of a file decide what it holds: JSON lines, an array of JSON objects, Parquet, or plain text.
+Each may be compressed with gzip or zstd.
+Tables, other archives and text that is not UTF-8 are left out, up to 5 of 100 files.
+The same inputs and settings give the same shards; a dataset that already exists is reused.")]
 pub struct Prepare {
-    /// A path, folder, glob or URI of text, JSON records or Parquet; may be given several times
+    /// A path, folder, glob or URI of text, JSON records or Parquet; repeatable
     #[arg(long, required = true, value_name = "GLOB|URI", num_args = 1)]
     input: Vec<String>,
     /// A Hugging Face tokenizer.json or its folder, by path or URI, or train:VOCAB to train one on the input
@@ -48,7 +49,7 @@ pub struct Prepare {
     /// Print a summary as JSON
     #[arg(long)]
     json: bool,
-    /// The share of the text that is held out, 0 to 0.5
+    /// The share of the text to hold out, 0 to 0.5
     #[arg(long, value_name = "SHARE", help_heading = "Details")]
     validation_ratio: Option<f64>,
     /// The field of JSON records, or column of Parquet, that holds the text, such as doc.text [default: text]
@@ -60,19 +61,19 @@ pub struct Prepare {
     /// Tokens in one shard
     #[arg(long, value_name = "N", help_heading = "Details")]
     shard_tokens: Option<u64>,
-    /// The most text that a tokenizer is trained on, bytes
+    /// The maximum text to train a tokenizer on, bytes
     #[arg(long, value_name = "BYTES", help_heading = "Details")]
     sample_bytes: Option<u64>,
-    /// Encoding threads [default: one a core]
+    /// Encoding threads [default: one per core]
     #[arg(long, value_name = "N", help_heading = "Details")]
     threads: Option<usize>,
-    /// Go on without inputs that can't be read, however many
+    /// Continue without unreadable inputs, however many
     #[arg(long, help_heading = "Details")]
     skip_unreadable: bool,
-    /// What a record that can't be read is: an error, or left out and counted
+    /// What to do with an unreadable record: fail, or leave it out and count it
     #[arg(long, value_name = "WHAT", value_enum, default_value = "error", help_heading = "Details")]
     bad_records: BadRecords,
-    /// Replace another dataset that is there
+    /// Replace a different dataset that already exists
     #[arg(long, help_heading = "Details")]
     overwrite: bool,
 }

@@ -16,24 +16,26 @@ use crate::{
     report::human,
 };
 
-/// Look whether this machine, its store and its account have what a run needs
+/// Check whether this machine, its store and its account have what a run needs
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   trainer doctor
   trainer doctor config.toml --store s3://bucket/runs
-  trainer doctor config.toml --run-id reports-2026q4      # holds the time to stop against what its saves take
-  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3      # may the account have them?
+  trainer doctor config.toml --run-id reports-2026q4      # compares the stop time-out with its saves
+  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3      # checks the account's quota
 
-Exit codes: 0 nothing failed (warnings may be there); else that of the worst failure: 78 something is set wrong, 77 not permitted, \
-69 not reachable.")]
+Exit codes: 0 if nothing failed (warnings are possible), else that of the worst failure:
+  69  not reachable
+  77  not permitted
+  78  wrong setting")]
 pub struct Doctor {
-    /// The settings of a run: its store, its model's memory
+    /// The configuration of a run: its store, its model's memory
     config: Option<PathBuf>,
-    /// Where runs are kept: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
+    /// The store of the runs: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
     #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
     store: Option<String>,
-    /// A run whose saves are held against the time to stop
+    /// A run whose saves are compared with the time to stop
     #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
     run_id: Option<RunId>,
     #[command(flatten)]
@@ -47,13 +49,13 @@ pub struct Doctor {
 /// The machines that are wanted.
 #[derive(Debug, Args)]
 pub struct MachinesArg {
-    /// The EC2 instance type that is to be had as spot machines, such as g5.xlarge [default: this machine's, if it is one]
+    /// The EC2 instance type wanted as spot machines, such as g5.xlarge [default: this machine's, if on EC2]
     #[arg(long, value_name = "TYPE", value_parser = name)]
     instance_type: Option<String>,
-    /// Where they are to run [default: as AWS's tools have it]
+    /// The region they run in [default: as for AWS's tools]
     #[arg(long, value_name = "REGION", requires = "instance_type", value_parser = name)]
     region: Option<String>,
-    /// How many of them at once
+    /// How many machines at once
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     count: u32,
 }

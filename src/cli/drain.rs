@@ -27,13 +27,15 @@ const PULSE: u32 = 10;
 
 /// Ask a live run to save and stop
 #[derive(Debug, Args)]
-#[command(
-    after_help = "The run leaves with exit code 75; `trainer resume` carries it on. A generation that another process forms later is not stopped.\n\nExample: trainer drain --run-id first"
-)]
+#[command(after_help = "\
+Example: trainer drain --run-id first
+
+The run exits with code 75; `trainer resume` continues it.
+A generation that another process forms later is not stopped.")]
 pub struct Drain {
     #[command(flatten)]
     run: RunArg,
-    /// Ask and leave: do not wait until the run has stopped
+    /// Do not wait until the run has stopped
     #[arg(long)]
     no_wait: bool,
     #[command(flatten)]

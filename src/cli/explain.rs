@@ -19,15 +19,16 @@ use crate::{
     report::human,
 };
 
-/// Tell the story of each interruption: what was heard, what was done, what it cost
+/// Explain each interruption: which notice came, what was done, what it cost
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   trainer explain --run-id first
   trainer explain --run-id first --json | jq 'select(.lost_steps > 0)'
 
-Everything is read from the run's journal. Times within one interruption are of one machine's monotonic clock; those between \
-machines are differences of their wall clocks.")]
+Everything comes from the run's journal.
+Times within one interruption come from one machine's monotonic clock.
+Times between machines are differences of their wall clocks.")]
 pub struct Explain {
     #[command(flatten)]
     run: RunArg,

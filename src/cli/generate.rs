@@ -23,7 +23,7 @@ use crate::{
     model::{self, ModelError, generate::GenerateSettings},
 };
 
-/// Print text that a checkpoint's model makes
+/// Generate text with a checkpoint's model
 #[derive(Debug, Args)]
 #[command(after_help = "Example: trainer generate --run-id first --prompt 'fn main() {' --tokens 100")]
 pub struct Generate {
@@ -32,19 +32,19 @@ pub struct Generate {
     /// The checkpoint of this step [default: the newest]
     #[arg(long, value_name = "STEP")]
     step: Option<Step>,
-    /// What the text begins with
+    /// The beginning of the text
     #[arg(long, value_name = "TEXT")]
     prompt: String,
-    /// The most tokens to add
+    /// The maximum number of tokens to add
     #[arg(long, value_name = "N", default_value_t = 128)]
     tokens: u32,
-    /// 0: always the most likely token; 1: as the model has learnt; more: wilder
+    /// 0: always the most likely token; 1: the model's own distribution; more: more random
     #[arg(long, value_name = "T", default_value_t = 0.8)]
     temperature: f64,
     /// The same seed gives the same text
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     seed: u64,
-    /// The token that ends the text, and stands before an empty prompt [default: the one of the training data]
+    /// The token that ends the text and precedes an empty prompt [default: the training data's]
     #[arg(long, value_name = "TOKEN")]
     eos_token: Option<String>,
     #[command(flatten)]

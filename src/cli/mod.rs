@@ -37,16 +37,24 @@ use crate::{
 };
 
 const AFTER_HELP: &str = "\
-Exit codes: 0 completed; 64 wrong usage; 65 data damaged; 69 store not reachable, or this machine is short of memory, open \
-files or disk; 70 bug; 75 interrupted, nothing lost, start again; 76 interrupted, steps lost, start again; 77 permission; \
-78 wrong configuration; 79 another writer has this run.
+Exit codes:
+  0   completed
+  64  wrong usage
+  65  data damaged
+  69  store unreachable, or this machine is short of memory, open files or disk
+  70  bug
+  75  interrupted, nothing lost: start again
+  76  interrupted, steps lost: start again
+  77  permission denied
+  78  wrong configuration
+  79  another writer has this run
 
 TRAINER_LOG filters the log on standard error: debug, or trainer::agent=trace,warn.";
 
 /// Commands that do not end with the signals that ask a process to, and hear them from their first instruction on.
 const HEARS: [&str; 4] = ["run", "resume", "boot", "work"];
 
-/// Trains LibTorch models on machines that may vanish; checkpoints to an object store and resumes by itself.
+/// Train LibTorch models on machines that can disappear: checkpoint to an object store, resume by itself.
 #[derive(Debug, Parser)]
 #[command(name = "trainer", version, after_help = AFTER_HELP, disable_help_subcommand = true, infer_long_args = false)]
 pub struct Cli {

@@ -34,30 +34,30 @@ const PART: u64 = 4 << 20;
 /// How long a summary of the journal is waited for.
 const SUMMARY: Duration = Duration::from_secs(10);
 
-/// Delete old checkpoints by plan, and what killed uploads have left behind
+/// Delete old checkpoints by plan, and leftovers of killed uploads
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   trainer prune --run-id first --dry-run
   trainer prune --run-id first --keep-last 1 --keep-every 6h --keep-best 2
 
-The newest checkpoint that checksums vouch for is never deleted, nor the one that the newest generation has resumed from.
-Where the store keeps no checksums the newest is read before anything goes. Damaged checkpoints stay for diagnosis until
---damaged, which reads them once more and keeps what is whole after all. Data and uploads that belong to no checkpoint go when they are a day old and their generation is over.")]
+The newest checkpoint confirmed by checksums is never deleted, nor the one the newest generation resumed from.
+On a store without checksums, the newest checkpoint is read before anything is deleted.
+Damaged checkpoints stay for diagnosis until --damaged, which reads them again and keeps those that are whole.
+Data and uploads of no checkpoint are deleted once they are a day old and their generation is over.")]
 pub struct Prune {
     #[command(flatten)]
     run: RunArg,
-    /// Keep the newest so many [default: the run's setting]
+    /// Keep the newest K [default: the run's setting]
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     keep_last: Option<u32>,
-    /// And every checkpoint whose step is a multiple of this, or the first of each stretch of time: 1000, 6h [default:
-    /// the run's setting]
+    /// Also keep steps that are a multiple of this, or the first of each period: 1000, 6h [default: the run's setting]
     #[arg(long, value_name = "STEPS|TIME", value_parser = spacing)]
     keep_every: Option<Spacing>,
-    /// And so many with the lowest validation loss [default: the run's setting]
+    /// Also keep the N with the lowest validation loss [default: the run's setting]
     #[arg(long, value_name = "N")]
     keep_best: Option<u32>,
-    /// Delete the damaged checkpoints, too
+    /// Also delete damaged checkpoints
     #[arg(long)]
     damaged: bool,
     /// Print the plan and delete nothing

@@ -18,7 +18,7 @@ use crate::{
     run::open,
 };
 
-/// Carry a run on from its newest checkpoint that verifies
+/// Continue a run from its newest checkpoint that verifies
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -26,19 +26,21 @@ Examples:
   trainer resume --run-id first --nproc-per-node 4     # any number of workers resumes any checkpoint
   trainer resume --run-id first --set train.steps=2000
 
-The run keeps the settings it was created with, and its data: another dataset in its place is refused, unless --set data.train=… names it. What --set changes stays changed; what belongs to the run for life (its \
-model, the cut and the order of its samples) is refused. What --set says of storage holds from the first request on.")]
+The run keeps the settings and the data it was created with.
+Another dataset in its place is refused unless --set data.train=… names it.
+What --set changes stays changed. Changes to the model, or to the cut and order of the samples, are refused.
+Settings of storage in --set apply from the first request.")]
 pub struct Resume {
     #[command(flatten)]
     run: RunArg,
-    /// Resume from this step's checkpoint instead of the newest
+    /// Resume from this step's checkpoint instead of the newest one
     #[arg(long, value_name = "STEP")]
     from: Option<Step>,
     #[command(flatten)]
     workers: WorkersArg,
     #[command(flatten)]
     set: SetArg,
-    /// Print events as JSON, one object a line
+    /// Print events as JSON, one object per line
     #[arg(long)]
     json: bool,
 }

@@ -31,11 +31,12 @@ Examples:
   trainer run configs/quickstart.toml --store s3://bucket/runs --run-id first --set train.steps=500
   trainer run configs/quickstart.toml --json > events.jsonl
 
-What wins: the built-in defaults < CONFIG < TRAINER_STORE < flags < --set. An unknown key is refused with the keys there are.")]
+Precedence: built-in defaults < CONFIG < TRAINER_STORE < flags < --set.
+An unknown key is an error that lists the valid keys.")]
 pub struct Run {
-    /// The run's settings, a TOML file
+    /// The run's configuration, a TOML file
     config: PathBuf,
-    /// The new run's name [default: from the file's name and the time]
+    /// The new run's id [default: from the file's name and the time]
     #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
     run_id: Option<RunId>,
     #[command(flatten)]
@@ -44,7 +45,7 @@ pub struct Run {
     workers: WorkersArg,
     #[command(flatten)]
     set: SetArg,
-    /// Print events as JSON, one object a line
+    /// Print events as JSON, one object per line
     #[arg(long)]
     json: bool,
 }

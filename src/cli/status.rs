@@ -24,13 +24,13 @@ const WATCH: Duration = Duration::from_secs(2);
 /// Interruptions that are listed; the others are counted.
 const SHOWN: usize = 5;
 
-/// Show one run's state
+/// Show the state of a run
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  trainer status --run-id first\n  trainer status --run-id first --watch")]
 pub struct Status {
     #[command(flatten)]
     run: RunArg,
-    /// Look again every two seconds, until the run has ended
+    /// Refresh every two seconds, until the run has ended
     #[arg(long)]
     watch: bool,
     #[command(flatten)]

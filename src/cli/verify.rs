@@ -23,19 +23,19 @@ use crate::{
     storage::Store,
 };
 
-/// Hold a run's objects against their manifests
+/// Verify a run's objects against their manifests
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   trainer verify --run-id first                # the newest checkpoint, by the store's own checksums
   trainer verify --run-id first --all --deep   # every byte of every checkpoint
 
-S3 keeps a checksum of every object, so nothing is downloaded but the manifest, and what seems damaged, to make sure. A
-store that keeps none can only be asked for sizes, and the answer says so: --deep compares every byte. --all --deep also holds the summaries of the journal against each of its
-records.
+S3 keeps a checksum of every object, so only the manifest is downloaded, and anything that seems damaged, to make sure.
+On a store without checksums only sizes can be compared, and the answer says so; --deep compares every byte.
+--all --deep also verifies the journal's summaries against each of its records.
 
-A checkpoint that was found damaged before and is whole in every byte (--deep) is good again: the journal then says so. Nothing else is
-changed. Exit code 65 if anything is damaged.")]
+If --deep finds every byte of a checkpoint right that was found damaged before, the journal clears it.
+Nothing else is changed. Exit code 65 if anything is damaged.")]
 pub struct Verify {
     #[command(flatten)]
     run: RunArg,

@@ -23,7 +23,7 @@ use crate::{
     report::{self, Reporter, Screen},
 };
 
-/// Take jobs from a queue, train them, and leave when it stays empty
+/// Take jobs from a queue, train them, and exit when the queue stays empty
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -32,49 +32,49 @@ Examples:
 
 A message is a job, as JSON:
   {\"run_id\": \"reports-2026q4\", \"config_uri\": \"s3://bucket/configs/reports.toml\", \"set\": {\"train.steps\": 5000}}
-or with the TOML itself in \"config\", and where it is kept in \"store\". A run that exists is carried on as it is. A message may name
-only what --allow covers, and no notice.*: when this machine goes away is not for a message to say.
+\"config\" may hold the TOML itself, and \"store\" the run's store. An existing run continues as it is.
+A message may name only what --allow covers, and no notice.* setting: those belong to the machine.
 
-Jobs are reported to JOB_API_BASE_URL, if it is set, with WORKER_TOKEN. The message of a job whose machine goes away is sent anew, so
-that an interruption does not count towards the queue's maxReceiveCount; a kill counts, unless a checkpoint was committed since.
+If JOB_API_BASE_URL is set, jobs are reported to it with WORKER_TOKEN.
+If the machine goes away, the job's message is sent again, so that an interruption does not count towards the
+queue's maxReceiveCount. A kill counts, unless a checkpoint was committed since.
 
-A job whose store or data don't answer is put away for a --lease once each request was tried storage.attempts times, as its configuration
-or its \"set\" says (10, about a quarter of a minute).")]
+A job whose store or data does not answer returns after a --lease, once a request has failed storage.attempts times.
+Its configuration or its \"set\" says how often (default 10, about a quarter of a minute).")]
 pub struct Work {
     /// The queue's URL
     #[arg(long, env = "TRAINER_QUEUE", value_name = "URL", hide_env_values = true)]
     queue: String,
-    /// Where runs are kept whose jobs don't say: s3://bucket/prefix, gs://…, az://…, file://path
+    /// The store of runs whose jobs name none: s3://bucket/prefix, gs://…, az://…, file://path
     #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
     store: Option<String>,
-    /// What messages may name: stores, configurations, models and data below these URIs; without it, the --store, and to be read its
-    /// bucket and that of TRAINER_CONFIG, or of the parameter config-uri. A folder of this machine is open only if it is named here
+    /// Messages may name stores, configurations, models and data below these URIs [default: the --store; for reading also
+    /// its bucket and that of TRAINER_CONFIG or the parameter config-uri]. A local folder is allowed only if named here
     #[arg(long, env = "TRAINER_ALLOW", value_name = "PREFIX", num_args = 1.., value_delimiter = ',', hide_env_values = true)]
     allow: Vec<String>,
     #[command(flatten)]
     workers: WorkersArg,
-    /// Leave when the queue stayed empty for so long, or "never"
+    /// Exit when the queue has been empty for this long, or "never"
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = idle_exit)]
     idle_exit: Idle,
-    /// Leave after one job, with its exit code
+    /// Exit after one job, with its exit code
     #[arg(long)]
     once: bool,
-    /// A message is hidden for so long at a time: when this consumer is killed, others see its job so much later
+    /// How long a message is hidden at a time; if this consumer is killed, others see its job after that
     #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = lease)]
     lease: Duration,
-    /// A message is passed on before it was held for longer; SQS's own limit is 12h
+    /// Renew a message before it has been held for this long; SQS's own limit is 12h
     #[arg(long, value_name = "DURATION", default_value = "12h", value_parser = longest)]
     max_hold: Duration,
-    /// When the queue stayed empty, take this machine out of its Auto Scaling group with the desired capacity lowered; outside of a group
-    /// power off, or leave that to whoever started this process and sees it end with 0 (TRAINER_POWER_OFF=host); where none of it can be
-    /// done, keep working
+    /// When the queue stays empty, leave the Auto Scaling group and lower its desired capacity. Outside of a group, power
+    /// off, or exit with 0 and leave that to the host (TRAINER_POWER_OFF=host). If none of this works, keep working
     #[arg(long)]
     terminate_when_idle: bool,
-    /// How long to wait for the NVIDIA driver of a machine with GPUs, before the first job
+    /// How long to wait for the NVIDIA driver on a machine with GPUs, before the first job
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
     device_wait: Duration,
-    /// Look for what the environment does not say, the job API's address and token, in the SSM parameters job-api-base-url and
-    /// worker-token below this path
+    /// Read the job API's address and token from the SSM parameters job-api-base-url and worker-token below this path, if
+    /// the environment has none
     #[arg(long, env = "TRAINER_SSM_PATH", value_name = "PATH", hide_env_values = true)]
     ssm_path: Option<String>,
     #[command(flatten)]

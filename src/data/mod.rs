@@ -15,6 +15,7 @@
 //!   its size and CRC64-NVME.
 //! - The same inputs and settings give the same bytes: files are taken in sorted order, the tokenizer's training breaks
 //!   ties by value, and documents are assigned to splits by a hash of their text.
+#![doc = include_str!("README.md")]
 
 pub mod cache;
 mod columns;

@@ -5,6 +5,7 @@
 //!
 //! Stored layout: what it writes into the store lies below the folder of probes and is deleted; a kill leaves a few bytes
 //! there. *Cancel:* at any moment.
+#![doc = include_str!("README.md")]
 
 mod account;
 mod metadata;

@@ -12,6 +12,7 @@
 //! to be short: what a kill loses of the running step is not counted. All times are seconds.
 //!
 //! Nothing is stored, and every function gives the same answer for the same input and seed.
+#![doc = include_str!("README.md")]
 mod model;
 mod observed;
 mod replay;

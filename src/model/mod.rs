@@ -10,6 +10,7 @@
 //!
 //! A model keeps no state between calls beyond its parameters (and a table of constants that grows on demand): a call
 //! that failed or was given up leaves nothing behind.
+#![doc = include_str!("README.md")]
 
 mod description;
 mod folder;

@@ -16,6 +16,7 @@
 //! which may take two minutes the first time and gets ten seconds later, and Google's, which wait a minute for a change), is asked once at a
 //! time, and more seldom while there are no answers; a service that is absent, or mad, is never a reason to stop. With `sources = "auto"` every
 //! cloud's service is looked for, and the first that answers as it should is the only one that is asked from then on.
+#![doc = include_str!("README.md")]
 mod aws;
 mod azure;
 pub mod drain;

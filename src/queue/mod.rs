@@ -18,6 +18,7 @@
 //! lifecycle hook is completed, the scheduled event approved: [`agent::launch_then`]), and the job API third: a machine that is taken the moment
 //! it may go has left its job to the next one. Between two jobs, and while a job's journal and configuration are read, whatever says that this
 //! machine goes away, or asks this consumer to stop, ends it with 75 (`lookout.rs`). Signals that come just before the agent listens wait for it.
+#![doc = include_str!("README.md")]
 
 pub mod allow;
 pub mod api;

@@ -5,6 +5,7 @@
 //! (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait. Whoever else hears events, the [`Listener`], hears them where
 //! they happen: nothing between the two waits for a reader. Cancelling a run loses no event that was given before [`Reporter::finish`] returns
 //! and whose reader reads.
+#![doc = include_str!("README.md")]
 mod event;
 pub mod human;
 mod screen;

@@ -23,6 +23,7 @@
 //! delays the heartbeat that says its node is alive. At another [`Priority`] transfers have threads, connections and queues of their own, too.
 //!
 //! Memory: uploads send the caller's pages, downloads fill them; beside them stands a socket's buffer a request, at most `storage.concurrency` each way.
+#![doc = include_str!("README.md")]
 
 mod anchor;
 mod cap;

@@ -11,6 +11,7 @@
 //! Bit-equality: with the same world size, threads and device kind, every step's numbers depend on the state and the step
 //! alone. Sample order, learning rate and seeds are pure functions of the step; gradient buckets have one fixed layout; the
 //! reductions of LibTorch are deterministic for a given number of threads.
+#![doc = include_str!("README.md")]
 
 pub mod device;
 pub mod gate;

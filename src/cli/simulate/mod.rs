@@ -40,7 +40,7 @@ enum Lifetimes {
     Spot,
 }
 
-/// Expected goodput, time and cost on machines that vanish
+/// Estimate goodput, time and cost on machines that can disappear
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -48,12 +48,12 @@ Examples:
   trainer simulate --trace us-east-1a.json --nodes 4 --work 10d --on-demand-price 3.06 --spot-price 1.10
   trainer simulate --run-id first --store s3://bucket/runs --spot-price 1.10 --on-demand-price 3.06
 
-A trace is JSON, {\"metadata\":{\"gap_seconds\":60},\"data\":[1,0,...]} (machines that could be had), or CSV, a line \
-`milliseconds,add|remove,node` for each change.")]
+A trace is JSON, {\"metadata\":{\"gap_seconds\":60},\"data\":[1,0,...]} (available machines),
+or CSV with a line `milliseconds,add|remove,node` for each change.")]
 pub struct Simulate {
-    /// A run's settings: its checkpoint.every is simulated, too, and with --step-time its train.steps are the work
+    /// A run's configuration: its checkpoint.every is simulated too; with --step-time, its train.steps are the work
     config: Option<PathBuf>,
-    /// Take costs, losses, steps and cadence from this run's journal, where no flag gives them
+    /// Take costs, losses, steps and cadence that no flag gives from this run's journal
     #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
     run_id: Option<RunId>,
     #[command(flatten)]
@@ -76,19 +76,19 @@ pub struct Simulate {
     /// Mean wait for a machine
     #[arg(long, value_name = "D", default_value = "5m", value_parser = seconds)]
     wait: f64,
-    /// Time that a save takes from training: the stall, and what it slows steps by [default: the run's stall, or 1s]
+    /// Training time that a save costs: the stall, and the slowdown of steps [default: the run's stall, or 1s]
     #[arg(long, value_name = "D", value_parser = seconds)]
     stall: Option<f64>,
-    /// From the order of a save until it counts [default: the run's, or 10s]
+    /// From starting a save until it counts [default: the run's, or 10s]
     #[arg(long, value_name = "D", value_parser = seconds)]
     durable: Option<f64>,
-    /// From a machine that is there to its first step [default: the run's, or 2m]
+    /// From an available machine to its first step [default: the run's, or 2m]
     #[arg(long, value_name = "D", value_parser = seconds)]
     restart: Option<f64>,
-    /// How long before a machine is taken it is told
+    /// How long before it is taken a machine is notified
     #[arg(long, value_name = "D", default_value = "2m", value_parser = seconds)]
     notice: f64,
-    /// Share of losses that are told before, 0 to 1 [default: the run's, or 1]
+    /// Share of losses with a notice, 0 to 1 [default: the run's, or 1]
     #[arg(long, value_name = "P", value_parser = share)]
     notice_share: Option<f64>,
     /// Training time of the job without saves and losses [default: steps x step time, or 7d]
@@ -97,19 +97,19 @@ pub struct Simulate {
     /// Time of one step [default: the run's]
     #[arg(long, value_name = "D", value_parser = positive)]
     step_time: Option<f64>,
-    /// A cadence to hold against the best one: 30m, or "500 steps" [default: CONFIG's or the run's]
+    /// A cadence to compare with the best one: 30m, or "500 steps" [default: CONFIG's or the run's]
     #[arg(long, value_name = "CADENCE", value_parser = every)]
     every: Option<Cadence>,
-    /// Price of a node for an hour that is never taken away
+    /// Hourly price of a node that is never taken away
     #[arg(long, value_name = "X", default_value_t = 1.0, value_parser = price)]
     on_demand_price: f64,
-    /// Price of a spot node for an hour; 0.37 is the median of GPU types in us-east-1, June 2025, in on-demand prices
+    /// Hourly price of a spot node; 0.37 of the on-demand price is the median of GPU types in us-east-1, June 2025
     #[arg(long, value_name = "X", default_value_t = DEFAULT_SPOT_PRICE, value_parser = price)]
     spot_price: f64,
-    /// Price of a reserved node for an hour
+    /// Hourly price of a reserved node
     #[arg(long, value_name = "X", value_parser = price)]
     reserved_price: Option<f64>,
-    /// Times that each row is played
+    /// How often each row is simulated
     #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     trials: u32,
     /// The same seed gives the same figures

@@ -15,26 +15,20 @@
 //! generation. An agent that was taken for dead learns of
 //! it when it tries to commit, stops its workers and leaves with 79: two writers can never both commit.
 
-pub mod conductor;
+pub mod initial;
 
 mod companions;
-mod deadline;
 mod doubt;
-mod gauge;
-mod images;
-pub mod initial;
-mod life;
+mod drain;
+mod generation;
 mod loopback;
 mod opening;
 mod parting;
 mod provenance;
 mod restart;
-mod retention;
-mod saver;
-mod saves;
-mod scrub;
+mod save;
 mod shared;
-mod watch;
+mod upkeep;
 mod words;
 mod workers;
 
@@ -43,10 +37,10 @@ use std::{cell::Cell, path::PathBuf, sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 
 use self::{
-    gauge::Gauges,
-    images::Images,
-    life::{End, Left, Load, Plan, Source},
+    drain::estimate::Gauges,
+    generation::{End, Left, Load, Plan, Source},
     opening::{Opening, Resolved, completed, effective, resolve},
+    save::{slots::Images, upload},
     shared::SharedJournal,
 };
 use crate::{
@@ -420,7 +414,7 @@ impl Agent {
                 sequences: resolved.sequences,
                 workers: resolved.workers,
                 load: load.clone(),
-                saver: saver::Context {
+                saver: upload::Context {
                     run: self.run.clone(),
                     run_id: self.run_id.clone(),
                     node: self.node.clone(),
@@ -438,7 +432,7 @@ impl Agent {
                 self.gauges.suppose(&newest.committed);
             }
             let mut left = Left::default();
-            let lived = life::run(plan, &mut self.images, &mut self.gauges, notices, &self.reporter, &mut left).await;
+            let lived = generation::run(plan, &mut self.images, &mut self.gauges, notices, &self.reporter, &mut left).await;
             match lived {
                 Ok(End::Completed { loss }) => {
                     let outcome = self.complete(generation, &resolved, loss, notices).await?;

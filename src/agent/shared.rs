@@ -167,7 +167,7 @@ mod tests {
     };
 
     use super::{
-        super::{life::Stopped, parting::interruption},
+        super::{generation::Stopped, parting::interruption},
         *,
     };
     use crate::{

@@ -1,7 +1,7 @@
 //! What a life knows of its saves: from the first rank's capture to the commit, and what failed on the way.
 //!
 //! Bookkeeping beside the event loop, which alone calls it. What is uploaded when, and what is tried again, is the conductor's
-//! decision; how it is uploaded is [`saver`]'s.
+//! decision; how it is uploaded is [`upload`]'s.
 
 use std::{
     collections::BTreeMap,
@@ -14,9 +14,9 @@ use bytes::Bytes;
 use tokio::{sync::mpsc, task::AbortHandle, time::Instant};
 
 use super::{
-    gauge::Gauges,
-    images::Images,
-    saver::{self, SaveEvent, Saved, Snapshot},
+    super::drain::estimate::Gauges,
+    slots::Images,
+    upload::{self, SaveEvent, Saved, Snapshot},
 };
 use crate::{
     checkpoint::manifest::TrainerState,
@@ -46,7 +46,7 @@ struct Kept {
 /// All saves of one life.
 #[derive(Debug)]
 pub struct Saves {
-    context: saver::Context,
+    context: upload::Context,
     /// Files that stand beside the shards in every checkpoint.
     companions: Vec<(String, Bytes)>,
     sequences: NonZeroU64,
@@ -75,7 +75,7 @@ pub struct Saves {
 impl Saves {
     /// Of a life that begins; what becomes of its saves goes to `events`.
     pub fn new(
-        context: saver::Context,
+        context: upload::Context,
         companions: Vec<(String, Bytes)>,
         sequences: NonZeroU64,
         events: mpsc::UnboundedSender<SaveEvent>,
@@ -201,7 +201,7 @@ impl Saves {
         };
         let mut context = self.context.clone();
         context.run = context.run.at_priority(priority);
-        self.give_up = Some(saver::start(context, snapshot, self.events.clone()));
+        self.give_up = Some(upload::start(context, snapshot, self.events.clone()));
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! What has been announced to this node, and what was done about it: the notices, the deadline that follows from them, and the story
 //! that the journal is told at the end.
 //!
-//! Bookkeeping beside the event loop; what is done is decided by [`deadline`](super::deadline). A deadline counts down on the monotonic
+//! Bookkeeping beside the event loop; what is done is decided by [`plan`](super::plan). A deadline counts down on the monotonic
 //! clock from the moment at which its notice was heard. Of several deadlines that somebody is sure of the earliest holds; one that had passed when it was heard
 //! is none: the machine may go away at any moment, and may as well stay, so everything is saved at once and for as long as it lasts.
 

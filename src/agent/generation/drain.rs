@@ -1,4 +1,4 @@
-//! What a life does about notices: hears them, decides with [`deadline`](super::super::deadline) what can still be saved, begins it, and ends the
+//! What a life does about notices: hears them, decides with [`plan`](super::super::drain::plan) what can still be saved, begins it, and ends the
 //! life when the time is up.
 //!
 //! Part of the event loop: these functions are called by it alone. On a crash nothing of this is left but the `notice` records; whoever
@@ -10,9 +10,11 @@ use tokio::time::Instant;
 
 use super::{
     super::{
-        conductor::Conductor,
-        deadline::{self, Decision, Situation},
-        gauge::Span,
+        drain::{
+            estimate::Span,
+            plan::{self, Decision, Situation},
+        },
+        save::scheduler::Conductor,
     },
     Death, End, Life,
 };
@@ -92,7 +94,7 @@ impl Life<'_> {
     /// Decides what can still be saved, and begins it.
     fn reconsider(&mut self) -> Result<Option<End>> {
         let Some(situation) = self.situation() else { return Ok(None) };
-        let (decision, reason) = deadline::decide(&situation);
+        let (decision, reason) = plan::decide(&situation);
         let (now, instant) = (self.now(), Instant::now());
         let (plan, needs) = match decision {
             Decision::TrainOn { .. } if self.draining => return Ok(None),
@@ -160,7 +162,7 @@ impl Life<'_> {
             return self.reconsider();
         }
         let left_s = self.watch.left_s(Instant::now()).unwrap_or(f64::INFINITY);
-        if left_s > deadline::LAST_WORDS_S {
+        if left_s > plan::LAST_WORDS_S {
             return self.look_at_the_stuck();
         }
         let (finished, committed) = (self.finished(), self.committed());

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use tokio::{sync::mpsc, task::AbortHandle};
 
-use super::shared::SharedJournal;
+use super::super::shared::SharedJournal;
 use crate::{
     checkpoint::save::{Save, Upload, put_manifest, put_shards},
     error::{Error, Kind, Result},

@@ -5,7 +5,7 @@
 //! vouch for, never the one that this generation resumed from. A failure deletes less than it might, and is tried again
 //! after the next commit.
 //!
-//! It gives way: a commit takes the journal from it ([`super::shared`]), its small requests to the store wait in a
+//! It gives way: a commit takes the journal from it ([`super::super::shared`]), its small requests to the store wait in a
 //! queue of their own, and it [ends](Retention::hush) at the first notice, and when the last state of a run is saved.
 //!
 //! What has been held against its checksums is remembered for this life ([`Known`]): what was restored from, and what was
@@ -22,7 +22,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{scrub, shared::SharedJournal};
+use super::{super::shared::SharedJournal, scrub};
 use crate::{
     checkpoint::{
         catalog::Damage,

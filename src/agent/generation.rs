@@ -22,13 +22,14 @@ use tokio::{
 };
 
 use super::{
-    conductor::{Action, Conductor, Moment, Setup},
-    gauge::Gauges,
-    images::{Fetched, Images, RESTORE_SLOT},
-    retention::Retention,
-    saver::{self, SaveEvent},
-    saves::Saves,
-    watch::Watch,
+    drain::{estimate::Gauges, timeline::Watch},
+    save::{
+        ledger::Saves,
+        scheduler::{Action, Conductor, Moment, Setup},
+        slots::{Fetched, Images, RESTORE_SLOT},
+        upload::{self, SaveEvent},
+    },
+    upkeep::retention::Retention,
     workers::{WorkerEvent, Workers},
 };
 use crate::{
@@ -71,7 +72,7 @@ pub struct Plan {
     /// What is loaded.
     pub load: Load,
     /// For saves.
-    pub saver: saver::Context,
+    pub saver: upload::Context,
     /// Files that stand beside the shards in every checkpoint.
     pub companions: Vec<(String, Bytes)>,
     /// What is known of the cost of saves and the life of machines.

@@ -22,7 +22,7 @@
 //! An upload that has begun is never stopped in favour of a newer state: it holds all but the steps since it began, and the newer one would
 //! have to start from nothing.
 
-use super::{gauge::Span, watch::Usual};
+use super::{estimate::Span, timeline::Usual};
 use crate::{goodput::LEAST_RESERVE_S, ids::Step, journal::DrainPlan, report::human};
 
 /// Kept for the journal's last record and the process's end, seconds.

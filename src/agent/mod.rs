@@ -37,10 +37,10 @@ use std::{cell::Cell, path::PathBuf, sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 
 use self::{
-    drain::estimate::Gauges,
+    drain::estimate::Estimates,
     generation::{End, Left, Load, Plan, Source},
     opening::{Opening, Resolved, completed, effective, resolve},
-    save::{slots::Images, upload},
+    save::{slots::Slots, upload},
     shared::SharedJournal,
 };
 use crate::{
@@ -206,9 +206,9 @@ struct Agent {
     node: NodeId,
     journal: Arc<SharedJournal>,
     /// The snapshot slots; what they hold outlives the workers.
-    images: Images,
+    slots: Slots,
     /// What steps and saves take here.
-    gauges: Gauges,
+    estimates: Estimates,
     reporter: Reporter,
     nproc_per_node: Option<u32>,
     manner: Manner,
@@ -324,8 +324,8 @@ impl Agent {
             run_id,
             node,
             journal: Arc::new(SharedJournal::new(journal)),
-            images: Images::create()?,
-            gauges: Gauges::default(),
+            slots: Slots::create()?,
+            estimates: Estimates::default(),
             reporter,
             nproc_per_node,
             manner,
@@ -414,7 +414,7 @@ impl Agent {
                 sequences: resolved.sequences,
                 workers: resolved.workers,
                 load: load.clone(),
-                saver: upload::Context {
+                upload: upload::Context {
                     run: self.run.clone(),
                     run_id: self.run_id.clone(),
                     node: self.node.clone(),
@@ -429,10 +429,11 @@ impl Agent {
                 measured: self.measured().await,
             };
             if let Some(newest) = self.journal.lock().await.state().newest() {
-                self.gauges.suppose(&newest.committed);
+                self.estimates.seed(&newest.committed);
             }
             let mut left = Left::default();
-            let lived = generation::run(plan, &mut self.images, &mut self.gauges, notices, &self.reporter, &mut left).await;
+            let lived =
+                generation::run(plan, &mut self.slots, &mut self.estimates, notices, &self.reporter, &mut left).await;
             match lived {
                 Ok(End::Completed { loss }) => {
                     let outcome = self.complete(generation, &resolved, loss, notices).await?;
@@ -483,7 +484,7 @@ impl Agent {
                             }
                         }
                     }
-                    tracing::debug!(life_s = began.elapsed().as_secs_f64(), "life ended");
+                    tracing::debug!(generation_s = began.elapsed().as_secs_f64(), "generation ended");
                     reason = FormedReason::WorkerDied;
                     // What `--from` asked for has been done; later lives carry on from the newest.
                     self.from = None;
@@ -510,8 +511,8 @@ impl Agent {
             let leader = unfinished_leader(self.journal.lock().await.state());
             let Some(other) = leader.filter(|node| *node != self.node) else { return Ok(waited) };
             self.reporter.event(&Event::Phase { doing: format!("looking whether node {other} still lives") });
-            let life = heartbeat::look(&self.run, &other).await?;
-            if life == heartbeat::Life::Alive {
+            let liveness = heartbeat::look(&self.run, &other).await?;
+            if liveness == heartbeat::Liveness::Alive {
                 let left = self.manner.standby.saturating_sub(began.elapsed());
                 if left.is_zero() {
                     return Err(words::taken(&self.run_id, &other));
@@ -526,7 +527,7 @@ impl Agent {
                 waited = Waited::WentOn;
                 continue;
             }
-            let heartbeat::Life::Gone(process) = life else { continue };
+            let heartbeat::Liveness::Gone(process) = liveness else { continue };
             // It left without a word: what it had finished since its newest checkpoint is lost.
             let journal = self.journal.lock().await;
             let generation = journal.state().formed().map_or_else(Generation::default, |formed| formed.generation);
@@ -606,8 +607,8 @@ impl Agent {
     async fn in_memory(&mut self, candidates: &[Committed]) -> Option<Load> {
         // Newest first.
         let Committed { step, generation, .. } = *candidates.first()?;
-        let (slot, files) = self.images.find(step, generation).filter(|_| self.from.is_none())?;
-        if !self.images.whole(slot).await {
+        let (slot, files) = self.slots.find(step, generation).filter(|_| self.from.is_none())?;
+        if !self.slots.whole(slot).await {
             tracing::info!(%step, slot, "snapshot in memory is no longer that checkpoint, reading the store");
             return None;
         }

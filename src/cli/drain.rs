@@ -15,7 +15,7 @@ use crate::{
     ids::{Generation, RunId, Step},
     journal::{Formation, Journal, Outcome, RunState},
     notice::drain,
-    rendezvous::heartbeat::{self, Life},
+    rendezvous::heartbeat::{self, Liveness},
     report::{self, human},
     storage::Store,
 };
@@ -130,8 +130,8 @@ async fn alive(folder: &Store, state: &RunState) -> Result<Generation> {
             .with_hint(format!("there is nothing to stop; `trainer status --run-id {run_id}` says more")));
     };
     match heartbeat::look(folder, &formed.node).await? {
-        Life::Alive => Ok(formed.generation),
-        Life::Gone(_) => Err(Error::new(
+        Liveness::Alive => Ok(formed.generation),
+        Liveness::Gone(_) => Err(Error::new(
             Kind::Usage,
             format!("run {run_id} is not running: its node {} has gone without a word", formed.node),
         )
@@ -170,7 +170,7 @@ async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation)
         }
         if look.is_multiple_of(PULSE)
             && let Some(node) = state.formed().map(|formed| formed.node.clone())
-            && let Life::Gone(_) = heartbeat::look(folder, &node).await?
+            && let Liveness::Gone(_) = heartbeat::look(folder, &node).await?
         {
             // It may have written its last word since.
             history::read_on(journal).await?;

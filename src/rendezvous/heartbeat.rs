@@ -269,7 +269,7 @@ async fn read(run: &Store, node: &NodeId) -> Result<Option<Heartbeat>, StorageEr
 
 /// What is known of another node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Life {
+pub enum Liveness {
     /// Its counter rises.
     Alive,
     /// It is gone; the process that it was, if it left its heartbeat behind.
@@ -283,21 +283,21 @@ const fn patience(local_store: bool, of_this_machine: bool, at_work: bool) -> Du
 }
 
 /// Looks whether `node` still lives. Takes up to [`PATIENCE`] when it does not, less when the kernel can tell.
-pub async fn look(run: &Store, node: &NodeId) -> Result<Life, StorageError> {
-    let Some(first) = read(run, node).await? else { return Ok(Life::Gone(None)) };
+pub async fn look(run: &Store, node: &NodeId) -> Result<Liveness, StorageError> {
+    let Some(first) = read(run, node).await? else { return Ok(Liveness::Gone(None)) };
     let begin = tokio::time::Instant::now();
     let of_this_machine = first.process.is_of_this_machine();
     loop {
         // From here on the counter is known to have changed or not: how long this look itself takes says nothing.
         let watched = begin.elapsed();
         if first.process.is_gone() {
-            return Ok(Life::Gone(Some(first.process)));
+            return Ok(Liveness::Gone(Some(first.process)));
         }
         match read(run, node).await? {
-            None => return Ok(Life::Gone(None)),
-            Some(now) if now.counter != first.counter => return Ok(Life::Alive),
+            None => return Ok(Liveness::Gone(None)),
+            Some(now) if now.counter != first.counter => return Ok(Liveness::Alive),
             Some(_) if watched >= patience(run.is_local(), of_this_machine, first.process.is_at_work()) => {
-                return Ok(Life::Gone(Some(first.process)));
+                return Ok(Liveness::Gone(Some(first.process)));
             }
             Some(_) => tokio::time::sleep(READ_AGAIN).await,
         }

@@ -27,7 +27,7 @@ impl Life<'_> {
             return;
         }
         self.looked = Instant::now();
-        let (journal, run) = (Arc::clone(&self.start.saver.journal), self.start.saver.run.clone());
+        let (journal, run) = (Arc::clone(&self.start.upload.journal), self.start.upload.run.clone());
         let ended = self.fence.clone();
         let look = tokio::spawn(async move {
             match tokio::time::timeout(LOOK, look(&journal, &run)).await {

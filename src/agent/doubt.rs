@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use super::{Agent, life::Load, provenance, words};
+use super::{Agent, generation::Load, provenance, words};
 use crate::{
     checkpoint::{
         CheckpointError,

@@ -16,25 +16,19 @@
 //! it when it tries to commit, stops its workers and leaves with 79: two writers can never both commit.
 #![doc = include_str!("README.md")]
 
-pub mod conductor;
+pub mod initial;
 
 mod companions;
-mod deadline;
 mod doubt;
-mod gauge;
-mod images;
-pub mod initial;
-mod life;
+mod drain;
+mod generation;
 mod loopback;
 mod opening;
 mod parting;
 mod provenance;
 mod restart;
-mod retention;
-mod saver;
-mod saves;
-mod scrub;
-mod watch;
+mod save;
+mod upkeep;
 mod words;
 mod workers;
 
@@ -45,10 +39,10 @@ use std::{cell::Cell, path::PathBuf, time::Duration};
 use tokio::sync::mpsc;
 
 use self::{
-    gauge::Gauges,
-    images::Images,
-    life::{End, Left, Load, Plan, Source},
+    drain::estimate::Estimates,
+    generation::{End, Left, Load, Plan, Source},
     opening::{Opening, Resolved, completed, resolve},
+    save::{slots::Slots, upload},
 };
 use crate::{
     checkpoint::{condemn::Docket, restore},
@@ -216,9 +210,9 @@ struct Agent {
     node: NodeId,
     journal: JournalWriter,
     /// The snapshot slots; what they hold outlives the workers.
-    images: Images,
+    slots: Slots,
     /// What steps and saves take here.
-    gauges: Gauges,
+    estimates: Estimates,
     reporter: Reporter,
     nproc_per_node: Option<u32>,
     manner: Manner,
@@ -350,8 +344,8 @@ impl Agent {
             run_id,
             node,
             journal: JournalWriter::start(journal),
-            images: Images::create()?,
-            gauges: Gauges::default(),
+            slots: Slots::create()?,
+            estimates: Estimates::default(),
             reporter,
             nproc_per_node,
             manner,
@@ -404,10 +398,11 @@ impl Agent {
             let began = tokio::time::Instant::now();
             let plan = self.plan(generation, &load, &resolved, began);
             if let Some(newest) = self.journal.state().newest() {
-                self.gauges.suppose(&newest.committed);
+                self.estimates.seed(&newest.committed);
             }
             let mut left = Left::default();
-            let lived = life::run(plan, &mut self.images, &mut self.gauges, notices, &self.reporter, &mut left).await;
+            let lived =
+                generation::run(plan, &mut self.slots, &mut self.estimates, notices, &self.reporter, &mut left).await;
             before = match lived {
                 Ok(End::Completed { loss }) => {
                     let outcome = self.complete(generation, &resolved, loss, notices).await?;
@@ -482,7 +477,7 @@ impl Agent {
             sequences: resolved.sequences,
             workers: resolved.workers,
             load: load.clone(),
-            saver: saver::Context {
+            upload: upload::Context {
                 run: self.run.clone(),
                 run_id: self.run_id.clone(),
                 node: self.node.clone(),
@@ -663,8 +658,8 @@ impl Agent {
     async fn in_memory(&mut self, candidates: &[Committed]) -> Option<Load> {
         // Newest first.
         let Committed { step, generation, .. } = *candidates.first()?;
-        let (slot, files) = self.images.find(step, generation).filter(|_| self.from.is_none())?;
-        if !self.images.whole(slot).await {
+        let (slot, files) = self.slots.find(step, generation).filter(|_| self.from.is_none())?;
+        if !self.slots.whole(slot).await {
             tracing::info!(%step, slot, "snapshot in memory is no longer that checkpoint, reading the store");
             return None;
         }

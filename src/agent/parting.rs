@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{
     Agent, Outcome,
-    life::{Left, Stopped},
+    generation::{Left, Stopped},
     opening::Resolved,
     told_to_leave, unless_told,
 };

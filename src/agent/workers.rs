@@ -1,4 +1,4 @@
-//! The worker processes of one life: start, talk, end, and learn that one has died.
+//! The worker processes of one generation: start, talk, end, and learn that one has died.
 //!
 //! A worker inherits three descriptors and nothing else of ours: the control socket as its standard input, and the node's two
 //! snapshot slots. It runs in a process group of its own, so that a key pressed at the terminal reaches the agent alone. It
@@ -56,7 +56,7 @@ struct Handle {
     ended: JoinHandle<()>,
 }
 
-/// The worker processes of one life. Dropping it kills them.
+/// The worker processes of one generation. Dropping it kills them.
 #[derive(Debug)]
 pub struct Workers {
     handles: Vec<Handle>,

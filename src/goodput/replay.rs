@@ -211,16 +211,16 @@ fn play(
         let life_s = span.end_s - span.start_s;
         let warned = random.next_f64() < job.notice.share && job.notice.fits(&job.costs);
         let seen = Seen { saves: 0, up_s, lossy };
-        let life = live(job, policy, seen, life_s, warned, job.work_s - done_s);
-        done_s += life.kept_s;
+        let stint = live(job, policy, seen, life_s, warned, job.work_s - done_s);
+        done_s += stint.kept_s;
         up_s += life_s;
         lossy += u64::from(!warned);
-        trial.saves += life.saves;
-        trial.trained_s += life.trained_s;
-        trial.lost_s += life.trained_s - life.kept_s;
-        trial.paid_node_s += span.idle_node_s + f64::from(job.nodes) * life.used_s;
-        if life.complete {
-            return Ok(Trial { wall_s: span.start_s + life.used_s, interruptions, ..trial });
+        trial.saves += stint.saves;
+        trial.trained_s += stint.trained_s;
+        trial.lost_s += stint.trained_s - stint.kept_s;
+        trial.paid_node_s += span.idle_node_s + f64::from(job.nodes) * stint.used_s;
+        if stint.complete {
+            return Ok(Trial { wall_s: span.start_s + stint.used_s, interruptions, ..trial });
         }
         if trial.saves > MOST_SAVES {
             return Err(Unfinished::Saves);
@@ -229,8 +229,8 @@ fn play(
     Err(Unfinished::Lives)
 }
 
-/// What came of one life.
-struct Life {
+/// What came of one machine from its start to its end.
+struct Stint {
     trained_s: f64,
     kept_s: f64,
     saves: u64,
@@ -240,7 +240,7 @@ struct Life {
 }
 
 /// One life of `life_s` seconds with `left_s` seconds of work before it.
-fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, warned: bool, left_s: f64) -> Life {
+fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, warned: bool, left_s: f64) -> Stint {
     let Costs { stall_s, restart_s, .. } = job.costs;
     let committed_after_s = job.costs.committed_after_s();
     // Training ends here; a save that is under way may still become durable until the machine is taken.
@@ -248,7 +248,7 @@ fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, 
     let (mut now, mut trained_s, mut kept_s) = (restart_s, 0.0, 0.0);
     // What the save in flight holds, and when it counts. None is ordered while it is in flight.
     let (mut in_flight, mut durable_at) = (0.0, restart_s);
-    let life = |trained_s, kept_s, saves| Life { trained_s, kept_s, saves, used_s: life_s, complete: false };
+    let stint = |trained_s, kept_s, saves| Stint { trained_s, kept_s, saves, used_s: life_s, complete: false };
     loop {
         let order = (now + policy(&seen)).max(durable_at);
         let end = now + (left_s - trained_s);
@@ -259,7 +259,7 @@ fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, 
                 kept_s = in_flight;
             }
             // A drain saves all that was trained; the notice may have come while the workers were starting.
-            return life(trained_s, if warned { trained_s } else { kept_s }, seen.saves);
+            return stint(trained_s, if warned { trained_s } else { kept_s }, seen.saves);
         }
         trained_s += next - now;
         if durable_at <= next {
@@ -269,13 +269,13 @@ fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, 
         if end <= order {
             let used_s = next.max(durable_at) + committed_after_s;
             if used_s <= life_s {
-                return Life { trained_s, kept_s: left_s, saves: seen.saves, used_s, complete: true };
+                return Stint { trained_s, kept_s: left_s, saves: seen.saves, used_s, complete: true };
             }
             // The last save was cut off, unless a notice gave it the time.
-            return life(trained_s, if warned { trained_s } else { kept_s }, seen.saves);
+            return stint(trained_s, if warned { trained_s } else { kept_s }, seen.saves);
         }
         if seen.saves > MOST_SAVES {
-            return life(trained_s, kept_s, seen.saves);
+            return stint(trained_s, kept_s, seen.saves);
         }
         (in_flight, durable_at, now) = (trained_s, next + committed_after_s, next + stall_s);
     }

@@ -1,7 +1,7 @@
 //! One life of a worker group: from its processes' start to their end.
 //!
 //! One event loop, no shared state: `select!` arms only make an [`Input`]; [`Life::handle`] changes state and acts. What to do
-//! about saves and about the end is decided by the [`Conductor`]; this file carries it out.
+//! about saves and about the end is decided by the [`Scheduler`]; this file carries it out.
 //!
 //! A life ends in one of the ways of [`End`]. Whatever the way, its processes are gone afterwards, or on their way out
 //! ([`Left`]), and snapshots that every rank had captured have been uploaded and committed, unless the run was lost to
@@ -22,13 +22,14 @@ use tokio::{
 };
 
 use super::{
-    conductor::{Action, Conductor, Moment, Setup},
-    gauge::Gauges,
-    images::{Fetched, Images, RESTORE_SLOT},
-    retention::Retention,
-    saver::{self, SaveEvent},
-    saves::Saves,
-    watch::Watch,
+    drain::{estimate::Estimates, timeline::Timeline},
+    save::{
+        ledger::Ledger,
+        scheduler::{Action, Moment, Scheduler, Setup},
+        slots::{Fetched, RESTORE_SLOT, Slots},
+        upload::{self, SaveEvent},
+    },
+    upkeep::retention::Retention,
     workers::{WorkerEvent, Workers},
 };
 use crate::{
@@ -71,7 +72,7 @@ pub struct Plan {
     /// What is loaded.
     pub load: Load,
     /// For saves.
-    pub saver: saver::Context,
+    pub upload: upload::Context,
     /// Files that stand beside the shards in every checkpoint.
     pub companions: Vec<(String, Bytes)>,
     /// What is known of the cost of saves and the life of machines.
@@ -195,7 +196,7 @@ enum Input {
 struct Life<'a> {
     start: Plan,
     reporter: &'a Reporter,
-    images: &'a mut Images,
+    slots: &'a mut Slots,
     workers: Option<Workers>,
     built: Vec<Option<Vec<TensorSpec>>>,
     /// Where what is to be loaded lies: its slot, and each file's place in it.
@@ -204,16 +205,16 @@ struct Life<'a> {
     loading_since: Instant,
     ready: u32,
     /// `None` before `Go`.
-    conductor: Option<Conductor>,
-    saves: Saves,
+    scheduler: Option<Scheduler>,
+    ledger: Ledger,
     reports: BTreeMap<Step, Vec<StepReport>>,
     validations: BTreeMap<Step, (u32, f64, u64)>,
-    gauges: &'a mut Gauges,
+    estimates: &'a mut Estimates,
     /// When the newest step was finished.
     stepped: Instant,
     standstill: progress::Quiet,
     /// What said that the run is to stop, and what is done about it.
-    watch: Watch,
+    timeline: Timeline,
     /// Notices that were written to the journal.
     written: u32,
     /// Those that are being written.
@@ -252,12 +253,12 @@ pub struct Left {
     pub retention: Option<Retention>,
 }
 
-/// Runs a life to its end. `images` and `gauges` are the node's: what they hold outlives it. `left` is filled by a life
+/// Runs a life to its end. `images` and `estimates` are the node's: what they hold outlives it. `left` is filled by a life
 /// that is complete or was asked to stop.
 pub async fn run(
     start: Plan,
-    images: &mut Images,
-    gauges: &mut Gauges,
+    slots: &mut Slots,
+    estimates: &mut Estimates,
     notices: &mut Notices,
     reporter: &Reporter,
     left: &mut Left,
@@ -268,33 +269,33 @@ pub async fn run(
     let (fence, mut fenced) = mpsc::unbounded_channel();
     let (fetch_done, mut fetching) = mpsc::unbounded_channel();
 
-    images.begin_life();
-    let workers = Workers::start(start.workers, images.shared(), start.config.train.threads, &worker_events)?;
+    slots.begin_generation();
+    let workers = Workers::start(start.workers, slots.shared(), start.config.train.threads, &worker_events)?;
     let now = Instant::now();
-    let (places, fetched) = begin_load(&start, images, fetch_done)?;
+    let (places, fetched) = begin_load(&start, slots, fetch_done)?;
     let mut life = Life {
-        saves: Saves::new(start.saver.clone(), start.companions.clone(), start.sequences, saves),
+        ledger: Ledger::new(start.upload.clone(), start.companions.clone(), start.sequences, saves),
         reporter,
-        images,
+        slots,
         workers: Some(workers),
         built: vec![None; start.workers as usize],
         places,
         fetched,
         loading_since: now,
         ready: 0,
-        conductor: None,
+        scheduler: None,
         reports: BTreeMap::new(),
         validations: BTreeMap::new(),
-        gauges,
+        estimates,
         stepped: now,
         standstill: progress::Quiet::begin(now),
-        watch: Watch::default(),
+        timeline: Timeline::default(),
         written: 0,
         notes: JoinSet::new(),
         insured: false,
         draining: false,
         dead: None,
-        retention: Retention::begin(&start.saver.run, &start.saver.journal, start.config.checkpoint, &start.docket),
+        retention: Retention::begin(&start.upload.run, &start.upload.journal, start.config.checkpoint, &start.docket),
         clock: now,
         looked: now,
         looking: None,
@@ -326,7 +327,7 @@ pub async fn run(
     };
     life.hush();
     if matches!(end, Ok(End::Stopped(_))) {
-        life.saves.give_up();
+        life.ledger.give_up();
         let written = async { while life.notes.join_next().await.is_some() {} };
         let _ = tokio::time::timeout(NOTED, written).await;
         life.notes.shutdown().await;
@@ -360,7 +361,7 @@ type Places = (u8, Vec<(u64, u64)>);
 /// Starts getting what is to be loaded, while the workers start. Gives where it will lie; what a slot holds is there already.
 fn begin_load(
     start: &Plan,
-    images: &mut Images,
+    slots: &mut Slots,
     done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
 ) -> Result<(Places, Option<Fetched>)> {
     let (store, folder, files) = match &start.load {
@@ -371,10 +372,10 @@ fn begin_load(
         }
         Load::Weights { folder, files } => (folder.clone(), String::new(), files.clone()),
         Load::Checkpoint { from: Source::Store { folder, files }, .. } => {
-            (start.saver.run.clone(), folder.clone(), files.clone())
+            (start.upload.run.clone(), folder.clone(), files.clone())
         }
     };
-    let fetch = images.receive(files, u64::from(start.config.storage.part_mib) << 20)?;
+    let fetch = slots.receive(files, u64::from(start.config.storage.part_mib) << 20)?;
     let places = fetch.files.clone();
     fetch.start(store, folder, done);
     Ok(((RESTORE_SLOT, places), None))
@@ -402,11 +403,11 @@ impl Life<'_> {
             let assignment = Assignment {
                 rank: Rank(rank),
                 local_rank: Rank(rank),
-                world_size: self.start.saver.world_size,
-                generation: self.start.saver.generation,
+                world_size: self.start.upload.world_size,
+                generation: self.start.upload.generation,
                 config: self.start.config.clone(),
                 data_dir: self.start.data_dir.clone(),
-                data: self.start.saver.data.clone(),
+                data: self.start.upload.data.clone(),
                 resume_step: self.start.load.step(),
             };
             self.tell(Rank(rank), ToWorker::Start(Box::new(assignment)));
@@ -437,14 +438,14 @@ impl Life<'_> {
             Input::Retry { .. } if self.dead.is_some() => {}
             Input::Retry { slot } => {
                 let now = self.now();
-                let actions = self.conductor.as_mut().map(|c| c.uploaded(slot, false, now)).unwrap_or_default();
+                let actions = self.scheduler.as_mut().map(|c| c.uploaded(slot, false, now)).unwrap_or_default();
                 return self.act(actions);
             }
             Input::Over(error) => return Err(error),
             Input::Tick => {
                 self.look_at_the_journal();
                 let now = self.now();
-                let actions = self.conductor.as_mut().map(|c| c.tick(now)).unwrap_or_default();
+                let actions = self.scheduler.as_mut().map(|c| c.tick(now)).unwrap_or_default();
                 if let Some(end) = self.act(actions)? {
                     return Ok(Some(end));
                 }
@@ -458,15 +459,15 @@ impl Life<'_> {
     }
 
     fn finished(&self) -> Step {
-        self.conductor.as_ref().map_or(self.start.load.step(), Conductor::finished)
+        self.scheduler.as_ref().map_or(self.start.load.step(), Scheduler::finished)
     }
 
     fn committed(&self) -> Step {
-        self.conductor.as_ref().map_or(self.start.load.step(), Conductor::committed)
+        self.scheduler.as_ref().map_or(self.start.load.step(), Scheduler::committed)
     }
 
     fn stopped(&self, verdict: impl Into<String>) -> End {
-        let drain = self.watch.story();
+        let drain = self.timeline.story();
         End::Stopped(Stopped { step: self.finished(), committed: self.committed(), verdict: verdict.into(), drain })
     }
 
@@ -493,19 +494,19 @@ impl Life<'_> {
                 }
             }
             FromWorker::Frozen { ticket, started } => {
-                let actions = self.conductor.as_mut().map(|c| c.frozen(ticket, started, now)).unwrap_or_default();
+                let actions = self.scheduler.as_mut().map(|c| c.frozen(ticket, started, now)).unwrap_or_default();
                 return self.act(actions);
             }
             FromWorker::Step(report) => return self.on_step(report),
             FromWorker::Captured { step, slot, copy_s } => {
-                self.saves.captured(step, copy_s);
-                let actions = self.conductor.as_mut().map(|c| c.captured(slot, step, now)).unwrap_or_default();
+                self.ledger.captured(step, copy_s);
+                let actions = self.scheduler.as_mut().map(|c| c.captured(slot, step, now)).unwrap_or_default();
                 return self.act(actions);
             }
-            FromWorker::Stalled { step, stall_s } => self.saves.stalled(step, stall_s),
+            FromWorker::Stalled { step, stall_s } => self.ledger.stalled(step, stall_s),
             FromWorker::Validated { step, loss_sum, sequences } => self.on_validated(step, loss_sum, sequences),
             FromWorker::Stopped { step } => {
-                let actions = self.conductor.as_mut().map(|c| c.rank_stopped(step, now)).unwrap_or_default();
+                let actions = self.scheduler.as_mut().map(|c| c.rank_stopped(step, now)).unwrap_or_default();
                 return self.act(actions);
             }
             FromWorker::Failed { message, hint, permanent } => {
@@ -537,11 +538,11 @@ impl Life<'_> {
         if let Some(workers) = self.workers.take() {
             self.killing = Some(tokio::spawn(workers.kill()));
         }
-        if self.saves.is_uploading() {
+        if self.ledger.is_uploading() {
             return Ok(None);
         }
-        if let Some(conductor) = &mut self.conductor {
-            let actions = conductor.salvage();
+        if let Some(scheduler) = &mut self.scheduler {
+            let actions = scheduler.salvage();
             if !actions.is_empty() {
                 return self.act(actions);
             }
@@ -552,7 +553,7 @@ impl Life<'_> {
             Some(Death::Permanent(error)) => Err(error),
             Some(Death::Diverged { step, reason }) => Ok(Some(End::Diverged { step, reason })),
             // For the time that is left, starting them again is not worth it.
-            Some(Death::Died(reason)) if self.watch.is_called() => {
+            Some(Death::Died(reason)) if self.timeline.is_called() => {
                 Ok(Some(self.stopped(format!("workers died after the notice: {reason}"))))
             }
             Some(Death::Died(reason)) => Ok(Some(End::Died { step, reason })),
@@ -570,7 +571,7 @@ impl Life<'_> {
             ));
         }
         let workers = self.workers.as_ref();
-        for (plan, base) in self.images.lay_out(tensors, self.start.saver.world_size)? {
+        for (plan, base) in self.slots.lay_out(tensors, self.start.upload.world_size)? {
             if let Some(workers) = workers {
                 workers.tell(plan.rank, ToWorker::Layout { plan: Box::new(plan.clone()), base });
             }
@@ -580,7 +581,7 @@ impl Life<'_> {
 
     /// What is to be loaded is there and the workers have their layout: they can load.
     fn load_if_possible(&self) {
-        if self.fetched.is_some() && self.images.is_laid_out() {
+        if self.fetched.is_some() && self.slots.is_laid_out() {
             let weights_only = matches!(self.start.load, Load::Weights { .. });
             let (slot, files) = self.places.clone();
             self.tell_all(&ToWorker::Restore { slot, files, weights_only });
@@ -604,7 +605,7 @@ impl Life<'_> {
             Load::Nothing | Load::Weights { .. } => None,
             Load::Checkpoint { step, generation, from } => {
                 if let Source::Store { files, .. } = from {
-                    self.images.received(*step, *generation, &self.places.1, files);
+                    self.slots.received(*step, *generation, &self.places.1, files);
                 }
                 Some(self.places.0)
             }
@@ -618,11 +619,11 @@ impl Life<'_> {
             held,
         };
         let now = self.now();
-        let mut conductor = Conductor::new(setup, self.start.measured, now);
-        let saves = conductor.first_orders(now);
-        self.conductor = Some(conductor);
+        let mut scheduler = Scheduler::new(setup, self.start.measured, now);
+        let saves = scheduler.first_orders(now);
+        self.scheduler = Some(scheduler);
         self.standstill = progress::Quiet::begin(Instant::now());
-        self.saves.training_begins();
+        self.ledger.training_begins();
         self.retention.busy(false);
         self.tell_all(&ToWorker::Go { saves });
     }
@@ -645,16 +646,16 @@ impl Life<'_> {
             self.dead.get_or_insert(Death::Diverged { step, reason });
             return self.end_of_the_dead();
         }
-        self.saves.finished(step, loss);
+        self.ledger.finished(step, loss);
         self.stepped = Instant::now();
         self.standstill = progress::Quiet::begin(self.stepped);
         let slowest = |f: fn(&StepReport) -> f64| reports.iter().map(f).fold(0.0, f64::max);
         let (step_s, stall_s) = (slowest(|r| r.step_s), slowest(|r| r.stall_s));
-        self.gauges.step.push(step_s);
+        self.estimates.step.push(step_s);
         let config = &self.start.config;
         let tokens = u64::from(config.train.global_batch) * u64::from(config.data.sequence_length);
         let now = self.now();
-        let actions = self.conductor.as_mut().map(|c| c.step_finished(step, step_s, now)).unwrap_or_default();
+        let actions = self.scheduler.as_mut().map(|c| c.step_finished(step, step_s, now)).unwrap_or_default();
         self.reporter.event(&Event::Step {
             step,
             loss,
@@ -665,7 +666,7 @@ impl Life<'_> {
             step_s,
             stall_s,
             lag_steps: step.get() - self.committed().get(),
-            lag_s: self.saves.lag().as_secs_f64(),
+            lag_s: self.ledger.lag().as_secs_f64(),
         });
         self.act(actions)
     }
@@ -679,7 +680,7 @@ impl Life<'_> {
             && count > 0
         {
             let loss = sum / count as f64;
-            self.saves.validated(step, loss);
+            self.ledger.validated(step, loss);
             self.reporter.event(&Event::Validation { step, loss });
         }
     }
@@ -690,22 +691,22 @@ impl Life<'_> {
                 Action::Freeze { ticket } => self.tell_all(&ToWorker::Freeze { ticket }),
                 Action::Thaw { saves, stop_after } => {
                     if let Some(step) = stop_after {
-                        self.watch.says(Instant::now(), format!("all ranks stop after step {step}"));
+                        self.timeline.says(Instant::now(), format!("all ranks stop after step {step}"));
                     }
                     self.tell_all(&ToWorker::Thaw { saves, stop_after });
                 }
                 Action::Upload { step, slot } => {
-                    let copy_s = self.saves.copy_s(step);
-                    if let Some(conductor) = &mut self.conductor {
-                        conductor.copied(copy_s);
+                    let copy_s = self.ledger.copy_s(step);
+                    if let Some(scheduler) = &mut self.scheduler {
+                        scheduler.copied(copy_s);
                     }
-                    let ended = self.conductor.as_ref().is_some_and(Conductor::has_ended);
-                    self.watch.says(Instant::now(), format!("upload of step {step} began"));
+                    let ended = self.scheduler.as_ref().is_some_and(Scheduler::has_ended);
+                    self.timeline.says(Instant::now(), format!("upload of step {step} began"));
                     let urgent = self.draining || self.dead.is_some() || ended;
                     if urgent {
                         self.hush();
                     }
-                    self.saves.upload(step, slot, urgent, self.images, &self.start.config)?;
+                    self.ledger.upload(step, slot, urgent, self.slots, &self.start.config)?;
                     self.retention.busy(true);
                 }
                 Action::Chosen(choice) => say_choice(&choice),
@@ -719,19 +720,19 @@ impl Life<'_> {
         let last = Step(self.start.config.train.steps);
         if step == last && self.committed() >= last {
             // A run that was complete when it was loaded has made no step in this life.
-            let loss = self.saves.loss(last).unwrap_or(f64::NAN);
+            let loss = self.ledger.loss(last).unwrap_or(f64::NAN);
             return Ok(End::Completed { loss });
         }
         if self.committed() >= step {
             return Ok(self.stopped("the last finished step is committed"));
         }
-        if self.watch.plan() == Some(DrainPlan::FinishInFlight) {
+        if self.timeline.plan() == Some(DrainPlan::FinishInFlight) {
             let committed = self.committed();
             return Ok(
                 self.stopped(format!("there was time for the save of step {committed}, not for one of step {step}"))
             );
         }
-        let error = self.saves.take_error().unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
+        let error = self.ledger.take_error().unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
         if !self.draining {
             return Err(error.context(format!("save the last step, {step}")));
         }
@@ -741,7 +742,7 @@ impl Life<'_> {
     fn on_save(&mut self, event: SaveEvent) -> Result<Option<End>> {
         let (step, slot, result) = match event {
             SaveEvent::Progress { step, bytes } => {
-                self.saves.progress(step, bytes, self.reporter);
+                self.ledger.progress(step, bytes, self.reporter);
                 return Ok(None);
             }
             SaveEvent::Ended { step, slot, result } => (step, slot, result),
@@ -750,22 +751,22 @@ impl Life<'_> {
         let now = self.now();
         match result {
             Ok(saved) => {
-                self.saves.committed(slot, &saved, self.images, self.gauges, self.reporter);
+                self.ledger.committed(slot, &saved, self.slots, self.estimates, self.reporter);
                 let instant = Instant::now();
-                self.watch.says(instant, format!("step {step} is committed"));
-                let whole = self.conductor.as_ref().and_then(Conductor::agreed_end).is_some_and(|end| step >= end);
-                if whole || self.watch.plan() == Some(DrainPlan::FinishInFlight) {
-                    self.watch.saved(instant);
+                self.timeline.says(instant, format!("step {step} is committed"));
+                let whole = self.scheduler.as_ref().and_then(Scheduler::agreed_end).is_some_and(|end| step >= end);
+                if whole || self.timeline.plan() == Some(DrainPlan::FinishInFlight) {
+                    self.timeline.saved(instant);
                 }
-                let ended = self.conductor.as_ref().is_some_and(Conductor::has_ended);
+                let ended = self.scheduler.as_ref().is_some_and(Scheduler::has_ended);
                 // On a machine that is about to go, or at the end of the run, there is more important work.
-                if !(self.draining || self.watch.is_called() || ended) {
+                if !(self.draining || self.timeline.is_called() || ended) {
                     self.retention.start();
                 }
-                let Some(conductor) = &mut self.conductor else { return Ok(None) };
+                let Some(scheduler) = &mut self.scheduler else { return Ok(None) };
                 let cost = saved.committed.cost;
-                conductor.saved(cost.stall_s, cost.durable_s);
-                let actions = conductor.uploaded(slot, true, now);
+                scheduler.saved(cost.stall_s, cost.durable_s);
+                let actions = scheduler.uploaded(slot, true, now);
                 self.act(actions)
             }
             Err(error) if error.kind() == Kind::Fenced => Err(error),
@@ -773,14 +774,14 @@ impl Life<'_> {
                 Err(error.context(format!("save step {step}; the newest checkpoint is of step {}", self.committed())))
             }
             Err(error) => {
-                let times = self.saves.failed(step, error, self.reporter);
-                let Some(conductor) = &mut self.conductor else { return Ok(None) };
+                let times = self.ledger.failed(step, error, self.reporter);
+                let Some(scheduler) = &mut self.scheduler else { return Ok(None) };
                 if self.dead.is_some() {
-                    let actions = conductor.uploaded(slot, false, now);
+                    let actions = scheduler.uploaded(slot, false, now);
                     return self.act(actions);
                 }
-                if conductor.has_ended() && times >= LAST_SAVE_TRIES {
-                    let actions = conductor.give_up_the_end(slot, now);
+                if scheduler.has_ended() && times >= LAST_SAVE_TRIES {
+                    let actions = scheduler.give_up_the_end(slot, now);
                     return self.act(actions);
                 }
                 let (retries, pause) = (self.retries.clone(), Duration::from_millis(250 << times.min(5)));

@@ -1,7 +1,7 @@
-//! What a life knows of its saves: from the first rank's capture to the commit, and what failed on the way.
+//! What a generation knows of its saves: from the first rank's capture to the commit, and what failed on the way.
 //!
-//! Bookkeeping beside the event loop, which alone calls it. What is uploaded when, and what is tried again, is the conductor's
-//! decision; how it is uploaded is [`saver`]'s.
+//! Bookkeeping beside the event loop, which alone calls it. What is uploaded when, and what is tried again, is the scheduler's
+//! decision; how it is uploaded is [`upload`]'s.
 
 use std::{
     collections::BTreeMap,
@@ -14,9 +14,9 @@ use bytes::Bytes;
 use tokio::{sync::mpsc, task::AbortHandle, time::Instant};
 
 use super::{
-    gauge::Gauges,
-    images::Images,
-    saver::{self, SaveEvent, Saved, Snapshot},
+    super::drain::estimate::Estimates,
+    slots::Slots,
+    upload::{self, SaveEvent, Saved, Snapshot},
 };
 use crate::{
     checkpoint::manifest::TrainerState,
@@ -43,10 +43,10 @@ struct Kept {
     cost: Arc<Mutex<SaveCost>>,
 }
 
-/// All saves of one life.
+/// All saves of one generation.
 #[derive(Debug)]
-pub struct Saves {
-    context: saver::Context,
+pub struct Ledger {
+    context: upload::Context,
     /// Files that stand beside the shards in every checkpoint.
     companions: Vec<(String, Bytes)>,
     sequences: NonZeroU64,
@@ -72,10 +72,10 @@ pub struct Saves {
     starved: bool,
 }
 
-impl Saves {
-    /// Of a life that begins; what becomes of its saves goes to `events`.
+impl Ledger {
+    /// Of a generation that begins; what becomes of its saves goes to `events`.
     pub fn new(
-        context: saver::Context,
+        context: upload::Context,
         companions: Vec<(String, Bytes)>,
         sequences: NonZeroU64,
         events: mpsc::UnboundedSender<SaveEvent>,
@@ -165,15 +165,8 @@ impl Saves {
     }
 
     /// Starts uploading a slot that every rank has captured. `urgent`: nobody trains any more, and the machine may go away.
-    pub fn upload(
-        &mut self,
-        step: Step,
-        slot: u8,
-        urgent: bool,
-        images: &mut Images,
-        config: &RunConfig,
-    ) -> Result<()> {
-        let (uploads, index) = images.uploads(slot)?;
+    pub fn upload(&mut self, step: Step, slot: u8, urgent: bool, slots: &mut Slots, config: &RunConfig) -> Result<()> {
+        let (uploads, index) = slots.uploads(slot)?;
         let mut small = self.companions.clone();
         small.push((layout::MODEL_INDEX.to_owned(), index));
         let state = TrainerState::at(step, config, self.sequences)
@@ -201,7 +194,7 @@ impl Saves {
         };
         let mut context = self.context.clone();
         context.run = context.run.at_priority(priority);
-        self.give_up = Some(saver::start(context, snapshot, self.events.clone()));
+        self.give_up = Some(upload::start(context, snapshot, self.events.clone()));
         Ok(())
     }
 
@@ -226,16 +219,16 @@ impl Saves {
         &mut self,
         slot: u8,
         saved: &Saved,
-        images: &mut Images,
-        gauges: &mut Gauges,
+        slots: &mut Slots,
+        estimates: &mut Estimates,
         reporter: &Reporter,
     ) {
         let committed = &saved.committed;
         (self.uploading, self.in_a_row) = (false, 0);
         let last_byte = self.last_byte.unwrap_or_else(Instant::now);
         let upload_s = last_byte.saturating_duration_since(self.began).as_secs_f64();
-        gauges.saved(self.sending, upload_s, last_byte.elapsed().as_secs_f64());
-        gauges.copy.push(committed.cost.copy_s);
+        estimates.saved(self.sending, upload_s, last_byte.elapsed().as_secs_f64());
+        estimates.copy.push(committed.cost.copy_s);
         self.committed_at = Instant::now();
         self.kept.retain(|&kept, _| kept > committed.step);
         if committed.cost.durable_s > PATIENCE.as_secs_f64() && !self.starved {
@@ -243,7 +236,7 @@ impl Saves {
             tracing::info!(durable_s = committed.cost.durable_s, "transfers no longer give way to other threads");
             self.starved = true;
         }
-        images.hold(slot, committed.step, committed.generation, &saved.sums);
+        slots.hold(slot, committed.step, committed.generation, &saved.sums);
         reporter.event(&Event::Checkpoint {
             step: committed.step,
             generation: committed.generation,

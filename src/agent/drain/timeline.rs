@@ -1,7 +1,7 @@
 //! What has been announced to this node, and what was done about it: the notices, the deadline that follows from them, and the story
 //! that the journal is told at the end.
 //!
-//! Bookkeeping beside the event loop; what is done is decided by [`deadline`](super::deadline). A deadline counts down on the monotonic
+//! Bookkeeping beside the event loop; what is done is decided by [`plan`](super::plan). A deadline counts down on the monotonic
 //! clock from the moment at which its notice was heard. Of several deadlines that somebody is sure of the earliest holds; one that had passed when it was heard
 //! is none: the machine may go away at any moment, and may as well stay, so everything is saved at once and for as long as it lasts.
 
@@ -53,7 +53,7 @@ struct Planned {
 
 /// What was heard, and what came of it.
 #[derive(Debug, Default)]
-pub struct Watch {
+pub struct Timeline {
     first: Option<(Instant, &'static str)>,
     /// When each signal was first heard.
     signals: Vec<(&'static str, Instant)>,
@@ -65,10 +65,10 @@ pub struct Watch {
     usual: Option<Usual>,
     plan: Option<Planned>,
     actual_s: Option<f64>,
-    timeline: Vec<Happened>,
+    moments: Vec<Happened>,
 }
 
-impl Watch {
+impl Timeline {
     /// A notice that asks this node to leave. Says whether the same signal had come before: whoever sends it again does not want to wait.
     pub fn hear(&mut self, notice: &Notice, now: Instant) -> bool {
         let before = self.signals.iter().find(|(source, _)| *source == notice.source).map(|(_, first)| *first);
@@ -146,8 +146,8 @@ impl Watch {
 
     /// Something happened that belongs to the story.
     pub fn says(&mut self, now: Instant, what: impl Into<String>) {
-        if self.first.is_some() && self.timeline.len() < MOST_MOMENTS {
-            self.timeline.push(Happened { after_s: self.since(now), what: what.into() });
+        if self.first.is_some() && self.moments.len() < MOST_MOMENTS {
+            self.moments.push(Happened { after_s: self.since(now), what: what.into() });
         }
     }
 
@@ -168,7 +168,7 @@ impl Watch {
             planned_s: Some(at_s),
             predicted_s: until_s,
             actual_s: self.actual_s,
-            timeline: self.timeline.clone(),
+            timeline: self.moments.clone(),
         })
     }
 }
@@ -196,71 +196,71 @@ mod tests {
     #[test]
     fn the_earliest_deadline_holds_and_a_past_one_is_none() {
         let now = Instant::now();
-        let mut watch = Watch::default();
-        assert!(!watch.is_called() && watch.story().is_none());
-        watch.hear(&notice("aws-spot", Kind::Interruption, Some(0)), now);
-        assert_eq!(watch.left_s(now), None);
-        watch.hear(&notice("aws-spot", Kind::Interruption, Some(120)), now);
-        watch.hear(&notice("sigterm", Kind::Stop, Some(30)), now + Duration::from_secs(10));
-        watch.hear(&notice("aws-scheduled", Kind::Interruption, Some(500)), now);
-        assert_eq!(watch.left_s(now), Some(40.0));
-        assert_eq!(watch.left_s(now + Duration::from_secs(50)), Some(-10.0));
+        let mut timeline = Timeline::default();
+        assert!(!timeline.is_called() && timeline.story().is_none());
+        timeline.hear(&notice("aws-spot", Kind::Interruption, Some(0)), now);
+        assert_eq!(timeline.left_s(now), None);
+        timeline.hear(&notice("aws-spot", Kind::Interruption, Some(120)), now);
+        timeline.hear(&notice("sigterm", Kind::Stop, Some(30)), now + Duration::from_secs(10));
+        timeline.hear(&notice("aws-scheduled", Kind::Interruption, Some(500)), now);
+        assert_eq!(timeline.left_s(now), Some(40.0));
+        assert_eq!(timeline.left_s(now + Duration::from_secs(50)), Some(-10.0));
         // What is merely usual binds nobody.
-        let mut watch = Watch::default();
+        let mut timeline = Timeline::default();
         let usual = Notice { confidence: Confidence::Advisory, ..notice("sigterm", Kind::Stop, Some(10)) };
-        watch.hear(&usual, now);
-        assert_eq!(watch.left_s(now), None);
+        timeline.hear(&usual, now);
+        assert_eq!(timeline.left_s(now), None);
         let said = "sigterm was heard; 10.0 s is usual here, TRAINER_STOP_WINDOW says what it is";
-        assert_eq!(watch.timeline[0].what, said);
-        assert_eq!(watch.usual(), Some(Usual { source: "sigterm", left: Duration::from_secs(10) }));
+        assert_eq!(timeline.moments[0].what, said);
+        assert_eq!(timeline.usual(), Some(Usual { source: "sigterm", left: Duration::from_secs(10) }));
     }
 
     #[test]
     fn an_end_without_a_time_leaves_none_to_spare() {
         for sudden in [None, Some(0)] {
             let now = Instant::now();
-            let mut watch = Watch::default();
-            watch.hear(&notice("azure", Kind::Interruption, Some(900)), now);
-            assert!(watch.leaves_the_time_to_us());
-            watch.hear(&notice("azure", Kind::Interruption, sudden), now);
-            assert!(!watch.leaves_the_time_to_us(), "{sudden:?}");
+            let mut timeline = Timeline::default();
+            timeline.hear(&notice("azure", Kind::Interruption, Some(900)), now);
+            assert!(timeline.leaves_the_time_to_us());
+            timeline.hear(&notice("azure", Kind::Interruption, sudden), now);
+            assert!(!timeline.leaves_the_time_to_us(), "{sudden:?}");
         }
     }
 
     #[test]
     fn only_the_same_signal_again_asks_to_leave_at_once() {
         let now = Instant::now();
-        let mut watch = Watch::default();
-        assert!(!watch.hear(&notice("aws-spot", Kind::Interruption, Some(120)), now));
-        assert!(!watch.hear(&notice("aws-spot", Kind::Interruption, Some(110)), now), "said again, not asked again");
-        assert!(!watch.hear(&notice("sigterm", Kind::Stop, None), now), "a supervisor's, after the notice");
-        assert!(!watch.hear(&notice("sigint", Kind::Stop, None), now));
-        assert!(!watch.hear(&notice("sigterm", Kind::Stop, None), now), "an echo");
-        assert!(!watch.hear(&notice("sigusr1", Kind::Interruption, None), now));
+        let mut timeline = Timeline::default();
+        assert!(!timeline.hear(&notice("aws-spot", Kind::Interruption, Some(120)), now));
+        assert!(!timeline.hear(&notice("aws-spot", Kind::Interruption, Some(110)), now), "said again, not asked again");
+        assert!(!timeline.hear(&notice("sigterm", Kind::Stop, None), now), "a supervisor's, after the notice");
+        assert!(!timeline.hear(&notice("sigint", Kind::Stop, None), now));
+        assert!(!timeline.hear(&notice("sigterm", Kind::Stop, None), now), "an echo");
+        assert!(!timeline.hear(&notice("sigusr1", Kind::Interruption, None), now));
         let later = now + ECHO;
-        assert!(!watch.hear(&notice("sigusr1", Kind::Interruption, None), later), "asks for nothing more");
-        assert!(watch.hear(&notice("sigterm", Kind::Stop, None), later));
+        assert!(!timeline.hear(&notice("sigusr1", Kind::Interruption, None), later), "asks for nothing more");
+        assert!(timeline.hear(&notice("sigterm", Kind::Stop, None), later));
     }
 
     #[test]
     fn the_story_holds_what_was_expected_and_what_came_of_it() {
         let now = Instant::now();
         let at = |seconds| now + Duration::from_secs(seconds);
-        let mut watch = Watch::default();
-        watch.says(now, "not yet part of it");
-        watch.hear(&notice("gcp-preempted", Kind::Interruption, Some(30)), now);
-        assert!(watch.plans(at(4), DrainPlan::FullSave, "there is time", Some(2.0)));
-        assert!(!watch.plans(at(5), DrainPlan::FullSave, "there still is", Some(9.0)), "nothing new");
-        watch.saved(at(7));
-        watch.saved(at(9));
-        let story = watch.story().unwrap();
+        let mut timeline = Timeline::default();
+        timeline.says(now, "not yet part of it");
+        timeline.hear(&notice("gcp-preempted", Kind::Interruption, Some(30)), now);
+        assert!(timeline.plans(at(4), DrainPlan::FullSave, "there is time", Some(2.0)));
+        assert!(!timeline.plans(at(5), DrainPlan::FullSave, "there still is", Some(9.0)), "nothing new");
+        timeline.saved(at(7));
+        timeline.saved(at(9));
+        let story = timeline.story().unwrap();
         assert_eq!((story.planned_s, story.predicted_s, story.actual_s), (Some(4.0), Some(6.0), Some(7.0)));
         assert_eq!(story.deadline_s, Some(30.0));
         let moments: Vec<(f64, &str)> = story.timeline.iter().map(|m| (m.after_s, m.what.as_str())).collect();
         assert_eq!(moments, [(0.0, "gcp-preempted was heard, 30.0 s left"), (4.0, "save everything: there is time")]);
         for second in 0..100 {
-            watch.says(at(second), "more");
+            timeline.says(at(second), "more");
         }
-        assert_eq!(watch.story().unwrap().timeline.len(), MOST_MOMENTS);
+        assert_eq!(timeline.story().unwrap().timeline.len(), MOST_MOMENTS);
     }
 }

@@ -1,6 +1,6 @@
 //! When state is saved and when the loop ends: pure decisions over what the workers have said.
 //!
-//! The conductor knows the two slots, the steps that the ranks have reached and what was asked for; it is told what
+//! The scheduler knows the two slots, the steps that the ranks have reached and what was asked for; it is told what
 //! happens and answers with [`Action`]s that the event loop carries out. Time is passed in. Every decision that all
 //! ranks must obey at the same step goes through a freeze (see [`crate::worker::gate`]): ask, take the largest started
 //! step, tell.
@@ -27,7 +27,7 @@ use crate::{
     },
 };
 
-/// Time since the agent started; monotonic.
+/// Time since the generation began; monotonic.
 pub type Moment = Duration;
 
 /// What the event loop is to do.
@@ -101,7 +101,7 @@ enum Asked {
     },
 }
 
-/// What the conductor is set up with.
+/// What the scheduler is set up with.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     /// Ranks on this node.
@@ -119,9 +119,9 @@ pub struct Setup {
     pub held: Option<u8>,
 }
 
-/// The state of the decisions; one for each life of a worker group.
+/// The state of the decisions; one for each generation.
 #[derive(Debug)]
-pub struct Conductor {
+pub struct Scheduler {
     setup: Setup,
     slots: [Slot; 2],
     asked: Asked,
@@ -154,7 +154,7 @@ pub struct Conductor {
     ranked: Step,
 }
 
-impl Conductor {
+impl Scheduler {
     /// A group that has loaded `setup.done` and is about to train.
     pub fn new(setup: Setup, measured: Measured, now: Moment) -> Self {
         Self {
@@ -185,14 +185,9 @@ impl Conductor {
         self.finished
     }
 
-    /// The newest committed step of this life, or the one that it started from.
+    /// The newest committed step of this generation, or the one that it started from.
     pub fn committed(&self) -> Step {
         self.committed
-    }
-
-    /// Whether a drain has been asked for.
-    pub fn is_draining(&self) -> bool {
-        self.draining
     }
 
     /// A save was durable after `durable_s` seconds; the loop stood still for `stall_s` of them.
@@ -532,8 +527,8 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
-    fn conductor(cadence: Cadence, done: u64, last: u64) -> Conductor {
-        Conductor::new(
+    fn scheduler(cadence: Cadence, done: u64, last: u64) -> Scheduler {
+        Scheduler::new(
             Setup { ranks: 2, done: Step(done), last: Step(last), cadence, ranked: None, held: None },
             Measured::NOTHING,
             at(0),
@@ -545,21 +540,21 @@ mod tests {
     }
 
     /// Both ranks answer a freeze.
-    fn answer(conductor: &mut Conductor, actions: &[Action], started: [u64; 2], now: Moment) -> Vec<Action> {
+    fn answer(scheduler: &mut Scheduler, actions: &[Action], started: [u64; 2], now: Moment) -> Vec<Action> {
         let Some(Action::Freeze { ticket }) = actions.last() else { panic!("no freeze in {actions:?}") };
-        assert!(conductor.frozen(*ticket, Step(started[0]), now).is_empty(), "decided before both have answered");
-        conductor.frozen(*ticket, Step(started[1]), now)
+        assert!(scheduler.frozen(*ticket, Step(started[0]), now).is_empty(), "decided before both have answered");
+        scheduler.frozen(*ticket, Step(started[1]), now)
     }
 
-    fn capture(conductor: &mut Conductor, slot: u8, step: u64, now: Moment) -> Vec<Action> {
-        let first = conductor.captured(slot, Step(step), now);
+    fn capture(scheduler: &mut Scheduler, slot: u8, step: u64, now: Moment) -> Vec<Action> {
+        let first = scheduler.captured(slot, Step(step), now);
         assert!(!first.iter().any(|a| matches!(a, Action::Upload { .. })), "uploaded before both have captured");
-        conductor.captured(slot, Step(step), now)
+        scheduler.captured(slot, Step(step), now)
     }
 
     #[test]
     fn a_cadence_in_steps_is_ordered_ahead_and_uploaded_one_at_a_time() {
-        let mut c = conductor(Cadence::Steps(10), 0, 35);
+        let mut c = scheduler(Cadence::Steps(10), 0, 35);
         assert_eq!(c.first_orders(at(0)), [order(10, 0), order(20, 1)]);
         assert!(c.step_finished(Step(9), 1.0, at(1)).is_empty(), "both slots have their orders");
         assert_eq!(capture(&mut c, 0, 10, at(2)), [Action::Upload { step: Step(10), slot: 0 }]);
@@ -590,7 +585,7 @@ mod tests {
 
     #[test]
     fn a_multiple_that_passes_while_both_slots_are_taken_is_merged_into_the_next() {
-        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        let mut c = scheduler(Cadence::Steps(10), 0, 1000);
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
         capture(&mut c, 1, 20, at(2));
@@ -604,7 +599,7 @@ mod tests {
 
     #[test]
     fn a_drain_saves_the_largest_started_step_and_takes_back_later_orders() {
-        let mut c = conductor(Cadence::Steps(100), 0, 1000);
+        let mut c = scheduler(Cadence::Steps(100), 0, 1000);
         assert_eq!(c.first_orders(at(0)), [order(100, 0), order(200, 1)]);
         c.step_finished(Step(41), 1.0, at(1));
         let actions = c.drain(at(2));
@@ -620,7 +615,7 @@ mod tests {
 
     #[test]
     fn a_drain_with_both_slots_taken_drops_the_waiting_snapshot_and_keeps_the_upload() {
-        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        let mut c = scheduler(Cadence::Steps(10), 0, 1000);
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
         capture(&mut c, 1, 20, at(2));
@@ -635,7 +630,7 @@ mod tests {
 
     #[test]
     fn a_snapshot_whose_upload_failed_is_tried_again_unless_a_newer_one_waits() {
-        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        let mut c = scheduler(Cadence::Steps(10), 0, 1000);
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
         assert_eq!(c.uploaded(0, false, at(2)), [Action::Upload { step: Step(10), slot: 0 }]);
@@ -647,7 +642,7 @@ mod tests {
 
     #[test]
     fn a_drain_drops_a_waiting_snapshot_only_once_the_end_is_agreed() {
-        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        let mut c = scheduler(Cadence::Steps(10), 0, 1000);
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
         capture(&mut c, 1, 20, at(2));
@@ -659,7 +654,7 @@ mod tests {
 
     #[test]
     fn a_drain_during_a_capture_and_an_upload_gets_the_first_slot_that_frees() {
-        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        let mut c = scheduler(Cadence::Steps(10), 0, 1000);
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
         c.captured(1, Step(20), at(2));
@@ -678,7 +673,7 @@ mod tests {
 
     #[test]
     fn a_cadence_in_time_orders_when_due_and_saves_the_end() {
-        let mut c = conductor(Cadence::Time(at(60)), 0, 50);
+        let mut c = scheduler(Cadence::Time(at(60)), 0, 50);
         assert!(c.first_orders(at(0)).is_empty());
         assert!(c.step_finished(Step(5), 1.0, at(59)).is_empty());
         let actions = c.tick(at(60));
@@ -699,7 +694,7 @@ mod tests {
 
     #[test]
     fn a_failed_save_of_the_end_is_tried_again_until_it_is_abandoned() {
-        let mut c = conductor(Cadence::Steps(10), 0, 10);
+        let mut c = scheduler(Cadence::Steps(10), 0, 10);
         c.first_orders(at(0));
         c.rank_stopped(Step(10), at(1));
         c.rank_stopped(Step(10), at(1));
@@ -715,9 +710,9 @@ mod tests {
 
     #[test]
     fn a_resumed_run_does_not_save_the_step_that_it_loaded() {
-        let mut c = conductor(Cadence::Steps(10), 20, 100);
+        let mut c = scheduler(Cadence::Steps(10), 20, 100);
         assert_eq!(c.first_orders(at(0)), [order(30, 0), order(40, 1)]);
-        let mut c = conductor(Cadence::Steps(10), 20, 20);
+        let mut c = scheduler(Cadence::Steps(10), 20, 20);
         c.first_orders(at(0));
         c.rank_stopped(Step(20), at(1));
         assert_eq!(c.rank_stopped(Step(20), at(1)), [Action::Finished { step: Step(20) }], "nothing left to do");
@@ -725,7 +720,7 @@ mod tests {
 
     #[test]
     fn after_a_death_what_every_rank_has_captured_is_uploaded_and_nothing_else() {
-        let mut c = conductor(Cadence::Steps(10), 0, 100);
+        let mut c = scheduler(Cadence::Steps(10), 0, 100);
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
         capture(&mut c, 1, 20, at(1));
@@ -735,13 +730,13 @@ mod tests {
         assert_eq!(c.salvage(), [Action::Upload { step: Step(20), slot: 1 }]);
         assert!(c.uploaded(1, true, at(3)).is_empty());
         assert_eq!(c.committed(), Step(20));
-        let mut c = conductor(Cadence::Steps(10), 0, 100);
+        let mut c = scheduler(Cadence::Steps(10), 0, 100);
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
         capture(&mut c, 1, 20, at(1));
         assert_eq!(c.salvage(), [Action::Upload { step: Step(20), slot: 1 }], "the newer one is worth more");
         assert!(c.uploaded(1, false, at(2)).is_empty(), "tried once: nobody is left to wait for");
-        let mut c = conductor(Cadence::Steps(10), 0, 100);
+        let mut c = scheduler(Cadence::Steps(10), 0, 100);
         c.first_orders(at(0));
         c.captured(0, Step(10), at(1));
         assert!(c.salvage().is_empty(), "only one rank had captured");
@@ -749,7 +744,7 @@ mod tests {
 
     #[test]
     fn the_newest_checkpoint_is_not_overwritten_while_the_other_slot_is_free() {
-        let mut c = conductor(Cadence::Time(at(60)), 0, 500);
+        let mut c = scheduler(Cadence::Time(at(60)), 0, 500);
         let mut taken = Vec::new();
         for round in 1..5 {
             let actions = c.tick(at(60 * round));
@@ -762,14 +757,14 @@ mod tests {
         assert_eq!(taken, [0, 1, 0, 1]);
         let setup =
             Setup { ranks: 1, done: Step(5), last: Step(9), cadence: Cadence::Steps(1), ranked: None, held: Some(0) };
-        let orders = Conductor::new(setup, Measured::NOTHING, at(0)).first_orders(at(0));
+        let orders = Scheduler::new(setup, Measured::NOTHING, at(0)).first_orders(at(0));
         assert_eq!(orders[1].step, Step(6), "slot 0 holds step 5: {orders:?}");
     }
 
     /// Steps 1 to 9 of every ten are undisturbed; the save of the tenth costs what its mode costs.
     #[test]
     fn captures_block_when_that_was_measured_to_be_cheaper() {
-        let mut c = conductor(Cadence::Steps(10), 0, 10_000);
+        let mut c = scheduler(Cadence::Steps(10), 0, 10_000);
         let mut orders = c.first_orders(at(0));
         let mut lost = 0.0;
         for step in 1..200 {
@@ -796,7 +791,7 @@ mod tests {
 
     #[test]
     fn an_answer_to_an_old_question_decides_nothing() {
-        let mut c = conductor(Cadence::Steps(10), 0, 100);
+        let mut c = scheduler(Cadence::Steps(10), 0, 100);
         let actions = c.drain(at(0));
         let Some(Action::Freeze { ticket }) = actions.last() else { panic!() };
         assert!(c.frozen(ticket + 1, Step(5), at(0)).is_empty());
@@ -806,7 +801,7 @@ mod tests {
 
     #[test]
     fn a_save_that_is_asked_for_takes_the_running_step_and_leaves_the_cadence_alone() {
-        let mut c = conductor(Cadence::Steps(100), 0, 1000);
+        let mut c = scheduler(Cadence::Steps(100), 0, 1000);
         assert_eq!(c.first_orders(at(0)), [order(100, 0), order(200, 1)]);
         c.step_finished(Step(41), 1.0, at(1));
         // Both slots have their orders: the later one makes room.
@@ -835,7 +830,7 @@ mod tests {
 
     #[test]
     fn a_state_that_is_measured_is_saved_if_it_still_stands() {
-        let mut c = conductor(Cadence::Auto, 0, 1000);
+        let mut c = scheduler(Cadence::Auto, 0, 1000);
         c.setup.ranked = NonZeroU64::new(10);
         let freezes = |actions: &[Action]| matches!(actions, [Action::Freeze { .. }]);
         assert!(c.step_finished(Step(8), 1.0, at(0)).is_empty());
@@ -871,7 +866,7 @@ mod tests {
 
     #[test]
     fn a_drain_without_time_stops_and_uploads_what_was_captured_before() {
-        let mut c = conductor(Cadence::Steps(10), 0, 1000);
+        let mut c = scheduler(Cadence::Steps(10), 0, 1000);
         c.first_orders(at(0));
         capture(&mut c, 0, 10, at(1));
         capture(&mut c, 1, 20, at(2));

@@ -9,7 +9,7 @@
 //! After a commit, and after a checkpoint was fetched, a slot holds that checkpoint's files until the next capture writes over
 //! them. Workers that crash meanwhile are started again from it, and the store is not read. Nobody keeps account of when a
 //! capture begins to write, and a dying worker may have written anywhere: what is held is summed up again
-//! ([`Images::whole`]) before it is believed.
+//! ([`Slots::whole`]) before it is believed.
 //!
 //! # Crash, retry, cancel
 //! The memory is this process's own and goes with it. Pages are never given back while it lives: workers may have pinned them for
@@ -59,7 +59,7 @@ struct Slot {
     has_headers: bool,
 }
 
-/// How this life's workers use the slots.
+/// How this generation's workers use the slots.
 #[derive(Debug)]
 struct Layout {
     plans: Vec<ImagePlan>,
@@ -71,7 +71,7 @@ struct Layout {
 
 /// Both slots of a node.
 #[derive(Debug)]
-pub struct Images {
+pub struct Slots {
     slots: [Slot; 2],
     layout: Option<Layout>,
 }
@@ -117,7 +117,7 @@ fn memory(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
     }
 }
 
-impl Images {
+impl Slots {
     /// Two empty slots.
     pub fn create() -> Result<Self> {
         let slot = |name| {
@@ -132,8 +132,8 @@ impl Images {
         [&self.slots[0].image, &self.slots[1].image]
     }
 
-    /// A new life begins: its workers will say what their state is. What the slots hold stays.
-    pub fn begin_life(&mut self) {
+    /// A generation begins: its workers will say what their state is. What the slots hold stays.
+    pub fn begin_generation(&mut self) {
         self.layout = None;
         for slot in &mut self.slots {
             slot.has_headers = false;
@@ -218,7 +218,7 @@ impl Images {
         Some(layout.plans.iter().flat_map(|plan| &plan.shards).map(|shard| shard.len).sum())
     }
 
-    /// Whether [`lay_out`](Self::lay_out) has been done in this life.
+    /// Whether [`lay_out`](Self::lay_out) has been done in this generation.
     pub fn is_laid_out(&self) -> bool {
         self.layout.is_some()
     }
@@ -315,10 +315,10 @@ mod tests {
     }
 
     /// Fills a slot as the workers would, and says what an upload would have summed up.
-    fn capture(images: &mut Images, slot: u8, byte: u8) -> Vec<(String, Crc64)> {
-        let layout = images.layout.as_ref().unwrap();
+    fn capture(slots: &mut Slots, slot: u8, byte: u8) -> Vec<(String, Crc64)> {
+        let layout = slots.layout.as_ref().unwrap();
         for (plan, base) in layout.plans.iter().zip(&layout.bases) {
-            let worker = images.slots[usize::from(slot)].image.map().unwrap();
+            let worker = slots.slots[usize::from(slot)].image.map().unwrap();
             for shard in &plan.shards {
                 for tensor in &shard.tensors {
                     let start = base + tensor.offset;
@@ -327,27 +327,27 @@ mod tests {
                 }
             }
         }
-        let (uploads, index) = images.uploads(slot).unwrap();
+        let (uploads, index) = slots.uploads(slot).unwrap();
         assert!(!index.is_empty());
         uploads.iter().map(|upload| (upload.name.clone(), Crc64::of(&upload.body))).collect()
     }
 
     #[tokio::test]
     async fn a_slot_holds_its_checkpoint_until_the_next_capture() {
-        let mut images = Images::create().unwrap();
-        assert_eq!(images.lay_out(&tensors(), WorldSize(2)).unwrap().count(), 2);
-        let sums = capture(&mut images, 1, 7);
-        assert_eq!(images.find(Step(4), Generation(1)), None);
-        images.hold(1, Step(4), Generation(1), &sums);
-        let (slot, files) = images.find(Step(4), Generation(1)).unwrap();
+        let mut slots = Slots::create().unwrap();
+        assert_eq!(slots.lay_out(&tensors(), WorldSize(2)).unwrap().count(), 2);
+        let sums = capture(&mut slots, 1, 7);
+        assert_eq!(slots.find(Step(4), Generation(1)), None);
+        slots.hold(1, Step(4), Generation(1), &sums);
+        let (slot, files) = slots.find(Step(4), Generation(1)).unwrap();
         assert_eq!((slot, files.len()), (1, sums.len()));
-        assert_eq!(images.find(Step(4), Generation(2)), None);
-        assert!(images.whole(1).await);
+        assert_eq!(slots.find(Step(4), Generation(2)), None);
+        assert!(slots.whole(1).await);
 
-        // The next life finds it where it lay, as whole safetensors files.
-        images.begin_life();
-        assert!(images.whole(1).await);
-        let map = images.slots[1].image.map().unwrap();
+        // The next generation finds it where it lay, as whole safetensors files.
+        slots.begin_generation();
+        assert!(slots.whole(1).await);
+        let map = slots.slots[1].image.map().unwrap();
         let names: Vec<String> = files
             .iter()
             .flat_map(|&(start, len)| plan::read_header(&map.bytes(start..start + len).unwrap()).unwrap())
@@ -355,41 +355,41 @@ mod tests {
             .collect();
         assert_eq!(names.len(), 3, "{names:?}");
 
-        images.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
-        capture(&mut images, 0, 8);
-        assert!(images.find(Step(4), Generation(1)).is_some(), "it was the other slot");
-        capture(&mut images, 1, 9);
-        assert_eq!(images.find(Step(4), Generation(1)), None);
+        slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+        capture(&mut slots, 0, 8);
+        assert!(slots.find(Step(4), Generation(1)).is_some(), "it was the other slot");
+        capture(&mut slots, 1, 9);
+        assert_eq!(slots.find(Step(4), Generation(1)), None);
     }
 
     #[tokio::test]
     async fn what_a_dying_worker_has_scribbled_over_is_not_believed() {
-        let mut images = Images::create().unwrap();
-        images.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
-        let sums = capture(&mut images, 0, 7);
-        images.hold(0, Step(4), Generation(1), &sums);
-        let start = images.layout.as_ref().unwrap().bases[1] + 1000;
-        let worker = images.slots[0].image.map().unwrap();
+        let mut slots = Slots::create().unwrap();
+        slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+        let sums = capture(&mut slots, 0, 7);
+        slots.hold(0, Step(4), Generation(1), &sums);
+        let start = slots.layout.as_ref().unwrap().bases[1] + 1000;
+        let worker = slots.slots[0].image.map().unwrap();
         #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
         worker.chunks(&[start..start + 1]).unwrap()[0].as_mut().fill(8);
-        assert!(!images.whole(0).await);
-        assert_eq!(images.find(Step(4), Generation(1)), None);
+        assert!(!slots.whole(0).await);
+        assert_eq!(slots.find(Step(4), Generation(1)), None);
     }
 
     #[tokio::test]
     async fn a_fetched_checkpoint_is_held_where_it_was_received() {
-        let mut images = Images::create().unwrap();
+        let mut slots = Slots::create().unwrap();
         let body = Bytes::from(vec![5_u8; 100_000]);
         let file = RemoteFile { name: "f".into(), bytes: body.len() as u64, crc64: Some(Crc64::of(&body)) };
-        let Fetch { files, mut pieces, wanted } = images.receive(vec![file], 30_000).unwrap();
+        let Fetch { files, mut pieces, wanted } = slots.receive(vec![file], 30_000).unwrap();
         for (_, chunk) in &mut pieces {
             chunk.as_mut().fill(5);
         }
         drop(pieces);
-        images.received(Step(9), Generation(3), &files, &wanted);
-        // Sizing the slots for this life's workers leaves it alone.
-        images.lay_out(&tensors(), WorldSize(1)).unwrap().for_each(drop);
-        assert_eq!(images.find(Step(9), Generation(3)), Some((RESTORE_SLOT, files)));
-        assert!(images.whole(RESTORE_SLOT).await);
+        slots.received(Step(9), Generation(3), &files, &wanted);
+        // Sizing the slots for this generation's workers leaves it alone.
+        slots.lay_out(&tensors(), WorldSize(1)).unwrap().for_each(drop);
+        assert_eq!(slots.find(Step(9), Generation(3)), Some((RESTORE_SLOT, files)));
+        assert!(slots.whole(RESTORE_SLOT).await);
     }
 }

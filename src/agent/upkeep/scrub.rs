@@ -1,12 +1,12 @@
 //! Looking after what a run keeps, while it trains: checkpoints that rot are found before they are needed, and rubbish goes.
 //!
-//! One task beside the event loop. At the start of a life and once a day it sweeps what [`crate::checkpoint::rubbish`] finds. Every
+//! One task beside the event loop. At the start of a generation and once a day it sweeps what [`crate::checkpoint::rubbish`] finds. Every
 //! checkpoint that is kept is held against its checksums once in `checkpoint.scrub`: those that the store keeps, where it
 //! does; elsewhere its bytes are read at no more than [`RATE`], one request at a time. While a restore or a save is on
 //! its way nothing is begun and no byte is read. What is damaged, and is so when it is read again while another one is whole, gets its
 //! `damaged` record ([`crate::checkpoint::condemn`]): it is never resumed from again and never counted, and its bytes stay for diagnosis.
 //!
-//! *Crash, cancel:* nothing is kept outside the journal; a look that was cut off is begun again in the next life. *Retry:* a
+//! *Crash, cancel:* nothing is kept outside the journal; a look that was cut off is begun again in the next generation. *Retry:* a
 //! store that fails is asked again after [`AGAIN`].
 
 use std::{
@@ -35,19 +35,19 @@ pub(super) const RATE: u64 = 32 << 20;
 /// How long after the last look at a newest checkpoint the one that is newest then is looked at: it advances what is known to
 /// be good, so that an older one need not be kept for that.
 const NEWEST: Duration = Duration::from_secs(10 * 60);
-/// A checkpoint that this life has not looked at is looked at after so long: many are gone before.
+/// A checkpoint that this generation has not looked at is looked at after so long: many are gone before.
 const FIRST: Duration = Duration::from_secs(60 * 60);
 /// When a store that failed is asked again.
 const AGAIN: Duration = Duration::from_secs(10 * 60);
 
-/// Time since the life began.
+/// Time since the generation began.
 type Moment = Duration;
 
 /// What is known of one checkpoint that is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Watched {
     point: ResumePoint,
-    /// This life knows of it since then.
+    /// This generation knows of it since then.
     since: Moment,
     /// The end of the last look at it, and whether the store let us look.
     looked: Option<(Moment, bool)>,
@@ -66,7 +66,7 @@ enum Next {
 
 /// What to look at next. `watched`: the newest first; `newest`: the end of the last look at one that was the newest then.
 ///
-/// Each is due `period` after the last look at it. One that this life has not looked at is due [`FIRST`] after it was first
+/// Each is due `period` after the last look at it. One that this generation has not looked at is due [`FIRST`] after it was first
 /// heard of, and the newest, if there was no look at a newest one for [`NEWEST`]; neither waits longer than `period`. Of
 /// two that are due the one that is due for longer comes first, then the newer: a resume would use it.
 fn next(watched: &[Watched], newest: Option<Moment>, period: Duration, now: Moment) -> Next {
@@ -93,7 +93,7 @@ pub(super) async fn run(kept: Arc<Kept>, busy: watch::Receiver<bool>) {
 
 async fn sweep_daily(kept: &Kept, mut busy: watch::Receiver<bool>) {
     loop {
-        // Its sender is gone when the life is over.
+        // Its sender is gone when the generation is over.
         if busy.wait_for(|busy| !busy).await.is_err() {
             return;
         }

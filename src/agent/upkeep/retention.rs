@@ -8,7 +8,7 @@
 //! It gives way: the journal's writer prefers everything else, its small requests to the store wait in a
 //! queue of their own, and it [ends](Retention::hush) at the first notice, and when the last state of a run is saved.
 //!
-//! What has been held against its checksums is remembered for this life ([`Known`]): what was restored from, and what was
+//! What has been held against its checksums is remembered for this generation ([`Known`]): what was restored from, and what was
 //! read. On a store that keeps checksums it is not needed, they are asked for each time. On another one the newest
 //! checkpoint that was read stays beside the newest `keep.last`, until [`super::scrub`] has read a newer one.
 
@@ -37,7 +37,7 @@ use crate::{
     storage::Store,
 };
 
-/// What this life knows of checkpoints beyond what the journal says.
+/// What this generation knows of checkpoints beyond what the journal says.
 #[derive(Debug, Default)]
 pub(super) struct Known {
     /// Held against checksums: restored from, or read.

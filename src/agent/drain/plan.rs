@@ -22,7 +22,7 @@
 //! An upload that has begun is never stopped in favour of a newer state: it holds all but the steps since it began, and the newer one would
 //! have to start from nothing.
 
-use super::{gauge::Span, watch::Usual};
+use super::{estimate::Estimate, timeline::Usual};
 use crate::{goodput::LEAST_RESERVE_S, ids::Step, journal::DrainPlan, report::human};
 
 /// Kept for the journal's last record and the process's end, seconds.
@@ -48,15 +48,15 @@ pub struct Situation {
     /// The loop has ended: no newer state will come.
     pub ended: bool,
     /// The save under way, and what is known of its rest.
-    pub in_flight: Option<(Step, Option<Span>)>,
+    pub in_flight: Option<(Step, Option<Estimate>)>,
     /// What is left of the running step.
-    pub step: Span,
+    pub step: Estimate,
     /// A whole one.
-    pub whole_step: Span,
+    pub whole_step: Estimate,
     /// Copying a snapshot.
-    pub copy: Span,
+    pub copy: Estimate,
     /// Uploading and committing one whole save; `None`: none was ever measured.
-    pub save: Option<Span>,
+    pub save: Option<Estimate>,
 }
 
 /// What to do.
@@ -72,7 +72,7 @@ pub enum Decision {
         /// What is saved.
         plan: DrainPlan,
         /// How long that takes from now; `None`: not known, or nothing is saved.
-        needs: Option<Span>,
+        needs: Option<Estimate>,
     },
 }
 
@@ -117,7 +117,7 @@ pub fn decide(now: &Situation) -> (Decision, String) {
     let least = format!("{} left, the last save takes at least {}", time(left.max(0.0)), time(needs.low));
     let lost = |since: Step| human::plural(now.finished.get().saturating_sub(since.get()), "finished step");
     let older = now.in_flight.filter(|(step, _)| !newest_under_way && *step > now.committed);
-    let finish = |step: Step, rest: Span, how: &str| {
+    let finish = |step: Step, rest: Estimate, how: &str| {
         let why = format!("{least}: the save of step {step} {how} instead, {} after it will be lost", lost(step));
         (Decision::Drain { plan: DrainPlan::FinishInFlight, needs: Some(rest) }, why)
     };
@@ -149,13 +149,13 @@ mod tests {
         committed: Step(30),
         ended: false,
         in_flight: None,
-        step: Span { low: 0.0, mean: 0.5, high: 1.0 },
-        whole_step: Span { low: 0.8, mean: 1.0, high: 1.2 },
-        copy: Span { low: 0.5, mean: 0.5, high: 0.5 },
-        save: Some(Span { low: 8.0, mean: 10.0, high: 12.0 }),
+        step: Estimate { low: 0.0, mean: 0.5, high: 1.0 },
+        whole_step: Estimate { low: 0.8, mean: 1.0, high: 1.2 },
+        copy: Estimate { low: 0.5, mean: 0.5, high: 0.5 },
+        save: Some(Estimate { low: 8.0, mean: 10.0, high: 12.0 }),
     };
-    const LONG: Span = Span { low: 25.0, mean: 30.0, high: 35.0 };
-    const HALF: Span = Span { low: 4.0, mean: 5.0, high: 6.0 };
+    const LONG: Estimate = Estimate { low: 25.0, mean: 30.0, high: 35.0 };
+    const HALF: Estimate = Estimate { low: 4.0, mean: 5.0, high: 6.0 };
 
     fn plan(situation: Situation) -> (&'static str, Option<f64>) {
         match decide(&situation).0 {
@@ -241,7 +241,7 @@ mod tests {
             ),
             (
                 "saves that take no time still leave a reserve",
-                Situation { may_train_on: true, save: Some(Span::exactly(0.01)), ..CALM },
+                Situation { may_train_on: true, save: Some(Estimate::exactly(0.01)), ..CALM },
                 "train on",
                 Some(LEAST_RESERVE_S),
             ),

@@ -19,7 +19,7 @@ use crate::{
     storage::{Crc64, Store},
 };
 
-/// What does not change from save to save within one life.
+/// What does not change from save to save within one generation.
 #[derive(Clone, Debug)]
 pub struct Context {
     /// The run's folder in the store.
@@ -28,7 +28,7 @@ pub struct Context {
     pub run_id: RunId,
     /// This node.
     pub node: NodeId,
-    /// This life's generation.
+    /// The generation.
     pub generation: Generation,
     /// When it was formed.
     pub formed: tokio::time::Instant,

@@ -27,7 +27,7 @@ impl Life<'_> {
             return;
         }
         self.looked = Instant::now();
-        let (journal, run) = (self.start.saver.journal.clone(), self.start.saver.run.clone());
+        let (journal, run) = (self.start.upload.journal.clone(), self.start.upload.run.clone());
         let ended = self.fence.clone();
         let look = tokio::spawn(async move {
             match tokio::time::timeout(LOOK, look(&journal, &run)).await {

@@ -38,12 +38,12 @@ impl Life<'_> {
     pub fn look_at_the_standstill(&mut self) {
         let step = self.finished();
         // Once all ranks have stopped the store is waited for, which says so itself.
-        let works = self.conductor.as_ref().is_some_and(|conductor| !conductor.has_ended());
+        let works = self.scheduler.as_ref().is_some_and(|scheduler| !scheduler.has_ended());
         if !works || self.draining || self.dead.is_some() {
             return;
         }
         let quiet = self.standstill.since.elapsed();
-        let usual = self.gauges.step.span().and_then(|step| Duration::try_from_secs_f64(step.high).ok());
+        let usual = self.estimates.step.estimate().and_then(|step| Duration::try_from_secs_f64(step.high).ok());
         match restart::standstill(quiet, usual, self.standstill.told, &self.start.config.restart) {
             restart::Standstill::Wait => {}
             // The last state may wait for a slot that a silent store keeps: who ended the workers then would lose it.
@@ -54,7 +54,7 @@ impl Life<'_> {
                     step,
                     quiet_s: quiet.as_secs_f64(),
                     lag_steps: step.get() - self.committed().get(),
-                    lag_s: self.saves.lag().as_secs_f64(),
+                    lag_s: self.ledger.lag().as_secs_f64(),
                 });
             }
             restart::Standstill::End => {

@@ -1,11 +1,11 @@
 //! What steps and saves take on this machine, as measured, and how sure that is.
 //!
-//! Times are seconds. A [`Gauge`] is an exponentially weighted mean and variance: the newest value counts [`WEIGHT`]. Uploads are kept
+//! Times are seconds. An [`Estimator`] is an exponentially weighted mean and variance: the newest value counts [`WEIGHT`]. Uploads are kept
 //! as seconds a byte, since it is times that are added up. A value that is far from all that was feared or hoped for begins a new account:
 //! the line to the store has changed, and the mean of before and after is true of neither. What an earlier machine's journal says counts as one value of its own kind:
 //! better than nothing, and forgotten soon.
 //!
-//! Nothing is stored; a new life of the same agent keeps what the last one had measured.
+//! Nothing is stored; the next generation of the same agent keeps what this one has measured.
 
 use crate::journal::Committed;
 
@@ -22,7 +22,7 @@ const FOREIGN_SPREAD: f64 = 0.5;
 
 /// A time with its uncertainty, seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Span {
+pub struct Estimate {
     /// As short as can be hoped for.
     pub low: f64,
     /// Expected.
@@ -31,7 +31,7 @@ pub struct Span {
     pub high: f64,
 }
 
-impl Span {
+impl Estimate {
     /// A time that is known.
     pub const fn exactly(seconds: f64) -> Self {
         Self { low: seconds, mean: seconds, high: seconds }
@@ -61,20 +61,21 @@ impl Span {
 
 /// A running mean and its spread.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Gauge {
+pub struct Estimator {
     mean: f64,
     variance: f64,
     values: u32,
     foreign: bool,
 }
 
-impl Gauge {
+impl Estimator {
     /// One more value; what is not a time is ignored.
     pub fn push(&mut self, value: f64) {
         if !value.is_finite() || value < 0.0 {
             return;
         }
-        let changed = self.span().is_some_and(|span| value > CHANGED * span.high || value * CHANGED < span.low);
+        let changed =
+            self.estimate().is_some_and(|estimate| value > CHANGED * estimate.high || value * CHANGED < estimate.low);
         if self.values == 0 || self.foreign || changed {
             *self = Self { mean: value, variance: 0.0, values: 1, foreign: false };
             return;
@@ -85,7 +86,7 @@ impl Gauge {
         self.values = self.values.saturating_add(1);
     }
 
-    fn suppose(&mut self, value: f64) {
+    fn seed(&mut self, value: f64) {
         if self.values == 0 {
             self.push(value);
             self.foreign = self.values > 0;
@@ -93,7 +94,7 @@ impl Gauge {
     }
 
     /// The mean, and two standard deviations to either side; `None` before the first value.
-    pub fn span(&self) -> Option<Span> {
+    pub fn estimate(&self) -> Option<Estimate> {
         let least = match (self.foreign, self.values) {
             (_, 0) => return None,
             (true, _) => FOREIGN_SPREAD,
@@ -101,30 +102,30 @@ impl Gauge {
             (false, _) => LEAST_SPREAD,
         };
         let away = (2.0 * self.variance.sqrt()).max(least * self.mean);
-        Some(Span { low: (self.mean - away).max(0.0), mean: self.mean, high: self.mean + away })
+        Some(Estimate { low: (self.mean - away).max(0.0), mean: self.mean, high: self.mean + away })
     }
 }
 
 /// All that is known of this machine's pace.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Gauges {
+pub struct Estimates {
     /// One step.
-    pub step: Gauge,
+    pub step: Estimator,
     /// Copying one snapshot.
-    pub copy: Gauge,
+    pub copy: Estimator,
     /// Uploading one byte.
-    pub byte: Gauge,
+    pub byte: Estimator,
     /// From the last byte to the `committed` record.
-    pub commit: Gauge,
+    pub commit: Estimator,
 }
 
-impl Gauges {
-    /// What another life, perhaps on another machine, found a save to take.
-    pub fn suppose(&mut self, committed: &Committed) {
+impl Estimates {
+    /// What another generation, perhaps on another machine, found a save to take.
+    pub fn seed(&mut self, committed: &Committed) {
         if committed.bytes > 0 && committed.cost.durable_s > 0.0 {
             #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-            self.byte.suppose(committed.cost.durable_s / committed.bytes as f64);
-            self.copy.suppose(committed.cost.copy_s);
+            self.byte.seed(committed.cost.durable_s / committed.bytes as f64);
+            self.copy.seed(committed.cost.copy_s);
         }
     }
 
@@ -139,9 +140,9 @@ impl Gauges {
 
     /// Uploading so many bytes and committing them.
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-    pub fn upload(&self, bytes: u64) -> Option<Span> {
-        let commit = self.commit.span().unwrap_or(Span { low: 0.0, mean: 0.2, high: 1.0 });
-        Some(self.byte.span()?.times(bytes as f64).then(commit))
+    pub fn upload(&self, bytes: u64) -> Option<Estimate> {
+        let commit = self.commit.estimate().unwrap_or(Estimate { low: 0.0, mean: 0.2, high: 1.0 });
+        Some(self.byte.estimate()?.times(bytes as f64).then(commit))
     }
 
     /// What is left of an upload of `total` bytes that has been under way for `elapsed_s`, `sent` of them having arrived and up to `parts`
@@ -150,7 +151,7 @@ impl Gauges {
     /// counts as half through. Left out, a save of one wave would seem to need minutes when a second has passed and its smallest file is all
     /// that has arrived.
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
-    pub fn rest(&self, total: u64, sent: u64, parts: u64, elapsed_s: f64) -> Option<Span> {
+    pub fn rest(&self, total: u64, sent: u64, parts: u64, elapsed_s: f64) -> Option<Estimate> {
         if let Some(whole) = self.upload(total)
             && elapsed_s < whole.mean
         {
@@ -159,7 +160,7 @@ impl Gauges {
         let under_way = if sent < parts { total.saturating_sub(sent).min(parts) as f64 / 2.0 } else { 0.0 };
         let share = ((sent as f64 + under_way) / total.max(1) as f64).min(1.0);
         let mean = if share > 0.0 { elapsed_s * (1.0 - share) / share } else { elapsed_s };
-        (elapsed_s > 0.0).then_some(Span { low: mean * 0.5, mean, high: mean * 2.0 + 1.0 })
+        (elapsed_s > 0.0).then_some(Estimate { low: mean * 0.5, mean, high: mean * 2.0 + 1.0 })
     }
 }
 
@@ -173,58 +174,61 @@ mod tests {
 
     #[test]
     fn a_gauge_follows_its_values_and_knows_its_spread() {
-        let mut gauge = Gauge::default();
-        assert_eq!(gauge.span(), None);
-        gauge.push(10.0);
-        let one = gauge.span().unwrap();
+        let mut estimator = Estimator::default();
+        assert_eq!(estimator.estimate(), None);
+        estimator.push(10.0);
+        let one = estimator.estimate().unwrap();
         assert!(near(one.low, 8.0) && near(one.mean, 10.0) && near(one.high, 12.0), "{one:?}");
         for _ in 0..50 {
-            gauge.push(10.0);
+            estimator.push(10.0);
         }
-        let sure = gauge.span().unwrap();
+        let sure = estimator.estimate().unwrap();
         assert!(near(sure.low, 9.0) && near(sure.high, 11.0), "{sure:?}");
         for value in [9.0, 12.0, 7.0, 15.0].into_iter().chain([6.0, 15.0].repeat(20)) {
-            gauge.push(value);
+            estimator.push(value);
         }
-        let wide = gauge.span().unwrap();
+        let wide = estimator.estimate().unwrap();
         assert!(wide.low < 4.0 && wide.high > 17.0 && wide.mean > 8.0 && wide.mean < 13.0, "{wide:?}");
         for bad in [f64::NAN, -1.0, f64::INFINITY] {
-            gauge.push(bad);
+            estimator.push(bad);
         }
-        assert_eq!(gauge.span().unwrap(), wide);
-        gauge.push(100.0);
-        let new = gauge.span().unwrap();
+        assert_eq!(estimator.estimate().unwrap(), wide);
+        estimator.push(100.0);
+        let new = estimator.estimate().unwrap();
         assert!(near(new.mean, 100.0) && near(new.high, 120.0), "the line has changed: {new:?}");
-        gauge.push(0.1);
-        assert!(near(gauge.span().unwrap().mean, 0.1), "and again: {gauge:?}");
+        estimator.push(0.1);
+        assert!(near(estimator.estimate().unwrap().mean, 0.1), "and again: {estimator:?}");
     }
 
     #[test]
     fn another_machines_word_counts_until_there_is_one_of_our_own() {
-        let mut gauge = Gauge::default();
-        gauge.suppose(100.0);
-        assert!(near(gauge.span().unwrap().high, 150.0));
-        gauge.push(10.0);
-        assert!(near(gauge.span().unwrap().mean, 10.0), "{gauge:?}");
-        gauge.suppose(100.0);
-        assert!(near(gauge.span().unwrap().mean, 10.0), "{gauge:?}");
+        let mut estimator = Estimator::default();
+        estimator.seed(100.0);
+        assert!(near(estimator.estimate().unwrap().high, 150.0));
+        estimator.push(10.0);
+        assert!(near(estimator.estimate().unwrap().mean, 10.0), "{estimator:?}");
+        estimator.seed(100.0);
+        assert!(near(estimator.estimate().unwrap().mean, 10.0), "{estimator:?}");
     }
 
     #[test]
     fn the_rest_of_an_upload_is_told_by_time_and_then_by_its_own_pace() {
-        let mut gauges = Gauges::default();
-        assert_eq!(gauges.rest(100, 0, 10, 0.0), None, "nothing is known");
-        assert!(near(gauges.rest(100, 25, 10, 10.0).unwrap().mean, 30.0), "a quarter in 10 s");
-        assert!(near(gauges.rest(100, 0, 0, 10.0).unwrap().mean, 10.0));
+        let mut estimates = Estimates::default();
+        assert_eq!(estimates.rest(100, 0, 10, 0.0), None, "nothing is known");
+        assert!(near(estimates.rest(100, 25, 10, 10.0).unwrap().mean, 30.0), "a quarter in 10 s");
+        assert!(near(estimates.rest(100, 0, 0, 10.0).unwrap().mean, 10.0));
         // One wave.
-        assert!(near(gauges.rest(100, 0, 1000, 10.0).unwrap().mean, 10.0));
-        assert!(gauges.rest(1_000_000, 100, 1 << 28, 1.0).unwrap().mean < 1.0, "a small file is no sign of the pace");
+        assert!(near(estimates.rest(100, 0, 1000, 10.0).unwrap().mean, 10.0));
+        assert!(
+            estimates.rest(1_000_000, 100, 1 << 28, 1.0).unwrap().mean < 1.0,
+            "a small file is no sign of the pace"
+        );
         for _ in 0..20 {
-            gauges.saved(100, 10.0, 1.0);
+            estimates.saved(100, 10.0, 1.0);
         }
         // All parts are under way, none has arrived.
-        assert!(near(gauges.rest(100, 0, 10, 8.0).unwrap().mean, 3.0), "{gauges:?}");
-        assert!(near(gauges.rest(100, 50, 10, 20.0).unwrap().mean, 20.0), "later than ever before");
-        assert!(near(gauges.upload(200).unwrap().mean, 21.0));
+        assert!(near(estimates.rest(100, 0, 10, 8.0).unwrap().mean, 3.0), "{estimates:?}");
+        assert!(near(estimates.rest(100, 50, 10, 20.0).unwrap().mean, 20.0), "later than ever before");
+        assert!(near(estimates.upload(200).unwrap().mean, 21.0));
     }
 }

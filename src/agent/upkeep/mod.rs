@@ -1,0 +1,4 @@
+//! Looking after the checkpoints that a run keeps, while it trains.
+
+pub mod retention;
+mod scrub;

@@ -376,4 +376,31 @@ mod tests {
         assert_eq!(tokenizer.encode_text("sax").unwrap_err(), Unfit::Special { token: "x".into(), at: 2 });
         assert_eq!(tokenizer.encode("sa").unwrap().len(), 2);
     }
+
+    #[test]
+    fn a_token_that_is_put_around_texts_is_special_whatever_it_is_called() {
+        let vocabulary: Vec<Value> =
+            letters(&["<unk>", "</s>", "[Q]"]).into_iter().map(|piece| json!([piece, -1.0])).collect();
+        let model = json!({ "type": "Unigram", "unk_id": 0, "vocab": vocabulary, "byte_fallback": false });
+        let framed = |post_processor: Value| {
+            let json = json!({
+                "version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": null, "decoder": null,
+                "post_processor": post_processor,
+            });
+            let tokenizer = TextTokenizer::from_json(json.to_string().into_bytes(), "t", EndToken::Known)
+                .map_err(|e| e.to_string());
+            tokenizer.unwrap().encode("[Q]").unwrap()
+        };
+        assert_eq!(framed(json!(null)), [2], "a piece like any other");
+        let template = json!({
+            "type": "TemplateProcessing",
+            "single": [{ "SpecialToken": { "id": "[Q]", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
+            "pair": [{ "Sequence": { "id": "A", "type_id": 0 } }, { "Sequence": { "id": "B", "type_id": 1 } }],
+            "special_tokens": { "[Q]": { "id": "[Q]", "ids": [2], "tokens": ["[Q]"] } },
+        });
+        assert!(!framed(template.clone()).contains(&2));
+        assert!(!framed(json!({ "type": "Sequence", "processors": [template] })).contains(&2));
+        let bert = json!({ "type": "BertProcessing", "sep": ["[Q]", 2], "cls": ["[Q]", 2] });
+        assert!(!framed(bert).contains(&2));
+    }
 }

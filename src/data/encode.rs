@@ -378,6 +378,13 @@ fn refuse(text: &Text, unfit: Unfit, inputs: &[Input]) -> DataError {
                  the text, or take another tokenizer or --eos-token"
             ),
         ),
+        Unfit::Unknown { part, at } => (
+            text.text.get(..at).unwrap_or_default(),
+            format!(
+                "the text holds {part:?}, for which this tokenizer has no token, so that it would be lost; take a \
+                 tokenizer with an unk_token or over bytes, such as train:4096"
+            ),
+        ),
         Unfit::Refused(reason) => ("", format!("the tokenizer refuses the text: {reason}")),
     };
     DataError::Input { input: text.at.behind(before, name), reason }

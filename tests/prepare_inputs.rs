@@ -162,6 +162,7 @@ fn a_broken_file_is_an_error_or_is_left_out_whole() {
     write(&lab, "in/a.txt", "a text");
     let lines: String = (0..20_000).map(|number| format!("{{\"text\": \"line {number}\"}}\n")).collect();
     let (gzip, zstd) = (gzip(lines.as_bytes()), zstd(lines.as_bytes()));
+    prepare(&lab, "in", "alone", &["--tokenizer", "train:300"]).expect_code(0);
     for (name, body, said) in [
         ("in/cut.jsonl.gz", &gzip[..gzip.len() - 9], "cut short"),
         ("in/cut.jsonl.zst", &zstd[..zstd.len() - 9], "cut.jsonl.zst"),
@@ -180,6 +181,8 @@ fn a_broken_file_is_an_error_or_is_left_out_whole() {
             let summary: serde_json::Value = serde_json::from_str(&done.stdout).expect("a summary");
             assert_eq!((&summary["documents"], &summary["skipped"]), (&1.into(), &1.into()), "{}", done.story());
         }
+        let trained = |out: &str| std::fs::read(lab.path(out).join("tokenizer.json")).expect("tokenizer");
+        assert!(trained("trained") == trained("alone"), "{name}: a tokenizer has learnt from what was left out");
         std::fs::remove_file(lab.path(name)).expect("remove");
     }
 }

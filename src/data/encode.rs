@@ -207,6 +207,7 @@ impl Job {
             if taken >= due || left_out.contains(number) {
                 continue;
             }
+            let before = (sample.len(), taken);
             let outcome = self.read(number, remote, false, &mut |piece| {
                 taken += piece.text.len() as u64;
                 sample.push(piece.text.to_owned());
@@ -214,6 +215,8 @@ impl Job {
             })?;
             remote.done(number, true);
             if matches!(outcome, Outcome::Skipped(_)) {
+                sample.truncate(before.0);
+                taken = before.1;
                 left_out.add(number, outcome)?;
             }
         }

@@ -162,6 +162,10 @@ fn a_run_of_an_earlier_version_takes_up_its_data_and_its_checkpoints_tell_anothe
     forget_data(&lab, "old");
     prepare(&lab, &uri, &sample_text().replace("light", "night"), &tokenizer).finish().expect_code(0);
     refused(to(lab.resume("old"), 9).finish(), 78, &["is not the one that run old was trained on"]);
+    // Where neither of them names it, the place that the checkpoint has reached tells other data.
+    rewrite_state(&lab, "old", |state| drop(state.as_object_mut().expect("an object").remove("data")));
+    prepare(&lab, &uri, &sample_text()[..4000], &tokenizer).finish().expect_code(0);
+    refused(to(lab.resume("old"), 9).finish(), 78, &["is not the one that run old was trained on", "its epoch is"]);
 }
 
 #[test]

@@ -157,6 +157,37 @@ fn a_few_files_may_be_left_out_and_the_summary_counts_them() {
 }
 
 #[test]
+fn a_broken_file_is_an_error_or_is_left_out_whole() {
+    let lab = Lab::on_files_at_once();
+    write(&lab, "in/a.txt", "a text");
+    let lines: String = (0..20_000).map(|number| format!("{{\"text\": \"line {number}\"}}\n")).collect();
+    let (gzip, zstd) = (gzip(lines.as_bytes()), zstd(lines.as_bytes()));
+    prepare(&lab, "in", "alone", &["--tokenizer", "train:300"]).expect_code(0);
+    for (name, body, said) in [
+        ("in/cut.jsonl.gz", &gzip[..gzip.len() - 9], "cut short"),
+        ("in/cut.jsonl.zst", &zstd[..zstd.len() - 9], "cut.jsonl.zst"),
+        ("in/empty.jsonl.gz", b"", "is empty"),
+        ("in/plain.jsonl.gz", b"{\"text\": \"a\"}\n", "is not gzip"),
+        ("in/a.parquet", b"PAR1 and no more", "can't be read as Parquet"),
+    ] {
+        write(&lab, name, body);
+        for input in ["in", name] {
+            prepare(&lab, input, "out", &[]).expect_code(78).expect_said(&[said, "--skip-unreadable"]);
+        }
+        for (tokenizer, out) in [(None, "given"), (Some("train:300"), "trained")] {
+            let mut more = vec!["--skip-unreadable", "--json", "--overwrite"];
+            more.extend(tokenizer.into_iter().flat_map(|name| ["--tokenizer", name]));
+            let done = prepare(&lab, "in", out, &more).expect_code(0).expect_said(&[said]);
+            let summary: serde_json::Value = serde_json::from_str(&done.stdout).expect("a summary");
+            assert_eq!((&summary["documents"], &summary["skipped"]), (&1.into(), &1.into()), "{}", done.story());
+        }
+        let trained = |out: &str| std::fs::read(lab.path(out).join("tokenizer.json")).expect("tokenizer");
+        assert!(trained("trained") == trained("alone"), "{name}: a tokenizer has learnt from what was left out");
+        std::fs::remove_file(lab.path(name)).expect("remove");
+    }
+}
+
+#[test]
 fn names_that_are_not_text_and_links_that_lead_in_circles_are_no_trouble() {
     let lab = Lab::on_files_at_once();
     write(&lab, OsStr::from_bytes(b"in/caf\xe9.txt"), "one");

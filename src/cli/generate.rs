@@ -68,8 +68,7 @@ impl Generate {
         let target = Target::Folder(exported.clone());
         let (step, _) = store::block_on(export::export(&self.run, self.step, &target))?;
         let ends = end_ids(&exported.join(layout::GENERATION_CONFIG))?;
-        let end = self.eos_token.as_deref().map_or(EndToken::OneOf(&ends), EndToken::Named);
-        let tokenizer = TextTokenizer::load_with(&exported.join(layout::TOKENIZER), end)?;
+        let tokenizer = tokenizer(&exported, self.eos_token.as_deref(), &ends)?;
         let model = model::from_folder(ModelKind::Llama, &exported)?;
         // The files are no longer needed, and a long text may be interrupted.
         drop(folder);
@@ -100,6 +99,25 @@ impl Generate {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// The tokenizer of a checkpoint, with the end token that is asked for, else the data's: of several that end a text, it
+/// is the one that the tokenizer's settings name.
+fn tokenizer(folder: &Path, asked: Option<&str>, ends: &[u32]) -> Result<TextTokenizer> {
+    let path = folder.join(layout::TOKENIZER);
+    if let Some(token) = asked {
+        return Ok(TextTokenizer::load_with(&path, EndToken::Named(token))?);
+    }
+    let settings = std::fs::read(folder.join(layout::TOKENIZER_CONFIG)).unwrap_or_default();
+    let settings: serde_json::Value = serde_json::from_slice(&settings).unwrap_or_default();
+    let token = settings.get("eos_token").map(|token| token.get("content").unwrap_or(token));
+    if let Some(token) = token.and_then(serde_json::Value::as_str)
+        && let Ok(tokenizer) = TextTokenizer::load_with(&path, EndToken::Named(token))
+        && ends.contains(&tokenizer.eos_id())
+    {
+        return Ok(tokenizer);
+    }
+    Ok(TextTokenizer::load_with(&path, EndToken::OneOf(ends))?)
 }
 
 /// The end tokens that a checkpoint names: what its data has between documents, or what the model's configuration says.
@@ -233,5 +251,33 @@ mod tests {
         }
         assert_eq!(with(vec![7], 7), [7]);
         assert_eq!(with(vec![], 7), [7]);
+    }
+
+    #[test]
+    fn of_several_end_tokens_the_one_of_the_data_begins_a_text() {
+        let dir = tempfile::tempdir().unwrap();
+        let added = |id: u32, content: &str| {
+            serde_json::json!({
+                "id": id, "content": content, "special": true, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false,
+            })
+        };
+        let json = serde_json::json!({
+            "version": "1.0", "added_tokens": [added(1, "<|stop|>"), added(2, "<|data|>")],
+            "model": { "type": "WordLevel", "unk_token": "?", "vocab": { "a": 0 } },
+        });
+        std::fs::write(dir.path().join(layout::TOKENIZER), json.to_string()).unwrap();
+        let begins = |settings: &str, asked, ends: &[u32]| {
+            std::fs::write(dir.path().join(layout::TOKENIZER_CONFIG), settings).unwrap();
+            tokenizer(dir.path(), asked, ends).unwrap().eos_id()
+        };
+        assert_eq!(begins("{\"eos_token\": \"<|data|>\"}", None, &[1, 2]), 2);
+        assert_eq!(begins("{\"eos_token\": {\"content\": \"<|data|>\"}}", None, &[1, 2]), 2);
+        assert_eq!(begins("{\"eos_token\": \"<|data|>\"}", Some("<|stop|>"), &[1, 2]), 1);
+        // What the settings name, but no text ends with, or what is no token at all.
+        assert_eq!(begins("{\"eos_token\": \"<|data|>\"}", None, &[1]), 1);
+        for settings in ["{\"eos_token\": \"<|other|>\"}", "{\"eos_token\": null}", "{}", ""] {
+            assert_eq!(begins(settings, None, &[2, 1]), 2, "{settings}");
+        }
     }
 }

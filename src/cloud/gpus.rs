@@ -311,4 +311,33 @@ mod tests {
         let setup = include_str!("../../scripts/setup");
         assert!(setup.contains("nvidia-nccl-cu13"), "another CUDA: look up its driver, and change NEEDED_DRIVER");
     }
+
+    #[test]
+    fn what_is_looked_at_is_what_lies_below_the_root() {
+        let root = tempfile::tempdir().unwrap();
+        let look = || Found::look(root.path(), Device::Cpu, || Ok::<_, ()>(9)).unwrap();
+        let nothing = look();
+        assert_eq!((nothing.seen, nothing.driver, nothing.unified_memory, nothing.usable), (NONE, None, false, 0));
+        for (path, text) in [
+            ("dev/nvidia0", ""),
+            ("dev/nvidia-uvm", ""),
+            ("proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun\n"),
+        ] {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        let found = look();
+        assert_eq!((found.seen.device_files, found.unified_memory, found.usable), (1, true, 0));
+        assert_eq!(found.driver.as_deref(), Some("535.183.01"));
+    }
+
+    #[test]
+    fn gpus_that_are_hidden_and_required_are_told_as_hidden() {
+        let hidden = Found { wanted: Device::Cuda, visible: Some(String::new()), ..found(GIVEN) };
+        let Choice::Refused { what, .. } = hidden.choose() else { panic!() };
+        assert!(what.contains("CUDA_VISIBLE_DEVICES hides"), "{what}");
+        let Choice::Refused { what, .. } = (Found { cuda: false, ..hidden }).choose() else { panic!() };
+        assert!(what.contains("no CUDA"), "{what}");
+    }
 }

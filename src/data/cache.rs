@@ -521,8 +521,13 @@ mod tests {
         // These are here already, so they are not asked for.
         store.delete("train-00000.bin").await.unwrap();
         store.delete("tokenizer.json").await.unwrap();
-        assert_eq!(fetch_into(&store, cache.path()).await.unwrap(), dir);
-        Dataset::open(&dir).unwrap();
+        let seen = Mutex::new(Vec::new());
+        let hear = |progress: CacheProgress| seen.lock().unwrap().push(progress);
+        let index = fetch_index(&store, "memory://").await.unwrap();
+        download(&store, index, cache.path(), &STORAGE, &hear, &endless).await.unwrap();
+        let missing: u64 = Dataset::open(&dir).unwrap().index().train[1..=2].iter().map(|shard| shard.file.bytes).sum();
+        let first = seen.into_inner().unwrap()[0];
+        assert_eq!(first.done, first.total - missing, "what is here counts");
         assert!(!dir.join(".part-0123").exists());
     }
 
@@ -572,5 +577,23 @@ mod tests {
             out.canonicalize().unwrap()
         );
         assert!(!cache.exists());
+    }
+
+    #[tokio::test]
+    async fn no_link_in_a_dataset_s_folder_is_written_through() {
+        let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
+        let dir = fetch_into(&store, cache.path()).await.unwrap();
+        let outside = cache.path().join("outside");
+        for name in [LOCK, ".use"] {
+            // So that there is something to fetch.
+            std::fs::remove_file(dir.join(INDEX)).unwrap();
+            let _ = std::fs::remove_file(dir.join(name));
+            std::os::unix::fs::symlink(&outside, dir.join(name)).unwrap();
+            let result = fetch_into(&store, cache.path()).await;
+            assert!(!outside.exists(), "{name} led to a file elsewhere");
+            assert!(result.is_err() || dir.join(INDEX).is_file());
+            std::fs::remove_file(dir.join(name)).unwrap();
+            fetch_into(&store, cache.path()).await.unwrap();
+        }
     }
 }

@@ -1,6 +1,9 @@
 //! The text column of a Parquet file.
 
-use std::fs::File;
+use std::{
+    fs::File,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
 use parquet::{
     basic::{LogicalType, Type as PhysicalType},
@@ -11,6 +14,7 @@ use parquet::{
 use super::{
     DataError,
     documents::{At, Notes, Piece, Wanted, give_document},
+    pages,
     records::chat,
 };
 
@@ -26,7 +30,12 @@ pub(super) fn read(
 ) -> Result<Notes, DataError> {
     let field = wanted.field;
     let invalid = |reason: String| DataError::Input { input: name.to_owned(), reason };
-    let broken = |error: parquet::errors::ParquetError| invalid(format!("can't be read as Parquet: {error}"));
+    let no_parquet = |said: &dyn std::fmt::Display| DataError::Broken {
+        input: name.to_owned(),
+        reason: format!("can't be read as Parquet: {said}"),
+    };
+    let broken = |error: parquet::errors::ParquetError| no_parquet(&error);
+    let looked_at = file.try_clone().map_err(|error| invalid(format!("can't be read: {error}")))?;
     let reader = SerializedFileReader::new(file).map_err(broken)?;
     let mut notes = Notes { records: true, ..Notes::default() };
     // A shard without rows may come without columns, too.
@@ -61,6 +70,7 @@ pub(super) fn read(
     let mut row = 0_u64;
     for group in 0..reader.num_row_groups() {
         let group = reader.get_row_group(group).map_err(broken)?;
+        pages::check(&looked_at, group.metadata().column(column)).map_err(|said| no_parquet(&said))?;
         let ColumnReader::ByteArrayColumnReader(mut column) = group.get_column_reader(column).map_err(broken)? else {
             return Err(invalid(format!("column {field:?} does not hold byte arrays")));
         };
@@ -68,7 +78,10 @@ pub(super) fn read(
         loop {
             values.clear();
             levels.clear();
-            let (rows, _, _) = column.read_records(ROWS, Some(&mut levels), None, &mut values).map_err(broken)?;
+            let read = || column.read_records(ROWS, Some(&mut levels), None, &mut values);
+            // Of bytes that are no values the library panics.
+            let read = catch_unwind(AssertUnwindSafe(read)).map_err(|_| no_parquet(&"its values are damaged"))?;
+            let (rows, _, _) = read.map_err(broken)?;
             if rows == 0 {
                 break;
             }
@@ -203,6 +216,11 @@ pub(super) mod tests {
         write_parquet(&path, &[&[None, Some(b"one"), Some(b"\xff"), Some(b"two")]]);
         let error = documents(&path).unwrap_err().to_string();
         assert!(error.contains("blob, row 3"), "{error}");
+        let many = vec![Some(&b"x"[..]); ROWS + 1];
+        write_parquet(&path, &[&many, &[None, Some(b"\xff")]]);
+        let error = documents(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("blob, row {}", ROWS + 3)), "rows are counted over the whole file: {error}");
+        write_parquet(&path, &[&[None, Some(b"one"), Some(b"\xff"), Some(b"two")]]);
         let skip = Wanted { skip_bad_records: true, ..TEXT };
         let notes = notes(&path, &skip);
         assert!(notes.documents == 2 && notes.bad_records == 1 && notes.bad.unwrap().contains("row 3"));
@@ -224,5 +242,23 @@ pub(super) mod tests {
         writer.close().unwrap();
         let error = documents(&path).unwrap_err().to_string();
         assert!(error.contains("conversation") && error.contains("messages"), "{error}");
+    }
+
+    #[test]
+    fn a_byte_that_is_wrong_is_an_error_or_another_text_and_never_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.parquet");
+        write_parquet(&path, &[&[Some(b"one"), None, Some(b"two")], &[Some(b"one"), Some(b"three")]]);
+        let good = std::fs::read(&path).unwrap();
+        let mut refused = 0;
+        for at in 0..good.len() {
+            for wrong in [0x01, 0x80, 0xff] {
+                let mut bytes = good.clone();
+                bytes[at] ^= wrong;
+                std::fs::write(&path, &bytes).unwrap();
+                refused += u32::from(documents::read(&path, "a.parquet", &TEXT, &mut |_| Ok(true)).is_err());
+            }
+        }
+        assert!(refused > 100, "{refused} of {} files were refused", 3 * good.len());
     }
 }

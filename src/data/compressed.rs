@@ -67,9 +67,9 @@ impl<'a> Source<'a> {
             _ => Packing::Plain,
         };
         if source.packing == Packing::Plain && claimed != Packing::Plain {
-            let reason = if source.head.is_empty() { "is empty, so it" } else { "" };
-            let reason = format!("{reason} is not {}, which the ending of its name says", claimed.name());
-            return Err(DataError::Input { input: name.to_owned(), reason: reason.trim().to_owned() });
+            let reason = if source.head.is_empty() { "is empty, and so is not" } else { "is not" };
+            let reason = format!("{reason} {}, which the ending of its name says", claimed.name());
+            return Err(DataError::Broken { input: name.to_owned(), reason });
         }
         if source.packing != Packing::Plain {
             source.head = source.read_head()?;
@@ -101,6 +101,15 @@ impl<'a> Source<'a> {
         })
     }
 
+    /// The unpacked bytes behind a byte order mark, if there is one.
+    pub(super) fn text(&self) -> Result<Box<dyn BufRead>, DataError> {
+        let mut reader = self.reader()?;
+        if self.head.starts_with(b"\xef\xbb\xbf") {
+            reader.by_ref().take(3).read_exact(&mut [0; 3]).map_err(|error| self.read_error(error))?;
+        }
+        Ok(reader)
+    }
+
     /// The bytes as they are stored.
     pub(super) fn file(&self) -> Result<File, DataError> {
         File::open(self.path).map_err(|source| DataError::Io { doing: "open", path: self.path.to_owned(), source })
@@ -117,7 +126,7 @@ impl<'a> Source<'a> {
         } else {
             format!("is a damaged {packing} file, or one that can't be unpacked here: {error}")
         };
-        DataError::Input { input: self.name.to_owned(), reason }
+        DataError::Broken { input: self.name.to_owned(), reason }
     }
 
     /// The name without the ending that only tells of the packing.

@@ -19,7 +19,7 @@ use std::{
 
 use super::{
     DataError, columns,
-    compressed::{self, Source},
+    compressed::{self, Packing, Source},
     records::{self, Verdict},
 };
 
@@ -123,13 +123,22 @@ pub(super) fn read(
     };
     // Read twice, so that a file which turns out not to be text gives nothing at all. The second time it comes
     // from the page cache.
-    if let Some(reason) = read_plain(&mut *source.reader()?, &source, &mut |_| Ok(true))? {
+    if let Some(reason) = read_plain(&mut *source.text()?, &source, &mut |_| Ok(true))? {
         return Ok(Outcome::Skipped(reason.into()));
     }
-    if let Some(reason) = read_plain(&mut *source.reader()?, &source, sink)? {
+    if let Some(reason) = read_plain(&mut *source.text()?, &source, sink)? {
         return Err(DataError::Input { input: name.to_owned(), reason: format!("changed while read: {reason}") });
     }
     Ok(Outcome::Done(Notes { object_as_text, ..Notes::default() }))
+}
+
+/// Reads an input that may turn out to be broken after it has given documents to its end, for that alone.
+pub(super) fn look_through(path: &Path, name: &str, wanted: &Wanted<'_>) -> Result<(), DataError> {
+    let source = Source::open(path, name)?;
+    if source.packing != Packing::Plain || compressed::is_parquet(&compressed::ending(name), &source.head) {
+        read(path, name, wanted, &mut |_| Ok(true))?;
+    }
+    Ok(())
 }
 
 /// Where to cut `text`, which goes on: after the last line, else before the last space, else at its end. Not 0.
@@ -260,6 +269,9 @@ pub(super) mod tests {
             assert!(documents(&write(dir.path(), "a.jsonl", line)).unwrap() == [text]);
         }
         assert!(documents(&write(dir.path(), "empty.txt", "")).unwrap().is_empty());
+        // What some editors put in front is no text.
+        assert_eq!(documents(&write(dir.path(), "bom.txt", "\u{feff}text")).unwrap(), ["text"]);
+        assert!(documents(&write(dir.path(), "bom.txt", "\u{feff}")).unwrap().is_empty());
     }
 
     #[test]
@@ -272,6 +284,15 @@ pub(super) mod tests {
             Ok(true)
         })
         .unwrap();
+        let mut places = Vec::new();
+        read(&path, "a.txt", &TEXT, &mut |piece| {
+            places.push(piece.at.behind("a\nb", "a.txt"));
+            Ok(true)
+        })
+        .unwrap();
+        let lines = |pieces: &[String]| pieces.iter().map(|text| text.matches('\n').count()).sum::<usize>();
+        let expected: Vec<String> = (0..pieces.len()).map(|at| format!("a.txt:{}", lines(&pieces[..at]) + 2)).collect();
+        assert_eq!(places, expected, "places are told by the lines of the file");
         let (last, others) = pieces.split_last().unwrap();
         assert!(others.len() >= 3 && others.iter().all(|piece| piece.ends_with('\n')) && last.ends_with("end"));
     }

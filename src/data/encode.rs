@@ -111,7 +111,7 @@ impl Job {
         for (number, input) in self.inputs.iter().enumerate() {
             if !left_out.contains(number) {
                 encoder.input = number;
-                let outcome = self.read(number, &mut remote, &mut |piece| {
+                let outcome = self.read(number, &mut remote, true, &mut |piece| {
                     counts.documents += u64::from(!piece.continues);
                     encoder.add(piece)?;
                     Ok(true)
@@ -207,33 +207,44 @@ impl Job {
             if taken >= due || left_out.contains(number) {
                 continue;
             }
-            let outcome = self.read(number, remote, &mut |piece| {
+            let before = (sample.len(), taken);
+            let outcome = self.read(number, remote, false, &mut |piece| {
                 taken += piece.text.len() as u64;
                 sample.push(piece.text.to_owned());
                 Ok(taken < due)
             })?;
             remote.done(number, true);
             if matches!(outcome, Outcome::Skipped(_)) {
+                sample.truncate(before.0);
+                taken = before.1;
                 left_out.add(number, outcome)?;
             }
         }
         Ok(sample)
     }
 
+    /// `to_its_end`: of an input that is left out because it is broken, nothing may have been given.
     fn read(
         &self,
         number: usize,
         remote: &mut Remote<'_>,
+        to_its_end: bool,
         sink: &mut dyn FnMut(Piece<'_>) -> Result<bool, DataError>,
     ) -> Result<Outcome, DataError> {
         let input = &self.inputs[number];
         let wanted = Wanted { field: &self.settings.text_field, skip_bad_records: self.settings.skip_bad_records };
-        let read = match &input.place {
-            Place::Local(path) => documents::read(path, &input.name, &wanted, sink),
-            Place::Remote { .. } => documents::read(&remote.path(number)?, &input.name, &wanted, sink),
-            Place::Unreadable(reason) => Ok(Outcome::Skipped(reason.clone())),
+        let path = match &input.place {
+            Place::Local(path) => path.clone(),
+            Place::Remote { .. } => remote.path(number)?,
+            Place::Unreadable(reason) => return Ok(Outcome::Skipped(reason.clone())),
         };
-        match read {
+        let whole = if self.settings.skip_unreadable && to_its_end {
+            documents::look_through(&path, &input.name, &wanted)
+        } else {
+            Ok(())
+        };
+        match whole.and_then(|()| documents::read(&path, &input.name, &wanted, sink)) {
+            Err(DataError::Broken { reason, .. }) if self.settings.skip_unreadable => Ok(Outcome::Skipped(reason)),
             Err(DataError::Io { doing: "open", source, .. })
                 if self.settings.skip_unreadable && source.kind() == std::io::ErrorKind::PermissionDenied =>
             {
@@ -368,6 +379,13 @@ fn refuse(text: &Text, unfit: Unfit, inputs: &[Input]) -> DataError {
             format!(
                 "the text holds {token:?}, a special token of this tokenizer, which has no other form for it; change \
                  the text, or take another tokenizer or --eos-token"
+            ),
+        ),
+        Unfit::Unknown { part, at } => (
+            text.text.get(..at).unwrap_or_default(),
+            format!(
+                "the text holds {part:?}, for which this tokenizer has no token, so that it would be lost; take a \
+                 tokenizer with an unk_token or over bytes, such as train:4096"
             ),
         ),
         Unfit::Refused(reason) => ("", format!("the tokenizer refuses the text: {reason}")),

@@ -91,6 +91,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::data::shards::{FORMAT, FileEntry, TokenType};
 
     fn of(tokenizer: &Value) -> Crc64 {
         vocabulary(&serde_json::to_vec(tokenizer).unwrap())
@@ -117,5 +118,29 @@ mod tests {
         assert_eq!(of(&unigram(-1.5)), of(&unigram(-1.5)));
         assert_ne!(of(&unigram(-1.5)), of(&unigram(-1.25)));
         assert_eq!(vocabulary(b"no JSON"), Crc64::of(b"no JSON"));
+    }
+
+    #[test]
+    fn a_dataset_is_known_by_its_index_and_a_tokenizer_of_another_one_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = br#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
+        std::fs::write(dir.path().join(layout::TOKENIZER), tokenizer).unwrap();
+        let index = |vocab_size: u32| {
+            let crc64 = Crc64::of(tokenizer);
+            let tokenizer = FileEntry { file: layout::TOKENIZER.into(), bytes: tokenizer.len() as u64, crc64 };
+            let (dtype, eos_id, recipe) = (TokenType::U16, 0, String::new());
+            let (train, validation) = (vec![], vec![]);
+            Index { format: FORMAT, dtype, vocab_size, eos_id, recipe, tokenizer, train, validation }.to_bytes()
+        };
+        std::fs::write(dir.path().join(INDEX), index(1)).unwrap();
+        let id = identify(dir.path()).unwrap();
+        assert_eq!(id.index, Crc64::of(&index(1)).to_string());
+        assert_eq!(id.vocabulary, vocabulary(tokenizer).to_string());
+        assert!(is_still(dir.path(), &id.index).unwrap());
+        std::fs::write(dir.path().join(INDEX), index(2)).unwrap();
+        assert!(!is_still(dir.path(), &id.index).unwrap());
+        std::fs::write(dir.path().join(layout::TOKENIZER), b"{}").unwrap();
+        let error = identify(dir.path()).unwrap_err();
+        assert!(matches!(&error, DataError::Damaged { file, .. } if file.ends_with(layout::TOKENIZER)), "{error}");
     }
 }

@@ -10,7 +10,10 @@ use std::{
 };
 
 use super::{DataError, scan::Scan};
-use crate::{config::StorageConfig, storage::Store};
+use crate::{
+    config::StorageConfig,
+    storage::{StorageError, Store},
+};
 
 /// A file to read.
 #[derive(Clone, Debug)]
@@ -128,9 +131,13 @@ async fn find_remote(spec: &str, storage: &StorageConfig, inputs: &mut Vec<Input
         && let Some((folder, key)) = base.rsplit_once('/').filter(|(folder, _)| !folder.ends_with('/'))
     {
         let store = Store::open(folder, storage).map_err(failed)?;
-        if let Ok(object) = store.head(key).await {
-            let place = Place::Remote { store, key: key.to_owned() };
-            inputs.push(Input { name: base.to_owned(), bytes: object.size, place, named: true });
+        match store.head(key).await {
+            Ok(object) => {
+                let place = Place::Remote { store, key: key.to_owned() };
+                inputs.push(Input { name: base.to_owned(), bytes: object.size, place, named: true });
+            }
+            Err(StorageError::NotFound { .. }) => {}
+            Err(source) => return Err(DataError::Store { doing: "look for", uri: spec.to_owned(), source }),
         }
     }
     Ok(())

@@ -29,6 +29,7 @@ mod input;
 mod json;
 mod left_out;
 pub mod meaning;
+mod pages;
 mod place;
 pub mod prepare;
 mod progress;
@@ -115,6 +116,14 @@ pub enum DataError {
         /// What is wrong with it.
         reason: String,
     },
+    /// An input of `trainer data prepare` is broken, so that it can't be read to its end.
+    #[error("input {input}: {reason}")]
+    Broken {
+        /// As given.
+        input: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A setting of `trainer data prepare` can't be used.
     #[error("{setting}: {reason}")]
     Setting {
@@ -180,6 +189,7 @@ impl Explain for DataError {
             | Self::NoSamples { .. }
             | Self::Vocabulary { .. }
             | Self::Input { .. }
+            | Self::Broken { .. }
             | Self::Setting { .. }
             | Self::Exists { .. }
             | Self::Tokenizer { .. }
@@ -200,6 +210,7 @@ impl Explain for DataError {
             Self::Vocabulary { data_vocab, .. } => format!(
                 "set vocab_size in the model's config.json to {data_vocab} or more, or prepare the data with the model's tokenizer"
             ),
+            Self::Broken { .. } => "--skip-unreadable goes on without it".into(),
             Self::Exists { .. } => "give another --out, or --overwrite to replace it".into(),
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 "make room on that disk; datasets out of an object store are kept on a mounted instance store, else below XDG_CACHE_HOME \

@@ -182,7 +182,13 @@ mod tests {
         std::fs::create_dir(base.path().join("trainer-data-0123")).unwrap();
         std::fs::create_dir(base.path().join("other")).unwrap();
         std::os::unix::fs::symlink(base.path().join("other"), base.path().join("trainer-data-link")).unwrap();
+        let of_another = base.path().join("trainer-data-4567");
+        std::fs::create_dir(&of_another).unwrap();
+        if geteuid().is_root() {
+            std::os::unix::fs::chown(&of_another, Some(65534), None).unwrap();
+        }
         let second = Private::below(base.path()).unwrap();
+        assert_eq!(of_another.exists(), geteuid().is_root(), "nothing of another user is removed");
         assert!(alive.dir().exists() && second.dir().exists() && base.path().join("other").exists());
         assert!(!base.path().join("trainer-data-0123").exists());
         assert!(base.path().join("trainer-data-link").is_symlink(), "no link is touched");

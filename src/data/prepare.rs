@@ -39,7 +39,7 @@ use super::{
     given::{self, Given},
     input::{self, Input, Place},
     shards::{FORMAT, INDEX, Index, MAX_INDEX_BYTES, Split},
-    tokenizer::MAX_SAMPLE_BYTES,
+    tokenizer::{END_OF_TEXT, MAX_SAMPLE_BYTES},
 };
 use crate::{
     config::StorageConfig,
@@ -151,6 +151,13 @@ impl PrepareSettings {
         }
         if self.text_field.is_empty() {
             return refuse("--text-field", "is empty".into());
+        }
+        if let (TokenizerSource::Train { .. }, Some(token)) = (&self.tokenizer, &self.eos_token)
+            && token != END_OF_TEXT
+        {
+            let reason =
+                format!("{token:?} is of no use with train:VOCAB, whose end token is {END_OF_TEXT:?}; leave it out");
+            return refuse("--eos-token", reason);
         }
         Ok(())
     }
@@ -521,6 +528,7 @@ mod tests {
             (PrepareSettings { shard_tokens: 0, ..base.clone() }, "--shard-tokens"),
             (PrepareSettings { sample_bytes: Some(0), ..base.clone() }, "--sample-bytes"),
             (PrepareSettings { text_field: String::new(), ..base.clone() }, "--text-field"),
+            (PrepareSettings { eos_token: Some("</s>".into()), ..base.clone() }, "--eos-token"),
             (PrepareSettings { tokenizer: TokenizerSource::Train { vocab: 12 }, ..base.clone() }, "train:12"),
             (
                 PrepareSettings { tokenizer: TokenizerSource::File("/absent.json".into()), ..base.clone() },
@@ -568,5 +576,44 @@ mod tests {
         assert_eq!("a/tokenizer.json".parse(), Ok(TokenizerSource::File("a/tokenizer.json".into())));
         assert_eq!("s3://bucket/model".parse(), Ok(TokenizerSource::Uri("s3://bucket/model".into())));
         assert!("train:many".parse::<TokenizerSource>().unwrap_err().contains("train:4096"));
+    }
+
+    #[tokio::test]
+    async fn what_is_odd_about_inputs_is_said_and_another_treatment_of_records_is_another_dataset() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, body) in [
+            ("a.txt", "some text"),
+            ("b.jsonl", "{\"text\": null}\n"),
+            ("c.json", "{\"name\": \"x\"}"),
+            ("d.jsonl", "{\"text\": \"good\"}\n{\"text\": 7}\n"),
+        ] {
+            std::fs::write(dir.path().join(name), body).unwrap();
+        }
+        let settings = PrepareSettings {
+            inputs: vec![dir.path().join("?.*").display().to_string()],
+            validation_ratio: 0.0,
+            skip_bad_records: true,
+            ..settings(dir.path(), "out")
+        };
+        let events = Arc::new(Mutex::new(Vec::new()));
+        let hear = events.clone();
+        let summary = prepare(settings.clone(), move |event| hear.lock().unwrap().push(event)).await.unwrap();
+        assert_eq!((summary.documents, summary.bad_records), (3, 1));
+        let events = events.lock().unwrap();
+        let warned: Vec<&String> = events
+            .iter()
+            .filter_map(|event| if let PrepareEvent::Warning { message } = event { Some(message) } else { None })
+            .collect();
+        for said in ["b.jsonl holds no record with a text", "1 of 4 files hold one JSON object", "1 record of"] {
+            assert!(warned.iter().any(|message| message.contains(said)), "{said}: {warned:?}");
+        }
+        for wanted in [Phase::Sampling, Phase::TokenizerTraining, Phase::Encoding, Phase::Writing] {
+            assert!(
+                events.iter().any(|event| matches!(event, PrepareEvent::Phase { phase, .. } if *phase == wanted)),
+                "{wanted:?} was not told"
+            );
+        }
+        let error = prepare(PrepareSettings { skip_bad_records: false, ..settings }, |_| {}).await.unwrap_err();
+        assert!(matches!(error, DataError::Exists { .. }), "{error}");
     }
 }

@@ -207,6 +207,8 @@ impl Drop for Folder {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
     use crate::{config::StorageConfig, storage::Store};
 
@@ -243,6 +245,8 @@ mod tests {
             }
             assert_eq!(remote.fetched.load(Ordering::Relaxed), 9000, "each was fetched once");
             let folder = first.parent().unwrap().to_owned();
+            let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+            assert_eq!(mode(&folder), 0o700, "what is trained on is nobody else's");
             drop(remote);
             assert!(!folder.exists());
         })

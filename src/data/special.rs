@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
-use tokenizers::{AddedToken, ModelWrapper, Tokenizer};
+use tokenizers::{AddedToken, ModelWrapper, Tokenizer, pre_tokenizers::byte_level::ByteLevel};
 
 use super::tokenizer::KNOWN_END_TOKENS;
 
@@ -36,6 +36,8 @@ pub(super) struct Specials {
     ids: BTreeMap<u32, String>,
     /// Given for what the model does not know, which any text may hold.
     unknown: Option<u32>,
+    /// Given by the closed model for what the stored one would leave out in silence.
+    lost: Option<u32>,
     /// The tokenizer with the ways to special tokens closed; `None`: it had none.
     closed: Option<Box<Tokenizer>>,
 }
@@ -49,6 +51,12 @@ pub(super) enum Unfit {
         /// Byte of the text at which it would stand.
         at: usize,
     },
+    /// The tokenizer has nothing for a part of it.
+    Unknown {
+        part: String,
+        /// Byte of the text at which it stands.
+        at: usize,
+    },
     /// The tokenizer refused.
     Refused(String),
 }
@@ -57,7 +65,18 @@ impl Specials {
     /// Finds the special tokens of `tokenizer`, which was read from `json`, and closes the ways to them. Added tokens
     /// that only look special, or are the end token, become special ones.
     pub(super) fn of(tokenizer: &mut Tokenizer, json: &[u8], end: u32) -> Result<Self, String> {
-        let stored: Value = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+        let mut stored: Value = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+        // Merges left out at random are for training with; the same text has the same ids here.
+        if let Some(dropout) = stored.pointer_mut("/model/dropout") {
+            *dropout = Value::Null;
+        }
+        if let ModelWrapper::BPE(model) = tokenizer.get_model()
+            && model.dropout.is_some()
+        {
+            let mut model = model.clone();
+            model.dropout = None;
+            tokenizer.with_model(ModelWrapper::BPE(model));
+        }
         let model = stored.get("model").unwrap_or(&Value::Null);
         let added: BTreeMap<u32, AddedToken> = tokenizer.get_added_tokens_decoder().into_iter().collect();
         let vocabulary = tokenizer.get_vocab(false);
@@ -98,7 +117,13 @@ impl Specials {
         }
         let unknown = unknown.filter(|&id| id != end);
         names.extend(unknown.and_then(|id| ids.get(&id)).cloned());
-        let closed = match close(model, &names) {
+        let free = vocabulary.values().chain(added.keys()).max().and_then(|id| id.checked_add(1));
+        let lost = free.filter(|_| leaves_out(&stored));
+        let mut model = close(model, &names).or_else(|| lost.map(|_| model.clone()));
+        if let (Some(model), Some(lost)) = (&mut model, lost) {
+            tell_lost(model, lost);
+        }
+        let closed = match model {
             None => None,
             Some(model) => {
                 let model: ModelWrapper = serde_json::from_value(model).map_err(|error| error.to_string())?;
@@ -107,7 +132,7 @@ impl Specials {
                 Some(Box::new(closed))
             }
         };
-        Ok(Self { ids, unknown, closed })
+        Ok(Self { ids, unknown, lost, closed })
     }
 
     /// Ids of `text`, none of them special, except for what the tokenizer does not know.
@@ -118,13 +143,17 @@ impl Specials {
         let forged = |id: &u32| Some(*id) != self.unknown && self.ids.contains_key(id);
         let spelt = self.unknown.is_some_and(|unknown| ids.contains(&unknown))
             && self.ids.values().any(|name| !name.is_empty() && text.contains(name.as_str()));
-        if !spelt && !ids.iter().any(forged) {
+        let lost = |id: &u32| Some(*id) == self.lost;
+        if !spelt && !ids.iter().any(|id| forged(id) || lost(id)) {
             return Ok(ids);
         }
         // Again, with the places.
         let encoding = tokenizer.encode(text, false).map_err(refused)?;
         for (id, &(start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
             let here = text.get(start..end).unwrap_or_default().trim();
+            if lost(id) {
+                return Err(Unfit::Unknown { part: here.to_owned(), at: start });
+            }
             let unknown_mark = Some(*id) == self.unknown && self.ids.values().any(|name| name == here);
             if forged(id) || unknown_mark {
                 let token = if unknown_mark { here.to_owned() } else { self.ids[id].clone() };
@@ -132,6 +161,29 @@ impl Specials {
             }
         }
         Ok(ids)
+    }
+}
+
+/// Whether a model says nothing of what it does not know: merges without an unknown token do, but for those over all
+/// bytes.
+fn leaves_out(stored: &Value) -> bool {
+    let model = stored.get("model").unwrap_or(&Value::Null);
+    let Some(entries) = model.get("vocab").and_then(Value::as_object) else { return false };
+    let merges = model.get("merges").is_some_and(Value::is_array);
+    let over_bytes = stored.get("pre_tokenizer").is_some_and(|step| step.to_string().contains("\"ByteLevel\""))
+        && ByteLevel::alphabet().into_iter().all(|byte| entries.contains_key(&byte.to_string()));
+    merges && model.get("unk_token").is_none_or(Value::is_null) && !over_bytes
+}
+
+/// Has a model of merges give the id `lost` for what it does not know.
+fn tell_lost(model: &mut Value, lost: u32) {
+    // No text has it: these characters are not for interchange.
+    const NAME: &str = "\u{fdd0}unknown\u{fdd1}";
+    if let Some(entries) = model.get_mut("vocab").and_then(Value::as_object_mut) {
+        entries.insert(NAME.into(), lost.into());
+    }
+    if let Some(model) = model.as_object_mut() {
+        model.insert("unk_token".into(), NAME.into());
     }
 }
 
@@ -375,5 +427,63 @@ mod tests {
         let tokenizer = TextTokenizer::from_json(json.to_string().into_bytes(), "t", EndToken::Named("x")).unwrap();
         assert_eq!(tokenizer.encode_text("sax").unwrap_err(), Unfit::Special { token: "x".into(), at: 2 });
         assert_eq!(tokenizer.encode("sa").unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_token_that_is_put_around_texts_is_special_whatever_it_is_called() {
+        let vocabulary: Vec<Value> =
+            letters(&["<unk>", "</s>", "[Q]"]).into_iter().map(|piece| json!([piece, -1.0])).collect();
+        let model = json!({ "type": "Unigram", "unk_id": 0, "vocab": vocabulary, "byte_fallback": false });
+        let framed = |post_processor: Value| {
+            let json = json!({
+                "version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": null, "decoder": null,
+                "post_processor": post_processor,
+            });
+            let tokenizer = TextTokenizer::from_json(json.to_string().into_bytes(), "t", EndToken::Known)
+                .map_err(|e| e.to_string());
+            tokenizer.unwrap().encode("[Q]").unwrap()
+        };
+        assert_eq!(framed(json!(null)), [2], "a piece like any other");
+        let template = json!({
+            "type": "TemplateProcessing",
+            "single": [{ "SpecialToken": { "id": "[Q]", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
+            "pair": [{ "Sequence": { "id": "A", "type_id": 0 } }, { "Sequence": { "id": "B", "type_id": 1 } }],
+            "special_tokens": { "[Q]": { "id": "[Q]", "ids": [2], "tokens": ["[Q]"] } },
+        });
+        assert!(!framed(template.clone()).contains(&2));
+        assert!(!framed(json!({ "type": "Sequence", "processors": [template] })).contains(&2));
+        let bert = json!({ "type": "BertProcessing", "sep": ["[Q]", 2], "cls": ["[Q]", 2] });
+        assert!(!framed(bert).contains(&2));
+    }
+
+    fn merges(dropout: Value, pre_tokenizer: Value) -> TextTokenizer {
+        let model = json!({
+            "type": "BPE", "dropout": dropout, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": { "</s>": 0, "a": 1, "b": 2, "ab": 3 }, "merges": [["a", "b"]],
+        });
+        tokenizer(model, json!([added(0, "</s>", true)]), pre_tokenizer)
+    }
+
+    #[test]
+    fn what_a_tokenizer_would_leave_out_in_silence_is_an_error_that_names_it() {
+        let tokenizer = merges(json!(null), split());
+        assert_eq!(tokenizer.encode("ab ba").unwrap(), [3, 2, 1]);
+        let unfit = tokenizer.encode_text("ab\n bzb").unwrap_err();
+        assert_eq!(unfit, Unfit::Unknown { part: "z".into(), at: 5 });
+        assert_eq!(tokenizer.vocab_size(), 4, "its vocabulary stays");
+        // Over bytes nothing is unknown, as long as all are there.
+        let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true });
+        assert!(merges(json!(null), byte_level).encode("ab\u{1f980}").is_err());
+        let all = TextTokenizer::train(300, ["some text"].into_iter()).unwrap();
+        assert!(!all.encode("\u{1f980}").unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_same_text_has_the_same_ids_whatever_the_tokenizer_leaves_out_when_it_trains() {
+        for text in ["ab".repeat(300), "ab</s>".repeat(100).replace("</s>", "")] {
+            let ids = merges(json!(0.5), split()).encode(&text).unwrap();
+            assert!(ids.iter().all(|&id| id == 3), "{ids:?}");
+        }
     }
 }

@@ -144,4 +144,17 @@ mod tests {
         std::fs::remove_file(dir.path().join("empty")).unwrap();
         assert!(Checking::begin(dir.path(), vec![files[2].clone()]).wrong().await.unwrap().is_empty());
     }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_ends_and_says_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a"), b"text").unwrap();
+        let files = vec![FileEntry { file: "a".into(), bytes: 4, crc64: Crc64(1) }];
+        let checking = Checking::begin(dir.path(), files.clone());
+        let ended = checking.ended.clone();
+        drop(checking);
+        assert!(ended.load(Ordering::Relaxed));
+        assert!(wrong(dir.path(), &files, &ended).unwrap().is_empty());
+        assert_eq!(wrong(dir.path(), &files, &AtomicBool::new(false)).unwrap().len(), 1, "it was not taken for right");
+    }
 }

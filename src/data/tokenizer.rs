@@ -148,6 +148,9 @@ impl TextTokenizer {
                 Unfit::Special { token, at } => {
                     format!("the text spells {token:?} at byte {at}, a special token that has no other form")
                 }
+                Unfit::Unknown { part, at } => {
+                    format!("the text holds {part:?} at byte {at}, and there is no token for it")
+                }
                 Unfit::Refused(reason) => reason,
             };
             DataError::Tokenizer { file: crate::layout::TOKENIZER.into(), reason }

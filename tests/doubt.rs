@@ -85,10 +85,16 @@ fn a_machine_to_which_everything_is_damaged_condemns_nothing_by_any_command() {
     let lab = Lab::on_interrupted_run();
     let before = lab.keys(ORIGIN, "checkpoints/");
     let newest = interrupted().step.to_string();
-    for from in [&[][..], &["--from", &newest]] {
+    for from in [&["--from", &newest][..], &[]] {
         let life = garbled(lab.resume(ORIGIN).args(from), "all").finish().expect_code(65);
         assert!(life.of_kind("step").is_empty(), "{}", life.story());
         expect_nothing_condemned(&lab, ORIGIN, &life.story());
+        if from.is_empty() {
+            let steps: Vec<_> =
+                life.of_kind("formed").iter().map(|formed| formed.value["resume_step"].as_u64()).collect();
+            assert_eq!(steps, [Some(interrupted().step)], "led the run back\n{}", life.story());
+            life.expect_said(&["none of the 3 checkpoints", "from another machine"]);
+        }
     }
     for (command, arguments) in [("prune", &["--keep-last", "1"][..]), ("verify", &["--all", "--deep"])] {
         let said = garbled(lab.about(command, ORIGIN).args(arguments), "all").finish().expect_code(65);

@@ -326,6 +326,11 @@ fn unavailable_hint(place: Place, cause: &str) -> Option<&'static str> {
     if cause.contains("os error 24)") || cause.contains("os error 23)") {
         return Some(Shortage::Files.hint());
     }
+    if cause.starts_with("407") {
+        return Some(
+            "the proxy wants a password: HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY for this host",
+        );
+    }
     match place {
         // ENOTCONN, ESTALE, EHOSTDOWN: a mounted folder whose server, or whose program, is gone.
         Place::Folder
@@ -399,6 +404,9 @@ mod tests {
             assert!(hint.contains(word) && !hint.contains("HTTPS_PROXY"), "{number}: {hint}");
         }
         assert!(said("s3://b/k", 111).is_empty());
+        let source = "407 Proxy Authentication Required".into();
+        let error = StorageError::Unavailable { operation: "put", key: "s3://b/k".into(), source };
+        assert!(error.hint().is_some_and(|hint| hint.contains("HTTPS_PROXY=http://USER")));
         let source = "error trying to connect: dns error".into();
         let error = StorageError::Unavailable { operation: "put", key: "s3://b/k".into(), source };
         assert!(error.hint().is_some_and(|hint| hint.contains("HTTPS_PROXY")));

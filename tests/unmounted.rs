@@ -4,7 +4,7 @@
 use rustix::process::Signal;
 
 use crate::support::{
-    lab::{EVERY, Lab},
+    lab::{EVERY, Lab, ORIGIN, interrupted},
     mounts::Namespace,
 };
 
@@ -39,6 +39,34 @@ fn a_disk_that_is_unmounted_under_a_run_ends_it_and_nothing_is_written_into_the_
     assert!(life.of_kind("interrupted").is_empty(), "{}", life.story());
     assert!(!life.stderr.contains("nothing is lost"), "{}", life.story());
     assert_eq!(std::fs::read_dir(&store).expect("the mount point").count(), 0, "written into the mount point");
+}
+
+/// All that is on it is missing then: that is no damage of checkpoints.
+#[test]
+fn a_disk_that_is_unmounted_while_a_checkpoint_is_loaded_is_told_as_that() {
+    let lab = Lab::on_interrupted_run();
+    let place = lab.path("mounted");
+    std::fs::create_dir_all(&place).expect("mount point");
+    let Some(namespace) = Namespace::with_folder_at(&lab.path("store"), &place) else {
+        eprintln!("SKIPPED: no mount namespace here");
+        return;
+    };
+    let entered = namespace.enter(&lab.path(""));
+    let uri = format!("file://{}", place.display());
+    let running = lab
+        .command(&["resume", "--run-id", ORIGIN, "--store", &uri])
+        .json()
+        .faults("journal.after-append=stop@hit=1")
+        .within(&entered.each_ref().map(String::as_str))
+        .start();
+    assert!(running.stopped(), "it formed no generation");
+    assert!(namespace.unmount(&place, &["--lazy"]), "not even by force");
+    running.signal(Signal::CONT);
+    let life = running.finish().expect_code(69).expect_said(&["is no longer the folder that it was"]);
+    assert!(!life.stderr.contains("damaged"), "{}", life.story());
+    assert_eq!(std::fs::read_dir(&place).expect("the mount point").count(), 0, "written into the mount point");
+    let next = lab.resume(ORIGIN).finish().expect_code(0);
+    assert_eq!(next.resumed_from(), interrupted().step, "{}", next.story());
 }
 
 /// Elsewhere nobody can hold a folder: it is noticed that the newest record is gone.

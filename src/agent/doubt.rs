@@ -193,6 +193,7 @@ impl Agent {
             let Some(damage) = Found::of(&read(&self.run, committed).await?) else { return Ok(true) };
             found = Some(damage);
         }
+        self.run.holds().await?;
         if let Some(Found { object, reason }) = found {
             let Committed { step, generation, .. } = *committed;
             if self.docket.suspect(&Damage { step, generation, object: object.clone(), reason: reason.clone() }) {
@@ -204,6 +205,9 @@ impl Agent {
 
     /// There are checkpoints, and none that can be used.
     pub(super) async fn nothing_usable(&self) -> Error {
+        if let Err(adrift) = self.run.holds().await {
+            return adrift.into();
+        }
         let run_id = &self.run_id;
         let (looked_at, good, condemned) = {
             let journal = self.journal.lock().await;
@@ -239,6 +243,8 @@ impl Agent {
         let Some(committed) = committed else {
             return Err(Error::new(Kind::Bug, format!("step {step} was loaded and was never committed")));
         };
+        // Of a disk that has gone away every object is missing.
+        self.run.holds().await?;
         let mut readings = Vec::new();
         while readings.len() < READ_AGAIN && readings.iter().all(Option::is_some) {
             readings.push(Found::of(&read(&self.run, &committed).await?));

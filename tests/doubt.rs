@@ -1,34 +1,14 @@
 //! One machine's doubt condemns nothing for ever: a machine that garbles all that it reads leaves a run as it was, and what was condemned
 //! is taken back when somebody reads it whole.
-//!
-//! The machine is a healthy one with `fixtures/garble/garble.c` preloaded, which turns bits over in what is read of checkpoints.
-
-use std::{path::PathBuf, process::Command, sync::OnceLock};
 
 use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::rules::sources;
 use crate::support::{
-    lab::{EVERY, Lab, ORIGIN, STEPS, interrupted, scratch},
-    trainer::Trainer,
+    garble::garbled,
+    lab::{EVERY, Lab, ORIGIN, STEPS, interrupted},
 };
-
-fn shim() -> &'static PathBuf {
-    static SHIM: OnceLock<PathBuf> = OnceLock::new();
-    SHIM.get_or_init(|| {
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/garble/garble.c");
-        let shim = scratch().join("garble.so");
-        let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&shim).arg(source).arg("-ldl").status();
-        assert!(built.expect("cc, which Rust links with, too").success());
-        shim
-    })
-}
-
-/// The same command on a machine that garbles what it reads.
-fn garbled(trainer: Trainer, how: &str) -> Trainer {
-    trainer.envs(&[("LD_PRELOAD", shim().display().to_string()), ("GARBLE", how.to_owned())])
-}
 
 /// Journal records, oldest first.
 fn journal(lab: &Lab, run: &str) -> Vec<Value> {
@@ -79,6 +59,18 @@ fn a_machine_that_garbles_loads_but_not_single_reads_leaves_and_says_so() {
     }
 }
 
+/// What a connection delivers is copied into the slot: what lies there then counts, not what came.
+#[test]
+fn memory_of_a_slot_that_does_not_keep_what_comes_over_the_network_is_found_out() {
+    let lab = Lab::on_interrupted_run_on_s3();
+    let life = garbled(lab.resume(ORIGIN), "slot").finish().expect_code(69);
+    let path = "the memory of snapshot slot 0";
+    let life = life.expect_said(&["this machine garbles what it reads", path, "nothing was written off"]);
+    assert!(life.of_kind("step").is_empty(), "{}", life.story());
+    expect_nothing_condemned(&lab, ORIGIN, &life.story());
+    expect_resumes_from_its_newest(&lab);
+}
+
 #[test]
 fn a_disk_that_gives_other_bytes_at_each_reading_is_told_from_a_damaged_checkpoint() {
     let lab = Lab::on_interrupted_run();
@@ -93,10 +85,16 @@ fn a_machine_to_which_everything_is_damaged_condemns_nothing_by_any_command() {
     let lab = Lab::on_interrupted_run();
     let before = lab.keys(ORIGIN, "checkpoints/");
     let newest = interrupted().step.to_string();
-    for from in [&[][..], &["--from", &newest]] {
+    for from in [&["--from", &newest][..], &[]] {
         let life = garbled(lab.resume(ORIGIN).args(from), "all").finish().expect_code(65);
         assert!(life.of_kind("step").is_empty(), "{}", life.story());
         expect_nothing_condemned(&lab, ORIGIN, &life.story());
+        if from.is_empty() {
+            let steps: Vec<_> =
+                life.of_kind("formed").iter().map(|formed| formed.value["resume_step"].as_u64()).collect();
+            assert_eq!(steps, [Some(interrupted().step)], "led the run back\n{}", life.story());
+            life.expect_said(&["none of the 3 checkpoints", "from another machine"]);
+        }
     }
     for (command, arguments) in [("prune", &["--keep-last", "1"][..]), ("verify", &["--all", "--deep"])] {
         let said = garbled(lab.about(command, ORIGIN).args(arguments), "all").finish().expect_code(65);

@@ -19,12 +19,16 @@ use std::{collections::BTreeSet, time::Duration};
 use self::{
     audit::{Auditor, Promise, crc64},
     campaign::{Bounds, play},
-    plan::{Action, Disturbance, KINDS, Life, Moment, POINTS, Scenario, Weather},
+    plan::{Action, Disturbance, Garbling, KINDS, Life, Moment, POINTS, Scenario, Weather},
     random::Random,
     stage::{RUN, undisturbed},
     tally::Tally,
 };
-use crate::support::{lab::Turn, proxy::Often};
+use crate::support::{
+    lab::{Turn, scratch},
+    mounts::Namespace,
+    proxy::Often,
+};
 
 /// Plays a scenario in its turn; any broken promise fails the test.
 #[track_caller]
@@ -147,6 +151,23 @@ fn writers_that_sleep_or_race_commit_nothing_that_is_not_theirs() {
     }
 }
 
+#[test]
+fn a_run_met_by_machines_that_garble_and_on_a_disk_that_goes_away_ends_as_the_undisturbed_one() {
+    let (saved, late) = (Moment::after("checkpoint", 2), Moment::after("step", 9));
+    let mut lives = vec![calm(Disturbance::Agent(saved))];
+    lives.extend(Garbling::EVERY.map(|how| calm(Disturbance::Garbled(how))));
+    lives.push(calm(Disturbance::Unmounted(late)));
+    let tally = played(&scenario(false, 1, lives));
+    assert_eq!(tally.machines_of("garbling, found out"), 3, "{tally}");
+    assert_eq!(tally.machines_of("garbling, all is damaged"), 1, "{tally}");
+    if Namespace::with_folder_at(scratch(), scratch()).is_some() {
+        assert_eq!(tally.machines_of("store unmounted"), 1, "{tally}");
+    }
+    let lives = vec![calm(Disturbance::Agent(saved)), calm(Disturbance::Garbled(Garbling::Slot))];
+    let tally = played(&scenario(true, 1, lives));
+    assert_eq!(tally.machines_of("garbling, found out"), 1, "{tally}");
+}
+
 /// The long campaign: see `scripts/torture`.
 #[test]
 #[ignore = "takes minutes; scripts/torture runs it"]
@@ -180,6 +201,11 @@ fn a_scenario_is_a_function_of_its_seed() {
         "heir",
         "=stop",
         "rivals",
+        "garble bulk",
+        "garble slot",
+        "garble disk",
+        "garble all",
+        "unmount",
         "hang 1 ",
         "hang all",
     ] {

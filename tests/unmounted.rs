@@ -1,73 +1,35 @@
 //! A disk that is unmounted under a run, and a store that is emptied: the run ends and says so, and nothing is written
 //! where nobody would look for it.
 
-use std::process::{Child, Command, Stdio};
-
 use rustix::process::Signal;
 
-use crate::support::lab::{EVERY, Lab};
+use crate::support::{
+    lab::{EVERY, Lab, ORIGIN, interrupted},
+    mounts::Namespace,
+};
 
 const RUN: &str = "adrift";
-
-/// A mount namespace of its own, in which the lab's store is a disk.
-struct Namespace {
-    holder: Child,
-}
-
-impl Namespace {
-    /// `None` where this user may not mount.
-    fn with_disk_at(path: &str) -> Option<Self> {
-        let script = format!("mount -t tmpfs none {path} && echo mounted && exec sleep 100000");
-        let mut holder = Command::new("unshare")
-            .args(["--mount", "--propagation", "private", "sh", "-c", &script])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .ok()?;
-        let mut line = String::new();
-        let mut said = std::io::BufReader::new(holder.stdout.take().expect("piped"));
-        let _ = std::io::BufRead::read_line(&mut said, &mut line);
-        let namespace = Self { holder };
-        (line.trim() == "mounted").then_some(namespace)
-    }
-    fn enter(&self) -> [String; 2] {
-        ["nsenter".into(), format!("--mount=/proc/{}/ns/mnt", self.holder.id())]
-    }
-    fn run(&self, command: &[&str]) -> bool {
-        let [program, namespace] = self.enter();
-        Command::new(program).arg(namespace).args(command).stderr(Stdio::null()).status().is_ok_and(|s| s.success())
-    }
-}
-
-impl Drop for Namespace {
-    fn drop(&mut self) {
-        let _ = self.holder.kill();
-        let _ = self.holder.wait();
-    }
-}
 
 #[test]
 fn a_disk_that_is_unmounted_under_a_run_ends_it_and_nothing_is_written_into_the_mount_point() {
     let lab = Lab::on_files();
     let store = lab.path("store");
     std::fs::create_dir_all(&store).expect("mount point");
-    let path = store.display().to_string();
-    let Some(namespace) = Namespace::with_disk_at(&path) else {
+    let Some(namespace) = Namespace::with_disk_at(&store) else {
         eprintln!("SKIPPED: no mount namespace here");
         return;
     };
-    let [program, entered] = namespace.enter();
-    let place = format!("--wdns={}", lab.path("").display());
+    let entered = namespace.enter(&lab.path(""));
     let running = lab
         .run(RUN)
         .args(&["--set", "train.steps=1000000"])
         .hold_after(EVERY + 1)
-        .within(&[&program, &entered, &place])
+        .within(&entered.each_ref().map(String::as_str))
         .start();
     running.wait_for_step("checkpoint", EVERY);
     running.held();
-    assert!(!namespace.run(&["umount", &path]), "the store's disk could be taken away");
-    assert!(namespace.run(&["umount", "--lazy", &path]), "not even by force");
+    assert!(!namespace.unmount(&store, &[]), "the store's disk could be taken away");
+    assert!(namespace.unmount(&store, &["--lazy"]), "not even by force");
     running.signal(Signal::TERM);
     running.wait_for("a notice", |event| event.kind() == "notice");
     running.let_go();
@@ -77,6 +39,34 @@ fn a_disk_that_is_unmounted_under_a_run_ends_it_and_nothing_is_written_into_the_
     assert!(life.of_kind("interrupted").is_empty(), "{}", life.story());
     assert!(!life.stderr.contains("nothing is lost"), "{}", life.story());
     assert_eq!(std::fs::read_dir(&store).expect("the mount point").count(), 0, "written into the mount point");
+}
+
+/// All that is on it is missing then: that is no damage of checkpoints.
+#[test]
+fn a_disk_that_is_unmounted_while_a_checkpoint_is_loaded_is_told_as_that() {
+    let lab = Lab::on_interrupted_run();
+    let place = lab.path("mounted");
+    std::fs::create_dir_all(&place).expect("mount point");
+    let Some(namespace) = Namespace::with_folder_at(&lab.path("store"), &place) else {
+        eprintln!("SKIPPED: no mount namespace here");
+        return;
+    };
+    let entered = namespace.enter(&lab.path(""));
+    let uri = format!("file://{}", place.display());
+    let running = lab
+        .command(&["resume", "--run-id", ORIGIN, "--store", &uri])
+        .json()
+        .faults("journal.after-append=stop@hit=1")
+        .within(&entered.each_ref().map(String::as_str))
+        .start();
+    assert!(running.stopped(), "it formed no generation");
+    assert!(namespace.unmount(&place, &["--lazy"]), "not even by force");
+    running.signal(Signal::CONT);
+    let life = running.finish().expect_code(69).expect_said(&["is no longer the folder that it was"]);
+    assert!(!life.stderr.contains("damaged"), "{}", life.story());
+    assert_eq!(std::fs::read_dir(&place).expect("the mount point").count(), 0, "written into the mount point");
+    let next = lab.resume(ORIGIN).finish().expect_code(0);
+    assert_eq!(next.resumed_from(), interrupted().step, "{}", next.story());
 }
 
 /// Elsewhere nobody can hold a folder: it is noticed that the newest record is gone.

@@ -176,14 +176,45 @@ impl Agent {
         }))
     }
 
+    /// Whether a generation may go on from this one. Where that turns the run away from newer ones which only this process has found
+    /// damaged, it must have read this one whole: what a generation has turned away from stays behind, and a machine that garbles
+    /// everything would otherwise lead a run back from one checkpoint to the next.
+    pub(super) async fn is_whole_if_turned_back_to(&self, committed: &Committed) -> Result<bool> {
+        let turns_back = self.from.is_none() && {
+            let state = self.journal.state();
+            let line = state.candidates();
+            let mut newer = line.iter().take_while(|other| other.committed.step > committed.step);
+            newer.any(|other| self.docket.passes_over(&other.point()))
+        };
+        if !turns_back {
+            return Ok(true);
+        }
+        let mut found = None;
+        for _ in 0..READ_AGAIN {
+            let Some(damage) = Found::of(&read(&self.run, committed).await?) else { return Ok(true) };
+            found = Some(damage);
+        }
+        self.run.holds().await?;
+        if let Some(Found { object, reason }) = found {
+            let Committed { step, generation, .. } = *committed;
+            if self.docket.suspect(&Damage { step, generation, object: object.clone(), reason: reason.clone() }) {
+                self.warn_of_damage(step, &object, &reason);
+            }
+        }
+        Ok(false)
+    }
+
     /// There are checkpoints, and none that can be used.
-    pub(super) async fn nothing_usable(&self, looked_at: usize) -> Error {
+    pub(super) async fn nothing_usable(&self) -> Error {
+        if let Err(adrift) = self.run.holds().await {
+            return adrift.into();
+        }
         let run_id = &self.run_id;
-        let (good, condemned) = {
+        let (looked_at, good, condemned) = {
             let state = self.journal.state();
             let good: Vec<Step> = state.good().iter().map(|checkpoint| checkpoint.committed.step).collect();
             let is_damaged = |c: &&crate::journal::Checkpoint| matches!(c.status, CheckpointStatus::Damaged { .. });
-            (good, state.checkpoints().iter().filter(is_damaged).count())
+            (state.candidates().len(), good, state.checkpoints().iter().filter(is_damaged).count())
         };
         let what = match self.from {
             Some(step) => format!("the checkpoint of step {step} of run {run_id} is damaged"),
@@ -210,6 +241,8 @@ impl Agent {
         let Some(committed) = committed else {
             return Err(Error::new(Kind::Bug, format!("step {step} was loaded and was never committed")));
         };
+        // Of a disk that has gone away every object is missing.
+        self.run.holds().await?;
         let mut readings = Vec::new();
         while readings.len() < READ_AGAIN && readings.iter().all(Option::is_some) {
             readings.push(Found::of(&read(&self.run, &committed).await?));

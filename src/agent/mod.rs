@@ -628,30 +628,33 @@ impl Agent {
 
     /// The newest usable checkpoint, or what a new run starts from. Damage is reported; what comes of it says [`Docket`].
     async fn choose(&mut self, resolved: &Resolved) -> Result<Load> {
-        let candidates = self.candidates().await?;
-        if let Some(load) = self.in_memory(&candidates).await {
-            return Ok(load);
+        loop {
+            let candidates = self.candidates().await?;
+            if let Some(load) = self.in_memory(&candidates).await {
+                return Ok(load);
+            }
+            let state = self.journal.state();
+            let made_of = provenance::MadeOf::new(&state, resolved, self.accepts_data());
+            let outcome = self.newest_usable(&candidates, &made_of).await?;
+            for damage in outcome.stepped_over.iter().filter(|damage| self.docket.suspect(damage)) {
+                self.warn_of_damage(damage.step, &damage.object, &damage.reason);
+            }
+            let Some((committed, manifest)) = outcome.found else { break };
+            if self.is_whole_if_turned_back_to(&committed).await? {
+                return Ok(Load::Checkpoint {
+                    step: committed.step,
+                    generation: committed.generation,
+                    from: Source::Store {
+                        folder: layout::checkpoint(committed.step, committed.generation),
+                        files: restore::tensor_files(&manifest),
+                    },
+                });
+            }
         }
-        let state = self.journal.state();
-        let made_of = provenance::MadeOf::new(&state, resolved, self.accepts_data());
-        let outcome = self.newest_usable(&candidates, &made_of).await?;
-        for damage in outcome.stepped_over.iter().filter(|damage| self.docket.suspect(damage)) {
-            self.warn_of_damage(damage.step, &damage.object, &damage.reason);
-        }
-        if let Some((committed, manifest)) = outcome.found {
-            return Ok(Load::Checkpoint {
-                step: committed.step,
-                generation: committed.generation,
-                from: Source::Store {
-                    folder: layout::checkpoint(committed.step, committed.generation),
-                    files: restore::tensor_files(&manifest),
-                },
-            });
-        }
-        if candidates.is_empty() && self.journal.state().checkpoints().is_empty() {
+        if self.journal.state().checkpoints().is_empty() {
             return self.beginning(resolved).await;
         }
-        Err(self.nothing_usable(candidates.len()).await)
+        Err(self.nothing_usable().await)
     }
 
     /// The newest checkpoint, if a slot of this node still holds it: the store need not be read.

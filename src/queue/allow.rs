@@ -96,7 +96,10 @@ impl Allowed {
         let set = job.set.iter().map(|(key, _)| key.as_str()).find(|key| is_notice(key));
         let inline = match &job.config {
             // What is no TOML is an error of its own.
-            Source::Inline(text) => text.parse::<toml::Table>().is_ok_and(|table| table.contains_key("notice")),
+            // A quoted key with dots in it is the same key.
+            Source::Inline(text) => {
+                text.parse::<toml::Table>().is_ok_and(|table| table.keys().any(|key| is_notice(key)))
+            }
             Source::At { .. } => false,
         };
         let Some(key) = set.or(inline.then_some("notice")) else { return Ok(()) };
@@ -208,6 +211,9 @@ mod tests {
             (r#"{"run_id":"r","config":"[notice]\nfile='/tmp/x'"}"#, false),
             (r#"{"run_id":"r","config":"notice.file='/tmp/x'"}"#, false),
             (r#"{"run_id":"r","config":"\"notice\" = {file='/tmp/x'}"}"#, false),
+            (r#"{"run_id":"r","config":"\"notice.file\" = '/tmp/x'"}"#, false),
+            (r#"{"run_id":"r","config":"\"notice.file\".x = 1"}"#, false),
+            (r#"{"run_id":"r","config":"noticed = 1"}"#, true),
             (r#"{"run_id":"r","config":"[not toml"}"#, true),
             (r#"{"run_id":"r","config_uri":"s3://b/c.toml"}"#, true),
         ] {

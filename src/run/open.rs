@@ -114,7 +114,7 @@ mod tests {
         let (node, run_id) = (NodeId::random(), RunId::new("run").unwrap());
         let run = Store::open(&uri, &STORAGE).unwrap().folder(run_id.as_str());
         let mut config = config();
-        config.train.steps = 1;
+        (config.train.steps, config.train.schedule.warmup_steps) = (1, 0);
         (config.data.validation_sequences, config.notice) = (1, NoticeConfig::default());
         let mut journal = Journal::create(run.clone(), node.clone(), run_id.clone(), config).await.unwrap();
         let formed = Formed {

@@ -3,7 +3,8 @@
 //! A disk that is unmounted leaves its mount point behind, an empty folder of the same name, in which a checkpoint
 //! would lie as if it were durable. So the folder is held open, which keeps `umount` from taking it away (EBUSY), and
 //! before each write its path is looked up: it must still lead to what is held. That finds what the kernel lets pass: a
-//! lazy unmount, another file system mounted over it, and a folder that was moved or deleted.
+//! lazy unmount, another file system mounted over it, and a folder that was moved or deleted. After a write that others
+//! go by, a create, it is looked up once more: between the two it may have gone away.
 //!
 //! Nothing is stored. *Crash:* the kernel closes what was held.
 
@@ -54,12 +55,18 @@ impl Anchor {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
+    use object_store::local::LocalFileSystem;
 
     use super::*;
     use crate::{
         checkpoint::testing::STORAGE,
         error::{Error, Kind},
-        storage::Store,
+        storage::{
+            Backend, Store,
+            faulty::{Fault, Faulty},
+            retry::Policy,
+            upload::Large,
+        },
     };
 
     #[test]
@@ -116,5 +123,33 @@ mod tests {
         // Only as long as it is held.
         drop(held);
         store.put("third", Bytes::new()).await.unwrap();
+    }
+
+    /// Before the write it was there, after it it is not: what was written may lie beside it, and is not told as done.
+    #[tokio::test]
+    async fn a_create_during_which_the_folder_goes_away_is_not_told_as_done() {
+        for fault in [Fault::Pass, Fault::Denied] {
+            let root = tempfile::tempdir().unwrap();
+            let (path, elsewhere) = (root.path().join("run"), root.path().join("elsewhere"));
+            fs::create_dir(&path).unwrap();
+            let from = path.clone();
+            let objects = Faulty::new(move |operation, _, _| {
+                if operation != "create" {
+                    return Fault::Pass;
+                }
+                fs::rename(&from, &elsewhere).unwrap();
+                fault
+            });
+            let files = LocalFileSystem::new_with_prefix(root.path()).unwrap();
+            let backend = Backend { objects, large: Large::File(files.into()), s3: None };
+            let again = backend.clone();
+            let reopen = Box::new(move || Ok(again.clone()));
+            let store = Store::assemble(backend, "file://x".into(), String::new(), Policy::LOCAL, &STORAGE, reopen);
+            let store = store.folder("run");
+            let _held = store.hold().await.unwrap();
+            let error = Error::from(store.create("record", Bytes::from_static(b"1")).await.unwrap_err());
+            assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+            assert!(error.comes_of::<Adrift>(), "{error}");
+        }
     }
 }

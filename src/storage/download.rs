@@ -1,6 +1,6 @@
 //! Bytes of an object, straight into the caller's memory.
 //!
-//! What a connection delivers is copied once, from the small buffer of its socket into its place, and summed while it is still in
+//! What a connection delivers is copied once, from the small buffer of its socket into its place, and summed there while it is still in
 //! the processor's cache; a file is read by position into its place ([`super::local`]). No request holds more of its own than that small
 //! buffer (hyper reads at most some 400 KiB at once), whatever its range: memory beside the targets is bounded by
 //! `storage.concurrency` times that.
@@ -123,7 +123,8 @@ async fn receive(
             return Err(retry::cut_short(wanted, u64::MAX));
         };
         place.copy_from_slice(&chunk);
-        summing.add(&chunk);
+        // What lies there now, not what came: memory that does not keep it is found out.
+        summing.add(place);
         left = rest;
     }
     if left.is_empty() { Ok(summing.sum()) } else { Err(retry::cut_short(wanted, wanted - left.len() as u64)) }

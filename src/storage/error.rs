@@ -169,24 +169,23 @@ impl Explain for StorageError {
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::InvalidUri { reason, .. } if reason.contains("unencrypted") => {
-                "use an https endpoint, or run the server on this machine"
-            }
-            Self::InvalidUri { reason, .. } if reason.contains("credentials") => {
-                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment"
-            }
-            Self::InvalidUri { .. } => {
-                "write s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file://./folder"
-            }
+            Self::InvalidUri { uri, reason } => invalid_hint(Place::of(uri), reason),
             Self::Setting { setting, means, .. } => {
                 return Some(format!(
                     "leave {setting} out; {means} is set on the bucket, the container or the disk itself"
                 ));
             }
-            Self::NoBucket { .. } => {
-                "create the bucket (S3: `aws s3 mb s3://BUCKET`), or check its name, and AWS_ENDPOINT_URL if it is not \
-                 on AWS"
-            }
+            Self::NoBucket { key, .. } => match Place::of(key) {
+                Place::Google => "create the bucket, `gcloud storage buckets create gs://BUCKET`, or check its name",
+                Place::Azure => {
+                    "create the container, `az storage container create --name CONTAINER`, or check its name and \
+                     AZURE_STORAGE_ACCOUNT_NAME"
+                }
+                Place::S3 | Place::Folder => {
+                    "create the bucket (S3: `aws s3 mb s3://BUCKET`), or check its name, and AWS_ENDPOINT_URL if it is \
+                     not on AWS"
+                }
+            },
             Self::Full { .. } => {
                 "free space, prune old checkpoints (`trainer prune --run-id RUN`), or use another store; nothing \
                  partial is visible"
@@ -209,8 +208,10 @@ impl Explain for StorageError {
                      AWS_ENDPOINT_URL"
                 ));
             }
-            Self::Permission { operation, source, .. } => permission_hint(operation, &source.to_string()),
-            Self::Unavailable { source, .. } => unavailable_hint(&source.to_string())?,
+            Self::Permission { operation, key, source } => {
+                permission_hint(operation, Place::of(key), &source.to_string())
+            }
+            Self::Unavailable { key, source, .. } => unavailable_hint(Place::of(key), &source.to_string())?,
             Self::InvalidKey { .. } | Self::NotFound { .. } | Self::TooLarge { .. } | Self::Short { .. } => {
                 return None;
             }
@@ -219,8 +220,72 @@ impl Explain for StorageError {
     }
 }
 
-fn permission_hint(operation: &str, cause: &str) -> &'static str {
+/// Whose store a URI names: what is to be typed next differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Or a server that speaks as S3 does.
+    S3,
+    Google,
+    Azure,
+    /// Of this machine, or mounted on it.
+    Folder,
+}
+
+impl Place {
+    fn of(uri: &str) -> Self {
+        match uri.split_once("://").map(|(scheme, _)| scheme) {
+            Some("gs") => Self::Google,
+            Some("az") => Self::Azure,
+            Some("file") => Self::Folder,
+            _ => Self::S3,
+        }
+    }
+}
+
+const GOOGLE_KEYS: &str = "set GOOGLE_APPLICATION_CREDENTIALS to a service account's key file, or `gcloud auth \
+                           application-default login`, or give the machine a service account";
+const AZURE_KEYS: &str = "set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_TENANT_ID, \
+                          AZURE_CLIENT_ID and AZURE_CLIENT_SECRET, or give the machine a managed identity";
+
+fn invalid_hint(place: Place, reason: &str) -> &'static str {
+    let says = |word| reason.contains(word);
+    match place {
+        _ if says("unencrypted") => "use an https endpoint, or run the server on this machine",
+        Place::S3 if says("endpoint") => "set AWS_ENDPOINT_URL to a URL such as https://HOST, or unset it",
+        Place::Google if says("endpoint") => "set GOOGLE_BASE_URL to a URL such as https://HOST, or unset it",
+        Place::Azure if says("endpoint") => "set AZURE_ENDPOINT to a URL such as https://HOST, or unset it",
+        Place::S3 if says("credentials") || says("SecretAccessKey") || says("AccessKeyId") => {
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment"
+        }
+        Place::Google if says("credentials") || says("service account") => GOOGLE_KEYS,
+        Place::Azure if says("credentials") || says("Account must") => AZURE_KEYS,
+        // What else a client refuses, it has from its variables.
+        Place::S3 if says("can't be opened") => "check what this environment sets: `env | grep ^AWS_`",
+        Place::Google if says("can't be opened") => "check what this environment sets: `env | grep ^GOOGLE_`",
+        Place::Azure if says("can't be opened") => "check what this environment sets: `env | grep ^AZURE_`",
+        Place::Folder if says("can't be made") || says("can't be found") => {
+            "name a folder whose path leads through folders only (`ls -ld` shows each), such as file://./runs"
+        }
+        _ => "write s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file://./folder",
+    }
+}
+
+fn permission_hint(operation: &str, place: Place, cause: &str) -> &'static str {
     let says = |words: &[&str]| words.iter().any(|word| cause.contains(word));
+    match place {
+        Place::Google if says(&["no credentials"]) => return GOOGLE_KEYS,
+        Place::Azure if says(&["no credentials"]) => return AZURE_KEYS,
+        Place::Google => {
+            return "give this account the role Storage Object Admin on the bucket: `gcloud storage buckets \
+                    add-iam-policy-binding gs://BUCKET --member=serviceAccount:ACCOUNT \
+                    --role=roles/storage.objectAdmin`";
+        }
+        Place::Azure => {
+            return "give this identity the role Storage Blob Data Contributor on the container (`az role assignment \
+                    create --role \"Storage Blob Data Contributor\"`), or check AZURE_STORAGE_ACCOUNT_KEY";
+        }
+        Place::S3 | Place::Folder => {}
+    }
     if says(&["no credentials"]) {
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (SSO: `aws sso login`), or give the machine a \
          role; `aws sts get-caller-identity` shows what there is"
@@ -257,12 +322,93 @@ fn permission_hint(operation: &str, cause: &str) -> &'static str {
 /// What stores say when a session is over: it can be begun anew.
 pub(super) const EXPIRED: [&str; 4] = ["ExpiredToken", "TokenRefreshRequired", "InvalidToken", "RequestExpired"];
 
-fn unavailable_hint(cause: &str) -> Option<&'static str> {
-    if cause.contains("os error 24") || cause.contains("os error 23") {
-        Some(Shortage::Files.hint())
-    } else if cause.contains("onnect") || cause.contains("dns") {
-        Some("check the network (proxies: HTTPS_PROXY), and AWS_ENDPOINT_URL if the store is not on AWS")
-    } else {
-        None
+fn unavailable_hint(place: Place, cause: &str) -> Option<&'static str> {
+    if cause.contains("os error 24)") || cause.contains("os error 23)") {
+        return Some(Shortage::Files.hint());
+    }
+    if cause.starts_with("407") {
+        return Some(
+            "the proxy wants a password: HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY for this host",
+        );
+    }
+    match place {
+        // ENOTCONN, ESTALE, EHOSTDOWN: a mounted folder whose server, or whose program, is gone.
+        Place::Folder
+            if ["107)", "116)", "112)"].iter().any(|number| cause.contains(&format!("os error {number}"))) =>
+        {
+            Some(
+                "what is mounted there has gone away (`findmnt -T FOLDER`): unmount it, mount it again, and start again",
+            )
+        }
+        Place::Folder if cause.contains("os error 5)") => {
+            Some("the disk fails (`dmesg | tail` says how): take another one, or another store")
+        }
+        Place::Folder => None,
+        Place::S3 if cause.contains("onnect") || cause.contains("dns") => {
+            Some("check the network (proxies: HTTPS_PROXY), and AWS_ENDPOINT_URL if the store is not on AWS")
+        }
+        Place::Google | Place::Azure if cause.contains("onnect") || cause.contains("dns") => {
+            Some("check the network (proxies: HTTPS_PROXY)")
+        }
+        Place::S3 | Place::Google | Place::Azure => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    #[test]
+    fn what_to_type_next_is_of_the_cloud_that_has_refused() {
+        let said = |error: StorageError| Error::from(error).hint().unwrap_or_default().to_owned();
+        let all = [("s3://b/k", "AWS_"), ("gs://b/k", "GOOGLE_"), ("az://b/k", "AZURE_")];
+        let asks_for = |hint: String, own: &str| {
+            let others = all.iter().filter(|(_, other)| *other != own);
+            assert!(hint.contains(own), "{own}: {hint}");
+            others.for_each(|(_, other)| assert!(!hint.contains(other), "{own}: {hint}"));
+        };
+        for (uri, own) in all {
+            let (operation, key, uri) = ("list", uri.to_owned(), uri.to_owned());
+            let source = "no credentials in the environment".into();
+            asks_for(said(StorageError::Permission { operation, key, source }), own);
+            let reasons = [
+                "has an endpoint that is not a URL: x",
+                "has credentials in it",
+                "can't be opened: Generic S3 error: Missing SecretAccessKey",
+                "can't be opened: Generic GCS error: Unable to open service account file from /x.json",
+                "can't be opened: Generic MicrosoftAzure error: Account must be specified",
+                "can't be opened: anything",
+            ];
+            for reason in reasons {
+                asks_for(said(StorageError::InvalidUri { uri: uri.clone(), reason: reason.into() }), own);
+            }
+        }
+        for (key, word) in [("s3://b", "aws s3 mb"), ("gs://b", "gcloud storage"), ("az://b", "az storage container")] {
+            let (operation, source) = ("list", "404 Not Found".into());
+            assert!(said(StorageError::NoBucket { operation, key: key.into(), source }).contains(word), "{key}");
+        }
+        let wrong = said(StorageError::InvalidUri { uri: "ftp://x".into(), reason: "has a scheme".into() });
+        assert!(wrong.contains("s3://bucket/prefix"), "{wrong}");
+    }
+
+    #[test]
+    fn a_folder_that_fails_is_not_told_as_the_network() {
+        let said = |key: &str, number| {
+            let source = std::io::Error::from_raw_os_error(number).to_string().into();
+            let error = Error::from(StorageError::Unavailable { operation: "put", key: key.into(), source });
+            error.hint().unwrap_or_default().to_owned()
+        };
+        for (number, word) in [(107, "mount it again"), (116, "mount it again"), (5, "dmesg"), (24, "ulimit")] {
+            let hint = said("file:///mnt/k", number);
+            assert!(hint.contains(word) && !hint.contains("HTTPS_PROXY"), "{number}: {hint}");
+        }
+        assert!(said("s3://b/k", 111).is_empty());
+        let source = "407 Proxy Authentication Required".into();
+        let error = StorageError::Unavailable { operation: "put", key: "s3://b/k".into(), source };
+        assert!(error.hint().is_some_and(|hint| hint.contains("HTTPS_PROXY=http://USER")));
+        let source = "error trying to connect: dns error".into();
+        let error = StorageError::Unavailable { operation: "put", key: "s3://b/k".into(), source };
+        assert!(error.hint().is_some_and(|hint| hint.contains("HTTPS_PROXY")));
     }
 }

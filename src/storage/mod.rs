@@ -382,6 +382,8 @@ impl Store {
             }
         };
         let outcome = self.attempts("create", body.len() as u64).run(request).await;
+        // A disk that went away meanwhile: it may have been written beside it, or refused because it is gone.
+        self.still_holds("create", key).await?;
         outcome.map_err(|failure| match self.prove_links(key) {
             Ok(()) => failure.explain(&self.uri_of(key)),
             Err(no_links) => no_links,

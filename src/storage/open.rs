@@ -31,6 +31,7 @@ use crate::{
     cloud::{credentials::Chain, region},
     config::{Encryption, StorageConfig},
     env,
+    shortage::Shortage,
 };
 
 /// A backend and where its keys begin.
@@ -134,12 +135,19 @@ fn open_file(path: &str, refuse: &dyn Fn(&str) -> StorageError) -> Result<Opened
     if path.starts_with('~') {
         return Err(refuse("begins with '~', which only a shell expands: write the whole path"));
     }
+    let (operation, key) = ("creation", || format!("file://{path}"));
     let failed = |doing: &str, error: &std::io::Error| match error.kind() {
-        std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => StorageError::Permission {
-            operation: "creation",
-            key: format!("file://{path}"),
-            source: error.to_string().into(),
-        },
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            StorageError::Full { operation, key: key(), source: error.to_string().into() }
+        }
+        // It is short of something else.
+        _ if Shortage::of(error).is_some() => {
+            let again = error.raw_os_error().map_or_else(|| error.kind().into(), std::io::Error::from_raw_os_error);
+            StorageError::Unavailable { operation, key: key(), source: Box::new(again) }
+        }
+        std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
+            StorageError::Permission { operation, key: key(), source: error.to_string().into() }
+        }
         _ => refuse(&format!("{doing}: {error}")),
     };
     std::fs::create_dir_all(path).map_err(|error| failed("names a folder that can't be made", &error))?;

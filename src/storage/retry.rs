@@ -332,6 +332,10 @@ pub(super) fn classify(error: &object_store::Error) -> Verdict {
     if EXPIRED.iter().chain(&REFUSED_KEYS).any(|code| text.contains(code)) {
         return Verdict::Permission;
     }
+    // The bucket's key: disabled, deleted or another account's. S3 says 400, and asking again changes nothing.
+    if text.contains("<Code>KMS.") {
+        return if text.contains("Throttl") { Verdict::SlowDown } else { Verdict::Permission };
+    }
     // A body that arrived otherwise than it was sent, or too slowly: S3 says 400, but the next try may fare better.
     if ["BadDigest", "XAmzContentChecksumMismatch", "IncompleteBody", "RequestTimeout"].iter().any(|t| text.contains(t))
     {
@@ -522,6 +526,9 @@ mod tests {
             (said("status code: 400 Bad Request: <Code>InvalidToken</Code>"), Verdict::Permission),
             (said("status code: 403 Forbidden: <Code>RequestTimeTooSkewed</Code>"), Verdict::Permission),
             (said("status code: 400 Bad Request: <Code>InvalidAccessKeyId</Code>"), Verdict::Permission),
+            (said("status code: 400 Bad Request: <Code>KMS.DisabledException</Code>"), Verdict::Permission),
+            (said("status code: 400 Bad Request: <Code>KMS.NotFoundException</Code>"), Verdict::Permission),
+            (said("status code: 400 Bad Request: <Code>KMS.ThrottlingException</Code>"), Verdict::SlowDown),
             (said("status code: 400 Bad Request: <Code>AuthorizationHeaderMalformed</Code>"), Verdict::Region),
             (
                 said("status code: 400 Bad Request: <Code>AuthorizationHeaderMalformed</Code> a non-empty Access Key"),

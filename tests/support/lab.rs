@@ -208,6 +208,16 @@ impl Lab {
         copy_folder(&interrupted().store, store);
         lab
     }
+    /// With an S3 server of its own as its store, and in it a copy of [`interrupted`]'s run.
+    pub fn on_interrupted_run_on_s3() -> Self {
+        let lab = Self::on_s3();
+        let mut keys = Vec::new();
+        walk(&interrupted().store, "", &mut keys);
+        for key in keys {
+            lab.server().write(&format!("runs/{key}"), read(&interrupted().store.join(&key)));
+        }
+        lab
+    }
     fn make(turn: Option<Turn>, store: impl FnOnce(&Path) -> Store) -> Self {
         let dir = tempfile::Builder::new().prefix("lab-").tempdir_in(scratch()).expect("folder of the lab");
         let store = store(dir.path());

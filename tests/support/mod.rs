@@ -1,9 +1,11 @@
 //! What the tests lean on. `s3` and `moto` stand alone: others include them too.
 pub mod job_api;
+pub mod garble;
 pub mod lab;
 pub mod memory;
 pub mod metadata;
 pub mod moto;
+pub mod mounts;
 pub mod proxy;
 pub mod s3;
 pub mod samples;

@@ -94,6 +94,33 @@ pub enum Action {
     Error,
 }
 
+/// What a machine that garbles garbles: see `fixtures/garble/garble.c`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Garbling {
+    /// What the threads of a restore read.
+    Bulk,
+    /// What comes into the memory of a snapshot slot.
+    Slot,
+    /// Every reading, each time otherwise.
+    Disk,
+    /// Every reading, always in the same way.
+    All,
+}
+
+impl Garbling {
+    /// All of them; over a network only the second can be had.
+    pub const EVERY: [Self; 4] = [Self::Slot, Self::Bulk, Self::Disk, Self::All];
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Bulk => "bulk",
+            Self::Slot => "slot",
+            Self::Disk => "disk",
+            Self::All => "all",
+        }
+    }
+}
+
 /// What disturbs one life.
 #[derive(Clone, Debug)]
 pub enum Disturbance {
@@ -155,6 +182,10 @@ pub enum Disturbance {
         /// The first (`false`) or the second is killed then.
         kill: Option<(bool, Moment)>,
     },
+    /// The machine garbles what it reads of checkpoints.
+    Garbled(Garbling),
+    /// The store's disk is unmounted; only a folder lies on one.
+    Unmounted(Moment),
 }
 
 /// What the store is like for a while.
@@ -308,7 +339,7 @@ impl Scenario {
         let lives = (0..random.between(6, 10))
             .map(|_| {
                 let weather = (on_s3 && random.percent(50)).then(|| Weather::draw(&mut random));
-                let disturbance = disturbance(&mut random);
+                let disturbance = disturbance(&mut random, on_s3);
                 // A crash point may be some saves away.
                 let far = matches!(disturbance, Disturbance::Point { .. });
                 let nth = random.between(1, 12) as u32 + if far { 60 } else { 0 };
@@ -320,8 +351,8 @@ impl Scenario {
     }
 }
 
-fn disturbance(random: &mut Random) -> Disturbance {
-    match random.between(0, 99) {
+fn disturbance(random: &mut Random, on_s3: bool) -> Disturbance {
+    match random.between(0, 105) {
         0..=21 => Disturbance::Agent(Moment::any(random)),
         22..=41 => Disturbance::Both(Moment::any(random)),
         42..=61 => {
@@ -357,6 +388,11 @@ fn disturbance(random: &mut Random) -> Disturbance {
             let kill = random.percent(80).then(|| (random.percent(50), Moment::any(random)));
             Disturbance::Rivals { lag: Duration::from_micros(random.between(0, 300_000)), kill }
         }
+        99..=101 => {
+            let last = if on_s3 { 1 } else { Garbling::EVERY.len() };
+            Disturbance::Garbled(*random.one_of(&Garbling::EVERY[..last]))
+        }
+        102..=104 if !on_s3 => Disturbance::Unmounted(Moment::in_a_generation(random)),
         _ => Disturbance::Nothing,
     }
 }
@@ -408,6 +444,8 @@ impl fmt::Display for Disturbance {
                 let which = |second: bool| if second { "second" } else { "first" };
                 kill.iter().try_for_each(|(second, at)| write!(f, ", kill the {} at {at}", which(*second)))
             }
+            Self::Garbled(how) => write!(f, "garble {}", how.name()),
+            Self::Unmounted(at) => write!(f, "unmount at {at}"),
         }
     }
 }

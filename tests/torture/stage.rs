@@ -6,12 +6,14 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{
     audit::{Auditor, Checked, Promise, View, Violation, demand},
-    plan::{Action, Disturbance, Life, Moment, Process, STEPS, Scenario},
+    plan::{Action, Disturbance, Garbling, Life, Moment, Process, STEPS, Scenario},
     streams::Manner,
     tally::Tally,
 };
 use crate::support::{
+    garble::garbled,
     lab::{Lab, data_set},
+    mounts::Namespace,
     proxy::{FaultProxy, Line},
     trainer::{Event, Finished, Losses, Running, Trainer, losses},
 };
@@ -107,10 +109,15 @@ backoff = "1ms"
 
 /// The command that starts the run, or carries it on if it exists.
 fn begin(lab: &Lab) -> Trainer {
+    begin_in(lab, &lab.uri())
+}
+
+/// The same, with the run's store elsewhere.
+fn begin_in(lab: &Lab, store: &str) -> Trainer {
     if lab.keys(RUN, "journal/").iter().any(|key| key.ends_with("/00000000000000000000.json")) {
-        lab.resume(RUN)
+        lab.command(&["resume", "--run-id", RUN, "--store", store]).json()
     } else {
-        lab.command(&["run", "torture.toml", "--run-id", RUN]).json()
+        lab.command(&["run", "torture.toml", "--run-id", RUN, "--store", store]).json()
     }
 }
 
@@ -266,6 +273,13 @@ impl<'a> Stage<'a> {
                 format!("exit code {:?} is none of {codes:?} after: {}\n{}", process.code(), life, process.story())
             })?;
             self.hold_against_the_journal(process)?;
+            if matches!(life.disturbance, Disturbance::Garbled(_)) {
+                demand(
+                    before.newest().is_none() || process.of_kind("step").is_empty(),
+                    Promise::DamagedResume,
+                    || format!("went on from what it had garbled\n{}", process.story()),
+                )?;
+            }
             if process.code() == Some(79) {
                 self.tally.fenced += 1;
             }
@@ -289,6 +303,10 @@ impl<'a> Stage<'a> {
                 return self.overtake(sleeper, &[], Some(kill_heir));
             }
             Disturbance::Rivals { lag, kill } => return self.rival(*lag, kill.as_ref()),
+            Disturbance::Unmounted(at) => return self.unmount(at, life.then.as_ref()),
+            Disturbance::Garbled(_) if self.view.newest().is_some() => (&[65, 69], None),
+            // There is nothing to read yet.
+            Disturbance::Garbled(_) => (&[0], None),
             Disturbance::Nothing | Disturbance::Nap { .. } => (&[0], None),
             Disturbance::Agent(_) => (&[0], Some("agent")),
             Disturbance::Both(_) => (&[0], Some("both")),
@@ -304,6 +322,9 @@ impl<'a> Stage<'a> {
         let (mut command, _reader) = manner.apply(begin(&self.lab));
         if let Disturbance::Point { point, action, hit } = &life.disturbance {
             command = command.faults(&format!("{}={action}@hit={hit}", point.name));
+        }
+        if let Disturbance::Garbled(how) = &life.disturbance {
+            command = garbled(command, how.name());
         }
         let mut agent = Watched::start(command);
         match &life.disturbance {
@@ -357,6 +378,32 @@ impl<'a> Stage<'a> {
         let killed = kill_heir.map(|_| "agent");
         let heir_codes: &[i32] = if taken == 0 { &[0, 64, 78] } else { &[0] };
         Ok(vec![Ended { life: heir, codes: heir_codes, killed }, Ended { life: sleeper, codes, killed: None }])
+    }
+
+    /// The run's folder lies on a disk of its own, which is taken away by force: the agent must leave, and what it has
+    /// said to be durable must be on that disk.
+    fn unmount(&self, at: &Moment, then: Option<&Moment>) -> Checked<Vec<Ended>> {
+        let (disk, place) = (self.lab.path("store"), self.lab.path("mounted"));
+        for folder in [&disk, &place] {
+            std::fs::create_dir_all(folder).expect("mount point");
+        }
+        let namespace = Namespace::with_folder_at(&disk, &place);
+        let store = format!("file://{}", if namespace.is_some() { place.display() } else { disk.display() });
+        let mut command = begin_in(&self.lab, &store);
+        if let Some(namespace) = &namespace {
+            command = command.within(&namespace.enter(&self.lab.path("")).each_ref().map(String::as_str));
+        }
+        let mut agent = Watched::start(command);
+        let gone = agent.wait(at) && namespace.as_ref().is_some_and(|namespace| namespace.unmount(&place, &["--lazy"]));
+        let struck = then.is_some_and(|then| agent.wait(then));
+        if struck {
+            agent.signal(&[], Signal::KILL);
+        }
+        let life = agent.end()?;
+        // Whoever had nothing to write any more has completed.
+        let codes: &[i32] = if gone { &[0, 69] } else { &[0] };
+        let _ = std::fs::remove_dir_all(place);
+        Ok(vec![Ended { life, codes, killed: struck.then_some("agent") }])
     }
 
     /// Two agents at once: one may be killed, the others leave or complete.
@@ -448,6 +495,16 @@ impl<'a> Stage<'a> {
         for Ended { life: process, killed, .. } in ended {
             if let Some(whom) = killed.filter(|_| process.was_killed()) {
                 tally.kill(whom, 1);
+            }
+            let left = |code| u64::from(process.code() == Some(code));
+            match &life.disturbance {
+                Disturbance::Garbled(how) => {
+                    let whole = if *how == Garbling::All { left(65) } else { 0 };
+                    tally.machine("garbling, all is damaged", whole);
+                    tally.machine("garbling, found out", left(69) + left(65) - whole);
+                }
+                Disturbance::Unmounted(_) => tally.machine("store unmounted", left(69)),
+                _ => {}
             }
             let failed = process.code() == Some(70) && !said_bug(process);
             let deaths = process.of_kind("worker_died").len() as u64 + u64::from(failed);

@@ -19,6 +19,8 @@ pub struct Tally {
     kills: BTreeMap<&'static str, u64>,
     /// Panics and errors at crash points.
     others: BTreeMap<String, u64>,
+    /// Agents that found out that their machine garbles, or that their store's disk is gone, and left.
+    machines: BTreeMap<&'static str, u64>,
     /// Requests that the store broke.
     faults: BTreeMap<&'static str, u64>,
     /// Steps that were reported and done again: deaths, sum, most.
@@ -37,6 +39,16 @@ impl Tally {
     /// Requests of the store that were broken in this way.
     pub fn faults_of(&self, kind: &str) -> u64 {
         self.faults.get(kind).copied().unwrap_or_default()
+    }
+    /// Agents that left because of this fault of their machine.
+    pub fn machines_of(&self, fault: &str) -> u64 {
+        self.machines.get(fault).copied().unwrap_or_default()
+    }
+    /// Counts an agent that left because of a fault of its machine.
+    pub fn machine(&mut self, fault: &'static str, times: u64) {
+        if times > 0 {
+            *self.machines.entry(fault).or_default() += times;
+        }
     }
     /// Counts SIGKILLs.
     pub fn kill(&mut self, whom: &'static str, times: u64) {
@@ -69,6 +81,7 @@ impl Tally {
         self.fenced += other.fenced;
         other.kills.into_iter().for_each(|(whom, times)| self.kill(whom, times));
         other.others.into_iter().for_each(|(what, times)| *self.others.entry(what).or_default() += times);
+        other.machines.into_iter().for_each(|(fault, times)| self.machine(fault, times));
         self.store_faults(other.faults);
         let (deaths, sum, most) = other.lost;
         self.lost = (self.lost.0 + deaths, self.lost.1 + sum, self.lost.2.max(most));
@@ -84,6 +97,10 @@ impl fmt::Display for Tally {
         }
         for (what, times) in &self.others {
             row(&format!("other crashes: {what}"), times.to_string())?;
+        }
+        row("faults of machines", self.machines.values().sum::<u64>().to_string())?;
+        for (fault, times) in &self.machines {
+            row(&format!("  {fault}"), times.to_string())?;
         }
         row("store faults", self.faults.values().sum::<u64>().to_string())?;
         for (kind, times) in &self.faults {

@@ -9,7 +9,10 @@
 //! *Crash, cancel:* suspicions go with the process; whoever comes next finds the same damage. *Retry:* a record that may not have been
 //! written is asked for again.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use super::{
     CheckpointError,
@@ -24,6 +27,8 @@ use crate::{
 
 /// Whole checkpoints that are looked for before this machine is held to be the one that is broken.
 const TRIES: usize = 3;
+/// After how long a process that could read none whole tries again: what garbled its reads may have passed.
+const AGAIN: Duration = Duration::from_secs(60 * 60);
 /// Bytes of one request.
 const PART: u64 = 4 << 20;
 
@@ -41,8 +46,8 @@ struct Cases {
     verified: Option<ResumePoint>,
     /// Loads in a row that failed though the checkpoint was whole when it was read again.
     whole_again: u32,
-    /// No checkpoint that was tried could be read whole.
-    distrusted: bool,
+    /// When no checkpoint that was tried could be read whole.
+    distrusted: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -89,7 +94,7 @@ impl Docket {
             cases.passed_over.retain(|other| other != point);
             cases.suspects.retain(|suspect| !suspect.damage.is_of(point));
             cases.suspects.iter_mut().for_each(|suspect| suspect.proven = true);
-            (cases.whole_again, cases.distrusted) = (0, false);
+            (cases.whole_again, cases.distrusted) = (0, None);
         }
     }
 
@@ -100,9 +105,10 @@ impl Docket {
         cases.whole_again
     }
 
-    /// Whether this process could not read a single checkpoint whole when it tried: what it finds says nothing.
+    /// Whether this process could not read a single checkpoint whole when it tried: what it finds says nothing. After [`AGAIN`] it may try
+    /// once more.
     pub fn is_distrusted(&self) -> bool {
-        self.cases().distrusted
+        self.cases().distrusted.is_some_and(|since| since.elapsed() < AGAIN)
     }
 
     /// The suspect that may be condemned next, with the record that does so. Those that no longer count as good are forgotten.
@@ -172,7 +178,7 @@ impl Docket {
                 return Ok(true);
             }
         }
-        self.cases().distrusted = true;
+        self.cases().distrusted = Some(Instant::now());
         Ok(false)
     }
 }
@@ -307,6 +313,23 @@ mod tests {
         assert!(!docket.is_distrusted());
         assert_eq!(docket.condemn(&mut journal).await.unwrap(), Some(damage(5)));
         assert_eq!(condemned(&journal), [5]);
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_read_nothing_whole_may_try_again_after_a_while() {
+        let store = memory_store();
+        let journal = run(&store, 2).await;
+        let docket = Docket::default();
+        docket.suspect(&damage(2));
+        let folder = layout::checkpoint(Step(1), Generation(1));
+        harm(&store, &folder, "model-00001-of-00001.safetensors", Harm::Flip).await;
+        assert!(!docket.prove(&store, journal.state(), None).await.unwrap());
+        assert!(docket.is_distrusted());
+        let long_ago = Instant::now().checked_sub(AGAIN).expect("this machine is up for so long");
+        docket.cases().distrusted = Some(long_ago);
+        assert!(!docket.is_distrusted(), "it would never delete anything again");
+        assert!(!docket.prove(&store, journal.state(), None).await.unwrap());
+        assert!(docket.is_distrusted(), "it was tried, and nothing has changed");
     }
 
     #[tokio::test]

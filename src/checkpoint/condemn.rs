@@ -316,6 +316,51 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_settled_is_no_suspect_any_more_and_costs_no_reading() {
+        let store = memory_store();
+        let mut journal = run(&store, 3).await;
+        let docket = Docket::default();
+        // Pruned meanwhile: there is nothing left to condemn.
+        docket.suspect(&damage(1));
+        docket.vouch(&point(3), Proof::Bytes);
+        journal.append(Record::Pruned { step: Step(1), generation: Generation(1) }).await.unwrap();
+        assert!(docket.has_suspects() && docket.next_record(journal.state()).is_none() && !docket.has_suspects());
+        docket.suspect(&damage(2));
+        docket.vouch(&point(3), Proof::Bytes);
+        let folder = layout::checkpoint(Step(3), Generation(1));
+        harm(&store, &folder, "model-00001-of-00001.safetensors", Harm::Flip).await;
+        assert!(docket.prove(&store, journal.state(), None).await.unwrap(), "it is proven, and nothing is read again");
+        let (found, _) = docket.next_record(journal.state()).unwrap();
+        docket.condemned(&found);
+        assert!(!docket.has_suspects(), "before the journal is looked at");
+        // The journal would refuse it: it is not even asked.
+        docket.suspect(&damage(3));
+        let only = run(&memory_store(), 1).await;
+        docket.suspect(&damage(1));
+        docket.vouch(&point(2), Proof::Bytes);
+        assert_eq!(docket.next_record(only.state()), None, "the last good one is spared");
+        assert!(docket.has_suspects());
+    }
+
+    #[tokio::test]
+    async fn who_is_second_to_condemn_gives_way_without_an_error() {
+        let store = memory_store();
+        let mut first = run(&store, 2).await;
+        let run_id = RunId::new("run").unwrap();
+        let mut second = Journal::open(store.clone(), NodeId::random(), run_id).await.unwrap();
+        let dockets = [Docket::default(), Docket::default()];
+        for (docket, step) in dockets.iter().zip([1, 2]) {
+            docket.suspect(&damage(step));
+            assert!(!docket.suspect(&damage(step)), "once");
+            assert_eq!(docket.cases().suspects.len(), 1);
+            docket.vouch(&point(3 - step), Proof::Bytes);
+        }
+        assert_eq!(dockets[0].condemn(&mut first).await.unwrap(), Some(damage(1)));
+        assert_eq!(dockets[1].condemn(&mut second).await.unwrap(), None, "what is left now is the last one");
+        assert_eq!(condemned(&second), [1]);
+    }
+
+    #[tokio::test]
     async fn a_machine_that_read_nothing_whole_may_try_again_after_a_while() {
         let store = memory_store();
         let journal = run(&store, 2).await;

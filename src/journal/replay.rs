@@ -419,7 +419,10 @@ pub(super) async fn read(store: &Store, number: u64) -> Result<Option<(Entry, By
             }
             Err(newer @ JournalError::Newer { .. }) => Err(newer),
             second => {
-                tracing::warn!(number, "a record of the journal was garbled on its way, and was not when it was read again");
+                tracing::warn!(
+                    number,
+                    "a record of the journal was garbled on its way, and was not when it was read again"
+                );
                 second
             }
         },

@@ -528,6 +528,7 @@ async fn a_record_that_was_garbled_on_its_way_is_read_again_before_anything_is_s
     let proxy = std::thread::spawn(move || FaultProxy::start(upstream, 0)).join().unwrap();
     let store = s3_tests::client(&proxy.endpoint(), &settings()).folder("run");
     let mut writer = new_run(&direct.folder("run")).await;
+    let early = writer.state().clone();
     writer.form(forming("a", None)).await.unwrap();
     writer.append(committed(5, 1)).await.unwrap();
     writer.append(notice(1, "x")).await.unwrap();
@@ -540,10 +541,14 @@ async fn a_record_that_was_garbled_on_its_way_is_read_again_before_anything_is_s
         ("a kind that is none", at("\"kind\":\"")),
     ];
     for (what, place) in places {
-        let mut follower = Journal::open(store.clone(), node("b"), run_id()).await.unwrap();
         let garble = |times| {
             let target = "00000000000000000002.json";
-            proxy.arm(Rule { method: "GET", target, fault: proxy::Fault::FlipResponse(place), often: Often::Next(times) });
+            proxy.arm(Rule {
+                method: "GET",
+                target,
+                fault: proxy::Fault::FlipResponse(place),
+                often: Often::Next(times),
+            });
         };
         let before = proxy.broken();
         garble(1);
@@ -556,7 +561,10 @@ async fn a_record_that_was_garbled_on_its_way_is_read_again_before_anything_is_s
         assert!(error.to_string().contains("run/journal/00000000000000000002.json"), "{what}: {error}");
         assert!(!error.hint().unwrap().contains(".bad"), "others are built on it: {error:?}");
         // Whoever reads on meets it, too.
-        assert_eq!(follower.refresh().await.unwrap(), 0);
+        garble(1);
+        let follower = Journal::follow(store.clone(), node("b"), early.clone()).await;
+        let follower = follower.unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!((follower.state().next(), proxy.broken() - before), (4, 4), "{what}");
     }
     // So does whoever appends, and finds somebody else's record in its place.
     let mut late = Journal::open(store.clone(), node("a"), run_id()).await.unwrap();

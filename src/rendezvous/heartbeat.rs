@@ -289,11 +289,7 @@ pub async fn look(run: &Store, node: &NodeId) -> Result<Life, StorageError> {
 }
 
 /// The same; `patience`: of a process that may be one of this machine, and may be seen at work.
-async fn look_for(
-    run: &Store,
-    node: &NodeId,
-    patience: impl Fn(bool, bool) -> Duration,
-) -> Result<Life, StorageError> {
+async fn look_for(run: &Store, node: &NodeId, patience: impl Fn(bool, bool) -> Duration) -> Result<Life, StorageError> {
     let mut begin = tokio::time::Instant::now();
     let mut first: Option<Heartbeat> = None;
     // What can't be read (a newer version's, or one that was garbled on its way) says only whether it changes.
@@ -413,6 +409,9 @@ mod tests {
             life = look(Duration::from_secs(60)) => assert_eq!(life, Life::Alive),
             () = beats => {}
         }
+        // Read well, and it stands still.
+        store.put(&key, body(&node, &elsewhere, 7)).await.unwrap();
+        assert_eq!(look(Duration::from_millis(1)).await, Life::Gone(Some(elsewhere.clone())));
         // One of a newer version, which lives as long as it changes.
         let newer = |counter| Bytes::from(format!("{{\"format\":9,\"beats\":{counter}}}"));
         store.put(&key, newer(0)).await.unwrap();

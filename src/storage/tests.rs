@@ -309,7 +309,9 @@ async fn what_is_written_and_hangs_is_sent_again() {
                 store.upload("3", body.clone(), |_| {}).await.unwrap();
             }
         };
-        tokio::time::timeout(Duration::from_secs(60), written).await.unwrap_or_else(|_| panic!("{hangs} is waited for"));
+        tokio::time::timeout(Duration::from_secs(60), written)
+            .await
+            .unwrap_or_else(|_| panic!("{hangs} is waited for"));
         assert_eq!(faulty.count(hangs), 2 * before + 1, "{hangs} is sent once more");
         assert!(store.get("b/3", 32 << 20).await.unwrap() == body);
     });

@@ -149,6 +149,12 @@ fn a_manifest_garbled_on_the_way_costs_no_checkpoint() {
     garbled_on_the_way("/manifest.json", 100, 2);
 }
 
+/// The run's own record, which everything stands on.
+#[test]
+fn a_journal_record_garbled_on_the_way_costs_nothing() {
+    garbled_on_the_way("/journal/00000000000000000001.json", 0, 1);
+}
+
 #[test]
 fn weights_garbled_twice_on_the_way_cost_no_checkpoint() {
     garbled_on_the_way("/model-", 5000, 2);

@@ -8,6 +8,7 @@ use crate::rules::sources;
 use crate::support::{
     garble::garbled,
     lab::{EVERY, Lab, ORIGIN, STEPS, interrupted},
+    proxy::{Fault, Often, Rule},
 };
 
 /// Journal records, oldest first.
@@ -205,6 +206,28 @@ fn prune_damaged_deletes_only_what_is_damaged_when_it_is_read_once_more() {
     assert_eq!(lab.keys(ORIGIN, &folder), before, "{}", pruned.story());
     assert_eq!(records(&lab, ORIGIN, "cleared").len(), 1, "{}", pruned.story());
     lab.expect_all_verify(ORIGIN);
+}
+
+/// A store that keeps checksums vouches for what is kept, and nothing for who reads.
+#[test]
+fn a_machine_that_garbles_what_it_reads_deletes_nothing_that_was_condemned() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(0);
+    let running = lab.run(ORIGIN).hold_after(2 * EVERY + 1).start();
+    running.wait_for_step("checkpoint", 2 * EVERY);
+    running.power_off();
+    let key = hurt_the_newest(&lab);
+    lab.resume(ORIGIN).finish().expect_code(0);
+    assert_eq!(records(&lab, ORIGIN, "damaged").len(), 1);
+    flip(&lab, &key);
+    let before = lab.keys(ORIGIN, "checkpoints/");
+    proxy.arm(Rule { method: "GET", target: "/model-", fault: Fault::FlipResponse(5000), often: Often::Percent(100) });
+    let prune = || lab.about("prune", ORIGIN).args(&["--damaged", "--keep-last", "99"]).finish();
+    prune().expect_code(69).expect_said(&["it may be this machine that garbles them"]);
+    assert_eq!(lab.keys(ORIGIN, "checkpoints/"), before);
+    proxy.disarm();
+    let pruned = prune().expect_code(0);
+    assert!(pruned.stdout.contains("whole when it was read again"), "{}", pruned.story());
+    assert_eq!(lab.keys(ORIGIN, "checkpoints/"), before);
 }
 
 #[test]

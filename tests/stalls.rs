@@ -123,6 +123,44 @@ fn a_commit_whose_record_hangs_once_is_written_anew() {
     }
 }
 
+/// One request of the last save hangs for ever, whichever: it is sent once more soon, and not only when it is given up.
+#[test]
+fn a_request_of_the_last_save_that_hangs_is_sent_again() {
+    for target in ["/model-", "/optimizer-", "/trainer_state.json", "/receipt-", "/manifest.json"] {
+        let (lab, proxy) = Lab::on_s3_through_proxy(1);
+        let running = long(&lab).hold_after(EVERY + 1).start();
+        running.wait_for_step("checkpoint", EVERY);
+        running.held();
+        proxy.hang(Hang { times: 1, ..Hang::all("PUT", target, "") });
+        let life = ask(running);
+        assert_eq!(proxy.hung(), 1, "{target}\n{}", life.story());
+        assert!(!life.stderr.contains("no answer within"), "{target}: it was waited for\n{}", life.story());
+        nothing_is_lost(&lab, &proxy, life);
+    }
+}
+
+/// A heartbeat says how long its node has stood still, until there is a generation after its own.
+#[test]
+fn a_dead_node_is_buried_when_another_has_taken_its_place_and_not_before() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(1);
+    let running = lab.run(RUN).hold_after(EVERY + 1).start();
+    running.wait_for_step("checkpoint", EVERY);
+    running.power_off();
+    let dead = lab.keys(RUN, "nodes/");
+    assert_eq!(dead.len(), 1, "it left without a word");
+    proxy.hang(Hang::all("PUT", "/journal/", "\"kind\":\"formed\""));
+    let running = lab.resume(RUN).hold_after(EVERY + 1).start();
+    running.wait_until("a generation that hangs", || proxy.hung() > 0);
+    assert!(lab.keys(RUN, "nodes/").contains(&dead[0]), "buried before there is another");
+    proxy.disarm();
+    running.wait_until("the burial", || !lab.keys(RUN, "nodes/").contains(&dead[0]));
+    let formed = |records: &[Value]| records.iter().filter(|record| kind(record) == "formed").count();
+    assert_eq!(formed(&records(&lab)), 2);
+    running.held();
+    running.let_go();
+    running.finish().expect_code(0);
+}
+
 /// The time is up while the record of the last save hangs: it is given up, and can't land afterwards.
 #[test]
 fn a_save_that_was_told_as_lost_does_not_become_a_checkpoint_later() {

@@ -324,5 +324,7 @@ mod tests {
         assert_eq!(decide(&load, &[Some(sum("a", 2)), Some(sum("a", 3))], 0), Decision::Contradiction);
         assert_eq!(decide(&load, &[Some(sum("b", 2)), Some(sum("b", 3))], 0), Decision::Contradiction);
         assert_eq!(decide(&load, &[Some(load.clone()), Some(sum("a", 2))], 0), Decision::Contradiction);
+        // The readings agree, and the load says otherwise.
+        assert_eq!(decide(&load, &[Some(sum("a", 2)), Some(sum("a", 2))], 0), Decision::Contradiction);
     }
 }

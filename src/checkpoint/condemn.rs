@@ -9,7 +9,10 @@
 //! *Crash, cancel:* suspicions go with the process; whoever comes next finds the same damage. *Retry:* a record that may not have been
 //! written is asked for again.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use super::{
     CheckpointError,
@@ -23,6 +26,8 @@ use crate::{
 
 /// Whole checkpoints that are looked for before this machine is held to be the one that is broken.
 const TRIES: usize = 3;
+/// After how long a process that could read none whole tries again: what garbled its reads may have passed.
+const AGAIN: Duration = Duration::from_secs(60 * 60);
 /// Bytes of one request.
 const PART: u64 = 4 << 20;
 
@@ -40,8 +45,8 @@ struct Cases {
     verified: Option<ResumePoint>,
     /// Loads in a row that failed though the checkpoint was whole when it was read again.
     whole_again: u32,
-    /// No checkpoint that was tried could be read whole.
-    distrusted: bool,
+    /// When no checkpoint that was tried could be read whole.
+    distrusted: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -88,7 +93,7 @@ impl Docket {
             cases.passed_over.retain(|other| other != point);
             cases.suspects.retain(|suspect| !suspect.damage.is_of(point));
             cases.suspects.iter_mut().for_each(|suspect| suspect.proven = true);
-            (cases.whole_again, cases.distrusted) = (0, false);
+            (cases.whole_again, cases.distrusted) = (0, None);
         }
     }
 
@@ -99,9 +104,10 @@ impl Docket {
         cases.whole_again
     }
 
-    /// Whether this process could not read a single checkpoint whole when it tried: what it finds says nothing.
+    /// Whether this process could not read a single checkpoint whole when it tried: what it finds says nothing. After [`AGAIN`] it may try
+    /// once more.
     pub fn is_distrusted(&self) -> bool {
-        self.cases().distrusted
+        self.cases().distrusted.is_some_and(|since| since.elapsed() < AGAIN)
     }
 
     /// The suspect that may be condemned next, with the record that does so. Those that no longer count as good are forgotten.
@@ -171,7 +177,7 @@ impl Docket {
                 return Ok(true);
             }
         }
-        self.cases().distrusted = true;
+        self.cases().distrusted = Some(Instant::now());
         Ok(false)
     }
 }
@@ -314,6 +320,68 @@ mod tests {
         assert!(!docket.is_distrusted());
         assert_eq!(docket.condemn(&mut journal).await.unwrap(), Some(damage(5)));
         assert_eq!(condemned(&journal), [5]);
+    }
+
+    #[tokio::test]
+    async fn what_is_settled_is_no_suspect_any_more_and_costs_no_reading() {
+        let store = memory_store();
+        let mut journal = run(&store, 3).await;
+        let docket = Docket::default();
+        // Pruned meanwhile: there is nothing left to condemn.
+        docket.suspect(&damage(1));
+        docket.vouch(&point(3), Proof::Bytes);
+        journal.append(Record::Pruned { step: Step(1), generation: Generation(1) }).await.unwrap();
+        assert!(docket.has_suspects() && docket.next_record(journal.state()).is_none() && !docket.has_suspects());
+        docket.suspect(&damage(2));
+        docket.vouch(&point(3), Proof::Bytes);
+        let folder = layout::checkpoint(Step(3), Generation(1));
+        harm(&store, &folder, "model-00001-of-00001.safetensors", Harm::Flip).await;
+        assert!(docket.prove(&store, journal.state(), None).await.unwrap(), "it is proven, and nothing is read again");
+        let (found, _) = docket.next_record(journal.state()).unwrap();
+        docket.condemned(&found);
+        assert!(!docket.has_suspects(), "before the journal is looked at");
+        // The journal would refuse it: it is not even asked.
+        docket.suspect(&damage(3));
+        let only = run(&memory_store(), 1).await;
+        docket.suspect(&damage(1));
+        docket.vouch(&point(2), Proof::Bytes);
+        assert_eq!(docket.next_record(only.state()), None, "the last good one is spared");
+        assert!(docket.has_suspects());
+    }
+
+    #[tokio::test]
+    async fn who_is_second_to_condemn_gives_way_without_an_error() {
+        let store = memory_store();
+        let mut first = run(&store, 2).await;
+        let run_id = RunId::new("run").unwrap();
+        let mut second = Journal::open(store.clone(), NodeId::random(), run_id).await.unwrap();
+        let dockets = [Docket::default(), Docket::default()];
+        for (docket, step) in dockets.iter().zip([1, 2]) {
+            docket.suspect(&damage(step));
+            assert!(!docket.suspect(&damage(step)), "once");
+            assert_eq!(docket.cases().suspects.len(), 1);
+            docket.vouch(&point(3 - step), Proof::Bytes);
+        }
+        assert_eq!(dockets[0].condemn(&mut first).await.unwrap(), Some(damage(1)));
+        assert_eq!(dockets[1].condemn(&mut second).await.unwrap(), None, "what is left now is the last one");
+        assert_eq!(condemned(&second), [1]);
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_read_nothing_whole_may_try_again_after_a_while() {
+        let store = memory_store();
+        let journal = run(&store, 2).await;
+        let docket = Docket::default();
+        docket.suspect(&damage(2));
+        let folder = layout::checkpoint(Step(1), Generation(1));
+        harm(&store, &folder, "model-00001-of-00001.safetensors", Harm::Flip).await;
+        assert!(!docket.prove(&store, journal.state(), None).await.unwrap());
+        assert!(docket.is_distrusted());
+        let long_ago = Instant::now().checked_sub(AGAIN).expect("this machine is up for so long");
+        docket.cases().distrusted = Some(long_ago);
+        assert!(!docket.is_distrusted(), "it would never delete anything again");
+        assert!(!docket.prove(&store, journal.state(), None).await.unwrap());
+        assert!(docket.is_distrusted(), "it was tried, and nothing has changed");
     }
 
     #[tokio::test]

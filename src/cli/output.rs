@@ -21,6 +21,19 @@ pub(super) fn show(text: &str) -> Result<bool> {
     }
 }
 
+/// The same beside what else is waited for: a reader that stands still keeps nobody from hearing Ctrl-C. What is not read then goes with the
+/// process.
+pub(super) async fn show_beside(text: String) -> Result<bool> {
+    let (done, shown) = tokio::sync::oneshot::channel();
+    // A thread of its own: a runtime waits for those that it lends.
+    let writes = move || drop(done.send(show(&text)));
+    std::thread::Builder::new()
+        .name("show".into())
+        .spawn(writes)
+        .map_err(|error| Error::from_source(Kind::Unavailable, error).context("start a thread"))?;
+    shown.await.unwrap_or(Ok(false))
+}
+
 /// Whether a person looks at standard output.
 pub(super) fn is_terminal() -> bool {
     io::stdout().is_terminal()

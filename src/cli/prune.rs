@@ -15,6 +15,7 @@ use super::{
 use crate::{
     checkpoint::{
         CheckpointError,
+        catalog::Damage,
         condemn::{self, Docket},
         prune::{Abandoned, Fate, Plan, Reading, Why, apply_prune, doomed, plan_for, quarantined},
         rubbish::{self, Folder, Kind, Rubbish},
@@ -140,7 +141,9 @@ impl Prune {
         }
         let mut fates = self.with_quarantined(plan.fates, journal.state())?;
         if self.damaged && !self.dry_run {
-            take_back(&folder, &mut journal, &mut fates).await?;
+            take_back(&folder, &mut journal, &mut fates, &docket).await?;
+            // It may have been written off by mistake, and be this machine that garbles it now.
+            self.settle(&docket, &folder, &mut journal).await?;
         }
         let rubbish = rubbish::find(&folder, journal.state(), Timestamp::now()).await?;
         if let Some(error) = &rubbish.unlisted {
@@ -206,7 +209,7 @@ impl Prune {
 }
 
 /// What is whole after all is no longer condemned, and stays: a deletion is for ever.
-async fn take_back(folder: &Store, journal: &mut Journal, fates: &mut [Fate]) -> Result<()> {
+async fn take_back(folder: &Store, journal: &mut Journal, fates: &mut [Fate], docket: &Docket) -> Result<()> {
     for fate in fates.iter_mut().filter(|fate| fate.goes()) {
         let ResumePoint { step, generation } = fate.point;
         let Some(checkpoint) = journal.state().checkpoint(step, generation) else { continue };
@@ -217,6 +220,8 @@ async fn take_back(folder: &Store, journal: &mut Journal, fates: &mut [Fate]) ->
         if condemn::clear(journal, &report).await? {
             tracing::warn!(%step, "checkpoint had been found damaged and is whole: it is good again, and stays");
             fate.stays.push(Why::Cleared);
+        } else if let Some((object, reason)) = report.damage() {
+            docket.suspect(&Damage { step, generation, object: object.to_owned(), reason: reason.to_owned() });
         }
     }
     Ok(())

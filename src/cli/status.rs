@@ -70,29 +70,34 @@ impl Status {
             // Elsewhere than on a terminal each look is added below the last: a log of JSON lines, or of tables.
             let redraw = self.watch && !self.json.json && output::is_terminal();
             let mut journal = history::open(&root, &self.run.run_id).await?;
-            let stop = tokio::signal::ctrl_c();
-            tokio::pin!(stop);
-            loop {
+            if !self.watch {
                 let report = Report::new(journal.state(), root.uri());
-                let text = if self.json.json { output::json_lines([&report])? } else { report.text(Timestamp::now()) };
-                let read = output::show(&if redraw { format!("\x1b[H\x1b[J{text}") } else { text })?;
-                if !self.watch || !read || report.state.is_end() {
-                    return Ok(ExitCode::SUCCESS);
-                }
-                let look = async {
-                    tokio::time::sleep(WATCH).await;
-                    history::read_on(&mut journal).await
-                };
-                tokio::select! {
-                    read = look => read?,
-                    stop = &mut stop => {
-                        return stop
-                            .map(|()| ExitCode::SUCCESS)
-                            .map_err(|error| Error::from_source(Kind::Bug, error).context("listen for Ctrl-C"));
+                output::emit(&self.text(&report)?)?;
+                return Ok(ExitCode::SUCCESS);
+            }
+            let watch = async {
+                loop {
+                    let report = Report::new(journal.state(), root.uri());
+                    let (text, is_end) = (self.text(&report)?, report.state.is_end());
+                    let text = if redraw { format!("\x1b[H\x1b[J{text}") } else { text };
+                    if !output::show_beside(text).await? || is_end {
+                        return Ok(ExitCode::SUCCESS);
                     }
+                    tokio::time::sleep(WATCH).await;
+                    history::read_on(&mut journal).await?;
                 }
+            };
+            tokio::select! {
+                end = watch => end,
+                stop = tokio::signal::ctrl_c() => stop
+                    .map(|()| ExitCode::SUCCESS)
+                    .map_err(|error| Error::from_source(Kind::Bug, error).context("listen for Ctrl-C")),
             }
         })
+    }
+
+    fn text(&self, report: &Report<'_>) -> Result<String> {
+        if self.json.json { output::json_lines([report]) } else { Ok(report.text(Timestamp::now())) }
     }
 }
 

@@ -599,7 +599,7 @@ mod tests {
         let hear = events.clone();
         let summary = prepare(settings.clone(), move |event| hear.lock().unwrap().push(event)).await.unwrap();
         assert_eq!((summary.documents, summary.bad_records), (3, 1));
-        let events = events.lock().unwrap();
+        let events = events.lock().unwrap().clone();
         let warned: Vec<&String> = events
             .iter()
             .filter_map(|event| if let PrepareEvent::Warning { message } = event { Some(message) } else { None })

@@ -34,6 +34,16 @@ pub enum JournalError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A record is nothing that can be read, and is so when it is read again.
+    #[error("journal record {object} {reason}")]
+    Garbled {
+        /// The object.
+        object: String,
+        /// What it is instead.
+        reason: String,
+        /// There is none after it.
+        last: bool,
+    },
     /// A summary of the journal contradicts the records, which are right.
     #[error("{object} disagrees with the records of the journal: {reason}")]
     Disagrees {
@@ -99,7 +109,7 @@ impl Explain for JournalError {
         match self {
             Self::Exists { .. } => Kind::Usage,
             Self::NoSuchRun { .. } | Self::Newer { .. } => Kind::Config,
-            Self::Damaged { .. } | Self::Disagrees { .. } => Kind::Data,
+            Self::Damaged { .. } | Self::Garbled { .. } | Self::Disagrees { .. } => Kind::Data,
             Self::Fenced { .. } | Self::Overtaken { .. } => Kind::Fenced,
             Self::Moved { .. } | Self::Injected(_) => Kind::Unavailable,
             Self::Refused { .. } | Self::NoWriter => Kind::Bug,
@@ -114,11 +124,15 @@ impl Explain for JournalError {
             }
             Self::NoSuchRun { .. } => Some("`trainer runs --store URI` lists the runs of a store; check --store and --run-id".into()),
             Self::Newer { .. } => Some("install the version of trainer that wrote it, or a newer one; `trainer --version` shows this one's".into()),
-            Self::Damaged { .. } => Some(
-                "nothing has been changed; restore the object from a copy, or from an older version of it in the bucket: `aws s3api \
-                 list-object-versions --bucket BUCKET --prefix KEY`"
-                    .into(),
-            ),
+            Self::Damaged { object, .. } | Self::Garbled { object, last: false, .. } => {
+                Some(format!("nothing has been changed; {}", restore(object)))
+            }
+            Self::Garbled { object, last: true, .. } => Some(format!(
+                "nothing has been changed; {}. If there is none: this is the newest record, and the run goes on from the one before it once it \
+                 is out of the way. While no trainer works on this run: `{}`",
+                restore(object),
+                aside(object)
+            )),
             Self::Disagrees { .. } => Some(
                 "delete that object and try again: it only makes opening the run faster, and nothing else reads it"
                     .into(),
@@ -130,5 +144,47 @@ impl Explain for JournalError {
             Self::Storage(error) => error.hint(),
             Self::Refused { .. } | Self::NoWriter | Self::Injected(_) => None,
         }
+    }
+}
+
+/// How an older version of an object is found.
+fn restore(object: &str) -> String {
+    let versions = object.strip_prefix("s3://").and_then(|rest| rest.split_once('/')).map(|(bucket, key)| {
+        format!(", or from an older version: `aws s3api list-object-versions --bucket {bucket} --prefix {key}`")
+    });
+    format!("restore the object from a copy{}", versions.unwrap_or_default())
+}
+
+/// What moves an object to a name that is no record's.
+fn aside(object: &str) -> String {
+    let (command, path) = match object.split_once("://") {
+        Some(("s3", _)) => ("aws s3 mv", object),
+        Some(("gs", _)) => ("gcloud storage mv", object),
+        Some(("file", path)) => ("mv", path),
+        _ => ("move", object),
+    };
+    format!("{command} {path} {path}.bad")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_a_record_that_is_none_hears_what_to_type() {
+        let hint = |object: &str, last| {
+            let garbled = JournalError::Garbled { object: object.into(), reason: "is nothing".into(), last };
+            garbled.hint().unwrap()
+        };
+        let versions = "`aws s3api list-object-versions --bucket b --prefix r/journal/7.json`";
+        for last in [false, true] {
+            let hint = hint("s3://b/r/journal/7.json", last);
+            assert!(hint.contains(versions), "{hint}");
+            let way_out = "`aws s3 mv s3://b/r/journal/7.json s3://b/r/journal/7.json.bad`";
+            assert_eq!(hint.contains(way_out), last, "{hint}");
+        }
+        let hint = hint("file:///store/r/journal/7.json", true);
+        assert!(hint.contains("`mv /store/r/journal/7.json /store/r/journal/7.json.bad`"), "{hint}");
+        assert!(!hint.contains("aws"), "{hint}");
     }
 }

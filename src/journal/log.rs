@@ -11,7 +11,7 @@ use super::{
     admit::{Refusal, admit},
     error::JournalError,
     record::{Committed, Entry, FormedReason, InvalidEntry, Record, ResumePoint, RosterEntry},
-    replay::{self, damaged, is_begun, missing, read},
+    replay::{self, damaged, is_begun, missing, read, read_otherwise},
     state::RunState,
     summary::{SPANS, Spans},
 };
@@ -127,7 +127,7 @@ impl Journal {
     pub async fn refresh(&mut self) -> Result<u64, JournalError> {
         let before = self.state.next();
         while let Some((entry, body)) = read(&self.store, self.state.next()).await? {
-            self.apply(entry, body)?;
+            self.apply_read(entry, body).await?;
         }
         Ok(self.state.next() - before)
     }
@@ -250,8 +250,8 @@ impl Journal {
                             self.apply(came, bytes)?;
                             return self.settled(&entry, number);
                         }
+                        let came = self.apply_read(came, bytes).await?;
                         verdict = verdict.and_then(|()| still_right(&came.record, &came.node));
-                        self.apply(came, bytes)?;
                     }
                     if self.state.next() == number {
                         return Err(missing(&self.store, number));
@@ -303,6 +303,15 @@ impl Journal {
     #[cfg(test)]
     pub(super) fn moved_to(self, store: Store) -> Self {
         Self { store, ..self }
+    }
+
+    /// Takes in the next record as it was read; gives it. One that contradicts those before it is read once more.
+    async fn apply_read(&mut self, entry: Entry, body: Bytes) -> Result<Entry, JournalError> {
+        let number = self.state.next();
+        let Err(error) = self.apply(entry.clone(), body.clone()) else { return Ok(entry) };
+        let (entry, body) = read_otherwise(&self.store, number, &body).await?.ok_or(error)?;
+        self.apply(entry.clone(), body)?;
+        Ok(entry)
     }
 
     /// Takes in the next record, and notes when it is one of ours that had been given up.

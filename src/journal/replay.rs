@@ -46,8 +46,16 @@ pub async fn replay(store: &Store, run_id: &RunId) -> Result<RunState, JournalEr
     replay_by(store, run_id, SPANS).await
 }
 
-/// The same with summaries of these lengths.
+/// The same with summaries of these lengths. Records and summaries that disagree are read once more: what did not may have been garbled on
+/// its way.
 pub(super) async fn replay_by(store: &Store, run_id: &RunId, spans: Spans) -> Result<RunState, JournalError> {
+    match replay_once(store, run_id, spans).await {
+        Err(JournalError::Disagrees { .. }) => replay_once(store, run_id, spans).await,
+        other => other,
+    }
+}
+
+async fn replay_once(store: &Store, run_id: &RunId, spans: Spans) -> Result<RunState, JournalError> {
     let mut replay = Replay::begin(store, run_id, spans).await?;
     let mut stretch = spans.first();
     loop {
@@ -145,8 +153,15 @@ impl<'a> Replay<'a> {
                 Some(_) => missing(store, 0),
             });
         };
-        let first = Crc64::of(&body);
-        let state = RunState::begin_as(run_id, entry, body, spans).map_err(|error| damaged(store, 0, &error))?;
+        let (state, first) = match RunState::begin_as(run_id, entry, body.clone(), spans) {
+            Ok(state) => (state, Crc64::of(&body)),
+            Err(error) => {
+                let again = read_otherwise(store, 0, &body).await?;
+                let (entry, body) = again.ok_or_else(|| damaged(store, 0, &error))?;
+                let first = Crc64::of(&body);
+                (RunState::begin_as(run_id, entry, body, spans).map_err(|error| damaged(store, 0, &error))?, first)
+            }
+        };
         let (last, listed) = (numbers.last().copied(), page.len() < PAGE);
         Ok(Self { store, state, first, last, listed, useless: BTreeSet::new(), newest: None, whole: None })
     }
@@ -245,7 +260,7 @@ impl<'a> Replay<'a> {
                 None if !self.listed => self.look_ahead(next).await?,
                 // What came while the list was being read, and what a folder's listing may have missed.
                 None => match read(self.store, next).await? {
-                    Some((entry, body)) => self.take_in(entry, body)?,
+                    Some((entry, body)) => self.take_in(entry, body).await?,
                     None => return Ok(false),
                 },
             }
@@ -263,7 +278,7 @@ impl<'a> Replay<'a> {
             })
             .buffered(READ_AHEAD);
         while let Some((entry, body)) = records.try_next().await? {
-            self.take_in(entry, body)?;
+            self.take_in(entry, body).await?;
         }
         Ok(())
     }
@@ -295,8 +310,11 @@ impl<'a> Replay<'a> {
         Ok(())
     }
 
-    fn take_in(&mut self, entry: Entry, body: Bytes) -> Result<(), JournalError> {
+    async fn take_in(&mut self, entry: Entry, body: Bytes) -> Result<(), JournalError> {
         let number = self.state.next();
+        let Err(error) = self.state.take_in(number, entry, body.clone()) else { return Ok(()) };
+        let again = read_otherwise(self.store, number, &body).await?;
+        let (entry, body) = again.ok_or_else(|| damaged(self.store, number, &error))?;
         self.state.take_in(number, entry, body).map_err(|error| damaged(self.store, number, &error))
     }
 
@@ -389,25 +407,57 @@ fn numbers<'k>(keys: impl Iterator<Item = &'k str>) -> BTreeSet<u64> {
     keys.filter_map(layout::journal_number).collect()
 }
 
-/// One record and its stored bytes; `None` if there is none of this number.
+/// One record and its stored bytes; `None` if there is none of this number. What is no record is read once more: it may have been garbled on
+/// its way.
 pub(super) async fn read(store: &Store, number: u64) -> Result<Option<(Entry, Bytes)>, JournalError> {
+    match read_once(store, number).await {
+        Err(JournalError::Garbled { .. } | JournalError::Newer { .. }) => match read_once(store, number).await {
+            Err(JournalError::Garbled { object, reason, .. }) => {
+                let next = layout::journal_entry(number.saturating_add(1));
+                let last = matches!(store.head(&next).await, Err(StorageError::NotFound { .. }));
+                Err(JournalError::Garbled { object, reason, last })
+            }
+            Err(newer @ JournalError::Newer { .. }) => Err(newer),
+            second => {
+                tracing::warn!(
+                    number,
+                    "a record of the journal was garbled on its way, and was not when it was read again"
+                );
+                second
+            }
+        },
+        first => first,
+    }
+}
+
+async fn read_once(store: &Store, number: u64) -> Result<Option<(Entry, Bytes)>, JournalError> {
     let key = layout::journal_entry(number);
     let object = || format!("{}/{key}", store.uri());
+    let garbled = |reason| JournalError::Garbled { object: object(), reason, last: false };
     let body = match store.get(&key, MAX_ENTRY).await {
         Ok(body) => body,
         Err(StorageError::NotFound { .. }) => return Ok(None),
-        Err(error @ StorageError::TooLarge { .. }) => {
-            return Err(JournalError::Damaged { object: object(), reason: format!("is too large: {error}") });
-        }
+        Err(error @ StorageError::TooLarge { .. }) => return Err(garbled(format!("is too large: {error}"))),
         Err(error) => return Err(error.into()),
     };
     match Entry::decode(&body) {
         Ok(entry) => Ok(Some((entry, body))),
         Err(InvalidEntry::Newer { found }) => Err(JournalError::Newer { object: object(), format: found }),
-        Err(error @ InvalidEntry::Garbled(_)) => {
-            Err(JournalError::Damaged { object: object(), reason: error.to_string() })
-        }
+        Err(error @ InvalidEntry::Garbled(_)) => Err(garbled(error.to_string())),
     }
+}
+
+/// The record again, if other bytes come than `before`: those were garbled on their way.
+pub(super) async fn read_otherwise(
+    store: &Store,
+    number: u64,
+    before: &Bytes,
+) -> Result<Option<(Entry, Bytes)>, JournalError> {
+    let again = read(store, number).await?.filter(|(_, body)| body != before);
+    if again.is_some() {
+        tracing::warn!(number, "a record of the journal was garbled on its way, and was not when it was read again");
+    }
+    Ok(again)
 }
 
 pub(super) fn damaged(store: &Store, number: u64, error: &Inconsistent) -> JournalError {

@@ -229,16 +229,19 @@ fn the_last_good_checkpoint_is_never_condemned() {
 fn the_checkpoint_that_was_read_whole_last_is_never_condemned() {
     let mut records = vec![formed(1, None), committed(5, 1), committed(9, 1), formed(2, Some(point(9, 1)))];
     assert_eq!(refused(&records, &damaged(9, 1)), None, "nobody has trained from it yet");
-    let stopped = Record::Interrupted {
-        generation: Generation(2),
-        step: Step(10),
-        committed: Some(Step(9)),
-        lost_steps: 1,
-        verdict: String::new(),
-        drain: None,
+    let told = |step: u64| -> Vec<Record> {
+        let stopped = Record::Interrupted {
+            generation: Generation(2),
+            step: Step(step),
+            committed: Some(Step(9)),
+            lost_steps: step - 9,
+            verdict: String::new(),
+            drain: None,
+        };
+        records.iter().cloned().chain([stopped]).collect()
     };
-    let told: Vec<Record> = records.iter().cloned().chain([stopped]).collect();
-    assert!(refused(&told, &damaged(9, 1)).unwrap().contains("read whole"), "a step was made from it");
+    assert!(refused(&told(10), &damaged(9, 1)).unwrap().contains("read whole"), "a step was made from it");
+    assert_eq!(refused(&told(9), &damaged(9, 1)), None, "it may have left before it had loaded it");
     records.push(committed(12, 2));
     assert!(refused(&records, &damaged(9, 1)).unwrap().contains("read whole"));
     assert_eq!((refused(&records, &damaged(12, 2)), refused(&records, &damaged(5, 1))), (None, None));

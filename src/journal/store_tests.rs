@@ -515,3 +515,91 @@ proptest::proptest! {
         });
     }
 }
+
+/// A bit of a record turns over on its way: in what makes it a record, in what it says, or in its format.
+#[tokio::test]
+async fn a_record_that_was_garbled_on_its_way_is_read_again_before_anything_is_said_of_it() {
+    use crate::storage::s3_tests::{
+        self,
+        proxy::{self, FaultProxy, Often, Rule},
+    };
+    let (direct, server) = s3_tests::atomic();
+    let upstream = server.address();
+    let proxy = std::thread::spawn(move || FaultProxy::start(upstream, 0)).join().unwrap();
+    let store = s3_tests::client(&proxy.endpoint(), &settings()).folder("run");
+    let mut writer = new_run(&direct.folder("run")).await;
+    let early = writer.state().clone();
+    writer.form(forming("a", None)).await.unwrap();
+    writer.append(committed(5, 1)).await.unwrap();
+    writer.append(notice(1, "x")).await.unwrap();
+    let text = String::from_utf8(store.get(&layout::journal_entry(2), 1 << 20).await.unwrap().to_vec()).unwrap();
+    let at = |part: &str| text.find(part).unwrap() + part.len();
+    let places = [
+        ("no JSON", 0),
+        // 1 becomes 0, which never was; 1 becomes 3 (bit 1) only by two bits, so the kind is garbled instead.
+        ("a generation that was not formed", at("\"generation\":")),
+        ("a kind that is none", at("\"kind\":\"")),
+    ];
+    for (what, place) in places {
+        let garble = |times| {
+            let target = "00000000000000000002.json";
+            proxy.arm(Rule {
+                method: "GET",
+                target,
+                fault: proxy::Fault::FlipResponse(place),
+                often: Often::Next(times),
+            });
+        };
+        let before = proxy.broken();
+        garble(1);
+        let state = replay(&store, &run_id()).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!((state.next(), proxy.broken() - before), (4, 1), "{what}");
+        // Twice the same: it lies there like that.
+        garble(2);
+        let error = replay(&store, &run_id()).await.unwrap_err();
+        assert_eq!((error.kind(), proxy.broken() - before), (Kind::Data, 3), "{what}");
+        assert!(error.to_string().contains("run/journal/00000000000000000002.json"), "{what}: {error}");
+        assert!(!error.hint().unwrap().contains(".bad"), "others are built on it: {error:?}");
+        // Whoever reads on meets it, too.
+        garble(1);
+        let follower = Journal::follow(store.clone(), node("b"), early.clone()).await;
+        let follower = follower.unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!((follower.state().next(), proxy.broken() - before), (4, 4), "{what}");
+    }
+    // So does whoever appends, and finds somebody else's record in its place.
+    let mut late = Journal::open(store.clone(), node("a"), run_id()).await.unwrap();
+    writer.append(notice(1, "y")).await.unwrap();
+    let target = "00000000000000000004.json";
+    // The first request looks whether it is its own that stands there.
+    proxy.arm(Rule { method: "GET", target, fault: proxy::Fault::FlipResponse(0), often: Often::Next(2) });
+    assert_eq!(late.append(notice(1, "z")).await.unwrap(), 5);
+    assert_eq!(late.state().notices().len(), 3);
+}
+
+#[tokio::test]
+async fn a_newest_record_that_is_none_says_how_to_get_it_out_of_the_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let uri = format!("file://{}", folder.path().display());
+    let store = Store::open(&uri, &settings()).unwrap().folder("run");
+    let mut a = new_run(&store).await;
+    a.form(forming("a", None)).await.unwrap();
+    store.put(&layout::journal_entry(2), Bytes::from_static(b"not ours")).await.unwrap();
+    let errors = [a.append(notice(1, "x")).await.unwrap_err(), replay(&store, &run_id()).await.unwrap_err()];
+    for error in errors {
+        assert_eq!(error.kind(), Kind::Data);
+        let hint = error.hint().unwrap();
+        let (_, rest) = hint.split_once("no trainer works on this run: `").expect("what to type");
+        let typed = rest.trim_end_matches('`');
+        assert!(typed.ends_with(".json.bad"), "{typed}");
+    }
+    // What it says to type.
+    let hint = replay(&store, &run_id()).await.unwrap_err().hint().unwrap();
+    let command = hint.split('`').nth(1).unwrap();
+    assert!(std::process::Command::new("sh").args(["-c", command]).status().unwrap().success(), "{command}");
+    assert_eq!(replay(&store, &run_id()).await.unwrap().next(), 2);
+    assert_eq!(a.append(notice(1, "x")).await.unwrap(), 2);
+    // One that others are built on is another matter.
+    store.put(&layout::journal_entry(1), Bytes::from_static(b"not ours")).await.unwrap();
+    let error = replay(&store, &run_id()).await.unwrap_err();
+    assert!(!error.hint().unwrap().contains(".bad"), "{error:?}");
+}

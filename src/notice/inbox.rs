@@ -171,6 +171,8 @@ fn is_ignored(kind: SignalKind, status: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt;
+
     use super::*;
 
     #[test]
@@ -192,9 +194,12 @@ mod tests {
             inbox.0.send_modify(|came| came.count(place));
         }
         assert_eq!((inbox.asked(), inbox.obeyed()), (3, 0), "SIGUSR2 does not ask to leave");
-        for signal in [Signal::Terminate, Signal::Terminate, Signal::HangUp, Signal::User2] {
+        for (obeyed, signal) in (1..).zip([Signal::Terminate, Signal::Terminate, Signal::HangUp]) {
             assert_eq!(inbox.take().await, signal);
+            assert_eq!(inbox.obeyed(), obeyed, "SIGUSR2 waits, and is not counted");
         }
+        assert_eq!(inbox.take().await, Signal::User2);
+        assert!(inbox.asked_again(3).now_or_never().is_none(), "it was asked three times, and not more often");
         let (later, ()) = tokio::join!(inbox.take(), async { inbox.0.send_modify(|came| came.count(3)) });
         assert_eq!(later, Signal::User1);
         inbox.asked_again(3).await;

@@ -258,10 +258,10 @@ fn body(node: &NodeId, process: &Process, counter: u64) -> Bytes {
     serde_json::to_vec(&heartbeat).unwrap_or_default().into()
 }
 
-async fn read(run: &Store, node: &NodeId) -> Result<Option<Heartbeat>, StorageError> {
+/// The stored bytes of a heartbeat; `None`: there is none.
+async fn stored(run: &Store, node: &NodeId) -> Result<Option<Bytes>, StorageError> {
     match run.get(&layout::heartbeat(node), LIMIT).await {
-        // A heartbeat that can't be read says nothing of life.
-        Ok(body) => Ok(Heartbeat::parse(&body).ok()),
+        Ok(body) => Ok(Some(body)),
         Err(StorageError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error),
     }
@@ -284,23 +284,46 @@ const fn patience(local_store: bool, of_this_machine: bool, at_work: bool) -> Du
 
 /// Looks whether `node` still lives. Takes up to [`PATIENCE`] when it does not, less when the kernel can tell.
 pub async fn look(run: &Store, node: &NodeId) -> Result<Liveness, StorageError> {
-    let Some(first) = read(run, node).await? else { return Ok(Liveness::Gone(None)) };
-    let begin = tokio::time::Instant::now();
-    let of_this_machine = first.process.is_of_this_machine();
+    let near = run.is_local();
+    look_for(run, node, |of_this_machine, at_work| patience(near, of_this_machine, at_work)).await
+}
+
+/// The same; `patience`: of a process that may be one of this machine, and may be seen at work.
+async fn look_for(
+    run: &Store,
+    node: &NodeId,
+    patience: impl Fn(bool, bool) -> Duration,
+) -> Result<Liveness, StorageError> {
+    let mut begin = tokio::time::Instant::now();
+    let mut first: Option<Heartbeat> = None;
+    // What can't be read (a newer version's, or one that was garbled on its way) says only whether it changes.
+    let mut strange: Option<Bytes> = None;
     loop {
         // From here on the counter is known to have changed or not: how long this look itself takes says nothing.
         let watched = begin.elapsed();
-        if first.process.is_gone() {
-            return Ok(Liveness::Gone(Some(first.process)));
+        let process = first.as_ref().map(|first| &first.process);
+        if process.is_some_and(Process::is_gone) {
+            return Ok(Liveness::Gone(process.cloned()));
         }
-        match read(run, node).await? {
-            None => return Ok(Liveness::Gone(None)),
-            Some(now) if now.counter != first.counter => return Ok(Liveness::Alive),
-            Some(_) if watched >= patience(run.is_local(), of_this_machine, first.process.is_at_work()) => {
-                return Ok(Liveness::Gone(Some(first.process)));
+        let Some(body) = stored(run, node).await? else { return Ok(Liveness::Gone(None)) };
+        match (Heartbeat::parse(&body), &first) {
+            (Ok(now), Some(first)) if now.counter != first.counter => return Ok(Liveness::Alive),
+            (Ok(now), None) => {
+                (first, begin) = (Some(now), tokio::time::Instant::now());
+                continue;
             }
-            Some(_) => tokio::time::sleep(READ_AGAIN).await,
+            (Err(_), _) if strange.as_ref().is_some_and(|before| *before != body) => return Ok(Liveness::Alive),
+            (Err(error), None) if strange.is_none() => {
+                tracing::debug!(%node, "heartbeat {error}");
+                strange = Some(body);
+            }
+            _ => {}
         }
+        let here = process.is_some_and(Process::is_of_this_machine);
+        if watched >= patience(here, process.is_some_and(Process::is_at_work)) {
+            return Ok(Liveness::Gone(process.cloned()));
+        }
+        tokio::time::sleep(READ_AGAIN).await;
     }
 }
 
@@ -364,6 +387,48 @@ mod tests {
             let first = tokio::time::timeout(Duration::from_secs(60), seen).await.expect("no beat came through");
             assert!(first > 1, "{fault:?}: beat {first} was sent again");
             beating.abort();
+        }
+    }
+
+    async fn read(run: &Store, node: &NodeId) -> Result<Option<Heartbeat>, StorageError> {
+        Ok(stored(run, node).await?.and_then(|body| Heartbeat::parse(&body).ok()))
+    }
+
+    #[tokio::test]
+    async fn a_heartbeat_that_can_not_be_read_is_no_death() {
+        let store = Store::faulty_with(&Faulty::new(|_, _, _| Fault::Pass), &StorageConfig::plain(4, 8), None);
+        let (node, key) = (NodeId::new("n1").unwrap(), layout::heartbeat(&NodeId::new("n1").unwrap()));
+        let elsewhere = Process { boot_id: "elsewhere".into(), ..Process::current() };
+        let look = async |patience| look_for(&store, &node, |_, _| patience).await.unwrap();
+        assert_eq!(look(Duration::MAX).await, Liveness::Gone(None), "there is none");
+        // Garbled on its way, and then as it is: its counter is what counts.
+        store.put(&key, Bytes::from_static(b"\xffgarbled")).await.unwrap();
+        let beats = async {
+            for counter in 0.. {
+                tokio::time::sleep(READ_AGAIN).await;
+                store.put(&key, body(&node, &elsewhere, counter)).await.unwrap();
+            }
+        };
+        tokio::select! {
+            life = look(Duration::from_secs(60)) => assert_eq!(life, Liveness::Alive),
+            () = beats => {}
+        }
+        // Read well, and it stands still.
+        store.put(&key, body(&node, &elsewhere, 7)).await.unwrap();
+        assert_eq!(look(Duration::from_millis(1)).await, Liveness::Gone(Some(elsewhere.clone())));
+        // One of a newer version, which lives as long as it changes.
+        let newer = |counter| Bytes::from(format!("{{\"format\":9,\"beats\":{counter}}}"));
+        store.put(&key, newer(0)).await.unwrap();
+        assert_eq!(look(Duration::from_millis(1)).await, Liveness::Gone(None), "it stands still");
+        let beats = async {
+            for counter in 1.. {
+                tokio::time::sleep(READ_AGAIN).await;
+                store.put(&key, newer(counter)).await.unwrap();
+            }
+        };
+        tokio::select! {
+            life = look(Duration::from_secs(60)) => assert_eq!(life, Liveness::Alive),
+            () = beats => {}
         }
     }
 

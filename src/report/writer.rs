@@ -510,6 +510,39 @@ mod tests {
         assert_eq!(text.lines().last(), Some(format!("gap 0 {}", many - kept).as_str()));
     }
 
+    /// A stream whose every second write is broken off by a signal before a byte is written, and which takes three bytes at once.
+    #[derive(Clone, Default)]
+    struct Disturbed(Arc<Mutex<(bool, Vec<u8>)>>);
+
+    impl Sink for Disturbed {
+        fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+            let mut inner = self.0.lock().unwrap();
+            inner.0 = !inner.0;
+            if inner.0 {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let part = &bytes[..bytes.len().min(3)];
+            inner.1.extend_from_slice(part);
+            Ok(part.len())
+        }
+        fn is_ready(&self) -> bool {
+            true
+        }
+        fn gap(&self, lost: Lost) -> Vec<u8> {
+            format!("gap {} {}\n", lost.passing, lost.lasting).into_bytes()
+        }
+    }
+
+    #[test]
+    fn writes_that_a_signal_breaks_off_go_on() {
+        let stream = Disturbed::default();
+        let writer = Writer::new(stream.clone());
+        writer.say(b"first line\n".to_vec(), Weight::Passing);
+        writer.say(b"second line\n".to_vec(), Weight::Lasting);
+        assert!(writer.flush());
+        assert_eq!(stream.0.lock().unwrap().1, b"first line\nsecond line\n");
+    }
+
     #[test]
     fn a_device_that_has_space_again_is_written_to_again() {
         let reader = Reader::default();

@@ -33,6 +33,7 @@ mod download;
 mod error;
 mod examine;
 mod gate;
+mod hedge;
 mod links;
 mod listing;
 mod local;
@@ -85,9 +86,10 @@ use self::{
     anchor::Anchor,
     cap::Cap,
     gate::Gate,
+    hedge::Tempo,
     pace::Pace,
     pool::{Pool, Task},
-    retry::{Attempts, Failure, Policy, Queue},
+    retry::{Again, Attempts, Failure, Policy, Queue},
     upload::Large,
 };
 use crate::config::StorageConfig;
@@ -197,6 +199,10 @@ struct Inner {
     /// Bytes of one part.
     part: u64,
     cap: Option<Cap>,
+    /// What parts take on their way up.
+    tempo: Tempo,
+    /// What it takes to put the parts of one object together.
+    completions: Tempo,
     /// What objects that are written once carry.
     attributes: Attributes,
     /// Folders that are held, by their keys.
@@ -279,6 +285,8 @@ impl Store {
             concurrency,
             part: u64::from(settings.part_mib.max(1)) << 20,
             cap: Cap::new(settings.max_upload_mib_per_s),
+            tempo: Tempo::default(),
+            completions: Tempo::default(),
             attributes: class.map(|class| (Attribute::StorageClass, AttributeValue::from(class))).into_iter().collect(),
             anchors: Mutex::default(),
         };
@@ -381,7 +389,7 @@ impl Store {
                 Err(error) => Err(error),
             }
         };
-        let outcome = self.attempts("create", body.len() as u64).run(request).await;
+        let outcome = self.attempts("create", body.len() as u64).again(self.soon()).run(request).await;
         // A disk that went away meanwhile: it may have been written beside it, or refused because it is gone.
         self.still_holds("create", key).await?;
         outcome.map_err(|failure| match self.prove_links(key) {
@@ -396,7 +404,7 @@ impl Store {
         self.still_holds("put", key).await?;
         let request =
             || self.objects().put_opts(&path, PutPayload::from_bytes(body.clone()), PutMode::Overwrite.into());
-        let put = self.attempts("put", body.len() as u64).run(request).await;
+        let put = self.attempts("put", body.len() as u64).again(self.soon()).run(request).await;
         put.map(drop).map_err(|failure| failure.explain(&self.uri_of(key)))
     }
 
@@ -636,13 +644,19 @@ impl Store {
         Attempts::new(&self.inner.policy, Queue::Control(queue), operation, bytes)
     }
 
+    /// What is written may be asked for twice, but not of this machine itself.
+    fn soon(&self) -> Again<'_> {
+        if self.is_local() { Again::Never } else { Again::Soon }
+    }
+
     /// A small request that belongs to a bulk transfer.
     fn small<'a>(&'a self, lanes: &'a Lanes, operation: &'static str) -> Attempts<'a> {
         Attempts::new(&self.inner.policy, Queue::Control(&lanes.control), operation, 0)
     }
 
     fn bulk_put<'a>(&'a self, lanes: &'a Lanes, operation: &'static str, bytes: u64) -> Attempts<'a> {
-        Attempts::new(&self.inner.policy, Queue::Bulk(&lanes.up, self.cap()), operation, bytes)
+        let again = if self.is_local() { Again::Never } else { Again::By(&self.inner.tempo) };
+        Attempts::new(&self.inner.policy, Queue::Bulk(&lanes.up, self.cap()), operation, bytes).again(again)
     }
 
     fn bulk_get<'a>(&'a self, lanes: &'a Lanes, bytes: u64) -> Attempts<'a> {

@@ -17,7 +17,14 @@ use std::{
 
 use tokio::sync::Semaphore;
 
-use super::{StorageError, cap::Cap, error::EXPIRED, gate::Gate, pace::Outcome};
+use super::{
+    StorageError,
+    cap::Cap,
+    error::EXPIRED,
+    gate::Gate,
+    hedge::{self, Tempo},
+    pace::Outcome,
+};
 use crate::{cloud::credentials::NoCredentials, ids::random_hex};
 
 /// How much is tried.
@@ -180,6 +187,17 @@ pub(super) struct Attempts<'a> {
     operation: &'static str,
     bytes: u64,
     patience: Option<Duration>,
+    again: Again<'a>,
+}
+
+/// Whether one attempt is more than one request, if the first hangs; see [`hedge`].
+#[derive(Clone, Copy)]
+pub(super) enum Again<'a> {
+    Never,
+    /// For small ones.
+    Soon,
+    /// When it takes longer than others did, which it is measured for, too.
+    By(&'a Tempo),
 }
 
 impl<'a> Attempts<'a> {
@@ -187,7 +205,12 @@ impl<'a> Attempts<'a> {
     pub(super) fn new(policy: &'a Policy, queue: Queue<'a>, operation: &'static str, bytes: u64) -> Self {
         let mib = u32::try_from(bytes.div_ceil(1 << 20)).unwrap_or(u32::MAX);
         let patience = policy.patience.map(|base| base.saturating_add(policy.patience_per_mib.saturating_mul(mib)));
-        Self { policy, queue, operation, bytes, patience }
+        Self { policy, queue, operation, bytes, patience, again: Again::Never }
+    }
+
+    /// For an operation that may be done twice, and that time may be short for.
+    pub(super) fn again(self, again: Again<'a>) -> Self {
+        Self { again, ..self }
     }
 
     /// For an operation that takes many requests in a row.
@@ -263,9 +286,21 @@ impl<'a> Attempts<'a> {
         F: FnMut() -> R,
         R: Future<Output = object_store::Result<T>>,
     {
+        let sent = async {
+            let begin = tokio::time::Instant::now();
+            let answer = match self.again {
+                Again::Never => request().await,
+                Again::Soon => hedge::first_success(request, hedge::SMALL).await,
+                Again::By(tempo) => hedge::first_success(request, tempo.hangs_after(self.bytes)).await,
+            };
+            if let (Again::By(tempo), Ok(_)) = (self.again, &answer) {
+                tempo.took(self.bytes, begin.elapsed());
+            }
+            answer
+        };
         let answer = match patience {
-            None => request().await,
-            Some(patience) => match tokio::time::timeout(patience, request()).await {
+            None => sent.await,
+            Some(patience) => match tokio::time::timeout(patience, sent).await {
                 Ok(answer) => answer,
                 Err(_) => {
                     let cause = format!("no answer within {:.0} s", patience.as_secs_f64());

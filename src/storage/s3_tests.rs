@@ -32,7 +32,7 @@ pub(super) mod server;
 /// And their proxy that breaks things.
 #[path = "../../tests/support/proxy.rs"]
 #[allow(dead_code, reason = "the integration tests use the rest")]
-pub(super) mod proxy;
+pub(crate) mod proxy;
 
 /// A server of others, if it is installed.
 #[path = "../../tests/support/moto.rs"]
@@ -47,7 +47,7 @@ pub(crate) fn atomic() -> (Store, server::S3Server) {
 }
 
 /// A store at `endpoint`, which leads to such a server.
-pub(super) fn client(endpoint: &str, settings: &StorageConfig) -> Store {
+pub(crate) fn client(endpoint: &str, settings: &StorageConfig) -> Store {
     let environment: Vec<_> =
         server::client_env(endpoint).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     Store::open_with(&format!("s3://{}/some/prefix", server::BUCKET), settings, &environment).unwrap()

@@ -292,6 +292,32 @@ async fn a_request_that_never_answers_is_given_up_and_tried_again() {
     assert!(text.contains("no answer within"), "{text}");
 }
 
+/// What hangs here is never given up.
+#[tokio::test]
+async fn what_is_written_and_hangs_is_sent_again() {
+    let tests = ["create", "put", "begin", "part"].map(|hangs| async move {
+        // An upload of three parts, of which nothing hangs, comes first.
+        let before = if hangs == "part" { 3 } else { 1 };
+        let faulty = Faulty::new(move |op, _, n| if op == hangs && n == before { Fault::Hang } else { Fault::Pass });
+        let store = Store::faulty_with(&faulty, &settings(), Some(Duration::MAX));
+        let body = pattern(11 << 20);
+        let written = async {
+            for name in ["a", "b"] {
+                let store = store.folder(name);
+                store.create("1", Bytes::from_static(b"x")).await.unwrap();
+                store.put("2", Bytes::from_static(b"x")).await.unwrap();
+                store.upload("3", body.clone(), |_| {}).await.unwrap();
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), written)
+            .await
+            .unwrap_or_else(|_| panic!("{hangs} is waited for"));
+        assert_eq!(faulty.count(hangs), 2 * before + 1, "{hangs} is sent once more");
+        assert!(store.get("b/3", 32 << 20).await.unwrap() == body);
+    });
+    futures::future::join_all(tests).await;
+}
+
 #[tokio::test]
 async fn parts_that_fail_are_sent_again_and_a_lost_completion_is_confirmed() {
     let faulty = Faulty::new(|op, _, n| match op {

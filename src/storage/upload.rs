@@ -26,7 +26,7 @@ use object_store::{
 use super::{
     Crc64, Lanes, StorageError, Store, Uploaded, download,
     local::Staged,
-    retry::{Failure, Verdict},
+    retry::{Again, Failure, Verdict},
     signed::{S3, TakenPart},
 };
 
@@ -58,6 +58,10 @@ impl Large {
     /// Whether objects are written in one piece, by position.
     pub(super) const fn is_file(&self) -> bool {
         matches!(self, Self::File(_))
+    }
+
+    const fn is_s3(&self) -> bool {
+        matches!(self, Self::S3(_))
     }
 
     pub(super) async fn begin(&self, path: &Path) -> object_store::Result<String> {
@@ -192,7 +196,9 @@ impl Upload<'_> {
 
     async fn in_parts(&self, large: &Large, body: &Bytes) -> Result<Crc64, Failure> {
         let lanes = self.lanes;
-        let id = self.store.small(lanes, "upload").run(|| large.begin(self.path)).await?;
+        // One that was begun twice is swept as what a killed upload leaves.
+        let begin = self.store.small(lanes, "upload").again(Again::Soon);
+        let id = begin.run(|| large.begin(self.path)).await?;
         let target = Target { store: self.store.clone(), lanes: Arc::clone(lanes), path: self.path.clone(), id };
         let mut guard = Abort { target: Some(target.clone()) };
         let sent = async {
@@ -242,7 +248,9 @@ impl Upload<'_> {
             }
         };
         // The store may take long to put thousands of parts together, and we to read the object back.
-        self.store.small(self.lanes, "upload").slow().run(request).await
+        // S3 says with one more small request what came of the other; elsewhere the object would be read back.
+        let again = if large.is_s3() { Again::By(&self.store.inner.completions) } else { Again::Never };
+        self.store.small(self.lanes, "upload").slow().again(again).run(request).await
     }
 
     /// Whether the object that stands is byte for byte what was sent: by the checksum that the store keeps, or else by reading it.

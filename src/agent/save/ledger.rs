@@ -269,3 +269,56 @@ impl Ledger {
         self.last_error.take()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        checkpoint::testing::{config, memory_store},
+        ids::{DatasetId, Generation, NodeId, RunId, WorldSize},
+        journal::{Journal, JournalWriter},
+        report::Screen,
+    };
+
+    /// Of a generation that saves into memory, and what is said of it.
+    async fn saves() -> (Ledger, Reporter, Arc<Mutex<Vec<String>>>) {
+        let (run, node, run_id) = (memory_store(), NodeId::random(), RunId::new("run").unwrap());
+        let journal = Journal::create(run.clone(), node.clone(), run_id.clone(), config()).await.unwrap();
+        let context = upload::Context {
+            run,
+            run_id,
+            node,
+            generation: Generation(1),
+            formed: Instant::now(),
+            world_size: WorldSize(1),
+            data: DatasetId { index: "0".repeat(16), vocabulary: "0".repeat(16) },
+            journal: JournalWriter::start(journal),
+        };
+        let said: Arc<Mutex<Vec<String>>> = Arc::default();
+        let hears = Arc::clone(&said);
+        let listener = move |event: &Event| {
+            if let Event::Warning { message } = event {
+                hears.lock().unwrap().push(message.clone());
+            }
+        };
+        let reporter = Reporter::with_listener(Screen::plain(), false, Box::new(listener));
+        (Ledger::new(context, Vec::new(), NonZeroU64::MIN, mpsc::unbounded_channel().0), reporter, said)
+    }
+
+    #[tokio::test]
+    async fn saves_that_fail_are_told_once_and_then_ever_less_often_whichever_step_it_is() {
+        let (mut saves, reporter, said) = saves().await;
+        let error = || Error::new(Kind::Unavailable, "the session has expired").with_hint("log in again");
+        for n in 0..100_u32 {
+            // A newer state every third time: that step's own count begins anew, what is told does not.
+            assert_eq!(saves.failed(Step(u64::from(n / 3)), error(), &reporter), n % 3 + 1);
+        }
+        let said = std::mem::take(&mut *said.lock().unwrap());
+        let counts = ["", "(2 times", "(4 times", "(8 times", "(16 times", "(32 times", "(64 times"];
+        assert_eq!(said.len(), counts.len(), "{said:#?}");
+        for (message, count) in said.iter().zip(counts) {
+            assert!(message.contains(count) && message.contains("expired; hint: log in again"), "{message}");
+        }
+        assert_eq!(saves.take_error().map(|error| error.kind()), Some(Kind::Unavailable));
+    }
+}

@@ -1,0 +1,162 @@
+//! A request that hangs is sent a second time, while the first may still be answered.
+//!
+//! One connection of many stalls now and then for longer than a machine has left. To give the request up and begin anew would cost a thin link,
+//! where every request is slow, all that has arrived of it; to send it twice costs at most its bytes once more. So what is written (each request
+//! gives the same result when it is done twice) is sent again when it takes several times as long as the slowest of the last ones did, and the
+//! first answer counts. A store in this machine is never asked twice.
+//!
+//! *Cancel:* dropping the future drops all that are on their way.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::{StreamExt, stream::FuturesUnordered};
+use tokio::time::Instant;
+
+/// Requests beside the first.
+const MORE: u32 = 2;
+/// Nothing is sent again before so much time.
+const LEAST: Duration = Duration::from_secs(2);
+/// And not before so many times what the slowest has taken.
+const SLOW: u32 = 4;
+/// As long as nothing was measured: time for a MiB, as for a line of 4 Mbit/s.
+const UNKNOWN: Duration = Duration::from_secs(2);
+/// So many of the last transfers are remembered.
+const REMEMBERED: usize = 32;
+
+/// How long transfers have taken: the time for a MiB of each of the last ones.
+#[derive(Debug, Default)]
+pub(super) struct Tempo(Mutex<VecDeque<Duration>>);
+
+fn mib(bytes: u64) -> u32 {
+    u32::try_from(bytes.div_ceil(1 << 20).max(1)).unwrap_or(u32::MAX)
+}
+
+impl Tempo {
+    /// A transfer of so many bytes has taken so long.
+    pub(super) fn took(&self, bytes: u64, time: Duration) {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        last.truncate(REMEMBERED - 1);
+        last.push_front(time / mib(bytes));
+    }
+
+    /// After how long such a transfer hangs.
+    pub(super) fn hangs_after(&self, bytes: u64) -> Duration {
+        let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let slowest = last.iter().max().copied();
+        let each = slowest.map_or(UNKNOWN, |slowest| slowest.saturating_mul(SLOW));
+        each.saturating_mul(mib(bytes)).max(LEAST)
+    }
+}
+
+/// After how long a small request hangs.
+pub(super) const SMALL: Duration = LEAST;
+
+/// The first answer that is a success, of one request and of those that follow it when none came within `hangs_after`, twice that, and so
+/// on; the last failure, if all fail.
+pub(super) async fn first_success<T, E, R: Future<Output = Result<T, E>>>(
+    mut request: impl FnMut() -> R,
+    hangs_after: Duration,
+) -> Result<T, E> {
+    let mut under_way = FuturesUnordered::from_iter([request()]);
+    let mut next = Instant::now() + hangs_after;
+    let mut pause = hangs_after;
+    let mut more = MORE;
+    loop {
+        tokio::select! {
+            biased;
+            Some(answer) = under_way.next() => match answer {
+                // Another one may still be answered.
+                Err(_) if !under_way.is_empty() => {}
+                answer => return answer,
+            },
+            () = tokio::time::sleep_until(next), if more > 0 => {
+                more -= 1;
+                pause = pause.saturating_mul(2);
+                next += pause;
+                under_way.push(request());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::watch;
+
+    use super::*;
+
+    /// A request of a test: answers when so many were sent, or never.
+    type Plan = (u32, Result<u32, u32>);
+    const NEVER: u32 = u32::MAX;
+
+    /// What is heard of requests that answer like that, in the order in which they are sent; and how many are.
+    async fn asked(plan: &[Plan]) -> (Result<u32, u32>, u32) {
+        let sent = watch::Sender::new(0);
+        let request = || {
+            let (when, answer) = plan[*sent.borrow() as usize];
+            let mut hears = sent.subscribe();
+            sent.send_modify(|sent| *sent += 1);
+            async move {
+                hears.wait_for(|sent| *sent >= when).await.unwrap();
+                answer
+            }
+        };
+        let answer = first_success(request, Duration::from_millis(1));
+        let answer = tokio::time::timeout(Duration::from_secs(60), answer).await.expect("waits for what never comes");
+        let sent = *sent.borrow();
+        (answer, sent)
+    }
+
+    #[tokio::test]
+    async fn what_hangs_is_sent_again_and_the_first_success_counts() {
+        let plans: [(&[Plan], _, _); 7] = [
+            (&[(1, Ok(0))], Ok(0), 1),
+            // What fails at once is for the next attempt.
+            (&[(1, Err(0))], Err(0), 1),
+            (&[(NEVER, Ok(0)), (2, Ok(1))], Ok(1), 2),
+            // The first is still waited for.
+            (&[(2, Ok(0)), (NEVER, Ok(1))], Ok(0), 2),
+            (&[(NEVER, Ok(0)), (NEVER, Ok(1)), (3, Ok(2))], Ok(2), 3),
+            // A failure does not count as long as another may be answered.
+            (&[(2, Err(0)), (3, Err(1)), (3, Ok(2))], Ok(2), 3),
+            (&[(3, Ok(0)), (2, Err(1)), (3, Err(2))], Ok(0), 3),
+        ];
+        for (plan, answer, sent) in plans {
+            assert_eq!(asked(plan).await, (answer, sent), "{plan:?}");
+        }
+        assert!(matches!(asked(&[(3, Err(0)), (3, Err(0)), (3, Err(0))]).await, (Err(0), 3)), "all have failed");
+    }
+
+    #[tokio::test]
+    async fn no_more_than_three_are_on_their_way() {
+        let mut sent = 0;
+        let request = || {
+            sent += 1;
+            std::future::pending::<Result<(), ()>>()
+        };
+        let waited = first_success(request, Duration::from_millis(1));
+        assert!(tokio::time::timeout(Duration::from_millis(500), waited).await.is_err());
+        assert!(sent <= 1 + MORE, "{sent}");
+    }
+
+    #[test]
+    fn a_transfer_hangs_when_it_takes_several_times_as_long_as_the_slowest_of_the_last() {
+        let (tempo, second) = (Tempo::default(), Duration::from_secs(1));
+        assert_eq!(tempo.hangs_after(16 << 20), 32 * second);
+        assert_eq!(tempo.hangs_after(0), LEAST);
+        tempo.took(16 << 20, 8 * second);
+        tempo.took(16 << 20, 2 * second);
+        assert_eq!(tempo.hangs_after(16 << 20), 32 * second);
+        assert_eq!(tempo.hangs_after(1 << 20), 2 * second);
+        for _ in 1..REMEMBERED {
+            tempo.took(16 << 20, second);
+        }
+        assert_eq!(tempo.hangs_after(16 << 20), 8 * second, "the slowest is remembered no more");
+        tempo.took(100, second / 1000);
+        assert_eq!(tempo.hangs_after(1), LEAST, "a hiccup is no reason");
+    }
+}

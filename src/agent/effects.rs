@@ -1,13 +1,13 @@
 //! What the state machine of a generation wants done, and who does it.
 //!
 //! [`Effects`] are plain values that [`StateMachine::handle`](super::phase::StateMachine::handle) gives back;
-//! [`Performer::perform`] carries them out, in order. None of them waits: what takes time is a task of its own, whose end
-//! comes back as an [`Event`]. What answers at once does so as an event, too.
+//! [`Performer::perform`] carries them out, in order. None of them waits: what takes time is a task of its own, whose
+//! end comes back as an [`Event`]. What answers at once does so as an event, too.
 //!
 //! Owns: worker processes, snapshot slots, and all tasks of the generation. Decides nothing.
 //!
-//! *Crash:* what is under way is lost, and no record names it. *Cancel:* [`Performer::end`] ends all of it; what has been
-//! sent to the store may land.
+//! *Crash:* what is under way is lost, and no record names it. *Cancel:* [`Performer::end`] ends all of it; what has
+//! been sent to the store may land.
 
 use std::{ops::ControlFlow, time::Duration};
 
@@ -234,8 +234,8 @@ pub struct Performer<'a> {
 }
 
 impl<'a> Performer<'a> {
-    /// For a generation that began at `began` with `workers`, who are given their assignments; files that are fetched will
-    /// lie at `places`.
+    /// For a generation that began at `began` with `workers`, who are given their assignments; files that are fetched
+    /// will lie at `places`.
     pub fn begin(
         start: &'a Plan,
         began: Instant,

@@ -1,13 +1,13 @@
 //! One generation on this node: from its workers' start to their end.
 //!
 //! One event loop: `select!` arms only make an [`Event`], [`StateMachine::handle`] decides what it changes, and a
-//! [`Performer`] does what follows from it. Messages come first, then the clock: what a worker said before it died must be
-//! heard before its death is acted on.
+//! [`Performer`] does what follows from it. Messages come first, then the clock: what a worker said before it died must
+//! be heard before its death is acted on.
 //!
-//! A generation ends in one of the ways of [`End`]. Whatever the way, its processes are gone afterwards, or on their way
-//! out ([`Left`]), and snapshots that every rank had captured have been uploaded and committed, unless the run was lost
-//! to another writer or there was no time to wait: then the save under way is given up, so that what is said of it stays
-//! true.
+//! A generation ends in one of the ways of [`End`]. Whatever the way, its processes are gone afterwards, or on their
+//! way out ([`Left`]), and snapshots that every rank had captured have been uploaded and committed, unless the run was
+//! lost to another writer or there was no time to wait: then the save under way is given up, so that what is said of it
+//! stays true.
 
 use std::{collections::VecDeque, ops::ControlFlow, time::Duration};
 
@@ -163,7 +163,8 @@ pub struct Stopped {
     pub drain: Option<Drain>,
 }
 
-/// What a generation that has ended well leaves to be done once the journal's last words are written, which are more urgent.
+/// What a generation that has ended well leaves to be done once the journal's last words are written, which are more
+/// urgent.
 #[derive(Debug, Default)]
 pub struct Left {
     /// Workers that are on their way out; it ends when they are gone.
@@ -172,8 +173,8 @@ pub struct Left {
     pub retention: Option<Retention>,
 }
 
-/// Runs a generation to its end. `slots` and `estimates` are the node's: what they hold outlives it. `left` is filled by
-/// one that is complete or was asked to stop.
+/// Runs a generation to its end. `slots` and `estimates` are the node's: what they hold outlives it. `left` is filled
+/// by one that is complete or was asked to stop.
 pub async fn run(
     start: Plan,
     slots: &mut Slots,

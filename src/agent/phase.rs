@@ -1,8 +1,8 @@
 //! One generation on this node as a state machine: what happens when, decided without I/O.
 //!
 //! [`StateMachine::handle`] is the only place that changes its state. An [`Event`] and the time go in, [`Effects`] come
-//! out, and [`super::effects`] performs them. Nothing here reads a clock, waits, starts a task or a process, or talks to
-//! anybody.
+//! out, and [`super::effects`] performs them. Nothing here reads a clock, waits, starts a task or a process, or talks
+//! to anybody.
 //!
 //! # The phases
 //! - [`Loading`]: workers start and load their state. Nothing can be saved yet.
@@ -12,25 +12,95 @@
 //!   ends. A notice may be heard before or after.
 //! - [`Phase::Ended`]: how it ended has been given away.
 //!
-//! A worker's own word that it can't go on ([`FromWorker::Failed`](crate::protocol::FromWorker::Failed)) is acted on when its process has ended, or at the
-//! next tick: the other ranks may be about to say more.
+//! A worker's own word that it can't go on ([`FromWorker::Failed`](crate::protocol::FromWorker::Failed)) is acted on
+//! when its process has ended, or at the next tick: the other ranks may be about to say more.
 //!
 //! # What happens when
-//! Each phase as the unit tests build it (see `tests.rs`, which compares this table): two ranks that have finished step
-//! 12. *Training* uploads step 10. *Draining* has agreed on step 13 and still uploads step 10. *Salvage* has lost a
-//! worker and still uploads step 10. What is not in the table changes nothing and has no effect.
+//! A unit test compares this table with what the machine does in these states, of two ranks (`phase/tests.rs`):
+//! - *Loading* has its layout and the checkpoint of step 5, and rank 0 is ready.
+//! - *Training* has finished step 12 and uploads step 10; step 20 is to be captured next.
+//! - *Draining* has been given 25 s, asks the ranks where they are, and still uploads step 10.
+//! - *Salvaging* has lost rank 1 and still uploads step 10.
+//!
+//! Effects in their order, by the names of [`Effect`] and of what is told or reported: *hush* ends all upkeep, *note*
+//! is the notice's record, *idle* and *busy* say whether the store has more important work than upkeep, and *hold*
+//! keeps a snapshot for workers that crash. Workers that have been killed hear nothing of what they are told. An event
+//! that is not in the table has no effect in that phase.
 //!
 //! | event | phase | effects | next |
 //! |---|---|---|---|
+//! | notice, 25 s | Loading | report notice, hush, note | Ended: stopped |
+//! | notice, 25 s | Training | report notice, hush, note, report drain, hush, freeze | Draining |
+//! | notice, 25 s | Draining | report notice, hush, note | |
+//! | notice, 25 s | Salvaging | report notice, hush, note, report drain, hush, freeze, kill | |
+//! | notice, 12 s | Loading | report notice, hush, note | Ended: stopped |
+//! | notice, 12 s | Training | report notice, hush, note, report drain, hush, freeze | Draining |
+//! | notice, 12 s | Draining | report notice, hush, note, report drain | |
+//! | notice, 12 s | Salvaging | report notice, hush, note, report drain, hush, freeze, kill | |
+//! | notice, 1 s | Loading | report notice, hush, note | Ended: stopped |
+//! | notice, 1 s | Training, Draining, Salvaging | report notice, hush, note, report drain | Ended: stopped |
+//! | notice, 15 min | Loading | report notice, hush, note | Ended: stopped |
+//! | notice, 15 min | Training | report notice, hush, note, log, freeze | |
+//! | notice, 15 min | Draining | report notice, hush, note | |
+//! | notice, 15 min | Salvaging | report notice, hush, note, log, freeze, kill | |
+//! | SIGTERM | Loading | report notice, hush, note | Ended: stopped |
+//! | SIGTERM | Training | report notice, hush, note, report drain, hush, freeze | Draining |
+//! | SIGTERM | Draining | report notice, hush, note | |
+//! | SIGTERM | Salvaging | report notice, hush, note, report drain, hush, freeze, kill | |
+//! | SIGTERM again | Training, Draining, Salvaging | report notice, hush, note | Ended: stopped |
+//! | rebalance | Loading | report notice, hush, note | |
+//! | rebalance | Training | report notice, hush, note, freeze | |
+//! | rebalance | Draining | report notice, hush, note | |
+//! | rebalance | Salvaging | report notice, hush, note, freeze, kill | |
+//! | listening | Loading | peers | |
+//! | built, the last | Loading | log, lay out | |
+//! | laid out | Loading | restore | |
+//! | fetched | Loading | vouch 5, restore | |
+//! | fetch damaged | Loading | | Ended: damaged |
+//! | ready, the last | Loading | report restored, hold 5, idle, go | Training |
+//! | frozen, the last | Training | thaw | |
+//! | frozen, the last | Draining | thaw until 13 | |
+//! | step, the last | Training, Draining, Salvaging | report step | |
+//! | step, NaN | Training, Draining | kill | Salvaging |
+//! | captured 20, the last | Training | upload 20, busy | |
+//! | captured 20, the last | Draining | hush, upload 20, busy | |
+//! | stalled by 10 | Training, Draining, Salvaging | cost | |
+//! | validated, the last | Training, Draining, Salvaging | report validation | |
+//! | a worker fails | Training, Draining | | Salvaging |
+//! | and exits | Loading | | Ended: Config |
+//! | and exits | Training, Draining | kill | Salvaging |
+//! | and exits | Salvaging | kill | |
+//! | a worker exits | Loading | | Ended: died |
+//! | a worker exits | Training, Draining | kill | Salvaging |
+//! | a worker exits | Salvaging | kill | |
+//! | upload comes on | Training, Draining, Salvaging | report upload | |
+//! | saved 10 | Training | idle, hold 10, report checkpoint, prune, freeze | |
+//! | saved 10 | Draining | idle, hold 10, report checkpoint | |
+//! | saved 10 | Salvaging | idle, hold 10, report checkpoint, prune, freeze, kill | Ended: died |
+//! | save of 10 fails | Training, Draining | idle, report warning, retry slot 0 | |
+//! | save of 10 fails | Salvaging | idle, report warning, hush, upload 10, busy, kill | |
+//! | retry | Training | upload 10, busy | |
+//! | retry | Draining | hush, upload 10, busy | |
+//! | retry | Salvaging | kill | |
+//! | lost to another | Loading, Training, Draining, Salvaging | | Ended: Fenced |
+//! | tick after 5 s | Loading, Training | look | |
+//! | tick after 5 s | Salvaging | look, kill | |
+//! | tick after 24 s | Loading, Training | look | |
+//! | tick after 24 s | Draining | | Ended: stopped |
+//! | tick after 24 s | Salvaging | look, kill | |
+//! | tick after 10 min | Loading | look | |
+//! | tick after 10 min | Training | look, report no_progress | |
+//! | tick after 10 min | Draining | | Ended: stopped |
+//! | tick after 10 min | Salvaging | look, kill | |
 //!
 //! # Invariants
 //! - An [`End`] is given once, as the last of all effects.
-//! - The upload under way is never given up for a newer state; it ends before the generation does, unless the time is up,
-//!   a second signal asks to leave at once, or the run is lost.
+//! - The upload under way is never given up for a newer state; it ends before the generation does, unless the time is
+//!   up, a second signal asks to leave at once, or the run is lost.
 //! - Once a drain has begun, or a worker is lost, it is never taken back.
 //!
-//! *Crash:* nothing here is stored. *Retry:* failed uploads are tried again by [`Effect::Retry`]. *Cancel:* dropping the
-//! machine changes nothing.
+//! *Crash:* nothing here is stored. *Retry:* failed uploads are tried again by [`Effect::Retry`]. *Cancel:* dropping
+//! the machine changes nothing.
 //!
 //! Owns: which phase it is, and what is known of the group. Does not own: processes, memory, the store, the journal
 //! ([`super::effects`]), nor what comes after the generation ([`super::Agent`]).
@@ -94,7 +164,8 @@ pub enum Event {
         /// Its slot.
         slot: u8,
     },
-    /// The run can't go on here: it was taken by another agent, its journal is gone, or an effect could not be performed.
+    /// The run can't go on here: it was taken by another agent, its journal is gone, or an effect could not be
+    /// performed.
     Lost(Error),
     /// Time has passed.
     Tick,

@@ -70,7 +70,8 @@ pub struct Timeline {
 }
 
 impl Timeline {
-    /// A notice that asks this node to leave. Says whether the same signal had come before: whoever sends it again does not want to wait.
+    /// A notice that asks this node to leave. Says whether the same signal had come before: whoever sends it again does
+    /// not want to wait.
     pub fn hear(&mut self, notice: &Notice, now: Moment) -> bool {
         let before = self.signals.iter().find(|(source, _)| *source == notice.source).map(|(_, first)| *first);
         let again = before.is_some_and(|first| now.saturating_sub(first) >= ECHO);

@@ -377,7 +377,7 @@ impl Training {
             turn.reports(report::Event::Warning { message });
         }
         let actions = match stage {
-            // Nobody is left to wait for: a newer snapshot is tried, or none.
+            // Nobody trains meanwhile: without a pause. One that was begun by the salvage itself is not tried again.
             Stage::Salvaging(_) => self.scheduler.uploaded(slot, false, turn.now),
             _ if self.scheduler.has_ended() && failure.times >= LAST_SAVE_TRIES => {
                 self.scheduler.give_up_the_end(slot, turn.now)

@@ -1,7 +1,7 @@
 //! What a generation knows of its saves: from the first rank's capture to the commit, and what failed on the way.
 //!
-//! Bookkeeping without I/O: the time is passed in, and what is to be done is given back. What is uploaded when, and what
-//! is tried again, is decided by the [`Scheduler`](super::scheduler::Scheduler); how it is uploaded is
+//! Bookkeeping without I/O: the time is passed in, and what is to be done is given back. What is uploaded when, and
+//! what is tried again, is decided by the [`Scheduler`](super::scheduler::Scheduler); how it is uploaded is
 //! [`upload`](super::upload)'s.
 
 use std::{collections::BTreeMap, time::Duration};
@@ -148,8 +148,8 @@ impl Ledger {
         cost.copy_s = cost.copy_s.max(copy_s);
     }
 
-    /// One rank's loop stood still for so long, seconds, because of the capture of `step`. What the save has cost now, if
-    /// its upload is under way.
+    /// One rank's loop stood still for so long, seconds, because of the capture of `step`. What the save has cost now,
+    /// if its upload is under way.
     pub fn stalled(&mut self, step: Step, stall_s: f64, now: Moment) -> Option<SaveCost> {
         let cost = &mut self.keep(step, now).cost;
         cost.stall_s = cost.stall_s.max(stall_s);
@@ -162,8 +162,8 @@ impl Ledger {
         self.keep(step, now).cost.copy_s
     }
 
-    /// Begins uploading a slot that every rank has captured, `total` bytes of shards. `urgent`: nobody trains any more, and
-    /// the machine may go away.
+    /// Begins uploading a slot that every rank has captured, `total` bytes of shards. `urgent`: nobody trains any more,
+    /// and the machine may go away.
     pub fn upload(&mut self, step: Step, slot: u8, urgent: bool, total: u64, now: Moment) -> Result<Transfer> {
         let kept = self.keep(step, now);
         let (taken, cost, loss) = (kept.taken, kept.cost, kept.loss);
@@ -191,8 +191,8 @@ impl Ledger {
         Some((upload.sent.min(upload.total), upload.total))
     }
 
-    /// A save is committed. Whether transfers no longer give way to other threads from here on: other programs may want all
-    /// cores of this machine, and a checkpoint must not wait for them for ever.
+    /// A save is committed. Whether transfers no longer give way to other threads from here on: other programs may want
+    /// all cores of this machine, and a checkpoint must not wait for them for ever.
     pub fn committed(&mut self, committed: &Committed, estimates: &mut Estimates, now: Moment) -> bool {
         if let Some(upload) = self.under_way.take() {
             let last_byte = upload.last_byte.unwrap_or(now);

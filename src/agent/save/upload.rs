@@ -1,7 +1,7 @@
 //! From a full slot to a checkpoint: shards, receipt, manifest, then the `committed` record.
 //!
-//! Runs as a task beside the event loop, one at a time. It uploads the very pages that the workers wrote; they are lent to
-//! it, and given back when it ends.
+//! Runs as a task beside the event loop, one at a time. It uploads the very pages that the workers wrote; they are lent
+//! to it, and given back when it ends.
 //!
 //! *Crash:* either a checkpoint stands, or garbage that nobody reads. *Retry:* a failure is reported and the run trains
 //! on; the same snapshot is tried again after a pause, unless a newer one waits by then

@@ -108,8 +108,6 @@
 mod draining;
 mod loading;
 mod salvage;
-#[cfg(test)]
-mod tests;
 mod training;
 
 use std::ops::ControlFlow;
@@ -370,3 +368,6 @@ impl StateMachine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

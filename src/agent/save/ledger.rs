@@ -227,3 +227,71 @@ impl Ledger {
         self.last_error.take()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn saves_that_fail_are_told_once_and_then_ever_less_often_whichever_step_it_is() {
+        let mut saves = Ledger::begin(Moment::ZERO);
+        let error = || Error::new(Kind::Unavailable, "the session has expired").with_hint("log in again");
+        let mut said = Vec::new();
+        for n in 0..100_u32 {
+            // A newer state every third time: that step's own count begins anew, what is told does not.
+            let failure = saves.failed(Step(u64::from(n / 3)), error());
+            assert_eq!(failure.times, n % 3 + 1);
+            said.extend(failure.warning);
+        }
+        let counts = ["", "(2 times", "(4 times", "(8 times", "(16 times", "(32 times", "(64 times"];
+        assert_eq!(said.len(), counts.len(), "{said:#?}");
+        for (message, count) in said.iter().zip(counts) {
+            assert!(message.contains(count) && message.contains("expired; hint: log in again"), "{message}");
+        }
+        assert_eq!(saves.take_error().map(|error| error.kind()), Some(Kind::Unavailable));
+    }
+
+    #[test]
+    fn what_a_save_has_cost_is_the_slowest_ranks() {
+        let at = Moment::from_secs;
+        let mut saves = Ledger::begin(Moment::ZERO);
+        let mut estimates = Estimates::default();
+        saves.captured(Step(4), 0.5, at(1));
+        saves.captured(Step(4), 0.25, at(2));
+        saves.finished(Step(4), 2.0);
+        let transfer = saves.upload(Step(4), 0, false, 100, at(3)).unwrap();
+        assert_eq!((transfer.cost.copy_s, transfer.taken, transfer.priority), (0.5, at(1), Priority::Background));
+        assert_eq!(saves.stalled(Step(4), 0.1, at(3)).map(|cost| (cost.copy_s, cost.stall_s)), Some((0.5, 0.1)));
+        assert_eq!(saves.stalled(Step(3), 0.1, at(3)), None, "another save");
+        assert_eq!(saves.progress(60, at(5)), Some((60, 100)));
+        assert_eq!(saves.progress(60, at(13)), Some((100, 100)), "never more than all");
+        assert_eq!(saves.under_way(at(14)), Some((100, 100, 11.0)));
+        let cost = SaveCost { durable_s: 61.0, ..transfer.cost };
+        let committed = Committed {
+            step: Step(4),
+            generation: crate::ids::Generation(1),
+            manifest: String::new(),
+            manifest_crc64: String::new(),
+            bytes: 100,
+            loss: 2.0,
+            validation_loss: None,
+            cost,
+        };
+        assert!(saves.committed(&committed, &mut estimates, at(15)), "it was starved");
+        let measured = (estimates.byte.estimate().unwrap().mean, estimates.commit.estimate().unwrap().mean);
+        assert_eq!(measured, (0.1, 2.0));
+        assert_eq!((saves.lag(at(20)), saves.under_way(at(20))), (at(5), None));
+        // From here on it gives way to nobody.
+        saves.captured(Step(5), 0.5, at(20));
+        saves.finished(Step(5), 2.0);
+        assert_eq!(saves.upload(Step(5), 1, false, 100, at(21)).unwrap().priority, Priority::Normal);
+        assert!(!saves.committed(&committed, &mut estimates, at(22)), "said once");
+    }
+
+    #[test]
+    fn a_snapshot_without_a_loss_is_a_bug() {
+        let mut saves = Ledger::begin(Moment::ZERO);
+        saves.captured(Step(4), 0.5, Moment::ZERO);
+        assert_eq!(saves.upload(Step(4), 0, false, 100, Moment::ZERO).unwrap_err().kind(), Kind::Bug);
+    }
+}

@@ -76,7 +76,7 @@ pub enum ToWorker {
     Exit,
 }
 
-/// Freeze a step's state into a slot.
+/// Capture a step's state into a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SaveOrder {
     /// The step after which the state is copied.

@@ -30,7 +30,7 @@ const FREEZES: u64 = (FROZEN - 1) & !STEP;
 /// What the loop does at a step boundary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Boundary {
-    /// First freeze the state of the step just finished.
+    /// First capture the state of the step just finished.
     pub save: Option<Save>,
     /// Then start the next step, or stop here.
     pub proceed: bool,

@@ -1,14 +1,14 @@
-//! What has been announced to this node, and what was done about it: the notices, the deadline that follows from them, and the story
-//! that the journal is told at the end.
+//! What has been announced to this node, and what was done about it: the notices, the deadline that follows from them,
+//! and the story that the journal is told at the end.
 //!
-//! Bookkeeping beside the event loop; what is done is decided by [`plan`](super::plan). A deadline counts down on the monotonic
-//! clock from the moment at which its notice was heard. Of several deadlines that somebody is sure of the earliest holds; one that had passed when it was heard
-//! is none: the machine may go away at any moment, and may as well stay, so everything is saved at once and for as long as it lasts.
+//! Bookkeeping without a clock of its own: the time is passed in. What is done is decided by [`plan`](super::plan). A
+//! deadline counts down from the moment at which its notice was heard. The earliest binding deadline wins. A deadline
+//! that had passed when it was heard is none: the machine may go away at any moment, and may as well stay, so
+//! everything is saved at once and for as long as the machine lasts.
 
 use std::time::Duration;
 
-use tokio::time::Instant;
-
+use super::super::save::scheduler::Moment;
 use crate::{
     journal::{Drain, DrainPlan, Happened},
     notice::{Kind, Notice},
@@ -40,12 +40,13 @@ impl std::fmt::Display for Usual {
     }
 }
 
-/// What is being done.
+/// What is being done about a notice.
 #[derive(Clone, Debug)]
-struct Planned {
-    plan: DrainPlan,
+pub struct Planned {
+    /// What is saved.
+    pub plan: DrainPlan,
     reason: String,
-    /// When, seconds from the first notice.
+    /// When it was planned, seconds from the first notice.
     at_s: f64,
     /// When it is to be durable.
     until_s: Option<f64>,
@@ -54,25 +55,26 @@ struct Planned {
 /// What was heard, and what came of it.
 #[derive(Debug, Default)]
 pub struct Timeline {
-    first: Option<(Instant, &'static str)>,
+    first: Option<(Moment, &'static str)>,
     /// When each signal was first heard.
-    signals: Vec<(&'static str, Instant)>,
-    until: Option<Instant>,
+    signals: Vec<(&'static str, Moment)>,
+    until: Option<Moment>,
     announced: Option<Duration>,
     /// Somebody waits for this process's end, or the machine goes at a time that nobody has named.
     at_once: bool,
     /// The last deadline of which nobody is sure.
     usual: Option<Usual>,
-    plan: Option<Planned>,
+    /// When what was to be saved was durable.
     actual_s: Option<f64>,
     moments: Vec<Happened>,
 }
 
 impl Timeline {
-    /// A notice that asks this node to leave. Says whether the same signal had come before: whoever sends it again does not want to wait.
-    pub fn hear(&mut self, notice: &Notice, now: Instant) -> bool {
+    /// A notice that asks this node to leave. Says whether the same signal had come before: whoever sends it again does
+    /// not want to wait.
+    pub fn hear(&mut self, notice: &Notice, now: Moment) -> bool {
         let before = self.signals.iter().find(|(source, _)| *source == notice.source).map(|(_, first)| *first);
-        let again = before.is_some_and(|first| now.saturating_duration_since(first) >= ECHO);
+        let again = before.is_some_and(|first| now.saturating_sub(first) >= ECHO);
         if notice.is_signal() && before.is_none() {
             self.signals.push((notice.source, now));
         }
@@ -107,9 +109,9 @@ impl Timeline {
     }
 
     /// Until the machine goes away, seconds; below zero afterwards.
-    pub fn left_s(&self, now: Instant) -> Option<f64> {
+    pub fn left_s(&self, now: Moment) -> Option<f64> {
         let until = self.until?;
-        Some(until.saturating_duration_since(now).as_secs_f64() - now.saturating_duration_since(until).as_secs_f64())
+        Some(until.saturating_sub(now).as_secs_f64() - now.saturating_sub(until).as_secs_f64())
     }
 
     /// A deadline that was named and binds nobody.
@@ -122,51 +124,41 @@ impl Timeline {
         !self.at_once
     }
 
-    /// What is done now, and why; `needs_s`: how long that takes from now. Says whether that is new.
-    pub fn plans(&mut self, now: Instant, plan: DrainPlan, reason: &str, needs_s: Option<f64>) -> bool {
-        if self.plan() == Some(plan) {
-            return false;
-        }
+    /// What is done from now on, and why; `needs_s`: how long that takes from now.
+    pub fn plans(&mut self, now: Moment, plan: DrainPlan, reason: &str, needs_s: Option<f64>) -> Planned {
         let at_s = self.since(now);
         self.says(now, format!("{}: {reason}", word(plan)));
-        self.plan = Some(Planned { plan, reason: reason.to_owned(), at_s, until_s: needs_s.map(|needs| at_s + needs) });
-        true
-    }
-
-    /// What is being done.
-    pub fn plan(&self) -> Option<DrainPlan> {
-        self.plan.as_ref().map(|planned| planned.plan)
+        Planned { plan, reason: reason.to_owned(), at_s, until_s: needs_s.map(|needs| at_s + needs) }
     }
 
     /// What was to be saved is durable.
-    pub fn saved(&mut self, now: Instant) {
+    pub fn saved(&mut self, now: Moment) {
         let since = self.since(now);
         self.actual_s.get_or_insert(since);
     }
 
     /// Something happened that belongs to the story.
-    pub fn says(&mut self, now: Instant, what: impl Into<String>) {
+    pub fn says(&mut self, now: Moment, what: impl Into<String>) {
         if self.first.is_some() && self.moments.len() < MOST_MOMENTS {
             self.moments.push(Happened { after_s: self.since(now), what: what.into() });
         }
     }
 
     /// Since the first notice, seconds.
-    pub fn since(&self, now: Instant) -> f64 {
-        self.first.map_or(0.0, |(first, _)| now.saturating_duration_since(first).as_secs_f64())
+    pub fn since(&self, now: Moment) -> f64 {
+        self.first.map_or(0.0, |(first, _)| now.saturating_sub(first).as_secs_f64())
     }
 
-    /// For the journal; `None` if nothing was heard, or nothing came of it.
-    pub fn story(&self) -> Option<Drain> {
+    /// How what was planned last went, for the journal; `None` if nothing was heard.
+    pub fn story(&self, planned: &Planned) -> Option<Drain> {
         let (_, source) = self.first?;
-        let Planned { plan, reason, at_s, until_s } = self.plan.clone()?;
         Some(Drain {
             source: source.to_owned(),
             deadline_s: self.announced.map(|left| left.as_secs_f64()),
-            plan,
-            reason,
-            planned_s: Some(at_s),
-            predicted_s: until_s,
+            plan: planned.plan,
+            reason: planned.reason.clone(),
+            planned_s: Some(planned.at_s),
+            predicted_s: planned.until_s,
             actual_s: self.actual_s,
             timeline: self.moments.clone(),
         })
@@ -195,9 +187,9 @@ mod tests {
 
     #[test]
     fn the_earliest_deadline_holds_and_a_past_one_is_none() {
-        let now = Instant::now();
+        let now = Moment::from_secs(1000);
         let mut timeline = Timeline::default();
-        assert!(!timeline.is_called() && timeline.story().is_none());
+        assert!(!timeline.is_called());
         timeline.hear(&notice("aws-spot", Kind::Interruption, Some(0)), now);
         assert_eq!(timeline.left_s(now), None);
         timeline.hear(&notice("aws-spot", Kind::Interruption, Some(120)), now);
@@ -218,7 +210,7 @@ mod tests {
     #[test]
     fn an_end_without_a_time_leaves_none_to_spare() {
         for sudden in [None, Some(0)] {
-            let now = Instant::now();
+            let now = Moment::from_secs(1000);
             let mut timeline = Timeline::default();
             timeline.hear(&notice("azure", Kind::Interruption, Some(900)), now);
             assert!(timeline.leaves_the_time_to_us());
@@ -229,7 +221,7 @@ mod tests {
 
     #[test]
     fn only_the_same_signal_again_asks_to_leave_at_once() {
-        let now = Instant::now();
+        let now = Moment::from_secs(1000);
         let mut timeline = Timeline::default();
         assert!(!timeline.hear(&notice("aws-spot", Kind::Interruption, Some(120)), now));
         assert!(!timeline.hear(&notice("aws-spot", Kind::Interruption, Some(110)), now), "said again, not asked again");
@@ -244,16 +236,15 @@ mod tests {
 
     #[test]
     fn the_story_holds_what_was_expected_and_what_came_of_it() {
-        let now = Instant::now();
+        let now = Moment::from_secs(1000);
         let at = |seconds| now + Duration::from_secs(seconds);
         let mut timeline = Timeline::default();
         timeline.says(now, "not yet part of it");
         timeline.hear(&notice("gcp-preempted", Kind::Interruption, Some(30)), now);
-        assert!(timeline.plans(at(4), DrainPlan::FullSave, "there is time", Some(2.0)));
-        assert!(!timeline.plans(at(5), DrainPlan::FullSave, "there still is", Some(9.0)), "nothing new");
+        let planned = timeline.plans(at(4), DrainPlan::FullSave, "there is time", Some(2.0));
         timeline.saved(at(7));
         timeline.saved(at(9));
-        let story = timeline.story().unwrap();
+        let story = timeline.story(&planned).unwrap();
         assert_eq!((story.planned_s, story.predicted_s, story.actual_s), (Some(4.0), Some(6.0), Some(7.0)));
         assert_eq!(story.deadline_s, Some(30.0));
         let moments: Vec<(f64, &str)> = story.timeline.iter().map(|m| (m.after_s, m.what.as_str())).collect();
@@ -261,6 +252,6 @@ mod tests {
         for second in 0..100 {
             timeline.says(at(second), "more");
         }
-        assert_eq!(timeline.story().unwrap().timeline.len(), MOST_MOMENTS);
+        assert_eq!(timeline.story(&planned).unwrap().timeline.len(), MOST_MOMENTS);
     }
 }

@@ -212,17 +212,6 @@ impl Slots {
         Ok(layout.plans.iter().zip(layout.bases.iter().copied()))
     }
 
-    /// Bytes of one save's shards; `None` before [`lay_out`](Self::lay_out).
-    pub fn bytes(&self) -> Option<u64> {
-        let layout = self.layout.as_ref()?;
-        Some(layout.plans.iter().flat_map(|plan| &plan.shards).map(|shard| shard.len).sum())
-    }
-
-    /// Whether [`lay_out`](Self::lay_out) has been done in this generation.
-    pub fn is_laid_out(&self) -> bool {
-        self.layout.is_some()
-    }
-
     /// Every rank has captured into `slot`: its headers are written, if they are not there yet. What it held is gone.
     fn prepare(&mut self, slot: u8) -> Result<&Layout> {
         let (Some(layout), Some(state)) = (&self.layout, self.slots.get_mut(usize::from(slot))) else {

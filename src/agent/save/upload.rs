@@ -1,14 +1,18 @@
 //! From a full slot to a checkpoint: shards, receipt, manifest, then the `committed` record.
 //!
-//! Runs as a task beside the event loop, one at a time. It uploads the very pages that the workers wrote; they are lent to it, and
-//! given back when it ends. A crash anywhere leaves either a checkpoint or garbage that nobody reads. A failure is reported
-//! and the run trains on; the same snapshot is tried again after a pause that doubles. Losing the run to another writer
-//! is final.
-
-use std::sync::{Arc, Mutex, PoisonError};
+//! Runs as a task beside the event loop, one at a time. It uploads the very pages that the workers wrote; they are lent
+//! to it, and given back when it ends.
+//!
+//! *Crash:* either a checkpoint stands, or garbage that nobody reads. *Retry:* a failure is reported and the run trains
+//! on; the same snapshot is tried again after a pause, unless a newer one waits by then
+//! ([`Scheduler::uploaded`](super::scheduler::Scheduler::uploaded)). Losing the run to another writer is final.
+//! *Cancel:* nothing more is written, but what is on its way to the store may land.
 
 use bytes::Bytes;
-use tokio::{sync::mpsc, task::AbortHandle};
+use tokio::{
+    sync::{mpsc, watch},
+    task::AbortHandle,
+};
 
 use crate::{
     checkpoint::save::{Save, Upload, put_manifest, put_shards},
@@ -55,8 +59,8 @@ pub struct Snapshot {
     pub loss: f64,
     /// Its validation loss, if it was measured.
     pub validation_loss: Option<f64>,
-    /// Filled in by the event loop as it learns it; read when the record is written.
-    pub cost: Arc<Mutex<SaveCost>>,
+    /// What the event loop knows of it; read when the record is written.
+    pub cost: watch::Receiver<SaveCost>,
     /// When the step ended.
     pub taken: tokio::time::Instant,
 }
@@ -139,10 +143,10 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
     faults::check("save.before-record", At { rank: None, step: Some(step.get()) })
         .map_err(|fault| Error::from_source(Kind::Bug, fault))?;
     let cost = {
-        let mut cost = cost.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cost = *cost.borrow();
         cost.durable_s = taken.elapsed().as_secs_f64();
         cost.lived_s = context.formed.elapsed().as_secs_f64();
-        *cost
+        cost
     };
     let committed = Committed {
         step,

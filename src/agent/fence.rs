@@ -4,9 +4,6 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
-
-use super::Life;
 use crate::{
     error::{Error, Kind, Result},
     journal::{JournalError, JournalWriter},
@@ -15,30 +12,18 @@ use crate::{
 };
 
 /// How often the journal is looked at, and how long a look may take.
-const LOOK: Duration = Duration::from_secs(5);
+pub const LOOK: Duration = Duration::from_secs(5);
 
-impl Life<'_> {
-    /// An agent that was asleep, or cut off, while another formed the next generation learns of it here at the latest;
-    /// whatever it might try to commit before that is refused anyway. And one whose store was emptied or unmounted
-    /// hears of it before it has trained for weeks.
-    pub(super) fn look_at_the_journal(&mut self) {
-        // What a drain commits is fenced by its own append; until then the journal is not to be kept from it.
-        if self.looked.elapsed() < LOOK || self.draining {
-            return;
-        }
-        self.looked = Instant::now();
-        let (journal, run) = (self.start.upload.journal.clone(), self.start.upload.run.clone());
-        let ended = self.fence.clone();
-        let look = tokio::spawn(async move {
-            match tokio::time::timeout(LOOK, look(&journal, &run)).await {
-                Ok(Ok(None)) => {}
-                Ok(Ok(Some(end))) => drop(ended.send(end)),
-                Ok(Err(error)) => tracing::debug!(%error, "journal not looked at"),
-                Err(_) => tracing::debug!("journal not looked at: the store does not answer"),
-            }
-        });
-        self.looking = Some(look.abort_handle());
+/// Looks once. An agent that was asleep, or cut off, while another formed the next generation learns of it here at the
+/// latest; whatever it might try to commit before that is refused anyway. And one whose store was emptied or unmounted
+/// hears of it before it has trained for weeks. `Some`: why the run can't go on here.
+pub async fn look_once(journal: &JournalWriter, run: &Store) -> Option<Error> {
+    match tokio::time::timeout(LOOK, look(journal, run)).await {
+        Ok(Ok(end)) => return end,
+        Ok(Err(error)) => tracing::debug!(%error, "journal not looked at"),
+        Err(_) => tracing::debug!("journal not looked at: the store does not answer"),
     }
+    None
 }
 
 /// Why the run can't go on here, if it can't.

@@ -1,0 +1,447 @@
+//! What the state machine of a generation wants done, and who does it.
+//!
+//! [`Effects`] are plain values that [`StateMachine::handle`](super::phase::StateMachine::handle) gives back;
+//! [`Performer::perform`] carries them out, in order. None of them waits: what takes time is a task of its own, whose
+//! end comes back as an [`Event`]. What answers at once does so as an event, too.
+//!
+//! Owns: worker processes, snapshot slots, and all tasks of the generation. Decides nothing.
+//!
+//! *Crash:* what is under way is lost, and no record names it. *Cancel:* [`Performer::end`] ends all of it; what has
+//! been sent to the store may land.
+
+use std::{ops::ControlFlow, time::Duration};
+
+use tokio::{
+    sync::{mpsc, watch},
+    task::{AbortHandle, JoinHandle, JoinSet},
+    time::Instant,
+};
+
+use super::{
+    fence,
+    generation::{End, Left, Load, Plan, Source},
+    phase::Event,
+    save::{
+        ledger::Transfer,
+        slots::{Fetched, Slots},
+        upload::{self, SaveEvent, Snapshot},
+    },
+    upkeep::retention::Retention,
+    workers::{WorkerEvent, Workers},
+};
+use crate::{
+    checkpoint::{CheckpointError, manifest::TrainerState},
+    error::{Error, Kind, Result},
+    ids::{Generation, Rank, Step},
+    journal::{Record, SaveCost, Urgency},
+    layout,
+    protocol::{Assignment, ToWorker},
+    report::{self, Reporter},
+    snapshot::{
+        mode::{CaptureMode, Choice},
+        plan::TensorSpec,
+    },
+    storage::Crc64,
+};
+
+/// How long workers that were asked to leave may take.
+const GRACE: Duration = Duration::from_secs(5);
+/// How long the end of a generation waits for the records of notices, which give way to all others.
+const NOTED: Duration = Duration::from_secs(1);
+/// How long processes that were killed may take to be gone. One that hangs in the kernel never is.
+const GONE: Duration = Duration::from_secs(10);
+/// One thing to do.
+#[derive(Debug)]
+pub enum Effect {
+    /// Tell every worker.
+    TellAll(ToWorker),
+    /// Size the slots for this state, and tell each worker where it writes. Answered by [`Event::LaidOut`].
+    LayOut(Vec<TensorSpec>),
+    /// The checkpoint that was fetched lies in its slot: hold it there for workers that crash.
+    Received,
+    /// This checkpoint was restored from, so every byte of its tensors was held against its checksums.
+    Vouch {
+        /// Its step.
+        step: Step,
+        /// The generation that wrote it.
+        generation: Generation,
+    },
+    /// Upload a slot and commit it. Followed by [`Event::Save`].
+    Upload(Transfer),
+    /// What the save under way has cost by now.
+    Cost(SaveCost),
+    /// A slot's snapshot is committed: hold it for workers that crash.
+    Hold {
+        /// The slot.
+        slot: u8,
+        /// Its checkpoint's step.
+        step: Step,
+        /// The generation that wrote it.
+        generation: Generation,
+        /// The checksum of every file, by name.
+        sums: Vec<(String, Crc64)>,
+    },
+    /// Answer with [`Event::Retry`] later.
+    Retry {
+        /// The slot whose upload has failed.
+        slot: u8,
+        /// The pause.
+        after: Duration,
+    },
+    /// Look whether the run is still ours. A bad answer is [`Event::Lost`].
+    Look,
+    /// Append a notice's record, if the journal is free.
+    Note(Record),
+    /// From now on the store and the journal belong to what is to be saved.
+    Hush,
+    /// Whether there is more important work for the store than looking at what is kept: a restore, or a save.
+    Busy(bool),
+    /// Delete what is no longer wanted.
+    Prune,
+    /// Kill all workers; nothing if that was done before.
+    Kill,
+    /// Tell people.
+    Report(report::Event),
+    /// Write to the log.
+    Log(Log),
+}
+
+/// A line of the log.
+#[derive(Debug)]
+pub enum Log {
+    /// The model stands.
+    Built {
+        /// What rank 0 computes on.
+        device: String,
+        /// Trained parameters.
+        parameters: u64,
+        /// Workers on this node.
+        workers: u32,
+    },
+    /// Captures are made in this way from now on.
+    Chosen(Choice),
+    /// Why a notice leaves the time to train on.
+    TrainsOn(String),
+    /// Transfers no longer give way to other threads: a save took so long to be durable, seconds.
+    Starved {
+        /// Seconds.
+        durable_s: f64,
+    },
+}
+
+/// All that is to be done after one event, in order, and how the generation has ended, if it has.
+#[must_use]
+#[derive(Debug, Default)]
+pub struct Effects {
+    list: Vec<Effect>,
+    end: Option<Result<End>>,
+}
+
+impl Effects {
+    /// One more thing to do, after those before it.
+    pub fn push(&mut self, effect: Effect) {
+        self.list.push(effect);
+    }
+
+    /// The same, and then it is over.
+    pub fn ending(self, end: Result<End>) -> Self {
+        Self { end: Some(end), ..self }
+    }
+
+    /// What is to be done.
+    #[cfg(test)]
+    pub fn list(&self) -> &[Effect] {
+        &self.list
+    }
+
+    /// How it has ended.
+    #[cfg(test)]
+    pub fn end(&self) -> Option<&Result<End>> {
+        self.end.as_ref()
+    }
+}
+
+/// Where the tasks of a generation say what has happened.
+pub struct Senders {
+    /// What workers say.
+    pub workers: mpsc::UnboundedSender<WorkerEvent>,
+    /// What comes of uploads.
+    pub saves: mpsc::UnboundedSender<SaveEvent>,
+    /// What comes of the fetch.
+    pub fetched: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
+    /// All else.
+    pub later: mpsc::UnboundedSender<Event>,
+}
+
+/// What the tasks of a generation say.
+pub struct Answers {
+    workers: mpsc::UnboundedReceiver<WorkerEvent>,
+    saves: mpsc::UnboundedReceiver<SaveEvent>,
+    fetched: mpsc::UnboundedReceiver<Result<Fetched, CheckpointError>>,
+    later: mpsc::UnboundedReceiver<Event>,
+}
+
+/// Both ends, for one generation.
+pub fn channels() -> (Senders, Answers) {
+    let (to_workers, workers) = mpsc::unbounded_channel();
+    let (to_saves, saves) = mpsc::unbounded_channel();
+    let (to_fetched, fetched) = mpsc::unbounded_channel();
+    let (to_later, later) = mpsc::unbounded_channel();
+    let senders = Senders { workers: to_workers, saves: to_saves, fetched: to_fetched, later: to_later };
+    (senders, Answers { workers, saves, fetched, later })
+}
+
+impl Answers {
+    /// The next event. May be dropped at any moment: nothing is lost.
+    pub async fn next(&mut self) -> Event {
+        tokio::select! {
+            biased;
+            Some(event) = self.workers.recv() => Event::Worker(event),
+            Some(event) = self.saves.recv() => Event::Save(event),
+            Some(result) = self.fetched.recv() => Event::Fetched(result),
+            Some(event) = self.later.recv() => event,
+            else => std::future::pending().await,
+        }
+    }
+}
+
+/// The save under way.
+struct Saving {
+    cost: watch::Sender<SaveCost>,
+    give_up: AbortHandle,
+}
+
+/// Does what is to be done.
+pub struct Performer<'a> {
+    start: &'a Plan,
+    /// When the generation began: the zero of its time.
+    began: Instant,
+    slots: &'a mut Slots,
+    reporter: &'a Reporter,
+    /// `None`: they are being killed.
+    workers: Option<Workers>,
+    killing: Option<JoinHandle<()>>,
+    /// Where in its slot each file lies that was fetched.
+    places: Vec<(u64, u64)>,
+    retention: Retention,
+    /// The look at the journal that may be under way.
+    looking: Option<AbortHandle>,
+    /// Notices that are being written down.
+    notes: JoinSet<()>,
+    /// The save that was begun last.
+    saving: Option<Saving>,
+    senders: Senders,
+}
+
+impl<'a> Performer<'a> {
+    /// For a generation that began at `began` with `workers`, who are given their assignments; files that are fetched
+    /// will lie at `places`.
+    pub fn begin(
+        start: &'a Plan,
+        began: Instant,
+        slots: &'a mut Slots,
+        reporter: &'a Reporter,
+        workers: Workers,
+        places: Vec<(u64, u64)>,
+        senders: Senders,
+    ) -> Self {
+        let upload::Context { run, journal, .. } = &start.upload;
+        let retention = Retention::begin(run, journal, start.config.checkpoint, &start.docket);
+        assign(start, &workers);
+        Self {
+            start,
+            began,
+            slots,
+            reporter,
+            workers: Some(workers),
+            killing: None,
+            places,
+            retention,
+            looking: None,
+            notes: JoinSet::new(),
+            saving: None,
+            senders,
+        }
+    }
+
+    /// Does all of it; gives what was answered at once, or how the generation has ended.
+    pub fn perform(&mut self, effects: Effects) -> ControlFlow<Result<End>, Vec<Event>> {
+        let Effects { list, end } = effects;
+        let answers = list.into_iter().filter_map(|effect| self.perform_one(effect)).collect();
+        match end {
+            Some(end) => ControlFlow::Break(end),
+            None => ControlFlow::Continue(answers),
+        }
+    }
+
+    fn perform_one(&mut self, effect: Effect) -> Option<Event> {
+        match effect {
+            Effect::TellAll(message) => {
+                if let Some(workers) = &self.workers {
+                    workers.tell_all(&message);
+                }
+            }
+            Effect::LayOut(tensors) => return Some(self.lay_out(&tensors).unwrap_or_else(Event::Lost)),
+            Effect::Received => {
+                if let Load::Checkpoint { step, generation, from: Source::Store { files, .. } } = &self.start.load {
+                    self.slots.received(*step, *generation, &self.places, files);
+                }
+            }
+            Effect::Vouch { step, generation } => self.retention.restored(step, generation),
+            Effect::Upload(transfer) => return self.upload(transfer).err().map(Event::Lost),
+            Effect::Cost(cost) => {
+                if let Some(saving) = &self.saving {
+                    saving.cost.send_replace(cost);
+                }
+            }
+            Effect::Hold { slot, step, generation, sums } => self.slots.hold(slot, step, generation, &sums),
+            Effect::Retry { slot, after } => {
+                let later = self.senders.later.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(after).await;
+                    let _ = later.send(Event::Retry { slot });
+                });
+            }
+            Effect::Look => self.look(),
+            Effect::Note(record) => self.note(record),
+            Effect::Hush => self.hush(),
+            Effect::Busy(busy) => self.retention.busy(busy),
+            Effect::Prune => self.retention.start(),
+            Effect::Kill => {
+                if let Some(workers) = self.workers.take() {
+                    self.killing = Some(tokio::spawn(workers.kill()));
+                }
+            }
+            Effect::Report(event) => self.reporter.event(&event),
+            Effect::Log(line) => log(line),
+        }
+        None
+    }
+
+    fn lay_out(&mut self, tensors: &[TensorSpec]) -> Result<Event> {
+        let mut bytes = 0;
+        for (plan, base) in self.slots.lay_out(tensors, self.start.upload.world_size)? {
+            bytes += plan.shards.iter().map(|shard| shard.len).sum::<u64>();
+            if let Some(workers) = &self.workers {
+                workers.tell(plan.rank, ToWorker::Layout { plan: Box::new(plan.clone()), base });
+            }
+        }
+        Ok(Event::LaidOut { bytes })
+    }
+
+    fn upload(&mut self, transfer: Transfer) -> Result<()> {
+        let Transfer { step, slot, loss, validation_loss, cost, taken, priority } = transfer;
+        let (uploads, index) = self.slots.uploads(slot)?;
+        let mut small = self.start.companions.clone();
+        small.push((layout::MODEL_INDEX.to_owned(), index));
+        let mut context = self.start.upload.clone();
+        let state = TrainerState::at(step, &self.start.config, self.start.sequences)
+            .ok_or_else(|| Error::new(Kind::Config, "train.steps × train.global_batch is too large"))?;
+        let state = TrainerState { data: Some(context.data.clone()), ..state };
+        small.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
+        context.run = context.run.at_priority(priority);
+        let taken = self.began + taken;
+        let (cost, costs) = watch::channel(cost);
+        let snapshot = Snapshot { step, slot, uploads, small, loss, validation_loss, cost: costs, taken };
+        self.saving = Some(Saving { cost, give_up: upload::start(context, snapshot, self.senders.saves.clone()) });
+        Ok(())
+    }
+
+    fn look(&mut self) {
+        let (journal, run) = (self.start.upload.journal.clone(), self.start.upload.run.clone());
+        let later = self.senders.later.clone();
+        let look = tokio::spawn(async move {
+            if let Some(error) = fence::look_once(&journal, &run).await {
+                let _ = later.send(Event::Lost(error));
+            }
+        });
+        self.looking = Some(look.abort_handle());
+    }
+
+    /// In the background: neither the drain nor the commit at its end waits for it. A record that lands after it was
+    /// given up is one more that the next append reads before its own.
+    fn note(&mut self, record: Record) {
+        let journal = self.start.upload.journal.clone();
+        self.notes.spawn(async move {
+            if let Err(error) = journal.append_if(Urgency::Notice, record, |_| true).await {
+                tracing::debug!(%error, "notice not written to the journal");
+            }
+        });
+    }
+
+    fn hush(&mut self) {
+        if let Some(looking) = self.looking.take() {
+            looking.abort();
+        }
+        self.retention.hush();
+    }
+
+    /// Ends all that is under way. Waits until the workers are gone, unless there is something more urgent to do first:
+    /// then what is left is given back.
+    pub async fn end(mut self, end: &Result<End>) -> Option<Left> {
+        self.hush();
+        if matches!(end, Ok(End::Stopped(_))) {
+            // What has not become a checkpoint by now is no longer to become one: the journal is about to say so.
+            if let Some(saving) = self.saving.take() {
+                saving.give_up.abort();
+            }
+            let written = async { while self.notes.join_next().await.is_some() {} };
+            let _ = tokio::time::timeout(NOTED, written).await;
+            self.notes.shutdown().await;
+        }
+        let workers = self.workers.take().map(|workers| match end {
+            Ok(End::Completed { .. }) => tokio::spawn(workers.dismiss(GRACE)),
+            // Where steps are lost they are in the midst of another one, and there may be no time to wait for its end.
+            Ok(End::Stopped(stopped)) if stopped.committed >= stopped.step => tokio::spawn(workers.dismiss(GRACE)),
+            _ => tokio::spawn(workers.kill()),
+        });
+        let processes = [workers, self.killing.take()];
+        let gone = async move {
+            for process in processes.into_iter().flatten() {
+                if tokio::time::timeout(GONE, process).await.is_err() {
+                    tracing::warn!("worker processes were killed and are not gone yet");
+                }
+            }
+        };
+        if matches!(end, Ok(End::Stopped(_) | End::Completed { .. })) {
+            return Some(Left { leaving: Some(tokio::spawn(gone)), retention: Some(self.retention) });
+        }
+        // The next generation needs their devices' memory.
+        gone.await;
+        None
+    }
+}
+
+fn assign(start: &Plan, workers: &Workers) {
+    for rank in 0..start.workers {
+        let assignment = Assignment {
+            rank: Rank(rank),
+            local_rank: Rank(rank),
+            world_size: start.upload.world_size,
+            generation: start.upload.generation,
+            config: start.config.clone(),
+            data_dir: start.data_dir.clone(),
+            data: start.upload.data.clone(),
+            resume_step: start.load.step(),
+        };
+        workers.tell(Rank(rank), ToWorker::Start(Box::new(assignment)));
+    }
+}
+
+fn log(line: Log) {
+    match line {
+        Log::Built { device, parameters, workers } => tracing::info!(device, parameters, workers, "model built"),
+        Log::Chosen(Choice { mode, overlap_s, blocking_s, copy_s }) => {
+            let how = match mode {
+                CaptureMode::Overlap => "captures run beside the next step",
+                CaptureMode::Blocking => "captures hold the loop up",
+            };
+            match blocking_s {
+                Some(blocking_s) => tracing::info!(overlap_s, blocking_s, copy_s, "{how}: measured to cost less"),
+                None => tracing::info!(overlap_s, copy_s, "{how}: a save costs no more than the bare copy"),
+            }
+        }
+        Log::TrainsOn(reason) => tracing::info!("{reason}"),
+        Log::Starved { durable_s } => tracing::info!(durable_s, "transfers no longer give way to other threads"),
+    }
+}

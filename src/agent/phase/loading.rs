@@ -1,0 +1,222 @@
+//! Workers start and load their state, while what they load is fetched.
+
+use std::ops::ControlFlow::{Break, Continue};
+
+use super::{Death, Event, Flow, Phase, Salvage, Training, Turn};
+use crate::{
+    agent::{
+        effects::{Effect, Log},
+        generation::{End, Load, Source, Stopped},
+        save::{
+            ledger::Ledger,
+            scheduler::{Scheduler, Setup},
+            slots::Fetched,
+        },
+        workers::WorkerEvent,
+    },
+    checkpoint::CheckpointError,
+    config::{Cadence, RunConfig},
+    error::{Error, Kind},
+    ids::{Rank, Step},
+    notice::{self, Notice},
+    protocol::{FromWorker, ToWorker},
+    report,
+    snapshot::plan::TensorSpec,
+};
+
+/// Before `Go`.
+#[derive(Debug)]
+pub struct Loading {
+    /// What each rank has said its state is.
+    built: Vec<Option<Vec<TensorSpec>>>,
+    /// Bytes of one save's shards, once the slots are laid out.
+    bytes: Option<u64>,
+    source: Incoming,
+    ready: u32,
+    /// A worker has said why it can't go on; its process's end is still to come.
+    said: Option<Death>,
+}
+
+/// What is to be loaded.
+#[derive(Debug)]
+pub enum Incoming {
+    /// Nothing: workers draw their weights.
+    Nothing,
+    /// It is being fetched, and will lie in this slot, each file at its place.
+    UnderWay(u8, Vec<(u64, u64)>),
+    /// It lies there.
+    Here(u8, Vec<(u64, u64)>, Fetched),
+}
+
+impl Incoming {
+    /// Where each file lies in its slot, or will.
+    pub fn places(&self) -> &[(u64, u64)] {
+        match self {
+            Self::Nothing => &[],
+            Self::UnderWay(_, places) | Self::Here(_, places, _) => places,
+        }
+    }
+}
+
+impl Loading {
+    /// `workers` processes have been started.
+    pub fn new(workers: u32, source: Incoming) -> Self {
+        Self { built: vec![None; workers as usize], bytes: None, source, ready: 0, said: None }
+    }
+
+    pub(super) fn handle(mut self, event: Event, turn: &mut Turn<'_>) -> Flow<Phase> {
+        match event {
+            Event::Notice(notice) => return self.on_notice(&notice, turn),
+            Event::Worker(WorkerEvent::Message(rank, message)) => return self.hear(rank, message, turn),
+            Event::Worker(WorkerEvent::Exited(rank, reason)) => {
+                self.said.get_or_insert(Death::exited(rank, &reason));
+            }
+            Event::LaidOut { bytes } => {
+                self.bytes = Some(bytes);
+                self.load_if_possible(turn);
+                return Continue(Phase::Loading(self));
+            }
+            Event::Fetched(Ok(fetched)) => {
+                if let Load::Checkpoint { step, generation, from: Source::Store { .. } } = turn.shared.settings.load {
+                    turn.does(Effect::Vouch { step, generation });
+                }
+                if let Incoming::UnderWay(slot, places) = self.source {
+                    self.source = Incoming::Here(slot, places, fetched);
+                }
+                self.load_if_possible(turn);
+            }
+            Event::Fetched(Err(CheckpointError::Damaged { object, reason }))
+                if matches!(turn.shared.settings.load, Load::Checkpoint { .. }) =>
+            {
+                return Break(Ok(End::Damaged { object, reason }));
+            }
+            Event::Fetched(Err(error)) => return Break(Err(Error::from(error).context("restore"))),
+            // Nothing has been captured.
+            Event::Save(_) | Event::Retry { .. } => {}
+            Event::Lost(error) => return Break(Err(error)),
+            Event::Tick => turn.looks_at_the_journal(),
+        }
+        match self.said {
+            Some(death) => Break(death.end(turn.shared.settings.load.step())),
+            None => Continue(Phase::Loading(self)),
+        }
+    }
+
+    fn on_notice(self, notice: &Notice, turn: &mut Turn<'_>) -> Flow<Phase> {
+        turn.announces(notice);
+        if notice.kind == notice::Kind::Rebalance {
+            return Continue(Phase::Loading(self));
+        }
+        let step = turn.shared.settings.load.step();
+        let verdict = format!("{} before the first step: nothing to save", notice.source);
+        Break(Ok(End::Stopped(Stopped { step, committed: step, verdict, drain: None })))
+    }
+
+    fn hear(mut self, rank: Rank, message: FromWorker, turn: &mut Turn<'_>) -> Flow<Phase> {
+        match message {
+            FromWorker::Listening { port } => turn.tell_all(ToWorker::Peers { host: "127.0.0.1".into(), port }),
+            FromWorker::Built { tensors, device, parameters } => {
+                if rank == Rank(0) {
+                    let workers = turn.shared.settings.workers;
+                    turn.does(Effect::Log(Log::Built { device, parameters, workers }));
+                }
+                if let Some(place) = self.built.get_mut(rank.get() as usize) {
+                    *place = Some(tensors);
+                }
+                if self.built.iter().all(Option::is_some) {
+                    return self.lay_out(turn);
+                }
+            }
+            FromWorker::Ready => {
+                self.ready += 1;
+                if self.ready == turn.shared.settings.workers {
+                    return self.go(turn);
+                }
+            }
+            FromWorker::Failed { message, hint, permanent } => {
+                self.said.get_or_insert(Death::said(rank, &message, hint, permanent));
+            }
+            // Nobody has been told to go.
+            FromWorker::Frozen { .. }
+            | FromWorker::Step(_)
+            | FromWorker::Captured { .. }
+            | FromWorker::Stalled { .. }
+            | FromWorker::Validated { .. }
+            | FromWorker::Stopped { .. } => {}
+        }
+        Continue(Phase::Loading(self))
+    }
+
+    /// Every rank has said what its state is: each learns what it writes, and where.
+    fn lay_out(self, turn: &mut Turn<'_>) -> Flow<Phase> {
+        let mut lists = self.built.iter().flatten();
+        if let Some(tensors) = lists.next() {
+            if let Some(other) = lists.find(|list| *list != tensors) {
+                let (one, other) = (tensors.len(), other.len());
+                let what = format!("ranks differ in their state: {one} and {other} tensors");
+                return Break(Err(Error::new(Kind::Bug, what)));
+            }
+            turn.does(Effect::LayOut(tensors.clone()));
+        }
+        Continue(Phase::Loading(self))
+    }
+
+    /// What is to be loaded is there and the workers have their layout: they can load.
+    fn load_if_possible(&self, turn: &mut Turn<'_>) {
+        if let (Incoming::Here(slot, files, _), Some(_)) = (&self.source, self.bytes) {
+            let weights_only = matches!(turn.shared.settings.load, Load::Weights { .. });
+            turn.tell_all(ToWorker::Restore { slot: *slot, files: files.clone(), weights_only });
+        }
+    }
+
+    /// Every rank has loaded: training begins.
+    fn go(self, turn: &mut Turn<'_>) -> Flow<Phase> {
+        let Some(bytes) = self.bytes else {
+            return Break(Err(Error::new(Kind::Bug, "workers are ready that have no layout")));
+        };
+        let now = turn.now;
+        let load = &turn.shared.settings.load;
+        let done = load.step();
+        let from = match load {
+            Load::Checkpoint { from: Source::Slot { .. }, .. } => "memory",
+            _ => "store",
+        };
+        let (fetched, slot) = match &self.source {
+            Incoming::Here(slot, _, fetched) => (Some(*fetched), Some(*slot)),
+            Incoming::Nothing | Incoming::UnderWay(..) => (None, None),
+        };
+        let is_checkpoint = matches!(load, Load::Checkpoint { .. });
+        let is_received = matches!(load, Load::Checkpoint { from: Source::Store { .. }, .. });
+        if let Some(Fetched { bytes, seconds: fetch_s }) = fetched {
+            let restore_s = now.as_secs_f64();
+            turn.reports(report::Event::Restored { step: done, bytes, fetch_s, restore_s, from });
+        }
+        if is_received {
+            turn.does(Effect::Received);
+        }
+        let settings = &turn.shared.settings;
+        let setup = Setup {
+            ranks: settings.workers,
+            done,
+            last: Step(settings.config.train.steps),
+            cadence: settings.config.checkpoint.every,
+            ranked: ranked(&settings.config),
+            held: slot.filter(|_| is_checkpoint),
+        };
+        let mut scheduler = Scheduler::new(setup, settings.measured, now);
+        let saves = scheduler.first_orders(now);
+        turn.does(Effect::Busy(false));
+        turn.tell_all(ToWorker::Go { saves });
+        let training = Training::begin(scheduler, Ledger::begin(now), bytes, now);
+        Continue(match self.said {
+            None => Phase::Training(training),
+            Some(death) => Phase::Salvaging(Salvage::new(training, None, death)),
+        })
+    }
+}
+
+/// Steps after whose multiples a state is measured that `checkpoint.keep.best` ranks.
+fn ranked(config: &RunConfig) -> Option<std::num::NonZeroU64> {
+    let wanted = config.checkpoint.keep.best > 0 && !matches!(config.checkpoint.every, Cadence::Steps(_));
+    std::num::NonZeroU64::new(config.data.validation_every).filter(|_| wanted)
+}

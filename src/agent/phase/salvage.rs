@@ -1,0 +1,94 @@
+//! The workers can't go on: what every rank had captured is uploaded and committed, then the generation ends.
+
+use std::ops::ControlFlow::{Break, Continue};
+
+use super::{Death, Event, Flow, Phase, Stage, Training, Turn};
+use crate::{
+    agent::{
+        drain::timeline::Planned, effects::Effect, generation::End, save::upload::SaveEvent, workers::WorkerEvent,
+    },
+    error::Result,
+};
+
+/// A group that has lost a worker.
+#[derive(Debug)]
+pub struct Salvage {
+    pub(super) training: Training,
+    /// What a notice has asked for, if one has, before or since.
+    planned: Option<Planned>,
+    /// The first reason; what is heard later follows from it.
+    death: Death,
+}
+
+impl Salvage {
+    pub(super) const fn new(training: Training, planned: Option<Planned>, death: Death) -> Self {
+        Self { training, planned, death }
+    }
+
+    /// A worker is lost. What it has said itself is acted on when its process has ended, or at the next tick.
+    pub(super) fn begin(self, turn: &mut Turn<'_>) -> Flow<Phase> {
+        match self.death {
+            Death::Failed(_) | Death::Permanent(_) => Continue(Phase::Salvaging(self)),
+            Death::Died(_) | Death::Diverged { .. } => Continue(Phase::Salvaging(self.settle(turn)?)),
+        }
+    }
+
+    pub(super) fn handle(mut self, event: Event, turn: &mut Turn<'_>) -> Flow<Phase> {
+        let Self { training, planned, .. } = &mut self;
+        let stage = Stage::Salvaging(planned.as_ref());
+        match event {
+            Event::Notice(notice) => *planned = training.on_notice(&notice, stage, turn)?,
+            // What a worker had said before it died is heard to the end.
+            Event::Worker(WorkerEvent::Message(rank, message)) => {
+                training.hear(rank, message, stage, turn)?;
+                return Continue(Phase::Salvaging(self));
+            }
+            Event::Save(event @ SaveEvent::Progress { .. }) => {
+                training.on_save(event, stage, turn)?;
+                return Continue(Phase::Salvaging(self));
+            }
+            Event::Save(event @ SaveEvent::Ended { .. }) => training.on_save(event, stage, turn)?,
+            // The snapshot is taken up with what else is left.
+            Event::Worker(WorkerEvent::Exited(..)) | Event::Retry { .. } => {}
+            // Said before `Go`.
+            Event::LaidOut { .. } | Event::Fetched(_) => return Continue(Phase::Salvaging(self)),
+            Event::Lost(error) => return Break(Err(error)),
+            Event::Tick => {
+                if planned.is_none() {
+                    turn.looks_at_the_journal();
+                }
+                let actions = training.scheduler.tick(turn.now);
+                training.act(actions, stage, turn)?;
+                let mut salvage = self.settle(turn)?;
+                salvage.training.look_at_the_time(salvage.planned.as_ref(), turn)?;
+                return Continue(Phase::Salvaging(salvage));
+            }
+        }
+        Continue(Phase::Salvaging(self.settle(turn)?))
+    }
+
+    /// The other ranks can't go on either. Whole snapshots are still uploaded and committed, one after the other.
+    fn settle(mut self, turn: &mut Turn<'_>) -> Flow<Self> {
+        turn.does(Effect::Kill);
+        if !self.training.ledger.is_uploading() {
+            let actions = self.training.scheduler.salvage();
+            if actions.is_empty() {
+                return Break(self.end());
+            }
+            self.training.act(actions, Stage::Salvaging(self.planned.as_ref()), turn)?;
+        }
+        Continue(self)
+    }
+
+    fn end(self) -> Result<End> {
+        let Self { training, planned, death } = self;
+        match death {
+            // For the time that is left, starting them again is not worth it.
+            Death::Failed(reason) | Death::Died(reason) if training.timeline.is_called() => {
+                let verdict = format!("workers died after the notice: {reason}");
+                Ok(training.stopped(verdict, planned.as_ref()))
+            }
+            death => death.end(training.scheduler.finished()),
+        }
+    }
+}

@@ -1,0 +1,506 @@
+//! A group that trains: steps, saves, and what is decided when a notice comes.
+//!
+//! A group that is asked to stop, or that has lost a worker, is still one that had trained: what the phases after
+//! [`Training`] have in common with it stands here, with the [`Stage`] as an argument.
+
+use std::{
+    collections::BTreeMap,
+    ops::ControlFlow::{Break, Continue},
+    time::Duration,
+};
+
+use super::{Death, Draining, Event, Flow, Phase, Salvage, Stage, Turn};
+use crate::{
+    agent::{
+        drain::{
+            estimate::Estimate,
+            plan::{self, Decision, Situation},
+            timeline::{Planned, Timeline},
+        },
+        effects::{Effect, Log},
+        generation::{End, Stopped},
+        restart::{self, Standstill},
+        save::{
+            ledger::Ledger,
+            scheduler::{Action, Moment, Scheduler},
+            upload::{SaveEvent, Saved},
+        },
+        workers::WorkerEvent,
+    },
+    error::{Error, Kind, Result},
+    ids::{Rank, Step},
+    journal::DrainPlan,
+    notice::{self, Notice},
+    protocol::{FromWorker, StepReport, ToWorker},
+    report,
+    storage::Adrift,
+};
+
+/// Failed saves of the last state in a row, after which it is given up. Each has the store's own retries within it.
+const LAST_SAVE_TRIES: u32 = 8;
+
+/// A group that has been told to go.
+#[derive(Debug)]
+pub struct Training {
+    pub(super) scheduler: Scheduler,
+    pub(super) ledger: Ledger,
+    /// Of steps that not every rank has finished.
+    reports: BTreeMap<Step, Vec<StepReport>>,
+    /// Of states that not every rank has measured: how many have, the sum of their losses, their sequences.
+    validations: BTreeMap<Step, (u32, f64, u64)>,
+    /// When the newest step was finished, or the generation began.
+    pub(super) stepped: Moment,
+    standstill: Quiet,
+    /// What was announced, and what was done about it.
+    pub(super) timeline: Timeline,
+    /// The save that a notice with time to spare asks for has been ordered.
+    insured: bool,
+    /// Bytes of one save's shards.
+    bytes: u64,
+}
+
+/// Since when nothing has moved, and how often that was told.
+#[derive(Debug)]
+struct Quiet {
+    since: Moment,
+    told: u32,
+}
+
+impl Training {
+    /// Every rank has loaded, and is told to go.
+    pub(super) fn begin(scheduler: Scheduler, ledger: Ledger, bytes: u64, now: Moment) -> Self {
+        Self {
+            scheduler,
+            ledger,
+            reports: BTreeMap::new(),
+            validations: BTreeMap::new(),
+            stepped: Moment::ZERO,
+            standstill: Quiet { since: now, told: 0 },
+            timeline: Timeline::default(),
+            insured: false,
+            bytes,
+        }
+    }
+
+    pub(super) fn handle(mut self, event: Event, turn: &mut Turn<'_>) -> Flow<Phase> {
+        let stage = Stage::Training;
+        match event {
+            Event::Notice(notice) => {
+                if let Some(planned) = self.on_notice(&notice, stage, turn)? {
+                    return Continue(Phase::Draining(Draining { training: self, planned }));
+                }
+            }
+            Event::Worker(WorkerEvent::Message(rank, message)) => {
+                if let Some(death) = self.hear(rank, message, stage, turn)? {
+                    return Salvage::new(self, None, death).begin(turn);
+                }
+            }
+            Event::Worker(WorkerEvent::Exited(rank, reason)) => {
+                return Salvage::new(self, None, Death::exited(rank, &reason)).begin(turn);
+            }
+            Event::Save(event) => self.on_save(event, stage, turn)?,
+            Event::Retry { slot } => self.tries_again(slot, stage, turn)?,
+            // Said before `Go`.
+            Event::LaidOut { .. } | Event::Fetched(_) => {}
+            Event::Lost(error) => return Break(Err(error)),
+            Event::Tick => {
+                turn.looks_at_the_journal();
+                let actions = self.scheduler.tick(turn.now);
+                self.act(actions, stage, turn)?;
+                if self.timeline.is_called()
+                    && let Some(planned) = self.reconsider(stage, turn)?
+                {
+                    return Continue(Phase::Draining(Draining { training: self, planned }));
+                }
+                if let Some(death) = self.look_at_the_standstill(turn) {
+                    return Salvage::new(self, None, death).begin(turn);
+                }
+            }
+        }
+        Continue(Phase::Training(self))
+    }
+
+    /// A run whose steps have stopped coming: a hung kernel, a collective that waits for a rank, data that does not
+    /// arrive. It is told, or the workers are given up.
+    fn look_at_the_standstill(&mut self, turn: &mut Turn<'_>) -> Option<Death> {
+        // Once all ranks have stopped the store is waited for, which says so itself.
+        if self.scheduler.has_ended() {
+            return None;
+        }
+        let step = self.scheduler.finished();
+        let quiet = turn.now.saturating_sub(self.standstill.since);
+        let usual = turn.shared.estimates.step.estimate();
+        let usual = usual.and_then(|step| Duration::try_from_secs_f64(step.high).ok());
+        let config = &turn.shared.settings.config;
+        match restart::standstill(quiet, usual, self.standstill.told, &config.restart) {
+            Standstill::Wait => None,
+            // The last state may wait for a slot that a silent store keeps: who ended the workers then would lose it.
+            Standstill::End if step >= Step(config.train.steps) => None,
+            Standstill::Tell => {
+                self.standstill.told += 1;
+                turn.reports(report::Event::NoProgress {
+                    step,
+                    quiet_s: quiet.as_secs_f64(),
+                    lag_steps: step.get() - self.scheduler.committed().get(),
+                    lag_s: self.ledger.lag(turn.now).as_secs_f64(),
+                });
+                None
+            }
+            Standstill::End => {
+                Some(Death::Died(format!("no step was finished for {} s after step {step}", quiet.as_secs())))
+            }
+        }
+    }
+}
+
+/// What the phases from here on have in common.
+impl Training {
+    /// Carries out what the scheduler has decided.
+    pub(super) fn act(&mut self, actions: Vec<Action>, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
+        let now = turn.now;
+        for action in actions {
+            match action {
+                Action::Freeze { ticket } => turn.tell_all(ToWorker::Freeze { ticket }),
+                Action::Thaw { saves, stop_after } => {
+                    if let Some(step) = stop_after {
+                        self.timeline.says(now, format!("all ranks stop after step {step}"));
+                    }
+                    turn.tell_all(ToWorker::Thaw { saves, stop_after });
+                }
+                Action::Upload { step, slot } => {
+                    self.scheduler.copied(self.ledger.copy_s(step, now));
+                    self.timeline.says(now, format!("upload of step {step} began"));
+                    // Nobody trains any more, or not for long.
+                    let urgent = !matches!(stage, Stage::Training) || self.scheduler.has_ended();
+                    if urgent {
+                        turn.does(Effect::Hush);
+                    }
+                    match self.ledger.upload(step, slot, urgent, self.bytes, now) {
+                        Ok(transfer) => turn.does(Effect::Upload(transfer)),
+                        Err(error) => return Break(Err(error)),
+                    }
+                    turn.does(Effect::Busy(true));
+                }
+                Action::Chosen(choice) => turn.does(Effect::Log(Log::Chosen(choice))),
+                Action::Finished { step } => return Break(self.finish(step, stage, turn)),
+            }
+        }
+        Continue(())
+    }
+
+    /// The loop has ended at `step`, and its state is committed or can't be.
+    fn finish(&mut self, step: Step, stage: Stage<'_>, turn: &Turn<'_>) -> Result<End> {
+        let last = Step(turn.shared.settings.config.train.steps);
+        let committed = self.scheduler.committed();
+        if step == last && committed >= last {
+            // A run that was complete when it was loaded has made no step in this generation.
+            return Ok(End::Completed { loss: self.ledger.loss(last).unwrap_or(f64::NAN) });
+        }
+        let planned = stage.planned();
+        if committed >= step {
+            return Ok(self.stopped("the last finished step is committed", planned));
+        }
+        if planned.is_some_and(|planned| planned.plan == DrainPlan::FinishInFlight) {
+            let verdict = format!("there was time for the save of step {committed}, not for one of step {step}");
+            return Ok(self.stopped(verdict, planned));
+        }
+        let error = self.ledger.take_error().unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
+        if planned.is_none() {
+            return Err(error.context(format!("save the last step, {step}")));
+        }
+        Ok(self.stopped(format!("the last step could not be saved: {error}"), planned))
+    }
+
+    /// The run was asked to stop, and this is what became of it.
+    pub(super) fn stopped(&self, verdict: impl Into<String>, planned: Option<&Planned>) -> End {
+        End::Stopped(Stopped {
+            step: self.scheduler.finished(),
+            committed: self.scheduler.committed(),
+            verdict: verdict.into(),
+            drain: planned.and_then(|planned| self.timeline.story(planned)),
+        })
+    }
+
+    /// A worker speaks. `Some`: the group can't go on.
+    pub(super) fn hear(
+        &mut self,
+        rank: Rank,
+        message: FromWorker,
+        stage: Stage<'_>,
+        turn: &mut Turn<'_>,
+    ) -> Flow<Option<Death>> {
+        let now = turn.now;
+        let actions = match message {
+            FromWorker::Frozen { ticket, started } => self.scheduler.frozen(ticket, started, now),
+            FromWorker::Step(report) => return self.on_step(report, stage, turn),
+            FromWorker::Captured { step, slot, copy_s } => {
+                self.ledger.captured(step, copy_s, now);
+                self.scheduler.captured(slot, step, now)
+            }
+            FromWorker::Stopped { step } => self.scheduler.rank_stopped(step, now),
+            FromWorker::Stalled { step, stall_s } => {
+                if let Some(cost) = self.ledger.stalled(step, stall_s, now) {
+                    turn.does(Effect::Cost(cost));
+                }
+                return Continue(None);
+            }
+            FromWorker::Validated { step, loss_sum, sequences } => {
+                self.on_validated(step, loss_sum, sequences, turn);
+                return Continue(None);
+            }
+            FromWorker::Failed { message, hint, permanent } => {
+                return Continue(Some(Death::said(rank, &message, hint, permanent)));
+            }
+            // Said before `Go`.
+            FromWorker::Listening { .. } | FromWorker::Built { .. } | FromWorker::Ready => return Continue(None),
+        };
+        self.act(actions, stage, turn)?;
+        Continue(None)
+    }
+
+    fn on_step(&mut self, report: StepReport, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow<Option<Death>> {
+        let now = turn.now;
+        let reports = self.reports.entry(report.step).or_default();
+        reports.push(report);
+        if reports.len() < turn.shared.settings.workers as usize {
+            return Continue(None);
+        }
+        let Some(reports) = self.reports.remove(&report.step) else { return Continue(None) };
+        let step = report.step;
+        // Summed in no particular order of arrival would differ in the last bit: sum sorted.
+        let mut losses: Vec<f64> = reports.iter().map(|r| r.loss).collect();
+        losses.sort_by(f64::total_cmp);
+        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
+        if !loss.is_finite() || !report.grad_norm.is_finite() {
+            let reason = format!("loss {loss}, gradient norm {}", report.grad_norm);
+            // What was captured before is good: it is committed first.
+            return Continue(Some(Death::Diverged { step, reason }));
+        }
+        self.ledger.finished(step, loss);
+        self.stepped = now;
+        self.standstill = Quiet { since: now, told: 0 };
+        let slowest = |f: fn(&StepReport) -> f64| reports.iter().map(f).fold(0.0, f64::max);
+        let (step_s, stall_s) = (slowest(|r| r.step_s), slowest(|r| r.stall_s));
+        turn.shared.estimates.step.push(step_s);
+        let config = &turn.shared.settings.config;
+        let tokens = u64::from(config.train.global_batch) * u64::from(config.data.sequence_length);
+        let actions = self.scheduler.step_finished(step, step_s, now);
+        turn.reports(report::Event::Step {
+            step,
+            loss,
+            lr: report.lr,
+            grad_norm: report.grad_norm,
+            tokens: tokens.saturating_mul(step.get()),
+            tokens_per_s: tokens as f64 / step_s.max(1e-9),
+            step_s,
+            stall_s,
+            lag_steps: step.get() - self.scheduler.committed().get(),
+            lag_s: self.ledger.lag(now).as_secs_f64(),
+        });
+        self.act(actions, stage, turn)?;
+        Continue(None)
+    }
+
+    fn on_validated(&mut self, step: Step, loss_sum: f64, sequences: u64, turn: &mut Turn<'_>) {
+        self.standstill = Quiet { since: turn.now, told: 0 };
+        let entry = self.validations.entry(step).or_default();
+        *entry = (entry.0 + 1, entry.1 + loss_sum, entry.2 + sequences);
+        if entry.0 == turn.shared.settings.workers
+            && let Some((_, sum, count)) = self.validations.remove(&step)
+            && count > 0
+        {
+            let loss = sum / count as f64;
+            self.ledger.validated(step, loss);
+            turn.reports(report::Event::Validation { step, loss });
+        }
+    }
+
+    /// An upload has come on, or has ended.
+    pub(super) fn on_save(&mut self, event: SaveEvent, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
+        match event {
+            SaveEvent::Progress { step, bytes } => {
+                if let Some((sent, total)) = self.ledger.progress(bytes, turn.now) {
+                    turn.reports(report::Event::Upload { step, sent, total });
+                }
+                Continue(())
+            }
+            SaveEvent::Ended { slot, result: Ok(saved), .. } => self.on_saved(slot, saved, stage, turn),
+            SaveEvent::Ended { step, slot, result: Err(error) } => self.on_failed(step, slot, error, stage, turn),
+        }
+    }
+
+    fn on_saved(&mut self, slot: u8, saved: Saved, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
+        let now = turn.now;
+        let Saved { committed, sums } = saved;
+        let (step, generation, cost) = (committed.step, committed.generation, committed.cost);
+        turn.does(Effect::Busy(false));
+        if self.ledger.committed(&committed, &mut turn.shared.estimates, now) {
+            turn.does(Effect::Log(Log::Starved { durable_s: cost.durable_s }));
+        }
+        turn.does(Effect::Hold { slot, step, generation, sums });
+        turn.reports(report::Event::Checkpoint {
+            step,
+            generation,
+            bytes: committed.bytes,
+            stall_s: cost.stall_s,
+            copy_s: cost.copy_s,
+            durable_s: cost.durable_s,
+        });
+        self.timeline.says(now, format!("step {step} is committed"));
+        let in_flight = stage.planned().is_some_and(|planned| planned.plan == DrainPlan::FinishInFlight);
+        if in_flight || self.scheduler.agreed_end().is_some_and(|end| step >= end) {
+            self.timeline.saved(now);
+        }
+        // On a machine that is about to go, or at the end of the run, there is more important work.
+        if !self.timeline.is_called() && !self.scheduler.has_ended() {
+            turn.does(Effect::Prune);
+        }
+        self.scheduler.saved(cost.stall_s, cost.durable_s);
+        let actions = self.scheduler.uploaded(slot, true, now);
+        self.act(actions, stage, turn)
+    }
+
+    /// A save has failed. It is tried again after a pause; the run trains on, or the drain goes on, meanwhile. What is
+    /// final: the run is lost, or the store is not what it was.
+    fn on_failed(&mut self, step: Step, slot: u8, error: Error, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
+        turn.does(Effect::Busy(false));
+        if error.kind() == Kind::Fenced {
+            return Break(Err(error));
+        }
+        if error.comes_of::<Adrift>() {
+            let newest = self.scheduler.committed();
+            let doing = format!("save step {step}; the newest checkpoint is of step {newest}");
+            return Break(Err(error.context(doing)));
+        }
+        let failure = self.ledger.failed(step, error);
+        if let Some(message) = failure.warning {
+            turn.reports(report::Event::Warning { message });
+        }
+        let actions = match stage {
+            // Nobody trains meanwhile: without a pause. One that was begun by the salvage itself is not tried again.
+            Stage::Salvaging(_) => self.scheduler.uploaded(slot, false, turn.now),
+            _ if self.scheduler.has_ended() && failure.times >= LAST_SAVE_TRIES => {
+                self.scheduler.give_up_the_end(slot, turn.now)
+            }
+            _ => {
+                turn.does(Effect::Retry { slot, after: Duration::from_millis(250 << failure.times.min(5)) });
+                return Continue(());
+            }
+        };
+        self.act(actions, stage, turn)
+    }
+
+    /// The pause after a failed upload is over.
+    pub(super) fn tries_again(&mut self, slot: u8, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
+        let actions = self.scheduler.uploaded(slot, false, turn.now);
+        self.act(actions, stage, turn)
+    }
+
+    /// Something was announced. `Some`: what is done about it, and this node leaves; `None`: it trains on.
+    pub(super) fn on_notice(
+        &mut self,
+        notice: &Notice,
+        stage: Stage<'_>,
+        turn: &mut Turn<'_>,
+    ) -> Flow<Option<Planned>> {
+        turn.announces(notice);
+        if notice.kind == notice::Kind::Rebalance {
+            // Whoever is on the point of leaving saves anyway.
+            if !self.timeline.is_called() {
+                let actions = self.scheduler.save_now(turn.now);
+                self.act(actions, stage, turn)?;
+            }
+            return Continue(stage.planned().cloned());
+        }
+        if self.timeline.hear(notice, turn.now) {
+            let verdict = format!("left at once on a second {}", notice.source);
+            return Break(Ok(self.stopped(verdict, stage.planned())));
+        }
+        self.reconsider(stage, turn)
+    }
+
+    /// Decides what can still be saved, and begins it. `Some`: what is done from now on; `None`: training goes on.
+    fn reconsider(&mut self, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow<Option<Planned>> {
+        let now = turn.now;
+        let situation = self.situation(turn);
+        let (decision, reason) = plan::decide(&situation);
+        let (plan, needs) = match decision {
+            Decision::TrainOn { .. } if stage.planned().is_some() => return Continue(stage.planned().cloned()),
+            Decision::TrainOn { .. } => {
+                if !std::mem::replace(&mut self.insured, true) {
+                    self.timeline.says(now, reason.clone());
+                    turn.does(Effect::Log(Log::TrainsOn(reason)));
+                    let actions = self.scheduler.save_now(now);
+                    self.act(actions, stage, turn)?;
+                }
+                return Continue(None);
+            }
+            Decision::Drain { plan, needs } => (plan, needs.map(|needs| needs.mean)),
+        };
+        let planned = match stage.planned() {
+            Some(before) if before.plan == plan => before.clone(),
+            _ => {
+                let planned = self.timeline.plans(now, plan, &reason, needs);
+                let (plan, left_s) = (plan.name(), situation.left_s);
+                turn.reports(report::Event::Drain { plan, left_s, predicted_s: needs, reason: reason.clone() });
+                planned
+            }
+        };
+        if plan == DrainPlan::StopEarly {
+            return Break(Ok(self.stopped(reason, Some(&planned))));
+        }
+        let begins = stage.planned().is_none();
+        let actions = match plan {
+            DrainPlan::FinishInFlight => self.scheduler.drain_unsaved(now),
+            _ if begins => self.scheduler.drain(now),
+            _ => Vec::new(),
+        };
+        if begins {
+            // There may have been time to train on since the notice.
+            turn.does(Effect::Hush);
+        }
+        self.act(actions, Stage::Draining(&planned), turn)?;
+        Continue(Some(planned))
+    }
+
+    /// What the decision depends on.
+    fn situation(&self, turn: &Turn<'_>) -> Situation {
+        let estimates = &turn.shared.estimates;
+        let config = &turn.shared.settings.config;
+        let since = turn.now.saturating_sub(self.stepped).as_secs_f64();
+        let ended = self.scheduler.has_ended();
+        let step = if ended { None } else { estimates.step.estimate() };
+        let parts = u64::from(config.storage.concurrency) * (u64::from(config.storage.part_mib) << 20);
+        let under_way = self.ledger.under_way(turn.now);
+        let rest = under_way.and_then(|(total, sent, elapsed)| estimates.rest(total, sent, parts, elapsed));
+        Situation {
+            left_s: self.timeline.left_s(turn.now),
+            usual: self.timeline.usual(),
+            may_train_on: config.notice.train_in_spare_time && self.timeline.leaves_the_time_to_us(),
+            finished: self.scheduler.finished(),
+            committed: self.scheduler.committed(),
+            ended,
+            in_flight: self.scheduler.in_flight().map(|step| (step, rest)),
+            step: step.map_or(Estimate::exactly(0.0), |step| step.after(since)),
+            whole_step: step.unwrap_or(Estimate::exactly(0.0)),
+            copy: estimates.copy.estimate().unwrap_or(Estimate::exactly(0.0)),
+            save: estimates.upload(self.bytes),
+        }
+    }
+
+    /// The last words are due: what is not durable by now is lost.
+    pub(super) fn look_at_the_time(&mut self, planned: Option<&Planned>, turn: &Turn<'_>) -> Flow {
+        let left_s = self.timeline.left_s(turn.now).unwrap_or(f64::INFINITY);
+        if left_s > plan::LAST_WORDS_S {
+            return Continue(());
+        }
+        let (finished, committed) = (self.scheduler.finished(), self.scheduler.committed());
+        self.timeline.says(turn.now, "the time is up");
+        let verdict = if committed >= finished {
+            format!("the time was up; step {finished} is committed")
+        } else {
+            format!("the time was up before step {finished} was durable")
+        };
+        Break(Ok(self.stopped(verdict, planned)))
+    }
+}

@@ -136,7 +136,8 @@ pub fn trainer_run(task: &Task, store: &str) -> Result<Command> {
     let (model, data) = (task.model.display(), task.data.display());
     let text = format!(
         "[model]\nconfig = \"{model}\"\n\
-         [data]\ntrain = \"file://{data}\"\nsequence_length = {sequence_length}\nvalidation_every = {steps}\nvalidation_sequences = {validation}\n\
+         [data]\ntrain = \"file://{data}\"\nsequence_length = {sequence_length}\nvalidation_every = \
+         {steps}\nvalidation_sequences = {validation}\n\
          [train]\nsteps = {steps}\nglobal_batch = {global_batch}\nmax_micro_batch = {per_rank}\nthreads = {threads}\n\
          [train.schedule]\nwarmup_steps = 10\n\
          [parallel]\nnproc_per_node = {ranks}\n\

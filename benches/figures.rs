@@ -1,7 +1,7 @@
 //! From what was heard of a contender to its figures: pure, and the same for every contender.
 //!
-//! A checkpoint of step S is *in flight* from the end of S until it is durable. A step is *busy* if it overlaps that time, else
-//! *quiet*. The checkpoint after the last step has no step to hide behind and is left out.
+//! A checkpoint of step S is *in flight* from the end of S until it is durable. A step is *busy* if it overlaps that
+//! time, else *quiet*. The checkpoint after the last step has no step to hide behind and is left out.
 //!
 //! | figure | definition |
 //! |---|---|
@@ -156,7 +156,8 @@ impl Figures {
         self.restore_memory_mb = Some(life.peak_memory_bytes as f64 / 1e6);
     }
 
-    /// Adds what the store takes and gives; `trainer`'s transfers with no training beside them are `trainer`'s figures alone.
+    /// Adds what the store takes and gives; `trainer`'s transfers with no training beside them are `trainer`'s figures
+    /// alone.
     pub fn add_ceiling(&mut self, ceiling: &Ceiling, ours: bool) {
         self.bare_up_mb_s = Some(ceiling.bare_up);
         self.bare_down_mb_s = Some(ceiling.bare_down);

@@ -118,7 +118,8 @@ fn story(created: &serde_json::Value, records: u64) -> impl Iterator<Item = Resu
             let name = format!("checkpoints/s{step:08}-g{generation:04}/manifest.json");
             let noise = (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f64 / 1e7;
             json!({"kind": "committed", "step": step, "generation": generation, "manifest": name,
-                "manifest_crc64": format!("{:016x}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15)), "bytes": 1_700_000_000,
+                "manifest_crc64": format!("{:016x}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15)),
+                "bytes": 1_700_000_000,
                 "loss": 2.0 + noise, "validation_loss": null,
                 "cost": {"stall_s": 0.01 + noise / 100.0, "copy_s": 0.2 + noise / 10.0, "durable_s": 3.0 + noise}})
         };

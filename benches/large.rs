@@ -1,8 +1,9 @@
-//! A state of 2 GB: the memory that training, saving, restarting and restoring take, held against a bound, and what two kinds of death cost.
+//! A state of 2 GB: the memory that training, saving, restarting and restoring take, held against a bound, and what two
+//! kinds of death cost.
 //!
-//! One life on local disk with sequences of 32 tokens, so that the state is nearly all there is. After two checkpoints, when both snapshot
-//! slots are in use, one worker gets SIGKILL: its group starts again from the slots and the store is not read. Then the agent
-//! gets SIGKILL, and `trainer resume` carries on from the store.
+//! One life on local disk with sequences of 32 tokens, so that the state is nearly all there is. After two checkpoints,
+//! when both snapshot slots are in use, one worker gets SIGKILL: its group starts again from the slots and the store is
+//! not read. Then the agent gets SIGKILL, and `trainer resume` carries on from the store.
 //!
 //! | held | bound, S being the checkpoint's bytes: 12 for each parameter |
 //! |---|---|
@@ -41,7 +42,8 @@ pub struct Large {
     model: &'static str,
     ranks: u32,
     state_bytes: u64,
-    /// What was held when most was: while training and saving, around the restart of the workers, and around the resume.
+    /// What was held when most was: while training and saving, around the restart of the workers, and around the
+    /// resume.
     training: Memory,
     restarting: Memory,
     resuming: Memory,
@@ -174,9 +176,11 @@ impl Large {
             Err(error) => format!("\n*Not within the bound*: {error}.\n"),
         };
         out += &format!(
-            "\nSIGKILL to a worker: first step finished {:.1} s later (pause {:.1} s; start of workers and load from memory {:.2} s; nothing read from the store). \
+            "\nSIGKILL to a worker: first step finished {:.1} s later (pause {:.1} s; start of workers and load from \
+            memory {:.2} s; nothing read from the store). \
              Target: 10 s and the state at the speed of memory.\n\
-             SIGKILL to the agent, `trainer resume` at once: first step finished {:.1} s later (start of workers and load from disk {:.2} s).\n",
+             SIGKILL to the agent, `trainer resume` at once: first step finished {:.1} s later (start of workers and \
+             load from disk {:.2} s).\n",
             self.worker_restart_s, self.worker_backoff_s, self.worker_load_s, self.agent_restart_s, self.agent_load_s
         );
         out

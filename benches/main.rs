@@ -7,9 +7,9 @@
 //!                    figures journal   opening a run of a million records: seconds and requests
 //!                    figures serve-s3  the S3 server that all of them talk to, as a process of its own
 //! ```
-//! A contender is a command that prints `trainer`'s own JSON events; `peers/peer.py` prints them too, so both go through the
-//! same reading, the same arithmetic ([`figures`]) and the same tables ([`report`]). A benchmark reports and asserts nothing
-//! about time; memory has a bound ([`large`]).
+//! A contender is a command that prints `trainer`'s own JSON events; `peers/peer.py` prints them too, so both go
+//! through the same reading, the same arithmetic ([`figures`]) and the same tables ([`report`]). A benchmark reports
+//! and asserts nothing about time; memory has a bound ([`large`]).
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a benchmark that meets what it does not expect ends")]
 #![allow(clippy::disallowed_methods, reason = "it polls other processes from threads of its own")]
 

@@ -81,8 +81,8 @@ pub fn table(results: &[Rounds], with_target: bool) -> String {
     out
 }
 
-/// By how much `ours` is better than each of `theirs`: of every round by itself, then the middle and the spread, and in a word what it
-/// comes to. Factors above 1, and points above 0, speak for `ours`.
+/// By how much `ours` is better than each of `theirs`: of every round by itself, then the middle and the spread, and in
+/// a word what it comes to. Factors above 1, and points above 0, speak for `ours`.
 pub fn ratios(ours: &Rounds, theirs: &[&Rounds]) -> String {
     let mut out = String::new();
     let names = theirs.iter().map(|rounds| format!("than {}", rounds.contender));

@@ -79,7 +79,8 @@ pub fn peers(settings: &Settings, python: &Path) -> Result<()> {
     if let Some((ours, theirs)) = losses {
         let difference = (ours - theirs).abs();
         markdown += &format!(
-            "\nThe same weights and {} held-out sequences: loss {ours:.7} in trainer, {theirs:.7} in PyTorch (difference {difference:.1e}).\n",
+            "\nThe same weights and {} held-out sequences: loss {ours:.7} in trainer, {theirs:.7} in PyTorch \
+            (difference {difference:.1e}).\n",
             bench.task.validation
         );
     }
@@ -182,7 +183,8 @@ impl Bench {
                 }
                 let show = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.1}"));
                 eprintln!(
-                    "round {round} of {}: {}: {} checkpoints, stall {} ms, durable {} s, restore {} s, {} tokens/s; took {:.0} s",
+                    "round {round} of {}: {}: {} checkpoints, stall {} ms, durable {} s, restore {} s, {} tokens/s; \
+                    took {:.0} s",
                     self.rounds,
                     contender.name(),
                     figures.checkpoints,
@@ -228,7 +230,8 @@ impl Bench {
     fn caption(&self) -> String {
         let task = &self.task;
         format!(
-            "42 M parameters, fp32, {} ranks of {} threads, {} sequences of {} tokens a step, {} steps, a checkpoint every {}; \
+            "42 M parameters, fp32, {} ranks of {} threads, {} sequences of {} tokens a step, {} steps, a checkpoint \
+            every {}; \
              median over {} {} (least – most).\n\n",
             task.ranks,
             task.threads,

@@ -1,8 +1,9 @@
 //! What moving bytes costs, apart from training: `trainer`'s own transfers beside the barest client of the same store.
 //!
-//! One process moves an image of shared memory up and down; the S3 server is a process of its own, so that the CPU time counted here is the
-//! client's alone. *bare* is the least that anybody could do at the same concurrency and part size: uploads without a
-//! checksum, downloads that throw every byte away. A figure near *bare* leaves nothing to gain but in the HTTP stack itself.
+//! One process moves an image of shared memory up and down; the S3 server is a process of its own, so that the CPU time
+//! counted here is the client's alone. *bare* is the least that anybody could do at the same concurrency and part size:
+//! uploads without a checksum, downloads that throw every byte away. A figure near *bare* leaves nothing to gain but in
+//! the HTTP stack itself.
 
 use std::{io::Write, os::unix::fs::FileExt, path::Path, sync::Arc, time::Instant};
 

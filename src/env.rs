@@ -1,8 +1,8 @@
 //! The environment variables of this program, and the one place that reads the environment.
 //!
 //! [`OURS`] says what each of our own variables means; a test holds it together with the names in the source. Variables
-//! of others (`AWS_REGION`, `NO_COLOR`, …) are read by their own rules, beside the code that needs them. The environment
-//! is read when it is asked for and never changed: threads may run.
+//! of others (`AWS_REGION`, `NO_COLOR`, …) are read by their own rules, beside the code that needs them. The
+//! environment is read when it is asked for and never changed: threads may run.
 
 use std::ffi::OsString;
 

@@ -82,7 +82,8 @@ impl Error {
         Self { kind, hint: None, context: Vec::new(), source: source.into() }.heeding_shortage()
     }
 
-    /// A system that is short of something is no bug and no mistake: time, or whoever looks after the machine, mends it.
+    /// A system that is short of something is no bug and no mistake: time, or whoever looks after the machine, mends
+    /// it.
     fn heeding_shortage(mut self) -> Self {
         let Some(shortage) = Shortage::of(&*self.source) else { return self };
         if matches!(self.kind, Kind::Usage | Kind::Data | Kind::Bug | Kind::Config | Kind::Permission) {
@@ -108,8 +109,8 @@ impl Error {
         self
     }
 
-    /// The same of an object that a configuration or a job names: one that is not there, or is not what it should be, is a mistake of
-    /// whoever named it; a store that does not answer or refuses is not.
+    /// The same of an object that a configuration or a job names: one that is not there, or is not what it should be,
+    /// is a mistake of whoever named it; a store that does not answer or refuses is not.
     #[must_use]
     pub fn of_what_is_named(mut self) -> Self {
         if !matches!(self.kind, Kind::Unavailable | Kind::Permission) {

@@ -1,8 +1,9 @@
 //! Named crash points, beside the lines that they break.
 //!
-//! `TRAINER_FAULTS="save.after-shard=kill,worker.step=panic@rank=1@step=7"` makes the process die at a point: `kill` is SIGKILL
-//! to itself (nothing runs afterwards), `panic` a Rust panic, `error` an error from [`check`], `stop` SIGSTOP to itself: it
-//! sleeps at the point until somebody sends SIGCONT. `@rank=`, `@step=` and `@hit=` (the n-th time, from 1) narrow it. Unset, a point costs one load of a static.
+//! `TRAINER_FAULTS="save.after-shard=kill,worker.step=panic@rank=1@step=7"` makes the process die at a point: `kill` is
+//! SIGKILL to itself (nothing runs afterwards), `panic` a Rust panic, `error` an error from [`check`], `stop` SIGSTOP
+//! to itself: it sleeps at the point until somebody sends SIGCONT. `@rank=`, `@step=` and `@hit=` (the n-th time, from
+//! 1) narrow it. Unset, a point costs one load of a static.
 
 use crate::env;
 use std::{

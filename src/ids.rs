@@ -63,7 +63,8 @@ number! {
 pub struct DatasetId {
     /// Of the bytes of the dataset's index, which holds those of every shard and of the tokenizer.
     pub index: String,
-    /// Of the tokenizer's vocabulary: what a token id means. A dataset that is made anew with the same tokenizer keeps it.
+    /// Of the tokenizer's vocabulary: what a token id means. A dataset that is made anew with the same tokenizer keeps
+    /// it.
     pub vocabulary: String,
 }
 
@@ -104,7 +105,8 @@ macro_rules! text_id {
         pub struct $name(String);
 
         impl $name {
-            /// Checks `text`: letters, digits, `-`, `_`, `.`; starts with a letter or digit; no `..`; at most 100 bytes.
+            /// Checks `text`: letters, digits, `-`, `_`, `.`; starts with a letter or digit; no `..`; at most 100
+            /// bytes.
             pub fn new(text: impl Into<String>) -> Result<Self, InvalidId> {
                 let text = text.into();
                 check($what, &text)?;

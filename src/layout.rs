@@ -7,7 +7,8 @@
 //!   nodes/<node-id>.json                    heartbeat, overwritten by its owner alone
 //!   drains/g0003.json                       somebody asks generation 3 to save and stop; created once
 //!   checkpoints/s00001200-g0003/            data of one attempt; a (step, generation) pair is written once
-//!      model-00001-of-00004.safetensors     model.safetensors.index.json  config.json  tokenizer.json  generation_config.json
+//!      model-00001-of-00004.safetensors     model.safetensors.index.json
+//!      config.json  tokenizer.json  generation_config.json
 //!      tokenizer_config.json, and other files of a tokenizer where the run's weights came with them
 //!      optimizer-00001-of-00004.safetensors trainer_state.json  receipt-<node-id>.json  manifest.json
 //! ```

@@ -1,7 +1,8 @@
 //! Threads that run only while a core would be idle.
 //!
-//! Linux's `SCHED_IDLE` (sched(7)) gives a thread a core when nobody else wants it, and takes it away at once when somebody does; it
-//! needs no privilege. Copies of snapshots and transfers of checkpoints run so: what they cost is not training's time.
+//! Linux's `SCHED_IDLE` (sched(7)) gives a thread a core when nobody else wants it, and takes it away at once when
+//! somebody does; it needs no privilege. Copies of snapshots and transfers of checkpoints run so: what they cost is not
+//! training's time.
 
 use thread_priority::{
     ThreadPriority,

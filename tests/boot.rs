@@ -1,7 +1,9 @@
-//! `trainer boot` on machines that come up: where it finds what to do, what it does when it is not alone, and how it leaves.
+//! `trainer boot` on machines that come up: where it finds what to do, what it does when it is not alone, and how it
+//! leaves.
 //!
-//! Parameters, groups and objects lie on moto, what the machine knows of itself on a metadata server of our own; refusals that moto does
-//! not give come from a server of three lines. `PATH` holds stand-ins where a machine might power off.
+//! Parameters, groups and objects lie on moto, what the machine knows of itself on a metadata server of our own;
+//! refusals that moto does not give come from a server of three lines. `PATH` holds stand-ins where a machine might
+//! power off.
 
 use std::{
     io::{Read, Write},
@@ -52,7 +54,8 @@ fn put_parameters(moto: &Moto, pairs: &[(&str, &str)]) {
     });
 }
 
-/// A machine that knows itself, by its metadata service, and talks to this AWS. No region and no key is in its environment.
+/// A machine that knows itself, by its metadata service, and talks to this AWS. No region and no key is in its
+/// environment.
 fn machine(lab: &Lab, metadata: &MetadataServer, endpoint: &str, arguments: &[&str]) -> Trainer {
     let aws = [("AWS_ENDPOINT_URL", endpoint.to_owned()), ("AWS_ALLOW_HTTP", "true".to_owned())];
     let own = [("AWS_ENDPOINT_URL_AUTO_SCALING", endpoint.to_owned()), nowhere(lab)];
@@ -394,7 +397,8 @@ fn of_two_machines_one_trains_and_the_other_takes_over_when_that_is_killed() {
     let order: Vec<String> = kinds.filter(|kind| matches!(kind.as_str(), "standby" | "formed")).collect();
     assert_eq!(order, ["standby", "formed"], "{}", second.story());
     assert!(first.of_kind("standby").is_empty(), "{}", first.story());
-    // Every step from the first on, and where both made one, the same; the first may have got further without a checkpoint.
+    // Every step from the first on, and where both made one, the same; the first may have got further without a
+    // checkpoint.
     let last = second.last("interrupted").step().max(first.last("step").step()).expect("a step");
     assert_eq!(losses(&[&first, &second]).into_keys().collect::<Vec<_>>(), (1..=last).collect::<Vec<_>>());
     lab.expect_all_verify("pair");
@@ -493,13 +497,15 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
     let metadata = MetadataServer::start();
     let refusal = |code: &str, message: &str| {
         let body = format!(
-            "<ErrorResponse xmlns=\"http://autoscaling.amazonaws.com/doc/2011-01-01/\"><Error><Type>Sender</Type><Code>{code}</Code><Message>{message}</Message></Error><RequestId>x</RequestId></ErrorResponse>"
+            "<ErrorResponse \
+            xmlns=\"http://autoscaling.amazonaws.com/doc/2011-01-01/\"><Error><Type>Sender</Type><Code>{code}</Code><Message>{message}</Message></Error><RequestId>x</RequestId></ErrorResponse>"
         );
         answering("400 Bad Request", "text/xml", &body)
     };
     let minimum = refusal(
         "ValidationError",
-        "Currently, desiredSize equals minSize (1). Terminating instance without replacement will violate group's min size constraint.",
+        "Currently, desiredSize equals minSize (1). Terminating instance without replacement will violate group's min \
+        size constraint.",
     );
     short_run(&lab, &metadata, &minimum, "at-minimum")
         .finish()

@@ -1,5 +1,5 @@
-//! Death at every step of the commit order, of workers and of agents: the run resumes from a whole checkpoint, never from
-//! half of one, and ends as the undisturbed run does.
+//! Death at every step of the commit order, of workers and of agents: the run resumes from a whole checkpoint, never
+//! from half of one, and ends as the undisturbed run does.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use crate::support::{
     trainer::Running,
 };
 
-/// A run that has saved after step 16, perhaps before that, and waits after step 17: a worker that is killed now has a successor which comes
-/// to its end without waiting there.
+/// A run that has saved after step 16, perhaps before that, and waits after step 17: a worker that is killed now has a
+/// successor which comes to its end without waiting there.
 fn held_after_a_checkpoint(lab: &Lab, run: &str, every: &str) -> Running {
     let running = lab.run(run).hold_after(17).args(&["--set", &format!("checkpoint.every=\"{every}\"")]).start();
     running.held();
@@ -104,7 +104,8 @@ fn a_snapshot_newer_than_the_checkpoints_is_committed_before_the_workers_start_a
     let (lab, proxy) = Lab::on_s3_through_proxy(32);
     // Nothing of the first save gets through until its worker is dead.
     proxy.arm(Rule { method: "PUT", target: "optimizer-", fault: Fault::SlowDown, often: Often::Percent(100) });
-    // One snapshot is on its way, a second one waits for it: the wait for its capture is over before the next step ends.
+    // One snapshot is on its way, a second one waits for it: the wait for its capture is over before the next step
+    // ends.
     let running = held_after_a_checkpoint(&lab, "newer", "8 steps");
     kill_process(running.workers().pop().expect("a worker"), Signal::KILL).expect("kill a worker");
     assert!(running.childless_within(Duration::from_secs(60)), "the other worker is still there");

@@ -14,7 +14,8 @@ fn object(lab: &Lab, begins: &str) -> String {
     keys.into_iter().next().unwrap_or_else(|| panic!("no {begins} in {folder}"))
 }
 
-/// After `damage` to one object of the newest checkpoint the run warns, names the object, and resumes from the one before.
+/// After `damage` to one object of the newest checkpoint the run warns, names the object, and resumes from the one
+/// before.
 fn stepped_over(begins: &str, damage: impl FnOnce(&Lab, &str)) {
     let lab = Lab::on_interrupted_run();
     let key = object(&lab, begins);
@@ -126,8 +127,8 @@ fn a_bit_turned_over_on_the_way_never_reaches_the_weights() {
     lab.expect_as_undisturbed("garbled", &[&first, &second]);
 }
 
-/// The next answers to reads of `target` are garbled; the run must go on from its newest checkpoint all the same, which is not
-/// written off: it lies whole in the store.
+/// The next answers to reads of `target` are garbled; the run must go on from its newest checkpoint all the same, which
+/// is not written off: it lies whole in the store.
 fn garbled_on_the_way(target: &'static str, at: usize, times: u32) {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let running = lab.run("garbled").hold_after(EVERY + 1).start();

@@ -1,4 +1,5 @@
-//! What a run is made of: it goes on with the data that it was trained on, on whole shards, and on the device that is meant.
+//! What a run is made of: it goes on with the data that it was trained on, on whole shards, and on the device that is
+//! meant.
 
 use std::{
     os::unix::fs::MetadataExt,

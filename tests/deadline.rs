@@ -1,8 +1,8 @@
-//! The deadline decides what is saved: real runs on a store that takes so many bytes a second and no more, asked to stop with more
-//! or less time left.
+//! The deadline decides what is saved: real runs on a store that takes so many bytes a second and no more, asked to
+//! stop with more or less time left.
 //!
-//! No test waits for time to pass: the line to the store is the clock, and what it has carried says how far a save has got. Saves take
-//! several seconds and steps a hundredth of one, so that a loaded machine changes little.
+//! No test waits for time to pass: the line to the store is the clock, and what it has carried says how far a save has
+//! got. Saves take several seconds and steps a hundredth of one, so that a loaded machine changes little.
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -16,8 +16,9 @@ use crate::support::{
 /// A save takes so long on the narrow line, seconds.
 const SAVE_S: u64 = 8;
 
-/// A run that saves all the time, on a line that carries one save in [`SAVE_S`]; such a share of its second save is through. The line is
-/// narrowed while nothing is on it: a save that had passed it half and half would be a measure of neither.
+/// A run that saves all the time, on a line that carries one save in [`SAVE_S`]; such a share of its second save is
+/// through. The line is narrowed while nothing is on it: a save that had passed it half and half would be a measure of
+/// neither.
 fn under_way(lab: &Lab, proxy: &FaultProxy, share: f64, window: &str) -> Running {
     let running = lab
         .run("held")
@@ -73,7 +74,8 @@ fn with_time_enough_the_newest_step_is_saved_as_predicted() {
 #[test]
 fn with_too_little_time_the_save_under_way_is_finished() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
-    // Half of a save needs 4 s. One and a half need 12 s: even at the best pace that was ever hoped for, more than 7.5 s.
+    // Half of a save needs 4 s. One and a half need 12 s: even at the best pace that was ever hoped for, more than 7.5
+    // s.
     let running = under_way(&lab, &proxy, 0.5, "9s");
     let before = running.events("checkpoint").last().and_then(|event| event.step()).expect("a checkpoint");
     running.signal(Signal::TERM);
@@ -160,8 +162,8 @@ fn with_time_to_spare_it_saves_at_once_and_trains_on() {
     assert!(off.zip(real).is_some_and(|(off, real)| (off - real).abs() < 1e-6), "{told}");
 }
 
-/// A run that has 12 s to leave, while one request of this kind to the journal hangs that the store would be asked again only after 15 s. It is
-/// asked to leave before that request, or (`first`) while it hangs.
+/// A run that has 12 s to leave, while one request of this kind to the journal hangs that the store would be asked
+/// again only after 15 s. It is asked to leave before that request, or (`first`) while it hangs.
 fn committed_in_time(method: &'static str, first: bool) {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let running = lab

@@ -1,4 +1,5 @@
-//! `trainer doctor` against stores that lack something, metadata services that are in the way, and quotas that are too small.
+//! `trainer doctor` against stores that lack something, metadata services that are in the way, and quotas that are too
+//! small.
 
 use std::{
     collections::BTreeMap,
@@ -126,7 +127,8 @@ fn a_store_that_is_not_there_is_one_line_among_others() {
     assert!(found["configuration"]["found"].to_string().contains("chekpoint"), "{}", life.story());
 }
 
-/// What would stop a run in its first minute, on a machine that is paid: data and weights that are not there, or not whole.
+/// What would stop a run in its first minute, on a machine that is paid: data and weights that are not there, or not
+/// whole.
 #[test]
 fn what_a_configuration_names_is_looked_at() {
     let lab = Lab::on_s3();
@@ -225,8 +227,8 @@ fn the_time_to_stop_is_held_against_the_saves_of_a_run() {
     assert!(found["stop time-out"]["found"].to_string().contains("a save takes up to"), "{}", life.story());
 }
 
-/// Service Quotas, which moto does not know for EC2: G and VT have this value in us-east-1; in every other region none was ever applied,
-/// and AWS's default is 0.
+/// Service Quotas, which moto does not know for EC2: G and VT have this value in us-east-1; in every other region none
+/// was ever applied, and AWS's default is 0.
 struct Quotas {
     address: SocketAddr,
     value: Arc<AtomicU64>,

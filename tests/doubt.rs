@@ -1,5 +1,5 @@
-//! One machine's doubt condemns nothing for ever: a machine that garbles all that it reads leaves a run as it was, and what was condemned
-//! is taken back when somebody reads it whole.
+//! One machine's doubt condemns nothing for ever: a machine that garbles all that it reads leaves a run as it was, and
+//! what was condemned is taken back when somebody reads it whole.
 
 use rustix::process::Signal;
 use serde_json::Value;

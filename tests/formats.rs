@@ -1,8 +1,8 @@
 //! Stored formats: what released versions have written is read for ever; what strangers have written is an error.
 //!
-//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` what version 2 has added. They are never changed: a
-//! new version gets a folder of its own. `fixtures/formats/hostile/` holds objects that each once looked dangerous. Both are read by the very
-//! functions that read the store.
+//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` what version 2 has added. They
+//! are never changed: a new version gets a folder of its own. `fixtures/formats/hostile/` holds objects that each once
+//! looked dangerous. Both are read by the very functions that read the store.
 
 use std::{fs, path::PathBuf};
 
@@ -187,8 +187,8 @@ fn hostile_files_are_errors() {
     assert!(count >= 12, "{count} hostile files");
 }
 
-/// What a reader may take for an object of so many bytes: a JSON array of arrays is some 40 times as long in memory as in
-/// text, and a growing vector holds its old self while it moves.
+/// What a reader may take for an object of so many bytes: a JSON array of arrays is some 40 times as long in memory as
+/// in text, and a growing vector holds its old self while it moves.
 fn allowed(bytes: usize) -> usize {
     (64 << 10) + 150 * bytes
 }

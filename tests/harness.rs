@@ -1,5 +1,5 @@
-//! The harness held against itself: a test that leans on a server which is not atomic, or on a proxy which breaks nothing,
-//! proves nothing.
+//! The harness held against itself: a test that leans on a server which is not atomic, or on a proxy which breaks
+//! nothing, proves nothing.
 
 use std::{sync::Arc, time::Duration};
 

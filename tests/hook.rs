@@ -1,5 +1,5 @@
-//! The hook at the end of a machine of an Auto Scaling group: kept waiting while the last step is saved, completed afterwards, by the real
-//! binary before a server of ours that plays the metadata service and Auto Scaling.
+//! The hook at the end of a machine of an Auto Scaling group: kept waiting while the last step is saved, completed
+//! afterwards, by the real binary before a server of ours that plays the metadata service and Auto Scaling.
 
 use crate::{
     notices::{committed, folder, heard, interrupted_and_resumed, long, on_aws},

@@ -1,5 +1,5 @@
-//! What stands in the store stays right: verified by the store's own checksums, looked after while the run trains, pruned by
-//! plan, and the same on a server that others have written.
+//! What stands in the store stays right: verified by the store's own checksums, looked after while the run trains,
+//! pruned by plan, and the same on a server that others have written.
 
 use std::time::Duration;
 

@@ -32,7 +32,8 @@ fn environment((name, list): (&str, &str)) -> Option<PathBuf> {
     let place = cache.join(format!("trainer/interop-{name}-{}", sum.get(..12)?));
     if !place.is_dir() {
         println!(
-            "skipped: tests/interop/{name}.txt is not installed; scripts/test does it where the package index is reached"
+            "skipped: tests/interop/{name}.txt is not installed; scripts/test does it where the package index is \
+            reached"
         );
         return None;
     }

@@ -1,5 +1,5 @@
-//! Notices at the moments that are easily forgotten: while data is fetched, another node is looked at, a checkpoint is chosen or restored, a
-//! save is under way.
+//! Notices at the moments that are easily forgotten: while data is fetched, another node is looked at, a checkpoint is
+//! chosen or restored, a save is under way.
 //!
 //! Each moment is held: by a store that does not answer one kind of request, or a line that carries a save slowly.
 

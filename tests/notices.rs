@@ -1,7 +1,8 @@
 //! What says that a machine goes away, and what the run makes of it: the real binary before a metadata server of ours.
 //!
-//! Runs that are interrupted are long ones, so that the notice comes while they train; their learning rate is constant, so that the
-//! number of steps changes nothing else. Announced time is not trained in here (`notice.spare_time = "stop"`) unless a test says so.
+//! Runs that are interrupted are long ones, so that the notice comes while they train; their learning rate is constant,
+//! so that the number of steps changes nothing else. Announced time is not trained in here (`notice.spare_time =
+//! "stop"`) unless a test says so.
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -144,7 +145,8 @@ fn maintenance_that_is_far_is_saved_for_and_maintenance_that_is_near_is_left_for
         at.strftime("%-d %b %Y %H:%M:%S GMT").to_string()
     };
     let event = |id: &str, ahead| {
-        json!({"EventId": id, "Code": "system-reboot", "State": "active", "NotBefore": at(ahead), "NotAfter": at(ahead + 7200),
+        json!({"EventId": id, "Code": "system-reboot", "State": "active",
+               "NotBefore": at(ahead), "NotAfter": at(ahead + 7200),
                "Description": "scheduled reboot"})
     };
     let (lab, server) = (Lab::on_files(), on_aws());
@@ -429,7 +431,8 @@ fn drain_does_not_wait_if_it_is_told_so_and_refuses_the_dead() {
     assert!(dead.stderr.contains("has gone without a word"), "{}", dead.story());
 }
 
-/// A worker dies after its generation was asked to stop, before the request was heard; gives what became of it, and of who had asked.
+/// A worker dies after its generation was asked to stop, before the request was heard; gives what became of it, and of
+/// who had asked.
 fn asked_before_a_death(lab: &Lab, more: &[&str]) -> (Finished, Finished) {
     let running = long(lab).start();
     running.wait_for_step("step", 3);

@@ -1,18 +1,19 @@
 //! The commit and fencing protocol, model-checked: every order of events of a small world is tried.
 //!
 //! The world: a store with an atomic create-once put, and agents that replay the journal, form generations, save and
-//! commit. At any moment an agent may be killed or paused for ever so long, a request may be done and its answer lost, a
-//! request that was given up may land later or never, a save may be given up and made again, a person may turn the run
-//! back with `--from`, and somebody may condemn a checkpoint and take that back, rightly or not. Heartbeats are left out: any agent may form at any time, which is the worst that they can allow.
+//! commit. At any moment an agent may be killed or paused for ever so long, a request may be done and its answer lost,
+//! a request that was given up may land later or never, a save may be given up and made again, a person may turn the
+//! run back with `--from`, and somebody may condemn a checkpoint and take that back, rightly or not. Heartbeats are
+//! left out: any agent may form at any time, which is the worst that they can allow.
 //!
-//! What the real code decides is decided by it here too: [`RunState::apply`] reads the journal, [`admit`] says what may be
-//! appended, [`RunState::candidates`] says where to look for the newest checkpoint. Around it stand the loops of
+//! What the real code decides is decided by it here too: [`RunState::apply`] reads the journal, [`admit`] says what may
+//! be appended, [`RunState::candidates`] says where to look for the newest checkpoint. Around it stand the loops of
 //! `Journal::append` and of a save, in small steps, so that every seam between two requests is a place to be killed.
 //!
 //! [`Bug`]s seeded into the model must each be found: a checker that finds nothing proves nothing.
 //!
-//! The search is a plain breadth-first one over whole states (no hashing that could hide one), so that a counterexample is
-//! as short as there is; it prints its trace.
+//! The search is a plain breadth-first one over whole states (no hashing that could hide one), so that a counterexample
+//! is as short as there is; it prints its trace.
 
 use std::{
     cell::RefCell,
@@ -240,8 +241,8 @@ fn is_condemned(journal: &[Rec], wanted: Point) -> bool {
     verdicts.next_back().unwrap_or(false)
 }
 
-/// The newest checkpoint that is not condemned, in words of its own: the highest that the newest generation committed, else the highest up
-/// to what it resumed from, and so on back.
+/// The newest checkpoint that is not condemned, in words of its own: the highest that the newest generation committed,
+/// else the highest up to what it resumed from, and so on back.
 fn newest(journal: &[Rec]) -> Option<Point> {
     let formed = |wanted: Option<u8>| {
         journal.iter().rev().find_map(|rec| match rec.what {

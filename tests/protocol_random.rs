@@ -1,8 +1,9 @@
-//! Random lives of a run against a model of a few lines: agents that boot, save, are killed between any two steps of a save,
-//! wake up after others have taken over, turn back; objects that are damaged, and mended; checkpoints that are condemned, cleared, pruned.
+//! Random lives of a run against a model of a few lines: agents that boot, save, are killed between any two steps of a
+//! save, wake up after others have taken over, turn back; objects that are damaged, and mended; checkpoints that are
+//! condemned, cleared, pruned.
 //!
-//! Journal, saves, discovery and pruning are the real code on a real store; [`Model`] is what a person would say must come
-//! of it. A failure prints the shortest sequence that shows it. `PROPTEST_RNG_SEED=<number>` repeats a run.
+//! Journal, saves, discovery and pruning are the real code on a real store; [`Model`] is what a person would say must
+//! come of it. A failure prints the shortest sequence that shows it. `PROPTEST_RNG_SEED=<number>` repeats a run.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -110,8 +111,8 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What must come of it. A checkpoint grows from the one before it; the run is the newest one that is good, and what that
-/// grew from; whoever formed last may add to it.
+/// What must come of it. A checkpoint grows from the one before it; the run is the newest one that is good, and what
+/// that grew from; whoever formed last may add to it.
 #[derive(Default)]
 struct Model {
     grew_from: BTreeMap<Point, Option<Point>>,
@@ -210,8 +211,8 @@ async fn carry_out(store: &Store, journal: &mut Journal, save: &Save, cut: Cut) 
     journal.append(Record::Committed(committed)).await.map(|_| true)
 }
 
-/// Finds the newest checkpoint that is whole to the last byte, as an agent does: what loading it shows to be damaged is passed over, and
-/// one of those is written down when another one was loaded.
+/// Finds the newest checkpoint that is whole to the last byte, as an agent does: what loading it shows to be damaged is
+/// passed over, and one of those is written down when another one was loaded.
 async fn discover(store: &Store, journal: &mut Journal) -> Option<Point> {
     let docket = Docket::default();
     loop {

@@ -46,7 +46,8 @@ fn the_table_states_every_saving_with_its_inputs_and_its_baseline() {
 fn json_has_dalys_optima_and_figures_that_agree() {
     for (mtbf, minutes) in [("24h", 117.0), ("6h", 57.0), ("15m", 9.1)] {
         let line = format!(
-            "--json --mtbf {mtbf} --stall 5m --durable 5m --restart 1m --work 60d --trials 60 --notice-share 0.5 --notice 6m"
+            "--json --mtbf {mtbf} --stall 5m --durable 5m --restart 1m --work 60d --trials 60 --notice-share 0.5 \
+            --notice 6m"
         );
         let report = json(simulate(&line, None));
         assert!((number(&report["daly_s"]) / 60.0 / minutes - 1.0).abs() < 0.02, "{report}");

@@ -1,5 +1,6 @@
-//! Streams of this program that are gone, stand still, were closed before it began, or lie on a device that takes nothing: no run is stopped,
-//! no agent held up, and no exit code changed by them, but for data that was asked for on standard output.
+//! Streams of this program that are gone, stand still, were closed before it began, or lie on a device that takes
+//! nothing: no run is stopped, no agent held up, and no exit code changed by them, but for data that was asked for on
+//! standard output.
 
 use std::{
     fmt,

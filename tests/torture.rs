@@ -1,8 +1,9 @@
 //! Torture: runs that are killed, stopped, raced and starved of their store again and again, and must end as if nothing
 //! had happened.
 //!
-//! `plan` draws what is done from a seed, `stage` does it, `audit` reads the store from outside after every life, `campaign` plays
-//! many scenarios and counts. The tests here are a short campaign with everything in it once; `scripts/torture` runs a long one.
+//! `plan` draws what is done from a seed, `stage` does it, `audit` reads the store from outside after every life,
+//! `campaign` plays many scenarios and counts. The tests here are a short campaign with everything in it once;
+//! `scripts/torture` runs a long one.
 //!
 //! A SIGKILL does not take the page cache away: what a power cut does to a file that was not synced is not seen here.
 
@@ -268,8 +269,8 @@ fn the_auditor_sees_what_is_lost_changed_or_written_twice() {
     assert_eq!(auditor.audit(&lab, RUN, 1).expect_err("a gap").promise, Promise::LostCheckpoint);
 }
 
-/// Names of crash points in the source: the text that follows `faults::check(`, or a call of a function that hands its argument on
-/// to it.
+/// Names of crash points in the source: the text that follows `faults::check(`, or a call of a function that hands its
+/// argument on to it.
 fn points_of_the_source() -> BTreeSet<String> {
     let sources = crate::rules::sources();
     let bodies: Vec<String> =

@@ -1,4 +1,5 @@
-//! What training itself promises: a held-out loss, bfloat16 that resumes exactly, gradient accumulation, an end when it diverges.
+//! What training itself promises: a held-out loss, bfloat16 that resumes exactly, gradient accumulation, an end when it
+//! diverges.
 
 use crate::support::{
     lab::{EVERY, Lab, ORIGIN, interrupted, sample_text},
@@ -71,7 +72,8 @@ fn bfloat16_with_accumulated_gradients_resumes_to_the_last_digit() {
 fn a_run_that_diverges_stops_and_names_the_last_good_checkpoint() {
     let lab = Lab::on_interrupted_run();
     let begun = interrupted().step;
-    // The first update ruins the weights, the loss after it shows it: whatever was saved in between is not to be trusted.
+    // The first update ruins the weights, the loss after it shows it: whatever was saved in between is not to be
+    // trusted.
     let life = lab
         .resume(ORIGIN)
         .args(&with(&["train.optimizer.lr=1e38", "train.optimizer.grad_clip=0"]))

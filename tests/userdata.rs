@@ -1,8 +1,10 @@
-//! What machines boot with: every file of `userdata/` held against the tools and schemas that know its format, and against rules
-//! of our own where those tools are known to miss mistakes; the stack created, the state machine executed, the scripts run for real.
+//! What machines boot with: every file of `userdata/` held against the tools and schemas that know its format, and
+//! against rules of our own where those tools are known to miss mistakes; the stack created, the state machine
+//! executed, the scripts run for real.
 //!
-//! Tools and schemas come from `scripts/test`; where they are not installed, the tests that need them say so and pass. What nothing here
-//! checks: Azure's and Google's command lines (only their shell), SkyPilot's schema (only its keys that we use), and anything against a real cloud.
+//! Tools and schemas come from `scripts/test`; where they are not installed, the tests that need them say so and pass.
+//! What nothing here checks: Azure's and Google's command lines (only their shell), SkyPilot's schema (only its keys
+//! that we use), and anything against a real cloud.
 mod elsewhere;
 mod endings;
 mod files;

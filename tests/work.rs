@@ -1,5 +1,5 @@
-//! `trainer work` against a queue that others have written (moto's SQS, as a process), a store on disk or on an S3 server of our own, and a job
-//! API and a metadata server of our own.
+//! `trainer work` against a queue that others have written (moto's SQS, as a process), a store on disk or on an S3
+//! server of our own, and a job API and a metadata server of our own.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -449,8 +449,8 @@ fn an_empty_queue_is_left_and_a_wrong_one_is_named() {
     tokenless.finish().expect_code(78).expect_said(&["JOB_API_BASE_URL", "WORKER_TOKEN"]);
 }
 
-/// A worker with a job without an end, on a machine of this cloud, once the run trains; what stood in the queue at each `POST` to the
-/// metadata server is noted there.
+/// A worker with a job without an end, on a machine of this cloud, once the run trains; what stood in the queue at each
+/// `POST` to the metadata server is noted there.
 fn training_on(shop: &Shop, cloud: Cloud) -> (MetadataServer, Running) {
     let server = MetadataServer::start().only(cloud);
     server.note_posts({

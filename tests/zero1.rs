@@ -1,5 +1,5 @@
-//! `parallel.strategy = "zero1"` from outside: the losses of `ddp`, exact resumes, and checkpoints that any world of either
-//! strategy carries on.
+//! `parallel.strategy = "zero1"` from outside: the losses of `ddp`, exact resumes, and checkpoints that any world of
+//! either strategy carries on.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,9 +1,10 @@
 //! A checkpoint that seems damaged when it is loaded: is it the checkpoint, or this machine?
 //!
-//! It is read again before anything is concluded, into other memory and by other threads. Whole: what was damaged was a transfer, or
-//! this machine damages what it carries; it is loaded again, a few times, and then this process leaves for another machine's sake. Damaged
-//! in the same way: it is passed over, and condemned once this process has loaded another one whole ([`crate::checkpoint::condemn`]).
-//! Damaged in another way each time: it is what reads that is broken.
+//! It is read again before anything is concluded, into other memory and by other threads. Whole: what was damaged was a
+//! transfer, or this machine damages what it carries; it is loaded again, a few times, and then this process leaves for
+//! another machine's sake. Damaged in the same way: it is passed over, and condemned once this process has loaded
+//! another one whole ([`crate::checkpoint::condemn`]). Damaged in another way each time: it is what reads that is
+//! broken.
 
 use std::time::Duration;
 
@@ -26,7 +27,8 @@ use crate::{
 const READ_AGAIN: usize = 2;
 /// So many loads in a row that failed though the checkpoint is whole: that is not for us to wait out.
 const LOADS: u32 = 4;
-/// What seems damaged before a byte of it is loaded is looked at once more after so long: what garbled an answer may have passed by then.
+/// What seems damaged before a byte of it is loaded is looked at once more after so long: what garbled an answer may
+/// have passed by then.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Bytes of one range when a checkpoint is read again.
 const PART: u64 = 16 << 20;
@@ -74,8 +76,8 @@ enum Decision {
     PassOver,
 }
 
-/// `load`: what the load has found; `readings`: what reading it again has found, `None`: it is whole; `failed`: loads in a row that
-/// have failed like this one, this one among them.
+/// `load`: what the load has found; `readings`: what reading it again has found, `None`: it is whole; `failed`: loads
+/// in a row that have failed like this one, this one among them.
 fn decide(load: &Found, readings: &[Option<Found>], failed: u32) -> Decision {
     if readings.iter().any(Option::is_none) {
         return if failed < LOADS { Decision::Again } else { Decision::Leave };
@@ -114,8 +116,8 @@ async fn read(run: &Store, committed: &Committed) -> Result<Report, CheckpointEr
 }
 
 impl Agent {
-    /// The checkpoints to choose from: those that this process has not found damaged. One that `--from` names may be condemned: it is read
-    /// whole first, and then the verdict is taken back.
+    /// The checkpoints to choose from: those that this process has not found damaged. One that `--from` names may be
+    /// condemned: it is read whole first, and then the verdict is taken back.
     pub(super) async fn candidates(&self) -> Result<Vec<Committed>> {
         if let Some(step) = self.from {
             self.take_back(step).await?;
@@ -176,9 +178,9 @@ impl Agent {
         }))
     }
 
-    /// Whether a generation may go on from this one. Where that turns the run away from newer ones which only this process has found
-    /// damaged, it must have read this one whole: what a generation has turned away from stays behind, and a machine that garbles
-    /// everything would otherwise lead a run back from one checkpoint to the next.
+    /// Whether a generation may go on from this one. Where that turns the run away from newer ones which only this
+    /// process has found damaged, it must have read this one whole: what a generation has turned away from stays
+    /// behind, and a machine that garbles everything would otherwise lead a run back from one checkpoint to the next.
     pub(super) async fn is_whole_if_turned_back_to(&self, committed: &Committed) -> Result<bool> {
         let turns_back = self.from.is_none() && {
             let state = self.journal.state();
@@ -223,7 +225,10 @@ impl Agent {
         };
         let look = format!("trainer verify --run-id {run_id} --all --deep");
         Error::new(Kind::Data, what).with_hint(if looked_at > 0 || condemned > 0 {
-            format!("look at them from another machine with `{look}`: it takes the verdict back on what is whole, and `--from STEP` names any")
+            format!(
+                "look at them from another machine with `{look}`: it takes the verdict back on what is whole, and \
+                `--from STEP` names any"
+            )
         } else {
             words::abandoned(run_id, &good.iter().map(Step::to_string).collect::<Vec<_>>())
         })

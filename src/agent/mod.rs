@@ -1,19 +1,20 @@
 //! The parent on each node: it forms generations, runs worker groups, saves, restores, and keeps the journal.
 //!
 //! # A run
-//! [`launch`] opens or creates the journal, makes sure that nobody else is at work, chooses the resume point, writes `formed`, and
-//! lives through one life of a worker group after the other until the run is complete, is told to stop, or can't go on.
+//! [`launch`] opens or creates the journal, makes sure that nobody else is at work, chooses the resume point, writes
+//! `formed`, and lives through one life of a worker group after the other until the run is complete, is told to stop,
+//! or can't go on.
 //!
 //! # Crash consistency
-//! Nothing is kept outside the store that a restart needs. A generation exists when its `formed` record stands, which is
-//! written before its resume point is used; a checkpoint exists when its `committed` record stands. Killing this process at any
-//! instant leaves the newest checkpoint, and data that no record names.
+//! Nothing is kept outside the store that a restart needs. A generation exists when its `formed` record stands, which
+//! is written before its resume point is used; a checkpoint exists when its `committed` record stands. Killing this
+//! process at any instant leaves the newest checkpoint, and data that no record names.
 //!
 //! # Two agents
-//! Both replay the same journal; the one whose `formed` record is written first has the run. The other looks at its heartbeat:
-//! alive, and it leaves with exit code 79, or stands by until that one is dead ([`Manner::standby`]); dead, and it forms the next
-//! generation. An agent that was taken for dead learns of
-//! it when it tries to commit, stops its workers and leaves with 79: two writers can never both commit.
+//! Both replay the same journal; the one whose `formed` record is written first has the run. The other looks at its
+//! heartbeat: alive, and it leaves with exit code 79, or stands by until that one is dead ([`Manner::standby`]); dead,
+//! and it forms the next generation. An agent that was taken for dead learns of it when it tries to commit, stops its
+//! workers and leaves with 79: two writers can never both commit.
 #![doc = include_str!("README.md")]
 
 pub mod initial;
@@ -24,6 +25,7 @@ mod drain;
 mod effects;
 mod fence;
 mod generation;
+mod launch;
 mod loopback;
 mod opening;
 mod parting;
@@ -35,9 +37,10 @@ mod upkeep;
 mod words;
 mod workers;
 
+pub use launch::{Afterwards, Begin, Launch, Manner, Outcome};
 pub use opening::effective;
 
-use std::{cell::Cell, path::PathBuf, time::Duration};
+use std::{cell::Cell, time::Duration};
 
 use tokio::sync::mpsc;
 
@@ -49,13 +52,11 @@ use self::{
 };
 use crate::{
     checkpoint::{condemn::Docket, restore},
-    config::{CompleteAction, NoticeConfig, RunConfig},
+    config::NoticeConfig,
     error::{Context, Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, RunId, Step, WorldSize},
-    journal::{
-        Committed, Formed, FormedReason, JournalError, JournalWriter, Record, ResumePoint, RosterEntry, RunState,
-    },
+    journal::{Committed, Formed, FormedReason, JournalError, JournalWriter, Record, ResumePoint, RosterEntry},
     layout,
     notice::{self, Notices},
     rendezvous::{
@@ -70,104 +71,14 @@ use crate::{
 /// How long it may take to take the heartbeat away at the end: whoever does not find it so waits a little longer.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// What is to be run.
-#[derive(Debug)]
-pub struct Launch {
-    /// The store that holds all runs.
-    pub store: Store,
-    /// The run.
-    pub run_id: RunId,
-    /// New, or carried on.
-    pub begin: Begin,
-    /// Workers on this node, if the command line says.
-    pub nproc_per_node: Option<u32>,
-    /// How it goes about it.
-    pub manner: Manner,
-    /// Hears what happens.
-    pub reporter: Reporter,
-}
-
-/// How an agent goes about a run; the default is what `run` and `resume` do.
-#[derive(Clone, Debug, Default)]
-pub struct Manner {
-    /// How long to wait for another agent that has the run and lives; nothing: leave at once. While it waits, it watches the other's
-    /// heartbeat; when that stops, it takes over, and when the run is complete, it has nothing to do.
-    pub standby: Duration,
-    /// Where datasets that lie in an object store are kept on this machine; `None`: in the user's cache.
-    pub cache: Option<PathBuf>,
-    /// When this machine began to look for work; the time from there to the first generation is told.
-    pub since: Option<std::time::Instant>,
-    /// This machine is there for the run: what the run's `on_complete` says is done even where others have completed it. Else it is
-    /// done by who trained the run to its end: to ask for a run that is complete must not end the machine of who asks.
-    pub dedicated: bool,
-    /// A person has named the data with this very command: if it is not what the run was trained on so far, it is from here on.
-    pub accepts_data: bool,
-}
-
-impl Manner {
-    /// What is to be done with the machine when the run is complete.
-    fn then(&self, config: &RunConfig, trained_here: bool) -> Afterwards {
-        let action = if self.dedicated || trained_here { config.on_complete.action } else { CompleteAction::Exit };
-        Afterwards { action, lifecycle_hook: config.notice.lifecycle_hook.clone() }
-    }
-}
-
-/// How a run begins.
-#[derive(Clone, Debug)]
-pub enum Begin {
-    /// It must not exist yet.
-    Create(Box<RunConfig>),
-    /// It must exist.
-    Resume {
-        /// The checkpoint's step; `None`: the newest that verifies.
-        from: Option<Step>,
-        /// `--set key=value`, as typed; see [`crate::config::canonical_overrides`].
-        overrides: Vec<(String, String)>,
-        /// What its journal said when it was found; it is read on from there.
-        state: Box<RunState>,
-    },
-    /// As [`Begin::Create`]; of several nodes that do so at once one creates it, and the others do as with [`Begin::Resume`].
-    CreateOrResume {
-        /// The new run's configuration, overrides applied.
-        config: Box<RunConfig>,
-        /// For a run that exists by then.
-        overrides: Vec<(String, String)>,
-    },
-}
-
-/// What is to be done with this machine when the run is complete.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Afterwards {
-    /// Whether it goes.
-    pub action: CompleteAction,
-    /// The hook that holds up its end: `notice.lifecycle_hook`.
-    pub lifecycle_hook: String,
-}
-
-/// How a run ended, when it ended well.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// The last step is committed.
-    Completed {
-        /// What is to be done with this machine then.
-        then: Afterwards,
-    },
-    /// It was asked to stop before it had created the run: the same command again is as good as new.
-    NotCreated,
-    /// It was asked to stop; so many steps must be done again.
-    Interrupted {
-        /// Finished steps that no checkpoint holds.
-        lost_steps: u64,
-    },
-}
-
-/// Runs a run on this node to its end. Call it from the main thread: the workers' lives are tied to the thread that starts them.
+/// Runs a run on this node to its end. Call it from the main thread: the workers' lives are tied to the thread that
+/// starts them.
 pub fn launch(launch: Launch) -> Result<Outcome> {
     launch_then(launch, |outcome| outcome)
 }
 
-/// The same; gives what `last` makes of the outcome. `last` comes after the run's last words and before whoever waits for this machine
-/// is told that it may go: the machine may be gone a moment later. Until then it is kept waiting.
+/// The same; gives what `last` makes of the outcome. `last` comes after the run's last words and before whoever waits
+/// for this machine is told that it may go: the machine may be gone a moment later. Until then it is kept waiting.
 pub fn launch_then<T>(launch: Launch, last: impl FnOnce(Result<Outcome>) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -313,7 +224,8 @@ impl Agent {
 
         let opened = {
             let (settings, mut known) = mpsc::unbounded_channel();
-            // Whether the run may exist: who stops after the first request that creates it does not know what came of that.
+            // Whether the run may exist: who stops after the first request that creates it does not know what came of
+            // that.
             let exists = Cell::new(matches!(begin, Begin::Resume { .. }));
             let newest = match &begin {
                 Begin::Resume { state, .. } => state.newest().map(|newest| newest.committed.step),
@@ -600,8 +512,8 @@ impl Agent {
         self.dead.push(leader);
     }
 
-    /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`: what is
-    /// to be done with this machine then).
+    /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`:
+    /// what is to be done with this machine then).
     async fn resolve_again(&mut self) -> Result<Result<Resolved, Afterwards>> {
         let state = self.journal.state();
         let (config, overrides) = effective(&state, &self.overrides)?;
@@ -629,7 +541,8 @@ impl Agent {
         self.manner.accepts_data || provenance::names_data(&self.overrides)
     }
 
-    /// The newest usable checkpoint, or what a new run starts from. Damage is reported; what comes of it says [`Docket`].
+    /// The newest usable checkpoint, or what a new run starts from. Damage is reported; what comes of it says
+    /// [`Docket`].
     async fn choose(&mut self, resolved: &Resolved) -> Result<Load> {
         loop {
             let candidates = self.candidates().await?;
@@ -686,7 +599,8 @@ impl Agent {
         self.reporter.event(&Event::Warning { message });
     }
 
-    /// Forms the next generation, which starts from `load`. `None`: the journal went on meanwhile, so look again at everything.
+    /// Forms the next generation, which starts from `load`. `None`: the journal went on meanwhile, so look again at
+    /// everything.
     async fn form(&mut self, load: &Load, resolved: &Resolved, reason: FormedReason) -> Result<Option<Generation>> {
         let (step, last) = (load.step(), resolved.config.train.steps);
         if step.get() > last {
@@ -728,16 +642,17 @@ impl Agent {
         self.journal.state().newest().map_or(Step(0), |checkpoint| checkpoint.committed.step)
     }
 
-    /// What the journal says of the life of machines. Times are the writers' wall clocks: good enough for an estimate, and
-    /// nothing but the cadence follows from it. A loss that was announced in time, and drained, lost no step: it is no reason
-    /// to save more often.
+    /// What the journal says of the life of machines. Times are the writers' wall clocks: good enough for an estimate,
+    /// and nothing but the cadence follows from it. A loss that was announced in time, and drained, lost no step: it is
+    /// no reason to save more often.
     fn measured(&self) -> Measured {
         let observed = Observed::of(&self.journal.state());
         Measured { trained_s: observed.trained_s, interruptions: observed.lossy, ..Measured::NOTHING }
     }
 
     async fn diverged(&self, generation: Generation, step: Step, reason: &str) -> Error {
-        // A step's loss speaks for the state before its update: the state that this step began with is under suspicion, too.
+        // A step's loss speaks for the state before its update: the state that this step began with is under suspicion,
+        // too.
         let good = {
             let state = self.journal.state();
             let steps: Vec<Step> = state.candidates().iter().map(|c| c.committed.step).collect();
@@ -747,7 +662,8 @@ impl Agent {
         self.append_last(Record::Failed { generation, step, reason: reason.clone() }).await;
         let hint = if good > Step(0) {
             format!(
-                "the last good checkpoint is step {good}; lower the learning rate and carry on: trainer resume --run-id {} --from {good} --set train.optimizer.lr=…",
+                "the last good checkpoint is step {good}; lower the learning rate and carry on: trainer resume \
+                --run-id {} --from {good} --set train.optimizer.lr=…",
                 self.run_id
             )
         } else {

@@ -1,7 +1,7 @@
 //! From a configuration to what a life needs: the journal, the data, and how many workers share the work.
 //!
-//! Whatever the configuration names is looked at before a new run is created. Nothing is stored here but the journal's first record and the
-//! data set's copy on this machine; both may be dropped at any moment.
+//! Whatever the configuration names is looked at before a new run is created. Nothing is stored here but the journal's
+//! first record and the data set's copy on this machine; both may be dropped at any moment.
 
 use std::{
     cell::Cell,
@@ -59,8 +59,8 @@ pub struct Opening<'a> {
 }
 
 impl Opening<'_> {
-    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what is to
-    /// be done with this machine then.
+    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what
+    /// is to be done with this machine then.
     pub async fn open(self, begin: Begin, reporter: &Reporter) -> Result<Result<Opened, Afterwards>> {
         let Self { run, node, run_id, nproc_per_node, manner, settings, exists } = self;
         let cache = manner.cache.as_deref();
@@ -128,8 +128,8 @@ pub fn completed(state: &RunState, config: &RunConfig, from: Option<Step>) -> Op
     }
 }
 
-/// The configuration that holds now: as created, with what every generation has changed, and what this command changes; and
-/// those last changes in the form in which the journal keeps them.
+/// The configuration that holds now: as created, with what every generation has changed, and what this command changes;
+/// and those last changes in the form in which the journal keeps them.
 pub fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Vec<(String, String)>)> {
     let base = apply_overrides(state.config(), &state.overrides())?;
     Ok((apply_overrides(&base, typed)?, canonical_overrides(&base, typed)?))

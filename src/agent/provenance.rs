@@ -1,9 +1,10 @@
-//! What a run is made of: its data, and the settings that its checkpoints were written under, held against what is here now.
+//! What a run is made of: its data, and the settings that its checkpoints were written under, held against what is here
+//! now.
 //!
-//! A run goes on with the data that it was trained on: `formed` and each checkpoint's `trainer_state.json` name it by checksum. Other data
-//! is refused unless a person names it, and a vocabulary in which ids mean something else is refused in any case. What the journal
-//! does not know, because an earlier version wrote it, is taken from the checkpoint as far as that tells, and written down with the next
-//! `formed`.
+//! A run goes on with the data that it was trained on: `formed` and each checkpoint's `trainer_state.json` name it by
+//! checksum. Other data is refused unless a person names it, and a vocabulary in which ids mean something else is
+//! refused in any case. What the journal does not know, because an earlier version wrote it, is taken from the
+//! checkpoint as far as that tells, and written down with the next `formed`.
 
 use std::num::NonZeroU64;
 
@@ -30,8 +31,8 @@ use crate::{
 /// A state that seems damaged is read so often before its checkpoint is stepped over.
 const READINGS: u32 = 3;
 
-/// Settles what is computed on, before anything is created or fetched: a machine whose GPUs can't be used is no machine for a run that was
-/// not meant for the CPU.
+/// Settles what is computed on, before anything is created or fetched: a machine whose GPUs can't be used is no machine
+/// for a run that was not meant for the CPU.
 pub async fn compute_device(config: &RunConfig) -> Result<()> {
     let wanted = config.parallel.device;
     let found = tokio::task::spawn_blocking(move || device::look(wanted)).await;
@@ -47,7 +48,8 @@ pub fn names_data(overrides: &[(String, String)]) -> bool {
     overrides.iter().any(|(key, _)| key == "data.train")
 }
 
-/// Holds the data that is here against what the run's newest generation was trained on. `accepted`: a person has named it.
+/// Holds the data that is here against what the run's newest generation was trained on. `accepted`: a person has named
+/// it.
 pub fn data_agrees(state: &RunState, resolved: &Resolved, accepted: bool) -> Result<()> {
     let Some(known) = state.data() else { return Ok(()) };
     same_data(known, &resolved.identity, accepted, &resolved.config.data.train, state.run_id())
@@ -69,7 +71,8 @@ fn same_data(known: &DatasetId, now: &DatasetId, accepted: bool, uri: &str, run_
 
 fn other_data(uri: &str, run_id: &RunId) -> String {
     format!(
-        "put the run's dataset back, or train on this one from here on: trainer resume --run-id {run_id} --set data.train={uri}"
+        "put the run's dataset back, or train on this one from here on: trainer resume --run-id {run_id} --set \
+        data.train={uri}"
     )
 }
 
@@ -78,7 +81,8 @@ fn other_vocabulary(whose: &str, uri: &str) -> Error {
         "the dataset {uri} was made with another tokenizer than that of {whose}: its token ids mean other text"
     );
     Error::new(Kind::Config, what).with_hint(
-        "prepare the data with the tokenizer.json of the run's checkpoints (trainer data prepare --tokenizer FILE), or start a new run",
+        "prepare the data with the tokenizer.json of the run's checkpoints (trainer data prepare --tokenizer FILE), or \
+        start a new run",
     )
 }
 
@@ -151,7 +155,8 @@ impl<'a> MadeOf<'a> {
 
 fn to_another(run_id: &RunId) -> String {
     format!(
-        "see `trainer checkpoints --run-id {run_id}`, and go on from another one: trainer resume --run-id {run_id} --from STEP"
+        "see `trainer checkpoints --run-id {run_id}`, and go on from another one: trainer resume --run-id {run_id} \
+        --from STEP"
     )
 }
 

@@ -109,8 +109,8 @@ pub fn given_up(reason: String, out_of_memory: bool, run_id: &RunId, train: &Tra
     Error::new(Kind::Config, reason).with_hint(hint)
 }
 
-/// Decides when nothing has moved for `quiet`. `usual`: what a step takes, if that is known; `told`: how often it was said since something
-/// moved. It is said again each time the standstill has doubled.
+/// Decides when nothing has moved for `quiet`. `usual`: what a step takes, if that is known; `told`: how often it was
+/// said since something moved. It is said again each time the standstill has doubled.
 pub fn standstill(quiet: Duration, usual: Option<Duration>, told: u32, settings: &RestartConfig) -> Standstill {
     if settings.hang.is_some_and(|limit| quiet >= limit) {
         return Standstill::End;

@@ -1,9 +1,10 @@
 //! The worker processes of one generation: start, talk, end, and learn that one has died.
 //!
-//! A worker inherits three descriptors and nothing else of ours: the control socket as its standard input, and the node's two
-//! snapshot slots. It runs in a process group of its own, so that a key pressed at the terminal reaches the agent alone. It
-//! asks the kernel to be killed when its agent dies, and leaves when the control stream ends: children never outlive the agent.
-//! The agent starts children from its main thread only, because that kill is tied to the thread that started them.
+//! A worker inherits three descriptors and nothing else of ours: the control socket as its standard input, and the
+//! node's two snapshot slots. It runs in a process group of its own, so that a key pressed at the terminal reaches the
+//! agent alone. It asks the kernel to be killed when its agent dies, and leaves when the control stream ends: children
+//! never outlive the agent. The agent starts children from its main thread only, because that kill is tied to the
+//! thread that started them.
 
 mod inherited;
 
@@ -32,9 +33,9 @@ use crate::{
     snapshot::image::SharedImage,
 };
 
-/// glibc gives large blocks back to the kernel at once, which zeroes and faults them in again a moment later: every step frees and
-/// takes the same activations. With these it keeps them (mallopt(3); the threshold's upper limit is 32 MiB). Results are the
-/// same bits.
+/// glibc gives large blocks back to the kernel at once, which zeroes and faults them in again a moment later: every
+/// step frees and takes the same activations. With these it keeps them (mallopt(3); the threshold's upper limit is 32
+/// MiB). Results are the same bits.
 const MALLOC: [(&str, &str); 2] = [("MALLOC_MMAP_THRESHOLD_", "33554432"), ("MALLOC_TRIM_THRESHOLD_", "1073741824")];
 
 /// Bytes of a line of a worker's standard error that are kept.
@@ -148,8 +149,9 @@ fn start_one(
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
     if ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].iter().all(|name| env::raw(name).is_none()) {
-        // libgomp's threads spin for milliseconds after each operation. That is right on a quiet machine and ruinous on a busy one;
-        // a short spin measured the same on the first and up to 4 times faster on the second. Results are the same bits.
+        // libgomp's threads spin for milliseconds after each operation. That is right on a quiet machine and ruinous on
+        // a busy one; a short spin measured the same on the first and up to 4 times faster on the second. Results are
+        // the same bits.
         command.env("GOMP_SPINCOUNT", "10000");
     }
     for (name, value) in MALLOC {
@@ -219,8 +221,8 @@ fn start_one(
     Ok(Handle { orders, kill, ended })
 }
 
-/// One line of whatever somebody says, without its end: bytes that are no text are shown as such, and of a line that does not end no more than
-/// [`LINE`] bytes are kept. `None`: nothing more is said.
+/// One line of whatever somebody says, without its end: bytes that are no text are shown as such, and of a line that
+/// does not end no more than [`LINE`] bytes are kept. `None`: nothing more is said.
 async fn read_line(from: &mut (impl AsyncBufRead + Unpin)) -> std::io::Result<Option<String>> {
     let (mut line, mut len, mut ended) = (Vec::new(), 0_usize, false);
     while !ended {

@@ -19,8 +19,8 @@ use crate::{
 const LOOK: Duration = Duration::from_millis(250);
 /// Between two lines that say what is waited for.
 const SAY: Duration = Duration::from_secs(10);
-/// Fewer device files than GPUs on the bus that have not become more for so long are all that there are: a container is given some
-/// of the machine's.
+/// Fewer device files than GPUs on the bus that have not become more for so long are all that there are: a container is
+/// given some of the machine's.
 const SETTLED: Duration = Duration::from_secs(10);
 
 /// What to make of what is there.
@@ -46,8 +46,8 @@ fn judge(gpus: &Gpus, unchanged: Duration) -> Verdict {
     }
 }
 
-/// Waits until the GPUs of this machine can be used, at most `limit`, where this process uses any; says what there is to use. Of those that
-/// are not used the agent tells.
+/// Waits until the GPUs of this machine can be used, at most `limit`, where this process uses any; says what there is
+/// to use. Of those that are not used the agent tells.
 pub async fn await_gpus(root: &Path, wanted: Device, limit: Duration) -> Result<Option<String>> {
     let hidden = gpus::hides_all(env::given("CUDA_VISIBLE_DEVICES").as_deref());
     if cfg!(torch_cuda) && !hidden && !gpus::cpu_is_meant(wanted) {
@@ -75,11 +75,13 @@ async fn wait(root: &Path, limit: Duration) -> Result<Option<String>> {
         let lacking = if gpus.driver { "device files /dev/nvidia0 …" } else { "the NVIDIA driver" };
         if began.elapsed() >= limit {
             let what = format!(
-                "{on_the_bus} NVIDIA devices are on the bus and {device_files} can be used: {lacking} did not come up within {} s",
+                "{on_the_bus} NVIDIA devices are on the bus and {device_files} can be used: {lacking} did not come up \
+                within {} s",
                 limit.as_secs()
             );
             return Err(Error::new(Kind::Unavailable, what).with_hint(
-                "run nvidia-smi on the machine: a driver that was installed or updated in this boot needs a reboot; in a container check --gpus and the NVIDIA container toolkit",
+                "run nvidia-smi on the machine: a driver that was installed or updated in this boot needs a reboot; in \
+                a container check --gpus and the NVIDIA container toolkit",
             ));
         }
         if said.elapsed() >= SAY {

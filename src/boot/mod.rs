@@ -2,30 +2,34 @@
 //!
 //! # What is looked up, in this order
 //! 1. The region: `AWS_REGION`, a profile, or the instance's identity document.
-//! 2. What is to be done, from the [layers](settings): flags, the environment, SSM parameters below a path, instance tags.
-//! 3. The run: if its journal exists, it is resumed, and the configuration is not even read: a run keeps the settings it was created
-//!    with, and what `set` changes on top of them. Else it is created. A configuration is a file, an object of a store, or the
-//!    value of a parameter. How the store is asked while the run is looked for, `set` says (`storage.attempts`, …), and nothing else can;
-//!    from then on the run's own `storage` settings hold, later generations' changes included. What another machine changes of them
-//!    while this one stands by, this process does not follow.
-//! 4. Devices that the bus has and the driver has not yet; a local disk that lives and dies with the machine, for datasets.
+//! 2. What is to be done, from the [layers](settings): flags, the environment, SSM parameters below a path, instance
+//!    tags.
+//! 3. The run: if its journal exists, it is resumed, and the configuration is not even read: a run keeps the settings
+//!    it was created with, and what `set` changes on top of them. Else it is created. A configuration is a file, an
+//!    object of a store, or the value of a parameter. How the store is asked while the run is looked for, `set` says
+//!    (`storage.attempts`, …), and nothing else can; from then on the run's own `storage` settings hold, later
+//!    generations' changes included. What another machine changes of them while this one stands by, this process does
+//!    not follow.
+//! 4. Devices that the bus has and the driver has not yet; a local disk that lives and dies with the machine, for
+//!    datasets.
 //!
 //! # Run ids
-//! A template names the run of the day on which the machine boots (`reports-{year}q{quarter}`), and no other: a run of the quarter
-//! before that was not finished is not carried on by machines that boot in the new one. Whoever wants that names it with `--run-id`.
-//! A machine that trains on over the turn finishes what it began.
+//! A template names the run of the day on which the machine boots (`reports-{year}q{quarter}`), and no other: a run of
+//! the quarter before that was not finished is not carried on by machines that boot in the new one. Whoever wants that
+//! names it with `--run-id`. A machine that trains on over the turn finishes what it began.
 //!
 //! # Twice at once, and again
-//! Nothing is stored outside the run's own journal. Two machines that boot with one run id at once both try to create it; one
-//! succeeds, the other resumes. One of them trains; the other stands by, its data fetched, watches the heartbeat, and takes
-//! over when that stops: this is what a group does that starts the replacement before it ends the machine that is
-//! replaced. A second boot of a run that is complete finds so, waits for no device, and does what `on_complete` says. A kill at any instant leaves
-//! what the agent leaves. Who asks this process to stop before the agent listens is heard all the same ([`stop`]): then nothing is begun.
+//! Nothing is stored outside the run's own journal. Two machines that boot with one run id at once both try to create
+//! it; one succeeds, the other resumes. One of them trains; the other stands by, its data fetched, watches the
+//! heartbeat, and takes over when that stops: this is what a group does that starts the replacement before it ends the
+//! machine that is replaced. A second boot of a run that is complete finds so, waits for no device, and does what
+//! `on_complete` says. A kill at any instant leaves what the agent leaves. Who asks this process to stop before the
+//! agent listens is heard all the same ([`stop`]): then nothing is begun.
 //!
 //! # Errors
-//! What a person must mend (configuration: 78, permission: 77) is told apart from what time may mend (69), so that a supervisor
-//! repeats the one and not the other. Names of parameters are logged, their values are not; a setting that is wrong is said with its
-//! value, as any other: settings are no secrets, they stand in the journal.
+//! What a person must mend (configuration: 78, permission: 77) is told apart from what time may mend (69), so that a
+//! supervisor repeats the one and not the other. Names of parameters are logged, their values are not; a setting that
+//! is wrong is said with its value, as any other: settings are no secrets, they stand in the journal.
 #![doc = include_str!("README.md")]
 pub mod settings;
 pub mod stop;
@@ -84,7 +88,8 @@ impl Steps {
     }
 }
 
-/// How long this process has been there: field 22 of `/proc/self/stat`, in clock ticks since the boot, against `/proc/uptime` (proc(5)).
+/// How long this process has been there: field 22 of `/proc/self/stat`, in clock ticks since the boot, against
+/// `/proc/uptime` (proc(5)).
 fn process_age() -> Option<Duration> {
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
     let started: f64 = stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()?;
@@ -122,7 +127,10 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
     let path = path.trim_end_matches('/');
     if region::find().await.is_none() {
         let what = format!("parameters below {path} can't be read: no region is known");
-        let error = Error::new(Kind::Config, what).with_hint("set AWS_REGION, such as AWS_REGION=eu-central-1, or let the machine read its metadata (a container: hop limit 2)");
+        let error = Error::new(Kind::Config, what).with_hint(
+            "set AWS_REGION, such as AWS_REGION=eu-central-1, or let \
+            the machine read its metadata (a container: hop limit 2)",
+        );
         // The region is one of the things that the machine may say later.
         return Err(silence.unwrap_or(error));
     }
@@ -139,8 +147,8 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
     settled(above.over(parameters).over(tags), silence)
 }
 
-/// What an instance that says nothing of itself is to do: what was said elsewhere, if that is all there is to say. Else its tags may name
-/// another run or store, and a guess would start a second run.
+/// What an instance that says nothing of itself is to do: what was said elsewhere, if that is all there is to say. Else
+/// its tags may name another run or store, and a guess would start a second run.
 fn settled(said: Layer, silence: Option<Error>) -> Result<Layer> {
     match silence {
         Some(error) if said.config.is_none() || said.store.is_none() || said.name.is_none() => Err(error),
@@ -162,7 +170,8 @@ fn shown(names: &[String]) -> String {
 pub fn run_id(settings: &Layer, now: Timestamp) -> Result<RunId> {
     let name = settings.name.as_ref().ok_or_else(|| {
         Error::new(Kind::Config, "no run is named").with_hint(
-            "give --run-id or --run-id-template, TRAINER_RUN_ID or TRAINER_RUN_ID_TEMPLATE, or the parameter or tag run-id or run-id-template",
+            "give --run-id or --run-id-template, TRAINER_RUN_ID or TRAINER_RUN_ID_TEMPLATE, or the parameter or tag \
+            run-id or run-id-template",
         )
     })?;
     let result = match &name.value {
@@ -211,8 +220,8 @@ pub fn store(settings: &Layer, working_directory: &Path) -> Result<Option<Given<
     Ok(Some(Given { value, origin: given.origin.clone() }))
 }
 
-/// The changed settings that a run that exists can take. What it keeps for life was set when it was created: on a machine that
-/// boots again that is no mistake.
+/// The changed settings that a run that exists can take. What it keeps for life was set when it was created: on a
+/// machine that boots again that is no mistake.
 pub fn changes(set: &[(String, String)]) -> Vec<(String, String)> {
     let (kept, free): (Vec<_>, Vec<_>) =
         set.iter().cloned().partition(|(key, _)| matches!(config::effect(key), Effect::Fixed(_)));
@@ -222,8 +231,8 @@ pub fn changes(set: &[(String, String)]) -> Vec<(String, String)> {
     free
 }
 
-/// Where datasets are kept on this machine: on a local disk that lives and dies with it, if one is mounted and takes a folder. Nothing
-/// that a resume needs is ever there.
+/// Where datasets are kept on this machine: on a local disk that lives and dies with it, if one is mounted and takes a
+/// folder. Nothing that a resume needs is ever there.
 pub fn cache(root: &Path) -> Option<PathBuf> {
     let disk = hardware::instance_store(root)?;
     let folder = disk.join("trainer").join("datasets");

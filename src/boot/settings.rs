@@ -1,8 +1,8 @@
 //! What this machine is to do, put together from where it may be said.
 //!
-//! Highest first: flags, the environment, SSM parameters, instance tags. Each thing is taken from the highest layer that says it,
-//! and only from there; a run id and a run id template are the same thing, said in two ways, and so are a configuration and its URI.
-//! Changed settings (`set`) are laid over one another, key by key.
+//! Highest first: flags, the environment, SSM parameters, instance tags. Each thing is taken from the highest layer
+//! that says it, and only from there; a run id and a run id template are the same thing, said in two ways, and so are a
+//! configuration and its URI. Changed settings (`set`) are laid over one another, key by key.
 
 use std::collections::BTreeMap;
 
@@ -35,8 +35,8 @@ impl std::fmt::Display for Origin {
     }
 }
 
-/// Something that was said, and where. What came out of a parameter is shown to nobody as long as it is not known to be what it
-/// should be: somebody may have put a secret there by mistake.
+/// Something that was said, and where. What came out of a parameter is shown to nobody as long as it is not known to be
+/// what it should be: somebody may have put a secret there by mistake.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Given<T> {
     /// What.
@@ -52,8 +52,8 @@ impl<T> std::fmt::Debug for Given<T> {
 }
 
 impl Given<String> {
-    /// Whether it looks like a URI or path. A parameter that does not is not shown to whoever opens it, who would say its value: a
-    /// path in one is written with `/` or `.` at its beginning.
+    /// Whether it looks like a URI or path. A parameter that does not is not shown to whoever opens it, who would say
+    /// its value: a path in one is written with `/` or `.` at its beginning.
     pub fn may_be_a_place(&self) -> bool {
         let plain = self.value.contains("://") || self.value.starts_with(['/', '.']);
         plain || !matches!(self.origin, Origin::Parameter(_))
@@ -152,8 +152,8 @@ impl Layer {
         Ok((layer, unknown))
     }
 
-    /// What the tags say; they come without `trainer:`. A tag is no place for a secret, nor long enough for a configuration: those
-    /// mean nothing here and are returned, with what is unknown.
+    /// What the tags say; they come without `trainer:`. A tag is no place for a secret, nor long enough for a
+    /// configuration: those mean nothing here and are returned, with what is unknown.
     pub fn from_tags(tags: Vec<(String, String)>) -> Result<(Self, Vec<String>)> {
         let (mut layer, mut unknown) = (Self::default(), Vec::new());
         for (name, value) in tags.into_iter().filter(|(_, value)| !value.is_empty()) {

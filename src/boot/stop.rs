@@ -1,10 +1,10 @@
 //! Being asked to stop while nobody else listens: before the agent does, and between two jobs.
 //!
-//! Listening begins with the process ([`inbox`]). What has to be saved is the agent's affair: as long as nothing trains there is nothing to
-//! save, and whatever is waited for is left where it is.
+//! Listening begins with the process ([`inbox`]). What has to be saved is the agent's affair: as long as nothing trains
+//! there is nothing to save, and whatever is waited for is left where it is.
 //!
-//! Here signals are only counted: the agent takes them out for itself, from its start on, and finds what came in the moment before. Nothing is
-//! stored here.
+//! Here signals are only counted: the agent takes them out for itself, from its start on, and finds what came in the
+//! moment before. Nothing is stored here.
 
 use std::time::Duration;
 
@@ -16,7 +16,8 @@ use crate::{
     report,
 };
 
-/// How long what nobody can give up (a read of a file that hangs) may keep a process that was asked to stop and has begun nothing.
+/// How long what nobody can give up (a read of a file that hangs) may keep a process that was asked to stop and has
+/// begun nothing.
 const STUCK: Duration = Duration::from_secs(2);
 
 /// Hears whether this process is asked to stop; what is waited for meanwhile has a runtime of its own.
@@ -36,8 +37,8 @@ pub struct Heard {
 }
 
 impl Stop {
-    /// Hears the signals that ask a process to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) from the beginning of this process on. SIGUSR2 asks for
-    /// a save, and is no longer the end of a process that has nothing to save.
+    /// Hears the signals that ask a process to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) from the beginning of this
+    /// process on. SIGUSR2 asks for a save, and is no longer the end of a process that has nothing to save.
     pub fn listen() -> Result<Self> {
         Self::start(|_| 0)
     }
@@ -60,8 +61,8 @@ impl Stop {
         Ok(Self { runtime: Some(runtime), heard: Heard { inbox, before } })
     }
 
-    /// As long as this lives, a process that is asked to stop and does not get round to it ends all the same. For the time in which nothing is
-    /// begun that could be lost.
+    /// As long as this lives, a process that is asked to stop and does not get round to it ends all the same. For the
+    /// time in which nothing is begun that could be lost.
     pub fn leave_when_stuck(&self) {
         let heard = self.heard();
         let leave = async move {

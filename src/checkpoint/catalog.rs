@@ -2,8 +2,8 @@
 //!
 //! The journal says which checkpoints there are; this module holds them against the store, newest first: the manifest
 //! against the digest in the journal, every file's presence and size against the manifest. Checksums of whole files are
-//! compared while they are read ([`super::restore`]), since that reads every byte anyway; a caller that finds damage there
-//! takes that checkpoint off the list and asks again.
+//! compared while they are read ([`super::restore`]), since that reads every byte anyway; a caller that finds damage
+//! there takes that checkpoint off the list and asks again.
 //!
 //! Damage is stepped over and reported, never repaired, never deleted. A store that does not answer, or refuses, is an
 //! error: it says nothing about the checkpoint. *Crash, retry, cancel:* nothing is written here.
@@ -23,8 +23,8 @@ use crate::{
     storage::Store,
 };
 
-/// A checkpoint that seems damaged is looked at so often before it is stepped over: it may have been a transfer that was
-/// damaged.
+/// A checkpoint that seems damaged is looked at so often before it is stepped over: it may have been a transfer that
+/// was damaged.
 const LOOKS: u32 = 3;
 
 /// A checkpoint that was stepped over.
@@ -63,9 +63,9 @@ pub struct Outcome {
 
 /// Looks for the newest usable checkpoint among `candidates` (in any order). `store` is the run's folder.
 ///
-/// Newest is the highest generation, then the highest step: that is the order of the journal, and after a resume from an
-/// older step the work of the newer generation is what the run consists of. With `from` only checkpoints of that step
-/// are looked at.
+/// Newest is the highest generation, then the highest step: that is the order of the journal, and after a resume from
+/// an older step the work of the newer generation is what the run consists of. With `from` only checkpoints of that
+/// step are looked at.
 pub async fn newest_usable(
     store: &Store,
     candidates: &[Committed],

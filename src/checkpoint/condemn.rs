@@ -1,13 +1,13 @@
 //! Who may condemn a checkpoint: the one place that writes `damaged`.
 //!
-//! A machine that garbles what it reads (a bit of its memory that is stuck, a disk, a network card) finds every checkpoint damaged. So a
-//! finding is a suspicion at first: the checkpoint is passed over by this process, and nothing is written down. After the same process
-//! has read another checkpoint whole, every byte of it, it may condemn one that it had found damaged before; for the next one it must
-//! read a whole one again. The journal's own rules spare the last good checkpoint and the one that was read whole last
-//! ([`RunState::spared`]). A verdict is taken back by [`clear`].
+//! A machine that garbles what it reads (a bit of its memory that is stuck, a disk, a network card) finds every
+//! checkpoint damaged. So a finding is a suspicion at first: the checkpoint is passed over by this process, and nothing
+//! is written down. After the same process has read another checkpoint whole, every byte of it, it may condemn one that
+//! it had found damaged before; for the next one it must read a whole one again. The journal's own rules spare the last
+//! good checkpoint and the one that was read whole last ([`RunState::spared`]). A verdict is taken back by [`clear`].
 //!
-//! *Crash, cancel:* suspicions go with the process; whoever comes next finds the same damage. *Retry:* a record that may not have been
-//! written is asked for again.
+//! *Crash, cancel:* suspicions go with the process; whoever comes next finds the same damage. *Retry:* a record that
+//! may not have been written is asked for again.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -85,7 +85,8 @@ impl Docket {
         self.cases().passed_over.contains(point)
     }
 
-    /// Checksums vouch for a checkpoint. Only if this process has compared them with every byte does it show that it can read.
+    /// Checksums vouch for a checkpoint. Only if this process has compared them with every byte does it show that it
+    /// can read.
     pub fn vouch(&self, point: &ResumePoint, proof: Proof) {
         let mut cases = self.cases();
         cases.verified = Some(point.clone());
@@ -104,14 +105,14 @@ impl Docket {
         cases.whole_again
     }
 
-    /// Whether this process could not read a single checkpoint whole when it tried: what it finds says nothing. After [`AGAIN`] it may try
-    /// once more.
+    /// Whether this process could not read a single checkpoint whole when it tried: what it finds says nothing. After
+    /// [`AGAIN`] it may try once more.
     pub fn is_distrusted(&self) -> bool {
         self.cases().distrusted.is_some_and(|since| since.elapsed() < AGAIN)
     }
 
-    /// The suspect that may be condemned next, with the record that does so. Those that no longer count as good are forgotten.
-    /// Whoever has written it says so with [`condemned`](Self::condemned).
+    /// The suspect that may be condemned next, with the record that does so. Those that no longer count as good are
+    /// forgotten. Whoever has written it says so with [`condemned`](Self::condemned).
     pub fn next_record(&self, state: &RunState) -> Option<(Damage, Record)> {
         let damage = self.next(state)?;
         let Damage { step, generation, object, reason } = &damage;
@@ -158,8 +159,8 @@ impl Docket {
         }
     }
 
-    /// Reads another checkpoint whole, the newest first, if there are suspects that wait for it. `false`: none that was tried is whole
-    /// when this process reads it. `store` is the run's folder.
+    /// Reads another checkpoint whole, the newest first, if there are suspects that wait for it. `false`: none that was
+    /// tried is whole when this process reads it. `store` is the run's folder.
     pub async fn prove(
         &self,
         store: &Store,

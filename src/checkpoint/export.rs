@@ -9,8 +9,8 @@
 //! has them, so every byte is got once and checked, and a folder on disk needs no more memory than the parts in flight.
 //! An export to another store is put together in memory first.
 //!
-//! *Crash, cancel:* a local export grows in `.<name>.partial-…` beside the folder and is renamed when it is whole and on
-//! disk; in a store `config.json`, without which a folder is no model, is put last. *Retry:* call again.
+//! *Crash, cancel:* a local export grows in `.<name>.partial-…` beside the folder and is renamed when it is whole and
+//! on disk; in a store `config.json`, without which a folder is no model, is put last. *Retry:* call again.
 
 use std::{
     fs::{self, File},

@@ -1,8 +1,9 @@
 //! What a checkpoint consists of: the manifest, and the trainer's state that is not tensors.
 //!
-//! Stored layout of `manifest.json`: one JSON object, [`Manifest`], files in the order of their names. It is created once
-//! and never changed; the journal's `committed` record holds the CRC64-NVME of its bytes, so a reader knows that what it
-//! has is what was committed. Fields may be added with a serde default, never renamed; readers refuse a higher `format`.
+//! Stored layout of `manifest.json`: one JSON object, [`Manifest`], files in the order of their names. It is created
+//! once and never changed; the journal's `committed` record holds the CRC64-NVME of its bytes, so a reader knows that
+//! what it has is what was committed. Fields may be added with a serde default, never renamed; readers refuse a higher
+//! `format`.
 //!
 //! A manifest is read as something that a stranger may have written: names must be plain (they become keys and file
 //! names), unique, and sizes must add up without overflow before anything is allocated for them.
@@ -213,7 +214,8 @@ pub enum RngRule {
 }
 
 impl TrainerState {
-    /// The state after `step` of a run over data with `sequences` sequences in one pass; `None` if a count overflows. It names no data.
+    /// The state after `step` of a run over data with `sequences` sequences in one pass; `None` if a count overflows.
+    /// It names no data.
     pub fn at(step: Step, config: &RunConfig, sequences: NonZeroU64) -> Option<Self> {
         let samples = step.get().checked_mul(u64::from(config.train.global_batch))?;
         Some(Self {

@@ -161,7 +161,8 @@ impl Explain for CheckpointError {
     fn hint(&self) -> Option<String> {
         let text = match self {
             Self::Damaged { .. } => {
-                "`trainer verify --all` says which checkpoints are whole; `trainer resume` steps back to the newest of them"
+                "`trainer verify --all` says which checkpoints are whole; `trainer resume` steps back to the newest of \
+                them"
             }
             Self::NoneUsable { .. } => "nothing was deleted; `trainer verify --run-id RUN --all` lists what is damaged",
             Self::Storage(error) => return error.hint(),

@@ -1,17 +1,15 @@
 //! Deleting checkpoints: a plan that can be shown, then its application.
 //!
-//! What stays is decided by `checkpoint.keep` over the checkpoints that the run as it stands consists of. Whatever it says, the
-//! newest one that checksums vouch for stays ([`Standing`]): it is held against the store's own checksums before
-//! anything goes, where the store keeps them; elsewhere every byte of it is read, unless that was done before or it was
-//! restored from, which compares the same checksums. So no 100 GB are read after each save. Damaged checkpoints are
-//! quarantined: never counted, never resumed from, deleted only when a person says so.
+//! What stays is decided by `checkpoint.keep` over the checkpoints that the run as it stands consists of. Whatever it
+//! says, the newest one that checksums vouch for stays ([`Standing`]): it is held against the store's own checksums
+//! before anything goes, where the store keeps them; elsewhere every byte of it is read, unless that was done before or
+//! it was restored from, which compares the same checksums. So no 100 GB are read after each save. Damaged checkpoints
+//! are quarantined: never counted, never resumed from, deleted only when a person says so.
 //!
-//! Order of a deletion: the journal's `pruned` record, one for a whole plan (from then on they are no checkpoints), then
-//! folder by folder the manifest and the other objects.
-//! *Crash:* after the record, what is left of the folders is garbage that nobody reads; [`super::rubbish`] takes it away
-//! later.
-//! *Retry:* deleting what is gone is fine, and a checkpoint already pruned is no longer in the list that a plan is made
-//! from. *Cancel:* like a crash.
+//! Order of a deletion: the journal's `pruned` record, one for a whole plan (from then on they are no checkpoints),
+//! then folder by folder the manifest and the other objects. *Crash:* after the record, what is left of the folders is
+//! garbage that nobody reads; [`super::rubbish`] takes it away later. *Retry:* deleting what is gone is fine, and a
+//! checkpoint already pruned is no longer in the list that a plan is made from. *Cancel:* like a crash.
 
 use std::{collections::BTreeSet, future::Future, time::Duration};
 
@@ -33,7 +31,8 @@ use crate::{
     storage::Store,
 };
 
-/// Bytes of one request when the newest checkpoint must be read before anything goes: some dozens are in memory at once.
+/// Bytes of one request when the newest checkpoint must be read before anything goes: some dozens are in memory at
+/// once.
 const PART: u64 = 4 << 20;
 /// Checkpoints that one `pruned` record names at most: it has a size that it may have.
 const ONE_RECORD: usize = 10_000;
@@ -89,14 +88,14 @@ pub struct Standing {
 }
 
 /// What becomes of a run's good checkpoints, oldest first. `line`: those that the run as it stands consists of
-/// ([`RunState::candidates`]); `abandoned`: those that it has turned away from with `--from`, those of the line among them or
-/// not. Both in any order.
+/// ([`RunState::candidates`]); `abandoned`: those that it has turned away from with `--from`, those of the line among
+/// them or not. Both in any order.
 ///
-/// Of the line stay: `standing.verified`; everything newer than `standing.usable` (what is newer was found damaged and is not
-/// counted either: damaged checkpoints must not push out good ones); the newest `keep.last` from there on; and the
-/// `keep.best` with the lowest validation loss. Abandoned ones don't count: they would push out what the run steps back
-/// to. Of both stay those that `keep.every` names, and `live`, what a generation that may still be running has resumed
-/// from. If `standing.usable` is not on the line, or nothing is verified, nothing goes.
+/// Of the line stay: `standing.verified`; everything newer than `standing.usable` (what is newer was found damaged and
+/// is not counted either: damaged checkpoints must not push out good ones); the newest `keep.last` from there on; and
+/// the `keep.best` with the lowest validation loss. Abandoned ones don't count: they would push out what the run steps
+/// back to. Of both stay those that `keep.every` names, and `live`, what a generation that may still be running has
+/// resumed from. If `standing.usable` is not on the line, or nothing is verified, nothing goes.
 pub fn plan_prune(
     line: &[Checkpoint],
     abandoned: &[Checkpoint],
@@ -148,9 +147,9 @@ fn fate(checkpoint: &Checkpoint, why: &[(bool, Why)]) -> Fate {
     Fate { point: checkpoint.point(), bytes: checkpoint.committed.bytes, stays }
 }
 
-/// Places in the list of those that `every` keeps. Of a stretch of time it is the first, so that another plan, made later or
-/// after this one was carried out, keeps the same. Times are those of the checkpoints' own records: a clock that is wrong keeps
-/// one more or one fewer here, and decides nothing else.
+/// Places in the list of those that `every` keeps. Of a stretch of time it is the first, so that another plan, made
+/// later or after this one was carried out, keeps the same. Times are those of the checkpoints' own records: a clock
+/// that is wrong keeps one more or one fewer here, and decides nothing else.
 fn spaced(oldest_first: &[&Checkpoint], every: Option<Spacing>) -> BTreeSet<usize> {
     let mut begun = BTreeSet::new();
     let stays = |checkpoint: &Checkpoint| match every {
@@ -165,8 +164,8 @@ fn spaced(oldest_first: &[&Checkpoint], every: Option<Spacing>) -> BTreeSet<usiz
     oldest_first.iter().enumerate().filter(|(_, checkpoint)| stays(checkpoint)).map(|(at, _)| at).collect()
 }
 
-/// Places in the list of the `count` with the lowest validation loss; of equals the newer ones. What has none, or one that is not
-/// a number, is not among them.
+/// Places in the list of the `count` with the lowest validation loss; of equals the newer ones. What has none, or one
+/// that is not a number, is not among them.
 fn best(oldest_first: &[&Checkpoint], count: u32) -> BTreeSet<usize> {
     let loss = |checkpoint: &Checkpoint| checkpoint.committed.validation_loss.filter(|loss| loss.is_finite());
     let mut ranked: Vec<(f64, usize)> =
@@ -520,7 +519,8 @@ mod tests {
             let all: Vec<Checkpoint> =
                 seed.iter().map(|(&(s, g), loss)| record(&point(s, g), loss.map(f64::from))).collect();
             let (abandoned, line) = all.split_at(turned.min(all.len() - 1));
-            let (usable, live, verified) = (usable.get(line).point(), live.get(line).point(), verified.get(line).point());
+            let (usable, live) = (usable.get(line).point(), live.get(line).point());
+            let verified = verified.get(line).point();
             let every = every.map(|(steps, n)| {
                 if steps { Spacing::Steps(n) } else { Spacing::Time { seconds: Duration::from_secs(60 * n) } }
             });

@@ -1,13 +1,15 @@
 //! Reading a checkpoint back: byte ranges, in parallel, straight into the buffers that they belong in.
 //!
 //! The caller lays the files out in one memory image ([`plan_pieces`]), cuts that image into one buffer a piece, and
-//! hands both over ([`fetch`]). Each piece comes straight into its buffer and is summed as it comes ([`Store::get_into`]); the
-//! pieces' CRC64-NVME are combined in the order of the file and held against the manifest. A byte is downloaded once a
-//! node, whatever the number of its ranks, and nothing is believed before its whole file has been checked. Nothing is trained
-//! meanwhile: the copies and sums run on threads of their own, as many as there are cores, which are gone at the end.
+//! hands both over ([`fetch`]). Each piece comes straight into its buffer and is summed as it comes
+//! ([`Store::get_into`]); the pieces' CRC64-NVME are combined in the order of the file and held against the manifest. A
+//! byte is downloaded once a node, whatever the number of its ranks, and nothing is believed before its whole file has
+//! been checked. Nothing is trained meanwhile: the copies and sums run on threads of their own, as many as there are
+//! cores, which are gone at the end.
 //!
-//! *Memory:* the image, and a socket's buffer for each request in flight. *Crash, cancel:* nothing in the store changes. A piece that is being read
-//! from a disk when the future is dropped is read to its end, into the buffer that it owns. *Retry:* call again.
+//! *Memory:* the image, and a socket's buffer for each request in flight. *Crash, cancel:* nothing in the store
+//! changes. A piece that is being read from a disk when the future is dropped is read to its end, into the buffer that
+//! it owns. *Retry:* call again.
 
 use std::{collections::BTreeSet, ops::Range};
 
@@ -23,7 +25,8 @@ use crate::{
     storage::{Crc64, Priority, StorageError, Store},
 };
 
-/// Pieces asked for at once. The store has a limit of its own; this one bounds the memory of those who keep what they get.
+/// Pieces asked for at once. The store has a limit of its own; this one bounds the memory of those who keep what they
+/// get.
 pub const IN_FLIGHT: usize = 32;
 /// Pieces that wait for the store at once: as many as it could ever take.
 const ASKED: usize = 1024;
@@ -112,8 +115,9 @@ pub(super) fn ranges(bytes: u64, part: u64) -> impl Iterator<Item = Range<u64>> 
 
 /// Gets every piece into its buffer and checks every file. `progress` hears the bytes of each finished piece.
 ///
-/// `pieces` must cover each file of `files` exactly, in any order; each buffer is as long as its piece. An object that is
-/// missing, short or altered gives [`CheckpointError::Damaged`] with its key; the buffers' content is then worthless.
+/// `pieces` must cover each file of `files` exactly, in any order; each buffer is as long as its piece. An object that
+/// is missing, short or altered gives [`CheckpointError::Damaged`] with its key; the buffers' content is then
+/// worthless.
 pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
     store: &Store,
     folder: &str,
@@ -217,8 +221,8 @@ pub async fn small_file(store: &Store, manifest: &Manifest, name: &str) -> Resul
     Ok(bytes)
 }
 
-/// The weights of a Hugging Face folder: `model.safetensors`, or all shards of its index. Sizes are the store's; there is
-/// no checksum to hold them against. `store` is the folder itself, so `""` is the `folder` that [`fetch`] wants.
+/// The weights of a Hugging Face folder: `model.safetensors`, or all shards of its index. Sizes are the store's; there
+/// is no checksum to hold them against. `store` is the folder itself, so `""` is the `folder` that [`fetch`] wants.
 pub async fn weights_from_folder(store: &Store) -> Result<Vec<RemoteFile>, CheckpointError> {
     #[derive(Deserialize)]
     struct Index {

@@ -65,8 +65,8 @@ pub struct Rubbish {
     pub unlisted: Option<StorageError>,
 }
 
-/// Looks for a run's rubbish. `store` is the run's folder; `state` was read before. A store that does not list unfinished
-/// uploads is no error: the bucket's lifecycle rule, or a person, may see to them.
+/// Looks for a run's rubbish. `store` is the run's folder; `state` was read before. A store that does not list
+/// unfinished uploads is no error: the bucket's lifecycle rule, or a person, may see to them.
 pub async fn find(store: &Store, state: &RunState, now: Timestamp) -> Result<Rubbish, CheckpointError> {
     let objects = store.list(layout::CHECKPOINTS).await?;
     let (uploads, unlisted) = match store.unfinished().await {

@@ -7,12 +7,13 @@
 //! ```
 //! Stored layout of a receipt: [`Receipt`] as JSON, what one node has put, with sizes and checksums.
 //!
-//! *Crash:* anything before the manifest is garbage in a folder of its own; a manifest without its record is too. Nobody
-//! reads either. *Retry:* both functions may be called again with the same [`Save`]; shards are overwritten with the same
-//! bytes, the manifest is recognised by its attempt. A new attempt of the same node that has the very same bytes takes over
-//! the manifest that stands: a save whose record could not be written is made again. *Cancel:* dropping a future stops the uploads that it drives; what
-//! has been put stays as garbage. *Two writers:* a (step, generation) pair is written once, so a second attempt that
-//! finds a manifest is refused before it overwrites a byte of what that manifest names.
+//! *Crash:* anything before the manifest is garbage in a folder of its own; a manifest without its record is too.
+//! Nobody reads either. *Retry:* both functions may be called again with the same [`Save`]; shards are overwritten with
+//! the same bytes, the manifest is recognised by its attempt. A new attempt of the same node that has the very same
+//! bytes takes over the manifest that stands: a save whose record could not be written is made again. *Cancel:*
+//! dropping a future stops the uploads that it drives; what has been put stays as garbage. *Two writers:* a (step,
+//! generation) pair is written once, so a second attempt that finds a manifest is refused before it overwrites a byte
+//! of what that manifest names.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -124,8 +125,8 @@ pub struct WrittenManifest {
     pub bytes: u64,
 }
 
-/// Puts this node's files in parallel, and its receipt when all are there. `store` is the run's folder; `progress` hears
-/// the bytes of each finished part.
+/// Puts this node's files in parallel, and its receipt when all are there. `store` is the run's folder; `progress`
+/// hears the bytes of each finished part.
 pub async fn put_shards(
     store: &Store,
     save: &Save,
@@ -175,7 +176,8 @@ pub async fn put_shards(
     Ok(receipt)
 }
 
-/// Whether a manifest stands already: then this is a late retry of our own (its receipt is given back), or somebody else's.
+/// Whether a manifest stands already: then this is a late retry of our own (its receipt is given back), or somebody
+/// else's.
 async fn already_put(store: &Store, save: &Save, folder: &str) -> Result<Option<Receipt>, CheckpointError> {
     match store.head(&join(folder, layout::MANIFEST)).await {
         Ok(_) => {}

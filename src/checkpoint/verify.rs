@@ -1,11 +1,12 @@
-//! Holding stored checkpoints against their manifests: for `trainer verify`, for what is about to be deleted, and for the look
-//! that a running agent takes at what it keeps.
+//! Holding stored checkpoints against their manifests: for `trainer verify`, for what is about to be deleted, and for
+//! the look that a running agent takes at what it keeps.
 //!
-//! [`Depth::Stored`] asks the store for every file's length and for the checksum that the store itself keeps of it (S3 keeps the
-//! CRC64-NVME of the whole object), so nothing is downloaded; where the store keeps none, the length is all that is compared,
-//! and [`Proof`] says so. [`Depth::Bytes`] downloads every byte and compares checksums, with a few parts in memory at a
-//! time. All flaws are collected, not only the first. [`look_again`] reads again what a look has found damaged, since a
-//! verdict is for ever and an answer may have been garbled on its way. *Crash, retry, cancel:* nothing is written here.
+//! [`Depth::Stored`] asks the store for every file's length and for the checksum that the store itself keeps of it (S3
+//! keeps the CRC64-NVME of the whole object), so nothing is downloaded; where the store keeps none, the length is all
+//! that is compared, and [`Proof`] says so. [`Depth::Bytes`] downloads every byte and compares checksums, with a few
+//! parts in memory at a time. All flaws are collected, not only the first. [`look_again`] reads again what a look has
+//! found damaged, since a verdict is for ever and an answer may have been garbled on its way. *Crash, retry, cancel:*
+//! nothing is written here.
 
 use std::time::{Duration, Instant};
 
@@ -102,8 +103,8 @@ impl Report {
     }
 }
 
-/// Reading that stays out of the way of other work: one request at a time, no more than so many bytes a second on average, and
-/// nothing while `busy` says `true`.
+/// Reading that stays out of the way of other work: one request at a time, no more than so many bytes a second on
+/// average, and nothing while `busy` says `true`.
 #[derive(Clone, Debug)]
 pub struct Gentle {
     /// The bound.
@@ -172,8 +173,8 @@ async fn look(
     Ok(Report { deep: depth != Depth::Stored, ..Report::of(committed, reports) })
 }
 
-/// Reads again what `report` says is damaged, every byte of it; the other objects are taken over as they were found. What is
-/// damaged in the result was found so twice.
+/// Reads again what `report` says is damaged, every byte of it; the other objects are taken over as they were found.
+/// What is damaged in the result was found so twice.
 pub async fn look_again(store: &Store, committed: &Committed, report: &Report) -> Result<Report, CheckpointError> {
     let (manifest, own) = look_at_manifest(store, committed).await?;
     let mut reports = vec![own];

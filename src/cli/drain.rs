@@ -141,14 +141,16 @@ async fn alive(folder: &Store, state: &RunState) -> Result<Generation> {
     }
 }
 
-/// Whether the process of generation `asked` has formed the newest one, too: it obeys the request all the same. A node's id is of one process.
+/// Whether the process of generation `asked` has formed the newest one, too: it obeys the request all the same. A
+/// node's id is of one process.
 fn carried_on_itself(state: &RunState, asked: Generation) -> bool {
     let node = |formed: &Formation| formed.node.clone();
     let before = state.formations().iter().find(|formed| formed.generation == asked).map(node);
     before.is_some() && before == state.formed().map(node)
 }
 
-/// Waits until the journal says how the generation ended, or the one by which the same process has carried on when a worker died.
+/// Waits until the journal says how the generation ended, or the one by which the same process has carried on when a
+/// worker died.
 async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation) -> Result<End> {
     let run_id = journal.state().run_id().clone();
     for look in 1_u32.. {

@@ -1,4 +1,5 @@
-//! Standard output: data, and nothing else. What was asked for and can't be written is an error, unless its reader has gone.
+//! Standard output: data, and nothing else. What was asked for and can't be written is an error, unless its reader has
+//! gone.
 
 use std::io::{self, IsTerminal, Write};
 
@@ -21,8 +22,8 @@ pub(super) fn show(text: &str) -> Result<bool> {
     }
 }
 
-/// The same beside what else is waited for: a reader that stands still keeps nobody from hearing Ctrl-C. What is not read then goes with the
-/// process.
+/// The same beside what else is waited for: a reader that stands still keeps nobody from hearing Ctrl-C. What is not
+/// read then goes with the process.
 pub(super) async fn show_beside(text: String) -> Result<bool> {
     let (done, shown) = tokio::sync::oneshot::channel();
     // A thread of its own: a runtime waits for those that it lends.

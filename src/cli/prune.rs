@@ -176,7 +176,8 @@ impl Prune {
         let what = "no checkpoint is whole as this machine reads it: it may be this machine that garbles them";
         let run_id = &self.run.run_id;
         Err(Error::new(ErrorKind::Unavailable, what).with_hint(format!(
-            "nothing was written off and nothing deleted; try again from another machine, which `trainer verify --run-id {run_id} --all --deep` may tell more of"
+            "nothing was written off and nothing deleted; try again from another machine, which `trainer verify \
+            --run-id {run_id} --all --deep` may tell more of"
         )))
     }
 

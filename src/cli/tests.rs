@@ -36,8 +36,10 @@ fn options_are_added_on_purpose_only() {
         "\
 trainer run: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --nproc-per-node --set --json
 trainer resume: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --from --nproc-per-node --set --json
-trainer boot: CONFIG --run-id --run-id-template --time-zone --ssm-path --store --nproc-per-node --set --standby --device-wait --json
-trainer work: --queue (TRAINER_QUEUE) --store (TRAINER_STORE) --allow (TRAINER_ALLOW) --nproc-per-node --idle-exit --once --lease --max-hold --terminate-when-idle --device-wait --ssm-path (TRAINER_SSM_PATH) --json
+trainer boot: CONFIG --run-id --run-id-template --time-zone --ssm-path --store --nproc-per-node --set --standby \
+--device-wait --json
+trainer work: --queue (TRAINER_QUEUE) --store (TRAINER_STORE) --allow (TRAINER_ALLOW) --nproc-per-node --idle-exit \
+--once --lease --max-hold --terminate-when-idle --device-wait --ssm-path (TRAINER_SSM_PATH) --json
 trainer runs: --store (TRAINER_STORE) --json
 trainer status: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --watch --json
 trainer checkpoints: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
@@ -45,11 +47,17 @@ trainer explain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --json
 trainer verify: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --all --deep --json
 trainer drain: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --no-wait --json
 trainer export: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --out --json
-trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --prompt --tokens --temperature --seed --eos-token --json
-trainer prune: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --keep-last --keep-every --keep-best --damaged --dry-run --json
-trainer doctor: CONFIG --store (TRAINER_STORE) --run-id (TRAINER_RUN_ID) --nproc-per-node --instance-type --region --count --json
-trainer simulate: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --trace --mtbf --lifetimes --nodes --together --wait --stall --durable --restart --notice --notice-share --work --step-time --every --on-demand-price --spot-price --reserved-price --trials --seed --json
-trainer data prepare: --input --tokenizer --out --json --validation-ratio --text-field --eos-token --shard-tokens --sample-bytes --threads --skip-unreadable --bad-records --overwrite
+trainer generate: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --step --prompt --tokens --temperature --seed \
+--eos-token --json
+trainer prune: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --keep-last --keep-every --keep-best --damaged \
+--dry-run --json
+trainer doctor: CONFIG --store (TRAINER_STORE) --run-id (TRAINER_RUN_ID) --nproc-per-node --instance-type --region \
+--count --json
+trainer simulate: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --trace --mtbf --lifetimes --nodes \
+--together --wait --stall --durable --restart --notice --notice-share --work --step-time --every --on-demand-price \
+--spot-price --reserved-price --trials --seed --json
+trainer data prepare: --input --tokenizer --out --json --validation-ratio --text-field --eos-token --shard-tokens \
+--sample-bytes --threads --skip-unreadable --bad-records --overwrite
 trainer completions: SHELL
 trainer worker: "
     );

@@ -31,7 +31,8 @@ Examples:
   trainer work --queue \"$QUEUE\" --once --json > events.jsonl
 
 A message is a job, as JSON:
-  {\"run_id\": \"reports-2026q4\", \"config_uri\": \"s3://bucket/configs/reports.toml\", \"set\": {\"train.steps\": 5000}}
+  {\"run_id\": \"reports-2026q4\", \"config_uri\": \"s3://bucket/configs/reports.toml\", \
+\"set\": {\"train.steps\": 5000}}
 \"config\" may hold the TOML itself, and \"store\" the run's store. An existing run continues as it is.
 A message may name only what --allow covers, and no notice.* setting: those belong to the machine.
 
@@ -48,9 +49,17 @@ pub struct Work {
     /// The store of runs whose jobs name none: s3://bucket/prefix, gs://…, az://…, file://path
     #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
     store: Option<String>,
-    /// Messages may name stores, configurations, models and data below these URIs [default: the --store; for reading also
-    /// its bucket and that of TRAINER_CONFIG or the parameter config-uri]. A local folder is allowed only if named here
-    #[arg(long, env = "TRAINER_ALLOW", value_name = "PREFIX", num_args = 1.., value_delimiter = ',', hide_env_values = true)]
+    /// Messages may name stores, configurations, models and data below these URIs [default: the --store; for reading
+    /// also its bucket and that of TRAINER_CONFIG or the parameter config-uri]. A local folder is allowed only if named
+    /// here
+    #[arg(
+        long,
+        env = "TRAINER_ALLOW",
+        value_name = "PREFIX",
+        num_args = 1..,
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
     allow: Vec<String>,
     #[command(flatten)]
     workers: WorkersArg,
@@ -66,15 +75,16 @@ pub struct Work {
     /// Renew a message before it has been held for this long; SQS's own limit is 12h
     #[arg(long, value_name = "DURATION", default_value = "12h", value_parser = longest)]
     max_hold: Duration,
-    /// When the queue stays empty, leave the Auto Scaling group and lower its desired capacity. Outside of a group, power
-    /// off, or exit with 0 and leave that to the host (TRAINER_POWER_OFF=host). If none of this works, keep working
+    /// When the queue stays empty, leave the Auto Scaling group and lower its desired capacity. Outside of a group,
+    /// power off, or exit with 0 and leave that to the host (TRAINER_POWER_OFF=host). If none of this works, keep
+    /// working
     #[arg(long)]
     terminate_when_idle: bool,
     /// How long to wait for the NVIDIA driver on a machine with GPUs, before the first job
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = duration)]
     device_wait: Duration,
-    /// Read the job API's address and token from the SSM parameters job-api-base-url and worker-token below this path, if
-    /// the environment has none
+    /// Read the job API's address and token from the SSM parameters job-api-base-url and worker-token below this path,
+    /// if the environment has none
     #[arg(long, env = "TRAINER_SSM_PATH", value_name = "PATH", hide_env_values = true)]
     ssm_path: Option<String>,
     #[command(flatten)]

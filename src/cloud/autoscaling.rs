@@ -1,8 +1,8 @@
 //! Leaving an Auto Scaling group.
 //!
-//! A machine that has nothing left to do and merely powers off is replaced by its group, which costs money for ever. It leaves
-//! with `TerminateInstanceInAutoScalingGroup` and the desired capacity lowered by one; the group starts the termination
-//! itself. The API does not do that where the desired capacity would fall below the minimum.
+//! A machine that has nothing left to do and merely powers off is replaced by its group, which costs money for ever. It
+//! leaves with `TerminateInstanceInAutoScalingGroup` and the desired capacity lowered by one; the group starts the
+//! termination itself. The API does not do that where the desired capacity would fall below the minimum.
 
 use std::time::Duration;
 
@@ -88,7 +88,9 @@ mod tests {
         for (code, message, means) in [
             (
                 "ValidationError",
-                "Currently, desiredSize equals minSize (1). Terminating instance without replacement will violate group's min size constraint. Either set shouldDecrementDesiredCapacity flag to false or lower group's min size.",
+                "Currently, desiredSize equals minSize (1). Terminating instance without replacement will violate \
+                group's min size constraint. Either set shouldDecrementDesiredCapacity flag to false or lower group's \
+                min size.",
                 Refusal::AtMinimum,
             ),
             (

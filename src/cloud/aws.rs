@@ -1,8 +1,9 @@
 //! AWS's control plane: one configuration for all of its clients.
 //!
-//! Credentials come from the SDK's default chain (environment, profile, web identity, container, instance role), the region from
-//! [`region::find`](super::region::find), which asks a metadata service for a bounded time only, the endpoints from `AWS_ENDPOINT_URL` and its variants for one service. An error of a service becomes one sentence with the service's
-//! own code and message; the SDK's `Display` says only "service error".
+//! Credentials come from the SDK's default chain (environment, profile, web identity, container, instance role), the
+//! region from [`region::find`](super::region::find), which asks a metadata service for a bounded time only, the
+//! endpoints from `AWS_ENDPOINT_URL` and its variants for one service. An error of a service becomes one sentence with
+//! the service's own code and message; the SDK's `Display` says only "service error".
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use tokio::sync::OnceCell;
@@ -12,8 +13,8 @@ use crate::error::{Error, Kind};
 
 static CONFIG: OnceCell<SdkConfig> = OnceCell::const_new();
 
-/// What all clients are made from. The first call may take as long as [`region::find`](super::region::find) does. Kept once a region is
-/// known: the machine may say it later.
+/// What all clients are made from. The first call may take as long as [`region::find`](super::region::find) does. Kept
+/// once a region is known: the machine may say it later.
 pub async fn config() -> SdkConfig {
     let load = async |region| {
         let defaults = aws_config::defaults(BehaviorVersion::latest()).http_client(direct::sdk_client());
@@ -80,7 +81,8 @@ where
     match kind {
         Kind::Permission if expired => error.with_hint("the session has expired: `aws sso login`, or set new keys"),
         Kind::Permission => error.with_hint(
-            "see who this process is, `aws sts get-caller-identity`, and allow that role or user this call; without any: set AWS_PROFILE",
+            "see who this process is, `aws sts get-caller-identity`, and allow that role or user this call; without \
+            any: set AWS_PROFILE",
         ),
         _ => error,
     }

@@ -1,8 +1,8 @@
 //! Azure's instance metadata service, and Scheduled Events in it.
 //!
 //! Every request says `Metadata: true` and names a version of the interface
-//! (<https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service>). The first request for scheduled events switches them
-//! on for the machine and may take two minutes; a day without one switches them off.
+//! (<https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service>). The first request for scheduled
+//! events switches them on for the machine and may take two minutes; a day without one switches them off.
 //!
 //! Environment: `TRAINER_AZURE_METADATA_ENDPOINT`, a URL, or `off`: there is none.
 

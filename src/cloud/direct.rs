@@ -1,7 +1,7 @@
 //! Who is never asked through a proxy: this machine, and the services that the machine has to itself.
 //!
-//! `HTTP_PROXY` holds for every client that reads it, unless `NO_PROXY` names the host. But a proxy would answer for its
-//! own machine: its loopback, its metadata service, its role. So loopback, link-local addresses and the metadata
+//! `HTTP_PROXY` holds for every client that reads it, unless `NO_PROXY` names the host. But a proxy would answer for
+//! its own machine: its loopback, its metadata service, its role. So loopback, link-local addresses and the metadata
 //! services' names are asked straight, whatever the environment says; AWS's clients take their connections from here,
 //! and the store's ask here which way to go.
 

@@ -1,11 +1,12 @@
 //! Compute Engine's metadata server.
 //!
-//! Every request says `Metadata-Flavor: Google`, and so must every answer: what does not is another service on the same address
-//! (<https://cloud.google.com/compute/docs/metadata/querying-metadata>). A request may wait for a change: the answer's `ETag`, given
-//! back, is what "changed" is measured against, so that a change between two requests is not missed.
+//! Every request says `Metadata-Flavor: Google`, and so must every answer: what does not is another service on the same
+//! address (<https://cloud.google.com/compute/docs/metadata/querying-metadata>). A request may wait for a change: the
+//! answer's `ETag`, given back, is what "changed" is measured against, so that a change between two requests is not
+//! missed.
 //!
-//! Environment: `GCE_METADATA_HOST`, a host or `host:port`, as Google's own libraries read it, and `NO_GCE_CHECK=true`, with which they
-//! look for no such server.
+//! Environment: `GCE_METADATA_HOST`, a host or `host:port`, as Google's own libraries read it, and `NO_GCE_CHECK=true`,
+//! with which they look for no such server.
 
 use crate::env;
 use std::time::Duration;
@@ -14,7 +15,8 @@ use reqwest::Method;
 
 use super::metadata::{Endpoint, MetadataError};
 
-/// The address behind `metadata.google.internal`; asked for by number, a machine elsewhere asks no name server about it.
+/// The address behind `metadata.google.internal`; asked for by number, a machine elsewhere asks no name server about
+/// it.
 const USUAL: &str = "http://169.254.169.254";
 /// Below this lies everything.
 const ROOT: &str = "/computeMetadata/v1";

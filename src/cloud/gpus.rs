@@ -1,12 +1,13 @@
 //! GPU or CPU: what a run computes on, and when computing on the CPU is a mistake that somebody pays for.
 //!
 //! # What counts as a GPU of this process
-//! - Device files `/dev/nvidia0`, `/dev/nvidia1`, …, that may be opened. A container has them when it was given GPUs; `nvidiactl` and
-//!   `nvidia-uvm` alone, a folder in their place (a mount of what the machine does not have), and files that the container's device rules
-//!   refuse (`EPERM`) are there in containers without GPUs, too, and don't count.
-//! - For a build with CUDA also NVIDIA devices on the PCI bus without any such file: a machine without its driver, or a container without
-//!   `--gpus all`. Not so where `NVIDIA_VISIBLE_DEVICES` is `none` or `void`: then the container was to have none. For a build without CUDA
-//!   the bus alone is worth a line, since a desktop with another driver has such a device, too.
+//! - Device files `/dev/nvidia0`, `/dev/nvidia1`, …, that may be opened. A container has them when it was given GPUs;
+//!   `nvidiactl` and `nvidia-uvm` alone, a folder in their place (a mount of what the machine does not have), and files
+//!   that the container's device rules refuse (`EPERM`) are there in containers without GPUs, too, and don't count.
+//! - For a build with CUDA also NVIDIA devices on the PCI bus without any such file: a machine without its driver, or a
+//!   container without `--gpus all`. Not so where `NVIDIA_VISIBLE_DEVICES` is `none` or `void`: then the container was
+//!   to have none. For a build without CUDA the bus alone is worth a line, since a desktop with another driver has such
+//!   a device, too.
 
 use std::path::Path;
 
@@ -17,8 +18,8 @@ use crate::{
     error::{Error, Kind},
 };
 
-/// The first major version of the driver that LibTorch's CUDA 13.0, which scripts/setup fetches, works with (CUDA toolkit release notes,
-/// "CUDA toolkit and corresponding driver versions").
+/// The first major version of the driver that LibTorch's CUDA 13.0, which scripts/setup fetches, works with (CUDA
+/// toolkit release notes, "CUDA toolkit and corresponding driver versions").
 pub const NEEDED_DRIVER: u32 = 580;
 
 /// Says what the machine's GPUs are for: `auto`, `required` or `none`.
@@ -74,7 +75,8 @@ impl Choice {
     }
 }
 
-/// Whether the CPU is asked for, so that LibTorch need not be asked for GPUs: by the setting, or by the machine's `TRAINER_GPU=none`.
+/// Whether the CPU is asked for, so that LibTorch need not be asked for GPUs: by the setting, or by the machine's
+/// `TRAINER_GPU=none`.
 pub fn cpu_is_meant(wanted: Device) -> bool {
     wanted == Device::Cpu || (wanted == Device::Auto && is_none(variable(VARIABLE).as_deref()))
 }
@@ -158,13 +160,16 @@ impl Found {
         const MEANT: &str = "where the CPU is meant: --set parallel.device=cpu";
         let hint = match (self.cuda, self.seen.device_files) {
             (false, _) => format!(
-                "use a build with CUDA (scripts/setup --cuda, then cargo build --release); {MEANT}, or TRAINER_GPU=none for this machine"
+                "use a build with CUDA (scripts/setup --cuda, then cargo build --release); {MEANT}, or \
+                TRAINER_GPU=none for this machine"
             ),
             (true, 0) => format!(
-                "install the NVIDIA driver {NEEDED_DRIVER} or newer; start a container with --gpus all; {MEANT}, or CUDA_VISIBLE_DEVICES= for this process"
+                "install the NVIDIA driver {NEEDED_DRIVER} or newer; start a container with --gpus all; {MEANT}, or \
+                CUDA_VISIBLE_DEVICES= for this process"
             ),
             (true, _) => format!(
-                "see nvidia-smi, and install the NVIDIA driver {NEEDED_DRIVER} or newer; {MEANT}, or CUDA_VISIBLE_DEVICES= for this process"
+                "see nvidia-smi, and install the NVIDIA driver {NEEDED_DRIVER} or newer; {MEANT}, or \
+                CUDA_VISIBLE_DEVICES= for this process"
             ),
         };
         Choice::Refused { what: what.to_owned(), hint }

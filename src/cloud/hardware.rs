@@ -1,7 +1,7 @@
 //! What the kernel's file trees say of this machine: who made it, its NVIDIA devices, its local disks.
 //!
-//! Everything is read below a root, which is `/` unless `TRAINER_HOST_ROOT` names another: a container that has its machine's
-//! `/sys` elsewhere, or a test. Nothing is written, mounted or formatted. What can't be read is not there.
+//! Everything is read below a root, which is `/` unless `TRAINER_HOST_ROOT` names another: a container that has its
+//! machine's `/sys` elsewhere, or a test. Nothing is written, mounted or formatted. What can't be read is not there.
 
 use crate::env;
 use std::{
@@ -45,9 +45,10 @@ fn names(folder: PathBuf) -> Vec<String> {
 
 const AZURE_TAG: &str = "7783-7084-3265-9085-8269-3286-77";
 
-/// Who made the machine, by the firmware's tables: "Amazon EC2" on Nitro, a BIOS version that ends in `.amazon`, or a hypervisor's UUID
-/// that begins with `ec2`, on Xen (EC2 user guide, "Identify EC2 instances"); "Google" on Compute Engine; Microsoft's name stands on Hyper-V
-/// anywhere, Azure's machines have an asset tag of their own (cloud-init, ds-identify).
+/// Who made the machine, by the firmware's tables: "Amazon EC2" on Nitro, a BIOS version that ends in `.amazon`, or a
+/// hypervisor's UUID that begins with `ec2`, on Xen (EC2 user guide, "Identify EC2 instances"); "Google" on Compute
+/// Engine; Microsoft's name stands on Hyper-V anywhere, Azure's machines have an asset tag of their own (cloud-init,
+/// ds-identify).
 pub fn maker(root: &Path) -> Maker {
     let dmi = |name: &str| line(root.join("sys/class/dmi/id").join(name));
     let tables = ["sys_vendor", "board_vendor", "bios_vendor", "bios_version"].map(dmi);
@@ -77,8 +78,8 @@ pub struct Gpus {
     pub device_files: usize,
 }
 
-/// Looks for NVIDIA's devices: PCI vendor 10de with base class 03 (PCI code and ID assignment: display controllers), which leaves out
-/// the sound functions and switches that come with them.
+/// Looks for NVIDIA's devices: PCI vendor 10de with base class 03 (PCI code and ID assignment: display controllers),
+/// which leaves out the sound functions and switches that come with them.
 pub fn gpus(root: &Path) -> Gpus {
     let bus = root.join("sys/bus/pci/devices");
     let is_gpu = |name: &String| {
@@ -96,8 +97,8 @@ pub fn gpus(root: &Path) -> Gpus {
     }
 }
 
-/// The same; of the device files only those count that this process may use: no folder in a file's place, and none that a container's
-/// device rules refuse.
+/// The same; of the device files only those count that this process may use: no folder in a file's place, and none that
+/// a container's device rules refuse.
 pub fn usable_gpus(root: &Path) -> Gpus {
     let dev = root.join("dev");
     let numbered = |name: &String| {
@@ -116,8 +117,8 @@ pub fn usable_gpus(root: &Path) -> Gpus {
     Gpus { device_files, ..gpus(root) }
 }
 
-/// The version of the loaded NVIDIA driver: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 …`, or what its module
-/// says.
+/// The version of the loaded NVIDIA driver: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 …`,
+/// or what its module says.
 pub fn driver_version(root: &Path) -> Option<String> {
     let is_version = |word: &&str| {
         let mut parts = word.split('.');
@@ -130,8 +131,8 @@ pub fn driver_version(root: &Path) -> Option<String> {
     of_driver.or_else(|| line(root.join("sys/module/nvidia/version")).filter(|text| is_version(&text.as_str())))
 }
 
-/// Bytes of memory that may still be taken: the kernel's estimate, or less where a cgroup that this process is in, or one above it, has a
-/// limit (`cloud/cgroup.rs`).
+/// Bytes of memory that may still be taken: the kernel's estimate, or less where a cgroup that this process is in, or
+/// one above it, has a limit (`cloud/cgroup.rs`).
 pub fn available_memory(root: &Path) -> Option<u64> {
     let meminfo = std::fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let free = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
@@ -139,8 +140,8 @@ pub fn available_memory(root: &Path) -> Option<u64> {
     Some(super::cgroup::available_memory(root).map_or(free, |left| left.min(free)))
 }
 
-/// Processors of the machine that are switched on, whatever of them this process may use: `0-3,8` are 5 (kernel documentation,
-/// admin-guide/cputopology).
+/// Processors of the machine that are switched on, whatever of them this process may use: `0-3,8` are 5 (kernel
+/// documentation, admin-guide/cputopology).
 pub fn processors(root: &Path) -> Option<u32> {
     let text = line(root.join("sys/devices/system/cpu/online"))?;
     let count = |range: &str| {
@@ -153,8 +154,8 @@ pub fn processors(root: &Path) -> Option<u32> {
 /// Models of NVMe disks that live and die with the machine, on EC2, Google Cloud and Azure.
 const INSTANCE_STORES: [&str; 3] = ["Amazon EC2 NVMe Instance Storage", "nvme_card", "Microsoft NVMe Direct Disk"];
 
-/// Where a disk that lives and dies with the machine is mounted for writing, alone or as part of an array or volume group; the first by
-/// path.
+/// Where a disk that lives and dies with the machine is mounted for writing, alone or as part of an array or volume
+/// group; the first by path.
 pub fn instance_store(root: &Path) -> Option<PathBuf> {
     let blocks = root.join("sys/block");
     let all = names(blocks.clone());
@@ -163,7 +164,8 @@ pub fn instance_store(root: &Path) -> Option<PathBuf> {
         all.iter().filter(|name| INSTANCE_STORES.iter().any(|store| model(name).starts_with(store))).cloned().collect();
     // `nvme_card-pd` is Google's persistent disk.
     disks.retain(|name| !model(name).ends_with("-pd"));
-    // Arrays and volumes name what they are made of: whole disks, or partitions of them. Two levels: a volume on an array.
+    // Arrays and volumes name what they are made of: whole disks, or partitions of them. Two levels: a volume on an
+    // array.
     for _ in 0..2 {
         for name in &all {
             let parts = names(blocks.join(name).join("slaves"));
@@ -282,7 +284,8 @@ mod tests {
             (
                 vec![(
                     NVRM,
-                    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\nGCC version:  gcc 11.4.0\n",
+                    "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\nGCC \
+                    version:  gcc 11.4.0\n",
                 )],
                 Some("535.183.01"),
             ),

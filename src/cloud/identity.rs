@@ -1,9 +1,10 @@
 //! What an EC2 instance says of itself: its id, its region, its tags.
 //!
-//! A machine that is none must not be held up: where the firmware names another maker, nobody is asked, and where it names nobody
-//! (containers without `/sys`), one short question is. On an instance the network may come up after this process, and the service
-//! may be slow or refuse under load: it is asked again for a while. Silence is never taken for an answer: whoever asks later
-//! asks anew, and a machine whose tags can't be read does not do something else than they say.
+//! A machine that is none must not be held up: where the firmware names another maker, nobody is asked, and where it
+//! names nobody (containers without `/sys`), one short question is. On an instance the network may come up after this
+//! process, and the service may be slow or refuse under load: it is asked again for a while. Silence is never taken for
+//! an answer: whoever asks later asks anew, and a machine whose tags can't be read does not do something else than they
+//! say.
 
 use std::time::{Duration, Instant};
 
@@ -100,7 +101,8 @@ async fn instance() -> Result<Option<&'static Instance>, Silence> {
     }
 }
 
-/// How long one question and all of them may take; `None`: nobody need be asked. `named`: the user says where the service is.
+/// How long one question and all of them may take; `None`: nobody need be asked. `named`: the user says where the
+/// service is.
 fn patience(named: bool, maker: Maker) -> Option<(Duration, Duration)> {
     match maker {
         Maker::Amazon => Some((LIMIT, PATIENCE)),
@@ -158,8 +160,8 @@ pub async fn read() -> Option<&'static Identity> {
 /// What is known of the tags of this machine.
 #[derive(Debug)]
 pub enum Tags {
-    /// Those whose key begins with `trainer:`, without it; none where tags are not shown to the instance (`InstanceMetadataTags`), or
-    /// the machine may be none. A tag's value is at most 256 characters.
+    /// Those whose key begins with `trainer:`, without it; none where tags are not shown to the instance
+    /// (`InstanceMetadataTags`), or the machine may be none. A tag's value is at most 256 characters.
     Known(Vec<(String, String)>),
     /// This is an instance, and it says nothing of itself now.
     Silent(Error),

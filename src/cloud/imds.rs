@@ -1,9 +1,10 @@
 //! AWS's instance metadata service, version 2 only.
 //!
-//! A session token is fetched with `PUT`, lives six hours, and is replaced before it ends or when the service says 401. There is no
-//! fallback to version 1: a token that can't be had is an error (from within a container its usual cause is a hop limit of 1, which
-//! lets the answer to the `PUT` die on the way, so that it seems to hang). The AWS SDK has a client of its own, which fetches credentials;
-//! this one is for notices, where thirty seconds of retries would eat a quarter of the warning, and where answers are bounded in size.
+//! A session token is fetched with `PUT`, lives six hours, and is replaced before it ends or when the service says 401.
+//! There is no fallback to version 1: a token that can't be had is an error (from within a container its usual cause is
+//! a hop limit of 1, which lets the answer to the `PUT` die on the way, so that it seems to hang). The AWS SDK has a
+//! client of its own, which fetches credentials; this one is for notices, where thirty seconds of retries would eat a
+//! quarter of the warning, and where answers are bounded in size.
 //!
 //! Environment, as the AWS SDKs read it: `AWS_EC2_METADATA_DISABLED`, `AWS_EC2_METADATA_SERVICE_ENDPOINT`,
 //! `AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE` (`IPv4`, `IPv6`).
@@ -60,8 +61,8 @@ impl Imds {
         self.endpoint.uri()
     }
 
-    /// What lies at `path`, such as `/latest/meta-data/instance-id`; `None`: nothing does (404). `limit` bounds everything, a new token
-    /// included.
+    /// What lies at `path`, such as `/latest/meta-data/instance-id`; `None`: nothing does (404). `limit` bounds
+    /// everything, a new token included.
     pub async fn get(&self, path: &str, limit: Duration) -> Result<Option<String>, MetadataError> {
         let began = Instant::now();
         let left = || limit.saturating_sub(began.elapsed());

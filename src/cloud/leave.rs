@@ -1,13 +1,14 @@
 //! What `on_complete.action = "terminate"` does: this machine leaves, and nothing comes in its place.
 //!
-//! In an Auto Scaling group it is the group that ends the machine, with its desired capacity lowered. Outside of one the machine
-//! powers off. Where the group does not let it go (its minimum forbids it, the permission is missing, nothing answers), it stays: powered off,
-//! it would be replaced at once by one that finds nothing to do and does the same, for ever. A lifecycle hook at its end would keep an
-//! idle machine waiting, and costing, until the hook's time-out: this process has nothing to save, and completes it. The work is
-//! done whatever comes of this, so that nothing here is an error; what a person must do is said.
+//! In an Auto Scaling group it is the group that ends the machine, with its desired capacity lowered. Outside of one
+//! the machine powers off. Where the group does not let it go (its minimum forbids it, the permission is missing,
+//! nothing answers), it stays: powered off, it would be replaced at once by one that finds nothing to do and does the
+//! same, for ever. A lifecycle hook at its end would keep an idle machine waiting, and costing, until the hook's
+//! time-out: this process has nothing to save, and completes it. The work is done whatever comes of this, so that
+//! nothing here is an error; what a person must do is said.
 //!
-//! A container has no command that powers its machine off. `TRAINER_POWER_OFF=host` says that whoever started this process does that when
-//! it has ended with 0: then no command is looked for.
+//! A container has no command that powers its machine off. `TRAINER_POWER_OFF=host` says that whoever started this
+//! process does that when it has ended with 0: then no command is looked for.
 
 use std::time::{Duration, Instant};
 
@@ -51,7 +52,8 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
             }
             autoscaling::Left::AtMinimum { said } => {
                 tracing::error!(
-                    "on_complete: {id} stays on and costs money: its group's desired capacity can't fall below the minimum ({said}); lower the group's MinSize to 0, then end it"
+                    "on_complete: {id} stays on and costs money: its group's desired capacity can't fall below the \
+                    minimum ({said}); lower the group's MinSize to 0, then end it"
                 );
                 return Departure::Stays { silence: false };
             }
@@ -63,7 +65,9 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
                     Some(false) => {}
                     Some(true) => {
                         tracing::error!(
-                            "on_complete: {id} stays on and costs money: powered off, it would be replaced until its group's desired capacity is lowered; allow autoscaling:TerminateInstanceInAutoScalingGroup, or end it"
+                            "on_complete: {id} stays on and costs money: powered off, it would be replaced until its \
+                            group's desired capacity is lowered; allow \
+                            autoscaling:TerminateInstanceInAutoScalingGroup, or end it"
                         );
                         return Departure::Stays { silence: is_silence(&error) };
                     }

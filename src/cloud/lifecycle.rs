@@ -1,18 +1,19 @@
 //! The hook at the end of a machine of an AWS Auto Scaling group.
 //!
-//! With such a hook a machine that the group is about to end waits until somebody completes the hook, or until the hook's heartbeat
-//! time-out has passed since the last heartbeat (30 s to 2 h; in all at most 48 h, or a hundred time-outs). Without one it is ended at
-//! once. A hook holds up a scale-in, a rebalance or a refresh; a spot machine that EC2 takes back it does not hold up
+//! With such a hook a machine that the group is about to end waits until somebody completes the hook, or until the
+//! hook's heartbeat time-out has passed since the last heartbeat (30 s to 2 h; in all at most 48 h, or a hundred
+//! time-outs). Without one it is ended at once. A hook holds up a scale-in, a rebalance or a refresh; a spot machine
+//! that EC2 takes back it does not hold up
 //! (<https://docs.aws.amazon.com/autoscaling/ec2/userguide/lifecycle-hooks.html>).
 //!
-//! Which group: `TRAINER_AUTO_SCALING_GROUP`; else the machine's tag `aws:autoscaling:groupName`, where its metadata has tags; else
-//! `DescribeAutoScalingInstances`. Which hook: `TRAINER_LIFECYCLE_HOOK` or the configuration; else the group's one hook at
-//! the end of a machine, by `DescribeLifecycleHooks`, which is also what says how long its time-out is. With group and hook named, a
-//! role needs `RecordLifecycleActionHeartbeat` and `CompleteLifecycleAction` on that group and nothing else; then the time-out
-//! is not known.
+//! Which group: `TRAINER_AUTO_SCALING_GROUP`; else the machine's tag `aws:autoscaling:groupName`, where its metadata
+//! has tags; else `DescribeAutoScalingInstances`. Which hook: `TRAINER_LIFECYCLE_HOOK` or the configuration; else the
+//! group's one hook at the end of a machine, by `DescribeLifecycleHooks`, which is also what says how long its time-out
+//! is. With group and hook named, a role needs `RecordLifecycleActionHeartbeat` and `CompleteLifecycleAction` on that
+//! group and nothing else; then the time-out is not known.
 //!
-//! Nothing is stored. A process that dies sends no more heartbeats, and the group goes on when the time-out has passed. A call is bounded
-//! by [`LIMIT`], its retries included.
+//! Nothing is stored. A process that dies sends no more heartbeats, and the group goes on when the time-out has passed.
+//! A call is bounded by [`LIMIT`], its retries included.
 
 use std::time::Duration;
 
@@ -150,8 +151,8 @@ async fn group_of(client: &Client, instance: &str) -> Result<Option<String>, Err
     Ok(found.find_map(|member| member.auto_scaling_group_name()).map(str::to_owned))
 }
 
-/// The hook that matters: of several at the end of a machine the one that waits least, since the first that ends the wait
-/// with ABANDON ends them all.
+/// The hook that matters: of several at the end of a machine the one that waits least, since the first that ends the
+/// wait with ABANDON ends them all.
 fn choose(hooks: &[LifecycleHook]) -> Option<(String, Option<Duration>)> {
     let ending = hooks.iter().filter(|hook| hook.lifecycle_transition() == Some(TERMINATING));
     let named =

@@ -1,8 +1,9 @@
 //! One bounded HTTP request to a metadata service.
 //!
-//! A metadata service is a stranger on a link-local address: it may be absent, slow, wrong or hostile, and nothing that it does
-//! may hurt training. A request has one deadline for everything, follows no redirect, goes through no proxy (a proxy would
-//! answer for its own machine), and takes no answer longer than [`MAX_ANSWER`]. Retries are the caller's affair.
+//! A metadata service is a stranger on a link-local address: it may be absent, slow, wrong or hostile, and nothing that
+//! it does may hurt training. A request has one deadline for everything, follows no redirect, goes through no proxy (a
+//! proxy would answer for its own machine), and takes no answer longer than [`MAX_ANSWER`]. Retries are the caller's
+//! affair.
 
 use std::time::Duration;
 

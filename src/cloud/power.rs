@@ -1,6 +1,7 @@
 //! Switching this machine off, by the command that its system has for it.
 //!
-//! Commands are looked for in `PATH`. In a container there is none, as a rule: then whoever started the container must see to it.
+//! Commands are looked for in `PATH`. In a container there is none, as a rule: then whoever started the container must
+//! see to it.
 
 use std::{path::PathBuf, process::Stdio, time::Duration};
 

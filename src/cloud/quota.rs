@@ -1,8 +1,9 @@
 //! How many vCPUs of spot machines an account may have in a region at once, by family of instance types.
 //!
-//! "Max spot instance count exceeded" is the first thing that many new accounts hear: their quota for GPU machines is 0. Quotas are
-//! counted in vCPUs, per region, for all machines of a family together, and open requests count too (EC2 user guide, "Spot
-//! Instance quotas"; the codes: AWS General Reference, "Amazon EC2 endpoints and quotas"). Only asked for, never changed.
+//! "Max spot instance count exceeded" is the first thing that many new accounts hear: their quota for GPU machines is
+//! 0. Quotas are counted in vCPUs, per region, for all machines of a family together, and open requests count too (EC2
+//! user guide, "Spot Instance quotas"; the codes: AWS General Reference, "Amazon EC2 endpoints and quotas"). Only asked
+//! for, never changed.
 
 use std::time::Duration;
 
@@ -53,8 +54,8 @@ const ODD: [(&str, u32); 4] = [("g4dn.metal", 96), ("g5g.metal", 64), ("c4.8xlar
 /// Classes from before sizes meant the same everywhere.
 const OLD: [&str; 9] = ["c1", "cc2", "cg1", "cr1", "hi1", "hs1", "m1", "m2", "t1"];
 
-/// The vCPUs of an instance type, by its size: `large` has 2, `xlarge` 4, `<n>xlarge` and `metal-<n>xl` 4 n (EC2 instance types guide,
-/// specifications). `None`: its size does not say.
+/// The vCPUs of an instance type, by its size: `large` has 2, `xlarge` 4, `<n>xlarge` and `metal-<n>xl` 4 n (EC2
+/// instance types guide, specifications). `None`: its size does not say.
 pub fn vcpus(instance_type: &str) -> Option<u32> {
     if let Some((_, vcpus)) = ODD.iter().find(|(odd, _)| *odd == instance_type) {
         return Some(*vcpus);
@@ -82,8 +83,8 @@ pub struct Quota {
     pub is_default: bool,
 }
 
-/// The quota of a code. One that was never applied to the account may be answered with "no such resource" (aws-cli issue 6629): AWS's default
-/// counts then.
+/// The quota of a code. One that was never applied to the account may be answered with "no such resource" (aws-cli
+/// issue 6629): AWS's default counts then.
 pub async fn read(region: &str, code: &str) -> Result<Quota> {
     let client = Client::new(&aws::config_in(region).await);
     let doing = format!("read quota {code} of EC2 in {region}");

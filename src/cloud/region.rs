@@ -1,9 +1,9 @@
 //! Which region of AWS this process talks to.
 //!
 //! Found once, kept for the life of the process: the environment (`AWS_REGION`, `AWS_DEFAULT_REGION`), the profile of
-//! `AWS_PROFILE`, then the instance's identity document. The last one is asked only where a metadata service may be, and for a
-//! bounded time ([`identity::read`]). The environment can't be changed once threads run, so that what the machine
-//! said of itself is kept here, and the S3 client reads it here, too.
+//! `AWS_PROFILE`, then the instance's identity document. The last one is asked only where a metadata service may be,
+//! and for a bounded time ([`identity::read`]). The environment can't be changed once threads run, so that what the
+//! machine said of itself is kept here, and the S3 client reads it here, too.
 
 use crate::env;
 use std::sync::OnceLock;

@@ -1,12 +1,14 @@
 //! One queue of Amazon SQS, and the few calls that a worker makes on it.
 //!
-//! A received message is hidden from others until its visibility runs out, it is deleted, or its time is set anew. SQS names each
-//! receipt anew, counts receives (`ApproximateReceiveCount`), moves a message that was received more often than the redrive policy's
-//! `maxReceiveCount` to the dead-letter queue, and hides a message for no longer than twelve hours in all from its receive on (API reference,
-//! `ChangeMessageVisibility`). Delivery is at least once: the same message may come twice.
+//! A received message is hidden from others until its visibility runs out, it is deleted, or its time is set anew. SQS
+//! names each receipt anew, counts receives (`ApproximateReceiveCount`), moves a message that was received more often
+//! than the redrive policy's `maxReceiveCount` to the dead-letter queue, and hides a message for no longer than twelve
+//! hours in all from its receive on (API reference, `ChangeMessageVisibility`). Delivery is at least once: the same
+//! message may come twice.
 //!
-//! Nothing is stored here. Every call is bounded in time, and retried by the SDK; a call whose answer was lost may have happened: a second
-//! delete of a message is fine, a second send makes a duplicate. What comes in a message is the sender's word and is checked by the caller.
+//! Nothing is stored here. Every call is bounded in time, and retried by the SDK; a call whose answer was lost may have
+//! happened: a second delete of a message is fine, a second send makes a duplicate. What comes in a message is the
+//! sender's word and is checked by the caller.
 
 use std::{
     collections::HashMap,
@@ -152,8 +154,8 @@ impl Queue {
         }
     }
 
-    /// Sends a copy of `message`, which may be received after `delay`; attributes stay, but for `numbers`, and as far as there is room for
-    /// them. Its receives are counted from 0 again.
+    /// Sends a copy of `message`, which may be received after `delay`; attributes stay, but for `numbers`, and as far
+    /// as there is room for them. Its receives are counted from 0 again.
     pub async fn send_copy(&self, message: &Message, numbers: &[(&str, u64)], delay: Duration) -> Result<()> {
         let attributes = attributes_of_copy(&message.attributes, numbers)?;
         let call = self.client.send_message().queue_url(&self.url).message_body(&message.body);
@@ -174,8 +176,8 @@ impl Queue {
     }
 }
 
-/// The attributes of a copy: `numbers`, and of the others those that still fit, by name: a copy without some of a sender's
-/// attributes is better than none.
+/// The attributes of a copy: `numbers`, and of the others those that still fit, by name: a copy without some of a
+/// sender's attributes is better than none.
 fn attributes_of_copy(
     attributes: &HashMap<String, MessageAttributeValue>,
     numbers: &[(&str, u64)],
@@ -255,7 +257,8 @@ impl Place {
         }
         if url.path().ends_with(".fifo") {
             return Err(
-                "is a FIFO queue: use a standard one; that a run has one writer, and in which order, its journal sees to",
+                "is a FIFO queue: use a standard one; that a run has one writer, and in which order, its journal sees \
+                to",
             );
         }
         let host = match url.host() {

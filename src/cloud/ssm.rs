@@ -1,8 +1,9 @@
 //! Parameters of AWS Systems Manager, read by path.
 //!
-//! `GetParametersByPath` gives at most ten a page, and a page may be short or empty and still name a next one: only the token
-//! says where the end is (AWS API reference, `GetParametersByPath`). Encrypted ones come decrypted. Pages, parameters and
-//! bytes are bounded. A value may be a secret: it is held in a [`Secret`], and no error or log line here has one in it.
+//! `GetParametersByPath` gives at most ten a page, and a page may be short or empty and still name a next one: only the
+//! token says where the end is (AWS API reference, `GetParametersByPath`). Encrypted ones come decrypted. Pages,
+//! parameters and bytes are bounded. A value may be a secret: it is held in a [`Secret`], and no error or log line here
+//! has one in it.
 
 use std::{fmt, time::Duration};
 
@@ -22,7 +23,8 @@ const MAX_PAGES: usize = 200;
 const MAX_PARAMETERS: usize = 500;
 /// Bytes of all values together. One value has at most 8 KiB.
 const MAX_BYTES: usize = 1 << 20;
-/// For one request, and for one with all of the SDK's own retries (with jitter): on a machine that comes up, so does its network.
+/// For one request, and for one with all of the SDK's own retries (with jitter): on a machine that comes up, so does
+/// its network.
 const ATTEMPT: Duration = Duration::from_secs(5);
 const OPERATION: Duration = Duration::from_secs(30);
 const ATTEMPTS: u32 = 6;

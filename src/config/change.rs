@@ -34,9 +34,9 @@ pub fn effect(key: &str) -> Effect {
         }
         "train.seed" => Effect::Fixed("it orders the samples: those already seen would come again, others never"),
         "train.optimizer.kind" => Effect::Fixed("the checkpoints hold this optimizer's moments"),
-        // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps: only the
-        // order in which gradients are summed depends on it.
-        // What a machine computes on is its own affair, as its kind of GPU is.
+        // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps:
+        // only the order in which gradients are summed depends on it. What a machine computes on is its own affair, as
+        // its kind of GPU is.
         "parallel.strategy" | "parallel.nproc_per_node" | "parallel.device" | "data.validation_every" => Effect::Free,
         // It was looked at when the run was created.
         "data.tokenizer" => Effect::Free,
@@ -62,7 +62,8 @@ pub struct Difference {
     pub to: String,
 }
 
-/// Where two configurations differ, by key, in the order of `default.toml`. The model's description counts as one value.
+/// Where two configurations differ, by key, in the order of `default.toml`. The model's description counts as one
+/// value.
 pub fn diff(from: &RunConfig, to: &RunConfig) -> Vec<Difference> {
     settings(from)
         .into_iter()
@@ -122,8 +123,9 @@ pub fn names(overrides: &[(String, String)], key: &str) -> Result<bool, ConfigEr
     Ok(raw.origin(key) == Origin::Set)
 }
 
-/// How a run's store is asked before the run's own settings are known, which stand in that very store: as these overrides say. What S3 is
-/// to do with what is written is left out: that is the run's to say, and nothing is written by then.
+/// How a run's store is asked before the run's own settings are known, which stand in that very store: as these
+/// overrides say. What S3 is to do with what is written is left out: that is the run's to say, and nothing is written
+/// by then.
 ///
 /// # Errors
 /// Unknown keys of `storage`, and wrong values.

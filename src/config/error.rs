@@ -1,4 +1,5 @@
-//! What can be wrong with a configuration. Every text names the key, where it was set, what it says and what it may say.
+//! What can be wrong with a configuration. Every text names the key, where it was set, what it says and what it may
+//! say.
 
 use std::{fmt, path::PathBuf};
 

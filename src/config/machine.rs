@@ -28,7 +28,8 @@ impl Machine {
     }
 }
 
-/// Device files `nvidia0`, `nvidia1`, …, or as many of them as the variable names: CUDA ignores what follows a wrong entry.
+/// Device files `nvidia0`, `nvidia1`, …, or as many of them as the variable names: CUDA ignores what follows a wrong
+/// entry.
 fn count_gpus(device_files: impl Iterator<Item = String>, visible: Option<&str>) -> u32 {
     let present = device_files
         .filter_map(|name| name.strip_prefix("nvidia").map(str::to_owned))

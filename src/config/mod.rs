@@ -1,10 +1,10 @@
 //! What a run is told to do: the resolved configuration.
 //!
 //! A configuration is read in two steps. `raw` holds what the user typed (TOML file, environment, `--set key=value`),
-//! with nothing looked up and nothing defaulted beyond the embedded, commented `default.toml`. [`RunConfig`] is what the
-//! program uses: every value present and checked, the model's `config.json` read and put inside, so that the journal's
-//! `created` record alone is enough to carry the run on elsewhere. Stored layout: `RunConfig` as JSON in that record;
-//! fields may be added with a serde default, never renamed.
+//! with nothing looked up and nothing defaulted beyond the embedded, commented `default.toml`. [`RunConfig`] is what
+//! the program uses: every value present and checked, the model's `config.json` read and put inside, so that the
+//! journal's `created` record alone is enough to carry the run on elsewhere. Stored layout: `RunConfig` as JSON in that
+//! record; fields may be added with a serde default, never renamed.
 
 mod batch;
 mod change;
@@ -13,6 +13,8 @@ mod machine;
 mod raw;
 mod resolve;
 mod text;
+#[cfg(test)]
+mod change_tests;
 #[cfg(test)]
 mod tests;
 
@@ -193,7 +195,8 @@ pub struct ParallelConfig {
 pub enum Strategy {
     /// Everything replicated, gradients all-reduced.
     Ddp,
-    /// Weights replicated; optimizer state, and with bf16 the fp32 weights, partitioned (ZeRO stage 1, arXiv 1910.02054).
+    /// Weights replicated; optimizer state, and with bf16 the fp32 weights, partitioned (ZeRO stage 1, arXiv
+    /// 1910.02054).
     Zero1,
 }
 
@@ -261,7 +264,8 @@ pub struct Keep {
     pub best: u32,
 }
 
-/// How far apart checkpoints are that are kept for good. Stored as a plain number of steps, or as `{"seconds":21600.0}`.
+/// How far apart checkpoints are that are kept for good. Stored as a plain number of steps, or as
+/// `{"seconds":21600.0}`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Spacing {

@@ -1,7 +1,7 @@
 //! What was typed, before anything is made of it: settings by their full key, each with where it was made.
 //!
-//! The embedded `default.toml` is the schema: its keys are the keys there are. Later layers replace single keys, so that
-//! `optimizer = { lr = 1e-3 }` leaves the other settings of the optimizer alone.
+//! The embedded `default.toml` is the schema: its keys are the keys there are. Later layers replace single keys, so
+//! that `optimizer = { lr = 1e-3 }` leaves the other settings of the optimizer alone.
 
 use std::{collections::BTreeMap, fmt::Display, ops::RangeInclusive, path::Path, time::Duration};
 

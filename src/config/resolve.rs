@@ -1,4 +1,5 @@
-//! From what was typed to what the program uses: every value looked up, checked and made independent of where it was typed.
+//! From what was typed to what the program uses: every value looked up, checked and made independent of where it was
+//! typed.
 
 use std::path::{Path, PathBuf};
 

@@ -8,7 +8,7 @@ use crate::error::{Error, Explain, Kind};
 const MACHINE: Machine = Machine { cores: 8, gpus: 0 };
 
 /// A folder with a model's `config.json` in the place that the example names.
-fn folder() -> tempfile::TempDir {
+pub(super) fn folder() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir_all(dir.path().join("configs/models")).unwrap();
     std::fs::write(dir.path().join("configs/models/tiny.json"), r#"{"hidden_size":64}"#).unwrap();
@@ -38,7 +38,7 @@ fn load_with(
 const LEAST: &str = "model.config = 'configs/models/tiny.json'\ndata.train = 'data'\n";
 
 /// Loads the least configuration with some lines added.
-fn load_least(more: &str) -> Result<RunConfig, ConfigError> {
+pub(super) fn load_least(more: &str) -> Result<RunConfig, ConfigError> {
     load_with(folder().path(), &format!("{LEAST}{more}"), vec![], &[])
 }
 
@@ -49,7 +49,7 @@ store = "file://./runs"            # s3://bucket/prefix  gs://…  az://…  fil
 
 [model]
 kind = "llama"
-config = "configs/models/tiny.json"   # a Hugging Face config.json, or init_from = "hf-folder-or-URI" to start from its weights
+config = "configs/models/tiny.json"   # a Hugging Face config.json, or init_from = "hf-folder-or-URI"
 
 [data]
 train = "file://./runs/data/rust"
@@ -181,7 +181,9 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "train = 5",
-            "run.toml:3: train = 5: expected a table with global_batch, max_micro_batch, optimizer.betas, optimizer.eps, optimizer.grad_clip, optimizer.kind, optimizer.lr, optimizer.weight_decay, precision, schedule.kind, schedule.min_lr_ratio, schedule.warmup_steps, seed, steps, threads",
+            "run.toml:3: train = 5: expected a table with global_batch, max_micro_batch, optimizer.betas, \
+            optimizer.eps, optimizer.grad_clip, optimizer.kind, optimizer.lr, optimizer.weight_decay, precision, \
+            schedule.kind, schedule.min_lr_ratio, schedule.warmup_steps, seed, steps, threads",
             "",
         ),
         ("train.precision = 'fp61'", "run.toml:3: train.precision = \"fp61\": expected \"fp32\" or \"bf16\"", ""),
@@ -222,7 +224,8 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ("parallel.strategy = 'fsdp'", "run.toml:3: parallel.strategy = \"fsdp\": expected \"ddp\" or \"zero1\"", ""),
         (
             "checkpoint.every = 500",
-            "run.toml:3: checkpoint.every = 500: expected \"auto\", a count of steps such as \"500 steps\", or a duration such as \"2h\"",
+            "run.toml:3: checkpoint.every = 500: expected \"auto\", a count of steps such as \"500 steps\", or a \
+            duration such as \"2h\"",
             "",
         ),
         (
@@ -232,17 +235,20 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "checkpoint.keep = { every = 1000 }",
-            "run.toml:3: checkpoint.keep.every = 1000: expected \"never\", a count of steps such as \"1000 steps\", or a duration such as \"6h\"",
+            "run.toml:3: checkpoint.keep.every = 1000: expected \"never\", a count of steps such as \"1000 steps\", or \
+            a duration such as \"6h\"",
             "",
         ),
         (
             "notice.sources = ['aws', 'ibm']",
-            "run.toml:3: notice.sources = [\"aws\", \"ibm\"]: expected \"auto\", or a list of \"aws\", \"gcp\", \"azure\", \"signals\" or \"file\"",
+            "run.toml:3: notice.sources = [\"aws\", \"ibm\"]: expected \"auto\", or a list of \"aws\", \"gcp\", \
+            \"azure\", \"signals\" or \"file\"",
             "",
         ),
         (
             "notice.sources = []",
-            "run.toml:3: notice.sources = []: expected \"auto\", or a list of \"aws\", \"gcp\", \"azure\", \"signals\" or \"file\"",
+            "run.toml:3: notice.sources = []: expected \"auto\", or a list of \"aws\", \"gcp\", \"azure\", \"signals\" \
+            or \"file\"",
             "",
         ),
         (
@@ -273,7 +279,8 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "storage.storage_class = 'GLACIER'",
-            "run.toml:3: storage.storage_class = \"GLACIER\": expected a class that can be read at once: a run that resumes can't wait for a thaw",
+            "run.toml:3: storage.storage_class = \"GLACIER\": expected a class that can be read at once: a run that \
+            resumes can't wait for a thaw",
             "",
         ),
         (
@@ -283,7 +290,8 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         ),
         (
             "store = 's4://x'",
-            "run.toml:3: store = \"s4://x\": expected a URI such as s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file://path or memory://, or a path",
+            "run.toml:3: store = \"s4://x\": expected a URI such as s3://bucket/prefix, gs://bucket/prefix, \
+            az://container/prefix, file://path or memory://, or a path",
             "",
         ),
         ("a = = 1", "run.toml:3: not valid TOML: ", ""),
@@ -305,7 +313,8 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
 #[test]
 fn settings_of_the_store_are_read_kept_and_changed() {
     let config = load_least(
-        "storage = { max_upload_mib_per_s = 200, encryption = 'sse-kms', kms_key_id = 'alias/run', storage_class = 'STANDARD_IA' }",
+        "storage = { max_upload_mib_per_s = 200, encryption = 'sse-kms', kms_key_id = 'alias/run', \
+         storage_class = 'STANDARD_IA' }",
     )
     .unwrap();
     let expected = StorageConfig {
@@ -429,143 +438,6 @@ fn later_layers_win_key_by_key() {
 #[test]
 fn more_workers_than_cores_get_one_thread_each() {
     assert_eq!(load_least("parallel.nproc_per_node = 100").unwrap().train.threads, 1);
-}
-
-fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
-    pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect()
-}
-
-#[test]
-fn a_resume_changes_what_it_names_and_nothing_else() {
-    let base =
-        load_least("train.schedule.kind = 'linear'\nnotice.sources = ['file', 'signals']\nrestart.backoff = '1500ms'")
-            .unwrap();
-    assert_eq!(apply_overrides(&base, &[]).unwrap(), base);
-    assert!(diff(&base, &base).is_empty());
-
-    let overrides = pairs(&[
-        ("checkpoint.every", "2h"),
-        ("parallel.strategy", "zero1"),
-        ("train.optimizer.lr", "1"),
-        ("train.optimizer", "{grad_clip=0}"),
-    ]);
-    let changed = apply_overrides(&base, &overrides).unwrap();
-    let differences: Vec<_> =
-        diff(&base, &changed).into_iter().map(|d| (d.key, d.from, d.to, is_mathematical(d.key))).collect();
-    assert_eq!(
-        differences,
-        [
-            ("train.optimizer.lr", "0.0003".to_owned(), "1.0".to_owned(), true),
-            ("train.optimizer.grad_clip", "1.0".to_owned(), "0.0".to_owned(), true),
-            ("parallel.strategy", "\"ddp\"".to_owned(), "\"zero1\"".to_owned(), false),
-            ("checkpoint.every", "\"auto\"".to_owned(), "\"2h\"".to_owned(), false),
-        ]
-    );
-    let canonical = canonical_overrides(&base, &overrides).unwrap();
-    assert_eq!(apply_overrides(&base, &canonical).unwrap(), changed);
-    let moved = canonical_overrides(&base, &pairs(&[("data.train", "elsewhere")])).unwrap();
-    assert!(moved[0].1.starts_with("\"file:///"), "{moved:?}");
-}
-
-#[test]
-fn what_a_run_keeps_for_life_is_refused_with_the_reason() {
-    let base = load_least("").unwrap();
-    for (key, value, message) in [
-        (
-            "model.config",
-            "x.json",
-            "model.config can't be changed on resume: the checkpoints' tensors belong to this model",
-        ),
-        (
-            "model",
-            "{kind='llama'}",
-            "model.kind can't be changed on resume: the checkpoints' tensors belong to this model",
-        ),
-        (
-            "store",
-            "s3://b",
-            "store can't be changed on resume: the run lives there (a copy of it is named with --store)",
-        ),
-        (
-            "data.sequence_length",
-            "64",
-            "data.sequence_length can't be changed on resume: it cuts the samples: those already seen would come again, others never",
-        ),
-        (
-            "train.seed",
-            "1",
-            "train.seed can't be changed on resume: it orders the samples: those already seen would come again, others never",
-        ),
-        (
-            "train.threads",
-            "auto",
-            "--set: train.threads = \"auto\": expected a whole number (\"auto\" is settled once, when the run is created)",
-        ),
-        ("train.lr", "1", "--set: unknown key train.lr"),
-        ("train.steps", "50", "train.schedule.warmup_steps = 100 is longer than the run: train.steps = 50"),
-    ] {
-        assert_eq!(apply_overrides(&base, &pairs(&[(key, value)])).unwrap_err().to_string(), message);
-    }
-}
-
-#[test]
-fn a_store_is_read_as_the_caller_says_before_the_run_can_say_anything() {
-    let set = [
-        ("train.steps", "5"),
-        ("storage.attempts", "3"),
-        ("storage.part_mib", "8"),
-        // Right only with what the run says.
-        ("storage.kms_key_id", "alias/run"),
-        ("storage.storage_class", "STANDARD_IA"),
-    ];
-    let expected = StorageConfig { attempts: 3, ..StorageConfig::plain(16, 8) };
-    assert_eq!(reading_settings(&pairs(&set)).unwrap(), expected);
-    for (key, value) in [("storage.attempts", "0"), ("storage.attemps", "3")] {
-        let error = reading_settings(&pairs(&[(key, value)])).unwrap_err().to_string();
-        assert!(error.contains(key), "{error}");
-    }
-}
-
-#[test]
-fn every_key_has_an_effect_that_was_thought_about() {
-    let base = load_least("").unwrap();
-    let free: Vec<&str> =
-        settings(&base).into_iter().map(|(key, _)| key).filter(|key| effect(key) == Effect::Free).collect();
-    assert_eq!(
-        free,
-        [
-            "data.tokenizer",
-            "data.validation_every",
-            "parallel.strategy",
-            "parallel.nproc_per_node",
-            "parallel.device",
-            "checkpoint.every",
-            "checkpoint.scrub",
-            "checkpoint.price_per_gib_month",
-            "checkpoint.keep.last",
-            "checkpoint.keep.every",
-            "checkpoint.keep.best",
-            "notice.sources",
-            "notice.spare_time",
-            "notice.file",
-            "notice.stop_window",
-            "notice.usr1_window",
-            "notice.preemption_window",
-            "notice.lifecycle_hook",
-            "on_complete.action",
-            "restart.max",
-            "restart.same_step",
-            "restart.backoff",
-            "restart.hang",
-            "storage.concurrency",
-            "storage.part_mib",
-            "storage.attempts",
-            "storage.max_upload_mib_per_s",
-            "storage.encryption",
-            "storage.kms_key_id",
-            "storage.storage_class",
-        ]
-    );
 }
 
 #[test]

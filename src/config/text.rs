@@ -104,7 +104,8 @@ pub fn format_spacing(spacing: Spacing) -> String {
 /// The schemes of stores.
 const SCHEMES: [&str; 5] = ["s3", "gs", "az", "file", "memory"];
 
-/// Makes a store's URI, or a path, absolute: a relative path is taken from `cwd`. Remote URIs lose trailing slashes only.
+/// Makes a store's URI, or a path, absolute: a relative path is taken from `cwd`. Remote URIs lose trailing slashes
+/// only.
 ///
 /// # Errors
 /// A phrase that says what would be right.

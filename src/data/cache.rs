@@ -12,15 +12,16 @@
 //! A worker's [`Dataset`] opens that folder; it knows of no store.
 //!
 //! # What is believed
-//! Lengths alone are not: a disk turns bits, and a power cut leaves files of the right length without their bytes. So every shard is held
-//! against its CRC64 once a process, on several threads (`data/sums.rs`); one that is wrong in a cache is fetched again, one in a
-//! `file://` folder is an error that names it. The index of a cache is believed if it is the store's, byte for byte. Folders of other
-//! users and links are not believed at all (`data/place.rs`).
+//! Lengths alone are not: a disk turns bits, and a power cut leaves files of the right length without their bytes. So
+//! every shard is held against its CRC64 once a process, on several threads (`data/sums.rs`); one that is wrong in a
+//! cache is fetched again, one in a `file://` folder is an error that names it. The index of a cache is believed if it
+//! is the store's, byte for byte. Folders of other users and links are not believed at all (`data/place.rs`).
 //!
 //! # Crash, retry, cancel, two at once
-//! A file under its own name is complete, so a download that was broken off goes on with the files that are missing. The lock
-//! spares the machine a second download; correctness doesn't rest on it, since two downloads would rename the same bytes
-//! over each other. It belongs to the open file, so it vanishes with its process. Whoever holds it removes old `.part-` files.
+//! A file under its own name is complete, so a download that was broken off goes on with the files that are missing.
+//! The lock spares the machine a second download; correctness doesn't rest on it, since two downloads would rename the
+//! same bytes over each other. It belongs to the open file, so it vanishes with its process. Whoever holds it removes
+//! old `.part-` files.
 
 use std::{
     fs::File,
@@ -99,13 +100,13 @@ fn wrong_sum(file: String, entry: &FileEntry, found: Crc64) -> DataError {
     DataError::Damaged { file, reason: format!("has CRC64 {found}, its index says {}", entry.crc64) }
 }
 
-/// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be (`None`: into a folder of this process) and
-/// checked by CRC64-NVME: of a `file://` one that goes on, see [`LocalDataset::whole`]. Where room is short, other datasets there that nobody
-/// uses are removed first.
+/// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be (`None`: into a folder of
+/// this process) and checked by CRC64-NVME: of a `file://` one that goes on, see [`LocalDataset::whole`]. Where room is
+/// short, other datasets there that nobody uses are removed first.
 ///
 /// # Errors
-/// [`DataError::Missing`] if there is no index at `uri`; [`DataError::Damaged`] names an object that isn't what the index
-/// says; store and file system errors.
+/// [`DataError::Missing`] if there is no index at `uri`; [`DataError::Damaged`] names an object that isn't what the
+/// index says; store and file system errors.
 pub async fn ensure_local(
     uri: &str,
     cache_root: Option<&Path>,
@@ -130,7 +131,8 @@ pub async fn ensure_local(
     Ok(LocalDataset { _private: private, ..local })
 }
 
-/// The index of the dataset at `uri`, and nothing downloaded; of one in a folder, every file is held against it by its length.
+/// The index of the dataset at `uri`, and nothing downloaded; of one in a folder, every file is held against it by its
+/// length.
 ///
 /// # Errors
 /// Those of [`ensure_local`].
@@ -371,7 +373,8 @@ mod tests {
         assert_eq!(fetch_into(&store, cache.path()).await.unwrap(), dir);
     }
 
-    /// What a power cut, a bad disk and a hand leave behind: the next process, which knows nothing of the files, puts it right.
+    /// What a power cut, a bad disk and a hand leave behind: the next process, which knows nothing of the files, puts
+    /// it right.
     #[tokio::test]
     async fn an_index_or_shard_that_is_not_what_the_store_has_is_fetched_again() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
@@ -424,7 +427,8 @@ mod tests {
         assert_eq!(names(cache.path()).len(), 1);
     }
 
-    /// With a disk on which nothing is ever free, all goes that nobody uses, and what is in use stays: a download that is under way, too.
+    /// With a disk on which nothing is ever free, all goes that nobody uses, and what is in use stays: a download that
+    /// is under way, too.
     #[tokio::test]
     async fn a_dataset_in_use_outlives_a_disk_that_is_full() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());

@@ -181,7 +181,8 @@ fn table(ending: &str) -> Option<String> {
     };
     Some(format!(
         "is a table (.{ending}), which is not read; convert it: \
-         python3 -c \"import pandas; pandas.{pandas}.to_parquet('FILE.parquet')\", and name its text column with --text-field"
+         python3 -c \"import pandas; pandas.{pandas}.to_parquet('FILE.parquet')\", and name its text column with \
+         --text-field"
     ))
 }
 

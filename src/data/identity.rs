@@ -1,7 +1,8 @@
 //! Which dataset this is: the checksum of its index, and that of what its token ids mean.
 //!
-//! The index holds the CRC64-NVME of every shard and of `tokenizer.json`, so its own checksum stands for all of the dataset. The vocabulary's is
-//! apart from it: text may be prepared anew with the same tokenizer, and its ids then still mean what a model has learnt of them.
+//! The index holds the CRC64-NVME of every shard and of `tokenizer.json`, so its own checksum stands for all of the
+//! dataset. The vocabulary's is apart from it: text may be prepared anew with the same tokenizer, and its ids then
+//! still mean what a model has learnt of them.
 
 use std::path::Path;
 
@@ -39,8 +40,9 @@ pub fn is_still(dir: &Path, index: &str) -> Result<bool, DataError> {
     Ok(Crc64::of(&read_index_bytes(dir)?).to_string() == index)
 }
 
-/// The checksum of a `tokenizer.json`'s vocabulary: each id with its text, the added tokens, and how pieces are joined (merges or
-/// scores). How the file is written, and what happens to text before and after, is left out. A file of another make is taken whole.
+/// The checksum of a `tokenizer.json`'s vocabulary: each id with its text, the added tokens, and how pieces are joined
+/// (merges or scores). How the file is written, and what happens to text before and after, is left out. A file of
+/// another make is taken whole.
 pub fn vocabulary(tokenizer: &[u8]) -> Crc64 {
     match serde_json::from_slice::<Value>(tokenizer).ok().as_ref().and_then(canonical) {
         Some(text) => Crc64::of(text.as_bytes()),
@@ -99,7 +101,10 @@ mod tests {
 
     #[test]
     fn a_vocabulary_is_its_ids_and_joins_however_the_file_is_written() {
-        let bpe = |vocab: Value, merges: Value| json!({"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "added_tokens": [{"id": 3, "content": "<eos>"}]});
+        let bpe = |vocab: Value, merges: Value| {
+            let model = json!({"type": "BPE", "vocab": vocab, "merges": merges});
+            json!({"model": model, "added_tokens": [{"id": 3, "content": "<eos>"}]})
+        };
         let plain = of(&bpe(json!({"a": 0, "b": 1, "ab": 2}), json!(["a b"])));
         assert_eq!(plain, of(&bpe(json!({"ab": 2, "b": 1, "a": 0, "<eos>": 3}), json!([["a", "b"]]))));
         let mut other = bpe(json!({"a": 0, "b": 1, "ab": 2}), json!(["a b"]));
@@ -110,7 +115,10 @@ mod tests {
             bpe(json!({"a": 1, "b": 0, "ab": 2}), json!(["a b"])),
             bpe(json!({"a": 0, "b": 1}), json!(["a b"])),
             bpe(json!({"a": 0, "b": 1, "ab": 2}), json!(["b a"])),
-            json!({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, "added_tokens": []}),
+            json!({
+                "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+                "added_tokens": [],
+            }),
         ] {
             assert_ne!(plain, of(&another), "{another}");
         }

@@ -208,12 +208,14 @@ impl Explain for DataError {
             }
             Self::NoSamples { .. } => "lower data.sequence_length, or prepare more text".into(),
             Self::Vocabulary { data_vocab, .. } => format!(
-                "set vocab_size in the model's config.json to {data_vocab} or more, or prepare the data with the model's tokenizer"
+                "set vocab_size in the model's config.json to {data_vocab} or more, or prepare the data with the \
+                model's tokenizer"
             ),
             Self::Broken { .. } => "--skip-unreadable goes on without it".into(),
             Self::Exists { .. } => "give another --out, or --overwrite to replace it".into(),
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                "make room on that disk; datasets out of an object store are kept on a mounted instance store, else below XDG_CACHE_HOME \
+                "make room on that disk; datasets out of an object store are kept on a mounted instance store, else \
+                below XDG_CACHE_HOME \
                  or ~/.cache"
                     .into()
             }

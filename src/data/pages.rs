@@ -1,8 +1,8 @@
 //! The pages of a Parquet column, looked through before they are read.
 //!
 //! A page says in its header how large it is, packed and unpacked, and the library takes memory for that at its word;
-//! some of its unpackers even go on for as long as there is something to unpack. A header that lies, by a broken disk or
-//! on purpose, would so cost gigabytes. Here the headers are read first and held against the file and
+//! some of its unpackers even go on for as long as there is something to unpack. A header that lies, by a broken disk
+//! or on purpose, would so cost gigabytes. Here the headers are read first and held against the file and
 //! [`MAX_PAGE_BYTES`]; pages whose unpackers know no end are unpacked once into nothing.
 
 use std::{
@@ -43,7 +43,8 @@ fn check_with(file: &File, chunk: &ColumnChunkMetaData, most: u64) -> Result<(),
         let body = at + reader.count;
         let too_large = |bytes: u64| {
             format!(
-                "the page at byte {at} has {bytes} bytes, and at most {most} are read; write the file anew with smaller \
+                "the page at byte {at} has {bytes} bytes, and at most {most} are read; write the file anew with \
+                smaller \
                  pages: pyarrow.parquet.write_table(table, 'FILE', write_batch_size=16)"
             )
         };
@@ -69,8 +70,8 @@ fn check_with(file: &File, chunk: &ColumnChunkMetaData, most: u64) -> Result<(),
     Ok(())
 }
 
-/// Whether `packed` bytes give at most `unpacked`; asked of unpackers that know no end. What they can't read the library
-/// tells.
+/// Whether `packed` bytes give at most `unpacked`; asked of unpackers that know no end. What they can't read the
+/// library tells.
 fn fits(file: &File, at: u64, packed: u64, unpacked: u64, chunk: &ColumnChunkMetaData) -> io::Result<bool> {
     let open = || -> io::Result<_> {
         let mut from = file;

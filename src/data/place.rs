@@ -1,9 +1,10 @@
 //! Folders on this machine that nobody else can lay anything into.
 //!
-//! Everything that is fetched is held against checksums; a folder of somebody else's could still be changed afterwards, or lead a write
-//! elsewhere by a link. So a folder counts only if it is one (no link), belongs to the user that this process runs as, and lets nobody
-//! else write; files in it are opened without following links. Where there is no such folder, one is made for this process alone below
-//! the temporary one. It goes with the process; what a kill leaves is removed by the next one that makes such a folder.
+//! Everything that is fetched is held against checksums; a folder of somebody else's could still be changed afterwards,
+//! or lead a write elsewhere by a link. So a folder counts only if it is one (no link), belongs to the user that this
+//! process runs as, and lets nobody else write; files in it are opened without following links. Where there is no such
+//! folder, one is made for this process alone below the temporary one. It goes with the process; what a kill leaves is
+//! removed by the next one that makes such a folder.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions},
@@ -127,14 +128,16 @@ fn sweep(base: &Path) {
     }
 }
 
-/// Where datasets out of stores are kept: in `root`, made if need be, or where that is not this user's alone in a folder of this process.
+/// Where datasets out of stores are kept: in `root`, made if need be, or where that is not this user's alone in a
+/// folder of this process.
 pub(super) fn settle(root: Option<&Path>) -> Result<(PathBuf, Option<Arc<Private>>), DataError> {
     if let Some(root) = root {
         make(root).map_err(|source| DataError::Io { doing: "make", path: root.to_owned(), source })?;
         match is_ours(root) {
             Ok(()) => return Ok((root.to_owned(), None)),
             Err(error) => tracing::warn!(
-                "datasets are not kept in that folder but in one of this process: {error}; XDG_CACHE_HOME may name another"
+                "datasets are not kept in that folder but in one of this process: {error}; XDG_CACHE_HOME may name \
+                another"
             ),
         }
     }

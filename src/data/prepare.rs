@@ -7,19 +7,20 @@
 //! 4. Write `tokenizer.json`, then `index.json`: from then on the dataset exists.
 //!
 //! # Which documents are held out
-//! A piece of text (a document, or 64 KiB of a longer one) is held out if the hash of its bytes says so, whatever file it
-//! stands in: repeated documents fall to one side, and adding files later moves nothing from one split to the other.
+//! A piece of text (a document, or 64 KiB of a longer one) is held out if the hash of its bytes says so, whatever file
+//! it stands in: repeated documents fall to one side, and adding files later moves nothing from one split to the other.
 //!
 //! # Running it again
-//! The index carries a *recipe*: a checksum over the settings and the names and sizes of the inputs. With the same recipe
-//! there is nothing to do, and nothing is done; so a script can call it every time. With another one it is refused, since
-//! a run may be reading the dataset, unless `overwrite` is set. (A file edited without changing its size needs `overwrite`.)
+//! The index carries a *recipe*: a checksum over the settings and the names and sizes of the inputs. With the same
+//! recipe there is nothing to do, and nothing is done; so a script can call it every time. With another one it is
+//! refused, since a run may be reading the dataset, unless `overwrite` is set. (A file edited without changing its size
+//! needs `overwrite`.)
 //!
 //! # Crash, retry, cancel
 //! Without an index no dataset exists; what a crash leaves is overwritten by the next preparation, which also deletes
-//! shards that its index doesn't name. `overwrite` deletes the old index before it touches anything else. A dropped future stops
-//! the threads at the next few MiB. Of two preparations into one folder at once the first to write its index wins; if
-//! they differ, checksums tell, since every reader compares them.
+//! shards that its index doesn't name. `overwrite` deletes the old index before it touches anything else. A dropped
+//! future stops the threads at the next few MiB. Of two preparations into one folder at once the first to write its
+//! index wins; if they differ, checksums tell, since every reader compares them.
 
 use std::{
     path::PathBuf,

@@ -1,13 +1,13 @@
 //! Room in the cache: which datasets are in use, and which goes when the disk is short.
 //!
-//! Whoever uses a dataset's folder, from the first byte of its download on, holds a shared lock on `.use` in it; what is to go is
-//! locked exclusively first, so that nothing goes that anybody uses. When room is short, the datasets that were taken into use
-//! longest ago go, whole or broken off, until there is enough, and no more of them.
+//! Whoever uses a dataset's folder, from the first byte of its download on, holds a shared lock on `.use` in it; what
+//! is to go is locked exclusively first, so that nothing goes that anybody uses. When room is short, the datasets that
+//! were taken into use longest ago go, whole or broken off, until there is enough, and no more of them.
 //!
 //! # Crash, two at once
-//! A folder is renamed to `.evicted-<random>` before it is deleted: under its own name a dataset is never half there. What a crash leaves
-//! under that name is deleted by whoever is short of room next. A lock belongs to the open file, so it vanishes with its process. A file
-//! system without locks can't tell who uses what: there nothing goes.
+//! A folder is renamed to `.evicted-<random>` before it is deleted: under its own name a dataset is never half there.
+//! What a crash leaves under that name is deleted by whoever is short of room next. A lock belongs to the open file, so
+//! it vanishes with its process. A file system without locks can't tell who uses what: there nothing goes.
 
 use std::{
     fs::File,
@@ -101,8 +101,8 @@ pub(super) fn free(dir: &Path) -> Option<u64> {
     found.f_bavail.checked_mul(found.f_frsize)
 }
 
-/// Sees to it that `needed` bytes fit below `root`, as far as that is possible without touching what is in use. What can't be looked at or
-/// removed is left alone: whether the room is enough shows when it is written to.
+/// Sees to it that `needed` bytes fit below `root`, as far as that is possible without touching what is in use. What
+/// can't be looked at or removed is left alone: whether the room is enough shows when it is written to.
 pub(super) fn make(root: &Path, needed: u64, free: impl Fn(&Path) -> Option<u64>) {
     let is_enough = || free(root).is_none_or(|free| free >= needed.saturating_add(SPARE));
     if is_enough() {

@@ -7,11 +7,11 @@
 //!
 //! # The permutation
 //! A balanced Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations from pseudorandom
-//! functions", SIAM J. Comput. 17(2), 1988) over the smallest domain 2^(2h) that holds all samples, narrowed to `0..n` by
-//! cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, method 2): apply it again
-//! until the result is below n. The domain is less than 4n, so fewer than four applications are expected. The round function
-//! is Stafford's variant 13 of the MurmurHash3 finaliser, as in SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
-//! This is for mixing, not for secrecy.
+//! functions", SIAM J. Comput. 17(2), 1988) over the smallest domain 2^(2h) that holds all samples, narrowed to `0..n`
+//! by cycle walking (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, method 2): apply it again
+//! until the result is below n. The domain is less than 4n, so fewer than four applications are expected. The round
+//! function is Stafford's variant 13 of the MurmurHash3 finaliser, as in SplitMix64 (Steele, Lea and Flood, OOPSLA
+//! 2014). This is for mixing, not for secrecy.
 //!
 //! # Stability
 //! Every line here is part of the mathematics of a run: a change gives resumed runs other samples. A test pins values.
@@ -102,7 +102,8 @@ impl Sampler {
 /// The parts of all ranks together are `0..count`, whatever the world size. Contiguous rather than strided, because
 /// then a micro-batch of m consecutive samples is the same m samples on any world size whose share is a multiple of m:
 /// its loss and gradient agree to the last bit, and only the order of the sum over micro-batches differs.
-/// A mean over ranks weights ranks equally: where `count` is not a multiple of the world size, sum and divide by `count`.
+/// A mean over ranks weights ranks equally: where `count` is not a multiple of the world size, sum and divide by
+/// `count`.
 pub const fn share(count: u64, rank: Rank, world: WorldSize) -> Range<u64> {
     const fn edge(count: u64, rank: u64, world: u64) -> u64 {
         ((count as u128 * rank as u128) / world as u128) as u64
@@ -171,7 +172,11 @@ mod tests {
         }
 
         #[test]
-        fn the_ranks_share_a_step_without_gap_or_overlap(step in 1..u64::from(u32::MAX), batch_size in 0..500_u32, world in 1..70_u32) {
+        fn the_ranks_share_a_step_without_gap_or_overlap(
+            step in 1..u64::from(u32::MAX),
+            batch_size in 0..500_u32,
+            world in 1..70_u32,
+        ) {
             let mut at = (step - 1) * u64::from(batch_size);
             for rank in 0..world {
                 let part = batch(Step(step), batch_size, Rank(rank), WorldSize(world));
@@ -211,8 +216,8 @@ mod tests {
         assert_eq!(orders.len(), 24);
     }
 
-    /// Chi-squared over 32 × 32 cells of (place, sample), summed over seeds: 961 degrees of freedom, so a mean of 961 and
-    /// a deviation of 44; the bound is six deviations away on either side.
+    /// Chi-squared over 32 × 32 cells of (place, sample), summed over seeds: 961 degrees of freedom, so a mean of 961
+    /// and a deviation of 44; the bound is six deviations away on either side.
     #[test]
     fn samples_are_spread_evenly_over_places() {
         const SAMPLES: u64 = 1 << 10;
@@ -256,7 +261,8 @@ mod tests {
         assert!(batch(Step(3), 12, Rank(2), WorldSize(2)).is_empty());
     }
 
-    /// A change here gives every resumed run other samples than the run it resumes: don't, or make it a new kind of order.
+    /// A change here gives every resumed run other samples than the run it resumes: don't, or make it a new kind of
+    /// order.
     #[test]
     fn the_order_is_pinned() {
         let first = |seed, samples: u64| -> Vec<u64> {

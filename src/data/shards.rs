@@ -2,23 +2,24 @@
 //!
 //! # Stored layout
 //! ```text
-//! index.json               format, dtype, vocabulary, tokenizer, every shard with tokens, bytes and CRC64-NVME; written last
+//! index.json               format, dtype, vocabulary, tokenizer, each shard with tokens, bytes, CRC64-NVME; written last
 //! tokenizer.json           Hugging Face `tokenizers`
 //! train-00000.bin …        token ids, little endian, u16 if the vocabulary has at most 65,536 entries, else u32
 //! validation-00000.bin …   the same, of the documents held out
 //! ```
-//! Documents follow one another, joined by the end-of-text token. A sample is a window of `sequence_length + 1` tokens; the
-//! next one starts `sequence_length` further on, so each token but a shard's first is predicted exactly once. Windows
-//! don't cross the end of a shard, whose last few tokens stay unused.
+//! Documents follow one another, joined by the end-of-text token. A sample is a window of `sequence_length + 1` tokens;
+//! the next one starts `sequence_length` further on, so each token but a shard's first is predicted exactly once.
+//! Windows don't cross the end of a shard, whose last few tokens stay unused.
 //!
 //! # Reading
-//! With positioned reads into a buffer on the stack, not through a memory map: the bytes come from the same page cache, a call
-//! costs a microsecond against milliseconds of compute for the sequence, and a file that is cut short or a disk that fails
-//! is an error that names the file, where a map would kill the process with SIGBUS. It also needs no `unsafe`.
+//! With positioned reads into a buffer on the stack, not through a memory map: the bytes come from the same page cache,
+//! a call costs a microsecond against milliseconds of compute for the sequence, and a file that is cut short or a disk
+//! that fails is an error that names the file, where a map would kill the process with SIGBUS. It also needs no
+//! `unsafe`.
 //!
 //! # Trust
-//! The index is input: names must be exactly those that this program gives, so that none leads out of the folder; counts
-//! are held against file lengths; each token id read is held against the vocabulary.
+//! The index is input: names must be exactly those that this program gives, so that none leads out of the folder;
+//! counts are held against file lengths; each token id read is held against the vocabulary.
 
 use std::{
     fmt,

@@ -1,13 +1,14 @@
 //! The tokenizer: train one, load one, hold its vocabulary against the model's.
 //!
-//! A trained tokenizer is byte-level BPE (Sennrich et al., arXiv 1508.07909; over bytes as in GPT-2), stored as Hugging Face
-//! `tokenizer.json`: special token [`END_OF_TEXT`] has id 0, the 256 bytes follow, then the merges. Any text can be encoded.
+//! A trained tokenizer is byte-level BPE (Sennrich et al., arXiv 1508.07909; over bytes as in GPT-2), stored as Hugging
+//! Face `tokenizer.json`: special token [`END_OF_TEXT`] has id 0, the 256 bytes follow, then the merges. Any text can
+//! be encoded.
 //!
 //! # Determinism
 //! The trainer of `tokenizers` 0.22 keeps its words in randomly seeded hash maps, but what it decides on are sums over
-//! them, and it orders merges by (count, pair); the sample is the same text in the same order. Two queue entries for one
-//! pair can exist only when two pairs spell the same token; repeated trainings on text made of such pairs agreed, and a
-//! test repeats them. The sample is bounded because the trainer counts pairs in 32 bits.
+//! them, and it orders merges by (count, pair); the sample is the same text in the same order. Two queue entries for
+//! one pair can exist only when two pairs spell the same token; repeated trainings on text made of such pairs agreed,
+//! and a test repeats them. The sample is bounded because the trainer counts pairs in 32 bits.
 
 use std::path::Path;
 

@@ -56,8 +56,9 @@ impl ShardWriter {
         }
     }
 
-    /// Adds a piece, the `number`-th of all pieces of all inputs. An end-of-text token goes before it unless it carries on the
-    /// very piece that this split has last: so between documents, and where the piece in between went to the other split.
+    /// Adds a piece, the `number`-th of all pieces of all inputs. An end-of-text token goes before it unless it carries
+    /// on the very piece that this split has last: so between documents, and where the piece in between went to the
+    /// other split.
     pub(super) fn append(&mut self, number: u64, continues: bool, ids: &[u32]) -> Result<(), DataError> {
         if self.last.is_some_and(|last| !(continues && number == last + 1)) {
             self.push(self.eos_id)?;

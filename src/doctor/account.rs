@@ -66,10 +66,12 @@ async fn look(wanted: &Machines) -> Line {
         Err(error) => {
             let todo = match error.kind() {
                 Kind::Permission => {
-                    "allow servicequotas:GetServiceQuota and servicequotas:GetAWSDefaultServiceQuota, or see Service Quotas in the console"
+                    "allow servicequotas:GetServiceQuota and servicequotas:GetAWSDefaultServiceQuota, or see Service \
+                    Quotas in the console"
                 }
                 _ => {
-                    "see that AWS is reached with credentials (aws sts get-caller-identity), or see Service Quotas in the console"
+                    "see that AWS is reached with credentials (aws sts get-caller-identity), or see Service Quotas in \
+                    the console"
                 }
             };
             Line::warn(CHECK, format!("not known: {error}"), todo)

@@ -136,7 +136,8 @@ impl Service {
         match self {
             Self::Aws => "see whether HttpEndpoint is enabled in the instance's metadata options",
             Self::Gcp => {
-                "see whether a proxy or GKE's metadata server stands between; a pod with hostNetwork reaches the machine's own"
+                "see whether a proxy or GKE's metadata server stands between; a pod with hostNetwork reaches the \
+                machine's own"
             }
             Self::Azure => "see whether a proxy stands between: the service refuses what was forwarded",
         }
@@ -163,8 +164,9 @@ enum Heard {
     Garbled,
 }
 
-/// Whether notices can be had of this service. `at_home`: the machine is one of its cloud; `named`: the environment says where it is.
-/// All three clouds have theirs at one address, so that a refusal on a strange machine is but another cloud's answer.
+/// Whether notices can be had of this service. `at_home`: the machine is one of its cloud; `named`: the environment
+/// says where it is. All three clouds have theirs at one address, so that a refusal on a strange machine is but another
+/// cloud's answer.
 fn verdict(service: Service, heard: Heard, at_home: bool, named: bool) -> Line {
     let (check, machine) = (service.check(), service.machine());
     match heard {
@@ -174,7 +176,8 @@ fn verdict(service: Service, heard: Heard, at_home: bool, named: bool) -> Line {
             check,
             Kind::Config,
             "a request for a token has no answer, but a plain one has: the hop limit is 1",
-            "set HttpPutResponseHopLimit to 2 in the launch template (aws ec2 modify-instance-metadata-options), or run the container \
+            "set HttpPutResponseHopLimit to 2 in the launch template (aws ec2 modify-instance-metadata-options), or \
+            run the container \
              with --network host",
         ),
         Heard::Absent | Heard::Silent { .. } if at_home => Line::warn(

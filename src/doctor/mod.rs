@@ -1,10 +1,10 @@
 //! Examines everything that a run needs, before it needs it, and says what to do.
 //!
-//! Each check has a bounded time, and none hides another: what can't be examined is a line, too. `verdict.rs` says what a
-//! finding means, as pure functions.
+//! Each check has a bounded time, and none hides another: what can't be examined is a line, too. `verdict.rs` says what
+//! a finding means, as pure functions.
 //!
-//! Stored layout: what it writes into the store lies below the folder of probes and is deleted; a kill leaves a few bytes
-//! there. *Cancel:* at any moment.
+//! Stored layout: what it writes into the store lies below the folder of probes and is deleted; a kill leaves a few
+//! bytes there. *Cancel:* at any moment.
 #![doc = include_str!("README.md")]
 
 mod account;

@@ -1,4 +1,5 @@
-//! What a configuration names: its dataset and the weights that it starts from, read as far as a run's first minute would.
+//! What a configuration names: its dataset and the weights that it starts from, read as far as a run's first minute
+//! would.
 
 use super::{
     open,
@@ -31,8 +32,8 @@ pub(super) async fn look(config: &RunConfig) -> Vec<Line> {
     vec![dataset, weights]
 }
 
-/// The index, and whether the model and the length of its sequences go with it. A dataset in a folder is opened; of another one no more
-/// than the index is read.
+/// The index, and whether the model and the length of its sequences go with it. A dataset in a folder is opened; of
+/// another one no more than the index is read.
 async fn dataset(config: &RunConfig) -> Result<Line> {
     model::check_description(config.model.kind, &config.model.config)?;
     let uri = &config.data.train;

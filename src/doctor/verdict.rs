@@ -80,8 +80,8 @@ impl Line {
     }
 }
 
-/// The exit code: 0, or that of the worst failure. What must be put right by hand before anything can work comes first; what may
-/// heal by itself last.
+/// The exit code: 0, or that of the worst failure. What must be put right by hand before anything can work comes first;
+/// what may heal by itself last.
 pub fn exit_code(lines: &[Line]) -> u8 {
     let failed = lines.iter().filter(|line| line.verdict == Verdict::Fail).filter_map(|line| line.kind);
     let rank = |kind: &Kind| match kind {
@@ -118,7 +118,8 @@ pub(super) fn devices(found: &Found) -> Line {
     }
 }
 
-/// Bytes that the host needs: two snapshot slots of the whole state, and on a CPU the workers' own state and work space.
+/// Bytes that the host needs: two snapshot slots of the whole state, and on a CPU the workers' own state and work
+/// space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Need {
     /// Bytes of one snapshot.
@@ -130,8 +131,8 @@ pub(super) struct Need {
 /// Bytes of work space that a process with LibTorch takes on a CPU.
 const WORK_SPACE: u64 = 512 << 20;
 
-/// What a model of so many parameters needs: moments and fp32 weights are 12 bytes a parameter, with bf16 the weights beside them 2 more;
-/// gradients are as large as the weights that they are of.
+/// What a model of so many parameters needs: moments and fp32 weights are 12 bytes a parameter, with bf16 the weights
+/// beside them 2 more; gradients are as large as the weights that they are of.
 pub(super) fn need(parameters: u64, bf16: bool, workers: u32, on_cpu: bool) -> Need {
     let weights = if bf16 { 2 } else { 4 };
     let state = parameters.saturating_mul(if bf16 { 14 } else { 12 });
@@ -185,7 +186,8 @@ pub(super) fn dataset(uri: &str, train: u64, held_out: u64, sequence_length: u32
 /// What the bucket does with uploads that nobody finishes.
 pub(super) fn lifecycle(rule: AbortRule) -> Line {
     const CHECK: &str = "lifecycle rule";
-    const TODO: &str = "add a rule with AbortIncompleteMultipartUpload after 2 days: parts of an upload that a reclaim has cut off are \
+    const TODO: &str = "add a rule with AbortIncompleteMultipartUpload after 2 days: parts of an upload that a reclaim \
+        has cut off are \
                         billed until somebody aborts it, and a run that is never resumed sweeps no more";
     match rule {
         AbortRule::NotNeeded => Line::skipped(CHECK, "not on S3"),
@@ -199,8 +201,8 @@ pub(super) fn lifecycle(rule: AbortRule) -> Line {
     }
 }
 
-/// How far the store's clock is from this machine's. `before` and `after`: around the request in which the store took its time, which
-/// it tells in whole seconds.
+/// How far the store's clock is from this machine's. `before` and `after`: around the request in which the store took
+/// its time, which it tells in whole seconds.
 pub(super) fn clock(before: Timestamp, store: Timestamp, after: Timestamp) -> Line {
     const CHECK: &str = "clock";
     let early = before.duration_since(store).as_secs_f64() - 1.0;
@@ -287,7 +289,8 @@ pub(super) fn quota(machines: Machines<'_>, family: Family, quota: Quota) -> Lin
     // A replacement may be started before the machine that it replaces has gone.
     let enough = all + vcpus;
     let todo = format!(
-        "\"Max spot instance count exceeded\" is what EC2 says: request more with aws service-quotas request-service-quota-increase \
+        "\"Max spot instance count exceeded\" is what EC2 says: request more with aws service-quotas \
+        request-service-quota-increase \
          --region {region} --service-code ec2 --quota-code {spot} --desired-value {enough}"
     );
     match quota.vcpus {

@@ -1,9 +1,9 @@
 //! Slices: parts of a tensor as tensors of their own, so that each rank can write the part that it has.
 //!
 //! Stored layout: elements `begin..end` of the tensor `name`, counted in row-major order over the whole of it, are a
-//! safetensors tensor of one dimension and `end - begin` elements under the name `name[begin:end]`, in decimal digits. All of
-//! a tensor is no slice: it stands under its name with its extents, as it always did. Which slices there are, and in which
-//! files, depends on who wrote them; the extents of the whole are the model's.
+//! safetensors tensor of one dimension and `end - begin` elements under the name `name[begin:end]`, in decimal digits.
+//! All of a tensor is no slice: it stands under its name with its extents, as it always did. Which slices there are,
+//! and in which files, depends on who wrote them; the extents of the whole are the model's.
 //!
 //! A reader takes files as those of a stranger: [`check_cover`] demands that the slices of a tensor hold each of its
 //! elements exactly once, whatever their number and order.
@@ -89,7 +89,9 @@ mod tests {
     proptest! {
         #[test]
         fn any_cut_covers_and_any_change_of_it_does_not(
-            cuts in proptest::collection::btree_set(1_u64..100, 0..8), shift in 1_u64..3, which in any::<proptest::sample::Index>()
+            cuts in proptest::collection::btree_set(1_u64..100, 0..8),
+            shift in 1_u64..3,
+            which in any::<proptest::sample::Index>()
         ) {
             let ends: Vec<u64> = cuts.into_iter().chain([100]).collect();
             let starts = std::iter::once(0).chain(ends.iter().copied());

@@ -1,11 +1,11 @@
 //! Goodput in closed form.
 //!
-//! One life of a machine is a restart, then segments of τ seconds of training and a stall of δ (τ of all but the first is at least
-//! what a save needs to become durable). Save k is ordered at
-//! R + kτ + (k−1)δ and durable max(δ, L) later, so a life of length X that ends unwarned leaves τ times the number of k ≥ 1 with
-//! R + k(τ+δ) + max(L−δ, 0) < X. By renewal, goodput is the expected sum of a life over its expected length; for
-//! exponential parts the sum over k is geometric. With one exponential part and L = δ it is the complete model of Daly (2006,
-//! equation 20): M e^(R/M) (e^((τ+δ)/M) − 1) / τ seconds paid for a second of work.
+//! One life of a machine is a restart, then segments of τ seconds of training and a stall of δ (τ of all but the first
+//! is at least what a save needs to become durable). Save k is ordered at R + kτ + (k−1)δ and durable max(δ, L) later,
+//! so a life of length X that ends unwarned leaves τ times the number of k ≥ 1 with R + k(τ+δ) + max(L−δ, 0) < X. By
+//! renewal, goodput is the expected sum of a life over its expected length; for exponential parts the sum over k is
+//! geometric. With one exponential part and L = δ it is the complete model of Daly (2006, equation 20): M e^(R/M)
+//! (e^((τ+δ)/M) − 1) / τ seconds paid for a second of work.
 
 /// What is announced is approximate, and clocks differ: the agent keeps no less in reserve, seconds.
 pub const LEAST_RESERVE_S: f64 = 5.0;
@@ -51,8 +51,9 @@ impl Notice {
         costs.committed_after_s() <= self.lead_s
     }
 
-    /// So long before the machine is taken training stops, seconds: two saves, one of which may have begun a moment ago, if the notice
-    /// leaves the time for them. It is what the agent keeps in reserve (`notice.spare_time = "train"`).
+    /// So long before the machine is taken training stops, seconds: two saves, one of which may have begun a moment
+    /// ago, if the notice leaves the time for them. It is what the agent keeps in reserve (`notice.spare_time =
+    /// "train"`).
     pub fn reserve_s(&self, costs: &Costs) -> f64 {
         (2.0 * costs.committed_after_s()).max(LEAST_RESERVE_S).min(self.lead_s)
     }
@@ -94,8 +95,8 @@ impl Lives {
     }
 }
 
-/// Expected share of paid time that is training which counts, for saves every `interval_s` seconds of training (or as often
-/// as one can follow the other). `idle_s` is paid waiting for each life, seconds: 0 on one node.
+/// Expected share of paid time that is training which counts, for saves every `interval_s` seconds of training (or as
+/// often as one can follow the other). `idle_s` is paid waiting for each life, seconds: 0 on one node.
 pub fn goodput(lives: &Lives, costs: &Costs, notice: Notice, interval_s: f64, idle_s: f64) -> f64 {
     // Nothing is in flight when a life begins: its first save is not held up.
     let (first, interval) = (interval_s, costs.feasible(interval_s));
@@ -125,8 +126,8 @@ impl NegExpM1 for f64 {
     }
 }
 
-/// The interval from `shortest_s` to `longest_s` with the most of `value`: the best of `points` spread evenly by ratio, then golden
-/// sections between its neighbours.
+/// The interval from `shortest_s` to `longest_s` with the most of `value`: the best of `points` spread evenly by ratio,
+/// then golden sections between its neighbours.
 pub fn best_interval(shortest_s: f64, longest_s: f64, points: u32, mut value: impl FnMut(f64) -> f64) -> f64 {
     let (low, high) = (shortest_s.ln(), longest_s.max(shortest_s).ln());
     let step = (high - low) / f64::from(points.max(2) - 1);
@@ -164,8 +165,8 @@ mod tests {
         Costs { stall_s, durable_s: stall_s, restart_s }
     }
 
-    /// Daly's published optima (5-minute dumps: 117, 57 and 9.1 minutes) are the formula's, and the complete model agrees: its own
-    /// best interval is the formula's, and nothing is lost by taking the formula's.
+    /// Daly's published optima (5-minute dumps: 117, 57 and 9.1 minutes) are the formula's, and the complete model
+    /// agrees: its own best interval is the formula's, and nothing is lost by taking the formula's.
     #[test]
     fn the_complete_model_has_its_best_at_dalys_published_optima() {
         for (mtbf_min, published) in [(24.0 * 60.0, 117.0), (6.0 * 60.0, 57.0), (15.0, 9.1)] {
@@ -185,7 +186,8 @@ mod tests {
         }
     }
 
-    /// T = M e^(R/M) (e^((τ+δ)/M) − 1) / τ, computed by hand for M = 2 h, δ = 10 s, R = 180 s: 0.925 at 373 s, 0.749 at an hour.
+    /// T = M e^(R/M) (e^((τ+δ)/M) − 1) / τ, computed by hand for M = 2 h, δ = 10 s, R = 180 s: 0.925 at 373 s, 0.749 at
+    /// an hour.
     #[test]
     fn the_complete_model_gives_published_efficiencies() {
         let at = |mtbf_h: f64, costs, interval| {
@@ -236,12 +238,17 @@ mod tests {
         #[test]
         fn goodput_is_a_share_and_falls_with_every_cost(
             mean in 60.0..1e7_f64, stall in 0.0..300.0_f64, durable in 0.0..600.0_f64, restart in 0.0..3600.0_f64,
-            interval in 1.0..86_400.0_f64, share in 0.0..=1.0_f64, lead in 0.0..300.0_f64, more in 1.0..500.0_f64, spot: bool,
+            interval in 1.0..86_400.0_f64,
+            share in 0.0..=1.0_f64,
+            lead in 0.0..300.0_f64,
+            more in 1.0..500.0_f64,
+            spot: bool,
         ) {
             let lives = if spot { Lives::spot(mean) } else { Lives::exponential(mean) };
             let costs = Costs { stall_s: stall, durable_s: durable, restart_s: restart };
             let notice = Notice { share, lead_s: lead };
-            // Long enough for all of these costs: saves that can't follow each other so fast would change the interval, too.
+            // Long enough for all of these costs: saves that can't follow each other so fast would change the interval,
+            // too.
             let interval = interval + stall + durable + 2.0 * more;
             let at = |costs| goodput(&lives, &costs, notice, interval, 0.0);
             let found = at(costs);

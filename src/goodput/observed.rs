@@ -22,16 +22,18 @@ const SET: f64 = 100.0;
 pub struct Observed {
     /// Saves that were committed.
     pub saves: u64,
-    /// Median time for which the loop stood still for a save, seconds. What copying and uploading slow steps by is not in it.
+    /// Median time for which the loop stood still for a save, seconds. What copying and uploading slow steps by is not
+    /// in it.
     pub stall_s: Option<f64>,
     /// Median time from the end of a step to its `committed` record, seconds.
     pub durable_s: Option<f64>,
-    /// Median time from a `formed` record that resumes to the first step after it, seconds. The start of machine and process, which
-    /// comes before, is not in it.
+    /// Median time from a `formed` record that resumes to the first step after it, seconds. The start of machine and
+    /// process, which comes before, is not in it.
     pub restart_s: Option<f64>,
     /// Mean time from one step to the next, saves included, seconds.
     pub step_s: Option<f64>,
-    /// Time from each `formed` record to the last record of its generation, summed up, seconds: without the waits between.
+    /// Time from each `formed` record to the last record of its generation, summed up, seconds: without the waits
+    /// between.
     pub trained_s: f64,
     /// Times that machines went away and others, or they again, carried on.
     pub interruptions: u64,
@@ -149,7 +151,8 @@ mod tests {
         let mut state = RunState::begin(&run_id.clone(), created).unwrap();
         for (number, (second, record)) in (1..).zip(records) {
             let at = Timestamp::from_second(1_000_000 + second).unwrap();
-            let entry = json!({"format": 1, "attempt": "00112233445566778899aabbccddeeff", "at": at, "node": "n1", "record": record});
+            let attempt = "00112233445566778899aabbccddeeff";
+            let entry = json!({"format": 1, "attempt": attempt, "at": at, "node": "n1", "record": record});
             state.apply(number, Entry::decode(entry.to_string().as_bytes()).unwrap()).unwrap();
         }
         state
@@ -162,7 +165,8 @@ mod tests {
     }
 
     fn committed(step: u64, generation: u64, stall_s: f64) -> Value {
-        json!({"kind": "committed", "step": step, "generation": generation, "manifest": "m", "manifest_crc64": "0", "bytes": 1,
+        json!({"kind": "committed", "step": step, "generation": generation,
+               "manifest": "m", "manifest_crc64": "0", "bytes": 1,
                "loss": 1.0, "cost": {"stall_s": stall_s, "copy_s": 0.5, "durable_s": 2.0}})
     }
 
@@ -210,7 +214,8 @@ mod tests {
         let found = Observed::of(&state(&measured));
         assert_eq!((found.step_s, found.trained_s), (Some(1.0), 312.0));
         let [formed, first, ..] = measured;
-        let end = json!({"kind": "interrupted", "generation": 1, "step": 130, "committed": 100, "lost_steps": 30, "verdict": "x"});
+        let end = json!({"kind": "interrupted", "generation": 1, "step": 130, "committed": 100,
+                         "lost_steps": 30, "verdict": "x"});
         assert_eq!(Observed::of(&state(&[formed, first, (142, end)])).trained_s, 112.0 + 30.0);
     }
 
@@ -225,7 +230,8 @@ mod tests {
             (647, committed(315, 2, 0.1)),
         ];
         let interrupted = |lost_steps: u64| {
-            json!({"kind": "interrupted", "generation": 2, "step": 315 + lost_steps, "committed": 315, "lost_steps": lost_steps,
+            json!({"kind": "interrupted", "generation": 2, "step": 315 + lost_steps,
+                   "committed": 315, "lost_steps": lost_steps,
                    "verdict": "x"})
         };
         story.push((648, interrupted(0)));

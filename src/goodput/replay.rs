@@ -30,8 +30,8 @@ pub struct Seen {
     pub saves: u64,
     /// Time with all machines there, over all lives before this one, seconds.
     pub up_s: f64,
-    /// Lives before this one that ended without a word: what their last save did not hold was lost. One that was announced, and drained, is
-    /// not among them.
+    /// Lives before this one that ended without a word: what their last save did not hold was lost. One that was
+    /// announced, and drained, is not among them.
     pub lossy: u64,
 }
 
@@ -66,8 +66,8 @@ pub struct Gang {
 }
 
 impl Gang {
-    /// `nodes` nodes, each with its own life of `lives`; a loss takes one of them, or all with the chance `together`; each
-    /// replacement is there after an exponential time of mean `wait_s` seconds.
+    /// `nodes` nodes, each with its own life of `lives`; a loss takes one of them, or all with the chance `together`;
+    /// each replacement is there after an exponential time of mean `wait_s` seconds.
     pub fn new(lives: Lives, nodes: u32, wait_s: f64, together: f64, seed: u64) -> Self {
         let mut gang = Self { lives, wait_s, together, nodes: Vec::new(), now: 0.0, random: SplitMix64::new(seed) };
         gang.nodes = (0..nodes).map(|_| gang.replacement(0.0)).collect();
@@ -160,8 +160,8 @@ struct Trial {
     saves: u64,
 }
 
-/// Plays the job `trials` times (less often where that takes very many saves, but at least eight times), each on `machines(trial)`
-/// and with notices drawn by `seed`. `policy` gives the training time until the next save, seconds.
+/// Plays the job `trials` times (less often where that takes very many saves, but at least eight times), each on
+/// `machines(trial)` and with notices drawn by `seed`. `policy` gives the training time until the next save, seconds.
 pub fn simulate<M: Machines>(
     job: &Job,
     policy: impl Fn(&Seen) -> f64,
@@ -297,7 +297,8 @@ mod tests {
         simulate(job, policy, gang, trials, 7).unwrap()
     }
 
-    /// Over a grid of lives, costs, notices and intervals the closed form and the lives played agree within 1 %. Seed 7.
+    /// Over a grid of lives, costs, notices and intervals the closed form and the lives played agree within 1 %. Seed
+    /// 7.
     #[test]
     fn the_model_and_the_lives_played_agree_within_one_percent() {
         let mut worst = 0.0_f64;
@@ -325,8 +326,8 @@ mod tests {
         println!("seed 7: the model and 72 simulations differ by at most {:.2} %", 100.0 * worst);
     }
 
-    /// The target: with lives as recorded on spot machines, the automatic interval reaches 99 % of the best fixed interval that a
-    /// search finds with the same restart time. Seed 7.
+    /// The target: with lives as recorded on spot machines, the automatic interval reaches 99 % of the best fixed
+    /// interval that a search finds with the same restart time. Seed 7.
     #[test]
     fn the_automatic_interval_reaches_99_percent_of_the_best_on_spot_lives() {
         let lives = Lives::spot(2.0 * HOUR);
@@ -355,7 +356,8 @@ mod tests {
             ];
             let share = auto.goodput / best_fixed.goodput;
             println!(
-                "seed 7, {costs:?}: auto {:.4} (interval {:.0} s), best fixed {:.4} ({best:.0} s), share {share:.4}, every 2 h {:.4}",
+                "seed 7, {costs:?}: auto {:.4} (interval {:.0} s), best fixed {:.4} ({best:.0} s), share {share:.4}, \
+                every 2 h {:.4}",
                 auto.goodput, auto.interval_s, best_fixed.goodput, fixed_2h.goodput
             );
             assert!(share >= 0.99, "{share} of the best with {costs:?}");
@@ -376,8 +378,8 @@ mod tests {
         assert_eq!(with(1.0, 19.0).goodput, none.goodput, "no save fits into 19 s");
     }
 
-    /// The agent counts a loss that was drained for no reason to save more often, and so does what is simulated: with every loss announced,
-    /// all that a policy ever sees is time.
+    /// The agent counts a loss that was drained for no reason to save more often, and so does what is simulated: with
+    /// every loss announced, all that a policy ever sees is time.
     #[test]
     fn losses_that_were_announced_are_not_seen_as_losses() {
         let costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };
@@ -402,7 +404,8 @@ mod tests {
         }
     }
 
-    /// Losses that take all nodes replace those that had proved themselves by young ones, and all must wait for the last.
+    /// Losses that take all nodes replace those that had proved themselves by young ones, and all must wait for the
+    /// last.
     #[test]
     fn losses_that_take_all_nodes_hurt() {
         let costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };

@@ -1,11 +1,11 @@
 //! Recorded machines: files that say when how many could be had.
 //!
-//! Two formats. JSON, as published with SkyPilot's spot traces: `{"metadata":{"gap_seconds":g},"data":[n, n, …]}`, the machines that could
-//! be had at every g seconds. CSV, as published with Bamboo: `milliseconds,add|remove,node` a line, in order of time. A gang of n
-//! nodes is up while there are n; with counts a drop below n interrupts it (its own nodes are taken to be the last to
-//! go), with names the loss of one of its own does, and the node that is there longest takes its place. Spares are not paid.
-//! A trace is read to its end and then once more from its start: its end counts as a loss. Nothing is stored; a file is read
-//! up to [`MAX_BYTES`].
+//! Two formats. JSON, as published with SkyPilot's spot traces: `{"metadata":{"gap_seconds":g},"data":[n, n, …]}`, the
+//! machines that could be had at every g seconds. CSV, as published with Bamboo: `milliseconds,add|remove,node` a line,
+//! in order of time. A gang of n nodes is up while there are n; with counts a drop below n interrupts it (its own nodes
+//! are taken to be the last to go), with names the loss of one of its own does, and the node that is there longest
+//! takes its place. Spares are not paid. A trace is read to its end and then once more from its start: its end counts
+//! as a loss. Nothing is stored; a file is read up to [`MAX_BYTES`].
 
 use std::{
     fs::File,
@@ -55,7 +55,8 @@ impl Explain for TraceError {
         Kind::Config
     }
     fn hint(&self) -> Option<String> {
-        let formats = "a trace is JSON, {\"metadata\":{\"gap_seconds\":60},\"data\":[1,0,…]}, or CSV, a line `milliseconds,add|remove,node` \
+        let formats = "a trace is JSON, {\"metadata\":{\"gap_seconds\":60},\"data\":[1,0,…]}, or CSV, a line \
+            `milliseconds,add|remove,node` \
                        for each change";
         matches!(self, Self::Wrong { .. }).then(|| formats.to_owned())
     }
@@ -267,11 +268,13 @@ mod tests {
         assert!(Trace::parse(b"\xff\xfe", 1).unwrap_err().contains("utf-8"));
     }
 
-    /// Up 0–100 and 150–250 of 300 s, restart 10, stall 5, durable 10, 200 s of work, a save after each 30 s of training.
+    /// Up 0–100 and 150–250 of 300 s, restart 10, stall 5, durable 10, 200 s of work, a save after each 30 s of
+    /// training.
     ///
     /// Life 1: training 10–40, order 40, 45–75, order 75, 80–100: 80 s trained; durable 50 and 85: 60 s kept, 20 lost.
     /// Life 2: orders at 190 and 225 (durable 235), 60 s more: 120 s kept, 80 left. Training 230–250 lost.
-    /// Life 3, at 300–400: orders at 340 and 375: 180 s kept. Life 4, at 450–550: 20 s left, done at 480, committed at 490.
+    /// Life 3, at 300–400: orders at 340 and 375: 180 s kept. Life 4, at 450–550: 20 s left, done at 480, committed at
+    /// 490.
     #[test]
     fn a_replay_by_hand_comes_to_the_same() {
         let trace = Trace { up: vec![(0.0, 100.0), (150.0, 250.0)], length_s: 300.0 };
@@ -280,7 +283,8 @@ mod tests {
         let found = simulate(&job, |_| 30.0, |trial| trace.machines(trial, 1), 1, 0).unwrap();
         assert_eq!((found.wall_s, found.paid_node_s, found.interruptions, found.lost_s), (490.0, 340.0, 3.0, 60.0));
         assert_eq!((found.goodput, found.goodput_error), (200.0 / 340.0, 0.0));
-        // Warned 10 s ahead, life 1 stops at 90 with 70 s, life 2 too, life 3 has 60 left: trained 310–340, 345–375, committed 385.
+        // Warned 10 s ahead, life 1 stops at 90 with 70 s, life 2 too, life 3 has 60 left: trained 310–340, 345–375,
+        // committed 385.
         let warned = Job { notice: Notice { share: 1.0, lead_s: 10.0 }, ..job };
         let found = simulate(&warned, |_| 30.0, |trial| trace.machines(trial, 1), 1, 0).unwrap();
         assert_eq!((found.wall_s, found.interruptions, found.lost_s), (385.0, 2.0, 0.0));

@@ -104,8 +104,8 @@ pub fn total<'a>(state: &'a RunState, episodes: &[Episode<'_>]) -> Total<'a> {
     }
 }
 
-/// Every generation that ended before the run was done, the oldest first. One that is last and has not said how it ended may still be
-/// at work: it is none.
+/// Every generation that ended before the run was done, the oldest first. One that is last and has not said how it
+/// ended may still be at work: it is none.
 pub fn episodes(state: &RunState) -> Vec<Episode<'_>> {
     let formations = state.formations();
     let mut episodes = Vec::new();
@@ -164,8 +164,8 @@ fn episode<'a>(
     }
 }
 
-/// How long what was planned was to take, and took, from when it was planned: the time before, which may have been trained in, is not
-/// the save's. `None`: nothing was expected, or the journal does not say when.
+/// How long what was planned was to take, and took, from when it was planned: the time before, which may have been
+/// trained in, is not the save's. `None`: nothing was expected, or the journal does not say when.
 pub fn carried_out(drain: &Drain) -> Option<(f64, Option<f64>)> {
     let planned = drain.planned_s?;
     let expected = drain.predicted_s.map(|at| at - planned).filter(|expected| *expected > 0.0)?;

@@ -34,7 +34,8 @@ pub async fn read(root: &Store, run_id: &RunId) -> Result<RunState> {
     journal::replay(&root.folder(run_id.as_str()), run_id).await.context(format!("read journal of run {run_id}"))
 }
 
-/// The checkpoint of a step, or the newest that is whole as far as sizes tell. Says which damaged ones were stepped over.
+/// The checkpoint of a step, or the newest that is whole as far as sizes tell. Says which damaged ones were stepped
+/// over.
 pub async fn choose(root: &Store, run_id: &RunId, step: Option<Step>) -> Result<(Store, Committed)> {
     let state = read(root, run_id).await?;
     let folder = root.folder(run_id.as_str());

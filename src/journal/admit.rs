@@ -22,18 +22,20 @@ pub enum Refusal {
 
 /// Whether `record` may be the next one, written by a node that holds (has formed) the generation `held`.
 ///
-/// 1. A writer that holds an older generation than the newest is fenced, whatever it writes; so is a record that speaks for
-///    an older generation.
+/// 1. A writer that holds an older generation than the newest is fenced, whatever it writes; so is a record that speaks
+///    for an older generation.
 /// 2. `committed`, `completed` and `failed` are for the holder of the newest generation. Anybody may write `notice` and
 ///    `interrupted` for the newest generation, `damaged`, `cleared`, `pruned` (of one or of many), and `formed`.
 /// 3. A (step, generation) pair is committed once. Generations rise. `created` is the first record only.
 /// 4. After `completed` or `failed` only `damaged`, `cleared`, `pruned` and `formed` come.
 /// 5. A generation resumes from a good checkpoint, or from the beginning if nothing was ever committed: no run starts
 ///    over because its checkpoints are damaged. It has nodes and workers.
-/// 6. The newest good checkpoint is not pruned, nor the one that the newest generation resumed from while the run is open.
+/// 6. The newest good checkpoint is not pruned, nor the one that the newest generation resumed from while the run is
+///    open.
 /// 7. A run completes at a step that is its newest good checkpoint.
-/// 8. A good checkpoint is condemned (`damaged`) only while another one of the run as it stands is good, and never the one that was read
-///    whole last ([`RunState::spared`]). `cleared` takes a verdict back; of a pruned checkpoint there is nothing left to clear.
+/// 8. A good checkpoint is condemned (`damaged`) only while another one of the run as it stands is good, and never the
+///    one that was read whole last ([`RunState::spared`]). `cleared` takes a verdict back; of a pruned checkpoint there
+///    is nothing left to clear.
 pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Result<(), Refusal> {
     let wrong = |reason: String| Err(Refusal::Wrong(reason));
     let speaks_for = match record {

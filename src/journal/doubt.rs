@@ -19,8 +19,8 @@ pub struct Clearance {
 }
 
 impl RunState {
-    /// The good checkpoint that was read whole last, as far as records tell: one that was cleared, or one that a generation resumed from
-    /// which has trained since.
+    /// The good checkpoint that was read whole last, as far as records tell: one that was cleared, or one that a
+    /// generation resumed from which has trained since.
     pub fn last_verified(&self) -> Option<ResumePoint> {
         let is_good = |point: &ResumePoint| {
             self.checkpoint(point.step, point.generation).is_some_and(|c| c.status == CheckpointStatus::Good)

@@ -76,8 +76,8 @@ pub enum JournalError {
         /// The newest generation.
         generation: Generation,
     },
-    /// A checkpoint was committed, damaged, cleared or pruned, or the run ended, while a generation was about to be formed: choose
-    /// its resume point again from the state as it is now.
+    /// A checkpoint was committed, damaged, cleared or pruned, or the run ended, while a generation was about to be
+    /// formed: choose its resume point again from the state as it is now.
     #[error("the run went on while generation {generation} was about to be formed: {what}")]
     Moved {
         /// The generation that was not formed.
@@ -122,13 +122,22 @@ impl Explain for JournalError {
             Self::Exists { run_id, .. } => {
                 Some(format!("carry it on with trainer resume --run-id {run_id}, or choose another id"))
             }
-            Self::NoSuchRun { .. } => Some("`trainer runs --store URI` lists the runs of a store; check --store and --run-id".into()),
-            Self::Newer { .. } => Some("install the version of trainer that wrote it, or a newer one; `trainer --version` shows this one's".into()),
+            Self::NoSuchRun { .. } => Some(
+                "`trainer runs --store URI` lists the runs of a store; check --store and \
+                --run-id"
+                    .into(),
+            ),
+            Self::Newer { .. } => Some(
+                "install the version of trainer that wrote it, or a newer one; `trainer \
+                --version` shows this one's"
+                    .into(),
+            ),
             Self::Damaged { object, .. } | Self::Garbled { object, last: false, .. } => {
                 Some(format!("nothing has been changed; {}", restore(object)))
             }
             Self::Garbled { object, last: true, .. } => Some(format!(
-                "nothing has been changed; {}. If there is none: this is the newest record, and the run goes on from the one before it once it \
+                "nothing has been changed; {}. If there is none: this is the newest record, and the run goes on from \
+                the one before it once it \
                  is out of the way. While no trainer works on this run: `{}`",
                 restore(object),
                 aside(object)
@@ -137,9 +146,11 @@ impl Explain for JournalError {
                 "delete that object and try again: it only makes opening the run faster, and nothing else reads it"
                     .into(),
             ),
-            Self::Fenced { .. } | Self::Overtaken { .. } => {
-                Some("the other node carries this run on: `trainer status` shows how far it is, and nothing is to be done here".into())
-            }
+            Self::Fenced { .. } | Self::Overtaken { .. } => Some(
+                "the other node carries this run on: `trainer status` shows how far it is, and nothing is to be \
+                    done here"
+                    .into(),
+            ),
             Self::Moved { .. } => Some("type the same command again".into()),
             Self::Storage(error) => error.hint(),
             Self::Refused { .. } | Self::NoWriter | Self::Injected(_) => None,

@@ -177,9 +177,9 @@ impl Journal {
     /// Forms the next generation, which fences all older ones; this node holds it from then on.
     ///
     /// `formed` is chosen from [`state`](Self::state) as it stands at the call. If the run went on in the meantime, the
-    /// choice may be wrong, and nothing is formed: [`JournalError::Overtaken`] if another node formed a generation (look
-    /// at its heartbeat), [`JournalError::Moved`] if a checkpoint came or went, or the run ended (choose again). The
-    /// state is up to date after either.
+    /// choice may be wrong, and nothing is formed: [`JournalError::Overtaken`] if another node formed a generation
+    /// (look at its heartbeat), [`JournalError::Moved`] if a checkpoint came or went, or the run ended (choose again).
+    /// The state is up to date after either.
     pub async fn form(&mut self, formed: Formed) -> Result<Generation, JournalError> {
         let generation = self.state.generation().next();
         let Formed { roster, world_size, resume, overrides, reason, data } = formed;

@@ -270,7 +270,8 @@ impl DrainPlan {
     }
 }
 
-/// How a drain went: what was expected of it, and what came of it. Times are seconds from the moment at which the notice was heard.
+/// How a drain went: what was expected of it, and what came of it. Times are seconds from the moment at which the
+/// notice was heard.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Drain {
     /// What was heard: `aws-spot`, `sigterm`, …

@@ -46,8 +46,8 @@ pub async fn replay(store: &Store, run_id: &RunId) -> Result<RunState, JournalEr
     replay_by(store, run_id, SPANS).await
 }
 
-/// The same with summaries of these lengths. Records and summaries that disagree are read once more: what did not may have been garbled on
-/// its way.
+/// The same with summaries of these lengths. Records and summaries that disagree are read once more: what did not may
+/// have been garbled on its way.
 pub(super) async fn replay_by(store: &Store, run_id: &RunId, spans: Spans) -> Result<RunState, JournalError> {
     match replay_once(store, run_id, spans).await {
         Err(JournalError::Disagrees { .. }) => replay_once(store, run_id, spans).await,
@@ -407,8 +407,8 @@ fn numbers<'k>(keys: impl Iterator<Item = &'k str>) -> BTreeSet<u64> {
     keys.filter_map(layout::journal_number).collect()
 }
 
-/// One record and its stored bytes; `None` if there is none of this number. What is no record is read once more: it may have been garbled on
-/// its way.
+/// One record and its stored bytes; `None` if there is none of this number. What is no record is read once more: it may
+/// have been garbled on its way.
 pub(super) async fn read(store: &Store, number: u64) -> Result<Option<(Entry, Bytes)>, JournalError> {
     match read_once(store, number).await {
         Err(JournalError::Garbled { .. } | JournalError::Newer { .. }) => match read_once(store, number).await {

@@ -485,7 +485,10 @@ proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig::with_cases(200))]
     #[test]
     fn two_writers_in_any_order_do_what_the_model_does(
-        script in proptest::collection::vec((0_usize..2, proptest::sample::select(vec![Does::Form, Does::Commit, Does::Commit, Does::Refresh])), 1..40)
+        script in proptest::collection::vec(
+            (0_usize..2, proptest::sample::select(vec![Does::Form, Does::Commit, Does::Commit, Does::Refresh])),
+            1..40,
+        )
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {

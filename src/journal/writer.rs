@@ -2,7 +2,8 @@
 //!
 //! Every other task holds a [`JournalWriter`]: it sends commands, each with its [`Urgency`], and reads the newest
 //! [`View`] without waiting. An append may hang in the store for many seconds, and a notice leaves few; so the task
-//! interrupts a notice, housekeeping or a look as soon as something more urgent arrives, and begins it again afterwards.
+//! interrupts a notice, housekeeping or a look as soon as something more urgent arrives, and begins it again
+//! afterwards.
 //!
 //! # Owns
 //! The [`Journal`], the queue of commands, the order in which they run.

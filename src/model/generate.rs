@@ -1,8 +1,8 @@
 //! Sampling from a model: to look at what it has learnt, not to serve it.
 //!
 //! Each token is a forward pass over the last positions (at most the model's longest sequence), with no cache of
-//! keys and values: a few hundred tokens of a small model take seconds, and there is no second copy of the network to keep
-//! equal to the first. The choice is made on the CPU from one seed.
+//! keys and values: a few hundred tokens of a small model take seconds, and there is no second copy of the network to
+//! keep equal to the first. The choice is made on the CPU from one seed.
 
 use tch::Tensor;
 
@@ -21,7 +21,8 @@ pub struct GenerateSettings {
     pub stop: Vec<u32>,
 }
 
-/// The tokens that follow `prompt`, which has at least one; each is given to `heard` as soon as it is known, which says whether to go on.
+/// The tokens that follow `prompt`, which has at least one; each is given to `heard` as soon as it is known, which says
+/// whether to go on.
 pub fn generate(
     model: &dyn Model,
     prompt: &[u32],

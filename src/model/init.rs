@@ -1,8 +1,8 @@
 //! Fresh weights of a Llama model.
 //!
 //! Matrices are normal with deviation `initializer_range`; those of the two projections that add to the residual stream
-//! (`o_proj`, `down_proj`) are divided by √(2·layers), so that the stream's variance does not grow with depth (GPT-2). Norms
-//! are 1, biases 0. The numbers come from [`super::random`]: the same bits on every machine.
+//! (`o_proj`, `down_proj`) are divided by √(2·layers), so that the stream's variance does not grow with depth (GPT-2).
+//! Norms are 1, biases 0. The numbers come from [`super::random`]: the same bits on every machine.
 
 use tch::{Device, Kind, TchError, Tensor};
 

@@ -1,8 +1,8 @@
-//! The Llama architecture (Touvron et al., arXiv 2302.13971), as Hugging Face's `LlamaForCausalLM` computes it: RMSNorm before
-//! each part, rotary positions, grouped-query attention, a SwiGLU feed-forward layer.
+//! The Llama architecture (Touvron et al., arXiv 2302.13971), as Hugging Face's `LlamaForCausalLM` computes it: RMSNorm
+//! before each part, rotary positions, grouped-query attention, a SwiGLU feed-forward layer.
 //!
-//! With [`Precision::Bf16`] the residual stream and all matrix products are bf16; mean squares of RMSNorm, rotary turns,
-//! softmax and the loss are fp32.
+//! With [`Precision::Bf16`] the residual stream and all matrix products are bf16; mean squares of RMSNorm, rotary
+//! turns, softmax and the loss are fp32.
 
 use std::collections::HashMap;
 

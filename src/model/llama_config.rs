@@ -398,7 +398,8 @@ mod tests {
     #[test]
     fn hostile_values_are_errors_that_name_the_key() {
         let llama3 = |key: &str, value: Value| {
-            let mut scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            let mut scaling = json!({"rope_type": "llama3", "factor": 8.0,
+                                     "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 8192});
             scaling[key] = value;
             scaling

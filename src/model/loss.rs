@@ -2,17 +2,17 @@
 //!
 //! Scores are `[rows, vocabulary]`, by far the largest tensor of a small model's step, and a plain backward pass holds
 //! three of them. Here rows are taken in chunks: the gradient of cross entropy is known in closed form (softmax minus
-//! one-hot), so each chunk's gradients with respect to hidden states and weights are computed along with its loss, and its
-//! scores are dropped (the idea of Liger Kernel's fused linear cross entropy, arXiv 2410.10989). No operation is done twice.
-//! That of the hidden states enters autograd through a term that is zero in value: `s - detach(s)`, with `s` their inner
-//! product with it; that of the weights through [`Weight::with_gradient`].
+//! one-hot), so each chunk's gradients with respect to hidden states and weights are computed along with its loss, and
+//! its scores are dropped (the idea of Liger Kernel's fused linear cross entropy, arXiv 2410.10989). No operation is
+//! done twice. That of the hidden states enters autograd through a term that is zero in value: `s - detach(s)`, with
+//! `s` their inner product with it; that of the weights through [`Weight::with_gradient`].
 
 use tch::{Device, Kind, Tensor};
 
 use super::{Doing, ModelError, Weight};
 
-/// Bytes of fp32 scores in one chunk. On a CPU below the 32 MiB from which glibc gives every buffer back to the kernel, so
-/// that chunks reuse warm pages; more on a GPU, which wants larger products.
+/// Bytes of fp32 scores in one chunk. On a CPU below the 32 MiB from which glibc gives every buffer back to the kernel,
+/// so that chunks reuse warm pages; more on a GPU, which wants larger products.
 const fn chunk_bytes(device: Device) -> i64 {
     match device {
         Device::Cpu => 24 << 20,
@@ -20,10 +20,11 @@ const fn chunk_bytes(device: Device) -> i64 {
     }
 }
 
-/// Mean cross entropy of `hidden · weightᵀ` against `targets`: an fp32 scalar, differentiable once in `hidden` and `weight`.
+/// Mean cross entropy of `hidden · weightᵀ` against `targets`: an fp32 scalar, differentiable once in `hidden` and
+/// `weight`.
 ///
-/// `hidden`: `[rows, width]`, fp32 or bf16, the type of the matrix products. `weight`: `[vocabulary, width]`. `targets`: i64
-/// `[rows]`. Softmax and sums are fp32.
+/// `hidden`: `[rows, width]`, fp32 or bf16, the type of the matrix products. `weight`: `[vocabulary, width]`.
+/// `targets`: i64 `[rows]`. Softmax and sums are fp32.
 pub(super) fn linear_cross_entropy(hidden: &Tensor, weight: &Weight, targets: &Tensor) -> Result<Tensor, ModelError> {
     let rows = hidden.size().first().copied().unwrap_or(0);
     let vocabulary = weight.leaf.size().first().copied().unwrap_or(0);

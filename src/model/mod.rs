@@ -4,9 +4,10 @@
 //! Face names: the order is the order of registration with the gradient reducer, the names are those in checkpoints.
 //!
 //! Invariants: parameters are fp32 leaf tensors whatever the [`Precision`]; with [`Precision::Bf16`] they are cast
-//! where they are used, so that gradients come out in fp32 and there is one copy of the weights. Where the fp32 weights are
-//! kept elsewhere (ZeRO-1), a [`Weight`] has bf16 values of its own beside a leaf that only receives the gradient; the
-//! arithmetic is the same to the last bit. A fresh model has the same bits on every machine and device: see [`random`]. [`parameter_shapes`] and [`build`] agree by construction.
+//! where they are used, so that gradients come out in fp32 and there is one copy of the weights. Where the fp32 weights
+//! are kept elsewhere (ZeRO-1), a [`Weight`] has bf16 values of its own beside a leaf that only receives the gradient;
+//! the arithmetic is the same to the last bit. A fresh model has the same bits on every machine and device: see
+//! [`random`]. [`parameter_shapes`] and [`build`] agree by construction.
 //!
 //! A model keeps no state between calls beyond its parameters (and a table of constants that grows on demand): a call
 //! that failed or was given up leaves nothing behind.
@@ -120,20 +121,20 @@ impl<T> Doing<T> for Result<T, TchError> {
 
 /// A model on one device.
 pub trait Model: Send {
-    /// Every parameter under its Hugging Face name, in registration order: fp32 leaves that require gradients. The tensors
-    /// are shared with the model: writing into them (without recording gradients) changes the model, unless
+    /// Every parameter under its Hugging Face name, in registration order: fp32 leaves that require gradients. The
+    /// tensors are shared with the model: writing into them (without recording gradients) changes the model, unless
     /// [`Model::set_parameters`] gave them copies, which hold the values then.
     fn parameters(&self) -> &[(String, Tensor)];
 
-    /// Puts other tensors in the place of all parameters, in their order and with their extents: they hold what is computed with
-    /// from here on.
+    /// Puts other tensors in the place of all parameters, in their order and with their extents: they hold what is
+    /// computed with from here on.
     fn set_parameters(&mut self, weights: Vec<Weight>) -> Result<(), ModelError>;
 
     /// Mean cross entropy (nats a token) of predicting `tokens[.., 1..]` from what stands before: an fp32 scalar.
     ///
-    /// `tokens`: i64 `[batch, T + 1]` on the model's device, each below [`Model::vocab_size`] (not checked here: on a GPU that
-    /// would cost a synchronisation), T at most [`Model::max_sequence_length`]. `backward()` may be called on the result
-    /// once; where gradients are not recorded, nothing is kept for it.
+    /// `tokens`: i64 `[batch, T + 1]` on the model's device, each below [`Model::vocab_size`] (not checked here: on a
+    /// GPU that would cost a synchronisation), T at most [`Model::max_sequence_length`]. `backward()` may be called on
+    /// the result once; where gradients are not recorded, nothing is kept for it.
     fn loss(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
 
     /// Scores of the next token at every position: fp32 `[batch, T, vocabulary]` for i64 `tokens` `[batch, T]`.

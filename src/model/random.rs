@@ -2,8 +2,8 @@
 //!
 //! Weights are drawn here and not by LibTorch, whose stream depends on the vector instructions of the processor: ranks
 //! on unlike machines must start from equal weights, and a run must be repeatable elsewhere. Only additions,
-//! multiplications, divisions and square roots are used, which IEEE 754 fixes to the last bit; the logarithm is ours for
-//! that reason. Each tensor has a stream of its own, keyed by seed and name, so neither the order in which tensors
+//! multiplications, divisions and square roots are used, which IEEE 754 fixes to the last bit; the logarithm is ours
+//! for that reason. Each tensor has a stream of its own, keyed by seed and name, so neither the order in which tensors
 //! are made nor the number of threads matters.
 
 use std::num::NonZero;

@@ -24,8 +24,8 @@ pub(super) struct Turns {
 impl Turns {
     /// Turns `x` `[batch, T, heads, width]`; the result has the type of `x`.
     ///
-    /// Hugging Face writes `x·cos + cat(-x₂, x₁)·sin`; with the sign within the table that is a rotation by half the width, and
-    /// a product is saved.
+    /// Hugging Face writes `x·cos + cat(-x₂, x₁)·sin`; with the sign within the table that is a rotation by half the
+    /// width, and a product is saved.
     pub(super) fn apply(&self, x: &Tensor, width: i64) -> Result<Tensor, tch::TchError> {
         let partner = x.f_roll(width / 2, -1_i64)?;
         x.f_mul(&self.cos)?.f_addcmul(&partner, &self.sin)?.f_to_kind(x.f_kind()?)

@@ -1,5 +1,6 @@
-//! What AWS's instance metadata says of this machine's end (<https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/>: Spot Instance
-//! interruption notices, EC2 instance rebalance recommendations, scheduled events; Auto Scaling: target lifecycle state).
+//! What AWS's instance metadata says of this machine's end (<https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/>:
+//! Spot Instance interruption notices, EC2 instance rebalance recommendations, scheduled events; Auto Scaling: target
+//! lifecycle state).
 //!
 //! | asked | how often | what it means |
 //! |---|---|---|
@@ -8,15 +9,15 @@
 //! | `events/recommendations/rebalance` | 5 s | save now and train on |
 //! | `events/maintenance/scheduled` | 30 s | save now and train on; interruption when a stop or a reboot is at most five minutes ahead |
 //!
-//! A machine that was bought `on-demand` is not asked about spot. A notice holds once it was heard, whether or not it is there the
-//! next time: nobody promises that what is withdrawn does not happen. Of a spot interruption the action alone is the name: some services
-//! count its time from the request.
+//! A machine that was bought `on-demand` is not asked about spot. A notice holds once it was heard, whether or not it
+//! is there the next time: nobody promises that what is withdrawn does not happen. Of a spot interruption the action
+//! alone is the name: some services count its time from the request.
 //!
-//! Maintenance whose time had passed when this process first heard of it only asks for a save: a machine that waits for its reboot
-//! would else drain again with every start, for hours. The reboot itself comes with SIGTERM.
+//! Maintenance whose time had passed when this process first heard of it only asks for a save: a machine that waits for
+//! its reboot would else drain again with every start, for hours. The reboot itself comes with SIGTERM.
 //!
-//! With a lifecycle hook (see [`crate::cloud::lifecycle`]) the hook is kept waiting from the moment at which the end was heard, and is
-//! completed when the run's last words are written. A crash in between leaves it to its time-out.
+//! With a lifecycle hook (see [`crate::cloud::lifecycle`]) the hook is kept waiting from the moment at which the end
+//! was heard, and is completed when the run's last words are written. A crash in between leaves it to its time-out.
 
 use std::{sync::Arc, time::Duration};
 
@@ -94,8 +95,9 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// Lets the machine go, if its group waits for that. Its hook may still be looked for: a node that has nothing to save is ready to
-    /// leave at once, and the machine would idle, paid, until the time-out. The caller bounds the wait.
+    /// Lets the machine go, if its group waits for that. Its hook may still be looked for: a node that has nothing to
+    /// save is ready to leave at once, and the machine would idle, paid, until the time-out. The caller bounds the
+    /// wait.
     pub async fn release(&self) {
         if *self.standing.borrow() != Standing::Leaving {
             return;
@@ -171,13 +173,14 @@ async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
             ending.standing.send_replace(Standing::Leaving);
             let known = timeout(LIMIT, hook.wait_for(Option::is_some)).await;
             let hook = known.ok().and_then(|hook| hook.ok()?.clone().flatten());
-            // The group waits for this machine, and pays for it, often with its replacement there already. The hook is kept waiting: its
-            // time-out is no reason to give a save up.
+            // The group waits for this machine, and pays for it, often with its replacement there already. The hook is
+            // kept waiting: its time-out is no reason to give a save up.
             let confidence = Confidence::Advisory;
             let deadline = hook.and_then(|hook| hook.timeout());
             mouth.tell(Notice { confidence, ..notice(Kind::Stop, deadline, "aws-asg", "Terminated") });
         } else if matches!(&outcome, Ok(Some(state)) if !state.trim().is_empty()) {
-            // A machine of a group: it is time to know what will hold up its end. An end that was announced is not taken back.
+            // A machine of a group: it is time to know what will hold up its end. An end that was announced is not
+            // taken back.
             ending.standing.send_if_modified(|standing| {
                 let news = *standing == Standing::Outside;
                 if news {
@@ -203,7 +206,8 @@ async fn hold(imds: &Imds, ending: &Ending, configured: &str) {
             Ok(hook) => break hook.map(Arc::new),
             Err(error) => {
                 if !pace.is_failing() {
-                    tracing::warn!(%error, hint = error.hint(), "what holds up this machine's end is not known: the group will not wait for the last save");
+                    tracing::warn!(%error, hint = error.hint(), "what holds up this machine's end is not known: the \
+                        group will not wait for the last save");
                 }
                 // An end that is announced ends the pause.
                 let leaving = standing.wait_for(|standing| *standing == Standing::Leaving);

@@ -1,14 +1,15 @@
 //! Azure's Scheduled Events (<https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events>).
 //!
-//! The document is asked for every second; its first answer may take two minutes. An event counts if its `Resources` name this machine:
-//! every machine of an availability set is told of the events of all. `Preempt`, `Terminate`, `Redeploy` and `Reboot` are
-//! interruptions, at `NotBefore`, which is empty once they have started. A `Freeze` loses no memory: of one that is not known to be short
-//! the answer is a save.
+//! The document is asked for every second; its first answer may take two minutes. An event counts if its `Resources`
+//! name this machine: every machine of an availability set is told of the events of all. `Preempt`, `Terminate`,
+//! `Redeploy` and `Reboot` are interruptions, at `NotBefore`, which is empty once they have started. A `Freeze` loses
+//! no memory: of one that is not known to be short the answer is a save.
 //!
-//! *Approval.* An event begins early if it is approved, which ends the wait for a machine that has nothing left to do. It is approved
-//! only after the last step is durable, only if every resource that it names is this machine (approving it
-//! starts it for all of them), and only if this process leaves because of it: one that was not told of it, or was asked to stop for
-//! another reason, leaves the rest of the time to whatever runs here next. Not approving it costs nothing but the wait.
+//! *Approval.* An event begins early if it is approved, which ends the wait for a machine that has nothing left to do.
+//! It is approved only after the last step is durable, only if every resource that it names is this machine (approving
+//! it starts it for all of them), and only if this process leaves because of it: one that was not told of it, or was
+//! asked to stop for another reason, leaves the rest of the time to whatever runs here next. Not approving it costs
+//! nothing but the wait.
 
 use std::{
     collections::HashSet,
@@ -78,8 +79,8 @@ impl Heard {
         lock(&self.reasons).add(notice);
     }
 
-    /// Approves the interruptions of this machine alone, as far as this process leaves because of them; call it only when the last step
-    /// is durable.
+    /// Approves the interruptions of this machine alone, as far as this process leaves because of them; call it only
+    /// when the last step is durable.
     pub async fn release(&self) {
         let Some((azure, ours)) = lock(&self.service).take() else { return };
         let events = lock(&self.reasons).approvable(ours);
@@ -254,7 +255,8 @@ mod tests {
             ("NewKind", "Scheduled", vec!["me"], soon, -1, None, false),
         ] {
             let event = json!({"EventId": "A-1", "EventType": kind, "EventStatus": status, "Resources": resources,
-                               "NotBefore": not_before, "DurationInSeconds": duration, "ResourceType": "VirtualMachine"});
+                               "NotBefore": not_before, "DurationInSeconds": duration,
+                               "ResourceType": "VirtualMachine"});
             let body = json!({"DocumentIncarnation": 1, "Events": [event]}).to_string();
             let document = read(&body, "me", now).unwrap();
             let heard: Vec<_> = document.notices.iter().map(|notice| (notice.kind, notice.deadline)).collect();

@@ -1,11 +1,12 @@
 //! A request, in the run's own folder, that a live generation save and stop.
 //!
-//! Stored layout: `drains/g0003.json`, created once: [`Request`]. That it stands is all that its reader looks at. It is of one
-//! generation, so that whoever resumes the run later is not stopped by it; it stays, as the journal does, and costs a few bytes.
+//! Stored layout: `drains/g0003.json`, created once: [`Request`]. That it stands is all that its reader looks at. It is
+//! of one generation, so that whoever resumes the run later is not stopped by it; it stays, as the journal does, and
+//! costs a few bytes.
 //!
-//! The agent of that generation asks for it every [`INTERVAL`], and for a minute after it has formed the next one: when a worker dies while the
-//! request is on its way, the same agent still obeys it. A crash on either side loses nothing: asked again, the request stands
-//! already.
+//! The agent of that generation asks for it every [`INTERVAL`], and for a minute after it has formed the next one: when
+//! a worker dies while the request is on its way, the same agent still obeys it. A crash on either side loses nothing:
+//! asked again, the request stands already.
 
 use std::time::Duration;
 

@@ -1,9 +1,10 @@
 //! A watched file: whatever can write one can say that this machine goes away.
 //!
-//! What counts is that the file appears or changes while this process runs. One that was last written before the process began is old
-//! news, as is one from the future: it would else end every restart. It may be empty, or hold the seconds that are left (`90`, `2m`) or JSON, `{"deadline_s": 90}`;
-//! what can't be read says no less that the machine goes away. At most 4 KiB of it are read, once it has stayed the same
-//! from one look to the next: whoever writes it need not do so at once.
+//! What counts is that the file appears or changes while this process runs. One that was last written before the
+//! process began is old news, as is one from the future: it would else end every restart. It may be empty, or hold the
+//! seconds that are left (`90`, `2m`) or JSON, `{"deadline_s": 90}`; what can't be read says no less that the machine
+//! goes away. At most 4 KiB of it are read, once it has stayed the same from one look to the next: whoever writes it
+//! need not do so at once.
 
 use std::{
     os::unix::fs::MetadataExt,
@@ -92,7 +93,8 @@ impl Watched {
         self.known = now;
         let content = if looks.regular { read(&self.path).await } else { Vec::new() };
         let deadline = deadline(&content).unwrap_or_else(|()| {
-            tracing::warn!(file = %self.path.display(), "the watched file holds no time: when this machine goes away is not known");
+            tracing::warn!(file = %self.path.display(), "the watched file holds no time: when this machine goes away \
+                is not known");
             None
         });
         let id = format!("{}-{}-{}.{}", looks.inode, looks.size, looks.changed.0, looks.changed.1);
@@ -172,7 +174,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_content_is_too_odd(content in proptest::collection::vec(any::<u8>(), 0..200), text in super::super::tests::odd_answer()) {
+        fn no_content_is_too_odd(
+            content in proptest::collection::vec(any::<u8>(), 0..200),
+            text in super::super::tests::odd_answer(),
+        ) {
             for content in [content.as_slice(), text.as_bytes()] {
                 prop_assert!(deadline(content).map_or(true, |left| left.is_none_or(|left| left <= LONGEST)));
             }

@@ -1,13 +1,14 @@
 //! What Compute Engine's metadata server says of this machine's end
-//! (<https://cloud.google.com/compute/docs/instances/spot>, <https://cloud.google.com/compute/docs/gpus/gpu-host-maintenance>).
+//! (<https://cloud.google.com/compute/docs/instances/spot>,
+//! <https://cloud.google.com/compute/docs/gpus/gpu-host-maintenance>).
 //!
 //! - `instance/preempted` `TRUE`: interruption. What is left is 30 s, unless the machine was made with
 //!   `--preemption-notice-duration`, which the server does not tell: `notice.preemption_window` does.
-//! - `instance/maintenance-event` `TERMINATE_ON_HOST_MAINTENANCE`: interruption. A machine with GPUs is told an hour ahead, others a minute;
-//!   which of the two is not said, so a minute is what is counted on. If that stood there when this process began, it was started in
-//!   that hour: it saves now and trains on, since it would else drain again with every start. Where the server is first asked later than
-//!   a minute after the beginning, what stands there counts as new. `MIGRATE_ON_HOST_MAINTENANCE` costs a
-//!   pause: nothing is lost.
+//! - `instance/maintenance-event` `TERMINATE_ON_HOST_MAINTENANCE`: interruption. A machine with GPUs is told an hour
+//!   ahead, others a minute; which of the two is not said, so a minute is what is counted on. If that stood there when
+//!   this process began, it was started in that hour: it saves now and trains on, since it would else drain again with
+//!   every start. Where the server is first asked later than a minute after the beginning, what stands there counts as
+//!   new. `MIGRATE_ON_HOST_MAINTENANCE` costs a pause: nothing is lost.
 //!
 //! Each is asked for plainly once, then with a request that waits for a change to what was heard last.
 
@@ -84,7 +85,8 @@ struct Standing {
 }
 
 impl Standing {
-    /// Of a process that has `run` so long before its first question. Too long, and what comes first may be new, and its end near.
+    /// Of a process that has `run` so long before its first question. Too long, and what comes first may be new, and
+    /// its end near.
     fn of_process(run: Duration) -> Self {
         Self { first: None, changed: run > MAINTENANCE_NOTICE }
     }

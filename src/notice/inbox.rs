@@ -1,12 +1,15 @@
 //! The signals that this process was sent, from the first instruction of `main` on.
 //!
-//! The handlers are tokio's: one sets a flag and wakes a thread of this file's own, which counts. What has come before somebody listens waits
-//! for him: until the handlers stand a signal ends the process by default, which nobody can tell from a crash, and to the first process of a
-//! container the kernel does not deliver a signal at all that nobody handles. Before `main` they are held ([`torch::release_signals`]).
+//! The handlers are tokio's: one sets a flag and wakes a thread of this file's own, which counts. What has come before
+//! somebody listens waits for him: until the handlers stand a signal ends the process by default, which nobody can tell
+//! from a crash, and to the first process of a container the kernel does not deliver a signal at all that nobody
+//! handles. Before `main` they are held ([`torch::release_signals`]).
 //!
-//! - SIGTERM, SIGINT, SIGHUP: stop. SIGHUP, which a terminal sends that goes away, is left alone where it was ignored at the start (`nohup`).
+//! - SIGTERM, SIGINT, SIGHUP: stop. SIGHUP, which a terminal sends that goes away, is left alone where it was ignored
+//!   at the start (`nohup`).
 //! - SIGUSR1: the machine goes away. SIGUSR2: save now.
-//! - SIGXFSZ is taken and forgotten: a file that may not grow any more (`ulimit -f`) is then an error of the write, not the end of the process.
+//! - SIGXFSZ is taken and forgotten: a file that may not grow any more (`ulimit -f`) is then an error of the write, not
+//!   the end of the process.
 
 use std::{io, sync::OnceLock};
 
@@ -162,7 +165,8 @@ impl Came {
     }
 }
 
-/// Whether `/proc/self/status` has the signal among those that are ignored (proc(5)): the bit below its number in `SigIgn`.
+/// Whether `/proc/self/status` has the signal among those that are ignored (proc(5)): the bit below its number in
+/// `SigIgn`.
 fn is_ignored(kind: SignalKind, status: &str) -> bool {
     let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
     let bit = u32::try_from(kind.as_raw_value() - 1).unwrap_or_default();

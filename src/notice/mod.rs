@@ -7,15 +7,16 @@
 //! | a watched file (`file.rs`) | where one is named | the machine goes away |
 //! | `trainer drain` ([`drain`]) | in the run's folder | stop |
 //!
-//! Sources only say what they heard; the agent decides what it means. The stream drops repeats of what it has given, by source and id:
-//! a metadata service repeats a notice with every poll. Signals are not repeats of each other: of the same signal, the second one asks
-//! to leave at once.
+//! Sources only say what they heard; the agent decides what it means. The stream drops repeats of what it has given, by
+//! source and id: a metadata service repeats a notice with every poll. Signals are not repeats of each other: of the
+//! same signal, the second one asks to leave at once.
 //!
-//! Nothing is stored but a request to drain. Sources are polled by tasks of their own, so that one that hangs holds up neither the others
-//! nor training; they end with the [`Notices`] that started them. A question takes two seconds at the most (but Azure's list of events,
-//! which may take two minutes the first time and gets ten seconds later, and Google's, which wait a minute for a change), is asked once at a
-//! time, and more seldom while there are no answers; a service that is absent, or mad, is never a reason to stop. With `sources = "auto"` every
-//! cloud's service is looked for, and the first that answers as it should is the only one that is asked from then on.
+//! Nothing is stored but a request to drain. Sources are polled by tasks of their own, so that one that hangs holds up
+//! neither the others nor training; they end with the [`Notices`] that started them. A question takes two seconds at
+//! the most (but Azure's list of events, which may take two minutes the first time and gets ten seconds later, and
+//! Google's, which wait a minute for a change), is asked once at a time, and more seldom while there are no answers; a
+//! service that is absent, or mad, is never a reason to stop. With `sources = "auto"` every cloud's service is looked
+//! for, and the first that answers as it should is the only one that is asked from then on.
 #![doc = include_str!("README.md")]
 mod aws;
 mod azure;
@@ -50,8 +51,8 @@ use self::{
 use crate::env;
 use crate::{config::NoticeConfig, ids::Generation, storage::Store};
 
-/// How long requests to a generation that this node has left behind are looked for: whoever asks has looked at the journal and at a
-/// heartbeat before.
+/// How long requests to a generation that this node has left behind are looked for: whoever asks has looked at the
+/// journal and at a heartbeat before.
 const LATE: Duration = Duration::from_secs(60);
 /// How long telling those who wait for this node may take.
 const FAREWELL: Duration = Duration::from_secs(15);
@@ -109,8 +110,8 @@ pub struct Notice {
 }
 
 impl Notice {
-    /// Whether it is a signal of somebody who asks this process to stop: of those, the same one twice means "at once". A terminal that goes
-    /// away sends SIGHUP more than once, and means nothing by it.
+    /// Whether it is a signal of somebody who asks this process to stop: of those, the same one twice means "at once".
+    /// A terminal that goes away sends SIGHUP more than once, and means nothing by it.
     pub fn is_signal(&self) -> bool {
         matches!(self.source, "sigterm" | "sigint")
     }
@@ -190,8 +191,8 @@ impl Notices {
         }
     }
 
-    /// This node trains in `generation` of the run whose folder is `run`: whoever asks that generation to stop is heard. So is, for a
-    /// while, whoever asks the one before: it may have ended while the request was on its way.
+    /// This node trains in `generation` of the run whose folder is `run`: whoever asks that generation to stop is
+    /// heard. So is, for a while, whoever asks the one before: it may have ended while the request was on its way.
     pub fn formed(&mut self, run: &Store, generation: Generation) {
         if let Some((before, listening)) = self.held.take() {
             listening.abort();
@@ -222,8 +223,9 @@ impl Notices {
         }
     }
 
-    /// The run has ended on this node, its last words are written, and whoever started it has done what must not be cut short; `left`: this process leaves because it was told to, and the last
-    /// finished step is durable. Whoever waits for this node is told so, within a bounded time.
+    /// The run has ended on this node, its last words are written, and whoever started it has done what must not be cut
+    /// short; `left`: this process leaves because it was told to, and the last finished step is durable. Whoever waits
+    /// for this node is told so, within a bounded time.
     pub async fn release(&mut self, left: bool) {
         let approve = async {
             if left {

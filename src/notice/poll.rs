@@ -12,15 +12,16 @@ use crate::cloud::metadata::MetadataError;
 pub const LIMIT: Duration = Duration::from_secs(2);
 /// Pauses between looks for a service that is not there double up to this.
 const SELDOM: Duration = Duration::from_secs(300);
-/// And up to this for one that is known to be there and only does not answer: a machine that is young, or a network that fails for a while.
+/// And up to this for one that is known to be there and only does not answer: a machine that is young, or a network
+/// that fails for a while.
 const SOON: Duration = Duration::from_secs(10);
 /// Notices that wait to be taken; more are dropped, and heard again with the next poll.
 const WAITING: usize = 64;
 /// The longest name of a notice.
 const NAME: usize = 100;
 
-/// How long this process has run: since the first question, so it is asked when the process begins. Sources begin later, when
-/// the run's configuration is known; what came to pass in between is news.
+/// How long this process has run: since the first question, so it is asked when the process begins. Sources begin
+/// later, when the run's configuration is known; what came to pass in between is news.
 pub fn running_for() -> Duration {
     static BEGAN: OnceLock<std::time::Instant> = OnceLock::new();
     BEGAN.get_or_init(std::time::Instant::now).elapsed()
@@ -82,7 +83,8 @@ impl Pace {
     }
 }
 
-/// Sleeps until the next question to `what` is due. A failure is a line for who looks for it: nothing depends on one answer.
+/// Sleeps until the next question to `what` is due. A failure is a line for who looks for it: nothing depends on one
+/// answer.
 pub async fn rest<T>(pace: &mut Pace, what: &str, outcome: &Result<T, MetadataError>) {
     let pause = match outcome {
         Ok(_) => pace.answered(),
@@ -104,8 +106,8 @@ pub struct Search {
 }
 
 impl Search {
-    /// For the service `what`. `named`: the user has said that it is there, and is told once that it is not. `here`: the machine itself says
-    /// that it is of that cloud.
+    /// For the service `what`. `named`: the user has said that it is there, and is told once that it is not. `here`:
+    /// the machine itself says that it is of that cloud.
     pub const fn new(what: &'static str, named: bool, here: bool) -> Self {
         let most = if named || here { SOON } else { SELDOM };
         Self { what, named, pace: Pace::new(Duration::from_secs(1), most) }
@@ -125,13 +127,14 @@ impl Search {
     }
 }
 
-/// Time from `now` to `at`, not below zero and not over `most`. Both are wall clocks, and one of them is somebody else's: `most`
-/// is what the source announces at the most.
+/// Time from `now` to `at`, not below zero and not over `most`. Both are wall clocks, and one of them is somebody
+/// else's: `most` is what the source announces at the most.
 pub fn left(at: Timestamp, now: Timestamp, most: Duration) -> Duration {
     Duration::try_from(at.duration_since(now)).unwrap_or_default().min(most)
 }
 
-/// A time as AWS's list of maintenance and Azure's events have it: `21 Jan 2019 09:00:43 GMT`, a weekday and a comma before it or not.
+/// A time as AWS's list of maintenance and Azure's events have it: `21 Jan 2019 09:00:43 GMT`, a weekday and a comma
+/// before it or not.
 pub fn http_date(text: &str) -> Option<Timestamp> {
     let text = text.split_once(", ").map_or(text, |(_, date)| date).trim();
     let parsed: DateTime = strtime::parse("%d %b %Y %H:%M:%S GMT", text).ok()?.to_datetime().ok()?;

@@ -4,7 +4,8 @@
 //! - SIGUSR1: the machine goes away, as with Slurm's `--signal=B:USR1@120`.
 //! - SIGUSR2: save now and train on.
 //!
-//! Where the configuration does not name `signals`, the last two are taken and not acted on: by default they would end the process.
+//! Where the configuration does not name `signals`, the last two are taken and not acted on: by default they would end
+//! the process.
 
 use std::io;
 
@@ -26,7 +27,8 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Takes the signals over from here on: they no longer end the process. What has come before and nobody has taken comes first.
+    /// Takes the signals over from here on: they no longer end the process. What has come before and nobody has taken
+    /// comes first.
     pub fn listen(windows: Windows) -> io::Result<Self> {
         Ok(Self { inbox: inbox::open()?, heard: 0, all: true, windows })
     }

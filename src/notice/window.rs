@@ -1,18 +1,20 @@
-//! How long a process has after it was asked to stop. Whoever asks does not say, so it is taken from what is configured, else from what
-//! is known of the surroundings; decided by a pure function. A window that was configured binds: what can't be done within it is not
-//! begun. One that only follows from the surroundings is a default that many change, and a stop that is no kill may come in them, too: it is
-//! said, and nobody gives a save up because of it.
+//! How long a process has after it was asked to stop. Whoever asks does not say, so it is taken from what is
+//! configured, else from what is known of the surroundings; decided by a pure function. A window that was configured
+//! binds: what can't be done within it is not begun. One that only follows from the surroundings is a default that many
+//! change, and a stop that is no kill may come in them, too: it is said, and nobody gives a save up because of it.
 //!
 //! The defaults of the surroundings, each as documented by its maker: Kubernetes `terminationGracePeriodSeconds` 30 s
-//! (<https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/>), Slurm `KillWait` 30 s and `--signal` 60 s ahead
-//! (<https://slurm.schedmd.com/slurm.conf.html>, <https://slurm.schedmd.com/sbatch.html>), `docker stop` 10 s
-//! (<https://docs.docker.com/reference/cli/docker/container/stop/>), systemd `DefaultTimeoutStopSec` 90 s (systemd-system.conf(5)).
+//! (<https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/>), Slurm `KillWait` 30 s and `--signal` 60 s
+//! ahead (<https://slurm.schedmd.com/slurm.conf.html>, <https://slurm.schedmd.com/sbatch.html>), `docker stop` 10 s
+//! (<https://docs.docker.com/reference/cli/docker/container/stop/>), systemd `DefaultTimeoutStopSec` 90 s
+//! (systemd-system.conf(5)).
 
 use std::{io::IsTerminal, path::Path, time::Duration};
 
 use crate::config::{self, NoticeConfig};
 
-/// GCP's time from the ACPI signal to the end of a preempted machine (`scheduling.skipGuestOsShutdown` in the Compute API).
+/// GCP's time from the ACPI signal to the end of a preempted machine (`scheduling.skipGuestOsShutdown` in the Compute
+/// API).
 const PREEMPTION: Duration = Duration::from_secs(30);
 /// No window is longer: a year is no limit.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
@@ -58,8 +60,8 @@ impl Surroundings {
     }
 
     fn of(variable: &dyn Fn(&str) -> Option<String>, container: bool, terminal: bool, family: [u32; 2]) -> Self {
-        // A shell that a service has opened inherits the service's variables: what counts is that systemd has started this
-        // process or its parent (SYSTEMD_EXEC_PID, systemd.exec(5)), and that nobody sits before it.
+        // A shell that a service has opened inherits the service's variables: what counts is that systemd has started
+        // this process or its parent (SYSTEMD_EXEC_PID, systemd.exec(5)), and that nobody sits before it.
         let started = variable("SYSTEMD_EXEC_PID").and_then(|pid| pid.parse().ok());
         let systemd =
             variable("INVOCATION_ID").is_some() && started.is_none_or(|pid| family.contains(&pid)) && !terminal;

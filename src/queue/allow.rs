@@ -1,16 +1,19 @@
-//! What a message of a queue may name: who may send a message is not always who may use all that this consumer can read and write.
+//! What a message of a queue may name: who may send a message is not always who may use all that this consumer can read
+//! and write.
 //!
-//! A consumer holds a role; a message comes from whoever may write to the queue. So a message decides which run is trained, and
-//! nothing beyond the places that `--allow` covers: the run's store, its configuration, model, initial weights and data. Without
-//! `--allow` these are the consumer's own `--store`; its bucket may be read, and the bucket of the configuration that
-//! its machine was given for `trainer boot` (`TRAINER_CONFIG`, or the parameter `config-uri`).
+//! A consumer holds a role; a message comes from whoever may write to the queue. So a message decides which run is
+//! trained, and nothing beyond the places that `--allow` covers: the run's store, its configuration, model, initial
+//! weights and data. Without `--allow` these are the consumer's own `--store`; its bucket may be read, and the bucket
+//! of the configuration that its machine was given for `trainer boot` (`TRAINER_CONFIG`, or the parameter
+//! `config-uri`).
 //!
 //! # Invariants
-//! - A place covers itself and what lies below it, folder by folder: `s3://b/runs` does not cover `s3://b/runs-of-others`.
+//! - A place covers itself and what lies below it, folder by folder: `s3://b/runs` does not cover
+//!   `s3://b/runs-of-others`.
 //! - A URI is compared as text. One that a store might read in another way (`..`, `%2e`, an empty folder) is refused.
 //! - A path or a `file://` URI is covered only where `--allow` or `--store` names a folder of this machine.
-//! - `notice.*` belongs to the machine: a message that could say when it goes away could end one consumer after the other, each
-//!   time with a renewed message that never reaches the dead-letter queue.
+//! - `notice.*` belongs to the machine: a message that could say when it goes away could end one consumer after the
+//!   other, each time with a renewed message that never reaches the dead-letter queue.
 //!
 //! No I/O. What is refused is an error of the job (exit code 78): its receives count.
 
@@ -41,7 +44,8 @@ pub struct Allowed {
 }
 
 impl Allowed {
-    /// From `--allow`; if that is empty, from the consumer's own store and the configuration that its machine was given.
+    /// From `--allow`; if that is empty, from the consumer's own store and the configuration that its machine was
+    /// given.
     ///
     /// # Errors
     /// A place that is no URI of a store; or nothing is allowed, so that no job could be taken.
@@ -90,7 +94,8 @@ impl Allowed {
             .with_hint(format!("start the consumer with --allow {uri}, or a folder above it")))
     }
 
-    /// Whether what a message says itself is a message's to say. What it names is [checked](Self::check) when it is known.
+    /// Whether what a message says itself is a message's to say. What it names is [checked](Self::check) when it is
+    /// known.
     pub fn check_settings(&self, job: &Job) -> Result<()> {
         let is_notice = |key: &str| key.split('.').next().is_some_and(|section| section.trim() == "notice");
         let set = job.set.iter().map(|(key, _)| key.as_str()).find(|key| is_notice(key));

@@ -1,16 +1,18 @@
 //! What a job API is told.
 //!
-//! `POST {JOB_API_BASE_URL}/jobs/{run id}/events`, with `Authorization: Bearer {WORKER_TOKEN}`, `Content-Type: application/json` and
-//! `Idempotency-Key: {claim}-{sequence}`; the body is one [`Report`]. A message that names no run is reported under its message id instead. Any 2xx is "heard";
-//! 408, 425, 429, 5xx and no answer at all are tried again with the same key; everything else is a refusal, logged and not repeated.
+//! `POST {JOB_API_BASE_URL}/jobs/{run id}/events`, with `Authorization: Bearer {WORKER_TOKEN}`, `Content-Type:
+//! application/json` and `Idempotency-Key: {claim}-{sequence}`; the body is one [`Report`]. A message that names no run
+//! is reported under its message id instead. Any 2xx is "heard"; 408, 425, 429, 5xx and no answer at all are tried
+//! again with the same key; everything else is a refusal, logged and not repeated.
 //!
-//! Reports leave in order, one at a time, from a task of their own: training never waits for them, and a failing API costs log lines. Of
-//! progress that could not be sent only the newest is kept; every other report is tried for ten minutes. What is still unsent when the
-//! process ends is lost: the run's journal, not the API, is the record. A crash may repeat a report under another claim; `started` and
-//! `completed` may come several times for one run, and mean the same each time.
+//! Reports leave in order, one at a time, from a task of their own: training never waits for them, and a failing API
+//! costs log lines. Of progress that could not be sent only the newest is kept; every other report is tried for ten
+//! minutes. What is still unsent when the process ends is lost: the run's journal, not the API, is the record. A crash
+//! may repeat a report under another claim; `started` and `completed` may come several times for one run, and mean the
+//! same each time.
 //!
-//! The token is held in a [`Secret`], which prints nothing, goes into one header that is marked as sensitive, follows no redirect, and leaves
-//! this machine over https only.
+//! The token is held in a [`Secret`], which prints nothing, goes into one header that is marked as sensitive, follows
+//! no redirect, and leaves this machine over https only.
 
 use std::{
     collections::VecDeque,

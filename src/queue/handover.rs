@@ -1,8 +1,9 @@
 //! Pure decisions: what is done with a message before its run is trained, and after.
 //!
-//! A queue counts receives and moves a message that was received too often away. That is meant for jobs that break their consumers; a
-//! machine that is reclaimed ten times has broken nothing. SQS can't take a receive back, so a message that is handed on by choice is *renewed*: a
-//! fresh copy is sent, whose receives count from 0, and the old one is deleted, in this order.
+//! A queue counts receives and moves a message that was received too often away. That is meant for jobs that break
+//! their consumers; a machine that is reclaimed ten times has broken nothing. SQS can't take a receive back, so a
+//! message that is handed on by choice is *renewed*: a fresh copy is sent, whose receives count from 0, and the old one
+//! is deleted, in this order.
 //!
 //! | killed here | what is left | what comes of it |
 //! |---|---|---|
@@ -10,20 +11,24 @@
 //! | between send and delete | both | one consumer trains, the other finds the run alive or completed; the journal fences |
 //! | after the delete | the copy | as intended |
 //!
-//! A job whose store or data do not answer may be as broken as one that fails: its receives count, too, unless its run got further on this consumer. Only
-//! where the consumer's own store does not answer either, the fault is here: the message is renewed and the consumer leaves.
+//! A job whose store or data do not answer may be as broken as one that fails: its receives count, too, unless its run
+//! got further on this consumer. Only where the consumer's own store does not answer either, the fault is here: the
+//! message is renewed and the consumer leaves.
 //!
-//! The same holds for what fails. A machine with a broken GPU, or a role that may not write any more, would fail one healthy job after the
-//! other into the dead-letter queue. So where the consumer's own store refuses, and where a second run in a row ends with a fault of this program
-//! or for want of permission with no checkpoint in between ([`Suspicion`]), the message is renewed and the consumer leaves with that exit code.
-//! The first of the two has counted; and of two jobs that are poison themselves the second is renewed, at the cost of a consumer.
+//! The same holds for what fails. A machine with a broken GPU, or a role that may not write any more, would fail one
+//! healthy job after the other into the dead-letter queue. So where the consumer's own store refuses, and where a
+//! second run in a row ends with a fault of this program or for want of permission with no checkpoint in between
+//! ([`Suspicion`]), the message is renewed and the consumer leaves with that exit code. The first of the two has
+//! counted; and of two jobs that are poison themselves the second is renewed, at the cost of a consumer.
 //!
-//! A kill, then, counts as a receive, since nobody was left to renew. Whoever receives the message next makes up for it: where the run's journal shows a
-//! checkpoint that was not there when the copy was sent, the job is no poison, and its message is renewed before it is trained. A job that is
-//! killed again and again without a checkpoint in between ends in the dead-letter queue, as it should.
+//! A kill, then, counts as a receive, since nobody was left to renew. Whoever receives the message next makes up for
+//! it: where the run's journal shows a checkpoint that was not there when the copy was sent, the job is no poison, and
+//! its message is renewed before it is trained. A job that is killed again and again without a checkpoint in between
+//! ends in the dead-letter queue, as it should.
 //!
-//! Attributes that a copy carries: `trainer-interruptions`, how often its run was handed on because its machine went away, and `trainer-step`, the newest
-//! committed step at that moment. Both are only counts; a wrong one misleads a report, or costs a receive.
+//! Attributes that a copy carries: `trainer-interruptions`, how often its run was handed on because its machine went
+//! away, and `trainer-step`, the newest committed step at that moment. Both are only counts; a wrong one misleads a
+//! report, or costs a receive.
 
 use std::time::Duration;
 
@@ -51,8 +56,8 @@ impl Carried {
     }
 }
 
-/// Whether a message that was received more than once is renewed before it is trained: its run got further since it was sent, so those who
-/// received it before did their work.
+/// Whether a message that was received more than once is renewed before it is trained: its run got further since it was
+/// sent, so those who received it before did their work.
 pub const fn made_progress(received: u32, carried: Carried, committed: u64) -> bool {
     received > 1 && committed > carried.step
 }
@@ -70,8 +75,8 @@ pub enum End {
     Further,
     /// Something that the job needs does not answer from here.
     Unreachable,
-    /// The fault is this consumer's own, as far as can be told: its store does not answer or refuses, or run after run fails. No job can be
-    /// trained here.
+    /// The fault is this consumer's own, as far as can be told: its store does not answer or refuses, or run after run
+    /// fails. No job can be trained here.
     CutOff,
     /// It needs a person, or another machine.
     Failed,
@@ -99,13 +104,14 @@ pub struct Suspicion {
 }
 
 impl Suspicion {
-    /// A run has ended here, with an error of the kind `error` if with any; `further`: it has committed a step. Whether this consumer
-    /// is no good.
+    /// A run has ended here, with an error of the kind `error` if with any; `further`: it has committed a step. Whether
+    /// this consumer is no good.
     pub fn is_confirmed_by(&mut self, run: &RunId, error: Option<Kind>, further: bool) -> bool {
         if further {
             self.failed = None;
         }
-        // Want of permission may be the job's: it may name what this consumer's role can't read. Whether the consumer's own store refuses is asked.
+        // Want of permission may be the job's: it may name what this consumer's role can't read. Whether the consumer's
+        // own store refuses is asked.
         if error != Some(Kind::Bug) {
             return false;
         }
@@ -136,11 +142,12 @@ pub enum Settle {
     Leave,
 }
 
-/// What is done with a message that was received `received` times, whose lease is `lease` long. `further`: its run has committed a step
-/// on this consumer.
+/// What is done with a message that was received `received` times, whose lease is `lease` long. `further`: its run has
+/// committed a step on this consumer.
 pub fn settle(end: End, hold: Hold, received: u32, further: bool, dead_letters: bool, lease: Duration) -> Settle {
     match (end, hold) {
-        // One that somebody else holds by now is not doubled; deleting it by an old receipt does nothing, or the right thing.
+        // One that somebody else holds by now is not doubled; deleting it by an old receipt does nothing, or the right
+        // thing.
         (End::Completed, _) => Settle::Delete,
         (_, Hold::Lost | Hold::HandedOver) => Settle::Leave,
         (End::Interrupted, Hold::Ours) => Settle::Renew { delay: Duration::ZERO, interrupted: true },

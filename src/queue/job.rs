@@ -7,9 +7,10 @@
 //!  "store": "s3://bucket/runs", "set": {"train.steps": 5000}}
 //! ```
 //!
-//! `config` is the TOML itself, `config_uri` where it lies: one of the two. `version` may be left out, `store` and `set` too. A message whose run exists
-//! carries that run on as it is: a run keeps the settings that it was created with, so the same message means the same run however often it comes.
-//! Only how its journal is read follows `set` (`storage.attempts`, …): what the run itself says of its store stands there.
+//! `config` is the TOML itself, `config_uri` where it lies: one of the two. `version` may be left out, `store` and
+//! `set` too. A message whose run exists carries that run on as it is: a run keeps the settings that it was created
+//! with, so the same message means the same run however often it comes. Only how its journal is read follows `set`
+//! (`storage.attempts`, …): what the run itself says of its store stands there.
 
 use serde::Deserialize;
 use serde_json::Value;

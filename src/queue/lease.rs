@@ -1,12 +1,13 @@
 //! Keeps a message hidden while its run trains.
 //!
-//! A message is hidden for one lease at a time, and the lease is taken anew when a third of it is over, so that two requests in a row may fail. Twelve
-//! hours after its receive SQS hides it no longer. Before that it is handed over: a copy is sent, then the old one deleted
-//! (see [`super::handover`]), and training goes on with no message in hand. An idle consumer that receives the copy sees by the run's
-//! heartbeat that it is alive and puts the copy back for a while; when the machine goes away, the copy is what brings the run to the next one.
+//! A message is hidden for one lease at a time, and the lease is taken anew when a third of it is over, so that two
+//! requests in a row may fail. Twelve hours after its receive SQS hides it no longer. Before that it is handed over: a
+//! copy is sent, then the old one deleted (see [`super::handover`]), and training goes on with no message in hand. An
+//! idle consumer that receives the copy sees by the run's heartbeat that it is alive and puts the copy back for a
+//! while; when the machine goes away, the copy is what brings the run to the next one.
 //!
-//! *Crash*: the lease runs out and the message is seen again. *Cancel*: [`Holder::stop`] lets a request that is under way end first, so that a
-//! hand-over is never cut in two by this process.
+//! *Crash*: the lease runs out and the message is seen again. *Cancel*: [`Holder::stop`] lets a request that is under
+//! way end first, so that a hand-over is never cut in two by this process.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -37,8 +38,8 @@ pub enum Due {
 }
 
 impl Terms {
-    /// What is due when a message was held for `held`. An extension that would end behind the total is refused by SQS, so it is not asked for;
-    /// the hand-over comes while the lease before it still runs.
+    /// What is due when a message was held for `held`. An extension that would end behind the total is refused by SQS,
+    /// so it is not asked for; the hand-over comes while the lease before it still runs.
     pub fn due(self, held: Duration) -> Due {
         if held.saturating_add(self.lease) <= self.longest { Due::Extend } else { Due::HandOver }
     }
@@ -69,8 +70,8 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Begins to hold `message`, on the runtime of the caller. A copy carries what `carried` says when it is sent; `handed_over` hears when
-    /// the total forces a hand-over.
+    /// Begins to hold `message`, on the runtime of the caller. A copy carries what `carried` says when it is sent;
+    /// `handed_over` hears when the total forces a hand-over.
     pub fn start(
         queue: Queue,
         message: Message,

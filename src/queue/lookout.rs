@@ -1,8 +1,8 @@
 //! Hears, while no agent does, that this consumer is to leave: by signals, and by what says that its machine goes away.
 //!
-//! An idle machine is taken back, or scaled in, as any other. Whoever does that waits for it, and it is paid for meanwhile; a job that it claims
-//! in its last minutes is only interrupted. While a run trains its agent listens for itself, and with the run's settings; one of the two
-//! asks the metadata service at a time.
+//! An idle machine is taken back, or scaled in, as any other. Whoever does that waits for it, and it is paid for
+//! meanwhile; a job that it claims in its last minutes is only interrupted. While a run trains its agent listens for
+//! itself, and with the run's settings; one of the two asks the metadata service at a time.
 
 use std::cell::Cell;
 
@@ -80,7 +80,8 @@ impl Lookout {
         *self.notices.lock().await = None;
     }
 
-    /// Whoever waits for this machine is told that it may go: what it was to do is settled. An agent has done so for itself.
+    /// Whoever waits for this machine is told that it may go: what it was to do is settled. An agent has done so for
+    /// itself.
     pub async fn let_machine_go(&self) {
         if let Some(notices) = &mut *self.notices.lock().await {
             notices.release(true).await;

@@ -1,23 +1,27 @@
 //! A queue consumer: takes a job from a queue of SQS, trains its run, and reports to a job API.
 //!
-//! The queue says *that* a run is wanted; what is true of the run stands in its journal and nowhere else. So a message may come twice, late,
-//! or to two consumers at once: the journal lets one of them write, the other finds the run alive or completed. [`job`] is what a message
-//! says, [`allow`] what it may name, [`lease`] keeps it hidden, [`handover`] decides what becomes of it, [`api`] is who hears of it.
+//! The queue says *that* a run is wanted; what is true of the run stands in its journal and nowhere else. So a message
+//! may come twice, late, or to two consumers at once: the journal lets one of them write, the other finds the run alive
+//! or completed. [`job`] is what a message says, [`allow`] what it may name, [`lease`] keeps it hidden, [`handover`]
+//! decides what becomes of it, [`api`] is who hears of it.
 //!
 //! # One message
-//! receive → hide it lease by lease → read the run's journal → train, unless the run is complete → settle. A message is deleted when its run
-//! is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the machine goes away, when another consumer
-//! has the run, when the fault is this consumer's own (its store does not answer or refuses, run after run fails), and when SQS would hide it no longer. It is left to the redrive policy when the
-//! job itself failed, can't be understood, or needs what does not answer: reported, seen again after a pause, and after
-//! `maxReceiveCount` receives in the dead-letter queue.
-//! What a run's `on_complete` wants done with the machine is not done here: there may be another job.
+//! receive → hide it lease by lease → read the run's journal → train, unless the run is complete → settle. A message is
+//! deleted when its run is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the
+//! machine goes away, when another consumer has the run, when the fault is this consumer's own (its store does not
+//! answer or refuses, run after run fails), and when SQS would hide it no longer. It is left to the redrive policy when
+//! the job itself failed, can't be understood, or needs what does not answer: reported, seen again after a pause, and
+//! after `maxReceiveCount` receives in the dead-letter queue. What a run's `on_complete` wants done with the machine is
+//! not done here: there may be another job.
 //!
-//! *Crash*: the lease runs out, another consumer receives the message and resumes from the newest checkpoint; see [`handover`] for each
-//! moment. *Retry*: settling twice is fine. *Cancel*: SIGTERM while training is the agent's affair (it saves, and leaves with 75 or 76), after
-//! which the message is settled first (bounded in time, whatever the queue does), whoever waits for the machine is told second that it may go (the
-//! lifecycle hook is completed, the scheduled event approved: [`agent::launch_then`]), and the job API third: a machine that is taken the moment
-//! it may go has left its job to the next one. Between two jobs, and while a job's journal and configuration are read, whatever says that this
-//! machine goes away, or asks this consumer to stop, ends it with 75 (`lookout.rs`). Signals that come just before the agent listens wait for it.
+//! *Crash*: the lease runs out, another consumer receives the message and resumes from the newest checkpoint; see
+//! [`handover`] for each moment. *Retry*: settling twice is fine. *Cancel*: SIGTERM while training is the agent's
+//! affair (it saves, and leaves with 75 or 76), after which the message is settled first (bounded in time, whatever the
+//! queue does), whoever waits for the machine is told second that it may go (the lifecycle hook is completed, the
+//! scheduled event approved: [`agent::launch_then`]), and the job API third: a machine that is taken the moment it may
+//! go has left its job to the next one. Between two jobs, and while a job's journal and configuration are read,
+//! whatever says that this machine goes away, or asks this consumer to stop, ends it with 75 (`lookout.rs`). Signals
+//! that come just before the agent listens wait for it.
 #![doc = include_str!("README.md")]
 
 pub mod allow;
@@ -81,7 +85,8 @@ const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
 const STORE_PATIENCE: Duration = Duration::from_secs(20);
 /// Taking away what it was asked with.
 const SWEEP_PATIENCE: Duration = Duration::from_secs(2);
-/// Renewing the message of a job whose machine goes away may take so long: notices leave as little as 30 s, the last save included.
+/// Renewing the message of a job whose machine goes away may take so long: notices leave as little as 30 s, the last
+/// save included.
 const RENEWAL: Duration = Duration::from_secs(10);
 /// What a consumer is told.
 #[derive(Clone, Debug)]
@@ -188,8 +193,8 @@ pub enum Left {
     Job(u8),
 }
 
-/// Takes jobs until the queue stays empty, the machine goes away, or a job is over that was to be the only one. Call it from the main
-/// thread: see [`agent::launch`].
+/// Takes jobs until the queue stays empty, the machine goes away, or a job is over that was to be the only one. Call it
+/// from the main thread: see [`agent::launch`].
 pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     let api = Api::from(tools.variable)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -330,7 +335,8 @@ impl Consumer<'_> {
             // A run that another consumer trains for weeks must not keep this one waiting for weeks.
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
-                // Put away, it is still in the queue: who left now would leave it to nobody. Without a dead-letter queue that would be for ever.
+                // Put away, it is still in the queue: who left now would leave it to nobody. Without a dead-letter
+                // queue that would be for ever.
                 if let Settle::Return(after) = what
                     && self.max_receive_count.is_some()
                 {
@@ -464,7 +470,8 @@ impl Consumer<'_> {
         (turn, what)
     }
 
-    /// Lets go of a message as the end of its turn wants it: the machine may have seconds left, so that this comes before everything else.
+    /// Lets go of a message as the end of its turn wants it: the machine may have seconds left, so that this comes
+    /// before everything else.
     fn conclude(&self, claim: &Claim<'_>, holder: Option<Holder>, mut turn: Turn) -> (Turn, Settle) {
         let goes_away = turn.end == End::Interrupted;
         let further = lock(&claim.carried).step > claim.begun_at;
@@ -538,8 +545,8 @@ impl Consumer<'_> {
         }
     }
 
-    /// Trains the run of a job to its end, or to where it can't go on; gives what `conclude` makes of that, which comes before whoever waits
-    /// for this machine is told that it may go.
+    /// Trains the run of a job to its end, or to where it can't go on; gives what `conclude` makes of that, which comes
+    /// before whoever waits for this machine is told that it may go.
     fn train<T>(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>, conclude: impl FnOnce(Turn) -> T) -> T {
         let (store, begin) = match self.prepare(job, received, tracker) {
             Ok(Prepared::Launch { store, begin }) => (store, begin),

@@ -2,14 +2,14 @@
 //!
 //! Stored layout: `nodes/<node-id>.json`, overwritten by its owner alone: a counter and where the process runs.
 //! No clock of another machine is believed: a node is dead when *this* process has not seen the counter change for long
-//! enough ([`PATIENCE`], [`NEAR`]) of its own monotonic time, or when it is a process of this very machine that the kernel no longer knows.
-//! A beat is sent only if the [event loop](Turning) has turned since the last one: an agent whose loop hangs looks dead, and is.
-//! A live node that is taken for dead loses its steps: a network may swallow a few beats in a row, so that one that fails is not tried
-//! again (the next is newer), and a reader waits for several of them.
-//! A heartbeat decides only whether it is polite to form a generation; safety comes from the journal's fencing.
+//! enough ([`PATIENCE`], [`NEAR`]) of its own monotonic time, or when it is a process of this very machine that the
+//! kernel no longer knows. A beat is sent only if the [event loop](Turning) has turned since the last one: an agent
+//! whose loop hangs looks dead, and is. A live node that is taken for dead loses its steps: a network may swallow a few
+//! beats in a row, so that one that fails is not tried again (the next is newer), and a reader waits for several of
+//! them. A heartbeat decides only whether it is polite to form a generation; safety comes from the journal's fencing.
 //!
-//! Each beat on S3 is a PUT that is paid for, by the month as much as some gigabytes of checkpoints: there they are [`INTERVAL`] apart
-//! (0.11 USD a day at 0.005 USD for 1,000; one a second would be 0.43), on disk [`NEAR_INTERVAL`].
+//! Each beat on S3 is a PUT that is paid for, by the month as much as some gigabytes of checkpoints: there they are
+//! [`INTERVAL`] apart (0.11 USD a day at 0.005 USD for 1,000; one a second would be 0.43), on disk [`NEAR_INTERVAL`].
 //!
 //! On a crash the object stays and its counter stands still. A clean exit deletes it.
 
@@ -35,8 +35,8 @@ const READ_AGAIN: Duration = Duration::from_millis(250);
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The same for a process of this machine with a store in it: no network can come between.
 pub const NEAR: Duration = Duration::from_secs(6);
-/// A beat without an answer is given up after so long; after each that fails in a row it is twice as much, since a line that a checkpoint
-/// fills is slow, and giving up too soon for ever would be no beat at all.
+/// A beat without an answer is given up after so long; after each that fails in a row it is twice as much, since a line
+/// that a checkpoint fills is slow, and giving up too soon for ever would be no beat at all.
 const SHORTEST: Duration = Duration::from_secs(2);
 /// But never more.
 const LONGEST: Duration = Duration::from_secs(8);
@@ -141,8 +141,8 @@ fn state(pid: u32) -> Option<String> {
     Some(stat.rsplit_once(')')?.1.split_ascii_whitespace().next()?.to_owned())
 }
 
-/// Start of a process in clock ticks since the boot: field 22 of `/proc/<pid>/stat` (proc(5)); `None` if there is none, or it is a
-/// zombie, which does nothing any more.
+/// Start of a process in clock ticks since the boot: field 22 of `/proc/<pid>/stat` (proc(5)); `None` if there is none,
+/// or it is a zombie, which does nothing any more.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
     // The name in parentheses may hold anything, so count from the last one.
@@ -161,9 +161,9 @@ const TURN: Duration = Duration::from_millis(200);
 pub struct Turning(Arc<Notify>);
 
 impl Turning {
-    /// Does all of an event loop's work, and says meanwhile that it turns. What `work` waits for may take as long as it likes (a download, a
-    /// store that does not answer): the clock is looked at by the same task, so that it stands still only if `work` does not give its
-    /// thread back.
+    /// Does all of an event loop's work, and says meanwhile that it turns. What `work` waits for may take as long as it
+    /// likes (a download, a store that does not answer): the clock is looked at by the same task, so that it stands
+    /// still only if `work` does not give its thread back.
     pub async fn during<T>(&self, work: impl Future<Output = T>) -> T {
         tokio::pin!(work);
         let mut turn = tokio::time::interval(TURN);
@@ -192,8 +192,8 @@ pub struct Pulse {
 }
 
 impl Pulse {
-    /// Writes the first beat, so that nobody can take the node for dead, then one every [`INTERVAL`] ([`NEAR_INTERVAL`]).
-    /// A beat that is due waits until the loop behind `turning` has turned.
+    /// Writes the first beat, so that nobody can take the node for dead, then one every [`INTERVAL`]
+    /// ([`NEAR_INTERVAL`]). A beat that is due waits until the loop behind `turning` has turned.
     pub async fn start(run: Store, node: NodeId, turning: Turning) -> Result<Self, StorageError> {
         let process = Process::current();
         run.put(&layout::heartbeat(&node), body(&node, &process, 0)).await?;

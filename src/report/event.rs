@@ -167,8 +167,8 @@ pub enum Event {
         /// What, where.
         message: String,
     },
-    /// Events are missing here: whoever reads `--json` stood still for long, or the output took nothing. Steps are dropped first. Made by the
-    /// writer of the lines alone.
+    /// Events are missing here: whoever reads `--json` stood still for long, or the output took nothing. Steps are
+    /// dropped first. Made by the writer of the lines alone.
     Dropped {
         /// Events of steps.
         steps: u64,

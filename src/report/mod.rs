@@ -1,10 +1,11 @@
-//! Typed events out of the run, shown by one reporter: a live view on a terminal, plain lines elsewhere, JSON lines on stdout.
+//! Typed events out of the run, shown by one reporter: a live view on a terminal, plain lines elsewhere, JSON lines on
+//! stdout.
 //!
 //! Standard output is data: with `--json` one object a line, the events named in [`Event`]'s documentation, and nothing
-//! else ever. Standard error is conversation. A thread of its own (`writer.rs`) writes each of them, so that a reader that is slow, stopped
-//! (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait. Whoever else hears events, the [`Listener`], hears them where
-//! they happen: nothing between the two waits for a reader. Cancelling a run loses no event that was given before [`Reporter::finish`] returns
-//! and whose reader reads.
+//! else ever. Standard error is conversation. A thread of its own (`writer.rs`) writes each of them, so that a reader
+//! that is slow, stopped (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait. Whoever else
+//! hears events, the [`Listener`], hears them where they happen: nothing between the two waits for a reader. Cancelling
+//! a run loses no event that was given before [`Reporter::finish`] returns and whose reader reads.
 #![doc = include_str!("README.md")]
 mod event;
 pub mod human;
@@ -257,7 +258,8 @@ mod tests {
 {"event":"warning","message":"checkpoint of step 4 is stepped over"}
 {"event":"notice","source":"aws-spot","deadline_s":120.0,"means":"interruption","binding":true}
 {"event":"notice","source":"sigterm","deadline_s":null,"means":"stop","binding":false}
-{"event":"drain","plan":"full_save","left_s":28.5,"predicted_s":3.0,"reason":"28.5 s left; the last save takes 3.00 s, at most 4.00 s"}
+{"event":"drain","plan":"full_save","left_s":28.5,"predicted_s":3.0,"reason":"28.5 s left; the last save takes 3.00 s, \
+    at most 4.00 s"}
 {"event":"dropped","steps":12,"others":1}
 {"event":"interrupted","step":6,"lost_steps":0}
 {"event":"completed","step":9,"loss":1.25}

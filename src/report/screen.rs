@@ -1,5 +1,5 @@
-//! Standard error, shared by log lines and progress bars: a line goes above the bars, never through them. Both are left to the
-//! [writer](super::writer): whoever logs or moves a bar does not wait for a terminal.
+//! Standard error, shared by log lines and progress bars: a line goes above the bars, never through them. Both are left
+//! to the [writer](super::writer): whoever logs or moves a bar does not wait for a terminal.
 
 use crate::env;
 use std::{

@@ -68,10 +68,12 @@ impl Lines {
                 };
                 match checkpoint {
                     Some(step) => info!(
-                        "{whose} (generation {generation}) is gone without a word; the newest checkpoint is step {step}, what it finished after that is done again"
+                        "{whose} (generation {generation}) is gone without a word; the newest checkpoint is step \
+                        {step}, what it finished after that is done again"
                     ),
                     None => info!(
-                        "{whose} (generation {generation}) is gone without a word and left no checkpoint; the run starts from its beginning"
+                        "{whose} (generation {generation}) is gone without a word and left no checkpoint; the run \
+                        starts from its beginning"
                     ),
                 }
             }

@@ -1,13 +1,14 @@
 //! Who writes what is said: one thread for each of the two streams, and nobody else.
 //!
-//! A reader may be slow, stand still (Ctrl-S, a paused pager, a log driver that blocks) or be gone, and a device may be full. Whoever
-//! says something leaves it in a queue and goes on ([`Writer::say`] never waits): only the writer's own thread waits for a reader, so that one
-//! stream that stands still does not keep the other. The queue is bounded. When it is full, what is newest is dropped and counted; when the
-//! reader is back, the count stands in the place of the gap. [`Weight`] says what is dropped first.
+//! A reader may be slow, stand still (Ctrl-S, a paused pager, a log driver that blocks) or be gone, and a device may be
+//! full. Whoever says something leaves it in a queue and goes on ([`Writer::say`] never waits): only the writer's own
+//! thread waits for a reader, so that one stream that stands still does not keep the other. The queue is bounded. When
+//! it is full, what is newest is dropped and counted; when the reader is back, the count stands in the place of the
+//! gap. [`Weight`] says what is dropped first.
 //!
-//! What can't be written is dropped and counted in the same way, and the next line is tried again: a disk may have space again, and a pipe with
-//! a name may get another reader. Nothing of this is an error of the run. When the process ends it waits for its readers a moment
-//! ([`Writer::flush`]) and then no longer.
+//! What can't be written is dropped and counted in the same way, and the next line is tried again: a disk may have
+//! space again, and a pipe with a name may get another reader. Nothing of this is an error of the run. When the process
+//! ends it waits for its readers a moment ([`Writer::flush`]) and then no longer.
 
 use std::{
     collections::VecDeque,
@@ -38,7 +39,8 @@ const LOOK: Duration = Duration::from_millis(50);
 /// What is dropped first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weight {
-    /// A picture of the bars, which the next one replaces: dropped when a quarter of the queue is full, and not counted.
+    /// A picture of the bars, which the next one replaces: dropped when a quarter of the queue is full, and not
+    /// counted.
     Picture,
     /// One of many of its kind, a step or a remark: dropped when half of the queue is full.
     Passing,
@@ -510,7 +512,8 @@ mod tests {
         assert_eq!(text.lines().last(), Some(format!("gap 0 {}", many - kept).as_str()));
     }
 
-    /// A stream whose every second write is broken off by a signal before a byte is written, and which takes three bytes at once.
+    /// A stream whose every second write is broken off by a signal before a byte is written, and which takes three
+    /// bytes at once.
     #[derive(Clone, Default)]
     struct Disturbed(Arc<Mutex<(bool, Vec<u8>)>>);
 

@@ -1,8 +1,8 @@
 //! Finds a run, for every command that trains: `resume`, `boot` and the queue's consumer.
 //!
-//! A store is opened twice. The first time, to find the run, it is used as the command says (`--set storage.attempts=…`).
-//! If the run exists, the store is opened again as the run says, with what later generations and this command change:
-//! encryption, storage class and limits hold on every machine.
+//! A store is opened twice. The first time, to find the run, it is used as the command says (`--set
+//! storage.attempts=…`). If the run exists, the store is opened again as the run says, with what later generations and
+//! this command change: encryption, storage class and limits hold on every machine.
 //!
 //! # Does not own
 //! The creation of a run, which the agent does after it has examined all that the configuration names.

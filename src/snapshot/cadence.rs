@@ -1,7 +1,8 @@
 //! How often to save: Young's and Daly's optimum from what is measured.
 //!
-//! The time of a restart is no input: it is paid once an interruption, however often state is saved, so that the optimum
-//! doesn't depend on it (Daly 2006, below). Nor are interruptions that were announced and lost nothing: they are as cheap with rare saves.
+//! The time of a restart is no input: it is paid once an interruption, however often state is saved, so that the
+//! optimum doesn't depend on it (Daly 2006, below). Nor are interruptions that were announced and lost nothing: they
+//! are as cheap with rare saves.
 //!
 //! `trainer simulate` plays [`auto_interval`] itself, life by life, against the best fixed interval (`goodput`
 //! holds it to 99 % of that on spot lifetimes).
@@ -39,10 +40,10 @@ pub const FIRST_SAVE: Duration = Duration::from_secs(60);
 const SHORTEST: Duration = Duration::from_secs(10);
 const LONGEST: Duration = Duration::from_secs(30 * 60);
 
-/// Daly's higher-order estimate of the optimal time between checkpoints, seconds, for a save cost `delta` and a mean time
-/// between interruptions `mtbf` (J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart
-/// dumps", Future Generation Computer Systems 22, 2006, equation 37):
-/// `sqrt(2 δ M) (1 + 1/3 sqrt(δ / 2M) + 1/9 (δ / 2M)) − δ` for δ < 2 M, else M.
+/// Daly's higher-order estimate of the optimal time between checkpoints, seconds, for a save cost `delta` and a mean
+/// time between interruptions `mtbf` (J. T. Daly, "A higher order estimate of the optimum checkpoint interval for
+/// restart dumps", Future Generation Computer Systems 22, 2006, equation 37): `sqrt(2 δ M) (1 + 1/3 sqrt(δ / 2M) + 1/9
+/// (δ / 2M)) − δ` for δ < 2 M, else M.
 pub fn daly(delta: f64, mtbf: f64) -> f64 {
     if delta >= 2.0 * mtbf {
         return mtbf;
@@ -51,8 +52,8 @@ pub fn daly(delta: f64, mtbf: f64) -> f64 {
     (2.0 * delta * mtbf).sqrt() * (1.0 + ratio.sqrt() / 3.0 + ratio / 9.0) - delta
 }
 
-/// The interval for `checkpoint.every = "auto"`: Daly's optimum, not shorter than a save takes to become durable (with as much
-/// again left to training alone) nor than 10 s, and not longer than 30 minutes.
+/// The interval for `checkpoint.every = "auto"`: Daly's optimum, not shorter than a save takes to become durable (with
+/// as much again left to training alone) nor than 10 s, and not longer than 30 minutes.
 pub fn auto_interval(measured: &Measured) -> Duration {
     let (Some(cost), Some(durable)) = (measured.save_cost_s, measured.durable_s) else { return FIRST_SAVE };
     let best = daly(cost.max(1e-3), measured.mtbf_s()).max(2.0 * durable);

@@ -1,8 +1,8 @@
 //! The copy of a step's state into a slot, hidden behind the next forward and backward.
 //!
-//! State changes only in the optimizer step. [`Capture::start`] hands the copies to threads (or, on a GPU, to a side stream) and
-//! returns; the loop computes on, reading the same tensors, and calls [`Capture::wait`] right before it changes them. A
-//! capture that is dropped unfinished is waited for: no copy outlives the tensors.
+//! State changes only in the optimizer step. [`Capture::start`] hands the copies to threads (or, on a GPU, to a side
+//! stream) and returns; the loop computes on, reading the same tensors, and calls [`Capture::wait`] right before it
+//! changes them. A capture that is dropped unfinished is waited for: no copy outlives the tensors.
 
 use std::time::{Duration, Instant};
 
@@ -29,9 +29,9 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// For the tensors that `plan` gives to this rank, out of `tensors` (the list that the plan was made from). Takes the slots'
-    /// memory at once (and pins it for a GPU), so that the first capture is as fast as the others. This rank's image begins at
-    /// byte `base` of the slots.
+    /// For the tensors that `plan` gives to this rank, out of `tensors` (the list that the plan was made from). Takes
+    /// the slots' memory at once (and pins it for a GPU), so that the first capture is as fast as the others. This
+    /// rank's image begins at byte `base` of the slots.
     pub fn new(
         plan: &ImagePlan,
         base: u64,
@@ -53,8 +53,8 @@ impl Capture {
         Ok(Self { copier, slots: slots.map(Some), parts, running: None })
     }
 
-    /// Starts copying the state as it is now into `slot`. `done` is called with the copy time, on a copy thread. The tensors must
-    /// not change before [`Capture::wait`] returns.
+    /// Starts copying the state as it is now into `slot`. `done` is called with the copy time, on a copy thread. The
+    /// tensors must not change before [`Capture::wait`] returns.
     pub fn start(&mut self, slot: u8, done: impl FnOnce(Duration) + Send + 'static) -> Result<()> {
         self.wait()?;
         let destination = self

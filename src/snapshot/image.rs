@@ -6,8 +6,8 @@
 //!
 //! Invariants: within one process a range is either lent for writing (as an [`ImageChunk`]) or for reading (as
 //! [`Bytes`]), never both: [`Mapping`] counts what it has lent. Between the two processes the control protocol keeps
-//! the turns: a worker writes a slot between a `SaveOrder` for it and its `Captured` answer, the agent reads it after every
-//! rank's `Captured` and gives it out again only when the upload has ended.
+//! the turns: a worker writes a slot between a `SaveOrder` for it and its `Captured` answer, the agent reads it after
+//! every rank's `Captured` and gives it out again only when the upload has ended.
 //!
 //! On a crash of either side the kernel frees the memory with its last mapping. Sealing is not used, because the agent
 //! sizes an image only after the worker has told it what the state is.
@@ -43,8 +43,8 @@ impl SharedImage {
         Self { fd }
     }
 
-    /// Makes it at least `len` bytes long; new pages read as zero, and none is taken from memory before it is touched. An image
-    /// never shrinks, so that a mapping of it stays valid.
+    /// Makes it at least `len` bytes long; new pages read as zero, and none is taken from memory before it is touched.
+    /// An image never shrinks, so that a mapping of it stays valid.
     pub fn grow(&self, len: u64) -> io::Result<()> {
         if self.size()? < len {
             rustix::fs::ftruncate(&self.fd, len)?;
@@ -122,8 +122,8 @@ impl Mapping {
         self.shared.len == 0
     }
 
-    /// Takes every page of `range` from memory now, so that the first capture does not stop for page faults. What the pages
-    /// hold stays.
+    /// Takes every page of `range` from memory now, so that the first capture does not stop for page faults. What the
+    /// pages hold stays.
     pub fn prefault(&self, range: Range<u64>) -> io::Result<()> {
         let (offset, len) = self.check(&range)?;
         match &self.shared.raw {
@@ -185,9 +185,10 @@ pub struct ImageChunk {
 
 impl AsMut<[u8]> for ImageChunk {
     fn as_mut(&mut self) -> &mut [u8] {
-        // SAFETY: `offset..offset + len` was checked to lie in the mapping, which `shared` keeps alive; chunks are disjoint and
-        // no reader exists while one is lent (`Mapping::chunks`, `Mapping::bytes`), so this is the only reference in this
-        // process; the other process does not touch the slot during a capture (the module's protocol). Any byte is a valid u8.
+        // SAFETY: `offset..offset + len` was checked to lie in the mapping, which `shared` keeps alive; chunks are
+        // disjoint and no reader exists while one is lent (`Mapping::chunks`, `Mapping::bytes`), so this is the only
+        // reference in this process; the other process does not touch the slot during a capture (the module's
+        // protocol). Any byte is a valid u8.
         unsafe { std::slice::from_raw_parts_mut(self.shared.pointer().add(self.offset), self.len) }
     }
 }
@@ -206,8 +207,8 @@ struct View {
 
 impl AsRef<[u8]> for View {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: the range was checked to lie in the mapping, which `shared` keeps alive; no chunk is lent for writing while a
-        // view exists, and the worker does not write a slot that is being uploaded (the module's protocol).
+        // SAFETY: the range was checked to lie in the mapping, which `shared` keeps alive; no chunk is lent for writing
+        // while a view exists, and the worker does not write a slot that is being uploaded (the module's protocol).
         unsafe { std::slice::from_raw_parts(self.shared.pointer().add(self.offset), self.len) }
     }
 }

@@ -1,9 +1,9 @@
 //! Whether a capture runs beside the next step or holds it up: pure decisions from what saves have cost.
 //!
-//! Overlapping hides the copy behind forward and backward, but takes cores and memory bandwidth from them; blocking stops the loop
-//! for as long as memory needs. The cost of a save is what the loop lost by it: the time of all steps from its capture to its
-//! commit, less what as many undisturbed steps take. Both ways are tried and the cheaper one is kept; overlapping is kept untried
-//! where it costs no more than the bare copy, which blocking can't undercut.
+//! Overlapping hides the copy behind forward and backward, but takes cores and memory bandwidth from them; blocking
+//! stops the loop for as long as memory needs. The cost of a save is what the loop lost by it: the time of all steps
+//! from its capture to its commit, less what as many undisturbed steps take. Both ways are tried and the cheaper one is
+//! kept; overlapping is kept untried where it costs no more than the bare copy, which blocking can't undercut.
 
 use std::collections::VecDeque;
 
@@ -111,8 +111,8 @@ impl Chooser {
         remember(&mut self.copies, copy_s, 2 * TRIALS);
     }
 
-    /// A step of `step_s` seconds has ended; `saving`: a save was under way at some time of it. Gives the choice when it is made
-    /// here.
+    /// A step of `step_s` seconds has ended; `saving`: a save was under way at some time of it. Gives the choice when
+    /// it is made here.
     pub fn step(&mut self, step_s: f64, saving: bool) -> Option<Choice> {
         if saving {
             if let (Some(window), Some(usual)) = (&mut self.window, median(&self.baseline)) {

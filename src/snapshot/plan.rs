@@ -1,12 +1,12 @@
 //! Which rank writes which tensor bytes, and where in its image they lie.
 //!
-//! What is replicated over the ranks is written once, by the rank that the plan gives it to: largest first, always to the
-//! rank with the fewest bytes so far, so that every rank writes about the same. What one rank alone has (a [`Part`], under
-//! ZeRO-1) is written by that rank, under the name of a slice ([`slices`]). The plan is a pure function of (tensors, world
-//! size): every process that makes it from the same list makes the same one.
+//! What is replicated over the ranks is written once, by the rank that the plan gives it to: largest first, always to
+//! the rank with the fewest bytes so far, so that every rank writes about the same. What one rank alone has (a
+//! [`Part`], under ZeRO-1) is written by that rank, under the name of a slice ([`slices`]). The plan is a pure function
+//! of (tensors, world size): every process that makes it from the same list makes the same one.
 //!
-//! Stored layout of one rank's image: its model shard, then, at the next page boundary, its optimizer shard. A shard is a
-//! complete safetensors file ([`crate::format::header`]) whose tensors follow one another without a gap, those with
+//! Stored layout of one rank's image: its model shard, then, at the next page boundary, its optimizer shard. A shard is
+//! a complete safetensors file ([`crate::format::header`]) whose tensors follow one another without a gap, those with
 //! the largest elements first, so that each is aligned, then by name. Shapes never change during a run, so headers are
 //! written once, when the plan is made; a capture writes tensor bytes only.
 
@@ -59,8 +59,9 @@ impl Explain for PlanError {
 
 /// Divides `tensors` over the ranks and lays out every rank's image; one [`ImagePlan`] a rank, in the order of ranks.
 ///
-/// Parts go to their owners. The others largest first, each to the rank with the fewest bytes so far (ties: the lowest rank; equal sizes: by name), so without
-/// parts no rank has more than the average and one largest tensor (Graham 1969, list scheduling). `page`: bytes of a memory page.
+/// Parts go to their owners. The others largest first, each to the rank with the fewest bytes so far (ties: the lowest
+/// rank; equal sizes: by name), so without parts no rank has more than the average and one largest tensor (Graham 1969,
+/// list scheduling). `page`: bytes of a memory page.
 pub fn plan(tensors: &[TensorSpec], world: WorldSize, page: u64) -> Result<Vec<ImagePlan>, PlanError> {
     if world.get() == 0 || !page.is_power_of_two() {
         return Err(PlanError::World { world, page });
@@ -213,8 +214,8 @@ pub fn model_index(plans: &[ImagePlan], tensors: &[TensorSpec]) -> serde_json::V
 
 /// Reads the header of a whole safetensors file that a stranger may have written (`bytes`: header and data).
 ///
-/// Gives name, element type, shape and the tensor's bytes, counted from the start of `bytes`, in file order. Whatever is
-/// given back lies within `bytes`, does not overlap, and is as long as its shape says.
+/// Gives name, element type, shape and the tensor's bytes, counted from the start of `bytes`, in file order. Whatever
+/// is given back lies within `bytes`, does not overlap, and is as long as its shape says.
 #[expect(clippy::type_complexity, reason = "four fields, taken apart at once by the caller")]
 pub fn read_header(bytes: &[u8]) -> Result<Vec<(String, Dtype, Vec<u64>, Range<u64>)>, HeaderError> {
     let entries = header::read(bytes)?.into_iter();

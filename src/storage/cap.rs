@@ -23,10 +23,11 @@ impl Schedule {
     }
 }
 
-/// A token bucket that holds no more than is being sent: after a pause one part goes at once, the next ones wait their time.
+/// A token bucket that holds no more than is being sent: after a pause one part goes at once, the next ones wait their
+/// time.
 ///
-/// Whoever waits has taken nothing yet, so that an upload that is given up leaves no hole. The queue is first come, first
-/// served: no upload starves.
+/// Whoever waits has taken nothing yet, so that an upload that is given up leaves no hole. The queue is first come,
+/// first served: no upload starves.
 pub(super) struct Cap {
     /// Held while the first of the queue waits, which is what makes it a queue.
     schedule: Mutex<Schedule>,

@@ -1,12 +1,12 @@
 //! Bytes of an object, straight into the caller's memory.
 //!
-//! What a connection delivers is copied once, from the small buffer of its socket into its place, and summed there while it is still in
-//! the processor's cache; a file is read by position into its place ([`super::local`]). No request holds more of its own than that small
-//! buffer (hyper reads at most some 400 KiB at once), whatever its range: memory beside the targets is bounded by
-//! `storage.concurrency` times that.
+//! What a connection delivers is copied once, from the small buffer of its socket into its place, and summed there
+//! while it is still in the processor's cache; a file is read by position into its place ([`super::local`]). No request
+//! holds more of its own than that small buffer (hyper reads at most some 400 KiB at once), whatever its range: memory
+//! beside the targets is bounded by `storage.concurrency` times that.
 //!
-//! *Retry:* a range that failed half-way is asked for again from its start. *Cancel:* dropping the future drops the connection; a
-//! read from a file that is under way ends in the memory that it owns.
+//! *Retry:* a range that failed half-way is asked for again from its start. *Cancel:* dropping the future drops the
+//! connection; a read from a file that is under way ends in the memory that it owns.
 
 use std::ops::Range;
 

@@ -194,7 +194,8 @@ impl Explain for StorageError {
                 "mount the disk again, or move the folder back, then trainer resume; nothing was written beside it"
             }
             Self::Unfit { .. } => {
-                "use a store whose conditional put is atomic: Amazon S3, Google Cloud Storage, Azure Blob Storage, RustFS, \
+                "use a store whose conditional put is atomic: Amazon S3, Google Cloud Storage, Azure Blob Storage, \
+                RustFS, \
                  or file:// on one machine"
             }
             Self::NoLinks { .. } => {
@@ -337,7 +338,8 @@ fn unavailable_hint(place: Place, cause: &str) -> Option<&'static str> {
             if ["107)", "116)", "112)"].iter().any(|number| cause.contains(&format!("os error {number}"))) =>
         {
             Some(
-                "what is mounted there has gone away (`findmnt -T FOLDER`): unmount it, mount it again, and start again",
+                "what is mounted there has gone away (`findmnt -T FOLDER`): unmount it, mount it again, and start \
+                 again",
             )
         }
         Place::Folder if cause.contains("os error 5)") => {

@@ -1,5 +1,5 @@
-//! Questions of a doctor: whether this place takes uploads in parts and lets them be given up, and what the bucket does with those that
-//! nobody finishes.
+//! Questions of a doctor: whether this place takes uploads in parts and lets them be given up, and what the bucket does
+//! with those that nobody finishes.
 //!
 //! *Crash, cancel:* an upload of one small part may stay behind, for a sweep or a lifecycle rule to remove.
 

@@ -1,9 +1,10 @@
 //! A request that hangs is sent a second time, while the first may still be answered.
 //!
-//! One connection of many stalls now and then for longer than a machine has left. To give the request up and begin anew would cost a thin link,
-//! where every request is slow, all that has arrived of it; to send it twice costs at most its bytes once more. So what is written (each request
-//! gives the same result when it is done twice) is sent again when it takes several times as long as the slowest of the last ones did, and the
-//! first answer counts. A store in this machine is never asked twice.
+//! One connection of many stalls now and then for longer than a machine has left. To give the request up and begin anew
+//! would cost a thin link, where every request is slow, all that has arrived of it; to send it twice costs at most its
+//! bytes once more. So what is written (each request gives the same result when it is done twice) is sent again when it
+//! takes several times as long as the slowest of the last ones did, and the first answer counts. A store in this
+//! machine is never asked twice.
 //!
 //! *Cancel:* dropping the future drops all that are on their way.
 
@@ -55,8 +56,8 @@ impl Tempo {
 /// After how long a small request hangs.
 pub(super) const SMALL: Duration = LEAST;
 
-/// The first answer that is a success, of one request and of those that follow it when none came within `hangs_after`, twice that, and so
-/// on; the last failure, if all fail.
+/// The first answer that is a success, of one request and of those that follow it when none came within `hangs_after`,
+/// twice that, and so on; the last failure, if all fail.
 pub(super) async fn first_success<T, E, R: Future<Output = Result<T, E>>>(
     mut request: impl FnMut() -> R,
     hangs_after: Duration,

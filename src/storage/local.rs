@@ -1,13 +1,15 @@
 //! Large files on this machine's disks, moved past the page cache.
 //!
-//! A checkpoint is written once and read perhaps once, much later: keeping a copy of it in the page cache costs the CPU a page
-//! fault and a copy for every 4 KiB, and other files their place. Where memory, offset and file system allow it, bytes go straight between the
-//! caller's pages and the disk (`O_DIRECT`, open(2)); where they don't (tmpfs, memory that does not begin on a page, the odd end
-//! of a file), through the page cache. What a file holds is the same either way.
+//! A checkpoint is written once and read perhaps once, much later: keeping a copy of it in the page cache costs the CPU
+//! a page fault and a copy for every 4 KiB, and other files their place. Where memory, offset and file system allow it,
+//! bytes go straight between the caller's pages and the disk (`O_DIRECT`, open(2)); where they don't (tmpfs, memory
+//! that does not begin on a page, the odd end of a file), through the page cache. What a file holds is the same either
+//! way.
 //!
-//! *Stored layout:* parts are written into a hidden `<name>#<number>` beside the file's place, as object_store names them, which is
-//! synced, renamed into its place, and its folder synced. *Crash:* a kill leaves the hidden file, which listings don't show and a sweep removes.
-//! *Cancel:* dropping the [`Staged`] removes it, once no write of it is under way.
+//! *Stored layout:* parts are written into a hidden `<name>#<number>` beside the file's place, as object_store names
+//! them, which is synced, renamed into its place, and its folder synced. *Crash:* a kill leaves the hidden file, which
+//! listings don't show and a sweep removes. *Cancel:* dropping the [`Staged`] removes it, once no write of it is under
+//! way.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -24,7 +26,8 @@ use rustix::{
 
 use super::crc::{Crc64, Summing};
 
-/// What memory, offset and length of a direct transfer must be a multiple of: no disk has larger logical blocks, and pages are no smaller.
+/// What memory, offset and length of a direct transfer must be a multiple of: no disk has larger logical blocks, and
+/// pages are no smaller.
 const BLOCK: usize = 4096;
 /// Bytes read before they are summed: they are still in the processor's cache then.
 const READ: usize = 1 << 20;
@@ -92,7 +95,8 @@ impl Staged {
             }
         }
         if done < bytes.len() {
-            // For good: only the end of a file is odd. Of several threads each makes sure, and nobody says so before it is.
+            // For good: only the end of a file is odd. Of several threads each makes sure, and nobody says so before it
+            // is.
             if self.direct.load(Ordering::Acquire) {
                 set_direct(&self.file, false)?;
                 self.direct.store(false, Ordering::Release);

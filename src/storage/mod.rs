@@ -1,9 +1,10 @@
 //! The object store: open a URI, create-once puts, parallel uploads and ranged downloads, with retries and limits.
 //!
-//! One code path serves `s3://`, `gs://`, `az://`, `file://` and `memory://`; `open` turns a URI into a backend, `retry`
-//! decides what is tried again, `upload` writes large objects in parts (`signed` on S3, `local` on disks), `download` reads ranges into
-//! memory, `pace` and `gate` find how many requests a store takes at once, `cap` bounds bandwidth, `pool` has threads apart from the caller's,
-//! `probe` finds out whether create-once puts are atomic, `examine` what else a place allows. Keys are relative to a [`Store`] (a whole store or a folder of one) and use `/`.
+//! One code path serves `s3://`, `gs://`, `az://`, `file://` and `memory://`; `open` turns a URI into a backend,
+//! `retry` decides what is tried again, `upload` writes large objects in parts (`signed` on S3, `local` on disks),
+//! `download` reads ranges into memory, `pace` and `gate` find how many requests a store takes at once, `cap` bounds
+//! bandwidth, `pool` has threads apart from the caller's, `probe` finds out whether create-once puts are atomic,
+//! `examine` what else a place allows. Keys are relative to a [`Store`] (a whole store or a folder of one) and use `/`.
 //!
 //! Invariants
 //! - An object appears whole or not at all. On `file://` it is written beside its place, synced, and then linked or
@@ -20,9 +21,11 @@
 //! a sweep removes, and on `file://` a hidden `<name>#<number>` file: [`Store::unfinished`] finds both.
 //!
 //! Bulk transfers and small requests (journal, heartbeats) wait in separate queues: a checkpoint on its way never
-//! delays the heartbeat that says its node is alive. At another [`Priority`] transfers have threads, connections and queues of their own, too.
+//! delays the heartbeat that says its node is alive. At another [`Priority`] transfers have threads, connections and
+//! queues of their own, too.
 //!
-//! Memory: uploads send the caller's pages, downloads fill them; beside them stands a socket's buffer a request, at most `storage.concurrency` each way.
+//! Memory: uploads send the caller's pages, downloads fill them; beside them stands a socket's buffer a request, at
+//! most `storage.concurrency` each way.
 #![doc = include_str!("README.md")]
 
 mod anchor;
@@ -128,16 +131,18 @@ pub struct Uploaded {
     pub crc64: Crc64,
 }
 
-/// Whose processor time a bulk transfer takes. Small requests (journal, heartbeats, listings) always run as [`Priority::Normal`].
+/// Whose processor time a bulk transfer takes. Small requests (journal, heartbeats, listings) always run as
+/// [`Priority::Normal`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Priority {
     /// The caller's.
     #[default]
     Normal,
-    /// What nobody else wants: threads of its own that give way to all others, with connections and limits of their own.
+    /// What nobody else wants: threads of its own that give way to all others, with connections and limits of their
+    /// own.
     Background,
-    /// All there is: no bandwidth cap holds uploads back, for the last save before the machine goes away; ranged reads get threads of
-    /// their own, for a restore that training waits for.
+    /// All there is: no bandwidth cap holds uploads back, for the last save before the machine goes away; ranged reads
+    /// get threads of their own, for a restore that training waits for.
     Urgent,
 }
 
@@ -241,7 +246,8 @@ impl fmt::Debug for Store {
 }
 
 impl Store {
-    /// Opens `s3://bucket/prefix`, `gs://…`, `az://container/…`, `file://./relative`, `file:///absolute` or `memory://`.
+    /// Opens `s3://bucket/prefix`, `gs://…`, `az://container/…`, `file://./relative`, `file:///absolute` or
+    /// `memory://`.
     ///
     /// Clouds take credentials, region and endpoint from the environment. No request is made; a `file://` folder is
     /// created. Each `memory://` is a new, empty store, shared by the clones of this handle only.
@@ -364,8 +370,8 @@ impl Store {
         }
     }
 
-    /// Writes `body` under `key` if, and only if, nothing stands there. Atomic: of many racing creates exactly one wins.
-    /// `body` must differ between writers (it carries an attempt id): a lost answer is settled by reading back.
+    /// Writes `body` under `key` if, and only if, nothing stands there. Atomic: of many racing creates exactly one
+    /// wins. `body` must differ between writers (it carries an attempt id): a lost answer is settled by reading back.
     ///
     /// After [`StorageError::Unavailable`] the outcome is unknown, and a request still on its way may yet succeed: ask
     /// again with the same body.
@@ -408,8 +414,8 @@ impl Store {
         put.map(drop).map_err(|failure| failure.explain(&self.uri_of(key)))
     }
 
-    /// The same with one request, given up after `limit`: for what is soon written anew. What lies in this machine is not given up: the
-    /// system goes on with it all the same.
+    /// The same with one request, given up after `limit`: for what is soon written anew. What lies in this machine is
+    /// not given up: the system goes on with it all the same.
     pub async fn put_once(&self, key: &str, body: Bytes, limit: Duration) -> Result<(), StorageError> {
         let path = self.path(key)?;
         self.still_holds("put", key).await?;
@@ -464,8 +470,8 @@ impl Store {
         }
     }
 
-    /// Fills `target` with the bytes from `offset` on, straight from the connection or the disk; gives their checksum. An object that ends before
-    /// is [`StorageError::Short`]; after an error the target's content is worthless.
+    /// Fills `target` with the bytes from `offset` on, straight from the connection or the disk; gives their checksum.
+    /// An object that ends before is [`StorageError::Short`]; after an error the target's content is worthless.
     ///
     /// Works on a task of its own, so that many of these use many cores; dropping the future stops it.
     pub async fn get_into<B: AsMut<[u8]> + Send + 'static>(
@@ -540,8 +546,8 @@ impl Store {
         }
     }
 
-    /// Writes a large object in parts, in parallel, without copying `body`, over whatever stands there; `progress` hears
-    /// the bytes of each finished part.
+    /// Writes a large object in parts, in parallel, without copying `body`, over whatever stands there; `progress`
+    /// hears the bytes of each finished part.
     ///
     /// The object appears whole or not at all. Dropping the future, or an error, aborts the upload.
     pub async fn upload(

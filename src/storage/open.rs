@@ -348,8 +348,8 @@ const SSE_BUCKET_KEY: &str = "aws_sse_bucket_key_enabled";
 /// Region, whether the requester pays, and what each object gets.
 type OwnRequests = (String, bool, Vec<(HeaderName, HeaderValue)>);
 
-/// What requests of our own need; `None` where only object_store knows how: requests without a signature, session credentials of S3 Express, keys
-/// of the customer's own, a proxy.
+/// What requests of our own need; `None` where only object_store knows how: requests without a signature, session
+/// credentials of S3 Express, keys of the customer's own, a proxy.
 fn own_requests(builder: &AmazonS3Builder, settings: &StorageConfig) -> Result<Option<OwnRequests>, String> {
     let value = |key: &str| builder.get_config_value(&key.parse().ok()?).filter(|value| !value.is_empty());
     let is_set =

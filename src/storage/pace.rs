@@ -1,7 +1,8 @@
 //! How many bulk requests are in flight at once: found out, not set. Pure: time is passed in.
 //!
-//! Additive increase, multiplicative decrease (Chiu and Jain 1989, as in TCP), with latency as the early sign, as in TCP Vegas
-//! (Brakmo and Peterson 1995). Requests are counted in rounds of about as many as may be in flight. After each round:
+//! Additive increase, multiplicative decrease (Chiu and Jain 1989, as in TCP), with latency as the early sign, as in
+//! TCP Vegas (Brakmo and Peterson 1995). Requests are counted in rounds of about as many as may be in flight. After
+//! each round:
 //!
 //! | what the round showed | what is done |
 //! |---|---|
@@ -10,9 +11,10 @@
 //! | they take more than [`FAR`] times that | an eighth fewer: they only wait for each other |
 //! | else | as it is |
 //!
-//! A round in which the limit did not bind says nothing and changes nothing. What latency is least can only be learnt with few in flight, and
-//! changes: so every [`TRIAL`] rounds, and at the first sign of a queue, one round is made with half as many. If as much comes through,
-//! half it stays, and the next trial follows at once; either way its latency is the new least.
+//! A round in which the limit did not bind says nothing and changes nothing. What latency is least can only be learnt
+//! with few in flight, and changes: so every [`TRIAL`] rounds, and at the first sign of a queue, one round is made with
+//! half as many. If as much comes through, half it stays, and the next trial follows at once; either way its latency is
+//! the new least.
 
 use std::time::Duration;
 
@@ -28,7 +30,8 @@ const BETTER: f64 = 1.05;
 const AS_GOOD: f64 = 0.9;
 /// Rounds between trials.
 const TRIAL: u32 = 50;
-/// Rounds after a refusal in which nothing is raised: with few in flight, every fifth request would be refused otherwise.
+/// Rounds after a refusal in which nothing is raised: with few in flight, every fifth request would be refused
+/// otherwise.
 const CALM: u32 = 3;
 /// A round has at least so many requests.
 const LEAST_ROUND: usize = 4;

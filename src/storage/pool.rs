@@ -1,8 +1,9 @@
 //! Threads apart from the caller's, for bulk transfers.
 //!
-//! A bulk transfer copies, sums and decrypts, at some two GiB a second and core. On a machine whose cores are the trainer's, it should take what
-//! they leave ([`crate::threads`]); where training waits for it, all there is. Either kind has a runtime and a client of its own, so that no
-//! connection, timer or lock of theirs is one that the journal or a heartbeat waits for.
+//! A bulk transfer copies, sums and decrypts, at some two GiB a second and core. On a machine whose cores are the
+//! trainer's, it should take what they leave ([`crate::threads`]); where training waits for it, all there is. Either
+//! kind has a runtime and a client of its own, so that no connection, timer or lock of theirs is one that the journal
+//! or a heartbeat waits for.
 
 use std::future::Future;
 

@@ -1,8 +1,8 @@
 //! Whether a store's create-once puts are atomic is found out, not believed.
 //!
 //! Some stores ignore `If-None-Match`; others answer it rightly in sequence and still let several racing writers win.
-//! The journal is safe on neither. A sequential test finds only the first kind, so creates are raced. Each create is one
-//! bare request here: the retries and the reading back of [`Store::create`] would hide what the store does.
+//! The journal is safe on neither. A sequential test finds only the first kind, so creates are raced. Each create is
+//! one bare request here: the retries and the reading back of [`Store::create`] would hide what the store does.
 
 use bytes::Bytes;
 use futures::future::join_all;
@@ -35,21 +35,23 @@ pub(super) async fn prove_create_is_atomic(store: &Store) -> Result<(), StorageE
         let key = format!("{}/{}", layout::PROBES, random_hex(16));
         let path = store.path(&key)?;
         let result = round(store, &key, &path).await;
-        // The probe is gone before its verdict is told. Asked for once: a store that does not answer has kept us long enough, and what
-        // could not be deleted is a few bytes.
+        // The probe is gone before its verdict is told. Asked for once: a store that does not answer has kept us long
+        // enough, and what could not be deleted is a few bytes.
         if let Err(error) = object_store::ObjectStoreExt::delete(store.objects(), &path).await {
             tracing::debug!(%error, "probe key was not deleted");
         }
         match result {
             Ok(()) => proven += 1,
             Err(error) if spare > 0 && matches!(error, StorageError::Unavailable { .. }) => {
-                // A store that nobody serves is told from one that is busy by a request with all its retries, made once.
+                // A store that nobody serves is told from one that is busy by a request with all its retries, made
+                // once.
                 if spare == SPARE_ROUNDS
                     && let Err(error @ StorageError::Unavailable { .. }) = store.head(&key).await
                 {
                     return Err(error);
                 }
-                tracing::debug!(error = %crate::error::Error::from(error), "a race of creates had no winner, racing again");
+                tracing::debug!(error = %crate::error::Error::from(error), "a race of creates had no winner, racing \
+                    again");
                 spare -= 1;
             }
             Err(error) => return Err(error),

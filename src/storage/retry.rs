@@ -1,13 +1,14 @@
 //! What is tried again, how often, and how an error is put for people.
 //!
-//! Pauses have full jitter: a time drawn evenly between nothing and a bound that doubles (Brooker, "Exponential Backoff And
-//! Jitter", AWS Architecture Blog 2015), so that many clients which failed together don't come back together. A store that asks for less haste (503
-//! `SlowDown`, 429) is asked again for as long as the budget of time lasts, whatever the number of attempts: it works, and while a
-//! bucket's partitions are split it may say so for minutes. Meanwhile [`super::pace`] sends it less.
+//! Pauses have full jitter: a time drawn evenly between nothing and a bound that doubles (Brooker, "Exponential Backoff
+//! And Jitter", AWS Architecture Blog 2015), so that many clients which failed together don't come back together. A
+//! store that asks for less haste (503 `SlowDown`, 429) is asked again for as long as the budget of time lasts,
+//! whatever the number of attempts: it works, and while a bucket's partitions are split it may say so for minutes.
+//! Meanwhile [`super::pace`] sends it less.
 //!
 //! An attempt is given up when no answer came within a time that grows with its bytes and doubles with each attempt, so
-//! that a stalled connection is noticed soon and a thin link still gets through. Attempts end when one succeeds, when an
-//! answer can't change (not found, permission), when there were too many, or when the budget of time is used up.
+//! that a stalled connection is noticed soon and a thin link still gets through. Attempts end when one succeeds, when
+//! an answer can't change (not found, permission), when there were too many, or when the budget of time is used up.
 
 use std::{
     error::Error as StdError,
@@ -623,8 +624,10 @@ mod tests {
     #[test]
     fn an_answer_is_reduced_to_status_code_and_message() {
         let error = generic(Said(
-            "Error performing PUT http://h/b/k?sig=SECRET in 1ms - Server returned non-2xx status code: 400 Bad Request: \
-             <Error><Code>KeyTooLong</Code><Message>Your key is too long</Message><StringToSign>SECRET</StringToSign></Error>",
+            "Error performing PUT http://h/b/k?sig=SECRET in 1ms - Server returned non-2xx status code: 400 Bad \
+            Request: \
+             <Error><Code>KeyTooLong</Code><Message>Your key is too \
+             long</Message><StringToSign>SECRET</StringToSign></Error>",
         ));
         assert_eq!(Cause::of(&error).to_string(), "400 Bad Request: KeyTooLong, Your key is too long");
     }

@@ -2,9 +2,9 @@
 //! that nobody has finished, and what the bucket's lifecycle rules do with those.
 //!
 //! One source of credentials: they are taken from the object_store client of the same bucket for each request, so the
-//! rules of [`super::open`] hold here too (environment, web identity, instance role; endpoints that are not encrypted only
-//! on this machine). Retries and time-outs are those of [`super::retry`]; the SDK's own are switched off. Errors are put in
-//! object_store's words, so that both clients' answers are sorted and told alike, and no secret is in them.
+//! rules of [`super::open`] hold here too (environment, web identity, instance role; endpoints that are not encrypted
+//! only on this machine). Retries and time-outs are those of [`super::retry`]; the SDK's own are switched off. Errors
+//! are put in object_store's words, so that both clients' answers are sorted and told alike, and no secret is in them.
 //!
 //! Only reads are made here. *Crash, retry, cancel:* nothing is changed.
 
@@ -107,7 +107,8 @@ impl Bucket {
         let head = head.customize().config_override(self.signed().await?).send().await.map_err(|e| told("HEAD", e))?;
         let size = head.content_length().and_then(|length| u64::try_from(length).ok());
         let size = size.ok_or_else(|| said("the answer to HEAD has no length".into()))?;
-        // Of this checksum S3 knows no other kind than that of the whole object; a server that says otherwise means parts.
+        // Of this checksum S3 knows no other kind than that of the whole object; a server that says otherwise means
+        // parts.
         let whole = head.checksum_type().is_none_or(|kind| *kind == ChecksumType::FullObject);
         let crc64 = head.checksum_crc64_nvme().filter(|_| whole).and_then(parse_crc64);
         Ok((size, crc64))
@@ -124,7 +125,8 @@ impl Bucket {
             let list = list.set_key_marker(key).set_upload_id_marker(id).customize();
             let page = list.config_override(self.signed().await?).send().await.map_err(|e| told("LIST", e))?;
             for upload in page.uploads() {
-                // One without a key, an id or a time can't be judged, so it is left alone; so is one that was not asked for.
+                // One without a key, an id or a time can't be judged, so it is left alone; so is one that was not asked
+                // for.
                 if let (Some(key), Some(id), Some(started)) = (upload.key(), upload.upload_id(), upload.initiated())
                     && let Ok(started) = jiff::Timestamp::from_second(started.secs())
                     && key.starts_with(prefix)
@@ -148,7 +150,8 @@ impl Bucket {
         Err(said(format!("the listing of uploads has more than {MAX_PAGES} pages")))
     }
 
-    /// Days after which an enabled lifecycle rule aborts uploads below `prefix` that nobody has finished; `None`: none does.
+    /// Days after which an enabled lifecycle rule aborts uploads below `prefix` that nobody has finished; `None`: none
+    /// does.
     pub(super) async fn abort_after(&self, prefix: &str) -> object_store::Result<Option<u32>> {
         let ask = self.client().get_bucket_lifecycle_configuration().bucket(&self.place.bucket).customize();
         let answer = match ask.config_override(self.signed().await?).send().await {
@@ -165,7 +168,8 @@ impl Bucket {
     }
 }
 
-/// Whether a rule holds for every key that begins with `prefix`. One that wants tags or sizes does not: uploads have none yet.
+/// Whether a rule holds for every key that begins with `prefix`. One that wants tags or sizes does not: uploads have
+/// none yet.
 #[expect(deprecated, reason = "rules are still written with a prefix outside of a filter, and S3 obeys them")]
 fn covers(rule: &LifecycleRule, prefix: &str) -> bool {
     let filter = rule.filter();

@@ -138,7 +138,8 @@ pub(super) async fn told(
 
 pub(super) fn error_body(code: &str) -> String {
     format!(
-        "<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>said the store</Message><StringToSign>SECRET</StringToSign></Error>"
+        "<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>said the \
+        store</Message><StringToSign>SECRET</StringToSign></Error>"
     )
 }
 

@@ -1,14 +1,15 @@
-//! Writes to S3 in requests of our own, for what object_store can't say: a checksum that is known already, the whole object's
-//! checksum when parts are put together, a storage class for an object in parts.
+//! Writes to S3 in requests of our own, for what object_store can't say: a checksum that is known already, the whole
+//! object's checksum when parts are put together, a storage class for an object in parts.
 //!
-//! object_store sums every body that it sends, which would be the second time; it forgets what it summed. So large bodies go
-//! out from here: straight from the caller's pages, unsigned over the body (the CRC covers it from end to end), with the
-//! CRC64-NVME that was computed once. S3 holds each part against its checksum and answers 400 `BadDigest` otherwise; when the
-//! parts are put together, it holds their combined checksum against the one of the whole, and keeps that for `HeadObject`
-//! (Amazon S3 User Guide, "Checking object integrity", full-object checksums).
+//! object_store sums every body that it sends, which would be the second time; it forgets what it summed. So large
+//! bodies go out from here: straight from the caller's pages, unsigned over the body (the CRC covers it from end to
+//! end), with the CRC64-NVME that was computed once. S3 holds each part against its checksum and answers 400
+//! `BadDigest` otherwise; when the parts are put together, it holds their combined checksum against the one of the
+//! whole, and keeps that for `HeadObject` (Amazon S3 User Guide, "Checking object integrity", full-object checksums).
 //!
-//! Credentials, their renewal, the endpoint and the way to address a bucket stay object_store's: it signs a URL, of which only the
-//! place is used; the request itself is signed in its headers (AWS Signature Version 4), because URLs end up in logs.
+//! Credentials, their renewal, the endpoint and the way to address a bucket stay object_store's: it signs a URL, of
+//! which only the place is used; the request itself is signed in its headers (AWS Signature Version 4), because URLs
+//! end up in logs.
 
 use std::{sync::Arc, time::Duration};
 
@@ -186,13 +187,15 @@ impl S3 {
     }
 }
 
-/// Whether the checksum that the store keeps of a whole object is `expected`; `None`: it keeps none, or one of the parts' checksums.
+/// Whether the checksum that the store keeps of a whole object is `expected`; `None`: it keeps none, or one of the
+/// parts' checksums.
 fn is_kept(kind: Option<&str>, found: Option<&str>, expected: Crc64) -> Option<bool> {
     let whole = kind.is_none_or(|kind| kind == "FULL_OBJECT");
     found.filter(|_| whole).map(|found| found == expected.base64())
 }
 
-/// What the answer to a completion says. S3 begins to answer before it is done: a failure may come as a success whose body is an error.
+/// What the answer to a completion says. S3 begins to answer before it is done: a failure may come as a success whose
+/// body is an error.
 fn is_put_together(status: String, answer: String, whole: Crc64) -> object_store::Result<()> {
     if answer.contains("<Error>") {
         return Err(failed(Answer::Refused { status, body: answer }));

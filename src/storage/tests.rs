@@ -36,7 +36,8 @@ pub(super) fn pattern(len: usize) -> Bytes {
     (0..len as u64).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8).collect::<Vec<_>>().into()
 }
 
-/// Lets the other tasks run until `happened`; gives up after a minute, so that a broken promise is a failure, not a hang.
+/// Lets the other tasks run until `happened`; gives up after a minute, so that a broken promise is a failure, not a
+/// hang.
 async fn eventually(happened: impl Fn() -> bool) {
     let wait = async {
         while !happened() {
@@ -130,7 +131,8 @@ pub(super) async fn contract(store: &Store) {
         let put =
             folder.upload("b/large", body.clone(), move |n| _ = sum.fetch_add(n, Ordering::Relaxed)).await.unwrap();
         assert_eq!((put.bytes, put.crc64), (len as u64, Crc64::of(&body)), "{len}");
-        // A checksum that a store keeps may be wrong (s3s-fs keeps that of what stood there before): it is not held to it.
+        // A checksum that a store keeps may be wrong (s3s-fs keeps that of what stood there before): it is not held to
+        // it.
         assert_eq!(folder.stored("b/large").await.unwrap().size, len as u64);
         assert_eq!(heard.load(Ordering::Relaxed), len as u64);
         assert!(folder.get("b/large", 32 << 20).await.unwrap() == body, "{len} bytes came back otherwise");

@@ -1,4 +1,5 @@
-//! Transfers against a real server and real disks: checksums that the store checks, answers that are lost, storms, priorities.
+//! Transfers against a real server and real disks: checksums that the store checks, answers that are lost, storms,
+//! priorities.
 
 use std::{
     sync::{
@@ -93,7 +94,8 @@ async fn a_completion_whose_answer_is_lost_is_settled_by_the_stores_checksum() {
         assert_eq!(server.count("GetObject"), u64::from(!keeps_checksums), "read back only where nothing else helps");
         assert!(server.read(KEY).unwrap() == body);
 
-        // The same words are heard when the upload was gone before, and an older object stands there: of the same size, or longer.
+        // The same words are heard when the upload was gone before, and an older object stands there: of the same size,
+        // or longer.
         let mut older = body.to_vec();
         older[0] ^= 1;
         let server = Arc::new(server);

@@ -1,5 +1,5 @@
-//! What killed uploads leave behind: on S3 multipart uploads that were neither completed nor aborted, whose parts are paid for
-//! and shown in no listing; on `file://` hidden files. Elsewhere the store clears them away by itself.
+//! What killed uploads leave behind: on S3 multipart uploads that were neither completed nor aborted, whose parts are
+//! paid for and shown in no listing; on `file://` hidden files. Elsewhere the store clears them away by itself.
 //!
 //! *Crash, retry, cancel:* each is discarded by one request, and discarding one that is gone is fine.
 
@@ -107,20 +107,22 @@ fn look_into(folder: &FilePath, prefix: &str, found: &mut Vec<Unfinished>) -> st
     Ok(())
 }
 
-/// The place that a file named `<name>#<digits>` is meant for: object_store names a file so that is not yet in its place.
+/// The place that a file named `<name>#<digits>` is meant for: object_store names a file so that is not yet in its
+/// place.
 fn unfinished_name(name: &str) -> Option<&str> {
     let (place, number) = name.split_once('#')?;
     (!number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())).then_some(place)
 }
 
 impl Store {
-    /// What uploads to this folder have left behind, those under way included: by age and key the caller tells them apart.
+    /// What uploads to this folder have left behind, those under way included: by age and key the caller tells them
+    /// apart.
     pub async fn unfinished(&self) -> Result<Vec<Unfinished>, StorageError> {
         unfinished(self).await
     }
 
-    /// Discards what an upload has left behind; if it is gone, or has been finished, nothing happens. The handle must be
-    /// the one that found it.
+    /// Discards what an upload has left behind; if it is gone, or has been finished, nothing happens. The handle must
+    /// be the one that found it.
     pub async fn discard(&self, left: &Unfinished) -> Result<(), StorageError> {
         discard(self, left).await
     }

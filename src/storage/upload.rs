@@ -1,16 +1,19 @@
 //! Large objects in parts.
 //!
-//! Parts are slices of the caller's bytes: nothing is copied on the way to the socket. The CRC64-NVME of each part is computed once,
-//! on a blocking thread; it goes out with the part where the store can check it (S3: [`super::signed`]), and the parts' sums are
-//! combined into the one of the object. Google's and Azure's stores get their parts from object_store. On `file://` the parts are written into one hidden
-//! file, which is synced and renamed into its place ([`super::local`]).
+//! Parts are slices of the caller's bytes: nothing is copied on the way to the socket. The CRC64-NVME of each part is
+//! computed once, on a blocking thread; it goes out with the part where the store can check it (S3: [`super::signed`]),
+//! and the parts' sums are combined into the one of the object. Google's and Azure's stores get their parts from
+//! object_store. On `file://` the parts are written into one hidden file, which is synced and renamed into its place
+//! ([`super::local`]).
 //!
 //! # Names are not spread over prefixes
-//! S3 takes at least 3,500 writes and 5,500 reads a second on each partition of a bucket's keys (Amazon S3 User Guide, "Best practices
-//! design patterns"), and parts count as writes. With parts of 16 MiB that is 55 GiB/s up and 86 GiB/s down; one node with 100 Gbit/s moves
-//! 11.6 GiB/s, 745 requests a second, a fifth of the budget of *one* partition. A run has one node, and its few small requests a second don't count. So a
-//! hash in front of the names would cost readable, listable folders and gain nothing. Were a bucket shared by so many runs that the budget binds, S3 answers
-//! `SlowDown` while it splits the partition; [`super::pace`] then halves what is in flight, and `storage.part_mib = 64` quarters the requests.
+//! S3 takes at least 3,500 writes and 5,500 reads a second on each partition of a bucket's keys (Amazon S3 User Guide,
+//! "Best practices design patterns"), and parts count as writes. With parts of 16 MiB that is 55 GiB/s up and 86 GiB/s
+//! down; one node with 100 Gbit/s moves 11.6 GiB/s, 745 requests a second, a fifth of the budget of *one* partition. A
+//! run has one node, and its few small requests a second don't count. So a hash in front of the names would cost
+//! readable, listable folders and gain nothing. Were a bucket shared by so many runs that the budget binds, S3 answers
+//! `SlowDown` while it splits the partition; [`super::pace`] then halves what is in flight, and `storage.part_mib = 64`
+//! quarters the requests.
 
 use std::sync::Arc;
 
@@ -230,8 +233,8 @@ impl Upload<'_> {
         Ok((taken, crc64, len))
     }
 
-    /// Completes an upload. A repeated request may hear "no such upload" after a success whose answer was lost: what stands
-    /// there tells. Its size does not: an older attempt left an object of the same size.
+    /// Completes an upload. A repeated request may hear "no such upload" after a success whose answer was lost: what
+    /// stands there tells. Its size does not: an older attempt left an object of the same size.
     async fn complete(&self, large: &Large, id: &str, sent: &Sent) -> Result<(), Failure> {
         let tries = std::sync::atomic::AtomicUsize::new(0);
         let request = || async {
@@ -253,7 +256,8 @@ impl Upload<'_> {
         self.store.small(self.lanes, "upload").slow().again(again).run(request).await
     }
 
-    /// Whether the object that stands is byte for byte what was sent: by the checksum that the store keeps, or else by reading it.
+    /// Whether the object that stands is byte for byte what was sent: by the checksum that the store keeps, or else by
+    /// reading it.
     async fn stands(&self, large: &Large, sent: &Sent) -> object_store::Result<bool> {
         let found = async {
             if let Large::S3(s3) = large {
@@ -337,7 +341,8 @@ impl Target {
                 tracing::debug!(%error, key = %self.path, "parts of a failed upload stay in the store");
                 return;
             }
-            tracing::warn!(%error, key = %self.path, "parts of a failed upload stay in the store until its lifecycle rule removes them");
+            tracing::warn!(%error, key = %self.path, "parts of a failed upload stay in the store until its lifecycle \
+                rule removes them");
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Raw bytes of tensors, in and out, and host memory that a GPU copies to at full speed.
 //!
-//! Bytes are the elements in row-major order as they lie in memory: little-endian on every machine that LibTorch runs on.
+//! Bytes are the elements in row-major order as they lie in memory: little-endian on every machine that LibTorch runs
+//! on.
 
 use tch::Tensor;
 

@@ -1,12 +1,11 @@
 //! Copies of tensors to host memory, made while LibTorch computes on.
 //!
-//! [`HostCopier`] owns a few threads. [`start`](HostCopier::start) hands them a list of tensors and one destination; they copy
-//! on until the last byte is there, run the callback, and wake whoever waits. On the CPU the tensors are cut into chunks that
-//! the threads take one by one; they run only while a core would be idle (Linux's `SCHED_IDLE`), so that they slow nobody
-//! who computes, and whoever [waits](CopyTicket::wait) copies what is left himself, so that he never waits for a thread
-//! which gets no core. On a GPU `start` marks the point in the
-//! compute stream, and one thread has the copies made on a stream of their own after that point: into [`Pinned`] memory
-//! they run beside the kernels.
+//! [`HostCopier`] owns a few threads. [`start`](HostCopier::start) hands them a list of tensors and one destination;
+//! they copy on until the last byte is there, run the callback, and wake whoever waits. On the CPU the tensors are cut
+//! into chunks that the threads take one by one; they run only while a core would be idle (Linux's `SCHED_IDLE`), so
+//! that they slow nobody who computes, and whoever [waits](CopyTicket::wait) copies what is left himself, so that he
+//! never waits for a thread which gets no core. On a GPU `start` marks the point in the compute stream, and one thread
+//! has the copies made on a stream of their own after that point: into [`Pinned`] memory they run beside the kernels.
 //!
 //! Invariants: from `start` to the end of [`wait`](CopyTicket::wait) the tensors must not change (reading is free), or
 //! the bytes are of two moments. The destination belongs to the copy for that time and comes back from `wait`; it and
@@ -68,8 +67,8 @@ pub struct HostCopier {
 }
 
 impl HostCopier {
-    /// Starts `threads` copy threads; at least one. `yielding`: they leave every core to those who compute. Right on the CPU; on a
-    /// GPU the one thread that has the copies made does next to nothing itself.
+    /// Starts `threads` copy threads; at least one. `yielding`: they leave every core to those who compute. Right on
+    /// the CPU; on a GPU the one thread that has the copies made does next to nothing itself.
     pub fn new(threads: usize, yielding: bool) -> Result<Self> {
         let mut copier = Self { queue: Arc::default(), threads: Vec::new() };
         for index in 0..threads.max(1) {
@@ -89,8 +88,8 @@ impl HostCopier {
     /// Starts copying `jobs` into `destination` and returns at once.
     ///
     /// The jobs are checked first: contiguous tensors, all on the CPU or all on one GPU, lengths as stated, ranges that
-    /// lie within the destination and do not overlap. `on_done` runs on a copy thread when the last byte is there, before
-    /// the waiter wakes; it does not run if the copy fails. Keep it short.
+    /// lie within the destination and do not overlap. `on_done` runs on a copy thread when the last byte is there,
+    /// before the waiter wakes; it does not run if the copy fails. Keep it short.
     pub fn start<D>(
         &self,
         destination: D,
@@ -181,8 +180,8 @@ impl<D: Send> CopyTicket<D> {
         lock(&self.batch.end).took.is_some()
     }
 
-    /// Waits until the last byte is there and the callback has run; gives the destination back. What no copy thread has taken
-    /// is copied by the calling thread.
+    /// Waits until the last byte is there and the callback has run; gives the destination back. What no copy thread has
+    /// taken is copied by the calling thread.
     pub fn wait(self) -> Result<Copied<D>> {
         let mut end = self.batch.wait();
         if let Some(failure) = end.failure.take() {
@@ -302,8 +301,8 @@ struct Batch<D> {
 }
 
 // SAFETY: the pointers in `runs` lead into the tensors and the destination, which `end` keeps alive until the last unit
-// is finished; targets do not overlap, each is written by the one thread that took it from `next`, and `left` orders the
-// writes before the end. The mark is used by the one thread that takes the one unit.
+// is finished; targets do not overlap, each is written by the one thread that took it from `next`, and `left` orders
+// the writes before the end. The mark is used by the one thread that takes the one unit.
 unsafe impl<D: Send> Send for Batch<D> {}
 // SAFETY: as above; everything else is behind the mutex.
 unsafe impl<D: Send> Sync for Batch<D> {}

@@ -154,7 +154,8 @@ pub(super) fn check(doing: &'static str, status: i32) -> Result<()> {
     if status == 0 {
         return Ok(());
     }
-    // SAFETY: the text is a NUL-terminated thread-local of the shim; it is copied before this thread calls the shim again.
+    // SAFETY: the text is a NUL-terminated thread-local of the shim; it is copied before this thread calls the shim
+    // again.
     let message = unsafe { CStr::from_ptr(trn_last_error()) }.to_string_lossy().trim().to_owned();
     Err(match status {
         2 => TorchError::Peer { doing, message },

@@ -1,8 +1,9 @@
 //! The c10d store, through which ranks find each other, and the group in which they compute together.
 //!
 //! Rank 0 serves the store; every rank connects to it and makes its [`ProcessGroup`] with the same prefix. Every
-//! collective must be called by all ranks in the same order. The store asks nobody who he is: it listens on the given host's address
-//! alone, so a run on one machine opens no port to the outside, and where that address is not this machine's, that is an error.
+//! collective must be called by all ranks in the same order. The store asks nobody who he is: it listens on the given
+//! host's address alone, so a run on one machine opens no port to the outside, and where that address is not this
+//! machine's, that is an error.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, ToSocketAddrs, UdpSocket},
@@ -118,8 +119,8 @@ impl Drop for Store {
 
 /// The ranks that compute together.
 ///
-/// Collectives return when the result is there (Gloo) or is ordered before all later work of the device's current stream
-/// (NCCL). Dropping the last owner closes the connections.
+/// Collectives return when the result is there (Gloo) or is ordered before all later work of the device's current
+/// stream (NCCL). Dropping the last owner closes the connections.
 #[derive(Debug)]
 pub struct ProcessGroup {
     handle: *mut ffi::GroupHandle,
@@ -193,9 +194,9 @@ impl ProcessGroup {
         check(doing, unsafe { ffi::trn_group_broadcast(self.handle, ffi::raw(tensor), root) })
     }
 
-    /// Starts to fill `flat`, which has as many equal chunks as there are ranks, with every rank's own: chunk r comes from
-    /// rank r. One dimension, contiguous, the same length and type everywhere. Nobody may write to `flat`, or read other
-    /// chunks than the rank's own, before [`Pending::wait`] returns.
+    /// Starts to fill `flat`, which has as many equal chunks as there are ranks, with every rank's own: chunk r comes
+    /// from rank r. One dimension, contiguous, the same length and type everywhere. Nobody may write to `flat`, or read
+    /// other chunks than the rank's own, before [`Pending::wait`] returns.
     pub fn all_gather(&self, flat: &Tensor) -> Result<Pending> {
         let mut handle = ptr::null_mut();
         // SAFETY: pointers are valid for the call; the work keeps the tensor's memory.
@@ -209,9 +210,9 @@ impl ProcessGroup {
         check("barrier", unsafe { ffi::trn_group_barrier(self.handle) })
     }
 
-    /// Gives up work in flight, so that dropping the group after an error does not wait for a peer: NCCL's kernels would.
-    /// Gloo has nothing to give up; its collectives end with a peer's connection or at the time limit. The group is of
-    /// no more use.
+    /// Gives up work in flight, so that dropping the group after an error does not wait for a peer: NCCL's kernels
+    /// would. Gloo has nothing to give up; its collectives end with a peer's connection or at the time limit. The group
+    /// is of no more use.
     pub fn abort(&self) -> Result<()> {
         // SAFETY: the group is alive for the call.
         check("abort the process group", unsafe { ffi::trn_group_abort(self.handle) })
@@ -230,7 +231,8 @@ pub struct Pending {
 }
 
 impl Pending {
-    /// Returns when the result is there (Gloo), or is ordered before all later work of the device's current stream (NCCL).
+    /// Returns when the result is there (Gloo), or is ordered before all later work of the device's current stream
+    /// (NCCL).
     pub fn wait(self) -> Result<()> {
         // SAFETY: made by the shim and not freed yet.
         check("wait for a collective", unsafe { ffi::trn_pending_wait(self.handle) })

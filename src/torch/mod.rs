@@ -1,9 +1,9 @@
 //! LibTorch beyond what `tch` offers: process groups, the gradient reducer, the fused optimizer, random number state,
 //! raw bytes of tensors, and copies to the host behind the compute.
 //!
-//! A C++ shim (`shim/`) holds the calls; this is its safe face, and with `snapshot/image.rs` the only place that may use
-//! `unsafe`. No C++ exception crosses: the shim catches it, and it arrives here as a [`TorchError`]. Nothing here is
-//! async and nothing polls.
+//! A C++ shim (`shim/`) holds the calls; this is its safe face, and with `snapshot/image.rs` the only place that may
+//! use `unsafe`. No C++ exception crosses: the shim catches it, and it arrives here as a [`TorchError`]. Nothing here
+//! is async and nothing polls.
 //!
 //! One source, two flavours, chosen by the LibTorch folder (see `build.rs`): with `libtorch_cuda.so` the crate is built
 //! with CUDA and NCCL and `cfg(torch_cuda)` is set; otherwise it runs on the CPU and says so when asked for a GPU.
@@ -193,7 +193,8 @@ impl Explain for TorchError {
             Self::NoNccl => Some("run scripts/setup --cuda and build again".into()),
             Self::NoDevice { .. } => Some("start at most one worker a GPU (--nproc-per-node)".into()),
             Self::Address { .. } => Some(
-                "the address must be this machine's, of an interface that is up: `ip addr` shows them, `ip link set lo up` sets up loopback"
+                "the address must be this machine's, of an interface that is up: `ip addr` shows them, `ip link set lo \
+                up` sets up loopback"
                     .into(),
             ),
             _ => None,

@@ -5,7 +5,8 @@
 //!
 //! Invariants, on which bit-equality across a resume rests:
 //! - Which gradient lies where in which bucket follows from the list of parameters and the two sizes alone (reverse
-//!   order of the list), and never changes. A ring sums each element in an order that depends on its place in its bucket.
+//!   order of the list), and never changes. A ring sums each element in an order that depends on its place in its
+//!   bucket.
 //! - Gradients lie in the buckets from the first step on, so the first step after a resume divides as every other one.
 //! - Gradients are set to zero in place ([`zero_gradients`]), never removed: a removed one would leave its bucket.
 
@@ -36,7 +37,8 @@ pub struct Bucket {
     pub chunk: u64,
 }
 
-/// Averages the gradients of a list of parameters over the ranks of a group, bucket by bucket, behind the backward pass.
+/// Averages the gradients of a list of parameters over the ranks of a group, bucket by bucket, behind the backward
+/// pass.
 #[derive(Debug)]
 pub struct Reducer {
     handle: *mut ffi::ReducerHandle,
@@ -69,9 +71,9 @@ impl Reducer {
         Ok(Self { handle })
     }
 
-    /// Like [`Reducer::new`], but after a [`Reduction::Average`] each rank has the averages of its own chunk of every bucket
-    /// alone; what stands elsewhere is of no use. `buckets` must hold each parameter once. Each element is summed in the
-    /// order of ranks (Gloo), wherever it lies.
+    /// Like [`Reducer::new`], but after a [`Reduction::Average`] each rank has the averages of its own chunk of every
+    /// bucket alone; what stands elsewhere is of no use. `buckets` must hold each parameter once. Each element is
+    /// summed in the order of ranks (Gloo), wherever it lies.
     pub fn sharded(params: &[Tensor], group: &ProcessGroup, buckets: &[Bucket]) -> Result<Self> {
         let doing = "make the gradient reducer";
         let number = |what| TorchError::Number { doing, what };
@@ -90,8 +92,8 @@ impl Reducer {
         let chunks = chunks.collect::<Result<Vec<_>>>()?;
         let raws = ffi::raws(params);
         let mut handle = ptr::null_mut();
-        // SAFETY: pointers are valid for the call, `indices` has the sum of `lengths` elements, the two other lists have one
-        // for each bucket; the shim takes references of its own.
+        // SAFETY: pointers are valid for the call, `indices` has the sum of `lengths` elements, the two other lists
+        // have one for each bucket; the shim takes references of its own.
         let status = unsafe {
             ffi::trn_reducer_new_sharded(
                 raws.as_ptr(),
@@ -108,8 +110,8 @@ impl Reducer {
         Ok(Self { handle })
     }
 
-    /// The gradients of one bucket of a sharded reducer: one dimension, as many chunks as there are ranks. They stay where
-    /// they are for the reducer's life.
+    /// The gradients of one bucket of a sharded reducer: one dimension, as many chunks as there are ranks. They stay
+    /// where they are for the reducer's life.
     pub fn bucket(&self, index: usize) -> Result<Tensor> {
         let mut memory = ptr::null_mut();
         // SAFETY: pointers are valid for the call; the shim checks the number.
@@ -121,8 +123,9 @@ impl Reducer {
     /// Runs the backward pass of `loss`, adding to the gradients.
     ///
     /// With [`Reduction::Average`] every gradient is, on return, the sum over this step's passes, averaged over the
-    /// ranks (of a sharded reducer: those of the rank's chunks); the loss must then depend on every parameter, which is checked. All ranks must average together. After an
-    /// error the gradients are undefined and the reducer is of no more use.
+    /// ranks (of a sharded reducer: those of the rank's chunks); the loss must then depend on every parameter, which is
+    /// checked. All ranks must average together. After an error the gradients are undefined and the reducer is of no
+    /// more use.
     pub fn backward(&self, loss: &Tensor, reduction: Reduction) -> Result<()> {
         let reduce = (reduction == Reduction::Average).into();
         // SAFETY: both are alive for the call.

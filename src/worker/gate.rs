@@ -1,13 +1,13 @@
 //! Where the train loop and the agent agree on a step, without a collective and without a lock in the loop.
 //!
-//! The protocol is that of TSL's `PreemptionSyncManager` (tensorflow/tsl, `preemption_sync_manager.cc`): to decide anything
-//! that all ranks must do at the same step, the agent *freezes* every rank: each names the last step that it has
-//! started and starts no other. The agent takes the largest; every rank is still able to reach it, none has passed
+//! The protocol is that of TSL's `PreemptionSyncManager` (tensorflow/tsl, `preemption_sync_manager.cc`): to decide
+//! anything that all ranks must do at the same step, the agent *freezes* every rank: each names the last step that it
+//! has started and starts no other. The agent takes the largest; every rank is still able to reach it, none has passed
 //! it; it *thaws* them with the decision. A rank that meets no boundary in that time does not wait at all.
 //!
 //! The loop's part is [`StepGate::enter`], one compare-and-swap a step. Orders are read there, at the boundary before
-//! step k+1, while the state is still that of step k: an order "save step k" can therefore still be obeyed when it arrives
-//! during k's last instruction.
+//! step k+1, while the state is still that of step k: an order "save step k" can therefore still be obeyed when it
+//! arrives during k's last instruction.
 
 use std::sync::{
     Condvar, Mutex, MutexGuard, PoisonError,
@@ -22,8 +22,9 @@ const FROZEN: u64 = 1 << 63;
 const NEVER: u64 = u64::MAX;
 /// The low bits of the state are the last step started; [`MAX_STEPS`] fits.
 const STEP: u64 = (1 << 41) - 1;
-/// Above them freezes are counted, so that a loop which was interrupted between its look at the orders and its start finds
-/// out that there was a freeze meanwhile, though it is over. It would have to sleep through four million of them not to.
+/// Above them freezes are counted, so that a loop which was interrupted between its look at the orders and its start
+/// finds out that there was a freeze meanwhile, though it is over. It would have to sleep through four million of them
+/// not to.
 const FREEZE: u64 = 1 << 41;
 const FREEZES: u64 = (FROZEN - 1) & !STEP;
 
@@ -175,7 +176,8 @@ impl StepGate {
         }
     }
 
-    /// Train loop, in anything long between two steps: whether the run is to end at `done`, so that it need not be finished.
+    /// Train loop, in anything long between two steps: whether the run is to end at `done`, so that it need not be
+    /// finished.
     pub fn is_ending(&self, done: Step) -> bool {
         done.get() >= self.stop_after.load(Ordering::Acquire)
     }
@@ -264,7 +266,8 @@ mod tests {
         assert_eq!(gate.enter(Step(1)), Boundary { save: into(0), proceed: false });
     }
 
-    /// Three loops run freely; they are frozen at a random moment; the largest started step is one that all can still reach.
+    /// Three loops run freely; they are frozen at a random moment; the largest started step is one that all can still
+    /// reach.
     #[test]
     fn ranks_at_any_places_agree_on_a_step_that_none_has_passed() {
         for _ in 0..50 {

@@ -1,7 +1,7 @@
 //! The worker's end of the control stream.
 //!
-//! The stream is the worker's standard input (a Unix socket, so it carries both directions): the one descriptor that can be
-//! taken over without `unsafe`. When it ends the agent is gone, and the worker leaves at once.
+//! The stream is the worker's standard input (a Unix socket, so it carries both directions): the one descriptor that
+//! can be taken over without `unsafe`. When it ends the agent is gone, and the worker leaves at once.
 
 use std::{
     os::{fd::AsFd, unix::net::UnixStream},
@@ -41,8 +41,8 @@ pub fn connect() -> Result<(Link, Orders)> {
     Ok((Link { inner: Arc::new(Mutex::new((writer, Vec::new()))) }, Orders { stream }))
 }
 
-/// Leaves at once, without the C++ destructors that may wait for threads of LibTorch which are still at work. Nothing is lost:
-/// all that matters lies in the agent's memory.
+/// Leaves at once, without the C++ destructors that may wait for threads of LibTorch which are still at work. Nothing
+/// is lost: all that matters lies in the agent's memory.
 pub fn leave() -> ! {
     let _ = kill_process(getpid(), Signal::KILL);
     loop {

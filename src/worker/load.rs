@@ -1,9 +1,10 @@
-//! A state out of safetensors files, whoever wrote them: any world size, either strategy, this version or an earlier one.
+//! A state out of safetensors files, whoever wrote them: any world size, either strategy, this version or an earlier
+//! one.
 //!
-//! Every rank reads the headers of all files, holds every entry against the model, and demands that what there is of each
-//! tensor holds each of its elements exactly once; then it copies its own elements alone. Which tensor is what, and which one is
-//! believed where two say the same, stands in [`super::state`]. *Crash, error:* the state is then partly filled and of no
-//! use.
+//! Every rank reads the headers of all files, holds every entry against the model, and demands that what there is of
+//! each tensor holds each of its elements exactly once; then it copies its own elements alone. Which tensor is what,
+//! and which one is believed where two say the same, stands in [`super::state`]. *Crash, error:* the state is then
+//! partly filled and of no use.
 
 use std::{collections::HashMap, ops::Range};
 
@@ -26,9 +27,9 @@ struct Source<'a> {
 }
 
 impl State {
-    /// Loads safetensors files. With `weights_only` the moments stay zero, other floating types are converted, and tensors that the
-    /// model does not have are passed over; otherwise every tensor must be there, in one piece or in slices that hold each
-    /// element once, with its very shape and type, and no other.
+    /// Loads safetensors files. With `weights_only` the moments stay zero, other floating types are converted, and
+    /// tensors that the model does not have are passed over; otherwise every tensor must be there, in one piece or in
+    /// slices that hold each element once, with its very shape and type, and no other.
     pub fn load(&mut self, files: &[Bytes], weights_only: bool) -> Result<()> {
         let found = self.find(files, weights_only)?;
         let roles: &[Role] = if weights_only { &[Role::Weight] } else { &Role::ALL };
@@ -69,8 +70,8 @@ impl State {
         Ok(())
     }
 
-    /// Where each parameter's elements stand, by role and parameter. Every entry has been held against the model; whether they
-    /// are all that is wanted has not been looked at.
+    /// Where each parameter's elements stand, by role and parameter. Every entry has been held against the model;
+    /// whether they are all that is wanted has not been looked at.
     fn find<'a>(&self, files: &'a [Bytes], weights_only: bool) -> Result<[Vec<Vec<Source<'a>>>; 4]> {
         let index: HashMap<&str, usize> =
             self.params.iter().enumerate().map(|(i, param)| (param.name.as_str(), i)).collect();
@@ -132,7 +133,8 @@ fn fill(target: &Target, source: &Source<'_>) -> Result<(), torch::TorchError> {
     let to = torch::tch_result("load tensor", part(&target.tensor, begin - target.begin, end - begin))?;
     let size = source.dtype.size();
     let offset = |element: u64| usize::try_from((element - source.elements.start) * size).unwrap_or(usize::MAX);
-    // The source's bytes are as many as its elements: the header was held against the file, and the slice against the header.
+    // The source's bytes are as many as its elements: the header was held against the file, and the slice against the
+    // header.
     let bytes = source.bytes.get(offset(begin)..offset(end)).unwrap_or_default();
     let (kind, own) = match source.dtype {
         Dtype::F32 => (Kind::Float, to.kind() == Kind::Float),

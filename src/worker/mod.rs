@@ -1,16 +1,16 @@
 //! The child process, one for each device: it computes and does nothing else.
 //!
-//! A worker never talks to the store. It is told by its agent who it is, loads its state from shared memory, trains, and copies its share
-//! of the state into shared memory when ordered. A LibTorch abort, a CUDA fault or the OOM killer takes one worker; the agent
-//! still holds its last snapshot.
+//! A worker never talks to the store. It is told by its agent who it is, loads its state from shared memory, trains,
+//! and copies its share of the state into shared memory when ordered. A LibTorch abort, a CUDA fault or the OOM killer
+//! takes one worker; the agent still holds its last snapshot.
 //!
 //! Threads: the train loop (main), the control thread that answers freezes, and the copy threads. Nothing here is
 //! asynchronous. On any error the worker says what a person should know and leaves; on a crash it says nothing, and
 //! the agent learns of it from the end of the process.
 //!
-//! Bit-equality: with the same world size, threads and device kind, every step's numbers depend on the state and the step
-//! alone. Sample order, learning rate and seeds are pure functions of the step; gradient buckets have one fixed layout; the
-//! reductions of LibTorch are deterministic for a given number of threads.
+//! Bit-equality: with the same world size, threads and device kind, every step's numbers depend on the state and the
+//! step alone. Sample order, learning rate and seeds are pure functions of the step; gradient buckets have one fixed
+//! layout; the reductions of LibTorch are deterministic for a given number of threads.
 #![doc = include_str!("README.md")]
 
 pub mod device;
@@ -262,7 +262,8 @@ impl Worker {
         // Peers may be told to leave once all have stopped: by then they must have sent what this rank waits for.
         self.parallel.settle()?;
         self.link.tell(&FromWorker::Stopped { step: self.done });
-        // The state stays as it is, so its save may be ordered when a slot gets free. The control thread ends the process.
+        // The state stays as it is, so its save may be ordered when a slot gets free. The control thread ends the
+        // process.
         loop {
             let save = gate.wait_for_last_save(self.done);
             self.save(save)?;
@@ -273,7 +274,8 @@ impl Worker {
     /// Gradients of `step`, reduced under the last backward; returns the mean loss over this rank's sequences, and the
     /// time spent reading data.
     fn forward_backward(&mut self, step: Step) -> Result<(Tensor, Duration)> {
-        // Generators are seeded for each step, so that their state is a function of (seed, step, rank) on any world size.
+        // Generators are seeded for each step, so that their state is a function of (seed, step, rank) on any world
+        // size.
         torch::manual_seed(step_seed(self.config.train.seed, step, self.rank))?;
         let mut cursor = positions(step, self.config.train.global_batch, self.rank, self.world);
         let mut total: Option<Tensor> = None;

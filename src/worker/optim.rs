@@ -1,8 +1,8 @@
 //! AdamW with explicit moments: one fused pass over weights, gradients and moments, clipping folded in.
 //!
-//! The update is that of Loshchilov and Hutter (arXiv 1711.05101) as `torch.optim.AdamW(fused=True)` computes it. Weight decay
-//! applies to matrices (two or more dimensions), not to norms. Moments are plain tensors, so that a checkpoint can hold them.
-//! It works element by element, so parts of tensors may be updated apart from one another.
+//! The update is that of Loshchilov and Hutter (arXiv 1711.05101) as `torch.optim.AdamW(fused=True)` computes it.
+//! Weight decay applies to matrices (two or more dimensions), not to norms. Moments are plain tensors, so that a
+//! checkpoint can hold them. It works element by element, so parts of tensors may be updated apart from one another.
 
 use tch::Tensor;
 
@@ -86,7 +86,8 @@ impl Update {
     }
 }
 
-/// What gradients of this 2-norm are divided by: max(1, norm / limit) clips without a pass of its own. `None`: no clipping.
+/// What gradients of this 2-norm are divided by: max(1, norm / limit) clips without a pass of its own. `None`: no
+/// clipping.
 pub fn clip_scale(config: &OptimizerConfig, norm: &Tensor) -> Result<Option<Tensor>, TorchError> {
     if config.grad_clip <= 0.0 {
         return Ok(None);

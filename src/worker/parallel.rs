@@ -3,8 +3,8 @@
 //! **ddp.** Every rank has everything; gradients are all-reduced behind the backward pass, and each rank makes the same
 //! update.
 //!
-//! **zero1** (Rajbhandari et al., arXiv 1910.02054, stage 1). Every rank computes with all weights, but has the moments and makes
-//! the update of its chunk of each bucket alone ([`super::partition`]):
+//! **zero1** (Rajbhandari et al., arXiv 1910.02054, stage 1). Every rank computes with all weights, but has the moments
+//! and makes the update of its chunk of each bucket alone ([`super::partition`]):
 //!
 //! ```text
 //! backward   bucket by bucket: exchange chunks ──► this rank's chunk of the averages      (torch::Reducer::sharded)
@@ -13,20 +13,21 @@
 //! settle     wait for the gathers: before the weights are read again, by a forward pass, a validation or a capture
 //! ```
 //!
-//! Buckets are updated and gathered from the first layers to the last. Between `step` and `settle` lie the report, zeroing the
-//! gradients and reading the next batch.
+//! Buckets are updated and gathered from the first layers to the last. Between `step` and `settle` lie the report,
+//! zeroing the gradients and reading the next batch.
 //!
-//! With bf16 only the owner of a chunk has its fp32 weights; what is gathered, and computed with, is their bf16 rounding, which
-//! every rank of a `ddp` run makes for itself at each use. The casts are the same, so both strategies compute the same
-//! function: on two ranks without clipping even to the last bit, else up to the order in which numbers are summed. Bytes of one
-//! parameter on a rank, without its gradient's 4: ddp 12 (in either precision); zero1 fp32 4 + 8/N, bf16 2 + 12/N.
+//! With bf16 only the owner of a chunk has its fp32 weights; what is gathered, and computed with, is their bf16
+//! rounding, which every rank of a `ddp` run makes for itself at each use. The casts are the same, so both strategies
+//! compute the same function: on two ranks without clipping even to the last bit, else up to the order in which numbers
+//! are summed. Bytes of one parameter on a rank, without its gradient's 4: ddp 12 (in either precision); zero1 fp32 4 +
+//! 8/N, bf16 2 + 12/N.
 //!
-//! Invariants: the state changes in [`Parallel::step`] and, for the weights of other ranks' chunks, until [`Parallel::settle`]
-//! returns; a capture runs between `settle` and `step`, so no gather writes what a capture reads. All ranks call all
-//! of it in the same order. A world of one has nobody to share with and is `ddp`, whatever the setting.
-//! *Crash:* a peer that dies breaks the collective; the error ends this worker too, and the state is that of the newest
-//! checkpoint. *Resume:* partition and buckets depend on the configuration and the world alone, and elements are summed
-//! in the order of ranks, so a resume on the same world is exact.
+//! Invariants: the state changes in [`Parallel::step`] and, for the weights of other ranks' chunks, until
+//! [`Parallel::settle`] returns; a capture runs between `settle` and `step`, so no gather writes what a capture reads.
+//! All ranks call all of it in the same order. A world of one has nobody to share with and is `ddp`, whatever the
+//! setting. *Crash:* a peer that dies breaks the collective; the error ends this worker too, and the state is that of
+//! the newest checkpoint. *Resume:* partition and buckets depend on the configuration and the world alone, and elements
+//! are summed in the order of ranks, so a resume on the same world is exact.
 
 use tch::{Kind, Tensor};
 
@@ -87,8 +88,8 @@ struct Gather {
 }
 
 impl Parallel {
-    /// For the state of `model`, which it was made with. Takes over the gradients, which are zero afterwards and stay where they
-    /// are. `group`: of all ranks; none is needed in a world of one.
+    /// For the state of `model`, which it was made with. Takes over the gradients, which are zero afterwards and stay
+    /// where they are. `group`: of all ranks; none is needed in a world of one.
     pub fn new(
         config: &ParallelConfig,
         optimizer: OptimizerConfig,

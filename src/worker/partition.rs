@@ -1,13 +1,13 @@
 //! Which rank updates which elements under ZeRO-1 (Rajbhandari et al., arXiv 1910.02054, stage 1).
 //!
-//! Parameters lie one after the other in buckets, the last one first, because gradients arrive about in that order. Each bucket is
-//! cut into as many equal chunks as there are ranks, and rank r has chunk r of every bucket: its moments, its fp32 weights, its
-//! update. So a large embedding is shared out like everything else, and a bucket can be reduced, updated and gathered
-//! while others are still computed (as in Megatron-LM's distributed optimizer).
+//! Parameters lie one after the other in buckets, the last one first, because gradients arrive about in that order.
+//! Each bucket is cut into as many equal chunks as there are ranks, and rank r has chunk r of every bucket: its
+//! moments, its fp32 weights, its update. So a large embedding is shared out like everything else, and a bucket can be
+//! reduced, updated and gathered while others are still computed (as in Megatron-LM's distributed optimizer).
 //!
-//! Invariants: the partition is a pure function of (lengths, world size, bucket sizes), the same on every rank and after a
-//! resume. Chunks begin on multiples of [`ALIGN`] elements, so no rank has more than the average and `ALIGN` elements
-//! of each bucket.
+//! Invariants: the partition is a pure function of (lengths, world size, bucket sizes), the same on every rank and
+//! after a resume. Chunks begin on multiples of [`ALIGN`] elements, so no rank has more than the average and `ALIGN`
+//! elements of each bucket.
 
 use crate::{
     ids::{Rank, WorldSize},
@@ -64,8 +64,8 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// Of parameters with so many elements. A bucket is full when it has reached its size, in bytes of gradients; the first one
-    /// is small so that the first reduction starts early.
+    /// Of parameters with so many elements. A bucket is full when it has reached its size, in bytes of gradients; the
+    /// first one is small so that the first reduction starts early.
     pub fn new(lens: &[u64], world: WorldSize, first_bucket_bytes: u64, bucket_bytes: u64) -> Self {
         let mut buckets: Vec<Section> = Vec::new();
         let mut open = false;
@@ -163,7 +163,8 @@ mod tests {
                 for piece in partition.pieces(rank) {
                     ranges[piece.param].push(piece.begin..piece.end);
                     let (start, owned) = partition.chunk(piece.bucket, rank);
-                    let member = partition.buckets()[piece.bucket].members.iter().find(|m| m.param == piece.param).unwrap();
+                    let members = &partition.buckets()[piece.bucket].members;
+                    let member = members.iter().find(|member| member.param == piece.param).unwrap();
                     prop_assert_eq!(start + piece.at, member.offset + piece.begin);
                     prop_assert!(piece.at + (piece.end - piece.begin) <= owned);
                     have += piece.end - piece.begin;

@@ -7,8 +7,8 @@ use crate::{
 
 /// The learning rate used in `step` (from 1) of a run of `total` steps with peak `peak`.
 ///
-/// Linear warm-up reaches the peak at the last warm-up step; then the shape runs from the peak down to `min_lr_ratio · peak` at
-/// the last step of the run.
+/// Linear warm-up reaches the peak at the last warm-up step; then the shape runs from the peak down to `min_lr_ratio ·
+/// peak` at the last step of the run.
 pub fn learning_rate(schedule: &ScheduleConfig, peak: f64, step: Step, total: u64) -> f64 {
     let (step, warmup) = (step.get(), schedule.warmup_steps);
     if step < warmup {

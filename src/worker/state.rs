@@ -1,7 +1,7 @@
 //! Everything that a resume needs, as tensors: weights and moments, and their names. [`super::load`] fills them.
 //!
-//! What is not a tensor needs no saving: the sample order, the learning rate and the seeds of a step are pure functions of
-//! the configuration and the step.
+//! What is not a tensor needs no saving: the sample order, the learning rate and the seeds of a step are pure functions
+//! of the configuration and the step.
 //!
 //! Who has what, and under which names it is stored:
 //!
@@ -11,11 +11,11 @@
 //! | zero1, fp32 | `<name>` F32 | its slices of `exp_avg.<name>`, `exp_avg_sq.<name>` |
 //! | zero1, bf16 | `<name>` BF16 | those, and its slices of `master.<name>`: the fp32 weights |
 //!
-//! Slices are stored as [`slices`](crate::format::slices) says. Where a checkpoint has `master.<name>`, that is the weight, and
-//! `<name>` is its value rounded to bf16: so a checkpoint's folder stays a model folder that anybody can load, with nothing
-//! gathered to save it. Any rank of any world under either strategy loads from any of these: it takes its own elements
-//! out of the files, which all lie in shared memory. Files of an earlier version have whole tensors only and are
-//! loaded by the same rule.
+//! Slices are stored as [`slices`](crate::format::slices) says. Where a checkpoint has `master.<name>`, that is the
+//! weight, and `<name>` is its value rounded to bf16: so a checkpoint's folder stays a model folder that anybody can
+//! load, with nothing gathered to save it. Any rank of any world under either strategy loads from any of these: it
+//! takes its own elements out of the files, which all lie in shared memory. Files of an earlier version have whole
+//! tensors only and are loaded by the same rule.
 
 use tch::{Kind, Tensor};
 
@@ -83,8 +83,8 @@ pub struct Whole {
 /// A rank's share of one bucket. The last four have one dimension and as many elements as the rank owns of it.
 #[derive(Debug)]
 pub struct Share {
-    /// What is computed with, of the whole bucket: as many chunks as there are ranks, one dimension. fp32, or bf16 beside
-    /// fp32 weights of its own.
+    /// What is computed with, of the whole bucket: as many chunks as there are ranks, one dimension. fp32, or bf16
+    /// beside fp32 weights of its own.
     pub gathered: Tensor,
     /// The rank's chunk of `gathered`, without padding.
     pub own: Tensor,

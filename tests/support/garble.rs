@@ -1,5 +1,5 @@
-//! A machine that garbles what it reads: a healthy one with `fixtures/garble/garble.c` preloaded, which turns bits over in
-//! what is read of checkpoints.
+//! A machine that garbles what it reads: a healthy one with `fixtures/garble/garble.c` preloaded, which turns bits over
+//! in what is read of checkpoints.
 
 use std::{path::PathBuf, process::Command, sync::OnceLock};
 

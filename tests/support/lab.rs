@@ -383,8 +383,8 @@ backoff = "50ms"
         let newest = manifests.iter().rfind(|key| key.ends_with("/manifest.json"));
         newest.expect("a checkpoint").trim_end_matches("/manifest.json").to_owned()
     }
-    /// Demands what every disturbed run must reach: the losses and the weights of the undisturbed one, to the last digit
-    /// and the last byte.
+    /// Demands what every disturbed run must reach: the losses and the weights of the undisturbed one, to the last
+    /// digit and the last byte.
     #[track_caller]
     pub fn expect_as_undisturbed(&self, run: &str, lives: &[&Finished]) {
         let reference = reference();
@@ -459,7 +459,8 @@ pub const ORIGIN: &str = "origin";
 pub fn interrupted() -> &'static Interrupted {
     static INTERRUPTED: OnceLock<Interrupted> = OnceLock::new();
     INTERRUPTED.get_or_init(|| {
-        // On a busy machine so short a run may be further than the tests expect, or over, before the signal is heard: then once more.
+        // On a busy machine so short a run may be further than the tests expect, or over, before the signal is heard:
+        // then once more.
         let in_time = |life: &Finished| {
             life.of_kind("interrupted").last().is_some_and(|event| event.step() < Some(3 * EVERY))
                 && life.committed().is_superset(&[EVERY, 2 * EVERY].into())

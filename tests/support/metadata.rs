@@ -1,15 +1,18 @@
-//! The metadata services of AWS, GCP and Azure on one port of 127.0.0.1, and beside them the calls of AWS's Auto Scaling by
-//! which a machine keeps its own end waiting, and asks for it.
+//! The metadata services of AWS, GCP and Azure on one port of 127.0.0.1, and beside them the calls of AWS's Auto
+//! Scaling by which a machine keeps its own end waiting, and asks for it.
 //!
-//! In process, ready when `start` returns, gone when it is dropped. What it does is what the vendors document and what real ones were
-//! seen to do: AWS's version 2 only, with tokens that are checked; GCP's `wait_for_change`; Azure's document that moves on when an
-//! event is approved. A test sets what lies at a path, takes it away, breaks one path or all of them, and reads what was asked.
+//! In process, ready when `start` returns, gone when it is dropped. What it does is what the vendors document and what
+//! real ones were seen to do: AWS's version 2 only, with tokens that are checked; GCP's `wait_for_change`; Azure's
+//! document that moves on when an event is approved. A test sets what lies at a path, takes it away, breaks one path or
+//! all of them, and reads what was asked.
 //!
-//! - AWS: `PUT /latest/api/token` wants `X-aws-ec2-metadata-token-ttl-seconds` from 1 to 21600 (else 400), echoes it, and refuses
-//!   `X-Forwarded-For` (403). Everything else below `/latest/` wants a token that it gave and that has not ended (else 401).
-//! - GCP: everything below `/computeMetadata/v1/` wants `Metadata-Flavor: Google` (else 403) and answers with it and an `ETag`.
-//! - Azure: everything below `/metadata/` wants `Metadata: true` and `api-version` (else 400). `POST` to the scheduled events
-//!   approves the events that it names: they are `Started` from then on.
+//! - AWS: `PUT /latest/api/token` wants `X-aws-ec2-metadata-token-ttl-seconds` from 1 to 21600 (else 400), echoes it,
+//!   and refuses `X-Forwarded-For` (403). Everything else below `/latest/` wants a token that it gave and that has not
+//!   ended (else 401).
+//! - GCP: everything below `/computeMetadata/v1/` wants `Metadata-Flavor: Google` (else 403) and answers with it and an
+//!   `ETag`.
+//! - Azure: everything below `/metadata/` wants `Metadata: true` and `api-version` (else 400). `POST` to the scheduled
+//!   events approves the events that it names: they are `Started` from then on.
 //! - Auto Scaling: `POST /`, the query protocol, XML.
 
 use std::{
@@ -234,7 +237,8 @@ impl MetadataServer {
         server.set(
             "/latest/meta-data/iam/security-credentials/trainer-role",
             json!({"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": "ASIATEST", "SecretAccessKey": "test-secret",
-                   "Token": "test-session", "LastUpdated": "2026-01-01T00:00:00Z", "Expiration": "2099-01-01T00:00:00Z"}),
+                   "Token": "test-session", "LastUpdated": "2026-01-01T00:00:00Z",
+                    "Expiration": "2099-01-01T00:00:00Z"}),
         );
         server.set(
             "/latest/dynamic/instance-identity/document",
@@ -252,7 +256,8 @@ impl MetadataServer {
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
-    /// The environment with which a trainer takes this server for the metadata service of every cloud, and for Auto Scaling.
+    /// The environment with which a trainer takes this server for the metadata service of every cloud, and for Auto
+    /// Scaling.
     pub fn envs(&self) -> Vec<(&'static str, String)> {
         vec![
             ("AWS_EC2_METADATA_DISABLED", "false".to_owned()),

@@ -1,6 +1,6 @@
-//! AWS's interfaces, written by others and independent of ours: moto (<https://github.com/getmoto/moto>), as a process on a
-//! free port of 127.0.0.1, ended by its id. `scripts/test` installs it; where it is not installed, the tests that need
-//! it say so and pass.
+//! AWS's interfaces, written by others and independent of ours: moto (<https://github.com/getmoto/moto>), as a process
+//! on a free port of 127.0.0.1, ended by its id. `scripts/test` installs it; where it is not installed, the tests that
+//! need it say so and pass.
 //!
 //! What it does not do, so what is not tested on it: it refuses no body for a wrong checksum and keeps no CRC64-NVME
 //! (`verify` without `--deep` has only sizes there), it gives all unfinished uploads on one page and says of each that
@@ -48,7 +48,8 @@ pub fn tools() -> Option<PathBuf> {
     let found = place().filter(|folder| folder.is_dir());
     if found.is_none() {
         println!(
-            "skipped: the tools of tests/support/tools-requirements.txt are not installed; scripts/test installs them where the \
+            "skipped: the tools of tests/support/tools-requirements.txt are not installed; scripts/test installs them \
+            where the \
              Python package index is reached"
         );
     }
@@ -69,7 +70,8 @@ impl Moto {
     /// Starts one with an empty bucket and waits until it answers; `None` where it is not installed.
     pub fn start(bucket: &str) -> Option<Self> {
         let modules = tools()?;
-        // It must know its port to call itself, as its state machines do. Another process may take the port in between: then another.
+        // It must know its port to call itself, as its state machines do. Another process may take the port in between:
+        // then another.
         (0..10).find_map(|_| Self::try_start(&modules, bucket)).or_else(|| panic!("moto found no free port"))
     }
 
@@ -132,7 +134,8 @@ impl Moto {
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
-    /// Switches on what is off at first, such as `{"stepfunctions": {"execute_state_machine": true}}`: else every execution succeeds at once.
+    /// Switches on what is off at first, such as `{"stepfunctions": {"execute_state_machine": true}}`: else every
+    /// execution succeeds at once.
     pub fn configure(&self, settings: &str) {
         let answer = self.send("POST", "/moto-api/config", &[], settings);
         assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
@@ -153,8 +156,8 @@ impl Moto {
         text.clone()
     }
 
-    /// Calls an action of a service that speaks forms and XML (CloudFormation, Auto Scaling, EC2, IAM) and gives its answer's
-    /// body; panics where it is refused.
+    /// Calls an action of a service that speaks forms and XML (CloudFormation, Auto Scaling, EC2, IAM) and gives its
+    /// answer's body; panics where it is refused.
     pub fn query(&self, service: &str, version: &str, action: &str, parameters: &[(&str, &str)]) -> String {
         let mut form = format!("Action={action}&Version={version}");
         for (name, value) in parameters {
@@ -170,8 +173,8 @@ impl Moto {
         body(&format!("{service} {action}"), &self.send("POST", "/", &headers, &form))
     }
 
-    /// Calls an action of a service that speaks JSON (`target` as in `AWSStepFunctions.StartExecution`) and gives its answer;
-    /// panics where it is refused.
+    /// Calls an action of a service that speaks JSON (`target` as in `AWSStepFunctions.StartExecution`) and gives its
+    /// answer; panics where it is refused.
     pub fn json(&self, service: &str, target: &str, request: &serde_json::Value) -> serde_json::Value {
         self.try_json(service, target, request).unwrap_or_else(|answer| panic!("{target}: {answer}"))
     }

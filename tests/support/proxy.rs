@@ -1,8 +1,9 @@
 //! An HTTP proxy on loopback that breaks things on purpose between a client and an S3 server.
 //!
-//! Each request passes the first armed [`Rule`] that fits it; what is not broken is forwarded as it is, `Host` included,
-//! so that signatures stay valid. Bodies are held whole, which is what lets "the write landed, its answer was lost" be
-//! exact. Percentages come from a seeded generator: the same seed and the same order of requests break the same ones.
+//! Each request passes the first armed [`Rule`] that fits it; what is not broken is forwarded as it is, `Host`
+//! included, so that signatures stay valid. Bodies are held whole, which is what lets "the write landed, its answer was
+//! lost" be exact. Percentages come from a seeded generator: the same seed and the same order of requests break the
+//! same ones.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -36,7 +37,8 @@ pub enum Fault {
     Stall(Duration),
     /// The server does its work and answers; the client never hears of it.
     LoseAnswer,
-    /// A reader is told of an earlier time: a listing as it was answered last, an object as if it did not stand there yet.
+    /// A reader is told of an earlier time: a listing as it was answered last, an object as if it did not stand there
+    /// yet.
     Stale,
 }
 
@@ -124,7 +126,8 @@ pub struct Line {
     pub up: Option<u64>,
     /// Bytes a second towards the client; `None`: no limit.
     pub down: Option<u64>,
-    /// Bytes a second of all objects of checkpoints together, one after the other, towards the server; `None`: no limit.
+    /// Bytes a second of all objects of checkpoints together, one after the other, towards the server; `None`: no
+    /// limit.
     pub bulk: Option<u64>,
 }
 
@@ -360,7 +363,8 @@ async fn pass(
     }
     match fault {
         Some(Fault::SlowDown) => {
-            let text = "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>SlowDown</Code><Message>on purpose</Message></Error>";
+            let text = "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>SlowDown</Code><Message>on \
+                purpose</Message></Error>";
             let mut answer = Response::new(Body::from(Bytes::from_static(text.as_bytes())));
             *answer.status_mut() = hyper::StatusCode::SERVICE_UNAVAILABLE;
             return Ok(answer);
@@ -380,7 +384,8 @@ async fn pass(
             // Nothing was listed before: this reader is the first, and hears the truth.
             None if listing => {}
             None => {
-                let text = "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>NoSuchKey</Code><Message>on purpose</Message></Error>";
+                let text = "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>NoSuchKey</Code><Message>on \
+                    purpose</Message></Error>";
                 let mut answer = Response::new(Body::from(Bytes::from_static(text.as_bytes())));
                 *answer.status_mut() = hyper::StatusCode::NOT_FOUND;
                 return Ok(answer);

@@ -1,9 +1,9 @@
 //! An in-memory S3 server over the `s3s` crate: in process, on a free port of 127.0.0.1, ready when `start` returns.
 //!
-//! It keeps what the protocol leans on and nothing else: create-once and compare-and-swap puts that are atomic (one lock
-//! around the table), ranged reads, paged listings, multipart uploads, CRC64-NVME of the whole object, signatures that
-//! are checked. ETags are made from the CRC, so that no time goes into MD5. Tests look into the table, damage objects
-//! and switch rules on and off while clients are at work. Objects are gone with the server.
+//! It keeps what the protocol leans on and nothing else: create-once and compare-and-swap puts that are atomic (one
+//! lock around the table), ranged reads, paged listings, multipart uploads, CRC64-NVME of the whole object, signatures
+//! that are checked. ETags are made from the CRC, so that no time goes into MD5. Tests look into the table, damage
+//! objects and switch rules on and off while clients are at work. Objects are gone with the server.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -767,7 +767,8 @@ impl S3 for Service {
             return Err(s3_error!(AccessDenied, "not these"));
         }
         let prefix = req.input.prefix.clone().unwrap_or_default();
-        // Sorted by key, then by id; behind the markers; S3 gives up to 1,000, this server two, so that clients turn pages.
+        // Sorted by key, then by id; behind the markers; S3 gives up to 1,000, this server two, so that clients turn
+        // pages.
         let after = (req.input.key_marker.unwrap_or_default(), req.input.upload_id_marker.unwrap_or_default());
         let table = self.lock();
         let mut found: Vec<(String, String, SystemTime)> = table

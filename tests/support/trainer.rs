@@ -1,4 +1,5 @@
-//! The built binary as a child process: started with a clean environment, watched line by line, killed with all it started.
+//! The built binary as a child process: started with a clean environment, watched line by line, killed with all it
+//! started.
 //!
 //! Nothing here sleeps to let time pass: a test waits for an event on stdout, for a process state in /proc, or for the
 //! exit, and each wait has a generous limit after which it fails with everything that the process has said.
@@ -158,9 +159,9 @@ impl Trainer {
         self.command.env("TRAINER_FAULTS", text);
         self
     }
-    /// Lets the run finish `step` steps of this life, no more, until [`Running::let_go`]: a test that looks at a run in its midst is not in a
-    /// race with its end. What is saved after an earlier step is committed meanwhile. A later life of the same process is held there, too, if
-    /// it has so many steps left.
+    /// Lets the run finish `step` steps of this life, no more, until [`Running::let_go`]: a test that looks at a run in
+    /// its midst is not in a race with its end. What is saved after an earlier step is committed meanwhile. A later
+    /// life of the same process is held there, too, if it has so many steps left.
     pub fn hold_after(self, steps: u64) -> Self {
         self.faults(&format!("worker.step=stop@rank=0@hit={}", steps + 1))
     }
@@ -180,7 +181,8 @@ impl Trainer {
         self.shown = format!("{} {redirections}", self.shown);
         self.through("bash", &["-c", &script])
     }
-    /// Lets it be the first process of a namespace of its own, as in a container; in another namespace of users, so that nobody need be root.
+    /// Lets it be the first process of a namespace of its own, as in a container; in another namespace of users, so
+    /// that nobody need be root.
     pub fn in_a_container(self) -> Self {
         self.through("unshare", &["--user", "--map-root-user", "--pid", "--fork", "--kill-child"])
     }
@@ -296,8 +298,8 @@ impl Running {
     pub fn wait_for_step(&self, kind: &str, step: u64) -> Event {
         self.wait_for(&format!("{kind} event of step {step}"), |event| event.is(kind, step))
     }
-    /// Waits for the first event from number `seen` on that fits, and moves `seen` behind it; `None` when the process ends
-    /// before, or [`LIMIT`] passes.
+    /// Waits for the first event from number `seen` on that fits, and moves `seen` behind it; `None` when the process
+    /// ends before, or [`LIMIT`] passes.
     pub fn next(&self, seen: &mut usize, mut fits: impl FnMut(&Event) -> bool) -> Option<Event> {
         let deadline = Instant::now() + LIMIT;
         let mut heard = hear(&self.ear);

@@ -1,8 +1,8 @@
 //! What must hold of a run's store, read from outside, with none of the product's own readers.
 //!
-//! Records are plain JSON here, checksums are computed by the few lines at the foot. What one audit has seen is remembered: the next one
-//! demands that no record has changed or gone, and every state that any run of the campaign has ever stored for a step must
-//! be the same bytes.
+//! Records are plain JSON here, checksums are computed by the few lines at the foot. What one audit has seen is
+//! remembered: the next one demands that no record has changed or gone, and every state that any run of the campaign
+//! has ever stored for a step must be the same bytes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -1,8 +1,9 @@
 //! Many scenarios, several at once, until enough has been killed or the time is over.
 //!
 //! Driven by environment variables, which `scripts/torture` sets: `TORTURE_KILLS`, `TORTURE_MINUTES`, `TORTURE_SEED`,
-//! `TORTURE_JOBS`, `TORTURE_REPLAY`. The campaign's seed gives the scenarios' seeds; each is printed and can be given back. The first
-//! broken promise ends it, and its run's folder is kept. A campaign that is interrupted ends what it started.
+//! `TORTURE_JOBS`, `TORTURE_REPLAY`. The campaign's seed gives the scenarios' seeds; each is printed and can be given
+//! back. The first broken promise ends it, and its run's folder is kept. A campaign that is interrupted ends what it
+//! started.
 
 use std::{
     collections::BTreeMap,
@@ -59,7 +60,8 @@ impl Bounds {
     }
 }
 
-/// Plays one scenario. What a part of the harness panics with is a violation, too: a process that did not end, most likely.
+/// Plays one scenario. What a part of the harness panics with is a violation, too: a process that did not end, most
+/// likely.
 pub fn play(scenario: &Scenario, go_on: &dyn Fn() -> bool) -> (Tally, Result<(), (Violation, PathBuf)>) {
     let mut stage = Stage::new(scenario);
     let result = catch_unwind(AssertUnwindSafe(|| stage.play(go_on))).unwrap_or_else(|panic| {

@@ -1,8 +1,8 @@
 //! What is done to one run: a pure function of a seed.
 //!
-//! A scenario is a store, a number of ranks, a cadence, and a list of lives; each life is disturbed in one way, and on S3 some
-//! have bad weather besides. A moment is named by what the process has said by then and a short delay: where exactly a signal
-//! strikes is up to the machine, and nothing that is checked afterwards depends on it.
+//! A scenario is a store, a number of ranks, a cadence, and a list of lives; each life is disturbed in one way, and on
+//! S3 some have bad weather besides. A moment is named by what the process has said by then and a short delay: where
+//! exactly a signal strikes is up to the machine, and nothing that is checked afterwards depends on it.
 
 use std::{fmt, time::Duration};
 

@@ -262,7 +262,8 @@ impl<'a> Stage<'a> {
         self.view = self.auditor.audit(&self.lab, RUN, self.scenario.ranks)?;
         for Ended { life: process, codes, killed } in &ended {
             self.tally.lives += 1;
-            // Told of an earlier time, a reader may find a record missing, or no run at all: it says so and changes nothing.
+            // Told of an earlier time, a reader may find a record missing, or no run at all: it says so and changes
+            // nothing.
             let stale = weather.is_some_and(super::plan::Weather::is_stale) && matches!(process.code(), Some(65 | 78));
             let unreachable = weather.is_some() && process.code() == Some(69);
             let fits = match process.code() {
@@ -354,7 +355,8 @@ impl<'a> Stage<'a> {
         Ok(vec![Ended { life: agent.end()?, codes, killed: if struck { Some("agent") } else { killed } }])
     }
 
-    /// An agent that has fallen asleep, or will, while another takes the run over: when it wakes, it must leave and commit nothing.
+    /// An agent that has fallen asleep, or will, while another takes the run over: when it wakes, it must leave and
+    /// commit nothing.
     fn overtake(&mut self, sleeper: Watched, workers: &[Pid], kill_heir: Option<&Moment>) -> Checked<Vec<Ended>> {
         if !sleeper.running.stopped() {
             return Ok(vec![Ended { life: sleeper.end()?, codes: &[0], killed: None }]);

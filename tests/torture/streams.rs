@@ -1,5 +1,5 @@
-//! Who reads what an agent says on standard error, and which signal asks it to stop: drawn from the scenario's seed, beside what else is done to
-//! a life. Nothing that is checked afterwards depends on it: that is the point.
+//! Who reads what an agent says on standard error, and which signal asks it to stop: drawn from the scenario's seed,
+//! beside what else is done to a life. Nothing that is checked afterwards depends on it: that is the point.
 
 use std::{
     fmt,
@@ -51,7 +51,8 @@ impl fmt::Display for Manner {
 }
 
 impl Manner {
-    /// Of the n-th life of a scenario. Scenarios that no seed has drawn are left alone, and so are lives whose words are looked at.
+    /// Of the n-th life of a scenario. Scenarios that no seed has drawn are left alone, and so are lives whose words
+    /// are looked at.
     pub fn of(scenario: &Scenario, life: u64, disturbance: &Disturbance) -> Self {
         let looked_at = matches!(disturbance, Disturbance::Point { action: Action::Panic | Action::Error, .. });
         if scenario.seed == 0 || looked_at {

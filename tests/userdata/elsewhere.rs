@@ -1,4 +1,5 @@
-//! The scripts for Slurm, Azure and Google Cloud on a machine of stand-ins, and the program as a container's first process.
+//! The scripts for Slurm, Azure and Google Cloud on a machine of stand-ins, and the program as a container's first
+//! process.
 use std::{
     io::{BufRead, BufReader},
     os::unix::{fs::symlink, process::CommandExt},
@@ -35,7 +36,8 @@ fn a_slurm_job_goes_back_into_the_queue_when_it_should() {
         assert_eq!(machine.calls().contains("scontrol requeue 42"), queued, "exit code {code}: {}", machine.calls());
         assert!(machine.calls().contains("trainer boot --json"), "{}", machine.calls());
     }
-    // Slurm's signal goes to the script, or to all its processes; trainer must hear it, and its answer must be waited for.
+    // Slurm's signal goes to the script, or to all its processes; trainer must hear it, and its answer must be waited
+    // for.
     use rustix::process::{Pid, Signal, kill_process, kill_process_group};
     for (signal, all) in [(Signal::USR1, false), (Signal::TERM, false), (Signal::TERM, true)] {
         let machine = Machine::new("");

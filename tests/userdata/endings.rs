@@ -37,7 +37,8 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
     machine.boot(&cloud);
     expect(&ended(&machine, &cloud, "exited", "78"), 0, &["costs money (TRAINER_ON_FAILURE=keep)"]);
     assert_eq!(cloud.asked("SendTaskFailure").len(), 0);
-    // What is away for hours does not come back: a mistyped image, a broken driver. One start that got anywhere begins the count again.
+    // What is away for hours does not come back: a mistyped image, a broken driver. One start that got anywhere begins
+    // the count again.
     let (machine, cloud) = (Machine::new(""), Cloud::machine());
     machine.boot(&cloud);
     for code in [vec!["69"; 39], vec!["75"], vec!["69"; 39]].concat() {
@@ -112,7 +113,8 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
         assert_eq!(machine.calls().contains("shutdown -h now"), off, "{settings}: {}", machine.calls());
     }
-    // A run that is complete tells its task, and again if that was not heard: a success that is lost costs an hour and another machine.
+    // A run that is complete tells its task, and again if that was not heard: a success that is lost costs an hour and
+    // another machine.
     let token = ("GetParameter", r#"{"Parameter":{"Value":"token"}}"#);
     for (answers, tries) in [(&[token, ("SendTask", "{}")][..], 1), (&[token], 4)] {
         let (machine, cloud) = (Machine::new("TRAINER_TASK_TOKEN=/t\n"), Cloud::with(answers));

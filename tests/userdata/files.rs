@@ -40,7 +40,8 @@ fn the_table_names_each_file_and_no_other() {
     }
 }
 
-/// What looks like a secret: AWS keys, private keys, tokens of GitHub and Slack, JSON web tokens, passwords that are written out.
+/// What looks like a secret: AWS keys, private keys, tokens of GitHub and Slack, JSON web tokens, passwords that are
+/// written out.
 fn secret_in(text: &str) -> Option<&str> {
     let long = |rest: &str, least: usize| {
         rest.bytes().take_while(|byte| byte.is_ascii_alphanumeric() || b"_-+/=.".contains(byte)).count() >= least
@@ -234,7 +235,8 @@ known = set(schema.get("properties", {}))
 for part in schema.get("allOf", []):
     known |= set(schema["$defs"][part["$ref"].rsplit("/", 1)[-1]].get("properties", {}))
 unknown = set(config) - known
-sys.exit("unknown keys: " + ", ".join(sorted(unknown)) if unknown else None) if unknown else jsonschema.validate(config, schema)
+if unknown: sys.exit("unknown keys: " + ", ".join(sorted(unknown)))
+jsonschema.validate(config, schema)
 "#;
     let Some(tools) = moto::tools() else { return };
     let schema = tools.join("cloud-init/schema-cloud-config-v1.json");
@@ -257,8 +259,8 @@ sys.exit("unknown keys: " + ", ".join(sorted(unknown)) if unknown else None) if 
 
 #[test]
 fn kubernetes_files_keep_to_their_schemas() {
-    // Core objects: the API's own schemas, strictly. JobSet and TrainJob: the models that Kubeflow publishes; what they lose
-    // on a round trip they do not know.
+    // Core objects: the API's own schemas, strictly. JobSet and TrainJob: the models that Kubeflow publishes; what they
+    // lose on a round trip they do not know.
     const CHECK: &str = r#"
 import sys, yaml
 from kubernetes_validate import utils

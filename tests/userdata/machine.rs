@@ -242,7 +242,9 @@ fn local_disks_are_made_and_mounted_once_and_never_over_something() {
         expect(&machine.unit(&cloud, "run", &[]), 0, &[]);
         machine
     };
-    let disks = r#"case $1 in -dnpo) echo "/dev/nvme0n1 Amazon Elastic Block Store"; echo "/dev/nvme1n1 Amazon EC2 NVMe Instance Storage" ;; esac"#;
+    let disks = r#"case $1 in
+        -dnpo) echo "/dev/nvme0n1 Amazon Elastic Block Store"; echo "/dev/nvme1n1 Amazon EC2 NVMe Instance Storage" ;;
+    esac"#;
     let calls = scratch("exit 2", disks).calls();
     assert!(
         calls.contains("mkfs.ext4 -q -L trainer-scratch /dev/nvme1n1")

@@ -249,7 +249,8 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     assert_eq!(rules[1]["NoncurrentVersionExpiration"]["NoncurrentDays"], 1);
     assert_eq!(stack["Resources"]["Bucket"]["DeletionPolicy"], "Retain");
     assert_eq!(granted(&stack), GRANTS.iter().map(|line| line.to_string()).collect::<BTreeSet<_>>());
-    // The configuration can be read before this stack's own bucket is there, and from no address that the program does not know.
+    // The configuration can be read before this stack's own bucket is there, and from no address that the program does
+    // not know.
     let role = properties(&stack, "Role").to_string();
     assert!(role.contains("s3:::${ReadBucket}/*") && role.contains("s3:::${ReadBucket}\""), "{role}");
     assert_eq!(stack["Parameters"]["ConfigUri"]["AllowedPattern"], "s3://.+");
@@ -357,7 +358,8 @@ fn batch_starts_again_on_the_codes_that_ask_for_it() {
     );
 }
 
-/// The settings' references, and the most that may stand in their place: limits of AWS where there are any, else more than anybody writes.
+/// The settings' references, and the most that may stand in their place: limits of AWS where there are any, else more
+/// than anybody writes.
 const LONGEST: [(&str, usize); 12] = [
     ("${AWS::Region}", 16),
     ("${Image}", 250),
@@ -389,7 +391,8 @@ fn the_stack_carries_user_data_and_it_fits() {
     assert_eq!(
         join[1][1].as_str(),
         Some(without_comments.as_str()),
-        "renew the copy in stack.yaml: grep -vE '^\\s*#([^!]|$)' userdata/aws/user-data.sh | sed 's/^\\(.\\)/             \\1/'"
+        "renew the copy in stack.yaml: grep -vE '^\\s*#([^!]|$)' userdata/aws/user-data.sh | sed \
+        's/^\\(.\\)/             \\1/'"
     );
     let head = join[1][0]["Fn::Sub"][0].as_str().expect("the settings");
     assert!(head.ends_with("\n\n"), "a blank line between a part's head and its body");
@@ -442,7 +445,8 @@ const DROPPED: [&str; 6] = [
     "AWS::Scheduler::Schedule",
 ];
 
-/// The stack's template, with an AMI parameter that exists on moto (it looks the default up even when another is given).
+/// The stack's template, with an AMI parameter that exists on moto (it looks the default up even when another is
+/// given).
 pub fn template_for_moto() -> String {
     let template = text("aws/stack.yaml");
     let default =

@@ -1,5 +1,6 @@
-//! A machine in a folder: scripts run for real, their own commands, curl and tar included, are the machine's; what would change the machine (systemd,
-//! Docker, disks) is a stand-in that writes down how it was called. Metadata and AWS are servers on loopback.
+//! A machine in a folder: scripts run for real, their own commands, curl and tar included, are the machine's; what
+//! would change the machine (systemd, Docker, disks) is a stand-in that writes down how it was called. Metadata and AWS
+//! are servers on loopback.
 use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader, Read, Write},
@@ -46,7 +47,8 @@ const REAL: [&str; 30] = [
     "true",
     "uname",
 ];
-/// Stand-ins: each writes its name and arguments down, keeps its standard input, and does what a file named after it says.
+/// Stand-ins: each writes its name and arguments down, keeps its standard input, and does what a file named after it
+/// says.
 const STAND_INS: [&str; 13] = [
     "blkid",
     "docker",
@@ -97,7 +99,8 @@ impl Cloud {
     }
     pub fn with(more: &[(&str, &str)]) -> Self {
         let role = format!(
-            r#"{{"Code" : "Success", "AccessKeyId" : "{ACCESS_KEY}", "SecretAccessKey" : "{SECRET_KEY}", "Token" : "session-token"}}"#
+            r#"{{"Code" : "Success", "AccessKeyId" : "{ACCESS_KEY}", "SecretAccessKey" : "{SECRET_KEY}",
+                 "Token" : "session-token"}}"#
         );
         let mut answers = vec![
             ("/latest/meta-data/instance-id", "i-0123456789abcdef0"),

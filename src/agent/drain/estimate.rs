@@ -1,9 +1,10 @@
 //! What steps and saves take on this machine, as measured, and how sure that is.
 //!
-//! Times are seconds. An [`Estimator`] is an exponentially weighted mean and variance: the newest value counts [`WEIGHT`]. Uploads are kept
-//! as seconds a byte, since it is times that are added up. A value that is far from all that was feared or hoped for begins a new account:
-//! the line to the store has changed, and the mean of before and after is true of neither. What an earlier machine's journal says counts as one value of its own kind:
-//! better than nothing, and forgotten soon.
+//! Times are seconds. An [`Estimator`] is an exponentially weighted mean and variance: the newest value counts
+//! [`WEIGHT`]. Uploads are kept as seconds a byte, since it is times that are added up. A value that is far from all
+//! that was feared or hoped for begins a new account: the line to the store has changed, and the mean of before and
+//! after is true of neither. What an earlier machine's journal says counts as one value of its own kind: better than
+//! nothing, and forgotten soon.
 //!
 //! Nothing is stored; the next generation of the same agent keeps what this one has measured.
 
@@ -129,7 +130,8 @@ impl Estimates {
         }
     }
 
-    /// A save has ended: its upload took `upload_s` for `bytes`, and `commit_s` passed from the last byte to the record.
+    /// A save has ended: its upload took `upload_s` for `bytes`, and `commit_s` passed from the last byte to the
+    /// record.
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     pub fn saved(&mut self, bytes: u64, upload_s: f64, commit_s: f64) {
         if bytes > 0 {
@@ -145,11 +147,11 @@ impl Estimates {
         Some(self.byte.estimate()?.times(bytes as f64).then(commit))
     }
 
-    /// What is left of an upload of `total` bytes that has been under way for `elapsed_s`, `sent` of them having arrived and up to `parts`
-    /// bytes being on their way at once. As long as it is within what such an upload takes, that tells more than the bytes do: parts
-    /// arrive together. Later, and where nothing is known, its own pace so far does; until a first wave has arrived, what is on its way
-    /// counts as half through. Left out, a save of one wave would seem to need minutes when a second has passed and its smallest file is all
-    /// that has arrived.
+    /// What is left of an upload of `total` bytes that has been under way for `elapsed_s`, `sent` of them having
+    /// arrived and up to `parts` bytes being on their way at once. As long as it is within what such an upload takes,
+    /// that tells more than the bytes do: parts arrive together. Later, and where nothing is known, its own pace so far
+    /// does; until a first wave has arrived, what is on its way counts as half through. Left out, a save of one wave
+    /// would seem to need minutes when a second has passed and its smallest file is all that has arrived.
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     pub fn rest(&self, total: u64, sent: u64, parts: u64, elapsed_s: f64) -> Option<Estimate> {
         if let Some(whole) = self.upload(total)

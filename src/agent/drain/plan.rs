@@ -1,8 +1,8 @@
 //! What can still be saved before a machine goes away: a pure decision over what is known.
 //!
 //! # The table
-//! With `needs` the time until the newest step would be durable, as short as can be hoped for (low), expected, and as long as must be
-//! feared (high), and `left` the announced time less [`LAST_WORDS_S`] for the journal:
+//! With `needs` the time until the newest step would be durable, as short as can be hoped for (low), expected, and as
+//! long as must be feared (high), and `left` the announced time less [`LAST_WORDS_S`] for the journal:
 //!
 //! | left | decision |
 //! |---|---|
@@ -14,13 +14,15 @@
 //! | ≥ half of that rest, low | stop, and try to finish that one; say what will be lost |
 //! | less | leave at once; say what will be lost |
 //!
-//! The reserve is what is left of the running step, one more (the next look may come when it has begun), one copy and *two* whole saves, all of them as long as must be feared: a save may have begun a moment ago and is let
-//! finish first. It is never less than [`LEAST_RESERVE_S`]. Stopping at once on a two-minute notice when a save takes a second would throw the two minutes away, on every
-//! interruption (`trainer simulate` shows it). A plan is tried as long as it is not hopeless: what it does not reach in time is given
-//! up [`LAST_WORDS_S`] before the deadline, so that the journal can say what was lost.
+//! The reserve is what is left of the running step, one more (the next look may come when it has begun), one copy and
+//! *two* whole saves, all of them as long as must be feared: a save may have begun a moment ago and is let finish
+//! first. It is never less than [`LEAST_RESERVE_S`]. Stopping at once on a two-minute notice when a save takes a second
+//! would throw the two minutes away, on every interruption (`trainer simulate` shows it). A plan is tried as long as it
+//! is not hopeless: what it does not reach in time is given up [`LAST_WORDS_S`] before the deadline, so that the
+//! journal can say what was lost.
 //!
-//! An upload that has begun is never stopped in favour of a newer state: it holds all but the steps since it began, and the newer one would
-//! have to start from nothing.
+//! An upload that has begun is never stopped in favour of a newer state: it holds all but the steps since it began, and
+//! the newer one would have to start from nothing.
 
 use super::{estimate::Estimate, timeline::Usual};
 use crate::{goodput::LEAST_RESERVE_S, ids::Step, journal::DrainPlan, report::human};
@@ -28,8 +30,8 @@ use crate::{goodput::LEAST_RESERVE_S, ids::Step, journal::DrainPlan, report::hum
 /// Kept for the journal's last record and the process's end, seconds.
 pub const LAST_WORDS_S: f64 = 1.5;
 
-/// A save that takes more than so many times the time that is left, even at the best pace that was ever measured, is not begun, and one
-/// that has so much left is given up.
+/// A save that takes more than so many times the time that is left, even at the best pace that was ever measured, is
+/// not begun, and one that has so much left is given up.
 const HOPELESS: f64 = 2.0;
 
 /// All that the decision depends on.
@@ -262,18 +264,21 @@ mod tests {
         assert_eq!(reason(CALM), "2m left; the last save takes 11.0 s, at most 13.5 s");
         assert_eq!(
             reason(Situation { in_flight, left_s: Some(10.0), ..CALM }),
-            "10.0 s left, the last save takes at least 12.0 s: the save of step 36 is finished in 5.00 s instead, 4 finished steps after it \
+            "10.0 s left, the last save takes at least 12.0 s: the save of step 36 is finished in 5.00 s instead, 4 \
+            finished steps after it \
              will be lost"
         );
         assert_eq!(
             reason(Situation { in_flight, left_s: Some(4.0), ..CALM }),
-            "4.00 s left, the last save takes at least 12.0 s: the save of step 36 needs 5.00 s more and is tried instead, 4 finished steps \
+            "4.00 s left, the last save takes at least 12.0 s: the save of step 36 needs 5.00 s more and is tried \
+            instead, 4 finished steps \
              after it will be lost"
         );
         let usual = Usual { source: "sigterm", left: std::time::Duration::from_secs(10) };
         assert_eq!(
             reason(Situation { left_s: None, usual: Some(usual), ..CALM }),
-            "no deadline that binds is known (10.0 s is usual here, TRAINER_STOP_WINDOW says what it is); the last save takes 11.0 s, at \
+            "no deadline that binds is known (10.0 s is usual here, TRAINER_STOP_WINDOW says what it is); the last \
+            save takes 11.0 s, at \
              most 13.5 s"
         );
         assert_eq!(

@@ -6,13 +6,17 @@
 //! step, tell.
 //!
 //! Rules:
-//! - One save is uploaded at a time; a newer snapshot waits in the other slot; requests beyond that are merged into the next.
-//! - An order that a rank may already have obeyed is repeated in every thaw until all ranks have captured; only an order for
-//!   a step that no rank has started can be taken back.
-//! - Of two free slots the one is ordered that does not hold the newest checkpoint: workers that crash are started again from it.
-//! - The last step is always saved. A drain saves the step that it stops at; a snapshot that waits for its upload then gives up
-//!   its slot, since the newer one makes it worthless. The upload in flight is let finish: it may be all that is left.
-//! - A drain for which there is no time to save the end only stops the loop; what was captured before is still uploaded.
+//! - One save is uploaded at a time; a newer snapshot waits in the other slot; requests beyond that are merged into the
+//!   next.
+//! - An order that a rank may already have obeyed is repeated in every thaw until all ranks have captured; only an
+//!   order for a step that no rank has started can be taken back.
+//! - Of two free slots the one is ordered that does not hold the newest checkpoint: workers that crash are started
+//!   again from it.
+//! - The last step is always saved. A drain saves the step that it stops at; a snapshot that waits for its upload then
+//!   gives up its slot, since the newer one makes it worthless. The upload in flight is let finish: it may be all that
+//!   is left.
+//! - A drain for which there is no time to save the end only stops the loop; what was captured before is still
+//!   uploaded.
 //! - A save that is asked for now takes the step that is running, ahead of one that is ordered for later.
 
 use std::{num::NonZeroU64, time::Duration};
@@ -278,7 +282,8 @@ impl Scheduler {
         self.consider(now)
     }
 
-    /// The upload of `slot` has ended; `committed`: its record stands. Otherwise the snapshot is still there, and is tried again.
+    /// The upload of `slot` has ended; `committed`: its record stands. Otherwise the snapshot is still there, and is
+    /// tried again.
     pub fn uploaded(&mut self, slot: u8, committed: bool, now: Moment) -> Vec<Action> {
         if let Some(state) = self.slots.get_mut(usize::from(slot))
             && let Slot::Uploading { step } = *state
@@ -312,8 +317,8 @@ impl Scheduler {
         self.consider(now)
     }
 
-    /// Stop as soon as possible, without a save of the step at which it stops: there is no time for one. What has been captured is
-    /// uploaded.
+    /// Stop as soon as possible, without a save of the step at which it stops: there is no time for one. What has been
+    /// captured is uploaded.
     pub fn drain_unsaved(&mut self, now: Moment) -> Vec<Action> {
         self.abandoned = true;
         self.drain(now)
@@ -449,8 +454,8 @@ impl Scheduler {
         }
     }
 
-    /// What is asked for now goes before what is due later: the furthest order that nobody has obeyed is taken back, and is given
-    /// again when there is room.
+    /// What is asked for now goes before what is due later: the furthest order that nobody has obeyed is taken back,
+    /// and is given again when there is room.
     fn make_room(&mut self, started: Step) {
         let ordered = |slot: &Slot| match slot {
             Slot::Ordered { step, .. } if *step > started => Some(*step),
@@ -483,7 +488,8 @@ impl Scheduler {
         room && (measured || self.due(started, now).is_some())
     }
 
-    /// The newest snapshot, if none is being uploaded; an older one that is still waiting is worth less and gives up its slot.
+    /// The newest snapshot, if none is being uploaded; an older one that is still waiting is worth less and gives up
+    /// its slot.
     fn next_upload(&mut self) -> Option<Action> {
         if self.slots.iter().any(|slot| matches!(slot, Slot::Uploading { .. })) {
             return None;

@@ -1,20 +1,21 @@
 //! The node's two snapshot slots: shared memory that outlives its workers.
 //!
 //! # Layout
-//! Each slot is one piece of shared memory for the whole node. It holds every rank's image ([`crate::snapshot::plan`]), one after
-//! the other, each beginning on a page; a rank writes its own image alone and may read all of them. A checkpoint that is loaded
-//! from the store is fetched into slot 0, file after file, and read there by all ranks: restoring needs no memory beside the slots.
+//! Each slot is one piece of shared memory for the whole node. It holds every rank's image ([`crate::snapshot::plan`]),
+//! one after the other, each beginning on a page; a rank writes its own image alone and may read all of them. A
+//! checkpoint that is loaded from the store is fetched into slot 0, file after file, and read there by all ranks:
+//! restoring needs no memory beside the slots.
 //!
 //! # What a slot holds
-//! After a commit, and after a checkpoint was fetched, a slot holds that checkpoint's files until the next capture writes over
-//! them. Workers that crash meanwhile are started again from it, and the store is not read. Nobody keeps account of when a
-//! capture begins to write, and a dying worker may have written anywhere: what is held is summed up again
-//! ([`Slots::whole`]) before it is believed.
+//! After a commit, and after a checkpoint was fetched, a slot holds that checkpoint's files until the next capture
+//! writes over them. Workers that crash meanwhile are started again from it, and the store is not read. Nobody keeps
+//! account of when a capture begins to write, and a dying worker may have written anywhere: what is held is summed up
+//! again ([`Slots::whole`]) before it is believed.
 //!
 //! # Crash, retry, cancel
-//! The memory is this process's own and goes with it. Pages are never given back while it lives: workers may have pinned them for
-//! a GPU, which would go on writing to the old ones. Headers are written when all ranks have captured, not before, so that a
-//! checkpoint fetched into the slot is whole until then.
+//! The memory is this process's own and goes with it. Pages are never given back while it lives: workers may have
+//! pinned them for a GPU, which would go on writing to the old ones. Headers are written when all ranks have captured,
+//! not before, so that a checkpoint fetched into the slot is whole until then.
 
 use std::ops::Range;
 
@@ -171,8 +172,8 @@ impl Slots {
         Some((u8::try_from(slot).ok()?, files))
     }
 
-    /// Sums up what a slot holds and compares; what does not agree is not held any more. The sums run in parallel at the speed
-    /// of memory.
+    /// Sums up what a slot holds and compares; what does not agree is not held any more. The sums run in parallel at
+    /// the speed of memory.
     pub async fn whole(&mut self, slot: u8) -> bool {
         let Some(Slot { image, held, .. }) = self.slots.get_mut(usize::from(slot)) else { return false };
         let Some(files) = held.as_ref().map(|held| held.files.clone()) else { return false };
@@ -183,8 +184,8 @@ impl Slots {
         sound
     }
 
-    /// Every rank has said what its state is: plans who writes what, and sizes the slots. Gives each rank's plan and the
-    /// first byte of its image in the slots.
+    /// Every rank has said what its state is: plans who writes what, and sizes the slots. Gives each rank's plan and
+    /// the first byte of its image in the slots.
     pub fn lay_out(
         &mut self,
         tensors: &[TensorSpec],

@@ -1,16 +1,16 @@
 //! `checkpoint.keep` while a run is alive: after a commit, what is no longer wanted goes.
 //!
 //! Runs beside the event loop, one at a time, and is not waited for by training. The rules are those of
-//! [`crate::checkpoint::prune`]: a plan first, the journal's record before the data, never the newest checkpoint that checksums
-//! vouch for, never the one that this generation resumed from. A failure deletes less than it might, and is tried again
-//! after the next commit.
+//! [`crate::checkpoint::prune`]: a plan first, the journal's record before the data, never the newest checkpoint that
+//! checksums vouch for, never the one that this generation resumed from. A failure deletes less than it might, and is
+//! tried again after the next commit.
 //!
 //! It gives way: the journal's writer prefers everything else, its small requests to the store wait in a
 //! queue of their own, and it [ends](Retention::hush) at the first notice, and when the last state of a run is saved.
 //!
-//! What has been held against its checksums is remembered for this generation ([`Known`]): what was restored from, and what was
-//! read. On a store that keeps checksums it is not needed, they are asked for each time. On another one the newest
-//! checkpoint that was read stays beside the newest `keep.last`, until [`super::scrub`] has read a newer one.
+//! What has been held against its checksums is remembered for this generation ([`Known`]): what was restored from, and
+//! what was read. On a store that keeps checksums it is not needed, they are asked for each time. On another one the
+//! newest checkpoint that was read stays beside the newest `keep.last`, until [`super::scrub`] has read a newer one.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -79,7 +79,8 @@ impl Kept {
         }
     }
 
-    /// A checkpoint was found damaged twice. It is no more than a suspect, unless the journal already says why it is not to be used.
+    /// A checkpoint was found damaged twice. It is no more than a suspect, unless the journal already says why it is
+    /// not to be used.
     pub fn suspect(&self, damage: &Damage) {
         self.known().verified.retain(|point| !damage.is_of(point));
         let state = self.journal.state();
@@ -99,7 +100,8 @@ impl Kept {
         let gentle = Gentle { bytes_per_s: scrub::RATE, busy: busy.clone() };
         if !self.docket.prove(&self.run, &state, Some(&gentle)).await? {
             tracing::warn!(
-                "no checkpoint is whole as this machine reads it: it may be what garbles them, so none is written off and none deleted"
+                "no checkpoint is whole as this machine reads it: it may be what garbles them, so none is written off \
+                and none deleted"
             );
             return Ok(());
         }
@@ -201,7 +203,8 @@ impl Drop for Retention {
     }
 }
 
-/// One pass. `exact`: the newest checkpoint itself is read where nothing vouches for it, so that no older one need stay.
+/// One pass. `exact`: the newest checkpoint itself is read where nothing vouches for it, so that no older one need
+/// stay.
 async fn pass(kept: &Kept, exact: bool, busy: &watch::Receiver<bool>) -> Result<usize, Error> {
     // What was stepped over before another one was loaded. A machine that reads nothing whole deletes nothing either.
     if kept.docket.is_distrusted() {

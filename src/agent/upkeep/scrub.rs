@@ -1,13 +1,16 @@
-//! Looking after what a run keeps, while it trains: checkpoints that rot are found before they are needed, and rubbish goes.
+//! Looking after what a run keeps, while it trains: checkpoints that rot are found before they are needed, and rubbish
+//! goes.
 //!
-//! One task beside the event loop. At the start of a generation and once a day it sweeps what [`crate::checkpoint::rubbish`] finds. Every
-//! checkpoint that is kept is held against its checksums once in `checkpoint.scrub`: those that the store keeps, where it
-//! does; elsewhere its bytes are read at no more than [`RATE`], one request at a time. While a restore or a save is on
-//! its way nothing is begun and no byte is read. What is damaged, and is so when it is read again while another one is whole, gets its
-//! `damaged` record ([`crate::checkpoint::condemn`]): it is never resumed from again and never counted, and its bytes stay for diagnosis.
+//! One task beside the event loop. At the start of a generation and once a day it sweeps what
+//! [`crate::checkpoint::rubbish`] finds. Every checkpoint that is kept is held against its checksums once in
+//! `checkpoint.scrub`: those that the store keeps, where it does; elsewhere its bytes are read at no more than
+//! [`RATE`], one request at a time. While a restore or a save is on its way nothing is begun and no byte is read. What
+//! is damaged, and is so when it is read again while another one is whole, gets its `damaged` record
+//! ([`crate::checkpoint::condemn`]): it is never resumed from again and never counted, and its bytes stay for
+//! diagnosis.
 //!
-//! *Crash, cancel:* nothing is kept outside the journal; a look that was cut off is begun again in the next generation. *Retry:* a
-//! store that fails is asked again after [`AGAIN`].
+//! *Crash, cancel:* nothing is kept outside the journal; a look that was cut off is begun again in the next generation.
+//! *Retry:* a store that fails is asked again after [`AGAIN`].
 
 use std::{
     collections::BTreeMap,
@@ -32,8 +35,8 @@ use crate::{
 
 /// The most bytes that are read in a second, on a store that keeps no checksums.
 pub(super) const RATE: u64 = 32 << 20;
-/// How long after the last look at a newest checkpoint the one that is newest then is looked at: it advances what is known to
-/// be good, so that an older one need not be kept for that.
+/// How long after the last look at a newest checkpoint the one that is newest then is looked at: it advances what is
+/// known to be good, so that an older one need not be kept for that.
 const NEWEST: Duration = Duration::from_secs(10 * 60);
 /// A checkpoint that this generation has not looked at is looked at after so long: many are gone before.
 const FIRST: Duration = Duration::from_secs(60 * 60);
@@ -64,11 +67,12 @@ enum Next {
     Nothing,
 }
 
-/// What to look at next. `watched`: the newest first; `newest`: the end of the last look at one that was the newest then.
+/// What to look at next. `watched`: the newest first; `newest`: the end of the last look at one that was the newest
+/// then.
 ///
-/// Each is due `period` after the last look at it. One that this generation has not looked at is due [`FIRST`] after it was first
-/// heard of, and the newest, if there was no look at a newest one for [`NEWEST`]; neither waits longer than `period`. Of
-/// two that are due the one that is due for longer comes first, then the newer: a resume would use it.
+/// Each is due `period` after the last look at it. One that this generation has not looked at is due [`FIRST`] after it
+/// was first heard of, and the newest, if there was no look at a newest one for [`NEWEST`]; neither waits longer than
+/// `period`. Of two that are due the one that is due for longer comes first, then the newer: a resume would use it.
 fn next(watched: &[Watched], newest: Option<Moment>, period: Duration, now: Moment) -> Next {
     let due = |(place, watched): (usize, &Watched)| {
         let due = match watched.looked {
@@ -171,7 +175,8 @@ async fn look(kept: &Kept, committed: &Committed, busy: &watch::Receiver<bool>) 
         let again = look_again(&kept.run, committed, &report).await?;
         if again.is_sound() {
             tracing::warn!(
-                "{object}: {reason}; read again, it is whole: something on the way to this machine garbles what it carries"
+                "{object}: {reason}; read again, it is whole: something on the way to this machine garbles what it \
+                carries"
             );
         }
         report = again;

@@ -26,9 +26,9 @@ impl Study {
         Job { work_s: self.inputs.work_s.value, nodes: self.inputs.nodes, costs: self.costs(), notice }
     }
 
-    /// The time until the next save. `auto` is the agent's own function, with what the agent knows at that moment: the time that a save
-    /// takes from training, and the losses that were not announced. What a save slows steps by is part of the former where the input says
-    /// so; a run's journal does not tell it.
+    /// The time until the next save. `auto` is the agent's own function, with what the agent knows at that moment: the
+    /// time that a save takes from training, and the losses that were not announced. What a save slows steps by is part
+    /// of the former where the input says so; a run's journal does not tell it.
     fn until_next_save(&self, policy: Policy, seen: &Seen) -> f64 {
         let Policy::Fixed(interval_s) = policy else {
             let known = |value: f64| (seen.saves > 0).then_some(value);

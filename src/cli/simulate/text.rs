@@ -98,7 +98,8 @@ impl Report {
         };
         let mut lines = vec![
             format!(
-                "Daly's formula for a save of {} and a loss every {}: {}. Best found, without notice: {}; the formula's {}.",
+                "Daly's formula for a save of {} and a loss every {}: {}. Best found, without notice: {}; the \
+                formula's {}.",
                 human::seconds(self.inputs.stall_s.value),
                 human::seconds(self.job_mtbf_s),
                 human::seconds(self.daly_s),
@@ -128,7 +129,8 @@ impl Report {
                     (100.0 * (1.0 - cost / theirs).abs(), if cost < *theirs { "less" } else { "more" });
                 let used = if *name == "reserved" { ", if every reserved hour is used," } else { "" };
                 lines.push(format!(
-                    "Spot {verdict} ({with}): {cost:.2} at {} against {theirs:.2} {name} at {price}{used} is {percent:.1} % {word}, in {} instead of {}.",
+                    "Spot {verdict} ({with}): {cost:.2} at {} against {theirs:.2} {name} at {price}{used} is \
+                    {percent:.1} % {word}, in {} instead of {}.",
                     self.inputs.spot_price,
                     human::seconds(wall),
                     human::seconds(*wall_s)

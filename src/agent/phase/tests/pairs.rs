@@ -3,7 +3,9 @@
 use super::*;
 
 const STATES: [fn() -> Rig; 4] = [loading, training, draining, salvage];
-const EVENTS: [(&str, fn() -> Event); 4] =
+/// A name, and how the event comes about.
+type Misfortune = (&'static str, fn() -> Event);
+const EVENTS: [Misfortune; 4] =
     [("notice", || spot(25)), ("exit", exited), ("failed save", || save_failed(10, 0)), ("lost", lost)];
 
 fn happens(rig: &mut Rig, event: Event) -> String {

@@ -405,7 +405,8 @@ mod tests {
             let hint = said("file:///mnt/k", number);
             assert!(hint.contains(word) && !hint.contains("HTTPS_PROXY"), "{number}: {hint}");
         }
-        assert!(said("s3://b/k", 111).is_empty());
+        assert!(said("s3://b/k", 111).contains("HTTPS_PROXY"));
+        assert!(said("s3://b/k", 5).is_empty());
         let source = "407 Proxy Authentication Required".into();
         let error = StorageError::Unavailable { operation: "put", key: "s3://b/k".into(), source };
         assert!(error.hint().is_some_and(|hint| hint.contains("HTTPS_PROXY=http://USER")));

@@ -2,8 +2,7 @@
 //!
 //! # A run
 //! [`launch`] opens or creates the journal, makes sure that nobody else is at work, chooses the resume point, writes
-//! `formed`, and lives through one life of a worker group after the other until the run is complete, is told to stop,
-//! or can't go on.
+//! `formed`, and runs one generation after the other until the run is complete, is told to stop, or can't go on.
 //!
 //! # Crash consistency
 //! Nothing is kept outside the store that a restart needs. A generation exists when its `formed` record stands, which

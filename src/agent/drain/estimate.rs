@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gauge_follows_its_values_and_knows_its_spread() {
+    fn an_estimator_follows_its_values_and_knows_its_spread() {
         let mut estimator = Estimator::default();
         assert_eq!(estimator.estimate(), None);
         estimator.push(10.0);

@@ -442,6 +442,6 @@ fn log(line: Log) {
             }
         }
         Log::TrainsOn(reason) => tracing::info!("{reason}"),
-        Log::Starved { durable_s } => tracing::info!(durable_s, "transfers no longer give way to other threads"),
+        Log::Starved { durable_s } => tracing::info!(durable_s, "saves are starved of CPU: uploads now run at normal priority"),
     }
 }

@@ -44,7 +44,7 @@ pub async fn check_tokenizer(config: &RunConfig, uri: &str, folder: &Store, data
         Ok(json) => json,
         Err(StorageError::NotFound { .. }) => {
             return wrong(
-                format!("{uri} has no tokenizer.json that the tokenizer of the data could be held against"),
+                format!("{uri} has no tokenizer.json to compare the data's tokenizer with"),
                 format!("put the model's tokenizer.json into that folder; {DIFFERS}"),
             );
         }

@@ -268,14 +268,16 @@ impl Agent {
             docket: Docket::default(),
             dead: Vec::new(),
         };
-        let _held = agent.run.hold().await.context("hold the run's folder")?;
-        let beating = Pulse::start(agent.run.clone(), agent.node.clone(), turning.clone());
-        match unless_told(notices, &agent.reporter, beating).await {
-            Some(beating) => *pulse = Some(beating?),
-            None => {
-                return agent.told_between_lives("its heartbeat was begun", None).await;
-            }
-        }
+        let taking_up = async {
+            let held = agent.run.hold().await.context("hold the run's folder")?;
+            let beating = Pulse::start(agent.run.clone(), agent.node.clone(), turning.clone()).await?;
+            Ok::<_, Error>((held, beating))
+        };
+        let Some(taken_up) = unless_told(notices, &agent.reporter, taking_up).await else {
+            return agent.told_between_lives("its heartbeat was begun", None).await;
+        };
+        let (_held, beating) = taken_up?;
+        *pulse = Some(beating);
         agent.live(resolved, notices).await
     }
 
@@ -594,7 +596,7 @@ impl Agent {
     }
 
     fn warn_of_damage(&self, step: Step, object: &str, reason: &str) {
-        let message = format!("checkpoint of step {step} is damaged and stepped over: {object}: {reason}");
+        let message = format!("checkpoint of step {step} is damaged and skipped: {object}: {reason}");
         self.reporter.event(&Event::Warning { message });
     }
 

@@ -204,7 +204,7 @@ mod tests {
     fn a_death_for_want_of_memory_is_known_by_its_words() {
         let words = "worker 0: compute attention: CUDA out of memory. Tried to allocate 2.00 GiB";
         assert!(Death::of(Step(1), words).out_of_memory);
-        let killed = "worker 0 killed by SIGKILL (by a person, or by the kernel for want of memory)";
+        let killed = "worker 0 killed by SIGKILL (possibly by the OOM killer)";
         assert!(!Death::of(Step(1), killed).out_of_memory);
     }
 

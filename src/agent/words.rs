@@ -28,7 +28,7 @@ pub fn more_steps(run_id: &RunId) -> String {
 
 /// Another node has the run.
 pub fn taken(run_id: &RunId, other: &NodeId) -> Error {
-    Error::new(Kind::Fenced, format!("run {run_id} is in the hands of node {other}, which is alive")).with_hint(
+    Error::new(Kind::Fenced, format!("run {run_id} is being trained by node {other}, which is alive")).with_hint(
         format!(
             "nothing is lost: `trainer status --run-id {run_id} --watch` shows its work, `trainer drain --run-id \
          {run_id}` ends it; then give this command again"

@@ -277,9 +277,9 @@ async fn read_message(from: &mut (impl AsyncReadExt + Unpin)) -> Option<FromWork
 fn reason(status: std::io::Result<ExitStatus>, words: &str) -> String {
     use std::os::unix::process::ExitStatusExt;
     let mut reason = match status {
-        Err(error) => format!("its end could not be learnt: {error}"),
+        Err(error) => format!("exit status unknown: {error}"),
         Ok(status) => match (status.code(), status.signal()) {
-            (_, Some(9)) => "killed by SIGKILL (by a person, or by the kernel for want of memory)".to_owned(),
+            (_, Some(9)) => "killed by SIGKILL (possibly by the OOM killer)".to_owned(),
             (_, Some(signal)) => format!("killed by signal {signal}"),
             (Some(code), _) => format!("left with exit code {code}"),
             (None, None) => "left".to_owned(),

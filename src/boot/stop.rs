@@ -68,7 +68,7 @@ impl Stop {
         let leave = async move {
             heard.wait().await;
             tokio::time::sleep(STUCK).await;
-            report::say("asked to stop before anything was begun, nothing is lost: give the same command again\n");
+            report::say("stopped before the run began, nothing lost: give the same command again\n");
             report::flush();
             std::process::exit(Kind::Interrupted.exit_code().into());
         };

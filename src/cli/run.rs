@@ -123,7 +123,7 @@ fn default_id(config: &Path, now: &jiff::Zoned, random: &str) -> Result<RunId> {
 /// What was made ready; `None`: this process was asked to stop meanwhile, and says so.
 pub(super) fn unless_asked<T>(stop: &Stop, ready: Result<T>) -> Result<Option<T>> {
     if stop.heard().asked() {
-        tracing::info!("asked to stop before anything was begun, nothing is lost: give the same command again");
+        tracing::info!("stopped before the run began, nothing lost: give the same command again");
         return Ok(None);
     }
     ready.map(Some)

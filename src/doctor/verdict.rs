@@ -67,11 +67,11 @@ impl Line {
     /// An error is a failure; its hint is what to do, or else what its kind calls for.
     pub(super) fn error(check: &'static str, error: &Error) -> Self {
         let todo = error.hint().unwrap_or(match error.kind() {
-            Kind::Usage | Kind::Config => "put right what is named here, and look again",
+            Kind::Usage | Kind::Config => "correct what is named here, then run doctor again",
             Kind::Permission => {
                 "give what this process runs as (a role, a key, a user) the permission that is named here"
             }
-            Kind::Unavailable => "check the network, proxies and endpoints, and look again",
+            Kind::Unavailable => "check the network, proxies and endpoints, then run doctor again",
             Kind::Data => "put back what is named here from a copy, or make it again",
             Kind::Bug => "report it, with this line",
             Kind::Fenced | Kind::Interrupted | Kind::InterruptedWithLoss => "look again",

@@ -125,7 +125,7 @@ pub enum Unfinished {
     #[error("the job is not done after {MOST_SAVES} saves: saves are too frequent for work this long")]
     Saves,
     /// Never enough machines at once.
-    #[error("so many nodes are never there at the same time")]
+    #[error("the trace never has this many nodes at the same time")]
     NoMachines,
 }
 

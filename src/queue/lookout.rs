@@ -56,14 +56,14 @@ impl Lookout {
             };
             // There is nothing to save.
             if notice.kind != notice::Kind::Rebalance {
-                tracing::info!(source = notice.source, "this consumer is told to leave");
+                tracing::info!(source = notice.source, "this consumer was asked to leave");
                 self.leaving.set(true);
                 return Ok(());
             }
         }
     }
 
-    /// What comes of `work`; an error if this consumer is told to leave before ([`Self::told`]).
+    /// What comes of `work`; an error if this consumer was asked to leave before ([`Self::told`]).
     pub async fn unless<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             biased;

@@ -51,7 +51,7 @@ pub enum StorageError {
         size: u64,
     },
     /// Refused for want of permission.
-    #[error("store refused {operation} of {key} for want of permission")]
+    #[error("store refused {operation} of {key}: no permission")]
     Permission {
         /// What was tried.
         operation: &'static str,

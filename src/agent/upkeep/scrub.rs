@@ -103,7 +103,7 @@ async fn sweep_daily(kept: &Kept, mut busy: watch::Receiver<bool>) {
         }
         match sweep(kept).await {
             Ok(0) => {}
-            Ok(swept) => tracing::info!(objects = swept, "swept what killed uploads and deletions had left behind"),
+            Ok(swept) => tracing::info!(objects = swept, "removed leftovers of interrupted uploads and deletions"),
             Err(error) => tracing::warn!(%error, "what killed uploads have left behind was not swept"),
         }
         tokio::time::sleep(rubbish::AGE).await;

@@ -650,14 +650,14 @@ fn an_idle_worker_whose_machine_goes_away_leaves_and_lets_it_go() {
     // The hook is found before it is needed.
     server.wait_for("/?Action=DescribeLifecycleHooks", 1);
     server.set(LIFECYCLE, "Terminated");
-    let life = running.finish().expect_code(75).expect_said(&["told to leave", "aws-asg"]);
+    let life = running.finish().expect_code(75).expect_said(&["asked to leave", "aws-asg"]);
     assert_eq!(server.requests_of("/?Action=CompleteLifecycleAction").len(), 1, "{}", life.story());
 
     server.set(LIFECYCLE, "InService");
     let running = idle();
     server.set(SPOT, spot_notice("terminate", 120));
     // What comes now is for others.
-    running.finish().expect_code(75).expect_said(&["told to leave", "aws-spot"]);
+    running.finish().expect_code(75).expect_said(&["asked to leave", "aws-spot"]);
 }
 
 #[test]

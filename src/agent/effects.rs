@@ -442,6 +442,8 @@ fn log(line: Log) {
             }
         }
         Log::TrainsOn(reason) => tracing::info!("{reason}"),
-        Log::Starved { durable_s } => tracing::info!(durable_s, "saves are starved of CPU: uploads now run at normal priority"),
+        Log::Starved { durable_s } => {
+            tracing::info!(durable_s, "saves are starved of CPU: uploads now run at normal priority")
+        }
     }
 }

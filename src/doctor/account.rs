@@ -41,8 +41,7 @@ async fn look(wanted: &Machines) -> Line {
         }
         None => {
             let Some(identity) = identity::read().await else {
-                let found =
-                    "this is no EC2 instance; --instance-type asks about one that you want";
+                let found = "this is no EC2 instance; --instance-type asks about one that you want";
                 return Line::skipped(CHECK, found);
             };
             // A container or an affinity may show this process fewer; the quota counts the machine's.

@@ -352,6 +352,15 @@ fn a_snapshot_whose_upload_had_not_begun_when_the_workers_died_is_tried_once() {
 }
 
 #[test]
+fn an_upload_that_fails_after_the_workers_died_is_tried_once_more() {
+    let mut rig = training();
+    assert_eq!(list(&rig.feed(exited())), "kill");
+    assert_eq!(list(&rig.feed(save_failed(10, 0))), "idle, report warning, hush, upload 10, busy, kill");
+    let effects = rig.feed(save_failed(10, 0));
+    assert_eq!(ended(&effects).unwrap(), "died after 12: worker 1 was killed");
+}
+
+#[test]
 fn the_word_of_a_worker_is_acted_on_when_its_process_has_ended() {
     let mut rig = training();
     assert_eq!(list(&rig.feed(saved(10, 0))), "idle, hold 10, report checkpoint, prune, freeze");

@@ -377,8 +377,8 @@ impl Training {
             turn.reports(report::Event::Warning { message });
         }
         let actions = match stage {
-            // Nobody trains meanwhile: without a pause. One that was begun by the salvage itself is not tried again.
-            Stage::Salvaging(_) => self.scheduler.uploaded(slot, false, turn.now),
+            // Nobody trains meanwhile: without a pause, and with a bound.
+            Stage::Salvaging(_) => self.scheduler.salvage_failed(slot, turn.now),
             _ if self.scheduler.has_ended() && failure.times >= LAST_SAVE_TRIES => {
                 self.scheduler.give_up_the_end(slot, turn.now)
             }

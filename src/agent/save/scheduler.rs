@@ -370,6 +370,12 @@ impl Scheduler {
         self.next_upload().into_iter().collect()
     }
 
+    /// The upload of `slot` has failed, and the workers can't go on: once more, then it is given up. The store has
+    /// tried for as long as its settings say, each time.
+    pub fn salvage_failed(&mut self, slot: u8, now: Moment) -> Vec<Action> {
+        if self.asked == Asked::Gone { self.uploaded(slot, false, now) } else { self.salvage() }
+    }
+
     /// Time has passed.
     pub fn tick(&mut self, now: Moment) -> Vec<Action> {
         self.consider(now)

@@ -99,7 +99,7 @@ Salvaging: exit: kill -> Salvaging
     then failed save: idle, report warning, hush, upload 10, busy, kill -> Salvaging
     then lost: Fenced: another node has the run
 Salvaging: failed save: idle, report warning, hush, upload 10, busy, kill -> Salvaging
-    then notice: report notice, hush, note, report drain, hush, freeze, kill -> Salvaging
+    then notice: report notice, hush, note, report drain, hush, kill -> Salvaging
     then exit: kill -> Salvaging
     then failed save: idle, report warning, kill -> died after 12: worker 1 was killed
     then lost: Fenced: another node has the run

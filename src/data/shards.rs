@@ -2,7 +2,7 @@
 //!
 //! # Stored layout
 //! ```text
-//! index.json               format, dtype, vocabulary, tokenizer, each shard with tokens, bytes, CRC64-NVME; written last
+//! index.json               format, dtype, vocabulary, tokenizer, each shard's tokens, bytes, CRC64-NVME; written last
 //! tokenizer.json           Hugging Face `tokenizers`
 //! train-00000.bin …        token ids, little endian, u16 if the vocabulary has at most 65,536 entries, else u32
 //! validation-00000.bin …   the same, of the documents held out

@@ -1,17 +1,18 @@
 //! The object store: open a URI, create-once puts, parallel uploads and ranged downloads, with retries and limits.
 //!
 //! One code path serves `s3://`, `gs://`, `az://`, `file://` and `memory://`; `open` turns a URI into a backend,
-//! `retry` decides what is tried again, `upload` writes large objects in parts (`signed` on S3, `local` on disks),
-//! `download` reads ranges into memory, `pace` and `gate` find how many requests a store takes at once, `cap` bounds
-//! bandwidth, `pool` has threads apart from the caller's, `probe` finds out whether create-once puts are atomic,
-//! `examine` what else a place allows. Keys are relative to a [`Store`] (a whole store or a folder of one) and use `/`.
+//! `retry` decides which requests are repeated, `upload` writes large objects in parts (`signed` on S3, `local` on
+//! disks), `download` reads ranges into memory, `pace` and `gate` find how many requests a store handles at once, `cap`
+//! bounds bandwidth, `pool` has threads apart from the caller's, `probe` finds out whether create-once puts are atomic,
+//! `examine` checks further abilities of a place. Keys are relative to a [`Store`] (a whole store or a folder of one)
+//! and use `/`.
 //!
 //! Invariants
 //! - An object appears whole or not at all. On `file://` it is written beside its place, synced, and then linked or
-//!   renamed into it, and the folder is synced; elsewhere the store sees to it.
+//!   renamed into it, and the folder is synced; elsewhere the store guarantees it.
 //! - [`Store::create`] says `Created` only if the object that stands is ours, byte for byte, and `Exists` only if
 //!   it is not: an answer that was lost, a conflict (409) and a repeated request are settled by reading back.
-//! - Every length from outside is checked before memory is taken for it.
+//! - Every length from outside is checked before memory is allocated for it.
 //! - No secret is in a URI or an error: credentials come from the environment, and causes are reduced to status, code
 //!   and message.
 //!
@@ -20,11 +21,11 @@
 //! or an upload that fails, aborts its multipart upload; a kill leaves one behind, which the bucket's lifecycle rule or
 //! a sweep removes, and on `file://` a hidden `<name>#<number>` file: [`Store::unfinished`] finds both.
 //!
-//! Bulk transfers and small requests (journal, heartbeats) wait in separate queues: a checkpoint on its way never
-//! delays the heartbeat that says its node is alive. At another [`Priority`] transfers have threads, connections and
-//! queues of their own, too.
+//! Bulk transfers and small requests (journal, heartbeats) wait in separate queues: a checkpoint's upload never delays
+//! the heartbeat that says its node is alive. At another [`Priority`] transfers have threads, connections and queues of
+//! their own, too.
 //!
-//! Memory: uploads send the caller's pages, downloads fill them; beside them stands a socket's buffer a request, at
+//! Memory: uploads send the caller's pages, downloads fill them; in addition each request has a socket's buffer, at
 //! most `storage.concurrency` each way.
 #![doc = include_str!("README.md")]
 

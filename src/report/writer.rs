@@ -1,13 +1,13 @@
-//! Who writes what is said: one thread for each of the two streams, and nobody else.
+//! The writers of all output: one thread for each of the two streams, and nobody else.
 //!
 //! A reader may be slow, stand still (Ctrl-S, a paused pager, a log driver that blocks) or be gone, and a device may be
-//! full. Whoever says something leaves it in a queue and goes on ([`Writer::say`] never waits): only the writer's own
-//! thread waits for a reader, so that one stream that stands still does not keep the other. The queue is bounded. When
-//! it is full, what is newest is dropped and counted; when the reader is back, the count stands in the place of the
-//! gap. [`Weight`] says what is dropped first.
+//! full. A message goes into a queue and its sender goes on ([`Writer::say`] never waits): only the writer's own thread
+//! waits for a reader, so that a stalled stream does not delay the other. The queue is bounded. When it is full, the
+//! newest messages are dropped and counted; when the reader is back, the count takes the place of the gap. [`Weight`]
+//! decides which are dropped first.
 //!
-//! What can't be written is dropped and counted in the same way, and the next line is tried again: a disk may have
-//! space again, and a pipe with a name may get another reader. Nothing of this is an error of the run. When the process
+//! Lines that can't be written are dropped and counted in the same way, and the next line is tried again: a disk may
+//! have space again, and a named pipe may get another reader. Nothing of this is an error of the run. When the process
 //! ends it waits for its readers a moment ([`Writer::flush`]) and then no longer.
 
 use std::{
@@ -27,13 +27,13 @@ use rustix::{
 
 use super::Event;
 
-/// Bytes that wait for a reader, at most.
+/// The most bytes that wait for a reader.
 const MOST: usize = 2 << 20;
-/// How long the end of this process waits for a reader that takes nothing.
+/// How long the end of this process waits for a reader that accepts nothing.
 const STANDSTILL: Duration = Duration::from_secs(1);
-/// How long for one that is slow.
+/// How long it waits for a slow one.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Between two looks at a reader at the end.
+/// The interval between two looks at a reader at the end.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// What is dropped first.

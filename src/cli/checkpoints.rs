@@ -59,7 +59,8 @@ impl<'a> Listed<'a> {
         let cleared = state.clearances().iter().rev().find(|cleared| cleared.point == checkpoint.point());
         Self {
             checkpoint: Checkpoint::from(checkpoint),
-            // The price is worked out from all that was ever set: not for each of the many that cost nothing.
+            // The price is computed from all settings ever changed: not for each of the many checkpoints that cost
+            // nothing.
             usd_per_month: if bytes == 0 { 0.0 } else { history::monthly_cost(state, bytes) },
             cleared: cleared.map(|cleared| cleared.at),
         }

@@ -159,7 +159,8 @@ async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation)
         match progress(state, generation) {
             Progress::Ended(end) => return Ok(end),
             Progress::Followed(by) if carried_on_itself(state, generation) => {
-                // It listens for the earlier request a while longer, but the store may not have let it hear that one.
+                // It listens for the earlier request a while longer, but may not have been able to read that one from
+                // the store.
                 drain::ask(folder, by).await?;
                 generation = by;
             }
@@ -176,7 +177,7 @@ async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation)
             && let Some(node) = state.formed().map(|formed| formed.node.clone())
             && let Liveness::Gone(_) = heartbeat::look(folder, &node).await?
         {
-            // It may have written its last word since.
+            // It may have written its last record since.
             history::read_on(journal).await?;
             if progress(journal.state(), generation) != Progress::AtWork {
                 continue;

@@ -63,7 +63,7 @@ struct Generated<'a> {
 impl Generate {
     pub(super) fn execute(self) -> Result<ExitCode> {
         let folder = Scratch::new()?;
-        // Below the private folder, since an export puts a folder of its own in the target's place.
+        // Below the private folder, since an export replaces the target with a folder of its own.
         let exported = folder.0.join("model");
         let target = Target::Folder(exported.clone());
         let (step, _) = store::block_on(export::export(&self.run, self.step, &target))?;
@@ -130,7 +130,7 @@ fn end_ids(generation_config: &Path) -> Result<Vec<u32>> {
             return Err(Error::from_source(Kind::Unavailable, error).context(doing));
         }
     };
-    // Written by this program, and held against its checksum: what it does not hold, it does not say.
+    // Written by this program, and verified against its checksum: the file is trusted.
     let config: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
     let id = |value: &serde_json::Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     Ok(match config.get("eos_token_id") {

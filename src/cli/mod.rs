@@ -1,8 +1,8 @@
-//! What the user typed, as one call into the library; one file for each subcommand.
+//! The command line, as one call into the library; one file for each subcommand.
 //!
-//! Standard output is data and is written by `output` and by the reporter only; standard error is conversation, which
-//! the writer in [`report`] takes: no reader of it can hold anything up, or change an exit code. Exit codes are those
-//! of [`Kind`]; wrong usage is 64, a panic is a bug and exits with 70.
+//! Standard output is data, written only by `output` and by the reporter; standard error is for people, written by the
+//! writer in [`report`]: no reader of it can delay anything, or change an exit code. Exit codes are those of [`Kind`];
+//! wrong usage is 64, a panic is a bug and exits with 70.
 mod args;
 mod boot;
 mod checkpoints;

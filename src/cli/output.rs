@@ -1,4 +1,4 @@
-//! Standard output: data, and nothing else. What was asked for and can't be written is an error, unless its reader has
+//! Standard output: data, and nothing else. Requested output that can't be written is an error, unless its reader has
 //! gone.
 
 use std::io::{self, IsTerminal, Write};
@@ -26,7 +26,7 @@ pub(super) fn show(text: &str) -> Result<bool> {
 /// read then goes with the process.
 pub(super) async fn show_beside(text: String) -> Result<bool> {
     let (done, shown) = tokio::sync::oneshot::channel();
-    // A thread of its own: a runtime waits for those that it lends.
+    // A thread of its own: a runtime waits for the threads that it lends.
     let writes = move || drop(done.send(show(&text)));
     std::thread::Builder::new()
         .name("show".into())

@@ -142,7 +142,7 @@ impl Prune {
         let mut fates = self.with_quarantined(plan.fates, journal.state())?;
         if self.damaged && !self.dry_run {
             take_back(&folder, &mut journal, &mut fates, &docket).await?;
-            // It may have been written off by mistake, and be this machine that garbles it now.
+            // It may have been condemned by mistake, while this machine garbles it now.
             self.settle(&docket, &folder, &mut journal).await?;
         }
         let rubbish = rubbish::find(&folder, journal.state(), Timestamp::now()).await?;
@@ -201,7 +201,7 @@ impl Prune {
             }
             damaged.iter_mut().for_each(|fate| fate.stays.clear());
         }
-        // What was found damaged just now stands in the plan, too.
+        // Damage found just now is in the plan, too.
         fates.retain(|fate| damaged.iter().all(|damaged| damaged.point != fate.point));
         fates.append(&mut damaged);
         fates.sort_by_key(|fate| (fate.point.generation, fate.point.step));

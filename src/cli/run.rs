@@ -194,7 +194,7 @@ fn complete(then: &Afterwards) -> Result<()> {
                 }
                 Ok(())
             });
-            // Who ends this process before has seen to its machine, or will.
+            // A person who stops this process before that has taken care of its machine, or will.
             left.or_else(|error| if stop.heard().asked() { Ok(()) } else { Err(error) })
         }
     }

@@ -67,7 +67,7 @@ impl Status {
     pub(super) fn execute(self) -> Result<ExitCode> {
         store::block_on(async {
             let root = self.run.store.open()?;
-            // Elsewhere than on a terminal each look is added below the last: a log of JSON lines, or of tables.
+            // Off a terminal each look is appended to the last: a log of JSON lines, or of tables.
             let redraw = self.watch && !self.json.json && output::is_terminal();
             let mut journal = history::open(&root, &self.run.run_id).await?;
             if !self.watch {

@@ -1,4 +1,4 @@
-//! Stores as commands open them, and the asynchronous runtime that reading from them needs.
+//! How commands open stores, and the asynchronous runtime for reading from them.
 
 use std::{future::Future, path::PathBuf};
 

@@ -66,7 +66,7 @@ impl Verify {
         let (looked, clearing) = store::block_on(self.look())?;
         let text = if self.json.json { output::json_lines(&looked)? } else { told(&looked) };
         output::emit(&text)?;
-        // What was found is told, even if it could not be written down.
+        // Findings are reported, even if they could not be recorded.
         clearing?;
         let reports: Vec<&Report> = looked.iter().map(|looked| &looked.report).collect();
         let damaged = reports.iter().filter(|report| !report.is_sound()).count();
@@ -111,7 +111,7 @@ impl Verify {
         let chosen: Vec<&Checkpoint> = match self.step {
             Some(step) => kept.filter(|checkpoint| checkpoint.committed.step == step).collect(),
             None if self.all => kept.collect(),
-            // A newest one that is known to be damaged is news, too: what a resume would use comes second.
+            // A newest one known to be damaged is worth reporting, too: the one that a resume would use comes second.
             None => kept.next_back().into_iter().collect(),
         };
         if chosen.is_empty() {

@@ -136,7 +136,7 @@ impl Work {
         notice::running_for();
         let json = self.json.json;
         let say: Arc<dyn Fn(&Said) + Send + Sync> = Arc::new(move |said| {
-            // A reader that has gone, or stands still, is no reason to leave a job.
+            // A reader that has gone, or stalls, is no reason to leave a job.
             if json && let Ok(line) = output::json_lines([said]) {
                 report::say_event(line);
             }

@@ -257,8 +257,8 @@ pub struct Dataset {
 const CHUNK: usize = 16 << 10;
 
 impl Dataset {
-    /// Opens every shard in `dir` and holds its length against the index. Checksums were compared when the files came
-    /// here (see [`ensure_local`](super::ensure_local)).
+    /// Opens every shard in `dir` and checks its length against the index. Checksums were verified when the files
+    /// came here (see [`ensure_local`](super::ensure_local)).
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, DataError> {
         let dir = dir.as_ref();
         let index = read_index(dir)?;

@@ -1,4 +1,4 @@
-//! `trainer simulate`: what was typed (here), the figures (`study`), and how they are told (`text`).
+//! `trainer simulate`: its arguments (here), the figures (`study`), and their presentation (`text`).
 mod study;
 mod text;
 

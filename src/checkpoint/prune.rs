@@ -549,7 +549,7 @@ mod tests {
             let stay = fates.iter().filter(|f| f.stays.contains(&Why::Best)).count();
             prop_assert_eq!(stay, measured.min(best as usize));
             prop_assert!(best == 0 || own.iter().filter_map(|point| loss(point)).all(|loss| loss >= worst));
-            // Made again over what is left, nothing more goes.
+            // Made again over the remaining ones, the plan deletes nothing more.
             let left = |list: &[Checkpoint]| -> Vec<Checkpoint> {
                 list.iter().filter(|c| !gone.contains(&c.point())).cloned().collect()
             };
@@ -581,7 +581,7 @@ mod tests {
         let planned = plan(&store, &state, Reading::Unless(&[])).await.unwrap();
         assert_eq!((steps(&doomed(&planned.fates)), planned.verified.clone()), (vec![1], Some(point(3, 1))));
         assert_eq!(server.count("GetObject") - gets, 1, "its manifest");
-        // The newest has other bytes of the same length: it is stepped over, told, and not counted.
+        // The newest has other bytes of the same length: it is skipped, reported, and not counted.
         harm(&store, &layout::checkpoint(Step(3), Generation(1)), SHARD, Harm::Flip).await;
         let planned = plan(&store, &state, Reading::Unless(&[])).await.unwrap();
         assert_eq!((doomed(&planned.fates), planned.verified.clone()), (vec![], Some(point(2, 1))));

@@ -231,7 +231,7 @@ impl Boot {
     }
 }
 
-/// All that an agent needs to begin.
+/// An agent's inputs.
 struct Ready {
     store: Store,
     run_id: RunId,
@@ -239,7 +239,7 @@ struct Ready {
     manner: Manner,
 }
 
-/// A configuration as it was found.
+/// A configuration as read.
 struct Document {
     file: Option<PathBuf>,
     /// Its name, the TOML, and the URI of the folder that it lies in.

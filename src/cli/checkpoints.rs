@@ -42,7 +42,7 @@ impl Checkpoints {
     }
 }
 
-/// A checkpoint and what it costs.
+/// A checkpoint and its cost.
 #[derive(Debug, Serialize)]
 struct Listed<'a> {
     #[serde(flatten)]
@@ -67,7 +67,7 @@ impl<'a> Listed<'a> {
     }
 }
 
-/// What all that is in the store comes to.
+/// The total of all checkpoints in the store.
 fn total(checkpoints: &[Listed<'_>]) -> String {
     let kept: Vec<&Listed<'_>> = checkpoints.iter().filter(|listed| listed.checkpoint.status != "pruned").collect();
     let bytes = kept.iter().map(|listed| listed.checkpoint.committed.bytes).fold(0, u64::saturating_add);

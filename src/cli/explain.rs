@@ -53,7 +53,7 @@ impl Explain {
     }
 }
 
-/// How wrong a prediction was, for people.
+/// The error of a prediction, for people.
 fn off(ratio: f64) -> String {
     if ratio < 2.0 { format!("{:.0} % off", 100.0 * (ratio - 1.0).abs()) } else { format!("{ratio:.1} times as long") }
 }

@@ -51,7 +51,7 @@ Exit codes:
 
 TRAINER_LOG filters the log on standard error: debug, or trainer::agent=trace,warn.";
 
-/// Commands that do not end with the signals that ask a process to, and hear them from their first instruction on.
+/// Commands that the signals to stop do not end, and that listen for them from their first instruction on.
 const HEARS: [&str; 4] = ["run", "resume", "boot", "work"];
 
 /// Train LibTorch models on machines that can disappear: checkpoint to an object store, resume by itself.
@@ -87,11 +87,11 @@ enum Command {
     Worker,
 }
 
-/// Runs the command line and gives its exit code.
+/// Runs the command line and returns its exit code.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     if arguments.get(1).is_some_and(|command| HEARS.iter().any(|name| command == *name)) {
-        // First of all. What it can't do, it says to whoever asks for it next.
+        // First of all. If it fails in part, later callers report that.
         let _ = inbox::open();
     }
     let traced = env::raw("RUST_BACKTRACE").is_some_and(|value| value != "0");
@@ -143,7 +143,7 @@ fn ended(error: &Error) -> ExitCode {
     error.kind().exit_code().into()
 }
 
-/// An error as the user reads it. Names in it may come from a store: they must not steer the terminal.
+/// An error as the user reads it. Names in it may come from a store: they must not control the terminal.
 fn said(error: &Error) -> String {
     let plain = crate::report::human::plain;
     let hint = error.hint().map(|hint| format!("hint: {}\n", plain(hint))).unwrap_or_default();

@@ -19,9 +19,9 @@ use crate::{
     report::human,
 };
 
-/// Between two looks with `--watch`.
+/// The interval between two looks with `--watch`.
 const WATCH: Duration = Duration::from_secs(2);
-/// Interruptions that are listed; the others are counted.
+/// The most interruptions that are listed; the others are counted.
 const SHOWN: usize = 5;
 
 /// Show the state of a run

@@ -91,7 +91,7 @@ pub struct Work {
     json: JsonArg,
 }
 
-/// A variable of the environment; for two of them a parameter does, too.
+/// A variable of the environment; two of them may also come from a parameter.
 fn variable(parameters: &[Parameter], name: &str) -> Option<String> {
     let parameter = match name {
         api::BASE_URL => "job-api-base-url",
@@ -102,7 +102,7 @@ fn variable(parameters: &[Parameter], name: &str) -> Option<String> {
     given.or_else(|| Some(parameters.iter().find(|it| it.name == parameter)?.value.reveal().to_owned()))
 }
 
-/// When a consumer leaves.
+/// When a consumer exits.
 #[derive(Clone, Copy, Debug)]
 struct Idle(Option<Duration>);
 
@@ -121,7 +121,7 @@ fn between(text: &str, low: Duration, high: Duration) -> Result<Duration, String
     })
 }
 
-/// Shorter than three seconds, a slow answer would end it.
+/// A lease below three seconds would end with one slow answer.
 fn lease(text: &str) -> Result<Duration, String> {
     between(text, Duration::from_secs(3), LONGEST_HOLD / 2)
 }

@@ -182,7 +182,7 @@ mod tests {
         dir
     }
 
-    /// The bytes that are free on a disk of so many bytes, of which [`SPARE`] stay free.
+    /// The free bytes of a disk whose capacity is `bytes` and [`SPARE`].
     fn disk(bytes: u64) -> impl Fn(&Path) -> Option<u64> {
         move |root| {
             let each = |dir: PathBuf| std::fs::metadata(dir.join("train-00000.bin")).map_or(0, |file| file.len());
@@ -244,7 +244,7 @@ mod tests {
         assert_eq!(names(root.path()), [name(&kept)]);
     }
 
-    /// Whoever waits for the lock of a folder that goes makes it anew.
+    /// A process that waits for the lock of a folder being removed creates it anew.
     #[tokio::test]
     async fn a_folder_that_goes_while_it_is_taken_is_made_anew() {
         let root = tempfile::tempdir().unwrap();

@@ -219,7 +219,7 @@ fn the_last_good_checkpoint_is_never_condemned() {
     records.push(damaged(9, 1));
     assert!(refused(&records, &damaged(5, 1)).unwrap().contains("last good"));
     assert_eq!(refused(&records, &damaged(9, 1)), None, "what is condemned may be so once more");
-    // What the run has turned away from does not stand in for it.
+    // A checkpoint that the run has turned away from does not replace it.
     let turned = [formed(1, None), committed(5, 1), committed(9, 1), formed(2, Some(point(5, 1)))];
     assert!(refused(&turned, &damaged(5, 1)).unwrap().contains("last good"));
     assert_eq!(refused(&turned, &damaged(9, 1)), None);

@@ -309,7 +309,7 @@ impl RunState {
         }
     }
 
-    /// The rules that keep a journal consistent, whoever writes; a record that breaks one is neither written nor
+    /// The rules that keep a journal consistent, for all writers; a record that breaks one is neither written nor
     /// accepted.
     pub(super) fn consistent(&self, record: &Record) -> Result<(), Inconsistent> {
         let wrong = |reason: String| Err(Inconsistent(reason));

@@ -563,13 +563,13 @@ async fn a_record_that_was_garbled_on_its_way_is_read_again_before_anything_is_s
         assert_eq!((error.kind(), proxy.broken() - before), (Kind::Data, 3), "{what}");
         assert!(error.to_string().contains("run/journal/00000000000000000002.json"), "{what}: {error}");
         assert!(!error.hint().unwrap().contains(".bad"), "others are built on it: {error:?}");
-        // Whoever reads on meets it, too.
+        // A reader that continues meets it, too.
         garble(1);
         let follower = Journal::follow(store.clone(), node("b"), early.clone()).await;
         let follower = follower.unwrap_or_else(|error| panic!("{what}: {error}"));
         assert_eq!((follower.state().next(), proxy.broken() - before), (4, 4), "{what}");
     }
-    // So does whoever appends, and finds somebody else's record in its place.
+    // So does a writer that appends, and finds another's record in its place.
     let mut late = Journal::open(store.clone(), node("a"), run_id()).await.unwrap();
     writer.append(notice(1, "y")).await.unwrap();
     let target = "00000000000000000004.json";

@@ -409,7 +409,7 @@ mod tests {
 
     use super::*;
 
-    /// A stream whose reader reads when it is let, and which takes so many bytes and then nothing.
+    /// A stream whose reader reads only when allowed, and which accepts this many bytes and then nothing.
     #[derive(Clone, Default)]
     struct Reader(Arc<Inner>);
 

@@ -90,7 +90,7 @@ mod tests {
 
     use super::*;
 
-    /// A request of a test: answers when so many were sent, or never.
+    /// A request of a test: answers when this many were sent, or never.
     type Plan = (u32, Result<u32, u32>);
     const NEVER: u32 = u32::MAX;
 

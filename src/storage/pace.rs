@@ -231,7 +231,7 @@ mod tests {
         /// Milliseconds of a request on a store at ease.
         base_ms: u64,
         knee: usize,
-        /// More than so many in flight are answered with "slow down".
+        /// More than this many in flight are answered with "slow down".
         refuses_above: usize,
         /// The share by which a time varies to either side.
         noise: f64,

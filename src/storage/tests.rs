@@ -1,4 +1,4 @@
-//! One contract, held against every kind of store, and each fault that a store may have.
+//! One contract, checked against every kind of store, and each fault that a store may have.
 
 use std::{
     sync::{

@@ -19,8 +19,8 @@
 //! With bf16 only the owner of a chunk has its fp32 weights; their bf16 rounding is gathered and used for computing; in
 //! a `ddp` run every rank makes it for itself at each use. The casts are the same, so both strategies compute the same
 //! function: on two ranks without clipping even to the last bit, else up to the order in which numbers are summed.
-//! Bytes of one parameter on a rank, without its gradient's 4: ddp 12 (in either precision); zero1 fp32 4 + 8/N, bf16 2
-//! + 12/N.
+//! Bytes of one parameter on a rank, without its gradient's 4: ddp 12 (in either precision); zero1 fp32 4 + 8/N,
+//! bf16 2 + 12/N.
 //!
 //! Invariants: the state changes in [`Parallel::step`] and, for the weights of other ranks' chunks, until
 //! [`Parallel::settle`] returns; a capture runs between `settle` and `step`, so no gather writes what a capture reads.

@@ -7,10 +7,10 @@ use crate::{
     snapshot::cadence::{self, Measured},
 };
 
-/// Trials of one interval while the best one is looked for by playing.
+/// Trials of one interval in the search for the best one by simulation.
 const SEARCH_TRIALS: u32 = 16;
 
-/// The inputs, and machines made from them.
+/// The inputs, and the machines built from them.
 pub(super) struct Study {
     pub inputs: Inputs,
     pub machines: Machines,
@@ -134,7 +134,7 @@ impl Study {
         row
     }
 
-    /// All rows; `configured` is a further interval to be held against the best one, seconds.
+    /// All rows; `configured` is a further interval to compare with the best one, seconds.
     pub fn report(self, configured: Option<f64>) -> Report {
         let stays = self.undisturbed().ok();
         let baseline = |name, price, found: &Estimate| {

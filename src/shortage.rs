@@ -79,7 +79,7 @@ impl Shortage {
         }
     }
 
-    /// What to type next.
+    /// A hint about what to type next.
     pub const fn hint(self) -> &'static str {
         match self {
             Self::Files => {

@@ -23,8 +23,7 @@ use crate::{
     storage::{Priority, Store},
 };
 
-/// How often a checkpoint is read again that seemed damaged when it was loaded. One reading that finds it whole is
-/// believed.
+/// How often a checkpoint that seemed damaged on loading is read again. One reading that finds it whole is enough.
 const READ_AGAIN: usize = 2;
 /// Failed loads in a row, of a checkpoint that is whole, after which this process gives up.
 const LOADS: u32 = 4;

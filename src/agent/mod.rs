@@ -1,7 +1,7 @@
 //! The parent on each node: it forms generations, runs worker groups, saves, restores, and keeps the journal.
 //!
 //! # A run
-//! [`launch`] opens or creates the journal, makes sure that nobody else is at work, chooses the resume point, writes
+//! [`launch`] opens or creates the journal, makes sure that no other agent is at work, chooses the resume point, writes
 //! `formed`, and runs one generation after the other until the run is complete, is told to stop, or can't go on.
 //!
 //! # Crash consistency
@@ -541,8 +541,8 @@ impl Agent {
         self.manner.accepts_data || provenance::names_data(&self.overrides)
     }
 
-    /// The newest usable checkpoint, or what a new run starts from. Damage is reported; [`Docket`] says what follows
-    /// from it.
+    /// The newest usable checkpoint, or the start of a new run. Damage is reported; [`Docket`] says what follows from
+    /// it.
     async fn choose(&mut self, resolved: &Resolved) -> Result<Load> {
         loop {
             let candidates = self.candidates().await?;

@@ -103,7 +103,7 @@
 //! *Crash:* nothing here is stored. *Retry:* failed uploads are tried again by [`Effect::Retry`]. *Cancel:* dropping
 //! the machine changes nothing.
 //!
-//! Owns: which phase it is, and what is known of the group. Does not own: processes, memory, the store, the journal
+//! Owns: the current phase, and the known state of the group. Does not own: processes, memory, the store, the journal
 //! ([`super::effects`]), nor what comes after the generation ([`super::Agent`]).
 
 mod draining;
@@ -262,7 +262,7 @@ impl<'a> Stage<'a> {
 /// The result of handling an event: `Break` is the generation's end.
 type Flow<T = ()> = ControlFlow<Result<End>, T>;
 
-/// One event being handled: the time, what all phases share, and the effects so far.
+/// One event being handled: the time, the state that all phases share, and the effects so far.
 struct Turn<'a> {
     now: Moment,
     shared: &'a mut Shared,

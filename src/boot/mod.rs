@@ -1,6 +1,6 @@
 //! A machine's start: finds the run that it is to train, and joins it.
 //!
-//! # What is looked up, in this order
+//! # Look-ups, in this order
 //! 1. The region: `AWS_REGION`, a profile, or the instance's identity document.
 //! 2. The settings, from the [layers](settings): flags, the environment, SSM parameters below a path, instance tags.
 //! 3. The run: if its journal exists, it is resumed, and the configuration is not even read: a run keeps the settings
@@ -17,7 +17,7 @@
 //! that boot in the new quarter do not continue an unfinished run of the quarter before. To continue it, pass its
 //! `--run-id`. A machine that is training when the quarter changes finishes its run.
 //!
-//! # Twice at once, and again
+//! # Two at once, and repeats
 //! Nothing is stored outside the run's own journal. Two machines that boot with one run id at once both try to create
 //! it; one succeeds, the other resumes. One of them trains; the other waits, its data fetched, watches the heartbeat,
 //! and takes over when that stops: this happens in a group that starts the replacement before it ends the replaced

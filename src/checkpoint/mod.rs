@@ -10,7 +10,7 @@
 //! every file's size and checksum ([`catalog`], [`restore`], [`verify`]). A crash in between leaves objects that no
 //! record leads to, and nothing here lists a folder to find checkpoints.
 //!
-//! Damage (an object missing, of another size, of another checksum) is told apart from a store that does not answer: a
+//! Damage (an object missing, of another size, of another checksum) differs from a store that does not answer: a
 //! damaged checkpoint is skipped; an unresponsive store is an error, because stepping back would throw away good work.
 #![doc = include_str!("README.md")]
 

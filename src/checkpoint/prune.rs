@@ -443,7 +443,7 @@ mod tests {
         assert_eq!(plan(by_steps(99, None), &newest, &[]), [0_u64; 0]);
         // Nothing at all to keep still keeps the newest verified.
         assert_eq!(plan(by_steps(0, Some(0)), &newest, &[]).len(), 9);
-        // What is newer than the newest usable is neither deleted nor counted.
+        // Checkpoints newer than the newest usable one are neither deleted nor counted.
         assert_eq!(plan(by_steps(2, None), &point(600, 1), &[]), [100, 200, 300, 400]);
         // No proof of a good one: nothing goes.
         assert_eq!(plan(by_steps(1, None), &point(1000, 2), &[]), [0_u64; 0]);
@@ -610,7 +610,7 @@ mod tests {
         let (older, read) = reads(Reading::Unless(&[point(1, 1)])).await;
         assert_eq!((doomed(&older.fates), older.verified.clone(), read), (vec![], Some(point(1, 1)), 2));
         assert_eq!(older.fates[0].stays, [Why::Verified]);
-        // A plan to be shown reads nothing and says so.
+        // A plan that is only shown reads nothing, and says so.
         let (shown, read) = reads(Reading::Assume).await;
         assert_eq!(
             (doomed(&shown.fates), shown.unread, shown.verified.clone(), read),

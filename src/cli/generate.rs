@@ -274,7 +274,7 @@ mod tests {
         assert_eq!(begins("{\"eos_token\": \"<|data|>\"}", None, &[1, 2]), 2);
         assert_eq!(begins("{\"eos_token\": {\"content\": \"<|data|>\"}}", None, &[1, 2]), 2);
         assert_eq!(begins("{\"eos_token\": \"<|data|>\"}", Some("<|stop|>"), &[1, 2]), 1);
-        // What the settings name, but no text ends with, or what is no token at all.
+        // Tokens that the settings name but no text ends with, or that don't exist.
         assert_eq!(begins("{\"eos_token\": \"<|data|>\"}", None, &[1]), 1);
         for settings in ["{\"eos_token\": \"<|other|>\"}", "{\"eos_token\": null}", "{}", ""] {
             assert_eq!(begins(settings, None, &[2, 1]), 2, "{settings}");

@@ -132,7 +132,7 @@ fn longest(text: &str) -> Result<Duration, String> {
 
 impl Work {
     pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
-        // What is said between two jobs is news to the next.
+        // Requests that arrive between two jobs count for the next one.
         notice::running_for();
         let json = self.json.json;
         let say: Arc<dyn Fn(&Said) + Send + Sync> = Arc::new(move |said| {

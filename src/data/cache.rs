@@ -11,7 +11,7 @@
 //! ```
 //! A worker's [`Dataset`] opens that folder; it knows of no store.
 //!
-//! # What is believed
+//! # Which files are trusted
 //! Lengths alone are not enough: a disk flips bits, and a power cut leaves files of the right length without their
 //! bytes. So every shard is verified against its CRC64 once per process, on several threads (`data/sums.rs`); a wrong
 //! one in a cache is fetched again, one in a `file://` folder is an error that names it. The index of a cache is
@@ -427,8 +427,8 @@ mod tests {
         assert_eq!(names(cache.path()).len(), 1);
     }
 
-    /// With a disk on which nothing is ever free, all goes that nobody uses, and what is in use stays: a download that
-    /// is under way, too.
+    /// With a disk on which nothing is ever free, everything unused is removed, and datasets in use stay, including a
+    /// download under way.
     #[tokio::test]
     async fn a_dataset_in_use_outlives_a_disk_that_is_full() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
@@ -491,7 +491,7 @@ mod tests {
         assert!(!earlier.exists() && later.dir() != earlier);
         let first = folders.lock().unwrap()[0].clone();
         assert_eq!(first.len(), 1, "room is made before anything is written: {first:?}");
-        // It fits but for what is missing.
+        // It fits, except for the missing part.
         drop(later);
         let one = cache.path().join(&names(cache.path())[0]);
         std::fs::remove_file(one.join(INDEX)).unwrap();

@@ -410,7 +410,7 @@ mod tests {
         let declared = json!([added(50, "<|endoftext|>", false), added(51, "<|x|>", false), added(52, "sap", false)]);
         let tokenizer = tokenizer(model, declared, json!(null));
         comes_out_as_pieces(&tokenizer, &["<|endoftext|>", "<|x|>"], "<|endoftext|><|x|>");
-        // What is ordinary stays so.
+        // Ordinary tokens stay ordinary.
         assert_eq!(tokenizer.encode("sap").unwrap(), [tokenizer.id_of("sap").unwrap()]);
     }
 

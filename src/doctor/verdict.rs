@@ -408,7 +408,7 @@ mod tests {
         }
     }
 
-    /// A line that is not well says what to do, whatever the error knows.
+    /// A line that is not OK says what to do, whatever the error knows.
     #[test]
     fn an_error_without_a_hint_says_what_to_do_too() {
         for kind in [

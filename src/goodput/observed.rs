@@ -206,7 +206,7 @@ mod tests {
         ];
         let found = Observed::of(&state(&between));
         assert_eq!((found.step_s, found.trained_s), (Some(1.0), BESIDE + SLACK * 400.0));
-        // Where the time was measured it is believed, and the clock only for what comes after.
+        // Measured times are trusted, and the clock only for the time after them.
         let mut measured = late.clone();
         for ((_, record), lived_s) in measured[1..].iter_mut().zip([112.0, 212.0, 312.0]) {
             record["cost"]["lived_s"] = json!(lived_s);

@@ -378,8 +378,8 @@ mod tests {
         assert_eq!(with(1.0, 19.0).goodput, none.goodput, "no save fits into 19 s");
     }
 
-    /// The agent counts a loss that was drained for no reason to save more often, and so does what is simulated: with
-    /// every loss announced, all that a policy ever sees is time.
+    /// For the agent, a drained loss is no reason to save more often, and the simulation does the same: if every loss
+    /// is announced, a policy only ever sees time.
     #[test]
     fn losses_that_were_announced_are_not_seen_as_losses() {
         let costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };

@@ -254,7 +254,7 @@ async fn two_writers_write_the_same_summary() {
     let store = memory();
     let mut a = begun(&store).await;
     a.append(committed(1, 1)).await.unwrap();
-    // Fenced, and stale: it still knows what stands before.
+    // Fenced, and stale: it still knows the earlier records.
     let mut b = Journal::open_by(store.clone(), node("b"), run_id(), SMALL).await.unwrap();
     b.form(forming("b", Some(point(1, 1)))).await.unwrap();
     b.summed_up(PATIENCE).await;
@@ -264,7 +264,7 @@ async fn two_writers_write_the_same_summary() {
     let mut stale = a.state().tail.clone();
     stale.due(4).unwrap().write(store.clone()).await;
     assert_eq!(store.get(&key(4), 1 << 20).await.unwrap(), by_b);
-    // What stands there is left alone, whatever it is.
+    // The object there is left alone, whatever it is.
     store.put(&key(4), Bytes::from_static(b"x")).await.unwrap();
     let mut again = Tail::new(SMALL);
     for number in 0..4 {

@@ -2,9 +2,9 @@
 //! Spot Instance interruption notices, EC2 instance rebalance recommendations, scheduled events; Auto Scaling: target
 //! lifecycle state).
 //!
-//! | asked | how often | what it means |
+//! | path | interval | meaning |
 //! |---|---|---|
-//! | `spot/instance-action` | 1 s | interruption; two minutes at the most, none with `hibernate` |
+//! | `spot/instance-action` | 1 s | interruption; two minutes at most, none with `hibernate` |
 //! | `autoscaling/target-lifecycle-state` | 2 s | `Terminated`: stop, at once; the group's hook is kept waiting meanwhile |
 //! | `events/recommendations/rebalance` | 5 s | save now and train on |
 //! | `events/maintenance/scheduled` | 30 s | save now and train on; interruption when a stop or a reboot is at most five minutes ahead |

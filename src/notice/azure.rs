@@ -237,7 +237,7 @@ mod tests {
         let soon = "Mon, 19 Sep 2016 18:29:47 GMT";
         let leave = |seconds: Option<u64>| (Kind::Interruption, seconds.map(Duration::from_secs));
         let save = (Kind::Rebalance, None);
-        // type, status, resources, NotBefore, duration; what is told, whether it may be approved.
+        // type, status, resources, NotBefore, duration; the notice, whether it may be approved.
         for (kind, status, resources, not_before, duration, told, approved) in [
             ("Preempt", "Scheduled", vec!["me"], soon, -1, Some(leave(Some(30))), true),
             ("Preempt", "Scheduled", vec!["ME"], soon, -1, Some(leave(Some(30))), true),

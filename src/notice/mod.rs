@@ -1,10 +1,10 @@
 //! "This machine, or this run, goes away": one type for all sources, and one stream.
 //!
-//! | source | listened to where | says |
+//! | source | where | meaning |
 //! |---|---|---|
 //! | signals (`signal.rs`) | everywhere | stop; the machine goes away; save now |
 //! | metadata services (`aws.rs`, `gcp.rs`, `azure.rs`) | in that cloud | the machine goes away; save now |
-//! | a watched file (`file.rs`) | where one is named | the machine goes away |
+//! | a watched file (`file.rs`) | if one is configured | the machine goes away |
 //! | `trainer drain` ([`drain`]) | in the run's folder | stop |
 //!
 //! Sources only report notices; the agent decides what they mean. The stream drops repeats, by source and id: a

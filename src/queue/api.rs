@@ -435,7 +435,7 @@ mod tests {
         outbox.add(report(Stage::Interrupted, 3), now);
         outbox.add(report(Stage::Progress, 4), now);
         assert_eq!(waiting(&outbox), [0, 2, 3, 4]);
-        // What is under way is not replaced under its sender.
+        // A report being sent is not replaced under its sender.
         let mut outbox = Outbox::default();
         outbox.add(report(Stage::Progress, 1), now);
         assert_eq!(outbox.next(now).0.unwrap().sequence, 1);

@@ -5,7 +5,7 @@
 //! that is handed over by choice is *renewed*: a fresh copy is sent, whose receives count from 0, and the old one is
 //! deleted, in this order.
 //!
-//! | killed here | what is left | what comes of it |
+//! | killed here | left over | result |
 //! |---|---|---|
 //! | before the send | the old message, hidden until its lease ends | received again, one receive more |
 //! | between send and delete | both | one consumer trains, the other finds the run alive or completed; the journal fences |
@@ -245,7 +245,7 @@ mod tests {
             (vec![(&a, no, false), (&b, no, false)], false),
             (vec![(&a, bug, false), (&a, bug, false)], false),
             (vec![(&a, bug, false), (&a, bug, false), (&b, bug, false)], true),
-            // What is wrong with a job's configuration says nothing of the machine, for or against.
+            // An error in a job's configuration proves nothing about the machine, for or against.
             (vec![(&a, bug, false), (&b, config, false)], false),
             (vec![(&a, bug, false), (&b, config, false), (&b, bug, false)], true),
             (vec![(&a, no, false), (&a, bug, false), (&b, None, false), (&b, bug, false)], true),

@@ -364,7 +364,7 @@ mod tests {
     #[tokio::test]
     async fn a_beat_that_fails_is_followed_by_a_newer_one() {
         for fault in [Fault::Hang, Fault::SlowDown, Fault::Lost] {
-            // One hangs, is refused or is lost for good, and what comes after it gets through.
+            // One hangs, is refused or is lost for good, and the ones after it get through.
             let faulty = Faulty::new(move |op, _, n| if op == "put" && n == 0 { fault } else { Fault::Pass });
             let store = Store::faulty_with(&faulty, &StorageConfig::plain(4, 8), Some(Duration::MAX));
             let (node, process) = (NodeId::new("n1").unwrap(), Process::current());

@@ -267,7 +267,7 @@ mod tests {
             assert!(map.chunks(ranges).is_err(), "{ranges:?}");
         }
         assert!(map.bytes(1..4097).is_err());
-        // What was lent before the refusal has been given back.
+        // Ranges lent before the refusal have been given back.
         assert!(map.bytes(0..4096).is_ok());
         assert!(SharedImage::create("empty").unwrap().map().unwrap().bytes(0..0).is_ok());
     }

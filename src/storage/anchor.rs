@@ -125,7 +125,8 @@ mod tests {
         store.put("third", Bytes::new()).await.unwrap();
     }
 
-    /// Before the write it was there, after it it is not: what was written may lie beside it, and is not told as done.
+    /// It existed before the write, but not after it: the object may have been written beside it, and is not reported
+    /// as written.
     #[tokio::test]
     async fn a_create_during_which_the_folder_goes_away_is_not_told_as_done() {
         for fault in [Fault::Pass, Fault::Denied] {

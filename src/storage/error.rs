@@ -53,7 +53,7 @@ pub enum StorageError {
     /// Refused for lack of permission.
     #[error("store refused {operation} of {key} for want of permission")]
     Permission {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
@@ -64,7 +64,7 @@ pub enum StorageError {
     /// No space, or quota, is left.
     #[error("{operation} of {key} failed: no space left in the store")]
     Full {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
@@ -75,7 +75,7 @@ pub enum StorageError {
     /// The bucket or container does not exist.
     #[error("{operation} of {key} failed: the bucket does not exist")]
     NoBucket {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
@@ -86,7 +86,7 @@ pub enum StorageError {
     /// The bucket is in another region than the one that requests are signed for.
     #[error("{operation} of {key} failed: {}", region_text(region.as_deref()))]
     Region {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
@@ -99,7 +99,7 @@ pub enum StorageError {
     /// Not reachable, or failing, after retries.
     #[error("{operation} of {key} failed")]
     Unavailable {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,

@@ -94,7 +94,7 @@ mod tests {
     type Plan = (u32, Result<u32, u32>);
     const NEVER: u32 = u32::MAX;
 
-    /// What is heard of requests that answer like that, in the order in which they are sent; and how many are.
+    /// The results of requests that answer like that, in the order in which they are sent; and their number.
     async fn asked(plan: &[Plan]) -> (Result<u32, u32>, u32) {
         let sent = watch::Sender::new(0);
         let request = || {

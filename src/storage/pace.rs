@@ -4,12 +4,12 @@
 //! TCP Vegas (Brakmo and Peterson 1995). Requests are counted in rounds of about as many as may be in flight. After
 //! each round:
 //!
-//! | what the round showed | what is done |
+//! | result of the round | new limit |
 //! |---|---|
-//! | a request was refused for haste (503 `SlowDown`, 429), or timed out | half as many, and no doubling again |
-//! | requests take at most [`NEAR`] times the least they ever took, or more bytes came through than with fewer in flight | one more; twice as many until the first sign of a queue |
+//! | a request was refused as too fast (503 `SlowDown`, 429), or timed out | half as many, and no more doubling |
+//! | requests take at most [`NEAR`] times the least latency so far, or the throughput was higher than with fewer in flight | one more; twice as many until the first sign of a queue |
 //! | they take more than [`FAR`] times that | an eighth fewer: they only wait for each other |
-//! | else | as it is |
+//! | otherwise | unchanged |
 //!
 //! A round in which the limit did not bind proves nothing and changes nothing. The least latency can only be measured
 //! with few in flight, and it changes: so every [`TRIAL`] rounds, and at the first sign of a queue, one round runs with

@@ -24,7 +24,7 @@ use super::{
 pub enum Reduction {
     /// Keeps them local: more micro-batches of this step follow.
     Accumulate,
-    /// Averages what has been added up over the ranks: the last micro-batch.
+    /// Averages the accumulated gradients over the ranks: the last micro-batch.
     Average,
 }
 

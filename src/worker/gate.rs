@@ -28,7 +28,7 @@ const STEP: u64 = (1 << 41) - 1;
 const FREEZE: u64 = 1 << 41;
 const FREEZES: u64 = (FROZEN - 1) & !STEP;
 
-/// What the loop does at a step boundary.
+/// The loop's orders at a step boundary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Boundary {
     /// First capture the state of the step just finished.
@@ -37,7 +37,7 @@ pub struct Boundary {
     pub proceed: bool,
 }
 
-/// What is done with the state of a step.
+/// An order for the state of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Save {
     /// It is copied into this slot.

@@ -268,7 +268,7 @@ mod tests {
             assert!(slices.filter(|entry| slices::parse_name(&entry.name).1.is_some()).count() > 6, "slices");
             let mut carried = first;
             for (zero1, ranks) in [(true, 2), (true, 4), (false, 2), (true, 3), (false, 1), (true, 5), (true, 3)] {
-                // Another seed: what is not loaded shows.
+                // Another seed: values that are not loaded show.
                 let mut next = world(zero1, precision, ranks, 2);
                 load(&mut next, &carried);
                 carried = files(&next);

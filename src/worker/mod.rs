@@ -78,7 +78,7 @@ pub fn main() -> Result<ExitCode> {
     }
 }
 
-/// What a worker's train loop returns: it ends only with the process, or with an error.
+/// The result of a worker's train loop: it ends only with the process, or with an error.
 enum Never {}
 
 struct Worker {

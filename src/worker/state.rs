@@ -5,7 +5,7 @@
 //!
 //! Each rank's tensors, and their stored names:
 //!
-//! | strategy, precision | every rank | rank r alone |
+//! | strategy, precision | every rank | only rank r |
 //! |---|---|---|
 //! | ddp | `<name>` F32, `exp_avg.<name>`, `exp_avg_sq.<name>` | |
 //! | zero1, fp32 | `<name>` F32 | its slices of `exp_avg.<name>`, `exp_avg_sq.<name>` |

@@ -7,12 +7,12 @@
 //! | left | decision |
 //! |---|---|
 //! | unknown, or no save was ever measured | save everything at once |
-//! | ≥ the reserve, and the notice leaves the time to us | save once as an insurance, train on |
-//! | ≥ needs, low | stop, save everything: full save, or only what is missing of it |
-//! | ≥ the rest of a save under way that is newer than the newest checkpoint | stop, finish that one; say what will be lost |
-//! | ≥ half of needs, low | stop, and try to save everything: the pace was measured beside training, which now stands still |
-//! | ≥ half of that rest, low | stop, and try to finish that one; say what will be lost |
-//! | less | leave at once; say what will be lost |
+//! | ≥ the reserve, and the time may be used | save once as an insurance, train on |
+//! | ≥ needs, low | stop, save everything: a full save, or only the missing part of one |
+//! | ≥ the rest of a save under way that is newer than the newest checkpoint | stop, finish that one; report the loss |
+//! | ≥ half of needs, low | stop, and try to save everything: the pace was measured during training, which has now stopped |
+//! | ≥ half of that rest, low | stop, and try to finish that one; report the loss |
+//! | less | leave at once; report the loss |
 //!
 //! The reserve covers the rest of the running step, one more step (the next look may come when it has begun), one copy
 //! and *two* full saves, each at its upper bound: a save may have begun a moment ago, and it is finished first. It is
@@ -198,7 +198,7 @@ mod tests {
                 Some(5.0),
             ),
             ("just so", Situation { in_flight, left_s: Some(5.5), ..CALM }, "finish in flight", Some(5.0)),
-            // What has been uploaded is not thrown away for a shortfall with which a save would be begun.
+            // Uploaded data is not thrown away for a shortfall with which a save would still be begun.
             ("nearly so", Situation { in_flight, left_s: Some(5.4), ..CALM }, "finish in flight", Some(5.0)),
             ("half of that", Situation { in_flight, left_s: Some(3.5), ..CALM }, "finish in flight", Some(5.0)),
             ("not even for that", Situation { in_flight, left_s: Some(3.4), ..CALM }, "stop early", None),

@@ -20,12 +20,12 @@ const ECHO: Duration = Duration::from_secs(1);
 /// The most moments of one drain that are recorded.
 const MOST_MOMENTS: usize = 32;
 
-/// A deadline that binds nobody, and what named it.
+/// A deadline that is not binding, and its source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usual {
-    /// What was heard.
+    /// The source.
     pub source: &'static str,
-    /// The time that it left.
+    /// The time left.
     pub left: Duration,
 }
 
@@ -40,19 +40,19 @@ impl std::fmt::Display for Usual {
     }
 }
 
-/// What is being done about a notice.
+/// The planned response to a notice.
 #[derive(Clone, Debug)]
 pub struct Planned {
-    /// What is saved.
+    /// The plan.
     pub plan: DrainPlan,
     reason: String,
     /// When it was planned, seconds from the first notice.
     at_s: f64,
-    /// When it is to be durable.
+    /// When the planned state is expected to be durable.
     until_s: Option<f64>,
 }
 
-/// What was heard, and what came of it.
+/// The notices, and the response to them.
 #[derive(Debug, Default)]
 pub struct Timeline {
     first: Option<(Moment, &'static str)>,
@@ -60,9 +60,9 @@ pub struct Timeline {
     signals: Vec<(&'static str, Moment)>,
     until: Option<Moment>,
     announced: Option<Duration>,
-    /// Somebody waits for this process's end, or the machine goes at a time that nobody has named.
+    /// Whether somebody waits for this process's end, or the machine's end has no announced time.
     at_once: bool,
-    /// The last deadline of which nobody is sure.
+    /// The last deadline that is not certain.
     usual: Option<Usual>,
     /// When the planned state was durable.
     actual_s: Option<f64>,
@@ -197,7 +197,7 @@ mod tests {
         timeline.hear(&notice("aws-scheduled", Kind::Interruption, Some(500)), now);
         assert_eq!(timeline.left_s(now), Some(40.0));
         assert_eq!(timeline.left_s(now + Duration::from_secs(50)), Some(-10.0));
-        // What is merely usual binds nobody.
+        // A deadline that is merely usual is not binding.
         let mut timeline = Timeline::default();
         let usual = Notice { confidence: Confidence::Advisory, ..notice("sigterm", Kind::Stop, Some(10)) };
         timeline.hear(&usual, now);

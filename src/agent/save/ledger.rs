@@ -238,7 +238,7 @@ mod tests {
         let error = || Error::new(Kind::Unavailable, "the session has expired").with_hint("log in again");
         let mut said = Vec::new();
         for n in 0..100_u32 {
-            // A newer state every third time: that step's own count begins anew, what is told does not.
+            // A newer state every third time: that step's own count starts again, the reported one does not.
             let failure = saves.failed(Step(u64::from(n / 3)), error());
             assert_eq!(failure.times, n % 3 + 1);
             said.extend(failure.warning);
@@ -281,7 +281,7 @@ mod tests {
         let measured = (estimates.byte.estimate().unwrap().mean, estimates.commit.estimate().unwrap().mean);
         assert_eq!(measured, (0.1, 2.0));
         assert_eq!((saves.lag(at(20)), saves.under_way(at(20))), (at(5), None));
-        // From here on it gives way to nobody.
+        // From here on it yields to nothing.
         saves.captured(Step(5), 0.5, at(20));
         saves.finished(Step(5), 2.0);
         assert_eq!(saves.upload(Step(5), 1, false, 100, at(21)).unwrap().priority, Priority::Normal);

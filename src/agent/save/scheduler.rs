@@ -815,7 +815,7 @@ mod tests {
             [Action::Thaw { saves: vec![order(100, 0), order(43, 1)], stop_after: None }]
         );
         assert_eq!(capture(&mut c, 1, 43, at(3)), [Action::Upload { step: Step(43), slot: 1 }]);
-        // Asked for once: what follows is the cadence again, and what was taken back is ordered again.
+        // Asked for once: afterwards the cadence holds again, and withdrawn orders are given again.
         let actions = c.uploaded(1, true, at(4));
         assert_eq!(
             answer(&mut c, &actions, [50, 50], at(4)),

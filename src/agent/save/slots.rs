@@ -6,7 +6,7 @@
 //! checkpoint that is loaded from the store is fetched into slot 0, file after file, and read there by all ranks:
 //! restoring needs no memory beside the slots.
 //!
-//! # What a slot holds
+//! # A slot's content
 //! After a commit, and after a checkpoint was fetched, a slot holds that checkpoint's files until the next capture
 //! writes over them. Workers that crash meanwhile are started again from it, and the store is not read. No record is
 //! kept of when a capture begins to write, and a dying worker may have written anywhere: a slot's checksums are
@@ -305,7 +305,7 @@ mod tests {
         ]
     }
 
-    /// Fills a slot as the workers would, and says what an upload would have summed up.
+    /// Fills a slot as the workers would, and returns the checksums of an upload.
     fn capture(slots: &mut Slots, slot: u8, byte: u8) -> Vec<(String, Crc64)> {
         let layout = slots.layout.as_ref().unwrap();
         for (plan, base) in layout.plans.iter().zip(&layout.bases) {
@@ -335,7 +335,7 @@ mod tests {
         assert_eq!(slots.find(Step(4), Generation(2)), None);
         assert!(slots.whole(1).await);
 
-        // The next generation finds it where it lay, as whole safetensors files.
+        // The next generation finds it in the same place, as whole safetensors files.
         slots.begin_generation();
         assert!(slots.whole(1).await);
         let map = slots.slots[1].image.map().unwrap();

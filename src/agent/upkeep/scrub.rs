@@ -46,7 +46,7 @@ const AGAIN: Duration = Duration::from_secs(10 * 60);
 /// Time since the generation began.
 type Moment = Duration;
 
-/// What is known of one kept checkpoint.
+/// The known state of one kept checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Watched {
     point: ResumePoint,

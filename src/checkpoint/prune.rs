@@ -166,7 +166,7 @@ fn spaced(oldest_first: &[&Checkpoint], every: Option<Spacing>) -> BTreeSet<usiz
 }
 
 /// Positions in the list of the `count` with the lowest validation loss; of equals the newer ones. Those without a
-/// loss, or with NaN, are not among them.
+/// finite loss are not among them.
 fn best(oldest_first: &[&Checkpoint], count: u32) -> BTreeSet<usize> {
     let loss = |checkpoint: &Checkpoint| checkpoint.committed.validation_loss.filter(|loss| loss.is_finite());
     let mut ranked: Vec<(f64, usize)> =

@@ -27,7 +27,7 @@ impl Costs {
         self.durable_s.max(self.stall_s)
     }
 
-    /// The shortest possible interval with one save in flight: training between two orders, seconds.
+    /// The interval, lengthened if one save in flight requires it: training between two orders, seconds.
     pub fn feasible(&self, interval_s: f64) -> f64 {
         interval_s.max(self.committed_after_s() - self.stall_s)
     }
@@ -51,8 +51,8 @@ impl Notice {
         costs.committed_after_s() <= self.lead_s
     }
 
-    /// How long before the machine is taken training stops, seconds: the time of two saves, one of which may have begun
-    /// a moment ago, if the notice leaves time for them. It is the agent's reserve (`notice.spare_time = "train"`).
+    /// The time from the end of training to the loss of the machine, seconds: two saves, one of which may have begun a
+    /// moment ago, if the notice leaves time for them. It is the agent's reserve (`notice.spare_time = "train"`).
     pub fn reserve_s(&self, costs: &Costs) -> f64 {
         (2.0 * costs.committed_after_s()).max(LEAST_RESERVE_S).min(self.lead_s)
     }

@@ -1,12 +1,12 @@
 //! The environment variables of this program, and the one place that reads the environment.
 //!
-//! [`OURS`] says what each of our own variables means; a test holds it together with the names in the source. Variables
-//! of others (`AWS_REGION`, `NO_COLOR`, …) are read by their own rules, beside the code that needs them. The
-//! environment is read when it is asked for and never changed: threads may run.
+//! [`OURS`] explains each of our own variables; a test compares it with the names in the source. Variables of others
+//! (`AWS_REGION`, `NO_COLOR`, …) are read by their own rules, beside the code that needs them. The environment is read
+//! on demand and never changed: threads may run.
 
 use std::ffi::OsString;
 
-/// Our variables, and what they say. A flag wins over its variable.
+/// Our variables and their meanings. A flag wins over its variable.
 pub const OURS: [(&str, &str); 20] = [
     ("TRAINER_ALLOW", "what messages of a queue may name; as --allow, separated by commas"),
     ("TRAINER_AUTO_SCALING_GROUP", "the group of this machine, where its tags can't be read"),

@@ -1,14 +1,14 @@
-//! What the user is told, and the exit code that goes with it.
+//! Errors as the user sees them, and their exit codes.
 //!
-//! Each module has its own error enum and says through [`Explain`] what a caller should do about it. At the edge of the
-//! library any such error becomes an [`Error`], which `main` prints as one chain and maps to an exit code. The exit
-//! codes are an API (supervisors restart on some and not on others): they stand here and nowhere else.
+//! Each module has its own error enum and explains through [`Explain`] what a caller should do about it. At the edge of
+//! the library any such error becomes an [`Error`], which `main` prints as one chain and maps to an exit code. The exit
+//! codes are an API (supervisors restart on some and not on others): they are defined only here.
 
 use std::fmt;
 
 use crate::shortage::Shortage;
 
-/// What is to be done about an error; decides the exit code.
+/// What to do about an error; decides the exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// The command line is wrong. Exit code 64.
@@ -23,9 +23,9 @@ pub enum Kind {
     Interrupted,
     /// Interrupted, and steps were lost (the journal says how many). Start again. Exit code 76.
     InterruptedWithLoss,
-    /// The store or the system refused for want of permission. Exit code 77.
+    /// The store or the system refused for lack of permission. Exit code 77.
     Permission,
-    /// The configuration, or what it names, is wrong. Exit code 78.
+    /// The configuration, or something that it names, is wrong. Exit code 78.
     Config,
     /// Another writer has this run. Exit code 79.
     Fenced,
@@ -50,9 +50,9 @@ impl Kind {
 
 /// Implemented by every module's error enum.
 pub trait Explain: std::error::Error + Send + Sync + 'static {
-    /// What is to be done about it.
+    /// What to do about it.
     fn kind(&self) -> Kind;
-    /// One sentence that says how to fix it, where we know.
+    /// One sentence that says how to fix it, if known.
     fn hint(&self) -> Option<String> {
         None
     }
@@ -82,8 +82,7 @@ impl Error {
         Self { kind, hint: None, context: Vec::new(), source: source.into() }.heeding_shortage()
     }
 
-    /// A system that is short of something is no bug and no mistake: time, or whoever looks after the machine, mends
-    /// it.
+    /// A system that lacks a resource is no bug and no mistake: time, or the machine's administrator, can fix it.
     fn heeding_shortage(mut self) -> Self {
         let Some(shortage) = Shortage::of(&*self.source) else { return self };
         if matches!(self.kind, Kind::Usage | Kind::Data | Kind::Bug | Kind::Config | Kind::Permission) {
@@ -102,15 +101,15 @@ impl Error {
         self
     }
 
-    /// Adds what was being done, a verb phrase: "read manifest".
+    /// Adds the operation, a verb phrase: "read manifest".
     #[must_use]
     pub fn context(mut self, doing: impl Into<String>) -> Self {
         self.context.push(doing.into());
         self
     }
 
-    /// The same of an object that a configuration or a job names: one that is not there, or is not what it should be,
-    /// is a mistake of whoever named it; a store that does not answer or refuses is not.
+    /// The same for an object that a configuration or a job names: if it is missing or malformed, the input that names
+    /// it is wrong; a store that does not answer or refuses keeps its kind.
     #[must_use]
     pub fn of_what_is_named(mut self) -> Self {
         if !matches!(self.kind, Kind::Unavailable | Kind::Permission) {
@@ -119,7 +118,7 @@ impl Error {
         self
     }
 
-    /// What is to be done about it.
+    /// What to do about it.
     pub const fn kind(&self) -> Kind {
         self.kind
     }
@@ -136,7 +135,7 @@ impl Error {
         false
     }
 
-    /// How to fix it, where we know.
+    /// How to fix it, if known.
     pub fn hint(&self) -> Option<&str> {
         self.hint.as_deref()
     }
@@ -159,7 +158,7 @@ impl fmt::Display for Error {
         let mut cause = self.source.source();
         while let Some(error) = cause {
             let text = error.to_string();
-            // Some libraries repeat the cause in their own text: say it once.
+            // Some libraries repeat the cause in their own text: print it once.
             if !said.contains(&text) {
                 write!(f, ": {text}")?;
                 said = text;
@@ -178,7 +177,7 @@ impl fmt::Debug for Error {
 
 /// Adds context to a result whose error can become an [`Error`].
 pub trait Context<T> {
-    /// Adds what was being done, a verb phrase: "read manifest".
+    /// Adds the operation, a verb phrase: "read manifest".
     fn context(self, doing: impl Into<String>) -> Result<T>;
 }
 

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-/// How long a thread that has sent SIGSTOP waits for it.
+/// How long a thread that has sent SIGSTOP waits for it to take effect.
 const STOPPING: Duration = Duration::from_millis(50);
 /// The environment variable that arms crash points.
 pub const VARIABLE: &str = "TRAINER_FAULTS";
@@ -34,12 +34,12 @@ struct Fault {
     hit: Option<u64>,
 }
 
-/// Where a point stands; narrows which faults fire.
+/// The place of a point; narrows which faults fire.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct At {
-    /// The rank, where there is one.
+    /// The rank, if there is one.
     pub rank: Option<u32>,
-    /// The step, where there is one.
+    /// The step, if there is one.
     pub step: Option<u64>,
 }
 
@@ -104,7 +104,7 @@ pub fn check(point: &str, at: At) -> Result<(), Injected> {
     match fault.action {
         Action::Kill => {
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
-            // SIGKILL is not handled by anyone; should it be slow, do not run on.
+            // SIGKILL can't be handled; if it is slow, do not run on.
             loop {
                 std::thread::park();
             }

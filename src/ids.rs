@@ -1,7 +1,7 @@
 //! Newtypes for every id and count that could be swapped for another.
 //!
-//! Ids that become part of an object key are checked here, once, when they are made: a [`RunId`] or [`NodeId`] in hand
-//! can be put into a key without a second look.
+//! Ids that become part of an object key are checked here, once, when they are made: a [`RunId`] or [`NodeId`] can be
+//! put into a key without another check.
 
 use std::{fmt, str::FromStr};
 
@@ -54,16 +54,16 @@ number! {
     Rank(u32)
 }
 number! {
-    /// How many workers a generation has.
+    /// The number of workers of a generation.
     WorldSize(u32)
 }
 
-/// Which data a run is trained on, by checksums (CRC64-NVME, 16 lower-case hex digits).
+/// The identity of a run's training data, by checksums (CRC64-NVME, 16 lower-case hex digits).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DatasetId {
     /// Of the bytes of the dataset's index, which holds those of every shard and of the tokenizer.
     pub index: String,
-    /// Of the tokenizer's vocabulary: what a token id means. A dataset that is made anew with the same tokenizer keeps
+    /// Of the tokenizer's vocabulary: the meaning of token ids. A dataset that is rebuilt with the same tokenizer keeps
     /// it.
     pub vocabulary: String,
 }
@@ -152,8 +152,8 @@ text_id! {
     NodeId, "node id"
 }
 text_id! {
-    /// Made anew for every journal record and manifest, and written in its body: a writer whose answer was lost reads
-    /// the object back and knows by this id whether it won.
+    /// Created anew for every journal record and manifest, and written in its body: a writer whose answer was lost
+    /// reads the object back and sees by this id whether it won.
     AttemptId, "attempt id"
 }
 

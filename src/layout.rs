@@ -1,4 +1,4 @@
-//! Every key name of a run; no other file spells one.
+//! All key names of a run; no other file spells one out.
 //!
 //! ```text
 //! <store>/<run-id>/
@@ -28,9 +28,9 @@ pub const DRAINS: &str = "drains";
 pub const CHECKPOINTS: &str = "checkpoints";
 /// Name of a checkpoint's manifest.
 pub const MANIFEST: &str = "manifest.json";
-/// Name of a checkpoint's state that is not tensors.
+/// Name of the file with a checkpoint's state outside the tensors.
 pub const TRAINER_STATE: &str = "trainer_state.json";
-/// Name of the list that says which weight lies in which file (Hugging Face).
+/// Name of the list of weights and their files (Hugging Face).
 pub const MODEL_INDEX: &str = "model.safetensors.index.json";
 /// Name of the model's description (Hugging Face).
 pub const MODEL_CONFIG: &str = "config.json";
@@ -95,7 +95,7 @@ pub fn heartbeat(node: &NodeId) -> String {
     format!("{NODES}/{node}.json")
 }
 
-/// Key of the request that a generation save and stop.
+/// Key of the request that a generation should save and stop.
 pub fn drain(generation: Generation) -> String {
     format!("{DRAINS}/g{:04}.json", generation.get())
 }

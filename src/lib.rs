@@ -10,8 +10,8 @@
 //!              └────────────────────────────────────────────────────────────┘      (c10d: NCCL or Gloo)
 //! ```
 //!
-//! The modules stand in the order in which data flows, and imports point down this list only: a test reads this file's
-//! `pub mod` lines and every `use crate::` line and holds them together.
+//! The modules stand in the order in which data flows, and imports point down this list only: a test compares this
+//! file's `pub mod` lines with every `use crate::` line.
 #![warn(missing_docs)]
 
 pub mod cli;

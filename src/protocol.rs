@@ -1,7 +1,7 @@
 //! The typed messages between an agent and its workers.
 //!
 //! They travel over a Unix stream socket that the worker inherits: 4 bytes little-endian length, then JSON. Either side
-//! treats the end of the stream as the death of the other: an agent restarts the group, a worker leaves at once.
+//! treats the end of the stream as the death of the other: an agent restarts the group, a worker exits at once.
 //!
 //! Order of a worker's life: `Start` → (`Listening` by rank 0, `Peers` to all) → `Built` → `Layout` → (`Restore`) →
 //! `Ready` → `Go` → steps → `Stopped`. A step report is the only message of the step loop, and it does not wait.
@@ -19,7 +19,7 @@ use crate::{
     },
 };
 
-/// The longest message that is believed: a plan of a model with very many tensors is a few MiB.
+/// The longest message that is accepted: a plan of a model with very many tensors is a few MiB.
 pub const MAX_MESSAGE: u32 = 64 << 20;
 
 /// The descriptors of the node's two slots in a worker; its standard input is the control socket.
@@ -30,7 +30,7 @@ pub const WORKER_SUBCOMMAND: &str = "worker";
 /// From the agent to a worker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum ToWorker {
-    /// Who you are and what you train. Always first.
+    /// The worker's identity and its task. Always first.
     Start(Box<Assignment>),
     /// Where rank 0's c10d store listens.
     Peers {
@@ -39,14 +39,14 @@ pub enum ToWorker {
         /// Its port.
         port: u16,
     },
-    /// How your image is laid out; both slots have room for it now.
+    /// The layout of the worker's image; both slots have room for it now.
     Layout {
         /// Your image.
         plan: Box<ImagePlan>,
         /// Its first byte in each slot; a multiple of the page.
         base: u64,
     },
-    /// A slot holds what is to be loaded, checked: load it.
+    /// A slot holds the state to load, verified: load it.
     Restore {
         /// The slot.
         slot: u8,
@@ -60,7 +60,7 @@ pub enum ToWorker {
         /// Saves already decided.
         saves: Vec<SaveOrder>,
     },
-    /// Hold at the next step boundary and say where you are; see [`crate::worker::gate`].
+    /// Hold at the next step boundary and report the last step started; see [`crate::worker::gate`].
     Freeze {
         /// Echoed in the answer.
         ticket: u64,
@@ -72,7 +72,7 @@ pub enum ToWorker {
         /// Stop after this step; never one already passed.
         stop_after: Option<Step>,
     },
-    /// Leave now; nothing more is wanted.
+    /// Exit now; nothing more is wanted.
     Exit,
 }
 
@@ -88,7 +88,7 @@ pub struct SaveOrder {
     pub mode: CaptureMode,
 }
 
-/// Who a worker is and what it trains.
+/// A worker's identity and task.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Assignment {
     /// Its rank in the world.
@@ -103,7 +103,7 @@ pub struct Assignment {
     pub config: RunConfig,
     /// Local folder that holds the token shards.
     pub data_dir: std::path::PathBuf,
-    /// The data that must lie there.
+    /// The data that must be there.
     pub data: DatasetId,
     /// The step whose state is loaded; 0: a fresh start.
     pub resume_step: Step,
@@ -117,11 +117,11 @@ pub enum FromWorker {
         /// Its port.
         port: u16,
     },
-    /// The model stands; this is its whole state, the same list on every rank.
+    /// The model is built; this is its whole state, the same list on every rank.
     Built {
         /// Every tensor of the state.
         tensors: Vec<TensorSpec>,
-        /// What it computes on: `cpu`, `cuda:0`.
+        /// The device: `cpu`, `cuda:0`.
         device: String,
         /// Trained parameters.
         parameters: u64,
@@ -143,7 +143,7 @@ pub enum FromWorker {
         step: Step,
         /// The slot.
         slot: u8,
-        /// Copying took, seconds.
+        /// How long copying took, seconds.
         copy_s: f64,
     },
     /// The loop waited for the capture of `step` before it could change the state.
@@ -168,11 +168,11 @@ pub enum FromWorker {
         /// The last finished step.
         step: Step,
     },
-    /// It can't go on. Sent once, before it leaves.
+    /// It can't go on. Sent once, before it exits.
     Failed {
-        /// What a person should know.
+        /// The message for people.
         message: String,
-        /// How to fix it, where known.
+        /// How to fix it, if known.
         hint: Option<String>,
         /// Starting again will not help: wrong configuration, a vocabulary that does not fit.
         permanent: bool,
@@ -240,7 +240,7 @@ pub fn read_message<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<Opt
     if len > MAX_MESSAGE {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("message of {len} bytes")));
     }
-    // Memory is taken as bytes come, not as the length promises.
+    // Memory is allocated as bytes arrive, not as the length promises.
     let mut body = Vec::new();
     from.take(len.into()).read_to_end(&mut body)?;
     if body.len() < len as usize {

@@ -1,4 +1,4 @@
-//! SplitMix64: random numbers that are the same bits on every machine, for whoever needs a stream with a seed.
+//! SplitMix64: random numbers with the same bits on every machine, for any use that needs a stream with a seed.
 
 /// SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 #[derive(Clone, Debug)]
@@ -12,7 +12,7 @@ impl SplitMix64 {
 
     /// The stream that belongs to `name` under `seed`.
     pub fn named(seed: u64, name: &str) -> Self {
-        // FNV-1a, then mixed with the seed, so that near seeds and near names give far streams.
+        // FNV-1a, then mixed with the seed, so that similar seeds and names give unrelated streams.
         let hash = name
             .bytes()
             .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
@@ -25,7 +25,7 @@ impl SplitMix64 {
         mix(self.0)
     }
 
-    /// Evenly from [0, 1), 53 bits.
+    /// Uniformly from [0, 1), 53 bits.
     pub fn next_f64(&mut self) -> f64 {
         (self.next_u64() >> 11) as f64 * (1.0 / (1_u64 << 53) as f64)
     }

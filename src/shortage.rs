@@ -1,7 +1,8 @@
-//! What the system is short of, by its error numbers (errno(3)): files, processes, memory, room on a disk.
+//! Shortages of the system, by its error numbers (errno(3)): files, processes, memory, disk space.
 //!
-//! Such an error is nobody's mistake and no fault of this program: the same call succeeds when there is more of it.
-//! Every error that ends at the user is looked at here ([`crate::error`]), so that no module need know the numbers.
+//! Such an error is nobody's mistake and no fault of this program: the same call succeeds once there is more of the
+//! resource. Every error that reaches the user is checked here ([`crate::error`]), so that no module need know the
+//! numbers.
 
 use std::{error::Error as StdError, io};
 
@@ -13,7 +14,7 @@ use rustix::{
 /// As many open files as this program may want: connections to a store, shards of a dataset, workers.
 const FILES: u64 = 65_536;
 
-/// What there is too little of.
+/// The scarce resource.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shortage {
     /// EMFILE, ENFILE: open files.
@@ -22,12 +23,12 @@ pub enum Shortage {
     Processes,
     /// ENOMEM.
     Memory,
-    /// ENOSPC, EDQUOT: room on a disk.
+    /// ENOSPC, EDQUOT: disk space.
     Room,
 }
 
 impl Shortage {
-    /// What `error`, or a cause of it, says that there is too little of.
+    /// The shortage that `error`, or a cause of it, reports.
     pub fn of(error: &(dyn StdError + 'static)) -> Option<Self> {
         let mut cause = Some(error);
         while let Some(error) = cause {
@@ -43,7 +44,7 @@ impl Shortage {
         None
     }
 
-    /// The same of words (strerror(3)): what a worker says of a library that says no more.
+    /// The same from words (strerror(3)): a worker's report of a library that says no more.
     pub fn in_words(words: &str) -> Option<Self> {
         const WORDS: [(&str, Shortage); 6] = [
             ("Too many open files", Shortage::Files),
@@ -59,7 +60,7 @@ impl Shortage {
     fn of_io(error: &io::Error) -> Option<Self> {
         match error.raw_os_error() {
             Some(number) => Self::of_number(number),
-            // One with a text of its own may hold another.
+            // An error with a text of its own may hold another.
             None => match error.kind() {
                 io::ErrorKind::OutOfMemory => Some(Self::Memory),
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some(Self::Room),
@@ -78,7 +79,7 @@ impl Shortage {
         }
     }
 
-    /// What to type next.
+    /// A hint about what to type next.
     pub const fn hint(self) -> &'static str {
         match self {
             Self::Files => {
@@ -98,8 +99,8 @@ impl Shortage {
     }
 }
 
-/// Whether LibTorch's words say that memory ran out, on a GPU or on the host: its own allocators', CUDA's, cuBLAS's and
-/// NCCL's.
+/// Whether LibTorch's message says that memory ran out, on a GPU or on the host: its own allocators', CUDA's, cuBLAS's
+/// and NCCL's.
 pub fn is_out_of_memory(words: &str) -> bool {
     const WORDS: [&str; 6] = [
         "out of memory",
@@ -112,13 +113,13 @@ pub fn is_out_of_memory(words: &str) -> bool {
     WORDS.iter().any(|said| words.contains(said))
 }
 
-/// Takes as many open files as the system lets this process have: shells and service managers give 1,024, of which many
-/// connections and shards leave nothing. Children inherit it.
+/// Raises the limit of open files as far as the system allows: shells and service managers give 1,024, too few for many
+/// connections and shards. Children inherit it.
 pub fn allow_open_files() {
     let limit = getrlimit(Resource::Nofile);
     let wanted = limit.maximum.map_or(FILES, |most| most.min(FILES));
     if limit.current.is_some_and(|current| current < wanted) {
-        // Where it is refused, the limit stays as it is.
+        // If it is refused, the limit stays as it is.
         let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: limit.maximum });
     }
 }

@@ -1,28 +1,28 @@
 //! Threads that run only while a core would be idle.
 //!
-//! Linux's `SCHED_IDLE` (sched(7)) gives a thread a core when nobody else wants it, and takes it away at once when
-//! somebody does; it needs no privilege. Copies of snapshots and transfers of checkpoints run so: what they cost is not
-//! training's time.
+//! Linux's `SCHED_IDLE` (sched(7)) gives a thread a core when no other thread wants it, and takes it away at once when
+//! one does; it needs no privilege. Copies of snapshots and transfers of checkpoints run this way, so they take no time
+//! from training.
 
 use thread_priority::{
     ThreadPriority,
     unix::{NormalThreadSchedulePolicy, ThreadSchedulePolicy, set_thread_priority_and_policy, thread_native_id},
 };
 
-/// Niceness where the kernel does not let a thread be idle.
+/// The niceness if the kernel does not let a thread be idle.
 const NICENESS: i32 = 19;
 
-/// The calling thread gives way to all others from now on. Where that is refused it competes a little.
+/// The calling thread yields to all others from now on. If that is refused, it competes a little.
 pub fn give_way() {
     let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
     if let Err(error) = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle) {
         tracing::debug!(?error, "thread keeps its scheduling policy");
-        // On Linux this is the calling thread alone.
+        // On Linux this affects only the calling thread.
         let _ = rustix::process::setpriority_process(None, NICENESS);
     }
 }
 
-/// What tests look at.
+/// For tests.
 #[cfg(test)]
 pub(crate) mod testing {
     /// The number of the policy that [`super::give_way`] asks for (sched(7)).

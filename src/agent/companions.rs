@@ -1,9 +1,9 @@
 //! The small files that make a checkpoint's folder a Hugging Face model folder, which any program opens: the model's
-//! description, how text is made, and the tokenizer.
+//! description, the generation settings and the tokenizer.
 //!
-//! What they say of tokens is what the data says. A run that starts from the weights of a folder whose tokenizer is the
-//! data's takes that tokenizer's other files along, chat templates included. They are read from the folder when the run
-//! is created, and from the newest checkpoint when it is carried on: the folder may be gone by then.
+//! What these files say about tokens agrees with the data. A run that starts from the weights of a folder whose
+//! tokenizer is the data's takes that tokenizer's other files along, chat templates included. They are read from the
+//! folder when the run is created, and from the newest checkpoint when it is resumed: the folder may be gone by then.
 
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
@@ -26,13 +26,13 @@ use crate::{
 /// Files by name.
 pub type Files = Vec<(String, Bytes)>;
 
-/// A file of a tokenizer of any size in use is smaller.
+/// The largest file that is read. Files of every tokenizer in use are smaller.
 const MAX_FILE: u64 = 256 << 20;
-/// Files of a folder that are asked for at once.
+/// Files requested at once from a folder.
 const ASKED: usize = 8;
-/// Checkpoints that are asked for what a run took along, newest first.
+/// Checkpoints searched for the files that a run took along, newest first.
 const CHECKPOINTS: usize = 3;
-/// A run that exists does not wait longer for the folder that it once started from.
+/// How long a resumed run waits for the folder that it once started from.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The data's tokenizer.
@@ -46,13 +46,13 @@ pub struct Tokens {
 }
 
 impl Tokens {
-    /// Of a dataset's folder on this machine.
+    /// The tokens of a dataset's folder on this machine.
     pub fn of(dir: &Path, index: &Index) -> Result<Self> {
         let path = dir.join(layout::TOKENIZER);
         let json: Bytes = std::fs::read(&path)
             .map_err(|error| Error::from_source(Kind::Config, error).context(format!("read {}", path.display())))?
             .into();
-        // The data was made with it, whatever it may be: without its vocabulary the files only say less.
+        // The data was made with this tokenizer, whatever it is: without its vocabulary the files only say less.
         let meaning = Meaning::of_json(&json).unwrap_or_else(|reason| {
             tracing::warn!("{} {reason}", path.display());
             Meaning::default()
@@ -70,10 +70,10 @@ pub fn plain(config: &RunConfig, tokens: &Tokens) -> Result<Files> {
     files(config, tokens, None).map(|(files, _)| files)
 }
 
-/// Looks at what a new run starts from, and takes along what belongs to it.
+/// Reads what a new run starts from, and takes along the files that belong to it.
 ///
 /// # Errors
-/// Weights or a tokenizer that are not those of the model and the data.
+/// When the weights or the tokenizer are not those of the model and the data.
 pub async fn of_new_run(config: &RunConfig, resolved: &mut Resolved, reporter: &Reporter) -> Result<()> {
     let dataset = Dataset::open(resolved.data.dir())?;
     let tokens = Tokens::of(resolved.data.dir(), dataset.index())?;
@@ -99,7 +99,7 @@ pub fn holders(state: &RunState) -> Vec<Committed> {
     state.candidates().into_iter().take(CHECKPOINTS).map(|checkpoint| checkpoint.committed.clone()).collect()
 }
 
-/// Takes along what a run that exists had from the folder that it started from. A run is not held up for want of it.
+/// Takes along the files that an existing run has from the folder it started from. Missing files do not hold up a run.
 pub async fn of_existing_run(resolved: &mut Resolved, run: &Store, holders: &[Committed]) -> Result<()> {
     let config = resolved.config.clone();
     let (Some(uri), TokenizerRule::Same) = (&config.model.init_from, config.data.tokenizer) else { return Ok(()) };
@@ -146,7 +146,7 @@ async fn from_folder(folder: &Store) -> Result<Files> {
     Ok(found.into_iter().flatten().collect())
 }
 
-/// The same out of the newest checkpoint that has them.
+/// The same, from the newest checkpoint that has them.
 async fn from_checkpoints(run: &Store, holders: &[Committed]) -> Option<Files> {
     for committed in holders {
         let read = async {
@@ -168,8 +168,8 @@ async fn from_checkpoints(run: &Store, holders: &[Committed]) -> Option<Files> {
     None
 }
 
-/// All files, and what of the folder and the description contradicts the data. `own`: the tokenizer is that of a model
-/// folder, which has these files.
+/// All files, and every statement of the folder or the description that contradicts the data. `own`: the tokenizer is
+/// that of a model folder, which has these files.
 fn files(config: &RunConfig, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> Result<(Files, Vec<String>)> {
     let mut said = Vec::new();
     let mut files: BTreeMap<String, Bytes> = own.unwrap_or_default().iter().cloned().collect();
@@ -212,7 +212,7 @@ fn object(bytes: &[u8]) -> Option<Map<String, Value>> {
     serde_json::from_slice(bytes).ok()
 }
 
-/// Whether an `eos_token_id`, one or a list of them, holds the data's.
+/// Whether an `eos_token_id`, one id or a list, includes the data's.
 fn holds(ids: &Value, eos_id: u32) -> bool {
     match ids {
         Value::Array(ids) => ids.iter().any(|id| *id == eos_id),
@@ -220,7 +220,7 @@ fn holds(ids: &Value, eos_id: u32) -> bool {
     }
 }
 
-/// That `file` says otherwise than the data.
+/// The message that `file` contradicts the data.
 fn contradiction(file: &str, found: &Value, tokens: &Tokens) -> String {
     let found: String = found.to_string().chars().take(80).collect();
     let eos = tokens.eos().map(|text| format!("{text:?}, ")).unwrap_or_default();
@@ -241,7 +241,7 @@ fn description(config: &Value, tokens: &Tokens, own: bool, said: &mut Vec<String
         }
         map.insert("eos_token_id".into(), tokens.eos_id.into());
     }
-    // Another tokenizer may have anything in its place.
+    // Another tokenizer may have any token under that id.
     if !own && map.contains_key("bos_token_id") && bos(map, tokens).is_none() {
         map.insert("bos_token_id".into(), Value::Null);
     }
@@ -267,7 +267,7 @@ fn bos(description: &Map<String, Value>, tokens: &Tokens) -> Option<u32> {
     tokens.meaning.is_special(id).then_some(id)
 }
 
-/// How text is made: as the folder says, and ended as the data says.
+/// The generation settings: as the folder says, ending with the data's end token.
 fn generation_config(
     folder: Option<Map<String, Value>>,
     description: &Value,
@@ -290,8 +290,8 @@ fn generation_config(
     Value::Object(generation)
 }
 
-/// The settings of a tokenizer that has none: without them transformers makes one of the model's kind, with tokens of
-/// its own.
+/// Tokenizer settings where there are none: without them transformers would assume the model's default tokenizer, with
+/// its own special tokens.
 fn tokenizer_config(tokens: &Tokens, description: &Value, longest: u32) -> Value {
     let mut settings = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -308,7 +308,7 @@ fn tokenizer_config(tokens: &Tokens, description: &Value, longest: u32) -> Value
     settings
 }
 
-/// Has settings of a tokenizer name the data's end token; whether they are others now.
+/// Sets the data's end token in a tokenizer's settings; returns whether that changed them.
 fn end_with(settings: &mut Map<String, Value>, file: &str, tokens: &Tokens, said: &mut Vec<String>) -> bool {
     let Some(eos) = tokens.eos() else { return false };
     let given = settings.get("eos_token").filter(|token| !token.is_null());
@@ -323,8 +323,8 @@ fn end_with(settings: &mut Map<String, Value>, file: &str, tokens: &Tokens, said
     true
 }
 
-/// The same tokenizer without what puts special tokens around a text, as the data is without them; `None` where there
-/// is nothing of the kind.
+/// The same tokenizer without the step that puts special tokens around a text, since the data has none; `None` if it
+/// has no such step.
 fn without_special_tokens(json: &[u8]) -> Option<Value> {
     fn adds(step: &Value) -> bool {
         let pieces = ["single", "pair"].into_iter().filter_map(|key| step[key].as_array()).flatten();

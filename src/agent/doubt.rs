@@ -1,10 +1,10 @@
 //! A checkpoint that seems damaged when it is loaded: is it the checkpoint, or this machine?
 //!
-//! It is read again before anything is concluded, into other memory and by other threads. Whole: what was damaged was a
-//! transfer, or this machine damages what it carries; it is loaded again, a few times, and then this process leaves for
-//! another machine's sake. Damaged in the same way: it is passed over, and condemned once this process has loaded
-//! another one whole ([`crate::checkpoint::condemn`]). Damaged in another way each time: it is what reads that is
-//! broken.
+//! It is read again before anything is concluded, into other memory and by other threads. If it is then whole, a
+//! transfer was damaged, or this machine damages the data it carries: it is loaded again, a few times, and then this
+//! process exits so that another machine can take over. If it is damaged in the same way, it is skipped, and condemned
+//! once this process has loaded another one whole ([`crate::checkpoint::condemn`]). If it is damaged differently each
+//! time, the reading side is broken.
 
 use std::time::Duration;
 
@@ -23,31 +23,31 @@ use crate::{
     storage::{Priority, Store},
 };
 
-/// Readings of a checkpoint that seemed damaged while it was loaded: one that finds it whole is believed.
+/// How often a checkpoint that seemed damaged on loading is read again. One reading that finds it whole is enough.
 const READ_AGAIN: usize = 2;
-/// So many loads in a row that failed though the checkpoint is whole: that is not for us to wait out.
+/// Failed loads in a row, of a checkpoint that is whole, after which this process gives up.
 const LOADS: u32 = 4;
-/// What seems damaged before a byte of it is loaded is looked at once more after so long: what garbled an answer may
-/// have passed by then.
+/// The pause before a second look at a checkpoint that seems damaged before a byte of it is loaded: the cause of a
+/// garbled answer may have passed by then.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Bytes of one range when a checkpoint is read again.
 const PART: u64 = 16 << 20;
 
-/// Damage as one reading has found it.
+/// Damage found by one reading.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Found {
     object: String,
     reason: String,
 }
 
-/// What this machine garbles.
+/// The path on which this machine garbles data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Path {
-    /// What the many threads of a restore read, whatever the memory.
+    /// The parallel reads of a restore, whatever the memory.
     Bulk,
-    /// What lies in the memory of the snapshot slot.
+    /// The memory of the snapshot slot.
     Slot,
-    /// What comes from the store: each reading gives other bytes.
+    /// The store's answers: each reading gives other bytes.
     Store,
 }
 
@@ -63,27 +63,27 @@ impl Path {
     }
 }
 
-/// What is to be done after a load that has failed.
+/// What to do after a failed load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Decision {
-    /// Once more, the same.
+    /// Load the same checkpoint again.
     Again,
-    /// Once more would be once too often: leave, and say what is broken.
+    /// Exit, and report what is broken: one more attempt would be one too many.
     Leave,
     /// Each reading gives other bytes.
     Contradiction,
-    /// Take another one.
+    /// Skip it and choose another one.
     PassOver,
 }
 
-/// `load`: what the load has found; `readings`: what reading it again has found, `None`: it is whole; `failed`: loads
-/// in a row that have failed like this one, this one among them.
+/// `load`: the damage that the load found; `readings`: the damage that each further reading found, `None`: it was
+/// whole; `failed`: loads in a row that have failed like this one, including this one.
 fn decide(load: &Found, readings: &[Option<Found>], failed: u32) -> Decision {
     if readings.iter().any(Option::is_none) {
         return if failed < LOADS { Decision::Again } else { Decision::Leave };
     }
     let all = || readings.iter().flatten().chain([load]);
-    // The bytes of an object are the same for ever: two checksums of it are one too many.
+    // The bytes of an object never change, so two different checksums of it contradict each other.
     let contradicts = |a: &Found, b: &Found| a.object == b.object && a.is_sum() && b.is_sum() && a.reason != b.reason;
     if all().any(|a| all().any(|b| contradicts(a, b))) { Decision::Contradiction } else { Decision::PassOver }
 }
@@ -93,13 +93,13 @@ impl Found {
         report.damage().map(|(object, reason)| Self { object: object.to_owned(), reason: reason.to_owned() })
     }
 
-    /// Whether another checksum was found, and not another length, or nothing.
+    /// Whether a different checksum was found, rather than a different length or nothing.
     fn is_sum(&self) -> bool {
         self.reason.starts_with("its checksum is ")
     }
 }
 
-/// This machine is not to be trusted with what it reads; another one is.
+/// The error that this machine's reads can't be trusted; another machine's can.
 fn garbles(step: Step, found: &Found, path: Path) -> Error {
     let Found { object, reason } = found;
     let what = format!(
@@ -117,7 +117,7 @@ async fn read(run: &Store, committed: &Committed) -> Result<Report, CheckpointEr
 
 impl Agent {
     /// The checkpoints to choose from: those that this process has not found damaged. One that `--from` names may be
-    /// condemned: it is read whole first, and then the verdict is taken back.
+    /// condemned: it is first read in full, and then the verdict is withdrawn.
     pub(super) async fn candidates(&self) -> Result<Vec<Committed>> {
         if let Some(step) = self.from {
             self.take_back(step).await?;
@@ -128,7 +128,7 @@ impl Agent {
         Ok(choice.map(|checkpoint| checkpoint.committed.clone()).collect())
     }
 
-    /// The newest of them that is whole as far as sizes tell.
+    /// The newest of them that is whole as far as sizes show.
     pub(super) async fn newest_usable(
         &self,
         candidates: &[Committed],
@@ -178,9 +178,10 @@ impl Agent {
         }))
     }
 
-    /// Whether a generation may go on from this one. Where that turns the run away from newer ones which only this
-    /// process has found damaged, it must have read this one whole: what a generation has turned away from stays
-    /// behind, and a machine that garbles everything would otherwise lead a run back from one checkpoint to the next.
+    /// Whether a generation may start from this checkpoint. If that turns the run away from newer ones that only this
+    /// process has found damaged, it must have read this one in full: checkpoints that a generation has turned away
+    /// from stay behind, and a machine that garbles everything would otherwise lead a run back from one checkpoint to
+    /// the next.
     pub(super) async fn is_whole_if_turned_back_to(&self, committed: &Committed) -> Result<bool> {
         let turns_back = self.from.is_none() && {
             let state = self.journal.state();
@@ -234,7 +235,7 @@ impl Agent {
         })
     }
 
-    /// A checkpoint did not pass its checksums while it was loaded.
+    /// A checkpoint failed its checksums while it was loaded.
     pub(super) async fn step_over(&self, load: &Load, object: &str, reason: &str) -> Result<()> {
         let loaded = Found { object: object.to_owned(), reason: reason.to_owned() };
         let Load::Checkpoint { step, generation, .. } = load else {
@@ -246,7 +247,7 @@ impl Agent {
         let Some(committed) = committed else {
             return Err(Error::new(Kind::Bug, format!("step {step} was loaded and was never committed")));
         };
-        // Of a disk that has gone away every object is missing.
+        // When a disk has gone away, every object is missing.
         self.run.holds().await?;
         let mut readings = Vec::new();
         while readings.len() < READ_AGAIN && readings.iter().all(Option::is_some) {
@@ -260,7 +261,7 @@ impl Agent {
                 Ok(())
             }
             Decision::Leave => {
-                // The threads of a restore, and memory that is no slot's.
+                // As many threads as a restore, and memory outside the slots.
                 let bulk = read(&self.run.at_priority(Priority::Urgent), &committed).await?;
                 Err(garbles(step, &loaded, if bulk.is_sound() { Path::Slot } else { Path::Bulk }))
             }

@@ -1,13 +1,13 @@
-//! What the state machine of a generation wants done, and who does it.
+//! The effects that the state machine of a generation asks for, and their performer.
 //!
 //! [`Effects`] are plain values that [`StateMachine::handle`](super::phase::StateMachine::handle) gives back;
-//! [`Performer::perform`] carries them out, in order. None of them waits: what takes time is a task of its own, whose
-//! end comes back as an [`Event`]. What answers at once does so as an event, too.
+//! [`Performer::perform`] carries them out, in order. None of them waits: an effect that takes time runs as a task of
+//! its own, whose end comes back as an [`Event`]. An immediate answer is an event, too.
 //!
 //! Owns: worker processes, snapshot slots, and all tasks of the generation. Decides nothing.
 //!
-//! *Crash:* what is under way is lost, and no record names it. *Cancel:* [`Performer::end`] ends all of it; what has
-//! been sent to the store may land.
+//! *Crash:* work under way is lost, and no record names it. *Cancel:* [`Performer::end`] ends all of it; requests
+//! already sent to the store may land.
 
 use std::{ops::ControlFlow, time::Duration};
 
@@ -44,11 +44,11 @@ use crate::{
     storage::Crc64,
 };
 
-/// How long workers that were asked to leave may take.
+/// How long workers may take to exit when asked to.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long the end of a generation waits for the records of notices, which give way to all others.
+/// How long the end of a generation waits for the records of notices, which yield to all others.
 const NOTED: Duration = Duration::from_secs(1);
-/// How long processes that were killed may take to be gone. One that hangs in the kernel never is.
+/// How long killed processes may take to be gone. One that hangs in the kernel never is.
 const GONE: Duration = Duration::from_secs(10);
 /// One thing to do.
 #[derive(Debug)]
@@ -57,9 +57,9 @@ pub enum Effect {
     TellAll(ToWorker),
     /// Size the slots for this state, and tell each worker where it writes. Answered by [`Event::LaidOut`].
     LayOut(Vec<TensorSpec>),
-    /// The checkpoint that was fetched lies in its slot: hold it there for workers that crash.
+    /// The fetched checkpoint lies in its slot: hold it there for workers that crash.
     Received,
-    /// This checkpoint was restored from, so every byte of its tensors was held against its checksums.
+    /// This checkpoint was restored from, so every byte of its tensors was verified against its checksums.
     Vouch {
         /// Its step.
         step: Step,
@@ -68,7 +68,7 @@ pub enum Effect {
     },
     /// Upload a slot and commit it. Followed by [`Event::Save`].
     Upload(Transfer),
-    /// What the save under way has cost by now.
+    /// The cost of the save under way so far.
     Cost(SaveCost),
     /// A slot's snapshot is committed: hold it for workers that crash.
     Hold {
@@ -88,17 +88,17 @@ pub enum Effect {
         /// The pause.
         after: Duration,
     },
-    /// Look whether the run is still ours. A bad answer is [`Event::Lost`].
+    /// Check whether the run is still ours. A bad answer is [`Event::Lost`].
     Look,
     /// Append a notice's record, if the journal is free.
     Note(Record),
-    /// From now on the store and the journal belong to what is to be saved.
+    /// From now on the store and the journal are reserved for the last saves.
     Hush,
-    /// Whether there is more important work for the store than looking at what is kept: a restore, or a save.
+    /// Whether the store has more important work than checking kept checkpoints: a restore, or a save.
     Busy(bool),
-    /// Delete what is no longer wanted.
+    /// Delete the checkpoints that are no longer wanted.
     Prune,
-    /// Kill all workers; nothing if that was done before.
+    /// Kill all workers; no effect if already done.
     Kill,
     /// Tell people.
     Report(report::Event),
@@ -109,27 +109,27 @@ pub enum Effect {
 /// A line of the log.
 #[derive(Debug)]
 pub enum Log {
-    /// The model stands.
+    /// The model is built.
     Built {
-        /// What rank 0 computes on.
+        /// The device that rank 0 computes on.
         device: String,
         /// Trained parameters.
         parameters: u64,
         /// Workers on this node.
         workers: u32,
     },
-    /// Captures are made in this way from now on.
+    /// The way in which captures are made from now on.
     Chosen(Choice),
-    /// Why a notice leaves the time to train on.
+    /// Why a notice leaves time to train on.
     TrainsOn(String),
-    /// Transfers no longer give way to other threads: a save took so long to be durable, seconds.
+    /// Transfers no longer yield to other threads: a save took too long to be durable.
     Starved {
         /// Seconds.
         durable_s: f64,
     },
 }
 
-/// All that is to be done after one event, in order, and how the generation has ended, if it has.
+/// All effects of one event, in order, and how the generation has ended, if it has.
 #[must_use]
 #[derive(Debug, Default)]
 pub struct Effects {
@@ -138,42 +138,42 @@ pub struct Effects {
 }
 
 impl Effects {
-    /// One more thing to do, after those before it.
+    /// Adds an effect after those before it.
     pub fn push(&mut self, effect: Effect) {
         self.list.push(effect);
     }
 
-    /// The same, and then it is over.
+    /// The same effects, and then the end.
     pub fn ending(self, end: Result<End>) -> Self {
         Self { end: Some(end), ..self }
     }
 
-    /// What is to be done.
+    /// The effects, in order.
     #[cfg(test)]
     pub fn list(&self) -> &[Effect] {
         &self.list
     }
 
-    /// How it has ended.
+    /// How the generation has ended.
     #[cfg(test)]
     pub fn end(&self) -> Option<&Result<End>> {
         self.end.as_ref()
     }
 }
 
-/// Where the tasks of a generation say what has happened.
+/// Where the tasks of a generation report what has happened.
 pub struct Senders {
-    /// What workers say.
+    /// Reports from workers.
     pub workers: mpsc::UnboundedSender<WorkerEvent>,
-    /// What comes of uploads.
+    /// Results of uploads.
     pub saves: mpsc::UnboundedSender<SaveEvent>,
-    /// What comes of the fetch.
+    /// The result of the fetch.
     pub fetched: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
-    /// All else.
+    /// All other events.
     pub later: mpsc::UnboundedSender<Event>,
 }
 
-/// What the tasks of a generation say.
+/// What the tasks of a generation report.
 pub struct Answers {
     workers: mpsc::UnboundedReceiver<WorkerEvent>,
     saves: mpsc::UnboundedReceiver<SaveEvent>,
@@ -211,7 +211,7 @@ struct Saving {
     give_up: AbortHandle,
 }
 
-/// Does what is to be done.
+/// Performs the effects.
 pub struct Performer<'a> {
     start: &'a Plan,
     /// When the generation began: the zero of its time.
@@ -221,20 +221,20 @@ pub struct Performer<'a> {
     /// `None`: they are being killed.
     workers: Option<Workers>,
     killing: Option<JoinHandle<()>>,
-    /// Where in its slot each file lies that was fetched.
+    /// Where in its slot each fetched file lies.
     places: Vec<(u64, u64)>,
     retention: Retention,
-    /// The look at the journal that may be under way.
+    /// The look at the journal, if one is under way.
     looking: Option<AbortHandle>,
-    /// Notices that are being written down.
+    /// Notices being recorded.
     notes: JoinSet<()>,
-    /// The save that was begun last.
+    /// The save begun last.
     saving: Option<Saving>,
     senders: Senders,
 }
 
 impl<'a> Performer<'a> {
-    /// For a generation that began at `began` with `workers`, who are given their assignments; files that are fetched
+    /// For a generation that began at `began`, with its `workers`, which are given their assignments; fetched files
     /// will lie at `places`.
     pub fn begin(
         start: &'a Plan,
@@ -264,7 +264,7 @@ impl<'a> Performer<'a> {
         }
     }
 
-    /// Does all of it; gives what was answered at once, or how the generation has ended.
+    /// Performs all of them; returns the immediate answers, or how the generation has ended.
     pub fn perform(&mut self, effects: Effects) -> ControlFlow<Result<End>, Vec<Event>> {
         let Effects { list, end } = effects;
         let answers = list.into_iter().filter_map(|effect| self.perform_one(effect)).collect();
@@ -358,8 +358,8 @@ impl<'a> Performer<'a> {
         self.looking = Some(look.abort_handle());
     }
 
-    /// In the background: neither the drain nor the commit at its end waits for it. A record that lands after it was
-    /// given up is one more that the next append reads before its own.
+    /// In the background: neither the drain nor the commit at its end waits for it. If the record lands after it was
+    /// given up, the next append simply reads one more record before its own.
     fn note(&mut self, record: Record) {
         let journal = self.start.upload.journal.clone();
         self.notes.spawn(async move {
@@ -376,12 +376,12 @@ impl<'a> Performer<'a> {
         self.retention.hush();
     }
 
-    /// Ends all that is under way. Waits until the workers are gone, unless there is something more urgent to do first:
-    /// then what is left is given back.
+    /// Ends all work under way. Waits until the workers are gone, unless something is more urgent: then the rest is
+    /// returned.
     pub async fn end(mut self, end: &Result<End>) -> Option<Left> {
         self.hush();
         if matches!(end, Ok(End::Stopped(_))) {
-            // What has not become a checkpoint by now is no longer to become one: the journal is about to say so.
+            // A snapshot that is not a checkpoint by now must not become one: the journal is about to say so.
             if let Some(saving) = self.saving.take() {
                 saving.give_up.abort();
             }
@@ -391,7 +391,8 @@ impl<'a> Performer<'a> {
         }
         let workers = self.workers.take().map(|workers| match end {
             Ok(End::Completed { .. }) => tokio::spawn(workers.dismiss(GRACE)),
-            // Where steps are lost they are in the midst of another one, and there may be no time to wait for its end.
+            // If steps are lost, the workers are in the middle of another one, and there may be no time to wait for its
+            // end.
             Ok(End::Stopped(stopped)) if stopped.committed >= stopped.step => tokio::spawn(workers.dismiss(GRACE)),
             _ => tokio::spawn(workers.kill()),
         });

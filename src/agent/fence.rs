@@ -1,6 +1,6 @@
 //! A look at the journal now and then: has another agent taken the run, and does the journal still stand?
 //!
-//! It runs beside the event loop, which hears of what it finds. Whoever wants to write meanwhile comes first.
+//! It runs beside the event loop, which receives its findings. Writers of the journal take precedence.
 
 use std::time::Duration;
 
@@ -14,9 +14,9 @@ use crate::{
 /// How often the journal is looked at, and how long a look may take.
 pub const LOOK: Duration = Duration::from_secs(5);
 
-/// Looks once. An agent that was asleep, or cut off, while another formed the next generation learns of it here at the
-/// latest; whatever it might try to commit before that is refused anyway. And one whose store was emptied or unmounted
-/// hears of it before it has trained for weeks. `Some`: why the run can't go on here.
+/// Looks once. An agent that was asleep or cut off while another formed the next generation learns of it here at the
+/// latest; any commit that it tries before that is refused anyway. An agent whose store was emptied or unmounted learns
+/// of it here, rather than after weeks of training. `Some`: why the run can't go on here.
 pub async fn look_once(journal: &JournalWriter, run: &Store) -> Option<Error> {
     match tokio::time::timeout(LOOK, look(journal, run)).await {
         Ok(Ok(end)) => return end,
@@ -29,7 +29,7 @@ pub async fn look_once(journal: &JournalWriter, run: &Store) -> Option<Error> {
 /// Why the run can't go on here, if it can't.
 async fn look(journal: &JournalWriter, run: &Store) -> Result<Option<Error>> {
     let newest = {
-        // Other work on the journal finds out by itself.
+        // If the journal is busy, its user finds out by itself.
         let Some(view) = journal.look().await? else { return Ok(None) };
         if let Some(formed) = view.state.formed()
             && Some(formed.generation) > view.held

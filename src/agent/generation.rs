@@ -1,13 +1,12 @@
 //! One generation on this node: from its workers' start to their end.
 //!
 //! One event loop: `select!` arms only make an [`Event`], [`StateMachine::handle`] decides what it changes, and a
-//! [`Performer`] does what follows from it. Messages come first, then the clock: what a worker said before it died must
-//! be heard before its death is acted on.
+//! [`Performer`] performs the effects. Messages come first, then the clock: a worker's last messages must be heard
+//! before its death is acted on.
 //!
-//! A generation ends in one of the ways of [`End`]. Whatever the way, its processes are gone afterwards, or on their
-//! way out ([`Left`]), and snapshots that every rank had captured have been uploaded and committed, unless the run was
-//! lost to another writer or there was no time to wait: then the save under way is given up, so that what is said of it
-//! stays true.
+//! A generation ends in one of the ways of [`End`]. In every case its processes are then gone, or exiting ([`Left`]),
+//! and snapshots that every rank had captured have been uploaded and committed, unless the run was lost to another
+//! writer or there was no time to wait: then the save under way is given up, so that the report about it stays true.
 
 use std::{collections::VecDeque, ops::ControlFlow, time::Duration};
 
@@ -43,7 +42,7 @@ use crate::{
 
 const TICK: Duration = Duration::from_millis(200);
 
-/// What a generation starts with.
+/// Everything a generation starts with.
 pub struct Plan {
     /// The run's configuration, overrides applied.
     pub config: RunConfig,
@@ -53,22 +52,22 @@ pub struct Plan {
     pub sequences: std::num::NonZeroU64,
     /// Workers on this node.
     pub workers: u32,
-    /// What is loaded.
+    /// The state to load.
     pub load: Load,
     /// For saves.
     pub upload: upload::Context,
     /// Files that stand beside the shards in every checkpoint.
     pub companions: Vec<(String, Bytes)>,
-    /// What is known of the cost of saves and the life of machines.
+    /// Measured costs of saves and lifetimes of machines.
     pub measured: Measured,
-    /// What this process has found damaged.
+    /// The damage that this process has found.
     pub docket: Docket,
 }
 
-/// What the workers' state is made from.
+/// The source of the workers' state.
 #[derive(Clone, Debug)]
 pub enum Load {
-    /// Weights from the seed.
+    /// None: weights from the seed.
     Nothing,
     /// A model folder's weights, moments of zero.
     Weights {
@@ -83,7 +82,7 @@ pub enum Load {
         step: Step,
         /// The generation that wrote it.
         generation: Generation,
-        /// Where it is read.
+        /// Where to read it.
         from: Source,
     },
 }
@@ -98,7 +97,7 @@ pub enum Source {
         /// Its shards.
         files: Vec<RemoteFile>,
     },
-    /// In this node's memory: a slot holds it, checked.
+    /// In this node's memory: a slot holds it, verified.
     Slot {
         /// The slot.
         slot: u8,
@@ -131,50 +130,49 @@ pub enum End {
     Died {
         /// The last finished step.
         step: Step,
-        /// What is known.
+        /// The cause, as far as known.
         reason: String,
     },
     /// The checkpoint is damaged in a way that only reading it all could show.
     Damaged {
         /// The object.
         object: String,
-        /// What is wrong with it.
+        /// The damage.
         reason: String,
     },
     /// A loss or gradient is not finite.
     Diverged {
         /// The step.
         step: Step,
-        /// Which number.
+        /// Which number is not finite.
         reason: String,
     },
 }
 
-/// A run that was asked to stop.
+/// The end of a run that was asked to stop.
 #[derive(Clone, Debug)]
 pub struct Stopped {
     /// The last finished step.
     pub step: Step,
     /// The newest checkpoint, if there is one.
     pub committed: Step,
-    /// What became of the save of the last step.
+    /// The outcome of the save of the last step.
     pub verdict: String,
     /// How the drain went, if there was one.
     pub drain: Option<Drain>,
 }
 
-/// What a generation that has ended well leaves to be done once the journal's last words are written, which are more
-/// urgent.
+/// Work that a generation which ended well leaves until the journal's last record, which is more urgent, is written.
 #[derive(Debug, Default)]
 pub struct Left {
-    /// Workers that are on their way out; it ends when they are gone.
+    /// Workers that are exiting; it ends when they are gone.
     pub leaving: Option<JoinHandle<()>>,
-    /// Of a run that is complete: has the time to leave the store as `checkpoint.keep` says.
+    /// Of a completed run: there is time to leave the store as `checkpoint.keep` says.
     pub retention: Option<Retention>,
 }
 
-/// Runs a generation to its end. `slots` and `estimates` are the node's: what they hold outlives it. `left` is filled
-/// by one that is complete or was asked to stop.
+/// Runs a generation to its end. `slots` and `estimates` belong to the node and outlive it. `left` is filled by a
+/// generation that completed the run or was asked to stop.
 pub async fn run(
     start: Plan,
     slots: &mut Slots,
@@ -222,7 +220,7 @@ pub async fn run(
     end
 }
 
-/// Starts getting what is to be loaded, while the workers start. What a slot holds is there already.
+/// Starts fetching the state to load, while the workers start. A state held by a slot is already there.
 fn begin_load(
     start: &Plan,
     slots: &mut Slots,

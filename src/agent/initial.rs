@@ -13,10 +13,10 @@ use crate::{
     storage::{StorageError, Store},
 };
 
-/// A `tokenizer.json` of any size in use is smaller.
+/// The largest `tokenizer.json` that is read. Those in use are smaller.
 const MAX_TOKENIZER: u64 = 256 << 20;
 
-/// The folder. One on this machine that is not there is not made.
+/// Opens the folder. A local folder that does not exist is not created.
 pub fn open(uri: &str, config: &RunConfig) -> Result<Store> {
     if config::local_path(uri).is_some_and(|path| !path.exists()) {
         return Err(Error::new(Kind::Config, format!("model.init_from: there is no folder {uri}"))
@@ -25,7 +25,7 @@ pub fn open(uri: &str, config: &RunConfig) -> Result<Store> {
     Ok(Store::open(uri, &config.storage)?)
 }
 
-/// The files of the folder's weights; every tensor of theirs is the model's, or harmless.
+/// The files of the folder's weights; each of their tensors belongs to the model, or is harmless.
 pub async fn weights(config: &RunConfig, uri: &str, folder: &Store) -> Result<Vec<RemoteFile>> {
     let shapes = model::parameter_shapes(config.model.kind, &config.model.config)?;
     let (head, embedding, tied) = model::head(config.model.kind, &config.model.config)?;
@@ -33,7 +33,7 @@ pub async fn weights(config: &RunConfig, uri: &str, folder: &Store) -> Result<Ve
     foreign::weights_for(folder, expected).await.context(format!("read weights of {uri}"))
 }
 
-/// Holds the folder's tokenizer against the data's, unless the configuration says that they differ.
+/// Checks the folder's tokenizer against the data's, unless the configuration says that they differ.
 pub async fn check_tokenizer(config: &RunConfig, uri: &str, folder: &Store, data: &Meaning) -> Result<()> {
     if config.data.tokenizer == TokenizerRule::Differs {
         return Ok(());

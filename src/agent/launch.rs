@@ -1,4 +1,4 @@
-//! What an agent is asked to do, and how it says that it ended.
+//! An agent's task, and its outcome.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -10,45 +10,43 @@ use crate::{
     storage::Store,
 };
 
-/// What is to be run.
+/// The run to execute.
 #[derive(Debug)]
 pub struct Launch {
     /// The store that holds all runs.
     pub store: Store,
     /// The run.
     pub run_id: RunId,
-    /// New, or carried on.
+    /// New, or resumed.
     pub begin: Begin,
-    /// Workers on this node, if the command line says.
+    /// Workers on this node, if given on the command line.
     pub nproc_per_node: Option<u32>,
-    /// How it goes about it.
+    /// How the agent behaves.
     pub manner: Manner,
-    /// Hears what happens.
+    /// Receives the events.
     pub reporter: Reporter,
 }
 
-/// How an agent goes about a run; the default is what `run` and `resume` do.
+/// How an agent behaves; the default is that of `run` and `resume`.
 #[derive(Clone, Debug, Default)]
 pub struct Manner {
-    /// How long to wait for another agent that has the run and lives; nothing: leave at once. While it waits, it
-    /// watches the other's heartbeat; when that stops, it takes over, and when the run is complete, it has nothing to
-    /// do.
+    /// How long to wait for another live agent that has the run; zero: exit at once. While waiting, it watches the
+    /// other's heartbeat: if that stops, it takes over; if the run completes, it has nothing to do.
     pub standby: Duration,
-    /// Where datasets that lie in an object store are kept on this machine; `None`: in the user's cache.
+    /// Where datasets from an object store are kept on this machine; `None`: in the user's cache.
     pub cache: Option<PathBuf>,
-    /// When this machine began to look for work; the time from there to the first generation is told.
+    /// When this machine began to look for work; the time from there to the first generation is reported.
     pub since: Option<std::time::Instant>,
-    /// This machine is there for the run: what the run's `on_complete` says is done even where others have completed
-    /// it. Else it is done by who trained the run to its end: to ask for a run that is complete must not end the
-    /// machine of who asks.
+    /// This machine is dedicated to the run: apply `on_complete` even if another node completed it. Otherwise only the
+    /// node that finished the run applies it: asking for a complete run must not end the asker's machine.
     pub dedicated: bool,
-    /// A person has named the data with this very command: if it is not what the run was trained on so far, it is from
-    /// here on.
+    /// A person has named the data with this very command: if the run was trained on other data so far, it uses this
+    /// data from here on.
     pub accepts_data: bool,
 }
 
 impl Manner {
-    /// What is to be done with the machine when the run is complete.
+    /// What to do with the machine when the run is complete.
     pub(super) fn then(&self, config: &RunConfig, trained_here: bool) -> Afterwards {
         let action = if self.dedicated || trained_here { config.on_complete.action } else { CompleteAction::Exit };
         Afterwards { action, lifecycle_hook: config.notice.lifecycle_hook.clone() }
@@ -66,39 +64,39 @@ pub enum Begin {
         from: Option<Step>,
         /// `--set key=value`, as typed; see [`crate::config::canonical_overrides`].
         overrides: Vec<(String, String)>,
-        /// What its journal said when it was found; it is read on from there.
+        /// Its journal's state when it was found; reading continues from there.
         state: Box<RunState>,
     },
-    /// As [`Begin::Create`]; of several nodes that do so at once one creates it, and the others do as with
+    /// As [`Begin::Create`]; of several nodes that do so at once one creates the run, and the others resume it as with
     /// [`Begin::Resume`].
     CreateOrResume {
         /// The new run's configuration, overrides applied.
         config: Box<RunConfig>,
-        /// For a run that exists by then.
+        /// For a run that already exists.
         overrides: Vec<(String, String)>,
     },
 }
 
-/// What is to be done with this machine when the run is complete.
+/// What to do with this machine when the run is complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Afterwards {
-    /// Whether it goes.
+    /// The action.
     pub action: CompleteAction,
-    /// The hook that holds up its end: `notice.lifecycle_hook`.
+    /// The lifecycle hook that delays its end: `notice.lifecycle_hook`.
     pub lifecycle_hook: String,
 }
 
-/// How a run ended, when it ended well.
+/// How a run ended, if it ended well.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// The last step is committed.
     Completed {
-        /// What is to be done with this machine then.
+        /// What to do with this machine then.
         then: Afterwards,
     },
-    /// It was asked to stop before it had created the run: the same command again is as good as new.
+    /// It was asked to stop before it created the run; nothing is lost, and the same command can be given again.
     NotCreated,
-    /// It was asked to stop; so many steps must be done again.
+    /// It was asked to stop; some steps must be done again.
     Interrupted {
         /// Finished steps that no checkpoint holds.
         lost_steps: u64,

@@ -1,7 +1,7 @@
 //! Whether ranks of this machine can reach each other.
 //!
 //! They meet over loopback. Where its interface is down (a network namespace that nobody has set up, a sandbox), they
-//! would wait for each other until their patience ends, without a word: so it is tried before anything is begun.
+//! would silently wait for each other until a timeout: so the interface is tried before anything else begins.
 
 use std::{
     io,
@@ -14,7 +14,7 @@ use crate::error::{Error, Kind, Result};
 /// A connection within one machine takes microseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Nothing to say for one worker, which meets nobody.
+/// Always succeeds for one worker, which has no peers.
 pub fn check(workers: u32) -> Result<()> {
     if workers < 2 {
         return Ok(());

@@ -1,19 +1,19 @@
 //! The parent on each node: it forms generations, runs worker groups, saves, restores, and keeps the journal.
 //!
 //! # A run
-//! [`launch`] opens or creates the journal, makes sure that nobody else is at work, chooses the resume point, writes
+//! [`launch`] opens or creates the journal, makes sure that no other agent is at work, chooses the resume point, writes
 //! `formed`, and runs one generation after the other until the run is complete, is told to stop, or can't go on.
 //!
 //! # Crash consistency
-//! Nothing is kept outside the store that a restart needs. A generation exists when its `formed` record stands, which
-//! is written before its resume point is used; a checkpoint exists when its `committed` record stands. Killing this
+//! Everything that a restart needs is in the store. A generation exists when its `formed` record stands, which is
+//! written before its resume point is used; a checkpoint exists when its `committed` record stands. Killing this
 //! process at any instant leaves the newest checkpoint, and data that no record names.
 //!
 //! # Two agents
-//! Both replay the same journal; the one whose `formed` record is written first has the run. The other looks at its
-//! heartbeat: alive, and it leaves with exit code 79, or stands by until that one is dead ([`Manner::standby`]); dead,
-//! and it forms the next generation. An agent that was taken for dead learns of it when it tries to commit, stops its
-//! workers and leaves with 79: two writers can never both commit.
+//! Both replay the same journal; the one whose `formed` record is written first has the run. The other checks the first
+//! one's heartbeat: if it is alive, the other exits with code 79, or waits until it is dead ([`Manner::standby`]); if
+//! it is dead, the other forms the next generation. An agent that was wrongly taken for dead learns of it when it tries
+//! to commit, stops its workers and exits with code 79: two writers can never both commit.
 #![doc = include_str!("README.md")]
 
 pub mod initial;
@@ -67,17 +67,18 @@ use crate::{
     storage::Store,
 };
 
-/// How long it may take to take the heartbeat away at the end: whoever does not find it so waits a little longer.
+/// How long removing the heartbeat at the end may take. If it stays, the next agent only waits a little longer.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// Runs a run on this node to its end. Call it from the main thread: the workers' lives are tied to the thread that
+/// Executes a run on this node to its end. Call it from the main thread: the workers' lives are tied to the thread that
 /// starts them.
 pub fn launch(launch: Launch) -> Result<Outcome> {
     launch_then(launch, |outcome| outcome)
 }
 
-/// The same; gives what `last` makes of the outcome. `last` comes after the run's last words and before whoever waits
-/// for this machine is told that it may go: the machine may be gone a moment later. Until then it is kept waiting.
+/// The same; returns what `last` makes of the outcome. `last` runs after the run's last record is written and before
+/// the party that waits for this machine is told that it may go: the machine may be gone a moment later. Until then
+/// that party is kept waiting.
 pub fn launch_then<T>(launch: Launch, last: impl FnOnce(Result<Outcome>) -> T) -> T {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -94,17 +95,17 @@ pub fn launch_then<T>(launch: Launch, last: impl FnOnce(Result<Outcome>) -> T) -
     if let Some(farewell) = farewell {
         runtime.block_on(farewell.say());
     }
-    // Uploads of a run that was lost to another writer may hang on a dead store.
+    // Uploads of a run lost to another writer may hang on a dead store.
     runtime.shutdown_timeout(Duration::from_secs(1));
     made
 }
 
-/// What is left to do when a run has ended on this node and its last words are written.
+/// The work left when a run has ended on this node and its last record is written.
 struct Farewell {
     notices: Notices,
-    /// Once it beats.
+    /// Present once it beats.
     pulse: Option<Pulse>,
-    /// It was told to leave, and nothing is lost.
+    /// The agent was told to leave, and nothing is lost.
     left: bool,
 }
 
@@ -122,23 +123,23 @@ struct Agent {
     run_id: RunId,
     node: NodeId,
     journal: JournalWriter,
-    /// The snapshot slots; what they hold outlives the workers.
+    /// The snapshot slots; their content outlives the workers.
     slots: Slots,
-    /// What steps and saves take here.
+    /// Measured times of steps and saves on this node.
     estimates: Estimates,
     reporter: Reporter,
     nproc_per_node: Option<u32>,
     manner: Manner,
     overrides: Vec<(String, String)>,
     from: Option<Step>,
-    /// What this process has found damaged.
+    /// The damage that this process has found.
     docket: Docket,
-    /// Nodes that were found dead. Their heartbeats tell others how long they have stood still until there is a
-    /// generation after theirs.
+    /// Nodes found dead. Others see from their heartbeats how long they have stood still, so the heartbeats stay until
+    /// a later generation exists.
     dead: Vec<NodeId>,
 }
 
-/// What comes before the next generation.
+/// What precedes the next generation.
 enum Before {
     /// Nothing: this node takes the run up.
     Start,
@@ -148,7 +149,7 @@ enum Before {
     Reread { load: Load, object: String, reason: String },
 }
 
-/// What came of taking up the run.
+/// The result of taking up the run.
 enum Next {
     /// This node has formed a generation, which starts from `load`.
     Formed { generation: Generation, load: Load },
@@ -164,20 +165,20 @@ async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
         let means = notice.kind.name();
         let (source, binding) = (notice.source.to_owned(), notice.deadline_binds());
         reporter.event(&Event::Notice { source, deadline_s, means, binding });
-        // For a save there is no state.
+        // There is no state to save yet.
         if notice.kind != notice::Kind::Rebalance {
             return;
         }
     }
 }
 
-/// Does `work`; `None`: a notice to leave came first. Only for work that may be dropped at any moment.
+/// Does `work`; `None`: a notice to leave came first. `work` must be droppable at any moment.
 async fn unless_told<T>(notices: &mut Notices, reporter: &Reporter, work: impl Future<Output = T>) -> Option<T> {
     let (_none, mut known) = mpsc::unbounded_channel();
     unless_told_as(notices, &mut known, reporter, work).await
 }
 
-/// The same, where `work` itself finds out what the run's settings say of notices, and sends it to `known`.
+/// The same, for `work` that itself finds out the run's settings for notices and sends them to `known`.
 async fn unless_told_as<T>(
     notices: &mut Notices,
     known: &mut mpsc::UnboundedReceiver<NoticeConfig>,
@@ -196,7 +197,7 @@ async fn unless_told_as<T>(
 }
 
 impl Agent {
-    /// What came of it, and what is to be said afterwards to those who wait for this node, if anybody can.
+    /// The outcome, and what is said afterwards to anyone who waits for this node.
     async fn run(launch: Launch) -> (Result<Outcome>, Option<Farewell>) {
         let listening = Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"));
         let mut notices = match listening {
@@ -223,8 +224,8 @@ impl Agent {
 
         let opened = {
             let (settings, mut known) = mpsc::unbounded_channel();
-            // Whether the run may exist: who stops after the first request that creates it does not know what came of
-            // that.
+            // Whether the run may exist: after the first request that creates it, the outcome of that request is
+            // unknown if this process stops.
             let exists = Cell::new(matches!(begin, Begin::Resume { .. }));
             let newest = match &begin {
                 Begin::Resume { state, .. } => state.newest().map(|newest| newest.committed.step),
@@ -238,7 +239,7 @@ impl Agent {
                 let opening = Opening { run, node, run_id, nproc_per_node, manner, settings, exists };
                 opening.open(begin, &reporter).await
             };
-            // The machine may go away while data is downloaded, which may take long.
+            // The machine may go away while data is downloaded, which can take long.
             let Some(opened) = unless_told_as(notices, &mut known, &reporter, opening).await else {
                 if let Some(step) = newest {
                     reporter.event(&Event::Interrupted { step, lost_steps: 0 });
@@ -289,7 +290,7 @@ impl Agent {
         // The last finished step, once this node has formed a generation.
         let mut finished = None;
         loop {
-            // Between two generations nothing is at stake: whatever is under way may be dropped when a notice comes.
+            // Between two generations nothing is at stake: any work may be dropped when a notice comes.
             let doing = Cell::new("the run was taken up");
             let (settings, mut known) = mpsc::unbounded_channel();
             let taking_up = self.take_up(before, &mut resolved, reason, &doing, &settings);
@@ -342,7 +343,7 @@ impl Agent {
                     Before::Backoff(self.died(generation, step, &why, &deaths, &resolved).await?)
                 }
                 Err(error) => {
-                    // A store that does not answer needs no person, and would not take the record.
+                    // A store that does not answer needs no person, and would not accept the record.
                     if !matches!(error.kind(), Kind::Fenced | Kind::Unavailable) {
                         let step = self.newest_committed();
                         self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;
@@ -378,14 +379,14 @@ impl Agent {
                     restarts: u32::try_from(deaths.len()).unwrap_or(u32::MAX),
                     backoff_s: after.as_secs_f64(),
                 });
-                // What `--from` asked for has been done; later generations carry on from the newest checkpoint.
+                // `--from` has been honoured; later generations continue from the newest checkpoint.
                 self.from = None;
                 Ok(after)
             }
         }
     }
 
-    /// What a generation starts with.
+    /// Everything a generation starts with.
     fn plan(&self, generation: Generation, load: &Load, resolved: &Resolved, formed: tokio::time::Instant) -> Plan {
         Plan {
             config: resolved.config.clone(),
@@ -409,8 +410,8 @@ impl Agent {
         }
     }
 
-    /// From wherever the run stands to a generation of this node. `doing` says at each moment what is under way;
-    /// `settings` hears what the run says of notices when that has changed. May be dropped at any moment.
+    /// Goes from any state of the run to a generation of this node. `doing` holds the current activity; `settings`
+    /// receives the run's settings for notices when they have changed. May be dropped at any moment.
     async fn take_up(
         &mut self,
         before: Before,
@@ -445,7 +446,7 @@ impl Agent {
                     Ok(again) => *resolved = again,
                     Err(then) => return Ok(Next::Completed(then)),
                 }
-                // Whoever hears it waits for the end of this function.
+                // The receiver waits for the end of this function.
                 let _ = settings.send(resolved.config.notice.clone());
             }
             provenance::is_still_there(resolved)?;
@@ -459,8 +460,8 @@ impl Agent {
         }
     }
 
-    /// Another node may be at work on this run: does what [`policy::decide`] says until this one may form a generation.
-    /// Says whether the journal has gone on meanwhile, also under a third node.
+    /// Another node may be at work on this run: does what [`policy::decide`] says until this node may form a
+    /// generation. Returns whether the journal has gone on meanwhile, also under a third node.
     async fn wait_for_the_leader(&mut self) -> Result<bool> {
         let (began, settings) = (tokio::time::Instant::now(), policy::Settings { standby: self.manner.standby });
         let mut view = View::of(&self.journal.state(), &self.node);
@@ -500,7 +501,7 @@ impl Agent {
         }
     }
 
-    /// The leader left without a word: what it had finished since its newest checkpoint is lost.
+    /// The leader stopped without a last record: the steps that it finished since its newest checkpoint are lost.
     fn found_dead(&mut self, leader: NodeId, process: Option<Process>) {
         let state = self.journal.state();
         self.reporter.event(&Event::FoundDead {
@@ -514,7 +515,7 @@ impl Agent {
     }
 
     /// The journal went on under another agent: its changes of settings hold, and it may have finished the run (`Err`:
-    /// what is to be done with this machine then).
+    /// what to do with this machine then).
     async fn resolve_again(&mut self) -> Result<Result<Resolved, Afterwards>> {
         let state = self.journal.state();
         let (config, overrides) = effective(&state, &self.overrides)?;
@@ -531,7 +532,7 @@ impl Agent {
         Ok(Ok(resolved))
     }
 
-    /// [`choose`](Self::choose), while the rest of the data is held against its checksums.
+    /// [`choose`](Self::choose), while the rest of the data is verified against its checksums.
     async fn choose_with_data(&mut self, resolved: &Resolved) -> Result<Load> {
         let whole = async { Ok::<_, Error>(resolved.data.whole().await?) };
         let (load, ()) = tokio::try_join!(self.choose(resolved), whole)?;
@@ -542,8 +543,8 @@ impl Agent {
         self.manner.accepts_data || provenance::names_data(&self.overrides)
     }
 
-    /// The newest usable checkpoint, or what a new run starts from. Damage is reported; what comes of it says
-    /// [`Docket`].
+    /// The newest usable checkpoint, or the start of a new run. Damage is reported; [`Docket`] says what follows from
+    /// it.
     async fn choose(&mut self, resolved: &Resolved) -> Result<Load> {
         loop {
             let candidates = self.candidates().await?;
@@ -574,7 +575,7 @@ impl Agent {
         Err(self.nothing_usable().await)
     }
 
-    /// The newest checkpoint, if a slot of this node still holds it: the store need not be read.
+    /// The newest checkpoint, if a slot of this node still holds it: then the store need not be read.
     async fn in_memory(&mut self, candidates: &[Committed]) -> Option<Load> {
         // Newest first.
         let Committed { step, generation, .. } = *candidates.first()?;
@@ -587,7 +588,7 @@ impl Agent {
         Some(Load::Checkpoint { step, generation, from: Source::Slot { slot, files } })
     }
 
-    /// What a run without a checkpoint starts from.
+    /// The start of a run without a checkpoint.
     async fn beginning(&self, resolved: &Resolved) -> Result<Load> {
         let Some(uri) = &resolved.config.model.init_from else { return Ok(Load::Nothing) };
         let folder = initial::open(uri, &resolved.config)?;
@@ -600,12 +601,12 @@ impl Agent {
         self.reporter.event(&Event::Warning { message });
     }
 
-    /// Forms the next generation, which starts from `load`. `None`: the journal went on meanwhile, so look again at
-    /// everything.
+    /// Forms the next generation, which starts from `load`. `None`: the journal went on meanwhile, so everything must
+    /// be checked again.
     async fn form(&mut self, load: &Load, resolved: &Resolved, reason: FormedReason) -> Result<Option<Generation>> {
         let (step, last) = (load.step(), resolved.config.train.steps);
         if step.get() > last {
-            // Said before it is written down: what a generation has changed holds for all later ones.
+            // Reported before it is recorded: a change by one generation holds for all later ones.
             let what = format!("run {} is at step {step} already, beyond train.steps = {last}", self.run_id);
             return Err(Error::new(Kind::Config, what).with_hint(words::more_steps(&self.run_id)));
         }
@@ -623,7 +624,7 @@ impl Agent {
         };
         match self.journal.form(formed).await {
             Ok(generation) => {
-                // They hold for every later generation, too: said once is enough.
+                // They hold for every later generation, too: one report is enough.
                 self.overrides.clear();
                 self.manner.accepts_data = false;
                 for dead in self.dead.drain(..) {
@@ -632,7 +633,7 @@ impl Agent {
                 }
                 return Ok(Some(generation));
             }
-            // Whoever was first is looked at next.
+            // The next loop checks the one that was first.
             Err(JournalError::Overtaken { .. } | JournalError::Moved { .. }) => {}
             Err(error) => return Err(error.into()),
         }
@@ -643,17 +644,16 @@ impl Agent {
         self.journal.state().newest().map_or(Step(0), |checkpoint| checkpoint.committed.step)
     }
 
-    /// What the journal says of the life of machines. Times are the writers' wall clocks: good enough for an estimate,
-    /// and nothing but the cadence follows from it. A loss that was announced in time, and drained, lost no step: it is
-    /// no reason to save more often.
+    /// The lifetimes of machines, from the journal. Times are the writers' wall clocks: good enough for an estimate,
+    /// and only the cadence follows from it. A machine whose loss was announced in time, and drained, lost no step: it
+    /// is no reason to save more often.
     fn measured(&self) -> Measured {
         let observed = Observed::of(&self.journal.state());
         Measured { trained_s: observed.trained_s, interruptions: observed.lossy, ..Measured::NOTHING }
     }
 
     async fn diverged(&self, generation: Generation, step: Step, reason: &str) -> Error {
-        // A step's loss speaks for the state before its update: the state that this step began with is under suspicion,
-        // too.
+        // A step's loss describes the state before its update: the state that this step began with is suspect, too.
         let good = {
             let state = self.journal.state();
             let steps: Vec<Step> = state.candidates().iter().map(|c| c.committed.step).collect();

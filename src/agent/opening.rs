@@ -1,7 +1,7 @@
-//! From a configuration to what a life needs: the journal, the data, and how many workers share the work.
+//! Opens a run: from a configuration to the journal, the data, and the number of workers.
 //!
-//! Whatever the configuration names is looked at before a new run is created. Nothing is stored here but the journal's
-//! first record and the data set's copy on this machine; both may be dropped at any moment.
+//! Everything that the configuration names is checked before a new run is created. Nothing is stored here but the
+//! journal's first record and the data set's copy on this machine; both may be dropped at any moment.
 
 use std::{
     cell::Cell,
@@ -30,13 +30,14 @@ use crate::{
     storage::Store,
 };
 
-/// A journal, what holds for its run, the settings that this command changes, and the checkpoint that it names.
+/// A journal, the configuration that holds for its run, the settings that this command changes, and the checkpoint that
+/// it names.
 pub type Opened = (Journal, Resolved, Vec<(String, String)>, Option<Step>);
 
-/// What every life of this agent has in common.
+/// Everything that all generations of this agent have in common.
 pub struct Resolved {
     pub config: RunConfig,
-    /// Stays on this machine for as long as this does.
+    /// Stays on this machine while this value exists.
     pub data: LocalDataset,
     pub sequences: NonZeroU64,
     pub workers: u32,
@@ -45,31 +46,31 @@ pub struct Resolved {
     pub identity: DatasetId,
 }
 
-/// What is needed to open a run.
+/// The inputs for opening a run.
 pub struct Opening<'a> {
     pub run: &'a Store,
     pub node: &'a NodeId,
     pub run_id: &'a RunId,
     pub nproc_per_node: Option<u32>,
     pub manner: &'a Manner,
-    /// Hears what the configuration says of notices as soon as it is known.
+    /// Receives the configuration's settings for notices as soon as they are known.
     pub settings: &'a mpsc::UnboundedSender<NoticeConfig>,
-    /// Set before the run is asked to be created.
+    /// Set before the request that creates the run.
     pub exists: &'a Cell<bool>,
 }
 
 impl Opening<'_> {
-    /// Opens or creates the journal and looks at all that the configuration names. `Err`: the run has completed; what
-    /// is to be done with this machine then.
+    /// Opens or creates the journal and checks everything that the configuration names. `Err`: the run has completed;
+    /// what to do with this machine then.
     pub async fn open(self, begin: Begin, reporter: &Reporter) -> Result<Result<Opened, Afterwards>> {
         let Self { run, node, run_id, nproc_per_node, manner, settings, exists } = self;
         let cache = manner.cache.as_deref();
-        // Whoever hears it waits for the end of this function.
+        // The receiver waits for the end of this function.
         let configured = |config: &RunConfig| drop(settings.send(config.notice.clone()));
         let (from, overrides, journal) = match begin {
             Begin::Create(config) => {
                 configured(&config);
-                // Whatever the configuration names is looked at before the run exists.
+                // Everything that the configuration names is checked before the run exists.
                 let resolved = resolve_new(&config, nproc_per_node, cache, reporter).await?;
                 resolved.data.whole().await?;
                 exists.set(true);
@@ -93,7 +94,7 @@ impl Opening<'_> {
                             Err(error) => return Err(error.into()),
                         }
                     }
-                    // No run is created of what is refused; one that exists goes on as it was created.
+                    // A refused configuration creates no run; an existing run continues as it was created.
                     Err(refused) => match Journal::open(run.clone(), node.clone(), run_id.clone()).await {
                         Ok(journal) => {
                             exists.set(true);
@@ -120,7 +121,7 @@ impl Opening<'_> {
     }
 }
 
-/// The last step of a run that has completed; `None` if it has not, was given more steps, or is told to go back.
+/// The last step of a completed run; `None` if it has not completed, was given more steps, or is told to go back.
 pub fn completed(state: &RunState, config: &RunConfig, from: Option<Step>) -> Option<Step> {
     match state.outcome() {
         journal::Outcome::Completed { step, .. } if from.is_none() && config.train.steps <= step.get() => Some(*step),
@@ -128,14 +129,14 @@ pub fn completed(state: &RunState, config: &RunConfig, from: Option<Step>) -> Op
     }
 }
 
-/// The configuration that holds now: as created, with what every generation has changed, and what this command changes;
-/// and those last changes in the form in which the journal keeps them.
+/// The configuration that holds now: as created, with the changes of every generation and of this command; and this
+/// command's changes in the form in which the journal keeps them.
 pub fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Vec<(String, String)>)> {
     let base = apply_overrides(state.config(), &state.overrides())?;
     Ok((apply_overrides(&base, typed)?, canonical_overrides(&base, typed)?))
 }
 
-/// The same as [`resolve`] of a run that is about to be created, which holds what it starts from to more.
+/// The same as [`resolve`] for a run that is about to be created, with stricter checks of what it starts from.
 async fn resolve_new(
     config: &RunConfig,
     nproc_per_node: Option<u32>,
@@ -148,7 +149,7 @@ async fn resolve_new(
     Ok(resolved)
 }
 
-/// Looks at everything that the configuration names, and fetches the data.
+/// Checks everything that the configuration names, and fetches the data.
 pub async fn resolve(
     config: &RunConfig,
     nproc_per_node: Option<u32>,

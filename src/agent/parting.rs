@@ -1,8 +1,8 @@
-//! How a run ends on this node: what the journal is told last, and what is left to be done then.
+//! How a run ends on this node: the last record in the journal, and the work left after it.
 //!
-//! What was lost is said by the journal as it stands at the very place of the record that says it: a save that was
-//! given up, and whose `committed` landed all the same, is told as what it is, and nothing that is told can be
-//! overtaken by it. Exit code and events say the same.
+//! The record computes the lost steps from the journal as it stands at that very record: a save that was given up but
+//! whose `committed` landed all the same counts as committed, and no such commit can come after the record and
+//! contradict it. Exit code and events agree with the record.
 
 use std::time::Duration;
 
@@ -20,15 +20,15 @@ use crate::{
     report::Event,
 };
 
-/// How long the journal's last words may take when the run ends on a store that does not answer.
+/// How long the last record may take when the run ends on a store that does not answer.
 const LAST_WORDS: Duration = Duration::from_secs(30);
-/// How long the record that a run is complete may take when this node is told to leave while it is written.
+/// How long the record of a completed run may take when this node is told to leave meanwhile.
 const COMPLETING: Duration = Duration::from_secs(2);
-/// How long the end of a run that is complete waits for old checkpoints to be deleted.
+/// How long the end of a completed run waits for old checkpoints to be deleted.
 const TIDYING: Duration = Duration::from_secs(20);
 
-/// What `interrupted` says after the records of `state`. The generation's own commits count that its life has not heard
-/// of.
+/// The content of `interrupted` after the records of `state`. Commits of this generation count even if its event loop
+/// did not hear of them.
 pub(super) fn interruption(state: &RunState, generation: Generation, stopped: &Stopped) -> Record {
     let Stopped { step, committed, verdict, drain } = stopped.clone();
     let ours = |checkpoint: &&journal::Checkpoint| {
@@ -50,8 +50,8 @@ pub(super) fn interruption(state: &RunState, generation: Generation, stopped: &S
 }
 
 impl Agent {
-    /// A notice to leave came while no worker was at work. `step`: the last one that was finished under a generation of
-    /// this node, if it has formed one.
+    /// A notice to leave came while no worker was at work. `step`: the last one finished under a generation of this
+    /// node, if it has formed one.
     pub(super) async fn told_between_lives(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
         let committed = self.newest_committed();
         let (Some(generation), Some(step)) = (self.journal.view().held, step) else {
@@ -74,8 +74,8 @@ impl Agent {
         notices: &mut Notices,
     ) -> Result<Outcome> {
         let step = Step(resolved.config.train.steps);
-        // A run killed between its last commit and this record makes no step in its last life: the commit knows the
-        // loss.
+        // A run killed between its last commit and this record makes no step in its last generation: the commit knows
+        // the loss.
         let loss = match self.journal.state().newest() {
             Some(newest) if !loss.is_finite() => newest.committed.loss,
             _ => loss,
@@ -114,7 +114,7 @@ impl Agent {
         Ok(Outcome::Interrupted { lost_steps })
     }
 
-    /// Writes down what was lost; gives it as far as the journal is known by then. `None`: the run is complete.
+    /// Records what was lost, and returns it as far as the journal is known by then. `None`: the run is complete.
     async fn last_words(&self, generation: Generation, stopped: &Stopped) -> Option<u64> {
         let words = self.journal.last_words({
             let stopped = stopped.clone();
@@ -129,13 +129,12 @@ impl Agent {
         (!matches!(state.outcome(), journal::Outcome::Completed { .. })).then_some(lost)
     }
 
-    /// Writes a record whose loss would be a pity but is no reason to hang: the run ends whether or not the store
-    /// answers.
+    /// Writes a record that is useful but not worth hanging for: the run ends whether or not the store answers.
     pub(super) async fn append_last(&self, record: Record) {
         said(tokio::time::timeout(LAST_WORDS, self.journal.append(Urgency::LastWords, record)).await);
     }
 
-    /// What a run that is complete has the time for, unless this node is told to leave.
+    /// The work for which a completed run has time, unless this node is told to leave.
     pub(super) async fn tidy(&self, mut left: Left, notices: &mut Notices) {
         if let Some(mut retention) = left.retention.take() {
             unless_told(notices, &self.reporter, retention.complete(TIDYING)).await;
@@ -143,7 +142,7 @@ impl Agent {
         self.gone(left).await;
     }
 
-    /// Waits until the last life's workers are gone.
+    /// Waits until the last generation's workers are gone.
     pub(super) async fn gone(&self, left: Left) {
         if let Some(leaving) = left.leaving {
             let _ = leaving.await;

@@ -7,10 +7,11 @@
 //! # The phases
 //! - [`Loading`]: workers start and load their state. Nothing can be saved yet.
 //! - [`Training`]: they train. Notices may have been heard that leave the time to train on.
-//! - [`Draining`]: ranks are asked to stop, or have stopped, because of a notice; what can still be saved is saved.
-//! - [`Salvage`]: the workers can't go on. What every rank had captured is uploaded and committed, then the generation
-//!   ends. A notice may be heard before or after.
-//! - [`Phase::Ended`]: how it ended has been given away.
+//! - [`Draining`]: ranks are asked to stop, or have stopped, because of a notice; everything that can still be saved is
+//!   saved.
+//! - [`Salvage`]: the workers can't go on. Snapshots that every rank had captured are uploaded and committed, then the
+//!   generation ends. A notice may be heard before or after.
+//! - [`Phase::Ended`]: its end has been returned.
 //!
 //! A worker's own word that it can't go on ([`FromWorker::Failed`](crate::protocol::FromWorker::Failed)) is acted on
 //! when its process has ended, or at the next tick: the other ranks may be about to say more.
@@ -102,7 +103,7 @@
 //! *Crash:* nothing here is stored. *Retry:* failed uploads are tried again by [`Effect::Retry`]. *Cancel:* dropping
 //! the machine changes nothing.
 //!
-//! Owns: which phase it is, and what is known of the group. Does not own: processes, memory, the store, the journal
+//! Owns: the current phase, and the known state of the group. Does not own: processes, memory, the store, the journal
 //! ([`super::effects`]), nor what comes after the generation ([`super::Agent`]).
 
 mod draining;
@@ -141,10 +142,10 @@ use crate::{
 /// Notices of one generation that are written to the journal.
 const MOST_NOTICES: u32 = 16;
 
-/// Everything that can happen to a generation.
+/// Every event of a generation.
 #[derive(Debug)]
 pub enum Event {
-    /// Something was announced.
+    /// A notice arrived.
     Notice(Notice),
     /// A worker spoke, or is gone.
     Worker(WorkerEvent),
@@ -153,9 +154,9 @@ pub enum Event {
         /// Bytes.
         bytes: u64,
     },
-    /// What is to be loaded has arrived, or can't be had.
+    /// The state to load has arrived, or can't be had.
     Fetched(Result<Fetched, CheckpointError>),
-    /// An upload has come on, or has ended.
+    /// An upload has progressed, or has ended.
     Save(SaveEvent),
     /// The pause after a failed upload is over.
     Retry {
@@ -169,7 +170,7 @@ pub enum Event {
     Tick,
 }
 
-/// What a generation is made with; it never changes.
+/// The inputs of a generation; they never change.
 #[derive(Debug)]
 pub struct Settings {
     /// Workers on this node.
@@ -178,13 +179,13 @@ pub struct Settings {
     pub generation: Generation,
     /// The run's configuration, overrides applied.
     pub config: RunConfig,
-    /// What is loaded.
+    /// The state to load.
     pub load: Load,
-    /// What is known of the cost of saves and the life of machines.
+    /// Measured costs of saves and lifetimes of machines.
     pub measured: Measured,
 }
 
-/// A generation's state. Each phase owns what is valid in it alone.
+/// A generation's state. Each phase owns the data that is valid in it alone.
 #[derive(Debug)]
 pub enum Phase {
     /// See [`Loading`].
@@ -195,16 +196,16 @@ pub enum Phase {
     Draining(Draining),
     /// See [`Salvage`].
     Salvaging(Salvage),
-    /// Its end has been given away.
+    /// Its end has been returned.
     Ended,
 }
 
 /// Why the workers can't go on.
 #[derive(Debug)]
 enum Death {
-    /// A worker has said so. Its group may be started again.
+    /// A worker reported it. Its group may be started again.
     Failed(String),
-    /// A worker has said so: starting again will not help.
+    /// A worker reported it: starting again will not help.
     Permanent(Error),
     /// One died, or they hang. Its group may be started again.
     Died(String),
@@ -229,7 +230,7 @@ impl Death {
         Self::Died(format!("worker {rank} {reason}"))
     }
 
-    /// How the generation ends that has come as far as `step` and has nothing left to save.
+    /// The end of the generation, which has come as far as `step` and has nothing left to save.
     fn end(self, step: Step) -> Result<End> {
         match self {
             Self::Permanent(error) => Err(error),
@@ -239,12 +240,12 @@ impl Death {
     }
 }
 
-/// In which phase a training group is looked at, as far as that matters to it.
+/// The phase in which a training group is looked at, as far as the group depends on it.
 #[derive(Clone, Copy)]
 enum Stage<'a> {
     Training,
     Draining(&'a Planned),
-    /// With what a notice has asked for, if one has.
+    /// With the plan that a notice has asked for, if one has.
     Salvaging(Option<&'a Planned>),
 }
 
@@ -258,10 +259,10 @@ impl<'a> Stage<'a> {
     }
 }
 
-/// How the handling of an event goes on: `Break` is the generation's end.
+/// The result of handling an event: `Break` is the generation's end.
 type Flow<T = ()> = ControlFlow<Result<End>, T>;
 
-/// One event being handled: the time, what all phases share, and the effects so far.
+/// One event being handled: the time, the state that all phases share, and the effects so far.
 struct Turn<'a> {
     now: Moment,
     shared: &'a mut Shared,
@@ -281,7 +282,7 @@ impl Turn<'_> {
         self.does(Effect::Report(event));
     }
 
-    /// A notice is told and written down, and from now on the store and the journal belong to what is to be saved.
+    /// A notice is reported and recorded, and from now on the store and the journal are reserved for the last saves.
     fn announces(&mut self, notice: &Notice) {
         let deadline_s = notice.deadline.map(|left| left.as_secs_f64());
         let binding = notice.deadline_binds();
@@ -293,14 +294,15 @@ impl Turn<'_> {
             self.does(Effect::Note(Record::Notice {
                 generation: self.shared.settings.generation,
                 source: notice.source.to_owned(),
-                // For whoever reads it later, a time that binds nobody is none.
+                // For later readers of the record, a deadline that is not binding is none.
                 deadline_s: deadline_s.filter(|_| binding),
                 means: means(notice.kind),
             }));
         }
     }
 
-    /// The journal is looked at now and then, unless a drain has begun: what that commits is fenced by its own append.
+    /// The journal is checked now and then, unless a drain has begun: a drain's commits are fenced by their own
+    /// appends.
     fn looks_at_the_journal(&mut self) {
         if self.now.saturating_sub(self.shared.looked) >= fence::LOOK {
             self.shared.looked = self.now;
@@ -317,13 +319,13 @@ fn means(kind: notice::Kind) -> Means {
     }
 }
 
-/// What all phases share.
+/// The state that all phases share.
 #[derive(Debug)]
 struct Shared {
     settings: Settings,
-    /// What steps and saves take here.
+    /// Estimates for steps and saves here.
     estimates: Estimates,
-    /// When the journal was last looked at.
+    /// When the journal was last checked.
     looked: Moment,
     /// Notices that were written to the journal.
     noted: u32,
@@ -337,13 +339,13 @@ pub struct StateMachine {
 }
 
 impl StateMachine {
-    /// A generation that begins; `estimates`: what earlier ones have measured here.
+    /// A new generation; `estimates`: the measurements of earlier ones here.
     pub fn new(settings: Settings, estimates: Estimates, loading: Loading) -> Self {
         let shared = Shared { settings, estimates, looked: Moment::ZERO, noted: 0 };
         Self { shared, phase: Phase::Loading(loading) }
     }
 
-    /// What was measured by now.
+    /// The measurements so far.
     pub const fn estimates(&self) -> Estimates {
         self.shared.estimates
     }

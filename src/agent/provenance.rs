@@ -1,10 +1,10 @@
-//! What a run is made of: its data, and the settings that its checkpoints were written under, held against what is here
-//! now.
+//! What a run is made of: its data, and the settings under which its checkpoints were written, checked against the data
+//! and settings of now.
 //!
-//! A run goes on with the data that it was trained on: `formed` and each checkpoint's `trainer_state.json` name it by
+//! A run continues with the data that it was trained on: `formed` and each checkpoint's `trainer_state.json` name it by
 //! checksum. Other data is refused unless a person names it, and a vocabulary in which ids mean something else is
-//! refused in any case. What the journal does not know, because an earlier version wrote it, is taken from the
-//! checkpoint as far as that tells, and written down with the next `formed`.
+//! refused in any case. If the journal lacks this, because an earlier version wrote it, it is taken from the checkpoint
+//! as far as possible, and recorded in the next `formed`.
 
 use std::num::NonZeroU64;
 
@@ -28,11 +28,11 @@ use crate::{
     worker::device,
 };
 
-/// A state that seems damaged is read so often before its checkpoint is stepped over.
+/// Reads of a state that seems damaged before its checkpoint is skipped.
 const READINGS: u32 = 3;
 
-/// Settles what is computed on, before anything is created or fetched: a machine whose GPUs can't be used is no machine
-/// for a run that was not meant for the CPU.
+/// Decides the device, before anything is created or fetched: a machine whose GPUs can't be used must not take up a run
+/// that was not meant for the CPU.
 pub async fn compute_device(config: &RunConfig) -> Result<()> {
     let wanted = config.parallel.device;
     let found = tokio::task::spawn_blocking(move || device::look(wanted)).await;
@@ -48,8 +48,8 @@ pub fn names_data(overrides: &[(String, String)]) -> bool {
     overrides.iter().any(|(key, _)| key == "data.train")
 }
 
-/// Holds the data that is here against what the run's newest generation was trained on. `accepted`: a person has named
-/// it.
+/// Checks the local data against the data that the run's newest generation was trained on. `accepted`: a person has
+/// named it.
 pub fn data_agrees(state: &RunState, resolved: &Resolved, accepted: bool) -> Result<()> {
     let Some(known) = state.data() else { return Ok(()) };
     same_data(known, &resolved.identity, accepted, &resolved.config.data.train, state.run_id())
@@ -86,7 +86,7 @@ fn other_vocabulary(whose: &str, uri: &str) -> Error {
     )
 }
 
-/// A dataset in a folder may be replaced at any moment: it must still be the one that was looked at.
+/// A dataset in a folder may be replaced at any moment: it must still be the one that was checked.
 pub fn is_still_there(resolved: &Resolved) -> Result<()> {
     if identity::is_still(resolved.data.dir(), &resolved.identity.index)? {
         return Ok(());
@@ -97,7 +97,7 @@ pub fn is_still_there(resolved: &Resolved) -> Result<()> {
     ))
 }
 
-/// What checkpoints are held against.
+/// The facts that checkpoints are checked against.
 pub struct MadeOf<'a> {
     state: RunState,
     resolved: &'a Resolved,
@@ -117,7 +117,7 @@ impl<'a> MadeOf<'a> {
         Ok(apply_overrides(self.state.config(), &overrides)?)
     }
 
-    /// Holds a checkpoint's state against the journal and the data.
+    /// Checks a checkpoint's state against the journal and the data.
     async fn check(&self, run: &Store, manifest: &Manifest, found: &TrainerState) -> Result<()> {
         let (run_id, now) = (self.state.run_id(), &self.resolved.identity);
         let uri = &self.resolved.config.data.train;
@@ -128,7 +128,7 @@ impl<'a> MadeOf<'a> {
         let config = self.config_of(generation)?;
         agrees(&object, found, manifest.step, &config, recorded)?;
         if found.data.is_none() {
-            // Of an earlier version: its tokenizer tells.
+            // From an earlier version: its tokenizer identifies the data.
             if let Ok(tokenizer) = restore::small_file(run, manifest, layout::TOKENIZER).await
                 && identity::vocabulary(&tokenizer).to_string() != now.vocabulary
             {
@@ -141,7 +141,7 @@ impl<'a> MadeOf<'a> {
         let Err(contradiction) = stands_at(&object, found, self.resolved.sequences) else { return Ok(()) };
         match &found.data {
             Some(data) if data == now => Err(Error::new(Kind::Data, contradiction).with_hint(to_another(run_id))),
-            // It was trained on other data, or nobody wrote down on which.
+            // It was trained on other data, or its data was not recorded.
             Some(_) => Ok(()),
             None if self.accepted || self.state.data() == Some(now) => Ok(()),
             None => {
@@ -160,7 +160,7 @@ fn to_another(run_id: &RunId) -> String {
     )
 }
 
-/// Holds a state against what the journal says of the generation that wrote it.
+/// Checks a state against what the journal says of the generation that wrote it.
 fn agrees(
     object: &str,
     found: &TrainerState,
@@ -194,7 +194,7 @@ fn agrees(
     }
 }
 
-/// Holds where a state's sampler stands against the number of sequences in one pass over the data.
+/// Checks a state's sampler position against the number of sequences in one pass over the data.
 fn stands_at(object: &str, found: &TrainerState, sequences: NonZeroU64) -> Result<(), String> {
     let (epoch, position) = (found.samples / sequences, found.samples % sequences);
     let wrong = |field: &str, found: u64, expected: u64| {
@@ -209,10 +209,10 @@ fn stands_at(object: &str, found: &TrainerState, sequences: NonZeroU64) -> Resul
     Ok(())
 }
 
-/// [`catalog::newest_usable`]; of what it finds the trainer's state is read, too, and held against journal and data.
+/// [`catalog::newest_usable`]; the trainer's state of the result is read, too, and checked against journal and data.
 ///
 /// # Errors
-/// What contradicts the run is an error; what is damaged is stepped over.
+/// A contradiction with the run is an error; a damaged checkpoint is skipped.
 pub async fn newest_usable(
     run: &Store,
     candidates: &[Committed],
@@ -227,7 +227,7 @@ pub async fn newest_usable(
         let Some((committed, manifest)) = outcome.found else { return Ok(Outcome { found: None, stepped_over }) };
         match read(run, &manifest).await {
             Ok(bytes) => {
-                // Its bytes are those that were written: what is wrong with it now is no damage of the store's.
+                // Its bytes are those that were written: any fault in it is no damage by the store.
                 let object = format!("{}/{}", manifest.folder(), layout::TRAINER_STATE);
                 made_of.check(run, &manifest, &TrainerState::parse(&object, &bytes)?).await?;
                 return Ok(Outcome { found: Some((committed, manifest)), stepped_over });

@@ -1,4 +1,4 @@
-//! Whether a group whose worker died is started again, and what is done about one that stands still: pure decisions.
+//! Whether a group whose worker died is started again, and how a stalled group is treated: pure decisions.
 
 use std::time::Duration;
 
@@ -47,20 +47,20 @@ pub enum Decision {
 pub enum Standstill {
     /// Nothing: it may be a long step.
     Wait,
-    /// A person should know.
+    /// Report it.
     Tell,
     /// Something hangs: they are ended, and their group may be started again.
     End,
 }
 
-/// Nothing is said of a standstill that is shorter, or no longer than [`LONG_STEPS`] usual steps.
+/// A standstill is not reported if it is shorter than this, or no longer than [`LONG_STEPS`] usual steps.
 const LONG: Duration = Duration::from_secs(600);
 const LONG_STEPS: u32 = 20;
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Decides after the last of `deaths`. A group that dies at the same step again and again has a cause that a restart
-/// does not cure; one that dies here and there is restarted up to the bound. Where memory ran out, another process may
-/// have taken it: the group is tried once more, and given up if it runs out again before it has come any further.
+/// does not cure; one that dies at various steps is restarted up to the bound. If memory ran out, another process may
+/// have taken it: the group is tried once more, and given up if memory runs out again before it makes progress.
 pub fn decide(deaths: &[Death], settings: &RestartConfig) -> Decision {
     let Some((last, earlier)) = deaths.split_last() else { return Decision::Restart { after: Duration::ZERO } };
     let step = last.step;
@@ -85,7 +85,7 @@ pub fn decide(deaths: &[Death], settings: &RestartConfig) -> Decision {
     Decision::Restart { after: doubled.min(LONGEST_PAUSE) }
 }
 
-/// What ends the run when it is given up, and what to type next.
+/// The error that ends the run when the group is given up, and what to type next.
 pub fn given_up(reason: String, out_of_memory: bool, run_id: &RunId, train: &TrainConfig, workers: u32) -> Error {
     if !out_of_memory && let Some(shortage) = Shortage::in_words(&reason) {
         return Error::new(Kind::Unavailable, reason).with_hint(shortage.hint());
@@ -109,8 +109,8 @@ pub fn given_up(reason: String, out_of_memory: bool, run_id: &RunId, train: &Tra
     Error::new(Kind::Config, reason).with_hint(hint)
 }
 
-/// Decides when nothing has moved for `quiet`. `usual`: what a step takes, if that is known; `told`: how often it was
-/// said since something moved. It is said again each time the standstill has doubled.
+/// Decides when nothing has moved for `quiet`. `usual`: the duration of a step, if known; `told`: how often the
+/// standstill was reported since something moved. It is reported again each time it has doubled.
 pub fn standstill(quiet: Duration, usual: Option<Duration>, told: u32, settings: &RestartConfig) -> Standstill {
     if settings.hang.is_some_and(|limit| quiet >= limit) {
         return Standstill::End;

@@ -1,15 +1,15 @@
-//! What to type next, where that takes more than a few words.
+//! Hints about what to type next, where they take more than a few words.
 
 use crate::{
     error::{Error, Kind},
     ids::{NodeId, RunId},
 };
 
-/// A run diverged that has no checkpoint.
+/// Hint for a diverged run that has no checkpoint.
 pub const LOWER_RATE: &str = "no checkpoint was made yet; start again with a lower learning rate: trainer run CONFIG \
                               --run-id NEW --set train.optimizer.lr=…";
 
-/// Only checkpoints are left that the run has turned away from.
+/// Only checkpoints that the run has turned away from are left.
 pub fn abandoned(run_id: &RunId, steps: &[String]) -> String {
     let steps = steps.join(", ");
     format!(

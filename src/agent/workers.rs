@@ -2,7 +2,7 @@
 //!
 //! A worker inherits three descriptors and nothing else of ours: the control socket as its standard input, and the
 //! node's two snapshot slots. It runs in a process group of its own, so that a key pressed at the terminal reaches the
-//! agent alone. It asks the kernel to be killed when its agent dies, and leaves when the control stream ends: children
+//! agent alone. It asks the kernel to be killed when its agent dies, and exits when the control stream ends: children
 //! never outlive the agent. The agent starts children from its main thread only, because that kill is tied to the
 //! thread that started them.
 
@@ -38,13 +38,13 @@ use crate::{
 /// MiB). Results are the same bits.
 const MALLOC: [(&str, &str); 2] = [("MALLOC_MMAP_THRESHOLD_", "33554432"), ("MALLOC_TRIM_THRESHOLD_", "1073741824")];
 
-/// Bytes of a line of a worker's standard error that are kept.
+/// The most bytes kept of a line of a worker's standard error.
 const LINE: usize = 16 << 10;
 
-/// What is heard of a worker.
+/// An event of a worker.
 #[derive(Debug)]
 pub enum WorkerEvent {
-    /// It said something.
+    /// It sent a message.
     Message(Rank, FromWorker),
     /// Its process has ended, for this reason.
     Exited(Rank, String),
@@ -64,7 +64,7 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts `count` processes; what they say goes to `events`.
+    /// Starts `count` processes; their events go to `events`.
     pub fn start(
         count: u32,
         slots: [&SharedImage; 2],
@@ -80,14 +80,14 @@ impl Workers {
         Ok(Self { handles })
     }
 
-    /// Tells one worker. A worker that is gone is heard of as [`WorkerEvent::Exited`].
+    /// Sends a message to one worker. A worker that is gone is reported as [`WorkerEvent::Exited`].
     pub fn tell(&self, rank: Rank, message: ToWorker) {
         if let Some(handle) = self.handles.get(rank.get() as usize) {
             let _ = handle.orders.send(message);
         }
     }
 
-    /// Tells every worker.
+    /// Sends a message to every worker.
     pub fn tell_all(&self, message: &ToWorker) {
         for handle in &self.handles {
             let _ = handle.orders.send(message.clone());
@@ -104,7 +104,7 @@ impl Workers {
         }
     }
 
-    /// Asks every worker to leave, and kills those that have not after `grace`.
+    /// Asks every worker to exit, and kills those that have not after `grace`.
     pub async fn dismiss(mut self, grace: Duration) {
         self.tell_all(&ToWorker::Exit);
         let everyone = async {
@@ -136,7 +136,7 @@ fn start_one(
         mappings.push(FdMapping { parent_fd: slot.try_clone()?.into(), child_fd });
     }
 
-    // The running file itself, even if another was put in its place meanwhile.
+    // The running binary itself, even if another was put in its place meanwhile.
     let mut command = std::process::Command::new("/proc/self/exe");
     std::os::unix::process::CommandExt::arg0(&mut command, "trainer-worker");
     command
@@ -221,8 +221,8 @@ fn start_one(
     Ok(Handle { orders, kill, ended })
 }
 
-/// One line of whatever somebody says, without its end: bytes that are no text are shown as such, and of a line that
-/// does not end no more than [`LINE`] bytes are kept. `None`: nothing more is said.
+/// One line of a stream, without its end: bytes that are not text are shown as such, and of a line that does not end at
+/// most [`LINE`] bytes are kept. `None`: the stream has ended.
 async fn read_line(from: &mut (impl AsyncBufRead + Unpin)) -> std::io::Result<Option<String>> {
     let (mut line, mut len, mut ended) = (Vec::new(), 0_usize, false);
     while !ended {
@@ -260,7 +260,7 @@ async fn wait(child: &mut Child, kill: &Notify) -> std::io::Result<ExitStatus> {
 
 async fn read_message(from: &mut (impl AsyncReadExt + Unpin)) -> Option<FromWorker> {
     let len = from.read_u32_le().await.ok().filter(|&len| len <= MAX_MESSAGE)?;
-    // Memory is taken as bytes come, not on the word of four of them.
+    // Memory is allocated as bytes arrive, not on the word of a four-byte length.
     let mut body = Vec::new();
     if (&mut *from).take(len.into()).read_to_end(&mut body).await.ok()? != len as usize {
         return None;

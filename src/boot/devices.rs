@@ -15,28 +15,28 @@ use crate::{
     error::{Error, Kind, Result},
 };
 
-/// Between two looks.
+/// The interval between two looks.
 const LOOK: Duration = Duration::from_millis(250);
-/// Between two lines that say what is waited for.
+/// The interval between two log lines about the wait.
 const SAY: Duration = Duration::from_secs(10);
-/// Fewer device files than GPUs on the bus that have not become more for so long are all that there are: a container is
-/// given some of the machine's.
+/// If there are fewer device files than GPUs on the bus and their number has not risen for this long, no more will
+/// come: a container is given some of the machine's.
 const SETTLED: Duration = Duration::from_secs(10);
 
-/// What to make of what is there.
+/// The verdict on the devices found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     /// There is nothing to wait for.
     None,
-    /// All of them.
+    /// All of them are there.
     Ready,
-    /// Some of them, and no more are coming.
+    /// Some of them are there, and no more are coming.
     Some,
-    /// Not yet.
+    /// Not yet ready.
     Wait,
 }
 
-/// `unchanged`: for so long the picture has been this one.
+/// `unchanged`: how long the devices have been the same.
 fn judge(gpus: &Gpus, unchanged: Duration) -> Verdict {
     match gpus {
         Gpus { on_the_bus: 0, device_files: 0, .. } => Verdict::None,
@@ -46,8 +46,8 @@ fn judge(gpus: &Gpus, unchanged: Duration) -> Verdict {
     }
 }
 
-/// Waits until the GPUs of this machine can be used, at most `limit`, where this process uses any; says what there is
-/// to use. Of those that are not used the agent tells.
+/// Waits until the GPUs of this machine can be used, at most `limit`, if this process uses any; returns the usable
+/// ones. The agent reports those that are not used.
 pub async fn await_gpus(root: &Path, wanted: Device, limit: Duration) -> Result<Option<String>> {
     let hidden = gpus::hides_all(env::given("CUDA_VISIBLE_DEVICES").as_deref());
     if cfg!(torch_cuda) && !hidden && !gpus::cpu_is_meant(wanted) {
@@ -56,7 +56,8 @@ pub async fn await_gpus(root: &Path, wanted: Device, limit: Duration) -> Result<
     Ok(None)
 }
 
-/// Waits until the GPUs on the bus can be used, at most `limit`; says what there is, or `None` where there are no GPUs.
+/// Waits until the GPUs on the bus can be used, at most `limit`; returns those that can, or `None` if there are no
+/// GPUs.
 async fn wait(root: &Path, limit: Duration) -> Result<Option<String>> {
     let began = Instant::now();
     let (mut seen, mut since, mut said) = (Gpus::default(), began, began);

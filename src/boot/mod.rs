@@ -1,35 +1,34 @@
-//! What a machine does when it comes up: finds out what it is to train, and joins.
+//! A machine's start: finds the run that it is to train, and joins it.
 //!
-//! # What is looked up, in this order
+//! # Look-ups, in this order
 //! 1. The region: `AWS_REGION`, a profile, or the instance's identity document.
-//! 2. What is to be done, from the [layers](settings): flags, the environment, SSM parameters below a path, instance
-//!    tags.
+//! 2. The settings, from the [layers](settings): flags, the environment, SSM parameters below a path, instance tags.
 //! 3. The run: if its journal exists, it is resumed, and the configuration is not even read: a run keeps the settings
-//!    it was created with, and what `set` changes on top of them. Else it is created. A configuration is a file, an
-//!    object of a store, or the value of a parameter. How the store is asked while the run is looked for, `set` says
-//!    (`storage.attempts`, …), and nothing else can; from then on the run's own `storage` settings hold, later
-//!    generations' changes included. What another machine changes of them while this one stands by, this process does
-//!    not follow.
-//! 4. Devices that the bus has and the driver has not yet; a local disk that lives and dies with the machine, for
+//!    it was created with, and the changes of `set` on top of them. Otherwise it is created. A configuration is a file,
+//!    an object of a store, or the value of a parameter. While the run is looked for, only `set` can change how the
+//!    store is asked (`storage.attempts`, …); from then on the run's own `storage` settings hold, including later
+//!    generations' changes. This process does not follow changes that another machine makes while this one is on
+//!    standby.
+//! 4. Devices on the bus that the driver does not have yet; a local disk that lives and dies with the machine, for
 //!    datasets.
 //!
 //! # Run ids
-//! A template names the run of the day on which the machine boots (`reports-{year}q{quarter}`), and no other: a run of
-//! the quarter before that was not finished is not carried on by machines that boot in the new one. Whoever wants that
-//! names it with `--run-id`. A machine that trains on over the turn finishes what it began.
+//! A template names the run of the day on which the machine boots (`reports-{year}q{quarter}`), and no other: machines
+//! that boot in the new quarter do not continue an unfinished run of the quarter before. To continue it, pass its
+//! `--run-id`. A machine that is training when the quarter changes finishes its run.
 //!
-//! # Twice at once, and again
+//! # Two at once, and repeats
 //! Nothing is stored outside the run's own journal. Two machines that boot with one run id at once both try to create
-//! it; one succeeds, the other resumes. One of them trains; the other stands by, its data fetched, watches the
-//! heartbeat, and takes over when that stops: this is what a group does that starts the replacement before it ends the
-//! machine that is replaced. A second boot of a run that is complete finds so, waits for no device, and does what
-//! `on_complete` says. A kill at any instant leaves what the agent leaves. Who asks this process to stop before the
-//! agent listens is heard all the same ([`stop`]): then nothing is begun.
+//! it; one succeeds, the other resumes. One of them trains; the other waits, its data fetched, watches the heartbeat,
+//! and takes over when that stops: this happens in a group that starts the replacement before it ends the replaced
+//! machine. A second boot of a complete run finds that out, waits for no device, and does what `on_complete` says. A
+//! kill at any instant leaves the same state as a kill of the agent. A request to stop that arrives before the agent
+//! listens is received all the same ([`stop`]): then nothing is begun.
 //!
 //! # Errors
-//! What a person must mend (configuration: 78, permission: 77) is told apart from what time may mend (69), so that a
-//! supervisor repeats the one and not the other. Names of parameters are logged, their values are not; a setting that
-//! is wrong is said with its value, as any other: settings are no secrets, they stand in the journal.
+//! Errors that a person must fix (configuration: 78, permission: 77) have other exit codes than those that may pass
+//! with time (69), so that a supervisor repeats only the latter. Names of parameters are logged, their values are not;
+//! a wrong setting is reported with its value, like any other: settings are no secrets, they are in the journal.
 #![doc = include_str!("README.md")]
 pub mod settings;
 pub mod stop;
@@ -58,7 +57,7 @@ use crate::{
     ids::RunId,
 };
 
-/// Says each step of a boot with the time that it took.
+/// Reports each step of a boot with the time that it took.
 #[derive(Debug)]
 pub struct Steps {
     began: Instant,
@@ -80,7 +79,7 @@ impl Steps {
         self.began
     }
 
-    /// A step is done.
+    /// Reports a finished step.
     pub fn done(&mut self, what: impl std::fmt::Display) {
         let now = Instant::now();
         tracing::info!("boot: {what}, {:.2} s", now.duration_since(self.last).as_secs_f64());
@@ -88,7 +87,7 @@ impl Steps {
     }
 }
 
-/// How long this process has been there: field 22 of `/proc/self/stat`, in clock ticks since the boot, against
+/// How long this process has existed: field 22 of `/proc/self/stat`, in clock ticks since the boot, against
 /// `/proc/uptime` (proc(5)).
 fn process_age() -> Option<Duration> {
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
@@ -99,7 +98,7 @@ fn process_age() -> Option<Duration> {
     Duration::try_from_secs_f64(uptime - started / ticks).ok().filter(|age| *age < Duration::from_secs(3600))
 }
 
-/// What this machine is told to do, flags above everything else.
+/// The settings of this machine, flags above everything else.
 pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
     match region::find().await {
         Some((region, source)) => steps.done(format_args!("region {region} {}", source.text())),
@@ -131,7 +130,7 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
             "set AWS_REGION, such as AWS_REGION=eu-central-1, or let \
             the machine read its metadata (a container: hop limit 2)",
         );
-        // The region is one of the things that the machine may say later.
+        // The region is one of the facts that the machine may report later.
         return Err(silence.unwrap_or(error));
     }
     let parameters = ssm::parameters(path).await?;
@@ -147,8 +146,8 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
     settled(above.over(parameters).over(tags), silence)
 }
 
-/// What an instance that says nothing of itself is to do: what was said elsewhere, if that is all there is to say. Else
-/// its tags may name another run or store, and a guess would start a second run.
+/// The settings of an instance that does not report its tags: the other layers', if no more is needed. Otherwise its
+/// tags may name another run or store, and a guess would start a second run.
 fn settled(said: Layer, silence: Option<Error>) -> Result<Layer> {
     match silence {
         Some(error) if said.config.is_none() || said.store.is_none() || said.name.is_none() => Err(error),
@@ -166,7 +165,7 @@ fn shown(names: &[String]) -> String {
     text
 }
 
-/// The run that is meant at `now`.
+/// The run named for the time `now`.
 pub fn run_id(settings: &Layer, now: Timestamp) -> Result<RunId> {
     let name = settings.name.as_ref().ok_or_else(|| {
         Error::new(Kind::Config, "no run is named").with_hint(
@@ -193,7 +192,7 @@ fn time_zone(settings: &Layer) -> Result<TimeZone> {
     })
 }
 
-/// An error about a value; without the value where a secret may have got there by mistake.
+/// An error about a value; without the value if it might be a secret by mistake.
 fn unsaid(origin: &Origin, what: &str, error: Error) -> Error {
     match origin {
         Origin::Parameter(_) => {
@@ -207,7 +206,7 @@ fn unsaid(origin: &Origin, what: &str, error: Error) -> Error {
     }
 }
 
-/// The store that is named, if one is; a relative one is taken from `working_directory`.
+/// The named store, if there is one; a relative one is taken from `working_directory`.
 pub fn store(settings: &Layer, working_directory: &Path) -> Result<Option<Given<String>>> {
     let Some(given) = &settings.store else { return Ok(None) };
     if !given.may_be_a_place() {
@@ -220,8 +219,8 @@ pub fn store(settings: &Layer, working_directory: &Path) -> Result<Option<Given<
     Ok(Some(Given { value, origin: given.origin.clone() }))
 }
 
-/// The changed settings that a run that exists can take. What it keeps for life was set when it was created: on a
-/// machine that boots again that is no mistake.
+/// The changed settings that an existing run can take. Settings that it keeps for life were set when it was created: on
+/// a machine that boots again they are no mistake.
 pub fn changes(set: &[(String, String)]) -> Vec<(String, String)> {
     let (kept, free): (Vec<_>, Vec<_>) =
         set.iter().cloned().partition(|(key, _)| matches!(config::effect(key), Effect::Fixed(_)));
@@ -231,8 +230,8 @@ pub fn changes(set: &[(String, String)]) -> Vec<(String, String)> {
     free
 }
 
-/// Where datasets are kept on this machine: on a local disk that lives and dies with it, if one is mounted and takes a
-/// folder. Nothing that a resume needs is ever there.
+/// Where datasets are kept on this machine: on a local disk that lives and dies with it, if one is mounted and accepts
+/// a folder. Nothing that a resume needs is ever there.
 pub fn cache(root: &Path) -> Option<PathBuf> {
     let disk = hardware::instance_store(root)?;
     let folder = disk.join("trainer").join("datasets");

@@ -1,8 +1,8 @@
-//! What this machine is to do, put together from where it may be said.
+//! This machine's settings, collected from all of their sources.
 //!
-//! Highest first: flags, the environment, SSM parameters, instance tags. Each thing is taken from the highest layer
-//! that says it, and only from there; a run id and a run id template are the same thing, said in two ways, and so are a
-//! configuration and its URI. Changed settings (`set`) are laid over one another, key by key.
+//! Highest first: flags, the environment, SSM parameters, instance tags. Each setting is taken from the highest layer
+//! that has it, and only from there; a run id and a run id template are the same setting in two forms, and so are a
+//! configuration and its URI. Changed settings (`set`) are merged key by key.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Kind, Result},
 };
 
-/// Where something was said, as the user would find it again.
+/// The source of a setting, as the user would find it again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
     /// On the command line.
@@ -35,13 +35,13 @@ impl std::fmt::Display for Origin {
     }
 }
 
-/// Something that was said, and where. What came out of a parameter is shown to nobody as long as it is not known to be
-/// what it should be: somebody may have put a secret there by mistake.
+/// A setting and its source. A parameter's value is shown to nobody until it is known to be valid: somebody may have
+/// put a secret there by mistake.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Given<T> {
-    /// What.
+    /// The value.
     pub value: T,
-    /// Where.
+    /// The source.
     pub origin: Origin,
 }
 
@@ -52,8 +52,8 @@ impl<T> std::fmt::Debug for Given<T> {
 }
 
 impl Given<String> {
-    /// Whether it looks like a URI or path. A parameter that does not is not shown to whoever opens it, who would say
-    /// its value: a path in one is written with `/` or `.` at its beginning.
+    /// Whether it looks like a URI or path. A parameter that does not is not passed on to code that opens it, whose
+    /// error would show its value: a path in one is written with `/` or `.` at its beginning.
     pub fn may_be_a_place(&self) -> bool {
         let plain = self.value.contains("://") || self.value.starts_with(['/', '.']);
         plain || !matches!(self.origin, Origin::Parameter(_))
@@ -72,30 +72,30 @@ pub enum Config {
 /// A run's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Name {
-    /// As it is.
+    /// A literal id.
     Id(String),
     /// With fields of the date.
     Template(String),
 }
 
-/// What one place says.
+/// The settings of one source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layer {
     /// The configuration of a new run.
     pub config: Option<Given<Config>>,
-    /// Where runs are kept.
+    /// The store that holds runs.
     pub store: Option<Given<String>>,
     /// The run.
     pub name: Option<Given<Name>>,
     /// The time zone of a template's date.
     pub time_zone: Option<Given<String>>,
-    /// Below which path parameters are.
+    /// The path below which parameters are.
     pub ssm_path: Option<Given<String>>,
     /// Changed settings.
     pub set: Vec<(String, String)>,
     /// The token of the job API; for `trainer work`.
     pub worker_token: Option<Given<Secret>>,
-    /// Where the job API is; for `trainer work`.
+    /// The address of the job API; for `trainer work`.
     pub job_api: Option<Given<String>>,
 }
 
@@ -112,7 +112,7 @@ pub const VARIABLES: [&str; 8] = [
 ];
 
 impl Layer {
-    /// What the environment says. An empty variable says nothing.
+    /// The environment's settings. An empty variable counts as not set.
     pub fn from_environment(variable: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         let mut layer = Self::default();
         for name in VARIABLES {
@@ -133,13 +133,13 @@ impl Layer {
         Ok(layer)
     }
 
-    /// What the parameters below `path` say. Names that mean nothing here are returned.
+    /// The settings from parameters below `path`. Unknown names are returned.
     pub fn from_parameters(path: &str, parameters: Vec<Parameter>) -> Result<(Self, Vec<String>)> {
         let path = path.trim_end_matches('/');
         let (mut layer, mut unknown) = (Self::default(), Vec::new());
         for Parameter { name, value } in parameters {
             let origin = Origin::Parameter(format!("{path}/{name}"));
-            // The API has no empty parameters, and a path can only come from above.
+            // The API has no empty parameters, and a path can only come from a higher layer.
             let known = name != "ssm-path"
                 && match name.strip_prefix("set/") {
                     Some(key) => layer.add_set(&key.replace('/', "."), value.reveal()),
@@ -152,8 +152,8 @@ impl Layer {
         Ok((layer, unknown))
     }
 
-    /// What the tags say; they come without `trainer:`. A tag is no place for a secret, nor long enough for a
-    /// configuration: those mean nothing here and are returned, with what is unknown.
+    /// The settings from tags; they come without `trainer:`. A tag is no place for a secret, nor long enough for a
+    /// configuration: those are ignored here and returned, together with unknown ones.
     pub fn from_tags(tags: Vec<(String, String)>) -> Result<(Self, Vec<String>)> {
         let (mut layer, mut unknown) = (Self::default(), Vec::new());
         for (name, value) in tags.into_iter().filter(|(_, value)| !value.is_empty()) {
@@ -169,7 +169,7 @@ impl Layer {
         Ok((layer, unknown))
     }
 
-    /// Says one thing; `false`: there is no such thing. Each may be said once.
+    /// Adds one setting; `false`: there is no such setting. Each may be given once.
     fn add(&mut self, word: &str, value: String, origin: Origin) -> Result<bool> {
         fn once<T>(place: &mut Option<Given<T>>, value: T, origin: Origin) -> Result<bool> {
             if let Some(first) = place {
@@ -204,7 +204,7 @@ impl Layer {
     /// This layer above another.
     #[must_use]
     pub fn over(self, below: Self) -> Self {
-        // Changed settings: each key from the highest layer that names it, where it was said last.
+        // Changed settings: each key from the highest layer that names it, the last one there.
         let mut set: BTreeMap<String, String> = below.set.into_iter().collect();
         set.extend(self.set);
         Self {

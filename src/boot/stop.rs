@@ -1,10 +1,10 @@
-//! Being asked to stop while nobody else listens: before the agent does, and between two jobs.
+//! Requests to stop while nobody else listens: before the agent does, and between two jobs.
 //!
-//! Listening begins with the process ([`inbox`]). What has to be saved is the agent's affair: as long as nothing trains
-//! there is nothing to save, and whatever is waited for is left where it is.
+//! Listening begins with the process ([`inbox`]). Saving is the agent's task: as long as nothing trains there is
+//! nothing to save, and any wait is simply abandoned.
 //!
-//! Here signals are only counted: the agent takes them out for itself, from its start on, and finds what came in the
-//! moment before. Nothing is stored here.
+//! Here signals are only counted: the agent takes them for itself, from its start on, and finds those that came just
+//! before. Nothing is stored here.
 
 use std::time::Duration;
 
@@ -16,11 +16,11 @@ use crate::{
     report,
 };
 
-/// How long what nobody can give up (a read of a file that hangs) may keep a process that was asked to stop and has
-/// begun nothing.
+/// How long work that can't be cancelled (a read of a file that hangs) may delay the exit of a process that was asked
+/// to stop and has begun nothing.
 const STUCK: Duration = Duration::from_secs(2);
 
-/// Hears whether this process is asked to stop; what is waited for meanwhile has a runtime of its own.
+/// Watches for requests to stop; work that is waited for meanwhile has a runtime of its own.
 #[derive(Debug)]
 pub struct Stop {
     /// `None`: this is being dropped.
@@ -28,11 +28,11 @@ pub struct Stop {
     heard: Heard,
 }
 
-/// What was heard so far. Cheap to clone.
+/// The requests received so far. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Heard {
     inbox: Inbox,
-    /// What came before it is not listened for.
+    /// Requests before this count are ignored.
     before: u32,
 }
 
@@ -43,7 +43,7 @@ impl Stop {
         Self::start(|_| 0)
     }
 
-    /// The same without those that an agent has obeyed.
+    /// The same, without those that an agent has obeyed.
     pub fn listen_anew() -> Result<Self> {
         Self::start(Inbox::obeyed)
     }
@@ -61,8 +61,8 @@ impl Stop {
         Ok(Self { runtime: Some(runtime), heard: Heard { inbox, before } })
     }
 
-    /// As long as this lives, a process that is asked to stop and does not get round to it ends all the same. For the
-    /// time in which nothing is begun that could be lost.
+    /// While this exists, a process that is asked to stop exits even if it does not get round to it. For times in which
+    /// no work could be lost.
     pub fn leave_when_stuck(&self) {
         let heard = self.heard();
         let leave = async move {
@@ -77,7 +77,7 @@ impl Stop {
         }
     }
 
-    /// What is heard, for those who wait elsewhere.
+    /// The requests received, for those who wait elsewhere.
     pub fn heard(&self) -> Heard {
         self.heard.clone()
     }
@@ -94,7 +94,7 @@ impl Stop {
 impl Drop for Stop {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
-            // Whatever it waits for is given up: a look-up of a name can't be cancelled and may take long.
+            // Any wait is abandoned: a look-up of a name can't be cancelled and may take long.
             runtime.shutdown_timeout(Duration::ZERO);
         }
     }
@@ -106,12 +106,12 @@ impl Heard {
         self.inbox.asked() > self.before
     }
 
-    /// Waits until it is.
+    /// Waits until this process is asked to stop.
     pub async fn wait(&self) {
         self.inbox.asked_again(self.before).await;
     }
 
-    /// What comes of `work`; an error of the kind "interrupted" if this process is asked to stop before.
+    /// The result of `work`; an error of the kind "interrupted" if this process is asked to stop before.
     pub async fn unless<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             biased;

@@ -7,10 +7,10 @@ use crate::{
     ids::RunId,
 };
 
-/// A field and what it becomes.
+/// A field and its replacement.
 type Field = (&'static str, fn(&Zoned) -> String);
 
-/// The fields. `week` is the number of ISO 8601, which belongs to `week_year`: 2027-01-01 lies in week 53 of 2026.
+/// The fields. `week` is the number of ISO 8601, which belongs to `week_year`: 2027-01-01 is in week 53 of 2026.
 const FIELDS: [Field; 6] = [
     ("year", |now| format!("{:04}", now.year())),
     ("quarter", |now| ((now.month() - 1) / 3 + 1).to_string()),
@@ -20,7 +20,7 @@ const FIELDS: [Field; 6] = [
     ("day", |now| format!("{:02}", now.day())),
 ];
 
-/// The run id that `template` means at `now`, in the time zone of `now`.
+/// The run id that `template` gives at `now`, in the time zone of `now`.
 ///
 /// # Errors
 /// [`Kind::Config`]: a field that is not known, a brace that is not closed, or a text that is no run id.

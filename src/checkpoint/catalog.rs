@@ -1,12 +1,12 @@
 //! Finding the newest checkpoint that is whole.
 //!
-//! The journal says which checkpoints there are; this module holds them against the store, newest first: the manifest
+//! The journal says which checkpoints there are; this module checks them against the store, newest first: the manifest
 //! against the digest in the journal, every file's presence and size against the manifest. Checksums of whole files are
 //! compared while they are read ([`super::restore`]), since that reads every byte anyway; a caller that finds damage
 //! there takes that checkpoint off the list and asks again.
 //!
-//! Damage is stepped over and reported, never repaired, never deleted. A store that does not answer, or refuses, is an
-//! error: it says nothing about the checkpoint. *Crash, retry, cancel:* nothing is written here.
+//! Damaged checkpoints are skipped and reported, never repaired, never deleted. A store that does not answer, or
+//! refuses, is an error: it proves nothing about the checkpoint. *Crash, retry, cancel:* nothing is written here.
 
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
@@ -23,11 +23,10 @@ use crate::{
     storage::Store,
 };
 
-/// A checkpoint that seems damaged is looked at so often before it is stepped over: it may have been a transfer that
-/// was damaged.
+/// Checks of a checkpoint that seems damaged before it is skipped: the damage may have been in a transfer.
 const LOOKS: u32 = 3;
 
-/// A checkpoint that was stepped over.
+/// A checkpoint that was skipped.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Damage {
     /// Its step.
@@ -36,12 +35,12 @@ pub struct Damage {
     pub generation: Generation,
     /// The damaged object.
     pub object: String,
-    /// What is wrong with it.
+    /// The damage.
     pub reason: String,
 }
 
 impl Damage {
-    /// Whether it is damage of this checkpoint.
+    /// Whether this damage is of that checkpoint.
     pub fn is_of(&self, point: &ResumePoint) -> bool {
         (self.step, self.generation) == (point.step, point.generation)
     }
@@ -52,10 +51,10 @@ impl Damage {
     }
 }
 
-/// What a search has found.
+/// The result of a search.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
-    /// The newest checkpoint that is whole as far as sizes tell.
+    /// The newest checkpoint that is whole as far as sizes show.
     pub found: Option<(Committed, Manifest)>,
     /// Newer ones that are not, newest first.
     pub stepped_over: Vec<Damage>,
@@ -98,7 +97,7 @@ pub async fn newest_usable(
     Ok(Outcome { found: None, stepped_over })
 }
 
-/// Inspects, and inspects again where that shows damage.
+/// Inspects, and inspects again if that shows damage.
 async fn inspect_again(store: &Store, committed: &Committed) -> Result<Manifest, CheckpointError> {
     for _ in 1..LOOKS {
         match inspect(store, committed).await {
@@ -109,7 +108,7 @@ async fn inspect_again(store: &Store, committed: &Committed) -> Result<Manifest,
     inspect(store, committed).await
 }
 
-/// Reads a checkpoint's manifest and looks at the presence and size of every file; any flaw is
+/// Reads a checkpoint's manifest and checks the presence and size of every file; any flaw is
 /// [`CheckpointError::Damaged`].
 pub async fn inspect(store: &Store, committed: &Committed) -> Result<Manifest, CheckpointError> {
     let manifest = read_manifest(store, committed).await?;
@@ -121,7 +120,7 @@ pub async fn inspect(store: &Store, committed: &Committed) -> Result<Manifest, C
     Ok(manifest)
 }
 
-/// Reads the manifest of a checkpoint and holds it against the journal's record.
+/// Reads the manifest of a checkpoint and checks it against the journal's record.
 pub async fn read_manifest(store: &Store, committed: &Committed) -> Result<Manifest, CheckpointError> {
     let key = &committed.manifest;
     let expected = join(&layout::checkpoint(committed.step, committed.generation), layout::MANIFEST);
@@ -142,7 +141,7 @@ pub async fn read_manifest(store: &Store, committed: &Committed) -> Result<Manif
     Ok(manifest)
 }
 
-/// Looks at one file's presence and size.
+/// Checks one file's presence and size.
 pub(super) async fn check_size(store: &Store, folder: &str, file: RemoteFile) -> Result<(), CheckpointError> {
     let object = join(folder, &file.name);
     match store.head(&object).await {

@@ -1,13 +1,13 @@
-//! Who may condemn a checkpoint: the one place that writes `damaged`.
+//! When a checkpoint may be condemned: the one place that writes `damaged`.
 //!
-//! A machine that garbles what it reads (a bit of its memory that is stuck, a disk, a network card) finds every
-//! checkpoint damaged. So a finding is a suspicion at first: the checkpoint is passed over by this process, and nothing
-//! is written down. After the same process has read another checkpoint whole, every byte of it, it may condemn one that
-//! it had found damaged before; for the next one it must read a whole one again. The journal's own rules spare the last
-//! good checkpoint and the one that was read whole last ([`RunState::spared`]). A verdict is taken back by [`clear`].
+//! A machine that garbles its reads (a stuck bit of memory, a disk, a network card) finds every checkpoint damaged. So
+//! a finding is at first a suspicion: this process skips the checkpoint, and nothing is recorded. After the same
+//! process has read every byte of another checkpoint and found it whole, it may condemn one that it had found damaged
+//! before; for the next one it must read a whole one again. The journal's own rules spare the last good checkpoint and
+//! the one most recently read as whole ([`RunState::spared`]). [`clear`] withdraws a verdict.
 //!
-//! *Crash, cancel:* suspicions go with the process; whoever comes next finds the same damage. *Retry:* a record that
-//! may not have been written is asked for again.
+//! *Crash, cancel:* suspicions disappear with the process; the next one finds the same damage. *Retry:* a record that
+//! may not have been written is appended again.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -24,14 +24,14 @@ use crate::{
     storage::Store,
 };
 
-/// Whole checkpoints that are looked for before this machine is held to be the one that is broken.
+/// Checkpoints that are tried in search of a whole one before this machine itself is considered broken.
 const TRIES: usize = 3;
-/// After how long a process that could read none whole tries again: what garbled its reads may have passed.
+/// How long after a process could read none in full it tries again: the cause of the garbled reads may have passed.
 const AGAIN: Duration = Duration::from_secs(60 * 60);
 /// Bytes of one request.
 const PART: u64 = 4 << 20;
 
-/// What one process holds against checkpoints. Clones are the same docket.
+/// One process's findings against checkpoints. Clones are the same docket.
 #[derive(Clone, Debug, Default)]
 pub struct Docket(Arc<Mutex<Cases>>);
 
@@ -39,20 +39,20 @@ pub struct Docket(Arc<Mutex<Cases>>);
 struct Cases {
     /// Found damaged twice, the oldest finding first.
     suspects: Vec<Suspect>,
-    /// Found damaged, and not found whole since: this process does not use them.
+    /// Found damaged, and not found whole since: this process skips them.
     passed_over: Vec<ResumePoint>,
-    /// The last one that checksums vouched for.
+    /// The last one that was verified.
     verified: Option<ResumePoint>,
-    /// Loads in a row that failed though the checkpoint was whole when it was read again.
+    /// Consecutive failed loads of a checkpoint that was whole when it was read again.
     whole_again: u32,
-    /// When no checkpoint that was tried could be read whole.
+    /// When none of the checkpoints tried could be read in full.
     distrusted: Option<Instant>,
 }
 
 #[derive(Debug)]
 struct Suspect {
     damage: Damage,
-    /// Another one was read whole since, and nothing was condemned for it.
+    /// Another checkpoint was read in full since, and nothing was condemned on that proof.
     proven: bool,
 }
 
@@ -61,7 +61,7 @@ impl Docket {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A checkpoint was found damaged, and again when it was read again. Says whether this is news.
+    /// A checkpoint was found damaged, and again when it was read again. Returns whether this is news.
     pub fn suspect(&self, damage: &Damage) -> bool {
         let mut cases = self.cases();
         let point = damage.point();
@@ -85,8 +85,7 @@ impl Docket {
         self.cases().passed_over.contains(point)
     }
 
-    /// Checksums vouch for a checkpoint. Only if this process has compared them with every byte does it show that it
-    /// can read.
+    /// A checkpoint is verified. Only if this process has compared every byte does that prove that it can read.
     pub fn vouch(&self, point: &ResumePoint, proof: Proof) {
         let mut cases = self.cases();
         cases.verified = Some(point.clone());
@@ -98,21 +97,21 @@ impl Docket {
         }
     }
 
-    /// A load failed, and the checkpoint was whole when it was read again; gives how often in a row.
+    /// A load failed, and the checkpoint was whole when it was read again; returns the number of consecutive failures.
     pub fn whole_again(&self) -> u32 {
         let mut cases = self.cases();
         cases.whole_again += 1;
         cases.whole_again
     }
 
-    /// Whether this process could not read a single checkpoint whole when it tried: what it finds says nothing. After
-    /// [`AGAIN`] it may try once more.
+    /// Whether this process could not read a single checkpoint in full when it tried: then its findings prove nothing.
+    /// After an hour it may try once more.
     pub fn is_distrusted(&self) -> bool {
         self.cases().distrusted.is_some_and(|since| since.elapsed() < AGAIN)
     }
 
-    /// The suspect that may be condemned next, with the record that does so. Those that no longer count as good are
-    /// forgotten. Whoever has written it says so with [`condemned`](Self::condemned).
+    /// The suspect that may be condemned next, and the record that does so. Suspects that no longer count as good are
+    /// forgotten. After writing the record, call [`condemned`](Self::condemned).
     pub fn next_record(&self, state: &RunState) -> Option<(Damage, Record)> {
         let damage = self.next(state)?;
         let Damage { step, generation, object, reason } = &damage;
@@ -138,14 +137,14 @@ impl Docket {
         cases.suspects.iter().find(may).map(|suspect| suspect.damage.clone())
     }
 
-    /// One was condemned: what was read whole before does not count for another.
+    /// One was condemned: the whole checkpoint read before is no proof against another.
     pub fn condemned(&self, damage: &Damage) {
         let mut cases = self.cases();
         cases.suspects.retain(|suspect| !suspect.damage.is_of(&damage.point()));
         cases.suspects.iter_mut().for_each(|suspect| suspect.proven = false);
     }
 
-    /// Writes down one suspect, if one may be condemned: from then on nobody resumes from it.
+    /// Records one suspect as damaged, if one may be condemned: from then on nobody resumes from it.
     pub async fn condemn(&self, journal: &mut Journal) -> Result<Option<Damage>, JournalError> {
         let Some((damage, record)) = self.next_record(journal.state()) else { return Ok(None) };
         match journal.append(record).await {
@@ -153,14 +152,14 @@ impl Docket {
                 self.condemned(&damage);
                 Ok(Some(damage))
             }
-            // Somebody else has condemned another one meanwhile.
+            // Another process has condemned another one meanwhile.
             Err(JournalError::Refused { .. }) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Reads another checkpoint whole, the newest first, if there are suspects that wait for it. `false`: none that was
-    /// tried is whole when this process reads it. `store` is the run's folder.
+    /// Reads another checkpoint in full, the newest first, if there are suspects that wait for it. `false`: none of
+    /// those tried is whole when this process reads it. `store` is the run's folder.
     pub async fn prove(
         &self,
         store: &Store,
@@ -196,14 +195,14 @@ pub fn is_condemned(state: &RunState, point: &ResumePoint) -> bool {
     matches!(status, Some(CheckpointStatus::Damaged { .. }))
 }
 
-/// The record that takes the verdict on a checkpoint back, if there is one and `report` says that every byte is whole.
+/// The record that withdraws the verdict on a checkpoint, if there is one and `report` says that every byte is whole.
 pub fn clearance(state: &RunState, report: &Report) -> Option<Record> {
     let (step, generation) = (report.step, report.generation);
     let whole = report.is_sound() && report.proof == Proof::Bytes;
     (whole && is_condemned(state, &ResumePoint { step, generation })).then_some(Record::Cleared { step, generation })
 }
 
-/// Appends that record; says whether there was a verdict to take back.
+/// Appends that record; returns whether there was a verdict to withdraw.
 pub async fn clear(journal: &mut Journal, report: &Report) -> Result<bool, JournalError> {
     let Some(record) = clearance(journal.state(), report) else { return Ok(false) };
     journal.append(record).await?;

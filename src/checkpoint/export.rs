@@ -1,16 +1,16 @@
 //! A checkpoint's weights as a Hugging Face model folder.
 //!
 //! Stored layout: `model.safetensors` (all weights in one file, tensors in [`header::file_order`]), `config.json`,
-//! `tokenizer.json`, `generation_config.json` and the tokenizer's other files, all but the first where the checkpoint
+//! `tokenizer.json`, `generation_config.json` and the tokenizer's other files, all but the first only if the checkpoint
 //! has them. The bytes depend on the weights alone: checkpoints of equal weights give equal files, whatever the world
 //! size that wrote them.
 //!
-//! Shards are read from start to end in parts, each part is summed and its tensors' bytes are put where the merged file
-//! has them, so every byte is got once and checked, and a folder on disk needs no more memory than the parts in flight.
-//! An export to another store is put together in memory first.
+//! Shards are read from start to end in parts; each part is summed, and its tensors' bytes go to their places in the
+//! merged file. So every byte is downloaded once and verified, and a folder on disk needs no more memory than the parts
+//! in flight. An export to another store is put together in memory first.
 //!
-//! *Crash, cancel:* a local export grows in `.<name>.partial-…` beside the folder and is renamed when it is whole and
-//! on disk; in a store `config.json`, without which a folder is no model, is put last. *Retry:* call again.
+//! *Crash, cancel:* a local export grows in `.<name>.partial-…` beside the folder and is renamed when it is complete
+//! and on disk; in a store `config.json`, without which a folder is no model, is put last. *Retry:* call again.
 
 use std::{
     fs::{self, File},
@@ -34,18 +34,18 @@ use crate::{
     storage::{Crc64, Store},
 };
 
-/// Small files that make weights a model, in the order in which they are put.
+/// Small files that make weights a model, in the order in which they are written.
 fn small_names() -> impl Iterator<Item = &'static str> {
     let last = [layout::TOKENIZER, layout::GENERATION_CONFIG, layout::MODEL_CONFIG];
     layout::TOKENIZER_FILES.into_iter().chain(last)
 }
 
-/// Where an export goes.
+/// The destination of an export.
 #[derive(Clone, Debug)]
 pub enum Target {
     /// A local folder that does not exist yet, or is empty.
     Folder(PathBuf),
-    /// A folder of a store; what stands there under the same names is overwritten.
+    /// A folder of a store; objects of the same names are overwritten.
     Store(Store),
 }
 
@@ -59,7 +59,7 @@ pub struct Exported {
 }
 
 /// Exports the weights of the checkpoint with this manifest. `store` is the run's folder, `part` the bytes of one
-/// request; `progress` hears the bytes of weights read.
+/// request; `progress` receives the bytes of weights read.
 pub async fn export(
     store: &Store,
     manifest: &Manifest,
@@ -123,7 +123,7 @@ async fn to_folder(
     finishing.await.map_err(|error| CheckpointError::Internal(format!("write export: {error}")))?
 }
 
-/// A folder in the making; taken away when dropped before it is published.
+/// A folder in the making; removed when dropped before it is published.
 struct Partial {
     path: PathBuf,
 }
@@ -147,7 +147,7 @@ impl Partial {
     fn publish(self, target: &Path) -> Result<(), CheckpointError> {
         let sync = |folder: &Path| File::open(folder).and_then(|folder| folder.sync_all()).map_err(io("write", folder));
         sync(&self.path)?;
-        // An empty folder is replaced; one that has been filled meanwhile makes this fail.
+        // An empty folder is replaced; if it has been filled meanwhile, this fails.
         fs::rename(&self.path, target).map_err(io("rename export to", target))?;
         match target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             Some(parent) => sync(parent),
@@ -168,7 +168,7 @@ fn io(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Checkp
     move |source| CheckpointError::Io { doing, path, source }
 }
 
-/// What the merged file grows in.
+/// The destination in which the merged file grows.
 enum Sink {
     File(File, PathBuf),
     Memory(Mutex<Vec<u8>>),
@@ -190,7 +190,7 @@ impl Sink {
     }
 }
 
-/// One tensor's way from its shard into the merged file.
+/// One tensor's path from its shard into the merged file.
 #[derive(Clone, Copy, Debug)]
 struct Move {
     /// First byte in the shard.
@@ -203,7 +203,7 @@ struct Move {
 /// One shard to be read.
 struct Shard {
     file: RemoteFile,
-    /// The header that the plan was made from; the bytes that are summed must be the same.
+    /// The header that the plan was made from; the bytes read later must be the same.
     header: Bytes,
     /// By `from`, without a gap from the header to the end.
     moves: Arc<[Move]>,
@@ -219,7 +219,7 @@ struct Merge {
 }
 
 impl Merge {
-    /// Reads all shards' headers and lays the merged file out.
+    /// Reads all shards' headers and plans the merged file's layout.
     async fn plan(store: &Store, manifest: &Manifest) -> Result<Self, CheckpointError> {
         let folder = manifest.folder();
         let files = manifest.files.iter().filter(|file| file.kind == FileKind::Model);

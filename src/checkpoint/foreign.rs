@@ -1,9 +1,8 @@
-//! The weights of a model folder that somebody else has written, held against the model that is to start from them.
+//! The weights of a model folder that somebody else has written, checked against the model that is to start from them.
 //!
-//! Only headers are read (and, of a model whose head is its token embedding, a head that stands in the folder all the
-//! same): a mismatch is told by tensor and file before anything is created. Every tensor is used, or is one of a few
-//! that hold nothing that was learnt; a tensor that is passed over in silence would make another model of the same
-//! files.
+//! Only headers are read (and, for a model whose head is its token embedding, any head that the folder nevertheless
+//! has): a mismatch is reported by tensor and file before anything is created. Every tensor is used, or is one of a few
+//! that hold nothing learnt; silently skipping a tensor would make another model of the same files.
 
 use std::collections::HashMap;
 
@@ -22,7 +21,7 @@ use crate::{
     storage::{StorageError, Store},
 };
 
-/// What the model takes from the folder.
+/// The tensors that the model takes from the folder.
 #[derive(Clone, Copy, Debug)]
 pub struct Expected<'a> {
     /// Every parameter with its extents.
@@ -35,7 +34,7 @@ pub struct Expected<'a> {
     pub tied: bool,
 }
 
-/// Tensors that are computed from the configuration, or masks: what their names end with.
+/// Name endings of tensors that are computed from the configuration, or masks.
 const BUFFERS: [&str; 6] = [
     "rotary_emb.inv_freq",
     "rotary_emb.original_inv_freq",
@@ -48,10 +47,10 @@ const BUFFERS: [&str; 6] = [
 /// Element types of weights.
 const WEIGHTS: [Dtype; 3] = [Dtype::F32, Dtype::BF16, Dtype::F16];
 
-/// Bytes of each of two tensors that are compared at once.
+/// Bytes compared at once of each of two tensors.
 const COMPARED: u64 = 8 << 20;
 
-/// Whether a tensor holds nothing that was learnt.
+/// Whether a tensor holds nothing learnt.
 pub fn is_buffer(name: &str) -> bool {
     BUFFERS
         .iter()
@@ -61,8 +60,8 @@ pub fn is_buffer(name: &str) -> bool {
 /// The files of the folder's weights, which are exactly those of the model.
 ///
 /// # Errors
-/// [`CheckpointError::NotAModel`] where files are missing or can't be read as what they should be,
-/// [`CheckpointError::Mismatch`] where a tensor is too much, missing or another, and the store's.
+/// [`CheckpointError::NotAModel`] if files are missing or malformed, [`CheckpointError::Mismatch`] if a tensor is
+/// superfluous, missing or different, and the store's errors.
 pub async fn weights_for(store: &Store, expected: Expected<'_>) -> Result<Vec<RemoteFile>, CheckpointError> {
     let files = weights_from_folder(store).await?;
     let read = |file: RemoteFile| async {
@@ -96,7 +95,7 @@ fn mismatch(folder: &str, reason: String, hint: &str) -> CheckpointError {
     CheckpointError::Mismatch { folder: folder.to_owned(), reason, hint: hint.to_owned() }
 }
 
-/// Holds every tensor against the model. A head beside the embedding that it should be is given back: their bytes
+/// Checks every tensor against the model. A head beside the embedding that it should equal is returned: their bytes
 /// decide.
 fn compare<'a>(
     folder: &str,
@@ -159,7 +158,7 @@ fn compare<'a>(
     Ok(head.zip(found.get(expected.embedding).copied()).map(|(head, embedding)| [head, embedding]))
 }
 
-/// What may be done about a tensor that the model does not have.
+/// What to do about a tensor that the model does not have.
 fn unused<'a>(name: &str, otherwise: &'a str) -> &'a str {
     if name.ends_with("_proj.bias") && name.contains(".self_attn.") {
         "if the model has biases in its attention, set \"attention_bias\": true in the config.json"

@@ -1,12 +1,12 @@
-//! What a checkpoint consists of: the manifest, and the trainer's state that is not tensors.
+//! The contents of a checkpoint: the manifest, and the trainer's state outside the tensors.
 //!
 //! Stored layout of `manifest.json`: one JSON object, [`Manifest`], files in the order of their names. It is created
 //! once and never changed; the journal's `committed` record holds the CRC64-NVME of its bytes, so a reader knows that
-//! what it has is what was committed. Fields may be added with a serde default, never renamed; readers refuse a higher
+//! it has the committed manifest. Fields may be added with a serde default, never renamed; readers refuse a higher
 //! `format`.
 //!
-//! A manifest is read as something that a stranger may have written: names must be plain (they become keys and file
-//! names), unique, and sizes must add up without overflow before anything is allocated for them.
+//! A manifest is read as if a stranger had written it: names must be plain (they become keys and file names), unique,
+//! and sizes must add up without overflow before anything is allocated for them.
 
 use std::{collections::HashSet, num::NonZeroU64};
 
@@ -22,10 +22,10 @@ use crate::{
 
 /// The layout that is written; readers refuse a higher one.
 pub const FORMAT: u32 = 1;
-/// The longest manifest, receipt or state that is believed.
+/// The longest manifest, receipt or state that is accepted.
 pub const MAX_JSON: u64 = 32 << 20;
 
-/// What a file of a checkpoint holds.
+/// The kind of content of a checkpoint's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FileKind {
@@ -42,7 +42,7 @@ pub enum FileKind {
 pub struct FileEntry {
     /// Its name within the checkpoint's folder.
     pub name: String,
-    /// What it holds.
+    /// Its kind of content.
     pub kind: FileKind,
     /// Its length.
     pub bytes: u64,
@@ -56,7 +56,7 @@ pub struct FileEntry {
 pub struct Manifest {
     /// Version of this layout.
     pub format: u32,
-    /// Who wrote it, to the attempt: settles a create whose answer was lost.
+    /// The writer and its attempt: settles a create whose answer was lost.
     pub attempt: AttemptId,
     /// The run.
     pub run_id: RunId,
@@ -85,7 +85,7 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Whether it can be a checkpoint; says why not.
+    /// Checks that it can be a checkpoint's; the error says why not.
     pub fn validate(&self) -> Result<(), String> {
         if self.step.get() == 0 {
             return Err("step 0 has no checkpoint".into());
@@ -128,7 +128,8 @@ impl Manifest {
     }
 }
 
-/// Names plain and unique, sizes that add up, no tensor file too short to be one; says why not.
+/// Checks that names are plain and unique, that sizes add up, and that no tensor file is too short; the error says why
+/// not.
 pub(super) fn validate_files(files: &[FileEntry]) -> Result<(), String> {
     let mut names = HashSet::with_capacity(files.len());
     let mut total = 0_u64;
@@ -145,7 +146,7 @@ pub(super) fn validate_files(files: &[FileEntry]) -> Result<(), String> {
         if *kind != FileKind::Meta && *bytes < crate::format::header::PREFIX {
             return Err(format!("file {name} has {bytes} bytes, too few for tensors"));
         }
-        // Signed, because object stores and file systems count that way.
+        // Signed: object stores and file systems count that way.
         total = total
             .checked_add(*bytes)
             .filter(|&total| i64::try_from(total).is_ok())
@@ -154,7 +155,7 @@ pub(super) fn validate_files(files: &[FileEntry]) -> Result<(), String> {
     Ok(())
 }
 
-/// Whether a name can be put behind a folder and stay there, in any store and on any file system.
+/// Whether a name can be appended to a folder and stay inside it, in any store and on any file system.
 pub fn is_plain_name(name: &str) -> bool {
     let first = name.as_bytes().first();
     name.len() <= 200
@@ -163,15 +164,15 @@ pub fn is_plain_name(name: &str) -> bool {
         && !name.contains("..")
 }
 
-/// The digest that the journal keeps of a manifest: CRC64-NVME of its bytes, 16 lower-case hex digits.
+/// The manifest's digest as kept in the journal: CRC64-NVME of its bytes, 16 lower-case hex digits.
 pub fn digest(bytes: &[u8]) -> String {
     Crc64::of(bytes).to_string()
 }
 
-/// The trainer's state that is not tensors, `trainer_state.json`.
+/// The trainer's state outside the tensors, `trainer_state.json`.
 ///
 /// With the tensors and the run's configuration this is everything that step `step + 1` depends on. Generators are
-/// seeded anew for every step, from (seed, step, rank), so nothing of them needs to be stored.
+/// seeded anew for every step, from (seed, step, rank), so their states need not be stored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainerState {
     /// Version of this layout.
@@ -192,20 +193,20 @@ pub struct TrainerState {
     pub global_batch: u32,
     /// Tokens in one sequence.
     pub sequence_length: u32,
-    /// Steps of the whole run, which the schedule ends at.
+    /// Steps of the whole run, at which the schedule ends.
     pub total_steps: u64,
     /// Peak learning rate.
     pub lr: f64,
     /// The schedule, a function of the step alone.
     pub schedule: ScheduleConfig,
-    /// How random numbers are made.
+    /// The rule for random numbers.
     pub rng: RngRule,
-    /// The data that was trained on; `None`: not written down, in checkpoints of earlier versions.
+    /// The training data; `None`: not recorded, in checkpoints of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DatasetId>,
 }
 
-/// How random numbers are made.
+/// The rule for random numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RngRule {
@@ -256,7 +257,7 @@ impl TrainerState {
     }
 }
 
-/// JSON as we store it: for people too, and with an end of line.
+/// JSON as it is stored: readable for people, with a final line feed.
 pub(super) fn to_json<T: Serialize>(value: &T) -> Result<Vec<u8>, CheckpointError> {
     let mut bytes = serde_json::to_vec_pretty(value)
         .map_err(|error| CheckpointError::Internal(format!("write checkpoint JSON: {error}")))?;
@@ -264,7 +265,7 @@ pub(super) fn to_json<T: Serialize>(value: &T) -> Result<Vec<u8>, CheckpointErro
     Ok(bytes)
 }
 
-/// Reads JSON that has a `format`, which is looked at first: a newer layout must not be taken for damage.
+/// Reads JSON that has a `format`, which is checked first: a newer layout must not be taken for damage.
 pub(super) fn from_json<T: DeserializeOwned>(object: &str, bytes: &[u8]) -> Result<T, CheckpointError> {
     #[derive(Deserialize)]
     struct Versioned {

@@ -1,17 +1,17 @@
-//! Checkpoints in the object store: written, found, held against their manifests, read back, exported, deleted.
+//! Checkpoints in the object store: written, found, verified against their manifests, read back, exported, deleted.
 //!
-//! This module knows bytes and names, no tensors beyond what a safetensors header says. All stores given to it are a
-//! run's folder (`<store>/<run-id>`), so that keys are those of [`crate::layout`]; layouts of single objects stand in
+//! This module knows bytes and names, and of tensors only what a safetensors header says. All stores given to it are a
+//! run's folder (`<store>/<run-id>`), so that keys are those of [`crate::layout`]; layouts of single objects are in
 //! [`manifest`] and [`crate::format`].
 //!
 //! The one invariant: *a checkpoint is a step whose `committed` record stands in the journal*. Data gets there in the
-//! order shards → receipts → manifest → record, each complete before the next begins ([`save`]); it is believed in the
-//! reverse order, each held against the one before: the record gives the manifest's checksum, the manifest gives every
-//! file's size and checksum ([`catalog`], [`restore`], [`verify`]). A crash in between leaves objects that no record
-//! leads to, and nothing here lists a folder to find checkpoints.
+//! order shards → receipts → manifest → record, each complete before the next begins ([`save`]); it is trusted in the
+//! reverse order, each verified against the one before: the record gives the manifest's checksum, the manifest gives
+//! every file's size and checksum ([`catalog`], [`restore`], [`verify`]). A crash in between leaves objects that no
+//! record leads to, and nothing here lists a folder to find checkpoints.
 //!
-//! Damage (an object missing, of another size, of another checksum) is told apart from a store that does not answer:
-//! the first is stepped over, the second is an error, because stepping back would throw away good work.
+//! Damage (an object missing, of another size, of another checksum) differs from a store that does not answer: a
+//! damaged checkpoint is skipped; an unresponsive store is an error, because stepping back would throw away good work.
 #![doc = include_str!("README.md")]
 
 pub mod catalog;
@@ -37,7 +37,7 @@ use crate::{
     storage::StorageError,
 };
 
-/// What can go wrong with checkpoints.
+/// The errors of checkpoints.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// An object is missing, cut short or altered. Another checkpoint may be whole.
@@ -45,7 +45,7 @@ pub enum CheckpointError {
     Damaged {
         /// Its key.
         object: String,
-        /// What was found.
+        /// What is wrong with it.
         reason: String,
     },
     /// The store failed.
@@ -58,7 +58,7 @@ pub enum CheckpointError {
         object: String,
         /// Its format.
         found: u32,
-        /// The newest that is known.
+        /// The newest format that this program knows.
         known: u32,
     },
     /// A (step, generation) pair is written once.
@@ -69,12 +69,12 @@ pub enum CheckpointError {
         /// The generation.
         generation: Generation,
     },
-    /// What the nodes have put is not the checkpoint that was planned.
+    /// The files that the nodes have uploaded are not the planned checkpoint.
     #[error("checkpoint of step {step} is not complete: {reason}")]
     Incomplete {
         /// The step.
         step: Step,
-        /// What is missing or too much.
+        /// What is missing or superfluous.
         reason: String,
     },
     /// The user asked for a step that has no checkpoint.
@@ -82,16 +82,16 @@ pub enum CheckpointError {
     NoSuchStep {
         /// As asked.
         step: Step,
-        /// Those there are.
+        /// The existing steps.
         have: String,
     },
-    /// Nothing is deleted of a run without one whole checkpoint.
+    /// Nothing is deleted from a run without one whole checkpoint.
     #[error("no checkpoint of run {run_id} verifies")]
     NoneUsable {
         /// The run.
         run_id: RunId,
     },
-    /// A folder that weights should come from has none.
+    /// A folder named as a source of weights has none.
     #[error("{folder} is not a model folder: {reason}")]
     NotAModel {
         /// The folder's URI.
@@ -188,7 +188,7 @@ impl CheckpointError {
         Self::Damaged { object: object.into(), reason: reason.to_string() }
     }
 
-    /// A store's error about an object that must exist with a known size: its absence and another size are damage,
+    /// A store's error about an object that must exist with a known size: its absence or another size is damage;
     /// anything else is the store's failure.
     pub(crate) fn of_object(object: &str, error: StorageError) -> Self {
         match error {

@@ -1,15 +1,15 @@
 //! Deleting checkpoints: a plan that can be shown, then its application.
 //!
-//! What stays is decided by `checkpoint.keep` over the checkpoints that the run as it stands consists of. Whatever it
-//! says, the newest one that checksums vouch for stays ([`Standing`]): it is held against the store's own checksums
-//! before anything goes, where the store keeps them; elsewhere every byte of it is read, unless that was done before or
-//! it was restored from, which compares the same checksums. So no 100 GB are read after each save. Damaged checkpoints
-//! are quarantined: never counted, never resumed from, deleted only when a person says so.
+//! `checkpoint.keep` decides which checkpoints of the run's current line stay. In every case the newest verified one
+//! stays ([`Standing`]): before anything is deleted it is verified against the store's own checksums, if the store
+//! keeps them; otherwise every byte of it is read, unless that was done before or it was restored from, which compares
+//! the same checksums. This avoids reading 100 GB after each save. Damaged checkpoints are quarantined: never counted,
+//! never resumed from, deleted only when a person says so.
 //!
 //! Order of a deletion: the journal's `pruned` record, one for a whole plan (from then on they are no checkpoints),
-//! then folder by folder the manifest and the other objects. *Crash:* after the record, what is left of the folders is
-//! garbage that nobody reads; [`super::rubbish`] takes it away later. *Retry:* deleting what is gone is fine, and a
-//! checkpoint already pruned is no longer in the list that a plan is made from. *Cancel:* like a crash.
+//! then folder by folder the manifest and the other objects. *Crash:* after the record, the rest of the folders is
+//! garbage that nobody reads; [`super::rubbish`] removes it later. *Retry:* deleting an object that is gone is fine,
+//! and a checkpoint already pruned is no longer in the list that a plan is made from. *Cancel:* like a crash.
 
 use std::{collections::BTreeSet, future::Future, time::Duration};
 
@@ -31,19 +31,19 @@ use crate::{
     storage::Store,
 };
 
-/// Bytes of one request when the newest checkpoint must be read before anything goes: some dozens are in memory at
-/// once.
+/// Bytes of one request when the newest checkpoint must be read before anything is deleted: some dozens are in memory
+/// at once.
 const PART: u64 = 4 << 20;
-/// Checkpoints that one `pruned` record names at most: it has a size that it may have.
+/// The most checkpoints in one `pruned` record: records are limited in size.
 const ONE_RECORD: usize = 10_000;
 
 /// Why a checkpoint stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Why {
-    /// The newest that checksums vouch for.
+    /// The newest verified one.
     Verified,
-    /// Newer than the newest usable one, so perhaps no good: neither deleted nor counted.
+    /// Newer than the newest usable one, so perhaps damaged: neither deleted nor counted.
     Unproven,
     /// One of the newest `keep.last`.
     Last,
@@ -51,15 +51,15 @@ pub enum Why {
     Every,
     /// One of the `keep.best`.
     Best,
-    /// A generation that may be running has resumed from it, or it is being read just now.
+    /// A generation that may be running has resumed from it, or it is being read at the moment.
     InUse,
     /// Damaged: kept for diagnosis.
     Quarantined,
-    /// It had been found damaged, and is whole when it is read again.
+    /// It had been found damaged, but is whole when it is read again.
     Cleared,
 }
 
-/// What becomes of one checkpoint.
+/// The plan for one checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Fate {
     /// The checkpoint.
@@ -67,7 +67,7 @@ pub struct Fate {
     pub point: ResumePoint,
     /// Its bytes.
     pub bytes: u64,
-    /// Why it stays; empty: it goes.
+    /// Why it stays; empty: it is deleted.
     pub stays: Vec<Why>,
 }
 
@@ -78,24 +78,25 @@ impl Fate {
     }
 }
 
-/// What is known of the newest checkpoints of the line.
+/// The verified state of the newest checkpoints of the line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Standing {
-    /// The newest that is whole as far as the store tells.
+    /// The newest that is whole as far as the store shows.
     pub usable: ResumePoint,
-    /// The newest that checksums vouch for, now or earlier; `None`: nothing goes.
+    /// The newest verified one, now or earlier; `None`: nothing is deleted.
     pub verified: Option<ResumePoint>,
 }
 
-/// What becomes of a run's good checkpoints, oldest first. `line`: those that the run as it stands consists of
-/// ([`RunState::candidates`]); `abandoned`: those that it has turned away from with `--from`, those of the line among
-/// them or not. Both in any order.
+/// The plan for a run's good checkpoints, oldest first. `line`: those of the run's current line
+/// ([`RunState::candidates`]); `abandoned`: those that it has turned away from with `--from`, whether or not those of
+/// the line are among them. Both in any order.
 ///
-/// Of the line stay: `standing.verified`; everything newer than `standing.usable` (what is newer was found damaged and
-/// is not counted either: damaged checkpoints must not push out good ones); the newest `keep.last` from there on; and
-/// the `keep.best` with the lowest validation loss. Abandoned ones don't count: they would push out what the run steps
-/// back to. Of both stay those that `keep.every` names, and `live`, what a generation that may still be running has
-/// resumed from. If `standing.usable` is not on the line, or nothing is verified, nothing goes.
+/// These checkpoints of the line stay: `standing.verified`; everything newer than `standing.usable` (newer ones were
+/// found damaged and are not counted either: damaged checkpoints must not push out good ones); the newest `keep.last`
+/// from there on; and the `keep.best` with the lowest validation loss. Abandoned ones don't count: they would push out
+/// the ones that the run steps back to. Of both kinds stay those that `keep.every` names, and `live`, those that a
+/// generation which may still be running has resumed from. If `standing.usable` is not on the line, or nothing is
+/// verified, nothing is deleted.
 pub fn plan_prune(
     line: &[Checkpoint],
     abandoned: &[Checkpoint],
@@ -147,9 +148,9 @@ fn fate(checkpoint: &Checkpoint, why: &[(bool, Why)]) -> Fate {
     Fate { point: checkpoint.point(), bytes: checkpoint.committed.bytes, stays }
 }
 
-/// Places in the list of those that `every` keeps. Of a stretch of time it is the first, so that another plan, made
-/// later or after this one was carried out, keeps the same. Times are those of the checkpoints' own records: a clock
-/// that is wrong keeps one more or one fewer here, and decides nothing else.
+/// Positions in the list that `every` keeps. Of each interval the first is kept, so that another plan, made later or
+/// after this one was carried out, keeps the same. Times are those of the checkpoints' own records: a wrong clock keeps
+/// one more or one fewer here, and decides nothing else.
 fn spaced(oldest_first: &[&Checkpoint], every: Option<Spacing>) -> BTreeSet<usize> {
     let mut begun = BTreeSet::new();
     let stays = |checkpoint: &Checkpoint| match every {
@@ -164,8 +165,8 @@ fn spaced(oldest_first: &[&Checkpoint], every: Option<Spacing>) -> BTreeSet<usiz
     oldest_first.iter().enumerate().filter(|(_, checkpoint)| stays(checkpoint)).map(|(at, _)| at).collect()
 }
 
-/// Places in the list of the `count` with the lowest validation loss; of equals the newer ones. What has none, or one
-/// that is not a number, is not among them.
+/// Positions in the list of the `count` with the lowest validation loss; of equals the newer ones. Those without a
+/// finite loss are not among them.
 fn best(oldest_first: &[&Checkpoint], count: u32) -> BTreeSet<usize> {
     let loss = |checkpoint: &Checkpoint| checkpoint.committed.validation_loss.filter(|loss| loss.is_finite());
     let mut ranked: Vec<(f64, usize)> =
@@ -174,7 +175,7 @@ fn best(oldest_first: &[&Checkpoint], count: u32) -> BTreeSet<usize> {
     ranked.into_iter().take(count as usize).map(|(_, at)| at).collect()
 }
 
-/// The checkpoints of a plan that go, oldest first.
+/// The checkpoints that a plan deletes, oldest first.
 pub fn doomed(fates: &[Fate]) -> Vec<ResumePoint> {
     fates.iter().filter(|fate| fate.goes()).map(|fate| fate.point.clone()).collect()
 }
@@ -192,42 +193,43 @@ pub fn quarantined(state: &RunState) -> Vec<Fate> {
     fates
 }
 
-/// What becomes of checkpoints that the run has turned away from with `--from`.
+/// The treatment of checkpoints that the run has turned away from with `--from`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Abandoned {
-    /// They stay: a running agent deletes nothing that a person may want to go back to.
+    /// They stay: a running agent does not delete checkpoints that a person may want to go back to.
     Keep,
-    /// They go.
+    /// They are deleted.
     Delete,
 }
 
-/// How a plan comes by its proof that the newest checkpoint is good, where the store keeps no checksums.
+/// The source of a plan's proof that the newest checkpoint is good, if the store keeps no checksums.
 #[derive(Clone, Copy, Debug)]
 pub enum Reading<'a> {
     /// Nothing is read: the plan is shown as if the newest usable one had been read and found good.
     Assume,
-    /// These have been read before, or restored from; if none of them stands, the newest is read.
+    /// These have been read before, or restored from; if all of them are gone, the newest is read.
     Unless(&'a [ResumePoint]),
 }
 
-/// A plan, and what making it has found out.
+/// A plan, and the findings made for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// What becomes of the good checkpoints, oldest first.
+    /// The plan for each good checkpoint, oldest first.
     pub fates: Vec<Fate>,
-    /// The newest that checksums vouch for, if that had to be found out.
+    /// The newest verified one, if that had to be found out.
     pub verified: Option<ResumePoint>,
     /// Checkpoints that the journal calls good, and that were found damaged twice.
     pub damaged: Vec<Damage>,
-    /// Nothing vouches for the newest one yet: every byte of it is read before anything goes.
+    /// Nothing verifies the newest one yet: every byte of it is read before anything is deleted.
     pub unread: bool,
 }
 
-/// What may go of a run: [`plan_prune`] over its good checkpoints, after the newest one of the run as it stands has
-/// been verified. `store` is the run's folder; `in_use` stays. If nothing would go anyway, the store is not asked.
+/// The plan for a run: [`plan_prune`] over its good checkpoints, after the newest one of its current line has been
+/// verified. `store` is the run's folder; `in_use` stays. If nothing would be deleted anyway, the store is not asked.
 ///
 /// # Errors
-/// [`CheckpointError::NoneUsable`] if no checkpoint verifies: what is left may be all there is, so nothing goes.
+/// [`CheckpointError::NoneUsable`] if no checkpoint verifies: the remaining data may be all there is, so nothing is
+/// deleted.
 pub async fn plan_for(
     store: &Store,
     state: &RunState,
@@ -276,7 +278,7 @@ pub async fn plan_for(
     if unread {
         verified.clone_from(&usable);
     } else if verified.is_none() {
-        // Nobody vouches for any of them: read, from the newest on, until one is good.
+        // None of them is verified: read, from the newest on, until one is good.
         usable = None;
         for checkpoint in &line {
             if damaged.iter().any(|damage: &Damage| damage.is_of(&checkpoint.point())) {
@@ -299,7 +301,7 @@ pub async fn plan_for(
     Ok(Plan { fates, verified: verified.filter(|_| !unread), damaged, unread })
 }
 
-/// One checkpoint's report, or its damage if it was found twice.
+/// One checkpoint's report, or its damage if it was found damaged twice.
 async fn sound(
     store: &Store,
     checkpoint: &Checkpoint,
@@ -321,8 +323,9 @@ async fn sound(
 }
 
 /// Carries a plan out. `append` writes the journal's one `pruned` record of all these checkpoints and must not return
-/// before it stands; if it fails nothing of them is deleted. `store` is the run's folder. Gives the objects deleted. A
-/// folder that can't be deleted keeps no other one from it; the first error is given in the end.
+/// before it stands; if it fails, none of their data is deleted. `store` is the run's folder. Returns the number of
+/// deleted objects. A folder that can't be deleted does not stop the deletion of others; the first error is returned at
+/// the end.
 pub async fn apply_prune<E, F, A>(store: &Store, plan: &[ResumePoint], mut append: A) -> Result<u64, E>
 where
     E: From<CheckpointError>,
@@ -343,8 +346,8 @@ where
     Ok(deleted?)
 }
 
-/// Deletes all data of one (step, generation), the manifest first; gives the objects deleted. The caller has made sure
-/// that no record makes it a checkpoint.
+/// Deletes all data of one (step, generation), the manifest first; returns the number of deleted objects. The caller
+/// has made sure that no record makes it a checkpoint.
 pub async fn delete_folder(store: &Store, step: Step, generation: Generation) -> Result<u64, CheckpointError> {
     let folder = layout::checkpoint(step, generation);
     let manifest = join(&folder, layout::MANIFEST);
@@ -440,7 +443,7 @@ mod tests {
         assert_eq!(plan(by_steps(99, None), &newest, &[]), [0_u64; 0]);
         // Nothing at all to keep still keeps the newest verified.
         assert_eq!(plan(by_steps(0, Some(0)), &newest, &[]).len(), 9);
-        // What is newer than the newest usable is neither deleted nor counted.
+        // Checkpoints newer than the newest usable one are neither deleted nor counted.
         assert_eq!(plan(by_steps(2, None), &point(600, 1), &[]), [100, 200, 300, 400]);
         // No proof of a good one: nothing goes.
         assert_eq!(plan(by_steps(1, None), &point(1000, 2), &[]), [0_u64; 0]);
@@ -546,7 +549,7 @@ mod tests {
             let stay = fates.iter().filter(|f| f.stays.contains(&Why::Best)).count();
             prop_assert_eq!(stay, measured.min(best as usize));
             prop_assert!(best == 0 || own.iter().filter_map(|point| loss(point)).all(|loss| loss >= worst));
-            // Made again over what is left, nothing more goes.
+            // Made again over the remaining ones, the plan deletes nothing more.
             let left = |list: &[Checkpoint]| -> Vec<Checkpoint> {
                 list.iter().filter(|c| !gone.contains(&c.point())).cloned().collect()
             };
@@ -578,7 +581,7 @@ mod tests {
         let planned = plan(&store, &state, Reading::Unless(&[])).await.unwrap();
         assert_eq!((steps(&doomed(&planned.fates)), planned.verified.clone()), (vec![1], Some(point(3, 1))));
         assert_eq!(server.count("GetObject") - gets, 1, "its manifest");
-        // The newest has other bytes of the same length: it is stepped over, told, and not counted.
+        // The newest has other bytes of the same length: it is skipped, reported, and not counted.
         harm(&store, &layout::checkpoint(Step(3), Generation(1)), SHARD, Harm::Flip).await;
         let planned = plan(&store, &state, Reading::Unless(&[])).await.unwrap();
         assert_eq!((doomed(&planned.fates), planned.verified.clone()), (vec![], Some(point(2, 1))));
@@ -607,7 +610,7 @@ mod tests {
         let (older, read) = reads(Reading::Unless(&[point(1, 1)])).await;
         assert_eq!((doomed(&older.fates), older.verified.clone(), read), (vec![], Some(point(1, 1)), 2));
         assert_eq!(older.fates[0].stays, [Why::Verified]);
-        // A plan to be shown reads nothing and says so.
+        // A plan that is only shown reads nothing, and says so.
         let (shown, read) = reads(Reading::Assume).await;
         assert_eq!(
             (doomed(&shown.fates), shown.unread, shown.verified.clone(), read),

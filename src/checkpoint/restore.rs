@@ -1,11 +1,11 @@
-//! Reading a checkpoint back: byte ranges, in parallel, straight into the buffers that they belong in.
+//! Reading a checkpoint back: byte ranges, in parallel, straight into their final buffers.
 //!
 //! The caller lays the files out in one memory image ([`plan_pieces`]), cuts that image into one buffer a piece, and
 //! hands both over ([`fetch`]). Each piece comes straight into its buffer and is summed as it comes
-//! ([`Store::get_into`]); the pieces' CRC64-NVME are combined in the order of the file and held against the manifest. A
-//! byte is downloaded once a node, whatever the number of its ranks, and nothing is believed before its whole file has
-//! been checked. Nothing is trained meanwhile: the copies and sums run on threads of their own, as many as there are
-//! cores, which are gone at the end.
+//! ([`Store::get_into`]); the pieces' CRC64-NVME are combined in the order of the file and verified against the
+//! manifest. A byte is downloaded once per node, whatever the number of its ranks, and no byte is trusted before its
+//! whole file has been verified. There is no training meanwhile: the copies and sums run on threads of their own, one
+//! per core, which are gone at the end.
 //!
 //! *Memory:* the image, and a socket's buffer for each request in flight. *Crash, cancel:* nothing in the store
 //! changes. A piece that is being read from a disk when the future is dropped is read to its end, into the buffer that
@@ -25,24 +25,24 @@ use crate::{
     storage::{Crc64, Priority, StorageError, Store},
 };
 
-/// Pieces asked for at once. The store has a limit of its own; this one bounds the memory of those who keep what they
-/// get.
+/// Pieces requested at once. The store has a limit of its own; this one bounds the memory of callers who keep the
+/// pieces.
 pub const IN_FLIGHT: usize = 32;
-/// Pieces that wait for the store at once: as many as it could ever take.
+/// Pieces that wait for the store at once: as many as it could ever handle.
 const ASKED: usize = 1024;
 /// Files begin on a multiple of this in the restore image: whole pages on every machine there is.
 pub const ALIGN: u64 = 64 << 10;
 /// The most pieces that are planned; with parts of 16 MiB this is beyond any machine's memory.
 const MAX_PIECES: u64 = 1 << 24;
 
-/// A file to be got.
+/// A file to download.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteFile {
     /// Its name within its folder.
     pub name: String,
     /// Its length.
     pub bytes: u64,
-    /// CRC64-NVME of all its bytes, where somebody has written it down.
+    /// CRC64-NVME of all its bytes, if known.
     pub crc64: Option<Crc64>,
 }
 
@@ -52,7 +52,7 @@ impl From<&FileEntry> for RemoteFile {
     }
 }
 
-/// Some bytes of one file, got with one request.
+/// A range of one file, downloaded with one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
     /// Index of the file.
@@ -76,7 +76,7 @@ pub struct Layout {
     pub total: u64,
 }
 
-/// The files of a checkpoint that are loaded into tensors, as [`plan_pieces`] and [`fetch`] want them.
+/// The files of a checkpoint that are loaded into tensors, in the form that [`plan_pieces`] and [`fetch`] take.
 pub fn tensor_files(manifest: &Manifest) -> Vec<RemoteFile> {
     manifest.tensor_files().map(RemoteFile::from).collect()
 }
@@ -113,7 +113,7 @@ pub(super) fn ranges(bytes: u64, part: u64) -> impl Iterator<Item = Range<u64>> 
     (0..bytes.div_ceil(part)).map(move |i| i * part..bytes.min((i + 1).saturating_mul(part)))
 }
 
-/// Gets every piece into its buffer and checks every file. `progress` hears the bytes of each finished piece.
+/// Downloads every piece into its buffer and verifies every file. `progress` receives the bytes of each finished piece.
 ///
 /// `pieces` must cover each file of `files` exactly, in any order; each buffer is as long as its piece. An object that
 /// is missing, short or altered gives [`CheckpointError::Damaged`] with its key; the buffers' content is then
@@ -125,7 +125,7 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
     pieces: Vec<(Piece, B)>,
     progress: impl Fn(u64) + Send + Sync,
 ) -> Result<(), CheckpointError> {
-    // Nothing is trained before it is done.
+    // There is no training before it is done.
     let store = &store.at_priority(Priority::Urgent);
     let mut sums: Vec<Vec<(u64, u64, Crc64)>> = vec![Vec::new(); files.len()];
     let get = |(piece, mut buffer): (Piece, B)| {
@@ -171,7 +171,7 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
     Ok(())
 }
 
-/// Holds a file's checksum against the one that was written down, if any.
+/// Checks a file's checksum against the recorded one, if any.
 pub(super) fn compare(object: &str, file: &RemoteFile, found: Crc64) -> Result<(), CheckpointError> {
     match file.crc64 {
         Some(expected) if expected != found => {
@@ -181,7 +181,7 @@ pub(super) fn compare(object: &str, file: &RemoteFile, found: Crc64) -> Result<(
     }
 }
 
-/// Gets some bytes of a file and works on them on a thread of the blocking pool.
+/// Downloads a range of a file and works on it on a thread of the blocking pool.
 pub(super) async fn with_range<T: Send + 'static>(
     store: &Store,
     folder: &str,
@@ -208,7 +208,7 @@ pub(super) fn wrong_size(object: &str, found: u64, expected: u64) -> CheckpointE
     CheckpointError::damaged(object, format!("it has {found} bytes, it should have {expected}"))
 }
 
-/// Gets a small file of a checkpoint whole, and checks it.
+/// Downloads a small file of a checkpoint whole, and verifies it.
 pub async fn small_file(store: &Store, manifest: &Manifest, name: &str) -> Result<bytes::Bytes, CheckpointError> {
     let object = join(&manifest.folder(), name);
     let entry =
@@ -222,7 +222,7 @@ pub async fn small_file(store: &Store, manifest: &Manifest, name: &str) -> Resul
 }
 
 /// The weights of a Hugging Face folder: `model.safetensors`, or all shards of its index. Sizes are the store's; there
-/// is no checksum to hold them against. `store` is the folder itself, so `""` is the `folder` that [`fetch`] wants.
+/// is no checksum to verify them against. `store` is the folder itself, so `""` is the `folder` that [`fetch`] wants.
 pub async fn weights_from_folder(store: &Store) -> Result<Vec<RemoteFile>, CheckpointError> {
     #[derive(Deserialize)]
     struct Index {

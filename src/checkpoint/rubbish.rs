@@ -1,17 +1,17 @@
-//! What a run's folder holds that nothing leads to: found by a pure function over listings, then swept.
+//! Objects in a run's folder that nothing refers to: found by a pure function over listings, then deleted.
 //!
 //! - *Left over:* the folder of a checkpoint that was pruned. Its deleter was killed after the `pruned` record.
-//! - *Orphaned:* a folder without a `committed` record, of a generation that can commit no more, older than a day. Its
-//!   writer was killed, or fenced, before its record.
-//! - *Unfinished:* an upload that was neither completed nor aborted ([`Store::unfinished`]), as old, of such a
+//! - *Orphaned:* a folder without a `committed` record, of a generation that can no longer commit, older than a day.
+//!   Its writer was killed, or fenced, before its record.
+//! - *Unfinished:* an upload that was neither completed nor aborted ([`Store::unfinished`]), equally old, of such a
 //!   generation, or of one that was interrupted.
 //!
-//! A generation can commit no more when a newer one stands, since that fences it, or when the run is complete or has
-//! failed. That it was interrupted is no such word: a commit of it may come late. So safety comes from the journal; the
-//! age is a second lock on the same door, and may be measured by two clocks. Damaged checkpoints have a record: they
-//! are quarantined, not rubbish. What is not named like a checkpoint is not ours.
+//! A generation can no longer commit when a newer one exists, since that fences it, or when the run is complete or has
+//! failed. An interruption does not prove this: a commit may come late. So safety comes from the journal; the age is
+//! only a second safeguard, and may be measured by two clocks. Damaged checkpoints have a record: they are quarantined,
+//! not rubbish. An object that is not named like a checkpoint's is not ours.
 //!
-//! *Crash, retry, cancel:* what was not swept is found again.
+//! *Crash, retry, cancel:* leftovers that were not deleted are found again.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -26,27 +26,27 @@ use crate::{
     storage::{ObjectInfo, StorageError, Store, Unfinished},
 };
 
-/// What belongs to no checkpoint is left alone for so long.
+/// How long objects that belong to no checkpoint are left alone.
 pub const AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Why a folder is rubbish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// It was pruned, and not all of it was deleted.
+    /// It was pruned, but not completely deleted.
     LeftOver,
     /// It was never committed.
     Orphaned,
 }
 
-/// A folder that nothing leads to.
+/// A folder that nothing refers to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Folder {
     /// The step of its name.
     pub step: Step,
     /// The generation of its name.
     pub generation: Generation,
-    /// Why nothing leads to it.
+    /// Why nothing refers to it.
     pub why: Kind,
     /// Objects in it.
     pub objects: u64,
@@ -61,12 +61,12 @@ pub struct Rubbish {
     pub folders: Vec<Folder>,
     /// Uploads, by key.
     pub uploads: Vec<Unfinished>,
-    /// Unfinished uploads could not be listed, for this reason.
+    /// Why unfinished uploads could not be listed, if so.
     pub unlisted: Option<StorageError>,
 }
 
-/// Looks for a run's rubbish. `store` is the run's folder; `state` was read before. A store that does not list
-/// unfinished uploads is no error: the bucket's lifecycle rule, or a person, may see to them.
+/// Finds a run's rubbish. `store` is the run's folder; `state` was read before. A store that does not list unfinished
+/// uploads is no error: the bucket's lifecycle rule, or a person, may take care of them.
 pub async fn find(store: &Store, state: &RunState, now: Timestamp) -> Result<Rubbish, CheckpointError> {
     let objects = store.list(layout::CHECKPOINTS).await?;
     let (uploads, unlisted) = match store.unfinished().await {
@@ -80,19 +80,19 @@ pub async fn find(store: &Store, state: &RunState, now: Timestamp) -> Result<Rub
     Ok(Rubbish { folders, uploads, unlisted })
 }
 
-/// Whether nothing of this generation can be committed any more.
+/// Whether this generation can no longer commit.
 fn is_over(state: &RunState, generation: Generation) -> bool {
     generation < state.generation() || generation == state.generation() && *state.outcome() != Outcome::Open
 }
 
-/// Whether this generation uploads nothing any more: one whose upload is discarded all the same does not commit it.
+/// Whether this generation no longer uploads: if an upload of it is discarded all the same, it does not commit it.
 fn has_left(state: &RunState, generation: Generation) -> bool {
     let interrupted = || state.interruptions().iter().any(|end| end.generation == generation);
     is_over(state, generation) || generation == state.generation() && interrupted()
 }
 
 fn is_old(since: Timestamp, now: Timestamp) -> bool {
-    // What is from the future is not old.
+    // An object from the future is not old.
     Duration::try_from(now.duration_since(since)).is_ok_and(|age| age >= AGE)
 }
 
@@ -100,7 +100,7 @@ fn is_old(since: Timestamp, now: Timestamp) -> bool {
 fn place(key: &str) -> Option<(Step, Generation)> {
     let (folder, _) = key.strip_prefix(layout::CHECKPOINTS)?.strip_prefix('/')?.split_once('/')?;
     let place = layout::parse_checkpoint(folder)?;
-    // Written otherwise than we write it, it is not ours.
+    // If it is written differently than we write it, it is not ours.
     layout::checkpoint(place.0, place.1).ends_with(folder).then_some(place)
 }
 
@@ -126,7 +126,7 @@ fn folders(state: &RunState, objects: &[ObjectInfo], now: Timestamp) -> Vec<Fold
     found.into_iter().filter_map(judge).collect()
 }
 
-/// Whether an upload is rubbish. One that is not of a checkpoint is of no generation, and only its age tells.
+/// Whether an upload is rubbish. One outside a checkpoint belongs to no generation, and only its age decides.
 fn is_stale(state: &RunState, key: &str, since: Timestamp, now: Timestamp) -> bool {
     let in_checkpoints = key.strip_prefix(layout::CHECKPOINTS).is_some_and(|rest| rest.starts_with('/'));
     let over = match place(key) {
@@ -136,7 +136,8 @@ fn is_stale(state: &RunState, key: &str, since: Timestamp, now: Timestamp) -> bo
     over && is_old(since, now)
 }
 
-/// Deletes what [`find`] has found; gives the objects and uploads that went. `store` is the same folder.
+/// Deletes everything that [`find`] has found; returns the numbers of deleted objects and uploads. `store` is the same
+/// folder.
 pub async fn sweep(store: &Store, rubbish: &Rubbish) -> Result<u64, CheckpointError> {
     let mut swept = 0;
     for folder in &rubbish.folders {

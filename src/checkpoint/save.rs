@@ -5,15 +5,15 @@
 //! the leader:  put_manifest  manifest.json, once all receipts are there and cover the plan; created, never overwritten
 //! the leader:  journal       committed { step, manifest, digest }
 //! ```
-//! Stored layout of a receipt: [`Receipt`] as JSON, what one node has put, with sizes and checksums.
+//! Stored layout of a receipt: [`Receipt`] as JSON: the files that one node has uploaded, with sizes and checksums.
 //!
 //! *Crash:* anything before the manifest is garbage in a folder of its own; a manifest without its record is too.
 //! Nobody reads either. *Retry:* both functions may be called again with the same [`Save`]; shards are overwritten with
-//! the same bytes, the manifest is recognised by its attempt. A new attempt of the same node that has the very same
-//! bytes takes over the manifest that stands: a save whose record could not be written is made again. *Cancel:*
-//! dropping a future stops the uploads that it drives; what has been put stays as garbage. *Two writers:* a (step,
-//! generation) pair is written once, so a second attempt that finds a manifest is refused before it overwrites a byte
-//! of what that manifest names.
+//! the same bytes, the manifest is recognised by its attempt. A new attempt of the same node with the very same bytes
+//! takes over the existing manifest: this repeats a save whose record could not be written. *Cancel:* dropping a future
+//! stops the uploads that it drives; uploaded objects stay as garbage. *Two writers:* a (step, generation) pair is
+//! written once, so a second attempt that finds a manifest is refused before it overwrites a byte of what that manifest
+//! names.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -37,18 +37,18 @@ use crate::{
     storage::{Crc64, CreateOutcome, StorageError, Store},
 };
 
-/// One large file to be put: a whole shard.
+/// One large file to upload: a whole shard.
 #[derive(Clone, Debug)]
 pub struct Upload {
     /// Its name within the checkpoint's folder.
     pub name: String,
-    /// What it holds.
+    /// Its kind of content.
     pub kind: FileKind,
     /// Its bytes, typically pages of shared memory; they are never copied.
     pub body: Bytes,
 }
 
-/// What one node puts of one checkpoint.
+/// One node's part of one checkpoint.
 #[derive(Clone, Debug)]
 pub struct Save {
     /// Made once for this save, so that calling again is a retry and not a second writer.
@@ -75,7 +75,7 @@ impl Save {
         layout::checkpoint(self.step, self.generation)
     }
 
-    /// Bytes that this node puts, for progress.
+    /// Bytes that this node uploads, for progress.
     pub fn bytes(&self) -> u64 {
         let shards = self.uploads.iter().map(|upload| upload.body.len() as u64);
         shards.chain(self.small.iter().map(|(_, body)| body.len() as u64)).sum()
@@ -86,12 +86,12 @@ impl Save {
     }
 }
 
-/// What one node has put.
+/// The files that one node has uploaded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Receipt {
     /// Version of this layout.
     pub format: u32,
-    /// The save that put it.
+    /// The save that uploaded them.
     pub attempt: AttemptId,
     /// The run.
     pub run_id: RunId,
@@ -114,7 +114,7 @@ impl Receipt {
     }
 }
 
-/// A manifest that stands in the store; what the `committed` record needs of it.
+/// A manifest in the store, as far as the `committed` record needs it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WrittenManifest {
     /// Its key, relative to the run.
@@ -125,8 +125,8 @@ pub struct WrittenManifest {
     pub bytes: u64,
 }
 
-/// Puts this node's files in parallel, and its receipt when all are there. `store` is the run's folder; `progress`
-/// hears the bytes of each finished part.
+/// Uploads this node's files in parallel, and its receipt when all are there. `store` is the run's folder; `progress`
+/// receives the bytes of each finished part.
 pub async fn put_shards(
     store: &Store,
     save: &Save,
@@ -176,8 +176,8 @@ pub async fn put_shards(
     Ok(receipt)
 }
 
-/// Whether a manifest stands already: then this is a late retry of our own (its receipt is given back), or somebody
-/// else's.
+/// Whether a manifest already exists: then this is a late retry of our own (its receipt is returned), or another
+/// writer's.
 async fn already_put(store: &Store, save: &Save, folder: &str) -> Result<Option<Receipt>, CheckpointError> {
     match store.head(&join(folder, layout::MANIFEST)).await {
         Ok(_) => {}
@@ -193,7 +193,7 @@ async fn already_put(store: &Store, save: &Save, folder: &str) -> Result<Option<
     Err(CheckpointError::AlreadyWritten { step: save.step, generation: save.generation })
 }
 
-/// Whether a receipt is of exactly the bytes that `save` would put.
+/// Whether a receipt is for exactly the bytes that `save` would upload.
 async fn is_the_same(receipt: &Receipt, save: &Save) -> Result<bool, CheckpointError> {
     let uploads = save.uploads.iter().map(|upload| (upload.name.clone(), upload.body.clone()));
     let bodies: BTreeMap<String, Bytes> = uploads.chain(save.small.iter().cloned()).collect();
@@ -209,7 +209,7 @@ async fn is_the_same(receipt: &Receipt, save: &Save) -> Result<bool, CheckpointE
     summed.map_err(|error| CheckpointError::Internal(format!("sum up a save: {error}")))
 }
 
-/// A node's receipt, if it has put one. `store` is the run's folder.
+/// A node's receipt, if it has uploaded one. `store` is the run's folder.
 pub async fn read_receipt(
     store: &Store,
     step: Step,
@@ -226,7 +226,7 @@ pub async fn read_receipt(
 
 /// Creates the manifest from all nodes' receipts. `expected`: the name of every file of the checkpoint, over all nodes.
 ///
-/// Nothing is written unless the receipts are of this very save's step and cover `expected` exactly.
+/// Nothing is written unless the receipts are for the step of this very save and cover `expected` exactly.
 pub async fn put_manifest(
     store: &Store,
     save: &Save,
@@ -254,7 +254,7 @@ pub async fn put_manifest(
     Ok(written)
 }
 
-/// The manifest of these receipts; says why there is none.
+/// The manifest of these receipts; the error says why there is none.
 fn assemble(save: &Save, receipts: &[Receipt], expected: &[String]) -> Result<Manifest, String> {
     let mut files = BTreeMap::new();
     let mut nodes = BTreeSet::new();
@@ -342,7 +342,7 @@ mod tests {
         }
         let body = store.get(&join(&first.folder(), &first.uploads[0].name), u64::MAX).await.unwrap();
         assert_eq!(body, first.uploads[0].body);
-        // Racing to the manifest: the one that comes late is told so, and the first stands.
+        // Racing to the manifest: the later writer gets an error, and the first manifest stands.
         let receipt = read_receipt(&store, first.step, first.generation, &first.node).await.unwrap().unwrap();
         let late = Save { attempt: AttemptId::random(), node: NodeId::random(), ..first.clone() };
         let receipt = Receipt { node: late.node.clone(), ..receipt };

@@ -1,12 +1,12 @@
-//! Holding stored checkpoints against their manifests: for `trainer verify`, for what is about to be deleted, and for
-//! the look that a running agent takes at what it keeps.
+//! Verifying stored checkpoints against their manifests: for `trainer verify`, before deletions, and for a running
+//! agent's checks of the checkpoints that it keeps.
 //!
 //! [`Depth::Stored`] asks the store for every file's length and for the checksum that the store itself keeps of it (S3
-//! keeps the CRC64-NVME of the whole object), so nothing is downloaded; where the store keeps none, the length is all
-//! that is compared, and [`Proof`] says so. [`Depth::Bytes`] downloads every byte and compares checksums, with a few
-//! parts in memory at a time. All flaws are collected, not only the first. [`look_again`] reads again what a look has
-//! found damaged, since a verdict is for ever and an answer may have been garbled on its way. *Crash, retry, cancel:*
-//! nothing is written here.
+//! keeps the CRC64-NVME of the whole object), so nothing is downloaded; if the store keeps none, only the length is
+//! compared, and [`Proof`] says so. [`Depth::Bytes`] downloads every byte and compares checksums, with a few parts in
+//! memory at a time. All flaws are collected, not only the first. [`look_again`] reads damaged objects again, since a
+//! verdict is permanent and an answer may have been garbled in transfer. *Crash, retry, cancel:* nothing is written
+//! here.
 
 use std::time::{Duration, Instant};
 
@@ -25,22 +25,22 @@ use crate::{
     storage::{Crc64, Priority, Store},
 };
 
-/// Bytes of one request when a damaged object is read again, and when something is read gently.
+/// Bytes of one request when a damaged object is read again, and in gentle reading.
 const PART: u64 = 4 << 20;
 
-/// How closely is looked.
+/// The thoroughness of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
     /// Presence, size and the store's own checksum of every file.
     Stored,
-    /// Every byte, got in parts of at most so many.
+    /// Every byte, downloaded in parts of at most this many.
     Bytes {
         /// Bytes of one request.
         part: u64,
     },
 }
 
-/// What an object was found to be the right one by, the weakest first.
+/// How an object was verified, the weakest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Proof {
@@ -52,46 +52,46 @@ pub enum Proof {
     Bytes,
 }
 
-/// What was found of one object.
+/// The findings on one object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FileReport {
     /// Its key, relative to the run.
     pub object: String,
     /// Its length by the manifest; for the manifest itself, 0.
     pub bytes: u64,
-    /// What was compared.
+    /// How it was compared.
     pub by: Proof,
-    /// What is wrong with it; `None`: nothing was found.
+    /// The damage; `None`: none was found.
     pub damage: Option<String>,
 }
 
-/// What was found of one checkpoint.
+/// The findings on one checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// Its step.
     pub step: Step,
     /// The generation that wrote it.
     pub generation: Generation,
-    /// Whether every byte was looked at.
+    /// Whether every byte was read.
     pub deep: bool,
-    /// What all of its objects were compared by: the weakest of them.
+    /// How all of its objects were compared: the weakest of them.
     pub proof: Proof,
-    /// Its objects: the manifest, then the files by name. A manifest that can't be believed stands alone.
+    /// Its objects: the manifest, then the files by name. An unreadable manifest is the only entry.
     pub files: Vec<FileReport>,
 }
 
 impl Report {
-    /// Whether nothing is wrong with it.
+    /// Whether no damage was found.
     pub fn is_sound(&self) -> bool {
         self.damage().is_none()
     }
 
-    /// Whether nothing is wrong with it, and checksums say so.
+    /// Whether no damage was found, by checksums.
     pub fn is_verified(&self) -> bool {
         self.is_sound() && self.proof > Proof::Size
     }
 
-    /// The first object that is damaged, and what is wrong with it.
+    /// The first damaged object, and its damage.
     pub fn damage(&self) -> Option<(&str, &str)> {
         self.files.iter().find_map(|file| Some((file.object.as_str(), file.damage.as_deref()?)))
     }
@@ -103,32 +103,32 @@ impl Report {
     }
 }
 
-/// Reading that stays out of the way of other work: one request at a time, no more than so many bytes a second on
-/// average, and nothing while `busy` says `true`.
+/// Reading that stays out of the way of other work: one request at a time, at most this many bytes per second on
+/// average, and nothing while `busy` is `true`.
 #[derive(Clone, Debug)]
 pub struct Gentle {
     /// The bound.
     pub bytes_per_s: u64,
-    /// Whether there is more important work for the store.
+    /// Whether the store has more important work.
     pub busy: watch::Receiver<bool>,
 }
 
 impl Gentle {
     async fn wait_for_the_others(&self) {
-        // Nobody is left who could be busy when the sender is gone.
+        // When the sender is gone, nothing else can be busy.
         let _ = self.busy.clone().wait_for(|busy| !busy).await;
     }
 
-    /// How long to rest after `len` bytes that took `took`.
+    /// How long to pause after `len` bytes that took `took`.
     fn rest(&self, len: u64, took: Duration) -> Duration {
         let least = Duration::try_from_secs_f64(len as f64 / self.bytes_per_s.max(1) as f64);
         least.unwrap_or(Duration::MAX).saturating_sub(took)
     }
 }
 
-/// Looks at one checkpoint. Damage is part of the report; an error means that the store did not let us look.
+/// Checks one checkpoint. Damage is part of the report; an error means that the store did not allow the check.
 ///
-/// `store` is the run's folder; `progress` hears downloaded bytes.
+/// `store` is the run's folder; `progress` receives downloaded bytes.
 pub async fn verify(
     store: &Store,
     committed: &Committed,
@@ -138,7 +138,7 @@ pub async fn verify(
     look(store, committed, depth, None, progress).await
 }
 
-/// [`verify`] of every byte, at a low rate and on threads that give way to all others.
+/// [`verify`] of every byte, at a low rate and on threads that yield to all others.
 pub async fn verify_gently(store: &Store, committed: &Committed, gentle: &Gentle) -> Result<Report, CheckpointError> {
     let store = &store.at_priority(Priority::Background);
     look(store, committed, Depth::Bytes { part: PART }, Some(gentle), &|_| {}).await
@@ -161,7 +161,7 @@ async fn look(
         let mut asked: Vec<FileReport> = stream::iter(files.clone()).map(ask).buffered(IN_FLIGHT).try_collect().await?;
         if let Depth::Bytes { part } = depth {
             for (file, found) in files.iter().zip(&mut asked) {
-                // A checksum of the store that is not the manifest's does not settle it: the bytes do.
+                // A checksum of the store that differs from the manifest's does not settle it: the bytes do.
                 if found.damage.is_none() || found.by > Proof::Size {
                     found.by = Proof::Bytes;
                     (_, found.damage) = split(check_bytes(store, &folder, file, part, gentle, progress).await)?;
@@ -173,8 +173,8 @@ async fn look(
     Ok(Report { deep: depth != Depth::Stored, ..Report::of(committed, reports) })
 }
 
-/// Reads again what `report` says is damaged, every byte of it; the other objects are taken over as they were found.
-/// What is damaged in the result was found so twice.
+/// Reads every byte of the objects that `report` says are damaged; the other objects are taken over as they were.
+/// Damage in the result was thus found twice.
 pub async fn look_again(store: &Store, committed: &Committed, report: &Report) -> Result<Report, CheckpointError> {
     let (manifest, own) = look_at_manifest(store, committed).await?;
     let mut reports = vec![own];
@@ -207,7 +207,7 @@ async fn look_at_manifest(
     Ok((manifest, FileReport { object: committed.manifest.clone(), bytes: 0, by: Proof::Bytes, damage }))
 }
 
-/// What the store says of one file. Damage by [`Proof::Size`] is one that reading the file can't mend.
+/// The store's metadata of one file. Damage by [`Proof::Size`] can't be disproved by reading the file.
 async fn ask_the_store(store: &Store, folder: &str, file: &RemoteFile) -> Result<FileReport, CheckpointError> {
     let object = join(folder, &file.name);
     let found = store.stored(&object).await.map_err(|error| CheckpointError::of_object(&object, error));
@@ -224,7 +224,7 @@ async fn ask_the_store(store: &Store, folder: &str, file: &RemoteFile) -> Result
     Ok(FileReport { object, bytes: file.bytes, by, damage: gone.or(damage) })
 }
 
-/// Takes damage out of the errors: it is what we are looking for.
+/// Separates damage from errors: damage is what we are looking for.
 fn split<T>(result: Result<T, CheckpointError>) -> Result<(Option<T>, Option<String>), CheckpointError> {
     match result {
         Ok(value) => Ok((Some(value), None)),
@@ -233,7 +233,7 @@ fn split<T>(result: Result<T, CheckpointError>) -> Result<(Option<T>, Option<Str
     }
 }
 
-/// Downloads a file and compares its checksum.
+/// Downloads a file and verifies its checksum.
 async fn check_bytes(
     store: &Store,
     folder: &str,

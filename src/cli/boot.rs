@@ -125,7 +125,7 @@ impl Boot {
         let working_directory = store::working_directory()?;
         let named = boot::store(&settings, &working_directory)?;
 
-        // A run that exists needs no configuration: one that can't be read is no reason not to carry it on.
+        // An existing run needs no configuration: an unreadable one is no reason not to resume it.
         let overrides = boot::changes(&settings.set);
         let find = |uri: &str, reading: &StorageConfig| {
             let found = stop.block_on(open::find(uri, reading, &run_id, overrides.clone()));
@@ -140,7 +140,7 @@ impl Boot {
             let config = new.insert(self.configuration(stop, &settings, named)?);
             found = find(&config.store, &config.storage)?;
         }
-        // A machine with nothing to do needs no device, and does not stay on to wait for one.
+        // A machine with nothing to do needs no device, and does not wait for one.
         let idle = matches!(found, Found::Complete(..));
         let (device, store, begin) = match (found, new) {
             (Found::Existing(run) | Found::Complete(run, _), _) => {
@@ -231,7 +231,7 @@ impl Boot {
     }
 }
 
-/// All that an agent needs to begin.
+/// An agent's inputs.
 struct Ready {
     store: Store,
     run_id: RunId,
@@ -239,7 +239,7 @@ struct Ready {
     manner: Manner,
 }
 
-/// A configuration as it was found.
+/// A configuration as read.
 struct Document {
     file: Option<PathBuf>,
     /// Its name, the TOML, and the URI of the folder that it lies in.

@@ -42,7 +42,7 @@ impl Checkpoints {
     }
 }
 
-/// A checkpoint and what it costs.
+/// A checkpoint and its cost.
 #[derive(Debug, Serialize)]
 struct Listed<'a> {
     #[serde(flatten)]
@@ -59,14 +59,15 @@ impl<'a> Listed<'a> {
         let cleared = state.clearances().iter().rev().find(|cleared| cleared.point == checkpoint.point());
         Self {
             checkpoint: Checkpoint::from(checkpoint),
-            // The price is worked out from all that was ever set: not for each of the many that cost nothing.
+            // The price is computed from all settings ever changed: not for each of the many checkpoints that cost
+            // nothing.
             usd_per_month: if bytes == 0 { 0.0 } else { history::monthly_cost(state, bytes) },
             cleared: cleared.map(|cleared| cleared.at),
         }
     }
 }
 
-/// What all that is in the store comes to.
+/// The total of all checkpoints in the store.
 fn total(checkpoints: &[Listed<'_>]) -> String {
     let kept: Vec<&Listed<'_>> = checkpoints.iter().filter(|listed| listed.checkpoint.status != "pruned").collect();
     let bytes = kept.iter().map(|listed| listed.checkpoint.committed.bytes).fold(0, u64::saturating_add);

@@ -179,7 +179,7 @@ impl Progress {
             }
             PrepareEvent::Phase { phase, seconds: 0 } => match phase {
                 Phase::Sampling => tracing::info!("reading text to train a tokenizer on"),
-                // Told with the size of its text.
+                // Reported with the size of its text.
                 Phase::TokenizerTraining => {}
                 Phase::Encoding => tracing::info!("encoding"),
                 Phase::Writing => tracing::info!("writing the last shards"),

@@ -20,9 +20,9 @@ use crate::{
     storage::Store,
 };
 
-/// Between two looks at the journal.
+/// The interval between two looks at the journal.
 const LOOK: Duration = Duration::from_secs(1);
-/// Looks after which the node's heartbeat is looked at, too.
+/// The number of looks after which the node's heartbeat is checked, too.
 const PULSE: u32 = 10;
 
 /// Ask a live run to save and stop
@@ -64,7 +64,7 @@ struct End {
     reason: Option<String>,
 }
 
-/// What the journal says of a generation that was asked to stop.
+/// The journal's state of a generation that was asked to stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Progress {
     AtWork,
@@ -119,7 +119,7 @@ impl Drain {
     }
 }
 
-/// The generation that is at work on the run now.
+/// The generation that is now at work on the run.
 async fn alive(folder: &Store, state: &RunState) -> Result<Generation> {
     let run_id = state.run_id();
     let standing = Standing::of(state);
@@ -142,15 +142,15 @@ async fn alive(folder: &Store, state: &RunState) -> Result<Generation> {
 }
 
 /// Whether the process of generation `asked` has formed the newest one, too: it obeys the request all the same. A
-/// node's id is of one process.
+/// node's id belongs to one process.
 fn carried_on_itself(state: &RunState, asked: Generation) -> bool {
     let node = |formed: &Formation| formed.node.clone();
     let before = state.formations().iter().find(|formed| formed.generation == asked).map(node);
     before.is_some() && before == state.formed().map(node)
 }
 
-/// Waits until the journal says how the generation ended, or the one by which the same process has carried on when a
-/// worker died.
+/// Waits until the journal says how the generation ended, or, if a worker died, the one with which the same process
+/// continued.
 async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation) -> Result<End> {
     let run_id = journal.state().run_id().clone();
     for look in 1_u32.. {
@@ -159,7 +159,8 @@ async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation)
         match progress(state, generation) {
             Progress::Ended(end) => return Ok(end),
             Progress::Followed(by) if carried_on_itself(state, generation) => {
-                // It listens for the earlier request a while longer, but the store may not have let it hear that one.
+                // It listens for the earlier request a while longer, but may not have been able to read that one from
+                // the store.
                 drain::ask(folder, by).await?;
                 generation = by;
             }
@@ -176,7 +177,7 @@ async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation)
             && let Some(node) = state.formed().map(|formed| formed.node.clone())
             && let Liveness::Gone(_) = heartbeat::look(folder, &node).await?
         {
-            // It may have written its last word since.
+            // It may have written its last record since.
             history::read_on(journal).await?;
             if progress(journal.state(), generation) != Progress::AtWork {
                 continue;

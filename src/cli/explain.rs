@@ -53,7 +53,7 @@ impl Explain {
     }
 }
 
-/// How wrong a prediction was, for people.
+/// The error of a prediction, for people.
 fn off(ratio: f64) -> String {
     if ratio < 2.0 { format!("{:.0} % off", 100.0 * (ratio - 1.0).abs()) } else { format!("{ratio:.1} times as long") }
 }
@@ -105,9 +105,9 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
     line(&format!("{number}."), format!("{when}, generation {generation} on node {node}"));
     match episode.drain {
         _ if !episode.notices.is_empty() => {}
-        // The store did not take the notice's own record in time.
+        // The store did not accept the notice's own record in time.
         Some(drain) => line("heard", drain.source.clone()),
-        // Heard between two lives of the workers, when there was nothing to save.
+        // Received between two lives of the workers, when there was nothing to save.
         None if episode.how == How::Stopped => {
             line("heard", "a request to stop; whose was not written down".to_owned())
         }

@@ -80,7 +80,7 @@ impl Done<'_> {
     }
 }
 
-/// Exports a step's weights, or the newest; gives the step.
+/// Exports a step's weights, or the newest; returns the step.
 pub(super) async fn export(run: &RunArg, step: Option<Step>, target: &Target) -> Result<(Step, export::Exported)> {
     let (folder, committed) = history::choose(&run.store.open()?, &run.run_id, step).await?;
     let doing = || format!("export step {}", committed.step);

@@ -63,7 +63,7 @@ struct Generated<'a> {
 impl Generate {
     pub(super) fn execute(self) -> Result<ExitCode> {
         let folder = Scratch::new()?;
-        // Below the private folder, since an export puts a folder of its own in the target's place.
+        // Below the private folder, since an export replaces the target with a folder of its own.
         let exported = folder.0.join("model");
         let target = Target::Folder(exported.clone());
         let (step, _) = store::block_on(export::export(&self.run, self.step, &target))?;
@@ -120,7 +120,7 @@ fn tokenizer(folder: &Path, asked: Option<&str>, ends: &[u32]) -> Result<TextTok
     Ok(TextTokenizer::load_with(&path, EndToken::OneOf(ends))?)
 }
 
-/// The end tokens that a checkpoint names: what its data has between documents, or what the model's configuration says.
+/// The end tokens that a checkpoint names: the one between its data's documents, or those of the model's configuration.
 fn end_ids(generation_config: &Path) -> Result<Vec<u32>> {
     let text = match std::fs::read(generation_config) {
         Ok(text) => text,
@@ -130,7 +130,7 @@ fn end_ids(generation_config: &Path) -> Result<Vec<u32>> {
             return Err(Error::from_source(Kind::Unavailable, error).context(doing));
         }
     };
-    // Written by this program, and held against its checksum: what it does not hold, it does not say.
+    // Written by this program, and verified against its checksum: the file is trusted.
     let config: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
     let id = |value: &serde_json::Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     Ok(match config.get("eos_token_id") {
@@ -147,7 +147,7 @@ fn with(mut ids: Vec<u32>, id: u32) -> Vec<u32> {
     ids
 }
 
-/// A temperature that can't be used was typed here: wrong usage, not wrong configuration.
+/// An unusable temperature was typed here: wrong usage, not wrong configuration.
 fn as_usage(error: ModelError, temperature: f64) -> Error {
     if temperature >= 0.0 && temperature.is_finite() {
         return error.into();
@@ -155,7 +155,7 @@ fn as_usage(error: ModelError, temperature: f64) -> Error {
     Error::from_source(Kind::Usage, error)
 }
 
-/// Shows text as it comes. Bytes of a character may be spread over tokens: what is not yet a character waits.
+/// Shows text as it comes. A character's bytes may be spread over tokens: incomplete ones wait.
 struct Live<'a> {
     tokenizer: &'a TextTokenizer,
     tokens: Vec<u32>,
@@ -193,7 +193,7 @@ impl Live<'_> {
     }
 }
 
-/// A folder for a while; empty at first.
+/// A temporary folder; empty at first.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -215,7 +215,7 @@ impl Scratch {
     }
 }
 
-/// Others on this machine have no business with the weights.
+/// Makes a folder private: the weights are not for other users of this machine.
 fn make_private(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().mode(0o700).create(path)
@@ -274,7 +274,7 @@ mod tests {
         assert_eq!(begins("{\"eos_token\": \"<|data|>\"}", None, &[1, 2]), 2);
         assert_eq!(begins("{\"eos_token\": {\"content\": \"<|data|>\"}}", None, &[1, 2]), 2);
         assert_eq!(begins("{\"eos_token\": \"<|data|>\"}", Some("<|stop|>"), &[1, 2]), 1);
-        // What the settings name, but no text ends with, or what is no token at all.
+        // Tokens that the settings name but no text ends with, or that don't exist.
         assert_eq!(begins("{\"eos_token\": \"<|data|>\"}", None, &[1]), 1);
         for settings in ["{\"eos_token\": \"<|other|>\"}", "{\"eos_token\": null}", "{}", ""] {
             assert_eq!(begins(settings, None, &[2, 1]), 2, "{settings}");

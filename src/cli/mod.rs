@@ -1,8 +1,8 @@
-//! What the user typed, as one call into the library; one file for each subcommand.
+//! The command line, as one call into the library; one file for each subcommand.
 //!
-//! Standard output is data and is written by `output` and by the reporter only; standard error is conversation, which
-//! the writer in [`report`] takes: no reader of it can hold anything up, or change an exit code. Exit codes are those
-//! of [`Kind`]; wrong usage is 64, a panic is a bug and exits with 70.
+//! Standard output is data, written only by `output` and by the reporter; standard error is for people, written by the
+//! writer in [`report`]: no reader of it can delay anything, or change an exit code. Exit codes are those of [`Kind`];
+//! wrong usage is 64, a panic is a bug and exits with 70.
 mod args;
 mod boot;
 mod checkpoints;
@@ -51,7 +51,7 @@ Exit codes:
 
 TRAINER_LOG filters the log on standard error: debug, or trainer::agent=trace,warn.";
 
-/// Commands that do not end with the signals that ask a process to, and hear them from their first instruction on.
+/// Commands that the signals to stop do not end, and that listen for them from their first instruction on.
 const HEARS: [&str; 4] = ["run", "resume", "boot", "work"];
 
 /// Train LibTorch models on machines that can disappear: checkpoint to an object store, resume by itself.
@@ -87,11 +87,11 @@ enum Command {
     Worker,
 }
 
-/// Runs the command line and gives its exit code.
+/// Runs the command line and returns its exit code.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     if arguments.get(1).is_some_and(|command| HEARS.iter().any(|name| command == *name)) {
-        // First of all. What it can't do, it says to whoever asks for it next.
+        // First of all. If it fails in part, later callers report that.
         let _ = inbox::open();
     }
     let traced = env::raw("RUST_BACKTRACE").is_some_and(|value| value != "0");
@@ -143,7 +143,7 @@ fn ended(error: &Error) -> ExitCode {
     error.kind().exit_code().into()
 }
 
-/// An error as the user reads it. Names in it may come from a store: they must not steer the terminal.
+/// An error as the user reads it. Names in it may come from a store: they must not control the terminal.
 fn said(error: &Error) -> String {
     let plain = crate::report::human::plain;
     let hint = error.hint().map(|hint| format!("hint: {}\n", plain(hint))).unwrap_or_default();

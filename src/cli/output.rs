@@ -1,4 +1,4 @@
-//! Standard output: data, and nothing else. What was asked for and can't be written is an error, unless its reader has
+//! Standard output: data, and nothing else. Requested output that can't be written is an error, unless its reader has
 //! gone.
 
 use std::io::{self, IsTerminal, Write};
@@ -7,12 +7,12 @@ use serde::Serialize;
 
 use crate::error::{Error, Kind, Result};
 
-/// Writes `text`. A reader that has gone (`trainer runs | head`) is no error, and is not told anything.
+/// Writes `text`. A reader that has gone (`trainer runs | head`) is no error, and is not reported.
 pub(super) fn emit(text: &str) -> Result<()> {
     show(text).map(drop)
 }
 
-/// The same; says whether somebody may still read: who has more to write need not go on else.
+/// The same; returns whether somebody may still read: if not, a caller with more to write can stop.
 pub(super) fn show(text: &str) -> Result<bool> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -22,11 +22,11 @@ pub(super) fn show(text: &str) -> Result<bool> {
     }
 }
 
-/// The same beside what else is waited for: a reader that stands still keeps nobody from hearing Ctrl-C. What is not
-/// read then goes with the process.
+/// The same, alongside other waits: a stalled reader does not stop Ctrl-C from being heard. Unread output is lost with
+/// the process.
 pub(super) async fn show_beside(text: String) -> Result<bool> {
     let (done, shown) = tokio::sync::oneshot::channel();
-    // A thread of its own: a runtime waits for those that it lends.
+    // A thread of its own: a runtime waits for the threads that it lends.
     let writes = move || drop(done.send(show(&text)));
     std::thread::Builder::new()
         .name("show".into())
@@ -51,7 +51,7 @@ pub(super) fn json_lines<T: Serialize>(values: impl IntoIterator<Item = T>) -> R
     Ok(text)
 }
 
-/// Columns lined up by their widest cell; numbers to the right.
+/// Columns aligned by their widest cell; numbers to the right.
 pub(super) struct Table {
     right: Vec<bool>,
     rows: Vec<Vec<String>>,

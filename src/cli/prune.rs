@@ -32,7 +32,7 @@ use crate::{
 
 /// Bytes of one request when a damaged checkpoint is read once more.
 const PART: u64 = 4 << 20;
-/// How long a summary of the journal is waited for.
+/// How long to wait for a summary of the journal.
 const SUMMARY: Duration = Duration::from_secs(10);
 
 /// Delete old checkpoints by plan, and leftovers of killed uploads
@@ -73,7 +73,7 @@ fn spacing(text: &str) -> Result<Spacing, String> {
     steps.or_else(|| parse_spacing(text)).ok_or_else(|| "expected a number of steps, or a duration such as 6h".into())
 }
 
-/// One thing of the plan.
+/// One item of the plan.
 #[derive(Debug, Serialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 enum Line<'a> {
@@ -96,7 +96,7 @@ enum Line<'a> {
     Total(Total),
 }
 
-/// What it comes to.
+/// The totals.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 struct Total {
     kept: u64,
@@ -109,7 +109,7 @@ struct Total {
     gone_usd_per_month: f64,
 }
 
-/// What was planned, or done.
+/// The plan, or its result.
 struct Done {
     fates: Vec<Fate>,
     rubbish: Rubbish,
@@ -142,7 +142,7 @@ impl Prune {
         let mut fates = self.with_quarantined(plan.fates, journal.state())?;
         if self.damaged && !self.dry_run {
             take_back(&folder, &mut journal, &mut fates, &docket).await?;
-            // It may have been written off by mistake, and be this machine that garbles it now.
+            // It may have been condemned by mistake, while this machine garbles it now.
             self.settle(&docket, &folder, &mut journal).await?;
         }
         let rubbish = rubbish::find(&folder, journal.state(), Timestamp::now()).await?;
@@ -201,7 +201,7 @@ impl Prune {
             }
             damaged.iter_mut().for_each(|fate| fate.stays.clear());
         }
-        // What was found damaged just now stands in the plan, too.
+        // Damage found just now is in the plan, too.
         fates.retain(|fate| damaged.iter().all(|damaged| damaged.point != fate.point));
         fates.append(&mut damaged);
         fates.sort_by_key(|fate| (fate.point.generation, fate.point.step));
@@ -209,7 +209,7 @@ impl Prune {
     }
 }
 
-/// What is whole after all is no longer condemned, and stays: a deletion is for ever.
+/// Checkpoints that turn out whole are no longer condemned, and stay: a deletion is final.
 async fn take_back(folder: &Store, journal: &mut Journal, fates: &mut [Fate], docket: &Docket) -> Result<()> {
     for fate in fates.iter_mut().filter(|fate| fate.goes()) {
         let ResumePoint { step, generation } = fate.point;

@@ -104,7 +104,7 @@ pub(super) async fn fetched(folder: &str, name: &str) -> Result<Vec<u8>> {
     Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec())
 }
 
-/// `<file stem>-<yyyymmdd>-<hhmmss>-<4 hex digits>`, with what an id can't hold made `-`.
+/// `<file stem>-<yyyymmdd>-<hhmmss>-<4 hex digits>`, with characters that an id can't hold replaced by `-`.
 fn default_id(config: &Path, now: &jiff::Zoned, random: &str) -> Result<RunId> {
     let stem: String = config
         .file_stem()
@@ -120,7 +120,7 @@ fn default_id(config: &Path, now: &jiff::Zoned, random: &str) -> Result<RunId> {
         .map_err(|error| Error::from_source(Kind::Bug, error))
 }
 
-/// What was made ready; `None`: this process was asked to stop meanwhile, and says so.
+/// The prepared value; `None`: this process was asked to stop meanwhile, and reports that.
 pub(super) fn unless_asked<T>(stop: &Stop, ready: Result<T>) -> Result<Option<T>> {
     if stop.heard().asked() {
         tracing::info!("stopped before the run began, nothing lost: give the same command again");
@@ -129,7 +129,7 @@ pub(super) fn unless_asked<T>(stop: &Stop, ready: Result<T>) -> Result<Option<T>
     ready.map(Some)
 }
 
-/// Hands the run to the agent and tells the user how it ended.
+/// Passes the run to the agent and tells the user how it ended.
 pub(super) fn launch(
     screen: Screen,
     json: JsonArg,
@@ -175,11 +175,11 @@ pub(super) fn launch_as(
     })
 }
 
-/// A group that does not answer is asked again after so long; the pause doubles up to the second of these.
+/// The pause before a group that does not answer is asked again; it doubles up to the second of these.
 const ASK_AGAIN: Duration = Duration::from_secs(60);
 const ASK_AGAIN_AT_MOST: Duration = Duration::from_secs(3600);
 
-/// What the run's `on_complete` says of this machine. The run is complete whatever comes of it.
+/// Carries out the run's `on_complete` on this machine. The run is complete in any case.
 fn complete(then: &Afterwards) -> Result<()> {
     match then.action {
         CompleteAction::Exit => Ok(()),
@@ -194,7 +194,7 @@ fn complete(then: &Afterwards) -> Result<()> {
                 }
                 Ok(())
             });
-            // Who ends this process before has seen to its machine, or will.
+            // A person who stops this process before that has taken care of its machine, or will.
             left.or_else(|error| if stop.heard().asked() { Ok(()) } else { Err(error) })
         }
     }

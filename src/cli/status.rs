@@ -19,9 +19,9 @@ use crate::{
     report::human,
 };
 
-/// Between two looks with `--watch`.
+/// The interval between two looks with `--watch`.
 const WATCH: Duration = Duration::from_secs(2);
-/// Interruptions that are listed; the others are counted.
+/// The most interruptions that are listed; the others are counted.
 const SHOWN: usize = 5;
 
 /// Show the state of a run
@@ -67,7 +67,7 @@ impl Status {
     pub(super) fn execute(self) -> Result<ExitCode> {
         store::block_on(async {
             let root = self.run.store.open()?;
-            // Elsewhere than on a terminal each look is added below the last: a log of JSON lines, or of tables.
+            // Off a terminal each look is appended to the last: a log of JSON lines, or of tables.
             let redraw = self.watch && !self.json.json && output::is_terminal();
             let mut journal = history::open(&root, &self.run.run_id).await?;
             if !self.watch {

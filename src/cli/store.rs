@@ -1,4 +1,4 @@
-//! Stores as commands open them, and the asynchronous runtime that reading from them needs.
+//! How commands open stores, and the asynchronous runtime for reading from them.
 
 use std::{future::Future, path::PathBuf};
 
@@ -8,13 +8,13 @@ use crate::{
     storage::Store,
 };
 
-/// Where runs are kept if nothing says otherwise; `default.toml` says the same.
+/// The store of runs if nothing says otherwise; `default.toml` has the same.
 pub(super) const DEFAULT: &str = "file://./runs";
 /// Limits of commands that read; a run's own limits are in its configuration.
 pub(super) const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
 
 /// Opens a store that holds something, by its URI or path; a relative one is taken from the working directory. A folder
-/// that is not there is a mistake, not a store to be made.
+/// that does not exist is a mistake, not a store to create.
 pub(super) fn open(uri: &str) -> Result<Store> {
     let uri = absolute(uri)?;
     if let Some(path) = config::local_path(&uri)

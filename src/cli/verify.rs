@@ -52,7 +52,7 @@ pub struct Verify {
     json: JsonArg,
 }
 
-/// A report, and what came of it.
+/// A report, and its consequence.
 #[derive(Debug, Serialize)]
 struct Looked {
     #[serde(flatten)]
@@ -66,7 +66,7 @@ impl Verify {
         let (looked, clearing) = store::block_on(self.look())?;
         let text = if self.json.json { output::json_lines(&looked)? } else { told(&looked) };
         output::emit(&text)?;
-        // What was found is told, even if it could not be written down.
+        // Findings are reported, even if they could not be recorded.
         clearing?;
         let reports: Vec<&Report> = looked.iter().map(|looked| &looked.report).collect();
         let damaged = reports.iter().filter(|report| !report.is_sound()).count();
@@ -111,7 +111,7 @@ impl Verify {
         let chosen: Vec<&Checkpoint> = match self.step {
             Some(step) => kept.filter(|checkpoint| checkpoint.committed.step == step).collect(),
             None if self.all => kept.collect(),
-            // A newest one that is known to be damaged is news, too: what a resume would use comes second.
+            // A newest one known to be damaged is worth reporting, too: the one that a resume would use comes second.
             None => kept.next_back().into_iter().collect(),
         };
         if chosen.is_empty() {
@@ -123,7 +123,7 @@ impl Verify {
     }
 }
 
-/// Takes back the verdict on what is whole in every byte.
+/// Withdraws the verdict on checkpoints of which every byte is whole.
 async fn clear(folder: &Store, state: RunState, looked: &mut [Looked]) -> Result<()> {
     let is_whole = |report: &Report| report.is_sound() && report.proof == Proof::Bytes;
     let is_condemned = |report: &Report| {
@@ -145,7 +145,7 @@ async fn clear(folder: &Store, state: RunState, looked: &mut [Looked]) -> Result
     Ok(())
 }
 
-/// All of it, for people.
+/// All reports, for people.
 fn told(looked: &[Looked]) -> String {
     let reports: Vec<&Report> = looked.iter().map(|looked| &looked.report).collect();
     let mut text = table(&reports) + &summary(&reports);
@@ -179,7 +179,7 @@ fn table(reports: &[&Report]) -> String {
     table.text()
 }
 
-/// One line on all of it; what only sizes speak for is not called good.
+/// One line for all reports; checkpoints verified only by sizes are not called good.
 fn summary(reports: &[&Report]) -> String {
     let files: Vec<&FileReport> = reports.iter().flat_map(|report| &report.files).collect();
     let (damaged, sound): (Vec<&FileReport>, Vec<&FileReport>) =

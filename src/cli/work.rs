@@ -91,7 +91,7 @@ pub struct Work {
     json: JsonArg,
 }
 
-/// A variable of the environment; for two of them a parameter does, too.
+/// A variable of the environment; two of them may also come from a parameter.
 fn variable(parameters: &[Parameter], name: &str) -> Option<String> {
     let parameter = match name {
         api::BASE_URL => "job-api-base-url",
@@ -102,7 +102,7 @@ fn variable(parameters: &[Parameter], name: &str) -> Option<String> {
     given.or_else(|| Some(parameters.iter().find(|it| it.name == parameter)?.value.reveal().to_owned()))
 }
 
-/// When a consumer leaves.
+/// When a consumer exits.
 #[derive(Clone, Copy, Debug)]
 struct Idle(Option<Duration>);
 
@@ -121,7 +121,7 @@ fn between(text: &str, low: Duration, high: Duration) -> Result<Duration, String
     })
 }
 
-/// Shorter than three seconds, a slow answer would end it.
+/// A lease below three seconds would end with one slow answer.
 fn lease(text: &str) -> Result<Duration, String> {
     between(text, Duration::from_secs(3), LONGEST_HOLD / 2)
 }
@@ -132,11 +132,11 @@ fn longest(text: &str) -> Result<Duration, String> {
 
 impl Work {
     pub(super) fn execute(self, screen: Screen) -> Result<ExitCode> {
-        // What is said between two jobs is news to the next.
+        // Requests that arrive between two jobs count for the next one.
         notice::running_for();
         let json = self.json.json;
         let say: Arc<dyn Fn(&Said) + Send + Sync> = Arc::new(move |said| {
-            // A reader that has gone, or stands still, is no reason to leave a job.
+            // A reader that has gone, or stalls, is no reason to leave a job.
             if json && let Ok(line) = output::json_lines([said]) {
                 report::say_event(line);
             }

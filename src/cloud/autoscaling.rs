@@ -1,8 +1,8 @@
 //! Leaving an Auto Scaling group.
 //!
-//! A machine that has nothing left to do and merely powers off is replaced by its group, which costs money for ever. It
+//! If a machine that has nothing left to do merely powers off, its group replaces it, which costs money for ever. So it
 //! leaves with `TerminateInstanceInAutoScalingGroup` and the desired capacity lowered by one; the group starts the
-//! termination itself. The API does not do that where the desired capacity would fall below the minimum.
+//! termination itself. The API refuses if the desired capacity would fall below the minimum.
 
 use std::time::Duration;
 
@@ -11,15 +11,15 @@ use aws_sdk_autoscaling::{Client, config::timeout::TimeoutConfig, error::Provide
 use super::{aws, identity::Identity};
 use crate::error::Error;
 
-/// For one request, and for one with all of the SDK's own retries.
+/// The limit for one request, and for one with all of the SDK's own retries.
 const ATTEMPT: Duration = Duration::from_secs(10);
 const OPERATION: Duration = Duration::from_secs(40);
-/// A group that is just being changed is asked so often again.
+/// Attempts while the group is being changed.
 const TRIES: u32 = 6;
 /// The first pause between two of them; it doubles.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// What came of it.
+/// The outcome.
 #[derive(Debug)]
 pub enum Left {
     /// The group ends this machine and starts none in its place.
@@ -28,14 +28,14 @@ pub enum Left {
     InNoGroup,
     /// The desired capacity is the group's minimum already.
     AtMinimum {
-        /// The API's words.
+        /// The API's message.
         said: String,
     },
     /// It can't be done.
     Failed(Error),
 }
 
-/// What a refusal means.
+/// The meaning of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Refusal {
     InNoGroup,
@@ -45,7 +45,7 @@ enum Refusal {
     Other,
 }
 
-/// What the API says is told apart by code and, where one code stands for several things, by words.
+/// API errors are told apart by code and, where one code stands for several cases, by message.
 fn refusal(code: &str, message: &str) -> Refusal {
     let message = message.to_ascii_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| message.contains(word));

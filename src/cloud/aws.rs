@@ -13,8 +13,8 @@ use crate::error::{Error, Kind};
 
 static CONFIG: OnceCell<SdkConfig> = OnceCell::const_new();
 
-/// What all clients are made from. The first call may take as long as [`region::find`](super::region::find) does. Kept
-/// once a region is known: the machine may say it later.
+/// The configuration that all clients are made from. The first call may take as long as
+/// [`region::find`](super::region::find) does. Kept once a region is known: the machine may report it later.
 pub async fn config() -> SdkConfig {
     let load = async |region| {
         let defaults = aws_config::defaults(BehaviorVersion::latest()).http_client(direct::sdk_client());
@@ -34,7 +34,7 @@ pub async fn config_in(region: &str) -> SdkConfig {
     config().await.into_builder().region(Region::new(region.to_owned())).build()
 }
 
-/// What a failed call means to the user: `doing` is a verb phrase such as "read parameters below /trainer".
+/// The error for the user after a failed call; `doing` is a verb phrase such as "read parameters below /trainer".
 pub fn explain<E, R>(error: aws_sdk_ssm::error::SdkError<E, R>, doing: &str) -> Error
 where
     E: aws_sdk_ssm::error::ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
@@ -67,7 +67,7 @@ where
         Some(code) if code.contains("NotFound") || code.contains("NonExistent") || code.contains("Validation") => {
             Kind::Config
         }
-        // The chain of credentials ended.
+        // The chain of credentials found none.
         None if DisplayErrorContext(&error).to_string().contains("no providers in chain") => Kind::Permission,
         _ => Kind::Unavailable,
     };

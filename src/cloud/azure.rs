@@ -4,7 +4,7 @@
 //! (<https://learn.microsoft.com/azure/virtual-machines/instance-metadata-service>). The first request for scheduled
 //! events switches them on for the machine and may take two minutes; a day without one switches them off.
 //!
-//! Environment: `TRAINER_AZURE_METADATA_ENDPOINT`, a URL, or `off`: there is none.
+//! Environment: `TRAINER_AZURE_METADATA_ENDPOINT`, a URL, or `off` for none.
 
 use crate::env;
 use std::time::Duration;
@@ -15,9 +15,9 @@ use super::metadata::{Endpoint, MetadataError};
 
 const USUAL: &str = "http://169.254.169.254";
 const HEADERS: [(&str, &str); 1] = [("metadata", "true")];
-/// The machine's own name, as text. The version has been served since 2021.
+/// The path of the machine's own name, as text. The version has been served since 2021.
 const NAME: &str = "/metadata/instance/compute/name?api-version=2021-02-01&format=text";
-/// The version that says who has asked for an event and how long it takes.
+/// The version whose events include their source and duration.
 const EVENTS: &str = "/metadata/scheduledevents?api-version=2020-07-01";
 
 /// The service.
@@ -46,7 +46,7 @@ impl Azure {
         self.endpoint.uri()
     }
 
-    /// The machine's own name, by which events call it. `limit` bounds everything, here and below.
+    /// The machine's own name, as used in events. `limit` bounds the whole request, here and below.
     pub async fn name(&self, limit: Duration) -> Result<String, MetadataError> {
         let answer = self.endpoint.ask(Method::GET, NAME, &HEADERS, None, limit).await?;
         let (path, status) = (NAME.to_owned(), answer.status);

@@ -1,13 +1,13 @@
-//! How much memory the control groups of this process leave it.
+//! The memory that the control groups of this process leave it.
 //!
-//! A limit holds for a group and for all below it: what counts is the least that any group on the path to the root
+//! A limit holds for a group and for all below it: the result is the least that any group on the path to the root
 //! leaves. Version 2 has one tree, version 1 one for memory; both may be mounted at once, and then either holds (kernel
 //! documentation, admin-guide/cgroup-v2 and cgroup-v1/memory). `/proc/self/cgroup` names the groups as the mounter of
 //! the tree saw them (cgroups(7)): within a container the tree may begin at the container's own group, so that its path
-//! leads nowhere: what is not there has no limit, and the top is always looked at.
+//! leads nowhere: a missing group has no limit, and the top is always checked.
 //!
-//! Of what a group has used, the page cache and slabs that can be reclaimed are given back when memory is short, as the
-//! kernel's own estimate counts them (filesystems/proc, `MemAvailable`). Files in tmpfs are on other lists.
+//! Reclaimable page cache and slabs don't count as used, since they are freed when memory is short; the kernel's own
+//! estimate does the same (filesystems/proc, `MemAvailable`). Files in tmpfs are on other lists.
 
 use std::path::{Path, PathBuf};
 
@@ -35,7 +35,7 @@ const V1: Version = Version {
     reclaimable: &["total_active_file", "total_inactive_file"],
 };
 
-/// No limit, as version 1 writes it: the largest multiple of a page. Nobody means so much.
+/// No limit, as version 1 writes it: the largest multiple of a page. No real limit is as large.
 const NO_LIMIT: u64 = 1 << 62;
 
 /// Bytes that the groups of this process leave it; `None`: none of them has a limit.
@@ -74,11 +74,11 @@ fn groups(tree: &Path, path: &str) -> Vec<PathBuf> {
 }
 
 impl Version {
-    /// What this group leaves; `None`: it has no limit, or is not there.
+    /// The memory that this group leaves; `None`: it has no limit, or does not exist.
     fn left(&self, group: &Path) -> Option<u64> {
         let read = |name: &str| std::fs::read_to_string(group.join(name)).ok();
         let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
-        // "max" is no number: no limit.
+        // "max" is not a number: no limit.
         let limit = number(self.limit).filter(|limit| *limit < NO_LIMIT)?;
         let stat = read("memory.stat").unwrap_or_default();
         let reclaimable = stat.lines().filter_map(|line| {

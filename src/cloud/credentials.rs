@@ -4,10 +4,10 @@
 //! SSO, roles), web identity, container, instance metadata. The SDK's own clients use it as it is; the S3 store takes
 //! it from here, in object_store's form.
 //!
-//! What was found is kept until shortly before it ends, for all stores of the process. The chain is built anew each
-//! time: files that were changed meanwhile (`aws sso login`, keys that were exchanged) are read again. While the old
-//! credentials still hold, a chain that does not answer is no failure. *Bounds:* `LIMIT` for one look; who waited for
-//! a look that failed gets its failure.
+//! Credentials are kept until shortly before they expire, for all stores of the process. The chain is built anew each
+//! time: files that were changed meanwhile (`aws sso login`, rotated keys) are read again. While the old credentials
+//! are still valid, a chain that does not answer is no failure. *Bounds:* `LIMIT` for one look-up; callers that waited
+//! for a failed look-up get its failure.
 
 use std::{
     future::Future,
@@ -25,27 +25,27 @@ use tokio::sync::Mutex;
 
 use super::direct;
 
-/// The longest that one look for credentials takes: processes and SSO answer in seconds, an instance at once.
+/// The longest that one look-up of credentials takes: processes and SSO answer in seconds, an instance at once.
 const LIMIT: Duration = Duration::from_secs(12);
-/// Credentials are renewed so long before they end.
+/// How long before they expire credentials are renewed.
 const MARGIN: Duration = Duration::from_secs(300);
-/// Keys without an end are looked up again after this time: somebody may have exchanged them.
+/// Keys without an expiry are looked up again after this time: somebody may have rotated them.
 const KEPT: Duration = Duration::from_secs(300);
-/// After a look that failed, the next one.
+/// The pause before the next look-up after a failed one.
 const AGAIN: Duration = Duration::from_secs(30);
-/// Those who waited while a look failed do not look again at once.
+/// Callers that waited during a failed look-up do not repeat it within this time.
 const SAME: Duration = Duration::from_secs(1);
 
-/// Why there are none.
+/// Why there are no credentials.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoCredentials {
     /// No source has any.
     #[error("no credentials: none in the environment, in a profile (~/.aws) or in a role of this machine ({0})")]
     Nowhere(String),
-    /// A source should have some, and does not give them.
+    /// A source that should have some does not give them.
     #[error("no credentials: {0}")]
     Failed(String),
-    /// Nothing came.
+    /// No source answered in time.
     #[error("no credentials: no source answered within {} s", LIMIT.as_secs())]
     Slow,
 }
@@ -54,7 +54,7 @@ pub enum NoCredentials {
 struct Found {
     credential: Arc<AwsCredential>,
     renew: Instant,
-    /// `None`: they have no end.
+    /// `None`: they don't expire.
     until: Option<Instant>,
 }
 
@@ -72,7 +72,7 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// The process's own. `region`: where roles are taken on, said by the first who asks.
+    /// The process's own chain. `region`: the region for assuming roles, given by the first caller.
     pub fn of_this_process(region: &str) -> Arc<Self> {
         static CHAIN: OnceLock<Arc<Chain>> = OnceLock::new();
         let chain = || Arc::new(Self { region: region.to_owned(), state: Mutex::default() });
@@ -120,7 +120,7 @@ impl Chain {
     }
 }
 
-/// When credentials that end after `left` are renewed, and when they are of no more use.
+/// When credentials that expire after `left` are renewed, and when they can no longer be used.
 fn times(left: Option<Duration>) -> (Duration, Option<Duration>) {
     match left {
         None => (KEPT, None),

@@ -1,8 +1,8 @@
-//! Who is never asked through a proxy: this machine, and the services that the machine has to itself.
+//! The hosts that are never reached through a proxy: this machine, and its own metadata services.
 //!
 //! `HTTP_PROXY` holds for every client that reads it, unless `NO_PROXY` names the host. But a proxy would answer for
 //! its own machine: its loopback, its metadata service, its role. So loopback, link-local addresses and the metadata
-//! services' names are asked straight, whatever the environment says; AWS's clients take their connections from here,
+//! services' names are reached directly, whatever the environment says; AWS's clients take their connections from here,
 //! and the store's ask here which way to go.
 
 use std::net::{IpAddr, Ipv6Addr};
@@ -17,12 +17,12 @@ use aws_smithy_runtime_api::client::{
 };
 use url::Url;
 
-/// The metadata services that have a name.
+/// The names of metadata services that have one.
 const NAMES: [&str; 3] = ["localhost", "metadata.google.internal", "metadata"];
 /// AWS's own services at unique local addresses: instance metadata, and the credentials of EKS.
 const AWS_IPV6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0);
 
-/// Whether `host`, a name or an address (in brackets or not), is never asked through a proxy.
+/// Whether `host`, a name or an address (in brackets or not), is never reached through a proxy.
 pub fn is_asked_straight(host: &str) -> bool {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     match host.parse::<IpAddr>() {
@@ -39,7 +39,7 @@ pub fn is_asked_straight(host: &str) -> bool {
     }
 }
 
-/// Connections for AWS's clients: through the environment's proxy, or straight.
+/// Connections for AWS's clients: through the environment's proxy, or direct.
 #[derive(Debug)]
 struct Lines {
     proxied: SharedHttpClient,
@@ -72,7 +72,7 @@ impl HttpConnector for Line {
     }
 }
 
-/// What AWS's clients speak over.
+/// The HTTP client of AWS's clients.
 pub fn sdk_client() -> SharedHttpClient {
     let client = |proxies: fn() -> ProxyConfig| {
         Builder::new().build_with_connector_fn(move |settings, components| {

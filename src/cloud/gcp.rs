@@ -1,12 +1,12 @@
 //! Compute Engine's metadata server.
 //!
-//! Every request says `Metadata-Flavor: Google`, and so must every answer: what does not is another service on the same
-//! address (<https://cloud.google.com/compute/docs/metadata/querying-metadata>). A request may wait for a change: the
-//! answer's `ETag`, given back, is what "changed" is measured against, so that a change between two requests is not
-//! missed.
+//! Every request says `Metadata-Flavor: Google`, and so must every answer: one that does not comes from another service
+//! on the same address (<https://cloud.google.com/compute/docs/metadata/querying-metadata>). A request may wait for a
+//! change: the `ETag` of the previous answer tells the server what "changed" refers to, so that a change between two
+//! requests is not missed.
 //!
 //! Environment: `GCE_METADATA_HOST`, a host or `host:port`, as Google's own libraries read it, and `NO_GCE_CHECK=true`,
-//! with which they look for no such server.
+//! which stops them from looking for such a server.
 
 use crate::env;
 use std::time::Duration;
@@ -15,10 +15,10 @@ use reqwest::Method;
 
 use super::metadata::{Endpoint, MetadataError};
 
-/// The address behind `metadata.google.internal`; asked for by number, a machine elsewhere asks no name server about
-/// it.
+/// The address behind `metadata.google.internal`; used as a number, so that a machine elsewhere asks no name server
+/// about it.
 const USUAL: &str = "http://169.254.169.254";
-/// Below this lies everything.
+/// The root of all values.
 const ROOT: &str = "/computeMetadata/v1";
 const FLAVOR: &str = "metadata-flavor";
 
@@ -33,7 +33,7 @@ pub struct Gcp {
 pub struct Value {
     /// The text, trimmed.
     pub text: String,
-    /// What [`Gcp::next`] takes; `None`: the server gave none that can be given back.
+    /// The argument of [`Gcp::next`]; `None`: the server gave no usable one.
     pub tag: Option<String>,
 }
 
@@ -57,12 +57,13 @@ impl Gcp {
         self.endpoint.uri()
     }
 
-    /// What lies at `path`, such as `/instance/preempted`; `None`: nothing does (404). `limit` bounds everything.
+    /// The value at `path`, such as `/instance/preempted`; `None`: there is none (404). `limit` bounds the whole
+    /// request.
     pub async fn get(&self, path: &str, limit: Duration) -> Result<Option<Value>, MetadataError> {
         self.ask(path, String::new(), limit).await
     }
 
-    /// The same, once it is no longer the version of `tag`, or after `patience`.
+    /// The same, once its version is no longer that of `tag`, or after `patience`.
     pub async fn next(
         &self,
         path: &str,
@@ -81,7 +82,7 @@ impl Gcp {
         if answer.status == 200 && header(FLAVOR) != Some("Google") {
             return Err(MetadataError::Garbled { path: path.to_owned(), expected: "an answer of Google's" });
         }
-        // It goes into a query.
+        // It becomes part of a query.
         let plain = |tag: &&str| tag.len() <= 64 && tag.bytes().all(|b| b.is_ascii_alphanumeric());
         let tag = header("etag").filter(plain).map(str::to_owned);
         Ok(answer.found(path)?.map(|text| Value { text: text.trim().to_owned(), tag }))

@@ -1,13 +1,14 @@
-//! GPU or CPU: what a run computes on, and when computing on the CPU is a mistake that somebody pays for.
+//! GPU or CPU: the device that a run computes on, and when computing on the CPU is a mistake that somebody pays for.
 //!
 //! # What counts as a GPU of this process
 //! - Device files `/dev/nvidia0`, `/dev/nvidia1`, …, that may be opened. A container has them when it was given GPUs;
-//!   `nvidiactl` and `nvidia-uvm` alone, a folder in their place (a mount of what the machine does not have), and files
-//!   that the container's device rules refuse (`EPERM`) are there in containers without GPUs, too, and don't count.
+//!   `nvidiactl` and `nvidia-uvm` alone, a folder in a file's place (a mount of a device that the machine does not
+//!   have), and files that the container's device rules refuse (`EPERM`) also exist in containers without GPUs, and
+//!   don't count.
 //! - For a build with CUDA also NVIDIA devices on the PCI bus without any such file: a machine without its driver, or a
-//!   container without `--gpus all`. Not so where `NVIDIA_VISIBLE_DEVICES` is `none` or `void`: then the container was
-//!   to have none. For a build without CUDA the bus alone is worth a line, since a desktop with another driver has such
-//!   a device, too.
+//!   container without `--gpus all`. Except if `NVIDIA_VISIBLE_DEVICES` is `none` or `void`: then the container was
+//!   meant to have none. For a build without CUDA the bus alone is worth only a log line, since a desktop with another
+//!   driver has such a device, too.
 
 use std::path::Path;
 
@@ -18,25 +19,25 @@ use crate::{
     error::{Error, Kind},
 };
 
-/// The first major version of the driver that LibTorch's CUDA 13.0, which scripts/setup fetches, works with (CUDA
+/// The first major version of the driver that works with LibTorch's CUDA 13.0, which scripts/setup fetches (CUDA
 /// toolkit release notes, "CUDA toolkit and corresponding driver versions").
 pub const NEEDED_DRIVER: u32 = 580;
 
 /// Says what the machine's GPUs are for: `auto`, `required` or `none`.
 pub const VARIABLE: &str = "TRAINER_GPU";
 
-/// What there is to decide by.
+/// The facts for the decision.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     /// `parallel.device`.
     pub wanted: Device,
     /// This build has CUDA.
     pub cuda: bool,
-    /// What the kernel shows.
+    /// The kernel's view.
     pub seen: Gpus,
     /// The version of the loaded driver, `535.183.01`.
     pub driver: Option<String>,
-    /// There is a device file `nvidia-uvm`.
+    /// Whether there is a device file `nvidia-uvm`.
     pub unified_memory: bool,
     /// GPUs that LibTorch can use.
     pub usable: u32,
@@ -48,14 +49,14 @@ pub struct Found {
     pub given: Option<String>,
 }
 
-/// What a run computes on.
+/// The device that a run computes on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Choice {
     /// GPUs.
     Gpu,
-    /// The CPU; what is to be said of GPUs that are there.
+    /// The CPU; the note about GPUs that exist, if any.
     Cpu(Option<String>),
-    /// It would be the CPU, and nobody has said that it may be.
+    /// It would be the CPU, but nobody has allowed that.
     Refused {
         /// What is wrong.
         what: String,
@@ -65,7 +66,7 @@ pub enum Choice {
 }
 
 impl Choice {
-    /// What is to be said, or why the run may not begin.
+    /// The note for people, or why the run may not begin.
     pub fn settled(self) -> Result<Option<String>, Error> {
         match self {
             Self::Gpu => Ok(None),
@@ -81,7 +82,7 @@ pub fn cpu_is_meant(wanted: Device) -> bool {
     wanted == Device::Cpu || (wanted == Device::Auto && is_none(variable(VARIABLE).as_deref()))
 }
 
-/// Whether `CUDA_VISIBLE_DEVICES` names nothing.
+/// Whether `CUDA_VISIBLE_DEVICES` hides all GPUs.
 pub fn hides_all(visible: Option<&str>) -> bool {
     visible.is_some_and(|list| matches!(list.trim(), "" | "-1" | "NoDevFiles"))
 }
@@ -95,7 +96,7 @@ fn variable(name: &str) -> Option<String> {
 }
 
 impl Found {
-    /// What there is below `root`; `count` asks LibTorch.
+    /// The facts below `root`; `count` asks LibTorch.
     pub fn look<E>(root: &Path, wanted: Device, count: impl FnOnce() -> Result<u32, E>) -> Result<Self, E> {
         let cuda = cfg!(torch_cuda);
         let usable = if cuda && !cpu_is_meant(wanted) { count()? } else { 0 };
@@ -175,7 +176,7 @@ impl Found {
         Choice::Refused { what: what.to_owned(), hint }
     }
 
-    /// Why LibTorch can use none.
+    /// Why LibTorch can use no GPU.
     fn cause(&self) -> String {
         let needs = format!("LibTorch's CUDA 13.0 needs {NEEDED_DRIVER} or newer");
         let driver = match &self.driver {

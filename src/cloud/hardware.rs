@@ -1,7 +1,8 @@
-//! What the kernel's file trees say of this machine: who made it, its NVIDIA devices, its local disks.
+//! Facts about this machine from the kernel's file trees: its maker, its NVIDIA devices, its local disks.
 //!
 //! Everything is read below a root, which is `/` unless `TRAINER_HOST_ROOT` names another: a container that has its
-//! machine's `/sys` elsewhere, or a test. Nothing is written, mounted or formatted. What can't be read is not there.
+//! machine's `/sys` elsewhere, or a test. Nothing is written, mounted or formatted. A file that can't be read counts as
+//! missing.
 
 use crate::env;
 use std::{
@@ -9,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Names the root below which `/sys`, `/proc` and `/dev` are looked at.
+/// Names the root below which `/sys`, `/proc` and `/dev` are read.
 pub const ROOT_VARIABLE: &str = "TRAINER_HOST_ROOT";
 
 /// The root of the file trees.
@@ -17,7 +18,7 @@ pub fn root() -> PathBuf {
     env::raw(ROOT_VARIABLE).filter(|path| !path.is_empty()).map_or_else(|| "/".into(), PathBuf::from)
 }
 
-/// Who made the machine, real or virtual.
+/// The maker of the machine, real or virtual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Maker {
     /// An EC2 instance.
@@ -26,9 +27,9 @@ pub enum Maker {
     Google,
     /// A machine of Azure.
     Azure,
-    /// Somebody else.
+    /// Another maker.
     Other,
-    /// The firmware's tables are not to be seen.
+    /// The firmware's tables are not visible.
     Unknown,
 }
 
@@ -45,9 +46,9 @@ fn names(folder: PathBuf) -> Vec<String> {
 
 const AZURE_TAG: &str = "7783-7084-3265-9085-8269-3286-77";
 
-/// Who made the machine, by the firmware's tables: "Amazon EC2" on Nitro, a BIOS version that ends in `.amazon`, or a
-/// hypervisor's UUID that begins with `ec2`, on Xen (EC2 user guide, "Identify EC2 instances"); "Google" on Compute
-/// Engine; Microsoft's name stands on Hyper-V anywhere, Azure's machines have an asset tag of their own (cloud-init,
+/// The maker of the machine, by the firmware's tables: "Amazon EC2" on Nitro, a BIOS version that ends in `.amazon`, or
+/// a hypervisor's UUID that begins with `ec2`, on Xen (EC2 user guide, "Identify EC2 instances"); "Google" on Compute
+/// Engine; Microsoft's name appears on Hyper-V anywhere, Azure's machines have an asset tag of their own (cloud-init,
 /// ds-identify).
 pub fn maker(root: &Path) -> Maker {
     let dmi = |name: &str| line(root.join("sys/class/dmi/id").join(name));
@@ -67,7 +68,7 @@ pub fn maker(root: &Path) -> Maker {
     }
 }
 
-/// What there is of NVIDIA's devices.
+/// The machine's NVIDIA devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Gpus {
     /// Display and 3D controllers on the PCI bus.
@@ -97,8 +98,8 @@ pub fn gpus(root: &Path) -> Gpus {
     }
 }
 
-/// The same; of the device files only those count that this process may use: no folder in a file's place, and none that
-/// a container's device rules refuse.
+/// The same; only those device files count that this process may use: no folder in a file's place, and none that a
+/// container's device rules refuse.
 pub fn usable_gpus(root: &Path) -> Gpus {
     let dev = root.join("dev");
     let numbered = |name: &String| {
@@ -117,8 +118,8 @@ pub fn usable_gpus(root: &Path) -> Gpus {
     Gpus { device_files, ..gpus(root) }
 }
 
-/// The version of the loaded NVIDIA driver: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 …`,
-/// or what its module says.
+/// The version of the loaded NVIDIA driver: `NVRM version: NVIDIA UNIX x86_64 Kernel Module 535.183.01 Sun May 12 …`,
+/// or as its module reports it.
 pub fn driver_version(root: &Path) -> Option<String> {
     let is_version = |word: &&str| {
         let mut parts = word.split('.');
@@ -131,8 +132,8 @@ pub fn driver_version(root: &Path) -> Option<String> {
     of_driver.or_else(|| line(root.join("sys/module/nvidia/version")).filter(|text| is_version(&text.as_str())))
 }
 
-/// Bytes of memory that may still be taken: the kernel's estimate, or less where a cgroup that this process is in, or
-/// one above it, has a limit (`cloud/cgroup.rs`).
+/// Bytes of memory still available: the kernel's estimate, or less if a cgroup of this process, or one above it, has a
+/// limit (`cloud/cgroup.rs`).
 pub fn available_memory(root: &Path) -> Option<u64> {
     let meminfo = std::fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let free = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
@@ -140,7 +141,7 @@ pub fn available_memory(root: &Path) -> Option<u64> {
     Some(super::cgroup::available_memory(root).map_or(free, |left| left.min(free)))
 }
 
-/// Processors of the machine that are switched on, whatever of them this process may use: `0-3,8` are 5 (kernel
+/// Processors of the machine that are online, whether or not this process may use them: `0-3,8` are 5 (kernel
 /// documentation, admin-guide/cputopology).
 pub fn processors(root: &Path) -> Option<u32> {
     let text = line(root.join("sys/devices/system/cpu/online"))?;
@@ -154,7 +155,7 @@ pub fn processors(root: &Path) -> Option<u32> {
 /// Models of NVMe disks that live and die with the machine, on EC2, Google Cloud and Azure.
 const INSTANCE_STORES: [&str; 3] = ["Amazon EC2 NVMe Instance Storage", "nvme_card", "Microsoft NVMe Direct Disk"];
 
-/// Where a disk that lives and dies with the machine is mounted for writing, alone or as part of an array or volume
+/// The mount point of a writable disk that lives and dies with the machine, alone or as part of an array or volume
 /// group; the first by path.
 pub fn instance_store(root: &Path) -> Option<PathBuf> {
     let blocks = root.join("sys/block");

@@ -1,10 +1,9 @@
-//! What an EC2 instance says of itself: its id, its region, its tags.
+//! The facts that an EC2 instance knows about itself: its id, its region, its tags.
 //!
-//! A machine that is none must not be held up: where the firmware names another maker, nobody is asked, and where it
-//! names nobody (containers without `/sys`), one short question is. On an instance the network may come up after this
-//! process, and the service may be slow or refuse under load: it is asked again for a while. Silence is never taken for
-//! an answer: whoever asks later asks anew, and a machine whose tags can't be read does not do something else than they
-//! say.
+//! A machine that is not an instance must not be held up: if the firmware names another maker, there is no request, and
+//! if it names none (containers without `/sys`), one short request. On an instance the network may come up after this
+//! process, and the service may be slow or refuse under load: requests are repeated for a while. Silence is never taken
+//! for an answer: a later caller asks anew, and a machine whose tags can't be read does not act against them.
 
 use std::time::{Duration, Instant};
 
@@ -19,18 +18,18 @@ use super::{
 use crate::env;
 use crate::error::{Error, Kind, Result};
 
-/// For one question.
+/// The limit for one request.
 const LIMIT: Duration = Duration::from_secs(2);
-/// For the one question to a machine that may or may not be an instance.
+/// The limit for the one request on a machine that may or may not be an instance.
 const SHORT: Duration = Duration::from_secs(1);
 /// How long the network of an instance may take to come up, and its metadata service to recover.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// After silence nobody is asked for so long: those who want to know at about the same time wait once.
+/// After silence there is no request for this long: callers at about the same time wait only once.
 const SILENCE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(250);
 /// The most tags that an instance can have is 50.
 const MAX_TAGS: usize = 50;
-/// All tags of this program begin so.
+/// The prefix of all tags of this program.
 const TAG_PREFIX: &str = "trainer:";
 
 /// The instance.
@@ -47,7 +46,7 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Reads an identity document; `None` if it is none. Both names end up in requests.
+    /// Reads an identity document; `None` if it is none. Both names become parts of requests.
     fn parse(text: &str) -> Option<Self> {
         let plain =
             |text: &str| (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
@@ -62,11 +61,11 @@ struct Instance {
     identity: Identity,
 }
 
-/// Why nothing is known of a machine.
+/// Why nothing is known about a machine.
 #[derive(Clone, Debug)]
 struct Silence {
     since: Instant,
-    /// It surely is an instance.
+    /// Whether it surely is an instance.
     on_amazon: bool,
     error: MetadataError,
 }
@@ -74,13 +73,13 @@ struct Silence {
 static INSTANCE: OnceCell<Instance> = OnceCell::const_new();
 static SILENCE_HEARD: Mutex<Option<Silence>> = Mutex::const_new(None);
 
-/// The instance; `Ok(None)`: there is nobody to ask.
+/// The instance; `Ok(None)`: there is no service to ask.
 async fn instance() -> Result<Option<&'static Instance>, Silence> {
     if let Some(instance) = INSTANCE.get() {
         return Ok(Some(instance));
     }
     let mut silence = SILENCE_HEARD.lock().await;
-    // Somebody else may have asked meanwhile.
+    // Another caller may have asked meanwhile.
     if let Some(instance) = INSTANCE.get() {
         return Ok(Some(instance));
     }
@@ -101,7 +100,7 @@ async fn instance() -> Result<Option<&'static Instance>, Silence> {
     }
 }
 
-/// How long one question and all of them may take; `None`: nobody need be asked. `named`: the user says where the
+/// How long one request and all of them may take; `None`: no request is needed. `named`: the user says where the
 /// service is.
 fn patience(named: bool, maker: Maker) -> Option<(Duration, Duration)> {
     match maker {
@@ -120,7 +119,7 @@ async fn ask(imds: &Imds, limit: Duration, patience: Duration) -> Result<Identit
     Identity::parse(&text).ok_or_else(wrong)
 }
 
-/// Asks until there is an answer that stands, or `patience` has passed.
+/// Asks until there is a final answer, or `patience` has passed.
 async fn persist(
     imds: &Imds,
     path: &str,
@@ -136,7 +135,7 @@ async fn persist(
     }
 }
 
-/// Whether the next answer may be another one.
+/// Whether the next answer may differ.
 const fn may_pass(error: &MetadataError) -> bool {
     match error {
         MetadataError::Unreachable { .. } | MetadataError::Slow { .. } => true,
@@ -152,25 +151,25 @@ fn hint(error: &MetadataError) -> &'static str {
     }
 }
 
-/// The instance that this process runs on; `None`: it runs on none, or the instance says nothing now. Bounded.
+/// The instance that this process runs on; `None`: there is none, or it does not answer now. Bounded in time.
 pub async fn read() -> Option<&'static Identity> {
     instance().await.ok().flatten().map(|instance| &instance.identity)
 }
 
-/// What is known of the tags of this machine.
+/// The tags of this machine, as far as known.
 #[derive(Debug)]
 pub enum Tags {
-    /// Those whose key begins with `trainer:`, without it; none where tags are not shown to the instance
-    /// (`InstanceMetadataTags`), or the machine may be none. A tag's value is at most 256 characters.
+    /// Those whose key begins with `trainer:`, without that prefix; none if tags are not shown to the instance
+    /// (`InstanceMetadataTags`), or the machine may not be an instance. A tag's value is at most 256 characters.
     Known(Vec<(String, String)>),
-    /// This is an instance, and it says nothing of itself now.
+    /// This is an instance, but it does not answer now.
     Silent(Error),
 }
 
 /// The tags of this machine.
 ///
 /// # Errors
-/// The instance answers, and whether it has such tags, or what one of them says, can't be read now.
+/// When the instance answers, but whether it has such tags, or the value of one, can't be read now.
 pub async fn tags() -> Result<Tags> {
     match instance().await {
         Ok(Some(instance)) => read_tags(&instance.imds, PATIENCE).await.map(Tags::Known),
@@ -203,7 +202,7 @@ async fn read_tags(imds: &Imds, patience: Duration) -> Result<Vec<(String, Strin
     Ok(tags)
 }
 
-/// Without one tag the others may name another run, or another place for it: time may mend this, guesses don't.
+/// Without one tag the others may name another run, or another place for it: waiting may mend this, guesses don't.
 fn unreadable(what: &str, why: &dyn std::fmt::Display) -> Error {
     Error::new(Kind::Unavailable, format!("{what} can't be read: {why}"))
 }

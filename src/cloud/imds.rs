@@ -3,8 +3,8 @@
 //! A session token is fetched with `PUT`, lives six hours, and is replaced before it ends or when the service says 401.
 //! There is no fallback to version 1: a token that can't be had is an error (from within a container its usual cause is
 //! a hop limit of 1, which lets the answer to the `PUT` die on the way, so that it seems to hang). The AWS SDK has a
-//! client of its own, which fetches credentials; this one is for notices, where thirty seconds of retries would eat a
-//! quarter of the warning, and where answers are bounded in size.
+//! client of its own, which fetches credentials; this one is for notices, where thirty seconds of retries would use up
+//! a quarter of the warning, and where answers are bounded in size.
 //!
 //! Environment, as the AWS SDKs read it: `AWS_EC2_METADATA_DISABLED`, `AWS_EC2_METADATA_SERVICE_ENDPOINT`,
 //! `AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE` (`IPv4`, `IPv6`).
@@ -17,13 +17,13 @@ use tokio::sync::Mutex;
 
 use super::metadata::{Endpoint, MetadataError};
 
-/// Where it is on every EC2 instance.
+/// Its address on every EC2 instance.
 const IPV4: &str = "http://169.254.169.254";
-/// And on those of the Nitro system that have IPv6.
+/// Its address on those of the Nitro system that have IPv6.
 const IPV6: &str = "http://[fd00:ec2::254]";
-/// Lifetime that is asked for, the longest there is, seconds.
+/// The requested lifetime, the longest there is, seconds.
 const TOKEN_TTL: u64 = 21_600;
-/// A token is replaced so long before it ends.
+/// How long before it expires a token is replaced.
 const MARGIN: Duration = Duration::from_secs(120);
 
 #[derive(Debug)]
@@ -56,13 +56,13 @@ impl Imds {
         Some(Self { endpoint: Endpoint::new(base.as_deref().unwrap_or(usual))?, token: Mutex::default() })
     }
 
-    /// Where it is.
+    /// The service's address.
     pub fn uri(&self) -> &str {
         self.endpoint.uri()
     }
 
-    /// What lies at `path`, such as `/latest/meta-data/instance-id`; `None`: nothing does (404). `limit` bounds
-    /// everything, a new token included.
+    /// The value at `path`, such as `/latest/meta-data/instance-id`; `None`: there is none (404). `limit` bounds the
+    /// whole request, including that for a new token.
     pub async fn get(&self, path: &str, limit: Duration) -> Result<Option<String>, MetadataError> {
         let began = Instant::now();
         let left = || limit.saturating_sub(began.elapsed());
@@ -71,7 +71,7 @@ impl Imds {
             let token = self.token(refused, left()).await?;
             let headers = [("x-aws-ec2-metadata-token", token.as_str())];
             let answer = self.endpoint.ask(Method::GET, path, &headers, None, left()).await?;
-            // A token that the service has forgotten, as after a restart of the instance.
+            // The service has forgotten the token, as after a restart of the instance.
             if answer.status == 401 && !refused {
                 refused = true;
                 continue;
@@ -83,7 +83,7 @@ impl Imds {
     async fn token(&self, renew: bool, limit: Duration) -> Result<String, MetadataError> {
         const PATH: &str = "/latest/api/token";
         let began = Instant::now();
-        // Somebody else may be fetching one, as slowly as the service lets him.
+        // Another caller may be fetching one, as slowly as the service allows.
         let waited = tokio::time::timeout(limit, self.token.lock()).await;
         let slow = || MetadataError::Slow { endpoint: self.uri().to_owned(), path: PATH.to_owned(), limit };
         let (mut held, limit) = (waited.map_err(|_| slow())?, limit.saturating_sub(began.elapsed()));
@@ -100,7 +100,7 @@ impl Imds {
         let status = answer.status;
         let text = answer.found(PATH)?.ok_or(MetadataError::Status { status, path: PATH.to_owned() })?;
         let text = text.trim().to_owned();
-        // It goes into a header.
+        // It becomes a header.
         if text.is_empty() || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(MetadataError::Garbled { path: PATH.to_owned(), expected: "a token" });
         }

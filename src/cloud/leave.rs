@@ -1,14 +1,14 @@
-//! What `on_complete.action = "terminate"` does: this machine leaves, and nothing comes in its place.
+//! The effect of `on_complete.action = "terminate"`: this machine goes, and is not replaced.
 //!
-//! In an Auto Scaling group it is the group that ends the machine, with its desired capacity lowered. Outside of one
-//! the machine powers off. Where the group does not let it go (its minimum forbids it, the permission is missing,
-//! nothing answers), it stays: powered off, it would be replaced at once by one that finds nothing to do and does the
-//! same, for ever. A lifecycle hook at its end would keep an idle machine waiting, and costing, until the hook's
-//! time-out: this process has nothing to save, and completes it. The work is done whatever comes of this, so that
-//! nothing here is an error; what a person must do is said.
+//! In an Auto Scaling group the group ends the machine, with its desired capacity lowered. Outside a group the machine
+//! powers off. If the group does not let it go (its minimum forbids it, the permission is missing, nothing answers), it
+//! stays: powered off, it would be replaced at once by one that finds nothing to do and does the same, for ever. A
+//! lifecycle hook at its end would keep an idle machine waiting, and costing, until the hook's time-out: this process
+//! has nothing to save, and completes it. The work is done in any case, so nothing here is an error; anything that a
+//! person must do is reported.
 //!
-//! A container has no command that powers its machine off. `TRAINER_POWER_OFF=host` says that whoever started this
-//! process does that when it has ended with 0: then no command is looked for.
+//! A container has no command that powers its machine off. `TRAINER_POWER_OFF=host` says that the process's starter
+//! does that after exit code 0: then no command is looked for.
 
 use std::time::{Duration, Instant};
 
@@ -16,31 +16,31 @@ use super::{autoscaling, identity, imds::Imds, lifecycle::Lifecycle, power};
 use crate::env;
 use crate::error::{Error, Kind};
 
-/// The group's one hook at the end of a machine, where no run says which.
+/// The group's one hook at the end of a machine, if the run names none.
 pub const ANY_HOOK: &str = "auto";
-/// How long the group may take to come to the hook: until then it refuses that it be completed.
+/// How long the group may take to reach the hook: until then it refuses the hook's completion.
 const RELEASE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_secs(2);
-/// Says who powers the machine off.
+/// The variable that says who powers the machine off.
 const POWER_OFF: &str = "TRAINER_POWER_OFF";
 
-/// What became of the machine.
+/// The machine's fate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Departure {
     /// Its group ends it.
     Group,
     /// It powers off.
     Power,
-    /// Whoever started this process switches it off when this process has ended.
+    /// The starter of this process switches it off when this process has ended.
     Host,
-    /// It stays. A person must see to it, unless the group has only not answered: then it is to be asked again.
+    /// It stays. A person must take care of it, unless the group only has not answered: then it can be asked again.
     Stays {
-        /// The group has not answered.
+        /// Whether the group has not answered.
         silence: bool,
     },
 }
 
-/// Leaves. `lifecycle_hook`: the hook that this process may complete, as [`Lifecycle::find`] takes it.
+/// Leaves. `lifecycle_hook`: the hook that this process may complete, in the form that [`Lifecycle::find`] takes.
 pub async fn leave(lifecycle_hook: &str) -> Departure {
     if let Some(identity) = identity::read().await {
         let id = &identity.instance_id;
@@ -71,7 +71,7 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
                         );
                         return Departure::Stays { silence: is_silence(&error) };
                     }
-                    // It may be in one.
+                    // It may be in a group.
                     None => {
                         tracing::error!("on_complete: {id} stays on: whether it is in a group is not known either");
                         return Departure::Stays { silence: true };
@@ -96,7 +96,7 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
     }
 }
 
-/// Whether somebody else powers the machine off, by what [`POWER_OFF`] says.
+/// Whether somebody else powers the machine off, by the value of [`POWER_OFF`].
 fn by_host(variable: Option<&str>) -> bool {
     match variable.map(str::trim) {
         None | Some("") => false,
@@ -145,12 +145,12 @@ async fn persist<T>(
     }
 }
 
-/// Nobody has answered.
+/// Whether there was no answer.
 fn is_silence(error: &Error) -> bool {
     error.kind() == Kind::Unavailable
 }
 
-/// The same, or the machine does not wait at the hook yet, which the API calls a validation error.
+/// The same, or the machine does not yet wait at the hook, which the API calls a validation error.
 fn is_early(error: &Error) -> bool {
     is_silence(error) || error.kind() == Kind::Config
 }

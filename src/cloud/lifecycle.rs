@@ -2,15 +2,14 @@
 //!
 //! With such a hook a machine that the group is about to end waits until somebody completes the hook, or until the
 //! hook's heartbeat time-out has passed since the last heartbeat (30 s to 2 h; in all at most 48 h, or a hundred
-//! time-outs). Without one it is ended at once. A hook holds up a scale-in, a rebalance or a refresh; a spot machine
-//! that EC2 takes back it does not hold up
-//! (<https://docs.aws.amazon.com/autoscaling/ec2/userguide/lifecycle-hooks.html>).
+//! time-outs). Without one it is ended at once. A hook delays a scale-in, a rebalance or a refresh; it does not delay
+//! EC2 from taking a spot machine back (<https://docs.aws.amazon.com/autoscaling/ec2/userguide/lifecycle-hooks.html>).
 //!
 //! Which group: `TRAINER_AUTO_SCALING_GROUP`; else the machine's tag `aws:autoscaling:groupName`, where its metadata
 //! has tags; else `DescribeAutoScalingInstances`. Which hook: `TRAINER_LIFECYCLE_HOOK` or the configuration; else the
-//! group's one hook at the end of a machine, by `DescribeLifecycleHooks`, which is also what says how long its time-out
-//! is. With group and hook named, a role needs `RecordLifecycleActionHeartbeat` and `CompleteLifecycleAction` on that
-//! group and nothing else; then the time-out is not known.
+//! group's one hook at the end of a machine, by `DescribeLifecycleHooks`, which also gives its time-out. With group and
+//! hook named, a role needs `RecordLifecycleActionHeartbeat` and `CompleteLifecycleAction` on that group and nothing
+//! else; then the time-out is not known.
 //!
 //! Nothing is stored. A process that dies sends no more heartbeats, and the group goes on when the time-out has passed.
 //! A call is bounded by [`LIMIT`], its retries included.
@@ -28,15 +27,15 @@ use crate::error::{Error, Kind};
 
 /// The longest that one call takes.
 pub const LIMIT: Duration = Duration::from_secs(5);
-/// Of one attempt.
+/// The limit for one attempt.
 const ATTEMPT: Duration = Duration::from_secs(2);
-/// Of one question to the metadata service.
+/// The limit for one request to the metadata service.
 const LOOK: Duration = Duration::from_secs(2);
 const TERMINATING: &str = "autoscaling:EC2_INSTANCE_TERMINATING";
 const INSTANCE_ID: &str = "/latest/meta-data/instance-id";
 const GROUP_TAG: &str = "/latest/meta-data/tags/instance/aws:autoscaling:groupName";
 
-/// A hook that holds up the end of this machine.
+/// A hook that delays the end of this machine.
 #[derive(Clone, Debug)]
 pub struct Lifecycle {
     client: Client,
@@ -47,10 +46,10 @@ pub struct Lifecycle {
 }
 
 impl Lifecycle {
-    /// Finds this machine's hook. `configured`: `auto`, `none`, or its name. `None`: nothing holds up its end.
+    /// Finds this machine's hook. `configured`: `auto`, `none`, or its name. `None`: nothing delays its end.
     ///
     /// # Errors
-    /// The metadata service does not name the machine, or Auto Scaling does not answer or refuses.
+    /// When the metadata service does not name the machine, or Auto Scaling does not answer or refuses.
     pub async fn find(
         imds: &Imds,
         configured: &str,
@@ -71,7 +70,7 @@ impl Lifecycle {
         let client = Client::from_conf(config);
         let group = match variable("TRAINER_AUTO_SCALING_GROUP") {
             Some(group) => group,
-            // 404 where tags are not in the metadata, or there is no such tag.
+            // 404 if tags are not in the metadata, or there is no such tag.
             None => match ask(imds, GROUP_TAG).await? {
                 Some(group) => group,
                 None => match group_of(&client, &instance).await? {
@@ -98,7 +97,7 @@ impl Lifecycle {
             Err(error) if named == "auto" => {
                 return Err(aws::explain(error, &format!("ask for the lifecycle hooks of group {group}")));
             }
-            // Its name is all that is needed; only how long it waits stays unknown.
+            // Only its name is needed; how long it waits stays unknown.
             Err(error) => {
                 let error = aws::explain(error, &format!("ask for lifecycle hook {named} of group {group}"));
                 tracing::debug!(%error, "the hook's time-out is not known");
@@ -108,7 +107,7 @@ impl Lifecycle {
         Ok(Some(Self { client, instance, group, hook, timeout }))
     }
 
-    /// How long the hook waits after a heartbeat, where known.
+    /// How long the hook waits after a heartbeat, if known.
     pub const fn timeout(&self) -> Option<Duration> {
         self.timeout
     }
@@ -151,8 +150,8 @@ async fn group_of(client: &Client, instance: &str) -> Result<Option<String>, Err
     Ok(found.find_map(|member| member.auto_scaling_group_name()).map(str::to_owned))
 }
 
-/// The hook that matters: of several at the end of a machine the one that waits least, since the first that ends the
-/// wait with ABANDON ends them all.
+/// The hook that matters: of several at the end of a machine the one with the shortest wait, since the first that ends
+/// the wait with ABANDON ends them all.
 fn choose(hooks: &[LifecycleHook]) -> Option<(String, Option<Duration>)> {
     let ending = hooks.iter().filter(|hook| hook.lifecycle_transition() == Some(TERMINATING));
     let named =
@@ -168,7 +167,7 @@ fn waits(seconds: Option<i32>) -> Option<Duration> {
     Some(Duration::from_secs(seconds.clamp(30, 7200)))
 }
 
-/// Whether a text from the metadata service may go into a request.
+/// Whether a text from the metadata service may become part of a request.
 fn is_name(text: &str) -> bool {
     !text.is_empty() && text.len() <= 255 && !text.chars().any(char::is_control)
 }

@@ -1,9 +1,8 @@
 //! One bounded HTTP request to a metadata service.
 //!
 //! A metadata service is a stranger on a link-local address: it may be absent, slow, wrong or hostile, and nothing that
-//! it does may hurt training. A request has one deadline for everything, follows no redirect, goes through no proxy (a
-//! proxy would answer for its own machine), and takes no answer longer than [`MAX_ANSWER`]. Retries are the caller's
-//! affair.
+//! it does may hurt training. A request has one overall deadline, follows no redirect, goes through no proxy (a proxy
+//! would answer for its own machine), and accepts no answer longer than [`MAX_ANSWER`]. Retries are up to the caller.
 
 use std::time::Duration;
 
@@ -16,22 +15,22 @@ pub const MAX_ANSWER: usize = 64 << 10;
 /// Why there is no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MetadataError {
-    /// Nobody is there: the connection was refused or there is no way to it.
+    /// No service: the connection was refused or there is no route to it.
     #[error("metadata service {endpoint} is not reachable: {reason}")]
     Unreachable {
-        /// Where it should be.
+        /// Its expected address.
         endpoint: String,
-        /// What the connection said.
+        /// The connection's error.
         reason: String,
     },
     /// It did not answer in time.
     #[error("metadata service {endpoint} did not answer {path} within {} ms", limit.as_millis())]
     Slow {
-        /// Where it is.
+        /// Its address.
         endpoint: String,
-        /// What was asked.
+        /// The requested path.
         path: String,
-        /// How long it was given.
+        /// The time limit.
         limit: Duration,
     },
     /// It refused.
@@ -39,15 +38,15 @@ pub enum MetadataError {
     Status {
         /// The HTTP status.
         status: u16,
-        /// What was asked.
+        /// The requested path.
         path: String,
     },
-    /// The answer makes no sense.
+    /// The answer is malformed.
     #[error("metadata service answered {path} with what is not {expected}")]
     Garbled {
-        /// What was asked.
+        /// The requested path.
         path: String,
-        /// What it should have been.
+        /// What was expected.
         expected: &'static str,
     },
 }
@@ -59,7 +58,7 @@ pub struct Endpoint {
     client: Client,
 }
 
-/// What it said.
+/// Its answer.
 #[derive(Clone, Debug)]
 pub struct Answer {
     /// The HTTP status.
@@ -71,7 +70,7 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The body of a success; `None` for 404, "there is no such thing"; an error for everything else.
+    /// The body of a success; `None` for 404; an error for everything else.
     pub fn found(self, path: &str) -> Result<Option<String>, MetadataError> {
         match self.status {
             200..=299 => Ok(Some(self.body)),
@@ -82,7 +81,7 @@ impl Answer {
 }
 
 impl Endpoint {
-    /// The service at `base`, an `http://` URL; a bare `host` or `host:port` is taken for one. `None`: it is not a URL.
+    /// The service at `base`, an `http://` URL; a bare `host` or `host:port` is accepted, too. `None`: it is not a URL.
     pub fn new(base: &str) -> Option<Self> {
         let text = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
         let base = Url::parse(&text).ok().filter(|url| url.has_host())?;
@@ -90,12 +89,12 @@ impl Endpoint {
         Some(Self { base, client })
     }
 
-    /// Where it is.
+    /// Its address.
     pub fn uri(&self) -> &str {
         self.base.as_str().trim_end_matches('/')
     }
 
-    /// Asks for `path` (with a leading `/`, and its query). `limit` bounds everything: connection, wait and body.
+    /// Requests `path` (with a leading `/`, and its query). `limit` bounds everything: connection, wait and body.
     pub async fn ask(
         &self,
         method: Method,
@@ -131,7 +130,7 @@ impl Endpoint {
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> MetadataError {
-        // reqwest's own text names the URL again; the cause is what tells.
+        // reqwest's own text repeats the URL; the cause is the useful part.
         let mut cause: &dyn std::error::Error = error;
         while let Some(deeper) = cause.source() {
             cause = deeper;

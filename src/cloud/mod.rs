@@ -1,9 +1,9 @@
-//! What a machine knows of itself and may ask for: metadata services and the control planes of clouds.
+//! A machine's knowledge of itself and its requests to its cloud: metadata services and control planes.
 //!
-//! Metadata services are asked through [`metadata`], which believes nothing that it hears: every answer is bounded in
-//! time and size. AWS's control plane is asked through the AWS SDK with the credentials of its default chain; no other
-//! module but the storage layer knows the SDK. Nothing here is stored, and nothing here starts or stops a machine
-//! unless its documentation says so.
+//! Metadata services are asked through [`metadata`], which trusts no answer: each is bounded in time and size. AWS's
+//! control plane is asked through the AWS SDK with the credentials of its default chain; no other module but the
+//! storage layer knows the SDK. Nothing here is stored, and nothing here starts or stops a machine unless its
+//! documentation says so.
 pub mod autoscaling;
 pub mod aws;
 pub mod azure;

@@ -1,19 +1,18 @@
-//! Switching this machine off, by the command that its system has for it.
+//! Switches this machine off with its system's command for it.
 //!
-//! Commands are looked for in `PATH`. In a container there is none, as a rule: then whoever started the container must
-//! see to it.
+//! Commands are looked for in `PATH`. A container usually has none: then the container's starter must do it.
 
 use std::{path::PathBuf, process::Stdio, time::Duration};
 
 use crate::env;
 use crate::error::{Error, Kind, Result};
 
-/// What is tried, in this order.
+/// The commands, in the order in which they are tried.
 const COMMANDS: [&[&str]; 3] = [&["systemctl", "poweroff"], &["shutdown", "-h", "now"], &["poweroff"]];
-/// For one command.
+/// The limit for one command.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Asks the system to power off; says by which command.
+/// Asks the system to power off; returns the command that did.
 pub async fn off() -> Result<String> {
     let mut failures = Vec::new();
     for command in COMMANDS {

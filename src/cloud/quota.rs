@@ -1,6 +1,6 @@
 //! How many vCPUs of spot machines an account may have in a region at once, by family of instance types.
 //!
-//! "Max spot instance count exceeded" is the first thing that many new accounts hear: their quota for GPU machines is
+//! "Max spot instance count exceeded" is the first answer that many new accounts get: their quota for GPU machines is
 //! 0. Quotas are counted in vCPUs, per region, for all machines of a family together, and open requests count too (EC2
 //! user guide, "Spot Instance quotas"; the codes: AWS General Reference, "Amazon EC2 endpoints and quotas"). Only asked
 //! for, never changed.
@@ -12,19 +12,19 @@ use aws_sdk_servicequotas::{Client, error::SdkError};
 use super::aws;
 use crate::error::{Error, Kind, Result};
 
-/// For all questions with the SDK's retries.
+/// The limit for all requests with the SDK's retries.
 const LIMIT: Duration = Duration::from_secs(15);
 
 /// A family of instance types that share a quota.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Family {
-    /// What AWS calls it.
+    /// AWS's name for it.
     pub name: &'static str,
     /// The code of its quota for spot machines.
     pub spot: &'static str,
 }
 
-/// The family of an instance type such as `g5.xlarge`; `None`: it is not known here.
+/// The family of an instance type such as `g5.xlarge`; `None`: unknown here.
 pub fn family(instance_type: &str) -> Option<Family> {
     let (class, _) = instance_type.split_once('.')?;
     let letters: String = class.chars().take_while(char::is_ascii_lowercase).collect();
@@ -33,7 +33,7 @@ pub fn family(instance_type: &str) -> Option<Family> {
         ("g" | "gr" | "vt", _) => ("G and VT", "L-3819A6DF"),
         ("p", "2" | "3" | "4") => ("P4, P3 and P2", "L-7212CCBC"),
         ("p", "5") => ("P5", "L-C4BD4855"),
-        // Which of them counts P6 is not in AWS's list.
+        // AWS's list does not say which of them counts P6.
         ("p", _) => return None,
         ("trn", _) => ("Trn", "L-6B0D517C"),
         ("inf", _) => ("Inf", "L-B5D1601B"),
@@ -49,13 +49,13 @@ pub fn family(instance_type: &str) -> Option<Family> {
     Some(Family { name, spot })
 }
 
-/// Types whose vCPUs their size does not say.
+/// Types whose size does not give their vCPUs.
 const ODD: [(&str, u32); 4] = [("g4dn.metal", 96), ("g5g.metal", 64), ("c4.8xlarge", 36), ("d2.8xlarge", 36)];
 /// Classes from before sizes meant the same everywhere.
 const OLD: [&str; 9] = ["c1", "cc2", "cg1", "cr1", "hi1", "hs1", "m1", "m2", "t1"];
 
 /// The vCPUs of an instance type, by its size: `large` has 2, `xlarge` 4, `<n>xlarge` and `metal-<n>xl` 4 n (EC2
-/// instance types guide, specifications). `None`: its size does not say.
+/// instance types guide, specifications). `None`: its size does not give them.
 pub fn vcpus(instance_type: &str) -> Option<u32> {
     if let Some((_, vcpus)) = ODD.iter().find(|(odd, _)| *odd == instance_type) {
         return Some(*vcpus);
@@ -79,12 +79,12 @@ pub fn vcpus(instance_type: &str) -> Option<u32> {
 pub struct Quota {
     /// How many may run at once.
     pub vcpus: f64,
-    /// It is what AWS gives every account: none was ever applied to this one.
+    /// Whether it is AWS's default: none was ever applied to this account.
     pub is_default: bool,
 }
 
-/// The quota of a code. One that was never applied to the account may be answered with "no such resource" (aws-cli
-/// issue 6629): AWS's default counts then.
+/// The quota with a code. If none was ever applied to the account, the answer may be "no such resource" (aws-cli issue
+/// 6629): then AWS's default counts.
 pub async fn read(region: &str, code: &str) -> Result<Quota> {
     let client = Client::new(&aws::config_in(region).await);
     let doing = format!("read quota {code} of EC2 in {region}");

@@ -1,9 +1,9 @@
-//! Which region of AWS this process talks to.
+//! The AWS region that this process talks to.
 //!
 //! Found once, kept for the life of the process: the environment (`AWS_REGION`, `AWS_DEFAULT_REGION`), the profile of
-//! `AWS_PROFILE`, then the instance's identity document. The last one is asked only where a metadata service may be,
-//! and for a bounded time ([`identity::read`]). The environment can't be changed once threads run, so that what the
-//! machine said of itself is kept here, and the S3 client reads it here, too.
+//! `AWS_PROFILE`, then the instance's identity document. The last one is read only if there may be a metadata service,
+//! and within a bounded time ([`identity::read`]). The environment can't be changed once threads run, so the machine's
+//! answer is kept here, and the S3 client reads it here, too.
 
 use crate::env;
 use std::sync::OnceLock;
@@ -15,7 +15,7 @@ use super::identity;
 
 static NOTED: OnceLock<String> = OnceLock::new();
 
-/// Where a region's name comes from; for people.
+/// The source of a region's name; for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A variable.
@@ -37,12 +37,12 @@ impl Source {
     }
 }
 
-/// The region that is not in the environment, if it was looked for and found.
+/// The region that is not in the environment, if it was looked up and found.
 pub fn noted() -> Option<&'static str> {
     NOTED.get().map(String::as_str)
 }
 
-/// The region of the profile, which is read from files at once; kept.
+/// The region of the profile, read from files at once; kept.
 pub fn of_profile() -> Option<&'static str> {
     if let Some(known) = noted() {
         return Some(known);
@@ -51,7 +51,7 @@ pub fn of_profile() -> Option<&'static str> {
     Some(NOTED.get_or_init(|| region.to_string()))
 }
 
-/// The region, and where it was found; `None`: nothing names one.
+/// The region and its source; `None`: nothing names one.
 pub async fn find() -> Option<(String, Source)> {
     let variable = |name| env::text(name);
     if let Some(region) = variable("AWS_REGION").or_else(|| variable("AWS_DEFAULT_REGION")) {

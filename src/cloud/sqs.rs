@@ -1,14 +1,14 @@
 //! One queue of Amazon SQS, and the few calls that a worker makes on it.
 //!
 //! A received message is hidden from others until its visibility runs out, it is deleted, or its time is set anew. SQS
-//! names each receipt anew, counts receives (`ApproximateReceiveCount`), moves a message that was received more often
-//! than the redrive policy's `maxReceiveCount` to the dead-letter queue, and hides a message for no longer than twelve
-//! hours in all from its receive on (API reference, `ChangeMessageVisibility`). Delivery is at least once: the same
-//! message may come twice.
+//! gives each receipt a new name, counts receives (`ApproximateReceiveCount`), moves a message that was received more
+//! often than the redrive policy's `maxReceiveCount` to the dead-letter queue, and hides a message for no longer than
+//! twelve hours in all from its receive on (API reference, `ChangeMessageVisibility`). Delivery is at least once: the
+//! same message may come twice.
 //!
 //! Nothing is stored here. Every call is bounded in time, and retried by the SDK; a call whose answer was lost may have
-//! happened: a second delete of a message is fine, a second send makes a duplicate. What comes in a message is the
-//! sender's word and is checked by the caller.
+//! happened: a second delete of a message is fine, a second send makes a duplicate. A message's content is the sender's
+//! claim, which the caller checks.
 
 use std::{
     collections::HashMap,
@@ -33,7 +33,7 @@ pub const LONGEST_DELAY: Duration = Duration::from_secs(15 * 60);
 const MOST_ATTRIBUTES: usize = 10;
 /// The longest that a receive waits for a message.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(20);
-/// One call, with the SDK's retries, takes no longer; a receive its wait more.
+/// The limit for one call, with the SDK's retries; a receive may take its wait more.
 const CALL: Duration = Duration::from_secs(20);
 
 /// A queue.
@@ -46,27 +46,27 @@ pub struct Queue {
 /// A message as received.
 #[derive(Clone, Debug)]
 pub struct Message {
-    /// The queue's name for it; stays the same when it is received again.
+    /// The queue's id for it; it stays the same when the message is received again.
     pub id: String,
-    /// What was sent.
+    /// The content.
     pub body: String,
     /// How often it was received, this time included, as far as the queue knows.
     pub received: u32,
-    /// When this receive was asked for: its time of visibility began no earlier.
+    /// When this receive began: its time of visibility began no earlier.
     pub since: Instant,
     receipt: String,
     attributes: HashMap<String, MessageAttributeValue>,
 }
 
 impl Message {
-    /// An attribute of the kind `Number`; `None`: there is none, or it is no such number.
+    /// An attribute of the type `Number`; `None`: there is none, or it is no such number.
     pub fn number(&self, name: &str) -> Option<u64> {
         let value = self.attributes.get(name)?;
         value.data_type().starts_with("Number").then(|| value.string_value()?.parse().ok())?
     }
 }
 
-/// What became of an attempt to keep a message hidden.
+/// The outcome of an attempt to keep a message hidden.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Held {
     /// It stays hidden.
@@ -75,10 +75,10 @@ pub enum Held {
     Gone,
 }
 
-/// What a queue is set to do with messages that nobody finishes.
+/// A queue's setting for messages that nobody finishes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Redrive {
-    /// A message that was received more often goes to the dead-letter queue.
+    /// A message received more often than this goes to the dead-letter queue.
     pub max_receive_count: u32,
 }
 
@@ -86,7 +86,7 @@ impl Queue {
     /// The queue at `url`, as SQS gives it. No request is made.
     ///
     /// # Errors
-    /// What is no URL of a standard queue, or would send messages over the network unencrypted.
+    /// When it is not a URL of a standard queue, or would send messages over the network unencrypted.
     pub async fn open(url: &str) -> Result<Self> {
         let place = Place::of(url).map_err(|reason| {
             Error::new(Kind::Config, format!("queue {} {reason}", redacted(url))).with_hint(
@@ -109,7 +109,7 @@ impl Queue {
         &self.url
     }
 
-    /// Its redrive policy; `None`: it has none. A queue that does not exist is found here.
+    /// Its redrive policy; `None`: it has none. A queue that does not exist is detected here.
     pub async fn redrive(&self) -> Result<Option<Redrive>> {
         let call = self.client.get_queue_attributes().queue_url(&self.url);
         let call = call.attribute_names(QueueAttributeName::RedrivePolicy).send();
@@ -154,8 +154,8 @@ impl Queue {
         }
     }
 
-    /// Sends a copy of `message`, which may be received after `delay`; attributes stay, but for `numbers`, and as far
-    /// as there is room for them. Its receives are counted from 0 again.
+    /// Sends a copy of `message`, which may be received after `delay`; attributes stay, except `numbers`, as far as
+    /// there is room for them. Its receives are counted from 0 again.
     pub async fn send_copy(&self, message: &Message, numbers: &[(&str, u64)], delay: Duration) -> Result<()> {
         let attributes = attributes_of_copy(&message.attributes, numbers)?;
         let call = self.client.send_message().queue_url(&self.url).message_body(&message.body);
@@ -216,14 +216,15 @@ fn slow(doing: &str, limit: Duration) -> Error {
     Error::new(Kind::Unavailable, format!("no answer within {} s", limit.as_secs())).context(doing)
 }
 
-/// The receipt is of no use any more, by the codes of SQS: it was deleted, its time ran out, or the total is used up.
+/// Whether the receipt is no longer valid, by the codes of SQS: it was deleted, its time ran out, or the total is used
+/// up.
 fn is_gone<E: ProvideErrorMetadata>(error: &SdkError<E>) -> bool {
     let Some(code) = error.code() else { return false };
     let code = code.rsplit(['#', '.']).next().unwrap_or(code);
     matches!(code, "MessageNotInflight" | "ReceiptHandleIsInvalid" | "InvalidParameterValue")
 }
 
-/// SQS counts in whole seconds; what is not zero is at least one.
+/// SQS counts in whole seconds; a duration above zero becomes at least one.
 fn whole_seconds(time: Duration) -> i32 {
     let up = time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0));
     i32::try_from(up).unwrap_or(i32::MAX)
@@ -237,7 +238,7 @@ fn redrive(text: &str) -> Option<Redrive> {
     Some(Redrive { max_receive_count: u32::try_from(count).ok()? })
 }
 
-/// Where a queue is asked.
+/// The address of a queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Place {
     region: Option<String>,
@@ -279,7 +280,7 @@ impl Place {
         Ok(match parts[..] {
             ["sqs", region] | [region, "queue"] => Self { region: Some(region.to_owned()), endpoint: None },
             ["queue"] => Self { region: Some("us-east-1".into()), endpoint: None },
-            // FIPS and interface endpoints of a VPC are asked at their own names.
+            // FIPS and interface endpoints of a VPC are reached under their own names.
             ["sqs-fips", region] | [_, "sqs", region, "vpce"] => {
                 Self { region: Some(region.to_owned()), endpoint: Some(origin) }
             }
@@ -298,7 +299,7 @@ pub fn is_loopback(url: &Url) -> bool {
     }
 }
 
-/// A URL as it may be shown: without what stands before its host, and without its query.
+/// A URL as it may be shown: without user and password, and without its query.
 fn redacted(text: &str) -> String {
     let Ok(mut url) = Url::parse(text) else { return format!("{:?}", text.chars().take(80).collect::<String>()) };
     // These fail only on URLs that can't have them.

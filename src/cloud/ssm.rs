@@ -1,9 +1,9 @@
 //! Parameters of AWS Systems Manager, read by path.
 //!
-//! `GetParametersByPath` gives at most ten a page, and a page may be short or empty and still name a next one: only the
-//! token says where the end is (AWS API reference, `GetParametersByPath`). Encrypted ones come decrypted. Pages,
-//! parameters and bytes are bounded. A value may be a secret: it is held in a [`Secret`], and no error or log line here
-//! has one in it.
+//! `GetParametersByPath` returns at most ten per page, and a page may be short or empty and still name a next one: only
+//! the token marks the end (AWS API reference, `GetParametersByPath`). Encrypted ones come decrypted. Pages, parameters
+//! and bytes are bounded. A value may be a secret: it is held in a [`Secret`], and no error or log line here contains
+//! one.
 
 use std::{fmt, time::Duration};
 
@@ -15,32 +15,32 @@ use aws_sdk_ssm::{
 use super::aws;
 use crate::error::{Error, Kind, Result};
 
-/// The most of a page that the API gives.
+/// The API's largest page.
 const PAGE: i32 = 10;
-/// Pages that are followed; many may be empty.
+/// The most pages that are followed; many may be empty.
 const MAX_PAGES: usize = 200;
-/// Parameters that are taken.
+/// The most parameters that are accepted.
 const MAX_PARAMETERS: usize = 500;
 /// Bytes of all values together. One value has at most 8 KiB.
 const MAX_BYTES: usize = 1 << 20;
-/// For one request, and for one with all of the SDK's own retries (with jitter): on a machine that comes up, so does
-/// its network.
+/// The limit for one request, and for one with all of the SDK's own retries (with jitter): on a machine that is
+/// starting, so is its network.
 const ATTEMPT: Duration = Duration::from_secs(5);
 const OPERATION: Duration = Duration::from_secs(30);
 const ATTEMPTS: u32 = 6;
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 
-/// A text that is shown to nobody: neither `Debug` nor a log line gives it away.
+/// A text that is never shown: neither `Debug` nor a log line reveals it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes it in.
+    /// Wraps a text.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }
 
-    /// The text itself, for where it is needed.
+    /// The text itself, for its use.
     pub fn reveal(&self) -> &str {
         &self.0
     }
@@ -78,7 +78,7 @@ pub async fn parameters(path: &str) -> Result<Vec<Parameter>> {
         let page = answer.map_err(|error| aws::explain(error, &doing))?;
         for parameter in page.parameters.unwrap_or_default() {
             let (Some(name), Some(value)) = (parameter.name, parameter.value) else { continue };
-            // What does not lie below the path was not asked for.
+            // A parameter that is not below the path was not asked for.
             let Some(name) = below(path, &name) else { continue };
             bytes += name.len() + value.len();
             if found.len() >= MAX_PARAMETERS || bytes > MAX_BYTES {

@@ -1,4 +1,4 @@
-//! Settings of a run that exists: what may change on a resume, what has changed, and the change itself.
+//! Settings of an existing run: which may change on a resume, which have changed, and the change itself.
 
 use toml::Value;
 
@@ -14,18 +14,18 @@ use super::{
     text,
 };
 
-/// What a change of a setting does to a run that exists.
+/// The effect of changing a setting of an existing run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Losses stay what they would have been.
+    /// Losses stay the same.
     Free,
-    /// Losses change; allowed where it is named with `--set`.
+    /// Losses change; allowed if it is named with `--set`.
     Mathematical,
     /// The run can't go on with another value, for this reason.
     Fixed(&'static str),
 }
 
-/// What a change of `key` does to a run that exists.
+/// The effect of changing `key` of an existing run.
 pub fn effect(key: &str) -> Effect {
     match key {
         "store" => Effect::Fixed("the run lives there (a copy of it is named with --store)"),
@@ -35,10 +35,10 @@ pub fn effect(key: &str) -> Effect {
         "train.seed" => Effect::Fixed("it orders the samples: those already seen would come again, others never"),
         "train.optimizer.kind" => Effect::Fixed("the checkpoints hold this optimizer's moments"),
         // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps:
-        // only the order in which gradients are summed depends on it. What a machine computes on is its own affair, as
-        // its kind of GPU is.
+        // only the order in which gradients are summed depends on it. The device is a machine's own choice, as its kind
+        // of GPU is.
         "parallel.strategy" | "parallel.nproc_per_node" | "parallel.device" | "data.validation_every" => Effect::Free,
-        // It was looked at when the run was created.
+        // It was checked when the run was created.
         "data.tokenizer" => Effect::Free,
         _ if key.starts_with("model.") => Effect::Fixed("the checkpoints' tensors belong to this model"),
         _ if ["data.", "train.", "parallel."].iter().any(|section| key.starts_with(section)) => Effect::Mathematical,
@@ -74,10 +74,10 @@ pub fn diff(from: &RunConfig, to: &RunConfig) -> Vec<Difference> {
 }
 
 /// The run's configuration with these settings changed. Relative paths are taken from the working directory of this
-/// process: store what [`canonical_overrides`] makes of them, if they are to be applied again elsewhere.
+/// process: to apply the settings again elsewhere, store the result of [`canonical_overrides`].
 ///
 /// # Errors
-/// Unknown keys, wrong values, and keys that a run keeps for life.
+/// On unknown keys, wrong values, and keys that a run keeps for life.
 pub fn apply_overrides(base: &RunConfig, overrides: &[(String, String)]) -> Result<RunConfig, ConfigError> {
     let mut raw = Raw::defaults()?;
     for (key, value) in settings(base) {
@@ -87,7 +87,7 @@ pub fn apply_overrides(base: &RunConfig, overrides: &[(String, String)]) -> Resu
         raw.add_set(key, value)?;
     }
     let cwd = std::env::current_dir().map_err(|source| ConfigError::Unreadable { path: ".".into(), source })?;
-    // The store and the model are not read back: any attempt on them is told why not.
+    // The store and the model are not read back: an attempt to change them gets the reason.
     for (key, _) in settings(base) {
         if raw.origin(key) == Origin::Set
             && let Effect::Fixed(reason) = effect(key)
@@ -111,10 +111,10 @@ pub fn canonical_overrides(
     Ok(diff(base, &changed).into_iter().map(|change| (change.key.to_owned(), change.to)).collect())
 }
 
-/// Whether one of these overrides names `key`, be it with the value that it has.
+/// Whether one of these overrides names `key`, even with its current value.
 ///
 /// # Errors
-/// Unknown keys.
+/// On unknown keys.
 pub fn names(overrides: &[(String, String)], key: &str) -> Result<bool, ConfigError> {
     let mut raw = Raw::defaults()?;
     for (key, value) in overrides {
@@ -123,12 +123,12 @@ pub fn names(overrides: &[(String, String)], key: &str) -> Result<bool, ConfigEr
     Ok(raw.origin(key) == Origin::Set)
 }
 
-/// How a run's store is asked before the run's own settings are known, which stand in that very store: as these
-/// overrides say. What S3 is to do with what is written is left out: that is the run's to say, and nothing is written
+/// The settings for reading a run's store before the run's own settings, which are in that very store, are known: those
+/// of these overrides. S3's settings for written objects are left out: the run decides on them, and nothing is written
 /// by then.
 ///
 /// # Errors
-/// Unknown keys of `storage`, and wrong values.
+/// On unknown keys of `storage`, and wrong values.
 pub fn reading_settings(overrides: &[(String, String)]) -> Result<StorageConfig, ConfigError> {
     const WRITING: [&str; 3] = ["storage.encryption", "storage.kms_key_id", "storage.storage_class"];
     let mut raw = Raw::defaults()?;
@@ -142,7 +142,7 @@ pub fn reading_settings(overrides: &[(String, String)]) -> Result<StorageConfig,
 
 /// Every setting by its full key, as TOML, in the order of `default.toml`. `model.config` is the JSON itself, as text.
 pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
-    // Taken apart without `..`: a new field that is not listed here does not compile.
+    // Destructured without `..`: a new field that is not listed here does not compile.
     let RunConfig { store, model, data, train, parallel, checkpoint, notice, on_complete, restart, storage } = config;
     let ModelConfig { kind, config: model_config, init_from } = model;
     let DataConfig { train: data_train, tokenizer, sequence_length, validation_every, validation_sequences } = data;
@@ -232,7 +232,7 @@ fn whole(number: impl Into<u64>) -> Value {
     Value::Integer(i64::try_from(number.into()).unwrap_or(i64::MAX))
 }
 
-/// The word for a value; every value stands in its list.
+/// The word for a value; every value is in its list.
 fn name_of<T: PartialEq>(choices: &[(&'static str, T)], value: T) -> &'static str {
     choices.iter().find(|(_, choice)| *choice == value).map_or("", |(name, _)| name)
 }

@@ -1,5 +1,4 @@
-//! What can be wrong with a configuration. Every text names the key, where it was set, what it says and what it may
-//! say.
+//! The errors of a configuration. Every text names the key, where it was set, its value and its allowed values.
 
 use std::{fmt, path::PathBuf};
 
@@ -37,7 +36,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// What can be wrong with a configuration.
+/// The errors of a configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file can't be read.
@@ -56,7 +55,7 @@ pub enum ConfigError {
         path: String,
         /// From 1.
         line: usize,
-        /// The parser's words.
+        /// The parser's message.
         reason: String,
     },
     /// There is no such key.
@@ -68,7 +67,7 @@ pub enum ConfigError {
         origin: Origin,
         /// The nearest key that exists.
         nearest: Option<String>,
-        /// What there is in its place.
+        /// The keys that exist in its place.
         siblings: Vec<String>,
     },
     /// The key exists, but not with that value.
@@ -80,7 +79,7 @@ pub enum ConfigError {
         origin: Origin,
         /// The value, as TOML.
         given: String,
-        /// What it may be.
+        /// The allowed values.
         expected: String,
     },
     /// A key without a usable default was not given.
@@ -91,7 +90,7 @@ pub enum ConfigError {
         /// How to set it.
         remedy: String,
     },
-    /// What a key names can't be read or is not what it should be.
+    /// The file or object that a key names can't be read or is malformed.
     #[error("{origin}: {key} names {path}: {reason}")]
     Named {
         /// The key's full path.
@@ -103,7 +102,7 @@ pub enum ConfigError {
         /// What is wrong with it.
         reason: String,
     },
-    /// What a key names lies in a store that did not give it now: what it says is not known, so that it can't be wrong.
+    /// The store did not return the object that a key names: its content is not known, so it can't be called wrong.
     #[error("{origin}: {key} names {path}: {reason}")]
     Withheld {
         /// The key's full path.
@@ -112,14 +111,14 @@ pub enum ConfigError {
         origin: Origin,
         /// Its URI.
         path: String,
-        /// What the store said.
+        /// The store's error.
         reason: String,
-        /// What is to be done about that.
+        /// What to do about it.
         kind: Kind,
-        /// How, where we know.
+        /// How, if known.
         hint: Option<String>,
     },
-    /// Two settings that each are fine do not go together.
+    /// Two settings, each valid, that do not go together.
     #[error("{0}")]
     Together(String),
     /// A setting that a run keeps for life.

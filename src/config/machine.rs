@@ -1,4 +1,4 @@
-//! What the configuration must know of the machine to resolve "auto".
+//! The facts about the machine that the configuration needs to resolve "auto".
 
 use super::{Device, ParallelConfig};
 use crate::env;
@@ -8,12 +8,12 @@ use crate::env;
 pub struct Machine {
     /// CPU cores, at least 1; affinity and cgroup limits are counted.
     pub cores: u32,
-    /// GPUs; 0 in a build without CUDA, and where `TRAINER_GPU` is `none`.
+    /// GPUs; 0 in a build without CUDA, and if `TRAINER_GPU` is `none`.
     pub gpus: u32,
 }
 
 impl Machine {
-    /// Looks at this machine. Asks no driver: device files are counted, `CUDA_VISIBLE_DEVICES` is obeyed.
+    /// Inspects this machine. Calls no driver: device files are counted, `CUDA_VISIBLE_DEVICES` is obeyed.
     pub fn detect() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX));
         let none = env::given("TRAINER_GPU").is_some_and(|gpu| gpu.trim() == "none");
@@ -28,8 +28,8 @@ impl Machine {
     }
 }
 
-/// Device files `nvidia0`, `nvidia1`, …, or as many of them as the variable names: CUDA ignores what follows a wrong
-/// entry.
+/// Device files `nvidia0`, `nvidia1`, …, or as many of them as the variable names: CUDA ignores all entries after a
+/// wrong one.
 fn count_gpus(device_files: impl Iterator<Item = String>, visible: Option<&str>) -> u32 {
     let present = device_files
         .filter_map(|name| name.strip_prefix("nvidia").map(str::to_owned))
@@ -44,7 +44,7 @@ fn count_gpus(device_files: impl Iterator<Item = String>, visible: Option<&str>)
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-/// Workers that this node starts: the flag, else the configuration, else one a GPU, or one where there is none.
+/// Workers that this node starts: the flag, else the configuration, else one per GPU, or one if there is none.
 pub fn workers_per_node(parallel: &ParallelConfig, flag: Option<u32>, machine: &Machine) -> u32 {
     let gpus = if parallel.device == Device::Cpu { 0 } else { machine.gpus };
     flag.or(parallel.nproc_per_node).unwrap_or(gpus).max(1)

@@ -1,9 +1,9 @@
-//! What a run is told to do: the resolved configuration.
+//! A run's settings: the resolved configuration.
 //!
-//! A configuration is read in two steps. `raw` holds what the user typed (TOML file, environment, `--set key=value`),
-//! with nothing looked up and nothing defaulted beyond the embedded, commented `default.toml`. [`RunConfig`] is what
-//! the program uses: every value present and checked, the model's `config.json` read and put inside, so that the
-//! journal's `created` record alone is enough to carry the run on elsewhere. Stored layout: `RunConfig` as JSON in that
+//! A configuration is read in two steps. `raw` holds the settings as typed (TOML file, environment, `--set key=value`),
+//! with nothing looked up and no defaults beyond the embedded, commented `default.toml`. The program uses
+//! [`RunConfig`]: every value is present and checked, and the model's `config.json` is read and included, so that the
+//! journal's `created` record alone is enough to continue the run elsewhere. Stored layout: `RunConfig` as JSON in that
 //! record; fields may be added with a serde default, never renamed.
 
 mod batch;
@@ -48,19 +48,19 @@ pub struct RunConfig {
     pub train: TrainConfig,
     /// How the work is spread over workers.
     pub parallel: ParallelConfig,
-    /// When state is saved, and what is kept.
+    /// When state is saved, and which checkpoints are kept.
     pub checkpoint: CheckpointConfig,
-    /// What is listened to for warnings.
+    /// The sources of notices.
     pub notice: NoticeConfig,
-    /// What is done when the last step is committed.
+    /// The action after the last step is committed.
     pub on_complete: OnComplete,
-    /// What the agent does when a worker dies.
+    /// The agent's response when a worker dies.
     pub restart: RestartConfig,
-    /// Limits towards the object store.
+    /// Limits for the object store.
     pub storage: StorageConfig,
 }
 
-/// Which model is trained.
+/// The model to train.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
     /// The architecture.
@@ -79,12 +79,12 @@ pub enum ModelKind {
     Llama,
 }
 
-/// Where the tokens come from.
+/// The source of the tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DataConfig {
     /// URI of a folder made by `trainer data prepare`.
     pub train: String,
-    /// How its tokenizer and that of `model.init_from` go together. Looked at when the run is created.
+    /// How its tokenizer relates to that of `model.init_from`. Checked when the run is created.
     #[serde(default)]
     pub tokenizer: TokenizerRule,
     /// Tokens in one sequence (one sample gives this many predictions).
@@ -95,7 +95,7 @@ pub struct DataConfig {
     pub validation_sequences: u32,
 }
 
-/// How the tokenizer of the data and that of the model folder that a run starts from go together.
+/// How the tokenizer of the data relates to that of the model folder that a run starts from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TokenizerRule {
@@ -178,18 +178,18 @@ pub enum ScheduleKind {
 /// How the work is spread over workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ParallelConfig {
-    /// What is replicated and what is partitioned.
+    /// The choice between replicated and partitioned state.
     pub strategy: Strategy,
-    /// Workers on one node; `None`: one a GPU, or one where there is none.
+    /// Workers on one node; `None`: one per GPU, or one if there is none.
     pub nproc_per_node: Option<u32>,
-    /// What workers compute on.
+    /// The device that workers compute on.
     #[serde(default)]
     pub device: Device,
     /// Size of the buckets in which gradients are reduced and weights gathered, MiB.
     pub bucket_mib: u32,
 }
 
-/// What is replicated and what is partitioned over the ranks.
+/// The state that is replicated, and the state that is partitioned over the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Strategy {
@@ -200,11 +200,11 @@ pub enum Strategy {
     Zero1,
 }
 
-/// What workers compute on.
+/// The device that workers compute on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Device {
-    /// GPUs where there are any, else the CPU.
+    /// GPUs if there are any, else the CPU.
     #[default]
     Auto,
     /// The CPU.
@@ -213,17 +213,17 @@ pub enum Device {
     Cuda,
 }
 
-/// When state is saved, and what is kept.
+/// When state is saved, and which checkpoints are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CheckpointConfig {
     /// When state is saved.
     pub every: Cadence,
-    /// What is kept.
+    /// Which checkpoints are kept.
     pub keep: Keep,
-    /// How often what is kept is held against its checksums while the run trains; `None`: never.
+    /// How often kept checkpoints are verified against their checksums while the run trains; `None`: never.
     #[serde(default = "daily", with = "optional_seconds")]
     pub scrub: Option<Duration>,
-    /// What a GiB costs in the store for a month, in US dollars; for estimates.
+    /// The store's price of a GiB per month, in US dollars; for estimates.
     #[serde(default = "s3_standard_price")]
     pub price_per_gib_month: f64,
 }
@@ -243,60 +243,60 @@ const fn s3_standard_price() -> f64 {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cadence {
-    /// Every so many steps.
+    /// Every this many steps.
     Steps(u64),
-    /// Every so much time.
+    /// Every such interval of time.
     #[serde(with = "seconds")]
     Time(Duration),
     /// Young and Daly's interval from the measured cost of a save and the rate of interruptions.
     Auto,
 }
 
-/// What is kept when older checkpoints are pruned.
+/// The checkpoints that are kept when older ones are pruned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Keep {
-    /// The newest so many.
+    /// The number of newest ones.
     pub last: u32,
-    /// And one at every so many steps, or so much time.
+    /// One at every such number of steps, or interval of time.
     pub every: Option<Spacing>,
-    /// And so many with the lowest validation loss.
+    /// The number of those with the lowest validation loss.
     #[serde(default)]
     pub best: u32,
 }
 
-/// How far apart checkpoints are that are kept for good. Stored as a plain number of steps, or as
-/// `{"seconds":21600.0}`.
+/// The spacing of checkpoints that are kept for good. Stored as a plain number of steps, or as `{"seconds":21600.0}`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Spacing {
     /// Checkpoints whose step is a multiple of this.
     Steps(u64),
-    /// The first checkpoint of each such stretch of time, counted from 1970.
+    /// The first checkpoint of each such interval, counted from 1970.
     Time {
-        /// The stretch.
+        /// The interval.
         #[serde(with = "seconds")]
         seconds: Duration,
     },
 }
 
-/// What is listened to for warnings that the machine goes away.
+/// The sources of warnings that the machine goes away.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NoticeConfig {
     /// `auto`, or any of `aws`, `gcp`, `azure`, `signals`, `file`.
     pub sources: Vec<String>,
-    /// Training goes on while the announced time surely leaves room for the last save; otherwise it stops at once.
+    /// Whether training goes on while the announced time surely leaves room for the last save; otherwise it stops at
+    /// once.
     #[serde(default = "yes")]
     pub train_in_spare_time: bool,
     /// A file whose appearance or change says that the machine goes away; `None`: no file is watched.
     #[serde(default)]
     pub file: Option<String>,
-    /// From SIGTERM or SIGINT to SIGKILL; `None`: found out.
+    /// Time from SIGTERM or SIGINT to SIGKILL; `None`: detected.
     #[serde(default, with = "optional_seconds")]
     pub stop_window: Option<Duration>,
-    /// From SIGUSR1 to the end; `None`: found out.
+    /// Time from SIGUSR1 to the end; `None`: detected.
     #[serde(default, with = "optional_seconds")]
     pub usr1_window: Option<Duration>,
-    /// From GCP's preemption notice to the end; `None`: the least that there is.
+    /// Time from GCP's preemption notice to the end; `None`: the shortest there is.
     #[serde(default, with = "optional_seconds")]
     pub preemption_window: Option<Duration>,
     /// The hook at the end of a machine of an Auto Scaling group: `auto`, `none`, or its name.
@@ -327,14 +327,14 @@ const fn yes() -> bool {
     true
 }
 
-/// What is done when the last step is committed.
+/// The action after the last step is committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OnComplete {
-    /// What is done.
+    /// The action.
     pub action: CompleteAction,
 }
 
-/// What is done when the last step is committed.
+/// The action after the last step is committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CompleteAction {
@@ -344,7 +344,7 @@ pub enum CompleteAction {
     Terminate,
 }
 
-/// What the agent does when a worker dies, or stands still.
+/// The agent's response when a worker dies, or stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RestartConfig {
     /// Restarts of the worker group in one life of the agent; then it gives up.
@@ -354,25 +354,25 @@ pub struct RestartConfig {
     /// The first pause before a restart; it doubles up to a minute.
     #[serde(with = "seconds")]
     pub backoff: Duration,
-    /// Workers that have not got further for so long are ended and started again; `None`: they are only told of.
+    /// How long workers may stand still before they are ended and started again; `None`: a standstill is only reported.
     #[serde(default, with = "optional_seconds")]
     pub hang: Option<Duration>,
 }
 
-/// Limits towards the object store, and what it is to do with what it gets.
+/// Limits for the object store, and S3's treatment of written objects.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StorageConfig {
     /// The most bulk requests in flight at once, each way.
     pub concurrency: u32,
     /// Size of one part of an upload and of one range of a download, MiB.
     pub part_mib: u32,
-    /// A request that fails is tried so often in all.
+    /// Attempts per request, including the first.
     #[serde(default = "attempts")]
     pub attempts: u32,
-    /// All uploads together take no more than this, MiB a second; `None`: no cap.
+    /// The limit of all uploads together, MiB per second; `None`: no cap.
     #[serde(default)]
     pub max_upload_mib_per_s: Option<u32>,
-    /// How S3 encrypts what it keeps.
+    /// S3's encryption of written objects.
     #[serde(default)]
     pub encryption: Encryption,
     /// The key of [`Encryption::SseKms`]; `None`: the account's own.
@@ -384,7 +384,7 @@ pub struct StorageConfig {
 }
 
 impl StorageConfig {
-    /// These limits, and nothing else asked for.
+    /// These limits, and default settings otherwise.
     pub const fn plain(concurrency: u32, part_mib: u32) -> Self {
         Self {
             concurrency,
@@ -398,19 +398,19 @@ impl StorageConfig {
     }
 }
 
-/// What runs had before it was a setting; `default.toml` says the same.
+/// The value for runs created before it was a setting; `default.toml` has the same.
 const fn attempts() -> u32 {
     10
 }
 
-/// How S3 encrypts what it keeps.
+/// S3's encryption of written objects.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Encryption {
-    /// As the bucket says.
+    /// As the bucket is configured.
     #[default]
     Default,
-    /// With keys that S3 keeps.
+    /// With keys that S3 manages.
     #[serde(rename = "sse-s3")]
     SseS3,
     /// With a key of AWS KMS.
@@ -431,7 +431,7 @@ mod seconds {
     }
 }
 
-/// The same, or nothing.
+/// The same, or none.
 mod optional_seconds {
     use std::time::Duration;
 

@@ -1,7 +1,7 @@
-//! What was typed, before anything is made of it: settings by their full key, each with where it was made.
+//! The settings as typed, by their full key, each with its origin.
 //!
-//! The embedded `default.toml` is the schema: its keys are the keys there are. Later layers replace single keys, so
-//! that `optimizer = { lr = 1e-3 }` leaves the other settings of the optimizer alone.
+//! The embedded `default.toml` is the schema: its keys are all keys. Later layers replace single keys, so that
+//! `optimizer = { lr = 1e-3 }` leaves the other settings of the optimizer alone.
 
 use std::{collections::BTreeMap, fmt::Display, ops::RangeInclusive, path::Path, time::Duration};
 
@@ -12,7 +12,7 @@ use toml::{
 
 use super::{Cadence, ConfigError, Spacing, error::Origin, text};
 
-/// Every key with its default, and a comment that says what it means.
+/// Every key with its default, and a comment that explains it.
 pub const DEFAULT_TOML: &str = include_str!("default.toml");
 
 /// The longest configuration file that is read, bytes.
@@ -43,7 +43,7 @@ impl Raw {
         Ok(Self { settings })
     }
 
-    /// Lays a TOML file over what is there.
+    /// Adds a TOML file on top.
     pub fn add_file(&mut self, path: &Path) -> Result<(), ConfigError> {
         let name = path.display().to_string();
         let unreadable = |source| ConfigError::Unreadable { path: name.clone(), source };
@@ -53,7 +53,7 @@ impl Raw {
         self.add_text(&text, path)
     }
 
-    /// Lays TOML text over what is there; `path` is what errors call it.
+    /// Adds TOML text on top; `path` is its name in errors.
     pub fn add_text(&mut self, text: &str, path: &Path) -> Result<(), ConfigError> {
         let syntax = |error: toml::de::Error| ConfigError::Syntax {
             path: path.display().to_string(),
@@ -61,19 +61,19 @@ impl Raw {
             reason: error.message().to_owned(),
         };
         let table: Table = text.parse().map_err(syntax)?;
-        // Read a second time for the places: the first reading gives plain values, this one their spans.
+        // Read a second time for the positions: the first reading gives plain values, this one their spans.
         let mut lines = BTreeMap::new();
         find_lines("", DeTable::parse(text).map_err(syntax)?.get_ref(), text, &mut lines);
         let origin = |key: &str| Origin::File { path: path.to_owned(), line: lines.get(key).copied().unwrap_or(1) };
         self.merge("", table, &origin)
     }
 
-    /// Lays one `--set key=value` over what is there. The value is TOML, or else taken as a string.
+    /// Adds one `--set key=value` on top. The value is TOML, or else taken as a string.
     pub fn add_set(&mut self, key: &str, value: &str) -> Result<(), ConfigError> {
         self.add_value(key, set_value(value), &Origin::Set)
     }
 
-    /// Lays one value over what is there.
+    /// Adds one value on top.
     pub fn add_value(&mut self, key: &str, value: Value, origin: &Origin) -> Result<(), ConfigError> {
         let mut parts = key.rsplit('.').map(str::trim);
         let mut table = Table::new();
@@ -118,7 +118,7 @@ impl Raw {
         self.settings.get(key).map_or(Origin::Default, |setting| setting.origin.clone())
     }
 
-    /// Every key there is.
+    /// All keys.
     #[cfg(test)]
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.settings.keys().map(String::as_str)
@@ -144,7 +144,7 @@ impl Raw {
         names
     }
 
-    /// The error that says what a key may be.
+    /// The error that lists a key's allowed values.
     pub fn wrong(&self, key: &str, expected: impl Display) -> ConfigError {
         ConfigError::WrongValue {
             key: key.to_owned(),
@@ -154,7 +154,7 @@ impl Raw {
         }
     }
 
-    /// A setting as TOML text, cut if it is very long.
+    /// A setting as TOML text, truncated if it is very long.
     pub fn given(&self, key: &str) -> String {
         let text = self.settings.get(key).map(|setting| setting.value.to_string()).unwrap_or_default();
         match text.char_indices().nth(200) {
@@ -298,7 +298,7 @@ impl Bounded for u64 {
     const MAX: Self = Self::MAX;
 }
 
-/// What `--set key=value` means by its value: TOML, or else the text itself. Dates are text: no key takes one.
+/// The meaning of the value in `--set key=value`: TOML, or else the text itself. Dates are text: no key takes one.
 fn set_value(text: &str) -> Value {
     match text.trim().parse::<Value>() {
         Ok(Value::Datetime(_)) | Err(_) => Value::String(text.trim().to_owned()),
@@ -352,7 +352,7 @@ fn line_of(text: &str, offset: usize) -> usize {
     text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
 }
 
-/// Reads a file of at most `limit` bytes; the length is not believed, but counted.
+/// Reads a file of at most `limit` bytes; its stated length is not trusted, but counted.
 pub(super) fn read_limited(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
     use std::io::Read;
     let mut bytes = Vec::new();
@@ -363,7 +363,7 @@ pub(super) fn read_limited(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> 
     Ok(bytes)
 }
 
-/// The known key, or section of keys, most like `key`: the last name counts more than where it stands.
+/// The known key, or section of keys, most similar to `key`: the last name counts more than its place.
 fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
     let split = |path: &str| match path.rsplit_once('.') {
         Some((section, name)) => (section.to_owned(), name.to_owned()),
@@ -381,7 +381,7 @@ fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a str>) -> Option<String
     let best = sections_and_keys
         .map(|candidate| (score(&candidate), candidate))
         .filter(|(score, _)| *score >= 0.6)
-        // Of equals the shortest, then the first: the order of keys decides nothing.
+        // Of equals the shortest, then the first: the order of keys has no influence.
         .max_by(|(a, x), (b, y)| a.total_cmp(b).then(y.len().cmp(&x.len())).then(y.cmp(x)));
     best.map(|(_, candidate)| candidate)
 }

@@ -1,5 +1,5 @@
-//! From what was typed to what the program uses: every value looked up, checked and made independent of where it was
-//! typed.
+//! From the typed settings to those that the program uses: every value looked up, checked and made independent of where
+//! it was typed.
 
 use std::path::{Path, PathBuf};
 
@@ -39,22 +39,22 @@ const NOTICE_SOURCES: &[&str] = &["aws", "gcp", "azure", "signals", "file"];
 /// Reads a small remote object, by the URI of its folder and its name.
 pub type Fetch<'a> = dyn Fn(&str, &str) -> Result<Vec<u8>, Error> + 'a;
 
-/// Whether a text may name a place: the key, and the absolute URI of what it names.
+/// Checks that a text may name a place: gets the key, and the absolute URI of the place.
 pub type Guard<'a> = dyn Fn(&'static str, &str) -> Result<(), Error> + 'a;
 
 /// The keys whose values name a place.
 pub const PLACES: [&str; 4] = ["store", "model.config", "model.init_from", "data.train"];
 
-/// A configuration that is no file of this machine.
+/// A configuration that is not a file of this machine.
 #[derive(Clone, Copy)]
 pub struct Text<'a> {
-    /// What errors call it: its URI, or the parameter that holds it.
+    /// Its name in errors: its URI, or the parameter that holds it.
     pub name: &'a Path,
     /// The TOML.
     pub toml: &'a str,
-    /// URI of the folder that it lies in: a `model.config` that this machine does not have is looked for there.
+    /// URI of the folder that holds it: a `model.config` that this machine does not have is looked for there.
     pub folder: Option<&'a str>,
-    /// What it may name; `None`: anything. It is asked before anything is read.
+    /// What it may name; `None`: anything. Called before anything is read.
     pub guard: Option<&'a Guard<'a>>,
 }
 
@@ -64,13 +64,13 @@ impl std::fmt::Debug for Text<'_> {
     }
 }
 
-/// Where settings come from, lowest first, and what is needed to resolve them.
+/// The sources of settings, lowest first, and the means to resolve them.
 pub struct Sources<'a> {
     /// The run's TOML file.
     pub file: Option<&'a Path>,
-    /// The same as text, where it came from elsewhere; laid over the file.
+    /// The same as text, if it came from elsewhere; added on top of the file.
     pub text: Option<Text<'a>>,
-    /// `(what the user calls it, key, value)` of each flag or environment variable that stands for a key.
+    /// `(the user's name for it, key, value)` of each flag or environment variable that stands for a key.
     pub flags: Vec<(&'static str, &'static str, String)>,
     /// `--set key=value`, in order.
     pub set: &'a [(String, String)],
@@ -85,7 +85,7 @@ pub struct Sources<'a> {
 /// Reads and resolves a run's configuration.
 ///
 /// # Errors
-/// The first thing that is wrong, by key and place.
+/// The first error, by key and place.
 pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
     let mut raw = Raw::defaults()?;
     if let Some(path) = sources.file {
@@ -95,7 +95,7 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
         raw.add_text(text.toml, text.name)?;
     }
     for (name, key, value) in &sources.flags {
-        // A flag's text is a number where it is one ("--nproc-per-node 2"), else text.
+        // A flag's text is a number if it reads as one ("--nproc-per-node 2"), else text.
         let value = value.parse().map_or_else(|_| Value::String(value.clone()), Value::Integer);
         raw.add_value(key, value, &Origin::Flag(name))?;
     }
@@ -121,7 +121,7 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
     Ok(config)
 }
 
-/// Asks whether the configuration may name what it names.
+/// Checks that the configuration may name the places that it names.
 fn guard(raw: &Raw, sources: &Sources<'_>) -> Result<(), ConfigError> {
     let Some(Text { guard: Some(guard), folder, .. }) = sources.text else { return Ok(()) };
     for key in PLACES {
@@ -151,7 +151,7 @@ fn is_beside(name: &str) -> bool {
     !name.contains("://") && Path::new(name).is_relative()
 }
 
-/// Everything but the store and the model, which a run keeps; `threads` is what "auto" means.
+/// All settings but the store and the model, which a run keeps; `threads` is the meaning of "auto".
 pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> Result<RunConfig, ConfigError> {
     let config = RunConfig {
         store: base.store.clone(),
@@ -169,7 +169,7 @@ pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> R
     Ok(config)
 }
 
-/// Settings that must fit one another.
+/// Checks of settings that must fit one another.
 fn check(config: &RunConfig) -> Result<(), ConfigError> {
     let train = &config.train;
     if train.schedule.warmup_steps > train.steps {
@@ -221,7 +221,7 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
             kind,
             hint: error.hint().map(str::to_owned),
         },
-        // One that is not there is a mistake of the configuration, as any other.
+        // One that does not exist is a mistake of the configuration, like any other.
         _ => named(error.to_string()),
     })?;
     let config: Json = serde_json::from_slice(&bytes).map_err(|error| named(format!("not valid JSON: {error}")))?;
@@ -409,7 +409,7 @@ pub(super) fn storage(raw: &Raw) -> Result<StorageConfig, ConfigError> {
     }
     Ok(StorageConfig {
         concurrency: raw.whole("storage.concurrency", 1..=1024)?,
-        // S3 takes no part below 5 MiB (but the last) and none over 5 GiB.
+        // S3 accepts no part below 5 MiB (except the last) and none over 5 GiB.
         part_mib: raw.whole("storage.part_mib", 5..=5120)?,
         attempts: raw.whole("storage.attempts", 1..=1000)?,
         max_upload_mib_per_s: raw.word_or_whole("storage.max_upload_mib_per_s", "none", 1..=1_000_000)?,

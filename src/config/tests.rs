@@ -1,4 +1,4 @@
-//! The configuration as a whole: what is typed against what comes out, or against the exact words of the refusal.
+//! The configuration as a whole: typed settings against the result, or against the exact words of the refusal.
 
 use std::{collections::BTreeSet, path::Path, time::Duration};
 

@@ -7,7 +7,7 @@ use std::{
 
 use super::{Cadence, Spacing};
 
-/// Reads `90s`, `2h`, `1h30m`, `250ms`, `1d`. `None` for anything else, and for what does not fit.
+/// Reads `90s`, `2h`, `1h30m`, `250ms`, `1d`. `None` for anything else, and on overflow.
 pub fn parse_duration(text: &str) -> Option<Duration> {
     let mut rest = text.trim();
     if rest.is_empty() {
@@ -108,7 +108,7 @@ const SCHEMES: [&str; 5] = ["s3", "gs", "az", "file", "memory"];
 /// only.
 ///
 /// # Errors
-/// A phrase that says what would be right.
+/// With a phrase that says what would be right.
 pub fn absolute_uri(text: &str, cwd: &Path) -> Result<String, &'static str> {
     const EXPECTED: &str = "a URI such as s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, \
                             file://path or memory://, or a path";
@@ -124,7 +124,7 @@ pub fn absolute_uri(text: &str, cwd: &Path) -> Result<String, &'static str> {
         return file_uri(Path::new(text), cwd).ok_or(EXPECTED);
     };
     match scheme {
-        // What follows is a path, letter by letter: "file://./runs" is no URI by the standard, and nothing is encoded.
+        // The rest is a path, letter by letter: "file://./runs" is no URI by the standard, and nothing is encoded.
         "file" if !rest.is_empty() => file_uri(Path::new(rest), cwd).ok_or(EXPECTED),
         "memory" => Ok(text.to_owned()),
         "s3" | "gs" | "az" => {

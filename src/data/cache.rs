@@ -1,6 +1,6 @@
 //! A dataset's files on this machine.
 //!
-//! A dataset in a `file://` folder is used where it is. Any other is downloaded once a machine:
+//! A dataset in a `file://` folder is used where it is. Any other is downloaded once per machine:
 //! ```text
 //! <cache>/<index CRC64>-<index length>/   one folder a dataset: another index is another folder
 //!   .lock                                 held by the process that downloads
@@ -11,17 +11,17 @@
 //! ```
 //! A worker's [`Dataset`] opens that folder; it knows of no store.
 //!
-//! # What is believed
-//! Lengths alone are not: a disk turns bits, and a power cut leaves files of the right length without their bytes. So
-//! every shard is held against its CRC64 once a process, on several threads (`data/sums.rs`); one that is wrong in a
-//! cache is fetched again, one in a `file://` folder is an error that names it. The index of a cache is believed if it
-//! is the store's, byte for byte. Folders of other users and links are not believed at all (`data/place.rs`).
+//! # Which files are trusted
+//! Lengths alone are not enough: a disk flips bits, and a power cut leaves files of the right length without their
+//! bytes. So every shard is verified against its CRC64 once per process, on several threads (`data/sums.rs`); a wrong
+//! one in a cache is fetched again, one in a `file://` folder is an error that names it. The index of a cache is
+//! trusted if it equals the store's, byte for byte. Folders of other users and links are never trusted
+//! (`data/place.rs`).
 //!
 //! # Crash, retry, cancel, two at once
-//! A file under its own name is complete, so a download that was broken off goes on with the files that are missing.
-//! The lock spares the machine a second download; correctness doesn't rest on it, since two downloads would rename the
-//! same bytes over each other. It belongs to the open file, so it vanishes with its process. Whoever holds it removes
-//! old `.part-` files.
+//! A file under its own name is complete, so an interrupted download continues with the missing files. The lock spares
+//! the machine a second download; correctness doesn't rest on it, since two downloads would rename the same bytes over
+//! each other. It belongs to the open file, so it vanishes with its process. Its holder removes old `.part-` files.
 
 use std::{
     fs::File,
@@ -52,7 +52,7 @@ use crate::{
 
 /// Files downloaded at once; each has a few ranges in flight.
 const FILES_IN_FLIGHT: usize = 4;
-/// How often a process looks whether another one has finished the download. Polled, so that waiting can be cancelled.
+/// How often a process checks whether another one has finished the download. Polled, so that waiting can be cancelled.
 const LOCK_POLL: Duration = Duration::from_millis(200);
 const PART_PREFIX: &str = ".part-";
 const LOCK: &str = ".lock";
@@ -60,20 +60,20 @@ const LOCK: &str = ".lock";
 /// How far a download is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheProgress {
-    /// Bytes here, those of earlier downloads included.
+    /// Bytes present, including those of earlier downloads.
     pub done: u64,
     /// Bytes of the dataset.
     pub total: u64,
 }
 
-/// A dataset's folder on this machine. In a cache it stays for as long as this lives.
+/// A dataset's folder on this machine. In a cache it stays while this value exists.
 #[derive(Debug)]
 pub struct LocalDataset {
     dir: PathBuf,
-    /// Of a folder that nothing was fetched into: whether its files are what the index says.
+    /// Of a folder that needed no download: the check of its files against the index.
     checking: Option<Checking>,
     _in_use: Option<InUse>,
-    /// Goes after the lock in it.
+    /// Dropped after the lock in it.
     _private: Option<Arc<Private>>,
 }
 
@@ -83,7 +83,7 @@ impl LocalDataset {
         &self.dir
     }
 
-    /// Waits until every file has been held against its checksum.
+    /// Waits until every file has been verified against its checksum.
     ///
     /// # Errors
     /// [`DataError::Damaged`] names the first that is wrong.
@@ -101,8 +101,8 @@ fn wrong_sum(file: String, entry: &FileEntry, found: Crc64) -> DataError {
 }
 
 /// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be (`None`: into a folder of
-/// this process) and checked by CRC64-NVME: of a `file://` one that goes on, see [`LocalDataset::whole`]. Where room is
-/// short, other datasets there that nobody uses are removed first.
+/// this process) and verified by CRC64-NVME: for a `file://` folder that goes on in the background, see
+/// [`LocalDataset::whole`]. If the disk is short of room, unused datasets there are removed first.
 ///
 /// # Errors
 /// [`DataError::Missing`] if there is no index at `uri`; [`DataError::Damaged`] names an object that isn't what the
@@ -131,8 +131,8 @@ pub async fn ensure_local(
     Ok(LocalDataset { _private: private, ..local })
 }
 
-/// The index of the dataset at `uri`, and nothing downloaded; of one in a folder, every file is held against it by its
-/// length.
+/// The index of the dataset at `uri`, without a download; for one in a folder, the length of every file is checked
+/// against it.
 ///
 /// # Errors
 /// Those of [`ensure_local`].
@@ -159,7 +159,7 @@ async fn fetch_index(store: &Store, uri: &str) -> Result<(Index, Bytes), DataErr
     Ok((Index::parse(&bytes, &format!("{uri}/{INDEX}"))?, bytes))
 }
 
-/// [`ensure_local`] from a store that is open, with the index that it has.
+/// [`ensure_local`] from an open store, with its index.
 async fn download(
     store: &Store,
     (index, bytes): (Index, Bytes),
@@ -170,7 +170,7 @@ async fn download(
 ) -> Result<LocalDataset, DataError> {
     let dir = cache_root.join(format!("{}-{}", Crc64::of(&bytes), bytes.len()));
     if !is_complete(&dir, &index, &bytes) {
-        // On a disk that is full to the last byte not even a folder can be made.
+        // On a disk that is completely full not even a folder can be created.
         room::make(cache_root, 0, free);
     }
     // From here on nobody removes it.
@@ -183,7 +183,7 @@ async fn download(
         return Ok(here());
     }
     let _lock = lock(&dir).await?;
-    // Somebody else may have fetched meanwhile what is missing or wrong.
+    // Another process may meanwhile have fetched the missing or wrong files.
     let wrong = wrong().await?;
     if wrong.is_empty() && is_complete(&dir, &index, &bytes) {
         return Ok(here());
@@ -241,7 +241,7 @@ async fn download_file(
     Ok(())
 }
 
-/// Writes a new file to the disk itself: after a power cut a name must not stand for bytes that never came there.
+/// Writes a new file to the disk itself: after a power cut a name must not stand for bytes that never arrived there.
 fn write_through(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut file = File::create_new(path)?;
     file.write_all(bytes)?;
@@ -266,7 +266,7 @@ fn is_here(dir: &Path, entry: &FileEntry) -> bool {
         .is_ok_and(|metadata| metadata.is_file() && metadata.len() == entry.bytes)
 }
 
-/// `bytes`: the index as the store has it. A file by that name that holds anything else is of no use.
+/// `bytes`: the store's index. A file by that name with any other content is useless.
 fn is_complete(dir: &Path, index: &Index, bytes: &[u8]) -> bool {
     let path = dir.join(INDEX);
     let is_file = |length| path.symlink_metadata().is_ok_and(|found| found.is_file() && found.len() == length);
@@ -274,8 +274,8 @@ fn is_complete(dir: &Path, index: &Index, bytes: &[u8]) -> bool {
     holds && index.files().all(|entry| is_here(dir, entry))
 }
 
-/// Waits until no other process downloads into `dir`, then removes what broken-off downloads left. On a file system
-/// without locks there is no waiting and no cleaning.
+/// Waits until no other process downloads into `dir`, then removes the leftovers of interrupted downloads. On a file
+/// system without locks there is no waiting and no cleaning.
 async fn lock(dir: &Path) -> Result<Option<File>, DataError> {
     let path = dir.join(LOCK);
     let file = place::no_link().create(true).append(true).open(&path).map_err(io("open", &path))?;
@@ -427,8 +427,8 @@ mod tests {
         assert_eq!(names(cache.path()).len(), 1);
     }
 
-    /// With a disk on which nothing is ever free, all goes that nobody uses, and what is in use stays: a download that
-    /// is under way, too.
+    /// With a disk on which nothing is ever free, everything unused is removed, and datasets in use stay, including a
+    /// download under way.
     #[tokio::test]
     async fn a_dataset_in_use_outlives_a_disk_that_is_full() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
@@ -491,7 +491,7 @@ mod tests {
         assert!(!earlier.exists() && later.dir() != earlier);
         let first = folders.lock().unwrap()[0].clone();
         assert_eq!(first.len(), 1, "room is made before anything is written: {first:?}");
-        // It fits but for what is missing.
+        // It fits, except for the missing part.
         drop(later);
         let one = cache.path().join(&names(cache.path())[0]);
         std::fs::remove_file(one.join(INDEX)).unwrap();

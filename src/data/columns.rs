@@ -38,7 +38,7 @@ pub(super) fn read(
     let looked_at = file.try_clone().map_err(|error| invalid(format!("can't be read: {error}")))?;
     let reader = SerializedFileReader::new(file).map_err(broken)?;
     let mut notes = Notes { records: true, ..Notes::default() };
-    // A shard without rows may come without columns, too.
+    // A shard without rows may have no columns, either.
     if reader.metadata().file_metadata().num_rows() == 0 {
         return Ok(notes);
     }
@@ -55,7 +55,7 @@ pub(super) fn read(
         return Err(invalid(format!("has no column {field:?} but {names:?}; name the right one with --text-field")));
     };
     if descriptor.physical_type() != PhysicalType::BYTE_ARRAY || descriptor.max_rep_level() != 0 {
-        // A shard in which no row has a text may say nothing of its type, or another one.
+        // A shard in which no row has a text may give no type for it, or another one.
         let all_null = matches!(descriptor.logical_type_ref(), Some(LogicalType::Unknown))
             || reader.metadata().row_groups().iter().all(|group| {
                 let chunk = group.column(column);
@@ -79,7 +79,7 @@ pub(super) fn read(
             values.clear();
             levels.clear();
             let read = || column.read_records(ROWS, Some(&mut levels), None, &mut values);
-            // Of bytes that are no values the library panics.
+            // The library panics on bytes that are no values.
             let read = catch_unwind(AssertUnwindSafe(read)).map_err(|_| no_parquet(&"its values are damaged"))?;
             let (rows, _, _) = read.map_err(broken)?;
             if rows == 0 {
@@ -189,7 +189,7 @@ pub(super) mod tests {
     fn a_shard_without_a_text_is_no_documents() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.parquet");
-        // All null, as a text and as the type that writers choose where nothing tells them; no rows; not even columns.
+        // All null, as a text and as the type that writers choose without a hint; no rows; not even columns.
         write_parquet(&path, &[&[None, None, None]]);
         assert_eq!(notes(&path, &TEXT), Notes { records: true, ..Notes::default() });
         for schema in ["message rows { optional int32 text (UNKNOWN); }", "message rows { optional int32 text; }"] {

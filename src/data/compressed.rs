@@ -1,5 +1,5 @@
-//! Inputs as they lie on disk: plain, or packed by gzip or zstd; everything that is neither text nor packed text is
-//! named.
+//! Inputs as they are on disk: plain, or packed by gzip or zstd; everything that is neither text nor packed text is
+//! identified.
 //!
 //! The first bytes of a file decide, not the ending of its name. Packed files are unpacked as they are read, through
 //! windows of bounded size, so that no archive takes more memory than any other file.
@@ -12,7 +12,7 @@ use std::{
 
 use super::DataError;
 
-/// Bytes of a file that are looked at to find out what it is: enough for the mark of a tar archive.
+/// Bytes of a file that are read to find out its type: enough for the mark of a tar archive.
 const HEAD_BYTES: usize = 512;
 /// Read from disk at once.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -56,7 +56,7 @@ pub(super) struct Source<'a> {
 }
 
 impl<'a> Source<'a> {
-    /// Looks at the beginning of a file.
+    /// Reads the beginning of a file.
     pub(super) fn open(path: &'a Path, name: &'a str) -> Result<Self, DataError> {
         let mut source = Self { path, name, packing: Packing::Plain, head: Vec::new() };
         source.head = source.read_head()?;
@@ -115,7 +115,7 @@ impl<'a> Source<'a> {
         File::open(self.path).map_err(|source| DataError::Io { doing: "open", path: self.path.to_owned(), source })
     }
 
-    /// What it means that a read failed: the disk's fault, or the archive's.
+    /// The meaning of a failed read: the disk's fault, or the archive's.
     pub(super) fn read_error(&self, error: io::Error) -> DataError {
         if self.packing == Packing::Plain || error.raw_os_error().is_some() {
             return DataError::Io { doing: "read", path: self.path.to_owned(), source: error };
@@ -129,7 +129,7 @@ impl<'a> Source<'a> {
         DataError::Broken { input: self.name.to_owned(), reason }
     }
 
-    /// The name without the ending that only tells of the packing.
+    /// The name without the ending of the packing.
     pub(super) fn inner_name(&self) -> &str {
         match self.name.rsplit_once('.') {
             Some((inner, last)) if ["gz", "gzip", "zst", "zstd"].contains(&last.to_ascii_lowercase().as_str()) => inner,
@@ -137,7 +137,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Why it is nothing that can be read here, if it is not.
+    /// Why it can't be read here, if so.
     pub(super) fn unreadable(&self) -> Option<String> {
         if let Some(known) = known_format(&self.head) {
             return Some(match self.packing {
@@ -202,7 +202,7 @@ fn archive_of_files(what: &str) -> String {
     format!("is a {what} archive of files, which is not read; unpack it first")
 }
 
-/// What a file is that begins with `head`, of those that hold no text, or text that is not read.
+/// The type of a file that begins with `head`, among those that hold no text, or text that is not read.
 fn known_format(head: &[u8]) -> Option<String> {
     let binary = |what: &str| format!("is {what}, not text");
     let convert = |what: &str| format!("is {what}, which is not read; write it as JSON lines or Parquet");

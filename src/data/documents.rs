@@ -1,16 +1,16 @@
 //! The documents in a file, as text.
 //!
-//! What a file holds is told by its first bytes, and where these say nothing by the ending of its name: JSON records
+//! A file's type follows from its first bytes or, if these are inconclusive, from the ending of its name: JSON records
 //! with a text field ([`super::records`]), a Parquet column ([`super::columns`]), else plain text, one document a file.
 //! Each may be packed by gzip or zstd ([`super::compressed`]).
 //!
-//! A document reaches the caller in pieces of at most [`PIECE_BYTES`], cut at line ends where there are any: memory
-//! stays bounded on a file of any size, and the tokenizer, whose cost grows faster than its input, gets short ones.
+//! A document reaches the caller in pieces of at most [`PIECE_BYTES`], cut at line ends if there are any: memory stays
+//! bounded for a file of any size, and the tokenizer, whose cost grows faster than its input, gets short pieces.
 //!
-//! What can't be read is told apart from what is broken: a plain file that is not UTF-8 or holds a NUL byte (an image
-//! in a source tree), a table, an archive is left out whole and reported; a broken JSON record or a missing field is an
-//! error that names the line, since dropping it would silently train on less than was asked for. Whoever wants them
-//! dropped says so, and is told how many.
+//! Unreadable inputs differ from broken ones: a plain file that is not UTF-8 or holds a NUL byte (an image in a source
+//! tree), a table or an archive is left out whole and reported; a broken JSON record or a missing field is an error
+//! that names the line, since dropping it would silently train on less than requested. A setting drops such records,
+//! and their number is reported.
 
 use std::{
     io::{BufRead, Read},
@@ -31,7 +31,7 @@ pub(super) const PIECE_BYTES: usize = 64 << 10;
 pub(super) struct Piece<'a> {
     /// Not empty.
     pub text: &'a str,
-    /// It carries on the document of the piece before.
+    /// Whether it continues the document of the piece before.
     pub continues: bool,
     /// Where it begins.
     pub at: At,
@@ -49,7 +49,7 @@ pub(super) enum At {
 }
 
 impl At {
-    /// The place in the input `name` of what `before` lies in front of.
+    /// The place in the input `name` that follows the text `before`.
     pub(super) fn behind(self, before: &str, name: &str) -> String {
         let lines = before.bytes().filter(|&byte| byte == b'\n').count() as u64;
         match self {
@@ -60,7 +60,7 @@ impl At {
     }
 }
 
-/// What is wanted of an input.
+/// The settings for reading an input.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted<'a> {
     /// The field of records, or column, that holds the text.
@@ -69,10 +69,10 @@ pub(super) struct Wanted<'a> {
     pub skip_bad_records: bool,
 }
 
-/// What was seen in an input.
+/// Observations on an input.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Notes {
-    /// It holds records or rows.
+    /// Whether it holds records or rows.
     pub records: bool,
     /// Of these, the ones with a text.
     pub documents: u64,
@@ -80,7 +80,7 @@ pub(super) struct Notes {
     pub bad_records: u64,
     /// Place and reason of the first of them.
     pub bad: Option<String>,
-    /// It is one JSON object without the wanted field, and was taken as text.
+    /// Whether it is one JSON object without the wanted field, which was taken as text.
     pub object_as_text: bool,
 }
 
@@ -92,7 +92,7 @@ impl Notes {
     }
 }
 
-/// What became of an input.
+/// The outcome of reading an input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     /// Read, as far as the caller wanted.
@@ -101,7 +101,7 @@ pub(super) enum Outcome {
     Skipped(String),
 }
 
-/// Gives the documents of the local file `path` to `sink`, which answers whether it wants more.
+/// Passes the documents of the local file `path` to `sink`, which returns whether it wants more.
 pub(super) fn read(
     path: &Path,
     name: &str,
@@ -132,7 +132,7 @@ pub(super) fn read(
     Ok(Outcome::Done(Notes { object_as_text, ..Notes::default() }))
 }
 
-/// Reads an input that may turn out to be broken after it has given documents to its end, for that alone.
+/// Reads an input to its end only to find out whether it is broken, which may show after it has given documents.
 pub(super) fn look_through(path: &Path, name: &str, wanted: &Wanted<'_>) -> Result<(), DataError> {
     let source = Source::open(path, name)?;
     if source.packing != Packing::Plain || compressed::is_parquet(&compressed::ending(name), &source.head) {
@@ -141,7 +141,7 @@ pub(super) fn look_through(path: &Path, name: &str, wanted: &Wanted<'_>) -> Resu
     Ok(())
 }
 
-/// Where to cut `text`, which goes on: after the last line, else before the last space, else at its end. Not 0.
+/// Where to cut `text`, which continues: after the last line, else before the last space, else at its end. Not 0.
 fn cut_point(text: &str) -> usize {
     match text.rfind('\n') {
         Some(newline) => newline + 1,
@@ -173,7 +173,7 @@ pub(super) fn give_document(
     Ok(true)
 }
 
-/// Gives a plain text file; answers why it is not text, if it is not.
+/// Passes on a plain text file; returns why it is not text, if it is not.
 fn read_plain(
     file: &mut dyn BufRead,
     source: &Source<'_>,
@@ -223,7 +223,7 @@ pub(super) mod tests {
 
     pub(in crate::data) const TEXT: Wanted<'static> = Wanted { field: "text", skip_bad_records: false };
 
-    /// Whole documents, joined from their pieces; checks what holds for every piece.
+    /// Whole documents, joined from their pieces; checks the properties of every piece.
     pub(in crate::data) fn documents(path: &Path) -> Result<Vec<String>, DataError> {
         let mut documents: Vec<String> = Vec::new();
         let outcome = read(path, path.to_str().unwrap(), &TEXT, &mut |piece| {
@@ -269,7 +269,7 @@ pub(super) mod tests {
             assert!(documents(&write(dir.path(), "a.jsonl", line)).unwrap() == [text]);
         }
         assert!(documents(&write(dir.path(), "empty.txt", "")).unwrap().is_empty());
-        // What some editors put in front is no text.
+        // The mark that some editors put in front is not text.
         assert_eq!(documents(&write(dir.path(), "bom.txt", "\u{feff}text")).unwrap(), ["text"]);
         assert!(documents(&write(dir.path(), "bom.txt", "\u{feff}")).unwrap().is_empty());
     }

@@ -1,4 +1,4 @@
-//! The working part of a preparation: sample, train the tokenizer, encode on all cores, hand ids to the shard writers.
+//! The main work of a preparation: sample, train the tokenizer, encode on all cores, pass ids to the shard writers.
 //!
 //! Everything that decides the output happens on one thread, in the order of the inputs; the other threads only turn
 //! pieces of text into ids. Memory is bounded: one batch of text and its ids, and the writers' shards.
@@ -33,14 +33,15 @@ use crate::{
     storage::{Crc64, Store},
 };
 
-/// Text given to the encoding threads at once, for each of them: enough to keep them busy, little enough to be held.
+/// Text given to the encoding threads at once, for each of them: enough to keep them busy, little enough to fit in
+/// memory.
 const BATCH_BYTES_PER_THREAD: usize = 1 << 20;
-/// How often a long step without progress of its own is told of.
+/// How often a long step without progress of its own is reported.
 const TELL: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Counts {
-    /// Documents that had any text.
+    /// Documents with any text.
     pub documents: u64,
     /// Inputs left out because they can't be read.
     pub skipped: u64,
@@ -55,7 +56,7 @@ pub(super) struct Job {
     pub inputs: Vec<Input>,
     /// The tokenizer, unless it is to be trained.
     pub given: Option<Given>,
-    /// Where shards go.
+    /// The destination of shards.
     pub store: Store,
     pub runtime: Handle,
     /// Set from outside: end with [`DataError::Stopped`].
@@ -64,7 +65,7 @@ pub(super) struct Job {
 }
 
 impl Job {
-    /// Writes all shards; the answer is the index without its recipe, the tokenizer's file, and what was counted.
+    /// Writes all shards; returns the index without its recipe, the tokenizer's file, and the counts.
     pub(super) fn run(self) -> Result<(Index, Bytes, Counts), DataError> {
         let part = u64::from(self.settings.storage.part_mib) << 20;
         let mut remote = Remote::new(&self.inputs, self.runtime.clone(), part, &self.stop, &*self.progress);
@@ -175,8 +176,8 @@ impl Job {
         Ok(())
     }
 
-    /// Text to train the tokenizer on: spread evenly over the inputs by their stored size, so that of many small files
-    /// some are read and of few large ones the beginning of each.
+    /// Text to train the tokenizer on: spread evenly over the inputs by their stored size, so that it comes from some
+    /// of many small files, and from the beginning of each of a few large ones.
     fn sample(
         &self,
         budget: u64,
@@ -198,7 +199,7 @@ impl Job {
                 });
             }
             passed += input.bytes;
-            // If everything fits, everything is taken, also where text is larger than its stored form.
+            // If everything fits, everything is used, even if text is larger than its stored form.
             let due = if total <= budget {
                 budget
             } else {
@@ -223,7 +224,7 @@ impl Job {
         Ok(sample)
     }
 
-    /// `to_its_end`: of an input that is left out because it is broken, nothing may have been given.
+    /// `to_its_end`: a broken input that is left out must not have given anything.
     fn read(
         &self,
         number: usize,
@@ -254,7 +255,7 @@ impl Job {
         }
     }
 
-    /// Does `work`, and says every few seconds that it goes on.
+    /// Does `work`, and reports every few seconds that it goes on.
     fn telling<T>(&self, phase: Phase, work: impl FnOnce() -> T) -> T {
         let began = Instant::now();
         let (ended, has_ended) = mpsc::channel::<()>();
@@ -393,7 +394,7 @@ fn refuse(text: &Text, unfit: Unfit, inputs: &[Input]) -> DataError {
     DataError::Input { input: text.at.behind(before, name), reason }
 }
 
-/// The split of a text: held out if its hash, evenly spread over 64 bits, lies below the ratio.
+/// The split of a text: held out if its hash, evenly distributed over 64 bits, is below the ratio.
 fn split_of(text: &str, validation_ratio: f64) -> Split {
     // A CRC alone is linear in its input; the multiplications spread it.
     let mut hash = crc_fast::crc64_nvme(text.as_bytes());

@@ -1,4 +1,4 @@
-//! One object of a store into one local file, in ranges, checksummed on the way.
+//! Copies one object of a store into one local file, in ranges, with a checksum on the way.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::storage::{Crc64, StorageError, Store};
 const RANGES_IN_FLIGHT: usize = 4;
 
 /// Writes object `key`, known to have `bytes` bytes, to the new file `to`, in ranges of `part` bytes, and syncs it;
-/// `progress` hears the bytes of each range. Cancelled or failed, it leaves an incomplete file behind.
+/// `progress` receives the bytes of each range. Cancelled or failed, it leaves an incomplete file behind.
 pub(super) async fn fetch(
     store: &Store,
     key: &str,
@@ -23,7 +23,7 @@ pub(super) async fn fetch(
     progress: &(impl Fn(u64) + Send + Sync),
 ) -> Result<Crc64, DataError> {
     let io = |source| DataError::Io { doing: "write", path: to.to_owned(), source };
-    // For this user alone: what is trained on need not be public because it is fetched.
+    // For this user alone: training data need not become public by being fetched.
     let mut file = tokio::fs::File::options().write(true).create_new(true).mode(0o600).open(to).await.map_err(io)?;
     let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
     let part = part.max(1);

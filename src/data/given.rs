@@ -1,4 +1,4 @@
-//! A tokenizer that is given: a file, a folder, or an address in a store.
+//! A given tokenizer: a file, a folder, or an address in a store.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use crate::{
     storage::{StorageError, Store},
 };
 
-/// The bytes of a tokenizer, and what to call it.
+/// The bytes of a tokenizer, and its name.
 pub(super) struct Given {
     pub name: String,
     pub json: Vec<u8>,
@@ -59,7 +59,7 @@ fn convert(folder: &str) -> String {
     )
 }
 
-/// Reads a `tokenizer.json`; other forms are told by name.
+/// Reads a `tokenizer.json`; an error names other forms.
 pub(super) fn read(path: &Path) -> Result<Vec<u8>, DataError> {
     let name = path.display().to_string();
     let failed = |reason: String| DataError::Tokenizer { file: name.clone(), reason };
@@ -77,7 +77,7 @@ fn too_long(length: u64) -> String {
     format!("has {length} bytes; a {TOKENIZER} has at most {MAX_FILE_BYTES}")
 }
 
-/// Refuses what is no JSON and known for something else.
+/// Refuses a file that is not JSON and has a known other form.
 fn check(bytes: &[u8], name: &str, folder: &str) -> Result<(), DataError> {
     if bytes.trim_ascii_start().starts_with(b"{") || !name.ends_with(".model") {
         return Ok(());

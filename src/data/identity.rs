@@ -1,8 +1,8 @@
-//! Which dataset this is: the checksum of its index, and that of what its token ids mean.
+//! A dataset's identity: the checksum of its index, and that of the meaning of its token ids.
 //!
 //! The index holds the CRC64-NVME of every shard and of `tokenizer.json`, so its own checksum stands for all of the
-//! dataset. The vocabulary's is apart from it: text may be prepared anew with the same tokenizer, and its ids then
-//! still mean what a model has learnt of them.
+//! dataset. The vocabulary's is separate: text may be prepared anew with the same tokenizer, and its ids then still
+//! mean what a model has learnt of them.
 
 use std::path::Path;
 
@@ -14,10 +14,10 @@ use super::{
 };
 use crate::{ids::DatasetId, layout, storage::Crc64};
 
-/// The dataset in a folder of this machine. Its tokenizer is held against the index.
+/// The dataset in a folder of this machine. Its tokenizer is checked against the index.
 ///
 /// # Errors
-/// [`DataError::Missing`] without an index, [`DataError::Damaged`] if a file is not what the index says.
+/// [`DataError::Missing`] without an index, [`DataError::Damaged`] if a file does not match the index.
 pub fn identify(dir: &Path) -> Result<DatasetId, DataError> {
     let bytes = read_index_bytes(dir)?;
     let index = Index::parse(&bytes, &dir.join(INDEX).display().to_string())?;
@@ -35,14 +35,14 @@ pub fn identify(dir: &Path) -> Result<DatasetId, DataError> {
 /// Whether the folder still holds the dataset with this index.
 ///
 /// # Errors
-/// Those of reading its index.
+/// The errors of reading its index.
 pub fn is_still(dir: &Path, index: &str) -> Result<bool, DataError> {
     Ok(Crc64::of(&read_index_bytes(dir)?).to_string() == index)
 }
 
 /// The checksum of a `tokenizer.json`'s vocabulary: each id with its text, the added tokens, and how pieces are joined
-/// (merges or scores). How the file is written, and what happens to text before and after, is left out. A file of
-/// another make is taken whole.
+/// (merges or scores). The file's spelling, and the processing of text before and after, are left out. For a file of
+/// another kind the whole file counts.
 pub fn vocabulary(tokenizer: &[u8]) -> Crc64 {
     match serde_json::from_slice::<Value>(tokenizer).ok().as_ref().and_then(canonical) {
         Some(text) => Crc64::of(text.as_bytes()),
@@ -55,7 +55,7 @@ fn canonical(tokenizer: &Value) -> Option<String> {
     let mut joins = Vec::new();
     let tokens: Option<Vec<(u64, &str)>> = match model.get("vocab")? {
         Value::Object(vocab) => vocab.iter().map(|(text, id)| Some((id.as_u64()?, text.as_str()))).collect(),
-        // Unigram: the place is the id, and each has a score.
+        // Unigram: the position is the id, and each has a score.
         Value::Array(vocab) => (0..)
             .zip(vocab)
             .map(|(id, entry)| {

@@ -1,7 +1,7 @@
-//! Which files `trainer data prepare` reads.
+//! The files that `trainer data prepare` reads.
 //!
 //! They are named by path, folder, glob or store URI; all are found before the first is read, sorted by name and taken
-//! once each. Hidden files and folders are left out unless named, and so is what lies in the output folder.
+//! once each. Hidden files and folders are left out unless named, and so are files in the output folder.
 //! [`super::scan`] finds the local ones.
 
 use std::{
@@ -24,7 +24,7 @@ pub(super) struct Input {
     pub bytes: u64,
     /// Where it is.
     pub place: Place,
-    /// It was asked for by this very name, not found in a folder or by a pattern.
+    /// Whether it was named itself, not found in a folder or by a pattern.
     pub named: bool,
 }
 
@@ -32,7 +32,7 @@ impl Input {
     /// The last part of its name, for the recipe.
     pub(super) fn last_name(&self) -> String {
         match &self.place {
-            // Odd bytes count, too.
+            // Non-UTF-8 bytes count, too.
             Place::Local(path) if path.to_str().is_none() => format!("{:?}", path.file_name().unwrap_or_default()),
             _ => format!("{:?}", self.name.rsplit('/').next().unwrap_or_default()),
         }
@@ -46,7 +46,7 @@ pub(super) enum Place {
         store: Store,
         key: String,
     },
-    /// Nothing that can be read, for this reason.
+    /// Can't be read, for this reason.
     Unreadable(String),
 }
 
@@ -90,7 +90,7 @@ pub(super) async fn find(
     remote.dedup_by(|a, b| a.name == b.name);
     let mut inputs = scan.finish();
     inputs.append(&mut remote);
-    // Of two names that look the same the bytes decide.
+    // For two names that look the same the bytes decide.
     let bytes = |input: &Input| {
         if let Place::Local(path) = &input.place { path.clone().into_os_string() } else { OsString::new() }
     };
@@ -125,7 +125,7 @@ async fn find_remote(spec: &str, storage: &StorageConfig, inputs: &mut Vec<Input
             });
         }
     }
-    // A single object: nothing lies below it, but it lies in its folder.
+    // A single object: nothing is below it, but it is in its folder.
     if inputs.is_empty()
         && pattern.is_none()
         && let Some((folder, key)) = base.rsplit_once('/').filter(|(folder, _)| !folder.ends_with('/'))

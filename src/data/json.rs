@@ -1,36 +1,36 @@
-//! The one wanted field of a JSON object; the others are passed over without being judged.
+//! Finds the one wanted field of a JSON object; the others are skipped without validation.
 //!
-//! Data in the field has `NaN`, lone surrogates and broken UTF-8 in fields that nobody reads. Only the structure is
-//! held against JSON: brackets, commas, colons, quotes. The wanted text itself is read strictly. Nothing is built for
-//! what is passed over, and its depth takes a byte a level, no stack.
+//! Real-world data has `NaN`, lone surrogates and broken UTF-8 in fields that nobody reads. Only the structure must be
+//! JSON: brackets, commas, colons, quotes. The wanted text itself is read strictly. Nothing is built for skipped
+//! values, and their depth takes one byte per level, no stack.
 
 use std::borrow::Cow;
 
-/// Names of a record's fields that are told when the wanted one is missing.
+/// The most field names of a record that are listed when the wanted one is missing.
 const MOST_NAMES: usize = 20;
 
-/// What the wanted field holds.
+/// The content of the wanted field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found<'a> {
-    /// A string, as it stands there, with its quotes.
+    /// A string, as it is there, with its quotes.
     Text(&'a [u8]),
     Null,
-    /// Something else.
+    /// Another type.
     Other,
     Missing,
 }
 
-/// A record that was looked through.
+/// A record that was scanned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Record<'a> {
     pub found: Found<'a>,
-    /// The first of its fields.
+    /// The names of its first fields.
     pub names: Vec<String>,
-    /// It has a field of that name, as records of conversations do.
+    /// Set if it has a field of that name, as records of conversations do.
     pub chat: Option<&'static str>,
 }
 
-/// The field `path` (`text`, or `doc.text` of an object in it) of the object that `bytes` are; the last one counts.
+/// The field `path` (`text`, or `doc.text` of an object in it) of the object in `bytes`; the last one counts.
 pub(super) fn find<'a>(bytes: &'a [u8], path: &str) -> Result<Record<'a>, String> {
     let mut scanner = Scanner { bytes, at: 0 };
     let mut record = Record { found: Found::Missing, names: Vec::new(), chat: None };
@@ -51,7 +51,7 @@ pub(super) fn find<'a>(bytes: &'a [u8], path: &str) -> Result<Record<'a>, String
     Ok(record)
 }
 
-/// The text of a string as it stands in JSON.
+/// The text of a JSON string as it is written.
 pub(super) fn text(raw: &[u8]) -> Result<String, String> {
     serde_json::from_slice(raw).map_err(|error| format!("holds a text that is not valid: {error}"))
 }
@@ -159,7 +159,7 @@ impl<'a> Scanner<'a> {
                 Some(b'"') => drop(self.string()?),
                 _ => self.bare()?,
             }
-            // A value has ended; what follows belongs to what is open.
+            // A value has ended; the next byte belongs to the open container.
             loop {
                 let Some(&close) = open.last() else { return Ok(()) };
                 if self.eat(b',') {
@@ -176,7 +176,7 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// An object; `named` hears its names. As deep as `path` has dots, no deeper.
+    /// An object; `named` receives its names. As deep as `path` has dots, no deeper.
     fn object(&mut self, path: &str, named: &mut dyn FnMut(&str)) -> Result<Found<'a>, String> {
         let mut found = Found::Missing;
         self.at += 1;

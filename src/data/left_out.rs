@@ -1,4 +1,4 @@
-//! What of the inputs is not trained on: counted, told, and at most a little of all.
+//! The inputs that are not trained on: counted, reported, and only a small part of all.
 
 use std::collections::BTreeMap;
 
@@ -10,9 +10,9 @@ use super::{
 };
 use crate::report::human::plural;
 
-/// Of a hundred inputs so many may be left out without being asked: the pictures in a tree of sources.
+/// This many per hundred inputs may be left out without being asked: the pictures in a tree of sources.
 const PER_CENT: usize = 5;
-/// Inputs that an error names.
+/// The most inputs that an error names.
 const NAMED: usize = 3;
 
 /// Keeps the account of one preparation.
@@ -34,7 +34,7 @@ impl<'a> LeftOut<'a> {
         Self { settings, inputs, progress, skipped: BTreeMap::new(), bad_records: 0, objects_as_text: 0 }
     }
 
-    /// Leaves out what is known for unreadable before anything is read.
+    /// Leaves out the inputs known to be unreadable before anything is read.
     pub(super) fn unreadable(&mut self) -> Result<(), DataError> {
         for (number, input) in self.inputs.iter().enumerate() {
             if let Place::Unreadable(reason) = &input.place {
@@ -48,7 +48,7 @@ impl<'a> LeftOut<'a> {
         self.skipped.contains_key(&number)
     }
 
-    /// Takes down what became of an input; too much left out is an error.
+    /// Records the outcome of an input; too many left out are an error.
     pub(super) fn add(&mut self, number: usize, outcome: Outcome) -> Result<(), DataError> {
         let Some(input) = self.inputs.get(number) else { return Ok(()) };
         match outcome {
@@ -100,7 +100,7 @@ impl<'a> LeftOut<'a> {
         (self.progress)(PrepareEvent::Warning { message });
     }
 
-    /// Says the last of it, and how many inputs and records were left out.
+    /// Reports the last of it, and returns how many inputs and records were left out.
     pub(super) fn finish(self) -> (u64, u64) {
         if self.objects_as_text > 0 {
             self.warn(format!(

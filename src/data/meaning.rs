@@ -1,9 +1,9 @@
-//! What the ids of a tokenizer mean: the part of a `tokenizer.json` that two of them must share for one to stand in for
-//! the other.
+//! The meaning of a tokenizer's ids: the part of a `tokenizer.json` that two of them must share for one to replace the
+//! other.
 //!
-//! Read from the JSON and not from the tokenizer that it makes, so that neither spelling nor order matter: merges are
-//! pairs or text with a space, added tokens stand in the vocabulary or not, and files are written by many versions of
-//! many programs.
+//! It is read from the JSON, not from the loaded tokenizer, so that neither spelling nor order matter: merges are pairs
+//! or text with a space, added tokens are in the vocabulary or not, and files are written by many versions of many
+//! programs.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -100,7 +100,7 @@ impl Meaning {
         Crc64::of(&bytes)
     }
 
-    /// The first thing in which `theirs` is another; `None`: the two digests are the same.
+    /// The first difference from `theirs`; `None`: the two digests are the same.
     pub fn difference(&self, theirs: &Self) -> Option<String> {
         if self == theirs {
             return None;

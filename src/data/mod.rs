@@ -57,7 +57,7 @@ use crate::{
     storage::StorageError,
 };
 
-/// What can go wrong with data.
+/// The errors of training data.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
     /// There is no dataset where the configuration says.

@@ -1,9 +1,9 @@
-//! The pages of a Parquet column, looked through before they are read.
+//! The pages of a Parquet column, checked before they are read.
 //!
-//! A page says in its header how large it is, packed and unpacked, and the library takes memory for that at its word;
-//! some of its unpackers even go on for as long as there is something to unpack. A header that lies, by a broken disk
-//! or on purpose, would so cost gigabytes. Here the headers are read first and held against the file and
-//! [`MAX_PAGE_BYTES`]; pages whose unpackers know no end are unpacked once into nothing.
+//! A page's header gives its size, packed and unpacked, and the library allocates memory for that without a check; some
+//! of its unpackers even continue for as long as there is something to unpack. So a false header, from a broken disk or
+//! on purpose, would cost gigabytes. Here the headers are read first and checked against the file and
+//! [`MAX_PAGE_BYTES`]; pages with unlimited unpackers are unpacked once, and the result is discarded.
 
 use std::{
     fs::File,
@@ -15,12 +15,12 @@ use parquet::{basic::Compression, file::metadata::ColumnChunkMetaData};
 /// The largest page that is read, bytes. Writers aim at one MiB; a thousand books of half a MiB, written at once, are
 /// one page.
 const MAX_PAGE_BYTES: u64 = 512 << 20;
-/// How deep the structures of a header may lie in each other; they are three.
+/// How deep the structures of a header may be nested; real ones have three levels.
 const MAX_DEPTH: u32 = 16;
 /// Bytes of the length before each value of a dictionary.
 const LENGTH_BYTES: u64 = 4;
 
-/// Holds the pages of one column of a row group against the file and the limit; says what is wrong.
+/// Checks the pages of one column of a row group against the file and the limit; an error says what is wrong.
 pub(super) fn check(file: &File, chunk: &ColumnChunkMetaData) -> Result<(), String> {
     check_with(file, chunk, MAX_PAGE_BYTES)
 }
@@ -70,8 +70,8 @@ fn check_with(file: &File, chunk: &ColumnChunkMetaData, most: u64) -> Result<(),
     Ok(())
 }
 
-/// Whether `packed` bytes give at most `unpacked`; asked of unpackers that know no end. What they can't read the
-/// library tells.
+/// Whether `packed` bytes give at most `unpacked`; used for unlimited unpackers. The library reports pages that they
+/// can't read.
 fn fits(file: &File, at: u64, packed: u64, unpacked: u64, chunk: &ColumnChunkMetaData) -> io::Result<bool> {
     let open = || -> io::Result<_> {
         let mut from = file;
@@ -89,8 +89,7 @@ fn fits(file: &File, at: u64, packed: u64, unpacked: u64, chunk: &ColumnChunkMet
     Ok(counted.count <= unpacked)
 }
 
-/// What a page's header says, of what matters here. Of a field that it gives twice the last one counts, as in the
-/// library.
+/// The relevant part of a page's header. Of a field that it gives twice the last one counts, as in the library.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Header {
     unpacked: i32,
@@ -154,7 +153,7 @@ const FALSE: u8 = 2;
 const INT: u8 = 5;
 const STRUCTURE: u8 = 12;
 
-/// Whether a field was taken; if not, it is passed over.
+/// Whether a field was used; if not, it is skipped.
 type Take<'a> = &'a mut dyn FnMut(i16, &mut dyn Read, u8) -> io::Result<bool>;
 
 fn fields(from: &mut dyn Read, depth: u32, take: Take<'_>) -> io::Result<()> {
@@ -178,7 +177,7 @@ fn fields(from: &mut dyn Read, depth: u32, take: Take<'_>) -> io::Result<()> {
     }
 }
 
-/// Passes over a value.
+/// Skips a value.
 fn pass(from: &mut dyn Read, depth: u32, kind: u8) -> io::Result<()> {
     match kind {
         TRUE | FALSE => Ok(()),
@@ -239,7 +238,7 @@ fn number(from: &mut dyn Read) -> io::Result<i32> {
     Ok(((value >> 1) as i64 ^ -((value & 1) as i64)) as i32)
 }
 
-/// Counts what is read.
+/// Counts the bytes that are read.
 struct Counted<R> {
     reader: R,
     count: u64,

@@ -1,10 +1,10 @@
-//! Folders on this machine that nobody else can lay anything into.
+//! Folders on this machine that nobody else can write to.
 //!
-//! Everything that is fetched is held against checksums; a folder of somebody else's could still be changed afterwards,
-//! or lead a write elsewhere by a link. So a folder counts only if it is one (no link), belongs to the user that this
-//! process runs as, and lets nobody else write; files in it are opened without following links. Where there is no such
-//! folder, one is made for this process alone below the temporary one. It goes with the process; what a kill leaves is
-//! removed by the next one that makes such a folder.
+//! All fetched files are verified against checksums; but another user's folder could still be changed afterwards, or
+//! redirect a write by a link. So a folder is accepted only if it is one (no link), belongs to the user that this
+//! process runs as, and lets nobody else write; files in it are opened without following links. If there is no such
+//! folder, one is created for this process alone below the temporary one. It disappears with the process; the leftover
+//! of a kill is removed by the next process that creates such a folder.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions},
@@ -24,7 +24,7 @@ use crate::ids::random_hex;
 
 const PRIVATE_PREFIX: &str = "trainer-data-";
 
-/// Makes a folder, and those above it, for this user alone.
+/// Creates a folder, and those above it, for this user alone.
 pub(super) fn make(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
@@ -36,7 +36,7 @@ pub(super) fn no_link() -> OpenOptions {
     options
 }
 
-/// Whether `dir` is a folder of this user that nobody else writes to; made so where it is only too open.
+/// Whether `dir` is a folder of this user that nobody else can write to; corrected if only its mode is too open.
 ///
 /// # Errors
 /// With the reason why not.
@@ -64,12 +64,12 @@ pub(super) fn is_ours(dir: &Path) -> io::Result<()> {
 #[derive(Debug)]
 pub(super) struct Private {
     dir: PathBuf,
-    /// Locked: whoever can lock it, too, knows that its process is gone.
+    /// Locked: a process that can lock it, too, knows that its owner is gone.
     _lock: File,
 }
 
 impl Private {
-    /// The folder of this process, made if there is none now.
+    /// The folder of this process, created if there is none now.
     pub fn shared() -> Result<Arc<Self>, DataError> {
         static ONE: Mutex<Weak<Private>> = Mutex::new(Weak::new());
         let mut one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -81,20 +81,20 @@ impl Private {
         Ok(made)
     }
 
-    /// Makes one below `base`.
+    /// Creates one below `base`.
     fn below(base: &Path) -> Result<Self, DataError> {
         sweep(base);
         let dir = base.join(format!("{PRIVATE_PREFIX}{}", random_hex(16)));
         let made = || -> io::Result<File> {
             DirBuilder::new().mode(0o700).create(&dir)?;
             let lock = no_link().read(true).open(&dir)?;
-            // On a file system without locks it is left to whoever cleans up there.
+            // On a file system without locks, removal is left to other clean-up.
             let _ = flock(&lock, FlockOperation::NonBlockingLockExclusive);
-            // Somebody who swept before it was locked may have taken it.
+            // Another process that swept before it was locked may have removed it.
             dir.symlink_metadata()?;
             Ok(lock)
         };
-        // Once more is enough: a sweep takes a moment, once a process.
+        // One repetition is enough: a sweep takes a moment, once per process.
         match made().or_else(|_: io::Error| made()) {
             Ok(lock) => Ok(Self { dir, _lock: lock }),
             Err(source) => Err(DataError::Io { doing: "make a private folder", path: dir, source }),
@@ -112,7 +112,7 @@ impl Drop for Private {
     }
 }
 
-/// Removes the folders of processes of this user that are gone.
+/// Removes the folders of this user's processes that are gone.
 fn sweep(base: &Path) {
     for entry in std::fs::read_dir(base).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -128,7 +128,7 @@ fn sweep(base: &Path) {
     }
 }
 
-/// Where datasets out of stores are kept: in `root`, made if need be, or where that is not this user's alone in a
+/// Where datasets from stores are kept: in `root`, created if need be, or, if that is not this user's alone, in a
 /// folder of this process.
 pub(super) fn settle(root: Option<&Path>) -> Result<(PathBuf, Option<Arc<Private>>), DataError> {
     if let Some(root) = root {

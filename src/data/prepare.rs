@@ -1,26 +1,25 @@
 //! `trainer data prepare`: text, JSON records or Parquet into token shards.
 //!
-//! 1. Find the inputs; those in stores are fetched ahead of what reads them.
+//! 1. Find the inputs; those in stores are fetched before they are read.
 //! 2. Train a tokenizer on an even, bounded sample of them, or load one.
 //! 3. Encode all documents on all cores, a few MiB at a time; give each to a split by a hash of its text; write shards
 //!    as they fill.
 //! 4. Write `tokenizer.json`, then `index.json`: from then on the dataset exists.
 //!
 //! # Which documents are held out
-//! A piece of text (a document, or 64 KiB of a longer one) is held out if the hash of its bytes says so, whatever file
-//! it stands in: repeated documents fall to one side, and adding files later moves nothing from one split to the other.
+//! A piece of text (a document, or 64 KiB of a longer one) is held out if the hash of its bytes says so, regardless of
+//! its file: repeated documents fall into one split, and adding files later moves nothing from one split to the other.
 //!
 //! # Running it again
 //! The index carries a *recipe*: a checksum over the settings and the names and sizes of the inputs. With the same
-//! recipe there is nothing to do, and nothing is done; so a script can call it every time. With another one it is
-//! refused, since a run may be reading the dataset, unless `overwrite` is set. (A file edited without changing its size
-//! needs `overwrite`.)
+//! recipe nothing is done, so a script can call it every time. With another one it is refused, since a run may be
+//! reading the dataset, unless `overwrite` is set. (A file edited without changing its size needs `overwrite`.)
 //!
 //! # Crash, retry, cancel
-//! Without an index no dataset exists; what a crash leaves is overwritten by the next preparation, which also deletes
-//! shards that its index doesn't name. `overwrite` deletes the old index before it touches anything else. A dropped
-//! future stops the threads at the next few MiB. Of two preparations into one folder at once the first to write its
-//! index wins; if they differ, checksums tell, since every reader compares them.
+//! Without an index no dataset exists; the leftovers of a crash are overwritten by the next preparation, which also
+//! deletes shards that its index doesn't name. `overwrite` deletes the old index before it touches anything else. A
+//! dropped future stops the threads at the next few MiB. Of two preparations into one folder at once the first to write
+//! its index wins; if they differ, checksums reveal it, since every reader compares them.
 
 use std::{
     path::PathBuf,
@@ -99,20 +98,20 @@ pub struct PrepareSettings {
     pub eos_token: Option<String>,
     /// The most text that a tokenizer is trained on, bytes; `None`: 4 KiB for each entry of its vocabulary.
     pub sample_bytes: Option<u64>,
-    /// Replace a dataset that is there.
+    /// Whether to replace an existing dataset.
     pub overwrite: bool,
-    /// Go on without the inputs that can't be read, however many.
+    /// Whether to go on without the inputs that can't be read, however many.
     pub skip_unreadable: bool,
-    /// Go on without the records that can't be read.
+    /// Whether to go on without the records that can't be read.
     pub skip_bad_records: bool,
-    /// Encoding threads; 0: one a core.
+    /// Encoding threads; 0: one per core.
     pub threads: usize,
-    /// Limits towards the stores.
+    /// Settings for the stores.
     pub storage: StorageConfig,
 }
 
 impl PrepareSettings {
-    /// The defaults: 1% held out, 64 Mi tokens a shard.
+    /// The defaults: 1% held out, 64 Mi tokens per shard.
     pub fn new(inputs: Vec<String>, tokenizer: TokenizerSource, out: impl Into<String>) -> Self {
         Self {
             inputs,
@@ -164,12 +163,12 @@ impl PrepareSettings {
     }
 }
 
-/// What was prepared.
+/// The result of a preparation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct PrepareSummary {
     /// URI of the dataset.
     pub uri: String,
-    /// It was there already, made by the same recipe: nothing was done.
+    /// Whether it already existed, made by the same recipe: then nothing was done.
     pub reused: bool,
     /// Entries of the vocabulary.
     pub vocab_size: u32,
@@ -179,7 +178,7 @@ pub struct PrepareSummary {
     pub validation_tokens: u64,
     /// Shards of both splits.
     pub shards: u64,
-    /// Documents that had any text; 0 if reused.
+    /// Documents with any text; 0 if reused.
     pub documents: u64,
     /// Inputs.
     pub files: u64,
@@ -189,13 +188,13 @@ pub struct PrepareSummary {
     pub bad_records: u64,
 }
 
-/// Prepares a dataset and returns what it holds. `progress` is called from other threads, several times a second.
+/// Prepares a dataset and returns a summary. `progress` is called from other threads, several times a second.
 pub async fn prepare(
     settings: PrepareSettings,
     progress: impl Fn(PrepareEvent) + Send + Sync + 'static,
 ) -> Result<PrepareSummary, DataError> {
     settings.check()?;
-    // No scheme is a local path; opening it makes the folder.
+    // A path without a scheme is local; opening it creates the folder.
     let uri = if settings.out.contains("://") { settings.out.clone() } else { format!("file://{}", settings.out) };
     let store = Store::open(&uri, &settings.storage).map_err(|source| DataError::Store {
         doing: "open",
@@ -205,7 +204,7 @@ pub async fn prepare(
     prepare_into(store, settings, progress).await
 }
 
-/// [`prepare`] into a store that is open; `settings.out` only names a folder whose files are no inputs.
+/// [`prepare`] into an open store; `settings.out` only names a folder whose files are no inputs.
 pub(super) async fn prepare_into(
     store: Store,
     settings: PrepareSettings,
@@ -253,7 +252,7 @@ pub(super) async fn prepare_into(
     }
 }
 
-/// Deletes shards that an earlier, broken-off or replaced preparation left and `index` doesn't name.
+/// Deletes shards that an earlier, interrupted or replaced preparation left and `index` doesn't name.
 async fn sweep(store: &Store, index: &Index) -> Result<(), DataError> {
     let failed = |source| DataError::Store { doing: "delete old shards of", uri: store.uri(), source };
     for object in store.list("").await.map_err(failed)? {
@@ -302,7 +301,7 @@ fn recipe(settings: &PrepareSettings, inputs: &[Input], given: Option<&Given>) -
     format!("{:016x}", crc_fast::crc64_nvme(text.as_bytes()))
 }
 
-/// Tells the threads that nobody waits for them any more.
+/// Stops the threads when nobody waits for them any more.
 struct StopOnDrop(Arc<AtomicBool>);
 
 impl Drop for StopOnDrop {

@@ -1,8 +1,8 @@
-//! What a preparation says of itself while it works.
+//! Progress reports of a preparation.
 
 use serde::Serialize;
 
-/// What a preparation is at.
+/// The phase of a preparation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
@@ -12,11 +12,11 @@ pub enum Phase {
     TokenizerTraining,
     /// It encodes all inputs.
     Encoding,
-    /// It writes what is left, the tokenizer and the index.
+    /// It writes the rest: the tokenizer and the index.
     Writing,
 }
 
-/// What happens during a preparation.
+/// The events of a preparation.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum PrepareEvent {
@@ -29,7 +29,7 @@ pub enum PrepareEvent {
     },
     /// A tokenizer is being trained.
     TokenizerTraining {
-        /// On so much text.
+        /// Bytes of text that it is trained on.
         sample_bytes: u64,
     },
     /// The tokenizer is ready.
@@ -37,16 +37,16 @@ pub enum PrepareEvent {
         /// Entries of its vocabulary.
         vocab_size: u32,
     },
-    /// A phase begins, or, with seconds, goes on.
+    /// A phase begins or, with seconds, continues.
     Phase {
-        /// Which.
+        /// The phase.
         phase: Phase,
-        /// It has taken so long.
+        /// How long it has taken.
         seconds: u64,
     },
     /// Text for the tokenizer is being read.
     Sampling {
-        /// Bytes of the input files that were passed, as stored.
+        /// Bytes of the input files read or skipped, as stored.
         input_bytes: u64,
         /// Bytes of all input files.
         input_bytes_total: u64,
@@ -60,7 +60,7 @@ pub enum PrepareEvent {
         /// Bytes of all inputs that lie in stores.
         bytes_total: u64,
     },
-    /// So much is done.
+    /// The work done so far.
     Progress {
         /// Bytes of finished input files, as stored.
         input_bytes: u64,
@@ -80,7 +80,7 @@ pub enum PrepareEvent {
     },
     /// A person should know this.
     Warning {
-        /// What.
+        /// The message.
         message: String,
     },
 }

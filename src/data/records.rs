@@ -4,8 +4,8 @@
 //! on which it begins.
 //!
 //! # Which files hold records
-//! `.jsonl` and `.ndjson` do. Of others the beginning decides: an array of objects, or an object that another one
-//! follows. An object alone is a record if it has the wanted field as a text, else a text like any other (a
+//! `.jsonl` and `.ndjson` do. For others the beginning decides: an array of objects, or an object followed by another
+//! one. A single object is a record if it has the wanted field as a text, else a text like any other (a
 //! `package.json`).
 
 use std::io::{self, BufRead, ErrorKind, Read};
@@ -20,24 +20,24 @@ use super::{
 /// The largest record that is read, bytes.
 pub(super) const MAX_RECORD_BYTES: usize = 64 << 20;
 
-/// How records stand in a file.
+/// The arrangement of records in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Shape {
-    /// One a line.
+    /// One per line.
     Lines,
     /// In one array.
     Array,
-    /// One after another, over as many lines as they like.
+    /// One after another, over any number of lines.
     Values,
 }
 
-/// What a file turned out to be.
+/// The type of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Records(Shape),
     /// Text like any other.
     Text,
-    /// One JSON object without the wanted field: text like any other, but worth a word.
+    /// One JSON object without the wanted field: text like any other, but worth a note.
     ObjectAsText,
     /// Left out, for this reason.
     LeftOut(String),
@@ -118,7 +118,7 @@ fn missing(field: &str, names: &[String]) -> String {
     format!("has no field {field:?} but {names:?}; name the right one with --text-field")
 }
 
-/// Gives the documents of a file of records.
+/// Passes on the documents of a file of records.
 pub(super) fn read(
     source: &Source<'_>,
     shape: Shape,
@@ -153,7 +153,7 @@ pub(super) fn read(
     }
 }
 
-/// What to say of a record of a conversation.
+/// The message about a record of a conversation.
 pub(super) fn chat(name: &str) -> String {
     format!(
         "is a record of a conversation (field {name:?}), which this version does not train on; write each as one text, \
@@ -180,14 +180,14 @@ fn document(record: &[u8], field: &str) -> Result<Option<String>, Bad> {
     }
 }
 
-/// What comes next in a file.
+/// The next item of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Next {
     /// It is in the buffer.
     Record { line: u64 },
-    /// It was passed over.
+    /// It was skipped.
     TooLong { line: u64 },
-    /// Nothing behind it can be told apart.
+    /// The records behind it can't be separated.
     Broken { line: u64, reason: String },
 }
 
@@ -197,11 +197,11 @@ struct Records<R> {
     shape: Shape,
     /// The line that is being read, from 1.
     line: u64,
-    /// Of an array: the opening bracket lies behind.
+    /// In an array: the opening bracket has been read.
     inside: bool,
-    /// Of an array: a comma must come before the next record.
+    /// In an array: a comma must come before the next record.
     comma_due: bool,
-    /// Of an array: the closing bracket lies behind.
+    /// In an array: the closing bracket has been read.
     closed: bool,
     buffer: Vec<u8>,
     limit: usize,
@@ -233,7 +233,7 @@ impl<R: BufRead> Records<R> {
         }
     }
 
-    /// The first line of what was read is an object by itself, from its first byte to its last.
+    /// Whether the first line read is an object by itself, from its first byte to its last.
     fn first_line_is_an_object(&self) -> bool {
         let line = self.buffer.split(|&byte| byte == b'\n').next().unwrap_or_default().trim_ascii();
         line.starts_with(b"{") && line.ends_with(b"}")

@@ -1,7 +1,7 @@
-//! Inputs that lie in stores, fetched to this machine: several at once, ahead of whoever reads them, and each once.
+//! Inputs in stores, fetched to this machine: several at once, ahead of their reader, and each once.
 //!
-//! What a first pass has fetched is kept for the second one, as long as the disk has room; where it has not, the second
-//! pass fetches again. The files lie in a folder that only we can read and that goes when this does.
+//! Files fetched by a first pass are kept for the second one, as long as the disk has room; otherwise the second pass
+//! fetches them again. The files are in a folder that only this user can read and that is removed with this value.
 
 use std::{
     collections::BTreeMap,
@@ -27,7 +27,7 @@ use crate::ids::random_hex;
 
 /// Inputs that are fetched at once.
 const AT_ONCE: usize = 4;
-/// How often a wait for an input is told of.
+/// How often a wait for an input is reported.
 const TELL: Duration = Duration::from_secs(1);
 
 /// Fetches inputs; used by one thread.
@@ -37,11 +37,11 @@ pub(super) struct Remote<'a> {
     part: u64,
     stop: &'a AtomicBool,
     progress: &'a (dyn Fn(PrepareEvent) + Send + Sync),
-    /// Made for the first file.
+    /// Created for the first file.
     folder: Option<Folder>,
-    /// Bytes that may lie there at once.
+    /// Bytes that may be there at once.
     room: u64,
-    /// On their way.
+    /// Being fetched.
     flights: BTreeMap<usize, JoinHandle<Result<(), DataError>>>,
     /// Fetched.
     here: BTreeMap<usize, PathBuf>,
@@ -77,7 +77,7 @@ impl<'a> Remote<'a> {
         }
     }
 
-    /// Where input `number` lies on this machine, once it does. Those that come after it are on their way then.
+    /// The path of input `number` on this machine, once it is there. Those that come after it are then being fetched.
     pub(super) fn path(&mut self, number: usize) -> Result<PathBuf, DataError> {
         if !self.here.contains_key(&number) && !self.flights.contains_key(&number) {
             self.make_room(self.bytes(number));
@@ -100,7 +100,7 @@ impl<'a> Remote<'a> {
         self.file(number)
     }
 
-    /// Input `number` was read. `again`: it will be once more.
+    /// Input `number` was read. `again`: it will be read once more.
     pub(super) fn done(&mut self, number: usize, again: bool) {
         if !(again && self.held() <= self.room) {
             self.drop_file(number);
@@ -111,12 +111,12 @@ impl<'a> Remote<'a> {
         self.inputs.get(number).map_or(0, |input| input.bytes)
     }
 
-    /// Bytes that lie here, or will.
+    /// Bytes that are here, or will be.
     fn held(&self) -> u64 {
         self.here.keys().chain(self.flights.keys()).map(|&number| self.bytes(number)).sum()
     }
 
-    /// Gives up what was kept, the last first, until `bytes` more find room.
+    /// Removes kept files, the last first, until there is room for `bytes` more.
     fn make_room(&mut self, bytes: u64) {
         while self.held() + bytes > self.room
             && let Some(&last) = self.here.keys().next_back()

@@ -1,13 +1,14 @@
-//! Room in the cache: which datasets are in use, and which goes when the disk is short.
+//! Room in the cache: which datasets are in use, and which are removed when the disk is short.
 //!
-//! Whoever uses a dataset's folder, from the first byte of its download on, holds a shared lock on `.use` in it; what
-//! is to go is locked exclusively first, so that nothing goes that anybody uses. When room is short, the datasets that
-//! were taken into use longest ago go, whole or broken off, until there is enough, and no more of them.
+//! Every user of a dataset's folder, from the first byte of its download on, holds a shared lock on `.use` in it; a
+//! folder is locked exclusively before it is removed, so that no folder in use is removed. When room is short, the
+//! datasets taken into use longest ago are removed, complete or not, until there is enough, and no more.
 //!
 //! # Crash, two at once
-//! A folder is renamed to `.evicted-<random>` before it is deleted: under its own name a dataset is never half there.
-//! What a crash leaves under that name is deleted by whoever is short of room next. A lock belongs to the open file, so
-//! it vanishes with its process. A file system without locks can't tell who uses what: there nothing goes.
+//! A folder is renamed to `.evicted-<random>` before it is deleted: under its own name a dataset is never partly
+//! deleted. A crash's leftovers under that name are deleted by the next process that is short of room. A lock belongs
+//! to the open file, so it vanishes with its process. A file system without locks can't show what is in use: there
+//! nothing is removed.
 
 use std::{
     fs::File,
@@ -25,25 +26,25 @@ use rustix::{
 use super::place;
 use crate::ids::random_hex;
 
-/// Locked by all who use the folder that it lies in; its time is that of the last use.
+/// Locked by all users of the folder that holds it; its time is that of the last use.
 const USE: &str = ".use";
 const EVICTED_PREFIX: &str = ".evicted-";
-/// How often it is looked whether a folder that is about to go has gone.
+/// How often a process checks whether a folder about to be removed is gone.
 const POLL: Duration = Duration::from_millis(50);
-/// What is left free for others on the same disk, bytes.
+/// The space left free for others on the same disk, bytes.
 const SPARE: u64 = 1 << 30;
 
-/// A folder in use: it stays until this is dropped.
+/// A folder in use: it stays until this value is dropped.
 #[derive(Debug)]
 pub(super) struct InUse {
     /// `None`: the folder can't be locked, and nobody else can tell that it is in use.
     _lock: Option<File>,
 }
 
-/// Makes the folder if need be, and takes it into use.
+/// Creates the folder if need be, and takes it into use.
 pub(super) async fn take(dir: &Path) -> io::Result<InUse> {
     let mut gone = 0;
-    // A file system on which an open file never is the one at its path can't tell who uses what.
+    // A file system on which an open file is never the one at its path can't show what is in use.
     while gone < 100 {
         place::make(dir)?;
         match place::is_ours(dir) {
@@ -63,11 +64,11 @@ pub(super) async fn take(dir: &Path) -> io::Result<InUse> {
 }
 
 enum Taken {
-    /// With its lock, where it has one.
+    /// With its lock, if it has one.
     Yes(Option<File>),
     /// It has been moved away meanwhile.
     Gone,
-    /// Somebody is about to move it away.
+    /// Another process is about to move it away.
     Going,
 }
 
@@ -89,20 +90,20 @@ fn try_take(dir: &Path) -> Taken {
     }
 }
 
-/// Whether the open file is still the one that lies at `path`.
+/// Whether the open file is still the one at `path`.
 fn is_at(file: &File, path: &Path) -> bool {
     let (Ok(open), Ok(there)) = (file.metadata(), std::fs::symlink_metadata(path)) else { return false };
     (open.dev(), open.ino()) == (there.dev(), there.ino())
 }
 
-/// Bytes that may still be written where `dir` lies; `None`: the file system does not say.
+/// Bytes that may still be written on the disk of `dir`; `None`: the file system does not say.
 pub(super) fn free(dir: &Path) -> Option<u64> {
     let found = statvfs(dir).ok()?;
     found.f_bavail.checked_mul(found.f_frsize)
 }
 
-/// Sees to it that `needed` bytes fit below `root`, as far as that is possible without touching what is in use. What
-/// can't be looked at or removed is left alone: whether the room is enough shows when it is written to.
+/// Makes room for `needed` bytes below `root`, as far as possible without touching folders in use. Folders that can't
+/// be read or removed are left alone: whether the room is enough shows on writing.
 pub(super) fn make(root: &Path, needed: u64, free: impl Fn(&Path) -> Option<u64>) {
     let is_enough = || free(root).is_none_or(|free| free >= needed.saturating_add(SPARE));
     if is_enough() {
@@ -131,7 +132,7 @@ pub(super) fn make(root: &Path, needed: u64, free: impl Fn(&Path) -> Option<u64>
     }
 }
 
-/// Moves a dataset away and deletes it; `false`: somebody uses it, or nobody can tell.
+/// Moves a dataset away and deletes it; `false`: it is in use, or that can't be determined.
 fn evict(root: &Path, dir: &Path) -> io::Result<bool> {
     let path = dir.join(USE);
     let lock = place::no_link().create(true).append(true).open(&path)?;
@@ -148,7 +149,7 @@ fn name(path: &Path) -> &str {
     path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
-/// `<index CRC64>-<index length>`: nothing else in the folder is ours.
+/// `<index CRC64>-<index length>`: no other names in the folder are ours.
 fn is_dataset(name: &str) -> bool {
     let Some((crc, length)) = name.split_once('-') else { return false };
     crc.len() == 16
@@ -157,7 +158,7 @@ fn is_dataset(name: &str) -> bool {
         && length.bytes().all(|b| b.is_ascii_digit())
 }
 
-/// A folder that was never marked as used is the first to go.
+/// A folder never marked as used is the first to be removed.
 fn last_use(dir: &Path) -> SystemTime {
     let marked = std::fs::metadata(dir.join(USE)).and_then(|metadata| metadata.modified());
     marked.unwrap_or(SystemTime::UNIX_EPOCH)
@@ -181,7 +182,7 @@ mod tests {
         dir
     }
 
-    /// The bytes that are free on a disk of so many bytes, of which [`SPARE`] stay free.
+    /// The free bytes of a disk whose capacity is `bytes` and [`SPARE`].
     fn disk(bytes: u64) -> impl Fn(&Path) -> Option<u64> {
         move |root| {
             let each = |dir: PathBuf| std::fs::metadata(dir.join("train-00000.bin")).map_or(0, |file| file.len());
@@ -243,7 +244,7 @@ mod tests {
         assert_eq!(names(root.path()), [name(&kept)]);
     }
 
-    /// Whoever waits for the lock of a folder that goes makes it anew.
+    /// A process that waits for the lock of a folder being removed creates it anew.
     #[tokio::test]
     async fn a_folder_that_goes_while_it_is_taken_is_made_anew() {
         let root = tempfile::tempdir().unwrap();

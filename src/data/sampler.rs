@@ -1,9 +1,9 @@
-//! Which samples a step trains on: a pure function of (seed, step), the same for every world size.
+//! The samples that a step trains on: a pure function of (seed, step), the same for every world size.
 //!
 //! One global cursor counts samples from the start of the run: step k (from 1) of a run with global batch G uses
-//! positions `(k-1)·G .. k·G`. A position is an epoch (how often the data has been gone through) and a place in it, and
-//! each epoch visits every sample once, in an order of its own. The order is a keyed permutation that is *computed*: no
-//! shuffled list is kept, saved or sent, and a resume at step k needs nothing but k.
+//! positions `(k-1)·G .. k·G`. A position is an epoch (the number of complete passes over the data) and a place in it,
+//! and each epoch visits every sample once, in an order of its own. The order is a keyed permutation that is
+//! *computed*: no shuffled list is kept, saved or sent, and a resume at step k needs nothing but k.
 //!
 //! # The permutation
 //! A balanced Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations from pseudorandom
@@ -54,7 +54,7 @@ impl Sampler {
         Some(Self { seed, samples, half_bits })
     }
 
-    /// Like [`Sampler::new`] over the samples of a dataset's split, with an error that says what to do if it has none.
+    /// Like [`Sampler::new`] over the samples of a dataset's split; if it has none, the error says what to do.
     pub fn over(dataset: &super::Dataset, split: Split, sequence_length: u32, seed: u64) -> Result<Self, DataError> {
         Self::new(seed, dataset.samples(split, sequence_length)).ok_or_else(|| DataError::NoSamples {
             dataset: dataset.dir().display().to_string(),
@@ -101,9 +101,8 @@ impl Sampler {
 ///
 /// The parts of all ranks together are `0..count`, whatever the world size. Contiguous rather than strided, because
 /// then a micro-batch of m consecutive samples is the same m samples on any world size whose share is a multiple of m:
-/// its loss and gradient agree to the last bit, and only the order of the sum over micro-batches differs.
-/// A mean over ranks weights ranks equally: where `count` is not a multiple of the world size, sum and divide by
-/// `count`.
+/// its loss and gradient agree to the last bit, and only the order of the sum over micro-batches differs. A mean over
+/// ranks weights ranks equally: if `count` is not a multiple of the world size, sum and divide by `count`.
 pub const fn share(count: u64, rank: Rank, world: WorldSize) -> Range<u64> {
     const fn edge(count: u64, rank: u64, world: u64) -> u64 {
         ((count as u128 * rank as u128) / world as u128) as u64

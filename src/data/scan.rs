@@ -1,9 +1,9 @@
 //! Local files that a path, a folder or a glob names.
 //!
 //! Names are bytes: one that is not UTF-8 is matched and shown with its odd bytes replaced, and opened as it is. Links
-//! are followed, but none to a folder that lies above it or was walked already; so loops end, and a file that several
-//! names lead to (the hub's cache keeps `snapshots/…` as links to `blobs/…`) is taken once. Of its names the one that
-//! tells what it holds is kept.
+//! are followed, except to a folder above the link or one already walked; so loops end, and a file with several names
+//! (the hub's cache keeps `snapshots/…` as links to `blobs/…`) is taken once. Of its names the one that shows its type
+//! is kept.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -40,7 +40,7 @@ pub(super) struct Scan {
     found: Vec<(Input, bool)>,
     /// Place in `found` of a file.
     files: BTreeMap<(Inode, u64), usize>,
-    /// Folders walked for the pattern that is being expanded, with the parts of it that were left.
+    /// Folders walked for the pattern being expanded, with the parts of it that were left.
     walked: BTreeSet<(usize, Inode)>,
     /// Folders above the ones that are walked.
     above: BTreeSet<Inode>,
@@ -49,7 +49,8 @@ pub(super) struct Scan {
 }
 
 impl Scan {
-    /// Adds what `spec`, whose path is `path`, names; answers whether it names anything. Files below `out` are our own.
+    /// Adds the files that `spec`, whose path is `path`, names; returns whether it names any. Files below `out` are our
+    /// own.
     pub(super) fn add(&mut self, spec: &str, path: &Path, out: Option<&Path>) -> Result<bool, DataError> {
         let invalid = |reason: String| DataError::Input { input: spec.to_owned(), reason };
         let text = path.to_str().ok_or_else(|| invalid("is not UTF-8".into()))?;
@@ -76,7 +77,7 @@ impl Scan {
             let before = self.found.len();
             return Ok(self.file(path.to_owned(), out.as_deref(), true)? || self.found.len() > before);
         }
-        // As the names always were: without a leading "./".
+        // As names have always been: without a leading "./".
         let leading = parts.iter().take_while(|part| matches!(part, Part::Literal(name) if name == ".")).count();
         parts.drain(..leading);
         let root = PathBuf::from(if text.starts_with('/') { "/" } else { "" });
@@ -92,7 +93,7 @@ impl Scan {
         Ok(any)
     }
 
-    /// What was found.
+    /// The files found.
     pub(super) fn finish(self) -> Vec<Input> {
         self.found.into_iter().map(|(input, _)| input).collect()
     }
@@ -120,7 +121,7 @@ impl Scan {
         }
     }
 
-    /// Walks a folder that isn't below one that is walked.
+    /// Walks a folder that isn't below one being walked.
     fn begin(&mut self, folder: &Path, parts: &[Part], out: Option<&Path>) -> Result<bool, DataError> {
         let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         if let Ok(real) = here.canonicalize() {
@@ -130,7 +131,7 @@ impl Scan {
         self.walk(folder, parts, out)
     }
 
-    /// Expands what follows `**` in `folder` and all folders below it.
+    /// Expands the part after `**` in `folder` and all folders below it.
     fn walk(&mut self, folder: &Path, parts: &[Part], out: Option<&Path>) -> Result<bool, DataError> {
         let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         let Ok(metadata) = std::fs::metadata(here) else { return Ok(false) };
@@ -153,7 +154,7 @@ impl Scan {
         Ok(any)
     }
 
-    /// Adds a file, if it is one; answers whether it was there.
+    /// Adds a file, if it is one; returns whether it existed.
     fn file(&mut self, path: PathBuf, out: Option<&Path>, named: bool) -> Result<bool, DataError> {
         let name = path.to_string_lossy().into_owned();
         let (place, bytes, inode) = match std::fs::metadata(&path) {
@@ -206,7 +207,7 @@ fn literals(path: &str) -> impl Iterator<Item = Part> {
     path.split('/').filter(|part| !part.is_empty()).map(|part| Part::Literal(part.into()))
 }
 
-/// Names in a folder, sorted, and what each is; none of what is no folder.
+/// Names in a folder, sorted, and the type of each; none if it is not a folder.
 fn entries(folder: &Path) -> Result<Vec<(OsString, FileType)>, DataError> {
     let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let failed = |source| DataError::Io { doing: "read", path: here.to_owned(), source };
@@ -240,7 +241,7 @@ fn bad_link(path: &Path, error: &io::Error) -> Option<&'static str> {
     (link && error.kind() == io::ErrorKind::NotFound).then_some("is a link to something that is not there")
 }
 
-/// What a file is that has no end, or no bytes of its own.
+/// The type of a file that has no end, or no bytes of its own.
 fn special(metadata: &Metadata) -> &'static str {
     let kind = metadata.file_type();
     if kind.is_fifo() {

@@ -13,13 +13,12 @@
 //!
 //! # Reading
 //! With positioned reads into a buffer on the stack, not through a memory map: the bytes come from the same page cache,
-//! a call costs a microsecond against milliseconds of compute for the sequence, and a file that is cut short or a disk
-//! that fails is an error that names the file, where a map would kill the process with SIGBUS. It also needs no
-//! `unsafe`.
+//! a call costs a microsecond against milliseconds of compute for the sequence, and a truncated file or a failing disk
+//! is an error that names the file, while a map would kill the process with SIGBUS. It also needs no `unsafe`.
 //!
 //! # Trust
 //! The index is input: names must be exactly those that this program gives, so that none leads out of the folder;
-//! counts are held against file lengths; each token id read is held against the vocabulary.
+//! counts are checked against file lengths, and each token id read against the vocabulary.
 
 use std::{
     fmt,
@@ -37,10 +36,10 @@ use crate::storage::Crc64;
 pub const INDEX: &str = "index.json";
 /// The index's format that this program writes and reads.
 pub const FORMAT: u32 = 1;
-/// The longest index that is believed: a hundred thousand shards have 15 MiB.
+/// The longest index that is accepted: one of a hundred thousand shards has 15 MiB.
 pub const MAX_INDEX_BYTES: u64 = 64 << 20;
 
-/// Which documents.
+/// A part of the documents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Split {
@@ -175,7 +174,7 @@ impl Index {
                 crate::layout::TOKENIZER
             ));
         }
-        // Sums of lengths are made in several places: that none can overflow is settled here.
+        // Lengths are added in several places: this check makes sure that no sum overflows.
         let mut total = self.tokenizer.bytes;
         for split in Split::ALL {
             for (number, shard) in self.shards(split).iter().enumerate() {
@@ -205,7 +204,7 @@ impl Index {
         self.shards(split).iter().map(|shard| shard.tokens).sum()
     }
 
-    /// How many samples of `sequence_length` predictions a split has; 0 for a length of 0.
+    /// The number of samples of `sequence_length` predictions in a split; 0 for a length of 0.
     pub fn samples(&self, split: Split, sequence_length: u32) -> u64 {
         self.shards(split).iter().map(|shard| samples_in(shard.tokens, u64::from(sequence_length))).sum()
     }
@@ -258,8 +257,8 @@ pub struct Dataset {
 const CHUNK: usize = 16 << 10;
 
 impl Dataset {
-    /// Opens every shard in `dir` and holds its length against the index. Checksums were compared when the files came
-    /// here (see [`ensure_local`](super::ensure_local)).
+    /// Opens every shard in `dir` and checks its length against the index. Checksums were verified when the files
+    /// came here (see [`ensure_local`](super::ensure_local)).
     pub fn open(dir: impl AsRef<Path>) -> Result<Self, DataError> {
         let dir = dir.as_ref();
         let index = read_index(dir)?;

@@ -1,10 +1,10 @@
 //! Text never becomes a special token.
 //!
-//! A tokenizer's special tokens mark what no text may claim: where a document ends, where one begins, padding. The
+//! A tokenizer's special tokens mark things that no text may claim: the end of a document, its beginning, padding. The
 //! library can be told not to look for those that are *added* to the model; yet a model may hold them in its own
 //! vocabulary, where text that spells one would reach it: Unigram and WordPiece by their look-up, BPE by merges that
-//! lead there. Here these ways are closed in the model that encodes, so that such text comes out as its pieces; and
-//! whatever comes out is held against the list once more. The stored tokenizer stays as it is.
+//! lead there. Here these paths are closed in the encoding model, so that such text is encoded as its pieces; and all
+//! resulting ids are checked against the list once more. The stored tokenizer stays as it is.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +13,7 @@ use tokenizers::{AddedToken, ModelWrapper, Tokenizer, pre_tokenizers::byte_level
 
 use super::tokenizer::KNOWN_END_TOKENS;
 
-/// Special by their names, wherever they stand.
+/// Special by their names, wherever they appear.
 const KNOWN: [&str; 16] = [
     "<s>", "</s>", "<unk>", "<pad>", "<mask>", "<bos>", "<eos>", "<cls>", "<sep>", "[UNK]", "[CLS]", "[SEP]", "[PAD]",
     "[MASK]", "[BOS]", "[EOS]",
@@ -30,31 +30,31 @@ fn is_mark(token: &str) -> bool {
         || between("<\u{ff5c}", "\u{ff5c}>")
 }
 
-/// The special tokens of one tokenizer, and the model that doesn't give them.
+/// The special tokens of one tokenizer, and the model that never produces them.
 pub(super) struct Specials {
-    /// Ids that no text may give, and their names.
+    /// Ids that no text may produce, and their names.
     ids: BTreeMap<u32, String>,
-    /// Given for what the model does not know, which any text may hold.
+    /// The token for unknown text, which any text may contain.
     unknown: Option<u32>,
-    /// Given by the closed model for what the stored one would leave out in silence.
+    /// The token that the closed model produces for text that the stored one would silently drop.
     lost: Option<u32>,
-    /// The tokenizer with the ways to special tokens closed; `None`: it had none.
+    /// The tokenizer with the paths to special tokens closed; `None`: it had none.
     closed: Option<Box<Tokenizer>>,
 }
 
 /// Why a text has no ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Unfit {
-    /// It would give a special token.
+    /// It would produce a special token.
     Special {
         token: String,
-        /// Byte of the text at which it would stand.
+        /// Its byte position in the text.
         at: usize,
     },
-    /// The tokenizer has nothing for a part of it.
+    /// The tokenizer has no token for a part of it.
     Unknown {
         part: String,
-        /// Byte of the text at which it stands.
+        /// Its byte position in the text.
         at: usize,
     },
     /// The tokenizer refused.
@@ -62,11 +62,11 @@ pub(super) enum Unfit {
 }
 
 impl Specials {
-    /// Finds the special tokens of `tokenizer`, which was read from `json`, and closes the ways to them. Added tokens
+    /// Finds the special tokens of `tokenizer`, which was read from `json`, and closes the paths to them. Added tokens
     /// that only look special, or are the end token, become special ones.
     pub(super) fn of(tokenizer: &mut Tokenizer, json: &[u8], end: u32) -> Result<Self, String> {
         let mut stored: Value = serde_json::from_slice(json).map_err(|error| error.to_string())?;
-        // Merges left out at random are for training with; the same text has the same ids here.
+        // Merges left out at random are for training; here the same text always has the same ids.
         if let Some(dropout) = stored.pointer_mut("/model/dropout") {
             *dropout = Value::Null;
         }
@@ -91,7 +91,7 @@ impl Specials {
         for (&id, token) in &added {
             // A tag of HTML may be an ordinary word.
             let mark = is_mark(&token.content) && !matches!(token.content.as_str(), "<s>" | "</s>");
-            // One character is text, whatever it is called.
+            // One character is text, whatever its role.
             if id == end || mark || token.special && token.content.trim().chars().count() > 1 {
                 ids.insert(id, token.content.clone());
                 if !token.special {
@@ -107,7 +107,7 @@ impl Specials {
                 ids.insert(id, token.clone());
             }
         }
-        // An end token that is a word like any other can't be closed: text that holds it is refused.
+        // An end token that is an ordinary word can't be closed: text that contains it is refused.
         let is_word =
             |id: u32, name: &str| id == end && !is_mark(name) && !added.get(&id).is_some_and(|token| token.special);
         let mut names: BTreeSet<String> =
@@ -135,7 +135,7 @@ impl Specials {
         Ok(Self { ids, unknown, lost, closed })
     }
 
-    /// Ids of `text`, none of them special, except for what the tokenizer does not know.
+    /// Ids of `text`, none of them special, except for the unknown token.
     pub(super) fn encode(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Unfit> {
         let refused = |error: tokenizers::Error| Unfit::Refused(error.to_string());
         let tokenizer = self.closed.as_deref().unwrap_or(tokenizer);
@@ -147,7 +147,7 @@ impl Specials {
         if !spelt && !ids.iter().any(|id| forged(id) || lost(id)) {
             return Ok(ids);
         }
-        // Again, with the places.
+        // Again, with the positions.
         let encoding = tokenizer.encode(text, false).map_err(refused)?;
         for (id, &(start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
             let here = text.get(start..end).unwrap_or_default().trim();
@@ -164,8 +164,7 @@ impl Specials {
     }
 }
 
-/// Whether a model says nothing of what it does not know: merges without an unknown token do, but for those over all
-/// bytes.
+/// Whether a model silently drops unknown text: BPE without an unknown token does, except over all bytes.
 fn leaves_out(stored: &Value) -> bool {
     let model = stored.get("model").unwrap_or(&Value::Null);
     let Some(entries) = model.get("vocab").and_then(Value::as_object) else { return false };
@@ -175,9 +174,9 @@ fn leaves_out(stored: &Value) -> bool {
     merges && model.get("unk_token").is_none_or(Value::is_null) && !over_bytes
 }
 
-/// Has a model of merges give the id `lost` for what it does not know.
+/// Makes a BPE model produce the id `lost` for unknown text.
 fn tell_lost(model: &mut Value, lost: u32) {
-    // No text has it: these characters are not for interchange.
+    // No text contains it: these characters are not for interchange.
     const NAME: &str = "\u{fdd0}unknown\u{fdd1}";
     if let Some(entries) = model.get_mut("vocab").and_then(Value::as_object_mut) {
         entries.insert(NAME.into(), lost.into());
@@ -201,14 +200,14 @@ fn framing_ids(processor: &Value, ids: &mut BTreeSet<u32>) {
     }
 }
 
-/// `model` without its ways to the tokens `names`; `None` if it has none, or no other form for them.
+/// `model` without its paths to the tokens `names`; `None` if it has none, or no other form for them.
 fn close(model: &Value, names: &BTreeSet<String>) -> Option<Value> {
-    // No text has it: these characters are not for interchange, and the check of what comes out stands behind.
+    // No text contains it: these characters are not for interchange, and the check of the ids comes afterwards.
     let nowhere = |number: usize| format!("\u{fdd0}special token {number}\u{fdd1}");
     let mut closed = model.clone();
     let mut found = false;
     match model.get("vocab")? {
-        // Unigram: a list, in which the place is the id.
+        // Unigram: a list, in which the position is the id.
         Value::Array(pieces) => {
             for (number, piece) in pieces.iter().enumerate() {
                 if piece.get(0).and_then(Value::as_str).is_some_and(|name| names.contains(name)) {
@@ -226,7 +225,7 @@ fn close(model: &Value, names: &BTreeSet<String>) -> Option<Value> {
                 found = kept.len() < merges.len();
                 *closed.get_mut("merges")? = kept.into();
             } else if prefix.is_none() {
-                // A word-level model knows no pieces: text that spells a mark is refused.
+                // A word-level model has no pieces: text that spells a mark is refused.
                 return None;
             }
             if merges.is_none() || model.get("ignore_merges").and_then(Value::as_bool) == Some(true) {
@@ -411,7 +410,7 @@ mod tests {
         let declared = json!([added(50, "<|endoftext|>", false), added(51, "<|x|>", false), added(52, "sap", false)]);
         let tokenizer = tokenizer(model, declared, json!(null));
         comes_out_as_pieces(&tokenizer, &["<|endoftext|>", "<|x|>"], "<|endoftext|><|x|>");
-        // What is ordinary stays so.
+        // Ordinary tokens stay ordinary.
         assert_eq!(tokenizer.encode("sap").unwrap(), [tokenizer.id_of("sap").unwrap()]);
     }
 

@@ -1,4 +1,4 @@
-//! Files of a dataset held against the checksums of its index: once a process, on several threads.
+//! Verifies files of a dataset against the checksums of its index: once per process, on several threads.
 
 use std::{
     collections::HashSet,
@@ -19,10 +19,10 @@ use crate::storage::Crc64;
 
 /// Bytes read at once.
 const CHUNK: usize = 1 << 20;
-/// The most threads: more than these no disk and no page cache keeps busy.
+/// The most threads: more of them would not keep any disk or page cache busier.
 const THREADS: usize = 8;
 
-/// What this process has read to its end and found right, or has written itself.
+/// The files that this process has read to the end and found right, or has written itself.
 static RIGHT: Mutex<Option<HashSet<(PathBuf, u64)>>> = Mutex::new(None);
 
 fn is_known(path: &Path, crc64: Crc64) -> bool {
@@ -36,13 +36,13 @@ pub(super) fn know(path: &Path, crc64: Crc64) {
     right.get_or_insert_default().insert((path.to_owned(), crc64.0));
 }
 
-/// A file that is not what its index says, and the sum that it has.
+/// A file that does not match its index, and its actual sum.
 pub(super) type Wrong = (FileEntry, Crc64);
 
-/// Files that are being read; gives those that are not what they should be.
+/// Files being read; returns the wrong ones.
 type Check = JoinHandle<Result<Vec<Wrong>, DataError>>;
 
-/// Files that are being read on other threads; dropped, it ends them.
+/// Files being read on other threads; dropped, it stops them.
 #[derive(Debug)]
 pub(super) struct Checking {
     running: tokio::sync::Mutex<Option<Check>>,
@@ -50,7 +50,7 @@ pub(super) struct Checking {
 }
 
 impl Checking {
-    /// Begins to read those of `files`, which are in `dir`, that this process has not read yet.
+    /// Starts reading those of `files`, which are in `dir`, that this process has not read yet.
     pub fn begin(dir: &Path, files: Vec<FileEntry>) -> Self {
         let ended = Arc::new(AtomicBool::new(false));
         let (dir, stop) = (dir.to_owned(), Arc::clone(&ended));
@@ -58,7 +58,7 @@ impl Checking {
         Self { running: tokio::sync::Mutex::new(Some(running)), ended }
     }
 
-    /// Those that are wrong, in the order of the index; none where that was told before.
+    /// The wrong ones, in the order of the index; none if that was reported before.
     pub async fn wrong(&self) -> Result<Vec<Wrong>, DataError> {
         let mut running = self.running.lock().await;
         let Some(handle) = running.as_mut() else { return Ok(Vec::new()) };

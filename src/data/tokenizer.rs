@@ -1,14 +1,14 @@
-//! The tokenizer: train one, load one, hold its vocabulary against the model's.
+//! The tokenizer: train one, load one, check its vocabulary against the model's.
 //!
 //! A trained tokenizer is byte-level BPE (Sennrich et al., arXiv 1508.07909; over bytes as in GPT-2), stored as Hugging
 //! Face `tokenizer.json`: special token [`END_OF_TEXT`] has id 0, the 256 bytes follow, then the merges. Any text can
 //! be encoded.
 //!
 //! # Determinism
-//! The trainer of `tokenizers` 0.22 keeps its words in randomly seeded hash maps, but what it decides on are sums over
-//! them, and it orders merges by (count, pair); the sample is the same text in the same order. Two queue entries for
-//! one pair can exist only when two pairs spell the same token; repeated trainings on text made of such pairs agreed,
-//! and a test repeats them. The sample is bounded because the trainer counts pairs in 32 bits.
+//! The trainer of `tokenizers` 0.22 keeps its words in randomly seeded hash maps, but it decides by sums over them, and
+//! it orders merges by (count, pair); the sample is the same text in the same order. Two queue entries for one pair can
+//! exist only when two pairs spell the same token; repeated trainings on text made of such pairs agreed, and a test
+//! repeats them. The sample is bounded because the trainer counts pairs in 32 bits.
 
 use std::path::Path;
 
@@ -27,7 +27,7 @@ use super::{
 /// The token between documents, in tokenizers trained here.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
-/// Looked for, in this order, in a tokenizer that was made elsewhere.
+/// Looked for, in this order, in a tokenizer that was trained elsewhere.
 pub(super) const KNOWN_END_TOKENS: [&str; 8] = [
     END_OF_TEXT,
     "<|end_of_text|>",
@@ -47,14 +47,14 @@ pub const MAX_VOCAB: u32 = 1 << 20;
 /// The most text that a tokenizer is trained on, bytes: keeps the trainer's 32-bit counts from overflowing.
 pub const MAX_SAMPLE_BYTES: u64 = 512 << 20;
 
-/// The longest token that training makes, bytes of its stored form: a long word that repeats (base64, a line of dashes)
-/// would give tokens as long as itself.
+/// The longest token that training may produce, bytes of its stored form: a long word that repeats (base64, a line of
+/// dashes) would give tokens as long as itself.
 const MAX_TOKEN_BYTES: usize = 256;
 
-/// A `tokenizer.json` of any size in use is smaller.
+/// The largest `tokenizer.json` that is read. Those in use are smaller.
 pub(super) const MAX_FILE_BYTES: u64 = 256 << 20;
 
-/// Which token stands between documents.
+/// The token between documents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndToken<'a> {
     /// A well-known one.
@@ -101,7 +101,7 @@ impl TextTokenizer {
             .build();
         tokenizer.train(&mut trainer, sample).map_err(|error| failed(error.to_string()))?;
         let json = tokenizer.to_string(true).map_err(|error| failed(error.to_string()))?;
-        // Loaded from its stored form, so that what encodes here is what anybody else will load.
+        // Loaded from its stored form, so that the encoder here is the one that everybody else will load.
         Self::from_json(json.into_bytes(), &name, EndToken::Named(END_OF_TEXT))
     }
 
@@ -134,7 +134,7 @@ impl TextTokenizer {
         // Ids may have gaps: the largest one counts, not how many there are.
         let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
         let vocab_size = largest.checked_add(1).ok_or_else(|| failed(format!("has a token with id {largest}")))?;
-        // Text that spells a special token is text: it must not be able to forge the end of a document.
+        // Text that spells a special token is text: it must not be able to fake the end of a document.
         tokenizer.set_encode_special_tokens(true);
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|error| failed(error.to_string()))?;
@@ -158,7 +158,7 @@ impl TextTokenizer {
         })
     }
 
-    /// [`Self::encode`] for whoever knows where the text comes from.
+    /// [`Self::encode`] for callers that know where the text comes from.
     pub(super) fn encode_text(&self, text: &str) -> Result<Vec<u32>, Unfit> {
         self.specials.encode(&self.tokenizer, text)
     }
@@ -192,7 +192,7 @@ impl TextTokenizer {
     }
 }
 
-/// The well-known end token of a tokenizer: one that it calls special, else any.
+/// The well-known end token of a tokenizer: a special one if there is one, else any.
 fn known_end(tokenizer: &Tokenizer) -> Option<u32> {
     let added = tokenizer.get_added_tokens_decoder();
     let known = || KNOWN_END_TOKENS.iter().filter_map(|token| tokenizer.token_to_id(token));

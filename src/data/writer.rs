@@ -1,8 +1,8 @@
-//! Token ids in, shard files of one dataset out.
+//! Writes token ids into the shard files of one dataset.
 //!
 //! Each split has one shard in memory at a time; a full one is uploaded in the background while the next one fills, so
-//! the memory taken is at most two shards a split. Nothing here makes a dataset: that is the index, which is
-//! written from [`ShardWriter::finish`]'s answer when every upload has ended well.
+//! it takes the memory of at most two shards per split. The shards alone are no dataset: the index, written from the
+//! result of [`ShardWriter::finish`] when every upload has succeeded, makes them one.
 
 use bytes::Bytes;
 use tokio::{runtime::Handle, task::JoinHandle};
@@ -56,9 +56,9 @@ impl ShardWriter {
         }
     }
 
-    /// Adds a piece, the `number`-th of all pieces of all inputs. An end-of-text token goes before it unless it carries
-    /// on the very piece that this split has last: so between documents, and where the piece in between went to the
-    /// other split.
+    /// Adds a piece, the `number`-th of all pieces of all inputs. An end-of-text token goes before it unless it
+    /// directly continues this split's last piece: so between documents, and if the piece in between went to the other
+    /// split.
     pub(super) fn append(&mut self, number: u64, continues: bool, ids: &[u32]) -> Result<(), DataError> {
         if self.last.is_some_and(|last| !(continues && number == last + 1)) {
             self.push(self.eos_id)?;

@@ -1,4 +1,4 @@
-//! What the account may have: its quota for spot machines of a type, whether this machine is one or not.
+//! The account's quota for spot machines of a type, whether this machine is one or not.
 
 use super::{
     verdict::{self, Line},
@@ -16,7 +16,7 @@ const CHECK: &str = "spot quota";
 pub struct Machines {
     /// The EC2 instance type; `None`: this machine's, if it is one.
     pub instance_type: Option<String>,
-    /// Where they are to run; `None`: as AWS's tools have it.
+    /// The region they are to run in; `None`: the one that AWS's tools use.
     pub region: Option<String>,
     /// How many of them at once.
     pub count: u32,

@@ -1,4 +1,4 @@
-//! The clouds' metadata services, through which notices are heard: one line each.
+//! The clouds' metadata services, the sources of notices: one line each.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::{
     error::Kind,
 };
 
-/// One question.
+/// The limit for one request.
 const QUESTION: Duration = Duration::from_secs(2);
 
 /// Asks all of them.
@@ -50,7 +50,7 @@ fn heard<T>(answer: Result<Option<T>, MetadataError>) -> Heard {
     }
 }
 
-/// With a token, and whether a hop limit is in its way.
+/// With a token, and whether a hop limit blocks it.
 async fn aws() -> Heard {
     const PATH: &str = "/latest/meta-data/instance-id";
     let Some(imds) = Imds::from_environment() else { return Heard::Off };
@@ -58,7 +58,7 @@ async fn aws() -> Heard {
     if heard != (Heard::Silent { get: None }) {
         return heard;
     }
-    // The answer to a plain GET has more hops to live than that to the PUT.
+    // The answer to a plain GET survives more hops than that to the PUT.
     let get = match Endpoint::new(imds.uri()) {
         Some(endpoint) => endpoint.ask(Method::GET, PATH, &[], None, QUESTION).await.ok(),
         None => None,
@@ -71,7 +71,7 @@ async fn gcp() -> Heard {
     heard(gcp.get("/instance/preempted", QUESTION).await)
 }
 
-/// The machine's name: a question for scheduled events would switch them on.
+/// The machine's name: a request for scheduled events would switch them on.
 async fn azure() -> Heard {
     let Some(azure) = Azure::from_environment() else { return Heard::Off };
     heard(azure.name(QUESTION).await.map(Some))
@@ -98,7 +98,7 @@ impl Service {
         }
     }
 
-    /// What switches it off.
+    /// The setting that switches it off.
     const fn switch(self) -> &'static str {
         match self {
             Self::Aws => "AWS_EC2_METADATA_DISABLED",
@@ -107,7 +107,7 @@ impl Service {
         }
     }
 
-    /// What names it.
+    /// The variable that names it.
     const fn variable(self) -> &'static str {
         match self {
             Self::Aws => "AWS_EC2_METADATA_SERVICE_ENDPOINT",
@@ -144,7 +144,7 @@ impl Service {
     }
 }
 
-/// What a metadata service was heard to do.
+/// The behaviour of a metadata service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Heard {
     /// Switched off by the environment.
@@ -156,16 +156,16 @@ enum Heard {
         /// On EC2 the status of a plain `GET`; `None`: no answer either.
         get: Option<u16>,
     },
-    /// Nobody is there.
+    /// There is no service.
     Absent,
     /// It refused, with this status.
     Refused(u16),
-    /// It said what makes no sense.
+    /// Its answer was malformed.
     Garbled,
 }
 
-/// Whether notices can be had of this service. `at_home`: the machine is one of its cloud; `named`: the environment
-/// says where it is. All three clouds have theirs at one address, so that a refusal on a strange machine is but another
+/// Whether this service can deliver notices. `at_home`: the machine belongs to its cloud; `named`: the environment
+/// gives its address. All three clouds have theirs at one address, so a refusal on another machine is just another
 /// cloud's answer.
 fn verdict(service: Service, heard: Heard, at_home: bool, named: bool) -> Line {
     let (check, machine) = (service.check(), service.machine());

@@ -1,10 +1,10 @@
-//! Examines everything that a run needs, before it needs it, and says what to do.
+//! Checks everything that a run needs, before it needs it, and says what to do.
 //!
-//! Each check has a bounded time, and none hides another: what can't be examined is a line, too. `verdict.rs` says what
-//! a finding means, as pure functions.
+//! Each check has a bounded time, and none hides another: an impossible check is a line, too. `verdict.rs` interprets
+//! the findings, as pure functions.
 //!
-//! Stored layout: what it writes into the store lies below the folder of probes and is deleted; a kill leaves a few
-//! bytes there. *Cancel:* at any moment.
+//! Stored layout: its objects in the store are below the folder of probes and are deleted; a kill leaves a few bytes
+//! there. *Cancel:* at any moment.
 #![doc = include_str!("README.md")]
 
 mod account;
@@ -34,29 +34,29 @@ use crate::{
     worker::device,
 };
 
-/// A check takes no longer.
+/// The limit for one check.
 const LIMIT: Duration = Duration::from_secs(30);
-/// Limits of a store that no configuration names.
+/// Limits for a store if no configuration gives them.
 const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
-/// Saves whose time is looked at.
+/// How many of the newest saves are timed.
 const SAVES: usize = 5;
 
-/// What is to be looked at, beyond this machine.
+/// The subjects to check, beyond this machine.
 #[derive(Debug)]
 pub struct Doctor {
     /// The settings of a run, as far as they could be read.
     pub config: Option<Result<RunConfig>>,
-    /// The absolute URI of the store, where no configuration says it.
+    /// The absolute URI of the store, if no configuration gives it.
     pub store: Option<Result<String>>,
     /// A run whose saves are compared with the time to stop.
     pub run_id: Option<RunId>,
-    /// Workers on this node, if the command line says.
+    /// Workers on this node, if given on the command line.
     pub nproc_per_node: Option<u32>,
-    /// The machines whose quota is looked at.
+    /// The machines whose quota is checked.
     pub machines: Machines,
 }
 
-/// The answer of one check that may not come.
+/// The result of one check, within the limit.
 async fn within(check: &'static str, work: impl Future<Output = Line>) -> Line {
     tokio::time::timeout(LIMIT, work).await.unwrap_or_else(|_| {
         let found = format!("no answer within {} s", LIMIT.as_secs());
@@ -65,7 +65,7 @@ async fn within(check: &'static str, work: impl Future<Output = Line>) -> Line {
 }
 
 impl Doctor {
-    /// Looks at everything; one line for each check.
+    /// Runs all checks; one line for each.
     pub async fn look(mut self) -> Vec<Line> {
         let mut lines = Vec::new();
         let config = match self.config.take() {
@@ -127,7 +127,7 @@ impl Doctor {
         ))
     }
 
-    /// The store, and what a run in it says of its saves.
+    /// The store, and the duration of a run's saves in it.
     async fn store(&self, config: Option<&RunConfig>) -> Vec<Line> {
         const CHECK: &str = "store";
         let settings = config.map_or(LIMITS, |config| config.storage.clone());
@@ -168,7 +168,7 @@ impl Doctor {
     }
 }
 
-/// The store at `uri`; `None`: a folder that is not there, which is not made for a look.
+/// The store at `uri`; `None`: a folder that does not exist, which is not created for a check.
 fn open(uri: &str, settings: &StorageConfig) -> Result<Option<Store>> {
     if config::local_path(uri).is_some_and(|path| !path.exists()) {
         return Ok(None);
@@ -200,7 +200,7 @@ async fn libtorch(wanted: Device) -> Vec<Line> {
     }
 }
 
-/// What the store allows and what it does.
+/// The store's permissions and behaviour.
 async fn examine(store: &Store) -> Vec<Line> {
     let key = format!("{}/doctor-{}", layout::PROBES, random_hex(16));
     let (put, clock) = put_and_look(store, &key).await;
@@ -266,7 +266,7 @@ async fn examine(store: &Store) -> Vec<Line> {
     vec![put, list, create, parts, sweep, delete.await, rule, clock]
 }
 
-/// Puts an object, reads it back, and asks the store when that was.
+/// Writes an object, reads it back, and asks the store for its time.
 async fn put_and_look(store: &Store, key: &str) -> (Line, Line) {
     const CHECK: &str = "store put and get";
     let body = Bytes::from(random_hex(16));

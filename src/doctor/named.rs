@@ -1,5 +1,5 @@
-//! What a configuration names: its dataset and the weights that it starts from, read as far as a run's first minute
-//! would.
+//! The places that a configuration names: its dataset and the weights that it starts from, read as far as a run's first
+//! minute would.
 
 use super::{
     open,
@@ -16,13 +16,13 @@ use crate::{
     storage::StorageError,
 };
 
-/// A `tokenizer.json` of any size in use is smaller.
+/// The largest `tokenizer.json` that is read. Those in use are smaller.
 const MAX_TOKENIZER: u64 = 256 << 20;
 
 const DATASET: &str = "dataset";
 const WEIGHTS: &str = "initial weights";
 
-/// One line for each thing that is named.
+/// One line for each named place.
 pub(super) async fn look(config: &RunConfig) -> Vec<Line> {
     let dataset = within(DATASET, async { dataset(config).await.unwrap_or_else(|error| Line::error(DATASET, &error)) });
     let Some(uri) = &config.model.init_from else { return vec![dataset.await] };
@@ -32,8 +32,8 @@ pub(super) async fn look(config: &RunConfig) -> Vec<Line> {
     vec![dataset, weights]
 }
 
-/// The index, and whether the model and the length of its sequences go with it. A dataset in a folder is opened; of
-/// another one no more than the index is read.
+/// The index, and whether the model and its sequence length fit it. A dataset in a folder is opened; of another one
+/// only the index is read.
 async fn dataset(config: &RunConfig) -> Result<Line> {
     model::check_description(config.model.kind, &config.model.config)?;
     let uri = &config.data.train;
@@ -49,7 +49,7 @@ async fn dataset(config: &RunConfig) -> Result<Line> {
     Ok(verdict::dataset(uri, train, held_out, config.data.sequence_length, config.data.validation_every))
 }
 
-/// The weights' files and how long they are, held against the model; and the folder's tokenizer, held against the
+/// The weights' files and their lengths, checked against the model; and the folder's tokenizer, checked against the
 /// data's.
 async fn weights(config: &RunConfig, uri: &str) -> Result<Line> {
     let folder = initial::open(uri, config)?;
@@ -61,7 +61,7 @@ async fn weights(config: &RunConfig, uri: &str) -> Result<Line> {
     Ok(Line::ok(WEIGHTS, format!("{} of {} in {uri}", human::plural(files.len() as u64, "file"), human::bytes(bytes))))
 }
 
-/// What the ids of the data mean. `None`: there is no such file, which the line of the dataset tells.
+/// The meaning of the data's ids. `None`: there is no such file, which the dataset's line reports.
 async fn tokenizer(config: &RunConfig) -> Result<Option<Meaning>> {
     let Some(data) = open(&config.data.train, &config.storage)? else { return Ok(None) };
     match data.get(layout::TOKENIZER, MAX_TOKENIZER).await {

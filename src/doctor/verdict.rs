@@ -1,4 +1,4 @@
-//! What a finding means: pure functions, from what was seen to a line with a verdict and what to do.
+//! The meaning of findings: pure functions, from an observation to a line with a verdict and the remedy.
 
 use std::time::Duration;
 
@@ -16,15 +16,15 @@ use crate::{
     storage::AbortRule,
 };
 
-/// How a check came out.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     /// As it should be.
     Ok,
-    /// It works, and could hurt.
+    /// It works, but could cause harm.
     Warn,
-    /// A run would fail, or lose what it should not.
+    /// A run would fail, or lose work that it should not.
     Fail,
     /// There is nothing to check here, or no way to.
     Skipped,
@@ -33,16 +33,16 @@ pub enum Verdict {
 /// One line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Line {
-    /// What was looked at.
+    /// The subject of the check.
     pub check: &'static str,
-    /// How it came out.
+    /// The result.
     pub verdict: Verdict,
-    /// What was found.
+    /// The finding.
     pub found: String,
     /// What to do about it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub todo: Option<String>,
-    /// Of a failure: whose affair it is.
+    /// For a failure: its kind, which says who must act.
     #[serde(skip)]
     pub kind: Option<Kind>,
 }
@@ -64,7 +64,7 @@ impl Line {
         Self { verdict: Verdict::Fail, kind: Some(kind), ..Self::warn(check, found, todo) }
     }
 
-    /// An error is a failure; its hint is what to do, or else what its kind calls for.
+    /// An error is a failure; the remedy is its hint, or else that of its kind.
     pub(super) fn error(check: &'static str, error: &Error) -> Self {
         let todo = error.hint().unwrap_or(match error.kind() {
             Kind::Usage | Kind::Config => "correct what is named here, then run doctor again",
@@ -80,8 +80,8 @@ impl Line {
     }
 }
 
-/// The exit code: 0, or that of the worst failure. What must be put right by hand before anything can work comes first;
-/// what may heal by itself last.
+/// The exit code: 0, or that of the worst failure. Failures that must be fixed by hand before anything can work come
+/// first; those that may pass by themselves come last.
 pub fn exit_code(lines: &[Line]) -> u8 {
     let failed = lines.iter().filter(|line| line.verdict == Verdict::Fail).filter_map(|line| line.kind);
     let rank = |kind: &Kind| match kind {
@@ -96,7 +96,7 @@ pub fn exit_code(lines: &[Line]) -> u8 {
     })
 }
 
-/// The machine's GPUs, what the driver shows of them, and what LibTorch can use.
+/// The machine's GPUs, those that the driver shows, and those that LibTorch can use.
 pub(super) fn devices(found: &Found) -> Line {
     const CHECK: &str = "devices";
     let gpus = |count: usize| human::plural(count as u64, "GPU");
@@ -131,8 +131,8 @@ pub(super) struct Need {
 /// Bytes of work space that a process with LibTorch takes on a CPU.
 const WORK_SPACE: u64 = 512 << 20;
 
-/// What a model of so many parameters needs: moments and fp32 weights are 12 bytes a parameter, with bf16 the weights
-/// beside them 2 more; gradients are as large as the weights that they are of.
+/// The memory for a model of `parameters` parameters: moments and fp32 weights take 12 bytes per parameter, with bf16
+/// the copies of the weights 2 more; gradients are as large as their weights.
 pub(super) fn need(parameters: u64, bf16: bool, workers: u32, on_cpu: bool) -> Need {
     let weights = if bf16 { 2 } else { 4 };
     let state = parameters.saturating_mul(if bf16 { 14 } else { 12 });
@@ -140,7 +140,7 @@ pub(super) fn need(parameters: u64, bf16: bool, workers: u32, on_cpu: bool) -> N
     Need { state, workers: if on_cpu { each.saturating_mul(workers.into()) } else { 0 } }
 }
 
-/// Whether `available` bytes of memory are enough.
+/// Whether `available` bytes of memory suffice.
 pub(super) fn memory(need: Need, available: u64) -> Line {
     const CHECK: &str = "memory";
     let slots = need.state.saturating_mul(2);
@@ -169,7 +169,8 @@ pub(super) fn memory(need: Need, available: u64) -> Line {
     Line::ok(CHECK, found)
 }
 
-/// Whether a dataset can be trained on: sequences to train on, sequences held out, and how often these are measured.
+/// Whether a dataset can be trained on: its training sequences, its held-out sequences, and how often these are
+/// measured.
 pub(super) fn dataset(uri: &str, train: u64, held_out: u64, sequence_length: u32, validation_every: u64) -> Line {
     const CHECK: &str = "dataset";
     let found = format!("{train} sequences of {sequence_length} tokens and {held_out} held out in {uri}");
@@ -183,7 +184,7 @@ pub(super) fn dataset(uri: &str, train: u64, held_out: u64, sequence_length: u32
     Line::ok(CHECK, found)
 }
 
-/// What the bucket does with uploads that nobody finishes.
+/// What the bucket does with unfinished uploads.
 pub(super) fn lifecycle(rule: AbortRule) -> Line {
     const CHECK: &str = "lifecycle rule";
     const TODO: &str = "add a rule with AbortIncompleteMultipartUpload after 2 days: parts of an upload that a reclaim \
@@ -201,8 +202,8 @@ pub(super) fn lifecycle(rule: AbortRule) -> Line {
     }
 }
 
-/// How far the store's clock is from this machine's. `before` and `after`: around the request in which the store took
-/// its time, which it tells in whole seconds.
+/// The difference between the store's clock and this machine's. `before` and `after`: around the request in which the
+/// store recorded its time, which it gives in whole seconds.
 pub(super) fn clock(before: Timestamp, store: Timestamp, after: Timestamp) -> Line {
     const CHECK: &str = "clock";
     let early = before.duration_since(store).as_secs_f64() - 1.0;
@@ -214,7 +215,7 @@ pub(super) fn clock(before: Timestamp, store: Timestamp, after: Timestamp) -> Li
         skew => format!("{} behind the store's", human::seconds(skew)),
     };
     match skew {
-        // S3 refuses what is signed with a clock that is a quarter of an hour off (RequestTimeTooSkewed).
+        // S3 refuses requests signed with a clock that is a quarter of an hour off (RequestTimeTooSkewed).
         skew if skew > 600.0 => {
             Line::fail(CHECK, Kind::Config, found, "set this machine's clock: chronyd or systemd-timesyncd")
         }
@@ -223,7 +224,7 @@ pub(super) fn clock(before: Timestamp, store: Timestamp, after: Timestamp) -> Li
     }
 }
 
-/// Whether a save fits between being asked to stop and being killed. `durable`: the longest of the run's newest saves.
+/// Whether a save fits between the request to stop and the kill. `durable`: the longest of the run's newest saves.
 pub(super) fn stop_window(window: Option<Duration>, here: Surroundings, durable: Option<f64>) -> Line {
     const CHECK: &str = "stop time-out";
     let raise = match here {
@@ -259,16 +260,16 @@ pub(super) fn stop_window(window: Option<Duration>, here: Surroundings, durable:
     }
 }
 
-/// Spot machines that are wanted at once.
+/// Spot machines wanted at once.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Machines<'a> {
     /// Their type.
     pub instance_type: &'a str,
-    /// Where.
+    /// Their region.
     pub region: &'a str,
-    /// How many.
+    /// Their number.
     pub count: u32,
-    /// What one of them counts; `None`: not known.
+    /// The vCPUs of one of them; `None`: not known.
     pub vcpus: Option<u32>,
 }
 
@@ -286,7 +287,7 @@ pub(super) fn quota(machines: Machines<'_>, family: Family, quota: Quota) -> Lin
     let all = vcpus * u64::from(count);
     let takes = if count == 1 { "takes" } else { "take" };
     let found = format!("{have}; {} {takes} {all}", human_count(count, instance_type));
-    // A replacement may be started before the machine that it replaces has gone.
+    // A replacement may be started before the replaced machine has gone.
     let enough = all + vcpus;
     let todo = format!(
         "\"Max spot instance count exceeded\" is what EC2 says: request more with aws service-quotas \
@@ -407,7 +408,7 @@ mod tests {
         }
     }
 
-    /// A line that is not well says what to do, whatever the error knows.
+    /// A line that is not OK says what to do, whatever the error knows.
     #[test]
     fn an_error_without_a_hint_says_what_to_do_too() {
         for kind in [

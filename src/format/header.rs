@@ -1,11 +1,12 @@
-//! The safetensors header: written for shards, and read back as something that a stranger may have written.
+//! The safetensors header: written for shards, and read back as if a stranger had written it.
 //!
 //! Stored layout of a file (<https://github.com/huggingface/safetensors#format>): 8 bytes little-endian header length,
 //! a JSON object `{"<name>":{"dtype":"F32","shape":[2,3],"data_offsets":[begin,end]},"__metadata__":{"format":"pt"}}`
-//! padded with spaces, then the data, to which the offsets count. We pad so that data begins on a 64-byte boundary.
+//! padded with spaces, then the data, from whose start the offsets count. We pad so that data begins on a 64-byte
+//! boundary.
 //!
-//! A header read here is held against the file's length before anything is believed: lengths are compared before they
-//! are used, tensors must cover the data exactly (no gap, no overlap), and each must be as long as its shape says.
+//! A header read here is checked against the file's length before it is trusted: lengths are compared before they are
+//! used, tensors must cover the data exactly (no gap, no overlap), and each must be as long as its shape says.
 
 use std::{fmt, ops::Range};
 
@@ -20,7 +21,7 @@ use crate::error::{Explain, Kind};
 pub const PREFIX: u64 = 8;
 /// Data begins on a multiple of this.
 pub const DATA_ALIGN: u64 = 64;
-/// The longest header that is written or believed; the reference implementation has the same limit.
+/// The longest header that is written or accepted; the reference implementation has the same limit.
 pub const MAX_HEADER: u64 = 100_000_000;
 /// The one key of a header that is not a tensor.
 pub const METADATA: &str = "__metadata__";
@@ -69,7 +70,7 @@ impl Dtype {
     }
 }
 
-/// Why a header is not believed.
+/// Why a header is not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderError {
     /// The file ends before its header does, or the length is beyond reason.
@@ -77,7 +78,7 @@ pub enum HeaderError {
     Length {
         /// As the file says.
         header: u64,
-        /// Bytes of the file, or of what is there of it.
+        /// Bytes of the file, or of the part that is there.
         file: u64,
     },
     /// Not UTF-8, not JSON, or JSON of another form.
@@ -202,8 +203,7 @@ fn size_of(dtype: &str) -> Option<u64> {
     }
 }
 
-/// Reads the JSON of a header, whatever the element types. The length of a tensor of a type that is not known is
-/// believed.
+/// Reads the JSON of a header, whatever the element types. The length of a tensor of an unknown type is accepted.
 pub fn parse_foreign(json: &[u8], file: u64) -> Result<Vec<ForeignTensor>, HeaderError> {
     let text = std::str::from_utf8(json).map_err(|error| HeaderError::Syntax(error.to_string()))?;
     let Raw(raw) = serde_json::from_str(text).map_err(|error| HeaderError::Syntax(error.to_string()))?;
@@ -249,7 +249,7 @@ pub fn parse_foreign(json: &[u8], file: u64) -> Result<Vec<ForeignTensor>, Heade
 
 /// Writes a header (prefix and padding included) for tensors that follow one another without a gap, in this order.
 ///
-/// `None` if the data or the header would be too long. The bytes depend on nothing but the arguments.
+/// `None` if the data or the header would be too long. The bytes depend only on the arguments.
 pub fn write<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [u64])>) -> Option<Vec<u8>> {
     let mut json = format!("{{\"{METADATA}\":{{\"format\":\"pt\"}}");
     let mut begin = 0_u64;
@@ -279,7 +279,7 @@ pub fn file_order(a: (Dtype, &str), b: (Dtype, &str)) -> std::cmp::Ordering {
     b.0.size().cmp(&a.0.size()).then_with(|| a.1.cmp(b.1))
 }
 
-/// A header's tensors as they stand, duplicates and all.
+/// A header's tensors as written, duplicates included.
 struct Raw(Vec<(String, RawTensor)>);
 
 #[derive(Deserialize)]

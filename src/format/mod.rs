@@ -1,6 +1,6 @@
-//! How tensors lie in files: the safetensors header, and slices as tensors of their own.
+//! The layout of tensors in files: the safetensors header, and slices as tensors of their own.
 //!
-//! Below everything that writes or reads such files: snapshots, workers, checkpoints, exports, model folders.
+//! All code that writes or reads such files builds on this: snapshots, workers, checkpoints, exports, model folders.
 
 pub mod header;
 pub mod slices;

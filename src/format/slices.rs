@@ -2,11 +2,11 @@
 //!
 //! Stored layout: elements `begin..end` of the tensor `name`, counted in row-major order over the whole of it, are a
 //! safetensors tensor of one dimension and `end - begin` elements under the name `name[begin:end]`, in decimal digits.
-//! All of a tensor is no slice: it stands under its name with its extents, as it always did. Which slices there are,
-//! and in which files, depends on who wrote them; the extents of the whole are the model's.
+//! A whole tensor is no slice: it is stored under its name with its extents, as always. The set of slices, and their
+//! files, depend on the writer; the extents of the whole are the model's.
 //!
-//! A reader takes files as those of a stranger: [`check_cover`] demands that the slices of a tensor hold each of its
-//! elements exactly once, whatever their number and order.
+//! A reader treats files as a stranger's: [`check_cover`] requires that the slices of a tensor hold each of its
+//! elements exactly once, regardless of their number and order.
 
 use std::ops::Range;
 
@@ -28,7 +28,7 @@ pub fn parse_name(stored: &str) -> (&str, Option<Range<u64>>) {
     slice().unwrap_or((stored, None))
 }
 
-/// Whether `ranges`, in any order, hold each of `len` elements exactly once; says why not.
+/// Checks whether `ranges`, in any order, hold each of `len` elements exactly once; the error says why not.
 pub fn check_cover(ranges: impl IntoIterator<Item = Range<u64>>, len: u64) -> Result<(), String> {
     let mut ranges: Vec<Range<u64>> = ranges.into_iter().collect();
     ranges.sort_unstable_by_key(|range| (range.start, range.end));

@@ -7,17 +7,17 @@
 //! geometric. With one exponential part and L = δ it is the complete model of Daly (2006, equation 20): M e^(R/M)
 //! (e^((τ+δ)/M) − 1) / τ seconds paid for a second of work.
 
-/// What is announced is approximate, and clocks differ: the agent keeps no less in reserve, seconds.
+/// The agent's least reserve, seconds: announced times are approximate, and clocks differ.
 pub const LEAST_RESERVE_S: f64 = 5.0;
 
-/// What saves and restarts take.
+/// The times of saves and restarts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Costs {
-    /// Time that a save takes from training, seconds.
+    /// Time that a save takes away from training, seconds.
     pub stall_s: f64,
     /// From the order of a save to its `committed` record, seconds.
     pub durable_s: f64,
-    /// From a machine that is there and paid for to the first step on it, seconds.
+    /// From a paid machine's arrival to the first step on it, seconds.
     pub restart_s: f64,
 }
 
@@ -27,7 +27,7 @@ impl Costs {
         self.durable_s.max(self.stall_s)
     }
 
-    /// The interval that can be kept, with one save in flight: training between two orders, seconds.
+    /// The interval, lengthened if one save in flight requires it: training between two orders, seconds.
     pub fn feasible(&self, interval_s: f64) -> f64 {
         interval_s.max(self.committed_after_s() - self.stall_s)
     }
@@ -46,14 +46,13 @@ impl Notice {
     /// No loss is announced.
     pub const NONE: Self = Self { share: 0.0, lead_s: 0.0 };
 
-    /// Whether a save that is ordered at the notice is durable before the machine is taken.
+    /// Whether a save ordered at the notice is durable before the machine is taken.
     pub fn fits(&self, costs: &Costs) -> bool {
         costs.committed_after_s() <= self.lead_s
     }
 
-    /// So long before the machine is taken training stops, seconds: two saves, one of which may have begun a moment
-    /// ago, if the notice leaves the time for them. It is what the agent keeps in reserve (`notice.spare_time =
-    /// "train"`).
+    /// The time from the end of training to the loss of the machine, seconds: two saves, one of which may have begun a
+    /// moment ago, if the notice leaves time for them. It is the agent's reserve (`notice.spare_time = "train"`).
     pub fn reserve_s(&self, costs: &Costs) -> f64 {
         (2.0 * costs.committed_after_s()).max(LEAST_RESERVE_S).min(self.lead_s)
     }
@@ -88,17 +87,17 @@ impl Lives {
         self.parts.iter().map(|(weight, mean)| weight * (-age_s / mean).exp()).sum()
     }
 
-    /// The life that belongs to two even random numbers from [0, 1), seconds.
+    /// The life that corresponds to two uniform random numbers from [0, 1), seconds.
     pub fn draw(&self, part: f64, within: f64) -> f64 {
         let (_, mean) = if part < self.parts[0].0 { self.parts[0] } else { self.parts[1] };
         -mean * (1.0 - within).ln()
     }
 }
 
-/// Expected share of paid time that is training which counts, for saves every `interval_s` seconds of training (or as
-/// often as one can follow the other). `idle_s` is paid waiting for each life, seconds: 0 on one node.
+/// The expected share of paid time that is training which counts, for saves every `interval_s` seconds of training (or
+/// back to back, if that is longer). `idle_s` is paid waiting for each life, seconds: 0 on one node.
 pub fn goodput(lives: &Lives, costs: &Costs, notice: Notice, interval_s: f64, idle_s: f64) -> f64 {
-    // Nothing is in flight when a life begins: its first save is not held up.
+    // Nothing is in flight when a life begins: its first save is not delayed.
     let (first, interval) = (interval_s, costs.feasible(interval_s));
     let segment = interval + costs.stall_s;
     let lag = costs.committed_after_s() - costs.stall_s;
@@ -106,7 +105,7 @@ pub fn goodput(lives: &Lives, costs: &Costs, notice: Notice, interval_s: f64, id
     let kept = |&(weight, mean): &(f64, f64)| {
         let killed = (-(costs.restart_s + first + costs.stall_s + lag) / mean).exp()
             * (first + interval / (segment / mean).exp_m1());
-        // All training up to the drain counts: the time in it that is no stall.
+        // All training up to the drain counts: its time without stalls.
         let later = (interval / mean).neg_exp_m1() / (segment / mean).neg_exp_m1();
         let trained = (first / mean).neg_exp_m1() + (-(first + costs.stall_s) / mean).exp() * later;
         let until_drain = mean * (-(costs.restart_s + notice.reserve_s(costs)) / mean).exp() * trained;

@@ -1,48 +1,48 @@
-//! What a run's journal says of costs and losses.
+//! Costs and losses observed in a run's journal.
 //!
 //! Records carry the wall clock of the machine that wrote them, which may be wrong by half a century when a machine
-//! comes up. So where the journal says how long something took by a clock that nobody sets, that is believed; elsewhere
-//! no more than the steps that were made account for.
+//! starts. So durations that the journal gives by a monotonic clock are trusted; other durations count only as far as
+//! the completed steps account for them.
 
 use jiff::Timestamp;
 
 use crate::journal::{Checkpoint, Formation, FormedReason, Interruption, RunState};
 
-/// What steps take more than their mean time: saves that were tried again, validations, neighbours.
+/// The extra time of steps beyond their mean: repeated saves, validations, neighbours.
 const SLACK: f64 = 2.0;
-/// What a generation takes beside its steps at most, seconds: start, restore, the end.
+/// The most time of a generation beside its steps, seconds: start, restore, the end.
 const BESIDE: f64 = 3600.0;
-/// What one takes at most whose steps can't be counted, seconds.
+/// The most time of a generation whose steps can't be counted, seconds.
 const UNKNOWN: f64 = 86_400.0;
-/// Steps that take so many times what the middle ones do were measured by a clock that was set meanwhile.
+/// Steps that take this many times the median were measured by a clock that was set meanwhile.
 const SET: f64 = 100.0;
 
-/// What was observed in a run, as far as its journal tells.
+/// Observations on a run, as far as its journal shows.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Observed {
     /// Saves that were committed.
     pub saves: u64,
-    /// Median time for which the loop stood still for a save, seconds. What copying and uploading slow steps by is not
-    /// in it.
+    /// Median time for which the loop stood still for a save, seconds. Slower steps during copying and uploading are
+    /// not included.
     pub stall_s: Option<f64>,
     /// Median time from the end of a step to its `committed` record, seconds.
     pub durable_s: Option<f64>,
     /// Median time from a `formed` record that resumes to the first step after it, seconds. The start of machine and
-    /// process, which comes before, is not in it.
+    /// process, which comes before, is not included.
     pub restart_s: Option<f64>,
     /// Mean time from one step to the next, saves included, seconds.
     pub step_s: Option<f64>,
     /// Time from each `formed` record to the last record of its generation, summed up, seconds: without the waits
     /// between.
     pub trained_s: f64,
-    /// Times that machines went away and others, or they again, carried on.
+    /// How often machines went away and others, or the same again, continued.
     pub interruptions: u64,
-    /// Those of them that lost steps, or left no word.
+    /// Those of them that lost steps, or left no record.
     pub lossy: u64,
 }
 
 impl Observed {
-    /// Reads the journal's story.
+    /// Reads the journal.
     pub fn of(state: &RunState) -> Self {
         let mut observed = Self { saves: state.checkpoints().len() as u64, ..Self::default() };
         let cost = |of: fn(&crate::journal::SaveCost) -> f64| {
@@ -71,7 +71,7 @@ impl Observed {
         observed
     }
 
-    /// The share of losses that lost no step, if there were any.
+    /// The share of losses that lost no step, if there were any losses.
     pub fn announced(&self) -> Option<f64> {
         (self.interruptions > 0).then(|| 1.0 - self.lossy as f64 / self.interruptions as f64)
     }
@@ -85,7 +85,7 @@ fn lived_until(formed: &Formation, commit: &Checkpoint) -> f64 {
     }
 }
 
-/// From the start of a generation to the last that is heard of it, seconds.
+/// From the start of a generation to its last sign of life, seconds.
 fn lived(formed: &Formation, commits: &[&Checkpoint], ended: Option<&Interruption>, step_s: Option<f64>) -> f64 {
     let most =
         |from: u64, to: u64| step_s.map_or(UNKNOWN, |step_s| BESIDE + SLACK * step_s * to.saturating_sub(from) as f64);
@@ -95,7 +95,7 @@ fn lived(formed: &Formation, commits: &[&Checkpoint], ended: Option<&Interruptio
         .iter()
         .filter(|commit| commit.committed.cost.lived_s > 0.0)
         .max_by(|a, b| a.committed.cost.lived_s.total_cmp(&b.committed.cost.lived_s));
-    // Where measuring ends the wall clock carries on.
+    // Beyond the measured time the wall clock continues.
     let (lived, from, at) = match known {
         Some(commit) => (lived_until(formed, commit), commit.committed.step.get(), commit.at),
         None => (0.0, begun, formed.at),
@@ -129,7 +129,7 @@ fn seconds(from: Timestamp, to: Timestamp) -> f64 {
     to.duration_since(from).as_secs_f64().max(0.0)
 }
 
-/// The middle one of those that are numbers and not negative.
+/// The median of those that are numbers and not negative.
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.retain(|value| value.is_finite());
     values.sort_by(f64::total_cmp);
@@ -206,7 +206,7 @@ mod tests {
         ];
         let found = Observed::of(&state(&between));
         assert_eq!((found.step_s, found.trained_s), (Some(1.0), BESIDE + SLACK * 400.0));
-        // Where the time was measured it is believed, and the clock only for what comes after.
+        // Measured times are trusted, and the clock only for the time after them.
         let mut measured = late.clone();
         for ((_, record), lived_s) in measured[1..].iter_mut().zip([112.0, 212.0, 312.0]) {
             record["cost"]["lived_s"] = json!(lived_s);

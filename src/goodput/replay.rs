@@ -1,41 +1,41 @@
-//! Lives of machines played one after the other, with the saves of this program in them.
+//! Simulated lives of machines, one after the other, with the saves of this program in them.
 
 use super::model::{Costs, Lives, Notice};
 use crate::random::SplitMix64;
 
-/// Lives after which a job that is still not done is given up.
+/// Lives after which an unfinished job is given up.
 const MOST_LIVES: u64 = 100_000;
 /// Saves of all trials together after which no further trial is begun, and of one trial after which it is given up.
 const MOST_SAVES: u64 = 20_000_000;
 /// Replacements during one wait after which a gang counts as never complete.
 const MOST_REPLACED: u32 = 10_000;
 
-/// What is to be done, and what it costs.
+/// The job, and its costs.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Job {
     /// Training time that it takes on machines that never vanish, without saves, seconds.
     pub work_s: f64,
     /// Nodes that train together: when one is lost, all wait until it is replaced.
     pub nodes: u32,
-    /// What saves and restarts take.
+    /// The times of saves and restarts.
     pub costs: Costs,
     /// Warnings.
     pub notice: Notice,
 }
 
-/// What a run knows of itself when it decides how long to train until the next save.
+/// A run's knowledge when it decides how long to train until the next save.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Seen {
     /// Saves of this life.
     pub saves: u64,
-    /// Time with all machines there, over all lives before this one, seconds.
+    /// Time with all machines present, over all lives before this one, seconds.
     pub up_s: f64,
-    /// Lives before this one that ended without a word: what their last save did not hold was lost. One that was
-    /// announced, and drained, is not among them.
+    /// Lives before this one that ended without warning: work after their last save was lost. One that was announced,
+    /// and drained, is not among them.
     pub lossy: u64,
 }
 
-/// A time in which all machines are there.
+/// A time in which all machines are present.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Span {
     /// From, seconds since the job began to wait for its first machine.
@@ -46,9 +46,9 @@ pub struct Span {
     pub idle_node_s: f64,
 }
 
-/// Where machines come from.
+/// The source of machines.
 pub trait Machines {
-    /// The next time that all are there; `None` if there will be none.
+    /// The next time that all are present; `None` if there will be none.
     fn next_span(&mut self) -> Option<Span>;
 }
 
@@ -59,15 +59,15 @@ pub struct Gang {
     wait_s: f64,
     /// The share of losses that take all nodes.
     together: f64,
-    /// When each node is there and when it is taken.
+    /// When each node arrives and when it is taken.
     nodes: Vec<(f64, f64)>,
     now: f64,
     random: SplitMix64,
 }
 
 impl Gang {
-    /// `nodes` nodes, each with its own life of `lives`; a loss takes one of them, or all with the chance `together`;
-    /// each replacement is there after an exponential time of mean `wait_s` seconds.
+    /// `nodes` nodes, each with its own life from `lives`; a loss takes one of them, or all with the probability
+    /// `together`; each replacement arrives after an exponential time of mean `wait_s` seconds.
     pub fn new(lives: Lives, nodes: u32, wait_s: f64, together: f64, seed: u64) -> Self {
         let mut gang = Self { lives, wait_s, together, nodes: Vec::new(), now: 0.0, random: SplitMix64::new(seed) };
         gang.nodes = (0..nodes).map(|_| gang.replacement(0.0)).collect();
@@ -115,13 +115,13 @@ impl Machines for Gang {
     }
 }
 
-/// Why there is no figure: the job does not end on such machines.
+/// Why there is no result: the job does not end on such machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unfinished {
-    /// Hardly anything is kept of a life.
+    /// Hardly any work of a life is kept.
     #[error("the job is not done after {MOST_LIVES} machines: they live too short for the restart and the interval")]
     Lives,
-    /// So many saves that it is not worth playing them.
+    /// Too many saves to simulate.
     #[error("the job is not done after {MOST_SAVES} saves: saves are too frequent for work this long")]
     Saves,
     /// Never enough machines at once.
@@ -129,7 +129,7 @@ pub enum Unfinished {
     NoMachines,
 }
 
-/// What a job comes to: means over all trials.
+/// The result for a job: means over all trials.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
     /// Training time of the job over time paid, 0 to 1.
@@ -160,7 +160,7 @@ struct Trial {
     saves: u64,
 }
 
-/// Plays the job `trials` times (less often where that takes very many saves, but at least eight times), each on
+/// Simulates the job `trials` times (less often if that takes very many saves, but at least eight times), each on
 /// `machines(trial)` and with notices drawn by `seed`. `policy` gives the training time until the next save, seconds.
 pub fn simulate<M: Machines>(
     job: &Job,
@@ -185,7 +185,7 @@ pub fn simulate<M: Machines>(
     let n = f64::from(done);
     let paid_node_s = sum.paid_node_s / n;
     let variance = if done > 1 { ((squares / n - paid_node_s * paid_node_s) * n / (n - 1.0)).max(0.0) } else { 0.0 };
-    // Work over mean pay, not the mean of ratios: what is paid in the end is a sum.
+    // Work over mean pay, not the mean of ratios: the final bill is a sum.
     let goodput = job.work_s * f64::from(job.nodes) / paid_node_s;
     Ok(Estimate {
         goodput,
@@ -229,7 +229,7 @@ fn play(
     Err(Unfinished::Lives)
 }
 
-/// What came of one machine from its start to its end.
+/// The outcome of one machine from its start to its end.
 struct Stint {
     trained_s: f64,
     kept_s: f64,
@@ -243,10 +243,10 @@ struct Stint {
 fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, warned: bool, left_s: f64) -> Stint {
     let Costs { stall_s, restart_s, .. } = job.costs;
     let committed_after_s = job.costs.committed_after_s();
-    // Training ends here; a save that is under way may still become durable until the machine is taken.
+    // Training ends here; a save under way may still become durable until the machine is taken.
     let stop = if warned { life_s - job.notice.reserve_s(&job.costs) } else { life_s };
     let (mut now, mut trained_s, mut kept_s) = (restart_s, 0.0, 0.0);
-    // What the save in flight holds, and when it counts. None is ordered while it is in flight.
+    // The work that the save in flight holds, and when it counts. No save is ordered meanwhile.
     let (mut in_flight, mut durable_at) = (0.0, restart_s);
     let stint = |trained_s, kept_s, saves| Stint { trained_s, kept_s, saves, used_s: life_s, complete: false };
     loop {
@@ -258,7 +258,7 @@ fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, 
             if durable_at <= life_s {
                 kept_s = in_flight;
             }
-            // A drain saves all that was trained; the notice may have come while the workers were starting.
+            // A drain saves all training; the notice may have come while the workers were starting.
             return stint(trained_s, if warned { trained_s } else { kept_s }, seen.saves);
         }
         trained_s += next - now;
@@ -271,7 +271,7 @@ fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, 
             if used_s <= life_s {
                 return Stint { trained_s, kept_s: left_s, saves: seen.saves, used_s, complete: true };
             }
-            // The last save was cut off, unless a notice gave it the time.
+            // The last save was cut off, unless a notice gave it enough time.
             return stint(trained_s, if warned { trained_s } else { kept_s }, seen.saves);
         }
         if seen.saves > MOST_SAVES {
@@ -378,8 +378,8 @@ mod tests {
         assert_eq!(with(1.0, 19.0).goodput, none.goodput, "no save fits into 19 s");
     }
 
-    /// The agent counts a loss that was drained for no reason to save more often, and so does what is simulated: with
-    /// every loss announced, all that a policy ever sees is time.
+    /// For the agent, a drained loss is no reason to save more often, and the simulation does the same: if every loss
+    /// is announced, a policy only ever sees time.
     #[test]
     fn losses_that_were_announced_are_not_seen_as_losses() {
         let costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };

@@ -1,11 +1,11 @@
-//! Recorded machines: files that say when how many could be had.
+//! Recorded machines: files that list how many were available when.
 //!
 //! Two formats. JSON, as published with SkyPilot's spot traces: `{"metadata":{"gap_seconds":g},"data":[n, n, …]}`, the
-//! machines that could be had at every g seconds. CSV, as published with Bamboo: `milliseconds,add|remove,node` a line,
-//! in order of time. A gang of n nodes is up while there are n; with counts a drop below n interrupts it (its own nodes
-//! are taken to be the last to go), with names the loss of one of its own does, and the node that is there longest
-//! takes its place. Spares are not paid. A trace is read to its end and then once more from its start: its end counts
-//! as a loss. Nothing is stored; a file is read up to [`MAX_BYTES`].
+//! machines available at every g seconds. CSV, as published with Bamboo: `milliseconds,add|remove,node` per line, in
+//! order of time. A gang of n nodes is up while there are n; with counts a drop below n interrupts it (its own nodes
+//! are taken to be the last to go), with names the loss of one of its own does, and the node that has been there
+//! longest takes its place. Spares are not paid for. A trace is read to its end and then once more from its start: its
+//! end counts as a loss. Nothing is stored; a file is read up to [`MAX_BYTES`].
 
 use std::{
     fs::File,
@@ -40,12 +40,12 @@ pub enum TraceError {
         /// The file.
         path: PathBuf,
     },
-    /// It does not say what it should.
+    /// Its content is malformed.
     #[error("trace {path}: {what}")]
     Wrong {
         /// The file.
         path: PathBuf,
-        /// Where, and what was expected.
+        /// The place, and what was expected.
         what: String,
     },
 }
@@ -65,7 +65,7 @@ impl Explain for TraceError {
 /// When a gang was up, and for how long it was watched.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Trace {
-    /// From and until, seconds since its start; in order, none empty.
+    /// Begin and end of each, seconds since the trace's start; in order, none empty.
     up: Vec<(f64, f64)>,
     length_s: f64,
 }
@@ -125,7 +125,7 @@ impl Trace {
     }
 
     fn of_changes(text: &str, nodes: u32) -> Result<Self, String> {
-        // Machines that are there, the one that is there longest first: the first `nodes` are the gang.
+        // The machines present, the longest there first: the first `nodes` are the gang.
         let mut there: Vec<&str> = Vec::new();
         let (mut up, mut up_since, mut now) = (Vec::new(), None, 0.0);
         let mut first = None;
@@ -175,12 +175,12 @@ impl Trace {
         self.up.iter().map(|(start, end)| end - start).sum::<f64>() / self.up.len() as f64
     }
 
-    /// Times that it was up.
+    /// How often it was up.
     pub fn lives(&self) -> usize {
         self.up.len()
     }
 
-    /// The share of the time in which it was up.
+    /// The share of time in which it was up.
     pub fn up_share(&self) -> f64 {
         self.mean_life_s() * self.up.len() as f64 / self.length_s
     }
@@ -193,7 +193,7 @@ impl Trace {
     }
 }
 
-/// Where a replay stands.
+/// The position of a replay.
 struct Replay<'a> {
     trace: &'a Trace,
     next: usize,

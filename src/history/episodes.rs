@@ -1,4 +1,4 @@
-//! The story of each interruption: what was heard, what was done, what it cost.
+//! The story of each interruption: the notices, the response, the cost.
 //!
 //! Times within one interruption are of one machine's monotonic clock; those between machines are differences of their
 //! wall clocks.
@@ -15,28 +15,28 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum How {
-    /// It was asked to stop, and said what became of it.
+    /// It was asked to stop, and recorded the outcome.
     Stopped,
-    /// It ended without a word: killed, or cut off from the store.
+    /// It ended without a last record: killed, or cut off from the store.
     Vanished,
-    /// One of its workers died; the same machine carried on.
+    /// One of its workers died; the same machine continued.
     WorkerDied,
 }
 
-/// A notice, as the journal has it.
+/// A notice, as recorded in the journal.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Heard<'a> {
-    /// When, by the clock of the machine that heard it.
+    /// When, by the clock of the machine that received it.
     pub at: Timestamp,
-    /// What said so.
+    /// Its source.
     pub source: &'a str,
-    /// What it announced.
+    /// Its meaning.
     pub means: Means,
     /// Seconds left.
     pub deadline_s: Option<f64>,
 }
 
-/// What carried on.
+/// The generation that continued.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Next<'a> {
     /// The generation.
@@ -60,21 +60,21 @@ pub struct Episode<'a> {
     pub how: How,
     /// When it ended; of one that vanished, its last sign of life.
     pub at: Timestamp,
-    /// The last finished step, where it was said.
+    /// The last finished step, if recorded.
     pub step: Option<Step>,
-    /// The checkpoint that the run has carried on from, or can.
+    /// The checkpoint from which the run continued, or can.
     pub checkpoint: Option<Step>,
-    /// Finished steps that are done again, where that is known.
+    /// Finished steps that are done again, if known.
     pub lost_steps: Option<u64>,
-    /// Why it ended, where that was said.
+    /// Why it ended, if recorded.
     pub verdict: Option<&'a str>,
-    /// The notices that it heard.
+    /// The notices that it received.
     pub notices: Vec<Heard<'a>>,
     /// How the drain went, if there was one.
     pub drain: Option<&'a Drain>,
-    /// By how much the prediction was off, counted from when the plan was made: 0.1 is a tenth longer than expected.
+    /// The error of the prediction, counted from when the plan was made: 0.1 is a tenth longer than expected.
     pub prediction_error: Option<f64>,
-    /// What carried on.
+    /// The generation that continued.
     pub next: Option<Next<'a>>,
 }
 
@@ -87,9 +87,9 @@ pub struct Total<'a> {
     pub interruptions: usize,
     /// Steps that are done again, of those whose loss is known.
     pub lost_steps: u64,
-    /// Interruptions whose loss nobody could write down.
+    /// Interruptions whose loss was not recorded.
     pub unknown: usize,
-    /// Seconds in which nobody trained the run.
+    /// Seconds in which no machine trained the run.
     pub away_s: f64,
 }
 
@@ -104,8 +104,8 @@ pub fn total<'a>(state: &'a RunState, episodes: &[Episode<'_>]) -> Total<'a> {
     }
 }
 
-/// Every generation that ended before the run was done, the oldest first. One that is last and has not said how it
-/// ended may still be at work: it is none.
+/// Every generation that ended before the run was done, the oldest first. The last one, if it has not recorded its end,
+/// may still be at work: it is not included.
 pub fn episodes(state: &RunState) -> Vec<Episode<'_>> {
     let formations = state.formations();
     let mut episodes = Vec::new();
@@ -164,8 +164,8 @@ fn episode<'a>(
     }
 }
 
-/// How long what was planned was to take, and took, from when it was planned: the time before, which may have been
-/// trained in, is not the save's. `None`: nothing was expected, or the journal does not say when.
+/// How long the planned save was expected to take, and took, from when it was planned: the time before, which may have
+/// been used for training, does not belong to the save. `None`: nothing was expected, or the journal does not say when.
 pub fn carried_out(drain: &Drain) -> Option<(f64, Option<f64>)> {
     let planned = drain.planned_s?;
     let expected = drain.predicted_s.map(|at| at - planned).filter(|expected| *expected > 0.0)?;

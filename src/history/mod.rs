@@ -1,7 +1,7 @@
-//! A run's journal as people read it: how it stands, what each checkpoint became, the story of its interruptions.
+//! A run's journal as people read it: its status, the fate of each checkpoint, the story of its interruptions.
 //!
-//! Everything here is read from a [`RunState`]; nothing is stored or decided. Commands, and whatever shows a run, print
-//! what this says.
+//! Everything here is read from a [`RunState`]; nothing is stored or decided. Commands, and all other displays of a
+//! run, print these results.
 
 pub mod episodes;
 
@@ -17,7 +17,7 @@ use crate::{
     storage::Store,
 };
 
-/// Opens a run's journal for one who reads on in it. `root` is the store.
+/// Opens a run's journal for a reader that continues to read. `root` is the store.
 pub async fn open(root: &Store, run_id: &RunId) -> Result<Journal> {
     let journal = Journal::open(root.folder(run_id.as_str()), NodeId::random(), run_id.clone()).await;
     journal.context(format!("read journal of run {run_id}"))
@@ -34,12 +34,12 @@ pub async fn read(root: &Store, run_id: &RunId) -> Result<RunState> {
     journal::replay(&root.folder(run_id.as_str()), run_id).await.context(format!("read journal of run {run_id}"))
 }
 
-/// The checkpoint of a step, or the newest that is whole as far as sizes tell. Says which damaged ones were stepped
-/// over.
+/// The checkpoint of a step, or the newest that is whole as far as sizes show. Reports the damaged ones that were
+/// skipped.
 pub async fn choose(root: &Store, run_id: &RunId, step: Option<Step>) -> Result<(Store, Committed)> {
     let state = read(root, run_id).await?;
     let folder = root.folder(run_id.as_str());
-    // By itself only what the run as it stands consists of; by name also what it has turned away from.
+    // By default only checkpoints of the run's current line; by name also those that it has turned away from.
     let checkpoints = if step.is_some() { state.good() } else { state.candidates() };
     let candidates: Vec<Committed> = checkpoints.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect();
     if candidates.is_empty() {
@@ -58,13 +58,13 @@ pub async fn choose(root: &Store, run_id: &RunId, step: Option<Step>) -> Result<
     Ok((folder, committed))
 }
 
-/// What `bytes` cost in the store in a month by `checkpoint.price_per_gib_month`, US dollars.
+/// The store's monthly price of `bytes` by `checkpoint.price_per_gib_month`, US dollars.
 #[expect(clippy::cast_precision_loss, reason = "it is an estimate")]
 pub fn monthly_cost(state: &RunState, bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30) * config(state).checkpoint.price_per_gib_month
 }
 
-/// What became of a run, as far as its journal knows.
+/// The status of a run, as far as its journal knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Standing {
@@ -81,7 +81,7 @@ pub enum Standing {
 }
 
 impl Standing {
-    /// How a run stands.
+    /// The status of a run.
     pub fn of(state: &RunState) -> Self {
         match (state.outcome(), state.formed(), state.interruptions().last()) {
             (Outcome::Completed { .. }, ..) => Self::Completed,
@@ -103,13 +103,13 @@ impl Standing {
         }
     }
 
-    /// Whether nothing more comes by itself.
+    /// Whether nothing more happens by itself.
     pub fn is_end(self) -> bool {
         !matches!(self, Self::Created | Self::InProgress)
     }
 }
 
-/// A checkpoint and what became of it.
+/// A checkpoint and its status.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Checkpoint<'a> {
     /// The record.
@@ -119,7 +119,7 @@ pub struct Checkpoint<'a> {
     pub at: Timestamp,
     /// `good`, `damaged` or `pruned`.
     pub status: &'static str,
-    /// The damaged object and what is wrong with it.
+    /// The damaged object and its damage.
     pub damage: Option<&'a str>,
 }
 
@@ -158,11 +158,11 @@ impl<'a> From<&'a journal::Interruption> for Interruption<'a> {
 
 /// The configuration as it is now, with every change of a resume.
 pub fn config(state: &RunState) -> RunConfig {
-    // What was accepted once is accepted again; if this version thinks otherwise, what the run began with is shown.
+    // A setting accepted once is accepted again; if this version disagrees, the run's original configuration is shown.
     config::apply_overrides(state.config(), &state.overrides()).unwrap_or_else(|_| state.config().clone())
 }
 
-/// The last step that the journal names as finished, of the run as it stands.
+/// The last step that the journal names as finished, on the run's current line.
 pub fn last_step(state: &RunState) -> Option<Step> {
     let formed = state.formed()?;
     let of_this_generation = state.interruptions().iter().filter(|end| end.generation == formed.generation);
@@ -174,12 +174,12 @@ pub fn last_step(state: &RunState) -> Option<Step> {
     of_this_generation.map(|end| end.step).chain(ended).chain(newest).max()
 }
 
-/// Steps that were done again, or are to be, after interruptions.
+/// Steps that were or will be done again after interruptions.
 pub fn lost_steps(state: &RunState) -> u64 {
     state.interruptions().iter().map(|end| end.lost_steps).sum()
 }
 
-/// Times that workers were started again because one had died.
+/// How often workers were started again because one had died.
 pub fn worker_restarts(state: &RunState) -> u64 {
     state.formations().iter().filter(|formed| formed.reason == FormedReason::WorkerDied).count() as u64
 }

@@ -1,4 +1,4 @@
-//! Which record may be appended to a run in a given state, by whom: the rule book, without I/O.
+//! Which record may be appended to a run in a given state, and by whom: the rule book, without I/O.
 
 use super::{
     record::{Committed, Record, ResumePoint},
@@ -6,7 +6,7 @@ use super::{
 };
 use crate::ids::{Generation, NodeId};
 
-/// Why a record may not be appended.
+/// The reason why a record may not be appended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// The writer's generation is not the newest any more.
@@ -20,12 +20,13 @@ pub enum Refusal {
     Wrong(String),
 }
 
-/// Whether `record` may be the next one, written by a node that holds (has formed) the generation `held`.
+/// Checks whether `record` may be the next one, written by a node that holds (has formed) the generation `held`.
 ///
 /// 1. A writer that holds an older generation than the newest is fenced, whatever it writes; so is a record that speaks
 ///    for an older generation.
-/// 2. `committed`, `completed` and `failed` are for the holder of the newest generation. Anybody may write `notice` and
-///    `interrupted` for the newest generation, `damaged`, `cleared`, `pruned` (of one or of many), and `formed`.
+/// 2. Only the holder of the newest generation may write `committed`, `completed` and `failed`. Anybody may write
+///    `notice` and `interrupted` for the newest generation, `damaged`, `cleared`, `pruned` (of one or of many), and
+///    `formed`.
 /// 3. A (step, generation) pair is committed once. Generations rise. `created` is the first record only.
 /// 4. After `completed` or `failed` only `damaged`, `cleared`, `pruned` and `formed` come.
 /// 5. A generation resumes from a good checkpoint, or from the beginning if nothing was ever committed: no run starts
@@ -34,8 +35,8 @@ pub enum Refusal {
 ///    open.
 /// 7. A run completes at a step that is its newest good checkpoint.
 /// 8. A good checkpoint is condemned (`damaged`) only while another one of the run as it stands is good, and never the
-///    one that was read whole last ([`RunState::spared`]). `cleared` takes a verdict back; of a pruned checkpoint there
-///    is nothing left to clear.
+///    one most recently read as whole ([`RunState::spared`]). `cleared` withdraws a verdict; a pruned checkpoint can't
+///    be cleared.
 pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Result<(), Refusal> {
     let wrong = |reason: String| Err(Refusal::Wrong(reason));
     let speaks_for = match record {

@@ -1,9 +1,9 @@
-//! All checkpoints that a run ever committed: cheap to look up, to copy, and to skim for the few that are still good.
+//! All checkpoints that a run ever committed: cheap to look up, to copy, and to scan for the few that are still good.
 //!
 //! A journal's `committed` records come with generations that never fall, so the list is in order of generation as it
-//! grows; within a generation steps nearly always rise, too. Where they do, everything here is a binary search; where a
-//! journal says otherwise, a scan of that generation. The list lies in chunks that copies share: a copy costs a pointer
-//! a chunk, and an addition to one of the copies at most one chunk.
+//! grows; within a generation steps nearly always rise, too. If they do, everything here is a binary search; if not, a
+//! scan of that generation. The list consists of chunks that copies share: a copy costs one pointer per chunk, and an
+//! addition to one of the copies at most one chunk.
 
 use std::{
     ops::{Index, Range},
@@ -16,7 +16,7 @@ use crate::ids::{Generation, Step};
 /// Checkpoints in one chunk.
 const CHUNK: usize = if cfg!(test) { 4 } else { 256 };
 
-/// The order in which they are looked up.
+/// The key of the order.
 type Key = (Generation, Step);
 
 #[derive(Clone, Debug, PartialEq)]
@@ -33,9 +33,9 @@ struct Chunk {
 pub struct Checkpoints {
     chunks: Vec<Arc<Chunk>>,
     len: usize,
-    /// Some generation has committed a lower step after a higher one.
+    /// Whether some generation has committed a lower step after a higher one.
     astray: bool,
-    /// One whose status may just have been changed, and whether it was good before.
+    /// A checkpoint whose status may just have changed, and whether it was good before.
     touched: Option<(usize, usize, bool)>,
 }
 
@@ -53,7 +53,7 @@ impl Checkpoints {
         self.chunks.iter().flat_map(|chunk| chunk.items.iter())
     }
 
-    /// Each with the one that was committed next.
+    /// Each with the one committed next.
     pub fn pairs(&self) -> impl Iterator<Item = (&Checkpoint, &Checkpoint)> {
         self.iter().zip(self.iter().skip(1))
     }
@@ -104,14 +104,14 @@ impl Checkpoints {
         Box::new(found.into_iter())
     }
 
-    /// The chunks in which a generation's may lie.
+    /// The chunks that may hold a generation's checkpoints.
     fn chunks_of(&self, generation: Generation) -> Range<usize> {
         let first = self.chunks.partition_point(|chunk| chunk.keys.1.0 < generation);
         let end = self.chunks.partition_point(|chunk| chunk.keys.0.0 <= generation);
         first..end.max(first)
     }
 
-    /// Where one lies.
+    /// The position of one.
     fn place(&self, step: Step, generation: Generation) -> Option<(usize, usize)> {
         let wanted = (generation, step);
         if self.astray {
@@ -128,7 +128,7 @@ impl Checkpoints {
         self.place(step, generation).map(|(chunk, at)| &self.chunks[chunk].items[at])
     }
 
-    /// One whose status is to change; [`settle`](Self::settle) when it has.
+    /// A checkpoint whose status is to change; call [`settle`](Self::settle) when it has.
     pub(super) fn get_mut(&mut self, step: Step, generation: Generation) -> Option<&mut Checkpoint> {
         self.settle();
         let (chunk, at) = self.place(step, generation)?;
@@ -137,7 +137,7 @@ impl Checkpoints {
         Some(checkpoint)
     }
 
-    /// Counts anew what may have changed.
+    /// Recounts the good ones after such a change.
     pub(super) fn settle(&mut self) {
         if let Some((chunk, at, before)) = self.touched.take() {
             let now = is_good(&self.chunks[chunk].items[at]);

@@ -1,4 +1,4 @@
-//! Verdicts on checkpoints, and what spares one: one machine's doubt must not cost a run what is whole.
+//! Verdicts on checkpoints, and what spares one: one machine's doubt must not cost a run its whole checkpoints.
 
 use jiff::Timestamp;
 
@@ -7,19 +7,19 @@ use super::{
     state::{CheckpointStatus, Formation, RunState},
 };
 
-/// A verdict that was taken back.
+/// A verdict that was withdrawn.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Clearance {
     /// Number of its record.
     pub number: u64,
     /// When, by its writer's clock.
     pub at: Timestamp,
-    /// The checkpoint that was read whole.
+    /// The checkpoint that was read as whole.
     pub point: ResumePoint,
 }
 
 impl RunState {
-    /// The good checkpoint that was read whole last, as far as records tell: one that was cleared, or one that a
+    /// The good checkpoint most recently read as whole, as far as records show: one that was cleared, or one that a
     /// generation resumed from which has trained since.
     pub fn last_verified(&self) -> Option<ResumePoint> {
         let is_good = |point: &ResumePoint| {

@@ -1,4 +1,4 @@
-//! What can go wrong with a journal, and what to do about it.
+//! The errors of a journal, and what to do about them.
 
 use crate::{
     error::{Explain, Kind},
@@ -7,7 +7,7 @@ use crate::{
     storage::StorageError,
 };
 
-/// What can go wrong with a journal.
+/// The errors of a journal.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The run id is taken.
@@ -34,22 +34,22 @@ pub enum JournalError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A record is nothing that can be read, and is so when it is read again.
+    /// A record can't be read, and still can't when it is read again.
     #[error("journal record {object} {reason}")]
     Garbled {
         /// The object.
         object: String,
         /// What it is instead.
         reason: String,
-        /// There is none after it.
+        /// Whether no record follows it.
         last: bool,
     },
     /// A summary of the journal contradicts the records, which are right.
     #[error("{object} disagrees with the records of the journal: {reason}")]
     Disagrees {
-        /// The summary.
+        /// The summary's key.
         object: String,
-        /// In what.
+        /// The contradiction.
         reason: String,
     },
     /// A record was written by a newer version of this program.
@@ -77,12 +77,12 @@ pub enum JournalError {
         generation: Generation,
     },
     /// A checkpoint was committed, damaged, cleared or pruned, or the run ended, while a generation was about to be
-    /// formed: choose its resume point again from the state as it is now.
+    /// formed: choose its resume point again from the current state.
     #[error("the run went on while generation {generation} was about to be formed: {what}")]
     Moved {
         /// The generation that was not formed.
         generation: Generation,
-        /// What has happened.
+        /// The change.
         what: String,
     },
     /// The record would contradict the run's state.
@@ -158,7 +158,7 @@ impl Explain for JournalError {
     }
 }
 
-/// How an older version of an object is found.
+/// How to restore an older version of an object.
 fn restore(object: &str) -> String {
     let versions = object.strip_prefix("s3://").and_then(|rest| rest.split_once('/')).map(|(bucket, key)| {
         format!(", or from an older version: `aws s3api list-object-versions --bucket {bucket} --prefix {key}`")
@@ -166,7 +166,7 @@ fn restore(object: &str) -> String {
     format!("restore the object from a copy{}", versions.unwrap_or_default())
 }
 
-/// What moves an object to a name that is no record's.
+/// How to move an object to a name that is no record's.
 fn aside(object: &str) -> String {
     let (command, path) = match object.split_once("://") {
         Some(("s3", _)) => ("aws s3 mv", object),

@@ -23,10 +23,10 @@ use crate::{
     storage::{CreateOutcome, StorageError, Store},
 };
 
-/// Runs looked at at once.
+/// Runs checked at once.
 const RUNS_AT_ONCE: usize = 16;
 
-/// What a new generation is to be; see [`Record::Formed`].
+/// A new generation to be formed; see [`Record::Formed`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Formed {
     /// The nodes, the leader first.
@@ -43,11 +43,11 @@ pub struct Formed {
     pub data: Option<DatasetId>,
 }
 
-/// An append that was begun and whose end is not known.
+/// An append that was begun but whose outcome is not known.
 #[derive(Debug)]
 struct Unsettled {
     entry: Entry,
-    /// Where it was found to stand.
+    /// The number under which it was found.
     number: Option<u64>,
 }
 
@@ -61,7 +61,7 @@ pub struct Journal {
     /// The newest generation that this node has formed through this journal.
     held: Option<Generation>,
     unsettled: Option<Unsettled>,
-    /// Writes a summary; see [`super::summary`].
+    /// The task that writes a summary; see [`super::summary`].
     summary: Option<JoinHandle<()>>,
 }
 
@@ -101,7 +101,7 @@ impl Journal {
         Ok(Self::new(store, node, state))
     }
 
-    /// The same where `state` was read from there before: reads on.
+    /// The same, if `state` was read from there before: reads on.
     pub async fn follow(store: Store, node: NodeId, state: RunState) -> Result<Self, JournalError> {
         let mut journal = Self::new(store, node, state);
         journal.refresh().await?;
@@ -123,7 +123,7 @@ impl Journal {
         self.held
     }
 
-    /// Reads on to the end; says how many records were new.
+    /// Reads on to the end; returns the number of new records.
     pub async fn refresh(&mut self) -> Result<u64, JournalError> {
         let before = self.state.next();
         while let Some((entry, body)) = read(&self.store, self.state.next()).await? {
@@ -132,7 +132,7 @@ impl Journal {
         Ok(self.state.next() - before)
     }
 
-    /// Appends a record other than `created` and `formed`; gives its number.
+    /// Appends a record other than `created` and `formed`; returns its number.
     ///
     /// [`JournalError::Fenced`]: another generation was formed since; stop. [`JournalError::Storage`]: it is not known
     /// whether the record stands; appending the same record again settles it, without writing it twice. A `committed`
@@ -145,8 +145,8 @@ impl Journal {
         self.append_if(record, |_, _| Ok(())).await
     }
 
-    /// Appends what `make` makes of the state that the record will stand on: it is made anew when a `committed` came in
-    /// between. So no record that says what was lost contradicts a commit whose answer was late.
+    /// Appends the record that `make` builds from the state before it: it is built anew if a `committed` came in
+    /// between. So no record of lost steps contradicts a commit whose answer was late.
     pub async fn append_made(&mut self, make: impl Fn(&RunState) -> Record) -> Result<u64, JournalError> {
         loop {
             let record = make(&self.state);
@@ -164,7 +164,7 @@ impl Journal {
         }
     }
 
-    /// The commit that was begun last, if it is not known whether it stands.
+    /// The commit begun last, if it is not known whether it stands.
     pub fn doubtful(&self) -> Option<&Committed> {
         match &self.unsettled {
             Some(Unsettled { entry: Entry { record: Record::Committed(committed), .. }, number: None }) => {
@@ -176,7 +176,7 @@ impl Journal {
 
     /// Forms the next generation, which fences all older ones; this node holds it from then on.
     ///
-    /// `formed` is chosen from [`state`](Self::state) as it stands at the call. If the run went on in the meantime, the
+    /// `formed` is chosen from [`state`](Self::state) as it stands at the call. If the run has gone on meanwhile, the
     /// choice may be wrong, and nothing is formed: [`JournalError::Overtaken`] if another node formed a generation
     /// (look at its heartbeat), [`JournalError::Moved`] if a checkpoint came or went, or the run ended (choose again).
     /// The state is up to date after either.
@@ -197,7 +197,7 @@ impl Journal {
                 Ok(generation)
             }
             Err(JournalError::Fenced { node, generation }) => Err(JournalError::Overtaken { node, generation }),
-            // Of several, the newest is the one whose heartbeat is worth a look.
+            // Of several, the newest is the one whose heartbeat matters.
             Err(error @ (JournalError::Overtaken { .. } | JournalError::Moved { .. })) => {
                 Err(match self.state.formed() {
                     Some(newest) if newest.generation >= generation => {
@@ -210,8 +210,8 @@ impl Journal {
         }
     }
 
-    /// Appends `record` at the first free number, as long as the rules admit it there and `still_right` lets pass every
-    /// record that came before it unexpectedly.
+    /// Appends `record` at the first free number, as long as the rules admit it there and `still_right` accepts every
+    /// record that unexpectedly came before it.
     async fn append_if(
         &mut self,
         record: Record,
@@ -235,7 +235,7 @@ impl Journal {
             admit(&self.state, self.held, &entry.record).map_err(|refusal| refused(&entry.record, refusal))?;
             before_append(&entry.record)?;
             let number = self.state.next();
-            // Before the request: the future may be dropped, and the request succeed.
+            // Before the request: the future may be dropped, and the request still succeed.
             self.unsettled = Some(Unsettled { entry: entry.clone(), number: None });
             match self.store.create(&layout::journal_entry(number), body.clone()).await? {
                 CreateOutcome::Created => {
@@ -262,8 +262,8 @@ impl Journal {
         }
     }
 
-    /// The number of the record that has committed the very manifest that `record` is about. A manifest is created once
-    /// and carries its attempt, so this is the same commit; a save that is tried again differs in its times only.
+    /// The number of the record that has committed the very manifest of `record`. A manifest is created once and
+    /// carries its attempt, so this is the same commit; a repeated save differs only in its times.
     fn committed_as(&self, record: &Record) -> Option<u64> {
         let Record::Committed(wanted) = record else { return None };
         let stands = self.state.checkpoint(wanted.step, wanted.generation)?;
@@ -272,7 +272,7 @@ impl Journal {
         same(&stands.committed).then_some(stands.number)
     }
 
-    /// `entry` stands under `number`, and is applied.
+    /// `entry` has the number `number`, and is applied.
     fn settled(&mut self, entry: &Entry, number: u64) -> Result<u64, JournalError> {
         self.unsettled = None;
         faults::check("journal.after-append", at(&entry.record))?;
@@ -280,9 +280,9 @@ impl Journal {
         Ok(number)
     }
 
-    /// Has the summaries written that are due now that all records before `next` stand. Nobody waits for that.
+    /// Starts writing the summaries that are due now that all records before `next` stand. Nothing waits for that.
     fn sum_up(&mut self, next: u64) {
-        // What is left out while one is written, or comes to nothing, is caught up with by the next.
+        // The next summary makes up for any that were skipped meanwhile, or failed.
         if self.summary.as_ref().is_none_or(JoinHandle::is_finished)
             && let Some(due) = self.state.tail.due(next)
         {
@@ -299,13 +299,13 @@ impl Journal {
         }
     }
 
-    /// The same knowledge, on another store.
+    /// The same state, on another store.
     #[cfg(test)]
     pub(super) fn moved_to(self, store: Store) -> Self {
         Self { store, ..self }
     }
 
-    /// Takes in the next record as it was read; gives it. One that contradicts those before it is read once more.
+    /// Applies the next record as it was read; returns it. One that contradicts those before it is read once more.
     async fn apply_read(&mut self, entry: Entry, body: Bytes) -> Result<Entry, JournalError> {
         let number = self.state.next();
         let Err(error) = self.apply(entry.clone(), body.clone()) else { return Ok(entry) };
@@ -314,7 +314,7 @@ impl Journal {
         Ok(entry)
     }
 
-    /// Takes in the next record, and notes when it is one of ours that had been given up.
+    /// Applies the next record, and notes if it is one of ours that had been given up.
     fn apply(&mut self, entry: Entry, body: Bytes) -> Result<(), JournalError> {
         let number = self.state.next();
         let ours = self.unsettled.as_ref().is_some_and(|unsettled| unsettled.entry.attempt == entry.attempt);
@@ -381,7 +381,7 @@ fn refused(record: &Record, refusal: Refusal) -> JournalError {
     }
 }
 
-/// The URI of the store that a run's folder lies in.
+/// The URI of the store that holds a run's folder.
 pub(super) fn parent(uri: &str) -> String {
     uri.rsplit_once('/').map_or_else(|| uri.to_owned(), |(store, _)| store.to_owned())
 }

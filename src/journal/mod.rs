@@ -1,10 +1,10 @@
-//! The run's numbered, create-once records: the only authority on what is true of the run.
+//! The run's numbered, create-once records: the only authority on the run.
 //!
 //! Stored layout: `<run>/journal/<20 digits>.json`, numbered from 0 without a gap, each one [`Entry`]. Records are only
-//! ever created, never changed, never deleted while the run lives. [`RunState`] is what they say when read in order;
+//! ever created, never changed, never deleted while the run lives. [`RunState`] is the result of reading them in order;
 //! [`Journal`] reads and appends, [`JournalWriter`] is the task that owns it while an agent lives; [`admit`] is the
-//! rule book. Beside them lie summaries (`summary`), which hold the same records in few objects, so that a long journal
-//! opens fast; the records alone decide.
+//! rule book. Beside them are summaries (`summary`), which hold the same records in few objects, so that a long journal
+//! opens fast; only the records decide.
 //!
 //! Invariants
 //! - **One order.** A record is appended by creating the next number, which succeeds for one writer only, and only
@@ -13,13 +13,13 @@
 //!   finds its number taken, reads the newer `formed`, and gets [`JournalError::Fenced`]. Two writers can't both
 //!   commit.
 //! - **No clock, no listing, no heartbeat** decides anything here; `at` is for people.
-//! - A record that breaks these rules is not believed when it is read either: [`JournalError::Damaged`] names the
+//! - A record that breaks these rules is not accepted when it is read, either: [`JournalError::Damaged`] names the
 //!   object.
 //!
 //! Crash: a record stands or does not. Retry: an append whose answer was lost is ours if our attempt id is in the body;
-//! after an error, appending the same record again settles it and never writes it twice. Cancel: dropping an append
-//! is like losing its answer. A request that was given up may still land later; then the record stands, so what a
-//! failed `committed` names must not be deleted without asking the journal again.
+//! after an error, appending the same record again settles it and never writes it twice. Cancel: dropping an append is
+//! like losing its answer. A request that was given up may still land later; then the record stands, so the objects
+//! that a failed `committed` names must not be deleted without asking the journal again.
 
 mod admit;
 mod checkpoints;

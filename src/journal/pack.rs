@@ -1,14 +1,14 @@
-//! Records in little room, for [`super::summary`]: the two kinds that a long run writes by the hundred thousand as
-//! columns of numbers, all others as the very bytes that stand in the store. Pure.
+//! Packed records, for [`super::summary`]: the two kinds that a long run writes by the hundred thousand are columns of
+//! numbers, all others are the very bytes in the store. Pure.
 //!
 //! Stored layout: a *block* is `length of the rest (u32), CRC64 of the rest (u64), rows`, a *row* is `CRC64 of the
-//! record's bytes (u64), tag`, and what the tag says: 0 the bytes themselves, 1 a `committed`, 2 a `pruned` of one
+//! record's bytes (u64), tag`, and a content by the tag: 0 the bytes themselves, 1 a `committed`, 2 a `pruned` of one
 //! checkpoint. Numbers with a fixed width are little-endian; the others are LEB128, signed ones zigzag. Times, steps,
-//! generations and sizes are differences to the row before. A block stands by itself.
+//! generations and sizes are differences to the row before. A block is self-contained.
 //!
-//! Invariant: what [`pack`] gives has been unpacked again and is, row for row, the stored bytes: a record that JSON
-//! spells in another way than this program would, or with a field that it does not know, is kept as it is. Only the
-//! attempt id of a row with tag 1 or 2 is left out; nothing asks for it once a record is read.
+//! Invariant: the result of [`pack`] has been unpacked again and equals, row for row, the stored bytes: a record whose
+//! JSON this program would spell differently, or with a field that it does not know, is kept as it is. Only the attempt
+//! id of a row with tag 1 or 2 is left out; nothing needs it once a record is read.
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -26,24 +26,24 @@ const PRUNED: u8 = 2;
 /// Before the rows: their length and their checksum.
 const HEAD: usize = 12;
 
-/// One record that was packed.
+/// One packed record.
 #[derive(Debug)]
 pub(super) struct Row {
-    /// Of the bytes that stand in the store.
+    /// Of the bytes in the store.
     pub crc64: Crc64,
     pub entry: Entry,
 }
 
-/// Why a block is not one.
+/// Why a block can't be read.
 #[derive(Debug)]
 pub(super) enum Unreadable {
     /// A record in it has a newer format.
     Newer,
-    /// It is damaged, in these words.
+    /// It is damaged; the text says how.
     Garbled(&'static str),
 }
 
-/// What differences are counted from.
+/// The values that differences are counted from.
 #[derive(Default)]
 struct Before {
     at: i128,
@@ -58,7 +58,7 @@ fn no_attempt() -> Result<AttemptId, Unreadable> {
     AttemptId::new("summary").map_err(|_| Unreadable::Garbled("no attempt"))
 }
 
-/// A block of these records; `None` if it does not read back as what went in.
+/// A block of these records; `None` if it does not read back as the input.
 pub(super) fn pack<'a>(records: impl Iterator<Item = (&'a Entry, &'a Bytes)> + Clone) -> Option<Bytes> {
     let mut rows = Vec::new();
     let mut before = Before::default();

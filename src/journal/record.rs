@@ -1,9 +1,9 @@
 //! The records of a run's journal.
 //!
-//! Stored layout: one JSON object a record, `journal/<20 digits>.json`:
-//! `{"format":1,"attempt":"<32 hex>","at":"<RFC 3339>","node":"<node id>","record":{"kind":"committed",…}}`.
-//! `at` is for people: no decision reads it. Fields may be added with a serde default, never renamed or removed.
-//! A float that JSON has no number for (a loss may well be NaN) is the text `"NaN"`, `"inf"` or `"-inf"`.
+//! Stored layout: one JSON object a record, `journal/<20 digits>.json`: `{"format":1,"attempt":"<32 hex>","at":"<RFC
+//! 3339>","node":"<node id>","record":{"kind":"committed",…}}`. `at` is for people: no decision reads it. Fields may be
+//! added with a serde default, never renamed or removed. A float that is no JSON number (a loss may well be NaN) is the
+//! text `"NaN"`, `"inf"` or `"-inf"`.
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -17,7 +17,7 @@ use crate::{
 /// ([`Record::format`]), so that an older program reads a journal up to the first record that is new to it.
 pub const FORMAT: u32 = 2;
 
-/// The longest record that is believed or written: the first one carries the configuration and a model's `config.json`.
+/// The longest record that is accepted or written: the first one carries the configuration and a model's `config.json`.
 pub const MAX_ENTRY: u64 = 4 << 20;
 
 /// Why an object is not a journal record.
@@ -37,15 +37,15 @@ pub enum InvalidEntry {
 /// One numbered object of the journal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Version of this layout; readers refuse a higher one.
+    /// The version of this layout; readers refuse a higher one.
     pub format: u32,
-    /// Who wrote it, to the attempt: settles an append whose answer was lost.
+    /// The writer and its attempt: settles an append whose answer was lost.
     pub attempt: AttemptId,
     /// The writer's wall clock.
     pub at: Timestamp,
     /// The writer.
     pub node: NodeId,
-    /// What is now true.
+    /// The content.
     pub record: Record,
 }
 
@@ -57,7 +57,7 @@ impl Entry {
             format: u32,
         }
         let garbled = |error: serde_json::Error| InvalidEntry::Garbled(error.to_string());
-        // First, since a newer layout need not look like this one in any other way.
+        // First, since a newer layout need not resemble this one in anything else.
         let Version { format } = serde_json::from_slice(body).map_err(garbled)?;
         if format > FORMAT {
             return Err(InvalidEntry::Newer { found: format });
@@ -76,7 +76,7 @@ impl Entry {
     }
 }
 
-/// What a journal entry says.
+/// The content of a journal entry.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Record {
@@ -103,19 +103,19 @@ pub enum Record {
         /// Why this generation was formed.
         #[serde(default)]
         reason: FormedReason,
-        /// The data that it is trained on; `None`: not written down, in journals of earlier versions.
+        /// The data that it is trained on; `None`: not recorded, in journals of earlier versions.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         data: Option<DatasetId>,
     },
     /// A checkpoint exists.
     Committed(Committed),
-    /// A warning came that a node goes away.
+    /// A notice: a node may go away.
     Notice {
-        /// The generation that heard it.
+        /// The generation that received it.
         generation: Generation,
-        /// What said so: `sigterm`, `aws-spot`, …
+        /// Its source: `sigterm`, `aws-spot`, …
         source: String,
-        /// Seconds left when it was heard, where known.
+        /// Seconds left when it was received, if known.
         #[serde(default, with = "float::option")]
         deadline_s: Option<f64>,
         /// What it announces.
@@ -130,9 +130,9 @@ pub enum Record {
         step: Step,
         /// The newest checkpoint's step.
         committed: Option<Step>,
-        /// `step` less `committed`: what is done again.
+        /// `step` less `committed`: the steps to do again.
         lost_steps: u64,
-        /// Why, and what became of the emergency save.
+        /// Why, and the outcome of the emergency save.
         verdict: String,
         /// How the drain went, if there was one.
         #[serde(default)]
@@ -210,19 +210,19 @@ pub struct Committed {
     pub cost: SaveCost,
 }
 
-/// What one save cost, in seconds; the slowest rank's.
+/// The cost of one save, in seconds; the slowest rank's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SaveCost {
-    /// The train loop waited.
+    /// How long the train loop waited.
     #[serde(with = "float")]
     pub stall_s: f64,
-    /// Copying into the images took, hidden or not.
+    /// How long copying into the images took, hidden or not.
     #[serde(with = "float")]
     pub copy_s: f64,
     /// From the end of the step to the `committed` record.
     #[serde(with = "float")]
     pub durable_s: f64,
-    /// From the `formed` record of its generation to this one, by a clock that nobody sets; 0: not known.
+    /// From the `formed` record of its generation to this one, by a monotonic clock; 0: not known.
     #[serde(default, with = "float", skip_serializing_if = "is_unknown")]
     pub lived_s: f64,
 }
@@ -240,26 +240,26 @@ pub enum Means {
     /// Somebody asks the run to stop.
     #[default]
     Stop,
-    /// The machine is likelier than others to go away.
+    /// The machine is more likely than others to go away.
     Rebalance,
 }
 
-/// What a drain set out to do.
+/// The plan of a drain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DrainPlan {
     /// Save the newest step whole.
     FullSave,
-    /// A save of the newest step is under way: only the rest of it is missing.
+    /// A save of the newest step is under way: finish it.
     OnlyMissing,
     /// There is no time for the newest step: finish the save that is under way.
     FinishInFlight,
-    /// There is no time for any save: what has been done since the newest checkpoint will be lost.
+    /// There is no time for any save: the steps since the newest checkpoint will be lost.
     StopEarly,
 }
 
 impl DrainPlan {
-    /// As it is stored.
+    /// The name as stored.
     pub const fn name(self) -> &'static str {
         match self {
             Self::FullSave => "full_save",
@@ -270,29 +270,28 @@ impl DrainPlan {
     }
 }
 
-/// How a drain went: what was expected of it, and what came of it. Times are seconds from the moment at which the
-/// notice was heard.
+/// How a drain went: expected and actual. Times are seconds from the moment at which the notice was received.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Drain {
-    /// What was heard: `aws-spot`, `sigterm`, …
+    /// The source of the notice: `aws-spot`, `sigterm`, …
     pub source: String,
-    /// Time that was left when it was heard, where known.
+    /// The time left when it was received, if known.
     #[serde(default, with = "float::option")]
     pub deadline_s: Option<f64>,
     /// The last plan that was made.
     pub plan: DrainPlan,
-    /// Why that plan, in words and figures.
+    /// Why that plan, in words and numbers.
     pub reason: String,
-    /// The plan was made, seconds from the notice: time to spare is trained in first. `None`: not written down.
+    /// When the plan was made, seconds from the notice: spare time is first used for training. `None`: not recorded.
     #[serde(default, with = "float::option")]
     pub planned_s: Option<f64>,
-    /// The last step was to be durable; `None`: nothing was to be saved, or nothing was known of its cost.
+    /// When the last step was expected to be durable; `None`: nothing was to be saved, or its cost was not known.
     #[serde(default, with = "float::option")]
     pub predicted_s: Option<f64>,
-    /// It was durable; `None`: it never was.
+    /// When it was durable; `None`: it never was.
     #[serde(default, with = "float::option")]
     pub actual_s: Option<f64>,
-    /// What happened when, in order.
+    /// The events, in order.
     #[serde(default)]
     pub timeline: Vec<Happened>,
 }
@@ -303,7 +302,7 @@ pub struct Happened {
     /// Seconds from the notice.
     #[serde(with = "float")]
     pub after_s: f64,
-    /// What happened, a short sentence without a full stop.
+    /// The event, a short sentence without a full stop.
     pub what: String,
 }
 

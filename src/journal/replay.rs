@@ -1,17 +1,16 @@
-//! Reading a journal from its first record to its end, with as few requests as there are: through summaries, then
-//! record by record.
+//! Reading a journal from its first record to its end, with as few requests as possible: through summaries, then record
+//! by record.
 //!
-//! Where the end is: a record is created only by who has read, or created, the one before it. So the first number that
-//! is not taken is the end, unless an object was lost, and that must not pass for the end: what is appended there would
-//! contradict what stands behind it.
-//! - A journal of less than [`PAGE`] objects is listed whole: every gap in it is an error, however wide.
-//! - Of a longer one, what comes after the newest summary is listed (on a cloud, where a listing can begin in the
+//! Where the end is: a writer creates a record only after it has read, or created, the one before it. So the first free
+//! number is the end, unless an object was lost. A lost object must not pass for the end: a record appended there would
+//! contradict those behind it.
+//! - A journal of fewer than [`PAGE`] objects is listed whole: every gap in it is an error, however wide.
+//! - Of a longer one, the part after the newest summary is listed (on a cloud, where a listing can begin in the
 //!   middle), so any gap from there on is an error, too. On `file://`, where it can't, the next [`PROBES`] numbers are
-//!   looked at each time a number is not taken: a gap of less than [`PROBES`] records is an error, and a wider one is
-//!   taken for the end. That takes the loss of every one of so many files, and whoever wrote the summaries behind them
-//!   would have had to lose those as well.
-//! - Records that a summary holds are not looked for, but for those that it is compared with ([`super::summary`]). That
-//!   one of them was lost shows in `verify --all --deep` ([`audit`]), and harms nothing before.
+//!   checked each time a number is free: a gap of fewer than [`PROBES`] records is an error, and a wider one is taken
+//!   for the end. That mistake requires the loss of all of these files, and of any summaries behind them as well.
+//! - Records that a summary holds are not read, except those that it is compared with ([`super::summary`]). The loss of
+//!   one shows in `verify --all --deep` ([`audit`]), and is harmless until then.
 
 use std::collections::BTreeSet;
 
@@ -38,7 +37,7 @@ const READ_AHEAD: usize = 16;
 const SUMMARIES: usize = 4;
 /// Objects in a page of a listing, as S3 and most others give them out.
 const PAGE: usize = 1000;
-/// Numbers that are looked at behind one that is not taken.
+/// Numbers that are checked behind a free one.
 const PROBES: u64 = 32;
 
 /// Reads the journal of the run in its folder `store`.
@@ -46,8 +45,8 @@ pub async fn replay(store: &Store, run_id: &RunId) -> Result<RunState, JournalEr
     replay_by(store, run_id, SPANS).await
 }
 
-/// The same with summaries of these lengths. Records and summaries that disagree are read once more: what did not may
-/// have been garbled on its way.
+/// The same with summaries of these lengths. Records and summaries that disagree are read once more: one of them may
+/// have been garbled in transfer.
 pub(super) async fn replay_by(store: &Store, run_id: &RunId, spans: Spans) -> Result<RunState, JournalError> {
     match replay_once(store, run_id, spans).await {
         Err(JournalError::Disagrees { .. }) => replay_once(store, run_id, spans).await,
@@ -63,7 +62,7 @@ async fn replay_once(store: &Store, run_id: &RunId, spans: Spans) -> Result<RunS
             stretch = spans.first();
             continue;
         }
-        // None begins here. Whoever wrote no summaries may have left out many: it is asked for them ever more seldom.
+        // None begins here. Earlier writers without summaries may have left out many: ask for them ever more seldom.
         let next = replay.state.next();
         if !replay.records((next / stretch + 1) * stretch).await? {
             break;
@@ -74,17 +73,17 @@ async fn replay_once(store: &Store, run_id: &RunId, spans: Spans) -> Result<RunS
     Ok(replay.state)
 }
 
-/// Reads every record, and holds the summaries against them; gives how many there are. What is no summary is said, and
-/// passed over.
+/// Reads every record, and checks the summaries against them; returns the number of records. Objects that are no
+/// summaries are reported and skipped.
 pub async fn audit(store: &Store, run_id: &RunId) -> Result<usize, JournalError> {
     audit_by(store, run_id, SPANS).await
 }
 
 /// The same with summaries of these lengths.
 pub(super) async fn audit_by(store: &Store, run_id: &RunId, spans: Spans) -> Result<usize, JournalError> {
-    // Nothing is summed up for good, so all blocks stay.
+    // No summary is final here, so all blocks stay.
     let whole = Spans(if spans == SPANS { &[16, u64::MAX] } else { &[2, u64::MAX] });
-    // First: what is written later may hold records that are not read here.
+    // First: summaries written later may hold records that are not read here.
     let summaries = store.list(layout::SUMMARIES).await?;
     let mut replay = Replay::begin(store, run_id, whole).await?;
     replay.records(u64::MAX).await?;
@@ -119,7 +118,7 @@ pub(super) async fn audit_by(store: &Store, run_id: &RunId, spans: Spans) -> Res
     Ok(good)
 }
 
-/// As text: no two floats that are no numbers are equal.
+/// As text: NaN does not equal NaN.
 fn is_same(a: &Entry, b: &Entry) -> bool {
     let text = |entry: &Entry| serde_json::to_vec(&(&entry.at, &entry.node, &entry.record)).ok();
     a.format == b.format && text(a) == text(b)
@@ -130,11 +129,11 @@ struct Replay<'a> {
     state: RunState,
     /// The sum of record 0.
     first: Crc64,
-    /// The highest record that was seen in a listing.
+    /// The highest record seen in a listing.
     last: Option<u64>,
-    /// The listing went to the end.
+    /// Whether the listing went to the end.
     listed: bool,
-    /// Summaries that are of no use.
+    /// Summaries that are unusable.
     useless: BTreeSet<u64>,
     /// The newest summary's end, and its last record's sum.
     newest: Option<(u64, Crc64)>,
@@ -166,7 +165,7 @@ impl<'a> Replay<'a> {
         Ok(Self { store, state, first, last, listed, useless: BTreeSet::new(), newest: None, whole: None })
     }
 
-    /// Reads on through the summaries that begin here; whether there was one.
+    /// Reads on through the summaries that begin here; returns whether there was one.
     async fn summaries(&mut self) -> Result<bool, JournalError> {
         let spans = self.state.tail.spans();
         let at = if self.state.next() == 1 { 0 } else { self.state.next() };
@@ -197,7 +196,7 @@ impl<'a> Replay<'a> {
         Ok(false)
     }
 
-    /// The ends of the summaries in a folder. One that can't be listed has none.
+    /// The ends of the summaries in a folder; none if it can't be listed.
     async fn ends(&self, folder: &str) -> BTreeSet<u64> {
         match self.store.list(folder).await {
             Ok(found) => found.iter().filter_map(|info| layout::summary_number(&info.key)).collect(),
@@ -208,8 +207,8 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Reads on through these summaries, each beginning where the one before it ends, as far as they are of use;
-    /// whether any was.
+    /// Reads on through these summaries, each beginning where the one before it ends, as far as they are usable;
+    /// returns whether any was.
     async fn load_all(&mut self, from: u64, ends: &[u64]) -> Result<bool, JournalError> {
         let spans = self.state.tail.spans();
         let store = self.store.clone();
@@ -251,14 +250,14 @@ impl<'a> Replay<'a> {
         Ok(())
     }
 
-    /// Reads records up to `until`, exclusive; whether there are so many.
+    /// Reads records up to `until`, exclusive; returns whether there are that many.
     async fn records(&mut self, until: u64) -> Result<bool, JournalError> {
         while self.state.next() < until {
             let next = self.state.next();
             match self.last.filter(|last| *last >= next) {
                 Some(last) => self.listed_records(until.min(last.saturating_add(1))).await?,
                 None if !self.listed => self.look_ahead(next).await?,
-                // What came while the list was being read, and what a folder's listing may have missed.
+                // Records that came while the list was being read, and any that a folder's listing may have missed.
                 None => match read(self.store, next).await? {
                     Some((entry, body)) => self.take_in(entry, body).await?,
                     None => return Ok(false),
@@ -283,13 +282,13 @@ impl<'a> Replay<'a> {
         Ok(())
     }
 
-    /// Finds out which numbers from `next` on are taken.
+    /// Finds out which numbers from `next` on exist.
     async fn look_ahead(&mut self, next: u64) -> Result<(), JournalError> {
         if !self.store.is_local() {
             let behind = layout::journal_entry(next.saturating_sub(1));
             let page = self.store.list_some(layout::JOURNAL, Some(&behind), PAGE).await?;
             self.last = numbers(page.iter().map(|info| info.key.as_str())).last().copied();
-            // A page of other things leads no further.
+            // A page of other objects leads no further.
             self.listed = page.len() < PAGE || self.last.is_none_or(|last| last < next);
             return Ok(());
         }
@@ -318,7 +317,7 @@ impl<'a> Replay<'a> {
         self.state.take_in(number, entry, body).map_err(|error| damaged(self.store, number, &error))
     }
 
-    /// Holds what was read from summaries against the records that matter most.
+    /// Compares the records from summaries with those that matter most in the store.
     async fn compare(&self) -> Result<(), JournalError> {
         let Some((to, sum)) = self.newest else { return Ok(()) };
         let key = self.state.tail.spans().place(to).map_or_else(String::new, |(_, key)| key);
@@ -353,7 +352,7 @@ fn may_hold(spans: Spans, at: u64, folder: &str, last: u64) -> bool {
     })
 }
 
-/// A summary; `None`, and said, if it is of no use.
+/// A summary; `None`, with a warning, if it is unusable.
 async fn fetch(store: &Store, spans: Spans, (from, to): (u64, u64), before: Crc64) -> Option<Loaded> {
     unfold(store, spans, (from, to), before, &body(store, spans, to).await?)
 }
@@ -407,8 +406,8 @@ fn numbers<'k>(keys: impl Iterator<Item = &'k str>) -> BTreeSet<u64> {
     keys.filter_map(layout::journal_number).collect()
 }
 
-/// One record and its stored bytes; `None` if there is none of this number. What is no record is read once more: it may
-/// have been garbled on its way.
+/// One record and its stored bytes; `None` if there is none of this number. A malformed record is read once more: it
+/// may have been garbled in transfer.
 pub(super) async fn read(store: &Store, number: u64) -> Result<Option<(Entry, Bytes)>, JournalError> {
     match read_once(store, number).await {
         Err(JournalError::Garbled { .. } | JournalError::Newer { .. }) => match read_once(store, number).await {
@@ -447,7 +446,7 @@ async fn read_once(store: &Store, number: u64) -> Result<Option<(Entry, Bytes)>,
     }
 }
 
-/// The record again, if other bytes come than `before`: those were garbled on their way.
+/// The record again, if its bytes differ from `before`: then those were garbled in transfer.
 pub(super) async fn read_otherwise(
     store: &Store,
     number: u64,

@@ -91,7 +91,7 @@ fn the_newest_checkpoint_is_by_number_and_on_the_line_that_the_run_took() {
     let numbers = state([formed(1, None), committed(9, 1), committed(100, 1)]);
     assert_eq!(points(&numbers.candidates()), [(100, 1), (9, 1)]);
 
-    // Turned back to 50: what came after it is not the run any more, even before anything new is committed.
+    // Turned back to 50: later checkpoints no longer belong to the run, even before anything new is committed.
     let back = [formed(1, None), committed(20, 1), committed(50, 1), committed(90, 1), formed(2, Some(point(50, 1)))];
     assert_eq!(points(&state(back.clone()).candidates()), [(50, 1), (20, 1)]);
     assert_eq!(points(&state(back.clone()).good()), [(90, 1), (50, 1), (20, 1)]);
@@ -219,7 +219,7 @@ fn the_last_good_checkpoint_is_never_condemned() {
     records.push(damaged(9, 1));
     assert!(refused(&records, &damaged(5, 1)).unwrap().contains("last good"));
     assert_eq!(refused(&records, &damaged(9, 1)), None, "what is condemned may be so once more");
-    // What the run has turned away from does not stand in for it.
+    // A checkpoint that the run has turned away from does not replace it.
     let turned = [formed(1, None), committed(5, 1), committed(9, 1), formed(2, Some(point(5, 1)))];
     assert!(refused(&turned, &damaged(5, 1)).unwrap().contains("last good"));
     assert_eq!(refused(&turned, &damaged(9, 1)), None);
@@ -265,7 +265,7 @@ fn a_verdict_is_taken_back() {
     let cleared_once = state(records.clone());
     assert_eq!(points(&cleared_once.candidates()), [(9, 1), (5, 1)]);
     assert_eq!(cleared_once.clearances().iter().map(|c| c.point.clone()).collect::<Vec<_>>(), [point(9, 1)]);
-    // Twice is once; what is pruned stays so.
+    // Twice is like once; a pruned checkpoint stays pruned.
     records.push(cleared(9, 1));
     assert_eq!(state(records.clone()).clearances().len(), 1);
     records.push(pruned(5, 1));

@@ -61,7 +61,7 @@ impl Scans {
         })
     }
 
-    /// Whether the record may stand where it comes.
+    /// Whether the record may have its place.
     fn apply(&mut self, does: &Does) -> bool {
         match does {
             Does::Form(generation, resume) => {
@@ -144,7 +144,7 @@ fn does() -> impl Strategy<Value = Does> {
     ]
 }
 
-/// A life as most are: steps rise, and what is judged is there.
+/// A life like most: steps rise, and judged checkpoints exist.
 fn usual() -> impl Strategy<Value = Does> {
     let point = || (1_u64..60, 1_u64..4);
     prop_oneof![

@@ -1,4 +1,4 @@
-//! What a run's journal says, read in order: a pure replay.
+//! The state of a run, from its journal's records in order: a pure replay.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::{
     ids::{DatasetId, Generation, NodeId, RunId, Step, WorldSize},
 };
 
-/// Why a record can't stand where it stands; a verb phrase about the record.
+/// Why a record can't have its place; a verb phrase about the record.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Inconsistent(pub(super) String);
@@ -48,7 +48,7 @@ pub struct Formation {
     pub ended: Option<Timestamp>,
 }
 
-/// What a checkpoint is good for.
+/// The status of a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CheckpointStatus {
     /// Nothing is known against it.
@@ -62,7 +62,7 @@ pub enum CheckpointStatus {
     Pruned,
 }
 
-/// One `committed` record and what became of it.
+/// One `committed` record and its checkpoint's status.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
     /// Number of its record.
@@ -71,7 +71,7 @@ pub struct Checkpoint {
     pub at: Timestamp,
     /// The record.
     pub committed: Committed,
-    /// What it is good for now.
+    /// Its current status.
     pub status: CheckpointStatus,
 }
 
@@ -82,16 +82,16 @@ impl Checkpoint {
     }
 }
 
-/// A warning that was heard.
+/// A notice that was received.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NoticeHeard {
     /// Number of its record.
     pub number: u64,
     /// When.
     pub at: Timestamp,
-    /// The generation that heard it.
+    /// The generation that received it.
     pub generation: Generation,
-    /// What said so.
+    /// Its source.
     pub source: String,
     /// Seconds left.
     pub deadline_s: Option<f64>,
@@ -112,18 +112,18 @@ pub struct Interruption {
     pub step: Step,
     /// The newest checkpoint's step.
     pub committed: Option<Step>,
-    /// What is done again.
+    /// The steps to do again.
     pub lost_steps: u64,
-    /// Why, and what became of the emergency save.
+    /// Why, and the outcome of the emergency save.
     pub verdict: String,
     /// How the drain went, if there was one.
     pub drain: Option<Drain>,
 }
 
-/// How a run stands.
+/// The status of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
-    /// It has not ended; whether it runs just now only heartbeats say.
+    /// It has not ended; only heartbeats say whether it is running now.
     Open,
     /// The last step is committed.
     Completed {
@@ -149,9 +149,9 @@ pub enum Outcome {
     },
 }
 
-/// What a run's journal says.
+/// The state of a run by its journal.
 ///
-/// A later `formed` opens a run again that had completed or failed. A copy is cheap, however long the run has lived.
+/// A later `formed` reopens a run that had completed or failed. A copy is cheap, however long the run has lived.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunState {
     run_id: RunId,
@@ -166,7 +166,7 @@ pub struct RunState {
     interruptions: Arc<Vec<Interruption>>,
     clearances: Arc<Vec<Clearance>>,
     outcome: Outcome,
-    /// What the next summary is made of.
+    /// The material for the next summary.
     pub(super) tail: Tail,
 }
 
@@ -197,7 +197,7 @@ impl RunState {
         })
     }
 
-    /// The same from its stored bytes, with summaries of these lengths.
+    /// The same from the record's stored bytes, with summaries of these lengths.
     pub(super) fn begin_as(run_id: &RunId, entry: Entry, body: Bytes, spans: Spans) -> Result<Self, Inconsistent> {
         let mut state = Self::begin(run_id, entry.clone())?;
         state.tail = Tail::new(spans);
@@ -302,14 +302,15 @@ impl RunState {
         Ok(())
     }
 
-    /// The current one, as `consistent` has made sure.
+    /// The current formation, as `consistent` has made sure.
     fn end_of_formation(&mut self, at: Timestamp) {
         if let Some(formed) = Arc::make_mut(&mut self.formations).last_mut() {
             formed.ended = Some(at);
         }
     }
 
-    /// The rules that hold a journal together, whoever writes; what breaks one is neither written nor believed.
+    /// The rules that keep a journal consistent, for all writers; a record that breaks one is neither written nor
+    /// accepted.
     pub(super) fn consistent(&self, record: &Record) -> Result<(), Inconsistent> {
         let wrong = |reason: String| Err(Inconsistent(reason));
         match record {
@@ -381,7 +382,7 @@ impl RunState {
         self.formations.iter().flat_map(|formation| formation.overrides.iter().cloned()).collect()
     }
 
-    /// The data that the run is trained on, as its newest generation that has written it down says.
+    /// The data that the run is trained on, according to the newest generation that has recorded it.
     pub fn data(&self) -> Option<&DatasetId> {
         self.formations.iter().rev().find_map(|formation| formation.data.as_ref())
     }
@@ -430,27 +431,27 @@ impl RunState {
         self.checkpoints.get_mut(step, generation)
     }
 
-    /// All good checkpoints, also those that the run has turned away from, the last committed first: what an explicit
-    /// `--from STEP` may choose from.
+    /// All good checkpoints, including those that the run has turned away from, the last committed first: the choices
+    /// for an explicit `--from STEP`.
     pub fn good(&self) -> Vec<&Checkpoint> {
         self.checkpoints.good().collect()
     }
 
-    /// The good checkpoints that the run as it stands consists of, newest first: those of the newest generation, then
-    /// the one that it resumed from and what that generation had committed up to there, and so on back.
+    /// The good checkpoints of the run's current line, newest first: those of the newest generation, then the one that
+    /// it resumed from and those that its generation had committed up to there, and so on back.
     ///
-    /// What an older generation committed beyond the point that a newer one resumed from is not among them: after
-    /// `resume --from 50` the run is what grew from step 50, even before anything of it is committed.
+    /// Checkpoints that an older generation committed beyond the point that a newer one resumed from are not among
+    /// them: after `resume --from 50` the line continues from step 50, even before anything new is committed.
     pub fn candidates(&self) -> Vec<&Checkpoint> {
         self.line().collect()
     }
 
-    /// The newest good checkpoint of the run as it stands: the first of [`candidates`](Self::candidates).
+    /// The newest good checkpoint of the current line: the first of [`candidates`](Self::candidates).
     pub fn newest(&self) -> Option<&Checkpoint> {
         self.line().next()
     }
 
-    /// [`candidates`](Self::candidates), found as they are asked for.
+    /// [`candidates`](Self::candidates), computed lazily.
     fn line(&self) -> impl Iterator<Item = &Checkpoint> {
         let newest = self.formations.last().map(|formation| (formation, None));
         let back = std::iter::successors(newest, move |(formation, _)| {
@@ -462,7 +463,7 @@ impl RunState {
         back.flat_map(move |(formation, limit)| self.checkpoints.good_of(formation.generation, limit))
     }
 
-    /// All warnings heard, oldest first.
+    /// All notices received, oldest first.
     pub fn notices(&self) -> &[NoticeHeard] {
         &self.notices
     }
@@ -472,7 +473,7 @@ impl RunState {
         &self.interruptions
     }
 
-    /// All verdicts that were taken back, oldest first.
+    /// All withdrawn verdicts, oldest first.
     pub fn clearances(&self) -> &[Clearance] {
         &self.clearances
     }
@@ -507,7 +508,7 @@ impl Record {
         }
     }
 
-    /// What prunes these checkpoints: one in the record that every program knows, several in one record.
+    /// The record that prunes these checkpoints: for one, a kind that every program knows; for several, one record.
     pub fn pruned(checkpoints: Vec<ResumePoint>) -> Self {
         match <[ResumePoint; 1]>::try_from(checkpoints) {
             Ok([ResumePoint { step, generation }]) => Self::Pruned { step, generation },

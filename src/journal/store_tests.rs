@@ -266,7 +266,7 @@ async fn a_dropped_append_is_settled_like_a_lost_answer() {
     let mut a = new_run(&store).await;
     a.form(forming("a", None)).await.unwrap();
     let mut b = opened_without_reading(&store).await;
-    // a's number is taken by b, so a's create asks what stands there, and hangs.
+    // a's number is taken by b, so a's create reads the record there, and hangs.
     b.append(notice(1, "b")).await.unwrap();
     {
         let append = a.append(notice(1, "a"));
@@ -307,7 +307,7 @@ async fn an_append_that_was_dropped_and_landed_after_all_is_one_more_record_for_
             tokio::task::yield_now().await;
         }
     }
-    // It is given up for good: what comes next is another record.
+    // It is given up for good: the next record is a different one.
     assert_eq!(a.append(committed(5, 1)).await.unwrap(), 3);
     let state = replay(&store, &run_id()).await.unwrap();
     assert_eq!((state.next(), state.notices().len(), points(&state.good())), (4, 1, vec![(5, 1)]));
@@ -369,7 +369,7 @@ async fn other_objects_in_the_folder_are_no_records() {
         store.put(name, Bytes::from_static(b"x")).await.unwrap();
     }
     assert_eq!(replay(&store, &run_id()).await.unwrap().next(), 1);
-    // But a far number is one, and what lies between is missing.
+    // But a distant number is one, and those in between are missing.
     store.put("journal/10000000000000000000.json", Bytes::from_static(b"x")).await.unwrap();
     let error = replay(&store, &run_id()).await.unwrap_err().to_string();
     assert!(error.contains("00000000000000000001.json") && error.contains("missing"), "{error}");
@@ -442,8 +442,8 @@ enum Does {
     Refresh,
 }
 
-/// The whole protocol in a few lines. A generation is the number of formations before it; who may add is the last
-/// former; nothing is formed by who did not know all that stands. What a writer knows to be wrong it does not try.
+/// The whole protocol in a few lines. A generation is the number of formations before it; only the last former may add
+/// records; a writer forms only if it knows all records. A writer does not try records that it knows to be wrong.
 #[derive(Default)]
 struct Model {
     log: Vec<Does>,
@@ -563,13 +563,13 @@ async fn a_record_that_was_garbled_on_its_way_is_read_again_before_anything_is_s
         assert_eq!((error.kind(), proxy.broken() - before), (Kind::Data, 3), "{what}");
         assert!(error.to_string().contains("run/journal/00000000000000000002.json"), "{what}: {error}");
         assert!(!error.hint().unwrap().contains(".bad"), "others are built on it: {error:?}");
-        // Whoever reads on meets it, too.
+        // A reader that continues meets it, too.
         garble(1);
         let follower = Journal::follow(store.clone(), node("b"), early.clone()).await;
         let follower = follower.unwrap_or_else(|error| panic!("{what}: {error}"));
         assert_eq!((follower.state().next(), proxy.broken() - before), (4, 4), "{what}");
     }
-    // So does whoever appends, and finds somebody else's record in its place.
+    // So does a writer that appends, and finds another's record in its place.
     let mut late = Journal::open(store.clone(), node("a"), run_id()).await.unwrap();
     writer.append(notice(1, "y")).await.unwrap();
     let target = "00000000000000000004.json";

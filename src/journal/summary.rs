@@ -1,24 +1,23 @@
-//! Summaries: the journal's records once more, many in one object and in little room, so that a run of a million
-//! records opens with a few requests. They are an accelerator and nothing else: the records stay, and they alone are
-//! the authority.
+//! Summaries: the journal's records once more, many packed into one object, so that a run of a million records opens
+//! with a few requests. They only make reading faster: the records stay, and they alone are the authority.
 //!
 //! Stored layout: `summaries/<span>/<from>/<to>` holds the records `from` (inclusive) to `to` (exclusive). `to` is a
 //! multiple of one of the [`SPANS`], the largest that it is a multiple of is its span, and `from` is the last multiple
 //! of the next larger span before `to`. So at most one object of each span leads from the first record to the newest
 //! multiple of the smallest span: 131072, 139264, 140288, 140416, 140432. Those of the largest span begin where the one
-//! before them ends and lie in `summaries/<span>/all/<to>`. An object is one line of JSON, [`Head`], and then blocks of
-//! [`SPANS`]`[0]` records each ([`super::pack`]). Nothing of it is a state: it is replayed by the code that replays
+//! before them ends and are stored in `summaries/<span>/all/<to>`. An object is one line of JSON, [`Head`], and then
+//! blocks of [`SPANS`]`[0]` records each ([`super::pack`]). It holds no state: it is replayed by the code that replays
 //! records, so a field that a later version reads from a record is read from a summary as well.
 //!
-//! Who writes: whoever appends record `to - 1`, in the background, one at a time, after having read the newest of the
-//! records back from the store. It writes what is missing between the first record and `to`, as far as it has not read
-//! or written it itself: so what a crash, a full disk or an older program has left out is filled in by the next one
-//! that comes to write.
+//! The writer: the node that appends record `to - 1` writes the summary in the background, one at a time, after it has
+//! read the newest of the records back from the store. It also writes the summaries missing between the first record
+//! and `to`, as far as it has not read or written them itself: so the next writer fills any gap left by a crash, a full
+//! disk or an older program.
 //!
 //! Invariants
-//! - **Only what stands is summed up.** A writer knows records that it has read or created, and records never change: a
-//!   writer that is fenced, or far behind, writes the same bytes as any other. They are created once; that somebody
-//!   else was first is no error.
+//! - **Only existing records are summarised.** A writer knows records that it has read or created, and records never
+//!   change: a writer that is fenced, or far behind, writes the same bytes as any other. Summaries are created once;
+//!   finding that another writer was first is no error.
 //! - **Nobody waits for it**: no append, no heartbeat. It takes one small request at a time.
 //! - **A reader believes** an object whose checksums are right, that names the place where it lies, and whose `before`
 //!   is the digest of all records before it as the reader has it. Anything else is skipped with a warning, a newer
@@ -27,10 +26,10 @@
 //!   compares the first record, the last before the end of the newest summary, and that of the newest good checkpoint;
 //!   `verify --all --deep` compares all of them ([`super::audit`]).
 //!
-//! Crash: an object stands or does not; what is not written now is written later. Retry: creates the same bytes again,
-//! or finds them. Cancel: like a crash. A garbled writer: what it packs is unpacked and compared, and the newest
-//! records are read once more and compared, before anything is written; a block that is garbled in memory later has
-//! another checksum than it says.
+//! Crash: an object exists or does not; a missing one is written later. Retry: creates the same bytes again, or finds
+//! them. Cancel: like a crash. A writer with faulty memory: each packed block is unpacked and compared, and the newest
+//! records are read once more and compared, before anything is written; a block garbled in memory later does not match
+//! its checksum.
 
 use std::{
     collections::BTreeSet,
@@ -54,13 +53,13 @@ use crate::{
 const FORMAT: u32 = 1;
 
 /// Records between two summaries, and how many those of the next larger kind hold. A journal of 1.5 million records
-/// takes 11 + 4 objects and 15 records, and its summaries all in all about twice the bytes of the records.
+/// takes 11 + 4 objects and 15 records, and its summaries together about twice the bytes of the records.
 pub(super) const SPANS: Spans = Spans(&[16, 128, 1024, 8192, 131_072]);
 
-/// The largest summary that is written or believed.
+/// The largest summary that is written or accepted.
 pub(super) const MAX: u64 = 64 << 20;
 
-/// The numbers of records that summaries end on multiples of, each a multiple of the one before it.
+/// The numbers of records whose multiples are ends of summaries, each a multiple of the one before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Spans(pub &'static [u64]);
 
@@ -75,7 +74,7 @@ impl Spans {
         self.0[self.0.len() - 1]
     }
 
-    /// Where the summary that ends at `to` begins, and where it lies. `None` if none ends there.
+    /// Where the summary that ends at `to` begins, and its key. `None` if none ends there.
     pub fn place(self, to: u64) -> Option<(u64, String)> {
         let level = self.0.iter().rposition(|span| to > 0 && to.is_multiple_of(*span))?;
         let (span, from, folder) = match self.0.get(level + 1) {
@@ -106,11 +105,11 @@ struct Head {
     format: u32,
     /// The first record that it holds.
     from: u64,
-    /// The first that it does not hold any more.
+    /// The first that it no longer holds.
     to: u64,
     /// Digest of all records before.
     before: String,
-    /// And with these.
+    /// Digest of all records up to the end of this one.
     after: String,
 }
 
@@ -153,7 +152,7 @@ impl Summary {
         (body.len() as u64 <= MAX).then(|| body.into())
     }
 
-    /// Takes an object apart that says to hold `from..to` and to follow records with the digest `before`.
+    /// Takes apart an object that claims to hold `from..to` and to follow records with the digest `before`.
     pub fn decode(body: &Bytes, spans: Spans, (from, to): (u64, u64), before: Crc64) -> Result<Loaded, Unreadable> {
         #[derive(Deserialize)]
         struct Version {
@@ -200,7 +199,7 @@ pub(super) struct Loaded {
     pub rows: Vec<Row>,
 }
 
-/// What the next summaries are made of: the records since the last that no summary of the largest span holds.
+/// The material for the next summaries: the records since the last that no summary of the largest span holds.
 #[derive(Clone)]
 pub(super) struct Tail {
     spans: Spans,
@@ -212,9 +211,9 @@ pub(super) struct Tail {
     blocks: Vec<Block>,
     /// Digest of everything before `open`.
     chain: Crc64,
-    /// Of the largest span, not in the store as far as is known.
+    /// Of the largest span, not in the store as far as known.
     whole: Vec<Summary>,
-    /// The ends of those that stand in the store.
+    /// The ends of those in the store.
     standing: Arc<Mutex<BTreeSet<u64>>>,
 }
 
@@ -230,7 +229,7 @@ impl fmt::Debug for Tail {
     }
 }
 
-/// What a state was read from is no part of it.
+/// Two states are equal whatever they were read from.
 impl PartialEq for Tail {
     fn eq(&self, _: &Self) -> bool {
         true
@@ -252,7 +251,7 @@ impl Tail {
         self.chain
     }
 
-    /// Takes in a record and the bytes that stand in the store.
+    /// Adds a record and its bytes in the store.
     pub fn push(&mut self, number: u64, entry: Entry, body: Bytes) {
         if number != self.next {
             self.next = u64::MAX;
@@ -280,7 +279,7 @@ impl Tail {
         }
     }
 
-    /// Takes in what was read, all of it behind what is known.
+    /// Adds a summary that was read; it follows all that is known.
     pub fn load(&mut self, summary: Summary) {
         self.open.clear();
         self.standing().insert(summary.to);
@@ -298,7 +297,7 @@ impl Tail {
             let summary = Summary { from: self.next - self.spans.last(), to: self.next, blocks };
             let (next, longest) = (self.next, self.spans.last());
             let mut standing = self.standing();
-            // Nobody asks for what lies before any more.
+            // Nothing needs earlier records any more.
             standing.retain(|to| *to >= next || to.is_multiple_of(longest));
             let stands = standing.contains(&next);
             drop(standing);
@@ -312,7 +311,7 @@ impl Tail {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is to be written now that the record before `next` stands.
+    /// The summaries to write now that the record before `next` stands.
     pub fn due(&mut self, next: u64) -> Option<Due> {
         if next != self.next || !self.next.is_multiple_of(self.spans.first()) {
             return None;
@@ -361,7 +360,7 @@ impl Due {
         }
         for summary in &self.summaries {
             let Some((_, key)) = self.spans.place(summary.to) else { continue };
-            // Also as a check that nothing has happened to it in memory since it was packed.
+            // Also checks that nothing has happened to it in memory since it was packed.
             let before = summary.blocks.first().map_or(Crc64::EMPTY, |block| block.before);
             let place = (summary.from, summary.to);
             let body = summary.encode().filter(|body| Summary::decode(body, self.spans, place, before).is_ok());
@@ -379,7 +378,7 @@ impl Due {
     }
 }
 
-/// Whether the records of a block are still those that stand in the store.
+/// Whether the records of a block are still those in the store.
 async fn stands(store: &Store, block: &Block, from: u64) -> bool {
     let Ok(rows) = pack::unpack(&block.bytes) else { return false };
     for (number, row) in (from..).zip(rows) {

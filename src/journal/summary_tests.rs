@@ -42,7 +42,7 @@ async fn begun(store: &Store) -> Journal {
     journal
 }
 
-/// A run of so many records with all its summaries.
+/// A run of this many records with all its summaries.
 async fn long(store: &Store, records: u64) -> Journal {
     let mut journal = begun(store).await;
     while journal.state().next() < records {
@@ -170,7 +170,7 @@ async fn what_is_no_sound_summary_costs_time_only() {
         store.delete(&key).await.unwrap();
         let mut journal = Journal::open_by(store.clone(), node("a"), run_id(), SMALL).await.unwrap();
         assert_eq!(journal.state(), &expected);
-        // Whoever comes to write fills in what leads to where it writes.
+        // The next writer fills in the summaries that lead to where it writes.
         journal.append(notice(1, "x")).await.unwrap();
         journal.summed_up(PATIENCE).await;
         assert_eq!(store.head(&key).await.is_ok(), to == 16 || to == 32, "{to}");
@@ -254,7 +254,7 @@ async fn two_writers_write_the_same_summary() {
     let store = memory();
     let mut a = begun(&store).await;
     a.append(committed(1, 1)).await.unwrap();
-    // Fenced, and stale: it still knows what stands before.
+    // Fenced, and stale: it still knows the earlier records.
     let mut b = Journal::open_by(store.clone(), node("b"), run_id(), SMALL).await.unwrap();
     b.form(forming("b", Some(point(1, 1)))).await.unwrap();
     b.summed_up(PATIENCE).await;
@@ -264,7 +264,7 @@ async fn two_writers_write_the_same_summary() {
     let mut stale = a.state().tail.clone();
     stale.due(4).unwrap().write(store.clone()).await;
     assert_eq!(store.get(&key(4), 1 << 20).await.unwrap(), by_b);
-    // What stands there is left alone, whatever it is.
+    // The object there is left alone, whatever it is.
     store.put(&key(4), Bytes::from_static(b"x")).await.unwrap();
     let mut again = Tail::new(SMALL);
     for number in 0..4 {
@@ -401,7 +401,7 @@ async fn live(script: Vec<Op>) {
         let journal = &mut journals[who];
         journal.refresh().await.unwrap();
         let (generation, step) = (journal.state().generation().get(), number as u64 + 1);
-        // Whoever does not hold the run is refused, which is fine here.
+        // A writer that does not hold the run is refused, which is fine here.
         let _ = match op {
             Op::Form(_) => {
                 let resume = journal.state().newest().map(Checkpoint::point);

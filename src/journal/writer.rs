@@ -2,24 +2,23 @@
 //!
 //! Every other task holds a [`JournalWriter`]: it sends commands, each with its [`Urgency`], and reads the newest
 //! [`View`] without waiting. An append may hang in the store for many seconds, and a notice leaves few; so the task
-//! interrupts a notice, housekeeping or a look as soon as something more urgent arrives, and begins it again
-//! afterwards.
+//! interrupts a notice, housekeeping or a look as soon as something more urgent arrives, and restarts it afterwards.
 //!
 //! # Owns
 //! The [`Journal`], the queue of commands, the order in which they run.
 //!
 //! # Does not own
-//! The rules of what may be appended ([`super::admit`](fn@super::admit)), the decision what to write, and how long a
-//! caller waits: a caller that drops its future takes its command back.
+//! The rules of appending ([`super::admit`](fn@super::admit)), the decision what to write, and how long a caller waits:
+//! a caller that drops its future withdraws its command.
 //!
 //! # Invariants
 //! - One command at a time touches the journal.
 //! - The view shows a command's outcome before its caller receives the answer.
-//! - A conditional append ([`append_if`](JournalWriter::append_if)) asks its condition each time that it begins.
+//! - A conditional append ([`append_if`](JournalWriter::append_if)) checks its condition each time it begins.
 //!
 //! # Crash, retry, cancel
 //! Nothing is stored here. An interrupted or withdrawn append may stand all the same; the journal settles that with the
-//! next append, which reads whose record has its number. A commit of unknown fate is [`View::doubtful`] until then.
+//! next append, which reads which record has its number. A commit of unknown fate is [`View::doubtful`] until then.
 
 use std::time::Duration;
 
@@ -44,31 +43,31 @@ pub enum Urgency {
     Commit,
     /// How the generation or the run ends.
     LastWords,
-    /// A new generation, and what has to be known before it.
+    /// A new generation, and everything that must be known before it.
     Formed,
-    /// A notice that was heard.
+    /// A notice was received.
     Notice,
     /// `pruned` and `damaged`.
     Housekeeping,
-    /// A search for newer records, for which nobody waits.
+    /// A search for newer records that nobody waits for.
     Look,
 }
 
 impl Urgency {
-    /// Whether a command that runs is interrupted when one of urgency `other` arrives.
+    /// Whether a running command is interrupted when one of urgency `other` arrives.
     fn gives_way_to(self, other: Self) -> bool {
         self >= Self::Notice && other < self
     }
 }
 
-/// What is known of the journal.
+/// The known state of the journal.
 #[derive(Clone, Debug)]
 pub struct View {
     /// The run as of the last record read. A copy is cheap.
     pub state: RunState,
     /// The newest generation that this node has formed.
     pub held: Option<Generation>,
-    /// The commit that was begun last, if nobody knows yet whether it stands.
+    /// The commit begun last, if nobody knows yet whether it stands.
     pub doubtful: Option<Committed>,
 }
 
@@ -81,21 +80,21 @@ impl View {
 type Wanted = Box<dyn Fn(&RunState) -> bool + Send + Sync>;
 type Make = Box<dyn Fn(&RunState) -> Record + Send + Sync>;
 
-/// What is to be done with the journal.
+/// Work on the journal.
 enum Work {
     /// Appends a record as long as the state wants it.
     Append {
         record: Record,
         wanted: Wanted,
     },
-    /// Settles a doubtful commit, then appends what follows from the state.
+    /// Settles a doubtful commit, then appends a record computed from the state.
     LastWords(Make),
     Form(Formed),
     Refresh,
 }
 
-/// The number of the record or of the generation, or how many records were read. `None`: the record is not wanted, or
-/// more urgent work took the journal from a look.
+/// The number of the record or of the generation, or the number of records read. `None`: the record is not wanted, or
+/// more urgent work interrupted a look.
 type Answer = Result<Option<u64>, JournalError>;
 
 struct Command {
@@ -120,7 +119,7 @@ impl JournalWriter {
         Self { commands, view }
     }
 
-    /// What is known now.
+    /// The current knowledge.
     pub fn view(&self) -> View {
         self.view.borrow().clone()
     }
@@ -137,13 +136,13 @@ impl JournalWriter {
         answered.await.unwrap_or(Err(JournalError::NoWriter))
     }
 
-    /// Appends a record at once; gives its number. If the store does not answer, the request is soon repeated.
+    /// Appends a record at once; returns its number. If the store does not answer, the request is soon repeated.
     pub async fn append(&self, urgency: Urgency, record: Record) -> Result<u64, JournalError> {
         let wanted = Box::new(|_: &RunState| true);
         self.ask(urgency, Work::Append { record, wanted }).await.map(Option::unwrap_or_default)
     }
 
-    /// Appends a record if the state `wants` it when its turn comes; gives its number.
+    /// Appends a record if the state `wants` it when its turn comes; returns its number.
     pub async fn append_if(
         &self,
         urgency: Urgency,
@@ -153,7 +152,8 @@ impl JournalWriter {
         self.ask(urgency, Work::Append { record, wanted: Box::new(wanted) }).await
     }
 
-    /// Settles the fate of a doubtful commit, then appends what `make` makes of the state; gives its number.
+    /// Settles the fate of a doubtful commit, then appends the record that `make` builds from the state; returns its
+    /// number.
     pub async fn last_words(
         &self,
         make: impl Fn(&RunState) -> Record + Send + Sync + 'static,
@@ -166,12 +166,12 @@ impl JournalWriter {
         self.ask(Urgency::Formed, Work::Form(formed)).await.map(|number| Generation(number.unwrap_or_default()))
     }
 
-    /// Reads on to the end; says how many records were new.
+    /// Reads on to the end; returns the number of new records.
     pub async fn refresh(&self) -> Result<u64, JournalError> {
         self.ask(Urgency::Formed, Work::Refresh).await.map(Option::unwrap_or_default)
     }
 
-    /// Reads on if nothing else is to be done; `None`: there is, and it finds out by itself what is new.
+    /// Reads on if nothing else is to do; `None`: there is other work, which will itself find any new records.
     pub async fn look(&self) -> Result<Option<View>, JournalError> {
         let read = self.ask(Urgency::Look, Work::Refresh).await?;
         Ok(read.map(|_| self.view()))
@@ -241,7 +241,7 @@ impl Task {
         match ended {
             Ended::Answered(answer) => drop(command.answer.send(answer)),
             Ended::Interrupted if command.urgency == Urgency::Look => drop(command.answer.send(Ok(None))),
-            // It is the first of its urgency again.
+            // It is again the first of its urgency.
             Ended::Interrupted => {
                 let place = self.queue.partition_point(|other| other.urgency >= command.urgency);
                 self.queue.insert(place, command);
@@ -260,7 +260,7 @@ async fn perform(journal: &mut Journal, urgency: Urgency, work: &Work) -> Answer
     if let Work::LastWords(_) = work {
         settle_doubt(journal).await;
     }
-    // The same record again settles what came of the attempt before.
+    // The same record again settles the attempt before.
     if urgency <= Urgency::LastWords {
         for patience in PATIENCE {
             if let Ok(answer) = timeout(patience, attempt(journal, work)).await {
@@ -290,7 +290,7 @@ async fn attempt(journal: &mut Journal, work: &Work) -> Answer {
     }
 }
 
-/// Tries once more to write a commit whose fate is unknown: its data is durable.
+/// Tries once more to write a commit of unknown fate: its data is durable.
 async fn settle_doubt(journal: &mut Journal) {
     let Some(committed) = journal.doubtful().cloned() else { return };
     let step = committed.step;

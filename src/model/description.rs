@@ -1,8 +1,8 @@
-//! What a new run may be described with: each key of a `config.json` is computed, harmless, or refused by name.
+//! The accepted descriptions of a new run's model: each key of a `config.json` is computed, harmless, or refused by
+//! name.
 //!
-//! A key that nobody here knows may change the mathematics, so that a run would train another model than the one that
-//! other programs make of its checkpoints. Runs that exist were looked at when they were created: they keep what they
-//! have.
+//! An unknown key may change the mathematics, so that a run would train a different model from the one that other
+//! programs build from its checkpoints. Existing runs were checked when they were created: they keep their description.
 
 use serde_json::{Map, Value};
 
@@ -35,7 +35,7 @@ const COMPUTED: [&str; 20] = [
     "vocab_size",
 ];
 
-/// Keys that don't touch the mathematics of training, whatever they hold.
+/// Keys that don't affect the mathematics of training, whatever their value.
 const HARMLESS: [&str; 72] = [
     // Where it comes from, and who wrote it.
     "_commit_hash",
@@ -89,7 +89,7 @@ const HARMLESS: [&str; 72] = [
     "num_labels",
     "problem_type",
     "task_specific_params",
-    // How text is made.
+    // Text generation.
     "bad_words_ids",
     "begin_suppress_tokens",
     "diversity_penalty",
@@ -116,7 +116,7 @@ const HARMLESS: [&str; 72] = [
     "top_p",
 ];
 
-/// Numbers that change nothing with this one value.
+/// Numbers that have no effect at this one value.
 const NEUTRAL: [(&str, f64); 13] = [
     ("attn_pdrop", 0.0),
     ("chunk_size_feed_forward", 0.0),
@@ -133,7 +133,7 @@ const NEUTRAL: [(&str, f64); 13] = [
     ("typical_p", 1.0),
 ];
 
-/// Switches that change nothing while they are off.
+/// Switches that have no effect while they are off.
 const OFF: [&str; 11] = [
     "add_cross_attention",
     "is_encoder_decoder",
@@ -148,7 +148,7 @@ const OFF: [&str; 11] = [
     "use_mup",
 ];
 
-/// Refuses a description that is read but means something else to other programs, or may do so.
+/// Refuses a description that is accepted here but means something else, or may do so, to other programs.
 pub(super) fn check(config: &Value) -> Result<(), ModelError> {
     let read = LlamaConfig::from_json(config)?;
     let none = Map::new();
@@ -205,7 +205,7 @@ fn changes_nothing(key: &str, value: &Value, layers: u32) -> Result<(), String> 
     }
 }
 
-/// Which keys an object of rotary settings may have, by its type. `None`: the type is not known, and was refused
+/// The keys that an object of rotary settings may have, by its type. `None`: the type is unknown, and was refused
 /// before.
 fn keys_of_rope(kind: &str) -> &'static [&'static str] {
     match kind {
@@ -214,8 +214,7 @@ fn keys_of_rope(kind: &str) -> &'static [&'static str] {
     }
 }
 
-/// The rotary settings stand in up to three places, and versions of transformers read different ones: all must say the
-/// same.
+/// The rotary settings appear in up to three places, and versions of transformers read different ones: all must agree.
 fn check_rope(keys: &Keys) -> Result<(), ModelError> {
     let top = keys.get("rope_theta").and_then(Value::as_f64);
     let mut found: Vec<(&'static str, Rope)> = Vec::new();

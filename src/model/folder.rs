@@ -1,4 +1,4 @@
-//! A model out of a Hugging Face model folder, to be looked at: `config.json` and `model.safetensors`.
+//! A model from a Hugging Face model folder, for inspection: `config.json` and `model.safetensors`.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ const MAX_CONFIG: u64 = 1 << 20;
 /// Builds the model of a folder that `trainer export` wrote, with its weights, on the CPU, in fp32.
 ///
 /// # Errors
-/// Files that can't be read, a description that is not a model's, and weights that are missing or have other shapes.
+/// On files that can't be read, a description that is not a model's, and weights that are missing or have other shapes.
 pub fn from_folder(kind: ModelKind, folder: &Path) -> Result<Box<dyn Model>, ModelError> {
     let input = |what, reason: String| ModelError::Input { what, reason };
     let config = folder.join(layout::MODEL_CONFIG);

@@ -1,4 +1,4 @@
-//! Sampling from a model: to look at what it has learnt, not to serve it.
+//! Sampling from a model: to see what it has learnt, not to serve it.
 //!
 //! Each token is a forward pass over the last positions (at most the model's longest sequence), with no cache of
 //! keys and values: a few hundred tokens of a small model take seconds, and there is no second copy of the network to
@@ -21,8 +21,8 @@ pub struct GenerateSettings {
     pub stop: Vec<u32>,
 }
 
-/// The tokens that follow `prompt`, which has at least one; each is given to `heard` as soon as it is known, which says
-/// whether to go on.
+/// The tokens that follow `prompt`, which has at least one; each is passed to `heard` as soon as it is known, which
+/// returns whether to go on.
 pub fn generate(
     model: &dyn Model,
     prompt: &[u32],
@@ -80,7 +80,7 @@ fn choose(scores: &[f32], temperature: f64, uniform: f64) -> Option<u32> {
         let top = f64::from(*best.1);
         let weights: Vec<f64> = scores.iter().map(|&s| ((f64::from(s) - top) / temperature).exp()).collect();
         let mut left = uniform * weights.iter().sum::<f64>();
-        // Rounding may leave a rest after the last weight: then it is the best one.
+        // Rounding may leave a rest after the last weight: then the best one is chosen.
         weights
             .iter()
             .position(|weight| {

@@ -179,7 +179,7 @@ impl Llama {
         x.f_rms_norm([i64::from(self.config.hidden_size)], Some(weight.at_use(self.kind())?), self.config.rms_norm_eps)
     }
 
-    /// The type that is computed with.
+    /// The type used for computing.
     fn kind(&self) -> Kind {
         match self.precision {
             Precision::Fp32 => Kind::Float,

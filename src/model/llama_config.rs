@@ -1,8 +1,7 @@
 //! A Llama model's Hugging Face `config.json`, checked.
 //!
 //! Read as Hugging Face does: an absent or null key has its default, and both spellings of the rotary settings are
-//! known (`rope_theta` with `rope_scaling`, and `rope_parameters`). What a new run may be described with is narrower:
-//! see
+//! known (`rope_theta` with `rope_scaling`, and `rope_parameters`). A new run's description is restricted further: see
 //! [`super::description`], which refuses every key that is neither computed nor harmless.
 
 use serde_json::{Map, Value};
@@ -54,7 +53,7 @@ pub struct Rope {
 /// Llama 3.1's stretching: low frequencies divided by `factor`, high ones kept, a straight line between.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Llama3Scaling {
-    /// What low frequencies are divided by.
+    /// The divisor of low frequencies.
     pub factor: f64,
     /// Wavelengths above the original context over this are low frequencies.
     pub low_freq_factor: f64,
@@ -197,12 +196,12 @@ pub(super) const FINAL_NORM: &str = "model.norm.weight";
 /// Name of the output layer; absent when tied.
 pub(super) const OUTPUT: &str = "lm_head.weight";
 
-/// What the names of a layer's parameters begin with.
+/// The prefix of the names of a layer's parameters.
 pub(super) fn layer_prefix(layer: u32) -> String {
     format!("model.layers.{layer}.")
 }
 
-/// The architecture's name, and how the first conversions spelt it.
+/// The architecture's name, and its spelling in the first conversions.
 const ARCHITECTURES: [&str; 2] = ["LlamaForCausalLM", "LLaMAForCausalLM"];
 
 fn check_architecture(keys: &Keys) -> Result<(), ModelError> {
@@ -230,7 +229,7 @@ impl Rope {
         }
     }
 
-    /// What the object `nested` says; `name` is its key with a dot, `theta` holds where it names none.
+    /// The content of the object `nested`; `name` is its key with a dot, `theta` holds if it names none.
     pub(super) fn nested(nested: &Value, name: &'static str, theta: f64) -> Result<Self, ModelError> {
         let map = nested
             .as_object()
@@ -302,7 +301,7 @@ impl Keys<'_> {
         })
     }
 
-    /// A Boolean, false where absent.
+    /// A Boolean, false if absent.
     fn flag(&self, key: &str) -> Result<bool, ModelError> {
         match self.get(key) {
             None => Ok(false),
@@ -324,7 +323,7 @@ impl Keys<'_> {
     }
 }
 
-/// A value for an error message, cut short.
+/// A value for an error message, truncated.
 pub(super) fn shown(value: &Value) -> String {
     value.to_string().chars().take(80).collect()
 }

@@ -11,8 +11,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Doing, ModelError, Weight};
 
-/// Bytes of fp32 scores in one chunk. On a CPU below the 32 MiB from which glibc gives every buffer back to the kernel,
-/// so that chunks reuse warm pages; more on a GPU, which wants larger products.
+/// Bytes of fp32 scores in one chunk. On a CPU less than the 32 MiB from which glibc returns every buffer to the
+/// kernel, so that chunks reuse warm pages; more on a GPU, which needs larger products.
 const fn chunk_bytes(device: Device) -> i64 {
     match device {
         Device::Cpu => 24 << 20,
@@ -33,7 +33,7 @@ pub(super) fn linear_cross_entropy(hidden: &Tensor, weight: &Weight, targets: &T
 }
 
 fn chunked(hidden: &Tensor, weight: &Weight, targets: &Tensor, rows: i64, chunk: i64) -> Result<Tensor, tch::TchError> {
-    // Weights ask for gradients even where none are recorded; what was computed from them does not.
+    // Weights require gradients even where none are recorded; values computed from them do not.
     let differentiate = hidden.requires_grad();
     let guard = tch::no_grad_guard();
     let kind = hidden.f_kind()?;
@@ -53,7 +53,7 @@ fn chunked(hidden: &Tensor, weight: &Weight, targets: &Tensor, rows: i64, chunk:
         let mut scores = input.f_linear(&matrix, None::<&Tensor>)?.f_log_softmax(-1, Kind::Float)?;
         losses.push(scores.f_gather(1, &target, false)?);
         if differentiate {
-            // From here on `scores` is their gradient, but for the 1/rows of the mean.
+            // From here on `scores` is their gradient, except for the 1/rows of the mean.
             scores = scores.f_exp_()?.f_scatter_add_(1, &target, &minus_one.f_narrow(0, 0, len)?)?.f_to_kind(kind)?;
             hidden_gradients.push(scores.f_mm(&matrix)?);
             weight_gradient = Some(match weight_gradient {

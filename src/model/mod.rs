@@ -3,14 +3,14 @@
 //! A model is described by a Hugging Face `config.json` and holds its parameters as an ordered list under their Hugging
 //! Face names: the order is the order of registration with the gradient reducer, the names are those in checkpoints.
 //!
-//! Invariants: parameters are fp32 leaf tensors whatever the [`Precision`]; with [`Precision::Bf16`] they are cast
-//! where they are used, so that gradients come out in fp32 and there is one copy of the weights. Where the fp32 weights
-//! are kept elsewhere (ZeRO-1), a [`Weight`] has bf16 values of its own beside a leaf that only receives the gradient;
-//! the arithmetic is the same to the last bit. A fresh model has the same bits on every machine and device: see
-//! [`random`]. [`parameter_shapes`] and [`build`] agree by construction.
+//! Invariants: parameters are fp32 leaf tensors at any [`Precision`]; with [`Precision::Bf16`] they are cast where they
+//! are used, so that gradients come out in fp32 and there is one copy of the weights. If the fp32 weights are kept
+//! elsewhere (ZeRO-1), a [`Weight`] has bf16 values of its own beside a leaf that only receives the gradient; the
+//! arithmetic is the same to the last bit. A fresh model has the same bits on every machine and device: see [`random`].
+//! [`parameter_shapes`] and [`build`] agree by construction.
 //!
 //! A model keeps no state between calls beyond its parameters (and a table of constants that grows on demand): a call
-//! that failed or was given up leaves nothing behind.
+//! that failed or was cancelled leaves nothing behind.
 #![doc = include_str!("README.md")]
 
 mod description;
@@ -33,13 +33,13 @@ use crate::{
     shortage::is_out_of_memory,
 };
 
-/// What can go wrong with a model.
+/// The errors of a model.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// The description is of another architecture.
     #[error("config.json describes {found}, which is not a Llama model")]
     Architecture {
-        /// What it says of itself.
+        /// Its own name.
         found: String,
     },
     /// A value in the description can't be used.
@@ -50,10 +50,10 @@ pub enum ModelError {
         /// What is wrong with its value.
         reason: String,
     },
-    /// What was passed in does not fit the model.
+    /// An argument does not fit the model.
     #[error("{what} {reason}")]
     Input {
-        /// Which argument.
+        /// The argument.
         what: &'static str,
         /// What is wrong with it.
         reason: String,
@@ -67,7 +67,7 @@ pub enum ModelError {
     /// LibTorch refused.
     #[error("{doing}")]
     Torch {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
         /// The cause.
         #[source]
@@ -107,7 +107,7 @@ impl Explain for ModelError {
     }
 }
 
-/// Names what was being done when LibTorch refused.
+/// Names the operation that LibTorch refused.
 pub(crate) trait Doing<T> {
     /// `doing` is a verb phrase: "compute attention".
     fn doing(self, doing: &'static str) -> Result<T, ModelError>;
@@ -126,15 +126,15 @@ pub trait Model: Send {
     /// [`Model::set_parameters`] gave them copies, which hold the values then.
     fn parameters(&self) -> &[(String, Tensor)];
 
-    /// Puts other tensors in the place of all parameters, in their order and with their extents: they hold what is
-    /// computed with from here on.
+    /// Replaces all parameters by other tensors, in their order and with their extents: these hold the values for
+    /// computing from here on.
     fn set_parameters(&mut self, weights: Vec<Weight>) -> Result<(), ModelError>;
 
-    /// Mean cross entropy (nats a token) of predicting `tokens[.., 1..]` from what stands before: an fp32 scalar.
+    /// Mean cross entropy (nats per token) of predicting `tokens[.., 1..]` from the tokens before: an fp32 scalar.
     ///
     /// `tokens`: i64 `[batch, T + 1]` on the model's device, each below [`Model::vocab_size`] (not checked here: on a
     /// GPU that would cost a synchronisation), T at most [`Model::max_sequence_length`]. `backward()` may be called on
-    /// the result once; where gradients are not recorded, nothing is kept for it.
+    /// the result once; if gradients are not recorded, nothing is kept for it.
     fn loss(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
 
     /// Scores of the next token at every position: fp32 `[batch, T, vocabulary]` for i64 `tokens` `[batch, T]`.
@@ -143,24 +143,24 @@ pub trait Model: Send {
     /// Scores after the last position only: fp32 `[batch, vocabulary]` for i64 `tokens` `[batch, T]`.
     fn last_logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
 
-    /// How many tokens there are.
+    /// The number of tokens in the vocabulary.
     fn vocab_size(&self) -> u32;
 
     /// The most positions in one sequence.
     fn max_sequence_length(&self) -> u32;
 
-    /// Where it computes.
+    /// The device that it computes on.
     fn device(&self) -> Device;
 }
 
-/// What a model is built with besides its description.
+/// The settings for building a model, besides its description.
 #[derive(Clone, Copy, Debug)]
 pub struct BuildSettings {
-    /// Where parameters lie and computation happens.
+    /// The device for parameters and computation.
     pub device: Device,
     /// Arithmetic of forward and backward.
     pub precision: Precision,
-    /// Seed of the initial weights; `None`: they hold anything, because all of them are about to be loaded.
+    /// Seed of the initial weights; `None`: their values are arbitrary, because all of them are about to be loaded.
     pub seed: Option<u64>,
 }
 
@@ -182,8 +182,8 @@ pub fn parameter_shapes(kind: ModelKind, config: &serde_json::Value) -> Result<V
     }
 }
 
-/// Holds the description of a run that is about to be created against what is computed here: a key that is neither
-/// computed nor known to be harmless is refused by name.
+/// Checks the description of a run that is about to be created: a key that is neither computed nor known to be harmless
+/// is refused by name.
 pub fn check_description(kind: ModelKind, config: &serde_json::Value) -> Result<(), ModelError> {
     match kind {
         ModelKind::Llama => description::check(config),
@@ -207,7 +207,7 @@ pub fn max_sequence_length(kind: ModelKind, config: &serde_json::Value) -> Resul
     }
 }
 
-/// How many tokens there are, from the description alone.
+/// The number of tokens in the vocabulary, from the description alone.
 pub fn vocab_size(kind: ModelKind, config: &serde_json::Value) -> Result<u32, ModelError> {
     match kind {
         ModelKind::Llama => Ok(LlamaConfig::from_json(config)?.vocab_size),

@@ -11,7 +11,7 @@ use std::num::NonZero;
 pub use crate::random::SplitMix64;
 use crate::random::mix;
 
-/// Elements drawn from one sub-stream; part of what fixes the bits. Even, since numbers come in pairs.
+/// Elements drawn from one sub-stream; one of the constants that fix the bits. Even, since numbers come in pairs.
 const BLOCK: usize = 1 << 16;
 
 /// `len` draws from a normal distribution with mean 0 and deviation `std`, of the stream of (`seed`, `name`).

@@ -2,8 +2,8 @@
 //! together with element i + width/2.
 //!
 //! Cosines and sines are computed in fp32 on the CPU, with the same operations as Hugging Face's, and then moved to the
-//! device; the turning is done in fp32 whatever the model's precision, because bf16 loses positions in long sequences
-//! (arXiv 2411.13476). The table grows to the longest sequence seen.
+//! device; the turning is done in fp32 at any model precision, because bf16 loses positions in long sequences (arXiv
+//! 2411.13476). The table grows to the longest sequence seen.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -91,7 +91,7 @@ impl RopeTable {
     }
 }
 
-/// Llama 3.1's stretching of one frequency (radians a position); Hugging Face `_compute_llama3_parameters`.
+/// Llama 3.1's stretching of one frequency (radians per position); Hugging Face `_compute_llama3_parameters`.
 fn stretch(frequency: f32, scaling: &Llama3Scaling) -> f32 {
     let context = f64::from(scaling.original_max_position_embeddings);
     let wavelength = (2.0 * std::f64::consts::PI) as f32 / frequency;

@@ -4,18 +4,18 @@ use tch::{Kind, TchError, Tensor};
 
 use crate::torch;
 
-/// A leaf that the gradient goes to, and what is computed with.
+/// A leaf that receives the gradient, and the values used for computing.
 #[derive(Debug)]
 pub struct Weight {
-    /// fp32, requires a gradient. Holds the values where there is no copy.
+    /// fp32, requires a gradient. Holds the values if there is no copy.
     pub leaf: Tensor,
-    /// The values, in the type that is computed with, of the leaf's extents; the leaf is then one of
-    /// [`torch::leaf_like`], whose own values are never read.
+    /// The values, in the type used for computing, of the leaf's extents; the leaf is then one of [`torch::leaf_like`],
+    /// whose own values are never read.
     pub copy: Option<Tensor>,
 }
 
 impl Weight {
-    /// The same parameter once more.
+    /// Another handle to the same parameter.
     pub(super) fn share(&self) -> Self {
         Self { leaf: self.leaf.shallow_clone(), copy: self.copy.as_ref().map(Tensor::shallow_clone) }
     }
@@ -28,7 +28,7 @@ impl Weight {
         }
     }
 
-    /// The rows that `tokens` (i64) name, as `kind`.
+    /// The rows selected by `tokens` (i64), as `kind`.
     pub(super) fn look_up(&self, tokens: &Tensor, kind: Kind) -> Result<Tensor, TchError> {
         match &self.copy {
             Some(copy) => torch::copy_lookup(&self.leaf, copy, tokens).map_err(refused)?.f_to_kind(kind),
@@ -36,7 +36,7 @@ impl Weight {
         }
     }
 
-    /// `loss`, of which `gradient / divisor` is the gradient with respect to this parameter.
+    /// `loss`, with `gradient / divisor` as its gradient with respect to this parameter.
     pub(super) fn with_gradient(&self, loss: &Tensor, gradient: &Tensor, divisor: f64) -> Result<Tensor, TchError> {
         torch::with_gradient(loss, &self.leaf, gradient, divisor).map_err(refused)
     }

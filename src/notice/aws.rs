@@ -1,23 +1,23 @@
-//! What AWS's instance metadata says of this machine's end (<https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/>:
+//! Notices of this machine's end from AWS's instance metadata (<https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/>:
 //! Spot Instance interruption notices, EC2 instance rebalance recommendations, scheduled events; Auto Scaling: target
 //! lifecycle state).
 //!
-//! | asked | how often | what it means |
+//! | path | interval | meaning |
 //! |---|---|---|
-//! | `spot/instance-action` | 1 s | interruption; two minutes at the most, none with `hibernate` |
+//! | `spot/instance-action` | 1 s | interruption; two minutes at most, none with `hibernate` |
 //! | `autoscaling/target-lifecycle-state` | 2 s | `Terminated`: stop, at once; the group's hook is kept waiting meanwhile |
 //! | `events/recommendations/rebalance` | 5 s | save now and train on |
 //! | `events/maintenance/scheduled` | 30 s | save now and train on; interruption when a stop or a reboot is at most five minutes ahead |
 //!
-//! A machine that was bought `on-demand` is not asked about spot. A notice holds once it was heard, whether or not it
-//! is there the next time: nobody promises that what is withdrawn does not happen. Of a spot interruption the action
-//! alone is the name: some services count its time from the request.
+//! Spot notices are not polled on an `on-demand` machine. A notice once received stays valid, even if it is gone the
+//! next time: a withdrawn notice is no promise that nothing happens. A spot interruption is identified by its action
+//! alone: some services count its time from the request.
 //!
-//! Maintenance whose time had passed when this process first heard of it only asks for a save: a machine that waits for
-//! its reboot would else drain again with every start, for hours. The reboot itself comes with SIGTERM.
+//! Maintenance whose time had passed when this process first heard of it only asks for a save: otherwise a machine that
+//! waits for its reboot would drain again with every start, for hours. The reboot itself comes with SIGTERM.
 //!
 //! With a lifecycle hook (see [`crate::cloud::lifecycle`]) the hook is kept waiting from the moment at which the end
-//! was heard, and is completed when the run's last words are written. A crash in between leaves it to its time-out.
+//! was announced, and is completed when the run's last record is written. A crash in between leaves it to its time-out.
 
 use std::{sync::Arc, time::Duration};
 
@@ -38,26 +38,26 @@ const REBALANCE: &str = "/latest/meta-data/events/recommendations/rebalance";
 const TARGET: &str = "/latest/meta-data/autoscaling/target-lifecycle-state";
 const MAINTENANCE: &str = "/latest/meta-data/events/maintenance/scheduled";
 
-/// The most that a spot interruption announces.
+/// The longest announcement of a spot interruption.
 const SPOT_NOTICE: Duration = Duration::from_secs(120);
-/// Maintenance so near is a reason to leave.
+/// Maintenance closer than this is a reason to leave.
 const NEAR: Duration = Duration::from_secs(300);
-/// Events of one list that are looked at.
+/// The most events of one list that are read.
 const EVENTS: usize = 32;
-/// Between two heartbeats of a hook whose time-out is not known; the shortest time-out is 30 s.
+/// The interval between two heartbeats of a hook whose time-out is not known; the shortest time-out is 30 s.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// Between two looks for the hook once the end was announced: this process may be gone soon.
+/// The interval between two searches for the hook once the end was announced: this process may be gone soon.
 const HURRY: Duration = Duration::from_secs(1);
 
 /// The service, once it has answered.
 #[derive(Debug)]
 pub struct Found {
     imds: Imds,
-    /// The machine can be taken back at any time.
+    /// Whether the machine can be taken back at any time.
     spot: bool,
 }
 
-/// Looks for the service until it answers. Never, where it is switched off.
+/// Looks for the service until it answers. Never returns if it is switched off.
 pub async fn find(named: bool) -> Found {
     let Some(imds) = Imds::from_environment() else { return std::future::pending().await };
     let here = hardware::maker(&hardware::root()) == hardware::Maker::Amazon;
@@ -68,16 +68,16 @@ pub async fn find(named: bool) -> Found {
             Err(error) => search.failed(&error).await,
         }
     };
-    // "spot", "on-demand", "capacity-block", …: only one of them is known to stay.
+    // "spot", "on-demand", "capacity-block", …: only on-demand machines are known to stay.
     let spot = life_cycle.as_deref().map(str::trim) != Some("on-demand");
     tracing::debug!(endpoint = imds.uri(), life_cycle, "AWS's metadata service is listened to");
     Found { imds, spot }
 }
 
-/// Where this machine stands in its Auto Scaling group.
+/// The state of this machine in its Auto Scaling group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Standing {
-    /// In none, as far as is known.
+    /// In no group, as far as known.
     #[default]
     Outside,
     /// The group keeps it.
@@ -86,18 +86,18 @@ enum Standing {
     Leaving,
 }
 
-/// What is to be done when this machine's end was announced by its group.
+/// The actions after this machine's end was announced by its group.
 #[derive(Debug, Default)]
 pub struct Ending {
     standing: watch::Sender<Standing>,
-    /// What holds its end up; outer `None`: not known yet.
+    /// The hook that delays its end; outer `None`: not known yet.
     hook: watch::Sender<Option<Option<Arc<Lifecycle>>>>,
 }
 
 impl Ending {
-    /// Lets the machine go, if its group waits for that. Its hook may still be looked for: a node that has nothing to
-    /// save is ready to leave at once, and the machine would idle, paid, until the time-out. The caller bounds the
-    /// wait.
+    /// Lets the machine go, if its group waits for that. The search for its hook may still be running: a node that has
+    /// nothing to save is ready to leave at once, and without this the machine would idle, at a cost, until the
+    /// time-out. The caller bounds the wait.
     pub async fn release(&self) {
         if *self.standing.borrow() != Standing::Leaving {
             return;
@@ -113,7 +113,7 @@ impl Ending {
     }
 }
 
-/// Tells what the service says, for ever.
+/// Reports the service's notices, for ever.
 pub async fn listen(found: Found, mouth: Mouth, ending: Arc<Ending>, hook: String) {
     let Found { imds, spot } = found;
     let second = Duration::from_secs(1);
@@ -136,10 +136,10 @@ pub async fn listen(found: Found, mouth: Mouth, ending: Arc<Ending>, hook: Strin
     futures::join!(spot, rebalance, maintenance, target, hold);
 }
 
-/// What an answer says, or what it should have been.
+/// The content of an answer, or what it should have been.
 type Read<T> = Result<T, &'static str>;
 
-/// Asks for one path at a pace and tells what `read` makes of the answers.
+/// Polls one path and reports the notices that `read` finds in the answers.
 async fn watch_path(
     imds: &Imds,
     path: &'static str,
@@ -160,7 +160,7 @@ async fn watch_path(
     }
 }
 
-/// Asks where the group is taking this machine.
+/// Polls for the state that the group is taking this machine to.
 async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
     let mut pace = Pace::new(Duration::from_secs(2), Duration::from_secs(16));
     loop {
@@ -168,19 +168,19 @@ async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
         if let Ok(Some(state)) = &outcome
             && is_end(state)
         {
-            // What holds it up decides how much time there is; it is usually known by now.
+            // The hook decides how much time there is; it is usually known by now.
             let mut hook = ending.hook.subscribe();
             ending.standing.send_replace(Standing::Leaving);
             let known = timeout(LIMIT, hook.wait_for(Option::is_some)).await;
             let hook = known.ok().and_then(|hook| hook.ok()?.clone().flatten());
             // The group waits for this machine, and pays for it, often with its replacement there already. The hook is
-            // kept waiting: its time-out is no reason to give a save up.
+            // kept waiting: its time-out is no reason to give up a save.
             let confidence = Confidence::Advisory;
             let deadline = hook.and_then(|hook| hook.timeout());
             mouth.tell(Notice { confidence, ..notice(Kind::Stop, deadline, "aws-asg", "Terminated") });
         } else if matches!(&outcome, Ok(Some(state)) if !state.trim().is_empty()) {
-            // A machine of a group: it is time to know what will hold up its end. An end that was announced is not
-            // taken back.
+            // A machine of a group: it is time to find the hook that will delay its end. An announced end is not taken
+            // back.
             ending.standing.send_if_modified(|standing| {
                 let news = *standing == Standing::Outside;
                 if news {
@@ -209,7 +209,7 @@ async fn hold(imds: &Imds, ending: &Ending, configured: &str) {
                     tracing::warn!(%error, hint = error.hint(), "what holds up this machine's end is not known: the \
                         group will not wait for the last save");
                 }
-                // An end that is announced ends the pause.
+                // An announced end ends the pause.
                 let leaving = standing.wait_for(|standing| *standing == Standing::Leaving);
                 let hurry = timeout(pace.failed(), leaving).await.is_ok();
                 if hurry {
@@ -250,7 +250,7 @@ fn is_end(target_state: &str) -> bool {
     target_state.trim() == "Terminated"
 }
 
-/// Reads `spot/instance-action`. A time that has passed, or that can't be read, makes the action no less certain.
+/// Reads `spot/instance-action`. A time that has passed, or can't be read, makes the action no less certain.
 fn spot_action(body: &str, now: Timestamp) -> Read<Notice> {
     #[derive(Deserialize)]
     struct Action {
@@ -281,7 +281,7 @@ fn recommendation(body: &str) -> Read<Notice> {
     Ok(notice(Kind::Rebalance, None, "aws-rebalance", name(&notice_time)))
 }
 
-/// Reads `events/maintenance/scheduled`. `first`: when this process first had an answer.
+/// Reads `events/maintenance/scheduled`. `first`: when this process got its first answer.
 fn scheduled(body: &str, now: Timestamp, first: Timestamp) -> Read<Vec<Notice>> {
     #[derive(Deserialize)]
     #[serde(rename_all = "PascalCase")]
@@ -307,7 +307,7 @@ fn scheduled(body: &str, now: Timestamp, first: Timestamp) -> Read<Vec<Notice>> 
             Some(ahead) if ends && ahead <= NEAR => {
                 notices.push(notice(Kind::Interruption, Some(ahead), "aws-maintenance", id));
             }
-            // Network or power, a time that is far, has passed or can't be read, or a code that is not known.
+            // Network or power, a time that is distant, past or unreadable, or an unknown code.
             _ => notices.push(notice(Kind::Rebalance, None, "aws-maintenance-ahead", id)),
         }
     }

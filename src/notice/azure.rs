@@ -1,15 +1,15 @@
 //! Azure's Scheduled Events (<https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events>).
 //!
-//! The document is asked for every second; its first answer may take two minutes. An event counts if its `Resources`
-//! name this machine: every machine of an availability set is told of the events of all. `Preempt`, `Terminate`,
-//! `Redeploy` and `Reboot` are interruptions, at `NotBefore`, which is empty once they have started. A `Freeze` loses
-//! no memory: of one that is not known to be short the answer is a save.
+//! The document is polled every second; its first answer may take two minutes. An event counts if its `Resources` name
+//! this machine: every machine of an availability set sees the events of all. `Preempt`, `Terminate`, `Redeploy` and
+//! `Reboot` are interruptions, at `NotBefore`, which is empty once they have started. A `Freeze` loses no memory: the
+//! response is a save, unless it is known to be short.
 //!
 //! *Approval.* An event begins early if it is approved, which ends the wait for a machine that has nothing left to do.
 //! It is approved only after the last step is durable, only if every resource that it names is this machine (approving
-//! it starts it for all of them), and only if this process leaves because of it: one that was not told of it, or was
-//! asked to stop for another reason, leaves the rest of the time to whatever runs here next. Not approving it costs
-//! nothing but the wait.
+//! it starts it for all of them), and only if this process leaves because of it: a process that did not receive it, or
+//! was asked to stop for another reason, leaves the rest of the time to the next process here. Not approving it costs
+//! only the wait.
 
 use std::{
     collections::HashSet,
@@ -26,28 +26,28 @@ use super::{
 };
 use crate::cloud::{azure::Azure, hardware, metadata::MetadataError};
 
-/// The first answer may take so long.
+/// How long the first answer may take.
 const FIRST: Duration = Duration::from_secs(130);
 /// How long an approval may take, and how often it is tried.
 const APPROVAL: Duration = Duration::from_secs(5);
 const TRIES: u32 = 2;
-/// The most that any event announces: `Freeze` and `Reboot` 15 min, `Terminate` up to 15 min.
+/// The longest announcement of any event: `Freeze` and `Reboot` 15 min, `Terminate` up to 15 min.
 const LONGEST: Duration = Duration::from_secs(15 * 60);
-/// A freeze that is shorter, seconds, may be ignored, says Azure.
+/// A freeze shorter than this, seconds, may be ignored, according to Azure.
 const SHORT: i64 = 9;
-/// Events of one document that are looked at.
+/// The most events of one document that are read.
 const EVENTS: usize = 64;
 const PREEMPT: &str = "azure-preempt";
 const SCHEDULED: &str = "azure-scheduled";
 
-/// The service, once it has answered, and what it calls this machine.
+/// The service, once it has answered, and its name for this machine.
 #[derive(Debug)]
 pub struct Found {
     azure: Azure,
     me: String,
 }
 
-/// Looks for the service until it answers. Never, where it is switched off.
+/// Looks for the service until it answers. Never returns if it is switched off.
 pub async fn find(named: bool) -> Found {
     let Some(azure) = Azure::from_environment() else { return std::future::pending().await };
     let here = hardware::maker(&hardware::root()) == hardware::Maker::Azure;
@@ -62,7 +62,7 @@ pub async fn find(named: bool) -> Found {
     Found { azure, me }
 }
 
-/// What is to be approved when this machine has nothing left to do.
+/// The events to approve when this machine has nothing left to do.
 #[derive(Debug, Default)]
 pub struct Heard {
     service: Mutex<Option<(Azure, Vec<String>)>>,
@@ -111,7 +111,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Reasons {
     /// Notices of events, by id.
     events: HashSet<String>,
-    /// Something else asked it to leave.
+    /// Whether something else asked it to leave.
     others: bool,
 }
 
@@ -126,18 +126,18 @@ impl Reasons {
         }
     }
 
-    /// Those of the scheduled events `ours` that may begin early.
+    /// Those of the scheduled events `ours` that this process may start early.
     fn approvable(&self, ours: Vec<String>) -> Vec<String> {
         ours.into_iter().filter(|event| !self.others && self.events.contains(&notice_id(event, false))).collect()
     }
 }
 
-/// An event keeps its id when it starts, which is news nevertheless: there is no time left then.
+/// An event keeps its id when it starts, but its start is news: there is no time left then.
 fn notice_id(event: &str, started: bool) -> String {
     format!("{event}-{}", if started { "Started" } else { "Scheduled" })
 }
 
-/// Tells what the service says, for ever.
+/// Reports the service's notices, for ever.
 pub async fn listen(found: Found, mouth: Mouth, heard: Arc<Heard>) {
     let Found { azure, me } = found;
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
@@ -156,7 +156,7 @@ pub async fn listen(found: Found, mouth: Mouth, heard: Arc<Heard>) {
     }
 }
 
-/// What a document says to this machine.
+/// The content of a document for this machine.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Document {
     notices: Vec<Notice>,
@@ -186,7 +186,7 @@ fn read(body: &str, me: &str, now: Timestamp) -> Result<Document, &'static str> 
     let Raw { events } = serde_json::from_str(body).map_err(|_| "a document of scheduled events")?;
     let mut document = Document::default();
     for event in events.into_iter().take(EVENTS) {
-        // Names of resources are the same in any case of letters.
+        // Names of resources are case-insensitive.
         let mine = event.resources.iter().filter(|name| name.eq_ignore_ascii_case(me)).count();
         let started = match event.event_status.as_str() {
             "Scheduled" => false,
@@ -203,7 +203,7 @@ fn read(body: &str, me: &str, now: Timestamp) -> Result<Document, &'static str> 
                 let (deadline, confidence) = match (started, at) {
                     (true, _) => (Some(Duration::ZERO), Confidence::Certain),
                     (false, Some(at)) => (Some(left(at, now, LONGEST)), Confidence::Announced),
-                    // Scheduled, and its time can't be read.
+                    // Scheduled, but its time can't be read.
                     (false, None) => (None, Confidence::Announced),
                 };
                 let source = if event.event_type == "Preempt" { PREEMPT } else { SCHEDULED };
@@ -237,7 +237,7 @@ mod tests {
         let soon = "Mon, 19 Sep 2016 18:29:47 GMT";
         let leave = |seconds: Option<u64>| (Kind::Interruption, seconds.map(Duration::from_secs));
         let save = (Kind::Rebalance, None);
-        // type, status, resources, NotBefore, duration; what is told, whether it may be approved.
+        // type, status, resources, NotBefore, duration; the notice, whether it may be approved.
         for (kind, status, resources, not_before, duration, told, approved) in [
             ("Preempt", "Scheduled", vec!["me"], soon, -1, Some(leave(Some(30))), true),
             ("Preempt", "Scheduled", vec!["ME"], soon, -1, Some(leave(Some(30))), true),

@@ -1,12 +1,11 @@
-//! A request, in the run's own folder, that a live generation save and stop.
+//! A request, in the run's own folder, that a live generation should save and stop.
 //!
-//! Stored layout: `drains/g0003.json`, created once: [`Request`]. That it stands is all that its reader looks at. It is
-//! of one generation, so that whoever resumes the run later is not stopped by it; it stays, as the journal does, and
-//! costs a few bytes.
+//! Stored layout: `drains/g0003.json`, created once: [`Request`]. Its reader only checks that it exists. It belongs to
+//! one generation, so that it does not stop a later resume; it stays, as the journal does, and costs a few bytes.
 //!
-//! The agent of that generation asks for it every [`INTERVAL`], and for a minute after it has formed the next one: when
-//! a worker dies while the request is on its way, the same agent still obeys it. A crash on either side loses nothing:
-//! asked again, the request stands already.
+//! The agent of that generation looks for it every [`INTERVAL`], and for a minute after it has formed the next one:
+//! when a worker dies while the request is on its way, the same agent still obeys it. A crash on either side loses
+//! nothing: a repeated command finds the request already there.
 
 use std::time::Duration;
 
@@ -21,7 +20,7 @@ use crate::{
     storage::{CreateOutcome, StorageError, Store},
 };
 
-/// Between two questions to the store.
+/// The interval between two looks at the store.
 pub const INTERVAL: Duration = Duration::from_secs(5);
 const FORMAT: u32 = 1;
 
@@ -30,15 +29,15 @@ const FORMAT: u32 = 1;
 pub struct Request {
     /// Version of this layout.
     pub format: u32,
-    /// Tells this request from another.
+    /// Distinguishes this request from another.
     pub attempt: AttemptId,
-    /// The generation that is asked.
+    /// The generation that is asked to stop.
     pub generation: Generation,
-    /// When, by the clock of whoever asks.
+    /// When, by the clock of the asking machine.
     pub at: Timestamp,
 }
 
-/// Asks `generation` of the run in folder `run` to save and stop. Says whether nobody had asked before.
+/// Asks `generation` of the run in folder `run` to save and stop. Returns whether this is the first request.
 pub async fn ask(run: &Store, generation: Generation) -> Result<bool, StorageError> {
     let request = Request { format: FORMAT, attempt: AttemptId::random(), generation, at: Timestamp::now() };
     // A struct of numbers and strings always becomes JSON.
@@ -54,7 +53,7 @@ async fn is_asked(run: &Store, generation: Generation) -> Result<bool, StorageEr
     }
 }
 
-/// Tells when `generation` is asked to stop, from then on again and again: it may be long before somebody takes it.
+/// Reports that `generation` is asked to stop, from then on again and again: it may be long before the report is taken.
 pub(super) async fn listen(run: Store, generation: Generation, mouth: Mouth) {
     listen_every(INTERVAL, run, generation, mouth).await;
 }

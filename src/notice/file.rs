@@ -1,10 +1,10 @@
-//! A watched file: whatever can write one can say that this machine goes away.
+//! A watched file: any program that can write one can announce that this machine goes away.
 //!
-//! What counts is that the file appears or changes while this process runs. One that was last written before the
-//! process began is old news, as is one from the future: it would else end every restart. It may be empty, or hold the
-//! seconds that are left (`90`, `2m`) or JSON, `{"deadline_s": 90}`; what can't be read says no less that the machine
-//! goes away. At most 4 KiB of it are read, once it has stayed the same from one look to the next: whoever writes it
-//! need not do so at once.
+//! The file counts if it appears or changes while this process runs. A file last written before the process began is
+//! old news, as is one from the future: otherwise it would end every restart. It may be empty, or hold the seconds left
+//! (`90`, `2m`) or JSON, `{"deadline_s": 90}`; an unreadable content still announces that the machine goes away. At
+//! most 4 KiB of it are read, once it has stayed the same from one look to the next: its writer need not write it all
+//! at once.
 
 use std::{
     os::unix::fs::MetadataExt,
@@ -22,14 +22,14 @@ use super::{
 };
 use crate::config::parse_duration;
 
-/// Between two looks.
+/// The interval between two looks.
 const INTERVAL: Duration = Duration::from_millis(500);
-/// The most that is read.
+/// The most bytes that are read.
 const MAX_CONTENT: u64 = 4096;
-/// No deadline is further away.
+/// The longest deadline.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// What tells one state of a file from another.
+/// The properties that distinguish two states of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Looks {
     inode: u64,
@@ -38,7 +38,7 @@ struct Looks {
     regular: bool,
 }
 
-/// Tells of the file, for ever.
+/// Reports notices from the file, for ever.
 pub async fn listen(path: PathBuf, mouth: Mouth) {
     let began = Timestamp::now().checked_sub(SignedDuration::try_from(running_for()).unwrap_or_default());
     let mut watched = Watched::begin(path, began.unwrap_or(Timestamp::MIN)).await;
@@ -50,19 +50,19 @@ pub async fn listen(path: PathBuf, mouth: Mouth) {
     }
 }
 
-/// A file, and what is known of it.
+/// A file, and its known states.
 struct Watched {
     path: PathBuf,
-    /// What was told, or was old at the beginning.
+    /// The state that was reported, or was old at the beginning.
     known: Option<Looks>,
-    /// At the last look.
+    /// The state at the last look.
     before: Option<Looks>,
-    /// The last news, and when it was heard.
+    /// The last notice, and when it was received.
     news: Option<(Instant, Notice)>,
 }
 
 impl Watched {
-    /// What was written before `began` is old.
+    /// A file written before `began` is old.
     async fn begin(path: PathBuf, began: Timestamp) -> Self {
         let before = look(&path).await;
         let at = |time: Timestamp| (time.as_second(), i64::from(time.subsec_nanosecond()));
@@ -71,7 +71,7 @@ impl Watched {
         Self { path, known, before, news: None }
     }
 
-    /// The last news, with every look: it may be long before somebody takes it.
+    /// The last notice, with every look: it may be long before somebody takes it.
     async fn hear(&mut self) -> Option<(Instant, Notice)> {
         if let Some(notice) = self.look().await {
             self.news = Some((Instant::now(), notice));
@@ -79,7 +79,7 @@ impl Watched {
         self.news.clone()
     }
 
-    /// News, if it has changed and then stayed the same from one look to the next.
+    /// A notice, if the file has changed and then stayed the same from one look to the next.
     async fn look(&mut self) -> Option<Notice> {
         let now = look(&self.path).await;
         let settled = now == std::mem::replace(&mut self.before, now);
@@ -116,13 +116,13 @@ async fn look(path: &Path) -> Option<Looks> {
 async fn read(path: &Path) -> Vec<u8> {
     let mut content = Vec::new();
     if let Ok(file) = tokio::fs::File::open(path).await {
-        // What can't be read to its end is read as far as it goes.
+        // A partly unreadable content is read as far as it goes.
         let _ = file.take(MAX_CONTENT).read_to_end(&mut content).await;
     }
     content
 }
 
-/// The time that is left; `Err`: the content means nothing.
+/// The time left; `Err`: the content means nothing.
 fn deadline(content: &[u8]) -> Result<Option<Duration>, ()> {
     let text = std::str::from_utf8(content).map_err(|_| ())?.trim();
     if text.is_empty() {

@@ -1,16 +1,16 @@
-//! What Compute Engine's metadata server says of this machine's end
+//! Notices of this machine's end from Compute Engine's metadata server
 //! (<https://cloud.google.com/compute/docs/instances/spot>,
 //! <https://cloud.google.com/compute/docs/gpus/gpu-host-maintenance>).
 //!
-//! - `instance/preempted` `TRUE`: interruption. What is left is 30 s, unless the machine was made with
-//!   `--preemption-notice-duration`, which the server does not tell: `notice.preemption_window` does.
-//! - `instance/maintenance-event` `TERMINATE_ON_HOST_MAINTENANCE`: interruption. A machine with GPUs is told an hour
-//!   ahead, others a minute; which of the two is not said, so a minute is what is counted on. If that stood there when
-//!   this process began, it was started in that hour: it saves now and trains on, since it would else drain again with
-//!   every start. Where the server is first asked later than a minute after the beginning, what stands there counts as
-//!   new. `MIGRATE_ON_HOST_MAINTENANCE` costs a pause: nothing is lost.
+//! - `instance/preempted` `TRUE`: interruption. The time left is 30 s, unless the machine was created with
+//!   `--preemption-notice-duration`, which the server does not report: `notice.preemption_window` does.
+//! - `instance/maintenance-event` `TERMINATE_ON_HOST_MAINTENANCE`: interruption. A machine with GPUs gets an hour's
+//!   notice, others a minute; the answer does not say which, so a minute is assumed. If the value was already there
+//!   when this process began, the process was started in that hour: it saves now and trains on, since it would
+//!   otherwise drain again with every start. If the server is first asked later than a minute after the beginning, the
+//!   value counts as new. `MIGRATE_ON_HOST_MAINTENANCE` costs a pause: nothing is lost.
 //!
-//! Each is asked for plainly once, then with a request that waits for a change to what was heard last.
+//! Each value is first read once, then with requests that wait for a change from the last value.
 
 use std::time::Duration;
 
@@ -29,10 +29,10 @@ const PREEMPTED: &str = "/instance/preempted";
 const MAINTENANCE: &str = "/instance/maintenance-event";
 /// How long one request waits for a change.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What is counted on between the announcement of maintenance and its beginning.
+/// The assumed time between the announcement of maintenance and its beginning.
 const MAINTENANCE_NOTICE: Duration = Duration::from_secs(60);
 
-/// Looks for the server until it answers. Never, where it is switched off.
+/// Looks for the server until it answers. Never returns if it is switched off.
 pub async fn find(named: bool) -> Gcp {
     let Some(gcp) = Gcp::from_environment() else { return std::future::pending().await };
     let here = hardware::maker(&hardware::root()) == hardware::Maker::Google;
@@ -48,16 +48,16 @@ pub async fn find(named: bool) -> Gcp {
     gcp
 }
 
-/// Tells what the server says, for ever. `window`: what is left after a preemption notice.
+/// Reports the server's notices, for ever. `window`: the time left after a preemption notice.
 pub async fn listen(gcp: Gcp, mouth: Mouth, window: Duration) {
     let preempted = watch_path(&gcp, PREEMPTED, &mouth, |text, _| preempted(text, window));
     let maintenance = watch_path(&gcp, MAINTENANCE, &mouth, maintenance);
     futures::join!(preempted, maintenance);
 }
 
-/// `read` is given an answer and whether it has been the same since the first one.
+/// `read` gets an answer and whether it has been the same since the first one.
 async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(&str, bool) -> Option<Notice>) {
-    // The pause after an answer bounds what a server costs that answers at once although nothing has changed.
+    // The pause after an answer bounds the cost of a server that answers at once although nothing has changed.
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
     let mut tag: Option<String> = None;
     let mut standing = Standing::of_process(running_for());
@@ -71,13 +71,13 @@ async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(
         {
             mouth.tell(notice);
         }
-        // After a failure plainly again: what was missed is heard without waiting for another change.
+        // After a failure without waiting: a missed change is heard without waiting for another one.
         tag = outcome.as_ref().ok().and_then(|value| value.as_ref()?.tag.clone());
         rest(&mut pace, path, &outcome).await;
     }
 }
 
-/// What stood there when this process began, until it changes.
+/// The value that was there when this process began, until it changes.
 #[derive(Debug)]
 struct Standing {
     first: Option<String>,
@@ -85,8 +85,8 @@ struct Standing {
 }
 
 impl Standing {
-    /// Of a process that has `run` so long before its first question. Too long, and what comes first may be new, and
-    /// its end near.
+    /// For a process that has run for `run` before its first request. If that is too long, the first value may be new,
+    /// and the end near.
     fn of_process(run: Duration) -> Self {
         Self { first: None, changed: run > MAINTENANCE_NOTICE }
     }

@@ -1,15 +1,15 @@
-//! The signals that this process was sent, from the first instruction of `main` on.
+//! The signals sent to this process, from the first instruction of `main` on.
 //!
-//! The handlers are tokio's: one sets a flag and wakes a thread of this file's own, which counts. What has come before
-//! somebody listens waits for him: until the handlers stand a signal ends the process by default, which nobody can tell
-//! from a crash, and to the first process of a container the kernel does not deliver a signal at all that nobody
-//! handles. Before `main` they are held ([`torch::release_signals`]).
+//! The handlers are tokio's: one sets a flag and wakes a thread of this file's own, which counts. Signals that arrive
+//! before there is a listener are kept for it: until the handlers are set a signal ends the process by default, which
+//! nobody can tell from a crash, and the first process of a container does not receive unhandled signals at all. Before
+//! `main` they are held ([`torch::release_signals`]).
 //!
-//! - SIGTERM, SIGINT, SIGHUP: stop. SIGHUP, which a terminal sends that goes away, is left alone where it was ignored
-//!   at the start (`nohup`).
+//! - SIGTERM, SIGINT, SIGHUP: stop. SIGHUP, which a closing terminal sends, is left alone if it was ignored at the
+//!   start (`nohup`).
 //! - SIGUSR1: the machine goes away. SIGUSR2: save now.
-//! - SIGXFSZ is taken and forgotten: a file that may not grow any more (`ulimit -f`) is then an error of the write, not
-//!   the end of the process.
+//! - SIGXFSZ is caught and ignored: a file that has reached its limit (`ulimit -f`) then makes the write fail, rather
+//!   than end the process.
 
 use std::{io, sync::OnceLock};
 
@@ -55,10 +55,10 @@ impl Signal {
     }
 }
 
-/// What has come.
+/// The signals that have arrived.
 #[derive(Clone, Copy, Debug, Default)]
 struct Came {
-    /// By place in [`ALL`]: what nobody has taken yet.
+    /// By position in [`ALL`]: signals that nobody has taken yet.
     waiting: [u32; ALL.len()],
     /// Signals that ask this process to leave, taken or not.
     asked: u32,
@@ -70,7 +70,7 @@ pub struct Inbox(watch::Sender<Came>);
 
 static INBOX: OnceLock<Result<Inbox, (io::ErrorKind, String)>> = OnceLock::new();
 
-/// Takes the signals over: from here on they no longer end the process. Called again, it gives the same inbox.
+/// Installs the handlers: from here on the signals no longer end the process. Called again, it returns the same inbox.
 pub fn open() -> io::Result<Inbox> {
     let opened = INBOX.get_or_init(|| Inbox::begin().map_err(|error| (error.kind(), error.to_string())));
     opened.clone().map_err(|(kind, text)| io::Error::new(kind, text))
@@ -83,7 +83,7 @@ impl Inbox {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let mut streams = [const { None }; ALL.len()];
         {
-            // From here on they count, whatever the thread that hears them is doing.
+            // From here on they count, even if the thread that listens for them is busy.
             let _context = runtime.enter();
             for (stream, which) in streams.iter_mut().zip(ALL) {
                 if which != Signal::HangUp || !hang_up_is_ignored {
@@ -103,7 +103,7 @@ impl Inbox {
         Ok(inbox)
     }
 
-    /// Counts what comes in `stream`.
+    /// Counts the signals of `stream`.
     async fn hear(&self, stream: Option<Stream>, place: usize) {
         let Some(mut stream) = stream else { return };
         while stream.recv().await.is_some() {
@@ -111,7 +111,7 @@ impl Inbox {
         }
     }
 
-    /// Takes the next signal out, once. Safe to drop and call again.
+    /// Takes the next signal, once. Safe to drop and call again.
     pub async fn take(&self) -> Signal {
         let mut news = self.0.subscribe();
         loop {
@@ -129,19 +129,19 @@ impl Inbox {
         }
     }
 
-    /// How often this process was asked to leave so far.
+    /// How often this process has been asked to leave so far.
     pub fn asked(&self) -> u32 {
         self.0.borrow().asked
     }
 
-    /// How many of them somebody has taken.
+    /// How many of these requests have been taken.
     pub fn obeyed(&self) -> u32 {
         let came = self.0.borrow();
         let waiting = came.waiting.iter().zip(ALL).filter(|(_, which)| which.asks_to_leave());
         came.asked.saturating_sub(waiting.map(|(waiting, _)| waiting).sum())
     }
 
-    /// Waits until it was asked more often than `before`.
+    /// Waits until it has been asked more often than `before`.
     pub async fn asked_again(&self, before: u32) {
         if self.0.subscribe().wait_for(|came| came.asked > before).await.is_err() {
             std::future::pending::<()>().await;
@@ -165,8 +165,7 @@ impl Came {
     }
 }
 
-/// Whether `/proc/self/status` has the signal among those that are ignored (proc(5)): the bit below its number in
-/// `SigIgn`.
+/// Whether `/proc/self/status` lists the signal as ignored (proc(5)): the bit below its number in `SigIgn`.
 fn is_ignored(kind: SignalKind, status: &str) -> bool {
     let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigIgn:")?.trim(), 16).ok());
     let bit = u32::try_from(kind.as_raw_value() - 1).unwrap_or_default();

@@ -1,22 +1,22 @@
-//! "This machine, or this run, goes away": one type, whatever said so, and one stream of them.
+//! "This machine, or this run, goes away": one type for all sources, and one stream.
 //!
-//! | source | listened to where | says |
+//! | source | where | meaning |
 //! |---|---|---|
 //! | signals (`signal.rs`) | everywhere | stop; the machine goes away; save now |
 //! | metadata services (`aws.rs`, `gcp.rs`, `azure.rs`) | in that cloud | the machine goes away; save now |
-//! | a watched file (`file.rs`) | where one is named | the machine goes away |
+//! | a watched file (`file.rs`) | if one is configured | the machine goes away |
 //! | `trainer drain` ([`drain`]) | in the run's folder | stop |
 //!
-//! Sources only say what they heard; the agent decides what it means. The stream drops repeats of what it has given, by
-//! source and id: a metadata service repeats a notice with every poll. Signals are not repeats of each other: of the
-//! same signal, the second one asks to leave at once.
+//! Sources only report notices; the agent decides what they mean. The stream drops repeats, by source and id: a
+//! metadata service repeats a notice with every poll. Signals are not repeats of each other: the second of the same
+//! signal asks to leave at once.
 //!
-//! Nothing is stored but a request to drain. Sources are polled by tasks of their own, so that one that hangs holds up
-//! neither the others nor training; they end with the [`Notices`] that started them. A question takes two seconds at
-//! the most (but Azure's list of events, which may take two minutes the first time and gets ten seconds later, and
-//! Google's, which wait a minute for a change), is asked once at a time, and more seldom while there are no answers; a
-//! service that is absent, or mad, is never a reason to stop. With `sources = "auto"` every cloud's service is looked
-//! for, and the first that answers as it should is the only one that is asked from then on.
+//! Only a request to drain is stored. Sources are polled by tasks of their own, so that one that hangs delays neither
+//! the others nor training; they end with the [`Notices`] that started them. A request takes two seconds at most
+//! (except for Azure's list of events, which may take two minutes the first time and gets ten seconds later, and
+//! Google's values, which wait a minute for a change). Each source has one request at a time, and fewer while there are
+//! no answers; a service that is absent or misbehaves is never a reason to stop. With `sources = "auto"` every cloud's
+//! service is looked for, and the first that answers correctly is the only one polled from then on.
 #![doc = include_str!("README.md")]
 mod aws;
 mod azure;
@@ -51,29 +51,29 @@ use self::{
 use crate::env;
 use crate::{config::NoticeConfig, ids::Generation, storage::Store};
 
-/// How long requests to a generation that this node has left behind are looked for: whoever asks has looked at the
-/// journal and at a heartbeat before.
+/// How long requests to a generation that this node has left behind are looked for: their sender has first read the
+/// journal and a heartbeat.
 const LATE: Duration = Duration::from_secs(60);
-/// How long telling those who wait for this node may take.
+/// The limit for informing the parties that wait for this node.
 const FAREWELL: Duration = Duration::from_secs(15);
-/// Advice of one source is not news again so soon, whatever it is called.
+/// Advice from one source is not news again within this time, whatever its id.
 const ADVICE: Duration = Duration::from_secs(600);
-/// Notices of one source in one life of this process; what says more is not listened to any more.
+/// The most notices of one source in one life of this process; a source that sends more is ignored.
 const MOST: usize = 64;
 
-/// What is going to happen.
+/// The kind of event announced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
     /// The machine goes away: save and leave.
     Interruption,
     /// Somebody asks this process to stop: save and leave.
     Stop,
-    /// The machine is likelier than others to go away: save now and train on.
+    /// The machine is more likely than others to go away: save now and train on.
     Rebalance,
 }
 
 impl Kind {
-    /// As events and the journal name it.
+    /// Its name in events and the journal.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Interruption => "interruption",
@@ -83,40 +83,40 @@ impl Kind {
     }
 }
 
-/// How sure it is, its deadline included: a deadline of which nobody is sure is no reason to give a save up.
+/// How certain it is, including its deadline: an uncertain deadline is no reason to give up a save.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Confidence {
     /// It may well not happen, or at another time.
     Advisory,
-    /// It happens, unless whoever announced it changes his mind.
+    /// It happens, unless its source withdraws it.
     Announced,
     /// It is happening.
     Certain,
 }
 
-/// A warning, or a wish, that this node stops.
+/// A warning, or a request, that this node stops.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
-    /// What is going to happen.
+    /// The kind of event announced.
     pub kind: Kind,
-    /// Time left when it was heard, where known. Counted on the monotonic clock from there.
+    /// Time left when it was received, if known. Counted on the monotonic clock from there.
     pub deadline: Option<Duration>,
-    /// What said so: `sigterm`, `aws-spot`, …
+    /// Its source: `sigterm`, `aws-spot`, …
     pub source: &'static str,
-    /// The source's own name for it: what has the same one is the same notice.
+    /// The source's own id for it: notices with the same id are the same notice.
     pub id: String,
-    /// How sure it is.
+    /// How certain it is.
     pub confidence: Confidence,
 }
 
 impl Notice {
-    /// Whether it is a signal of somebody who asks this process to stop: of those, the same one twice means "at once".
-    /// A terminal that goes away sends SIGHUP more than once, and means nothing by it.
+    /// Whether it is a signal that asks this process to stop: the same one twice means "at once". A closing terminal
+    /// sends SIGHUP more than once, without meaning that.
     pub fn is_signal(&self) -> bool {
         matches!(self.source, "sigterm" | "sigint")
     }
 
-    /// Whether its deadline is one: what is not done by then is not done.
+    /// Whether its deadline binds: work not done by then is not done.
     pub fn deadline_binds(&self) -> bool {
         self.deadline.is_some() && self.confidence > Confidence::Advisory
     }
@@ -132,14 +132,14 @@ pub struct Notices {
     settings: Option<NoticeConfig>,
     polls: JoinSet<()>,
     drain: JoinSet<()>,
-    /// The generation that this node trains in, and the task that hears of it.
+    /// The generation that this node trains in, and the task that watches for requests to it.
     held: Option<(Generation, AbortHandle)>,
     ending: Arc<aws::Ending>,
     approval: Arc<azure::Heard>,
 }
 
 impl Notices {
-    /// Takes the signals over from here on: they no longer end the process.
+    /// Installs the signal handlers: from here on signals no longer end the process.
     pub fn listen() -> io::Result<Self> {
         running_for();
         let (mouth, ear) = Mouth::new();
@@ -157,7 +157,7 @@ impl Notices {
         })
     }
 
-    /// Starts asking the other sources, as the configuration says. Called again, it follows a changed configuration.
+    /// Starts polling the other sources, as the configuration says. Called again, it follows a changed configuration.
     pub fn begin(&mut self, settings: &NoticeConfig) {
         if self.settings.as_ref() == Some(settings) {
             return;
@@ -191,8 +191,8 @@ impl Notices {
         }
     }
 
-    /// This node trains in `generation` of the run whose folder is `run`: whoever asks that generation to stop is
-    /// heard. So is, for a while, whoever asks the one before: it may have ended while the request was on its way.
+    /// This node trains in `generation` of the run whose folder is `run`: requests to stop that generation are
+    /// received. So are, for a while, those to the one before: it may have ended while the request was on its way.
     pub fn formed(&mut self, run: &Store, generation: Generation) {
         if let Some((before, listening)) = self.held.take() {
             listening.abort();
@@ -215,7 +215,7 @@ impl Notices {
                 Some(heard) = self.ear.recv() => heard,
             };
             if self.given.is_new(&notice, heard) {
-                // The time since then was nobody's: it may have waited to be taken.
+                // It may have waited to be taken since: that time is subtracted.
                 notice.deadline = notice.deadline.map(|left| left.saturating_sub(heard.elapsed()));
                 self.approval.given(&notice);
                 return notice;
@@ -223,9 +223,9 @@ impl Notices {
         }
     }
 
-    /// The run has ended on this node, its last words are written, and whoever started it has done what must not be cut
-    /// short; `left`: this process leaves because it was told to, and the last finished step is durable. Whoever waits
-    /// for this node is told so, within a bounded time.
+    /// Call this when the run has ended on this node, its last record is written, and the caller has finished all work
+    /// that must not be cut short. `left`: this process leaves because it was told to, and the last finished step is
+    /// durable. Tells the parties that wait for this node, within a bounded time.
     pub async fn release(&mut self, left: bool) {
         let approve = async {
             if left {
@@ -246,7 +246,7 @@ fn windows_here(settings: &NoticeConfig) -> Windows {
     windows(settings, &variable, Surroundings::look(&variable))
 }
 
-/// What the tasks that ask a cloud need.
+/// The inputs of the tasks that poll a cloud.
 #[derive(Clone)]
 struct Clouds {
     mouth: Mouth,
@@ -281,7 +281,7 @@ impl Clouds {
     }
 }
 
-/// What the stream has given.
+/// The notices that the stream has returned.
 #[derive(Debug, Default)]
 struct Given {
     ids: HashMap<&'static str, HashSet<String>>,
@@ -289,14 +289,14 @@ struct Given {
 }
 
 impl Given {
-    /// Whether this is news, which it then is no longer.
+    /// Whether this is news; it is remembered, so that it is news only once.
     fn is_new(&mut self, notice: &Notice, now: Instant) -> bool {
         let ids = self.ids.entry(notice.source).or_default();
         if ids.contains(&notice.id) || ids.len() >= MOST {
             return false;
         }
         if notice.kind == Kind::Rebalance {
-            // Some services call the same advice by the time of the question.
+            // Some services name the same advice by the time of the request.
             let before = self.advice.get(notice.source);
             if before.is_some_and(|before| now.saturating_duration_since(*before) < ADVICE) {
                 return false;

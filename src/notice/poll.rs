@@ -1,4 +1,4 @@
-//! What all polled sources share: how often, how long, how loud, and how they tell what they heard.
+//! Shared by all polled sources: intervals, time limits, logging, and the channel for notices.
 
 use std::{sync::OnceLock, time::Duration};
 
@@ -8,42 +8,42 @@ use tokio::{sync::mpsc, time::Instant};
 use super::Notice;
 use crate::cloud::metadata::MetadataError;
 
-/// The longest that one question takes.
+/// The limit for one request.
 pub const LIMIT: Duration = Duration::from_secs(2);
 /// Pauses between looks for a service that is not there double up to this.
 const SELDOM: Duration = Duration::from_secs(300);
-/// And up to this for one that is known to be there and only does not answer: a machine that is young, or a network
-/// that fails for a while.
+/// And up to this for one that is known to exist but does not answer: on a machine that is starting, or while a network
+/// fails.
 const SOON: Duration = Duration::from_secs(10);
-/// Notices that wait to be taken; more are dropped, and heard again with the next poll.
+/// The most notices that wait to be taken; more are dropped, and received again with the next poll.
 const WAITING: usize = 64;
 /// The longest name of a notice.
 const NAME: usize = 100;
 
-/// How long this process has run: since the first question, so it is asked when the process begins. Sources begin
-/// later, when the run's configuration is known; what came to pass in between is news.
+/// How long this process has run: measured from the first call, so call it when the process begins. Sources begin
+/// later, when the run's configuration is known; an event in between is news.
 pub fn running_for() -> Duration {
     static BEGAN: OnceLock<std::time::Instant> = OnceLock::new();
     BEGAN.get_or_init(std::time::Instant::now).elapsed()
 }
 
-/// Where sources tell what they heard. Repeats may be told again and again: whoever listens drops them.
+/// The channel on which sources report notices. Repeats are fine: the receiver drops them.
 #[derive(Clone, Debug)]
 pub struct Mouth(mpsc::Sender<(Instant, Notice)>);
 
 impl Mouth {
-    /// One, and the ear that hears it.
+    /// A channel, and its receiver.
     pub fn new() -> (Self, mpsc::Receiver<(Instant, Notice)>) {
         let (mouth, ear) = mpsc::channel(WAITING);
         (Self(mouth), ear)
     }
 
-    /// Says it.
+    /// Reports a notice.
     pub fn tell(&self, notice: Notice) {
         self.repeat(Instant::now(), notice);
     }
 
-    /// Says again what was heard at that time: it may not have been taken.
+    /// Reports again a notice received at that time: it may not have been taken.
     pub fn repeat(&self, heard: Instant, notice: Notice) {
         if self.0.try_send((heard, notice)).is_err() {
             tracing::debug!("a notice is not taken: too many wait");
@@ -51,7 +51,7 @@ impl Mouth {
     }
 }
 
-/// When to ask next: at an even pace, and ever more seldom while there are no answers.
+/// When to poll next: at an even pace, and less often while there are no answers.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
     every: Duration,
@@ -77,14 +77,13 @@ impl Pace {
         self.every.saturating_mul(1 << self.failures.min(16)).min(self.most).max(self.every)
     }
 
-    /// Whether the last question failed.
+    /// Whether the last request failed.
     pub const fn is_failing(&self) -> bool {
         self.failures > 0
     }
 }
 
-/// Sleeps until the next question to `what` is due. A failure is a line for who looks for it: nothing depends on one
-/// answer.
+/// Sleeps until the next request to `what` is due. A failure is only a log line: nothing depends on one answer.
 pub async fn rest<T>(pace: &mut Pace, what: &str, outcome: &Result<T, MetadataError>) {
     let pause = match outcome {
         Ok(_) => pace.answered(),
@@ -97,7 +96,7 @@ pub async fn rest<T>(pace: &mut Pace, what: &str, outcome: &Result<T, MetadataEr
     tokio::time::sleep(pause).await;
 }
 
-/// Looking for a service that may not be there.
+/// The search for a service that may not exist.
 #[derive(Debug)]
 pub struct Search {
     what: &'static str,
@@ -106,8 +105,8 @@ pub struct Search {
 }
 
 impl Search {
-    /// For the service `what`. `named`: the user has said that it is there, and is told once that it is not. `here`:
-    /// the machine itself says that it is of that cloud.
+    /// For the service `what`. `named`: the user has said that it exists, and gets one warning if it does not. `here`:
+    /// the machine itself says that it belongs to that cloud.
     pub const fn new(what: &'static str, named: bool, here: bool) -> Self {
         let most = if named || here { SOON } else { SELDOM };
         Self { what, named, pace: Pace::new(Duration::from_secs(1), most) }
@@ -127,8 +126,8 @@ impl Search {
     }
 }
 
-/// Time from `now` to `at`, not below zero and not over `most`. Both are wall clocks, and one of them is somebody
-/// else's: `most` is what the source announces at the most.
+/// Time from `now` to `at`, not below zero and not above `most`. Both are wall clocks, one of them another machine's:
+/// `most` is the longest time that the source announces.
 pub fn left(at: Timestamp, now: Timestamp, most: Duration) -> Duration {
     Duration::try_from(at.duration_since(now)).unwrap_or_default().min(most)
 }
@@ -141,7 +140,7 @@ pub fn http_date(text: &str) -> Option<Timestamp> {
     parsed.to_zoned(TimeZone::UTC).ok().map(|zoned| zoned.timestamp())
 }
 
-/// A name from outside, cut and without what can't be printed.
+/// A name from outside, truncated and without unprintable characters.
 pub fn name(text: &str) -> String {
     text.chars().filter(char::is_ascii_graphic).take(NAME).collect()
 }

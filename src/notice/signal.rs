@@ -1,10 +1,10 @@
 //! Signals as notices.
 //!
-//! - SIGTERM, SIGINT, SIGHUP: stop. Always heard, but for a SIGHUP that was ignored when this process began.
+//! - SIGTERM, SIGINT, SIGHUP: stop. Always received, except a SIGHUP that was ignored when this process began.
 //! - SIGUSR1: the machine goes away, as with Slurm's `--signal=B:USR1@120`.
 //! - SIGUSR2: save now and train on.
 //!
-//! Where the configuration does not name `signals`, the last two are taken and not acted on: by default they would end
+//! If the configuration does not name `signals`, the last two are caught but not acted on: by default they would end
 //! the process.
 
 use std::io;
@@ -20,15 +20,15 @@ use super::{
 pub struct Signals {
     inbox: Inbox,
     heard: u64,
-    /// SIGUSR1 and SIGUSR2 count.
+    /// Whether SIGUSR1 and SIGUSR2 count.
     pub all: bool,
-    /// How long each leaves.
+    /// The time that each leaves.
     pub windows: Windows,
 }
 
 impl Signals {
-    /// Takes the signals over from here on: they no longer end the process. What has come before and nobody has taken
-    /// comes first.
+    /// Installs the handlers: from here on signals no longer end the process. Signals that arrived before and were not
+    /// taken come first.
     pub fn listen(windows: Windows) -> io::Result<Self> {
         Ok(Self { inbox: inbox::open()?, heard: 0, all: true, windows })
     }
@@ -53,7 +53,7 @@ impl Signals {
                 Kind::Interruption => self.windows.usr1_is_known,
                 Kind::Rebalance => true,
             };
-            // What such surroundings usually leave is no more than a hint.
+            // The usual window of these surroundings is only a hint.
             let confidence = if known { Confidence::Certain } else { Confidence::Advisory };
             return Notice { kind, deadline, source, id: self.heard.to_string(), confidence };
         }

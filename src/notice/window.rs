@@ -1,7 +1,7 @@
-//! How long a process has after it was asked to stop. Whoever asks does not say, so it is taken from what is
-//! configured, else from what is known of the surroundings; decided by a pure function. A window that was configured
-//! binds: what can't be done within it is not begun. One that only follows from the surroundings is a default that many
-//! change, and a stop that is no kill may come in them, too: it is said, and nobody gives a save up because of it.
+//! How long a process has after it was asked to stop. The request does not say, so the time comes from the
+//! configuration, or else from the known surroundings; a pure function decides. A configured window binds: work that
+//! can't be done within it is not begun. A window that only follows from the surroundings is a default that many
+//! change, and not every stop there is followed by a kill: it is reported, and is no reason to give up a save.
 //!
 //! The defaults of the surroundings, each as documented by its maker: Kubernetes `terminationGracePeriodSeconds` 30 s
 //! (<https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/>), Slurm `KillWait` 30 s and `--signal` 60 s
@@ -16,10 +16,10 @@ use crate::config::{self, NoticeConfig};
 /// GCP's time from the ACPI signal to the end of a preempted machine (`scheduling.skipGuestOsShutdown` in the Compute
 /// API).
 const PREEMPTION: Duration = Duration::from_secs(30);
-/// No window is longer: a year is no limit.
+/// The longest window: a year is as good as no limit.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// Time from being asked to the end; `None`: no limit is known.
+/// Time from the request to the end; `None`: no limit is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Windows {
     /// After SIGTERM or SIGINT.
@@ -28,13 +28,13 @@ pub struct Windows {
     pub usr1: Option<Duration>,
     /// After GCP's preemption notice.
     pub preemption: Duration,
-    /// Whether somebody has said how long `stop` is.
+    /// Whether `stop` was configured.
     pub stop_is_known: bool,
-    /// The same of `usr1`.
+    /// Whether `usr1` was configured.
     pub usr1_is_known: bool,
 }
 
-/// What this process runs in. Several may be true: a pod is a container on a machine that systemd runs.
+/// The surroundings of this process. Several may be true: a pod is a container on a machine that systemd runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Surroundings {
     /// In a pod.
@@ -48,7 +48,7 @@ pub struct Surroundings {
 }
 
 impl Surroundings {
-    /// Looks around.
+    /// Detects the surroundings.
     pub fn look(variable: &dyn Fn(&str) -> Option<String>) -> Self {
         let container = ["/.dockerenv", "/run/.containerenv"].iter().any(|path| Path::new(path).exists());
         Self::of(
@@ -60,8 +60,8 @@ impl Surroundings {
     }
 
     fn of(variable: &dyn Fn(&str) -> Option<String>, container: bool, terminal: bool, family: [u32; 2]) -> Self {
-        // A shell that a service has opened inherits the service's variables: what counts is that systemd has started
-        // this process or its parent (SYSTEMD_EXEC_PID, systemd.exec(5)), and that nobody sits before it.
+        // A shell opened by a service inherits the service's variables: so the test is whether systemd has started this
+        // process or its parent (SYSTEMD_EXEC_PID, systemd.exec(5)), with no terminal attached.
         let started = variable("SYSTEMD_EXEC_PID").and_then(|pid| pid.parse().ok());
         let systemd =
             variable("INVOCATION_ID").is_some() && started.is_none_or(|pid| family.contains(&pid)) && !terminal;
@@ -75,7 +75,7 @@ impl Surroundings {
 
     const fn stop(self) -> Option<Duration> {
         let seconds = match self {
-            // The nearest power is the one that kills.
+            // The closest supervisor is the one that kills.
             Self { kubernetes: true, .. } | Self { slurm: true, .. } => 30,
             Self { container: true, .. } => 10,
             Self { systemd: true, .. } => 90,

@@ -1,21 +1,20 @@
-//! What a message of a queue may name: who may send a message is not always who may use all that this consumer can read
-//! and write.
+//! The places that a queue's message may name: its sender may not be allowed to use everything that this consumer can
+//! read and write.
 //!
-//! A consumer holds a role; a message comes from whoever may write to the queue. So a message decides which run is
-//! trained, and nothing beyond the places that `--allow` covers: the run's store, its configuration, model, initial
-//! weights and data. Without `--allow` these are the consumer's own `--store`; its bucket may be read, and the bucket
-//! of the configuration that its machine was given for `trainer boot` (`TRAINER_CONFIG`, or the parameter
-//! `config-uri`).
+//! A consumer holds a role; a message comes from anyone who may write to the queue. So a message decides which run is
+//! trained, but its places (the run's store, its configuration, model, initial weights and data) must be covered by
+//! `--allow`. Without `--allow` these are the consumer's own `--store`; its bucket may be read, and the bucket of the
+//! configuration that its machine was given for `trainer boot` (`TRAINER_CONFIG`, or the parameter `config-uri`).
 //!
 //! # Invariants
-//! - A place covers itself and what lies below it, folder by folder: `s3://b/runs` does not cover
+//! - A place covers itself and everything below it, folder by folder: `s3://b/runs` does not cover
 //!   `s3://b/runs-of-others`.
-//! - A URI is compared as text. One that a store might read in another way (`..`, `%2e`, an empty folder) is refused.
-//! - A path or a `file://` URI is covered only where `--allow` or `--store` names a folder of this machine.
+//! - A URI is compared as text. One that a store might interpret differently (`..`, `%2e`, an empty folder) is refused.
+//! - A path or a `file://` URI is covered only if `--allow` or `--store` names a folder of this machine.
 //! - `notice.*` belongs to the machine: a message that could say when it goes away could end one consumer after the
 //!   other, each time with a renewed message that never reaches the dead-letter queue.
 //!
-//! No I/O. What is refused is an error of the job (exit code 78): its receives count.
+//! No I/O. A refusal is an error of the job (exit code 78): its receives count.
 
 use std::path::Path;
 
@@ -25,7 +24,7 @@ use crate::{
     error::{Error, Kind, Result},
 };
 
-/// What a message wants of a place.
+/// How a message uses a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Use {
     /// To read from it.
@@ -37,9 +36,9 @@ pub enum Use {
 /// The places that messages may name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Allowed {
-    /// To read and to write.
+    /// For reading and writing.
     places: Vec<String>,
-    /// Only to read.
+    /// For reading only.
     readable: Vec<String>,
 }
 
@@ -48,7 +47,7 @@ impl Allowed {
     /// given.
     ///
     /// # Errors
-    /// A place that is no URI of a store; or nothing is allowed, so that no job could be taken.
+    /// On a place that is no URI of a store, or if nothing is allowed, so that no job could be taken.
     pub fn new(allow: &[String], store: Option<&str>, configuration: Option<&str>, cwd: &Path) -> Result<Self> {
         let absolute = |name: &str, uri: &str| {
             let uri = config::absolute_uri(uri, cwd)
@@ -67,7 +66,7 @@ impl Allowed {
             }
             places.push(store);
         }
-        // What the machine was given for `trainer boot`; a file of this machine opens nothing.
+        // The configuration that the machine was given for `trainer boot`; a file of this machine allows nothing.
         if allow.is_empty() {
             readable.extend(configuration.and_then(bucket));
         }
@@ -94,14 +93,13 @@ impl Allowed {
             .with_hint(format!("start the consumer with --allow {uri}, or a folder above it")))
     }
 
-    /// Whether what a message says itself is a message's to say. What it names is [checked](Self::check) when it is
+    /// Whether a message may set a setting itself. The places that it names are [checked](Self::check) when they are
     /// known.
     pub fn check_settings(&self, job: &Job) -> Result<()> {
         let is_notice = |key: &str| key.split('.').next().is_some_and(|section| section.trim() == "notice");
         let set = job.set.iter().map(|(key, _)| key.as_str()).find(|key| is_notice(key));
         let inline = match &job.config {
-            // What is no TOML is an error of its own.
-            // A quoted key with dots in it is the same key.
+            // Text that is not TOML is an error of its own. A quoted key with dots in it is the same key.
             Source::Inline(text) => {
                 text.parse::<toml::Table>().is_ok_and(|table| table.keys().any(|key| is_notice(key)))
             }
@@ -113,7 +111,7 @@ impl Allowed {
     }
 }
 
-/// Whether a store has but one way to read it.
+/// Whether a store has only one way to read it.
 fn is_plain(uri: &str) -> bool {
     let Some((_, rest)) = uri.split_once("://") else { return false };
     let rest = rest.strip_prefix('/').unwrap_or(rest);
@@ -126,7 +124,7 @@ fn covers(place: &str, uri: &str) -> bool {
     uri.strip_prefix(place).is_some_and(|below| below.is_empty() || below.starts_with('/'))
 }
 
-/// All of the bucket that a remote URI lies in.
+/// The whole bucket of a remote URI.
 fn bucket(uri: &str) -> Option<String> {
     let (scheme, rest) = uri.split_once("://")?;
     let name = rest.split('/').next().filter(|name| !name.is_empty())?;

@@ -1,18 +1,18 @@
-//! What a job API is told.
+//! Reports to a job API.
 //!
 //! `POST {JOB_API_BASE_URL}/jobs/{run id}/events`, with `Authorization: Bearer {WORKER_TOKEN}`, `Content-Type:
 //! application/json` and `Idempotency-Key: {claim}-{sequence}`; the body is one [`Report`]. A message that names no run
-//! is reported under its message id instead. Any 2xx is "heard"; 408, 425, 429, 5xx and no answer at all are tried
-//! again with the same key; everything else is a refusal, logged and not repeated.
+//! is reported under its message id instead. Any 2xx means received; 408, 425, 429, 5xx and no answer at all are tried
+//! again with the same key; every other status is a refusal, logged and not repeated.
 //!
 //! Reports leave in order, one at a time, from a task of their own: training never waits for them, and a failing API
-//! costs log lines. Of progress that could not be sent only the newest is kept; every other report is tried for ten
-//! minutes. What is still unsent when the process ends is lost: the run's journal, not the API, is the record. A crash
-//! may repeat a report under another claim; `started` and `completed` may come several times for one run, and mean the
-//! same each time.
+//! costs log lines. Of unsent progress reports only the newest is kept; every other report is tried for ten minutes.
+//! Reports still unsent when the process ends are lost: the run's journal, not the API, is the record. A crash may
+//! repeat a report under another claim; `started` and `completed` may come several times for one run, and mean the same
+//! each time.
 //!
-//! The token is held in a [`Secret`], which prints nothing, goes into one header that is marked as sensitive, follows
-//! no redirect, and leaves this machine over https only.
+//! The token is held in a [`Secret`], which prints nothing; it goes into one header marked as sensitive, follows no
+//! redirect, and leaves this machine over https only.
 
 use std::{
     collections::VecDeque,
@@ -37,58 +37,58 @@ use crate::{
     ids::RunId,
 };
 
-/// Names the API.
+/// The variable with the API's address.
 pub const BASE_URL: &str = "JOB_API_BASE_URL";
-/// Opens it.
+/// The variable with its token.
 pub const TOKEN: &str = "WORKER_TOKEN";
-/// One request takes no longer.
+/// The limit for one request.
 const REQUEST: Duration = Duration::from_secs(10);
-/// A report that nobody heard for so long is given up.
+/// How long a report may stay unreceived before it is given up.
 const KEPT: Duration = Duration::from_secs(10 * 60);
 /// The longest pause between two tries.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
-/// What has happened to a job.
+/// An event of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
     /// Its run trains on this consumer.
     Started,
-    /// It trains on.
+    /// Its training has progressed.
     Progress,
-    /// Its machine goes away, or it could not go on for now; another consumer carries it on.
+    /// Its machine goes away, or it could not go on for now; another consumer will continue it.
     Interrupted,
     /// Its last step is committed.
     Completed,
-    /// It needs a person, unless another consumer has more luck with it.
+    /// It needs a person, unless another consumer succeeds with it.
     Failed,
 }
 
-/// One report. Fields that say nothing are left out.
+/// One report. Empty fields are left out.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// What has happened.
+    /// The event.
     pub event: Stage,
     /// The run; `None`: the message names none.
     pub run_id: Option<RunId>,
-    /// The message, by the queue's name for it.
+    /// The message, by the queue's id for it.
     pub message_id: String,
     /// This consumer's turn with it: a new one each time that it is received.
     pub claim: String,
-    /// Counts this turn's reports, from 0.
+    /// The number of this report within the turn, from 0.
     pub sequence: u64,
     /// When, by this machine's clock.
     pub at: Timestamp,
     /// How often the message was received, this time included.
     pub received: u32,
-    /// How often its run was handed on before because its machine went away.
+    /// How often its run was handed over before because its machine went away.
     pub interruptions: u64,
-    /// What else is known.
+    /// Further facts.
     #[serde(flatten)]
     pub facts: Facts,
 }
 
-/// What is known of a run at some moment.
+/// The facts about a run at some moment.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Facts {
     /// The last finished step.
@@ -106,7 +106,7 @@ pub struct Facts {
     /// The newest step that is committed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<u64>,
-    /// Steps that are done again.
+    /// Steps to do again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lost_steps: Option<u64>,
     /// Why.
@@ -125,7 +125,7 @@ pub struct Api {
     client: Client,
 }
 
-/// What an answer means.
+/// The meaning of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Heard,
@@ -142,7 +142,7 @@ const fn verdict(status: Option<u16>) -> Verdict {
     }
 }
 
-/// Before the next try, after `failed` in a row: half a second, doubled up to [`LONGEST_PAUSE`].
+/// The pause before the next attempt, after `failed` in a row: half a second, doubled up to [`LONGEST_PAUSE`].
 fn pause(failed: u32) -> Duration {
     (Duration::from_millis(250) * (1 << failed.clamp(1, 10))).min(LONGEST_PAUSE)
 }
@@ -151,7 +151,7 @@ impl Api {
     /// As the variables say; `None`: no API is configured.
     ///
     /// # Errors
-    /// An address without a token, one that is no URL, and one that would send the token unencrypted.
+    /// On an address without a token, one that is no URL, and one that would send the token unencrypted.
     pub fn from(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<Self>> {
         let Some(base) = variable(BASE_URL) else { return Ok(None) };
         let wrong = |reason: &str, hint: &str| Error::new(Kind::Config, format!("{BASE_URL} {reason}")).with_hint(hint);
@@ -190,7 +190,7 @@ impl Api {
         url
     }
 
-    /// One try. The error is what is known of a failure, without secrets.
+    /// One attempt. The error describes a failure, without secrets.
     async fn post(&self, report: &Report) -> (Verdict, String) {
         let name = report.run_id.as_ref().map_or(report.message_id.as_str(), RunId::as_str);
         let Ok(body) = serde_json::to_vec(report) else { return (Verdict::Refused, "it is no JSON".into()) };
@@ -201,14 +201,14 @@ impl Api {
         let key = format!("{}-{}", report.claim, report.sequence);
         let request = self.client.post(self.place(name)).header(AUTHORIZATION, bearer).header("idempotency-key", key);
         match request.header(CONTENT_TYPE, "application/json").body(body).send().await {
-            // Its body is nobody's business, and may be as long as it likes.
+            // Its body is not needed, and may be of any length.
             Ok(answer) => (verdict(Some(answer.status().as_u16())), format!("status {}", answer.status().as_u16())),
             Err(error) => (verdict(None), cause(&error)),
         }
     }
 }
 
-/// The innermost cause: reqwest's own text says no more than that it could not send.
+/// The innermost cause: reqwest's own text says only that it could not send.
 fn cause(error: &reqwest::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(deeper) = cause.source() {
@@ -225,7 +225,7 @@ struct Waiting {
     leaving: bool,
 }
 
-/// What is still to be sent: in order; of progress the newest.
+/// The reports still to be sent: in order; of progress the newest.
 #[derive(Debug, Default)]
 struct Outbox(VecDeque<Waiting>);
 
@@ -239,7 +239,7 @@ impl Outbox {
         self.0.push_back(Waiting { report, since: now, leaving: false });
     }
 
-    /// The next one, which is under way from now on; those that have waited too long are dropped and counted.
+    /// The next report, which is being sent from now on; those that have waited too long are dropped and counted.
     fn next(&mut self, now: Instant) -> (Option<Report>, usize) {
         let before = self.0.len();
         while self.0.front().is_some_and(|first| now.duration_since(first.since) > KEPT) {
@@ -253,7 +253,7 @@ impl Outbox {
         (next, dropped)
     }
 
-    /// A try failed: the first one may be replaced by a newer one again.
+    /// An attempt failed: the first report may be replaced by a newer one again.
     fn put_back(&mut self) {
         if let Some(first) = self.0.front_mut() {
             first.leaving = false;
@@ -261,11 +261,11 @@ impl Outbox {
     }
 }
 
-/// Reports on their way. Cheap to clone, usable from any thread; without an API it takes everything and does nothing.
+/// Reports being sent. Cheap to clone, usable from any thread; without an API it accepts everything and does nothing.
 #[derive(Clone, Debug)]
 pub struct Reports {
     outbox: Arc<Mutex<Outbox>>,
-    /// How many wait.
+    /// How many are waiting.
     waiting: Arc<watch::Sender<usize>>,
     heard_by: bool,
 }
@@ -281,7 +281,7 @@ impl Reports {
         reports
     }
 
-    /// Takes one. Does not wait.
+    /// Queues a report. Does not wait.
     pub fn send(&self, report: Report) {
         if self.heard_by {
             let mut outbox = lock(&self.outbox);
@@ -290,7 +290,7 @@ impl Reports {
         }
     }
 
-    /// Waits until all are heard, for no longer than `limit`; how many are not.
+    /// Waits until all are received, at most `limit`; returns how many are not.
     pub async fn flush(&self, limit: Duration) -> usize {
         let mut waiting = self.waiting.subscribe();
         let _ = tokio::time::timeout(limit, waiting.wait_for(|count| *count == 0)).await;
@@ -318,7 +318,7 @@ async fn deliver(api: Api, reports: Reports) {
         let (verdict, said) = api.post(&report).await;
         if verdict == Verdict::Again {
             failed += 1;
-            // Said once; what follows is the same.
+            // Reported once; later ones are the same.
             if failed == 1 {
                 tracing::warn!(event = ?report.event, "job API does not take reports, trying on: {said}");
             }
@@ -435,7 +435,7 @@ mod tests {
         outbox.add(report(Stage::Interrupted, 3), now);
         outbox.add(report(Stage::Progress, 4), now);
         assert_eq!(waiting(&outbox), [0, 2, 3, 4]);
-        // What is under way is not replaced under its sender.
+        // A report being sent is not replaced under its sender.
         let mut outbox = Outbox::default();
         outbox.add(report(Stage::Progress, 1), now);
         assert_eq!(outbox.next(now).0.unwrap().sequence, 1);

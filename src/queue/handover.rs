@@ -1,32 +1,32 @@
-//! Pure decisions: what is done with a message before its run is trained, and after.
+//! Pure decisions: the treatment of a message before its run is trained, and after.
 //!
-//! A queue counts receives and moves a message that was received too often away. That is meant for jobs that break
-//! their consumers; a machine that is reclaimed ten times has broken nothing. SQS can't take a receive back, so a
-//! message that is handed on by choice is *renewed*: a fresh copy is sent, whose receives count from 0, and the old one
-//! is deleted, in this order.
+//! A queue counts receives and moves away a message that was received too often. That is meant for jobs that break
+//! their consumers; a machine that is reclaimed ten times has broken nothing. SQS can't undo a receive, so a message
+//! that is handed over by choice is *renewed*: a fresh copy is sent, whose receives count from 0, and the old one is
+//! deleted, in this order.
 //!
-//! | killed here | what is left | what comes of it |
+//! | killed here | left over | result |
 //! |---|---|---|
 //! | before the send | the old message, hidden until its lease ends | received again, one receive more |
 //! | between send and delete | both | one consumer trains, the other finds the run alive or completed; the journal fences |
 //! | after the delete | the copy | as intended |
 //!
 //! A job whose store or data do not answer may be as broken as one that fails: its receives count, too, unless its run
-//! got further on this consumer. Only where the consumer's own store does not answer either, the fault is here: the
-//! message is renewed and the consumer leaves.
+//! got further on this consumer. Only if the consumer's own store does not answer either is the fault here: the message
+//! is renewed and the consumer exits.
 //!
-//! The same holds for what fails. A machine with a broken GPU, or a role that may not write any more, would fail one
-//! healthy job after the other into the dead-letter queue. So where the consumer's own store refuses, and where a
-//! second run in a row ends with a fault of this program or for want of permission with no checkpoint in between
-//! ([`Suspicion`]), the message is renewed and the consumer leaves with that exit code. The first of the two has
-//! counted; and of two jobs that are poison themselves the second is renewed, at the cost of a consumer.
+//! The same holds for failures. A machine with a broken GPU, or a role that has lost its write permission, would fail
+//! one healthy job after the other into the dead-letter queue. So if the consumer's own store refuses, or if a second
+//! run in a row ends with a fault of this program or for lack of permission with no checkpoint in between
+//! ([`Suspicion`]), the message is renewed and the consumer exits with that exit code. The first of the two has
+//! counted; and if both jobs are poison themselves, the second is renewed, at the cost of a consumer.
 //!
-//! A kill, then, counts as a receive, since nobody was left to renew. Whoever receives the message next makes up for
-//! it: where the run's journal shows a checkpoint that was not there when the copy was sent, the job is no poison, and
-//! its message is renewed before it is trained. A job that is killed again and again without a checkpoint in between
-//! ends in the dead-letter queue, as it should.
+//! So a kill counts as a receive, since nobody was left to renew. The next receiver of the message makes up for it: if
+//! the run's journal shows a checkpoint that was not there when the copy was sent, the job is no poison, and its
+//! message is renewed before it is trained. A job that is killed again and again without a checkpoint in between ends
+//! in the dead-letter queue, as it should.
 //!
-//! Attributes that a copy carries: `trainer-interruptions`, how often its run was handed on because its machine went
+//! Attributes that a copy carries: `trainer-interruptions`, how often its run was handed over because its machine went
 //! away, and `trainer-step`, the newest committed step at that moment. Both are only counts; a wrong one misleads a
 //! report, or costs a receive.
 
@@ -40,10 +40,10 @@ pub const INTERRUPTIONS: &str = "trainer-interruptions";
 /// The attribute with the newest committed step.
 pub const STEP: &str = "trainer-step";
 
-/// What a message carries from hand to hand.
+/// The counts that a message carries along.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
-    /// How often its run was handed on because its machine went away.
+    /// How often its run was handed over because its machine went away.
     pub interruptions: u64,
     /// The newest committed step when it was sent.
     pub step: u64,
@@ -56,8 +56,8 @@ impl Carried {
     }
 }
 
-/// Whether a message that was received more than once is renewed before it is trained: its run got further since it was
-/// sent, so those who received it before did their work.
+/// Whether a message that was received more than once is renewed before it is trained: its run has progressed since it
+/// was sent, so its earlier receivers did their work.
 pub const fn made_progress(received: u32, carried: Carried, committed: u64) -> bool {
     received > 1 && committed > carried.step
 }
@@ -69,14 +69,14 @@ pub enum End {
     Completed,
     /// The machine goes away, or somebody asked this consumer to stop.
     Interrupted,
-    /// The run is in the hands of another consumer, which is alive.
+    /// Another live consumer has the run.
     Elsewhere,
-    /// The run got further since the message was sent: it is renewed before it is trained.
+    /// The run has progressed since the message was sent: it is renewed before it is trained.
     Further,
-    /// Something that the job needs does not answer from here.
+    /// Something that the job needs does not answer.
     Unreachable,
-    /// The fault is this consumer's own, as far as can be told: its store does not answer or refuses, or run after run
-    /// fails. No job can be trained here.
+    /// The fault is this consumer's own, as far as can be determined: its store does not answer or refuses, or several
+    /// runs in a row fail. No job can be trained here.
     CutOff,
     /// It needs a person, or another machine.
     Failed,
@@ -96,7 +96,7 @@ impl End {
     }
 }
 
-/// Whether what fails on this consumer is its own fault.
+/// Whether failures on this consumer are its own fault.
 #[derive(Clone, Debug, Default)]
 pub struct Suspicion {
     /// This run has failed here, and none has committed a step since.
@@ -104,14 +104,14 @@ pub struct Suspicion {
 }
 
 impl Suspicion {
-    /// A run has ended here, with an error of the kind `error` if with any; `further`: it has committed a step. Whether
-    /// this consumer is no good.
+    /// A run has ended here, with an error of the kind `error`, if any; `further`: it has committed a step. Returns
+    /// whether this consumer is at fault.
     pub fn is_confirmed_by(&mut self, run: &RunId, error: Option<Kind>, further: bool) -> bool {
         if further {
             self.failed = None;
         }
-        // Want of permission may be the job's: it may name what this consumer's role can't read. Whether the consumer's
-        // own store refuses is asked.
+        // Lack of permission may be the job's: it may name places that this consumer's role can't read. Whether the
+        // consumer's own store refuses is checked.
         if error != Some(Kind::Bug) {
             return false;
         }
@@ -124,7 +124,7 @@ impl Suspicion {
     }
 }
 
-/// What is done with the message.
+/// The treatment of the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settle {
     /// It is deleted.
@@ -133,21 +133,21 @@ pub enum Settle {
     Renew {
         /// Until the copy is seen.
         delay: Duration,
-        /// Whether this is one interruption more.
+        /// Whether this counts as an interruption.
         interrupted: bool,
     },
-    /// It is seen again after this time, and the receive counts.
+    /// It becomes visible again after this time, and the receive counts.
     Return(Duration),
-    /// Nothing: it is no longer ours.
+    /// None: it is no longer ours.
     Leave,
 }
 
-/// What is done with a message that was received `received` times, whose lease is `lease` long. `further`: its run has
+/// The treatment of a message that was received `received` times, whose lease is `lease` long. `further`: its run has
 /// committed a step on this consumer.
 pub fn settle(end: End, hold: Hold, received: u32, further: bool, dead_letters: bool, lease: Duration) -> Settle {
     match (end, hold) {
-        // One that somebody else holds by now is not doubled; deleting it by an old receipt does nothing, or the right
-        // thing.
+        // A message that another consumer holds by now is not duplicated; deleting it by an old receipt does nothing,
+        // or the right thing.
         (End::Completed, _) => Settle::Delete,
         (_, Hold::Lost | Hold::HandedOver) => Settle::Leave,
         (End::Interrupted, Hold::Ours) => Settle::Renew { delay: Duration::ZERO, interrupted: true },
@@ -158,13 +158,13 @@ pub fn settle(end: End, hold: Hold, received: u32, further: bool, dead_letters: 
             Settle::Renew { delay: lease.min(LONGEST_DELAY), interrupted: false }
         }
         (End::Unreachable, Hold::Ours) => Settle::Return(lease),
-        // With a dead-letter queue it is soon there; without one it would be all that this consumer does.
+        // With a dead-letter queue it is soon there; without one this consumer would do nothing else.
         (End::Unintelligible, Hold::Ours) if dead_letters => Settle::Return(Duration::ZERO),
         (End::Failed | End::Unintelligible, Hold::Ours) => Settle::Return(pause(received, lease)),
     }
 }
 
-/// Before a failed job is tried again: a tenth of the lease, doubled with each receive, up to three leases.
+/// The pause before a failed job is tried again: a tenth of the lease, doubled with each receive, up to three leases.
 fn pause(received: u32, lease: Duration) -> Duration {
     let doublings = received.saturating_sub(1).min(16);
     (lease / 10).saturating_mul(1 << doublings).clamp(Duration::from_secs(1), lease * 3)
@@ -245,7 +245,7 @@ mod tests {
             (vec![(&a, no, false), (&b, no, false)], false),
             (vec![(&a, bug, false), (&a, bug, false)], false),
             (vec![(&a, bug, false), (&a, bug, false), (&b, bug, false)], true),
-            // What is wrong with a job's configuration says nothing of the machine, for or against.
+            // An error in a job's configuration proves nothing about the machine, for or against.
             (vec![(&a, bug, false), (&b, config, false)], false),
             (vec![(&a, bug, false), (&b, config, false), (&b, bug, false)], true),
             (vec![(&a, no, false), (&a, bug, false), (&b, None, false), (&b, bug, false)], true),

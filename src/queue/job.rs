@@ -1,16 +1,16 @@
-//! What a message asks for.
+//! A message's request.
 //!
-//! One JSON object, version 1, UTF-8, at most [`MAX_BODY`] bytes; a key that is not known is an error:
+//! One JSON object, version 1, UTF-8, at most [`MAX_BODY`] bytes; an unknown key is an error:
 //!
 //! ```json
 //! {"version": 1, "run_id": "reports-2026q4", "config_uri": "s3://bucket/configs/reports.toml",
 //!  "store": "s3://bucket/runs", "set": {"train.steps": 5000}}
 //! ```
 //!
-//! `config` is the TOML itself, `config_uri` where it lies: one of the two. `version` may be left out, `store` and
-//! `set` too. A message whose run exists carries that run on as it is: a run keeps the settings that it was created
-//! with, so the same message means the same run however often it comes. Only how its journal is read follows `set`
-//! (`storage.attempts`, …): what the run itself says of its store stands there.
+//! `config` is the TOML itself, `config_uri` its address: one of the two. `version` may be left out, `store` and `set`
+//! too. A message whose run exists continues that run as it is: a run keeps the settings that it was created with, so
+//! the same message means the same run however often it comes. Only the reading of its journal follows `set`
+//! (`storage.attempts`, …), since the run's own settings for its store are in that journal.
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -29,7 +29,7 @@ pub struct Job {
     pub run_id: RunId,
     /// Its configuration.
     pub config: Source,
-    /// Where it is kept; `None`: as the consumer or the configuration says.
+    /// The store that holds it; `None`: as the consumer or the configuration says.
     pub store: Option<String>,
     /// Settings that differ from the configuration's, as `--set` takes them.
     pub set: Vec<(String, String)>,
@@ -42,26 +42,26 @@ pub enum Source {
     Inline(String),
     /// At a URI: its folder, and its name there.
     At {
-        /// `s3://bucket/configs`
+        /// The folder: `s3://bucket/configs`
         folder: String,
-        /// `reports.toml`
+        /// The name: `reports.toml`
         name: String,
     },
 }
 
-/// Why a message is no job.
+/// Why a message is not a valid job.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidJob {
     /// Too long.
     #[error("message has {0} bytes, more than the {MAX_BODY} that a job may have")]
     TooLong(usize),
-    /// Not the JSON that is expected.
+    /// Not the expected JSON.
     #[error("message is not a job: {0}")]
     Garbled(String),
     /// Written for a newer version of this program.
     #[error("message has version {0}, and this version reads up to {VERSION}")]
     Newer(u64),
-    /// A value that can't be.
+    /// A value that is not allowed.
     #[error("message is not a job: {0}")]
     Wrong(String),
 }
@@ -87,14 +87,14 @@ impl Job {
         }
         let garbled = |error: serde_json::Error| InvalidJob::Garbled(error.to_string());
         let wrong = |text: &str| Err(InvalidJob::Wrong(text.to_owned()));
-        // The version first, since a newer message need not look like this one in any other way.
+        // The version first, since a newer message need not resemble this one in anything else.
         let value: Value = serde_json::from_str(body).map_err(garbled)?;
         if let Some(version) = value.get("version").and_then(Value::as_u64)
             && version > VERSION
         {
             return Err(InvalidJob::Newer(version));
         }
-        // From the text, so that a key that stands twice is an error.
+        // From the text, so that a repeated key is an error.
         let raw: Raw = serde_json::from_str(body).map_err(garbled)?;
         let config = match (raw.config, raw.config_uri) {
             (Some(text), None) => Source::Inline(text),
@@ -123,7 +123,7 @@ impl Job {
         Ok(Self { run_id: raw.run_id, config, store: raw.store, set })
     }
 
-    /// The run that a message names, even if it is no job otherwise: for reports.
+    /// The run that a message names, even if it is otherwise invalid: for reports.
     pub fn name_of(body: &str) -> Option<RunId> {
         let body = Some(body).filter(|body| body.len() <= MAX_BODY)?;
         let value: Value = serde_json::from_str(body).ok()?;

@@ -1,13 +1,13 @@
 //! Keeps a message hidden while its run trains.
 //!
-//! A message is hidden for one lease at a time, and the lease is taken anew when a third of it is over, so that two
+//! A message is hidden for one lease at a time, and the lease is renewed when a third of it is over, so that two
 //! requests in a row may fail. Twelve hours after its receive SQS hides it no longer. Before that it is handed over: a
 //! copy is sent, then the old one deleted (see [`super::handover`]), and training goes on with no message in hand. An
 //! idle consumer that receives the copy sees by the run's heartbeat that it is alive and puts the copy back for a
-//! while; when the machine goes away, the copy is what brings the run to the next one.
+//! while; when the machine goes away, the copy brings the run to the next one.
 //!
-//! *Crash*: the lease runs out and the message is seen again. *Cancel*: [`Holder::stop`] lets a request that is under
-//! way end first, so that a hand-over is never cut in two by this process.
+//! *Crash*: the lease runs out and the message is seen again. *Cancel*: [`Holder::stop`] lets a request under way end
+//! first, so that this process never cuts a hand-over in two.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -22,42 +22,42 @@ use crate::cloud::sqs::{Held, LONGEST_DELAY, Message, Queue};
 /// How long a message is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terms {
-    /// It is hidden for so long at a time: how long it takes until a killed consumer's job is seen by others.
+    /// The length of one lease: how long it takes until others see a killed consumer's job.
     pub lease: Duration,
-    /// It is handed over before it was held for longer.
+    /// The longest holding time, before whose end it is handed over.
     pub longest: Duration,
 }
 
-/// What is due.
+/// The action that is due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Due {
     /// Another lease.
     Extend,
-    /// The total is nearly used up.
+    /// A hand-over: the total is nearly used up.
     HandOver,
 }
 
 impl Terms {
-    /// What is due when a message was held for `held`. An extension that would end behind the total is refused by SQS,
-    /// so it is not asked for; the hand-over comes while the lease before it still runs.
+    /// The action due when a message was held for `held`. SQS refuses an extension that would end beyond the total, so
+    /// there is no such request; the hand-over comes while the lease before it still runs.
     pub fn due(self, held: Duration) -> Due {
         if held.saturating_add(self.lease) <= self.longest { Due::Extend } else { Due::HandOver }
     }
 
-    /// Between two requests.
+    /// The interval between two requests.
     pub fn interval(self) -> Duration {
         self.lease / 3
     }
 }
 
-/// Whose a message is.
+/// The holder of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hold {
     /// Ours.
     Ours,
     /// Its lease ran out, or somebody deleted it: another consumer may have it.
     Lost,
-    /// Ours no more, by choice: a copy is in the queue.
+    /// No longer ours, by choice: a copy is in the queue.
     HandedOver,
 }
 
@@ -70,8 +70,8 @@ pub struct Holder {
 }
 
 impl Holder {
-    /// Begins to hold `message`, on the runtime of the caller. A copy carries what `carried` says when it is sent;
-    /// `handed_over` hears when the total forces a hand-over.
+    /// Starts holding `message`, on the runtime of the caller. A copy carries the value of `carried` when it is sent;
+    /// `handed_over` is called when the total forces a hand-over.
     pub fn start(
         queue: Queue,
         message: Message,
@@ -106,7 +106,7 @@ impl Holder {
         Self { hold, stop, task }
     }
 
-    /// Ends the holding, after a request that is under way; whose the message is now.
+    /// Stops holding, after a request that is under way; returns whose the message is now.
     pub async fn stop(self) -> Hold {
         let _ = self.stop.send(true);
         let _ = self.task.await;
@@ -114,7 +114,7 @@ impl Holder {
     }
 }
 
-/// What a thread that panicked has left behind is a whole value: nothing here is changed in two steps.
+/// A panic in another thread leaves a whole value behind: nothing here is changed in two steps.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -137,7 +137,7 @@ async fn extend(queue: &Queue, message: &Message, lease: Duration) -> Hold {
 
 async fn hand_over(queue: &Queue, message: &Message, carried: Carried, handed_over: &impl Fn()) -> Hold {
     if let Err(error) = queue.send_copy(message, &carried.numbers(), LONGEST_DELAY).await {
-        // The message itself is still there and is seen again when its lease ends.
+        // The message itself is still there and becomes visible when its lease ends.
         tracing::warn!("message could not be handed over before its time is up: {error}");
         return Hold::Ours;
     }

@@ -1,8 +1,8 @@
-//! Hears, while no agent does, that this consumer is to leave: by signals, and by what says that its machine goes away.
+//! Listens, while no agent does, for requests that this consumer exit: signals, and notices that its machine goes away.
 //!
-//! An idle machine is taken back, or scaled in, as any other. Whoever does that waits for it, and it is paid for
-//! meanwhile; a job that it claims in its last minutes is only interrupted. While a run trains its agent listens for
-//! itself, and with the run's settings; one of the two asks the metadata service at a time.
+//! An idle machine is taken back, or scaled in, like any other. The cloud waits for it, and it is paid for meanwhile; a
+//! job that it claims in its last minutes is only interrupted. While a run trains its agent listens for itself, and
+//! with the run's settings; only one of the two polls the metadata service at a time.
 
 use std::cell::Cell;
 
@@ -30,12 +30,12 @@ impl Lookout {
         Self { heard, notices: Mutex::default(), leaving: Cell::new(false) }
     }
 
-    /// Whether this consumer is to leave.
+    /// Whether this consumer is to exit.
     pub fn told(&self) -> bool {
         self.heard.asked() || self.leaving.get()
     }
 
-    /// Waits until it is. Safe to drop and call again.
+    /// Waits until it is to exit. Safe to drop and call again.
     async fn wait(&self) -> Result<()> {
         let mut notices = self.notices.lock().await;
         let notices = match &mut *notices {
@@ -43,7 +43,7 @@ impl Lookout {
             none => {
                 let failed = |error| Error::from_source(Kind::Bug, error).context("listen for notices");
                 let notices = none.insert(Notices::listen().map_err(failed)?);
-                // No run says what to listen to.
+                // No run says which sources to use.
                 notices.begin(&NoticeConfig::default());
                 notices
             }
@@ -75,12 +75,12 @@ impl Lookout {
         }
     }
 
-    /// Somebody else listens from here on, or nobody need.
+    /// Another listener takes over from here on, or none is needed.
     pub async fn rest(&self) {
         *self.notices.lock().await = None;
     }
 
-    /// Whoever waits for this machine is told that it may go: what it was to do is settled. An agent has done so for
+    /// Tells the parties that wait for this machine that it may go: its work is settled. An agent has done so for
     /// itself.
     pub async fn let_machine_go(&self) {
         if let Some(notices) = &mut *self.notices.lock().await {

@@ -1,27 +1,27 @@
 //! A queue consumer: takes a job from a queue of SQS, trains its run, and reports to a job API.
 //!
-//! The queue says *that* a run is wanted; what is true of the run stands in its journal and nowhere else. So a message
-//! may come twice, late, or to two consumers at once: the journal lets one of them write, the other finds the run alive
-//! or completed. [`job`] is what a message says, [`allow`] what it may name, [`lease`] keeps it hidden, [`handover`]
-//! decides what becomes of it, [`api`] is who hears of it.
+//! The queue says *that* a run is wanted; the state of the run is in its journal and nowhere else. So a message may
+//! come twice, late, or to two consumers at once: the journal lets one of them write, the other finds the run alive or
+//! completed. [`job`] reads a message, [`allow`] limits the places that it may name, [`lease`] keeps it hidden,
+//! [`handover`] decides its fate, [`api`] reports on it.
 //!
 //! # One message
 //! receive → hide it lease by lease → read the run's journal → train, unless the run is complete → settle. A message is
 //! deleted when its run is complete, and not before. It is renewed (a fresh copy, whose receives count from 0) when the
 //! machine goes away, when another consumer has the run, when the fault is this consumer's own (its store does not
-//! answer or refuses, run after run fails), and when SQS would hide it no longer. It is left to the redrive policy when
-//! the job itself failed, can't be understood, or needs what does not answer: reported, seen again after a pause, and
-//! after `maxReceiveCount` receives in the dead-letter queue. What a run's `on_complete` wants done with the machine is
-//! not done here: there may be another job.
+//! answer or refuses, several runs in a row fail), and when SQS would hide it no longer. It is left to the redrive
+//! policy when the job itself failed, can't be understood, or needs a service that does not answer: it is reported,
+//! becomes visible again after a pause, and after `maxReceiveCount` receives goes to the dead-letter queue. A run's
+//! `on_complete` action for the machine is not taken here: there may be another job.
 //!
 //! *Crash*: the lease runs out, another consumer receives the message and resumes from the newest checkpoint; see
-//! [`handover`] for each moment. *Retry*: settling twice is fine. *Cancel*: SIGTERM while training is the agent's
-//! affair (it saves, and leaves with 75 or 76), after which the message is settled first (bounded in time, whatever the
-//! queue does), whoever waits for the machine is told second that it may go (the lifecycle hook is completed, the
-//! scheduled event approved: [`agent::launch_then`]), and the job API third: a machine that is taken the moment it may
-//! go has left its job to the next one. Between two jobs, and while a job's journal and configuration are read,
-//! whatever says that this machine goes away, or asks this consumer to stop, ends it with 75 (`lookout.rs`). Signals
-//! that come just before the agent listens wait for it.
+//! [`handover`] for each moment. *Retry*: settling twice is fine. *Cancel*: the agent handles SIGTERM while training
+//! (it saves, and exits with 75 or 76). Then the message is settled first (bounded in time, whatever the queue does),
+//! the party that waits for the machine is told second that it may go (the lifecycle hook is completed, the scheduled
+//! event approved: [`agent::launch_then`]), and the job API is told third: a machine that is taken the moment it may go
+//! has left its job to the next one. Between two jobs, and while a job's journal and configuration are read, any notice
+//! that this machine goes away, and any request to stop, ends this consumer with 75 (`lookout.rs`). Signals that come
+//! just before the agent listens wait for it.
 #![doc = include_str!("README.md")]
 
 pub mod allow;
@@ -71,80 +71,80 @@ use crate::{
     storage::Store,
 };
 
-/// How long the last reports are waited for when the consumer leaves.
+/// How long the exit waits for the last reports.
 const LAST_REPORTS: Duration = Duration::from_secs(15);
 /// The same when the machine may be about to go away.
 const HURRIED_REPORTS: Duration = Duration::from_secs(5);
 /// Pause before a queue that did not answer is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
-/// A queue that does not answer for so long ends the consumer.
+/// How long a queue may stay silent before the consumer exits.
 const PATIENCE: Duration = Duration::from_secs(5 * 60);
-/// Limits where no run says others.
+/// Limits if no run gives others.
 const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
-/// This consumer's own store is asked for so long whether it answers.
+/// How long the check of this consumer's own store may take.
 const STORE_PATIENCE: Duration = Duration::from_secs(20);
-/// Taking away what it was asked with.
+/// The limit for deleting the object written for that check.
 const SWEEP_PATIENCE: Duration = Duration::from_secs(2);
-/// Renewing the message of a job whose machine goes away may take so long: notices leave as little as 30 s, the last
+/// How long renewing the message of a job whose machine goes away may take: notices leave as little as 30 s, the last
 /// save included.
 const RENEWAL: Duration = Duration::from_secs(10);
-/// What a consumer is told.
+/// A consumer's settings.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The queue's URL.
     pub queue: String,
-    /// Where runs are kept whose jobs do not say.
+    /// The store of runs whose jobs name none.
     pub store: Option<String>,
-    /// What messages may name.
+    /// The places that messages may name.
     pub allowed: Allowed,
     /// Workers on this node: as the configuration has it, and as a number.
     pub workers: Option<(String, u32)>,
-    /// Leave when the queue stayed empty for so long; `None`: never.
+    /// Exit when the queue stayed empty for this long; `None`: never.
     pub idle_exit: Option<Duration>,
-    /// Leave after one job.
+    /// Exit after one job.
     pub once: bool,
     /// How long a message is held.
     pub terms: Terms,
-    /// How long the driver of this machine's GPUs is waited for.
+    /// How long to wait for the driver of this machine's GPUs.
     pub device_wait: Duration,
 }
 
 /// Reads a small remote object: folder and name.
 pub type FetchLater<'a> = dyn Fn(&str, &str) -> BoxFuture<'static, Result<Vec<u8>>> + 'a;
 
-/// What a consumer needs of its caller.
+/// The tools that a consumer gets from its caller.
 pub struct Tools<'a> {
-    /// Makes the reporter of one run, which the listener hears too.
+    /// Makes the reporter of one run, whose events also go to the listener.
     pub reporter: &'a dyn Fn(Listener) -> Reporter,
-    /// Hears what happens to jobs.
+    /// Receives the events of jobs.
     pub say: Arc<dyn Fn(&Said) + Send + Sync>,
     /// Reads a small remote object.
     pub fetch: &'a FetchLater<'a>,
-    /// What this process was asked by signals, from its beginning on.
+    /// The requests to this process by signals, from its beginning on.
     pub heard: Heard,
     /// Relative paths are taken from here.
     pub working_directory: &'a Path,
     /// The environment.
     pub variable: &'a dyn Fn(&str) -> Option<String>,
-    /// Makes the machine leave when the queue stayed empty, and says whether it does; `None`: it is not to.
+    /// Makes the machine leave when the queue stayed empty, and returns whether it does; `None`: it is not to.
     pub leave: Option<&'a dyn Fn() -> Result<bool>>,
 }
 
-/// What happens to jobs: lines of `--json`, beside the events of their runs.
+/// Events of jobs: lines of `--json`, beside the events of their runs.
 #[derive(Clone, Debug, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Said {
-    /// Something happened to a job.
+    /// An event of a job.
     Job {
-        /// What.
+        /// The event.
         state: State,
         /// The run; `None`: the message names none.
         run_id: Option<RunId>,
-        /// The message, by the queue's name for it.
+        /// The message, by the queue's id for it.
         message_id: String,
         /// How often it was received, this time included.
         received: u32,
-        /// How often its run was handed on because its machine went away.
+        /// How often its run was handed over because its machine went away.
         interruptions: u64,
         /// Why.
         #[serde(skip_serializing_if = "Option::is_none")]
@@ -153,22 +153,22 @@ pub enum Said {
         #[serde(skip_serializing_if = "Option::is_none")]
         exit_code: Option<u8>,
     },
-    /// The queue stayed empty: this consumer leaves, unless its machine was to leave with it and can't.
+    /// The queue stayed empty: this consumer exits, unless its machine was to leave with it and can't.
     Idle {
-        /// For so long.
+        /// How long it was empty.
         after_s: f64,
     },
 }
 
-/// What has happened to a job.
+/// The state of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// It was received.
     Claimed,
-    /// Its message was held for as long as SQS lets it be: a copy is in the queue, and training goes on.
+    /// Its message was held for as long as SQS allows: a copy is in the queue, and training goes on.
     HandedOver,
-    /// Its run got further since it was sent, so a fresh copy is in the queue.
+    /// Its run has progressed since it was sent, so a fresh copy is in the queue.
     Renewed,
     /// Another consumer has its run.
     StandBy,
@@ -176,13 +176,13 @@ pub enum State {
     Completed,
     /// Its machine goes away.
     Interrupted,
-    /// What it needs does not answer from here.
+    /// Something that it needs does not answer.
     Unreachable,
-    /// It needs a person, unless another consumer has more luck with it.
+    /// It needs a person, unless another consumer succeeds with it.
     Failed,
 }
 
-/// Why a consumer left.
+/// Why a consumer exited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Left {
     /// The queue stayed empty.
@@ -193,8 +193,8 @@ pub enum Left {
     Job(u8),
 }
 
-/// Takes jobs until the queue stays empty, the machine goes away, or a job is over that was to be the only one. Call it
-/// from the main thread: see [`agent::launch`].
+/// Takes jobs until the queue stays empty, the machine goes away, or the only job requested is over. Call it from the
+/// main thread: see [`agent::launch`].
 pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     let api = Api::from(tools.variable)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -208,7 +208,7 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     let (queue, max_receive_count) = match runtime.block_on(heard.unless(open(&settings))) {
         Ok(opened) => opened,
         Err(error) => {
-            // A name that is being looked up, on a machine without a network, is not waited for.
+            // The exit does not wait for a name that is being looked up, on a machine without a network.
             runtime.shutdown_timeout(Duration::ZERO);
             return if heard.asked() { Ok(Left::Asked) } else { Err(error) };
         }
@@ -232,20 +232,20 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     left
 }
 
-/// Waits for this machine's devices and finds the queue; how often a message of it may be received.
+/// Waits for this machine's devices and finds the queue; returns how often its messages may be received.
 async fn open(settings: &Settings) -> Result<(Queue, Option<u32>)> {
-    // A job that begins before the driver is there trains on the CPU, for as long as it lasts.
+    // A job that begins before the driver is there would train on the CPU until its end.
     if let Some(devices) = boot::await_gpus(&hardware::root(), Device::Auto, settings.device_wait).await? {
         tracing::info!("{devices}");
     }
-    // Where nothing but the machine itself names it, the S3 client takes it from there.
+    // If only the machine itself names the region, the S3 client takes it from there.
     region::find().await;
     let queue = Queue::open(&settings.queue).await?;
     let max_receive_count = redrive(&queue).await?;
     Ok((queue, max_receive_count))
 }
 
-/// How often a message may be received, as far as the queue tells; finds out whether there is such a queue.
+/// How often a message may be received, as far as the queue reports it; detects whether there is such a queue.
 async fn redrive(queue: &Queue) -> Result<Option<u32>> {
     match queue.redrive().await {
         Ok(Some(policy)) => Ok(Some(policy.max_receive_count)),
@@ -262,14 +262,14 @@ async fn redrive(queue: &Queue) -> Result<Option<u32>> {
     }
 }
 
-/// What a look at the queue has brought.
+/// The result of a look at the queue.
 enum Next {
     Message(Box<Message>),
     Nothing,
     Asked,
 }
 
-/// What a run needs to begin, or why it does not.
+/// The inputs of a run's start, or why it does not start.
 enum Prepared {
     Launch {
         store: Store,
@@ -280,7 +280,7 @@ enum Prepared {
         step: u64,
         loss: f64,
     },
-    /// Its message is renewed first: the run got this far since it was sent.
+    /// Its message is renewed first: the run has progressed this far since it was sent.
     Renew {
         committed: u64,
     },
@@ -300,9 +300,9 @@ struct Consumer<'a> {
     tools: Tools<'a>,
     reports: Reports,
     lookout: Lookout,
-    /// Of this consumer itself.
+    /// The suspicion against this consumer itself.
     suspicion: RefCell<Suspicion>,
-    /// How the run of this turn has its objects encrypted: a bucket may take no others.
+    /// How this turn's run has its objects encrypted: a bucket may accept no others.
     encryption: RefCell<(Encryption, Option<String>)>,
     queue: Queue,
     max_receive_count: Option<u32>,
@@ -324,7 +324,7 @@ impl Consumer<'_> {
                         if self.machine_may_leave()? {
                             return Ok(Left::Idle);
                         }
-                        // It is paid for: it may as well take the next job.
+                        // The machine is paid for: it may as well take the next job.
                         idle_since = Instant::now();
                     }
                     continue;
@@ -335,8 +335,8 @@ impl Consumer<'_> {
             // A run that another consumer trains for weeks must not keep this one waiting for weeks.
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
-                // Put away, it is still in the queue: who left now would leave it to nobody. Without a dead-letter
-                // queue that would be for ever.
+                // The message, put back, is still in the queue: exiting now would leave it to nobody. Without a
+                // dead-letter queue that would be for ever.
                 if let Settle::Return(after) = what
                     && self.max_receive_count.is_some()
                 {
@@ -355,22 +355,22 @@ impl Consumer<'_> {
         }
     }
 
-    /// Whether nothing keeps this consumer: its machine leaves with it, or was not to.
+    /// Whether nothing prevents the exit: the machine leaves with this consumer, or was not to.
     fn machine_may_leave(&self) -> Result<bool> {
         let Some(leave) = self.tools.leave else { return Ok(true) };
-        // The end that this consumer asks for is no news to it.
+        // The end of the machine that this consumer asks for is no news to it.
         self.runtime.block_on(self.lookout.rest());
-        // It may be gone before the reports are.
+        // The machine may be gone before the reports are.
         self.runtime.block_on(self.reports.flush(LAST_REPORTS));
         leave()
     }
 
-    /// What comes of `work`, unless this consumer is told to leave.
+    /// The result of `work`, unless this consumer is told to exit.
     fn unless_told<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.runtime.block_on(self.lookout.unless(work))
     }
 
-    /// The next message, waited for up to `left`, but for a look at the queue in any case.
+    /// The next message, waited for up to `left`, but with at least one look at the queue.
     async fn next(&self, left: Duration) -> Result<Next> {
         let mut failing: Option<Instant> = None;
         let receive = async {
@@ -397,7 +397,7 @@ impl Consumer<'_> {
         }
     }
 
-    /// One message, from its claim until it is settled, and how it was.
+    /// One message, from its claim until it is settled, and the outcome.
     fn turn(&self, message: &Message) -> (Turn, Settle) {
         let number = |name| message.number(name).unwrap_or_default();
         let carried = Carried { interruptions: number(INTERRUPTIONS), step: number(STEP) };
@@ -470,8 +470,7 @@ impl Consumer<'_> {
         (turn, what)
     }
 
-    /// Lets go of a message as the end of its turn wants it: the machine may have seconds left, so that this comes
-    /// before everything else.
+    /// Settles a message after its turn: the machine may have seconds left, so this comes before everything else.
     fn conclude(&self, claim: &Claim<'_>, holder: Option<Holder>, mut turn: Turn) -> (Turn, Settle) {
         let goes_away = turn.end == End::Interrupted;
         let further = lock(&claim.carried).step > claim.begun_at;
@@ -485,7 +484,7 @@ impl Consumer<'_> {
             turn.end = End::CutOff;
         }
         let work = async {
-            // While the message is still held: this may take its time.
+            // While the message is still held: this may take some time.
             let asks = matches!(turn.error, Some(Kind::Unavailable | Kind::Permission)) && turn.end != End::CutOff;
             if asks && self.is_cut_off().await {
                 turn.end = End::CutOff;
@@ -520,22 +519,22 @@ impl Consumer<'_> {
         *self.encryption.borrow_mut() = (storage.encryption, storage.kms_key_id.clone());
     }
 
-    /// Whether this consumer's own store does not take anything either.
+    /// Whether this consumer's own store does not accept anything either.
     async fn is_cut_off(&self) -> bool {
         let Some(uri) = &self.settings.store else { return false };
         let Ok(uri) = config::absolute_uri(uri, self.tools.working_directory) else { return false };
         let (encryption, kms_key_id) = self.encryption.borrow().clone();
         let Ok(store) = Store::open(&uri, &StorageConfig { encryption, kms_key_id, ..LIMITS }) else { return false };
         let key = format!("{}/{}", layout::PROBES, random_hex(16));
-        // One request: who asks has waited for something else all the time that a store is given.
+        // One request: the caller has already waited as long as a store is given.
         let put = store.put_once(&key, Bytes::from_static(b"whether this store answers"), STORE_PATIENCE);
         tokio::select! {
             biased;
-            // Nobody has the time to find out whose fault it is.
+            // There is no time to find out whose fault it is.
             () = self.lookout.heard.wait() => true,
             put = tokio::time::timeout(STORE_PATIENCE, put) => match put {
                 Ok(Ok(())) => {
-                    // What stays behind is rubbish of a few bytes, below a folder that is known for it.
+                    // A leftover is a few bytes of rubbish, below a folder known for it.
                     let _ = tokio::time::timeout(SWEEP_PATIENCE, store.delete(&key)).await;
                     false
                 }
@@ -545,8 +544,8 @@ impl Consumer<'_> {
         }
     }
 
-    /// Trains the run of a job to its end, or to where it can't go on; gives what `conclude` makes of that, which comes
-    /// before whoever waits for this machine is told that it may go.
+    /// Trains the run of a job to its end, or as far as it can; returns what `conclude` makes of that. `conclude` runs
+    /// before the party that waits for this machine is told that it may go.
     fn train<T>(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>, conclude: impl FnOnce(Turn) -> T) -> T {
         let (store, begin) = match self.prepare(job, received, tracker) {
             Ok(Prepared::Launch { store, begin }) => (store, begin),
@@ -565,7 +564,7 @@ impl Consumer<'_> {
         if self.lookout.told() {
             return conclude(Turn::not_begun());
         }
-        // The agent asks the metadata service for itself.
+        // The agent polls the metadata service for itself.
         self.runtime.block_on(self.lookout.rest());
         let listener: Listener = Box::new({
             let tracker = Arc::clone(tracker);
@@ -585,7 +584,7 @@ impl Consumer<'_> {
         concluded
     }
 
-    /// Finds the run, or makes ready to create it.
+    /// Finds the run, or prepares to create it.
     fn prepare(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>) -> Result<Prepared> {
         self.encryption.take();
         self.settings.allowed.check_settings(job)?;
@@ -603,7 +602,7 @@ impl Consumer<'_> {
             }
         };
         let (run_id, reading) = (&job.run_id, config::reading_settings(&job.set)?);
-        // The store may be silent, and is asked for minutes.
+        // The store may be silent, and requests to it may take minutes.
         let found = self.unless_told(open::find(&uri, &reading, run_id, Vec::new()));
         match found.context(format!("read journal of run {run_id}"))? {
             Found::Complete(_, Completed { step, loss }) => Ok(Prepared::Done { step: step.get(), loss }),
@@ -673,7 +672,8 @@ impl Consumer<'_> {
         self.unless_told((self.tools.fetch)(folder, name))
     }
 
-    /// Does what was decided. What fails here leaves the message where it is, to be seen again when its lease ends.
+    /// Carries out the decision. On a failure the message stays where it is, and becomes visible again when its lease
+    /// ends.
     async fn settle(&self, message: &Message, what: Settle, carried: Carried) {
         let done = match what {
             Settle::Leave => Ok(()),

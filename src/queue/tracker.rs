@@ -1,4 +1,4 @@
-//! Hears a run, and makes reports of it.
+//! Turns a run's events into reports.
 
 use std::{
     sync::{Arc, Mutex},
@@ -14,9 +14,9 @@ use super::{
 };
 use crate::{ids::RunId, report::Event};
 
-/// Progress is reported no more often, but for checkpoints.
+/// The least interval between progress reports, except for checkpoints.
 const PROGRESS: Duration = Duration::from_secs(30);
-/// What all reports of a turn have in common.
+/// The part common to all reports of a turn.
 pub(super) struct Head {
     pub run_id: Option<RunId>,
     pub message_id: String,
@@ -24,7 +24,7 @@ pub(super) struct Head {
     pub received: u32,
 }
 
-/// Hears a run and makes reports of it.
+/// Turns a run's events into reports.
 pub(super) struct Tracker {
     reports: Reports,
     head: Head,
@@ -42,7 +42,7 @@ impl Tracker {
         Self { reports, head, carried, facts, sequence: 0, started: false, last: None }
     }
 
-    /// Something has happened in the run.
+    /// An event of the run.
     pub fn hear(&mut self, event: &Event, now: Instant) {
         match event {
             Event::Formed { resume_step, total_steps, .. } => {

@@ -1,4 +1,4 @@
-//! How the turn of a job on this consumer ended, as the queue, the job API and the caller are to hear of it.
+//! The outcome of a job's turn on this consumer, for the queue, the job API and the caller.
 
 use super::{State, handover::End};
 use crate::{
@@ -9,14 +9,14 @@ use crate::{
 /// The longest reason that is reported, characters.
 const REASON: usize = 2000;
 
-/// How a turn ended.
+/// The outcome of a turn.
 pub(super) struct Turn {
     pub end: End,
     pub state: State,
-    /// The exit code that it would be alone.
+    /// The exit code if this were the only job.
     pub code: u8,
     pub reason: Option<String>,
-    /// With which error, if with one.
+    /// The kind of its error, if any.
     pub error: Option<Kind>,
 }
 

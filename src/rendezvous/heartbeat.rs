@@ -1,17 +1,17 @@
-//! A node's sign of life, and how another node reads it.
+//! A node's heartbeat, and how another node reads it.
 //!
-//! Stored layout: `nodes/<node-id>.json`, overwritten by its owner alone: a counter and where the process runs.
-//! No clock of another machine is believed: a node is dead when *this* process has not seen the counter change for long
+//! Stored layout: `nodes/<node-id>.json`, overwritten by its owner alone: a counter and where the process runs. No
+//! clock of another machine is trusted: a node is dead when *this* process has not seen the counter change for long
 //! enough ([`PATIENCE`], [`NEAR`]) of its own monotonic time, or when it is a process of this very machine that the
 //! kernel no longer knows. A beat is sent only if the [event loop](Turning) has turned since the last one: an agent
-//! whose loop hangs looks dead, and is. A live node that is taken for dead loses its steps: a network may swallow a few
-//! beats in a row, so that one that fails is not tried again (the next is newer), and a reader waits for several of
-//! them. A heartbeat decides only whether it is polite to form a generation; safety comes from the journal's fencing.
+//! whose loop hangs looks dead, and is. A live node that is taken for dead loses its steps. A network may lose a few
+//! beats in a row, so a reader waits for several of them; a failed beat is not repeated, since the next is newer. A
+//! heartbeat decides only whether it is polite to form a generation; safety comes from the journal's fencing.
 //!
-//! Each beat on S3 is a PUT that is paid for, by the month as much as some gigabytes of checkpoints: there they are
+//! Each beat on S3 is a paid PUT; a month of them costs as much as some gigabytes of checkpoints. There they are
 //! [`INTERVAL`] apart (0.11 USD a day at 0.005 USD for 1,000; one a second would be 0.43), on disk [`NEAR_INTERVAL`].
 //!
-//! On a crash the object stays and its counter stands still. A clean exit deletes it.
+//! After a crash the object stays and its counter stands still. A clean exit deletes it.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -29,16 +29,16 @@ use crate::{
 pub const INTERVAL: Duration = Duration::from_secs(4);
 /// The same on a store in this machine.
 pub const NEAR_INTERVAL: Duration = Duration::from_secs(1);
-/// Pause between two reads of a heartbeat that is being looked at.
+/// The pause between two reads of another node's heartbeat.
 const READ_AGAIN: Duration = Duration::from_millis(250);
-/// A counter that has not changed for so long belongs to a dead node: time for several of the longest beats to fail.
+/// A counter that has not changed for this long belongs to a dead node: time for several of the longest beats to fail.
 pub const PATIENCE: Duration = Duration::from_secs(30);
-/// The same for a process of this machine with a store in it: no network can come between.
+/// The same for a process of this machine with a store in it: there is no network between.
 pub const NEAR: Duration = Duration::from_secs(6);
-/// A beat without an answer is given up after so long; after each that fails in a row it is twice as much, since a line
-/// that a checkpoint fills is slow, and giving up too soon for ever would be no beat at all.
+/// The first limit for a beat's answer; it doubles with each consecutive failure, since a line that a checkpoint fills
+/// is slow, and a limit that is always too short would mean no beat at all.
 const SHORTEST: Duration = Duration::from_secs(2);
-/// But never more.
+/// The highest limit.
 const LONGEST: Duration = Duration::from_secs(8);
 /// The layout that is written, and the highest that is read.
 const FORMAT: u32 = 1;
@@ -51,7 +51,7 @@ pub struct Heartbeat {
     pub format: u32,
     /// The node.
     pub node: NodeId,
-    /// Rises with every beat.
+    /// Incremented with every beat.
     pub counter: u64,
     /// Where the process runs.
     pub process: Process,
@@ -75,7 +75,7 @@ impl Heartbeat {
         struct Version {
             format: u32,
         }
-        // First, since a newer layout need not look like this one in any other way.
+        // First, since a newer layout need not resemble this one in anything else.
         let Version { format } = serde_json::from_slice(body)?;
         if format > FORMAT {
             return Err(InvalidHeartbeat::Newer(format));
@@ -89,11 +89,11 @@ impl Heartbeat {
 pub struct Process {
     /// The kernel's random id of this boot.
     pub boot_id: String,
-    /// The process id namespace; containers on one machine have their own.
+    /// The process id namespace; each container on a machine has its own.
     pub pid_namespace: String,
     /// The process id.
     pub pid: u32,
-    /// Its start, in clock ticks since the boot: process ids are used again.
+    /// Its start, in clock ticks since the boot: process ids are reused.
     pub started: u64,
 }
 
@@ -116,7 +116,7 @@ impl Process {
         !self.boot_id.is_empty() && self.boot_id == Self::current().boot_id
     }
 
-    /// Whether it is surely gone: it ran under this kernel, in this namespace, and is no longer there.
+    /// Whether it is surely gone: it ran under this kernel, in this namespace, and no longer exists.
     pub fn is_gone(&self) -> bool {
         let here = Self::current();
         !self.boot_id.is_empty()
@@ -135,17 +135,17 @@ impl Process {
     }
 }
 
-/// The kernel's letter for what a process does.
+/// The kernel's letter for a process's state.
 fn state(pid: u32) -> Option<String> {
     let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
     Some(stat.rsplit_once(')')?.1.split_ascii_whitespace().next()?.to_owned())
 }
 
 /// Start of a process in clock ticks since the boot: field 22 of `/proc/<pid>/stat` (proc(5)); `None` if there is none,
-/// or it is a zombie, which does nothing any more.
+/// or it is a zombie, which no longer does anything.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
-    // The name in parentheses may hold anything, so count from the last one.
+    // The name in parentheses may contain anything, so count from the last one.
     let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
     if fields.next()? == "Z" {
         return None;
@@ -153,17 +153,17 @@ fn start_time(pid: u32) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
-/// Between two turns of an event loop that has nothing to do: several in the shortest time between two beats.
+/// The interval between two turns of an idle event loop: several within the shortest time between two beats.
 const TURN: Duration = Duration::from_millis(200);
 
-/// Whether an event loop turns. Cheap to clone.
+/// Shows whether an event loop turns. Cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub struct Turning(Arc<Notify>);
 
 impl Turning {
-    /// Does all of an event loop's work, and says meanwhile that it turns. What `work` waits for may take as long as it
-    /// likes (a download, a store that does not answer): the clock is looked at by the same task, so that it stands
-    /// still only if `work` does not give its thread back.
+    /// Runs all of an event loop's work, and shows meanwhile that the loop turns. `work` may wait for as long as it
+    /// likes (a download, a store that does not answer): the same task watches the clock, so the signal stops only if
+    /// `work` does not yield its thread.
     pub async fn during<T>(&self, work: impl Future<Output = T>) -> T {
         tokio::pin!(work);
         let mut turn = tokio::time::interval(TURN);
@@ -177,7 +177,7 @@ impl Turning {
         }
     }
 
-    /// Waits until it has turned since this was last waited for.
+    /// Waits until it has turned since the last such wait.
     async fn turned(&self) {
         self.0.notified().await;
     }
@@ -192,7 +192,7 @@ pub struct Pulse {
 }
 
 impl Pulse {
-    /// Writes the first beat, so that nobody can take the node for dead, then one every [`INTERVAL`]
+    /// Writes the first beat, so that no other node can take this one for dead, then one every [`INTERVAL`]
     /// ([`NEAR_INTERVAL`]). A beat that is due waits until the loop behind `turning` has turned.
     pub async fn start(run: Store, node: NodeId, turning: Turning) -> Result<Self, StorageError> {
         let process = Process::current();
@@ -204,7 +204,7 @@ impl Pulse {
         Ok(Self { run, node, task })
     }
 
-    /// Stops beating and takes the heartbeat away: this node is gone, and nobody need wait to learn it.
+    /// Stops beating and deletes the heartbeat: this node is gone, and nobody need wait to find out.
     pub async fn stop(self) {
         self.task.abort();
         if let Err(error) = self.run.delete(&layout::heartbeat(&self.node)).await {
@@ -219,7 +219,7 @@ impl Drop for Pulse {
     }
 }
 
-/// Beats for ever; `limit` says how long a beat may take after so many that failed.
+/// Beats for ever; `limit` gives the limit for a beat after that many failures.
 async fn beats(
     run: &Store,
     node: &NodeId,
@@ -267,28 +267,28 @@ async fn stored(run: &Store, node: &NodeId) -> Result<Option<Bytes>, StorageErro
     }
 }
 
-/// What is known of another node.
+/// The known state of another node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Liveness {
     /// Its counter rises.
     Alive,
-    /// It is gone; the process that it was, if it left its heartbeat behind.
+    /// It is gone; its last process, if it left its heartbeat behind.
     Gone(Option<Process>),
 }
 
-/// How long a counter may stand still. A disk may keep a process waiting that is at work: its beats go through the same
-/// queue as all that is written on this machine.
+/// How long a counter may stand still. A disk may delay a process that is at work: its beats go through the same queue
+/// as all writes on this machine.
 const fn patience(local_store: bool, of_this_machine: bool, at_work: bool) -> Duration {
     if local_store && of_this_machine && !at_work { NEAR } else { PATIENCE }
 }
 
-/// Looks whether `node` still lives. Takes up to [`PATIENCE`] when it does not, less when the kernel can tell.
+/// Checks whether `node` is still alive. Takes up to [`PATIENCE`] if it is not, less if the kernel knows.
 pub async fn look(run: &Store, node: &NodeId) -> Result<Liveness, StorageError> {
     let near = run.is_local();
     look_for(run, node, |of_this_machine, at_work| patience(near, of_this_machine, at_work)).await
 }
 
-/// The same; `patience`: of a process that may be one of this machine, and may be seen at work.
+/// The same; `patience`: for a process that may be on this machine and may be seen at work.
 async fn look_for(
     run: &Store,
     node: &NodeId,
@@ -296,10 +296,10 @@ async fn look_for(
 ) -> Result<Liveness, StorageError> {
     let mut begin = tokio::time::Instant::now();
     let mut first: Option<Heartbeat> = None;
-    // What can't be read (a newer version's, or one that was garbled on its way) says only whether it changes.
+    // For an unreadable heartbeat (a newer version's, or one garbled in transfer) only its changes count.
     let mut strange: Option<Bytes> = None;
     loop {
-        // From here on the counter is known to have changed or not: how long this look itself takes says nothing.
+        // From here on it is known whether the counter has changed: the duration of this look proves nothing.
         let watched = begin.elapsed();
         let process = first.as_ref().map(|first| &first.process);
         if process.is_some_and(Process::is_gone) {
@@ -327,7 +327,7 @@ async fn look_for(
     }
 }
 
-/// Takes the heartbeat of a dead node away. One that was only asleep writes its own again.
+/// Deletes the heartbeat of a dead node. One that was only asleep writes its own again.
 pub async fn bury(run: &Store, node: &NodeId) {
     if let Err(error) = run.delete(&layout::heartbeat(node)).await {
         tracing::debug!(%error, %node, "heartbeat of a dead node not deleted");
@@ -364,7 +364,7 @@ mod tests {
     #[tokio::test]
     async fn a_beat_that_fails_is_followed_by_a_newer_one() {
         for fault in [Fault::Hang, Fault::SlowDown, Fault::Lost] {
-            // One hangs, is refused or is lost for good, and what comes after it gets through.
+            // One hangs, is refused or is lost for good, and the ones after it get through.
             let faulty = Faulty::new(move |op, _, n| if op == "put" && n == 0 { fault } else { Fault::Pass });
             let store = Store::faulty_with(&faulty, &StorageConfig::plain(4, 8), Some(Duration::MAX));
             let (node, process) = (NodeId::new("n1").unwrap(), Process::current());

@@ -1,4 +1,4 @@
-//! Who is in the run: heartbeats in the store, and what a node does about another one that leads the run.
+//! The nodes of a run: heartbeats in the store, and a node's response to another one that leads the run.
 
 pub mod heartbeat;
 pub mod policy;

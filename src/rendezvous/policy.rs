@@ -1,10 +1,11 @@
-//! What a node does about the run's leader: a pure decision, of the form of torchft's `quorum_compute`.
+//! A node's response to the run's leader: a pure decision, of the form of torchft's `quorum_compute`.
 //!
-//! Only one node trains a run. The leader of a generation that has not said how it ended may still be at work; its
-//! heartbeat tells. This decides whether it is polite to form a generation. Safety comes from the journal's fencing.
+//! Only one node trains a run. The leader of a generation without a recorded end may still be at work; its heartbeat
+//! shows it. This decides whether it is polite to form a generation. Safety comes from the journal's fencing.
 //!
 //! # Does not own
-//! Heartbeats and the journal (the caller reads them and says so in the [`View`]), time (passed in), the generation.
+//! Heartbeats and the journal (the caller reads them and puts the results into the [`View`]), time (passed in), the
+//! generation.
 
 use std::time::Duration;
 
@@ -14,52 +15,52 @@ use crate::{
     journal::{self, RunState},
 };
 
-/// Pause between two looks at the heartbeat of a leader that is alive.
+/// The pause between two looks at the heartbeat of a live leader.
 const STANDBY_PAUSE: Duration = Duration::from_secs(2);
 
-/// What this node knows of the leader.
+/// This node's knowledge of the leader.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct View {
-    /// The leader of a generation that has not said how it ended, if that is another node.
+    /// The leader of a generation without a recorded end, if that is another node.
     pub leader: Option<NodeId>,
-    /// What its heartbeat says; `None`: nobody has looked yet.
+    /// The state of its heartbeat; `None`: not checked yet.
     pub liveness: Option<Liveness>,
-    /// Whether the journal was read to its end since then; it had nothing new.
+    /// Whether the journal was read to its end since then, without anything new.
     pub read_on: bool,
 }
 
-/// What the operator wants.
+/// The operator's settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// How long to wait for a leader that is alive.
+    /// How long to wait for a live leader.
     pub standby: Duration,
 }
 
-/// What to do next.
+/// The next action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Move {
     /// Nobody else is at work: form the next generation.
     Form,
     /// Read the leader's heartbeat.
     Look(NodeId),
-    /// Wait for so long, then read the journal on and look again.
+    /// Wait for this long, then read on in the journal and look again.
     StandBy(NodeId, Duration),
-    /// Read the journal on: the leader may have written its last words, or lost the run to a third node.
+    /// Read on in the journal: the leader may have written its last record, or lost the run to a third node.
     ReadOn,
-    /// The leader died without a word: form the next generation in its place.
+    /// The leader died without a last record: form the next generation in its place.
     TakeOver(NodeId, Option<Process>),
     /// The leader is alive, and the time to wait is over.
     Leave(NodeId),
 }
 
 impl View {
-    /// What the journal alone says, to node `me`.
+    /// The journal's view alone, for node `me`.
     pub fn of(state: &RunState, me: &NodeId) -> Self {
         Self { leader: unfinished_leader(state).filter(|node| node != me), liveness: None, read_on: false }
     }
 }
 
-/// What to do and why; `waited`: since this node began to wait.
+/// The next action and its reason; `waited`: since this node began to wait.
 pub fn decide(view: &View, waited: Duration, settings: Settings) -> (Move, String) {
     let Some(leader) = view.leader.clone() else {
         return (Move::Form, "no other node has an unfinished generation".into());
@@ -83,7 +84,7 @@ pub fn decide(view: &View, waited: Duration, settings: Settings) -> (Move, Strin
     }
 }
 
-/// The leader of a generation that has not said how it ended: it may still be at work.
+/// The leader of a generation without a recorded end: it may still be at work.
 fn unfinished_leader(state: &RunState) -> Option<NodeId> {
     let formed = state.formed()?;
     let said = state.interruptions().iter().any(|end| end.generation == formed.generation);

@@ -1,10 +1,10 @@
-//! What happens in a run, as typed events. Code emits these; one reporter draws them.
+//! A run's typed events. Code emits these; one reporter draws them.
 
 use serde::Serialize;
 
 use crate::ids::{Generation, Step, WorldSize};
 
-/// One thing that happened. Serialised, it is one line of `--json`: fields may be added, never renamed.
+/// One event. Serialised, it is one line of `--json`: fields may be added, never renamed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
@@ -66,27 +66,27 @@ pub enum Event {
         generation: Generation,
         /// Bytes of its shards.
         bytes: u64,
-        /// The train loop waited.
+        /// How long the train loop waited.
         stall_s: f64,
-        /// Copying into the images took.
+        /// How long copying into the images took.
         copy_s: f64,
         /// From the end of the step to the `committed` record.
         durable_s: f64,
     },
-    /// The agent that had this run died without a word; this one carries on.
+    /// The agent that had this run died without a last record; this one continues.
     FoundDead {
         /// Its node.
         node: String,
         /// The generation that it had formed.
         generation: Generation,
-        /// Whether it was a process of this machine; `None`: it left nothing that could tell.
+        /// Whether it was a process of this machine; `None`: it left no information.
         same_machine: Option<bool>,
         /// Its process id there.
         pid: Option<u32>,
-        /// The newest checkpoint: the steps that it had finished after it are lost.
+        /// The newest checkpoint: finished steps after it are lost.
         checkpoint: Option<Step>,
     },
-    /// Another agent has this run and lives: this one waits until it is gone, or the run is complete.
+    /// Another live agent has this run: this one waits until it is gone, or the run is complete.
     Standby {
         /// Its node.
         node: String,
@@ -97,31 +97,31 @@ pub enum Event {
         step: Step,
         /// Bytes loaded.
         bytes: u64,
-        /// Fetching and checking took.
+        /// How long fetching and verifying took.
         fetch_s: f64,
         /// From the start of the fetch until every rank has loaded it.
         restore_s: f64,
-        /// Where it was read: `store`, or `memory` where a snapshot slot still held it.
+        /// Where it was read: `store`, or `memory` if a snapshot slot still held it.
         from: &'static str,
     },
-    /// This machine goes away, or is likely to, or this run is asked to stop.
+    /// This machine goes away or is likely to, or this run is asked to stop.
     Notice {
-        /// What said so.
+        /// Its source.
         source: String,
-        /// Seconds left, where known.
+        /// Seconds left, if known.
         deadline_s: Option<f64>,
         /// What it announces: `interruption`, `stop`, or `rebalance` (save now, train on).
         means: &'static str,
-        /// Somebody is sure of that time. Else it is only said, and no save is given up because of it.
+        /// Whether that time is certain. If not, it is only reported, and no save is given up because of it.
         binding: bool,
     },
-    /// What is done about a notice before this node leaves.
+    /// The response to a notice before this node leaves.
     Drain {
-        /// What is saved: `full_save`, `only_missing`, `finish_in_flight` or `stop_early`.
+        /// The plan: `full_save`, `only_missing`, `finish_in_flight` or `stop_early`.
         plan: &'static str,
-        /// Seconds until the machine goes away, where known.
+        /// Seconds until the machine goes away, if known.
         left_s: Option<f64>,
-        /// Seconds until the save is expected to be durable, where known.
+        /// Seconds until the save is expected to be durable, if known.
         predicted_s: Option<f64>,
         /// Why.
         reason: String,
@@ -134,14 +134,14 @@ pub enum Event {
         quiet_s: f64,
         /// Finished steps that no checkpoint holds yet.
         lag_steps: u64,
-        /// Seconds since the last step that is committed was finished.
+        /// Seconds since the last committed step was finished.
         lag_s: f64,
     },
     /// A worker died; its group is started again.
     WorkerDied {
         /// The last finished step.
         step: Step,
-        /// What is known.
+        /// The cause, as far as known.
         reason: String,
         /// Restarts so far.
         restarts: u32,
@@ -162,20 +162,20 @@ pub enum Event {
         /// Its loss.
         loss: f64,
     },
-    /// Something a person should know, that stops nothing: a checkpoint that was stepped over.
+    /// A message for people that stops nothing: a checkpoint that was skipped.
     Warning {
-        /// What, where.
+        /// The message, with its place.
         message: String,
     },
-    /// Events are missing here: whoever reads `--json` stood still for long, or the output took nothing. Steps are
-    /// dropped first. Made by the writer of the lines alone.
+    /// Events are missing here: the reader of `--json` stood still for long, or the output accepted nothing. Steps are
+    /// dropped first. Only the writer of the lines creates this.
     Dropped {
         /// Events of steps.
         steps: u64,
         /// Other events.
         others: u64,
     },
-    /// What is being done while nothing else can be shown: "downloading token shards".
+    /// The current activity while nothing else can be shown: "downloading token shards".
     Phase {
         /// A verb phrase.
         doing: String,

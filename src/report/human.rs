@@ -73,7 +73,7 @@ fn three_digits(value: f64) -> String {
     }
 }
 
-/// US dollars: `$0.02`, `$0.0004`, `$1230`; small amounts keep a digit that says something.
+/// US dollars: `$0.02`, `$0.0004`, `$1230`; small amounts keep a significant digit.
 pub fn dollars(amount: f64) -> String {
     match amount {
         v if !v.is_finite() || v < 0.0 => "?".into(),
@@ -85,7 +85,7 @@ pub fn dollars(amount: f64) -> String {
     }
 }
 
-/// How long ago: `12 s ago`, `3h4m ago`; a moment ahead of our clock is `just now`.
+/// A past time: `12 s ago`, `3h4m ago`; a moment ahead of our clock is `just now`.
 pub fn ago(then: jiff::Timestamp, now: jiff::Timestamp) -> String {
     let past = now.duration_since(then).as_secs();
     if past <= 0 { "just now".into() } else { format!("{} ago", long(Duration::from_secs(past.unsigned_abs()))) }
@@ -96,7 +96,7 @@ pub fn plural(count: u64, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// Text from outside, fit for a terminal: control characters are shown, not obeyed.
+/// Text from outside, made safe for a terminal: control characters are shown, not obeyed.
 pub fn plain(text: &str) -> String {
     text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
 }

@@ -1,11 +1,11 @@
-//! Typed events out of the run, shown by one reporter: a live view on a terminal, plain lines elsewhere, JSON lines on
+//! Typed events of the run, shown by one reporter: a live view on a terminal, plain lines elsewhere, JSON lines on
 //! stdout.
 //!
-//! Standard output is data: with `--json` one object a line, the events named in [`Event`]'s documentation, and nothing
-//! else ever. Standard error is conversation. A thread of its own (`writer.rs`) writes each of them, so that a reader
-//! that is slow, stopped (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait. Whoever else
-//! hears events, the [`Listener`], hears them where they happen: nothing between the two waits for a reader. Cancelling
-//! a run loses no event that was given before [`Reporter::finish`] returns and whose reader reads.
+//! Standard output is data: with `--json` one object per line, the events named in [`Event`]'s documentation, and never
+//! anything else. Standard error is for people. A thread of its own (`writer.rs`) writes each of them, so that a reader
+//! that is slow, stopped (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait. The other
+//! receiver of events, the [`Listener`], gets them where they happen: nothing between the two waits for a reader.
+//! Cancelling a run loses no event that was reported before [`Reporter::finish`] returns, if its reader reads.
 #![doc = include_str!("README.md")]
 mod event;
 pub mod human;
@@ -27,19 +27,19 @@ use views::{Bars, Lines};
 use writer::Weight;
 pub use writer::{flush, say, say_event};
 
-/// Hears every event where it happens; it must not wait.
+/// Receives every event where it happens; it must not wait.
 pub type Listener = Box<dyn FnMut(&Event) + Send>;
 
-/// Where JSON lines go.
+/// The destination of JSON lines.
 enum Json {
     Stdout,
     Other(Box<dyn Write + Send>),
 }
 
-/// Where events go. Cheap to clone, usable from any thread.
+/// The receiver of events. Cheap to clone, usable from any thread.
 #[derive(Clone)]
 pub struct Reporter {
-    /// `None`: nothing is shown, or no more.
+    /// `None`: nothing is shown, or no longer.
     view: Arc<Mutex<Option<View>>>,
 }
 
@@ -60,7 +60,7 @@ impl Reporter {
         Self::start(screen, json.map(Json::Other), Box::new(|_| {}))
     }
 
-    /// [`Reporter::new`], whose events `listener` hears, too.
+    /// [`Reporter::new`], whose events also go to `listener`.
     pub fn with_listener(screen: Screen, json: bool, listener: Listener) -> Self {
         Self::start(screen, json.then_some(Json::Stdout), listener)
     }
@@ -77,14 +77,14 @@ impl Reporter {
         Self { view: Arc::default() }
     }
 
-    /// Something happened. Does not wait for whoever reads.
+    /// Reports an event. Does not wait for a reader.
     pub fn event(&self, event: &Event) {
         if let Some(view) = &mut *self.view.lock().unwrap_or_else(PoisonError::into_inner) {
             view.show(event);
         }
     }
 
-    /// Takes bars away and says the summary. Later events are dropped.
+    /// Removes the bars and shows the summary. Later events are dropped.
     pub fn finish(&self) {
         let view = self.view.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(view) = view {
@@ -93,7 +93,7 @@ impl Reporter {
     }
 }
 
-/// All that shows events.
+/// All outputs of events.
 struct View {
     begin: Instant,
     json: Option<Json>,
@@ -105,7 +105,7 @@ struct View {
 
 impl View {
     fn show(&mut self, event: &Event) {
-        // First, whatever becomes of the rest.
+        // First, whatever happens to the rest.
         (self.listener)(event);
         self.summary.add(event);
         if let Some(json) = &mut self.json
@@ -132,7 +132,7 @@ impl View {
     }
 }
 
-/// Writes one event as one line. `upload` and `phase` are for the eye and are no part of the API.
+/// Writes one event as one line. `upload` and `phase` are only for display and not part of the API.
 fn write_json(output: &mut Json, event: &Event) -> std::io::Result<()> {
     if matches!(event, Event::Upload { .. } | Event::Phase { .. }) {
         return Ok(());

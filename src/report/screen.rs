@@ -1,5 +1,5 @@
-//! Standard error, shared by log lines and progress bars: a line goes above the bars, never through them. Both are left
-//! to the [writer](super::writer): whoever logs or moves a bar does not wait for a terminal.
+//! Standard error, shared by log lines and progress bars: a line goes above the bars, never through them. Both go
+//! through the [writer](super::writer): a thread that logs or moves a bar does not wait for a terminal.
 
 use crate::env;
 use std::{
@@ -18,7 +18,7 @@ use super::writer::{self, Weight};
 /// The environment variable with the log filter, in `tracing`'s syntax: `debug`, `trainer::agent=trace`.
 pub const LOG_VARIABLE: &str = "TRAINER_LOG";
 const DEFAULT_FILTER: &str = "warn,trainer=info";
-/// Pictures of the bars in a second.
+/// Redraws of the bars per second.
 const PICTURES: u8 = 20;
 
 /// Standard error. Cheap to clone.
@@ -29,7 +29,7 @@ pub struct Screen {
 }
 
 impl Screen {
-    /// Standard error, where bars are drawn if it is a terminal that can.
+    /// Standard error, with bars if it is a terminal that can show them.
     pub fn stderr() -> Self {
         let live = io::stderr().is_terminal() && env::raw("TERM").is_none_or(|term| term != "dumb");
         if !live {
@@ -49,7 +49,7 @@ impl Screen {
         self.live
     }
 
-    /// A bar of bytes done, where bars are drawn. Whoever has it takes it away.
+    /// A bar of bytes done, if bars are drawn. Its owner removes it.
     pub fn bytes_bar(&self, doing: &'static str) -> Option<ProgressBar> {
         let bar = || ProgressBar::new(0).with_style(super::views::bytes_style()).with_prefix(doing);
         self.live.then(|| self.multi.add(bar()))
@@ -62,7 +62,7 @@ impl Screen {
 
 /// Sends `tracing` to `screen`, filtered by [`LOG_VARIABLE`]. Call once, first thing; a second call does nothing.
 ///
-/// A filter that can't be read is reported and the default used: a slip in a variable must not stop a run at boot.
+/// An invalid filter is reported and the default used: a typo in a variable must not stop a run at boot.
 pub fn init_logging(screen: &Screen) {
     let wanted = env::text(LOG_VARIABLE).filter(|text| !text.trim().is_empty());
     let parsed = wanted.as_deref().map(EnvFilter::try_new);
@@ -76,7 +76,7 @@ pub fn init_logging(screen: &Screen) {
         .with_timer(Clock)
         .with_target(false)
         .with_ansi(colour)
-        // They would be written past the writer, and what can't be written would be a panic.
+        // They would be written past the writer, and a failed write would be a panic.
         .log_internal_errors(false)
         .with_writer(screen.clone())
         .try_init();
@@ -105,7 +105,7 @@ impl<'a> MakeWriter<'a> for Screen {
     }
 }
 
-/// Writes above the bars. `tracing` gives a whole line at a time.
+/// Writes above the bars. `tracing` passes a whole line at a time.
 pub struct Above<'a> {
     screen: &'a Screen,
     weight: Weight,
@@ -126,7 +126,7 @@ impl Write for Above<'_> {
     }
 }
 
-/// The terminal as the bars see it: each picture goes to the writer as a whole.
+/// The terminal as the bars see it: each redraw goes to the writer as a whole.
 #[derive(Clone, Debug, Default)]
 struct Pictures(Arc<Mutex<String>>);
 

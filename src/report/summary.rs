@@ -1,15 +1,15 @@
-//! What this life of the run came to, added up from its events.
+//! The totals of this life of the run, from its events.
 
 use super::{Event, human};
 use crate::ids::Step;
 
-/// Added up over one command; steps that are done twice count twice.
+/// Totals over one command; steps that are done twice count twice.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Summary {
     steps: u64,
     first: Option<(Step, f64)>,
     last: Option<(Step, f64)>,
-    /// Where the weights are; goes back at a restart.
+    /// The step of the current weights; goes back at a restart.
     position: Option<Step>,
     tokens: f64,
     step_s: f64,
@@ -34,7 +34,7 @@ impl Summary {
                 self.checkpoints += 1;
                 self.stall_s += stall_s;
             }
-            // A dead worker's group starts again from the newest checkpoint: what lies between is done twice.
+            // A dead worker's group starts again from the newest checkpoint: the steps in between are done twice.
             Event::Formed { resume_step, .. } => {
                 let resumed = resume_step.unwrap_or_default();
                 if let Some(reached) = self.position {

@@ -1,6 +1,6 @@
 //! Two ways to show events to people: bars on a terminal, lines elsewhere.
 //!
-//! What must not scroll away (checkpoints stepped over, notices, dead workers) is a log line in both.
+//! Messages that must not scroll away (skipped checkpoints, notices, dead workers) are log lines in both.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use super::{Event, Screen, human};
 use crate::ids::Step;
 
-/// Says events as log lines. Steps and uploads only where `steps` is set; the rest always.
+/// Shows events as log lines. Steps and uploads only if `steps` is set; the rest always.
 pub(super) struct Lines {
     steps: bool,
     total: u64,
@@ -131,7 +131,7 @@ impl Lines {
     }
 }
 
-/// Which step lines are shown: the first few, then one a second for half a minute, then one in ten seconds.
+/// Selects the step lines to show: the first few, then one per second for half a minute, then one every ten seconds.
 #[derive(Default)]
 pub(super) struct Thinning {
     shown: u32,
@@ -154,7 +154,7 @@ impl Thinning {
     }
 }
 
-/// Bars on a terminal: the run's progress, what is safe, and a save on its way.
+/// Bars on a terminal: the run's progress, the safe part of it, and a save under way.
 pub(super) struct Bars {
     screen: Screen,
     steps: ProgressBar,
@@ -168,7 +168,7 @@ const STATUS: &str = "{prefix:>9} {msg}";
 const UPLOAD: &str = "{prefix:>9} [{bar:28}] {binary_bytes}/{binary_total_bytes} at {binary_bytes_per_sec}  {msg}";
 
 fn style(template: &str) -> ProgressStyle {
-    // The templates are constants of this file, and a test holds them to be readable.
+    // The templates are constants of this file, and a test checks that they parse.
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
 }
 
@@ -251,7 +251,7 @@ impl Bars {
         }
     }
 
-    /// Takes the bars away, so that what follows starts on a clean line.
+    /// Removes the bars, so that the next output starts on a clean line.
     pub fn clear(&mut self) {
         self.end_upload();
         self.safe.finish_and_clear();

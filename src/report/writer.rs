@@ -1,13 +1,13 @@
-//! Who writes what is said: one thread for each of the two streams, and nobody else.
+//! The writers of all output: one thread for each of the two streams, and nobody else.
 //!
 //! A reader may be slow, stand still (Ctrl-S, a paused pager, a log driver that blocks) or be gone, and a device may be
-//! full. Whoever says something leaves it in a queue and goes on ([`Writer::say`] never waits): only the writer's own
-//! thread waits for a reader, so that one stream that stands still does not keep the other. The queue is bounded. When
-//! it is full, what is newest is dropped and counted; when the reader is back, the count stands in the place of the
-//! gap. [`Weight`] says what is dropped first.
+//! full. A message goes into a queue and its sender goes on ([`Writer::say`] never waits): only the writer's own thread
+//! waits for a reader, so that a stalled stream does not delay the other. The queue is bounded. When it is full, the
+//! newest messages are dropped and counted; when the reader is back, the count takes the place of the gap. [`Weight`]
+//! decides which are dropped first.
 //!
-//! What can't be written is dropped and counted in the same way, and the next line is tried again: a disk may have
-//! space again, and a pipe with a name may get another reader. Nothing of this is an error of the run. When the process
+//! Lines that can't be written are dropped and counted in the same way, and the next line is tried again: a disk may
+//! have space again, and a named pipe may get another reader. Nothing of this is an error of the run. When the process
 //! ends it waits for its readers a moment ([`Writer::flush`]) and then no longer.
 
 use std::{
@@ -27,29 +27,28 @@ use rustix::{
 
 use super::Event;
 
-/// Bytes that wait for a reader, at most.
+/// The most bytes that wait for a reader.
 const MOST: usize = 2 << 20;
-/// How long the end of this process waits for a reader that takes nothing.
+/// How long the end of this process waits for a reader that accepts nothing.
 const STANDSTILL: Duration = Duration::from_secs(1);
-/// How long for one that is slow.
+/// How long it waits for a slow one.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Between two looks at a reader at the end.
+/// The interval between two looks at a reader at the end.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// What is dropped first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weight {
-    /// A picture of the bars, which the next one replaces: dropped when a quarter of the queue is full, and not
-    /// counted.
+    /// A redraw of the bars, which the next one replaces: dropped when a quarter of the queue is full, and not counted.
     Picture,
-    /// One of many of its kind, a step or a remark: dropped when half of the queue is full.
+    /// A frequent message, such as a step: dropped when half of the queue is full.
     Passing,
-    /// What happens seldom and is missed when it is not there.
+    /// A rare message that would be missed.
     Lasting,
 }
 
 impl Weight {
-    /// Bytes up to which it is taken.
+    /// The queue length in bytes up to which it is accepted.
     const fn limit(self) -> usize {
         match self {
             Self::Picture => MOST / 4,
@@ -59,7 +58,7 @@ impl Weight {
     }
 }
 
-/// What was dropped in one place.
+/// The messages dropped in one place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lost {
     /// Of [`Weight::Passing`].
@@ -92,21 +91,21 @@ enum Entry {
 struct Queue {
     entries: VecDeque<Entry>,
     bytes: usize,
-    /// The thread is writing what it has taken.
+    /// Whether the thread is writing an entry.
     writing: bool,
-    /// Entries that the thread is done with.
+    /// Entries that the thread has finished.
     done: u64,
-    /// The thread has been started.
+    /// Whether the thread has been started.
     started: bool,
 }
 
-/// Where a writer writes, and how it says that something is missing.
+/// The destination of a writer, and its message for a gap.
 pub trait Sink: Send + Sync {
     /// Writes a part; waits for the reader.
     fn write(&self, bytes: &[u8]) -> io::Result<usize>;
-    /// Whether a write would be taken now.
+    /// Whether a write would be accepted now.
     fn is_ready(&self) -> bool;
-    /// What stands in the place of what was dropped.
+    /// The text in place of dropped messages.
     fn gap(&self, lost: Lost) -> Vec<u8>;
 }
 
@@ -141,7 +140,7 @@ impl Writer {
         Self(Arc::new(shared))
     }
 
-    /// Leaves whole lines, or a picture, to be written. Does not wait.
+    /// Queues whole lines, or a redraw. Does not wait.
     pub fn say(&self, bytes: Vec<u8>, weight: Weight) {
         let mut queue = self.0.queue();
         if queue.bytes + bytes.len() > weight.limit() {
@@ -159,14 +158,14 @@ impl Writer {
         if !queue.started {
             let shared = Arc::clone(&self.0);
             let thread = std::thread::Builder::new().name("say".into()).spawn(move || write_for_ever(&shared));
-            // On a machine that is out of threads the next line tries again.
+            // If the machine is out of threads, the next line tries again.
             queue.started = thread.is_ok();
         }
         drop(queue);
         self.0.more.notify_one();
     }
 
-    /// Waits until all is written, or the reader stands still. Says whether all is.
+    /// Waits until everything is written, or the reader stalls. Returns whether everything is.
     pub fn flush(&self) -> bool {
         let begin = Instant::now();
         let mut moved = begin;
@@ -177,7 +176,7 @@ impl Writer {
             }
             let done = queue.done;
             if !queue.started {
-                // No thread could be had: what a reader takes at once is better than nothing.
+                // No thread could be started: write as much as a reader accepts at once.
                 drop(queue);
                 let written = self.0.sink.is_ready() && write_next(&self.0);
                 queue = self.0.queue();
@@ -188,7 +187,7 @@ impl Writer {
             }
             queue = self.0.less.wait_timeout(queue, LOOK).unwrap_or_else(PoisonError::into_inner).0;
             let now = Instant::now();
-            // A thread that gets no core is not a reader that stands still.
+            // A thread that gets no core is not a stalled reader.
             if queue.done != done || self.0.sink.is_ready() {
                 moved = now;
             }
@@ -219,11 +218,11 @@ fn write_next(shared: &Shared) -> bool {
     pen.missing == Lost::default()
 }
 
-/// Who writes: what it could not write is told before what comes next.
+/// The writing state: failed writes are reported before the next entry.
 #[derive(Default)]
 struct Pen {
     missing: Lost,
-    /// A line was begun and not ended.
+    /// Whether a line was begun and not ended.
     torn: bool,
 }
 
@@ -248,7 +247,7 @@ impl Pen {
                 }
             }
         }
-        // A gap at the end would else be told with the next line only, and there may be none.
+        // A gap at the end would otherwise be reported only with the next line, and there may be none.
         let last = shared.queue().entries.is_empty();
         if last {
             let _ = self.tell(shared.sink.as_ref());
@@ -260,7 +259,7 @@ impl Pen {
         shared.less.notify_all();
     }
 
-    /// Tells what is missing, if anything is.
+    /// Reports a gap, if there is one.
     fn tell(&mut self, sink: &dyn Sink) -> io::Result<()> {
         if self.missing != Lost::default() {
             let text = sink.gap(self.missing);
@@ -281,7 +280,7 @@ impl Pen {
     }
 }
 
-/// Whether something was written, and whether all was.
+/// Returns whether something was written, and whether everything was.
 fn write_all(sink: &dyn Sink, mut bytes: &[u8]) -> (bool, io::Result<()>) {
     let mut begun = false;
     while !bytes.is_empty() {
@@ -298,7 +297,8 @@ fn write_all(sink: &dyn Sink, mut bytes: &[u8]) -> (bool, io::Result<()>) {
     (begun, Ok(()))
 }
 
-/// A stream of this process, past the locks and buffers of the standard library: nobody else is to wait for its reader.
+/// A stream of this process, bypassing the locks and buffers of the standard library: nothing else is to wait for its
+/// reader.
 #[derive(Clone, Copy, Debug)]
 enum Stream {
     Out,
@@ -312,11 +312,11 @@ impl Stream {
             Self::Out => PollFd::new(&out, PollFlags::OUT),
             Self::Err => PollFd::new(&err, PollFlags::OUT),
         };
-        // What has failed is ready, too: a write says so at once.
+        // A failed stream is ready, too: a write reports that at once.
         poll(&mut [descriptor], limit).is_ok_and(|ready| ready > 0)
     }
 
-    /// Of standard output somebody hears on standard error, once; a reader that is gone does not want to hear of it.
+    /// A failure of standard output is reported on standard error, once; not if its reader is gone.
     fn warn(self, error: Errno) {
         static SAID: AtomicBool = AtomicBool::new(false);
         let news = matches!(self, Self::Out) && !matches!(error, Errno::PIPE | Errno::INTR);
@@ -334,7 +334,7 @@ impl Sink for Stream {
                 Self::Err => rustix::io::write(io::stderr(), bytes),
             };
             match written {
-                // Somebody who shares it has made it one that does not wait.
+                // Another process that shares it has made it non-blocking.
                 Err(Errno::AGAIN) => {
                     self.poll(None);
                 }
@@ -381,13 +381,13 @@ pub(super) fn err() -> &'static Writer {
     &ERR
 }
 
-/// Columns and rows of the terminal that standard error is.
+/// Columns and rows of the terminal on standard error.
 pub(super) fn terminal_size() -> (u16, u16) {
     let size = rustix::termios::tcgetwinsize(io::stderr()).ok().filter(|size| size.ws_col > 0 && size.ws_row > 0);
     size.map_or((80, 24), |size| (size.ws_col, size.ws_row))
 }
 
-/// Says something that lasts on standard error. Does not wait.
+/// Writes a lasting message to standard error. Does not wait.
 pub fn say(text: impl Into<String>) {
     ERR.say(text.into().into_bytes(), Weight::Lasting);
 }
@@ -397,7 +397,7 @@ pub fn say_event(line: impl Into<String>) {
     OUT.say(line.into().into_bytes(), Weight::Lasting);
 }
 
-/// Before this process ends: waits for its readers, unless they stand still.
+/// Before this process ends: waits for its readers, unless they stall.
 pub fn flush() {
     OUT.flush();
     ERR.flush();
@@ -409,7 +409,7 @@ mod tests {
 
     use super::*;
 
-    /// A stream whose reader reads when it is let, and which takes so many bytes and then nothing.
+    /// A stream whose reader reads only when allowed, and which accepts this many bytes and then nothing.
     #[derive(Clone, Default)]
     struct Reader(Arc<Inner>);
 

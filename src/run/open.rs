@@ -1,11 +1,11 @@
 //! Finds a run, for every command that trains: `resume`, `boot` and the queue's consumer.
 //!
-//! A store is opened twice. The first time, to find the run, it is used as the command says (`--set
-//! storage.attempts=…`). If the run exists, the store is opened again as the run says, with what later generations and
-//! this command change: encryption, storage class and limits hold on every machine.
+//! A store is opened twice. The first time, to find the run, it is opened with the command's settings (`--set
+//! storage.attempts=…`). If the run exists, the store is opened again with the run's settings, including the changes of
+//! later generations and of this command: encryption, storage class and limits hold on every machine.
 //!
 //! # Does not own
-//! The creation of a run, which the agent does after it has examined all that the configuration names.
+//! The creation of a run: the agent does that after it has checked everything that the configuration names.
 
 use crate::{
     agent::{self, Begin},
@@ -16,10 +16,10 @@ use crate::{
     storage::Store,
 };
 
-/// What there is of a run in a store.
+/// The state of a run in a store.
 #[derive(Debug)]
 pub enum Found {
-    /// Nothing.
+    /// It does not exist.
     New,
     /// It has steps left to train.
     Existing(Existing),
@@ -27,14 +27,14 @@ pub enum Found {
     Complete(Existing, Completed),
 }
 
-/// A run that exists.
+/// An existing run.
 #[derive(Debug)]
 pub struct Existing {
-    /// The store that holds it, used as the run says.
+    /// The store that holds it, opened with the run's settings.
     pub store: Store,
-    /// What its journal says.
+    /// Its journal's state.
     pub state: Box<RunState>,
-    /// Its settings: as created, with what later generations and now this command change.
+    /// Its settings: as created, with the changes of later generations and of this command.
     pub config: RunConfig,
     overrides: Vec<(String, String)>,
 }
@@ -48,7 +48,7 @@ pub struct Completed {
     pub loss: f64,
 }
 
-/// Looks for run `run_id` in the store at `uri`, which is asked as `reading` says; `overrides` are this command's.
+/// Looks for run `run_id` in the store at `uri`, opened with the settings `reading`; `overrides` are this command's.
 pub async fn find(
     uri: &str,
     reading: &StorageConfig,
@@ -87,7 +87,7 @@ impl Found {
 }
 
 impl Existing {
-    /// Its store, and how an agent carries it on: from the newest checkpoint, or from that of step `from`.
+    /// Its store, and how an agent resumes it: from the newest checkpoint, or from that of step `from`.
     pub fn resume(self, from: Option<Step>) -> (Store, Begin) {
         (self.store, Begin::Resume { from, overrides: self.overrides, state: self.state })
     }

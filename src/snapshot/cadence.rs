@@ -1,18 +1,18 @@
-//! How often to save: Young's and Daly's optimum from what is measured.
+//! How often to save: Young's and Daly's optimum from measurements.
 //!
-//! The time of a restart is no input: it is paid once an interruption, however often state is saved, so that the
-//! optimum doesn't depend on it (Daly 2006, below). Nor are interruptions that were announced and lost nothing: they
-//! are as cheap with rare saves.
+//! The time of a restart is no input: it is paid once per interruption, however often state is saved, so the optimum
+//! doesn't depend on it (Daly 2006, below). Nor are announced interruptions that lost nothing: they cost no more with
+//! rare saves.
 //!
-//! `trainer simulate` plays [`auto_interval`] itself, life by life, against the best fixed interval (`goodput`
-//! holds it to 99 % of that on spot lifetimes).
+//! `trainer simulate` compares [`auto_interval`] itself, life by life, with the best fixed interval (a test in
+//! `goodput` requires 99 % of that on spot lifetimes).
 
 use std::time::Duration;
 
-/// What is known of the cost of a save and of how long machines live.
+/// The measured cost of a save and lifetime of machines.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Measured {
-    /// Time that a save takes from training, seconds: the stall and what copying and uploading slow the steps by.
+    /// Time that a save takes from training, seconds: the stall, and the slowdown of steps by copying and uploading.
     pub save_cost_s: Option<f64>,
     /// From the end of a step to its `committed` record, seconds.
     pub durable_s: Option<f64>,
@@ -26,16 +26,16 @@ impl Measured {
     /// Nothing is known yet.
     pub const NOTHING: Self = Self { save_cost_s: None, durable_s: None, trained_s: 0.0, interruptions: 0 };
 
-    /// Expected time between interruptions, seconds: what was observed, with one interruption in
-    /// [`PRIOR_MTBF_S`] added as the prior.
+    /// Expected time between interruptions, seconds: the observed one, with one interruption in [`PRIOR_MTBF_S`] added
+    /// as the prior.
     pub fn mtbf_s(&self) -> f64 {
         (self.trained_s + PRIOR_MTBF_S) / (self.interruptions as f64 + 1.0)
     }
 }
 
-/// Mean life of a spot machine that is assumed before any was observed: two hours.
+/// The assumed mean life of a spot machine before any was observed: two hours.
 pub const PRIOR_MTBF_S: f64 = 7200.0;
-/// Before the first save its cost is unknown: it is taken after this time.
+/// When the first save is taken: before it the cost of a save is unknown.
 pub const FIRST_SAVE: Duration = Duration::from_secs(60);
 const SHORTEST: Duration = Duration::from_secs(10);
 const LONGEST: Duration = Duration::from_secs(30 * 60);
@@ -52,8 +52,8 @@ pub fn daly(delta: f64, mtbf: f64) -> f64 {
     (2.0 * delta * mtbf).sqrt() * (1.0 + ratio.sqrt() / 3.0 + ratio / 9.0) - delta
 }
 
-/// The interval for `checkpoint.every = "auto"`: Daly's optimum, not shorter than a save takes to become durable (with
-/// as much again left to training alone) nor than 10 s, and not longer than 30 minutes.
+/// The interval for `checkpoint.every = "auto"`: Daly's optimum, at least the time until a save is durable (plus as
+/// much again for training alone) and 10 s, and at most 30 minutes.
 pub fn auto_interval(measured: &Measured) -> Duration {
     let (Some(cost), Some(durable)) = (measured.save_cost_s, measured.durable_s) else { return FIRST_SAVE };
     let best = daly(cost.max(1e-3), measured.mtbf_s()).max(2.0 * durable);

@@ -1,8 +1,8 @@
 //! The copy of a step's state into a slot, hidden behind the next forward and backward.
 //!
 //! State changes only in the optimizer step. [`Capture::start`] hands the copies to threads (or, on a GPU, to a side
-//! stream) and returns; the loop computes on, reading the same tensors, and calls [`Capture::wait`] right before it
-//! changes them. A capture that is dropped unfinished is waited for: no copy outlives the tensors.
+//! stream) and returns; the loop goes on computing, reading the same tensors, and calls [`Capture::wait`] right before
+//! it changes them. Dropping an unfinished capture waits for it: no copy outlives the tensors.
 
 use std::time::{Duration, Instant};
 
@@ -21,9 +21,9 @@ use crate::{
 #[derive(Debug)]
 pub struct Capture {
     copier: HostCopier,
-    /// A slot is away while a capture into it runs.
+    /// A slot is absent while a capture into it runs.
     slots: [Option<Pinned<ImageChunk>>; 2],
-    /// What is copied: the tensor, its first byte in the image, its bytes.
+    /// The parts to copy: the tensor, its first byte in the image, its bytes.
     parts: Vec<(Tensor, u64, u64)>,
     running: Option<(u8, CopyTicket<Pinned<ImageChunk>>)>,
 }

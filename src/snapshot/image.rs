@@ -1,16 +1,16 @@
-//! The shared memory that a snapshot lies in.
+//! The shared memory that holds a snapshot.
 //!
-//! The agent makes an image as a memfd and hands it to its worker by inheritance; both map the same pages. The worker
-//! writes tensor bytes, the agent uploads those very pages: nothing is serialised and nothing copied again. Because the
-//! agent owns the memory, a snapshot outlives the worker that took it.
+//! The agent creates an image as a memfd, which its worker inherits; both map the same pages. The worker writes tensor
+//! bytes, the agent uploads those very pages: nothing is serialised and nothing copied again. Because the agent owns
+//! the memory, a snapshot outlives the worker that took it.
 //!
 //! Invariants: within one process a range is either lent for writing (as an [`ImageChunk`]) or for reading (as
-//! [`Bytes`]), never both: [`Mapping`] counts what it has lent. Between the two processes the control protocol keeps
-//! the turns: a worker writes a slot between a `SaveOrder` for it and its `Captured` answer, the agent reads it after
+//! [`Bytes`]), never both: [`Mapping`] counts its loans. Between the two processes the control protocol regulates
+//! access: a worker writes a slot between a `SaveOrder` for it and its `Captured` answer, the agent reads it after
 //! every rank's `Captured` and gives it out again only when the upload has ended.
 //!
 //! On a crash of either side the kernel frees the memory with its last mapping. Sealing is not used, because the agent
-//! sizes an image only after the worker has told it what the state is.
+//! sizes an image only after the worker has reported the state's layout.
 
 use std::{
     io,
@@ -43,8 +43,8 @@ impl SharedImage {
         Self { fd }
     }
 
-    /// Makes it at least `len` bytes long; new pages read as zero, and none is taken from memory before it is touched.
-    /// An image never shrinks, so that a mapping of it stays valid.
+    /// Makes it at least `len` bytes long; new pages read as zero, and none is allocated before it is touched. An image
+    /// never shrinks, so that a mapping of it stays valid.
     pub fn grow(&self, len: u64) -> io::Result<()> {
         if self.size()? < len {
             rustix::fs::ftruncate(&self.fd, len)?;
@@ -122,13 +122,13 @@ impl Mapping {
         self.shared.len == 0
     }
 
-    /// Takes every page of `range` from memory now, so that the first capture does not stop for page faults. What the
-    /// pages hold stays.
+    /// Allocates every page of `range` now, so that the first capture does not stop for page faults. The pages' content
+    /// stays.
     pub fn prefault(&self, range: Range<u64>) -> io::Result<()> {
         let (offset, len) = self.check(&range)?;
         match &self.shared.raw {
             Some(raw) => match raw.advise_range(memmap2::Advice::PopulateWrite, offset, len) {
-                // Kernels before 5.14 do not know the advice: the first capture is slower there, no more.
+                // Kernels before 5.14 do not know the advice: there only the first capture is slower.
                 Err(error) if error.raw_os_error() == Some(22) => Ok(()),
                 result => result,
             },
@@ -219,7 +219,7 @@ impl Drop for View {
     }
 }
 
-/// The size that images and the files in them are aligned to.
+/// The alignment of images and the files in them.
 pub fn page_size() -> u64 {
     rustix::param::page_size() as u64
 }
@@ -267,7 +267,7 @@ mod tests {
             assert!(map.chunks(ranges).is_err(), "{ranges:?}");
         }
         assert!(map.bytes(1..4097).is_err());
-        // What was lent before the refusal has been given back.
+        // Ranges lent before the refusal have been given back.
         assert!(map.bytes(0..4096).is_ok());
         assert!(SharedImage::create("empty").unwrap().map().unwrap().bytes(0..0).is_ok());
     }

@@ -1,9 +1,10 @@
-//! Whether a capture runs beside the next step or holds it up: pure decisions from what saves have cost.
+//! Whether a capture runs beside the next step or blocks it: pure decisions from the measured costs of saves.
 //!
 //! Overlapping hides the copy behind forward and backward, but takes cores and memory bandwidth from them; blocking
-//! stops the loop for as long as memory needs. The cost of a save is what the loop lost by it: the time of all steps
-//! from its capture to its commit, less what as many undisturbed steps take. Both ways are tried and the cheaper one is
-//! kept; overlapping is kept untried where it costs no more than the bare copy, which blocking can't undercut.
+//! stops the loop for the time of the memory copy. The cost of a save is the time that the loop lost by it: the time of
+//! all steps from its capture to its commit, less the time of as many undisturbed steps. Both ways are tried and the
+//! cheaper one is kept; blocking is not tried if overlapping costs no more than the bare copy, which blocking can't
+//! undercut.
 
 use std::collections::VecDeque;
 
@@ -20,13 +21,13 @@ pub enum CaptureMode {
     Blocking,
 }
 
-/// Undisturbed steps whose median is what a step takes.
+/// The number of undisturbed steps whose median is the baseline.
 const BASELINE: usize = 15;
-/// Fewer are no measurement.
+/// Fewer than this are no measurement.
 const ENOUGH: usize = 3;
 /// Saves of each mode that are compared.
 const TRIALS: usize = 3;
-/// A mode must be cheaper by this share to be changed to.
+/// The share by which a mode must be cheaper to be switched to.
 const MARGIN: f64 = 0.1;
 
 /// A save under way.
@@ -36,25 +37,25 @@ struct Window {
     lost_s: f64,
 }
 
-/// A choice that was made, for the log.
+/// A choice, for the log.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
-    /// From now on.
+    /// The mode from now on.
     pub mode: CaptureMode,
     /// Median cost of a save that overlaps, seconds.
     pub overlap_s: f64,
-    /// Median cost of one that blocks, seconds; `None`: not tried, for it can't be less than the copy.
+    /// Median cost of one that blocks, seconds; `None`: not tried, since it can't be less than the copy.
     pub blocking_s: Option<f64>,
     /// Median time of a copy, seconds.
     pub copy_s: f64,
 }
 
-/// What saves have cost so far, and what follows from it.
+/// The costs of saves so far, and the choice that follows.
 #[derive(Clone, Debug, Default)]
 pub struct Chooser {
     baseline: VecDeque<f64>,
     window: Option<Window>,
-    /// More than one save fell into the window, or the baseline was unknown: nothing can be said of it.
+    /// More than one save fell into the window, or the baseline was unknown: the window proves nothing.
     spoilt: bool,
     overlap: VecDeque<f64>,
     blocking: VecDeque<f64>,
@@ -87,7 +88,7 @@ impl Chooser {
         }
     }
 
-    /// Median cost of a save in the mode that is used, seconds, once it is known.
+    /// Median cost of a save in the current mode, seconds, once it is known.
     pub fn cost_s(&self) -> Option<f64> {
         match self.choice.map(|choice| choice.mode).unwrap_or_default() {
             CaptureMode::Overlap => median(&self.overlap),
@@ -106,13 +107,13 @@ impl Chooser {
         }
     }
 
-    /// Copying took so long, seconds; the slowest rank's.
+    /// The time to copy a snapshot, seconds; the slowest rank's.
     pub fn copied(&mut self, copy_s: f64) {
         remember(&mut self.copies, copy_s, 2 * TRIALS);
     }
 
-    /// A step of `step_s` seconds has ended; `saving`: a save was under way at some time of it. Gives the choice when
-    /// it is made here.
+    /// A step of `step_s` seconds has ended; `saving`: a save was under way at some time of it. Returns the choice if
+    /// it is made now.
     pub fn step(&mut self, step_s: f64, saving: bool) -> Option<Choice> {
         if saving {
             if let (Some(window), Some(usual)) = (&mut self.window, median(&self.baseline)) {
@@ -133,7 +134,7 @@ impl Chooser {
         self.choose()
     }
 
-    /// Decides once, when there is enough to decide on.
+    /// Decides once, when there is enough data.
     fn choose(&mut self) -> Option<Choice> {
         if self.choice.is_some() || self.overlap.len() < TRIALS {
             return None;

@@ -1,9 +1,9 @@
-//! Which rank writes which tensor bytes, and where in its image they lie.
+//! Which rank writes which tensor bytes, and their places in its image.
 //!
-//! What is replicated over the ranks is written once, by the rank that the plan gives it to: largest first, always to
-//! the rank with the fewest bytes so far, so that every rank writes about the same. What one rank alone has (a
-//! [`Part`], under ZeRO-1) is written by that rank, under the name of a slice ([`slices`]). The plan is a pure function
-//! of (tensors, world size): every process that makes it from the same list makes the same one.
+//! A replicated tensor is written once, by the rank that the plan assigns it to: the largest first, always to the rank
+//! with the fewest bytes so far, so that every rank writes about the same amount. A tensor's [`Part`] that only one
+//! rank has (under ZeRO-1) is written by that rank, under the name of a slice ([`slices`]). The plan is a pure function
+//! of (tensors, world size): every process makes the same plan from the same list.
 //!
 //! Stored layout of one rank's image: its model shard, then, at the next page boundary, its optimizer shard. A shard is
 //! a complete safetensors file ([`crate::format::header`]) whose tensors follow one another without a gap, those with
@@ -42,7 +42,7 @@ pub enum PlanError {
     /// Two tensors of one name.
     #[error("state has two tensors of the name {0:?}")]
     Duplicate(String),
-    /// A part that does not lie within its tensor, or of a rank that there is not.
+    /// A part that is not within its tensor, or belongs to a rank that does not exist.
     #[error("tensor {0:?} has a part outside of it, or of a rank outside of the world")]
     Part(String),
     /// Sizes beyond 64 bits, or a header beyond what readers accept.
@@ -52,16 +52,16 @@ pub enum PlanError {
 
 impl Explain for PlanError {
     fn kind(&self) -> Kind {
-        // The list is the model's own: a person can't mend it, save by another model.
+        // The list is the model's own: a person can fix it only by choosing another model.
         Kind::Bug
     }
 }
 
-/// Divides `tensors` over the ranks and lays out every rank's image; one [`ImagePlan`] a rank, in the order of ranks.
+/// Divides `tensors` over the ranks and lays out every rank's image; one [`ImagePlan`] per rank, in the order of ranks.
 ///
-/// Parts go to their owners. The others largest first, each to the rank with the fewest bytes so far (ties: the lowest
-/// rank; equal sizes: by name), so without parts no rank has more than the average and one largest tensor (Graham 1969,
-/// list scheduling). `page`: bytes of a memory page.
+/// Parts go to their owners. The others are assigned largest first, each to the rank with the fewest bytes so far
+/// (ties: the lowest rank; equal sizes: by name), so without parts no rank has more than the average plus one largest
+/// tensor (Graham 1969, list scheduling). `page`: bytes of a memory page.
 pub fn plan(tensors: &[TensorSpec], world: WorldSize, page: u64) -> Result<Vec<ImagePlan>, PlanError> {
     if world.get() == 0 || !page.is_power_of_two() {
         return Err(PlanError::World { world, page });
@@ -92,7 +92,7 @@ pub fn plan(tensors: &[TensorSpec], world: WorldSize, page: u64) -> Result<Vec<I
     Ok(plans)
 }
 
-/// Bytes of every tensor, or why the list makes no state.
+/// Bytes of every tensor; the error says why the list is no valid state.
 fn checked_sizes(tensors: &[TensorSpec], world: WorldSize) -> Result<Vec<u64>, PlanError> {
     if tensors.is_empty() {
         return Err(PlanError::Empty);
@@ -142,7 +142,7 @@ fn assign(tensors: &[TensorSpec], sizes: &[u64], world: WorldSize) -> Vec<Vec<us
     }
     let mut loads: std::collections::BTreeSet<(u64, u32)> = fixed_loads.into_iter().zip(0..).collect();
     for tensor in free {
-        // There is at least one rank, and each one that is taken out is put back.
+        // There is at least one rank, and each one taken out is put back.
         if let Some((load, rank)) = loads.pop_first() {
             owned[rank as usize].push(tensor);
             loads.insert((load + sizes[tensor], rank));
@@ -159,7 +159,7 @@ fn file_order(a: &TensorSpec, b: &TensorSpec) -> std::cmp::Ordering {
     header::file_order((a.dtype, &a.stored_name()), (b.dtype, &b.stored_name()))
 }
 
-/// Hands out `stem-00001-of-0000N.safetensors` and so on.
+/// Gives out the names `stem-00001-of-0000N.safetensors` and so on.
 struct Numbering {
     stem: &'static str,
     next: usize,
@@ -195,7 +195,7 @@ fn lay_out(
     Some(ShardPlan { kind, file_name, image_offset, len, header, tensors: placements })
 }
 
-/// `model.safetensors.index.json`: which weight lies in which file, and the bytes of all weights.
+/// `model.safetensors.index.json`: which weight is in which file, and the bytes of all weights.
 ///
 /// `plans` are all ranks' plans, made from `tensors`.
 pub fn model_index(plans: &[ImagePlan], tensors: &[TensorSpec]) -> serde_json::Value {
@@ -214,8 +214,8 @@ pub fn model_index(plans: &[ImagePlan], tensors: &[TensorSpec]) -> serde_json::V
 
 /// Reads the header of a whole safetensors file that a stranger may have written (`bytes`: header and data).
 ///
-/// Gives name, element type, shape and the tensor's bytes, counted from the start of `bytes`, in file order. Whatever
-/// is given back lies within `bytes`, does not overlap, and is as long as its shape says.
+/// Returns name, element type, shape and the range of each tensor, counted from the start of `bytes`, in file order.
+/// All ranges are within `bytes`, do not overlap, and are as long as the shape says.
 #[expect(clippy::type_complexity, reason = "four fields, taken apart at once by the caller")]
 pub fn read_header(bytes: &[u8]) -> Result<Vec<(String, Dtype, Vec<u64>, Range<u64>)>, HeaderError> {
     let entries = header::read(bytes)?.into_iter();
@@ -228,14 +228,14 @@ pub fn read_header(bytes: &[u8]) -> Result<Vec<(String, Dtype, Vec<u64>, Range<u
 pub enum ShardKind {
     /// Weights under Hugging Face names: `model-0000r-of-0000N.safetensors`.
     Model,
-    /// Moments, and fp32 weights where the model's files have them in bf16: `optimizer-0000r-of-0000N.safetensors`.
+    /// Moments, and fp32 weights if the model's files have them in bf16: `optimizer-0000r-of-0000N.safetensors`.
     Optimizer,
 }
 
-/// The elements of a tensor that one rank alone has, counted in row-major order.
+/// The elements of a tensor that only one rank has, counted in row-major order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
-    /// Who has them, and writes them.
+    /// The rank that has and writes them.
     pub owner: Rank,
     /// The first.
     pub begin: u64,
@@ -254,7 +254,7 @@ pub struct TensorSpec {
     pub shape: Vec<u64>,
     /// The file it goes into.
     pub kind: ShardKind,
-    /// Which part of it this is; `None`: all of it, on every rank.
+    /// The part; `None`: all of it, on every rank.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub part: Option<Part>,
 }
@@ -287,7 +287,7 @@ impl TensorSpec {
     }
 }
 
-/// Where one tensor's bytes lie.
+/// The place of one tensor's bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Placement {
     /// Index into the list of [`TensorSpec`]s that the plan was made from.
@@ -318,7 +318,7 @@ pub struct ShardPlan {
 /// One rank's image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImagePlan {
-    /// Who writes it.
+    /// The rank that writes it.
     pub rank: Rank,
     /// Bytes of the image, a multiple of the page size; 0 if the rank writes nothing.
     pub len: u64,

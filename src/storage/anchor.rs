@@ -1,12 +1,12 @@
-//! A folder on a disk that is held open while it is written to, so that nothing is written beside it.
+//! A folder on a disk, held open while it is written to, so that nothing is written beside it.
 //!
 //! A disk that is unmounted leaves its mount point behind, an empty folder of the same name, in which a checkpoint
 //! would lie as if it were durable. So the folder is held open, which keeps `umount` from taking it away (EBUSY), and
-//! before each write its path is looked up: it must still lead to what is held. That finds what the kernel lets pass: a
-//! lazy unmount, another file system mounted over it, and a folder that was moved or deleted. After a write that others
-//! go by, a create, it is looked up once more: between the two it may have gone away.
+//! before each write its path is looked up: it must still lead to the held folder. That detects the cases that the
+//! kernel permits: a lazy unmount, another file system mounted over it, and a folder that was moved or deleted. After a
+//! create, on which others rely, it is looked up once more: it may have gone away in between.
 //!
-//! Nothing is stored. *Crash:* the kernel closes what was held.
+//! Nothing is stored. *Crash:* the kernel closes the held folder.
 
 use std::{
     fs::{self, File},
@@ -31,13 +31,13 @@ pub struct Adrift {
 }
 
 impl Anchor {
-    /// Holds a folder that is there.
+    /// Holds an existing folder open.
     pub(super) fn hold(path: &Path) -> io::Result<Self> {
         Ok(Self { folder: File::open(path)?, path: path.to_owned() })
     }
 
-    /// Whether its path still leads to it. A path that can't be looked up for another reason says nothing: the write
-    /// itself will.
+    /// Whether its path still leads to it. If the path can't be looked up for another reason, that proves nothing: the
+    /// write itself will.
     pub(super) fn check(&self) -> Result<(), Adrift> {
         let Ok(held) = self.folder.metadata() else { return Ok(()) };
         let adrift = |how| Err(Adrift { path: self.path.display().to_string(), how });
@@ -125,7 +125,8 @@ mod tests {
         store.put("third", Bytes::new()).await.unwrap();
     }
 
-    /// Before the write it was there, after it it is not: what was written may lie beside it, and is not told as done.
+    /// It existed before the write, but not after it: the object may have been written beside it, and is not reported
+    /// as written.
     #[tokio::test]
     async fn a_create_during_which_the_folder_goes_away_is_not_told_as_done() {
         for fault in [Fault::Pass, Fault::Denied] {

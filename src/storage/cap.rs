@@ -1,10 +1,10 @@
-//! The cap on bandwidth: so many bytes a second over all uploads, in the order in which they ask.
+//! The cap on bandwidth: bytes per second over all uploads, in the order of their requests.
 
 use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
-/// When the next part may go. Pure: times are counted from an epoch of the caller's.
+/// The schedule of the next part. Pure: times are counted from an epoch of the caller's.
 #[derive(Clone, Copy, Debug)]
 struct Schedule {
     bytes_per_second: f64,
@@ -17,19 +17,19 @@ impl Schedule {
         self.next.saturating_sub(now)
     }
 
-    /// A part goes now.
+    /// A part is sent now.
     fn goes(&mut self, now: Duration, bytes: u64) {
         self.next = self.next.max(now) + Duration::from_secs_f64(bytes as f64 / self.bytes_per_second);
     }
 }
 
-/// A token bucket that holds no more than is being sent: after a pause one part goes at once, the next ones wait their
-/// time.
+/// A token bucket that holds no more than the part being sent: after a pause one part goes at once, the next ones wait
+/// their time.
 ///
-/// Whoever waits has taken nothing yet, so that an upload that is given up leaves no hole. The queue is first come,
-/// first served: no upload starves.
+/// A waiting upload has taken nothing yet, so giving it up leaves no hole. The queue is first come, first served: no
+/// upload starves.
 pub(super) struct Cap {
-    /// Held while the first of the queue waits, which is what makes it a queue.
+    /// Locked while the first in the queue waits; this makes it a queue.
     schedule: Mutex<Schedule>,
     epoch: Instant,
     bytes_per_second: f64,
@@ -43,7 +43,7 @@ impl Cap {
         Some(Self { schedule: Mutex::new(schedule), epoch: Instant::now(), bytes_per_second })
     }
 
-    /// Bytes that pass in half a second: a part should be no larger, or the line is all ours for longer than that.
+    /// The bytes that pass in half a second: a part should be no larger, or it would occupy the line for longer.
     pub(super) fn smooth_part(&self) -> u64 {
         (self.bytes_per_second / 2.0) as u64
     }

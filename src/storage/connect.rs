@@ -1,9 +1,9 @@
 //! Connections of object_store's clients.
 //!
-//! object_store brings its own, which differ in three things: they ask this machine and its metadata service through
-//! the environment's proxy ([`direct`]); they follow redirects, to which S3's signatures do not belong; and they drop
-//! what a redirect and a failed HEAD say in their headers: the bucket's region. Here an answer from another region
-//! becomes one with a body that says so, in S3's words, by which [`super::retry`] sorts it.
+//! object_store's own differ in three ways: they reach this machine and its metadata service through the environment's
+//! proxy ([`direct`]); they follow redirects, for which S3's signatures are not valid; and they drop the bucket's
+//! region, which a redirect and a failed HEAD give in their headers. Here an answer from another region becomes one
+//! with a body that says so, in S3's words, by which [`super::retry`] sorts it.
 
 use std::time::Duration;
 
@@ -17,11 +17,11 @@ use reqwest::{Client, StatusCode, redirect};
 
 use crate::cloud::direct;
 
-/// What S3 says of a bucket that is asked for elsewhere.
+/// The header with the region of a bucket that is requested elsewhere.
 const REGION: &str = "x-amz-bucket-region";
-/// How long it takes at the most to be connected.
+/// The limit for connecting.
 const CONNECT: Duration = Duration::from_secs(5);
-/// The same for this machine and its metadata service, which are near or not there.
+/// The same for this machine and its metadata service, which are close or absent.
 const CONNECT_NEAR: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(30);
 
@@ -48,7 +48,7 @@ impl HttpConnector for Connector {
                 .pool_idle_timeout(IDLE)
                 .redirect(redirect::Policy::none())
                 .http1_only()
-                // A length that is announced is that of the object.
+                // An announced length is that of the object.
                 .no_gzip()
                 .no_brotli()
                 .no_zstd()
@@ -88,14 +88,14 @@ impl HttpService for Lines {
     }
 }
 
-/// What an answer that the bucket is elsewhere becomes. A redirect within the region is one of a bucket so new that not
-/// every server knows it: that passes.
+/// The answer that replaces one saying that the bucket is elsewhere. A redirect within the region comes from a bucket
+/// so new that not every server knows it: that passes.
 fn elsewhere(status: StatusCode, ours: Option<&str>, theirs: Option<&str>) -> Option<(StatusCode, String)> {
     let says = |status, code: &str, message: &str, region: Option<&str>| {
         let region = region.map(|region| format!("<Region>{region}</Region>")).unwrap_or_default();
         Some((status, format!("<Error><Code>{code}</Code><Message>{message}</Message>{region}</Error>")))
     };
-    // It ends up in messages.
+    // It becomes part of messages.
     let theirs = theirs.filter(|name| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-'));
     let other = theirs.filter(|theirs| ours.is_some_and(|ours| !ours.eq_ignore_ascii_case(theirs)));
     match (status.as_u16(), other) {

@@ -1,4 +1,4 @@
-//! CRC64-NVME, the checksum that S3 keeps for whole objects: it can be put together from the checksums of parts.
+//! CRC64-NVME, the checksum that S3 keeps for whole objects: it can be combined from the checksums of parts.
 
 use std::fmt;
 
@@ -55,7 +55,7 @@ impl std::str::FromStr for Crc64 {
     }
 }
 
-/// Sums bytes as they come.
+/// Sums bytes as they arrive.
 pub(super) struct Summing(crc_fast::Digest);
 
 impl Summing {

@@ -1,11 +1,11 @@
 //! Bytes of an object, straight into the caller's memory.
 //!
-//! What a connection delivers is copied once, from the small buffer of its socket into its place, and summed there
-//! while it is still in the processor's cache; a file is read by position into its place ([`super::local`]). No request
-//! holds more of its own than that small buffer (hyper reads at most some 400 KiB at once), whatever its range: memory
-//! beside the targets is bounded by `storage.concurrency` times that.
+//! Bytes from a connection are copied once, from the small buffer of its socket into their place, and summed there
+//! while they are still in the processor's cache; a file is read by position into its place ([`super::local`]). A
+//! request's own memory is only that small buffer (hyper reads at most some 400 KiB at once), whatever its range:
+//! memory beside the targets is bounded by `storage.concurrency` times that.
 //!
-//! *Retry:* a range that failed half-way is asked for again from its start. *Cancel:* dropping the future drops the
+//! *Retry:* a range that failed half-way is requested again from its start. *Cancel:* dropping the future drops the
 //! connection; a read from a file that is under way ends in the memory that it owns.
 
 use std::ops::Range;
@@ -77,7 +77,7 @@ pub(super) async fn get_into<B: AsMut<[u8]> + Send + 'static>(
     }
 }
 
-/// The asked bytes and no others.
+/// Exactly the requested bytes.
 pub(super) async fn get_range(
     store: &Store,
     lanes: &Lanes,
@@ -105,7 +105,7 @@ pub(super) async fn get_range(
     }
 }
 
-/// The target went down with a thread that was reading into it.
+/// The target was lost with a thread that was reading into it.
 fn lost() -> object_store::Error {
     object_store::Error::NotSupported { source: "memory of an attempt that broke off is gone".into() }
 }
@@ -123,14 +123,14 @@ async fn receive(
             return Err(retry::cut_short(wanted, u64::MAX));
         };
         place.copy_from_slice(&chunk);
-        // What lies there now, not what came: memory that does not keep it is found out.
+        // The checksum is of the memory, not of the bytes that came: faulty memory is detected.
         summing.add(place);
         left = rest;
     }
     if left.is_empty() { Ok(summing.sum()) } else { Err(retry::cut_short(wanted, wanted - left.len() as u64)) }
 }
 
-/// The checksum of a whole object of `len` bytes, which are thrown away; `None`: it has another length.
+/// The checksum of a whole object of `len` bytes, which are discarded; `None`: it has another length.
 pub(super) async fn sum(lanes: &Lanes, path: &Path, len: u64) -> object_store::Result<Option<Crc64>> {
     let result = lanes.backend.objects.get_opts(path, GetOptions::default()).await?;
     if result.meta.size != len {

@@ -1,11 +1,11 @@
-//! What can go wrong with a store, and what to do about it.
+//! The errors of a store, and what to do about them.
 
 use crate::{
     error::{Explain, Kind},
     shortage::Shortage,
 };
 
-/// What can go wrong with a store. Keys are given as whole URIs.
+/// The errors of a store. Keys are given as whole URIs.
 #[derive(Debug, thiserror::Error)]
 pub enum StorageError {
     /// The URI is not one we can open.
@@ -37,23 +37,23 @@ pub enum StorageError {
         key: String,
         /// Its size.
         size: u64,
-        /// The most that was asked for.
+        /// The limit.
         limit: u64,
     },
-    /// The object ends before the asked range does.
+    /// The object ends before the requested range does.
     #[error("object {key} has {size} bytes, but byte {end} was asked for")]
     Short {
         /// The key.
         key: String,
-        /// End of the asked range.
+        /// End of the requested range.
         end: u64,
         /// Its size.
         size: u64,
     },
-    /// Refused for want of permission.
+    /// Refused for lack of permission.
     #[error("store refused {operation} of {key}: no permission")]
     Permission {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
@@ -64,7 +64,7 @@ pub enum StorageError {
     /// No space, or quota, is left.
     #[error("{operation} of {key} failed: no space left in the store")]
     Full {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
@@ -75,7 +75,7 @@ pub enum StorageError {
     /// The bucket or container does not exist.
     #[error("{operation} of {key} failed: the bucket does not exist")]
     NoBucket {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
@@ -86,7 +86,7 @@ pub enum StorageError {
     /// The bucket is in another region than the one that requests are signed for.
     #[error("{operation} of {key} failed: {}", region_text(region.as_deref()))]
     Region {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
@@ -99,7 +99,7 @@ pub enum StorageError {
     /// Not reachable, or failing, after retries.
     #[error("{operation} of {key} failed")]
     Unavailable {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
@@ -107,28 +107,28 @@ pub enum StorageError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The folder that the store lies in is no longer there.
+    /// The folder that holds the store is no longer there.
     #[error("{operation} of {key} was not begun")]
     Adrift {
-        /// What was to be done.
+        /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
-        /// What has become of the folder.
+        /// What has happened to the folder.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A setting that this kind of store does not know.
+    /// A setting that does not exist for this kind of store.
     #[error("{setting} is set, but {uri} is not on S3")]
     Setting {
         /// Its key.
         setting: &'static str,
         /// The store, without secrets.
         uri: String,
-        /// What it is about.
+        /// What the setting is about.
         means: &'static str,
     },
-    /// The folder's file system has no hard links, by which objects that are written once get their names.
+    /// The folder's file system has no hard links, which give write-once objects their names.
     #[error("store {uri} can't be used: its file system has no hard links")]
     NoLinks {
         /// The store.
@@ -137,7 +137,7 @@ pub enum StorageError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The store does not do what the protocol needs.
+    /// The store does not meet the protocol's needs.
     #[error("store can't be used: {reason}")]
     Unfit {
         /// What it did.
@@ -221,14 +221,14 @@ impl Explain for StorageError {
     }
 }
 
-/// Whose store a URI names: what is to be typed next differs.
+/// The kind of place that a URI names: the hints differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
-    /// Or a server that speaks as S3 does.
+    /// S3, or a server that speaks its protocol.
     S3,
     Google,
     Azure,
-    /// Of this machine, or mounted on it.
+    /// A folder of this machine, or mounted on it.
     Folder,
 }
 
@@ -260,7 +260,7 @@ fn invalid_hint(place: Place, reason: &str) -> &'static str {
         }
         Place::Google if says("credentials") || says("service account") => GOOGLE_KEYS,
         Place::Azure if says("credentials") || says("Account must") => AZURE_KEYS,
-        // What else a client refuses, it has from its variables.
+        // A client's other refusals concern its variables.
         Place::S3 if says("can't be opened") => "check what this environment sets: `env | grep ^AWS_`",
         Place::Google if says("can't be opened") => "check what this environment sets: `env | grep ^GOOGLE_`",
         Place::Azure if says("can't be opened") => "check what this environment sets: `env | grep ^AZURE_`",
@@ -320,7 +320,7 @@ fn permission_hint(operation: &str, place: Place, cause: &str) -> &'static str {
     }
 }
 
-/// What stores say when a session is over: it can be begun anew.
+/// Codes of an expired session: it can be renewed.
 pub(super) const EXPIRED: [&str; 4] = ["ExpiredToken", "TokenRefreshRequired", "InvalidToken", "RequestExpired"];
 
 fn unavailable_hint(place: Place, cause: &str) -> Option<&'static str> {

@@ -1,5 +1,5 @@
-//! Questions of a doctor: whether this place takes uploads in parts and lets them be given up, and what the bucket does
-//! with those that nobody finishes.
+//! Checks for the doctor: whether this place accepts uploads in parts and their aborts, and what the bucket does with
+//! unfinished ones.
 //!
 //! *Crash, cancel:* an upload of one small part may stay behind, for a sweep or a lifecycle rule to remove.
 
@@ -9,22 +9,23 @@ use object_store::{GetOptions, ObjectStore, path::Path};
 use super::{Crc64, StorageError, Store, retry};
 use crate::{ids::random_hex, layout};
 
-/// What the bucket's lifecycle rules do with uploads that nobody finishes.
+/// What the bucket's lifecycle rules do with unfinished uploads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AbortRule {
-    /// They are aborted so many days after their begin.
+    /// They are aborted this many days after they began.
     After {
         /// Days.
         days: u32,
     },
-    /// No rule that is enabled and covers this folder aborts them.
+    /// No enabled rule that covers this folder aborts them.
     Missing,
     /// This kind of store needs none.
     NotNeeded,
 }
 
 impl Store {
-    /// Begins an upload in parts, puts one small part, and gives it up. Fine where objects are not written in parts.
+    /// Begins an upload in parts, sends one small part, and aborts it. Always succeeds if objects are not written in
+    /// parts.
     pub async fn prove_parts(&self) -> Result<(), StorageError> {
         let large = &self.inner.lanes.backend.large;
         if large.is_file() {
@@ -44,7 +45,7 @@ impl Store {
         given_up.map_err(explain)
     }
 
-    /// What the bucket's lifecycle rules do with uploads below this folder that nobody finishes.
+    /// What the bucket's lifecycle rules do with unfinished uploads below this folder.
     pub async fn abort_rule(&self) -> Result<AbortRule, StorageError> {
         let Some(bucket) = &self.inner.lanes.backend.s3 else { return Ok(AbortRule::NotNeeded) };
         let prefix = if self.prefix.is_empty() { String::new() } else { format!("{}/", self.prefix) };
@@ -53,7 +54,7 @@ impl Store {
         Ok(days.map_or(AbortRule::Missing, |days| AbortRule::After { days }))
     }
 
-    /// Why a HEAD failed. Of a refusal only the answer to a GET says it, which has a body.
+    /// Why a HEAD failed. Only the answer to a GET gives the reason of a refusal, since it has a body.
     pub(super) async fn why(&self, path: &Path, error: object_store::Error) -> object_store::Error {
         if !retry::is_mute(&error) {
             return error;

@@ -1,4 +1,4 @@
-//! A store for tests that does what it is told and then answers something else.
+//! A store for tests that carries out requests but can answer something else.
 
 use std::{
     collections::HashMap,
@@ -18,10 +18,10 @@ use object_store::{
 use super::{Backend, Store, retry::Policy, upload::Large};
 use crate::config::StorageConfig;
 
-/// What becomes of one request.
+/// The fate of one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// Nothing is wrong.
+    /// No fault.
     Pass,
     /// It does not reach the store.
     Lost,
@@ -29,7 +29,7 @@ pub(crate) enum Fault {
     AnswerLost,
     /// 409.
     Conflict,
-    /// 503: less haste.
+    /// 503: slow down.
     SlowDown,
     /// No space is left.
     Full,

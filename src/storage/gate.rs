@@ -1,4 +1,4 @@
-//! The queue that bulk requests wait in: first come, first served, as many at once as [`Pace`] finds right.
+//! The queue that bulk requests wait in: first come, first served, as many at once as [`Pace`] allows.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -11,7 +11,7 @@ use super::pace::{Outcome, Pace};
 
 struct State {
     pace: Pace,
-    /// Places that are to be taken away as they become free: the limit has fallen below what is in flight.
+    /// Places to remove as they become free: the limit has fallen below the number in flight.
     debt: usize,
     flying: usize,
 }
@@ -57,7 +57,7 @@ impl Gate {
         Some(Pass { gate: self, permit: Some(permit), began: self.now() })
     }
 
-    /// Makes the number of places what the pace says.
+    /// Adjusts the number of places to the pace.
     fn fit(&self, state: &mut State, was: usize) {
         let limit = state.pace.limit();
         if limit > was {
@@ -72,7 +72,7 @@ impl Gate {
     }
 }
 
-/// A place in flight. Dropped without a word, the request ended in a way that says nothing about the store's ease.
+/// A place in flight. If it is dropped without a call, the request's end is no evidence about the store.
 pub(super) struct Pass<'a> {
     gate: &'a Gate,
     permit: Option<SemaphorePermit<'a>>,
@@ -80,12 +80,12 @@ pub(super) struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// The request goes out only now: what came before was a wait of our own making.
+    /// The request is sent only now: the time before was a wait of our own making.
     pub(super) fn goes(&mut self) {
         self.began = self.gate.now();
     }
 
-    /// How it ended.
+    /// The request's outcome.
     pub(super) fn ended(self, outcome: Outcome) {
         let gate = self.gate;
         let mut state = gate.state();

@@ -1,12 +1,12 @@
 //! A request that hangs is sent a second time, while the first may still be answered.
 //!
-//! One connection of many stalls now and then for longer than a machine has left. To give the request up and begin anew
-//! would cost a thin link, where every request is slow, all that has arrived of it; to send it twice costs at most its
-//! bytes once more. So what is written (each request gives the same result when it is done twice) is sent again when it
-//! takes several times as long as the slowest of the last ones did, and the first answer counts. A store in this
-//! machine is never asked twice.
+//! Now and then one connection of many stalls for longer than a machine has left. Giving the request up and starting
+//! again would lose, on a slow link where every request is slow, all that has arrived of it; sending it twice costs at
+//! most its bytes once more. So writes (each gives the same result when it is done twice) are sent again when they take
+//! several times as long as the slowest of the last ones did, and the first answer counts. A store in this machine is
+//! never asked twice.
 //!
-//! *Cancel:* dropping the future drops all that are on their way.
+//! *Cancel:* dropping the future drops all of its requests.
 
 use std::{
     collections::VecDeque,
@@ -17,18 +17,18 @@ use std::{
 use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::time::Instant;
 
-/// Requests beside the first.
+/// The most requests beside the first.
 const MORE: u32 = 2;
-/// Nothing is sent again before so much time.
+/// Nothing is sent again before this time.
 const LEAST: Duration = Duration::from_secs(2);
-/// And not before so many times what the slowest has taken.
+/// And not before this many times the duration of the slowest.
 const SLOW: u32 = 4;
-/// As long as nothing was measured: time for a MiB, as for a line of 4 Mbit/s.
+/// The time for a MiB while nothing was measured: as for a line of 4 Mbit/s.
 const UNKNOWN: Duration = Duration::from_secs(2);
-/// So many of the last transfers are remembered.
+/// How many of the last transfers are remembered.
 const REMEMBERED: usize = 32;
 
-/// How long transfers have taken: the time for a MiB of each of the last ones.
+/// The duration of transfers: the time per MiB of each of the last ones.
 #[derive(Debug, Default)]
 pub(super) struct Tempo(Mutex<VecDeque<Duration>>);
 
@@ -37,14 +37,14 @@ fn mib(bytes: u64) -> u32 {
 }
 
 impl Tempo {
-    /// A transfer of so many bytes has taken so long.
+    /// A transfer of `bytes` bytes took `time`.
     pub(super) fn took(&self, bytes: u64, time: Duration) {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         last.truncate(REMEMBERED - 1);
         last.push_front(time / mib(bytes));
     }
 
-    /// After how long such a transfer hangs.
+    /// The time after which such a transfer counts as hanging.
     pub(super) fn hangs_after(&self, bytes: u64) -> Duration {
         let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let slowest = last.iter().max().copied();
@@ -53,11 +53,11 @@ impl Tempo {
     }
 }
 
-/// After how long a small request hangs.
+/// The time after which a small request counts as hanging.
 pub(super) const SMALL: Duration = LEAST;
 
-/// The first answer that is a success, of one request and of those that follow it when none came within `hangs_after`,
-/// twice that, and so on; the last failure, if all fail.
+/// The first successful answer, of one request and of those that follow it when none came within `hangs_after`, twice
+/// that, and so on; the last failure, if all fail.
 pub(super) async fn first_success<T, E, R: Future<Output = Result<T, E>>>(
     mut request: impl FnMut() -> R,
     hangs_after: Duration,
@@ -70,7 +70,7 @@ pub(super) async fn first_success<T, E, R: Future<Output = Result<T, E>>>(
         tokio::select! {
             biased;
             Some(answer) = under_way.next() => match answer {
-                // Another one may still be answered.
+                // Another request may still be answered.
                 Err(_) if !under_way.is_empty() => {}
                 answer => return answer,
             },
@@ -90,11 +90,11 @@ mod tests {
 
     use super::*;
 
-    /// A request of a test: answers when so many were sent, or never.
+    /// A request of a test: answers when this many were sent, or never.
     type Plan = (u32, Result<u32, u32>);
     const NEVER: u32 = u32::MAX;
 
-    /// What is heard of requests that answer like that, in the order in which they are sent; and how many are.
+    /// The results of requests that answer like that, in the order in which they are sent; and their number.
     async fn asked(plan: &[Plan]) -> (Result<u32, u32>, u32) {
         let sent = watch::Sender::new(0);
         let request = || {

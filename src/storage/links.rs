@@ -1,8 +1,7 @@
-//! Whether a folder's file system has hard links: an object that is written once gets its name by one
-//! ([`super::Store::create`]).
+//! Whether a folder's file system has hard links: a write-once object gets its name by one ([`super::Store::create`]).
 //!
-//! exFAT and other FATs, SMB shares and buckets that are mounted as folders have none, and say so in several ways
-//! (link(2): EPERM, ENOTSUP, EMLINK, ENOSYS), the first of which reads as if a permission were missing.
+//! exFAT and other FATs, SMB shares and buckets that are mounted as folders have none, and report that in several ways
+//! (link(2): EPERM, ENOTSUP, EMLINK, ENOSYS), the first of which looks like a missing permission.
 
 use std::{fs, io, path::Path};
 
@@ -11,15 +10,15 @@ use rustix::io::Errno;
 use super::{StorageError, Store, upload::Large};
 use crate::ids::random_hex;
 
-/// Tries it in `folder`, or in the one above that there is, where `uri` is. Leaves nothing behind; what else goes wrong
-/// is for the next request to say.
+/// Tries it in `folder`, or in the closest existing one above it, up to `uri`. Leaves nothing behind; other errors are
+/// left for the next request to report.
 fn prove(folder: &Path, uri: &str) -> Result<(), StorageError> {
     let Some(folder) = folder.ancestors().find(|folder| folder.is_dir()) else { return Ok(()) };
     let name = random_hex(16);
     let (file, link) = (folder.join(format!("link-{name}#1")), folder.join(format!("link-{name}#2")));
     let tried = fs::write(&file, "").map(|()| fs::hard_link(&file, &link));
     for path in [&file, &link] {
-        // A kill leaves a hidden file, which a sweep removes.
+        // A kill leaves a hidden file, which a later sweep removes.
         let _ = fs::remove_file(path);
     }
     match tried {
@@ -41,7 +40,7 @@ impl Store {
     }
 }
 
-/// Of a link between two files that were just made side by side by the same user.
+/// Whether a link failed between two files just created side by side by the same user.
 fn is_refusal(error: &io::Error) -> bool {
     const REFUSALS: [Errno; 6] =
         [Errno::PERM, Errno::NOTSUP, Errno::OPNOTSUPP, Errno::MLINK, Errno::NOSYS, Errno::INVAL];

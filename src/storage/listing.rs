@@ -1,13 +1,13 @@
-//! Listings that need not be whole.
+//! Partial listings.
 
 use futures::{StreamExt, TryStreamExt};
 
 use super::{ObjectInfo, StorageError, Store, timestamp};
 
 impl Store {
-    /// At most `limit` objects below `prefix` (a folder), and no more requests than they take. With `after`, a key that
-    /// need not be there: those behind it in the order of their names, which is the order that they come in, except on
-    /// `file://`, which has none and must look at every name to skip one.
+    /// At most `limit` objects below `prefix` (a folder), with no more requests than needed. With `after`, a key that
+    /// need not exist: only those behind it in the order of their names, in which they are also returned, except on
+    /// `file://`, which has no order and must read every name to skip one.
     pub async fn list_some(
         &self,
         prefix: &str,

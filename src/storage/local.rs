@@ -1,10 +1,9 @@
 //! Large files on this machine's disks, moved past the page cache.
 //!
 //! A checkpoint is written once and read perhaps once, much later: keeping a copy of it in the page cache costs the CPU
-//! a page fault and a copy for every 4 KiB, and other files their place. Where memory, offset and file system allow it,
-//! bytes go straight between the caller's pages and the disk (`O_DIRECT`, open(2)); where they don't (tmpfs, memory
-//! that does not begin on a page, the odd end of a file), through the page cache. What a file holds is the same either
-//! way.
+//! a page fault and a copy for every 4 KiB, and other files their place. If memory, offset and file system allow it,
+//! bytes go straight between the caller's pages and the disk (`O_DIRECT`, open(2)); if they don't (tmpfs, memory that
+//! does not begin on a page, the odd end of a file), through the page cache. The file's content is the same either way.
 //!
 //! *Stored layout:* parts are written into a hidden `<name>#<number>` beside the file's place, as object_store names
 //! them, which is synced, renamed into its place, and its folder synced. *Crash:* a kill leaves the hidden file, which
@@ -26,8 +25,8 @@ use rustix::{
 
 use super::crc::{Crc64, Summing};
 
-/// What memory, offset and length of a direct transfer must be a multiple of: no disk has larger logical blocks, and
-/// pages are no smaller.
+/// The alignment of memory, offset and length of a direct transfer: no disk has larger logical blocks, and pages are no
+/// smaller.
 const BLOCK: usize = 4096;
 /// Bytes read before they are summed: they are still in the processor's cache then.
 const READ: usize = 1 << 20;
@@ -36,7 +35,7 @@ fn is_aligned(bytes: &[u8], offset: u64) -> bool {
     (bytes.as_ptr() as usize).is_multiple_of(BLOCK) && offset.is_multiple_of(BLOCK as u64)
 }
 
-/// Whole blocks at the start of so many bytes.
+/// The whole blocks at the start of `len` bytes, in bytes.
 const fn whole_blocks(len: usize) -> usize {
     len - len % BLOCK
 }
@@ -46,12 +45,12 @@ fn set_direct(file: &File, direct: bool) -> io::Result<()> {
     Ok(fcntl_setfl(file, if direct { flags | OFlags::DIRECT } else { flags - OFlags::DIRECT })?)
 }
 
-/// The file system does not do it directly.
+/// Whether the file system refuses direct transfers.
 fn is_refusal(error: &io::Error) -> bool {
     [Errno::INVAL, Errno::OPNOTSUPP].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
-/// A file that is being written and does not stand in its place yet.
+/// A file that is being written and is not yet in its place.
 pub(super) struct Staged {
     file: File,
     /// `None` once it has been renamed.
@@ -61,7 +60,7 @@ pub(super) struct Staged {
 }
 
 impl Staged {
-    /// Begins a file for `place`; folders that are missing are made, durably.
+    /// Begins a file for `place`; missing folders are created, durably.
     pub(super) fn begin(place: PathBuf) -> io::Result<Self> {
         let mut number = 1_u32;
         loop {
@@ -70,7 +69,7 @@ impl Staged {
             let hidden = PathBuf::from(hidden);
             match OpenOptions::new().write(true).create_new(true).open(&hidden) {
                 Ok(file) => {
-                    // Not every file system can: then the first write would say so too.
+                    // Not every file system can: then the first write would report it, too.
                     let direct = AtomicBool::new(set_direct(&file, true).is_ok());
                     return Ok(Self { file, hidden: Some(hidden), place, direct });
                 }
@@ -95,8 +94,8 @@ impl Staged {
             }
         }
         if done < bytes.len() {
-            // For good: only the end of a file is odd. Of several threads each makes sure, and nobody says so before it
-            // is.
+            // For good: only the end of a file is odd. Each of several threads makes sure by itself, and only then
+            // records it.
             if self.direct.load(Ordering::Acquire) {
                 set_direct(&self.file, false)?;
                 self.direct.store(false, Ordering::Release);
@@ -106,7 +105,7 @@ impl Staged {
         Ok(())
     }
 
-    /// Puts the file into its place, durably, over what stands there.
+    /// Puts the file into its place, durably, replacing any file there.
     pub(super) fn finish(mut self) -> io::Result<()> {
         self.file.sync_all()?;
         if let Some(hidden) = &self.hidden {
@@ -120,7 +119,7 @@ impl Staged {
 impl Drop for Staged {
     fn drop(&mut self) {
         let Some(hidden) = self.hidden.take() else { return };
-        // Best effort: what stays is hidden, and swept later. Removing a large file takes a while.
+        // Best effort: a leftover is hidden, and deleted later. Removing a large file takes a while.
         match tokio::runtime::Handle::try_current() {
             Ok(runtime) => drop(runtime.spawn_blocking(move || fs::remove_file(hidden))),
             Err(_) => drop(fs::remove_file(hidden)),
@@ -136,7 +135,7 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Makes a folder and those above it, each durable in the one that holds it.
+/// Creates a folder and those above it, each durable in its parent.
 fn make_folder(folder: &Path) -> io::Result<()> {
     match fs::create_dir(folder) {
         Ok(()) => sync_folder(parent(folder)?),

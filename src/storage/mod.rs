@@ -1,17 +1,18 @@
 //! The object store: open a URI, create-once puts, parallel uploads and ranged downloads, with retries and limits.
 //!
 //! One code path serves `s3://`, `gs://`, `az://`, `file://` and `memory://`; `open` turns a URI into a backend,
-//! `retry` decides what is tried again, `upload` writes large objects in parts (`signed` on S3, `local` on disks),
-//! `download` reads ranges into memory, `pace` and `gate` find how many requests a store takes at once, `cap` bounds
-//! bandwidth, `pool` has threads apart from the caller's, `probe` finds out whether create-once puts are atomic,
-//! `examine` what else a place allows. Keys are relative to a [`Store`] (a whole store or a folder of one) and use `/`.
+//! `retry` decides which requests are repeated, `upload` writes large objects in parts (`signed` on S3, `local` on
+//! disks), `download` reads ranges into memory, `pace` and `gate` find how many requests a store handles at once, `cap`
+//! bounds bandwidth, `pool` has threads apart from the caller's, `probe` finds out whether create-once puts are atomic,
+//! `examine` checks further abilities of a place. Keys are relative to a [`Store`] (a whole store or a folder of one)
+//! and use `/`.
 //!
 //! Invariants
 //! - An object appears whole or not at all. On `file://` it is written beside its place, synced, and then linked or
-//!   renamed into it, and the folder is synced; elsewhere the store sees to it.
+//!   renamed into it, and the folder is synced; elsewhere the store guarantees it.
 //! - [`Store::create`] says `Created` only if the object that stands is ours, byte for byte, and `Exists` only if
 //!   it is not: an answer that was lost, a conflict (409) and a repeated request are settled by reading back.
-//! - Every length from outside is checked before memory is taken for it.
+//! - Every length from outside is checked before memory is allocated for it.
 //! - No secret is in a URI or an error: credentials come from the environment, and causes are reduced to status, code
 //!   and message.
 //!
@@ -20,11 +21,11 @@
 //! or an upload that fails, aborts its multipart upload; a kill leaves one behind, which the bucket's lifecycle rule or
 //! a sweep removes, and on `file://` a hidden `<name>#<number>` file: [`Store::unfinished`] finds both.
 //!
-//! Bulk transfers and small requests (journal, heartbeats) wait in separate queues: a checkpoint on its way never
-//! delays the heartbeat that says its node is alive. At another [`Priority`] transfers have threads, connections and
-//! queues of their own, too.
+//! Bulk transfers and small requests (journal, heartbeats) wait in separate queues: a checkpoint's upload never delays
+//! the heartbeat that says its node is alive. At another [`Priority`] transfers have threads, connections and queues of
+//! their own, too.
 //!
-//! Memory: uploads send the caller's pages, downloads fill them; beside them stands a socket's buffer a request, at
+//! Memory: uploads send the caller's pages, downloads fill them; in addition each request has a socket's buffer, at
 //! most `storage.concurrency` each way.
 #![doc = include_str!("README.md")]
 
@@ -102,12 +103,12 @@ const CONTROL_CONCURRENCY: usize = 16;
 /// Small requests of housekeeping in flight at once, beside all others.
 const UPKEEP_CONCURRENCY: usize = 16;
 
-/// What became of a create-once put.
+/// The outcome of a create-once put.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CreateOutcome {
-    /// The object is ours: written now, or by an earlier try whose answer was lost.
+    /// The object is ours: written now, or by an earlier attempt whose answer was lost.
     Created,
-    /// Somebody else's object stands there.
+    /// Another writer's object exists.
     Exists,
 }
 
@@ -122,7 +123,7 @@ pub struct ObjectInfo {
     pub last_modified: jiff::Timestamp,
 }
 
-/// What an upload put.
+/// The result of an upload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Uploaded {
     /// Bytes.
@@ -131,31 +132,30 @@ pub struct Uploaded {
     pub crc64: Crc64,
 }
 
-/// Whose processor time a bulk transfer takes. Small requests (journal, heartbeats, listings) always run as
+/// The processor time that a bulk transfer uses. Small requests (journal, heartbeats, listings) always run as
 /// [`Priority::Normal`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Priority {
     /// The caller's.
     #[default]
     Normal,
-    /// What nobody else wants: threads of its own that give way to all others, with connections and limits of their
-    /// own.
+    /// Idle time only: threads of its own that yield to all others, with connections and limits of their own.
     Background,
-    /// All there is: no bandwidth cap holds uploads back, for the last save before the machine goes away; ranged reads
-    /// get threads of their own, for a restore that training waits for.
+    /// Everything available: no bandwidth cap delays uploads, for the last save before the machine goes away; ranged
+    /// reads get threads of their own, for a restore that training waits for.
     Urgent,
 }
 
-/// Where the objects are.
+/// The place of the objects.
 #[derive(Clone)]
 struct Backend {
     objects: Arc<dyn ObjectStore>,
     large: Large,
-    /// On S3: what object_store does not ask for.
+    /// On S3: for requests that object_store lacks.
     s3: Option<Arc<s3::Bucket>>,
 }
 
-/// A way to the store: connections, and queues to them.
+/// A path to the store: connections, and queues to them.
 struct Lanes {
     backend: Backend,
     /// Small requests in flight.
@@ -180,7 +180,7 @@ impl Lanes {
     }
 }
 
-/// What transfers run on that do not run on the caller's threads.
+/// The means of transfers that do not run on the caller's threads.
 struct Apart {
     threads: Pool,
     lanes: Arc<Lanes>,
@@ -194,9 +194,9 @@ struct Inner {
     root: String,
     policy: Policy,
     lanes: Arc<Lanes>,
-    /// For [`Priority::Background`]: made when it is first needed.
+    /// For [`Priority::Background`]: created at first use.
     idle: Mutex<Option<Arc<Apart>>>,
-    /// For reads at [`Priority::Urgent`]: there as long as one is under way.
+    /// For reads at [`Priority::Urgent`]: exists while one is under way.
     ample: Mutex<Weak<Apart>>,
     reopen: Box<Reopen>,
     /// The most parts and ranges in flight, each way.
@@ -204,13 +204,13 @@ struct Inner {
     /// Bytes of one part.
     part: u64,
     cap: Option<Cap>,
-    /// What parts take on their way up.
+    /// The upload times of parts.
     tempo: Tempo,
-    /// What it takes to put the parts of one object together.
+    /// The times to combine the parts of one object.
     completions: Tempo,
-    /// What objects that are written once carry.
+    /// The attributes of write-once objects.
     attributes: Attributes,
-    /// Folders that are held, by their keys.
+    /// Held folders, by their keys.
     anchors: Mutex<BTreeMap<String, Arc<Anchor>>>,
 }
 
@@ -223,7 +223,7 @@ pub struct Store {
     /// Key of this folder within the store, without `/` at either end; "" for all of it.
     prefix: String,
     priority: Priority,
-    /// Small requests of this handle are housekeeping.
+    /// Whether small requests of this handle are housekeeping.
     upkeep: bool,
 }
 
@@ -250,7 +250,7 @@ impl Store {
     /// `memory://`.
     ///
     /// Clouds take credentials, region and endpoint from the environment. No request is made; a `file://` folder is
-    /// created. Each `memory://` is a new, empty store, shared by the clones of this handle only.
+    /// created. Each `memory://` is a new, empty store, shared only by the clones of this handle.
     pub fn open(uri: &str, settings: &StorageConfig) -> Result<Self, StorageError> {
         Self::open_with(uri, settings, &open::environment(uri))
     }
@@ -304,7 +304,7 @@ impl Store {
         self.uri_of("")
     }
 
-    /// Whether it lies in this machine, as far as its URI says: a file system may come over a network.
+    /// Whether it is in this machine, as far as its URI shows: a file system may be on a network.
     pub fn is_local(&self) -> bool {
         self.inner.policy.is_local()
     }
@@ -321,16 +321,16 @@ impl Store {
         Self { priority, ..self.clone() }
     }
 
-    /// The same place, for housekeeping: small requests wait in a queue of their own, so that deletions and looks that
-    /// hang hold up neither journal nor heartbeat.
+    /// The same place, for housekeeping: small requests wait in a queue of their own, so that deletions and checks that
+    /// hang delay neither journal nor heartbeat.
     #[must_use]
     pub fn for_upkeep(&self) -> Self {
         Self { upkeep: true, ..self.clone() }
     }
 
-    /// On `file://` holds this folder, which must be there, for as long as what is given: its disk can't be unmounted
-    /// meanwhile, and where the folder goes away all the same every write and delete below it, by whatever handle of
-    /// this store, is [`StorageError::Adrift`]. Elsewhere there is nothing to hold.
+    /// On `file://` holds this folder, which must exist, open while the result exists: its disk can't be unmounted
+    /// meanwhile, and if the folder disappears all the same, every write and delete below it, by any handle of this
+    /// store, is [`StorageError::Adrift`]. On other stores there is nothing to hold.
     pub async fn hold(&self) -> Result<Held, StorageError> {
         let held = Held { store: self.clone() };
         let Large::File(files) = &self.inner.lanes.backend.large else { return Ok(held) };
@@ -347,12 +347,12 @@ impl Store {
         self.inner.anchors.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the folder that was [held](Self::hold), if one was, is still there.
+    /// Whether the [held](Self::hold) folder, if any, is still there.
     pub async fn holds(&self) -> Result<(), StorageError> {
         self.still_holds("look", "").await
     }
 
-    /// Before a write of `key`: whether the folders that are held are still where it leads.
+    /// Before a write of `key`: whether its path still leads to the held folders.
     async fn still_holds(&self, operation: &'static str, key: &str) -> Result<(), StorageError> {
         let whole = join(&self.prefix, key);
         let leads =
@@ -370,7 +370,7 @@ impl Store {
         }
     }
 
-    /// Writes `body` under `key` if, and only if, nothing stands there. Atomic: of many racing creates exactly one
+    /// Writes `body` under `key` if, and only if, no object exists there. Atomic: of many racing creates exactly one
     /// wins. `body` must differ between writers (it carries an attempt id): a lost answer is settled by reading back.
     ///
     /// After [`StorageError::Unavailable`] the outcome is unknown, and a request still on its way may yet succeed: ask
@@ -382,12 +382,12 @@ impl Store {
             let payload = PutPayload::from_bytes(body.clone());
             match self.objects().put_opts(&path, payload, self.options(PutMode::Create)).await {
                 Ok(_) => Ok(CreateOutcome::Created),
-                // 412 says that something stands there, 409 that another write was under way: look what came of it.
+                // 412 says that an object exists there, 409 that another write was under way: check its outcome.
                 Err(taken @ (object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. })) => {
                     match self.fetch(&path, body.len() as u64).await {
                         Ok(Ok(found)) if found == body => Ok(CreateOutcome::Created),
                         Ok(_) => Ok(CreateOutcome::Exists),
-                        // Nothing stands there after all: neither write of the conflict succeeded.
+                        // No object exists there after all: neither write of the conflict succeeded.
                         Err(object_store::Error::NotFound { .. }) => Err(retry::conflict(taken)),
                         Err(error) => Err(error),
                     }
@@ -396,7 +396,7 @@ impl Store {
             }
         };
         let outcome = self.attempts("create", body.len() as u64).again(self.soon()).run(request).await;
-        // A disk that went away meanwhile: it may have been written beside it, or refused because it is gone.
+        // A disk that disappeared meanwhile: the object may have been written beside it, or refused because it is gone.
         self.still_holds("create", key).await?;
         outcome.map_err(|failure| match self.prove_links(key) {
             Ok(()) => failure.explain(&self.uri_of(key)),
@@ -404,7 +404,7 @@ impl Store {
         })
     }
 
-    /// Writes `body` under `key`, over whatever stands there.
+    /// Writes `body` under `key`, replacing any object there.
     pub async fn put(&self, key: &str, body: Bytes) -> Result<(), StorageError> {
         let path = self.path(key)?;
         self.still_holds("put", key).await?;
@@ -414,8 +414,8 @@ impl Store {
         put.map(drop).map_err(|failure| failure.explain(&self.uri_of(key)))
     }
 
-    /// The same with one request, given up after `limit`: for what is soon written anew. What lies in this machine is
-    /// not given up: the system goes on with it all the same.
+    /// The same with one request, given up after `limit`: for objects that are soon written anew. On this machine it is
+    /// not given up: the system would go on with it anyway.
     pub async fn put_once(&self, key: &str, body: Bytes, limit: Duration) -> Result<(), StorageError> {
         let path = self.path(key)?;
         self.still_holds("put", key).await?;
@@ -452,7 +452,7 @@ impl Store {
         Ok(Ok(bytes))
     }
 
-    /// Some bytes of an object: exactly the asked ones, or [`StorageError::Short`] if the object ends before.
+    /// A range of an object: exactly the requested bytes, or [`StorageError::Short`] if the object ends before.
     pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StorageError> {
         if range.is_empty() {
             return self.path(key).map(|_| Bytes::new());
@@ -470,8 +470,9 @@ impl Store {
         }
     }
 
-    /// Fills `target` with the bytes from `offset` on, straight from the connection or the disk; gives their checksum.
-    /// An object that ends before is [`StorageError::Short`]; after an error the target's content is worthless.
+    /// Fills `target` with the bytes from `offset` on, straight from the connection or the disk; returns their
+    /// checksum. An object that ends before is [`StorageError::Short`]; after an error the target's content is
+    /// worthless.
     ///
     /// Works on a task of its own, so that many of these use many cores; dropping the future stops it.
     pub async fn get_into<B: AsMut<[u8]> + Send + 'static>(
@@ -535,7 +536,7 @@ impl Store {
         Ok(names)
     }
 
-    /// Deletes an object; one that is not there is fine.
+    /// Deletes an object; succeeds if there is none.
     pub async fn delete(&self, key: &str) -> Result<(), StorageError> {
         let path = self.path(key)?;
         self.still_holds("delete", key).await?;
@@ -546,8 +547,8 @@ impl Store {
         }
     }
 
-    /// Writes a large object in parts, in parallel, without copying `body`, over whatever stands there; `progress`
-    /// hears the bytes of each finished part.
+    /// Writes a large object in parts, in parallel, without copying `body`, replacing any object there; `progress`
+    /// receives the bytes of each finished part.
     ///
     /// The object appears whole or not at all. Dropping the future, or an error, aborts the upload.
     pub async fn upload(
@@ -581,10 +582,10 @@ impl Store {
         ended.unwrap_or_else(|| Err(Failure::stopped(operation).explain(uri)))
     }
 
-    /// Races parallel creates of a probe key: a store on which more than one wins is [`StorageError::Unfit`].
+    /// Races parallel creates of a probe key: if more than one wins, the store is [`StorageError::Unfit`].
     ///
     /// 3 rounds of 16 creates below [`crate::layout::PROBES`] of this folder, each one bare request; then a create of
-    /// the key that stands, which must be refused. Cleans up after itself.
+    /// the existing key, which must be refused. Cleans up after itself.
     pub async fn prove_create_is_atomic(&self) -> Result<(), StorageError> {
         probe::prove_create_is_atomic(self).await
     }
@@ -593,12 +594,12 @@ impl Store {
         &self.inner.lanes.backend.objects
     }
 
-    /// How an object that is written once is put.
+    /// The put options of a write-once object.
     fn options(&self, mode: PutMode) -> PutOptions {
         PutOptions { mode, attributes: self.inner.attributes.clone(), ..PutOptions::default() }
     }
 
-    /// What reads of this handle run on; `None`: on the caller's threads.
+    /// The means of this handle's reads; `None`: the caller's threads.
     fn apart(&self) -> Result<Option<Arc<Apart>>, StorageError> {
         match self.priority {
             Priority::Normal => Ok(None),
@@ -638,7 +639,7 @@ impl Store {
         self.inner.cap.as_ref().filter(|_| self.priority != Priority::Urgent)
     }
 
-    /// Bytes of one part of an upload. Under a cap, one part should not take the line for long.
+    /// Bytes of one part of an upload. Under a cap, one part should not occupy the line for long.
     fn part(&self) -> u64 {
         self.cap().map_or(self.inner.part, |cap| cap.smooth_part().min(self.inner.part))
     }
@@ -650,7 +651,7 @@ impl Store {
         Attempts::new(&self.inner.policy, Queue::Control(queue), operation, bytes)
     }
 
-    /// What is written may be asked for twice, but not of this machine itself.
+    /// A write may be sent twice, but not to this machine itself.
     fn soon(&self) -> Again<'_> {
         if self.is_local() { Again::Never } else { Again::Soon }
     }
@@ -669,7 +670,7 @@ impl Store {
         Attempts::new(&self.inner.policy, Queue::Bulk(&lanes.down, None), "get", bytes)
     }
 
-    /// The key's place in the store; refuses what could leave the folder.
+    /// The key's place in the store; refuses one that could leave the folder.
     fn path(&self, key: &str) -> Result<Path, StorageError> {
         let refused = |reason: String| StorageError::InvalidKey { key: key.chars().take(200).collect(), reason };
         let whole = join(&self.prefix, key);

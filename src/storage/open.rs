@@ -1,7 +1,7 @@
-//! A URI and the environment become a backend.
+//! Turns a URI and the environment into a backend.
 //!
-//! The environment is a list of variables, so that tests and several stores in one process need not share one. What a
-//! variable means is object_store's affair, but for four things that are ours: CRC64-NVME on every S3 put, requests
+//! The environment is a list of variables, so that tests and several stores in one process need not share one.
+//! object_store defines what a variable means, except for four rules of ours: CRC64-NVME on every S3 put, requests
 //! unsigned over their body where TLS protects it, plain HTTP only to this machine, and no retries below our own.
 
 use std::{path::PathBuf, sync::Arc};
@@ -45,14 +45,14 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// Whether it lies in this machine: no connections, and of a store in memory there is but one.
+    /// Whether it is in this machine: there are no connections, and of a store in memory there is only one.
     pub fn is_local(&self) -> bool {
         self.policy.is_local()
     }
 }
 
-/// The process's own variables, as far as clouds read them; and, for a store on S3, the region of the profile or that
-/// the machine said it is in, where they name none.
+/// The process's own variables, as far as clouds read them; and, for a store on S3, the region from the profile or from
+/// the machine itself, if the variables name none.
 pub(super) fn environment(uri: &str) -> Vec<(String, String)> {
     let ours = |name: &str| {
         ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|p| name.starts_with(p))
@@ -127,7 +127,7 @@ pub(super) fn open(
     Ok(Opened { backend, root: format!("{scheme}://{authority}"), prefix: prefix.into(), policy })
 }
 
-/// `./runs`, `runs` or `/data/runs`; what follows `file://` is a path as typed, not percent-encoded.
+/// `./runs`, `runs` or `/data/runs`; the part after `file://` is a path as typed, not percent-encoded.
 fn open_file(path: &str, refuse: &dyn Fn(&str) -> StorageError) -> Result<Opened, StorageError> {
     if path.is_empty() {
         return Err(refuse("names no folder"));
@@ -140,7 +140,7 @@ fn open_file(path: &str, refuse: &dyn Fn(&str) -> StorageError) -> Result<Opened
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
             StorageError::Full { operation, key: key(), source: error.to_string().into() }
         }
-        // It is short of something else.
+        // It lacks something else.
         _ if Shortage::of(error).is_some() => {
             let again = error.raw_os_error().map_or_else(|| error.kind().into(), std::io::Error::from_raw_os_error);
             StorageError::Unavailable { operation, key: key(), source: Box::new(again) }
@@ -159,7 +159,7 @@ fn open_file(path: &str, refuse: &dyn Fn(&str) -> StorageError) -> Result<Opened
     let local = LocalFileSystem::new_with_prefix(&absolute)
         .map_err(|error| refuse(&format!("can't be opened: {error}")))?
         .with_fsync(true)
-        // A checkpoint that was deleted is not listed as an empty folder.
+        // A deleted checkpoint is not listed as an empty folder.
         .with_automatic_cleanup(true);
     let root = format!("file://{}", text.trim_end_matches('/'));
     let local = Arc::new(local);
@@ -172,7 +172,7 @@ fn shared<T: ObjectStore + MultipartStore>(store: T) -> Backend {
     Backend { objects: store.clone(), large: Large::Parts(store), s3: None }
 }
 
-/// A setting that only S3 understands, and what it is about.
+/// A setting that only S3 understands, and its subject.
 fn meant_for_s3(settings: &StorageConfig) -> Option<(&'static str, &'static str)> {
     match settings {
         _ if settings.encryption != Encryption::Default => Some(("storage.encryption", "encryption")),
@@ -182,13 +182,13 @@ fn meant_for_s3(settings: &StorageConfig) -> Option<(&'static str, &'static str)
     }
 }
 
-/// Retries are made one level up; see [`super::retry`].
+/// Retries happen one level up; see [`super::retry`].
 fn no_retries() -> RetryConfig {
     RetryConfig { max_retries: 0, ..RetryConfig::default() }
 }
 
-/// Time-outs of whole requests are made one level up too, since they depend on the request's size; the rest is
-/// [`Connector`]'s.
+/// Time-outs of whole requests also happen one level up, since they depend on the request's size; the rest is done by
+/// [`Connector`].
 fn client_options(plain_http: bool) -> ClientOptions {
     ClientOptions::new().with_timeout_disabled().with_allow_http(plain_http)
 }
@@ -208,7 +208,7 @@ fn variable<'a>(environment: &'a [(String, String)], name: &str) -> Option<&'a s
     environment.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str()).filter(|value| !value.is_empty())
 }
 
-/// Takes user and password out of an endpoint; says whether it is plain HTTP, which is refused unless it is to this
+/// Removes user and password from an endpoint; returns whether it is plain HTTP, which is refused unless it is to this
 /// machine.
 fn check_endpoint(endpoint: &str) -> Result<(String, bool), String> {
     let mut url = Url::parse(endpoint).map_err(|error| format!("has an endpoint that is not a URL: {error}"))?;
@@ -233,7 +233,7 @@ fn check_endpoint(endpoint: &str) -> Result<(String, bool), String> {
 fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) -> Result<Backend, String> {
     let mut builder = AmazonS3Builder::new();
     for (key, value) in known::<AmazonS3ConfigKey>(environment, "AWS_") {
-        // An empty variable is one that is not set.
+        // An empty variable counts as not set.
         if !value.is_empty() && !matches!(key, AmazonS3ConfigKey::Client(_)) {
             builder = builder.with_config(key, value);
         }
@@ -300,7 +300,7 @@ fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) 
     Ok(Backend { objects: client, large: Large::S3(Arc::new(s3)), s3: second })
 }
 
-/// Whether credentials may be found anywhere at all: otherwise people need not wait to hear that there are none.
+/// Whether credentials may exist anywhere at all: otherwise the error need not be delayed.
 fn has_source(environment: &[(String, String)]) -> bool {
     const SOURCES: [&str; 5] = [
         "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -322,7 +322,7 @@ fn has_source(environment: &[(String, String)]) -> bool {
         || files.iter().flatten().any(|file| file.exists())
 }
 
-/// The same bucket for the other client, as far as the environment says; without endpoint and credentials.
+/// The same bucket for the other client, as far as the environment tells; without endpoint and credentials.
 fn second_client(bucket: &str, environment: &[(String, String)]) -> Place {
     let region = ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().find_map(|name| variable(environment, name));
     Place {
@@ -334,7 +334,7 @@ fn second_client(bucket: &str, environment: &[(String, String)]) -> Place {
     }
 }
 
-/// Whether a variable says yes, in one of object_store's words for it.
+/// Whether a variable is true, in one of object_store's spellings.
 fn is_on(environment: &[(String, String)], name: &str) -> bool {
     let word = variable(environment, name).unwrap_or_default().to_ascii_lowercase();
     matches!(word.as_str(), "1" | "true" | "on" | "yes" | "y")
@@ -345,10 +345,10 @@ const SSE: &str = "aws_server_side_encryption";
 const SSE_KEY: &str = "aws_sse_kms_key_id";
 const SSE_BUCKET_KEY: &str = "aws_sse_bucket_key_enabled";
 
-/// Region, whether the requester pays, and what each object gets.
+/// Region, whether the requester pays, and the headers of each object.
 type OwnRequests = (String, bool, Vec<(HeaderName, HeaderValue)>);
 
-/// What requests of our own need; `None` where only object_store knows how: requests without a signature, session
+/// The needs of our own requests; `None` if only object_store can make them: requests without a signature, session
 /// credentials of S3 Express, keys of the customer's own, a proxy.
 fn own_requests(builder: &AmazonS3Builder, settings: &StorageConfig) -> Result<Option<OwnRequests>, String> {
     let value = |key: &str| builder.get_config_value(&key.parse().ok()?).filter(|value| !value.is_empty());

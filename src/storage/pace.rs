@@ -1,60 +1,59 @@
-//! How many bulk requests are in flight at once: found out, not set. Pure: time is passed in.
+//! The number of bulk requests in flight at once: measured, not configured. Pure: time is passed in.
 //!
 //! Additive increase, multiplicative decrease (Chiu and Jain 1989, as in TCP), with latency as the early sign, as in
 //! TCP Vegas (Brakmo and Peterson 1995). Requests are counted in rounds of about as many as may be in flight. After
 //! each round:
 //!
-//! | what the round showed | what is done |
+//! | result of the round | new limit |
 //! |---|---|
-//! | a request was refused for haste (503 `SlowDown`, 429), or timed out | half as many, and no doubling again |
-//! | requests take at most [`NEAR`] times the least they ever took, or more bytes came through than with fewer in flight | one more; twice as many until the first sign of a queue |
+//! | a request was refused as too fast (503 `SlowDown`, 429), or timed out | half as many, and no more doubling |
+//! | requests take at most [`NEAR`] times the least latency so far, or the throughput was higher than with fewer in flight | one more; twice as many until the first sign of a queue |
 //! | they take more than [`FAR`] times that | an eighth fewer: they only wait for each other |
-//! | else | as it is |
+//! | otherwise | unchanged |
 //!
-//! A round in which the limit did not bind says nothing and changes nothing. What latency is least can only be learnt
-//! with few in flight, and changes: so every [`TRIAL`] rounds, and at the first sign of a queue, one round is made with
-//! half as many. If as much comes through, half it stays, and the next trial follows at once; either way its latency is
-//! the new least.
+//! A round in which the limit did not bind proves nothing and changes nothing. The least latency can only be measured
+//! with few in flight, and it changes: so every [`TRIAL`] rounds, and at the first sign of a queue, one round runs with
+//! half as many. If the throughput is as good, the limit stays halved, and the next trial follows at once; either way
+//! its latency is the new least.
 
 use std::time::Duration;
 
-/// Where an unknown store is begun with.
+/// The limit to begin with at an unknown store.
 const FIRST: usize = 4;
-/// Times the least latency up to which there is no queue worth the name.
+/// Up to this multiple of the least latency there is no queue worth mentioning.
 const NEAR: f64 = 1.5;
-/// Times the least latency from which requests mostly wait for each other.
+/// From this multiple of the least latency on, requests mostly wait for each other.
 const FAR: f64 = 3.0;
-/// By which factor a round must move more bytes a second than the one before, to count as better.
+/// By which factor a round must move more bytes per second than the one before, to count as better.
 const BETTER: f64 = 1.05;
-/// The share of the bytes a second before, with which half as many requests are as good.
+/// Half as many requests are as good if they reach this share of the earlier bytes per second.
 const AS_GOOD: f64 = 0.9;
 /// Rounds between trials.
 const TRIAL: u32 = 50;
-/// Rounds after a refusal in which nothing is raised: with few in flight, every fifth request would be refused
-/// otherwise.
+/// Rounds after a refusal without a raise: otherwise, with few in flight, every fifth request would be refused.
 const CALM: u32 = 3;
-/// A round has at least so many requests.
+/// The least number of requests in a round.
 const LEAST_ROUND: usize = 4;
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Outcome {
-    /// It moved so many bytes.
+    /// It moved this many bytes.
     Done(u64),
-    /// The store asked for less haste, or did not answer in time.
+    /// The store asked us to slow down, or did not answer in time.
     Refused,
 }
 
 /// Why the limit has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reason {
-    /// The store is at ease.
+    /// The store is not busy.
     AtEase,
     /// Requests wait for each other.
     Crowded,
-    /// The store asked for less.
+    /// The store asked us to slow down.
     Refused,
-    /// Do fewer do as well?
+    /// A trial: do fewer do as well?
     Trial,
 }
 
@@ -66,12 +65,12 @@ struct Round {
     /// Those that ended while the limit bound.
     bound: usize,
     bytes: u64,
-    /// Of requests that count for latency: all but small ones, whose time says little.
+    /// Requests that count for latency: all but small ones, whose time proves little.
     large: u32,
     took: Duration,
 }
 
-/// The limit, and what it is derived from.
+/// The limit, and the figures behind it.
 #[derive(Clone, Debug)]
 pub(super) struct Pace {
     limit: usize,
@@ -79,7 +78,7 @@ pub(super) struct Pace {
     adapts: bool,
     doubling: bool,
     round: Round,
-    /// Seconds that a large request takes on a store at ease.
+    /// Seconds that a large request takes on a store that is not busy.
     least: Option<f64>,
     /// Bytes a second of the last round that counted, and whether the limit was raised after it.
     before: Option<(f64, bool)>,
@@ -89,9 +88,9 @@ pub(super) struct Pace {
     since_trial: u32,
     /// While a trial lasts: the limit before it, and its bytes a second.
     trial: Option<(usize, f64)>,
-    /// Requests from before the limit was lowered, which are still on their way and say nothing about it.
+    /// Requests from before the limit was lowered, which are still in flight and prove nothing about it.
     settling: usize,
-    /// Rounds to go before anything is raised.
+    /// Rounds to go before the limit may rise.
     calm: u32,
     /// Refusals of requests that began before this have been answered already.
     cut: Duration,
@@ -128,7 +127,7 @@ impl Pace {
         self.limit
     }
 
-    /// The first request after a time without any: that time belongs to no round.
+    /// The first request after an idle time: that time belongs to no round.
     pub(super) fn wakes(&mut self, now: Duration) {
         self.round = Round { begun: now, ..Round::default() };
         self.settling = 0;
@@ -232,7 +231,7 @@ mod tests {
         /// Milliseconds of a request on a store at ease.
         base_ms: u64,
         knee: usize,
-        /// More than so many in flight are answered with "slow down".
+        /// More than this many in flight are answered with "slow down".
         refuses_above: usize,
         /// The share by which a time varies to either side.
         noise: f64,

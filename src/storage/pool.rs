@@ -1,9 +1,9 @@
 //! Threads apart from the caller's, for bulk transfers.
 //!
-//! A bulk transfer copies, sums and decrypts, at some two GiB a second and core. On a machine whose cores are the
-//! trainer's, it should take what they leave ([`crate::threads`]); where training waits for it, all there is. Either
-//! kind has a runtime and a client of its own, so that no connection, timer or lock of theirs is one that the journal
-//! or a heartbeat waits for.
+//! A bulk transfer copies, sums and decrypts, at some two GiB per second and core. While the trainer needs the cores,
+//! transfers should use only idle time ([`crate::threads`]); while training waits for them, all cores. Either kind has
+//! a runtime and a client of its own, so that the journal or a heartbeat never waits for a connection, timer or lock of
+//! theirs.
 
 use std::future::Future;
 
@@ -11,9 +11,9 @@ use tokio::{runtime::Runtime, task::JoinHandle};
 
 use crate::threads::give_way;
 
-/// At most so many threads that give way work on transfers at once.
+/// The most threads with low priority that work on transfers at once.
 const MOST_IDLE: usize = 4;
-/// At most so many work on transfers for which training waits: enough for 200 Gbit/s.
+/// The most threads that work on transfers for which training waits: enough for 200 Gbit/s.
 const MOST: usize = 16;
 
 /// A runtime for transfers.
@@ -22,7 +22,7 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    /// Threads, those for blocking work included, that give way to all others.
+    /// Threads, including those for blocking work, that yield to all others.
     pub(super) fn idle() -> std::io::Result<Self> {
         Self::start(MOST_IDLE, give_way)
     }
@@ -62,7 +62,7 @@ impl Drop for Pool {
 pub(super) struct Task<T>(pub(super) JoinHandle<T>);
 
 impl<T> Task<T> {
-    /// Its end; `None` if its runtime stopped first. A panic of the task is one of ours.
+    /// Its result; `None` if its runtime stopped first. A panic of the task becomes one of ours.
     pub(super) async fn end(mut self) -> Option<T> {
         match (&mut self.0).await {
             Ok(value) => Some(value),

@@ -1,7 +1,7 @@
-//! Whether a store's create-once puts are atomic is found out, not believed.
+//! Tests whether a store's create-once puts are atomic.
 //!
-//! Some stores ignore `If-None-Match`; others answer it rightly in sequence and still let several racing writers win.
-//! The journal is safe on neither. A sequential test finds only the first kind, so creates are raced. Each create is
+//! Some stores ignore `If-None-Match`; others handle it correctly in sequence but still let several racing writers win.
+//! The journal is safe on neither. A sequential test finds only the first kind, so several creates race. Each create is
 //! one bare request here: the retries and the reading back of [`Store::create`] would hide what the store does.
 
 use bytes::Bytes;
@@ -16,13 +16,13 @@ use crate::{ids::random_hex, layout};
 
 const ROUNDS: usize = 3;
 const RACERS: usize = 16;
-/// Rounds that may be run again because nobody won: every request met a conflict, or the store was not reachable.
+/// Rounds that may be repeated because nobody won: every request met a conflict, or the store was not reachable.
 const SPARE_ROUNDS: usize = 3;
 
-/// What one bare create heard.
+/// The answer to one bare create.
 enum Heard {
     Created,
-    /// 412, or 409: not this one.
+    /// 412, or 409: this one did not win.
     Refused,
     Failed(object_store::Error),
 }
@@ -35,16 +35,15 @@ pub(super) async fn prove_create_is_atomic(store: &Store) -> Result<(), StorageE
         let key = format!("{}/{}", layout::PROBES, random_hex(16));
         let path = store.path(&key)?;
         let result = round(store, &key, &path).await;
-        // The probe is gone before its verdict is told. Asked for once: a store that does not answer has kept us long
-        // enough, and what could not be deleted is a few bytes.
+        // The probe is deleted before the verdict is reported. One attempt: a store that does not answer has delayed us
+        // long enough, and a leftover is a few bytes.
         if let Err(error) = object_store::ObjectStoreExt::delete(store.objects(), &path).await {
             tracing::debug!(%error, "probe key was not deleted");
         }
         match result {
             Ok(()) => proven += 1,
             Err(error) if spare > 0 && matches!(error, StorageError::Unavailable { .. }) => {
-                // A store that nobody serves is told from one that is busy by a request with all its retries, made
-                // once.
+                // One request with all its retries distinguishes a store that does not exist from a busy one.
                 if spare == SPARE_ROUNDS
                     && let Err(error @ StorageError::Unavailable { .. }) = store.head(&key).await
                 {
@@ -68,8 +67,8 @@ async fn create(store: &Store, path: &Path, body: &Bytes) -> Heard {
     }
 }
 
-/// A create was refused for good. Whether it was the condition that the store does not know, or something else in the
-/// request, a put without the condition tells.
+/// A create was refused for good. A put without the condition shows whether the store does not know the condition, or
+/// refuses something else in the request.
 async fn why_refused(store: &Store, key: &str, path: &Path, refused: Failure) -> StorageError {
     let unfit = |said: &dyn std::fmt::Display| StorageError::Unfit {
         reason: format!("{}: it does not know conditional puts: {said}", store.uri()),
@@ -85,7 +84,7 @@ async fn why_refused(store: &Store, key: &str, path: &Path, refused: Failure) ->
 
 async fn round(store: &Store, key: &str, path: &Path) -> Result<(), StorageError> {
     let unfit = |reason: String| Err(StorageError::Unfit { reason: format!("{}: {reason}", store.uri()) });
-    // Opens as many connections as there will be racers, so that all creates leave at once.
+    // Opens as many connections as there will be racers, so that all creates are sent at once.
     join_all((0..RACERS).map(|_| store.objects().head(path))).await;
 
     let bodies: Vec<Bytes> = (0..RACERS).map(|racer| format!("{racer} {}", random_hex(16)).into()).collect();
@@ -115,7 +114,7 @@ async fn round(store: &Store, key: &str, path: &Path) -> Result<(), StorageError
         ));
     }
     let Some(winner) = winners.first().and_then(|&racer| bodies.get(racer)) else {
-        // Nobody won: conflicts all round, or one succeeded and its answer was lost.
+        // Nobody won: only conflicts, or one succeeded and its answer was lost.
         let failure =
             failure.unwrap_or_else(|| Failure::transient("create", "every one of 16 parallel creates met a conflict"));
         return Err(failure.explain(&store.uri_of(key)));

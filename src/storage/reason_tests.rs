@@ -11,7 +11,7 @@ use super::{
 };
 use crate::error::{Explain, Kind};
 
-/// S3's answer to who asks in the wrong region; to a HEAD it has no body.
+/// S3's answer to a request in the wrong region; to a HEAD it has no body.
 fn elsewhere(request: &Request<Incoming>, status: u16, region: Option<&str>) -> Answer {
     let body = if request.method() == "HEAD" { String::new() } else { error_body("Moved") };
     let mut answer = answer(status, &body);

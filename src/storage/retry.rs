@@ -1,14 +1,14 @@
-//! What is tried again, how often, and how an error is put for people.
+//! Which requests are repeated, how often, and how an error is worded for people.
 //!
 //! Pauses have full jitter: a time drawn evenly between nothing and a bound that doubles (Brooker, "Exponential Backoff
-//! And Jitter", AWS Architecture Blog 2015), so that many clients which failed together don't come back together. A
-//! store that asks for less haste (503 `SlowDown`, 429) is asked again for as long as the budget of time lasts,
-//! whatever the number of attempts: it works, and while a bucket's partitions are split it may say so for minutes.
-//! Meanwhile [`super::pace`] sends it less.
+//! And Jitter", AWS Architecture Blog 2015), so that many clients which failed together don't come back together. If a
+//! store asks us to slow down (503 `SlowDown`, 429), the request is repeated for as long as the time budget lasts,
+//! whatever the number of attempts: the store works, and it may answer so for minutes while a bucket's partitions are
+//! split. Meanwhile [`super::pace`] reduces the requests.
 //!
-//! An attempt is given up when no answer came within a time that grows with its bytes and doubles with each attempt, so
-//! that a stalled connection is noticed soon and a thin link still gets through. Attempts end when one succeeds, when
-//! an answer can't change (not found, permission), when there were too many, or when the budget of time is used up.
+//! An attempt is given up if no answer comes within a time that grows with its bytes and doubles with each attempt, so
+//! that a stalled connection is noticed soon and a slow link still succeeds. Attempts end when one succeeds, when an
+//! answer can't change (not found, permission), when there were too many, or when the time budget is used up.
 
 use std::{
     error::Error as StdError,
@@ -28,12 +28,12 @@ use super::{
 };
 use crate::{cloud::credentials::NoCredentials, ids::random_hex};
 
-/// How much is tried.
+/// The limits of retries.
 #[derive(Clone, Debug)]
 pub(super) struct Policy {
-    /// Attempts in all; over a network `storage.attempts` of the configuration.
+    /// Attempts per request, including the first; over a network `storage.attempts` of the configuration.
     pub attempts: usize,
-    /// Attempts where credentials can't be had: on a machine without any, people should not wait long to hear it.
+    /// Attempts if credentials can't be had: on a machine without any, the error should come soon.
     pub credential_attempts: usize,
     /// The bound of the first pause; it doubles.
     pub first_pause: Duration,
@@ -58,7 +58,7 @@ impl Policy {
         patience: Some(Duration::from_secs(15)),
         patience_per_mib: Duration::from_secs(2),
     };
-    /// In this machine: nothing is gained by asking again.
+    /// Within this machine: repeating gains nothing.
     pub(super) const LOCAL: Self = Self { attempts: 1, patience: None, ..Self::REMOTE };
 
     /// Whether there is no network in between.
@@ -72,7 +72,7 @@ impl Policy {
         Self { attempts: 1, patience, patience_per_mib: Duration::ZERO, ..self.clone() }
     }
 
-    /// The pause after so many attempts (from 1): a share of a bound that doubles; `share` is from 0 to 1.
+    /// The pause after this many attempts (from 1): a share of a bound that doubles; `share` is from 0 to 1.
     fn pause(&self, attempts: usize, share: f64) -> Duration {
         let doublings = u32::try_from(attempts.saturating_sub(1)).unwrap_or(u32::MAX).min(30);
         self.first_pause.saturating_mul(1 << doublings).min(self.longest_pause).mul_f64(share.clamp(0.0, 1.0))
@@ -81,18 +81,18 @@ impl Policy {
 
 /// A random number from 0 to 1.
 fn random_share() -> f64 {
-    // Eight hex digits always are a number.
+    // Eight hex digits are always a number.
     f64::from(u32::from_str_radix(&random_hex(4), 16).unwrap_or(u32::MAX / 2)) / f64::from(u32::MAX)
 }
 
-/// What an error means for the next step.
+/// The consequence of an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// May go away by itself.
     Transient,
-    /// The store is well and asks for less haste.
+    /// The store is healthy but asks us to slow down.
     SlowDown,
-    /// Credentials can't be had just now, or never.
+    /// Credentials can't be had at the moment, or never.
     Credentials,
     NotFound,
     Permission,
@@ -100,7 +100,7 @@ pub(super) enum Verdict {
     NoBucket,
     /// The bucket is in another region.
     Region,
-    /// Asking again gives the same answer.
+    /// A repeated request gives the same answer.
     Permanent,
 }
 
@@ -110,7 +110,7 @@ pub(super) struct Failure {
     pub verdict: Verdict,
     /// No answer came in time.
     timed_out: bool,
-    /// Where the bucket is, if the store said so.
+    /// The bucket's region, if the store reports it.
     region: Option<String>,
     operation: &'static str,
     cause: Cause,
@@ -139,7 +139,7 @@ impl Failure {
         &self.cause
     }
 
-    /// The store says that it does not know what was asked.
+    /// Whether the store says that it does not know the requested operation.
     pub(super) fn is_not_implemented(&self) -> bool {
         self.cause.0.starts_with("501") || self.cause.0.contains("NotImplemented")
     }
@@ -148,7 +148,7 @@ impl Failure {
         self.verdict == Verdict::NotFound
     }
 
-    /// "Not found" was said of something else than the object that is being written.
+    /// "Not found" was about something other than the object being written.
     pub(super) fn not_of_the_object(mut self) -> Self {
         if self.is_not_found() {
             self.verdict = Verdict::Permanent;
@@ -156,7 +156,7 @@ impl Failure {
         self
     }
 
-    /// The error that the caller of the store gets.
+    /// The error for the store's caller.
     pub(super) fn explain(self, uri: &str) -> StorageError {
         let (operation, key, source) = (self.operation, uri.to_owned(), Box::new(self.cause));
         match self.verdict {
@@ -172,16 +172,16 @@ impl Failure {
     }
 }
 
-/// What a request waits for before it goes.
+/// The queue that a request waits in before it is sent.
 #[derive(Clone, Copy)]
 pub(super) enum Queue<'a> {
     /// Small requests: a fixed number at once.
     Control(&'a Semaphore),
-    /// Bulk transfers: as many at once as the store takes well, and uploads within the bandwidth that they are given.
+    /// Bulk transfers: as many at once as the store handles well, and uploads within their bandwidth.
     Bulk(&'a Gate, Option<&'a Cap>),
 }
 
-/// One operation, tried as often as the policy says.
+/// One operation, tried as often as the policy allows.
 pub(super) struct Attempts<'a> {
     policy: &'a Policy,
     queue: Queue<'a>,
@@ -191,13 +191,13 @@ pub(super) struct Attempts<'a> {
     again: Again<'a>,
 }
 
-/// Whether one attempt is more than one request, if the first hangs; see [`hedge`].
+/// Whether one attempt sends more than one request if the first hangs; see [`hedge`].
 #[derive(Clone, Copy)]
 pub(super) enum Again<'a> {
     Never,
     /// For small ones.
     Soon,
-    /// When it takes longer than others did, which it is measured for, too.
+    /// When it takes longer than others did; its own time is measured for that, too.
     By(&'a Tempo),
 }
 
@@ -209,7 +209,7 @@ impl<'a> Attempts<'a> {
         Self { policy, queue, operation, bytes, patience, again: Again::Never }
     }
 
-    /// For an operation that may be done twice, and that time may be short for.
+    /// For an operation that may be done twice, and may be short of time.
     pub(super) fn again(self, again: Again<'a>) -> Self {
         Self { again, ..self }
     }
@@ -220,7 +220,7 @@ impl<'a> Attempts<'a> {
         self
     }
 
-    /// Runs `request` until it succeeds or there is no point in going on.
+    /// Runs `request` until it succeeds or repeating is pointless.
     pub(super) async fn run<T, F, R>(&self, mut request: F) -> Result<T, Failure>
     where
         F: FnMut() -> R,
@@ -313,12 +313,12 @@ impl<'a> Attempts<'a> {
     }
 }
 
-/// Two writes met and neither stands: ask again.
+/// Two writes collided and neither stands: ask again.
 #[derive(Debug, thiserror::Error)]
 #[error("a conflicting write was under way")]
 struct Conflict(#[source] Box<object_store::Error>);
 
-/// Fewer bytes came than were announced or asked for.
+/// Fewer bytes came than were announced or requested.
 #[derive(Debug, thiserror::Error)]
 #[error("{got} bytes came instead of {wanted}")]
 struct CutShort {
@@ -331,7 +331,7 @@ pub(super) fn conflict(error: object_store::Error) -> object_store::Error {
     object_store::Error::Generic { store: "store", source: Box::new(Conflict(Box::new(error))) }
 }
 
-/// What the disk said.
+/// A disk's error.
 pub(super) fn of_file(error: std::io::Error) -> object_store::Error {
     object_store::Error::Generic { store: "file", source: Box::new(error) }
 }
@@ -341,7 +341,7 @@ pub(super) fn cut_short(wanted: u64, got: u64) -> object_store::Error {
     object_store::Error::Generic { store: "store", source: Box::new(CutShort { wanted, got }) }
 }
 
-/// Whether the error says by itself what it means for a ranged read.
+/// Whether the error alone explains a failed ranged read.
 pub(super) fn is_answer(error: &object_store::Error) -> bool {
     use Verdict::{Credentials, NoBucket, NotFound, Permission, Region};
     matches!(classify(error), NotFound | Permission | Credentials | NoBucket | Region)
@@ -351,8 +351,8 @@ fn chain<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (d
     std::iter::successors(Some(error), |error: &&'a (dyn StdError + 'static)| (*error).source())
 }
 
-/// What `error` means. object_store keeps the HTTP status of many errors only in their text: the tests against a real
-/// server hold the wording.
+/// The verdict on `error`. object_store keeps the HTTP status of many errors only in their text: the tests against a
+/// real server check the wording.
 pub(super) fn classify(error: &object_store::Error) -> Verdict {
     use object_store::Error;
     let text = whole_text(error);
@@ -368,11 +368,11 @@ pub(super) fn classify(error: &object_store::Error) -> Verdict {
     if EXPIRED.iter().chain(&REFUSED_KEYS).any(|code| text.contains(code)) {
         return Verdict::Permission;
     }
-    // The bucket's key: disabled, deleted or another account's. S3 says 400, and asking again changes nothing.
+    // The bucket's key: disabled, deleted or another account's. S3 says 400, and a repeated request gets the same.
     if text.contains("<Code>KMS.") {
         return if text.contains("Throttl") { Verdict::SlowDown } else { Verdict::Permission };
     }
-    // A body that arrived otherwise than it was sent, or too slowly: S3 says 400, but the next try may fare better.
+    // A body that arrived altered, or too slowly: S3 says 400, but the next attempt may succeed.
     if ["BadDigest", "XAmzContentChecksumMismatch", "IncompleteBody", "RequestTimeout"].iter().any(|t| text.contains(t))
     {
         return Verdict::Transient;
@@ -401,7 +401,7 @@ pub(super) fn classify(error: &object_store::Error) -> Verdict {
     }
     match status(&text) {
         Some(429) => Verdict::SlowDown,
-        // S3 means "too many", others word it so too; a 503 without it is a store that is down.
+        // S3 means "too many", and others word it so, too; a 503 without it is a store that is down.
         Some(503)
             if ["SlowDown", "Slow Down", "reduce your request rate", "ServerBusy"].iter().any(|t| text.contains(t)) =>
         {
@@ -421,7 +421,7 @@ pub(super) fn classify(error: &object_store::Error) -> Verdict {
     }
 }
 
-/// What stores say of keys, signatures and clocks, with 400 or 403.
+/// Errors about keys, signatures and clocks, with 400 or 403.
 const REFUSED_KEYS: [&str; 6] = [
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
@@ -431,7 +431,7 @@ const REFUSED_KEYS: [&str; 6] = [
     "AuthorizationHeaderMalformed",
 ];
 
-/// The bucket is in another region than the one that was asked, or signed for: codes of S3's errors, and redirects.
+/// The bucket is in another region than the requested one, or the one signed for: codes of S3's errors, and redirects.
 fn is_elsewhere(text: &str) -> bool {
     let says = |words: &[&str]| words.iter().any(|word| text.contains(word));
     let of_the_key = says(&["Access Key", "Credential="]);
@@ -448,7 +448,7 @@ fn region_in(text: &str) -> Option<String> {
     sound.then(|| named.to_owned())
 }
 
-/// A refusal whose reason did not come along: a HEAD's answer has no body.
+/// A refusal without its reason: a HEAD's answer has no body.
 pub(super) fn is_mute(error: &object_store::Error) -> bool {
     let text = whole_text(error);
     !text.contains("<Code>") && matches!(status(&text), Some(400 | 401 | 403))
@@ -458,7 +458,7 @@ fn whole_text(error: &object_store::Error) -> String {
     chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-/// The request that failed was one to an instance metadata service.
+/// Whether the failed request was one to an instance metadata service.
 fn is_about_credentials(text: &str) -> bool {
     ["169.254.169.254", "169.254.170.2", "/latest/api/token", "iam/security-credentials", "metadata.google.internal"]
         .iter()
@@ -471,8 +471,8 @@ fn status(text: &str) -> Option<u16> {
     rest.get(..3)?.parse().ok()
 }
 
-/// A cause put for people, on one line: an HTTP status with the store's own code and message, or the innermost error.
-/// Holds no URL, so no signature or token.
+/// A cause worded for people, on one line: an HTTP status with the store's own code and message, or the innermost
+/// error. Contains no URL, so no signature or token.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub(super) struct Cause(String);
@@ -497,7 +497,7 @@ impl Cause {
             return Self("redirected".into());
         }
         let innermost = chain(error).last().map(ToString::to_string).unwrap_or_default();
-        // A transport error says less than its parents: "connect error" and "connection refused" belong together.
+        // A transport error says less than its causes: "connect error" and "connection refused" belong together.
         let said = chain(error)
             .skip_while(|cause| !cause.is::<object_store::client::HttpError>())
             .skip(1)

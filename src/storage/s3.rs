@@ -1,10 +1,11 @@
-//! What object_store does not ask S3 for: the checksum that the store itself keeps of an object, the multipart uploads
-//! that nobody has finished, and what the bucket's lifecycle rules do with those.
+//! S3 requests that object_store lacks: for the store's own checksum of an object, the unfinished multipart uploads,
+//! and the bucket's lifecycle rules for those.
 //!
 //! One source of credentials: they are taken from the object_store client of the same bucket for each request, so the
 //! rules of [`super::open`] hold here too (environment, web identity, instance role; endpoints that are not encrypted
 //! only on this machine). Retries and time-outs are those of [`super::retry`]; the SDK's own are switched off. Errors
-//! are put in object_store's words, so that both clients' answers are sorted and told alike, and no secret is in them.
+//! are expressed in object_store's terms, so that both clients' answers are classified and reported alike, without
+//! secrets.
 //!
 //! Only reads are made here. *Crash, retry, cancel:* nothing is changed.
 
@@ -21,10 +22,10 @@ use object_store::aws::AwsCredentialProvider;
 use super::{Crc64, StorageError, Store};
 use crate::cloud::direct;
 
-/// The most pages of a listing that are believed: 1,000 uploads each.
+/// The most pages of a listing that are accepted: 1,000 uploads each.
 const MAX_PAGES: usize = 1000;
 
-/// How a bucket is reached; see [`super::open`].
+/// The address of a bucket; see [`super::open`].
 #[derive(Clone)]
 pub(super) struct Place {
     pub bucket: String,
@@ -40,7 +41,7 @@ pub(super) struct Place {
 /// A second client of a bucket.
 pub(super) struct Bucket {
     place: Place,
-    /// Made when it is first needed: it reads the machine's certificates.
+    /// Created at first use: it reads the machine's certificates.
     client: OnceLock<Client>,
 }
 
@@ -61,12 +62,12 @@ impl fmt::Debug for Bucket {
 }
 
 impl Bucket {
-    /// No request is made. `None`: this endpoint can't be reached so.
+    /// No request is made. `None`: this endpoint can't be reached this way.
     pub(super) fn new(mut place: Place) -> Option<Self> {
         if place.virtual_hosted
             && let Some(endpoint) = &place.endpoint
         {
-            // object_store wants the bucket in such an endpoint already, the SDK puts it there.
+            // object_store expects the bucket in such an endpoint; the SDK adds it.
             place.endpoint = Some(without_bucket(endpoint, &place.bucket)?);
         }
         Some(Self { place, client: OnceLock::new() })
@@ -80,7 +81,7 @@ impl Bucket {
                 .force_path_style(!self.place.virtual_hosted)
                 .retry_config(RetryConfig::disabled())
                 .http_client(direct::sdk_client())
-                // Each request brings its own credentials; those of the one before are not to be used again.
+                // Each request brings its own credentials; those of the previous one must not be used again.
                 .identity_cache(SharedIdentityCache::new(IdentityCache::no_cache()));
             if let Some(endpoint) = &self.place.endpoint {
                 config = config.endpoint_url(endpoint);
@@ -92,7 +93,7 @@ impl Bucket {
         })
     }
 
-    /// What signs one request.
+    /// The credentials that sign one request.
     async fn signed(&self) -> object_store::Result<aws_sdk_s3::config::Builder> {
         let config = aws_sdk_s3::config::Builder::new();
         let Some(provider) = &self.place.credentials else { return Ok(config) };
@@ -107,7 +108,7 @@ impl Bucket {
         let head = head.customize().config_override(self.signed().await?).send().await.map_err(|e| told("HEAD", e))?;
         let size = head.content_length().and_then(|length| u64::try_from(length).ok());
         let size = size.ok_or_else(|| said("the answer to HEAD has no length".into()))?;
-        // Of this checksum S3 knows no other kind than that of the whole object; a server that says otherwise means
+        // For this checksum S3 has no other kind than that of the whole object; a server that says otherwise means
         // parts.
         let whole = head.checksum_type().is_none_or(|kind| *kind == ChecksumType::FullObject);
         let crc64 = head.checksum_crc64_nvme().filter(|_| whole).and_then(parse_crc64);
@@ -125,8 +126,8 @@ impl Bucket {
             let list = list.set_key_marker(key).set_upload_id_marker(id).customize();
             let page = list.config_override(self.signed().await?).send().await.map_err(|e| told("LIST", e))?;
             for upload in page.uploads() {
-                // One without a key, an id or a time can't be judged, so it is left alone; so is one that was not asked
-                // for.
+                // One without a key, an id or a time can't be judged, so it is left alone; so is one outside the
+                // prefix.
                 if let (Some(key), Some(id), Some(started)) = (upload.key(), upload.upload_id(), upload.initiated())
                     && let Ok(started) = jiff::Timestamp::from_second(started.secs())
                     && key.starts_with(prefix)
@@ -150,8 +151,7 @@ impl Bucket {
         Err(said(format!("the listing of uploads has more than {MAX_PAGES} pages")))
     }
 
-    /// Days after which an enabled lifecycle rule aborts uploads below `prefix` that nobody has finished; `None`: none
-    /// does.
+    /// Days after which an enabled lifecycle rule aborts unfinished uploads below `prefix`; `None`: none does.
     pub(super) async fn abort_after(&self, prefix: &str) -> object_store::Result<Option<u32>> {
         let ask = self.client().get_bucket_lifecycle_configuration().bucket(&self.place.bucket).customize();
         let answer = match ask.config_override(self.signed().await?).send().await {
@@ -168,8 +168,8 @@ impl Bucket {
     }
 }
 
-/// Whether a rule holds for every key that begins with `prefix`. One that wants tags or sizes does not: uploads have
-/// none yet.
+/// Whether a rule holds for every key that begins with `prefix`. A rule with tags or sizes does not: uploads have none
+/// yet.
 #[expect(deprecated, reason = "rules are still written with a prefix outside of a filter, and S3 obeys them")]
 fn covers(rule: &LifecycleRule, prefix: &str) -> bool {
     let filter = rule.filter();
@@ -183,18 +183,18 @@ fn covers(rule: &LifecycleRule, prefix: &str) -> bool {
     !narrow && prefix.starts_with(start)
 }
 
-/// What a store itself says of an object.
+/// The store's own facts about an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoredObject {
     /// Bytes.
     pub size: u64,
-    /// The checksum that the store keeps of all of them; `None`: it keeps none, or not this one.
+    /// The store's checksum of all of them; `None`: it keeps none, or not this one.
     pub crc64: Option<Crc64>,
 }
 
 impl Store {
-    /// What the store says of an object, without a download: its size and, on S3, the checksum that the store has made
-    /// of it when it was put.
+    /// The store's facts about an object, without a download: its size and, on S3, the checksum that the store computed
+    /// when the object was uploaded.
     pub async fn stored(&self, key: &str) -> Result<StoredObject, StorageError> {
         let Some(bucket) = &self.inner.lanes.backend.s3 else {
             return Ok(StoredObject { size: self.head(key).await?.size, crc64: None });
@@ -219,7 +219,7 @@ fn without_bucket(endpoint: &str, bucket: &str) -> Option<String> {
     (!host.is_empty()).then(|| format!("{scheme}://{host}"))
 }
 
-/// Base64 of eight bytes, big-endian, as S3 writes a CRC64 (RFC 4648, section 4). Anything else is no checksum.
+/// Base64 of eight bytes, big-endian, as S3 writes a CRC64 (RFC 4648, section 4). Any other text is no checksum.
 fn parse_crc64(text: &str) -> Option<Crc64> {
     let digits = text.strip_suffix('=').filter(|digits| digits.len() == 11)?;
     let value = digits.bytes().try_fold(0_u128, |value, byte| {
@@ -237,12 +237,12 @@ fn parse_crc64(text: &str) -> Option<Crc64> {
     (value & 3 == 0).then(|| u64::try_from(value >> 2).ok().map(Crc64))?
 }
 
-/// An error without an answer; worth another try.
+/// An error without an answer; may be transient.
 fn said(text: String) -> object_store::Error {
     object_store::Error::Generic { store: "S3", source: text.into() }
 }
 
-/// An SDK's error in object_store's words, which [`super::retry`] sorts by.
+/// An SDK's error in object_store's terms, by which [`super::retry`] classifies.
 fn told<E>(operation: &str, error: SdkError<E>) -> object_store::Error
 where
     E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,

@@ -1,4 +1,4 @@
-//! S3 over HTTP, in this process: a store that is known not to be atomic, and a server that answers what it is told.
+//! S3 over HTTP, in this process: a store that is known not to be atomic, and a server with prepared answers.
 
 use std::sync::{
     Arc,

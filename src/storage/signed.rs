@@ -1,15 +1,15 @@
-//! Writes to S3 in requests of our own, for what object_store can't say: a checksum that is known already, the whole
-//! object's checksum when parts are put together, a storage class for an object in parts.
+//! Writes to S3 in requests of our own, for features that object_store lacks: a checksum that is already known, the
+//! whole object's checksum when parts are combined, a storage class for an object in parts.
 //!
-//! object_store sums every body that it sends, which would be the second time; it forgets what it summed. So large
-//! bodies go out from here: straight from the caller's pages, unsigned over the body (the CRC covers it from end to
-//! end), with the CRC64-NVME that was computed once. S3 holds each part against its checksum and answers 400
-//! `BadDigest` otherwise; when the parts are put together, it holds their combined checksum against the one of the
-//! whole, and keeps that for `HeadObject` (Amazon S3 User Guide, "Checking object integrity", full-object checksums).
+//! object_store sums every body that it sends, which would be the second time, and then forgets the sum. So large
+//! bodies are sent from here: straight from the caller's pages, unsigned over the body (the CRC covers it from end to
+//! end), with the CRC64-NVME that was computed once. S3 checks each part against its checksum and answers 400
+//! `BadDigest` on a mismatch; when the parts are combined, it checks their combined checksum against that of the whole,
+//! and keeps that for `HeadObject` (Amazon S3 User Guide, "Checking object integrity", full-object checksums).
 //!
-//! Credentials, their renewal, the endpoint and the way to address a bucket stay object_store's: it signs a URL, of
-//! which only the place is used; the request itself is signed in its headers (AWS Signature Version 4), because URLs
-//! end up in logs.
+//! object_store still provides credentials, their renewal, the endpoint and the way to address a bucket: it signs a
+//! URL, of which only the address is used; the request itself is signed in its headers (AWS Signature Version 4),
+//! because URLs end up in logs.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,12 +31,12 @@ const CHECKSUM_TYPE: HeaderName = HeaderName::from_static("x-amz-checksum-type")
 const CHECKSUM_ALGORITHM: HeaderName = HeaderName::from_static("x-amz-checksum-algorithm");
 const CHECKSUM_MODE: HeaderName = HeaderName::from_static("x-amz-checksum-mode");
 
-/// A part that the store has taken.
+/// A part that the store has accepted.
 #[derive(Clone, Debug)]
 pub(super) struct TakenPart {
-    /// What the store calls it.
+    /// The store's name for it.
     pub e_tag: String,
-    /// Whether the store said the part's checksum back, so that it knows of them.
+    /// Whether the store returned the part's checksum, which shows that it supports them.
     pub summed: bool,
     /// The part's checksum.
     pub crc64: Crc64,
@@ -49,11 +49,12 @@ pub(super) struct S3 {
     pub http: HttpClient,
     pub region: String,
     pub requester_pays: bool,
-    /// What every object gets: encryption and storage class.
+    /// The headers of every object: encryption and storage class.
     pub object_headers: Vec<(HeaderName, HeaderValue)>,
 }
 
-/// An answer other than success. object_store's errors have the same words, by which [`super::retry`] sorts them.
+/// An answer other than success. object_store's errors have the same wording, by which [`super::retry`] classifies
+/// them.
 #[derive(Debug, thiserror::Error)]
 enum Answer {
     #[error("status code: {status}: {body}")]
@@ -114,7 +115,7 @@ impl S3 {
         is_said_back(response.headers().get(CHECKSUM), crc64).map(drop)
     }
 
-    /// Begins an object in parts; gives the upload's id.
+    /// Begins an object in parts; returns the upload's id.
     pub(super) async fn begin(&self, path: &Path) -> object_store::Result<String> {
         let headers = self.object_headers.iter().cloned().chain([
             (CHECKSUM_ALGORITHM, HeaderValue::from_static("CRC64NVME")),
@@ -143,7 +144,7 @@ impl S3 {
         Ok(TakenPart { e_tag: e_tag.ok_or_else(|| failed(Answer::Without("ETag")))?, summed, crc64 })
     }
 
-    /// Puts the parts together. A store that knows checksums refuses if the whole is not what we summed.
+    /// Combines the parts. A store that knows checksums refuses if the whole does not match our sum.
     pub(super) async fn complete(
         &self,
         path: &Path,
@@ -169,11 +170,11 @@ impl S3 {
         is_put_together(status, read(response).await?, whole)
     }
 
-    /// An object's size and, where the store keeps one, whether its checksum is `expected`.
+    /// An object's size and, if the store keeps a checksum, whether it is `expected`.
     pub(super) async fn look(&self, path: &Path, expected: Crc64) -> object_store::Result<(u64, Option<bool>)> {
         let mode = [(CHECKSUM_MODE, HeaderValue::from_static("ENABLED"))];
         let response = match self.send(Method::HEAD, path, &[], mode, Bytes::new()).await {
-            // The answer to a GET says why.
+            // The answer to a GET gives the reason.
             Err(error) if is_mute(&error) => {
                 let first = [(HeaderName::from_static("range"), HeaderValue::from_static("bytes=0-0"))];
                 return Err(self.send(Method::GET, path, &[], first, Bytes::new()).await.err().unwrap_or(error));
@@ -194,8 +195,8 @@ fn is_kept(kind: Option<&str>, found: Option<&str>, expected: Crc64) -> Option<b
     found.filter(|_| whole).map(|found| found == expected.base64())
 }
 
-/// What the answer to a completion says. S3 begins to answer before it is done: a failure may come as a success whose
-/// body is an error.
+/// The meaning of the answer to a completion. S3 begins to answer before it is done: a failure may come as a success
+/// whose body is an error.
 fn is_put_together(status: String, answer: String, whole: Crc64) -> object_store::Result<()> {
     if answer.contains("<Error>") {
         return Err(failed(Answer::Refused { status, body: answer }));
@@ -208,7 +209,7 @@ fn is_put_together(status: String, answer: String, whole: Crc64) -> object_store
     }
 }
 
-/// Whether the store says our checksum back; another one is an error.
+/// Whether the store returned our checksum; a different one is an error.
 fn is_said_back(found: Option<&HeaderValue>, crc64: Crc64) -> object_store::Result<bool> {
     let Some(found) = found else { return Ok(false) };
     let expected = crc64.base64();
@@ -219,7 +220,7 @@ fn is_said_back(found: Option<&HeaderValue>, crc64: Crc64) -> object_store::Resu
     Err(failed(Answer::OtherChecksum { expected, found }))
 }
 
-/// An answer's body as text, as far as [`MAX_ANSWER`].
+/// An answer's body as text, up to [`MAX_ANSWER`].
 async fn read(response: HttpResponse) -> object_store::Result<String> {
     let mut chunks = response.into_body().bytes_stream();
     let mut body = Vec::new();

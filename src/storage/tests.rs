@@ -1,4 +1,4 @@
-//! One contract, held against every kind of store, and each fault that a store may have.
+//! One contract, checked against every kind of store, and each fault that a store may have.
 
 use std::{
     sync::{
@@ -74,7 +74,7 @@ pub(super) async fn contract(store: &Store) {
     let folder = store.folder("contract").folder("inner");
     assert_eq!(folder.uri(), format!("{}/contract/inner", store.uri()));
 
-    // Reading what is not there.
+    // Reading an object that does not exist.
     assert!(matches!(folder.get("none", 10).await, Err(StorageError::NotFound { key }) if key.ends_with("inner/none")));
     assert!(matches!(folder.get_range("none", 0..1).await, Err(StorageError::NotFound { .. })));
     assert!(matches!(folder.head("none").await, Err(StorageError::NotFound { .. })));
@@ -333,7 +333,7 @@ async fn parts_that_fail_are_sent_again_and_a_lost_completion_is_confirmed() {
     let put = store.upload("k", body.clone(), |_| {}).await.unwrap();
     assert_eq!(put.crc64, Crc64::of(&body));
     assert!(store.get("k", 32 << 20).await.unwrap() == body);
-    // This store keeps no checksum of ours: what stands there was read back.
+    // This store keeps no checksum of ours: the existing object was read back.
     assert_eq!((faulty.count("complete"), faulty.count("abort")), (2, 0));
 }
 
@@ -380,7 +380,7 @@ async fn a_failed_upload_is_aborted() {
     assert!(matches!(store.head("k").await, Err(StorageError::NotFound { .. })));
 }
 
-/// An outage counts once: who made the upload hears of it, and the parts are seen to beside what comes next.
+/// An outage counts once: the upload's caller gets the error, and the parts are removed in the background.
 #[tokio::test]
 async fn an_upload_that_failed_is_told_before_its_parts_are_given_up() {
     let faulty = Faulty::new(|op, _, _| match op {

@@ -75,7 +75,7 @@ async fn the_store_keeps_the_checksum_of_the_whole_object() {
     let asked = Asked { checksum_type: Some("FULL_OBJECT".into()), ..Asked::default() };
     let begun = Asked { checksum_algorithm: Some("CRC64NVME".into()), ..asked.clone() };
     assert_eq!(parts("CreateMultipartUpload"), begun);
-    // Said with each body, so that the store refuses what was changed on its way.
+    // Sent with each body, so that the store refuses one that was changed in transfer.
     assert_eq!(parts("PutObject").checksum, Some(Crc64::of(&pattern(1 << 20)).base64()));
     assert!(parts("UploadPart").checksum.is_some());
     let whole = Crc64::of(&pattern(23 << 20)).base64();
@@ -124,7 +124,7 @@ async fn ranges_that_are_cut_or_refused_are_got_again_whole() {
     proxy.arm(next(1, "GET", "", proxy::Fault::SlowDown));
     let sum = store.get_into("k", 1, vec![0; (3 << 20) - 1]).await.unwrap();
     assert_eq!((sum, proxy.broken()), (Crc64::of(&body[1..]), 2));
-    // A flipped bit is not the transfer's to see: the sum that it gives is that of what came.
+    // A transfer can't detect a flipped bit: its sum is that of the bytes that arrived.
     proxy.disarm();
     proxy.arm(next(1, "GET", "", proxy::Fault::FlipResponse(77)));
     let sum = store.get_into("k", 0, vec![0; 3 << 20]).await.unwrap();
@@ -192,7 +192,7 @@ async fn encryption_and_storage_class_reach_the_store_with_every_object() {
         assert_eq!(Asked { checksum_type: None, checksum_algorithm: None, ..begun }, expected);
         assert_eq!(asked("whole", "PutObject"), expected);
         assert_eq!(asked(&format!("{encryption:?}{}", key.is_some()), "PutObject"), expected);
-        // What is overwritten every few seconds would pay a class's least storage time for each.
+        // An object overwritten every few seconds would pay a class's least storage time for each version.
         assert_eq!(asked("heartbeat", "PutObject"), Asked { storage_class: None, ..expected });
     }
     let store = client(&server.endpoint(), &settings());
@@ -239,7 +239,7 @@ async fn an_urgent_upload_is_not_held_back_by_the_cap() {
         Store::open("memory://", &settings).unwrap(),
         Store::open(&format!("file://{}", folder.path().display()), &settings).unwrap(),
     ] {
-        // What is on its way will take twelve days.
+        // The upload under way will take twelve days.
         store.cap().unwrap().take(1 << 40).await;
         let waiting = tokio::spawn({
             let store = store.clone();

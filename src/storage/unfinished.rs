@@ -1,18 +1,18 @@
-//! What killed uploads leave behind: on S3 multipart uploads that were neither completed nor aborted, whose parts are
-//! paid for and shown in no listing; on `file://` hidden files. Elsewhere the store clears them away by itself.
+//! The leftovers of killed uploads: on S3 multipart uploads that were neither completed nor aborted, whose parts cost
+//! money but appear in no listing; on `file://` hidden files. Other stores remove them by themselves.
 //!
-//! *Crash, retry, cancel:* each is discarded by one request, and discarding one that is gone is fine.
+//! *Crash, retry, cancel:* each is discarded by one request; discarding one that is already gone succeeds.
 
 use std::path::{Path as FilePath, PathBuf};
 
 use super::{StorageError, Store, retry::Failure};
 
-/// Something that an upload to a folder has left behind, or is at work on just now.
+/// An object that an upload to a folder has left behind, or is still working on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unfinished {
-    /// The key that it was to have, relative to the store handle that found it.
+    /// Its intended key, relative to the store handle that found it.
     pub key: String,
-    /// When it was begun (S3) or last written to (`file://`), by the store's clock.
+    /// When it began (S3) or was last written to (`file://`), by the store's clock.
     pub since: jiff::Timestamp,
     place: Place,
 }
@@ -61,7 +61,7 @@ async fn discard(store: &Store, left: &Unfinished) -> Result<(), StorageError> {
     }
 }
 
-/// The end of a piece of work on the local file system.
+/// The result of work on the local file system.
 fn settled<T>(store: &Store, done: Result<std::io::Result<T>, tokio::task::JoinError>) -> Result<T, StorageError> {
     match done {
         Ok(Ok(value)) => Ok(value),
@@ -91,14 +91,14 @@ fn look_into(folder: &FilePath, prefix: &str, found: &mut Vec<Unfinished>) -> st
             Err(error) if gone(&error) => continue,
             Err(error) => return Err(error),
         };
-        // A name that is not UTF-8 is none of ours.
+        // A name that is not UTF-8 is not ours.
         let Ok(name) = entry.file_name().into_string() else { continue };
         if metadata.is_dir() {
             look_into(&entry.path(), &format!("{prefix}{name}/"), found)?;
         } else if metadata.is_file()
             && let Some(place) = unfinished_name(&name)
         {
-            // One whose time is not known is not old.
+            // If its time is not known, it does not count as old.
             let since = metadata.modified().ok().and_then(|since| jiff::Timestamp::try_from(since).ok());
             let since = since.unwrap_or(jiff::Timestamp::MAX);
             found.push(Unfinished { key: format!("{prefix}{place}"), since, place: Place::File(entry.path()) });
@@ -107,7 +107,7 @@ fn look_into(folder: &FilePath, prefix: &str, found: &mut Vec<Unfinished>) -> st
     Ok(())
 }
 
-/// The place that a file named `<name>#<digits>` is meant for: object_store names a file so that is not yet in its
+/// The place that a file named `<name>#<digits>` is meant for: object_store's name for a file that is not yet in its
 /// place.
 fn unfinished_name(name: &str) -> Option<&str> {
     let (place, number) = name.split_once('#')?;
@@ -115,14 +115,14 @@ fn unfinished_name(name: &str) -> Option<&str> {
 }
 
 impl Store {
-    /// What uploads to this folder have left behind, those under way included: by age and key the caller tells them
-    /// apart.
+    /// The leftovers of uploads to this folder, including uploads under way: the caller distinguishes them by age and
+    /// key.
     pub async fn unfinished(&self) -> Result<Vec<Unfinished>, StorageError> {
         unfinished(self).await
     }
 
-    /// Discards what an upload has left behind; if it is gone, or has been finished, nothing happens. The handle must
-    /// be the one that found it.
+    /// Discards an upload's leftover; if it is gone, or was finished, nothing happens. The handle must be the one that
+    /// found it.
     pub async fn discard(&self, left: &Unfinished) -> Result<(), StorageError> {
         discard(self, left).await
     }

@@ -1,19 +1,19 @@
 //! Large objects in parts.
 //!
 //! Parts are slices of the caller's bytes: nothing is copied on the way to the socket. The CRC64-NVME of each part is
-//! computed once, on a blocking thread; it goes out with the part where the store can check it (S3: [`super::signed`]),
-//! and the parts' sums are combined into the one of the object. Google's and Azure's stores get their parts from
-//! object_store. On `file://` the parts are written into one hidden file, which is synced and renamed into its place
+//! computed once, on a blocking thread; it is sent with the part if the store can check it (S3: [`super::signed`]), and
+//! the parts' sums are combined into that of the object. For Google's and Azure's stores object_store sends the parts.
+//! On `file://` the parts are written into one hidden file, which is synced and renamed into its place
 //! ([`super::local`]).
 //!
 //! # Names are not spread over prefixes
-//! S3 takes at least 3,500 writes and 5,500 reads a second on each partition of a bucket's keys (Amazon S3 User Guide,
-//! "Best practices design patterns"), and parts count as writes. With parts of 16 MiB that is 55 GiB/s up and 86 GiB/s
-//! down; one node with 100 Gbit/s moves 11.6 GiB/s, 745 requests a second, a fifth of the budget of *one* partition. A
-//! run has one node, and its few small requests a second don't count. So a hash in front of the names would cost
-//! readable, listable folders and gain nothing. Were a bucket shared by so many runs that the budget binds, S3 answers
-//! `SlowDown` while it splits the partition; [`super::pace`] then halves what is in flight, and `storage.part_mib = 64`
-//! quarters the requests.
+//! S3 handles at least 3,500 writes and 5,500 reads a second on each partition of a bucket's keys (Amazon S3 User
+//! Guide, "Best practices design patterns"), and parts count as writes. With parts of 16 MiB that is 55 GiB/s up and 86
+//! GiB/s down; one node with 100 Gbit/s moves 11.6 GiB/s, 745 requests a second, a fifth of the budget of *one*
+//! partition. A run has one node, and its few small requests a second don't count. So a hash in front of the names
+//! would cost readable, listable folders and gain nothing. If many runs share a bucket and exceed the budget, S3
+//! answers `SlowDown` while it splits the partition; [`super::pace`] then halves the requests in flight, and
+//! `storage.part_mib = 64` quarters the requests.
 
 use std::sync::Arc;
 
@@ -35,12 +35,12 @@ use super::{
 
 /// The most parts of one upload (S3's limit; Google's is the same, Azure's is higher).
 const MAX_PARTS: u64 = 10_000;
-/// The smallest part that S3 takes, but for the last.
+/// The smallest part that S3 accepts, except for the last.
 const MIN_PART: u64 = 5 << 20;
-/// Parts of one file that are summed and written at once: the next is summed while this one goes to the disk.
+/// Parts of one file that are summed and written at once: one is summed while another goes to the disk.
 const FILE_PARTS: usize = 2;
 
-/// How large objects get into a store.
+/// The way in which large objects are written to a store.
 #[derive(Clone)]
 pub(super) enum Large {
     /// Into a file, by position.
@@ -51,7 +51,7 @@ pub(super) enum Large {
     Parts(Arc<dyn MultipartStore>),
 }
 
-/// What the store says of a part.
+/// The store's answer to a part.
 pub(super) enum Part {
     S3(TakenPart),
     Other(PartId),
@@ -166,7 +166,7 @@ pub(super) async fn upload(
     sent.map(|crc64| Uploaded { bytes: len, crc64 }).map_err(|failure| failure.explain(&store.uri_of(key)))
 }
 
-/// On a thread of its own: a checksum of many MiB would hold up every timer and heartbeat of this thread.
+/// On a thread of its own: a checksum of many MiB would delay every timer and heartbeat of this thread.
 async fn checksum(bytes: Bytes) -> Result<Crc64, Failure> {
     tokio::task::spawn_blocking(move || Crc64::of(&bytes)).await.map_err(|_| Failure::stopped("upload"))
 }
@@ -179,7 +179,7 @@ fn parts(body: &Bytes, size: u64) -> impl Iterator<Item = Bytes> {
 }
 
 impl Upload<'_> {
-    /// In one request.
+    /// As one request.
     async fn whole(&self, body: Bytes) -> Result<Crc64, Failure> {
         let (len, crc64) = (body.len() as u64, checksum(body.clone()).await?);
         let request = || async {
@@ -199,7 +199,7 @@ impl Upload<'_> {
 
     async fn in_parts(&self, large: &Large, body: &Bytes) -> Result<Crc64, Failure> {
         let lanes = self.lanes;
-        // One that was begun twice is swept as what a killed upload leaves.
+        // An upload begun twice is swept like the leftover of a killed one.
         let begin = self.store.small(lanes, "upload").again(Again::Soon);
         let id = begin.run(|| large.begin(self.path)).await?;
         let target = Target { store: self.store.clone(), lanes: Arc::clone(lanes), path: self.path.clone(), id };
@@ -220,8 +220,8 @@ impl Upload<'_> {
         if sent.is_ok() {
             guard.target = None;
         }
-        // Else it is aborted beside what comes next: a store that is out would keep the caller from the next try for as
-        // long again.
+        // Otherwise it is aborted in the background: a store that does not answer would delay the caller's next attempt
+        // for as long again.
         sent
     }
 
@@ -233,8 +233,8 @@ impl Upload<'_> {
         Ok((taken, crc64, len))
     }
 
-    /// Completes an upload. A repeated request may hear "no such upload" after a success whose answer was lost: what
-    /// stands there tells. Its size does not: an older attempt left an object of the same size.
+    /// Completes an upload. A repeated request may get "no such upload" after a success whose answer was lost: the
+    /// object itself decides. Its size does not: an older attempt may have left an object of the same size.
     async fn complete(&self, large: &Large, id: &str, sent: &Sent) -> Result<(), Failure> {
         let tries = std::sync::atomic::AtomicUsize::new(0);
         let request = || async {
@@ -250,14 +250,13 @@ impl Upload<'_> {
                 other => other,
             }
         };
-        // The store may take long to put thousands of parts together, and we to read the object back.
-        // S3 says with one more small request what came of the other; elsewhere the object would be read back.
+        // The store may take long to combine thousands of parts, and we to read the object back. On S3 one more small
+        // request shows the outcome of the first; elsewhere the object would be read back.
         let again = if large.is_s3() { Again::By(&self.store.inner.completions) } else { Again::Never };
         self.store.small(self.lanes, "upload").slow().again(again).run(request).await
     }
 
-    /// Whether the object that stands is byte for byte what was sent: by the checksum that the store keeps, or else by
-    /// reading it.
+    /// Whether the stored object is byte for byte the one sent: by the store's checksum, or else by reading it.
     async fn stands(&self, large: &Large, sent: &Sent) -> object_store::Result<bool> {
         let found = async {
             if let Large::S3(s3) = large {
@@ -300,14 +299,14 @@ impl Upload<'_> {
         let writes: Vec<_> = writes.collect();
         let combine = |whole: Crc64, (crc64, len)| async move { Ok(whole.followed_by(crc64, len)) };
         let crc64 = futures::stream::iter(writes).buffered(FILE_PARTS).try_fold(Crc64::EMPTY, combine).await?;
-        // All writes have ended, and with them their hold on it.
+        // All writes have ended, and released it.
         let staged = Arc::into_inner(staged).ok_or_else(|| Failure::stopped("upload"))?;
         on_disk(move || staged.finish()).await?;
         Ok(crc64)
     }
 }
 
-/// Runs `work` where it may wait for a disk.
+/// Runs `work` on a thread that may wait for a disk.
 async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T, Failure> {
     match tokio::task::spawn_blocking(work).await {
         Ok(Ok(value)) => Ok(value),
@@ -319,7 +318,7 @@ async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> + 
     }
 }
 
-/// A multipart upload that is to be aborted unless it is completed.
+/// A multipart upload that is aborted unless it is completed.
 #[derive(Clone)]
 struct Target {
     store: Store,
@@ -337,7 +336,7 @@ impl Target {
             let refused = matches!(failure.verdict, Verdict::Permission | Verdict::Credentials);
             let error = crate::error::Error::from(failure.explain(&self.store.uri_of("")));
             if refused {
-                // The upload failed for the same reason, which is said.
+                // The upload failed for the same reason, which is reported.
                 tracing::debug!(%error, key = %self.path, "parts of a failed upload stay in the store");
                 return;
             }

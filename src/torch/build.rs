@@ -1,4 +1,4 @@
-//! Compiles the C++ shim against LibTorch and tells the linker where LibTorch lies.
+//! Compiles the C++ shim against LibTorch and tells the linker where LibTorch is.
 //!
 //! One source, two flavours: if `$LIBTORCH/lib` holds `libtorch_cuda.so` the shim is built with CUDA and NCCL and the
 //! crate gets `cfg(torch_cuda)`; otherwise it is built for the CPU alone. `torch-sys` decides by the same file, so the
@@ -28,7 +28,7 @@ fn build() -> Result<(), String> {
     let libtorch = env::var_os("LIBTORCH").map(PathBuf::from).ok_or("LIBTORCH is not set: run scripts/setup")?;
     let lib = libtorch.join("lib");
     let library = lib.join("libtorch_cpu.so");
-    // Libraries find their siblings from where they really lie, not from where a link to them lies.
+    // Libraries find their siblings from their real location, not from that of a link to them.
     let real = fs::canonicalize(&library)
         .map_err(|error| format!("LibTorch is missing ({}: {error}): run scripts/setup", library.display()))?;
     let real_lib = real.parent().ok_or("libtorch_cpu.so has no folder")?;
@@ -43,7 +43,7 @@ fn build() -> Result<(), String> {
         .std("c++17")
         .include(shim)
         .include(shim.join("gloo_abi"))
-        // Not ours to warn about.
+        // Warnings about code that is not ours.
         .flag("-isystem")
         .flag(libtorch.join("include").as_os_str())
         .flag("-isystem")
@@ -67,7 +67,7 @@ fn build() -> Result<(), String> {
         // The wheel has the library under this name alone.
         println!("cargo::rustc-link-search=native={}", nvidia.join("cu13/lib").display());
         println!("cargo::rustc-link-lib=dylib:+verbatim=libcudart.so.13");
-        // cuDNN, cuBLAS and their like need not be there to build, only to run.
+        // cuDNN, cuBLAS and the like are needed only to run, not to build.
         println!("cargo::rustc-link-arg=-Wl,--unresolved-symbols=ignore-in-shared-libs");
     }
     println!("cargo::rustc-link-lib=dylib=torch_cpu");
@@ -97,7 +97,7 @@ fn check_version(libtorch: &Path) -> Result<(), String> {
     Err(format!("{} does not say its version: run scripts/setup", libtorch.display()))
 }
 
-/// The CUDA and NCCL headers of the wheels that lie beside LibTorch's: `nvidia/` beside `torch/`.
+/// The CUDA and NCCL headers of the wheels beside LibTorch's: `nvidia/` beside `torch/`.
 fn cuda_headers(nvidia: &Path) -> Result<[PathBuf; 2], String> {
     let folders = [nvidia.join("cu13/include"), nvidia.join("nccl/include")];
     for (folder, header) in folders.iter().zip(["cuda_runtime_api.h", "nccl.h"]) {

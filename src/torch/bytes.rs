@@ -1,6 +1,6 @@
 //! Raw bytes of tensors, in and out, and host memory that a GPU copies to at full speed.
 //!
-//! Bytes are the elements in row-major order as they lie in memory: little-endian on every machine that LibTorch runs
+//! Bytes are the elements in row-major order as they are in memory: little-endian on every machine that LibTorch runs
 //! on.
 
 use tch::Tensor;
@@ -37,11 +37,11 @@ pub fn store_bytes(tensor: &Tensor, bytes: &mut [u8]) -> Result<()> {
     check(doing, unsafe { ffi::trn_tensor_store(ffi::raw(tensor), bytes.as_mut_ptr().cast(), len) })
 }
 
-/// Host memory whose pages a GPU may copy to and from by itself, for as long as this lives. Without CUDA the memory is
+/// Host memory whose pages a GPU may copy to and from by itself, while this value exists. Without CUDA the memory is
 /// left as it is.
 #[derive(Debug)]
 pub struct Pinned<M: AsMut<[u8]>> {
-    // Boxed, so that memory that lies within `M` itself stays where it was pinned.
+    // Boxed, so that memory within `M` itself stays where it was pinned.
     memory: Box<M>,
     start: Option<*mut u8>,
 }

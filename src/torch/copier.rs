@@ -1,15 +1,16 @@
-//! Copies of tensors to host memory, made while LibTorch computes on.
+//! Copies of tensors to host memory, made while LibTorch goes on computing.
 //!
 //! [`HostCopier`] owns a few threads. [`start`](HostCopier::start) hands them a list of tensors and one destination;
-//! they copy on until the last byte is there, run the callback, and wake whoever waits. On the CPU the tensors are cut
-//! into chunks that the threads take one by one; they run only while a core would be idle (Linux's `SCHED_IDLE`), so
-//! that they slow nobody who computes, and whoever [waits](CopyTicket::wait) copies what is left himself, so that he
-//! never waits for a thread which gets no core. On a GPU `start` marks the point in the compute stream, and one thread
-//! has the copies made on a stream of their own after that point: into [`Pinned`] memory they run beside the kernels.
+//! they copy until the last byte is there, run the callback, and wake the waiting thread. On the CPU the tensors are
+//! cut into chunks that the threads take one by one; they run only while a core would be idle (Linux's `SCHED_IDLE`),
+//! so that they do not slow computing threads, and a thread that [waits](CopyTicket::wait) copies the rest itself, so
+//! that it never waits for a thread which gets no core. On a GPU `start` marks the point in the compute stream, and one
+//! thread issues the copies on a stream of their own after that point: into [`Pinned`] memory they run beside the
+//! kernels.
 //!
 //! Invariants: from `start` to the end of [`wait`](CopyTicket::wait) the tensors must not change (reading is free), or
-//! the bytes are of two moments. The destination belongs to the copy for that time and comes back from `wait`; it and
-//! the tensors are kept alive whatever becomes of the ticket. A ticket that is dropped waits first.
+//! the bytes come from two moments. The destination belongs to the copy for that time and comes back from `wait`; it
+//! and the tensors are kept alive whatever happens to the ticket. Dropping a ticket waits first.
 //!
 //! [`Pinned`]: super::Pinned
 
@@ -34,7 +35,7 @@ use super::{
 };
 use crate::threads::give_way;
 
-/// How much of a tensor a thread takes at a time: small enough that threads finish together.
+/// Bytes of a tensor that a thread takes at a time: small enough that threads finish together.
 const CHUNK: usize = 1 << 20;
 
 const DOING: &str = "copy to host";
@@ -53,7 +54,7 @@ pub struct CopyJob {
 /// A finished copy.
 #[derive(Debug)]
 pub struct Copied<D> {
-    /// The memory that was copied to.
+    /// The destination.
     pub destination: D,
     /// From `start` to the last byte.
     pub took: Duration,
@@ -67,8 +68,8 @@ pub struct HostCopier {
 }
 
 impl HostCopier {
-    /// Starts `threads` copy threads; at least one. `yielding`: they leave every core to those who compute. Right on
-    /// the CPU; on a GPU the one thread that has the copies made does next to nothing itself.
+    /// Starts `threads` copy threads; at least one. `yielding`: they leave every core to computing threads. Right on
+    /// the CPU; on a GPU the one thread that issues the copies does next to nothing itself.
     pub fn new(threads: usize, yielding: bool) -> Result<Self> {
         let mut copier = Self { queue: Arc::default(), threads: Vec::new() };
         for index in 0..threads.max(1) {
@@ -88,7 +89,7 @@ impl HostCopier {
     /// Starts copying `jobs` into `destination` and returns at once.
     ///
     /// The jobs are checked first: contiguous tensors, all on the CPU or all on one GPU, lengths as stated, ranges that
-    /// lie within the destination and do not overlap. `on_done` runs on a copy thread when the last byte is there,
+    /// are within the destination and do not overlap. `on_done` runs on a copy thread when the last byte is there,
     /// before the waiter wakes; it does not run if the copy fails. Keep it short.
     pub fn start<D>(
         &self,
@@ -157,7 +158,7 @@ impl HostCopier {
 }
 
 impl Drop for HostCopier {
-    /// Finishes what was started, then ends the threads.
+    /// Finishes the copies under way, then ends the threads.
     fn drop(&mut self) {
         lock(&self.queue.waiting).closed = true;
         self.queue.changed.notify_all();
@@ -180,8 +181,8 @@ impl<D: Send> CopyTicket<D> {
         lock(&self.batch.end).took.is_some()
     }
 
-    /// Waits until the last byte is there and the callback has run; gives the destination back. What no copy thread has
-    /// taken is copied by the calling thread.
+    /// Waits until the last byte is there and the callback has run; returns the destination. The calling thread copies
+    /// the parts that no copy thread has taken.
     pub fn wait(self) -> Result<Copied<D>> {
         let mut end = self.batch.wait();
         if let Some(failure) = end.failure.take() {
@@ -226,7 +227,7 @@ fn chunks(runs: &[Run]) -> Vec<Run> {
     pieces
 }
 
-/// The destination, held by address: its memory is written to while it is moved about.
+/// The destination, held by address: its memory is written to while the value is moved.
 struct Held<D>(*mut D);
 
 impl<D> Held<D> {
@@ -291,7 +292,7 @@ struct Batch<D> {
     runs: Vec<Run>,
     mark: Option<Mark>,
     units: usize,
-    /// The next unit that nobody has taken.
+    /// The next unit that no thread has taken.
     next: AtomicUsize,
     /// Units that are not finished.
     left: AtomicUsize,
@@ -401,7 +402,7 @@ impl Queue {
             };
             batch.work();
             let mut waiting = lock(&self.waiting);
-            // All its units are taken; the first thread that sees so takes it off.
+            // All its units are taken; the first thread that notices removes it.
             if waiting.batches.front().is_some_and(|front| ptr::addr_eq(Arc::as_ptr(front), Arc::as_ptr(&batch))) {
                 waiting.batches.pop_front();
             }

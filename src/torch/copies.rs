@@ -1,8 +1,8 @@
-//! Parameters of which the values stand in a copy of another type than their gradients.
+//! Parameters whose values are in a copy of another type than their gradients.
 //!
-//! A *leaf* is what autograd and the reducer know: its gradient is fp32; its own values are never read, so it needs no
-//! memory ([`leaf_like`]). Its *copy*, say in bf16, is what is computed with. Arithmetic is that of an fp32 leaf which
-//! is cast where it is used: gradients arrive in the copy's type, become fp32, and are added up in fp32.
+//! Autograd and the reducer know the *leaf*: its gradient is fp32; its own values are never read, so it needs no memory
+//! ([`leaf_like`]). Its *copy*, say in bf16, is used for computing. The arithmetic is that of an fp32 leaf which is
+//! cast where it is used: gradients arrive in the copy's type, become fp32, and are added up in fp32.
 
 use std::ptr;
 
@@ -43,8 +43,8 @@ pub fn copy_lookup(leaf: &Tensor, copy: &Tensor, tokens: &Tensor) -> Result<Tens
     Ok(unsafe { ffi::adopt(out) })
 }
 
-/// `loss` as it is, with `gradient / divisor` as its gradient with respect to `leaf`: for a gradient that was computed
-/// along with the loss.
+/// `loss` as it is, with `gradient / divisor` as its gradient with respect to `leaf`: for a gradient computed along
+/// with the loss.
 pub fn with_gradient(loss: &Tensor, leaf: &Tensor, gradient: &Tensor, divisor: f64) -> Result<Tensor> {
     let mut out = ptr::null_mut();
     let status =

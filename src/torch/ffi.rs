@@ -1,4 +1,4 @@
-//! The shim's C ABI (`shim/*.cpp`), and how a status becomes a [`TorchError`].
+//! The shim's C ABI (`shim/*.cpp`), and the conversion of a status into a [`TorchError`].
 
 use std::ffi::{CStr, CString, c_char, c_void};
 
@@ -6,7 +6,7 @@ use tch::{Device, Tensor};
 
 use super::{Result, TorchError};
 
-/// An `at::Tensor`, which is what a [`Tensor`] points to.
+/// An `at::Tensor`, the pointee of a [`Tensor`].
 #[repr(C)]
 pub(super) struct AtTensor {
     _opaque: [u8; 0],
@@ -164,17 +164,17 @@ pub(super) fn check(doing: &'static str, status: i32) -> Result<()> {
     })
 }
 
-/// The tensor as the shim takes it; valid as long as `tensor`.
+/// The tensor in the shim's form; valid as long as `tensor`.
 pub(super) fn raw(tensor: &Tensor) -> *const AtTensor {
     tensor.as_ptr().cast()
 }
 
-/// Tensors as the shim takes them; valid as long as `tensors`.
+/// Tensors in the shim's form; valid as long as `tensors`.
 pub(super) fn raws(tensors: &[Tensor]) -> Vec<*const AtTensor> {
     tensors.iter().map(raw).collect()
 }
 
-/// Takes over a tensor that a shim function made.
+/// Takes over a tensor made by a shim function.
 ///
 /// # Safety
 /// `tensor` was written by a shim function that returned success, and nobody else frees it.

@@ -1,9 +1,9 @@
 //! The c10d store, through which ranks find each other, and the group in which they compute together.
 //!
 //! Rank 0 serves the store; every rank connects to it and makes its [`ProcessGroup`] with the same prefix. Every
-//! collective must be called by all ranks in the same order. The store asks nobody who he is: it listens on the given
-//! host's address alone, so a run on one machine opens no port to the outside, and where that address is not this
-//! machine's, that is an error.
+//! collective must be called by all ranks in the same order. The store has no authentication: it listens only on the
+//! given host's address, so a run on one machine opens no port to the outside; an address that is not this machine's is
+//! an error.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, ToSocketAddrs, UdpSocket},
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::ids::{Rank, WorldSize};
 
-/// What carries the collectives.
+/// The transport of collectives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
     /// TCP, for tensors on the CPU.
@@ -54,11 +54,11 @@ pub struct Store {
 }
 
 impl Store {
-    /// Serves a store at `host`, an address or name of this machine, on a port of the kernel's choice.
+    /// Serves a store at `host`, an address or name of this machine, on a port chosen by the kernel.
     pub fn serve(host: &str, timeout: Duration) -> Result<Self> {
         let doing = "serve the rendezvous store on";
         let fail = |source| TorchError::Address { doing, host: host.to_owned(), source };
-        // Never at all addresses: whoever reaches the store can write into it.
+        // Never on all addresses: anyone who reaches the store can write into it.
         let listener = TcpListener::bind((host, 0)).map_err(fail)?;
         let address = listener.local_addr().map_err(fail)?;
         if address.ip().is_unspecified() {
@@ -119,8 +119,8 @@ impl Drop for Store {
 
 /// The ranks that compute together.
 ///
-/// Collectives return when the result is there (Gloo) or is ordered before all later work of the device's current
-/// stream (NCCL). Dropping the last owner closes the connections.
+/// Collectives return when the result is there (Gloo) or ordered before all later work of the device's current stream
+/// (NCCL). Dropping the last owner closes the connections.
 #[derive(Debug)]
 pub struct ProcessGroup {
     handle: *mut ffi::GroupHandle,
@@ -172,7 +172,7 @@ impl ProcessGroup {
         self.rank
     }
 
-    /// How many ranks there are.
+    /// The number of ranks.
     pub fn world(&self) -> WorldSize {
         self.world
     }
@@ -195,8 +195,8 @@ impl ProcessGroup {
     }
 
     /// Starts to fill `flat`, which has as many equal chunks as there are ranks, with every rank's own: chunk r comes
-    /// from rank r. One dimension, contiguous, the same length and type everywhere. Nobody may write to `flat`, or read
-    /// other chunks than the rank's own, before [`Pending::wait`] returns.
+    /// from rank r. One dimension, contiguous, the same length and type everywhere. Do not write to `flat`, or read
+    /// chunks other than the rank's own, before [`Pending::wait`] returns.
     pub fn all_gather(&self, flat: &Tensor) -> Result<Pending> {
         let mut handle = ptr::null_mut();
         // SAFETY: pointers are valid for the call; the work keeps the tensor's memory.
@@ -210,9 +210,9 @@ impl ProcessGroup {
         check("barrier", unsafe { ffi::trn_group_barrier(self.handle) })
     }
 
-    /// Gives up work in flight, so that dropping the group after an error does not wait for a peer: NCCL's kernels
-    /// would. Gloo has nothing to give up; its collectives end with a peer's connection or at the time limit. The group
-    /// is of no more use.
+    /// Aborts work in flight, so that dropping the group after an error does not wait for a peer: NCCL's kernels would.
+    /// Gloo has nothing to abort; its collectives end with a peer's connection or at the time limit. The group is
+    /// unusable afterwards.
     pub fn abort(&self) -> Result<()> {
         // SAFETY: the group is alive for the call.
         check("abort the process group", unsafe { ffi::trn_group_abort(self.handle) })
@@ -223,7 +223,7 @@ impl ProcessGroup {
     }
 }
 
-/// A collective on its way. Dropping it waits for nothing: the work goes on and keeps what it needs.
+/// A collective under way. Dropping it waits for nothing: the work goes on and keeps its resources.
 #[derive(Debug)]
 #[must_use = "its result is there only after a wait"]
 pub struct Pending {
@@ -231,8 +231,7 @@ pub struct Pending {
 }
 
 impl Pending {
-    /// Returns when the result is there (Gloo), or is ordered before all later work of the device's current stream
-    /// (NCCL).
+    /// Returns when the result is there (Gloo), or ordered before all later work of the device's current stream (NCCL).
     pub fn wait(self) -> Result<()> {
         // SAFETY: made by the shim and not freed yet.
         check("wait for a collective", unsafe { ffi::trn_pending_wait(self.handle) })

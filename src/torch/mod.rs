@@ -2,16 +2,17 @@
 //! raw bytes of tensors, and copies to the host behind the compute.
 //!
 //! A C++ shim (`shim/`) holds the calls; this is its safe face, and with `snapshot/image.rs` the only place that may
-//! use `unsafe`. No C++ exception crosses: the shim catches it, and it arrives here as a [`TorchError`]. Nothing here
-//! is async and nothing polls.
+//! use `unsafe`. No C++ exception gets through: the shim catches it, and it arrives here as a [`TorchError`]. Nothing
+//! here is async and nothing polls.
 //!
 //! One source, two flavours, chosen by the LibTorch folder (see `build.rs`): with `libtorch_cuda.so` the crate is built
-//! with CUDA and NCCL and `cfg(torch_cuda)` is set; otherwise it runs on the CPU and says so when asked for a GPU.
+//! with CUDA and NCCL and `cfg(torch_cuda)` is set; otherwise it runs on the CPU, and a request for a GPU gets an error
+//! that says so.
 //!
 //! On a crash nothing of this outlives the process. A peer that dies breaks its Gloo connections, and the others'
-//! collectives fail at once with [`TorchError::Peer`]; a peer that hangs lets them fail at the time limit given to
-//! [`ProcessGroup::new`]. After either, the group and the reducer are of no more use: leave and start again. NCCL's
-//! watchdog ends the process when a collective is over its time limit.
+//! collectives fail at once with [`TorchError::Peer`]; if a peer hangs, they fail at the time limit given to
+//! [`ProcessGroup::new`]. After either, the group and the reducer are unusable: exit and start again. NCCL's watchdog
+//! ends the process when a collective exceeds its time limit.
 
 mod bytes;
 mod copier;
@@ -55,43 +56,43 @@ pub fn to_f64(tensor: &tch::Tensor) -> Result<f64> {
     tch_result("read number", tensor.f_double_value(&[]))
 }
 
-/// Why LibTorch did not do what it was asked.
+/// Why a request to LibTorch failed.
 #[derive(Debug, thiserror::Error)]
 pub enum TorchError {
     /// LibTorch refused: extents, types or states that do not fit together.
     #[error("{doing}: {message}")]
     Refused {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
-        /// LibTorch's words.
+        /// LibTorch's message.
         message: String,
     },
-    /// A peer is gone or silent, or the network does not carry.
+    /// A peer is gone or silent, or the network fails.
     #[error("{doing}: {message}")]
     Peer {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
-        /// LibTorch's words.
+        /// LibTorch's message.
         message: String,
     },
     /// Memory ran out, on the host or on the device.
     #[error("{doing}: {message}")]
     OutOfMemory {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
-        /// LibTorch's words.
+        /// LibTorch's message.
         message: String,
     },
-    /// A tensor's elements do not lie in memory one after the other.
+    /// A tensor's elements are not contiguous in memory.
     #[error("{doing}: the tensor is not contiguous")]
     NotContiguous {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
     },
-    /// The bytes given are not as many as the tensor has.
+    /// The number of bytes given differs from the tensor's.
     #[error("{doing}: the tensor has {tensor} bytes, {given} were given")]
     Length {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
         /// Bytes of the tensor.
         tensor: u64,
@@ -110,30 +111,30 @@ pub enum TorchError {
         /// Bytes of the destination.
         size: u64,
     },
-    /// Tensors that belong together lie on different devices.
+    /// Tensors that belong together are on different devices.
     #[error("{doing}: tensors lie on different devices")]
     MixedDevices {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
     },
     /// Lists that belong together have different lengths.
     #[error("{doing}: the lists have different lengths")]
     Lists {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
     },
-    /// A number that is out of the range that LibTorch takes.
+    /// A number outside the range that LibTorch accepts.
     #[error("{doing}: {what} is out of range")]
     Number {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
-        /// Which number.
+        /// The number's name.
         what: &'static str,
     },
     /// A device of a kind that is not supported.
     #[error("{0:?} is not supported: neither the CPU nor a CUDA device")]
     Device(tch::Device),
-    /// NCCL was asked for tensors on the CPU, or of a program that was built without CUDA.
+    /// NCCL was requested for tensors on the CPU, or in a program built without CUDA.
     #[error("NCCL works between GPUs, in a program that is built with CUDA")]
     NoNccl,
     /// More workers than GPUs.
@@ -144,10 +145,10 @@ pub enum TorchError {
         /// GPUs of the node.
         devices: u32,
     },
-    /// An address that is not one, or that cannot be listened on.
+    /// An address that is invalid, or that cannot be listened on.
     #[error("{doing} {host}")]
     Address {
-        /// What was being done.
+        /// The operation.
         doing: &'static str,
         /// The host.
         host: String,
@@ -164,7 +165,7 @@ pub enum TorchError {
 }
 
 impl TorchError {
-    /// LibTorch refused in these words.
+    /// An error with LibTorch's message.
     pub(crate) fn refused(doing: &'static str, message: String) -> Self {
         if is_out_of_memory(&message) { Self::OutOfMemory { doing, message } } else { Self::Refused { doing, message } }
     }

@@ -4,10 +4,10 @@
 //! ([`Reducer::sharded`], for ZeRO-1, arXiv 1910.02054), which is half the traffic.
 //!
 //! Invariants, on which bit-equality across a resume rests:
-//! - Which gradient lies where in which bucket follows from the list of parameters and the two sizes alone (reverse
-//!   order of the list), and never changes. A ring sums each element in an order that depends on its place in its
-//!   bucket.
-//! - Gradients lie in the buckets from the first step on, so the first step after a resume divides as every other one.
+//! - The bucket and position of each gradient follow only from the list of parameters and the two sizes (reverse order
+//!   of the list), and never change. A ring sums each element in an order that depends on its place in its bucket.
+//! - Gradients lie in the buckets from the first step on, so the first step after a resume divides like every other
+//!   one.
 //! - Gradients are set to zero in place ([`zero_gradients`]), never removed: a removed one would leave its bucket.
 
 use std::ptr;
@@ -19,21 +19,21 @@ use super::{
     ffi::{self, check},
 };
 
-/// What a backward pass does with the gradients it has added up.
+/// The treatment of the gradients that a backward pass has added up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reduction {
     /// Keeps them local: more micro-batches of this step follow.
     Accumulate,
-    /// Averages what has been added up over the ranks: the last micro-batch.
+    /// Averages the accumulated gradients over the ranks: the last micro-batch.
     Average,
 }
 
 /// One bucket of a sharded reducer. All counts are elements.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bucket {
-    /// Its parameters, as numbers in the reducer's list, in the order in which their gradients lie.
+    /// Its parameters, as numbers in the reducer's list, in the order of their gradients.
     pub params: Vec<usize>,
-    /// One rank's chunk: so many ranks times this hold all of it, the rest is padding.
+    /// One rank's chunk: the number of ranks times this covers the whole bucket, the rest is padding.
     pub chunk: u64,
 }
 
@@ -71,9 +71,9 @@ impl Reducer {
         Ok(Self { handle })
     }
 
-    /// Like [`Reducer::new`], but after a [`Reduction::Average`] each rank has the averages of its own chunk of every
-    /// bucket alone; what stands elsewhere is of no use. `buckets` must hold each parameter once. Each element is
-    /// summed in the order of ranks (Gloo), wherever it lies.
+    /// Like [`Reducer::new`], but after a [`Reduction::Average`] each rank has only the averages of its own chunk of
+    /// every bucket; the other values are meaningless. `buckets` must hold each parameter once. Each element is summed
+    /// in the order of ranks (Gloo), wherever it is.
     pub fn sharded(params: &[Tensor], group: &ProcessGroup, buckets: &[Bucket]) -> Result<Self> {
         let doing = "make the gradient reducer";
         let number = |what| TorchError::Number { doing, what };
@@ -124,8 +124,8 @@ impl Reducer {
     ///
     /// With [`Reduction::Average`] every gradient is, on return, the sum over this step's passes, averaged over the
     /// ranks (of a sharded reducer: those of the rank's chunks); the loss must then depend on every parameter, which is
-    /// checked. All ranks must average together. After an error the gradients are undefined and the reducer is of no
-    /// more use.
+    /// checked. All ranks must average together. After an error the gradients are undefined and the reducer is
+    /// unusable.
     pub fn backward(&self, loss: &Tensor, reduction: Reduction) -> Result<()> {
         let reduce = (reduction == Reduction::Average).into();
         // SAFETY: both are alive for the call.
@@ -140,7 +140,7 @@ impl Drop for Reducer {
     }
 }
 
-/// Sets every parameter's gradient to zero in place; makes one where there is none.
+/// Sets every parameter's gradient to zero in place; creates one if there is none.
 pub fn zero_gradients(params: &[Tensor]) -> Result<()> {
     let raws = ffi::raws(params);
     // SAFETY: the tensors are alive for the call.
@@ -148,7 +148,7 @@ pub fn zero_gradients(params: &[Tensor]) -> Result<()> {
 }
 
 /// The parameters' gradients, which share their memory: with a [`Reducer`], or after [`zero_gradients`], they can be
-/// asked for once and used in every step. An error if a parameter has none.
+/// fetched once and used in every step. An error if a parameter has none.
 pub fn gradients(params: &[Tensor]) -> Result<Vec<Tensor>> {
     params
         .iter()

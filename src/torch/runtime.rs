@@ -1,4 +1,4 @@
-//! What holds for the whole process: threads, determinism, random numbers, devices.
+//! Settings of the whole process: threads, determinism, random numbers, devices.
 
 use std::ptr;
 
@@ -34,7 +34,7 @@ pub fn set_interop_threads(count: u32) -> Result<()> {
     check(doing, unsafe { ffi::trn_set_interop_threads(count) })
 }
 
-/// Makes operations give the same bits each time, or fail where no such implementation exists.
+/// Makes operations give the same bits each time, or fail if no such implementation exists.
 pub fn set_deterministic(on: bool) -> Result<()> {
     // SAFETY: takes a flag.
     check("set determinism", unsafe { ffi::trn_set_deterministic(on.into()) })
@@ -59,7 +59,7 @@ pub fn rng_state(device: Device) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Puts back what [`rng_state`] gave, on a device of the same kind; an error if it is not such a state.
+/// Restores the result of [`rng_state`], on a device of the same kind; an error if it is not such a state.
 pub fn set_rng_state(device: Device, state: &[u8]) -> Result<()> {
     let doing = "set random number state";
     let len = i64::try_from(state.len()).map_err(|_| TorchError::Number { doing, what: "the state's length" })?;

@@ -16,8 +16,8 @@ pub fn look(wanted: config::Device) -> Result<Found> {
     Ok(Found::look(&hardware::root(), wanted, torch::device_count)?)
 }
 
-/// The worker's GPU, or the CPU. The agent has settled which of the two it is; a GPU that has gone since is no reason
-/// to go on without a word on the CPU.
+/// The worker's GPU, or the CPU. The agent has decided between the two; a GPU that has disappeared since must not
+/// silently become the CPU.
 pub fn pick(wanted: config::Device, local_rank: Rank) -> Result<tch::Device> {
     if gpus::cpu_is_meant(wanted) {
         return Ok(tch::Device::Cpu);

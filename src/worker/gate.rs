@@ -23,12 +23,12 @@ const NEVER: u64 = u64::MAX;
 /// The low bits of the state are the last step started; [`MAX_STEPS`] fits.
 const STEP: u64 = (1 << 41) - 1;
 /// Above them freezes are counted, so that a loop which was interrupted between its look at the orders and its start
-/// finds out that there was a freeze meanwhile, though it is over. It would have to sleep through four million of them
-/// not to.
+/// finds out that there was a freeze meanwhile, though it is over. It would miss that only by sleeping through four
+/// million of them.
 const FREEZE: u64 = 1 << 41;
 const FREEZES: u64 = (FROZEN - 1) & !STEP;
 
-/// What the loop does at a step boundary.
+/// The loop's orders at a step boundary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Boundary {
     /// First capture the state of the step just finished.
@@ -37,12 +37,12 @@ pub struct Boundary {
     pub proceed: bool,
 }
 
-/// What is done with the state of a step.
+/// An order for the state of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Save {
     /// It is copied into this slot.
     pub slot: u8,
-    /// While the loop waits, or beside it.
+    /// Whether the loop waits meanwhile.
     pub mode: CaptureMode,
 }
 
@@ -109,7 +109,7 @@ impl StepGate {
             if !boundary.proceed {
                 return Boundary { save: self.take_save(done), proceed: false };
             }
-            // Else somebody has frozen the loop since the look: it waits for what was decided.
+            // Otherwise the loop was frozen since the look: it waits for the decision.
             if self.start(state, done.next()) {
                 self.take_save(done);
                 return boundary;
@@ -133,7 +133,7 @@ impl StepGate {
         }
     }
 
-    /// What is to be done at this boundary, as it stands now.
+    /// The orders for this boundary, as they are now.
     fn orders(&self, done: Step) -> Boundary {
         if done.get() >= self.stop_after.load(Ordering::Acquire) {
             return Boundary { save: None, proceed: false };
@@ -176,8 +176,8 @@ impl StepGate {
         }
     }
 
-    /// Train loop, in anything long between two steps: whether the run is to end at `done`, so that it need not be
-    /// finished.
+    /// Train loop, in any long work between two steps: whether the run is to end at `done`, so that the work need not
+    /// be finished.
     pub fn is_ending(&self, done: Step) -> bool {
         done.get() >= self.stop_after.load(Ordering::Acquire)
     }

@@ -1,7 +1,7 @@
 //! The worker's end of the control stream.
 //!
 //! The stream is the worker's standard input (a Unix socket, so it carries both directions): the one descriptor that
-//! can be taken over without `unsafe`. When it ends the agent is gone, and the worker leaves at once.
+//! can be taken over without `unsafe`. When it ends the agent is gone, and the worker exits at once.
 
 use std::{
     os::{fd::AsFd, unix::net::UnixStream},
@@ -31,7 +31,7 @@ pub struct Orders {
 /// Takes over the control stream and ties this process's life to the agent's.
 pub fn connect() -> Result<(Link, Orders)> {
     let failed = |error: std::io::Error| Error::from_source(Kind::Usage, error).context("take over the control stream");
-    // Should the agent already be gone, the first read finds the stream at its end.
+    // If the agent is already gone, the first read finds the stream at its end.
     set_parent_process_death_signal(Some(Signal::KILL)).map_err(|error| failed(error.into()))?;
     let stream = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(failed)?);
     stream.peer_addr().map_err(|_| {
@@ -41,8 +41,8 @@ pub fn connect() -> Result<(Link, Orders)> {
     Ok((Link { inner: Arc::new(Mutex::new((writer, Vec::new()))) }, Orders { stream }))
 }
 
-/// Leaves at once, without the C++ destructors that may wait for threads of LibTorch which are still at work. Nothing
-/// is lost: all that matters lies in the agent's memory.
+/// Exits at once, without the C++ destructors that may wait for threads of LibTorch which are still at work. Nothing is
+/// lost: all important state is in the agent's memory.
 pub fn leave() -> ! {
     let _ = kill_process(getpid(), Signal::KILL);
     loop {
@@ -51,7 +51,7 @@ pub fn leave() -> ! {
 }
 
 impl Link {
-    /// Sends one message. A stream that is broken means that the agent is gone.
+    /// Sends one message. A broken stream means that the agent is gone.
     pub fn tell(&self, message: &FromWorker) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let (stream, buffer) = &mut *inner;
@@ -62,7 +62,7 @@ impl Link {
 }
 
 impl Orders {
-    /// The next order. Does not return when the agent is gone, or wants this worker to leave.
+    /// The next order. Does not return if the agent is gone, or wants this worker to exit.
     pub fn next(&mut self) -> ToWorker {
         match read_message(&mut self.stream) {
             Ok(Some(ToWorker::Exit) | None) | Err(_) => leave(),

@@ -1,10 +1,9 @@
-//! A state out of safetensors files, whoever wrote them: any world size, either strategy, this version or an earlier
-//! one.
+//! Loads a state from safetensors files of any writer: any world size, either strategy, this version or an earlier one.
 //!
-//! Every rank reads the headers of all files, holds every entry against the model, and demands that what there is of
-//! each tensor holds each of its elements exactly once; then it copies its own elements alone. Which tensor is what,
-//! and which one is believed where two say the same, stands in [`super::state`]. *Crash, error:* the state is then
-//! partly filled and of no use.
+//! Every rank reads the headers of all files, checks every entry against the model, and requires that the slices of
+//! each tensor contain each of its elements exactly once; then it copies only its own elements. The roles of tensors,
+//! and the choice between two that hold the same weight, are explained in [`super::state`]. *Crash, error:* the state
+//! is then partly filled and useless.
 
 use std::{collections::HashMap, ops::Range};
 
@@ -19,7 +18,7 @@ use crate::{
     torch,
 };
 
-/// Where elements of a parameter stand in the files.
+/// Where elements of a parameter are in the files.
 struct Source<'a> {
     elements: Range<u64>,
     dtype: Dtype,
@@ -28,7 +27,7 @@ struct Source<'a> {
 
 impl State {
     /// Loads safetensors files. With `weights_only` the moments stay zero, other floating types are converted, and
-    /// tensors that the model does not have are passed over; otherwise every tensor must be there, in one piece or in
+    /// tensors that the model does not have are skipped; otherwise every tensor must be there, in one piece or in
     /// slices that hold each element once, with its very shape and type, and no other.
     pub fn load(&mut self, files: &[Bytes], weights_only: bool) -> Result<()> {
         let found = self.find(files, weights_only)?;
@@ -36,7 +35,7 @@ impl State {
         for &role in roles {
             for (param, sources) in found[role as usize].iter().enumerate() {
                 let Param { name, len, .. } = &self.params[param];
-                // Only bf16 weights stand beside masters.
+                // Only bf16 weights accompany masters.
                 if sources.is_empty() && role == Role::Master {
                     let rounded = found[Role::Weight as usize][param].iter().any(|s| s.dtype != Dtype::F32);
                     if rounded && !weights_only {
@@ -70,14 +69,14 @@ impl State {
         Ok(())
     }
 
-    /// Where each parameter's elements stand, by role and parameter. Every entry has been held against the model;
-    /// whether they are all that is wanted has not been looked at.
+    /// Where each parameter's elements are, by role and parameter. Every entry has been checked against the model;
+    /// whether the set is complete has not been checked.
     fn find<'a>(&self, files: &'a [Bytes], weights_only: bool) -> Result<[Vec<Vec<Source<'a>>>; 4]> {
         let index: HashMap<&str, usize> =
             self.params.iter().enumerate().map(|(i, param)| (param.name.as_str(), i)).collect();
         let mut found = Role::ALL.map(|_| self.params.iter().map(|_| Vec::new()).collect::<Vec<_>>());
         for file in files {
-            // What is passed over may be of any type.
+            // Skipped tensors may be of any type.
             for entry in header::read_foreign(file)? {
                 let (name, slice) = slices::parse_name(&entry.name);
                 let roles: &[Role] = if weights_only { &[Role::Weight] } else { &Role::ALL };
@@ -123,7 +122,7 @@ fn mismatch(message: String) -> Error {
     )
 }
 
-/// Copies what `target` and `source` have in common.
+/// Copies the elements that `target` and `source` have in common.
 fn fill(target: &Target, source: &Source<'_>) -> Result<(), torch::TorchError> {
     let end = target.begin + target.tensor.numel() as u64;
     let (begin, end) = (target.begin.max(source.elements.start), end.min(source.elements.end));
@@ -133,8 +132,7 @@ fn fill(target: &Target, source: &Source<'_>) -> Result<(), torch::TorchError> {
     let to = torch::tch_result("load tensor", part(&target.tensor, begin - target.begin, end - begin))?;
     let size = source.dtype.size();
     let offset = |element: u64| usize::try_from((element - source.elements.start) * size).unwrap_or(usize::MAX);
-    // The source's bytes are as many as its elements: the header was held against the file, and the slice against the
-    // header.
+    // The source's bytes match its elements: the header was checked against the file, and the slice against the header.
     let bytes = source.bytes.get(offset(begin)..offset(end)).unwrap_or_default();
     let (kind, own) = match source.dtype {
         Dtype::F32 => (Kind::Float, to.kind() == Kind::Float),
@@ -270,7 +268,7 @@ mod tests {
             assert!(slices.filter(|entry| slices::parse_name(&entry.name).1.is_some()).count() > 6, "slices");
             let mut carried = first;
             for (zero1, ranks) in [(true, 2), (true, 4), (false, 2), (true, 3), (false, 1), (true, 5), (true, 3)] {
-                // Another seed: what is not loaded shows.
+                // Another seed: values that are not loaded show.
                 let mut next = world(zero1, precision, ranks, 2);
                 load(&mut next, &carried);
                 carried = files(&next);

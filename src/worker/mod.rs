@@ -1,11 +1,11 @@
-//! The child process, one for each device: it computes and does nothing else.
+//! The child process, one per device: it only computes.
 //!
-//! A worker never talks to the store. It is told by its agent who it is, loads its state from shared memory, trains,
+//! A worker never talks to the store. Its agent gives it its rank, and it loads its state from shared memory, trains,
 //! and copies its share of the state into shared memory when ordered. A LibTorch abort, a CUDA fault or the OOM killer
 //! takes one worker; the agent still holds its last snapshot.
 //!
 //! Threads: the train loop (main), the control thread that answers freezes, and the copy threads. Nothing here is
-//! asynchronous. On any error the worker says what a person should know and leaves; on a crash it says nothing, and
+//! asynchronous. On an error the worker reports what a person should know and exits; on a crash it reports nothing, and
 //! the agent learns of it from the end of the process.
 //!
 //! Bit-equality: with the same world size, threads and device kind, every step's numbers depend on the state and the
@@ -61,14 +61,14 @@ use crate::{
 const PEER_TIMEOUT: Duration = Duration::from_secs(600);
 const COPY_THREADS: usize = 2;
 
-/// Runs a worker to its end. Called in the process that an agent has started, never by hand.
+/// Runs a worker to its end. Called only in a process started by an agent, never by hand.
 pub fn main() -> Result<ExitCode> {
     let (link, mut orders) = link::connect()?;
     let result = Worker::start(&link, &mut orders).and_then(|(worker, saves)| worker.train(orders, &saves));
     match result {
         Ok(never) => match never {},
         Err(error) => {
-            // What memory does not hold now it may hold once others have let theirs go: the agent decides.
+            // If memory is short now, it may suffice once others have released theirs: the agent decides.
             let permanent = matches!(error.kind(), Kind::Config | Kind::Usage | Kind::Data | Kind::Permission)
                 && !is_out_of_memory(&error.to_string());
             let hint = error.hint().map(str::to_owned);
@@ -78,7 +78,7 @@ pub fn main() -> Result<ExitCode> {
     }
 }
 
-/// What a worker's train loop returns: it ends only with the process, or with an error.
+/// The result of a worker's train loop: it ends only with the process, or with an error.
 enum Never {}
 
 struct Worker {
@@ -94,7 +94,7 @@ struct Worker {
     validation: u64,
     parallel: Parallel,
     capture: Capture,
-    /// Waited for captures since the last step report.
+    /// Time spent waiting for captures since the last step report.
     stalled: Duration,
 }
 
@@ -259,10 +259,11 @@ impl Worker {
             }
         }
         self.finish_capture()?;
-        // Peers may be told to leave once all have stopped: by then they must have sent what this rank waits for.
+        // Peers may be told to exit once all have stopped: by then they must have sent everything that this rank waits
+        // for.
         self.parallel.settle()?;
         self.link.tell(&FromWorker::Stopped { step: self.done });
-        // The state stays as it is, so its save may be ordered when a slot gets free. The control thread ends the
+        // The state stays as it is, so its save may be ordered when a slot becomes free. The control thread ends the
         // process.
         loop {
             let save = gate.wait_for_last_save(self.done);
@@ -330,7 +331,7 @@ impl Worker {
         self.validation > 0 && every > 0 && (done.is_multiple_of(every) || done == self.config.train.steps)
     }
 
-    /// The held-out loss over this rank's share; given up at once when the run is to end.
+    /// The held-out loss over this rank's share; abandoned at once when the run is to end.
     fn validate(&mut self, gate: &StepGate) -> Result<()> {
         let count = self.validation.min(u64::from(self.config.data.validation_sequences));
         let mut samples = share(count, self.rank, self.world);

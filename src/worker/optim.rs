@@ -12,7 +12,7 @@ use crate::{
     torch::{self, AdamW, Moments, TorchError},
 };
 
-/// What an update reads and writes for one tensor, or a part of one: four tensors of the same extents, fp32.
+/// The tensors that an update reads and writes for one tensor, or a part of one: four of the same extents, fp32.
 #[derive(Debug)]
 pub struct Slot {
     /// Changed.
@@ -86,7 +86,7 @@ impl Update {
     }
 }
 
-/// What gradients of this 2-norm are divided by: max(1, norm / limit) clips without a pass of its own. `None`: no
+/// The divisor of gradients with this 2-norm: max(1, norm / limit) clips without a pass of its own. `None`: no
 /// clipping.
 pub fn clip_scale(config: &OptimizerConfig, norm: &Tensor) -> Result<Option<Tensor>, TorchError> {
     if config.grad_clip <= 0.0 {

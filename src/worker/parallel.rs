@@ -13,18 +13,18 @@
 //! settle     wait for the gathers: before the weights are read again, by a forward pass, a validation or a capture
 //! ```
 //!
-//! Buckets are updated and gathered from the first layers to the last. Between `step` and `settle` lie the report,
+//! Buckets are updated and gathered from the first layers to the last. Between `step` and `settle` come the report,
 //! zeroing the gradients and reading the next batch.
 //!
-//! With bf16 only the owner of a chunk has its fp32 weights; what is gathered, and computed with, is their bf16
-//! rounding, which every rank of a `ddp` run makes for itself at each use. The casts are the same, so both strategies
-//! compute the same function: on two ranks without clipping even to the last bit, else up to the order in which numbers
-//! are summed. Bytes of one parameter on a rank, without its gradient's 4: ddp 12 (in either precision); zero1 fp32 4 +
-//! 8/N, bf16 2 + 12/N.
+//! With bf16 only the owner of a chunk has its fp32 weights; their bf16 rounding is gathered and used for computing; in
+//! a `ddp` run every rank makes it for itself at each use. The casts are the same, so both strategies compute the same
+//! function: on two ranks without clipping even to the last bit, else up to the order in which numbers are summed.
+//! Bytes of one parameter on a rank, without its gradient's 4: ddp 12 (in either precision); zero1 fp32 4 + 8/N,
+//! bf16 2 + 12/N.
 //!
 //! Invariants: the state changes in [`Parallel::step`] and, for the weights of other ranks' chunks, until
 //! [`Parallel::settle`] returns; a capture runs between `settle` and `step`, so no gather writes what a capture reads.
-//! All ranks call all of it in the same order. A world of one has nobody to share with and is `ddp`, whatever the
+//! All ranks call all of it in the same order. A world of one has nobody to share with and is `ddp`, regardless of the
 //! setting. *Crash:* a peer that dies breaks the collective; the error ends this worker too, and the state is that of
 //! the newest checkpoint. *Resume:* partition and buckets depend on the configuration and the world alone, and elements
 //! are summed in the order of ranks, so a resume on the same world is exact.
@@ -47,7 +47,7 @@ use crate::{
 /// Bytes of the first bucket, so that the first reduction starts early.
 const FIRST_BUCKET: u64 = 1 << 20;
 
-/// How the state of `model` is shared out over `world` ranks; `None`: not at all.
+/// How the state of `model` is divided among `world` ranks; `None`: not at all.
 pub fn split(config: &ParallelConfig, model: &dyn Model, rank: Rank, world: WorldSize) -> Option<(Partition, Rank)> {
     if config.strategy == Strategy::Ddp || world.get() <= 1 {
         return None;
@@ -62,28 +62,28 @@ pub fn split(config: &ParallelConfig, model: &dyn Model, rank: Rank, world: Worl
 pub struct Parallel {
     config: OptimizerConfig,
     leaves: Vec<Tensor>,
-    /// What the norm is over.
+    /// The gradients that the norm is taken over.
     gradients: Vec<Tensor>,
     units: Vec<Unit>,
     /// `None` in a world of one: there is nobody to reduce with.
     reducer: Option<Reducer>,
-    /// Where each rank has a share only.
+    /// Present if each rank has only a share.
     group: Option<ProcessGroup>,
     gathering: Vec<Pending>,
 }
 
-/// What is updated at once.
+/// One unit of the update.
 #[derive(Debug)]
 struct Unit {
     update: Update,
     gather: Option<Gather>,
 }
 
-/// What the other ranks are to have after an update.
+/// The data that the other ranks need after an update.
 #[derive(Debug)]
 struct Gather {
     bucket: Tensor,
-    /// The bucket's own chunk and the fp32 weights that are rounded into it, where the two are not one.
+    /// The bucket's own chunk and the fp32 weights that are rounded into it, if the two differ.
     rounded: Option<(Tensor, Tensor)>,
 }
 
@@ -129,7 +129,7 @@ impl Parallel {
 
     fn replicated(&mut self, state: &State) -> Result<()> {
         let Held::Replicated(whole) = state.held() else { return Ok(()) };
-        // After the reducer, which decides where gradients lie.
+        // After the reducer, which decides where gradients are in memory.
         torch::zero_gradients(&self.leaves)?;
         self.gradients = torch::gradients(&self.leaves)?;
         let slots = whole.iter().zip(&self.gradients).map(|(whole, gradient)| Slot {
@@ -168,7 +168,7 @@ impl Parallel {
                 exp_avg_sq: of(&share.exp_avg_sq)?,
             });
         }
-        // The last bucket has the first layers, which the next forward pass wants first.
+        // The last bucket has the first layers, which the next forward pass needs first.
         for (share, slots) in shares.iter().zip(slots).rev() {
             let rounded = share.weights.kind() != share.gathered.kind();
             let rounded = rounded.then(|| (share.own.shallow_clone(), share.weights.shallow_clone()));
@@ -188,7 +188,7 @@ impl Parallel {
     }
 
     /// The `step`-th update of the run, from the reduced gradients. Returns the 2-norm of the whole gradient before
-    /// clipping, as a scalar on the device: reading it is the caller's to time. The weights may be read after
+    /// clipping, as a scalar on the device: the caller chooses when to read it. The weights may be read after
     /// [`Parallel::settle`].
     pub fn step(&mut self, step: Step, lr: f64) -> Result<Tensor, TorchError> {
         self.settle()?;
@@ -222,7 +222,7 @@ impl Parallel {
         torch::tch_result("gradient norm", sum.f_sqrt().and_then(|norm| norm.f_to_kind(Kind::Float)))
     }
 
-    /// Waits until the last update has reached this rank's weights. Costs nothing where there is nothing to wait for.
+    /// Waits until the last update has reached this rank's weights. Costs nothing if there is nothing to wait for.
     pub fn settle(&mut self) -> Result<(), TorchError> {
         self.gathering.drain(..).try_for_each(Pending::wait)
     }

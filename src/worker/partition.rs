@@ -1,8 +1,8 @@
-//! Which rank updates which elements under ZeRO-1 (Rajbhandari et al., arXiv 1910.02054, stage 1).
+//! The assignment of elements to ranks under ZeRO-1 (Rajbhandari et al., arXiv 1910.02054, stage 1).
 //!
 //! Parameters lie one after the other in buckets, the last one first, because gradients arrive about in that order.
 //! Each bucket is cut into as many equal chunks as there are ranks, and rank r has chunk r of every bucket: its
-//! moments, its fp32 weights, its update. So a large embedding is shared out like everything else, and a bucket can be
+//! moments, its fp32 weights, its update. So a large embedding is divided like everything else, and a bucket can be
 //! reduced, updated and gathered while others are still computed (as in Megatron-LM's distributed optimizer).
 //!
 //! Invariants: the partition is a pure function of (lengths, world size, bucket sizes), the same on every rank and
@@ -37,7 +37,7 @@ pub struct Section {
     pub members: Vec<Member>,
     /// Of all members.
     pub len: u64,
-    /// Of one rank, a multiple of [`ALIGN`]; the last ranks' may lie behind the end, wholly or in part.
+    /// Of one rank, a multiple of [`ALIGN`]; the last ranks' chunks may be beyond the end, wholly or in part.
     pub chunk: u64,
 }
 
@@ -56,7 +56,7 @@ pub struct Piece {
     pub at: u64,
 }
 
-/// Who updates what.
+/// The assignment of elements to ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Partition {
     world: WorldSize,
@@ -64,8 +64,8 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// Of parameters with so many elements. A bucket is full when it has reached its size, in bytes of gradients; the
-    /// first one is small so that the first reduction starts early.
+    /// Of parameters with these numbers of elements. A bucket is full when it has reached its size, in bytes of
+    /// gradients; the first one is small so that the first reduction starts early.
     pub fn new(lens: &[u64], world: WorldSize, first_bucket_bytes: u64, bucket_bytes: u64) -> Self {
         let mut buckets: Vec<Section> = Vec::new();
         let mut open = false;
@@ -96,20 +96,20 @@ impl Partition {
         self.world
     }
 
-    /// The buckets as a reducer wants them.
+    /// The buckets in the form that a reducer takes.
     pub fn for_reducer(&self) -> Vec<Bucket> {
         let params = |bucket: &Section| bucket.members.iter().map(|member| member.param).collect();
         self.buckets.iter().map(|bucket| Bucket { params: params(bucket), chunk: bucket.chunk }).collect()
     }
 
-    /// Where in a bucket a rank's chunk begins, and how many of its elements are parameters' and not padding.
+    /// Where in a bucket a rank's chunk begins, and how many of its elements belong to parameters rather than padding.
     pub fn chunk(&self, bucket: usize, rank: Rank) -> (u64, u64) {
         let bucket = &self.buckets[bucket];
         let start = u64::from(rank.get()) * bucket.chunk;
         (start, bucket.len.saturating_sub(start).min(bucket.chunk))
     }
 
-    /// What a rank has, bucket by bucket, in the order of its chunks.
+    /// A rank's pieces, bucket by bucket, in the order of its chunks.
     pub fn pieces(&self, rank: Rank) -> impl Iterator<Item = Piece> + '_ {
         self.buckets.iter().enumerate().flat_map(move |(number, bucket)| {
             let (start, owned) = self.chunk(number, rank);

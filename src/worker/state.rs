@@ -1,21 +1,21 @@
 //! Everything that a resume needs, as tensors: weights and moments, and their names. [`super::load`] fills them.
 //!
-//! What is not a tensor needs no saving: the sample order, the learning rate and the seeds of a step are pure functions
-//! of the configuration and the step.
+//! Only tensors need saving: the sample order, the learning rate and the seeds of a step are pure functions of the
+//! configuration and the step.
 //!
-//! Who has what, and under which names it is stored:
+//! Each rank's tensors, and their stored names:
 //!
-//! | strategy, precision | every rank | rank r alone |
+//! | strategy, precision | every rank | only rank r |
 //! |---|---|---|
 //! | ddp | `<name>` F32, `exp_avg.<name>`, `exp_avg_sq.<name>` | |
 //! | zero1, fp32 | `<name>` F32 | its slices of `exp_avg.<name>`, `exp_avg_sq.<name>` |
 //! | zero1, bf16 | `<name>` BF16 | those, and its slices of `master.<name>`: the fp32 weights |
 //!
-//! Slices are stored as [`slices`](crate::format::slices) says. Where a checkpoint has `master.<name>`, that is the
-//! weight, and `<name>` is its value rounded to bf16: so a checkpoint's folder stays a model folder that anybody can
-//! load, with nothing gathered to save it. Any rank of any world under either strategy loads from any of these: it
-//! takes its own elements out of the files, which all lie in shared memory. Files of an earlier version have whole
-//! tensors only and are loaded by the same rule.
+//! Slices are stored as described in [`slices`](crate::format::slices). If a checkpoint has `master.<name>`, that is
+//! the weight, and `<name>` is its value rounded to bf16: so a checkpoint's folder stays a model folder that anybody
+//! can load, and saving needs no gather. Any rank of any world under either strategy loads from any of these: it takes
+//! its own elements from the files, which are all in shared memory. Files of an earlier version have whole tensors only
+//! and are loaded by the same rule.
 
 use tch::{Kind, Tensor};
 
@@ -29,7 +29,7 @@ use crate::{
     torch,
 };
 
-/// What an element of the state is.
+/// The role of an element of the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
     Weight,
@@ -41,7 +41,7 @@ pub(super) enum Role {
 impl Role {
     pub(super) const ALL: [Self; 4] = [Self::Weight, Self::Master, Self::ExpAvg, Self::ExpAvgSq];
 
-    /// What stands before the parameter's name.
+    /// The prefix of the parameter's name.
     pub(super) fn prefix(self) -> &'static str {
         match self {
             Self::Weight => "",
@@ -83,12 +83,12 @@ pub struct Whole {
 /// A rank's share of one bucket. The last four have one dimension and as many elements as the rank owns of it.
 #[derive(Debug)]
 pub struct Share {
-    /// What is computed with, of the whole bucket: as many chunks as there are ranks, one dimension. fp32, or bf16
-    /// beside fp32 weights of its own.
+    /// The weights used for computing, of the whole bucket: as many chunks as there are ranks, one dimension. fp32, or
+    /// bf16 beside fp32 weights of its own.
     pub gathered: Tensor,
     /// The rank's chunk of `gathered`, without padding.
     pub own: Tensor,
-    /// The fp32 weights that are updated: `own` itself where that is fp32.
+    /// The fp32 weights that are updated: `own` itself if that is fp32.
     pub weights: Tensor,
     /// First moment.
     pub exp_avg: Tensor,
@@ -96,14 +96,14 @@ pub struct Share {
     pub exp_avg_sq: Tensor,
 }
 
-/// What the optimizer works on.
+/// The optimizer's tensors.
 #[derive(Debug)]
 pub enum Held {
     /// Everything, by parameter.
     Replicated(Vec<Whole>),
     /// A share of everything, by bucket.
     Partitioned {
-        /// Who has what.
+        /// The assignment of elements to ranks.
         partition: Partition,
         /// This rank.
         rank: Rank,
@@ -123,7 +123,7 @@ pub struct State {
 }
 
 impl State {
-    /// The model's weights, with moments of zero. With a partition the model's tensors are replaced by such as lie in
+    /// The model's weights, with moments of zero. With a partition the model's tensors are replaced by views into
     /// buckets: ask for its parameters afterwards.
     pub fn new(model: &mut dyn Model, precision: Precision, split: Option<(Partition, Rank)>) -> Result<Self> {
         let params = model.parameters().iter().map(|(name, tensor)| Param {
@@ -186,7 +186,7 @@ impl State {
                     view.f_copy_(&fresh[member.param].f_detach()?.f_view([-1])?)?;
                     views[member.param] = Some(view.f_view(fresh[member.param].size().as_slice())?);
                 }
-                // The chunk of a last rank may begin behind the end.
+                // The chunk of a last rank may begin beyond the end.
                 let own = part(&gathered, start.min(bucket.len), owned)?;
                 let zeros = || Tensor::f_zeros([signed(owned)], (Kind::Float, device));
                 let weights = if kind == Kind::Float { own.shallow_clone() } else { zeros()? };
@@ -248,7 +248,7 @@ impl State {
         TensorSpec { name: format!("{}{name}", role.prefix()), dtype, shape: shape.clone(), kind, part }
     }
 
-    /// What there is, the same list on every rank.
+    /// All tensors of the state, the same list on every rank.
     pub fn specs(&self) -> &[TensorSpec] {
         &self.specs
     }
@@ -263,7 +263,7 @@ impl State {
         self.params.iter().map(|param| param.len).sum()
     }
 
-    /// What the optimizer works on.
+    /// The optimizer's tensors.
     pub fn held(&self) -> &Held {
         &self.held
     }

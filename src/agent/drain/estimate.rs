@@ -1,59 +1,58 @@
-//! What steps and saves take on this machine, as measured, and how sure that is.
+//! How long steps and saves take on this machine, as measured, and with what certainty.
 //!
-//! Times are seconds. An [`Estimator`] is an exponentially weighted mean and variance: the newest value counts
-//! [`WEIGHT`]. Uploads are kept as seconds a byte, since it is times that are added up. A value that is far from all
-//! that was feared or hoped for begins a new account: the line to the store has changed, and the mean of before and
-//! after is true of neither. What an earlier machine's journal says counts as one value of its own kind: better than
-//! nothing, and forgotten soon.
+//! Times are seconds. An [`Estimator`] is an exponentially weighted mean and variance: the newest value has the weight
+//! [`WEIGHT`]. Uploads are kept as seconds per byte, so that times can be added. A value far outside the expected range
+//! resets the estimate: throughput has changed, and averaging old and new would describe neither. Measurements that an
+//! earlier machine left in the journal count as one value with a wide spread: better than nothing, and soon outweighed.
 //!
-//! Nothing is stored; the next generation of the same agent keeps what this one has measured.
+//! Nothing is stored; the next generation of the same agent keeps this one's measurements.
 
 use crate::journal::Committed;
 
-/// How much a new value counts against all before it.
+/// The weight of a new value against all before it.
 const WEIGHT: f64 = 0.3;
-/// So many times as long as was feared, or as short as was hoped for, is another world.
+/// A value beyond the expected range by this factor resets the estimate.
 const CHANGED: f64 = 1.5;
-/// A mean is never believed to be nearer to the truth than this share of itself.
+/// The least spread of a mean, as a share of it: it is never taken to be more certain than this.
 const LEAST_SPREAD: f64 = 0.1;
-/// As long as there is but one value: the truth may well be this share away.
+/// The spread while there is only one value, as a share of it.
 const ONE_VALUE_SPREAD: f64 = 0.2;
-/// A value of another machine.
+/// The spread of a value from another machine, as a share of it.
 const FOREIGN_SPREAD: f64 = 0.5;
 
 /// A time with its uncertainty, seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Estimate {
-    /// As short as can be hoped for.
+    /// The lower bound.
     pub low: f64,
     /// Expected.
     pub mean: f64,
-    /// As long as must be feared.
+    /// The upper bound.
     pub high: f64,
 }
 
 impl Estimate {
-    /// A time that is known.
+    /// A time that is known exactly.
     pub const fn exactly(seconds: f64) -> Self {
         Self { low: seconds, mean: seconds, high: seconds }
     }
 
-    /// One after the other.
+    /// The sum: one after the other.
     pub fn then(self, next: Self) -> Self {
         Self { low: self.low + next.low, mean: self.mean + next.mean, high: self.high + next.high }
     }
 
-    /// Side by side, until both have ended.
+    /// The longer of the two: side by side, until both have ended.
     pub fn beside(self, other: Self) -> Self {
         Self { low: self.low.max(other.low), mean: self.mean.max(other.mean), high: self.high.max(other.high) }
     }
 
-    /// So many times as long.
+    /// `factor` times as long.
     pub fn times(self, factor: f64) -> Self {
         Self { low: self.low * factor, mean: self.mean * factor, high: self.high * factor }
     }
 
-    /// What is left of it after `seconds`.
+    /// The rest after `seconds` have passed.
     pub fn after(self, seconds: f64) -> Self {
         let left = |value: f64| (value - seconds).max(0.0);
         Self { low: left(self.low), mean: left(self.mean), high: left(self.high) }
@@ -70,7 +69,7 @@ pub struct Estimator {
 }
 
 impl Estimator {
-    /// One more value; what is not a time is ignored.
+    /// Adds a value; anything that is not a time is ignored.
     pub fn push(&mut self, value: f64) {
         if !value.is_finite() || value < 0.0 {
             return;
@@ -107,7 +106,7 @@ impl Estimator {
     }
 }
 
-/// All that is known of this machine's pace.
+/// All estimates for this machine.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Estimates {
     /// One step.
@@ -121,7 +120,7 @@ pub struct Estimates {
 }
 
 impl Estimates {
-    /// What another generation, perhaps on another machine, found a save to take.
+    /// Adds how long a save took in another generation, perhaps on another machine.
     pub fn seed(&mut self, committed: &Committed) {
         if committed.bytes > 0 && committed.cost.durable_s > 0.0 {
             #[expect(clippy::cast_precision_loss, reason = "an estimate")]
@@ -140,18 +139,18 @@ impl Estimates {
         }
     }
 
-    /// Uploading so many bytes and committing them.
+    /// The time to upload and commit this many bytes.
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     pub fn upload(&self, bytes: u64) -> Option<Estimate> {
         let commit = self.commit.estimate().unwrap_or(Estimate { low: 0.0, mean: 0.2, high: 1.0 });
         Some(self.byte.estimate()?.times(bytes as f64).then(commit))
     }
 
-    /// What is left of an upload of `total` bytes that has been under way for `elapsed_s`, `sent` of them having
-    /// arrived and up to `parts` bytes being on their way at once. As long as it is within what such an upload takes,
-    /// that tells more than the bytes do: parts arrive together. Later, and where nothing is known, its own pace so far
-    /// does; until a first wave has arrived, what is on its way counts as half through. Left out, a save of one wave
-    /// would seem to need minutes when a second has passed and its smallest file is all that has arrived.
+    /// The time left for an upload of `total` bytes that has been under way for `elapsed_s`, with `sent` of them
+    /// arrived and up to `parts` bytes in flight. While `elapsed_s` is within the usual time of such an upload, that
+    /// time tells more than the bytes do: parts arrive together. Later, and where nothing is known, its own pace so far
+    /// decides; until a first wave has arrived, bytes in flight count as half done. Without that, a save of one wave
+    /// would seem to need minutes after one second in which only its smallest file has arrived.
     #[expect(clippy::cast_precision_loss, reason = "an estimate")]
     pub fn rest(&self, total: u64, sent: u64, parts: u64, elapsed_s: f64) -> Option<Estimate> {
         if let Some(whole) = self.upload(total)

@@ -1,4 +1,4 @@
-//! What is done about a notice: what was announced, what can still be saved before the machine goes, and how long it
+//! The response to a notice: what was announced, what can still be saved before the machine goes, and how long that
 //! takes.
 
 pub mod estimate;

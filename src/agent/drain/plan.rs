@@ -1,70 +1,70 @@
 //! What can still be saved before a machine goes away: a pure decision over what is known.
 //!
 //! # The table
-//! With `needs` the time until the newest step would be durable, as short as can be hoped for (low), expected, and as
-//! long as must be feared (high), and `left` the announced time less [`LAST_WORDS_S`] for the journal:
+//! With `needs` the time until the newest step would be durable (its lower bound, mean and upper bound: low, expected,
+//! high), and `left` the announced time less [`LAST_WORDS_S`] for the journal:
 //!
 //! | left | decision |
 //! |---|---|
 //! | unknown, or no save was ever measured | save everything at once |
-//! | ≥ the reserve, and the notice leaves the time to us | save once as an insurance, train on |
-//! | ≥ needs, low | stop, save everything: full save, or only what is missing of it |
-//! | ≥ the rest of a save under way that is newer than the newest checkpoint | stop, finish that one; say what will be lost |
-//! | ≥ half of needs, low | stop, and try to save everything: the pace was measured beside training, which now stands still |
-//! | ≥ half of that rest, low | stop, and try to finish that one; say what will be lost |
-//! | less | leave at once; say what will be lost |
+//! | ≥ the reserve, and the time may be used | save once as an insurance, train on |
+//! | ≥ needs, low | stop, save everything: a full save, or only the missing part of one |
+//! | ≥ the rest of a save under way that is newer than the newest checkpoint | stop, finish that one; report the loss |
+//! | ≥ half of needs, low | stop, and try to save everything: the pace was measured during training, which has now stopped |
+//! | ≥ half of that rest, low | stop, and try to finish that one; report the loss |
+//! | less | leave at once; report the loss |
 //!
-//! The reserve is what is left of the running step, one more (the next look may come when it has begun), one copy and
-//! *two* whole saves, all of them as long as must be feared: a save may have begun a moment ago and is let finish
-//! first. It is never less than [`LEAST_RESERVE_S`]. Stopping at once on a two-minute notice when a save takes a second
-//! would throw the two minutes away, on every interruption (`trainer simulate` shows it). A plan is tried as long as it
-//! is not hopeless: what it does not reach in time is given up [`LAST_WORDS_S`] before the deadline, so that the
-//! journal can say what was lost.
+//! The reserve covers the rest of the running step, one more step (the next look may come when it has begun), one copy
+//! and *two* full saves, each at its upper bound: a save may have begun a moment ago, and it is finished first. It is
+//! never less than [`LEAST_RESERVE_S`]. Stopping at once on a two-minute notice when a save takes a second would throw
+//! the two minutes away, on every interruption (`trainer simulate` shows it). A plan is tried unless it is hopeless: a
+//! save that is not durable in time is given up [`LAST_WORDS_S`] before the deadline, so that the journal can say what
+//! was lost.
 //!
 //! An upload that has begun is never stopped in favour of a newer state: it holds all but the steps since it began, and
-//! the newer one would have to start from nothing.
+//! the newer one would have to start from zero.
 
 use super::{estimate::Estimate, timeline::Usual};
 use crate::{goodput::LEAST_RESERVE_S, ids::Step, journal::DrainPlan, report::human};
 
-/// Kept for the journal's last record and the process's end, seconds.
+/// Time reserved for the journal's last record and the process's end, seconds.
 pub const LAST_WORDS_S: f64 = 1.5;
 
-/// A save that takes more than so many times the time that is left, even at the best pace that was ever measured, is
-/// not begun, and one that has so much left is given up.
+/// A save that needs more than this many times the time left, even at the best pace ever measured, is not begun; one
+/// under way that needs more is given up.
 const HOPELESS: f64 = 2.0;
 
-/// All that the decision depends on.
+/// Everything the decision depends on.
 #[derive(Clone, Copy, Debug)]
 pub struct Situation {
-    /// Until the machine goes away, seconds; `None`: nobody said.
+    /// Time until the machine goes away, seconds; `None`: not announced.
     pub left_s: Option<f64>,
-    /// A time that was named and that nobody is sure of: it is said, and nothing follows from it.
+    /// A deadline that is usual but not certain: it is reported, and nothing follows from it.
     pub usual: Option<Usual>,
-    /// The time that is left may be used: nobody waits for this process's end.
+    /// Whether the time left may be used: nobody waits for this process's end.
     pub may_train_on: bool,
     /// The newest finished step.
     pub finished: Step,
     /// The newest checkpoint.
     pub committed: Step,
-    /// The loop has ended: no newer state will come.
+    /// The loop has ended: there will be no newer state.
     pub ended: bool,
-    /// The save under way, and what is known of its rest.
+    /// The save under way, and the estimate of its rest.
     pub in_flight: Option<(Step, Option<Estimate>)>,
-    /// What is left of the running step.
+    /// The rest of the running step.
     pub step: Estimate,
-    /// A whole one.
+    /// A whole step.
     pub whole_step: Estimate,
     /// Copying a snapshot.
     pub copy: Estimate,
-    /// Uploading and committing one whole save; `None`: none was ever measured.
+    /// Uploading and committing one whole save; `None`: not measured yet.
     pub save: Option<Estimate>,
 }
 
 /// What to do.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
-    /// Save now as an insurance, and train until so much time is left, seconds.
+    /// Save now as an insurance, and train until this much time is left, seconds.
     TrainOn {
         /// The reserve.
         until_left_s: f64,
@@ -73,19 +73,19 @@ pub enum Decision {
     Drain {
         /// What is saved.
         plan: DrainPlan,
-        /// How long that takes from now; `None`: not known, or nothing is saved.
+        /// How long that takes from now; `None`: unknown, or nothing is saved.
         needs: Option<Estimate>,
     },
 }
 
-/// The decision, and the reason in words and figures.
+/// The decision, and the reason in words and numbers.
 pub fn decide(now: &Situation) -> (Decision, String) {
     let newest_under_way = now.ended && now.in_flight.is_some_and(|(step, _)| step >= now.finished);
     let whole = if newest_under_way { DrainPlan::OnlyMissing } else { DrainPlan::FullSave };
     let rest = now.in_flight.map(|(_, rest)| rest);
     let needs = match (newest_under_way, rest, now.save) {
         (true, rest, _) => rest.flatten(),
-        // What is under way is finished first, while the loop ends and the state is copied.
+        // The save under way is finished first, while the loop ends and the state is copied.
         (false, Some(rest), Some(save)) => Some(now.step.then(now.copy).beside(rest.unwrap_or(save)).then(save)),
         (false, None, Some(save)) => Some(now.step.then(now.copy).then(save)),
         (false, _, None) => None,
@@ -198,7 +198,7 @@ mod tests {
                 Some(5.0),
             ),
             ("just so", Situation { in_flight, left_s: Some(5.5), ..CALM }, "finish in flight", Some(5.0)),
-            // What has been uploaded is not thrown away for a shortfall with which a save would be begun.
+            // Uploaded data is not thrown away for a shortfall with which a save would still be begun.
             ("nearly so", Situation { in_flight, left_s: Some(5.4), ..CALM }, "finish in flight", Some(5.0)),
             ("half of that", Situation { in_flight, left_s: Some(3.5), ..CALM }, "finish in flight", Some(5.0)),
             ("not even for that", Situation { in_flight, left_s: Some(3.4), ..CALM }, "stop early", None),

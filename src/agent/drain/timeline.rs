@@ -1,10 +1,10 @@
-//! What has been announced to this node, and what was done about it: the notices, the deadline that follows from them,
-//! and the story that the journal is told at the end.
+//! The notices to this node and the response to them: the deadline that follows from them, and the story that the
+//! journal records at the end.
 //!
-//! Bookkeeping without a clock of its own: the time is passed in. What is done is decided by [`plan`](super::plan). A
-//! deadline counts down from the moment at which its notice was heard. The earliest binding deadline wins. A deadline
-//! that had passed when it was heard is none: the machine may go away at any moment, and may as well stay, so
-//! everything is saved at once and for as long as the machine lasts.
+//! Bookkeeping without a clock of its own: the time is passed in. [`plan`](super::plan) decides what to do. A deadline
+//! counts down from the moment at which its notice was heard. The earliest binding deadline wins. A deadline already
+//! past when its notice was heard is ignored: the machine may go at any moment, or stay, so everything is saved at
+//! once, for as long as the machine lasts.
 
 use std::time::Duration;
 
@@ -17,15 +17,15 @@ use crate::{
 
 /// The same signal again within this time is an echo: a process group and a script that forwards it both deliver it.
 const ECHO: Duration = Duration::from_secs(1);
-/// Moments of one drain that are written down.
+/// The most moments of one drain that are recorded.
 const MOST_MOMENTS: usize = 32;
 
-/// A deadline that binds nobody, and what named it.
+/// A deadline that is not binding, and its source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Usual {
-    /// What was heard.
+    /// The source.
     pub source: &'static str,
-    /// The time that it left.
+    /// The time left.
     pub left: Duration,
 }
 
@@ -40,19 +40,19 @@ impl std::fmt::Display for Usual {
     }
 }
 
-/// What is being done about a notice.
+/// The planned response to a notice.
 #[derive(Clone, Debug)]
 pub struct Planned {
-    /// What is saved.
+    /// The plan.
     pub plan: DrainPlan,
     reason: String,
     /// When it was planned, seconds from the first notice.
     at_s: f64,
-    /// When it is to be durable.
+    /// When the planned state is expected to be durable.
     until_s: Option<f64>,
 }
 
-/// What was heard, and what came of it.
+/// The notices, and the response to them.
 #[derive(Debug, Default)]
 pub struct Timeline {
     first: Option<(Moment, &'static str)>,
@@ -60,18 +60,18 @@ pub struct Timeline {
     signals: Vec<(&'static str, Moment)>,
     until: Option<Moment>,
     announced: Option<Duration>,
-    /// Somebody waits for this process's end, or the machine goes at a time that nobody has named.
+    /// Whether somebody waits for this process's end, or the machine's end has no announced time.
     at_once: bool,
-    /// The last deadline of which nobody is sure.
+    /// The last deadline that is not certain.
     usual: Option<Usual>,
-    /// When what was to be saved was durable.
+    /// When the planned state was durable.
     actual_s: Option<f64>,
     moments: Vec<Happened>,
 }
 
 impl Timeline {
-    /// A notice that asks this node to leave. Says whether the same signal had come before: whoever sends it again does
-    /// not want to wait.
+    /// A notice that asks this node to leave. Returns whether the same signal had come before: a repeated signal means
+    /// that the sender does not want to wait.
     pub fn hear(&mut self, notice: &Notice, now: Moment) -> bool {
         let before = self.signals.iter().find(|(source, _)| *source == notice.source).map(|(_, first)| *first);
         let again = before.is_some_and(|first| now.saturating_sub(first) >= ECHO);
@@ -103,53 +103,53 @@ impl Timeline {
         again
     }
 
-    /// Whether anything asked this node to leave.
+    /// Whether any notice asked this node to leave.
     pub fn is_called(&self) -> bool {
         self.first.is_some()
     }
 
-    /// Until the machine goes away, seconds; below zero afterwards.
+    /// Time until the machine goes away, seconds; below zero afterwards.
     pub fn left_s(&self, now: Moment) -> Option<f64> {
         let until = self.until?;
         Some(until.saturating_sub(now).as_secs_f64() - now.saturating_sub(until).as_secs_f64())
     }
 
-    /// A deadline that was named and binds nobody.
+    /// A deadline that is usual but not binding.
     pub const fn usual(&self) -> Option<Usual> {
         self.usual
     }
 
-    /// Whether nobody waits for this process's end, and the end of the machine has a time.
+    /// Whether nobody waits for this process's end, and the machine's end has a known time.
     pub fn leaves_the_time_to_us(&self) -> bool {
         !self.at_once
     }
 
-    /// What is done from now on, and why; `needs_s`: how long that takes from now.
+    /// Records the plan from now on, and why; `needs_s`: how long it takes from now.
     pub fn plans(&mut self, now: Moment, plan: DrainPlan, reason: &str, needs_s: Option<f64>) -> Planned {
         let at_s = self.since(now);
         self.says(now, format!("{}: {reason}", word(plan)));
         Planned { plan, reason: reason.to_owned(), at_s, until_s: needs_s.map(|needs| at_s + needs) }
     }
 
-    /// What was to be saved is durable.
+    /// The planned state is durable.
     pub fn saved(&mut self, now: Moment) {
         let since = self.since(now);
         self.actual_s.get_or_insert(since);
     }
 
-    /// Something happened that belongs to the story.
+    /// Adds an event to the story.
     pub fn says(&mut self, now: Moment, what: impl Into<String>) {
         if self.first.is_some() && self.moments.len() < MOST_MOMENTS {
             self.moments.push(Happened { after_s: self.since(now), what: what.into() });
         }
     }
 
-    /// Since the first notice, seconds.
+    /// Time since the first notice, seconds.
     pub fn since(&self, now: Moment) -> f64 {
         self.first.map_or(0.0, |(first, _)| now.saturating_sub(first).as_secs_f64())
     }
 
-    /// How what was planned last went, for the journal; `None` if nothing was heard.
+    /// How the last plan went, for the journal; `None` if there was no notice.
     pub fn story(&self, planned: &Planned) -> Option<Drain> {
         let (_, source) = self.first?;
         Some(Drain {
@@ -197,7 +197,7 @@ mod tests {
         timeline.hear(&notice("aws-scheduled", Kind::Interruption, Some(500)), now);
         assert_eq!(timeline.left_s(now), Some(40.0));
         assert_eq!(timeline.left_s(now + Duration::from_secs(50)), Some(-10.0));
-        // What is merely usual binds nobody.
+        // A deadline that is merely usual is not binding.
         let mut timeline = Timeline::default();
         let usual = Notice { confidence: Confidence::Advisory, ..notice("sigterm", Kind::Stop, Some(10)) };
         timeline.hear(&usual, now);

@@ -1,4 +1,4 @@
-//! Ranks are asked to stop, or have stopped, because of a notice. Nothing ends this but the end of the generation.
+//! Ranks are asked to stop, or have stopped, because of a notice. This phase ends only with the generation.
 
 use std::{
     ops::ControlFlow::{Break, Continue},
@@ -8,16 +8,17 @@ use std::{
 use super::{Death, Event, Flow, Phase, Salvage, Stage, Training, Turn};
 use crate::agent::{drain::timeline::Planned, workers::WorkerEvent};
 
-/// Ranks that are to stop and have finished no step for so long, or for ten usual steps if that is longer, are killed.
+/// Ranks that are to stop but have finished no step for this long, or for ten usual steps if that is longer, are
+/// killed.
 const STUCK: Duration = Duration::from_secs(120);
-/// As long as no step was measured.
+/// The usual step while none was measured.
 const UNKNOWN_STEP: Duration = Duration::from_secs(1200);
 
-/// A group that saves what there is time for and leaves.
+/// A group that saves as much as there is time for and exits.
 #[derive(Debug)]
 pub struct Draining {
     pub(super) training: Training,
-    /// What is done; a later notice may change it.
+    /// The plan; a later notice may change it.
     pub(super) planned: Planned,
 }
 
@@ -58,7 +59,7 @@ impl Draining {
         Salvage::new(self.training, Some(self.planned), death).begin(turn)
     }
 
-    /// A drain without a deadline must end, too: ranks that have not moved for long will not stop by themselves.
+    /// Ends a drain without a deadline, too: ranks that have not moved for long will not stop by themselves.
     fn look_at_the_stuck(&mut self, turn: &Turn<'_>) -> Option<Death> {
         let Training { scheduler, timeline, stepped, .. } = &mut self.training;
         if scheduler.has_ended() {

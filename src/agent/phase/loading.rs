@@ -1,4 +1,4 @@
-//! Workers start and load their state, while what they load is fetched.
+//! Workers start, and load their state once it is fetched.
 
 use std::ops::ControlFlow::{Break, Continue};
 
@@ -24,20 +24,20 @@ use crate::{
     snapshot::plan::TensorSpec,
 };
 
-/// Before `Go`.
+/// A group before `Go`.
 #[derive(Debug)]
 pub struct Loading {
-    /// What each rank has said its state is.
+    /// The layout of the state that each rank has reported.
     built: Vec<Option<Vec<TensorSpec>>>,
     /// Bytes of one save's shards, once the slots are laid out.
     bytes: Option<u64>,
     source: Incoming,
     ready: u32,
-    /// A worker has said why it can't go on; its process's end is still to come.
+    /// A worker has reported why it can't go on; its process has not yet ended.
     said: Option<Death>,
 }
 
-/// What is to be loaded.
+/// The state to load.
 #[derive(Debug)]
 pub enum Incoming {
     /// Nothing: workers draw their weights.
@@ -136,7 +136,7 @@ impl Loading {
             FromWorker::Failed { message, hint, permanent } => {
                 self.said.get_or_insert(Death::said(rank, &message, hint, permanent));
             }
-            // Nobody has been told to go.
+            // No rank has been told to go.
             FromWorker::Frozen { .. }
             | FromWorker::Step(_)
             | FromWorker::Captured { .. }
@@ -147,7 +147,7 @@ impl Loading {
         Continue(Phase::Loading(self))
     }
 
-    /// Every rank has said what its state is: each learns what it writes, and where.
+    /// Every rank has reported its state's layout: each is told what it writes, and where.
     fn lay_out(self, turn: &mut Turn<'_>) -> Flow<Phase> {
         let mut lists = self.built.iter().flatten();
         if let Some(tensors) = lists.next() {
@@ -161,7 +161,7 @@ impl Loading {
         Continue(Phase::Loading(self))
     }
 
-    /// What is to be loaded is there and the workers have their layout: they can load.
+    /// The state to load is there and the workers have their layout: they can load.
     fn load_if_possible(&self, turn: &mut Turn<'_>) {
         if let (Incoming::Here(slot, files, _), Some(_)) = (&self.source, self.bytes) {
             let weights_only = matches!(turn.shared.settings.load, Load::Weights { .. });
@@ -215,7 +215,7 @@ impl Loading {
     }
 }
 
-/// Steps after whose multiples a state is measured that `checkpoint.keep.best` ranks.
+/// The interval of steps after whose multiples a state is measured that `checkpoint.keep.best` ranks.
 fn ranked(config: &RunConfig) -> Option<std::num::NonZeroU64> {
     let wanted = config.checkpoint.keep.best > 0 && !matches!(config.checkpoint.every, Cadence::Steps(_));
     std::num::NonZeroU64::new(config.data.validation_every).filter(|_| wanted)

@@ -1,4 +1,5 @@
-//! The workers can't go on: what every rank had captured is uploaded and committed, then the generation ends.
+//! The workers can't go on: snapshots that every rank had captured are uploaded and committed, then the generation
+//! ends.
 
 use std::ops::ControlFlow::{Break, Continue};
 
@@ -14,9 +15,9 @@ use crate::{
 #[derive(Debug)]
 pub struct Salvage {
     pub(super) training: Training,
-    /// What a notice has asked for, if one has, before or since.
+    /// The plan that a notice has asked for, if any, before or since.
     planned: Option<Planned>,
-    /// The first reason; what is heard later follows from it.
+    /// The first reason; later ones follow from it.
     death: Death,
 }
 
@@ -25,7 +26,7 @@ impl Salvage {
         Self { training, planned, death }
     }
 
-    /// A worker is lost. What it has said itself is acted on when its process has ended, or at the next tick.
+    /// A worker is lost. Its own report is acted on when its process has ended, or at the next tick.
     pub(super) fn begin(self, turn: &mut Turn<'_>) -> Flow<Phase> {
         match self.death {
             Death::Failed(_) | Death::Permanent(_) => Continue(Phase::Salvaging(self)),
@@ -38,7 +39,7 @@ impl Salvage {
         let stage = Stage::Salvaging(planned.as_ref());
         match event {
             Event::Notice(notice) => *planned = training.on_notice(&notice, stage, turn)?,
-            // What a worker had said before it died is heard to the end.
+            // All messages that a worker had sent before it died are handled.
             Event::Worker(WorkerEvent::Message(rank, message)) => {
                 training.hear(rank, message, stage, turn)?;
                 return Continue(Phase::Salvaging(self));
@@ -48,7 +49,7 @@ impl Salvage {
                 return Continue(Phase::Salvaging(self));
             }
             Event::Save(event @ SaveEvent::Ended { .. }) => training.on_save(event, stage, turn)?,
-            // The snapshot is taken up with what else is left.
+            // The snapshot is taken up with everything else that is left.
             Event::Worker(WorkerEvent::Exited(..)) | Event::Retry { .. } => {}
             // Said before `Go`.
             Event::LaidOut { .. } | Event::Fetched(_) => return Continue(Phase::Salvaging(self)),
@@ -83,7 +84,7 @@ impl Salvage {
     fn end(self) -> Result<End> {
         let Self { training, planned, death } = self;
         match death {
-            // For the time that is left, starting them again is not worth it.
+            // The time left is too short to start them again.
             Death::Failed(reason) | Death::Died(reason) if training.timeline.is_called() => {
                 let verdict = format!("workers died after the notice: {reason}");
                 Ok(training.stopped(verdict, planned.as_ref()))

@@ -1,7 +1,7 @@
-//! A group that trains: steps, saves, and what is decided when a notice comes.
+//! A group that trains: steps, saves, and the response to a notice.
 //!
-//! A group that is asked to stop, or that has lost a worker, is still one that had trained: what the phases after
-//! [`Training`] have in common with it stands here, with the [`Stage`] as an argument.
+//! A group that is asked to stop, or that has lost a worker, is still one that had trained: the code that the phases
+//! after [`Training`] share with it is here, with the [`Stage`] as an argument.
 
 use std::{
     collections::BTreeMap,
@@ -36,7 +36,7 @@ use crate::{
     storage::Adrift,
 };
 
-/// Failed saves of the last state in a row, after which it is given up. Each has the store's own retries within it.
+/// Consecutive failed saves of the last state after which it is given up. Each includes the store's own retries.
 const LAST_SAVE_TRIES: u32 = 8;
 
 /// A group that has been told to go.
@@ -44,14 +44,14 @@ const LAST_SAVE_TRIES: u32 = 8;
 pub struct Training {
     pub(super) scheduler: Scheduler,
     pub(super) ledger: Ledger,
-    /// Of steps that not every rank has finished.
+    /// Reports of steps that not every rank has finished.
     reports: BTreeMap<Step, Vec<StepReport>>,
     /// Of states that not every rank has measured: how many have, the sum of their losses, their sequences.
     validations: BTreeMap<Step, (u32, f64, u64)>,
     /// When the newest step was finished, or the generation began.
     pub(super) stepped: Moment,
     standstill: Quiet,
-    /// What was announced, and what was done about it.
+    /// The notices, and the response to them.
     pub(super) timeline: Timeline,
     /// The save that a notice with time to spare asks for has been ordered.
     insured: bool,
@@ -59,7 +59,7 @@ pub struct Training {
     bytes: u64,
 }
 
-/// Since when nothing has moved, and how often that was told.
+/// How long nothing has moved, and how often that was reported.
 #[derive(Debug)]
 struct Quiet {
     since: Moment,
@@ -120,10 +120,10 @@ impl Training {
         Continue(Phase::Training(self))
     }
 
-    /// A run whose steps have stopped coming: a hung kernel, a collective that waits for a rank, data that does not
-    /// arrive. It is told, or the workers are given up.
+    /// Detects a run whose steps have stopped coming: a hung kernel, a collective that waits for a rank, data that does
+    /// not arrive. It is reported, or the workers are given up.
     fn look_at_the_standstill(&mut self, turn: &mut Turn<'_>) -> Option<Death> {
-        // Once all ranks have stopped the store is waited for, which says so itself.
+        // Once all ranks have stopped, training waits for the store, which reports for itself.
         if self.scheduler.has_ended() {
             return None;
         }
@@ -134,7 +134,8 @@ impl Training {
         let config = &turn.shared.settings.config;
         match restart::standstill(quiet, usual, self.standstill.told, &config.restart) {
             Standstill::Wait => None,
-            // The last state may wait for a slot that a silent store keeps: who ended the workers then would lose it.
+            // The last state may be waiting for a slot that a silent store occupies: ending the workers then would lose
+            // it.
             Standstill::End if step >= Step(config.train.steps) => None,
             Standstill::Tell => {
                 self.standstill.told += 1;
@@ -153,9 +154,9 @@ impl Training {
     }
 }
 
-/// What the phases from here on have in common.
+/// Shared by this phase and those after it.
 impl Training {
-    /// Carries out what the scheduler has decided.
+    /// Carries out the scheduler's decisions.
     pub(super) fn act(&mut self, actions: Vec<Action>, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
         let now = turn.now;
         for action in actions {
@@ -193,7 +194,7 @@ impl Training {
         let last = Step(turn.shared.settings.config.train.steps);
         let committed = self.scheduler.committed();
         if step == last && committed >= last {
-            // A run that was complete when it was loaded has made no step in this generation.
+            // A run that was complete when it was loaded makes no step in this generation.
             return Ok(End::Completed { loss: self.ledger.loss(last).unwrap_or(f64::NAN) });
         }
         let planned = stage.planned();
@@ -211,7 +212,7 @@ impl Training {
         Ok(self.stopped(format!("the last step could not be saved: {error}"), planned))
     }
 
-    /// The run was asked to stop, and this is what became of it.
+    /// The run was asked to stop; this is the outcome.
     pub(super) fn stopped(&self, verdict: impl Into<String>, planned: Option<&Planned>) -> End {
         End::Stopped(Stopped {
             step: self.scheduler.finished(),
@@ -273,7 +274,7 @@ impl Training {
         let loss = losses.iter().sum::<f64>() / losses.len() as f64;
         if !loss.is_finite() || !report.grad_norm.is_finite() {
             let reason = format!("loss {loss}, gradient norm {}", report.grad_norm);
-            // What was captured before is good: it is committed first.
+            // Snapshots captured before are good: they are committed first.
             return Continue(Some(Death::Diverged { step, reason }));
         }
         self.ledger.finished(step, loss);
@@ -315,7 +316,7 @@ impl Training {
         }
     }
 
-    /// An upload has come on, or has ended.
+    /// An upload has progressed, or has ended.
     pub(super) fn on_save(&mut self, event: SaveEvent, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
         match event {
             SaveEvent::Progress { step, bytes } => {
@@ -360,8 +361,8 @@ impl Training {
         self.act(actions, stage, turn)
     }
 
-    /// A save has failed. It is tried again after a pause; the run trains on, or the drain goes on, meanwhile. What is
-    /// final: the run is lost, or the store is not what it was.
+    /// A save has failed. It is tried again after a pause; meanwhile the run trains on, or the drain goes on. Two
+    /// failures are final: the run is lost, or the store is no longer the one it was.
     fn on_failed(&mut self, step: Step, slot: u8, error: Error, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
         turn.does(Effect::Busy(false));
         if error.kind() == Kind::Fenced {
@@ -396,7 +397,7 @@ impl Training {
         self.act(actions, stage, turn)
     }
 
-    /// Something was announced. `Some`: what is done about it, and this node leaves; `None`: it trains on.
+    /// A notice arrived. `Some`: the response, and this node leaves; `None`: it trains on.
     pub(super) fn on_notice(
         &mut self,
         notice: &Notice,
@@ -405,7 +406,7 @@ impl Training {
     ) -> Flow<Option<Planned>> {
         turn.announces(notice);
         if notice.kind == notice::Kind::Rebalance {
-            // Whoever is on the point of leaving saves anyway.
+            // A group about to stop saves anyway.
             if !self.timeline.is_called() {
                 let actions = self.scheduler.save_now(turn.now);
                 self.act(actions, stage, turn)?;
@@ -419,7 +420,7 @@ impl Training {
         self.reconsider(stage, turn)
     }
 
-    /// Decides what can still be saved, and begins it. `Some`: what is done from now on; `None`: training goes on.
+    /// Decides what can still be saved, and begins it. `Some`: the plan from now on; `None`: training goes on.
     fn reconsider(&mut self, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow<Option<Planned>> {
         let now = turn.now;
         let situation = self.situation(turn);
@@ -463,7 +464,7 @@ impl Training {
         Continue(Some(planned))
     }
 
-    /// What the decision depends on.
+    /// Everything the decision depends on.
     fn situation(&self, turn: &Turn<'_>) -> Situation {
         let estimates = &turn.shared.estimates;
         let config = &turn.shared.settings.config;
@@ -488,7 +489,7 @@ impl Training {
         }
     }
 
-    /// The last words are due: what is not durable by now is lost.
+    /// The time of the last record has come: state that is not durable by now is lost.
     pub(super) fn look_at_the_time(&mut self, planned: Option<&Planned>, turn: &Turn<'_>) -> Flow {
         let left_s = self.timeline.left_s(turn.now).unwrap_or(f64::INFINITY);
         if left_s > plan::LAST_WORDS_S {

@@ -1,8 +1,8 @@
-//! What a generation knows of its saves: from the first rank's capture to the commit, and what failed on the way.
+//! The state of a generation's saves: from the first rank's capture to the commit, and the failures on the way.
 //!
-//! Bookkeeping without I/O: the time is passed in, and what is to be done is given back. What is uploaded when, and
-//! what is tried again, is decided by the [`Scheduler`](super::scheduler::Scheduler); how it is uploaded is
-//! [`upload`](super::upload)'s.
+//! Bookkeeping without I/O: the time is passed in, and actions are returned. The
+//! [`Scheduler`](super::scheduler::Scheduler) decides what is uploaded when, and what is tried again;
+//! [`upload`](super::upload) does it.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -14,13 +14,13 @@ use crate::{
     storage::Priority,
 };
 
-/// Losses are kept for so many steps back: a snapshot's loss is looked up when all ranks have captured it.
+/// Losses are kept for this many steps back: a snapshot's loss is looked up when all ranks have captured it.
 const REMEMBERED: u64 = 64;
 
-/// A save that took longer to become durable than this is not made on idle cores alone again.
+/// After a save that took longer than this to become durable, saves no longer use idle cores alone.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What is kept of a snapshot until it is committed.
+/// The facts kept about a snapshot until it is committed.
 #[derive(Debug)]
 struct Kept {
     taken: Moment,
@@ -50,14 +50,14 @@ pub struct Ledger {
     committed_at: Moment,
     /// The last save that failed, and how often in a row.
     failed: (Step, u32),
-    /// Saves that failed since the last that did not, whichever.
+    /// Saves of any step that failed since the last success.
     in_a_row: u32,
     last_error: Option<Error>,
-    /// Transfers that gave way to all others took too long: they don't any more.
+    /// Transfers that yielded to all others took too long: they no longer yield.
     starved: bool,
 }
 
-/// An upload that is to begin.
+/// An upload about to begin.
 #[derive(Clone, Debug)]
 pub struct Transfer {
     /// The snapshot's step.
@@ -68,20 +68,20 @@ pub struct Transfer {
     pub loss: f64,
     /// Its validation loss, if it was measured.
     pub validation_loss: Option<f64>,
-    /// What the save has cost so far; the loop's wait may be heard of later.
+    /// The cost of the save so far; the loop's wait may be reported later.
     pub cost: SaveCost,
     /// When the step ended.
     pub taken: Moment,
-    /// To whom it gives way.
+    /// Its priority against other work.
     pub priority: Priority,
 }
 
 /// A save that has failed.
 #[derive(Debug)]
 pub struct Failure {
-    /// How often in a row the save of this step has.
+    /// Consecutive failures of the save of this step.
     pub times: u32,
-    /// What people are told. Said once, then ever less often: a session that has expired may last until somebody comes.
+    /// The report for people. Given once, then ever less often: an expired session may last until somebody comes.
     pub warning: Option<String>,
 }
 
@@ -101,7 +101,7 @@ impl Ledger {
         }
     }
 
-    /// Since the newest commit, or the beginning.
+    /// Time since the newest commit, or the beginning.
     pub fn lag(&self, now: Moment) -> Duration {
         now.saturating_sub(self.committed_at)
     }
@@ -142,14 +142,14 @@ impl Ledger {
         self.kept.entry(step).or_insert_with(|| Kept { taken: now, loss, cost: SaveCost::default() })
     }
 
-    /// One rank's copying of `step` took so long, seconds.
+    /// The time that one rank took to copy `step`, seconds.
     pub fn captured(&mut self, step: Step, copy_s: f64, now: Moment) {
         let cost = &mut self.keep(step, now).cost;
         cost.copy_s = cost.copy_s.max(copy_s);
     }
 
-    /// One rank's loop stood still for so long, seconds, because of the capture of `step`. What the save has cost now,
-    /// if its upload is under way.
+    /// The time for which one rank's loop stood still because of the capture of `step`, seconds. Returns the save's
+    /// cost so far, if its upload is under way.
     pub fn stalled(&mut self, step: Step, stall_s: f64, now: Moment) -> Option<SaveCost> {
         let cost = &mut self.keep(step, now).cost;
         cost.stall_s = cost.stall_s.max(stall_s);
@@ -170,7 +170,7 @@ impl Ledger {
         // Every rank has captured the step, so every rank has reported it.
         let loss =
             loss.ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
-        // Ranks measure a state before they copy it. What was measured of another one says nothing of this.
+        // Ranks measure a state before they copy it. A measurement of another state does not apply to this one.
         let validation_loss = self.validated.filter(|(measured, _)| *measured == step).map(|(_, loss)| loss);
         let priority = match (urgent, self.starved) {
             (true, _) => Priority::Urgent,
@@ -181,7 +181,7 @@ impl Ledger {
         Ok(Transfer { step, slot, loss, validation_loss, cost, taken, priority })
     }
 
-    /// So many bytes more have reached the store: how many have by now, and of how many.
+    /// This many more bytes have reached the store: returns how many have by now, and of how many.
     pub fn progress(&mut self, bytes: u64, now: Moment) -> Option<(u64, u64)> {
         let upload = self.under_way.as_mut()?;
         upload.sent += bytes;
@@ -191,8 +191,8 @@ impl Ledger {
         Some((upload.sent.min(upload.total), upload.total))
     }
 
-    /// A save is committed. Whether transfers no longer give way to other threads from here on: other programs may want
-    /// all cores of this machine, and a checkpoint must not wait for them for ever.
+    /// A save is committed. Returns whether transfers no longer yield to other threads from here on: other programs may
+    /// want all cores of this machine, and a checkpoint must not wait for them for ever.
     pub fn committed(&mut self, committed: &Committed, estimates: &mut Estimates, now: Moment) -> bool {
         if let Some(upload) = self.under_way.take() {
             let last_byte = upload.last_byte.unwrap_or(now);
@@ -222,7 +222,7 @@ impl Ledger {
         Failure { times, warning }
     }
 
-    /// Why the last save that failed did.
+    /// Why the last failed save failed.
     pub fn take_error(&mut self) -> Option<Error> {
         self.last_error.take()
     }
@@ -238,7 +238,7 @@ mod tests {
         let error = || Error::new(Kind::Unavailable, "the session has expired").with_hint("log in again");
         let mut said = Vec::new();
         for n in 0..100_u32 {
-            // A newer state every third time: that step's own count begins anew, what is told does not.
+            // A newer state every third time: that step's own count starts again, the reported one does not.
             let failure = saves.failed(Step(u64::from(n / 3)), error());
             assert_eq!(failure.times, n % 3 + 1);
             said.extend(failure.warning);
@@ -281,7 +281,7 @@ mod tests {
         let measured = (estimates.byte.estimate().unwrap().mean, estimates.commit.estimate().unwrap().mean);
         assert_eq!(measured, (0.1, 2.0));
         assert_eq!((saves.lag(at(20)), saves.under_way(at(20))), (at(5), None));
-        // From here on it gives way to nobody.
+        // From here on it yields to nothing.
         saves.captured(Step(5), 0.5, at(20));
         saves.finished(Step(5), 2.0);
         assert_eq!(saves.upload(Step(5), 1, false, 100, at(21)).unwrap().priority, Priority::Normal);

@@ -1,23 +1,21 @@
 //! When state is saved and when the loop ends: pure decisions over what the workers have said.
 //!
-//! The scheduler knows the two slots, the steps that the ranks have reached and what was asked for; it is told what
-//! happens and answers with [`Action`]s that the event loop carries out. Time is passed in. Every decision that all
-//! ranks must obey at the same step goes through a freeze (see [`crate::worker::gate`]): ask, take the largest started
-//! step, tell.
+//! The scheduler knows the two slots, the steps that the ranks have reached and the requests; it receives events and
+//! answers with [`Action`]s that the event loop carries out. Time is passed in. Every decision that all ranks must obey
+//! at the same step goes through a freeze (see [`crate::worker::gate`]): ask, take the largest started step, tell.
 //!
 //! Rules:
 //! - One save is uploaded at a time; a newer snapshot waits in the other slot; requests beyond that are merged into the
 //!   next.
 //! - An order that a rank may already have obeyed is repeated in every thaw until all ranks have captured; only an
 //!   order for a step that no rank has started can be taken back.
-//! - Of two free slots the one is ordered that does not hold the newest checkpoint: workers that crash are started
-//!   again from it.
+//! - Of two free slots, the order goes to the one that does not hold the newest checkpoint: crashed workers are
+//!   restarted from that checkpoint.
 //! - The last step is always saved. A drain saves the step that it stops at; a snapshot that waits for its upload then
-//!   gives up its slot, since the newer one makes it worthless. The upload in flight is let finish: it may be all that
-//!   is left.
-//! - A drain for which there is no time to save the end only stops the loop; what was captured before is still
-//!   uploaded.
-//! - A save that is asked for now takes the step that is running, ahead of one that is ordered for later.
+//!   gives up its slot, since the newer one makes it worthless. The upload in flight is finished: it may be all that is
+//!   left.
+//! - A drain without time to save the last state only stops the loop; earlier snapshots are still uploaded.
+//! - A save requested now takes the running step, ahead of one ordered for later.
 
 use std::{num::NonZeroU64, time::Duration};
 
@@ -34,7 +32,7 @@ use crate::{
 /// Time since the generation began; monotonic.
 pub type Moment = Duration;
 
-/// What the event loop is to do.
+/// An action for the event loop.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Send `Freeze` with this ticket to every rank.
@@ -68,7 +66,7 @@ pub enum Action {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Slot {
     Free,
-    /// Ranks have been told to capture this step; so many have not yet done so.
+    /// Ranks have been told to capture this step; this many have not yet done so.
     Ordered {
         step: Step,
         missing: u32,
@@ -95,7 +93,7 @@ impl Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asked {
     No,
-    /// There is nobody to ask any more.
+    /// There are no ranks left to ask.
     Gone,
     /// A freeze is out; the largest started step so far, and how many ranks have not answered.
     Frozen {
@@ -105,7 +103,7 @@ enum Asked {
     },
 }
 
-/// What the scheduler is set up with.
+/// The scheduler's inputs.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     /// Ranks on this node.
@@ -116,8 +114,8 @@ pub struct Setup {
     pub last: Step,
     /// When state is saved.
     pub cadence: Cadence,
-    /// `checkpoint.keep.best` ranks by what is measured after each multiple of these steps: their state is saved, too.
-    /// Not with a cadence in steps, whose orders are given ahead.
+    /// `checkpoint.keep.best` ranks states by a measurement after each multiple of these steps; those states are saved,
+    /// too. Not with a cadence in steps, whose orders are given ahead.
     pub ranked: Option<NonZeroU64>,
     /// The slot that holds the checkpoint which was loaded, if one does.
     pub held: Option<u8>,
@@ -146,15 +144,15 @@ pub struct Scheduler {
     chooser: Chooser,
     /// A save was under way when the last step ended.
     saving: bool,
-    /// The slot of the newest checkpoint.
+    /// The slot that holds the newest checkpoint.
     newest: Option<u8>,
     /// The last step's save is given up.
     abandoned: bool,
-    /// A save has been asked for, whatever the cadence says.
+    /// A save has been requested, regardless of the cadence.
     wanted: bool,
     /// Where the last order was, so that a cadence in steps orders each multiple once.
     last_ordered: Step,
-    /// The newest step after which the ranks were asked whether its state, which is measured, still stands.
+    /// The newest step after which the ranks were asked whether its measured state still stands.
     ranked: Step,
 }
 
@@ -196,12 +194,12 @@ impl Scheduler {
 
     /// A save was durable after `durable_s` seconds; the loop stood still for `stall_s` of them.
     pub fn saved(&mut self, stall_s: f64, durable_s: f64) {
-        // Before the loop's whole loss is known, the part of it that is known at once.
+        // Before the loop's whole stall is known, the part of it that is known at once.
         self.measured.save_cost_s = Some(self.chooser.cost_s().unwrap_or(stall_s));
         self.measured.durable_s = Some(durable_s);
     }
 
-    /// Copying a snapshot took so long, seconds; the slowest rank's.
+    /// The time to copy a snapshot, seconds; the slowest rank's.
     pub fn copied(&mut self, copy_s: f64) {
         self.chooser.copied(copy_s);
     }
@@ -317,14 +315,14 @@ impl Scheduler {
         self.consider(now)
     }
 
-    /// Stop as soon as possible, without a save of the step at which it stops: there is no time for one. What has been
-    /// captured is uploaded.
+    /// Stop as soon as possible, without saving the step at which it stops: there is no time for it. Captured snapshots
+    /// are still uploaded.
     pub fn drain_unsaved(&mut self, now: Moment) -> Vec<Action> {
         self.abandoned = true;
         self.drain(now)
     }
 
-    /// Save the running step, whatever the cadence says.
+    /// Save the running step, regardless of the cadence.
     pub fn save_now(&mut self, now: Moment) -> Vec<Action> {
         self.wanted = true;
         self.consider(now)
@@ -343,7 +341,7 @@ impl Scheduler {
         self.end_decided.then_some(self.end)
     }
 
-    /// Whether every rank's loop has ended: what is left is to save its last state.
+    /// Whether every rank's loop has ended: only its last state remains to be saved.
     pub fn has_ended(&self) -> bool {
         self.stopped == self.setup.ranks
     }
@@ -354,7 +352,7 @@ impl Scheduler {
         self.uploaded(slot, false, now)
     }
 
-    /// The workers are gone and nothing is being uploaded: what every rank has captured is all that is left.
+    /// The workers are gone and nothing is being uploaded: only snapshots that every rank has captured are left.
     pub fn salvage(&mut self) -> Vec<Action> {
         for slot in &mut self.slots {
             *slot = match *slot {
@@ -415,7 +413,7 @@ impl Scheduler {
         (step > self.setup.done && !self.has_snapshot_of(step)).then_some(step)
     }
 
-    /// This step, if its state is one that `keep.best` ranks, and nothing holds it yet.
+    /// This step, if `keep.best` ranks its state and no slot holds it yet.
     fn measured(&self, step: Step) -> Option<Step> {
         let ranked = self.setup.ranked.is_some_and(|every| step.get().is_multiple_of(every.get()));
         let wanted = ranked && !self.abandoned && !self.end_decided && step > self.setup.done;
@@ -434,7 +432,7 @@ impl Scheduler {
         }
     }
 
-    /// Gives free slots their orders, after taking back those that the new end makes void.
+    /// Orders captures into free slots, after withdrawing those that the new end makes void.
     fn give_orders(&mut self, started: Step, now: Moment) {
         self.ranked = self.finished;
         for slot in &mut self.slots {
@@ -460,8 +458,8 @@ impl Scheduler {
         }
     }
 
-    /// What is asked for now goes before what is due later: the furthest order that nobody has obeyed is taken back,
-    /// and is given again when there is room.
+    /// A request for now comes before orders for later: the furthest order that no rank has obeyed is withdrawn, and is
+    /// given again when there is room.
     fn make_room(&mut self, started: Step) {
         let ordered = |slot: &Slot| match slot {
             Slot::Ordered { step, .. } if *step > started => Some(*step),
@@ -823,7 +821,7 @@ mod tests {
             [Action::Thaw { saves: vec![order(100, 0), order(43, 1)], stop_after: None }]
         );
         assert_eq!(capture(&mut c, 1, 43, at(3)), [Action::Upload { step: Step(43), slot: 1 }]);
-        // Asked for once: what follows is the cadence again, and what was taken back is ordered again.
+        // Asked for once: afterwards the cadence holds again, and withdrawn orders are given again.
         let actions = c.uploaded(1, true, at(4));
         assert_eq!(
             answer(&mut c, &actions, [50, 50], at(4)),

@@ -6,16 +6,16 @@
 //! checkpoint that is loaded from the store is fetched into slot 0, file after file, and read there by all ranks:
 //! restoring needs no memory beside the slots.
 //!
-//! # What a slot holds
+//! # A slot's content
 //! After a commit, and after a checkpoint was fetched, a slot holds that checkpoint's files until the next capture
-//! writes over them. Workers that crash meanwhile are started again from it, and the store is not read. Nobody keeps
-//! account of when a capture begins to write, and a dying worker may have written anywhere: what is held is summed up
-//! again ([`Slots::whole`]) before it is believed.
+//! writes over them. Workers that crash meanwhile are started again from it, and the store is not read. No record is
+//! kept of when a capture begins to write, and a dying worker may have written anywhere: a slot's checksums are
+//! verified again ([`Slots::whole`]) before it is used.
 //!
 //! # Crash, retry, cancel
-//! The memory is this process's own and goes with it. Pages are never given back while it lives: workers may have
-//! pinned them for a GPU, which would go on writing to the old ones. Headers are written when all ranks have captured,
-//! not before, so that a checkpoint fetched into the slot is whole until then.
+//! The memory belongs to this process and disappears with it. Pages are never given back while it lives: workers may
+//! have pinned them for a GPU, which would go on writing to the old ones. Headers are written when all ranks have
+//! captured, not before, so that a checkpoint fetched into the slot is whole until then.
 
 use std::ops::Range;
 
@@ -56,7 +56,7 @@ struct Held {
 struct Slot {
     image: SharedImage,
     held: Option<Held>,
-    /// The headers of the layout stand in it.
+    /// The headers of the layout are in it.
     has_headers: bool,
 }
 
@@ -77,7 +77,7 @@ pub struct Slots {
     layout: Option<Layout>,
 }
 
-/// What has been fetched from the store.
+/// The result of a fetch from the store.
 #[derive(Clone, Copy, Debug)]
 pub struct Fetched {
     /// Bytes of all files.
@@ -96,7 +96,7 @@ pub struct Fetch {
 }
 
 impl Fetch {
-    /// Gets all of it, beside the event loop; what became of it goes to `done`.
+    /// Fetches all of it, beside the event loop; the result goes to `done`.
     pub fn start(self, store: Store, folder: String, done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>) {
         tokio::spawn(async move {
             let begin = tokio::time::Instant::now();
@@ -111,7 +111,7 @@ fn memory(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
     move |error| {
         let error = Error::from_source(Kind::Bug, error).context(doing);
         match error.kind() {
-            // tmpfs and memfd say that there is no room where there is no memory.
+            // tmpfs and memfd report a full disk when memory is short.
             Kind::Unavailable => error.with_hint(Shortage::Memory.hint()),
             _ => error,
         }
@@ -133,7 +133,7 @@ impl Slots {
         [&self.slots[0].image, &self.slots[1].image]
     }
 
-    /// A generation begins: its workers will say what their state is. What the slots hold stays.
+    /// A generation begins: its workers will report their state's layout. The slots' content stays.
     pub fn begin_generation(&mut self) {
         self.layout = None;
         for slot in &mut self.slots {
@@ -141,7 +141,7 @@ impl Slots {
         }
     }
 
-    /// Makes room for `files` in [`RESTORE_SLOT`]; parts of at most `part` bytes are got at once.
+    /// Makes room for `files` in [`RESTORE_SLOT`]; parts of at most `part` bytes are fetched at once.
     pub fn receive(&mut self, files: Vec<RemoteFile>, part: u64) -> Result<Fetch> {
         let layout = restore::plan_pieces(&files, part)?;
         let slot = &mut self.slots[usize::from(RESTORE_SLOT)];
@@ -153,7 +153,7 @@ impl Slots {
         Ok(Fetch { files: layout.files, pieces: layout.pieces.into_iter().zip(chunks).collect(), wanted: files })
     }
 
-    /// All of `files` lie in [`RESTORE_SLOT`], checked, at these places.
+    /// All of `files` lie in [`RESTORE_SLOT`], verified, at these places.
     pub fn received(&mut self, step: Step, generation: Generation, places: &[(u64, u64)], files: &[RemoteFile]) {
         let sums: Option<Vec<_>> = places
             .iter()
@@ -172,8 +172,8 @@ impl Slots {
         Some((u8::try_from(slot).ok()?, files))
     }
 
-    /// Sums up what a slot holds and compares; what does not agree is not held any more. The sums run in parallel at
-    /// the speed of memory.
+    /// Recomputes the slot's checksums; on a mismatch the slot counts as empty. The sums run in parallel at the speed
+    /// of memory.
     pub async fn whole(&mut self, slot: u8) -> bool {
         let Some(Slot { image, held, .. }) = self.slots.get_mut(usize::from(slot)) else { return false };
         let Some(files) = held.as_ref().map(|held| held.files.clone()) else { return false };
@@ -184,8 +184,8 @@ impl Slots {
         sound
     }
 
-    /// Every rank has said what its state is: plans who writes what, and sizes the slots. Gives each rank's plan and
-    /// the first byte of its image in the slots.
+    /// Every rank has reported its state's layout: plans who writes what, and sizes the slots. Returns each rank's plan
+    /// and the first byte of its image in the slots.
     pub fn lay_out(
         &mut self,
         tensors: &[TensorSpec],
@@ -213,7 +213,8 @@ impl Slots {
         Ok(layout.plans.iter().zip(layout.bases.iter().copied()))
     }
 
-    /// Every rank has captured into `slot`: its headers are written, if they are not there yet. What it held is gone.
+    /// Every rank has captured into `slot`: its headers are written, if they are not there yet. Its previous content is
+    /// gone.
     fn prepare(&mut self, slot: u8) -> Result<&Layout> {
         let (Some(layout), Some(state)) = (&self.layout, self.slots.get_mut(usize::from(slot))) else {
             return Err(Error::new(Kind::Bug, format!("upload of slot {slot} before there is a layout")));
@@ -255,7 +256,7 @@ impl Slots {
         Ok((uploads, layout.index.clone()))
     }
 
-    /// A slot's snapshot is committed, its shards with these checksums by name: it is held from now on.
+    /// A slot's snapshot is committed, its shards with these checksums by name: the slot holds it from now on.
     pub fn hold(&mut self, slot: u8, step: Step, generation: Generation, sums: &[(String, Crc64)]) {
         let (Some(layout), Some(state)) = (&self.layout, self.slots.get_mut(usize::from(slot))) else { return };
         let mut files = Vec::new();
@@ -304,7 +305,7 @@ mod tests {
         ]
     }
 
-    /// Fills a slot as the workers would, and says what an upload would have summed up.
+    /// Fills a slot as the workers would, and returns the checksums of an upload.
     fn capture(slots: &mut Slots, slot: u8, byte: u8) -> Vec<(String, Crc64)> {
         let layout = slots.layout.as_ref().unwrap();
         for (plan, base) in layout.plans.iter().zip(&layout.bases) {
@@ -334,7 +335,7 @@ mod tests {
         assert_eq!(slots.find(Step(4), Generation(2)), None);
         assert!(slots.whole(1).await);
 
-        // The next generation finds it where it lay, as whole safetensors files.
+        // The next generation finds it in the same place, as whole safetensors files.
         slots.begin_generation();
         assert!(slots.whole(1).await);
         let map = slots.slots[1].image.map().unwrap();

@@ -6,7 +6,7 @@
 //! *Crash:* either a checkpoint stands, or garbage that nobody reads. *Retry:* a failure is reported and the run trains
 //! on; the same snapshot is tried again after a pause, unless a newer one waits by then
 //! ([`Scheduler::uploaded`](super::scheduler::Scheduler::uploaded)). Losing the run to another writer is final.
-//! *Cancel:* nothing more is written, but what is on its way to the store may land.
+//! *Cancel:* nothing more is written, but requests already sent to the store may land.
 
 use bytes::Bytes;
 use tokio::{
@@ -23,7 +23,7 @@ use crate::{
     storage::{Crc64, Store},
 };
 
-/// What does not change from save to save within one generation.
+/// The facts that stay the same from save to save within one generation.
 #[derive(Clone, Debug)]
 pub struct Context {
     /// The run's folder in the store.
@@ -59,16 +59,16 @@ pub struct Snapshot {
     pub loss: f64,
     /// Its validation loss, if it was measured.
     pub validation_loss: Option<f64>,
-    /// What the event loop knows of it; read when the record is written.
+    /// The event loop's figures about it; read when the record is written.
     pub cost: watch::Receiver<SaveCost>,
     /// When the step ended.
     pub taken: tokio::time::Instant,
 }
 
-/// What is heard of a save.
+/// Events of a save.
 #[derive(Debug)]
 pub enum SaveEvent {
-    /// So many bytes more have reached the store.
+    /// This many more bytes have reached the store.
     Progress {
         /// The snapshot's step.
         step: Step,
@@ -81,7 +81,7 @@ pub enum SaveEvent {
         step: Step,
         /// Its slot.
         slot: u8,
-        /// What stands in the store, or why nothing does.
+        /// The checkpoint in the store, or why there is none.
         result: Result<Saved>,
     },
 }
@@ -95,11 +95,11 @@ pub struct Saved {
     pub sums: Vec<(String, Crc64)>,
 }
 
-/// Starts saving `snapshot`; what becomes of it goes to `events`. The handle gives it up: nothing more is written of it
-/// then, but what is on its way to the store may land.
+/// Starts saving `snapshot`; the outcome goes to `events`. The handle cancels it: nothing more of it is written then,
+/// but requests already sent to the store may land.
 pub fn start(context: Context, snapshot: Snapshot, events: mpsc::UnboundedSender<SaveEvent>) -> AbortHandle {
     let (step, slot) = (snapshot.step, snapshot.slot);
-    // A task of its own: whatever becomes of it, the event loop must hear of its end, or it would never save again.
+    // A task of its own: in every case the event loop must hear of its end, or it would never save again.
     let saving = tokio::spawn({
         let events = events.clone();
         async move { save(&context, snapshot, &events).await }
@@ -118,7 +118,7 @@ pub fn start(context: Context, snapshot: Snapshot, events: mpsc::UnboundedSender
 async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSender<SaveEvent>) -> Result<Saved> {
     let Snapshot { step, uploads, small, loss, validation_loss, cost, taken, .. } = snapshot;
     let bytes = uploads.iter().map(|upload| upload.body.len() as u64).sum();
-    // Every file of the checkpoint: this node is the only one, so what it puts is all there is.
+    // Every file of the checkpoint: this node is the only one, so its files are all there are.
     let expected: Vec<String> =
         uploads.iter().map(|upload| upload.name.clone()).chain(small.iter().map(|(name, _)| name.clone())).collect();
     let save = Save {

@@ -1,4 +1,4 @@
-//! Looking after the checkpoints that a run keeps, while it trains.
+//! Care for the checkpoints that a run keeps, while it trains.
 
 pub mod retention;
 mod scrub;

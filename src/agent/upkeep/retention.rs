@@ -1,16 +1,16 @@
-//! `checkpoint.keep` while a run is alive: after a commit, what is no longer wanted goes.
+//! `checkpoint.keep` while a run is alive: after a commit, checkpoints that are no longer wanted are deleted.
 //!
-//! Runs beside the event loop, one at a time, and is not waited for by training. The rules are those of
+//! Runs beside the event loop, one at a time; training does not wait for it. The rules are those of
 //! [`crate::checkpoint::prune`]: a plan first, the journal's record before the data, never the newest checkpoint that
 //! checksums vouch for, never the one that this generation resumed from. A failure deletes less than it might, and is
 //! tried again after the next commit.
 //!
-//! It gives way: the journal's writer prefers everything else, its small requests to the store wait in a
-//! queue of their own, and it [ends](Retention::hush) at the first notice, and when the last state of a run is saved.
+//! It yields: the journal's writer prefers everything else, its small requests to the store wait in a queue of their
+//! own, and it [ends](Retention::hush) at the first notice, and when the last state of a run is saved.
 //!
-//! What has been held against its checksums is remembered for this generation ([`Known`]): what was restored from, and
-//! what was read. On a store that keeps checksums it is not needed, they are asked for each time. On another one the
-//! newest checkpoint that was read stays beside the newest `keep.last`, until [`super::scrub`] has read a newer one.
+//! Verified checkpoints are remembered for this generation ([`Known`]): those restored from, and those read. A store
+//! that keeps checksums does not need this; it is asked each time. On another store the newest checkpoint that was read
+//! stays beside the newest `keep.last`, until [`super::scrub`] has read a newer one.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -37,16 +37,16 @@ use crate::{
     storage::Store,
 };
 
-/// What this generation knows of checkpoints beyond what the journal says.
+/// What this generation knows of checkpoints beyond the journal.
 #[derive(Debug, Default)]
 pub(super) struct Known {
-    /// Held against checksums: restored from, or read.
+    /// Verified against checksums: restored from, or read.
     pub verified: Vec<ResumePoint>,
-    /// Being read just now.
+    /// Being read at the moment.
     pub reading: Option<ResumePoint>,
 }
 
-/// What retention and scrub work on.
+/// The shared inputs of retention and scrub.
 #[derive(Debug)]
 pub(super) struct Kept {
     /// The run's folder.
@@ -55,7 +55,7 @@ pub(super) struct Kept {
     pub config: CheckpointConfig,
     /// A checkpoint was committed.
     pub committed: Notify,
-    /// What this process has found damaged.
+    /// The damage that this process has found.
     pub docket: Docket,
     known: Mutex<Known>,
 }
@@ -70,7 +70,7 @@ impl Kept {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers that checksums vouch for a checkpoint: those that the store keeps, or every byte of it.
+    /// Remembers that a checkpoint is verified: by the checksums that the store keeps, or by every byte of it.
     pub fn vouch(&self, point: &ResumePoint, proof: Proof) {
         self.docket.vouch(point, proof);
         let mut known = self.known();
@@ -79,8 +79,8 @@ impl Kept {
         }
     }
 
-    /// A checkpoint was found damaged twice. It is no more than a suspect, unless the journal already says why it is
-    /// not to be used.
+    /// A checkpoint was found damaged twice. It is only a suspect, unless the journal already says why it is not to be
+    /// used.
     pub fn suspect(&self, damage: &Damage) {
         self.known().verified.retain(|point| !damage.is_of(point));
         let state = self.journal.state();
@@ -91,7 +91,7 @@ impl Kept {
         }
     }
 
-    /// Condemns a suspect, if this process can read another checkpoint whole.
+    /// Condemns a suspect, if this process can read another checkpoint in full.
     pub async fn settle(&self, busy: &watch::Receiver<bool>) -> Result<(), Error> {
         if !self.docket.has_suspects() {
             return Ok(());
@@ -119,7 +119,7 @@ impl Kept {
     }
 }
 
-/// Deletes by plan, and has what is kept looked at; dropped, it stops.
+/// Deletes by plan, and has kept checkpoints checked; dropped, it stops.
 #[derive(Debug)]
 pub struct Retention {
     kept: Arc<Kept>,
@@ -130,19 +130,19 @@ pub struct Retention {
 }
 
 impl Retention {
-    /// Begins to care for a run's checkpoints; until [`busy`](Self::busy) says otherwise there is more important work.
+    /// Begins to care for a run's checkpoints; until [`busy`](Self::busy) says otherwise, there is more important work.
     pub fn begin(run: &Store, journal: &JournalWriter, config: CheckpointConfig, docket: &Docket) -> Self {
         let (kept, (busy, others)) = (Arc::new(Kept::new(run, journal, config, docket)), watch::channel(true));
         let scrub = tokio::spawn(scrub::run(Arc::clone(&kept), others));
         Self { kept, busy, pass: None, scrub: Some(scrub) }
     }
 
-    /// A checkpoint was restored from, so every byte of its tensors was held against its checksums.
+    /// A checkpoint was restored from, so every byte of its tensors was verified against its checksums.
     pub fn restored(&self, step: Step, generation: Generation) {
         self.kept.vouch(&ResumePoint { step, generation }, Proof::Bytes);
     }
 
-    /// Whether there is more important work for the store than looking at what is kept: a restore, or a save.
+    /// Whether the store has more important work than checking kept checkpoints: a restore, or a save.
     pub fn busy(&self, busy: bool) {
         self.busy.send_replace(busy);
     }
@@ -150,7 +150,7 @@ impl Retention {
     /// Starts a pass after a commit, unless one is under way: the next commit asks again.
     pub fn start(&mut self) {
         self.kept.committed.notify_one();
-        // It had ended for a save that a notice asked for, and the run goes on.
+        // It was ended for a save that a notice asked for, but the run goes on.
         let kept = &self.kept;
         self.scrub.get_or_insert_with(|| tokio::spawn(scrub::run(Arc::clone(kept), self.busy.subscribe())));
         if self.pass.as_ref().is_none_or(JoinHandle::is_finished) {
@@ -169,8 +169,8 @@ impl Retention {
         }));
     }
 
-    /// Ends deletions and looks at once: what is to be saved now has the store and the journal to itself. What is cut
-    /// off is as good as what was never begun.
+    /// Stops deletions and checks at once: the last saves have the store and the journal to themselves. Interrupted
+    /// work is as good as never begun.
     pub fn hush(&mut self) {
         for task in self.scrub.take().into_iter().chain(self.pass.take()) {
             task.abort();
@@ -188,7 +188,7 @@ impl Retention {
         }
     }
 
-    /// At the end of a run that has the time: the store is left exactly as `checkpoint.keep` says. Waits for at most
+    /// At the end of a run, if there is time: leaves the store exactly as `checkpoint.keep` says. Waits for at most
     /// `patience`.
     pub async fn complete(&mut self, patience: Duration) {
         self.hush();
@@ -203,10 +203,10 @@ impl Drop for Retention {
     }
 }
 
-/// One pass. `exact`: the newest checkpoint itself is read where nothing vouches for it, so that no older one need
-/// stay.
+/// One pass. `exact`: the newest checkpoint itself is read if nothing verifies it, so that no older one need stay.
 async fn pass(kept: &Kept, exact: bool, busy: &watch::Receiver<bool>) -> Result<usize, Error> {
-    // What was stepped over before another one was loaded. A machine that reads nothing whole deletes nothing either.
+    // Checkpoints that were skipped before another one was loaded. A machine that can read none in full deletes nothing
+    // either.
     if kept.docket.is_distrusted() {
         return Ok(0);
     }

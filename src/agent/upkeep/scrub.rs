@@ -1,15 +1,15 @@
-//! Looking after what a run keeps, while it trains: checkpoints that rot are found before they are needed, and rubbish
-//! goes.
+//! Checks of the checkpoints that a run keeps, while it trains: bit rot is found before they are needed, and rubbish is
+//! removed.
 //!
-//! One task beside the event loop. At the start of a generation and once a day it sweeps what
-//! [`crate::checkpoint::rubbish`] finds. Every checkpoint that is kept is held against its checksums once in
-//! `checkpoint.scrub`: those that the store keeps, where it does; elsewhere its bytes are read at no more than
-//! [`RATE`], one request at a time. While a restore or a save is on its way nothing is begun and no byte is read. What
-//! is damaged, and is so when it is read again while another one is whole, gets its `damaged` record
+//! One task beside the event loop. At the start of a generation and once a day it deletes the leftovers that
+//! [`crate::checkpoint::rubbish`] finds. Every kept checkpoint is verified against its checksums once in
+//! `checkpoint.scrub`: against those that the store keeps, if it keeps any; otherwise its bytes are read at no more
+//! than [`RATE`], one request at a time. While a restore or a save is under way nothing is begun and no byte is read. A
+//! checkpoint that is damaged, and still is when it is read again while another one is whole, gets a `damaged` record
 //! ([`crate::checkpoint::condemn`]): it is never resumed from again and never counted, and its bytes stay for
 //! diagnosis.
 //!
-//! *Crash, cancel:* nothing is kept outside the journal; a look that was cut off is begun again in the next generation.
+//! *Crash, cancel:* nothing is kept outside the journal; an interrupted check starts again in the next generation.
 //! *Retry:* a store that fails is asked again after [`AGAIN`].
 
 use std::{
@@ -33,46 +33,46 @@ use crate::{
     journal::{Committed, ResumePoint},
 };
 
-/// The most bytes that are read in a second, on a store that keeps no checksums.
+/// The most bytes read per second, on a store that keeps no checksums.
 pub(super) const RATE: u64 = 32 << 20;
-/// How long after the last look at a newest checkpoint the one that is newest then is looked at: it advances what is
-/// known to be good, so that an older one need not be kept for that.
+/// How long after the last check of a newest checkpoint the current newest is checked: this advances the newest
+/// verified one, so that an older one need not be kept as such.
 const NEWEST: Duration = Duration::from_secs(10 * 60);
-/// A checkpoint that this generation has not looked at is looked at after so long: many are gone before.
+/// How long after it is first seen a checkpoint is checked for the first time: many are deleted before.
 const FIRST: Duration = Duration::from_secs(60 * 60);
-/// When a store that failed is asked again.
+/// The pause before a store that failed is asked again.
 const AGAIN: Duration = Duration::from_secs(10 * 60);
 
 /// Time since the generation began.
 type Moment = Duration;
 
-/// What is known of one checkpoint that is kept.
+/// The known state of one kept checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Watched {
     point: ResumePoint,
-    /// This generation knows of it since then.
+    /// When this generation first saw it.
     since: Moment,
-    /// The end of the last look at it, and whether the store let us look.
+    /// The end of the last check, and whether the store allowed it.
     looked: Option<(Moment, bool)>,
 }
 
-/// What is to be done next.
+/// The next task.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Next {
-    /// Look at this checkpoint now.
+    /// Check this checkpoint now.
     Look(ResumePoint),
-    /// Nothing is due before so long.
+    /// Nothing is due for this long.
     Wait(Duration),
-    /// There is nothing to look at.
+    /// There is nothing to check.
     Nothing,
 }
 
-/// What to look at next. `watched`: the newest first; `newest`: the end of the last look at one that was the newest
-/// then.
+/// What to check next. `watched`: the newest first; `newest`: the end of the last check of a checkpoint that was then
+/// the newest.
 ///
-/// Each is due `period` after the last look at it. One that this generation has not looked at is due [`FIRST`] after it
-/// was first heard of, and the newest, if there was no look at a newest one for [`NEWEST`]; neither waits longer than
-/// `period`. Of two that are due the one that is due for longer comes first, then the newer: a resume would use it.
+/// Each is due `period` after its last check. One that this generation has not checked is due [`FIRST`] after it was
+/// first seen, and the newest, if no newest one was checked for [`NEWEST`]; neither waits longer than `period`. Of two
+/// that are due, the one due for longer comes first, then the newer: a resume would use it.
 fn next(watched: &[Watched], newest: Option<Moment>, period: Duration, now: Moment) -> Next {
     let due = |(place, watched): (usize, &Watched)| {
         let due = match watched.looked {
@@ -90,7 +90,7 @@ fn next(watched: &[Watched], newest: Option<Moment>, period: Duration, now: Mome
     }
 }
 
-/// Sweeps and looks until it is aborted.
+/// Sweeps and checks until it is aborted.
 pub(super) async fn run(kept: Arc<Kept>, busy: watch::Receiver<bool>) {
     tokio::join!(sweep_daily(&kept, busy.clone()), look_around(&kept, busy));
 }
@@ -165,7 +165,7 @@ async fn look_around(kept: &Kept, busy: watch::Receiver<bool>) {
     }
 }
 
-/// Holds one checkpoint against the store's checksums, or against its bytes where the store keeps none.
+/// Checks one checkpoint against the store's checksums, or reads its bytes if the store keeps none.
 async fn look(kept: &Kept, committed: &Committed, busy: &watch::Receiver<bool>) -> Result<(), Error> {
     let mut report = verify(&kept.run, committed, Depth::Stored, &|_| {}).await?;
     if report.is_sound() && !report.is_verified() {

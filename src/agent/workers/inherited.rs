@@ -1,8 +1,8 @@
-//! What a worker inherits of the agent's environment.
+//! The part of the agent's environment that a worker inherits.
 //!
 //! A worker talks to nobody but its agent and its peers, and it runs the code of large libraries: credentials of the
-//! store, of the job API and of whatever else this machine holds are none of its business. So it gets what is listed
-//! here, by name, and nothing else; and of that nothing whose name speaks of a secret.
+//! store, of the job API and of anything else on this machine are none of its business. So it gets only the variables
+//! listed here by name, and of those none whose name suggests a secret.
 
 /// Variables of the system, by their whole names.
 const NAMES: [&str; 12] = [
@@ -20,7 +20,7 @@ const NAMES: [&str; 12] = [
     "XDG_RUNTIME_DIR",
 ];
 
-/// Settings of the loader, of the C library, of LibTorch and of what computes and communicates below it, and our own.
+/// Settings of the loader, of the C library, of LibTorch and the libraries below it, and our own.
 const PREFIXES: [&str; 38] = [
     "LC_",
     "LD_",

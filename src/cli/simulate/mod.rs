@@ -1,4 +1,4 @@
-//! `trainer simulate`: what was typed (here), the figures (`study`), and how they are told (`text`).
+//! `trainer simulate`: its arguments (here), the figures (`study`), and their presentation (`text`).
 mod study;
 mod text;
 
@@ -24,7 +24,7 @@ use crate::{
 const HOUR: f64 = 3600.0;
 /// The longest time that is accepted anywhere, days.
 const MOST_DAYS: f64 = 3650.0;
-/// What is simulated where nothing else is known.
+/// The values simulated if nothing else is known.
 const DEFAULT: Costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };
 const DEFAULT_WORK_S: f64 = 168.0 * HOUR;
 /// The median discount of 53 GPU types in us-east-1 was 63 % (Spot Advisor's data of 2025-06-28).
@@ -144,7 +144,7 @@ fn every(text: &str) -> Result<Cadence, String> {
     config::parse_cadence(text).ok_or_else(|| "expected \"auto\", \"500 steps\", or a duration of at least 1s".into())
 }
 
-/// A value and where it is from.
+/// A value and its source.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct Input<T> {
     value: T,
@@ -162,7 +162,7 @@ impl<T> Input<T> {
     }
 }
 
-/// Everything that the figures follow from.
+/// All inputs of the figures.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct Inputs {
     machines: String,
@@ -183,7 +183,7 @@ struct Inputs {
     seed: u64,
 }
 
-/// Where machines come from.
+/// The source of machines.
 enum Machines {
     /// Mean life of one node, its distribution's name.
     Random {

@@ -1,4 +1,4 @@
-//! From inputs to figures: which rows there are, and what each comes to.
+//! From inputs to figures: the rows, and the result of each.
 
 use super::{Baseline, HOUR, Inputs, Lifetimes, Machines, Policy, Report, Row};
 use crate::{
@@ -7,10 +7,10 @@ use crate::{
     snapshot::cadence::{self, Measured},
 };
 
-/// Trials of one interval while the best one is looked for by playing.
+/// Trials of one interval in the search for the best one by simulation.
 const SEARCH_TRIALS: u32 = 16;
 
-/// The inputs, and machines made from them.
+/// The inputs, and the machines built from them.
 pub(super) struct Study {
     pub inputs: Inputs,
     pub machines: Machines,
@@ -66,7 +66,7 @@ impl Study {
             (_, Lifetimes::Exponential) => Lives::exponential(lives.mean_s() / nodes),
             _ => return None,
         };
-        // The others wait for one; or each of all for the last, whose wait is the mean times 1 + 1/2 + … + 1/n.
+        // Either the others wait for one, or all of them for the last, whose wait is the mean times 1 + 1/2 + … + 1/n.
         let harmonic: f64 = (1..=self.inputs.nodes).map(|k| 1.0 / f64::from(k)).sum();
         let idle_s = wait_s * ((1.0 - together) * (nodes - 1.0) / nodes + together * (harmonic - 1.0));
         Some(goodput::goodput(&job, &self.costs(), notice, interval_s, idle_s))
@@ -134,7 +134,7 @@ impl Study {
         row
     }
 
-    /// All rows; `configured` is a further interval to be held against the best one, seconds.
+    /// All rows; `configured` is a further interval to compare with the best one, seconds.
     pub fn report(self, configured: Option<f64>) -> Report {
         let stays = self.undisturbed().ok();
         let baseline = |name, price, found: &Estimate| {
@@ -160,7 +160,8 @@ impl Study {
             }
             spot.push(self.row("every 2h", Policy::Fixed(2.0 * HOUR), notice, on_demand));
         }
-        // Several nodes that die young lose the job more often than their mean lives say: there what was played counts.
+        // Several nodes that die young lose the job more often than their mean lives suggest: there the simulated
+        // result counts.
         let job_mtbf_s =
             match (&self.machines, self.model(1.0, Notice::NONE), spot[1].node_hours, spot[1].interruptions) {
                 (Machines::Random { .. }, None, Some(hours), Some(losses)) if losses > 0.0 => {
@@ -182,7 +183,7 @@ impl Study {
             job_mtbf_s,
             daly_s,
             best_s,
-            // Where hardly anything is left of a life no interval is good, and no share says anything.
+            // If hardly any of a life is left, no interval is good, and no share means anything.
             daly_share_of_best: of_formula.filter(|_| spot[0].goodput.is_some()),
             auto_share_of_best: ratio(spot[1].goodput, spot[0].goodput),
             break_even_spot_price: ratio(on_demand, spot[1].node_hours),

@@ -6,11 +6,18 @@
 //! several times as long as the slowest of the last ones did, and the first answer counts. A store in this machine is
 //! never asked twice.
 //!
+//! A link that has become slow is no connection that hangs: all transfers are slow then, and to send their bytes twice
+//! would make the last save late. So a transfer that is not alone is sent again only after another one has finished
+//! since it began.
+//!
 //! *Cancel:* dropping the future drops all of its requests.
 
 use std::{
     collections::VecDeque,
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -27,10 +34,41 @@ const SLOW: u32 = 4;
 const UNKNOWN: Duration = Duration::from_secs(2);
 /// How many of the last transfers are remembered.
 const REMEMBERED: usize = 32;
+/// Pause between two looks at whether a late transfer hangs.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// The duration of transfers: the time per MiB of each of the last ones.
 #[derive(Debug, Default)]
-pub(super) struct Tempo(Mutex<VecDeque<Duration>>);
+pub(super) struct Tempo {
+    last: Mutex<VecDeque<Duration>>,
+    under_way: AtomicU64,
+    finished: AtomicU64,
+}
+
+/// One transfer that is under way.
+struct Transfer<'a> {
+    tempo: &'a Tempo,
+    /// Transfers that had finished before it began.
+    before: u64,
+}
+
+impl<'a> Transfer<'a> {
+    fn begin(tempo: &'a Tempo) -> Self {
+        tempo.under_way.fetch_add(1, Ordering::Relaxed);
+        Self { tempo, before: tempo.finished.load(Ordering::Relaxed) }
+    }
+
+    /// Whether others come through: if none does, the link is slow for all.
+    fn may_hang(&self) -> bool {
+        self.tempo.under_way.load(Ordering::Relaxed) <= 1 || self.tempo.finished.load(Ordering::Relaxed) > self.before
+    }
+}
+
+impl Drop for Transfer<'_> {
+    fn drop(&mut self) {
+        self.tempo.under_way.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 fn mib(bytes: u64) -> u32 {
     u32::try_from(bytes.div_ceil(1 << 20).max(1)).unwrap_or(u32::MAX)
@@ -39,14 +77,15 @@ fn mib(bytes: u64) -> u32 {
 impl Tempo {
     /// A transfer of `bytes` bytes took `time`.
     pub(super) fn took(&self, bytes: u64, time: Duration) {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        self.finished.fetch_add(1, Ordering::Relaxed);
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         last.truncate(REMEMBERED - 1);
         last.push_front(time / mib(bytes));
     }
 
     /// The time after which such a transfer counts as hanging.
     pub(super) fn hangs_after(&self, bytes: u64) -> Duration {
-        let last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let slowest = last.iter().max().copied();
         let each = slowest.map_or(UNKNOWN, |slowest| slowest.saturating_mul(SLOW));
         each.saturating_mul(mib(bytes)).max(LEAST)
@@ -59,13 +98,32 @@ pub(super) const SMALL: Duration = LEAST;
 /// The first successful answer, of one request and of those that follow it when none came within `hangs_after`, twice
 /// that, and so on; the last failure, if all fail.
 pub(super) async fn first_success<T, E, R: Future<Output = Result<T, E>>>(
-    mut request: impl FnMut() -> R,
+    request: impl FnMut() -> R,
     hangs_after: Duration,
 ) -> Result<T, E> {
+    race(request, || hangs_after, || true).await
+}
+
+/// The same for a transfer of `bytes` bytes, which hangs when others come through and `tempo` says so.
+pub(super) async fn first_of_transfers<T, E, R: Future<Output = Result<T, E>>>(
+    request: impl FnMut() -> R,
+    tempo: &Tempo,
+    bytes: u64,
+) -> Result<T, E> {
+    let transfer = Transfer::begin(tempo);
+    race(request, || tempo.hangs_after(bytes), || transfer.may_hang()).await
+}
+
+async fn race<T, E, R: Future<Output = Result<T, E>>>(
+    mut request: impl FnMut() -> R,
+    hangs_after: impl Fn() -> Duration,
+    may_hang: impl Fn() -> bool,
+) -> Result<T, E> {
+    let began = Instant::now();
+    // After once, three times, seven times that.
+    let due = |sent: u32| began + hangs_after().saturating_mul((2 << sent) - 1);
     let mut under_way = FuturesUnordered::from_iter([request()]);
-    let mut next = Instant::now() + hangs_after;
-    let mut pause = hangs_after;
-    let mut more = MORE;
+    let (mut sent, mut next) = (0, due(0));
     loop {
         tokio::select! {
             biased;
@@ -74,10 +132,15 @@ pub(super) async fn first_success<T, E, R: Future<Output = Result<T, E>>>(
                 Err(_) if !under_way.is_empty() => {}
                 answer => return answer,
             },
-            () = tokio::time::sleep_until(next), if more > 0 => {
-                more -= 1;
-                pause = pause.saturating_mul(2);
-                next += pause;
+            () = tokio::time::sleep_until(next), if sent < MORE => {
+                // What is usual may have changed meanwhile.
+                let (now, due_now) = (Instant::now(), due(sent));
+                if now < due_now || !may_hang() {
+                    next = due_now.max(now + LOOK);
+                    continue;
+                }
+                sent += 1;
+                next = due(sent);
                 under_way.push(request());
             }
         }
@@ -142,6 +205,36 @@ mod tests {
         let waited = first_success(request, Duration::from_millis(1));
         assert!(tokio::time::timeout(Duration::from_millis(500), waited).await.is_err());
         assert!(sent <= 1 + MORE, "{sent}");
+    }
+
+    #[test]
+    fn a_link_that_is_slow_for_all_is_no_transfer_that_hangs() {
+        let tempo = Tempo::default();
+        let alone = Transfer::begin(&tempo);
+        assert!(alone.may_hang());
+        let other = Transfer::begin(&tempo);
+        assert!(!alone.may_hang() && !other.may_hang(), "neither comes through");
+        tempo.took(1, LEAST);
+        assert!(alone.may_hang() && other.may_hang(), "a third one did");
+        let later = Transfer::begin(&tempo);
+        assert!(!later.may_hang(), "that was before");
+        drop((alone, other));
+        assert!(later.may_hang(), "it is alone");
+    }
+
+    #[tokio::test]
+    async fn what_is_slow_because_all_is_slow_is_not_sent_again() {
+        let tempo = Tempo::default();
+        let _other = Transfer::begin(&tempo);
+        let transfer = Transfer::begin(&tempo);
+        let mut sent = 0;
+        let request = || {
+            sent += 1;
+            std::future::pending::<Result<(), ()>>()
+        };
+        let waited = race(request, || Duration::from_millis(1), || transfer.may_hang());
+        assert!(tokio::time::timeout(Duration::from_millis(600), waited).await.is_err());
+        assert_eq!(sent, 1);
     }
 
     #[test]

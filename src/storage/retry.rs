@@ -292,7 +292,7 @@ impl<'a> Attempts<'a> {
             let answer = match self.again {
                 Again::Never => request().await,
                 Again::Soon => hedge::first_success(request, hedge::SMALL).await,
-                Again::By(tempo) => hedge::first_success(request, tempo.hangs_after(self.bytes)).await,
+                Again::By(tempo) => hedge::first_of_transfers(request, tempo, self.bytes).await,
             };
             if let (Again::By(tempo), Ok(_)) = (self.again, &answer) {
                 tempo.took(self.bytes, begin.elapsed());

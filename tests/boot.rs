@@ -762,7 +762,7 @@ fn who_is_stopped_while_it_looks_for_its_run_leaves_at_once_and_begins_nothing()
         // Asks for a save of nothing, and ends nobody.
         life.signal(Signal::USR2);
         life.signal(signal);
-        let life = life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing lost"]);
+        let life = life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing is lost"]);
         assert!(life.events.is_empty() && lab.keys("early", "").is_empty(), "{}", life.story());
     }
 }
@@ -775,5 +775,5 @@ fn who_is_stopped_while_the_store_is_silent_does_not_wait_for_it() {
     let life = boot(&lab, &["run.toml", "--run-id", "early", "--store", &lab.uri()]).start();
     life.wait_until("a look for the run", || proxy.broken() > 0);
     life.signal(Signal::TERM);
-    life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing lost"]);
+    life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing is lost"]);
 }

@@ -68,7 +68,7 @@ impl Stop {
         let leave = async move {
             heard.wait().await;
             tokio::time::sleep(STUCK).await;
-            report::say("stopped before the run began, nothing lost: give the same command again\n");
+            report::say("stopped before the run began, nothing is lost: give the same command again\n");
             report::flush();
             std::process::exit(Kind::Interrupted.exit_code().into());
         };

@@ -123,7 +123,7 @@ fn default_id(config: &Path, now: &jiff::Zoned, random: &str) -> Result<RunId> {
 /// The prepared value; `None`: this process was asked to stop meanwhile, and reports that.
 pub(super) fn unless_asked<T>(stop: &Stop, ready: Result<T>) -> Result<Option<T>> {
     if stop.heard().asked() {
-        tracing::info!("stopped before the run began, nothing lost: give the same command again");
+        tracing::info!("stopped before the run began, nothing is lost: give the same command again");
         return Ok(None);
     }
     ready.map(Some)

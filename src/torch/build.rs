@@ -41,6 +41,8 @@ fn build() -> Result<(), String> {
     compiler
         .cpp(true)
         .std("c++17")
+        // The kernels' loops are hot in every profile.
+        .opt_level(2)
         .include(shim)
         .include(shim.join("gloo_abi"))
         // Warnings about code that is not ours.

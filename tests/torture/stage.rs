@@ -294,14 +294,15 @@ impl<'a> Stage<'a> {
         // 70 is for a group of workers that dies again and again: `hold_against_the_journal` makes sure of it.
         let (codes, killed): (&[i32], _) = match &life.disturbance {
             Disturbance::Overtaken { at, whole, kill_heir } => {
-                let mut sleeper = Watched::start(begin(&self.lab));
+                // Held half way, so that on a busy machine the run isn't over before it is stopped.
+                let mut sleeper = Watched::start(begin(&self.lab).hold_after(STEPS / 2));
                 let workers = if sleeper.wait(at) { sleeper.all(*whole) } else { Vec::new() };
                 sleeper.signal(&workers, Signal::STOP);
-                return self.overtake(sleeper, &workers, kill_heir.as_ref());
+                return self.overtake(sleeper, kill_heir.as_ref());
             }
             Disturbance::Asleep { point, hit, kill_heir } => {
                 let sleeper = Watched::start(begin(&self.lab).faults(&format!("{}=stop@hit={hit}", point.name)));
-                return self.overtake(sleeper, &[], Some(kill_heir));
+                return self.overtake(sleeper, Some(kill_heir));
             }
             Disturbance::Rivals { lag, kill } => return self.rival(*lag, kill.as_ref()),
             Disturbance::Unmounted(at) => return self.unmount(at, life.then.as_ref()),
@@ -357,7 +358,7 @@ impl<'a> Stage<'a> {
 
     /// An agent that has fallen asleep, or will, while another takes the run over: when it wakes, it must leave and
     /// commit nothing.
-    fn overtake(&mut self, sleeper: Watched, workers: &[Pid], kill_heir: Option<&Moment>) -> Checked<Vec<Ended>> {
+    fn overtake(&mut self, sleeper: Watched, kill_heir: Option<&Moment>) -> Checked<Vec<Ended>> {
         if !sleeper.running.stopped() {
             return Ok(vec![Ended { life: sleeper.end()?, codes: &[0], killed: None }]);
         }
@@ -368,7 +369,7 @@ impl<'a> Stage<'a> {
         let heir = heir.end()?;
         // Nobody writes now: what stands is what the sleeper may not touch.
         let taken = self.auditor.audit(&self.lab, RUN, self.scenario.ranks)?.generation();
-        sleeper.signal(workers, Signal::CONT);
+        sleeper.signal(&sleeper.all(true), Signal::CONT);
         let sleeper = sleeper.end()?;
         let own = sleeper.of_kind("formed").last().and_then(|event| event.value["generation"].as_u64());
         let codes: &[i32] = match own {

@@ -22,6 +22,7 @@ pub mod run;
 pub mod agent;
 pub mod rendezvous;
 pub mod worker;
+pub mod train;
 pub mod protocol;
 pub mod model;
 pub mod data;

@@ -9,11 +9,10 @@ use std::collections::HashMap;
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{
-    BuildSettings, Doing, Model, ModelError, init,
-    llama_config::{EMBEDDING, FINAL_NORM, LlamaConfig, OUTPUT, layer_prefix},
+    BuildSettings, Doing, Model, ModelError, Parameter, Positions, Stage, Weight, init,
+    llama_config::{EMBEDDING, FINAL_NORM, LlamaConfig, OUTPUT, layer_of, layer_prefix},
     loss::linear_cross_entropy,
     rope::{RopeTable, Turns},
-    weight::Weight,
 };
 use crate::config::Precision;
 
@@ -22,7 +21,7 @@ pub struct Llama {
     config: LlamaConfig,
     precision: Precision,
     device: Device,
-    parameters: Vec<(String, Tensor)>,
+    parameters: Vec<Parameter>,
     parts: Parts,
     rope: RopeTable,
 }
@@ -54,8 +53,9 @@ struct Linear {
 }
 
 impl Parts {
-    fn assemble(config: &LlamaConfig, weights: &[(String, Weight)]) -> Result<Self, ModelError> {
-        let named: HashMap<&str, &Weight> = weights.iter().map(|(name, weight)| (name.as_str(), weight)).collect();
+    fn assemble(config: &LlamaConfig, parameters: &[Parameter]) -> Result<Self, ModelError> {
+        let named: HashMap<&str, &Weight> =
+            parameters.iter().map(|parameter| (parameter.name.as_str(), &parameter.weight)).collect();
         let get = |name: &str| {
             let weight = named.get(name).ok_or_else(|| ModelError::NoParameter { name: name.to_owned() })?;
             Ok::<_, ModelError>(weight.share())
@@ -93,40 +93,20 @@ impl Parts {
 impl Llama {
     /// A model with fresh weights.
     pub fn new(config: LlamaConfig, settings: &BuildSettings) -> Result<Self, ModelError> {
-        let mut weights = Vec::new();
+        let mut parameters = Vec::new();
         for (name, shape) in config.parameter_shapes() {
             let leaf = init::fresh(&config, &name, &shape, settings).doing("make parameters")?;
-            weights.push((name, Weight { leaf, copy: None }));
+            let (stage, tied) = (stage(&name), name == EMBEDDING && config.tie_word_embeddings);
+            parameters.push(Parameter { name, weight: Weight::Leaf(leaf), stage, tied });
         }
         Ok(Self {
-            parts: Parts::assemble(&config, &weights)?,
-            parameters: weights.into_iter().map(|(name, weight)| (name, weight.leaf)).collect(),
+            parts: Parts::assemble(&config, &parameters)?,
+            parameters,
             rope: RopeTable::new(&config, settings.device),
             precision: settings.precision,
             device: settings.device,
             config,
         })
-    }
-
-    /// Hidden states after the last norm, `[batch, T, hidden]`, for `tokens` `[batch, T]`.
-    fn hidden(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        let shape = tokens.size();
-        let &[batch, len] = shape.as_slice() else {
-            return Err(ModelError::Input { what: "tokens", reason: format!("have shape {shape:?}, not [batch, T]") });
-        };
-        if batch < 1 || len < 1 || len > i64::from(self.config.max_position_embeddings) {
-            let longest = self.config.max_position_embeddings;
-            let reason = format!("have shape {shape:?}; the model takes 1 to {longest} positions");
-            return Err(ModelError::Input { what: "tokens", reason });
-        }
-        let turns = self.rope.turns(len)?;
-        let kind = self.kind();
-        let mut x = self.parts.embedding.look_up(tokens, kind).doing("look up token embeddings")?;
-        for layer in &self.parts.layers {
-            x = self.attention(layer, &x, &turns).doing("compute attention")?;
-            x = self.feed_forward(layer, &x).doing("compute feed-forward layer")?;
-        }
-        self.rms_norm(&x, &self.parts.norm).doing("compute last norm")
     }
 
     /// Adds a layer's attention to the residual stream `x`.
@@ -187,17 +167,14 @@ impl Llama {
         }
     }
 
-    fn scores(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
-        self.parts
-            .output
-            .at_use(self.kind())
-            .and_then(|output| hidden.f_linear(&output, None::<&Tensor>)?.f_to_kind(Kind::Float))
-            .doing("compute logits")
+    /// Takes `x`, so that it is gone before the scores need memory.
+    fn last_norm(&self, x: Tensor) -> Result<Tensor, ModelError> {
+        self.rms_norm(&x, &self.parts.norm).doing("compute last norm")
     }
 }
 
 impl Model for Llama {
-    fn parameters(&self) -> &[(String, Tensor)] {
+    fn parameters(&self) -> &[Parameter] {
         &self.parameters
     }
 
@@ -206,40 +183,64 @@ impl Model for Llama {
             let reason = format!("are {}, the model has {}", weights.len(), self.parameters.len());
             return Err(ModelError::Input { what: "parameters", reason });
         }
-        for ((name, own), weight) in self.parameters.iter().zip(&weights) {
-            let copy = weight.copy.as_ref().map_or_else(|| own.size(), Tensor::size);
-            if weight.leaf.size() != own.size() || copy != own.size() {
-                let reason = format!("hold {name} with other extents than {:?}", own.size());
+        for (own, weight) in self.parameters.iter().zip(&weights) {
+            let extents = own.values().size();
+            if !weight.has_extents(&extents) {
+                let reason = format!("hold {} with other extents than {extents:?}", own.name);
                 return Err(ModelError::Input { what: "parameters", reason });
             }
         }
-        let named = self.parameters.iter().map(|(name, _)| name.clone()).zip(weights).collect::<Vec<_>>();
-        self.parts = Parts::assemble(&self.config, &named)?;
-        self.parameters = named.into_iter().map(|(name, weight)| (name, weight.leaf)).collect();
+        for (own, weight) in self.parameters.iter_mut().zip(weights) {
+            own.weight = weight;
+        }
+        self.parts = Parts::assemble(&self.config, &self.parameters)?;
         Ok(())
     }
 
-    fn loss(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
+    fn embed(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
         let shape = tokens.size();
-        let len = match shape.as_slice() {
-            &[_, len] if len >= 2 => len - 1,
-            _ => {
-                let reason = format!("have shape {shape:?}, not [batch, T + 1]");
-                return Err(ModelError::Input { what: "tokens", reason });
-            }
+        let &[batch, len] = shape.as_slice() else {
+            return Err(ModelError::Input { what: "tokens", reason: format!("have shape {shape:?}, not [batch, T]") });
         };
-        let hidden = self.hidden(&tokens.f_narrow(1, 0, len).doing("slice tokens")?)?;
-        let hidden = hidden.f_flatten(0, 1).doing("compute loss")?;
-        let targets = tokens.f_narrow(1, 1, len).and_then(|targets| targets.f_reshape(-1)).doing("slice tokens")?;
+        if batch < 1 || len < 1 || len > i64::from(self.config.max_position_embeddings) {
+            let longest = self.config.max_position_embeddings;
+            let reason = format!("have shape {shape:?}; the model takes 1 to {longest} positions");
+            return Err(ModelError::Input { what: "tokens", reason });
+        }
+        self.parts.embedding.look_up(tokens, self.kind()).doing("look up token embeddings")
+    }
+
+    fn blocks(&self) -> usize {
+        self.parts.layers.len()
+    }
+
+    fn block(&self, index: usize, mut x: Tensor) -> Result<Tensor, ModelError> {
+        let layer = self.parts.layers.get(index).ok_or_else(|| {
+            let reason = format!("{index} is asked for, the model has {}", self.blocks());
+            ModelError::Input { what: "block", reason }
+        })?;
+        let (_, len, _) = x.size3().doing("compute attention")?;
+        let turns = self.rope.turns(len)?;
+        x = self.attention(layer, &x, &turns).doing("compute attention")?;
+        self.feed_forward(layer, &x).doing("compute feed-forward layer")
+    }
+
+    fn head_loss(&self, x: Tensor, targets: &Tensor) -> Result<Tensor, ModelError> {
+        let hidden = self.last_norm(x)?.f_flatten(0, 1).doing("compute loss")?;
+        let targets = targets.f_reshape(-1).doing("compute loss")?;
         linear_cross_entropy(&hidden, &self.parts.output, &targets)
     }
 
-    fn logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        self.scores(&self.hidden(tokens)?)
-    }
-
-    fn last_logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
-        self.scores(&self.hidden(tokens)?.f_select(1, -1).doing("compute logits")?)
+    fn head_scores(&self, x: Tensor, positions: Positions) -> Result<Tensor, ModelError> {
+        let hidden = self.last_norm(x)?;
+        let hidden = match positions {
+            Positions::All => hidden,
+            Positions::Last => hidden.f_select(1, -1).doing("compute logits")?,
+        };
+        let output = self.parts.output.at_use(self.kind());
+        output
+            .and_then(|output| hidden.f_linear(&output, None::<&Tensor>)?.f_to_kind(Kind::Float))
+            .doing("compute logits")
     }
 
     fn vocab_size(&self) -> u32 {
@@ -252,6 +253,15 @@ impl Model for Llama {
 
     fn device(&self) -> Device {
         self.device
+    }
+}
+
+/// The stage that uses the parameter of this name first.
+fn stage(name: &str) -> Stage {
+    match layer_of(name) {
+        Some(layer) => Stage::Block(layer),
+        None if name == EMBEDDING => Stage::Embed,
+        None => Stage::Head,
     }
 }
 
@@ -317,8 +327,9 @@ mod tests {
     /// Fills parameter `p` of the list with f(p, i) of each element's index.
     fn fill(model: &Llama, f: impl Fn(usize, &str, usize) -> f64) {
         let _no_grad = tch::no_grad_guard();
-        for (p, (name, tensor)) in model.parameters().iter().enumerate() {
-            let new: Vec<f32> = (0..tensor.numel()).map(|i| f(p, name, i) as f32).collect();
+        for (p, parameter) in model.parameters().iter().enumerate() {
+            let tensor = parameter.values();
+            let new: Vec<f32> = (0..tensor.numel()).map(|i| f(p, &parameter.name, i) as f32).collect();
             let new = Tensor::f_from_slice(&new).unwrap().f_view(tensor.size().as_slice()).unwrap();
             tensor.shallow_clone().f_copy_(&new).unwrap();
         }
@@ -347,7 +358,7 @@ mod tests {
         for case in parity.cases {
             let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: Some(0) };
             let model = Llama::new(LlamaConfig::from_json(&case.config).unwrap(), &settings).unwrap();
-            let names: Vec<_> = model.parameters().iter().map(|(name, _)| name.clone()).collect();
+            let names: Vec<_> = model.parameters().iter().map(|parameter| parameter.name.clone()).collect();
             assert_eq!(names, case.parameters, "{}", case.name);
             fill(&model, |p, name, i| {
                 let norm = if name.ends_with("norm.weight") { 1.0 } else { 0.0 };
@@ -363,8 +374,8 @@ mod tests {
             let loss = model.loss(&all).unwrap();
             assert!((value(&loss) - case.loss).abs() < 2e-6, "{}: loss {}", case.name, value(&loss));
             loss.f_backward().unwrap();
-            for ((name, tensor), expected) in model.parameters().iter().zip(&case.gradients) {
-                let gradient = values(&tensor.f_grad().unwrap());
+            for (Parameter { name, weight, .. }, expected) in model.parameters().iter().zip(&case.gradients) {
+                let gradient = values(&weight.values().f_grad().unwrap());
                 let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
                 let inner: f64 = gradient.iter().enumerate().map(|(i, &g)| f64::from(g) * (i as f64).cos()).sum();
                 let close = |a: f64, b: f64| (a - b).abs() < 2e-6 + 2e-5 * expected[0];
@@ -384,8 +395,8 @@ mod tests {
         assert_eq!((loss.size(), loss.f_kind().unwrap()), (vec![], Kind::Float));
         assert!((value(&loss) - 96_f64.ln()).abs() < 0.05, "{}", value(&loss));
         loss.f_backward().unwrap();
-        for (name, tensor) in model.parameters() {
-            let gradient = tensor.f_grad().unwrap();
+        for Parameter { name, weight, .. } in model.parameters() {
+            let gradient = weight.values().f_grad().unwrap();
             assert!(gradient.defined() && gradient.f_kind().unwrap() == Kind::Float, "{name} has no fp32 gradient");
             // Adding one number to all scores of a query changes no softmax: a key's bias has no effect.
             if !name.ends_with("k_proj.bias") {
@@ -413,13 +424,14 @@ mod tests {
         let shared = fp32(json!({}));
         let plain = fp32(json!({"num_key_value_heads": 4}));
         let _no_grad = tch::no_grad_guard();
-        for ((name, from), (_, to)) in shared.parameters().iter().zip(plain.parameters()) {
+        for (Parameter { name, weight, .. }, to) in shared.parameters().iter().zip(plain.parameters()) {
+            let from = weight.values();
             let from = match name.contains("k_proj") || name.contains("v_proj") {
                 // Rows of head 0 twice, then those of head 1 twice.
                 true => from.f_view([2, 1, 8, 32]).unwrap().f_repeat([1, 2, 1, 1]).unwrap().f_view([32, 32]).unwrap(),
                 false => from.shallow_clone(),
             };
-            to.shallow_clone().f_copy_(&from).unwrap();
+            to.values().shallow_clone().f_copy_(&from).unwrap();
         }
         let [a, b] = [&shared, &plain].map(|model| values(&model.logits(&tokens(2, 16)).unwrap()));
         assert!(furthest(&a, &b) < 1e-6);
@@ -432,13 +444,13 @@ mod tests {
     #[test]
     fn tied_models_have_one_matrix_that_both_ends_train() {
         let (tied, untied) = (fp32(json!({"tie_word_embeddings": true})), fp32(json!({})));
-        assert!(tied.parameters().iter().all(|(name, _)| name != OUTPUT));
-        assert_eq!(untied.parameters().last().unwrap().0, OUTPUT);
+        assert!(tied.parameters().iter().all(|parameter| parameter.name != OUTPUT));
+        assert_eq!(untied.parameters().last().unwrap().name, OUTPUT);
         let _ = tied.loss(&tokens(2, 9)).unwrap().f_backward();
         // A token that never stands in the input gets its gradient through the output alone.
         let seen = values(&tokens(2, 9));
         let unseen = (0..96).find(|token| !seen.contains(&(*token as f32))).unwrap();
-        let gradient = tied.parameters()[0].1.f_grad().unwrap();
+        let gradient = tied.parameters()[0].values().f_grad().unwrap();
         assert!(values(&gradient.f_get(unseen).unwrap()).iter().any(|g| *g != 0.0));
     }
 
@@ -451,7 +463,8 @@ mod tests {
         assert_eq!(rough.logits(&batch).unwrap().f_kind().unwrap(), Kind::Float);
         a.f_backward().unwrap();
         b.f_backward().unwrap();
-        for ((name, a), (_, b)) in exact.parameters().iter().zip(rough.parameters()) {
+        for (a, b) in exact.parameters().iter().zip(rough.parameters()) {
+            let (name, a, b) = (&a.name, a.values(), b.values());
             assert_eq!((b.f_kind().unwrap(), b.f_grad().unwrap().f_kind().unwrap()), (Kind::Float, Kind::Float));
             let [a, b] = [a, b].map(|tensor| values(&tensor.f_grad().unwrap()));
             let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
@@ -472,7 +485,7 @@ mod tests {
                 loss = value(&now);
                 now.f_backward().unwrap();
                 let _no_grad = tch::no_grad_guard();
-                for (_, tensor) in model.parameters() {
+                for tensor in model.parameters().iter().map(Parameter::values) {
                     let mut gradient = tensor.f_grad().unwrap();
                     let step = gradient.f_sign().unwrap().f_mul_scalar(-4e-3).unwrap();
                     let _ = tensor.shallow_clone().f_add_(&step).unwrap();
@@ -487,7 +500,7 @@ mod tests {
     fn weights_follow_from_the_seed_alone() {
         let bits = |model: &Llama| -> Vec<Vec<u32>> {
             let bits = |tensor: &Tensor| values(tensor).iter().map(|value| value.to_bits()).collect();
-            model.parameters().iter().map(|(_, tensor)| bits(tensor)).collect()
+            model.parameters().iter().map(|parameter| bits(parameter.values())).collect()
         };
         let model = fp32(json!({}));
         tch::manual_seed(99);
@@ -495,13 +508,13 @@ mod tests {
         assert_ne!(bits(&model)[0], bits(&make(json!({}), Precision::Fp32, 2))[0]);
         // A layer more changes no tensor that both have, but for the depth's factor on two of them.
         let deeper = fp32(json!({"num_hidden_layers": 3}));
-        for ((name, a), (_, b)) in model.parameters().iter().zip(deeper.parameters()).take(19) {
+        for (Parameter { name, weight, .. }, b) in model.parameters().iter().zip(deeper.parameters()).take(19) {
             let depends = name.contains("o_proj") || name.contains("down_proj");
-            assert_eq!(values(a) == values(b), !depends, "{name}");
+            assert_eq!(values(weight.values()) == values(b.values()), !depends, "{name}");
         }
         let deviation = |name: &str| {
-            let tensor = &model.parameters().iter().find(|(have, _)| have.contains(name)).unwrap().1;
-            tensor.f_std(false).unwrap().f_double_value(&[]).unwrap()
+            let parameter = model.parameters().iter().find(|have| have.name.contains(name)).unwrap();
+            parameter.values().f_std(false).unwrap().f_double_value(&[]).unwrap()
         };
         for (name, expected) in [("up_proj", 0.02), ("down_proj", 0.01)] {
             assert!((deviation(name) / expected - 1.0).abs() < 0.1, "{name}: {}", deviation(name));
@@ -514,12 +527,75 @@ mod tests {
             let shapes = model::parameter_shapes(ModelKind::Llama, &description(changes.clone())).unwrap();
             let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: Some(0) };
             let model = model::build(ModelKind::Llama, &description(changes), &settings).unwrap();
-            let built: Vec<_> = model.parameters().iter().map(|(n, t)| (n.clone(), t.size())).collect();
+            let built: Vec<_> = model.parameters().iter().map(|p| (p.name.clone(), p.values().size())).collect();
             let planned: Vec<_> =
                 shapes.into_iter().map(|(n, s)| (n, s.into_iter().map(|e| e as i64).collect())).collect();
             assert_eq!(built, planned);
-            for (name, tensor) in model.parameters() {
-                assert!(tensor.requires_grad() && tensor.f_is_leaf().unwrap(), "{name} is not a leaf");
+            for parameter in model.parameters() {
+                let leaf = parameter.leaf().unwrap();
+                assert!(leaf.requires_grad() && leaf.f_is_leaf().unwrap(), "{} is not a leaf", parameter.name);
+            }
+        }
+    }
+
+    /// A strategy that has the parameters of one stage at a time needs no others for it.
+    #[test]
+    fn each_stage_reads_the_parameters_that_are_listed_for_it_and_no_others() {
+        for tied in [true, false] {
+            let changes = json!({"tie_word_embeddings": tied, "attention_bias": true, "mlp_bias": true});
+            let mut stages = vec![Stage::Embed, Stage::Head];
+            stages.extend((0..fp32(changes.clone()).blocks()).map(Stage::Block));
+            for stage in stages {
+                let mut model = fp32(changes.clone());
+                let x = model.embed(&tokens(2, 9)).unwrap().f_detach().unwrap();
+                // Whatever the stage does not use is not a number.
+                let weights = model.parameters().iter().map(|parameter| match parameter.is_used_by(stage) {
+                    true => parameter.weight.share(),
+                    false => Weight::Frozen(parameter.values().f_full_like(f64::NAN).unwrap()),
+                });
+                let weights = weights.collect();
+                model.set_parameters(weights).unwrap();
+                let out = match stage {
+                    Stage::Embed => model.embed(&tokens(2, 9)).unwrap(),
+                    Stage::Block(index) => model.block(index, x).unwrap(),
+                    Stage::Head => model.head_loss(x, &tokens(2, 9)).unwrap(),
+                };
+                assert!(values(&out).iter().all(|value| value.is_finite()), "{stage:?} reads more, tied {tied}");
+                out.f_sum(Kind::Float).unwrap().f_backward().unwrap();
+                for parameter in model.parameters().iter().filter(|parameter| parameter.is_used_by(stage)) {
+                    let gradient = parameter.leaf().unwrap().f_grad().unwrap();
+                    assert!(gradient.defined(), "{stage:?} does not read {}, tied {tied}", parameter.name);
+                }
+            }
+        }
+        assert!(fp32(json!({})).block(2, Tensor::zeros([1, 1, 32], (Kind::Float, Device::Cpu))).is_err());
+    }
+
+    #[test]
+    fn a_frozen_parameter_gets_no_gradient_and_the_others_get_the_same() {
+        for (precision, tied) in [(Precision::Fp32, false), (Precision::Bf16, false), (Precision::Fp32, true)] {
+            for frozen in ["model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"] {
+                let changes = json!({"tie_word_embeddings": tied});
+                let (mut model, whole) = (make(changes.clone(), precision, 1), make(changes, precision, 1));
+                let weights = model.parameters().iter().map(|parameter| match parameter.name == frozen {
+                    true => Weight::Frozen(parameter.values().f_detach().unwrap()),
+                    false => parameter.weight.share(),
+                });
+                let weights = weights.collect();
+                model.set_parameters(weights).unwrap();
+                let [a, b] = [&model, &whole].map(|model| model.loss(&tokens(2, 9)).unwrap());
+                assert_eq!(value(&a).to_bits(), value(&b).to_bits(), "{frozen}");
+                a.f_backward().unwrap();
+                b.f_backward().unwrap();
+                for (have, want) in model.parameters().iter().zip(whole.parameters()) {
+                    match have.leaf() {
+                        None => assert!(have.name == frozen && !have.values().f_grad().unwrap().defined()),
+                        Some(leaf) => {
+                            let want = want.values().f_grad().unwrap();
+                            assert_eq!(values(&leaf.f_grad().unwrap()), values(&want), "{}", have.name);
+                        }
+                    }
+                }
             }
         }
     }

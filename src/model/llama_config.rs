@@ -196,9 +196,17 @@ pub(super) const FINAL_NORM: &str = "model.norm.weight";
 /// Name of the output layer; absent when tied.
 pub(super) const OUTPUT: &str = "lm_head.weight";
 
+/// What the names of all layers' parameters begin with.
+const LAYERS: &str = "model.layers.";
+
 /// The prefix of the names of a layer's parameters.
 pub(super) fn layer_prefix(layer: u32) -> String {
-    format!("model.layers.{layer}.")
+    format!("{LAYERS}{layer}.")
+}
+
+/// The layer that a parameter of this name belongs to; `None`: to none.
+pub(super) fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix(LAYERS)?.split_once('.')?.0.parse().ok()
 }
 
 /// The architecture's name, and its spelling in the first conversions.

@@ -27,14 +27,14 @@ const fn chunk_bytes(device: Device) -> i64 {
 /// `targets`: i64 `[rows]`. Softmax and sums are fp32.
 pub(super) fn linear_cross_entropy(hidden: &Tensor, weight: &Weight, targets: &Tensor) -> Result<Tensor, ModelError> {
     let rows = hidden.size().first().copied().unwrap_or(0);
-    let vocabulary = weight.leaf.size().first().copied().unwrap_or(0);
+    let vocabulary = weight.values().size().first().copied().unwrap_or(0);
     let chunk = (chunk_bytes(hidden.device()) / (4 * vocabulary.max(1))).max(128);
     chunked(hidden, weight, targets, rows, chunk).doing("compute loss")
 }
 
 fn chunked(hidden: &Tensor, weight: &Weight, targets: &Tensor, rows: i64, chunk: i64) -> Result<Tensor, tch::TchError> {
-    // Weights require gradients even where none are recorded; values computed from them do not.
-    let differentiate = hidden.requires_grad();
+    let by_hidden = hidden.requires_grad();
+    let by_weight = weight.is_recorded()?;
     let guard = tch::no_grad_guard();
     let kind = hidden.f_kind()?;
     let matrix = weight.at_use(kind)?;
@@ -52,10 +52,14 @@ fn chunked(hidden: &Tensor, weight: &Weight, targets: &Tensor, rows: i64, chunk:
         let target = targets.f_narrow(0, start, len)?;
         let mut scores = input.f_linear(&matrix, None::<&Tensor>)?.f_log_softmax(-1, Kind::Float)?;
         losses.push(scores.f_gather(1, &target, false)?);
-        if differentiate {
+        if by_hidden || by_weight {
             // From here on `scores` is their gradient, except for the 1/rows of the mean.
             scores = scores.f_exp_()?.f_scatter_add_(1, &target, &minus_one.f_narrow(0, 0, len)?)?.f_to_kind(kind)?;
+        }
+        if by_hidden {
             hidden_gradients.push(scores.f_mm(&matrix)?);
+        }
+        if by_weight {
             weight_gradient = Some(match weight_gradient {
                 None => scores.f_tr()?.f_mm(&input)?.f_to_kind(Kind::Float)?,
                 Some(mut sum) if kind == Kind::Float => sum.f_addmm_(&scores.f_tr()?, &input)?,
@@ -64,15 +68,23 @@ fn chunked(hidden: &Tensor, weight: &Weight, targets: &Tensor, rows: i64, chunk:
         }
         start += len;
     }
-    let loss = Tensor::f_cat(&losses, 0)?.f_mean(Kind::Float)?.f_neg()?;
-    let Some(weight_gradient) = weight_gradient else { return Ok(loss) };
-    let hidden_gradient = Tensor::f_cat(&hidden_gradients, 0)?.f_to_kind(Kind::Float)?;
+    let mut loss = Tensor::f_cat(&losses, 0)?.f_mean(Kind::Float)?.f_neg()?;
+    let hidden_gradient = match by_hidden {
+        true => Some(Tensor::f_cat(&hidden_gradients, 0)?.f_to_kind(Kind::Float)?),
+        false => None,
+    };
     drop((guard, hidden_gradients));
 
-    // fp32 also for bf16 inputs: a caller's factor on the loss passes through this product.
-    let through_hidden = hidden.f_to_kind(Kind::Float)?.f_flatten(0, -1)?.f_dot(&hidden_gradient.f_flatten(0, -1)?)?;
-    let nothing = through_hidden.f_sub(&through_hidden.f_detach()?)?.f_div_scalar(rows as f64)?;
-    weight.with_gradient(&loss.f_add(&nothing)?, &weight_gradient, rows as f64)
+    if let Some(gradient) = hidden_gradient {
+        // fp32 also for bf16 inputs: a caller's factor on the loss passes through this product.
+        let through_hidden = hidden.f_to_kind(Kind::Float)?.f_flatten(0, -1)?.f_dot(&gradient.f_flatten(0, -1)?)?;
+        let nothing = through_hidden.f_sub(&through_hidden.f_detach()?)?.f_div_scalar(rows as f64)?;
+        loss = loss.f_add(&nothing)?;
+    }
+    match weight_gradient {
+        Some(gradient) => weight.with_gradient(loss, &gradient, rows as f64),
+        None => Ok(loss),
+    }
 }
 
 #[cfg(test)]
@@ -87,7 +99,7 @@ mod tests {
     }
 
     fn share(leaf: &Tensor) -> Weight {
-        Weight { leaf: leaf.shallow_clone(), copy: None }
+        Weight::Leaf(leaf.shallow_clone())
     }
 
     fn targets() -> Tensor {
@@ -143,9 +155,31 @@ mod tests {
     fn without_gradients_none_are_computed() {
         let (hidden, weight) = (leaf([10, 6], 1, Kind::Float), leaf([7, 6], 2, Kind::Float));
         let with = chunked(&hidden, &share(&weight), &targets(), 10, 4).unwrap();
-        let without = chunked(&hidden.f_detach().unwrap(), &share(&weight), &targets(), 10, 4).unwrap();
+        let detached = hidden.f_detach().unwrap();
+        let without = tch::no_grad(|| chunked(&detached, &share(&weight), &targets(), 10, 4).unwrap());
         assert!(with.requires_grad() && !without.requires_grad());
         assert_eq!(furthest(&with, &without), 0.0);
+    }
+
+    #[test]
+    fn a_frozen_side_gets_no_gradient_and_changes_nothing_of_the_other() {
+        let (hidden, weight) = (leaf([10, 6], 1, Kind::Float), leaf([7, 6], 2, Kind::Float));
+        let both = chunked(&hidden, &share(&weight), &targets(), 10, 4).unwrap();
+        let expected = gradients(&both, [&hidden, &weight]);
+
+        let frozen = Weight::Frozen(weight.f_detach().unwrap());
+        let loss = chunked(&hidden, &frozen, &targets(), 10, 4).unwrap();
+        assert_eq!(furthest(&loss, &both), 0.0);
+        let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
+        assert_eq!(furthest(&by_hidden, &expected[0]), 0.0);
+        assert_eq!(by_weight.f_abs().unwrap().f_max().unwrap().f_double_value(&[]).unwrap(), 0.0);
+
+        // Everything before the head is frozen.
+        let loss = chunked(&hidden.f_detach().unwrap(), &share(&weight), &targets(), 10, 4).unwrap();
+        assert_eq!(furthest(&loss, &both), 0.0);
+        let [by_hidden, by_weight] = gradients(&loss, [&hidden, &weight]);
+        assert_eq!(furthest(&by_weight, &expected[1]), 0.0);
+        assert_eq!(by_hidden.f_abs().unwrap().f_max().unwrap().f_double_value(&[]).unwrap(), 0.0);
     }
 
     /// The zero-valued carrier must not turn an improbable target into a NaN.

@@ -3,11 +3,15 @@
 //! A model is described by a Hugging Face `config.json` and holds its parameters as an ordered list under their Hugging
 //! Face names: the order is the order of registration with the gradient reducer, the names are those in checkpoints.
 //!
-//! Invariants: parameters are fp32 leaf tensors at any [`Precision`]; with [`Precision::Bf16`] they are cast where they
-//! are used, so that gradients come out in fp32 and there is one copy of the weights. If the fp32 weights are kept
-//! elsewhere (ZeRO-1), a [`Weight`] has bf16 values of its own beside a leaf that only receives the gradient; the
-//! arithmetic is the same to the last bit. A fresh model has the same bits on every machine and device: see [`random`].
-//! [`parameter_shapes`] and [`build`] agree by construction.
+//! A forward pass is embed → blocks → head. Each of these [`Stage`]s reads the parameters that are listed for it and
+//! the vectors of the stage before, and nothing else: so a strategy may have the weights of one stage at a time.
+//!
+//! Invariants: trained parameters are fp32 leaf tensors at any [`Precision`]; with [`Precision::Bf16`] they are cast
+//! where they are used, so that gradients come out in fp32 and there is one copy of the weights. If the fp32 weights
+//! are kept elsewhere (ZeRO-1), a [`Weight`] has bf16 values of its own beside a leaf that only receives the gradient;
+//! the arithmetic is the same to the last bit. A frozen parameter has values and nothing else. A fresh model has the
+//! same bits on every machine and device, and all of it is trained: see [`random`]. [`parameter_shapes`] and [`build`]
+//! agree by construction.
 //!
 //! A model keeps no state between calls beyond its parameters (and a table of constants that grows on demand): a call
 //! that failed or was cancelled leaves nothing behind.
@@ -26,7 +30,11 @@ mod weight;
 
 use tch::{Device, TchError, Tensor};
 
-pub use self::{folder::from_folder, llama_config::LlamaConfig, weight::Weight};
+pub use self::{
+    folder::from_folder,
+    llama_config::LlamaConfig,
+    weight::{Parameter, Stage, Weight},
+};
 use crate::{
     config::{ModelKind, Precision},
     error::{Explain, Kind},
@@ -119,29 +127,40 @@ impl<T> Doing<T> for Result<T, TchError> {
     }
 }
 
+/// The positions whose scores are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Positions {
+    /// Every one: `[batch, T, vocabulary]`.
+    All,
+    /// The last one: `[batch, vocabulary]`.
+    Last,
+}
+
 /// A model on one device.
 pub trait Model: Send {
-    /// Every parameter under its Hugging Face name, in registration order: fp32 leaves that require gradients. The
-    /// tensors are shared with the model: writing into them (without recording gradients) changes the model, unless
-    /// [`Model::set_parameters`] gave them copies, which hold the values then.
-    fn parameters(&self) -> &[(String, Tensor)];
+    /// Every parameter, in registration order. The tensors are shared with the model: writing into
+    /// [`Parameter::values`] (without recording gradients) changes it.
+    fn parameters(&self) -> &[Parameter];
 
-    /// Replaces all parameters by other tensors, in their order and with their extents: these hold the values for
-    /// computing from here on.
+    /// Replaces all parameters by others, in their order and with their extents: these hold the values for computing
+    /// from here on, and say what is trained.
     fn set_parameters(&mut self, weights: Vec<Weight>) -> Result<(), ModelError>;
 
-    /// Mean cross entropy (nats per token) of predicting `tokens[.., 1..]` from the tokens before: an fp32 scalar.
-    ///
-    /// `tokens`: i64 `[batch, T + 1]` on the model's device, each below [`Model::vocab_size`] (not checked here: on a
-    /// GPU that would cost a synchronisation), T at most [`Model::max_sequence_length`]. `backward()` may be called on
-    /// the result once; if gradients are not recorded, nothing is kept for it.
-    fn loss(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
+    /// The first stage: vectors `[batch, T, width]` for i64 `tokens` `[batch, T]`.
+    fn embed(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
 
-    /// Scores of the next token at every position: fp32 `[batch, T, vocabulary]` for i64 `tokens` `[batch, T]`.
-    fn logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
+    /// The number of blocks.
+    fn blocks(&self) -> usize;
 
-    /// Scores after the last position only: fp32 `[batch, vocabulary]` for i64 `tokens` `[batch, T]`.
-    fn last_logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError>;
+    /// One block, from 0 to [`Model::blocks`] - 1: vectors for those of the block before.
+    fn block(&self, index: usize, x: Tensor) -> Result<Tensor, ModelError>;
+
+    /// The last stage when training: mean cross entropy (nats per token) of `targets`, i64 `[batch, T]`, for the last
+    /// block's vectors.
+    fn head_loss(&self, x: Tensor, targets: &Tensor) -> Result<Tensor, ModelError>;
+
+    /// The last stage otherwise: fp32 scores of the next token for the last block's vectors.
+    fn head_scores(&self, x: Tensor, positions: Positions) -> Result<Tensor, ModelError>;
 
     /// The number of tokens in the vocabulary.
     fn vocab_size(&self) -> u32;
@@ -151,6 +170,39 @@ pub trait Model: Send {
 
     /// The device that it computes on.
     fn device(&self) -> Device;
+
+    /// The last block's vectors for `tokens` `[batch, T]`.
+    fn vectors(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
+        (0..self.blocks()).try_fold(self.embed(tokens)?, |x, index| self.block(index, x))
+    }
+
+    /// Mean cross entropy (nats per token) of predicting `tokens[.., 1..]` from the tokens before: an fp32 scalar.
+    ///
+    /// `tokens`: i64 `[batch, T + 1]` on the model's device, each below [`Model::vocab_size`] (not checked here: on a
+    /// GPU that would cost a synchronisation), T at most [`Model::max_sequence_length`]. `backward()` may be called on
+    /// the result once; if gradients are not recorded, nothing is kept for it.
+    fn loss(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
+        let shape = tokens.size();
+        let len = match shape.as_slice() {
+            &[_, len] if len >= 2 => len - 1,
+            _ => {
+                let reason = format!("have shape {shape:?}, not [batch, T + 1]");
+                return Err(ModelError::Input { what: "tokens", reason });
+            }
+        };
+        let x = self.vectors(&tokens.f_narrow(1, 0, len).doing("slice tokens")?)?;
+        self.head_loss(x, &tokens.f_narrow(1, 1, len).doing("slice tokens")?)
+    }
+
+    /// Scores of the next token at every position: fp32 `[batch, T, vocabulary]` for i64 `tokens` `[batch, T]`.
+    fn logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
+        self.head_scores(self.vectors(tokens)?, Positions::All)
+    }
+
+    /// Scores after the last position only: fp32 `[batch, vocabulary]` for i64 `tokens` `[batch, T]`.
+    fn last_logits(&self, tokens: &Tensor) -> Result<Tensor, ModelError> {
+        self.head_scores(self.vectors(tokens)?, Positions::Last)
+    }
 }
 
 /// The settings for building a model, besides its description.

@@ -2,7 +2,7 @@
 //!
 //! Every rank reads the headers of all files, checks every entry against the model, and requires that the slices of
 //! each tensor contain each of its elements exactly once; then it copies only its own elements. The roles of tensors,
-//! and the choice between two that hold the same weight, are explained in [`super::state`]. *Crash, error:* the state
+//! and the choice between two that hold the same weight, are explained in [`super`]. *Crash, error:* the state
 //! is then partly filled and useless.
 
 use std::{collections::HashMap, ops::Range};
@@ -10,7 +10,7 @@ use std::{collections::HashMap, ops::Range};
 use bytes::Bytes;
 use tch::{Kind, Tensor};
 
-use super::state::{Param, Role, State, Target, is_moment, part};
+use super::{Param, Role, State, Target, part};
 use crate::{
     error::{Context, Error, Kind as ErrorKind, Result},
     format::{header, slices},
@@ -25,64 +25,60 @@ struct Source<'a> {
     bytes: &'a [u8],
 }
 
+/// Where the files have each role's elements of each parameter.
+#[derive(Default)]
+struct Found<'a>(HashMap<(Role, usize), Vec<Source<'a>>>);
+
+impl<'a> Found<'a> {
+    fn add(&mut self, role: Role, param: usize, source: Source<'a>) {
+        self.0.entry((role, param)).or_default().push(source);
+    }
+
+    fn of(&self, role: Role, param: usize) -> &[Source<'a>] {
+        self.0.get(&(role, param)).map_or(&[], Vec::as_slice)
+    }
+}
+
 impl State {
     /// Loads safetensors files. With `weights_only` the moments stay zero, other floating types are converted, and
     /// tensors that the model does not have are skipped; otherwise every tensor must be there, in one piece or in
     /// slices that hold each element once, with its very shape and type, and no other.
     pub fn load(&mut self, files: &[Bytes], weights_only: bool) -> Result<()> {
-        let found = self.find(files, weights_only)?;
-        let roles: &[Role] = if weights_only { &[Role::Weight] } else { &Role::ALL };
+        let roles = roles(weights_only);
+        let found = self.find(files, roles, weights_only)?;
         for &role in roles {
-            for (param, sources) in found[role as usize].iter().enumerate() {
-                let Param { name, len, .. } = &self.params[param];
-                // Only bf16 weights accompany masters.
-                if sources.is_empty() && role == Role::Master {
-                    let rounded = found[Role::Weight as usize][param].iter().any(|s| s.dtype != Dtype::F32);
-                    if rounded && !weights_only {
-                        return Err(mismatch(format!(
-                            "tensor {name} is not F32 in the files, and there is no {}{name}",
-                            role.prefix()
-                        )));
-                    }
-                    continue;
-                }
-                let name = format!("{}{name}", role.prefix());
-                if sources.is_empty() && *len > 0 {
-                    return Err(mismatch(format!("tensor {name} is in none of the files")));
-                }
-                slices::check_cover(sources.iter().map(|source| source.elements.clone()), *len)
-                    .map_err(|reason| Error::new(ErrorKind::Data, format!("tensor {name} {reason} in the files")))?;
+            for (number, param) in self.params.iter().enumerate().filter(|(_, param)| role.is_of(param.trained)) {
+                check(&found, role, number, param, weights_only)?;
             }
         }
-        for target in self.targets.iter().filter(|target| !weights_only || !is_moment(target.role)) {
-            let masters = &found[Role::Master as usize][target.param];
+        for target in self.targets.iter().filter(|target| !weights_only || target.role.traits().is_value) {
+            let masters = found.of(Role::Master, target.param);
             let sources = match target.role {
-                Role::Weight | Role::Master if masters.is_empty() => &found[Role::Weight as usize][target.param],
+                Role::Weight | Role::Master if masters.is_empty() => found.of(Role::Weight, target.param),
                 Role::Weight | Role::Master => masters,
-                role => &found[role as usize][target.param],
+                role => found.of(role, target.param),
             };
             for source in sources {
                 let name = &self.params[target.param].name;
-                fill(target, source).context(format!("load tensor {}{name}", target.role.prefix()))?;
+                fill(target, source).context(format!("load tensor {}", target.role.name_of(name)))?;
             }
         }
         Ok(())
     }
 
-    /// Where each parameter's elements are, by role and parameter. Every entry has been checked against the model;
-    /// whether the set is complete has not been checked.
-    fn find<'a>(&self, files: &'a [Bytes], weights_only: bool) -> Result<[Vec<Vec<Source<'a>>>; 4]> {
+    /// Where each parameter's elements of these `roles` are. Every entry has been checked against the model; whether
+    /// the set is complete has not been checked.
+    fn find<'a>(&self, files: &'a [Bytes], roles: &[Role], weights_only: bool) -> Result<Found<'a>> {
         let index: HashMap<&str, usize> =
             self.params.iter().enumerate().map(|(i, param)| (param.name.as_str(), i)).collect();
-        let mut found = Role::ALL.map(|_| self.params.iter().map(|_| Vec::new()).collect::<Vec<_>>());
+        let mut found = Found::default();
         for file in files {
             // Skipped tensors may be of any type.
             for entry in header::read_foreign(file)? {
                 let (name, slice) = slices::parse_name(&entry.name);
-                let roles: &[Role] = if weights_only { &[Role::Weight] } else { &Role::ALL };
                 let named = roles.iter().find_map(|&role| {
-                    let param = index.get(name.strip_prefix(role.prefix())?)?;
-                    Some((role, *param))
+                    let param = *index.get(name.strip_prefix(role.traits().prefix)?)?;
+                    role.is_of(self.params[param].trained).then_some((role, param))
                 });
                 let Some((role, param)) = named else {
                     if weights_only {
@@ -98,9 +94,9 @@ impl State {
                 };
                 let Param { shape, len, .. } = &self.params[param];
                 let shape = slice.as_ref().map_or_else(|| shape.clone(), |slice| vec![slice.end - slice.start]);
-                let known = dtype == Dtype::F32
-                    || weights_only
-                    || (role == Role::Weight && dtype == Dtype::BF16 && slice.is_none());
+                // A slice of what is rounded would be of no use: what it was rounded from is there in slices.
+                let known =
+                    dtype == Dtype::F32 || weights_only || (role.traits().dtypes.contains(&dtype) && slice.is_none());
                 if entry.shape != shape || !known {
                     return Err(mismatch(format!(
                         "tensor {} is {:?} {} in the files but {shape:?} F32 in the model",
@@ -108,12 +104,36 @@ impl State {
                     )));
                 }
                 let bytes = file_range(file, &entry.range)?;
-                let elements = slice.unwrap_or(0..*len);
-                found[role as usize][param].push(Source { elements, dtype, bytes });
+                found.add(role, param, Source { elements: slice.unwrap_or(0..*len), dtype, bytes });
             }
         }
         Ok(found)
     }
+}
+
+/// The roles that are looked for. A foreign folder's `master.x` would be a parameter of another model.
+fn roles(weights_only: bool) -> &'static [Role] {
+    if weights_only { &[Role::Weight] } else { Role::ALL }
+}
+
+/// Whether the files have every element of one role of a parameter exactly once.
+fn check(found: &Found<'_>, role: Role, number: usize, param: &Param, weights_only: bool) -> Result<()> {
+    let sources = found.of(role, number);
+    let name = role.name_of(&param.name);
+    if sources.is_empty() && role == Role::Master {
+        // Only rounded weights are accompanied by masters.
+        let rounded = found.of(Role::Weight, number).iter().any(|source| source.dtype != Dtype::F32);
+        if rounded && !weights_only {
+            let weight = &param.name;
+            return Err(mismatch(format!("tensor {weight} is not F32 in the files, and there is no {name}")));
+        }
+        return Ok(());
+    }
+    if sources.is_empty() && param.len > 0 {
+        return Err(mismatch(format!("tensor {name} is in none of the files")));
+    }
+    slices::check_cover(sources.iter().map(|source| source.elements.clone()), param.len)
+        .map_err(|reason| Error::new(ErrorKind::Data, format!("tensor {name} {reason} in the files")))
 }
 
 fn mismatch(message: String) -> Error {
@@ -166,11 +186,14 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::{ModelKind, Precision},
+        config::{ModelKind, Precision, Strategy},
         ids::{Rank, WorldSize},
-        model::{self, BuildSettings, Model},
+        model::{self, BuildSettings, Model, Weight},
         snapshot::plan::plan,
-        worker::{partition::Partition, state::signed},
+        train::{
+            state::{Row, Tensors, signed},
+            strategy::lay_out_small,
+        },
     };
 
     fn build(precision: Precision, seed: u64) -> Box<dyn Model> {
@@ -184,11 +207,10 @@ mod tests {
 
     /// A world's states by rank, `zero1` or `ddp`.
     fn world(zero1: bool, precision: Precision, world: u32, seed: u64) -> Vec<State> {
+        let strategy = if zero1 { Strategy::Zero1 } else { Strategy::Ddp };
         let state = |rank| {
             let mut model = build(precision, seed);
-            let lens: Vec<u64> = model.parameters().iter().map(|(_, leaf)| leaf.numel() as u64).collect();
-            let split = zero1.then(|| (Partition::new(&lens, WorldSize(world), 1000, 9000), Rank(rank)));
-            State::new(model.as_mut(), precision, split).unwrap()
+            lay_out_small(strategy, precision, model.as_mut(), Rank(rank), WorldSize(world)).unwrap().0
         };
         (0..world).map(state).collect()
     }
@@ -196,7 +218,7 @@ mod tests {
     /// Moments other than zero: a function of name and place alone.
     fn stir(states: &[State]) {
         for state in states {
-            for target in state.targets.iter().filter(|target| is_moment(target.role)) {
+            for target in state.targets.iter().filter(|target| !target.role.traits().is_value) {
                 let count = target.tensor.numel() as i64;
                 let begin = signed(target.begin) + 1000 * target.param as i64 + 7 * target.role as i64;
                 let values = (Tensor::arange_start(begin, begin + count, (Kind::Float, Device::Cpu)) * 0.1).sin();
@@ -287,7 +309,8 @@ mod tests {
     fn with_bf16_the_model_files_hold_the_rounded_weights_whole() {
         let files = files(&world(true, Precision::Bf16, 3, 1));
         let tensors = together(&files);
-        for (name, leaf) in build(Precision::Fp32, 1).parameters() {
+        for parameter in build(Precision::Fp32, 1).parameters() {
+            let (name, leaf) = (&parameter.name, parameter.values());
             let fp32 = Vec::<f32>::try_from(leaf.detach().view([-1])).unwrap();
             let bits = |tensor: &Tensor| {
                 let mut bytes = vec![0; torch::byte_len(tensor).unwrap()];
@@ -313,7 +336,7 @@ mod tests {
             let tensors: Vec<_> = source
                 .parameters()
                 .iter()
-                .map(|(name, leaf)| (name.clone(), leaf.detach().to_kind(kind)))
+                .map(|parameter| (parameter.name.clone(), parameter.values().detach().to_kind(kind)))
                 .chain([("rotary_emb.inv_freq".to_owned(), Tensor::zeros([3], (Kind::Double, Device::Cpu)))])
                 .collect();
             let folder = tempfile::tempdir().unwrap();
@@ -330,6 +353,68 @@ mod tests {
                 assert!(got[&format!("master.{name}")] == fp32, "{name}");
             }
         }
+    }
+
+    /// As [`world`], with the named parameter frozen.
+    fn frozen_world(zero1: bool, precision: Precision, world: u32, seed: u64, frozen: &str, kind: Kind) -> Vec<State> {
+        let strategy = if zero1 { Strategy::Zero1 } else { Strategy::Ddp };
+        let state = |rank| {
+            let mut model = build(precision, seed);
+            let weights = model.parameters().iter().map(|parameter| match parameter.name == frozen {
+                true => Weight::Frozen(parameter.values().detach().to_kind(kind)),
+                false => parameter.weight.share(),
+            });
+            let weights = weights.collect();
+            model.set_parameters(weights).unwrap();
+            lay_out_small(strategy, precision, model.as_mut(), Rank(rank), WorldSize(world)).unwrap().0
+        };
+        (0..world).map(state).collect()
+    }
+
+    #[test]
+    fn a_frozen_weight_goes_through_every_strategy_in_its_own_type_and_needs_no_master() {
+        let name = "model.layers.0.mlp.up_proj.weight";
+        for precision in [Precision::Fp32, Precision::Bf16] {
+            for kind in [Kind::Float, Kind::BFloat16] {
+                let origin = frozen_world(true, precision, 3, 1, name, kind);
+                stir(&origin);
+                let mut carried = files(&origin);
+                let expected = together(&carried);
+                assert_eq!(expected.keys().filter(|key| key.ends_with(name)).collect::<Vec<_>>(), [name]);
+                for (zero1, ranks) in [(true, 2), (false, 2), (false, 1), (true, 3)] {
+                    let mut next = frozen_world(zero1, precision, ranks, 2, name, kind);
+                    load(&mut next, &carried);
+                    carried = files(&next);
+                    assert!(together(&carried)[name] == expected[name], "{precision:?} {kind:?} {zero1} {ranks}");
+                }
+                assert!(together(&carried) == expected, "{precision:?} {kind:?}");
+
+                // From a model folder, in whatever type it has them.
+                let mut other = frozen_world(true, precision, 2, 2, name, kind);
+                other.iter_mut().for_each(|state| state.load(&carried, true).unwrap());
+                assert!(together(&files(&other))[name] == expected[name]);
+                // One that was trained has moments, which a frozen one has no place for.
+                let trained = files(&world(false, Precision::Fp32, 1, 1));
+                let error = other[0].load(&trained, false).unwrap_err().to_string();
+                assert!(error.contains("does not have") && error.contains(name), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_table_that_is_not_the_models_is_refused() {
+        let model = build(Precision::Fp32, 1);
+        let zeros = [Tensor::zeros([4], (Kind::Float, Device::Cpu))];
+        let short = Row { role: Role::ExpAvg, tensors: Tensors::Whole(&zeros) };
+        assert!(State::new(model.as_ref(), &[short]).is_err());
+        let mut rounded = build(Precision::Fp32, 1);
+        let weights =
+            rounded.parameters().iter().map(|parameter| Weight::Frozen(parameter.values().to_kind(Kind::Half)));
+        let weights = weights.collect();
+        rounded.set_parameters(weights).unwrap();
+        let row = Row { role: Role::Weight, tensors: Tensors::OfModel };
+        let error = State::new(rounded.as_ref(), &[row]).unwrap_err().to_string();
+        assert!(error.contains("Half"), "{error}");
     }
 
     /// A file with these tensors, its data the bytes 0, 1, 2, …

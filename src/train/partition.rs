@@ -1,7 +1,7 @@
 //! The assignment of elements to ranks under ZeRO-1 (Rajbhandari et al., arXiv 1910.02054, stage 1).
 //!
-//! Parameters lie one after the other in buckets, the last one first, because gradients arrive about in that order.
-//! Each bucket is cut into as many equal chunks as there are ranks, and rank r has chunk r of every bucket: its
+//! Trained parameters lie one after the other in buckets, the last one first, because gradients arrive about in that
+//! order. Each bucket is cut into as many equal chunks as there are ranks, and rank r has chunk r of every bucket: its
 //! moments, its fp32 weights, its update. So a large embedding is divided like everything else, and a bucket can be
 //! reduced, updated and gathered while others are still computed (as in Megatron-LM's distributed optimizer).
 //!
@@ -22,7 +22,7 @@ const GRADIENT_BYTES: u64 = 4;
 /// One parameter in its bucket; counts are elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// The parameter's number.
+    /// The parameter's number among the trained ones.
     pub param: usize,
     /// Where in the bucket it begins.
     pub offset: u64,
@@ -46,7 +46,7 @@ pub struct Section {
 pub struct Piece {
     /// The bucket's number.
     pub bucket: usize,
-    /// The parameter's number.
+    /// The parameter's number among the trained ones.
     pub param: usize,
     /// The first element within the parameter.
     pub begin: u64,

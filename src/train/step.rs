@@ -1,0 +1,440 @@
+//! One step: batch → passes → clip → optimizer. And what comes before the first, and between two.
+
+use std::time::{Duration, Instant};
+
+use tch::{Device, Tensor};
+
+use super::{
+    batch::Batches,
+    schedule,
+    state::State,
+    strategy::{self, Layout, Peers, Strategy},
+};
+use crate::{
+    config::{DataConfig, MicroBatches, ModelConfig, ParallelConfig, TrainConfig},
+    data::sampler::{batch as positions, share},
+    error::{Context, Error, Kind, Result},
+    ids::{Rank, Step, WorldSize},
+    model::{self, BuildSettings, Model},
+    torch,
+};
+
+/// Where one rank stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its rank.
+    pub rank: Rank,
+    /// How many there are.
+    pub world: WorldSize,
+    /// The device that it computes on.
+    pub device: Device,
+}
+
+/// A model and its state, before data and peers are there.
+pub struct Built {
+    /// To be listed, loaded and captured.
+    pub state: State,
+    model: Box<dyn Model>,
+    layout: Box<dyn Layout>,
+    train: TrainConfig,
+    place: Place,
+}
+
+impl Built {
+    /// The model of `model`, with fresh weights if they are to be drawn (`draw`); otherwise with arbitrary ones, which
+    /// are loaded afterwards.
+    pub fn new(
+        model: &ModelConfig,
+        train: TrainConfig,
+        parallel: &ParallelConfig,
+        place: Place,
+        draw: bool,
+    ) -> Result<Self> {
+        let Place { rank, world, device } = place;
+        let settings = BuildSettings { device, precision: train.precision, seed: draw.then_some(train.seed) };
+        let mut model = model::build(model.kind, &model.config, &settings).context("build model")?;
+        let (state, layout) = strategy::lay_out(parallel, train.precision, model.as_mut(), rank, world)?;
+        Ok(Self { state, model, layout, train, place })
+    }
+
+    /// Ready for the first step. The state must be loaded by then.
+    pub fn start(self, data: &DataConfig, batches: Batches, peers: Peers) -> Result<Training> {
+        let Self { model, layout, train, place, .. } = self;
+        Ok(Training {
+            strategy: layout.connect(peers)?,
+            validation_every: data.validation_every,
+            validation_sequences: data.validation_sequences,
+            train,
+            place,
+            model,
+            batches,
+        })
+    }
+}
+
+/// One rank that trains.
+pub struct Training {
+    train: TrainConfig,
+    validation_every: u64,
+    validation_sequences: u32,
+    place: Place,
+    model: Box<dyn Model>,
+    batches: Batches,
+    strategy: Box<dyn Strategy>,
+}
+
+/// The result of a step's passes. The numbers are on the device: the caller chooses when to read them.
+#[derive(Debug)]
+pub struct Pass {
+    /// Mean loss over this rank's sequences.
+    pub loss: Tensor,
+    /// Time spent reading data.
+    pub data: Duration,
+}
+
+/// The result of an update.
+#[derive(Debug)]
+pub struct Update {
+    /// 2-norm of the whole gradient before clipping, the same on every rank; on the device.
+    pub grad_norm: Tensor,
+    /// The learning rate used.
+    pub lr: f64,
+}
+
+/// The held-out loss of one rank's share.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HeldOut {
+    /// Sum of its sequences' mean losses.
+    pub loss_sum: f64,
+    /// Its sequences.
+    pub sequences: u64,
+}
+
+impl Training {
+    /// Gradients of `step`, reduced under the last backward pass.
+    pub fn forward_backward(&mut self, step: Step) -> Result<Pass> {
+        let Place { rank, world, .. } = self.place;
+        // Generators are seeded for each step, so that their state is a function of (seed, step, rank) on any world
+        // size.
+        torch::manual_seed(step_seed(self.train.seed, step, rank))?;
+        let MicroBatches { micro_batch, accumulate, .. } = self.batches.spread();
+        let mut cursor = positions(step, self.train.global_batch, rank, world).start;
+        let mut total: Option<Tensor> = None;
+        let mut data = Duration::ZERO;
+        for pass in 0..accumulate {
+            let reading = Instant::now();
+            let end = cursor + u64::from(micro_batch);
+            let tokens = self.batches.at_positions(cursor..end)?;
+            cursor = end;
+            data += reading.elapsed();
+
+            // The weights are read from here on.
+            self.strategy.settle()?;
+            let loss = self.model.loss(&tokens)?;
+            let loss = torch::tch_result("scale loss", loss.f_div_scalar(f64::from(accumulate)))?;
+            self.strategy.backward(&loss, pass + 1 == accumulate)?;
+            let loss = loss.detach();
+            total = Some(match total {
+                None => loss,
+                Some(sum) => torch::tch_result("sum losses", sum.f_add(&loss))?,
+            });
+        }
+        let loss = total.ok_or_else(|| Error::new(Kind::Bug, "a step without a micro-batch"))?;
+        Ok(Pass { loss, data })
+    }
+
+    /// The update of `step` from its gradients, which are zero afterwards. The state changes here alone.
+    pub fn update(&mut self, step: Step) -> Result<Update> {
+        let TrainConfig { schedule, optimizer, steps, .. } = &self.train;
+        let lr = schedule::learning_rate(schedule, optimizer.lr, step, *steps);
+        let grad_norm = self.strategy.step(optimizer, step, lr)?;
+        self.strategy.zero_grad()?;
+        Ok(Update { grad_norm, lr })
+    }
+
+    /// Waits until the last update has reached this rank's weights: before they are copied, and before peers may leave.
+    pub fn settle(&mut self) -> Result<()> {
+        Ok(self.strategy.settle()?)
+    }
+
+    /// Whether the held-out loss is measured after the step `done`.
+    pub fn evaluation_is_due(&self, done: Step) -> bool {
+        let (every, done) = (self.validation_every, done.get());
+        self.batches.held_out() > 0 && every > 0 && (done.is_multiple_of(every) || done == self.train.steps)
+    }
+
+    /// The held-out loss over this rank's share; `None`: abandoned, since `is_over` said before a pass that nobody
+    /// waits for it.
+    pub fn evaluate(&mut self, is_over: impl Fn() -> bool) -> Result<Option<HeldOut>> {
+        let count = self.batches.held_out().min(u64::from(self.validation_sequences));
+        let mut samples = share(count, self.place.rank, self.place.world);
+        self.strategy.settle()?;
+        let mut sum = HeldOut { loss_sum: 0.0, sequences: 0 };
+        while !samples.is_empty() {
+            if is_over() {
+                return Ok(None);
+            }
+            let end = (samples.start + u64::from(self.train.max_micro_batch)).min(samples.end);
+            let len = end - samples.start;
+            let tokens = self.batches.held_out_at(samples.start..end)?;
+            samples.start = end;
+            let loss = tch::no_grad(|| self.model.loss(&tokens))?;
+            sum.loss_sum += torch::to_f64(&loss)? * len as f64;
+            sum.sequences += len;
+        }
+        Ok(Some(sum))
+    }
+}
+
+/// The seed of a step's generators on one rank.
+fn step_seed(seed: u64, step: Step, rank: Rank) -> u64 {
+    // SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): neighbouring steps get unrelated seeds.
+    let mut z = seed ^ step.get().wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (u64::from(rank.get()) << 48);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::RangeInclusive;
+
+    use bytes::Bytes;
+    use serde_json::json;
+
+    use super::*;
+    use crate::{
+        config::{self, ModelKind, OptimizerConfig, Precision, ScheduleConfig, ScheduleKind},
+        data::Dataset,
+        snapshot::plan::plan,
+        torch::{LIMIT, ProcessGroup, ranks, store_bytes},
+    };
+
+    /// What a run says, and a folder with its data.
+    struct Run {
+        folder: tempfile::TempDir,
+        model: ModelConfig,
+        data: DataConfig,
+        train: TrainConfig,
+        parallel: ParallelConfig,
+    }
+
+    const SEQUENCE: usize = 16;
+    const HELD_OUT: u64 = 5;
+
+    fn run(strategy: config::Strategy, precision: Precision, max_micro_batch: u32) -> Run {
+        let folder = tempfile::tempdir().unwrap();
+        let shard = |split: &str, sequences: usize| {
+            let count = sequences * SEQUENCE + 1;
+            let tokens: Vec<u8> = (0..count).flat_map(|i| ((i * i * 7 + i * 3) as u16 % 96).to_le_bytes()).collect();
+            let file = format!("{split}-00000.bin");
+            std::fs::write(folder.path().join(&file), &tokens).unwrap();
+            json!([{ "file": file, "bytes": tokens.len(), "crc64": "0000000000000000", "tokens": count }])
+        };
+        let index = json!({
+            "format": 1, "dtype": "u16", "vocab_size": 96, "eos_id": 0, "recipe": "",
+            "tokenizer": { "file": "tokenizer.json", "bytes": 2, "crc64": "0000000000000000" },
+            "train": shard("train", 40), "validation": shard("validation", HELD_OUT as usize),
+        });
+        std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
+        std::fs::write(folder.path().join("index.json"), index.to_string()).unwrap();
+        Run {
+            folder,
+            model: ModelConfig {
+                kind: ModelKind::Llama,
+                config: json!({
+                    "architectures": ["LlamaForCausalLM"], "vocab_size": 96, "hidden_size": 32,
+                    "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                    "max_position_embeddings": 64,
+                }),
+                init_from: None,
+            },
+            data: DataConfig {
+                train: String::new(),
+                tokenizer: config::TokenizerRule::Same,
+                sequence_length: SEQUENCE as u32,
+                validation_every: 4,
+                validation_sequences: 100,
+            },
+            train: TrainConfig {
+                steps: 10,
+                global_batch: 8,
+                max_micro_batch,
+                seed: 7,
+                precision,
+                threads: 1,
+                optimizer: OptimizerConfig {
+                    lr: 1e-2,
+                    betas: [0.9, 0.95],
+                    eps: 1e-8,
+                    weight_decay: 0.1,
+                    grad_clip: 0.5,
+                },
+                schedule: ScheduleConfig { kind: ScheduleKind::Linear, warmup_steps: 2, min_lr_ratio: 0.1 },
+            },
+            parallel: ParallelConfig { strategy, nproc_per_node: None, device: config::Device::Auto, bucket_mib: 1 },
+        }
+    }
+
+    /// A rank before its first step: fresh, or with the state that `from` has.
+    fn rank(run: &Run, group: Option<ProcessGroup>, from: Option<&[Bytes]>) -> (Training, State) {
+        tch::set_num_threads(1);
+        let (rank, world) = group.as_ref().map_or((Rank(0), WorldSize(1)), |group| (group.rank(), group.world()));
+        let place = Place { rank, world, device: Device::Cpu };
+        let mut train = run.train.clone();
+        if from.is_some() {
+            // Values that are not loaded show.
+            train.seed += 1;
+        }
+        let mut built = Built::new(&run.model, train, &run.parallel, place, true).unwrap();
+        if let Some(files) = from {
+            built.state.load(files, false).unwrap();
+        }
+        built.train.seed = run.train.seed;
+        let dataset = Dataset::open(run.folder.path()).unwrap();
+        let batches = Batches::new(dataset, run.data.sequence_length, &run.train, place).unwrap();
+        let Built { state, model, layout, train, place } = built;
+        let built = Built { state: State::new(model.as_ref(), &[]).unwrap(), model, layout, train, place };
+        (built.start(&run.data, batches, Peers::new(group)).unwrap(), state)
+    }
+
+    /// The bits of each step's loss and norm.
+    fn train(training: &mut Training, steps: RangeInclusive<u64>) -> Vec<[u64; 2]> {
+        let mut seen = Vec::new();
+        for step in steps.map(Step) {
+            let Pass { loss, .. } = training.forward_backward(step).unwrap();
+            let Update { grad_norm, .. } = training.update(step).unwrap();
+            seen.push([loss, grad_norm].map(|tensor| torch::to_f64(&tensor).unwrap().to_bits()));
+        }
+        training.settle().unwrap();
+        seen
+    }
+
+    /// The files that this rank would save.
+    fn files(state: &State, place: Place) -> Vec<Bytes> {
+        let plans = plan(state.specs(), place.world, 4096).unwrap();
+        let shards = plans.into_iter().nth(place.rank.get() as usize).unwrap().shards;
+        let file = |shard: crate::snapshot::plan::ShardPlan| {
+            let mut file = shard.header;
+            for place in shard.tensors {
+                let start = file.len();
+                file.resize(start + place.len as usize, 0);
+                store_bytes(&state.tensors()[place.tensor], &mut file[start..]).unwrap();
+            }
+            Bytes::from(file)
+        };
+        shards.into_iter().map(file).collect()
+    }
+
+    /// Every rank from its start to its end; `None` as a group: there is one.
+    fn everywhere<T: Send>(world: u32, body: impl Fn(Option<ProcessGroup>) -> T + Sync) -> Vec<T> {
+        if world == 1 { vec![body(None)] } else { ranks(world, LIMIT, |group| body(Some(group))) }
+    }
+
+    #[test]
+    fn a_run_that_is_resumed_gives_the_bits_of_one_that_nobody_disturbed() {
+        use config::Strategy::{Ddp, Zero1};
+        for (strategy, world, precision) in [
+            (Ddp, 1, Precision::Fp32),
+            (Ddp, 2, Precision::Bf16),
+            (Zero1, 2, Precision::Fp32),
+            (Zero1, 2, Precision::Bf16),
+        ] {
+            let run = run(strategy, precision, 2);
+            let whole = everywhere(world, |group| {
+                let (mut training, state) = rank(&run, group, None);
+                (train(&mut training, 1..=6), files(&state, training.place))
+            });
+            let half = everywhere(world, |group| {
+                let (mut training, state) = rank(&run, group, None);
+                (train(&mut training, 1..=3), files(&state, training.place))
+            });
+            let saved: Vec<Bytes> = half.iter().flat_map(|(_, files)| files.clone()).collect();
+            let rest = everywhere(world, |group| {
+                let (mut training, state) = rank(&run, group, Some(&saved));
+                (train(&mut training, 4..=6), files(&state, training.place))
+            });
+            for ((whole, half), rest) in whole.iter().zip(&half).zip(&rest) {
+                assert_eq!(whole.0, [half.0.as_slice(), &rest.0].concat(), "{strategy:?} {world} {precision:?}");
+                assert!(whole.1 == rest.1, "{strategy:?} {world} {precision:?}: other bytes");
+            }
+            let loss = |step: usize| f64::from_bits(whole[0].0[step][0]);
+            assert!(loss(5) < loss(0), "nothing was learnt");
+        }
+    }
+
+    #[test]
+    fn the_number_of_passes_changes_a_step_by_rounding_only() {
+        let of = |max_micro_batch| {
+            let run = run(config::Strategy::Ddp, Precision::Fp32, max_micro_batch);
+            let (mut training, _) = rank(&run, None, None);
+            assert_eq!(training.batches.spread().accumulate, 8 / max_micro_batch);
+            train(&mut training, 1..=4).into_iter().flatten().map(f64::from_bits).collect::<Vec<_>>()
+        };
+        let one = of(8);
+        for passes in [of(4), of(1)] {
+            for (a, b) in one.iter().zip(&passes) {
+                assert!((a - b).abs() < 2e-4 * a.abs(), "{one:?} {passes:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_uses_the_learning_rate_of_its_number_and_reports_the_norm_before_clipping() {
+        let mut run = run(config::Strategy::Ddp, Precision::Fp32, 8);
+        run.train.optimizer.grad_clip = 1e-3;
+        let (mut training, _) = rank(&run, None, None);
+        for (step, lr) in [(1, 0.5e-2), (2, 1e-2), (10, 1e-3)] {
+            training.forward_backward(Step(step)).unwrap();
+            let update = training.update(Step(step)).unwrap();
+            assert!((update.lr - lr).abs() < 1e-12, "{step}: {}", update.lr);
+            assert!(torch::to_f64(&update.grad_norm).unwrap() > 1e-2, "{step}");
+        }
+    }
+
+    #[test]
+    fn the_held_out_loss_is_that_of_all_shares_together_and_changes_nothing() {
+        let run = run(config::Strategy::Zero1, Precision::Fp32, 2);
+        let [one, two, four] = [1, 2, 4].map(|world| {
+            let shares = everywhere(world, |group| {
+                let (mut training, state) = rank(&run, group, None);
+                let before = files(&state, training.place);
+                let share = training.evaluate(|| false).unwrap().unwrap();
+                assert!(before == files(&state, training.place));
+                share
+            });
+            assert_eq!(shares.iter().map(|share| share.sequences).sum::<u64>(), HELD_OUT, "{world} ranks");
+            shares.iter().map(|share| share.loss_sum).sum::<f64>() / HELD_OUT as f64
+        });
+        // An untrained model guesses.
+        assert!((one - 96_f64.ln()).abs() < 0.1, "{one}");
+        assert!((one - two).abs() < 1e-5 && (one - four).abs() < 1e-5, "{one} {two} {four}");
+    }
+
+    #[test]
+    fn an_evaluation_comes_when_it_is_due_and_ends_when_nobody_waits_for_it() {
+        let run = run(config::Strategy::Ddp, Precision::Fp32, 2);
+        let (mut training, _) = rank(&run, None, None);
+        let due: Vec<u64> = (1..=10).filter(|&step| training.evaluation_is_due(Step(step))).collect();
+        assert_eq!(due, [4, 8, 10]);
+        let asked = std::cell::Cell::new(0);
+        let mut over_at = |pass| {
+            asked.set(0);
+            training.evaluate(|| asked.replace(asked.get() + 1) == pass).unwrap()
+        };
+        let passes = HELD_OUT.div_ceil(2);
+        assert_eq!(over_at(passes - 1), None);
+        assert_eq!(asked.get(), passes);
+        assert!(over_at(passes).is_some());
+    }
+
+    #[test]
+    fn seeds_of_steps_and_ranks_are_unrelated() {
+        let seeds = [(1, 0), (2, 0), (1, 1), (2, 1)].map(|(step, rank)| step_seed(7, Step(step), Rank(rank)));
+        for (i, a) in seeds.iter().enumerate() {
+            for b in &seeds[i + 1..] {
+                assert!((a ^ b).count_ones() > 10, "{seeds:x?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! `ddp`: every rank has everything; gradients are all-reduced behind the backward pass, and each rank makes the same
+//! update.
+
+use tch::Tensor;
+
+use super::{
+    Buckets, Layout, Peers, Strategy,
+    single::{Replica, Whole},
+};
+use crate::{
+    config::OptimizerConfig,
+    error::Result,
+    ids::Step,
+    model::Model,
+    torch::{Reducer, Reduction, TorchError},
+    train::state::State,
+};
+
+pub(super) fn lay_out(model: &dyn Model, buckets: Buckets) -> Result<(State, Box<dyn Layout>)> {
+    let (state, replica) = Replica::lay_out(model)?;
+    Ok((state, Box::new(Unconnected { replica, buckets })))
+}
+
+#[derive(Debug)]
+struct Unconnected {
+    replica: Replica,
+    buckets: Buckets,
+}
+
+impl Layout for Unconnected {
+    fn connect(self: Box<Self>, peers: Peers) -> Result<Box<dyn Strategy>> {
+        let Self { replica, buckets: Buckets { first, rest } } = *self;
+        let bytes = |size: u64| usize::try_from(size).unwrap_or(usize::MAX);
+        let reducer = Reducer::new(&replica.leaves, &peers.group()?, bytes(first), bytes(rest))?;
+        Ok(Box::new(Ddp { whole: replica.start()?, reducer }))
+    }
+}
+
+#[derive(Debug)]
+struct Ddp {
+    whole: Whole,
+    reducer: Reducer,
+}
+
+impl Strategy for Ddp {
+    fn backward(&self, loss: &Tensor, last: bool) -> Result<(), TorchError> {
+        self.reducer.backward(loss, if last { Reduction::Average } else { Reduction::Accumulate })
+    }
+
+    fn norm(&self) -> Result<Tensor, TorchError> {
+        self.whole.norm()
+    }
+
+    fn update(
+        &mut self,
+        config: &OptimizerConfig,
+        step: Step,
+        lr: f64,
+        scale: Option<&Tensor>,
+    ) -> Result<(), TorchError> {
+        self.whole.update(config, step, lr, scale)
+    }
+
+    fn settle(&mut self) -> Result<(), TorchError> {
+        Ok(())
+    }
+
+    fn zero_grad(&mut self) -> Result<(), TorchError> {
+        self.whole.zero_grad()
+    }
+}

@@ -1,0 +1,161 @@
+//! How the ranks share the work of a step: one trait, and one place that chooses.
+//!
+//! | strategy | trained weights on a rank | gradients | moments and update | after an update |
+//! |---|---|---|---|---|
+//! | `single` | all | its own | all | nothing |
+//! | `ddp` | all | all-reduced behind the backward pass | all, the same on every rank | nothing |
+//! | `zero1` | all, to compute with | reduced by chunks | its chunk of each bucket | buckets are gathered |
+//!
+//! Frozen parameters are whole on every rank under each of them, and nobody reduces, updates or gathers them.
+//!
+//! A strategy is made in two steps, because a worker says what its state is before it meets its peers: [`lay_out`]
+//! chooses and makes the tensors, [`Layout::connect`] makes what reduces and updates them.
+//!
+//! Invariants: the state changes in [`Strategy::step`] and, for weights that other ranks update, until
+//! [`Strategy::settle`] returns; a capture runs between `settle` and `step`, so nothing writes what a capture reads.
+//! All ranks call all of it in the same order. A world of one has nobody to share with and is `single`, whatever the
+//! setting. *Crash:* a peer that dies breaks the collective; the error ends this worker too, and the state is that of
+//! the newest checkpoint. *Resume:* buckets and chunks depend on the configuration and the world alone, and elements
+//! are summed in the order of ranks, so a resume on the same world is exact.
+
+mod ddp;
+mod single;
+mod zero1;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+
+use tch::Tensor;
+
+use super::{optim::clip_scale, state::State};
+use crate::{
+    config::{self, OptimizerConfig, ParallelConfig, Precision},
+    error::{Context, Error, Kind, Result},
+    ids::{Rank, Step, WorldSize},
+    model::{Model, Parameter},
+    torch::{ProcessGroup, TorchError},
+};
+
+/// One rank's part in the work of a step.
+pub trait Strategy: fmt::Debug {
+    /// Runs the backward pass of `loss`, adding to the gradients; reduces them if this is the step's `last` pass.
+    fn backward(&self, loss: &Tensor, last: bool) -> Result<(), TorchError>;
+
+    /// The 2-norm of the whole reduced gradient, the same number on every rank: a scalar on the device.
+    fn norm(&self) -> Result<Tensor, TorchError>;
+
+    /// Updates the elements that this rank has to update, and starts to send them to whoever computes with them.
+    /// `scale`, if any, divides the gradients first. Gradients are not recorded.
+    fn update(
+        &mut self,
+        config: &OptimizerConfig,
+        step: Step,
+        lr: f64,
+        scale: Option<&Tensor>,
+    ) -> Result<(), TorchError>;
+
+    /// Waits until the last update has reached this rank's weights. Costs nothing if there is nothing to wait for.
+    fn settle(&mut self) -> Result<(), TorchError>;
+
+    /// Sets every gradient to zero, in place: whoever reduces them keeps pointing at them.
+    fn zero_grad(&mut self) -> Result<(), TorchError>;
+
+    /// The `step`-th update of the run, from the reduced gradients. Returns the 2-norm of the whole gradient before
+    /// clipping, as a scalar on the device: the caller chooses when to read it. The weights may be read after
+    /// [`Strategy::settle`].
+    fn step(&mut self, config: &OptimizerConfig, step: Step, lr: f64) -> Result<Tensor, TorchError> {
+        self.settle()?;
+        tch::no_grad(|| {
+            let norm = self.norm()?;
+            let scale = clip_scale(config, &norm)?;
+            self.update(config, step, lr, scale.as_ref())?;
+            Ok(norm)
+        })
+    }
+}
+
+/// A strategy that has laid out this rank's tensors and has not met its peers yet.
+pub trait Layout: fmt::Debug {
+    /// Takes over the gradients, which are zero afterwards and stay where they are. The state may have been loaded
+    /// meanwhile.
+    fn connect(self: Box<Self>, peers: Peers) -> Result<Box<dyn Strategy>>;
+}
+
+/// The other ranks, if there are any.
+#[derive(Debug)]
+pub struct Peers(Option<ProcessGroup>);
+
+impl Peers {
+    /// `group`: of all ranks; none is needed in a world of one.
+    pub fn new(group: Option<ProcessGroup>) -> Self {
+        Self(group)
+    }
+
+    fn group(self) -> Result<ProcessGroup> {
+        self.0.ok_or_else(|| Error::new(Kind::Bug, "agent named no peers"))
+    }
+}
+
+/// Bytes of the first bucket, so that the first reduction starts early.
+const FIRST_BUCKET: u64 = 1 << 20;
+
+/// Sizes of the buckets in which gradients are reduced, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Buckets {
+    first: u64,
+    rest: u64,
+}
+
+impl Buckets {
+    fn of(mib: u32) -> Self {
+        let rest = u64::from(mib) << 20;
+        Self { first: rest.min(FIRST_BUCKET), rest }
+    }
+}
+
+/// Makes the state of `model` as `config` and the world want it, with moments of zero. The model's tensors may be
+/// replaced by others with the same values: ask for its parameters afterwards.
+pub fn lay_out(
+    config: &ParallelConfig,
+    precision: Precision,
+    model: &mut dyn Model,
+    rank: Rank,
+    world: WorldSize,
+) -> Result<(State, Box<dyn Layout>)> {
+    choose(config.strategy, Buckets::of(config.bucket_mib), precision, model, rank, world)
+}
+
+fn choose(
+    wanted: config::Strategy,
+    buckets: Buckets,
+    precision: Precision,
+    model: &mut dyn Model,
+    rank: Rank,
+    world: WorldSize,
+) -> Result<(State, Box<dyn Layout>)> {
+    let made = tch::no_grad(|| match wanted {
+        _ if world.get() <= 1 => single::lay_out(model),
+        config::Strategy::Ddp => ddp::lay_out(model, buckets),
+        config::Strategy::Zero1 => zero1::lay_out(model, buckets, precision, rank, world),
+    });
+    made.context("make the state")
+}
+
+/// Like [`lay_out`], with buckets so small that a tiny model has many.
+#[cfg(test)]
+pub(super) fn lay_out_small(
+    wanted: config::Strategy,
+    precision: Precision,
+    model: &mut dyn Model,
+    rank: Rank,
+    world: WorldSize,
+) -> Result<(State, Box<dyn Layout>)> {
+    choose(wanted, Buckets { first: 1000, rest: 9000 }, precision, model, rank, world)
+}
+
+/// The leaves of the trained parameters, in the order of the model's.
+fn leaves(model: &dyn Model) -> Vec<Tensor> {
+    model.parameters().iter().filter_map(Parameter::leaf).map(Tensor::shallow_clone).collect()
+}

@@ -1,0 +1,149 @@
+//! Everything up to the first step, in the order of the protocol:
+//!
+//! ```text
+//! Start ─► (Listening ─►) Built ─► (─► Peers) ─► Layout ─► (─► Restore) Ready ─► ─► Go
+//! ```
+//!
+//! *Crash, error:* nothing has been changed that lasts. The agent starts the whole group again.
+
+use std::fs::File;
+
+use super::{
+    Worker, device,
+    link::{Link, Orders},
+};
+use crate::{
+    data::{Dataset, identity},
+    error::{Context, Error, Kind, Result},
+    ids::{Rank, Step},
+    protocol::{Assignment, FromWorker, SLOT_FDS, SaveOrder, ToWorker},
+    snapshot::{capture::Capture, image::SharedImage, plan::ImagePlan},
+    torch::{self, Backend, HostCopier, ProcessGroup},
+    train::{Batches, Built, Place, state::State, strategy::Peers},
+};
+
+/// How long ranks wait for each other: at the start, and in a collective whose peer is gone.
+const PEER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(600);
+const COPY_THREADS: usize = 2;
+
+/// A worker that is ready for its first step, and the saves already decided.
+pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<SaveOrder>)> {
+    let assignment = match orders.next() {
+        ToWorker::Start(assignment) => *assignment,
+        other => return Err(out_of_turn(&other)),
+    };
+    let Assignment { rank, local_rank, world_size: world, config: ref task, resume_step, .. } = assignment;
+    torch::set_num_threads(task.train.threads)?;
+    torch::set_interop_threads(1)?;
+    torch::set_deterministic(true)?;
+
+    // Rank 0 listens before it does anything slow, so that its peers need not try again.
+    let served = if world.get() > 1 && rank == Rank(0) { Some(listen(link)?) } else { None };
+    let place = Place { rank, world, device: device::pick(task.parallel.device, local_rank)? };
+    // Weights that are to be loaded need not be drawn first.
+    let draw = resume_step == Step(0) && task.model.init_from.is_none();
+    let mut built = Built::new(&task.model, task.train.clone(), &task.parallel, place, draw)?;
+    let (tensors, parameters) = (built.state.specs().to_vec(), built.state.trained());
+    link.tell(&FromWorker::Built { tensors, device: device_name(place.device), parameters });
+
+    let batches = Batches::new(dataset(&assignment)?, task.data.sequence_length, &task.train, place)?;
+    let group = if world.get() > 1 { Some(meet(orders, served, &assignment, place)?) } else { None };
+    let capture = match orders.next() {
+        ToWorker::Layout { plan, base } => capture(&plan, base, &built.state, place)?,
+        other => return Err(out_of_turn(&other)),
+    };
+    if !draw {
+        match orders.next() {
+            ToWorker::Restore { slot, files, weights_only } => {
+                restore(&mut built.state, slot, &files, weights_only).context("restore")?;
+            }
+            other => return Err(out_of_turn(&other)),
+        }
+    }
+    link.tell(&FromWorker::Ready);
+    let saves = match orders.next() {
+        ToWorker::Go { saves } => saves,
+        other => return Err(out_of_turn(&other)),
+    };
+    let training = built.start(&task.data, batches, Peers::new(group))?;
+    Ok((Worker::new(link.clone(), rank, resume_step, Step(task.train.steps), training, capture), saves))
+}
+
+fn out_of_turn(message: &ToWorker) -> Error {
+    let text = format!("{message:?}");
+    Error::new(Kind::Bug, format!("agent sent {} out of turn", text.chars().take(40).collect::<String>()))
+}
+
+fn listen(link: &Link) -> Result<torch::Store> {
+    let store = torch::Store::serve("127.0.0.1", PEER_TIMEOUT)?;
+    link.tell(&FromWorker::Listening { port: store.port() });
+    Ok(store)
+}
+
+/// The group of all ranks. `served`: the store in which they meet, if it is this one's.
+fn meet(
+    orders: &mut Orders,
+    served: Option<torch::Store>,
+    assignment: &Assignment,
+    place: Place,
+) -> Result<ProcessGroup> {
+    let (host, port) = match orders.next() {
+        ToWorker::Peers { host, port } => (host, port),
+        other => return Err(out_of_turn(&other)),
+    };
+    let store = match served {
+        Some(store) => store,
+        None => torch::Store::connect(&host, port, PEER_TIMEOUT).context("reach rank 0")?,
+    };
+    let Place { rank, world, device } = place;
+    let prefix = format!("g{}", assignment.generation);
+    let backend = Backend::for_device(device);
+    Ok(ProcessGroup::new(backend, &store, &prefix, rank, world, PEER_TIMEOUT, device)?)
+}
+
+fn dataset(assignment: &Assignment) -> Result<Dataset> {
+    let Assignment { data_dir, data, .. } = assignment;
+    let dataset = Dataset::open(data_dir)?;
+    if !identity::is_still(data_dir, &data.index)? {
+        let what = format!("the dataset in {} was replaced while it was opened", data_dir.display());
+        return Err(Error::new(Kind::Config, what).with_hint("give the same command again, which says what to do"));
+    }
+    Ok(dataset)
+}
+
+fn capture(plan: &ImagePlan, base: u64, state: &State, place: Place) -> Result<Capture> {
+    let slots = [inherited(SLOT_FDS[0])?, inherited(SLOT_FDS[1])?];
+    let copier = match place.device {
+        tch::Device::Cpu => HostCopier::new(COPY_THREADS, true)?,
+        _ => HostCopier::new(1, false)?,
+    };
+    Capture::new(plan, base, &slots, state.tensors(), copier)
+}
+
+fn restore(state: &mut State, slot: u8, files: &[(u64, u64)], weights_only: bool) -> Result<()> {
+    let memory = |error: std::io::Error| Error::from_source(Kind::Bug, error).context("map the slot to be loaded");
+    let fd =
+        SLOT_FDS.get(usize::from(slot)).ok_or_else(|| Error::new(Kind::Bug, format!("there is no slot {slot}")))?;
+    let mapping = inherited(*fd)?.map().map_err(memory)?;
+    let files = files
+        .iter()
+        .map(|&(offset, len)| mapping.bytes(offset..offset.saturating_add(len)))
+        .collect::<std::io::Result<Vec<_>>>()
+        .map_err(memory)?;
+    state.load(&files, weights_only)
+}
+
+fn inherited(fd: i32) -> Result<SharedImage> {
+    let path = format!("/proc/self/fd/{fd}");
+    let file = File::options().read(true).write(true).open(&path);
+    let file =
+        file.map_err(|error| Error::from_source(Kind::Bug, error).context(format!("open shared memory {path}")))?;
+    Ok(SharedImage::inherited(file.into()))
+}
+
+fn device_name(device: tch::Device) -> String {
+    match device {
+        tch::Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".to_owned(),
+    }
+}

@@ -1,7 +1,10 @@
-//! Everything up to the first step, in the order of the protocol:
+//! Everything up to the first step, in the order of the protocol (`►` from the agent, `◄` to it):
 //!
 //! ```text
-//! Start ─► (Listening ─►) Built ─► (─► Peers) ─► Layout ─► (─► Restore) Ready ─► ─► Go
+//! ► Start      ◄ Listening (rank 0 of several)    ◄ Built      the model and the list of its state
+//! ► Peers (of several ranks)                                   the process group
+//! ► Layout     ► Restore (unless weights are drawn)    ◄ Ready     slots, and the state in its tensors
+//! ► Go                                                         the strategy meets its peers; the loop begins
 //! ```
 //!
 //! *Crash, error:* nothing has been changed that lasts. The agent starts the whole group again.

@@ -40,8 +40,8 @@ If JOB_API_BASE_URL is set, jobs are reported to it with WORKER_TOKEN.
 If the machine goes away, the job's message is sent again, so that an interruption does not count towards the
 queue's maxReceiveCount. A kill counts, unless a checkpoint was committed since.
 
-A job whose store or data does not answer returns after a --lease, once a request has failed storage.attempts times.
-Its configuration or its \"set\" says how often (default 10, about a quarter of a minute).")]
+If the job's store or data does not answer, a request is tried storage.attempts times (default 10, about 15 s).
+Then the job returns to the queue after a --lease. The job's configuration or \"set\" may change storage.attempts.")]
 pub struct Work {
     /// The queue's URL
     #[arg(long, env = "TRAINER_QUEUE", value_name = "URL", hide_env_values = true)]
@@ -191,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_held_to_what_sqs_takes() {
+    fn times_stay_within_the_limits_of_sqs() {
         assert_eq!(lease("5m"), Ok(Duration::from_secs(300)));
         assert_eq!(longest("12h"), Ok(LONGEST_HOLD));
         for bad in ["2s", "7h", "5", "x"] {

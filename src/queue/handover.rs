@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_is_no_longer_ours_is_never_doubled() {
+    fn a_message_that_is_no_longer_ours_is_never_copied() {
         for hold in [Hold::Lost, Hold::HandedOver] {
             for end in [
                 End::Interrupted,
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_is_no_good_when_two_runs_fail_in_a_row_without_a_checkpoint_in_between() {
+    fn two_failed_runs_in_a_row_without_a_checkpoint_put_the_consumer_at_fault() {
         let [a, b] = ["a", "b"].map(|id| RunId::new(id).unwrap());
         let (bug, no, config) = (Some(Kind::Bug), Some(Kind::Permission), Some(Kind::Config));
         for (story, expected) in [
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kill_is_forgiven_where_the_run_got_further() {
+    fn a_kill_is_forgiven_if_the_run_has_progressed() {
         let carried = |step| Carried { interruptions: 0, step };
         for (received, step, committed, forgiven) in
             [(1, 0, 100, false), (2, 0, 100, true), (2, 100, 100, false), (2, 100, 101, true), (5, 0, 0, false)]

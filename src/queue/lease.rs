@@ -124,7 +124,7 @@ async fn extend(queue: &Queue, message: &Message, lease: Duration) -> Hold {
         Ok(Held::Yes) => Hold::Ours,
         Ok(Held::Gone) => {
             tracing::warn!(
-                "the queue no longer knows this consumer's hold on its message; the run's journal keeps others off"
+                "this consumer no longer holds its message; the run's journal keeps other consumers from writing"
             );
             Hold::Lost
         }

@@ -2,10 +2,10 @@
 //! stdout.
 //!
 //! Standard output is data: with `--json` one object per line, the events named in [`Event`]'s documentation, and never
-//! anything else. Standard error is for people. A thread of its own (`writer.rs`) writes each of them, so that a reader
-//! that is slow, stopped (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait. The other
-//! receiver of events, the [`Listener`], gets them where they happen: nothing between the two waits for a reader.
-//! Cancelling a run loses no event that was reported before [`Reporter::finish`] returns, if its reader reads.
+//! anything else. Standard error is for people. Each has its own thread (`writer.rs`), so that a reader that is slow,
+//! stopped (Ctrl-S) or gone never delays training: [`Reporter::event`] does not wait. The other receiver of events, the
+//! [`Listener`], gets them where they happen, so no reader delays it. Cancelling a run loses no event that was reported
+//! before [`Reporter::finish`] returns, if its reader reads.
 #![doc = include_str!("README.md")]
 mod event;
 pub mod human;
@@ -105,14 +105,14 @@ struct View {
 
 impl View {
     fn show(&mut self, event: &Event) {
-        // First, whatever happens to the rest.
+        // This comes first, whatever happens to the rest.
         (self.listener)(event);
         self.summary.add(event);
         if let Some(json) = &mut self.json
             && let Err(error) = write_json(json, event)
         {
             if error.kind() != std::io::ErrorKind::BrokenPipe {
-                tracing::warn!(%error, "can't write events, going on without them");
+                tracing::warn!(%error, "can't write events, continuing without them");
             }
             self.json = None;
         }

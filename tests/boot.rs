@@ -761,7 +761,7 @@ fn a_boot_stopped_during_its_look_up_exits_at_once_and_begins_nothing() {
         // Asks for a save although there is nothing to save: it ends no process.
         life.signal(Signal::USR2);
         life.signal(signal);
-        let life = life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing is lost"]);
+        let life = life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing lost"]);
         assert!(life.events.is_empty() && lab.keys("early", "").is_empty(), "{}", life.story());
     }
 }
@@ -774,5 +774,5 @@ fn a_boot_stopped_while_the_store_is_silent_does_not_wait_for_it() {
     let life = boot(&lab, &["run.toml", "--run-id", "early", "--store", &lab.uri()]).start();
     life.wait_until("a look for the run", || proxy.broken() > 0);
     life.signal(Signal::TERM);
-    life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing is lost"]);
+    life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing lost"]);
 }

@@ -105,7 +105,7 @@ fn the_metadata_service_and_this_machine_are_not_reached_through_a_proxy() {
         if arguments[0] == "runs" {
             life.expect_code(0);
         } else {
-            assert!(said.contains("an upload in parts can be begun"), "{}", life.story());
+            assert!(said.contains("an upload in parts can be started"), "{}", life.story());
         }
     }
     assert!(!metadata.requests_of("/latest/meta-data/iam/security-credentials/trainer-role").is_empty());

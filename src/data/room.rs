@@ -124,7 +124,7 @@ pub(super) fn make(root: &Path, needed: u64, free: impl Fn(&Path) -> Option<u64>
         }
         match evict(root, dir) {
             Ok(true) => {
-                tracing::info!(dataset = %dir.display(), "removed an unused dataset from the cache, because the disk is short of room")
+                tracing::info!(dataset = %dir.display(), "removed an unused dataset from the cache: the disk is short of room")
             }
             Ok(false) => {}
             Err(error) => tracing::warn!(dataset = %dir.display(), %error, "not removed from the cache"),

@@ -185,8 +185,8 @@ pub(super) fn dataset(uri: &str, train: u64, held_out: u64, sequence_length: u32
 /// What the bucket does with unfinished uploads.
 pub(super) fn lifecycle(rule: AbortRule) -> Line {
     const CHECK: &str = "lifecycle rule";
-    const TODO: &str = "add a rule with AbortIncompleteMultipartUpload after 2 days: the parts of an interrupted upload \
-                        are billed until it is aborted, and a run that is never resumed aborts none";
+    const TODO: &str = "add a rule with AbortIncompleteMultipartUpload after 2 days: the parts of an interrupted \
+                        upload are billed until it is aborted, and a run that is never resumed aborts none";
     match rule {
         AbortRule::NotNeeded => Line::skipped(CHECK, "not on S3"),
         AbortRule::Missing => Line::warn(CHECK, "no rule aborts unfinished uploads below this prefix", TODO),

@@ -206,8 +206,8 @@ async fn hold(imds: &Imds, ending: &Ending, configured: &str) {
             Ok(hook) => break hook.map(Arc::new),
             Err(error) => {
                 if !pace.is_failing() {
-                    tracing::warn!(%error, hint = error.hint(), "can't find the hook that delays this machine's end: the \
-                        group will not wait for the last save");
+                    tracing::warn!(%error, hint = error.hint(), "can't find the hook that delays this machine's end: \
+                        the group will not wait for the last save");
                 }
                 // An announced end ends the pause.
                 let leaving = standing.wait_for(|standing| *standing == Standing::Leaving);

@@ -507,7 +507,8 @@ impl Consumer<'_> {
             tokio::time::timeout(RENEWAL, work).await.unwrap_or_else(|_| {
                 let limit = RENEWAL.as_secs();
                 tracing::warn!(
-                    "message was not renewed within {limit} s: it becomes visible when its lease ends, and this receive counts"
+                    "message was not renewed within {limit} s: it becomes visible when its lease ends, and this \
+                    receive counts"
                 );
                 Settle::Leave
             })

@@ -338,8 +338,8 @@ fn unavailable_hint(place: Place, cause: &str) -> Option<&'static str> {
             if ["107)", "116)", "112)"].iter().any(|number| cause.contains(&format!("os error {number}"))) =>
         {
             Some(
-                "the file system mounted there has gone away (`findmnt -T FOLDER`): unmount it, mount it again, and start \
-                 again",
+                "the file system mounted there has gone away (`findmnt -T FOLDER`): unmount it, mount it again, and \
+                 start again",
             )
         }
         Place::Folder if cause.contains("os error 5)") => {

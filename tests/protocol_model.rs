@@ -747,7 +747,7 @@ fn verdicts_and_withdrawals_always_leave_a_checkpoint_to_resume_from() {
 fn every_seeded_bug_is_found() {
     for (bug, flaw) in [
         (Bug::CheckThenWrite, "holds the run"),
-        (Bug::NoFence, "while 2 stands"),
+        (Bug::NoFence, "while 2 is the newest"),
         (Bug::RecordFirst, "its data is not there"),
         (Bug::ClaimAfterReading, "is newer"),
         (Bug::BlindRetry, "a second time"),

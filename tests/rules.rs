@@ -82,7 +82,7 @@ fn against_the_order(rooms: &[String], file: &str, text: &str) -> Vec<String> {
     named_modules(&code(text))
         .into_iter()
         .filter(|name| place(name).is_some_and(|theirs| own_place.is_some_and(|own| theirs < own)))
-        .map(|name| format!("src/{file} names crate::{name}, which stands above {own}"))
+        .map(|name| format!("src/{file} names crate::{name}, which is above {own}"))
         .collect()
 }
 

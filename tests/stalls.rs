@@ -145,7 +145,7 @@ fn a_dead_nodes_heartbeat_is_deleted_only_after_another_node_took_over() {
     running.wait_for_step("checkpoint", EVERY);
     running.power_off();
     let dead = lab.keys(RUN, "nodes/");
-    assert_eq!(dead.len(), 1, "it left without a word");
+    assert_eq!(dead.len(), 1, "it left no final record");
     proxy.hang(Hang::all("PUT", "/journal/", "\"kind\":\"formed\""));
     let running = lab.resume(RUN).hold_after(EVERY + 1).start();
     running.wait_until("a generation that hangs", || proxy.hung() > 0);

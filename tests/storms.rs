@@ -66,7 +66,7 @@ fn heard_after(cloud: Cloud, faults: &[Fault], say: impl Fn(&MetadataServer), so
     heard(&running, source);
     let life = running.finish();
     assert_eq!(life.of_kind("notice").len(), 1, "{}", life.story());
-    assert!(life.of_kind("step").len() > trained, "training stood still in the storm\n{}", life.story());
+    assert!(life.of_kind("step").len() > trained, "training stopped in the storm\n{}", life.story());
     interrupted_and_resumed(&lab, &life, source);
 }
 

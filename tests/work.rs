@@ -259,7 +259,7 @@ fn the_job_of_a_killed_consumer_becomes_visible_again_and_is_resumed() {
     running.wait_for_step("step", EVERY + 1);
     let first = running.power_off();
     // In flight, or visible again by now.
-    assert_eq!(shop.count(&shop.queue).iter().sum::<u64>(), 1, "nobody was left to hand it over");
+    assert_eq!(shop.count(&shop.queue).iter().sum::<u64>(), 1, "no consumer was left to hand it over");
 
     // The lease must run out first; no time is slept away here: this consumer waits for messages.
     let second = shop.patient_worker("2m").args(&["--once"]).finish().expect_code(0);
@@ -361,7 +361,7 @@ fn a_message_held_for_long_is_handed_over_while_training_continues() {
     let at = running
         .next(&mut seen, |event| is_job(event, "handed_over"))
         .and_then(|_| running.next(&mut seen, |event| event.kind() == "checkpoint"));
-    assert!(at.is_some(), "training goes on");
+    assert!(at.is_some(), "training continues");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(75);
     assert_eq!(states(&life), ["claimed", "handed_over", "interrupted"], "{}", life.story());
@@ -692,7 +692,7 @@ fn a_machine_on_which_every_run_fails_does_not_empty_the_queue() {
     assert_eq!(shop.count(&shop.queue), [0, 1, 1], "the first has counted, the second is renewed\n{}", life.story());
     let heard = shop.api.heard();
     assert_eq!(events(&heard).iter().filter(|event| **event == "failed").count(), 1, "{heard:?}");
-    assert_eq!(heard.last().map(Told::event), Some("interrupted"), "the second goes on elsewhere: {heard:?}");
+    assert_eq!(heard.last().map(Told::event), Some("interrupted"), "the second continues elsewhere: {heard:?}");
 }
 
 #[test]

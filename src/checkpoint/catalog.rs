@@ -63,7 +63,7 @@ pub struct Outcome {
 /// Looks for the newest usable checkpoint among `candidates` (in any order). `store` is the run's folder.
 ///
 /// Newest is the highest generation, then the highest step: that is the order of the journal, and after a resume from
-/// an older step the work of the newer generation is what the run consists of. With `from` only checkpoints of that
+/// an older step the run consists of the newer generation's work. With `from` only checkpoints of that
 /// step are looked at.
 pub async fn newest_usable(
     store: &Store,

@@ -324,7 +324,7 @@ async fn sound(
 }
 
 /// Carries a plan out. `append` writes the journal's one `pruned` record of all these checkpoints and must not return
-/// before it stands; if it fails, none of their data is deleted. `store` is the run's folder. Returns the number of
+/// before it exists; if it fails, none of their data is deleted. `store` is the run's folder. Returns the number of
 /// deleted objects. A folder that can't be deleted does not stop the deletion of others; the first error is returned at
 /// the end.
 pub async fn apply_prune<E, F, A>(store: &Store, plan: &[ResumePoint], mut append: A) -> Result<u64, E>

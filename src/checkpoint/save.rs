@@ -342,7 +342,7 @@ mod tests {
         }
         let body = store.get(&join(&first.folder(), &first.uploads[0].name), u64::MAX).await.unwrap();
         assert_eq!(body, first.uploads[0].body);
-        // Racing to the manifest: the later writer gets an error, and the first manifest stands.
+        // Racing to the manifest: the later writer gets an error, and the first manifest stays.
         let receipt = read_receipt(&store, first.step, first.generation, &first.node).await.unwrap().unwrap();
         let late = Save { attempt: AttemptId::random(), node: NodeId::random(), ..first.clone() };
         let receipt = Receipt { node: late.node.clone(), ..receipt };

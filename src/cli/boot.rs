@@ -28,7 +28,7 @@ use crate::{
 /// The longest configuration that is read from a store, bytes.
 const MAX_CONFIG: u64 = 1 << 20;
 
-/// What a machine runs at boot: find the configuration, then resume the run or create it
+/// Join a machine's run at boot: find the configuration, then resume the run or create it
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:

@@ -102,7 +102,7 @@ fn wrong_sum(file: String, entry: &FileEntry, found: Crc64) -> DataError {
 }
 
 /// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be (`None`: into a folder of
-/// this process) and verified by CRC64-NVME: for a `file://` folder that goes on in the background, see
+/// this process) and verified by CRC64-NVME: for a `file://` folder that continues in the background, see
 /// [`LocalDataset::whole`]. If the disk is short of room, unused datasets there are removed first.
 ///
 /// # Errors

@@ -119,7 +119,7 @@ impl<'a> Scanner<'a> {
         Ok(String::from_utf8_lossy(&raw[1..raw.len() - 1]))
     }
 
-    /// A number or a word.
+    /// A number or a literal.
     fn bare(&mut self) -> Result<(), String> {
         let start = self.at;
         while self.peek().is_some_and(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.')) {

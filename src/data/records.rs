@@ -349,7 +349,7 @@ impl<R: BufRead> Records<R> {
                     depth -= 1;
                     last = depth == 0;
                 }
-                // The end of a number or a word.
+                // The end of a number or a literal.
                 b',' | b']' | b'}' | b' ' | b'\t' | b'\r' | b'\n' if depth == 0 && length > 0 => break,
                 _ => {}
             }

@@ -1,4 +1,4 @@
-//! Checks everything that a run needs, before it needs it, and says what to do.
+//! Checks everything that a run needs, before it starts, and says what to do.
 //!
 //! Each check has a bounded time, and none hides another: an impossible check is a line, too. `verdict.rs` interprets
 //! the findings, as pure functions.

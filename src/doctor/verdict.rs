@@ -285,7 +285,7 @@ pub(super) fn quota(machines: Machines<'_>, family: Family, quota: Quota) -> Lin
     // A replacement may be started before the replaced machine has gone.
     let enough = all + vcpus;
     let todo = format!(
-        "EC2 answers \"Max spot instance count exceeded\": request more with aws service-quotas \
+        "EC2 will answer \"Max spot instance count exceeded\": request more with aws service-quotas \
         request-service-quota-increase \
          --region {region} --service-code ec2 --quota-code {spot} --desired-value {enough}"
     );

@@ -135,7 +135,7 @@ impl Journal {
     /// Appends a record other than `created` and `formed`; returns its number.
     ///
     /// [`JournalError::Fenced`]: another generation was formed since; stop. [`JournalError::Storage`]: it is not known
-    /// whether the record stands; appending the same record again settles it, without writing it twice. A `committed`
+    /// whether the record exists; appending the same record again settles it, without writing it twice. A `committed`
     /// is the same if it names the same manifest.
     pub async fn append(&mut self, record: Record) -> Result<u64, JournalError> {
         if matches!(record, Record::Created { .. } | Record::Formed { .. }) {
@@ -176,7 +176,7 @@ impl Journal {
 
     /// Forms the next generation, which fences all older ones; this node holds it from then on.
     ///
-    /// `formed` is chosen from [`state`](Self::state) as it stands at the call. If the run has gone on meanwhile, the
+    /// `formed` is chosen from [`state`](Self::state) as it is at the call. If the run has changed meanwhile, the
     /// choice may be wrong, and nothing is formed: [`JournalError::Overtaken`] if another node formed a generation
     /// (look at its heartbeat), [`JournalError::Moved`] if a checkpoint came or went, or the run ended (choose again).
     /// The state is up to date after either.

@@ -136,7 +136,7 @@ pub enum Outcome {
         /// Its loss.
         loss: f64,
     },
-    /// It can't go on without a person.
+    /// It can't continue without a person.
     Failed {
         /// When.
         at: Timestamp,
@@ -361,9 +361,9 @@ impl RunState {
         match self.formed() {
             Some(formed) if formed.generation == generation => Ok(()),
             Some(formed) => {
-                Err(Inconsistent(format!("speaks for generation {generation} while {} stands", formed.generation)))
+                Err(Inconsistent(format!("names generation {generation} while {} is the newest", formed.generation)))
             }
-            None => Err(Inconsistent(format!("speaks for generation {generation}, and none was formed"))),
+            None => Err(Inconsistent(format!("names generation {generation}, but none was formed"))),
         }
     }
 

@@ -289,7 +289,8 @@ async fn a_dropped_append_is_settled_like_a_lost_answer() {
 
 #[tokio::test]
 async fn a_dropped_append_that_arrives_late_is_one_more_record_for_the_next() {
-    // The notice is put, its answer is lost, and its future is dropped while the store asks whose record stands there.
+    // The notice is put, its answer is lost, and its future is dropped while the store asks whose record has the
+    // number.
     let faulty = Faulty::new(|op, _, n| match (op, n) {
         ("create", 2) => Fault::AnswerLost,
         ("get", 0) => Fault::Hang,
@@ -341,7 +342,7 @@ async fn damage_names_its_object() {
         (2, Some(Bytes::from(vec![b' '; (4 << 20) + 1])), "too large"),
         (2, Some(encoded(&newer)), "format 3"),
         (2, Some(encoded(&entry("a", created()))), "only the first"),
-        (2, Some(encoded(&entry("a", committed(9, 7)))), "while 1 stands"),
+        (2, Some(encoded(&entry("a", committed(9, 7)))), "while 1 is the newest"),
         (0, Some(encoded(&entry("a", notice(1, "x")))), "not created"),
     ];
     for (number, body, part) in cases {

@@ -311,7 +311,7 @@ impl Tail {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The summaries to write now that the record before `next` stands.
+    /// The summaries to write once the record before `next` exists.
     pub fn due(&mut self, next: u64) -> Option<Due> {
         if next != self.next || !self.next.is_multiple_of(self.spans.first()) {
             return None;

@@ -17,8 +17,9 @@
 //! - A conditional append ([`append_if`](JournalWriter::append_if)) checks its condition each time it begins.
 //!
 //! # Crash, retry, cancel
-//! Nothing is stored here. An interrupted or withdrawn append may stand all the same; the journal settles that with the
-//! next append, which reads which record has its number. A commit of unknown fate is [`View::doubtful`] until then.
+//! Nothing is stored here. An interrupted or withdrawn append may still have been written; the journal settles that
+//! with the next append, which reads which record has its number. A commit of unknown fate is [`View::doubtful`] until
+//! then.
 
 use std::time::Duration;
 
@@ -36,7 +37,7 @@ const PATIENCE: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(4),
 /// How long the second attempt at a commit of unknown fate may take. The last words follow it, before a deadline.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// Which command runs first; the most urgent stands first.
+/// Which command runs first; the most urgent is listed first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Urgency {
     /// A checkpoint whose data is durable.
@@ -49,7 +50,7 @@ pub enum Urgency {
     Notice,
     /// `pruned` and `damaged`.
     Housekeeping,
-    /// A search for newer records that nobody waits for.
+    /// A search for newer records that no caller waits for.
     Look,
 }
 
@@ -279,7 +280,7 @@ async fn attempt(journal: &mut Journal, work: &Work) -> Answer {
                 return Ok(None);
             }
             match journal.append(record.clone()).await {
-                // An earlier attempt was found to stand.
+                // An earlier attempt was found in the store.
                 Err(JournalError::Refused { .. }) if !wanted(journal.state()) => Ok(None),
                 other => other.map(Some),
             }

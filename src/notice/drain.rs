@@ -99,7 +99,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let run = Store::open(&format!("file://{}", dir.path().display()), &StorageConfig::plain(4, 16)).unwrap();
         assert!(ask(&run, Generation(3)).await.unwrap());
-        assert!(!ask(&run, Generation(3)).await.unwrap(), "it stands already");
+        assert!(!ask(&run, Generation(3)).await.unwrap(), "it exists already");
         let body = run.get("drains/g0003.json", 4096).await.unwrap();
         let request: Request = serde_json::from_slice(&body).unwrap();
         assert_eq!((request.format, request.generation), (1, Generation(3)));

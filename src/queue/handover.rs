@@ -21,10 +21,10 @@
 //! ([`Suspicion`]), the message is renewed and the consumer exits with that exit code. The first of the two has
 //! counted; and if both jobs are poison themselves, the second is renewed, at the cost of a consumer.
 //!
-//! So a kill counts as a receive, since nobody was left to renew. The next receiver of the message makes up for it: if
-//! the run's journal shows a checkpoint that was not there when the copy was sent, the job is no poison, and its
-//! message is renewed before it is trained. A job that is killed again and again without a checkpoint in between ends
-//! in the dead-letter queue, as it should.
+//! So a kill counts as a receive, since no consumer was left to renew the message. The next receiver of the message
+//! makes up for it: if the run's journal shows a checkpoint that was not there when the copy was sent, the job is no
+//! poison, and its message is renewed before it is trained. A job that is killed again and again without a checkpoint
+//! in between ends in the dead-letter queue, as it should.
 //!
 //! Attributes that a copy carries: `trainer-interruptions`, how often its run was handed over because its machine went
 //! away, and `trainer-step`, the newest committed step at that moment. Both are only counts; a wrong one misleads a
@@ -67,7 +67,7 @@ pub const fn made_progress(received: u32, carried: Carried, committed: u64) -> b
 pub enum End {
     /// The run is complete.
     Completed,
-    /// The machine goes away, or somebody asked this consumer to stop.
+    /// The machine goes away, or this consumer was asked to stop.
     Interrupted,
     /// Another live consumer has the run.
     Elsewhere,

@@ -166,7 +166,7 @@ pub enum Said {
 pub enum State {
     /// It was received.
     Claimed,
-    /// Its message was held for as long as SQS allows: a copy is in the queue, and training goes on.
+    /// Its message was held for as long as SQS allows: a copy is in the queue, and training continues.
     HandedOver,
     /// Its run has progressed since it was sent, so a fresh copy is in the queue.
     Renewed,
@@ -250,7 +250,7 @@ async fn redrive(queue: &Queue) -> Result<Option<u32>> {
     match queue.redrive().await {
         Ok(Some(policy)) => Ok(Some(policy.max_receive_count)),
         Ok(None) => {
-            tracing::warn!("queue has no dead-letter queue: a job that always fails comes back for ever");
+            tracing::warn!("queue has no dead-letter queue: a job that always fails comes back forever");
             Ok(None)
         }
         // Reading attributes is a permission of its own, and not needed.
@@ -335,8 +335,8 @@ impl Consumer<'_> {
             // A run that another consumer trains for weeks must not keep this one waiting for weeks.
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
-                // The message, put back, is still in the queue: exiting now would leave it to nobody. Without a
-                // dead-letter queue that would be for ever.
+                // The message, put back, is still in the queue: exiting now would leave it without a consumer, and
+                // without a dead-letter queue forever.
                 if let Settle::Return(after) = what
                     && self.max_receive_count.is_some()
                 {
@@ -365,7 +365,7 @@ impl Consumer<'_> {
         leave()
     }
 
-    /// The result of `work`, unless this consumer is told to exit.
+    /// The result of `work`, unless this consumer is asked to exit.
     fn unless_told<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.runtime.block_on(self.lookout.unless(work))
     }
@@ -546,7 +546,7 @@ impl Consumer<'_> {
     }
 
     /// Trains the run of a job to its end, or as far as it can; returns the result of `conclude`. `conclude` runs
-    /// before the party that waits for this machine is told that it may go.
+    /// before the party that waits for this machine learns that it may go.
     fn train<T>(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>, conclude: impl FnOnce(Turn) -> T) -> T {
         let (store, begin) = match self.prepare(job, received, tracker) {
             Ok(Prepared::Launch { store, begin }) => (store, begin),

@@ -11,7 +11,7 @@
 //! Each beat on S3 is a paid PUT; a month of them costs as much as some gigabytes of checkpoints. There they are
 //! [`INTERVAL`] apart (0.11 USD a day at 0.005 USD for 1,000; one a second would be 0.43), on disk [`NEAR_INTERVAL`].
 //!
-//! After a crash the object stays and its counter stands still. A clean exit deletes it.
+//! After a crash the object stays and its counter no longer changes. A clean exit deletes it.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -420,7 +420,7 @@ mod tests {
         // One of a newer version is alive while it changes.
         let newer = |counter| Bytes::from(format!("{{\"format\":9,\"beats\":{counter}}}"));
         store.put(&key, newer(0)).await.unwrap();
-        assert_eq!(look(Duration::from_millis(1)).await, Liveness::Gone(None), "it stands still");
+        assert_eq!(look(Duration::from_millis(1)).await, Liveness::Gone(None), "its counter does not change");
         let beats = async {
             for counter in 1.. {
                 tokio::time::sleep(READ_AGAIN).await;

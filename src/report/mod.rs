@@ -205,7 +205,7 @@ mod tests {
             },
             Event::NoProgress { step: Step(6), quiet_s: 600.0, lag_steps: 2, lag_s: 601.5 },
             Event::WorkerDied { step: Step(6), reason: "signal 9".into(), restarts: 1, backoff_s: 1.0 },
-            Event::Warning { message: "checkpoint of step 4 is stepped over".into() },
+            Event::Warning { message: "checkpoint of step 4 is skipped".into() },
             Event::Notice { source: "aws-spot".into(), deadline_s: Some(120.0), means: "interruption", binding: true },
             Event::Notice { source: "sigterm".into(), deadline_s: None, means: "stop", binding: false },
             Event::Drain {
@@ -255,7 +255,7 @@ mod tests {
 {"event":"checkpoint","step":6,"generation":2,"bytes":10,"stall_s":0.001,"copy_s":0.125,"durable_s":1.5}
 {"event":"no_progress","step":6,"quiet_s":600.0,"lag_steps":2,"lag_s":601.5}
 {"event":"worker_died","step":6,"reason":"signal 9","restarts":1,"backoff_s":1.0}
-{"event":"warning","message":"checkpoint of step 4 is stepped over"}
+{"event":"warning","message":"checkpoint of step 4 is skipped"}
 {"event":"notice","source":"aws-spot","deadline_s":120.0,"means":"interruption","binding":true}
 {"event":"notice","source":"sigterm","deadline_s":null,"means":"stop","binding":false}
 {"event":"drain","plan":"full_save","left_s":28.5,"predicted_s":3.0,"reason":"28.5 s left"}

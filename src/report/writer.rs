@@ -1,10 +1,10 @@
 //! The only writers of output: one thread for each of the two streams.
 //!
-//! A reader may be slow, stand still (Ctrl-S, a paused pager, a log driver that blocks) or be gone, and a device may be
-//! full. A message goes into a queue and its sender continues ([`Writer::say`] never waits): only the writer's own
-//! thread waits for a reader, so that a stalled stream does not delay the other. The queue is bounded. When it is full,
-//! the newest messages are dropped and counted; when the reader is back, the count takes the place of the gap.
-//! [`Weight`] decides which are dropped first.
+//! A reader may be slow, stall (Ctrl-S, a paused pager, a log driver that blocks) or be gone, and a device may be full.
+//! A message goes into a queue and its sender continues ([`Writer::say`] never waits): only the writer's own thread
+//! waits for a reader, so that a stalled stream does not delay the other. The queue is bounded. When it is full, the
+//! newest messages are dropped and counted; when the reader is back, the count takes the place of the gap. [`Weight`]
+//! decides which are dropped first.
 //!
 //! Lines that can't be written are dropped and counted in the same way, and the next line is tried again: a disk may
 //! have space again, and a named pipe may get another reader. None of this is an error of the run. At its end the

@@ -261,9 +261,9 @@ fn invalid_hint(place: Place, reason: &str) -> &'static str {
         Place::Google if says("credentials") || says("service account") => GOOGLE_KEYS,
         Place::Azure if says("credentials") || says("Account must") => AZURE_KEYS,
         // A client's other refusals concern its variables.
-        Place::S3 if says("can't be opened") => "check what this environment sets: `env | grep ^AWS_`",
-        Place::Google if says("can't be opened") => "check what this environment sets: `env | grep ^GOOGLE_`",
-        Place::Azure if says("can't be opened") => "check what this environment sets: `env | grep ^AZURE_`",
+        Place::S3 if says("can't be opened") => "check the environment: `env | grep ^AWS_`",
+        Place::Google if says("can't be opened") => "check the environment: `env | grep ^GOOGLE_`",
+        Place::Azure if says("can't be opened") => "check the environment: `env | grep ^AZURE_`",
         Place::Folder if says("can't be made") || says("can't be found") => {
             "name a folder whose path leads through folders only (`ls -ld` shows each), such as file://./runs"
         }

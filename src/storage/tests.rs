@@ -131,8 +131,7 @@ pub(super) async fn contract(store: &Store) {
         let put =
             folder.upload("b/large", body.clone(), move |n| _ = sum.fetch_add(n, Ordering::Relaxed)).await.unwrap();
         assert_eq!((put.bytes, put.crc64), (len as u64, Crc64::of(&body)), "{len}");
-        // A checksum that a store keeps may be wrong (s3s-fs keeps that of what stood there before): it is not checked
-        // here.
+        // A checksum that a store keeps may be wrong (s3s-fs keeps that of the object before): it is not checked here.
         assert_eq!(folder.stored("b/large").await.unwrap().size, len as u64);
         assert_eq!(heard.load(Ordering::Relaxed), len as u64);
         assert!(folder.get("b/large", 32 << 20).await.unwrap() == body, "{len} bytes came back otherwise");

@@ -148,12 +148,12 @@ impl Table {
         if let (Some(condition), Some(object)) = (if_none_match, standing)
             && matches(condition, object)
         {
-            return Err(s3_error!(PreconditionFailed, "an object stands there"));
+            return Err(s3_error!(PreconditionFailed, "an object exists"));
         }
         match (if_match, standing) {
             (Some(_), None) => Err(s3_error!(NoSuchKey)),
             (Some(condition), Some(object)) if !matches(condition, object) => {
-                Err(s3_error!(PreconditionFailed, "another object stands there"))
+                Err(s3_error!(PreconditionFailed, "another object exists"))
             }
             _ => Ok(()),
         }

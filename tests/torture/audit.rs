@@ -165,7 +165,7 @@ impl View {
             format!("journal record {number} prunes {place:?}, which the newest generation resumed from")
         })?;
         demand(self.standing.remove(&place).is_some(), Promise::LostCheckpoint, || {
-            format!("journal record {number} prunes {place:?}, which does not stand")
+            format!("journal record {number} prunes {place:?}, which does not exist")
         })
     }
 

@@ -278,7 +278,7 @@ impl<'a> Stage<'a> {
                 demand(
                     before.newest().is_none() || process.of_kind("step").is_empty(),
                     Promise::DamagedResume,
-                    || format!("went on from what it had garbled\n{}", process.story()),
+                    || format!("continued from garbled bytes\n{}", process.story()),
                 )?;
             }
             if process.code() == Some(79) {
@@ -422,7 +422,7 @@ impl<'a> Stage<'a> {
         }
         let (first, second) = (first.end()?, second.end()?);
         demand(kill.is_some() || first.code() != Some(79) || second.code() != Some(79), Promise::Other, || {
-            format!("of two agents none carried on\n{}\n{}", first.story(), second.story())
+            format!("neither of two agents continued\n{}\n{}", first.story(), second.story())
         })?;
         // 64: both created the run at once, and one was refused.
         let codes: &[i32] = if self.view.generation() == 0 { &[0, 64, 79] } else { &[0, 79] };

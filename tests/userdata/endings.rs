@@ -264,7 +264,7 @@ fn a_machine_that_is_done_leaves_its_group_even_if_the_program_could_not() {
     assert_eq!(cloud.asked("TerminateInstance").len(), 0);
 }
 
-/// No program in the container can power anything off: it is told that its host does so, if the host does.
+/// No program in the container can power anything off: it learns that its host does so, if the host does.
 #[test]
 fn the_container_knows_who_powers_the_machine_off() {
     for (settings, told) in

@@ -42,7 +42,7 @@ fn faults(definition: &Value) -> Vec<String> {
         let targets: Vec<_> = targets.into_iter().filter_map(Value::as_str).map(str::to_owned).collect();
         let ends = state["End"] == true || ["Succeed", "Fail"].iter().any(|kind| state["Type"] == *kind);
         if targets.is_empty() != ends {
-            faults.push(format!("{name} neither ends nor goes on, or does both"));
+            faults.push(format!("{name} neither ends nor continues, or does both"));
         }
         let errors = |list: &str| {
             state[list].as_array().into_iter().flatten().map(|one| one["ErrorEquals"].clone()).collect::<Vec<_>>()
@@ -60,7 +60,7 @@ fn faults(definition: &Value) -> Vec<String> {
                 || !caught.contains("States.HeartbeatTimeout")
                 || !caught.contains("States.Timeout")
             {
-                faults.push(format!("{name} may wait for ever"));
+                faults.push(format!("{name} may wait forever"));
             }
             if !state["Parameters"].to_string().contains("$$.Task.Token") {
                 faults.push(format!("{name} tells nobody its token"));

@@ -165,7 +165,9 @@ impl Explain for CheckpointError {
                 "`trainer verify --all` says which checkpoints are whole; `trainer resume` steps back to the newest of \
                 them"
             }
-            Self::NoneUsable { .. } => "nothing was deleted; `trainer verify --run-id RUN --all` lists the damaged objects",
+            Self::NoneUsable { .. } => {
+                "nothing was deleted; `trainer verify --run-id RUN --all` lists the damaged objects"
+            }
             Self::Storage(error) => return error.hint(),
             Self::Mismatch { hint, .. } => return Some(hint.clone()),
             Self::TooNew { .. } => "use the version of trainer that wrote this run, or a newer one",

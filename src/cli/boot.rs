@@ -33,7 +33,7 @@ const MAX_CONFIG: u64 = 1 << 20;
 #[command(after_help = "\
 Examples:
   trainer boot --ssm-path /trainer/reports
-  trainer boot s3://bucket/reports.toml --run-id-template 'reports-{year}q{quarter}' --store s3://bucket/runs
+  trainer boot s3://bucket/reports.toml --store s3://bucket/runs --run-id-template 'reports-{year}'
 
 Precedence: instance tags < SSM parameters < environment < flags.
   environment: TRAINER_ and CONFIG, STORE, RUN_ID, RUN_ID_TEMPLATE, TIME_ZONE, SSM_PATH
@@ -44,17 +44,19 @@ Precedence: instance tags < SSM parameters < environment < flags.
     ssm-path, set:<key>; where InstanceMetadataTags is enabled
 
 Fields of a template: {year} {quarter} {month} {week} {week_year} {day}, in UTC or --time-zone.
-Only the run of the current date is considered. To continue an unfinished run of an earlier period, pass its --run-id.
+Only the run of the current date is considered.
+To continue an unfinished run of an earlier period, pass its --run-id.
 
-An existing run resumes with the settings it was created with, plus changes from --set or set/<key>.
+An existing run keeps the settings it was created with, plus changes from --set or set/<key>.
 A changed configuration file has no effect. Settings of storage apply from the first request;
 storage.attempts is the number of attempts per request. A complete run is left alone.
 Two machines may boot one run: one trains, the other waits and takes over when the first is gone.
 When the run is complete, on_complete.action says what happens to the machine.
-In a container set TRAINER_POWER_OFF=host: then the host powers the machine off after exit code 0, not `boot`.
+In a container set TRAINER_POWER_OFF=host: then the host powers the machine off, not `boot`.
 
-Datasets are kept on a mounted instance store (NVMe), else in the user's cache, else in a folder of this process.
-TRAINER_HOST_ROOT is the folder of the machine's /sys, /proc and /dev, if a container has them elsewhere.
+Datasets are kept on a mounted instance store (NVMe), else in the user's cache, else in a folder
+of this process. TRAINER_HOST_ROOT is the folder of the machine's /sys, /proc and /dev, if a
+container has them elsewhere.
 
 Exit codes in addition to those of `trainer run`:
   69  a service does not answer, or no GPU driver (start again)

@@ -22,8 +22,8 @@ use crate::{
 Examples:
   trainer doctor
   trainer doctor config.toml --store s3://bucket/runs
-  trainer doctor config.toml --run-id reports-2026q4      # compares the stop time-out with its saves
-  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3      # checks the account's quota
+  trainer doctor config.toml --run-id reports-2026q4     # compares the stop time-out with its saves
+  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3       # checks the quota
 
 Exit codes: 0 if nothing failed (warnings are possible), else that of the worst failure:
   69  a service does not answer, or the machine is short of something

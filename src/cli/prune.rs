@@ -42,10 +42,12 @@ Examples:
   trainer prune --run-id first --dry-run
   trainer prune --run-id first --keep-last 1 --keep-every 6h --keep-best 2
 
-The newest checkpoint confirmed by checksums is never deleted, nor the one the newest generation resumed from.
+The newest checkpoint confirmed by checksums is never deleted,
+nor is the one that the newest generation resumed from.
 On a store without checksums, the newest checkpoint is read before anything is deleted.
-Damaged checkpoints stay for diagnosis until --damaged, which reads them again and keeps those that are whole.
-Data and uploads of no checkpoint are deleted once they are a day old and their generation is over.")]
+Damaged checkpoints stay for diagnosis until --damaged.
+It reads them again, and keeps those that are whole.
+Data and uploads of no checkpoint are deleted once a day old, if their generation is over.")]
 pub struct Prune {
     #[command(flatten)]
     run: RunArg,

@@ -32,10 +32,11 @@ Examples:
 
 S3 keeps a checksum of every object, so only the manifest is downloaded.
 An object that seems damaged is downloaded, too, to make sure.
-On a store without checksums only sizes can be compared, and the answer says so; --deep compares every byte.
+On a store without checksums only sizes can be compared, and the answer says so.
+--deep compares every byte.
 --all --deep also verifies the journal's summaries against each of its records.
 
-A checkpoint that was found damaged before is cleared in the journal if --deep finds every byte right.
+If --deep finds a checkpoint whole that was found damaged before, the journal clears it.
 Nothing else is changed. Exit code 65 if anything is damaged.")]
 pub struct Verify {
     #[command(flatten)]

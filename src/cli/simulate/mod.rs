@@ -45,7 +45,7 @@ enum Lifetimes {
 #[command(after_help = "\
 Examples:
   trainer simulate --lifetimes spot --mtbf 2h --stall 1s --durable 10s --restart 2m
-  trainer simulate --trace us-east-1a.json --nodes 4 --work 10d --on-demand-price 3.06 --spot-price 1.10
+  trainer simulate --trace zone.json --nodes 4 --work 10d --on-demand-price 3.06 --spot-price 1.10
   trainer simulate --run-id first --store s3://bucket/runs --spot-price 1.10 --on-demand-price 3.06
 
 A trace is JSON, {\"metadata\":{\"gap_seconds\":60},\"data\":[1,0,...]} (available machines),

@@ -14,13 +14,13 @@ use super::{
     lab::{self, Life, Server},
 };
 
-/// What everybody does.
+/// The inputs shared by all contenders.
 pub struct Task {
     /// The model's `config.json`.
     pub model: PathBuf,
     /// A prepared dataset.
     pub data: PathBuf,
-    /// Everything that is written, but for results.
+    /// The folder for everything that is written, except results.
     pub scratch: PathBuf,
     pub ranks: u32,
     pub threads: usize,
@@ -37,7 +37,7 @@ impl Task {
         u64::from(self.global_batch) * u64::from(self.sequence_length)
     }
 
-    /// The newest checkpoint that is not that of the last step.
+    /// The newest checkpoint other than that of the last step.
     fn last_but_one(&self) -> u64 {
         (self.steps - 1) / self.every * self.every
     }
@@ -77,7 +77,7 @@ impl Contender {
     }
 }
 
-/// Runs one contender once. `look` sees what it left after training, on disk.
+/// Runs one contender once. `look` sees the files that it left after training, on disk.
 pub fn round(
     contender: Contender,
     task: &Task,
@@ -113,7 +113,7 @@ pub fn round(
     let trained = lab::observe(prepare(train)?, None).with_context(said)?;
     let cpu = server.as_ref().map(Server::cpu_s);
     let mut figures = Figures::of_training(&trained, task.tokens_per_step(), cpu);
-    // Before the restore, which takes the run back to an earlier step.
+    // This comes before the restore, which takes the run back to an earlier step.
     look(&trained, &folder)?;
     let restored = lab::observe(prepare(restore)?, Some("step")).with_context(said)?;
     figures.add_restore(&restored);
@@ -150,7 +150,7 @@ pub fn trainer_run(task: &Task, store: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// The same run, carried on from the newest checkpoint or from that of a step.
+/// The same run, continued from the newest checkpoint or from that of a step.
 pub fn trainer_resume(store: &str, from: Option<u64>) -> Command {
     let mut command = trainer("resume", store);
     command.arg("--json").args(from.map(|step| format!("--from={step}")));
@@ -176,7 +176,7 @@ fn peer(task: &Task, python: &Path, what: &str, store: &str, blocking: bool) -> 
     command
 }
 
-/// `peer.py` with what every use of it needs.
+/// `peer.py` with the arguments that every use of it needs.
 pub fn peer_script(task: &Task, python: &Path, what: &str) -> Command {
     let mut command = Command::new(python);
     command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/peer.py")).arg(what);
@@ -190,7 +190,7 @@ pub fn peer_script(task: &Task, python: &Path, what: &str) -> Command {
     ] {
         command.args([name, &value.to_string()]);
     }
-    // As trainer's agent sets it for its workers; torchrun would say 1.
+    // The value that trainer's agent sets for its workers; torchrun would set 1.
     command.env("OMP_NUM_THREADS", task.threads.to_string()).env("MKL_NUM_THREADS", task.threads.to_string());
     command
 }

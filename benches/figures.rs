@@ -1,28 +1,28 @@
-//! From what was heard of a contender to its figures: pure, and the same for every contender.
+//! From a contender's events to its figures: pure, and the same for every contender.
 //!
 //! A checkpoint of step S is *in flight* from the end of S until it is durable. A step is *busy* if it overlaps that
-//! time, else *quiet*. The checkpoint after the last step has no step to hide behind and is left out.
+//! time, else *quiet*. The checkpoint after the last step has no later step that could hide it, and is left out.
 //!
 //! | figure | definition |
 //! |---|---|
-//! | stall | the loop stands still for a checkpoint |
-//! | copy | until the state is in a second place and may change |
+//! | stall | the loop stops for a checkpoint |
+//! | copy | until the state has a second copy and may change |
 //! | durable | from the end of the step until a crash can't lose it |
 //! | step | median quiet step |
-//! | inflation | by how much busy steps, without their stalls, are slower than quiet ones |
+//! | inflation | how much slower busy steps are than quiet ones, without their stalls |
 //! | lost | everything that a checkpoint costs the loop: busy steps minus as many quiet ones, a checkpoint |
 //! | tokens/s | all tokens over all time after the warm-up, checkpoints and all |
 //! | upload | bytes of a checkpoint over its durable time, so training beside it and the loop's own copy are in it |
-//! | share | of what the barest client moves to and from the same store at `trainer`'s concurrency, no training beside it |
+//! | share | of the barest client's throughput on the same store at `trainer`'s concurrency, without training |
 
 use serde::Serialize;
 
 use super::{lab::Life, transfer::Ceiling};
 
-/// Steps that are not looked at: memory is taken, caches get warm, gradient buckets are made.
+/// Steps that are left out: memory is allocated, caches get warm, gradient buckets are created.
 const WARM_UP: u64 = 3;
 
-/// One contender's figures of one round; `None` where it has none.
+/// One contender's figures of one round; `None`: it has none.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Figures {
     pub stall_ms: Option<f64>,
@@ -49,7 +49,7 @@ pub struct Figures {
     pub bytes: u64,
 }
 
-/// The middle of some values; `None` of none.
+/// The median of some values; `None` if there are none.
 pub fn median(values: &[f64]) -> Option<f64> {
     let mut sorted: Vec<f64> = values.iter().copied().filter(|value| value.is_finite()).collect();
     sorted.sort_by(f64::total_cmp);
@@ -66,7 +66,7 @@ struct Save {
 }
 
 impl Figures {
-    /// From a training life.
+    /// The figures of a training life.
     pub fn of_training(life: &Life, tokens_per_step: u64, server_cpu_s: Option<f64>) -> Self {
         let number = |event: &serde_json::Value, name: &str| event[name].as_f64();
         let steps: Vec<(u64, f64)> = life
@@ -78,8 +78,8 @@ impl Figures {
             .of("checkpoint")
             .filter_map(|heard| {
                 let step = heard.event["step"].as_u64()?;
-                // A checkpoint that is durable before the loop came to wait for its copy can't say how long that took;
-                // the next step can.
+                // If a checkpoint is durable before the loop comes to wait for its copy, that wait can't show how long
+                // the copy took; the next step can.
                 let waited = life.of("step").find(|next| next.event["step"].as_u64() == Some(step + 1));
                 let waited = waited.and_then(|next| number(&next.event, "stall_s")).unwrap_or(0.0);
                 Some(Save {
@@ -94,7 +94,7 @@ impl Figures {
         let written: f64 = all.iter().map(|save| save.bytes).sum();
         let saves: Vec<&Save> = all.iter().filter(|save| save.step < last).collect();
 
-        // Where each step lies on the loop's own clock.
+        // The place of each step on the loop's own clock.
         let mut clock = 0.0;
         let spans: Vec<(u64, f64, f64)> = steps
             .iter()
@@ -106,7 +106,7 @@ impl Figures {
         let end_of = |wanted: u64| spans.iter().find(|(step, ..)| *step == wanted).map(|(.., end)| *end);
         let flights: Vec<(f64, f64)> =
             saves.iter().filter_map(|save| end_of(save.step).map(|end| (end, end + save.durable_s))).collect();
-        // A step that ends where a flight begins does not overlap it: the two are the same number.
+        // A step that ends where a flight begins does not overlap it: both have the same number.
         let is_busy = |begin: f64, end: f64| flights.iter().any(|&(from, to)| begin < to && from < end);
         let mut quiet = Vec::new();
         let mut busy = Vec::new();
@@ -144,7 +144,7 @@ impl Figures {
         }
     }
 
-    /// Adds those of a life that only restores.
+    /// Adds the figures of a life that only restores.
     pub fn add_restore(&mut self, life: &Life) {
         if let Some(restored) = life.of("restored").next() {
             self.restore_s = restored.event["restore_s"].as_f64();
@@ -156,8 +156,7 @@ impl Figures {
         self.restore_memory_mb = Some(life.peak_memory_bytes as f64 / 1e6);
     }
 
-    /// Adds what the store takes and gives; `trainer`'s transfers with no training beside them are `trainer`'s figures
-    /// alone.
+    /// Adds the store's throughput. `trainer`'s transfers without training beside them are figures of `trainer` alone.
     pub fn add_ceiling(&mut self, ceiling: &Ceiling, ours: bool) {
         self.bare_up_mb_s = Some(ceiling.bare_up);
         self.bare_down_mb_s = Some(ceiling.bare_down);
@@ -171,14 +170,14 @@ fn share(part: Option<f64>, whole: Option<f64>) -> Option<f64> {
     part.zip(whole).map(|(part, whole)| part / whole * 100.0)
 }
 
-/// How two contenders' figures are compared.
+/// How the figures of two contenders are compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compare {
-    /// One over the other.
+    /// One divided by the other.
     Factor,
-    /// One less the other: figures near 0, or below it, have no factor.
+    /// One minus the other: figures near 0, or below it, have no factor.
     Points,
-    /// Not at all: it says nothing that another row does not say.
+    /// Not compared: another row already shows it.
     No,
 }
 
@@ -187,9 +186,9 @@ pub struct Metric {
     pub name: &'static str,
     pub value: fn(&Figures) -> Option<f64>,
     pub digits: usize,
-    /// More is better.
+    /// Whether more is better.
     pub more: bool,
-    /// What `targets.md` asks for, of `trainer` alone.
+    /// The target of `targets.md`, for `trainer` alone.
     pub target: &'static str,
     pub compare: Compare,
 }

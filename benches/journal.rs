@@ -1,7 +1,7 @@
-//! Opening a run that has lived for months: time and requests, through summaries and record by record.
+//! Opening the journal of a run that has lived for months: time and requests, through summaries and record by record.
 //!
-//! The journal is made up: a run that saves every ten seconds, two records a save, with an interruption now and then.
-//! It is written as the program writes it, and read as every command reads it.
+//! The journal is generated: a run that saves every ten seconds, two records a save, with occasional interruptions. It
+//! is written as the program writes it, and read as every command reads it.
 
 use std::{fs, path::Path, time::Instant};
 
@@ -48,7 +48,7 @@ pub fn run(records: u64, created: &Path, scratch: &Path) -> Result<()> {
         Ok(state.next())
     };
     timed(&disk, "without summaries", "disk", &|| 0)?;
-    // The next writer makes up for all that is missing, once it stands where a summary ends.
+    // The next writer fills in all missing summaries when it reaches the end of one.
     runtime.block_on(async {
         let mut journal = Journal::open(disk.clone(), NodeId::random(), run_id.clone()).await?;
         let generation = journal.state().generation();
@@ -126,7 +126,7 @@ fn story(created: &serde_json::Value, records: u64) -> impl Iterator<Item = Resu
         let second = 1_790_000_000 + i64::try_from(number)? * 5;
         let entry = json!({"format": 1, "attempt": "00112233445566778899aabbccddeeff",
             "at": jiff::Timestamp::new(second, 123_456_789)?, "node": "n1", "record": record});
-        // As the program spells it, so that it is packed as its own would be.
+        // In the program's own spelling, so that it is packed like the program's own records.
         Ok(journal::Entry::decode(entry.to_string().as_bytes())?.encode()?)
     })
 }

@@ -20,13 +20,13 @@ use serde_json::Value;
 
 use super::{Result, s3};
 
-/// How often memory is looked at. A look costs tens of microseconds: no page table is walked.
+/// The interval between two looks at memory. A look costs tens of microseconds: no page table is walked.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// The S3 server as a process of its own; it ends when this is dropped.
+/// The S3 server as a separate process; it ends when this is dropped.
 pub struct Server {
     child: Child,
-    /// Its end is the server's end.
+    /// When this closes, the server ends.
     _stdin: Option<ChildStdin>,
     endpoint: String,
 }
@@ -41,7 +41,7 @@ impl Server {
         Ok(Self { child, _stdin: stdin, endpoint: endpoint.trim().to_owned() })
     }
 
-    /// What a client needs to find it and be let in.
+    /// The variables that a client needs to find the server and its keys.
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         s3::client_env(&self.endpoint)
     }
@@ -71,13 +71,13 @@ fn stat(pid: u32) -> Option<Vec<String>> {
     Some(text.rsplit_once(')')?.1.split_whitespace().map(str::to_owned).collect())
 }
 
-/// One event, and when it was heard, counted from the start of the process.
+/// One event, with the time at which it was heard, counted from the start of the process.
 pub struct Heard {
     pub at_s: f64,
     pub event: Value,
 }
 
-/// What was seen of one process and its children, from start to end.
+/// The observations of one process and its children, from start to end.
 pub struct Life {
     pub events: Vec<Heard>,
     pub peak_memory_bytes: u64,
@@ -90,10 +90,10 @@ impl Life {
     }
 }
 
-/// What processes hold at one moment, bytes. Program code and page cache are not counted.
+/// The memory that processes hold at one moment, bytes. Program code and page cache are not counted.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Memory {
-    /// Private memory of the process that was started.
+    /// Private memory of the started process.
     pub first: u64,
     /// Private memory of its descendants.
     pub others: u64,
@@ -107,7 +107,7 @@ impl Memory {
     }
 }
 
-/// A process that is listened to, and watched together with its descendants. Dropping it kills it.
+/// A process whose events are read, and which is observed together with its descendants. Dropping it kills it.
 pub struct Live {
     child: Child,
     lines: Lines<BufReader<ChildStdout>>,
@@ -144,7 +144,7 @@ impl Live {
         Ok(Self { child, lines, begun, events: Vec::new(), peak, over, watcher: Some(watcher), program })
     }
 
-    /// Listens until an event of this kind, or to the end. `None`: it has ended.
+    /// Reads until an event of this kind, or to the end. `None`: it has ended.
     fn listen(&mut self, until: Option<&str>) -> Result<Option<&Heard>> {
         for line in self.lines.by_ref() {
             let Ok(event) = serde_json::from_str::<Value>(&line?) else { continue };
@@ -157,7 +157,7 @@ impl Live {
         Ok(None)
     }
 
-    /// Listens until an event of this kind.
+    /// Reads until an event of this kind.
     pub fn wait_for(&mut self, kind: &str) -> Result<&Heard> {
         let program = self.program.clone();
         self.listen(Some(kind))?.with_context(|| format!("{program} ended and never said {kind}"))
@@ -168,7 +168,7 @@ impl Live {
         family(self.child.id()).into_iter().filter(|&pid| pid != self.child.id()).collect()
     }
 
-    /// What was held at the moment when most was, since the start or since this was asked last.
+    /// The memory at the moment when most was held, since the start or since the last call.
     pub fn take_peak(&self) -> Memory {
         std::mem::take(&mut self.peak.lock().unwrap_or_else(PoisonError::into_inner))
     }

@@ -1,11 +1,11 @@
-//! A state of 2 GB: the memory that training, saving, restarting and restoring take, held against a bound, and what two
-//! kinds of death cost.
+//! A state of 2 GB: the memory that training, saving, restarting and restoring take, compared with a bound, and the
+//! cost of two kinds of death.
 //!
 //! One life on local disk with sequences of 32 tokens, so that the state is nearly all there is. After two checkpoints,
-//! when both snapshot slots are in use, one worker gets SIGKILL: its group starts again from the slots and the store is
-//! not read. Then the agent gets SIGKILL, and `trainer resume` carries on from the store.
+//! when both snapshot slots are in use, one worker gets SIGKILL: its group restarts from the slots, and the store is
+//! not read. Then the agent gets SIGKILL, and `trainer resume` continues from the store.
 //!
-//! | held | bound, S being the checkpoint's bytes: 12 for each parameter |
+//! | holder | bound, S being the checkpoint's bytes: 12 for each parameter |
 //! |---|---|
 //! | by each worker | 4/3 S (weights, moments, and the gradients that no checkpoint has) and 512 MB: LibTorch, its threads, one step's activations |
 //! | by the agent | 128 MB |
@@ -29,21 +29,20 @@ use super::{
     report,
 };
 
-/// What it is called on the command line and in messages.
+/// Its name on the command line and in messages.
 pub const NAME: &str = "memory and restart";
 const WORKER_FIXED: u64 = 512_000_000;
 const AGENT_FIXED: u64 = 128_000_000;
-/// Slots are made of whole pages, and have headers.
+/// Slots consist of whole pages, and have headers.
 const SLOT_FIXED: u64 = 1 << 20;
 
-/// What was seen.
+/// The observations.
 #[derive(Debug, Serialize)]
 pub struct Large {
     model: &'static str,
     ranks: u32,
     state_bytes: u64,
-    /// What was held when most was: while training and saving, around the restart of the workers, and around the
-    /// resume.
+    /// The memory at its peak: while training and saving, around the restart of the workers, and around the resume.
     training: Memory,
     restarting: Memory,
     resuming: Memory,
@@ -150,7 +149,7 @@ impl Large {
         ]
     }
 
-    /// What was measured, the bound beside it.
+    /// The measurement, with the bound beside it.
     pub fn table(&self) -> String {
         let mb = |bytes: u64| format!("{:.0}", bytes as f64 / 1e6);
         let mut out = format!(
@@ -186,7 +185,7 @@ impl Large {
         out
     }
 
-    /// An error where more was held than the bound allows.
+    /// An error if more memory was held than the bound allows.
     pub fn check(&self) -> Result<()> {
         let bound = self.bound;
         for (phase, held) in self.phases() {

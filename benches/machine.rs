@@ -1,4 +1,4 @@
-//! What a result is worth nothing without: machine, date, commit. No names of hosts and no paths.
+//! The facts without which a result is worthless: machine, date, commit. It names no hosts and no paths.
 
 use std::{fs, path::Path, process::Command};
 
@@ -36,7 +36,7 @@ impl Machine {
         }
     }
 
-    /// A file name for results, without its end.
+    /// A file name for results, without its ending.
     pub fn slug(&self, suite: &str) -> String {
         format!("{}-{}-core-{}-{suite}", self.date, self.cores, std::env::consts::ARCH)
     }
@@ -54,7 +54,7 @@ fn commit() -> String {
     }
 }
 
-/// The longest mount point that is above the folder.
+/// The longest mount point above the folder.
 fn disk(folder: &Path, mounts: &str) -> String {
     let entries = mounts.lines().filter_map(|line| {
         let mut fields = line.split(' ');

@@ -1,4 +1,5 @@
-//! The project's benchmark: what a checkpoint costs the training loop, how soon it is durable, how fast it comes back.
+//! The project's benchmark: the cost of a checkpoint for the training loop, the time until it is durable, and the
+//! restore.
 //!
 //! ```text
 //! benches/run        figures own     trainer alone: file:// and s3://, the fastest client's share, a state of 2 GB
@@ -87,7 +88,7 @@ enum What {
     ServeS3,
 }
 
-/// What every suite can be told.
+/// Options of every suite.
 #[derive(Args)]
 struct Settings {
     /// One short round that proves the scripts; its figures mean little and are not kept

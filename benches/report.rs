@@ -12,14 +12,14 @@ use super::{
     machine::Machine,
 };
 
-/// One contender's figures, a round each.
+/// One contender's figures, one for each round.
 #[derive(Serialize)]
 pub struct Rounds {
     pub contender: &'static str,
     pub rounds: Vec<Figures>,
 }
 
-/// What is kept of a suite.
+/// The stored result of a suite.
 #[derive(Serialize)]
 pub struct Results<'a> {
     pub suite: &'a str,
@@ -81,8 +81,8 @@ pub fn table(results: &[Rounds], with_target: bool) -> String {
     out
 }
 
-/// By how much `ours` is better than each of `theirs`: of every round by itself, then the middle and the spread, and in
-/// a word what it comes to. Factors above 1, and points above 0, speak for `ours`.
+/// How much better `ours` is than each of `theirs`, by round; then the median and the spread, and a verdict in one
+/// word. Factors above 1, and points above 0, favour `ours`.
 pub fn ratios(ours: &Rounds, theirs: &[&Rounds]) -> String {
     let mut out = String::new();
     let names = theirs.iter().map(|rounds| format!("than {}", rounds.contender));
@@ -113,7 +113,7 @@ pub fn ratios(ours: &Rounds, theirs: &[&Rounds]) -> String {
     out
 }
 
-/// The spread of what was gained, and a word: one that no round contradicts.
+/// The spread of the gain, and the verdict, if no round contradicts it.
 fn verdict(gains: &[f64], points: bool) -> String {
     let (even, unit, digits) = if points { (0.0, " points", 1) } else { (1.0, "", 2) };
     let digits = if gains.iter().any(|gain| *gain >= 100.0) { 0 } else { digits };

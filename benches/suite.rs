@@ -1,4 +1,4 @@
-//! The suites: what is run in which order, and what is made of it.
+//! The suites: what runs in which order, and how the results are combined.
 
 use std::{
     fs,
@@ -23,7 +23,7 @@ use super::{
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const OURS: [Contender; 2] =
     [Contender { who: Who::Trainer, place: Place::Disk }, Contender { who: Who::Trainer, place: Place::S3 }];
-/// By how much the two implementations' losses may differ.
+/// The allowed difference of the two implementations' losses.
 const SAME_LOSS: f64 = 1e-4;
 
 /// `trainer` alone.
@@ -146,7 +146,7 @@ impl Bench {
         self.only.as_ref().is_none_or(|part| name.contains(part.as_str()))
     }
 
-    /// What each store takes and gives in this round.
+    /// The throughput of each store in this round.
     fn ceilings(&self, chosen: &[Contender]) -> Result<Vec<(Place, Ceiling)>> {
         // As many bytes as the state has, moved as trainer moves them by default.
         let mib = if self.quick { 64 } else { 240 };
@@ -156,7 +156,7 @@ impl Bench {
         places.map(|place| Ok((place, field.ceiling(place)?))).collect()
     }
 
-    /// Every contender once a round, in turns, so that what disturbs the machine disturbs all of them.
+    /// Runs every contender once a round, in turns, so that a disturbance of the machine disturbs all of them.
     fn run(
         &self,
         contenders: &[Contender],
@@ -210,7 +210,7 @@ impl Bench {
         })
     }
 
-    /// What, when, on which machine.
+    /// The subject, the time and the machine.
     fn heading(&self, what: &str) -> String {
         let machine = &self.machine;
         format!(
@@ -226,7 +226,7 @@ impl Bench {
         )
     }
 
-    /// What the contenders' table is about.
+    /// The caption of the contenders' table.
     fn caption(&self) -> String {
         let task = &self.task;
         format!(
@@ -261,7 +261,7 @@ impl Bench {
     }
 }
 
-/// This program's own source as text: it is at hand everywhere, and what is learnt does not matter here.
+/// This program's own source as text: it is always available, and its content does not matter here.
 fn prepare_data(out: &Path) -> Result<()> {
     let text = format!("{ROOT}/src/**/*.rs");
     let done = Command::new(env!("CARGO_BIN_EXE_trainer"))

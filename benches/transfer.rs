@@ -1,9 +1,9 @@
-//! What moving bytes costs, apart from training: `trainer`'s own transfers beside the barest client of the same store.
+//! The cost of moving bytes, apart from training: `trainer`'s own transfers beside the barest client of the same store.
 //!
-//! One process moves an image of shared memory up and down; the S3 server is a process of its own, so that the CPU time
-//! counted here is the client's alone. *bare* is the least that anybody could do at the same concurrency and part size:
-//! uploads without a checksum, downloads that throw every byte away. A figure near *bare* leaves nothing to gain but in
-//! the HTTP stack itself.
+//! One process moves an image of shared memory up and down; the S3 server is a separate process, so that the CPU time
+//! counted here is the client's alone. *bare* is the least work possible at the same concurrency and part size: uploads
+//! without a checksum, and downloads that discard every byte. A figure near *bare* can improve only in the HTTP stack
+//! itself.
 
 use std::{io::Write, os::unix::fs::FileExt, path::Path, sync::Arc, time::Instant};
 
@@ -23,10 +23,10 @@ use trainer::{
 
 use super::{Result, contender::Place, figures::median, lab, s3};
 
-/// Files of a checkpoint that are moved at once.
+/// Files of a checkpoint that move at once.
 const FILES: usize = 2;
 
-/// What is moved, how.
+/// The transfers and their settings.
 pub struct Task {
     /// Size of one file, MiB.
     pub mib: u64,
@@ -88,7 +88,7 @@ pub fn run(task: Task, scratch: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Both stores, what is put there, and room for what comes back.
+/// Both stores, the bytes to put there, and room for those that come back.
 pub struct Field {
     task: Task,
     runtime: tokio::runtime::Runtime,
@@ -124,7 +124,7 @@ impl Field {
         })
     }
 
-    /// Moves all files once: MB/s, and this process's CPU seconds a GiB. What comes down must have gone up before.
+    /// Moves all files once: MB/s, and this process's CPU seconds a GiB. A download needs an earlier upload.
     pub fn measure(&self, place: Place, client: Client, way: Way) -> Result<(f64, f64)> {
         let Self { task, bodies, bare, target, .. } = self;
         let store = if place == Place::S3 { &self.on_s3 } else { &self.on_disk };
@@ -167,7 +167,7 @@ async fn measured(task: &Task, work: impl Future<Output = Result<()>>) -> Result
     Ok((bytes / 1e6 / took, cpu / (bytes / f64::from(1 << 30))))
 }
 
-/// Shared memory with every page in place; `seed` fills it with something that does not repeat.
+/// Shared memory with every page in place; `seed` fills it with bytes that do not repeat.
 fn image(len: u64, seed: Option<u64>) -> Result<Mapping> {
     let image = SharedImage::create("bench")?;
     image.grow(len)?;
@@ -252,7 +252,7 @@ async fn bare_put(client: &Arc<AmazonS3>, bodies: &[Bytes], task: &Task) -> Resu
     Ok(())
 }
 
-/// Gets everything and keeps nothing.
+/// Reads everything and keeps nothing.
 async fn bare_take(client: &Arc<AmazonS3>, task: &Task) -> Result<()> {
     let (len, part) = (task.mib << 20, u64::from(task.part_mib) << 20);
     let ranges = (0..FILES).flat_map(|i| (0..len.div_ceil(part)).map(move |n| (i, n * part..len.min((n + 1) * part))));
@@ -274,7 +274,7 @@ async fn bare_take(client: &Arc<AmazonS3>, task: &Task) -> Result<()> {
     stream::iter(gets).buffer_unordered(task.concurrency as usize).try_collect().await
 }
 
-/// One file a thread, written in order through the page cache, synced, and put in its place.
+/// One file per thread, written in order through the page cache, synced, and renamed into place.
 async fn bare_write(folder: &Path, bodies: &[Bytes]) -> Result<()> {
     let writes = bodies.iter().enumerate().map(|(i, body)| {
         let (path, body) = (folder.join(format!("bare-{i}")), body.clone());
@@ -292,7 +292,7 @@ async fn bare_write(folder: &Path, bodies: &[Bytes]) -> Result<()> {
     Ok(())
 }
 
-/// Positioned reads into one small buffer a request.
+/// Positioned reads into one small buffer per request.
 async fn bare_read(folder: &Path, task: &Task) -> Result<()> {
     let (len, part) = (task.mib << 20, u64::from(task.part_mib) << 20);
     let ranges = (0..FILES).flat_map(|i| (0..len.div_ceil(part)).map(move |n| (i, n * part..len.min((n + 1) * part))));

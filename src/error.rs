@@ -72,7 +72,7 @@ pub struct Error {
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// An error with a text of its own.
+    /// An error with this text.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self { kind, hint: None, context: Vec::new(), source: message.into().into() }
     }
@@ -82,7 +82,7 @@ impl Error {
         Self { kind, hint: None, context: Vec::new(), source: source.into() }.heeding_shortage()
     }
 
-    /// A system that lacks a resource is no bug and no mistake: time, or the machine's administrator, can fix it.
+    /// A system that lacks a resource is neither a bug nor a mistake: time, or the machine's administrator, can fix it.
     fn heeding_shortage(mut self) -> Self {
         let Some(shortage) = Shortage::of(&*self.source) else { return self };
         if matches!(self.kind, Kind::Usage | Kind::Data | Kind::Bug | Kind::Config | Kind::Permission) {
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn the_chain_reads_from_outside_in_and_says_nothing_twice() {
+    fn the_chain_reads_from_outside_in_without_repetition() {
         let inner = Inner(std::io::Error::new(std::io::ErrorKind::NotFound, "no such file"));
         let error = Error::from(inner).context("read model").context("start run");
         assert_eq!(error.to_string(), "start run: read model: open file: no such file");
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_store_that_answers_shows_a_mistake_of_whoever_named_an_object() {
+    fn a_missing_object_is_a_mistake_only_if_the_store_answers() {
         for (kind, named) in [
             (Kind::Unavailable, Kind::Unavailable),
             (Kind::Permission, Kind::Permission),

@@ -2,8 +2,8 @@
 //!
 //! `TRAINER_FAULTS="save.after-shard=kill,worker.step=panic@rank=1@step=7"` makes the process die at a point: `kill` is
 //! SIGKILL to itself (nothing runs afterwards), `panic` a Rust panic, `error` an error from [`check`], `stop` SIGSTOP
-//! to itself: it sleeps at the point until somebody sends SIGCONT. `@rank=`, `@step=` and `@hit=` (the n-th time, from
-//! 1) narrow it. Unset, a point costs one load of a static.
+//! to itself: it sleeps at the point until it receives SIGCONT. `@rank=`, `@step=` and `@hit=` (the n-th time, from 1)
+//! narrow it. Unset, a point costs one load of a static.
 
 use crate::env;
 use std::{

@@ -158,14 +158,14 @@ text_id! {
 }
 
 impl NodeId {
-    /// A fresh id for this boot of the agent.
+    /// A new id for this boot of the agent.
     pub fn random() -> Self {
         Self(format!("n{}", random_hex(6)))
     }
 }
 
 impl AttemptId {
-    /// A fresh id; 128 random bits.
+    /// A new id; 128 random bits.
     pub fn random() -> Self {
         Self(random_hex(16))
     }
@@ -179,7 +179,7 @@ pub fn random_hex(bytes: usize) -> String {
         match rustix::rand::getrandom(&mut buffer[filled..], rustix::rand::GetRandomFlags::empty()) {
             Ok(n) => filled += n,
             Err(rustix::io::Errno::INTR) => {}
-            // The call is in every kernel since 3.17; without it a clash must still be unlikely, so mix time and pid.
+            // Every kernel since 3.17 has the call; without it a clash must still be unlikely, so mix time and pid.
             Err(_) => {
                 let nanos = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos());
                 let seed = nanos ^ (u128::from(std::process::id()) << 64);

@@ -1,4 +1,4 @@
-//! SplitMix64: random numbers with the same bits on every machine, for any use that needs a stream with a seed.
+//! SplitMix64: random numbers with the same bits on every machine, for every stream that needs a seed.
 
 /// SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 #[derive(Clone, Debug)]

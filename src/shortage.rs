@@ -1,8 +1,8 @@
 //! Shortages of the system, by its error numbers (errno(3)): files, processes, memory, disk space.
 //!
-//! Such an error is nobody's mistake and no fault of this program: the same call succeeds once there is more of the
-//! resource. Every error that reaches the user is checked here ([`crate::error`]), so that no module need know the
-//! numbers.
+//! Such an error is neither the user's mistake nor a fault of this program: the same call succeeds once there is more
+//! of the resource. Every error that reaches the user is checked here ([`crate::error`]), so that no module need know
+//! the numbers.
 
 use std::{error::Error as StdError, io};
 
@@ -11,7 +11,7 @@ use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
 };
 
-/// As many open files as this program may want: connections to a store, shards of a dataset, workers.
+/// As many open files as this program may need: connections to a store, shards of a dataset, workers.
 const FILES: u64 = 65_536;
 
 /// The scarce resource.
@@ -44,7 +44,7 @@ impl Shortage {
         None
     }
 
-    /// The same from words (strerror(3)): a worker's report of a library that says no more.
+    /// The same from words (strerror(3)): a worker may report only a library's text.
     pub fn in_words(words: &str) -> Option<Self> {
         const WORDS: [(&str, Shortage); 6] = [
             ("Too many open files", Shortage::Files),
@@ -60,7 +60,7 @@ impl Shortage {
     fn of_io(error: &io::Error) -> Option<Self> {
         match error.raw_os_error() {
             Some(number) => Self::of_number(number),
-            // An error with a text of its own may hold another.
+            // An error with its own text may hold another.
             None => match error.kind() {
                 io::ErrorKind::OutOfMemory => Some(Self::Memory),
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Some(Self::Room),
@@ -133,7 +133,7 @@ mod tests {
     struct Outer(#[source] io::Error);
 
     #[test]
-    fn a_shortage_is_seen_wherever_it_stands_in_the_chain() {
+    fn a_shortage_is_found_anywhere_in_the_chain() {
         for (number, shortage) in [
             (24, Some(Shortage::Files)),
             (23, Some(Shortage::Files)),
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn words_of_a_full_gpu_and_of_a_full_host_are_known() {
+    fn messages_of_a_full_gpu_and_a_full_host_are_recognised() {
         for said in [
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 22.06 GiB",
             "CUDA error: out of memory",

@@ -9,10 +9,10 @@ use thread_priority::{
     unix::{NormalThreadSchedulePolicy, ThreadSchedulePolicy, set_thread_priority_and_policy, thread_native_id},
 };
 
-/// The niceness if the kernel does not let a thread be idle.
+/// The niceness if the kernel refuses the idle policy.
 const NICENESS: i32 = 19;
 
-/// The calling thread yields to all others from now on. If that is refused, it competes a little.
+/// From now on the calling thread yields to all others. If the kernel refuses that, it competes a little.
 pub fn give_way() {
     let idle = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Idle);
     if let Err(error) = set_thread_priority_and_policy(thread_native_id(), ThreadPriority::Min, idle) {

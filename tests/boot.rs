@@ -1,9 +1,7 @@
-//! `trainer boot` on machines that come up: where it finds what to do, what it does when it is not alone, and how it
-//! leaves.
+//! `trainer boot` on starting machines: where it finds its settings, what it does if it is not alone, and how it ends.
 //!
-//! Parameters, groups and objects lie on moto, what the machine knows of itself on a metadata server of our own;
-//! refusals that moto does not give come from a server of three lines. `PATH` holds stand-ins where a machine might
-//! power off.
+//! Parameters, groups and objects are on moto; the machine's own facts are on our metadata server; refusals that moto
+//! does not give come from a server of three lines. `PATH` holds stand-ins where a machine might power off.
 
 use std::{
     io::{Read, Write},
@@ -24,7 +22,7 @@ use crate::support::{
     trainer::{Finished, Running, Trainer, losses},
 };
 
-/// What must be seen nowhere.
+/// A text that must appear nowhere.
 const TOKEN_OF_THE_API: &str = "s3cr3t-of-the-job-api";
 
 /// Everything of AWS at one endpoint, for the test's own requests.
@@ -54,7 +52,7 @@ fn put_parameters(moto: &Moto, pairs: &[(&str, &str)]) {
     });
 }
 
-/// A machine that knows itself, by its metadata service, and talks to this AWS. No region and no key is in its
+/// A machine that knows itself through its metadata service, and uses this AWS. No region and no key is in its
 /// environment.
 fn machine(lab: &Lab, metadata: &MetadataServer, endpoint: &str, arguments: &[&str]) -> Trainer {
     let aws = [("AWS_ENDPOINT_URL", endpoint.to_owned()), ("AWS_ALLOW_HTTP", "true".to_owned())];
@@ -62,7 +60,7 @@ fn machine(lab: &Lab, metadata: &MetadataServer, endpoint: &str, arguments: &[&s
     Trainer::new(&lab.path(""), arguments).envs(&metadata.envs()).envs(&aws).envs(&own)
 }
 
-/// No file tree that says what this machine is.
+/// No file tree that names this machine's maker.
 fn nowhere(lab: &Lab) -> (&'static str, String) {
     ("TRAINER_HOST_ROOT", lab.path("no-such-root").display().to_string())
 }
@@ -101,7 +99,7 @@ fn answering(status: &str, kind: &str, body: &str) -> String {
     std::thread::spawn(move || {
         for connection in listener.incoming().flatten() {
             let (mut connection, mut request, mut buffer) = (connection, Vec::new(), [0; 4096]);
-            // The request's head, and as much of its body as it announces.
+            // The request's head, and the body that it announces.
             loop {
                 let read = connection.read(&mut buffer).unwrap_or(0);
                 request.extend_from_slice(&buffer[..read]);
@@ -155,12 +153,12 @@ fn a_run_is_created_then_resumed_then_left_alone() {
     first.let_go();
     let first = first.finish().expect_code(75).expect_said(&["run life does not exist", "boot to joined"]);
 
-    // The configuration is gone by now: the run has it.
+    // The configuration is gone by now: the run has its own copy.
     std::fs::remove_file(lab.path("run.toml")).expect("remove the configuration");
     let environment =
         [("TRAINER_CONFIG", "run.toml".into()), ("TRAINER_STORE", uri), ("TRAINER_RUN_ID", "life".into())];
     let again = || boot(&lab, &["--set", "train.seed=1234"]).envs(&environment).finish().expect_code(0);
-    let second = again().expect_said(&["run life exists", "train.seed stays as the run was created with"]);
+    let second = again().expect_said(&["run life exists", "train.seed keeps the value the run was created with"]);
     assert!(second.resumed_from() >= EVERY, "{}", second.story());
     lab.expect_as_undisturbed("life", &[&first, &second]);
 
@@ -173,7 +171,7 @@ fn a_run_is_created_then_resumed_then_left_alone() {
 }
 
 #[test]
-fn what_is_wrong_is_said_with_its_own_exit_code() {
+fn each_mistake_has_its_own_exit_code() {
     let lab = Lab::on_files();
     let uri = lab.uri();
     boot(&lab, &["run.toml", "--store", &uri])
@@ -200,15 +198,15 @@ fn what_is_wrong_is_said_with_its_own_exit_code() {
     ssm(&answering("400 Bad Request", "application/x-amz-json-1.1", body)).expect_code(77).expect_said(&[
         "read parameters below /p",
         "AccessDeniedException",
-        "hint: see who this process is",
+        "hint: allow this call to the role or user",
     ]);
-    // A port on which nobody listens.
+    // A port without a listener.
     let closed = "127.0.0.1:1";
     ssm(&format!("http://{closed}")).expect_code(69).expect_said(&["read parameters below /p"]);
 }
 
 #[test]
-fn parameters_say_what_to_do_in_the_region_of_the_machine() {
+fn parameters_give_the_settings_in_the_region_of_the_machine() {
     let Some(lab) = Lab::on_moto() else { return };
     let crate::support::lab::Store::Moto(moto) = lab.store.clone() else { unreachable!("made on moto") };
     let (metadata, model) = (MetadataServer::start(), lab.path("model.json").display().to_string());
@@ -227,7 +225,7 @@ fn parameters_say_what_to_do_in_the_region_of_the_machine() {
     ]);
     put_parameters(&moto, &pairs);
     let path = ["boot", "--ssm-path", "/trainer/test/"];
-    // The environment stands above the parameters, and a flag above both.
+    // The environment overrides the parameters, and a flag overrides both.
     let environment = [("TRAINER_RUN_ID_TEMPLATE", "of-the-environment".to_owned())];
     let life = machine(&lab, &metadata, &moto.endpoint(), &path)
         .args(&["--run-id", "of-the-flag", "--set", "checkpoint.keep.last=2"])
@@ -239,7 +237,7 @@ fn parameters_say_what_to_do_in_the_region_of_the_machine() {
             "region us-east-1 from the instance identity",
             "21 parameters below /trainer/test: ",
             "worker-token",
-            "these mean nothing here: note-00, ",
+            "unknown trainer: tags of this instance: note-00, ",
             ", zone",
             "run of-the-flag does not exist in s3://bucket/runs",
             "boot to joined",
@@ -255,7 +253,7 @@ fn parameters_say_what_to_do_in_the_region_of_the_machine() {
     assert!(life.stderr.contains("run of-the-parameters does not exist"), "{}", life.story());
     expect_secret_unseen(&life);
 
-    // What a parameter holds is not said when it is wrong.
+    // The value of a wrong parameter is not shown.
     put_parameters(&moto, &[("bad/run-id", TOKEN_OF_THE_API), ("bad/run-id-template", "x")]);
     let twice = machine(&lab, &metadata, &moto.endpoint(), &["boot", "--ssm-path", "/trainer/test/bad"]).finish();
     expect_secret_unseen(&twice.expect_code(78).expect_said(&["/trainer/test/bad/run-id-template"]));
@@ -266,7 +264,7 @@ fn parameters_say_what_to_do_in_the_region_of_the_machine() {
 }
 
 #[test]
-fn tags_say_what_to_do_and_a_configuration_may_lie_in_the_store() {
+fn tags_give_the_settings_and_a_configuration_may_be_in_the_store() {
     let lab = Lab::on_s3();
     let server = lab.server();
     server.write("conf/deep/run.toml", plain_config("models/model.json"));
@@ -287,7 +285,7 @@ fn tags_say_what_to_do_and_a_configuration_may_lie_in_the_store() {
     }
     let life = boot(&lab, &[]).envs(&metadata.envs()).finish().expect_code(0).expect_said(&[
         "6 tags of this instance",
-        "these mean nothing here: worker-token",
+        "unknown trainer: tags of this instance: worker-token",
         "run tagged does not exist in s3://bucket/runs",
     ]);
     assert_eq!(life.last("completed").step(), Some(3), "{}", life.story());
@@ -300,7 +298,7 @@ fn tags_say_what_to_do_and_a_configuration_may_lie_in_the_store() {
 }
 
 #[test]
-fn a_metadata_service_that_hangs_or_is_not_there_holds_nobody_up() {
+fn a_hanging_or_missing_metadata_service_delays_no_machine() {
     let lab = Lab::on_files();
     let metadata = MetadataServer::start();
     metadata.storm(Fault::Hang);
@@ -316,7 +314,7 @@ fn a_metadata_service_that_hangs_or_is_not_there_holds_nobody_up() {
         "notice.sources=[\"signals\"]",
     ];
     boot(&lab, &arguments).envs(&metadata.envs()).finish().expect_code(0).expect_said(&[
-        "nothing is known of this machine",
+        "this machine can't be identified",
         "hop limit of 1",
         "no region is known",
     ]);
@@ -342,7 +340,7 @@ fn on_ec2(lab: &Lab) -> (&'static str, String) {
 }
 
 #[test]
-fn an_instance_whose_tags_can_not_be_read_is_asked_again_and_creates_no_run_without_them() {
+fn an_instance_with_unreadable_tags_is_asked_again_and_creates_no_run() {
     let lab = Lab::on_files();
     let metadata = MetadataServer::start();
     let elsewhere = format!("file://{}", lab.path("elsewhere").display());
@@ -358,7 +356,7 @@ fn an_instance_whose_tags_can_not_be_read_is_asked_again_and_creates_no_run_with
     let unread = unread.expect_said(&["tag trainer:store of this instance can't be read", "answered 403"]);
     assert!(unread.events.is_empty() && lab.keys("tagged", "").is_empty(), "{}", unread.story());
 
-    // What passes, whether it is a tag or all that the machine knows of itself.
+    // Passing errors, of a tag or of everything that the machine knows about itself.
     metadata.set(value, elsewhere.as_str());
     for (path, fault) in [(TOKEN, Fault::Status(503)), (value, Fault::Status(503)), (value, Fault::Status(429))] {
         let before = metadata.requests_of(path).len();
@@ -371,7 +369,7 @@ fn an_instance_whose_tags_can_not_be_read_is_asked_again_and_creates_no_run_with
     assert!(lab.keys("tagged", "").is_empty(), "a second run");
 }
 
-/// Starts two machines for one new run; gives the one that trains first, then the other.
+/// Starts two machines for one new run; returns the one that trains first, then the other.
 fn pair(lab: &Lab, run: &str, manner: impl Fn(Trainer) -> Trainer) -> (Running, Running) {
     let uri = lab.uri();
     let machine = || manner(boot(lab, &["run.toml", "--run-id", run, "--store", &uri])).start();
@@ -381,9 +379,9 @@ fn pair(lab: &Lab, run: &str, manner: impl Fn(Trainer) -> Trainer) -> (Running, 
 }
 
 #[test]
-fn of_two_machines_one_trains_and_the_other_takes_over_when_that_is_killed() {
+fn one_of_two_machines_trains_and_the_other_takes_over_after_a_kill() {
     let lab = Lab::on_files();
-    // Far more steps than the first has time for.
+    // Far more steps than the first machine has time for.
     let (first, second) = pair(&lab, "pair", |it| it.args(&["--set", "train.steps=100000"]));
     second.wait_for("standby event", |event| event.kind() == "standby");
     first.wait_for_step("checkpoint", EVERY);
@@ -397,7 +395,7 @@ fn of_two_machines_one_trains_and_the_other_takes_over_when_that_is_killed() {
     let order: Vec<String> = kinds.filter(|kind| matches!(kind.as_str(), "standby" | "formed")).collect();
     assert_eq!(order, ["standby", "formed"], "{}", second.story());
     assert!(first.of_kind("standby").is_empty(), "{}", first.story());
-    // Every step from the first on, and where both made one, the same; the first may have got further without a
+    // Every step from the first on; a step that both made is the same. The first may have got further without a
     // checkpoint.
     let last = second.last("interrupted").step().max(first.last("step").step()).expect("a step");
     assert_eq!(losses(&[&first, &second]).into_keys().collect::<Vec<_>>(), (1..=last).collect::<Vec<_>>());
@@ -405,7 +403,7 @@ fn of_two_machines_one_trains_and_the_other_takes_over_when_that_is_killed() {
 }
 
 #[test]
-fn one_that_stands_by_has_nothing_to_do_when_the_other_completes_and_leaves_when_told() {
+fn a_waiting_machine_has_nothing_to_do_after_completion_and_exits_on_request() {
     let lab = Lab::on_files();
     // Two more come while the first is at work.
     let (first, second) = pair(&lab, "end", |it| it.hold_after(2));
@@ -440,7 +438,7 @@ fn short_run(lab: &Lab, metadata: &MetadataServer, endpoint: &str, run: &str) ->
 }
 
 #[test]
-fn a_machine_of_a_group_leaves_it_and_nothing_comes_in_its_place() {
+fn a_machine_leaves_its_group_and_is_not_replaced() {
     let Some(moto) = Moto::start("unused") else { return };
     let lab = Lab::on_files();
     let client = aws_sdk_autoscaling::Client::new(&aws(&moto.endpoint()));
@@ -482,7 +480,7 @@ fn a_machine_that_leaves_its_group_does_not_wait_at_the_groups_hook() {
     let at = |call: &str| calls.iter().position(|path| path == call);
     assert!(at("/?Action=TerminateInstanceInAutoScalingGroup") < at(COMPLETE), "{calls:?}");
 
-    // Somebody else's hook.
+    // Another one's hook.
     let before = metadata.requests_of(COMPLETE).len();
     short_run(&lab, &metadata, &metadata.endpoint(), "held")
         .args(&["--set", "notice.lifecycle_hook=none"])
@@ -492,7 +490,7 @@ fn a_machine_that_leaves_its_group_does_not_wait_at_the_groups_hook() {
 }
 
 #[test]
-fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced() {
+fn a_machine_that_cannot_leave_its_group_powers_off_unless_it_would_be_replaced() {
     let lab = Lab::on_files();
     let metadata = MetadataServer::start();
     let refusal = |code: &str, message: &str| {
@@ -528,7 +526,7 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
     ]);
     assert_eq!(called(&lab), "systemctl poweroff\n", "it powered off in a group");
 
-    // Who does not answer may do so later.
+    // A service that does not answer may do so later.
     let closed = "127.0.0.1:1";
     let silent = short_run(&lab, &metadata, &format!("http://{closed}"), "silent").start();
     silent.wait_until_said("the group is asked again in 60 s");
@@ -536,7 +534,7 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
     silent.finish().expect_code(0);
     assert_eq!(called(&lab), "systemctl poweroff\n", "it powered off in a group that is silent");
 
-    // In none, as its metadata says, which is what the API could not say.
+    // In no group according to its metadata, which the API could not say.
     metadata.set(LIFECYCLE, 404);
     short_run(&lab, &metadata, &denied, "groupless").finish().expect_code(0).expect_said(&["powering off"]);
     assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n");
@@ -548,7 +546,7 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
         .expect_said(&["TRAINER_POWER_OFF=host"]);
     assert_eq!(called(&lab), "systemctl poweroff\nsystemctl poweroff\n", "that was left to somebody else");
 
-    // A machine of no cloud, there for the run, which is complete.
+    // A machine of no cloud, dedicated to a run that is complete.
     let path = [stand_ins(&lab, &[])];
     std::fs::remove_file(PathBuf::from(&path[0].1).join("systemctl")).expect("remove a stand-in");
     let path = [stand_ins(&lab, &["shutdown"])];
@@ -560,7 +558,7 @@ fn a_machine_that_can_not_leave_a_group_powers_off_unless_it_would_be_replaced()
 }
 
 #[test]
-fn who_asks_for_a_run_that_is_complete_keeps_his_machine_and_who_completes_it_does_not() {
+fn only_the_node_that_completes_a_run_gives_up_its_machine() {
     let lab = Lab::on_files();
     let path = [stand_ins(&lab, &["systemctl"])];
     let short = ["--set", "train.steps=2", "--set", "train.schedule.warmup_steps=0"];
@@ -608,7 +606,7 @@ fn datasets_are_kept_on_the_local_disk_of_the_machine() {
 }
 
 #[test]
-fn what_the_run_says_of_its_store_holds_on_every_machine() {
+fn the_runs_storage_settings_hold_on_every_machine() {
     let lab = Lab::on_s3();
     let uri = lab.uri();
     let more = ["--set", "storage.encryption=sse-s3", "--set", "train.steps=100000"];
@@ -632,7 +630,7 @@ fn what_the_run_says_of_its_store_holds_on_every_machine() {
 }
 
 #[test]
-fn what_a_later_life_changes_of_its_store_holds_at_once_and_from_then_on() {
+fn changed_storage_settings_hold_at_once_and_from_then_on() {
     let lab = Lab::on_s3();
     let uri = lab.uri();
     let class = "storage.storage_class=STANDARD_IA";
@@ -652,7 +650,7 @@ fn what_a_later_life_changes_of_its_store_holds_at_once_and_from_then_on() {
         let life = life.finish().expect_code(75);
         let newest = lab.newest_checkpoint("changed");
         assert!(newest.ends_with(&format!("-g{:04}", n + 1)), "{newest}\n{}", life.story());
-        // The first of this life's records, too: nothing is written as it was before.
+        // This includes the first records of this life: nothing is written with the old settings.
         let record = lab.keys("changed", "journal/").remove(records);
         for key in [format!("{newest}/manifest.json"), record] {
             let asked = lab.server().asked(&format!("runs/changed/{key}"), "PutObject").expect("a put");
@@ -663,7 +661,7 @@ fn what_a_later_life_changes_of_its_store_holds_at_once_and_from_then_on() {
 }
 
 #[test]
-fn the_store_is_asked_for_the_run_as_often_as_this_command_says() {
+fn the_look_up_of_the_run_obeys_the_attempts_of_this_command() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let life = lab.run("asked").start();
     life.wait_for("a step", |event| event.kind() == "step");
@@ -675,7 +673,7 @@ fn the_store_is_asked_for_the_run_as_often_as_this_command_says() {
         let refused =
             lab.about(command, "asked").args(&["--set", "storage.attempts=2"]).envs(&[nowhere(&lab)]).finish();
         let refused = refused.expect_code(69);
-        // The first record and the list are asked for side by side.
+        // The first record and the list are requested in parallel.
         let asked = proxy.broken() - before;
         assert!((2..=4).contains(&asked) && !refused.stderr.contains("attempt=2"), "{n}: {asked}\n{}", refused.story());
         proxy.disarm();
@@ -683,13 +681,13 @@ fn the_store_is_asked_for_the_run_as_often_as_this_command_says() {
 }
 
 #[test]
-fn who_is_stopped_before_the_run_exists_is_told_to_start_again() {
+fn a_boot_stopped_before_the_run_exists_says_how_to_start_again() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     upload_data(&lab);
     let setting = ["--set", "data.train=\"s3://bucket/data\""];
     let uri = lab.uri();
     let stopped = |command: Trainer| {
-        // The tokens do not come, for longer than this test is allowed to last.
+        // The tokens do not arrive, for longer than this test may last.
         let fault = proxy::Fault::Stall(std::time::Duration::from_secs(3600));
         proxy.arm(Rule { method: "GET", target: "/data/train-", fault, often: Often::Next(1_000_000) });
         let before = proxy.broken();
@@ -703,19 +701,20 @@ fn who_is_stopped_before_the_run_exists_is_told_to_start_again() {
     let machine = || boot(&lab, &["run.toml", "--run-id", "late", "--store", &uri]);
     for early in [stopped(lab.run("late")), stopped(machine())] {
         let early =
-            early.expect_said(&["stopped before the run was created, nothing is lost: give the same command again"]);
+            early.expect_said(&["stopped before the run was created, nothing lost: run the same command again"]);
         assert!(!early.stderr.contains("trainer resume"), "there is nothing to resume\n{}", early.story());
         assert!(lab.keys("late", "").is_empty(), "{}", early.story());
     }
-    // It is right: the same command makes the run. One that exists is resumed, by whoever is stopped as early.
+    // The message is right: the same command creates the run. An existing run is resumed, however early `boot` is
+    // stopped.
     machine().args(&setting).args(&["--set", "train.steps=5"]).finish().expect_code(0);
     std::fs::remove_dir_all(lab.path("cache")).expect("remove the local copy");
     stopped(lab.resume("late").args(&["--set", "train.steps=9"]))
-        .expect_said(&["carry on with: trainer resume --run-id late"]);
+        .expect_said(&["continue with: trainer resume --run-id late"]);
 }
 
 #[test]
-fn a_machine_with_gpus_is_waited_for_or_told_that_they_are_not_used() {
+fn boot_waits_for_gpus_or_says_that_they_are_not_used() {
     let lab = Lab::on_files();
     let root = lab.path("gpus");
     let device = root.join("sys/bus/pci/devices/0000:00:1e.0");
@@ -728,7 +727,7 @@ fn a_machine_with_gpus_is_waited_for_or_told_that_they_are_not_used() {
         let root = [("TRAINER_HOST_ROOT", root.display().to_string())];
         boot(&lab, &arguments).args(&short).envs(&root)
     };
-    // Hidden from this process, they are nothing to wait for.
+    // GPUs hidden from this process are not waited for.
     let hidden = on_it("hidden").envs(&[("CUDA_VISIBLE_DEVICES", String::new())]).finish().expect_code(0);
     if cfg!(torch_cuda) {
         hidden.expect_said(&["1 GPUs of this machine are not used: CUDA_VISIBLE_DEVICES hides them"]);
@@ -749,31 +748,31 @@ fn a_machine_with_gpus_is_waited_for_or_told_that_they_are_not_used() {
 }
 
 #[test]
-fn who_is_stopped_while_it_looks_for_its_run_leaves_at_once_and_begins_nothing() {
+fn a_boot_stopped_during_its_look_up_exits_at_once_and_begins_nothing() {
     let lab = Lab::on_files();
     let metadata = MetadataServer::start();
     metadata.storm(Fault::Hang);
-    // An instance: its service is asked again and again.
+    // An instance, whose service is asked again and again.
     let machine = || boot(&lab, &["run.toml", "--run-id", "early"]).envs(&metadata.envs()).envs(&[on_ec2(&lab)]);
     for signal in [Signal::TERM, Signal::INT, Signal::USR1] {
         let before = metadata.requests_of(TOKEN).len();
         let life = machine().start();
         life.wait_until("a question", || metadata.requests_of(TOKEN).len() > before);
-        // Asks for a save of nothing, and ends nobody.
+        // Asks for a save although there is nothing to save: it ends no process.
         life.signal(Signal::USR2);
         life.signal(signal);
-        let life = life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing is lost"]);
+        let life = life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing lost"]);
         assert!(life.events.is_empty() && lab.keys("early", "").is_empty(), "{}", life.story());
     }
 }
 
 #[test]
-fn who_is_stopped_while_the_store_is_silent_does_not_wait_for_it() {
+fn a_boot_stopped_while_the_store_is_silent_does_not_wait_for_it() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let fault = proxy::Fault::Stall(std::time::Duration::from_secs(3600));
     proxy.arm(Rule { method: "GET", target: "/bucket", fault, often: Often::Next(1_000_000) });
     let life = boot(&lab, &["run.toml", "--run-id", "early", "--store", &lab.uri()]).start();
     life.wait_until("a look for the run", || proxy.broken() > 0);
     life.signal(Signal::TERM);
-    life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing is lost"]);
+    life.finish().expect_code(75).expect_said(&["stopped before the run began, nothing lost"]);
 }

@@ -1,5 +1,5 @@
 //! Death at every step of the commit order, of workers and of agents: the run resumes from a whole checkpoint, never
-//! from half of one, and ends as the undisturbed run does.
+//! from half of one, and ends like the undisturbed run.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use crate::support::{
     trainer::Running,
 };
 
-/// A run that has saved after step 16, perhaps before that, and waits after step 17: a worker that is killed now has a
-/// successor which comes to its end without waiting there.
+/// A run that has saved after step 16, perhaps also before, and pauses after step 17. The successor of a worker that is
+/// killed now comes to the end without a pause.
 fn held_after_a_checkpoint(lab: &Lab, run: &str, every: &str) -> Running {
     let running = lab.run(run).hold_after(17).args(&["--set", &format!("checkpoint.every=\"{every}\"")]).start();
     running.held();
@@ -60,7 +60,7 @@ fn death_after_the_commit_record_leaves_the_whole_checkpoint() {
 }
 
 #[test]
-fn a_save_that_panics_is_made_again_and_the_run_completes() {
+fn a_save_that_panics_is_repeated_and_the_run_completes() {
     let lab = Lab::on_files();
     let life = lab.run("panics").faults("save.after-manifest=panic@hit=1").finish();
     let life = life.expect_code(0).expect_said(&["fault injected at save.after-manifest"]);
@@ -81,7 +81,7 @@ fn a_killed_worker_is_replaced_and_the_run_completes_by_itself() {
 }
 
 #[test]
-fn workers_start_again_from_memory_though_no_checkpoint_can_be_read() {
+fn workers_restart_from_memory_even_if_no_checkpoint_can_be_read() {
     let (lab, proxy) = Lab::on_s3_through_proxy(31);
     let running = held_after_a_checkpoint(&lab, "memory", "16 steps");
     running.wait_for_step("checkpoint", 16);
@@ -100,11 +100,11 @@ fn workers_start_again_from_memory_though_no_checkpoint_can_be_read() {
 }
 
 #[test]
-fn a_snapshot_newer_than_the_checkpoints_is_committed_before_the_workers_start_again_from_it() {
+fn a_snapshot_newer_than_the_checkpoints_is_committed_before_workers_restart_from_it() {
     let (lab, proxy) = Lab::on_s3_through_proxy(32);
-    // Nothing of the first save gets through until its worker is dead.
+    // No part of the first save gets through until its worker is dead.
     proxy.arm(Rule { method: "PUT", target: "optimizer-", fault: Fault::SlowDown, often: Often::Percent(100) });
-    // One snapshot is on its way, a second one waits for it: the wait for its capture is over before the next step
+    // One snapshot is being uploaded and a second one waits: the wait for its capture is over before the next step
     // ends.
     let running = held_after_a_checkpoint(&lab, "newer", "8 steps");
     kill_process(running.workers().pop().expect("a worker"), Signal::KILL).expect("kill a worker");
@@ -135,7 +135,7 @@ fn a_worker_that_dies_at_the_same_step_again_and_again_ends_the_run_with_a_clear
 #[test]
 fn workers_that_hang_are_ended_and_the_run_completes() {
     let lab = Lab::on_files();
-    // A worker stops for ever; the other one waits for it in a collective.
+    // A worker stops forever; the other one waits for it in a collective.
     let hangs = lab.run("hangs").hold_after(17).args(&["--set", "checkpoint.every=\"16 steps\""]);
     let life = hangs.args(&["--set", "restart.hang=\"20s\""]).finish().expect_code(0);
     let died = life.last("worker_died");

@@ -1,4 +1,4 @@
-//! Damaged checkpoints, and stores that lose, cut and garble what is said to them.
+//! Damaged checkpoints, and stores that lose, cut and garble requests and answers.
 
 use std::time::Duration;
 
@@ -7,15 +7,15 @@ use crate::support::{
     proxy::{Fault, Often, Rule},
 };
 
-/// The newest checkpoint's first object whose name begins so.
+/// The first object of the newest checkpoint whose name begins with this.
 fn object(lab: &Lab, begins: &str) -> String {
     let folder = lab.newest_checkpoint(ORIGIN);
     let keys = lab.keys(ORIGIN, &format!("{folder}/{begins}"));
     keys.into_iter().next().unwrap_or_else(|| panic!("no {begins} in {folder}"))
 }
 
-/// After `damage` to one object of the newest checkpoint the run warns, names the object, and resumes from the one
-/// before.
+/// After `damage` to one object of the newest checkpoint the run warns, names the object, and resumes from the
+/// checkpoint before it.
 fn stepped_over(begins: &str, damage: impl FnOnce(&Lab, &str)) {
     let lab = Lab::on_interrupted_run();
     let key = object(&lab, begins);
@@ -29,7 +29,7 @@ fn stepped_over(begins: &str, damage: impl FnOnce(&Lab, &str)) {
 }
 
 #[test]
-fn a_weight_with_one_bit_turned_over_is_stepped_over() {
+fn a_checkpoint_with_a_flipped_bit_in_a_weight_is_skipped() {
     stepped_over("model-", |lab, key| {
         lab.damage(ORIGIN, key, |bytes| {
             let middle = bytes.len() / 2;
@@ -39,17 +39,17 @@ fn a_weight_with_one_bit_turned_over_is_stepped_over() {
 }
 
 #[test]
-fn a_moment_shard_cut_short_is_stepped_over() {
+fn a_checkpoint_with_a_truncated_moment_shard_is_skipped() {
     stepped_over("optimizer-", |lab, key| lab.damage(ORIGIN, key, |bytes| bytes.truncate(bytes.len() / 2)));
 }
 
 #[test]
-fn a_missing_shard_is_stepped_over() {
+fn a_checkpoint_with_a_missing_shard_is_skipped() {
     stepped_over("model-", |lab, key| lab.remove(ORIGIN, key));
 }
 
 #[test]
-fn a_manifest_with_one_bit_turned_over_is_stepped_over() {
+fn a_checkpoint_with_a_flipped_bit_in_its_manifest_is_skipped() {
     stepped_over("manifest.json", |lab, key| {
         lab.damage(ORIGIN, key, |bytes| {
             let middle = bytes.len() / 2;
@@ -59,12 +59,12 @@ fn a_manifest_with_one_bit_turned_over_is_stepped_over() {
 }
 
 #[test]
-fn a_missing_manifest_is_stepped_over() {
+fn a_checkpoint_without_its_manifest_is_skipped() {
     stepped_over("manifest.json", |lab, key| lab.remove(ORIGIN, key));
 }
 
 #[test]
-fn when_no_checkpoint_is_whole_the_run_says_so_and_does_not_start_over() {
+fn a_run_without_a_whole_checkpoint_says_so_and_does_not_start_over() {
     let lab = Lab::on_interrupted_run();
     for key in lab.keys(ORIGIN, "checkpoints/") {
         if key.ends_with(".safetensors") {
@@ -76,7 +76,7 @@ fn when_no_checkpoint_is_whole_the_run_says_so_and_does_not_start_over() {
 }
 
 #[test]
-fn a_run_through_a_store_that_fails_one_request_in_ten_ends_as_the_undisturbed_one() {
+fn a_run_on_a_store_that_fails_every_tenth_request_ends_like_the_undisturbed_one() {
     for seed in [1, 2] {
         println!("seed {seed}");
         let (lab, proxy) = Lab::on_s3_through_proxy(seed);
@@ -92,7 +92,7 @@ fn a_run_through_a_store_that_fails_one_request_in_ten_ends_as_the_undisturbed_o
 }
 
 #[test]
-fn a_write_whose_acknowledgement_is_lost_is_recognised_as_its_own() {
+fn a_write_whose_answer_is_lost_is_recognised_as_our_own() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let fault = Fault::LoseAnswer;
     for target in ["/journal/", "/manifest.json", "/receipt-"] {
@@ -100,7 +100,7 @@ fn a_write_whose_acknowledgement_is_lost_is_recognised_as_its_own() {
     }
     let life = lab.run("lost").finish().expect_code(0);
     assert!(proxy.broken() >= 6, "{} answers were lost", proxy.broken());
-    // One record for each: a retry did not append a second one.
+    // One record for each: no retry appended a second one.
     let records: Vec<serde_json::Value> = lab
         .keys("lost", "journal/")
         .iter()
@@ -113,7 +113,7 @@ fn a_write_whose_acknowledgement_is_lost_is_recognised_as_its_own() {
 }
 
 #[test]
-fn a_bit_turned_over_on_the_way_never_reaches_the_weights() {
+fn a_bit_flipped_in_transfer_never_reaches_the_weights() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let running = lab.run("garbled").hold_after(2 * EVERY + 1).start();
     running.wait_for_step("checkpoint", 2 * EVERY);
@@ -127,8 +127,8 @@ fn a_bit_turned_over_on_the_way_never_reaches_the_weights() {
     lab.expect_as_undisturbed("garbled", &[&first, &second]);
 }
 
-/// The next answers to reads of `target` are garbled; the run must go on from its newest checkpoint all the same, which
-/// is not written off: it lies whole in the store.
+/// The next answers to reads of `target` are garbled. The run must still continue from its newest checkpoint, which
+/// stays good: it is whole in the store.
 fn garbled_on_the_way(target: &'static str, at: usize, times: u32) {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let running = lab.run("garbled").hold_after(EVERY + 1).start();
@@ -146,18 +146,18 @@ fn garbled_on_the_way(target: &'static str, at: usize, times: u32) {
 }
 
 #[test]
-fn a_manifest_garbled_on_the_way_costs_no_checkpoint() {
+fn a_manifest_garbled_in_transfer_costs_no_checkpoint() {
     garbled_on_the_way("/manifest.json", 100, 2);
 }
 
-/// The run's own record, which everything stands on.
+/// The run's own record, on which everything rests.
 #[test]
-fn a_journal_record_garbled_on_the_way_costs_nothing() {
+fn a_journal_record_garbled_in_transfer_costs_nothing() {
     garbled_on_the_way("/journal/00000000000000000001.json", 0, 1);
 }
 
 #[test]
-fn weights_garbled_twice_on_the_way_cost_no_checkpoint() {
+fn weights_garbled_twice_in_transfer_cost_no_checkpoint() {
     garbled_on_the_way("/model-", 5000, 2);
 }
 

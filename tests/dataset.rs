@@ -1,5 +1,4 @@
-//! What a run is made of: it goes on with the data that it was trained on, on whole shards, and on the device that is
-//! meant.
+//! A run's inputs: it continues with the data that it was trained on, reads whole shards, and uses the intended device.
 
 use std::{
     os::unix::fs::MetadataExt,
@@ -15,7 +14,7 @@ use crate::support::{
     trainer::{Finished, Trainer},
 };
 
-/// The URI of a dataset of this lab's own, and its configuration, which trains on it.
+/// The URI of this lab's own dataset, and a configuration that trains on it.
 fn own_data(lab: &Lab) -> String {
     let uri = if lab.uri().starts_with("s3:") {
         "s3://bucket/own".to_owned()
@@ -69,7 +68,7 @@ fn refused(life: Finished, code: i32, said: &[&str]) -> Finished {
 }
 
 #[test]
-fn another_dataset_in_the_place_of_the_runs_is_refused_until_it_is_named() {
+fn another_dataset_in_place_of_the_runs_is_refused_until_it_is_named() {
     for lab in [Lab::on_files(), Lab::on_s3()] {
         let uri = own_data(&lab);
         to(lab.run("own"), 6).finish().expect_code(0);
@@ -91,16 +90,16 @@ fn another_dataset_in_the_place_of_the_runs_is_refused_until_it_is_named() {
                 &["is not the one that run own was trained on", way_out.as_str()],
             );
             to(lab.resume("own"), to_go).args(&["--from", "6"]).finish().expect_code(78);
-            // A machine that boots again with its settings names nothing new.
+            // A machine that boots again with its settings does not name new data.
             let set = format!("data.train={uri}");
             to(lab.command(&["boot", "run.toml", "--run-id", "own", "--set", &set]), to_go).finish().expect_code(78);
             to(lab.resume("own"), to_go).args(&["--set", &set]).finish().expect_code(0);
             to_go += 1;
-            // From here on it is the run's.
+            // From here on it is the run's data.
             to(lab.resume("own"), to_go).finish().expect_code(0);
             to_go += 1;
         }
-        // In another place a copy is the same data, and whoever names the place names the data.
+        // A copy in another place is the same data, and naming the place names the data.
         prepare(&lab, &uri, &text, "train:400").finish().expect_code(0);
         refused(to(lab.resume("own"), to_go).finish(), 78, &["made with another tokenizer"]);
         let set = format!("data.train={uri}");
@@ -110,7 +109,7 @@ fn another_dataset_in_the_place_of_the_runs_is_refused_until_it_is_named() {
     }
 }
 
-/// Changes the newest checkpoint's state, and everything that vouches for its bytes.
+/// Changes the newest checkpoint's state, and every checksum of it.
 fn rewrite_state(lab: &Lab, run: &str, change: impl FnOnce(&mut Value)) {
     let folder = lab.newest_checkpoint(run);
     let key = format!("{folder}/trainer_state.json");
@@ -135,7 +134,7 @@ fn rewrite_state(lab: &Lab, run: &str, change: impl FnOnce(&mut Value)) {
     lab.damage(run, &manifest_key, |bytes| *bytes = manifest);
 }
 
-/// Takes out of the journal what earlier versions did not write.
+/// Removes from the journal the fields that earlier versions did not write.
 fn forget_data(lab: &Lab, run: &str) {
     for journal in lab.keys(run, "journal/") {
         let mut entry: Value = serde_json::from_slice(&lab.read(run, &journal)).expect("JSON");
@@ -146,14 +145,14 @@ fn forget_data(lab: &Lab, run: &str) {
 }
 
 #[test]
-fn a_run_of_an_earlier_version_takes_up_its_data_and_its_checkpoints_tell_another_tokenizer() {
+fn a_run_of_an_earlier_version_records_its_data_and_notices_another_tokenizer() {
     let lab = Lab::on_files();
     let uri = own_data(&lab);
     to(lab.run("old"), 6).finish().expect_code(0);
     forget_data(&lab, "old");
     rewrite_state(&lab, "old", |state| drop(state.as_object_mut().expect("an object").remove("data")));
     let tokenizer = of_data(&lab, "tokenizer.json");
-    // Nothing but the checkpoint's tokenizer tells.
+    // Only the checkpoint's tokenizer shows it.
     prepare(&lab, &uri, &sample_text(), "train:400").finish().expect_code(0);
     refused(to(lab.resume("old"), 8).finish(), 78, &["another tokenizer", "tokenizer.json"]);
     // The checkpoint knows more than the journal.
@@ -163,7 +162,7 @@ fn a_run_of_an_earlier_version_takes_up_its_data_and_its_checkpoints_tell_anothe
     forget_data(&lab, "old");
     prepare(&lab, &uri, &sample_text().replace("light", "night"), &tokenizer).finish().expect_code(0);
     refused(to(lab.resume("old"), 9).finish(), 78, &["is not the one that run old was trained on"]);
-    // Where neither of them names it, the place that the checkpoint has reached tells other data.
+    // If neither names it, the position that the checkpoint has reached shows other data.
     rewrite_state(&lab, "old", |state| drop(state.as_object_mut().expect("an object").remove("data")));
     prepare(&lab, &uri, &sample_text()[..4000], &tokenizer).finish().expect_code(0);
     refused(to(lab.resume("old"), 9).finish(), 78, &["is not the one that run old was trained on", "its epoch is"]);
@@ -185,7 +184,7 @@ fn a_state_that_contradicts_its_run_is_an_error_that_names_file_and_field() {
         let its = format!("its {field} is");
         refused(lab.resume("origin").finish(), 65, &["trainer_state.json", its.as_str()]);
     }
-    // One that is damaged is stepped over, as any part of a checkpoint.
+    // A damaged one is skipped, like any part of a checkpoint.
     let lab = Lab::on_interrupted_run();
     let folder = lab.newest_checkpoint("origin");
     lab.damage("origin", &format!("{folder}/trainer_state.json"), |bytes| bytes[20] ^= 1);
@@ -196,7 +195,7 @@ fn a_state_that_contradicts_its_run_is_an_error_that_names_file_and_field() {
 }
 
 #[test]
-fn data_that_is_replaced_under_a_run_is_seen_before_its_workers_start_again() {
+fn data_replaced_under_a_run_is_noticed_before_its_workers_restart() {
     let lab = Lab::on_files();
     let uri = own_data(&lab);
     let running = lab.run("under").hold_after(EVERY + 1).start();
@@ -222,7 +221,7 @@ fn turn_a_bit(path: &Path) {
 }
 
 #[test]
-fn a_turned_bit_in_a_shard_is_never_trained_on() {
+fn a_shard_with_a_flipped_bit_is_never_trained_on() {
     let lab = Lab::on_files();
     own_data(&lab);
     to(lab.run("before"), 6).finish().expect_code(0);
@@ -231,7 +230,7 @@ fn a_turned_bit_in_a_shard_is_never_trained_on() {
     assert_eq!(lab.keys("after", ""), Vec::<String>::new(), "no run was made");
     refused(to(lab.resume("before"), 8).finish(), 65, &["train-00000.bin", "CRC64"]);
 
-    // In a cache it is fetched again, and so is an index that a power cut has left empty.
+    // In a cache it is fetched again, and so is an index that a power cut left empty.
     let lab = Lab::on_s3();
     own_data(&lab);
     let first = to(lab.run("one"), 6).finish().expect_code(0);
@@ -248,12 +247,12 @@ fn a_turned_bit_in_a_shard_is_never_trained_on() {
 }
 
 #[test]
-fn a_user_without_a_home_has_data_in_a_private_folder_that_goes_with_the_process() {
+fn without_a_home_the_data_is_in_a_private_folder_that_ends_with_the_process() {
     let lab = Lab::on_s3();
     own_data(&lab);
     let temporary = lab.path("tmp");
     std::fs::create_dir(&temporary).expect("a folder");
-    // What others may have laid there.
+    // Files that others may have left there.
     let trap = lab.path("trap");
     std::fs::create_dir(&trap).expect("a folder");
     std::os::unix::fs::symlink(&trap, temporary.join("trainer")).expect("a link");
@@ -274,7 +273,7 @@ fn a_user_without_a_home_has_data_in_a_private_folder_that_goes_with_the_process
     assert!(!folder.exists(), "it goes with the process");
     assert_eq!(std::fs::read_dir(&trap).expect("the trap").count(), 0, "nothing follows a link");
 
-    // A cache that is a link leads nowhere, either.
+    // A cache that is a link is not followed, either.
     std::fs::create_dir_all(lab.path("cache/trainer")).expect("a folder");
     let _ = std::fs::remove_dir_all(lab.path("cache/trainer/datasets"));
     std::os::unix::fs::symlink(&trap, lab.path("cache/trainer/datasets")).expect("a link");
@@ -294,7 +293,7 @@ fn machine(lab: &Lab, name: &str, files: &[(&str, &str)]) -> [(&'static str, Str
 }
 
 #[test]
-fn a_machine_whose_gpus_would_stay_idle_trains_on_its_cpu_only_where_that_is_meant() {
+fn a_machine_with_idle_gpus_trains_on_its_cpu_only_on_request() {
     const DRIVER: (&str, &str) =
         ("proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\n");
     if cfg!(torch_cuda) {
@@ -316,13 +315,13 @@ fn a_machine_whose_gpus_would_stay_idle_trains_on_its_cpu_only_where_that_is_mea
     refused(to(lab.resume("none"), 8).envs(&gpus).envs(&auto).finish(), 78, &said);
     let on_cpu = to(lab.resume("none"), 8).args(&["--set", "parallel.device=cpu"]);
     on_cpu.envs(&gpus).envs(&auto).finish().expect_code(0);
-    // It stays what it was set to.
+    // The setting is kept.
     to(lab.resume("none"), 9).envs(&gpus).envs(&auto).finish().expect_code(0);
     let hidden = [("CUDA_VISIBLE_DEVICES", String::new())];
     to(lab.run("hidden"), 6).envs(&gpus).envs(&auto).envs(&hidden).finish().expect_code(0);
     refused(to(lab.resume("hidden"), 8).args(&["--set", "parallel.device=cuda"]).finish(), 78, &["no CUDA"]);
 
-    // A container without GPUs may have the others of their files, and sees the machine's bus.
+    // A container without GPUs may have some of their other files, and sees the machine's bus.
     let bus = "sys/bus/pci/devices/0000:00:1e.0";
     let (vendor, class) = (format!("{bus}/vendor"), format!("{bus}/class"));
     let container = [

@@ -1,8 +1,9 @@
-//! The deadline decides what is saved: real runs on a store that takes so many bytes a second and no more, asked to
-//! stop with more or less time left.
+//! The deadline decides what is saved: real runs on a store with a fixed bandwidth, asked to stop with more or less
+//! time left.
 //!
-//! No test waits for time to pass: the line to the store is the clock, and what it has carried says how far a save has
-//! got. Saves take several seconds and steps a hundredth of one, so that a loaded machine changes little.
+//! No test waits for time to pass: the line to the store is the clock, and the bytes that it has carried show the
+//! progress of a save. Saves take several seconds and steps a hundredth of one, so that a loaded machine changes
+//! little.
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -13,12 +14,11 @@ use crate::support::{
     trainer::{Finished, Running},
 };
 
-/// A save takes so long on the narrow line, seconds.
+/// The time of a save on the narrow line, seconds.
 const SAVE_S: u64 = 8;
 
-/// A run that saves all the time, on a line that carries one save in [`SAVE_S`]; such a share of its second save is
-/// through. The line is narrowed while nothing is on it: a save that had passed it half and half would be a measure of
-/// neither.
+/// A run that saves all the time, on a line that carries one save in [`SAVE_S`]. This share of its second save is
+/// through. The line is narrowed while it is idle: a save that had passed it at both speeds would measure neither.
 fn under_way(lab: &Lab, proxy: &FaultProxy, share: f64, window: &str) -> Running {
     let running = lab
         .run("held")
@@ -26,7 +26,7 @@ fn under_way(lab: &Lab, proxy: &FaultProxy, share: f64, window: &str) -> Running
         .envs(&[("TRAINER_STOP_WINDOW", window.to_owned())])
         .hold_after(EVERY + 1)
         .start();
-    // Of one save the bytes are known now, and the next one is not due while the run is held.
+    // The bytes of a save are known now, and the next one is not due while the run is held.
     let bytes = running.wait_for_step("checkpoint", EVERY).value["bytes"].as_u64().expect("its size");
     running.held();
     proxy.set_line(Line { bulk: Some(bytes / SAVE_S), ..Line::default() });
@@ -40,7 +40,7 @@ fn under_way(lab: &Lab, proxy: &FaultProxy, share: f64, window: &str) -> Running
     running
 }
 
-/// The one interruption of the run, as `trainer explain` tells it.
+/// The one interruption of the run, as `trainer explain` shows it.
 fn explained(lab: &Lab, life: &Finished) -> Value {
     let explain = lab.about("explain", "held").args(&["--json"]).finish().expect_code(0);
     let line = explain.stdout.lines().next().unwrap_or_else(|| panic!("nothing was told\n{}", life.story()));
@@ -48,14 +48,14 @@ fn explained(lab: &Lab, life: &Finished) -> Value {
 }
 
 fn near(drain: &Value, story: &str) {
-    // From when the plan was made: what came before is not the save's.
+    // Counted from the plan: the time before it does not belong to the save.
     let since = |name: &str| Some(drain[name].as_f64()? - drain["planned_s"].as_f64()?);
     let (Some(predicted), Some(actual)) = (since("predicted_s"), since("actual_s")) else { panic!("{drain}\n{story}") };
     assert!((actual / predicted - 1.0).abs() < 0.25, "predicted {predicted} s, took {actual} s\n{drain}\n{story}");
 }
 
 #[test]
-fn with_time_enough_the_newest_step_is_saved_as_predicted() {
+fn with_enough_time_the_newest_step_is_saved_as_predicted() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let running = under_way(&lab, &proxy, 0.5, "100s");
     running.signal(Signal::TERM);
@@ -74,8 +74,7 @@ fn with_time_enough_the_newest_step_is_saved_as_predicted() {
 #[test]
 fn with_too_little_time_the_save_under_way_is_finished() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
-    // Half of a save needs 4 s. One and a half need 12 s: even at the best pace that was ever hoped for, more than 7.5
-    // s.
+    // Half of a save needs 4 s. One and a half need 12 s: even at the best pace expected, more than 7.5 s.
     let running = under_way(&lab, &proxy, 0.5, "9s");
     let before = running.events("checkpoint").last().and_then(|event| event.step()).expect("a checkpoint");
     running.signal(Signal::TERM);
@@ -91,7 +90,7 @@ fn with_too_little_time_the_save_under_way_is_finished() {
 }
 
 #[test]
-fn with_no_time_the_journal_says_what_was_lost() {
+fn without_time_the_journal_says_what_was_lost() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let running = under_way(&lab, &proxy, 0.0, "3s");
     running.signal(Signal::TERM);
@@ -109,12 +108,12 @@ fn with_no_time_the_journal_says_what_was_lost() {
 }
 
 #[test]
-fn a_save_that_does_not_come_through_is_given_up_in_time() {
+fn a_save_that_does_not_get_through_is_given_up_in_time() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let window = [("TRAINER_STOP_WINDOW", "6s".to_owned())];
     let running = lab.run("held").args(&["--set", "train.steps=100000"]).envs(&window).start();
     running.wait_for("a second checkpoint", |event| event.kind() == "checkpoint" && event.step() > Some(4));
-    // The store stops taking checkpoints, for longer than this test is allowed to last.
+    // The store stops accepting checkpoints, for longer than this test may last.
     let fault = Fault::Stall(std::time::Duration::from_secs(3600));
     proxy.arm(Rule { method: "PUT", target: "/checkpoints/", fault, often: Often::Next(1_000_000) });
     running.wait_until("a save that hangs", || proxy.broken() > 0);
@@ -137,7 +136,7 @@ fn with_time_to_spare_it_saves_at_once_and_trains_on() {
         .args(&["--set", "train.steps=1000000", "--set", "checkpoint.every=\"1h\"", "--set", &setting])
         .start();
     running.wait_for_step("step", 3);
-    // What a save takes must be known, or there would be nothing to reckon with.
+    // The time of a save must be known, or there would be no estimate.
     running.signal(Signal::USR2);
     let first = running.wait_for("a checkpoint", |event| event.kind() == "checkpoint").step();
     std::fs::write(&file, "25").expect("write the notice");
@@ -153,7 +152,7 @@ fn with_time_to_spare_it_saves_at_once_and_trains_on() {
     let timeline: Vec<&str> =
         told["drain"]["timeline"].as_array().expect("moments").iter().filter_map(|m| m["what"].as_str()).collect();
     assert!(timeline[1].contains("training goes on until "), "{timeline:?}");
-    // The seconds that were trained in are not part of what was expected of the save.
+    // The seconds of training are not part of the time expected for the save.
     let (planned, off) = (told["drain"]["planned_s"].as_f64(), told["prediction_error"].as_f64());
     let took = told["drain"]["actual_s"].as_f64().zip(planned).map(|(actual, planned)| actual - planned);
     let expected = told["drain"]["predicted_s"].as_f64().zip(planned).map(|(at, planned)| at - planned);

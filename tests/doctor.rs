@@ -1,4 +1,4 @@
-//! `trainer doctor` against stores that lack something, metadata services that are in the way, and quotas that are too
+//! `trainer doctor` with stores that lack something, metadata services that do not answer, and quotas that are too
 //! small.
 
 use std::{
@@ -31,7 +31,7 @@ fn lines(life: &Finished) -> BTreeMap<String, Value> {
     life.events.iter().map(line).collect()
 }
 
-/// Demands these verdicts, and that whatever is not well says what to do.
+/// Demands these verdicts, and a remedy on every line that is not OK.
 #[track_caller]
 fn expect(life: &Finished, verdicts: &[(&str, &str)]) -> BTreeMap<String, Value> {
     let lines = lines(life);
@@ -54,7 +54,7 @@ const STORE: [&str; 6] =
     ["store put and get", "store list", "store create-once", "store multipart", "store sweep", "store delete"];
 
 #[test]
-fn a_machine_with_all_that_a_run_needs_is_well() {
+fn a_machine_with_everything_that_a_run_needs_passes() {
     let lab = Lab::on_s3();
     lab.server().set_rules(|rules| rules.abort_after_days = Some(2));
     let life = doctor(&lab).finish().expect_code(0);
@@ -79,9 +79,9 @@ fn a_machine_with_all_that_a_run_needs_is_well() {
 }
 
 #[test]
-fn what_a_store_lacks_is_named() {
+fn a_missing_ability_of_a_store_is_named() {
     let lab = Lab::on_s3();
-    // No rule at all is worth a warning, and no failure.
+    // A missing lifecycle rule is a warning, not a failure.
     let life = doctor(&lab).finish().expect_code(0);
     expect(&life, &[("lifecycle rule", "warn")]);
 
@@ -111,11 +111,11 @@ fn what_a_store_lacks_is_named() {
 }
 
 #[test]
-fn a_store_that_is_not_there_is_one_line_among_others() {
+fn a_missing_store_is_one_line_among_others() {
     let lab = Lab::on_files();
     let text = lab.config("").replace(&lab.uri(), "s3://nobody/runs");
     lab.write_config("run.toml", &text);
-    // A port that nobody listens on.
+    // A port without a listener.
     let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
     let life = doctor(&lab).envs(&crate::support::s3::client_env(&format!("http://{closed}"))).finish().expect_code(69);
     expect(&life, &[("store put and get", "fail"), ("libtorch", "ok"), ("memory", "ok"), ("stop time-out", "ok")]);
@@ -127,10 +127,10 @@ fn a_store_that_is_not_there_is_one_line_among_others() {
     assert!(found["configuration"]["found"].to_string().contains("chekpoint"), "{}", life.story());
 }
 
-/// What would stop a run in its first minute, on a machine that is paid: data and weights that are not there, or not
-/// whole.
+/// Problems that would stop a run in its first minute, on a machine that is paid for: data and weights that are missing
+/// or incomplete.
 #[test]
-fn what_a_configuration_names_is_looked_at() {
+fn the_places_that_a_configuration_names_are_checked() {
     let lab = Lab::on_s3();
     let text = lab.config("");
     let with = |from: &str, to: &str| {
@@ -147,7 +147,7 @@ fn what_a_configuration_names_is_looked_at() {
             assert!(found["dataset"].to_string().contains(said), "{said}\n{}", life.story());
         }
     }
-    // In a store: the index alone is read.
+    // In a store only the index is read.
     lab.server().write("data/index.json", read(&data_set().join("index.json")));
     let remote = format!("s3://{}/data", crate::support::s3::BUCKET);
     let life = with(&data, &remote).expect_code(0);
@@ -171,7 +171,7 @@ fn what_a_configuration_names_is_looked_at() {
     let found = expect(&life, &[("initial weights", "fail")]);
     assert!(found["initial weights"].to_string().contains("model-00002-of-00002"), "{}", life.story());
     std::fs::write(lab.path("base/model-00002-of-00002.safetensors"), "4567").expect("write a shard");
-    // All files are there, and none is one of tensors.
+    // All files exist, and none of them holds tensors.
     let life = begin("base").expect_code(78);
     let found = expect(&life, &[("initial weights", "fail")]);
     assert!(
@@ -181,7 +181,7 @@ fn what_a_configuration_names_is_looked_at() {
     );
 }
 
-/// Every cloud's service has its line, and a machine of one cloud is not told what to do on another.
+/// Every cloud's service has its line, and a machine of one cloud gets no advice for another.
 #[test]
 fn each_clouds_metadata_service_has_a_line() {
     let lab = Lab::on_files();
@@ -202,7 +202,7 @@ fn each_clouds_metadata_service_has_a_line() {
     assert!(!found["gcp metadata"].to_string().contains("HttpEndpoint"), "{}", life.story());
     metadata.calm();
 
-    // Nobody there: at home a warning, elsewhere nothing.
+    // No service: on its own cloud a warning, elsewhere nothing.
     let closed = std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
     let silent = [
         ("NO_GCE_CHECK", "false".to_owned()),
@@ -215,7 +215,7 @@ fn each_clouds_metadata_service_has_a_line() {
 }
 
 #[test]
-fn the_time_to_stop_is_held_against_the_saves_of_a_run() {
+fn the_time_to_stop_is_compared_with_the_saves_of_a_run() {
     let lab = Lab::on_interrupted_run();
     let asked = |window: &str| {
         let doctor = doctor(&lab).args(&["--run-id", ORIGIN]);
@@ -286,7 +286,7 @@ impl Drop for Quotas {
 }
 
 impl Quotas {
-    /// The environment in which an account has these quotas.
+    /// The environment of an account with these quotas.
     fn envs(&self) -> Vec<(&'static str, String)> {
         let keys = [("AWS_ACCESS_KEY_ID", "AKIATEST"), ("AWS_SECRET_ACCESS_KEY", "secret")];
         let mut variables: Vec<(&'static str, String)> = keys.map(|(name, value)| (name, value.to_owned())).to_vec();
@@ -297,9 +297,9 @@ impl Quotas {
     }
 }
 
-/// Whoever meets "Max spot instance count exceeded" has no machine yet.
+/// A user who meets "Max spot instance count exceeded" has no machine yet.
 #[test]
-fn a_quota_can_be_looked_at_before_there_is_a_machine() {
+fn a_quota_can_be_checked_before_there_is_a_machine() {
     let lab = Lab::on_files();
     let quotas = Quotas::start(11);
     let asked = |line: &str| {
@@ -318,7 +318,7 @@ fn a_quota_can_be_looked_at_before_there_is_a_machine() {
     let life = asked("--instance-type g5.xlarge --region eu-west-3").expect_code(78);
     let said = quota(&life, "fail");
     assert!(said.contains("0 vCPUs of G and VT spot machines in eu-west-3 (AWS's default"), "{}", life.story());
-    // Nothing is ok that is not known.
+    // Nothing unknown is OK.
     for line in ["--instance-type g5.xlarge", "--instance-type p9.xlarge --region us-east-1"] {
         quota(&asked(line).expect_code(0), "warn");
     }
@@ -340,7 +340,7 @@ fn metadata_hop_limit_and_quota() {
     }
     quotas.value.store(8, Ordering::Relaxed);
     expect(&on_instance().finish().expect_code(0), &[("instance metadata", "ok"), ("spot quota", "ok")]);
-    // A machine of 48 vCPUs has as many for the quota, whatever of them a container shows.
+    // A machine of 48 vCPUs counts as 48 for the quota, whatever a container shows of them.
     metadata.set(
         "/latest/dynamic/instance-identity/document",
         serde_json::json!({"instanceId": "i-1", "region": "us-east-1", "instanceType": "g5.12xlarge"}),
@@ -349,7 +349,7 @@ fn metadata_hop_limit_and_quota() {
     let found = expect(&life, &[("spot quota", "fail")]);
     assert!(found["spot quota"]["found"].to_string().contains("g5.12xlarge takes 48"), "{}", life.story());
 
-    // The answer to the PUT dies on the way, as with a hop limit of 1; a plain GET is answered with 401.
+    // The answer to the PUT is dropped, as with a hop limit of 1; a plain GET is answered with 401.
     metadata.storm_on(TOKEN, Fault::Hang);
     let life = on_instance().finish().expect_code(78);
     let found = expect(&life, &[("instance metadata", "fail"), ("spot quota", "skipped")]);

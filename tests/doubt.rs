@@ -1,5 +1,5 @@
-//! One machine's doubt condemns nothing for ever: a machine that garbles all that it reads leaves a run as it was, and
-//! what was condemned is taken back when somebody reads it whole.
+//! One machine's doubt condemns nothing forever: a machine that garbles all its reads leaves a run as it was, and a
+//! verdict is withdrawn once the checkpoint is read whole.
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -17,7 +17,7 @@ fn journal(lab: &Lab, run: &str) -> Vec<Value> {
     keys.map(|key| serde_json::from_slice(&lab.read(run, &key)).expect("a record")).collect()
 }
 
-/// Those of this kind.
+/// The records of this kind.
 fn records(lab: &Lab, run: &str, kind: &str) -> Vec<Value> {
     journal(lab, run).into_iter().filter(|entry| entry["record"]["kind"] == kind).collect()
 }
@@ -26,14 +26,14 @@ fn expect_nothing_condemned(lab: &Lab, run: &str, story: &str) {
     assert_eq!(records(lab, run, "damaged"), Vec::<Value>::new(), "{story}");
 }
 
-/// A healthy machine finds the run as the broken one has met it.
+/// A healthy machine finds the run as the broken one found it.
 fn expect_resumes_from_its_newest(lab: &Lab) {
     let life = lab.resume(ORIGIN).finish().expect_code(0);
     assert_eq!(life.resumed_from(), interrupted().step, "{}", life.story());
     lab.expect_as_undisturbed(ORIGIN, &[&interrupted().life, &life]);
 }
 
-/// Turns a bit of the newest checkpoint's weights over; gives the key.
+/// Flips a bit of the newest checkpoint's weights; returns the key.
 fn hurt_the_newest(lab: &Lab) -> String {
     let folder = lab.newest_checkpoint(ORIGIN);
     let key = lab.keys(ORIGIN, &format!("{folder}/model-")).remove(0);
@@ -49,7 +49,7 @@ fn flip(lab: &Lab, key: &str) {
 }
 
 #[test]
-fn a_machine_that_garbles_loads_but_not_single_reads_leaves_and_says_so() {
+fn a_machine_that_garbles_loads_but_not_single_reads_exits_and_says_so() {
     for (how, path) in [("bulk", "its bulk reads"), ("slot", "the memory of snapshot slot 0")] {
         let lab = Lab::on_interrupted_run();
         let life = garbled(lab.resume(ORIGIN), how).finish().expect_code(69);
@@ -60,9 +60,9 @@ fn a_machine_that_garbles_loads_but_not_single_reads_leaves_and_says_so() {
     }
 }
 
-/// What a connection delivers is copied into the slot: what lies there then counts, not what came.
+/// Bytes from a connection are copied into the slot: the slot's content counts, not the bytes that arrived.
 #[test]
-fn memory_of_a_slot_that_does_not_keep_what_comes_over_the_network_is_found_out() {
+fn faulty_slot_memory_is_noticed() {
     let lab = Lab::on_interrupted_run_on_s3();
     let life = garbled(lab.resume(ORIGIN), "slot").finish().expect_code(69);
     let path = "the memory of snapshot slot 0";
@@ -73,7 +73,7 @@ fn memory_of_a_slot_that_does_not_keep_what_comes_over_the_network_is_found_out(
 }
 
 #[test]
-fn a_disk_that_gives_other_bytes_at_each_reading_is_told_from_a_damaged_checkpoint() {
+fn a_disk_that_reads_differently_each_time_differs_from_a_damaged_checkpoint() {
     let lab = Lab::on_interrupted_run();
     let life = garbled(lab.resume(ORIGIN), "disk").finish().expect_code(69);
     let life = life.expect_said(&["this machine garbles what it reads", "other bytes each time"]);
@@ -82,7 +82,7 @@ fn a_disk_that_gives_other_bytes_at_each_reading_is_told_from_a_damaged_checkpoi
 }
 
 #[test]
-fn a_machine_to_which_everything_is_damaged_condemns_nothing_by_any_command() {
+fn no_command_condemns_anything_on_a_machine_that_finds_everything_damaged() {
     let lab = Lab::on_interrupted_run();
     let before = lab.keys(ORIGIN, "checkpoints/");
     let newest = interrupted().step.to_string();
@@ -107,7 +107,7 @@ fn a_machine_to_which_everything_is_damaged_condemns_nothing_by_any_command() {
 }
 
 #[test]
-fn a_run_on_a_machine_that_garbles_what_it_reads_condemns_and_deletes_nothing() {
+fn a_run_on_a_machine_that_garbles_its_reads_condemns_and_deletes_nothing() {
     let lab = Lab::on_files();
     let text =
         lab.config("\n[checkpoint.keep]\nlast = 2\n").replace("[checkpoint]\n", "[checkpoint]\nscrub = \"1s\"\n");
@@ -122,14 +122,14 @@ fn a_run_on_a_machine_that_garbles_what_it_reads_condemns_and_deletes_nothing() 
 }
 
 #[test]
-fn of_two_damaged_checkpoints_one_is_condemned_for_each_that_was_read_whole() {
+fn each_checkpoint_read_whole_allows_one_verdict() {
     let lab = Lab::on_interrupted_run();
     let mut hurt = vec![hurt_the_newest(&lab)];
     let middle = format!("checkpoints/s{:08}-g0001/optimizer-", 2 * EVERY);
     hurt.push(lab.keys(ORIGIN, &middle).remove(0));
     flip(&lab, &hurt[1]);
     let life = lab.resume(ORIGIN).hold_after(EVERY + 1).start();
-    // Its first commit is when it may write down what it had passed over.
+    // With its first commit it may record the checkpoint that it skipped.
     life.wait_until("a verdict", || !records(&lab, ORIGIN, "damaged").is_empty());
     let condemned = records(&lab, ORIGIN, "damaged");
     let life = life.power_off();
@@ -139,13 +139,13 @@ fn of_two_damaged_checkpoints_one_is_condemned_for_each_that_was_read_whole() {
     let place = |entry: &Value| all.iter().position(|other| other == entry).expect("it stands");
     let first = records(&lab, ORIGIN, "committed").into_iter().find(|c| c["record"]["generation"] != 1);
     assert!(place(&condemned[0]) > place(&first.expect("a commit")), "not before another one was read whole");
-    // The next one needs another proof; the bytes of both stay.
+    // The next verdict needs another proof; the bytes of both stay.
     let second = lab.resume(ORIGIN).finish().expect_code(0);
     lab.expect_as_undisturbed(ORIGIN, &[&interrupted().life, &life, &second]);
     assert!(hurt.iter().all(|key| !lab.read(ORIGIN, key).is_empty()));
 }
 
-/// A run of which a checkpoint was condemned that is whole again; gives its step.
+/// A run with a condemned checkpoint that is whole again; returns its step.
 fn wrongly_condemned() -> (Lab, u64) {
     let lab = Lab::on_interrupted_run();
     let key = hurt_the_newest(&lab);
@@ -153,7 +153,7 @@ fn wrongly_condemned() -> (Lab, u64) {
     assert_eq!(life.resumed_from(), 2 * EVERY, "{}", life.story());
     let condemned = records(&lab, ORIGIN, "damaged");
     assert_eq!(condemned.len(), 1, "{}", life.story());
-    // While it is damaged it is refused, by name too.
+    // While it is damaged it is refused, even by name.
     let step = interrupted().step.to_string();
     lab.about("verify", ORIGIN).args(&["--step", &step, "--deep"]).finish().expect_code(65);
     let refused = lab.about("resume", ORIGIN).args(&["--from", &step]).finish().expect_code(64);
@@ -164,7 +164,7 @@ fn wrongly_condemned() -> (Lab, u64) {
 }
 
 #[test]
-fn verify_deep_takes_a_verdict_back_when_every_byte_is_right() {
+fn verify_deep_withdraws_a_verdict_if_every_byte_is_right() {
     let (lab, step) = wrongly_condemned();
     let named = ["--step", &step.to_string()];
     lab.about("verify", ORIGIN).args(&named).finish().expect_code(0);
@@ -174,7 +174,7 @@ fn verify_deep_takes_a_verdict_back_when_every_byte_is_right() {
     let told = told.expect_said(&["is good again"]);
     let cleared = records(&lab, ORIGIN, "cleared");
     assert_eq!(cleared.len(), 1, "{}", told.story());
-    // An older program reads that it is too old, and nothing of damage.
+    // An older program learns that it is too old, and reports no damage.
     assert_eq!((&cleared[0]["format"], &cleared[0]["record"]["step"]), (&2.into(), &step.into()));
     let again = lab.about("verify", ORIGIN).args(&named).args(&["--deep", "--json"]).finish().expect_code(0);
     assert!(again.stdout.contains("\"cleared\":false"), "{}", again.story());
@@ -187,7 +187,7 @@ fn verify_deep_takes_a_verdict_back_when_every_byte_is_right() {
 }
 
 #[test]
-fn resume_from_a_condemned_checkpoint_reads_it_first_and_takes_the_verdict_back() {
+fn resume_from_a_condemned_checkpoint_reads_it_first_and_withdraws_the_verdict() {
     let (lab, step) = wrongly_condemned();
     let life = lab.resume(ORIGIN).args(&["--from", &step.to_string()]).finish().expect_code(0);
     assert_eq!(life.resumed_from(), step, "{}", life.story());
@@ -197,20 +197,20 @@ fn resume_from_a_condemned_checkpoint_reads_it_first_and_takes_the_verdict_back(
 }
 
 #[test]
-fn prune_damaged_deletes_only_what_is_damaged_when_it_is_read_once_more() {
+fn prune_damaged_deletes_only_checkpoints_that_a_second_read_finds_damaged() {
     let (lab, step) = wrongly_condemned();
     let folder = format!("checkpoints/s{step:08}-g0001/");
     let before = lab.keys(ORIGIN, &folder);
     let pruned = lab.about("prune", ORIGIN).args(&["--damaged"]).finish().expect_code(0);
-    assert!(pruned.stdout.contains("whole when it was read again"), "{}", pruned.story());
+    assert!(pruned.stdout.contains("whole when read again"), "{}", pruned.story());
     assert_eq!(lab.keys(ORIGIN, &folder), before, "{}", pruned.story());
     assert_eq!(records(&lab, ORIGIN, "cleared").len(), 1, "{}", pruned.story());
     lab.expect_all_verify(ORIGIN);
 }
 
-/// A store that keeps checksums vouches for what is kept, and nothing for who reads.
+/// A store's checksums vouch for the stored bytes, but not for the reader.
 #[test]
-fn a_machine_that_garbles_what_it_reads_deletes_nothing_that_was_condemned() {
+fn a_machine_that_garbles_its_reads_deletes_no_condemned_checkpoint() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let running = lab.run(ORIGIN).hold_after(2 * EVERY + 1).start();
     running.wait_for_step("checkpoint", 2 * EVERY);
@@ -222,11 +222,11 @@ fn a_machine_that_garbles_what_it_reads_deletes_nothing_that_was_condemned() {
     let before = lab.keys(ORIGIN, "checkpoints/");
     proxy.arm(Rule { method: "GET", target: "/model-", fault: Fault::FlipResponse(5000), often: Often::Percent(100) });
     let prune = || lab.about("prune", ORIGIN).args(&["--damaged", "--keep-last", "99"]).finish();
-    prune().expect_code(69).expect_said(&["it may be this machine that garbles them"]);
+    prune().expect_code(69).expect_said(&["the machine itself may garble them"]);
     assert_eq!(lab.keys(ORIGIN, "checkpoints/"), before);
     proxy.disarm();
     let pruned = prune().expect_code(0);
-    assert!(pruned.stdout.contains("whole when it was read again"), "{}", pruned.story());
+    assert!(pruned.stdout.contains("whole when read again"), "{}", pruned.story());
     assert_eq!(lab.keys(ORIGIN, "checkpoints/"), before);
 }
 

@@ -1,8 +1,8 @@
-//! Stored formats: what released versions have written is read for ever; what strangers have written is an error.
+//! Stored formats: objects of released versions stay readable forever; hostile objects are errors.
 //!
 //! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` what version 2 has added. They
-//! are never changed: a new version gets a folder of its own. `fixtures/formats/hostile/` holds objects that each once
-//! looked dangerous. Both are read by the very functions that read the store.
+//! never change: a new version gets its own folder. `fixtures/formats/hostile/` holds objects that once looked
+//! dangerous. Both are read by the same functions that read the store.
 
 use std::{fs, path::PathBuf};
 
@@ -84,7 +84,7 @@ fn written() -> Vec<(String, Vec<u8>)> {
     all
 }
 
-/// What version 2 has added, as this version writes it.
+/// The kinds that version 2 has added, as this version writes them.
 fn written_by_version_2() -> Vec<(String, Vec<u8>)> {
     let encoded = |record: Record| (format!("journal-{}.json", record.kind()), samples::entry(record).encode());
     samples::records_of_version_2().into_iter().map(encoded).map(|(name, body)| (name, body.expect("short"))).collect()
@@ -101,7 +101,7 @@ mod erased {
     }
 }
 
-/// Reads an object as its kind is read; what was read, or the error's text.
+/// Reads an object as its kind is read; returns the value, or the error's text.
 fn read(name: &str, bytes: &[u8]) -> Result<String, String> {
     fn shown<T: std::fmt::Debug, E: ToString>(result: Result<T, E>) -> Result<String, String> {
         result.map(|value| format!("{value:?}")).map_err(|error| error.to_string())
@@ -122,7 +122,7 @@ fn read(name: &str, bytes: &[u8]) -> Result<String, String> {
 
 /// With `TRAINER_WRITE_FIXTURES=1` it writes the fixtures that are missing; it changes none.
 #[test]
-fn what_earlier_versions_have_written_is_read_to_the_same_value() {
+fn objects_of_earlier_versions_are_read_to_the_same_value() {
     read_to_the_same_value("v1", written());
     read_to_the_same_value("v2", written_by_version_2());
 }
@@ -154,7 +154,7 @@ fn each_record_is_written_in_the_lowest_version_that_knows_its_kind() {
 }
 
 #[test]
-fn a_format_from_the_future_is_told_from_damage() {
+fn a_newer_format_differs_from_damage() {
     for (name, bytes) in written() {
         let Ok(text) = String::from_utf8(bytes) else { continue };
         let next = if name.starts_with("journal-") { FORMAT + 1 } else { 2 };
@@ -178,7 +178,7 @@ fn hostile_files_are_errors() {
         let (result, peak) = memory::peak(|| read(&name, &bytes));
         let error = result.unwrap_err();
         assert!(peak <= allowed(bytes.len()), "{name}: {peak} bytes for {}", bytes.len());
-        // The reader of these is given a name; of the others the caller adds it.
+        // The reader of these gets a name; for the others the caller adds it.
         if ["manifest", "trainer_state", "receipt", "index"].iter().any(|kind| name.starts_with(kind)) {
             assert!(error.contains(&name), "{name} is not named: {error}");
         }
@@ -187,8 +187,8 @@ fn hostile_files_are_errors() {
     assert!(count >= 12, "{count} hostile files");
 }
 
-/// What a reader may take for an object of so many bytes: a JSON array of arrays is some 40 times as long in memory as
-/// in text, and a growing vector holds its old self while it moves.
+/// The memory that a reader may take for an object of this size: a JSON array of arrays is some 40 times as long in
+/// memory as in text, and a growing vector holds its old self while it moves.
 fn allowed(bytes: usize) -> usize {
     (64 << 10) + 150 * bytes
 }
@@ -272,7 +272,7 @@ fn apply(bytes: &mut Vec<u8>, change: &Change) {
     }
 }
 
-/// Reads as every kind: a reader can't choose what it is given.
+/// Reads the bytes as every kind: a reader can't choose its input.
 fn read_harmlessly(name: &str, bytes: &[u8]) -> Result<(), TestCaseError> {
     let (_, peak) = memory::peak(|| read(name, bytes));
     prop_assert!(peak <= allowed(bytes.len()), "{}: {} bytes for {}", name, peak, bytes.len());
@@ -298,7 +298,7 @@ proptest! {
                 apply(&mut bytes, change);
             }
             read_harmlessly(&name, &bytes)?;
-            // Behind a length that fits, a message's body is looked at, too.
+            // A message's body is read, too, behind a length that fits.
             if name.contains("worker-") && bytes.len() > 4 {
                 let len = u32::try_from(bytes.len() - 4).expect("short");
                 bytes[..4].copy_from_slice(&len.to_le_bytes());

@@ -1,5 +1,5 @@
-//! The harness held against itself: a test that leans on a server which is not atomic, or on a proxy which breaks
-//! nothing, proves nothing.
+//! Tests of the harness: a test that relies on a server that is not atomic, or on a proxy that breaks nothing, proves
+//! nothing.
 
 use std::{sync::Arc, time::Duration};
 
@@ -42,7 +42,7 @@ fn client(endpoint: &str, retries: usize, secret: &str) -> Arc<AmazonS3> {
     Arc::new(builder.build().expect("client"))
 }
 
-/// How many of 16 racing creates of `key` win.
+/// The number of 16 racing creates of `key` that win.
 async fn winners(client: &Arc<AmazonS3>, key: &str) -> usize {
     let key = Path::from(key);
     let racers = (0..16).map(|racer| {
@@ -119,7 +119,7 @@ fn objects_are_put_read_in_ranges_listed_and_deleted() {
 }
 
 #[test]
-fn multipart_uploads_are_whole_or_not_at_all() {
+fn multipart_uploads_are_whole_or_absent() {
     let server = S3Server::start();
     block_on(async {
         let client = client(&server.endpoint(), 0, SECRET_KEY);
@@ -162,7 +162,7 @@ fn wrong_keys_and_denied_writes_are_refused() {
 }
 
 #[test]
-fn each_fault_breaks_what_it_says() {
+fn each_fault_breaks_what_its_name_says() {
     let server = S3Server::start();
     let proxy = FaultProxy::start(server.address(), 1);
     let arm = |method, fault, times| proxy.arm(Rule { method, target: "", fault, often: Often::Next(times) });

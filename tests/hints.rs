@@ -1,5 +1,5 @@
-//! Errors lead to what is wrong: credentials from wherever AWS's tools have them, machines that are short of something,
-//! file systems that can't hold a run, and what workers are not told.
+//! Errors lead to their cause: credentials from every source of AWS's tools, machines that are short of something, file
+//! systems that can't hold a run, and secrets that workers do not get.
 
 use std::{
     os::unix::fs::PermissionsExt,
@@ -14,7 +14,7 @@ use crate::support::{
     trainer::{Finished, Trainer},
 };
 
-/// A port of this machine on which nobody listens, as a URL.
+/// A port of this machine without a listener, as a URL.
 fn nobody() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     format!("http://{}", listener.local_addr().unwrap())
@@ -33,7 +33,7 @@ fn server_and_keys(lab: &Lab) -> (String, String, String) {
 }
 
 #[test]
-fn profiles_are_read_for_the_store_as_for_everything_else() {
+fn profiles_are_read_for_the_store_and_for_everything_else() {
     let lab = Lab::on_s3();
     let (endpoint, key, secret) = server_and_keys(&lab);
     let process = lab.path("keys.sh");
@@ -68,7 +68,7 @@ fn profiles_are_read_for_the_store_as_for_everything_else() {
         assert_eq!(life.resumed_from(), 8, "{}", life.story());
     }
     assert!(lab.path("asked").exists(), "the script was asked");
-    // Where there are none, each command says so in the same way.
+    // Without credentials, each command gives the same message.
     let broken = |arguments: &[&str]| with("broken", arguments).finish().expect_code(77);
     for life in [
         broken(&["doctor", "--store", &uri]),
@@ -81,7 +81,7 @@ fn profiles_are_read_for_the_store_as_for_everything_else() {
 }
 
 #[test]
-fn the_metadata_service_and_this_machine_are_not_asked_through_a_proxy() {
+fn the_metadata_service_and_this_machine_are_not_reached_through_a_proxy() {
     let lab = Lab::on_s3();
     let (endpoint, key, secret) = server_and_keys(&lab);
     let metadata = MetadataServer::start();
@@ -105,13 +105,13 @@ fn the_metadata_service_and_this_machine_are_not_asked_through_a_proxy() {
         if arguments[0] == "runs" {
             life.expect_code(0);
         } else {
-            assert!(said.contains("an upload in parts can be begun"), "{}", life.story());
+            assert!(said.contains("an upload in parts can be started"), "{}", life.story());
         }
     }
     assert!(!metadata.requests_of("/latest/meta-data/iam/security-credentials/trainer-role").is_empty());
 }
 
-/// A library that, preloaded, lets link(2) fail with this error number.
+/// A library that, preloaded, makes link(2) fail with this error number.
 fn without_links(folder: &Path, number: i32) -> PathBuf {
     let (source, library) = (folder.join("links.c"), folder.join(format!("links-{number}.so")));
     let text = format!(
@@ -141,7 +141,7 @@ fn a_file_system_without_hard_links_is_named() {
 }
 
 #[test]
-fn workers_are_not_told_secrets() {
+fn workers_inherit_no_secrets() {
     let lab = Lab::on_s3();
     let secrets = [
         ("WORKER_TOKEN", "said-1".to_owned()),
@@ -173,9 +173,9 @@ fn workers_are_not_told_secrets() {
 }
 
 #[test]
-fn ranks_that_can_not_meet_over_loopback_are_told_at_the_start() {
+fn ranks_that_cannot_meet_over_loopback_fail_at_the_start() {
     let lab = Lab::on_files();
-    // A network namespace of its own, in which nobody has set the interface up.
+    // A separate network namespace, whose interface is down.
     let alone: &[&str] = &["unshare", "--map-root-user", "--net"];
     let probe = Command::new(alone[0]).args(&alone[1..]).arg("true").status();
     if !probe.is_ok_and(|status| status.success()) {
@@ -188,14 +188,14 @@ fn ranks_that_can_not_meet_over_loopback_are_told_at_the_start() {
         "{}",
         life.story()
     );
-    // No worker was started for it, and one worker needs nobody.
+    // No worker was started for it; a single worker needs no interface.
     assert!(life.of_kind("worker_died").is_empty() && life.of_kind("formed").is_empty(), "{}", life.story());
     let one = ["--nproc-per-node", "1", "--set", "train.steps=4"];
     lab.run("y").under(alone).args(&one).finish().expect_code(0);
 }
 
 #[test]
-fn too_few_open_files_are_no_bug_and_end_no_run() {
+fn too_few_open_files_are_not_a_bug_and_end_no_run() {
     let lab = Lab::on_files();
     let said = |life: &Finished| format!("{}{}", life.stdout, life.stderr);
     let mut starved = 0;
@@ -209,7 +209,7 @@ fn too_few_open_files_are_no_bug_and_end_no_run() {
         if code == Some(69) {
             starved += 1;
             assert!(said(&life).contains("ulimit -Hn"), "{files}: {}", life.story());
-            // Nothing is written that keeps the run from going on with more of them.
+            // No record keeps the run from continuing once more files are allowed.
             lab.run(&run).args(&["--set", "train.steps=4"]).finish();
             let status = lab.about("status", &run).finish();
             assert!(!status.stdout.contains("failed"), "{files}: {}", status.story());

@@ -1,5 +1,5 @@
-//! The hook at the end of a machine of an Auto Scaling group: kept waiting while the last step is saved, completed
-//! afterwards, by the real binary before a server of ours that plays the metadata service and Auto Scaling.
+//! The hook at the end of a machine of an Auto Scaling group: it waits while the last step is saved and is completed
+//! afterwards. The real binary runs with our server, which plays the metadata service and Auto Scaling.
 
 use crate::{
     notices::{committed, folder, heard, interrupted_and_resumed, long, on_aws},
@@ -14,7 +14,7 @@ const HEARTBEAT: &str = "/?Action=RecordLifecycleActionHeartbeat";
 const COMPLETE: &str = "/?Action=CompleteLifecycleAction";
 
 #[test]
-fn a_machine_on_demand_is_not_asked_about_spot_and_hears_its_group() {
+fn an_on_demand_machine_is_not_polled_for_spot_notices_and_hears_its_group() {
     let (lab, server) = (Lab::on_files(), on_aws());
     server.set(LIFE_CYCLE, "on-demand");
     server.set(SPOT, spot_notice("terminate", 120));
@@ -25,13 +25,13 @@ fn a_machine_on_demand_is_not_asked_about_spot_and_hears_its_group() {
     });
     let running = long(&lab).envs(&server.envs()).hold_after(3).start();
     running.wait_for_step("step", 3);
-    // No drain can end before the run is let go.
+    // No drain can end before the run is released.
     running.held();
     // The hook is found before it is needed.
     server.wait_for(DESCRIBE, 1);
     server.set(LIFECYCLE, "Terminated");
     heard(&running, "aws-asg");
-    // A third of its time-out apart, for as long as it takes.
+    // Heartbeats come a third of its time-out apart, for as long as it takes.
     server.wait_for(HEARTBEAT, 2);
     running.let_go();
     let life = running.finish();
@@ -52,7 +52,7 @@ fn a_machine_on_demand_is_not_asked_about_spot_and_hears_its_group() {
 }
 
 #[test]
-fn the_hook_is_found_through_calls_when_the_machine_has_no_tags() {
+fn without_tags_the_hook_is_found_through_the_api() {
     let (lab, server) = (Lab::on_files(), on_aws());
     server.remove("/latest/meta-data/tags/instance/aws:autoscaling:groupName");
     server.set(LIFECYCLE, "Terminated");
@@ -69,10 +69,10 @@ fn the_hook_is_found_through_calls_when_the_machine_has_no_tags() {
 fn a_hook_that_is_found_only_after_the_run_has_ended_is_completed() {
     let (lab, server) = (Lab::on_files(), on_aws());
     server.set(LIFECYCLE, "Terminated");
-    // As when too many machines ask at once.
+    // This happens when too many machines ask at once.
     server.storm_on(DESCRIBE, Fault::Status(503));
     let running = long(&lab).envs(&server.envs()).start();
-    // There is no hook yet to wait for: the node says its last words, and then has only the hook left to think of.
+    // There is no hook to wait for yet: the node writes its final record, and then only the hook is left.
     running.wait_for("its end", |event| event.kind() == "interrupted");
     server.calm();
     let life = running.finish().expect_code(75);

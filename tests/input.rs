@@ -1,4 +1,4 @@
-//! Bad input: each gets an error that names the thing and what to do, its own exit code, and loses nothing.
+//! Bad input: each mistake gets an error that names it and the remedy, has its own exit code, and loses nothing.
 
 use std::process::Command;
 
@@ -25,7 +25,7 @@ fn an_unknown_setting_on_the_command_line_is_refused_with_the_nearest_one() {
 }
 
 #[test]
-fn a_configuration_file_that_is_not_there_is_named() {
+fn a_missing_configuration_file_is_named() {
     let lab = Lab::on_files();
     lab.command(&["run", "nowhere.toml", "--run-id", "x"]).finish().expect_code(78).expect_said(&["nowhere.toml"]);
 }
@@ -38,7 +38,7 @@ fn a_configuration_that_is_not_toml_is_named_with_its_line() {
 }
 
 #[test]
-fn data_that_is_not_there_is_named() {
+fn missing_data_is_named() {
     let lab = Lab::on_files();
     let uri = format!("file://{}", lab.path("no-such-data").display());
     let setting = format!("data.train=\"{uri}\"");
@@ -77,7 +77,7 @@ fn a_run_id_that_exists_is_refused_with_a_hint_to_resume() {
 }
 
 #[test]
-fn a_run_that_does_not_exist_can_not_be_resumed() {
+fn a_run_that_does_not_exist_cannot_be_resumed() {
     let lab = Lab::on_interrupted_run();
     let life = lab.resume("nobody").finish();
     assert!(matches!(life.code(), Some(64 | 78)), "{}", life.story());
@@ -85,7 +85,7 @@ fn a_run_that_does_not_exist_can_not_be_resumed() {
 }
 
 #[test]
-fn a_step_without_a_checkpoint_can_not_be_resumed_from() {
+fn a_step_without_a_checkpoint_cannot_be_resumed_from() {
     let lab = Lab::on_interrupted_run();
     let before = lab.keys(ORIGIN, "");
     let life = lab.resume(ORIGIN).args(&["--from", "3"]).finish();
@@ -100,7 +100,7 @@ fn a_step_without_a_checkpoint_can_not_be_resumed_from() {
 }
 
 #[test]
-fn a_resume_that_would_change_the_mathematics_is_refused_unless_it_is_named() {
+fn a_resume_that_would_change_the_mathematics_is_refused() {
     let lab = Lab::on_interrupted_run();
     let life = lab.resume(ORIGIN).args(&["--set", "train.nonsense=1"]).finish();
     assert!(matches!(life.code(), Some(64 | 78)), "{}", life.story());
@@ -110,7 +110,7 @@ fn a_resume_that_would_change_the_mathematics_is_refused_unless_it_is_named() {
 }
 
 #[test]
-fn a_batch_that_the_ranks_can_not_share_is_refused() {
+fn a_batch_that_the_ranks_cannot_share_is_refused() {
     let lab = Lab::on_files();
     let life = lab.run("x").args(&["--nproc-per-node", "5"]).finish().expect_code(78);
     life.expect_said(&["12", "5"]);
@@ -126,14 +126,14 @@ fn a_store_uri_of_an_unknown_kind_is_refused() {
 }
 
 #[test]
-fn a_store_that_denies_writes_is_a_matter_of_permission() {
+fn a_store_that_denies_writes_is_a_permission_error() {
     let lab = Lab::on_s3();
     lab.server().set_rules(|rules| rules.deny_writes = true);
     lab.run("x").finish().expect_code(77);
 }
 
 #[test]
-fn wrong_keys_are_a_matter_of_permission_and_are_not_printed() {
+fn wrong_keys_are_a_permission_error_and_are_not_printed() {
     let lab = Lab::on_s3();
     let wrong = [("AWS_SECRET_ACCESS_KEY", "not-the-secret-key".to_owned())];
     let life = lab.run("x").envs(&wrong).finish().expect_code(77);
@@ -179,9 +179,9 @@ fn a_published_server_that_is_not_atomic_is_refused_at_the_start() {
 }
 
 #[test]
-fn a_store_that_nobody_serves_is_unavailable() {
+fn a_store_without_a_server_is_unavailable() {
     let lab = Lab::on_s3();
-    // A port that was free a moment ago and on which nothing listens.
+    // A port that was free a moment ago and has no listener.
     let address = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port");
     lab.run("x").envs(&client_env(&format!("http://{address}"))).finish().expect_code(69);
 }
@@ -191,7 +191,7 @@ fn a_full_disk_loses_nothing_committed() {
     let lab = Lab::on_files();
     let disk = lab.path("small-disk");
     std::fs::create_dir(&disk).expect("mount point");
-    // Room for two checkpoints and not for a third.
+    // There is room for two checkpoints, but not for a third.
     let bytes = interrupted().life.last("checkpoint").value["bytes"].as_u64().expect("bytes");
     let mount = |options: String| {
         let done = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&disk).output();
@@ -226,7 +226,7 @@ fn a_full_disk_loses_nothing_committed() {
 }
 
 #[test]
-fn wrong_usage_is_its_own_exit_code() {
+fn wrong_usage_has_its_own_exit_code() {
     let lab = Lab::on_files();
     for arguments in [&["nonsense"][..], &["run"], &["run", "run.toml", "--nonsense"], &["resume", "--from", "x"]] {
         lab.command(arguments).finish().expect_code(64);
@@ -253,7 +253,7 @@ fn preparing_nothing_or_over_another_data_set_is_refused() {
     assert_eq!(read(&lab.path("out/index.json")), index, "the data set that stood there is untouched");
 }
 
-/// A copy of the tiny data set's files in which `change` was done to the first token shard, and that shard's name.
+/// A copy of the tiny dataset's files whose first token shard `change` has changed, and that shard's name.
 fn changed_data_set(change: impl FnOnce(&mut Vec<u8>)) -> (Vec<(String, Vec<u8>)>, String) {
     let folder = std::fs::read_dir(data_set()).expect("data set");
     let mut files: Vec<(String, Vec<u8>)> = folder
@@ -267,7 +267,7 @@ fn changed_data_set(change: impl FnOnce(&mut Vec<u8>)) -> (Vec<(String, Vec<u8>)
 }
 
 #[test]
-fn a_token_shard_cut_short_is_refused_by_name() {
+fn a_truncated_token_shard_is_refused_by_name() {
     let lab = Lab::on_files();
     let (files, name) = changed_data_set(|bytes| bytes.truncate(bytes.len() / 2));
     let copy = lab.path("data-copy");
@@ -280,7 +280,7 @@ fn a_token_shard_cut_short_is_refused_by_name() {
 }
 
 #[test]
-fn a_token_shard_with_one_bit_turned_over_is_refused_when_it_is_fetched() {
+fn a_token_shard_with_a_flipped_bit_is_refused_when_it_is_fetched() {
     let lab = Lab::on_s3();
     let (files, name) = changed_data_set(|bytes| {
         let middle = bytes.len() / 2;
@@ -294,7 +294,7 @@ fn a_token_shard_with_one_bit_turned_over_is_refused_when_it_is_fetched() {
 }
 
 #[test]
-fn a_run_whose_data_lies_in_the_store_ends_as_the_one_with_local_data() {
+fn a_run_with_data_in_the_store_ends_like_the_one_with_local_data() {
     let lab = Lab::on_s3();
     for (name, bytes) in changed_data_set(|_| ()).0 {
         lab.server().write(&format!("data/{name}"), bytes);

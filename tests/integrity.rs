@@ -1,5 +1,5 @@
-//! What stands in the store stays right: verified by the store's own checksums, looked after while the run trains,
-//! pruned by plan, and the same on a server that others have written.
+//! Stored data stays right: verified by the store's own checksums, re-verified while the run trains, pruned by plan,
+//! and the same on another project's server.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ fn records(lab: &Lab, run: &str, kind: &str) -> Vec<Value> {
     records.filter(|record| record["kind"] == kind).collect()
 }
 
-/// A run on S3 that SIGTERM has ended after two checkpoints at least.
+/// A run on S3 that SIGTERM has ended after at least two checkpoints.
 fn interrupted_on_s3(run: &str) -> Lab {
     let lab = Lab::on_s3();
     let running = lab.run(run).hold_after(2 * EVERY + 1).start();
@@ -45,7 +45,7 @@ fn encryption_and_storage_class_reach_every_object_of_a_checkpoint() {
         let asked = lab.server().asked(&format!("runs/sealed/{key}"), "PutObject").expect("put whole");
         assert_eq!(asked.encryption.as_deref(), Some("aws:kms"), "{key}");
         assert_eq!(asked.kms_key_id.as_deref(), Some("alias/runs"), "{key}");
-        // A receipt is written over and soon of no more use: its class would cost more than it saves.
+        // A receipt is overwritten and soon useless: a storage class would cost more than it saves.
         let class = (!key.contains("/receipt-")).then_some("STANDARD_IA");
         assert_eq!(asked.storage_class.as_deref(), class, "{key}");
     }
@@ -90,7 +90,7 @@ fn damage_is_found_while_the_run_trains_and_stays_in_quarantine_until_a_person_d
     let lab = Lab::on_s3();
     let settings = "\n[checkpoint.keep]\nlast = 100\n";
     let text = lab.config(settings).replace("[checkpoint]\n", "[checkpoint]\nscrub = \"1s\"\n");
-    // Long enough that the scrub comes to it; the test stops it when it has.
+    // Long enough for the scrub to reach it; the test stops the run once it has.
     lab.write_config("run.toml", &text.replace(&format!("steps = {STEPS}"), "steps = 1000000"));
     let running = lab.run("rot").start();
     running.wait_for_step("checkpoint", EVERY);
@@ -100,7 +100,7 @@ fn damage_is_found_while_the_run_trains_and_stays_in_quarantine_until_a_person_d
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
     lab.server().write(&format!("runs/rot/{first}"), bytes);
-    // Each checkpoint is an event to wait for; the record comes within a few.
+    // Each checkpoint is an event to wait for; the record follows within a few.
     let mut seen = 0;
     while records(&lab, "rot", "damaged").is_empty() {
         running.next(&mut seen, |event| event.kind() == "checkpoint").expect("another checkpoint");
@@ -135,10 +135,10 @@ fn damage_is_found_while_the_run_trains_and_stays_in_quarantine_until_a_person_d
 }
 
 #[test]
-fn prune_says_why_and_sweeps_what_belongs_to_no_checkpoint() {
+fn prune_gives_reasons_and_sweeps_objects_without_a_checkpoint() {
     let lab = interrupted_on_s3("plan");
     let server = lab.server();
-    // Of a generation before the newest: one that was interrupted may still commit.
+    // Of a generation before the newest: an interrupted one may still commit.
     let orphan = "runs/plan/checkpoints/s00000099-g0000/model-00001-of-00001.safetensors";
     server.write(orphan, vec![0; 1000]);
     server.age(orphan, 2 * DAY);
@@ -157,7 +157,7 @@ fn prune_says_why_and_sweeps_what_belongs_to_no_checkpoint() {
     let of = |kind: &str| shown.iter().filter(|line| line["kind"] == kind).collect::<Vec<_>>();
     let mut why: Vec<&Value> = of("folder").iter().map(|line| &line["why"]).collect();
     assert_eq!(why.remove(0), "orphaned", "{shown:?}");
-    // One record of all that was to go: each of them is left over.
+    // One record names all of them: each one is left over.
     assert!(!why.is_empty() && why.iter().all(|why| *why == "left_over"), "{shown:?}");
     assert_eq!(of("checkpoint").len(), 1, "{shown:?}");
     assert_eq!(of("upload").len(), 1, "{shown:?}");
@@ -178,14 +178,14 @@ fn prune_says_why_and_sweeps_what_belongs_to_no_checkpoint() {
 }
 
 #[test]
-fn a_run_sweeps_at_its_start_what_killed_ones_have_left() {
+fn a_run_sweeps_the_leftovers_of_killed_ones_at_its_start() {
     let lab = interrupted_on_s3("boot");
     let server = lab.server();
     let orphan = "runs/boot/checkpoints/s00000099-g0001/model-00001-of-00001.safetensors";
     server.write(orphan, vec![0; 1000]);
     server.age(orphan, 2 * DAY);
     server.leave_upload("runs/boot/checkpoints/s00000099-g0001/model", 2 * DAY);
-    // Of the generation that is about to live, and of another run.
+    // Of the generation that is about to start, and of another run.
     server.leave_upload("runs/boot/checkpoints/s00000099-g0002/model", 2 * DAY);
     server.leave_upload("runs/other/checkpoints/s00000099-g0001/model", 2 * DAY);
     let running = lab.resume("boot").args(&["--set", "train.steps=1000000"]).start();
@@ -204,7 +204,7 @@ fn a_run_sweeps_at_its_start_what_killed_ones_have_left() {
 }
 
 #[test]
-fn a_completed_run_leaves_what_keep_says() {
+fn a_completed_run_keeps_what_its_keep_settings_say() {
     let lab = Lab::on_files();
     lab.write_config("run.toml", &lab.config("\n[checkpoint.keep]\nlast = 2\nevery = \"8 steps\"\n"));
     // Two saves in each life: a third one may find both slots busy.
@@ -223,7 +223,7 @@ fn a_completed_run_leaves_what_keep_says() {
 }
 
 #[test]
-fn on_a_server_that_others_have_written_a_run_is_killed_resumed_verified_and_pruned() {
+fn on_another_projects_server_a_run_is_killed_resumed_verified_and_pruned() {
     let Some(lab) = Lab::on_moto() else { return };
     let running = lab.run("moto").hold_after(2 * EVERY + 1).start();
     running.wait_for_step("checkpoint", 2 * EVERY);
@@ -235,19 +235,19 @@ fn on_a_server_that_others_have_written_a_run_is_killed_resumed_verified_and_pru
     assert!(verified.stdout.contains("size only: this store keeps no checksum"), "{}", verified.stdout);
     lab.expect_all_verify("moto");
     let pruned = lab.about("prune", "moto").args(&["--keep-last", "1"]).finish().expect_code(0);
-    assert!(pruned.stdout.contains("the newest that is verified"), "{}", pruned.stdout);
+    assert!(pruned.stdout.contains("the newest verified"), "{}", pruned.stdout);
     lab.expect_all_verify("moto");
 }
 
 #[test]
-fn a_run_that_prunes_by_time_and_loss_is_read_again() {
+fn a_run_that_prunes_by_time_and_loss_can_be_read_again() {
     let lab = Lab::on_interrupted_run();
     let pruned = lab
         .about("prune", ORIGIN)
         .args(&["--keep-last", "1", "--keep-every", "1h", "--keep-best", "1", "--dry-run"])
         .finish()
         .expect_code(0);
-    assert!(pruned.stdout.contains("one that is kept for good"), "{}", pruned.stdout);
+    assert!(pruned.stdout.contains("one of those kept for good"), "{}", pruned.stdout);
     assert!(pruned.stdout.contains("is read before anything is deleted"), "{}", pruned.stdout);
     lab.about("prune", ORIGIN).args(&["--keep-every", "often"]).finish().expect_code(64);
     let set = ["--set", "checkpoint.keep={ last = 2, every = \"6h\", best = 1 }", "--set", "checkpoint.scrub=never"];

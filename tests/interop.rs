@@ -1,4 +1,4 @@
-//! Folders of ours in the hands of others: `tests/interop/look.py` opens them with both major versions of transformers.
+//! Our folders opened by other programs: `tests/interop/look.py` opens them with both major versions of transformers.
 //! `scripts/test` installs those; where they are not installed, these tests say so and pass. With TRAINER_TESTS_ALL, as
 //! `scripts/test --all` sets it, the model is loaded as well and makes tokens, which needs PyTorch.
 
@@ -17,15 +17,15 @@ const VERSION_4: (&str, &str) = ("transformers-4", include_str!("interop/transfo
 const VERSION_5: (&str, &str) = ("transformers-5", include_str!("interop/transformers-5.txt"));
 const TORCH: (&str, &str) = ("torch", include_str!("interop/torch.txt"));
 
-/// Text with what a tokenizer may get wrong: spaces in a row and before a mark, other alphabets, an end token that is
-/// spelt out.
+/// Text that a tokenizer may get wrong: spaces in a row and before a mark, other alphabets, an end token that is spelt
+/// out.
 const TEXT: &str = "the machine counted  every step , again\n\tgr\u{fc}n \u{1f980}";
 
-/// An environment that `tests/interop/setup` has made; `None`, after a word on standard output, where it is missing.
+/// An environment that `tests/interop/setup` has created; `None`, with a line on standard output, if it is missing.
 fn environment((name, list): (&str, &str)) -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
-    // The same program that the script asks.
+    // The script asks the same program.
     let mut sum = Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().ok()?;
     sum.stdin.take()?.write_all(list.as_bytes()).ok()?;
     let sum = String::from_utf8(sum.wait_with_output().ok()?.stdout).ok()?;
@@ -40,7 +40,7 @@ fn environment((name, list): (&str, &str)) -> Option<PathBuf> {
     Some(place)
 }
 
-/// Has both versions look at a folder.
+/// Lets both versions open a folder.
 #[track_caller]
 fn look(folder: &Path, rope_theta: f64) {
     let tokenizer = TextTokenizer::load(&data_set().join("tokenizer.json"), None).expect("the data's tokenizer");
@@ -76,8 +76,7 @@ fn a_checkpoint_is_opened_by_transformers() {
     look(&lab.path("store").join(ORIGIN).join(lab.newest_checkpoint(ORIGIN)), 10_000.0);
 }
 
-/// The newer spelling of the rotary settings is read by the older version, and a run from weights keeps its folder's
-/// files.
+/// The older version reads the newer spelling of the rotary settings, and a run from weights keeps its folder's files.
 #[test]
 fn an_export_of_a_run_in_the_newest_spelling_is_opened_by_both_versions() {
     let lab = Lab::on_files();

@@ -1,8 +1,8 @@
-//! A run that is interrupted and carried on ends as if nothing had happened.
+//! A run that is interrupted and continued ends as if nothing had happened.
 //!
 //! On the same number of ranks that is exact: losses to the last digit, weights to the last byte. On another number the
-//! samples are the same and in the same order, but a gradient is the sum of other partial sums, and floating-point
-//! addition is not associative: there losses agree up to rounding, and exact equality is not promised.
+//! samples and their order are the same, but a gradient is the sum of other partial sums, and floating-point addition
+//! is not associative: so losses agree up to rounding, and exact equality is not promised.
 
 use rustix::process::Signal;
 
@@ -13,7 +13,7 @@ use crate::support::{
 };
 
 fn killed_three_times(lab: &Lab, run: &str) {
-    // Before the first checkpoint; when a save has just begun; when a checkpoint has just been committed.
+    // Before the first checkpoint; just after a save has begun; just after a checkpoint was committed.
     let first = lab.run(run).hold_after(2).start();
     first.wait_for_step("step", 2);
     let first = first.power_off().expect_killed();
@@ -34,12 +34,12 @@ fn killed_three_times(lab: &Lab, run: &str) {
 }
 
 #[test]
-fn a_run_killed_at_three_moments_ends_as_the_undisturbed_one_on_files() {
+fn a_run_killed_at_three_moments_ends_like_the_undisturbed_one_on_files() {
     killed_three_times(&Lab::on_files(), "killed");
 }
 
 #[test]
-fn a_run_killed_at_three_moments_ends_as_the_undisturbed_one_on_s3() {
+fn a_run_killed_at_three_moments_ends_like_the_undisturbed_one_on_s3() {
     let lab = Lab::on_s3();
     killed_three_times(&lab, "killed");
     assert!(lab.server().count("PutObject") > 0, "the run did not use the S3 server");
@@ -96,7 +96,7 @@ fn sigterm_before_the_first_step_is_heard() {
 }
 
 #[test]
-fn sigterm_while_workers_are_to_be_started_again_is_heard() {
+fn sigterm_before_a_worker_restart_is_heard() {
     let lab = Lab::on_files();
     let running = lab.run("pause").args(&["--set", "restart.backoff=\"1h\""]).hold_after(EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
@@ -116,18 +116,18 @@ fn sigterm_while_workers_are_to_be_started_again_is_heard() {
 }
 
 #[test]
-fn a_second_signal_leaves_without_waiting_for_the_store() {
+fn a_second_signal_ends_the_run_without_waiting_for_the_store() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let running = lab.run("twice").hold_after(EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
-    // The store stops taking checkpoints, for longer than this test is allowed to last.
+    // The store stops accepting checkpoints, for longer than this test may last.
     let fault = Fault::Stall(std::time::Duration::from_secs(3600));
     proxy.arm(Rule { method: "PUT", target: "/checkpoints/", fault, often: Often::Next(1_000_000) });
     running.held();
     running.signal(Signal::TERM);
     running.wait_for("a notice", |event| event.kind() == "notice");
     running.let_go();
-    // At once it is taken for an echo of the first one; whoever goes on asking is heard.
+    // Right away it counts as an echo of the first one; a sender that repeats it is heard.
     running.ask_until_it_ends(Signal::TERM);
     let first = running.finish();
     assert!(matches!(first.code(), Some(75 | 76)), "exit code\n{}", first.story());
@@ -144,7 +144,7 @@ fn sigterm_while_data_is_fetched_is_heard() {
         let key = format!("data/{}", entry.file_name().to_string_lossy());
         lab.server().write(&key, std::fs::read(entry.path()).expect("read a file"));
     }
-    // The tokens do not come, for longer than this test is allowed to last.
+    // The tokens do not arrive, for longer than this test may last.
     let fault = Fault::Stall(std::time::Duration::from_secs(3600));
     proxy.arm(Rule { method: "GET", target: "/data/train-", fault, often: Often::Next(1_000_000) });
     let setting = ["--set", "data.train=\"s3://bucket/data\""];
@@ -155,13 +155,13 @@ fn sigterm_while_data_is_fetched_is_heard() {
     assert_eq!(first.last("notice").value["source"], "sigterm", "{}", first.story());
     assert!(first.of_kind("formed").is_empty(), "{}", first.story());
     proxy.disarm();
-    // Nothing was looked at yet, so that the run does not exist: the same command is right.
+    // The store was not read yet and the run does not exist, so the same command is right.
     let second = lab.run("waiting").args(&setting).finish().expect_code(0);
     lab.expect_as_undisturbed("waiting", &[&second]);
 }
 
 #[test]
-fn fewer_steps_than_are_committed_are_refused_and_change_nothing() {
+fn fewer_steps_than_committed_are_refused_and_change_nothing() {
     let lab = Lab::on_interrupted_run();
     let records = lab.keys(ORIGIN, "journal/").len();
     let fewer = lab.resume(ORIGIN).args(&["--set", "train.steps=6", "--set", "train.schedule.warmup_steps=1"]).finish();
@@ -203,7 +203,7 @@ fn a_save_of_two_ranks_resumes_on_four_with_the_same_samples() {
 }
 
 #[test]
-fn resume_from_an_earlier_checkpoint_goes_the_same_way_again() {
+fn resume_from_an_earlier_checkpoint_takes_the_same_path_again() {
     let lab = Lab::on_interrupted_run();
     let life = lab.resume(ORIGIN).args(&["--from", &EVERY.to_string()]).finish().expect_code(0);
     assert_eq!(life.resumed_from(), EVERY, "{}", life.story());

@@ -1,11 +1,11 @@
-//! Reading a run's journal from outside: what commands ask the store for.
+//! Reading a run's journal from outside: the requests that commands send to the store.
 
 use rustix::process::Signal;
 
 use crate::support::lab::{EVERY, Lab};
 
 #[test]
-fn a_status_that_is_watched_reads_on_and_not_all_again() {
+fn status_watch_reads_only_new_records() {
     let lab = Lab::on_s3();
     let running = lab.run("watched").hold_after(2 * EVERY + 1).start();
     running.wait_for_step("checkpoint", 2 * EVERY);
@@ -13,7 +13,7 @@ fn a_status_that_is_watched_reads_on_and_not_all_again() {
     running.signal(Signal::TERM);
     running.let_go();
     running.finish().expect_code(75);
-    // As if it had not said that it has ended.
+    // As if its end had not been recorded.
     let mut records = lab.keys("watched", "journal/");
     records.sort();
     lab.remove("watched", &records.pop().expect("a record"));

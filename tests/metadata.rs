@@ -1,4 +1,4 @@
-//! The metadata server held against what the vendors document, and our client against the server.
+//! Our metadata server compared with the vendors' documentation, and our client tested on that server.
 
 use std::time::Duration;
 
@@ -112,7 +112,7 @@ fn our_client_renews_a_token_that_was_forgotten_and_gives_up_in_time() {
     });
 }
 
-/// Our client, of this server.
+/// Our client, connected to this server.
 fn client(server: &MetadataServer) -> Imds {
     Imds::from(&|name| (name == "AWS_EC2_METADATA_SERVICE_ENDPOINT").then(|| server.endpoint())).expect("a client")
 }
@@ -121,7 +121,7 @@ fn client(server: &MetadataServer) -> Imds {
 fn our_client_replaces_a_token_before_it_ends() {
     block_on(async {
         let server = MetadataServer::start().only(Cloud::Aws);
-        // The service may grant less than is asked for. Of so short a life the second half is margin.
+        // The service may grant less than was requested. Of such a short life the second half is margin.
         let life = Duration::from_secs(16);
         server.set_longest_token(life.as_secs());
         let imds = client(&server);
@@ -140,7 +140,7 @@ fn our_client_replaces_a_token_before_it_ends() {
 
 #[test]
 fn our_client_reaches_a_service_on_ipv6() {
-    // A machine without IPv6 has nothing to show here.
+    // On a machine without IPv6 this test shows nothing.
     let Some(server) = MetadataServer::start_on_ipv6() else { return };
     let endpoint = server.endpoint();
     assert!(endpoint.starts_with("http://[::1]:"), "{endpoint}");

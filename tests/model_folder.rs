@@ -1,5 +1,5 @@
-//! Starting from a model folder: its tokenizer, its tensors, its description, and what travels from it into checkpoints
-//! and exports.
+//! Starting from a model folder: its tokenizer, its tensors, its description, and the files that travel from it into
+//! checkpoints and exports.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +13,7 @@ use crate::support::{
     trainer::{Finished, read},
 };
 
-/// A model folder made by an export, as another program might have left it, and a lab that can start from it.
+/// A model folder from an export, as another program might leave it, and a lab that can start from it.
 struct Folder {
     lab: Lab,
     path: PathBuf,
@@ -37,7 +37,7 @@ impl Folder {
         change(&mut value);
         self.write(name, value.to_string());
     }
-    /// A run of few steps that starts from the folder.
+    /// A short run that starts from the folder.
     fn run(&self, run: &str, settings: &[&str]) -> Finished {
         let init = format!("model.init_from=file://{}", self.path.display());
         let few = ["train.steps=4", "train.schedule.warmup_steps=1", "checkpoint.every=2 steps"];
@@ -45,13 +45,13 @@ impl Folder {
         let settings: Vec<&str> = settings.into_iter().flat_map(|setting| ["--set", setting]).collect();
         self.lab.run(run).args(&settings).finish()
     }
-    /// Demands that a run is refused with 78 before it exists, in words that have all of these in them.
+    /// Demands that a run is refused with 78 before it exists, and that the message contains all of these words.
     #[track_caller]
     fn expect_refused(&self, run: &str, settings: &[&str], parts: &[&str]) {
         self.run(run, settings).expect_code(78).expect_said(parts);
         assert_eq!(self.lab.keys(run, ""), Vec::<String>::new(), "a run that was refused");
     }
-    /// Writes `model.safetensors` anew: tensors by name, with their type, shape and bytes.
+    /// Rewrites `model.safetensors`: tensors by name, with their type, shape and bytes.
     fn rewrite(&self, change: impl FnOnce(&mut Tensors)) {
         let mut tensors = tensors(&self.path.join("model.safetensors"));
         change(&mut tensors);
@@ -91,7 +91,7 @@ fn tensors(path: &Path) -> Tensors {
 #[test]
 fn a_folder_with_another_tokenizer_is_refused_unless_the_configuration_says_so() {
     let folder = Folder::new();
-    // Another spelling of the same.
+    // Another spelling of the same tokenizer.
     folder.change("tokenizer.json", |json| json["added_tokens"][0]["rstrip"] = false.into());
     folder.run("same", &[]).expect_code(0);
 
@@ -113,7 +113,7 @@ fn a_folder_with_another_tokenizer_is_refused_unless_the_configuration_says_so()
 }
 
 #[test]
-fn a_tensor_that_would_be_lost_or_is_missing_is_named_before_the_run_exists() {
+fn a_superfluous_or_missing_tensor_is_named_before_the_run_exists() {
     let folder = Folder::new();
     let buffer = ("F64".to_owned(), vec![2], vec![0; 16]);
     folder.rewrite(|tensors| {
@@ -147,20 +147,20 @@ fn a_tensor_that_would_be_lost_or_is_missing_is_named_before_the_run_exists() {
 }
 
 #[test]
-fn a_key_that_may_change_the_model_is_refused_for_a_new_run_and_no_matter_for_one_that_exists() {
+fn a_key_that_may_change_the_model_is_refused_only_for_a_new_run() {
     let folder = Folder::new();
     let lab = &folder.lab;
     folder.change("config.json", |config| config["partial_rotary_factor"] = 0.5.into());
     folder.expect_refused("partial", &["model.config=\"\""], &["partial_rotary_factor"]);
 
-    // As an earlier version has created it.
+    // An earlier version created it like this.
     lab.damage(ORIGIN, "journal/00000000000000000000.json", |record| {
         let mut json: Value = serde_json::from_slice(record).expect("a record");
         json["record"]["config"]["model"]["config"]["a_key_of_old"] = 1.into();
         *record = json.to_string().into_bytes();
     });
     let life = lab.resume(ORIGIN).finish().expect_code(0);
-    // The next export goes to the same place.
+    // The next export has the same target.
     std::fs::remove_dir_all(&folder.path).expect("remove the folder");
     lab.expect_as_undisturbed(ORIGIN, &[&crate::support::lab::interrupted().life, &life]);
 }
@@ -209,7 +209,7 @@ fn the_tokenizers_files_travel_into_checkpoints_and_exports_and_outlive_their_fo
 }
 
 #[test]
-fn a_run_from_random_weights_has_settings_of_its_tokenizer() {
+fn a_run_from_random_weights_has_its_tokenizers_settings() {
     let lab = Lab::on_interrupted_run();
     lab.export(ORIGIN);
     let folder = lab.newest_checkpoint(ORIGIN);
@@ -224,7 +224,7 @@ fn a_run_from_random_weights_has_settings_of_its_tokenizer() {
 }
 
 #[test]
-fn doctor_holds_a_model_folder_against_the_model_and_the_data() {
+fn doctor_compares_a_model_folder_with_the_model_and_the_data() {
     let folder = Folder::new();
     let doctor = || {
         let config = folder.lab.config("").replace(

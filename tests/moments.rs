@@ -1,7 +1,7 @@
-//! Notices at the moments that are easily forgotten: while data is fetched, another node is looked at, a checkpoint is
-//! chosen or restored, a save is under way.
+//! Notices at moments that are easily forgotten: while data is fetched, another node's heartbeat is read, a checkpoint
+//! is chosen or restored, or a save is under way.
 //!
-//! Each moment is held: by a store that does not answer one kind of request, or a line that carries a save slowly.
+//! Each moment is held by a store that does not answer one kind of request, or by a line that carries a save slowly.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-/// From now on the store does not answer this kind of request, for longer than any test is allowed to last.
+/// From now on the store does not answer this kind of request, for longer than any test may last.
 fn stall(proxy: &FaultProxy, method: &'static str, target: &'static str) {
     let fault = Fault::Stall(Duration::from_secs(3600));
     proxy.arm(Rule { method, target, fault, often: Often::Next(1_000_000) });
@@ -48,7 +48,7 @@ fn a_notice_while_data_is_fetched_is_heard() {
 }
 
 #[test]
-fn a_notice_during_a_restore_ends_it_with_nothing_lost() {
+fn a_notice_during_a_restore_ends_the_run_with_nothing_lost() {
     let ((lab, proxy), server) = (Lab::on_s3_through_proxy(0), on_aws());
     let first = saved(&lab);
     let step = first.last("interrupted").step();
@@ -72,7 +72,7 @@ fn a_notice_during_a_save_waits_for_it_and_saves_what_came_after() {
     let running = long(&lab).args(&["--set", &often]).envs(&server.envs()).hold_after(EVERY + 1).start();
     let bytes = running.wait_for_step("checkpoint", EVERY).value["bytes"].as_u64().expect("its size");
     running.held();
-    // From here on a save is always under way: one takes seconds, and the next is due in milliseconds.
+    // From here on a save is always under way: each takes seconds, and the next is due in milliseconds.
     proxy.set_line(Line { bulk: Some(bytes / 4), ..Line::default() });
     running.let_go();
     running.wait_until("a save under way", || proxy.carried() > 0);
@@ -94,8 +94,8 @@ fn a_notice_during_a_save_waits_for_it_and_saves_what_came_after() {
 }
 
 #[test]
-fn sigterm_while_another_node_is_looked_at_is_heard() {
-    // On a store that is no folder of this machine the look takes half a minute.
+fn sigterm_while_another_nodes_heartbeat_is_read_is_heard() {
+    // On a store that is not a folder of this machine this takes half a minute.
     let lab = Lab::on_s3();
     let asleep = long(&lab).hold_after(3).start();
     asleep.wait_for_step("step", 3);
@@ -127,7 +127,7 @@ fn sigterm_while_a_checkpoint_is_chosen_is_heard() {
 fn sigterm_while_a_checkpoint_that_seems_damaged_is_read_again_is_heard() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
     let first = saved(&lab);
-    // Damaged on its way when it is loaded; when it is read again, it does not come.
+    // Its load is garbled in transfer; the second read gets no answer.
     let fault = Fault::FlipResponse(1000);
     proxy.arm(Rule { method: "GET", target: "optimizer-00001", fault, often: Often::Next(1) });
     stall(&proxy, "GET", "optimizer-00001");

@@ -1,8 +1,8 @@
-//! What says that a machine goes away, and what the run makes of it: the real binary before a metadata server of ours.
+//! Everything that announces the end of a machine, and the run's response: the real binary with our metadata server.
 //!
-//! Runs that are interrupted are long ones, so that the notice comes while they train; their learning rate is constant,
-//! so that the number of steps changes nothing else. Announced time is not trained in here (`notice.spare_time =
-//! "stop"`) unless a test says so.
+//! Interrupted runs are long, so that the notice comes while they train; their learning rate is constant, so that the
+//! number of steps changes nothing else. Announced time is not used for training here (`notice.spare_time = "stop"`)
+//! unless a test says so.
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -32,7 +32,7 @@ pub fn heard(running: &Running, source: &str) {
     });
 }
 
-/// The steps whose `committed` record stands in a run's journal, newest last.
+/// The steps with a `committed` record in a run's journal, newest last.
 pub fn committed(store: &std::path::Path) -> Vec<u64> {
     let mut records: Vec<_> = std::fs::read_dir(store.join(RUN).join("journal"))
         .into_iter()
@@ -52,7 +52,7 @@ pub fn folder(lab: &Lab) -> std::path::PathBuf {
     }
 }
 
-/// Demands that a life was interrupted with nothing lost, and that the next one carries on from that very step.
+/// Demands that a life was interrupted with nothing lost, and that the next one continues from that very step.
 #[track_caller]
 pub fn interrupted_and_resumed(lab: &Lab, life: &Finished, source: &str) {
     assert_eq!(life.code(), Some(75), "{}", life.story());
@@ -74,20 +74,20 @@ pub fn on_aws() -> MetadataServer {
 }
 
 #[test]
-fn a_spot_interruption_is_saved_for_and_resumed_from() {
+fn a_run_saves_on_a_spot_interruption_and_resumes() {
     let (lab, server) = (Lab::on_files(), on_aws());
-    // Without a hook nothing but the notices is asked for, and so one token is enough.
+    // Without a hook only notices are polled, so one token is enough.
     let running = long(&lab).args(&["--set", "notice.lifecycle_hook=\"none\""]).envs(&server.envs()).start();
     running.wait_for_step("step", 3);
     server.wait_for(SPOT, 3);
-    // As some services have it: two minutes from each request.
+    // Some services say it like this: two minutes from each request.
     server.set(SPOT, Reply::each(|| spot_notice("terminate", 120)));
     heard(&running, "aws-spot");
     let life = running.finish();
     assert_eq!(life.of_kind("notice").len(), 1, "{}", life.story());
     let deadline = life.last("notice").value["deadline_s"].as_f64().expect("a deadline");
     assert!(deadline > 60.0 && deadline <= 120.0, "{deadline}");
-    // One token, and every path asked once at a time, never sooner than its interval after the last answer.
+    // One token, and each path requested once at a time, never sooner than its interval after the last answer.
     assert_eq!(server.requests_of(TOKEN).len(), 1, "tokens are kept");
     for (path, interval_ms) in [(SPOT, 1000), (REBALANCE, 5000), (LIFECYCLE, 2000), (MAINTENANCE, 30_000)] {
         let asked = server.requests_of(path);
@@ -101,13 +101,13 @@ fn a_spot_interruption_is_saved_for_and_resumed_from() {
 }
 
 #[test]
-fn a_spot_notice_whose_time_has_passed_is_a_notice() {
+fn a_spot_notice_whose_time_has_passed_still_counts() {
     let (lab, server) = (Lab::on_files(), on_aws());
     let running = long(&lab).envs(&server.envs()).start();
     running.wait_for_step("step", 3);
     server.set(SPOT, spot_notice("stop", -3600));
     heard(&running, "aws-spot");
-    // It is withdrawn: what was heard holds.
+    // It is withdrawn, but still counts.
     server.remove(SPOT);
     let life = running.finish();
     assert_eq!(life.last("notice").value["deadline_s"], 0.0, "{}", life.story());
@@ -117,7 +117,7 @@ fn a_spot_notice_whose_time_has_passed_is_a_notice() {
 #[test]
 fn a_recommendation_saves_once_and_trains_on() {
     let (lab, server) = (Lab::on_files(), on_aws());
-    // Some services name the recommendation by the time of the question. No checkpoint is due.
+    // Some services identify the recommendation by the time of the request. No checkpoint is due.
     let running = long(&lab).envs(&server.envs()).start();
     running.wait_for_step("step", 3);
     let now = || format!(r#"{{"noticeTime":"{}"}}"#, jiff::Timestamp::now());
@@ -125,7 +125,7 @@ fn a_recommendation_saves_once_and_trains_on() {
     heard(&running, "aws-rebalance");
     let saved = running.wait_for("a checkpoint", |event| event.kind() == "checkpoint").step().expect("its step");
     running.wait_for_step("step", saved + 10);
-    // Of two more answers the first was read before the second was asked for.
+    // Of two more answers, the first was read before the second was requested.
     let asked = server.requests_of(REBALANCE).len();
     server.wait_for(REBALANCE, asked + 2);
     running.signal(Signal::TERM);
@@ -139,7 +139,7 @@ fn a_recommendation_saves_once_and_trains_on() {
 }
 
 #[test]
-fn maintenance_that_is_far_is_saved_for_and_maintenance_that_is_near_is_left_for() {
+fn distant_maintenance_asks_for_a_save_and_near_maintenance_ends_the_run() {
     let at = |ahead: i64| {
         let at = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(ahead);
         at.strftime("%-d %b %Y %H:%M:%S GMT").to_string()
@@ -155,7 +155,7 @@ fn maintenance_that_is_far_is_saved_for_and_maintenance_that_is_near_is_left_for
     let running = long(&lab).envs(&server.envs()).start();
     heard(&running, "aws-maintenance-ahead");
     running.wait_for_step("step", 3);
-    // Asked for twice a minute.
+    // It is polled twice a minute.
     server.set(MAINTENANCE, json!([far, event("near", 250)]));
     let life = running.finish();
     let heard: Vec<_> = life.of_kind("notice").iter().map(|event| event.value["source"].clone()).collect();
@@ -164,7 +164,7 @@ fn maintenance_that_is_far_is_saved_for_and_maintenance_that_is_near_is_left_for
 }
 
 #[test]
-fn a_preemption_on_gcp_is_saved_for_and_resumed_from() {
+fn a_run_saves_on_a_gcp_preemption_and_resumes() {
     let (lab, server) = (Lab::on_files(), MetadataServer::start().only(Cloud::Gcp));
     let running = long(&lab).envs(&server.envs()).start();
     running.wait_for_step("step", 3);
@@ -191,7 +191,7 @@ fn maintenance_on_gcp_ends_a_run_unless_the_run_began_in_it() {
     server.set(MAINTENANCE_EVENT, "TERMINATE_ON_HOST_MAINTENANCE");
     let life = running.finish().expect_code(75);
     assert_eq!(life.of_kind("notice").len(), 1, "{}", life.story());
-    // The next process finds the announcement standing: it trains on, until the machine is preempted.
+    // The next process finds the announcement already there: it trains on until the machine is preempted.
     let running = lab.resume(RUN).envs(&server.envs()).envs(&window).start();
     heard(&running, "gcp-maintenance-ahead");
     running.wait_for("a step", |event| event.kind() == "step");
@@ -203,7 +203,7 @@ fn maintenance_on_gcp_ends_a_run_unless_the_run_began_in_it() {
     interrupted_and_resumed(&lab, &life, "gcp-preempted");
 }
 
-/// A run on Azure that is told of this event; the server's log of approvals.
+/// A run on Azure with this event; returns the server's log of approvals.
 fn told_on_azure(lab: &Lab, resources: &[&str], kind: &str) -> (Finished, Vec<crate::support::metadata::Asked>) {
     let server = MetadataServer::start().only(Cloud::Azure);
     server.note_posts({
@@ -222,7 +222,7 @@ fn told_on_azure(lab: &Lab, resources: &[&str], kind: &str) -> (Finished, Vec<cr
 }
 
 #[test]
-fn an_event_on_azure_is_approved_when_the_last_step_is_committed() {
+fn an_azure_event_is_approved_once_the_last_step_is_committed() {
     let lab = Lab::on_files();
     let (life, approvals) = told_on_azure(&lab, &[INSTANCE], "Preempt");
     let step = life.last("interrupted").step().expect("its step");
@@ -233,7 +233,7 @@ fn an_event_on_azure_is_approved_when_the_last_step_is_committed() {
 }
 
 #[test]
-fn an_event_of_several_machines_is_left_for_and_not_approved() {
+fn an_event_of_several_machines_ends_the_run_but_is_not_approved() {
     let lab = Lab::on_files();
     let (life, approvals) = told_on_azure(&lab, &[INSTANCE, "another-machine"], "Reboot");
     assert!(approvals.is_empty(), "it would have begun for the other machine, too\n{}", life.story());
@@ -241,13 +241,13 @@ fn an_event_of_several_machines_is_left_for_and_not_approved() {
 }
 
 #[test]
-fn an_event_on_azure_that_nobody_leaves_for_is_not_approved() {
+fn an_azure_event_that_the_run_does_not_leave_for_is_not_approved() {
     let approvals = |server: &MetadataServer| {
         server.requests_of(SCHEDULED_EVENTS).iter().filter(|asked| asked.method == "POST").count()
     };
-    // The time until it begins is trained in, until somebody asks the run to stop.
+    // The time until it begins is used for training, until the run is asked to stop.
     let (lab, server) = (Lab::on_files(), MetadataServer::start().only(Cloud::Azure));
-    // Only who knows what a save takes can tell what time there is to spare.
+    // The spare time is known only once the time of a save is known.
     let spare = ["notice.spare_time=\"train\"", "checkpoint.every=\"50 steps\""];
     let running = spare.iter().fold(long(&lab), |command, set| command.args(&["--set", set]));
     let running = running.envs(&server.envs()).start();
@@ -262,9 +262,9 @@ fn an_event_on_azure_that_nobody_leaves_for_is_not_approved() {
 
 #[test]
 fn a_run_that_is_complete_before_a_scheduled_event_begins_does_not_approve_it() {
-    // What runs on this machine next may need the time.
+    // The next process on this machine may need the time.
     let (lab, server) = (Lab::on_files(), MetadataServer::start().only(Cloud::Azure));
-    // Only who knows what a save takes can tell what time there is to spare.
+    // The spare time is known only once the time of a save is known.
     let enough = ["notice.spare_time=\"train\"", "train.steps=1000", "checkpoint.every=\"50 steps\""];
     let running = enough.iter().fold(long(&lab), |command, set| command.args(&["--set", set]));
     let running = running.envs(&server.envs()).start();
@@ -278,7 +278,7 @@ fn a_run_that_is_complete_before_a_scheduled_event_begins_does_not_approve_it() 
 }
 
 #[test]
-fn a_notice_that_stands_when_a_run_is_resumed_ends_it_with_nothing_lost() {
+fn a_notice_that_exists_when_a_run_resumes_ends_it_with_nothing_lost() {
     let (lab, server) = (Lab::on_files(), on_aws());
     let first = long(&lab).start();
     first.wait_for_step("step", 3);
@@ -294,7 +294,7 @@ fn a_notice_that_stands_when_a_run_is_resumed_ends_it_with_nothing_lost() {
 }
 
 #[test]
-fn usr1_says_that_the_machine_goes_away_and_usr2_asks_for_a_save() {
+fn usr1_announces_the_end_of_the_machine_and_usr2_asks_for_a_save() {
     let lab = Lab::on_files();
     let slurm = [("SLURM_JOB_ID", "17".to_owned())];
     let running = long(&lab).envs(&slurm).start();
@@ -312,7 +312,7 @@ fn usr1_says_that_the_machine_goes_away_and_usr2_asks_for_a_save() {
 }
 
 #[test]
-fn signals_that_are_not_listened_to_end_nothing_and_sigterm_twice_leaves_at_once() {
+fn ignored_signals_end_nothing_and_a_second_sigterm_exits_at_once() {
     let lab = Lab::on_files();
     let window = [("TRAINER_STOP_WINDOW", "150s".to_owned())];
     let running = long(&lab).args(&["--set", "notice.sources=[\"file\"]"]).envs(&window).hold_after(40).start();
@@ -320,11 +320,11 @@ fn signals_that_are_not_listened_to_end_nothing_and_sigterm_twice_leaves_at_once
     running.signal(Signal::USR1);
     running.signal(Signal::USR2);
     running.wait_for_step("step", 40);
-    // A drain can't end while a rank is held: what ends the run is the second signal.
+    // A drain can't end while a rank is held, so the second signal ends the run.
     running.held();
     running.signal(Signal::TERM);
     heard(&running, "sigterm");
-    // At once it would be taken for an echo of the first one.
+    // Right away it would count as an echo of the first one.
     running.ask_until_it_ends(Signal::TERM);
     let life = running.finish().expect_code(76);
     let sources: Vec<_> = life.of_kind("notice").iter().map(|event| event.value["source"].clone()).collect();
@@ -336,7 +336,7 @@ fn signals_that_are_not_listened_to_end_nothing_and_sigterm_twice_leaves_at_once
 }
 
 #[test]
-fn a_window_that_is_only_usual_is_said_and_binds_nobody() {
+fn an_assumed_stop_window_is_only_reported() {
     let lab = Lab::on_files();
     let slurm = [("SLURM_JOB_ID", "17".to_owned())];
     let running = long(&lab).envs(&slurm).start();
@@ -346,11 +346,7 @@ fn a_window_that_is_only_usual_is_said_and_binds_nobody() {
     let notice = &life.last("notice").value;
     assert_eq!((&notice["deadline_s"], &notice["binding"]), (&json!(30.0), &json!(false)), "{}", life.story());
     // The run, the notice and the journal say the same.
-    assert!(
-        life.stderr.contains("asked to stop, no deadline that binds is known (30.0 s by default)"),
-        "{}",
-        life.story()
-    );
+    assert!(life.stderr.contains("asked to stop, no certain deadline (30.0 s by default)"), "{}", life.story());
     let told = lab.about("explain", RUN).json().finish().expect_code(0);
     assert_eq!(told.events[0].value["notices"][0]["deadline_s"], Value::Null, "{}", told.story());
     assert_eq!(told.events[0].value["drain"]["deadline_s"], Value::Null, "{}", told.story());
@@ -369,7 +365,7 @@ fn a_watched_file_ends_a_run_and_not_the_next() {
     let left = life.last("notice").value["deadline_s"].as_f64().expect("a deadline");
     assert!(left > 20.0 && left <= 40.0, "{left}");
     assert_eq!(life.code(), Some(75), "{}", life.story());
-    // It is still there, and the next life is not ended by it, but by a change to it.
+    // The file still exists. It does not end the next life, but a change to it does.
     let step = life.last("interrupted").step().expect("its step");
     let running = lab.resume(RUN).start();
     running.wait_for_step("step", step + 150);
@@ -382,7 +378,7 @@ fn a_watched_file_ends_a_run_and_not_the_next() {
 }
 
 #[test]
-fn drain_stops_the_generation_that_is_at_work_and_no_other() {
+fn drain_stops_the_running_generation_and_no_other() {
     let lab = Lab::on_files();
     let running = long(&lab).start();
     running.wait_for_step("step", 3);
@@ -393,7 +389,7 @@ fn drain_stops_the_generation_that_is_at_work_and_no_other() {
     assert_eq!((&answer["state"], &answer["step"]), (&json!("interrupted"), &json!(step)), "{}", asked.story());
     assert_eq!((&answer["lost_steps"], &answer["asked_before"]), (&json!(0), &json!(false)), "{}", asked.story());
     assert_eq!(lab.keys(RUN, "drains/"), ["drains/g0001.json"]);
-    // What has stopped can't be asked to stop, and what is resumed is not stopped by the old request.
+    // A run that has stopped can't be asked to stop, and the old request does not stop a resumed run.
     let again = lab.about("drain", RUN).finish().expect_code(64);
     assert!(again.stderr.contains("is not running: it is interrupted"), "{}", again.story());
     assert_eq!(life.code(), Some(75), "{}", life.story());
@@ -411,7 +407,7 @@ fn drain_stops_the_generation_that_is_at_work_and_no_other() {
 }
 
 #[test]
-fn drain_does_not_wait_if_it_is_told_so_and_refuses_the_dead() {
+fn drain_does_not_wait_on_request_and_refuses_a_dead_run() {
     let lab = Lab::on_files();
     let missing = lab.about("drain", RUN).finish();
     assert_ne!(missing.code(), Some(0), "{}", missing.story());
@@ -428,17 +424,17 @@ fn drain_does_not_wait_if_it_is_told_so_and_refuses_the_dead() {
     killed.wait_for("a step", |event| event.kind() == "step");
     killed.power_off();
     let dead = lab.about("drain", RUN).finish().expect_code(64);
-    assert!(dead.stderr.contains("has gone without a word"), "{}", dead.story());
+    assert!(dead.stderr.contains("stopped without a final record"), "{}", dead.story());
 }
 
-/// A worker dies after its generation was asked to stop, before the request was heard; gives what became of it, and of
-/// who had asked.
+/// A worker dies after its generation was asked to stop, before the request was heard; returns the run's end and that
+/// of the command.
 fn asked_before_a_death(lab: &Lab, more: &[&str]) -> (Finished, Finished) {
     let running = long(lab).start();
     running.wait_for_step("step", 3);
     let asked = lab.about("drain", RUN).args(more).json().start();
     asked.wait_until("a request", || !lab.keys(RUN, "drains/").is_empty());
-    // Requests are looked for every five seconds: nearly always the next generation has been formed by then.
+    // The run looks for requests every five seconds: nearly always the next generation has been formed by then.
     let worker = running.workers().pop().expect("a worker");
     rustix::process::kill_process(worker, Signal::KILL).expect("kill a worker");
     let life = running.finish();
@@ -448,14 +444,14 @@ fn asked_before_a_death(lab: &Lab, more: &[&str]) -> (Finished, Finished) {
 }
 
 #[test]
-fn a_request_that_was_on_its_way_when_a_worker_died_is_obeyed() {
+fn a_drain_request_is_obeyed_even_if_a_worker_dies_first() {
     let lab = Lab::on_files();
     asked_before_a_death(&lab, &["--no-wait"]);
     assert_eq!(lab.keys(RUN, "drains/"), ["drains/g0001.json"], "it was not asked again");
 }
 
 #[test]
-fn who_waits_for_a_run_to_stop_is_told_how_it_ended_though_a_worker_died_in_between() {
+fn drain_reports_how_the_run_ended_even_if_a_worker_dies_first() {
     let lab = Lab::on_files();
     let (life, asked) = asked_before_a_death(&lab, &[]);
     let answer = &asked.events.last().expect("its answer").value;

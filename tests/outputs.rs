@@ -1,4 +1,4 @@
-//! What commands print and what checkpoints are: stdout is data, and a checkpoint's folder is a model's folder.
+//! The output of commands, and the form of checkpoints: stdout is data, and a checkpoint's folder is a model folder.
 
 use std::collections::BTreeMap;
 
@@ -65,7 +65,7 @@ fn the_reading_commands_answer_in_json() {
 }
 
 #[test]
-fn verify_finds_a_bit_turned_over_and_names_the_object() {
+fn verify_finds_a_flipped_bit_and_names_the_object() {
     let lab = Lab::on_interrupted_run();
     let folder = lab.newest_checkpoint(ORIGIN);
     let key = lab.keys(ORIGIN, &format!("{folder}/model-")).remove(0);
@@ -79,7 +79,7 @@ fn verify_finds_a_bit_turned_over_and_names_the_object() {
 }
 
 #[test]
-fn verify_finds_a_shard_cut_short_without_reading_it() {
+fn verify_finds_a_truncated_shard_without_reading_it() {
     let lab = Lab::on_interrupted_run();
     let folder = lab.newest_checkpoint(ORIGIN);
     let key = lab.keys(ORIGIN, &format!("{folder}/optimizer-")).remove(0);
@@ -193,7 +193,7 @@ fn an_export_is_a_model_folder_of_one_file() {
 }
 
 #[test]
-fn prune_keeps_the_newest_and_says_first_what_it_would_delete() {
+fn prune_keeps_the_newest_and_shows_first_what_it_would_delete() {
     let lab = Lab::on_interrupted_run();
     let before = lab.keys(ORIGIN, "checkpoints/");
     lab.about("prune", ORIGIN).args(&["--keep-last", "1", "--dry-run"]).finish().expect_code(0);

@@ -1,4 +1,4 @@
-//! `data prepare` on files as people have them: packed, misnamed, broken, linked, and texts that spell special tokens.
+//! `data prepare` on real-world files: packed, misnamed, broken, linked, and texts that spell special tokens.
 
 use std::{
     ffi::OsStr,
@@ -29,7 +29,7 @@ fn prepare(lab: &Lab, input: &str, out: &str, more: &[&str]) -> Finished {
     lab.command(&arguments).args(more).finish()
 }
 
-/// The training tokens of a data set, of which there are fewer than 65,536 kinds.
+/// The training tokens of a dataset with fewer than 65,536 kinds.
 fn tokens(out: &Path) -> Vec<u32> {
     let bytes = std::fs::read(out.join("train-00000.bin")).expect("a shard");
     bytes.chunks(2).map(|id| u32::from(u16::from_le_bytes([id[0], id[1]]))).collect()
@@ -46,7 +46,7 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn records_are_read_from_every_form_in_which_they_are_shipped() {
+fn records_are_read_in_every_form() {
     let lab = Lab::on_files_at_once();
     let texts = ["one\nline", "an \"other\" one", "gr\u{fc}n", "the last"];
     let record = |text: &&str| serde_json::json!({ "id": 7, "doc": { "text": text } });
@@ -84,7 +84,7 @@ fn records_are_read_from_every_form_in_which_they_are_shipped() {
 }
 
 #[test]
-fn what_is_not_read_is_an_error_that_names_it_and_what_to_do() {
+fn an_unsupported_input_is_an_error_with_a_remedy() {
     let lab = Lab::on_files_at_once();
     let packed = gzip("{\"text\": \"a\"}\n".repeat(5000).as_bytes());
     let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"hello\"}]}\n";
@@ -117,7 +117,7 @@ fn what_is_not_read_is_an_error_that_names_it_and_what_to_do() {
 }
 
 #[test]
-fn the_line_of_an_error_is_the_one_of_its_file_and_bad_records_can_be_left_out() {
+fn errors_name_the_line_of_their_file_and_bad_records_can_be_skipped() {
     let lab = Lab::on_files_at_once();
     write(&lab, "in/a.jsonl", "{\"text\": \"a\"}\n".repeat(500));
     write(
@@ -130,7 +130,7 @@ fn the_line_of_an_error_is_the_one_of_its_file_and_bad_records_can_be_left_out()
     let summary: serde_json::Value = serde_json::from_str(&done.stdout).expect("a summary");
     assert_eq!((&summary["bad_records"], &summary["documents"]), (&3.into(), &502.into()), "{}", done.story());
     assert!(done.stderr.contains("3 records of") && done.stderr.contains("b.jsonl:3"), "{}", done.story());
-    // A record larger than any document is not held, whether it is wanted or not.
+    // A record larger than any document is never held in memory, whether it is wanted or not.
     let huge = format!("{{\"text\": \"{}\"}}\n", "x".repeat(70 << 20));
     write(&lab, "huge.jsonl.zst", zstd(format!("{{\"text\": \"a\"}}\n{huge}{{\"text\": \"b\"}}\n").as_bytes()));
     prepare(&lab, "huge.jsonl.zst", "huge", &[]).expect_code(78).expect_said(&["huge.jsonl.zst:2", "64 MiB"]);
@@ -188,7 +188,7 @@ fn a_broken_file_is_an_error_or_is_left_out_whole() {
 }
 
 #[test]
-fn names_that_are_not_text_and_links_that_lead_in_circles_are_no_trouble() {
+fn names_that_are_not_utf8_and_circular_links_are_handled() {
     let lab = Lab::on_files_at_once();
     write(&lab, OsStr::from_bytes(b"in/caf\xe9.txt"), "one");
     write(&lab, "in/deep/two.txt", "two");
@@ -222,7 +222,7 @@ fn no_text_ends_a_document() {
     let ends = tokens(&lab.path("out")).iter().filter(|&&id| id == 1).count();
     assert_eq!(ends, 2, "one end for each of two documents");
 
-    // Whole words only: there is no other form for it.
+    // The tokenizer has whole words only, so there is no other form for it.
     let tokenizer = serde_json::json!({
         "version": "1.0", "added_tokens": [], "pre_tokenizer": { "type": "WhitespaceSplit" },
         "model": { "type": "WordLevel", "unk_token": "<unk>", "vocab": { "<unk>": 0, "</s>": 1, "another": 2 } },
@@ -234,7 +234,7 @@ fn no_text_ends_a_document() {
 }
 
 #[test]
-fn inputs_in_a_store_are_fetched_once_and_every_phase_is_told() {
+fn inputs_in_a_store_are_fetched_once_and_every_phase_is_reported() {
     let lab = Lab::on_s3();
     for (number, text) in sample_text().as_bytes().chunks(10_000).take(6).enumerate() {
         lab.server().write(&format!("texts/{number}.txt"), text.to_vec());
@@ -248,7 +248,7 @@ fn inputs_in_a_store_are_fetched_once_and_every_phase_is_told() {
         .expect_said(&["looking for inputs", "reading text", "training tokenizer", "encoding", "writing"]);
     assert_eq!(lab.server().count("GetObject") - before, 6, "{}", done.story());
 
-    // A tokenizer is taken from there, too.
+    // The tokenizer comes from there, too.
     lab.server().write("model/tokenizer.json", std::fs::read(lab.path("out/tokenizer.json")).expect("tokenizer"));
     for (place, out) in [("model", "second"), ("model/tokenizer.json", "third")] {
         let (tokenizer, out) = (format!("s3://{BUCKET}/{place}"), lab.path(out).display().to_string());
@@ -260,7 +260,7 @@ fn inputs_in_a_store_are_fetched_once_and_every_phase_is_told() {
 }
 
 #[test]
-fn generate_ends_with_the_token_that_the_data_has_between_its_documents() {
+fn generate_ends_with_the_token_between_the_datas_documents() {
     let lab = Lab::on_files();
     let tokenizer = std::fs::read_to_string(data_set().join("tokenizer.json")).expect("tokenizer");
     write(&lab, "tokenizer.json", tokenizer.replace("<|endoftext|>", "<|fin|>"));

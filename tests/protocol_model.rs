@@ -1,19 +1,19 @@
 //! The commit and fencing protocol, model-checked: every order of events of a small world is tried.
 //!
 //! The world: a store with an atomic create-once put, and agents that replay the journal, form generations, save and
-//! commit. At any moment an agent may be killed or paused for ever so long, a request may be done and its answer lost,
-//! a request that was given up may land later or never, a save may be given up and made again, a person may turn the
-//! run back with `--from`, and somebody may condemn a checkpoint and take that back, rightly or not. Heartbeats are
-//! left out: any agent may form at any time, which is the worst that they can allow.
+//! commit. At any moment an agent may be killed or paused for any time, a request may succeed and its answer be lost, a
+//! request that was given up may arrive later or never, a save may be given up and repeated, a person may turn the run
+//! back with `--from`, and any process may condemn a checkpoint and withdraw that, rightly or not. Heartbeats are left
+//! out: any agent may form at any time, which is the worst case.
 //!
-//! What the real code decides is decided by it here too: [`RunState::apply`] reads the journal, [`admit`] says what may
-//! be appended, [`RunState::candidates`] says where to look for the newest checkpoint. Around it stand the loops of
-//! `Journal::append` and of a save, in small steps, so that every seam between two requests is a place to be killed.
+//! The real code decides here, too: [`RunState::apply`] reads the journal, [`admit`] says what may be appended, and
+//! [`RunState::candidates`] says where to look for the newest checkpoint. Around it the loops of `Journal::append` and
+//! of a save are modelled in small steps, so that an agent can be killed between any two requests.
 //!
 //! [`Bug`]s seeded into the model must each be found: a checker that finds nothing proves nothing.
 //!
 //! The search is a plain breadth-first one over whole states (no hashing that could hide one), so that a counterexample
-//! is as short as there is; it prints its trace.
+//! is as short as possible; it prints its trace.
 
 use std::{
     cell::RefCell,
@@ -41,7 +41,7 @@ enum What {
     Cleared { point: Point },
 }
 
-/// A journal record: who wrote it, to the attempt.
+/// A journal record, identified by its writer's attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Rec {
     attempt: Attempt,
@@ -60,24 +60,24 @@ enum Request {
 enum Doing {
     /// Not running.
     Down,
-    /// Has read the journal, looks for a checkpoint.
+    /// It has read the journal and looks for a checkpoint.
     Choosing,
-    /// Appends `formed`; `looked`: only with [`Bug::CheckThenWrite`], has seen that the number is free.
+    /// It appends `formed`; `looked`: only with [`Bug::CheckThenWrite`], it has seen that the number is free.
     Forming { rec: Rec, looked: bool },
-    /// Holds a generation and trains.
+    /// It holds a generation and trains.
     Training,
-    /// Puts shards and receipt.
+    /// It puts shards and receipt.
     Sharding { point: Point, attempt: Attempt },
-    /// Creates the manifest.
+    /// It creates the manifest.
     Manifesting { point: Point, attempt: Attempt },
-    /// Appends `committed`.
+    /// It appends `committed`.
     Committing { rec: Rec, looked: bool },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Agent {
     doing: Doing,
-    /// Each start of an agent is another node.
+    /// Each start of an agent is a new node.
     boot: u8,
     /// Records read.
     seen: usize,
@@ -95,14 +95,14 @@ const DOWN: Agent = Agent { doing: Doing::Down, boot: 0, seen: 0, held: None, st
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct World {
     journal: Vec<Rec>,
-    /// Whose bytes they are: a boot's state at a step is always the same.
+    /// The writer of the bytes: a boot's state at a step is always the same.
     shards: BTreeMap<Point, u8>,
     manifests: BTreeMap<Point, Attempt>,
-    /// In no order: the agents are alike.
+    /// In no order, since the agents are alike.
     agents: Vec<Agent>,
-    /// Given up by their senders; each may still land.
+    /// Given up by their senders; each may still arrive.
     late: BTreeSet<Request>,
-    /// Commits that an agent was told of.
+    /// Commits that were confirmed to an agent.
     told: BTreeSet<Point>,
     boots: u8,
     faults: u8,
@@ -113,21 +113,21 @@ struct World {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Bug {
     None,
-    /// A create is a look and then a put.
+    /// A create checks first and puts later.
     CheckThenWrite,
     /// A commit is appended without asking the rule book.
     NoFence,
-    /// The record before the manifest.
+    /// The record is written before the manifest.
     RecordFirst,
-    /// A claim that was chosen from an older reading is put behind what came since.
+    /// A claim based on an older reading is appended behind newer records.
     ClaimAfterReading,
-    /// A repeated append doesn't look whether its first try stands.
+    /// A repeated append doesn't check whether its first attempt exists.
     BlindRetry,
     /// A checkpoint is condemned without asking the rule book.
     HardVerdict,
 }
 
-/// How large a world.
+/// The size of a world.
 #[derive(Clone, Copy)]
 struct Bounds {
     agents: usize,
@@ -139,7 +139,7 @@ struct Bounds {
     turns_back: bool,
 }
 
-/// Things that must happen somewhere, or the model is too small to say anything.
+/// Events that must happen somewhere, or the model is too small to prove anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Sight {
     Fenced,
@@ -151,15 +151,15 @@ enum Sight {
     SecondGenerationCommits,
     Condemned,
     Cleared,
-    /// An agent goes on from another checkpoint than the newest, which is condemned.
+    /// An agent continues from another checkpoint than the newest, which is condemned.
     SteppedBack,
 }
 
-/// What the real code makes of a journal: a state, or why it refuses it.
+/// The real code's reading of a journal: a state, or the reason of its refusal.
 type Read = Result<Rc<RunState>, String>;
 
 thread_local! {
-    /// What the real code makes of a journal, for each journal met.
+    /// The real code's reading of each journal met.
     static REPLAYED: RefCell<HashMap<Vec<Rec>, Read>> = RefCell::default();
 }
 
@@ -231,7 +231,7 @@ fn replay(journal: &[Rec]) -> Read {
     state
 }
 
-/// Whether the last verdict on a checkpoint, if there is one, is that it is damaged.
+/// Whether the last verdict on a checkpoint, if any, is that it is damaged.
 fn is_condemned(journal: &[Rec], wanted: Point) -> bool {
     let mut verdicts = journal.iter().filter_map(|rec| match rec.what {
         What::Damaged { point } if point == wanted => Some(true),
@@ -241,8 +241,8 @@ fn is_condemned(journal: &[Rec], wanted: Point) -> bool {
     verdicts.next_back().unwrap_or(false)
 }
 
-/// The newest checkpoint that is not condemned, in words of its own: the highest that the newest generation committed,
-/// else the highest up to what it resumed from, and so on back.
+/// The newest checkpoint that is not condemned, computed independently: the highest that the newest generation
+/// committed, else the highest up to its resume point, and so on back.
 fn newest(journal: &[Rec]) -> Option<Point> {
     let formed = |wanted: Option<u8>| {
         journal.iter().rev().find_map(|rec| match rec.what {
@@ -274,13 +274,13 @@ impl World {
         Self { agents: vec![DOWN; bounds.agents], ..Self::default() }
     }
 
-    /// What a discovery that holds the manifest against the record and the files against the manifest says.
+    /// The result of a discovery that compares the manifest with the record and the files with the manifest.
     fn is_whole(&self, point: Point, manifest: &str) -> bool {
         let stands = self.manifests.get(&point);
         stands.is_some_and(|stands| format!("{stands:?}") == manifest && self.shards.get(&point) == Some(&stands.0))
     }
 
-    /// `formed` and `committed` must be true of this state and of every state that follows.
+    /// `formed` and `committed` must hold in this state and in every state that follows.
     fn check(&self) -> Result<(), String> {
         let state = replay(&self.journal).map_err(|error| format!("the journal can't be read: a record {error}"))?;
         let mut holder = None;
@@ -333,7 +333,7 @@ impl World {
         Ok(())
     }
 
-    /// The store does a request; `false`: the key is taken by something else.
+    /// The store executes a request; `false`: another object has the key.
     fn serve(&mut self, request: Request, bug: Bug) -> bool {
         match request {
             Request::Append { number, rec } if bug == Bug::CheckThenWrite && number < self.journal.len() => {
@@ -354,11 +354,11 @@ impl World {
         }
     }
 
-    /// Everything that can happen next.
+    /// All events that can happen next.
     fn next(&self, bounds: Bounds, bug: Bug, saw: &mut BTreeSet<Sight>) -> Vec<(String, Self)> {
         let mut all = Vec::new();
         for (index, agent) in self.agents.iter().enumerate() {
-            // Agents that are alike do alike.
+            // Agents that are alike do the same.
             if self.agents[..index].contains(agent) {
                 continue;
             }
@@ -379,7 +379,7 @@ impl World {
         all
     }
 
-    /// Somebody reads the journal and appends a verdict, or takes one back; in one go, since nothing else is theirs.
+    /// A process reads the journal and appends or withdraws a verdict, in one step, since it does nothing else.
     fn next_verdicts(&self, bounds: Bounds, bug: Bug, saw: &mut BTreeSet<Sight>, all: &mut Vec<(String, Self)>) {
         if self.verdicts >= bounds.verdicts {
             return;
@@ -433,7 +433,7 @@ impl World {
         match agent.doing {
             Doing::Down => {}
             Doing::Choosing => {
-                // Newest first, as the catalogue looks at them.
+                // Newest first, as the catalogue does.
                 let mut candidates: Vec<_> = known.candidates().iter().map(|c| c.committed.clone()).collect();
                 candidates.sort_by_key(|c| std::cmp::Reverse((c.generation, c.step)));
                 let point = |c: &Committed| small(&ResumePoint { step: c.step, generation: c.generation });
@@ -484,7 +484,7 @@ impl World {
             }
             Doing::Training => {}
             Doing::Sharding { point, attempt } => {
-                // A manifest that stands is our own of an earlier attempt, of the same bytes: it is taken over.
+                // An existing manifest of an earlier attempt of our own, with the same bytes, is taken over.
                 if self.manifests.contains_key(&point) {
                     let world = with(&mut |_, agent| agent.doing = Doing::Manifesting { point, attempt });
                     all.push((format!("boot {boot} finds its manifest of {point:?}"), world));
@@ -522,7 +522,7 @@ impl World {
         }
     }
 
-    /// What becomes of a request: it is answered; it is done and its answer lost; it is given up and may land later.
+    /// The fates of a request: it is answered; it is done and its answer lost; it is given up and may arrive later.
     fn send(
         &self,
         index: usize,
@@ -546,11 +546,11 @@ impl World {
         saw.insert(Sight::AnswerLost);
         let mut unsure = agent;
         if let (Bug::BlindRetry, Doing::Committing { rec, .. }) = (bug, agent.doing) {
-            // It takes the lost answer for a failure, and appends anew.
+            // It takes the lost answer for a failure, and appends again.
             unsure.attempts += 1;
             unsure.doing = Doing::Committing { rec: Rec { attempt: (boot, unsure.attempts), ..rec }, looked: false };
         }
-        // A save or a formation that is given up; the agent trains on, or leaves.
+        // A save or a formation is given up; the agent trains on, or exits.
         let mut gave_up = agent;
         gave_up.doing = Doing::Training;
         if matches!(agent.doing, Doing::Forming { .. }) {
@@ -589,7 +589,7 @@ impl Agent {
         self.doing = Doing::Training;
     }
 
-    /// [`Bug::CheckThenWrite`]: the look.
+    /// [`Bug::CheckThenWrite`]: the check.
     fn looks(&mut self, world: &mut World, rec: Rec) {
         if self.seen < world.journal.len() {
             self.reads_on(world, rec, Bug::CheckThenWrite, &mut BTreeSet::new());
@@ -608,7 +608,8 @@ impl Agent {
                 self.doing = Doing::Manifesting { point, attempt };
             }
             Request::Manifest { point, attempt } => {
-                // Taken: by an earlier attempt of this boot, since no other holds this generation; it stays.
+                // The number is taken by an earlier attempt of this boot, since no other node holds this generation:
+                // keep it.
                 let manifest = if ours { attempt } else { *world.manifests.get(&point).expect("taken") };
                 if !ours {
                     saw.insert(Sight::TookOver);
@@ -639,7 +640,7 @@ impl Agent {
         }
     }
 
-    /// The number was taken: reads what stands, to the end, and sees what that means for `rec`.
+    /// The number was taken: reads the records to the end, and decides what that means for `rec`.
     fn reads_on(&mut self, world: &mut World, rec: Rec, bug: Bug, saw: &mut BTreeSet<Sight>) {
         let came = world.journal[self.seen..].to_vec();
         let own = came.iter().position(|found| *found == rec).filter(|_| bug != Bug::BlindRetry);
@@ -651,7 +652,7 @@ impl Agent {
         self.seen = world.journal.len();
         self.doing = match rec.what {
             What::Committed { .. } => Doing::Committing { rec, looked: false },
-            // What it has chosen may not be right any more.
+            // Its choice may no longer be right.
             What::Formed { .. } if bug != Bug::ClaimAfterReading => {
                 saw.insert(Sight::Overtaken);
                 Doing::Choosing
@@ -672,14 +673,14 @@ impl Agent {
 struct Explored {
     states: usize,
     saw: BTreeSet<Sight>,
-    /// The shortest way to a state in which something that must hold does not, and what.
+    /// The shortest path to a state that breaks an invariant, and that invariant.
     flaw: Option<(Vec<String>, String)>,
 }
 
-/// Breadth first from the empty run, until all is seen or something is wrong.
+/// Breadth first from the empty run, until all states are seen or an invariant is broken.
 fn explore(bounds: Bounds, bug: Bug) -> Explored {
     let mut known: HashMap<Rc<World>, usize> = HashMap::new();
-    // Each state's parent, and what happened in between.
+    // Each state's parent, and the event in between.
     let mut ways: Vec<(usize, String)> = vec![(0, String::new())];
     let start = Rc::new(World::new(bounds));
     known.insert(Rc::clone(&start), 0);
@@ -729,14 +730,14 @@ fn two_leaders_with_lost_answers_and_late_requests_never_commit_twice_and_lose_n
 }
 
 #[test]
-fn three_boots_of_which_one_turns_the_run_back_find_the_newest() {
+fn three_boots_find_the_newest_even_if_one_turns_the_run_back() {
     use Sight::*;
     let bounds = Bounds { boots: 3, saves: 1, ..SMALL };
     expect_sound(bounds, &[Fenced, Overtaken, LandedLate, AnswerLost, TurnedBack, SecondGenerationCommits]);
 }
 
 #[test]
-fn verdicts_and_their_withdrawal_at_any_moment_leave_a_checkpoint_to_go_on_from() {
+fn verdicts_and_withdrawals_always_leave_a_checkpoint_to_resume_from() {
     use Sight::*;
     let bounds = Bounds { faults: 0, verdicts: 3, ..SMALL };
     expect_sound(bounds, &[Fenced, Overtaken, TurnedBack, SecondGenerationCommits, Condemned, Cleared, SteppedBack]);
@@ -746,7 +747,7 @@ fn verdicts_and_their_withdrawal_at_any_moment_leave_a_checkpoint_to_go_on_from(
 fn every_seeded_bug_is_found() {
     for (bug, flaw) in [
         (Bug::CheckThenWrite, "holds the run"),
-        (Bug::NoFence, "while 2 stands"),
+        (Bug::NoFence, "while 2 is the newest"),
         (Bug::RecordFirst, "its data is not there"),
         (Bug::ClaimAfterReading, "is newer"),
         (Bug::BlindRetry, "a second time"),

@@ -1,9 +1,9 @@
-//! Random lives of a run against a model of a few lines: agents that boot, save, are killed between any two steps of a
-//! save, wake up after others have taken over, turn back; objects that are damaged, and mended; checkpoints that are
-//! condemned, cleared, pruned.
+//! Random lives of a run compared with a model of a few lines: agents that boot, save, are killed between any two steps
+//! of a save, wake up after others have taken over, or turn back; objects that are damaged and repaired; checkpoints
+//! that are condemned, cleared or pruned.
 //!
-//! Journal, saves, discovery and pruning are the real code on a real store; [`Model`] is what a person would say must
-//! come of it. A failure prints the shortest sequence that shows it. `PROPTEST_RNG_SEED=<number>` repeats a run.
+//! Journal, saves, discovery and pruning are the real code on a real store; [`Model`] gives the expected result. A
+//! failure prints the shortest sequence that shows it. `PROPTEST_RNG_SEED=<number>` repeats a run.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -38,7 +38,7 @@ type Point = (u64, u64);
 
 const AGENTS: usize = 3;
 
-/// Where a save is cut off.
+/// Where a save is interrupted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Cut {
     AfterAShard,
@@ -56,7 +56,7 @@ enum Harm {
 
 #[derive(Clone, Debug)]
 enum Op {
-    /// An agent starts (again), and forms a generation on the newest checkpoint.
+    /// An agent starts, or restarts, and forms a generation on the newest checkpoint.
     Boot {
         who: usize,
     },
@@ -65,16 +65,17 @@ enum Op {
         who: usize,
         to: prop::sample::Index,
     },
-    /// An agent's next save, until it is killed; one that trains on unaware of others is not killed by them.
+    /// An agent's next save, until it is killed. An agent that does not know of others trains on and is not killed by
+    /// them.
     Save {
         who: usize,
         cut: Cut,
     },
-    /// A save of the step before once more, by a new attempt.
+    /// Another save of the step before, by a new attempt.
     SaveAgain {
         who: usize,
     },
-    /// Something happens to a checkpoint.
+    /// A checkpoint is damaged.
     Damage {
         which: prop::sample::Index,
         file: prop::sample::Index,
@@ -83,11 +84,11 @@ enum Op {
     Prune {
         last: u32,
     },
-    /// What happened to a checkpoint is undone, and somebody reads all of it.
+    /// The damage of a checkpoint is undone, and a process reads all of it.
     Mend {
         which: prop::sample::Index,
     },
-    /// Something happens to a summary of the journal, which must not matter.
+    /// A summary of the journal is damaged, which must not matter.
     Summary {
         which: prop::sample::Index,
         harm: Harm,
@@ -111,13 +112,13 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// What must come of it. A checkpoint grows from the one before it; the run is the newest one that is good, and what
-/// that grew from; whoever formed last may add to it.
+/// The expected result. A checkpoint grows from the one before it. The run is the newest good checkpoint and its
+/// ancestors; only the last node that formed may add to it.
 #[derive(Default)]
 struct Model {
     grew_from: BTreeMap<Point, Option<Point>>,
     bad: BTreeSet<Point>,
-    /// What damaged objects held before.
+    /// The contents of damaged objects before the damage.
     before: BTreeMap<Point, BTreeMap<String, Bytes>>,
     head: Option<Point>,
     generation: u64,
@@ -145,11 +146,11 @@ struct Agent {
     journal: Journal,
     generation: u64,
     step: u64,
-    /// The last save that it has begun.
+    /// The last save that it began.
     last: Option<Save>,
 }
 
-/// The state after a step: bytes that nothing else has.
+/// The state after a step: bytes that no other state has.
 fn save_of(node: &NodeId, (step, generation): Point) -> Save {
     let file = |kind: u8| {
         let mut bytes = header::write([("weight", Dtype::I64, &[4_u64][..])]).expect("short");
@@ -180,7 +181,7 @@ fn point_of(point: &ResumePoint) -> Point {
     (point.step.get(), point.generation.get())
 }
 
-/// Does a save up to `cut`; `Ok(true)`: it is committed.
+/// Carries out a save up to `cut`; `Ok(true)`: it is committed.
 async fn carry_out(store: &Store, journal: &mut Journal, save: &Save, cut: Cut) -> Result<bool, JournalError> {
     if cut == Cut::AfterAShard {
         let shard = &save.uploads[0];
@@ -211,8 +212,8 @@ async fn carry_out(store: &Store, journal: &mut Journal, save: &Save, cut: Cut) 
     journal.append(Record::Committed(committed)).await.map(|_| true)
 }
 
-/// Finds the newest checkpoint that is whole to the last byte, as an agent does: what loading it shows to be damaged is
-/// passed over, and one of those is written down when another one was loaded.
+/// Finds the newest checkpoint that is whole to the last byte, as an agent does: a checkpoint that turns out damaged
+/// when loaded is skipped, and one of these is condemned once another one was loaded.
 async fn discover(store: &Store, journal: &mut Journal) -> Option<Point> {
     let docket = Docket::default();
     loop {
@@ -272,7 +273,7 @@ async fn live(store: &Store, script: &[Op]) {
                         agents[*who] = Some(agent);
                         model.forms(*who, expected);
                     }
-                    // No run starts over because nothing of it is good any more.
+                    // No run starts over because none of its checkpoints is good any more.
                     Err(error) => {
                         assert!(expected.is_none() && !model.grew_from.is_empty(), "op {number}: {op:?}: {error}");
                     }
@@ -292,7 +293,7 @@ async fn live(store: &Store, script: &[Op]) {
             }
             Op::Save { who, .. } | Op::SaveAgain { who } => {
                 let Some(agent) = &mut agents[*who] else { continue };
-                // Nobody saves again what somebody has damaged or pruned since: its record stands.
+                // A checkpoint that was damaged or pruned since is not saved again: its record exists.
                 let last =
                     agent.last.take().filter(|last| !model.bad.contains(&(last.step.get(), last.generation.get())));
                 let (save, cut) = match (op, last) {
@@ -344,7 +345,7 @@ async fn live(store: &Store, script: &[Op]) {
                         store.put(key, bytes.into()).await.expect("put");
                     }
                     Harm::Flip => {
-                        // Another byte each time: the same one twice would mend it.
+                        // Another byte each time: flipping the same one twice would repair it.
                         let at = number % bytes.len();
                         bytes[at] ^= 0x10;
                         store.put(key, bytes.into()).await.expect("put");
@@ -355,7 +356,7 @@ async fn live(store: &Store, script: &[Op]) {
             Op::Prune { last } => {
                 let mut journal =
                     Journal::open(store.clone(), NodeId::random(), samples::run_id()).await.expect("a journal");
-                // Verified to the last byte: sizes alone would let a rotten one push out the good ones.
+                // Verified to the last byte: by sizes alone, one with bit rot could push out the good ones.
                 let verified = discover(store, &mut journal).await;
                 assert_eq!(verified, model.newest_good(), "op {number}: {op:?}");
                 let Some((step, generation)) = verified else { continue };
@@ -434,12 +435,12 @@ async fn live(store: &Store, script: &[Op]) {
         assert_eq!(state.generation().get(), model.generation, "op {number}: {op:?}");
         assert!(committed.is_empty() || state.newest().is_some(), "op {number}: {op:?}: all are condemned");
     }
-    // Whatever was killed, lost or garbled: what is written is what the records say, or is seen not to be.
+    // Whatever was killed, lost or garbled: a summary says what the records say, or is found not to.
     journal::audit(store, &samples::run_id()).await.expect("no summary disagrees");
     assert_wrong_summaries_are_named(store).await;
 }
 
-/// The same run in another life: its summaries are sound, and tell another story.
+/// The same run in another life: its summaries are sound, but differ from the records.
 async fn assert_wrong_summaries_are_named(store: &Store) {
     let elsewhere = Store::open("memory://", &samples::storage()).expect("a store").folder("run");
     let node = NodeId::random();
@@ -458,7 +459,7 @@ async fn assert_wrong_summaries_are_named(store: &Store) {
     journal.summed_up(std::time::Duration::from_secs(60)).await;
     let key = layout::summaries(16, Some(0)) + "/00000000000000000016";
     let wrong = elsewhere.get(&key, 1 << 20).await.expect("a summary");
-    // The records of this life, and that summary.
+    // The records of this life with that summary.
     let apart = Store::open("memory://", &samples::storage()).expect("a store").folder("run");
     let records = replay(store, &samples::run_id()).await.expect("the journal reads").next();
     if records < 16 {
@@ -476,7 +477,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(150) })]
 
     #[test]
-    fn any_life_of_a_run_is_what_the_model_says(script in prop::collection::vec(op(), 1..50)) {
+    fn any_life_of_a_run_matches_the_model(script in prop::collection::vec(op(), 1..50)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         let store = Store::open("memory://", &samples::storage()).expect("a store").folder("run");
         runtime.block_on(live(&store, &script));
@@ -484,7 +485,7 @@ proptest! {
 }
 
 #[test]
-fn a_life_on_a_file_system_is_the_same() {
+fn a_life_on_a_file_system_matches_the_model() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let mut runner = proptest::test_runner::TestRunner::deterministic();
     for _ in 0..4 {

@@ -27,7 +27,7 @@ fn sources_below(folder: &str) -> Vec<(String, String)> {
     paths.iter().map(|path| (name(path), std::fs::read_to_string(path).expect("read source"))).collect()
 }
 
-/// The code of a file: without comments, and without its unit tests, which stand at its foot.
+/// The code of a file, without comments and without the unit tests at its foot.
 pub fn code(text: &str) -> String {
     let body = text.split("\n#[cfg(test)]\nmod ").next().unwrap_or_default();
     let without = |line: &str| line.split("//").next().unwrap_or_default().to_owned();
@@ -73,16 +73,16 @@ fn rooms() -> Vec<String> {
     text.lines().filter_map(|line| Some(line.strip_prefix("pub mod ")?.strip_suffix(';')?.to_owned())).collect()
 }
 
-/// What a file imports against the order; empty when it keeps it.
+/// The imports of a file that break the order; empty if it keeps the order.
 fn against_the_order(rooms: &[String], file: &str, text: &str) -> Vec<String> {
     let own = file.split('/').next().unwrap_or_default().trim_end_matches(".rs");
     let place = |name: &str| rooms.iter().position(|room| room == name);
-    // `main.rs` and `lib.rs` stand above all rooms.
+    // `main.rs` and `lib.rs` are above all rooms.
     let own_place = place(own);
     named_modules(&code(text))
         .into_iter()
         .filter(|name| place(name).is_some_and(|theirs| own_place.is_some_and(|own| theirs < own)))
-        .map(|name| format!("src/{file} names crate::{name}, which stands above {own}"))
+        .map(|name| format!("src/{file} names crate::{name}, which is above {own}"))
         .collect()
 }
 
@@ -125,12 +125,12 @@ fn unsafe_code_stays_in_torch_and_in_the_snapshot_image() {
     }
 }
 
-/// Macros that wait for whoever reads a stream, and panic when nobody does.
+/// Macros that wait for the reader of a stream, and panic if there is none.
 const BLUNT: [&str; 5] = ["print!", "println!", "eprint!", "eprintln!", "dbg!"];
-/// Where standard output and standard error are written.
+/// The files that write to standard output and standard error.
 const WRITERS: [&str; 2] = ["report/writer.rs", "cli/output.rs"];
 
-/// Ways in which a file writes to a stream of this process past the writers.
+/// The ways in which a file bypasses the writers of this process's streams.
 fn written_past_the_writers(file: &str, text: &str) -> Vec<String> {
     let code = code(text);
     let macros = BLUNT.iter().filter(|name| {
@@ -138,7 +138,7 @@ fn written_past_the_writers(file: &str, text: &str) -> Vec<String> {
         code.match_indices(**name).any(|(at, _)| whole(at))
     });
     let streams = ["stdout()", "stderr()"].iter().filter(|name| {
-        // Asking what it is is not writing.
+        // Asking whether it is a terminal is not writing.
         let asks = |rest: &str| rest.starts_with(".is_terminal()");
         !WRITERS.contains(&file)
             && code.match_indices(&format!("io::{name}")).any(|(at, found)| !asks(&code[at + found.len()..]))
@@ -147,8 +147,8 @@ fn written_past_the_writers(file: &str, text: &str) -> Vec<String> {
 }
 
 #[test]
-fn nobody_writes_to_a_stream_past_the_writers() {
-    // They run elsewhere: in a test, or before the program is built.
+fn no_file_bypasses_the_writers_of_the_streams() {
+    // These run elsewhere: in a test, or before the program is built.
     let elsewhere =
         |file: &str| file.ends_with("tests.rs") || file.ends_with("testing.rs") || file.ends_with("build.rs");
     let sources = sources();
@@ -167,7 +167,7 @@ fn nobody_writes_to_a_stream_past_the_writers() {
     assert!(written_past_the_writers("report/writer.rs", "fn f() { io::stderr() }").is_empty());
 }
 
-/// Rooms that know nothing of each other, whichever stands above: (who, of whom).
+/// Rooms that must not import each other, whatever the order: (the importer, the imported).
 const APART: [(&str, &str); 8] = [
     ("agent", "torch"),
     ("checkpoint", "torch"),
@@ -221,7 +221,7 @@ fn no_line_is_wider_than_120_columns() {
     assert!(too_wide(&format!("    // see https://{}", "x".repeat(120))).is_empty());
 }
 
-/// Lines of code of one file.
+/// The most lines of code in one file.
 const LENGTH: usize = 600;
 
 /// Lines that hold code: no comment, not blank, not the unit tests at the foot.
@@ -238,7 +238,7 @@ fn no_file_has_more_than_600_lines_of_code() {
     assert_eq!(lines_of_code("//! x\n\nfn f() {} // y\n\n#[cfg(test)]\nmod tests {\n    fn g() {}\n}"), 1);
 }
 
-/// Pauses whose length has no name. A name says what is waited for, and its constant says why that long.
+/// Pauses whose length has no name. A name says what the code waits for, and its constant says why that long.
 fn nameless_pauses(text: &str) -> usize {
     let starts = ["Duration::from", "std::time::Duration::from", "tokio::time::Duration::from"];
     let code = code(text);

@@ -1,4 +1,4 @@
-//! `trainer simulate` from outside: its figures, its words, and what it makes of bad input.
+//! `trainer simulate` from outside: its figures, its wording, and its errors.
 
 use std::path::Path;
 
@@ -41,7 +41,7 @@ fn the_table_states_every_saving_with_its_inputs_and_its_baseline() {
     assert!(life.stderr.is_empty(), "{}", life.story());
 }
 
-/// Daly's published optima for 5-minute dumps, and the closed form against what was played.
+/// Daly's published optima for 5-minute dumps, and the closed form compared with the simulation.
 #[test]
 fn json_has_dalys_optima_and_figures_that_agree() {
     for (mtbf, minutes) in [("24h", 117.0), ("6h", 57.0), ("15m", 9.1)] {
@@ -53,7 +53,7 @@ fn json_has_dalys_optima_and_figures_that_agree() {
         assert!((number(&report["daly_s"]) / 60.0 / minutes - 1.0).abs() < 0.02, "{report}");
         assert!(number(&report["daly_share_of_best"]) > 0.999, "{report}");
         for row in report["spot"].as_array().expect("rows").iter().filter(|row| row["model_goodput"].is_number()) {
-            // Every 2 h nothing is ever kept of a life of 15 min.
+            // With a save every 2 h nothing of a life of 15 min is ever kept.
             let Some(played) = row["goodput"].as_f64() else { continue };
             let error = 0.01 * played + 3.0 * number(&row["goodput_error"]);
             assert!((played - number(&row["model_goodput"])).abs() < error, "{row}");
@@ -64,7 +64,7 @@ fn json_has_dalys_optima_and_figures_that_agree() {
     }
 }
 
-/// Idle nodes that wait for others are paid, in the closed form and as played.
+/// Idle nodes that wait for others are paid for, in the closed form and in the simulation.
 #[test]
 fn several_nodes_agree_with_the_model_too() {
     for together in ["0", "0.5", "1"] {
@@ -103,7 +103,7 @@ fn it_says_plainly_when_spot_does_not_pay() {
 }
 
 #[test]
-fn a_run_and_its_configuration_give_what_no_flag_gives() {
+fn a_run_and_its_configuration_give_the_inputs_without_a_flag() {
     let lab = Lab::on_interrupted_run();
     let report = json(lab.about("simulate", ORIGIN).args(&["--json", "--trials", "2", "--work", "1d"]).finish());
     for name in ["stall_s", "durable_s"] {
@@ -139,7 +139,7 @@ fn absurd_flags_are_refused() {
 }
 
 #[test]
-fn a_trace_that_is_none_is_refused_with_its_line() {
+fn a_malformed_trace_is_refused_with_its_line() {
     for (trace, said) in [
         (&b""[..], "it is empty"),
         (b"{\"metadata\":{\"gap_seconds\":60},\n\"data\":[1,-3]}", "line 2"),

@@ -1,8 +1,7 @@
-//! Requests that hang, each kind in its turn, while a run is asked to stop: nothing but the commit's own requests
-//! stands between the notice and the commit.
+//! Requests of each kind that hang while a run is asked to stop: only the commit's own requests may come between the
+//! notice and the commit.
 //!
-//! What hangs here hangs for ever, so that a run which waited for it would not end within any limit; no test looks at a
-//! clock.
+//! The requests hang forever, so a run that waited for one would never end; no test looks at a clock.
 
 use std::collections::BTreeSet;
 
@@ -17,7 +16,7 @@ use crate::support::{
 
 const RUN: &str = "stalled";
 
-/// A run without an end, which keeps one checkpoint: a deletion follows each save.
+/// A run without an end that keeps one checkpoint, so that a deletion follows each save.
 fn long(lab: &Lab) -> Trainer {
     let set = ["train.steps=1000000", "checkpoint.keep.last=1", "checkpoint.scrub=\"1s\""];
     set.iter().fold(lab.run(RUN), |command, set| command.args(&["--set", set]))
@@ -33,7 +32,7 @@ fn kind(record: &Value) -> &str {
     record["kind"].as_str().unwrap_or_default()
 }
 
-/// Asks a run that is held to stop, and lets it go on when it has heard.
+/// Asks a held run to stop, and releases it once it has heard.
 fn ask(running: Running) -> Finished {
     running.signal(Signal::TERM);
     running.wait_for("a notice", |event| event.kind() == "notice");
@@ -41,7 +40,7 @@ fn ask(running: Running) -> Finished {
     running.finish()
 }
 
-/// It was saved whole, and the journal says so; what hung is let go, and the run carries on.
+/// The run was saved whole, and the journal says so. The hanging requests are released, and the run continues.
 fn nothing_is_lost(lab: &Lab, proxy: &FaultProxy, life: Finished) {
     let life = life.expect_code(75);
     let last = life.last("interrupted");
@@ -61,7 +60,7 @@ fn nothing_is_lost(lab: &Lab, proxy: &FaultProxy, life: Finished) {
 /// A run that is asked to stop while such requests hang.
 fn leaves_in_time(hangs: &[Hang]) {
     let (lab, proxy) = Lab::on_s3_through_proxy(1);
-    // Scrub and retention have to read what they are to believe.
+    // Scrub and retention must read the checkpoints to trust them.
     lab.server().set_rules(|rules| rules.keeps_checksums = false);
     let running = long(&lab).hold_after(3 * EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
@@ -80,34 +79,33 @@ const NOTICE: &str = "\"kind\":\"notice\"";
 const DELETES: [Hang; 2] = [Hang::all("DELETE", "", ""), Hang::all("POST", "?delete", "")];
 
 #[test]
-fn a_deletion_whose_record_hangs_does_not_keep_the_journal_from_the_last_save() {
+fn a_hanging_record_of_a_deletion_does_not_delay_the_last_save() {
     leaves_in_time(&[Hang::all("PUT", "/journal/", "\"kind\":\"pruned")]);
 }
 
 #[test]
-fn deletions_that_hang_do_not_hold_up_the_last_save() {
+fn hanging_deletions_do_not_delay_the_last_save() {
     leaves_in_time(&DELETES);
 }
 
 #[test]
-fn a_look_at_what_is_kept_that_hangs_does_not_hold_up_the_last_save() {
+fn a_hanging_listing_does_not_delay_the_last_save() {
     leaves_in_time(&[Hang::all("GET", "/checkpoints/", "")]);
 }
 
 #[test]
-fn a_notice_whose_record_hangs_does_not_hold_up_the_last_save() {
+fn a_hanging_record_of_a_notice_does_not_delay_the_last_save() {
     leaves_in_time(&[Hang::all("PUT", "/journal/", NOTICE)]);
 }
 
 #[test]
-fn a_heartbeat_that_hangs_does_not_hold_up_the_last_save() {
+fn a_hanging_heartbeat_does_not_delay_the_last_save() {
     leaves_in_time(&[Hang::all("PUT", "/nodes/", "")]);
 }
 
-/// The record of the commit itself hangs, once: it is written anew soon, whether or not the store has done what it was
-/// asked.
+/// The commit's own record hangs once. It is sent again soon, whether or not the store has carried out the request.
 #[test]
-fn a_commit_whose_record_hangs_once_is_written_anew() {
+fn a_hanging_record_of_a_commit_is_sent_again() {
     for lands in [Lands::Never, Lands::AtOnce, Lands::Late] {
         let (lab, proxy) = Lab::on_s3_through_proxy(1);
         let running = long(&lab).hold_after(EVERY + 1).start();
@@ -123,9 +121,9 @@ fn a_commit_whose_record_hangs_once_is_written_anew() {
     }
 }
 
-/// One request of the last save hangs for ever, whichever: it is sent once more soon, and not only when it is given up.
+/// Any one request of the last save hangs forever: it is sent once more soon, and not only after its time-out.
 #[test]
-fn a_request_of_the_last_save_that_hangs_is_sent_again() {
+fn a_hanging_request_of_the_last_save_is_sent_again() {
     for target in ["/model-", "/optimizer-", "/trainer_state.json", "/receipt-", "/manifest.json"] {
         let (lab, proxy) = Lab::on_s3_through_proxy(1);
         let running = long(&lab).hold_after(EVERY + 1).start();
@@ -139,15 +137,15 @@ fn a_request_of_the_last_save_that_hangs_is_sent_again() {
     }
 }
 
-/// A heartbeat says how long its node has stood still, until there is a generation after its own.
+/// A dead node's heartbeat stays, with its last counter, until there is a newer generation.
 #[test]
-fn a_dead_node_is_buried_when_another_has_taken_its_place_and_not_before() {
+fn a_dead_nodes_heartbeat_is_deleted_only_after_another_node_took_over() {
     let (lab, proxy) = Lab::on_s3_through_proxy(1);
     let running = lab.run(RUN).hold_after(EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
     running.power_off();
     let dead = lab.keys(RUN, "nodes/");
-    assert_eq!(dead.len(), 1, "it left without a word");
+    assert_eq!(dead.len(), 1, "it left no final record");
     proxy.hang(Hang::all("PUT", "/journal/", "\"kind\":\"formed\""));
     let running = lab.resume(RUN).hold_after(EVERY + 1).start();
     running.wait_until("a generation that hangs", || proxy.hung() > 0);
@@ -161,9 +159,9 @@ fn a_dead_node_is_buried_when_another_has_taken_its_place_and_not_before() {
     running.finish().expect_code(0);
 }
 
-/// The time is up while the record of the last save hangs: it is given up, and can't land afterwards.
+/// The time is up while the record of the last save hangs: it is given up, and must not arrive afterwards.
 #[test]
-fn a_save_that_was_told_as_lost_does_not_become_a_checkpoint_later() {
+fn a_save_reported_as_lost_does_not_become_a_checkpoint_later() {
     let (lab, proxy) = Lab::on_s3_through_proxy(1);
     let running = long(&lab).envs(&[("TRAINER_STOP_WINDOW", "10s".to_owned())]).hold_after(EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
@@ -187,9 +185,9 @@ fn a_save_that_was_told_as_lost_does_not_become_a_checkpoint_later() {
     assert_eq!(next.resumed_from(), EVERY, "{}", next.story());
 }
 
-/// The first beat, and the record that forms a generation: nothing is lost if they are not waited for.
+/// For the first beat, and for the record that forms a generation: nothing is lost without waiting for them.
 #[test]
-fn who_is_asked_to_stop_while_the_run_is_taken_up_does_not_wait_for_the_store() {
+fn an_agent_asked_to_stop_while_it_joins_does_not_wait_for_the_store() {
     for hang in [Hang::all("PUT", "/nodes/", ""), Hang::all("PUT", "/journal/", "\"kind\":\"formed\"")] {
         let (lab, proxy) = Lab::on_s3_through_proxy(1);
         proxy.hang(hang);
@@ -202,9 +200,9 @@ fn who_is_asked_to_stop_while_the_run_is_taken_up_does_not_wait_for_the_store() 
     }
 }
 
-/// What follows the last step: the record that says so comes first, and nobody need wait for the rest.
+/// After the last step its record comes first, and no other request need be waited for.
 #[test]
-fn a_run_that_is_complete_says_so_before_it_deletes_and_leaves_when_it_is_asked_to() {
+fn a_complete_run_records_that_before_it_deletes_and_exits_on_request() {
     let (lab, proxy) = Lab::on_s3_through_proxy(1);
     let running = lab.run(RUN).args(&["--set", "checkpoint.keep.last=1"]).hold_after(EVERY + 1).start();
     running.held();
@@ -221,7 +219,7 @@ fn a_run_that_is_complete_says_so_before_it_deletes_and_leaves_when_it_is_asked_
 }
 
 #[test]
-fn who_is_asked_to_stop_while_a_run_is_called_complete_does_not_wait_for_the_store() {
+fn an_agent_asked_to_stop_while_it_records_completion_does_not_wait_for_the_store() {
     let (lab, proxy) = Lab::on_s3_through_proxy(1);
     proxy.hang(Hang::all("PUT", "/journal/", "\"kind\":\"completed\""));
     let running = lab.run(RUN).start();

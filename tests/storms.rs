@@ -1,4 +1,4 @@
-//! A metadata service that is mad: training is unaffected, and what it says when it recovers is heard.
+//! A misbehaving metadata service: training is unaffected, and notices are heard once the service recovers.
 
 use crate::{
     notices::{RUN, heard, interrupted_and_resumed, long},
@@ -25,7 +25,7 @@ fn unharmed_by(storms: &[(Cloud, Fault)]) {
 }
 
 #[test]
-fn a_metadata_service_that_is_mad_from_the_first_moment_harms_nothing() {
+fn a_metadata_service_that_misbehaves_from_the_start_harms_nothing() {
     unharmed_by(&[
         (Cloud::Aws, Fault::Status(401)),
         (Cloud::Aws, Fault::Hang),
@@ -39,7 +39,7 @@ fn a_metadata_service_that_is_mad_from_the_first_moment_harms_nothing() {
     ]);
 }
 
-/// A run of which the service is found, then mad in all these ways, and then says that the machine goes away.
+/// A run whose service is found, then misbehaves in all these ways, and then announces the end of the machine.
 fn heard_after(cloud: Cloud, faults: &[Fault], say: impl Fn(&MetadataServer), source: &str) {
     let (lab, server) = (Lab::on_files(), MetadataServer::start().only(cloud));
     let path = match cloud {
@@ -54,7 +54,7 @@ fn heard_after(cloud: Cloud, faults: &[Fault], say: impl Fn(&MetadataServer), so
         let before = asked();
         server.storm(*fault);
         if cloud == Cloud::Gcp {
-            // It is not asked again before what it waits for has changed.
+            // It is not asked again before the awaited value has changed.
             server.set(PREEMPTED, "FALSE");
         }
         running.wait_until("a request into the storm", || asked() > before);
@@ -66,24 +66,24 @@ fn heard_after(cloud: Cloud, faults: &[Fault], say: impl Fn(&MetadataServer), so
     heard(&running, source);
     let life = running.finish();
     assert_eq!(life.of_kind("notice").len(), 1, "{}", life.story());
-    assert!(life.of_kind("step").len() > trained, "training stood still in the storm\n{}", life.story());
+    assert!(life.of_kind("step").len() > trained, "training stopped in the storm\n{}", life.story());
     interrupted_and_resumed(&lab, &life, source);
 }
 
 #[test]
-fn aws_may_go_mad_in_the_midst_of_a_run() {
+fn aws_may_misbehave_in_the_middle_of_a_run() {
     let faults = [Fault::Status(500), Fault::Garbage, Fault::Close, Fault::Status(401), Fault::Hang];
     heard_after(Cloud::Aws, &faults, |server| server.set(SPOT, spot_notice("terminate", 120)), "aws-spot");
 }
 
 #[test]
-fn gcp_may_go_mad_in_the_midst_of_a_run() {
+fn gcp_may_misbehave_in_the_middle_of_a_run() {
     let faults = [Fault::Status(500), Fault::Hang, Fault::Close];
     heard_after(Cloud::Gcp, &faults, |server| server.set(PREEMPTED, "TRUE"), "gcp-preempted");
 }
 
 #[test]
-fn azure_may_go_mad_in_the_midst_of_a_run() {
+fn azure_may_misbehave_in_the_middle_of_a_run() {
     let say = |server: &MetadataServer| {
         server.events(|events| events.push(azure_event("ours", "Preempt", 60, &[INSTANCE])));
     };

@@ -1,6 +1,6 @@
-//! Streams of this program that are gone, stand still, were closed before it began, or lie on a device that takes
-//! nothing: no run is stopped, no agent held up, and no exit code changed by them, but for data that was asked for on
-//! standard output.
+//! Streams of this program that have no reader, are stalled, were closed before it began, or are on a full device. No
+//! run stops, no agent waits and no exit code changes because of them, except for data that was requested on standard
+//! output.
 
 use std::{
     fmt,
@@ -19,16 +19,16 @@ use crate::support::{
     trainer::{Finished, Running, Trainer},
 };
 
-/// What is wrong with a stream.
+/// The fault of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
-    /// Its reader has gone before the first line.
+    /// Its reader disappears before the first line.
     Gone,
-    /// Its reader reads nothing, and what lies between the two is full.
+    /// Its reader reads nothing, and the pipe is full.
     StandsStill,
-    /// It is closed before the program begins.
+    /// It is closed before the program starts.
     Closed,
-    /// It is a device that is full.
+    /// It is a full device.
     Full,
 }
 
@@ -52,9 +52,9 @@ impl fmt::Display for Which {
     }
 }
 
-/// A command whose stream is like that. What it gives beside is to be kept as long as the command runs.
+/// A command with such a stream. Keep the second value for as long as the command runs.
 pub fn broken(command: Trainer, which: Which, how: How) -> (Trainer, Option<PipeReader>) {
-    // Nobody here listens to what the shell has led elsewhere.
+    // No reader here listens to a redirected stream.
     let shell = |command: Trainer, redirection: &str| match which {
         Which::Out => command.through_shell("", &format!(">{redirection}")).stdout(Stdio::null()),
         Which::Err => command.through_shell("", &format!("2>{redirection}")).stderr(Stdio::null()),
@@ -85,15 +85,15 @@ pub fn broken(command: Trainer, which: Which, how: How) -> (Trainer, Option<Pipe
     }
 }
 
-/// Waits until the journal of a run holds a record with this in it.
+/// Waits until the journal of a run has a record that contains this text.
 fn recorded(running: &Running, lab: &Lab, run: &str, what: &str) {
     let folder = lab.path("store").join(run);
-    // What is being written has another name until it stands.
+    // A record that is being written has another name until it is complete.
     let text = |key: &String| std::fs::read_to_string(folder.join(key)).unwrap_or_default();
     running.wait_until(what, || lab.keys(run, "journal/").iter().any(|key| text(key).contains(what)));
 }
 
-/// Asks a run to stop that is held after some steps, and lets it go.
+/// Asks a held run to stop, and releases it.
 fn drained(running: Running, lab: &Lab, run: &str, signal: Signal) -> Finished {
     running.held();
     running.signal(signal);
@@ -102,10 +102,10 @@ fn drained(running: Running, lab: &Lab, run: &str, signal: Signal) -> Finished {
     running.finish().expect_code(75)
 }
 
-/// Runs, drains and resumes with a stream that is like that.
+/// Runs, drains and resumes with such a stream.
 fn runs_drains_and_resumes(which: Which, how: How) {
     let (lab, run) = (Lab::on_files(), "broken");
-    // As much as there is to say: what stands still gets full of it.
+    // With many messages, so that a stalled stream fills up.
     let wordy = [("TRAINER_LOG", "trainer=trace".to_owned())];
     let (first, reader) = broken(lab.run(run).envs(&wordy).hold_after(EVERY + 1), which, how);
     drained(first.start(), &lab, run, Signal::TERM);
@@ -135,7 +135,7 @@ fn a_run_with_both_streams_broken_drains_and_resumes() {
 }
 
 #[test]
-fn a_reader_that_goes_in_the_midst_stops_nothing() {
+fn a_reader_that_disappears_in_the_middle_stops_nothing() {
     let (lab, run) = (Lab::on_files(), "left");
     let (reader, writer) = std::io::pipe().expect("a pipe");
     let running = lab.run(run).hold_after(EVERY + 1).stderr(writer).start();
@@ -147,9 +147,9 @@ fn a_reader_that_goes_in_the_midst_stops_nothing() {
     lab.expect_as_undisturbed(run, &[&first, &second]);
 }
 
-/// A notice with time to spare is said by the event loop itself: it must not wait for whoever reads.
+/// The event loop itself reports a notice with time to spare: it must not wait for the reader.
 #[test]
-fn a_notice_with_time_to_spare_is_acted_on_while_standard_error_stands_still() {
+fn a_notice_with_time_to_spare_is_obeyed_while_standard_error_is_stalled() {
     let lab = Lab::on_files();
     let told = lab.path("told");
     let setting = format!("notice.file={:?}", told.display().to_string());
@@ -157,7 +157,7 @@ fn a_notice_with_time_to_spare_is_acted_on_while_standard_error_stands_still() {
     let (command, _reader) = broken(command.args(&["--set", &setting]), Which::Err, How::StandsStill);
     let running = command.start();
     running.wait_for_step("step", 3);
-    // What a save takes must be known, or there would be nothing to reckon with.
+    // The time of a save must be known, or there would be no estimate.
     running.signal(Signal::USR2);
     let first = running.wait_for("a checkpoint", |event| event.kind() == "checkpoint").step();
     std::fs::write(&told, "3600").expect("write the file");
@@ -167,7 +167,7 @@ fn a_notice_with_time_to_spare_is_acted_on_while_standard_error_stands_still() {
     assert_eq!(life.last("interrupted").value["lost_steps"], 0, "{}", life.story());
 }
 
-/// Commands that print what was asked for, and what of them goes where.
+/// Commands that print requested data, and the streams to which they write it.
 fn reading_commands(lab: &Lab) -> Vec<(&'static str, Trainer)> {
     let uri = lab.uri();
     let out = lab.path("model-folder");
@@ -192,7 +192,7 @@ fn reading_commands(lab: &Lab) -> Vec<(&'static str, Trainer)> {
 }
 
 #[test]
-fn what_was_asked_for_comes_whatever_becomes_of_standard_error() {
+fn requested_data_arrives_whatever_happens_to_standard_error() {
     let lab = Lab::on_interrupted_run();
     for how in HOWS {
         for (name, command) in reading_commands(&lab) {
@@ -208,7 +208,7 @@ fn what_was_asked_for_comes_whatever_becomes_of_standard_error() {
 }
 
 #[test]
-fn a_standard_output_that_takes_nothing_is_an_error_that_names_it_unless_its_reader_has_gone() {
+fn a_standard_output_that_accepts_nothing_is_an_error_unless_its_reader_has_gone() {
     let lab = Lab::on_interrupted_run();
     for (how, code) in [(How::Gone, 0), (How::Closed, 0), (How::Full, 69)] {
         for (name, command) in reading_commands(&lab) {
@@ -221,7 +221,7 @@ fn a_standard_output_that_takes_nothing_is_an_error_that_names_it_unless_its_rea
 }
 
 #[test]
-fn watching_ends_when_nobody_watches() {
+fn watching_ends_when_its_reader_has_gone() {
     let lab = Lab::on_files();
     let running = lab.run("watched").hold_after(2).start();
     running.held();
@@ -230,7 +230,7 @@ fn watching_ends_when_nobody_watches() {
 }
 
 #[test]
-fn streams_that_are_closed_at_the_start_are_never_something_else() {
+fn streams_closed_at_the_start_are_never_reused() {
     let (lab, run) = (Lab::on_files(), "closed");
     let running = lab.run(run).hold_after(EVERY + 1).through_shell("", "<&- >&- 2>&-");
     let running = running.stdout(Stdio::null()).stderr(Stdio::null()).start();
@@ -274,14 +274,14 @@ fn sighup_that_was_ignored_at_the_start_stays_ignored() {
     lab.expect_as_undisturbed(run, &[&life]);
 }
 
-/// Whether a signal stands in this mask of a process: the bit below its number (proc(5)).
+/// Whether a process's mask contains a signal: the bit below its number (proc(5)).
 fn in_mask(pid: Pid, mask: &str, signal: Signal) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
     let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix(mask)?.trim(), 16).ok());
     mask.is_some_and(|mask| mask >> (signal.as_raw() - 1) & 1 == 1)
 }
 
-/// Started from a configuration that does not come: nothing of the agent is there yet.
+/// Started with a configuration that does not arrive: the agent has not started yet.
 #[test]
 fn signals_count_before_the_configuration_is_read() {
     let lab = Lab::on_files();
@@ -292,7 +292,7 @@ fn signals_count_before_the_configuration_is_read() {
         let commands = [vec!["run", "fifo.toml"], vec!["boot", "fifo.toml", "--run-id", "x"]];
         for (arguments, early) in commands.iter().flat_map(|arguments| [(arguments, true), (arguments, false)]) {
             let running = lab.command(arguments).envs(&[("TRAINER_HOST_ROOT", "/nowhere".to_owned())]).start();
-            // Held before main, as soon as libraries are mapped; handled in it.
+            // Blocked before main, as soon as libraries are mapped; handled in main.
             running.wait_until("signals to be heard", || {
                 let handled = in_mask(running.pid(), "SigCgt:", signal);
                 handled || early && in_mask(running.pid(), "SigBlk:", signal)
@@ -304,9 +304,9 @@ fn signals_count_before_the_configuration_is_read() {
     assert!(lab.keys("x", "").is_empty(), "a run was begun");
 }
 
-/// The kernel gives the first process of a container no signal that it does not handle.
+/// The kernel sends the first process of a container no signal that it does not handle.
 #[test]
-fn the_first_process_of_a_container_hears_from_its_beginning() {
+fn the_first_process_of_a_container_receives_signals_from_its_start() {
     let lab = Lab::on_files();
     let fifo = lab.path("fifo.toml");
     let made = std::process::Command::new("mkfifo").arg(&fifo).status().expect("make a pipe with a name");

@@ -1,11 +1,11 @@
 //! Torture: runs that are killed, stopped, raced and starved of their store again and again, and must end as if nothing
 //! had happened.
 //!
-//! `plan` draws what is done from a seed, `stage` does it, `audit` reads the store from outside after every life,
-//! `campaign` plays many scenarios and counts. The tests here are a short campaign with everything in it once;
-//! `scripts/torture` runs a long one.
+//! `plan` draws the disturbances from a seed, `stage` carries them out, `audit` reads the store from outside after
+//! every life, `campaign` plays many scenarios and counts. The tests here are a short campaign that contains everything
+//! once; `scripts/torture` runs a long one.
 //!
-//! A SIGKILL does not take the page cache away: what a power cut does to a file that was not synced is not seen here.
+//! A SIGKILL leaves the page cache intact, so this does not test what a power cut does to unsynced files.
 
 mod audit;
 mod campaign;
@@ -31,7 +31,7 @@ use crate::support::{
     proxy::Often,
 };
 
-/// Plays a scenario in its turn; any broken promise fails the test.
+/// Plays a scenario when it is its turn; any broken promise fails the test.
 #[track_caller]
 fn played(scenario: &Scenario) -> Tally {
     let _turn = Turn::take();
@@ -51,7 +51,7 @@ fn scenario(on_s3: bool, ranks: u32, lives: Vec<Life>) -> Scenario {
 }
 
 #[test]
-fn a_run_that_dies_at_every_crash_point_ends_as_the_undisturbed_one() {
+fn a_run_that_dies_at_every_crash_point_ends_like_the_undisturbed_one() {
     let at = |point| calm(Disturbance::Point { point, action: Action::Kill, hit: 3 });
     let tally = played(&scenario(false, 2, POINTS.iter().map(at).collect()));
     for point in POINTS {
@@ -67,7 +67,7 @@ fn a_crash_point_that_panics_or_fails_loses_nothing() {
 }
 
 #[test]
-fn a_run_of_which_anything_is_killed_ends_as_the_undisturbed_one() {
+fn a_run_with_any_process_killed_ends_like_the_undisturbed_one() {
     let (early, late) = (Moment::after("formed", 1), Moment::after("step", 9));
     let saving = Moment { delay: Duration::from_millis(2), ..Moment::after("upload", 9) };
     let saved = Moment::after("checkpoint", 3);
@@ -89,15 +89,15 @@ fn a_run_of_which_anything_is_killed_ends_as_the_undisturbed_one() {
 }
 
 #[test]
-fn a_run_on_a_store_that_breaks_in_every_way_ends_as_the_undisturbed_one() {
+fn a_run_on_a_store_with_every_fault_ends_like_the_undisturbed_one() {
     let mut random = Random::new(7);
     let mut life = |kind| {
         let mut weather = Weather { latency: Duration::ZERO, ..Weather::of_kind(kind, &mut random) };
-        // A restore makes a dozen requests: each fault is to be met for sure.
+        // A restore makes a dozen requests; each fault must certainly occur.
         if matches!(kind, 4 | 7 | 8) {
             weather.rules[0].often = Often::Percent(40);
         }
-        // A save, where writes break; else a restore is enough.
+        // A save, if writes break; otherwise a restore is enough.
         let writes = kind == 0 || weather.rules.iter().any(|rule| rule.method == "PUT");
         let at = if writes { Moment::after("checkpoint", 1) } else { Moment::after("step", 2) };
         Life { disturbance: Disturbance::Both(at), then: None, weather: Some(weather) }
@@ -109,9 +109,9 @@ fn a_run_on_a_store_that_breaks_in_every_way_ends_as_the_undisturbed_one() {
     }
 }
 
-/// One request of every kind hangs for seconds, and deletions for ever, while the run is asked to stop.
+/// One request of every kind hangs for seconds, and deletions forever, while the run is asked to stop.
 #[test]
-fn a_run_whose_requests_hang_is_saved_whole_whenever_it_is_asked_to_stop() {
+fn a_run_with_hanging_requests_is_saved_whole_whenever_it_is_asked_to_stop() {
     let at = |nth| Disturbance::Terminate { at: Moment::after("checkpoint", nth), kill_after: None };
     let weather = Some(Weather::of_stalls(Duration::from_secs(3)));
     let stalled = |disturbance| Life { disturbance, then: None, weather: weather.clone() };
@@ -138,7 +138,7 @@ fn writers_that_sleep_or_race_commit_nothing_that_is_not_theirs() {
         Disturbance::Asleep { point, hit: 4, kill_heir: at }
     };
     let lives = [overtaken, asleep("journal.before-append"), asleep("save.before-record")];
-    // Each waits seconds for the sleeper's heartbeat, and costs next to nothing: side by side.
+    // Each waits seconds for the sleeper's heartbeat and needs almost no CPU, so they run side by side.
     let tallies = std::thread::scope(|scope| {
         let plays = lives.map(|life| {
             let scenario = scenario(false, 2, vec![calm(life)]);
@@ -153,7 +153,7 @@ fn writers_that_sleep_or_race_commit_nothing_that_is_not_theirs() {
 }
 
 #[test]
-fn a_run_met_by_machines_that_garble_and_on_a_disk_that_goes_away_ends_as_the_undisturbed_one() {
+fn a_run_with_garbling_machines_and_a_lost_disk_ends_like_the_undisturbed_one() {
     let (saved, late) = (Moment::after("checkpoint", 2), Moment::after("step", 9));
     let mut lives = vec![calm(Disturbance::Agent(saved))];
     lives.extend(Garbling::EVERY.map(|how| calm(Disturbance::Garbled(how))));
@@ -186,7 +186,7 @@ fn a_scenario_is_a_function_of_its_seed() {
     let all: BTreeSet<String> = (0..200).map(told).collect();
     assert_eq!(all.len(), 200, "every seed is another scenario");
     assert_eq!(told(7), told(7));
-    // What the long campaign may meet is all there is to meet.
+    // These are all disturbances that the long campaign may draw.
     let text = all.into_iter().collect::<Vec<_>>().join("\n");
     for point in POINTS {
         assert!(text.contains(point.name), "{} is never drawn", point.name);
@@ -215,12 +215,12 @@ fn a_scenario_is_a_function_of_its_seed() {
 }
 
 #[test]
-fn the_auditor_has_a_checksum_of_its_own() {
+fn the_auditor_has_its_own_checksum() {
     // The check value of CRC-64/NVME.
     assert_eq!(crc64(b"123456789"), "ae8b14860a799888");
 }
 
-/// Nothing that the auditor is there to see escapes it.
+/// The auditor misses nothing that it must see.
 #[test]
 fn the_auditor_sees_what_is_lost_changed_or_written_twice() {
     let _turn = Turn::take();
@@ -241,7 +241,7 @@ fn the_auditor_sees_what_is_lost_changed_or_written_twice() {
             let seen = if fresh { Auditor::default().audit(&lab, RUN, 1) } else { auditor.audit(&lab, RUN, 1) };
             lab.damage(RUN, key, |bytes| bytes.clone_from(&whole));
             let found = seen.err().map(|violation| violation.promise);
-            // What was changed with care shows only to somebody who has seen it before.
+            // A careful change shows only to an auditor that has seen the object before.
             assert!(found == Some(promise) || (fresh && found.is_none() && key == journal[0]), "{key}: {found:?}");
         }
     };
@@ -250,7 +250,7 @@ fn the_auditor_sees_what_is_lost_changed_or_written_twice() {
     harmed(&format!("{newest}/manifest.json"), &|bytes| bytes.push(b' '), Promise::LostCheckpoint);
     harmed(&journal[0], &|bytes| bytes.push(b' '), Promise::LostCheckpoint);
 
-    // Another node, a generation that is fenced, a step that was committed before.
+    // Another node, a fenced generation, a step that was committed before.
     let text = String::from_utf8(lab.read(RUN, &commit)).expect("JSON");
     let node = text.split("\"node\":\"").nth(1).and_then(|rest| rest.split('"').next()).expect("a node").to_owned();
     let forged = |change: &dyn Fn(&str) -> String| {
@@ -269,7 +269,7 @@ fn the_auditor_sees_what_is_lost_changed_or_written_twice() {
     assert_eq!(auditor.audit(&lab, RUN, 1).expect_err("a gap").promise, Promise::LostCheckpoint);
 }
 
-/// Names of crash points in the source: the text that follows `faults::check(`, or a call of a function that hands its
+/// Names of crash points in the source: the text that follows `faults::check(`, or a call of a function that passes its
 /// argument on to it.
 fn points_of_the_source() -> BTreeSet<String> {
     let sources = crate::rules::sources();

@@ -1,12 +1,12 @@
-//! What training itself promises: a held-out loss, bfloat16 that resumes exactly, gradient accumulation, an end when it
-//! diverges.
+//! The promises of training itself: a held-out loss, bfloat16 that resumes exactly, gradient accumulation, and an end
+//! when it diverges.
 
 use crate::support::{
     lab::{EVERY, Lab, ORIGIN, interrupted, sample_text},
     trainer::losses,
 };
 
-/// Settings on top of the lab's.
+/// Settings added to the lab's.
 fn with<'a>(settings: &[&'a str]) -> Vec<&'a str> {
     settings.iter().flat_map(|setting| ["--set", setting]).collect()
 }
@@ -31,7 +31,7 @@ fn the_held_out_loss_is_measured_when_it_is_due_and_is_the_same_after_a_resume()
         whole.of_kind("validation").iter().map(|e| (e.step(), e.number_text("loss").map(str::to_owned))).collect();
     let steps: Vec<_> = measured.iter().map(|(step, _)| step.unwrap()).collect();
     assert_eq!(steps, [6, 12, 18, 24], "{}", whole.story());
-    // `checkpoint.keep.best` ranks by what was measured of a checkpoint's own state.
+    // `checkpoint.keep.best` ranks a checkpoint by the loss of its own state.
     let told: Vec<(u64, bool)> = lab
         .keys("whole", "journal/")
         .iter()
@@ -72,8 +72,7 @@ fn bfloat16_with_accumulated_gradients_resumes_to_the_last_digit() {
 fn a_run_that_diverges_stops_and_names_the_last_good_checkpoint() {
     let lab = Lab::on_interrupted_run();
     let begun = interrupted().step;
-    // The first update ruins the weights, the loss after it shows it: whatever was saved in between is not to be
-    // trusted.
+    // The first update ruins the weights, and the next loss shows it: a checkpoint saved in between can't be trusted.
     let life = lab
         .resume(ORIGIN)
         .args(&with(&["train.optimizer.lr=1e38", "train.optimizer.grad_clip=0"]))

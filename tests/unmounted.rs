@@ -1,5 +1,5 @@
-//! A disk that is unmounted under a run, and a store that is emptied: the run ends and says so, and nothing is written
-//! where nobody would look for it.
+//! A disk that is unmounted under a run, and a store that is emptied: the run ends and says so, and writes nothing to
+//! the wrong place.
 
 use rustix::process::Signal;
 
@@ -41,9 +41,9 @@ fn a_disk_that_is_unmounted_under_a_run_ends_it_and_nothing_is_written_into_the_
     assert_eq!(std::fs::read_dir(&store).expect("the mount point").count(), 0, "written into the mount point");
 }
 
-/// All that is on it is missing then: that is no damage of checkpoints.
+/// Then all of its objects are missing, which does not mean that checkpoints are damaged.
 #[test]
-fn a_disk_that_is_unmounted_while_a_checkpoint_is_loaded_is_told_as_that() {
+fn a_disk_unmounted_while_a_checkpoint_is_loaded_is_reported_as_that() {
     let lab = Lab::on_interrupted_run();
     let place = lab.path("mounted");
     std::fs::create_dir_all(&place).expect("mount point");
@@ -69,7 +69,7 @@ fn a_disk_that_is_unmounted_while_a_checkpoint_is_loaded_is_told_as_that() {
     assert_eq!(next.resumed_from(), interrupted().step, "{}", next.story());
 }
 
-/// Elsewhere nobody can hold a folder: it is noticed that the newest record is gone.
+/// Other stores can't be held open: there the run notices that the newest record is gone.
 #[test]
 fn a_run_whose_store_is_emptied_under_it_ends() {
     emptied(&Lab::on_s3());

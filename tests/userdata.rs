@@ -1,10 +1,10 @@
-//! What machines boot with: every file of `userdata/` held against the tools and schemas that know its format, and
-//! against rules of our own where those tools are known to miss mistakes; the stack created, the state machine
-//! executed, the scripts run for real.
+//! The files that machines boot with: every file of `userdata/` is checked by the tools and schemas that know its
+//! format, and by rules of our own where those tools are known to miss mistakes. The stack is created, the state
+//! machine executed, and the scripts run for real.
 //!
-//! Tools and schemas come from `scripts/test`; where they are not installed, the tests that need them say so and pass.
-//! What nothing here checks: Azure's and Google's command lines (only their shell), SkyPilot's schema (only its keys
-//! that we use), and anything against a real cloud.
+//! Tools and schemas come from `scripts/test`; without them, the tests that need them say so and pass. Not checked:
+//! Azure's and Google's command lines (only their shell), SkyPilot's schema (only the keys that we use), and anything
+//! on a real cloud.
 mod elsewhere;
 mod endings;
 mod files;
@@ -51,7 +51,7 @@ fn all() -> Vec<String> {
     found
 }
 
-/// A tool of `scripts/test` on its way; `None` where the tools are missing.
+/// A tool of `scripts/test`, in its path; `None`: the tools are missing.
 fn tool(name: &str) -> Option<Command> {
     let tools = moto::tools()?;
     let mut command = Command::new(tools.join("bin").join(name));
@@ -59,7 +59,7 @@ fn tool(name: &str) -> Option<Command> {
     Some(command)
 }
 
-/// Runs Python with the tools' modules: `None` where they are missing.
+/// Runs Python with the tools' modules; `None`: they are missing.
 fn python(script: &str, arguments: &[&str]) -> Option<Output> {
     let tools = moto::tools()?;
     let mut command = Command::new("python3");
@@ -89,7 +89,7 @@ print(json.dumps(list(yaml.load_all(sys.argv[1], Loader))))
 }
 
 #[test]
-fn moto_says_what_it_does_and_forgets_when_told() {
+fn moto_logs_its_requests_and_forgets_on_request() {
     let Some(moto) = Moto::start("bucket") else { return };
     let queue = moto.json("sqs", "AmazonSQS.CreateQueue", &serde_json::json!({"QueueName": "jobs"}));
     assert!(queue["QueueUrl"].as_str().is_some_and(|url| url.ends_with("/jobs")), "{queue}");

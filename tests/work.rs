@@ -1,5 +1,5 @@
-//! `trainer work` against a queue that others have written (moto's SQS, as a process), a store on disk or on an S3
-//! server of our own, and a job API and a metadata server of our own.
+//! `trainer work` with moto's SQS as its queue, a store on disk or on our S3 server, and our job API and metadata
+//! server.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -24,7 +24,7 @@ use crate::support::{
     trainer::{Event, Finished, Running, Trainer},
 };
 
-/// A queue with its dead-letter queue, and all that a worker needs.
+/// A queue with its dead-letter queue, and everything else that a consumer needs.
 struct Shop {
     lab: Lab,
     moto: Arc<Moto>,
@@ -36,11 +36,11 @@ struct Shop {
 }
 
 impl Shop {
-    /// `None` where moto is not installed.
+    /// `None`: moto is not installed.
     fn open(max_receive_count: u32) -> Option<Self> {
         Self::open_with(Lab::on_files, max_receive_count)
     }
-    /// The same, with its runs elsewhere.
+    /// The same, with another place for its runs.
     fn open_with(lab: impl FnOnce() -> Lab, max_receive_count: u32) -> Option<Self> {
         let moto = Arc::new(Moto::start(s3::BUCKET)?);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime of the shop");
@@ -70,7 +70,7 @@ impl Shop {
         let sent = self.client.send_message().queue_url(&self.queue).message_body(body).send();
         self.runtime.block_on(sent).expect("send a message");
     }
-    /// A job whose configuration lies at a URI.
+    /// A job whose configuration is at a URI.
     fn job(&self, run: &str, set: Value) -> String {
         let uri = format!("file://{}", self.lab.path("run.toml").display());
         json!({"version": 1, "run_id": run, "config_uri": uri, "set": set}).to_string()
@@ -78,7 +78,7 @@ impl Shop {
     fn count(&self, queue: &str) -> [u64; 3] {
         count(&self.moto, queue)
     }
-    /// Bodies and attributes of what is to be seen in a queue.
+    /// Bodies and attributes of the visible messages of a queue.
     fn take(&self, queue: &str) -> Vec<(String, BTreeMap<String, MessageAttributeValue>)> {
         let asked = self.client.receive_message().queue_url(queue).max_number_of_messages(10);
         let asked = asked.message_attribute_names("All").send();
@@ -89,7 +89,7 @@ impl Shop {
         };
         messages.into_iter().map(plain).collect()
     }
-    /// A worker that leaves two seconds after its last job, and whose jobs are seen again after five if it is killed.
+    /// A consumer that exits two seconds after its last job. If it is killed, its job becomes visible again after five.
     fn worker(&self) -> Trainer {
         self.patient_worker("2s")
     }
@@ -99,28 +99,28 @@ impl Shop {
     fn leasing_worker(&self, lease: &str, idle_exit: &str) -> Trainer {
         let worker = self.strict_worker(lease, idle_exit).args(&["--allow", &self.places()]);
         let worker = match &self.lab.store {
-            // The queue's URL says where the queue is.
+            // The queue's URL gives the place of the queue.
             Store::S3(..) => worker,
             _ => worker.envs(&s3::client_env(&self.moto.endpoint())),
         };
         worker.envs(&self.api.env())
     }
-    /// What the messages of these tests name: the lab, the data of all labs, and stores that do not answer.
+    /// The places that these tests' messages name: the lab, the data of all labs, and stores that do not answer.
     fn places(&self) -> String {
         let folder = |path: &std::path::Path| format!("file://{}", path.display());
         let data = folder(data_set().parent().expect("a folder"));
         [data, folder(&self.lab.path("")), "s3://bucket".into(), "gs://nowhere".into()].join(",")
     }
-    /// A worker that opens no place but its own store.
+    /// A consumer that allows no place but its own store.
     fn strict_worker(&self, lease: &str, idle_exit: &str) -> Trainer {
         self.lab.command(&["work", "--queue", &self.queue, "--lease", lease, "--idle-exit", idle_exit]).json()
     }
-    /// Demands that neither queue holds anything.
+    /// Demands that both queues are empty.
     #[track_caller]
     fn expect_empty(&self) {
         assert_eq!((self.count(&self.queue), self.count(&self.dead)), ([0; 3], [0; 3]), "messages left");
     }
-    /// Demands that nobody was told the token.
+    /// Demands that the token appears nowhere.
     #[track_caller]
     fn expect_no_token(&self, lives: &[&Finished]) {
         for life in lives {
@@ -140,7 +140,7 @@ impl Shop {
     }
 }
 
-/// Messages of a queue: to be seen, in flight, delayed.
+/// Numbers of a queue's messages: visible, in flight, delayed.
 fn count(moto: &Moto, queue: &str) -> [u64; 3] {
     let request = json!({"QueueUrl": queue, "AttributeNames": ["All"]});
     let answer = moto.json("sqs", "AmazonSQS.GetQueueAttributes", &request);
@@ -154,7 +154,7 @@ fn is_job(event: &Event, state: &str) -> bool {
     event.kind() == "job" && event.value["state"] == state
 }
 
-/// What happened to jobs, in order: `claimed`, …
+/// The events of jobs, in order: `claimed`, …
 fn states(life: &Finished) -> Vec<String> {
     life.of_kind("job").iter().map(|event| event.value["state"].as_str().unwrap_or_default().to_owned()).collect()
 }
@@ -192,7 +192,7 @@ fn a_job_runs_to_its_end_and_leaves_the_queue() {
     assert_eq!((&last["step"], &last["exit_code"]), (&STEPS.into(), &0.into()), "{last}");
     assert_eq!(last["loss"], life.last("completed").value["loss"], "{last}");
 
-    // The same message once more: there is nothing left to do, and that is said again.
+    // The same message once more: there is nothing left to do, and that is reported again.
     shop.send(&shop.job("first", json!({})));
     let again = shop.worker().finish().expect_code(0);
     assert_eq!(
@@ -204,9 +204,9 @@ fn a_job_runs_to_its_end_and_leaves_the_queue() {
     shop.expect_no_token(&[&life, &again]);
 }
 
-/// The job API hears of progress and the queue of the step although nobody reads what the worker says.
+/// The job API gets progress and the queue its step although no reader reads the consumer's output.
 #[test]
-fn a_worker_whose_readers_stand_still_reports_and_settles_its_jobs() {
+fn a_consumer_with_stalled_readers_reports_and_settles_its_jobs() {
     let Some(shop) = Shop::open(1) else { return };
     shop.send(&shop.job("unread", json!({})));
     let (first, _reader) = broken(shop.worker().hold_after(EVERY + 1), Which::Both, How::StandsStill);
@@ -225,8 +225,8 @@ fn a_worker_whose_readers_stand_still_reports_and_settles_its_jobs() {
 }
 
 #[test]
-fn an_interrupted_job_goes_to_the_next_worker_without_a_mark_against_it() {
-    // The second receive of one message would put it into the dead-letter queue.
+fn an_interruption_does_not_count_against_a_job() {
+    // The second receive of one message would move it to the dead-letter queue.
     let Some(shop) = Shop::open(1) else { return };
     shop.send(&shop.job("asked", json!({})));
     let running = shop.worker().hold_after(EVERY + 1).start();
@@ -251,19 +251,19 @@ fn an_interrupted_job_goes_to_the_next_worker_without_a_mark_against_it() {
 }
 
 #[test]
-fn the_job_of_a_killed_worker_is_seen_again_and_resumed() {
+fn the_job_of_a_killed_consumer_becomes_visible_again_and_is_resumed() {
     let Some(shop) = Shop::open(2) else { return };
     shop.send(&shop.job("killed", json!({})));
     let running = shop.worker().hold_after(EVERY + 1).start();
     running.wait_for_step("checkpoint", EVERY);
     running.wait_for_step("step", EVERY + 1);
     let first = running.power_off();
-    // In flight, or to be seen again by now.
-    assert_eq!(shop.count(&shop.queue).iter().sum::<u64>(), 1, "nobody was left to hand it over");
+    // In flight, or visible again by now.
+    assert_eq!(shop.count(&shop.queue).iter().sum::<u64>(), 1, "no consumer was left to hand it over");
 
-    // The lease must run out first; no time is slept away here: this worker waits for messages.
+    // The lease must run out first; no time is slept away here: this consumer waits for messages.
     let second = shop.patient_worker("2m").args(&["--once"]).finish().expect_code(0);
-    // It was received twice, which is all that this queue allows, but for a run that got further it is renewed.
+    // It was received twice, all that this queue allows; but the message of a run that has progressed is renewed.
     assert_eq!(states(&second), ["claimed", "renewed", "claimed", "completed"], "{}", second.story());
     let received: Vec<&Value> = second.of_kind("job").iter().map(|event| &event.value["received"]).collect();
     assert_eq!(received, [2, 2, 1, 1], "{}", second.story());
@@ -273,7 +273,7 @@ fn the_job_of_a_killed_worker_is_seen_again_and_resumed() {
 }
 
 #[test]
-fn what_fails_ends_in_the_dead_letter_queue_and_the_worker_lives_on() {
+fn a_failing_job_ends_in_the_dead_letter_queue_and_the_consumer_continues() {
     let Some(shop) = Shop::open(2) else { return };
     let broken = shop.job("broken", json!({"train.stepz": 1}));
     for body in ["poison", r#"{"run_id":"newer","version":9}"#, &broken] {
@@ -305,7 +305,7 @@ fn what_fails_ends_in_the_dead_letter_queue_and_the_worker_lives_on() {
 }
 
 #[test]
-fn a_job_that_nothing_answers_is_put_away_and_the_worker_leaves_only_if_its_own_store_is_silent() {
+fn a_silent_job_is_put_away_and_a_consumer_exits_only_if_its_own_store_is_silent() {
     let Some(shop) = Shop::open(1) else { return };
     let silent = [("GOOGLE_BASE_URL", "http://127.0.0.1:1".to_owned()), ("GOOGLE_SKIP_SIGNATURE", "true".to_owned())];
     let unreachable = shop.job("unreachable", json!({"data.train": "gs://nowhere/data", "storage.attempts": 2}));
@@ -315,7 +315,7 @@ fn a_job_that_nothing_answers_is_put_away_and_the_worker_leaves_only_if_its_own_
     let report = shop.api.heard().pop().expect("a report");
     assert_eq!((report.event(), &report.body["exit_code"]), ("failed", &69.into()), "{report:?}");
 
-    // That was the one receive that this queue allows. Others are trained meanwhile.
+    // That was the one receive that this queue allows. Meanwhile other jobs are trained.
     shop.send(&shop.job("good", json!({})));
     let second = shop.patient_worker("8s").envs(&silent).finish().expect_code(0);
     shop.lab.expect_as_undisturbed("good", &[&second]);
@@ -333,7 +333,7 @@ fn a_job_that_nothing_answers_is_put_away_and_the_worker_leaves_only_if_its_own_
 }
 
 #[test]
-fn of_two_workers_one_trains_and_the_other_puts_the_message_back() {
+fn one_of_two_consumers_trains_and_the_other_puts_the_message_back() {
     let Some(shop) = Shop::open(2) else { return };
     let job = shop.job("long", json!({"train.steps": 1_000_000}));
     shop.send(&job);
@@ -346,12 +346,12 @@ fn of_two_workers_one_trains_and_the_other_puts_the_message_back() {
     running.signal(Signal::TERM);
     let first = running.finish().expect_code(75);
     assert_eq!(first.of_kind("formed").len(), 1, "nobody else took the run\n{}", first.story());
-    // One copy from each; the run's id makes them one.
+    // One copy from each; the run's id makes them one job.
     assert_eq!(shop.count(&shop.queue).iter().sum::<u64>(), 2, "{}", first.story());
 }
 
 #[test]
-fn a_message_that_was_held_too_long_is_handed_over_while_training_goes_on() {
+fn a_message_held_for_long_is_handed_over_while_training_continues() {
     let Some(shop) = Shop::open(2) else { return };
     shop.send(&shop.job("long", json!({"train.steps": 1_000_000})));
     let running = shop.worker().args(&["--max-hold", "8s"]).start();
@@ -361,7 +361,7 @@ fn a_message_that_was_held_too_long_is_handed_over_while_training_goes_on() {
     let at = running
         .next(&mut seen, |event| is_job(event, "handed_over"))
         .and_then(|_| running.next(&mut seen, |event| event.kind() == "checkpoint"));
-    assert!(at.is_some(), "training goes on");
+    assert!(at.is_some(), "training continues");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(75);
     assert_eq!(states(&life), ["claimed", "handed_over", "interrupted"], "{}", life.story());
@@ -373,7 +373,7 @@ fn training_does_not_wait_for_the_job_api() {
     let Some(shop) = Shop::open(3) else { return };
     shop.api.hang();
     shop.send(&shop.job("unheard", json!({})));
-    let life = shop.worker().finish().expect_code(0).expect_said(&["not heard by the job API"]);
+    let life = shop.worker().finish().expect_code(0).expect_said(&["not received by the job API"]);
     shop.lab.expect_as_undisturbed("unheard", &[&life]);
     assert!(shop.api.asked() >= 1 && shop.api.told().is_empty());
     shop.expect_empty();
@@ -392,7 +392,7 @@ fn a_report_that_fails_is_repeated_under_its_key_and_in_order() {
     assert!(told[..4].iter().all(|other| other.key == told[0].key), "{told:?}");
     assert_eq!(events(&shop.api.heard()).last(), Some(&"completed"), "{told:?}");
 
-    // A refusal is not repeated, and is no reason to stop.
+    // A refused report is not repeated, and is no reason to stop.
     shop.api.answer_always(403);
     shop.send(&shop.job("repeated", json!({})));
     let before = shop.api.told().len();
@@ -401,7 +401,7 @@ fn a_report_that_fails_is_repeated_under_its_key_and_in_order() {
 }
 
 #[test]
-fn a_machine_that_can_not_leave_goes_on_with_the_next_job() {
+fn a_machine_that_cannot_leave_continues_with_the_next_job() {
     let Some(shop) = Shop::open(3) else { return };
     // A machine of no cloud, without a command that powers off.
     let bare = [("PATH", shop.lab.path("bin").display().to_string())];
@@ -417,16 +417,16 @@ fn a_machine_that_can_not_leave_goes_on_with_the_next_job() {
 }
 
 #[test]
-fn a_machine_that_its_host_switches_off_is_left_to_it() {
+fn a_container_leaves_the_power_off_to_its_host() {
     let Some(shop) = Shop::open(3) else { return };
-    // A container: nothing in it powers off.
+    // A container: it has no command that powers off.
     let host = [("PATH", shop.lab.path("bin").display().to_string()), ("TRAINER_POWER_OFF", "host".into())];
     let life = shop.worker().args(&["--terminate-when-idle"]).envs(&host).finish().expect_code(0);
     assert_eq!(life.of_kind("idle").len(), 1, "{}", life.story());
 }
 
 #[test]
-fn an_empty_queue_is_left_and_a_wrong_one_is_named() {
+fn a_consumer_exits_from_an_empty_queue_and_names_a_wrong_one() {
     let Some(shop) = Shop::open(3) else { return };
     let life = shop.worker().finish().expect_code(0);
     assert_eq!((life.of_kind("idle").len(), life.events.len()), (1, 1), "{}", life.story());
@@ -449,15 +449,15 @@ fn an_empty_queue_is_left_and_a_wrong_one_is_named() {
     tokenless.finish().expect_code(78).expect_said(&["JOB_API_BASE_URL", "WORKER_TOKEN"]);
 }
 
-/// A worker with a job without an end, on a machine of this cloud, once the run trains; what stood in the queue at each
-/// `POST` to the metadata server is noted there.
+/// A consumer with an endless job, on a machine of this cloud, once the run trains. The metadata server notes the state
+/// of the queue at each `POST`.
 fn training_on(shop: &Shop, cloud: Cloud) -> (MetadataServer, Running) {
     let server = MetadataServer::start().only(cloud);
     server.note_posts({
         let (moto, queue) = (Arc::clone(&shop.moto), shop.queue.clone());
         move || format!("{:?}", count(&moto, &queue))
     });
-    // When a machine goes away is for its operator to say, whose configuration the message names.
+    // Only the operator's configuration, which the message names, may say when a machine goes away.
     shop.lab.write_config("run.toml", &shop.lab.config("[notice]\nspare_time = \"stop\"\n"));
     let set = json!({"train.steps": 1_000_000, "train.schedule.kind": "constant", "checkpoint.every": "100000 steps"});
     shop.send(&shop.job("leaving", set));
@@ -466,7 +466,7 @@ fn training_on(shop: &Shop, cloud: Cloud) -> (MetadataServer, Running) {
     (server, running)
 }
 
-/// Demands that the machine was let go by one request, when the copy was to be seen and the message deleted.
+/// Demands that one request let the machine go, when the copy was visible and the message deleted.
 #[track_caller]
 fn expect_renewed_before(asked: &[Asked], life: &Finished) {
     let notes: Vec<&str> = asked.iter().map(|asked| asked.note.as_str()).collect();
@@ -488,7 +488,7 @@ fn the_message_is_renewed_before_the_lifecycle_hook_is_completed() {
 }
 
 #[test]
-fn a_machine_is_let_go_though_the_queue_does_not_answer() {
+fn a_machine_is_let_go_even_if_the_queue_does_not_answer() {
     let Some(shop) = Shop::open(1) else { return };
     let (server, running) = training_on(&shop, Cloud::Aws);
     server.wait_for("/?Action=DescribeLifecycleHooks", 1);
@@ -513,9 +513,9 @@ fn the_message_is_renewed_before_a_scheduled_event_is_approved() {
 }
 
 #[test]
-fn a_configuration_and_what_it_names_may_lie_in_the_bucket() {
+fn a_configuration_and_its_files_may_be_in_the_bucket() {
     let Some(shop) = Shop::open_with(Lab::on_s3, 2) else { return };
-    // A relative name in it is one beside it.
+    // A relative name in it names a file beside it.
     let beside = shop.lab.path("model.json").display().to_string();
     let server = shop.lab.server();
     server.write("conf/deep/run.toml", shop.lab.config("").replace(&beside, "models/model.json"));
@@ -542,7 +542,7 @@ fn the_job_api_may_be_named_by_parameters() {
         let parameter = json!({"Name": format!("/trainer/jobs/{name}"), "Value": value, "Type": kind});
         shop.moto.json("ssm", "AmazonSSM.PutParameter", &parameter);
     }
-    // A variable that is empty is one that is not set.
+    // An empty variable counts as not set.
     let unset = [("JOB_API_BASE_URL", String::new()), ("WORKER_TOKEN", String::new())];
     shop.send(&shop.job("reported", json!({})));
     let life = shop.worker().args(&["--ssm-path", "/trainer/jobs/"]).envs(&unset).finish().expect_code(0);
@@ -555,7 +555,7 @@ fn the_job_api_may_be_named_by_parameters() {
     );
     shop.expect_no_token(&[&life]);
 
-    // What the environment says comes first.
+    // The environment overrides the parameters.
     shop.send(&shop.job("reported", json!({})));
     let before = heard.len();
     let wrong = [("WORKER_TOKEN", "another".to_owned())];
@@ -583,7 +583,7 @@ fn a_machine_leaves_its_group_when_the_queue_stays_empty() {
 }
 
 #[test]
-fn what_a_later_life_says_of_the_store_holds_for_the_queue_too() {
+fn changed_storage_settings_hold_for_the_queue_too() {
     let Some(shop) = Shop::open_with(Lab::on_s3, 3) else { return };
     let lab = &shop.lab;
     let stopped = |command: Trainer| {
@@ -605,7 +605,7 @@ fn what_a_later_life_says_of_the_store_holds_for_the_queue_too() {
 }
 
 #[test]
-fn a_worker_that_is_told_to_leave_while_a_job_is_read_renews_it_and_does_not_wait_for_the_store() {
+fn a_consumer_asked_to_exit_while_it_reads_a_job_renews_it_without_waiting_for_the_store() {
     let mut proxy = None;
     let lab = || {
         let (lab, between) = Lab::on_s3_through_proxy(0);
@@ -636,13 +636,13 @@ fn a_worker_that_is_told_to_leave_while_a_job_is_read_renews_it_and_does_not_wai
 }
 
 #[test]
-fn an_idle_worker_whose_machine_goes_away_leaves_and_lets_it_go() {
+fn an_idle_consumer_exits_and_lets_its_machine_go() {
     let Some(shop) = Shop::open(1) else { return };
     let server = MetadataServer::start().only(Cloud::Aws);
     let idle = || {
         let running = shop.leasing_worker("1h", "never").envs(&server.envs()).start();
         running.wait_until_said("waiting for jobs");
-        // A save of nothing.
+        // A request to save although there is nothing to save.
         running.signal(Signal::USR2);
         running
     };
@@ -650,18 +650,18 @@ fn an_idle_worker_whose_machine_goes_away_leaves_and_lets_it_go() {
     // The hook is found before it is needed.
     server.wait_for("/?Action=DescribeLifecycleHooks", 1);
     server.set(LIFECYCLE, "Terminated");
-    let life = running.finish().expect_code(75).expect_said(&["asked to leave", "aws-asg"]);
+    let life = running.finish().expect_code(75).expect_said(&["asked to exit", "aws-asg"]);
     assert_eq!(server.requests_of("/?Action=CompleteLifecycleAction").len(), 1, "{}", life.story());
 
     server.set(LIFECYCLE, "InService");
     let running = idle();
     server.set(SPOT, spot_notice("terminate", 120));
-    // What comes now is for others.
-    running.finish().expect_code(75).expect_said(&["asked to leave", "aws-spot"]);
+    // Jobs that arrive now are for others.
+    running.finish().expect_code(75).expect_said(&["asked to exit", "aws-spot"]);
 }
 
 #[test]
-fn a_worker_waits_for_its_gpus_before_its_first_job() {
+fn a_consumer_waits_for_its_gpus_before_its_first_job() {
     let Some(shop) = Shop::open(1) else { return };
     let device = shop.lab.path("gpus/sys/bus/pci/devices/0000:00:1e.0");
     std::fs::create_dir_all(&device).expect("a folder");
@@ -680,8 +680,8 @@ fn a_worker_waits_for_its_gpus_before_its_first_job() {
 }
 
 #[test]
-fn a_machine_on_which_run_after_run_fails_does_not_empty_the_queue() {
-    // The second receive of one message would put it into the dead-letter queue.
+fn a_machine_on_which_every_run_fails_does_not_empty_the_queue() {
+    // The second receive of one message would move it to the dead-letter queue.
     let Some(shop) = Shop::open(1) else { return };
     for run in ["one", "other"] {
         shop.send(&shop.job(run, json!({"restart.max": 0})));
@@ -692,11 +692,11 @@ fn a_machine_on_which_run_after_run_fails_does_not_empty_the_queue() {
     assert_eq!(shop.count(&shop.queue), [0, 1, 1], "the first has counted, the second is renewed\n{}", life.story());
     let heard = shop.api.heard();
     assert_eq!(events(&heard).iter().filter(|event| **event == "failed").count(), 1, "{heard:?}");
-    assert_eq!(heard.last().map(Told::event), Some("interrupted"), "the second goes on elsewhere: {heard:?}");
+    assert_eq!(heard.last().map(Told::event), Some("interrupted"), "the second continues elsewhere: {heard:?}");
 }
 
 #[test]
-fn a_worker_whose_own_store_refuses_leaves_and_its_job_bears_no_mark() {
+fn a_consumer_refused_by_its_own_store_exits_without_blaming_the_job() {
     let Some(shop) = Shop::open_with(Lab::on_s3, 1) else { return };
     shop.lab.server().set_rules(|rules| rules.deny_writes = true);
     shop.send(&shop.job("denied", json!({})));
@@ -705,7 +705,7 @@ fn a_worker_whose_own_store_refuses_leaves_and_its_job_bears_no_mark() {
     assert_eq!(states(&life), ["claimed", "failed"], "{}", life.story());
     assert_eq!(shop.count(&shop.queue), [0, 0, 1], "renewed\n{}", life.story());
 
-    // The store of the job alone: it is the job that fails.
+    // Only the job's store refuses, so the job fails.
     shop.moto.json("sqs", "AmazonSQS.PurgeQueue", &json!({"QueueUrl": shop.queue}));
     let own = format!("file://{}", shop.lab.path("own").display());
     let job = json!({"run_id": "elsewhere", "store": uri, "config": shop.lab.config("")}).to_string();
@@ -715,18 +715,18 @@ fn a_worker_whose_own_store_refuses_leaves_and_its_job_bears_no_mark() {
 }
 
 #[test]
-fn a_queue_is_not_empty_while_a_job_that_failed_here_is_put_away() {
+fn a_queue_is_not_empty_while_a_failed_job_is_put_away() {
     let Some(shop) = Shop::open(2) else { return };
     let broken = shop.job("broken", json!({"train.stepz": 1}));
     shop.send(&broken);
-    // Its pauses, 3 s and 6 s, are longer than the worker would wait for another.
+    // Its pauses, 3 s and 6 s, are longer than the consumer would wait for another message.
     let life = shop.leasing_worker("30s", "1s").finish().expect_code(0);
     assert_eq!(states(&life), ["claimed", "failed", "claimed", "failed"], "{}", life.story());
     assert_eq!((shop.count(&shop.queue), shop.count(&shop.dead)), ([0; 3], [1, 0, 0]), "{}", life.story());
 }
 
 #[test]
-fn a_message_that_names_what_is_not_open_to_it_ends_in_the_dead_letter_queue_and_the_worker_trains_on() {
+fn a_message_that_names_a_forbidden_place_ends_in_the_dead_letter_queue() {
     let Some(shop) = Shop::open_with(Lab::on_s3, 1) else { return };
     let secret = shop.lab.path("secret.json").display().to_string();
     let touched = shop.lab.path("touched");
@@ -767,7 +767,7 @@ fn a_message_that_names_what_is_not_open_to_it_ends_in_the_dead_letter_queue_and
         .filter_map(|event| event.value["exit_code"].as_u64())
         .collect();
     assert_eq!(failed, vec![78; bad.len()], "{}", life.story());
-    // Their one receive has counted.
+    // Their only receive has counted.
     assert_eq!(
         (shop.count(&shop.queue), shop.count(&shop.dead)),
         ([0; 3], [bad.len() as u64, 0, 0]),

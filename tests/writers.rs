@@ -1,4 +1,4 @@
-//! Two agents for one run: one commits on, the other is fenced, nothing is lost.
+//! Two agents for one run: one continues to commit, the other is fenced, and nothing is lost.
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -33,13 +33,13 @@ fn a_writer_that_slept_while_another_took_over_is_fenced() {
 }
 
 #[test]
-fn of_two_agents_started_at_once_one_commits_on_and_the_other_leaves() {
+fn one_of_two_agents_started_at_once_commits_and_the_other_exits() {
     let lab = Lab::on_interrupted_run();
     let (one, other) = (lab.resume(ORIGIN).start(), lab.resume(ORIGIN).start());
     let (one, other) = (one.finish(), other.finish());
     let (winner, loser) = if one.code() == Some(0) { (one, other) } else { (other, one) };
     let winner = winner.expect_code(0);
-    // The second may come so late that all is done: then it forms no generation and has nothing to lose.
+    // The second agent may come so late that all is done: then it forms no generation and has nothing to lose.
     if !(loser.code() == Some(0) && (loser.of_kind("formed").is_empty() || winner.of_kind("formed").is_empty())) {
         assert_eq!(loser.code(), Some(79), "exit code\n{}\n{}", loser.story(), winner.story());
     }
@@ -48,7 +48,7 @@ fn of_two_agents_started_at_once_one_commits_on_and_the_other_leaves() {
 }
 
 #[test]
-fn of_two_agents_that_create_one_run_at_once_one_is_refused() {
+fn one_of_two_agents_that_create_a_run_at_once_is_refused() {
     let lab = Lab::on_files();
     let (one, other) = (lab.run("birth").start(), lab.run("birth").start());
     let (one, other) = (one.finish(), other.finish());

@@ -1,5 +1,5 @@
-//! `parallel.strategy = "zero1"` from outside: the losses of `ddp`, exact resumes, and checkpoints that any world of
-//! either strategy carries on.
+//! `parallel.strategy = "zero1"` from outside: the losses of `ddp`, exact resumes, and checkpoints that any world
+//! continues under either strategy.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +10,7 @@ use crate::support::{
     trainer::{Finished, Losses, losses},
 };
 
-/// Settings on top of the lab's.
+/// Settings added to the lab's.
 fn with<'a>(settings: &[&'a str]) -> Vec<&'a str> {
     settings.iter().flat_map(|setting| ["--set", setting]).collect()
 }
@@ -25,7 +25,7 @@ fn expect_close(ours: &Losses, theirs: &Losses, tolerance: f64) {
     }
 }
 
-/// A run from its first step to its last, on so many ranks.
+/// A run from its first step to its last, on this many ranks.
 fn whole_run(lab: &Lab, run: &str, ranks: u32, settings: &[&str]) -> Finished {
     let ranks = ranks.to_string();
     lab.run(run).args(&["--nproc-per-node", &ranks]).args(&with(settings)).finish().expect_code(0)
@@ -42,12 +42,12 @@ fn same_losses(ranks: u32, settings: &[&str], tolerance: f64) {
 }
 
 #[test]
-fn two_ranks_with_accumulation_and_clipping_lose_what_ddp_loses() {
+fn two_ranks_with_accumulation_and_clipping_have_the_losses_of_ddp() {
     same_losses(2, &["train.optimizer.grad_clip=0.1"], 1e-4);
 }
 
 #[test]
-fn three_ranks_in_bf16_lose_what_ddp_loses() {
+fn three_ranks_in_bf16_have_the_losses_of_ddp() {
     same_losses(3, &["train.precision=bf16", "train.max_micro_batch=4"], 1e-2);
 }
 
@@ -64,7 +64,7 @@ fn a_killed_run_resumes_to_the_last_digit() {
     let second = lab.resume("killed").args(&["--nproc-per-node", "3"]).finish().expect_code(0);
     assert!(second.resumed_from() >= EVERY, "{}", second.story());
     assert_eq!(losses(&[&first, &second]), losses(&[&whole]));
-    // Not the rounded weights alone: masters and moments of every rank, as they lie in the files.
+    // Not only the rounded weights: masters and moments of every rank, as stored in the files.
     assert!(tensors(&lab, "killed") == tensors(&lab, "whole"), "state differs");
 }
 
@@ -101,14 +101,14 @@ fn weights_go_through_every_world_without_losing_a_bit() {
         let life = lab.resume("carried").args(&["--nproc-per-node", ranks]).args(&with(&[
             &format!("parallel.strategy={strategy}"),
             &format!("train.steps={steps}"),
-            // So small that no weight changes: what is saved is what was restored.
+            // A rate so small that no weight changes: the saved weights are the restored ones.
             "train.optimizer.lr=1e-38",
         ]));
         let life = life.finish().expect_code(0);
         assert_eq!((life.resumed_from(), life.last("completed").step()), (steps - 2, Some(steps)), "{}", life.story());
         std::fs::remove_dir_all(lab.path("export-carried")).expect("remove an export");
         assert!(lab.export("carried") == expected, "weights differ after {strategy} on {ranks}\n{}", life.story());
-        // The files are cut as this world cuts them.
+        // The files are cut for this world.
         let folder = lab.newest_checkpoint("carried");
         let names: BTreeSet<String> = lab.keys("carried", &format!("{folder}/optimizer-")).into_iter().collect();
         assert!(names.is_disjoint(&before));
@@ -146,7 +146,7 @@ fn a_bf16_checkpoint_is_a_model_folder_with_fp32_weights_beside_it() {
     for name in weights.keys() {
         let (dtype, shape, rounded) = &stored[name];
         assert_eq!(dtype, "BF16", "{name}");
-        // The slices of the fp32 weights, put together in the order of their elements.
+        // The slices of the fp32 weights, joined in the order of their elements.
         let own = format!("master.{name}");
         let mut slices: Vec<(u64, &Vec<u8>)> = stored
             .iter()
@@ -176,7 +176,7 @@ fn a_bf16_checkpoint_is_a_model_folder_with_fp32_weights_beside_it() {
     lab.about("checkpoints", "run").args(&["--json"]).finish().expect_code(0);
     let text = lab.about("generate", "run").args(&["--prompt", "the machine", "--tokens", "4"]).finish().expect_code(0);
     assert!(text.stdout.contains("the machine"), "{}", text.story());
-    // The exported model begins a new run, and the checkpoint one of the other strategy.
+    // The exported model begins a new run, and the checkpoint a run of the other strategy.
     lab.export("run");
     let init = format!("model.init_from=file://{}", lab.path("export-run").display());
     whole_run(&lab, "again", 2, &[&settings[..], &[&init]].concat());

@@ -171,7 +171,7 @@ class Checkpoints:
 
     def __init__(self, store, blocking):
         self.store, self.blocking = store, blocking
-        # Training collectives must not meet those of a checkpoint.
+        # Training collectives must not meet a checkpoint's collectives.
         self.group = dist.new_group(backend="gloo")
 
     def _place(self, step):
@@ -241,7 +241,7 @@ def train(options, rank):
         now = time.perf_counter()
         steps.append((loss, now - begin))
         begin = now
-        # In the next step's time, where trainer has it too.
+        # Within the next step's time, as trainer counts it.
         if step % options.every == 0 and step < options.steps:
             save = {"step": step}
             if running is not None:
@@ -256,7 +256,7 @@ def train(options, rank):
             saves.append(save)
     if running is not None:
         running.result()
-    # What a future promises is done before its callbacks are: the last one may still be on its way.
+    # A future's work is done before its callbacks: the last one may still be running.
     while any("durable_s" not in save for save in saves):
         time.sleep(0.001)
 

@@ -20,7 +20,7 @@ const LOOK: Duration = Duration::from_millis(250);
 /// The interval between two log lines about the wait.
 const SAY: Duration = Duration::from_secs(10);
 /// If there are fewer device files than GPUs on the bus and their number has not risen for this long, no more will
-/// come: a container is given some of the machine's.
+/// come: this is a container that was given only some of the machine's GPUs.
 const SETTLED: Duration = Duration::from_secs(10);
 
 /// The verdict on the devices found.
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_are_waited_for_where_the_bus_has_them() {
+    fn boot_waits_for_the_devices_that_the_bus_has() {
         const LONG: Duration = Duration::from_secs(11);
         for (on_the_bus, driver, device_files, unchanged, verdict) in [
             (0, false, 0, Duration::ZERO, Verdict::None),
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_driver_that_comes_late_is_waited_for_and_one_that_never_comes_is_an_error() {
+    async fn boot_waits_for_a_late_driver_and_fails_without_one() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path();
         assert_eq!(wait(path, Duration::ZERO).await.unwrap(), None);

@@ -5,7 +5,7 @@
 //! 2. The settings, from the [layers](settings): flags, the environment, SSM parameters below a path, instance tags.
 //! 3. The run: if its journal exists, it is resumed, and the configuration is not even read: a run keeps the settings
 //!    it was created with, and the changes of `set` on top of them. Otherwise it is created. A configuration is a file,
-//!    an object of a store, or the value of a parameter. While the run is looked for, only `set` can change how the
+//!    an object of a store, or the value of a parameter. While `boot` looks for the run, only `set` can change how the
 //!    store is asked (`storage.attempts`, …); from then on the run's own `storage` settings hold, including later
 //!    generations' changes. This process does not follow changes that another machine makes while this one is on
 //!    standby.
@@ -23,12 +23,12 @@
 //! and takes over when that stops: this happens in a group that starts the replacement before it ends the replaced
 //! machine. A second boot of a complete run finds that out, waits for no device, and does what `on_complete` says. A
 //! kill at any instant leaves the same state as a kill of the agent. A request to stop that arrives before the agent
-//! listens is received all the same ([`stop`]): then nothing is begun.
+//! listens is not lost ([`stop`]): `boot` then begins nothing.
 //!
 //! # Errors
-//! Errors that a person must fix (configuration: 78, permission: 77) have other exit codes than those that may pass
-//! with time (69), so that a supervisor repeats only the latter. Names of parameters are logged, their values are not;
-//! a wrong setting is reported with its value, like any other: settings are no secrets, they are in the journal.
+//! Errors that a person must fix (configuration: 78, permission: 77) and errors that may pass with time (69) have
+//! different exit codes, so that a supervisor repeats only the latter. Names of parameters are logged, their values are
+//! not; a wrong setting is reported with its value, like any other: settings are not secret, they are in the journal.
 #![doc = include_str!("README.md")]
 pub mod settings;
 pub mod stop;
@@ -115,10 +115,7 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
         steps.done(format_args!("{count} tags of this instance"));
     }
     if !unknown.is_empty() {
-        tracing::warn!(
-            "of the tags of this instance that begin with trainer: these mean nothing here: {}",
-            shown(&unknown)
-        );
+        tracing::warn!("ignoring unknown trainer: tags of this instance: {}", shown(&unknown));
     }
     let Some(path) = above.ssm_path.as_ref().or(tags.ssm_path.as_ref()).map(|path| path.value.clone()) else {
         return settled(above.over(tags), silence);
@@ -141,13 +138,13 @@ pub async fn gather(flags: Layer, steps: &mut Steps) -> Result<Layer> {
     }
     let (parameters, unknown) = Layer::from_parameters(path, parameters)?;
     if !unknown.is_empty() {
-        tracing::warn!("of the parameters below {path} these mean nothing here: {}", shown(&unknown));
+        tracing::warn!("ignoring unknown parameters below {path}: {}", shown(&unknown));
     }
     settled(above.over(parameters).over(tags), silence)
 }
 
-/// The settings of an instance that does not report its tags: the other layers', if no more is needed. Otherwise its
-/// tags may name another run or store, and a guess would start a second run.
+/// The settings of an instance that does not report its tags: those of the other layers, if they suffice. If they
+/// don't, the tags may name another run or store, and a guess would start a second run.
 fn settled(said: Layer, silence: Option<Error>) -> Result<Layer> {
     match silence {
         Some(error) if said.config.is_none() || said.store.is_none() || said.name.is_none() => Err(error),
@@ -181,14 +178,14 @@ pub fn run_id(settings: &Layer, now: Timestamp) -> Result<RunId> {
             template::render(text, &now.to_zoned(zone))
         }
     };
-    result.map_err(|error| unsaid(&name.origin, "run id or template of one", error))
+    result.map_err(|error| unsaid(&name.origin, "valid run id or run id template", error))
 }
 
 fn time_zone(settings: &Layer) -> Result<TimeZone> {
     let Some(zone) = &settings.time_zone else { return Ok(TimeZone::UTC) };
     TimeZone::get(&zone.value).map_err(|error| {
         let error = Error::from_source(Kind::Config, error).context(format!("take {}", zone.origin));
-        unsaid(&zone.origin, "time zone of this machine's list", error)
+        unsaid(&zone.origin, "time zone that this machine knows", error)
     })
 }
 
@@ -196,7 +193,7 @@ fn time_zone(settings: &Layer) -> Result<TimeZone> {
 fn unsaid(origin: &Origin, what: &str, error: Error) -> Error {
     match origin {
         Origin::Parameter(_) => {
-            let silent = Error::new(Kind::Config, format!("{origin} is no {what}"));
+            let silent = Error::new(Kind::Config, format!("{origin} is not a {what}"));
             match error.hint() {
                 Some(hint) => silent.with_hint(hint),
                 None => silent,
@@ -219,13 +216,13 @@ pub fn store(settings: &Layer, working_directory: &Path) -> Result<Option<Given<
     Ok(Some(Given { value, origin: given.origin.clone() }))
 }
 
-/// The changed settings that an existing run can take. Settings that it keeps for life were set when it was created: on
-/// a machine that boots again they are no mistake.
+/// The changed settings that an existing run can take. A setting that a run keeps for life is not an error here: it was
+/// set when the run was created, and a machine that boots again still has it.
 pub fn changes(set: &[(String, String)]) -> Vec<(String, String)> {
     let (kept, free): (Vec<_>, Vec<_>) =
         set.iter().cloned().partition(|(key, _)| matches!(config::effect(key), Effect::Fixed(_)));
     for (key, _) in kept {
-        tracing::info!("boot: {key} stays as the run was created with");
+        tracing::info!("boot: {key} keeps the value the run was created with");
     }
     free
 }
@@ -267,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn an_instance_that_says_nothing_does_what_was_said_elsewhere_or_nothing() {
+    fn an_instance_without_tags_uses_the_other_layers_if_they_suffice() {
         fn given<T>(value: T) -> Option<Given<T>> {
             Some(Given { value, origin: Origin::Flag("flag") })
         }
@@ -292,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn what_came_out_of_a_parameter_is_not_said() {
+    fn a_parameters_value_is_not_shown() {
         let now = Timestamp::UNIX_EPOCH;
         let parameter = || Origin::Parameter("/p/run-id".into());
         for name in [Name::Id("hunter2 /".into()), Name::Template("{hunter2}".into())] {

@@ -35,8 +35,8 @@ impl std::fmt::Display for Origin {
     }
 }
 
-/// A setting and its source. A parameter's value is shown to nobody until it is known to be valid: somebody may have
-/// put a secret there by mistake.
+/// A setting and its source. A parameter's value is not shown until it is known to be valid: it may be a secret, put
+/// there by mistake.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Given<T> {
     /// The value.
@@ -52,8 +52,8 @@ impl<T> std::fmt::Debug for Given<T> {
 }
 
 impl Given<String> {
-    /// Whether it looks like a URI or path. A parameter that does not is not passed on to code that opens it, whose
-    /// error would show its value: a path in one is written with `/` or `.` at its beginning.
+    /// Whether it looks like a URI or path. A parameter's value that does not is never opened, because the error would
+    /// show it. A path in a parameter must begin with `/` or `.`.
     pub fn may_be_a_place(&self) -> bool {
         let plain = self.value.contains("://") || self.value.starts_with(['/', '.']);
         plain || !matches!(self.origin, Origin::Parameter(_))
@@ -204,7 +204,7 @@ impl Layer {
     /// This layer above another.
     #[must_use]
     pub fn over(self, below: Self) -> Self {
-        // Changed settings: each key from the highest layer that names it, the last one there.
+        // Each changed setting has the last value of the highest layer that names it.
         let mut set: BTreeMap<String, String> = below.set.into_iter().collect();
         set.extend(self.set);
         Self {
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn each_thing_is_taken_from_the_highest_layer_that_says_it() {
+    fn each_setting_comes_from_the_highest_layer_that_has_it() {
         let flags =
             Layer { store: Some(Given { value: "f".into(), origin: Origin::Flag("--store") }), ..Layer::default() };
         let environment =
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_thing_said_twice_in_one_place_is_an_error() {
+    fn a_setting_given_twice_in_one_layer_is_an_error() {
         for names in [["config", "config-uri"], ["run-id", "run-id-template"]] {
             let error = Layer::from_parameters("/p", parameters(&names.map(|name| (name, "x")))).unwrap_err();
             assert_eq!(error.kind(), Kind::Config);
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn what_means_nothing_is_named_and_not_believed() {
+    fn unknown_names_are_reported_and_ignored() {
         let (layer, unknown) = Layer::from_parameters(
             "/p",
             parameters(&[("runid", "x"), ("ssm-path", "/q"), ("set/", "1"), ("deep/er", "y")]),
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn no_value_is_in_what_is_said_for_debugging() {
+    fn debug_output_shows_no_value() {
         let (layer, _) = Layer::from_parameters(
             "/p",
             parameters(&[

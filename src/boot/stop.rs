@@ -1,10 +1,10 @@
-//! Requests to stop while nobody else listens: before the agent does, and between two jobs.
+//! Requests to stop that arrive while no agent listens: before it starts, and between two jobs.
 //!
-//! Listening begins with the process ([`inbox`]). Saving is the agent's task: as long as nothing trains there is
-//! nothing to save, and any wait is simply abandoned.
+//! Listening begins with the process ([`inbox`]). Saving is the agent's task: while nothing trains there is nothing to
+//! save, and any wait is simply abandoned.
 //!
-//! Here signals are only counted: the agent takes them for itself, from its start on, and finds those that came just
-//! before. Nothing is stored here.
+//! Here signals are only counted: the agent listens for itself once it starts, and finds those that came just before.
+//! Nothing is stored here.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use crate::{
 /// to stop and has begun nothing.
 const STUCK: Duration = Duration::from_secs(2);
 
-/// Watches for requests to stop; work that is waited for meanwhile has a runtime of its own.
+/// Watches for requests to stop. The work that runs meanwhile has its own runtime.
 #[derive(Debug)]
 pub struct Stop {
     /// `None`: this is being dropped.
@@ -38,7 +38,7 @@ pub struct Heard {
 
 impl Stop {
     /// Hears the signals that ask a process to stop (SIGTERM, SIGINT, SIGHUP, SIGUSR1) from the beginning of this
-    /// process on. SIGUSR2 asks for a save, and is no longer the end of a process that has nothing to save.
+    /// process on. SIGUSR2 asks for a save; from here on it does not end a process that has nothing to save.
     pub fn listen() -> Result<Self> {
         Self::start(|_| 0)
     }
@@ -61,14 +61,14 @@ impl Stop {
         Ok(Self { runtime: Some(runtime), heard: Heard { inbox, before } })
     }
 
-    /// While this exists, a process that is asked to stop exits even if it does not get round to it. For times in which
-    /// no work could be lost.
+    /// While this exists, a process that is asked to stop exits even if its main thread is stuck. Use it only while no
+    /// work can be lost.
     pub fn leave_when_stuck(&self) {
         let heard = self.heard();
         let leave = async move {
             heard.wait().await;
             tokio::time::sleep(STUCK).await;
-            report::say("stopped before the run began, nothing is lost: give the same command again\n");
+            report::say("stopped before the run began, nothing lost: run the same command again\n");
             report::flush();
             std::process::exit(Kind::Interrupted.exit_code().into());
         };
@@ -86,7 +86,7 @@ impl Stop {
     pub fn block_on<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         match &self.runtime {
             Some(runtime) => runtime.block_on(self.heard.unless(work)),
-            None => Err(Error::new(Kind::Bug, "nobody listens for signals any more")),
+            None => Err(Error::new(Kind::Bug, "the signal listener has stopped")),
         }
     }
 }
@@ -94,7 +94,7 @@ impl Stop {
 impl Drop for Stop {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
-            // Any wait is abandoned: a look-up of a name can't be cancelled and may take long.
+            // Any wait is abandoned: a name look-up can't be cancelled and may take long.
             runtime.shutdown_timeout(Duration::ZERO);
         }
     }
@@ -111,7 +111,7 @@ impl Heard {
         self.inbox.asked_again(self.before).await;
     }
 
-    /// The result of `work`; an error of the kind "interrupted" if this process is asked to stop before.
+    /// The result of `work`; an error of the kind "interrupted" if this process is asked to stop first.
     pub async fn unless<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             biased;

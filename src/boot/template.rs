@@ -45,7 +45,7 @@ pub fn render(template: &str, now: &Zoned) -> Result<RunId> {
     if text.contains('}') {
         return Err(wrong("has a '}' without its '{'".into()));
     }
-    RunId::new(text).map_err(|error| wrong(format!("makes no run id: {error}")))
+    RunId::new(text).map_err(|error| wrong(format!("does not make a valid run id: {error}")))
 }
 
 #[cfg(test)]
@@ -82,15 +82,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_template_is_refused_with_the_fields_that_there_are() {
+    fn a_wrong_template_is_refused_with_the_list_of_fields() {
         for (template, part) in [
             ("{quater}", "unknown field {quater}"),
             ("{}", "unknown field {}"),
             ("{year", "without its '}'"),
             ("year}", "without its '{'"),
-            ("a/{year}", "makes no run id"),
-            ("", "makes no run id"),
-            ("-{year}", "makes no run id"),
+            ("a/{year}", "does not make a valid run id"),
+            ("", "does not make a valid run id"),
+            ("-{year}", "does not make a valid run id"),
         ] {
             let error = render(template, &at("2026-11-22T10:00:00[UTC]")).unwrap_err();
             assert!(error.to_string().contains(part), "{template}: {error}");

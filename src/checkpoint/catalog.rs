@@ -63,7 +63,7 @@ pub struct Outcome {
 /// Looks for the newest usable checkpoint among `candidates` (in any order). `store` is the run's folder.
 ///
 /// Newest is the highest generation, then the highest step: that is the order of the journal, and after a resume from
-/// an older step the work of the newer generation is what the run consists of. With `from` only checkpoints of that
+/// an older step the run consists of the newer generation's work. With `from` only checkpoints of that
 /// step are looked at.
 pub async fn newest_usable(
     store: &Store,
@@ -125,7 +125,7 @@ pub async fn read_manifest(store: &Store, committed: &Committed) -> Result<Manif
     let key = &committed.manifest;
     let expected = join(&layout::checkpoint(committed.step, committed.generation), layout::MANIFEST);
     if *key != expected {
-        return Err(CheckpointError::damaged(key, format!("the journal names it where {expected} should be")));
+        return Err(CheckpointError::damaged(key, format!("the journal names this key instead of {expected}")));
     }
     let bytes = store.get(key, MAX_JSON).await.map_err(|error| CheckpointError::of_object(key, error))?;
     let found = digest(&bytes);
@@ -169,7 +169,7 @@ mod tests {
     };
 
     #[tokio::test]
-    async fn the_newest_is_the_newest_of_the_journal_whatever_the_order_of_the_list() {
+    async fn the_newest_is_by_the_journal_whatever_the_order_of_the_list() {
         let store = memory_store();
         let mut list = Vec::new();
         // Generation 2 went back to step 5: what generation 1 did after it is no longer the run.
@@ -186,8 +186,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn damage_is_stepped_over_with_the_name_of_the_object() {
-        // A flipped byte of a shard does not show in its size: restore finds it. Of the manifest it shows at once.
+    async fn a_damaged_checkpoint_is_skipped_and_its_object_named() {
+        // A flipped byte of a shard does not change its size: restore finds it. In the manifest it shows at once.
         let cases = HARMS.map(|how| (layout::MANIFEST, how)).into_iter().chain([
             ("model-00001-of-00002.safetensors", Harm::Cut),
             ("optimizer-00002-of-00002.safetensors", Harm::Delete),
@@ -205,14 +205,14 @@ mod tests {
                 assert_eq!((damage.step, &damage.object), (Step(6), &object), "{name} {how:?}");
                 let outcome = newest_usable(&store, &[new], None).await.unwrap();
                 assert_eq!((outcome.found, outcome.stepped_over.len()), (None, 1));
-                // Nothing is deleted because it is damaged.
+                // Damage deletes nothing.
                 assert!(!store.list(&manifest.folder()).await.unwrap().is_empty());
             }
         }
     }
 
     #[tokio::test]
-    async fn a_step_that_is_asked_for_is_the_only_one_looked_at() {
+    async fn only_the_requested_step_is_looked_at() {
         let store = memory_store();
         let (five, _) = checkpoint(&store, 5, 1, 1, 1).await;
         let (six, manifest) = checkpoint(&store, 6, 1, 1, 2).await;
@@ -238,7 +238,7 @@ mod tests {
         let elsewhere =
             Committed { manifest: "../other/checkpoints/s00000005-g0001/manifest.json".into(), ..good.clone() };
         assert!(refused(elsewhere).await.contains("should be"));
-        // Another step's manifest under this one's key, with a journal that agrees to its bytes.
+        // Another step's manifest under this one's key; the journal has the checksum of those bytes.
         let bytes = manifest().to_bytes().unwrap();
         let other = Committed { manifest_crc64: digest(&bytes), ..good.clone() };
         store.put(&good.manifest, bytes.into()).await.unwrap();
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_store_that_fails_is_no_damage_and_nothing_is_stepped_over() {
+    async fn a_failing_store_is_not_damage_and_nothing_is_skipped() {
         for (fault, kind) in [(Fault::Lost, Kind::Unavailable), (Fault::Denied, Kind::Permission)] {
             for object in [layout::MANIFEST, "model-00001-of-00002.safetensors"] {
                 let armed = Arc::new(AtomicBool::new(false));

@@ -6,8 +6,8 @@
 //! before; for the next one it must read a whole one again. The journal's own rules spare the last good checkpoint and
 //! the one most recently read as whole ([`RunState::spared`]). [`clear`] withdraws a verdict.
 //!
-//! *Crash, cancel:* suspicions disappear with the process; the next one finds the same damage. *Retry:* a record that
-//! may not have been written is appended again.
+//! *Crash, cancel:* suspicions disappear with the process; the next one finds the same damage. *Retry:* a record of
+//! unknown fate is appended again.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -52,7 +52,7 @@ struct Cases {
 #[derive(Debug)]
 struct Suspect {
     damage: Damage,
-    /// Another checkpoint was read in full since, and nothing was condemned on that proof.
+    /// Another checkpoint has been read in full since the last verdict, and that proof is unused.
     proven: bool,
 }
 
@@ -61,7 +61,7 @@ impl Docket {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A checkpoint was found damaged, and again when it was read again. Returns whether this is news.
+    /// A checkpoint was found damaged twice, the second time when it was read again. Returns whether this is news.
     pub fn suspect(&self, damage: &Damage) -> bool {
         let mut cases = self.cases();
         let point = damage.point();
@@ -144,7 +144,7 @@ impl Docket {
         cases.suspects.iter_mut().for_each(|suspect| suspect.proven = false);
     }
 
-    /// Records one suspect as damaged, if one may be condemned: from then on nobody resumes from it.
+    /// Records one suspect as damaged, if one may be condemned: from then on no run resumes from it.
     pub async fn condemn(&self, journal: &mut Journal) -> Result<Option<Damage>, JournalError> {
         let Some((damage, record)) = self.next_record(journal.state()) else { return Ok(None) };
         match journal.append(record).await {
@@ -152,7 +152,7 @@ impl Docket {
                 self.condemned(&damage);
                 Ok(Some(damage))
             }
-            // Another process has condemned another one meanwhile.
+            // Meanwhile another process has condemned another one.
             Err(JournalError::Refused { .. }) => Ok(None),
             Err(error) => Err(error),
         }
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_verdict_needs_a_whole_checkpoint_that_was_read_after_the_finding() {
+    async fn each_verdict_needs_a_whole_checkpoint_read_after_the_finding() {
         let store = memory_store();
         let mut journal = run(&store, 5).await;
         let docket = Docket::default();
@@ -262,7 +262,7 @@ mod tests {
         assert!(docket.suspect(&damage(5)) && docket.suspect(&damage(4)) && !docket.suspect(&damage(5)));
         assert!(docket.passes_over(&point(5)) && !docket.passes_over(&point(3)));
         assert_eq!(docket.condemn(&mut journal).await.unwrap(), None, "what was read before says nothing");
-        // The store's own checksum is nothing that this machine has read.
+        // The store's own checksum proves nothing about this machine's reads.
         docket.vouch(&point(3), Proof::Checksum);
         assert_eq!(docket.condemn(&mut journal).await.unwrap(), None);
         docket.vouch(&point(3), Proof::Bytes);
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_found_whole_later_is_no_suspect_and_what_was_verified_last_is_not_condemned() {
+    async fn a_checkpoint_found_whole_is_no_suspect_and_the_last_verified_is_not_condemned() {
         let store = memory_store();
         let mut journal = run(&store, 3).await;
         let docket = Docket::default();
@@ -290,7 +290,7 @@ mod tests {
         docket.vouch(&point(2), Proof::Bytes);
         docket.vouch(&point(3), Proof::Checksum);
         assert_eq!(docket.condemn(&mut journal).await.unwrap(), None);
-        // The last good one is spared, whatever is known of it.
+        // The last good one is spared, whatever was found.
         for step in [1, 2] {
             docket.suspect(&damage(step));
             docket.vouch(&point(3), Proof::Bytes);
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_machine_that_reads_nothing_whole_condemns_nothing() {
+    async fn a_machine_that_can_read_nothing_whole_condemns_nothing() {
         let store = memory_store();
         let mut journal = run(&store, 5).await;
         let docket = Docket::default();
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_settled_is_no_suspect_any_more_and_costs_no_reading() {
+    async fn a_settled_suspect_is_forgotten_and_costs_no_reading() {
         let store = memory_store();
         let mut journal = run(&store, 3).await;
         let docket = Docket::default();
@@ -340,7 +340,7 @@ mod tests {
         let (found, _) = docket.next_record(journal.state()).unwrap();
         docket.condemned(&found);
         assert!(!docket.has_suspects(), "before the journal is looked at");
-        // The journal would refuse it: it is not even asked.
+        // The journal would refuse it, so it is not asked.
         docket.suspect(&damage(3));
         let only = run(&memory_store(), 1).await;
         docket.suspect(&damage(1));
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_is_second_to_condemn_gives_way_without_an_error() {
+    async fn the_second_process_to_condemn_gives_way_without_an_error() {
         let store = memory_store();
         let mut first = run(&store, 2).await;
         let run_id = RunId::new("run").unwrap();
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_verdict_is_taken_back_by_every_byte_and_by_nothing_less() {
+    async fn only_reading_every_byte_withdraws_a_verdict() {
         let store = memory_store();
         let mut journal = run(&store, 2).await;
         let docket = Docket::default();

@@ -147,7 +147,7 @@ impl Partial {
     fn publish(self, target: &Path) -> Result<(), CheckpointError> {
         let sync = |folder: &Path| File::open(folder).and_then(|folder| folder.sync_all()).map_err(io("write", folder));
         sync(&self.path)?;
-        // An empty folder is replaced; if it has been filled meanwhile, this fails.
+        // An empty folder is replaced; if it is no longer empty, this fails.
         fs::rename(&self.path, target).map_err(io("rename export to", target))?;
         match target.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             Some(parent) => sync(parent),
@@ -158,7 +158,7 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        // After `publish` there is nothing of this name.
+        // After `publish` nothing has this name.
         let _ = fs::remove_dir_all(&self.path);
     }
 }
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_damaged_shard_is_named_and_nothing_is_left_behind() {
+    async fn a_damaged_shard_is_named_and_no_files_stay() {
         for how in HARMS {
             let (_guard, store) = file_store();
             let (_, manifest) = checkpoint(&store, 5, 1, 2, 9).await;
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_folder_with_something_in_it_is_left_alone() {
+    async fn a_folder_that_is_not_empty_is_left_alone() {
         let store = memory_store();
         let (_, manifest) = checkpoint(&store, 5, 1, 1, 9).await;
         let folder = tempfile::tempdir().unwrap();

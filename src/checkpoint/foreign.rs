@@ -1,8 +1,8 @@
-//! The weights of a model folder that somebody else has written, checked against the model that is to start from them.
+//! The weights of a model folder from elsewhere, checked against the model that starts from them.
 //!
 //! Only headers are read (and, for a model whose head is its token embedding, any head that the folder nevertheless
 //! has): a mismatch is reported by tensor and file before anything is created. Every tensor is used, or is one of a few
-//! that hold nothing learnt; silently skipping a tensor would make another model of the same files.
+//! that hold no trained values: silently skipping another one would give a different model.
 
 use std::collections::HashMap;
 
@@ -34,7 +34,7 @@ pub struct Expected<'a> {
     pub tied: bool,
 }
 
-/// Name endings of tensors that are computed from the configuration, or masks.
+/// Endings of the names of tensors that are computed from the configuration, or are masks.
 const BUFFERS: [&str; 6] = [
     "rotary_emb.inv_freq",
     "rotary_emb.original_inv_freq",
@@ -50,18 +50,18 @@ const WEIGHTS: [Dtype; 3] = [Dtype::F32, Dtype::BF16, Dtype::F16];
 /// Bytes compared at once of each of two tensors.
 const COMPARED: u64 = 8 << 20;
 
-/// Whether a tensor holds nothing learnt.
+/// Whether a tensor holds no trained values.
 pub fn is_buffer(name: &str) -> bool {
     BUFFERS
         .iter()
         .any(|known| name.strip_suffix(known).is_some_and(|before| before.is_empty() || before.ends_with('.')))
 }
 
-/// The files of the folder's weights, which are exactly those of the model.
+/// The files of the folder's weights. They hold exactly the model's tensors.
 ///
 /// # Errors
 /// [`CheckpointError::NotAModel`] if files are missing or malformed, [`CheckpointError::Mismatch`] if a tensor is
-/// superfluous, missing or different, and the store's errors.
+/// superfluous, missing or different; otherwise the store's errors.
 pub async fn weights_for(store: &Store, expected: Expected<'_>) -> Result<Vec<RemoteFile>, CheckpointError> {
     let files = weights_from_folder(store).await?;
     let read = |file: RemoteFile| async {
@@ -95,7 +95,7 @@ fn mismatch(folder: &str, reason: String, hint: &str) -> CheckpointError {
     CheckpointError::Mismatch { folder: folder.to_owned(), reason, hint: hint.to_owned() }
 }
 
-/// Checks every tensor against the model. A head beside the embedding that it should equal is returned: their bytes
+/// Checks every tensor against the model. A head that should equal the embedding beside it is returned: their bytes
 /// decide.
 fn compare<'a>(
     folder: &str,
@@ -131,7 +131,7 @@ fn compare<'a>(
                 return Err(mismatch(folder, reason, &hint));
             }
             if let Some(first) = found.insert(name, Found { file, tensor }) {
-                let reason = format!("tensor {name} stands in {} and in {file}", first.file);
+                let reason = format!("tensor {name} is in {} and in {file}", first.file);
                 return Err(mismatch(folder, reason, "name a folder whose files hold each tensor once"));
             }
         }
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_does_not_fit_is_told_by_tensor_and_file() {
+    async fn a_mismatch_names_tensor_and_file() {
         type Tensor<'a> = (&'a str, &'a str, &'a [u64], u8);
         let cases: [(&str, &[Tensor<'_>], &str); 4] = [
             ("shape", &[TOKENS, ("model.norm.weight", "F32", &[3], 1)], "is [3], the model's is [2]"),

@@ -5,8 +5,8 @@
 //! it has the committed manifest. Fields may be added with a serde default, never renamed; readers refuse a higher
 //! `format`.
 //!
-//! A manifest is read as if a stranger had written it: names must be plain (they become keys and file names), unique,
-//! and sizes must add up without overflow before anything is allocated for them.
+//! A manifest is not trusted: names must be plain (they become keys and file names), unique, and sizes must add up
+//! without overflow before anything is allocated for them.
 
 use std::{collections::HashSet, num::NonZeroU64};
 
@@ -85,7 +85,7 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Checks that it can be a checkpoint's; the error says why not.
+    /// Checks that it can be a checkpoint's; the error gives the reason.
     pub fn validate(&self) -> Result<(), String> {
         if self.step.get() == 0 {
             return Err("step 0 has no checkpoint".into());
@@ -108,7 +108,7 @@ impl Manifest {
 
     /// Bytes of all files.
     pub fn bytes(&self) -> u64 {
-        // `validate` has added them up; a value built by hand must not wrap either.
+        // `validate` has added them up, but a value built by hand must not wrap either.
         self.files.iter().fold(0, |sum, file| sum.saturating_add(file.bytes))
     }
 
@@ -128,8 +128,8 @@ impl Manifest {
     }
 }
 
-/// Checks that names are plain and unique, that sizes add up, and that no tensor file is too short; the error says why
-/// not.
+/// Checks that names are plain and unique, that sizes add up, and that no tensor file is too short; the error gives the
+/// reason.
 pub(super) fn validate_files(files: &[FileEntry]) -> Result<(), String> {
     let mut names = HashSet::with_capacity(files.len());
     let mut total = 0_u64;
@@ -183,7 +183,7 @@ pub struct TrainerState {
     pub samples: u64,
     /// Predicted tokens trained on since the run began: samples × sequence length.
     pub tokens: u64,
-    /// Where the sampler stands: the next sequence is `position` of pass `epoch` over the data.
+    /// The sampler's position: the next sequence is `position` of pass `epoch` over the data.
     pub epoch: u64,
     /// Sequences of this pass already used.
     pub position: u64,

@@ -4,14 +4,15 @@
 //! run's folder (`<store>/<run-id>`), so that keys are those of [`crate::layout`]; layouts of single objects are in
 //! [`manifest`] and [`crate::format`].
 //!
-//! The one invariant: *a checkpoint is a step whose `committed` record stands in the journal*. Data gets there in the
-//! order shards → receipts → manifest → record, each complete before the next begins ([`save`]); it is trusted in the
-//! reverse order, each verified against the one before: the record gives the manifest's checksum, the manifest gives
-//! every file's size and checksum ([`catalog`], [`restore`], [`verify`]). A crash in between leaves objects that no
-//! record leads to, and nothing here lists a folder to find checkpoints.
+//! The one invariant: *a checkpoint is a step whose `committed` record is in the journal*. Data is written in the order
+//! shards → receipts → manifest → record, each complete before the next begins ([`save`]); it is trusted in the reverse
+//! order, each verified against the one before: the record gives the manifest's checksum, the manifest gives every
+//! file's size and checksum ([`catalog`], [`restore`], [`verify`]). A crash in between leaves objects that no record
+//! leads to, and nothing here lists a folder to find checkpoints.
 //!
 //! Damage (an object missing, of another size, of another checksum) differs from a store that does not answer: a
-//! damaged checkpoint is skipped; an unresponsive store is an error, because stepping back would throw away good work.
+//! damaged checkpoint is skipped; an unresponsive store is an error, because going back to an older checkpoint would
+//! throw away good work.
 #![doc = include_str!("README.md")]
 
 pub mod catalog;
@@ -164,7 +165,9 @@ impl Explain for CheckpointError {
                 "`trainer verify --all` says which checkpoints are whole; `trainer resume` steps back to the newest of \
                 them"
             }
-            Self::NoneUsable { .. } => "nothing was deleted; `trainer verify --run-id RUN --all` lists what is damaged",
+            Self::NoneUsable { .. } => {
+                "nothing was deleted; `trainer verify --run-id RUN --all` lists the damaged objects"
+            }
             Self::Storage(error) => return error.hint(),
             Self::Mismatch { hint, .. } => return Some(hint.clone()),
             Self::TooNew { .. } => "use the version of trainer that wrote this run, or a newer one",

@@ -2,13 +2,13 @@
 //!
 //! `checkpoint.keep` decides which checkpoints of the run's current line stay. In every case the newest verified one
 //! stays ([`Standing`]): before anything is deleted it is verified against the store's own checksums, if the store
-//! keeps them; otherwise every byte of it is read, unless that was done before or it was restored from, which compares
-//! the same checksums. This avoids reading 100 GB after each save. Damaged checkpoints are quarantined: never counted,
-//! never resumed from, deleted only when a person says so.
+//! keeps them; otherwise every byte of it is read, unless it was read or restored from before, which compares the same
+//! checksums. This avoids reading 100 GB after each save. Damaged checkpoints are quarantined: never counted, never
+//! resumed from, deleted only when a person says so.
 //!
-//! Order of a deletion: the journal's `pruned` record, one for a whole plan (from then on they are no checkpoints),
+//! Order of a deletion: the journal's `pruned` record, one for a whole plan (from then on they are not checkpoints),
 //! then folder by folder the manifest and the other objects. *Crash:* after the record, the rest of the folders is
-//! garbage that nobody reads; [`super::rubbish`] removes it later. *Retry:* deleting an object that is gone is fine,
+//! garbage, which nothing reads; [`super::rubbish`] removes it later. *Retry:* deleting an object that is gone is fine,
 //! and a checkpoint already pruned is no longer in the list that a plan is made from. *Cancel:* like a crash.
 
 use std::{collections::BTreeSet, future::Future, time::Duration};
@@ -31,8 +31,8 @@ use crate::{
     storage::Store,
 };
 
-/// Bytes of one request when the newest checkpoint must be read before anything is deleted: some dozens are in memory
-/// at once.
+/// Bytes of one request when the newest checkpoint must be read before anything is deleted: a few dozen requests are in
+/// memory at once.
 const PART: u64 = 4 << 20;
 /// The most checkpoints in one `pruned` record: records are limited in size.
 const ONE_RECORD: usize = 10_000;
@@ -47,7 +47,7 @@ pub enum Why {
     Unproven,
     /// One of the newest `keep.last`.
     Last,
-    /// `keep.every` says so.
+    /// One that `keep.every` names.
     Every,
     /// One of the `keep.best`.
     Best,
@@ -88,15 +88,15 @@ pub struct Standing {
 }
 
 /// The plan for a run's good checkpoints, oldest first. `line`: those of the run's current line
-/// ([`RunState::candidates`]); `abandoned`: those that it has turned away from with `--from`, whether or not those of
-/// the line are among them. Both in any order.
+/// ([`RunState::candidates`]); `abandoned`: those that it abandoned with `--from`; they may include those of the line.
+/// Both in any order.
 ///
 /// These checkpoints of the line stay: `standing.verified`; everything newer than `standing.usable` (newer ones were
 /// found damaged and are not counted either: damaged checkpoints must not push out good ones); the newest `keep.last`
 /// from there on; and the `keep.best` with the lowest validation loss. Abandoned ones don't count: they would push out
-/// the ones that the run steps back to. Of both kinds stay those that `keep.every` names, and `live`, those that a
-/// generation which may still be running has resumed from. If `standing.usable` is not on the line, or nothing is
-/// verified, nothing is deleted.
+/// the ones that the run steps back to. Of both kinds, those that `keep.every` names stay, and so do the `live` ones,
+/// from which a generation that may still be running has resumed. If `standing.usable` is not on the line, or nothing
+/// is verified, nothing is deleted.
 pub fn plan_prune(
     line: &[Checkpoint],
     abandoned: &[Checkpoint],
@@ -165,8 +165,8 @@ fn spaced(oldest_first: &[&Checkpoint], every: Option<Spacing>) -> BTreeSet<usiz
     oldest_first.iter().enumerate().filter(|(_, checkpoint)| stays(checkpoint)).map(|(at, _)| at).collect()
 }
 
-/// Positions in the list of the `count` with the lowest validation loss; of equals the newer ones. Those without a
-/// finite loss are not among them.
+/// Positions in the list of the `count` with the lowest validation loss; of equals, the newer ones. Checkpoints without
+/// a finite loss are left out.
 fn best(oldest_first: &[&Checkpoint], count: u32) -> BTreeSet<usize> {
     let loss = |checkpoint: &Checkpoint| checkpoint.committed.validation_loss.filter(|loss| loss.is_finite());
     let mut ranked: Vec<(f64, usize)> =
@@ -193,7 +193,7 @@ pub fn quarantined(state: &RunState) -> Vec<Fate> {
     fates
 }
 
-/// The treatment of checkpoints that the run has turned away from with `--from`.
+/// The treatment of checkpoints that the run abandoned with `--from`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Abandoned {
     /// They stay: a running agent does not delete checkpoints that a person may want to go back to.
@@ -225,7 +225,8 @@ pub struct Plan {
 }
 
 /// The plan for a run: [`plan_prune`] over its good checkpoints, after the newest one of its current line has been
-/// verified. `store` is the run's folder; `in_use` stays. If nothing would be deleted anyway, the store is not asked.
+/// verified. `store` is the run's folder; `in_use` stays. If nothing would be deleted anyway, no request goes to the
+/// store.
 ///
 /// # Errors
 /// [`CheckpointError::NoneUsable`] if no checkpoint verifies: the remaining data may be all there is, so nothing is
@@ -323,7 +324,7 @@ async fn sound(
 }
 
 /// Carries a plan out. `append` writes the journal's one `pruned` record of all these checkpoints and must not return
-/// before it stands; if it fails, none of their data is deleted. `store` is the run's folder. Returns the number of
+/// before it exists; if it fails, none of their data is deleted. `store` is the run's folder. Returns the number of
 /// deleted objects. A folder that can't be deleted does not stop the deletion of others; the first error is returned at
 /// the end.
 pub async fn apply_prune<E, F, A>(store: &Store, plan: &[ResumePoint], mut append: A) -> Result<u64, E>
@@ -347,7 +348,7 @@ where
 }
 
 /// Deletes all data of one (step, generation), the manifest first; returns the number of deleted objects. The caller
-/// has made sure that no record makes it a checkpoint.
+/// has made sure that no record counts it as a checkpoint.
 pub async fn delete_folder(store: &Store, step: Step, generation: Generation) -> Result<u64, CheckpointError> {
     let folder = layout::checkpoint(step, generation);
     let manifest = join(&folder, layout::MANIFEST);
@@ -441,11 +442,11 @@ mod tests {
         assert_eq!(plan(by_steps(3, Some(300)), &newest, &[]), [100, 200, 400, 500, 700]);
         assert_eq!(plan(by_steps(8, None), &newest, &[point(100, 1)]), [200]);
         assert_eq!(plan(by_steps(99, None), &newest, &[]), [0_u64; 0]);
-        // Nothing at all to keep still keeps the newest verified.
+        // Even if no rule keeps anything, the newest verified one stays.
         assert_eq!(plan(by_steps(0, Some(0)), &newest, &[]).len(), 9);
         // Checkpoints newer than the newest usable one are neither deleted nor counted.
         assert_eq!(plan(by_steps(2, None), &point(600, 1), &[]), [100, 200, 300, 400]);
-        // No proof of a good one: nothing goes.
+        // Without proof of a good one nothing is deleted.
         assert_eq!(plan(by_steps(1, None), &point(1000, 2), &[]), [0_u64; 0]);
         let unproven = Standing { usable: newest.clone(), verified: None };
         assert_eq!(doomed(&plan_prune(&list, &list, by_steps(1, None), &unproven, &[])), []);
@@ -461,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_by_time_is_the_first_of_each_stretch_and_stays_so() {
+    fn the_first_checkpoint_of_each_interval_is_kept_and_stays_the_first() {
         // A checkpoint every 20 minutes, from 00:20 to 04:00.
         let list: Vec<Checkpoint> = (1..=12).map(|i| record(&point(i * 20, 1), None)).collect();
         let hourly = Some(Spacing::Time { seconds: Duration::from_secs(3600) });
@@ -471,12 +472,12 @@ mod tests {
             |why| fates.iter().filter(|f| f.stays.contains(&why)).map(|f| f.point.step.get()).collect::<Vec<_>>();
         assert_eq!(stay(Why::Every), [20, 60, 120, 180, 240]);
         assert_eq!(stay(Why::Last), [220, 240]);
-        // Carried out, and made again a while later: the same ones are the first.
+        // A plan made later, after this one was carried out, finds the same ones first.
         let mut left: Vec<Checkpoint> = list.into_iter().filter(|c| !doomed(&fates).contains(&c.point())).collect();
         left.push(record(&point(260, 1), None));
         left.push(record(&point(310, 1), None));
         assert_eq!(steps(&goes(&left, &[], keep, &point(310, 1), &[])), [220]);
-        // A stretch of nothing is no division by it.
+        // An interval of zero does not divide by zero.
         let none = Keep { every: Some(Spacing::Time { seconds: Duration::ZERO }), ..keep };
         assert_eq!(goes(&left, &[], none, &point(310, 1), &[]), []);
     }
@@ -498,8 +499,8 @@ mod tests {
     }
 
     #[test]
-    fn what_the_run_turned_away_from_does_not_push_out_what_it_steps_back_to() {
-        // 10 to 100 in generation 1, then `--from 50`; generation 3 has carried on from 60.
+    fn abandoned_checkpoints_do_not_push_out_those_that_the_run_goes_back_to() {
+        // Steps 10 to 100 in generation 1, then `--from 50`; generation 3 continued from 60.
         let line = records(&[(60, 2), (50, 1), (40, 1), (30, 1)]);
         let abandoned = records(&[(100, 1), (90, 1), (70, 1)]);
         let plan = |every, live: &[ResumePoint]| goes(&line, &abandoned, by_steps(3, every), &point(60, 2), live);
@@ -513,7 +514,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_must_stay_stays(
+        fn the_plan_keeps_every_checkpoint_that_it_must(
             seed in proptest::collection::btree_map((1_u64..50, 1_u64..4), proptest::option::of(-5_i32..5), 1..30),
             turned in 0_usize..30, usable in any::<proptest::sample::Index>(), live in any::<proptest::sample::Index>(),
             verified in any::<proptest::sample::Index>(), last in 0_u32..6, best in 0_u32..6,
@@ -549,7 +550,7 @@ mod tests {
             let stay = fates.iter().filter(|f| f.stays.contains(&Why::Best)).count();
             prop_assert_eq!(stay, measured.min(best as usize));
             prop_assert!(best == 0 || own.iter().filter_map(|point| loss(point)).all(|loss| loss >= worst));
-            // Made again over the remaining ones, the plan deletes nothing more.
+            // A second plan, over the remaining ones, deletes nothing more.
             let left = |list: &[Checkpoint]| -> Vec<Checkpoint> {
                 list.iter().filter(|c| !gone.contains(&c.point())).cloned().collect()
             };
@@ -590,7 +591,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn on_a_store_without_checksums_the_newest_is_read_unless_that_was_done() {
+    async fn on_a_store_without_checksums_the_newest_is_read_once() {
         let faulty = Faulty::new(|_, _, _| Fault::Pass);
         let store = Store::faulty(&faulty, &STORAGE);
         let state = three(&store).await;
@@ -603,10 +604,10 @@ mod tests {
         let (planned, read) = reads(Reading::Unless(&[])).await;
         assert_eq!((steps(&doomed(&planned.fates)), planned.verified.clone()), (vec![1], Some(point(3, 1))));
         assert_eq!(read, 1 + 1 + files, "the manifest twice, and every file");
-        // It is known already: its sizes are asked for.
+        // It was read before, so only its sizes are asked for.
         let (again, read) = reads(Reading::Unless(&[point(3, 1)])).await;
         assert_eq!((doomed(&again.fates), read), (doomed(&planned.fates), 1));
-        // An older one is known: it stays, and nothing is read.
+        // An older one was read before: it stays, and nothing is read.
         let (older, read) = reads(Reading::Unless(&[point(1, 1)])).await;
         assert_eq!((doomed(&older.fates), older.verified.clone(), read), (vec![], Some(point(1, 1)), 2));
         assert_eq!(older.fates[0].stays, [Why::Verified]);
@@ -619,7 +620,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_newest_that_has_rotted_unseen_does_not_push_out_a_good_one() {
+    async fn a_newest_checkpoint_with_bit_rot_does_not_push_out_a_good_one() {
         let store = memory_store();
         let state = three(&store).await;
         harm(&store, &layout::checkpoint(Step(3), Generation(1)), SHARD, Harm::Flip).await;
@@ -634,7 +635,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn when_nothing_would_go_nobody_is_asked_and_a_store_that_fails_deletes_nothing() {
+    async fn a_plan_without_deletions_makes_no_request_and_a_failing_store_deletes_nothing() {
         let faulty = Faulty::new(|operation, _, n| match operation {
             "get" | "head" if n > 100 => Fault::Denied,
             _ => Fault::Pass,
@@ -655,10 +656,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_record_comes_first_and_only_the_doomed_folder_goes() {
+    async fn the_record_comes_first_and_only_the_planned_folder_is_deleted() {
         let store = memory_store();
         let (old, old_manifest) = checkpoint(&store, 1, 1, 2, 1).await;
-        // A folder whose name begins like that of the doomed one.
+        // A folder whose name begins like that of the one to delete.
         let (other, _) = checkpoint(&store, 1, 10_000, 1, 1).await;
         let (new, _) = checkpoint(&store, 2, 1, 1, 1).await;
         let plan = [point(1, 1)];

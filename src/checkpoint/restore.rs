@@ -4,8 +4,8 @@
 //! hands both over ([`fetch`]). Each piece comes straight into its buffer and is summed as it comes
 //! ([`Store::get_into`]); the pieces' CRC64-NVME are combined in the order of the file and verified against the
 //! manifest. A byte is downloaded once per node, whatever the number of its ranks, and no byte is trusted before its
-//! whole file has been verified. There is no training meanwhile: the copies and sums run on threads of their own, one
-//! per core, which are gone at the end.
+//! whole file has been verified. Nothing trains meanwhile: copies and sums run on their own threads, one per core,
+//! which end with the restore.
 //!
 //! *Memory:* the image, and a socket's buffer for each request in flight. *Crash, cancel:* nothing in the store
 //! changes. A piece that is being read from a disk when the future is dropped is read to its end, into the buffer that
@@ -25,12 +25,11 @@ use crate::{
     storage::{Crc64, Priority, StorageError, Store},
 };
 
-/// Pieces requested at once. The store has a limit of its own; this one bounds the memory of callers who keep the
-/// pieces.
+/// Pieces requested at once. The store has its own limit; this one bounds the memory of callers who keep the pieces.
 pub const IN_FLIGHT: usize = 32;
 /// Pieces that wait for the store at once: as many as it could ever handle.
 const ASKED: usize = 1024;
-/// Files begin on a multiple of this in the restore image: whole pages on every machine there is.
+/// Files begin on a multiple of this in the restore image: whole pages on every machine.
 pub const ALIGN: u64 = 64 << 10;
 /// The most pieces that are planned; with parts of 16 MiB this is beyond any machine's memory.
 const MAX_PIECES: u64 = 1 << 24;
@@ -125,7 +124,7 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
     pieces: Vec<(Piece, B)>,
     progress: impl Fn(u64) + Send + Sync,
 ) -> Result<(), CheckpointError> {
-    // There is no training before it is done.
+    // Nothing trains before the restore is done.
     let store = &store.at_priority(Priority::Urgent);
     let mut sums: Vec<Vec<(u64, u64, Crc64)>> = vec![Vec::new(); files.len()];
     let get = |(piece, mut buffer): (Piece, B)| {
@@ -194,7 +193,7 @@ pub(super) async fn with_range<T: Send + 'static>(
     let bytes = match store.get_range(&object, range).await {
         Ok(bytes) if bytes.len() as u64 == len => bytes,
         Ok(bytes) => {
-            let reason = format!("{} bytes came where {len} should be", bytes.len());
+            let reason = format!("{} bytes came instead of {len}", bytes.len());
             return Err(CheckpointError::damaged(object, reason));
         }
         Err(error) => return Err(CheckpointError::of_object(&object, error)),
@@ -345,7 +344,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_flipped_a_cut_and_a_deleted_object_are_each_named() {
+    async fn a_flipped_byte_a_cut_file_and_a_missing_object_are_each_named() {
         for how in HARMS {
             let (_guard, on_disk) = file_store();
             for store in [memory_store(), on_disk] {
@@ -375,7 +374,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pieces_that_do_not_cover_a_file_are_a_fault_of_ours() {
+    async fn pieces_that_do_not_cover_a_file_are_a_bug() {
         let store = memory_store();
         let (_, manifest) = checkpoint(&store, 5, 1, 1, 42).await;
         let files = tensor_files(&manifest);

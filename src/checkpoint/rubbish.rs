@@ -8,8 +8,8 @@
 //!
 //! A generation can no longer commit when a newer one exists, since that fences it, or when the run is complete or has
 //! failed. An interruption does not prove this: a commit may come late. So safety comes from the journal; the age is
-//! only a second safeguard, and may be measured by two clocks. Damaged checkpoints have a record: they are quarantined,
-//! not rubbish. An object that is not named like a checkpoint's is not ours.
+//! only a second safeguard, and may be measured with two clocks. Damaged checkpoints have a record: they are
+//! quarantined, not rubbish. An object that is not named like a checkpoint's is not ours.
 //!
 //! *Crash, retry, cancel:* leftovers that were not deleted are found again.
 
@@ -85,7 +85,8 @@ fn is_over(state: &RunState, generation: Generation) -> bool {
     generation < state.generation() || generation == state.generation() && *state.outcome() != Outcome::Open
 }
 
-/// Whether this generation no longer uploads: if an upload of it is discarded all the same, it does not commit it.
+/// Whether this generation no longer uploads. If one of its uploads is discarded all the same, it does not commit that
+/// checkpoint.
 fn has_left(state: &RunState, generation: Generation) -> bool {
     let interrupted = || state.interruptions().iter().any(|end| end.generation == generation);
     is_over(state, generation) || generation == state.generation() && interrupted()
@@ -100,7 +101,7 @@ fn is_old(since: Timestamp, now: Timestamp) -> bool {
 fn place(key: &str) -> Option<(Step, Generation)> {
     let (folder, _) = key.strip_prefix(layout::CHECKPOINTS)?.strip_prefix('/')?.split_once('/')?;
     let place = layout::parse_checkpoint(folder)?;
-    // If it is written differently than we write it, it is not ours.
+    // If it is not written the way we write it, it is not ours.
     layout::checkpoint(place.0, place.1).ends_with(folder).then_some(place)
 }
 
@@ -126,7 +127,7 @@ fn folders(state: &RunState, objects: &[ObjectInfo], now: Timestamp) -> Vec<Fold
     found.into_iter().filter_map(judge).collect()
 }
 
-/// Whether an upload is rubbish. One outside a checkpoint belongs to no generation, and only its age decides.
+/// Whether an upload is rubbish. An upload outside a checkpoint belongs to no generation: only its age decides.
 fn is_stale(state: &RunState, key: &str, since: Timestamp, now: Timestamp) -> bool {
     let in_checkpoints = key.strip_prefix(layout::CHECKPOINTS).is_some_and(|rest| rest.starts_with('/'));
     let over = match place(key) {
@@ -178,7 +179,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_what_nothing_can_lead_to_any_more_is_rubbish() {
+    async fn only_unreachable_objects_are_rubbish() {
         let (step, generation) = (Step(1), Generation(1));
         let more = vec![
             Record::Pruned { step, generation },
@@ -207,8 +208,8 @@ mod tests {
         let found = folders(&state, &objects, now());
         assert_eq!(names(&found), [(1, 1, Kind::LeftOver), (4, 1, Kind::Orphaned)]);
         assert_eq!((found[1].objects, found[1].bytes), (2, 20));
-        // The newest generation was interrupted: a commit of it may still be on its way. Its uploads are not needed any
-        // more.
+        // The newest generation was interrupted: a commit of it may still be on its way. Its uploads are no longer
+        // needed.
         let after = |end: Record| state_after(list.clone(), more.iter().cloned().chain([end]).collect());
         let interrupted = after(Record::Interrupted {
             generation: Generation(2),
@@ -221,7 +222,7 @@ mod tests {
         assert_eq!(names(&folders(&interrupted, &objects, now())), [(1, 1, Kind::LeftOver), (4, 1, Kind::Orphaned)]);
         let upload = "checkpoints/s00000006-g0002/a";
         assert!(is_stale(&interrupted, upload, now() - DAY, now()) && !is_stale(&state, upload, now() - DAY, now()));
-        // It failed: nothing comes after that.
+        // A run that failed commits nothing more.
         let failed = after(Record::Failed { generation: Generation(2), step: Step(9), reason: "x".into() });
         let found = names(&folders(&failed, &objects, now()));
         assert_eq!(found, [(1, 1, Kind::LeftOver), (4, 1, Kind::Orphaned), (6, 2, Kind::Orphaned)]);
@@ -280,7 +281,7 @@ mod tests {
         for folder in ["run/checkpoints/s00000005-g0002", "run/checkpoints/s00000006-g0001", "run2"] {
             assert!(left(folder) > 0, "{folder}");
         }
-        // Without the permission to list uploads folders are swept all the same.
+        // Without the permission to list uploads, folders are still swept.
         server.age("some/prefix/run/checkpoints/s00000006-g0001", 9 * DAY);
         server.set_rules(|rules| rules.deny_upload_list = true);
         let found = find(&run, &state, Timestamp::now()).await.unwrap();

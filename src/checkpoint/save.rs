@@ -7,13 +7,13 @@
 //! ```
 //! Stored layout of a receipt: [`Receipt`] as JSON: the files that one node has uploaded, with sizes and checksums.
 //!
-//! *Crash:* anything before the manifest is garbage in a folder of its own; a manifest without its record is too.
-//! Nobody reads either. *Retry:* both functions may be called again with the same [`Save`]; shards are overwritten with
-//! the same bytes, the manifest is recognised by its attempt. A new attempt of the same node with the very same bytes
-//! takes over the existing manifest: this repeats a save whose record could not be written. *Cancel:* dropping a future
-//! stops the uploads that it drives; uploaded objects stay as garbage. *Two writers:* a (step, generation) pair is
-//! written once, so a second attempt that finds a manifest is refused before it overwrites a byte of what that manifest
-//! names.
+//! *Crash:* everything before the manifest is garbage in its own folder, and so is a manifest without its record.
+//! Nothing reads either. *Retry:* both functions may be called again with the same [`Save`]; shards are overwritten
+//! with the same bytes, the manifest is recognised by its attempt. A new attempt of the same node with the very same
+//! bytes takes over the existing manifest: this repeats a save whose record could not be written. *Cancel:* dropping a
+//! future stops the uploads that it drives; uploaded objects stay as garbage. *Two writers:* a (step, generation) pair
+//! is written once, so a second attempt that finds a manifest is refused before it overwrites a byte of what that
+//! manifest names.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -51,7 +51,7 @@ pub struct Upload {
 /// One node's part of one checkpoint.
 #[derive(Clone, Debug)]
 pub struct Save {
-    /// Made once for this save, so that calling again is a retry and not a second writer.
+    /// Created once for this save, so that a second call is a retry and not a second writer.
     pub attempt: AttemptId,
     /// The run.
     pub run_id: RunId,
@@ -176,8 +176,8 @@ pub async fn put_shards(
     Ok(receipt)
 }
 
-/// Whether a manifest already exists: then this is a late retry of our own (its receipt is returned), or another
-/// writer's.
+/// Whether a manifest already exists. If so, this is either a late retry of our own (its receipt is returned) or a
+/// second writer.
 async fn already_put(store: &Store, save: &Save, folder: &str) -> Result<Option<Receipt>, CheckpointError> {
     match store.head(&join(folder, layout::MANIFEST)).await {
         Ok(_) => {}
@@ -331,7 +331,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_second_attempt_is_refused_before_it_overwrites_anything() {
+    async fn a_second_attempt_is_refused_before_it_overwrites_a_byte() {
         let store = memory_store();
         let first = save(7, 2, 1, 1);
         let committed = commit(&store, &first).await;
@@ -342,7 +342,7 @@ mod tests {
         }
         let body = store.get(&join(&first.folder(), &first.uploads[0].name), u64::MAX).await.unwrap();
         assert_eq!(body, first.uploads[0].body);
-        // Racing to the manifest: the later writer gets an error, and the first manifest stands.
+        // Racing to the manifest: the later writer gets an error, and the first manifest stays.
         let receipt = read_receipt(&store, first.step, first.generation, &first.node).await.unwrap().unwrap();
         let late = Save { attempt: AttemptId::random(), node: NodeId::random(), ..first.clone() };
         let receipt = Receipt { node: late.node.clone(), ..receipt };
@@ -353,7 +353,7 @@ mod tests {
 
     /// The record of the first attempt was not written; the same state is saved again by the same node.
     #[tokio::test]
-    async fn a_later_attempt_of_the_same_node_with_the_same_bytes_takes_over_what_stands() {
+    async fn a_later_attempt_with_the_same_bytes_takes_over_the_manifest() {
         let store = memory_store();
         let first = save(7, 2, 2, 1);
         let committed = commit(&store, &first).await;
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nodes_put_their_parts_and_the_leader_makes_one_manifest() {
+    async fn nodes_put_their_parts_and_the_leader_writes_one_manifest() {
         let store = memory_store();
         let all = save(7, 2, 2, 1);
         let part = |keep: &str, small| Save {
@@ -390,12 +390,12 @@ mod tests {
             [put_shards(&store, &leader, |_| {}).await.unwrap(), put_shards(&store, &other, |_| {}).await.unwrap()];
         let written = put_manifest(&store, &leader, &receipts, &expected(&all)).await.unwrap();
         assert_eq!(written.bytes, all.bytes());
-        // The other node's answer was lost; it tries again after the manifest stands.
+        // The other node's answer was lost: it tries again after the manifest exists.
         assert_eq!(put_shards(&store, &other, |_| {}).await.unwrap(), receipts[1]);
     }
 
     #[tokio::test]
-    async fn receipts_that_do_not_cover_the_plan_make_no_manifest() {
+    async fn receipts_that_do_not_cover_the_plan_give_no_manifest() {
         let store = memory_store();
         let save = save(7, 2, 1, 1);
         let receipt = put_shards(&store, &save, |_| {}).await.unwrap();
@@ -444,7 +444,7 @@ mod tests {
 
     /// Runs itself as a child process that is killed at a crash point in the middle of a save.
     #[tokio::test]
-    async fn a_crash_between_the_steps_leaves_garbage_that_discovery_does_not_see() {
+    async fn a_crash_between_the_steps_leaves_only_garbage() {
         if let Some(folder) = std::env::var_os(CRASH_FOLDER) {
             let store = testing::open_folder(std::path::Path::new(&folder));
             commit(&store, &save(20, 2, 2, 2)).await;
@@ -460,7 +460,7 @@ mod tests {
         for (point, manifest_stands) in points {
             let (folder, store) = file_store();
             let before = commit(&store, &save(10, 1, 2, 1)).await;
-            let name = "checkpoint::save::tests::a_crash_between_the_steps_leaves_garbage_that_discovery_does_not_see";
+            let name = "checkpoint::save::tests::a_crash_between_the_steps_leaves_only_garbage";
             let child = Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", name, "--nocapture"])
                 .env(CRASH_FOLDER, folder.path())
@@ -474,7 +474,7 @@ mod tests {
             let outcome = catalog::newest_usable(&store, std::slice::from_ref(&before), None).await.unwrap();
             assert_eq!(outcome.found.unwrap().0, before, "{point}");
             assert!(outcome.stepped_over.is_empty(), "{point}");
-            // The next generation saves the same step, untroubled.
+            // The next generation saves the same step undisturbed.
             let after = commit(&store, &save(20, 3, 1, 3)).await;
             let outcome = catalog::newest_usable(&store, &[before, after.clone()], None).await.unwrap();
             assert_eq!(outcome.found.unwrap().0, after, "{point}");

@@ -1,4 +1,4 @@
-//! What the tests of this module share: checkpoints of random tensors in real stores, and ways to damage them.
+//! Shared by this module's tests: checkpoints of random tensors in real stores, and ways to damage them.
 
 use bytes::Bytes;
 
@@ -122,7 +122,7 @@ pub fn config() -> RunConfig {
     }
 }
 
-/// A save of `weights(seed)` and moments, dealt out to `ranks` files of each kind.
+/// A save of `weights(seed)` and moments, distributed over `ranks` files of each kind.
 pub fn save(step: u64, generation: u64, ranks: usize, seed: u64) -> Save {
     let weights = weights(seed);
     let moments: Vec<Tensor> =

@@ -119,7 +119,7 @@ impl Gentle {
         let _ = self.busy.clone().wait_for(|busy| !busy).await;
     }
 
-    /// How long to pause after `len` bytes that took `took`.
+    /// How long to pause after `len` bytes that took `took` to read.
     fn rest(&self, len: u64, took: Duration) -> Duration {
         let least = Duration::try_from_secs_f64(len as f64 / self.bytes_per_s.max(1) as f64);
         least.unwrap_or(Duration::MAX).saturating_sub(took)
@@ -224,7 +224,7 @@ async fn ask_the_store(store: &Store, folder: &str, file: &RemoteFile) -> Result
     Ok(FileReport { object, bytes: file.bytes, by, damage: gone.or(damage) })
 }
 
-/// Separates damage from errors: damage is what we are looking for.
+/// Separates damage from errors: damage is the result, not a failure.
 fn split<T>(result: Result<T, CheckpointError>) -> Result<(Option<T>, Option<String>), CheckpointError> {
     match result {
         Ok(value) => Ok((Some(value), None)),
@@ -248,7 +248,7 @@ async fn check_bytes(
             gentle.wait_for_the_others().await;
         }
         let (begun, len) = (Instant::now(), range.end - range.start);
-        // Never more than a part.
+        // Never longer than a part.
         let buffer = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
         let sum = store.get_into(object, range.start, buffer).await;
         let sum = sum.map_err(|error| CheckpointError::of_object(object, error))?;
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_gentle_look_reads_on_threads_that_give_way() {
+    async fn gentle_reading_uses_threads_that_yield() {
         let faulty = Faulty::new(|op, path, _| {
             let is_idle = threads::testing::policy() == threads::testing::SCHED_IDLE;
             let bytes = op == "get" && path.ends_with(".safetensors");
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn all_damage_is_reported_and_flipped_bytes_only_by_the_deep_look() {
+    async fn all_damage_is_reported_and_flipped_bytes_only_by_deep_verification() {
         let store = memory_store();
         let (committed, manifest) = checkpoint(&store, 5, 1, 3, 1).await;
         let names: Vec<String> = manifest.tensor_files().map(|file| file.name.clone()).collect();
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_second_look_finds_whole_is_not_damaged() {
+    async fn an_object_that_a_second_read_finds_whole_is_not_damaged() {
         let store = memory_store();
         let (committed, manifest) = checkpoint(&store, 5, 1, 2, 1).await;
         for name in ["model-00001-of-00002.safetensors", layout::MANIFEST] {
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn on_s3_the_stores_own_checksums_tell_without_a_download() {
+    async fn on_s3_the_stores_checksums_show_damage_without_a_download() {
         let (store, server) = s3_tests::atomic();
         let (committed, manifest) = checkpoint(&store, 5, 1, 2, 1).await;
         let gets = server.count("GetObject");
@@ -374,7 +374,7 @@ mod tests {
         assert!(damaged == object && reason.contains("checksum"), "{report:?}");
         assert!(!look_again(&store, &committed, &report).await.unwrap().is_sound());
 
-        // A server that keeps none is not taken to have said that all is well.
+        // A server that keeps no checksums has not confirmed anything.
         server.set_rules(|rules| rules.keeps_checksums = false);
         let report = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap();
         assert!(report.is_sound() && !report.is_verified() && report.proof == Proof::Size, "{report:?}");
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_store_that_does_not_answer_is_no_damage() {
+    async fn a_store_that_does_not_answer_is_not_damage() {
         let faulty = Faulty::new(|operation, path, _| match operation {
             "head" if path.ends_with(".safetensors") => Fault::Denied,
             _ => Fault::Pass,

@@ -28,12 +28,12 @@ use crate::{
 /// The longest configuration that is read from a store, bytes.
 const MAX_CONFIG: u64 = 1 << 20;
 
-/// What a machine runs at boot: find the configuration, then resume the run or create it
+/// Join a machine's run at boot: find the configuration, then resume the run or create it
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   trainer boot --ssm-path /trainer/reports
-  trainer boot s3://bucket/reports.toml --run-id-template 'reports-{year}q{quarter}' --store s3://bucket/runs
+  trainer boot s3://bucket/reports.toml --store s3://bucket/runs --run-id-template 'reports-{year}'
 
 Precedence: instance tags < SSM parameters < environment < flags.
   environment: TRAINER_ and CONFIG, STORE, RUN_ID, RUN_ID_TEMPLATE, TIME_ZONE, SSM_PATH
@@ -44,23 +44,24 @@ Precedence: instance tags < SSM parameters < environment < flags.
     ssm-path, set:<key>; where InstanceMetadataTags is enabled
 
 Fields of a template: {year} {quarter} {month} {week} {week_year} {day}, in UTC or --time-zone.
-Only the current date's run is considered. To continue an unfinished run from an earlier period, pass its --run-id.
+Only the run of the current date is considered.
+To continue an unfinished run of an earlier period, pass its --run-id.
 
-An existing run resumes with the settings it was created with, plus what --set or set/<key> changes.
-A changed configuration changes nothing. Settings of storage apply from the first request;
+An existing run keeps the settings it was created with, plus changes from --set or set/<key>.
+A changed configuration file has no effect. Settings of storage apply from the first request;
 storage.attempts is the number of attempts per request. A complete run is left alone.
 Two machines may boot one run: one trains, the other waits and takes over when the first is gone.
 When the run is complete, on_complete.action says what happens to the machine.
-TRAINER_POWER_OFF=host means that the host powers the machine off after exit code 0, as a container needs;
-then `boot` powers nothing off.
+In a container set TRAINER_POWER_OFF=host: then the host powers the machine off, not `boot`.
 
-Datasets are kept on a mounted instance store (NVMe), else in the user's cache, else in a folder of this process.
-TRAINER_HOST_ROOT is the folder of the machine's /sys, /proc and /dev, if a container has them elsewhere.
+Datasets are kept on a mounted instance store (NVMe), else in the user's cache, else in a folder
+of this process. TRAINER_HOST_ROOT is the folder of the machine's /sys, /proc and /dev, if a
+container has them elsewhere.
 
 Exit codes in addition to those of `trainer run`:
-  69  not reachable, or no GPU driver (start again)
-  77  not permitted
-  78  no job found, or a wrong one
+  69  a service does not answer, or no GPU driver (start again)
+  77  permission denied
+  78  no run or configuration is named, or a wrong one
   79  another machine still has the run after --standby")]
 pub struct Boot {
     /// The configuration of a new run: a TOML file, or its URI
@@ -117,7 +118,7 @@ impl Boot {
         run::launch_as(reporter, store, run_id, begin, nproc_per_node, manner)
     }
 
-    /// Finds out what is to be done, and waits until it can be.
+    /// Finds the run, and waits for the devices that it needs.
     fn prepare(&self, stop: &Stop) -> Result<Ready> {
         let mut steps = Steps::begin();
         let settings = stop.block_on(boot::gather(self.layer(), &mut steps))?;
@@ -144,14 +145,14 @@ impl Boot {
         let idle = matches!(found, Found::Complete(..));
         let (device, store, begin) = match (found, new) {
             (Found::Existing(run) | Found::Complete(run, _), _) => {
-                steps.done(format_args!("run {run_id} exists in {}: it is resumed", run.store.uri()));
+                steps.done(format_args!("run {run_id} exists in {}: resuming it", run.store.uri()));
                 let device = run.config.parallel.device;
                 let (store, begin) = run.resume(None);
                 (device, store, begin)
             }
             (Found::New, Some(config)) => {
                 let store = Store::open(&config.store, &config.storage)?;
-                steps.done(format_args!("run {run_id} does not exist in {}: it is created", store.uri()));
+                steps.done(format_args!("run {run_id} does not exist in {}: creating it", store.uri()));
                 (config.parallel.device, store, Begin::CreateOrResume { config: Box::new(config), overrides })
             }
             // The configuration was read as soon as no run was found.

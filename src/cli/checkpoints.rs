@@ -47,7 +47,7 @@ impl Checkpoints {
 struct Listed<'a> {
     #[serde(flatten)]
     checkpoint: Checkpoint<'a>,
-    /// US dollars, estimated; 0 for what is pruned.
+    /// US dollars, estimated; 0 if pruned.
     usd_per_month: f64,
     /// When it was read whole after it had been found damaged.
     cleared: Option<Timestamp>,
@@ -59,8 +59,7 @@ impl<'a> Listed<'a> {
         let cleared = state.clearances().iter().rev().find(|cleared| cleared.point == checkpoint.point());
         Self {
             checkpoint: Checkpoint::from(checkpoint),
-            // The price is computed from all settings ever changed: not for each of the many checkpoints that cost
-            // nothing.
+            // Pricing looks through all changed settings: skip it for the many checkpoints that cost nothing.
             usd_per_month: if bytes == 0 { 0.0 } else { history::monthly_cost(state, bytes) },
             cleared: cleared.map(|cleared| cleared.at),
         }

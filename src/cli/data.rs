@@ -30,10 +30,10 @@ pub enum Data {
 Examples:
   trainer data prepare --input 'src/**/*.rs' --tokenizer train:4096 --out runs/data/rust
   trainer data prepare --input s3://bucket/text --tokenizer tokenizer.json --out s3://bucket/tokens
-  trainer data prepare --input 'shards/*.jsonl.zst' --text-field doc.text --tokenizer s3://bucket/model --out data
+  trainer data prepare --input '*.jsonl.zst' --text-field doc.text --tokenizer my-model --out data
 
-The first bytes of a file decide what it holds: JSON lines, an array of JSON objects, Parquet, or plain text.
-Each may be compressed with gzip or zstd.
+The first bytes of a file decide how it is read: as JSON lines, an array of JSON objects,
+Parquet, or plain text. Each may be compressed with gzip or zstd.
 Tables, other archives and text that is not UTF-8 are left out, up to 5 of 100 files.
 The same inputs and settings give the same shards; a dataset that already exists is reused.")]
 pub struct Prepare {

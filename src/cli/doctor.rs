@@ -22,13 +22,13 @@ use crate::{
 Examples:
   trainer doctor
   trainer doctor config.toml --store s3://bucket/runs
-  trainer doctor config.toml --run-id reports-2026q4      # compares the stop time-out with its saves
-  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3      # checks the account's quota
+  trainer doctor config.toml --run-id reports-2026q4     # compares the stop time-out with its saves
+  trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3       # checks the quota
 
 Exit codes: 0 if nothing failed (warnings are possible), else that of the worst failure:
-  69  not reachable
-  77  not permitted
-  78  wrong setting")]
+  69  a service does not answer, or the machine is short of something
+  77  permission denied
+  78  wrong configuration")]
 pub struct Doctor {
     /// The configuration of a run: its store, its model's memory
     config: Option<PathBuf>,
@@ -46,7 +46,7 @@ pub struct Doctor {
     json: JsonArg,
 }
 
-/// The machines that are wanted.
+/// The wanted machines.
 #[derive(Debug, Args)]
 pub struct MachinesArg {
     /// The EC2 instance type wanted as spot machines, such as g5.xlarge [default: this machine's, if on EC2]

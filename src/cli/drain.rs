@@ -47,7 +47,7 @@ pub struct Drain {
 struct Report<'a> {
     run_id: &'a RunId,
     generation: Generation,
-    /// Somebody had asked before.
+    /// The generation had already been asked.
     asked_before: bool,
     #[serde(flatten)]
     end: Option<End>,
@@ -69,7 +69,7 @@ struct End {
 enum Progress {
     AtWork,
     Ended(End),
-    /// A later one has been formed, and it did not say how it ended.
+    /// A later one has been formed, and this one recorded no end.
     Followed(Generation),
 }
 
@@ -135,13 +135,13 @@ async fn alive(folder: &Store, state: &RunState) -> Result<Generation> {
         Liveness::Alive => Ok(formed.generation),
         Liveness::Gone(_) => Err(Error::new(
             Kind::Usage,
-            format!("run {run_id} is not running: its node {} has gone without a word", formed.node),
+            format!("run {run_id} is not running: its node {} stopped without a final record", formed.node),
         )
-        .with_hint(format!("nothing is to be stopped; trainer resume --run-id {run_id} would carry it on"))),
+        .with_hint(format!("there is nothing to stop; `trainer resume --run-id {run_id}` continues it"))),
     }
 }
 
-/// Whether the process of generation `asked` has formed the newest one, too: it obeys the request all the same. A
+/// Whether the process of generation `asked` has formed the newest one, too: then that one also obeys the request. A
 /// node's id belongs to one process.
 fn carried_on_itself(state: &RunState, asked: Generation) -> bool {
     let node = |formed: &Formation| formed.node.clone();
@@ -169,7 +169,7 @@ async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation)
                     Kind::Unavailable,
                     format!("generation {generation} of run {run_id} was followed by {by} before it stopped"),
                 )
-                .with_hint("type the same command again: the request does not hold for later generations"));
+                .with_hint("run the same command again: the request does not hold for later generations"));
             }
             Progress::AtWork => {}
         }
@@ -177,15 +177,18 @@ async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation)
             && let Some(node) = state.formed().map(|formed| formed.node.clone())
             && let Liveness::Gone(_) = heartbeat::look(folder, &node).await?
         {
-            // It may have written its last record since.
+            // It may have written its last record meanwhile.
             history::read_on(journal).await?;
             if progress(journal.state(), generation) != Progress::AtWork {
                 continue;
             }
-            return Err(Error::new(Kind::Unavailable, format!("node {node} of run {run_id} has gone without a word"))
-                .with_hint(format!(
-                    "what it had finished since its newest checkpoint is lost; see trainer status --run-id {run_id}"
-                )));
+            return Err(Error::new(
+                Kind::Unavailable,
+                format!("node {node} of run {run_id} stopped without a final record"),
+            )
+            .with_hint(format!(
+                "the steps since its newest checkpoint are lost; see `trainer status --run-id {run_id}`"
+            )));
         }
         tokio::time::sleep(LOOK).await;
     }

@@ -26,7 +26,7 @@ Examples:
   trainer explain --run-id first
   trainer explain --run-id first --json | jq 'select(.lost_steps > 0)'
 
-Everything comes from the run's journal.
+All figures come from the run's journal.
 Times within one interruption come from one machine's monotonic clock.
 Times between machines are differences of their wall clocks.")]
 pub struct Explain {
@@ -109,7 +109,7 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
         Some(drain) => line("heard", drain.source.clone()),
         // Received between two lives of the workers, when there was nothing to save.
         None if episode.how == How::Stopped => {
-            line("heard", "a request to stop; whose was not written down".to_owned())
+            line("heard", "a request to stop; its source was not recorded".to_owned())
         }
         None => line("heard", "nothing: there was no warning".to_owned()),
     }
@@ -131,8 +131,8 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
     }
     match episode.how {
         How::Stopped => {}
-        How::Vanished => line("ended", "without a word: killed, or cut off from the store".into()),
-        How::WorkerDied => line("ended", "a worker died; the same machine carried on".into()),
+        How::Vanished => line("ended", "no final record: killed, or cut off from the store".into()),
+        How::WorkerDied => line("ended", "a worker died; the same machine continued".into()),
     }
     if let Some(drain) = episode.drain {
         for moment in &drain.timeline {
@@ -146,7 +146,7 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
                 off(took / expected)
             ),
             (Some((expected, None)), _) => {
-                format!(", expected to take {}, never was durable", human::seconds(expected))
+                format!(", expected to take {}, never became durable", human::seconds(expected))
             }
             (None, Some(actual)) => format!(", durable after {}", human::seconds(actual)),
             (None, None) => String::new(),
@@ -163,7 +163,7 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
             Some(lost) => {
                 format!("{} of {}, since {}", human::plural(lost, "step"), step(episode.step), step(episode.checkpoint))
             }
-            None => format!("what was done after {}; nobody could say how much", step(episode.checkpoint)),
+            None => format!("the steps after {}; their number is unknown", step(episode.checkpoint)),
         },
     );
     line(
@@ -176,7 +176,7 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
                 next.node,
                 step(next.resume_step)
             ),
-            None => "nobody has carried on yet".to_owned(),
+            None => "not continued yet".to_owned(),
         },
     );
 }
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn each_interruption_is_told_with_what_it_cost() {
+    fn each_interruption_is_explained_with_its_cost() {
         let state = story();
         let episodes = episodes(&state);
         assert_eq!(
@@ -258,8 +258,8 @@ run first: 2 interruptions, 0 steps lost (1 of unknown loss), 2m away
 
    2.         1970-01-12 13:53:40 UTC, generation 3 on node n1
    heard      nothing: there was no warning
-   ended      without a word: killed, or cut off from the store
-   lost       what was done after step 40; nobody could say how much
+   ended      no final record: killed, or cut off from the store
+   lost       the steps after step 40; their number is unknown
    then       60.0 s later generation 4 on node n1, from step 40
 "
         );
@@ -273,7 +273,7 @@ run first: 2 interruptions, 0 steps lost (1 of unknown loss), 2m away
     }
 
     #[test]
-    fn what_was_lost_is_said_plainly() {
+    fn losses_are_stated_plainly() {
         let (generation, step, committed) = (Generation(1), Step(12), None);
         let state = state(vec![
             created(),
@@ -292,9 +292,9 @@ run first: 2 interruptions, 0 steps lost (1 of unknown loss), 2m away
         for part in [
             "12 steps lost, 0 s away",
             "heard      aws-spot",
-            "leave without a save, expected to take 9.00 s, never was durable",
+            "leave without a save, expected to take 9.00 s, never became durable",
             "lost       12 steps of step 12, since the beginning",
-            "then       nobody has carried on yet",
+            "then       not continued yet",
         ] {
             assert!(told.contains(part), "{part:?} in\n{told}");
         }
@@ -302,7 +302,7 @@ run first: 2 interruptions, 0 steps lost (1 of unknown loss), 2m away
     }
 
     #[test]
-    fn a_prediction_is_held_against_the_time_from_when_it_was_made() {
+    fn a_prediction_is_compared_with_the_time_since_it_was_made() {
         let error = |drain: Drain| carried_out(&drain).and_then(|(expected, took)| Some(took? / expected - 1.0));
         // Two minutes announced, most of them trained in: a save of 0.2 s that takes 2 s is not "2 % off".
         let late = Drain { planned_s: Some(115.0), ..drain(Some(115.2), Some(117.0)) };

@@ -38,7 +38,7 @@ pub struct Generate {
     /// The maximum number of tokens to add
     #[arg(long, value_name = "N", default_value_t = 128)]
     tokens: u32,
-    /// 0: always the most likely token; 1: the model's own distribution; more: more random
+    /// Randomness: 0 always takes the most likely token, 1 follows the model's own distribution, more is more random
     #[arg(long, value_name = "T", default_value_t = 0.8)]
     temperature: f64,
     /// The same seed gives the same text
@@ -101,8 +101,8 @@ impl Generate {
     }
 }
 
-/// The tokenizer of a checkpoint, with the end token that is asked for, else the data's: of several that end a text, it
-/// is the one that the tokenizer's settings name.
+/// The tokenizer of a checkpoint, with the requested end token or else the data's. Of several tokens that end a text,
+/// that is the one in the tokenizer's settings.
 fn tokenizer(folder: &Path, asked: Option<&str>, ends: &[u32]) -> Result<TextTokenizer> {
     let path = folder.join(layout::TOKENIZER);
     if let Some(token) = asked {
@@ -168,7 +168,7 @@ struct Live<'a> {
 }
 
 impl Live<'_> {
-    /// One more; whether it is worth while to go on.
+    /// Adds a token; returns whether anybody still reads the text.
     fn token(&mut self, token: u32) -> bool {
         self.tokens.push(token);
         if !self.quiet {
@@ -215,7 +215,7 @@ impl Scratch {
     }
 }
 
-/// Makes a folder private: the weights are not for other users of this machine.
+/// Makes a folder private: other users of this machine must not read the weights.
 fn make_private(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().mode(0o700).create(path)

@@ -91,7 +91,7 @@ enum Command {
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     if arguments.get(1).is_some_and(|command| HEARS.iter().any(|name| command == *name)) {
-        // First of all. If it fails in part, later callers report that.
+        // This comes first. If it fails in part, later callers report that.
         let _ = inbox::open();
     }
     let traced = env::raw("RUST_BACKTRACE").is_some_and(|value| value != "0");

@@ -12,7 +12,7 @@ pub(super) fn emit(text: &str) -> Result<()> {
     show(text).map(drop)
 }
 
-/// The same; returns whether somebody may still read: if not, a caller with more to write can stop.
+/// The same; returns whether there may still be a reader: if not, a caller with more to write can stop.
 pub(super) fn show(text: &str) -> Result<bool> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
@@ -22,11 +22,10 @@ pub(super) fn show(text: &str) -> Result<bool> {
     }
 }
 
-/// The same, alongside other waits: a stalled reader does not stop Ctrl-C from being heard. Unread output is lost with
-/// the process.
+/// The same, alongside other waits: Ctrl-C is heard even if the reader stalls. Unread output is lost with the process.
 pub(super) async fn show_beside(text: String) -> Result<bool> {
     let (done, shown) = tokio::sync::oneshot::channel();
-    // A thread of its own: a runtime waits for the threads that it lends.
+    // Its own thread, because a runtime waits at shutdown for the threads of its pool.
     let writes = move || drop(done.send(show(&text)));
     std::thread::Builder::new()
         .name("show".into())
@@ -35,7 +34,7 @@ pub(super) async fn show_beside(text: String) -> Result<bool> {
     shown.await.unwrap_or(Ok(false))
 }
 
-/// Whether a person looks at standard output.
+/// Whether standard output is a terminal.
 pub(super) fn is_terminal() -> bool {
     io::stdout().is_terminal()
 }
@@ -58,14 +57,14 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// A table with these headings; one that starts with `>` stands, with its column, to the right.
+    /// A table with these headings. A heading that starts with `>` aligns its column to the right.
     pub fn new(headings: &[&str]) -> Self {
         let right = headings.iter().map(|heading| heading.starts_with('>')).collect();
         let first = headings.iter().map(|heading| heading.trim_start_matches('>').to_owned()).collect();
         Self { right, rows: vec![first] }
     }
 
-    /// Adds a row of as many cells as there are headings. Text from outside is made fit for a terminal.
+    /// Adds a row with one cell for each heading. Text from outside is made fit for a terminal.
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         self.rows.push(cells.into_iter().map(|cell| crate::report::human::plain(&cell)).collect());
     }

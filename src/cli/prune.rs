@@ -42,10 +42,12 @@ Examples:
   trainer prune --run-id first --dry-run
   trainer prune --run-id first --keep-last 1 --keep-every 6h --keep-best 2
 
-The newest checkpoint confirmed by checksums is never deleted, nor the one the newest generation resumed from.
+The newest checkpoint confirmed by checksums is never deleted,
+nor is the one that the newest generation resumed from.
 On a store without checksums, the newest checkpoint is read before anything is deleted.
-Damaged checkpoints stay for diagnosis until --damaged, which reads them again and keeps those that are whole.
-Data and uploads of no checkpoint are deleted once they are a day old and their generation is over.")]
+Damaged checkpoints stay for diagnosis until --damaged.
+It reads them again, and keeps those that are whole.
+Data and uploads of no checkpoint are deleted once a day old, if their generation is over.")]
 pub struct Prune {
     #[command(flatten)]
     run: RunArg,
@@ -84,15 +86,15 @@ enum Line<'a> {
         goes: bool,
         deleted: bool,
     },
-    /// A folder that no checkpoint lies in.
+    /// A folder that belongs to no checkpoint.
     Folder {
         #[serde(flatten)]
         folder: &'a Folder,
         deleted: bool,
     },
-    /// An upload that nobody has finished.
+    /// An unfinished upload.
     Upload { key: &'a str, since: Timestamp, deleted: bool },
-    /// What it comes to.
+    /// The totals.
     Total(Total),
 }
 
@@ -114,7 +116,7 @@ struct Done {
     fates: Vec<Fate>,
     rubbish: Rubbish,
     total: Total,
-    /// Nothing vouches for the newest checkpoint yet.
+    /// The newest checkpoint has not been read yet, on a store without checksums.
     unread: bool,
     dry_run: bool,
 }
@@ -142,7 +144,7 @@ impl Prune {
         let mut fates = self.with_quarantined(plan.fates, journal.state())?;
         if self.damaged && !self.dry_run {
             take_back(&folder, &mut journal, &mut fates, &docket).await?;
-            // It may have been condemned by mistake, while this machine garbles it now.
+            // The earlier verdict may be wrong, while this machine garbles what it reads now.
             self.settle(&docket, &folder, &mut journal).await?;
         }
         let rubbish = rubbish::find(&folder, journal.state(), Timestamp::now()).await?;
@@ -173,11 +175,11 @@ impl Prune {
             docket.condemn(journal).await?;
             return Ok(());
         }
-        let what = "no checkpoint is whole as this machine reads it: it may be this machine that garbles them";
+        let what = "no checkpoint is whole as this machine reads it: the machine itself may garble them";
         let run_id = &self.run.run_id;
         Err(Error::new(ErrorKind::Unavailable, what).with_hint(format!(
-            "nothing was written off and nothing deleted; try again from another machine, which `trainer verify \
-            --run-id {run_id} --all --deep` may tell more of"
+            "nothing was quarantined or deleted; run `trainer verify --run-id {run_id} --all --deep` on another \
+            machine, then prune there"
         )))
     }
 
@@ -192,7 +194,7 @@ impl Prune {
         Ok(plan_for(folder, state, keep, Abandoned::Delete, reading, None).await?)
     }
 
-    /// The plan with the damaged checkpoints in it. If there is none but damaged ones, they may be all there is.
+    /// The plan, damaged checkpoints included. If all are damaged, none is deleted: they may be all that is left.
     fn with_quarantined(&self, mut fates: Vec<Fate>, state: &RunState) -> Result<Vec<Fate>> {
         let mut damaged = quarantined(state);
         if self.damaged {
@@ -263,13 +265,13 @@ impl Done {
         let mut table = Table::new(&[">step", ">generation", ">size", "", "why"]);
         for fate in &self.fates {
             let why = fate.stays.iter().map(|why| words(*why)).collect::<Vec<_>>().join(", ");
-            let (what, why) = if fate.goes() { (goes, "nothing asks for it".to_owned()) } else { ("stays", why) };
+            let (what, why) = if fate.goes() { (goes, "no rule keeps it".to_owned()) } else { ("stays", why) };
             let (step, generation) = (fate.point.step.to_string(), fate.point.generation.to_string());
             table.row([step, generation, human::bytes(fate.bytes), what.to_owned(), why]);
         }
         for Folder { step, generation, why, objects, bytes } in &self.rubbish.folders {
             let why = match why {
-                Kind::LeftOver => "left over from a deletion that was cut off",
+                Kind::LeftOver => "left over from an interrupted deletion",
                 Kind::Orphaned => "never committed",
             };
             let why = format!("{why}, {}", human::plural(*objects, "object"));
@@ -298,13 +300,13 @@ impl Done {
 
 fn words(why: Why) -> &'static str {
     match why {
-        Why::Verified => "the newest that is verified",
-        Why::Unproven => "newer than what is verified",
+        Why::Verified => "the newest verified",
+        Why::Unproven => "newer than the newest verified",
         Why::Last => "one of the last",
-        Why::Every => "one that is kept for good",
+        Why::Every => "one of those kept for good",
         Why::Best => "one of the best",
         Why::InUse => "the run has resumed from it",
         Why::Quarantined => "damaged, kept for diagnosis (--damaged deletes it)",
-        Why::Cleared => "found damaged before, and whole when it was read again",
+        Why::Cleared => "found damaged before, but whole when read again",
     }
 }

@@ -23,12 +23,13 @@ use crate::{
 #[command(after_help = "\
 Examples:
   trainer resume --run-id first --store s3://bucket/runs
-  trainer resume --run-id first --nproc-per-node 4     # any number of workers resumes any checkpoint
+  trainer resume --run-id first --nproc-per-node 4     # any number of workers
   trainer resume --run-id first --set train.steps=2000
 
 The run keeps the settings and the data it was created with.
 Another dataset in its place is refused unless --set data.train=… names it.
-What --set changes stays changed. Changes to the model, or to the cut and order of the samples, are refused.
+What --set changes stays changed.
+Changes to the model, or to the cut and order of the samples, are refused.
 Settings of storage in --set apply from the first request.")]
 pub struct Resume {
     #[command(flatten)]

@@ -32,7 +32,7 @@ Examples:
   trainer run configs/quickstart.toml --json > events.jsonl
 
 Precedence: built-in defaults < CONFIG < TRAINER_STORE < flags < --set.
-An unknown key is an error that lists the valid keys.")]
+An unknown key is an error; the message lists the valid keys.")]
 pub struct Run {
     /// The run's configuration, a TOML file
     config: PathBuf,
@@ -92,14 +92,14 @@ impl Run {
     }
 }
 
-/// The most bytes of a model's description.
+/// The maximum size of a model's description, bytes.
 const MAX_MODEL_CONFIG: u64 = 1 << 20;
 
 pub(super) fn fetch(folder: &str, name: &str) -> Result<Vec<u8>> {
     store::block_on(fetched(folder, name))
 }
 
-/// A small remote object.
+/// Reads a small remote object.
 pub(super) async fn fetched(folder: &str, name: &str) -> Result<Vec<u8>> {
     Ok(store::open(folder)?.get(name, MAX_MODEL_CONFIG).await?.to_vec())
 }
@@ -123,7 +123,7 @@ fn default_id(config: &Path, now: &jiff::Zoned, random: &str) -> Result<RunId> {
 /// The prepared value; `None`: this process was asked to stop meanwhile, and reports that.
 pub(super) fn unless_asked<T>(stop: &Stop, ready: Result<T>) -> Result<Option<T>> {
     if stop.heard().asked() {
-        tracing::info!("stopped before the run began, nothing is lost: give the same command again");
+        tracing::info!("stopped before the run began, nothing lost: run the same command again");
         return Ok(None);
     }
     ready.map(Some)
@@ -141,7 +141,7 @@ pub(super) fn launch(
     launch_as(Reporter::new(screen, json.json), store, run_id, begin, nproc_per_node, Manner::default())
 }
 
-/// The same in another manner, with a reporter of the caller's.
+/// The same in another [`Manner`], with the caller's reporter.
 pub(super) fn launch_as(
     reporter: Reporter,
     store: Store,
@@ -164,11 +164,11 @@ pub(super) fn launch_as(
             ExitCode::SUCCESS
         }
         Outcome::NotCreated => {
-            tracing::info!("stopped before the run was created, nothing is lost: give the same command again");
+            tracing::info!("stopped before the run was created, nothing lost: run the same command again");
             Kind::Interrupted.exit_code().into()
         }
         Outcome::Interrupted { lost_steps } => {
-            tracing::info!("carry on with: {resume}");
+            tracing::info!("continue with: {resume}");
             let kind = if lost_steps == 0 { Kind::Interrupted } else { Kind::InterruptedWithLoss };
             kind.exit_code().into()
         }

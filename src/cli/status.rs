@@ -43,11 +43,11 @@ struct Report<'a> {
     run_id: &'a RunId,
     store: String,
     state: Standing,
-    /// Why it failed.
+    /// The reason for a failure.
     failure: Option<&'a str>,
     generation: Generation,
     world_size: Option<WorldSize>,
-    /// The last that the journal names as finished.
+    /// The last finished step that the journal names.
     step: Option<Step>,
     total_steps: u64,
     newest_checkpoint: Option<Checkpoint<'a>>,
@@ -143,7 +143,7 @@ impl<'a> Report<'a> {
             lines.push(("generation", format!("{}, {workers}, {restarts}", self.generation)));
         }
         let step = self.step.unwrap_or_default();
-        lines.push(("step", format!("{step} of {} (the last that the journal names)", self.total_steps)));
+        lines.push(("step", format!("{step} of {} (the last in the journal)", self.total_steps)));
         lines.push(("checkpoint", self.checkpoint_text(now)));
         let count = human::plural(self.interruptions.len() as u64, "interruption");
         lines.push(("lost", format!("{} in {count}", human::plural(self.lost_steps, "step"))));
@@ -223,7 +223,7 @@ mod tests {
     use crate::history::tests::{state, story};
 
     #[test]
-    fn a_state_is_told_to_people_and_to_machines() {
+    fn a_state_is_shown_as_text_and_as_json() {
         let state = state(story());
         let report = Report::new(&state, "s3://b/runs".into());
         let now = Timestamp::from_second(1_000_000 + 720).unwrap();
@@ -234,7 +234,7 @@ run          first in s3://b/runs
 state        in progress, last heard of 2m ago
 created      12m ago
 generation   3, 2 workers, 1 worker restart
-step         25 of 500 (the last that the journal names)
+step         25 of 500 (the last in the journal)
 checkpoint   step 25, 3.00 MiB, 2m ago; 2 in all; 0 steps after it
 lost         4 steps in 1 interruption
 changed      train.steps = 500

@@ -13,8 +13,8 @@ pub(super) const DEFAULT: &str = "file://./runs";
 /// Limits of commands that read; a run's own limits are in its configuration.
 pub(super) const LIMITS: StorageConfig = StorageConfig::plain(16, 16);
 
-/// Opens a store that holds something, by its URI or path; a relative one is taken from the working directory. A folder
-/// that does not exist is a mistake, not a store to create.
+/// Opens an existing store by its URI or path. A relative path starts at the working directory. A folder that does not
+/// exist is a mistake, not a store to create.
 pub(super) fn open(uri: &str) -> Result<Store> {
     let uri = absolute(uri)?;
     if let Some(path) = config::local_path(&uri)

@@ -1,4 +1,4 @@
-//! The command line as a whole: the list of what may be typed is pinned, so that an option is added on purpose only.
+//! The whole command line. A test pins every command and option, so that none is added by accident.
 
 use clap::{Arg, Command, CommandFactory};
 
@@ -77,7 +77,7 @@ fn the_command_line_is_well_formed_and_explained() {
 }
 
 #[test]
-fn what_is_typed_wrongly_is_refused_with_the_reason() {
+fn a_wrong_command_line_is_refused_with_the_reason() {
     let refused = |line: &str| Cli::try_parse_from(line.split(' ')).unwrap_err().to_string();
     assert!(refused("trainer resume --run-id ../x").contains("has a character other than"));
     assert!(refused("trainer resume --run-id x --from x").contains("--from"));
@@ -97,7 +97,7 @@ fn what_is_typed_wrongly_is_refused_with_the_reason() {
 }
 
 #[test]
-fn errors_are_said_with_their_hint_and_can_not_steer_the_terminal() {
+fn errors_show_their_hint_and_cannot_control_the_terminal() {
     let error = Error::new(Kind::Usage, "no run \u{1b}[2J").with_hint("look");
     assert_eq!(said(&error), "error: no run \\u{1b}[2J\nhint: look\n");
     assert_eq!(said(&Error::new(Kind::Bug, "x")), "error: x\n");

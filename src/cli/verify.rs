@@ -30,11 +30,13 @@ Examples:
   trainer verify --run-id first                # the newest checkpoint, by the store's own checksums
   trainer verify --run-id first --all --deep   # every byte of every checkpoint
 
-S3 keeps a checksum of every object, so only the manifest is downloaded, and anything that seems damaged, to make sure.
-On a store without checksums only sizes can be compared, and the answer says so; --deep compares every byte.
+S3 keeps a checksum of every object, so only the manifest is downloaded.
+An object that seems damaged is downloaded, too, to make sure.
+On a store without checksums only sizes can be compared, and the answer says so.
+--deep compares every byte.
 --all --deep also verifies the journal's summaries against each of its records.
 
-If --deep finds every byte of a checkpoint right that was found damaged before, the journal clears it.
+If --deep finds a checkpoint whole that was found damaged before, the journal clears it.
 Nothing else is changed. Exit code 65 if anything is damaged.")]
 pub struct Verify {
     #[command(flatten)]
@@ -77,7 +79,7 @@ impl Verify {
             Kind::Data,
             format!("{} of {} is damaged", damaged, human::plural(reports.len() as u64, "checkpoint")),
         )
-        .with_hint("`trainer resume` steps over damaged checkpoints by itself"))
+        .with_hint("`trainer resume` skips damaged checkpoints"))
     }
 
     async fn look(&self) -> Result<(Vec<Looked>, Result<()>)> {
@@ -93,7 +95,7 @@ impl Verify {
         for checkpoint in self.chosen(&state)? {
             let mut report = verify::verify(&folder, &checkpoint.committed, depth, &|_| {}).await?;
             if let Some((object, reason)) = report.damage() {
-                // An answer may have been garbled, and a store may keep a wrong checksum: the bytes decide.
+                // An answer may have been garbled, and a store may keep a wrong checksum. So the bytes decide.
                 let again = verify::look_again(&folder, &checkpoint.committed, &report).await?;
                 if again.is_sound() {
                     tracing::warn!("{object}: {reason}; read again, it is whole");
@@ -111,7 +113,8 @@ impl Verify {
         let chosen: Vec<&Checkpoint> = match self.step {
             Some(step) => kept.filter(|checkpoint| checkpoint.committed.step == step).collect(),
             None if self.all => kept.collect(),
-            // A newest one known to be damaged is worth reporting, too: the one that a resume would use comes second.
+            // If the newest checkpoint is known to be damaged, it is reported, too, before the one that a resume would
+            // use.
             None => kept.next_back().into_iter().collect(),
         };
         if chosen.is_empty() {
@@ -137,7 +140,7 @@ async fn clear(folder: &Store, state: RunState, looked: &mut [Looked]) -> Result
     for Looked { report, cleared } in looked {
         let step = report.step;
         *cleared =
-            condemn::clear(&mut journal, report).await.context(format!("take back the verdict on step {step}"))?;
+            condemn::clear(&mut journal, report).await.context(format!("withdraw the verdict on step {step}"))?;
         if *cleared {
             tracing::warn!(%step, "checkpoint had been found damaged and is whole: it is good again");
         }

@@ -27,21 +27,22 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  trainer work --queue https://sqs.eu-central-1.amazonaws.com/123456789012/jobs --store s3://bucket/runs
+  trainer work --queue https://sqs.eu-central-1.amazonaws.com/123/jobs --store s3://bucket/runs
   trainer work --queue \"$QUEUE\" --once --json > events.jsonl
 
 A message is a job, as JSON:
-  {\"run_id\": \"reports-2026q4\", \"config_uri\": \"s3://bucket/configs/reports.toml\", \
-\"set\": {\"train.steps\": 5000}}
+  {\"run_id\": \"reports-2026q4\", \"config_uri\": \"s3://bucket/configs/reports.toml\",
+   \"set\": {\"train.steps\": 5000}}
 \"config\" may hold the TOML itself, and \"store\" the run's store. An existing run continues as it is.
 A message may name only what --allow covers, and no notice.* setting: those belong to the machine.
 
 If JOB_API_BASE_URL is set, jobs are reported to it with WORKER_TOKEN.
-If the machine goes away, the job's message is sent again, so that an interruption does not count towards the
-queue's maxReceiveCount. A kill counts, unless a checkpoint was committed since.
+If the machine goes away, the job's message is sent again, so that an interruption does not
+count towards the queue's maxReceiveCount. A kill counts, unless a checkpoint was committed since.
 
-A job whose store or data does not answer returns after a --lease, once a request has failed storage.attempts times.
-Its configuration or its \"set\" says how often (default 10, about a quarter of a minute).")]
+If the job's store or data does not answer, a request is tried storage.attempts times
+(default 10, about 15 s; the job's configuration or \"set\" may change it).
+Then the job returns to the queue after a --lease.")]
 pub struct Work {
     /// The queue's URL
     #[arg(long, env = "TRAINER_QUEUE", value_name = "URL", hide_env_values = true)]
@@ -191,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_held_to_what_sqs_takes() {
+    fn times_stay_within_the_limits_of_sqs() {
         assert_eq!(lease("5m"), Ok(Duration::from_secs(300)));
         assert_eq!(longest("12h"), Ok(LONGEST_HOLD));
         for bad in ["2s", "7h", "5", "x"] {

@@ -1,8 +1,8 @@
 //! Leaving an Auto Scaling group.
 //!
-//! If a machine that has nothing left to do merely powers off, its group replaces it, which costs money for ever. So it
-//! leaves with `TerminateInstanceInAutoScalingGroup` and the desired capacity lowered by one; the group starts the
-//! termination itself. The API refuses if the desired capacity would fall below the minimum.
+//! If a machine without work merely powers off, its group replaces it, which costs money forever. So it leaves with
+//! `TerminateInstanceInAutoScalingGroup` and the desired capacity lowered by one; the group starts the termination
+//! itself. The API refuses if the desired capacity would fall below the minimum.
 
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ enum Refusal {
     Other,
 }
 
-/// API errors are told apart by code and, where one code stands for several cases, by message.
+/// Refusals differ by the API's code and, where one code has several meanings, by its message.
 fn refusal(code: &str, message: &str) -> Refusal {
     let message = message.to_ascii_lowercase();
     let says = |words: &[&str]| words.iter().any(|word| message.contains(word));
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_refusal_is_understood_by_code_and_words() {
+    fn a_refusal_is_classified_by_code_and_message() {
         for (code, message, means) in [
             (
                 "ValidationError",

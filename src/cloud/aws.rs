@@ -1,9 +1,9 @@
 //! AWS's control plane: one configuration for all of its clients.
 //!
 //! Credentials come from the SDK's default chain (environment, profile, web identity, container, instance role), the
-//! region from [`region::find`](super::region::find), which asks a metadata service for a bounded time only, the
-//! endpoints from `AWS_ENDPOINT_URL` and its variants for one service. An error of a service becomes one sentence with
-//! the service's own code and message; the SDK's `Display` says only "service error".
+//! region from [`region::find`](super::region::find), which asks a metadata service for a bounded time, the endpoints
+//! from `AWS_ENDPOINT_URL` and its variants for one service. An error of a service becomes one sentence with the
+//! service's own code and message; the SDK's `Display` says only "service error".
 
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use tokio::sync::OnceCell;
@@ -14,7 +14,8 @@ use crate::error::{Error, Kind};
 static CONFIG: OnceCell<SdkConfig> = OnceCell::const_new();
 
 /// The configuration that all clients are made from. The first call may take as long as
-/// [`region::find`](super::region::find) does. Kept once a region is known: the machine may report it later.
+/// [`region::find`](super::region::find) does. It is kept once a region is known, since the machine may report that
+/// later.
 pub async fn config() -> SdkConfig {
     let load = async |region| {
         let defaults = aws_config::defaults(BehaviorVersion::latest()).http_client(direct::sdk_client());
@@ -29,7 +30,7 @@ pub async fn config() -> SdkConfig {
     }
 }
 
-/// The same for a region that is known from elsewhere, such as a queue's URL.
+/// The same for a known region, such as that in a queue's URL.
 pub async fn config_in(region: &str) -> SdkConfig {
     config().await.into_builder().region(Region::new(region.to_owned())).build()
 }
@@ -67,7 +68,7 @@ where
         Some(code) if code.contains("NotFound") || code.contains("NonExistent") || code.contains("Validation") => {
             Kind::Config
         }
-        // The chain of credentials found none.
+        // The credential chain found none.
         None if DisplayErrorContext(&error).to_string().contains("no providers in chain") => Kind::Permission,
         _ => Kind::Unavailable,
     };
@@ -81,8 +82,8 @@ where
     match kind {
         Kind::Permission if expired => error.with_hint("the session has expired: `aws sso login`, or set new keys"),
         Kind::Permission => error.with_hint(
-            "see who this process is, `aws sts get-caller-identity`, and allow that role or user this call; without \
-            any: set AWS_PROFILE",
+            "allow this call to the role or user that `aws sts get-caller-identity` shows; if there is none, set \
+            AWS_PROFILE",
         ),
         _ => error,
     }

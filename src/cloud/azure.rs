@@ -27,7 +27,7 @@ pub struct Azure {
 }
 
 impl Azure {
-    /// As the environment says; `None` where it is switched off.
+    /// As the environment says; `None`: it is switched off.
     pub fn from_environment() -> Option<Self> {
         Self::from(&|name| env::text(name))
     }
@@ -52,7 +52,7 @@ impl Azure {
         let (path, status) = (NAME.to_owned(), answer.status);
         let name = answer.found(NAME)?.ok_or(MetadataError::Status { status, path: path.clone() })?;
         let name = name.trim();
-        // Names of virtual machines have at most 64 characters; those of scale sets end in a number of their own.
+        // Names of virtual machines have at most 64 characters; those in scale sets also end in a number.
         if name.is_empty() || name.len() > 128 || !name.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(MetadataError::Garbled { path, expected: "a machine's name" });
         }

@@ -1,4 +1,4 @@
-//! The memory that the control groups of this process leave it.
+//! The memory that the control groups of this process leave to it.
 //!
 //! A limit holds for a group and for all below it: the result is the least that any group on the path to the root
 //! leaves. Version 2 has one tree, version 1 one for memory; both may be mounted at once, and then either holds (kernel
@@ -7,7 +7,7 @@
 //! leads nowhere: a missing group has no limit, and the top is always checked.
 //!
 //! Reclaimable page cache and slabs don't count as used, since they are freed when memory is short; the kernel's own
-//! estimate does the same (filesystems/proc, `MemAvailable`). Files in tmpfs are on other lists.
+//! estimate does the same (filesystems/proc, `MemAvailable`). Files in tmpfs are counted elsewhere.
 
 use std::path::{Path, PathBuf};
 
@@ -38,7 +38,7 @@ const V1: Version = Version {
 /// No limit, as version 1 writes it: the largest multiple of a page. No real limit is as large.
 const NO_LIMIT: u64 = 1 << 62;
 
-/// Bytes that the groups of this process leave it; `None`: none of them has a limit.
+/// Bytes that the groups of this process leave to it; `None`: none of them has a limit.
 pub fn available_memory(root: &Path) -> Option<u64> {
     let named = std::fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
     let left = [(V2, path_of(&named, false)), (V1, path_of(&named, true))].into_iter().filter_map(|(version, path)| {
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn the_least_that_any_group_on_the_way_up_leaves_is_what_is_left() {
+    fn the_tightest_group_on_the_way_up_decides() {
         const HUGE: &str = "9223372036854771712\n";
         for (what, files, left) in [
             ("no groups at all", vec![], None),

@@ -1,8 +1,8 @@
 //! AWS credentials, from one chain for the whole program.
 //!
 //! The chain is the SDK's: environment, profile (`~/.aws/config` and `~/.aws/credentials`: keys, `credential_process`,
-//! SSO, roles), web identity, container, instance metadata. The SDK's own clients use it as it is; the S3 store takes
-//! it from here, in object_store's form.
+//! SSO, roles), web identity, container, instance metadata. The SDK's own clients use it directly; the S3 store takes
+//! credentials from here, in object_store's form.
 //!
 //! Credentials are kept until shortly before they expire, for all stores of the process. The chain is built anew each
 //! time: files that were changed meanwhile (`aws sso login`, rotated keys) are read again. While the old credentials
@@ -29,7 +29,7 @@ use super::direct;
 const LIMIT: Duration = Duration::from_secs(12);
 /// How long before they expire credentials are renewed.
 const MARGIN: Duration = Duration::from_secs(300);
-/// Keys without an expiry are looked up again after this time: somebody may have rotated them.
+/// Keys without an expiry are looked up again after this time, since they may have been rotated.
 const KEPT: Duration = Duration::from_secs(300);
 /// The pause before the next look-up after a failed one.
 const AGAIN: Duration = Duration::from_secs(30);
@@ -111,7 +111,7 @@ impl Chain {
         if let Some(found) = &mut state.found
             && found.until.is_none_or(|until| now < until)
         {
-            tracing::debug!(%error, "credentials were not renewed, going on with those that still hold");
+            tracing::debug!(%error, "credentials were not renewed, continuing with those that are still valid");
             found.renew = now + AGAIN;
             return Ok(Arc::clone(&found.credential));
         }
@@ -186,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn credentials_are_renewed_before_they_end() {
+    fn credentials_are_renewed_before_they_expire() {
         let seconds = Duration::from_secs;
         for (left, renew) in [(3600, 3300), (900, 675), (60, 45), (0, 0)] {
             assert_eq!(times(Some(seconds(left))), (seconds(renew), Some(seconds(left))), "{left}");
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_is_told_with_its_causes_and_nothing_twice() {
+    fn a_reason_lists_its_causes_without_repetition() {
         let inner = std::io::Error::other("no such script");
         let error = refused(&CredentialsError::provider_error(inner));
         assert!(matches!(&error, NoCredentials::Failed(words) if words.ends_with("no such script")), "{error}");

@@ -1,9 +1,9 @@
-//! The hosts that are never reached through a proxy: this machine, and its own metadata services.
+//! The hosts that are never reached through a proxy: this machine and its own metadata services.
 //!
 //! `HTTP_PROXY` holds for every client that reads it, unless `NO_PROXY` names the host. But a proxy would answer for
 //! its own machine: its loopback, its metadata service, its role. So loopback, link-local addresses and the metadata
-//! services' names are reached directly, whatever the environment says; AWS's clients take their connections from here,
-//! and the store's ask here which way to go.
+//! services' names are always reached directly. AWS's clients take their connections from here, and the store's clients
+//! ask here which way to use.
 
 use std::net::{IpAddr, Ipv6Addr};
 
@@ -17,7 +17,7 @@ use aws_smithy_runtime_api::client::{
 };
 use url::Url;
 
-/// The names of metadata services that have one.
+/// The names of those metadata services that have one.
 const NAMES: [&str; 3] = ["localhost", "metadata.google.internal", "metadata"];
 /// AWS's own services at unique local addresses: instance metadata, and the credentials of EKS.
 const AWS_IPV6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0);
@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_machine_and_its_metadata_are_asked_straight() {
+    fn a_machine_and_its_metadata_are_reached_directly() {
         for host in [
             "127.0.0.1",
             "127.8.8.8",

@@ -1,12 +1,12 @@
 //! Compute Engine's metadata server.
 //!
-//! Every request says `Metadata-Flavor: Google`, and so must every answer: one that does not comes from another service
-//! on the same address (<https://cloud.google.com/compute/docs/metadata/querying-metadata>). A request may wait for a
-//! change: the `ETag` of the previous answer tells the server what "changed" refers to, so that a change between two
-//! requests is not missed.
+//! Every request carries `Metadata-Flavor: Google`, and so must every answer: an answer without it comes from another
+//! service on the same address (<https://cloud.google.com/compute/docs/metadata/querying-metadata>). A request may wait
+//! for a change: the `ETag` of the previous answer tells the server what "changed" refers to, so that a change between
+//! two requests is not missed.
 //!
 //! Environment: `GCE_METADATA_HOST`, a host or `host:port`, as Google's own libraries read it, and `NO_GCE_CHECK=true`,
-//! which stops them from looking for such a server.
+//! which stops the search for such a server.
 
 use crate::env;
 use std::time::Duration;
@@ -15,8 +15,8 @@ use reqwest::Method;
 
 use super::metadata::{Endpoint, MetadataError};
 
-/// The address behind `metadata.google.internal`; used as a number, so that a machine elsewhere asks no name server
-/// about it.
+/// The address behind `metadata.google.internal`; used as a number, so that a machine elsewhere sends no DNS query for
+/// it.
 const USUAL: &str = "http://169.254.169.254";
 /// The root of all values.
 const ROOT: &str = "/computeMetadata/v1";
@@ -38,7 +38,7 @@ pub struct Value {
 }
 
 impl Gcp {
-    /// As the environment says; `None` where it is switched off.
+    /// As the environment says; `None`: it is switched off.
     pub fn from_environment() -> Option<Self> {
         Self::from(&|name| env::text(name))
     }

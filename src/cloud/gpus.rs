@@ -1,4 +1,4 @@
-//! GPU or CPU: the device that a run computes on, and when computing on the CPU is a mistake that somebody pays for.
+//! GPU or CPU: the device that a run computes on, and when computing on the CPU is an expensive mistake.
 //!
 //! # What counts as a GPU of this process
 //! - Device files `/dev/nvidia0`, `/dev/nvidia1`, …, that may be opened. A container has them when it was given GPUs;
@@ -56,7 +56,7 @@ pub enum Choice {
     Gpu,
     /// The CPU; the note about GPUs that exist, if any.
     Cpu(Option<String>),
-    /// It would be the CPU, but nobody has allowed that.
+    /// It would be the CPU, but no setting allows that.
     Refused {
         /// What is wrong.
         what: String,
@@ -76,8 +76,8 @@ impl Choice {
     }
 }
 
-/// Whether the CPU is asked for, so that LibTorch need not be asked for GPUs: by the setting, or by the machine's
-/// `TRAINER_GPU=none`.
+/// Whether the setting or the machine's `TRAINER_GPU=none` asks for the CPU, so that LibTorch need not be asked for
+/// GPUs.
 pub fn cpu_is_meant(wanted: Device) -> bool {
     wanted == Device::Cpu || (wanted == Device::Auto && is_none(variable(VARIABLE).as_deref()))
 }
@@ -137,7 +137,7 @@ impl Found {
                 if self.wanted == Device::Cuda { "parallel.device is \"cuda\"" } else { "TRAINER_GPU is \"required\"" };
             let cause =
                 if hidden && self.cuda { "CUDA_VISIBLE_DEVICES hides the GPUs".to_owned() } else { self.cause() };
-            return self.refused(&format!("{why}, and there is no GPU that can be used: {cause}"));
+            return self.refused(&format!("{why}, but no GPU can be used: {cause}"));
         }
         if hidden {
             return unused("CUDA_VISIBLE_DEVICES hides them");
@@ -158,7 +158,7 @@ impl Found {
     }
 
     fn refused(&self, what: &str) -> Choice {
-        const MEANT: &str = "where the CPU is meant: --set parallel.device=cpu";
+        const MEANT: &str = "to use the CPU: --set parallel.device=cpu";
         let hint = match (self.cuda, self.seen.device_files) {
             (false, _) => format!(
                 "use a build with CUDA (scripts/setup --cuda, then cargo build --release); {MEANT}, or \
@@ -181,7 +181,7 @@ impl Found {
         let needs = format!("LibTorch's CUDA 13.0 needs {NEEDED_DRIVER} or newer");
         let driver = match &self.driver {
             Some(driver) => format!("the driver is {driver}, and {needs}"),
-            None => format!("no driver is loaded, or its version is not to be seen, and {needs}"),
+            None => format!("no driver is loaded, or its version is not visible, and {needs}"),
         };
         let major = self.driver.as_deref().and_then(|driver| driver.split('.').next()?.parse::<u32>().ok());
         if !self.cuda {
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_that_is_there_is_used_or_the_cpu_is_meant_or_the_run_is_refused() {
+    fn without_a_usable_gpu_the_cpu_must_be_chosen() {
         type Change = fn(&mut Found);
         const SAME: Change = |_| {};
         const USABLE: Change = |f| f.usable = 2;
@@ -311,15 +311,15 @@ mod tests {
         assert!(!said(&old).contains("libcuda"));
     }
 
-    /// The wheel that scripts/setup fetches says which CUDA it is.
+    /// The wheel that scripts/setup fetches names its CUDA version.
     #[test]
-    fn the_needed_driver_is_that_of_the_libtorch_that_is_fetched() {
+    fn the_needed_driver_is_that_of_the_fetched_libtorch() {
         let setup = include_str!("../../scripts/setup");
         assert!(setup.contains("nvidia-nccl-cu13"), "another CUDA: look up its driver, and change NEEDED_DRIVER");
     }
 
     #[test]
-    fn what_is_looked_at_is_what_lies_below_the_root() {
+    fn only_files_below_the_root_are_looked_at() {
         let root = tempfile::tempdir().unwrap();
         let look = || Found::look(root.path(), Device::Cpu, || Ok::<_, ()>(9)).unwrap();
         let nothing = look();
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn gpus_that_are_hidden_and_required_are_told_as_hidden() {
+    fn required_gpus_that_are_hidden_are_reported_as_hidden() {
         let hidden = Found { wanted: Device::Cuda, visible: Some(String::new()), ..found(GIVEN) };
         let Choice::Refused { what, .. } = hidden.choose() else { panic!() };
         assert!(what.contains("CUDA_VISIBLE_DEVICES hides"), "{what}");

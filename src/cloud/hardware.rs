@@ -1,8 +1,8 @@
 //! Facts about this machine from the kernel's file trees: its maker, its NVIDIA devices, its local disks.
 //!
-//! Everything is read below a root, which is `/` unless `TRAINER_HOST_ROOT` names another: a container that has its
-//! machine's `/sys` elsewhere, or a test. Nothing is written, mounted or formatted. A file that can't be read counts as
-//! missing.
+//! Everything is read below a root, which is `/` unless `TRAINER_HOST_ROOT` names another: for a container that has its
+//! machine's `/sys` elsewhere, or for a test. Nothing is written, mounted or formatted. A file that can't be read
+//! counts as missing.
 
 use crate::env;
 use std::{
@@ -48,7 +48,7 @@ const AZURE_TAG: &str = "7783-7084-3265-9085-8269-3286-77";
 
 /// The maker of the machine, by the firmware's tables: "Amazon EC2" on Nitro, a BIOS version that ends in `.amazon`, or
 /// a hypervisor's UUID that begins with `ec2`, on Xen (EC2 user guide, "Identify EC2 instances"); "Google" on Compute
-/// Engine; Microsoft's name appears on Hyper-V anywhere, Azure's machines have an asset tag of their own (cloud-init,
+/// Engine; Microsoft's name appears on any Hyper-V, but Azure's machines have their own asset tag (cloud-init,
 /// ds-identify).
 pub fn maker(root: &Path) -> Maker {
     let dmi = |name: &str| line(root.join("sys/class/dmi/id").join(name));
@@ -98,7 +98,7 @@ pub fn gpus(root: &Path) -> Gpus {
     }
 }
 
-/// The same; only those device files count that this process may use: no folder in a file's place, and none that a
+/// The same, counting only the device files that this process may use: no folder in a file's place, and none that a
 /// container's device rules refuse.
 pub fn usable_gpus(root: &Path) -> Gpus {
     let dev = root.join("dev");
@@ -165,8 +165,7 @@ pub fn instance_store(root: &Path) -> Option<PathBuf> {
         all.iter().filter(|name| INSTANCE_STORES.iter().any(|store| model(name).starts_with(store))).cloned().collect();
     // `nvme_card-pd` is Google's persistent disk.
     disks.retain(|name| !model(name).ends_with("-pd"));
-    // Arrays and volumes name what they are made of: whole disks, or partitions of them. Two levels: a volume on an
-    // array.
+    // Arrays and volumes name their parts: whole disks, or partitions of them. Two levels, for a volume on an array.
     for _ in 0..2 {
         for name in &all {
             let parts = names(blocks.join(name).join("slaves"));
@@ -203,7 +202,7 @@ fn is_of(disk: &str, name: &str) -> bool {
     rest.is_empty() || (!partition.is_empty() && partition.bytes().all(|b| b.is_ascii_digit()))
 }
 
-/// A path of `/proc/self/mounts`, in which blanks stand as octal numbers (fstab(5)).
+/// A path of `/proc/self/mounts`, which writes blanks as octal numbers (fstab(5)).
 fn unescaped(path: &str) -> PathBuf {
     let plain = |path: &str| path.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\");
     PathBuf::from(plain(path))
@@ -225,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn the_firmware_says_whose_machine_it_is() {
+    fn the_firmware_names_the_machines_maker() {
         for (files, maker_is) in [
             (vec![("sys/class/dmi/id/sys_vendor", "Amazon EC2\n")], Maker::Amazon),
             (
@@ -277,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn the_driver_says_its_version_and_a_folder_is_no_device() {
+    fn the_driver_gives_its_version_and_a_folder_is_not_a_device() {
         const NVRM: &str = "proc/driver/nvidia/version";
         for (files, version) in [
             (vec![], None),
@@ -303,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_cache_of_a_container_is_memory_that_may_be_taken() {
+    fn a_containers_page_cache_counts_as_available_memory() {
         const FREE: (&str, &str) = ("proc/meminfo", "MemTotal: 32 kB\nMemAvailable:     16384 kB\n");
         const STAT: &str = "anon 1000\nfile 5100\nshmem 100\ninactive_anon 700\ninactive_file 3000\nactive_file 2000\n\
                             slab_reclaimable 500\nslab_unreclaimable 400\n";
@@ -328,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn processors_are_counted_by_their_ranges() {
+    fn processors_are_counted_by_ranges() {
         for (text, count) in [
             ("0-47\n", Some(48)),
             ("0", Some(1)),
@@ -344,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mounted_instance_store_is_found_and_no_other_disk() {
+    fn only_a_mounted_instance_store_is_found() {
         const STORE: &str = "Amazon EC2 NVMe Instance Storage       \n";
         let disks: [(&str, &str); 5] = [
             ("sys/block/nvme0n1/device/model", "Amazon Elastic Block Store\n"),

@@ -1,9 +1,9 @@
 //! The facts that an EC2 instance knows about itself: its id, its region, its tags.
 //!
-//! A machine that is not an instance must not be held up: if the firmware names another maker, there is no request, and
-//! if it names none (containers without `/sys`), one short request. On an instance the network may come up after this
-//! process, and the service may be slow or refuse under load: requests are repeated for a while. Silence is never taken
-//! for an answer: a later caller asks anew, and a machine whose tags can't be read does not act against them.
+//! A machine that is not an instance must not wait: if the firmware names another maker, there is no request; if it
+//! names none (containers without `/sys`), there is one short request. On an instance the network may come up after
+//! this process, and the service may be slow or refuse under load: requests are repeated for a while. Silence is not an
+//! answer: a later caller asks anew, and a machine whose tags can't be read does not act as if it had none.
 
 use std::time::{Duration, Instant};
 
@@ -24,10 +24,10 @@ const LIMIT: Duration = Duration::from_secs(2);
 const SHORT: Duration = Duration::from_secs(1);
 /// How long the network of an instance may take to come up, and its metadata service to recover.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// After silence there is no request for this long: callers at about the same time wait only once.
+/// After silence no request is sent for this long, so that callers at about the same time wait only once.
 const SILENCE: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(250);
-/// The most tags that an instance can have is 50.
+/// The most tags that an instance can have.
 const MAX_TAGS: usize = 50;
 /// The prefix of all tags of this program.
 const TAG_PREFIX: &str = "trainer:";
@@ -46,7 +46,7 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// Reads an identity document; `None` if it is none. Both names become parts of requests.
+    /// Reads an identity document; `None`: it is malformed. Both names become parts of requests.
     fn parse(text: &str) -> Option<Self> {
         let plain =
             |text: &str| (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
@@ -65,7 +65,7 @@ struct Instance {
 #[derive(Clone, Debug)]
 struct Silence {
     since: Instant,
-    /// Whether it surely is an instance.
+    /// Whether it is certainly an instance.
     on_amazon: bool,
     error: MetadataError,
 }
@@ -93,7 +93,7 @@ async fn instance() -> Result<Option<&'static Instance>, Silence> {
     match ask(&imds, limit, patience).await {
         Ok(identity) => Ok(Some(INSTANCE.get_or_init(|| async { Instance { imds, identity } }).await)),
         Err(error) => {
-            tracing::info!("nothing is known of this machine: {error}{}", hint(&error));
+            tracing::info!("this machine can't be identified: {error}{}", hint(&error));
             let heard = Silence { since: Instant::now(), on_amazon: maker == Maker::Amazon, error };
             Err(silence.insert(heard).clone())
         }
@@ -169,14 +169,14 @@ pub enum Tags {
 /// The tags of this machine.
 ///
 /// # Errors
-/// When the instance answers, but whether it has such tags, or the value of one, can't be read now.
+/// If the instance answers, but its list of tags, or the value of one, can't be read now.
 pub async fn tags() -> Result<Tags> {
     match instance().await {
         Ok(Some(instance)) => read_tags(&instance.imds, PATIENCE).await.map(Tags::Known),
         Err(Silence { on_amazon: true, error, .. }) => {
             let error = unreadable("the tags of this instance", &format!("{error}{}", hint(&error)));
             Ok(Tags::Silent(
-                error.with_hint("try again; if this machine is not to be asked: AWS_EC2_METADATA_DISABLED=true"),
+                error.with_hint("try again, or set AWS_EC2_METADATA_DISABLED=true to ignore the machine's tags"),
             ))
         }
         Ok(None) | Err(_) => Ok(Tags::Known(Vec::new())),
@@ -195,14 +195,14 @@ async fn read_tags(imds: &Imds, patience: Duration) -> Result<Vec<(String, Strin
         match persist(imds, &format!("{PATH}/{key}"), LIMIT, patience).await {
             Ok(Some(value)) if value.chars().count() <= 256 => tags.push((name.to_owned(), value)),
             Ok(Some(_)) => return Err(unreadable(&what(), &"it is longer than a tag can be")),
-            Ok(None) => return Err(unreadable(&what(), &"it is listed and not there")),
+            Ok(None) => return Err(unreadable(&what(), &"it is listed but missing")),
             Err(error) => return Err(unreadable(&what(), &error)),
         }
     }
     Ok(tags)
 }
 
-/// Without one tag the others may name another run, or another place for it: waiting may mend this, guesses don't.
+/// The missing tag may name another run or place than the others do. Waiting may repair this, a guess can't.
 fn unreadable(what: &str, why: &dyn std::fmt::Display) -> Error {
     Error::new(Kind::Unavailable, format!("{what} can't be read: {why}"))
 }
@@ -219,7 +219,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_identity_document_is_believed_only_where_its_names_are_plain() {
+    fn an_identity_document_is_accepted_only_with_plain_names() {
         let found =
             Identity::parse(r#"{"instanceId":"i-0abc","region":"eu-central-1","instanceType":"g5.xlarge","x":1}"#);
         let (instance_id, region) = ("i-0abc".to_owned(), "eu-central-1".to_owned());
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_machine_of_amazon_is_waited_for() {
+    fn only_an_amazon_machine_is_waited_for() {
         assert_eq!(patience(false, Maker::Amazon), Some((LIMIT, PATIENCE)));
         assert_eq!(patience(true, Maker::Amazon), Some((LIMIT, PATIENCE)));
         assert_eq!(patience(true, Maker::Other), Some((LIMIT, Duration::ZERO)));
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_pass_is_asked_again() {
+    fn passing_errors_are_retried() {
         let (endpoint, path) = ("http://h".to_owned(), "/p".to_owned());
         let status = |status| MetadataError::Status { status, path: path.clone() };
         let slow = MetadataError::Slow { endpoint: endpoint.clone(), path: path.clone(), limit: LIMIT };

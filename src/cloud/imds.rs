@@ -1,10 +1,10 @@
 //! AWS's instance metadata service, version 2 only.
 //!
-//! A session token is fetched with `PUT`, lives six hours, and is replaced before it ends or when the service says 401.
-//! There is no fallback to version 1: a token that can't be had is an error (from within a container its usual cause is
-//! a hop limit of 1, which lets the answer to the `PUT` die on the way, so that it seems to hang). The AWS SDK has a
-//! client of its own, which fetches credentials; this one is for notices, where thirty seconds of retries would use up
-//! a quarter of the warning, and where answers are bounded in size.
+//! A session token is fetched with `PUT`, lives six hours, and is replaced before it ends or when the service answers
+//! 401. There is no fallback to version 1: without a token the result is an error. (In a container the usual cause is a
+//! hop limit of 1: the answer to the `PUT` is dropped on its way, so the request seems to hang.) The AWS SDK has its
+//! own client, which fetches credentials. This one is for notices: thirty seconds of retries would use up a quarter of
+//! the warning, and answers are bounded in size.
 //!
 //! Environment, as the AWS SDKs read it: `AWS_EC2_METADATA_DISABLED`, `AWS_EC2_METADATA_SERVICE_ENDPOINT`,
 //! `AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE` (`IPv4`, `IPv6`).
@@ -40,7 +40,7 @@ pub struct Imds {
 }
 
 impl Imds {
-    /// As the environment says; `None` where it is switched off.
+    /// As the environment says; `None`: it is switched off.
     pub fn from_environment() -> Option<Self> {
         Self::from(&|name| env::text(name))
     }

@@ -2,13 +2,13 @@
 //!
 //! In an Auto Scaling group the group ends the machine, with its desired capacity lowered. Outside a group the machine
 //! powers off. If the group does not let it go (its minimum forbids it, the permission is missing, nothing answers), it
-//! stays: powered off, it would be replaced at once by one that finds nothing to do and does the same, for ever. A
-//! lifecycle hook at its end would keep an idle machine waiting, and costing, until the hook's time-out: this process
-//! has nothing to save, and completes it. The work is done in any case, so nothing here is an error; anything that a
-//! person must do is reported.
+//! stays. Powered off, it would be replaced at once by a machine that finds no work and powers off, too, and so on
+//! forever. A lifecycle hook at its end would keep an idle machine waiting, and costing, until the hook's time-out:
+//! this process has nothing to save, and completes it. The work is done in any case, so nothing here is an error;
+//! anything that a person must do is reported.
 //!
-//! A container has no command that powers its machine off. `TRAINER_POWER_OFF=host` says that the process's starter
-//! does that after exit code 0: then no command is looked for.
+//! A container has no command that powers its machine off. `TRAINER_POWER_OFF=host` says that the host does so after
+//! exit code 0: then no command is looked for.
 
 use std::time::{Duration, Instant};
 
@@ -31,9 +31,9 @@ pub enum Departure {
     Group,
     /// It powers off.
     Power,
-    /// The starter of this process switches it off when this process has ended.
+    /// The host powers it off when this process has ended.
     Host,
-    /// It stays. A person must take care of it, unless the group only has not answered: then it can be asked again.
+    /// It stays. A person must take care of it, unless the group merely did not answer: then it can be asked again.
     Stays {
         /// Whether the group has not answered.
         silence: bool,
@@ -46,14 +46,14 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
         let id = &identity.instance_id;
         match autoscaling::leave(identity).await {
             autoscaling::Left::Leaving => {
-                tracing::info!("on_complete: the Auto Scaling group ends {id}; its desired capacity is one lower");
+                tracing::info!("on_complete: the Auto Scaling group ends {id}and lowers its desired capacity by one");
                 release(lifecycle_hook).await;
                 return Departure::Group;
             }
             autoscaling::Left::AtMinimum { said } => {
                 tracing::error!(
                     "on_complete: {id} stays on and costs money: its group's desired capacity can't fall below the \
-                    minimum ({said}); lower the group's MinSize to 0, then end it"
+                    minimum ({said}); lower the group's MinSize to 0, then terminate it"
                 );
                 return Departure::Stays { silence: false };
             }
@@ -67,13 +67,13 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
                         tracing::error!(
                             "on_complete: {id} stays on and costs money: powered off, it would be replaced until its \
                             group's desired capacity is lowered; allow \
-                            autoscaling:TerminateInstanceInAutoScalingGroup, or end it"
+                            autoscaling:TerminateInstanceInAutoScalingGroup, or terminate it by hand"
                         );
                         return Departure::Stays { silence: is_silence(&error) };
                     }
                     // It may be in a group.
                     None => {
-                        tracing::error!("on_complete: {id} stays on: whether it is in a group is not known either");
+                        tracing::error!("on_complete: {id} stays on: it is not known whether it is in a group");
                         return Departure::Stays { silence: true };
                     }
                 }
@@ -81,7 +81,7 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
         }
     }
     if by_host(env::given(POWER_OFF).as_deref()) {
-        tracing::info!("on_complete: whoever started this process switches the machine off ({POWER_OFF}=host)");
+        tracing::info!("on_complete: the host powers the machine off ({POWER_OFF}=host)");
         return Departure::Host;
     }
     match power::off().await {
@@ -96,13 +96,13 @@ pub async fn leave(lifecycle_hook: &str) -> Departure {
     }
 }
 
-/// Whether somebody else powers the machine off, by the value of [`POWER_OFF`].
+/// Whether the host powers the machine off, by the value of [`POWER_OFF`].
 fn by_host(variable: Option<&str>) -> bool {
     match variable.map(str::trim) {
         None | Some("") => false,
         Some("host") => true,
         Some(other) => {
-            tracing::warn!("{POWER_OFF}={other:?} means nothing and is not followed: the one value is \"host\"");
+            tracing::warn!("{POWER_OFF}={other:?} is ignored: the only value is \"host\"");
             false
         }
     }
@@ -124,7 +124,7 @@ async fn release(configured: &str) {
         Err(error) => {
             let hint = error.hint().map(|hint| format!("; {hint}")).unwrap_or_default();
             tracing::warn!(
-                "on_complete: a lifecycle hook may hold up the end of this machine until its time-out: {error}{hint}"
+                "on_complete: a lifecycle hook may delay the end of this machine until its time-out: {error}{hint}"
             );
         }
     }
@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_hook_is_completed_once_the_group_waits_for_it_and_not_for_ever() {
+    async fn a_hook_is_completed_once_the_group_waits_for_it_and_not_forever() {
         let tried = async |began: Instant, answers: &[Option<Kind>]| {
             let mut tries = 0;
             let attempt = async || {

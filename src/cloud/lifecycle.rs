@@ -1,18 +1,18 @@
 //! The hook at the end of a machine of an AWS Auto Scaling group.
 //!
-//! With such a hook a machine that the group is about to end waits until somebody completes the hook, or until the
-//! hook's heartbeat time-out has passed since the last heartbeat (30 s to 2 h; in all at most 48 h, or a hundred
-//! time-outs). Without one it is ended at once. A hook delays a scale-in, a rebalance or a refresh; it does not delay
-//! EC2 from taking a spot machine back (<https://docs.aws.amazon.com/autoscaling/ec2/userguide/lifecycle-hooks.html>).
+//! With such a hook a machine that the group is about to end waits until the hook is completed, or until the hook's
+//! heartbeat time-out has passed since the last heartbeat (30 s to 2 h; in all at most 48 h, or a hundred time-outs).
+//! Without one it is ended at once. A hook delays a scale-in, a rebalance or a refresh; it does not delay EC2 from
+//! taking a spot machine back (<https://docs.aws.amazon.com/autoscaling/ec2/userguide/lifecycle-hooks.html>).
 //!
 //! Which group: `TRAINER_AUTO_SCALING_GROUP`; else the machine's tag `aws:autoscaling:groupName`, where its metadata
 //! has tags; else `DescribeAutoScalingInstances`. Which hook: `TRAINER_LIFECYCLE_HOOK` or the configuration; else the
-//! group's one hook at the end of a machine, by `DescribeLifecycleHooks`, which also gives its time-out. With group and
-//! hook named, a role needs `RecordLifecycleActionHeartbeat` and `CompleteLifecycleAction` on that group and nothing
-//! else; then the time-out is not known.
+//! group's one hook at the end of a machine, by `DescribeLifecycleHooks`, which also gives its time-out. If group and
+//! hook are named, the role needs only `RecordLifecycleActionHeartbeat` and `CompleteLifecycleAction` on that group,
+//! but then the time-out is not known.
 //!
-//! Nothing is stored. A process that dies sends no more heartbeats, and the group goes on when the time-out has passed.
-//! A call is bounded by [`LIMIT`], its retries included.
+//! Nothing is stored. A process that dies sends no more heartbeats, and the group continues after the time-out. A call
+//! is bounded by [`LIMIT`], its retries included.
 
 use std::time::Duration;
 
@@ -49,7 +49,7 @@ impl Lifecycle {
     /// Finds this machine's hook. `configured`: `auto`, `none`, or its name. `None`: nothing delays its end.
     ///
     /// # Errors
-    /// When the metadata service does not name the machine, or Auto Scaling does not answer or refuses.
+    /// If the metadata service does not name the machine, or Auto Scaling does not answer or refuses.
     pub async fn find(
         imds: &Imds,
         configured: &str,
@@ -97,7 +97,7 @@ impl Lifecycle {
             Err(error) if named == "auto" => {
                 return Err(aws::explain(error, &format!("ask for the lifecycle hooks of group {group}")));
             }
-            // Only its name is needed; how long it waits stays unknown.
+            // Only its name is needed; its time-out stays unknown.
             Err(error) => {
                 let error = aws::explain(error, &format!("ask for lifecycle hook {named} of group {group}"));
                 tracing::debug!(%error, "the hook's time-out is not known");
@@ -144,14 +144,14 @@ async fn group_of(client: &Client, instance: &str) -> Result<Option<String>, Err
     let answer = client.describe_auto_scaling_instances().instance_ids(instance).send().await;
     let answer = answer.map_err(|error| {
         aws::explain(error, &format!("ask for the Auto Scaling group of {instance}"))
-            .with_hint("let the metadata have the machine's tags, or set TRAINER_AUTO_SCALING_GROUP")
+            .with_hint("enable the machine's tags in its metadata, or set TRAINER_AUTO_SCALING_GROUP")
     })?;
     let mut found = answer.auto_scaling_instances().iter().filter(|member| member.instance_id() == Some(instance));
     Ok(found.find_map(|member| member.auto_scaling_group_name()).map(str::to_owned))
 }
 
-/// The hook that matters: of several at the end of a machine the one with the shortest wait, since the first that ends
-/// the wait with ABANDON ends them all.
+/// The hook that matters: the one with the shortest wait, since the first hook that ends its wait with ABANDON ends
+/// them all.
 fn choose(hooks: &[LifecycleHook]) -> Option<(String, Option<Duration>)> {
     let ending = hooks.iter().filter(|hook| hook.lifecycle_transition() == Some(TERMINATING));
     let named =
@@ -177,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_hook_at_the_end_that_waits_least_is_chosen() {
+    fn the_termination_hook_with_the_shortest_wait_is_chosen() {
         let hook = |name: &str, transition: &str, timeout: Option<i32>| {
             LifecycleHook::builder()
                 .lifecycle_hook_name(name)

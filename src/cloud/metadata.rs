@@ -1,8 +1,8 @@
 //! One bounded HTTP request to a metadata service.
 //!
-//! A metadata service is a stranger on a link-local address: it may be absent, slow, wrong or hostile, and nothing that
-//! it does may hurt training. A request has one overall deadline, follows no redirect, goes through no proxy (a proxy
-//! would answer for its own machine), and accepts no answer longer than [`MAX_ANSWER`]. Retries are up to the caller.
+//! A metadata service at a link-local address is not trusted: it may be absent, slow, wrong or hostile, and must never
+//! hurt training. A request has one overall deadline, follows no redirect, goes through no proxy (a proxy would answer
+//! for its own machine), and accepts no answer longer than [`MAX_ANSWER`]. The caller decides about retries.
 
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ pub enum MetadataError {
         path: String,
     },
     /// The answer is malformed.
-    #[error("metadata service answered {path} with what is not {expected}")]
+    #[error("metadata service's answer to {path} is not {expected}")]
     Garbled {
         /// The requested path.
         path: String,

@@ -1,4 +1,4 @@
-//! A machine's knowledge of itself and its requests to its cloud: metadata services and control planes.
+//! What a machine knows about itself, and its requests to its cloud: metadata services and control planes.
 //!
 //! Metadata services are asked through [`metadata`], which trusts no answer: each is bounded in time and size. AWS's
 //! control plane is asked through the AWS SDK with the credentials of its default chain; no other module but the

@@ -1,6 +1,6 @@
 //! Switches this machine off with its system's command for it.
 //!
-//! Commands are looked for in `PATH`. A container usually has none: then the container's starter must do it.
+//! Commands are looked for in `PATH`. A container usually has none: then its host must power the machine off.
 
 use std::{path::PathBuf, process::Stdio, time::Duration};
 

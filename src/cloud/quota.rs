@@ -51,7 +51,7 @@ pub fn family(instance_type: &str) -> Option<Family> {
 
 /// Types whose size does not give their vCPUs.
 const ODD: [(&str, u32); 4] = [("g4dn.metal", 96), ("g5g.metal", 64), ("c4.8xlarge", 36), ("d2.8xlarge", 36)];
-/// Classes from before sizes meant the same everywhere.
+/// Classes from before sizes meant the same for every type.
 const OLD: [&str; 9] = ["c1", "cc2", "cg1", "cr1", "hi1", "hs1", "m1", "m2", "t1"];
 
 /// The vCPUs of an instance type, by its size: `large` has 2, `xlarge` 4, `<n>xlarge` and `metal-<n>xl` 4 n (EC2

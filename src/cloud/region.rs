@@ -37,7 +37,7 @@ impl Source {
     }
 }
 
-/// The region that is not in the environment, if it was looked up and found.
+/// The region that the environment does not name, if it was looked up and found.
 pub fn noted() -> Option<&'static str> {
     NOTED.get().map(String::as_str)
 }

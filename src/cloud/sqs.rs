@@ -1,4 +1,4 @@
-//! One queue of Amazon SQS, and the few calls that a worker makes on it.
+//! One queue of Amazon SQS, and the few calls that a consumer makes on it.
 //!
 //! A received message is hidden from others until its visibility runs out, it is deleted, or its time is set anew. SQS
 //! gives each receipt a new name, counts receives (`ApproximateReceiveCount`), moves a message that was received more
@@ -7,8 +7,8 @@
 //! same message may come twice.
 //!
 //! Nothing is stored here. Every call is bounded in time, and retried by the SDK; a call whose answer was lost may have
-//! happened: a second delete of a message is fine, a second send makes a duplicate. A message's content is the sender's
-//! claim, which the caller checks.
+//! happened: a second delete of a message is fine, a second send makes a duplicate. The caller must check a message's
+//! content: the sender may claim anything.
 
 use std::{
     collections::HashMap,
@@ -27,13 +27,13 @@ use crate::error::{Error, Kind, Result};
 
 /// The longest that SQS hides a message from its receive on, all extensions together.
 pub const LONGEST_HOLD: Duration = Duration::from_secs(12 * 60 * 60);
-/// The longest that SQS delays a message that is sent.
+/// The longest that SQS delays a sent message.
 pub const LONGEST_DELAY: Duration = Duration::from_secs(15 * 60);
 /// The most attributes that a message may have.
 const MOST_ATTRIBUTES: usize = 10;
 /// The longest that a receive waits for a message.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(20);
-/// The limit for one call, with the SDK's retries; a receive may take its wait more.
+/// The limit for one call, with the SDK's retries; a receive may also take its wait.
 const CALL: Duration = Duration::from_secs(20);
 
 /// A queue.
@@ -52,14 +52,14 @@ pub struct Message {
     pub body: String,
     /// How often it was received, this time included, as far as the queue knows.
     pub received: u32,
-    /// When this receive began: its time of visibility began no earlier.
+    /// When this receive began: the message was hidden no earlier.
     pub since: Instant,
     receipt: String,
     attributes: HashMap<String, MessageAttributeValue>,
 }
 
 impl Message {
-    /// An attribute of the type `Number`; `None`: there is none, or it is no such number.
+    /// An attribute of the type `Number`; `None`: it is missing or malformed.
     pub fn number(&self, name: &str) -> Option<u64> {
         let value = self.attributes.get(name)?;
         value.data_type().starts_with("Number").then(|| value.string_value()?.parse().ok())?
@@ -75,7 +75,7 @@ pub enum Held {
     Gone,
 }
 
-/// A queue's setting for messages that nobody finishes.
+/// A queue's setting for messages that are received too often.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Redrive {
     /// A message received more often than this goes to the dead-letter queue.
@@ -86,7 +86,7 @@ impl Queue {
     /// The queue at `url`, as SQS gives it. No request is made.
     ///
     /// # Errors
-    /// When it is not a URL of a standard queue, or would send messages over the network unencrypted.
+    /// If it is not a URL of a standard queue, or would send messages over the network unencrypted.
     pub async fn open(url: &str) -> Result<Self> {
         let place = Place::of(url).map_err(|reason| {
             Error::new(Kind::Config, format!("queue {} {reason}", redacted(url))).with_hint(
@@ -142,7 +142,7 @@ impl Queue {
         }))
     }
 
-    /// Hides `message` for `lease` from now on; zero shows it to everybody at once.
+    /// Hides `message` for `lease` from now on; zero makes it visible at once.
     pub async fn hide(&self, message: &Message, lease: Duration) -> Result<Held> {
         let call = self.client.change_message_visibility().queue_url(&self.url);
         let call = call.receipt_handle(&message.receipt).visibility_timeout(whole_seconds(lease)).send();
@@ -154,8 +154,8 @@ impl Queue {
         }
     }
 
-    /// Sends a copy of `message`, which may be received after `delay`; attributes stay, except `numbers`, as far as
-    /// there is room for them. Its receives are counted from 0 again.
+    /// Sends a copy of `message`, which may be received after `delay`; `numbers` are set, and other attributes stay as
+    /// far as there is room for them. Its receives count from 0 again.
     pub async fn send_copy(&self, message: &Message, numbers: &[(&str, u64)], delay: Duration) -> Result<()> {
         let attributes = attributes_of_copy(&message.attributes, numbers)?;
         let call = self.client.send_message().queue_url(&self.url).message_body(&message.body);
@@ -164,7 +164,7 @@ impl Queue {
         bounded("send a copy of the message", CALL, call).await.map(drop)
     }
 
-    /// Takes `message` out of the queue; one that is gone is fine.
+    /// Deletes `message` from the queue; success if it is already gone.
     pub async fn delete(&self, message: &Message) -> Result<()> {
         let call = self.client.delete_message().queue_url(&self.url).receipt_handle(&message.receipt).send();
         match tokio::time::timeout(CALL, call).await {
@@ -176,8 +176,8 @@ impl Queue {
     }
 }
 
-/// The attributes of a copy: `numbers`, and of the others those that still fit, by name: a copy without some of a
-/// sender's attributes is better than none.
+/// The attributes of a copy: `numbers`, and as many of the others as fit, by name. A copy without some of the sender's
+/// attributes is better than no copy.
 fn attributes_of_copy(
     attributes: &HashMap<String, MessageAttributeValue>,
     numbers: &[(&str, u64)],
@@ -242,7 +242,7 @@ fn redrive(text: &str) -> Option<Redrive> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Place {
     region: Option<String>,
-    /// `None`: AWS's own of the region.
+    /// `None`: AWS's own for the region.
     endpoint: Option<String>,
 }
 
@@ -258,8 +258,7 @@ impl Place {
         }
         if url.path().ends_with(".fifo") {
             return Err(
-                "is a FIFO queue: use a standard one; that a run has one writer, and in which order, its journal sees \
-                to",
+                "is a FIFO queue: use a standard one; each run's journal already keeps one writer and the order",
             );
         }
         let host = match url.host() {
@@ -314,7 +313,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_queue_is_asked_where_its_url_says() {
+    fn a_queue_is_reached_where_its_url_says() {
         let aws = |region: &str| Ok(Place { region: Some(region.into()), endpoint: None });
         let at = |region: Option<&str>, endpoint: &str| {
             Ok(Place { region: region.map(str::to_owned), endpoint: Some(endpoint.into()) })
@@ -352,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn a_redrive_policy_is_read_and_not_believed() {
+    fn a_redrive_policy_is_read_but_not_trusted() {
         let of = |text| redrive(text).map(|policy| policy.max_receive_count);
         assert_eq!(of(r#"{"deadLetterTargetArn":"arn:x","maxReceiveCount":"3"}"#), Some(3));
         assert_eq!(of(r#"{"deadLetterTargetArn":"arn:x","maxReceiveCount":5}"#), Some(5));
@@ -384,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn seconds_are_whole_and_never_turn_into_none() {
+    fn seconds_are_whole_and_never_become_zero() {
         assert_eq!(whole_seconds(Duration::ZERO), 0);
         assert_eq!(whole_seconds(Duration::from_millis(1)), 1);
         assert_eq!(whole_seconds(Duration::from_secs(5)), 5);

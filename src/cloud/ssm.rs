@@ -23,8 +23,8 @@ const MAX_PAGES: usize = 200;
 const MAX_PARAMETERS: usize = 500;
 /// Bytes of all values together. One value has at most 8 KiB.
 const MAX_BYTES: usize = 1 << 20;
-/// The limit for one request, and for one with all of the SDK's own retries (with jitter): on a machine that is
-/// starting, so is its network.
+/// The limit for one request, and for one with all of the SDK's own retries (with jitter): on a starting machine the
+/// network may not be up yet.
 const ATTEMPT: Duration = Duration::from_secs(5);
 const OPERATION: Duration = Duration::from_secs(30);
 const ATTEMPTS: u32 = 6;
@@ -78,7 +78,7 @@ pub async fn parameters(path: &str) -> Result<Vec<Parameter>> {
         let page = answer.map_err(|error| aws::explain(error, &doing))?;
         for parameter in page.parameters.unwrap_or_default() {
             let (Some(name), Some(value)) = (parameter.name, parameter.value) else { continue };
-            // A parameter that is not below the path was not asked for.
+            // A parameter that is not below the path was not requested.
             let Some(name) = below(path, &name) else { continue };
             bytes += name.len() + value.len();
             if found.len() >= MAX_PARAMETERS || bytes > MAX_BYTES {
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_is_shown_to_nobody() {
+    fn a_secret_is_never_shown() {
         let parameter = Parameter { name: "worker-token".into(), value: Secret::new("hunter2") };
         assert!(!format!("{parameter:?} {:#?}", parameter.value).contains("hunter2"));
         assert_eq!(parameter.value.reveal(), "hunter2");

@@ -52,12 +52,13 @@ use crate::{
 
 /// Files downloaded at once; each has a few ranges in flight.
 const FILES_IN_FLIGHT: usize = 4;
-/// How often a process checks whether another one has finished the download. Polled, so that waiting can be cancelled.
+/// How often a process checks whether another one has finished the download. It polls, so that waiting can be
+/// cancelled.
 const LOCK_POLL: Duration = Duration::from_millis(200);
 const PART_PREFIX: &str = ".part-";
 const LOCK: &str = ".lock";
 
-/// How far a download is.
+/// The progress of a download.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheProgress {
     /// Bytes present, including those of earlier downloads.
@@ -70,10 +71,10 @@ pub struct CacheProgress {
 #[derive(Debug)]
 pub struct LocalDataset {
     dir: PathBuf,
-    /// Of a folder that needed no download: the check of its files against the index.
+    /// In a folder that needed no download: the check of its files against the index.
     checking: Option<Checking>,
     _in_use: Option<InUse>,
-    /// Dropped after the lock in it.
+    /// Dropped after the value that holds its lock.
     _private: Option<Arc<Private>>,
 }
 
@@ -101,7 +102,7 @@ fn wrong_sum(file: String, entry: &FileEntry, found: Crc64) -> DataError {
 }
 
 /// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be (`None`: into a folder of
-/// this process) and verified by CRC64-NVME: for a `file://` folder that goes on in the background, see
+/// this process) and verified by CRC64-NVME: for a `file://` folder that continues in the background, see
 /// [`LocalDataset::whole`]. If the disk is short of room, unused datasets there are removed first.
 ///
 /// # Errors
@@ -173,7 +174,7 @@ async fn download(
         // On a disk that is completely full not even a folder can be created.
         room::make(cache_root, 0, free);
     }
-    // From here on nobody removes it.
+    // From here on no process removes it.
     let in_use = room::take(&dir).await.map_err(io("make", &dir))?;
     let here = || LocalDataset { dir: dir.clone(), checking: None, _in_use: Some(in_use), _private: None };
     let wrong = || async {
@@ -266,7 +267,7 @@ fn is_here(dir: &Path, entry: &FileEntry) -> bool {
         .is_ok_and(|metadata| metadata.is_file() && metadata.len() == entry.bytes)
 }
 
-/// `bytes`: the store's index. A file by that name with any other content is useless.
+/// `bytes`: the store's index. A file of that name with any other content is useless.
 fn is_complete(dir: &Path, index: &Index, bytes: &[u8]) -> bool {
     let path = dir.join(INDEX);
     let is_file = |length| path.symlink_metadata().is_ok_and(|found| found.is_file() && found.len() == length);
@@ -346,7 +347,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_download_is_whole_and_made_once() {
+    async fn a_dataset_is_downloaded_whole_and_once() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
         let seen = Mutex::new(Vec::new());
         let hear = |progress: CacheProgress| seen.lock().unwrap().push(progress);
@@ -366,17 +367,17 @@ mod tests {
             }
         }
         assert!(!names(&dir).iter().any(|name| name.starts_with(PART_PREFIX)));
-        // Complete: no object but the index is looked at again.
+        // It is complete, so only the index is requested again.
         for entry in data.index().files() {
             store.delete(&entry.file).await.unwrap();
         }
         assert_eq!(fetch_into(&store, cache.path()).await.unwrap(), dir);
     }
 
-    /// What a power cut, a bad disk and a hand leave behind: the next process, which knows nothing of the files, puts
-    /// it right.
+    /// What a power cut, a bad disk and a person leave behind: the next process, which knows nothing of the files,
+    /// repairs it.
     #[tokio::test]
-    async fn an_index_or_shard_that_is_not_what_the_store_has_is_fetched_again() {
+    async fn an_index_or_shard_that_differs_from_the_store_is_fetched_again() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
         let dir = fetch_into(&store, cache.path()).await.unwrap();
         let index = std::fs::read(dir.join(INDEX)).unwrap();
@@ -400,12 +401,12 @@ mod tests {
         std::fs::write(&shard, &bad).unwrap();
         assert_eq!(fetch_into(&store, moved.path()).await.unwrap(), elsewhere);
         assert_eq!(std::fs::read(&shard).unwrap(), good);
-        // A link in a shard's place is none of ours, whatever it leads to.
+        // A link in a shard's place is not ours, wherever it leads.
         std::fs::rename(&shard, moved.path().join("away")).unwrap();
         std::os::unix::fs::symlink(moved.path().join("away"), &shard).unwrap();
         fetch_into(&store, moved.path()).await.unwrap();
         assert!(!shard.is_symlink() && std::fs::read(&shard).unwrap() == good);
-        // Nor is one in the folder's.
+        // Nor is a link in the folder's place.
         let linked = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink(&elsewhere, linked.path().join(dir.file_name().unwrap())).unwrap();
         let error = fetch_into(&store, linked.path()).await.unwrap_err();
@@ -413,7 +414,7 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn two_at_once_end_with_one_whole_folder() {
+    async fn two_downloads_at_once_give_one_whole_folder() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
         let tasks: Vec<_> = (0..4)
             .map(|_| {
@@ -430,7 +431,7 @@ mod tests {
     /// With a disk on which nothing is ever free, everything unused is removed, and datasets in use stay, including a
     /// download under way.
     #[tokio::test]
-    async fn a_dataset_in_use_outlives_a_disk_that_is_full() {
+    async fn a_dataset_in_use_stays_on_a_full_disk() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
         let local = download(
             &store,
@@ -463,9 +464,9 @@ mod tests {
         Dataset::open(local.dir()).unwrap();
     }
 
-    /// What a worker that takes one job after the other meets: the disk holds the data of earlier jobs.
+    /// A consumer of a queue meets this: the disk holds the data of earlier jobs.
     #[tokio::test]
-    async fn a_download_on_a_full_disk_takes_the_place_of_what_nobody_uses() {
+    async fn a_download_on_a_full_disk_replaces_unused_datasets() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
         let earlier = fetch_into(&store, cache.path()).await.unwrap();
         // Another index is another dataset, with the same files here.
@@ -514,15 +515,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_broken_off_download_goes_on_with_what_is_missing() {
+    async fn an_interrupted_download_continues_with_the_missing_files() {
         let (store, cache) = (prepared().await, tempfile::tempdir().unwrap());
         let dir = fetch_into(&store, cache.path()).await.unwrap();
-        // As a crash leaves it: no index, one file missing, one cut short, one under way.
+        // The state after a crash: no index, one file missing, one cut short, one under way.
         std::fs::remove_file(dir.join(INDEX)).unwrap();
         std::fs::remove_file(dir.join("train-00001.bin")).unwrap();
         File::options().write(true).open(dir.join("train-00002.bin")).unwrap().set_len(10).unwrap();
         std::fs::write(dir.join(".part-0123"), "x").unwrap();
-        // These are here already, so they are not asked for.
+        // These exist already, so they are not requested.
         store.delete("train-00000.bin").await.unwrap();
         store.delete("tokenizer.json").await.unwrap();
         let seen = Mutex::new(Vec::new());
@@ -558,7 +559,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_local_dataset_is_used_where_it_is_and_a_missing_one_says_how_to_make_it() {
+    async fn a_local_dataset_is_used_in_place_and_a_missing_one_says_how_to_make_it() {
         use crate::error::Explain;
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a.txt"), "some words ".repeat(500)).unwrap();
@@ -589,7 +590,7 @@ mod tests {
         let dir = fetch_into(&store, cache.path()).await.unwrap();
         let outside = cache.path().join("outside");
         for name in [LOCK, ".use"] {
-            // So that there is something to fetch.
+            // So that there is a file to fetch.
             std::fs::remove_file(dir.join(INDEX)).unwrap();
             let _ = std::fs::remove_file(dir.join(name));
             std::os::unix::fs::symlink(&outside, dir.join(name)).unwrap();

@@ -21,7 +21,7 @@ use super::{
 /// Rows decoded at once.
 const ROWS: usize = 256;
 
-/// Gives the documents of a Parquet file.
+/// Passes on the documents of a Parquet file.
 pub(super) fn read(
     file: File,
     name: &str,
@@ -55,7 +55,7 @@ pub(super) fn read(
         return Err(invalid(format!("has no column {field:?} but {names:?}; name the right one with --text-field")));
     };
     if descriptor.physical_type() != PhysicalType::BYTE_ARRAY || descriptor.max_rep_level() != 0 {
-        // A shard in which no row has a text may give no type for it, or another one.
+        // A shard in which no row has a text may give the column another type, or none.
         let all_null = matches!(descriptor.logical_type_ref(), Some(LogicalType::Unknown))
             || reader.metadata().row_groups().iter().all(|group| {
                 let chunk = group.column(column);
@@ -79,7 +79,7 @@ pub(super) fn read(
             values.clear();
             levels.clear();
             let read = || column.read_records(ROWS, Some(&mut levels), None, &mut values);
-            // The library panics on bytes that are no values.
+            // The library panics on malformed bytes.
             let read = catch_unwind(AssertUnwindSafe(read)).map_err(|_| no_parquet(&"its values are damaged"))?;
             let (rows, _, _) = read.map_err(broken)?;
             if rows == 0 {
@@ -186,7 +186,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_shard_without_a_text_is_no_documents() {
+    fn a_shard_without_a_text_gives_no_documents() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.parquet");
         // All null, as a text and as the type that writers choose without a hint; no rows; not even columns.
@@ -210,7 +210,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn bad_rows_are_dropped_where_that_was_asked_for_and_files_are_known_by_their_first_bytes() {
+    fn bad_rows_are_skipped_on_request_and_first_bytes_decide_the_type() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("blob");
         write_parquet(&path, &[&[None, Some(b"one"), Some(b"\xff"), Some(b"two")]]);
@@ -227,7 +227,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_shard_of_conversations_is_named_as_such() {
+    fn a_shard_of_conversations_is_recognised() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.parquet");
         let schema = "message rows { repeated group messages { optional binary role (UTF8); } }";
@@ -245,7 +245,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_byte_that_is_wrong_is_an_error_or_another_text_and_never_more() {
+    fn a_wrong_byte_is_an_error_or_another_text_and_never_worse() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.parquet");
         write_parquet(&path, &[&[Some(b"one"), None, Some(b"two")], &[Some(b"one"), Some(b"three")]]);

@@ -1,5 +1,4 @@
-//! Inputs as they are on disk: plain, or packed by gzip or zstd; everything that is neither text nor packed text is
-//! identified.
+//! Inputs as they are on disk: plain, or packed by gzip or zstd. Everything else is identified and left out.
 //!
 //! The first bytes of a file decide, not the ending of its name. Packed files are unpacked as they are read, through
 //! windows of bounded size, so that no archive takes more memory than any other file.
@@ -68,7 +67,7 @@ impl<'a> Source<'a> {
         };
         if source.packing == Packing::Plain && claimed != Packing::Plain {
             let reason = if source.head.is_empty() { "is empty, and so is not" } else { "is not" };
-            let reason = format!("{reason} {}, which the ending of its name says", claimed.name());
+            let reason = format!("{reason} {}, as its name suggests", claimed.name());
             return Err(DataError::Broken { input: name.to_owned(), reason });
         }
         if source.packing != Packing::Plain {
@@ -115,7 +114,7 @@ impl<'a> Source<'a> {
         File::open(self.path).map_err(|source| DataError::Io { doing: "open", path: self.path.to_owned(), source })
     }
 
-    /// The meaning of a failed read: the disk's fault, or the archive's.
+    /// The cause of a failed read: the disk, or the archive.
     pub(super) fn read_error(&self, error: io::Error) -> DataError {
         if self.packing == Packing::Plain || error.raw_os_error().is_some() {
             return DataError::Io { doing: "read", path: self.path.to_owned(), source: error };
@@ -137,7 +136,7 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// Why it can't be read here, if so.
+    /// The reason why it can't be read here, if any.
     pub(super) fn unreadable(&self) -> Option<String> {
         if let Some(known) = known_format(&self.head) {
             return Some(match self.packing {
@@ -266,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn packed_files_are_read_whole_whatever_they_are_called() {
+    fn packed_files_are_read_whole_under_any_name() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         let (one, two) = ("first part\n".repeat(9000), "second part\n".repeat(9000));
@@ -274,7 +273,7 @@ mod tests {
             let mut packed = pack(one.as_bytes());
             packed.extend(pack(two.as_bytes()));
             if what == "zst" {
-                // A skippable frame stands before, as some writers put it.
+                // A skippable frame comes first; some writers put one there.
                 packed.splice(0..0, [0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3]);
             }
             std::fs::write(&path, &packed).unwrap();
@@ -294,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_read_is_named() {
+    fn an_unsupported_file_is_named_by_its_type() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         let mut tar = vec![0; 600];

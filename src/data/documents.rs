@@ -9,8 +9,8 @@
 //!
 //! Unreadable inputs differ from broken ones: a plain file that is not UTF-8 or holds a NUL byte (an image in a source
 //! tree), a table or an archive is left out whole and reported; a broken JSON record or a missing field is an error
-//! that names the line, since dropping it would silently train on less than requested. A setting drops such records,
-//! and their number is reported.
+//! that names the line, since dropping it would silently train on less than requested. With `--bad-records skip` such
+//! records are dropped and counted.
 
 use std::{
     io::{BufRead, Read},
@@ -121,8 +121,8 @@ pub(super) fn read(
         Verdict::ObjectAsText => true,
         Verdict::Text => false,
     };
-    // Read twice, so that a file which turns out not to be text gives nothing at all. The second time it comes
-    // from the page cache.
+    // Read twice, so that a file that turns out not to be text gives no documents. The second read comes from the page
+    // cache.
     if let Some(reason) = read_plain(&mut *source.text()?, &source, &mut |_| Ok(true))? {
         return Ok(Outcome::Skipped(reason.into()));
     }
@@ -141,7 +141,7 @@ pub(super) fn look_through(path: &Path, name: &str, wanted: &Wanted<'_>) -> Resu
     Ok(())
 }
 
-/// Where to cut `text`, which continues: after the last line, else before the last space, else at its end. Not 0.
+/// Where to cut `text`, which continues: after the last line, else after the last space, else at its end. Never 0.
 fn cut_point(text: &str) -> usize {
     match text.rfind('\n') {
         Some(newline) => newline + 1,
@@ -149,7 +149,7 @@ fn cut_point(text: &str) -> usize {
     }
 }
 
-/// The pieces of a document that is in memory; `false` if the sink has enough.
+/// Passes on the pieces of a document in memory; `false` if the sink has enough.
 pub(super) fn give_document(
     mut text: &str,
     at: At,
@@ -160,7 +160,7 @@ pub(super) fn give_document(
         let cut = if text.len() <= PIECE_BYTES {
             text.len()
         } else {
-            // Ends: a character has at most four bytes.
+            // This ends: a character has at most four bytes.
             let window = (0..=PIECE_BYTES).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
             cut_point(&text[..window])
         };
@@ -190,7 +190,7 @@ fn read_plain(
             Ok(text) => text,
             // A character cut by the end of the window is completed by the next read.
             Err(error) if error.error_len().is_none() && !at_end => {
-                // Can't fail: this prefix was found valid.
+                // Can't fail: this prefix is known to be valid.
                 std::str::from_utf8(&buffer[..error.valid_up_to()]).unwrap_or_default()
             }
             Err(_) => return Ok(Some("is not UTF-8 text; if it is text, convert it with iconv")),
@@ -298,7 +298,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_is_not_text_is_skipped_whole() {
+    fn a_file_that_is_not_text_is_skipped_whole() {
         let dir = tempfile::tempdir().unwrap();
         let mut late = "good\n".repeat(100_000).into_bytes();
         late.push(0xff);
@@ -316,7 +316,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn json_lines_give_their_text_field() {
+    fn each_json_line_gives_its_text_field() {
         let dir = tempfile::tempdir().unwrap();
         let body =
             "{\"text\": \"one\\nline\", \"n\": 1}\n\n{\"text\": null}\r\n{\"text\": \"\"}\n{\"text\": \"tw\u{f6}\"}";
@@ -336,7 +336,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_reader_that_has_enough_is_given_no_more() {
+    fn a_reader_that_has_enough_gets_no_more() {
         let dir = tempfile::tempdir().unwrap();
         let parquet = dir.path().join("a.parquet");
         write_parquet(&parquet, &[&[Some(b"one"), Some(b"two")], &[Some(b"three")]]);

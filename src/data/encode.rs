@@ -36,7 +36,7 @@ use crate::{
 /// Text given to the encoding threads at once, for each of them: enough to keep them busy, little enough to fit in
 /// memory.
 const BATCH_BYTES_PER_THREAD: usize = 1 << 20;
-/// How often a long step without progress of its own is reported.
+/// The interval between reports of a long step that has no progress of its own.
 const TELL: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -158,7 +158,7 @@ impl Job {
             return Err(DataError::Input { input: self.settings.inputs.join(" "), reason });
         }
         if train.is_empty() {
-            let reason = "all text fell to the held-out split; lower it, or give more text".into();
+            let reason = "the held-out split took all the text; lower --validation-ratio, or give more text".into();
             return Err(DataError::Setting { setting: "--validation-ratio", reason });
         }
         if validation.is_empty() && self.settings.validation_ratio > 0.0 {
@@ -199,7 +199,7 @@ impl Job {
                 });
             }
             passed += input.bytes;
-            // If everything fits, everything is used, even if text is larger than its stored form.
+            // If everything fits, everything is used, even if the text is larger than the files.
             let due = if total <= budget {
                 budget
             } else {
@@ -224,7 +224,7 @@ impl Job {
         Ok(sample)
     }
 
-    /// `to_its_end`: a broken input that is left out must not have given anything.
+    /// `to_its_end`: a broken input that is left out must not have contributed any text.
     fn read(
         &self,
         number: usize,
@@ -255,7 +255,7 @@ impl Job {
         }
     }
 
-    /// Does `work`, and reports every few seconds that it goes on.
+    /// Does `work`, and reports every few seconds that it continues.
     fn telling<T>(&self, phase: Phase, work: impl FnOnce() -> T) -> T {
         let began = Instant::now();
         let (ended, has_ended) = mpsc::channel::<()>();

@@ -23,7 +23,7 @@ pub(super) async fn fetch(
     progress: &(impl Fn(u64) + Send + Sync),
 ) -> Result<Crc64, DataError> {
     let io = |source| DataError::Io { doing: "write", path: to.to_owned(), source };
-    // For this user alone: training data need not become public by being fetched.
+    // For this user alone: fetched training data stays private.
     let mut file = tokio::fs::File::options().write(true).create_new(true).mode(0o600).open(to).await.map_err(io)?;
     let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
     let part = part.max(1);

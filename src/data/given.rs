@@ -106,7 +106,7 @@ async fn fetch(uri: &str, storage: &StorageConfig) -> Result<Given, DataError> {
         Ok(bytes) => Ok(Given { name, json: bytes.to_vec() }),
         Err(StorageError::NotFound { .. }) => Err(DataError::Tokenizer {
             file: uri.to_owned(),
-            reason: format!("is neither there nor a folder with a {TOKENIZER}"),
+            reason: format!("does not exist, and is no folder with a {TOKENIZER} either"),
         }),
         Err(source) => Err(failed(source)),
     }

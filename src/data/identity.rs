@@ -1,8 +1,8 @@
 //! A dataset's identity: the checksum of its index, and that of the meaning of its token ids.
 //!
 //! The index holds the CRC64-NVME of every shard and of `tokenizer.json`, so its own checksum stands for all of the
-//! dataset. The vocabulary's is separate: text may be prepared anew with the same tokenizer, and its ids then still
-//! mean what a model has learnt of them.
+//! dataset. The vocabulary has its own checksum: text may be prepared anew with the same tokenizer, and the ids then
+//! still mean the same to a trained model.
 
 use std::path::Path;
 
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dataset_is_known_by_its_index_and_a_tokenizer_of_another_one_is_told() {
+    fn a_dataset_is_identified_by_its_index_and_another_tokenizer_is_noticed() {
         let dir = tempfile::tempdir().unwrap();
         let tokenizer = br#"{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}"#;
         std::fs::write(dir.path().join(layout::TOKENIZER), tokenizer).unwrap();

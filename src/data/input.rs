@@ -1,7 +1,7 @@
 //! The files that `trainer data prepare` reads.
 //!
-//! They are named by path, folder, glob or store URI; all are found before the first is read, sorted by name and taken
-//! once each. Hidden files and folders are left out unless named, and so are files in the output folder.
+//! They are named by path, folder, glob or store URI; all are found before the first is read. They are sorted by name,
+//! and each is taken once. Hidden files and folders are left out unless named, and so are files in the output folder.
 //! [`super::scan`] finds the local ones.
 
 use std::{
@@ -24,7 +24,7 @@ pub(super) struct Input {
     pub bytes: u64,
     /// Where it is.
     pub place: Place,
-    /// Whether it was named itself, not found in a folder or by a pattern.
+    /// Whether it was named directly, not found in a folder or by a pattern.
     pub named: bool,
 }
 
@@ -32,7 +32,7 @@ impl Input {
     /// The last part of its name, for the recipe.
     pub(super) fn last_name(&self) -> String {
         match &self.place {
-            // Non-UTF-8 bytes count, too.
+            // Bytes that are not UTF-8 count, too.
             Place::Local(path) if path.to_str().is_none() => format!("{:?}", path.file_name().unwrap_or_default()),
             _ => format!("{:?}", self.name.rsplit('/').next().unwrap_or_default()),
         }
@@ -66,7 +66,7 @@ pub(super) fn is_glob(text: &str) -> bool {
 pub(super) const MATCH: glob::MatchOptions =
     glob::MatchOptions { case_sensitive: true, require_literal_separator: true, require_literal_leading_dot: true };
 
-/// Finds all inputs, sorted by name, each once. Files below `out` are left out: they are our own.
+/// Finds all inputs, sorted by name, each once. Files below `out` are left out: they are our own output.
 pub(super) async fn find(
     specs: &[String],
     out: Option<&Path>,
@@ -90,7 +90,7 @@ pub(super) async fn find(
     remote.dedup_by(|a, b| a.name == b.name);
     let mut inputs = scan.finish();
     inputs.append(&mut remote);
-    // For two names that look the same the bytes decide.
+    // Two names may look the same, so the bytes decide.
     let bytes = |input: &Input| {
         if let Place::Local(path) = &input.place { path.clone().into_os_string() } else { OsString::new() }
     };

@@ -1,8 +1,8 @@
 //! Finds the one wanted field of a JSON object; the others are skipped without validation.
 //!
-//! Real-world data has `NaN`, lone surrogates and broken UTF-8 in fields that nobody reads. Only the structure must be
-//! JSON: brackets, commas, colons, quotes. The wanted text itself is read strictly. Nothing is built for skipped
-//! values, and their depth takes one byte per level, no stack.
+//! Real-world data has `NaN`, lone surrogates and broken UTF-8 in fields that this program does not need. Only the
+//! structure must be JSON: brackets, commas, colons, quotes. The wanted text itself is read strictly. Nothing is built
+//! for skipped values, and their depth takes one byte per level, no stack.
 
 use std::borrow::Cow;
 
@@ -12,7 +12,7 @@ const MOST_NAMES: usize = 20;
 /// The content of the wanted field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found<'a> {
-    /// A string, as it is there, with its quotes.
+    /// A string as written, with its quotes.
     Text(&'a [u8]),
     Null,
     /// Another type.
@@ -26,11 +26,12 @@ pub(super) struct Record<'a> {
     pub found: Found<'a>,
     /// The names of its first fields.
     pub names: Vec<String>,
-    /// Set if it has a field of that name, as records of conversations do.
+    /// Set if it has a field with that name, as records of conversations do.
     pub chat: Option<&'static str>,
 }
 
-/// The field `path` (`text`, or `doc.text` of an object in it) of the object in `bytes`; the last one counts.
+/// The field `path` (`text`, or `doc.text` of an object in it) of the object in `bytes`; if it occurs twice, the last
+/// one counts.
 pub(super) fn find<'a>(bytes: &'a [u8], path: &str) -> Result<Record<'a>, String> {
     let mut scanner = Scanner { bytes, at: 0 };
     let mut record = Record { found: Found::Missing, names: Vec::new(), chat: None };
@@ -46,7 +47,7 @@ pub(super) fn find<'a>(bytes: &'a [u8], path: &str) -> Result<Record<'a>, String
     })?;
     scanner.blank();
     if scanner.at < bytes.len() {
-        return Err(format!("is not a JSON object alone: more follows it at byte {}", scanner.at));
+        return Err(format!("is not a single JSON object: more follows at byte {}", scanner.at));
     }
     Ok(record)
 }
@@ -118,7 +119,7 @@ impl<'a> Scanner<'a> {
         Ok(String::from_utf8_lossy(&raw[1..raw.len() - 1]))
     }
 
-    /// A number or a word.
+    /// A number or a literal.
     fn bare(&mut self) -> Result<(), String> {
         let start = self.at;
         while self.peek().is_some_and(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.')) {
@@ -176,7 +177,7 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// An object; `named` receives its names. As deep as `path` has dots, no deeper.
+    /// An object; `named` receives its names. It recurses only as deep as `path` has dots.
     fn object(&mut self, path: &str, named: &mut dyn FnMut(&str)) -> Result<Found<'a>, String> {
         let mut found = Found::Missing;
         self.at += 1;
@@ -228,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_in_other_fields_is_no_matter() {
+    fn the_content_of_other_fields_does_not_matter() {
         for line in [
             r#"{"score": NaN, "text": "a"}"#,
             r#"{"score": [Infinity, -Infinity, 1e-5, {"x": {}}, []], "text": "a", "more": {"y": [null, true]}}"#,
@@ -256,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_is_refused() {
+    fn a_record_that_is_not_an_object_is_refused() {
         for line in [
             "[1]",
             "{\"text\"",
@@ -273,7 +274,7 @@ mod tests {
         ] {
             assert!(wanted(line, "text").is_err_and(|said| said.contains("is not a JSON object")), "{line}");
         }
-        // The wanted text itself is held to the rules.
+        // The wanted text itself is read strictly.
         assert!(wanted(r#"{"text": "\ud800"}"#, "text").is_err());
         assert!(
             find(b"{\"text\": \"\xff\"}", "text")

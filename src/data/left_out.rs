@@ -10,12 +10,12 @@ use super::{
 };
 use crate::report::human::plural;
 
-/// This many per hundred inputs may be left out without being asked: the pictures in a tree of sources.
+/// This many inputs per hundred may be left out without an option: a source tree has some pictures.
 const PER_CENT: usize = 5;
 /// The most inputs that an error names.
 const NAMED: usize = 3;
 
-/// Keeps the account of one preparation.
+/// Counts the inputs left out of one preparation.
 pub(super) struct LeftOut<'a> {
     settings: &'a PrepareSettings,
     inputs: &'a [Input],
@@ -34,7 +34,7 @@ impl<'a> LeftOut<'a> {
         Self { settings, inputs, progress, skipped: BTreeMap::new(), bad_records: 0, objects_as_text: 0 }
     }
 
-    /// Leaves out the inputs known to be unreadable before anything is read.
+    /// Leaves out the inputs that are known to be unreadable before any is read.
     pub(super) fn unreadable(&mut self) -> Result<(), DataError> {
         for (number, input) in self.inputs.iter().enumerate() {
             if let Place::Unreadable(reason) = &input.place {
@@ -66,7 +66,7 @@ impl<'a> LeftOut<'a> {
             Outcome::Skipped(reason) => {
                 if !self.settings.skip_unreadable && input.named {
                     let files = plural(self.inputs.len() as u64, "file");
-                    let reason = format!("{reason} (1 of {files}; --skip-unreadable goes on without it)");
+                    let reason = format!("{reason} (1 of {files}; --skip-unreadable continues without it)");
                     return Err(DataError::Input { input: input.name.clone(), reason });
                 }
                 (self.progress)(PrepareEvent::Skipped { input: input.name.clone(), reason: reason.clone() });
@@ -100,7 +100,7 @@ impl<'a> LeftOut<'a> {
         (self.progress)(PrepareEvent::Warning { message });
     }
 
-    /// Reports the last of it, and returns how many inputs and records were left out.
+    /// Reports the rest, and returns how many inputs and records were left out.
     pub(super) fn finish(self) -> (u64, u64) {
         if self.objects_as_text > 0 {
             self.warn(format!(

@@ -1,5 +1,5 @@
-//! The meaning of a tokenizer's ids: the part of a `tokenizer.json` that two of them must share for one to replace the
-//! other.
+//! The meaning of a tokenizer's ids: the part of a `tokenizer.json` that must agree for one tokenizer to replace
+//! another.
 //!
 //! It is read from the JSON, not from the loaded tokenizer, so that neither spelling nor order matter: merges are pairs
 //! or text with a space, added tokens are in the vocabulary or not, and files are written by many versions of many
@@ -23,7 +23,7 @@ pub struct Meaning {
 }
 
 impl Meaning {
-    /// Reads a `tokenizer.json`; says why it can't be read.
+    /// Reads a `tokenizer.json`; the error says why it can't be read.
     pub fn of_json(json: &[u8]) -> Result<Self, String> {
         let json: Value = serde_json::from_slice(json).map_err(|error| format!("is not JSON: {error}"))?;
         let model = &json["model"];
@@ -49,7 +49,7 @@ impl Meaning {
                 Value::String(text) => text.split_once(' '),
                 pair => pair[0].as_str().zip(pair[1].as_str()),
             };
-            let (left, right) = pair.ok_or("has a merge that is no pair")?;
+            let (left, right) = pair.ok_or("has a merge that is not a pair")?;
             meaning.merges.push((left.to_owned(), right.to_owned()));
         }
         for token in json["added_tokens"].as_array().into_iter().flatten() {
@@ -100,7 +100,7 @@ impl Meaning {
         Crc64::of(&bytes)
     }
 
-    /// The first difference from `theirs`; `None`: the two digests are the same.
+    /// The first difference from `theirs`; `None`: the two agree.
     pub fn difference(&self, theirs: &Self) -> Option<String> {
         if self == theirs {
             return None;
@@ -120,9 +120,9 @@ impl Meaning {
         let merge = self.merges.iter().zip(&theirs.merges).position(|(ours, other)| ours != other);
         if merge.is_some() || self.merges.len() != theirs.merges.len() {
             let at = merge.unwrap_or_else(|| self.merges.len().min(theirs.merges.len()));
-            return Some(format!("they put words together in another way from merge {at} on"));
+            return Some(format!("they join words differently from merge {at} on"));
         }
-        Some("the scores of their vocabularies are others".to_owned())
+        Some("the scores of their vocabularies differ".to_owned())
     }
 }
 
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_ids_mean_and_how_words_are_made_matters() {
+    fn the_meaning_of_ids_and_the_way_words_are_joined_matter() {
         type Change = fn(&mut Value);
         let cases: [(Change, &str); 6] = [
             (|json| json["model"]["vocab"] = json!({"b": 1, "a": 2, "ab": 3}), r#"id 1 is "a" here and "b" there"#),
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_tokenizer_is_an_error() {
+    fn a_file_that_is_not_a_tokenizer_is_an_error() {
         for text in ["", "{", "[]", "{}", r#"{"model":{"vocab":{"a":-1}}}"#, r#"{"model":{"vocab":[[1,2]]}}"#] {
             assert!(Meaning::of_json(text.as_bytes()).is_err(), "{text}");
         }

@@ -6,9 +6,9 @@
 //!                                              ▼
 //!                              Dataset (worker: positioned reads) ◄── Sampler (seed, position) -> sample
 //! ```
-//! [`prepare()`] is run once by a person; [`ensure_local`] by the agent of every node;
-//! [`Dataset`] and [`Sampler`] by the workers, which see local folders only. The state of the data within a run is one
-//! number, the step: which samples it trains on is computed, never stored.
+//! A person runs [`prepare()`] once; the agent of every node calls [`ensure_local`]; the workers use [`Dataset`] and
+//! [`Sampler`], and see local folders only. The state of the data within a run is one number, the step: which samples
+//! it trains on is computed, never stored.
 //!
 //! # Invariants
 //! - A dataset exists when, and only when, its `index.json` does; it is written last and names every other file with
@@ -75,7 +75,7 @@ pub enum DataError {
         reason: String,
     },
     /// Not one sequence can be cut from the shards.
-    #[error("the {split} shards of {dataset} hold no sequence of {sequence_length} tokens and its successor token")]
+    #[error("the {split} shards of {dataset} hold no sequence of {sequence_length} tokens with a token after it")]
     NoSamples {
         /// The dataset.
         dataset: String,
@@ -84,20 +84,18 @@ pub enum DataError {
         /// The configured length.
         sequence_length: u32,
     },
-    /// A sample number outside the dataset.
-    #[error("sample {index} asked for, the {split} split has {samples}")]
+    /// A sample number outside of the dataset.
+    #[error("sample {index} was requested, but the {split} split has {samples}")]
     NoSuchSample {
         /// The split.
         split: Split,
-        /// Asked for.
+        /// The requested number.
         index: u64,
-        /// There are.
+        /// The number of samples.
         samples: u64,
     },
     /// The data has token ids that the model has no embedding for.
-    #[error(
-        "tokens of {dataset} go up to a vocabulary of {data_vocab}, model {model} has a vocabulary of {model_vocab}"
-    )]
+    #[error("{dataset} has a vocabulary of {data_vocab} tokens, but model {model} has one of {model_vocab}")]
     Vocabulary {
         /// The dataset.
         dataset: String,
@@ -211,7 +209,7 @@ impl Explain for DataError {
                 "set vocab_size in the model's config.json to {data_vocab} or more, or prepare the data with the \
                 model's tokenizer"
             ),
-            Self::Broken { .. } => "--skip-unreadable goes on without it".into(),
+            Self::Broken { .. } => "--skip-unreadable continues without it".into(),
             Self::Exists { .. } => "give another --out, or --overwrite to replace it".into(),
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 "make room on that disk; datasets out of an object store are kept on a mounted instance store, else \

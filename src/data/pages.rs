@@ -20,7 +20,7 @@ const MAX_DEPTH: u32 = 16;
 /// Bytes of the length before each value of a dictionary.
 const LENGTH_BYTES: u64 = 4;
 
-/// Checks the pages of one column of a row group against the file and the limit; an error says what is wrong.
+/// Checks the pages of one column of a row group against the file and the limit; the error says what is wrong.
 pub(super) fn check(file: &File, chunk: &ColumnChunkMetaData) -> Result<(), String> {
     check_with(file, chunk, MAX_PAGE_BYTES)
 }
@@ -70,8 +70,8 @@ fn check_with(file: &File, chunk: &ColumnChunkMetaData, most: u64) -> Result<(),
     Ok(())
 }
 
-/// Whether `packed` bytes give at most `unpacked`; used for unlimited unpackers. The library reports pages that they
-/// can't read.
+/// Whether `packed` bytes give at most `unpacked`; used for unlimited unpackers. The library reports pages that these
+/// unpackers can't read.
 fn fits(file: &File, at: u64, packed: u64, unpacked: u64, chunk: &ColumnChunkMetaData) -> io::Result<bool> {
     let open = || -> io::Result<_> {
         let mut from = file;
@@ -89,7 +89,7 @@ fn fits(file: &File, at: u64, packed: u64, unpacked: u64, chunk: &ColumnChunkMet
     Ok(counted.count <= unpacked)
 }
 
-/// The relevant part of a page's header. Of a field that it gives twice the last one counts, as in the library.
+/// The relevant part of a page's header. If a field occurs twice, the last one counts, as in the library.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Header {
     unpacked: i32,
@@ -142,7 +142,7 @@ impl Header {
         fields(from, 0, top)?;
         self.levels = levels[0].checked_add(levels[1]).ok_or_else(|| broken("its levels have no size"))?;
         if self.dictionary_values < 0 || levels.iter().any(|bytes| *bytes < 0) {
-            return Err(broken("it counts below zero"));
+            return Err(broken("it has a negative count"));
         }
         Ok(())
     }
@@ -203,7 +203,7 @@ fn pass(from: &mut dyn Read, depth: u32, kind: u8) -> io::Result<()> {
             Ok(())
         }
         STRUCTURE => fields(from, depth + 1, &mut |_, _, _| Ok(false)),
-        _ => Err(broken("it holds what no page has")),
+        _ => Err(broken("it holds a field of unknown type")),
     }
 }
 
@@ -232,7 +232,7 @@ fn varint(from: &mut dyn Read) -> io::Result<u64> {
     Err(broken("a number has no end"))
 }
 
-/// A number as the library takes it: its lower 32 bits.
+/// A number as the library reads it: its lower 32 bits.
 fn number(from: &mut dyn Read) -> io::Result<i32> {
     let value = varint(from)?;
     Ok(((value >> 1) as i64 ^ -((value & 1) as i64)) as i32)
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn what_writers_write_is_let_through() {
+    fn pages_of_real_writers_are_accepted() {
         let packings = [
             Compression::UNCOMPRESSED,
             Compression::SNAPPY,
@@ -318,7 +318,7 @@ mod tests {
         }
     }
 
-    /// Puts another header before the body of the first page, in the place of its own; the rest of the file stays.
+    /// Replaces the header of the first page; the rest of the file stays.
     fn with_header(header: &[u8]) -> Result<(), String> {
         let (mut file, chunk) = written(WriterProperties::builder().set_dictionary_enabled(false).build());
         let at = chunk.data_page_offset() as u64;
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_header_that_lies_is_an_error() {
+    fn a_false_header_is_an_error() {
         let header = |unpacked: i64, packed: i64, rest: &[u8]| {
             [&[0x15, 0], [0x15].as_slice(), &zig_zag(unpacked), &[0x15], &zig_zag(packed), rest].concat()
         };

@@ -1,10 +1,10 @@
-//! Folders on this machine that nobody else can write to.
+//! Folders on this machine that no other user can write to.
 //!
 //! All fetched files are verified against checksums; but another user's folder could still be changed afterwards, or
-//! redirect a write by a link. So a folder is accepted only if it is one (no link), belongs to the user that this
-//! process runs as, and lets nobody else write; files in it are opened without following links. If there is no such
-//! folder, one is created for this process alone below the temporary one. It disappears with the process; the leftover
-//! of a kill is removed by the next process that creates such a folder.
+//! redirect a write by a link. So a folder is accepted only if it is no link, belongs to the user of this process, and
+//! is writable for that user alone; files in it are opened without following links. If there is no such folder, one is
+//! created for this process alone below the temporary one. It disappears with the process; the leftover of a kill is
+//! removed by the next process that creates such a folder.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions},
@@ -36,7 +36,8 @@ pub(super) fn no_link() -> OpenOptions {
     options
 }
 
-/// Whether `dir` is a folder of this user that nobody else can write to; corrected if only its mode is too open.
+/// Whether `dir` is a folder of this user that no other user can write to. If only its mode is too open, the mode is
+/// corrected.
 ///
 /// # Errors
 /// With the reason why not.
@@ -64,7 +65,7 @@ pub(super) fn is_ours(dir: &Path) -> io::Result<()> {
 #[derive(Debug)]
 pub(super) struct Private {
     dir: PathBuf,
-    /// Locked: a process that can lock it, too, knows that its owner is gone.
+    /// Locked: a process that can lock it knows that its owner is gone.
     _lock: File,
 }
 
@@ -90,11 +91,11 @@ impl Private {
             let lock = no_link().read(true).open(&dir)?;
             // On a file system without locks, removal is left to other clean-up.
             let _ = flock(&lock, FlockOperation::NonBlockingLockExclusive);
-            // Another process that swept before it was locked may have removed it.
+            // Another process may have swept it away before it was locked.
             dir.symlink_metadata()?;
             Ok(lock)
         };
-        // One repetition is enough: a sweep takes a moment, once per process.
+        // One more attempt is enough: a sweep takes a moment, once per process.
         match made().or_else(|_: io::Error| made()) {
             Ok(lock) => Ok(Self { dir, _lock: lock }),
             Err(source) => Err(DataError::Io { doing: "make a private folder", path: dir, source }),
@@ -150,14 +151,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_of_others_a_link_and_none_give_a_private_one_that_goes() {
+    fn an_unusable_folder_is_replaced_by_a_private_one_that_disappears() {
         let base = tempfile::tempdir().unwrap();
         let own = base.path().join("a/b");
         let (dir, private) = settle(Some(&own)).unwrap();
         assert!(dir == own && private.is_none());
         let mode = |path: &Path| std::fs::symlink_metadata(path).unwrap().mode() & 0o777;
         assert_eq!((mode(&own), mode(own.parent().unwrap())), (0o700, 0o700));
-        // Too open is made right.
+        // A mode that is too open is corrected.
         std::fs::set_permissions(&own, std::fs::Permissions::from_mode(0o777)).unwrap();
         settle(Some(&own)).unwrap();
         assert_eq!(mode(&own), 0o755);
@@ -179,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_kill_leaves_goes_and_what_is_in_use_stays() {
+    fn leftovers_of_a_kill_go_and_folders_in_use_stay() {
         let base = tempfile::tempdir().unwrap();
         let alive = Private::below(base.path()).unwrap();
         std::fs::create_dir(base.path().join("trainer-data-0123")).unwrap();

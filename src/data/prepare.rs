@@ -49,7 +49,7 @@ use crate::{
 
 pub use super::progress::{Phase, PrepareEvent};
 
-/// Where the tokenizer comes from.
+/// The source of the tokenizer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TokenizerSource {
     /// A `tokenizer.json`, or a folder with one.
@@ -100,9 +100,9 @@ pub struct PrepareSettings {
     pub sample_bytes: Option<u64>,
     /// Whether to replace an existing dataset.
     pub overwrite: bool,
-    /// Whether to go on without the inputs that can't be read, however many.
+    /// Whether to continue without the inputs that can't be read, however many.
     pub skip_unreadable: bool,
-    /// Whether to go on without the records that can't be read.
+    /// Whether to continue without the records that can't be read.
     pub skip_bad_records: bool,
     /// Encoding threads; 0: one per core.
     pub threads: usize,
@@ -204,7 +204,7 @@ pub async fn prepare(
     prepare_into(store, settings, progress).await
 }
 
-/// [`prepare`] into an open store; `settings.out` only names a folder whose files are no inputs.
+/// [`prepare`] into an open store; `settings.out` only names a folder whose files are not inputs.
 pub(super) async fn prepare_into(
     store: Store,
     settings: PrepareSettings,
@@ -301,7 +301,7 @@ fn recipe(settings: &PrepareSettings, inputs: &[Input], given: Option<&Given>) -
     format!("{:016x}", crc_fast::crc64_nvme(text.as_bytes()))
 }
 
-/// Stops the threads when nobody waits for them any more.
+/// Stops the threads when their caller has gone.
 struct StopOnDrop(Arc<AtomicBool>);
 
 impl Drop for StopOnDrop {
@@ -399,7 +399,7 @@ mod tests {
             let (last, full) = data.index().shards(split).split_last().unwrap();
             assert!(full.iter().all(|shard| shard.tokens == 10_000) && last.tokens <= 10_000);
         }
-        // Short documents come back as they were; the long ones may be spread over the splits, piece by piece.
+        // Short documents come back unchanged; the long ones may be spread over the splits, piece by piece.
         let short = |texts: &[String]| sorted(texts.iter().filter(|text| text.starts_with("fn")).cloned().collect());
         assert_eq!(short(&texts), short(&documents));
         let bytes = |texts: &[String]| texts.iter().map(String::len).sum::<usize>();
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_end_token_stands_behind_each_document_however_long() {
+    async fn every_document_ends_with_one_end_token_however_long() {
         let dir = tempfile::tempdir().unwrap();
         let documents = corpus(dir.path());
         let settings = PrepareSettings { validation_ratio: 0.0, ..settings(dir.path(), "out") };
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_end_token_stands_where_the_other_split_has_the_piece_between() {
+    async fn an_end_token_marks_a_piece_that_went_to_the_other_split() {
         let dir = tempfile::tempdir().unwrap();
         let document: String = (0..120_000).map(|line| format!("line {line}\n")).collect();
         let input = dir.path().join("long.txt");
@@ -495,7 +495,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_given_tokenizer_is_used_and_kept_as_it_is() {
+    async fn a_given_tokenizer_is_used_and_stored_unchanged() {
         let dir = tempfile::tempdir().unwrap();
         corpus(dir.path());
         prepare(settings(dir.path(), "first"), |_| {}).await.unwrap();
@@ -509,7 +509,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_cannot_be_prepared_says_why_and_leaves_no_dataset() {
+    async fn a_failed_preparation_gives_the_reason_and_leaves_no_dataset() {
         let dir = tempfile::tempdir().unwrap();
         corpus(dir.path());
         std::fs::write(dir.path().join("empty.txt"), "").unwrap();
@@ -579,7 +579,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_odd_about_inputs_is_said_and_another_treatment_of_records_is_another_dataset() {
+    async fn odd_inputs_are_reported_and_another_treatment_of_records_is_another_dataset() {
         let dir = tempfile::tempdir().unwrap();
         for (name, body) in [
             ("a.txt", "some text"),

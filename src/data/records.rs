@@ -5,8 +5,8 @@
 //!
 //! # Which files hold records
 //! `.jsonl` and `.ndjson` do. For others the beginning decides: an array of objects, or an object followed by another
-//! one. A single object is a record if it has the wanted field as a text, else a text like any other (a
-//! `package.json`).
+//! one. A single object is a record if it has the wanted field as a text; otherwise it is plain text, like a
+//! `package.json`.
 
 use std::io::{self, BufRead, ErrorKind, Read};
 
@@ -35,9 +35,9 @@ pub(super) enum Shape {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Records(Shape),
-    /// Text like any other.
+    /// Plain text.
     Text,
-    /// One JSON object without the wanted field: text like any other, but worth a note.
+    /// One JSON object without the wanted field: plain text, but worth a note.
     ObjectAsText,
     /// Left out, for this reason.
     LeftOut(String),
@@ -162,7 +162,7 @@ pub(super) fn chat(name: &str) -> String {
 }
 
 enum Bad {
-    /// All records will be like this one.
+    /// All records will be the same.
     Chat(&'static str),
     Record(String),
 }
@@ -233,7 +233,7 @@ impl<R: BufRead> Records<R> {
         }
     }
 
-    /// Whether the first line read is an object by itself, from its first byte to its last.
+    /// Whether the first line is one complete object.
     fn first_line_is_an_object(&self) -> bool {
         let line = self.buffer.split(|&byte| byte == b'\n').next().unwrap_or_default().trim_ascii();
         line.starts_with(b"{") && line.ends_with(b"}")
@@ -324,7 +324,7 @@ impl<R: BufRead> Records<R> {
         self.reader.consume(1);
     }
 
-    /// From the first byte of a value to its last, by brackets and quotes alone.
+    /// From the first byte of a value to its last, found by brackets and quotes alone.
     fn value(&mut self) -> io::Result<Next> {
         let line = self.line;
         let (mut depth, mut in_string, mut escaped, mut length) = (0_u64, false, false, 0_usize);
@@ -349,7 +349,7 @@ impl<R: BufRead> Records<R> {
                     depth -= 1;
                     last = depth == 0;
                 }
-                // The end of a number or a word.
+                // The end of a number or a literal.
                 b',' | b']' | b'}' | b' ' | b'\t' | b'\r' | b'\n' if depth == 0 && length > 0 => break,
                 _ => {}
             }
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_json_is_taken_for_json() {
+    fn only_json_is_read_as_json() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         let verdict = |name: &str, text: &str| {

@@ -1,4 +1,4 @@
-//! Inputs in stores, fetched to this machine: several at once, ahead of their reader, and each once.
+//! Inputs in stores, fetched to this machine: several at once, ahead of the reader, each once.
 //!
 //! Files fetched by a first pass are kept for the second one, as long as the disk has room; otherwise the second pass
 //! fetches them again. The files are in a folder that only this user can read and that is removed with this value.
@@ -39,7 +39,7 @@ pub(super) struct Remote<'a> {
     progress: &'a (dyn Fn(PrepareEvent) + Send + Sync),
     /// Created for the first file.
     folder: Option<Folder>,
-    /// Bytes that may be there at once.
+    /// Bytes that may be on disk at once.
     room: u64,
     /// Being fetched.
     flights: BTreeMap<usize, JoinHandle<Result<(), DataError>>>,
@@ -68,7 +68,7 @@ impl<'a> Remote<'a> {
             stop,
             progress,
             folder: None,
-            // Others use that disk, too.
+            // The disk has other users, too.
             room: free - free / 8,
             flights: BTreeMap::new(),
             here: BTreeMap::new(),
@@ -77,7 +77,7 @@ impl<'a> Remote<'a> {
         }
     }
 
-    /// The path of input `number` on this machine, once it is there. Those that come after it are then being fetched.
+    /// The path of input `number` on this machine, once it is here. The inputs after it are fetched meanwhile.
     pub(super) fn path(&mut self, number: usize) -> Result<PathBuf, DataError> {
         if !self.here.contains_key(&number) && !self.flights.contains_key(&number) {
             self.make_room(self.bytes(number));
@@ -111,7 +111,7 @@ impl<'a> Remote<'a> {
         self.inputs.get(number).map_or(0, |input| input.bytes)
     }
 
-    /// Bytes that are here, or will be.
+    /// Bytes that are here or on their way.
     fn held(&self) -> u64 {
         self.here.keys().chain(self.flights.keys()).map(|&number| self.bytes(number)).sum()
     }
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn inputs_come_side_by_side_and_once_for_both_passes() {
+    async fn inputs_are_fetched_in_parallel_and_once_for_both_passes() {
         let inputs = inputs(&[1000; 9]).await;
         let runtime = Handle::current();
         tokio::task::spawn_blocking(move || {
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn where_the_disk_is_small_no_more_lies_there_than_fits() {
+    async fn on_a_small_disk_no_more_is_kept_than_fits() {
         let inputs = inputs(&[1000; 5]).await;
         let runtime = Handle::current();
         tokio::task::spawn_blocking(move || {

@@ -37,14 +37,14 @@ const SPARE: u64 = 1 << 30;
 /// A folder in use: it stays until this value is dropped.
 #[derive(Debug)]
 pub(super) struct InUse {
-    /// `None`: the folder can't be locked, and nobody else can tell that it is in use.
+    /// `None`: the folder can't be locked, so no other process can tell that it is in use.
     _lock: Option<File>,
 }
 
 /// Creates the folder if need be, and takes it into use.
 pub(super) async fn take(dir: &Path) -> io::Result<InUse> {
     let mut gone = 0;
-    // A file system on which an open file is never the one at its path can't show what is in use.
+    // On some file systems an open file never equals the one at its path: then use can't be shown.
     while gone < 100 {
         place::make(dir)?;
         match place::is_ours(dir) {
@@ -66,7 +66,7 @@ pub(super) async fn take(dir: &Path) -> io::Result<InUse> {
 enum Taken {
     /// With its lock, if it has one.
     Yes(Option<File>),
-    /// It has been moved away meanwhile.
+    /// It has been moved away in the meantime.
     Gone,
     /// Another process is about to move it away.
     Going,
@@ -124,7 +124,7 @@ pub(super) fn make(root: &Path, needed: u64, free: impl Fn(&Path) -> Option<u64>
         }
         match evict(root, dir) {
             Ok(true) => {
-                tracing::info!(dataset = %dir.display(), "removed from the cache: nobody uses it, and room is short")
+                tracing::info!(dataset = %dir.display(), "removed an unused dataset from the cache: the disk is short of room")
             }
             Ok(false) => {}
             Err(error) => tracing::warn!(dataset = %dir.display(), %error, "not removed from the cache"),
@@ -170,7 +170,7 @@ mod tests {
 
     const SIZE: u64 = 1000;
 
-    /// A dataset of [`SIZE`] bytes that was last used at this second.
+    /// A dataset of [`SIZE`] bytes, last used at this second.
     fn dataset(root: &Path, number: u32, used_at: Option<u64>) -> PathBuf {
         let dir = root.join(format!("{number:016x}-77"));
         std::fs::create_dir_all(&dir).unwrap();
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_least_recently_used_goes_until_there_is_room_and_nothing_that_is_in_use() {
+    async fn the_least_recently_used_datasets_go_until_there_is_room() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         let [old, older, oldest] = [(1, 300), (2, 200), (3, 100)].map(|(n, at)| dataset(root, n, Some(at)));
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_taken_into_use_is_the_newest() {
+    async fn a_dataset_taken_into_use_becomes_the_newest() {
         let root = tempfile::tempdir().unwrap();
         let [first, second] = [(1, 100), (2, 200)].map(|(n, at)| dataset(root.path(), n, Some(at)));
         drop(take(&first).await.unwrap());
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_does_not_say_loses_nothing_and_rests_of_a_crash_go() {
+    fn without_a_known_free_space_only_leftovers_of_a_crash_go() {
         let root = tempfile::tempdir().unwrap();
         let kept = dataset(root.path(), 1, Some(100));
         std::fs::rename(dataset(root.path(), 2, None), root.path().join(".evicted-0123")).unwrap();
@@ -246,7 +246,7 @@ mod tests {
 
     /// A process that waits for the lock of a folder being removed creates it anew.
     #[tokio::test]
-    async fn a_folder_that_goes_while_it_is_taken_is_made_anew() {
+    async fn a_folder_removed_while_it_is_taken_is_created_anew() {
         let root = tempfile::tempdir().unwrap();
         let dir = dataset(root.path(), 1, Some(100));
         let lock = File::options().append(true).open(dir.join(USE)).unwrap();
@@ -255,7 +255,7 @@ mod tests {
         std::fs::rename(&dir, root.path().join(".evicted-1")).unwrap();
         let in_use = take(&dir).await.unwrap();
         assert!(in_use._lock.is_some() && dir.join(USE).exists() && !dir.join("train-00000.bin").exists());
-        // The lock of the folder that has gone says nothing of the one that is there.
+        // The lock of the removed folder says nothing about the new one.
         assert!(!is_at(&lock, &dir.join(USE)));
         drop(lock);
         assert!(!evict(root.path(), &dir).unwrap());

@@ -2,8 +2,8 @@
 //!
 //! One global cursor counts samples from the start of the run: step k (from 1) of a run with global batch G uses
 //! positions `(k-1)·G .. k·G`. A position is an epoch (the number of complete passes over the data) and a place in it,
-//! and each epoch visits every sample once, in an order of its own. The order is a keyed permutation that is
-//! *computed*: no shuffled list is kept, saved or sent, and a resume at step k needs nothing but k.
+//! and each epoch visits every sample once, in its own order. The order is a keyed permutation that is *computed*: no
+//! shuffled list is kept, saved or sent, and a resume at step k needs nothing but k.
 //!
 //! # The permutation
 //! A balanced Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations from pseudorandom
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn no_samples_is_no_sampler() {
+    fn without_samples_there_is_no_sampler() {
         assert_eq!(Sampler::new(1, 0), None);
         assert_eq!(Sampler::new(1, 1).unwrap().sample_at(9), (9, 0));
     }
@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_are_torn_apart() {
+    fn neighbours_are_separated() {
         let order = epoch_order(7, 10_000, 0);
         let adjacent = order.windows(2).filter(|pair| pair[0].abs_diff(pair[1]) == 1).count();
         assert!(adjacent < 15, "{adjacent} neighbours stayed neighbours, 2 expected");
@@ -260,8 +260,7 @@ mod tests {
         assert!(batch(Step(3), 12, Rank(2), WorldSize(2)).is_empty());
     }
 
-    /// A change here gives every resumed run other samples than the run it resumes: don't, or make it a new kind of
-    /// order.
+    /// A change here gives every resumed run other samples: don't change it, or add a new kind of order.
     #[test]
     fn the_order_is_pinned() {
         let first = |seed, samples: u64| -> Vec<u64> {

@@ -1,6 +1,6 @@
-//! Local files that a path, a folder or a glob names.
+//! Local files that are named by a path, a folder or a glob.
 //!
-//! Names are bytes: one that is not UTF-8 is matched and shown with its odd bytes replaced, and opened as it is. Links
+//! Names are bytes: one that is not UTF-8 is matched and shown with its odd bytes replaced, and opened unchanged. Links
 //! are followed, except to a folder above the link or one already walked; so loops end, and a file with several names
 //! (the hub's cache keeps `snapshots/…` as links to `blobs/…`) is taken once. Of its names the one that shows its type
 //! is kept.
@@ -77,7 +77,7 @@ impl Scan {
             let before = self.found.len();
             return Ok(self.file(path.to_owned(), out.as_deref(), true)? || self.found.len() > before);
         }
-        // As names have always been: without a leading "./".
+        // Names have always been without a leading "./".
         let leading = parts.iter().take_while(|part| matches!(part, Part::Literal(name) if name == ".")).count();
         parts.drain(..leading);
         let root = PathBuf::from(if text.starts_with('/') { "/" } else { "" });
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_in_the_cache_of_the_hub_is_known_by_the_name_that_tells_what_it_holds() {
+    fn a_file_in_the_hubs_cache_keeps_the_name_that_shows_its_type() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path();
         write(root, "models/blobs/0123456789abcdef0123456789abcdef01234567", "{}");
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_named() {
+    fn anything_but_a_file_is_named_by_its_type() {
         let dir = tempfile::tempdir().unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("a.sock")).unwrap();
         rustix::fs::mknodat(

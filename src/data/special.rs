@@ -19,7 +19,7 @@ const KNOWN: [&str; 16] = [
     "[MASK]", "[BOS]", "[EOS]",
 ];
 
-/// A token that marks something, by its name alone.
+/// A token that marks something, going by its name alone.
 fn is_mark(token: &str) -> bool {
     let between = |open: &str, close: &str| {
         token.strip_prefix(open).and_then(|rest| rest.strip_suffix(close)).is_some_and(|name| !name.is_empty())
@@ -284,7 +284,7 @@ mod tests {
         json!({ "type": "WhitespaceSplit" })
     }
 
-    /// Every character of the texts below as a piece of its own, after `first`.
+    /// Every character of the texts below as its own piece, after `first`.
     fn letters(first: &[&str]) -> Vec<String> {
         let mut all: Vec<String> = first.iter().map(|name| (*name).to_owned()).collect();
         all.extend("<>/|sapdunkeoft[]SEPUNK \u{ff5c}x".chars().map(String::from));
@@ -327,7 +327,7 @@ mod tests {
                 for text in ["a</s>x", "</s>", "<s><pad><unk>", "<|x|> <\u{ff5c}x\u{ff5c}>"] {
                     comes_out_as_pieces(&tokenizer, &names, text);
                 }
-                // What it does not know is unknown, as ever.
+                // Characters that it does not know stay unknown.
                 assert!(tokenizer.encode("q").unwrap().contains(&0));
             }
         }
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_token_that_is_declared_an_ordinary_one_is_not_looked_for_in_text() {
+    fn an_end_token_declared_as_ordinary_is_not_looked_for_in_text() {
         let vocabulary = by_id(&letters(&["<unk>"]));
         let model = json!({
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
@@ -415,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn an_end_token_that_is_a_word_like_any_other_makes_such_text_an_error() {
+    fn an_end_token_that_is_an_ordinary_word_makes_such_text_an_error() {
         let pieces = letters(&["<unk>"]);
         let model = json!({
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_is_put_around_texts_is_special_whatever_it_is_called() {
+    fn a_token_put_around_texts_is_special_under_any_name() {
         let vocabulary: Vec<Value> =
             letters(&["<unk>", "</s>", "[Q]"]).into_iter().map(|piece| json!([piece, -1.0])).collect();
         let model = json!({ "type": "Unigram", "unk_id": 0, "vocab": vocabulary, "byte_fallback": false });
@@ -465,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_tokenizer_would_leave_out_in_silence_is_an_error_that_names_it() {
+    fn text_that_a_tokenizer_would_silently_drop_is_an_error() {
         let tokenizer = merges(json!(null), split());
         assert_eq!(tokenizer.encode("ab ba").unwrap(), [3, 2, 1]);
         let unfit = tokenizer.encode_text("ab\n bzb").unwrap_err();
@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_text_has_the_same_ids_whatever_the_tokenizer_leaves_out_when_it_trains() {
+    fn the_same_text_has_the_same_ids_even_with_dropout() {
         for text in ["ab".repeat(300), "ab</s>".repeat(100).replace("</s>", "")] {
             let ids = merges(json!(0.5), split()).encode(&text).unwrap();
             assert!(ids.iter().all(|&id| id == 3), "{ids:?}");

@@ -19,7 +19,7 @@ use crate::storage::Crc64;
 
 /// Bytes read at once.
 const CHUNK: usize = 1 << 20;
-/// The most threads: more of them would not keep any disk or page cache busier.
+/// The most threads: more would not make a disk or the page cache faster.
 const THREADS: usize = 8;
 
 /// The files that this process has read to the end and found right, or has written itself.
@@ -36,7 +36,7 @@ pub(super) fn know(path: &Path, crc64: Crc64) {
     right.get_or_insert_default().insert((path.to_owned(), crc64.0));
 }
 
-/// A file that does not match its index, and its actual sum.
+/// A file that does not match its index, and its actual checksum.
 pub(super) type Wrong = (FileEntry, Crc64);
 
 /// Files being read; returns the wrong ones.
@@ -102,7 +102,7 @@ fn wrong(dir: &Path, files: &[FileEntry], ended: &AtomicBool) -> Result<Vec<Wron
     Ok(found)
 }
 
-/// The sum of a file; `None`: nobody waits for it any more.
+/// The checksum of a file; `None`: the caller has gone.
 fn sum(path: &Path, buffer: &mut [u8], ended: &AtomicBool) -> Result<Option<Crc64>, DataError> {
     let failed = |source| DataError::Io { doing: "read", path: path.to_owned(), source };
     let mut file = File::open(path).map_err(failed)?;
@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_is_wrong_is_named_and_what_is_right_is_read_once() {
+    async fn wrong_files_are_named_and_right_ones_are_read_once() {
         let dir = tempfile::tempdir().unwrap();
         let entry = |name: &str, bytes: &[u8]| {
             std::fs::write(dir.path().join(name), bytes).unwrap();
@@ -140,13 +140,13 @@ mod tests {
         let wrong = checking.wrong().await.unwrap();
         assert_eq!(wrong, [(files[1].clone(), Crc64::of(b"short")), (files[0].clone(), Crc64::of(&long))]);
         assert!(checking.wrong().await.unwrap().is_empty(), "told once");
-        // It is known by now: that it has gone is not seen again.
+        // It was read before: that it is gone now is not noticed.
         std::fs::remove_file(dir.path().join("empty")).unwrap();
         assert!(Checking::begin(dir.path(), vec![files[2].clone()]).wrong().await.unwrap().is_empty());
     }
 
     #[tokio::test]
-    async fn what_nobody_waits_for_ends_and_says_nothing() {
+    async fn a_check_without_a_caller_ends_silently() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a"), b"text").unwrap();
         let files = vec![FileEntry { file: "a".into(), bytes: 4, crc64: Crc64(1) }];

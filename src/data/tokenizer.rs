@@ -27,7 +27,7 @@ use super::{
 /// The token between documents, in tokenizers trained here.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
-/// Looked for, in this order, in a tokenizer that was trained elsewhere.
+/// Searched for, in this order, in a tokenizer that was trained elsewhere.
 pub(super) const KNOWN_END_TOKENS: [&str; 8] = [
     END_OF_TEXT,
     "<|end_of_text|>",
@@ -101,7 +101,7 @@ impl TextTokenizer {
             .build();
         tokenizer.train(&mut trainer, sample).map_err(|error| failed(error.to_string()))?;
         let json = tokenizer.to_string(true).map_err(|error| failed(error.to_string()))?;
-        // Loaded from its stored form, so that the encoder here is the one that everybody else will load.
+        // Loaded from its stored form, so that the encoder here is the one that every other program loads.
         Self::from_json(json.into_bytes(), &name, EndToken::Named(END_OF_TEXT))
     }
 
@@ -134,7 +134,7 @@ impl TextTokenizer {
         // Ids may have gaps: the largest one counts, not how many there are.
         let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
         let vocab_size = largest.checked_add(1).ok_or_else(|| failed(format!("has a token with id {largest}")))?;
-        // Text that spells a special token is text: it must not be able to fake the end of a document.
+        // Text that spells a special token is text: it can't fake the end of a document.
         tokenizer.set_encode_special_tokens(true);
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|error| failed(error.to_string()))?;
@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn any_text_comes_back_and_none_forges_the_end_of_a_document() {
+    fn any_text_comes_back_and_none_fakes_the_end_of_a_document() {
         let tokenizer = train(300, &ambiguous_text());
         assert_eq!((tokenizer.eos_id(), tokenizer.vocab_size()), (0, 300));
         for text in ["aab ab", "  \n\tfn main() {}", "gr\u{fc}n \u{1f980} \0", END_OF_TEXT, "x<|endoftext|>y"] {
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stored_tokenizer_is_loaded_as_it_is() {
+    fn a_stored_tokenizer_is_loaded_unchanged() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tokenizer.json");
         let trained = train(270, &ambiguous_text());
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vocabulary_that_cannot_be_is_refused() {
+    fn an_impossible_vocabulary_is_refused() {
         for vocab in [0, 256, MAX_VOCAB + 1] {
             let error = TextTokenizer::train(vocab, ["a"].into_iter()).err().unwrap();
             assert!(error.to_string().contains("257 to 1048576"), "{error}");
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_word_that_repeats_gives_no_token_as_long_as_itself() {
+    fn a_long_repeated_word_gives_no_long_token() {
         let mut state = 7_u64;
         let word: String = (0..3000)
             .map(|_| {

@@ -1,8 +1,8 @@
 //! Writes token ids into the shard files of one dataset.
 //!
 //! Each split has one shard in memory at a time; a full one is uploaded in the background while the next one fills, so
-//! it takes the memory of at most two shards per split. The shards alone are no dataset: the index, written from the
-//! result of [`ShardWriter::finish`] when every upload has succeeded, makes them one.
+//! it takes the memory of at most two shards per split. The shards become a dataset with the index, which is written
+//! from the result of [`ShardWriter::finish`] once every upload has succeeded.
 
 use bytes::Bytes;
 use tokio::{runtime::Handle, task::JoinHandle};
@@ -127,7 +127,7 @@ impl ShardWriter {
 }
 
 impl Drop for ShardWriter {
-    /// An upload that nobody waits for is stopped: the dataset will not exist.
+    /// An upload whose caller has gone is stopped: the dataset will not exist.
     fn drop(&mut self) {
         if let Some(upload) = self.upload.take() {
             upload.abort();

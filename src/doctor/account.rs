@@ -11,7 +11,7 @@ use crate::{
 
 const CHECK: &str = "spot quota";
 
-/// The machines that are wanted.
+/// The wanted machines.
 #[derive(Clone, Debug)]
 pub struct Machines {
     /// The EC2 instance type; `None`: this machine's, if it is one.
@@ -41,7 +41,7 @@ async fn look(wanted: &Machines) -> Line {
         }
         None => {
             let Some(identity) = identity::read().await else {
-                let found = "this is no EC2 instance; --instance-type asks about one that you want";
+                let found = "not an EC2 instance; pass --instance-type to ask about a type";
                 return Line::skipped(CHECK, found);
             };
             // A container or an affinity may show this process fewer; the quota counts the machine's.

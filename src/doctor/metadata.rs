@@ -58,7 +58,7 @@ async fn aws() -> Heard {
     if heard != (Heard::Silent { get: None }) {
         return heard;
     }
-    // The answer to a plain GET survives more hops than that to the PUT.
+    // A plain GET's answer may arrive although the hop limit drops the PUT's.
     let get = match Endpoint::new(imds.uri()) {
         Some(endpoint) => endpoint.ask(Method::GET, PATH, &[], None, QUESTION).await.ok(),
         None => None,
@@ -71,7 +71,7 @@ async fn gcp() -> Heard {
     heard(gcp.get("/instance/preempted", QUESTION).await)
 }
 
-/// The machine's name: a request for scheduled events would switch them on.
+/// Asks for the machine's name, because a request for scheduled events would switch them on.
 async fn azure() -> Heard {
     let Some(azure) = Azure::from_environment() else { return Heard::Off };
     heard(azure.name(QUESTION).await.map(Some))
@@ -118,9 +118,9 @@ impl Service {
 
     const fn answers(self) -> &'static str {
         match self {
-            Self::Aws => "IMDSv2 answers: notices and the machine's role can be had",
-            Self::Gcp => "the metadata server answers: preemptions can be heard",
-            Self::Azure => "the metadata service answers: scheduled events can be heard",
+            Self::Aws => "IMDSv2 answers: notices and the machine's role are available",
+            Self::Gcp => "the metadata server answers: preemption notices are available",
+            Self::Azure => "the metadata service answers: scheduled events are available",
         }
     }
 
@@ -134,12 +134,12 @@ impl Service {
 
     const fn refused(self) -> &'static str {
         match self {
-            Self::Aws => "see whether HttpEndpoint is enabled in the instance's metadata options",
+            Self::Aws => "check that HttpEndpoint is enabled in the instance's metadata options",
             Self::Gcp => {
-                "see whether a proxy or GKE's metadata server stands between; a pod with hostNetwork reaches the \
+                "check for a proxy or GKE's metadata server in between; a pod with hostNetwork reaches the \
                 machine's own"
             }
-            Self::Azure => "see whether a proxy stands between: the service refuses what was forwarded",
+            Self::Azure => "check for a proxy in between: the service refuses forwarded requests",
         }
     }
 }
@@ -175,7 +175,7 @@ fn verdict(service: Service, heard: Heard, at_home: bool, named: bool) -> Line {
         Heard::Silent { get: Some(401 | 200) } => Line::fail(
             check,
             Kind::Config,
-            "a request for a token has no answer, but a plain one has: the hop limit is 1",
+            "a plain request is answered but a request for a token is not: the hop limit is 1",
             "set HttpPutResponseHopLimit to 2 in the launch template (aws ec2 modify-instance-metadata-options), or \
             run the container \
              with --network host",
@@ -193,7 +193,7 @@ fn verdict(service: Service, heard: Heard, at_home: bool, named: bool) -> Line {
         }
         Heard::Garbled if at_home || named => Line::warn(
             check,
-            "what answers is no metadata service",
+            "something answers that is not a metadata service",
             format!("see {}, or what listens at 169.254.169.254", service.variable()),
         ),
         Heard::Absent | Heard::Silent { .. } | Heard::Refused(_) | Heard::Garbled => {
@@ -232,9 +232,9 @@ mod tests {
         }
     }
 
-    /// One address serves three clouds: a stranger's refusal says nothing, one of a service that somebody named does.
+    /// Three clouds share one address: a refusal there means nothing, unless the environment names that service.
     #[test]
-    fn another_clouds_answer_is_no_fault() {
+    fn another_clouds_answer_is_not_a_failure() {
         for service in [Service::Aws, Service::Gcp, Service::Azure] {
             for heard in [Heard::Refused(400), Heard::Refused(404), Heard::Refused(405), Heard::Garbled] {
                 assert_eq!(is(&verdict(service, heard, false, false)), SKIPPED, "{service:?} {heard:?}");

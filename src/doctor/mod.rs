@@ -1,4 +1,4 @@
-//! Checks everything that a run needs, before it needs it, and says what to do.
+//! Checks everything that a run needs, before it starts, and says what to do.
 //!
 //! Each check has a bounded time, and none hides another: an impossible check is a line, too. `verdict.rs` interprets
 //! the findings, as pure functions.
@@ -100,11 +100,13 @@ impl Doctor {
     fn memory(&self, config: Option<&RunConfig>) -> Line {
         const CHECK: &str = "memory";
         let Some(available) = hardware::available_memory(Path::new("/")) else {
-            return Line::skipped(CHECK, "the kernel does not say how much there is");
+            return Line::skipped(CHECK, "the kernel does not report it");
         };
         let Some(config) = config else {
-            let found =
-                format!("{} available; give CONFIG to hold it against a model", crate::report::human::bytes(available));
+            let found = format!(
+                "{} available; give CONFIG to compare it with a model's need",
+                crate::report::human::bytes(available)
+            );
             return Line::skipped(CHECK, found);
         };
         match self.needed(config) {
@@ -194,8 +196,8 @@ async fn libtorch(wanted: Device) -> Vec<Line> {
         }
         Ok(Err(error)) => vec![Line::error("libtorch", &error)],
         Err(_) => {
-            let todo = "run scripts/setup, and see that the driver is as new as this LibTorch wants it";
-            vec![Line::fail("libtorch", Kind::Config, "it panicked when it was asked for devices", todo)]
+            let todo = "run scripts/setup, and check that the driver is new enough for this LibTorch";
+            vec![Line::fail("libtorch", Kind::Config, "it panicked when asked for devices", todo)]
         }
     }
 }
@@ -205,7 +207,7 @@ async fn examine(store: &Store) -> Vec<Line> {
     let key = format!("{}/doctor-{}", layout::PROBES, random_hex(16));
     let (put, clock) = put_and_look(store, &key).await;
     if put.kind == Some(Kind::Unavailable) {
-        return vec![put, Line::skipped("store", "what else it allows can't be found out now")];
+        return vec![put, Line::skipped("store", "its other permissions can't be checked now")];
     }
     let list = within("store list", async {
         match store.list(layout::PROBES).await {
@@ -223,13 +225,13 @@ async fn examine(store: &Store) -> Vec<Line> {
     });
     let create = within("store create-once", async {
         match store.prove_create_is_atomic().await {
-            Ok(()) => Line::ok("store create-once", "of 16 racing creates one wins, and a later one is refused"),
+            Ok(()) => Line::ok("store create-once", "one of 16 racing creates wins, and a later one is refused"),
             Err(error) => Line::error("store create-once", &error.into()),
         }
     });
     let parts = within("store multipart", async {
         match store.prove_parts().await {
-            Ok(()) => Line::ok("store multipart", "an upload in parts can be begun and given up"),
+            Ok(()) => Line::ok("store multipart", "an upload in parts can be started and aborted"),
             Err(error) => Line::error("store multipart", &error.into()),
         }
     });
@@ -284,8 +286,11 @@ async fn put_and_look(store: &Store, key: &str) -> (Line, Line) {
             (Line::ok(CHECK, format!("allowed in {}", store.uri())), verdict::clock(before, stored, after))
         }
         Ok(Ok(_)) => {
-            let found = "what was read back is not what was put";
-            (Line::fail(CHECK, Kind::Config, found, "use another store"), nothing("the store can't be believed"))
+            let found = "the bytes read back differ from those put";
+            (
+                Line::fail(CHECK, Kind::Config, found, "use another store"),
+                nothing("the store's answers can't be trusted"),
+            )
         }
         Ok(Err(error)) => (Line::error(CHECK, &error.into()), nothing("nothing could be put")),
         Err(_) => {

@@ -1,5 +1,5 @@
-//! The places that a configuration names: its dataset and the weights that it starts from, read as far as a run's first
-//! minute would.
+//! The places that a configuration names: its dataset and the weights that it starts from. Reads as much of them as a
+//! run's first minute does.
 
 use super::{
     open,

@@ -67,12 +67,10 @@ impl Line {
     /// An error is a failure; the remedy is its hint, or else that of its kind.
     pub(super) fn error(check: &'static str, error: &Error) -> Self {
         let todo = error.hint().unwrap_or(match error.kind() {
-            Kind::Usage | Kind::Config => "correct what is named here, then run doctor again",
-            Kind::Permission => {
-                "give what this process runs as (a role, a key, a user) the permission that is named here"
-            }
+            Kind::Usage | Kind::Config => "correct the named setting, then run doctor again",
+            Kind::Permission => "grant the named permission to this process's role, key or user",
             Kind::Unavailable => "check the network, proxies and endpoints, then run doctor again",
-            Kind::Data => "put back what is named here from a copy, or make it again",
+            Kind::Data => "restore the named data from a copy, or create it again",
             Kind::Bug => "report it, with this line",
             Kind::Fenced | Kind::Interrupted | Kind::InterruptedWithLoss => "look again",
         });
@@ -105,14 +103,14 @@ pub(super) fn devices(found: &Found) -> Line {
         Choice::Gpu if usable >= found.seen.device_files => Line::ok(CHECK, format!("{} for LibTorch", gpus(usable))),
         Choice::Gpu => {
             let found = format!("{}, of which LibTorch can use {usable}", gpus(found.seen.device_files));
-            Line::fail(CHECK, Kind::Config, found, "see nvidia-smi; CUDA_VISIBLE_DEVICES may leave some out")
+            Line::fail(CHECK, Kind::Config, found, "see nvidia-smi; CUDA_VISIBLE_DEVICES may hide some")
         }
         Choice::Cpu(None) => Line::ok(CHECK, "no GPU: workers compute on the CPU"),
         Choice::Cpu(Some(note)) => Line::warn(
             CHECK,
             note,
-            "where they are meant to be used: a build with CUDA (scripts/setup --cuda), its driver, and no setting \
-                                     that says otherwise",
+            "to use them: build with CUDA (scripts/setup --cuda), install the driver, and remove settings that choose \
+             the CPU",
         ),
         Choice::Refused { what, hint } => Line::fail(CHECK, Kind::Config, what, hint),
     }
@@ -187,9 +185,8 @@ pub(super) fn dataset(uri: &str, train: u64, held_out: u64, sequence_length: u32
 /// What the bucket does with unfinished uploads.
 pub(super) fn lifecycle(rule: AbortRule) -> Line {
     const CHECK: &str = "lifecycle rule";
-    const TODO: &str = "add a rule with AbortIncompleteMultipartUpload after 2 days: parts of an upload that a reclaim \
-        has cut off are \
-                        billed until somebody aborts it, and a run that is never resumed sweeps no more";
+    const TODO: &str = "add a rule with AbortIncompleteMultipartUpload after 2 days: the parts of an interrupted \
+                        upload are billed until it is aborted, and a run that is never resumed aborts none";
     match rule {
         AbortRule::NotNeeded => Line::skipped(CHECK, "not on S3"),
         AbortRule::Missing => Line::warn(CHECK, "no rule aborts unfinished uploads below this prefix", TODO),
@@ -236,14 +233,13 @@ pub(super) fn stop_window(window: Option<Duration>, here: Surroundings, durable:
     };
     let todo = format!("{raise}, and say so with TRAINER_STOP_WINDOW=110s");
     match (window, durable) {
-        (None, None) => Line::ok(CHECK, "nothing is known that kills this process after it was asked to stop"),
-        (None, Some(durable)) => Line::ok(
-            CHECK,
-            format!("a save takes {}; nothing is known that kills this process before", human::seconds(durable)),
-        ),
+        (None, None) => Line::ok(CHECK, "no stop time-out is known"),
+        (None, Some(durable)) => {
+            Line::ok(CHECK, format!("a save takes {}; no stop time-out is known", human::seconds(durable)))
+        }
         (Some(window), None) => {
             let found = format!(
-                "{} from being asked to stop to the end; how long a save takes is not known yet (--run-id)",
+                "{} from the request to stop to the kill; the time of a save is not known yet (--run-id)",
                 human::seconds(window.as_secs_f64())
             );
             if window < Duration::from_secs(20) { Line::warn(CHECK, found, todo) } else { Line::ok(CHECK, found) }
@@ -251,7 +247,7 @@ pub(super) fn stop_window(window: Option<Duration>, here: Surroundings, durable:
         (Some(window), Some(durable)) => {
             let window = window.as_secs_f64();
             let found = format!(
-                "{} from being asked to stop to the end; a save takes up to {}",
+                "{} from the request to stop to the kill; a save takes up to {}",
                 human::seconds(window),
                 human::seconds(durable)
             );
@@ -280,8 +276,7 @@ pub(super) fn quota(machines: Machines<'_>, family: Family, quota: Quota) -> Lin
     let from = if quota.is_default { " (AWS's default: none was applied to this account)" } else { "" };
     let have = format!("{} vCPUs of {name} spot machines in {region}{from}", quota.vcpus);
     let Some(vcpus) = vcpus.map(u64::from) else {
-        let todo =
-            format!("hold the quota against them: aws ec2 describe-instance-types --instance-types {instance_type}");
+        let todo = format!("compare the quota with: aws ec2 describe-instance-types --instance-types {instance_type}");
         return Line::warn(CHECK, format!("{have}; how many vCPUs {instance_type} has is not known here"), todo);
     };
     let all = vcpus * u64::from(count);
@@ -290,7 +285,7 @@ pub(super) fn quota(machines: Machines<'_>, family: Family, quota: Quota) -> Lin
     // A replacement may be started before the replaced machine has gone.
     let enough = all + vcpus;
     let todo = format!(
-        "\"Max spot instance count exceeded\" is what EC2 says: request more with aws service-quotas \
+        "EC2 will answer \"Max spot instance count exceeded\": request more with aws service-quotas \
         request-service-quota-increase \
          --region {region} --service-code ec2 --quota-code {spot} --desired-value {enough}"
     );
@@ -338,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_that_nobody_can_use_are_said() {
+    fn unusable_devices_are_reported() {
         let seen = |on_the_bus, driver, device_files| Gpus { on_the_bus, driver, device_files };
         let found = |seen: Gpus, cuda, usable| Found {
             wanted: Device::Auto,
@@ -380,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bucket_should_clear_away_what_is_left() {
+    fn a_bucket_should_abort_unfinished_uploads() {
         assert_eq!(is(&lifecycle(AbortRule::After { days: 2 })), OK);
         assert_eq!(is(&lifecycle(AbortRule::After { days: 0 })), WARN);
         assert_eq!(is(&lifecycle(AbortRule::Missing)), WARN);
@@ -408,9 +403,9 @@ mod tests {
         }
     }
 
-    /// A line that is not OK says what to do, whatever the error knows.
+    /// Every line that is not OK says what to do, even if its error has no hint.
     #[test]
-    fn an_error_without_a_hint_says_what_to_do_too() {
+    fn a_line_of_an_error_without_a_hint_says_what_to_do() {
         for kind in [
             Kind::Usage,
             Kind::Data,

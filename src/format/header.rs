@@ -1,4 +1,4 @@
-//! The safetensors header: written for shards, and read back as if a stranger had written it.
+//! The safetensors header: written for shards, and read back without trust in the file.
 //!
 //! Stored layout of a file (<https://github.com/huggingface/safetensors#format>): 8 bytes little-endian header length,
 //! a JSON object `{"<name>":{"dtype":"F32","shape":[2,3],"data_offsets":[begin,end]},"__metadata__":{"format":"pt"}}`
@@ -106,9 +106,9 @@ pub enum HeaderError {
     /// The tensors don't fill the file.
     #[error("safetensors file has {found} bytes of data, its tensors fill {expected}")]
     Data {
-        /// By the tensors.
+        /// According to the tensors.
         expected: u64,
-        /// By the file's length.
+        /// According to the file's length.
         found: u64,
     },
 }
@@ -170,7 +170,7 @@ pub fn parse(json: &[u8], file: u64) -> Result<Vec<TensorEntry>, HeaderError> {
         .collect()
 }
 
-/// One tensor of a file that somebody else has written: of any element type.
+/// One tensor of a file from elsewhere, of any element type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ForeignTensor {
     /// Unique in the file.
@@ -226,7 +226,7 @@ pub fn parse_foreign(json: &[u8], file: u64) -> Result<Vec<ForeignTensor>, Heade
         }
         tensors.push(ForeignTensor { name, dtype, shape, range: data_start + begin..data_start + end });
     }
-    // Two keys of one name would hide one tensor from every reader that keeps the last.
+    // Of two equal keys, readers that keep the last would miss one tensor.
     let mut names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
     names.sort_unstable();
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -273,8 +273,8 @@ pub fn write<'a>(tensors: impl IntoIterator<Item = (&'a str, Dtype, &'a [u64])>)
     Some(header)
 }
 
-/// The order of tensors in the files that we write: largest elements first, so that each is aligned to its own; then by
-/// name.
+/// The order of tensors in the files that we write: largest elements first, so that each tensor is aligned to its
+/// elements; then by name.
 pub fn file_order(a: (Dtype, &str), b: (Dtype, &str)) -> std::cmp::Ordering {
     b.0.size().cmp(&a.0.size()).then_with(|| a.1.cmp(b.1))
 }
@@ -386,7 +386,7 @@ mod tests {
         }
 
         #[test]
-        fn what_we_accept_of_a_mutated_file_the_reference_accepts_too(
+        fn every_mutated_file_that_we_accept_the_reference_accepts_too(
             mutations in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4),
             cut in proptest::option::of(any::<proptest::sample::Index>()),
         ) {

@@ -1,4 +1,4 @@
-//! The layout of tensors in files: the safetensors header, and slices as tensors of their own.
+//! The layout of tensors in files: the safetensors header, and slices stored as tensors.
 //!
 //! All code that writes or reads such files builds on this: snapshots, workers, checkpoints, exports, model folders.
 

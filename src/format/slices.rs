@@ -1,12 +1,12 @@
-//! Slices: parts of a tensor as tensors of their own, so that each rank can write the part that it has.
+//! Slices: parts of a tensor stored as tensors, so that each rank can write the part that it has.
 //!
 //! Stored layout: elements `begin..end` of the tensor `name`, counted in row-major order over the whole of it, are a
 //! safetensors tensor of one dimension and `end - begin` elements under the name `name[begin:end]`, in decimal digits.
-//! A whole tensor is no slice: it is stored under its name with its extents, as always. The set of slices, and their
-//! files, depend on the writer; the extents of the whole are the model's.
+//! A whole tensor is not a slice: it is stored under its name with its extents. The set of slices, and their files,
+//! depend on the writer; the extents of the whole are the model's.
 //!
-//! A reader treats files as a stranger's: [`check_cover`] requires that the slices of a tensor hold each of its
-//! elements exactly once, regardless of their number and order.
+//! A reader does not trust files: [`check_cover`] requires that the slices of a tensor hold each of its elements
+//! exactly once, regardless of their number and order.
 
 use std::ops::Range;
 
@@ -15,8 +15,8 @@ pub fn stored_name(name: &str, range: &Range<u64>, len: u64) -> String {
     if *range == (0..len) { name.to_owned() } else { format!("{name}[{}:{}]", range.start, range.end) }
 }
 
-/// Takes a stored name apart: the tensor's name, and the slice if it is one. A name that is not exactly one that
-/// [`stored_name`] makes is a whole tensor's.
+/// Takes a stored name apart: the tensor's name, and the slice if there is one. A name that [`stored_name`] does not
+/// make is a whole tensor's.
 pub fn parse_name(stored: &str) -> (&str, Option<Range<u64>>) {
     let slice = || {
         let (name, range) = stored.strip_suffix(']')?.rsplit_once('[')?;
@@ -28,7 +28,7 @@ pub fn parse_name(stored: &str) -> (&str, Option<Range<u64>>) {
     slice().unwrap_or((stored, None))
 }
 
-/// Checks whether `ranges`, in any order, hold each of `len` elements exactly once; the error says why not.
+/// Checks whether `ranges`, in any order, hold each of `len` elements exactly once; the error gives the reason.
 pub fn check_cover(ranges: impl IntoIterator<Item = Range<u64>>, len: u64) -> Result<(), String> {
     let mut ranges: Vec<Range<u64>> = ranges.into_iter().collect();
     ranges.sort_unstable_by_key(|range| (range.start, range.end));
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_taken_apart_as_they_were_made_and_no_others() {
+    fn only_names_of_slices_are_taken_apart() {
         assert_eq!(stored_name("a.b", &(0..10), 10), "a.b");
         assert_eq!(stored_name("a.b", &(2..10), 10), "a.b[2:10]");
         assert_eq!(parse_name("a.b[2:10]"), ("a.b", Some(2..10)));
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn gaps_overlaps_and_what_lies_outside_are_named() {
+    fn gaps_overlaps_and_slices_outside_are_named() {
         let check = |ranges: &[(u64, u64)], len| check_cover(ranges.iter().map(|&(begin, end)| begin..end), len);
         assert_eq!(check(&[(4, 6), (0, 4)], 6), Ok(()));
         assert_eq!(check(&[], 0), Ok(()));
@@ -88,7 +88,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_cut_covers_and_any_change_of_it_does_not(
+        fn any_cut_covers_a_tensor_and_any_change_of_it_does_not(
             cuts in proptest::collection::btree_set(1_u64..100, 0..8),
             shift in 1_u64..3,
             which in any::<proptest::sample::Index>()

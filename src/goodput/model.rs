@@ -17,7 +17,7 @@ pub struct Costs {
     pub stall_s: f64,
     /// From the order of a save to its `committed` record, seconds.
     pub durable_s: f64,
-    /// From a paid machine's arrival to the first step on it, seconds.
+    /// From the arrival of a paid machine to its first step, seconds.
     pub restart_s: f64,
 }
 
@@ -33,7 +33,7 @@ impl Costs {
     }
 }
 
-/// Warnings before a machine is taken.
+/// Notices before a machine is taken.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Notice {
     /// The share of losses that are announced, 0 to 1.
@@ -71,7 +71,7 @@ impl Lives {
         Self { parts: [(1.0, mean_s), (0.0, mean_s)] }
     }
 
-    /// Lives as recorded of 202 spot machines (p3.2xlarge, four zones, April 2023): many die young, a few grow old.
+    /// Lives as recorded on 202 spot machines (p3.2xlarge, four zones, April 2023): many die young, a few grow old.
     /// Median 0.32 of the mean and coefficient of variation 1.8, as a mean of 2 h with a median of 0.64 h.
     pub const fn spot(mean_s: f64) -> Self {
         Self { parts: [(0.6865, 0.284_85 * mean_s), (0.3135, 2.566_037 * mean_s)] }
@@ -97,7 +97,7 @@ impl Lives {
 /// The expected share of paid time that is training which counts, for saves every `interval_s` seconds of training (or
 /// back to back, if that is longer). `idle_s` is paid waiting for each life, seconds: 0 on one node.
 pub fn goodput(lives: &Lives, costs: &Costs, notice: Notice, interval_s: f64, idle_s: f64) -> f64 {
-    // Nothing is in flight when a life begins: its first save is not delayed.
+    // A life begins without a save in flight, so its first save is not delayed.
     let (first, interval) = (interval_s, costs.feasible(interval_s));
     let segment = interval + costs.stall_s;
     let lag = costs.committed_after_s() - costs.stall_s;
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn spot_lives_are_as_recorded() {
+    fn spot_lives_match_the_recorded_ones() {
         let lives = Lives::spot(2.0);
         let (mut mean, mut square) = (0.0, 0.0);
         for (weight, part) in lives.parts {
@@ -218,9 +218,9 @@ mod tests {
         assert!((lives.survival(12.0) - 0.03).abs() < 0.005, "3 % grew older than 12 h");
     }
 
-    /// The best interval grows as notices save more losses: sqrt(2 δ M / p) for a share p that comes unannounced.
+    /// The best interval grows as notices save more losses: sqrt(2 δ M / p) for a share p of unannounced losses.
     #[test]
-    fn the_best_interval_with_notices_is_the_one_of_the_losses_that_come_unannounced() {
+    fn the_best_interval_with_notices_follows_from_the_unannounced_losses() {
         let (lives, costs) = (Lives::exponential(86_400.0), synchronous(5.0, 60.0));
         for share in [0.0, 0.5, 0.9] {
             let best =
@@ -246,8 +246,8 @@ mod tests {
             let lives = if spot { Lives::spot(mean) } else { Lives::exponential(mean) };
             let costs = Costs { stall_s: stall, durable_s: durable, restart_s: restart };
             let notice = Notice { share, lead_s: lead };
-            // Long enough for all of these costs: saves that can't follow each other so fast would change the interval,
-            // too.
+            // Lives long enough for all of these costs: saves that can't follow each other so fast would change the
+            // interval, too.
             let interval = interval + stall + durable + 2.0 * more;
             let at = |costs| goodput(&lives, &costs, notice, interval, 0.0);
             let found = at(costs);

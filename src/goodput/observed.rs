@@ -1,8 +1,8 @@
 //! Costs and losses observed in a run's journal.
 //!
 //! Records carry the wall clock of the machine that wrote them, which may be wrong by half a century when a machine
-//! starts. So durations that the journal gives by a monotonic clock are trusted; other durations count only as far as
-//! the completed steps account for them.
+//! starts. So the journal's durations by a monotonic clock are trusted; other durations count only as far as the
+//! completed steps account for them.
 
 use jiff::Timestamp;
 
@@ -14,7 +14,7 @@ const SLACK: f64 = 2.0;
 const BESIDE: f64 = 3600.0;
 /// The most time of a generation whose steps can't be counted, seconds.
 const UNKNOWN: f64 = 86_400.0;
-/// Steps that take this many times the median were measured by a clock that was set meanwhile.
+/// A step that takes this many times the median was measured while the clock was being set.
 const SET: f64 = 100.0;
 
 /// Observations on a run, as far as its journal shows.
@@ -22,8 +22,8 @@ const SET: f64 = 100.0;
 pub struct Observed {
     /// Saves that were committed.
     pub saves: u64,
-    /// Median time for which the loop stood still for a save, seconds. Slower steps during copying and uploading are
-    /// not included.
+    /// Median time for which the loop stopped for a save, seconds. Slower steps during copying and uploading are not
+    /// included.
     pub stall_s: Option<f64>,
     /// Median time from the end of a step to its `committed` record, seconds.
     pub durable_s: Option<f64>,
@@ -35,9 +35,9 @@ pub struct Observed {
     /// Time from each `formed` record to the last record of its generation, summed up, seconds: without the waits
     /// between.
     pub trained_s: f64,
-    /// How often machines went away and others, or the same again, continued.
+    /// How often a machine went away and another one, or the same one again, continued.
     pub interruptions: u64,
-    /// Those of them that lost steps, or left no record.
+    /// How many of these lost steps, or left no record.
     pub lossy: u64,
 }
 
@@ -61,7 +61,7 @@ impl Observed {
                 restarts.push(lived_until(formed, first) - first.committed.cost.durable_s - steps * step_s);
             }
             let another = state.formations().get(index + 1).is_some_and(|next| next.reason == FormedReason::Started);
-            // A run that had completed or failed was opened again: nothing was interrupted.
+            // A run that had completed or failed was reopened: nothing was interrupted.
             if another && formed.ended.is_none() {
                 observed.interruptions += 1;
                 observed.lossy += u64::from(ended.is_none_or(|end| end.lost_steps > 0));
@@ -143,7 +143,7 @@ mod tests {
     use super::*;
     use crate::journal::{Entry, Record};
 
-    /// A run whose journal says these records at these seconds.
+    /// A run whose journal has these records at these seconds.
     fn state(records: &[(i64, Value)]) -> RunState {
         let created = include_bytes!("../../tests/fixtures/formats/v1/journal-created.json");
         let created = Entry::decode(created).unwrap();
@@ -170,9 +170,10 @@ mod tests {
                "loss": 1.0, "cost": {"stall_s": stall_s, "copy_s": 0.5, "durable_s": 2.0}})
     }
 
-    /// A second a step; restarts of 30, 10 and 40 s; one loss without a word, one drained, and a worker that died.
+    /// A second a step; restarts of 30, 10 and 40 s; one loss without a final record, one drained, and a worker that
+    /// died.
     #[test]
-    fn a_run_that_was_given_more_steps_was_not_interrupted() {
+    fn a_run_that_gets_more_steps_was_not_interrupted() {
         let story = [
             (0, formed(1, None, "started")),
             (112, committed(100, 1, 0.1)),
@@ -183,9 +184,9 @@ mod tests {
         assert_eq!((found.interruptions, found.lossy, found.trained_s), (0, 0, 113.0));
     }
 
-    /// A machine that comes up in 1970, and hears the time a minute later: before its first commit, or between two.
+    /// A machine that comes up in 1970 and learns the time a minute later: before its first commit, or between two.
     #[test]
-    fn a_clock_that_was_wrong_at_boot_is_not_half_a_century_of_training() {
+    fn a_wrong_clock_at_boot_does_not_count_as_half_a_century_of_training() {
         let before = -1_000_000;
         let late = [
             (before, formed(1, None, "started")),
@@ -195,7 +196,7 @@ mod tests {
         ];
         let found = Observed::of(&state(&late));
         assert_eq!((found.step_s, found.trained_s), (Some(1.0), BESIDE + SLACK * 300.0));
-        // One commit: what a step takes is not known.
+        // With one commit the time of a step is not known.
         assert_eq!(Observed::of(&state(&late[..2])).trained_s, UNKNOWN);
         let between = [
             (before, formed(1, None, "started")),
@@ -220,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_tells_costs_and_losses() {
+    fn a_journal_shows_costs_and_losses() {
         let mut story = vec![
             (0, formed(1, None, "started")),
             (112, committed(100, 1, 0.1)),

@@ -5,7 +5,7 @@ use crate::random::SplitMix64;
 
 /// Lives after which an unfinished job is given up.
 const MOST_LIVES: u64 = 100_000;
-/// Saves of all trials together after which no further trial is begun, and of one trial after which it is given up.
+/// Saves of all trials after which no further trial is begun, and saves of one trial after which it is given up.
 const MOST_SAVES: u64 = 20_000_000;
 /// Replacements during one wait after which a gang counts as never complete.
 const MOST_REPLACED: u32 = 10_000;
@@ -19,19 +19,19 @@ pub struct Job {
     pub nodes: u32,
     /// The times of saves and restarts.
     pub costs: Costs,
-    /// Warnings.
+    /// Notices.
     pub notice: Notice,
 }
 
-/// A run's knowledge when it decides how long to train until the next save.
+/// What a run knows when it decides how long to train until the next save.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Seen {
     /// Saves of this life.
     pub saves: u64,
     /// Time with all machines present, over all lives before this one, seconds.
     pub up_s: f64,
-    /// Lives before this one that ended without warning: work after their last save was lost. One that was announced,
-    /// and drained, is not among them.
+    /// Lives before this one that ended without a notice, so that work after their last save was lost. A life that was
+    /// announced and drained is not counted.
     pub lossy: u64,
 }
 
@@ -48,7 +48,7 @@ pub struct Span {
 
 /// The source of machines.
 pub trait Machines {
-    /// The next time that all are present; `None` if there will be none.
+    /// The next time in which all are present; `None`: there will be none.
     fn next_span(&mut self) -> Option<Span>;
 }
 
@@ -118,13 +118,13 @@ impl Machines for Gang {
 /// Why there is no result: the job does not end on such machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unfinished {
-    /// Hardly any work of a life is kept.
+    /// Hardly any work of a life survives.
     #[error("the job is not done after {MOST_LIVES} machines: they live too short for the restart and the interval")]
     Lives,
     /// Too many saves to simulate.
     #[error("the job is not done after {MOST_SAVES} saves: saves are too frequent for work this long")]
     Saves,
-    /// Never enough machines at once.
+    /// There are never enough machines at once.
     #[error("the trace never has this many nodes at the same time")]
     NoMachines,
 }
@@ -243,10 +243,10 @@ struct Stint {
 fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, warned: bool, left_s: f64) -> Stint {
     let Costs { stall_s, restart_s, .. } = job.costs;
     let committed_after_s = job.costs.committed_after_s();
-    // Training ends here; a save under way may still become durable until the machine is taken.
+    // Training ends here; a save under way may still become durable before the machine is taken.
     let stop = if warned { life_s - job.notice.reserve_s(&job.costs) } else { life_s };
     let (mut now, mut trained_s, mut kept_s) = (restart_s, 0.0, 0.0);
-    // The work that the save in flight holds, and when it counts. No save is ordered meanwhile.
+    // The work in the save in flight, and the time when it counts. No save is ordered meanwhile.
     let (mut in_flight, mut durable_at) = (0.0, restart_s);
     let stint = |trained_s, kept_s, saves| Stint { trained_s, kept_s, saves, used_s: life_s, complete: false };
     loop {
@@ -271,7 +271,7 @@ fn live(job: &Job, policy: &impl Fn(&Seen) -> f64, mut seen: Seen, life_s: f64, 
             if used_s <= life_s {
                 return Stint { trained_s, kept_s: left_s, saves: seen.saves, used_s, complete: true };
             }
-            // The last save was cut off, unless a notice gave it enough time.
+            // The last save was cut off, unless the notice left enough time for it.
             return stint(trained_s, if warned { trained_s } else { kept_s }, seen.saves);
         }
         if seen.saves > MOST_SAVES {
@@ -297,10 +297,11 @@ mod tests {
         simulate(job, policy, gang, trials, 7).unwrap()
     }
 
-    /// Over a grid of lives, costs, notices and intervals the closed form and the lives played agree within 1 %. Seed
+    /// Over a grid of lives, costs, notices and intervals the closed form and the simulated lives agree within 1 %.
+    /// Seed 7.
     /// 7.
     #[test]
-    fn the_model_and_the_lives_played_agree_within_one_percent() {
+    fn the_model_and_the_simulated_lives_agree_within_one_percent() {
         let mut worst = 0.0_f64;
         for lives in [Lives::exponential(HOUR), Lives::exponential(8.0 * HOUR), Lives::spot(2.0 * HOUR)] {
             for costs in [
@@ -378,10 +379,10 @@ mod tests {
         assert_eq!(with(1.0, 19.0).goodput, none.goodput, "no save fits into 19 s");
     }
 
-    /// For the agent, a drained loss is no reason to save more often, and the simulation does the same: if every loss
-    /// is announced, a policy only ever sees time.
+    /// For the agent a drained loss is no reason to save more often. The simulation does the same: if every loss is
+    /// announced, a policy sees only time.
     #[test]
-    fn losses_that_were_announced_are_not_seen_as_losses() {
+    fn announced_losses_do_not_count_as_losses() {
         let costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };
         let seen_at_last = |share, lead_s| {
             let job = Job { work_s: 200.0 * HOUR, nodes: 1, costs, notice: Notice { share, lead_s } };
@@ -397,15 +398,14 @@ mod tests {
         assert!(seen.lossy == 0 && interruptions > 50.0 && seen.up_s > 100.0 * HOUR, "{seen:?} {interruptions}");
         let (seen, interruptions) = seen_at_last(0.5, 120.0);
         assert!(0.3 < seen.lossy as f64 / interruptions && (seen.lossy as f64) < 0.7 * interruptions, "{seen:?}");
-        // No word, or none that a save fits into: each is one.
+        // Without a notice, or with one too short for a save, each counts.
         for (share, lead_s) in [(0.0, 120.0), (1.0, 9.0)] {
             let (seen, interruptions) = seen_at_last(share, lead_s);
             assert_eq!(seen.lossy as f64, interruptions, "{share} {lead_s}");
         }
     }
 
-    /// Losses that take all nodes replace those that had proved themselves by young ones, and all must wait for the
-    /// last.
+    /// Losses that take all nodes replace proven nodes by young ones, and all nodes must wait for the last.
     #[test]
     fn losses_that_take_all_nodes_hurt() {
         let costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };
@@ -420,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn jobs_that_can_not_end_are_given_up() {
+    fn jobs_that_cannot_end_are_given_up() {
         let costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };
         let job = |nodes| Job { work_s: 1e6, nodes, costs, notice: Notice::NONE };
         let gang = |nodes, wait| move |_| Gang::new(Lives::exponential(1.0), nodes, wait, 0.0, 1);

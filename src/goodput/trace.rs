@@ -2,10 +2,10 @@
 //!
 //! Two formats. JSON, as published with SkyPilot's spot traces: `{"metadata":{"gap_seconds":g},"data":[n, n, …]}`, the
 //! machines available at every g seconds. CSV, as published with Bamboo: `milliseconds,add|remove,node` per line, in
-//! order of time. A gang of n nodes is up while there are n; with counts a drop below n interrupts it (its own nodes
-//! are taken to be the last to go), with names the loss of one of its own does, and the node that has been there
-//! longest takes its place. Spares are not paid for. A trace is read to its end and then once more from its start: its
-//! end counts as a loss. Nothing is stored; a file is read up to [`MAX_BYTES`].
+//! order of time. A gang of n nodes is up while there are n. With counts, a drop below n interrupts it (its own nodes
+//! are assumed to go last). With names, the loss of one of its own nodes interrupts it, and the node that has been
+//! present longest takes the place. Spares are not paid for. A trace is read to its end and then once more from its
+//! start: its end counts as a loss. Nothing is stored; a file is read up to [`MAX_BYTES`].
 
 use std::{
     fs::File,
@@ -82,7 +82,7 @@ struct Metadata {
 }
 
 impl Trace {
-    /// Reads a file as `nodes` nodes would have met it.
+    /// Reads a file: what `nodes` nodes would have experienced.
     pub fn read(path: &Path, nodes: u32) -> Result<Self, TraceError> {
         let read = |source| TraceError::Read { path: path.to_owned(), source };
         let mut bytes = Vec::new();
@@ -125,7 +125,7 @@ impl Trace {
     }
 
     fn of_changes(text: &str, nodes: u32) -> Result<Self, String> {
-        // The machines present, the longest there first: the first `nodes` are the gang.
+        // The machines present, the oldest first: the first `nodes` are the gang.
         let mut there: Vec<&str> = Vec::new();
         let (mut up, mut up_since, mut now) = (Vec::new(), None, 0.0);
         let mut first = None;
@@ -185,7 +185,7 @@ impl Trace {
         self.mean_life_s() * self.up.len() as f64 / self.length_s
     }
 
-    /// Its machines, over and over. Trial 0 of `trials` begins at its start, each other one at another life.
+    /// Its machines, over and over. Trial 0 of `trials` begins at its start, every other trial at another life.
     pub fn machines(&self, trial: u32, trials: u32) -> impl Machines {
         let first = (u64::from(trial) * self.up.len() as u64 / u64::from(trials.max(1))) as usize;
         let offset_s = if first == 0 { 0.0 } else { -self.up[first].0 };
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_are_read_as_times_in_which_all_nodes_are_there() {
+    fn counts_become_times_in_which_all_nodes_are_present() {
         let text = br#"{"metadata":{"gap_seconds":10.0,"zone":"x"},"data":[1,2,3,1,0,2]}"#;
         let two = Trace::parse(text, 2).unwrap();
         assert_eq!(two, Trace { up: vec![(10.0, 30.0), (50.0, 60.0)], length_s: 60.0 });
@@ -231,16 +231,17 @@ mod tests {
         assert_eq!(Trace::parse(text, 1).unwrap().up, [(0.0, 40.0), (50.0, 60.0)]);
     }
 
-    /// a and b are the gang; c takes b's place at once; when a and c go at one moment only d is left, until e comes.
+    /// a and b are the gang; c takes b's place at once. When a and c go at the same moment only d is left, until e
+    /// comes.
     #[test]
-    fn changes_are_read_as_the_lives_of_the_nodes_that_are_there_longest() {
+    fn changes_become_the_lives_of_the_nodes_present_longest() {
         let text = "1000,add,a\n2000,add,b\n3000,add,c\n5000,remove,b\n6000,add,d\n7000,remove,a\n7000,remove,c\n\n9000,add,e\n9500,add,f\n9700,remove,f\n9900,add,g\n";
         let trace = Trace::parse(text.as_bytes(), 2).unwrap();
         assert_eq!(trace, Trace { up: vec![(1.0, 4.0), (4.0, 6.0), (8.0, 8.9)], length_s: 8.9 });
     }
 
     #[test]
-    fn what_is_wrong_is_said_with_its_line() {
+    fn an_error_names_its_line() {
         for (text, said) in [
             (" \n", "empty"),
             ("{\"metadata\":{\"gap_seconds\":60},\n\"data\":[1,-1]}", "line 2"),
@@ -276,7 +277,7 @@ mod tests {
     /// Life 3, at 300–400: orders at 340 and 375: 180 s kept. Life 4, at 450–550: 20 s left, done at 480, committed at
     /// 490.
     #[test]
-    fn a_replay_by_hand_comes_to_the_same() {
+    fn a_replay_matches_one_by_hand() {
         let trace = Trace { up: vec![(0.0, 100.0), (150.0, 250.0)], length_s: 300.0 };
         let costs = Costs { stall_s: 5.0, durable_s: 10.0, restart_s: 10.0 };
         let job = Job { work_s: 200.0, nodes: 1, costs, notice: Notice::NONE };
@@ -291,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_there_or_too_long_is_named() {
+    fn a_missing_or_too_long_file_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.json");
         assert!(Trace::read(&path, 1).unwrap_err().to_string().contains("trace.json"));

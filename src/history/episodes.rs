@@ -11,7 +11,7 @@ use crate::{
     journal::{Drain, Formation, FormedReason, Interruption, Means, RunState},
 };
 
-/// How a generation ended before the run was done.
+/// How a generation ended before the run was complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum How {
@@ -58,7 +58,7 @@ pub struct Episode<'a> {
     pub node: &'a NodeId,
     /// How it ended.
     pub how: How,
-    /// When it ended; of one that vanished, its last sign of life.
+    /// When it ended; if it vanished, its last sign of life.
     pub at: Timestamp,
     /// The last finished step, if recorded.
     pub step: Option<Step>,
@@ -104,8 +104,8 @@ pub fn total<'a>(state: &'a RunState, episodes: &[Episode<'_>]) -> Total<'a> {
     }
 }
 
-/// Every generation that ended before the run was done, the oldest first. The last one, if it has not recorded its end,
-/// may still be at work: it is not included.
+/// Every generation that ended before the run was complete, the oldest first. The last one, if it has not recorded its
+/// end, may still be at work: it is not included.
 pub fn episodes(state: &RunState) -> Vec<Episode<'_>> {
     let formations = state.formations();
     let mut episodes = Vec::new();
@@ -164,8 +164,8 @@ fn episode<'a>(
     }
 }
 
-/// How long the planned save was expected to take, and took, from when it was planned: the time before, which may have
-/// been used for training, does not belong to the save. `None`: nothing was expected, or the journal does not say when.
+/// How long the planned save was expected to take, and took, counted from the plan: the time before it, which may have
+/// been used for training, does not belong to the save. `None`: no time was expected, or the journal does not say when.
 pub fn carried_out(drain: &Drain) -> Option<(f64, Option<f64>)> {
     let planned = drain.planned_s?;
     let expected = drain.predicted_s.map(|at| at - planned).filter(|expected| *expected > 0.0)?;

@@ -39,12 +39,12 @@ pub async fn read(root: &Store, run_id: &RunId) -> Result<RunState> {
 pub async fn choose(root: &Store, run_id: &RunId, step: Option<Step>) -> Result<(Store, Committed)> {
     let state = read(root, run_id).await?;
     let folder = root.folder(run_id.as_str());
-    // By default only checkpoints of the run's current line; by name also those that it has turned away from.
+    // By default only checkpoints of the run's current line; by step also those that it abandoned.
     let checkpoints = if step.is_some() { state.good() } else { state.candidates() };
     let candidates: Vec<Committed> = checkpoints.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect();
     if candidates.is_empty() {
         return Err(Error::new(Kind::Usage, format!("run {run_id} has no checkpoint yet"))
-            .with_hint(format!("`trainer status --run-id {run_id}` shows how far it is")));
+            .with_hint(format!("`trainer status --run-id {run_id}` shows its progress")));
     }
     let outcome = catalog::newest_usable(&folder, &candidates, step).await?;
     for damage in outcome.stepped_over {
@@ -53,7 +53,7 @@ pub async fn choose(root: &Store, run_id: &RunId, step: Option<Step>) -> Result<
     let (committed, _) = outcome.found.ok_or_else(|| {
         let what = format!("none of the {} checkpoints of run {run_id} is usable", candidates.len());
         Error::new(Kind::Data, what)
-            .with_hint(format!("look at them from another machine: trainer verify --run-id {run_id} --all --deep"))
+            .with_hint(format!("run `trainer verify --run-id {run_id} --all --deep` on another machine"))
     })?;
     Ok((folder, committed))
 }
@@ -64,13 +64,13 @@ pub fn monthly_cost(state: &RunState, bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30) * config(state).checkpoint.price_per_gib_month
 }
 
-/// The status of a run, as far as its journal knows.
+/// The status of a run, according to its journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Standing {
     /// No workers have been started yet.
     Created,
-    /// A generation was formed and has not ended; whether its machine still lives the journal can't know.
+    /// A generation was formed and has not ended. The journal can't know whether its machine is still alive.
     InProgress,
     /// Ended before the last step; to be resumed.
     Interrupted,
@@ -103,7 +103,7 @@ impl Standing {
         }
     }
 
-    /// Whether nothing more happens by itself.
+    /// Whether the run stays as it is until a person acts.
     pub fn is_end(self) -> bool {
         !matches!(self, Self::Created | Self::InProgress)
     }
@@ -156,7 +156,7 @@ impl<'a> From<&'a journal::Interruption> for Interruption<'a> {
     }
 }
 
-/// The configuration as it is now, with every change of a resume.
+/// The current configuration, with the changes of every resume.
 pub fn config(state: &RunState) -> RunConfig {
     // A setting accepted once is accepted again; if this version disagrees, the run's original configuration is shown.
     config::apply_overrides(state.config(), &state.overrides()).unwrap_or_else(|_| state.config().clone())
@@ -179,7 +179,7 @@ pub fn lost_steps(state: &RunState) -> u64 {
     state.interruptions().iter().map(|end| end.lost_steps).sum()
 }
 
-/// How often workers were started again because one had died.
+/// How often workers were restarted because one had died.
 pub fn worker_restarts(state: &RunState) -> u64 {
     state.formations().iter().filter(|formed| formed.reason == FormedReason::WorkerDied).count() as u64
 }
@@ -284,7 +284,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_journal_is_read_as_a_story() {
+    fn a_journal_becomes_a_story() {
         let state = state(story());
         assert_eq!(Standing::of(&state), Standing::InProgress);
         assert_eq!(super::config(&state).train.steps, 500);
@@ -293,12 +293,12 @@ pub(crate) mod tests {
             state.checkpoints().iter().map(|c| (c.committed.step.get(), Checkpoint::from(c).status)).collect();
         assert_eq!(statuses, [(10, "pruned"), (20, "good"), (30, "damaged"), (25, "good")]);
         assert_eq!(Checkpoint::from(&state.checkpoints()[2]).damage, Some("x is short"));
-        // Step 34 was reached by a generation that the run has turned away from.
+        // A generation that the run abandoned reached step 34.
         assert_eq!(last_step(&state), Some(Step(25)));
     }
 
     #[test]
-    fn ends_are_told_apart() {
+    fn the_kinds_of_endings_differ() {
         let ended = |last| state(vec![created(), formed(1, None, &[]), committed(9, 1), last]);
         let (generation, step) = (Generation(1), Step(12));
         let completed = ended(Record::Completed { generation, step: Step(9), loss: 1.0 });

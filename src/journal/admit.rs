@@ -6,7 +6,7 @@ use super::{
 };
 use crate::ids::{Generation, NodeId};
 
-/// The reason why a record may not be appended.
+/// The reason to refuse a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// The writer's generation is not the newest any more.
@@ -20,23 +20,23 @@ pub enum Refusal {
     Wrong(String),
 }
 
-/// Checks whether `record` may be the next one, written by a node that holds (has formed) the generation `held`.
+/// Checks whether `record` may be the next one, written by a node that holds (has formed) generation `held`.
 ///
-/// 1. A writer that holds an older generation than the newest is fenced, whatever it writes; so is a record that speaks
-///    for an older generation.
-/// 2. Only the holder of the newest generation may write `committed`, `completed` and `failed`. Anybody may write
+/// 1. A writer that holds an older generation than the newest is fenced, whatever it writes; so is a record on behalf
+///    of an older generation.
+/// 2. Only the holder of the newest generation may write `committed`, `completed` and `failed`. Any node may write
 ///    `notice` and `interrupted` for the newest generation, `damaged`, `cleared`, `pruned` (of one or of many), and
 ///    `formed`.
 /// 3. A (step, generation) pair is committed once. Generations rise. `created` is the first record only.
-/// 4. After `completed` or `failed` only `damaged`, `cleared`, `pruned` and `formed` come.
+/// 4. 4. After `completed` or `failed`, only `damaged`, `cleared`, `pruned` and `formed` may follow.
 /// 5. A generation resumes from a good checkpoint, or from the beginning if nothing was ever committed: no run starts
 ///    over because its checkpoints are damaged. It has nodes and workers.
 /// 6. The newest good checkpoint is not pruned, nor the one that the newest generation resumed from while the run is
 ///    open.
 /// 7. A run completes at a step that is its newest good checkpoint.
-/// 8. A good checkpoint is condemned (`damaged`) only while another one of the run as it stands is good, and never the
-///    one most recently read as whole ([`RunState::spared`]). `cleared` withdraws a verdict; a pruned checkpoint can't
-///    be cleared.
+/// 8. A good checkpoint is condemned (`damaged`) only while another one on the run's current line is good, and never
+///    the one most recently read as whole ([`RunState::spared`]). `cleared` withdraws a verdict; a pruned checkpoint
+///    can't be cleared.
 pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Result<(), Refusal> {
     let wrong = |reason: String| Err(Refusal::Wrong(reason));
     let speaks_for = match record {
@@ -73,7 +73,7 @@ pub fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Res
     match record {
         Record::Formed { roster, world_size, resume, .. } => {
             if roster.is_empty() || world_size.get() == 0 {
-                return wrong("a generation has nodes and workers".into());
+                return wrong("a generation needs nodes and workers".into());
             }
             if resume.is_none() && !state.checkpoints().is_empty() {
                 return wrong("the run has checkpoints and would start over from the beginning".into());

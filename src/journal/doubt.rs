@@ -1,4 +1,4 @@
-//! Verdicts on checkpoints, and what spares one: one machine's doubt must not cost a run its whole checkpoints.
+//! Verdicts on checkpoints, and the rules that spare one: one machine's doubt must not cost a run its good checkpoints.
 
 use jiff::Timestamp;
 
@@ -19,8 +19,8 @@ pub struct Clearance {
 }
 
 impl RunState {
-    /// The good checkpoint most recently read as whole, as far as records show: one that was cleared, or one that a
-    /// generation resumed from which has trained since.
+    /// The good checkpoint most recently read as whole, according to the records: one that was cleared, or one that a
+    /// generation resumed from and then trained.
     pub fn last_verified(&self) -> Option<ResumePoint> {
         let is_good = |point: &ResumePoint| {
             self.checkpoint(point.step, point.generation).is_some_and(|c| c.status == CheckpointStatus::Good)
@@ -34,14 +34,14 @@ impl RunState {
         cleared.into_iter().chain(loaded).max_by_key(|(number, _)| *number).map(|(_, point)| point)
     }
 
-    /// Whether a generation went on from the checkpoint that it resumed from: so it had loaded it.
+    /// Whether a generation trained on from its resume point: so it had loaded that checkpoint.
     fn has_trained(&self, formed: &Formation, from: &ResumePoint) -> bool {
         let generation = formed.generation;
         self.checkpoints().of(generation).next().is_some()
             || self.interruptions().iter().rev().any(|end| end.generation == generation && end.step > from.step)
     }
 
-    /// Why a good checkpoint must not be condemned, whatever one machine has found; `None`: it may be.
+    /// Why a good checkpoint must not be condemned, whatever one machine has found; `None`: it may be condemned.
     pub fn spared(&self, point: &ResumePoint) -> Option<&'static str> {
         let is_good = |c: &super::Checkpoint| c.status == CheckpointStatus::Good;
         if !self.checkpoint(point.step, point.generation).is_some_and(is_good) {
@@ -52,6 +52,6 @@ impl RunState {
         if self.good().len() == 1 || (line.len() == 1 && line.iter().any(is_it)) {
             return Some("it is the last good checkpoint");
         }
-        (self.last_verified().as_ref() == Some(point)).then_some("no other was read whole since it was")
+        (self.last_verified().as_ref() == Some(point)).then_some("no other checkpoint was read whole after it")
     }
 }

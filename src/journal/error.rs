@@ -39,7 +39,7 @@ pub enum JournalError {
     Garbled {
         /// The object.
         object: String,
-        /// What it is instead.
+        /// What the object is instead.
         reason: String,
         /// Whether no record follows it.
         last: bool,
@@ -76,9 +76,9 @@ pub enum JournalError {
         /// The newest generation.
         generation: Generation,
     },
-    /// A checkpoint was committed, damaged, cleared or pruned, or the run ended, while a generation was about to be
-    /// formed: choose its resume point again from the current state.
-    #[error("the run went on while generation {generation} was about to be formed: {what}")]
+    /// A checkpoint was committed, damaged, cleared or pruned, or the run ended, just before a generation was formed:
+    /// choose its resume point again from the current state.
+    #[error("the run changed just before generation {generation} was formed: {what}")]
     Moved {
         /// The generation that was not formed.
         generation: Generation,
@@ -94,7 +94,7 @@ pub enum JournalError {
         reason: String,
     },
     /// The task that owns the journal has ended, which it does only when it panics.
-    #[error("nobody writes the journal any more")]
+    #[error("the task that writes the journal has ended")]
     NoWriter,
     /// The store failed. After an append the outcome is unknown; appending the same record again settles it.
     #[error(transparent)]
@@ -120,25 +120,20 @@ impl Explain for JournalError {
     fn hint(&self) -> Option<String> {
         match self {
             Self::Exists { run_id, .. } => {
-                Some(format!("carry it on with trainer resume --run-id {run_id}, or choose another id"))
+                Some(format!("continue it with `trainer resume --run-id {run_id}`, or choose another id"))
             }
-            Self::NoSuchRun { .. } => Some(
-                "`trainer runs --store URI` lists the runs of a store; check --store and \
-                --run-id"
-                    .into(),
-            ),
+            Self::NoSuchRun { .. } => {
+                Some("check --run-id and --store; `trainer runs --store URI` lists the runs of a store".into())
+            }
             Self::Newer { .. } => Some(
-                "install the version of trainer that wrote it, or a newer one; `trainer \
-                --version` shows this one's"
-                    .into(),
+                "install the version of trainer that wrote it, or a newer one; `trainer --version` shows yours".into(),
             ),
             Self::Damaged { object, .. } | Self::Garbled { object, last: false, .. } => {
                 Some(format!("nothing has been changed; {}", restore(object)))
             }
             Self::Garbled { object, last: true, .. } => Some(format!(
-                "nothing has been changed; {}. If there is none: this is the newest record, and the run goes on from \
-                the one before it once it \
-                 is out of the way. While no trainer works on this run: `{}`",
+                "nothing has been changed; {}. If there is no copy, move this newest record away while no trainer \
+                works on this run: `{}`. The run then continues from the record before it",
                 restore(object),
                 aside(object)
             )),
@@ -147,11 +142,11 @@ impl Explain for JournalError {
                     .into(),
             ),
             Self::Fenced { .. } | Self::Overtaken { .. } => Some(
-                "the other node carries this run on: `trainer status` shows how far it is, and nothing is to be \
-                    done here"
+                "the other node continues this run: `trainer status` shows its progress, and there is nothing to do \
+                here"
                     .into(),
             ),
-            Self::Moved { .. } => Some("type the same command again".into()),
+            Self::Moved { .. } => Some("run the same command again".into()),
             Self::Storage(error) => error.hint(),
             Self::Refused { .. } | Self::NoWriter | Self::Injected(_) => None,
         }
@@ -182,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_has_a_record_that_is_none_hears_what_to_type() {
+    fn a_garbled_record_comes_with_the_command_to_type() {
         let hint = |object: &str, last| {
             let garbled = JournalError::Garbled { object: object.into(), reason: "is nothing".into(), last };
             garbled.hint().unwrap()

@@ -23,7 +23,7 @@ use crate::{
     storage::{CreateOutcome, StorageError, Store},
 };
 
-/// Runs checked at once.
+/// Runs checked at a time.
 const RUNS_AT_ONCE: usize = 16;
 
 /// A new generation to be formed; see [`Record::Formed`].
@@ -43,7 +43,7 @@ pub struct Formed {
     pub data: Option<DatasetId>,
 }
 
-/// An append that was begun but whose outcome is not known.
+/// An append that was begun and whose outcome is unknown.
 #[derive(Debug)]
 struct Unsettled {
     entry: Entry,
@@ -101,7 +101,7 @@ impl Journal {
         Ok(Self::new(store, node, state))
     }
 
-    /// The same, if `state` was read from there before: reads on.
+    /// The same, continuing from a `state` that was read from there before.
     pub async fn follow(store: Store, node: NodeId, state: RunState) -> Result<Self, JournalError> {
         let mut journal = Self::new(store, node, state);
         journal.refresh().await?;
@@ -135,7 +135,7 @@ impl Journal {
     /// Appends a record other than `created` and `formed`; returns its number.
     ///
     /// [`JournalError::Fenced`]: another generation was formed since; stop. [`JournalError::Storage`]: it is not known
-    /// whether the record stands; appending the same record again settles it, without writing it twice. A `committed`
+    /// whether the record exists; appending the same record again settles it, without writing it twice. A `committed`
     /// is the same if it names the same manifest.
     pub async fn append(&mut self, record: Record) -> Result<u64, JournalError> {
         if matches!(record, Record::Created { .. } | Record::Formed { .. }) {
@@ -145,8 +145,8 @@ impl Journal {
         self.append_if(record, |_, _| Ok(())).await
     }
 
-    /// Appends the record that `make` builds from the state before it: it is built anew if a `committed` came in
-    /// between. So no record of lost steps contradicts a commit whose answer was late.
+    /// Appends the record that `make` builds from the state before it. If a `committed` comes in between, the record is
+    /// built again. So no record of lost steps contradicts a commit whose answer was late.
     pub async fn append_made(&mut self, make: impl Fn(&RunState) -> Record) -> Result<u64, JournalError> {
         loop {
             let record = make(&self.state);
@@ -164,7 +164,7 @@ impl Journal {
         }
     }
 
-    /// The commit begun last, if it is not known whether it stands.
+    /// The commit begun last, if its fate is unknown.
     pub fn doubtful(&self) -> Option<&Committed> {
         match &self.unsettled {
             Some(Unsettled { entry: Entry { record: Record::Committed(committed), .. }, number: None }) => {
@@ -176,7 +176,7 @@ impl Journal {
 
     /// Forms the next generation, which fences all older ones; this node holds it from then on.
     ///
-    /// `formed` is chosen from [`state`](Self::state) as it stands at the call. If the run has gone on meanwhile, the
+    /// `formed` is chosen from [`state`](Self::state) as it is at the call. If the run has changed meanwhile, the
     /// choice may be wrong, and nothing is formed: [`JournalError::Overtaken`] if another node formed a generation
     /// (look at its heartbeat), [`JournalError::Moved`] if a checkpoint came or went, or the run ended (choose again).
     /// The state is up to date after either.
@@ -211,7 +211,7 @@ impl Journal {
     }
 
     /// Appends `record` at the first free number, as long as the rules admit it there and `still_right` accepts every
-    /// record that unexpectedly came before it.
+    /// record that came before it unexpectedly.
     async fn append_if(
         &mut self,
         record: Record,
@@ -263,7 +263,7 @@ impl Journal {
     }
 
     /// The number of the record that has committed the very manifest of `record`. A manifest is created once and
-    /// carries its attempt, so this is the same commit; a repeated save differs only in its times.
+    /// carries its attempt, so it is the same commit; a repeated save differs only in its times.
     fn committed_as(&self, record: &Record) -> Option<u64> {
         let Record::Committed(wanted) = record else { return None };
         let stands = self.state.checkpoint(wanted.step, wanted.generation)?;
@@ -280,7 +280,7 @@ impl Journal {
         Ok(number)
     }
 
-    /// Starts writing the summaries that are due now that all records before `next` stand. Nothing waits for that.
+    /// Starts writing the summaries that are due when all records before `next` exist. Nothing waits for that.
     fn sum_up(&mut self, next: u64) {
         // The next summary makes up for any that were skipped meanwhile, or failed.
         if self.summary.as_ref().is_none_or(JoinHandle::is_finished)
@@ -290,7 +290,7 @@ impl Journal {
         }
     }
 
-    /// Waits for a summary that is being written, but not longer than `patience`: for a process that is about to end.
+    /// Waits for a summary that is being written, at most `patience`: for a process that is about to end.
     pub async fn summed_up(&mut self, patience: Duration) {
         if let Some(mut summary) = self.summary.take()
             && tokio::time::timeout(patience, &mut summary).await.is_err()
@@ -305,7 +305,7 @@ impl Journal {
         Self { store, ..self }
     }
 
-    /// Applies the next record as it was read; returns it. One that contradicts those before it is read once more.
+    /// Applies the next record as read, and returns it. A record that contradicts those before it is read once more.
     async fn apply_read(&mut self, entry: Entry, body: Bytes) -> Result<Entry, JournalError> {
         let number = self.state.next();
         let Err(error) = self.apply(entry.clone(), body.clone()) else { return Ok(entry) };
@@ -314,7 +314,7 @@ impl Journal {
         Ok(entry)
     }
 
-    /// Applies the next record, and notes if it is one of ours that had been given up.
+    /// Applies the next record, and notes if it is one of ours that was given up.
     fn apply(&mut self, entry: Entry, body: Bytes) -> Result<(), JournalError> {
         let number = self.state.next();
         let ours = self.unsettled.as_ref().is_some_and(|unsettled| unsettled.entry.attempt == entry.attempt);

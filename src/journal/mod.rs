@@ -9,16 +9,16 @@
 //! Invariants
 //! - **One order.** A record is appended by creating the next number, which succeeds for one writer only, and only
 //!   after the writer has read every record before it. So each record was admitted against exactly the state before it.
-//! - **Fencing.** A generation exists when its `formed` record stands. From then on a writer that formed an older one
+//! - **Fencing.** A generation exists once its `formed` record does. From then on a writer that formed an older one
 //!   finds its number taken, reads the newer `formed`, and gets [`JournalError::Fenced`]. Two writers can't both
 //!   commit.
-//! - **No clock, no listing, no heartbeat** decides anything here; `at` is for people.
+//! - - **No clock, listing or heartbeat** decides anything here; `at` is for people.
 //! - A record that breaks these rules is not accepted when it is read, either: [`JournalError::Damaged`] names the
 //!   object.
 //!
-//! Crash: a record stands or does not. Retry: an append whose answer was lost is ours if our attempt id is in the body;
+//! Crash: a record exists or does not. Retry: an append whose answer was lost is ours if our attempt id is in the body;
 //! after an error, appending the same record again settles it and never writes it twice. Cancel: dropping an append is
-//! like losing its answer. A request that was given up may still land later; then the record stands, so the objects
+//! like losing its answer. A request that was given up may still arrive later; then the record exists, so the objects
 //! that a failed `committed` names must not be deleted without asking the journal again.
 
 mod admit;

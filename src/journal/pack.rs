@@ -6,9 +6,9 @@
 //! checkpoint. Numbers with a fixed width are little-endian; the others are LEB128, signed ones zigzag. Times, steps,
 //! generations and sizes are differences to the row before. A block is self-contained.
 //!
-//! Invariant: the result of [`pack`] has been unpacked again and equals, row for row, the stored bytes: a record whose
-//! JSON this program would spell differently, or with a field that it does not know, is kept as it is. Only the attempt
-//! id of a row with tag 1 or 2 is left out; nothing needs it once a record is read.
+//! Invariant: the result of [`pack`] has been unpacked again and equals, row for row, the stored bytes: a record that
+//! this program would spell differently, or that has a field it does not know, is kept as it is. Only the attempt id of
+//! a row with tag 1 or 2 is left out; nothing needs it once a record is read.
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -23,13 +23,13 @@ use crate::{
 const VERBATIM: u8 = 0;
 const COMMITTED: u8 = 1;
 const PRUNED: u8 = 2;
-/// Before the rows: their length and their checksum.
+/// The length and the checksum before the rows.
 const HEAD: usize = 12;
 
 /// One packed record.
 #[derive(Debug)]
 pub(super) struct Row {
-    /// Of the bytes in the store.
+    /// The checksum of the bytes in the store.
     pub crc64: Crc64,
     pub entry: Entry,
 }
@@ -43,7 +43,7 @@ pub(super) enum Unreadable {
     Garbled(&'static str),
 }
 
-/// The values that differences are counted from.
+/// The base of the differences.
 #[derive(Default)]
 struct Before {
     at: i128,
@@ -89,7 +89,7 @@ pub(super) fn pack<'a>(records: impl Iterator<Item = (&'a Entry, &'a Bytes)> + C
     let mut read = unpack(&block).ok()?.into_iter();
     for (entry, _) in records {
         let again = Entry { attempt: entry.attempt.clone(), ..read.next()?.entry };
-        // As text: no two floats that are no numbers are equal.
+        // As text, because a float that is not a number equals nothing.
         if serde_json::to_vec(&again).ok()? != serde_json::to_vec(entry).ok()? {
             return None;
         }
@@ -176,10 +176,10 @@ pub(super) fn unpack(block: &[u8]) -> Result<Vec<Row>, Unreadable> {
     let (length, sum) = (u32::from_le_bytes(head.array()?), Crc64(u64::from_le_bytes(head.array()?)));
     let rows = head.take(length as usize)?;
     if !head.0.is_empty() {
-        return Err(Unreadable::Garbled("a block has another length than it says"));
+        return Err(Unreadable::Garbled("a block's length is not the recorded one"));
     }
     if Crc64::of(rows) != sum {
-        return Err(Unreadable::Garbled("a block has another checksum than it says"));
+        return Err(Unreadable::Garbled("a block's checksum is not the recorded one"));
     }
     let (mut rows, mut before, mut found) = (Reader(rows), Before::default(), Vec::new());
     let attempt = no_attempt()?;
@@ -189,11 +189,11 @@ pub(super) fn unpack(block: &[u8]) -> Result<Vec<Row>, Unreadable> {
         if tag == VERBATIM {
             let body = rows.bytes()?;
             if Crc64::of(body) != crc64 {
-                return Err(Unreadable::Garbled("a record in it has another checksum than it says"));
+                return Err(Unreadable::Garbled("a record's checksum is not the recorded one"));
             }
             let entry = Entry::decode(body).map_err(|error| match error {
                 InvalidEntry::Newer { .. } => Unreadable::Newer,
-                InvalidEntry::Garbled(_) => Unreadable::Garbled("a record in it is not one"),
+                InvalidEntry::Garbled(_) => Unreadable::Garbled("a record in it is malformed"),
             })?;
             before.at = entry.at.as_nanosecond();
             before.node = Some(entry.node.clone());
@@ -204,7 +204,7 @@ pub(super) fn unpack(block: &[u8]) -> Result<Vec<Row>, Unreadable> {
         let at = Timestamp::from_nanosecond(before.at).map_err(|_| Unreadable::Garbled("a time is out of range"))?;
         let node = rows.text()?;
         if !node.is_empty() {
-            before.node = Some(NodeId::new(node).map_err(|_| Unreadable::Garbled("a node id is none"))?);
+            before.node = Some(NodeId::new(node).map_err(|_| Unreadable::Garbled("a node id is malformed"))?);
         }
         let node = before.node.clone().ok_or(Unreadable::Garbled("a record has no node"))?;
         let step = Step(rows.difference(&mut before.step)?);
@@ -261,7 +261,7 @@ impl<'a> Reader<'a> {
     }
 
     fn text(&mut self) -> Result<&'a str, Unreadable> {
-        std::str::from_utf8(self.bytes()?).map_err(|_| Unreadable::Garbled("a text is none"))
+        std::str::from_utf8(self.bytes()?).map_err(|_| Unreadable::Garbled("a text is malformed"))
     }
 
     fn float(&mut self) -> Result<f64, Unreadable> {

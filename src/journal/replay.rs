@@ -1,7 +1,7 @@
 //! Reading a journal from its first record to its end, with as few requests as possible: through summaries, then record
 //! by record.
 //!
-//! Where the end is: a writer creates a record only after it has read, or created, the one before it. So the first free
+//! Finding the end: a writer creates a record only after it has read, or created, the one before it. So the first free
 //! number is the end, unless an object was lost. A lost object must not pass for the end: a record appended there would
 //! contradict those behind it.
 //! - A journal of fewer than [`PAGE`] objects is listed whole: every gap in it is an error, however wide.
@@ -62,7 +62,8 @@ async fn replay_once(store: &Store, run_id: &RunId, spans: Spans) -> Result<RunS
             stretch = spans.first();
             continue;
         }
-        // None begins here. Earlier writers without summaries may have left out many: ask for them ever more seldom.
+        // None begins here. Earlier writers without summaries may have left out many: look for them at growing
+        // distances.
         let next = replay.state.next();
         if !replay.records((next / stretch + 1) * stretch).await? {
             break;
@@ -81,9 +82,9 @@ pub async fn audit(store: &Store, run_id: &RunId) -> Result<usize, JournalError>
 
 /// The same with summaries of these lengths.
 pub(super) async fn audit_by(store: &Store, run_id: &RunId, spans: Spans) -> Result<usize, JournalError> {
-    // No summary is final here, so all blocks stay.
+    // Nothing is final here, so all blocks stay.
     let whole = Spans(if spans == SPANS { &[16, u64::MAX] } else { &[2, u64::MAX] });
-    // First: summaries written later may hold records that are not read here.
+    // This comes first: summaries written later may hold records that are not read here.
     let summaries = store.list(layout::SUMMARIES).await?;
     let mut replay = Replay::begin(store, run_id, whole).await?;
     replay.records(u64::MAX).await?;
@@ -98,18 +99,19 @@ pub(super) async fn audit_by(store: &Store, run_id: &RunId, spans: Spans) -> Res
             continue;
         }
         let disagrees = |reason: &str| disagrees(store, &key, reason.to_owned());
-        let blocks: Vec<_> = tail.blocks(from, to).ok_or_else(|| disagrees("it holds more than there are"))?.collect();
+        let blocks: Vec<_> =
+            tail.blocks(from, to).ok_or_else(|| disagrees("it holds more records than there are"))?.collect();
         let before = blocks.first().map_or(Crc64::EMPTY, |block| block.1);
         let Some(loaded) = fetch(store, spans, (from, to), before).await else { continue };
         let mut rows = loaded.rows.iter();
         for (block, _) in blocks {
             let expected =
-                super::pack::unpack(block).map_err(|_| disagrees("a record does not read back as it was"))?;
+                super::pack::unpack(block).map_err(|_| disagrees("a record does not read back as written"))?;
             for row in expected {
                 let same =
                     rows.next().is_some_and(|found| found.crc64 == row.crc64 && is_same(&found.entry, &row.entry));
                 if !same {
-                    return Err(disagrees(&format!("the record at {} says otherwise", row.entry.at)));
+                    return Err(disagrees(&format!("the record of {} differs", row.entry.at)));
                 }
             }
         }
@@ -201,7 +203,7 @@ impl<'a> Replay<'a> {
         match self.store.list(folder).await {
             Ok(found) => found.iter().filter_map(|info| layout::summary_number(&info.key)).collect(),
             Err(error) => {
-                tracing::warn!(%error, "summaries of the journal were not looked for: its records are read one by one");
+                tracing::warn!(%error, "can't list the summaries of the journal: reading its records one by one");
                 BTreeSet::new()
             }
         }
@@ -239,7 +241,7 @@ impl<'a> Replay<'a> {
         for (number, row) in (from..).zip(rows) {
             if number == 0 {
                 if row.crc64 != self.first {
-                    return Err(disagrees(self.store, &key(), "record 0 reads otherwise".into()));
+                    return Err(disagrees(self.store, &key(), "record 0 reads differently".into()));
                 }
                 continue;
             }
@@ -257,7 +259,7 @@ impl<'a> Replay<'a> {
             match self.last.filter(|last| *last >= next) {
                 Some(last) => self.listed_records(until.min(last.saturating_add(1))).await?,
                 None if !self.listed => self.look_ahead(next).await?,
-                // Records that came while the list was being read, and any that a folder's listing may have missed.
+                // Records that appeared while the list was being read, and any that a folder's listing may have missed.
                 None => match read(self.store, next).await? {
                     Some((entry, body)) => self.take_in(entry, body).await?,
                     None => return Ok(false),
@@ -288,7 +290,7 @@ impl<'a> Replay<'a> {
             let behind = layout::journal_entry(next.saturating_sub(1));
             let page = self.store.list_some(layout::JOURNAL, Some(&behind), PAGE).await?;
             self.last = numbers(page.iter().map(|info| info.key.as_str())).last().copied();
-            // A page of other objects leads no further.
+            // A page of other objects brings no progress.
             self.listed = page.len() < PAGE || self.last.is_none_or(|last| last < next);
             return Ok(());
         }
@@ -317,7 +319,7 @@ impl<'a> Replay<'a> {
         self.state.take_in(number, entry, body).map_err(|error| damaged(self.store, number, &error))
     }
 
-    /// Compares the records from summaries with those that matter most in the store.
+    /// Compares records from summaries with the most important ones in the store.
     async fn compare(&self) -> Result<(), JournalError> {
         let Some((to, sum)) = self.newest else { return Ok(()) };
         let key = self.state.tail.spans().place(to).map_or_else(String::new, |(_, key)| key);
@@ -326,7 +328,7 @@ impl<'a> Replay<'a> {
         let last = async {
             let (_, body) = record(to - 1).await?;
             if Crc64::of(&body) != sum {
-                return Err(disagrees(self.store, &key, format!("record {} reads otherwise", to - 1)));
+                return Err(disagrees(self.store, &key, format!("record {} reads differently", to - 1)));
             }
             Ok(())
         };
@@ -336,7 +338,7 @@ impl<'a> Replay<'a> {
             let expected =
                 Entry { record: Record::Committed(newest.committed.clone()), at: newest.at, ..entry.clone() };
             if !is_same(&entry, &expected) {
-                return Err(disagrees(self.store, &key, format!("record {} reads otherwise", newest.number)));
+                return Err(disagrees(self.store, &key, format!("record {} reads differently", newest.number)));
             }
             Ok(())
         };
@@ -364,7 +366,7 @@ async fn body(store: &Store, spans: Spans, to: u64) -> Option<Bytes> {
         Ok(body) => Some(body),
         Err(StorageError::NotFound { .. }) => None,
         Err(error) => {
-            tracing::warn!(%error, "a summary of the journal is passed over");
+            tracing::warn!(%error, "skipping a summary of the journal");
             None
         }
     }
@@ -378,7 +380,7 @@ fn unfold(store: &Store, spans: Spans, (from, to): (u64, u64), before: Crc64, bo
             let object = spans.place(to).map_or_else(String::new, |(_, key)| format!("{}/{key}", store.uri()));
             tracing::warn!(
                 object,
-                "a summary of the journal is damaged and passed over, which costs time only; delete it: {reason}"
+                "skipping a damaged summary of the journal, which costs only time; delete it: {reason}"
             );
             None
         }
@@ -392,7 +394,7 @@ pub(super) async fn is_begun(store: &Store) -> Result<bool, JournalError> {
     match numbers.first() {
         Some(0) => Ok(true),
         None => Ok(false),
-        // A folder's page is in no order.
+        // On a folder, a page has no order.
         Some(_) => match store.head(&layout::journal_entry(0)).await {
             Ok(_) => Ok(true),
             Err(StorageError::NotFound { .. }) => Err(missing(store, 0)),
@@ -406,8 +408,8 @@ fn numbers<'k>(keys: impl Iterator<Item = &'k str>) -> BTreeSet<u64> {
     keys.filter_map(layout::journal_number).collect()
 }
 
-/// One record and its stored bytes; `None` if there is none of this number. A malformed record is read once more: it
-/// may have been garbled in transfer.
+/// One record and its stored bytes; `None` if there is no record of this number. A malformed record is read once more:
+/// it may have been garbled in transfer.
 pub(super) async fn read(store: &Store, number: u64) -> Result<Option<(Entry, Bytes)>, JournalError> {
     match read_once(store, number).await {
         Err(JournalError::Garbled { .. } | JournalError::Newer { .. }) => match read_once(store, number).await {
@@ -418,10 +420,7 @@ pub(super) async fn read(store: &Store, number: u64) -> Result<Option<(Entry, By
             }
             Err(newer @ JournalError::Newer { .. }) => Err(newer),
             second => {
-                tracing::warn!(
-                    number,
-                    "a record of the journal was garbled on its way, and was not when it was read again"
-                );
+                tracing::warn!(number, "a record of the journal was garbled in transfer; reading it again was fine");
                 second
             }
         },
@@ -454,7 +453,7 @@ pub(super) async fn read_otherwise(
 ) -> Result<Option<(Entry, Bytes)>, JournalError> {
     let again = read(store, number).await?.filter(|(_, body)| body != before);
     if again.is_some() {
-        tracing::warn!(number, "a record of the journal was garbled on its way, and was not when it was read again");
+        tracing::warn!(number, "a record of the journal was garbled in transfer; reading it again was fine");
     }
     Ok(again)
 }
@@ -466,7 +465,7 @@ pub(super) fn damaged(store: &Store, number: u64, error: &Inconsistent) -> Journ
 
 pub(super) fn missing(store: &Store, number: u64) -> JournalError {
     let object = format!("{}/{}", store.uri(), layout::journal_entry(number));
-    JournalError::Damaged { object, reason: "is missing, though later ones are there".into() }
+    JournalError::Damaged { object, reason: "is missing, though later ones exist".into() }
 }
 
 fn disagrees(store: &Store, key: &str, reason: String) -> JournalError {

@@ -1,4 +1,4 @@
-//! The rules, each with what breaks it.
+//! The rules, each with a record that breaks it.
 
 use super::{testing::*, *};
 use crate::ids::{Generation, Step};
@@ -25,19 +25,19 @@ fn record_0_must_be_created_and_of_this_run() {
 }
 
 #[test]
-fn what_contradicts_the_records_before_it_is_not_believed() {
+fn a_record_that_contradicts_earlier_ones_is_refused() {
     let base = || vec![formed(1, None), committed(10, 1), formed(3, Some(point(10, 1)))];
     for (bad, part) in [
         (created(), "only the first"),
         (formed(3, None), "after generation 3"),
         (formed(2, None), "after generation 3"),
         (formed(4, Some(point(11, 1))), "never committed"),
-        (committed(20, 1), "while 3 stands"),
-        (committed(20, 4), "while 3 stands"),
-        (notice(1, "sigterm"), "while 3 stands"),
-        (interrupted(2), "while 3 stands"),
-        (completed(10, 1), "while 3 stands"),
-        (failed(1), "while 3 stands"),
+        (committed(20, 1), "while 3 is the newest"),
+        (committed(20, 4), "while 3 is the newest"),
+        (notice(1, "sigterm"), "while 3 is the newest"),
+        (interrupted(2), "while 3 is the newest"),
+        (completed(10, 1), "while 3 is the newest"),
+        (failed(1), "while 3 is the newest"),
         (damaged(11, 1), "never committed"),
         (pruned(10, 3), "never committed"),
         (cleared(10, 3), "never committed"),
@@ -59,7 +59,7 @@ fn what_contradicts_the_records_before_it_is_not_believed() {
 }
 
 #[test]
-fn the_state_is_what_the_records_say() {
+fn the_state_follows_from_the_records() {
     let state = state([
         formed(1, None),
         committed(9, 1),
@@ -87,18 +87,18 @@ fn the_state_is_what_the_records_say() {
 
 #[test]
 fn the_newest_checkpoint_is_by_number_and_on_the_line_that_the_run_took() {
-    // As text, step 9 would be newer than 100.
+    // As text, step 9 would be newer than step 100.
     let numbers = state([formed(1, None), committed(9, 1), committed(100, 1)]);
     assert_eq!(points(&numbers.candidates()), [(100, 1), (9, 1)]);
 
-    // Turned back to 50: later checkpoints no longer belong to the run, even before anything new is committed.
+    // Back to step 50: later checkpoints are no longer on the line, even before anything new is committed.
     let back = [formed(1, None), committed(20, 1), committed(50, 1), committed(90, 1), formed(2, Some(point(50, 1)))];
     assert_eq!(points(&state(back.clone()).candidates()), [(50, 1), (20, 1)]);
     assert_eq!(points(&state(back.clone()).good()), [(90, 1), (50, 1), (20, 1)]);
     let on = back.clone().into_iter().chain([committed(60, 2), formed(3, Some(point(60, 2)))]);
     assert_eq!(points(&state(on).candidates()), [(60, 2), (50, 1), (20, 1)]);
 
-    // Damage steps back along the line, over generations.
+    // Damage goes back along the line, across generations.
     let hurt = back.into_iter().chain([committed(60, 2), damaged(60, 2), damaged(50, 1)]);
     assert_eq!(points(&state(hurt).candidates()), [(20, 1)]);
 
@@ -108,7 +108,7 @@ fn the_newest_checkpoint_is_by_number_and_on_the_line_that_the_run_took() {
 }
 
 #[test]
-fn a_run_that_ended_is_opened_again_by_forming() {
+fn forming_a_generation_reopens_a_run_that_ended() {
     let done = [formed(1, None), committed(9, 1), completed(9, 1)];
     assert!(matches!(state(done.clone()).outcome(), Outcome::Completed { step: Step(9), .. }));
     assert_eq!(*state(done.into_iter().chain([formed(2, Some(point(9, 1)))])).outcome(), Outcome::Open);
@@ -134,7 +134,7 @@ fn an_older_holder_is_fenced_whatever_it_writes() {
     for record in of_all_kinds {
         assert_eq!(admit(&state, held(1), &record), fenced, "{record:?}");
     }
-    // Even if it claims the newest generation, or never held one and speaks for an older.
+    // Even if its record names the newest generation, or it never held one and writes on behalf of an older one.
     assert_eq!(admit(&state, held(1), &committed(10, 2)), fenced);
     assert_eq!(admit(&state, None, &committed(10, 1)), fenced);
     assert_eq!(admit(&state, held(2), &committed(10, 2)), Ok(()));
@@ -150,12 +150,12 @@ fn only_the_holder_commits_and_ends_the_run() {
     for record in [notice(1, "drain"), interrupted(1), damaged(9, 1), cleared(9, 1), formed(2, Some(point(9, 1)))] {
         assert_eq!(admit(&state, None, &record), Ok(()), "{record:?}");
     }
-    // Nobody speaks for a generation that is not there.
+    // No record names a generation that does not exist.
     assert!(matches!(admit(&state, held(2), &committed(10, 2)), Err(Refusal::Wrong(_))));
 }
 
 #[test]
-fn nothing_but_housekeeping_follows_the_end() {
+fn only_housekeeping_follows_the_end() {
     for end in [completed(20, 1), failed(1)] {
         let state = state([formed(1, None), committed(9, 1), committed(20, 1), end]);
         for record in [committed(21, 1), notice(1, "x"), interrupted(1), completed(20, 1), failed(1)] {
@@ -219,14 +219,14 @@ fn the_last_good_checkpoint_is_never_condemned() {
     records.push(damaged(9, 1));
     assert!(refused(&records, &damaged(5, 1)).unwrap().contains("last good"));
     assert_eq!(refused(&records, &damaged(9, 1)), None, "what is condemned may be so once more");
-    // A checkpoint that the run has turned away from does not replace it.
+    // A checkpoint that the run abandoned does not replace it.
     let turned = [formed(1, None), committed(5, 1), committed(9, 1), formed(2, Some(point(5, 1)))];
     assert!(refused(&turned, &damaged(5, 1)).unwrap().contains("last good"));
     assert_eq!(refused(&turned, &damaged(9, 1)), None);
 }
 
 #[test]
-fn the_checkpoint_that_was_read_whole_last_is_never_condemned() {
+fn the_checkpoint_last_read_whole_is_never_condemned() {
     let mut records = vec![formed(1, None), committed(5, 1), committed(9, 1), formed(2, Some(point(9, 1)))];
     assert_eq!(refused(&records, &damaged(9, 1)), None, "nobody has trained from it yet");
     let told = |step: u64| -> Vec<Record> {
@@ -252,20 +252,20 @@ fn the_checkpoint_that_was_read_whole_last_is_never_condemned() {
     records.extend([formed(3, Some(point(12, 2))), committed(15, 3)]);
     assert!(refused(&records, &damaged(12, 2)).unwrap().contains("read whole"));
     assert_eq!(refused(&records, &damaged(5, 1)), None);
-    // Deleted, it can't be looked at: the one before it counts.
+    // If it is pruned, the one before it counts.
     records.extend([completed(15, 3), pruned(12, 2)]);
     assert!(refused(&records, &damaged(5, 1)).unwrap().contains("read whole"));
 }
 
 #[test]
-fn a_verdict_is_taken_back() {
+fn a_verdict_can_be_withdrawn() {
     let mut records = vec![formed(1, None), committed(5, 1), committed(9, 1), damaged(9, 1)];
     assert_eq!(points(&state(records.clone()).candidates()), [(5, 1)]);
     records.push(cleared(9, 1));
     let cleared_once = state(records.clone());
     assert_eq!(points(&cleared_once.candidates()), [(9, 1), (5, 1)]);
     assert_eq!(cleared_once.clearances().iter().map(|c| c.point.clone()).collect::<Vec<_>>(), [point(9, 1)]);
-    // Twice is like once; a pruned checkpoint stays pruned.
+    // Withdrawing it twice changes nothing; a pruned checkpoint stays pruned.
     records.push(cleared(9, 1));
     assert_eq!(state(records.clone()).clearances().len(), 1);
     records.push(pruned(5, 1));

@@ -1,4 +1,4 @@
-//! The state against the plain scans that it once was, on random journals.
+//! The state compared with the plain scans that came before its index, on random journals.
 
 use proptest::prelude::*;
 
@@ -14,7 +14,7 @@ enum Status {
     Pruned,
 }
 
-/// What the state did before it had an index: every question is a scan of everything.
+/// What the state did before it had an index: it scanned everything for every question.
 #[derive(Default)]
 struct Scans {
     formations: Vec<(u64, Option<Point>)>,
@@ -61,7 +61,7 @@ impl Scans {
         })
     }
 
-    /// Whether the record may have its place.
+    /// Whether the record is accepted.
     fn apply(&mut self, does: &Does) -> bool {
         match does {
             Does::Form(generation, resume) => {
@@ -144,7 +144,7 @@ fn does() -> impl Strategy<Value = Does> {
     ]
 }
 
-/// A life like most: steps rise, and judged checkpoints exist.
+/// A typical life: steps rise, and judged checkpoints exist.
 fn usual() -> impl Strategy<Value = Does> {
     let point = || (1_u64..60, 1_u64..4);
     prop_oneof![
@@ -209,7 +209,7 @@ proptest! {
     }
 
     #[test]
-    fn so_it_does_in_a_life_as_most_are(script in proptest::collection::vec(usual(), 1..60)) {
+    fn the_state_answers_the_same_in_a_typical_life(script in proptest::collection::vec(usual(), 1..60)) {
         live([Does::Form(1, None)].into_iter().chain(script).collect());
     }
 }
@@ -226,7 +226,7 @@ fn a_copy_of_the_state_stays_as_it_was() {
 }
 
 #[test]
-fn several_are_pruned_by_one_record_and_one_by_the_record_that_older_programs_know() {
+fn several_checkpoints_are_pruned_by_one_record_of_the_new_kind_and_one_by_the_old_kind() {
     let one = Record::pruned(vec![point(1, 1)]);
     assert_eq!((one.format(), one), (1, pruned(1, 1)));
     let two = Record::pruned(vec![point(1, 1), point(2, 1)]);

@@ -16,7 +16,7 @@ use crate::{
     ids::{DatasetId, Generation, NodeId, RunId, Step, WorldSize},
 };
 
-/// Why a record can't have its place; a verb phrase about the record.
+/// Why a record is refused; a verb phrase about the record.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Inconsistent(pub(super) String);
@@ -42,7 +42,7 @@ pub struct Formation {
     pub overrides: Vec<(String, String)>,
     /// Why it was formed.
     pub reason: FormedReason,
-    /// The data that it is trained on; `None`: not written down.
+    /// The data that it is trained on; `None`: not recorded.
     pub data: Option<DatasetId>,
     /// When it completed the run or failed, if it did; a later one may have opened the run again.
     pub ended: Option<Timestamp>,
@@ -58,7 +58,7 @@ pub enum CheckpointStatus {
         /// The object and what is wrong with it.
         reason: String,
     },
-    /// It is deleted, or about to be.
+    /// It is deleted, or will be.
     Pruned,
 }
 
@@ -136,7 +136,7 @@ pub enum Outcome {
         /// Its loss.
         loss: f64,
     },
-    /// It can't go on without a person.
+    /// It can't continue without a person.
     Failed {
         /// When.
         at: Timestamp,
@@ -175,7 +175,7 @@ impl RunState {
     pub fn begin(run_id: &RunId, entry: Entry) -> Result<Self, Inconsistent> {
         check_format(&entry)?;
         let Record::Created { run_id: found, config } = entry.record else {
-            return Err(Inconsistent(format!("is the first one and says {}, not created", entry.record.kind())));
+            return Err(Inconsistent(format!("is the first record and says {}, not created", entry.record.kind())));
         };
         if found != *run_id {
             return Err(Inconsistent(format!("belongs to run {found}, not {run_id}: the journal was copied")));
@@ -215,7 +215,7 @@ impl RunState {
     /// Adds the next record; on an error nothing has changed.
     pub fn apply(&mut self, number: u64, entry: Entry) -> Result<(), Inconsistent> {
         if number != self.next {
-            return Err(Inconsistent(format!("came where record {} should be", self.next)));
+            return Err(Inconsistent(format!("came instead of record {}", self.next)));
         }
         check_format(&entry)?;
         self.consistent(&entry.record)?;
@@ -314,7 +314,7 @@ impl RunState {
     pub(super) fn consistent(&self, record: &Record) -> Result<(), Inconsistent> {
         let wrong = |reason: String| Err(Inconsistent(reason));
         match record {
-            Record::Created { .. } => wrong("says created, which only the first one may".into()),
+            Record::Created { .. } => wrong("says created, which only the first record may".into()),
             Record::Formed { generation, resume, .. } => {
                 if *generation <= self.generation() {
                     return wrong(format!("forms generation {generation} after generation {}", self.generation()));
@@ -361,9 +361,9 @@ impl RunState {
         match self.formed() {
             Some(formed) if formed.generation == generation => Ok(()),
             Some(formed) => {
-                Err(Inconsistent(format!("speaks for generation {generation} while {} stands", formed.generation)))
+                Err(Inconsistent(format!("names generation {generation} while {} is the newest", formed.generation)))
             }
-            None => Err(Inconsistent(format!("speaks for generation {generation}, and none was formed"))),
+            None => Err(Inconsistent(format!("names generation {generation}, but none was formed"))),
         }
     }
 
@@ -397,7 +397,7 @@ impl RunState {
         self.next
     }
 
-    /// When, and by whom, the newest record was written; for people.
+    /// When and by which node the newest record was written; for people.
     pub fn last_activity(&self) -> (Timestamp, &NodeId) {
         (self.last_at, &self.last_node)
     }
@@ -417,7 +417,7 @@ impl RunState {
         &self.formations
     }
 
-    /// All checkpoints that were ever committed, in the order in which they were.
+    /// All checkpoints ever committed, in the order of their records.
     pub fn checkpoints(&self) -> &Checkpoints {
         &self.checkpoints
     }
@@ -431,8 +431,8 @@ impl RunState {
         self.checkpoints.get_mut(step, generation)
     }
 
-    /// All good checkpoints, including those that the run has turned away from, the last committed first: the choices
-    /// for an explicit `--from STEP`.
+    /// All good checkpoints, including those that the run abandoned, the last committed first: the choices for an
+    /// explicit `--from STEP`.
     pub fn good(&self) -> Vec<&Checkpoint> {
         self.checkpoints.good().collect()
     }
@@ -478,7 +478,7 @@ impl RunState {
         &self.clearances
     }
 
-    /// How the run stands.
+    /// The run's standing.
     pub fn outcome(&self) -> &Outcome {
         &self.outcome
     }
@@ -492,7 +492,7 @@ fn check_format(entry: &Entry) -> Result<(), Inconsistent> {
 }
 
 impl Record {
-    /// The lowest version of the layout that knows its kind.
+    /// The lowest layout version that knows its kind.
     pub const fn format(&self) -> u32 {
         match self {
             Self::Created { .. }
@@ -508,7 +508,8 @@ impl Record {
         }
     }
 
-    /// The record that prunes these checkpoints: for one, a kind that every program knows; for several, one record.
+    /// The record that prunes these checkpoints. One checkpoint takes a kind that every program knows; several take one
+    /// record.
     pub fn pruned(checkpoints: Vec<ResumePoint>) -> Self {
         match <[ResumePoint; 1]>::try_from(checkpoints) {
             Ok([ResumePoint { step, generation }]) => Self::Pruned { step, generation },

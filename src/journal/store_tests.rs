@@ -1,4 +1,4 @@
-//! Journals on stores that race, fail and lie.
+//! Journals on stores that race, fail and give wrong answers.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -60,7 +60,7 @@ async fn a_run_is_created_once() {
 }
 
 #[tokio::test]
-async fn a_run_that_is_not_there_is_told_from_a_damaged_one() {
+async fn a_missing_run_differs_from_a_damaged_one() {
     let error = Journal::open(memory(), node("a"), run_id()).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Config);
     assert!(error.hint().unwrap().contains("trainer runs"));
@@ -129,7 +129,7 @@ async fn a_writer_of_an_older_generation_is_fenced() {
 }
 
 #[tokio::test]
-async fn of_two_that_form_at_once_one_is_overtaken() {
+async fn if_two_nodes_form_at_once_one_is_overtaken() {
     let store = memory();
     new_run(&store).await;
     let (mut a, mut b) = (opened(&store, "a").await, opened(&store, "b").await);
@@ -177,8 +177,7 @@ async fn an_append_whose_answer_was_lost_is_written_once() {
     assert_eq!((state.next(), state.checkpoints().len()), (21, 19));
 }
 
-/// A store on which creates number `from` to `to` are done but nothing is heard of them, so that the store's own
-/// settling fails too.
+/// A store on which creates number `from` to `to` succeed without an answer, so that the store's own retry fails too.
 fn deaf(from: usize, to: usize, fault: Fault) -> (Arc<Faulty>, Store) {
     let faulty =
         Faulty::new(move |op, _, n| if op == "create" && (from..to).contains(&n) { fault } else { Fault::Pass });
@@ -207,8 +206,8 @@ async fn an_append_that_failed_can_be_repeated_and_is_written_once() {
 }
 
 #[tokio::test]
-async fn a_commit_of_the_same_manifest_is_the_same_commit() {
-    // A save whose record seemed to fail is tried again: its times differ, what it commits does not.
+async fn two_commits_of_one_manifest_are_the_same_commit() {
+    // A save whose record seemed to fail is tried again: its times differ, its manifest does not.
     let again = |durable_s| match committed(5, 1) {
         Record::Committed(first) => {
             Record::Committed(Committed { cost: SaveCost { durable_s, ..first.cost }, ..first })
@@ -222,7 +221,7 @@ async fn a_commit_of_the_same_manifest_is_the_same_commit() {
         a.append(again(1.0)).await.unwrap_err();
         assert_eq!(a.append(again(2.0)).await.unwrap(), 2, "{fault:?}");
         assert_eq!(a.append(again(3.0)).await.unwrap(), 2, "{fault:?}");
-        // Also when it has been fenced since: the record stands.
+        // Also if it has been fenced since: the record exists.
         let mut b = opened(&store, "b").await;
         b.form(forming("b", Some(point(5, 1)))).await.unwrap();
         a.refresh().await.unwrap();
@@ -233,7 +232,7 @@ async fn a_commit_of_the_same_manifest_is_the_same_commit() {
 }
 
 #[tokio::test]
-async fn a_journal_that_says_the_highest_number_is_an_error_and_no_panic() {
+async fn a_journal_with_the_highest_number_is_an_error_and_no_panic() {
     let store = memory();
     let mut a = new_run(&store).await;
     let last = Entry { record: formed(u64::MAX, None), ..entry("a", created()) };
@@ -243,7 +242,7 @@ async fn a_journal_that_says_the_highest_number_is_an_error_and_no_panic() {
 }
 
 #[tokio::test]
-async fn a_generation_whose_formation_seemed_to_fail_is_held_once_it_is_seen() {
+async fn a_generation_whose_formation_seemed_to_fail_is_held_once_its_record_is_read() {
     let (_, store) = deaf(1, 6, Fault::AnswerLost);
     let mut a = new_run(&store).await;
     assert_eq!(a.form(forming("a", None)).await.unwrap_err().kind(), Kind::Unavailable);
@@ -266,7 +265,7 @@ async fn a_dropped_append_is_settled_like_a_lost_answer() {
     let mut a = new_run(&store).await;
     a.form(forming("a", None)).await.unwrap();
     let mut b = opened_without_reading(&store).await;
-    // a's number is taken by b, so a's create reads the record there, and hangs.
+    // b takes a's number, so a's create reads the record there, and hangs.
     b.append(notice(1, "b")).await.unwrap();
     {
         let append = a.append(notice(1, "a"));
@@ -289,8 +288,9 @@ async fn a_dropped_append_is_settled_like_a_lost_answer() {
 }
 
 #[tokio::test]
-async fn an_append_that_was_dropped_and_landed_after_all_is_one_more_record_for_the_next() {
-    // The notice is put, its answer is lost, and its future is dropped while the store asks whose record stands there.
+async fn a_dropped_append_that_arrives_late_is_one_more_record_for_the_next() {
+    // The notice is put, its answer is lost, and its future is dropped while the store asks whose record has the
+    // number.
     let faulty = Faulty::new(|op, _, n| match (op, n) {
         ("create", 2) => Fault::AnswerLost,
         ("get", 0) => Fault::Hang,
@@ -329,7 +329,7 @@ async fn a_refused_record_is_not_written() {
 }
 
 #[tokio::test]
-async fn damage_is_named_by_its_object() {
+async fn damage_names_its_object() {
     let key = |number| format!("memory:///run/{}", layout::journal_entry(number));
     let newer = Entry { format: FORMAT + 1, ..entry("a", notice(1, "x")) };
     let encoded = |entry: &Entry| Bytes::from(serde_json::to_vec(entry).unwrap());
@@ -342,7 +342,7 @@ async fn damage_is_named_by_its_object() {
         (2, Some(Bytes::from(vec![b' '; (4 << 20) + 1])), "too large"),
         (2, Some(encoded(&newer)), "format 3"),
         (2, Some(encoded(&entry("a", created()))), "only the first"),
-        (2, Some(encoded(&entry("a", committed(9, 7)))), "while 1 stands"),
+        (2, Some(encoded(&entry("a", committed(9, 7)))), "while 1 is the newest"),
         (0, Some(encoded(&entry("a", notice(1, "x")))), "not created"),
     ];
     for (number, body, part) in cases {
@@ -362,7 +362,7 @@ async fn damage_is_named_by_its_object() {
 }
 
 #[tokio::test]
-async fn other_objects_in_the_folder_are_no_records() {
+async fn other_objects_in_the_folder_are_not_records() {
     let store = memory();
     new_run(&store).await;
     for name in ["journal/5.json", "journal/notes.txt", "journal/99999999999999999999.json"] {
@@ -376,7 +376,7 @@ async fn other_objects_in_the_folder_are_no_records() {
 }
 
 #[tokio::test]
-async fn a_listing_may_miss_records_but_hides_no_gap() {
+async fn a_listing_may_miss_records_but_cannot_hide_a_gap() {
     let hidden = layout::journal_entry(2);
     let faulty = Faulty::new(move |op, path, _| match op {
         "listed" if path.ends_with(&hidden) => Fault::Lost,
@@ -389,7 +389,7 @@ async fn a_listing_may_miss_records_but_hides_no_gap() {
         a.append(committed(step, 1)).await.unwrap();
     }
     assert_eq!(replay(&store, &run_id()).await.unwrap().next(), 6);
-    // Shown: 0, 1 and 5. There: 0, 1, 2 and 5.
+    // Listed: 0, 1 and 5. Present: 0, 1, 2 and 5.
     for number in [3, 4] {
         store.delete(&layout::journal_entry(number)).await.unwrap();
     }
@@ -398,7 +398,7 @@ async fn a_listing_may_miss_records_but_hides_no_gap() {
 }
 
 #[tokio::test]
-async fn our_own_record_is_known_by_its_attempt_wherever_it_stands() {
+async fn our_own_record_is_recognised_by_its_attempt_under_any_number() {
     let (_, store) = deaf(2, 7, Fault::AnswerLost);
     let mut a = new_run(&store).await;
     a.form(forming("a", None)).await.unwrap();
@@ -420,7 +420,7 @@ async fn a_run_id_with_leftovers_of_another_journal_is_not_used() {
 }
 
 #[tokio::test]
-async fn runs_are_the_folders_with_a_first_record() {
+async fn a_run_is_a_folder_with_a_first_record() {
     let root = Store::open("memory://", &settings()).unwrap();
     assert_eq!(list_runs(&root).await.unwrap(), []);
     for name in ["b", "a10", "a9"] {
@@ -443,7 +443,7 @@ enum Does {
 }
 
 /// The whole protocol in a few lines. A generation is the number of formations before it; only the last former may add
-/// records; a writer forms only if it knows all records. A writer does not try records that it knows to be wrong.
+/// records; a writer forms only if it knows all records. A writer tries no record that it knows to be wrong.
 #[derive(Default)]
 struct Model {
     log: Vec<Does>,
@@ -519,9 +519,9 @@ proptest::proptest! {
     }
 }
 
-/// A bit of a record turns over on its way: in what makes it a record, in what it says, or in its format.
+/// One bit of a record flips on its way: in its kind, in its content, or in its format.
 #[tokio::test]
-async fn a_record_that_was_garbled_on_its_way_is_read_again_before_anything_is_said_of_it() {
+async fn a_garbled_record_is_read_again_before_it_is_reported() {
     use crate::storage::s3_tests::{
         self,
         proxy::{self, FaultProxy, Often, Rule},
@@ -539,7 +539,8 @@ async fn a_record_that_was_garbled_on_its_way_is_read_again_before_anything_is_s
     let at = |part: &str| text.find(part).unwrap() + part.len();
     let places = [
         ("no JSON", 0),
-        // 1 becomes 0, which never was; 1 becomes 3 (bit 1) only by two bits, so the kind is garbled instead.
+        // 1 becomes 0, a generation that never existed. To become 3 (bit 1) two bits must flip, so the kind is garbled
+        // instead.
         ("a generation that was not formed", at("\"generation\":")),
         ("a kind that is none", at("\"kind\":\"")),
     ];
@@ -557,7 +558,7 @@ async fn a_record_that_was_garbled_on_its_way_is_read_again_before_anything_is_s
         garble(1);
         let state = replay(&store, &run_id()).await.unwrap_or_else(|error| panic!("{what}: {error}"));
         assert_eq!((state.next(), proxy.broken() - before), (4, 1), "{what}");
-        // Twice the same: it lies there like that.
+        // Garbled twice in the same way: the store holds it like that.
         garble(2);
         let error = replay(&store, &run_id()).await.unwrap_err();
         assert_eq!((error.kind(), proxy.broken() - before), (Kind::Data, 3), "{what}");
@@ -573,14 +574,14 @@ async fn a_record_that_was_garbled_on_its_way_is_read_again_before_anything_is_s
     let mut late = Journal::open(store.clone(), node("a"), run_id()).await.unwrap();
     writer.append(notice(1, "y")).await.unwrap();
     let target = "00000000000000000004.json";
-    // The first request looks whether it is its own that stands there.
+    // The first request asks whether the record there is its own.
     proxy.arm(Rule { method: "GET", target, fault: proxy::Fault::FlipResponse(0), often: Often::Next(2) });
     assert_eq!(late.append(notice(1, "z")).await.unwrap(), 5);
     assert_eq!(late.state().notices().len(), 3);
 }
 
 #[tokio::test]
-async fn a_newest_record_that_is_none_says_how_to_get_it_out_of_the_way() {
+async fn a_garbled_newest_record_comes_with_the_command_that_moves_it_away() {
     let folder = tempfile::tempdir().unwrap();
     let uri = format!("file://{}", folder.path().display());
     let store = Store::open(&uri, &settings()).unwrap().folder("run");
@@ -595,13 +596,13 @@ async fn a_newest_record_that_is_none_says_how_to_get_it_out_of_the_way() {
         let typed = rest.trim_end_matches('`');
         assert!(typed.ends_with(".json.bad"), "{typed}");
     }
-    // What it says to type.
+    // The command in the hint.
     let hint = replay(&store, &run_id()).await.unwrap_err().hint().unwrap();
     let command = hint.split('`').nth(1).unwrap();
     assert!(std::process::Command::new("sh").args(["-c", command]).status().unwrap().success(), "{command}");
     assert_eq!(replay(&store, &run_id()).await.unwrap().next(), 2);
     assert_eq!(a.append(notice(1, "x")).await.unwrap(), 2);
-    // One that others are built on is another matter.
+    // If others follow it, the hint is another one.
     store.put(&layout::journal_entry(1), Bytes::from_static(b"not ours")).await.unwrap();
     let error = replay(&store, &run_id()).await.unwrap_err();
     assert!(!error.hint().unwrap().contains(".bad"), "{error:?}");

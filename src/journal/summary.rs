@@ -18,7 +18,7 @@
 //! - **Only existing records are summarised.** A writer knows records that it has read or created, and records never
 //!   change: a writer that is fenced, or far behind, writes the same bytes as any other. Summaries are created once;
 //!   finding that another writer was first is no error.
-//! - **Nobody waits for it**: no append, no heartbeat. It takes one small request at a time.
+//! - - **Nothing waits for it**: no append, no heartbeat. It takes one small request at a time.
 //! - **A reader believes** an object whose checksums are right, that names the place where it lies, and whose `before`
 //!   is the digest of all records before it as the reader has it. Anything else is skipped with a warning, a newer
 //!   format without; that costs time only.
@@ -74,7 +74,7 @@ impl Spans {
         self.0[self.0.len() - 1]
     }
 
-    /// Where the summary that ends at `to` begins, and its key. `None` if none ends there.
+    /// Where the summary that ends at `to` begins, and its key; `None` if no summary ends there.
     pub fn place(self, to: u64) -> Option<(u64, String)> {
         let level = self.0.iter().rposition(|span| to > 0 && to.is_multiple_of(*span))?;
         let (span, from, folder) = match self.0.get(level + 1) {
@@ -103,9 +103,9 @@ impl Spans {
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Head {
     format: u32,
-    /// The first record that it holds.
+    /// The first record in it.
     from: u64,
-    /// The first that it no longer holds.
+    /// The first record after it.
     to: u64,
     /// Digest of all records before.
     before: String,
@@ -119,7 +119,7 @@ fn chained(before: Crc64, rows: &[Row]) -> Crc64 {
     Crc64::of(&sums.flat_map(|sum| sum.0.to_be_bytes()).collect::<Vec<u8>>())
 }
 
-/// A block and what its records' digests are chained to.
+/// A block, and the digest that its records' digests continue.
 #[derive(Clone, Debug)]
 struct Block {
     bytes: Bytes,
@@ -152,21 +152,21 @@ impl Summary {
         (body.len() as u64 <= MAX).then(|| body.into())
     }
 
-    /// Takes apart an object that claims to hold `from..to` and to follow records with the digest `before`.
+    /// Takes apart an object that claims to hold `from..to` after records with the digest `before`.
     pub fn decode(body: &Bytes, spans: Spans, (from, to): (u64, u64), before: Crc64) -> Result<Loaded, Unreadable> {
         #[derive(Deserialize)]
         struct Version {
             format: u32,
         }
         let end = body.iter().position(|byte| *byte == b'\n').ok_or(Unreadable::Garbled("it has no first line"))?;
-        let no_head = |_| Unreadable::Garbled("its first line is none");
+        let no_head = |_| Unreadable::Garbled("its first line is malformed");
         let Version { format } = serde_json::from_slice(&body[..end]).map_err(no_head)?;
         if format > FORMAT {
             return Err(Unreadable::Newer);
         }
         let head: Head = serde_json::from_slice(&body[..end]).map_err(no_head)?;
         if (head.from, head.to) != (from, to) {
-            return Err(Unreadable::Garbled("it is that of another place"));
+            return Err(Unreadable::Garbled("it belongs in another place"));
         }
         if head.before != before.to_string() {
             return Err(Unreadable::Garbled("it follows other records"));
@@ -178,7 +178,7 @@ impl Summary {
             rest = behind;
             let found = pack::unpack(&bytes)?;
             if found.len() as u64 != spans.first() {
-                return Err(Unreadable::Garbled("a block has another number of records"));
+                return Err(Unreadable::Garbled("a block has a wrong number of records"));
             }
             let after = chained(chain, &found);
             blocks.push(Block { bytes, before: chain, after });
@@ -186,7 +186,7 @@ impl Summary {
             rows.extend(found);
         }
         if rows.len() as u64 != to - from || head.after != chain.to_string() {
-            return Err(Unreadable::Garbled("it holds other records than it says"));
+            return Err(Unreadable::Garbled("its records are not the recorded ones"));
         }
         Ok(Loaded { summary: Self { from, to, blocks }, rows })
     }
@@ -203,7 +203,7 @@ pub(super) struct Loaded {
 #[derive(Clone)]
 pub(super) struct Tail {
     spans: Spans,
-    /// The number of the record that comes next; [`u64::MAX`] if something was left out: then no summary is made.
+    /// The number of the record that comes next; [`u64::MAX`] if a record was left out: then no summary is made.
     next: u64,
     /// Since the last block, with their stored bytes.
     open: Vec<Arc<(Entry, Bytes)>>,
@@ -211,7 +211,7 @@ pub(super) struct Tail {
     blocks: Vec<Block>,
     /// Digest of everything before `open`.
     chain: Crc64,
-    /// Of the largest span, not in the store as far as known.
+    /// Of the largest span; not known to be in the store.
     whole: Vec<Summary>,
     /// The ends of those in the store.
     standing: Arc<Mutex<BTreeSet<u64>>>,
@@ -272,7 +272,7 @@ impl Tail {
             _ => {
                 tracing::warn!(
                     record = number,
-                    "no summary is made of the journal: a record does not read back as it was"
+                    "no summary is made of the journal: a record does not read back as written"
                 );
                 self.next = u64::MAX;
             }
@@ -311,7 +311,7 @@ impl Tail {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The summaries to write now that the record before `next` stands.
+    /// The summaries to write once the record before `next` exists.
     pub fn due(&mut self, next: u64) -> Option<Due> {
         if next != self.next || !self.next.is_multiple_of(self.spans.first()) {
             return None;
@@ -360,12 +360,12 @@ impl Due {
         }
         for summary in &self.summaries {
             let Some((_, key)) = self.spans.place(summary.to) else { continue };
-            // Also checks that nothing has happened to it in memory since it was packed.
+            // This also checks that it was not garbled in memory since it was packed.
             let before = summary.blocks.first().map_or(Crc64::EMPTY, |block| block.before);
             let place = (summary.from, summary.to);
             let body = summary.encode().filter(|body| Summary::decode(body, self.spans, place, before).is_ok());
             let Some(body) = body else {
-                tracing::warn!(object = key, "no summary is made of the journal: it does not read back as it was");
+                tracing::warn!(object = key, "no summary is made of the journal: it does not read back as written");
                 continue;
             };
             match store.create(&key, body).await {
@@ -387,7 +387,7 @@ async fn stands(store: &Store, block: &Block, from: u64) -> bool {
             Ok(_) => {
                 tracing::warn!(
                     record = number,
-                    "no summary is made of the journal: a record reads otherwise than before"
+                    "no summary is made of the journal: a record reads differently than before"
                 );
                 return false;
             }

@@ -21,11 +21,11 @@ use crate::{
     },
 };
 
-/// Short ones, so that a short journal has them all.
+/// Short spans, so that a short journal has summaries of all of them.
 const SMALL: Spans = Spans(&[2, 4, 8, 16]);
 const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 
-/// What the records say, read one by one.
+/// The state that the records give, read one by one.
 async fn plainly(store: &Store) -> RunState {
     let (first, _) = read(store, 0).await.unwrap().unwrap();
     let mut state = RunState::begin(&run_id(), first).unwrap();
@@ -81,14 +81,14 @@ fn at_most_one_summary_of_each_length_leads_to_any_number() {
 }
 
 #[tokio::test]
-async fn a_run_is_read_through_its_summaries_as_its_records_tell_it() {
+async fn summaries_give_the_same_state_as_the_records() {
     let faulty = Faulty::new(|_, _, _| Fault::Pass);
     let store = Store::faulty(&faulty, &settings()).folder("run");
     let journal = long(&store, 47).await;
     assert_eq!(keys(&store).await.len(), 23, "one at every second record");
     let before = faulty.count("get");
     let state = replay_by(&store, &run_id(), SMALL).await.unwrap();
-    // Two of 16, then 40, 44 and 46; records 0 and 46, the one to compare with, and one that is not there.
+    // Two of 16, then 40, 44 and 46; records 0 and 46, which are compared, and one that does not exist.
     assert_eq!(faulty.count("get") - before, 2 + 3 + 2 + 1 + 1);
     assert_eq!(state, plainly(&store).await);
     assert_eq!(&state, journal.state());
@@ -113,7 +113,7 @@ async fn a_long_journal_opens_with_few_requests() {
     let state = replay(&remote.folder("run"), &run_id()).await.unwrap();
     assert!(requests() - before <= 50, "{} requests", requests() - before);
     assert_eq!(&state, journal.state());
-    // Nobody lists all of it to create a run, or to list those that there are.
+    // Neither creating a run nor listing the runs lists the whole journal.
     let before = requests();
     let taken = Journal::create(remote.folder("run"), node("b"), run_id(), config()).await.unwrap_err();
     assert!(matches!(taken, JournalError::Exists { .. }), "{taken}");
@@ -126,7 +126,7 @@ async fn a_long_journal_opens_with_few_requests() {
 }
 
 #[tokio::test]
-async fn a_gap_in_a_long_journal_on_a_disk_is_no_end() {
+async fn a_gap_in_a_long_journal_on_a_disk_is_not_its_end() {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::open(&format!("file://{}", folder.path().display()), &settings()).unwrap().folder("run");
     let memory = memory();
@@ -150,7 +150,7 @@ async fn a_gap_in_a_long_journal_on_a_disk_is_no_end() {
 }
 
 #[tokio::test]
-async fn what_is_no_sound_summary_costs_time_only() {
+async fn an_unusable_summary_costs_only_time() {
     let newer = Bytes::from_static(b"{\"format\":2,\"what\":\"ever\"}\nx");
     for to in [16, 32, 40, 44, 46, 2, 30] {
         let store = memory();
@@ -170,7 +170,7 @@ async fn what_is_no_sound_summary_costs_time_only() {
         store.delete(&key).await.unwrap();
         let mut journal = Journal::open_by(store.clone(), node("a"), run_id(), SMALL).await.unwrap();
         assert_eq!(journal.state(), &expected);
-        // The next writer fills in the summaries that lead to where it writes.
+        // The next writer fills in the summaries before its own.
         journal.append(notice(1, "x")).await.unwrap();
         journal.summed_up(PATIENCE).await;
         assert_eq!(store.head(&key).await.is_ok(), to == 16 || to == 32, "{to}");
@@ -178,7 +178,7 @@ async fn what_is_no_sound_summary_costs_time_only() {
     }
 }
 
-/// The summary that ends at `to`, as a writer makes it that has read `other` in place of record `number`.
+/// The summary that ends at `to`, written by a writer that read `other` in place of record `number`.
 async fn forged(store: &Store, to: u64, number: u64, other: Record) -> Bytes {
     let elsewhere = memory();
     let mut tail = Tail::new(SMALL);
@@ -201,8 +201,8 @@ async fn a_summary_that_disagrees_with_the_records_is_named() {
         Record::Committed(it) => Record::Committed(Committed { manifest_crc64: "fedcba9876543210".into(), ..it }),
         _ => unreachable!(),
     };
-    // The first record, the last, the newest good checkpoint's, and one in the middle that only a look at all of them
-    // finds.
+    // The first record, the last, the newest good checkpoint's, and one in the middle, which only a check of all of
+    // them finds.
     let anew = Record::Created { run_id: run_id(), config: Box::new(RunConfig { store: "x".into(), ..config() }) };
     for (to, number, record, at_once) in [
         (4, 0, anew, true),
@@ -226,14 +226,14 @@ async fn a_summary_that_disagrees_with_the_records_is_named() {
             assert!(error.to_string().contains(&key(to)), "{error}");
             assert!(error.hint().unwrap().contains("delete that object"));
         }
-        // It is only an accelerator.
+        // It only speeds things up.
         store.delete(&key(to)).await.unwrap();
         replay_by(&store, &run_id(), SMALL).await.unwrap();
     }
 }
 
 #[tokio::test]
-async fn a_summary_of_another_run_or_of_lost_records_is_not_believed() {
+async fn a_summary_of_another_run_or_of_lost_records_is_skipped() {
     let store = memory();
     long(&store, 17).await;
     store.delete(&layout::journal_entry(15)).await.unwrap();
@@ -254,7 +254,7 @@ async fn two_writers_write_the_same_summary() {
     let store = memory();
     let mut a = begun(&store).await;
     a.append(committed(1, 1)).await.unwrap();
-    // Fenced, and stale: it still knows the earlier records.
+    // Fenced and out of date: it still knows the earlier records.
     let mut b = Journal::open_by(store.clone(), node("b"), run_id(), SMALL).await.unwrap();
     b.form(forming("b", Some(point(1, 1)))).await.unwrap();
     b.summed_up(PATIENCE).await;
@@ -276,7 +276,7 @@ async fn two_writers_write_the_same_summary() {
 }
 
 #[tokio::test]
-async fn a_writer_that_has_read_something_else_than_what_stands_writes_nothing() {
+async fn a_writer_whose_records_differ_from_the_stored_ones_writes_nothing() {
     let store = memory();
     let mut journal = begun(&store).await;
     journal.append(committed(1, 1)).await.unwrap();
@@ -285,7 +285,7 @@ async fn a_writer_that_has_read_something_else_than_what_stands_writes_nothing()
         let (entry, body) = read(&store, number).await.unwrap().unwrap();
         tail.push(number, entry, body);
     }
-    // One bit of a size came over wrong.
+    // One bit of a size was garbled in transfer.
     let wrong = entry(
         "a",
         match committed(2, 1) {
@@ -308,7 +308,7 @@ async fn a_writer_that_has_read_something_else_than_what_stands_writes_nothing()
 }
 
 #[tokio::test]
-async fn a_store_that_takes_no_summary_takes_records_and_a_run_without_any_opens() {
+async fn a_store_that_refuses_summaries_takes_records_and_the_run_opens() {
     let faulty = Faulty::new(|operation, path, _| match operation {
         "create" if path.contains(layout::SUMMARIES) => Fault::Denied,
         _ => Fault::Pass,
@@ -318,7 +318,7 @@ async fn a_store_that_takes_no_summary_takes_records_and_a_run_without_any_opens
     assert_eq!(keys(&store).await, Vec::<String>::new());
     let state = replay_by(&store, &run_id(), SMALL).await.unwrap();
     assert_eq!(&state, journal.state());
-    // As a newer program finds what an older one has left: the first that writes makes up for all of it.
+    // An older program has left no summaries: the first newer writer makes up for all of them.
     let (good, hangs) = (
         memory(),
         Faulty::new(|operation, path, _| match operation {
@@ -338,7 +338,7 @@ async fn a_store_that_takes_no_summary_takes_records_and_a_run_without_any_opens
     let all = keys(&good).await;
     assert!([16, 32, 48, 64].iter().all(|to| all.contains(&key(*to))), "{all:?}");
     assert_eq!(replay_by(&good, &run_id(), SMALL).await.unwrap(), *heir.state());
-    // And one that hangs keeps no record waiting.
+    // A summary that hangs delays no record.
     let store = Store::faulty(&hangs, &settings()).folder("run");
     let mut patient = Journal::open_by(store, node("a"), run_id(), SMALL).await.unwrap();
     for _ in 0..20 {
@@ -429,17 +429,17 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(60) })]
 
     #[test]
-    fn any_life_is_read_through_summaries_as_its_records_tell_it(script in prop::collection::vec(op(), 1..60)) {
+    fn summaries_give_the_same_state_in_any_life(script in prop::collection::vec(op(), 1..60)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(live(script));
     }
 
     #[test]
-    fn a_block_gives_back_what_it_was_made_of(records in prop::collection::vec(stored(), 1..20)) {
+    fn a_block_unpacks_to_its_records(records in prop::collection::vec(stored(), 1..20)) {
         let block = pack::pack(records.iter().map(|(entry, body)| (entry, body))).unwrap();
         let rows = pack::unpack(&block).unwrap();
         assert_eq!(rows.len(), records.len());
-        // What this program does not know is kept as well.
+        // Kinds and fields that this program does not know are kept as well.
         for (_, body) in records.iter().filter(|(entry, body)| entry.encode().unwrap() != *body) {
             assert!(block.windows(body.len()).any(|window| window == *body));
         }
@@ -458,7 +458,7 @@ proptest! {
     }
 }
 
-/// A record as it may stand in a store: of this program, or of one that writes more than this one knows.
+/// A record as a store may hold it: of this program, or of one that writes more than this one knows.
 fn stored() -> impl Strategy<Value = (Entry, Bytes)> {
     let float = || prop_oneof![any::<f64>(), Just(f64::NAN), Just(f64::INFINITY), Just(0.1 + 0.2)];
     let number = || prop_oneof![any::<u64>(), 0_u64..1000];

@@ -87,7 +87,7 @@ pub(super) fn formed(generation: u64, resume: Option<ResumePoint>) -> Record {
     }
 }
 
-/// What [`Journal::form`] takes, from node `name`.
+/// The argument of [`Journal::form`], from node `name`.
 pub(super) fn forming(name: &str, resume: Option<ResumePoint>) -> Formed {
     Formed {
         roster: vec![RosterEntry { node: node(name), workers: 1 }],
@@ -169,7 +169,7 @@ pub(super) async fn opened(store: &Store, name: &str) -> Journal {
     Journal::open(store.clone(), node(name), run_id()).await.unwrap()
 }
 
-/// A run just created, as node `a` has it.
+/// A run that node `a` has just created.
 pub(super) async fn new_run(store: &Store) -> Journal {
     Journal::create(store.clone(), node("a"), run_id(), config()).await.unwrap()
 }

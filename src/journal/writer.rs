@@ -17,8 +17,9 @@
 //! - A conditional append ([`append_if`](JournalWriter::append_if)) checks its condition each time it begins.
 //!
 //! # Crash, retry, cancel
-//! Nothing is stored here. An interrupted or withdrawn append may stand all the same; the journal settles that with the
-//! next append, which reads which record has its number. A commit of unknown fate is [`View::doubtful`] until then.
+//! Nothing is stored here. An interrupted or withdrawn append may still have been written; the journal settles that
+//! with the next append, which reads which record has its number. A commit of unknown fate is [`View::doubtful`] until
+//! then.
 
 use std::time::Duration;
 
@@ -36,7 +37,7 @@ const PATIENCE: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(4),
 /// How long the second attempt at a commit of unknown fate may take. The last words follow it, before a deadline.
 const AGAIN: Duration = Duration::from_millis(500);
 
-/// Which command runs first; the most urgent stands first.
+/// Which command runs first; the most urgent is listed first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Urgency {
     /// A checkpoint whose data is durable.
@@ -49,7 +50,7 @@ pub enum Urgency {
     Notice,
     /// `pruned` and `damaged`.
     Housekeeping,
-    /// A search for newer records that nobody waits for.
+    /// A search for newer records that no caller waits for.
     Look,
 }
 
@@ -67,7 +68,7 @@ pub struct View {
     pub state: RunState,
     /// The newest generation that this node has formed.
     pub held: Option<Generation>,
-    /// The commit begun last, if nobody knows yet whether it stands.
+    /// The commit begun last, if its fate is unknown.
     pub doubtful: Option<Committed>,
 }
 
@@ -94,7 +95,7 @@ enum Work {
 }
 
 /// The number of the record or of the generation, or the number of records read. `None`: the record is not wanted, or
-/// more urgent work interrupted a look.
+/// more urgent work interrupted a search.
 type Answer = Result<Option<u64>, JournalError>;
 
 struct Command {
@@ -171,7 +172,7 @@ impl JournalWriter {
         self.ask(Urgency::Formed, Work::Refresh).await.map(Option::unwrap_or_default)
     }
 
-    /// Reads on if nothing else is to do; `None`: there is other work, which will itself find any new records.
+    /// Reads on if there is nothing else to do; `None`: there is other work, which will itself find any new records.
     pub async fn look(&self) -> Result<Option<View>, JournalError> {
         let read = self.ask(Urgency::Look, Work::Refresh).await?;
         Ok(read.map(|_| self.view()))
@@ -279,7 +280,7 @@ async fn attempt(journal: &mut Journal, work: &Work) -> Answer {
                 return Ok(None);
             }
             match journal.append(record.clone()).await {
-                // An earlier attempt was found to stand.
+                // An earlier attempt was found in the store.
                 Err(JournalError::Refused { .. }) if !wanted(journal.state()) => Ok(None),
                 other => other.map(Some),
             }
@@ -375,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_can_wait_gives_way_and_only_to_what_is_more_urgent() {
+    fn only_work_that_can_wait_gives_way_and_only_to_more_urgent_work() {
         use Urgency::{Commit, Formed, Housekeeping, LastWords, Look, Notice};
         let all = [Commit, LastWords, Formed, Notice, Housekeeping, Look];
         for (place, urgency) in all.into_iter().enumerate() {
@@ -385,7 +386,7 @@ mod tests {
         }
     }
 
-    /// Housekeeping hangs in the store; a commit comes, and stands next; the housekeeping is done after it, once.
+    /// Housekeeping hangs in the store; a commit comes and runs next; the housekeeping runs after it, once.
     async fn gives_way(fault: Fault, numbers: (u64, u64)) {
         let (journal, store, hangs) = writer(fault).await;
         hangs.store(true, Ordering::SeqCst);
@@ -413,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_is_served_by_urgency_then_in_order() {
+    fn waiting_commands_run_by_urgency_then_in_order() {
         let command = |urgency, number| {
             let record = Record::Pruned { step: Step(number), generation: Generation(1) };
             let work = Work::Append { record, wanted: Box::new(|_| true) };
@@ -438,7 +439,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_look_gives_up_beside_other_work() {
+    async fn a_search_gives_up_if_there_is_other_work() {
         let (journal, store, hangs) = writer(Fault::Hang).await;
         let seen = journal.look().await.unwrap().expect("nothing else is to be done");
         assert_eq!(seen.state.next(), 4);
@@ -476,7 +477,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_view_shows_what_was_answered() {
+    async fn the_view_shows_every_answered_command() {
         let (journal, store, _) = writer(Fault::Pass).await;
         assert_eq!(journal.view().held, Some(Generation(1)));
         let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
@@ -484,9 +485,10 @@ mod tests {
         assert_eq!(journal.state().newest().map(|newest| newest.committed.step), Some(Step(3)));
     }
 
-    /// The commit's answer is lost, its caller gives up, and it stands: before the last words begin, or only after.
+    /// The commit's answer is lost and its caller gives up, but the record exists: before the last words begin, or only
+    /// after.
     #[tokio::test]
-    async fn last_words_are_made_of_what_stands() {
+    async fn last_words_count_a_commit_of_unknown_fate() {
         for fault in [Fault::LandsAndHangs, Fault::Hang] {
             let (journal, store, hangs) = writer(fault).await;
             let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;

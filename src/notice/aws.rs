@@ -9,9 +9,9 @@
 //! | `events/recommendations/rebalance` | 5 s | save now and train on |
 //! | `events/maintenance/scheduled` | 30 s | save now and train on; interruption when a stop or a reboot is at most five minutes ahead |
 //!
-//! Spot notices are not polled on an `on-demand` machine. A notice once received stays valid, even if it is gone the
-//! next time: a withdrawn notice is no promise that nothing happens. A spot interruption is identified by its action
-//! alone: some services count its time from the request.
+//! Spot notices are not polled on an `on-demand` machine. A received notice stays valid even if the service withdraws
+//! it: a withdrawn notice does not promise that nothing happens. A spot interruption is identified by its action alone,
+//! because some services count its time from the request.
 //!
 //! Maintenance whose time had passed when this process first heard of it only asks for a save: otherwise a machine that
 //! waits for its reboot would drain again with every start, for hours. The reboot itself comes with SIGTERM.
@@ -46,14 +46,14 @@ const NEAR: Duration = Duration::from_secs(300);
 const EVENTS: usize = 32;
 /// The interval between two heartbeats of a hook whose time-out is not known; the shortest time-out is 30 s.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// The interval between two searches for the hook once the end was announced: this process may be gone soon.
+/// The interval between two searches for the hook once the end is announced: this process may end soon.
 const HURRY: Duration = Duration::from_secs(1);
 
 /// The service, once it has answered.
 #[derive(Debug)]
 pub struct Found {
     imds: Imds,
-    /// Whether the machine can be taken back at any time.
+    /// Whether the machine can be taken at any time.
     spot: bool,
 }
 
@@ -70,7 +70,7 @@ pub async fn find(named: bool) -> Found {
     };
     // "spot", "on-demand", "capacity-block", …: only on-demand machines are known to stay.
     let spot = life_cycle.as_deref().map(str::trim) != Some("on-demand");
-    tracing::debug!(endpoint = imds.uri(), life_cycle, "AWS's metadata service is listened to");
+    tracing::debug!(endpoint = imds.uri(), life_cycle, "listening to AWS's metadata service");
     Found { imds, spot }
 }
 
@@ -86,7 +86,7 @@ enum Standing {
     Leaving,
 }
 
-/// The actions after this machine's end was announced by its group.
+/// What must happen after this machine's group has announced its end.
 #[derive(Debug, Default)]
 pub struct Ending {
     standing: watch::Sender<Standing>,
@@ -96,8 +96,8 @@ pub struct Ending {
 
 impl Ending {
     /// Lets the machine go, if its group waits for that. The search for its hook may still be running: a node that has
-    /// nothing to save is ready to leave at once, and without this the machine would idle, at a cost, until the
-    /// time-out. The caller bounds the wait.
+    /// nothing to save is ready to leave at once, and otherwise the machine would idle, at a cost, until the time-out.
+    /// The caller bounds the wait.
     pub async fn release(&self) {
         if *self.standing.borrow() != Standing::Leaving {
             return;
@@ -107,13 +107,13 @@ impl Ending {
         let Some(hook) = known else { return };
         match hook.complete().await {
             Ok(()) => tracing::info!("lifecycle hook {} is completed", hook.name()),
-            // It ends by itself when its time-out has passed.
-            Err(error) => tracing::warn!(%error, "the lifecycle hook waits for its time-out"),
+            // The wait ends by itself at its time-out.
+            Err(error) => tracing::warn!(%error, "the lifecycle hook ends only at its time-out"),
         }
     }
 }
 
-/// Reports the service's notices, for ever.
+/// Reports the service's notices, forever.
 pub async fn listen(found: Found, mouth: Mouth, ending: Arc<Ending>, hook: String) {
     let Found { imds, spot } = found;
     let second = Duration::from_secs(1);
@@ -136,7 +136,7 @@ pub async fn listen(found: Found, mouth: Mouth, ending: Arc<Ending>, hook: Strin
     futures::join!(spot, rebalance, maintenance, target, hold);
 }
 
-/// The content of an answer, or what it should have been.
+/// The content of an answer, or a description of the expected one.
 type Read<T> = Result<T, &'static str>;
 
 /// Polls one path and reports the notices that `read` finds in the answers.
@@ -160,7 +160,7 @@ async fn watch_path(
     }
 }
 
-/// Polls for the state that the group is taking this machine to.
+/// Polls for the state into which the group moves this machine.
 async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
     let mut pace = Pace::new(Duration::from_secs(2), Duration::from_secs(16));
     loop {
@@ -173,14 +173,14 @@ async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
             ending.standing.send_replace(Standing::Leaving);
             let known = timeout(LIMIT, hook.wait_for(Option::is_some)).await;
             let hook = known.ok().and_then(|hook| hook.ok()?.clone().flatten());
-            // The group waits for this machine, and pays for it, often with its replacement there already. The hook is
+            // The group waits for this machine, and pays for it, often while its replacement already runs. The hook is
             // kept waiting: its time-out is no reason to give up a save.
             let confidence = Confidence::Advisory;
             let deadline = hook.and_then(|hook| hook.timeout());
             mouth.tell(Notice { confidence, ..notice(Kind::Stop, deadline, "aws-asg", "Terminated") });
         } else if matches!(&outcome, Ok(Some(state)) if !state.trim().is_empty()) {
-            // A machine of a group: it is time to find the hook that will delay its end. An announced end is not taken
-            // back.
+            // The machine is in a group: now is the time to find the hook that will delay its end. An announced end is
+            // final.
             ending.standing.send_if_modified(|standing| {
                 let news = *standing == Standing::Outside;
                 if news {
@@ -193,7 +193,7 @@ async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
     }
 }
 
-/// Finds the hook once the group is known to take an interest, and keeps it waiting once the end was announced.
+/// Finds the hook once the group acts on this machine, and keeps it waiting once the end is announced.
 async fn hold(imds: &Imds, ending: &Ending, configured: &str) {
     let mut standing = ending.standing.subscribe();
     if standing.wait_for(|standing| *standing != Standing::Outside).await.is_err() {
@@ -206,8 +206,8 @@ async fn hold(imds: &Imds, ending: &Ending, configured: &str) {
             Ok(hook) => break hook.map(Arc::new),
             Err(error) => {
                 if !pace.is_failing() {
-                    tracing::warn!(%error, hint = error.hint(), "what holds up this machine's end is not known: the \
-                        group will not wait for the last save");
+                    tracing::warn!(%error, hint = error.hint(), "can't find the hook that delays this machine's end: \
+                        the group will not wait for the last save");
                 }
                 // An announced end ends the pause.
                 let leaving = standing.wait_for(|standing| *standing == Standing::Leaving);
@@ -250,7 +250,7 @@ fn is_end(target_state: &str) -> bool {
     target_state.trim() == "Terminated"
 }
 
-/// Reads `spot/instance-action`. A time that has passed, or can't be read, makes the action no less certain.
+/// Reads `spot/instance-action`. The action counts even if its time has passed or can't be read.
 fn spot_action(body: &str, now: Timestamp) -> Read<Notice> {
     #[derive(Deserialize)]
     struct Action {
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn spot_actions_are_read_whatever_their_time() {
+    fn spot_actions_count_whatever_their_time() {
         let now = at("2017-09-18T08:20:30Z");
         for (body, id, seconds) in [
             (r#"{"action":"terminate","time":"2017-09-18T08:22:00Z"}"#, "terminate", 90),
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_end_of_a_machine_is_its_end() {
+    fn only_terminating_states_mean_the_end() {
         for (state, end) in [
             ("Terminated", true),
             ("Terminated\n", true),
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn maintenance_is_left_for_when_it_is_near() {
+    fn the_agent_leaves_for_maintenance_only_when_it_is_near() {
         let now = at("2026-01-21T09:00:00Z");
         let earlier = at("2026-01-21T08:00:00Z");
         let event = |id: &str, code: &str, state: &str, not_before: &str| {
@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn a_recommendation_is_named_by_its_time() {
+    fn a_recommendation_is_identified_by_its_time() {
         let read = recommendation(r#"{"noticeTime":"2020-10-27T08:22:00Z"}"#).unwrap();
         assert_eq!(read, notice(Kind::Rebalance, None, "aws-rebalance", "2020-10-27T08:22:00Z"));
         assert!(recommendation("{}").is_err() && recommendation("2020-10-27T08:22:00Z").is_err());
@@ -417,7 +417,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_answer_is_too_odd(body in super::super::tests::odd_answer(), seconds in 0_i64..4_000_000_000) {
+        fn every_odd_answer_is_handled(body in super::super::tests::odd_answer(), seconds in 0_i64..4_000_000_000) {
             let now = Timestamp::from_second(seconds).unwrap();
             prop_assert!(spot_action(&body, now).is_ok_and(|n| holds(&n)) || spot_action(&body, now).is_err());
             prop_assert!(recommendation(&body).map_or(true, |n| holds(&n)));

@@ -1,15 +1,15 @@
 //! Azure's Scheduled Events (<https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events>).
 //!
 //! The document is polled every second; its first answer may take two minutes. An event counts if its `Resources` name
-//! this machine: every machine of an availability set sees the events of all. `Preempt`, `Terminate`, `Redeploy` and
-//! `Reboot` are interruptions, at `NotBefore`, which is empty once they have started. A `Freeze` loses no memory: the
-//! response is a save, unless it is known to be short.
+//! this machine: each machine of an availability set sees the events of all of them. `Preempt`, `Terminate`, `Redeploy`
+//! and `Reboot` are interruptions, at `NotBefore`, which is empty once they have started. A `Freeze` loses no memory:
+//! the response is a save, unless it is known to be short.
 //!
-//! *Approval.* An event begins early if it is approved, which ends the wait for a machine that has nothing left to do.
-//! It is approved only after the last step is durable, only if every resource that it names is this machine (approving
-//! it starts it for all of them), and only if this process leaves because of it: a process that did not receive it, or
-//! was asked to stop for another reason, leaves the rest of the time to the next process here. Not approving it costs
-//! only the wait.
+//! *Approval.* An event begins early if it is approved, which ends the wait for a machine that has no work left. It is
+//! approved only after the last step is durable, only if every resource that it names is this machine (approving it
+//! starts it for all of them), and only if this process leaves because of it: a process that did not receive it, or was
+//! asked to stop for another reason, leaves the rest of the time to the next process here. Not approving it costs only
+//! the wait.
 
 use std::{
     collections::HashSet,
@@ -58,11 +58,11 @@ pub async fn find(named: bool) -> Found {
             Err(error) => search.failed(&error).await,
         }
     };
-    tracing::debug!(endpoint = azure.uri(), machine = me, "Azure's scheduled events are listened to");
+    tracing::debug!(endpoint = azure.uri(), machine = me, "listening to Azure's scheduled events");
     Found { azure, me }
 }
 
-/// The events to approve when this machine has nothing left to do.
+/// The events to approve once this machine has no work left.
 #[derive(Debug, Default)]
 pub struct Heard {
     service: Mutex<Option<(Azure, Vec<String>)>>,
@@ -74,7 +74,7 @@ impl Heard {
         *lock(&self.service) = Some((azure.clone(), ours));
     }
 
-    /// The agent was given `notice`.
+    /// The agent has received `notice`.
     pub fn given(&self, notice: &Notice) {
         lock(&self.reasons).add(notice);
     }
@@ -92,7 +92,7 @@ impl Heard {
                 Ok(()) => {
                     tracing::info!(
                         events = events.len(),
-                        "Azure may begin with what it has scheduled for this machine"
+                        "Azure may start the event that it has scheduled for this machine"
                     );
                     return;
                 }
@@ -111,7 +111,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct Reasons {
     /// Notices of events, by id.
     events: HashSet<String>,
-    /// Whether something else asked it to leave.
+    /// Whether another source asked it to leave.
     others: bool,
 }
 
@@ -132,12 +132,12 @@ impl Reasons {
     }
 }
 
-/// An event keeps its id when it starts, but its start is news: there is no time left then.
+/// An event keeps its id when it starts, but its start is news: then there is no time left.
 fn notice_id(event: &str, started: bool) -> String {
     format!("{event}-{}", if started { "Started" } else { "Scheduled" })
 }
 
-/// Reports the service's notices, for ever.
+/// Reports the service's notices, forever.
 pub async fn listen(found: Found, mouth: Mouth, heard: Arc<Heard>) {
     let Found { azure, me } = found;
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
@@ -203,7 +203,7 @@ fn read(body: &str, me: &str, now: Timestamp) -> Result<Document, &'static str> 
                 let (deadline, confidence) = match (started, at) {
                     (true, _) => (Some(Duration::ZERO), Confidence::Certain),
                     (false, Some(at)) => (Some(left(at, now, LONGEST)), Confidence::Announced),
-                    // Scheduled, but its time can't be read.
+                    // It is scheduled, but its time can't be read.
                     (false, None) => (None, Confidence::Announced),
                 };
                 let source = if event.event_type == "Preempt" { PREEMPT } else { SCHEDULED };
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn what_this_process_does_not_leave_for_is_not_approved() {
+    fn only_events_that_this_process_leaves_for_are_approved() {
         let notice = |kind, source, id: &str| {
             let confidence = Confidence::Announced;
             Notice { kind, deadline: None, source, id: id.into(), confidence }
@@ -310,7 +310,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_document_is_too_odd(body in super::super::tests::odd_answer(), seconds in 0_i64..4_000_000_000) {
+        fn every_odd_document_is_handled(body in super::super::tests::odd_answer(), seconds in 0_i64..4_000_000_000) {
             if let Ok(document) = read(&body, "me", Timestamp::from_second(seconds).unwrap()) {
                 prop_assert!(document.notices.len() <= EVENTS && document.to_approve.len() <= EVENTS);
                 for notice in document.notices {

@@ -1,4 +1,4 @@
-//! A request, in the run's own folder, that a live generation should save and stop.
+//! A request, in the run's own folder, that a live generation save and stop.
 //!
 //! Stored layout: `drains/g0003.json`, created once: [`Request`]. Its reader only checks that it exists. It belongs to
 //! one generation, so that it does not stop a later resume; it stays, as the journal does, and costs a few bytes.
@@ -53,7 +53,7 @@ async fn is_asked(run: &Store, generation: Generation) -> Result<bool, StorageEr
     }
 }
 
-/// Reports that `generation` is asked to stop, from then on again and again: it may be long before the report is taken.
+/// Reports again and again that `generation` is asked to stop, since it may take long until the report is taken.
 pub(super) async fn listen(run: Store, generation: Generation, mouth: Mouth) {
     listen_every(INTERVAL, run, generation, mouth).await;
 }
@@ -64,7 +64,7 @@ async fn listen_every(interval: Duration, run: Store, generation: Generation, mo
         match is_asked(&run, generation).await {
             Ok(true) => break,
             Ok(false) => {}
-            Err(error) => tracing::debug!(%error, "whether somebody asks this run to stop is not known"),
+            Err(error) => tracing::debug!(%error, "can't look for a request to stop this run"),
         }
     }
     let (kind, confidence) = (Kind::Stop, Confidence::Certain);
@@ -81,7 +81,7 @@ mod tests {
     use crate::config::StorageConfig;
 
     #[tokio::test]
-    async fn a_request_is_told_again_and_again() {
+    async fn a_request_is_reported_again_and_again() {
         let dir = tempfile::tempdir().unwrap();
         let run = Store::open(&format!("file://{}", dir.path().display()), &StorageConfig::plain(4, 16)).unwrap();
         ask(&run, Generation(3)).await.unwrap();
@@ -95,11 +95,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_request_is_of_one_generation_and_stands_once() {
+    async fn a_request_is_for_one_generation_and_stored_once() {
         let dir = tempfile::tempdir().unwrap();
         let run = Store::open(&format!("file://{}", dir.path().display()), &StorageConfig::plain(4, 16)).unwrap();
         assert!(ask(&run, Generation(3)).await.unwrap());
-        assert!(!ask(&run, Generation(3)).await.unwrap(), "it stands already");
+        assert!(!ask(&run, Generation(3)).await.unwrap(), "it exists already");
         let body = run.get("drains/g0003.json", 4096).await.unwrap();
         let request: Request = serde_json::from_slice(&body).unwrap();
         assert_eq!((request.format, request.generation), (1, Generation(3)));

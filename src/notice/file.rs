@@ -1,10 +1,10 @@
 //! A watched file: any program that can write one can announce that this machine goes away.
 //!
-//! The file counts if it appears or changes while this process runs. A file last written before the process began is
-//! old news, as is one from the future: otherwise it would end every restart. It may be empty, or hold the seconds left
-//! (`90`, `2m`) or JSON, `{"deadline_s": 90}`; an unreadable content still announces that the machine goes away. At
-//! most 4 KiB of it are read, once it has stayed the same from one look to the next: its writer need not write it all
-//! at once.
+//! The file counts if it appears or changes while this process runs. A file last written before the process began does
+//! not count, nor does one from the future: otherwise it would end every restart. It may be empty, or hold the seconds
+//! left (`90`, `2m`) or JSON, `{"deadline_s": 90}`; an unreadable content still announces that the machine goes away.
+//! At most 4 KiB of it are read, once it has stayed the same from one look to the next, so its writer may take some
+//! time.
 
 use std::{
     os::unix::fs::MetadataExt,
@@ -38,7 +38,7 @@ struct Looks {
     regular: bool,
 }
 
-/// Reports notices from the file, for ever.
+/// Reports notices from the file, forever.
 pub async fn listen(path: PathBuf, mouth: Mouth) {
     let began = Timestamp::now().checked_sub(SignedDuration::try_from(running_for()).unwrap_or_default());
     let mut watched = Watched::begin(path, began.unwrap_or(Timestamp::MIN)).await;
@@ -53,7 +53,7 @@ pub async fn listen(path: PathBuf, mouth: Mouth) {
 /// A file, and its known states.
 struct Watched {
     path: PathBuf,
-    /// The state that was reported, or was old at the beginning.
+    /// The state that was reported, or that existed at the beginning.
     known: Option<Looks>,
     /// The state at the last look.
     before: Option<Looks>,
@@ -71,7 +71,7 @@ impl Watched {
         Self { path, known, before, news: None }
     }
 
-    /// The last notice, with every look: it may be long before somebody takes it.
+    /// The last notice, reported again with every look, since it may take long until it is taken.
     async fn hear(&mut self) -> Option<(Instant, Notice)> {
         if let Some(notice) = self.look().await {
             self.news = Some((Instant::now(), notice));
@@ -93,7 +93,7 @@ impl Watched {
         self.known = now;
         let content = if looks.regular { read(&self.path).await } else { Vec::new() };
         let deadline = deadline(&content).unwrap_or_else(|()| {
-            tracing::warn!(file = %self.path.display(), "the watched file holds no time: when this machine goes away \
+            tracing::warn!(file = %self.path.display(), "the watched file holds no time: the end of this machine \
                 is not known");
             None
         });
@@ -122,7 +122,7 @@ async fn read(path: &Path) -> Vec<u8> {
     content
 }
 
-/// The time left; `Err`: the content means nothing.
+/// The time left; `Err`: the content is meaningless.
 fn deadline(content: &[u8]) -> Result<Option<Duration>, ()> {
     let text = std::str::from_utf8(content).map_err(|_| ())?.trim();
     if text.is_empty() {
@@ -174,7 +174,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_content_is_too_odd(
+        fn every_odd_content_is_handled(
             content in proptest::collection::vec(any::<u8>(), 0..200),
             text in super::super::tests::odd_answer(),
         ) {
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn news_is_told_with_every_look_as_of_when_it_was_heard() {
+    async fn a_notice_is_repeated_with_the_time_since_it_was_heard() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("stop");
         let mut watched = Watched::begin(path.clone(), Timestamp::now()).await;
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_written_since_this_process_began_is_news_however_late_it_is_looked_at() {
+    async fn a_file_written_since_the_start_is_news_however_late_the_look() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("stop");
         std::fs::write(&path, "90").unwrap();
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_what_appears_or_changes_counts() {
+    async fn only_a_file_that_appears_or_changes_counts() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("stop");
         std::fs::write(&path, "old").unwrap();

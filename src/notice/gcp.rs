@@ -44,20 +44,20 @@ pub async fn find(named: bool) -> Gcp {
             Err(error) => search.failed(&error).await,
         }
     }
-    tracing::debug!(endpoint = gcp.uri(), "GCP's metadata server is listened to");
+    tracing::debug!(endpoint = gcp.uri(), "listening to GCP's metadata server");
     gcp
 }
 
-/// Reports the server's notices, for ever. `window`: the time left after a preemption notice.
+/// Reports the server's notices, forever. `window`: the time left after a preemption notice.
 pub async fn listen(gcp: Gcp, mouth: Mouth, window: Duration) {
     let preempted = watch_path(&gcp, PREEMPTED, &mouth, |text, _| preempted(text, window));
     let maintenance = watch_path(&gcp, MAINTENANCE, &mouth, maintenance);
     futures::join!(preempted, maintenance);
 }
 
-/// `read` gets an answer and whether it has been the same since the first one.
+/// `read` gets an answer, and whether it has been the same since the first one.
 async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(&str, bool) -> Option<Notice>) {
-    // The pause after an answer bounds the cost of a server that answers at once although nothing has changed.
+    // The pause after an answer bounds the cost of a server that answers at once without a change.
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
     let mut tag: Option<String> = None;
     let mut standing = Standing::of_process(running_for());
@@ -71,13 +71,13 @@ async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(
         {
             mouth.tell(notice);
         }
-        // After a failure without waiting: a missed change is heard without waiting for another one.
+        // After a failure the request does not wait: a missed change is heard without waiting for the next one.
         tag = outcome.as_ref().ok().and_then(|value| value.as_ref()?.tag.clone());
         rest(&mut pace, path, &outcome).await;
     }
 }
 
-/// The value that was there when this process began, until it changes.
+/// The value at the start of this process, until it changes.
 #[derive(Debug)]
 struct Standing {
     first: Option<String>,
@@ -85,8 +85,8 @@ struct Standing {
 }
 
 impl Standing {
-    /// For a process that has run for `run` before its first request. If that is too long, the first value may be new,
-    /// and the end near.
+    /// For a process that has run for `run` before its first request. After a long run the first value may be new, and
+    /// the end near.
     fn of_process(run: Duration) -> Self {
         Self { first: None, changed: run > MAINTENANCE_NOTICE }
     }
@@ -125,14 +125,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_stood_there_stands_there_until_it_changes() {
+    fn the_first_value_is_old_until_it_changes() {
         let mut standing = Standing::of_process(Duration::from_secs(5));
         let seen = ["A", "A", "B", "A", "A"].map(|text| standing.since_the_first(text));
         assert_eq!(seen, [true, true, false, false, false], "an answer that comes again after a minute is no change");
     }
 
     #[test]
-    fn what_is_first_asked_for_late_is_news() {
+    fn a_first_value_read_late_is_news() {
         let mut standing = Standing::of_process(Duration::from_secs(300));
         assert_eq!(["A", "A"].map(|text| standing.since_the_first(text)), [false, false]);
     }

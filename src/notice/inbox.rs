@@ -1,9 +1,9 @@
 //! The signals sent to this process, from the first instruction of `main` on.
 //!
-//! The handlers are tokio's: one sets a flag and wakes a thread of this file's own, which counts. Signals that arrive
-//! before there is a listener are kept for it: until the handlers are set a signal ends the process by default, which
-//! nobody can tell from a crash, and the first process of a container does not receive unhandled signals at all. Before
-//! `main` they are held ([`torch::release_signals`]).
+//! The handlers are tokio's: one sets a flag and wakes this file's own thread, which counts. Signals that arrive before
+//! there is a listener are kept for it. Without handlers a signal would end the process, which looks like a crash, and
+//! the first process of a container would never receive it. Before `main` signals are blocked
+//! ([`torch::release_signals`]).
 //!
 //! - SIGTERM, SIGINT, SIGHUP: stop. SIGHUP, which a closing terminal sends, is left alone if it was ignored at the
 //!   start (`nohup`).
@@ -58,19 +58,19 @@ impl Signal {
 /// The signals that have arrived.
 #[derive(Clone, Copy, Debug, Default)]
 struct Came {
-    /// By position in [`ALL`]: signals that nobody has taken yet.
+    /// By position in [`ALL`]: the signals not yet taken.
     waiting: [u32; ALL.len()],
     /// Signals that ask this process to leave, taken or not.
     asked: u32,
 }
 
-/// See the module. Cheap to clone.
+/// See the module's documentation. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Inbox(watch::Sender<Came>);
 
 static INBOX: OnceLock<Result<Inbox, (io::ErrorKind, String)>> = OnceLock::new();
 
-/// Installs the handlers: from here on the signals no longer end the process. Called again, it returns the same inbox.
+/// Installs the handlers: from here on, the signals no longer end the process. A second call returns the same inbox.
 pub fn open() -> io::Result<Inbox> {
     let opened = INBOX.get_or_init(|| Inbox::begin().map_err(|error| (error.kind(), error.to_string())));
     opened.clone().map_err(|(kind, text)| io::Error::new(kind, text))
@@ -90,7 +90,7 @@ impl Inbox {
                     *stream = Some(signal(which.kind())?);
                 }
             }
-            // Nobody waits for it.
+            // No code waits for it.
             drop(signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw())));
         }
         torch::release_signals();
@@ -179,7 +179,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_ignored_stands_in_the_mask() {
+    fn the_mask_shows_ignored_signals() {
         let status =
             "Name:\ttrainer\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000440\n";
         assert!(is_ignored(SignalKind::hangup(), status));
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_came_before_somebody_listens_waits_and_is_taken_once() {
+    async fn a_signal_before_the_listener_waits_and_is_taken_once() {
         let inbox = Inbox(watch::Sender::new(Came::default()));
         for place in [4, 0, 2, 0] {
             inbox.0.send_modify(|came| came.count(place));

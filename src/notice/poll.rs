@@ -10,18 +10,17 @@ use crate::cloud::metadata::MetadataError;
 
 /// The limit for one request.
 pub const LIMIT: Duration = Duration::from_secs(2);
-/// Pauses between looks for a service that is not there double up to this.
+/// Pauses between searches for a missing service double up to this.
 const SELDOM: Duration = Duration::from_secs(300);
-/// And up to this for one that is known to exist but does not answer: on a machine that is starting, or while a network
-/// fails.
+/// The same for a service that is known to exist but does not answer: on a starting machine, or while a network fails.
 const SOON: Duration = Duration::from_secs(10);
-/// The most notices that wait to be taken; more are dropped, and received again with the next poll.
+/// The most notices that wait to be taken. Any more are dropped, and received again with the next poll.
 const WAITING: usize = 64;
 /// The longest name of a notice.
 const NAME: usize = 100;
 
 /// How long this process has run: measured from the first call, so call it when the process begins. Sources begin
-/// later, when the run's configuration is known; an event in between is news.
+/// later, once the run's configuration is known; an event in between counts as new.
 pub fn running_for() -> Duration {
     static BEGAN: OnceLock<std::time::Instant> = OnceLock::new();
     BEGAN.get_or_init(std::time::Instant::now).elapsed()
@@ -43,10 +42,10 @@ impl Mouth {
         self.repeat(Instant::now(), notice);
     }
 
-    /// Reports again a notice received at that time: it may not have been taken.
+    /// Reports again a notice received at that time, since it may not have been taken.
     pub fn repeat(&self, heard: Instant, notice: Notice) {
         if self.0.try_send((heard, notice)).is_err() {
-            tracing::debug!("a notice is not taken: too many wait");
+            tracing::debug!("dropping a notice: too many are waiting");
         }
     }
 }
@@ -83,7 +82,7 @@ impl Pace {
     }
 }
 
-/// Sleeps until the next request to `what` is due. A failure is only a log line: nothing depends on one answer.
+/// Sleeps until the next request to `what` is due. A failure is only logged: nothing depends on one answer.
 pub async fn rest<T>(pace: &mut Pace, what: &str, outcome: &Result<T, MetadataError>) {
     let pause = match outcome {
         Ok(_) => pace.answered(),
@@ -105,8 +104,8 @@ pub struct Search {
 }
 
 impl Search {
-    /// For the service `what`. `named`: the user has said that it exists, and gets one warning if it does not. `here`:
-    /// the machine itself says that it belongs to that cloud.
+    /// For the service `what`. `named`: the user says that it exists, and gets one warning if it does not. `here`: the
+    /// machine itself says that it belongs to that cloud.
     pub const fn new(what: &'static str, named: bool, here: bool) -> Self {
         let most = if named || here { SOON } else { SELDOM };
         Self { what, named, pace: Pace::new(Duration::from_secs(1), most) }
@@ -117,7 +116,7 @@ impl Search {
         if self.named && !self.pace.is_failing() {
             let what = self.what;
             tracing::warn!(
-                "notice.sources names {what}, which does not answer ({error}); it is asked again now and then"
+                "notice.sources names {what}, which does not answer ({error}); it is asked again from time to time"
             );
         }
         let pause = self.pace.failed();
@@ -132,8 +131,8 @@ pub fn left(at: Timestamp, now: Timestamp, most: Duration) -> Duration {
     Duration::try_from(at.duration_since(now)).unwrap_or_default().min(most)
 }
 
-/// A time as AWS's list of maintenance and Azure's events have it: `21 Jan 2019 09:00:43 GMT`, a weekday and a comma
-/// before it or not.
+/// A time as in AWS's list of maintenance and in Azure's events: `21 Jan 2019 09:00:43 GMT`, with or without a weekday
+/// and a comma before it.
 pub fn http_date(text: &str) -> Option<Timestamp> {
     let text = text.split_once(", ").map_or(text, |(_, date)| date).trim();
     let parsed: DateTime = strtime::parse("%d %b %Y %H:%M:%S GMT", text).ok()?.to_datetime().ok()?;
@@ -150,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_pace_slackens_with_failures_and_recovers_at_once() {
+    fn polling_slows_down_with_failures_and_recovers_at_once() {
         let seconds = Duration::from_secs;
         let mut pace = Pace::new(seconds(1), seconds(8));
         assert_eq!(pace.answered(), seconds(1));
@@ -198,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_cut_and_plain() {
+    fn names_are_truncated_and_printable() {
         assert_eq!(name("a\u{1b}[2J b\né"), "a[2Jb");
         assert_eq!(name(&"x".repeat(1000)).len(), NAME);
     }

@@ -15,19 +15,19 @@ use super::{
     window::Windows,
 };
 
-/// Listens for the signals that ask something of a process.
+/// Listens for the signals by which a process is asked to act.
 #[derive(Debug)]
 pub struct Signals {
     inbox: Inbox,
     heard: u64,
     /// Whether SIGUSR1 and SIGUSR2 count.
     pub all: bool,
-    /// The time that each leaves.
+    /// The time that each signal leaves.
     pub windows: Windows,
 }
 
 impl Signals {
-    /// Installs the handlers: from here on signals no longer end the process. Signals that arrived before and were not
+    /// Installs the handlers: from here on, signals no longer end the process. Signals that arrived before and were not
     /// taken come first.
     pub fn listen(windows: Windows) -> io::Result<Self> {
         Ok(Self { inbox: inbox::open()?, heard: 0, all: true, windows })
@@ -44,7 +44,7 @@ impl Signals {
                 Signal::User2 => ("sigusr2", Kind::Rebalance, None),
             };
             if !self.all && kind != Kind::Stop {
-                tracing::debug!("{source} is not listened to: notice.sources does not name signals");
+                tracing::debug!("ignoring {source}: notice.sources does not name signals");
                 continue;
             }
             self.heard += 1;
@@ -53,7 +53,7 @@ impl Signals {
                 Kind::Interruption => self.windows.usr1_is_known,
                 Kind::Rebalance => true,
             };
-            // The usual window of these surroundings is only a hint.
+            // The surroundings' usual window is only a hint.
             let confidence = if known { Confidence::Certain } else { Confidence::Advisory };
             return Notice { kind, deadline, source, id: self.heard.to_string(), confidence };
         }

@@ -1,7 +1,8 @@
-//! How long a process has after it was asked to stop. The request does not say, so the time comes from the
-//! configuration, or else from the known surroundings; a pure function decides. A configured window binds: work that
-//! can't be done within it is not begun. A window that only follows from the surroundings is a default that many
-//! change, and not every stop there is followed by a kill: it is reported, and is no reason to give up a save.
+//! How long a process has after it was asked to stop. The request does not say. So the time comes from the
+//! configuration or, failing that, from the known surroundings; a pure function decides. A configured window binds:
+//! work that does not fit into it is not begun. A window that follows from the surroundings is a default that many
+//! people change, and not every stop there is followed by a kill. So it is only reported, and never a reason to give up
+//! a save.
 //!
 //! The defaults of the surroundings, each as documented by its maker: Kubernetes `terminationGracePeriodSeconds` 30 s
 //! (<https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/>), Slurm `KillWait` 30 s and `--signal` 60 s
@@ -34,7 +35,7 @@ pub struct Windows {
     pub usr1_is_known: bool,
 }
 
-/// The surroundings of this process. Several may be true: a pod is a container on a machine that systemd runs.
+/// The surroundings of this process. More than one may be true: a pod is a container on a machine that systemd runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Surroundings {
     /// In a pod.
@@ -75,7 +76,7 @@ impl Surroundings {
 
     const fn stop(self) -> Option<Duration> {
         let seconds = match self {
-            // The closest supervisor is the one that kills.
+            // The closest supervisor sends the kill.
             Self { kubernetes: true, .. } | Self { slurm: true, .. } => 30,
             Self { container: true, .. } => 10,
             Self { systemd: true, .. } => 90,
@@ -85,7 +86,7 @@ impl Surroundings {
     }
 }
 
-/// The windows that hold: the environment's, else the configuration's, else those of the surroundings.
+/// The windows in force: the environment's, else the configuration's, else those of the surroundings.
 pub fn windows(
     settings: &NoticeConfig,
     variable: &dyn Fn(&str) -> Option<String>,
@@ -95,7 +96,7 @@ pub fn windows(
         let named = variable(name).and_then(|text| {
             let window = parse(&text);
             if window.is_none() {
-                tracing::warn!("{name} is not a duration such as \"110s\": it is not used");
+                tracing::warn!("{name} is not a duration such as \"110s\": ignoring it");
             }
             window
         });
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn surroundings_are_known_by_what_they_leave() {
+    fn surroundings_are_recognised_by_their_traces() {
         let of = |variables: &[(&str, &str)], container, terminal| {
             let variable =
                 |name: &str| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| (*value).to_owned());
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn windows_come_from_the_environment_then_the_configuration_then_the_surroundings() {
+    fn windows_come_from_environment_configuration_or_surroundings() {
         let none = Surroundings::default();
         let auto = NoticeConfig::default();
         let set = NoticeConfig {

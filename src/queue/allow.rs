@@ -99,14 +99,14 @@ impl Allowed {
         let is_notice = |key: &str| key.split('.').next().is_some_and(|section| section.trim() == "notice");
         let set = job.set.iter().map(|(key, _)| key.as_str()).find(|key| is_notice(key));
         let inline = match &job.config {
-            // Text that is not TOML is an error of its own. A quoted key with dots in it is the same key.
+            // Text that is not TOML is reported where it is parsed. A quoted key with dots in it is the same key.
             Source::Inline(text) => {
                 text.parse::<toml::Table>().is_ok_and(|table| table.keys().any(|key| is_notice(key)))
             }
             Source::At { .. } => false,
         };
         let Some(key) = set.or(inline.then_some("notice")) else { return Ok(()) };
-        let what = format!("{key} of the message: when this machine goes away is not for a message to say");
+        let what = format!("{key} of the message: a message can't say when this machine goes away");
         Err(Error::new(Kind::Config, what).with_hint("leave notice.* out of the message"))
     }
 }
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_opens_its_own_store_and_reads_its_buckets() {
+    fn a_consumer_opens_its_own_store_and_reads_its_buckets() {
         let allowed = allowed(&[], Some("s3://b/runs"), Some("s3://configs/a/run.toml"));
         for (uri, read, write) in [
             ("s3://b/runs", true, true),
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_named_with_allow_is_all_beside_the_store() {
+    fn allow_replaces_every_default_except_the_store() {
         let allowed = allowed(&["gs://d/sets", "./models/"], Some("s3://b/runs"), Some("s3://configs/run.toml"));
         for (uri, expected) in [
             ("gs://d/sets/one", true),
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_could_take_no_job_does_not_start() {
+    fn a_consumer_that_could_take_no_job_does_not_start() {
         let new = |allow: &[String], store, configuration| Allowed::new(allow, store, configuration, Path::new("/"));
         for configuration in [None, Some("s3://configs/run.toml")] {
             assert_eq!(new(&[], None, configuration).unwrap_err().kind(), Kind::Usage);
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn when_a_machine_goes_away_is_not_for_a_message_to_say() {
+    fn a_message_cannot_say_when_the_machine_goes_away() {
         let allowed = allowed(&[], Some("s3://b/runs"), None);
         for (text, expected) in [
             (r#"{"run_id":"r","config":"","set":{"train.steps":1}}"#, true),

@@ -5,7 +5,7 @@
 //! is reported under its message id instead. Any 2xx means received; 408, 425, 429, 5xx and no answer at all are tried
 //! again with the same key; every other status is a refusal, logged and not repeated.
 //!
-//! Reports leave in order, one at a time, from a task of their own: training never waits for them, and a failing API
+//! Reports leave in order, one at a time, from their own task: training never waits for them, and a failing API
 //! costs log lines. Of unsent progress reports only the newest is kept; every other report is tried for ten minutes.
 //! Reports still unsent when the process ends are lost: the run's journal, not the API, is the record. A crash may
 //! repeat a report under another claim; `started` and `completed` may come several times for one run, and mean the same
@@ -56,7 +56,7 @@ pub enum Stage {
     Started,
     /// Its training has progressed.
     Progress,
-    /// Its machine goes away, or it could not go on for now; another consumer will continue it.
+    /// Its machine goes away, or it could not continue for now; another consumer will continue it.
     Interrupted,
     /// Its last step is committed.
     Completed,
@@ -312,7 +312,11 @@ async fn deliver(api: Api, reports: Reports) {
             next
         };
         if dropped > 0 {
-            tracing::warn!(dropped, "job API has not taken these reports for {} min: given up", KEPT.as_secs() / 60);
+            tracing::warn!(
+                dropped,
+                "job API has not accepted these reports for {} min: giving up",
+                KEPT.as_secs() / 60
+            );
         }
         let Some(report) = next else { continue };
         let (verdict, said) = api.post(&report).await;
@@ -320,7 +324,7 @@ async fn deliver(api: Api, reports: Reports) {
             failed += 1;
             // Reported once; later ones are the same.
             if failed == 1 {
-                tracing::warn!(event = ?report.event, "job API does not take reports, trying on: {said}");
+                tracing::warn!(event = ?report.event, "job API does not accept reports, retrying: {said}");
             }
             lock(&reports.outbox).put_back();
             tokio::time::sleep(pause(failed)).await;
@@ -329,7 +333,7 @@ async fn deliver(api: Api, reports: Reports) {
         if verdict == Verdict::Refused {
             tracing::warn!(event = ?report.event, "job API refused a report: {said}");
         } else if failed > 0 {
-            tracing::info!(failed, "job API takes reports again");
+            tracing::info!(failed, "job API accepts reports again");
         }
         failed = 0;
         let mut outbox = lock(&reports.outbox);
@@ -404,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_sorted_into_three() {
+    fn answers_fall_into_three_classes() {
         for (status, expected) in [
             (Some(200), Verdict::Heard),
             (Some(204), Verdict::Heard),
@@ -425,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn of_progress_only_the_newest_waits() {
+    fn only_the_newest_progress_report_waits() {
         let (mut outbox, now) = (Outbox::default(), Instant::now());
         let waiting = |outbox: &Outbox| outbox.0.iter().map(|it| it.report.sequence).collect::<Vec<_>>();
         outbox.add(report(Stage::Started, 0), now);

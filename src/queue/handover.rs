@@ -21,10 +21,10 @@
 //! ([`Suspicion`]), the message is renewed and the consumer exits with that exit code. The first of the two has
 //! counted; and if both jobs are poison themselves, the second is renewed, at the cost of a consumer.
 //!
-//! So a kill counts as a receive, since nobody was left to renew. The next receiver of the message makes up for it: if
-//! the run's journal shows a checkpoint that was not there when the copy was sent, the job is no poison, and its
-//! message is renewed before it is trained. A job that is killed again and again without a checkpoint in between ends
-//! in the dead-letter queue, as it should.
+//! So a kill counts as a receive, since no consumer was left to renew the message. The next receiver of the message
+//! makes up for it: if the run's journal shows a checkpoint that was not there when the copy was sent, the job is no
+//! poison, and its message is renewed before it is trained. A job that is killed again and again without a checkpoint
+//! in between ends in the dead-letter queue, as it should.
 //!
 //! Attributes that a copy carries: `trainer-interruptions`, how often its run was handed over because its machine went
 //! away, and `trainer-step`, the newest committed step at that moment. Both are only counts; a wrong one misleads a
@@ -67,7 +67,7 @@ pub const fn made_progress(received: u32, carried: Carried, committed: u64) -> b
 pub enum End {
     /// The run is complete.
     Completed,
-    /// The machine goes away, or somebody asked this consumer to stop.
+    /// The machine goes away, or this consumer was asked to stop.
     Interrupted,
     /// Another live consumer has the run.
     Elsewhere,
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_is_no_longer_ours_is_never_doubled() {
+    fn a_message_that_is_no_longer_ours_is_never_copied() {
         for hold in [Hold::Lost, Hold::HandedOver] {
             for end in [
                 End::Interrupted,
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_is_no_good_when_two_runs_fail_in_a_row_without_a_checkpoint_in_between() {
+    fn two_failed_runs_in_a_row_without_a_checkpoint_put_the_consumer_at_fault() {
         let [a, b] = ["a", "b"].map(|id| RunId::new(id).unwrap());
         let (bug, no, config) = (Some(Kind::Bug), Some(Kind::Permission), Some(Kind::Config));
         for (story, expected) in [
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kill_is_forgiven_where_the_run_got_further() {
+    fn a_kill_is_forgiven_if_the_run_has_progressed() {
         let carried = |step| Carried { interruptions: 0, step };
         for (received, step, committed, forgiven) in
             [(1, 0, 100, false), (2, 0, 100, true), (2, 100, 100, false), (2, 100, 101, true), (5, 0, 0, false)]

@@ -104,8 +104,8 @@ impl Job {
                 }
                 _ => return wrong("config_uri is not a URI such as s3://bucket/configs/run.toml"),
             },
-            (Some(_), Some(_)) => return wrong("config and config_uri are both there: one is expected"),
-            (None, None) => return wrong("neither config nor config_uri is there: one is expected"),
+            (Some(_), Some(_)) => return wrong("config and config_uri are both given: expected one"),
+            (None, None) => return wrong("neither config nor config_uri is given: expected one"),
         };
         let mut set = Vec::new();
         for (key, value) in raw.set {
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_job_is_refused_with_a_reason() {
+    fn a_message_that_is_not_a_job_is_refused_with_a_reason() {
         for (body, says) in [
             ("", "not a job"),
             ("[]", "not a job"),

@@ -2,9 +2,9 @@
 //!
 //! A message is hidden for one lease at a time, and the lease is renewed when a third of it is over, so that two
 //! requests in a row may fail. Twelve hours after its receive SQS hides it no longer. Before that it is handed over: a
-//! copy is sent, then the old one deleted (see [`super::handover`]), and training goes on with no message in hand. An
-//! idle consumer that receives the copy sees by the run's heartbeat that it is alive and puts the copy back for a
-//! while; when the machine goes away, the copy brings the run to the next one.
+//! copy is sent, then the old one deleted (see [`super::handover`]), and training continues without a message. An idle
+//! consumer that receives the copy sees by the run's heartbeat that it is alive and puts the copy back for a while;
+//! when the machine goes away, the copy brings the run to the next one.
 //!
 //! *Crash*: the lease runs out and the message is seen again. *Cancel*: [`Holder::stop`] lets a request under way end
 //! first, so that this process never cuts a hand-over in two.
@@ -55,7 +55,7 @@ impl Terms {
 pub enum Hold {
     /// Ours.
     Ours,
-    /// Its lease ran out, or somebody deleted it: another consumer may have it.
+    /// Its lease ran out, or it was deleted: another consumer may have it.
     Lost,
     /// No longer ours, by choice: a copy is in the queue.
     HandedOver,
@@ -124,7 +124,7 @@ async fn extend(queue: &Queue, message: &Message, lease: Duration) -> Hold {
         Ok(Held::Yes) => Hold::Ours,
         Ok(Held::Gone) => {
             tracing::warn!(
-                "the queue no longer knows this consumer's hold on its message; the run's journal keeps others off"
+                "this consumer no longer holds its message; the run's journal keeps other consumers from writing"
             );
             Hold::Lost
         }

@@ -19,7 +19,7 @@ use crate::{
 pub(super) struct Lookout {
     /// Signals, from the beginning of this process on.
     pub heard: Heard,
-    /// `None`: nobody listens yet, or somebody else does.
+    /// `None`: not listening yet, or the agent is.
     notices: Mutex<Option<Notices>>,
     /// The machine goes away.
     leaving: Cell<bool>,
@@ -56,20 +56,20 @@ impl Lookout {
             };
             // There is nothing to save.
             if notice.kind != notice::Kind::Rebalance {
-                tracing::info!(source = notice.source, "this consumer was asked to leave");
+                tracing::info!(source = notice.source, "this consumer was asked to exit");
                 self.leaving.set(true);
                 return Ok(());
             }
         }
     }
 
-    /// What comes of `work`; an error if this consumer was asked to leave before ([`Self::told`]).
+    /// The result of `work`; an error if this consumer is asked to exit first ([`Self::told`]).
     pub async fn unless<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         tokio::select! {
             biased;
             told = self.wait() => {
                 told?;
-                Err(Error::new(Kind::Interrupted, "told to leave"))
+                Err(Error::new(Kind::Interrupted, "asked to exit"))
             }
             done = work => done,
         }
@@ -80,8 +80,7 @@ impl Lookout {
         *self.notices.lock().await = None;
     }
 
-    /// Tells the parties that wait for this machine that it may go: its work is settled. An agent has done so for
-    /// itself.
+    /// Tells the parties that wait for this machine that it may go: its work is settled. An agent does so itself.
     pub async fn let_machine_go(&self) {
         if let Some(notices) = &mut *self.notices.lock().await {
             notices.release(true).await;

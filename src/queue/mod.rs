@@ -16,12 +16,12 @@
 //!
 //! *Crash*: the lease runs out, another consumer receives the message and resumes from the newest checkpoint; see
 //! [`handover`] for each moment. *Retry*: settling twice is fine. *Cancel*: the agent handles SIGTERM while training
-//! (it saves, and exits with 75 or 76). Then the message is settled first (bounded in time, whatever the queue does),
-//! the party that waits for the machine is told second that it may go (the lifecycle hook is completed, the scheduled
-//! event approved: [`agent::launch_then`]), and the job API is told third: a machine that is taken the moment it may go
-//! has left its job to the next one. Between two jobs, and while a job's journal and configuration are read, any notice
-//! that this machine goes away, and any request to stop, ends this consumer with 75 (`lookout.rs`). Signals that come
-//! just before the agent listens wait for it.
+//! (it saves, and exits with 75 or 76). Three things follow, in this order. The message is settled, in bounded time,
+//! whatever the queue does. The lifecycle hook is completed or the scheduled event approved ([`agent::launch_then`]).
+//! The job API gets its report. So a machine that is taken the moment it may go has left its job to the next one.
+//! Between two jobs, and while a job's journal and configuration are read, any notice that this machine goes away, and
+//! any request to stop, ends this consumer with 75 (`lookout.rs`). Signals that come just before the agent listens wait
+//! for it.
 #![doc = include_str!("README.md")]
 
 pub mod allow;
@@ -166,7 +166,7 @@ pub enum Said {
 pub enum State {
     /// It was received.
     Claimed,
-    /// Its message was held for as long as SQS allows: a copy is in the queue, and training goes on.
+    /// Its message was held for as long as SQS allows: a copy is in the queue, and training continues.
     HandedOver,
     /// Its run has progressed since it was sent, so a fresh copy is in the queue.
     Renewed,
@@ -208,7 +208,7 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     let (queue, max_receive_count) = match runtime.block_on(heard.unless(open(&settings))) {
         Ok(opened) => opened,
         Err(error) => {
-            // The exit does not wait for a name that is being looked up, on a machine without a network.
+            // The exit does not wait for a name look-up on a machine without a network.
             runtime.shutdown_timeout(Duration::ZERO);
             return if heard.asked() { Ok(Left::Asked) } else { Err(error) };
         }
@@ -226,7 +226,7 @@ pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     let unheard =
         consumer.runtime.block_on(consumer.reports.flush(if hurried { HURRIED_REPORTS } else { LAST_REPORTS }));
     if unheard > 0 {
-        tracing::warn!(unheard, "reports were not heard by the job API");
+        tracing::warn!(unheard, "reports were not received by the job API");
     }
     consumer.runtime.shutdown_timeout(Duration::from_secs(1));
     left
@@ -250,7 +250,7 @@ async fn redrive(queue: &Queue) -> Result<Option<u32>> {
     match queue.redrive().await {
         Ok(Some(policy)) => Ok(Some(policy.max_receive_count)),
         Ok(None) => {
-            tracing::warn!("queue has no dead-letter queue: a job that always fails comes back for ever");
+            tracing::warn!("queue has no dead-letter queue: a job that always fails comes back forever");
             Ok(None)
         }
         // Reading attributes is a permission of its own, and not needed.
@@ -335,8 +335,8 @@ impl Consumer<'_> {
             // A run that another consumer trains for weeks must not keep this one waiting for weeks.
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
-                // The message, put back, is still in the queue: exiting now would leave it to nobody. Without a
-                // dead-letter queue that would be for ever.
+                // The message, put back, is still in the queue: exiting now would leave it without a consumer, and
+                // without a dead-letter queue forever.
                 if let Settle::Return(after) = what
                     && self.max_receive_count.is_some()
                 {
@@ -358,14 +358,14 @@ impl Consumer<'_> {
     /// Whether nothing prevents the exit: the machine leaves with this consumer, or was not to.
     fn machine_may_leave(&self) -> Result<bool> {
         let Some(leave) = self.tools.leave else { return Ok(true) };
-        // The end of the machine that this consumer asks for is no news to it.
+        // This consumer asked for the machine's end itself: a notice of it is no news.
         self.runtime.block_on(self.lookout.rest());
         // The machine may be gone before the reports are.
         self.runtime.block_on(self.reports.flush(LAST_REPORTS));
         leave()
     }
 
-    /// The result of `work`, unless this consumer is told to exit.
+    /// The result of `work`, unless this consumer is asked to exit.
     fn unless_told<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.runtime.block_on(self.lookout.unless(work))
     }
@@ -384,7 +384,7 @@ impl Consumer<'_> {
                         if since.elapsed() > PATIENCE {
                             return Err(error);
                         }
-                        tracing::warn!("queue does not answer, trying on: {error}");
+                        tracing::warn!("queue does not answer, retrying: {error}");
                         tokio::time::sleep(ASK_AGAIN).await;
                     }
                     Err(error) => return Err(error),
@@ -456,7 +456,7 @@ impl Consumer<'_> {
         }
         let stage = match turn.state {
             State::Completed => Some(Stage::Completed),
-            // It goes on elsewhere.
+            // The run continues elsewhere.
             State::Failed | State::Unreachable if matches!(what, Settle::Renew { .. }) => Some(Stage::Interrupted),
             State::Failed => Some(Stage::Failed),
             State::Unreachable if matches!(what, Settle::Return(_)) => Some(Stage::Failed),
@@ -507,7 +507,8 @@ impl Consumer<'_> {
             tokio::time::timeout(RENEWAL, work).await.unwrap_or_else(|_| {
                 let limit = RENEWAL.as_secs();
                 tracing::warn!(
-                    "message was not renewed within {limit} s: seen again when its lease ends, this receive counts"
+                    "message was not renewed within {limit} s: it becomes visible when its lease ends, and this \
+                    receive counts"
                 );
                 Settle::Leave
             })
@@ -519,7 +520,7 @@ impl Consumer<'_> {
         *self.encryption.borrow_mut() = (storage.encryption, storage.kms_key_id.clone());
     }
 
-    /// Whether this consumer's own store does not accept anything either.
+    /// Whether this consumer's own store does not answer or refuses, too.
     async fn is_cut_off(&self) -> bool {
         let Some(uri) = &self.settings.store else { return false };
         let Ok(uri) = config::absolute_uri(uri, self.tools.working_directory) else { return false };
@@ -530,11 +531,11 @@ impl Consumer<'_> {
         let put = store.put_once(&key, Bytes::from_static(b"whether this store answers"), STORE_PATIENCE);
         tokio::select! {
             biased;
-            // There is no time to find out whose fault it is.
+            // There is no time to find out where the fault is.
             () = self.lookout.heard.wait() => true,
             put = tokio::time::timeout(STORE_PATIENCE, put) => match put {
                 Ok(Ok(())) => {
-                    // A leftover is a few bytes of rubbish, below a folder known for it.
+                    // A leftover is a few bytes in the folder of probes.
                     let _ = tokio::time::timeout(SWEEP_PATIENCE, store.delete(&key)).await;
                     false
                 }
@@ -544,8 +545,8 @@ impl Consumer<'_> {
         }
     }
 
-    /// Trains the run of a job to its end, or as far as it can; returns what `conclude` makes of that. `conclude` runs
-    /// before the party that waits for this machine is told that it may go.
+    /// Trains the run of a job to its end, or as far as it can; returns the result of `conclude`. `conclude` runs
+    /// before the party that waits for this machine learns that it may go.
     fn train<T>(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>, conclude: impl FnOnce(Turn) -> T) -> T {
         let (store, begin) = match self.prepare(job, received, tracker) {
             Ok(Prepared::Launch { store, begin }) => (store, begin),
@@ -692,7 +693,7 @@ impl Consumer<'_> {
             }
         };
         if let Err(error) = done {
-            tracing::warn!("message is seen again when its lease ends: {error}");
+            tracing::warn!("message becomes visible again when its lease ends: {error}");
         }
     }
 }

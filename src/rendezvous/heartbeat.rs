@@ -4,14 +4,14 @@
 //! clock of another machine is trusted: a node is dead when *this* process has not seen the counter change for long
 //! enough ([`PATIENCE`], [`NEAR`]) of its own monotonic time, or when it is a process of this very machine that the
 //! kernel no longer knows. A beat is sent only if the [event loop](Turning) has turned since the last one: an agent
-//! whose loop hangs looks dead, and is. A live node that is taken for dead loses its steps. A network may lose a few
-//! beats in a row, so a reader waits for several of them; a failed beat is not repeated, since the next is newer. A
-//! heartbeat decides only whether it is polite to form a generation; safety comes from the journal's fencing.
+//! whose loop hangs looks dead, and is. A live node that looks dead loses its steps. A network may lose a few beats in
+//! a row, so a reader waits for several of them; a failed beat is not repeated, since the next is newer. A heartbeat
+//! decides only whether a node waits before it forms a generation; safety comes from the journal's fencing.
 //!
 //! Each beat on S3 is a paid PUT; a month of them costs as much as some gigabytes of checkpoints. There they are
 //! [`INTERVAL`] apart (0.11 USD a day at 0.005 USD for 1,000; one a second would be 0.43), on disk [`NEAR_INTERVAL`].
 //!
-//! After a crash the object stays and its counter stands still. A clean exit deletes it.
+//! After a crash the object stays and its counter no longer changes. A clean exit deletes it.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -31,12 +31,13 @@ pub const INTERVAL: Duration = Duration::from_secs(4);
 pub const NEAR_INTERVAL: Duration = Duration::from_secs(1);
 /// The pause between two reads of another node's heartbeat.
 const READ_AGAIN: Duration = Duration::from_millis(250);
-/// A counter that has not changed for this long belongs to a dead node: time for several of the longest beats to fail.
+/// A counter that has not changed for this long belongs to a dead node. Several of the longest beats may fail
+/// meanwhile.
 pub const PATIENCE: Duration = Duration::from_secs(30);
-/// The same for a process of this machine with a store in it: there is no network between.
+/// The same for a process of this machine with a store on it: there is no network in between.
 pub const NEAR: Duration = Duration::from_secs(6);
-/// The first limit for a beat's answer; it doubles with each consecutive failure, since a line that a checkpoint fills
-/// is slow, and a limit that is always too short would mean no beat at all.
+/// The first limit for a beat's answer. It doubles with each consecutive failure: a line filled by a checkpoint is
+/// slow, and with a limit that is always too short there would be no beat.
 const SHORTEST: Duration = Duration::from_secs(2);
 /// The highest limit.
 const LONGEST: Duration = Duration::from_secs(8);
@@ -75,7 +76,7 @@ impl Heartbeat {
         struct Version {
             format: u32,
         }
-        // First, since a newer layout need not resemble this one in anything else.
+        // The version comes first, since a newer layout may share nothing else with this one.
         let Version { format } = serde_json::from_slice(body)?;
         if format > FORMAT {
             return Err(InvalidHeartbeat::Newer(format));
@@ -116,7 +117,7 @@ impl Process {
         !self.boot_id.is_empty() && self.boot_id == Self::current().boot_id
     }
 
-    /// Whether it is surely gone: it ran under this kernel, in this namespace, and no longer exists.
+    /// Whether it is certainly gone: it ran under this kernel, in this namespace, and no longer exists.
     pub fn is_gone(&self) -> bool {
         let here = Self::current();
         !self.boot_id.is_empty()
@@ -125,7 +126,7 @@ impl Process {
             && start_time(self.pid) != Some(self.started)
     }
 
-    /// Whether it is surely at work: this kernel knows it, in this namespace, and has not stopped it.
+    /// Whether it is certainly running: this kernel knows it, in this namespace, and has not stopped it.
     fn is_at_work(&self) -> bool {
         let here = Self::current();
         self.boot_id == here.boot_id
@@ -204,7 +205,7 @@ impl Pulse {
         Ok(Self { run, node, task })
     }
 
-    /// Stops beating and deletes the heartbeat: this node is gone, and nobody need wait to find out.
+    /// Stops beating and deletes the heartbeat: this node is gone, and no other node need wait to find out.
     pub async fn stop(self) {
         self.task.abort();
         if let Err(error) = self.run.delete(&layout::heartbeat(&self.node)).await {
@@ -219,7 +220,7 @@ impl Drop for Pulse {
     }
 }
 
-/// Beats for ever; `limit` gives the limit for a beat after that many failures.
+/// Beats forever; `limit` gives the limit for a beat after that many failures.
 async fn beats(
     run: &Store,
     node: &NodeId,
@@ -276,8 +277,8 @@ pub enum Liveness {
     Gone(Option<Process>),
 }
 
-/// How long a counter may stand still. A disk may delay a process that is at work: its beats go through the same queue
-/// as all writes on this machine.
+/// How long a counter may stay unchanged. A disk may delay the beats of a working process, since they go through the
+/// same queue as all writes on this machine.
 const fn patience(local_store: bool, of_this_machine: bool, at_work: bool) -> Duration {
     if local_store && of_this_machine && !at_work { NEAR } else { PATIENCE }
 }
@@ -296,10 +297,10 @@ async fn look_for(
 ) -> Result<Liveness, StorageError> {
     let mut begin = tokio::time::Instant::now();
     let mut first: Option<Heartbeat> = None;
-    // For an unreadable heartbeat (a newer version's, or one garbled in transfer) only its changes count.
+    // Of an unreadable heartbeat (a newer version's, or one garbled in transfer) only changes count.
     let mut strange: Option<Bytes> = None;
     loop {
-        // From here on it is known whether the counter has changed: the duration of this look proves nothing.
+        // From here on a change of the counter can be seen: the duration of this look proves nothing.
         let watched = begin.elapsed();
         let process = first.as_ref().map(|first| &first.process);
         if process.is_some_and(Process::is_gone) {
@@ -327,7 +328,7 @@ async fn look_for(
     }
 }
 
-/// Deletes the heartbeat of a dead node. One that was only asleep writes its own again.
+/// Deletes the heartbeat of a dead node. A node that was only asleep writes its own again.
 pub async fn bury(run: &Store, node: &NodeId) {
     if let Err(error) = run.delete(&layout::heartbeat(node)).await {
         tracing::debug!(%error, %node, "heartbeat of a dead node not deleted");
@@ -343,17 +344,17 @@ mod tests {
     };
 
     #[test]
-    fn a_node_whose_beats_the_network_swallows_is_not_taken_for_dead() {
+    fn a_node_whose_beats_the_network_loses_is_not_taken_for_dead() {
         assert_eq!(patience(true, true, false), NEAR);
         for (local_store, of_this_machine) in [(false, false), (false, true), (true, false)] {
             assert_eq!(patience(local_store, of_this_machine, false), PATIENCE, "{local_store} {of_this_machine}");
         }
-        // A disk that stalls is no death of a process that the kernel knows.
+        // A stalled disk does not mean the death of a process that the kernel knows.
         assert_eq!(patience(true, true, true), PATIENCE);
-        // Three in a row fail and the fourth takes nearly as long.
+        // Three beats in a row fail, and the fourth takes nearly as long.
         let limits = [0, 1, 2, 3, 1000].map(limit);
         assert_eq!(limits.map(|limit| limit.as_secs()), [2, 4, 8, 8, 8]);
-        // A beat is due an interval after the one before it, or at once when that took longer.
+        // A beat is due one interval after the one before it, or at once if that took longer.
         let pauses: Duration = limits[..3].iter().map(|limit| (*limit).max(interval(false))).sum();
         let longest = interval(false) + pauses + limits[3];
         assert!(longest < PATIENCE, "{longest:?}");
@@ -364,7 +365,7 @@ mod tests {
     #[tokio::test]
     async fn a_beat_that_fails_is_followed_by_a_newer_one() {
         for fault in [Fault::Hang, Fault::SlowDown, Fault::Lost] {
-            // One hangs, is refused or is lost for good, and the ones after it get through.
+            // One beat hangs, is refused or is lost for good, and the next ones arrive.
             let faulty = Faulty::new(move |op, _, n| if op == "put" && n == 0 { fault } else { Fault::Pass });
             let store = Store::faulty_with(&faulty, &StorageConfig::plain(4, 8), Some(Duration::MAX));
             let (node, process) = (NodeId::new("n1").unwrap(), Process::current());
@@ -395,13 +396,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_heartbeat_that_can_not_be_read_is_no_death() {
+    async fn an_unreadable_heartbeat_does_not_mean_death() {
         let store = Store::faulty_with(&Faulty::new(|_, _, _| Fault::Pass), &StorageConfig::plain(4, 8), None);
         let (node, key) = (NodeId::new("n1").unwrap(), layout::heartbeat(&NodeId::new("n1").unwrap()));
         let elsewhere = Process { boot_id: "elsewhere".into(), ..Process::current() };
         let look = async |patience| look_for(&store, &node, |_, _| patience).await.unwrap();
         assert_eq!(look(Duration::MAX).await, Liveness::Gone(None), "there is none");
-        // Garbled on its way, and then as it is: its counter is what counts.
+        // Garbled in transfer, and then as stored: only its counter matters.
         store.put(&key, Bytes::from_static(b"\xffgarbled")).await.unwrap();
         let beats = async {
             for counter in 0.. {
@@ -413,13 +414,13 @@ mod tests {
             life = look(Duration::from_secs(60)) => assert_eq!(life, Liveness::Alive),
             () = beats => {}
         }
-        // Read well, and it stands still.
+        // It is readable, and its counter does not change.
         store.put(&key, body(&node, &elsewhere, 7)).await.unwrap();
         assert_eq!(look(Duration::from_millis(1)).await, Liveness::Gone(Some(elsewhere.clone())));
-        // One of a newer version, which lives as long as it changes.
+        // One of a newer version is alive while it changes.
         let newer = |counter| Bytes::from(format!("{{\"format\":9,\"beats\":{counter}}}"));
         store.put(&key, newer(0)).await.unwrap();
-        assert_eq!(look(Duration::from_millis(1)).await, Liveness::Gone(None), "it stands still");
+        assert_eq!(look(Duration::from_millis(1)).await, Liveness::Gone(None), "its counter does not change");
         let beats = async {
             for counter in 1.. {
                 tokio::time::sleep(READ_AGAIN).await;
@@ -446,7 +447,7 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(60), look).await.expect("no beat came through")
     }
 
-    /// As in the agent: the loop has a thread of its own, and the beats another.
+    /// As in the agent: the loop has its own thread, and the beats have another.
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_loop_that_waits_beats_and_one_that_is_blocked_does_not() {
         let store = Store::faulty_with(&Faulty::new(|_, _, _| Fault::Pass), &StorageConfig::plain(4, 8), None);
@@ -465,7 +466,7 @@ mod tests {
                 runtime.block_on(turning.during(async {
                     waits.await.unwrap();
                     says_blocked.send(()).unwrap();
-                    // What a write to a pipe that nobody reads does, or a lock that is never given back.
+                    // This stands for a write to a pipe without a reader, or for a lock that is never released.
                     let _ = blocked.recv();
                     ended.await.unwrap();
                 }));
@@ -474,7 +475,7 @@ mod tests {
         beats_on(&store, &node, 3).await;
         go_on.send(()).unwrap();
         is_blocked.await.unwrap();
-        // One may be on its way, and one more be due to a turn from before.
+        // One beat may be on its way, and another may follow from an earlier turn.
         tokio::time::sleep(TURN).await;
         let before = read(&store, &node).await.unwrap().unwrap().counter;
         tokio::time::sleep(5 * TURN).await;

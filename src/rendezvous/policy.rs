@@ -1,7 +1,7 @@
 //! A node's response to the run's leader: a pure decision, of the form of torchft's `quorum_compute`.
 //!
 //! Only one node trains a run. The leader of a generation without a recorded end may still be at work; its heartbeat
-//! shows it. This decides whether it is polite to form a generation. Safety comes from the journal's fencing.
+//! shows it. This decides whether to wait before forming a generation. Safety comes from the journal's fencing.
 //!
 //! # Does not own
 //! Heartbeats and the journal (the caller reads them and puts the results into the [`View`]), time (passed in), the
@@ -39,7 +39,7 @@ pub struct Settings {
 /// The next action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Move {
-    /// Nobody else is at work: form the next generation.
+    /// No other node is at work: form the next generation.
     Form,
     /// Read the leader's heartbeat.
     Look(NodeId),
@@ -66,7 +66,7 @@ pub fn decide(view: &View, waited: Duration, settings: Settings) -> (Move, Strin
         return (Move::Form, "no other node has an unfinished generation".into());
     };
     match &view.liveness {
-        None => (Move::Look(leader.clone()), format!("node {leader} has not said how its generation ended")),
+        None => (Move::Look(leader.clone()), format!("node {leader} has not recorded how its generation ended")),
         Some(Liveness::Alive) => {
             let left = settings.standby.saturating_sub(waited);
             let reason = format!("node {leader} is alive");
@@ -78,7 +78,7 @@ pub fn decide(view: &View, waited: Duration, settings: Settings) -> (Move, Strin
         }
         Some(Liveness::Gone(_)) if !view.read_on => (Move::ReadOn, format!("node {leader} is gone")),
         Some(Liveness::Gone(process)) => {
-            let reason = format!("node {leader} is gone and left no last words");
+            let reason = format!("node {leader} is gone without a final record");
             (Move::TakeOver(leader, process.clone()), reason)
         }
     }
@@ -112,21 +112,21 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_nobody_leads_is_formed_at_once() {
+    fn a_run_without_a_leader_is_formed_at_once() {
         let view = View { leader: None, liveness: None, read_on: false };
         assert_eq!(next(&view, 0, NO_STANDBY), Move::Form);
         assert_eq!(next(&view, 9999, HOUR), Move::Form);
     }
 
     #[test]
-    fn a_leader_is_looked_at_before_anything_is_concluded() {
+    fn a_leaders_heartbeat_is_read_before_the_decision() {
         for settings in [NO_STANDBY, HOUR] {
             assert_eq!(next(&view(None, true), 0, settings), Move::Look(leader()));
         }
     }
 
     #[test]
-    fn a_leader_that_is_alive_is_waited_for_as_long_as_asked() {
+    fn a_live_leader_is_waited_for_as_long_as_asked() {
         let alive = view(Some(Liveness::Alive), false);
         assert_eq!(next(&alive, 0, NO_STANDBY), Move::Leave(leader()));
         assert_eq!(next(&alive, 0, HOUR), Move::StandBy(leader(), STANDBY_PAUSE));
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_leader_is_replaced_after_the_journal_was_read_to_its_end() {
+    fn a_dead_leader_is_replaced_once_the_journal_is_read_to_its_end() {
         for settings in [NO_STANDBY, HOUR] {
             let gone = |read_on| view(Some(Liveness::Gone(None)), read_on);
             assert_eq!(next(&gone(false), 5000, settings), Move::ReadOn);

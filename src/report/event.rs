@@ -8,7 +8,7 @@ use crate::ids::{Generation, Step, WorldSize};
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
-    /// A group of workers exists and trains on.
+    /// A group of workers exists and continues to train.
     Formed {
         /// The generation.
         generation: Generation,
@@ -79,7 +79,7 @@ pub enum Event {
         node: String,
         /// The generation that it had formed.
         generation: Generation,
-        /// Whether it was a process of this machine; `None`: it left no information.
+        /// Whether it was a process of this machine; `None`: it left no such information.
         same_machine: Option<bool>,
         /// Its process id there.
         pid: Option<u32>,
@@ -167,7 +167,7 @@ pub enum Event {
         /// The message, with its place.
         message: String,
     },
-    /// Events are missing here: the reader of `--json` stood still for long, or the output accepted nothing. Steps are
+    /// Events are missing here: the reader of `--json` stalled for long, or the output accepted nothing. Steps are
     /// dropped first. Only the writer of the lines creates this.
     Dropped {
         /// Events of steps.

@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn ages_never_are_negative() {
+    fn ages_are_never_negative() {
         let now = jiff::Timestamp::from_second(1_000_000).unwrap();
         let at = |second| jiff::Timestamp::from_second(second).unwrap();
         assert_eq!(ago(at(999_988), now), "12s ago");

@@ -2,10 +2,10 @@
 //! stdout.
 //!
 //! Standard output is data: with `--json` one object per line, the events named in [`Event`]'s documentation, and never
-//! anything else. Standard error is for people. A thread of its own (`writer.rs`) writes each of them, so that a reader
-//! that is slow, stopped (Ctrl-S) or gone never holds up training: [`Reporter::event`] does not wait. The other
-//! receiver of events, the [`Listener`], gets them where they happen: nothing between the two waits for a reader.
-//! Cancelling a run loses no event that was reported before [`Reporter::finish`] returns, if its reader reads.
+//! anything else. Standard error is for people. Each has its own thread (`writer.rs`), so that a reader that is slow,
+//! stopped (Ctrl-S) or gone never delays training: [`Reporter::event`] does not wait. The other receiver of events, the
+//! [`Listener`], gets them where they happen, so no reader delays it. Cancelling a run loses no event that was reported
+//! before [`Reporter::finish`] returns, if its reader reads.
 #![doc = include_str!("README.md")]
 mod event;
 pub mod human;
@@ -105,14 +105,14 @@ struct View {
 
 impl View {
     fn show(&mut self, event: &Event) {
-        // First, whatever happens to the rest.
+        // This comes first, whatever happens to the rest.
         (self.listener)(event);
         self.summary.add(event);
         if let Some(json) = &mut self.json
             && let Err(error) = write_json(json, event)
         {
             if error.kind() != std::io::ErrorKind::BrokenPipe {
-                tracing::warn!(%error, "can't write events, going on without them");
+                tracing::warn!(%error, "can't write events, continuing without them");
             }
             self.json = None;
         }
@@ -205,7 +205,7 @@ mod tests {
             },
             Event::NoProgress { step: Step(6), quiet_s: 600.0, lag_steps: 2, lag_s: 601.5 },
             Event::WorkerDied { step: Step(6), reason: "signal 9".into(), restarts: 1, backoff_s: 1.0 },
-            Event::Warning { message: "checkpoint of step 4 is stepped over".into() },
+            Event::Warning { message: "checkpoint of step 4 is skipped".into() },
             Event::Notice { source: "aws-spot".into(), deadline_s: Some(120.0), means: "interruption", binding: true },
             Event::Notice { source: "sigterm".into(), deadline_s: None, means: "stop", binding: false },
             Event::Drain {
@@ -255,7 +255,7 @@ mod tests {
 {"event":"checkpoint","step":6,"generation":2,"bytes":10,"stall_s":0.001,"copy_s":0.125,"durable_s":1.5}
 {"event":"no_progress","step":6,"quiet_s":600.0,"lag_steps":2,"lag_s":601.5}
 {"event":"worker_died","step":6,"reason":"signal 9","restarts":1,"backoff_s":1.0}
-{"event":"warning","message":"checkpoint of step 4 is stepped over"}
+{"event":"warning","message":"checkpoint of step 4 is skipped"}
 {"event":"notice","source":"aws-spot","deadline_s":120.0,"means":"interruption","binding":true}
 {"event":"notice","source":"sigterm","deadline_s":null,"means":"stop","binding":false}
 {"event":"drain","plan":"full_save","left_s":28.5,"predicted_s":3.0,"reason":"28.5 s left"}

@@ -76,7 +76,7 @@ pub fn init_logging(screen: &Screen) {
         .with_timer(Clock)
         .with_target(false)
         .with_ansi(colour)
-        // They would be written past the writer, and a failed write would be a panic.
+        // They would bypass the writer, and a failed write would be a panic.
         .log_internal_errors(false)
         .with_writer(screen.clone())
         .try_init();

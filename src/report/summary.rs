@@ -3,13 +3,13 @@
 use super::{Event, human};
 use crate::ids::Step;
 
-/// Totals over one command; steps that are done twice count twice.
+/// Totals over one command; repeated steps count twice.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Summary {
     steps: u64,
     first: Option<(Step, f64)>,
     last: Option<(Step, f64)>,
-    /// The step of the current weights; goes back at a restart.
+    /// The step of the current weights; falls at a restart.
     position: Option<Step>,
     tokens: f64,
     step_s: f64,
@@ -34,7 +34,7 @@ impl Summary {
                 self.checkpoints += 1;
                 self.stall_s += stall_s;
             }
-            // A dead worker's group starts again from the newest checkpoint: the steps in between are done twice.
+            // A dead worker's group starts again from the newest checkpoint: the steps in between are repeated.
             Event::Formed { resume_step, .. } => {
                 let resumed = resume_step.unwrap_or_default();
                 if let Some(reached) = self.position {

@@ -28,7 +28,7 @@ impl Lines {
                 self.total = *total_steps;
                 self.thinning = Thinning::default();
                 match resume_step {
-                    Some(step) => info!(%generation, %world_size, "training on from step {step} of {total_steps}"),
+                    Some(step) => info!(%generation, %world_size, "continuing from step {step} of {total_steps}"),
                     None => info!(%generation, %world_size, "training {total_steps} steps from the beginning"),
                 }
             }
@@ -68,16 +68,16 @@ impl Lines {
                 };
                 match checkpoint {
                     Some(step) => info!(
-                        "{whose} (generation {generation}) is gone without a word; the newest checkpoint is step \
-                        {step}, what it finished after that is done again"
+                        "{whose} (generation {generation}) stopped without a final record; the newest checkpoint is \
+                        step {step}, and later steps are repeated"
                     ),
                     None => info!(
-                        "{whose} (generation {generation}) is gone without a word and left no checkpoint; the run \
+                        "{whose} (generation {generation}) stopped without a final record or a checkpoint; the run \
                         starts from its beginning"
                     ),
                 }
             }
-            Event::Standby { node } => info!("standing by: node {} has this run and lives", human::plain(node)),
+            Event::Standby { node } => info!("waiting: node {} is training this run", human::plain(node)),
             Event::Restored { step, bytes, fetch_s, restore_s, from } => info!(
                 from,
                 size = %human::bytes(*bytes),
@@ -89,12 +89,12 @@ impl Lines {
                 let source = human::plain(source);
                 let left = match deadline_s.map(human::seconds) {
                     Some(left) if *binding => format!(", {left} left"),
-                    Some(left) => format!(", no deadline that binds is known ({left} by default)"),
+                    Some(left) => format!(", no certain deadline ({left} by default)"),
                     None => String::new(),
                 };
                 match *means {
                     "rebalance" => {
-                        warn!(source, "this machine may go away: what is not saved yet is saved, training goes on")
+                        warn!(source, "this machine may go away: saving now, and training continues")
                     }
                     "interruption" => warn!(source, "this machine goes away{left}"),
                     _ => warn!(source, "asked to stop{left}"),
@@ -105,13 +105,13 @@ impl Lines {
                 %step,
                 lag_steps,
                 lag_s = %format_args!("{lag_s:.1}"),
-                "no step has finished for {}; `restart.hang` says after how long the workers are started again",
+                "no step has finished for {}; `restart.hang` sets when the workers are restarted",
                 human::seconds(*quiet_s),
             ),
             Event::WorkerDied { step, reason, restarts, backoff_s } => warn!(
                 %step,
                 restarts,
-                "a worker died: {}; starting its group again in {}",
+                "a worker died: {}; restarting its group in {}",
                 human::plain(reason),
                 human::seconds(*backoff_s),
             ),

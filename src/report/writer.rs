@@ -1,14 +1,14 @@
-//! The writers of all output: one thread for each of the two streams, and nobody else.
+//! The only writers of output: one thread for each of the two streams.
 //!
-//! A reader may be slow, stand still (Ctrl-S, a paused pager, a log driver that blocks) or be gone, and a device may be
-//! full. A message goes into a queue and its sender goes on ([`Writer::say`] never waits): only the writer's own thread
+//! A reader may be slow, stall (Ctrl-S, a paused pager, a log driver that blocks) or be gone, and a device may be full.
+//! A message goes into a queue and its sender continues ([`Writer::say`] never waits): only the writer's own thread
 //! waits for a reader, so that a stalled stream does not delay the other. The queue is bounded. When it is full, the
 //! newest messages are dropped and counted; when the reader is back, the count takes the place of the gap. [`Weight`]
 //! decides which are dropped first.
 //!
 //! Lines that can't be written are dropped and counted in the same way, and the next line is tried again: a disk may
-//! have space again, and a named pipe may get another reader. Nothing of this is an error of the run. When the process
-//! ends it waits for its readers a moment ([`Writer::flush`]) and then no longer.
+//! have space again, and a named pipe may get another reader. None of this is an error of the run. At its end the
+//! process waits for its readers for a moment ([`Writer::flush`]).
 
 use std::{
     collections::VecDeque,
@@ -36,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The interval between two looks at a reader at the end.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// What is dropped first.
+/// Decides which messages are dropped first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weight {
     /// A redraw of the bars, which the next one replaces: dropped when a quarter of the queue is full, and not counted.
@@ -222,7 +222,7 @@ fn write_next(shared: &Shared) -> bool {
 #[derive(Default)]
 struct Pen {
     missing: Lost,
-    /// Whether a line was begun and not ended.
+    /// Whether a line is incomplete.
     torn: bool,
 }
 
@@ -297,7 +297,7 @@ fn write_all(sink: &dyn Sink, mut bytes: &[u8]) -> (bool, io::Result<()>) {
     (begun, Ok(()))
 }
 
-/// A stream of this process, bypassing the locks and buffers of the standard library: nothing else is to wait for its
+/// A stream of this process, bypassing the locks and buffers of the standard library: so no other code waits for its
 /// reader.
 #[derive(Clone, Copy, Debug)]
 enum Stream {
@@ -312,7 +312,7 @@ impl Stream {
             Self::Out => PollFd::new(&out, PollFlags::OUT),
             Self::Err => PollFd::new(&err, PollFlags::OUT),
         };
-        // A failed stream is ready, too: a write reports that at once.
+        // A failed stream counts as ready, too: a write reports the failure at once.
         poll(&mut [descriptor], limit).is_ok_and(|ready| ready > 0)
     }
 
@@ -321,7 +321,7 @@ impl Stream {
         static SAID: AtomicBool = AtomicBool::new(false);
         let news = matches!(self, Self::Out) && !matches!(error, Errno::PIPE | Errno::INTR);
         if news && !SAID.swap(true, Ordering::Relaxed) {
-            tracing::warn!("events can't be written to standard output, going on without them: {error}");
+            tracing::warn!("events can't be written to standard output, continuing without them: {error}");
         }
     }
 }
@@ -362,7 +362,7 @@ impl Sink for Stream {
             }
             Self::Err => {
                 let lines = super::human::plural(passing + lasting, "line");
-                format!("... {lines} missing here: standard error was not read, or took nothing\n").into_bytes()
+                format!("... {lines} missing here: standard error was not read, or accepted nothing\n").into_bytes()
             }
         }
     }
@@ -409,7 +409,7 @@ mod tests {
 
     use super::*;
 
-    /// A stream whose reader reads only when allowed, and which accepts this many bytes and then nothing.
+    /// A stream whose reader reads only when allowed; it accepts this many bytes and then nothing.
     #[derive(Clone, Default)]
     struct Reader(Arc<Inner>);
 
@@ -418,7 +418,7 @@ mod tests {
         reads: Mutex<bool>,
         wake: Condvar,
         text: Mutex<String>,
-        /// Bytes that it takes no more after; 0: it takes all.
+        /// The number of bytes after which it accepts nothing; 0: it accepts all.
         full: AtomicU64,
     }
 
@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_stands_still_holds_nobody_up_and_learns_what_it_missed() {
+    fn a_stalled_reader_delays_nothing_and_learns_how_much_it_missed() {
         let reader = Reader::default();
         let writer = stuck(&reader);
         let many = 4 * MOST / 1024;
@@ -499,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lasts_is_bounded_too_and_counted() {
+    fn lasting_messages_are_bounded_and_counted_too() {
         let reader = Reader::default();
         let writer = stuck(&reader);
         let many = 2 * MOST / 1024;
@@ -512,8 +512,8 @@ mod tests {
         assert_eq!(text.lines().last(), Some(format!("gap 0 {}", many - kept).as_str()));
     }
 
-    /// A stream whose every second write is broken off by a signal before a byte is written, and which takes three
-    /// bytes at once.
+    /// A stream in which a signal interrupts every second write before a byte is written, and which accepts three bytes
+    /// at once.
     #[derive(Clone, Default)]
     struct Disturbed(Arc<Mutex<(bool, Vec<u8>)>>);
 
@@ -537,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_that_a_signal_breaks_off_go_on() {
+    fn interrupted_writes_continue() {
         let stream = Disturbed::default();
         let writer = Writer::new(stream.clone());
         writer.say(b"first line\n".to_vec(), Weight::Passing);
@@ -547,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_has_space_again_is_written_to_again() {
+    fn writing_resumes_once_a_device_has_space_again() {
         let reader = Reader::default();
         let writer = Writer::new(reader.clone());
         reader.read(true);

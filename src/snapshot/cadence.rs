@@ -1,8 +1,8 @@
 //! How often to save: Young's and Daly's optimum from measurements.
 //!
-//! The time of a restart is no input: it is paid once per interruption, however often state is saved, so the optimum
-//! doesn't depend on it (Daly 2006, below). Nor are announced interruptions that lost nothing: they cost no more with
-//! rare saves.
+//! The restart time is not an input: it is paid once per interruption, however often state is saved, so the optimum
+//! doesn't depend on it (Daly 2006, below). Nor do announced interruptions that lost nothing count: they cost no more
+//! with rare saves.
 //!
 //! `trainer simulate` compares [`auto_interval`] itself, life by life, with the best fixed interval (a test in
 //! `goodput` requires 99 % of that on spot lifetimes).
@@ -23,7 +23,7 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// Nothing is known yet.
+    /// No measurement yet.
     pub const NOTHING: Self = Self { save_cost_s: None, durable_s: None, trained_s: 0.0, interruptions: 0 };
 
     /// Expected time between interruptions, seconds: the observed one, with one interruption in [`PRIOR_MTBF_S`] added
@@ -35,7 +35,7 @@ impl Measured {
 
 /// The assumed mean life of a spot machine before any was observed: two hours.
 pub const PRIOR_MTBF_S: f64 = 7200.0;
-/// When the first save is taken: before it the cost of a save is unknown.
+/// When the first save is taken; before it, the cost of a save is unknown.
 pub const FIRST_SAVE: Duration = Duration::from_secs(60);
 const SHORTEST: Duration = Duration::from_secs(10);
 const LONGEST: Duration = Duration::from_secs(30 * 60);
@@ -52,8 +52,8 @@ pub fn daly(delta: f64, mtbf: f64) -> f64 {
     (2.0 * delta * mtbf).sqrt() * (1.0 + ratio.sqrt() / 3.0 + ratio / 9.0) - delta
 }
 
-/// The interval for `checkpoint.every = "auto"`: Daly's optimum, at least the time until a save is durable (plus as
-/// much again for training alone) and 10 s, and at most 30 minutes.
+/// The interval for `checkpoint.every = "auto"`: Daly's optimum, but at least 10 s and twice the time until a save is
+/// durable (half of it for training alone), and at most 30 minutes.
 pub fn auto_interval(measured: &Measured) -> Duration {
     let (Some(cost), Some(durable)) = (measured.save_cost_s, measured.durable_s) else { return FIRST_SAVE };
     let best = daly(cost.max(1e-3), measured.mtbf_s()).max(2.0 * durable);

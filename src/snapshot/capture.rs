@@ -1,8 +1,8 @@
 //! The copy of a step's state into a slot, hidden behind the next forward and backward.
 //!
 //! State changes only in the optimizer step. [`Capture::start`] hands the copies to threads (or, on a GPU, to a side
-//! stream) and returns; the loop goes on computing, reading the same tensors, and calls [`Capture::wait`] right before
-//! it changes them. Dropping an unfinished capture waits for it: no copy outlives the tensors.
+//! stream) and returns; the loop continues to compute, reading the same tensors, and calls [`Capture::wait`] right
+//! before it changes them. Dropping an unfinished capture waits for it: no copy outlives the tensors.
 
 use std::time::{Duration, Instant};
 

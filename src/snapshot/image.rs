@@ -7,7 +7,7 @@
 //! Invariants: within one process a range is either lent for writing (as an [`ImageChunk`]) or for reading (as
 //! [`Bytes`]), never both: [`Mapping`] counts its loans. Between the two processes the control protocol regulates
 //! access: a worker writes a slot between a `SaveOrder` for it and its `Captured` answer, the agent reads it after
-//! every rank's `Captured` and gives it out again only when the upload has ended.
+//! every rank's `Captured` and assigns it again only when the upload has ended.
 //!
 //! On a crash of either side the kernel frees the memory with its last mapping. Sealing is not used, because the agent
 //! sizes an image only after the worker has reported the state's layout.
@@ -97,7 +97,7 @@ impl Shared {
     }
 }
 
-/// An image in this process's address space. Dropping it unmaps the memory once nothing lent from it is left.
+/// An image in this process's address space. Dropping it unmaps the memory once everything lent from it has come back.
 #[derive(Debug)]
 pub struct Mapping {
     shared: Arc<Shared>,
@@ -236,7 +236,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn two_mappings_see_the_same_bytes_and_turns_are_kept() {
+    fn two_mappings_see_the_same_bytes_and_take_turns() {
         let image = SharedImage::create("test").unwrap();
         image.grow(8192).unwrap();
         image.grow(10).unwrap();

@@ -23,7 +23,7 @@ pub enum CaptureMode {
 
 /// The number of undisturbed steps whose median is the baseline.
 const BASELINE: usize = 15;
-/// Fewer than this are no measurement.
+/// Fewer than this do not count as a measurement.
 const ENOUGH: usize = 3;
 /// Saves of each mode that are compared.
 const TRIALS: usize = 3;
@@ -50,7 +50,7 @@ pub struct Choice {
     pub copy_s: f64,
 }
 
-/// The costs of saves so far, and the choice that follows.
+/// The costs of saves so far, and the resulting choice.
 #[derive(Clone, Debug, Default)]
 pub struct Chooser {
     baseline: VecDeque<f64>,
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cheaper_way_is_found_by_trying_both() {
+    fn the_cheaper_mode_is_found_by_trying_both() {
         for (overlap, blocking, expected) in
             [(0.5, 0.2, CaptureMode::Blocking), (0.2, 0.5, CaptureMode::Overlap), (0.5, 0.48, CaptureMode::Overlap)]
         {
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn blocking_is_not_tried_where_overlapping_costs_no_more_than_the_copy() {
+    fn blocking_is_not_tried_if_overlapping_costs_no_more_than_the_copy() {
         let never = |mode| {
             assert_eq!(mode, CaptureMode::Overlap);
             0.04
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_not_be_measured_decides_nothing() {
+    fn without_a_measurement_nothing_is_decided() {
         // A save is always under way: there is no undisturbed step.
         let mut chooser = Chooser::default();
         for _ in 0..50 {

@@ -28,7 +28,7 @@ pub enum PlanError {
     /// There is no state to save.
     #[error("state has no tensors")]
     Empty,
-    /// No rank could write, or the page size is not one.
+    /// No ranks, or the page size is invalid.
     #[error("no plan for {world} ranks and pages of {page} bytes")]
     World {
         /// Ranks.
@@ -92,7 +92,7 @@ pub fn plan(tensors: &[TensorSpec], world: WorldSize, page: u64) -> Result<Vec<I
     Ok(plans)
 }
 
-/// Bytes of every tensor; the error says why the list is no valid state.
+/// Bytes of every tensor; the error says why the list is not a valid state.
 fn checked_sizes(tensors: &[TensorSpec], world: WorldSize) -> Result<Vec<u64>, PlanError> {
     if tensors.is_empty() {
         return Err(PlanError::Empty);
@@ -159,7 +159,7 @@ fn file_order(a: &TensorSpec, b: &TensorSpec) -> std::cmp::Ordering {
     header::file_order((a.dtype, &a.stored_name()), (b.dtype, &b.stored_name()))
 }
 
-/// Gives out the names `stem-00001-of-0000N.safetensors` and so on.
+/// Hands out the names `stem-00001-of-0000N.safetensors` and so on.
 struct Numbering {
     stem: &'static str,
     next: usize,
@@ -212,7 +212,7 @@ pub fn model_index(plans: &[ImagePlan], tensors: &[TensorSpec]) -> serde_json::V
     serde_json::json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map })
 }
 
-/// Reads the header of a whole safetensors file that a stranger may have written (`bytes`: header and data).
+/// Reads the header of a whole safetensors file that is not trusted (`bytes`: header and data).
 ///
 /// Returns name, element type, shape and the range of each tensor, counted from the start of `bytes`, in file order.
 /// All ranges are within `bytes`, do not overlap, and are as long as the shape says.
@@ -361,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn files_are_numbered_in_the_hugging_face_way_and_only_where_there_are_any() {
+    fn files_are_numbered_as_hugging_face_does_and_only_if_they_exist() {
         let tensors = [
             tensor("a", Dtype::F32, &[100], ShardKind::Model),
             tensor("b", Dtype::F32, &[90], ShardKind::Optimizer),
@@ -434,7 +434,7 @@ mod tests {
             plan.shards.iter().flat_map(file).map(|(name, _, shape, _)| (name, shape)).collect::<Vec<_>>()
         };
         let entry = |name: &str, shape: &[u64]| (name.to_owned(), shape.to_vec());
-        // Whole tensors even out what the parts leave uneven.
+        // Whole tensors balance the uneven parts.
         assert_eq!(stored(&plans[0]), [entry("w", &[10, 10])]);
         assert_eq!(stored(&plans[1]), [entry("v", &[10]), entry("exp_avg.w[0:64]", &[64])]);
         assert_eq!(stored(&plans[2]), [entry("exp_avg.v", &[10, 10]), entry("exp_avg.w[64:100]", &[36])]);
@@ -449,7 +449,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_that_make_no_state_are_refused() {
+    fn lists_that_are_not_a_state_are_refused() {
         let one = tensor("a", Dtype::F32, &[1], ShardKind::Model);
         let huge = tensor("h", Dtype::I64, &[1 << 61], ShardKind::Model);
         let most = tensor("m", Dtype::I64, &[(1 << 61) - 1], ShardKind::Model);
@@ -478,7 +478,7 @@ mod tests {
         })
     }
 
-    /// The whole way of a state: images by the plan of one world, objects, a restore image, tensors by name.
+    /// The whole path of a state: images by the plan of one world, objects, a restore image, tensors by name.
     #[tokio::test]
     async fn a_state_saved_by_any_world_size_is_read_back_from_its_objects() {
         use crate::{
@@ -525,7 +525,7 @@ mod tests {
         }
     }
 
-    /// A part of the restore image, handed over when it is filled.
+    /// A part of the restore image, handed over once it is filled.
     struct Chunk {
         at: u64,
         bytes: Vec<u8>,
@@ -544,7 +544,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_tensor_lies_once_in_a_place_of_its_own_and_ranks_are_balanced(
+        fn every_tensor_has_one_place_and_ranks_are_balanced(
             tensors in tensors(), world in 1_u32..9, shuffle in any::<u64>()
         ) {
             let plans = plan(&tensors, WorldSize(world), 4096).unwrap();

@@ -1,10 +1,10 @@
-//! A folder on a disk, held open while it is written to, so that nothing is written beside it.
+//! A folder on a disk, held open while it is written to, so that no write goes elsewhere.
 //!
 //! A disk that is unmounted leaves its mount point behind, an empty folder of the same name, in which a checkpoint
-//! would lie as if it were durable. So the folder is held open, which keeps `umount` from taking it away (EBUSY), and
-//! before each write its path is looked up: it must still lead to the held folder. That detects the cases that the
-//! kernel permits: a lazy unmount, another file system mounted over it, and a folder that was moved or deleted. After a
-//! create, on which others rely, it is looked up once more: it may have gone away in between.
+//! would seem durable. So the folder is held open, which keeps `umount` from taking it away (EBUSY), and before each
+//! write its path is looked up: it must still lead to the held folder. That detects the cases that the kernel permits:
+//! a lazy unmount, another file system mounted over it, and a folder that was moved or deleted. After a create, on
+//! which others rely, it is looked up once more: it may have gone away in between.
 //!
 //! Nothing is stored. *Crash:* the kernel closes the held folder.
 
@@ -15,14 +15,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A folder that is held.
+/// A folder held open.
 #[derive(Debug)]
 pub(super) struct Anchor {
     folder: File,
     path: PathBuf,
 }
 
-/// The path no longer leads to the folder that is held.
+/// The path no longer leads to the held folder.
 #[derive(Debug, thiserror::Error)]
 #[error("{path} is no longer the folder that it was: {how}")]
 pub struct Adrift {
@@ -36,14 +36,14 @@ impl Anchor {
         Ok(Self { folder: File::open(path)?, path: path.to_owned() })
     }
 
-    /// Whether its path still leads to it. If the path can't be looked up for another reason, that proves nothing: the
-    /// write itself will.
+    /// Whether its path still leads to it. A path that can't be looked up for another reason proves nothing: the write
+    /// itself will.
     pub(super) fn check(&self) -> Result<(), Adrift> {
         let Ok(held) = self.folder.metadata() else { return Ok(()) };
         let adrift = |how| Err(Adrift { path: self.path.display().to_string(), how });
         match fs::metadata(&self.path) {
             Ok(found) if found.dev() != held.dev() => adrift("a disk was unmounted, or another one mounted over it"),
-            Ok(found) if found.ino() != held.ino() => adrift("another folder stands in its place"),
+            Ok(found) if found.ino() != held.ino() => adrift("another folder is in its place"),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 adrift("it was deleted or moved, or its disk was unmounted")
             }
@@ -70,7 +70,7 @@ mod tests {
     };
 
     #[test]
-    fn a_folder_that_was_moved_deleted_or_replaced_is_told_from_the_one_that_is_held() {
+    fn a_moved_deleted_or_replaced_folder_differs_from_the_held_one() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("run");
         fs::create_dir(&path).unwrap();
@@ -86,9 +86,9 @@ mod tests {
         anchor.check().unwrap();
     }
 
-    /// What would be written into a mount point lies beside the store: nothing is, by no kind of write.
+    /// A write into a mount point would miss the store: no kind of write does that.
     #[tokio::test]
-    async fn nothing_is_written_beside_a_folder_that_is_held() {
+    async fn no_write_misses_a_held_folder() {
         let root = tempfile::tempdir().unwrap();
         let store = Store::open(&format!("file://{}", root.path().display()), &STORAGE).unwrap().folder("run");
         store.put("first", Bytes::from_static(b"1")).await.unwrap();
@@ -96,7 +96,7 @@ mod tests {
         store.folder("inner").put("second", Bytes::from_static(b"2")).await.unwrap();
         let path = root.path().join("run");
         fs::rename(&path, root.path().join("elsewhere")).unwrap();
-        // As a mount point is left.
+        // The way an unmount leaves a mount point.
         for bare in [false, true] {
             if bare {
                 fs::create_dir(&path).unwrap();
@@ -120,15 +120,15 @@ mod tests {
         }
         assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
         assert_eq!(fs::read_dir(root.path().join("elsewhere")).unwrap().count(), 2);
-        // Only as long as it is held.
+        // Only while it is held.
         drop(held);
         store.put("third", Bytes::new()).await.unwrap();
     }
 
-    /// It existed before the write, but not after it: the object may have been written beside it, and is not reported
-    /// as written.
+    /// The folder existed before the write, but not after it. The object may have been written elsewhere, so it is not
+    /// reported as written.
     #[tokio::test]
-    async fn a_create_during_which_the_folder_goes_away_is_not_told_as_done() {
+    async fn a_create_is_not_reported_as_done_if_its_folder_goes_away() {
         for fault in [Fault::Pass, Fault::Denied] {
             let root = tempfile::tempdir().unwrap();
             let (path, elsewhere) = (root.path().join("run"), root.path().join("elsewhere"));

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
-/// The schedule of the next part. Pure: times are counted from an epoch of the caller's.
+/// The schedule of the next part. Pure: times count from an epoch that the caller chooses.
 #[derive(Clone, Copy, Debug)]
 struct Schedule {
     bytes_per_second: f64,
@@ -23,13 +23,13 @@ impl Schedule {
     }
 }
 
-/// A token bucket that holds no more than the part being sent: after a pause one part goes at once, the next ones wait
-/// their time.
+/// A token bucket that holds no more than the part being sent: after a pause one part goes at once, and the next ones
+/// wait their turn.
 ///
-/// A waiting upload has taken nothing yet, so giving it up leaves no hole. The queue is first come, first served: no
+/// A waiting upload has taken nothing yet, so giving it up wastes nothing. The queue is first come, first served, so no
 /// upload starves.
 pub(super) struct Cap {
-    /// Locked while the first in the queue waits; this makes it a queue.
+    /// Locked while the first in the queue waits: this makes it a queue.
     schedule: Mutex<Schedule>,
     epoch: Instant,
     bytes_per_second: f64,
@@ -43,7 +43,7 @@ impl Cap {
         Some(Self { schedule: Mutex::new(schedule), epoch: Instant::now(), bytes_per_second })
     }
 
-    /// The bytes that pass in half a second: a part should be no larger, or it would occupy the line for longer.
+    /// The bytes that pass in half a second. A larger part would occupy the line for longer.
     pub(super) fn smooth_part(&self) -> u64 {
         (self.bytes_per_second / 2.0) as u64
     }
@@ -69,7 +69,7 @@ mod tests {
         let ms = Duration::from_millis;
         let mut schedule = Schedule { bytes_per_second: (10 * MIB) as f64, next: Duration::ZERO };
         let mut now = ms(3);
-        // The first at once, then one each half second, whatever their senders do in between.
+        // The first at once, then one each half second, whatever the senders do in between.
         for part in 0..20_u32 {
             let wait = schedule.wait(now);
             assert_eq!(now + wait, ms(3) + ms(500) * part);
@@ -77,7 +77,7 @@ mod tests {
             schedule.goes(now, 5 * MIB);
             now += ms(u64::from(part) * 17 % 400);
         }
-        // Two minutes of nothing give no more than one part at once.
+        // After two idle minutes still only one part goes at once.
         now += ms(120_000);
         assert_eq!(schedule.wait(now), Duration::ZERO);
         schedule.goes(now, 20 * MIB);
@@ -85,24 +85,24 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_gives_up_waiting_takes_nothing_and_lets_the_next_in() {
+    async fn a_sender_that_gives_up_takes_nothing_and_lets_the_next_in() {
         let cap = Cap::new(Some(1)).unwrap();
         cap.take(1 << 40).await;
         let next = cap.schedule.lock().await.next;
         assert!(next > Duration::from_secs(1_000_000));
-        // Asked once and dropped, as by an upload that is given up; a hold on the queue would make the second hang.
+        // Polled once and dropped, like an upload that is given up; a lock on the queue would make the second hang.
         for _ in 0..2 {
             assert!(cap.take(MIB).now_or_never().is_none());
         }
         assert_eq!(cap.schedule.lock().await.next, next);
-        // Two that looked at the schedule at once would both go at the same time.
+        // Two that read the schedule at the same moment would both go at the same time.
         let mut first = Box::pin(cap.take(MIB));
         assert!(first.as_mut().now_or_never().is_none());
         assert!(cap.schedule.try_lock().is_err(), "who waits is the only one at the head of the queue");
     }
 
     #[test]
-    fn no_cap_is_none() {
+    fn no_cap_means_no_wait() {
         assert!(Cap::new(None).is_none() && Cap::new(Some(0)).is_none());
         assert_eq!(Cap::new(Some(100)).unwrap().smooth_part(), 50 * MIB);
     }

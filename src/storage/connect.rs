@@ -2,8 +2,8 @@
 //!
 //! object_store's own differ in three ways: they reach this machine and its metadata service through the environment's
 //! proxy ([`direct`]); they follow redirects, for which S3's signatures are not valid; and they drop the bucket's
-//! region, which a redirect and a failed HEAD give in their headers. Here an answer from another region becomes one
-//! with a body that says so, in S3's words, by which [`super::retry`] sorts it.
+//! region, which a redirect and a failed HEAD give in their headers. Here an answer from another region gets a body
+//! that says so in S3's words, by which [`super::retry`] classifies it.
 
 use std::time::Duration;
 
@@ -48,7 +48,7 @@ impl HttpConnector for Connector {
                 .pool_idle_timeout(IDLE)
                 .redirect(redirect::Policy::none())
                 .http1_only()
-                // An announced length is that of the object.
+                // An announced length is the object's.
                 .no_gzip()
                 .no_brotli()
                 .no_zstd()
@@ -89,7 +89,7 @@ impl HttpService for Lines {
 }
 
 /// The answer that replaces one saying that the bucket is elsewhere. A redirect within the region comes from a bucket
-/// so new that not every server knows it: that passes.
+/// so new that not every server knows it; that passes with time.
 fn elsewhere(status: StatusCode, ours: Option<&str>, theirs: Option<&str>) -> Option<(StatusCode, String)> {
     let says = |status, code: &str, message: &str, region: Option<&str>| {
         let region = region.map(|region| format!("<Region>{region}</Region>")).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Bytes of an object, straight into the caller's memory.
+//! An object's bytes, read straight into the caller's memory.
 //!
 //! Bytes from a connection are copied once, from the small buffer of its socket into their place, and summed there
 //! while they are still in the processor's cache; a file is read by position into its place ([`super::local`]). A
@@ -105,7 +105,7 @@ pub(super) async fn get_range(
     }
 }
 
-/// The target was lost with a thread that was reading into it.
+/// The target was lost with the thread that was reading into it.
 fn lost() -> object_store::Error {
     object_store::Error::NotSupported { source: "memory of an attempt that broke off is gone".into() }
 }
@@ -123,14 +123,14 @@ async fn receive(
             return Err(retry::cut_short(wanted, u64::MAX));
         };
         place.copy_from_slice(&chunk);
-        // The checksum is of the memory, not of the bytes that came: faulty memory is detected.
+        // The checksum is of the memory, not of the bytes that arrived: so faulty memory is detected.
         summing.add(place);
         left = rest;
     }
     if left.is_empty() { Ok(summing.sum()) } else { Err(retry::cut_short(wanted, wanted - left.len() as u64)) }
 }
 
-/// The checksum of a whole object of `len` bytes, which are discarded; `None`: it has another length.
+/// The checksum of a whole object of `len` bytes, which are discarded; `None`: the object has another length.
 pub(super) async fn sum(lanes: &Lanes, path: &Path, len: u64) -> object_store::Result<Option<Crc64>> {
     let result = lanes.backend.objects.get_opts(path, GetOptions::default()).await?;
     if result.meta.size != len {
@@ -146,7 +146,7 @@ pub(super) async fn sum(lanes: &Lanes, path: &Path, len: u64) -> object_store::R
     if got == len { Ok(Some(summing.sum())) } else { Err(retry::cut_short(len, got)) }
 }
 
-/// Stores word "the object is shorter than that" in many ways; its size decides. The inner error is that size.
+/// Stores say "the object is shorter than that" in many ways; its size decides. The inner error is that size.
 async fn explain_bad_range<T>(
     lanes: &Lanes,
     path: &Path,

@@ -41,7 +41,7 @@ pub enum StorageError {
         limit: u64,
     },
     /// The object ends before the requested range does.
-    #[error("object {key} has {size} bytes, but byte {end} was asked for")]
+    #[error("object {key} has {size} bytes, but the request goes to byte {end}")]
     Short {
         /// The key.
         key: String,
@@ -108,13 +108,13 @@ pub enum StorageError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The folder that holds the store is no longer there.
-    #[error("{operation} of {key} was not begun")]
+    #[error("{operation} of {key} was not started")]
     Adrift {
         /// The operation.
         operation: &'static str,
         /// The key.
         key: String,
-        /// What has happened to the folder.
+        /// What happened to the folder.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
@@ -140,7 +140,7 @@ pub enum StorageError {
     /// The store does not meet the protocol's needs.
     #[error("store can't be used: {reason}")]
     Unfit {
-        /// What it did.
+        /// What it did wrong.
         reason: String,
     },
 }
@@ -191,7 +191,7 @@ impl Explain for StorageError {
                  partial is visible"
             }
             Self::Adrift { .. } => {
-                "mount the disk again, or move the folder back, then trainer resume; nothing was written beside it"
+                "mount the disk again or move the folder back, then run `trainer resume`; nothing was written elsewhere"
             }
             Self::Unfit { .. } => {
                 "use a store whose conditional put is atomic: Amazon S3, Google Cloud Storage, Azure Blob Storage, \
@@ -261,9 +261,9 @@ fn invalid_hint(place: Place, reason: &str) -> &'static str {
         Place::Google if says("credentials") || says("service account") => GOOGLE_KEYS,
         Place::Azure if says("credentials") || says("Account must") => AZURE_KEYS,
         // A client's other refusals concern its variables.
-        Place::S3 if says("can't be opened") => "check what this environment sets: `env | grep ^AWS_`",
-        Place::Google if says("can't be opened") => "check what this environment sets: `env | grep ^GOOGLE_`",
-        Place::Azure if says("can't be opened") => "check what this environment sets: `env | grep ^AZURE_`",
+        Place::S3 if says("can't be opened") => "check the environment: `env | grep ^AWS_`",
+        Place::Google if says("can't be opened") => "check the environment: `env | grep ^GOOGLE_`",
+        Place::Azure if says("can't be opened") => "check the environment: `env | grep ^AZURE_`",
         Place::Folder if says("can't be made") || says("can't be found") => {
             "name a folder whose path leads through folders only (`ls -ld` shows each), such as file://./runs"
         }
@@ -289,7 +289,7 @@ fn permission_hint(operation: &str, place: Place, cause: &str) -> &'static str {
     }
     if says(&["no credentials"]) {
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (SSO: `aws sso login`), or give the machine a \
-         role; `aws sts get-caller-identity` shows what there is"
+         role; `aws sts get-caller-identity` shows the current identity"
     } else if says(&EXPIRED) {
         "the session has expired: `aws sso login`, or set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and \
          AWS_SESSION_TOKEN anew, and start again"
@@ -312,8 +312,8 @@ fn permission_hint(operation: &str, place: Place, cause: &str) -> &'static str {
         "allow kms:GenerateDataKey and kms:Decrypt on the bucket's key, or name a key that may be used: \
          storage.kms_key_id"
     } else if says(&["AccessDenied"]) && ["put", "create", "upload", "begin of an upload"].contains(&operation) {
-        "allow list, get, put and delete on this prefix: `trainer doctor --store URI` says which one is missing; a \
-         bucket that takes encrypted objects only wants storage.encryption = \"sse-kms\" (and storage.kms_key_id) or \
+        "allow list, get, put and delete on this prefix (`trainer doctor --store URI` says which one is missing); if \
+         the bucket takes only encrypted objects, set storage.encryption = \"sse-kms\" (and storage.kms_key_id) or \
          \"sse-s3\""
     } else {
         "allow list, get, put and delete on this prefix: `trainer doctor --store URI` says which one is missing"
@@ -329,7 +329,7 @@ fn unavailable_hint(place: Place, cause: &str) -> Option<&'static str> {
     }
     if cause.starts_with("407") {
         return Some(
-            "the proxy wants a password: HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY for this host",
+            "the proxy needs a password: set HTTPS_PROXY=http://USER:PASSWORD@HOST:PORT, or NO_PROXY for this host",
         );
     }
     match place {
@@ -338,12 +338,12 @@ fn unavailable_hint(place: Place, cause: &str) -> Option<&'static str> {
             if ["107)", "116)", "112)"].iter().any(|number| cause.contains(&format!("os error {number}"))) =>
         {
             Some(
-                "what is mounted there has gone away (`findmnt -T FOLDER`): unmount it, mount it again, and start \
-                 again",
+                "the file system mounted there has gone away (`findmnt -T FOLDER`): unmount it, mount it again, and \
+                 start again",
             )
         }
         Place::Folder if cause.contains("os error 5)") => {
-            Some("the disk fails (`dmesg | tail` says how): take another one, or another store")
+            Some("the disk fails (see `dmesg | tail`): use another disk, or another store")
         }
         Place::Folder => None,
         Place::S3 if cause.contains("onnect") || cause.contains("dns") => {
@@ -362,7 +362,7 @@ mod tests {
     use crate::error::Error;
 
     #[test]
-    fn what_to_type_next_is_of_the_cloud_that_has_refused() {
+    fn the_hint_is_for_the_cloud_that_refused() {
         let said = |error: StorageError| Error::from(error).hint().unwrap_or_default().to_owned();
         let all = [("s3://b/k", "AWS_"), ("gs://b/k", "GOOGLE_"), ("az://b/k", "AZURE_")];
         let asks_for = |hint: String, own: &str| {
@@ -395,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_fails_is_not_told_as_the_network() {
+    fn a_failing_folder_is_not_reported_as_the_network() {
         let said = |key: &str, number| {
             let source = std::io::Error::from_raw_os_error(number).to_string().into();
             let error = Error::from(StorageError::Unavailable { operation: "put", key: key.into(), source });

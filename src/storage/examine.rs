@@ -1,7 +1,7 @@
 //! Checks for the doctor: whether this place accepts uploads in parts and their aborts, and what the bucket does with
 //! unfinished ones.
 //!
-//! *Crash, cancel:* an upload of one small part may stay behind, for a sweep or a lifecycle rule to remove.
+//! *Crash, cancel:* an upload with one small part may remain, for a sweep or a lifecycle rule to remove.
 
 use bytes::Bytes;
 use object_store::{GetOptions, ObjectStore, path::Path};
@@ -19,13 +19,13 @@ pub enum AbortRule {
     },
     /// No enabled rule that covers this folder aborts them.
     Missing,
-    /// This kind of store needs none.
+    /// This kind of store needs no rule.
     NotNeeded,
 }
 
 impl Store {
-    /// Begins an upload in parts, sends one small part, and aborts it. Always succeeds if objects are not written in
-    /// parts.
+    /// Begins an upload in parts, sends one small part, and aborts it. Always succeeds on a store that does not write
+    /// in parts.
     pub async fn prove_parts(&self) -> Result<(), StorageError> {
         let large = &self.inner.lanes.backend.large;
         if large.is_file() {

@@ -25,7 +25,7 @@ pub(crate) enum Fault {
     Pass,
     /// It does not reach the store.
     Lost,
-    /// The store does it, and its answer is lost.
+    /// The store does it, but its answer is lost.
     AnswerLost,
     /// 409.
     Conflict,
@@ -41,7 +41,7 @@ pub(crate) enum Fault {
     LandsAndHangs,
 }
 
-/// Of (operation, path, how many such requests came before).
+/// Called with the operation, the path, and the number of such requests before this one.
 type Plan = dyn Fn(&str, &str, usize) -> Fault + Send + Sync;
 
 /// A memory store with a plan of faults.
@@ -107,7 +107,7 @@ impl Store {
         Self::faulty_with(faulty, settings, Policy::REMOTE.patience)
     }
 
-    /// The same, with another time for one attempt.
+    /// The same, with another time limit for one attempt.
     pub(crate) fn faulty_with(
         faulty: &Arc<Faulty>,
         settings: &StorageConfig,
@@ -156,7 +156,7 @@ impl ObjectStore for Faulty {
     }
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         let shown: Vec<_> = self.inner.list(prefix).collect().now_or_never().unwrap_or_default();
-        // "listed" says of each object whether a listing shows it.
+        // "listed" says for each object whether a listing shows it.
         let shown = shown.into_iter().filter(|meta: &Result<ObjectMeta>| {
             meta.as_ref().map_or(true, |meta| (self.plan)("listed", meta.location.as_ref(), 0) == Fault::Pass)
         });
@@ -181,7 +181,7 @@ impl MultipartStore for Faulty {
     async fn complete_multipart(&self, path: &Path, id: &MultipartId, parts: Vec<PartId>) -> Result<PutResult> {
         let complete = async {
             match self.inner.complete_multipart(path, id, parts).await {
-                // S3 says it so when the upload was completed before.
+                // S3 answers this if the upload was completed before.
                 Err(error) if self.inner.head(path).await.is_ok() => {
                     Err(object_store::Error::NotFound { path: path.to_string(), source: Box::new(error) })
                 }

@@ -80,7 +80,7 @@ pub(super) struct Pass<'a> {
 }
 
 impl Pass<'_> {
-    /// The request is sent only now: the time before was a wait of our own making.
+    /// The request is sent only now: the time before was a wait of our own.
     pub(super) fn goes(&mut self) {
         self.began = self.gate.now();
     }
@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_a_request_waited_for_a_cap_is_not_the_stores_time() {
+    async fn waiting_for_the_cap_does_not_count_as_the_stores_time() {
         let gate = Gate::new("test", Pace::adaptive(8));
         let mut pass = gate.enter().await.unwrap();
         let entered = pass.began;
@@ -147,7 +147,7 @@ mod tests {
         assert_eq!((free(), owed_and_flying()), (0, (0, 2)));
         drop(passes);
         assert_eq!((free(), owed_and_flying()), (2, (0, 0)));
-        // More places, of which some are owed: the debt is paid first.
+        // More places, some of which are still owed: the debt is paid first.
         passes = vec![gate.enter().await.unwrap(), gate.enter().await.unwrap()];
         let change = |limit| {
             let mut state = gate.state();

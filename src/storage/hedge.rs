@@ -1,14 +1,13 @@
 //! A request that hangs is sent a second time, while the first may still be answered.
 //!
-//! Now and then one connection of many stalls for longer than a machine has left. Giving the request up and starting
-//! again would lose, on a slow link where every request is slow, all that has arrived of it; sending it twice costs at
-//! most its bytes once more. So writes (each gives the same result when it is done twice) are sent again when they take
-//! several times as long as the slowest of the last ones did, and the first answer counts. A store in this machine is
-//! never asked twice.
+//! Now and then one connection of many stalls for longer than a machine has left. On a slow link, where every request
+//! is slow, giving a request up and starting again would lose all that has arrived; sending it twice costs at most its
+//! bytes once more. So writes (each gives the same result when it is done twice) are sent again when they take several
+//! times as long as the slowest of the last ones did, and the first answer counts. A store in this machine is never
+//! asked twice.
 //!
-//! A link that has become slow is no connection that hangs: all transfers are slow then, and to send their bytes twice
-//! would make the last save late. So a transfer that is not alone is sent again only after another one has finished
-//! since it began.
+//! A slow link is not a hanging connection: then all transfers are slow, and sending their bytes twice would make the
+//! last save late. So a transfer that is not alone is sent again only if another one has finished since it began.
 //!
 //! *Cancel:* dropping the future drops all of its requests.
 
@@ -30,7 +29,7 @@ const MORE: u32 = 2;
 const LEAST: Duration = Duration::from_secs(2);
 /// And not before this many times the duration of the slowest.
 const SLOW: u32 = 4;
-/// The time for a MiB while nothing was measured: as for a line of 4 Mbit/s.
+/// The time for a MiB before anything is measured: that of a line with 4 Mbit/s.
 const UNKNOWN: Duration = Duration::from_secs(2);
 /// How many of the last transfers are remembered.
 const REMEMBERED: usize = 32;
@@ -58,7 +57,7 @@ impl<'a> Transfer<'a> {
         Self { tempo, before: tempo.finished.load(Ordering::Relaxed) }
     }
 
-    /// Whether others come through: if none does, the link is slow for all.
+    /// Whether other transfers finish: if none does, the link is slow for all.
     fn may_hang(&self) -> bool {
         self.tempo.under_way.load(Ordering::Relaxed) <= 1 || self.tempo.finished.load(Ordering::Relaxed) > self.before
     }
@@ -95,8 +94,8 @@ impl Tempo {
 /// The time after which a small request counts as hanging.
 pub(super) const SMALL: Duration = LEAST;
 
-/// The first successful answer, of one request and of those that follow it when none came within `hangs_after`, twice
-/// that, and so on; the last failure, if all fail.
+/// The first successful answer, of one request and of those that follow it if none came within `hangs_after`, twice
+/// that, and so on. If all fail, the last failure.
 pub(super) async fn first_success<T, E, R: Future<Output = Result<T, E>>>(
     request: impl FnMut() -> R,
     hangs_after: Duration,
@@ -104,7 +103,7 @@ pub(super) async fn first_success<T, E, R: Future<Output = Result<T, E>>>(
     race(request, || hangs_after, || true).await
 }
 
-/// The same for a transfer of `bytes` bytes, which hangs when others come through and `tempo` says so.
+/// The same for a transfer of `bytes` bytes, which hangs if others finish and `tempo` says so.
 pub(super) async fn first_of_transfers<T, E, R: Future<Output = Result<T, E>>>(
     request: impl FnMut() -> R,
     tempo: &Tempo,
@@ -120,7 +119,7 @@ async fn race<T, E, R: Future<Output = Result<T, E>>>(
     may_hang: impl Fn() -> bool,
 ) -> Result<T, E> {
     let began = Instant::now();
-    // After once, three times, seven times that.
+    // After one, three and seven times that.
     let due = |sent: u32| began + hangs_after().saturating_mul((2 << sent) - 1);
     let mut under_way = FuturesUnordered::from_iter([request()]);
     let (mut sent, mut next) = (0, due(0));
@@ -133,7 +132,7 @@ async fn race<T, E, R: Future<Output = Result<T, E>>>(
                 answer => return answer,
             },
             () = tokio::time::sleep_until(next), if sent < MORE => {
-                // What is usual may have changed meanwhile.
+                // The usual time may have changed meanwhile.
                 let (now, due_now) = (Instant::now(), due(sent));
                 if now < due_now || !may_hang() {
                     next = due_now.max(now + LOOK);
@@ -153,11 +152,11 @@ mod tests {
 
     use super::*;
 
-    /// A request of a test: answers when this many were sent, or never.
+    /// A request in a test: it answers once this many were sent, or never.
     type Plan = (u32, Result<u32, u32>);
     const NEVER: u32 = u32::MAX;
 
-    /// The results of requests that answer like that, in the order in which they are sent; and their number.
+    /// The results of requests that answer like that, in the order in which they are sent, and their number.
     async fn asked(plan: &[Plan]) -> (Result<u32, u32>, u32) {
         let sent = watch::Sender::new(0);
         let request = || {
@@ -176,16 +175,16 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_hangs_is_sent_again_and_the_first_success_counts() {
+    async fn a_hanging_request_is_sent_again_and_the_first_success_counts() {
         let plans: [(&[Plan], _, _); 7] = [
             (&[(1, Ok(0))], Ok(0), 1),
-            // What fails at once is for the next attempt.
+            // A request that fails at once is left to the next attempt.
             (&[(1, Err(0))], Err(0), 1),
             (&[(NEVER, Ok(0)), (2, Ok(1))], Ok(1), 2),
             // The first is still waited for.
             (&[(2, Ok(0)), (NEVER, Ok(1))], Ok(0), 2),
             (&[(NEVER, Ok(0)), (NEVER, Ok(1)), (3, Ok(2))], Ok(2), 3),
-            // A failure does not count as long as another may be answered.
+            // A failure does not count while another request may still be answered.
             (&[(2, Err(0)), (3, Err(1)), (3, Ok(2))], Ok(2), 3),
             (&[(3, Ok(0)), (2, Err(1)), (3, Err(2))], Ok(0), 3),
         ];
@@ -208,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_is_slow_for_all_is_no_transfer_that_hangs() {
+    fn on_a_link_that_is_slow_for_all_no_transfer_hangs() {
         let tempo = Tempo::default();
         let alone = Transfer::begin(&tempo);
         assert!(alone.may_hang());
@@ -223,7 +222,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_slow_because_all_is_slow_is_not_sent_again() {
+    async fn a_transfer_is_not_sent_again_if_all_are_slow() {
         let tempo = Tempo::default();
         let _other = Transfer::begin(&tempo);
         let transfer = Transfer::begin(&tempo);

@@ -10,8 +10,8 @@ use rustix::io::Errno;
 use super::{StorageError, Store, upload::Large};
 use crate::ids::random_hex;
 
-/// Tries it in `folder`, or in the closest existing one above it, up to `uri`. Leaves nothing behind; other errors are
-/// left for the next request to report.
+/// Tries to create a link in `folder`, or in the closest existing folder above it, up to `uri`. Leaves no file behind.
+/// Other errors are left for the next request to report.
 fn prove(folder: &Path, uri: &str) -> Result<(), StorageError> {
     let Some(folder) = folder.ancestors().find(|folder| folder.is_dir()) else { return Ok(()) };
     let name = random_hex(16);
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_system_with_links_passes_and_is_left_as_it_was() {
+    fn a_file_system_with_links_passes_and_stays_unchanged() {
         let folder = tempfile::tempdir().unwrap();
         prove(&folder.path().join("probes"), "file:///x").unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn every_word_for_no_links_is_known_and_no_other_error() {
+    fn every_error_that_means_no_links_is_known() {
         for (number, refused) in [(1, true), (95, true), (31, true), (38, true), (13, false), (28, false), (24, false)]
         {
             assert_eq!(is_refusal(&io::Error::from_raw_os_error(number)), refused, "{number}");

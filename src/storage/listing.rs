@@ -6,8 +6,8 @@ use super::{ObjectInfo, StorageError, Store, timestamp};
 
 impl Store {
     /// At most `limit` objects below `prefix` (a folder), with no more requests than needed. With `after`, a key that
-    /// need not exist: only those behind it in the order of their names, in which they are also returned, except on
-    /// `file://`, which has no order and must read every name to skip one.
+    /// need not exist: only the keys behind it in the order of names, and in that order. `file://` has no order, and
+    /// must read every name to skip one.
     pub async fn list_some(
         &self,
         prefix: &str,

@@ -53,7 +53,7 @@ fn is_refusal(error: &io::Error) -> bool {
 /// A file that is being written and is not yet in its place.
 pub(super) struct Staged {
     file: File,
-    /// `None` once it has been renamed.
+    /// `None` once renamed.
     hidden: Option<PathBuf>,
     place: PathBuf,
     direct: AtomicBool,
@@ -69,7 +69,7 @@ impl Staged {
             let hidden = PathBuf::from(hidden);
             match OpenOptions::new().write(true).create_new(true).open(&hidden) {
                 Ok(file) => {
-                    // Not every file system can: then the first write would report it, too.
+                    // Not every file system can do this; the first write would report that, too.
                     let direct = AtomicBool::new(set_direct(&file, true).is_ok());
                     return Ok(Self { file, hidden: Some(hidden), place, direct });
                 }
@@ -94,8 +94,8 @@ impl Staged {
             }
         }
         if done < bytes.len() {
-            // For good: only the end of a file is odd. Each of several threads makes sure by itself, and only then
-            // records it.
+            // This is final: only the end of a file has an odd length. Each thread checks for itself before it records
+            // that.
             if self.direct.load(Ordering::Acquire) {
                 set_direct(&self.file, false)?;
                 self.direct.store(false, Ordering::Release);
@@ -151,7 +151,7 @@ fn make_folder(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Fills `target` with the bytes at `offset` and sums them. From the page cache if they begin there, else past it.
+/// Fills `target` with the bytes at `offset` and sums them: from the page cache if they begin there, else directly.
 pub(super) fn read(file: &File, offset: u64, target: &mut [u8]) -> io::Result<Crc64> {
     let mut direct = is_aligned(target, offset) && !is_cached(file, offset) && set_direct(file, true).is_ok();
     let mut summing = Summing::new();
@@ -161,7 +161,7 @@ pub(super) fn read(file: &File, offset: u64, target: &mut [u8]) -> io::Result<Cr
             let blocks = whole_blocks(slice.len());
             let read = match file.read_exact_at(&mut slice[..blocks], at) {
                 Ok(()) => blocks,
-                // The same bytes are read again the other way.
+                // The same bytes are read again in the other way.
                 Err(error) if is_refusal(&error) => 0,
                 Err(error) => return Err(error),
             };
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn files_hold_the_same_bytes_whichever_way_they_went() {
+    fn files_hold_the_same_bytes_however_they_are_written() {
         // The build folder lies on a disk; the temporary folder may be on tmpfs. Both must do.
         let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap()];
         for folder in &folders {
@@ -220,7 +220,7 @@ mod tests {
                     assert!(fs::read(&place).unwrap() == body, "{len} bytes from {skip}");
 
                     let file = File::open(&place).unwrap();
-                    // Cached now; then, as far as the kernel heeds the advice, not.
+                    // They are cached now; after the advice they are not, if the kernel heeds it.
                     for advice in [rustix::fs::Advice::WillNeed, rustix::fs::Advice::DontNeed] {
                         rustix::fs::fadvise(&file, 0, None, advice).unwrap();
                         let mut target = pages(len + skip);
@@ -243,9 +243,9 @@ mod tests {
         }
     }
 
-    /// One that heard that the file is no longer written directly while it still was would have its odd bytes refused.
+    /// A thread that learns of the change while it still writes directly would have its odd bytes refused.
     #[test]
-    fn threads_that_leave_the_direct_way_at_once_do_not_trip_each_other() {
+    fn threads_that_stop_writing_directly_at_once_do_not_disturb_each_other() {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let body = &pages(BLOCK + 1)[1..];
         let barrier = std::sync::Barrier::new(4);
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finished_is_not_seen_and_goes() {
+    fn an_unfinished_file_is_invisible_and_removed() {
         let folder = tempfile::tempdir().unwrap();
         let place = folder.path().join("k");
         fs::write(&place, "old").unwrap();

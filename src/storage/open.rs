@@ -34,7 +34,7 @@ use crate::{
     shortage::Shortage,
 };
 
-/// A backend and where its keys begin.
+/// A backend, and the place where its keys begin.
 pub(super) struct Opened {
     pub backend: Backend,
     /// URI of the key "", without a trailing `/`.
@@ -45,7 +45,7 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// Whether it is in this machine: there are no connections, and of a store in memory there is only one.
+    /// Whether it is in this machine: there are no connections, and a store in memory exists only once.
     pub fn is_local(&self) -> bool {
         self.policy.is_local()
     }
@@ -140,7 +140,7 @@ fn open_file(path: &str, refuse: &dyn Fn(&str) -> StorageError) -> Result<Opened
         std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
             StorageError::Full { operation, key: key(), source: error.to_string().into() }
         }
-        // It lacks something else.
+        // Another error says what it lacks.
         _ if Shortage::of(error).is_some() => {
             let again = error.raw_os_error().map_or_else(|| error.kind().into(), std::io::Error::from_raw_os_error);
             StorageError::Unavailable { operation, key: key(), source: Box::new(again) }
@@ -159,7 +159,7 @@ fn open_file(path: &str, refuse: &dyn Fn(&str) -> StorageError) -> Result<Opened
     let local = LocalFileSystem::new_with_prefix(&absolute)
         .map_err(|error| refuse(&format!("can't be opened: {error}")))?
         .with_fsync(true)
-        // A deleted checkpoint is not listed as an empty folder.
+        // The empty folder of a deleted checkpoint is not listed.
         .with_automatic_cleanup(true);
     let root = format!("file://{}", text.trim_end_matches('/'));
     let local = Arc::new(local);
@@ -172,7 +172,7 @@ fn shared<T: ObjectStore + MultipartStore>(store: T) -> Backend {
     Backend { objects: store.clone(), large: Large::Parts(store), s3: None }
 }
 
-/// A setting that only S3 understands, and its subject.
+/// A setting that only S3 has, and its subject.
 fn meant_for_s3(settings: &StorageConfig) -> Option<(&'static str, &'static str)> {
     match settings {
         _ if settings.encryption != Encryption::Default => Some(("storage.encryption", "encryption")),
@@ -212,7 +212,7 @@ fn variable<'a>(environment: &'a [(String, String)], name: &str) -> Option<&'a s
 /// machine.
 fn check_endpoint(endpoint: &str) -> Result<(String, bool), String> {
     let mut url = Url::parse(endpoint).map_err(|error| format!("has an endpoint that is not a URL: {error}"))?;
-    // Both can only fail for URLs without a host, refused below.
+    // Both fail only for URLs without a host, which are refused below.
     let _ = url.set_username("");
     let _ = url.set_password(None);
     let loopback = match url.host() {
@@ -300,7 +300,7 @@ fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) 
     Ok(Backend { objects: client, large: Large::S3(Arc::new(s3)), s3: second })
 }
 
-/// Whether credentials may exist anywhere at all: otherwise the error need not be delayed.
+/// Whether there can be credentials anywhere: if not, the error need not wait.
 fn has_source(environment: &[(String, String)]) -> bool {
     const SOURCES: [&str; 5] = [
         "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -348,7 +348,7 @@ const SSE_BUCKET_KEY: &str = "aws_sse_bucket_key_enabled";
 /// Region, whether the requester pays, and the headers of each object.
 type OwnRequests = (String, bool, Vec<(HeaderName, HeaderValue)>);
 
-/// The needs of our own requests; `None` if only object_store can make them: requests without a signature, session
+/// The needs of our own requests; `None` if only object_store can send them: requests without a signature, session
 /// credentials of S3 Express, keys of the customer's own, a proxy.
 fn own_requests(builder: &AmazonS3Builder, settings: &StorageConfig) -> Result<Option<OwnRequests>, String> {
     let value = |key: &str| builder.get_config_value(&key.parse().ok()?).filter(|value| !value.is_empty());
@@ -460,7 +460,7 @@ mod tests {
     const KEYS: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "hunter2")];
 
     #[test]
-    fn uris_that_make_no_sense_are_refused_with_a_reason() {
+    fn malformed_uris_are_refused_with_a_reason() {
         for (uri, part) in [
             ("runs", "has no scheme"),
             ("ftp://x/y", "not known"),
@@ -516,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_object_store_can_sign_is_left_to_it() {
+    fn requests_that_only_object_store_can_sign_are_left_to_it() {
         let own = |pairs: &[(&str, &str)]| {
             let mut builder = AmazonS3Builder::new();
             for (name, value) in pairs {
@@ -533,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_without_credentials_hears_so_at_once() {
+    fn a_machine_without_credentials_is_told_at_once() {
         let said = error("s3://bucket", &[("AWS_EC2_METADATA_DISABLED", "true")]);
         assert!(said.contains("no credentials"), "{said}");
     }

@@ -20,13 +20,13 @@ use std::time::Duration;
 
 /// The limit to begin with at an unknown store.
 const FIRST: usize = 4;
-/// Up to this multiple of the least latency there is no queue worth mentioning.
+/// Up to this multiple of the least latency there is no significant queue.
 const NEAR: f64 = 1.5;
 /// From this multiple of the least latency on, requests mostly wait for each other.
 const FAR: f64 = 3.0;
-/// By which factor a round must move more bytes per second than the one before, to count as better.
+/// A round counts as better if it moves more bytes per second than the one before by this factor.
 const BETTER: f64 = 1.05;
-/// Half as many requests are as good if they reach this share of the earlier bytes per second.
+/// Half as many requests count as equally good if they reach this share of the earlier bytes per second.
 const AS_GOOD: f64 = 0.9;
 /// Rounds between trials.
 const TRIAL: u32 = 50;
@@ -53,7 +53,7 @@ pub(super) enum Reason {
     Crowded,
     /// The store asked us to slow down.
     Refused,
-    /// A trial: do fewer do as well?
+    /// A trial: do fewer requests do as well?
     Trial,
 }
 
@@ -117,7 +117,7 @@ impl Pace {
         }
     }
 
-    /// Stays at `most`: a disk of this machine has a queue of its own.
+    /// Stays at `most`: a disk of this machine has its own queue.
     pub(super) fn fixed(most: usize) -> Self {
         Self { limit: most.max(1), adapts: false, ..Self::adaptive(most) }
     }
@@ -226,22 +226,22 @@ mod tests {
 
     const PART: u64 = 16 << 20;
 
-    /// A store that serves `knee` requests at full speed; more of them share what there is.
+    /// A store that serves `knee` requests at full speed; any more share that speed.
     struct Simulated {
-        /// Milliseconds of a request on a store at ease.
+        /// Milliseconds of a request on an idle store.
         base_ms: u64,
         knee: usize,
         /// More than this many in flight are answered with "slow down".
         refuses_above: usize,
         /// The share by which a time varies to either side.
         noise: f64,
-        /// Each request beyond the knee takes this share of the whole capacity with it.
+        /// Each request beyond the knee costs this share of the whole capacity.
         collapse: f64,
     }
 
     const PLAIN: Simulated = Simulated { base_ms: 200, knee: 1, refuses_above: usize::MAX, noise: 0.0, collapse: 0.0 };
 
-    /// What `requests` requests came to: the limit after each, bytes a second in the second half, and refusals.
+    /// The course of `requests` requests: the limit after each, bytes a second in the second half, and refusals.
     fn drive(store: &Simulated, pace: &mut Pace, requests: usize) -> (Vec<usize>, f64, usize) {
         let mut random = 7_u64;
         let (mut flying, mut now) = (BinaryHeap::new(), Duration::ZERO);
@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn the_knee_of_a_store_is_found_and_kept() {
+    fn the_limit_finds_a_stores_knee_and_stays_there() {
         for knee in [1, 2, 4, 7, 16, 40, 100] {
             for noise in [0.0, 0.2] {
                 let store = Simulated { knee, noise, ..PLAIN };
@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn a_store_that_breaks_down_under_load_is_not_broken_down() {
+    fn a_store_that_collapses_under_load_is_not_overloaded() {
         let store = Simulated { knee: 8, collapse: 0.5, ..PLAIN };
         let (limits, rate, _) = drive(&store, &mut Pace::adaptive(64), 4000);
         let best = 8.0 * PART as f64 / 0.2;
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn a_store_that_refuses_is_left_alone_and_tried_again() {
+    fn a_refusing_store_is_left_alone_and_tried_again() {
         for allowed in [1, 6, 20] {
             let store = Simulated { knee: 64, refuses_above: allowed, ..PLAIN };
             let (limits, rate, refused) = drive(&store, &mut Pace::adaptive(64), 4000);
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn one_storm_is_one_cut() {
+    fn one_storm_halves_the_limit_once() {
         let mut pace = Pace::adaptive(64);
         drive(&Simulated { knee: 128, ..PLAIN }, &mut pace, 400);
         assert_eq!(pace.limit(), 64);
@@ -329,13 +329,13 @@ mod tests {
             assert_eq!(pace.ended(at(1000), at(1002), true, Outcome::Refused), None);
         }
         assert_eq!(pace.limit(), 32);
-        // Those that were sent after the cut count again.
+        // Requests that were sent after the cut count again.
         assert_eq!(pace.ended(at(1001), at(1003), true, Outcome::Refused), Some(Reason::Refused));
         assert_eq!(pace.limit(), 16);
     }
 
     #[test]
-    fn what_did_not_bind_says_nothing_and_a_disk_is_not_paced() {
+    fn rounds_below_the_limit_prove_nothing_and_a_disk_is_not_paced() {
         let ms = Duration::from_millis;
         for (mut pace, bound) in [(Pace::adaptive(16), false), (Pace::fixed(16), true)] {
             let limit = pace.limit();
@@ -348,10 +348,10 @@ mod tests {
     }
 
     #[test]
-    fn a_store_that_became_slower_for_good_is_learnt_anew() {
+    fn a_store_that_stays_slower_is_measured_anew() {
         let mut pace = Pace::adaptive(32);
         drive(&Simulated { knee: 32, ..PLAIN }, &mut pace, 500);
-        // As if a request had once taken a tenth of what they take now.
+        // As if one request had once taken a tenth of the present time.
         pace.least = Some(0.02);
         let (limits, ..) = drive(&Simulated { knee: 64, ..PLAIN }, &mut pace, 20_000);
         assert_eq!(*limits.last().unwrap(), 32);

@@ -1,9 +1,9 @@
-//! Threads apart from the caller's, for bulk transfers.
+//! Separate threads for bulk transfers.
 //!
 //! A bulk transfer copies, sums and decrypts, at some two GiB per second and core. While the trainer needs the cores,
-//! transfers should use only idle time ([`crate::threads`]); while training waits for them, all cores. Either kind has
-//! a runtime and a client of its own, so that the journal or a heartbeat never waits for a connection, timer or lock of
-//! theirs.
+//! transfers should use only idle time ([`crate::threads`]); while training waits for them, all cores. Each kind has
+//! its own runtime and client, so that the journal or a heartbeat never waits for a connection, timer or lock of a
+//! transfer.
 
 use std::future::Future;
 
@@ -13,7 +13,7 @@ use crate::threads::give_way;
 
 /// The most threads with low priority that work on transfers at once.
 const MOST_IDLE: usize = 4;
-/// The most threads that work on transfers for which training waits: enough for 200 Gbit/s.
+/// The most threads that work on transfers while training waits for them: enough for 200 Gbit/s.
 const MOST: usize = 16;
 
 /// A runtime for transfers.
@@ -27,7 +27,7 @@ impl Pool {
         Self::start(MOST_IDLE, give_way)
     }
 
-    /// Threads like all others, about as many as there are cores.
+    /// Ordinary threads, about as many as there are cores.
     pub(super) fn ample() -> std::io::Result<Self> {
         Self::start(MOST, || {})
     }
@@ -62,7 +62,7 @@ impl Drop for Pool {
 pub(super) struct Task<T>(pub(super) JoinHandle<T>);
 
 impl<T> Task<T> {
-    /// Its result; `None` if its runtime stopped first. A panic of the task becomes one of ours.
+    /// Its result; `None` if its runtime stopped first. A panic of the task is raised here.
     pub(super) async fn end(mut self) -> Option<T> {
         match (&mut self.0).await {
             Ok(value) => Some(value),

@@ -1,8 +1,9 @@
 //! Tests whether a store's create-once puts are atomic.
 //!
 //! Some stores ignore `If-None-Match`; others handle it correctly in sequence but still let several racing writers win.
-//! The journal is safe on neither. A sequential test finds only the first kind, so several creates race. Each create is
-//! one bare request here: the retries and the reading back of [`Store::create`] would hide what the store does.
+//! The journal is safe on neither kind. A sequential test finds only the first one, so several creates race. Each
+//! create is one bare request here, because the retries and the reading back of [`Store::create`] would hide the
+//! store's behaviour.
 
 use bytes::Bytes;
 use futures::future::join_all;
@@ -16,13 +17,13 @@ use crate::{ids::random_hex, layout};
 
 const ROUNDS: usize = 3;
 const RACERS: usize = 16;
-/// Rounds that may be repeated because nobody won: every request met a conflict, or the store was not reachable.
+/// Rounds that may be repeated because no create won: every request met a conflict, or the store was not reachable.
 const SPARE_ROUNDS: usize = 3;
 
 /// The answer to one bare create.
 enum Heard {
     Created,
-    /// 412, or 409: this one did not win.
+    /// 412, or 409: this create did not win.
     Refused,
     Failed(object_store::Error),
 }
@@ -67,7 +68,7 @@ async fn create(store: &Store, path: &Path, body: &Bytes) -> Heard {
     }
 }
 
-/// A create was refused for good. A put without the condition shows whether the store does not know the condition, or
+/// A create was refused for good. A put without the condition shows whether the store does not know the condition or
 /// refuses something else in the request.
 async fn why_refused(store: &Store, key: &str, path: &Path, refused: Failure) -> StorageError {
     let unfit = |said: &dyn std::fmt::Display| StorageError::Unfit {
@@ -114,19 +115,19 @@ async fn round(store: &Store, key: &str, path: &Path) -> Result<(), StorageError
         ));
     }
     let Some(winner) = winners.first().and_then(|&racer| bodies.get(racer)) else {
-        // Nobody won: only conflicts, or one succeeded and its answer was lost.
+        // No create won: there were only conflicts, or one succeeded and its answer was lost.
         let failure =
             failure.unwrap_or_else(|| Failure::transient("create", "every one of 16 parallel creates met a conflict"));
         return Err(failure.explain(&store.uri_of(key)));
     };
     let standing = store.get(key, 1 << 10).await?;
     if standing != *winner {
-        return unfit("the object of the create that succeeded was replaced by one that was refused".into());
+        return unfit("a refused create replaced the object of the successful one".into());
     }
     match create(store, path, &Bytes::from(random_hex(16))).await {
         Heard::Refused => {}
         Heard::Created => {
-            return unfit("a create over an object that stood there succeeded; it ignores If-None-Match".into());
+            return unfit("a create over an existing object succeeded: the store ignores If-None-Match".into());
         }
         Heard::Failed(error) if classify(&error) == Verdict::Permanent => {
             return Err(why_refused(store, key, path, Failure::new("create", &error)).await);
@@ -134,7 +135,7 @@ async fn round(store: &Store, key: &str, path: &Path) -> Result<(), StorageError
         Heard::Failed(error) => return Err(Failure::new("create", &error).explain(&store.uri_of(key))),
     }
     if store.get(key, 1 << 10).await? != *winner {
-        return unfit("a create that was refused replaced the object that stood there".into());
+        return unfit("a refused create replaced the existing object".into());
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What a refusal means: where the bucket is, which key or session is refused, and what a store does not know.
+//! The reason of a refusal: the bucket's place, the refused key or session, and a request that the store does not know.
 
 use std::sync::atomic::Ordering;
 
@@ -25,7 +25,7 @@ fn elsewhere(request: &Request<Incoming>, status: u16, region: Option<&str>) -> 
 }
 
 #[tokio::test]
-async fn a_bucket_in_another_region_is_told_with_its_name() {
+async fn a_bucket_in_another_region_is_reported_with_that_region() {
     for status in [301, 307, 400] {
         let (store, _) = told(move |request, _| Some(elsewhere(request, status, Some("eu-south-2")))).await;
         for error in [
@@ -51,7 +51,7 @@ async fn a_bucket_in_another_region_is_told_with_its_name() {
 }
 
 #[tokio::test]
-async fn a_bucket_that_is_not_known_everywhere_yet_is_asked_again() {
+async fn a_request_to_a_very_new_bucket_is_repeated() {
     let (store, count) = told(|request, n| match n {
         0 => Some(elsewhere(request, 307, Some("us-east-1"))),
         1 => Some(elsewhere(request, 307, None)),
@@ -63,7 +63,7 @@ async fn a_bucket_that_is_not_known_everywhere_yet_is_asked_again() {
 }
 
 #[tokio::test]
-async fn why_a_head_was_refused_is_asked_once_with_a_get() {
+async fn one_get_finds_out_why_a_head_was_refused() {
     for (status, code, hint) in [
         (400, "ExpiredToken", "aws sso login"),
         (403, "InvalidAccessKeyId", "AWS_ACCESS_KEY_ID"),
@@ -87,7 +87,7 @@ async fn why_a_head_was_refused_is_asked_once_with_a_get() {
 }
 
 #[tokio::test]
-async fn a_create_that_is_refused_for_another_reason_is_no_lack_of_conditional_puts() {
+async fn a_create_refused_for_another_reason_does_not_mean_missing_conditional_puts() {
     let refused = |request: &Request<Incoming>| request.method() == "PUT";
     // The condition alone is refused.
     let (store, _) = told(move |request, _| match request.headers().contains_key("if-none-match") {
@@ -109,7 +109,7 @@ async fn a_create_that_is_refused_for_another_reason_is_no_lack_of_conditional_p
 }
 
 #[tokio::test]
-async fn a_bucket_that_takes_encrypted_objects_only_is_told_which_setting_they_have() {
+async fn for_a_bucket_that_takes_only_encrypted_objects_the_hint_names_the_setting() {
     let (store, _) = told(|_, _| Some(answer(403, &error_body("AccessDenied")))).await;
     let puts = [
         store.put("k", Bytes::new()).await.unwrap_err(),

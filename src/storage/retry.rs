@@ -33,7 +33,7 @@ use crate::{cloud::credentials::NoCredentials, ids::random_hex};
 pub(super) struct Policy {
     /// Attempts per request, including the first; over a network `storage.attempts` of the configuration.
     pub attempts: usize,
-    /// Attempts if credentials can't be had: on a machine without any, the error should come soon.
+    /// Attempts if there are no credentials: on a machine that has none, the error should come soon.
     pub credential_attempts: usize,
     /// The bound of the first pause; it doubles.
     pub first_pause: Duration,
@@ -92,7 +92,7 @@ pub(super) enum Verdict {
     Transient,
     /// The store is healthy but asks us to slow down.
     SlowDown,
-    /// Credentials can't be had at the moment, or never.
+    /// There are no credentials, now or ever.
     Credentials,
     NotFound,
     Permission,
@@ -122,13 +122,13 @@ impl Failure {
         Self { verdict: classify(error), timed_out: false, region, operation, cause: Cause::of(error) }
     }
 
-    /// Of our own making: the runtime is shutting down.
+    /// Made by this program: the runtime is shutting down.
     pub(super) fn stopped(operation: &'static str) -> Self {
         let cause = Cause("the program is stopping".into());
         Self { verdict: Verdict::Permanent, timed_out: false, region: None, operation, cause }
     }
 
-    /// Of our own making: worth another try.
+    /// Made by this program: worth another try.
     pub(super) fn transient(operation: &'static str, cause: &str) -> Self {
         let cause = Cause(cause.to_owned());
         Self { verdict: Verdict::Transient, timed_out: false, region: None, operation, cause }
@@ -197,7 +197,7 @@ pub(super) enum Again<'a> {
     Never,
     /// For small ones.
     Soon,
-    /// When it takes longer than others did; its own time is measured for that, too.
+    /// When it takes longer than others did, for which its own time is measured, too.
     By(&'a Tempo),
 }
 
@@ -209,7 +209,7 @@ impl<'a> Attempts<'a> {
         Self { policy, queue, operation, bytes, patience, again: Again::Never }
     }
 
-    /// For an operation that may be done twice, and may be short of time.
+    /// For an operation that may be sent twice and may be urgent.
     pub(super) fn again(self, again: Again<'a>) -> Self {
         Self { again, ..self }
     }
@@ -313,7 +313,7 @@ impl<'a> Attempts<'a> {
     }
 }
 
-/// Two writes collided and neither stands: ask again.
+/// Two writes collided and neither succeeded: ask again.
 #[derive(Debug, thiserror::Error)]
 #[error("a conflicting write was under way")]
 struct Conflict(#[source] Box<object_store::Error>);
@@ -341,7 +341,7 @@ pub(super) fn cut_short(wanted: u64, got: u64) -> object_store::Error {
     object_store::Error::Generic { store: "store", source: Box::new(CutShort { wanted, got }) }
 }
 
-/// Whether the error alone explains a failed ranged read.
+/// Whether the error alone explains why a ranged read failed.
 pub(super) fn is_answer(error: &object_store::Error) -> bool {
     use Verdict::{Credentials, NoBucket, NotFound, Permission, Region};
     matches!(classify(error), NotFound | Permission | Credentials | NoBucket | Region)
@@ -401,7 +401,7 @@ pub(super) fn classify(error: &object_store::Error) -> Verdict {
     }
     match status(&text) {
         Some(429) => Verdict::SlowDown,
-        // S3 means "too many", and others word it so, too; a 503 without it is a store that is down.
+        // S3 means "too many", and so do others; a 503 without these words comes from a store that is down.
         Some(503)
             if ["SlowDown", "Slow Down", "reduce your request rate", "ServerBusy"].iter().any(|t| text.contains(t)) =>
         {

@@ -1,7 +1,7 @@
 //! S3 requests that object_store lacks: for the store's own checksum of an object, the unfinished multipart uploads,
 //! and the bucket's lifecycle rules for those.
 //!
-//! One source of credentials: they are taken from the object_store client of the same bucket for each request, so the
+//! Credentials have one source: they are taken from the object_store client of the same bucket for each request, so the
 //! rules of [`super::open`] hold here too (environment, web identity, instance role; endpoints that are not encrypted
 //! only on this machine). Retries and time-outs are those of [`super::retry`]; the SDK's own are switched off. Errors
 //! are expressed in object_store's terms, so that both clients' answers are classified and reported alike, without
@@ -108,8 +108,8 @@ impl Bucket {
         let head = head.customize().config_override(self.signed().await?).send().await.map_err(|e| told("HEAD", e))?;
         let size = head.content_length().and_then(|length| u64::try_from(length).ok());
         let size = size.ok_or_else(|| said("the answer to HEAD has no length".into()))?;
-        // For this checksum S3 has no other kind than that of the whole object; a server that says otherwise means
-        // parts.
+        // For this checksum S3 has no other kind than that of the whole object; a server that names another kind means
+        // the parts' checksums.
         let whole = head.checksum_type().is_none_or(|kind| *kind == ChecksumType::FullObject);
         let crc64 = head.checksum_crc64_nvme().filter(|_| whole).and_then(parse_crc64);
         Ok((size, crc64))
@@ -126,7 +126,7 @@ impl Bucket {
             let list = list.set_key_marker(key).set_upload_id_marker(id).customize();
             let page = list.config_override(self.signed().await?).send().await.map_err(|e| told("LIST", e))?;
             for upload in page.uploads() {
-                // One without a key, an id or a time can't be judged, so it is left alone; so is one outside the
+                // An entry without key, id or time can't be judged, so it is left alone, like one outside of the
                 // prefix.
                 if let (Some(key), Some(id), Some(started)) = (upload.key(), upload.upload_id(), upload.initiated())
                     && let Ok(started) = jiff::Timestamp::from_second(started.secs())
@@ -141,7 +141,7 @@ impl Bucket {
                 (Some(key), id) if page.is_truncated() == Some(true) => {
                     let next = Some((key.to_owned(), id.to_owned()));
                     if next == marker {
-                        return Err(said("the listing of uploads does not go on".into()));
+                        return Err(said("the listing of uploads does not advance".into()));
                     }
                     marker = next;
                 }
@@ -151,7 +151,7 @@ impl Bucket {
         Err(said(format!("the listing of uploads has more than {MAX_PAGES} pages")))
     }
 
-    /// Days after which an enabled lifecycle rule aborts unfinished uploads below `prefix`; `None`: none does.
+    /// Days after which an enabled lifecycle rule aborts unfinished uploads below `prefix`; `None`: no rule does.
     pub(super) async fn abort_after(&self, prefix: &str) -> object_store::Result<Option<u32>> {
         let ask = self.client().get_bucket_lifecycle_configuration().bucket(&self.place.bucket).customize();
         let answer = match ask.config_override(self.signed().await?).send().await {
@@ -168,8 +168,8 @@ impl Bucket {
     }
 }
 
-/// Whether a rule holds for every key that begins with `prefix`. A rule with tags or sizes does not: uploads have none
-/// yet.
+/// Whether a rule holds for every key that begins with `prefix`. A rule with tags or sizes does not, since uploads have
+/// none yet.
 #[expect(deprecated, reason = "rules are still written with a prefix outside of a filter, and S3 obeys them")]
 fn covers(rule: &LifecycleRule, prefix: &str) -> bool {
     let filter = rule.filter();
@@ -219,7 +219,7 @@ fn without_bucket(endpoint: &str, bucket: &str) -> Option<String> {
     (!host.is_empty()).then(|| format!("{scheme}://{host}"))
 }
 
-/// Base64 of eight bytes, big-endian, as S3 writes a CRC64 (RFC 4648, section 4). Any other text is no checksum.
+/// Base64 of eight bytes, big-endian, as S3 writes a CRC64 (RFC 4648, section 4). Any other text is not a checksum.
 fn parse_crc64(text: &str) -> Option<Crc64> {
     let digits = text.strip_suffix('=').filter(|digits| digits.len() == 11)?;
     let value = digits.bytes().try_fold(0_u128, |value, byte| {

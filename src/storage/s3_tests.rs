@@ -34,14 +34,14 @@ pub(super) mod server;
 #[allow(dead_code, reason = "the integration tests use the rest")]
 pub(crate) mod proxy;
 
-/// A server of others, if it is installed.
+/// Another project's server, if it is installed.
 #[path = "../../tests/support/moto.rs"]
 #[allow(dead_code, reason = "the integration tests use the rest")]
 mod moto;
 
-/// A store on a server that does what S3 does, as long as the server is kept.
+/// A store on a server that behaves like S3, for as long as the server is kept.
 pub(crate) fn atomic() -> (Store, server::S3Server) {
-    // It brings a runtime of its own, which can't be started from within one.
+    // It starts its own runtime, which can't be done within another one.
     let server = std::thread::spawn(server::S3Server::start).join().unwrap();
     (client(&server.endpoint(), &settings()), server)
 }
@@ -53,7 +53,7 @@ pub(crate) fn client(endpoint: &str, settings: &StorageConfig) -> Store {
     Store::open_with(&format!("s3://{}/some/prefix", server::BUCKET), settings, &environment).unwrap()
 }
 
-/// A server over s3s-fs with the bucket `bucket`: it answers conditional puts rightly in sequence, but isn't atomic.
+/// A server over s3s-fs with the bucket `bucket`: it answers conditional puts correctly in sequence, but isn't atomic.
 async fn not_atomic() -> (Store, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("bucket")).unwrap();
@@ -76,7 +76,7 @@ async fn not_atomic() -> (Store, tempfile::TempDir) {
 
 pub(super) type Answer = Response<http_body::Full>;
 
-/// What a body is made of, with no more crates than are here anyway.
+/// The frames of a body, without further crates.
 pub(super) mod http_body {
     use std::{
         convert::Infallible,
@@ -144,7 +144,7 @@ pub(super) fn error_body(code: &str) -> String {
 }
 
 #[tokio::test]
-async fn s3_holds_the_contract() {
+async fn s3_keeps_the_contract() {
     let (store, _folder) = not_atomic().await;
     tests::contract(&store).await;
     let (store, server) = atomic();
@@ -154,14 +154,14 @@ async fn s3_holds_the_contract() {
 }
 
 #[tokio::test]
-async fn an_atomic_store_is_taken() {
+async fn an_atomic_store_is_accepted() {
     let (store, server) = atomic();
     store.prove_create_is_atomic().await.unwrap();
     assert_eq!(server.keys(""), Vec::<String>::new(), "probes are cleaned up");
 }
 
 #[tokio::test]
-async fn a_store_that_looks_first_and_writes_later_is_refused() {
+async fn a_store_that_checks_first_and_writes_later_is_refused() {
     let (store, server) = atomic();
     for create_once in [server::CreateOnce::Ignored, server::CreateOnce::Racy] {
         server.set_rules(|rules| rules.create_once = create_once);
@@ -171,7 +171,7 @@ async fn a_store_that_looks_first_and_writes_later_is_refused() {
 }
 
 #[tokio::test]
-async fn an_upload_that_is_refused_half_way_shows_nothing() {
+async fn an_upload_refused_half_way_leaves_nothing_visible() {
     let (store, server) = atomic();
     let server = Arc::new(server);
     let denies = Arc::clone(&server);
@@ -212,7 +212,7 @@ async fn a_store_without_conditional_puts_is_refused() {
 }
 
 #[tokio::test]
-async fn answers_of_a_server_are_sorted_and_hinted() {
+async fn every_answer_of_a_server_has_its_kind_and_hint() {
     for (status, code, kind, hint) in [
         (403, "AccessDenied", Kind::Permission, "trainer doctor"),
         (403, "SignatureDoesNotMatch", Kind::Permission, "AWS_SECRET_ACCESS_KEY"),
@@ -245,7 +245,7 @@ async fn answers_of_a_server_are_sorted_and_hinted() {
 }
 
 #[tokio::test]
-async fn a_busy_server_is_asked_again() {
+async fn a_request_to_a_busy_server_is_repeated() {
     let (store, count) = told(|_, n| match n {
         0 => Some(answer(503, &error_body("SlowDown"))),
         1 => Some(answer(500, &error_body("InternalError"))),
@@ -288,11 +288,11 @@ async fn every_put_carries_its_crc64() {
 }
 
 #[tokio::test]
-async fn a_range_that_comes_short_long_or_as_another_one_is_asked_again() {
+async fn a_range_that_is_short_long_or_wrong_is_requested_again() {
     let says = |_: &Request<Incoming>, n| {
         let (range, body) = match n {
             0 => ("bytes 0-1/9", "ab"),
-            // Request 1 is the question how large the object is.
+            // Request 1 asks for the object's size.
             2 => ("bytes 0-3/9", "ab"),
             3 => ("bytes 0-3/9", "abcdef"),
             _ => ("bytes 0-3/9", "abcd"),
@@ -349,7 +349,7 @@ async fn unfinished_uploads_of_this_folder_are_found_over_all_pages_and_discarde
 }
 
 #[tokio::test]
-async fn the_second_client_is_told_the_same_and_asks_again_like_the_first() {
+async fn the_second_client_reports_and_retries_like_the_first() {
     for (status, code, kind) in [
         (403, "AccessDenied", Kind::Permission),
         (400, "ExpiredToken", Kind::Permission),
@@ -375,8 +375,8 @@ async fn the_second_client_is_told_the_same_and_asks_again_like_the_first() {
 }
 
 #[tokio::test]
-async fn a_listing_that_leads_nowhere_is_an_error_and_strange_entries_are_left_alone() {
-    // Says that there is more, and means the same page.
+async fn an_endless_listing_is_an_error_and_strange_entries_are_left_alone() {
+    // It says that there is more, and names the same page.
     let page = |next: &str, upload: &str| {
         format!(
             "<?xml version=\"1.0\"?><ListMultipartUploadsResult><IsTruncated>{}</IsTruncated>{next}{upload}</ListMultipartUploadsResult>",
@@ -387,7 +387,7 @@ async fn a_listing_that_leads_nowhere_is_an_error_and_strange_entries_are_left_a
     let (store, _) = told(move |_, n| (n < 100).then(|| answer(200, &turn))).await;
     let error = tokio::time::timeout(std::time::Duration::from_secs(120), store.bare_uploads()).await.unwrap();
     assert!(error.unwrap_err().to_string().contains("S3"));
-    // Of another folder, without an id, without a time, and one that is sound.
+    // One of another folder, one without an id, one without a time, and a sound one.
     let entries = "<Upload><Key>q/k</Key><UploadId>1</UploadId><Initiated>2026-01-01T00:00:00Z</Initiated></Upload>\
                    <Upload><Key>p/a</Key><Initiated>2026-01-01T00:00:00Z</Initiated></Upload>\
                    <Upload><Key>p/b</Key><UploadId>2</UploadId></Upload>\
@@ -407,13 +407,13 @@ impl Store {
 }
 
 #[tokio::test]
-async fn a_server_that_others_have_written_holds_the_contract() {
+async fn another_projects_server_keeps_the_contract() {
     let Some(moto) = moto::Moto::start(server::BUCKET) else { return };
     let environment: Vec<_> =
         server::client_env(&moto.endpoint()).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
     let uri = format!("s3://{}/some/prefix", server::BUCKET);
     let store = Store::open_with(&uri, &settings(), &environment).unwrap();
-    // It looks first and writes later, on threads: racing creates are not for it.
+    // It checks first and writes later, on threads: racing creates would fail on it.
     tests::contract(&store).await;
     assert_eq!(store.list("").await.unwrap(), [], "nothing is left behind");
 }

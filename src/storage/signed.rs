@@ -1,11 +1,11 @@
 //! Writes to S3 in requests of our own, for features that object_store lacks: a checksum that is already known, the
 //! whole object's checksum when parts are combined, a storage class for an object in parts.
 //!
-//! object_store sums every body that it sends, which would be the second time, and then forgets the sum. So large
-//! bodies are sent from here: straight from the caller's pages, unsigned over the body (the CRC covers it from end to
-//! end), with the CRC64-NVME that was computed once. S3 checks each part against its checksum and answers 400
-//! `BadDigest` on a mismatch; when the parts are combined, it checks their combined checksum against that of the whole,
-//! and keeps that for `HeadObject` (Amazon S3 User Guide, "Checking object integrity", full-object checksums).
+//! object_store would sum every body a second time as it sends it, and then forget the sum. So large bodies are sent
+//! from here: straight from the caller's pages, unsigned over the body (the CRC covers it from end to end), with the
+//! CRC64-NVME that was computed once. S3 checks each part against its checksum and answers 400 `BadDigest` on a
+//! mismatch; when the parts are combined, it checks their combined checksum against that of the whole, and keeps that
+//! for `HeadObject` (Amazon S3 User Guide, "Checking object integrity", full-object checksums).
 //!
 //! object_store still provides credentials, their renewal, the endpoint and the way to address a bucket: it signs a
 //! URL, of which only the address is used; the request itself is signed in its headers (AWS Signature Version 4),
@@ -36,7 +36,7 @@ const CHECKSUM_MODE: HeaderName = HeaderName::from_static("x-amz-checksum-mode")
 pub(super) struct TakenPart {
     /// The store's name for it.
     pub e_tag: String,
-    /// Whether the store returned the part's checksum, which shows that it supports them.
+    /// Whether the store returned the part's checksum, which shows that it supports checksums.
     pub summed: bool,
     /// The part's checksum.
     pub crc64: Crc64,
@@ -61,7 +61,7 @@ enum Answer {
     Refused { status: String, body: String },
     #[error("the store's answer has no {0}")]
     Without(&'static str),
-    #[error("the store's checksum of it is {found}, not {expected}: it was changed on its way")]
+    #[error("the store's checksum of it is {found}, not {expected}: it was changed in transfer")]
     OtherChecksum { expected: String, found: String },
 }
 
@@ -188,15 +188,15 @@ impl S3 {
     }
 }
 
-/// Whether the checksum that the store keeps of a whole object is `expected`; `None`: it keeps none, or one of the
-/// parts' checksums.
+/// Whether the checksum that the store keeps of a whole object is `expected`; `None`: it keeps none, or a checksum of
+/// the parts' checksums.
 fn is_kept(kind: Option<&str>, found: Option<&str>, expected: Crc64) -> Option<bool> {
     let whole = kind.is_none_or(|kind| kind == "FULL_OBJECT");
     found.filter(|_| whole).map(|found| found == expected.base64())
 }
 
-/// The meaning of the answer to a completion. S3 begins to answer before it is done: a failure may come as a success
-/// whose body is an error.
+/// The meaning of the answer to a completion. S3 begins to answer before it has finished, so a failure may arrive as a
+/// success whose body is an error.
 fn is_put_together(status: String, answer: String, whole: Crc64) -> object_store::Result<()> {
     if answer.contains("<Error>") {
         return Err(failed(Answer::Refused { status, body: answer }));

@@ -1,4 +1,4 @@
-//! One contract, checked against every kind of store, and each fault that a store may have.
+//! One contract, checked on every kind of store, and every fault that a store may have.
 
 use std::{
     sync::{
@@ -31,7 +31,7 @@ fn on_disk() -> (Store, tempfile::TempDir) {
     (store, folder)
 }
 
-/// Bytes that differ from place to place, so that a part put in the wrong place is seen.
+/// Bytes that differ from place to place, so that a misplaced part is noticed.
 pub(super) fn pattern(len: usize) -> Bytes {
     (0..len as u64).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8).collect::<Vec<_>>().into()
 }
@@ -47,7 +47,7 @@ async fn eventually(happened: impl Fn() -> bool) {
     tokio::time::timeout(Duration::from_secs(60), wait).await.expect("it never happened");
 }
 
-/// Memory whose content can be seen after it was given away.
+/// Memory whose content can still be read after it was given away.
 struct Place {
     bytes: Vec<u8>,
     seen: Arc<std::sync::Mutex<Vec<u8>>>,
@@ -90,7 +90,7 @@ pub(super) async fn contract(store: &Store) {
     assert_eq!(folder.create("a/once", ours.clone()).await.unwrap(), CreateOutcome::Created, "settled by the body");
     assert_eq!(folder.get("a/once", 4).await.unwrap(), ours);
 
-    // Put over.
+    // Overwriting.
     folder.put("a/once", theirs.clone()).await.unwrap();
     assert_eq!(folder.get("a/once", 6).await.unwrap(), theirs);
     assert_eq!(folder.head("a/once").await.unwrap().size, 6);
@@ -109,7 +109,7 @@ pub(super) async fn contract(store: &Store) {
         }
     }
 
-    // Into memory of ours.
+    // Into the caller's memory.
     let place = || Place::new(4);
     let (target, filled) = place();
     assert_eq!(folder.get_into("a/once", 1, target).await.unwrap(), Crc64::of(b"heir"));
@@ -131,8 +131,7 @@ pub(super) async fn contract(store: &Store) {
         let put =
             folder.upload("b/large", body.clone(), move |n| _ = sum.fetch_add(n, Ordering::Relaxed)).await.unwrap();
         assert_eq!((put.bytes, put.crc64), (len as u64, Crc64::of(&body)), "{len}");
-        // A checksum that a store keeps may be wrong (s3s-fs keeps that of what stood there before): it is not held to
-        // it.
+        // A checksum that a store keeps may be wrong (s3s-fs keeps that of the object before): it is not checked here.
         assert_eq!(folder.stored("b/large").await.unwrap().size, len as u64);
         assert_eq!(heard.load(Ordering::Relaxed), len as u64);
         assert!(folder.get("b/large", 32 << 20).await.unwrap() == body, "{len} bytes came back otherwise");
@@ -179,10 +178,10 @@ async fn files_hold_the_contract() {
 }
 
 #[tokio::test]
-async fn our_wrapper_holds_the_contract_and_so_does_a_store_that_loses_every_fifth_request_or_answer() {
+async fn a_store_that_loses_every_fifth_request_or_answer_keeps_the_contract() {
     contract(&Store::faulty(&Faulty::new(|_, _, _| Fault::Pass), &settings())).await;
     let loses = Faulty::new(|operation, _, n| match (operation, n % 10) {
-        // A listing is not a request here, but what it shows.
+        // The fault plan counts no listings; it decides what they show.
         ("listed", _) => Fault::Pass,
         (_, 4) => Fault::Lost,
         (_, 9) => Fault::AnswerLost,
@@ -226,7 +225,7 @@ async fn memory_and_files_create_atomically() {
 }
 
 #[tokio::test]
-async fn of_many_racing_creates_one_wins_on_files() {
+async fn one_of_many_racing_creates_wins_on_files() {
     let (store, _folder) = on_disk();
     for round in 0..5 {
         let creates = (0..16).map(|i| {
@@ -249,7 +248,7 @@ async fn a_create_whose_answer_was_lost_is_ours() {
 }
 
 #[tokio::test]
-async fn a_create_that_met_a_conflict_is_asked_again() {
+async fn a_create_that_met_a_conflict_is_repeated() {
     let faulty = Faulty::new(|op, _, n| if op == "create" && n < 2 { Fault::Conflict } else { Fault::Pass });
     let store = Store::faulty(&faulty, &settings());
     assert_eq!(store.create("k", Bytes::from_static(b"a")).await.unwrap(), CreateOutcome::Created);
@@ -257,7 +256,7 @@ async fn a_create_that_met_a_conflict_is_asked_again() {
 }
 
 #[tokio::test]
-async fn what_may_go_away_is_tried_again_and_what_can_not_is_told_at_once() {
+async fn passing_errors_are_retried_and_lasting_ones_reported_at_once() {
     let faulty = Faulty::new(|op, path, n| match (op, path) {
         ("get", "twice") if n < 2 => Fault::Lost,
         ("get", "always") => Fault::Lost,
@@ -282,7 +281,7 @@ async fn what_may_go_away_is_tried_again_and_what_can_not_is_told_at_once() {
 }
 
 #[tokio::test]
-async fn a_request_that_never_answers_is_given_up_and_tried_again() {
+async fn a_request_without_an_answer_is_given_up_and_repeated() {
     let faulty = Faulty::new(|op, _, n| if op == "put" && n == 0 { Fault::Hang } else { Fault::Pass });
     let store = Store::faulty_with(&faulty, &settings(), Some(Duration::from_millis(1)));
     store.put("k", Bytes::from_static(b"x")).await.unwrap();
@@ -294,11 +293,11 @@ async fn a_request_that_never_answers_is_given_up_and_tried_again() {
     assert!(text.contains("no answer within"), "{text}");
 }
 
-/// What hangs here is never given up.
+/// A request that hangs here is never given up.
 #[tokio::test]
-async fn what_is_written_and_hangs_is_sent_again() {
+async fn a_hanging_write_is_sent_again() {
     let tests = ["create", "put", "begin", "part"].map(|hangs| async move {
-        // An upload of three parts, of which nothing hangs, comes first.
+        // An upload of three parts comes first; none of it hangs.
         let before = if hangs == "part" { 3 } else { 1 };
         let faulty = Faulty::new(move |op, _, n| if op == hangs && n == before { Fault::Hang } else { Fault::Pass });
         let store = Store::faulty_with(&faulty, &settings(), Some(Duration::MAX));
@@ -321,7 +320,7 @@ async fn what_is_written_and_hangs_is_sent_again() {
 }
 
 #[tokio::test]
-async fn parts_that_fail_are_sent_again_and_a_lost_completion_is_confirmed() {
+async fn failed_parts_are_sent_again_and_a_lost_completion_is_confirmed() {
     let faulty = Faulty::new(|op, _, n| match op {
         "begin" | "part" if n == 0 => Fault::Lost,
         "part" if n == 2 => Fault::AnswerLost,
@@ -338,8 +337,8 @@ async fn parts_that_fail_are_sent_again_and_a_lost_completion_is_confirmed() {
 }
 
 #[tokio::test]
-async fn an_upload_that_was_gone_before_it_was_completed_is_no_success() {
-    // Somebody aborted it, and an older object stands under the key: of another size, or of the same.
+async fn an_upload_aborted_before_its_completion_is_not_a_success() {
+    // It was aborted elsewhere, and an older object has the key: one of another size, or of the same.
     let body = pattern(11 << 20);
     let mut same_size = body.to_vec();
     same_size[7 << 20] ^= 1;
@@ -359,7 +358,7 @@ async fn gone_before_it_was_completed(body: Bytes, old: Bytes) {
     let path = Path::from("k");
     let sent = AtomicU64::new(0);
     let upload = store.upload("k", body, move |n| {
-        // The memory store numbers puts and uploads from 0; this is its second.
+        // The memory store numbers puts and uploads from 0; this is the second.
         if sent.fetch_add(n, Ordering::Relaxed) + n == 11 << 20 {
             multipart.abort_multipart(&path, &"1".to_owned()).now_or_never().unwrap().unwrap();
         }
@@ -382,7 +381,7 @@ async fn a_failed_upload_is_aborted() {
 
 /// An outage counts once: the upload's caller gets the error, and the parts are removed in the background.
 #[tokio::test]
-async fn an_upload_that_failed_is_told_before_its_parts_are_given_up() {
+async fn a_failed_upload_is_reported_before_its_parts_are_aborted() {
     let faulty = Faulty::new(|op, _, _| match op {
         "part" => Fault::Denied,
         "abort" => Fault::Hang,
@@ -396,7 +395,7 @@ async fn an_upload_that_failed_is_told_before_its_parts_are_given_up() {
 }
 
 #[tokio::test]
-async fn deletions_and_looks_that_hang_hold_up_neither_journal_nor_heartbeat() {
+async fn hanging_deletions_and_listings_delay_neither_journal_nor_heartbeat() {
     let faulty = Faulty::new(|_, path, _| if path.starts_with("checkpoints/") { Fault::Hang } else { Fault::Pass });
     let store = Store::faulty_with(&faulty, &settings(), Some(Duration::MAX));
     let upkeep = store.for_upkeep();
@@ -449,7 +448,7 @@ fn a_runtime_may_stop_during_an_upload() {
 }
 
 #[tokio::test]
-async fn bulk_transfers_are_limited_and_do_not_hold_up_small_requests() {
+async fn bulk_transfers_are_limited_and_do_not_delay_small_requests() {
     // Down and up.
     let counts = || Arc::new([AtomicUsize::new(0), AtomicUsize::new(0)]);
     let (flying, most) = (counts(), counts());
@@ -495,10 +494,10 @@ async fn bulk_transfers_are_limited_and_do_not_hold_up_small_requests() {
 }
 
 #[tokio::test]
-async fn an_upload_to_files_that_is_cut_off_shows_nothing_and_is_swept() {
+async fn an_interrupted_upload_to_files_is_invisible_and_swept() {
     let (store, folder) = on_disk();
     store.put("a/k", Bytes::from_static(b"old")).await.unwrap();
-    // What a killed process leaves behind.
+    // The leftover of a killed process.
     std::fs::write(folder.path().join("a/k#1"), b"half").unwrap();
     std::fs::write(folder.path().join("a/k#x"), b"not ours").unwrap();
     assert_eq!(store.get("a/k", 9).await.unwrap(), "old");
@@ -546,7 +545,7 @@ async fn child_that_fills_its_disk() {
     let error = store.create("once", pattern(9 << 20)).await.unwrap_err();
     assert!(matches!(error, StorageError::Full { .. }), "{error:?}");
     assert_eq!(store.get("k", 9).await.unwrap(), "old");
-    // Hidden files are removed by threads of the runtime, which would be gone with it.
+    // Threads of the runtime remove hidden files, and end with it.
     let folder = std::env::var("TRAINER_TEST_FOLDER").unwrap();
     eventually(|| std::fs::read_dir(&folder).unwrap().count() == 1).await;
 }
@@ -570,7 +569,7 @@ fn a_disk_that_fills_up_gives_a_clear_error_and_no_partial_object() {
 }
 
 #[tokio::test]
-async fn folders_go_with_their_last_object() {
+async fn folders_disappear_with_their_last_object() {
     let (store, folder) = on_disk();
     store.put("a/b/c", Bytes::new()).await.unwrap();
     store.put("a/d", Bytes::new()).await.unwrap();

@@ -94,8 +94,8 @@ async fn a_completion_whose_answer_is_lost_is_settled_by_the_stores_checksum() {
         assert_eq!(server.count("GetObject"), u64::from(!keeps_checksums), "read back only where nothing else helps");
         assert!(server.read(KEY).unwrap() == body);
 
-        // The same words are heard when the upload was gone before, and an older object stands there: of the same size,
-        // or longer.
+        // The answer is the same if the upload was aborted before and an older object exists: one of the same size, or
+        // a longer one.
         let mut older = body.to_vec();
         older[0] ^= 1;
         let server = Arc::new(server);
@@ -116,7 +116,7 @@ async fn a_completion_whose_answer_is_lost_is_settled_by_the_stores_checksum() {
 }
 
 #[tokio::test]
-async fn ranges_that_are_cut_or_refused_are_got_again_whole() {
+async fn cut_or_refused_ranges_are_requested_again_whole() {
     let (store, server, proxy) = behind_proxy(0);
     let body = pattern(3 << 20);
     server.write(KEY, body.clone());
@@ -124,7 +124,7 @@ async fn ranges_that_are_cut_or_refused_are_got_again_whole() {
     proxy.arm(next(1, "GET", "", proxy::Fault::SlowDown));
     let sum = store.get_into("k", 1, vec![0; (3 << 20) - 1]).await.unwrap();
     assert_eq!((sum, proxy.broken()), (Crc64::of(&body[1..]), 2));
-    // A transfer can't detect a flipped bit: its sum is that of the bytes that arrived.
+    // A transfer can't detect a flipped bit: it sums the bytes that arrived.
     proxy.disarm();
     proxy.arm(next(1, "GET", "", proxy::Fault::FlipResponse(77)));
     let sum = store.get_into("k", 0, vec![0; 3 << 20]).await.unwrap();
@@ -132,7 +132,7 @@ async fn ranges_that_are_cut_or_refused_are_got_again_whole() {
 }
 
 #[tokio::test]
-async fn a_storm_of_refusals_slows_transfers_down_and_ends_well() {
+async fn transfers_slow_down_in_a_storm_of_refusals_and_succeed() {
     let seed = 20_260_101;
     println!("seed {seed}");
     let (store, server, proxy) = behind_proxy(seed);
@@ -147,7 +147,7 @@ async fn a_storm_of_refusals_slows_transfers_down_and_ends_well() {
 }
 
 #[tokio::test]
-async fn a_store_that_asks_for_less_haste_is_asked_more_often_than_one_that_is_down() {
+async fn a_store_that_says_slow_down_is_asked_more_often_than_one_that_is_down() {
     let slow = |n| n < 12 || n == 13;
     let faulty = Faulty::new(move |op, _, n| if op == "put" && slow(n) { Fault::SlowDown } else { Fault::Pass });
     let store = Store::faulty(&faulty, &settings());
@@ -160,7 +160,7 @@ async fn a_store_that_asks_for_less_haste_is_asked_more_often_than_one_that_is_d
 }
 
 #[tokio::test]
-async fn encryption_and_storage_class_reach_the_store_with_every_object() {
+async fn every_object_carries_encryption_and_storage_class() {
     let server = atomic().1;
     for (encryption, key, header) in [
         (Encryption::SseS3, None, "AES256"),
@@ -192,7 +192,7 @@ async fn encryption_and_storage_class_reach_the_store_with_every_object() {
         assert_eq!(Asked { checksum_type: None, checksum_algorithm: None, ..begun }, expected);
         assert_eq!(asked("whole", "PutObject"), expected);
         assert_eq!(asked(&format!("{encryption:?}{}", key.is_some()), "PutObject"), expected);
-        // An object overwritten every few seconds would pay a class's least storage time for each version.
+        // An object that is overwritten every few seconds would pay a class's minimum storage time for each version.
         assert_eq!(asked("heartbeat", "PutObject"), Asked { storage_class: None, ..expected });
     }
     let store = client(&server.endpoint(), &settings());
@@ -202,7 +202,7 @@ async fn encryption_and_storage_class_reach_the_store_with_every_object() {
 }
 
 #[test]
-fn settings_of_s3_are_refused_elsewhere() {
+fn settings_for_s3_are_refused_on_other_stores() {
     let folder = tempfile::tempdir().unwrap();
     for (setting, settings) in [
         ("storage.encryption", StorageConfig { encryption: Encryption::SseS3, ..settings() }),
@@ -223,7 +223,7 @@ async fn soon<T>(work: impl Future<Output = T>) -> T {
 }
 
 #[test]
-fn parts_under_a_cap_are_what_passes_in_half_a_second() {
+fn under_a_cap_a_part_is_what_passes_in_half_a_second() {
     let settings = StorageConfig { max_upload_mib_per_s: Some(12), part_mib: 16, ..settings() };
     let store = Store::open("memory://", &settings).unwrap();
     assert_eq!((store.part(), store.at_priority(Priority::Urgent).part()), (6 << 20, 16 << 20));
@@ -232,7 +232,7 @@ fn parts_under_a_cap_are_what_passes_in_half_a_second() {
 }
 
 #[tokio::test]
-async fn an_urgent_upload_is_not_held_back_by_the_cap() {
+async fn the_cap_does_not_delay_an_urgent_upload() {
     let settings = StorageConfig { max_upload_mib_per_s: Some(1), ..settings() };
     let folder = tempfile::tempdir().unwrap();
     for store in [
@@ -252,7 +252,7 @@ async fn an_urgent_upload_is_not_held_back_by_the_cap() {
     }
 }
 
-/// Memory that knows on which kind of thread it was filled.
+/// Memory that records which kind of thread filled it.
 struct Watched(Vec<u8>, Arc<AtomicU64>);
 impl AsMut<[u8]> for Watched {
     fn as_mut(&mut self) -> &mut [u8] {
@@ -262,7 +262,7 @@ impl AsMut<[u8]> for Watched {
 }
 
 #[tokio::test]
-async fn background_transfers_run_on_threads_that_give_way_and_others_do_not() {
+async fn only_background_transfers_run_on_threads_that_yield() {
     let (store, _server) = atomic();
     for (priority, expected) in [(Priority::Background, SCHED_IDLE), (Priority::Normal, 0), (Priority::Urgent, 0)] {
         let store = store.at_priority(priority);
@@ -293,9 +293,9 @@ async fn background_transfers_run_on_threads_that_give_way_and_others_do_not() {
     }
 }
 
-/// A runtime with one thread is all that the caller has; a restore uses more, and they are gone when it is done.
+/// The caller has a runtime with one thread; a restore uses more threads, which end with it.
 #[tokio::test]
-async fn urgent_reads_have_threads_of_their_own_while_they_last() {
+async fn urgent_reads_have_their_own_threads_while_they_last() {
     let (store, server) = atomic();
     server.write(KEY, pattern(1 << 20));
     let store = store.at_priority(Priority::Urgent);
@@ -322,7 +322,7 @@ async fn urgent_reads_have_threads_of_their_own_while_they_last() {
 async fn a_heartbeat_does_not_wait_for_background_threads() {
     let (store, _server) = atomic();
     let background = store.at_priority(Priority::Background);
-    // Opens the background's connections, too, both ways.
+    // This opens the background's connections, too, for both directions.
     background.upload("k", pattern(6 << 20), |_| {}).await.unwrap();
     background.get_into("k", 0, vec![0; 6 << 20]).await.unwrap();
     assert!(!Arc::ptr_eq(&background.idle().unwrap().lanes, &store.inner.lanes), "they are no others' connections");
@@ -336,7 +336,7 @@ async fn a_heartbeat_does_not_wait_for_background_threads() {
             let (stuck, held) = (stuck.clone(), Arc::clone(&held));
             let holds = async move {
                 stuck.send(()).unwrap();
-                // The first waits for the test, the others for the first.
+                // The first transfer waits for the test, the others for the first.
                 let _ = held.lock().unwrap().recv();
             };
             idle.threads.spawn(holds).unwrap()
@@ -349,7 +349,7 @@ async fn a_heartbeat_does_not_wait_for_background_threads() {
         let background = background.clone();
         async move { background.upload("waits", pattern(6 << 20), |_| {}).await }
     });
-    // On this thread's runtime, through the other connections, whichever handle it is asked of.
+    // On this thread's runtime, through the other connections, with either handle.
     for store in [&store, &background] {
         soon(store.put("heartbeat", Bytes::from_static(b"alive"))).await.unwrap();
         assert_eq!(soon(store.get("heartbeat", 9)).await.unwrap(), "alive");
@@ -364,7 +364,7 @@ async fn a_heartbeat_does_not_wait_for_background_threads() {
 }
 
 #[tokio::test]
-async fn a_background_transfer_that_is_dropped_stops_and_is_aborted() {
+async fn a_dropped_background_transfer_stops_and_is_aborted() {
     let faulty = Faulty::new(|op, _, n| if op == "part" && n >= 1 { Fault::Hang } else { Fault::Pass });
     let store = Store::faulty(&faulty, &settings()).at_priority(Priority::Background);
     let (heard, mut first) = tokio::sync::mpsc::unbounded_channel();

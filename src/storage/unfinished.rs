@@ -7,7 +7,7 @@ use std::path::{Path as FilePath, PathBuf};
 
 use super::{StorageError, Store, retry::Failure};
 
-/// An object that an upload to a folder has left behind, or is still working on.
+/// An object that an upload to a folder has left unfinished, or is still writing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unfinished {
     /// Its intended key, relative to the store handle that found it.
@@ -98,7 +98,7 @@ fn look_into(folder: &FilePath, prefix: &str, found: &mut Vec<Unfinished>) -> st
         } else if metadata.is_file()
             && let Some(place) = unfinished_name(&name)
         {
-            // If its time is not known, it does not count as old.
+            // If its age is unknown, it does not count as old.
             let since = metadata.modified().ok().and_then(|since| jiff::Timestamp::try_from(since).ok());
             let since = since.unwrap_or(jiff::Timestamp::MAX);
             found.push(Unfinished { key: format!("{prefix}{place}"), since, place: Place::File(entry.path()) });
@@ -107,8 +107,7 @@ fn look_into(folder: &FilePath, prefix: &str, found: &mut Vec<Unfinished>) -> st
     Ok(())
 }
 
-/// The place that a file named `<name>#<digits>` is meant for: object_store's name for a file that is not yet in its
-/// place.
+/// The intended place of a file named `<name>#<digits>`: object_store's name for a file that is not yet in its place.
 fn unfinished_name(name: &str) -> Option<&str> {
     let (place, number) = name.split_once('#')?;
     (!number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())).then_some(place)

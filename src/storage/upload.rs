@@ -37,7 +37,7 @@ use super::{
 const MAX_PARTS: u64 = 10_000;
 /// The smallest part that S3 accepts, except for the last.
 const MIN_PART: u64 = 5 << 20;
-/// Parts of one file that are summed and written at once: one is summed while another goes to the disk.
+/// Parts of one file that are summed and written at once: one is summed while another is written.
 const FILE_PARTS: usize = 2;
 
 /// The way in which large objects are written to a store.
@@ -199,7 +199,7 @@ impl Upload<'_> {
 
     async fn in_parts(&self, large: &Large, body: &Bytes) -> Result<Crc64, Failure> {
         let lanes = self.lanes;
-        // An upload begun twice is swept like the leftover of a killed one.
+        // An upload that was begun twice is swept like the leftover of a killed one.
         let begin = self.store.small(lanes, "upload").again(Again::Soon);
         let id = begin.run(|| large.begin(self.path)).await?;
         let target = Target { store: self.store.clone(), lanes: Arc::clone(lanes), path: self.path.clone(), id };
@@ -299,7 +299,7 @@ impl Upload<'_> {
         let writes: Vec<_> = writes.collect();
         let combine = |whole: Crc64, (crc64, len)| async move { Ok(whole.followed_by(crc64, len)) };
         let crc64 = futures::stream::iter(writes).buffered(FILE_PARTS).try_fold(Crc64::EMPTY, combine).await?;
-        // All writes have ended, and released it.
+        // All writes have ended, and have released it.
         let staged = Arc::into_inner(staged).ok_or_else(|| Failure::stopped("upload"))?;
         on_disk(move || staged.finish()).await?;
         Ok(crc64)
@@ -353,7 +353,7 @@ struct Abort {
 
 impl Drop for Abort {
     fn drop(&mut self) {
-        // The task must not own an `Abort`: a runtime that shuts down drops tasks, each of which would spawn the next.
+        // The task must not own an `Abort`: a runtime that shuts down drops tasks, and each would spawn the next one.
         if let Some(target) = self.target.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {

@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The LibTorch that `tch` 0.24 is made for; class layouts in the shim are those of this version.
+/// The LibTorch that `tch` 0.24 is made for; the shim uses this version's class layouts.
 const TORCH_VERSION: &str = "2.11.0";
 
 const SOURCES: [&str; 6] = ["defaults.cpp", "group.cpp", "math.cpp", "copies.cpp", "device.cpp", "signals.cpp"];
@@ -45,7 +45,7 @@ fn build() -> Result<(), String> {
         .opt_level(2)
         .include(shim)
         .include(shim.join("gloo_abi"))
-        // Warnings about code that is not ours.
+        // Hides warnings about code that is not ours.
         .flag("-isystem")
         .flag(libtorch.join("include").as_os_str())
         .flag("-isystem")

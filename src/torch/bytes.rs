@@ -1,7 +1,6 @@
 //! Raw bytes of tensors, in and out, and host memory that a GPU copies to at full speed.
 //!
-//! Bytes are the elements in row-major order as they are in memory: little-endian on every machine that LibTorch runs
-//! on.
+//! Bytes are the elements in row-major order as in memory: little-endian on every machine that LibTorch runs on.
 
 use tch::Tensor;
 
@@ -112,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() {
+    fn bytes_of_a_wrong_length_are_refused() {
         let tensor = Tensor::zeros([4, 2], (Kind::Float, Device::Cpu));
         for len in [0, 31, 33] {
             assert!(matches!(load_bytes(&tensor, &vec![0; len]), Err(TorchError::Length { tensor: 32, .. })));
@@ -126,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn pinned_memory_is_the_memory_that_was_given() {
+    fn pinned_memory_is_the_given_memory() {
         let mut pinned = Pinned::new(vec![7_u8; 4096]).unwrap();
         pinned.as_mut()[1] = 9;
         assert_eq!(pinned.as_mut()[..3], [7, 9, 7]);

@@ -1,16 +1,15 @@
-//! Copies of tensors to host memory, made while LibTorch goes on computing.
+//! Copies of tensors to host memory, made while LibTorch continues to compute.
 //!
 //! [`HostCopier`] owns a few threads. [`start`](HostCopier::start) hands them a list of tensors and one destination;
 //! they copy until the last byte is there, run the callback, and wake the waiting thread. On the CPU the tensors are
 //! cut into chunks that the threads take one by one; they run only while a core would be idle (Linux's `SCHED_IDLE`),
 //! so that they do not slow computing threads, and a thread that [waits](CopyTicket::wait) copies the rest itself, so
-//! that it never waits for a thread which gets no core. On a GPU `start` marks the point in the compute stream, and one
-//! thread issues the copies on a stream of their own after that point: into [`Pinned`] memory they run beside the
-//! kernels.
+//! that it never waits for a thread that gets no core. On a GPU `start` marks the point in the compute stream, and one
+//! thread issues the copies after that point on a separate stream: into [`Pinned`] memory they run beside the kernels.
 //!
-//! Invariants: from `start` to the end of [`wait`](CopyTicket::wait) the tensors must not change (reading is free), or
-//! the bytes come from two moments. The destination belongs to the copy for that time and comes back from `wait`; it
-//! and the tensors are kept alive whatever happens to the ticket. Dropping a ticket waits first.
+//! Invariants: from `start` to the end of [`wait`](CopyTicket::wait) the tensors must not change (reading is allowed);
+//! otherwise the bytes come from two moments. The destination belongs to the copy for that time and comes back from
+//! `wait`; it and the tensors are kept alive whatever happens to the ticket. Dropping a ticket waits first.
 //!
 //! [`Pinned`]: super::Pinned
 
@@ -68,8 +67,8 @@ pub struct HostCopier {
 }
 
 impl HostCopier {
-    /// Starts `threads` copy threads; at least one. `yielding`: they leave every core to computing threads. Right on
-    /// the CPU; on a GPU the one thread that issues the copies does next to nothing itself.
+    /// Starts `threads` copy threads; at least one. `yielding`: they leave every core to computing threads. This suits
+    /// the CPU; on a GPU the one thread that issues the copies does almost nothing itself.
     pub fn new(threads: usize, yielding: bool) -> Result<Self> {
         let mut copier = Self { queue: Arc::default(), threads: Vec::new() };
         for index in 0..threads.max(1) {
@@ -163,7 +162,7 @@ impl Drop for HostCopier {
         lock(&self.queue.waiting).closed = true;
         self.queue.changed.notify_all();
         for thread in self.threads.drain(..) {
-            // A copy thread does not panic: it only copies and runs callbacks, whose panics it catches.
+            // Copy threads do not panic: they only copy and run callbacks, whose panics they catch.
             let _ = thread.join();
         }
     }
@@ -243,7 +242,7 @@ impl<D> Held<D> {
 }
 
 impl<D: AsMut<[u8]>> Held<D> {
-    /// First byte and length. Nobody touches the destination again before the copy is done.
+    /// First byte and length. No other code touches the destination before the copy is done.
     fn memory(&mut self) -> (*mut u8, usize) {
         // SAFETY: the box is alive and this is its only reference.
         let memory = unsafe { &mut *self.0 }.as_mut();
@@ -303,7 +302,7 @@ struct Batch<D> {
 
 // SAFETY: the pointers in `runs` lead into the tensors and the destination, which `end` keeps alive until the last unit
 // is finished; targets do not overlap, each is written by the one thread that took it from `next`, and `left` orders
-// the writes before the end. The mark is used by the one thread that takes the one unit.
+// the writes before the end. Only the thread that takes the one unit uses the mark.
 unsafe impl<D: Send> Send for Batch<D> {}
 // SAFETY: as above; everything else is behind the mutex.
 unsafe impl<D: Send> Sync for Batch<D> {}
@@ -385,7 +384,7 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// A copy thread's life.
+    /// The life of a copy thread.
     fn serve(&self) {
         loop {
             let batch = {
@@ -506,9 +505,9 @@ mod tests {
     }
 
     #[test]
-    fn whoever_waits_copies_what_no_thread_has_taken() {
+    fn a_waiting_thread_copies_what_no_other_has_taken() {
         let copier = HostCopier::new(1, true).unwrap();
-        // The one thread is held up in the callback of another copy.
+        // The callback of another copy keeps the one thread busy.
         let (_held_up, list, size) = jobs();
         let (go, gate) = mpsc::channel::<()>();
         let (begun, beginning) = mpsc::channel::<()>();
@@ -527,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_copy_is_done_at_once() {
+    fn an_empty_copy_is_done_at_once() {
         let copier = HostCopier::new(1, true).unwrap();
         let ticket = copier.start(Vec::new(), Vec::new(), |_| ()).unwrap();
         assert!(ticket.is_done());

@@ -1,7 +1,7 @@
-//! Parameters whose values are in a copy of another type than their gradients.
+//! Parameters whose values are kept in a copy of another type than their gradients.
 //!
 //! Autograd and the reducer know the *leaf*: its gradient is fp32; its own values are never read, so it needs no memory
-//! ([`leaf_like`]). Its *copy*, say in bf16, is used for computing. The arithmetic is that of an fp32 leaf which is
+//! ([`leaf_like`]). Its *copy*, say in bf16, is used for computing. The arithmetic equals that of an fp32 leaf that is
 //! cast where it is used: gradients arrive in the copy's type, become fp32, and are added up in fp32.
 
 use std::ptr;
@@ -71,7 +71,7 @@ mod tests {
         Vec::try_from(tensor.to_kind(Kind::Float).flatten(0, -1)).unwrap()
     }
 
-    /// The same function of a parameter that is cast where it is used, and of a leaf and its copy.
+    /// The same function of a parameter that is cast where it is used, and of a leaf with its copy.
     #[test]
     fn a_copy_computes_and_learns_as_a_cast_does_to_the_last_bit() {
         let tokens = Tensor::from_slice(&[3_i64, 0, 3, 6, 3, 5]);
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn where_no_gradients_are_recorded_none_are_kept() {
+    fn without_recording_no_gradients_are_kept() {
         let copy = weight().to_kind(Kind::BFloat16);
         let leaf = leaf_like(&copy).unwrap();
         assert!(copy_at_use(&leaf, &copy).unwrap().requires_grad());

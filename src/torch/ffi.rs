@@ -177,7 +177,7 @@ pub(super) fn raws(tensors: &[Tensor]) -> Vec<*const AtTensor> {
 /// Takes over a tensor made by a shim function.
 ///
 /// # Safety
-/// `tensor` was written by a shim function that returned success, and nobody else frees it.
+/// `tensor` was written by a shim function that returned success, and no other code frees it.
 pub(super) unsafe fn adopt(tensor: *mut AtTensor) -> Tensor {
     // SAFETY: the shim made it with `new at::Tensor`, which is what `tch` frees it with.
     unsafe { Tensor::from_ptr(tensor.cast()) }

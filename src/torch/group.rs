@@ -37,7 +37,7 @@ impl Backend {
 }
 
 fn millis(timeout: Duration) -> i64 {
-    // 0 would mean "no limit" to some callees; a limit beyond an i64 of milliseconds is none in practice.
+    // 0 would mean "no limit" to some callees; a limit beyond an i64 of milliseconds is no limit in practice.
     i64::try_from(timeout.as_millis()).unwrap_or(i64::MAX / 2_000_000).clamp(1, i64::MAX / 2_000_000)
 }
 
@@ -58,7 +58,7 @@ impl Store {
     pub fn serve(host: &str, timeout: Duration) -> Result<Self> {
         let doing = "serve the rendezvous store on";
         let fail = |source| TorchError::Address { doing, host: host.to_owned(), source };
-        // Never on all addresses: anyone who reaches the store can write into it.
+        // Never on all addresses: every peer that reaches the store can write into it.
         let listener = TcpListener::bind((host, 0)).map_err(fail)?;
         let address = listener.local_addr().map_err(fail)?;
         if address.ip().is_unspecified() {
@@ -74,7 +74,7 @@ impl Store {
         Ok(Self { handle, host: host.to_owned(), port })
     }
 
-    /// Connects to the store that rank 0 serves. Tries again until `timeout` is over, then once more for as long.
+    /// Connects to the store that rank 0 serves. Tries until `timeout` is over, then once more for as long.
     pub fn connect(host: &str, port: u16, timeout: Duration) -> Result<Self> {
         let doing = "connect to the rendezvous store";
         let name = ffi::c_text(doing, host)?;
@@ -90,7 +90,7 @@ impl Store {
     }
 
     /// The address of this machine from which the store's host is reached: loopback for a host on loopback. Peers that
-    /// reach the same host reach this address.
+    /// reach that host also reach this address.
     fn local_address(&self) -> Result<IpAddr> {
         let fail = |source| TorchError::Address { doing: "find the way to", host: self.host.clone(), source };
         let mut last = std::io::Error::from(std::io::ErrorKind::NotFound);
@@ -223,7 +223,7 @@ impl ProcessGroup {
     }
 }
 
-/// A collective under way. Dropping it waits for nothing: the work goes on and keeps its resources.
+/// A collective under way. Dropping it does not wait: the work continues and keeps its resources.
 #[derive(Debug)]
 #[must_use = "its result is there only after a wait"]
 pub struct Pending {
@@ -262,11 +262,11 @@ pub(crate) mod tests {
 
     pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
-    /// Runs `body` as every rank of a Gloo group, each on a thread of its own; gives the results by rank.
+    /// Runs `body` as every rank of a Gloo group, each on its own thread; returns the results by rank.
     pub(crate) fn ranks<T: Send>(world: u32, limit: Duration, body: impl Fn(ProcessGroup) -> T + Sync) -> Vec<T> {
         let store = Store::serve("127.0.0.1", LIMIT).unwrap();
         let port = store.port();
-        // A rank that leaves at once must not leave while another still connects.
+        // A rank that finishes early must not exit while another still connects.
         let formed = std::sync::Barrier::new(world as usize);
         thread::scope(|scope| {
             let threads: Vec<_> = (0..world)
@@ -401,7 +401,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_dead_port_is_an_error_in_time() {
-        // Bound, but nobody listens: nobody else gets the port meanwhile.
+        // Bound, but without a listener: no other process gets the port meanwhile.
         let socket =
             rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None).unwrap();
         rustix::net::bind(&socket, &std::net::SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -415,9 +415,9 @@ pub(crate) mod tests {
     fn the_store_of_a_run_on_one_machine_is_not_open_to_the_outside() {
         let store = Store::serve("127.0.0.1", LIMIT).unwrap();
         assert!(store.local_address().unwrap().is_loopback());
-        // The port is free on another loopback address: the store is bound to its own alone.
+        // The port is free on another loopback address: the store is bound only to its own.
         TcpListener::bind(("127.0.0.2", store.port())).unwrap();
-        // An address of nobody (RFC 5737), and every address: neither may be served at another one instead.
+        // An unused address (RFC 5737) and the wildcard address: neither may be served at another address instead.
         for host in ["no such host", "192.0.2.1", "0.0.0.0", "::"] {
             assert!(Store::serve(host, LIMIT).is_err(), "{host}");
         }

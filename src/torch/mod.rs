@@ -3,13 +3,13 @@
 //!
 //! A C++ shim (`shim/`) holds the calls; this is its safe face, and with `snapshot/image.rs` the only place that may
 //! use `unsafe`. No C++ exception gets through: the shim catches it, and it arrives here as a [`TorchError`]. Nothing
-//! here is async and nothing polls.
+//! here is async or polls.
 //!
 //! One source, two flavours, chosen by the LibTorch folder (see `build.rs`): with `libtorch_cuda.so` the crate is built
 //! with CUDA and NCCL and `cfg(torch_cuda)` is set; otherwise it runs on the CPU, and a request for a GPU gets an error
 //! that says so.
 //!
-//! On a crash nothing of this outlives the process. A peer that dies breaks its Gloo connections, and the others'
+//! After a crash nothing here outlives the process. A peer that dies breaks its Gloo connections, and the others'
 //! collectives fail at once with [`TorchError::Peer`]; if a peer hangs, they fail at the time limit given to
 //! [`ProcessGroup::new`]. After either, the group and the reducer are unusable: exit and start again. NCCL's watchdog
 //! ends the process when a collective exceeds its time limit.

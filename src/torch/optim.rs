@@ -1,4 +1,4 @@
-//! The optimizer step and the gradient norm, each one pass over memory.
+//! The optimizer step and the gradient norm, each in one pass over memory.
 
 use std::ptr;
 

@@ -73,7 +73,7 @@ impl Reducer {
 
     /// Like [`Reducer::new`], but after a [`Reduction::Average`] each rank has only the averages of its own chunk of
     /// every bucket; the other values are meaningless. `buckets` must hold each parameter once. Each element is summed
-    /// in the order of ranks (Gloo), wherever it is.
+    /// in the order of ranks (Gloo), wherever it lies.
     pub fn sharded(params: &[Tensor], group: &ProcessGroup, buckets: &[Bucket]) -> Result<Self> {
         let doing = "make the gradient reducer";
         let number = |what| TorchError::Number { doing, what };
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_stay_in_the_buckets_and_are_there_from_the_start() {
+    fn gradients_are_in_the_buckets_from_the_start_and_stay_there() {
         ranks(2, LIMIT, |group| {
             let model = Model::new();
             let reducer = Reducer::new(&model.params, &group, BUCKETS.0, BUCKETS.1).unwrap();
@@ -345,7 +345,7 @@ mod tests {
         });
     }
 
-    /// Each rank's chunk of each bucket, put together, against what the plain reducer gives.
+    /// Each rank's chunk of each bucket, put together, compared with the plain reducer's result.
     #[test]
     fn a_sharded_reducer_gives_each_rank_its_chunk_of_the_averages() {
         for (world, passes) in [(1, 1), (2, 1), (3, 2), (4, 3)] {

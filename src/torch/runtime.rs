@@ -26,7 +26,7 @@ pub fn set_num_threads(count: u32) -> Result<()> {
     check(doing, unsafe { ffi::trn_set_num_threads(count) })
 }
 
-/// Threads for operations side by side. Once a process, before any such operation; an error afterwards.
+/// Threads for operations side by side. Call it once per process, before any such operation; later it is an error.
 pub fn set_interop_threads(count: u32) -> Result<()> {
     let doing = "set inter-operation threads";
     let count = threads(doing, count)?;
@@ -103,8 +103,8 @@ mod tests {
 
     use super::*;
 
-    /// These change or read what holds for the whole process, so they run in one of their own. The test binary is
-    /// started again with a variable set, and then runs this one test's body.
+    /// These settings hold for the whole process, so they run in a separate one: the test binary starts itself again
+    /// with a variable set, and then runs only this test's body.
     fn in_own_process(name: &str, body: impl FnOnce()) {
         const VARIABLE: &str = "TRAINER_TEST_RUNTIME";
         if std::env::var(VARIABLE).as_deref() == Ok(name) {
@@ -128,8 +128,8 @@ mod tests {
     }
 
     #[test]
-    fn random_numbers_carry_on_from_a_saved_state() {
-        in_own_process("random_numbers_carry_on_from_a_saved_state", || {
+    fn random_numbers_continue_from_a_saved_state() {
+        in_own_process("random_numbers_continue_from_a_saved_state", || {
             manual_seed(7).unwrap();
             let first = draw();
             let state = rng_state(Device::Cpu).unwrap();
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_gets_its_gpu_or_the_cpu_where_there_is_none() {
+    fn a_worker_gets_its_gpu_or_else_the_cpu() {
         let devices = device_count().unwrap();
         let device = pick_device(Rank(0)).unwrap();
         assert_eq!(device, if devices == 0 { Device::Cpu } else { Device::Cuda(0) });

@@ -1,10 +1,10 @@
-"""Opens a model folder as other programs do, and says as JSON what they make of it.
+"""Opens a model folder as other programs do, and prints the result as JSON.
 
     look.py FOLDER EXPECTED [--generate]
 
-EXPECTED is JSON: {"text": what is encoded, "ids": what the data's tokenizer makes of it,
+EXPECTED is JSON: {"text": the text to encode, "ids": its ids by the data's tokenizer,
 "eos": {"id": 0, "token": "…"}, "rope_theta": 10000.0}. With --generate the model is loaded, too, and makes three tokens.
-Ends with 1 and a sentence where the folder is not what it should be.
+Exits with 1 and a message if the folder is wrong.
 """
 
 import json
@@ -45,7 +45,7 @@ def main():
     same("an id beyond the vocabulary", [id for id in ids if id >= config.vocab_size], [])
     same("the ids of the text", ids, expected["ids"])
     same("the text of the ids", tokenizer.decode(ids), expected["text"])
-    # Special tokens that nobody has asked for would be looked up in an embedding that has no row for them.
+    # Special tokens that were not asked for would be looked up in an embedding without a row for them.
     same("the highest id", max(tokenizer.get_vocab().values()) < config.vocab_size, True)
     same("the longest text", tokenizer.model_max_length, config.max_position_embeddings)
 

@@ -1,5 +1,5 @@
-//! A machine that garbles what it reads: a healthy one with `fixtures/garble/garble.c` preloaded, which turns bits over
-//! in what is read of checkpoints.
+//! A machine that garbles its reads: a healthy one with `fixtures/garble/garble.c` preloaded, which flips bits in reads
+//! of checkpoints.
 
 use std::{path::PathBuf, process::Command, sync::OnceLock};
 
@@ -16,7 +16,7 @@ fn shim() -> &'static PathBuf {
     })
 }
 
-/// The same command on a machine that garbles what it reads: `bulk`, `slot`, `disk` or `all`.
+/// The same command on a machine that garbles its reads: `bulk`, `slot`, `disk` or `all`.
 pub fn garbled(trainer: Trainer, how: &str) -> Trainer {
     trainer.envs(&[("LD_PRELOAD", shim().display().to_string()), ("GARBLE", how.to_owned())])
 }

@@ -1,4 +1,4 @@
-//! A job API on a free port of 127.0.0.1: it records what it is told, and fails or hangs when a test says so.
+//! A job API on a free port of 127.0.0.1: it records the reports, and fails or hangs when a test says so.
 
 use std::{
     collections::VecDeque,
@@ -10,10 +10,10 @@ use hyper::{Request, Response, StatusCode, body::Incoming, service::service_fn};
 use s3s::Body;
 use serde_json::Value;
 
-/// The token that it takes.
+/// The token that it accepts.
 pub const TOKEN: &str = "worker-token-9c1f2b7e";
 
-/// One request as it came.
+/// One request as received.
 #[derive(Clone, Debug)]
 pub struct Told {
     /// `/jobs/…/events`
@@ -22,7 +22,7 @@ pub struct Told {
     pub key: String,
     /// Its body, parsed.
     pub body: Value,
-    /// The status that it was answered with.
+    /// The status of its answer.
     pub status: u16,
 }
 
@@ -36,7 +36,7 @@ impl Told {
 #[derive(Default)]
 struct State {
     told: Vec<Told>,
-    /// Answers of the next requests; then `always`.
+    /// The answers of the next requests; then `always`.
     next: VecDeque<u16>,
     always: Option<u16>,
     hangs: bool,
@@ -55,7 +55,7 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl JobApi {
-    /// Starts one that hears everything.
+    /// Starts one that accepts everything.
     pub fn start() -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -78,31 +78,31 @@ impl JobApi {
         });
         Self { state, address, runtime: Some(runtime) }
     }
-    /// The environment with which a worker reports to it.
+    /// The environment with which a consumer reports to it.
     pub fn env(&self) -> Vec<(&'static str, String)> {
         vec![("JOB_API_BASE_URL", format!("http://{}/v1", self.address)), ("WORKER_TOKEN", TOKEN.to_owned())]
     }
-    /// Answers the next requests with these.
+    /// Answers the next requests with these statuses.
     pub fn answer_next(&self, statuses: &[u16]) {
         lock(&self.state).next.extend(statuses);
     }
-    /// Answers all requests with this.
+    /// Answers all requests with this status.
     pub fn answer_always(&self, status: u16) {
         lock(&self.state).always = Some(status);
     }
-    /// Answers nothing from now on.
+    /// From now on it answers nothing.
     pub fn hang(&self) {
         lock(&self.state).hangs = true;
     }
-    /// Everything that it was told, in order.
+    /// All reports, in order.
     pub fn told(&self) -> Vec<Told> {
         lock(&self.state).told.clone()
     }
-    /// What it has heard, which is what it said 200 to.
+    /// The accepted reports: those answered with 200.
     pub fn heard(&self) -> Vec<Told> {
         self.told().into_iter().filter(|told| told.status == 200).collect()
     }
-    /// Requests so far, those that hang too.
+    /// The number of requests so far, including those that hang.
     pub fn asked(&self) -> u64 {
         lock(&self.state).asked
     }

@@ -1,5 +1,5 @@
-//! What most tests start from: a place to work in, a store, a tiny data set, a tiny model, and the results of the
-//! undisturbed run that every disturbed one is held against.
+//! The starting point of most tests: a place to work in, a store, a tiny dataset, a tiny model, and the results of the
+//! undisturbed run, with which every disturbed one is compared.
 
 use std::{
     path::{Path, PathBuf},
@@ -17,9 +17,9 @@ use super::{
 
 /// Optimizer steps of a run.
 pub const STEPS: u64 = 24;
-/// A checkpoint is taken every so many of them.
+/// Steps from checkpoint to checkpoint.
 pub const EVERY: u64 = 4;
-/// Sequences in one step: it divides over 1, 2, 3 and 4 ranks.
+/// Sequences in one step: divisible by 1, 2, 3 and 4 ranks.
 pub const GLOBAL_BATCH: u32 = 12;
 
 /// At most two tests that start process groups run at once, whatever the number of test threads: each starts a handful
@@ -47,7 +47,7 @@ impl Drop for Turn {
     }
 }
 
-/// The folder of this test process; those of test processes that are gone are removed first.
+/// The folder of this test process; folders of test processes that are gone are removed first.
 pub fn scratch() -> &'static Path {
     static SCRATCH: OnceLock<PathBuf> = OnceLock::new();
     SCRATCH.get_or_init(|| {
@@ -125,7 +125,7 @@ pub fn sample_text() -> String {
     text
 }
 
-/// The folder of the tiny data set, made by the binary itself once in a test process.
+/// The folder of the tiny dataset, created by the binary itself once in a test process.
 pub fn data_set() -> &'static Path {
     static DATA: OnceLock<PathBuf> = OnceLock::new();
     DATA.get_or_init(|| {
@@ -155,7 +155,7 @@ pub enum Store {
     File(PathBuf),
     /// A server, which clients reach at this endpoint (its own, or that of a proxy before it).
     S3(Arc<S3Server>, String),
-    /// Somebody else's server; tests reach it by commands alone.
+    /// Another project's server; tests reach it by commands alone.
     Moto(Arc<Moto>),
 }
 
@@ -172,25 +172,25 @@ impl Lab {
     pub fn on_files() -> Self {
         Self::make(Some(Turn::take()), |dir| Store::File(dir.join("store")))
     }
-    /// With an S3 server of its own as its store.
+    /// With its own S3 server as its store.
     pub fn on_s3() -> Self {
         let server = Arc::new(S3Server::start());
         let endpoint = server.endpoint();
         Self::make(Some(Turn::take()), |_| Store::S3(server, endpoint))
     }
-    /// With an S3 server of its own as its store, reached through a proxy that breaks what it is told to break.
+    /// With its own S3 server as its store, reached through a proxy that injects faults.
     pub fn on_s3_through_proxy(seed: u64) -> (Self, FaultProxy) {
         let server = Arc::new(S3Server::start());
         let proxy = FaultProxy::start(server.address(), seed);
         let endpoint = proxy.endpoint();
         (Self::make(Some(Turn::take()), |_| Store::S3(server, endpoint)), proxy)
     }
-    /// With a server as its store that others have written; `None` where it is not installed.
+    /// With another project's server as its store; `None`: it is not installed.
     pub fn on_moto() -> Option<Self> {
         let moto = Arc::new(Moto::start(s3::BUCKET)?);
         Some(Self::make(Some(Turn::take()), |_| Store::Moto(moto)))
     }
-    /// On files, for a campaign that counts its own processes: it takes no turn.
+    /// On files, for a campaign that counts its own processes: it waits for no turn.
     pub fn on_files_at_once() -> Self {
         Self::make(None, |dir| Store::File(dir.join("store")))
     }
@@ -201,14 +201,14 @@ impl Lab {
         let endpoint = proxy.endpoint();
         (Self::make(None, |_| Store::S3(server, endpoint)), proxy)
     }
-    /// With a folder as its store, and in it a copy of [`interrupted`]'s run.
+    /// With a folder as its store, which holds a copy of [`interrupted`]'s run.
     pub fn on_interrupted_run() -> Self {
         let lab = Self::on_files();
         let Store::File(store) = &lab.store else { unreachable!("made on files") };
         copy_folder(&interrupted().store, store);
         lab
     }
-    /// With an S3 server of its own as its store, and in it a copy of [`interrupted`]'s run.
+    /// With its own S3 server as its store, which holds a copy of [`interrupted`]'s run.
     pub fn on_interrupted_run_on_s3() -> Self {
         let lab = Self::on_s3();
         let mut keys = Vec::new();
@@ -226,7 +226,7 @@ impl Lab {
         lab.write_config("run.toml", &lab.config(""));
         lab
     }
-    /// Leaves its folder behind at `to`, with every object of its store, for a person to look at.
+    /// Copies its folder and every object of its store to `to`, for a person to look at.
     pub fn keep(self, to: &Path) {
         let _ = std::fs::remove_dir_all(to);
         copy_folder(self.dir.path(), to);
@@ -249,7 +249,7 @@ impl Lab {
             Store::S3(..) | Store::Moto(_) => format!("s3://{}/runs", s3::BUCKET),
         }
     }
-    /// The server, for a lab that has one.
+    /// The server, if the lab has one.
     pub fn server(&self) -> &S3Server {
         match &self.store {
             Store::S3(server, _) => server,
@@ -353,7 +353,7 @@ backoff = "50ms"
             Store::File(path) => read(&path.join(run).join(key)),
         }
     }
-    /// Changes an object of a run where it lies.
+    /// Changes an object of a run in place.
     #[track_caller]
     pub fn damage(&self, run: &str, key: &str, change: impl FnOnce(&mut Vec<u8>)) {
         match &self.store {
@@ -383,8 +383,8 @@ backoff = "50ms"
         let newest = manifests.iter().rfind(|key| key.ends_with("/manifest.json"));
         newest.expect("a checkpoint").trim_end_matches("/manifest.json").to_owned()
     }
-    /// Demands what every disturbed run must reach: the losses and the weights of the undisturbed one, to the last
-    /// digit and the last byte.
+    /// Demands the result that every disturbed run must reach: the losses and the weights of the undisturbed one, to
+    /// the last digit and the last byte.
     #[track_caller]
     pub fn expect_as_undisturbed(&self, run: &str, lives: &[&Finished]) {
         let reference = reference();
@@ -392,7 +392,7 @@ backoff = "50ms"
         assert_eq!(losses(lives), reference.losses, "losses differ from the undisturbed run's\n{}", last.story());
         assert!(self.export(run) == reference.model, "weights differ from the undisturbed run's\n{}", last.story());
     }
-    /// Demands that every byte of every checkpoint of a run is what its manifest says.
+    /// Demands that every byte of every checkpoint of a run matches its manifest.
     #[track_caller]
     pub fn expect_all_verify(&self, run: &str) {
         self.about("verify", run).args(&["--all", "--deep"]).finish().expect_code(0);
@@ -421,7 +421,7 @@ fn walk(folder: &Path, prefix: &str, found: &mut Vec<String>) {
     }
 }
 
-/// What a run that nobody disturbed arrives at.
+/// The results of an undisturbed run.
 pub struct Reference {
     /// Each step's loss, as written.
     pub losses: Losses,
@@ -433,7 +433,7 @@ pub struct Reference {
 pub fn reference() -> &'static Reference {
     static REFERENCE: OnceLock<Reference> = OnceLock::new();
     REFERENCE.get_or_init(|| {
-        // Tests that wait here hold turns of their own: it takes none.
+        // Tests that wait here hold their own turns, so this run takes none.
         let lab = Lab::make(None, |dir| Store::File(dir.join("store")));
         let life = lab.run("reference").finish().expect_code(0);
         let losses = losses(&[&life]);
@@ -459,8 +459,8 @@ pub const ORIGIN: &str = "origin";
 pub fn interrupted() -> &'static Interrupted {
     static INTERRUPTED: OnceLock<Interrupted> = OnceLock::new();
     INTERRUPTED.get_or_init(|| {
-        // On a busy machine so short a run may be further than the tests expect, or over, before the signal is heard:
-        // then once more.
+        // On a busy machine such a short run may be further than the tests expect, or complete, before the signal is
+        // heard: then it is repeated once.
         let in_time = |life: &Finished| {
             life.of_kind("interrupted").last().is_some_and(|event| event.step() < Some(3 * EVERY))
                 && life.committed().is_superset(&[EVERY, 2 * EVERY].into())

@@ -1,4 +1,4 @@
-//! How much memory a piece of code takes at its peak, on the thread that it runs on.
+//! The peak memory of a piece of code, on the thread that runs it.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -12,12 +12,12 @@ struct Counting;
 static ALLOCATOR: Counting = Counting;
 
 thread_local! {
-    /// Bytes held by this thread since the measurement began (less what it has given back), and their peak.
+    /// Bytes held by this thread since the measurement began (less the bytes that it has released), and their peak.
     static HELD: Cell<(isize, isize)> = const { Cell::new((0, 0)) };
 }
 
 fn count(bytes: isize) {
-    // A thread that is being torn down counts no more.
+    // A thread that is being torn down no longer counts.
     let _ = HELD.try_with(|held| {
         let (now, peak) = held.get();
         let now = now.saturating_add(bytes);
@@ -33,7 +33,7 @@ fn signed(bytes: usize) -> isize {
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(signed(layout.size()));
-        // SAFETY: the caller's promise about `layout` is the one that `System` asks for.
+        // SAFETY: the caller's promise about `layout` is the one that `System` requires.
         unsafe { System.alloc(layout) }
     }
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
@@ -48,12 +48,12 @@ unsafe impl GlobalAlloc for Counting {
     }
     unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         count(signed(size) - signed(layout.size()));
-        // SAFETY: as above; the caller's promise about `size` is the one that `System` asks for.
+        // SAFETY: as above; the caller's promise about `size` is the one that `System` requires.
         unsafe { System.realloc(at, layout, size) }
     }
 }
 
-/// Runs `work` and says how many bytes this thread held at most beyond what it held before.
+/// Runs `work`, and returns how many bytes this thread held at most beyond those held before.
 pub fn peak<T>(work: impl FnOnce() -> T) -> (T, usize) {
     HELD.set((0, 0));
     let result = work();

@@ -1,18 +1,18 @@
-//! The metadata services of AWS, GCP and Azure on one port of 127.0.0.1, and beside them the calls of AWS's Auto
-//! Scaling by which a machine keeps its own end waiting, and asks for it.
+//! The metadata services of AWS, GCP and Azure on one port of 127.0.0.1, with the calls of AWS's Auto Scaling by which
+//! a machine delays and requests its own end.
 //!
-//! In process, ready when `start` returns, gone when it is dropped. What it does is what the vendors document and what
-//! real ones were seen to do: AWS's version 2 only, with tokens that are checked; GCP's `wait_for_change`; Azure's
-//! document that moves on when an event is approved. A test sets what lies at a path, takes it away, breaks one path or
-//! all of them, and reads what was asked.
+//! In process, ready when `start` returns, gone when it is dropped. It does what the vendors document and what real
+//! ones were seen to do: AWS's version 2 only, with tokens that are checked; GCP's `wait_for_change`; Azure's document
+//! that changes when an event is approved. A test sets or removes the value of a path, breaks one path or all of them,
+//! and reads the log of requests.
 //!
-//! - AWS: `PUT /latest/api/token` wants `X-aws-ec2-metadata-token-ttl-seconds` from 1 to 21600 (else 400), echoes it,
-//!   and refuses `X-Forwarded-For` (403). Everything else below `/latest/` wants a token that it gave and that has not
-//!   ended (else 401).
-//! - GCP: everything below `/computeMetadata/v1/` wants `Metadata-Flavor: Google` (else 403) and answers with it and an
-//!   `ETag`.
-//! - Azure: everything below `/metadata/` wants `Metadata: true` and `api-version` (else 400). `POST` to the scheduled
-//!   events approves the events that it names: they are `Started` from then on.
+//! - AWS: `PUT /latest/api/token` requires `X-aws-ec2-metadata-token-ttl-seconds` from 1 to 21600 (else 400), echoes
+//!   it, and refuses `X-Forwarded-For` (403). Everything else below `/latest/` requires a token that it issued and that
+//!   has not expired (else 401).
+//! - GCP: everything below `/computeMetadata/v1/` requires `Metadata-Flavor: Google` (else 403) and answers with it and
+//!   an `ETag`.
+//! - Azure: everything below `/metadata/` requires `Metadata: true` and `api-version` (else 400). `POST` to the
+//!   scheduled events approves the events that it names: they are `Started` from then on.
 //! - Auto Scaling: `POST /`, the query protocol, XML.
 
 use std::{
@@ -37,23 +37,23 @@ use tokio::sync::Notify;
 
 use super::trainer::LIMIT;
 
-/// Where AWS says that a spot instance is taken away.
+/// Where AWS announces that a spot instance is taken away.
 pub const SPOT: &str = "/latest/meta-data/spot/instance-action";
-/// Where it says that this may happen soon.
+/// Where it announces that this may happen soon.
 pub const REBALANCE: &str = "/latest/meta-data/events/recommendations/rebalance";
-/// Where it says what Auto Scaling is about to do with the machine.
+/// Where it shows what Auto Scaling is about to do with the machine.
 pub const LIFECYCLE: &str = "/latest/meta-data/autoscaling/target-lifecycle-state";
 /// Where it lists maintenance.
 pub const MAINTENANCE: &str = "/latest/meta-data/events/maintenance/scheduled";
-/// Where it says how the machine was bought.
+/// Where it shows how the machine was bought.
 pub const LIFE_CYCLE: &str = "/latest/meta-data/instance-life-cycle";
-/// Where tokens are given.
+/// Where it issues tokens.
 pub const TOKEN: &str = "/latest/api/token";
-/// Where GCP says that the machine is taken away.
+/// Where GCP announces that the machine is taken away.
 pub const PREEMPTED: &str = "/computeMetadata/v1/instance/preempted";
-/// Where it says what maintenance does with it.
+/// Where it shows what maintenance does to the machine.
 pub const MAINTENANCE_EVENT: &str = "/computeMetadata/v1/instance/maintenance-event";
-/// Where Azure lists what is about to happen.
+/// Where Azure lists scheduled events.
 pub const SCHEDULED_EVENTS: &str = "/metadata/scheduledevents";
 /// The path of Auto Scaling's calls; the log has them as `/?Action=…`.
 pub const AUTO_SCALING: &str = "/";
@@ -75,7 +75,7 @@ pub enum Cloud {
     Azure,
 }
 
-/// What lies at a path.
+/// The value of a path.
 #[derive(Clone)]
 pub struct Reply(Arc<dyn Fn() -> (u16, Vec<u8>) + Send + Sync>);
 
@@ -85,7 +85,7 @@ impl Reply {
         let body = body.into();
         Self(Arc::new(move || (status, body.clone())))
     }
-    /// 200, and a body that is made anew for each request.
+    /// 200, and a body that is computed for each request.
     pub fn each(make: impl Fn() -> String + Send + Sync + 'static) -> Self {
         Self(Arc::new(move || (200, make().into_bytes())))
     }
@@ -116,13 +116,13 @@ impl From<u16> for Reply {
 /// One way to break a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// This status, whatever was asked.
+    /// This status for every request.
     Status(u16),
-    /// No answer at all, ever.
+    /// Never an answer.
     Hang,
     /// The connection closes without an answer.
     Close,
-    /// 200 and bytes that mean nothing, more of them than any client should read.
+    /// 200 and meaningless bytes, more of them than any client should read.
     Garbage,
 }
 
@@ -141,9 +141,9 @@ pub struct Asked {
     pub headers: BTreeMap<String, String>,
     /// The body.
     pub body: String,
-    /// What [`MetadataServer::note_posts`] said at that moment.
+    /// The result of [`MetadataServer::note_posts`] at that moment.
     pub note: String,
-    /// What was answered; `None`: nothing, or not yet.
+    /// The status of its answer; `None`: none, or not yet.
     pub status: Option<u16>,
 }
 
@@ -151,9 +151,9 @@ pub struct Asked {
 struct Table {
     only: Option<Cloud>,
     replies: BTreeMap<String, (Reply, u64)>,
-    /// Tokens and their ends.
+    /// Tokens and their expiries.
     tokens: BTreeMap<String, Instant>,
-    /// By path; "" stands for every path.
+    /// By path; "" means every path.
     faults: BTreeMap<String, Fault>,
     asked: Vec<Asked>,
     note: Option<Box<dyn Fn() -> String + Send>>,
@@ -161,7 +161,7 @@ struct Table {
     incarnation: u64,
     events: Vec<Value>,
     heartbeat_timeout: Option<u64>,
-    /// Seconds; the longest that a token lives.
+    /// The longest life of a token, seconds.
     longest_token: Option<u64>,
 }
 
@@ -196,16 +196,16 @@ pub struct MetadataServer {
 }
 
 impl MetadataServer {
-    /// All three clouds on a free port of 127.0.0.1: a spot machine in a group, to which nothing is about to happen.
+    /// All three clouds on a free port of 127.0.0.1: a spot machine in a group, without any announcement.
     pub fn start() -> Self {
         Self::start_at("127.0.0.1").expect("port for the metadata server")
     }
-    /// The same on `[::1]`; `None` where the machine has no IPv6.
+    /// The same on `[::1]`; `None`: the machine has no IPv6.
     pub fn start_on_ipv6() -> Option<Self> {
         Self::start_at("[::1]").ok()
     }
     fn start_at(host: &str) -> std::io::Result<Self> {
-        // Bound here, so that a test may start one within a runtime of its own.
+        // Bound here, so that a test may start one within its own runtime.
         let listener = std::net::TcpListener::bind(format!("{host}:0"))?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -247,7 +247,7 @@ impl MetadataServer {
         );
         Ok(server)
     }
-    /// Of this cloud alone: what belongs to the others is answered with 404.
+    /// Only this cloud: paths of the others are answered with 404.
     pub fn only(self, cloud: Cloud) -> Self {
         self.state.lock().only = Some(cloud);
         self
@@ -256,7 +256,7 @@ impl MetadataServer {
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
-    /// The environment with which a trainer takes this server for the metadata service of every cloud, and for Auto
+    /// The environment in which a trainer takes this server for the metadata service of every cloud, and for Auto
     /// Scaling.
     pub fn envs(&self) -> Vec<(&'static str, String)> {
         vec![
@@ -268,12 +268,12 @@ impl MetadataServer {
             ("TRAINER_AZURE_METADATA_ENDPOINT", self.endpoint()),
         ]
     }
-    /// Puts something at a path.
+    /// Sets the value of a path.
     pub fn set(&self, path: &str, reply: impl Into<Reply>) {
         self.state.lock().put(path, reply.into());
         self.state.changed.notify_waiters();
     }
-    /// Takes it away: 404 from now on.
+    /// Removes it: 404 from now on.
     pub fn remove(&self, path: &str) {
         self.state.lock().replies.remove(path);
         self.state.changed.notify_waiters();
@@ -296,7 +296,7 @@ impl MetadataServer {
     pub fn storm_on(&self, path: &str, fault: Fault) {
         self.state.lock().faults.insert(path.to_owned(), fault);
     }
-    /// Ends all storms. A request that hangs goes on hanging.
+    /// Ends all storms. A request that hangs continues to hang.
     pub fn calm(&self) {
         self.state.lock().faults.clear();
     }
@@ -304,11 +304,11 @@ impl MetadataServer {
     pub fn forget_tokens(&self) {
         self.state.lock().tokens.clear();
     }
-    /// Gives tokens that live no longer than so many seconds, whatever is asked for, and says so.
+    /// Issues tokens that live for at most this many seconds, whatever the request says, and reports that life.
     pub fn set_longest_token(&self, seconds: u64) {
         self.state.lock().longest_token = Some(seconds);
     }
-    /// What is asked of the world at each `POST`, and written into the log with it.
+    /// Computed at each `POST`, and stored in the log with it.
     pub fn note_posts(&self, note: impl Fn() -> String + Send + 'static) {
         self.state.lock().note = Some(Box::new(note));
     }
@@ -316,11 +316,11 @@ impl MetadataServer {
     pub fn requests(&self) -> Vec<Asked> {
         self.state.lock().asked.clone()
     }
-    /// Those of one path.
+    /// The requests of one path.
     pub fn requests_of(&self, path: &str) -> Vec<Asked> {
         self.state.lock().asked.iter().filter(|asked| asked.path == path).cloned().collect()
     }
-    /// Waits until so many requests of this path have been answered.
+    /// Waits until N requests of this path have been answered.
     #[track_caller]
     pub fn wait_for(&self, path: &str, count: usize) {
         let deadline = Instant::now() + LIMIT;
@@ -356,7 +356,7 @@ async fn serve(listener: std::net::TcpListener, state: Arc<State>) {
     }
 }
 
-/// A body that is there at once.
+/// A body that is ready at once.
 struct Whole(Option<Bytes>);
 
 impl Body for Whole {
@@ -375,7 +375,7 @@ async fn read_body(mut body: Incoming) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// What is to be sent.
+/// The answer to send.
 struct Said {
     status: u16,
     headers: Vec<(&'static str, String)>,
@@ -518,7 +518,7 @@ async fn gcp(state: &State, asked: &Asked) -> Said {
             loop {
                 let changed = state.changed.notified();
                 tokio::pin!(changed);
-                // Registered before the look: a change between the two is not missed.
+                // Registered before the check, so that a change between the two is not missed.
                 changed.as_mut().enable();
                 if etag(serial()) != known {
                     break;
@@ -561,7 +561,7 @@ fn azure(state: &State, asked: &Asked) -> Said {
     Said { body: document.to_string().into_bytes(), ..Said::from(200) }
 }
 
-/// One event of Azure's, of the machine [`INSTANCE`], so many seconds ahead.
+/// An event of Azure's for the machine [`INSTANCE`], this many seconds ahead.
 pub fn azure_event(id: &str, kind: &str, ahead: i64, resources: &[&str]) -> Value {
     let at = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(ahead);
     let not_before = at.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
@@ -570,7 +570,7 @@ pub fn azure_event(id: &str, kind: &str, ahead: i64, resources: &[&str]) -> Valu
            "DurationInSeconds": -1})
 }
 
-/// AWS's words for a spot machine that is taken away so many seconds from now.
+/// AWS's text for a spot machine that is taken away in this many seconds.
 pub fn spot_notice(action: &str, ahead: i64) -> String {
     let at = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(ahead);
     json!({"action": action, "time": at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()}).to_string()

@@ -1,4 +1,4 @@
-//! What the tests lean on. `s3` and `moto` stand alone: others include them too.
+//! Shared by the tests. `s3` and `moto` depend on nothing else here, since other crates include them, too.
 pub mod job_api;
 pub mod garble;
 pub mod lab;

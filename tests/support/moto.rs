@@ -1,11 +1,9 @@
-//! AWS's interfaces, written by others and independent of ours: moto (<https://github.com/getmoto/moto>), as a process
-//! on a free port of 127.0.0.1, ended by its id. `scripts/test` installs it; where it is not installed, the tests that
-//! need it say so and pass.
+//! AWS's interfaces, independent of our code: moto (<https://github.com/getmoto/moto>), as a process on a free port of
+//! 127.0.0.1, ended by its id. `scripts/test` installs it; without it, the tests that need it say so and pass.
 //!
-//! What it does not do, so what is not tested on it: it refuses no body for a wrong checksum and keeps no CRC64-NVME
-//! (`verify` without `--deep` has only sizes there), it gives all unfinished uploads on one page and says of each that
-//! it was begun in 2010, and it checks no signature. Of a CloudFormation template it drops in silence what it does not
-//! know: only [`Moto::log`] says so.
+//! Its gaps, which are not tested on it: it accepts a body with a wrong checksum and keeps no CRC64-NVME (`verify`
+//! without `--deep` has only sizes there), it lists all unfinished uploads on one page with a start in 2010, and it
+//! checks no signature. It silently drops unknown parts of a CloudFormation template: only [`Moto::log`] shows that.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -21,13 +19,13 @@ use std::{
 
 use rustix::process::{Pid, Signal};
 
-/// What `scripts/test` installs; the folder is named after its checksum.
+/// Installed by `scripts/test`; the folder is named after its checksum.
 const REQUIREMENTS: &str = include_str!("tools-requirements.txt");
 
-/// Long enough for a machine that is busy; nothing waits so long that works.
+/// Long enough for a busy machine; no request that works takes this long.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The server, with the bucket made; it is killed when this is dropped.
+/// The server, with its bucket; it is killed when this is dropped.
 pub struct Moto {
     child: Child,
     port: u16,
@@ -35,15 +33,15 @@ pub struct Moto {
     marks: AtomicU64,
 }
 
-/// What the process wrote to its standard error.
+/// Its output on standard error.
 #[derive(Default)]
 struct Said {
     text: Mutex<String>,
     more: Condvar,
 }
 
-/// The folder of Python modules and programs that `scripts/test` makes; `None`, after a word on standard output, where
-/// it is missing.
+/// The folder of Python modules and programs that `scripts/test` creates; `None`, with a line on standard output, if it
+/// is missing.
 pub fn tools() -> Option<PathBuf> {
     let found = place().filter(|folder| folder.is_dir());
     if found.is_none() {
@@ -59,7 +57,7 @@ pub fn tools() -> Option<PathBuf> {
 fn place() -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
-    // The same program that scripts/test asks.
+    // scripts/test asks the same program.
     let mut sum = Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().ok()?;
     sum.stdin.take()?.write_all(REQUIREMENTS.as_bytes()).ok()?;
     let sum = String::from_utf8(sum.wait_with_output().ok()?.stdout).ok()?;
@@ -67,11 +65,11 @@ fn place() -> Option<PathBuf> {
 }
 
 impl Moto {
-    /// Starts one with an empty bucket and waits until it answers; `None` where it is not installed.
+    /// Starts one with an empty bucket and waits until it answers; `None`: it is not installed.
     pub fn start(bucket: &str) -> Option<Self> {
         let modules = tools()?;
         // It must know its port to call itself, as its state machines do. Another process may take the port in between:
-        // then another.
+        // then it tries another one.
         (0..10).find_map(|_| Self::try_start(&modules, bucket)).or_else(|| panic!("moto found no free port"))
     }
 
@@ -81,7 +79,7 @@ impl Moto {
             .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
             .env("PYTHONPATH", modules)
             .env("PYTHONUNBUFFERED", "1")
-            // Its own answers to a proxy's variables are nobody's business here.
+            // Its own requests through a proxy are of no interest here.
             .env_remove("http_proxy")
             .env_remove("HTTP_PROXY")
             .stdin(Stdio::null())
@@ -104,7 +102,7 @@ impl Moto {
                 return None;
             }
         }
-        // It writes a line for each request; nobody may make it wait.
+        // It writes a line for each request, and must not wait for a reader.
         let listener = Arc::clone(&said);
         std::thread::spawn(move || while listener.next(&mut lines).is_some() {});
         let moto = Self { child, port, said, marks: AtomicU64::new(0) };
@@ -123,27 +121,27 @@ impl Moto {
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
-    /// Answers nothing from now on: connections are taken, and that is all.
+    /// From now on it answers nothing: it only accepts connections.
     pub fn hang(&self) {
         rustix::process::kill_process(Pid::from_child(&self.child), Signal::STOP).expect("stop moto");
     }
 
-    /// Forgets everything: buckets, queues, stacks, of all accounts.
+    /// Forgets everything: buckets, queues and stacks of all accounts.
     pub fn reset(&self) {
         let answer = self.send("POST", "/moto-api/reset", &[], "");
         assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     }
 
-    /// Switches on what is off at first, such as `{"stepfunctions": {"execute_state_machine": true}}`: else every
-    /// execution succeeds at once.
+    /// Switches on features that are off by default, such as `{"stepfunctions": {"execute_state_machine": true}}`:
+    /// without it every execution succeeds at once.
     pub fn configure(&self, settings: &str) {
         let answer = self.send("POST", "/moto-api/config", &[], settings);
         assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
     }
 
-    /// All that it has written so far, up to the last answered request.
+    /// All its output so far, up to the last answered request.
     pub fn log(&self) -> String {
-        // What belongs to earlier requests was written before this one's line.
+        // Lines of earlier requests were written before this one's.
         let mark = format!("/moto-api/mark-{}", self.marks.fetch_add(1, Ordering::Relaxed));
         self.send("GET", &mark, &[], "");
         let text = self.said.text.lock().expect("unpoisoned");
@@ -156,8 +154,8 @@ impl Moto {
         text.clone()
     }
 
-    /// Calls an action of a service that speaks forms and XML (CloudFormation, Auto Scaling, EC2, IAM) and gives its
-    /// answer's body; panics where it is refused.
+    /// Calls an action of a service that speaks forms and XML (CloudFormation, Auto Scaling, EC2, IAM) and returns the
+    /// body of its answer; panics if it is refused.
     pub fn query(&self, service: &str, version: &str, action: &str, parameters: &[(&str, &str)]) -> String {
         let mut form = format!("Action={action}&Version={version}");
         for (name, value) in parameters {
@@ -173,13 +171,13 @@ impl Moto {
         body(&format!("{service} {action}"), &self.send("POST", "/", &headers, &form))
     }
 
-    /// Calls an action of a service that speaks JSON (`target` as in `AWSStepFunctions.StartExecution`) and gives its
-    /// answer; panics where it is refused.
+    /// Calls an action of a service that speaks JSON (`target` as in `AWSStepFunctions.StartExecution`) and returns its
+    /// answer; panics if it is refused.
     pub fn json(&self, service: &str, target: &str, request: &serde_json::Value) -> serde_json::Value {
         self.try_json(service, target, request).unwrap_or_else(|answer| panic!("{target}: {answer}"))
     }
 
-    /// The same; a refusal is the error, as it came.
+    /// The same; a refusal is returned as an error, unchanged.
     pub fn try_json(
         &self,
         service: &str,
@@ -230,7 +228,7 @@ fn body(what: &str, answer: &str) -> String {
 }
 
 impl Said {
-    /// The next line, written down; `None` at the end.
+    /// The next line, recorded; `None` at the end.
     fn next(&self, lines: &mut BufReader<ChildStderr>) -> Option<String> {
         let mut line = Vec::new();
         let read = lines.read_until(b'\n', &mut line).unwrap_or(0);

@@ -1,4 +1,4 @@
-//! Mount namespaces: disks that one process has and that are taken away from it.
+//! Mount namespaces: disks that only one process has, and that can be taken away from it.
 
 use std::{
     io::{BufRead, BufReader},
@@ -6,17 +6,17 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-/// A mount namespace of its own. It ends with this value, or with this process.
+/// A separate mount namespace. It ends with this value, or with this process.
 pub struct Namespace {
     holder: Child,
 }
 
 impl Namespace {
-    /// With an empty disk at `place`; `None` where this user may not mount.
+    /// With an empty disk at `place`; `None`: this user may not mount.
     pub fn with_disk_at(place: &Path) -> Option<Self> {
         Self::with(&["-t", "tmpfs", "none"], place)
     }
-    /// With what is in `folder` at `place`, as if that were where its disk is mounted.
+    /// With the content of `folder` at `place`, as if its disk were mounted there.
     pub fn with_folder_at(folder: &Path, place: &Path) -> Option<Self> {
         Self::with(&["--bind", folder.to_str()?], place)
     }
@@ -36,12 +36,12 @@ impl Namespace {
         let namespace = Self { holder };
         (line.trim() == "mounted").then_some(namespace)
     }
-    /// What a command in it begins with, which is to work in `folder`.
+    /// The beginning of a command that runs in it, in `folder`.
     pub fn enter(&self, folder: &Path) -> [String; 3] {
         let namespace = format!("--mount=/proc/{}/ns/mnt", self.holder.id());
         ["nsenter".into(), namespace, format!("--wdns={}", folder.display())]
     }
-    /// Unmounts what is at `place`; `false` when that is refused.
+    /// Unmounts the disk at `place`; `false`: that was refused.
     pub fn unmount(&self, place: &Path, options: &[&str]) -> bool {
         let [program, namespace, _] = self.enter(place);
         let mut umount = Command::new(program);

@@ -1,9 +1,9 @@
-//! An HTTP proxy on loopback that breaks things on purpose between a client and an S3 server.
+//! An HTTP proxy on loopback that injects faults between a client and an S3 server.
 //!
-//! Each request passes the first armed [`Rule`] that fits it; what is not broken is forwarded as it is, `Host`
-//! included, so that signatures stay valid. Bodies are held whole, which is what lets "the write landed, its answer was
-//! lost" be exact. Percentages come from a seeded generator: the same seed and the same order of requests break the
-//! same ones.
+//! The first armed [`Rule`] that fits a request applies to it; all other requests are forwarded unchanged, `Host`
+//! included, so that signatures stay valid. Bodies are held whole, so that "the write arrived, its answer was lost" is
+//! exact. Percentages come from a seeded generator: the same seed and the same order of requests break the same
+//! requests.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -21,24 +21,23 @@ use s3s::{Body, dto::StreamingBlob};
 /// One way to break a request.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
-    /// 503 `SlowDown`; the server hears nothing.
+    /// 503 `SlowDown`; the server receives nothing.
     SlowDown,
-    /// The connection closes; the server hears nothing.
+    /// The connection closes; the server receives nothing.
     Reset,
-    /// The server hears this many bytes of the body, then both connections close.
+    /// The server receives this many bytes of the body, then both connections close.
     CutRequest(usize),
-    /// The client hears this many bytes of the answer's body, then its connection closes.
+    /// The client receives this many bytes of the answer's body, then its connection closes.
     CutResponse(usize),
-    /// The lowest bit of this byte of the request's body is turned over.
+    /// The lowest bit of this byte of the request's body is flipped.
     FlipRequest(usize),
-    /// The lowest bit of this byte of the answer's body is turned over.
+    /// The lowest bit of this byte of the answer's body is flipped.
     FlipResponse(usize),
-    /// Nothing happens for so long, then the connection closes.
+    /// No answer for this long, then the connection closes.
     Stall(Duration),
-    /// The server does its work and answers; the client never hears of it.
+    /// The server carries out the request and answers; the client gets no answer.
     LoseAnswer,
-    /// A reader is told of an earlier time: a listing as it was answered last, an object as if it did not stand there
-    /// yet.
+    /// A read returns an earlier state: a listing as it was last answered, an object as if it did not exist yet.
     Stale,
 }
 
@@ -59,10 +58,10 @@ impl Fault {
     }
 }
 
-/// How often a rule breaks what it fits.
+/// How often a rule breaks the requests that it fits.
 #[derive(Clone, Copy, Debug)]
 pub enum Often {
-    /// The next so many requests, then never again.
+    /// The next N requests, then no more.
     Next(u32),
     /// This share of them, 0 to 100.
     Percent(u64),
@@ -81,18 +80,18 @@ pub struct Rule {
     pub often: Often,
 }
 
-/// What becomes of a request that hangs.
+/// The fate of a request that hangs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lands {
-    /// The server never hears of it.
+    /// The server never receives it.
     Never,
-    /// The server does its work at once; its answer hangs.
+    /// The server carries it out at once; its answer hangs.
     AtOnce,
-    /// The server hears of it when it is let go, whether or not the client is still there.
+    /// The server receives it when it is released, whether or not the client is still there.
     Late,
 }
 
-/// Requests that hang, told by what their bodies hold, too.
+/// Requests that hang, also chosen by the content of their bodies.
 #[derive(Clone, Copy, Debug)]
 pub struct Hang {
     /// The HTTP method; empty: any.
@@ -101,23 +100,23 @@ pub struct Hang {
     pub target: &'static str,
     /// Must occur in the body; empty: any.
     pub body: &'static str,
-    /// The next so many.
+    /// The next N.
     pub times: u32,
-    /// For so long at most; they are let go by [`FaultProxy::let_go`], too.
+    /// For at most this long; [`FaultProxy::let_go`] releases them, too.
     pub time: Duration,
-    /// What becomes of it.
+    /// Its fate.
     pub lands: Lands,
 }
 
 impl Hang {
-    /// All such requests, for ever.
+    /// All such requests, forever.
     pub const fn all(method: &'static str, target: &'static str, body: &'static str) -> Self {
         let time = Duration::from_secs(100_000);
         Self { method, target, body, times: u32::MAX, time, lands: Lands::Never }
     }
 }
 
-/// How good the line is.
+/// The quality of the line.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Line {
     /// Before each request.
@@ -135,12 +134,12 @@ pub struct Line {
 struct State {
     rules: Vec<Rule>,
     hangs: Vec<Hang>,
-    /// Requests that hung, and whether they are let go.
+    /// Requests that hung, and whether they have been released.
     hung: u64,
     let_go: tokio::sync::watch::Sender<bool>,
     line: Line,
     random: u64,
-    /// When the line has carried the bulk that was given to it.
+    /// When the line will have carried all bulk given to it.
     free_at: Option<tokio::time::Instant>,
     /// Bulk that the line has carried.
     carried: u64,
@@ -201,7 +200,7 @@ pub struct FaultProxy {
 }
 
 impl FaultProxy {
-    /// Stands in front of `upstream`; `seed` decides which requests a percentage hits.
+    /// Runs in front of `upstream`; `seed` decides which requests a percentage hits.
     pub fn start(upstream: SocketAddr, seed: u64) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -237,7 +236,7 @@ impl FaultProxy {
     pub fn arm(&self, rule: Rule) {
         lock(&self.state).rules.push(rule);
     }
-    /// Lets requests hang from now on.
+    /// From now on such requests hang.
     pub fn hang(&self, hang: Hang) {
         let mut state = lock(&self.state);
         state.let_go.send_replace(false);
@@ -247,7 +246,7 @@ impl FaultProxy {
     pub fn hung(&self) -> u64 {
         lock(&self.state).hung
     }
-    /// Lets go what hangs.
+    /// Releases the hanging requests.
     pub fn let_go(&self) {
         let mut state = lock(&self.state);
         state.hangs.clear();
@@ -346,7 +345,7 @@ async fn pass(
     let hang = lock(&state).hang(head.method.as_str(), &target, &body);
     if let Some(hang) = hang {
         let mut let_go = lock(&state).let_go.subscribe();
-        // Of its own: a client that goes away takes the rest of this function with it.
+        // Its own task: a client that goes away cancels the rest of this function.
         let end = tokio::spawn(async move {
             let request = Request::from_parts(head, Body::from(body));
             let mut request = Some(request);
@@ -381,7 +380,7 @@ async fn pass(
         let remembered = lock(&state).listings.get(&target).cloned();
         match remembered {
             Some(earlier) => return Ok(Response::new(Body::from(earlier))),
-            // Nothing was listed before: this reader is the first, and hears the truth.
+            // No earlier listing: this reader is the first and gets the current one.
             None if listing => {}
             None => {
                 let text = "<?xml version=\"1.0\" encoding=\"UTF-8\"?><Error><Code>NoSuchKey</Code><Message>on \

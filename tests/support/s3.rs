@@ -1,9 +1,9 @@
 //! An in-memory S3 server over the `s3s` crate: in process, on a free port of 127.0.0.1, ready when `start` returns.
 //!
-//! It keeps what the protocol leans on and nothing else: create-once and compare-and-swap puts that are atomic (one
-//! lock around the table), ranged reads, paged listings, multipart uploads, CRC64-NVME of the whole object, signatures
-//! that are checked. ETags are made from the CRC, so that no time goes into MD5. Tests look into the table, damage
-//! objects and switch rules on and off while clients are at work. Objects are gone with the server.
+//! It has what the protocol relies on and nothing else: create-once and compare-and-swap puts that are atomic (one lock
+//! around the table), ranged reads, paged listings, multipart uploads, CRC64-NVME of the whole object, signatures that
+//! are checked. ETags are made from the CRC, so that no time goes into MD5. Tests look into the table, damage objects
+//! and switch rules on and off while clients are at work. Objects are gone with the server.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,22 +20,22 @@ use s3s::{
     service::S3ServiceBuilder,
 };
 
-/// The one bucket; requests to another one are answered with `NoSuchBucket`.
+/// The only bucket; requests to another one get `NoSuchBucket`.
 pub const BUCKET: &str = "bucket";
 /// The access key that the server knows.
 pub const ACCESS_KEY: &str = "AKIATEST";
 /// Its secret.
 pub const SECRET_KEY: &str = "test-secret";
 
-/// What `If-None-Match: *` does on this server.
+/// The effect of `If-None-Match: *` on this server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CreateOnce {
-    /// What S3 does: of many racing puts exactly one wins.
+    /// As on S3: exactly one of many racing puts wins.
     #[default]
     Atomic,
-    /// The header is read by nobody: every put wins.
+    /// The header is ignored: every put wins.
     Ignored,
-    /// Looks first, writes later: refuses in sequence, lets several racing puts win.
+    /// It checks first and writes later: it refuses in sequence, but lets several racing puts win.
     Racy,
 }
 
@@ -44,15 +44,15 @@ pub enum CreateOnce {
 pub struct Rules {
     /// Every write and delete is answered with 403.
     pub deny_writes: bool,
-    /// What `If-None-Match: *` does.
+    /// The effect of `If-None-Match: *`.
     pub create_once: CreateOnce,
-    /// A HEAD that asks for the object's checksum gets it.
+    /// A HEAD that requests the object's checksum gets it.
     pub keeps_checksums: bool,
     /// `ListMultipartUploads` is answered with 403.
     pub deny_upload_list: bool,
     /// `AbortMultipartUpload` is answered with 403.
     pub deny_abort: bool,
-    /// A lifecycle rule for the whole bucket aborts unfinished uploads after so many days.
+    /// A lifecycle rule for the whole bucket aborts unfinished uploads after this many days.
     pub abort_after_days: Option<i32>,
 }
 
@@ -69,7 +69,7 @@ impl Default for Rules {
     }
 }
 
-/// What a write asked for beside the bytes.
+/// What a write requests beside its bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Asked {
     /// `x-amz-server-side-encryption`
@@ -82,9 +82,9 @@ pub struct Asked {
     pub checksum_type: Option<String>,
     /// `x-amz-checksum-algorithm`, of an object in parts.
     pub checksum_algorithm: Option<String>,
-    /// `x-amz-checksum-crc64nvme`: of the body, or of the whole where parts are put together.
+    /// `x-amz-checksum-crc64nvme`: of the body, or of the whole object when parts are combined.
     pub checksum: Option<String>,
-    /// Parts that came with their CRC64-NVME, where parts are put together.
+    /// Parts that came with their CRC64-NVME, when parts are combined.
     pub summed_parts: usize,
 }
 
@@ -125,7 +125,7 @@ struct Table {
     serial: u64,
     /// By key and operation.
     asked: BTreeMap<(String, &'static str), Asked>,
-    /// Requests by operation: what a test counts.
+    /// Requests by operation, for tests that count them.
     counts: BTreeMap<&'static str, u64>,
 }
 
@@ -148,12 +148,12 @@ impl Table {
         if let (Some(condition), Some(object)) = (if_none_match, standing)
             && matches(condition, object)
         {
-            return Err(s3_error!(PreconditionFailed, "an object stands there"));
+            return Err(s3_error!(PreconditionFailed, "an object exists"));
         }
         match (if_match, standing) {
             (Some(_), None) => Err(s3_error!(NoSuchKey)),
             (Some(condition), Some(object)) if !matches(condition, object) => {
-                Err(s3_error!(PreconditionFailed, "another object stands there"))
+                Err(s3_error!(PreconditionFailed, "another object exists"))
             }
             _ => Ok(()),
         }
@@ -190,7 +190,7 @@ impl S3Server {
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
-    /// Where it listens.
+    /// Its address.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -206,14 +206,14 @@ impl S3Server {
     pub fn read(&self, key: &str) -> Option<Bytes> {
         self.service.lock().objects.get(key).map(|object| object.body.clone())
     }
-    /// Puts an object, past all rules.
+    /// Puts an object, ignoring all rules.
     pub fn write(&self, key: &str, body: impl Into<Bytes>) {
         let mut table = self.service.lock();
         let serial = table.serial();
         table.objects.insert(key.to_owned(), Stored::new(body.into(), serial));
     }
-    /// Changes an object's bytes behind the server's back: size and checksum that it reports stay as they were put, as
-    /// with a disk that has rotted.
+    /// Changes an object's bytes behind the server's back: the reported size and checksum stay the old ones, as with
+    /// bit rot on a disk.
     pub fn rot(&self, key: &str, change: impl FnOnce(&mut Vec<u8>)) {
         let mut table = self.service.lock();
         let object = table.objects.get_mut(key).unwrap_or_else(|| panic!("no object {key} to damage"));
@@ -221,7 +221,7 @@ impl S3Server {
         change(&mut body);
         object.body = body.into();
     }
-    /// Removes an object, past all rules.
+    /// Removes an object, ignoring all rules.
     pub fn remove(&self, key: &str) {
         assert!(self.service.lock().objects.remove(key).is_some(), "no object {key} to remove");
     }
@@ -229,7 +229,7 @@ impl S3Server {
     pub fn open_uploads(&self) -> usize {
         self.service.lock().uploads.len()
     }
-    /// Begins a multipart upload of `key` and leaves it, as a client that was killed so long ago.
+    /// Begins a multipart upload of `key` and leaves it, like a client that was killed this long ago.
     pub fn leave_upload(&self, key: &str, ago: Duration) -> String {
         let mut table = self.service.lock();
         let id = format!("upload-{}", table.serial());
@@ -247,7 +247,7 @@ impl S3Server {
         keys.sort();
         keys
     }
-    /// Makes the objects whose keys begin with `prefix` so much older.
+    /// Makes the objects whose keys begin with `prefix` older by this much.
     pub fn age(&self, prefix: &str, by: Duration) {
         let mut table = self.service.lock();
         for (_, object) in table.objects.iter_mut().filter(|(key, _)| key.starts_with(prefix)) {
@@ -259,7 +259,7 @@ impl S3Server {
     pub fn forget_uploads(&self) {
         self.service.lock().uploads.clear();
     }
-    /// What the last write of a key asked for, by the operation's S3 name.
+    /// What the last write of a key requested, by the operation's S3 name.
     pub fn asked(&self, key: &str, operation: &'static str) -> Option<Asked> {
         self.service.lock().asked.get(&(key.to_owned(), operation)).cloned()
     }
@@ -277,14 +277,14 @@ impl Drop for S3Server {
     }
 }
 
-/// `s3s-fs` as it is published: a server whose `If-None-Match: *` refuses in sequence and lets several racing puts win.
+/// The published `s3s-fs`: a server whose `If-None-Match: *` refuses in sequence but lets several racing puts win.
 pub struct NonAtomicS3 {
     address: SocketAddr,
     runtime: Option<tokio::runtime::Runtime>,
 }
 
 impl NonAtomicS3 {
-    /// Serves `root`, with the bucket made.
+    /// Serves `root`, with its bucket.
     pub fn start(root: &std::path::Path) -> Self {
         std::fs::create_dir_all(root.join(BUCKET)).expect("folder of the bucket");
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -327,7 +327,7 @@ async fn serve(service: s3s::service::S3Service) -> SocketAddr {
     address
 }
 
-/// The environment with which a client finds a server at `endpoint` and is let in.
+/// The environment with which a client finds a server at `endpoint` and has its keys.
 pub fn client_env(endpoint: &str) -> Vec<(&'static str, String)> {
     vec![
         ("AWS_ENDPOINT_URL", endpoint.to_owned()),
@@ -452,7 +452,7 @@ impl S3 for Service {
         let if_none_match = if_none_match.filter(|_| rules.create_once != CreateOnce::Ignored);
         if rules.create_once == CreateOnce::Racy && if_none_match.is_some() {
             self.lock().check_conditions(&key, if_none_match.as_ref(), if_match.as_ref())?;
-            // The gap between look and write, wide enough that racing puts fall into it.
+            // The gap between check and write, wide enough for racing puts.
             tokio::time::sleep(Duration::from_millis(30)).await;
         }
         let mut table = self.lock();
@@ -527,7 +527,7 @@ impl S3 for Service {
         }))
     }
 
-    /// Within the bucket. The product never copies; a client in the benchmarks that renames does.
+    /// A copy within the bucket. The product never copies; a client in the benchmarks does, to rename.
     async fn copy_object(&self, req: S3Request<CopyObjectInput>) -> S3Result<S3Response<CopyObjectOutput>> {
         self.enter("CopyObject", &req.input.bucket, true)?;
         let CopySource::Bucket { bucket, key, .. } = &req.input.copy_source else {
@@ -767,8 +767,8 @@ impl S3 for Service {
             return Err(s3_error!(AccessDenied, "not these"));
         }
         let prefix = req.input.prefix.clone().unwrap_or_default();
-        // Sorted by key, then by id; behind the markers; S3 gives up to 1,000, this server two, so that clients turn
-        // pages.
+        // Sorted by key, then by id; behind the markers. S3 returns up to 1,000 a page, this server two, so that
+        // clients turn pages.
         let after = (req.input.key_marker.unwrap_or_default(), req.input.upload_id_marker.unwrap_or_default());
         let table = self.lock();
         let mut found: Vec<(String, String, SystemTime)> = table

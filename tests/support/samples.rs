@@ -1,8 +1,8 @@
-//! One value of everything that is stored, made by hand: what the fixtures of stored formats hold, and what the tests
-//! of the protocol are made from.
+//! One hand-made value of everything that is stored: the content of the fixtures of stored formats, and the material of
+//! the protocol's tests.
 //!
-//! A field that is added to a stored type gets here the value that reading an older object gives it: that is the
-//! promise that the fixtures hold.
+//! A field that is added to a stored type gets here the value that it has when an older object is read: this is the
+//! promise of the fixtures.
 
 use std::time::Duration;
 

@@ -1,8 +1,8 @@
-//! The built binary as a child process: started with a clean environment, watched line by line, killed with all it
-//! started.
+//! The built binary as a child process: started with a clean environment, observed line by line, killed with all its
+//! descendants.
 //!
 //! Nothing here sleeps to let time pass: a test waits for an event on stdout, for a process state in /proc, or for the
-//! exit, and each wait has a generous limit after which it fails with everything that the process has said.
+//! exit, and each wait has a generous limit, after which it fails with the whole output of the process.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,17 +17,17 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// How long a test waits for anything before it fails; far beyond what any of these runs takes, so that a loaded
-/// machine does not turn it into a timing test.
+/// The limit of every wait in a test; far beyond the duration of any of these runs, so that a loaded machine does not
+/// turn it into a timing test.
 pub const LIMIT: Duration = Duration::from_secs(180);
 
-/// Marks every process that descends from one [`Trainer`], through re-parenting too.
+/// Marks every process that descends from one [`Trainer`], even after re-parenting.
 const MARK: &str = "TRAINER_TEST_MARK";
 
 /// One object of `--json` output.
 #[derive(Clone, Debug)]
 pub struct Event {
-    /// The line as it was written: losses are compared by their text.
+    /// The line as written: losses are compared by their text.
     pub line: String,
     /// The line, parsed.
     pub value: Value,
@@ -38,7 +38,7 @@ impl Event {
     pub fn kind(&self) -> &str {
         self.value["event"].as_str().unwrap_or_default()
     }
-    /// Its step, where it has one.
+    /// Its step, if it has one.
     pub fn step(&self) -> Option<u64> {
         self.value["step"].as_u64()
     }
@@ -58,7 +58,7 @@ struct Heard {
     events: Vec<Event>,
     stdout: String,
     stderr: String,
-    /// Lines of stdout that are not JSON, when `--json` was asked for.
+    /// Lines of stdout that are not JSON, although `--json` was given.
     not_json: Vec<String>,
     closed: bool,
 }
@@ -78,7 +78,7 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// `trainer` with these arguments, in `dir`, with nothing of the caller's environment that could reach it.
+    /// `trainer` with these arguments, in `dir`, isolated from the caller's environment.
     pub fn new(dir: &Path, arguments: &[&str]) -> Self {
         static SERIAL: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
         let mark = format!("{}-{}", std::process::id(), SERIAL.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
@@ -93,20 +93,20 @@ impl Trainer {
                 command.env_remove(&name);
             }
         }
-        // A test machine may be a cloud machine: its metadata service is nobody's business here.
+        // A test machine may be a cloud machine, whose metadata service must not be used here.
         command.env("AWS_EC2_METADATA_DISABLED", "true").env("NO_GCE_CHECK", "true");
         command.env("TRAINER_AZURE_METADATA_ENDPOINT", "off").env("NO_COLOR", "1").env(MARK, &mark);
         // A build for CPUs is tested on machines with GPUs, too.
         if !cfg!(torch_cuda) && Path::new("/dev/nvidia0").exists() {
             command.env("TRAINER_GPU", "none");
         }
-        // What it would keep in the user's cache belongs to this test.
+        // Data that it would keep in the user's cache belongs to this test.
         command.env("XDG_CACHE_HOME", dir.join("cache"));
-        // So do keys and regions of the user's profiles.
+        // The same holds for keys and regions of the user's profiles.
         command.env("AWS_CONFIG_FILE", "/no/such/file").env("AWS_SHARED_CREDENTIALS_FILE", "/no/such/file");
         Self { command, json: false, mark, shown: arguments.join(" ") }
     }
-    /// Has another program start it, which must become it: `nsenter`, `setpriv`.
+    /// Another program starts it and then becomes it: `nsenter`, `setpriv`.
     pub fn within(mut self, program: &[&str]) -> Self {
         let mut command = Command::new(program[0]);
         command.args(&program[1..]).arg(self.command.get_program()).args(self.command.get_args());
@@ -129,7 +129,7 @@ impl Trainer {
         self.shown = format!("{} {}", self.shown, arguments.join(" "));
         self
     }
-    /// Asks for `--json`: each line of stdout must then be one JSON object.
+    /// Adds `--json`: each line of stdout must then be one JSON object.
     pub fn json(mut self) -> Self {
         self.json = true;
         self.args(&["--json"])
@@ -139,7 +139,7 @@ impl Trainer {
         self.command.envs(variables.iter().map(|(name, value)| (*name, value)));
         self
     }
-    /// Starts it by another program, which sets something up and then becomes it: `prlimit`, `unshare`.
+    /// Another program, which sets something up, starts it and then becomes it: `prlimit`, `unshare`.
     pub fn under(mut self, wrapper: &[&str]) -> Self {
         let mut command = Command::new(wrapper[0]);
         command.args(&wrapper[1..]).arg(self.command.get_program()).args(self.command.get_args());
@@ -159,13 +159,13 @@ impl Trainer {
         self.command.env("TRAINER_FAULTS", text);
         self
     }
-    /// Lets the run finish `step` steps of this life, no more, until [`Running::let_go`]: a test that looks at a run in
-    /// its midst is not in a race with its end. What is saved after an earlier step is committed meanwhile. A later
-    /// life of the same process is held there, too, if it has so many steps left.
+    /// Lets the run finish `step` steps of this life and no more until [`Running::let_go`], so that a test in the
+    /// middle of a run does not race with its end. Saves of earlier steps are committed meanwhile. A later life of the
+    /// same process is held there, too, if it has that many steps left.
     pub fn hold_after(self, steps: u64) -> Self {
         self.faults(&format!("worker.step=stop@rank=0@hit={}", steps + 1))
     }
-    /// Gives it another standard output, to which nobody here listens.
+    /// Gives it another standard output, which no reader here reads.
     pub fn stdout(mut self, to: impl Into<Stdio>) -> Self {
         self.command.stdout(to);
         self
@@ -175,18 +175,18 @@ impl Trainer {
         self.command.stderr(to);
         self
     }
-    /// Lets a shell start it, after `before`, with these redirections.
+    /// A shell starts it, after `before`, with these redirections.
     pub fn through_shell(mut self, before: &str, redirections: &str) -> Self {
         let script = format!("{before} exec \"$0\" \"$@\" {redirections}");
         self.shown = format!("{} {redirections}", self.shown);
         self.through("bash", &["-c", &script])
     }
-    /// Lets it be the first process of a namespace of its own, as in a container; in another namespace of users, so
-    /// that nobody need be root.
+    /// It becomes the first process of a separate namespace, as in a container; the namespace of users is separate,
+    /// too, so that the tests need not be root.
     pub fn in_a_container(self) -> Self {
         self.through("unshare", &["--user", "--map-root-user", "--pid", "--fork", "--kill-child"])
     }
-    /// Lets another program start it.
+    /// Another program starts it.
     fn through(self, program: &str, arguments: &[&str]) -> Self {
         let mut shell = Command::new(program);
         shell.args(arguments);
@@ -240,7 +240,7 @@ fn listen(mut reader: impl BufRead, json: bool, ear: &Ear) {
             let text = line.trim_end();
             match serde_json::from_str(text) {
                 Ok(value) => heard.events.push(Event { line: text.to_owned(), value }),
-                // A killed process may leave half a line behind; a whole line must be an object.
+                // A killed process may leave half a line; a whole line must be an object.
                 Err(_) if line.ends_with('\n') => heard.not_json.push(text.to_owned()),
                 Err(_) => {}
             }
@@ -256,7 +256,7 @@ fn listen(mut reader: impl BufRead, json: bool, ear: &Ear) {
 /// The state of a process: `R`, `S`, `T` for stopped, `Z`, ….
 fn state(pid: Pid) -> Option<char> {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
-    // The name in parentheses may hold anything: the state stands behind the last one (proc(5)).
+    // The name in parentheses may contain anything: the state follows the last one (proc(5)).
     stat.rsplit_once(") ")?.1.chars().next()
 }
 
@@ -272,7 +272,7 @@ pub struct Running {
 }
 
 impl Running {
-    /// Waits for the first event, from the start of the process on, that fits; fails if the process ends before.
+    /// Waits for the first event since the start of the process that fits; fails if the process ends first.
     #[track_caller]
     pub fn wait_for(&self, what: &str, mut fits: impl FnMut(&Event) -> bool) -> Event {
         let deadline = Instant::now() + LIMIT;
@@ -298,8 +298,8 @@ impl Running {
     pub fn wait_for_step(&self, kind: &str, step: u64) -> Event {
         self.wait_for(&format!("{kind} event of step {step}"), |event| event.is(kind, step))
     }
-    /// Waits for the first event from number `seen` on that fits, and moves `seen` behind it; `None` when the process
-    /// ends before, or [`LIMIT`] passes.
+    /// Waits for the first event from number `seen` on that fits, and moves `seen` behind it; `None`: the process ends
+    /// first, or [`LIMIT`] passes.
     pub fn next(&self, seen: &mut usize, mut fits: impl FnMut(&Event) -> bool) -> Option<Event> {
         let deadline = Instant::now() + LIMIT;
         let mut heard = hear(&self.ear);
@@ -317,7 +317,7 @@ impl Running {
             heard = self.ear.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
-    /// Waits until the run is where [`Trainer::hold_after`] holds it.
+    /// Waits until the run is held at the step of [`Trainer::hold_after`].
     #[track_caller]
     pub fn held(&self) -> Pid {
         let mut held = None;
@@ -327,12 +327,12 @@ impl Running {
         });
         held.expect("waited for")
     }
-    /// Lets a run go on that [`Trainer::hold_after`] holds.
+    /// Releases a run that [`Trainer::hold_after`] holds.
     #[track_caller]
     pub fn let_go(&self) {
         kill_process(self.held(), Signal::CONT).expect("let a worker go on");
     }
-    /// Whether anything stands on standard output.
+    /// Whether there is any output on standard output.
     pub fn has_said_anything(&self) -> bool {
         !hear(&self.ear).stdout.is_empty()
     }
@@ -340,7 +340,7 @@ impl Running {
     pub fn pid(&self) -> Pid {
         self.pid
     }
-    /// Waits until SIGSTOP has stopped the agent; `false` when it ends before.
+    /// Waits until SIGSTOP has stopped the agent; `false`: it ended first.
     pub fn stopped(&self) -> bool {
         let deadline = Instant::now() + LIMIT;
         while Instant::now() < deadline {
@@ -352,7 +352,7 @@ impl Running {
         }
         false
     }
-    /// Waits until stderr says this.
+    /// Waits until this text is on stderr.
     #[track_caller]
     pub fn wait_until_said(&self, text: &str) {
         let deadline = Instant::now() + LIMIT;
@@ -363,21 +363,21 @@ impl Running {
             }
             let over = heard.closed || Instant::now() > deadline;
             assert!(!over, "trainer did not say {text:?}\n{}", story(&self.shown, &heard));
-            // Lines of stderr ring no bell.
+            // Lines on stderr send no signal.
             drop(heard);
             std::thread::sleep(Duration::from_millis(5));
         }
     }
     /// Sends the agent a signal.
     pub fn signal(&self, signal: Signal) {
-        // The error is that it has gone already, and then the test finds out from its exit code.
+        // An error means that it has already gone; then the test learns the reason from its exit code.
         let _ = kill_process(self.pid, signal);
     }
     /// Events of this kind so far.
     pub fn events(&self, kind: &str) -> Vec<Event> {
         hear(&self.ear).events.iter().filter(|event| event.kind() == kind).cloned().collect()
     }
-    /// Waits for something outside of the process; fails if the process ends before, or [`LIMIT`] passes.
+    /// Waits for a condition outside of the process; fails if the process ends first, or [`LIMIT`] passes.
     #[track_caller]
     pub fn wait_until(&self, what: &str, mut holds: impl FnMut() -> bool) {
         let deadline = Instant::now() + LIMIT;
@@ -403,7 +403,7 @@ impl Running {
     pub fn workers(&self) -> Vec<Pid> {
         marked(&self.mark).into_iter().filter(|pid| *pid != self.pid).collect()
     }
-    /// SIGKILL to the agent and to every process it started, all at once, as when a machine is switched off.
+    /// SIGKILL to the agent and to all its descendants at once, like switching the machine off.
     pub fn power_off(mut self) -> Finished {
         let workers = self.workers();
         self.signal(Signal::KILL);
@@ -412,7 +412,7 @@ impl Running {
         }
         self.end()
     }
-    /// Waits until no process descends from it any more; `false` when that lasts longer than `limit`.
+    /// Waits until it has no descendants any more; `false`: that takes longer than `limit`.
     pub fn childless_within(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         while !self.workers().is_empty() {
@@ -443,7 +443,8 @@ impl Running {
             }
         };
         self.status = Some(status);
-        // A child that outlives the agent may hold the pipes open: don't wait for its end of them, only for the lines.
+        // A child that outlives the agent may hold the pipes open: wait only for the lines, not for the end of the
+        // pipes.
         let alone = self.childless_within(Duration::from_secs(30));
         if alone {
             for thread in self.threads.drain(..) {
@@ -475,14 +476,14 @@ impl Drop for Running {
     }
 }
 
-/// Kills every process that descends from a [`Trainer`] of this process: for a campaign that is interrupted itself.
+/// Kills every process that descends from a [`Trainer`] of this process: for a campaign that is interrupted.
 pub fn kill_all_of_this_process() {
     for pid in carrying(|item| item.starts_with(format!("{MARK}={}-", std::process::id()).as_bytes())) {
         let _ = kill_process(pid, Signal::KILL);
     }
 }
 
-/// Living processes whose environment carries the mark.
+/// Living processes whose environment has the mark.
 fn marked(mark: &str) -> Vec<Pid> {
     let wanted = format!("{MARK}={mark}");
     carrying(|item| item == wanted.as_bytes())
@@ -512,7 +513,7 @@ fn story(shown: &str, heard: &Heard) -> String {
 #[derive(Clone, Debug)]
 pub struct Finished {
     status: ExitStatus,
-    /// What `--json` said, in order.
+    /// The events of `--json`, in order.
     pub events: Vec<Event>,
     /// All of stdout.
     pub stdout: String,
@@ -524,7 +525,7 @@ pub struct Finished {
 }
 
 impl Finished {
-    /// The exit code; `None` when a signal ended it.
+    /// The exit code; `None`: a signal ended it.
     pub fn code(&self) -> Option<i32> {
         self.status.code()
     }
@@ -537,7 +538,7 @@ impl Finished {
         use std::os::unix::process::ExitStatusExt;
         self.status.signal() == Some(Signal::KILL.as_raw())
     }
-    /// Whether processes that it started were still there half a minute after its end.
+    /// Whether its descendants were still there half a minute after its end.
     pub fn left_processes(&self) -> bool {
         !self.alone
     }
@@ -545,7 +546,7 @@ impl Finished {
     pub fn not_json(&self) -> &[String] {
         &self.not_json
     }
-    /// Everything that it said, for a failure message.
+    /// Its whole output, for a failure message.
     pub fn story(&self) -> String {
         let heard = Heard { stdout: self.stdout.clone(), stderr: self.stderr.clone(), ..Heard::default() };
         format!("{}\n--- {}", story(&self.shown, &heard), self.status)
@@ -557,7 +558,7 @@ impl Finished {
         assert!(self.not_json.is_empty(), "stdout is data, but has {:?}\n{}", self.not_json, self.story());
         self
     }
-    /// Demands that stderr says all of this.
+    /// Demands that stderr contains all of these.
     #[track_caller]
     pub fn expect_said(self, parts: &[&str]) -> Self {
         for part in parts {
@@ -594,8 +595,7 @@ impl Finished {
 /// Each step's loss, digit by digit as written.
 pub type Losses = BTreeMap<u64, String>;
 
-/// The losses of several lives of a run laid over one another. A step that was done twice must have had the same loss,
-/// to the last digit, both times.
+/// The losses of several lives of a run, merged. A repeated step must have had the same loss, to the last digit.
 #[track_caller]
 pub fn losses(lives: &[&Finished]) -> Losses {
     let mut all = Losses::new();

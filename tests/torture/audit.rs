@@ -1,8 +1,8 @@
-//! What must hold of a run's store, read from outside, with none of the product's own readers.
+//! The promises about a run's store, checked from outside, without the product's own readers.
 //!
-//! Records are plain JSON here, checksums are computed by the few lines at the foot. What one audit has seen is
-//! remembered: the next one demands that no record has changed or gone, and every state that any run of the campaign
-//! has ever stored for a step must be the same bytes.
+//! Records are plain JSON here, and the few lines at the foot compute checksums. The auditor remembers each audit: the
+//! next one demands that no record has changed or disappeared, and that all runs of the campaign store the same bytes
+//! for the state after a step.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,14 +13,14 @@ use serde_json::Value;
 
 use crate::support::lab::Lab;
 
-/// What was broken.
+/// The broken promise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Promise {
-    /// A checkpoint that was committed is not there any more, or not whole.
+    /// A committed checkpoint is missing, or not whole.
     LostCheckpoint,
-    /// A life went on from another state than the newest checkpoint's.
+    /// A life continued from another state than the newest checkpoint's.
     DamagedResume,
-    /// Two writers committed, or one twice.
+    /// Two writers committed, or one committed twice.
     DoubleCommit,
     /// Anything else.
     Other,
@@ -29,23 +29,23 @@ pub enum Promise {
 /// A broken promise.
 #[derive(Clone, Debug)]
 pub struct Violation {
-    /// Which.
+    /// Its kind.
     pub promise: Promise,
-    /// How, for a person.
+    /// Its description, for a person.
     pub how: String,
 }
 
 impl std::fmt::Display for Violation {
-    /// Its first line: what the processes said stands in the story that is kept.
+    /// Its first line: the output of the processes is in the stored story.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:?}: {}", self.promise, self.how.lines().next().unwrap_or_default())
     }
 }
 
-/// What checks return.
+/// The result of a check.
 pub type Checked<T = ()> = Result<T, Violation>;
 
-/// A violation, unless it holds.
+/// A violation, unless the condition holds.
 pub fn demand(holds: bool, promise: Promise, how: impl FnOnce() -> String) -> Checked {
     if holds { Ok(()) } else { Err(Violation { promise, how: how() }) }
 }
@@ -62,14 +62,14 @@ pub struct Formed {
     pub resume: Option<Place>,
 }
 
-/// A run as its journal tells it.
+/// A run according to its journal.
 #[derive(Clone, Debug, Default)]
 pub struct View {
     /// Generations, in order.
     pub formed: Vec<Formed>,
     /// Every checkpoint ever committed, in order.
     pub committed: Vec<Place>,
-    /// Those that stand: key of the manifest, and its checksum.
+    /// The remaining ones: key of the manifest, and its checksum.
     pub standing: BTreeMap<Place, (String, String)>,
     /// The step of the `completed` record.
     pub completed: Option<u64>,
@@ -99,17 +99,17 @@ impl View {
 /// Name, size and checksum of every file of a checkpoint.
 type State = Vec<(String, u64, String)>;
 
-/// The state after each step on each number of ranks, as it was first seen, by whatever run.
+/// The state after each step on each number of ranks, as first seen in any run.
 static STATES: Mutex<BTreeMap<(u32, u64), State>> = Mutex::new(BTreeMap::new());
 
-/// Looks at one run again and again.
+/// Checks one run again and again.
 #[derive(Debug, Default)]
 pub struct Auditor {
     journal: Vec<Vec<u8>>,
 }
 
 impl Auditor {
-    /// Reads the whole store of a run on which nobody is at work.
+    /// Reads the whole store of a run on which no agent is at work.
     pub fn audit(&mut self, lab: &Lab, run: &str, ranks: u32) -> Checked<View> {
         let keys: BTreeSet<String> = lab.keys(run, "").into_iter().collect();
         let view = self.read_journal(lab, run, &keys, ranks)?;
@@ -165,7 +165,7 @@ impl View {
             format!("journal record {number} prunes {place:?}, which the newest generation resumed from")
         })?;
         demand(self.standing.remove(&place).is_some(), Promise::LostCheckpoint, || {
-            format!("journal record {number} prunes {place:?}, which does not stand")
+            format!("journal record {number} prunes {place:?}, which does not exist")
         })
     }
 
@@ -195,7 +195,7 @@ impl View {
             }
             _ => {}
         }
-        // Everything else is said by the holder of the newest generation.
+        // All other records come from the holder of the newest generation.
         demand(node == self.holder, Promise::DoubleCommit, || {
             format!("journal record {number} is of node {node}, which {} had fenced: {record}", self.holder)
         })?;
@@ -222,7 +222,7 @@ impl View {
                     self.prune(number, place.ok_or_else(|| other(format!("is {record}")))?)?;
                 }
             }
-            // Nothing here damages what is stored.
+            // These tests never damage stored objects.
             "damaged" => {
                 return demand(false, Promise::LostCheckpoint, || format!("a checkpoint was given up: {record}"));
             }
@@ -281,7 +281,7 @@ fn whole_checkpoint(
         }
         state.push((name.to_owned(), found.0, found.1));
     }
-    // What a restore takes, whatever the manifest says of itself.
+    // The layout that a restore expects, whatever the manifest says about itself.
     for part in ["model-", "optimizer-", "trainer_state.json"] {
         if !state.iter().any(|(name, ..)| name.starts_with(part)) {
             return Err(lost(format!("its manifest names no {part}")));

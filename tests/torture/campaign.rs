@@ -1,9 +1,9 @@
 //! Many scenarios, several at once, until enough has been killed or the time is over.
 //!
 //! Driven by environment variables, which `scripts/torture` sets: `TORTURE_KILLS`, `TORTURE_MINUTES`, `TORTURE_SEED`,
-//! `TORTURE_JOBS`, `TORTURE_REPLAY`. The campaign's seed gives the scenarios' seeds; each is printed and can be given
-//! back. The first broken promise ends it, and its run's folder is kept. A campaign that is interrupted ends what it
-//! started.
+//! `TORTURE_JOBS`, `TORTURE_REPLAY`. The campaign's seed gives the scenarios' seeds; each is printed and can be
+//! replayed. The first broken promise ends the campaign and keeps its run's folder. An interrupted campaign ends the
+//! processes that it started.
 
 use std::{
     collections::BTreeMap,
@@ -25,14 +25,14 @@ use super::{
 };
 use crate::support::trainer::kill_all_of_this_process;
 
-/// How far a campaign goes.
+/// The extent of a campaign.
 #[derive(Clone, Debug)]
 pub struct Bounds {
-    /// It ends when so many have been killed,
+    /// It ends once this many have been killed,
     pub kills: u64,
-    /// or so much time has passed.
+    /// or after this time.
     pub time: Duration,
-    /// What the scenarios follow from.
+    /// The seed of all scenarios.
     pub seed: u64,
     /// Scenarios at once.
     pub jobs: u64,
@@ -41,7 +41,7 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// As the environment says.
+    /// From the environment.
     pub fn of_environment() -> Self {
         let number = |name: &str| {
             let text = std::env::var(name).ok().filter(|text| !text.is_empty())?;
@@ -60,8 +60,7 @@ impl Bounds {
     }
 }
 
-/// Plays one scenario. What a part of the harness panics with is a violation, too: a process that did not end, most
-/// likely.
+/// Plays one scenario. A panic of the harness is a violation, too: most likely a process did not end.
 pub fn play(scenario: &Scenario, go_on: &dyn Fn() -> bool) -> (Tally, Result<(), (Violation, PathBuf)>) {
     let mut stage = Stage::new(scenario);
     let result = catch_unwind(AssertUnwindSafe(|| stage.play(go_on))).unwrap_or_else(|panic| {
@@ -84,7 +83,7 @@ struct Shared {
     violations: BTreeMap<Promise, u64>,
 }
 
-/// Runs a campaign; says whether every promise was kept.
+/// Runs a campaign; returns whether every promise was kept.
 pub fn run(bounds: &Bounds) -> bool {
     let begun = Instant::now();
     end_with_this_process();
@@ -163,7 +162,7 @@ fn end_with_this_process() {
             let [interrupt, terminate, hangup] = &mut heard;
             tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {}, _ = hangup.recv() => {} }
         });
-        // Twice: a thread of the campaign may just be starting one.
+        // Twice, since a thread of the campaign may just be starting a process.
         kill_all_of_this_process();
         kill_all_of_this_process();
         std::process::exit(130);

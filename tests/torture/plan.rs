@@ -1,8 +1,8 @@
-//! What is done to one run: a pure function of a seed.
+//! The disturbances of one run: a pure function of a seed.
 //!
 //! A scenario is a store, a number of ranks, a cadence, and a list of lives; each life is disturbed in one way, and on
-//! S3 some have bad weather besides. A moment is named by what the process has said by then and a short delay: where
-//! exactly a signal strikes is up to the machine, and nothing that is checked afterwards depends on it.
+//! S3 some also have bad weather. A moment is named by an event of the process and a short delay. Where exactly a
+//! signal strikes depends on the machine, and no later check depends on it.
 
 use std::{fmt, time::Duration};
 
@@ -12,7 +12,7 @@ use crate::support::proxy::{Fault, Hang, Lands, Often, Rule};
 /// Optimizer steps of a run.
 pub const STEPS: u64 = 300;
 
-/// Which process a crash point stands in.
+/// The process that a crash point is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Process {
     /// The agent.
@@ -26,13 +26,13 @@ pub enum Process {
 pub struct Point {
     /// Its name in `TRAINER_FAULTS`.
     pub name: &'static str,
-    /// Who dies of it.
+    /// The process that dies of it.
     pub of: Process,
-    /// How often a life of some dozen steps surely passes it.
+    /// How often a life of some dozen steps certainly passes it.
     pub hits: u64,
 }
 
-/// Every crash point that there is: a test holds this table against the source.
+/// All crash points: a test compares this table with the source.
 pub const POINTS: &[Point] = &[
     Point { name: "journal.before-append", of: Process::Agent, hits: 5 },
     Point { name: "journal.after-append", of: Process::Agent, hits: 5 },
@@ -44,14 +44,14 @@ pub const POINTS: &[Point] = &[
     Point { name: "worker.step", of: Process::Worker, hits: 20 },
 ];
 
-/// When: a while after the n-th event of a kind, counted from the last death; without a kind, after the start.
+/// A moment: some time after the n-th event of a kind, counted from the last death; without a kind, after the start.
 #[derive(Clone, Copy, Debug)]
 pub struct Moment {
     /// The event's kind.
     pub kind: Option<&'static str>,
-    /// Which one, from 1.
+    /// The number of the event, from 1.
     pub nth: u32,
-    /// The while.
+    /// The delay.
     pub delay: Duration,
 }
 
@@ -83,7 +83,7 @@ impl Moment {
     }
 }
 
-/// What happens at a crash point.
+/// The effect of a crash point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// SIGKILL to itself.
@@ -94,21 +94,21 @@ pub enum Action {
     Error,
 }
 
-/// What a machine that garbles garbles: see `fixtures/garble/garble.c`.
+/// The reads that a garbling machine garbles: see `fixtures/garble/garble.c`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Garbling {
-    /// What the threads of a restore read.
+    /// Reads by the threads of a restore.
     Bulk,
-    /// What comes into the memory of a snapshot slot.
+    /// Bytes that arrive in the memory of a snapshot slot.
     Slot,
-    /// Every reading, each time otherwise.
+    /// Every read, each time differently.
     Disk,
-    /// Every reading, always in the same way.
+    /// Every read, always in the same way.
     All,
 }
 
 impl Garbling {
-    /// All of them; over a network only the second can be had.
+    /// All of them; over a network only the second is available.
     pub const EVERY: [Self; 4] = [Self::Slot, Self::Bulk, Self::Disk, Self::All];
     /// Its name.
     pub const fn name(self) -> &'static str {
@@ -121,85 +121,85 @@ impl Garbling {
     }
 }
 
-/// What disturbs one life.
+/// The disturbance of one life.
 #[derive(Clone, Debug)]
 pub enum Disturbance {
-    /// Nothing but the weather.
+    /// Only the weather.
     Nothing,
     /// SIGKILL to the agent.
     Agent(Moment),
     /// SIGKILL to the agent and every worker.
     Both(Moment),
-    /// SIGKILL to a worker (by its place among those there are), several times in one life.
+    /// SIGKILL to a worker (by its place among the living ones), several times in one life.
     Workers(Vec<(Moment, u64)>),
     /// A crash point.
     Point {
-        /// Which.
+        /// The crash point.
         point: &'static Point,
-        /// What happens there.
+        /// Its effect.
         action: Action,
-        /// The n-th time that it is passed.
+        /// It strikes the n-th time that it is passed.
         hit: u64,
     },
     /// SIGTERM, then perhaps SIGKILL.
     Terminate {
-        /// When.
+        /// The moment.
         at: Moment,
-        /// SIGKILL so much later.
+        /// SIGKILL after this time.
         kill_after: Option<Duration>,
     },
-    /// SIGSTOP, then SIGCONT, with nobody else about.
+    /// SIGSTOP, then SIGCONT, without another agent.
     Nap {
-        /// When.
+        /// The moment.
         at: Moment,
-        /// The workers, too.
+        /// Whether the workers are stopped, too.
         whole: bool,
-        /// For how long.
+        /// The duration.
         time: Duration,
     },
     /// SIGSTOP; another agent takes over; SIGCONT.
     Overtaken {
-        /// When.
+        /// The moment.
         at: Moment,
         /// The workers are stopped, too.
         whole: bool,
-        /// The other agent is killed then.
+        /// When the other agent is killed.
         kill_heir: Option<Moment>,
     },
     /// An agent falls asleep at a crash point; another takes over and is killed; the first wakes.
     Asleep {
-        /// Where.
+        /// The crash point.
         point: &'static Point,
-        /// The n-th time that it is passed.
+        /// It strikes the n-th time that it is passed.
         hit: u64,
-        /// The other agent is killed then.
+        /// When the other agent is killed.
         kill_heir: Moment,
     },
     /// Two agents at once.
     Rivals {
-        /// The second starts so much later.
+        /// The second starts after this time.
         lag: Duration,
-        /// The first (`false`) or the second is killed then.
+        /// When the first (`false`) or the second is killed.
         kill: Option<(bool, Moment)>,
     },
-    /// The machine garbles what it reads of checkpoints.
+    /// The machine garbles its reads of checkpoints.
     Garbled(Garbling),
-    /// The store's disk is unmounted; only a folder lies on one.
+    /// The store's disk is unmounted; only a folder is on a disk.
     Unmounted(Moment),
 }
 
-/// What the store is like for a while.
+/// The behaviour of the store for some time.
 #[derive(Clone, Debug, Default)]
 pub struct Weather {
-    /// What breaks.
+    /// The requests that break.
     pub rules: Vec<Rule>,
-    /// What hangs.
+    /// The requests that hang.
     pub hangs: Vec<Hang>,
     /// Before each request.
     pub latency: Duration,
 }
 
-/// How many kinds of weather there are.
+/// The number of kinds of weather.
 pub const KINDS: u64 = 11;
 
 /// Single requests that hang for seconds: of every kind that a save, a restore or the end of a run waits for.
@@ -213,7 +213,7 @@ const WAITED_FOR: &[(&str, &str, &str)] = &[
     ("GET", "/journal/", ""),
     ("GET", "list-type=", ""),
 ];
-/// Those that hang for ever: nobody waits for them, whatever happens.
+/// Requests that hang forever: nothing waits for them.
 const HOUSEKEEPING: &[(&str, &str, &str)] = &[
     ("PUT", "/journal/", "\"kind\":\"pruned"),
     ("PUT", "/journal/", "\"kind\":\"notice\""),
@@ -221,11 +221,11 @@ const HOUSEKEEPING: &[(&str, &str, &str)] = &[
     ("POST", "?delete", ""),
 ];
 
-/// A heartbeat that hangs for ever would end in a run that is taken over.
+/// A heartbeat that hangs forever would end in another agent's take-over.
 const HEARTBEAT: (&str, &str, &str) = ("PUT", "/nodes/", "");
 
 impl Weather {
-    /// One request of each kind hangs for so long, and housekeeping for ever.
+    /// One request of each kind hangs for some seconds, and housekeeping forever.
     pub fn of_stalls(time: Duration) -> Self {
         let of = |&(method, target, body): &(&'static str, &'static str, &'static str)| Hang::all(method, target, body);
         let once = WAITED_FOR.iter().chain([&HEARTBEAT]).map(|kind| Hang { times: 1, time, ..of(kind) });
@@ -249,11 +249,11 @@ impl Weather {
 }
 
 impl Weather {
-    /// Whether readers are told of an earlier time.
+    /// Whether readers see an earlier state.
     pub fn is_stale(&self) -> bool {
         self.rules.iter().any(|rule| matches!(rule.fault, Fault::Stale))
     }
-    /// One fault by its place in a list of all kinds.
+    /// One fault by its place in the list of all kinds.
     pub fn of_kind(kind: u64, random: &mut Random) -> Self {
         if kind % KINDS == 10 {
             return Self::of_a_stall(random);
@@ -261,7 +261,7 @@ impl Weather {
         let somewhere = |random: &mut Random, end| random.between(0, end) as usize;
         let (method, target, fault, often) = match kind % KINDS {
             0 => ("", "", Fault::SlowDown, Often::Percent(random.between(5, 25))),
-            // A storm: nothing gets through for a while.
+            // A storm: no request gets through for some time.
             1 => ("", "", Fault::SlowDown, Often::Next(random.between(5, 60) as u32)),
             2 => ("", "", Fault::Reset, Often::Percent(random.between(3, 15))),
             3 => {
@@ -270,9 +270,9 @@ impl Weather {
             }
             4 => ("GET", "", Fault::CutResponse(somewhere(random, 2_000)), Often::Percent(random.between(5, 15))),
             5 => {
-                // A body that is shorter stays whole.
+                // A shorter body stays whole.
                 let fault = Fault::FlipResponse(somewhere(random, 4_000));
-                // What is damaged on the way again and again can't be told from what is damaged where it lies.
+                // Repeated damage in transfer looks the same as damage in the store.
                 ("GET", "/checkpoints/", fault, Often::Next(random.between(1, 2) as u32))
             }
             6 => {
@@ -305,18 +305,18 @@ impl Weather {
 /// One start of an agent, to the end of all its processes.
 #[derive(Clone, Debug)]
 pub struct Life {
-    /// What disturbs it.
+    /// Its disturbance.
     pub disturbance: Disturbance,
-    /// SIGKILL to an agent that has survived that.
+    /// SIGKILL to an agent that has survived it.
     pub then: Option<Moment>,
     /// The store meanwhile; only S3 has weather.
     pub weather: Option<Weather>,
 }
 
-/// One run and what is done to it.
+/// One run and its disturbances.
 #[derive(Clone, Debug)]
 pub struct Scenario {
-    /// What all of it follows from.
+    /// The seed of all of it.
     pub seed: u64,
     /// The store: S3 through a proxy, or a folder.
     pub on_s3: bool,
@@ -340,7 +340,7 @@ impl Scenario {
             .map(|_| {
                 let weather = (on_s3 && random.percent(50)).then(|| Weather::draw(&mut random));
                 let disturbance = disturbance(&mut random, on_s3);
-                // A crash point may be some saves away.
+                // The crash point may come some saves later.
                 let far = matches!(disturbance, Disturbance::Point { .. });
                 let nth = random.between(1, 12) as u32 + if far { 60 } else { 0 };
                 let then = random.percent(90).then_some(Moment { kind: Some("step"), nth, delay: Duration::ZERO });

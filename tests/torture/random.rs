@@ -1,4 +1,4 @@
-//! Numbers that follow from a seed: SplitMix64 (Steele, Lea, Flood 2014).
+//! Numbers from a seed: SplitMix64 (Steele, Lea, Flood 2014).
 
 /// A stream of numbers.
 #[derive(Clone, Debug)]
@@ -21,7 +21,7 @@ impl Random {
     pub fn between(&mut self, from: u64, to: u64) -> u64 {
         from + self.next() % (to - from + 1)
     }
-    /// True so many times in a hundred.
+    /// True with this probability in percent.
     pub fn percent(&mut self, share: u64) -> bool {
         self.next() % 100 < share
     }

@@ -1,4 +1,4 @@
-//! One scenario, played: each life is started, disturbed, waited for, and held against everything that must be true.
+//! One scenario, played: each life is started, disturbed, waited for, and checked against all promises.
 
 use std::{collections::BTreeMap, fmt::Write as _, sync::OnceLock, time::Duration};
 
@@ -21,29 +21,29 @@ use crate::support::{
 /// The run's id.
 pub const RUN: &str = "run";
 
-/// What a run that nobody disturbs arrives at.
+/// The results of an undisturbed run.
 struct Reference {
     losses: Losses,
-    /// `model.safetensors` as it is exported.
+    /// `model.safetensors` as exported.
     model: Vec<u8>,
-    /// Every file of the last checkpoint that holds tensors.
+    /// Every file with tensors in the last checkpoint.
     tensors: BTreeMap<String, Vec<u8>>,
 }
 
-/// The undisturbed run on so many ranks, done once in a test process.
+/// The undisturbed run on this many ranks, done once in a test process.
 fn reference(ranks: u32) -> &'static Reference {
     static REFERENCES: [OnceLock<Reference>; 2] = [const { OnceLock::new() }; 2];
     REFERENCES[ranks as usize - 1].get_or_init(|| {
         let (lab, life) = undisturbed(ranks);
         let losses = losses(&[&life]);
         assert_eq!(losses.len() as u64, STEPS, "{}", life.story());
-        // The states of its checkpoints are what every other run's are held against.
+        // The states of its checkpoints are the reference for every other run.
         let view = Auditor::default().audit(&lab, RUN, ranks).expect("the undisturbed run is sound");
         Reference { losses, model: lab.export(RUN), tensors: tensors(&lab, &view) }
     })
 }
 
-/// A run that nobody has disturbed, and its one life.
+/// An undisturbed run, and its one life.
 pub fn undisturbed(ranks: u32) -> (Lab, Finished) {
     let lab = Lab::on_files_at_once();
     prepare(&lab, &Scenario { ranks, ..Scenario::of(0) });
@@ -107,12 +107,12 @@ backoff = "1ms"
     lab.write_config("torture.toml", &text);
 }
 
-/// The command that starts the run, or carries it on if it exists.
+/// The command that starts the run, or continues it if it exists.
 fn begin(lab: &Lab) -> Trainer {
     begin_in(lab, &lab.uri())
 }
 
-/// The same, with the run's store elsewhere.
+/// The same, with another place for the run's store.
 fn begin_in(lab: &Lab, store: &str) -> Trainer {
     if lab.keys(RUN, "journal/").iter().any(|key| key.ends_with("/00000000000000000000.json")) {
         lab.command(&["resume", "--run-id", RUN, "--store", store]).json()
@@ -121,7 +121,7 @@ fn begin_in(lab: &Lab, store: &str) -> Trainer {
     }
 }
 
-/// A started agent, and how much of what it says has been heard.
+/// A started agent, and the number of its events heard so far.
 struct Watched {
     running: Running,
     seen: usize,
@@ -131,7 +131,7 @@ impl Watched {
     fn start(command: Trainer) -> Self {
         Self { running: command.start(), seen: 0 }
     }
-    /// Waits for the moment; `false` when the process ends before.
+    /// Waits for the moment; `false`: the process ended first.
     fn wait(&mut self, moment: &Moment) -> bool {
         if let Some(kind) = moment.kind {
             for _ in 0..moment.nth {
@@ -140,7 +140,7 @@ impl Watched {
                 }
             }
         }
-        // Scatters the blow over what happens after the event; no check depends on where it strikes.
+        // Spreads the blows over the time after the event; no check depends on where they strike.
         std::thread::sleep(moment.delay);
         true
     }
@@ -153,7 +153,7 @@ impl Watched {
             let _ = kill_process(*pid, signal);
         }
     }
-    /// Kills one worker after the other, as long as there are some.
+    /// Kills one worker after the other, while there are any.
     fn lose_workers(&mut self, kills: &[(Moment, u64)]) {
         for (at, which) in kills {
             if !self.wait(at) {
@@ -168,7 +168,7 @@ impl Watched {
             }
         }
     }
-    /// Its end, and that of its workers: they may not outlive it.
+    /// Its end, and that of its workers, which must not outlive it.
     fn end(self) -> Checked<Finished> {
         let life = self.running.finish();
         demand(!life.left_processes(), Promise::Other, || format!("workers outlive their agent\n{}", life.story()))?;
@@ -176,22 +176,22 @@ impl Watched {
     }
 }
 
-/// A process that has ended, and what it may have said by its exit code.
+/// A process that has ended, and the output that its exit code allows.
 struct Ended {
     life: Finished,
     codes: &'static [i32],
-    /// SIGKILL was sent to it, or armed: what that counts as.
+    /// How the SIGKILL that it was sent, or armed for, is counted.
     killed: Option<&'static str>,
 }
 
-/// A scenario's place.
+/// The place of a scenario.
 pub struct Stage<'a> {
     scenario: &'a Scenario,
     lab: Lab,
     proxy: Option<FaultProxy>,
     auditor: Auditor,
     view: View,
-    /// What it came to so far.
+    /// The tally so far.
     pub tally: Tally,
     story: String,
 }
@@ -210,7 +210,7 @@ impl<'a> Stage<'a> {
         Self { scenario, lab, proxy, auditor, view: View::default(), tally: Tally::default(), story: String::new() }
     }
 
-    /// Plays it: its lives while `go_on` says so, then an undisturbed one, which must complete.
+    /// Plays it: its lives while `go_on` allows, then an undisturbed one, which must complete.
     pub fn play(&mut self, go_on: &dyn Fn() -> bool) -> Checked {
         let scenario = self.scenario;
         for life in &scenario.lives {
@@ -235,7 +235,7 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Leaves everything behind for a person to look at: the folder, the store, and what every process said.
+    /// Keeps everything for a person to look at: the folder, the store, and the output of every process.
     pub fn keep(self, to: &std::path::Path, violation: &Violation) {
         self.lab.keep(to);
         let text = format!("{:?}: {}\n\n{}\n{}", violation.promise, violation.how, self.scenario, self.story);
@@ -262,7 +262,7 @@ impl<'a> Stage<'a> {
         self.view = self.auditor.audit(&self.lab, RUN, self.scenario.ranks)?;
         for Ended { life: process, codes, killed } in &ended {
             self.tally.lives += 1;
-            // Told of an earlier time, a reader may find a record missing, or no run at all: it says so and changes
+            // A reader that sees an earlier state may find a record missing, or no run at all: it says so and changes
             // nothing.
             let stale = weather.is_some_and(super::plan::Weather::is_stale) && matches!(process.code(), Some(65 | 78));
             let unreachable = weather.is_some() && process.code() == Some(69);
@@ -273,12 +273,12 @@ impl<'a> Stage<'a> {
             demand(fits, Promise::Other, || {
                 format!("exit code {:?} is none of {codes:?} after: {}\n{}", process.code(), life, process.story())
             })?;
-            self.hold_against_the_journal(process)?;
+            self.check_against_the_journal(process)?;
             if matches!(life.disturbance, Disturbance::Garbled(_)) {
                 demand(
                     before.newest().is_none() || process.of_kind("step").is_empty(),
                     Promise::DamagedResume,
-                    || format!("went on from what it had garbled\n{}", process.story()),
+                    || format!("continued from garbled bytes\n{}", process.story()),
                 )?;
             }
             if process.code() == Some(79) {
@@ -289,12 +289,12 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Starts what the disturbance needs, and gives every process with the exit codes that it may have.
+    /// Starts the processes that the disturbance needs, each with its allowed exit codes.
     fn disturb(&mut self, life: &Life) -> Checked<Vec<Ended>> {
-        // 70 is for a group of workers that dies again and again: `hold_against_the_journal` makes sure of it.
+        // 70 means that a group of workers died again and again: `check_against_the_journal` makes sure of it.
         let (codes, killed): (&[i32], _) = match &life.disturbance {
             Disturbance::Overtaken { at, whole, kill_heir } => {
-                // Held half way, so that on a busy machine the run isn't over before it is stopped.
+                // Held half-way, so that on a busy machine the run isn't over before it is stopped.
                 let mut sleeper = Watched::start(begin(&self.lab).hold_after(STEPS / 2));
                 let workers = if sleeper.wait(at) { sleeper.all(*whole) } else { Vec::new() };
                 sleeper.signal(&workers, Signal::STOP);
@@ -348,7 +348,7 @@ impl<'a> Stage<'a> {
             }
             _ => {}
         }
-        // Whoever has survived is killed a while later, so that the run has steps left for the lives to come.
+        // A survivor is killed later, so that the run has steps left for the next lives.
         let struck = life.then.as_ref().is_some_and(|then| agent.wait(then));
         if struck {
             agent.signal(&[], Signal::KILL);
@@ -356,8 +356,8 @@ impl<'a> Stage<'a> {
         Ok(vec![Ended { life: agent.end()?, codes, killed: if struck { Some("agent") } else { killed } }])
     }
 
-    /// An agent that has fallen asleep, or will, while another takes the run over: when it wakes, it must leave and
-    /// commit nothing.
+    /// An agent falls asleep, or will, while another takes over the run. When it wakes, it must exit and commit
+    /// nothing.
     fn overtake(&mut self, sleeper: Watched, kill_heir: Option<&Moment>) -> Checked<Vec<Ended>> {
         if !sleeper.running.stopped() {
             return Ok(vec![Ended { life: sleeper.end()?, codes: &[0], killed: None }]);
@@ -367,7 +367,7 @@ impl<'a> Stage<'a> {
             heir.signal(&[], Signal::KILL);
         }
         let heir = heir.end()?;
-        // Nobody writes now: what stands is what the sleeper may not touch.
+        // No agent writes now: the sleeper must not touch this state.
         let taken = self.auditor.audit(&self.lab, RUN, self.scenario.ranks)?.generation();
         sleeper.signal(&sleeper.all(true), Signal::CONT);
         let sleeper = sleeper.end()?;
@@ -383,8 +383,8 @@ impl<'a> Stage<'a> {
         Ok(vec![Ended { life: heir, codes: heir_codes, killed }, Ended { life: sleeper, codes, killed: None }])
     }
 
-    /// The run's folder lies on a disk of its own, which is taken away by force: the agent must leave, and what it has
-    /// said to be durable must be on that disk.
+    /// The run's folder is on a separate disk, which is taken away by force. The agent must exit, and everything that
+    /// it reported as durable must be on that disk.
     fn unmount(&self, at: &Moment, then: Option<&Moment>) -> Checked<Vec<Ended>> {
         let (disk, place) = (self.lab.path("store"), self.lab.path("mounted"));
         for folder in [&disk, &place] {
@@ -403,13 +403,13 @@ impl<'a> Stage<'a> {
             agent.signal(&[], Signal::KILL);
         }
         let life = agent.end()?;
-        // Whoever had nothing to write any more has completed.
+        // An agent that had nothing left to write has completed.
         let codes: &[i32] = if gone { &[0, 69] } else { &[0] };
         let _ = std::fs::remove_dir_all(place);
         Ok(vec![Ended { life, codes, killed: struck.then_some("agent") }])
     }
 
-    /// Two agents at once: one may be killed, the others leave or complete.
+    /// Two agents at once: one may be killed, the others exit or complete.
     fn rival(&self, lag: Duration, kill: Option<&(bool, Moment)>) -> Checked<Vec<Ended>> {
         let mut first = Watched::start(begin(&self.lab));
         std::thread::sleep(lag);
@@ -422,9 +422,9 @@ impl<'a> Stage<'a> {
         }
         let (first, second) = (first.end()?, second.end()?);
         demand(kill.is_some() || first.code() != Some(79) || second.code() != Some(79), Promise::Other, || {
-            format!("of two agents none carried on\n{}\n{}", first.story(), second.story())
+            format!("neither of two agents continued\n{}\n{}", first.story(), second.story())
         })?;
-        // 64: two created the run at once, and one was refused.
+        // 64: both created the run at once, and one was refused.
         let codes: &[i32] = if self.view.generation() == 0 { &[0, 64, 79] } else { &[0, 79] };
         let killed = |second| kill.and_then(|(of_second, _)| (*of_second == second).then_some("agent"));
         Ok(vec![
@@ -433,8 +433,8 @@ impl<'a> Stage<'a> {
         ])
     }
 
-    /// Everything that a process said, against the undisturbed run and against the journal.
-    fn hold_against_the_journal(&self, process: &Finished) -> Checked {
+    /// Checks the whole output of a process against the undisturbed run and the journal.
+    fn check_against_the_journal(&self, process: &Finished) -> Checked {
         let reference = reference(self.scenario.ranks);
         let other = |holds, how: &str| demand(holds, Promise::Other, || format!("{how}\n{}", process.story()));
         other(process.not_json().is_empty(), "stdout is data, but not all of it is JSON")?;
@@ -523,7 +523,7 @@ impl<'a> Stage<'a> {
                 }
                 _ => tally.kill("worker", deaths),
             }
-            // What the death cost: steps that had been reported and are done again.
+            // The cost of the death: reported steps that are repeated.
             let last = process.of_kind("step").last().and_then(|event| event.step());
             if let Some(last) = last.filter(|_| process.was_killed()) {
                 tally.lost_steps(last.saturating_sub(self.view.newest_step()));
@@ -532,7 +532,7 @@ impl<'a> Stage<'a> {
     }
 }
 
-/// Whether it left because of a panic that was asked for.
+/// Whether it exited because of an injected panic.
 fn said_bug(process: &Finished) -> bool {
     process.stderr.contains("bug: fault injected at")
 }

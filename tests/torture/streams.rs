@@ -1,5 +1,5 @@
-//! Who reads what an agent says on standard error, and which signal asks it to stop: drawn from the scenario's seed,
-//! beside what else is done to a life. Nothing that is checked afterwards depends on it: that is the point.
+//! The reader of an agent's standard error, and the signal that asks it to stop: drawn from the scenario's seed, beside
+//! the other disturbances of a life. No later check depends on them: that is the point.
 
 use std::{
     fmt,
@@ -21,26 +21,26 @@ use super::{
 };
 use crate::support::trainer::Trainer;
 
-/// Who reads standard error.
+/// The reader of standard error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ear {
-    /// The test, every word.
+    /// The test reads every word.
     Listens,
-    /// Nobody, from the beginning.
+    /// No reader, from the beginning.
     Gone,
-    /// Somebody who goes after so many bytes.
+    /// A reader that goes away after this many bytes.
     Leaves(u64),
-    /// Somebody who reads nothing.
+    /// A reader that reads nothing.
     StandsStill,
-    /// Somebody who reads nothing for so many milliseconds.
+    /// A reader that reads nothing for this many milliseconds.
     ComesBack(u64),
 }
 
-/// What is drawn for one life.
+/// The draw for one life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Manner {
     pub ear: Ear,
-    /// Asks to stop.
+    /// The signal that asks it to stop.
     pub signal: Signal,
 }
 
@@ -51,8 +51,8 @@ impl fmt::Display for Manner {
 }
 
 impl Manner {
-    /// Of the n-th life of a scenario. Scenarios that no seed has drawn are left alone, and so are lives whose words
-    /// are looked at.
+    /// The draw for the n-th life of a scenario. Scenarios without a seed have no draw, nor have lives whose output is
+    /// checked.
     pub fn of(scenario: &Scenario, life: u64, disturbance: &Disturbance) -> Self {
         let looked_at = matches!(disturbance, Disturbance::Point { action: Action::Panic | Action::Error, .. });
         if scenario.seed == 0 || looked_at {
@@ -69,7 +69,7 @@ impl Manner {
         Self { ear, signal: if random.percent(40) { Signal::HUP } else { Signal::TERM } }
     }
 
-    /// The command with such a reader; what it gives beside is to be kept as long as the command runs.
+    /// The command with such a reader; keep the second value for as long as the command runs.
     pub fn apply(self, command: Trainer) -> (Trainer, Option<PipeReader>) {
         if self.ear == Ear::Listens {
             return (command, None);
@@ -80,7 +80,7 @@ impl Manner {
             let size = fcntl_getpipe_size(&writer).expect("its size");
             writer.write_all(&vec![b'\n'; size]).expect("fill it");
         }
-        // More than there is to say, so that the pipe is full for sure, and something is to be dropped.
+        // More messages than usual, so that the pipe certainly fills up and some are dropped.
         let command = command.envs(&[("TRAINER_LOG", "trainer=trace".to_owned())]).stderr(writer);
         match self.ear {
             Ear::Listens | Ear::Gone => (command, None),
@@ -101,7 +101,7 @@ impl Manner {
     }
 }
 
-/// The first seed under which the lives' readers, and who asks them to stop, are these.
+/// The first seed that gives the lives these readers and these signals.
 fn seed_of(wanted: &[(Ear, Signal)], lives: &[Disturbance]) -> u64 {
     let same = |ear: Ear, other: Ear| std::mem::discriminant(&ear) == std::mem::discriminant(&other);
     (1..)
@@ -114,7 +114,7 @@ fn seed_of(wanted: &[(Ear, Signal)], lives: &[Disturbance]) -> u64 {
 }
 
 #[test]
-fn runs_whose_readers_go_stand_still_and_come_back_end_as_the_undisturbed_one() {
+fn runs_with_readers_that_go_stall_and_return_end_like_the_undisturbed_one() {
     let stop = || Disturbance::Terminate { at: Moment::after("step", 9), kill_after: None };
     let lives = vec![stop(), stop(), stop(), Disturbance::Agent(Moment::after("checkpoint", 2)), stop()];
     let wanted = [

@@ -1,4 +1,4 @@
-//! What a campaign has counted.
+//! The counts of a campaign.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -11,19 +11,19 @@ pub struct Tally {
     pub scenarios: u64,
     /// Agents that were started.
     pub lives: u64,
-    /// Generations that went on from a checkpoint.
+    /// Generations that continued from a checkpoint.
     pub resumes: u64,
-    /// Agents that left with 79.
+    /// Agents that exited with 79.
     pub fenced: u64,
-    /// SIGKILLs that struck, by what they struck: `agent`, `worker`, `both`, or the name of a crash point.
+    /// SIGKILLs that struck, by target: `agent`, `worker`, `both`, or the name of a crash point.
     kills: BTreeMap<&'static str, u64>,
     /// Panics and errors at crash points.
     others: BTreeMap<String, u64>,
-    /// Agents that found out that their machine garbles, or that their store's disk is gone, and left.
+    /// Agents that noticed that their machine garbles, or that their store's disk is gone, and exited.
     machines: BTreeMap<&'static str, u64>,
     /// Requests that the store broke.
     faults: BTreeMap<&'static str, u64>,
-    /// Steps that were reported and done again: deaths, sum, most.
+    /// Steps that were reported and repeated: deaths, sum, most.
     lost: (u64, u64, u64),
 }
 
@@ -32,7 +32,7 @@ impl Tally {
     pub fn kills(&self) -> u64 {
         self.kills.values().sum()
     }
-    /// How many of these struck `whom`.
+    /// The number of these that struck `whom`.
     pub fn kills_of(&self, whom: &str) -> u64 {
         self.kills.get(whom).copied().unwrap_or_default()
     }
@@ -40,11 +40,11 @@ impl Tally {
     pub fn faults_of(&self, kind: &str) -> u64 {
         self.faults.get(kind).copied().unwrap_or_default()
     }
-    /// Agents that left because of this fault of their machine.
+    /// Agents that exited because of this fault of their machine.
     pub fn machines_of(&self, fault: &str) -> u64 {
         self.machines.get(fault).copied().unwrap_or_default()
     }
-    /// Counts an agent that left because of a fault of its machine.
+    /// Counts an agent that exited because of a fault of its machine.
     pub fn machine(&mut self, fault: &'static str, times: u64) {
         if times > 0 {
             *self.machines.entry(fault).or_default() += times;
@@ -56,13 +56,13 @@ impl Tally {
             *self.kills.entry(whom).or_default() += times;
         }
     }
-    /// Counts a crash point that did something else than kill.
+    /// Counts a crash point with another effect than a kill.
     pub fn point(&mut self, name: &'static str, action: Action, times: u64) {
         if times > 0 {
             *self.others.entry(format!("{name} ({action})")).or_default() += times;
         }
     }
-    /// Counts what a death cost.
+    /// Counts the cost of a death.
     pub fn lost_steps(&mut self, steps: u64) {
         let (deaths, sum, most) = self.lost;
         self.lost = (deaths + 1, sum + steps, most.max(steps));
@@ -73,7 +73,7 @@ impl Tally {
             *self.faults.entry(kind).or_default() += times;
         }
     }
-    /// Adds another's counts.
+    /// Adds another tally.
     pub fn add(&mut self, other: Self) {
         self.scenarios += other.scenarios;
         self.lives += other.lives;

@@ -36,8 +36,8 @@ fn a_slurm_job_goes_back_into_the_queue_when_it_should() {
         assert_eq!(machine.calls().contains("scontrol requeue 42"), queued, "exit code {code}: {}", machine.calls());
         assert!(machine.calls().contains("trainer boot --json"), "{}", machine.calls());
     }
-    // Slurm's signal goes to the script, or to all its processes; trainer must hear it, and its answer must be waited
-    // for.
+    // Slurm's signal goes to the script, or to all its processes; trainer must receive it, and the script must wait for
+    // its exit.
     use rustix::process::{Pid, Signal, kill_process, kill_process_group};
     for (signal, all) in [(Signal::USR1, false), (Signal::TERM, false), (Signal::TERM, true)] {
         let machine = Machine::new("");
@@ -59,7 +59,7 @@ fn a_slurm_job_goes_back_into_the_queue_when_it_should() {
         let hears = |wanted: &str| {
             let line = lines.recv_timeout(Duration::from_secs(60));
             if line.as_deref() != Ok(wanted) {
-                // The program may be waiting for ever.
+                // The program may be waiting forever.
                 let _ = kill_process_group(pid, Signal::KILL);
                 panic!("{wanted} is expected: {line:?}");
             }
@@ -73,9 +73,9 @@ fn a_slurm_job_goes_back_into_the_queue_when_it_should() {
     }
 }
 
-/// Azure's command line is a stand-in that keeps the machine's User Data and knows no scale set.
+/// Azure's command line is a stand-in that stores the machine's User Data and knows no scale set.
 #[test]
-fn a_scale_set_is_made_with_what_its_machine_needs() {
+fn a_scale_set_is_created_with_everything_that_its_machine_needs() {
     let cloud = Cloud::machine();
     let machine = Machine::new("");
     let az = format!(
@@ -99,19 +99,19 @@ fn a_scale_set_is_made_with_what_its_machine_needs() {
     let output = make.env("ACCOUNT", "storage").output().expect("start scale-set.sh");
     assert!(output.status.success(), "{}", said(&output));
     let given = std::fs::read_to_string(machine.path("stand-ins/user-data")).expect("User Data");
-    // The store takes the account from there.
+    // The store gets the account from there.
     assert!(given.lines().any(|line| line.trim() == "AZURE_STORAGE_ACCOUNT_NAME=storage"), "{given}");
     assert!(!given.contains("@ACCOUNT@") && !given.contains("@STORE@"), "{given}");
     let calls = machine.calls();
     let made = calls.lines().find(|line| line.starts_with("az vmss create")).expect("az vmss create");
-    // What `az vmss create` does not know, and what spot machines can't have.
+    // Options that `az vmss create` does not have, and features that spot machines do not have.
     assert!(!made.contains("--nsg-rule") && !made.contains("terminate-notification"), "{made}");
     assert!(made.contains("--nsg trainer-reports"), "{made}");
     assert!(calls.contains("az network nsg create --resource-group training"), "{calls}");
 }
 
 #[test]
-fn googles_notice_is_as_long_as_was_asked_for() {
+fn googles_notice_is_as_long_as_requested() {
     for (notice, window) in [("", "30s"), ("120s", "120s")] {
         let machine = Machine::new("");
         machine.executable("bin/gcloud", &format!("{STAND_IN}[ \"$2\" != describe ] && [ \"$3\" != describe ]\n"));
@@ -139,9 +139,9 @@ fn googles_notice_is_as_long_as_was_asked_for() {
         let calls = machine.calls();
         assert!(calls.contains(&format!("trainer-preemption-window={window} ")), "{calls}");
         assert_eq!(calls.contains("--preemption-notice-duration=120s"), !notice.is_empty(), "{calls}");
-        // Whether the image's NVIDIA modules are signed for it is not known; unsigned they would not be loaded.
+        // It is not known whether the image's NVIDIA modules are signed; unsigned ones would not be loaded.
         assert!(calls.contains(" --no-shielded-secure-boot --shielded-vtpm "), "{calls}");
-        // What the machine makes of it.
+        // The machine's own computation.
         let mut start = machine.command(&path("gcp/startup.sh"), &cloud);
         start.arg("run").env("GCE_METADATA_HOST", cloud.endpoint().trim_start_matches("http://"));
         expect(&start.output().expect("start startup.sh"), 0, &[]);
@@ -159,7 +159,7 @@ fn googles_notice_is_as_long_as_was_asked_for() {
     }
 }
 
-/// What is away for a moment is worth another start: 69, not a bug's 70, nor a setting without a value.
+/// A service that is briefly away is worth another start: 69, not 70 as for a bug, nor a setting without a value.
 #[test]
 fn googles_services_may_be_away() {
     let attribute = |name: &str| format!("/computeMetadata/v1/instance/attributes/trainer-{name}");
@@ -187,13 +187,13 @@ struct Ends(Child);
 
 impl Drop for Ends {
     fn drop(&mut self) {
-        // The error is that it has ended already.
+        // An error means that it has already ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// What a process has started, whichever of its threads did.
+/// The descendants of a process, whichever of its threads started them.
 fn children(parent: rustix::process::Pid) -> Vec<rustix::process::Pid> {
     let threads = std::fs::read_dir(format!("/proc/{}/task", parent.as_raw_nonzero())).into_iter().flatten().flatten();
     let lists = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
@@ -217,7 +217,7 @@ fn the_agent_stops_well_as_a_containers_first_process() {
         .args(["run", "run.toml", "--run-id", "first", "--store", &lab.uri(), "--json"])
         .current_dir(lab.path(""))
         .env("AWS_EC2_METADATA_DISABLED", "true")
-        // Held one step after a checkpoint, so that it is not over before it is asked to stop.
+        // Held one step after a checkpoint, so that it is not complete before it is asked to stop.
         .env("TRAINER_FAULTS", format!("worker.step=stop@rank=0@hit={}", EVERY + 2))
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

@@ -1,4 +1,4 @@
-//! What becomes of a machine when its run has ended: it starts again, leaves, or gives up, and somebody hears of it.
+//! The machine after the end of its run: it starts again, leaves, or gives up, and the operator is told.
 use std::net::TcpListener;
 
 use serde_json::json;
@@ -11,7 +11,7 @@ use super::{
 use crate::support::moto::Moto;
 
 #[test]
-fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
+fn a_run_that_cannot_succeed_is_given_up_and_costs_no_more() {
     let stopped = "systemctl stop --no-block trainer.service";
     // Codes that are worth another start.
     let (machine, cloud) = (Machine::new(""), Cloud::machine());
@@ -20,7 +20,7 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         expect(&ended(&machine, &cloud, "exited", code), 0, &[]);
     }
     assert!(!machine.calls().contains(stopped), "{}", machine.calls());
-    // Others five times in a row; one that is worth it begins the count again.
+    // Other codes five times in a row; a code that is worth it restarts the count.
     for code in ["70", "70", "70", "70", "75", "70", "125", "70", "70"] {
         expect(&ended(&machine, &cloud, "exited", code), 0, &[]);
     }
@@ -28,24 +28,24 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
     expect(
         &ended(&machine, &cloud, "killed", "KILL"),
         0,
-        &["gives up: failed 5 times in a row", "costs money (TRAINER_ON_FAILURE=keep)"],
+        &["giving up: failed 5 times in a row", "costs money (TRAINER_ON_FAILURE=keep)"],
     );
     assert!(machine.calls().contains(stopped) && !machine.calls().contains("shutdown"), "{}", machine.calls());
-    // A task that hears of it gives the machine back, and then it is not there for a look.
+    // A task that gets the failure takes the machine back, so it does not stay for inspection.
     let cloud = Cloud::with(&[("GetParameter", r#"{"Parameter":{"Value":"token"}}"#), ("SendTask", "{}")]);
     let machine = Machine::new("TRAINER_TASK_TOKEN=/t\n");
     machine.boot(&cloud);
     expect(&ended(&machine, &cloud, "exited", "78"), 0, &["costs money (TRAINER_ON_FAILURE=keep)"]);
     assert_eq!(cloud.asked("SendTaskFailure").len(), 0);
-    // What is away for hours does not come back: a mistyped image, a broken driver. One start that got anywhere begins
-    // the count again.
+    // Services that are away for hours do not come back: a mistyped image, a broken driver. One start that got further
+    // restarts the count.
     let (machine, cloud) = (Machine::new(""), Cloud::machine());
     machine.boot(&cloud);
     for code in [vec!["69"; 39], vec!["75"], vec!["69"; 39]].concat() {
         expect(&ended(&machine, &cloud, "exited", code), 0, &[]);
     }
     assert!(!machine.calls().contains(stopped), "{}", machine.calls());
-    expect(&ended(&machine, &cloud, "exited", "69"), 0, &["gives up: failed 40 times in a row"]);
+    expect(&ended(&machine, &cloud, "exited", "69"), 0, &["giving up: failed 40 times in a row"]);
     expect(&ended(&machine, &cloud, "exited", "69"), 0, &[]);
     assert_eq!(
         machine.calls().matches(stopped).count(),
@@ -53,7 +53,7 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         "who starts it by hand has as many tries: {}",
         machine.calls()
     );
-    // What can't get better, at once: in a group the machine leaves it, and its task hears of it.
+    // Failures that can't pass, at once: in a group the machine leaves it, and its task is told.
     for code in ["64", "65", "77", "78"] {
         let answers = [
             ("TerminateInstanceInAutoScalingGroup", "<Activity/>"),
@@ -78,7 +78,7 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         assert_eq!((&body["taskToken"], &body["error"]), (&"task+token/1==".into(), &"TrainerGaveUp".into()));
         assert!(!machine.calls().contains("shutdown"), "{}", machine.calls());
     }
-    // A job that waits would start the next machine, for ever.
+    // A waiting job would start the next machine, and so on forever.
     let answers = [("SuspendProcesses", "<Suspended/>"), ("TerminateInstanceInAutoScalingGroup", "<Activity/>")];
     let cloud = Cloud::with(&answers);
     let machine = Machine::new("TRAINER_ON_FAILURE=terminate\nTRAINER_QUEUE=https://queue\nTRAINER_GROUP=reports\n");
@@ -91,14 +91,14 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
             && asked[1].contains("AutoScalingGroupName=reports&ScalingProcesses.member.1=AlarmNotification"),
         "{asked:?}"
     );
-    // In no group: it ends by powering off.
+    // In no group it ends by powering off.
     let (machine, cloud) = (Machine::new("TRAINER_ON_FAILURE=terminate\n"), Cloud::machine());
     machine.boot(&cloud);
-    expect(&ended(&machine, &cloud, "exited", "78"), 0, &["powers off"]);
+    expect(&ended(&machine, &cloud, "exited", "78"), 0, &["powering off"]);
     assert!(machine.calls().contains("shutdown -h now"), "{}", machine.calls());
     let tries = cloud.asked("TerminateInstanceInAutoScalingGroup").len();
     assert_eq!(tries, 6, "a group would replace a machine that powers off because one request failed");
-    // A container can't power its machine off: where no group ends the machine, it does so itself.
+    // A container can't power its machine off: if no group ends the machine, it does so itself.
     let in_a_group = [("/latest/meta-data/autoscaling/target-lifecycle-state", "InService")];
     for (settings, group, off) in [
         ("TRAINER_IMAGE=a/b\nTRAINER_ON_COMPLETE=terminate\n", false, true),
@@ -113,8 +113,7 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
         expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
         assert_eq!(machine.calls().contains("shutdown -h now"), off, "{settings}: {}", machine.calls());
     }
-    // A run that is complete tells its task, and again if that was not heard: a success that is lost costs an hour and
-    // another machine.
+    // A complete run tells its task, and again if that got no answer: a lost success costs an hour and another machine.
     let token = ("GetParameter", r#"{"Parameter":{"Value":"token"}}"#);
     for (answers, tries) in [(&[token, ("SendTask", "{}")][..], 1), (&[token], 4)] {
         let (machine, cloud) = (Machine::new("TRAINER_TASK_TOKEN=/t\n"), Cloud::with(answers));
@@ -124,7 +123,7 @@ fn what_can_not_succeed_is_given_up_and_costs_nothing_more() {
     }
 }
 
-/// The body of the one request in which this action was asked for.
+/// The body of the one request for this action.
 fn asked_once(cloud: &Cloud, action: &str) -> String {
     let mut asked = cloud.asked(&format!("Action={action}&"));
     assert_eq!(asked.len(), 1, "{action}: {asked:?}");
@@ -132,34 +131,34 @@ fn asked_once(cloud: &Cloud, action: &str) -> String {
 }
 
 #[test]
-fn somebody_hears_of_a_machine_that_gives_up() {
+fn the_operator_is_told_of_a_machine_that_gives_up() {
     let topic = "TRAINER_TOPIC=arn:aws:sns:us-east-1:123456789012:reports\nTRAINER_LOG_GROUP=training\n";
     for on_failure in ["keep", "terminate"] {
         let cloud = Cloud::with(&[("TerminateInstance", "<Activity/>"), ("Action=Publish", "<MessageId/>")]);
         let machine = Machine::new(&format!("{topic}TRAINER_ON_FAILURE={on_failure}\n"));
         machine.boot(&cloud);
         machine.does("journalctl", "echo 'unknown key \"stpes\"'");
-        expect(&ended(&machine, &cloud, "exited", "78"), 0, &["gives up: exit code 78"]);
+        expect(&ended(&machine, &cloud, "exited", "78"), 0, &["giving up: exit code 78"]);
         let body = asked_once(&cloud, "Publish");
         assert!(body.contains("&TopicArn=arn:aws:sns:us-east-1:123456789012:reports&"), "{body}");
-        // Which machine, where its log is, and what it said: it may be gone before anybody looks.
+        // The machine, the place of its log, and its last output: it may be gone before a person looks.
         for part in ["i-0123456789abcdef0", "training", "stpes"] {
             assert!(body.split_once("&Message=").is_some_and(|(_, message)| message.contains(part)), "{part}: {body}");
         }
     }
-    // Nobody to tell, and nobody who hears.
+    // No topic, and a topic that does not answer.
     for (settings, warns) in [("", false), (topic, true)] {
         let (machine, cloud) = (Machine::new(settings), Cloud::machine());
         machine.boot(&cloud);
         let output = ended(&machine, &cloud, "exited", "78");
         expect(&output, 0, &["gives up"]);
-        assert_eq!(said(&output).contains("nobody has heard of it"), warns, "{}", said(&output));
+        assert_eq!(said(&output).contains("the topic got no message"), warns, "{}", said(&output));
     }
 }
 
-/// The same words, to an AWS that others have written: the stack's own group and topic.
+/// The same message sent to moto: the stack's own group and topic.
 #[test]
-fn giving_up_is_understood() {
+fn moto_understands_the_messages_of_giving_up() {
     let Some(moto) = Moto::start("configs") else { return };
     create(&moto, "queued", "queue");
     let topics = moto.query("sns", "2010-03-31", "ListTopics", &[]);
@@ -189,13 +188,13 @@ fn giving_up_is_understood() {
     let mail = moto.json("sqs", "AmazonSQS.ReceiveMessage", &json!({"QueueUrl": queue["QueueUrl"]}));
     let body = mail["Messages"][0]["Body"].as_str().unwrap_or_else(|| panic!("no mail: {mail}"));
     let mail: serde_json::Value = serde_json::from_str(body).expect("JSON");
-    assert_eq!(mail["Subject"], "trainer needs somebody");
+    assert_eq!(mail["Subject"], "trainer needs attention");
     let message = mail["Message"].as_str().expect("a message");
     assert!(message.starts_with(tagged(&before, "InstanceId")), "{message}");
     assert!(message.ends_with("unknown key \"stpes\" & 100 %+"), "{message}");
 }
 
-/// systemd ends what takes longer than `TimeoutStopSec`, and then nothing would switch the machine off.
+/// systemd ends a command that takes longer than `TimeoutStopSec`; then nothing would power the machine off.
 #[test]
 fn giving_up_ends_in_time_whatever_hangs() {
     let most: u32 = 130;
@@ -206,7 +205,7 @@ fn giving_up_ends_in_time_whatever_hangs() {
         machine.boot(&cloud);
         let unit = std::fs::read_to_string(machine.path("root/etc/systemd/system/trainer.service")).expect("the unit");
         assert!(unit.contains(&format!("\nTimeoutStopSec={most}\n")), "{unit}");
-        // The time of each is over before it has done anything.
+        // Each step's time is over before it has achieved anything.
         machine.does("timeout", "exit 124");
         expect(&ended(&machine, &cloud, "exited", code), 0, &[]);
         let calls = machine.calls();
@@ -217,10 +216,10 @@ fn giving_up_ends_in_time_whatever_hangs() {
             .map(|rest| rest.split(' ').next().and_then(|number| number.parse::<u32>().ok()).expect("seconds"))
             .sum();
         assert!((60..=most - 10).contains(&seconds), "{seconds} s: {calls}");
-        // All else that could hang is asked within those times.
+        // Everything else that could hang is requested within those times.
         assert_eq!(cloud.asked("").len(), 0, "{:?}", cloud.asked(""));
     }
-    // Where the metadata service does not answer, nothing is known of the machine but that it does not train.
+    // If the metadata service does not answer, the machine is unknown, except that it does not train.
     let nobody = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").port();
     let nobody = format!("http://127.0.0.1:{nobody}");
     let (machine, cloud) = (Machine::new("TRAINER_ON_FAILURE=terminate\n"), Cloud::machine());
@@ -246,11 +245,11 @@ fn a_machine_that_is_done_leaves_its_group_even_if_the_program_could_not() {
         expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
         let body = asked_once(&cloud, "TerminateInstanceInAutoScalingGroup");
         assert!(body.contains("ShouldDecrementDesiredCapacity=true"), "{body}");
-        // It is leaving: once more would lower the capacity by two.
+        // It is already leaving: a second call would lower the capacity by two.
         let cloud = Cloud::with(&[(state, "Terminated"), terminate]);
         expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
         assert_eq!(cloud.asked("TerminateInstance").len(), 0);
-        // The group does not let it go: powered off it would be replaced, for ever, so that a person must hear of it.
+        // The group does not let it go: powered off it would be replaced forever, so a person must be told.
         let cloud = Cloud::with(&[(state, "InService"), ("Action=Publish", "<MessageId/>")]);
         let machine = Machine::new(&format!("{settings}{topic}"));
         machine.boot(&cloud);
@@ -258,16 +257,16 @@ fn a_machine_that_is_done_leaves_its_group_even_if_the_program_could_not() {
         asked_once(&cloud, "Publish");
         assert!(!machine.calls().contains("shutdown"), "{}", machine.calls());
     }
-    // Whoever did not ask for it keeps the machine.
+    // Without the setting the machine stays.
     let (machine, cloud) = (Machine::new("TRAINER_IMAGE=a/b\n"), Cloud::with(&[(state, "InService"), terminate]));
     machine.boot(&cloud);
     expect(&ended(&machine, &cloud, "exited", "0"), 0, &[]);
     assert_eq!(cloud.asked("TerminateInstance").len(), 0);
 }
 
-/// What is in the container can power nothing off: it is told that its host does so, where the host does.
+/// No program in the container can power anything off: it learns that its host does so, if the host does.
 #[test]
-fn the_container_knows_who_switches_the_machine_off() {
+fn the_container_knows_who_powers_the_machine_off() {
     for (settings, told) in
         [("TRAINER_QUEUE=https://queue\n", true), ("TRAINER_ON_COMPLETE=terminate\n", true), ("", false)]
     {
@@ -286,9 +285,9 @@ fn the_container_knows_who_switches_the_machine_off() {
     assert!(env.lines().any(|line| line == "TRAINER_POWER_OFF=host"), "{env}");
 }
 
-/// Those of Google, Azure and of one machine by hand, as the unit calls them after a run's end.
+/// The machines of Google and Azure, and a single one, as the unit calls them after a run's end.
 #[test]
-fn no_machine_stays_on_when_no_start_is_worth_it() {
+fn no_machine_stays_on_when_another_start_is_pointless() {
     let role = r#"{"access_token":"metadata-token","expires_in":1}"#;
     let token = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https%3A%2F%2Fmanagement.azure.com%2F";
     let google = "/computeMetadata/v1/instance";

@@ -1,4 +1,4 @@
-//! Each file by itself: its opening, its secrets, its linters and schemas.
+//! Each file on its own: its opening, its secrets, its linters and schemas.
 use std::{path::Path, process::Command};
 
 use serde_json::Value;
@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::{all, path, python, said, text, tool, yaml};
 use crate::support::{lab::scratch, moto};
 
-/// The files that are not opened by a comment with what they cost.
+/// The files that do not open with a comment about their cost.
 const PLAIN: [&str; 2] = ["README.md", "container/Containerfile.dockerignore"];
 
 #[test]
@@ -40,8 +40,8 @@ fn the_table_names_each_file_and_no_other() {
     }
 }
 
-/// What looks like a secret: AWS keys, private keys, tokens of GitHub and Slack, JSON web tokens, passwords that are
-/// written out.
+/// Texts that look like secrets: AWS keys, private keys, tokens of GitHub and Slack, JSON web tokens, written
+/// passwords.
 fn secret_in(text: &str) -> Option<&str> {
     let long = |rest: &str, least: usize| {
         rest.bytes().take_while(|byte| byte.is_ascii_alphanumeric() || b"_-+/=.".contains(byte)).count() >= least
@@ -65,7 +65,7 @@ fn secret_in(text: &str) -> Option<&str> {
     let lower = text.to_ascii_lowercase();
     for mark in ["-----begin", "worker_token=", "password=", "secret_access_key=", "secretaccesskey="] {
         for (at, _) in lower.match_indices(mark) {
-            // Nothing behind it, or a variable or a placeholder, is no secret.
+            // An empty value, a variable or a placeholder is not a secret.
             let rest = text[at + mark.len()..].trim_start_matches(['"', '\'']);
             if !rest.starts_with(['$', '<', '…', '\n', '%']) && !rest.is_empty() {
                 return text.get(at..at + mark.len());
@@ -97,7 +97,7 @@ fn shell_scripts_pass_shellcheck() {
     let Some(mut shellcheck) = tool("shellcheck") else { return };
     let scripts: Vec<_> = all().into_iter().filter(|name| text(name).starts_with("#!/usr/bin/env bash")).collect();
     assert!(scripts.len() >= 6, "{scripts:?}");
-    // Those inside cloud-config too, as they are after its settings are put in.
+    // Scripts inside cloud-config, too, once its settings are inserted.
     for kind in ["aws", "azure"] {
         let Some(config) = yaml(&text(&format!("{kind}/cloud-init.yaml"))) else { return };
         let inner = scratch().join(format!("{kind}-trainer-machine"));
@@ -115,7 +115,7 @@ pub fn script_of(cloud_config: &Value, file: &str) -> String {
 }
 
 #[test]
-fn the_container_file_passes_hadolint_and_says_how_it_is_stopped() {
+fn the_container_file_passes_hadolint_and_names_its_stop_signal() {
     let file = text("container/Containerfile");
     for line in [
         "STOPSIGNAL SIGTERM",
@@ -172,9 +172,9 @@ fn the_bundle_runs_without_the_build_tree() {
     assert!(said(&output).contains("there is no /none") && output.status.code() == Some(66), "{}", said(&output));
 }
 
-/// What systemd says about units, those that stand in scripts and in cloud-config too.
+/// systemd's verdict on units, including those inside scripts and cloud-config.
 #[test]
-fn systemd_understands_each_unit() {
+fn systemd_accepts_each_unit() {
     let verify = |name: &str, unit: &str| {
         let file = scratch().join(name);
         std::fs::write(&file, unit).expect("write a unit");
@@ -201,20 +201,21 @@ fn systemd_understands_each_unit() {
         for (key, value) in [("RestartForceExitStatus", "69 75 76 79"), ("RestartPreventExitStatus", "64 65 77 78")] {
             assert!(unit.lines().any(|line| line == format!("{key}={value}")), "{key} of\n{unit}");
         }
-        // A unit that systemd gives up leaves a machine that is paid for and does nothing.
+        // If systemd gave up a unit, its machine would be paid for without working.
         assert!(unit.contains("\nStartLimitIntervalSec=0\n"), "{unit}");
         assert!(unit.contains("KillMode=mixed") && unit.contains("Restart=on-failure"), "{unit}");
-        // A container that has ended by itself is gone: a stop that fails for that would start a completed run again.
+        // A container that has ended by itself is gone. If stopping it failed for that, a completed run would start
+        // again.
         for stop in unit.lines().filter_map(|line| line.strip_prefix("ExecStop=")) {
             assert!(stop.starts_with("-/usr/bin/docker stop ") || stop == "/bin/true stop", "{stop}");
         }
-        // A worker that leaves with 0 when the queue is empty is not there for the next job.
+        // A consumer that exits with 0 when the queue is empty is not there for the next job.
         assert!(*name != "trainer-work.service" || unit.contains(" work --json --idle-exit never\n"), "{unit}");
         let Some(said) = verify(name, unit) else {
             println!("skipped: there is no systemd-analyze here");
             return;
         };
-        // That the program is not installed here is no fault of the unit.
+        // The unit is not at fault if the program is not installed here.
         for word in ["Unknown", "Failed to parse", "Invalid", "ignoring"] {
             assert!(!said.contains(word), "{said}\n{unit}");
         }
@@ -225,7 +226,7 @@ fn systemd_understands_each_unit() {
 }
 
 #[test]
-fn cloud_config_keeps_to_its_schema() {
+fn cloud_config_follows_its_schema() {
     const CHECK: &str = r#"
 import json, sys, jsonschema, yaml
 schema = json.load(open(sys.argv[1]))
@@ -258,9 +259,9 @@ jsonschema.validate(config, schema)
 }
 
 #[test]
-fn kubernetes_files_keep_to_their_schemas() {
-    // Core objects: the API's own schemas, strictly. JobSet and TrainJob: the models that Kubeflow publishes; what they
-    // lose on a round trip they do not know.
+fn kubernetes_files_follow_their_schemas() {
+    // Core objects: the API's own schemas, strictly. JobSet and TrainJob: the models that Kubeflow publishes; a field
+    // that is lost on a round trip is unknown to them.
     const CHECK: &str = r#"
 import sys, yaml
 from kubernetes_validate import utils
@@ -295,7 +296,7 @@ for document in yaml.safe_load_all(sys.argv[1]):
     }
 }
 
-/// What no schema knows: which exit code does what, and that the grace period is longer than the stop window.
+/// Rules that no schema has: the effect of each exit code, and that the grace period is longer than the stop window.
 fn expect_job_rules(name: &str, document: &Value) {
     match document {
         Value::Object(fields) => {
@@ -337,15 +338,15 @@ fn the_skypilot_task_recovers_on_the_codes_that_ask_for_it() {
     let recovery = &task[0]["resources"]["job_recovery"];
     assert_eq!(recovery["recover_on_exit_codes"], serde_json::json!([69, 75, 76]));
     assert_eq!(recovery["strategy"], "EAGER_NEXT_REGION");
-    // Else a machine looks for the bucket in its own region, and the next machine is in another.
+    // Otherwise a machine looks for the bucket in its own region, and the next machine is in another one.
     let store = task[0]["envs"]["TRAINER_STORE"].as_str();
     assert!(store.is_some_and(|store| store.starts_with("s3://")) && task[0]["envs"]["AWS_REGION"].is_string());
     assert_eq!(task[0]["resources"]["use_spot"], true);
 }
 
 #[test]
-fn what_is_built_for_a_gpu_finds_it() {
-    // Without a flag the set-up asks the machine that builds, and that is seldom the one that trains.
+fn a_build_for_gpus_finds_them() {
+    // Without a flag the set-up asks the building machine, which is seldom the training one.
     for name in all() {
         for line in text(&name).lines().filter(|line| line.contains("scripts/setup") && line.contains("&&")) {
             assert!(line.contains("scripts/setup --cuda"), "userdata/{name}: {line}");
@@ -361,7 +362,7 @@ fn what_is_built_for_a_gpu_finds_it() {
             image.split_whitespace().any(|word| word.starts_with(variable) && word.split(':').any(|one| one == folder));
         assert!(found, "{variable} of the image does not name {folder}");
     }
-    // A sandbox keeps the setuid nvidia-modprobe from making /dev/nvidia-uvm when CUDA asks for it.
+    // A sandbox prevents the setuid nvidia-modprobe from creating /dev/nvidia-uvm when CUDA needs it.
     for name in all().iter().filter(|name| name.ends_with(".service") && text(name).contains("NoNewPrivileges=yes")) {
         let unit = text(name);
         let before = unit.lines().find(|line| line.starts_with("ExecStartPre=") && line.contains("nvidia-modprobe"));

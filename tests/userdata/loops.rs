@@ -1,4 +1,4 @@
-//! The state machine: its text, and what it does on moto, which really runs it.
+//! The state machine: its text, and its behaviour on moto, which really executes it.
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::support::moto::Moto;
 
-/// The definition as the stack makes it, with these values put in.
+/// The definition as the stack creates it, with these values inserted.
 fn definition(group: &str, token: &str, heartbeat: u32) -> Option<Value> {
     let template = yaml(&text("aws/stack.yaml"))?.remove(0);
     let text =
@@ -23,7 +23,7 @@ fn definition(group: &str, token: &str, heartbeat: u32) -> Option<Value> {
     Some(serde_json::from_str(&text).expect("the definition is JSON"))
 }
 
-/// What is wrong with a machine's text; cfn-lint looks at none of it. <https://states-language.net/spec.html>
+/// The errors of a state machine's text; cfn-lint checks none of it. <https://states-language.net/spec.html>
 fn faults(definition: &Value) -> Vec<String> {
     let states = definition["States"].as_object().expect("states");
     let mut faults = Vec::new();
@@ -42,7 +42,7 @@ fn faults(definition: &Value) -> Vec<String> {
         let targets: Vec<_> = targets.into_iter().filter_map(Value::as_str).map(str::to_owned).collect();
         let ends = state["End"] == true || ["Succeed", "Fail"].iter().any(|kind| state["Type"] == *kind);
         if targets.is_empty() != ends {
-            faults.push(format!("{name} neither ends nor goes on, or does both"));
+            faults.push(format!("{name} neither ends nor continues, or does both"));
         }
         let errors = |list: &str| {
             state[list].as_array().into_iter().flatten().map(|one| one["ErrorEquals"].clone()).collect::<Vec<_>>()
@@ -60,7 +60,7 @@ fn faults(definition: &Value) -> Vec<String> {
                 || !caught.contains("States.HeartbeatTimeout")
                 || !caught.contains("States.Timeout")
             {
-                faults.push(format!("{name} may wait for ever"));
+                faults.push(format!("{name} may wait forever"));
             }
             if !state["Parameters"].to_string().contains("$$.Task.Token") {
                 faults.push(format!("{name} tells nobody its token"));
@@ -77,7 +77,7 @@ fn faults(definition: &Value) -> Vec<String> {
 }
 
 #[test]
-fn each_state_is_there_and_is_reached() {
+fn each_state_exists_and_is_reached() {
     let Some(good) = definition("group", "/token", 60) else { return };
     assert_eq!(faults(&good), Vec::<String>::new());
     for (pointer, value) in [
@@ -149,16 +149,16 @@ fn execute<'m>(moto: &'m Moto, group: &'static str, heartbeat: u32) -> Execution
 }
 
 #[test]
-fn a_machine_that_falls_silent_is_provided_again_until_the_run_is_done() {
+fn a_silent_machine_is_replaced_until_the_run_is_complete() {
     let Some(moto) = Moto::start("configs") else { return };
     let execution = execute(&moto, "silent", 2);
     let first = execution.token("");
     assert_eq!(execution.capacity(), "1");
-    // Somebody takes the machine away and nobody is heard of: the state machine asks for one again.
+    // The machine is taken away and sends nothing more: the state machine requests one again.
     let request = [("AutoScalingGroupName", "silent"), ("DesiredCapacity", "0")];
     moto.query("autoscaling", "2011-01-01", "SetDesiredCapacity", &request);
     let mut token = execution.token(&first);
-    // It may have asked just before the machine was taken away: then it does so again when nobody is heard of.
+    // It may have requested one just before the machine was taken away: then it does so again after the silence.
     wait_for("a machine that is asked for again", || (execution.capacity() == "1").then_some(()));
     // The task may time out between the look and the answer; then there is a newer token.
     loop {
@@ -182,7 +182,7 @@ fn a_machine_that_falls_silent_is_provided_again_until_the_run_is_done() {
 }
 
 #[test]
-fn a_run_that_can_not_go_on_ends_the_execution_and_buys_nothing() {
+fn a_run_that_cannot_continue_ends_the_execution_and_buys_nothing() {
     let Some(moto) = Moto::start("configs") else { return };
     let execution = execute(&moto, "hopeless", 600);
     let token = execution.token("");

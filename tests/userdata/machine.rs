@@ -14,7 +14,7 @@ use crate::support::s3::{S3Server, SECRET_KEY};
 const IMAGE: &str = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/trainer@sha256:00";
 
 #[test]
-fn user_data_installs_itself_and_again_changes_nothing() {
+fn user_data_installs_itself_and_a_second_run_changes_nothing() {
     let (machine, cloud) = (Machine::new(&format!("TRAINER_IMAGE={IMAGE}\n")), Cloud::machine());
     expect(&machine.boot(&cloud), 0, &["installed"]);
     let first = machine.files();
@@ -36,7 +36,7 @@ fn user_data_installs_itself_and_again_changes_nothing() {
     expect(&machine.boot(&cloud), 0, &["installed"]);
     assert_eq!(machine.files(), first, "the second time writes nothing else");
     assert_eq!(machine.calls().matches("daemon-reload").count(), 1, "and has nothing to reload");
-    // Twice at once.
+    // Two at once.
     let both: Vec<_> = (0..2)
         .map(|_| {
             machine
@@ -53,7 +53,7 @@ fn user_data_installs_itself_and_again_changes_nothing() {
 }
 
 #[test]
-fn the_container_is_pulled_with_the_machines_role_and_started_to_be_stopped_well() {
+fn the_container_is_pulled_with_the_machines_role_and_can_be_stopped_well() {
     let settings = format!(
         "TRAINER_IMAGE={IMAGE}\nTRAINER_GPU=required\nTRAINER_SSM_PATH=/trainer/reports\nTRAINER_LOG_GROUP=training\n\
          TRAINER_RUN_ID_TEMPLATE='reports-{{year}}q{{quarter}}'\n"
@@ -63,7 +63,7 @@ fn the_container_is_pulled_with_the_machines_role_and_started_to_be_stopped_well
     let cloud = Cloud::with(&[("GetAuthorizationToken", token)]);
     let machine = Machine::new(&settings);
     expect(&machine.boot(&cloud), 0, &[]);
-    // The image is not there before it was pulled; the daemon needs a moment; so does the driver.
+    // The image does not exist before the pull; the daemon and the driver need a moment.
     machine.does(
         "docker",
         r#"case $1 in
@@ -89,7 +89,7 @@ esac"#,
         "--ipc host",
         "--stop-timeout 110",
         "--gpus all",
-        // Where datasets are kept: the container's user has no home.
+        // The place for datasets: the container's user has no home.
         "--env XDG_CACHE_HOME=/scratch",
         "awslogs-group=training",
         "mode=non-blocking",
@@ -107,7 +107,7 @@ esac"#,
     ] {
         assert!(env.lines().any(|found| found == line), "{line} is not in\n{env}");
     }
-    // The log-in is asked for in the registry's region, signed with the role, with its session token.
+    // The log-in is requested in the registry's region, signed with the role and its session token.
     let (head, _) = cloud.asked("GetAuthorizationToken").remove(0);
     let head = head.to_ascii_lowercase();
     assert!(
@@ -119,7 +119,7 @@ esac"#,
     assert!(machine.calls().contains("docker stop --time 110 trainer"), "{}", machine.calls());
 }
 
-/// A bundle with a program that says how it was started.
+/// A bundle with a program that prints how it was started.
 fn bundle(machine: &Machine) -> (Vec<u8>, String) {
     let folder = machine.path("bundle");
     std::fs::create_dir_all(folder.join("lib")).expect("a bundle");
@@ -170,7 +170,7 @@ fn each_failure_says_what_to_do() {
         assert!(log.contains("error: ") && log.contains("hint: "), "{log}");
         machine
     };
-    // No metadata service: a port at which nobody listens.
+    // No metadata service: a port without a listener.
     let nobody = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port").port();
     let nobody = format!("http://127.0.0.1:{nobody}");
     let machine =
@@ -182,12 +182,12 @@ fn each_failure_says_what_to_do() {
     run("", &[], &[], 78, &["there is no ", "set TRAINER_IMAGE or TRAINER_BUNDLE"]);
     run("TRAINER_IMAGE=a/b\n", &[("docker", "exit 1")], &[], 69, &["Docker daemon does not answer"]);
     run("TRAINER_IMAGE=a/b\n", &[("docker", "[ $1 = info ]")], &[], 69, &["image a/b can't be pulled"]);
-    // What is here is good enough where a registry is away.
+    // The local image is good enough if the registry is away.
     let machine = Machine::new("TRAINER_IMAGE=a/b\n");
     machine.boot(&cloud);
     machine.does("docker", "[ $1 != pull ]");
-    expect(&machine.unit(&cloud, "run", &[]), 0, &["going on with the one that is here"]);
-    // No Docker at all.
+    expect(&machine.unit(&cloud, "run", &[]), 0, &["using the local one"]);
+    // Without Docker.
     std::fs::remove_file(machine.path("bin/docker")).expect("take Docker away");
     expect(&machine.unit(&cloud, "run", &[]), 78, &["Docker is not installed", "AMI with Docker"]);
     // Bundles.
@@ -254,12 +254,12 @@ fn local_disks_are_made_and_mounted_once_and_never_over_something() {
     // It has the label: no second file system.
     let calls = scratch("echo /dev/nvme1n1", disks).calls();
     assert!(!calls.contains("mkfs") && calls.contains("mount -o noatime /dev/nvme1n1"), "{calls}");
-    // Somebody's file system without the label is let alone, and so is a root disk.
+    // A file system without the label is left alone, and so is a root disk.
     let calls = scratch("exit 2", &format!("{disks}\ncase $1 in -no) echo xfs ;; esac")).calls();
     assert!(!calls.contains("mkfs") && !calls.contains("mount -o"), "{calls}");
     let calls = scratch("exit 2", "echo '/dev/nvme0n1 Amazon Elastic Block Store'").calls();
     assert!(!calls.contains("mkfs") && !calls.contains("mount -o"), "{calls}");
-    // Mounted already.
+    // It is already mounted.
     let machine = Machine::new("TRAINER_IMAGE=a/b\n");
     machine.boot(&cloud);
     machine.does("mountpoint", "exit 0");
@@ -269,11 +269,11 @@ fn local_disks_are_made_and_mounted_once_and_never_over_something() {
 }
 
 #[test]
-fn a_program_that_says_nothing_is_not_told_to_be_alive() {
+fn a_silent_program_is_not_reported_as_alive() {
     let cloud = Cloud::with(&[("GetParameter", r#"{"Parameter":{"Value":"token"}}"#), ("SendTask", "{}")]);
     let machine = Machine::new("TRAINER_IMAGE=a/b\nTRAINER_TASK_TOKEN=/t\n");
     machine.boot(&cloud);
-    // Three times five minutes: at the first and the last nothing has been said since the time before.
+    // Three times five minutes: the program said nothing in the first and the last.
     machine.does("sleep", r#"[ "$1" != 300 ] || { echo x >>"$here/beats"; [ "$(grep -c x "$here/beats")" -le 3 ]; }"#);
     machine.does("journalctl", r#"[ "$(grep -c x "$here/beats")" != 2 ] || echo '{"event":"step"}'"#);
     expect(&machine.unit(&cloud, "run", &[]), 0, &[]);

@@ -1,4 +1,4 @@
-//! The CloudFormation templates: linted, held against what the linter misses, and created.
+//! The CloudFormation templates: linted, checked for mistakes that the linter misses, and created.
 use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
@@ -24,7 +24,7 @@ fn templates_pass_cfn_lint() {
     }
 }
 
-/// Six fields; of day of month and day of week exactly one is a question mark; numbers in their ranges.
+/// Six fields; exactly one of day of month and day of week is a question mark; numbers are in their ranges.
 /// <https://docs.aws.amazon.com/scheduler/latest/UserGuide/schedule-types.html>
 fn scheduler_cron(expression: &str) -> Result<(), String> {
     let inner = expression.strip_prefix("cron(").and_then(|rest| rest.strip_suffix(')')).ok_or("is not cron(…)")?;
@@ -55,7 +55,7 @@ fn scheduler_cron(expression: &str) -> Result<(), String> {
 }
 
 #[test]
-fn schedules_are_what_the_scheduler_takes() {
+fn schedules_have_the_schedulers_syntax() {
     for wrong in [
         "kron(0 6 1 * ? *)",
         "cron(0 6 1 1,4,7,10 *)",
@@ -77,13 +77,13 @@ fn schedules_are_what_the_scheduler_takes() {
             assert_eq!(resource["Properties"]["ScheduleExpression"], json!({"Ref": "Schedule"}), "{name}");
             assert!(resource["Condition"].is_string(), "{name} would run beside the others");
             let target = &resource["Properties"]["Target"];
-            // Only braces that a context attribute may bring, and valid JSON once references are texts.
+            // Only braces that a context attribute may have, and valid JSON once references become texts.
             let input = target["Input"].as_str().or_else(|| target["Input"]["Fn::Sub"].as_str()).expect("an input");
             serde_json::from_str::<Value>(input).unwrap_or_else(|error| panic!("{name}: {error}: {input}"));
         }
     }
     assert_eq!(schedules, 3);
-    // Each attempt has an id of its own, which is the run's: one that arrived unnoticed would be a second run.
+    // Each attempt has its own id, which is also the run's: an attempt that arrived unnoticed would be a second run.
     let queue = properties(&stack, "QueueSchedule");
     assert!(queue["Target"]["Input"].to_string().contains("<aws.scheduler.execution-id>"));
     assert_eq!(queue["Target"]["RetryPolicy"]["MaximumRetryAttempts"], 3);
@@ -91,9 +91,9 @@ fn schedules_are_what_the_scheduler_takes() {
     assert_eq!(arn, "arn:${AWS::Partition}:scheduler:::aws-sdk:autoscaling:setDesiredCapacity");
 }
 
-/// What cfn-lint lets pass, or can't know.
+/// Mistakes that cfn-lint lets pass, or can't know.
 #[test]
-fn machines_are_bought_as_meant() {
+fn machines_are_bought_as_intended() {
     const KNOWN: &str = r#"
 import json, botocore.session
 session = botocore.session.Session()
@@ -144,7 +144,7 @@ print(json.dumps(session.get_service_model("ec2").shape_for("InstanceType").enum
     }
 }
 
-/// Each permission: role, action, and what it is for. `*` only for actions that know no resource to name.
+/// Each permission: role, action, and its purpose. `*` only for actions that can't name a resource.
 const GRANTS: &[&str] = &[
     "LoopRole autoscaling:SetDesiredCapacity the group",
     "LoopRole ssm:PutParameter arn:aws:ssm:here:parameter${SsmPath}-loop/task-token",
@@ -193,7 +193,7 @@ const GRANTS: &[&str] = &[
     "ScheduleRole states:StartExecution Loop if IsLoop",
 ];
 
-/// What the stack's roles grant, as [`GRANTS`] writes it.
+/// The grants of the stack's roles, in the form of [`GRANTS`].
 fn granted(stack: &Value) -> BTreeSet<String> {
     fn list(value: &Value) -> Vec<&Value> {
         value.as_array().map_or_else(|| vec![value], |values| values.iter().collect())
@@ -203,7 +203,7 @@ fn granted(stack: &Value) -> BTreeSet<String> {
         if resource["Type"] != "AWS::IAM::Role" {
             continue;
         }
-        // What they grant on everything stands in no file of ours: AmazonSSMManagedInstanceCore reads every parameter.
+        // Their grants on every resource are in no file of ours: AmazonSSMManagedInstanceCore reads every parameter.
         assert!(resource["Properties"].get("ManagedPolicyArns").is_none(), "{name}");
         for policy in resource["Properties"]["Policies"].as_array().expect("policies") {
             for statement in policy["PolicyDocument"]["Statement"].as_array().expect("statements") {
@@ -233,7 +233,7 @@ fn granted(stack: &Value) -> BTreeSet<String> {
 }
 
 #[test]
-fn nothing_comes_in_and_permissions_name_what_they_are_for() {
+fn no_port_is_open_and_permissions_name_their_resources() {
     let Some(stack) = template("aws/stack.yaml") else { return };
     let group = properties(&stack, "SecurityGroup");
     assert_eq!(group["SecurityGroupIngress"], json!([]));
@@ -245,27 +245,27 @@ fn nothing_comes_in_and_permissions_name_what_they_are_for() {
     assert_eq!(stack["Parameters"]["Versioning"]["Default"], "Enabled");
     let rules = &bucket["LifecycleConfiguration"]["Rules"];
     assert_eq!(rules[0]["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"], 1);
-    // What is pruned is paid for all that time, and a run prunes hundreds of checkpoints a day.
+    // Pruned data is paid for all that time, and a run prunes hundreds of checkpoints a day.
     assert_eq!(rules[1]["NoncurrentVersionExpiration"]["NoncurrentDays"], 1);
     assert_eq!(stack["Resources"]["Bucket"]["DeletionPolicy"], "Retain");
     assert_eq!(granted(&stack), GRANTS.iter().map(|line| line.to_string()).collect::<BTreeSet<_>>());
-    // The configuration can be read before this stack's own bucket is there, and from no address that the program does
-    // not know.
+    // The configuration can be read before this stack's own bucket exists, and only from addresses that the program
+    // knows.
     let role = properties(&stack, "Role").to_string();
     assert!(role.contains("s3:::${ReadBucket}/*") && role.contains("s3:::${ReadBucket}\""), "{role}");
     assert_eq!(stack["Parameters"]["ConfigUri"]["AllowedPattern"], "s3://.+");
-    // A rule of EventBridge can send only where the queue's own policy lets it.
+    // A rule of EventBridge can send only if the queue's own policy lets it.
     let policy = properties(&stack, "QueuePolicy").to_string();
     assert!(policy.contains("events.amazonaws.com") && policy.contains("sqs:SendMessage"), "{policy}");
     expect_one_queue_a_policy(&stack);
-    // The disk of the default image has 75 GB: a smaller one is refused at each launch.
+    // The disk of the default image has 75 GB; a smaller one is refused at each launch.
     assert!(stack["Parameters"]["DiskGiB"]["MinValue"].as_u64() >= Some(75));
-    // Interruptions do not count as receives, so that a broken job is paid for only so often.
+    // Interruptions do not count as receives, so a broken job costs only this many tries.
     let redrive = &properties(&stack, "Queue")["RedrivePolicy"];
     assert_eq!(redrive["maxReceiveCount"], 6);
     let given_up = properties(&stack, "LostWork")["AlarmDescription"].as_str().expect("a description");
     assert!(given_up.contains("after 6 failures"), "{given_up}");
-    // An execution that ends otherwise than by its own states leaves its machine: somebody must hear of it.
+    // An execution that does not end in one of its own states leaves its machine on, so a person must be told.
     for end in ["Failed", "TimedOut", "Aborted"] {
         let alarm = properties(&stack, &format!("Loop{end}"));
         let state_machine = json!([{"Name": "StateMachineArn", "Value": {"Ref": "Loop"}}]);
@@ -289,7 +289,7 @@ fn nothing_fails_unheard() {
     let notification =
         json!([{"TopicARN": {"Ref": "Topic"}, "NotificationTypes": ["autoscaling:EC2_INSTANCE_LAUNCH_ERROR"]}]);
     assert_eq!(group["NotificationConfigurations"], notification, "no quota, no capacity, no such AMI");
-    // Each alarm that starts no machine tells somebody, in every way to begin a run.
+    // Each alarm that starts no machine notifies a person, in every way to begin a run.
     let alarms: Vec<_> = stack["Resources"]
         .as_object()
         .expect("resources")
@@ -304,13 +304,13 @@ fn nothing_fails_unheard() {
         looked_at += alarm["Properties"]["Metrics"].as_array().map_or(1, |metrics| metrics.len() - 1);
     }
     assert_eq!((alarms.len(), looked_at), (8, 9), "what the opening comment of stack.yaml says of their cost");
-    // A job that waits longer than any that is worked on: a message is held for 12 hours at most.
+    // A job that waits longer than a job can be in progress: a message is held for 12 hours at most.
     let old = properties(&stack, "JobsOld");
     assert_eq!((&old["MetricName"], &old["Statistic"]), (&json!("ApproximateAgeOfOldestMessage"), &json!("Maximum")));
     assert_eq!(old["Dimensions"], json!([{"Name": "QueueName", "Value": {"Fn::GetAtt": "Queue.QueueName"}}]));
     let (threshold, kept) = (old["Threshold"].as_u64(), properties(&stack, "Queue")["MessageRetentionPeriod"].as_u64());
     assert!(threshold > Some(12 * 3600) && threshold < kept, "{threshold:?} of {kept:?}");
-    // A machine that hangs prints no lag.
+    // A hanging machine prints no lag.
     let silence = properties(&stack, "Silence");
     let metrics = silence["Metrics"].as_array().expect("metrics");
     assert_eq!(metrics[0]["Expression"], "IF(FILL(machines, 0) > 0 AND FILL(lag, -1) < 0, 1, 0)");
@@ -331,13 +331,13 @@ fn nothing_fails_unheard() {
 }
 
 #[test]
-fn a_job_that_waits_ends_no_machine_that_works() {
+fn a_waiting_job_ends_no_working_machine() {
     let Some(stack) = template("aws/stack.yaml") else { return };
     let policy = properties(&stack, "OneMore");
-    // An exact number would lower the capacity of a group that has more; MaxSize is the group's own affair.
+    // An exact number would lower the capacity of a group that has more; the group's own MaxSize limits it.
     assert_eq!(policy["AdjustmentType"], "ChangeInCapacity");
     assert_eq!(policy["StepAdjustments"], json!([{"MetricIntervalLowerBound": 0, "ScalingAdjustment": 1}]));
-    // The alarm asks again each minute.
+    // The alarm repeats its request each minute.
     assert!(policy["EstimatedInstanceWarmup"].as_u64() >= Some(600), "{policy}");
 }
 
@@ -358,8 +358,7 @@ fn batch_starts_again_on_the_codes_that_ask_for_it() {
     );
 }
 
-/// The settings' references, and the most that may stand in their place: limits of AWS where there are any, else more
-/// than anybody writes.
+/// The settings' references, and the longest values in their place: AWS's limits, or else more than a person writes.
 const LONGEST: [(&str, usize); 12] = [
     ("${AWS::Region}", 16),
     ("${Image}", 250),
@@ -415,7 +414,7 @@ fn the_stack_carries_user_data_and_it_fits() {
     }
 }
 
-/// SQS takes a policy only if it speaks of the one queue that it is put on; neither moto nor cfn-lint knows that.
+/// SQS accepts a policy only if it names just the queue that it belongs to; neither moto nor cfn-lint knows that.
 #[track_caller]
 fn expect_one_queue_a_policy(stack: &Value) {
     let resources = stack["Resources"].as_object().expect("resources");
@@ -435,7 +434,7 @@ fn expect_one_queue_a_policy(stack: &Value) {
     assert_eq!(queues, ["DeadLetters", "Queue"].map(str::to_owned).into(), "queues that a rule may send to");
 }
 
-/// moto says of each type that it does not know that it drops it; this is the whole list.
+/// moto reports each type that it does not know and drops; this is the whole list.
 const DROPPED: [&str; 6] = [
     "AWS::AutoScaling::ScalingPolicy",
     "AWS::CloudWatch::Alarm",
@@ -445,7 +444,7 @@ const DROPPED: [&str; 6] = [
     "AWS::Scheduler::Schedule",
 ];
 
-/// The stack's template, with an AMI parameter that exists on moto (it looks the default up even when another is
+/// The stack's template, with an AMI parameter that exists on moto (which looks up the default even if another is
 /// given).
 pub fn template_for_moto() -> String {
     let template = text("aws/stack.yaml");
@@ -496,7 +495,7 @@ pub fn create(moto: &Moto, name: &str, work: &str) {
 }
 
 #[test]
-fn the_stack_is_created_with_nothing_lost_but_what_moto_does_not_know() {
+fn the_stack_is_created_except_for_the_types_that_moto_does_not_know() {
     let Some(moto) = Moto::start("configs") else { return };
     for (name, work) in [("booted", "boot"), ("queued", "queue"), ("looped", "loop")] {
         create(&moto, name, work);

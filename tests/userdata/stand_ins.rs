@@ -1,6 +1,6 @@
-//! A machine in a folder: scripts run for real, their own commands, curl and tar included, are the machine's; what
-//! would change the machine (systemd, Docker, disks) is a stand-in that writes down how it was called. Metadata and AWS
-//! are servers on loopback.
+//! A machine in a folder: scripts run for real, with their own commands, curl and tar included. Commands that would
+//! change the machine (systemd, Docker, disks) are stand-ins that record how they were called. Metadata and AWS are
+//! servers on loopback.
 use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader, Read, Write},
@@ -14,7 +14,7 @@ use std::{
 use super::{path, said};
 use crate::support::s3::{ACCESS_KEY, SECRET_KEY};
 
-/// What the scripts take from the machine. Nothing else is on their way.
+/// The commands that the scripts take from the machine. Their path has no others.
 const REAL: [&str; 30] = [
     "awk",
     "base64",
@@ -47,8 +47,7 @@ const REAL: [&str; 30] = [
     "true",
     "uname",
 ];
-/// Stand-ins: each writes its name and arguments down, keeps its standard input, and does what a file named after it
-/// says.
+/// Stand-ins: each records its name and arguments, stores its standard input, and obeys a file named after it.
 const STAND_INS: [&str; 13] = [
     "blkid",
     "docker",
@@ -71,7 +70,7 @@ printf '%s %s\n' "$name" "$*" >>"$here/calls"
 if [ -r "$here/$name" ]; then . "$here/$name"; fi
 "#;
 
-/// Answers requests on loopback: the metadata service, and whatever AWS is asked by POST. Ends with the process.
+/// Answers requests on loopback: those to the metadata service, and every POST to AWS. Ends with the process.
 pub struct Cloud {
     port: u16,
     asked: Arc<Mutex<Vec<(String, String)>>>,
@@ -88,7 +87,7 @@ impl Cloud {
         let written = Arc::clone(&asked);
         std::thread::spawn(move || {
             for connection in listener.incoming().flatten() {
-                // A client that goes away in the middle is its own affair.
+                // A client that goes away in the middle is ignored.
                 let _ = answer(connection, &answers, &written);
             }
         });
@@ -154,7 +153,7 @@ fn answer(
         {
             (401, "")
         }
-        // Whoever deletes something must ask twice.
+        // A deletion must ask twice.
         "DELETE" if asked.lock().expect("unpoisoned").iter().all(|(head, _)| !head.starts_with("DELETE ")) => (503, ""),
         "DELETE" => (200, ""),
         "GET" => answers.get(&path).map_or((404, ""), |text| (200, text.as_str())),
@@ -170,7 +169,7 @@ fn answer(
     write!(connection, "HTTP/1.1 {status} x\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}", text.len())
 }
 
-/// A machine: a folder that scripts take for the root, and the commands on their way.
+/// A machine: a folder that scripts take for the root, and the commands in their path.
 pub struct Machine {
     dir: tempfile::TempDir,
 }
@@ -204,7 +203,7 @@ impl Machine {
         std::fs::write(self.path(name), text).expect("write a program");
         std::fs::set_permissions(self.path(name), PermissionsExt::from_mode(0o755)).expect("make it a program");
     }
-    /// From now on this stand-in does that as well.
+    /// From now on this stand-in also does that.
     pub fn does(&self, name: &str, script: &str) {
         std::fs::write(self.path("stand-ins").join(name), script).expect("what a stand-in does");
     }
@@ -232,7 +231,7 @@ impl Machine {
     pub fn calls(&self) -> String {
         std::fs::read_to_string(self.path("stand-ins/calls")).unwrap_or_default()
     }
-    /// Every file below the root with what is in it, but logs.
+    /// Every file below the root with its content, except logs.
     pub fn files(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         fn walk(folder: &Path, found: &mut BTreeMap<PathBuf, Vec<u8>>) {
             for entry in std::fs::read_dir(folder).expect("a folder of the machine") {
@@ -261,7 +260,7 @@ pub fn expect(output: &Output, code: i32, parts: &[&str]) {
     }
 }
 
-/// As the unit calls it when the run has ended.
+/// As the unit calls it after the run's end.
 pub fn ended(machine: &Machine, cloud: &Cloud, code: &str, status: &str) -> Output {
     machine.unit(cloud, "after", &[("EXIT_CODE", code), ("EXIT_STATUS", status), ("SERVICE_RESULT", "exit-code")])
 }

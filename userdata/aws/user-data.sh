@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# EC2 User Data: makes a fresh machine train, and keeps it at that over every restart. No package is installed.
+# EC2 User Data: makes a fresh machine train, and keeps it training over every restart. No package is installed.
 #
-# The AMI has Docker and, for GPUs, NVIDIA's driver and container toolkit; with a bundle instead of an image, glibc 2.36 and curl 7.88.
-# Settings stand in /etc/trainer/machine.conf, lines of NAME=value, none secret: userdata/README.md lists them.
+# The AMI has Docker and, for GPUs, NVIDIA's driver and container toolkit. A bundle instead of an image needs glibc 2.36
+# and curl 7.88. Settings are lines of NAME=value in /etc/trainer/machine.conf, none of them secret: userdata/README.md
+# lists them.
 #
 # Costs: the machine's price an hour x hours, its disk, what it logs.
 # Removal: terminate the machine.
 #
-# Installs itself (below TRAINER_ROOT, if set) as trainer-machine, with a unit that runs `trainer-machine run` at each start. Safe to run
-# again and twice at once. What fails is said on standard error and in /var/log/trainer-boot.log. Tabs: EC2 takes 16 KB.
+# It installs itself (below TRAINER_ROOT, if set) as trainer-machine, with a unit that runs `trainer-machine run` at
+# each start. It is safe to run again, and twice at once. Failures go to standard error and to
+# /var/log/trainer-boot.log. Tabs, because EC2 takes 16 KB.
 set -Eeuo pipefail
 umask 022
 root=${TRAINER_ROOT:-}
@@ -59,7 +61,7 @@ put() {
 	mv -f "$new" "$1"
 }
 
-# --- AWS: the metadata service and signed requests. Nothing secret stands in an argument or a log.
+# --- AWS: the metadata service and signed requests. No argument and no log holds a secret.
 
 get_token() {
 	token=$(curl -fsS --noproxy '*' --connect-timeout 2 --max-time 5 -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 600' "$imds/latest/api/token")
@@ -96,13 +98,13 @@ json() {
 	if [ "$2" = states ]; then version=1.0; fi
 	signed "$1" "$2" --max-time 20 -H "Content-Type: application/x-amz-json-$version" -H "X-Amz-Target: $4" "${AWS_ENDPOINT_URL:-https://$3.$1.amazonaws.com}/"
 }
-# tell ACTION MORE: to the task of the state machine, if there is one. A success that is lost costs another machine.
+# tell ACTION MORE: to the task of the state machine, if there is one. A lost success costs another machine.
 tell() {
 	local said
 	if [ -z "${TRAINER_TASK_TOKEN:-}" ]; then return 0; fi
 	if ! said=$(payload="{\"Name\":\"$TRAINER_TASK_TOKEN\"}" retry 4 json "$region" ssm ssm AmazonSSM.GetParameter) ||
 		! payload="{\"taskToken\":\"$(field Value <<<"$said")\"${2:-}}" retry 4 json "$region" states states "AWSStepFunctions.$1" >/dev/null; then
-		say "warning: the state machine has not heard $1"
+		say "warning: the state machine did not get $1"
 	fi
 }
 
@@ -118,7 +120,7 @@ mount_scratch() {
 	disk=$(blkid -L trainer-scratch || true)
 	if [ -z "$disk" ]; then
 		disk=$(lsblk -dnpo NAME,MODEL 2>/dev/null | awk '/Amazon EC2 NVMe Instance Storage/ {print $1; exit}')
-		# Never over something that somebody has put there.
+		# Never over existing files.
 		if [ -z "$disk" ] || [ -n "$(lsblk -no FSTYPE "$disk" | tr -d ' \n')" ]; then return 0; fi
 		mkfs.ext4 -q -L trainer-scratch "$disk" || return 0
 	fi
@@ -148,12 +150,12 @@ pull() { log_in && docker pull --quiet "$image" >/dev/null; }
 get_image() {
 	command -v docker >/dev/null || die 78 "TRAINER_IMAGE is set, but Docker is not installed" "use an AMI with Docker in it, or TRAINER_BUNDLE"
 	retry 10 docker info >/dev/null 2>&1 || die 69 "the Docker daemon does not answer" "journalctl -u docker"
-	# What a digest names never changes.
+	# An image named by digest never changes.
 	case $image in *@sha256:*) if docker image inspect "$image" >/dev/null 2>&1; then return 0; fi ;; esac
 	if retry 6 pull; then return 0; fi
 	docker image inspect "$image" >/dev/null 2>&1 || die 69 "image $image can't be pulled" \
 		"look at its name, and whether the role may ecr:GetAuthorizationToken, BatchGetImage and GetDownloadUrlForLayer"
-	say "warning: $image can't be pulled; going on with the one that is here"
+	say "warning: $image can't be pulled; using the local one"
 }
 download() {
 	local path=${TRAINER_BUNDLE#s3://}
@@ -205,11 +207,11 @@ run() {
 	if [ -z "$image" ]; then
 		if [ -n "${TRAINER_BUNDLE:-}" ]; then get_bundle; fi
 		[ -x "$opt/trainer" ] || die 78 "there is no $opt/trainer" "set TRAINER_IMAGE or TRAINER_BUNDLE in /etc/trainer/machine.conf, or use an AMI that has it"
-		say "starts $opt/trainer ${command[*]} on $id"
+		say "starting $opt/trainer ${command[*]} on $id"
 		LD_LIBRARY_PATH=$opt/lib TMPDIR=$scratch exec "$opt/trainer" "${command[@]}"
 	fi
 	get_image
-	# Of an earlier life.
+	# A container of an earlier life.
 	docker stop --time 110 trainer >/dev/null 2>&1 || true
 	docker rm trainer >/dev/null 2>&1 || true
 	env | grep -E '^(TRAINER_(CONFIG|STORE|RUN_ID|RUN_ID_TEMPLATE|TIME_ZONE|SSM_PATH|QUEUE|ALLOW|STOP_WINDOW|LOG)|AWS_REGION)=' >"$run/env"
@@ -220,7 +222,7 @@ run() {
 	fi
 	if leaves; then logs+=(--env TRAINER_POWER_OFF=host); fi
 	stop=$((${TRAINER_STOP_WINDOW%s} + 10))
-	say "starts $image ${command[*]} on $id"
+	say "starting $image ${command[*]} on $id"
 	# Host network for the metadata service and NCCL; host IPC and memory locks for NCCL and pinned snapshots.
 	exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout "$stop" \
 		--env-file "$run/env" --env TMPDIR=/scratch --env XDG_CACHE_HOME=/scratch \
@@ -232,65 +234,65 @@ scaling() {
 	payload="Action=$1&Version=2011-01-01&$2" retry 6 \
 		signed "$region" autoscaling --max-time 10 "${AWS_ENDPOINT_URL:-https://autoscaling.$region.amazonaws.com}/"
 }
-# A job that waits would raise the capacity.
+# A waiting job would raise the capacity.
 hold() { scaling SuspendProcesses "AutoScalingGroupName=$TRAINER_GROUP&ScalingProcesses.member.1=AlarmNotification" >/dev/null; }
-# The group ends this machine and buys no other; it may do so already.
+# The group ends this machine without a replacement; it may already be doing so.
 leave() { leaving || [ -n "$(scaling TerminateInstanceInAutoScalingGroup "ShouldDecrementDesiredCapacity=true&InstanceId=$id")" ] || leaving; }
 leaving() { [ "$(metadata autoscaling/target-lifecycle-state 2>/dev/null)" = Terminated ]; }
-# The metadata service has answered, and knows of none.
+# The metadata service has answered, and names no group.
 in_no_group() { [[ $(metadata autoscaling/target-lifecycle-state 2>&1) == *"error: 404"* ]]; }
-# To those who should hear of it: what was said last.
+# Sends the last output to the topic.
 publish() {
 	if [ -z "${TRAINER_TOPIC:-}" ]; then return 0; fi
-	payload="Action=Publish&Version=2010-03-31&TopicArn=$TRAINER_TOPIC&Subject=trainer+needs+somebody" retry 3 signed "$region" sns --max-time 10 \
+	payload="Action=Publish&Version=2010-03-31&TopicArn=$TRAINER_TOPIC&Subject=trainer+needs+attention" retry 3 signed "$region" sns --max-time 10 \
 		--data-urlencode "Message=$id, log group ${TRAINER_LOG_GROUP:-none}: $(journalctl -u trainer -n 20 -q -o cat)" \
 		"${AWS_ENDPOINT_URL:-https://sns.$region.amazonaws.com}/" >/dev/null
 }
 # within SECONDS COMMAND…: systemd gives `after` 130 s in all.
 within() { timeout "$1" "$me" "${@:2}"; }
-# Nothing is bought for ever for a run that can't start.
+# A run that can't start must not keep buying machines.
 give_up() {
 	local off=
-	say "gives up: $1"
+	say "giving up: $1"
 	systemctl stop --no-block trainer.service
-	# Whoever starts it by hand has as many tries again.
+	# After a start by hand the count begins anew.
 	rm -f "$run/failures" "$run/away"
 	if [ "${TRAINER_ON_FAILURE:-keep}" != terminate ]; then
-		say "hint: the machine stays and costs money (TRAINER_ON_FAILURE=keep); put it right and systemctl start trainer"
+		say "hint: the machine stays and costs money (TRAINER_ON_FAILURE=keep); fix it and run systemctl start trainer"
 	else
 		if within 45 leave; then
 			say "its group ends this machine, its capacity lowered by one"
 		else
 			off=yes
-			say "no Auto Scaling group takes this machine: powers off"
+			say "no Auto Scaling group ends this machine: powering off"
 		fi
 		if [ -n "${TRAINER_QUEUE:-}" ] && [ -n "${TRAINER_GROUP:-}" ]; then
 			if within 20 hold; then
-				say "hint: jobs start no machine until you have put it right and: aws autoscaling resume-processes" \
+				say "hint: jobs start no machine until you fix it and run: aws autoscaling resume-processes" \
 					"--auto-scaling-group-name $TRAINER_GROUP --scaling-processes AlarmNotification"
 			else
-				say "warning: jobs that wait may start machines for ever: set the MaxSize of $TRAINER_GROUP to 0"
+				say "warning: waiting jobs may start machines forever: set the MaxSize of $TRAINER_GROUP to 0"
 			fi
 		fi
 		within 20 tell SendTaskFailure ',"error":"TrainerGaveUp","cause":"see the log"' || true
 	fi
-	within 20 publish || say "warning: nobody has heard of it"
+	within 20 publish || say "warning: the topic got no message"
 	if [ -n "$off" ]; then shutdown -h now; fi
 }
 leaves() { [ -n "${TRAINER_QUEUE:-}" ] || [ "${TRAINER_ON_COMPLETE:-}" = terminate ]; }
-# A container can leave a group, if that answers, but power nothing off.
+# A container can leave a group, if the group answers, but can't power anything off.
 complete() {
 	within 30 tell SendTaskSuccess ',"output":"{}"' || true
 	if ! leaves; then return 0; fi
 	if within 20 in_no_group; then
 		if [ -n "$image" ]; then shutdown -h now; fi
 	elif ! within 45 leave; then
-		say "warning: done, but the machine can't leave its group and costs money: look at MinSize and the role, and end it"
+		say "warning: done, but the machine can't leave its group and costs money: check MinSize and the role, and end it"
 		within 20 publish || true
 	fi
 }
-# What the run's end means; systemd starts it again or not. Interruptions count for nothing. What is away (69) comes back or never: 40
-# times in a row take two hours and a half. Five of the others in a row are enough.
+# The meaning of the run's end; systemd then restarts it or not. Interruptions do not count. An unavailable service (69)
+# comes back or never does: 40 times in a row take two hours and a half. Five other failures in a row are enough.
 after() {
 	local count=0 most=5 file=$run/failures
 	install -d -m 0700 "$run"
@@ -304,7 +306,7 @@ after() {
 		return 0
 		;;
 	exited:64 | exited:65 | exited:77 | exited:78)
-		give_up "exit code $EXIT_STATUS: another start would end the same way"
+		give_up "exit code $EXIT_STATUS: a restart would not help"
 		return 0
 		;;
 	exited:69)
@@ -321,7 +323,7 @@ boot() {
 	exec 9>"$root/run/trainer-boot.lock"
 	flock 9
 	put "$me" 755 <"$0" || true
-	# A driver that is upgraded under a running job is gone until the next reboot.
+	# After a driver upgrade under a running job the driver is gone until the next reboot.
 	systemctl disable --now unattended-upgrades.service apt-daily-upgrade.timer >/dev/null 2>&1 || true
 	local changed=
 	if put "$root/etc/systemd/system/docker.service.d/trainer.conf" 644 <<'UNIT'; then changed=yes; fi

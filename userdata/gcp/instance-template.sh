@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Google Cloud: an instance template for spot machines, and a managed group that replaces what is taken.
+# Google Cloud: an instance template for spot machines, and a managed group that replaces those that are taken.
 #
 #   PROJECT=my-project ZONE=us-central1-a BUCKET=my-bucket RUN_ID=reports-2026q4 CONFIG=gs://my-bucket/configs/reports.toml \
 #     IMAGE=us-central1-docker.pkg.dev/my-project/trainer/trainer@sha256:… userdata/gcp/instance-template.sh
@@ -8,9 +8,10 @@
 # disk (100 GB), an external address. Nothing once the group has size 0: the machine takes itself out of the group when the run is complete.
 # Removal: gcloud compute instance-groups managed delete "trainer-$RUN_ID" --zone "$ZONE"; gcloud compute instance-templates delete "trainer-$RUN_ID"
 #
-# The service account may read and write the bucket (roles/storage.objectUser on it), pull the image (roles/artifactregistry.reader), and
-# take itself out of its group (a custom role with compute.instanceGroupManagers.update and compute.instances.delete).
-# No Secure Boot: with it the kernel takes NVIDIA's modules only if they are signed with a key of the image, which is not known of these images.
+# The service account may read and write the bucket (roles/storage.objectUser on it), pull the image
+# (roles/artifactregistry.reader), and take itself out of its group (a custom role with
+# compute.instanceGroupManagers.update and compute.instances.delete). No Secure Boot: with it the kernel loads NVIDIA's
+# modules only if they are signed with a key of the image, and it is not known whether these images' modules are.
 # SPOT_NOTICE=120s asks for two minutes between notice and shutdown; without it a machine has 30 s.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

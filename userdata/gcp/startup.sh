@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Google Cloud: what instance-template.sh's machines run at each boot. Settings are instance attributes, none of them secret.
+# Google Cloud: the script that instance-template.sh's machines run at each boot. Settings are instance attributes, none
+# of them secret.
 #
 # Costs and removal: see instance-template.sh. On a machine: systemctl disable --now trainer; rm /etc/systemd/system/trainer.service.
-# Safe to run again. TRAINER_ROOT installs below a folder; a failure is said on standard error, which goes to the serial console.
+# It is safe to run again. TRAINER_ROOT installs below a folder; failures go to standard error, and so to the serial
+# console.
 set -Eeuo pipefail
 root=${TRAINER_ROOT:-}
 metadata=http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1
@@ -38,23 +40,23 @@ run() {
         die 69 "image $image can't be pulled" "look at its name, and whether the service account has roles/artifactregistry.reader"
     docker rm --force trainer >/dev/null 2>&1 || true
     {
-        # The last: how long after the notice the shutdown begins; the metadata service does not say.
+        # The last setting is the time from the notice to the shutdown; the metadata service does not report it.
         for name in store run-id config preemption-window; do
             value=$(ask "instance/attributes/trainer-$name") ||
                 die 69 "the metadata service does not answer, or names no trainer-$name" "give the instance the attribute trainer-$name"
             name=${name^^}
             echo "TRAINER_${name//-/_}=$value"
         done
-        # Between the shutdown's beginning and its end a spot machine has 30 s.
+        # A spot machine has 30 s from the beginning of the shutdown to its end.
         echo TRAINER_STOP_WINDOW=20s
-        # After exit code 0 this script takes the machine away: the program in its container need not try.
+        # After exit code 0 this script takes the machine away, so the program in its container need not try.
         echo TRAINER_POWER_OFF=host
     } >"$root/run/trainer/env"
     exec docker run --rm --init --name trainer --network host --ipc host --ulimit memlock=-1 --stop-timeout 25 \
         --env-file "$root/run/trainer/env" "${gpus[@]}" "$image" boot --json
 }
-# Whether no further start is worth it; systemd says how the last one ended. What is away (69) is given 40 tries in a row, two hours or more;
-# a bug or a kill five; an interruption counts for nothing.
+# Whether another start is pointless, after the last exit as systemd reports it. An unavailable service (69) gets 40
+# tries in a row, two hours or more; a bug or a kill gets five; interruptions do not count.
 over() {
     local count=0 most=5 counts=$root/run/trainer file
     install -d -m 0700 "$counts"
@@ -74,13 +76,13 @@ over() {
     echo "$((++count))" >"$file"
     [ "$count" -ge "$most" ]
 }
-# A machine that has nothing left to do takes itself out of its group, which would replace one that only powers off.
+# A machine without work takes itself out of its group, because the group would replace one that merely powers off.
 after() {
     local group self
     if ! over; then return 0; fi
     group=$(ask instance/attributes/created-by) || return 0
     self=$(ask instance/zone)/instances/$(ask instance/name)
-    # The token goes in by standard input: arguments can be read by everybody.
+    # The token goes in through standard input: every user can read arguments.
     printf 'header = "Authorization: Bearer %s"\n' "$(token)" |
         curl -fsS --max-time 15 --retry 5 --retry-all-errors --retry-max-time 60 -K - -H 'Content-Type: application/json' \
             -d "{\"instances\": [\"$self\"]}" "${TRAINER_COMPUTE_API:-https://compute.googleapis.com}/compute/v1/$group/deleteInstances" >/dev/null ||
@@ -97,7 +99,7 @@ After=network-online.target docker.service
 StartLimitIntervalSec=0
 [Service]
 ExecStart=$me run
-# -: a container that has ended by itself is gone, and that is no failure to start again after.
+# -: a container that has ended by itself is gone, which is not a failure that needs another start.
 ExecStop=-/usr/bin/docker stop --time 25 trainer
 ExecStopPost=$me after
 Restart=on-failure
@@ -106,7 +108,7 @@ RestartForceExitStatus=69 75 76 79
 RestartPreventExitStatus=64 65 77 78
 SuccessExitStatus=75
 KillMode=mixed
-# For leaving the group; the container is ended by docker stop.
+# For leaving the group; docker stop ends the container.
 TimeoutStopSec=90
 [Install]
 WantedBy=multi-user.target

@@ -22,9 +22,9 @@ use crate::{
 };
 
 const HOUR: f64 = 3600.0;
-/// The longest time that is accepted anywhere, days.
+/// The longest time that any option accepts, days.
 const MOST_DAYS: f64 = 3650.0;
-/// The values simulated if nothing else is known.
+/// The defaults.
 const DEFAULT: Costs = Costs { stall_s: 1.0, durable_s: 10.0, restart_s: 120.0 };
 const DEFAULT_WORK_S: f64 = 168.0 * HOUR;
 /// The median discount of 53 GPU types in us-east-1 was 63 % (Spot Advisor's data of 2025-06-28).
@@ -45,7 +45,7 @@ enum Lifetimes {
 #[command(after_help = "\
 Examples:
   trainer simulate --lifetimes spot --mtbf 2h --stall 1s --durable 10s --restart 2m
-  trainer simulate --trace us-east-1a.json --nodes 4 --work 10d --on-demand-price 3.06 --spot-price 1.10
+  trainer simulate --trace zone.json --nodes 4 --work 10d --on-demand-price 3.06 --spot-price 1.10
   trainer simulate --run-id first --store s3://bucket/runs --spot-price 1.10 --on-demand-price 3.06
 
 A trace is JSON, {\"metadata\":{\"gap_seconds\":60},\"data\":[1,0,...]} (available machines),
@@ -53,7 +53,7 @@ or CSV with a line `milliseconds,add|remove,node` for each change.")]
 pub struct Simulate {
     /// A run's configuration: its checkpoint.every is simulated too; with --step-time, its train.steps are the work
     config: Option<PathBuf>,
-    /// Take costs, losses, steps and cadence that no flag gives from this run's journal
+    /// Take costs, losses, steps and cadence from this run's journal, except those that flags give
     #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
     run_id: Option<RunId>,
     #[command(flatten)]
@@ -85,7 +85,7 @@ pub struct Simulate {
     /// From an available machine to its first step [default: the run's, or 2m]
     #[arg(long, value_name = "D", value_parser = seconds)]
     restart: Option<f64>,
-    /// How long before it is taken a machine is notified
+    /// How long before its end a machine gets its notice
     #[arg(long, value_name = "D", default_value = "2m", value_parser = seconds)]
     notice: f64,
     /// Share of losses with a notice, 0 to 1 [default: the run's, or 1]
@@ -173,7 +173,7 @@ struct Inputs {
     notice_s: f64,
     notice_share: Input<f64>,
     notice_fits: bool,
-    /// So long before the machine is taken training stops.
+    /// Training stops this long before the machine is taken.
     reserve_s: f64,
     work_s: Input<f64>,
     on_demand_price: f64,
@@ -205,12 +205,12 @@ enum Policy {
 #[derive(Debug, Serialize)]
 struct Row {
     policy: String,
-    /// Whether losses are announced as the inputs say, or not at all.
+    /// Whether losses are announced as the inputs say, or never.
     notice: bool,
     interval_s: f64,
     goodput: Option<f64>,
     goodput_error: Option<f64>,
-    /// In closed form, where there is one.
+    /// The goodput in closed form, if there is such a form.
     model_goodput: Option<f64>,
     wall_s: Option<f64>,
     interruptions: Option<f64>,
@@ -242,10 +242,10 @@ struct Report {
     job_mtbf_s: f64,
     /// Daly's formula for the stall and the job's mean time between losses, seconds.
     daly_s: f64,
-    /// The best interval without notice, seconds, and what the formula's reaches of its goodput.
+    /// The best interval without notice, seconds, and the share of its goodput that the formula's interval reaches.
     best_s: f64,
     daly_share_of_best: Option<f64>,
-    /// What `checkpoint.every = "auto"` reaches of the best fixed interval's goodput, without notice.
+    /// The share of the best fixed interval's goodput that `checkpoint.every = "auto"` reaches, without notice.
     auto_share_of_best: Option<f64>,
     baselines: Vec<Baseline>,
     spot: Vec<Row>,

@@ -27,8 +27,8 @@ impl Study {
     }
 
     /// The time until the next save. `auto` is the agent's own function, with what the agent knows at that moment: the
-    /// time that a save takes from training, and the losses that were not announced. What a save slows steps by is part
-    /// of the former where the input says so; a run's journal does not tell it.
+    /// time that a save takes from training, and the losses that were not announced. The former includes the slowdown
+    /// of steps if the input gives it; a run's journal does not record it.
     fn until_next_save(&self, policy: Policy, seen: &Seen) -> f64 {
         let Policy::Fixed(interval_s) = policy else {
             let known = |value: f64| (seen.saves > 0).then_some(value);

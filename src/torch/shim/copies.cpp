@@ -1,8 +1,8 @@
-// Parameters whose values stand in a copy of another type than their gradients.
+// Parameters whose values are kept in a copy of another type than their gradients.
 //
-// The leaf is what autograd and the reducer know: its gradient is fp32, its own values are never read and need no memory.
-// The copy is what is computed with. Arithmetic is that of an fp32 leaf which is cast where it is used: gradients arrive
-// in the copy's type, become fp32, and are added up in fp32.
+// Autograd and the reducer know the leaf: its gradient is fp32; its own values are never read and need no memory. The
+// copy is used for computing. The arithmetic equals that of an fp32 leaf that is cast where it is used: gradients
+// arrive in the copy's type, become fp32, and are added up in fp32.
 #include "shim.h"
 
 #include <ATen/ATen.h>
@@ -91,7 +91,7 @@ int32_t trn_copy_lookup(const at::Tensor* leaf, const at::Tensor* copy, const at
   });
 }
 
-// `loss`, of which `gradient / divisor` is the gradient with respect to the leaf.
+// `loss`; its gradient is `gradient / divisor` with respect to the leaf.
 int32_t trn_with_gradient(
     const at::Tensor* loss,
     const at::Tensor* leaf,

@@ -1,4 +1,4 @@
-// Defaults of LibTorch that can only be set by its environment variables. A variable that is set wins.
+// Defaults of LibTorch that only its environment variables can set. A variable that is already set wins.
 //
 // They are set before main, while there is one thread: setenv beside a reader in another thread is a crash.
 #include "shim.h"
@@ -12,10 +12,10 @@ namespace {
 
 const bool defaults_set = [] {
   const auto set = [](const char* name, const char* value) { setenv(name, value, /*overwrite=*/0); };
-  // c10d logs each failed attempt to connect with a backtrace, beside the error that it throws. The error says it all.
+  // c10d logs each failed attempt to connect with a backtrace, beside the error that it throws. The error is enough.
   set("TORCH_CPP_LOG_LEVEL", "FATAL");
   c10::initLogging();
-  // The flight recorder notes every collective for a reader that we do not have, and changes a map of the whole process
+  // The flight recorder notes every collective for a reader that we do not have. It changes a map of the whole process
   // without its lock (2.11.0): two groups on two threads crash.
   set("TORCH_FR_BUFFER_SIZE", "0");
   // cuBLAS is deterministic only with a workspace of fixed size.

@@ -1,4 +1,5 @@
-// CUDA: devices, pinned memory, and copies to the host on a stream of their own. Without CUDA the same functions say so.
+// CUDA: devices, pinned memory, and copies to the host on a separate stream. Without CUDA the functions return an
+// error.
 #include "shim.h"
 
 #ifdef TRAINER_CUDA
@@ -75,7 +76,7 @@ int32_t trn_mark_free(Mark* mark) {
   return guarded([&] { delete mark; });
 }
 
-// Copies to the host what was in the sources at the mark, and returns when the bytes are there.
+// Copies to the host the content that the sources had at the mark, and returns when the bytes have arrived.
 int32_t trn_copy_after(Mark* mark, const Run* runs, size_t count) {
   return guarded([&] {
 #ifdef TRAINER_CUDA
@@ -86,7 +87,7 @@ int32_t trn_copy_after(Mark* mark, const Run* runs, size_t count) {
       C10_CUDA_CHECK(cudaMemcpyAsync(
           runs[i].target, runs[i].source, runs[i].bytes, cudaMemcpyDeviceToHost, stream.stream()));
     }
-    // Blocking, not spinning: the thread leaves its core to those who compute.
+    // Blocking, not spinning: the thread leaves its core to computing threads.
     at::cuda::CUDAEvent done(cudaEventDisableTiming | cudaEventBlockingSync);
     done.record(stream);
     done.synchronize();

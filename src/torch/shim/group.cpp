@@ -22,17 +22,17 @@ namespace {
 
 using std::chrono::milliseconds;
 
-// Brings to each rank its own chunk of every bucket, averaged over the ranks, behind the backward pass.
+// Gives each rank its own chunk of every bucket, averaged over the ranks, behind the backward pass.
 //
-// A bucket's memory is padded to as many equal chunks as there are ranks; rank r's result stands in chunk r, and what
-// stands in the other chunks is of no use. Gloo's own reduce-scatter (2.11.0) is a copy and an all-reduce, twice the
-// traffic. Here ranks exchange chunks, and each adds up those that it gets, in the order of ranks: the sum of an element
-// does not depend on where it lies.
+// A bucket's memory is padded to as many equal chunks as there are ranks. Rank r's result is in chunk r; the other
+// chunks hold no useful values. Gloo's own reduce-scatter (2.11.0) is a copy and an all-reduce, twice the traffic. Here
+// ranks exchange chunks, and each adds up those that it receives, in the order of ranks: so the sum of an element does
+// not depend on its place.
 class Scatter {
  public:
   explicit Scatter(c10::intrusive_ptr<c10d::ProcessGroup> group) : group_(std::move(group)) {}
 
-  // Memory for a bucket of `length` elements; the bucket's number is that of the call.
+  // Memory for a bucket of `length` elements; the bucket's number is the call's number.
   at::Tensor add(int64_t chunk, int64_t length, const at::TensorOptions& options) {
     TORCH_CHECK(
         chunk > 0 && chunk <= INT64_MAX / group_->getSize() && chunk * group_->getSize() >= length,
@@ -58,7 +58,7 @@ class Scatter {
     }
   }
 
-  // Sums on the calling thread: a thread of Gloo's would bring a team of compute threads of its own.
+  // Sums on the calling thread: a thread of Gloo's would start its own team of compute threads.
   void finish() {
     at::NoGradGuard no_grad;
     for (auto& bucket : buckets_) {
@@ -93,7 +93,7 @@ class Scatter {
   std::vector<Bucket> buckets_;
 };
 
-// Lets the reducer start a Scatter when a bucket is full, and go on without waiting for it.
+// Lets the reducer start a Scatter when a bucket is full, and continue without waiting for it.
 class ScatterHook final : public c10d::CommHookInterface {
  public:
   explicit ScatterHook(std::shared_ptr<Scatter> scatter) : scatter_(std::move(scatter)) {}
@@ -119,9 +119,9 @@ class ScatterHook final : public c10d::CommHookInterface {
 
 // A reducer whose first step is like every other step.
 //
-// c10d's own would, in its first steps, sort its buckets anew by the order in which gradients arrived, and multiply by
-// 1/n instead of dividing by n where a gradient does not lie in its bucket yet. A resumed run would then differ in the
-// last bit from the undisturbed one. Here buckets never change, and gradients lie in them from the start.
+// In its first steps c10d's own reducer would sort its buckets anew by the order in which gradients arrived, and
+// multiply by 1/n instead of dividing by n where a gradient is not in its bucket yet. A resumed run would then differ
+// in the last bit from the undisturbed one. Here buckets never change, and gradients are in them from the start.
 //
 // With shard() each rank gets only its own chunk of every bucket's averages; see Scatter.
 class FixedReducer final : public c10d::Reducer {
@@ -145,8 +145,8 @@ class FixedReducer final : public c10d::Reducer {
             /*skip_all_reduce_unused_params=*/false,
             /*use_python_reducer=*/false,
             /*bucket_bytes_cap_list=*/{}) {
-    // Says that the one rebuild is done. Only not calling rebuild_buckets() would let the reducer gather the order of
-    // arrival for ever, a list that grows with every step.
+    // Reports that the one rebuild is done. If rebuild_buckets() were only never called, the reducer would collect the
+    // order of arrival forever, in a list that grows with every step.
     has_rebuilt_bucket_ = true;
     at::NoGradGuard no_grad;
     for (auto& bucket : buckets_) {
@@ -236,7 +236,7 @@ using namespace trainer;
 
 extern "C" {
 
-// Takes the listening socket over.
+// Takes over the listening socket.
 int32_t trn_store_serve(const char* host, uint16_t port, int32_t listener, int64_t timeout_ms, Store** out) {
   return guarded(Touches::kNetwork, [&] {
     c10d::TCPStoreOptions options;
@@ -263,7 +263,7 @@ int32_t trn_store_free(Store* store) {
   return guarded([&] { delete store; });
 }
 
-// `address`: the local address that Gloo binds to and tells its peers.
+// `address`: the local address that Gloo binds to and announces to its peers.
 int32_t trn_group_new(
     int32_t nccl,
     const Store* store,
@@ -435,7 +435,7 @@ int32_t trn_reducer_backward(FixedReducer* reducer, const at::Tensor* loss, int3
     }
     loss->backward();
     if (reduce != 0) {
-      // Without this a parameter that the loss does not depend on would leave its bucket unreduced, and nobody would know.
+      // Without this, a parameter that the loss does not depend on would silently leave its bucket unreduced.
       reducer->check_finalized();
       if (auto* scatter = reducer->scatter()) {
         scatter->finish();

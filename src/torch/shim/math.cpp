@@ -105,7 +105,7 @@ int32_t trn_adamw_step(
     }
     at::NoGradGuard no_grad;
     const auto device = params[0]->device();
-    // The kernels walk over raw memory and believe what they are given.
+    // The kernels walk over raw memory and trust their arguments.
     for (size_t i = 0; i < count; ++i) {
       for (const auto* tensor : {params[i], grads[i], exp_avgs[i], exp_avg_sqs[i]}) {
         TORCH_CHECK(tensor->defined(), "tensor ", i, " of the optimizer step is undefined");
@@ -192,7 +192,7 @@ int32_t trn_set_deterministic(int32_t on) {
     context.setDeterministicAlgorithms(on != 0, /*warn_only=*/false);
     context.setDeterministicCuDNN(on != 0);
     context.setBenchmarkCuDNN(false);
-    // Would fill every fresh tensor with NaN: a pass over memory that finds bugs and changes no right result.
+    // It would fill every fresh tensor with NaN: a pass over memory that finds bugs and changes no correct result.
     context.setDeterministicFillUninitializedMemory(false);
   });
 }

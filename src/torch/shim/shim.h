@@ -27,13 +27,13 @@ enum Status : int32_t {
   kMemory = 3,
 };
 
-// What an exception without a class of its own means.
+// The status of an exception without its own class.
 enum class Touches {
   // A fault of the caller.
   kLocal,
   // A c10::Error is a fault of the caller; a plain std::exception comes from Gloo, so from the network.
   kNetwork,
-  // The network, whatever was thrown: forming a group wraps what Gloo says in a c10::Error.
+  // The network, whatever was thrown: forming a group wraps Gloo's message in a c10::Error.
   kOnlyNetwork,
 };
 

@@ -1,6 +1,7 @@
-// Signals from the first moment at which this program can say anything about them: before the constructors of LibTorch's libraries, which take
-// most of the time from the start of the process to main. Until somebody handles them they would end the process by default, and the first
-// process of a container would never hear of them. They are held here, and given free by main once their handlers stand.
+// Blocks signals from the first moment of this program: before the constructors of LibTorch's libraries, which take
+// most of the time from the start of the process to main. Until they are handled, they would end the process by
+// default, and the first process of a container would never receive them. They are blocked here, and main unblocks them
+// once it has handlers.
 #include <csignal>
 #include <cstring>
 #include <initializer_list>
@@ -16,7 +17,7 @@ sigset_t asked() noexcept {
   return signals;
 }
 
-// The commands that handle them (src/cli/mod.rs); a test program that has this file in it is none of them.
+// The commands that handle them (src/cli/mod.rs); a test program that contains this file has none of these names.
 bool handles(int count, char** arguments) noexcept {
   if (count < 2) {
     return false;

@@ -464,6 +464,20 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn only_an_urgent_record_is_sent_again_while_the_store_does_not_answer() {
+        let (journal, store, hangs) = writer(Fault::LandsAndHangs).await;
+        let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
+        hangs.store(true, Ordering::SeqCst);
+        let commit = journal.append(Urgency::Commit, Record::Committed(committed));
+        assert_eq!(within("a commit whose answer is lost", commit).await.unwrap(), 4);
+        hangs.store(true, Ordering::SeqCst);
+        let pruning = prune(&journal);
+        hanging(&hangs).await;
+        let longer = PATIENCE[0] + Duration::from_millis(500);
+        assert!(timeout(longer, pruning).await.is_err(), "housekeeping waits for the store's own retries");
+    }
+
+    #[tokio::test]
     async fn a_caller_that_goes_away_takes_its_command_back() {
         let (journal, _, hangs) = writer(Fault::Hang).await;
         hangs.store(true, Ordering::SeqCst);

@@ -10,7 +10,6 @@ use super::{
     run, store,
 };
 use crate::{
-    agent::{Begin, Manner},
     boot::{
         self, Steps,
         settings::{Config, Given, Layer, Name, Origin},
@@ -21,7 +20,10 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::RunId,
     report::{Reporter, Screen},
-    run::open::{self, Found},
+    run::{
+        Begin, LaunchOptions,
+        open::{self, Found},
+    },
     storage::Store,
 };
 
@@ -112,10 +114,10 @@ impl Boot {
             return Ok(Kind::Interrupted.exit_code().into());
         };
         drop(stop);
-        let Ready { store, run_id, begin, manner } = ready;
+        let Ready { store, run_id, begin, options } = ready;
         let reporter = Reporter::new(screen, self.json);
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
-        run::launch_as(reporter, store, run_id, begin, nproc_per_node, manner)
+        run::launch_as(reporter, store, run_id, begin, nproc_per_node, options)
     }
 
     /// Finds the run, and waits for the devices that it needs.
@@ -164,8 +166,8 @@ impl Boot {
             steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
         }
         let since = Some(steps.began());
-        let manner = Manner { standby: self.standby, cache, since, dedicated: true, accepts_data: false };
-        Ok(Ready { store, run_id, begin, manner })
+        let options = LaunchOptions { standby: self.standby, cache, since, dedicated: true, accepts_data: false };
+        Ok(Ready { store, run_id, begin, options })
     }
 
     /// What the command line says.
@@ -237,7 +239,7 @@ struct Ready {
     store: Store,
     run_id: RunId,
     begin: Begin,
-    manner: Manner,
+    options: LaunchOptions,
 }
 
 /// A configuration as read.
@@ -268,7 +270,7 @@ impl Document {
                 let doing = format!("read the configuration that {} names", given.origin);
                 let folder_store = Store::open(folder, &store::LIMITS).context(doing.as_str())?;
                 let read = async { Ok(folder_store.get(name, MAX_CONFIG).await?) };
-                let bytes = stop.block_on(read).map_err(|error| error.of_what_is_named().context(doing.as_str()))?;
+                let bytes = stop.block_on(read).map_err(|error| error.as_config_error().context(doing.as_str()))?;
                 let toml = String::from_utf8(bytes.to_vec())
                     .map_err(|_| Error::new(Kind::Config, format!("{folder}/{name} is not text")))?;
                 let name = PathBuf::from(format!("{}/{name}", folder_store.uri()));

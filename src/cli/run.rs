@@ -13,13 +13,13 @@ use super::{
     store,
 };
 use crate::{
-    agent::{self, Afterwards, Begin, Launch, Manner, Outcome},
     boot::stop::Stop,
     cloud::leave::{self, Departure},
     config::{self, CompleteAction, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
     ids::{RunId, random_hex},
     report::{Reporter, Screen},
+    run::{self, Begin, Launch, LaunchOptions, OnComplete, Outcome},
     storage::Store,
 };
 
@@ -138,17 +138,17 @@ pub(super) fn launch(
     begin: Begin,
     nproc_per_node: Option<u32>,
 ) -> Result<ExitCode> {
-    launch_as(Reporter::new(screen, json.json), store, run_id, begin, nproc_per_node, Manner::default())
+    launch_as(Reporter::new(screen, json.json), store, run_id, begin, nproc_per_node, LaunchOptions::default())
 }
 
-/// The same in another [`Manner`], with the caller's reporter.
+/// The same with other options and a reporter of the caller's.
 pub(super) fn launch_as(
     reporter: Reporter,
     store: Store,
     run_id: RunId,
     begin: Begin,
     nproc_per_node: Option<u32>,
-    manner: Manner,
+    options: LaunchOptions,
 ) -> Result<ExitCode> {
     let resume = format!("trainer resume --run-id {run_id} --store {}", store.uri());
     tracing::info!(%run_id, store = store.uri(), "{}", match &begin {
@@ -156,7 +156,7 @@ pub(super) fn launch_as(
         Begin::Resume { .. } => "resuming run",
         Begin::CreateOrResume { .. } => "new run, or one that another node has just created",
     });
-    let outcome = agent::launch(Launch { store, run_id, begin, nproc_per_node, manner, reporter: reporter.clone() });
+    let outcome = run::launch(Launch { store, run_id, begin, nproc_per_node, options, reporter: reporter.clone() });
     reporter.finish();
     Ok(match outcome? {
         Outcome::Completed { then } => {
@@ -180,7 +180,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(60);
 const ASK_AGAIN_AT_MOST: Duration = Duration::from_secs(3600);
 
 /// Carries out the run's `on_complete` on this machine. The run is complete in any case.
-fn complete(then: &Afterwards) -> Result<()> {
+fn complete(then: &OnComplete) -> Result<()> {
     match then.action {
         CompleteAction::Exit => Ok(()),
         CompleteAction::Terminate => {

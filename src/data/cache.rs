@@ -4,7 +4,7 @@
 //! ```text
 //! <cache>/<index CRC64>-<index length>/   one folder a dataset: another index is another folder
 //!   .lock                                 held by the process that downloads
-//!   .use                                  held by all who use it; when room is short, what nobody uses goes (`room`)
+//!   .use                                  held by all who use it; others may be removed (`eviction`)
 //!   .part-<random>                        a download under way
 //!   train-00000.bin …  tokenizer.json     complete and checked: they get their names by a rename at the end
 //!   index.json                            last: with it, the folder is complete
@@ -13,8 +13,8 @@
 //!
 //! # Which files are trusted
 //! Lengths alone are not enough: a disk flips bits, and a power cut leaves files of the right length without their
-//! bytes. So every shard is verified against its CRC64 once per process, on several threads (`data/sums.rs`); a wrong
-//! one in a cache is fetched again, one in a `file://` folder is an error that names it. The index of a cache is
+//! bytes. So every shard is verified against its CRC64 once per process, on several threads (`data/checksums.rs`); a
+//! wrong one in a cache is fetched again, one in a `file://` folder is an error that names it. The index of a cache is
 //! trusted if it equals the store's, byte for byte. Folders of other users and links are never trusted
 //! (`data/place.rs`).
 //!
@@ -37,12 +37,12 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{
     DataError, Dataset,
+    checksums::{self, Checking},
+    eviction::{self, InUse},
     fetch::fetch,
     input::local_path,
     place::{self, Private},
-    room::{self, InUse},
     shards::{FileEntry, INDEX, Index, MAX_INDEX_BYTES, read_index},
-    sums::{self, Checking},
 };
 use crate::{
     config::StorageConfig,
@@ -88,7 +88,7 @@ impl LocalDataset {
     ///
     /// # Errors
     /// [`DataError::Damaged`] names the first that is wrong.
-    pub async fn whole(&self) -> Result<(), DataError> {
+    pub async fn verify(&self) -> Result<(), DataError> {
         let Some(checking) = &self.checking else { return Ok(()) };
         match checking.wrong().await?.into_iter().next() {
             Some((entry, found)) => Err(wrong_sum(self.dir.join(&entry.file).display().to_string(), &entry, found)),
@@ -102,8 +102,8 @@ fn wrong_sum(file: String, entry: &FileEntry, found: Crc64) -> DataError {
 }
 
 /// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be (`None`: into a folder of
-/// this process) and verified by CRC64-NVME: for a `file://` folder that continues in the background, see
-/// [`LocalDataset::whole`]. If the disk is short of room, unused datasets there are removed first.
+/// this process) and verified by CRC64-NVME: for a `file://` folder that goes on in the background, see
+/// [`LocalDataset::verify`]. If the disk is short of room, unused datasets there are removed first.
 ///
 /// # Errors
 /// [`DataError::Missing`] if there is no index at `uri`; [`DataError::Damaged`] names an object that isn't what the
@@ -128,7 +128,7 @@ pub async fn ensure_local(
     let store = open(uri, settings)?;
     let index = fetch_index(&store, uri).await?;
     let (root, private) = place::settle(cache_root)?;
-    let local = download(&store, index, &root, settings, &progress, &room::free).await?;
+    let local = download(&store, index, &root, settings, &progress, &eviction::free).await?;
     Ok(LocalDataset { _private: private, ..local })
 }
 
@@ -172,10 +172,10 @@ async fn download(
     let dir = cache_root.join(format!("{}-{}", Crc64::of(&bytes), bytes.len()));
     if !is_complete(&dir, &index, &bytes) {
         // On a disk that is completely full not even a folder can be created.
-        room::make(cache_root, 0, free);
+        eviction::make(cache_root, 0, free);
     }
-    // From here on no process removes it.
-    let in_use = room::take(&dir).await.map_err(io("make", &dir))?;
+    // From here on nobody removes it.
+    let in_use = eviction::take(&dir).await.map_err(io("make", &dir))?;
     let here = || LocalDataset { dir: dir.clone(), checking: None, _in_use: Some(in_use), _private: None };
     let wrong = || async {
         Checking::begin(&dir, index.files().filter(|entry| is_here(&dir, entry)).cloned().collect()).wrong().await
@@ -196,7 +196,7 @@ async fn download(
     let missing: Vec<FileEntry> = index.files().filter(is_missing).cloned().collect();
     let total: u64 = index.files().map(|entry| entry.bytes).sum();
     let needed: u64 = missing.iter().map(|entry| entry.bytes).sum();
-    room::make(cache_root, needed, free);
+    eviction::make(cache_root, needed, free);
     let done = std::sync::atomic::AtomicU64::new(total - needed);
     let report = |bytes: u64| {
         let done = done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed) + bytes;
@@ -238,7 +238,7 @@ async fn download_file(
     }
     let path = dir.join(&entry.file);
     rename(&temporary, &path)?;
-    sums::know(&path, crc64);
+    checksums::know(&path, crc64);
     Ok(())
 }
 
@@ -444,13 +444,13 @@ mod tests {
         .await
         .unwrap();
         let full = |_: &Path| Some(0);
-        room::make(cache.path(), 1, full);
+        eviction::make(cache.path(), 1, full);
         Dataset::open(local.dir()).unwrap();
         drop(local);
-        room::make(cache.path(), 1, full);
+        eviction::make(cache.path(), 1, full);
         assert!(names(cache.path()).is_empty(), "{:?}", names(cache.path()));
         // While it is downloaded.
-        let squeeze = |_: CacheProgress| room::make(cache.path(), 1, full);
+        let squeeze = |_: CacheProgress| eviction::make(cache.path(), 1, full);
         let local = download(
             &store,
             fetch_index(&store, "memory://").await.unwrap(),

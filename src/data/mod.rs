@@ -35,12 +35,12 @@ pub mod prepare;
 mod progress;
 mod records;
 mod remote;
-mod room;
+mod eviction;
 pub mod sampler;
 mod scan;
 pub mod shards;
 mod special;
-mod sums;
+mod checksums;
 pub mod tokenizer;
 mod writer;
 

@@ -21,8 +21,8 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::{
-    Confidence, Kind, Notice,
-    poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
+    poll::{LIMIT, Pace, Search, Sender, http_date, left, name, rest},
+    types::{Confidence, Kind, Notice},
 };
 use crate::cloud::{azure::Azure, hardware, metadata::MetadataError};
 
@@ -137,8 +137,8 @@ fn notice_id(event: &str, started: bool) -> String {
     format!("{event}-{}", if started { "Started" } else { "Scheduled" })
 }
 
-/// Reports the service's notices, forever.
-pub async fn listen(found: Found, mouth: Mouth, heard: Arc<Heard>) {
+/// Reports the service's notices, for ever.
+pub async fn listen(found: Found, sender: Sender, heard: Arc<Heard>) {
     let Found { azure, me } = found;
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
     let mut limit = FIRST;
@@ -149,7 +149,7 @@ pub async fn listen(found: Found, mouth: Mouth, heard: Arc<Heard>) {
         });
         if let Ok(document) = &outcome {
             limit = 5 * LIMIT;
-            document.notices.iter().cloned().for_each(|notice| mouth.tell(notice));
+            document.notices.iter().cloned().for_each(|notice| sender.tell(notice));
             heard.set(&azure, document.to_approve.clone());
         }
         rest(&mut pace, "Azure's list of scheduled events", &outcome).await;
@@ -310,7 +310,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_odd_document_is_handled(body in super::super::tests::odd_answer(), seconds in 0_i64..4_000_000_000) {
+        fn no_document_is_too_odd(body in crate::notice::testing::odd_answer(), seconds in 0_i64..4_000_000_000) {
             if let Ok(document) = read(&body, "me", Timestamp::from_second(seconds).unwrap()) {
                 prop_assert!(document.notices.len() <= EVENTS && document.to_approve.len() <= EVENTS);
                 for notice in document.notices {

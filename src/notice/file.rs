@@ -17,8 +17,8 @@ use serde_json::Value;
 use tokio::{io::AsyncReadExt, time::Instant};
 
 use super::{
-    Confidence, Kind, Notice,
-    poll::{Mouth, running_for},
+    poll::{Sender, running_for},
+    types::{Confidence, Kind, Notice},
 };
 use crate::config::parse_duration;
 
@@ -38,14 +38,14 @@ struct Looks {
     regular: bool,
 }
 
-/// Reports notices from the file, forever.
-pub async fn listen(path: PathBuf, mouth: Mouth) {
+/// Reports notices from the file, for ever.
+pub async fn listen(path: PathBuf, sender: Sender) {
     let began = Timestamp::now().checked_sub(SignedDuration::try_from(running_for()).unwrap_or_default());
     let mut watched = Watched::begin(path, began.unwrap_or(Timestamp::MIN)).await;
     loop {
         tokio::time::sleep(INTERVAL).await;
         if let Some((heard, notice)) = watched.hear().await {
-            mouth.repeat(heard, notice);
+            sender.repeat(heard, notice);
         }
     }
 }
@@ -176,7 +176,7 @@ mod tests {
         #[test]
         fn every_odd_content_is_handled(
             content in proptest::collection::vec(any::<u8>(), 0..200),
-            text in super::super::tests::odd_answer(),
+            text in crate::notice::testing::odd_answer(),
         ) {
             for content in [content.as_slice(), text.as_bytes()] {
                 prop_assert!(deadline(content).map_or(true, |left| left.is_none_or(|left| left <= LONGEST)));

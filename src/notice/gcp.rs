@@ -15,8 +15,8 @@
 use std::time::Duration;
 
 use super::{
-    Confidence, Kind, Notice,
-    poll::{LIMIT, Mouth, Pace, Search, rest, running_for},
+    poll::{LIMIT, Pace, Search, Sender, rest, running_for},
+    types::{Confidence, Kind, Notice},
 };
 use crate::cloud::{
     gcp::{Gcp, Value},
@@ -48,16 +48,16 @@ pub async fn find(named: bool) -> Gcp {
     gcp
 }
 
-/// Reports the server's notices, forever. `window`: the time left after a preemption notice.
-pub async fn listen(gcp: Gcp, mouth: Mouth, window: Duration) {
-    let preempted = watch_path(&gcp, PREEMPTED, &mouth, |text, _| preempted(text, window));
-    let maintenance = watch_path(&gcp, MAINTENANCE, &mouth, maintenance);
+/// Reports the server's notices, for ever. `window`: the time left after a preemption notice.
+pub async fn listen(gcp: Gcp, sender: Sender, window: Duration) {
+    let preempted = watch_path(&gcp, PREEMPTED, &sender, |text, _| preempted(text, window));
+    let maintenance = watch_path(&gcp, MAINTENANCE, &sender, maintenance);
     futures::join!(preempted, maintenance);
 }
 
-/// `read` gets an answer, and whether it has been the same since the first one.
-async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(&str, bool) -> Option<Notice>) {
-    // The pause after an answer bounds the cost of a server that answers at once without a change.
+/// `read` gets an answer and whether it has been the same since the first one.
+async fn watch_path(gcp: &Gcp, path: &'static str, sender: &Sender, read: impl Fn(&str, bool) -> Option<Notice>) {
+    // The pause after an answer bounds the cost of a server that answers at once although nothing has changed.
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
     let mut tag: Option<String> = None;
     let mut standing = Standing::of_process(running_for());
@@ -69,7 +69,7 @@ async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(
         if let Ok(Some(Value { text, .. })) = &outcome
             && let Some(notice) = read(text, standing.since_the_first(text))
         {
-            mouth.tell(notice);
+            sender.tell(notice);
         }
         // After a failure the request does not wait: a missed change is heard without waiting for the next one.
         tag = outcome.as_ref().ok().and_then(|value| value.as_ref()?.tag.clone());

@@ -16,12 +16,12 @@
 //!
 //! *Crash*: the lease runs out, another consumer receives the message and resumes from the newest checkpoint; see
 //! [`handover`] for each moment. *Retry*: settling twice is fine. *Cancel*: the agent handles SIGTERM while training
-//! (it saves, and exits with 75 or 76). Three things follow, in this order. The message is settled, in bounded time,
-//! whatever the queue does. The lifecycle hook is completed or the scheduled event approved ([`agent::launch_then`]).
-//! The job API gets its report. So a machine that is taken the moment it may go has left its job to the next one.
-//! Between two jobs, and while a job's journal and configuration are read, any notice that this machine goes away, and
-//! any request to stop, ends this consumer with 75 (`lookout.rs`). Signals that come just before the agent listens wait
-//! for it.
+//! (it saves, and exits with 75 or 76). Then the message is settled first (bounded in time, whatever the queue does),
+//! the party that waits for the machine is told second that it may go (the lifecycle hook is completed, the scheduled
+//! event approved: [`run::launch_then`]), and the job API is told third: a machine that is taken the moment it may go
+//! has left its job to the next one. Between two jobs, and while a job's journal and configuration are read, any notice
+//! that this machine goes away, and any request to stop, ends this consumer with 75 (`lookout.rs`). Signals that come
+//! just before the agent listens wait for it.
 #![doc = include_str!("README.md")]
 
 pub mod allow;
@@ -31,7 +31,7 @@ pub mod job;
 pub mod lease;
 mod lookout;
 mod tracker;
-mod turn;
+mod outcome;
 
 use std::{
     cell::RefCell,
@@ -52,11 +52,10 @@ use self::{
     job::{Job, Source},
     lease::{Hold, Holder, Terms, lock},
     lookout::Lookout,
+    outcome::JobOutcome,
     tracker::{Head, Tracker},
-    turn::Turn,
 };
 use crate::{
-    agent::{self, Begin, Launch, Manner},
     boot::{self, stop::Heard},
     cloud::{
         hardware, region,
@@ -67,7 +66,10 @@ use crate::{
     ids::{RunId, random_hex},
     layout,
     report::{Listener, Reporter},
-    run::open::{self, Completed, Found},
+    run::{
+        self, Begin, Launch, LaunchOptions,
+        open::{self, Completed, Found},
+    },
     storage::Store,
 };
 
@@ -194,7 +196,7 @@ pub enum Left {
 }
 
 /// Takes jobs until the queue stays empty, the machine goes away, or the only job requested is over. Call it from the
-/// main thread: see [`agent::launch`].
+/// main thread: see [`run::launch`].
 pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     let api = Api::from(tools.variable)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -331,7 +333,7 @@ impl Consumer<'_> {
                 }
                 Next::Message(message) => message,
             };
-            let (Turn { end, state, code, .. }, what) = self.turn(&message);
+            let (JobOutcome { end, state, code, .. }, what) = self.turn(&message);
             // A run that another consumer trains for weeks must not keep this one waiting for weeks.
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
@@ -365,8 +367,8 @@ impl Consumer<'_> {
         leave()
     }
 
-    /// The result of `work`, unless this consumer is asked to exit.
-    fn unless_told<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+    /// The result of `work`, unless this consumer is told to exit.
+    fn or_notice<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.runtime.block_on(self.lookout.unless(work))
     }
 
@@ -398,7 +400,7 @@ impl Consumer<'_> {
     }
 
     /// One message, from its claim until it is settled, and the outcome.
-    fn turn(&self, message: &Message) -> (Turn, Settle) {
+    fn turn(&self, message: &Message) -> (JobOutcome, Settle) {
         let number = |name| message.number(name).unwrap_or_default();
         let carried = Carried { interruptions: number(INTERRUPTIONS), step: number(STEP) };
         let run_id = Job::name_of(&message.body);
@@ -431,10 +433,10 @@ impl Consumer<'_> {
             },
             Arc::clone(&claim.carried),
         )));
-        let (turn, what) = match Job::parse(&message.body) {
+        let (outcome, what) = match Job::parse(&message.body) {
             Err(error) => {
-                let turn = Turn::new(End::Unintelligible, State::Failed, Kind::Config.exit_code());
-                self.conclude(&claim, None, Turn { reason: Some(error.to_string()), ..turn })
+                let outcome = JobOutcome::new(End::Unintelligible, State::Failed, Kind::Config.exit_code());
+                self.conclude(&claim, None, JobOutcome { reason: Some(error.to_string()), ..outcome })
             }
             Ok(job) => {
                 let holder = {
@@ -446,15 +448,15 @@ impl Consumer<'_> {
                     let (queue, terms) = (self.queue.clone(), self.settings.terms);
                     Holder::start(queue, message.clone(), Arc::clone(&claim.carried), terms, handed_over)
                 };
-                let conclude = |turn| self.conclude(&claim, Some(holder), turn);
+                let conclude = |outcome| self.conclude(&claim, Some(holder), outcome);
                 self.train(&job, message.received, &tracker, conclude)
             }
         };
-        if let Some(reason) = &turn.reason {
+        if let Some(reason) = &outcome.reason {
             let reason = crate::report::human::plain(reason);
-            tracing::warn!(run = name, received = times, state = ?turn.state, "job is not done: {reason}");
+            tracing::warn!(run = name, received = times, state = ?outcome.state, "job is not done: {reason}");
         }
-        let stage = match turn.state {
+        let stage = match outcome.state {
             State::Completed => Some(Stage::Completed),
             // The run continues elsewhere.
             State::Failed | State::Unreachable if matches!(what, Settle::Renew { .. }) => Some(Stage::Interrupted),
@@ -464,30 +466,31 @@ impl Consumer<'_> {
             State::Claimed | State::HandedOver | State::Renewed | State::StandBy => None,
         };
         if let Some(stage) = stage {
-            lock(&tracker).end(stage, turn.reason.clone(), turn.code);
+            lock(&tracker).end(stage, outcome.reason.clone(), outcome.code);
         }
-        say(turn.state, turn.reason.clone(), Some(turn.code));
-        (turn, what)
+        say(outcome.state, outcome.reason.clone(), Some(outcome.code));
+        (outcome, what)
     }
 
     /// Settles a message after its turn: the machine may have seconds left, so this comes before everything else.
-    fn conclude(&self, claim: &Claim<'_>, holder: Option<Holder>, mut turn: Turn) -> (Turn, Settle) {
-        let goes_away = turn.end == End::Interrupted;
+    fn conclude(&self, claim: &Claim<'_>, holder: Option<Holder>, mut outcome: JobOutcome) -> (JobOutcome, Settle) {
+        let goes_away = outcome.end == End::Interrupted;
         let further = lock(&claim.carried).step > claim.begun_at;
         let mut suspicion = self.suspicion.borrow_mut();
-        let no_good = claim.run_id.as_ref().is_some_and(|run| suspicion.is_confirmed_by(run, turn.error, further));
+        let no_good = claim.run_id.as_ref().is_some_and(|run| suspicion.is_confirmed_by(run, outcome.error, further));
         drop(suspicion);
         if no_good {
             tracing::error!(
                 "two consecutive jobs failed on this machine: returning the message to the queue and exiting"
             );
-            turn.end = End::CutOff;
+            outcome.end = End::CutOff;
         }
         let work = async {
             // While the message is still held: this may take some time.
-            let asks = matches!(turn.error, Some(Kind::Unavailable | Kind::Permission)) && turn.end != End::CutOff;
+            let asks =
+                matches!(outcome.error, Some(Kind::Unavailable | Kind::Permission)) && outcome.end != End::CutOff;
             if asks && self.is_cut_off().await {
-                turn.end = End::CutOff;
+                outcome.end = End::CutOff;
             }
             let hold = match holder {
                 Some(holder) => holder.stop().await,
@@ -496,7 +499,7 @@ impl Consumer<'_> {
             let message = claim.message;
             let carried = *lock(&claim.carried);
             let dead_letters = self.max_receive_count.is_some();
-            let what = settle(turn.end, hold, message.received, further, dead_letters, self.settings.terms.lease);
+            let what = settle(outcome.end, hold, message.received, further, dead_letters, self.settings.terms.lease);
             self.settle(message, what, carried).await;
             what
         };
@@ -513,7 +516,7 @@ impl Consumer<'_> {
                 Settle::Leave
             })
         });
-        (turn, what)
+        (outcome, what)
     }
 
     fn encrypts(&self, storage: &StorageConfig) {
@@ -535,7 +538,7 @@ impl Consumer<'_> {
             () = self.lookout.heard.wait() => true,
             put = tokio::time::timeout(STORE_PATIENCE, put) => match put {
                 Ok(Ok(())) => {
-                    // A leftover is a few bytes in the folder of probes.
+                    // A leftover is a few bytes of garbage, below a folder known for it.
                     let _ = tokio::time::timeout(SWEEP_PATIENCE, store.delete(&key)).await;
                     false
                 }
@@ -545,25 +548,31 @@ impl Consumer<'_> {
         }
     }
 
-    /// Trains the run of a job to its end, or as far as it can; returns the result of `conclude`. `conclude` runs
-    /// before the party that waits for this machine learns that it may go.
-    fn train<T>(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>, conclude: impl FnOnce(Turn) -> T) -> T {
+    /// Trains the run of a job to its end, or as far as it can; returns what `conclude` makes of that. `conclude` runs
+    /// before the party that waits for this machine is told that it may go.
+    fn train<T>(
+        &self,
+        job: &Job,
+        received: u32,
+        tracker: &Arc<Mutex<Tracker>>,
+        conclude: impl FnOnce(JobOutcome) -> T,
+    ) -> T {
         let (store, begin) = match self.prepare(job, received, tracker) {
             Ok(Prepared::Launch { store, begin }) => (store, begin),
             Ok(Prepared::Done { step, loss }) => {
                 let facts = Facts { step: Some(step), loss: Some(loss).filter(|l| l.is_finite()), ..Facts::default() };
                 lock(tracker).facts = facts;
-                return conclude(Turn::new(End::Completed, State::Completed, 0));
+                return conclude(JobOutcome::new(End::Completed, State::Completed, 0));
             }
             Ok(Prepared::Renew { committed }) => {
                 lock(&lock(tracker).carried).step = committed;
-                return conclude(Turn::new(End::Further, State::Renewed, 0));
+                return conclude(JobOutcome::new(End::Further, State::Renewed, 0));
             }
-            Err(_) if self.lookout.told() => return conclude(Turn::not_begun()),
-            Err(error) => return conclude(Turn::of_error(&error)),
+            Err(_) if self.lookout.told() => return conclude(JobOutcome::not_begun()),
+            Err(error) => return conclude(JobOutcome::of_error(&error)),
         };
         if self.lookout.told() {
-            return conclude(Turn::not_begun());
+            return conclude(JobOutcome::not_begun());
         }
         // The agent polls the metadata service for itself.
         self.runtime.block_on(self.lookout.rest());
@@ -577,10 +586,10 @@ impl Consumer<'_> {
             run_id: job.run_id.clone(),
             begin,
             nproc_per_node: self.settings.workers.as_ref().map(|(_, count)| *count),
-            manner: Manner { cache: boot::cache(&hardware::root()), ..Manner::default() },
+            options: LaunchOptions { cache: boot::cache(&hardware::root()), ..LaunchOptions::default() },
             reporter: reporter.clone(),
         };
-        let concluded = agent::launch_then(launch, |outcome| conclude(Turn::of_outcome(&outcome)));
+        let concluded = run::launch_then(launch, |outcome| conclude(JobOutcome::of_outcome(&outcome)));
         reporter.finish();
         concluded
     }
@@ -604,7 +613,7 @@ impl Consumer<'_> {
         };
         let (run_id, reading) = (&job.run_id, config::reading_settings(&job.set)?);
         // The store may be silent, and requests to it may take minutes.
-        let found = self.unless_told(open::find(&uri, &reading, run_id, Vec::new()));
+        let found = self.or_notice(open::find(&uri, &reading, run_id, Vec::new()));
         match found.context(format!("read journal of run {run_id}"))? {
             Found::Complete(_, Completed { step, loss }) => Ok(Prepared::Done { step: step.get(), loss }),
             Found::Existing(run) => {
@@ -640,7 +649,7 @@ impl Consumer<'_> {
                 let uri = format!("{folder}/{name}");
                 self.settings.allowed.check("config_uri", &uri, Use::Read)?;
                 let doing = || format!("read configuration {uri}");
-                let bytes = self.fetch(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
+                let bytes = self.fetch(folder, name).map_err(|error| error.as_config_error().context(doing()))?;
                 let toml = String::from_utf8(bytes)
                     .map_err(|error| Error::from_source(Kind::Config, error.utf8_error()).context(doing()))?;
                 (toml, uri, Some(folder.as_str()))
@@ -670,7 +679,7 @@ impl Consumer<'_> {
     }
 
     fn fetch(&self, folder: &str, name: &str) -> Result<Vec<u8>> {
-        self.unless_told((self.tools.fetch)(folder, name))
+        self.or_notice((self.tools.fetch)(folder, name))
     }
 
     /// Carries out the decision. On a failure the message stays where it is, and becomes visible again when its lease

@@ -8,22 +8,67 @@
 //! *Retry:* a range that failed half-way is requested again from its start. *Cancel:* dropping the future drops the
 //! connection; a read from a file that is under way ends in the memory that it owns.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
 use object_store::{GetOptions, GetRange, GetResultPayload, ObjectStoreExt, path::Path};
 
 use super::{
-    Lanes, StorageError, Store,
     crc::{Crc64, Summing},
-    local, retry,
+    error::StorageError,
+    local,
+    pool::Task,
+    retry,
+    store::{Connections, Store},
 };
 
+impl Store {
+    /// A range of an object: exactly the requested bytes, or [`StorageError::Short`] if the object ends before.
+    pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StorageError> {
+        if range.is_empty() {
+            return self.path(key).map(|_| Bytes::new());
+        }
+        let store_and_key = (self.clone(), key.to_owned());
+        let work = |connections: Arc<Connections>| async move {
+            let (store, key) = store_and_key;
+            get_range(&store, &connections, &key, range).await
+        };
+        match self.dedicated()? {
+            Some(pool) => {
+                self.end_of(pool.threads.spawn(work(Arc::clone(&pool.connections))), "get", &self.uri_of(key)).await
+            }
+            None => work(Arc::clone(&self.inner.connections)).await,
+        }
+    }
+
+    /// Fills `target` with the bytes from `offset` on, straight from the connection or the disk; returns their
+    /// checksum. An object that ends before is [`StorageError::Short`]; after an error the target's content is
+    /// worthless.
+    ///
+    /// Works on a task of its own, so that many of these use many cores; dropping the future stops it.
+    pub async fn get_into<B: AsMut<[u8]> + Send + 'static>(
+        &self,
+        key: &str,
+        offset: u64,
+        target: B,
+    ) -> Result<Crc64, StorageError> {
+        let (store, key, uri) = (self.clone(), key.to_owned(), self.uri_of(key));
+        let work =
+            |connections: Arc<Connections>| async move { get_into(&store, &connections, &key, offset, target).await };
+        let pool = self.dedicated()?;
+        let task = match &pool {
+            Some(pool) => pool.threads.spawn(work(Arc::clone(&pool.connections))),
+            None => Some(Task(tokio::spawn(work(Arc::clone(&self.inner.connections))))),
+        };
+        self.end_of(task, "get", &uri).await
+    }
+}
+
 /// Fills `target` with the bytes from `offset` on; gives their checksum.
-pub(super) async fn get_into<B: AsMut<[u8]> + Send + 'static>(
+async fn get_into<B: AsMut<[u8]> + Send + 'static>(
     store: &Store,
-    lanes: &Lanes,
+    connections: &Connections,
     key: &str,
     offset: u64,
     mut target: B,
@@ -38,13 +83,13 @@ pub(super) async fn get_into<B: AsMut<[u8]> + Send + 'static>(
     let target = tokio::sync::Mutex::new(Some(target));
     let request = || async {
         let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
-        let result = match lanes.backend.objects.get_opts(&path, options).await {
+        let result = match connections.backend.objects.get_opts(&path, options).await {
             Ok(result) if result.range == range => result,
             Ok(result) => {
                 let error = retry::cut_short(len, result.range.end.saturating_sub(result.range.start));
-                return explain_bad_range(lanes, &path, &range, error).await;
+                return explain_bad_range(connections, &path, &range, error).await;
             }
-            Err(error) => return explain_bad_range(lanes, &path, &range, error).await,
+            Err(error) => return explain_bad_range(connections, &path, &range, error).await,
         };
         let mut held = target.lock().await;
         match result.payload {
@@ -64,13 +109,13 @@ pub(super) async fn get_into<B: AsMut<[u8]> + Send + 'static>(
                     Ok(sum) => Ok(Ok(sum)),
                     Err(error) => {
                         let error = object_store::Error::Generic { store: "file", source: Box::new(error) };
-                        explain_bad_range(lanes, &path, &range, error).await
+                        explain_bad_range(connections, &path, &range, error).await
                     }
                 }
             }
         }
     };
-    match store.bulk_get(lanes, len).run(request).await {
+    match store.bulk_get(connections, len).run(request).await {
         Ok(Ok(sum)) => Ok(sum),
         Ok(Err(size)) => Err(StorageError::Short { key: store.uri_of(key), end: range.end, size }),
         Err(failure) => Err(failure.explain(&store.uri_of(key))),
@@ -78,27 +123,27 @@ pub(super) async fn get_into<B: AsMut<[u8]> + Send + 'static>(
 }
 
 /// Exactly the requested bytes.
-pub(super) async fn get_range(
+async fn get_range(
     store: &Store,
-    lanes: &Lanes,
+    connections: &Connections,
     key: &str,
     range: Range<u64>,
 ) -> Result<Bytes, StorageError> {
     let (path, wanted) = (store.path(key)?, range.end - range.start);
     let request = || async {
         let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
-        let result = match lanes.backend.objects.get_opts(&path, options).await {
+        let result = match connections.backend.objects.get_opts(&path, options).await {
             Ok(result) if result.range == range => result,
             Ok(result) => {
                 let error = retry::cut_short(wanted, result.range.end.saturating_sub(result.range.start));
-                return explain_bad_range(lanes, &path, &range, error).await;
+                return explain_bad_range(connections, &path, &range, error).await;
             }
-            Err(error) => return explain_bad_range(lanes, &path, &range, error).await,
+            Err(error) => return explain_bad_range(connections, &path, &range, error).await,
         };
         let bytes = result.bytes().await?;
         if bytes.len() as u64 == wanted { Ok(Ok(bytes)) } else { Err(retry::cut_short(wanted, bytes.len() as u64)) }
     };
-    match store.bulk_get(lanes, wanted).run(request).await {
+    match store.bulk_get(connections, wanted).run(request).await {
         Ok(Ok(bytes)) => Ok(bytes),
         Ok(Err(size)) => Err(StorageError::Short { key: store.uri_of(key), end: range.end, size }),
         Err(failure) => Err(failure.explain(&store.uri_of(key))),
@@ -130,9 +175,9 @@ async fn receive(
     if left.is_empty() { Ok(summing.sum()) } else { Err(retry::cut_short(wanted, wanted - left.len() as u64)) }
 }
 
-/// The checksum of a whole object of `len` bytes, which are discarded; `None`: the object has another length.
-pub(super) async fn sum(lanes: &Lanes, path: &Path, len: u64) -> object_store::Result<Option<Crc64>> {
-    let result = lanes.backend.objects.get_opts(path, GetOptions::default()).await?;
+/// The checksum of a whole object of `len` bytes, which are discarded; `None`: it has another length.
+pub(super) async fn sum(connections: &Connections, path: &Path, len: u64) -> object_store::Result<Option<Crc64>> {
+    let result = connections.backend.objects.get_opts(path, GetOptions::default()).await?;
     if result.meta.size != len {
         return Ok(None);
     }
@@ -148,7 +193,7 @@ pub(super) async fn sum(lanes: &Lanes, path: &Path, len: u64) -> object_store::R
 
 /// Stores say "the object is shorter than that" in many ways; its size decides. The inner error is that size.
 async fn explain_bad_range<T>(
-    lanes: &Lanes,
+    connections: &Connections,
     path: &Path,
     range: &Range<u64>,
     error: object_store::Error,
@@ -156,7 +201,7 @@ async fn explain_bad_range<T>(
     if retry::is_answer(&error) {
         return Err(error);
     }
-    match lanes.backend.objects.head(path).await {
+    match connections.backend.objects.head(path).await {
         Ok(meta) if meta.size < range.end => Ok(Err(meta.size)),
         _ => Err(error),
     }

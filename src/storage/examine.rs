@@ -6,7 +6,7 @@
 use bytes::Bytes;
 use object_store::{GetOptions, ObjectStore, path::Path};
 
-use super::{Crc64, StorageError, Store, retry};
+use super::{crc::Crc64, error::StorageError, retry, store::Store};
 use crate::{ids::random_hex, layout};
 
 /// What the bucket's lifecycle rules do with unfinished uploads.
@@ -27,7 +27,7 @@ impl Store {
     /// Begins an upload in parts, sends one small part, and aborts it. Always succeeds on a store that does not write
     /// in parts.
     pub async fn prove_parts(&self) -> Result<(), StorageError> {
-        let large = &self.inner.lanes.backend.large;
+        let large = &self.inner.connections.backend.large;
         if large.is_file() {
             return Ok(());
         }
@@ -35,7 +35,7 @@ impl Store {
         let path = self.path(&key)?;
         let body = Bytes::from_static(b"a part that is given up");
         let crc64 = Crc64::of(&body);
-        let explain = |failure: super::retry::Failure| failure.explain(&self.uri_of(&key));
+        let explain = |failure: retry::Failure| failure.explain(&self.uri_of(&key));
         let begun = self.attempts("begin of an upload", 0).run(|| large.begin(&path)).await;
         let id = begun.map_err(explain)?;
         let put = self.attempts("put of a part", body.len() as u64);
@@ -47,7 +47,7 @@ impl Store {
 
     /// What the bucket's lifecycle rules do with unfinished uploads below this folder.
     pub async fn abort_rule(&self) -> Result<AbortRule, StorageError> {
-        let Some(bucket) = &self.inner.lanes.backend.s3 else { return Ok(AbortRule::NotNeeded) };
+        let Some(bucket) = &self.inner.connections.backend.s3 else { return Ok(AbortRule::NotNeeded) };
         let prefix = if self.prefix.is_empty() { String::new() } else { format!("{}/", self.prefix) };
         let asked = self.attempts("read of the lifecycle rules", 0).run(|| bucket.abort_after(&prefix)).await;
         let days = asked.map_err(|failure| failure.not_of_the_object().explain(&self.uri_of("")))?;

@@ -7,7 +7,7 @@ use std::{fs, io, path::Path};
 
 use rustix::io::Errno;
 
-use super::{StorageError, Store, upload::Large};
+use super::{backend::Large, error::StorageError, store::Store};
 use crate::ids::random_hex;
 
 /// Tries to create a link in `folder`, or in the closest existing folder above it, up to `uri`. Leaves no file behind.
@@ -32,7 +32,7 @@ fn prove(folder: &Path, uri: &str) -> Result<(), StorageError> {
 impl Store {
     /// On `file://`: an error if the folder that holds `key` can't have hard links.
     pub(super) fn prove_links(&self, key: &str) -> Result<(), StorageError> {
-        let Large::File(files) = &self.inner.lanes.backend.large else { return Ok(()) };
+        let Large::File(files) = &self.inner.connections.backend.large else { return Ok(()) };
         match files.path_to_filesystem(&self.path(key)?) {
             Ok(place) => prove(place.parent().unwrap_or(&place), &self.uri()),
             Err(_) => Ok(()),

@@ -12,7 +12,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 
 use super::{tests::settings, *};
-use crate::error::{Explain, Kind};
+use crate::{
+    config::StorageConfig,
+    error::{Explain, Kind},
+};
 
 fn environment(address: std::net::SocketAddr) -> Vec<(String, String)> {
     [
@@ -401,7 +404,7 @@ async fn an_endless_listing_is_an_error_and_strange_entries_are_left_alone() {
 impl Store {
     /// One listing of unfinished uploads, without retries.
     async fn bare_uploads(&self) -> object_store::Result<usize> {
-        let bucket = self.inner.lanes.backend.s3.as_ref().expect("a store on S3");
+        let bucket = self.inner.connections.backend.s3.as_ref().expect("a store on S3");
         bucket.uploads("p/").await.map(|found| found.len())
     }
 }

@@ -12,6 +12,7 @@ use std::{
 use bytes::Bytes;
 
 use super::{
+    backend::Large,
     faulty::{Fault, Faulty},
     s3_tests::{
         atomic, client,
@@ -22,7 +23,7 @@ use super::{
     *,
 };
 use crate::{
-    config::Encryption,
+    config::{Encryption, StorageConfig},
     error::{Explain, Kind},
     threads::testing::{SCHED_IDLE, policy},
 };
@@ -43,7 +44,7 @@ fn next(count: u32, method: &'static str, target: &'static str, fault: proxy::Fa
 
 /// Whether the store's own checksum of an object is `expected`.
 async fn keeps(store: &Store, expected: Crc64) -> Option<bool> {
-    let Large::S3(s3) = &store.inner.lanes.backend.large else { panic!("not on S3") };
+    let Large::S3(s3) = &store.inner.connections.backend.large else { panic!("not on S3") };
     s3.look(&store.path("k").unwrap(), expected).await.unwrap().1
 }
 
@@ -153,10 +154,14 @@ async fn a_store_that_says_slow_down_is_asked_more_often_than_one_that_is_down()
     let store = Store::faulty(&faulty, &settings());
     store.put("k", Bytes::new()).await.unwrap();
     assert_eq!(faulty.count("put"), 13, "its policy gives up after 5 attempts otherwise");
-    let lanes = &store.inner.lanes;
-    assert_eq!((lanes.up.limit(), lanes.down.limit()), (4, 4), "a small request is none of the transfers' business");
+    let connections = &store.inner.connections;
+    assert_eq!(
+        (connections.up.limit(), connections.down.limit()),
+        (4, 4),
+        "a small request is none of the transfers' business"
+    );
     store.upload("k", pattern(100), |_| {}).await.unwrap();
-    assert_eq!((lanes.up.limit(), lanes.down.limit()), (2, 4));
+    assert_eq!((connections.up.limit(), connections.down.limit()), (2, 4));
 }
 
 #[tokio::test]
@@ -240,7 +245,7 @@ async fn the_cap_does_not_delay_an_urgent_upload() {
         Store::open(&format!("file://{}", folder.path().display()), &settings).unwrap(),
     ] {
         // The upload under way will take twelve days.
-        store.cap().unwrap().take(1 << 40).await;
+        store.rate_limit().unwrap().take(1 << 40).await;
         let waiting = tokio::spawn({
             let store = store.clone();
             async move { store.upload("held", pattern(100), |_| {}).await }
@@ -314,7 +319,7 @@ async fn urgent_reads_have_their_own_threads_while_they_last() {
     }
     let filled = filled.lock().unwrap();
     assert!(!filled.is_empty() && !filled.contains(&caller), "{caller:?}: {filled:?}");
-    assert!(store.inner.ample.lock().unwrap().upgrade().is_none(), "its threads are gone");
+    assert!(store.inner.urgent.lock().unwrap().upgrade().is_none(), "its threads are gone");
 }
 
 /// Every thread that works on background transfers is stuck, as on a machine whose cores are all taken.
@@ -325,12 +330,15 @@ async fn a_heartbeat_does_not_wait_for_background_threads() {
     // This opens the background's connections, too, for both directions.
     background.upload("k", pattern(6 << 20), |_| {}).await.unwrap();
     background.get_into("k", 0, vec![0; 6 << 20]).await.unwrap();
-    assert!(!Arc::ptr_eq(&background.idle().unwrap().lanes, &store.inner.lanes), "they are no others' connections");
+    assert!(
+        !Arc::ptr_eq(&background.background().unwrap().connections, &store.inner.connections),
+        "they are no others' connections"
+    );
     let (stuck, mut stuck_now) = tokio::sync::mpsc::unbounded_channel();
     let (release, held) = std::sync::mpsc::channel::<()>();
     let held = Arc::new(std::sync::Mutex::new(held));
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
-    let idle = background.idle().unwrap();
+    let pool = background.background().unwrap();
     let tasks: Vec<_> = (0..threads)
         .map(|_| {
             let (stuck, held) = (stuck.clone(), Arc::clone(&held));
@@ -339,7 +347,7 @@ async fn a_heartbeat_does_not_wait_for_background_threads() {
                 // The first transfer waits for the test, the others for the first.
                 let _ = held.lock().unwrap().recv();
             };
-            idle.threads.spawn(holds).unwrap()
+            pool.threads.spawn(holds).unwrap()
         })
         .collect();
     for _ in 0..threads {

@@ -12,25 +12,23 @@
 //! GiB/s down; one node with 100 Gbit/s moves 11.6 GiB/s, 745 requests a second, a fifth of the budget of *one*
 //! partition. A run has one node, and its few small requests a second don't count. So a hash in front of the names
 //! would cost readable, listable folders and gain nothing. If many runs share a bucket and exceed the budget, S3
-//! answers `SlowDown` while it splits the partition; [`super::pace`] then halves the requests in flight, and
+//! answers `SlowDown` while it splits the partition; [`super::adaptive_limit`] then halves the requests in flight, and
 //! `storage.part_mib = 64` quarters the requests.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use object_store::{
-    PutMode, PutPayload,
-    local::LocalFileSystem,
-    multipart::{MultipartStore, PartId},
-    path::Path,
-};
+use object_store::{PutMode, PutPayload, local::LocalFileSystem, path::Path};
 
 use super::{
-    Crc64, Lanes, StorageError, Store, Uploaded, download,
+    backend::{Large, Part, Sent},
+    crc::Crc64,
+    download,
+    error::StorageError,
     local::Staged,
     retry::{Again, Failure, Verdict},
-    signed::{S3, TakenPart},
+    store::{Connections, Priority, Store, Uploaded},
 };
 
 /// The most parts of one upload (S3's limit; Google's is the same, Azure's is higher).
@@ -40,96 +38,28 @@ const MIN_PART: u64 = 5 << 20;
 /// Parts of one file that are summed and written at once: one is summed while another is written.
 const FILE_PARTS: usize = 2;
 
-/// The way in which large objects are written to a store.
-#[derive(Clone)]
-pub(super) enum Large {
-    /// Into a file, by position.
-    File(Arc<LocalFileSystem>),
-    /// In parts, with requests of our own.
-    S3(Arc<S3>),
-    /// In parts, through object_store.
-    Parts(Arc<dyn MultipartStore>),
-}
-
-/// The store's answer to a part.
-pub(super) enum Part {
-    S3(TakenPart),
-    Other(PartId),
-}
-
-impl Large {
-    /// Whether objects are written in one piece, by position.
-    pub(super) const fn is_file(&self) -> bool {
-        matches!(self, Self::File(_))
-    }
-
-    const fn is_s3(&self) -> bool {
-        matches!(self, Self::S3(_))
-    }
-
-    pub(super) async fn begin(&self, path: &Path) -> object_store::Result<String> {
-        match self {
-            Self::S3(s3) => s3.begin(path).await,
-            Self::Parts(store) => store.create_multipart(path).await,
-            Self::File(_) => Err(not_in_parts()),
-        }
-    }
-
-    pub(super) async fn part(
+impl Store {
+    /// Writes a large object in parts, in parallel, without copying `body`, replacing any object there; `progress`
+    /// receives the bytes of each finished part.
+    ///
+    /// The object appears whole or not at all. Dropping the future, or an error, aborts the upload.
+    pub async fn upload(
         &self,
-        path: &Path,
-        id: &str,
-        index: usize,
+        key: &str,
         body: Bytes,
-        crc: Crc64,
-    ) -> object_store::Result<Part> {
-        match self {
-            Self::S3(s3) => s3.part(path, id, index, body, crc).await.map(Part::S3),
-            Self::Parts(store) => {
-                store.put_part(path, &id.to_owned(), index, PutPayload::from_bytes(body)).await.map(Part::Other)
+        progress: impl Fn(u64) + Send + Sync + 'static,
+    ) -> Result<Uploaded, StorageError> {
+        self.still_holds("upload", key).await?;
+        let (store, key, uri) = (self.clone(), key.to_owned(), self.uri_of(key));
+        let work =
+            |connections: Arc<Connections>| async move { upload(&store, &connections, &key, body, &progress).await };
+        match self.priority {
+            Priority::Background => {
+                let pool = self.background()?;
+                self.end_of(pool.threads.spawn(work(Arc::clone(&pool.connections))), "upload", &uri).await
             }
-            Self::File(_) => Err(not_in_parts()),
+            Priority::Normal | Priority::Urgent => work(Arc::clone(&self.inner.connections)).await,
         }
-    }
-
-    async fn complete(&self, path: &Path, id: &str, sent: &Sent) -> object_store::Result<()> {
-        match self {
-            Self::S3(s3) => s3.complete(path, id, &sent.taken, sent.crc64).await,
-            Self::Parts(store) => store.complete_multipart(path, &id.to_owned(), sent.ids.clone()).await.map(drop),
-            Self::File(_) => Err(not_in_parts()),
-        }
-    }
-
-    pub(super) async fn abort(&self, path: &Path, id: &str) -> object_store::Result<()> {
-        match self {
-            Self::S3(s3) => s3.client.abort_multipart(path, &id.to_owned()).await,
-            Self::Parts(store) => store.abort_multipart(path, &id.to_owned()).await,
-            Self::File(_) => Err(not_in_parts()),
-        }
-    }
-}
-
-fn not_in_parts() -> object_store::Error {
-    object_store::Error::NotSupported { source: "files are not written in parts".into() }
-}
-
-/// All parts of an object, in order.
-#[derive(Default)]
-struct Sent {
-    taken: Vec<TakenPart>,
-    ids: Vec<PartId>,
-    bytes: u64,
-    crc64: Crc64,
-}
-
-impl Sent {
-    fn add(&mut self, (part, crc64, len): (Part, Crc64, u64)) {
-        match part {
-            Part::S3(taken) => self.taken.push(taken),
-            Part::Other(id) => self.ids.push(id),
-        }
-        self.crc64 = self.crc64.followed_by(crc64, len);
-        self.bytes += len;
     }
 }
 
@@ -141,24 +71,24 @@ fn part_size(len: u64, wanted: u64) -> u64 {
 /// One upload on its way.
 struct Upload<'a> {
     store: &'a Store,
-    lanes: &'a Arc<Lanes>,
+    connections: &'a Arc<Connections>,
     path: &'a Path,
     /// Bytes of each part but the last.
     size: u64,
     progress: &'a (dyn Fn(u64) + Send + Sync),
 }
 
-pub(super) async fn upload(
+async fn upload(
     store: &Store,
-    lanes: &Arc<Lanes>,
+    connections: &Arc<Connections>,
     key: &str,
     body: Bytes,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Uploaded, StorageError> {
     let path = store.path(key)?;
     let len = body.len() as u64;
-    let upload = Upload { store, lanes, path: &path, size: part_size(len, store.part()), progress };
-    let sent = match &lanes.backend.large {
+    let upload = Upload { store, connections, path: &path, size: part_size(len, store.part()), progress };
+    let sent = match &connections.backend.large {
         Large::File(files) => upload.write_file(files, &body).await,
         _ if len <= upload.size => upload.whole(body).await,
         large => upload.in_parts(large, &body).await.map_err(Failure::not_of_the_object),
@@ -183,26 +113,27 @@ impl Upload<'_> {
     async fn whole(&self, body: Bytes) -> Result<Crc64, Failure> {
         let (len, crc64) = (body.len() as u64, checksum(body.clone()).await?);
         let request = || async {
-            match &self.lanes.backend.large {
+            match &self.connections.backend.large {
                 Large::S3(s3) => s3.put(self.path, body.clone(), crc64).await,
                 _ => {
                     let options = self.store.options(PutMode::Overwrite);
                     let payload = PutPayload::from_bytes(body.clone());
-                    self.lanes.backend.objects.put_opts(self.path, payload, options).await.map(drop)
+                    self.connections.backend.objects.put_opts(self.path, payload, options).await.map(drop)
                 }
             }
         };
-        self.store.bulk_put(self.lanes, "put", len).run(request).await?;
+        self.store.bulk_put(self.connections, "put", len).run(request).await?;
         (self.progress)(len);
         Ok(crc64)
     }
 
     async fn in_parts(&self, large: &Large, body: &Bytes) -> Result<Crc64, Failure> {
-        let lanes = self.lanes;
-        // An upload that was begun twice is swept like the leftover of a killed one.
-        let begin = self.store.small(lanes, "upload").again(Again::Soon);
+        let connections = self.connections;
+        // An upload begun twice is swept like the leftover of a killed one.
+        let begin = self.store.small(connections, "upload").again(Again::Soon);
         let id = begin.run(|| large.begin(self.path)).await?;
-        let target = Target { store: self.store.clone(), lanes: Arc::clone(lanes), path: self.path.clone(), id };
+        let target =
+            Target { store: self.store.clone(), connections: Arc::clone(connections), path: self.path.clone(), id };
         let mut guard = Abort { target: Some(target.clone()) };
         let sent = async {
             let sends = parts(body, self.size).enumerate().map(|(n, part)| self.send(large, &target.id, n, part));
@@ -227,7 +158,7 @@ impl Upload<'_> {
 
     async fn send(&self, large: &Large, id: &str, index: usize, part: Bytes) -> Result<(Part, Crc64, u64), Failure> {
         let (len, crc64) = (part.len() as u64, checksum(part.clone()).await?);
-        let attempts = self.store.bulk_put(self.lanes, "upload", len);
+        let attempts = self.store.bulk_put(self.connections, "upload", len);
         let taken = attempts.run(|| large.part(self.path, id, index, part.clone(), crc64)).await?;
         (self.progress)(len);
         Ok((taken, crc64, len))
@@ -253,7 +184,7 @@ impl Upload<'_> {
         // The store may take long to combine thousands of parts, and we to read the object back. On S3 one more small
         // request shows the outcome of the first; elsewhere the object would be read back.
         let again = if large.is_s3() { Again::By(&self.store.inner.completions) } else { Again::Never };
-        self.store.small(self.lanes, "upload").slow().again(again).run(request).await
+        self.store.small(self.connections, "upload").slow().again(again).run(request).await
     }
 
     /// Whether the stored object is byte for byte the one sent: by the store's checksum, or else by reading it.
@@ -266,7 +197,7 @@ impl Upload<'_> {
                     (_, None) => {}
                 }
             }
-            Ok(download::sum(self.lanes, self.path, sent.bytes).await? == Some(sent.crc64))
+            Ok(download::sum(self.connections, self.path, sent.bytes).await? == Some(sent.crc64))
         };
         match found.await {
             Err(object_store::Error::NotFound { .. }) => Ok(false),
@@ -276,7 +207,7 @@ impl Upload<'_> {
 
     async fn write_file(&self, files: &LocalFileSystem, body: &Bytes) -> Result<Crc64, Failure> {
         let failed = |error: object_store::Error| Failure::new("upload", &error);
-        let Some(_pass) = self.lanes.up.enter().await else { return Err(Failure::stopped("upload")) };
+        let Some(_pass) = self.connections.up.enter().await else { return Err(Failure::stopped("upload")) };
         let place = files.path_to_filesystem(self.path).map_err(failed)?;
         // Dropped before it is finished, it removes its hidden file.
         let staged = Arc::new(on_disk(move || Staged::begin(place)).await?);
@@ -286,8 +217,8 @@ impl Upload<'_> {
             offset += len;
             let staged = Arc::clone(&staged);
             async move {
-                if let Some(cap) = self.store.cap() {
-                    cap.take(len).await;
+                if let Some(limit) = self.store.rate_limit() {
+                    limit.take(len).await;
                 }
                 let sum = checksum(part.clone());
                 let (crc64, written) = tokio::join!(sum, on_disk(move || staged.write(&part, at)));
@@ -322,15 +253,15 @@ async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> + 
 #[derive(Clone)]
 struct Target {
     store: Store,
-    lanes: Arc<Lanes>,
+    connections: Arc<Connections>,
     path: Path,
     id: String,
 }
 
 impl Target {
     async fn abort(self) {
-        let attempts = self.store.small(&self.lanes, "abort of an upload");
-        if let Err(failure) = attempts.run(|| self.lanes.backend.large.abort(&self.path, &self.id)).await
+        let attempts = self.store.small(&self.connections, "abort of an upload");
+        if let Err(failure) = attempts.run(|| self.connections.backend.large.abort(&self.path, &self.id)).await
             && !failure.is_not_found()
         {
             let refused = matches!(failure.verdict, Verdict::Permission | Verdict::Credentials);

@@ -2,15 +2,15 @@
 
 use super::{State, handover::End};
 use crate::{
-    agent::Outcome,
     error::{Error, Kind, Result},
+    run::Outcome,
 };
 
 /// The longest reason that is reported, characters.
 const REASON: usize = 2000;
 
 /// The outcome of a turn.
-pub(super) struct Turn {
+pub(super) struct JobOutcome {
     pub end: End,
     pub state: State,
     /// The exit code if this were the only job.
@@ -20,15 +20,15 @@ pub(super) struct Turn {
     pub error: Option<Kind>,
 }
 
-impl Turn {
+impl JobOutcome {
     pub fn new(end: End, state: State, code: u8) -> Self {
         Self { end, state, code, reason: None, error: None }
     }
 
     /// The machine goes away before there is anything to save.
     pub fn not_begun() -> Self {
-        let turn = Self::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
-        Self { reason: Some("asked to stop before the run was started".into()), ..turn }
+        let outcome = Self::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
+        Self { reason: Some("asked to stop before the run was started".into()), ..outcome }
     }
 
     pub fn of_outcome(outcome: &Result<Outcome>) -> Self {

@@ -22,14 +22,14 @@ pub struct Launch {
     /// Workers on this node, if given on the command line.
     pub nproc_per_node: Option<u32>,
     /// How the agent behaves.
-    pub manner: Manner,
+    pub options: LaunchOptions,
     /// Receives the events.
     pub reporter: Reporter,
 }
 
 /// How an agent behaves; the default is that of `run` and `resume`.
 #[derive(Clone, Debug, Default)]
-pub struct Manner {
+pub struct LaunchOptions {
     /// How long to wait for another live agent that has the run; zero: exit at once. While waiting, it watches the
     /// other's heartbeat: if that stops, it takes over; if the run completes, it has nothing to do.
     pub standby: Duration,
@@ -45,11 +45,11 @@ pub struct Manner {
     pub accepts_data: bool,
 }
 
-impl Manner {
+impl LaunchOptions {
     /// What to do with the machine when the run is complete.
-    pub(super) fn then(&self, config: &RunConfig, trained_here: bool) -> Afterwards {
+    pub(super) fn then(&self, config: &RunConfig, trained_here: bool) -> OnComplete {
         let action = if self.dedicated || trained_here { config.on_complete.action } else { CompleteAction::Exit };
-        Afterwards { action, lifecycle_hook: config.notice.lifecycle_hook.clone() }
+        OnComplete { action, lifecycle_hook: config.notice.lifecycle_hook.clone() }
     }
 }
 
@@ -79,7 +79,7 @@ pub enum Begin {
 
 /// What to do with this machine when the run is complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Afterwards {
+pub struct OnComplete {
     /// The action.
     pub action: CompleteAction,
     /// The lifecycle hook that delays its end: `notice.lifecycle_hook`.
@@ -92,7 +92,7 @@ pub enum Outcome {
     /// The last step is committed.
     Completed {
         /// What to do with this machine then.
-        then: Afterwards,
+        then: OnComplete,
     },
     /// It was asked to stop before it created the run; nothing is lost, and the same command can be given again.
     NotCreated,
@@ -101,4 +101,24 @@ pub enum Outcome {
         /// Finished steps that no checkpoint holds.
         lost_steps: u64,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{checkpoint::testing::config, config::OnComplete};
+
+    #[test]
+    fn only_the_node_that_finished_a_run_or_is_dedicated_to_it_acts_on_its_end() {
+        for (dedicated, trained_here, acts) in
+            [(false, false, false), (false, true, true), (true, false, true), (true, true, true)]
+        {
+            let mut config = config();
+            config.on_complete = OnComplete { action: CompleteAction::Terminate };
+            config.notice.lifecycle_hook = "hook".into();
+            let then = LaunchOptions { dedicated, ..LaunchOptions::default() }.then(&config, trained_here);
+            let action = if acts { CompleteAction::Terminate } else { CompleteAction::Exit };
+            assert_eq!(then, OnComplete { action, lifecycle_hook: "hook".into() }, "{dedicated} {trained_here}");
+        }
+    }
 }

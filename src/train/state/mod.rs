@@ -1,4 +1,4 @@
-//! Everything that a resume needs, as tensors: weights and moments, and their names. [`load`] fills them.
+//! Everything that a resume needs, as tensors: weights and moments, and their names. [`State::load`] fills them.
 //!
 //! Only tensors need saving: the sample order, the learning rate and the seeds of a step are pure functions of the
 //! configuration and the step.

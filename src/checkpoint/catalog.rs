@@ -237,7 +237,7 @@ mod tests {
         };
         let elsewhere =
             Committed { manifest: "../other/checkpoints/s00000005-g0001/manifest.json".into(), ..good.clone() };
-        assert!(refused(elsewhere).await.contains("should be"));
+        assert!(refused(elsewhere).await.contains("names this key instead of"));
         // Another step's manifest under this one's key; the journal has the checksum of those bytes.
         let bytes = manifest().to_bytes().unwrap();
         let other = Committed { manifest_crc64: digest(&bytes), ..good.clone() };

@@ -288,7 +288,7 @@ mod tests {
             }
             std::fs::write(&path, "not packed").unwrap();
             let error = text(&path, &format!("a.{what}")).unwrap_err().to_string();
-            assert!(error.contains("is not") && error.contains("the ending of its name"), "{error}");
+            assert!(error.contains("is not") && error.contains("as its name suggests"), "{error}");
         }
     }
 

@@ -47,7 +47,7 @@ pub(super) fn find<'a>(bytes: &'a [u8], path: &str) -> Result<Record<'a>, String
     })?;
     scanner.blank();
     if scanner.at < bytes.len() {
-        return Err(format!("is not a single JSON object: more follows at byte {}", scanner.at));
+        return Err(format!("is not a JSON object alone: more follows at byte {}", scanner.at));
     }
     Ok(record)
 }

@@ -350,7 +350,7 @@ mod tests {
             (header(-1, 100, &[0]), "impossible size"),
             (header(100, -1, &[0]), "impossible size"),
             (header(100, 100, &dictionary(i32::MAX.into())), "more values than it has room for"),
-            (header(100, 100, &dictionary(-1)), "below zero"),
+            (header(100, 100, &dictionary(-1)), "negative count"),
             (header(100, 100, &dictionary(26)), "more values than it has room for"),
             (vec![0x15, 0, 0x18, 0], "of another type"),
             (vec![0], "impossible size"),

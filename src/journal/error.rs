@@ -132,8 +132,8 @@ impl Explain for JournalError {
                 Some(format!("nothing has been changed; {}", restore(object)))
             }
             Self::Garbled { object, last: true, .. } => Some(format!(
-                "nothing has been changed; {}. If there is no copy, move this newest record away while no trainer \
-                works on this run: `{}`. The run then continues from the record before it",
+                "nothing has been changed; {}. If there is no copy, the run can continue from the record before this \
+                newest one: move it away while no trainer works on this run: `{}`",
                 restore(object),
                 aside(object)
             )),

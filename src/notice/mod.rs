@@ -7,9 +7,9 @@
 //! | a watched file (`file.rs`) | if one is configured | the machine goes away |
 //! | `trainer drain` ([`drain`]) | in the run's folder | stop |
 //!
-//! `types.rs` holds the type, `stream.rs` the stream. Sources only report notices; the agent decides what they mean. The stream drops repeats, by source and id: a
-//! metadata service repeats a notice with every poll. Signals are not repeats of each other: the second of the same
-//! signal asks to leave at once.
+//! `types.rs` holds the type, `stream.rs` the stream. Sources only report notices; the agent decides what they mean.
+//! The stream drops repeats, by source and id: a metadata service repeats a notice with every poll. Signals are not
+//! repeats of each other: the second of the same signal asks to leave at once.
 //!
 //! Only a request to drain is stored. Sources are polled by tasks of their own, so that one that hangs delays neither
 //! the others nor training; they end with the [`Notices`] that started them. A request takes two seconds at most

@@ -106,7 +106,7 @@ pub enum Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{checkpoint::testing::config, config::OnComplete};
+    use crate::checkpoint::testing::config;
 
     #[test]
     fn only_the_node_that_finished_a_run_or_is_dedicated_to_it_acts_on_its_end() {
@@ -114,7 +114,7 @@ mod tests {
             [(false, false, false), (false, true, true), (true, false, true), (true, true, true)]
         {
             let mut config = config();
-            config.on_complete = OnComplete { action: CompleteAction::Terminate };
+            config.on_complete.action = CompleteAction::Terminate;
             config.notice.lifecycle_hook = "hook".into();
             let then = LaunchOptions { dedicated, ..LaunchOptions::default() }.then(&config, trained_here);
             let action = if acts { CompleteAction::Terminate } else { CompleteAction::Exit };

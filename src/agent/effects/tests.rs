@@ -10,7 +10,7 @@ use crate::{
     agent::generation::Stopped,
     checkpoint::{
         condemn::Docket,
-        testing::{config, memory_store},
+        testing::{config, file_store, memory_store},
     },
     format::header::Dtype,
     ids::{DatasetId, NodeId, RunId, WorldSize},
@@ -38,7 +38,10 @@ struct Stage {
 impl Stage {
     /// Generation 1 of a run in a new store, of no workers.
     async fn new() -> Self {
-        let store = memory_store();
+        Self::on(memory_store()).await
+    }
+
+    async fn on(store: Store) -> Self {
         let (node, run_id) = (NodeId::random(), RunId::new("run").unwrap());
         let mut journal = Journal::create(store.clone(), node.clone(), run_id.clone(), config()).await.unwrap();
         let data = DatasetId { index: "0".repeat(16), vocabulary: "1".repeat(16) };
@@ -236,7 +239,9 @@ fn every_end_has_its_parting() {
 
 #[tokio::test]
 async fn the_record_of_a_notice_is_waited_for_when_a_run_stops() {
-    let mut stage = Stage::new().await;
+    // A disk takes its time: nothing there is done at once.
+    let (_folder, store) = file_store();
+    let mut stage = Stage::on(store).await;
     let journal = stage.plan.upload.journal.clone();
     let (mut performer, _answers) = stage.begin();
     let generation = Generation(1);

@@ -104,7 +104,7 @@
 //! the machine changes nothing.
 //!
 //! Owns: the current phase, and the known state of the group. Does not own: processes, memory, the store, the journal
-//! ([`super::effects`]), nor what comes after the generation ([`super::Agent`]).
+//! ([`super::effects`]), nor what comes after the generation ([`crate::run`]).
 
 mod draining;
 mod loading;

@@ -10,7 +10,6 @@ use super::{
     run, store,
 };
 use crate::{
-    agent::{Begin, Manner},
     boot::{
         self, Steps,
         settings::{Config, Given, Layer, Name, Origin},
@@ -21,7 +20,10 @@ use crate::{
     error::{Context, Error, Kind, Result},
     ids::RunId,
     report::{Reporter, Screen},
-    run::open::{self, Found},
+    run::{
+        Begin, Manner,
+        open::{self, Found},
+    },
     storage::Store,
 };
 

@@ -9,13 +9,12 @@ use super::{
     run,
 };
 use crate::{
-    agent::Manner,
     boot::stop::Stop,
     config,
     error::{Kind, Result},
     ids::Step,
     report::{Reporter, Screen},
-    run::open,
+    run::{Manner, open},
 };
 
 /// Continue a run from its newest checkpoint that verifies

@@ -13,13 +13,13 @@ use super::{
     store,
 };
 use crate::{
-    agent::{self, Afterwards, Begin, Launch, Manner, Outcome},
     boot::stop::Stop,
     cloud::leave::{self, Departure},
     config::{self, CompleteAction, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
     ids::{RunId, random_hex},
     report::{Reporter, Screen},
+    run::{self, Afterwards, Begin, Launch, Manner, Outcome},
     storage::Store,
 };
 
@@ -156,7 +156,7 @@ pub(super) fn launch_as(
         Begin::Resume { .. } => "resuming run",
         Begin::CreateOrResume { .. } => "new run, or one that another node has just created",
     });
-    let outcome = agent::launch(Launch { store, run_id, begin, nproc_per_node, manner, reporter: reporter.clone() });
+    let outcome = run::launch(Launch { store, run_id, begin, nproc_per_node, manner, reporter: reporter.clone() });
     reporter.finish();
     Ok(match outcome? {
         Outcome::Completed { then } => {

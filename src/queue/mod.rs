@@ -18,7 +18,7 @@
 //! [`handover`] for each moment. *Retry*: settling twice is fine. *Cancel*: the agent handles SIGTERM while training
 //! (it saves, and exits with 75 or 76). Then the message is settled first (bounded in time, whatever the queue does),
 //! the party that waits for the machine is told second that it may go (the lifecycle hook is completed, the scheduled
-//! event approved: [`agent::launch_then`]), and the job API is told third: a machine that is taken the moment it may go
+//! event approved: [`run::launch_then`]), and the job API is told third: a machine that is taken the moment it may go
 //! has left its job to the next one. Between two jobs, and while a job's journal and configuration are read, any notice
 //! that this machine goes away, and any request to stop, ends this consumer with 75 (`lookout.rs`). Signals that come
 //! just before the agent listens wait for it.
@@ -56,7 +56,6 @@ use self::{
     turn::Turn,
 };
 use crate::{
-    agent::{self, Begin, Launch, Manner},
     boot::{self, stop::Heard},
     cloud::{
         hardware, region,
@@ -67,7 +66,10 @@ use crate::{
     ids::{RunId, random_hex},
     layout,
     report::{Listener, Reporter},
-    run::open::{self, Completed, Found},
+    run::{
+        self, Begin, Launch, Manner,
+        open::{self, Completed, Found},
+    },
     storage::Store,
 };
 
@@ -194,7 +196,7 @@ pub enum Left {
 }
 
 /// Takes jobs until the queue stays empty, the machine goes away, or the only job requested is over. Call it from the
-/// main thread: see [`agent::launch`].
+/// main thread: see [`run::launch`].
 pub fn run(settings: Settings, tools: Tools<'_>) -> Result<Left> {
     let api = Api::from(tools.variable)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -579,7 +581,7 @@ impl Consumer<'_> {
             manner: Manner { cache: boot::cache(&hardware::root()), ..Manner::default() },
             reporter: reporter.clone(),
         };
-        let concluded = agent::launch_then(launch, |outcome| conclude(Turn::of_outcome(&outcome)));
+        let concluded = run::launch_then(launch, |outcome| conclude(Turn::of_outcome(&outcome)));
         reporter.finish();
         concluded
     }

@@ -2,8 +2,8 @@
 
 use super::{State, handover::End};
 use crate::{
-    agent::Outcome,
     error::{Error, Kind, Result},
+    run::Outcome,
 };
 
 /// The longest reason that is reported, characters.

@@ -1,20 +1,39 @@
-//! Finds a run, for every command that trains: `resume`, `boot` and the queue's consumer.
+//! Opens a run: finds it in a store, and creates or resumes it on this node.
+//!
+//! [`find`] is the first half, for every command that trains: `resume`, `boot` and the queue's consumer. [`Opening`] is
+//! the second, on the agent: from a [`Begin`] to a journal and everything that generations are made of.
 //!
 //! A store is opened twice. The first time, to find the run, it is opened with the command's settings (`--set
 //! storage.attempts=…`). If the run exists, the store is opened again with the run's settings, including the changes of
 //! later generations and of this command: encryption, storage class and limits hold on every machine.
 //!
-//! # Does not own
-//! The creation of a run: the agent does that after it has checked everything that the configuration names.
+//! Everything that a configuration names is checked before its run is created.
+//!
+//! # Crash, retry, cancel
+//! Nothing is stored here but the journal's first record and the dataset's copy on this machine. All of it may be
+//! dropped at any moment; [`Opening::exists`] says whether the run may exist by then.
 
+use std::cell::Cell;
+
+use tokio::sync::mpsc;
+
+use super::launch::{Afterwards, Begin, Manner};
 use crate::{
-    agent::{self, Begin},
-    config::{RunConfig, StorageConfig},
+    agent::{
+        companions,
+        opening::{Resolved, resolve, resolve_new},
+        provenance::{self, names_data},
+    },
+    config::{NoticeConfig, RunConfig, StorageConfig, apply_overrides, canonical_overrides},
     error::Result,
-    ids::{RunId, Step},
-    journal::{self, JournalError, RunState},
+    ids::{NodeId, RunId, Step},
+    journal::{self, Journal, JournalError, RunState},
+    report::Reporter,
     storage::Store,
 };
+
+/// Settings and their values, as `--set key=value`.
+pub(super) type Overrides = Vec<(String, String)>;
 
 /// The state of a run in a store.
 #[derive(Debug)]
@@ -36,7 +55,7 @@ pub struct Existing {
     pub state: Box<RunState>,
     /// Its settings: as created, with the changes of later generations and of this command.
     pub config: RunConfig,
-    overrides: Vec<(String, String)>,
+    overrides: Overrides,
 }
 
 /// How a run was completed.
@@ -49,26 +68,16 @@ pub struct Completed {
 }
 
 /// Looks for run `run_id` in the store at `uri`, opened with the settings `reading`; `overrides` are this command's.
-pub async fn find(
-    uri: &str,
-    reading: &StorageConfig,
-    run_id: &RunId,
-    overrides: Vec<(String, String)>,
-) -> Result<Found> {
+pub async fn find(uri: &str, reading: &StorageConfig, run_id: &RunId, overrides: Overrides) -> Result<Found> {
     let store = Store::open(uri, reading)?;
     let state = match journal::replay(&store.folder(run_id.as_str()), run_id).await {
         Ok(state) => Box::new(state),
         Err(JournalError::NoSuchRun { .. }) => return Ok(Found::New),
         Err(error) => return Err(error.into()),
     };
-    let (config, _) = agent::effective(&state, &overrides)?;
+    let (config, _) = effective(&state, &overrides)?;
     let store = Store::open(&store.uri(), &config.storage)?;
-    let completed = match state.outcome() {
-        journal::Outcome::Completed { step, loss, .. } if config.train.steps <= step.get() => {
-            Some(Completed { step: *step, loss: *loss })
-        }
-        _ => None,
-    };
+    let completed = completed(&state, &config);
     let existing = Existing { store, state, config, overrides };
     Ok(match completed {
         Some(completed) => Found::Complete(existing, completed),
@@ -91,6 +100,161 @@ impl Existing {
     pub fn resume(self, from: Option<Step>) -> (Store, Begin) {
         (self.store, Begin::Resume { from, overrides: self.overrides, state: self.state })
     }
+}
+
+/// The configuration that holds now: as created, with the changes of every generation and of this command; and this
+/// command's changes in the form in which the journal keeps them.
+fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Overrides)> {
+    let base = apply_overrides(state.config(), &state.overrides())?;
+    Ok((apply_overrides(&base, typed)?, canonical_overrides(&base, typed)?))
+}
+
+/// How the run was completed; `None`: it was not, or was given more steps since.
+fn completed(state: &RunState, config: &RunConfig) -> Option<Completed> {
+    match state.outcome() {
+        journal::Outcome::Completed { step, loss, .. } if config.train.steps <= step.get() => {
+            Some(Completed { step: *step, loss: *loss })
+        }
+        _ => None,
+    }
+}
+
+/// A run on this node, opened.
+pub(super) enum Opened {
+    /// It has steps left to train.
+    Ready(Box<Ready>),
+    /// It is complete.
+    Complete(Afterwards),
+}
+
+/// The inputs of a run's first generation on this node.
+pub(super) struct Ready {
+    pub journal: Journal,
+    pub resolved: Resolved,
+    /// This command's changes of settings, as the journal keeps them.
+    pub overrides: Overrides,
+    /// The checkpoint that this command names.
+    pub from: Option<Step>,
+}
+
+/// An existing run, as its journal stands now.
+pub(super) enum Standing {
+    /// It has steps left to train.
+    Open(Box<Resolved>, Overrides),
+    /// Its last step is committed.
+    Complete(Step, Afterwards),
+}
+
+/// The inputs for resolving a run.
+pub(super) struct Resolving<'a> {
+    pub run: &'a Store,
+    pub nproc_per_node: Option<u32>,
+    pub manner: &'a Manner,
+    pub reporter: &'a Reporter,
+    /// Receives the configuration's settings for notices as soon as they are known.
+    pub settings: &'a mpsc::UnboundedSender<NoticeConfig>,
+}
+
+impl Resolving<'_> {
+    fn known(&self, config: &RunConfig) {
+        // The receiver waits for the end of the work that this is part of.
+        let _ = self.settings.send(config.notice.clone());
+    }
+
+    /// Checks everything that a new run's configuration names, and fetches its data.
+    async fn new_run(&self, config: &RunConfig) -> Result<Resolved> {
+        let cache = self.manner.cache.as_deref();
+        let resolved = resolve_new(config, self.nproc_per_node, cache, self.reporter).await?;
+        resolved.data.whole().await?;
+        Ok(resolved)
+    }
+
+    /// The same for an existing run, with this command's changes `typed`. Going back to the checkpoint of step `from`
+    /// reopens a complete run.
+    pub async fn existing_run(
+        &self,
+        state: &RunState,
+        typed: &[(String, String)],
+        from: Option<Step>,
+    ) -> Result<Standing> {
+        let (config, overrides) = effective(state, typed)?;
+        if let Some(Completed { step, .. }) = completed(state, &config).filter(|_| from.is_none()) {
+            return Ok(Standing::Complete(step, self.manner.then(&config, false)));
+        }
+        self.known(&config);
+        let cache = self.manner.cache.as_deref();
+        let mut resolved = resolve(&config, self.nproc_per_node, cache, self.reporter).await?;
+        let accepted = self.manner.accepts_data || names_data(&overrides);
+        provenance::data_agrees(state, &resolved, accepted)?;
+        companions::of_existing_run(&mut resolved, self.run, &companions::holders(state)).await?;
+        Ok(Standing::Open(Box::new(resolved), overrides))
+    }
+}
+
+/// The inputs for opening a run on this node.
+pub(super) struct Opening<'a> {
+    pub resolving: Resolving<'a>,
+    pub node: &'a NodeId,
+    pub run_id: &'a RunId,
+    /// Set before the request that creates the run.
+    pub exists: &'a Cell<bool>,
+}
+
+impl Opening<'_> {
+    /// Opens or creates the journal, and checks everything that the configuration names.
+    pub async fn open(self, begin: Begin) -> Result<Opened> {
+        let (run, node, run_id) = (self.resolving.run, self.node, self.run_id);
+        let (from, typed, journal) = match begin {
+            Begin::Create(config) => {
+                self.resolving.known(&config);
+                let resolved = self.resolving.new_run(&config).await?;
+                return Ok(created(self.create(*config).await?, resolved));
+            }
+            Begin::CreateOrResume { config, overrides } => {
+                self.resolving.known(&config);
+                let journal = match self.resolving.new_run(&config).await {
+                    Ok(resolved) => match self.create(*config).await {
+                        Ok(journal) => return Ok(created(journal, resolved)),
+                        Err(JournalError::Exists { .. }) => {
+                            Journal::open(run.clone(), node.clone(), run_id.clone()).await?
+                        }
+                        Err(error) => return Err(error.into()),
+                    },
+                    // A refused configuration creates no run; an existing run continues as it was created.
+                    Err(refused) => match Journal::open(run.clone(), node.clone(), run_id.clone()).await {
+                        Ok(journal) => {
+                            self.exists.set(true);
+                            journal
+                        }
+                        Err(_) => return Err(refused),
+                    },
+                };
+                (None, overrides, journal)
+            }
+            Begin::Resume { from, overrides, state } => {
+                (from, overrides, Journal::follow(run.clone(), node.clone(), *state).await?)
+            }
+        };
+        match self.resolving.existing_run(journal.state(), &typed, from).await? {
+            Standing::Open(resolved, overrides) => {
+                Ok(Opened::Ready(Box::new(Ready { journal, resolved: *resolved, overrides, from })))
+            }
+            Standing::Complete(step, then) => {
+                tracing::info!(run = %run_id, %step, "run has completed, nothing is left to do");
+                Ok(Opened::Complete(then))
+            }
+        }
+    }
+
+    async fn create(&self, config: RunConfig) -> Result<Journal, JournalError> {
+        self.exists.set(true);
+        Journal::create(self.resolving.run.clone(), self.node.clone(), self.run_id.clone(), config).await
+    }
+}
+
+/// A run that this command has created as it is: there is nothing to change and nothing to go back to.
+fn created(journal: Journal, resolved: Resolved) -> Opened {
+    Opened::Ready(Box::new(Ready { journal, resolved, overrides: Vec::new(), from: None }))
 }
 
 #[cfg(test)]
@@ -167,6 +331,26 @@ mod tests {
         assert_eq!(store.uri(), uri);
         let Begin::Resume { from: Some(Step(0)), overrides, .. } = begin else { panic!("{begin:?}") };
         assert_eq!(overrides, pairs(&[("storage.concurrency", "5")]));
+    }
+
+    #[tokio::test]
+    async fn a_complete_run_is_resolved_no_further_unless_it_is_to_go_back() {
+        let (_folder, uri, run_id) = run(true).await;
+        let found = find(&uri, &STORAGE, &run_id, Vec::new()).await.unwrap();
+        let Existing { store, state, .. } = found.existing(&run_id, &uri).unwrap();
+        let (folder, manner, reporter) = (store.folder(run_id.as_str()), Manner::default(), Reporter::silent());
+        let (settings, mut known) = mpsc::unbounded_channel();
+        let (run, manner, reporter, settings) = (&folder, &manner, &reporter, &settings);
+        let resolving = Resolving { run, nproc_per_node: None, manner, reporter, settings };
+        let Standing::Complete(step, _) = resolving.existing_run(&state, &[], None).await.unwrap() else { panic!() };
+        assert_eq!(step, Step(1));
+        assert!(known.try_recv().is_err(), "nothing is resolved");
+        // Its data does not exist.
+        assert!(resolving.existing_run(&state, &[], Some(Step(1))).await.is_err());
+        let more = pairs(&[("train.steps", "2"), ("notice.lifecycle_hook", "hook")]);
+        assert!(resolving.existing_run(&state, &more, None).await.is_err());
+        let told = [known.try_recv().unwrap(), known.try_recv().unwrap()].map(|notice| notice.lifecycle_hook);
+        assert_eq!(told, ["auto", "hook"], "settings for notices are known before anything is fetched");
     }
 
     #[tokio::test]

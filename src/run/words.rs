@@ -2,12 +2,21 @@
 
 use crate::{
     error::{Error, Kind},
-    ids::{NodeId, RunId},
+    ids::{NodeId, RunId, Step},
 };
 
-/// Hint for a diverged run that has no checkpoint.
-pub const LOWER_RATE: &str = "no checkpoint was made yet; start again with a lower learning rate: trainer run CONFIG \
-                              --run-id NEW --set train.optimizer.lr=…";
+/// The run diverged; `good` is the last checkpoint before that.
+pub fn diverged(run_id: &RunId, good: Option<Step>) -> String {
+    match good {
+        Some(good) => format!(
+            "the last good checkpoint is step {good}; lower the learning rate and carry on: trainer resume --run-id \
+             {run_id} --from {good} --set train.optimizer.lr=…"
+        ),
+        None => "no checkpoint was made yet; start again with a lower learning rate: trainer run CONFIG --run-id NEW \
+                 --set train.optimizer.lr=…"
+            .to_owned(),
+    }
+}
 
 /// Only checkpoints that the run has turned away from are left.
 pub fn abandoned(run_id: &RunId, steps: &[String]) -> String {

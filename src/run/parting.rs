@@ -6,13 +6,9 @@
 
 use std::time::Duration;
 
-use super::{
-    Agent, Outcome,
-    generation::{Left, Stopped},
-    opening::Resolved,
-    told_to_leave, unless_told,
-};
+use super::{Outcome, Runner, told_to_leave, unless_told};
 use crate::{
+    agent::generation::{Left, Stopped},
     error::Result,
     ids::{Generation, Step},
     journal::{self, CheckpointStatus, JournalError, Record, RunState, Urgency},
@@ -49,7 +45,7 @@ pub(super) fn interruption(state: &RunState, generation: Generation, stopped: &S
     }
 }
 
-impl Agent {
+impl Runner {
     /// A notice to leave came while no worker was at work. `step`: the last one finished under a generation of this
     /// node, if it has formed one.
     pub(super) async fn told_between_lives(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
@@ -66,14 +62,8 @@ impl Agent {
     }
 
     /// The last step is committed.
-    pub(super) async fn complete(
-        &self,
-        generation: Generation,
-        resolved: &Resolved,
-        loss: f64,
-        notices: &mut Notices,
-    ) -> Result<Outcome> {
-        let step = Step(resolved.config.train.steps);
+    pub(super) async fn complete(&self, generation: Generation, loss: f64, notices: &mut Notices) -> Result<Outcome> {
+        let step = Step(self.resolved.config.train.steps);
         // A run killed between its last commit and this record makes no step in its last generation: the commit knows
         // the loss.
         let loss = match self.journal.state().newest() {
@@ -104,7 +94,7 @@ impl Agent {
             return Ok(Outcome::Interrupted { lost_steps });
         }
         self.reporter.event(&Event::Completed { step, loss });
-        Ok(Outcome::Completed { then: self.manner.then(&resolved.config, true) })
+        Ok(Outcome::Completed { then: self.manner.then(&self.resolved.config, true) })
     }
 
     /// The run was asked to stop.

@@ -8,8 +8,9 @@
 
 use std::time::Duration;
 
-use super::{Agent, generation::Load, provenance, words};
+use super::{Runner, words};
 use crate::{
+    agent::{generation::Load, provenance},
     checkpoint::{
         CheckpointError,
         catalog::{self, Damage},
@@ -115,7 +116,7 @@ async fn read(run: &Store, committed: &Committed) -> Result<Report, CheckpointEr
     verify(run, committed, Depth::Bytes { part: PART }, &|_| {}).await
 }
 
-impl Agent {
+impl Runner {
     /// The checkpoints to choose from: those that this process has not found damaged. One that `--from` names may be
     /// condemned: it is first read in full, and then the verdict is withdrawn.
     pub(super) async fn candidates(&self) -> Result<Vec<Committed>> {

@@ -102,3 +102,23 @@ pub enum Outcome {
         lost_steps: u64,
     },
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::testing::config;
+
+    #[test]
+    fn only_the_node_that_finished_a_run_or_is_dedicated_to_it_acts_on_its_end() {
+        for (dedicated, trained_here, acts) in
+            [(false, false, false), (false, true, true), (true, false, true), (true, true, true)]
+        {
+            let mut config = config();
+            config.on_complete.action = CompleteAction::Terminate;
+            config.notice.lifecycle_hook = "hook".into();
+            let then = Manner { dedicated, ..Manner::default() }.then(&config, trained_here);
+            let action = if acts { CompleteAction::Terminate } else { CompleteAction::Exit };
+            assert_eq!(then, Afterwards { action, lifecycle_hook: "hook".into() }, "{dedicated} {trained_here}");
+        }
+    }
+}

@@ -36,14 +36,19 @@ pub fn code(text: &str) -> String {
 
 /// The modules of this crate that `code` names: `crate::x`, and each first name in `crate::{x::…, y}`.
 fn named_modules(code: &str) -> Vec<String> {
+    named_after("crate::", code)
+}
+
+/// The names behind `prefix`: `prefix::x`, and each first name in `prefix::{x::…, y}`.
+fn named_after(prefix: &str, code: &str) -> Vec<String> {
     let word = |text: &str| -> String { text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect() };
     let mut found = Vec::new();
-    for (at, _) in code.match_indices("crate::") {
+    for (at, _) in code.match_indices(prefix) {
         let before = code[..at].chars().next_back();
         if before.is_some_and(|c| c.is_alphanumeric() || c == '_' || c == '$') {
             continue;
         }
-        let rest = &code[at + "crate::".len()..];
+        let rest = &code[at + prefix.len()..];
         let Some(group) = rest.strip_prefix('{') else {
             found.push(word(rest));
             continue;
@@ -181,6 +186,54 @@ fn five_pairs_of_rooms_stay_apart() {
     }
     let named = named_modules("use crate::{error, storage::{Store, Crc64}};\nfn f(x: crate::torch::T) {}");
     assert_eq!(named, ["error", "storage", "torch"]);
+}
+
+/// Rooms whose `mod.rs` is a façade: it documents and re-exports, and their files import each other.
+const FACADES: [&str; 2] = ["storage", "notice"];
+
+/// Names that a file takes from its parent although no file beside it has them.
+fn taken_from_the_facade(siblings: &[&str], text: &str) -> Vec<String> {
+    named_after("super::", &code(text)).into_iter().filter(|name| !siblings.contains(&name.as_str())).collect()
+}
+
+/// Lines of a façade that are more than a module or a re-export.
+fn more_than_a_facade(text: &str) -> Vec<&str> {
+    let starts = ["//", "#", "mod ", "pub mod ", "pub(crate) mod ", "pub use self::"];
+    text.lines()
+        .filter(|line| !line.is_empty() && !line.starts_with([' ', '}']))
+        .filter(|line| !starts.iter().any(|start| line.starts_with(start)))
+        .collect()
+}
+
+#[test]
+fn files_below_a_facade_import_each_other() {
+    let sources = sources();
+    for room in FACADES {
+        let below = |file: &str| file.strip_prefix(room).and_then(|rest| rest.strip_prefix('/')).map(str::to_owned);
+        let files: Vec<(String, &String)> =
+            sources.iter().filter_map(|(file, text)| Some((below(file)?, text))).collect();
+        let siblings: Vec<&str> = files.iter().map(|(file, _)| file.trim_end_matches(".rs")).collect();
+        assert!(siblings.len() > 5, "{room}: {siblings:?}");
+        for (file, text) in &files {
+            if file == "mod.rs" {
+                assert_eq!(more_than_a_facade(text), [""; 0], "src/{room}/mod.rs");
+            } else if !file.ends_with("tests.rs") {
+                assert_eq!(taken_from_the_facade(&siblings, text), [""; 0], "src/{room}/{file}");
+            }
+        }
+    }
+    assert_eq!(
+        taken_from_the_facade(&["retry"], "use super::{Store, retry::Queue};\nfn f(x: super::X) {}"),
+        ["Store", "X"]
+    );
+    assert!(
+        taken_from_the_facade(&["retry"], "use super::retry;\n#[cfg(test)]\nmod tests {\n    use super::*;\n}")
+            .is_empty()
+    );
+    assert_eq!(
+        more_than_a_facade("//! x\nmod a;\npub use self::{\n    a::B,\n};\nuse std::io;\nfn f() {\n}"),
+        ["use std::io;", "fn f() {"]
+    );
 }
 
 /// Columns of a line, comments included.

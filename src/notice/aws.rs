@@ -26,8 +26,8 @@ use serde::Deserialize;
 use tokio::{sync::watch, time::timeout};
 
 use super::{
-    Confidence, Kind, Notice,
     poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
+    types::{Confidence, Kind, Notice},
 };
 use crate::cloud::{hardware, imds::Imds, lifecycle::Lifecycle, metadata::MetadataError};
 use crate::env;
@@ -417,7 +417,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_answer_is_too_odd(body in super::super::tests::odd_answer(), seconds in 0_i64..4_000_000_000) {
+        fn no_answer_is_too_odd(body in crate::notice::testing::odd_answer(), seconds in 0_i64..4_000_000_000) {
             let now = Timestamp::from_second(seconds).unwrap();
             prop_assert!(spot_action(&body, now).is_ok_and(|n| holds(&n)) || spot_action(&body, now).is_err());
             prop_assert!(recommendation(&body).map_or(true, |n| holds(&n)));

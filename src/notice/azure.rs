@@ -21,8 +21,8 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::{
-    Confidence, Kind, Notice,
     poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
+    types::{Confidence, Kind, Notice},
 };
 use crate::cloud::{azure::Azure, hardware, metadata::MetadataError};
 
@@ -310,7 +310,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_document_is_too_odd(body in super::super::tests::odd_answer(), seconds in 0_i64..4_000_000_000) {
+        fn no_document_is_too_odd(body in crate::notice::testing::odd_answer(), seconds in 0_i64..4_000_000_000) {
             if let Ok(document) = read(&body, "me", Timestamp::from_second(seconds).unwrap()) {
                 prop_assert!(document.notices.len() <= EVENTS && document.to_approve.len() <= EVENTS);
                 for notice in document.notices {

@@ -13,7 +13,10 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Confidence, Kind, Notice, poll::Mouth};
+use super::{
+    poll::Mouth,
+    types::{Confidence, Kind, Notice},
+};
 use crate::{
     ids::{AttemptId, Generation},
     layout,

@@ -17,8 +17,8 @@ use serde_json::Value;
 use tokio::{io::AsyncReadExt, time::Instant};
 
 use super::{
-    Confidence, Kind, Notice,
     poll::{Mouth, running_for},
+    types::{Confidence, Kind, Notice},
 };
 use crate::config::parse_duration;
 
@@ -176,7 +176,7 @@ mod tests {
         #[test]
         fn no_content_is_too_odd(
             content in proptest::collection::vec(any::<u8>(), 0..200),
-            text in super::super::tests::odd_answer(),
+            text in crate::notice::testing::odd_answer(),
         ) {
             for content in [content.as_slice(), text.as_bytes()] {
                 prop_assert!(deadline(content).map_or(true, |left| left.is_none_or(|left| left <= LONGEST)));

@@ -15,8 +15,8 @@
 use std::time::Duration;
 
 use super::{
-    Confidence, Kind, Notice,
     poll::{LIMIT, Mouth, Pace, Search, rest, running_for},
+    types::{Confidence, Kind, Notice},
 };
 use crate::cloud::{
     gcp::{Gcp, Value},

@@ -5,7 +5,7 @@ use std::{sync::OnceLock, time::Duration};
 use jiff::{Timestamp, civil::DateTime, fmt::strtime, tz::TimeZone};
 use tokio::{sync::mpsc, time::Instant};
 
-use super::Notice;
+use super::types::Notice;
 use crate::cloud::metadata::MetadataError;
 
 /// The limit for one request.

@@ -10,8 +10,8 @@
 use std::io;
 
 use super::{
-    Confidence, Kind, Notice,
     inbox::{self, Inbox, Signal},
+    types::{Confidence, Kind, Notice},
     window::Windows,
 };
 

@@ -62,10 +62,10 @@ mod tests {
         checkpoint::testing::STORAGE,
         error::{Error, Kind},
         storage::{
-            Backend, Store,
+            Store,
+            backend::{Backend, Large},
             faulty::{Fault, Faulty},
             retry::Policy,
-            upload::Large,
         },
     };
 

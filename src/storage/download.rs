@@ -8,20 +8,64 @@
 //! *Retry:* a range that failed half-way is requested again from its start. *Cancel:* dropping the future drops the
 //! connection; a read from a file that is under way ends in the memory that it owns.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
 use object_store::{GetOptions, GetRange, GetResultPayload, ObjectStoreExt, path::Path};
 
 use super::{
-    Lanes, StorageError, Store,
     crc::{Crc64, Summing},
-    local, retry,
+    error::StorageError,
+    local,
+    pool::Task,
+    retry,
+    store::{Lanes, Store},
 };
 
+impl Store {
+    /// A range of an object: exactly the requested bytes, or [`StorageError::Short`] if the object ends before.
+    pub async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes, StorageError> {
+        if range.is_empty() {
+            return self.path(key).map(|_| Bytes::new());
+        }
+        let store_and_key = (self.clone(), key.to_owned());
+        let work = |lanes: Arc<Lanes>| async move {
+            let (store, key) = store_and_key;
+            get_range(&store, &lanes, &key, range).await
+        };
+        match self.apart()? {
+            Some(apart) => {
+                self.end_of(apart.threads.spawn(work(Arc::clone(&apart.lanes))), "get", &self.uri_of(key)).await
+            }
+            None => work(Arc::clone(&self.inner.lanes)).await,
+        }
+    }
+
+    /// Fills `target` with the bytes from `offset` on, straight from the connection or the disk; returns their
+    /// checksum. An object that ends before is [`StorageError::Short`]; after an error the target's content is
+    /// worthless.
+    ///
+    /// Works on a task of its own, so that many of these use many cores; dropping the future stops it.
+    pub async fn get_into<B: AsMut<[u8]> + Send + 'static>(
+        &self,
+        key: &str,
+        offset: u64,
+        target: B,
+    ) -> Result<Crc64, StorageError> {
+        let (store, key, uri) = (self.clone(), key.to_owned(), self.uri_of(key));
+        let work = |lanes: Arc<Lanes>| async move { get_into(&store, &lanes, &key, offset, target).await };
+        let apart = self.apart()?;
+        let task = match &apart {
+            Some(apart) => apart.threads.spawn(work(Arc::clone(&apart.lanes))),
+            None => Some(Task(tokio::spawn(work(Arc::clone(&self.inner.lanes))))),
+        };
+        self.end_of(task, "get", &uri).await
+    }
+}
+
 /// Fills `target` with the bytes from `offset` on; gives their checksum.
-pub(super) async fn get_into<B: AsMut<[u8]> + Send + 'static>(
+async fn get_into<B: AsMut<[u8]> + Send + 'static>(
     store: &Store,
     lanes: &Lanes,
     key: &str,
@@ -78,12 +122,7 @@ pub(super) async fn get_into<B: AsMut<[u8]> + Send + 'static>(
 }
 
 /// Exactly the requested bytes.
-pub(super) async fn get_range(
-    store: &Store,
-    lanes: &Lanes,
-    key: &str,
-    range: Range<u64>,
-) -> Result<Bytes, StorageError> {
+async fn get_range(store: &Store, lanes: &Lanes, key: &str, range: Range<u64>) -> Result<Bytes, StorageError> {
     let (path, wanted) = (store.path(key)?, range.end - range.start);
     let request = || async {
         let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };

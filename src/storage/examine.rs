@@ -6,7 +6,7 @@
 use bytes::Bytes;
 use object_store::{GetOptions, ObjectStore, path::Path};
 
-use super::{Crc64, StorageError, Store, retry};
+use super::{crc::Crc64, error::StorageError, retry, store::Store};
 use crate::{ids::random_hex, layout};
 
 /// What the bucket's lifecycle rules do with unfinished uploads.
@@ -35,7 +35,7 @@ impl Store {
         let path = self.path(&key)?;
         let body = Bytes::from_static(b"a part that is given up");
         let crc64 = Crc64::of(&body);
-        let explain = |failure: super::retry::Failure| failure.explain(&self.uri_of(&key));
+        let explain = |failure: retry::Failure| failure.explain(&self.uri_of(&key));
         let begun = self.attempts("begin of an upload", 0).run(|| large.begin(&path)).await;
         let id = begun.map_err(explain)?;
         let put = self.attempts("put of a part", body.len() as u64);

@@ -15,7 +15,11 @@ use object_store::{
     path::Path,
 };
 
-use super::{Backend, Store, retry::Policy, upload::Large};
+use super::{
+    backend::{Backend, Large},
+    retry::Policy,
+    store::Store,
+};
 use crate::config::StorageConfig;
 
 /// The fate of one request.

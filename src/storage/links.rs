@@ -7,7 +7,7 @@ use std::{fs, io, path::Path};
 
 use rustix::io::Errno;
 
-use super::{StorageError, Store, upload::Large};
+use super::{backend::Large, error::StorageError, store::Store};
 use crate::ids::random_hex;
 
 /// Tries it in `folder`, or in the closest existing one above it, up to `uri`. Leaves nothing behind; other errors are

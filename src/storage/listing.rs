@@ -2,7 +2,10 @@
 
 use futures::{StreamExt, TryStreamExt};
 
-use super::{ObjectInfo, StorageError, Store, timestamp};
+use super::{
+    error::StorageError,
+    store::{ObjectInfo, Store, timestamp},
+};
 
 impl Store {
     /// At most `limit` objects below `prefix` (a folder), with no more requests than needed. With `after`, a key that

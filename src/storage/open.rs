@@ -20,12 +20,13 @@ use object_store::{
 use url::{Host, Url};
 
 use super::{
-    Backend, StorageError,
+    backend::{Backend, Large},
     connect::Connector,
+    error::StorageError,
     retry::Policy,
     s3::{Bucket, Place},
     signed::S3,
-    upload::Large,
+    store::Store,
 };
 use crate::{
     cloud::{credentials::Chain, region},
@@ -34,26 +35,53 @@ use crate::{
     shortage::Shortage,
 };
 
+impl Store {
+    /// Opens `s3://bucket/prefix`, `gs://…`, `az://container/…`, `file://./relative`, `file:///absolute` or
+    /// `memory://`.
+    ///
+    /// Clouds take credentials, region and endpoint from the environment. No request is made; a `file://` folder is
+    /// created. Each `memory://` is a new, empty store, shared only by the clones of this handle.
+    pub fn open(uri: &str, settings: &StorageConfig) -> Result<Self, StorageError> {
+        Self::open_with(uri, settings, &environment_of(uri))
+    }
+
+    /// [`Store::open`] with environment variables given by name, instead of the process's own.
+    pub fn open_with(
+        uri: &str,
+        settings: &StorageConfig,
+        environment: &[(String, String)],
+    ) -> Result<Self, StorageError> {
+        let opened = open(uri, settings, environment)?;
+        let (uri, settings_again, environment) = (uri.to_owned(), settings.clone(), environment.to_vec());
+        let shared = opened.is_local().then(|| opened.backend.clone());
+        let reopen = move || match &shared {
+            Some(backend) => Ok(backend.clone()),
+            None => open(&uri, &settings_again, &environment).map(|opened| opened.backend),
+        };
+        Ok(Self::assemble(opened.backend, opened.root, opened.prefix, opened.policy, settings, Box::new(reopen)))
+    }
+}
+
 /// A backend and where its keys begin.
-pub(super) struct Opened {
-    pub backend: Backend,
+struct Opened {
+    backend: Backend,
     /// URI of the key "", without a trailing `/`.
-    pub root: String,
+    root: String,
     /// Folder within the store; "" for all of it.
-    pub prefix: String,
-    pub policy: Policy,
+    prefix: String,
+    policy: Policy,
 }
 
 impl Opened {
     /// Whether it is in this machine: there are no connections, and of a store in memory there is only one.
-    pub fn is_local(&self) -> bool {
+    fn is_local(&self) -> bool {
         self.policy.is_local()
     }
 }
 
 /// The process's own variables, as far as clouds read them; and, for a store on S3, the region from the profile or from
 /// the machine itself, if the variables name none.
-pub(super) fn environment(uri: &str) -> Vec<(String, String)> {
+fn environment_of(uri: &str) -> Vec<(String, String)> {
     let ours = |name: &str| {
         ["AWS_", "GOOGLE_", "AZURE_"].iter().any(|p| name.starts_with(p))
             || ["IDENTITY_ENDPOINT", "HOME"].contains(&name)
@@ -71,11 +99,7 @@ pub(super) fn environment(uri: &str) -> Vec<(String, String)> {
     found
 }
 
-pub(super) fn open(
-    uri: &str,
-    settings: &StorageConfig,
-    environment: &[(String, String)],
-) -> Result<Opened, StorageError> {
+fn open(uri: &str, settings: &StorageConfig, environment: &[(String, String)]) -> Result<Opened, StorageError> {
     let refuse = |reason: &str| StorageError::InvalidUri { uri: redacted(uri), reason: reason.to_owned() };
     let Some((scheme, rest)) = uri.split_once("://") else {
         return Err(refuse("has no scheme"));

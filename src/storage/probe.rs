@@ -9,8 +9,9 @@ use futures::future::join_all;
 use object_store::{ObjectStoreExt, PutMode, PutPayload, path::Path};
 
 use super::{
-    StorageError, Store,
+    error::StorageError,
     retry::{Failure, Verdict, classify},
+    store::Store,
 };
 use crate::{ids::random_hex, layout};
 
@@ -27,7 +28,17 @@ enum Heard {
     Failed(object_store::Error),
 }
 
-pub(super) async fn prove_create_is_atomic(store: &Store) -> Result<(), StorageError> {
+impl Store {
+    /// Races parallel creates of a probe key: if more than one wins, the store is [`StorageError::Unfit`].
+    ///
+    /// 3 rounds of 16 creates below [`crate::layout::PROBES`] of this folder, each one bare request; then a create of
+    /// the existing key, which must be refused. Cleans up after itself.
+    pub async fn prove_create_is_atomic(&self) -> Result<(), StorageError> {
+        prove_create_is_atomic(self).await
+    }
+}
+
+async fn prove_create_is_atomic(store: &Store) -> Result<(), StorageError> {
     store.prove_links(layout::PROBES)?;
     let mut spare = SPARE_ROUNDS;
     let mut proven = 0;

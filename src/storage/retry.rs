@@ -19,9 +19,8 @@ use std::{
 use tokio::sync::Semaphore;
 
 use super::{
-    StorageError,
     cap::Cap,
-    error::EXPIRED,
+    error::{EXPIRED, StorageError},
     gate::Gate,
     hedge::{self, Tempo},
     pace::Outcome,

@@ -12,7 +12,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 
 use super::{tests::settings, *};
-use crate::error::{Explain, Kind};
+use crate::{
+    config::StorageConfig,
+    error::{Explain, Kind},
+};
 
 fn environment(address: std::net::SocketAddr) -> Vec<(String, String)> {
     [

@@ -22,7 +22,7 @@ use object_store::{
     signer::{HeaderName, HeaderValue, Method, Signer},
 };
 
-use super::{Crc64, retry::is_mute};
+use super::{crc::Crc64, retry::is_mute};
 
 /// The longest answer that is read, bytes.
 const MAX_ANSWER: usize = 1 << 20;

@@ -8,14 +8,19 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures::FutureExt;
-use object_store::multipart::MultipartStore;
+use object_store::{multipart::MultipartStore, path::Path};
 
 use super::{
     faulty::{Fault, Faulty},
+    store::UPKEEP_CONCURRENCY,
     *,
 };
-use crate::error::{Explain, Kind};
+use crate::{
+    config::StorageConfig,
+    error::{Explain, Kind},
+};
 
 pub(super) fn settings() -> StorageConfig {
     StorageConfig::plain(4, 5)

@@ -12,6 +12,7 @@ use std::{
 use bytes::Bytes;
 
 use super::{
+    backend::Large,
     faulty::{Fault, Faulty},
     s3_tests::{
         atomic, client,
@@ -22,7 +23,7 @@ use super::{
     *,
 };
 use crate::{
-    config::Encryption,
+    config::{Encryption, StorageConfig},
     error::{Explain, Kind},
     threads::testing::{SCHED_IDLE, policy},
 };

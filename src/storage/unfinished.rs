@@ -5,7 +5,7 @@
 
 use std::path::{Path as FilePath, PathBuf};
 
-use super::{StorageError, Store, retry::Failure};
+use super::{error::StorageError, retry::Failure, store::Store};
 
 /// An object that an upload to a folder has left behind, or is still working on.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -19,18 +19,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use object_store::{
-    PutMode, PutPayload,
-    local::LocalFileSystem,
-    multipart::{MultipartStore, PartId},
-    path::Path,
-};
+use object_store::{PutMode, PutPayload, local::LocalFileSystem, path::Path};
 
 use super::{
-    Crc64, Lanes, StorageError, Store, Uploaded, download,
+    backend::{Large, Part, Sent},
+    crc::Crc64,
+    download,
+    error::StorageError,
     local::Staged,
     retry::{Again, Failure, Verdict},
-    signed::{S3, TakenPart},
+    store::{Lanes, Priority, Store, Uploaded},
 };
 
 /// The most parts of one upload (S3's limit; Google's is the same, Azure's is higher).
@@ -40,96 +38,27 @@ const MIN_PART: u64 = 5 << 20;
 /// Parts of one file that are summed and written at once: one is summed while another goes to the disk.
 const FILE_PARTS: usize = 2;
 
-/// The way in which large objects are written to a store.
-#[derive(Clone)]
-pub(super) enum Large {
-    /// Into a file, by position.
-    File(Arc<LocalFileSystem>),
-    /// In parts, with requests of our own.
-    S3(Arc<S3>),
-    /// In parts, through object_store.
-    Parts(Arc<dyn MultipartStore>),
-}
-
-/// The store's answer to a part.
-pub(super) enum Part {
-    S3(TakenPart),
-    Other(PartId),
-}
-
-impl Large {
-    /// Whether objects are written in one piece, by position.
-    pub(super) const fn is_file(&self) -> bool {
-        matches!(self, Self::File(_))
-    }
-
-    const fn is_s3(&self) -> bool {
-        matches!(self, Self::S3(_))
-    }
-
-    pub(super) async fn begin(&self, path: &Path) -> object_store::Result<String> {
-        match self {
-            Self::S3(s3) => s3.begin(path).await,
-            Self::Parts(store) => store.create_multipart(path).await,
-            Self::File(_) => Err(not_in_parts()),
-        }
-    }
-
-    pub(super) async fn part(
+impl Store {
+    /// Writes a large object in parts, in parallel, without copying `body`, replacing any object there; `progress`
+    /// receives the bytes of each finished part.
+    ///
+    /// The object appears whole or not at all. Dropping the future, or an error, aborts the upload.
+    pub async fn upload(
         &self,
-        path: &Path,
-        id: &str,
-        index: usize,
+        key: &str,
         body: Bytes,
-        crc: Crc64,
-    ) -> object_store::Result<Part> {
-        match self {
-            Self::S3(s3) => s3.part(path, id, index, body, crc).await.map(Part::S3),
-            Self::Parts(store) => {
-                store.put_part(path, &id.to_owned(), index, PutPayload::from_bytes(body)).await.map(Part::Other)
+        progress: impl Fn(u64) + Send + Sync + 'static,
+    ) -> Result<Uploaded, StorageError> {
+        self.still_holds("upload", key).await?;
+        let (store, key, uri) = (self.clone(), key.to_owned(), self.uri_of(key));
+        let work = |lanes: Arc<Lanes>| async move { upload(&store, &lanes, &key, body, &progress).await };
+        match self.priority {
+            Priority::Background => {
+                let idle = self.idle()?;
+                self.end_of(idle.threads.spawn(work(Arc::clone(&idle.lanes))), "upload", &uri).await
             }
-            Self::File(_) => Err(not_in_parts()),
+            Priority::Normal | Priority::Urgent => work(Arc::clone(&self.inner.lanes)).await,
         }
-    }
-
-    async fn complete(&self, path: &Path, id: &str, sent: &Sent) -> object_store::Result<()> {
-        match self {
-            Self::S3(s3) => s3.complete(path, id, &sent.taken, sent.crc64).await,
-            Self::Parts(store) => store.complete_multipart(path, &id.to_owned(), sent.ids.clone()).await.map(drop),
-            Self::File(_) => Err(not_in_parts()),
-        }
-    }
-
-    pub(super) async fn abort(&self, path: &Path, id: &str) -> object_store::Result<()> {
-        match self {
-            Self::S3(s3) => s3.client.abort_multipart(path, &id.to_owned()).await,
-            Self::Parts(store) => store.abort_multipart(path, &id.to_owned()).await,
-            Self::File(_) => Err(not_in_parts()),
-        }
-    }
-}
-
-fn not_in_parts() -> object_store::Error {
-    object_store::Error::NotSupported { source: "files are not written in parts".into() }
-}
-
-/// All parts of an object, in order.
-#[derive(Default)]
-struct Sent {
-    taken: Vec<TakenPart>,
-    ids: Vec<PartId>,
-    bytes: u64,
-    crc64: Crc64,
-}
-
-impl Sent {
-    fn add(&mut self, (part, crc64, len): (Part, Crc64, u64)) {
-        match part {
-            Part::S3(taken) => self.taken.push(taken),
-            Part::Other(id) => self.ids.push(id),
-        }
-        self.crc64 = self.crc64.followed_by(crc64, len);
-        self.bytes += len;
     }
 }
 
@@ -148,7 +77,7 @@ struct Upload<'a> {
     progress: &'a (dyn Fn(u64) + Send + Sync),
 }
 
-pub(super) async fn upload(
+async fn upload(
     store: &Store,
     lanes: &Arc<Lanes>,
     key: &str,

@@ -124,7 +124,8 @@ pub(super) fn make(root: &Path, needed: u64, free: impl Fn(&Path) -> Option<u64>
         }
         match evict(root, dir) {
             Ok(true) => {
-                tracing::info!(dataset = %dir.display(), "removed an unused dataset from the cache: the disk is short of room")
+                let why = "the disk is short of room";
+                tracing::info!(dataset = %dir.display(), "removed an unused dataset from the cache: {why}")
             }
             Ok(false) => {}
             Err(error) => tracing::warn!(dataset = %dir.display(), %error, "not removed from the cache"),

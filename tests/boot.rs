@@ -10,7 +10,6 @@ use std::{
     path::PathBuf,
 };
 
-use aws_config::{BehaviorVersion, Region, SdkConfig};
 use rustix::process::Signal;
 
 use crate::support::{
@@ -25,31 +24,14 @@ use crate::support::{
 /// A text that must appear nowhere.
 const TOKEN_OF_THE_API: &str = "s3cr3t-of-the-job-api";
 
-/// Everything of AWS at one endpoint, for the test's own requests.
-fn aws(endpoint: &str) -> SdkConfig {
-    let keys = aws_sdk_ssm::config::Credentials::new(s3::ACCESS_KEY, s3::SECRET_KEY, None, None, "test");
-    let loader = aws_config::defaults(BehaviorVersion::latest())
-        .region(Region::new("us-east-1"))
-        .endpoint_url(endpoint)
-        .credentials_provider(keys);
-    wait(loader.load())
-}
-
-fn wait<T>(work: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime").block_on(work)
-}
-
 /// Puts parameters below `/trainer/test`; names with a `!` are encrypted.
 fn put_parameters(moto: &Moto, pairs: &[(&str, &str)]) {
-    use aws_sdk_ssm::types::ParameterType;
-    let client = aws_sdk_ssm::Client::new(&aws(&moto.endpoint()));
-    wait(async {
-        for (name, value) in pairs {
-            let kind = if name.contains('!') { ParameterType::SecureString } else { ParameterType::String };
-            let name = format!("/trainer/test/{}", name.trim_start_matches('!'));
-            client.put_parameter().name(name).value(*value).r#type(kind).send().await.expect("put a parameter");
-        }
-    });
+    for (name, value) in pairs {
+        let kind = if name.contains('!') { "SecureString" } else { "String" };
+        let name = format!("/trainer/test/{}", name.trim_start_matches('!'));
+        let parameter = serde_json::json!({"Name": name, "Value": value, "Type": kind});
+        moto.json("ssm", "AmazonSSM.PutParameter", &parameter);
+    }
 }
 
 /// A machine that knows itself through its metadata service, and uses this AWS. No region and no key is in its
@@ -441,21 +423,22 @@ fn short_run(lab: &Lab, metadata: &MetadataServer, endpoint: &str, run: &str) ->
 fn a_machine_leaves_its_group_and_is_not_replaced() {
     let Some(moto) = Moto::start("unused") else { return };
     let lab = Lab::on_files();
-    let client = aws_sdk_autoscaling::Client::new(&aws(&moto.endpoint()));
-    let group = || async {
-        let answer = client.describe_auto_scaling_groups().auto_scaling_group_names("trainers").send().await;
-        let group = answer.expect("describe the group").auto_scaling_groups.unwrap_or_default().remove(0);
-        let instances = group.instances.unwrap_or_default();
-        (group.desired_capacity, instances.iter().filter_map(|one| one.instance_id.clone()).collect::<Vec<_>>())
+    let call = |action: &str, parameters: &[(&str, &str)]| moto.query("autoscaling", "2011-01-01", action, parameters);
+    let group = || {
+        let answer = call("DescribeAutoScalingGroups", &[("AutoScalingGroupNames.member.1", "trainers")]);
+        let texts = |name: &str| -> Vec<String> {
+            let tag = format!("<{name}>");
+            let texts = answer.split(&tag).skip(1);
+            texts.filter_map(|text| Some(text.split_once('<')?.0.to_owned())).collect()
+        };
+        (texts("DesiredCapacity"), texts("InstanceId"))
     };
-    let instances = wait(async {
-        let launch = client.create_launch_configuration().launch_configuration_name("gpu").image_id("ami-12c6146b");
-        launch.instance_type("t2.micro").send().await.expect("a launch configuration");
-        let made = client.create_auto_scaling_group().auto_scaling_group_name("trainers");
-        let made = made.launch_configuration_name("gpu").availability_zones("us-east-1a");
-        made.min_size(0).max_size(2).desired_capacity(2).send().await.expect("a group");
-        group().await.1
-    });
+    let name = ("LaunchConfigurationName", "gpu");
+    call("CreateLaunchConfiguration", &[name, ("ImageId", "ami-12c6146b"), ("InstanceType", "t2.micro")]);
+    let sizes = [("MinSize", "0"), ("MaxSize", "2"), ("DesiredCapacity", "2")];
+    let place = [("AutoScalingGroupName", "trainers"), name, ("AvailabilityZones.member.1", "us-east-1a")];
+    call("CreateAutoScalingGroup", &[&place[..], &sizes[..]].concat());
+    let (_, instances) = group();
     assert_eq!(instances.len(), 2);
     let metadata = MetadataServer::start();
     let identity = format!(r#"{{"instanceId":"{}","region":"us-east-1"}}"#, instances[0]);
@@ -463,7 +446,7 @@ fn a_machine_leaves_its_group_and_is_not_replaced() {
     let life = short_run(&lab, &metadata, &moto.endpoint(), "leaver").finish().expect_code(0);
     let said = format!("the Auto Scaling group ends {}", instances[0]);
     let life = life.expect_said(&[&said]);
-    assert_eq!(wait(group()), (Some(1), vec![instances[1].clone()]), "{}", life.story());
+    assert_eq!(group(), (vec!["1".to_owned()], vec![instances[1].clone()]), "{}", life.story());
     assert_eq!(called(&lab), "", "it powered off");
 }
 

@@ -6,9 +6,14 @@
 
 use std::time::Duration;
 
-use aws_sdk_autoscaling::{Client, config::timeout::TimeoutConfig, error::ProvideErrorMetadata};
+use aws_config::timeout::TimeoutConfig;
+use serde::de::IgnoredAny;
 
-use super::{aws, identity::Identity};
+use super::{
+    aws,
+    call::{AUTO_SCALING, Client},
+    identity::Identity,
+};
 use crate::error::Error;
 
 /// The limit for one request, and for one with all of the SDK's own retries.
@@ -62,19 +67,20 @@ fn refusal(code: &str, message: &str) -> Refusal {
 /// Leaves the group, its desired capacity lowered by one.
 pub async fn leave(identity: &Identity) -> Left {
     let timeouts = TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT).operation_timeout(OPERATION).build();
-    let config = aws_sdk_autoscaling::config::Builder::from(&aws::config().await).timeout_config(timeouts).build();
-    let client = Client::from_conf(config);
+    let client = Client::new(&aws::config().await, &AUTO_SCALING, timeouts, None);
+    let parameters = [("InstanceId", identity.instance_id.as_str()), ("ShouldDecrementDesiredCapacity", "true")];
     let mut tries = 0;
     loop {
-        let request = client.terminate_instance_in_auto_scaling_group().instance_id(&identity.instance_id);
-        let Err(error) = request.should_decrement_desired_capacity(true).send().await else { return Left::Leaving };
+        let answer = client.query::<IgnoredAny>("TerminateInstanceInAutoScalingGroup", &parameters).await;
+        let Err(failure) = answer else { return Left::Leaving };
         tries += 1;
-        let said = error.as_service_error().and_then(ProvideErrorMetadata::message).unwrap_or_default().to_owned();
-        match refusal(error.as_service_error().and_then(ProvideErrorMetadata::code).unwrap_or_default(), &said) {
+        match refusal(failure.code(), failure.message()) {
             Refusal::Busy if tries < TRIES => tokio::time::sleep(PAUSE * (1 << tries.min(5))).await,
             Refusal::InNoGroup => return Left::InNoGroup,
-            Refusal::AtMinimum => return Left::AtMinimum { said },
-            Refusal::Busy | Refusal::Other => return Left::Failed(aws::explain(error, "leave the Auto Scaling group")),
+            Refusal::AtMinimum => return Left::AtMinimum { said: failure.message().to_owned() },
+            Refusal::Busy | Refusal::Other => {
+                return Left::Failed(aws::explain(failure, "leave the Auto Scaling group"));
+            }
         }
     }
 }

@@ -5,7 +5,11 @@
 //! from `AWS_ENDPOINT_URL` and its variants for one service. An error of a service becomes one sentence with the
 //! service's own code and message; the SDK's `Display` says only "service error".
 
+use std::fmt;
+
 use aws_config::{BehaviorVersion, Region, SdkConfig};
+use aws_smithy_runtime_api::client::result::SdkError;
+use aws_smithy_types::error::{display::DisplayErrorContext, metadata::ProvideErrorMetadata};
 use tokio::sync::OnceCell;
 
 use super::direct;
@@ -35,50 +39,89 @@ pub async fn config_in(region: &str) -> SdkConfig {
     config().await.into_builder().region(Region::new(region.to_owned())).build()
 }
 
-/// The error for the user after a failed call; `doing` is a verb phrase such as "read parameters below /trainer".
-pub fn explain<E, R>(error: aws_sdk_ssm::error::SdkError<E, R>, doing: &str) -> Error
+/// Why a call failed.
+#[derive(Debug)]
+pub enum Failure {
+    /// The service refused.
+    Refused {
+        /// Its code, such as `AccessDenied`.
+        code: String,
+        /// Its words.
+        message: Option<String>,
+    },
+    /// There is no answer, or none that is understood; the text says why.
+    Other(String),
+}
+
+impl Failure {
+    /// The service's code; empty: it gave none.
+    pub fn code(&self) -> &str {
+        match self {
+            Self::Refused { code, .. } => code,
+            Self::Other(_) => "",
+        }
+    }
+
+    /// The service's words; empty: it gave none.
+    pub fn message(&self) -> &str {
+        match self {
+            Self::Refused { message, .. } => message.as_deref().unwrap_or_default(),
+            Self::Other(_) => "",
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused { code, message: Some(message) } => write!(f, "{code}: {message}"),
+            Self::Refused { code, message: None } => f.write_str(code),
+            Self::Other(text) => f.write_str(text),
+        }
+    }
+}
+
+impl<E, R> From<SdkError<E, R>> for Failure
 where
-    E: aws_sdk_ssm::error::ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
-    R: std::fmt::Debug + Send + Sync + 'static,
+    E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+    R: fmt::Debug + Send + Sync + 'static,
 {
-    use aws_sdk_ssm::error::{DisplayErrorContext, SdkError};
-    let (code, message) = match &error {
-        SdkError::ServiceError(failure) => {
-            let metadata = failure.err();
-            (metadata.code().map(str::to_owned), metadata.message().map(str::to_owned))
-        }
-        _ => (None, None),
-    };
-    let kind = match code.as_deref() {
-        Some(code)
-            if [
-                "AccessDenied",
-                "Unauthorized",
-                "InvalidClientTokenId",
-                "UnrecognizedClient",
-                "Expired",
-                "Signature",
-            ]
-            .iter()
-            .any(|part| code.contains(part))
-                || code == "AuthFailure" =>
+    fn from(error: SdkError<E, R>) -> Self {
+        if let SdkError::ServiceError(refused) = &error
+            && let Some(code) = refused.err().code()
         {
-            Kind::Permission
+            return Self::Refused { code: code.to_owned(), message: refused.err().message().map(str::to_owned) };
         }
-        Some(code) if code.contains("NotFound") || code.contains("NonExistent") || code.contains("Validation") => {
-            Kind::Config
-        }
+        Self::Other(DisplayErrorContext(&error).to_string())
+    }
+}
+
+/// What to do about a refusal with this code.
+fn kind_of(code: &str) -> Kind {
+    const OF_PERMISSION: [&str; 6] =
+        ["AccessDenied", "Unauthorized", "InvalidClientTokenId", "UnrecognizedClient", "Expired", "Signature"];
+    const OF_CONFIG: [&str; 3] = ["NotFound", "NonExistent", "Validation"];
+    let has = |parts: &[&str]| parts.iter().any(|part| code.contains(part));
+    if has(&OF_PERMISSION) || code == "AuthFailure" {
+        Kind::Permission
+    } else if has(&OF_CONFIG) {
+        Kind::Config
+    } else {
+        Kind::Unavailable
+    }
+}
+
+/// The error for the user after a failed call; `doing` is a verb phrase such as "read parameters below /trainer".
+pub fn explain(failure: impl Into<Failure>, doing: &str) -> Error {
+    let failure = failure.into();
+    let kind = match &failure {
+        Failure::Refused { code, .. } => kind_of(code),
         // The credential chain found none.
-        None if DisplayErrorContext(&error).to_string().contains("no providers in chain") => Kind::Permission,
-        _ => Kind::Unavailable,
+        Failure::Other(text) if text.contains("no providers in chain") => Kind::Permission,
+        Failure::Other(_) => Kind::Unavailable,
     };
-    let expired = code.as_deref().is_some_and(|code| code.contains("Expired"));
-    let text = match (code, message) {
-        (Some(code), Some(message)) => format!("{code}: {message}"),
-        (Some(code), None) => code,
-        _ => DisplayErrorContext(&error).to_string(),
-    };
-    let error = Error::new(kind, text).context(doing);
+    let expired = failure.code().contains("Expired");
+    let error = Error::new(kind, failure.to_string()).context(doing);
     match kind {
         Kind::Permission if expired => error.with_hint("the session has expired: `aws sso login`, or set new keys"),
         Kind::Permission => error.with_hint(
@@ -86,5 +129,30 @@ where
             AWS_PROFILE",
         ),
         _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_code_decides_what_to_do() {
+        let kind = |code: &str| explain(Failure::Refused { code: code.to_owned(), message: None }, "do it").kind();
+        for code in ["AccessDeniedException", "ExpiredToken", "SignatureDoesNotMatch", "AuthFailure"] {
+            assert_eq!(kind(code), Kind::Permission, "{code}");
+        }
+        for code in ["ValidationError", "ParameterNotFound", "AWS.SimpleQueueService.NonExistentQueue"] {
+            assert_eq!(kind(code), Kind::Config, "{code}");
+        }
+        for code in ["Throttling", "InternalServerError", "MyAuthFailure"] {
+            assert_eq!(kind(code), Kind::Unavailable, "{code}");
+        }
+        let other = |text: &str| explain(Failure::Other(text.to_owned()), "do it");
+        assert_eq!(other("dispatch failure: no providers in chain provided credentials").kind(), Kind::Permission);
+        assert_eq!(other("AccessDenied").kind(), Kind::Unavailable);
+        let expired = explain(Failure::Refused { code: "ExpiredToken".into(), message: Some("m".into()) }, "do it");
+        assert!(expired.hint().is_some_and(|hint| hint.contains("expired")));
+        assert!(format!("{expired}").contains("do it") && format!("{expired}").contains("ExpiredToken: m"));
     }
 }

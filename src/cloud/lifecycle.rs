@@ -16,13 +16,14 @@
 
 use std::time::Duration;
 
-use aws_sdk_autoscaling::{
-    Client,
-    config::{retry::RetryConfig, timeout::TimeoutConfig},
-    types::LifecycleHook,
-};
+use aws_config::{retry::RetryConfig, timeout::TimeoutConfig};
+use serde::{Deserialize, de::IgnoredAny};
 
-use super::{aws, imds::Imds};
+use super::{
+    aws,
+    call::{AUTO_SCALING, Client, Members},
+    imds::Imds,
+};
 use crate::error::{Error, Kind};
 
 /// The longest that one call takes.
@@ -45,6 +46,49 @@ pub struct Lifecycle {
     timeout: Option<Duration>,
 }
 
+/// An answer of `DescribeLifecycleHooks`.
+#[derive(Debug, Deserialize)]
+struct Hooks {
+    #[serde(rename = "DescribeLifecycleHooksResult")]
+    result: HooksResult,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct HooksResult {
+    #[serde(default)]
+    lifecycle_hooks: Members<Hook>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Hook {
+    lifecycle_hook_name: Option<String>,
+    lifecycle_transition: Option<String>,
+    heartbeat_timeout: Option<i32>,
+}
+
+/// An answer of `DescribeAutoScalingInstances`.
+#[derive(Debug, Deserialize)]
+struct Instances {
+    #[serde(rename = "DescribeAutoScalingInstancesResult")]
+    result: InstancesResult,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct InstancesResult {
+    #[serde(default)]
+    auto_scaling_instances: Members<Instance>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Instance {
+    instance_id: Option<String>,
+    auto_scaling_group_name: Option<String>,
+}
+
 impl Lifecycle {
     /// Finds this machine's hook. `configured`: `auto`, `none`, or its name. `None`: nothing delays its end.
     ///
@@ -63,11 +107,8 @@ impl Lifecycle {
             return Err(Error::new(Kind::Unavailable, "the metadata service does not name this machine"));
         };
         let timeouts = TimeoutConfig::builder().operation_timeout(LIMIT).operation_attempt_timeout(ATTEMPT).build();
-        let config = aws_sdk_autoscaling::config::Builder::from(&aws::config().await)
-            .timeout_config(timeouts)
-            .retry_config(RetryConfig::standard().with_max_attempts(3))
-            .build();
-        let client = Client::from_conf(config);
+        let retries = RetryConfig::standard().with_max_attempts(3);
+        let client = Client::new(&aws::config().await, &AUTO_SCALING, timeouts, Some(retries));
         let group = match variable("TRAINER_AUTO_SCALING_GROUP") {
             Some(group) => group,
             // 404 if tags are not in the metadata, or there is no such tag.
@@ -79,12 +120,13 @@ impl Lifecycle {
                 },
             },
         };
-        let mut request = client.describe_lifecycle_hooks().auto_scaling_group_name(&group);
+        let mut parameters = vec![("AutoScalingGroupName", group.as_str())];
         if named != "auto" {
-            request = request.lifecycle_hook_names(&named);
+            parameters.push(("LifecycleHookNames.member.1", &named));
         }
-        let (hook, timeout) = match request.send().await {
-            Ok(hooks) => match choose(hooks.lifecycle_hooks()) {
+        let answer = client.query::<Hooks>("DescribeLifecycleHooks", &parameters).await;
+        let (hook, timeout) = match answer {
+            Ok(hooks) => match choose(&hooks.result.lifecycle_hooks.member) {
                 Some(found) => found,
                 None if named == "auto" => return Ok(None),
                 None => {
@@ -119,17 +161,24 @@ impl Lifecycle {
 
     /// Makes the hook wait for another time-out from now.
     pub async fn heartbeat(&self) -> Result<(), Error> {
-        let request = self.client.record_lifecycle_action_heartbeat().instance_id(&self.instance);
-        let sent = request.auto_scaling_group_name(&self.group).lifecycle_hook_name(&self.hook).send().await;
-        sent.map(drop).map_err(|error| aws::explain(error, &format!("keep lifecycle hook {} waiting", self.name())))
+        let sent = self.act("RecordLifecycleActionHeartbeat", None).await;
+        sent.map_err(|failure| aws::explain(failure, &format!("keep lifecycle hook {} waiting", self.name())))
     }
 
     /// Ends the wait: the machine may go.
     pub async fn complete(&self) -> Result<(), Error> {
-        let request = self.client.complete_lifecycle_action().instance_id(&self.instance);
-        let request = request.auto_scaling_group_name(&self.group).lifecycle_hook_name(&self.hook);
-        let sent = request.lifecycle_action_result("CONTINUE").send().await;
-        sent.map(drop).map_err(|error| aws::explain(error, &format!("complete lifecycle hook {}", self.name())))
+        let sent = self.act("CompleteLifecycleAction", Some(("LifecycleActionResult", "CONTINUE"))).await;
+        sent.map_err(|failure| aws::explain(failure, &format!("complete lifecycle hook {}", self.name())))
+    }
+
+    async fn act(&self, action: &str, more: Option<(&str, &str)>) -> Result<(), aws::Failure> {
+        let mut parameters = vec![
+            ("InstanceId", self.instance.as_str()),
+            ("AutoScalingGroupName", &self.group),
+            ("LifecycleHookName", &self.hook),
+        ];
+        parameters.extend(more);
+        self.client.query::<IgnoredAny>(action, &parameters).await.map(drop)
     }
 }
 
@@ -141,21 +190,22 @@ async fn ask(imds: &Imds, path: &str) -> Result<Option<String>, Error> {
 
 /// The group that a machine belongs to, if any.
 async fn group_of(client: &Client, instance: &str) -> Result<Option<String>, Error> {
-    let answer = client.describe_auto_scaling_instances().instance_ids(instance).send().await;
-    let answer = answer.map_err(|error| {
-        aws::explain(error, &format!("ask for the Auto Scaling group of {instance}"))
+    let parameters = [("InstanceIds.member.1", instance)];
+    let answer = client.query::<Instances>("DescribeAutoScalingInstances", &parameters).await;
+    let answer = answer.map_err(|failure| {
+        aws::explain(failure, &format!("ask for the Auto Scaling group of {instance}"))
             .with_hint("enable the machine's tags in its metadata, or set TRAINER_AUTO_SCALING_GROUP")
     })?;
-    let mut found = answer.auto_scaling_instances().iter().filter(|member| member.instance_id() == Some(instance));
-    Ok(found.find_map(|member| member.auto_scaling_group_name()).map(str::to_owned))
+    let members = answer.result.auto_scaling_instances.member;
+    let mut ours = members.into_iter().filter(|member| member.instance_id.as_deref() == Some(instance));
+    Ok(ours.find_map(|member| member.auto_scaling_group_name))
 }
 
 /// The hook that matters: the one with the shortest wait, since the first hook that ends its wait with ABANDON ends
 /// them all.
-fn choose(hooks: &[LifecycleHook]) -> Option<(String, Option<Duration>)> {
-    let ending = hooks.iter().filter(|hook| hook.lifecycle_transition() == Some(TERMINATING));
-    let named =
-        ending.filter_map(|hook| Some((hook.lifecycle_hook_name()?.to_owned(), waits(hook.heartbeat_timeout()))));
+fn choose(hooks: &[Hook]) -> Option<(String, Option<Duration>)> {
+    let ending = hooks.iter().filter(|hook| hook.lifecycle_transition.as_deref() == Some(TERMINATING));
+    let named = ending.filter_map(|hook| Some((hook.lifecycle_hook_name.clone()?, waits(hook.heartbeat_timeout))));
     named.min_by(|(a, a_waits), (b, b_waits)| {
         (a_waits.unwrap_or(Duration::MAX), a).cmp(&(b_waits.unwrap_or(Duration::MAX), b))
     })
@@ -178,18 +228,16 @@ mod tests {
 
     #[test]
     fn the_termination_hook_with_the_shortest_wait_is_chosen() {
-        let hook = |name: &str, transition: &str, timeout: Option<i32>| {
-            LifecycleHook::builder()
-                .lifecycle_hook_name(name)
-                .lifecycle_transition(transition)
-                .set_heartbeat_timeout(timeout)
-                .build()
+        let hook = |name: &str, transition: &str, timeout: Option<i32>| Hook {
+            lifecycle_hook_name: Some(name.to_owned()),
+            lifecycle_transition: Some(transition.to_owned()),
+            heartbeat_timeout: timeout,
         };
         let launch = hook("launch", "autoscaling:EC2_INSTANCE_LAUNCHING", Some(30));
         let (long, short) = (hook("long", TERMINATING, Some(3600)), hook("short", TERMINATING, Some(120)));
-        let (unknown, nameless) = (hook("unknown", TERMINATING, None), LifecycleHook::builder().build());
-        let chosen = |hooks: &[&LifecycleHook]| {
-            let hooks: Vec<LifecycleHook> = hooks.iter().map(|hook| (*hook).clone()).collect();
+        let (unknown, nameless) = (hook("unknown", TERMINATING, None), Hook::default());
+        let chosen = |hooks: &[&Hook]| {
+            let hooks: Vec<Hook> = hooks.iter().map(|hook| (*hook).clone()).collect();
             choose(&hooks).map(|(name, timeout)| (name, timeout.map(|timeout| timeout.as_secs())))
         };
         assert_eq!(chosen(&[]), None);

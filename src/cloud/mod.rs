@@ -7,6 +7,7 @@
 pub mod autoscaling;
 pub mod aws;
 pub mod azure;
+mod call;
 mod cgroup;
 pub mod credentials;
 pub mod direct;

@@ -7,9 +7,14 @@
 
 use std::time::Duration;
 
-use aws_sdk_servicequotas::{Client, error::SdkError};
+use aws_config::timeout::TimeoutConfig;
+use serde::Deserialize;
+use serde_json::json;
 
-use super::aws;
+use super::{
+    aws,
+    call::{Client, QUOTAS},
+};
 use crate::error::{Error, Kind, Result};
 
 /// The limit for all requests with the SDK's retries.
@@ -83,22 +88,36 @@ pub struct Quota {
     pub is_default: bool,
 }
 
+/// An answer about one quota.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Told {
+    quota: Option<Entry>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Entry {
+    value: Option<f64>,
+}
+
 /// The quota with a code. If none was ever applied to the account, the answer may be "no such resource" (aws-cli issue
 /// 6629): then AWS's default counts.
 pub async fn read(region: &str, code: &str) -> Result<Quota> {
-    let client = Client::new(&aws::config_in(region).await);
+    let client = Client::new(&aws::config_in(region).await, &QUOTAS, TimeoutConfig::builder().build(), None);
     let doing = format!("read quota {code} of EC2 in {region}");
     let work = async {
-        let applied = client.get_service_quota().service_code("ec2").quota_code(code).send().await;
-        let (value, is_default) = match applied {
-            Ok(answer) => (answer.quota().and_then(|quota| quota.value()), false),
-            Err(SdkError::ServiceError(error)) if error.err().is_no_such_resource_exception() => {
-                let default = client.get_aws_default_service_quota().service_code("ec2").quota_code(code).send().await;
-                let answer = default.map_err(|error| aws::explain(error, &format!("{doing}, AWS's default")))?;
-                (answer.quota().and_then(|quota| quota.value()), true)
+        let request = json!({"ServiceCode": "ec2", "QuotaCode": code});
+        let (told, is_default) = match client.json::<Told>("GetServiceQuota", &request).await {
+            Ok(told) => (told, false),
+            Err(failure) if failure.code() == "NoSuchResourceException" => {
+                let default = client.json::<Told>("GetAWSDefaultServiceQuota", &request).await;
+                let told = default.map_err(|failure| aws::explain(failure, &format!("{doing}, AWS's default")))?;
+                (told, true)
             }
-            Err(error) => return Err(aws::explain(error, &doing)),
+            Err(failure) => return Err(aws::explain(failure, &doing)),
         };
+        let value = told.quota.and_then(|quota| quota.value);
         let vcpus = value.filter(|value| value.is_finite() && *value >= 0.0);
         let vcpus = vcpus.ok_or_else(|| Error::new(Kind::Unavailable, format!("{doing}: the answer has no number")))?;
         Ok(Quota { vcpus, is_default })

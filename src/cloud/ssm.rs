@@ -7,16 +7,18 @@
 
 use std::{fmt, time::Duration};
 
-use aws_sdk_ssm::{
-    Client,
-    config::{retry::RetryConfig, timeout::TimeoutConfig},
-};
+use aws_config::{retry::RetryConfig, timeout::TimeoutConfig};
+use serde::Deserialize;
+use serde_json::json;
 
-use super::aws;
+use super::{
+    aws,
+    call::{Client, SSM},
+};
 use crate::error::{Error, Kind, Result};
 
 /// The API's largest page.
-const PAGE: i32 = 10;
+const PAGE: u32 = 10;
 /// The most pages that are followed; many may be empty.
 const MAX_PAGES: usize = 200;
 /// The most parameters that are accepted.
@@ -31,7 +33,8 @@ const ATTEMPTS: u32 = 6;
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 
 /// A text that is never shown: neither `Debug` nor a log line reveals it.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
 pub struct Secret(String);
 
 impl Secret {
@@ -61,31 +64,47 @@ pub struct Parameter {
     pub value: Secret,
 }
 
+/// An answer of `GetParametersByPath`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Page {
+    parameters: Option<Vec<Listed>>,
+    next_token: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Listed {
+    name: Option<String>,
+    value: Option<Secret>,
+}
+
 /// All parameters below `path`, at any depth, decrypted, by name.
 pub async fn parameters(path: &str) -> Result<Vec<Parameter>> {
     let path = checked(path)?;
     let doing = format!("read parameters below {path}");
     let timeouts = TimeoutConfig::builder().operation_attempt_timeout(ATTEMPT).operation_timeout(OPERATION).build();
     let retries = RetryConfig::standard().with_max_attempts(ATTEMPTS).with_max_backoff(LONGEST_PAUSE);
-    let config = aws_sdk_ssm::config::Builder::from(&aws::config().await);
-    let config = config.timeout_config(timeouts).retry_config(retries).build();
-    let client = Client::from_conf(config);
+    let client = Client::new(&aws::config().await, &SSM, timeouts, Some(retries));
     let mut found = Vec::new();
-    let (mut bytes, mut next) = (0, None);
+    let (mut bytes, mut next) = (0, None::<String>);
     for _ in 0..MAX_PAGES {
-        let request = client.get_parameters_by_path().path(path).recursive(true).with_decryption(true);
-        let answer = request.max_results(PAGE).set_next_token(next).send().await;
-        let page = answer.map_err(|error| aws::explain(error, &doing))?;
+        let mut request = json!({"Path": path, "Recursive": true, "WithDecryption": true, "MaxResults": PAGE});
+        if let Some(next) = &next {
+            request["NextToken"] = json!(next);
+        }
+        let answer = client.json::<Page>("GetParametersByPath", &request).await;
+        let page = answer.map_err(|failure| aws::explain(failure, &doing))?;
         for parameter in page.parameters.unwrap_or_default() {
             let (Some(name), Some(value)) = (parameter.name, parameter.value) else { continue };
             // A parameter that is not below the path was not requested.
             let Some(name) = below(path, &name) else { continue };
-            bytes += name.len() + value.len();
+            bytes += name.len() + value.reveal().len();
             if found.len() >= MAX_PARAMETERS || bytes > MAX_BYTES {
                 let what = format!("there are more than {MAX_PARAMETERS} parameters or {MAX_BYTES} bytes below {path}");
                 return Err(Error::new(Kind::Config, what).with_hint("name a path that holds this program's only"));
             }
-            found.push(Parameter { name: name.to_owned(), value: Secret(value) });
+            found.push(Parameter { name: name.to_owned(), value });
         }
         next = page.next_token.filter(|token| !token.is_empty());
         if next.is_none() {

@@ -14,7 +14,7 @@ use trainer::{
     },
     data::shards::Index,
     format::header::{self, Dtype},
-    ids::{DatasetId, Generation, Rank, Step, WorldSize},
+    ids::{Generation, Rank, Step, WorldSize},
     journal::{Entry, FORMAT, Record},
     protocol::{self, Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
     rendezvous::heartbeat::Heartbeat,
@@ -50,10 +50,8 @@ fn messages() -> [Vec<u8>; 6] {
         local_rank: Rank(1),
         world_size: WorldSize(2),
         generation: Generation(3),
-        config: samples::config(),
-        data_dir: "/data".into(),
-        data: DatasetId { index: "00000000deadbeef".into(), vocabulary: "0123456789abcdef".into() },
         resume_step: Step(9),
+        task: samples::task(),
     };
     let report =
         StepReport { step: Step(3), loss: f64::NAN, grad_norm: 1.0, lr: 1e-3, step_s: 0.5, stall_s: 0.0, data_s: 0.0 };

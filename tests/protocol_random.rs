@@ -160,7 +160,7 @@ fn save_of(node: &NodeId, (step, generation): Point) -> Save {
     };
     let upload = |name: &str, kind, body| Upload { name: name.to_owned(), kind, body };
     let sequences = std::num::NonZeroU64::new(1000).expect("not zero");
-    let state = TrainerState::at(Step(step), &samples::config(), sequences).expect("small");
+    let state = TrainerState::at(Step(step), &samples::config().workload, sequences).expect("small");
     Save {
         attempt: AttemptId::random(),
         run_id: samples::run_id(),

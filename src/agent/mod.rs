@@ -16,20 +16,15 @@
 //! to commit, stops its workers and exits with code 79: two writers can never both commit.
 #![doc = include_str!("README.md")]
 
-pub mod initial;
-
-mod companions;
 mod doubt;
 mod drain;
 mod effects;
 mod fence;
 mod generation;
 mod launch;
-mod loopback;
 mod opening;
 mod parting;
 mod phase;
-mod provenance;
 mod restart;
 mod save;
 mod upkeep;
@@ -39,14 +34,14 @@ mod workers;
 pub use launch::{Afterwards, Begin, Launch, Manner, Outcome};
 pub use opening::effective;
 
-use std::{cell::Cell, time::Duration};
+use std::{cell::Cell, sync::Arc, time::Duration};
 
 use tokio::sync::mpsc;
 
 use self::{
     drain::estimate::Estimates,
     generation::{End, Left, Load, Plan, Source},
-    opening::{Opening, Resolved, completed, resolve},
+    opening::{Opening, Resolved, completed},
     save::{slots::Slots, upload},
 };
 use crate::{
@@ -65,6 +60,7 @@ use crate::{
     report::{Event, Reporter},
     snapshot::cadence::Measured,
     storage::Store,
+    workload::{self, Site},
 };
 
 /// How long removing the heartbeat at the end may take. If it stays, the next agent only waits a little longer.
@@ -308,9 +304,9 @@ impl Agent {
             notices.formed(&self.run, generation);
             self.reporter.event(&Event::Formed {
                 generation,
-                world_size: WorldSize(resolved.workers),
+                world_size: WorldSize(resolved.workload.workers()),
                 resume_step: (load.step() > Step(0)).then_some(load.step()),
-                total_steps: resolved.config.train.steps,
+                total_steps: resolved.workload.last_step().get(),
             });
             let began = tokio::time::Instant::now();
             let plan = self.plan(generation, &load, &resolved, began);
@@ -365,8 +361,8 @@ impl Agent {
     ) -> Result<Duration> {
         match restart::decide(deaths, &resolved.config.restart) {
             restart::Decision::GiveUp { reason, out_of_memory } => {
-                let (reason, train) = (format!("{reason}: {why}"), &resolved.config.train);
-                let error = restart::given_up(reason, out_of_memory, &self.run_id, train, resolved.workers);
+                let less_memory = out_of_memory.then(|| resolved.workload.less_memory(&self.run_id));
+                let error = restart::given_up(format!("{reason}: {why}"), less_memory, &self.run_id);
                 if error.kind() != Kind::Unavailable {
                     self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;
                 }
@@ -390,9 +386,7 @@ impl Agent {
     fn plan(&self, generation: Generation, load: &Load, resolved: &Resolved, formed: tokio::time::Instant) -> Plan {
         Plan {
             config: resolved.config.clone(),
-            data_dir: resolved.data.dir().to_owned(),
-            sequences: resolved.sequences,
-            workers: resolved.workers,
+            workload: Arc::clone(&resolved.workload),
             load: load.clone(),
             upload: upload::Context {
                 run: self.run.clone(),
@@ -400,11 +394,9 @@ impl Agent {
                 node: self.node.clone(),
                 generation,
                 formed,
-                world_size: WorldSize(resolved.workers),
-                data: resolved.identity.clone(),
+                world_size: WorldSize(resolved.workload.workers()),
                 journal: self.journal.clone(),
             },
-            companions: resolved.companions.clone(),
             docket: self.docket.clone(),
             measured: self.measured(),
         }
@@ -449,7 +441,7 @@ impl Agent {
                 // The receiver waits for the end of this function.
                 let _ = settings.send(resolved.config.notice.clone());
             }
-            provenance::is_still_there(resolved)?;
+            resolved.workload.is_still_there()?;
             doing.set("a checkpoint to go on from was looked for");
             let load = self.choose_with_data(resolved).await?;
             doing.set("a generation was formed");
@@ -523,24 +515,21 @@ impl Agent {
             tracing::info!(run = %self.run_id, %step, "run has been completed by another node");
             return Ok(Err(self.manner.then(&config, false)));
         }
-        let holders = companions::holders(&state);
         self.overrides = overrides;
         let cache = self.manner.cache.as_deref();
-        let mut resolved = resolve(&config, self.nproc_per_node, cache, &self.reporter).await?;
-        provenance::data_agrees(&self.journal.state(), &resolved, self.accepts_data())?;
-        companions::of_existing_run(&mut resolved, &self.run, &holders).await?;
-        Ok(Ok(resolved))
+        let site = Site { nproc_per_node: self.nproc_per_node, cache, reporter: &self.reporter };
+        let accepted = self.accepts_data();
+        Ok(Ok(Resolved::of_existing_run(&config, site, &self.run, &state, accepted).await?))
     }
 
     /// [`choose`](Self::choose), while the rest of the data is verified against its checksums.
     async fn choose_with_data(&mut self, resolved: &Resolved) -> Result<Load> {
-        let whole = async { Ok::<_, Error>(resolved.data.whole().await?) };
-        let (load, ()) = tokio::try_join!(self.choose(resolved), whole)?;
+        let (load, ()) = tokio::try_join!(self.choose(resolved), resolved.workload.whole())?;
         Ok(load)
     }
 
     fn accepts_data(&self) -> bool {
-        self.manner.accepts_data || provenance::names_data(&self.overrides)
+        self.manner.accepts_data || workload::names_data(&self.overrides)
     }
 
     /// The newest usable checkpoint, or the start of a new run. Damage is reported; [`Docket`] says what follows from
@@ -552,7 +541,7 @@ impl Agent {
                 return Ok(load);
             }
             let state = self.journal.state();
-            let made_of = provenance::MadeOf::new(&state, resolved, self.accepts_data());
+            let made_of = workload::MadeOf::new(&state, &resolved.workload, self.accepts_data());
             let outcome = self.newest_usable(&candidates, &made_of).await?;
             for damage in outcome.stepped_over.iter().filter(|damage| self.docket.suspect(damage)) {
                 self.warn_of_damage(damage.step, &damage.object, &damage.reason);
@@ -590,10 +579,10 @@ impl Agent {
 
     /// The start of a run without a checkpoint.
     async fn beginning(&self, resolved: &Resolved) -> Result<Load> {
-        let Some(uri) = &resolved.config.model.init_from else { return Ok(Load::Nothing) };
-        let folder = initial::open(uri, &resolved.config)?;
-        let files = initial::weights(&resolved.config, uri, &folder).await?;
-        Ok(Load::Weights { folder, files })
+        Ok(match resolved.workload.beginning().await? {
+            Some((folder, files)) => Load::Weights { folder, files },
+            None => Load::Nothing,
+        })
     }
 
     fn warn_of_damage(&self, step: Step, object: &str, reason: &str) {
@@ -604,23 +593,22 @@ impl Agent {
     /// Forms the next generation, which starts from `load`. `None`: the journal went on meanwhile, so everything must
     /// be checked again.
     async fn form(&mut self, load: &Load, resolved: &Resolved, reason: FormedReason) -> Result<Option<Generation>> {
-        let (step, last) = (load.step(), resolved.config.train.steps);
-        if step.get() > last {
+        let (step, last) = (load.step(), resolved.workload.last_step());
+        if step > last {
             // Reported before it is recorded: a change by one generation holds for all later ones.
-            let what = format!("run {} is at step {step} already, beyond train.steps = {last}", self.run_id);
-            return Err(Error::new(Kind::Config, what).with_hint(words::more_steps(&self.run_id)));
+            return Err(workload::words::beyond(&self.run_id, step, last));
         }
         let resume = match load {
             Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
             _ => None,
         };
         let formed = Formed {
-            roster: vec![RosterEntry { node: self.node.clone(), workers: resolved.workers }],
-            world_size: WorldSize(resolved.workers),
+            roster: vec![RosterEntry { node: self.node.clone(), workers: resolved.workload.workers() }],
+            world_size: WorldSize(resolved.workload.workers()),
             resume,
             overrides: self.overrides.clone(),
             reason,
-            data: Some(resolved.identity.clone()),
+            data: Some(resolved.workload.data().clone()),
         };
         match self.journal.form(formed).await {
             Ok(generation) => {
@@ -661,15 +649,6 @@ impl Agent {
         };
         let reason = format!("training diverged at step {step}: {reason}");
         self.append_last(Record::Failed { generation, step, reason: reason.clone() }).await;
-        let hint = if good > Step(0) {
-            format!(
-                "the last good checkpoint is step {good}; lower the learning rate and carry on: trainer resume \
-                --run-id {} --from {good} --set train.optimizer.lr=…",
-                self.run_id
-            )
-        } else {
-            words::LOWER_RATE.to_owned()
-        };
-        Error::new(Kind::Config, reason).with_hint(hint)
+        Error::new(Kind::Config, reason).with_hint(workload::words::lower_rate(&self.run_id, good))
     }
 }

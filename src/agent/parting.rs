@@ -73,7 +73,7 @@ impl Agent {
         loss: f64,
         notices: &mut Notices,
     ) -> Result<Outcome> {
-        let step = Step(resolved.config.train.steps);
+        let step = resolved.workload.last_step();
         // A run killed between its last commit and this record makes no step in its last generation: the commit knows
         // the loss.
         let loss = match self.journal.state().newest() {

@@ -5,24 +5,12 @@ use crate::{
     ids::{NodeId, RunId},
 };
 
-/// Hint for a diverged run that has no checkpoint.
-pub const LOWER_RATE: &str = "no checkpoint was made yet; start again with a lower learning rate: trainer run CONFIG \
-                              --run-id NEW --set train.optimizer.lr=…";
-
 /// Only checkpoints that the run has turned away from are left.
 pub fn abandoned(run_id: &RunId, steps: &[String]) -> String {
     let steps = steps.join(", ");
     format!(
         "checkpoints abandoned by an earlier --from can be selected: trainer resume --run-id {run_id} --from STEP, \
          one of {steps}"
-    )
-}
-
-/// The run is beyond its last step.
-pub fn more_steps(run_id: &RunId) -> String {
-    format!(
-        "give more steps, --set train.steps=N, or an earlier checkpoint, --from STEP: `trainer checkpoints --run-id \
-         {run_id}` lists them"
     )
 }
 

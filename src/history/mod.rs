@@ -287,7 +287,7 @@ pub(crate) mod tests {
     fn a_journal_is_read_as_a_story() {
         let state = state(story());
         assert_eq!(Standing::of(&state), Standing::InProgress);
-        assert_eq!(super::config(&state).train.steps, 500);
+        assert_eq!(super::config(&state).workload.train.steps, 500);
         assert_eq!((worker_restarts(&state), lost_steps(&state)), (1, 4));
         let statuses: Vec<_> =
             state.checkpoints().iter().map(|c| (c.committed.step.get(), Checkpoint::from(c).status)).collect();

@@ -64,7 +64,7 @@ pub async fn find(
     let (config, _) = agent::effective(&state, &overrides)?;
     let store = Store::open(&store.uri(), &config.storage)?;
     let completed = match state.outcome() {
-        journal::Outcome::Completed { step, loss, .. } if config.train.steps <= step.get() => {
+        journal::Outcome::Completed { step, loss, .. } if config.workload.last_step() <= *step => {
             Some(Completed { step: *step, loss: *loss })
         }
         _ => None,
@@ -114,8 +114,8 @@ mod tests {
         let (node, run_id) = (NodeId::random(), RunId::new("run").unwrap());
         let run = Store::open(&uri, &STORAGE).unwrap().folder(run_id.as_str());
         let mut config = config();
-        (config.train.steps, config.train.schedule.warmup_steps) = (1, 0);
-        (config.data.validation_sequences, config.notice) = (1, NoticeConfig::default());
+        (config.workload.train.steps, config.workload.train.schedule.warmup_steps) = (1, 0);
+        (config.workload.data.validation_sequences, config.notice) = (1, NoticeConfig::default());
         let mut journal = Journal::create(run.clone(), node.clone(), run_id.clone(), config).await.unwrap();
         let formed = Formed {
             roster: vec![RosterEntry { node, workers: 1 }],

@@ -15,6 +15,7 @@
 
 pub mod device;
 pub mod gate;
+pub mod task;
 
 mod batch;
 mod link;
@@ -40,9 +41,10 @@ use self::{
     link::Link,
     parallel::Parallel,
     state::State,
+    task::Task,
 };
 use crate::{
-    config::{MicroBatches, RunConfig, micro_batches},
+    config::{MicroBatches, TrainTask, micro_batches},
     data::{
         Dataset, Sampler, Split, identity,
         sampler::{batch as positions, share},
@@ -83,7 +85,7 @@ enum Never {}
 
 struct Worker {
     link: Link,
-    config: RunConfig,
+    config: TrainTask,
     rank: Rank,
     world: WorldSize,
     done: Step,
@@ -118,7 +120,8 @@ impl Worker {
             ToWorker::Start(assignment) => *assignment,
             other => return Err(out_of_turn(&other)),
         };
-        let Assignment { rank, local_rank, world_size: world, config, data_dir, data, resume_step, .. } = assignment;
+        let Assignment { rank, local_rank, world_size: world, resume_step, .. } = assignment;
+        let Task { config, data_dir, data } = Task::read(assignment.task)?;
         let train = &config.train;
         torch::set_num_threads(train.threads)?;
         torch::set_interop_threads(1)?;

@@ -13,10 +13,11 @@ use trainer::{
     },
     config::*,
     data::shards,
-    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
+    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
     journal::{Committed, Entry, FormedReason, Means, Record, ResumePoint, RosterEntry, SaveCost},
     rendezvous::heartbeat::{Heartbeat, Process},
     storage::Crc64,
+    worker::task::Task,
 };
 
 pub fn run_id() -> RunId {
@@ -34,6 +35,7 @@ fn attempt() -> AttemptId {
 pub fn config() -> RunConfig {
     RunConfig {
         store: "s3://bucket/runs".into(),
+        workload: TrainTask {
         model: ModelConfig {
             kind: ModelKind::Llama,
             config: serde_json::json!({"hidden_size": 64, "rope_theta": 10000.0, "tie_word_embeddings": true}),
@@ -62,6 +64,7 @@ pub fn config() -> RunConfig {
             device: trainer::config::Device::Auto,
             bucket_mib: 25,
         },
+        },
         checkpoint: CheckpointConfig {
             every: Cadence::Steps(100),
             keep: Keep { last: 3, every: Some(Spacing::Steps(1000)), best: 0 },
@@ -73,6 +76,12 @@ pub fn config() -> RunConfig {
         restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_millis(1500), hang: None },
         storage: storage(),
     }
+}
+
+/// What the worker of such a run is told to do.
+pub fn task() -> serde_json::Value {
+    let data = DatasetId { index: "00000000deadbeef".into(), vocabulary: "0123456789abcdef".into() };
+    Task { config: config().workload, data_dir: "/data".into(), data }.write().expect("plain")
 }
 
 pub fn storage() -> StorageConfig {
@@ -181,7 +190,7 @@ pub fn trainer_state() -> TrainerState {
         sequence_length: 256,
         total_steps: 2000,
         lr: 3e-4,
-        schedule: config().train.schedule,
+        schedule: config().workload.train.schedule,
         rng: RngRule::PerStep,
         data: None,
     }

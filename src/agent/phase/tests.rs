@@ -30,6 +30,7 @@ use std::time::Duration;
 const RANKS: [Rank; 2] = [Rank(0), Rank(1)];
 /// Bytes of one save.
 const BYTES: u64 = 1000;
+const OUTLINE: Outline = Outline { workers: 2, last: Step(100), validated_every: None, tokens: 32 };
 
 /// A machine and its time.
 struct Rig {
@@ -95,10 +96,9 @@ impl Rig {
 
 fn settings(load: Load) -> Settings {
     let mut config = config();
-    config.train.steps = 100;
     config.checkpoint.every = Cadence::Steps(10);
     config.notice.train_in_spare_time = true;
-    Settings { workers: 2, generation: Generation(3), config, load, measured: Measured::NOTHING }
+    Settings { outline: OUTLINE, generation: Generation(3), config, load, measured: Measured::NOTHING }
 }
 
 /// Copying takes half a second, a save 11 s.
@@ -136,7 +136,7 @@ fn training() -> Rig {
     };
     let mut scheduler = Scheduler::new(setup, Measured::NOTHING, Moment::ZERO);
     assert_eq!(scheduler.first_orders(Moment::ZERO).len(), 2);
-    let training = Training::begin(scheduler, Ledger::begin(Moment::ZERO), BYTES, Moment::ZERO);
+    let training = Training::begin(OUTLINE, scheduler, Ledger::begin(Moment::ZERO), BYTES, Moment::ZERO);
     let shared = Shared { settings, estimates: estimates(), looked: Moment::ZERO, noted: 0 };
     let machine = StateMachine { shared, phase: Phase::Training(training) };
     let mut rig = Rig { machine, now: Moment::ZERO, ticket: 0 };
@@ -505,7 +505,7 @@ fn the_last_save_is_given_up_after_many_tries() {
         if asked {
             let _ = rig.feed(sigterm());
         } else {
-            rig.machine.shared.settings.config.train.steps = 13;
+            rig.machine.shared.settings.outline.last = Step(13);
             let _ = rig.feed(rebalance());
         }
         let _ = rig.frozen(Rank(0), 13);

@@ -18,7 +18,7 @@ use crate::{
     checkpoint::save::{Save, Upload, put_manifest, put_shards},
     error::{Error, Kind, Result},
     faults::{self, At},
-    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
+    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
     journal::{Committed, JournalWriter, Record, SaveCost, Urgency},
     storage::{Crc64, Store},
 };
@@ -38,8 +38,6 @@ pub struct Context {
     pub formed: tokio::time::Instant,
     /// Workers of all nodes.
     pub world_size: WorldSize,
-    /// The data that is trained on.
-    pub data: DatasetId,
     /// Shared with the event loop.
     pub journal: JournalWriter,
 }

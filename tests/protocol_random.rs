@@ -24,8 +24,8 @@ use trainer::{
     format::header::{self, Dtype},
     ids::{AttemptId, Generation, NodeId, Step, WorldSize},
     journal::{
-        self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, SaveCost,
-        replay,
+        self, Committed, Formed, FormedReason, Journal, JournalError, Metrics, Record, ResumePoint, RosterEntry,
+        SaveCost, replay,
     },
     layout,
     storage::Store,
@@ -204,8 +204,9 @@ async fn carry_out(store: &Store, journal: &mut Journal, save: &Save, cut: Cut) 
         manifest: manifest.key,
         manifest_crc64: manifest.crc64,
         bytes: manifest.bytes,
-        loss: 1.0,
+        loss: Some(1.0),
         validation_loss: None,
+        metrics: Metrics::new(),
         cost: SaveCost::default(),
     };
     journal.append(Record::Committed(committed)).await.map(|_| true)

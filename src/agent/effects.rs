@@ -332,14 +332,14 @@ impl<'a> Performer<'a> {
     }
 
     fn upload(&mut self, transfer: Transfer) -> Result<()> {
-        let Transfer { step, slot, loss, validation_loss, cost, taken, priority } = transfer;
+        let Transfer { step, slot, figures, validation_loss, cost, taken, priority } = transfer;
         let (uploads, index) = self.slots.uploads(slot)?;
         let small = self.start.workload.small_files(step, index)?;
         let mut context = self.start.upload.clone();
         context.run = context.run.at_priority(priority);
         let taken = self.began + taken;
         let (cost, costs) = watch::channel(cost);
-        let snapshot = Snapshot { step, slot, uploads, small, loss, validation_loss, cost: costs, taken };
+        let snapshot = Snapshot { step, slot, uploads, small, figures, validation_loss, cost: costs, taken };
         self.saving = Some(Saving { cost, give_up: upload::start(context, snapshot, self.senders.saves.clone()) });
         Ok(())
     }

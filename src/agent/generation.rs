@@ -115,8 +115,8 @@ impl Load {
 pub enum End {
     /// The last step is committed.
     Completed {
-        /// Its loss.
-        loss: f64,
+        /// Its loss; `None`: it has none, or was finished in an earlier generation.
+        loss: Option<f64>,
     },
     /// Asked to stop.
     Stopped(Stopped),

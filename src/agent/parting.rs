@@ -70,16 +70,13 @@ impl Agent {
         &self,
         generation: Generation,
         resolved: &Resolved,
-        loss: f64,
+        loss: Option<f64>,
         notices: &mut Notices,
     ) -> Result<Outcome> {
         let step = resolved.workload.last_step();
         // A run killed between its last commit and this record makes no step in its last generation: the commit knows
         // the loss.
-        let loss = match self.journal.state().newest() {
-            Some(newest) if !loss.is_finite() => newest.committed.loss,
-            _ => loss,
-        };
+        let loss = loss.or_else(|| self.journal.state().newest()?.committed.loss);
         let completed = {
             let completing = self.journal.append(Urgency::LastWords, Record::Completed { generation, step, loss });
             tokio::pin!(completing);

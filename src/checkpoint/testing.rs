@@ -15,7 +15,7 @@ use crate::{
     },
     format::header::{self, Dtype},
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
-    journal::{Committed, Entry, FormedReason, Record, ResumePoint, RosterEntry, RunState, SaveCost},
+    journal::{Committed, Entry, FormedReason, Metrics, Record, ResumePoint, RosterEntry, RunState, SaveCost},
     layout,
     storage::Store,
 };
@@ -177,8 +177,9 @@ pub async fn commit(store: &Store, save: &Save) -> Committed {
         manifest: written.key,
         manifest_crc64: written.crc64,
         bytes: written.bytes,
-        loss: 1.0,
+        loss: Some(1.0),
         validation_loss: None,
+        metrics: Metrics::new(),
         cost: SaveCost::default(),
     }
 }

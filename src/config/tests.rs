@@ -136,6 +136,42 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
 }
 
 #[test]
+fn what_is_computed_is_stored_in_sections_of_the_run() {
+    fn json(value: &impl serde::Serialize) -> String {
+        serde_json::to_string(value).unwrap()
+    }
+    let config = load_least("").unwrap();
+    let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage } = &config;
+    let TrainTask { model, data, train, parallel } = workload;
+    let sections = [
+        ("store", json(store)),
+        ("model", json(model)),
+        ("data", json(data)),
+        ("train", json(train)),
+        ("parallel", json(parallel)),
+        ("checkpoint", json(checkpoint)),
+        ("notice", json(notice)),
+        ("on_complete", json(on_complete)),
+        ("restart", json(restart)),
+        ("storage", json(storage)),
+    ];
+    let sections: Vec<String> = sections.iter().map(|(name, section)| format!("\"{name}\":{section}")).collect();
+    let stored = json(&config);
+    assert_eq!(stored, format!("{{{}}}", sections.join(",")));
+
+    let read = |text: &str| serde_json::from_str::<RunConfig>(text);
+    // A section that a later version adds is no obstacle; one that is missing, or there twice, is.
+    let later = stored.replacen("\"data\":", "\"later\":{\"x\":[1]},\"data\":", 1);
+    assert_eq!(read(&later).unwrap(), config);
+    for (name, section) in [("model", json(model)), ("data", json(data)), ("store", json(store))] {
+        let missing = stored.replacen(&format!("\"{name}\":{section},"), "", 1);
+        assert!(read(&missing).unwrap_err().to_string().contains(&format!("missing field `{name}`")), "{missing}");
+        let twice = stored.replacen(&format!("\"{name}\":"), &format!("\"{name}\":{section},\"{name}\":"), 1);
+        assert!(read(&twice).unwrap_err().to_string().contains(&format!("duplicate field `{name}`")), "{twice}");
+    }
+}
+
+#[test]
 fn the_default_file_has_every_setting_and_no_other() {
     let raw = Raw::defaults().unwrap();
     let documented: BTreeSet<&str> = raw.keys().collect();

@@ -118,8 +118,9 @@ pub(super) fn committed(step: u64, generation: u64) -> Record {
         manifest: format!("checkpoints/s{step:08}-g{generation:04}/manifest.json"),
         manifest_crc64: "0123456789abcdef".into(),
         bytes: 10,
-        loss: 1.5,
+        loss: Some(1.5),
         validation_loss: None,
+        metrics: Metrics::new(),
         cost: SaveCost::default(),
     })
 }
@@ -157,7 +158,7 @@ pub(super) fn pruned(step: u64, generation: u64) -> Record {
 }
 
 pub(super) fn completed(step: u64, generation: u64) -> Record {
-    Record::Completed { generation: Generation(generation), step: Step(step), loss: 0.5 }
+    Record::Completed { generation: Generation(generation), step: Step(step), loss: Some(0.5) }
 }
 
 pub(super) fn failed(generation: u64) -> Record {

@@ -44,8 +44,8 @@ pub struct Existing {
 pub struct Completed {
     /// Its last step.
     pub step: Step,
-    /// The loss of that step.
-    pub loss: f64,
+    /// The loss of that step, if it has one.
+    pub loss: Option<f64>,
 }
 
 /// Looks for run `run_id` in the store at `uri`, opened with the settings `reading`; `overrides` are this command's.
@@ -129,7 +129,7 @@ mod tests {
         if complete {
             let (committed, _) = checkpoint(&run, 1, 1, 1, 1).await;
             journal.append(Record::Committed(committed)).await.unwrap();
-            let completed = Record::Completed { generation: Generation(1), step: Step(1), loss: 0.5 };
+            let completed = Record::Completed { generation: Generation(1), step: Step(1), loss: Some(0.5) };
             journal.append(completed).await.unwrap();
         }
         (folder, uri, run_id)
@@ -145,7 +145,7 @@ mod tests {
         assert!(matches!(find(&uri, &STORAGE, &run_id, Vec::new()).await.unwrap(), Found::Existing(_)));
         let (_folder, uri, run_id) = run(true).await;
         let found = find(&uri, &STORAGE, &run_id, Vec::new()).await.unwrap();
-        assert!(matches!(found, Found::Complete(_, Completed { step: Step(1), loss: 0.5 })), "{found:?}");
+        assert!(matches!(found, Found::Complete(_, Completed { step: Step(1), loss: Some(0.5) })), "{found:?}");
     }
 
     #[tokio::test]

@@ -42,7 +42,7 @@ pub use self::{
     companions::Files,
     prepare::Site,
     provenance::{MadeOf, names_data, newest_usable},
-    reports::{Diverged, Outline, Progress, Reports},
+    reports::{Diverged, Figures, Outline, Progress, Reports},
 };
 use crate::{
     checkpoint::{manifest::TrainerState, restore::RemoteFile},

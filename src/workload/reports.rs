@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, num::NonZeroU64};
 
-use crate::{config::TrainTask, ids::Step, protocol::StepReport, report};
+use crate::{config::TrainTask, ids::Step, journal::Metrics, protocol::StepReport, report};
 
 /// The facts about the work that decisions depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,13 +32,22 @@ impl Outline {
     }
 }
 
+/// The figures of a step that its checkpoint is recorded with.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Figures {
+    /// Its loss, if it has one.
+    pub loss: Option<f64>,
+    /// Other figures, by name.
+    pub metrics: Metrics,
+}
+
 /// A step that every rank has finished.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Progress {
     /// The step.
     pub step: Step,
     /// Mean loss over the global batch.
-    pub loss: f64,
+    loss: f64,
     /// Seconds from the end of the step before; the slowest rank's.
     pub step_s: f64,
     lr: f64,
@@ -48,6 +57,11 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// What a checkpoint of it is recorded with: its loss alone.
+    pub const fn figures(&self) -> Figures {
+        Figures { loss: Some(self.loss), metrics: Metrics::new() }
+    }
+
     /// For people: the newest checkpoint is so many steps and seconds behind.
     pub fn event(&self, lag_steps: u64, lag_s: f64) -> report::Event {
         let Self { step, loss, step_s, lr, grad_norm, stall_s, tokens } = *self;
@@ -133,7 +147,8 @@ mod tests {
         // A rank may be a step ahead.
         assert_eq!(reports.step(report(5, 9.0, 1.0)), None);
         let progress = reports.step(report(4, 2.0, 1.0)).unwrap().unwrap();
-        assert_eq!((progress.step, progress.loss, progress.step_s), (Step(4), 2.0, 2.0));
+        assert_eq!((progress.step, progress.step_s), (Step(4), 2.0));
+        assert_eq!(progress.figures(), Figures { loss: Some(2.0), metrics: Metrics::new() });
         let report::Event::Step { tokens, tokens_per_s, stall_s, lag_steps, lag_s, lr, grad_norm, .. } =
             progress.event(3, 7.5)
         else {

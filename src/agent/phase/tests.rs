@@ -20,7 +20,7 @@ use crate::{
     },
     checkpoint::testing::config,
     config::Cadence,
-    journal::{Committed, DrainPlan, SaveCost},
+    journal::{Committed, DrainPlan, Metrics, SaveCost},
     notice::Confidence,
     protocol::{FromWorker, StepReport},
     storage::Priority,
@@ -227,8 +227,9 @@ fn saved(step: u64, slot: u8) -> Event {
         manifest: "manifest".into(),
         manifest_crc64: "0".into(),
         bytes: BYTES,
-        loss: 2.0,
+        loss: Some(2.0),
         validation_loss: None,
+        metrics: Metrics::new(),
         cost: SaveCost { durable_s: 11.0, ..SaveCost::default() },
     };
     Event::Save(SaveEvent::Ended { step: Step(step), slot, result: Ok(Saved { committed, sums: Vec::new() }) })
@@ -284,7 +285,7 @@ fn list(effects: &Effects) -> String {
 /// How it has ended, in a few words.
 fn ended(effects: &Effects) -> Option<String> {
     Some(match effects.end()? {
-        Ok(End::Completed { loss }) => format!("completed with {loss}"),
+        Ok(End::Completed { loss }) => format!("completed with {}", loss.unwrap_or(f64::NAN)),
         Ok(End::Stopped(Stopped { verdict, .. })) => format!("stopped: {verdict}"),
         Ok(End::Died { step, reason }) => format!("died after {step}: {reason}"),
         Ok(End::Damaged { object, .. }) => format!("damaged: {object}"),

@@ -192,7 +192,7 @@ impl Training {
         let committed = self.scheduler.committed();
         if step == last && committed >= last {
             // A run that was complete when it was loaded makes no step in this generation.
-            return Ok(End::Completed { loss: self.ledger.loss(last).unwrap_or(f64::NAN) });
+            return Ok(End::Completed { loss: self.ledger.loss(last) });
         }
         let planned = stage.planned();
         if committed >= step {
@@ -264,8 +264,8 @@ impl Training {
             // Snapshots captured before are good: they are committed first.
             Some(Err(Diverged { step, reason })) => return Continue(Some(Death::Diverged { step, reason })),
         };
-        let Progress { step, loss, step_s, .. } = progress;
-        self.ledger.finished(step, loss);
+        let Progress { step, step_s, .. } = progress;
+        self.ledger.finished(step, progress.figures());
         self.stepped = now;
         self.standstill = Quiet { since: now, told: 0 };
         turn.shared.estimates.step.push(step_s);

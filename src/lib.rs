@@ -21,6 +21,7 @@ pub mod boot;
 pub mod run;
 pub mod agent;
 pub mod rendezvous;
+pub mod workload;
 pub mod worker;
 pub mod train;
 pub mod protocol;

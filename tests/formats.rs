@@ -1,8 +1,8 @@
 //! Stored formats: objects of released versions stay readable forever; hostile objects are errors.
 //!
-//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` what version 2 has added. They
-//! never change: a new version gets its own folder. `fixtures/formats/hostile/` holds objects that once looked
-//! dangerous. Both are read by the same functions that read the store.
+//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` and `v3/` what later versions
+//! have added. They never change: a new version gets its own folder. `fixtures/formats/hostile/` holds objects that
+//! once looked dangerous. Both are read by the same functions that read the store.
 
 use std::{fs, path::PathBuf};
 
@@ -14,7 +14,7 @@ use trainer::{
     },
     data::shards::Index,
     format::header::{self, Dtype},
-    ids::{DatasetId, Generation, Rank, Step, WorldSize},
+    ids::{Generation, Rank, Step, WorldSize},
     journal::{Entry, FORMAT, Record},
     protocol::{self, Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
     rendezvous::heartbeat::Heartbeat,
@@ -50,10 +50,8 @@ fn messages() -> [Vec<u8>; 6] {
         local_rank: Rank(1),
         world_size: WorldSize(2),
         generation: Generation(3),
-        config: samples::config(),
-        data_dir: "/data".into(),
-        data: DatasetId { index: "00000000deadbeef".into(), vocabulary: "0123456789abcdef".into() },
         resume_step: Step(9),
+        task: samples::task(),
     };
     let report =
         StepReport { step: Step(3), loss: f64::NAN, grad_norm: 1.0, lr: 1e-3, step_s: 0.5, stall_s: 0.0, data_s: 0.0 };
@@ -71,10 +69,7 @@ fn messages() -> [Vec<u8>; 6] {
 /// Every kind of stored object, by the name of its fixture, as this version writes it.
 fn written() -> Vec<(String, Vec<u8>)> {
     let json = |value: &dyn erased::Json| value.pretty();
-    let mut all: Vec<(String, Vec<u8>)> = samples::records()
-        .into_iter()
-        .map(|record| (format!("journal-{}.json", record.kind()), samples::entry(record).encode().expect("short")))
-        .collect();
+    let mut all = encoded(samples::records());
     all.push(("manifest.json".into(), samples::manifest().to_bytes().expect("plain")));
     all.push(("trainer_state.json".into(), samples::trainer_state().to_bytes().expect("plain")));
     all.push(("receipt.json".into(), json(&samples::receipt())));
@@ -86,8 +81,17 @@ fn written() -> Vec<(String, Vec<u8>)> {
 
 /// The kinds that version 2 has added, as this version writes them.
 fn written_by_version_2() -> Vec<(String, Vec<u8>)> {
-    let encoded = |record: Record| (format!("journal-{}.json", record.kind()), samples::entry(record).encode());
-    samples::records_of_version_2().into_iter().map(encoded).map(|(name, body)| (name, body.expect("short"))).collect()
+    encoded(samples::records_of_version_2())
+}
+
+/// What version 3 has added, as this version writes it.
+fn written_by_version_3() -> Vec<(String, Vec<u8>)> {
+    encoded(samples::records_of_version_3())
+}
+
+fn encoded(records: Vec<Record>) -> Vec<(String, Vec<u8>)> {
+    let name = |record: &Record| format!("journal-{}.json", record.kind());
+    records.into_iter().map(|record| (name(&record), samples::entry(record).encode().expect("short"))).collect()
 }
 
 mod erased {
@@ -125,6 +129,7 @@ fn read(name: &str, bytes: &[u8]) -> Result<String, String> {
 fn objects_of_earlier_versions_are_read_to_the_same_value() {
     read_to_the_same_value("v1", written());
     read_to_the_same_value("v2", written_by_version_2());
+    read_to_the_same_value("v3", written_by_version_3());
 }
 
 fn read_to_the_same_value(version: &str, written: Vec<(String, Vec<u8>)>) {
@@ -144,9 +149,22 @@ fn read_to_the_same_value(version: &str, written: Vec<(String, Vec<u8>)>) {
     }
 }
 
+/// Of the kinds to which no later version has added a field: one more byte, and older programs may not read them.
 #[test]
-fn each_record_is_written_in_the_lowest_version_that_knows_its_kind() {
-    for (version, records) in [(1, samples::records()), (2, samples::records_of_version_2())] {
+fn records_are_written_to_the_byte_as_they_ever_were() {
+    let as_ever = ["committed", "completed", "damaged", "failed", "pruned"].map(|kind| format!("journal-{kind}.json"));
+    let written: Vec<_> = written().into_iter().filter(|(name, _)| as_ever.contains(name)).collect();
+    assert_eq!(written.len(), as_ever.len());
+    for (name, now) in written {
+        let then = fs::read(folder("v1").join(&name)).expect("a fixture");
+        assert_eq!(String::from_utf8_lossy(&now), String::from_utf8_lossy(&then), "{name}");
+    }
+}
+
+#[test]
+fn each_record_is_written_in_the_lowest_version_that_can_hold_it() {
+    let (first, second) = (samples::records(), samples::records_of_version_2());
+    for (version, records) in [(1, first), (2, second), (3, samples::records_of_version_3())] {
         for record in records {
             assert_eq!(record.format(), version, "{}", record.kind());
         }
@@ -196,7 +214,7 @@ fn allowed(bytes: usize) -> usize {
 fn kinds() -> Vec<(String, Vec<u8>)> {
     let messages = messages().into_iter().enumerate();
     let messages = messages.map(|(i, bytes)| (format!("{}-{i}", if i < 3 { "toworker" } else { "fromworker" }), bytes));
-    written().into_iter().chain(written_by_version_2()).chain(messages).collect()
+    written().into_iter().chain(written_by_version_2()).chain(written_by_version_3()).chain(messages).collect()
 }
 
 /// A change to some bytes: hostile numbers, holes, repetitions, nesting.

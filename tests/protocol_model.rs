@@ -23,7 +23,9 @@ use std::{
 
 use trainer::{
     ids::{AttemptId, Generation, NodeId, Step, WorldSize},
-    journal::{Committed, Entry, FormedReason, Record, Refusal, ResumePoint, RosterEntry, RunState, SaveCost, admit},
+    journal::{
+        Committed, Entry, FormedReason, Metrics, Record, Refusal, ResumePoint, RosterEntry, RunState, SaveCost, admit,
+    },
 };
 
 use crate::support::samples;
@@ -188,8 +190,9 @@ fn record(what: What) -> Record {
             manifest: String::new(),
             manifest_crc64: format!("{manifest:?}"),
             bytes: 0,
-            loss: 0.0,
+            loss: Some(0.0),
             validation_loss: None,
+            metrics: Metrics::new(),
             cost: SaveCost::default(),
         }),
         What::Damaged { point } => {

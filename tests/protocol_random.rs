@@ -24,8 +24,8 @@ use trainer::{
     format::header::{self, Dtype},
     ids::{AttemptId, Generation, NodeId, Step, WorldSize},
     journal::{
-        self, Committed, Formed, FormedReason, Journal, JournalError, Record, ResumePoint, RosterEntry, SaveCost,
-        replay,
+        self, Committed, Formed, FormedReason, Journal, JournalError, Metrics, Record, ResumePoint, RosterEntry,
+        SaveCost, replay,
     },
     layout,
     storage::Store,
@@ -161,7 +161,7 @@ fn save_of(node: &NodeId, (step, generation): Point) -> Save {
     };
     let upload = |name: &str, kind, body| Upload { name: name.to_owned(), kind, body };
     let sequences = std::num::NonZeroU64::new(1000).expect("not zero");
-    let state = TrainerState::at(Step(step), &samples::config(), sequences).expect("small");
+    let state = TrainerState::at(Step(step), &samples::config().workload, sequences).expect("small");
     Save {
         attempt: AttemptId::random(),
         run_id: samples::run_id(),
@@ -205,8 +205,9 @@ async fn carry_out(store: &Store, journal: &mut Journal, save: &Save, cut: Cut) 
         manifest: manifest.key,
         manifest_crc64: manifest.crc64,
         bytes: manifest.bytes,
-        loss: 1.0,
+        loss: Some(1.0),
         validation_loss: None,
+        metrics: Metrics::new(),
         cost: SaveCost::default(),
     };
     journal.append(Record::Committed(committed)).await.map(|_| true)

@@ -173,8 +173,11 @@ fn no_file_bypasses_the_writers_of_the_streams() {
 }
 
 /// Rooms that must not import each other, whatever the order: (the importer, the imported).
-const APART: [(&str, &str); 8] = [
+const APART: [(&str, &str); 12] = [
     ("agent", "torch"),
+    ("agent", "model"),
+    ("agent", "data"),
+    ("agent", "worker"),
     ("checkpoint", "torch"),
     ("snapshot", "storage"),
     ("worker", "storage"),
@@ -182,6 +185,7 @@ const APART: [(&str, &str); 8] = [
     ("train", "storage"),
     ("train", "agent"),
     ("train", "worker"),
+    ("protocol", "config"),
 ];
 
 #[test]

@@ -34,12 +34,11 @@ use super::{
     workers::{WorkerEvent, Workers},
 };
 use crate::{
-    checkpoint::{CheckpointError, manifest::TrainerState},
-    error::{Error, Kind, Result},
+    checkpoint::CheckpointError,
+    error::Result,
     ids::{Generation, Rank, Step},
     journal::{Record, SaveCost, Urgency},
-    layout,
-    protocol::{Assignment, ToWorker},
+    protocol::ToWorker,
     report::{self, Reporter},
     snapshot::{
         mode::{CaptureMode, Choice},
@@ -278,11 +277,14 @@ impl<'a> Performer<'a> {
         workers: Workers,
         places: Vec<(u64, u64)>,
         senders: Senders,
-    ) -> Self {
+    ) -> Result<Self> {
         let upload::Context { run, journal, .. } = &start.upload;
         let retention = Retention::begin(run, journal, start.config.checkpoint, &start.docket);
-        assign(start, &workers);
-        Self {
+        for rank in (0..start.workload.workers()).map(Rank) {
+            let assignment = start.workload.assignment(rank, start.upload.generation, start.load.step())?;
+            workers.tell(rank, ToWorker::Start(Box::new(assignment)));
+        }
+        Ok(Self {
             start,
             began,
             slots,
@@ -295,7 +297,7 @@ impl<'a> Performer<'a> {
             notes: JoinSet::new(),
             saving: None,
             senders,
-        }
+        })
     }
 
     /// Performs all of them; returns the immediate answers, or how the generation has ended.
@@ -364,19 +366,14 @@ impl<'a> Performer<'a> {
     }
 
     fn upload(&mut self, transfer: Transfer) -> Result<()> {
-        let Transfer { step, slot, loss, validation_loss, cost, taken, priority } = transfer;
+        let Transfer { step, slot, figures, validation_loss, cost, taken, priority } = transfer;
         let (uploads, index) = self.slots.uploads(slot)?;
-        let mut small = self.start.companions.clone();
-        small.push((layout::MODEL_INDEX.to_owned(), index));
+        let small = self.start.workload.small_files(step, index)?;
         let mut context = self.start.upload.clone();
-        let state = TrainerState::at(step, &self.start.config, self.start.sequences)
-            .ok_or_else(|| Error::new(Kind::Config, "train.steps × train.global_batch is too large"))?;
-        let state = TrainerState { data: Some(context.data.clone()), ..state };
-        small.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
         context.run = context.run.at_priority(priority);
         let taken = self.began + taken;
         let (cost, costs) = watch::channel(cost);
-        let snapshot = Snapshot { step, slot, uploads, small, loss, validation_loss, cost: costs, taken };
+        let snapshot = Snapshot { step, slot, uploads, small, figures, validation_loss, cost: costs, taken };
         self.saving = Some(Saving { cost, give_up: upload::start(context, snapshot, self.senders.saves.clone()) });
         Ok(())
     }
@@ -440,22 +437,6 @@ impl<'a> Performer<'a> {
         // The next generation needs their devices' memory.
         gone.await;
         None
-    }
-}
-
-fn assign(start: &Plan, workers: &Workers) {
-    for rank in 0..start.workers {
-        let assignment = Assignment {
-            rank: Rank(rank),
-            local_rank: Rank(rank),
-            world_size: start.upload.world_size,
-            generation: start.upload.generation,
-            config: start.config.clone(),
-            data_dir: start.data_dir.clone(),
-            data: start.upload.data.clone(),
-            resume_step: start.load.step(),
-        };
-        workers.tell(Rank(rank), ToWorker::Start(Box::new(assignment)));
     }
 }
 

@@ -8,9 +8,8 @@
 //! and snapshots that every rank had captured have been uploaded and committed, unless the run was lost to another
 //! writer or there was no time to wait: then the save under way is given up, so that the report about it stays true.
 
-use std::{collections::VecDeque, ops::ControlFlow, time::Duration};
+use std::{collections::VecDeque, ops::ControlFlow, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use tokio::{
     sync::mpsc,
     task::JoinHandle,
@@ -38,6 +37,7 @@ use crate::{
     report::Reporter,
     snapshot::cadence::Measured,
     storage::Store,
+    workload::Workload,
 };
 
 const TICK: Duration = Duration::from_millis(200);
@@ -46,18 +46,12 @@ const TICK: Duration = Duration::from_millis(200);
 pub struct Plan {
     /// The run's configuration, overrides applied.
     pub config: RunConfig,
-    /// Local folder of the token shards.
-    pub data_dir: std::path::PathBuf,
-    /// Sequences of one pass over the data.
-    pub sequences: std::num::NonZeroU64,
-    /// Workers on this node.
-    pub workers: u32,
+    /// The work.
+    pub workload: Arc<Workload>,
     /// The state to load.
     pub load: Load,
     /// For saves.
     pub upload: upload::Context,
-    /// Files that stand beside the shards in every checkpoint.
-    pub companions: Vec<(String, Bytes)>,
     /// Measured costs of saves and lifetimes of machines.
     pub measured: Measured,
     /// The damage that this process has found.
@@ -121,8 +115,8 @@ impl Load {
 pub enum End {
     /// The last step is committed.
     Completed {
-        /// Its loss.
-        loss: f64,
+        /// Its loss; `None`: it has none, or was finished in an earlier generation.
+        loss: Option<f64>,
     },
     /// Asked to stop.
     Stopped(Stopped),
@@ -183,19 +177,19 @@ pub async fn run(
 ) -> Result<End> {
     let (senders, mut answers) = effects::channels();
     slots.begin_generation();
-    let workers = Workers::start(start.workers, slots.shared(), start.config.train.threads, &senders.workers)?;
+    let workers = Workers::start(&start.workload, slots.shared(), &senders.workers)?;
     let began = Instant::now();
     let incoming = begin_load(&start, slots, senders.fetched.clone())?;
     let settings = Settings {
-        workers: start.workers,
+        outline: start.workload.outline(),
         generation: start.upload.generation,
         config: start.config.clone(),
         load: start.load.clone(),
         measured: start.measured,
     };
     let places = incoming.places().to_vec();
-    let mut machine = StateMachine::new(settings, *estimates, Loading::new(start.workers, incoming));
-    let mut performer = Performer::begin(&start, began, slots, reporter, workers, places, senders);
+    let mut machine = StateMachine::new(settings, *estimates, Loading::new(start.workload.workers(), incoming));
+    let mut performer = Performer::begin(&start, began, slots, reporter, workers, places, senders)?;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = 'generation: loop {

@@ -12,24 +12,19 @@
 //! | `workers` | the worker processes |
 //! | `fence` | a look at the journal now and then: is the run still ours? |
 //! | `restart` | whether workers that died or hang are started again |
-//! | `opening`, `initial`, `companions`, `provenance`, `loopback` | what a generation is made of, checked |
+//! | `opening` | what all generations have in common: configuration and work |
 //!
 //! # Crash, retry, cancel
 //! Everything that a restart needs is in the store. A checkpoint exists when its `committed` record stands. Killing
 //! this process at any instant leaves the newest checkpoint, and data that no record names.
 #![doc = include_str!("README.md")]
 
-pub mod initial;
-
-pub(crate) mod companions;
 mod drain;
 mod effects;
 mod fence;
 pub(crate) mod generation;
-mod loopback;
 pub(crate) mod opening;
 mod phase;
-pub(crate) mod provenance;
 pub(crate) mod restart;
 mod save;
 mod upkeep;

@@ -137,6 +137,7 @@ use crate::{
     protocol::ToWorker,
     report,
     snapshot::cadence::Measured,
+    workload::Outline,
 };
 
 /// Notices of one generation that are written to the journal.
@@ -173,8 +174,8 @@ pub enum Event {
 /// The inputs of a generation; they never change.
 #[derive(Debug)]
 pub struct Settings {
-    /// Workers on this node.
-    pub workers: u32,
+    /// The facts about the work.
+    pub outline: Outline,
     /// The generation.
     pub generation: Generation,
     /// The run's configuration, overrides applied.

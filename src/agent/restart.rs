@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use crate::{
-    config::{RestartConfig, TrainConfig, micro_batches},
+    config::RestartConfig,
     error::{Error, Kind},
-    ids::{RunId, Step, WorldSize},
+    ids::{RunId, Step},
     shortage::{Shortage, is_out_of_memory},
 };
 
@@ -85,28 +85,17 @@ pub fn decide(deaths: &[Death], settings: &RestartConfig) -> Decision {
     Decision::Restart { after: doubled.min(LONGEST_PAUSE) }
 }
 
-/// The error that ends the run when the group is given up, and what to type next.
-pub fn given_up(reason: String, out_of_memory: bool, run_id: &RunId, train: &TrainConfig, workers: u32) -> Error {
-    if !out_of_memory && let Some(shortage) = Shortage::in_words(&reason) {
+/// The error that ends the run when the group is given up, and what to type next. `less_memory`: memory ran out, and
+/// this is how to need less.
+pub fn given_up(reason: String, less_memory: Option<String>, run_id: &RunId) -> Error {
+    if let Some(hint) = less_memory {
+        return Error::new(Kind::Config, reason).with_hint(hint);
+    }
+    if let Some(shortage) = Shortage::in_words(&reason) {
         return Error::new(Kind::Unavailable, reason).with_hint(shortage.hint());
     }
-    if !out_of_memory {
-        let hint = format!("when the cause is cured: trainer resume --run-id {run_id}");
-        return Error::new(Kind::Bug, reason).with_hint(hint);
-    }
-    let batch = micro_batches(train.global_batch, WorldSize(workers), train.max_micro_batch);
-    let hint = match batch.map_or(train.max_micro_batch, |batch| batch.micro_batch) {
-        0 | 1 => format!(
-            "a micro-batch is one sequence already: carry on where each worker has more memory, or with more workers \
-             (--nproc-per-node), which share the optimizer's state: trainer resume --run-id {run_id}"
-        ),
-        most => format!(
-            "halve the micro-batch: trainer resume --run-id {run_id} --set train.max_micro_batch={}; the global batch \
-             stays as it is",
-            most / 2
-        ),
-    };
-    Error::new(Kind::Config, reason).with_hint(hint)
+    let hint = format!("when the cause is cured: trainer resume --run-id {run_id}");
+    Error::new(Kind::Bug, reason).with_hint(hint)
 }
 
 /// Decides when nothing has moved for `quiet`. `usual`: the duration of a step, if known; `told`: how often the
@@ -122,7 +111,6 @@ pub fn standstill(quiet: Duration, usual: Option<Duration>, told: u32, settings:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{OptimizerConfig, Precision, ScheduleConfig, ScheduleKind};
 
     const SETTINGS: RestartConfig = RestartConfig { max: 4, same_step: 3, backoff: Duration::from_secs(1), hang: None };
 
@@ -175,27 +163,13 @@ mod tests {
     }
 
     #[test]
-    fn who_has_too_little_memory_hears_the_command_that_needs_less() {
-        let train = |max_micro_batch| TrainConfig {
-            steps: 1,
-            global_batch: 4,
-            max_micro_batch,
-            seed: 1,
-            precision: Precision::Fp32,
-            threads: 1,
-            optimizer: OptimizerConfig { lr: 1e-3, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 },
-            schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 1, min_lr_ratio: 0.1 },
-        };
+    fn who_is_given_up_hears_what_to_do_about_the_cause() {
         let run: RunId = "r1".parse().unwrap();
-        // 32 sequences by 2 workers: 16 each, in passes of 8.
-        let error = given_up("why".into(), true, &run, &TrainConfig { global_batch: 32, ..train(9) }, 2);
-        assert_eq!(error.kind(), Kind::Config);
-        let hint = error.hint().unwrap();
-        assert!(hint.contains("trainer resume --run-id r1 --set train.max_micro_batch=4;"), "{hint}");
-        let error = given_up("why".into(), true, &run, &train(1), 2);
-        assert!(error.hint().unwrap().contains("--nproc-per-node"), "{error:?}");
-        assert_eq!(given_up("why".into(), false, &run, &train(8), 2).kind(), Kind::Bug);
-        let error = given_up("workers died: socket: Too many open files".into(), false, &run, &train(8), 2);
+        let of = |why: &str, less_memory: Option<&str>| given_up(why.into(), less_memory.map(str::to_owned), &run);
+        let error = of("memory ran out: Too many open files", Some("use less"));
+        assert_eq!((error.kind(), error.hint()), (Kind::Config, Some("use less")));
+        assert_eq!(of("why", None).kind(), Kind::Bug);
+        let error = of("workers died: socket: Too many open files", None);
         assert_eq!(error.kind(), Kind::Unavailable);
         assert!(error.hint().unwrap().contains("ulimit"), "{error:?}");
     }

@@ -1,12 +1,10 @@
 //! The worker processes of one generation: start, talk, end, and learn that one has died.
 //!
-//! A worker inherits three descriptors and nothing else of ours: the control socket as its standard input, and the
-//! node's two snapshot slots. It runs in a process group of its own, so that a key pressed at the terminal reaches the
-//! agent alone. It asks the kernel to be killed when its agent dies, and exits when the control stream ends: children
-//! never outlive the agent. The agent starts children from its main thread only, because that kill is tied to the
-//! thread that started them.
-
-mod inherited;
+//! The workload says which program runs, with which arguments and environment. It inherits three descriptors and
+//! nothing else of ours: the control socket as its standard input, and the node's two snapshot slots. It runs in a
+//! process group of its own, so that a key pressed at the terminal reaches the agent alone. It asks the kernel to be
+//! killed when its agent dies, and exits when the control stream ends: children never outlive the agent. The agent
+//! starts children from its main thread only, because that kill is tied to the thread that started them.
 
 use std::{
     collections::VecDeque,
@@ -26,17 +24,12 @@ use tokio::{
 };
 
 use crate::{
-    env,
     error::{Error, Kind},
     ids::Rank,
-    protocol::{self, FromWorker, MAX_MESSAGE, SLOT_FDS, ToWorker, WORKER_SUBCOMMAND},
+    protocol::{self, FromWorker, MAX_MESSAGE, SLOT_FDS, ToWorker},
     snapshot::image::SharedImage,
+    workload::Workload,
 };
-
-/// glibc gives large blocks back to the kernel at once, which zeroes and faults them in again a moment later: every
-/// step frees and takes the same activations. With these it keeps them (mallopt(3); the threshold's upper limit is 32
-/// MiB). Results are the same bits.
-const MALLOC: [(&str, &str); 2] = [("MALLOC_MMAP_THRESHOLD_", "33554432"), ("MALLOC_TRIM_THRESHOLD_", "1073741824")];
 
 /// The most bytes kept of a line of a worker's standard error.
 const LINE: usize = 16 << 10;
@@ -64,16 +57,15 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts `count` processes; their events go to `events`.
+    /// Starts the processes of this work; their events go to `events`.
     pub fn start(
-        count: u32,
+        workload: &Workload,
         slots: [&SharedImage; 2],
-        threads: u32,
         events: &mpsc::UnboundedSender<WorkerEvent>,
     ) -> Result<Self, Error> {
-        let mut handles = Vec::with_capacity(count as usize);
-        for rank in 0..count {
-            let handle = start_one(Rank(rank), slots, threads, events.clone())
+        let mut handles = Vec::with_capacity(workload.workers() as usize);
+        for rank in 0..workload.workers() {
+            let handle = start_one(Rank(rank), workload.command(), slots, events.clone())
                 .map_err(|error| Error::from_source(Kind::Bug, error).context(format!("start worker {rank}")))?;
             handles.push(handle);
         }
@@ -125,8 +117,8 @@ impl Workers {
 
 fn start_one(
     rank: Rank,
+    mut command: std::process::Command,
     slots: [&SharedImage; 2],
-    threads: u32,
     events: mpsc::UnboundedSender<WorkerEvent>,
 ) -> std::io::Result<Handle> {
     let (ours, theirs) = StdStream::pair()?;
@@ -136,29 +128,7 @@ fn start_one(
         mappings.push(FdMapping { parent_fd: slot.try_clone()?.into(), child_fd });
     }
 
-    // The running binary itself, even if another was put in its place meanwhile.
-    let mut command = std::process::Command::new("/proc/self/exe");
-    std::os::unix::process::CommandExt::arg0(&mut command, "trainer-worker");
-    command
-        .arg(WORKER_SUBCOMMAND)
-        .env_clear()
-        .envs(env::all().filter(|(name, _)| name.to_str().is_some_and(inherited::is_for_workers)))
-        .env("OMP_NUM_THREADS", threads.to_string())
-        .env("MKL_NUM_THREADS", threads.to_string())
-        .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    if ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"].iter().all(|name| env::raw(name).is_none()) {
-        // libgomp's threads spin for milliseconds after each operation. That is right on a quiet machine and ruinous on
-        // a busy one; a short spin measured the same on the first and up to 4 times faster on the second. Results are
-        // the same bits.
-        command.env("GOMP_SPINCOUNT", "10000");
-    }
-    for (name, value) in MALLOC {
-        if env::raw(name).is_none() {
-            command.env(name, value);
-        }
-    }
+    command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null()).stderr(Stdio::piped());
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
     command
         .fd_mappings(mappings)

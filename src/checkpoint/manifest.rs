@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::CheckpointError;
 use crate::{
-    config::{RunConfig, ScheduleConfig},
+    config::{ScheduleConfig, TrainTask},
     ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
     layout,
     storage::Crc64,
@@ -217,21 +217,21 @@ pub enum RngRule {
 impl TrainerState {
     /// The state after `step` of a run over data with `sequences` sequences in one pass; `None` if a count overflows.
     /// It names no data.
-    pub fn at(step: Step, config: &RunConfig, sequences: NonZeroU64) -> Option<Self> {
-        let samples = step.get().checked_mul(u64::from(config.train.global_batch))?;
+    pub fn at(step: Step, task: &TrainTask, sequences: NonZeroU64) -> Option<Self> {
+        let samples = step.get().checked_mul(u64::from(task.train.global_batch))?;
         Some(Self {
             format: FORMAT,
             step,
             samples,
-            tokens: samples.checked_mul(u64::from(config.data.sequence_length))?,
+            tokens: samples.checked_mul(u64::from(task.data.sequence_length))?,
             epoch: samples / sequences,
             position: samples % sequences,
-            seed: config.train.seed,
-            global_batch: config.train.global_batch,
-            sequence_length: config.data.sequence_length,
-            total_steps: config.train.steps,
-            lr: config.train.optimizer.lr,
-            schedule: config.train.schedule,
+            seed: task.train.seed,
+            global_batch: task.train.global_batch,
+            sequence_length: task.data.sequence_length,
+            total_steps: task.train.steps,
+            lr: task.train.optimizer.lr,
+            schedule: task.train.schedule,
             rng: RngRule::PerStep,
             data: None,
         })
@@ -375,9 +375,9 @@ pub(super) mod tests {
 
     #[test]
     fn the_trainer_state_follows_from_the_step_and_must_agree_with_itself() {
-        let config = crate::checkpoint::testing::config();
+        let task = crate::checkpoint::testing::config().workload;
         let sequences = NonZeroU64::new(1000).unwrap();
-        let state = TrainerState::at(Step(40), &config, sequences).unwrap();
+        let state = TrainerState::at(Step(40), &task, sequences).unwrap();
         assert_eq!((state.samples, state.tokens, state.epoch, state.position), (1280, 327_680, 1, 280));
         let bytes = state.to_bytes().unwrap();
         assert_eq!(TrainerState::parse("s", &bytes).unwrap(), state);
@@ -386,6 +386,6 @@ pub(super) mod tests {
         assert!(matches!(TrainerState::parse("s", &lied), Err(CheckpointError::Damaged { .. })));
         let huge = TrainerState { step: Step(u64::MAX), ..state }.to_bytes().unwrap();
         assert!(matches!(TrainerState::parse("s", &huge), Err(CheckpointError::Damaged { .. })));
-        assert_eq!(TrainerState::at(Step(u64::MAX), &config, sequences), None);
+        assert_eq!(TrainerState::at(Step(u64::MAX), &task, sequences), None);
     }
 }

@@ -380,7 +380,7 @@ mod tests {
     use super::*;
     use crate::{
         checkpoint::testing::{Harm, STORAGE, checkpoint, harm, memory_store, state_of},
-        journal::{Committed, SaveCost},
+        journal::{Committed, Metrics, SaveCost},
         storage::{
             faulty::{Fault, Faulty},
             s3_tests,
@@ -399,8 +399,9 @@ mod tests {
             manifest: String::new(),
             manifest_crc64: String::new(),
             bytes: point.step.get(),
-            loss: 0.0,
+            loss: Some(0.0),
             validation_loss,
+            metrics: Metrics::new(),
             cost: SaveCost::default(),
         };
         let at = Timestamp::from_second(60 * point.step.get() as i64).unwrap();

@@ -11,11 +11,11 @@ use crate::{
     config::{
         Cadence, CheckpointConfig, CompleteAction, DataConfig, Keep, ModelConfig, ModelKind, NoticeConfig, OnComplete,
         OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind,
-        StorageConfig, Strategy, TrainConfig,
+        StorageConfig, Strategy, TrainConfig, TrainTask,
     },
     format::header::{self, Dtype},
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
-    journal::{Committed, Entry, FormedReason, Record, ResumePoint, RosterEntry, RunState, SaveCost},
+    journal::{Committed, Entry, FormedReason, Metrics, Record, ResumePoint, RosterEntry, RunState, SaveCost},
     layout,
     storage::Store,
 };
@@ -85,29 +85,37 @@ pub fn file<'a>(tensors: impl IntoIterator<Item = &'a Tensor> + Clone) -> Bytes 
 pub fn config() -> RunConfig {
     RunConfig {
         store: "memory://".into(),
-        model: ModelConfig { kind: ModelKind::Llama, config: serde_json::json!({}), init_from: None },
-        data: DataConfig {
-            train: "x".into(),
-            tokenizer: Default::default(),
-            sequence_length: 256,
-            validation_every: 0,
-            validation_sequences: 0,
-        },
-        train: TrainConfig {
-            steps: 2000,
-            global_batch: 32,
-            max_micro_batch: 8,
-            seed: 1234,
-            precision: Precision::Fp32,
-            threads: 1,
-            optimizer: OptimizerConfig { lr: 3e-4, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 },
-            schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
-        },
-        parallel: ParallelConfig {
-            strategy: Strategy::Ddp,
-            nproc_per_node: None,
-            device: crate::config::Device::Auto,
-            bucket_mib: 25,
+        workload: TrainTask {
+            model: ModelConfig { kind: ModelKind::Llama, config: serde_json::json!({}), init_from: None },
+            data: DataConfig {
+                train: "x".into(),
+                tokenizer: Default::default(),
+                sequence_length: 256,
+                validation_every: 0,
+                validation_sequences: 0,
+            },
+            train: TrainConfig {
+                steps: 2000,
+                global_batch: 32,
+                max_micro_batch: 8,
+                seed: 1234,
+                precision: Precision::Fp32,
+                threads: 1,
+                optimizer: OptimizerConfig {
+                    lr: 3e-4,
+                    betas: [0.9, 0.95],
+                    eps: 1e-8,
+                    weight_decay: 0.1,
+                    grad_clip: 1.0,
+                },
+                schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
+            },
+            parallel: ParallelConfig {
+                strategy: Strategy::Ddp,
+                nproc_per_node: None,
+                device: crate::config::Device::Auto,
+                bucket_mib: 25,
+            },
         },
         checkpoint: CheckpointConfig {
             every: Cadence::Auto,
@@ -135,7 +143,7 @@ pub fn save(step: u64, generation: u64, ranks: usize, seed: u64) -> Save {
             uploads.push(Upload { name, kind, body });
         }
     }
-    let state = TrainerState::at(Step(step), &config(), std::num::NonZeroU64::new(1000).unwrap()).unwrap();
+    let state = TrainerState::at(Step(step), &config().workload, std::num::NonZeroU64::new(1000).unwrap()).unwrap();
     let small = vec![
         (layout::TRAINER_STATE.to_owned(), state.to_bytes().unwrap().into()),
         (layout::MODEL_CONFIG.to_owned(), Bytes::from_static(b"{\"model_type\":\"llama\"}")),
@@ -169,8 +177,9 @@ pub async fn commit(store: &Store, save: &Save) -> Committed {
         manifest: written.key,
         manifest_crc64: written.crc64,
         bytes: written.bytes,
-        loss: 1.0,
+        loss: Some(1.0),
         validation_loss: None,
+        metrics: Metrics::new(),
         cost: SaveCost::default(),
     }
 }

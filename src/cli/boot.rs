@@ -148,14 +148,14 @@ impl Boot {
         let (device, store, begin) = match (found, new) {
             (Found::Existing(run) | Found::Complete(run, _), _) => {
                 steps.done(format_args!("run {run_id} exists in {}: resuming it", run.store.uri()));
-                let device = run.config.parallel.device;
+                let device = run.config.workload.parallel.device;
                 let (store, begin) = run.resume(None);
                 (device, store, begin)
             }
             (Found::New, Some(config)) => {
                 let store = Store::open(&config.store, &config.storage)?;
                 steps.done(format_args!("run {run_id} does not exist in {}: creating it", store.uri()));
-                (config.parallel.device, store, Begin::CreateOrResume { config: Box::new(config), overrides })
+                (config.workload.parallel.device, store, Begin::CreateOrResume { config: Box::new(config), overrides })
             }
             // The configuration was read as soon as no run was found.
             (Found::New, None) => return Err(Error::new(Kind::Bug, "a new run has no configuration")),

@@ -81,6 +81,7 @@ fn total(checkpoints: &[Listed<'_>]) -> String {
 fn table(checkpoints: &[Listed<'_>], now: Timestamp) -> String {
     let headings =
         [">step", ">generation", ">size", ">loss", ">held out", ">stall", ">copy", ">durable", "committed", "status"];
+    let shown = |loss: Option<f64>| loss.map_or_else(|| "-".into(), |loss| format!("{loss:.4}"));
     let mut table = Table::new(&headings);
     for Listed { checkpoint: Checkpoint { committed, at, status, damage }, cleared, .. } in checkpoints {
         let standing = match cleared {
@@ -93,8 +94,8 @@ fn table(checkpoints: &[Listed<'_>], now: Timestamp) -> String {
             committed.step.to_string(),
             committed.generation.to_string(),
             human::bytes(committed.bytes),
-            format!("{:.4}", committed.loss),
-            committed.validation_loss.map_or_else(|| "-".into(), |loss| format!("{loss:.4}")),
+            shown(committed.loss),
+            shown(committed.validation_loss),
             human::seconds(committed.cost.stall_s),
             human::seconds(committed.cost.copy_s),
             human::seconds(committed.cost.durable_s),

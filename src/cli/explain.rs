@@ -232,7 +232,7 @@ mod tests {
             formed(3, Some((10, 1)), &[]),
             committed(40, 3),
             formed(4, Some((40, 3)), &[]),
-            Record::Completed { generation: Generation(4), step: Step(50), loss: 1.0 },
+            Record::Completed { generation: Generation(4), step: Step(50), loss: Some(1.0) },
             formed(5, Some((40, 3)), &[("train.steps", "500")]),
         ])
     }

@@ -53,7 +53,7 @@ impl Line {
             run_id,
             state: Standing::of(state),
             step: history::last_step(state),
-            total_steps: history::config(state).train.steps,
+            total_steps: history::config(state).workload.train.steps,
             checkpoints: state.good().len(),
             interruptions: state.interruptions().len(),
             lost_steps: history::lost_steps(state),

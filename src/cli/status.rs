@@ -11,7 +11,7 @@ use super::{
     output, store,
 };
 use crate::{
-    config::{self, Cadence, RunConfig},
+    config::{self, Cadence, RunConfig, TrainTask},
     error::{Error, Kind, Result},
     history::{self, Checkpoint, Interruption, Standing},
     ids::{Generation, RunId, Step, WorldSize},
@@ -117,7 +117,7 @@ impl<'a> Report<'a> {
             generation: state.generation(),
             world_size: state.formed().map(|formed| formed.world_size),
             step,
-            total_steps: config.train.steps,
+            total_steps: config.workload.train.steps,
             newest_checkpoint: newest.map(Checkpoint::from),
             lag_steps: step.unwrap_or_default().get().saturating_sub(safe.get()),
             checkpoints: state.good().len(),
@@ -200,9 +200,9 @@ fn saving(every: Cadence) -> String {
 
 /// The settings that people ask for first.
 fn summary(config: &RunConfig) -> Vec<(&'static str, String)> {
-    let train = &config.train;
+    let TrainTask { data, train, .. } = &config.workload;
     vec![
-        ("data", format!("{}, sequences of {}", config.data.train, config.data.sequence_length)),
+        ("data", format!("{}, sequences of {}", data.train, data.sequence_length)),
         (
             "training",
             format!(

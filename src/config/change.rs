@@ -4,7 +4,7 @@ use toml::Value;
 
 use super::{
     CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, NoticeConfig, OnComplete, OptimizerConfig,
-    ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig,
+    ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainTask,
     error::Origin,
     raw::Raw,
     resolve::{
@@ -143,7 +143,8 @@ pub fn reading_settings(overrides: &[(String, String)]) -> Result<StorageConfig,
 /// Every setting by its full key, as TOML, in the order of `default.toml`. `model.config` is the JSON itself, as text.
 pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     // Destructured without `..`: a new field that is not listed here does not compile.
-    let RunConfig { store, model, data, train, parallel, checkpoint, notice, on_complete, restart, storage } = config;
+    let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage } = config;
+    let TrainTask { model, data, train, parallel } = workload;
     let ModelConfig { kind, config: model_config, init_from } = model;
     let DataConfig { train: data_train, tokenizer, sequence_length, validation_every, validation_sequences } = data;
     let TrainConfig { steps, global_batch, max_micro_batch, seed, precision, threads, optimizer, schedule } = train;

@@ -13,6 +13,7 @@ mod machine;
 mod raw;
 mod resolve;
 mod text;
+mod workload;
 #[cfg(test)]
 mod change_tests;
 #[cfg(test)]
@@ -34,20 +35,19 @@ pub use resolve::{Fetch, Guard, MAX_STEPS, PLACES, Sources, Text, load};
 pub use text::{
     absolute_uri, format_cadence, format_duration, local_path, parse_cadence, parse_duration, parse_spacing,
 };
+pub use workload::{
+    DataConfig, Device, ModelConfig, ModelKind, OptimizerConfig, ParallelConfig, Precision, ScheduleConfig,
+    ScheduleKind, Strategy, TokenizerRule, TrainConfig, TrainTask,
+};
 
 /// A run's resolved configuration. Stored in the journal's `created` record.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunConfig {
     /// The store's URI, made absolute: `s3://bucket/prefix`, `gs://…`, `az://…`, `file:///…`, `memory://`.
     pub store: String,
-    /// The model.
-    pub model: ModelConfig,
-    /// The data.
-    pub data: DataConfig,
-    /// The mathematics of training.
-    pub train: TrainConfig,
-    /// How the work is spread over workers.
-    pub parallel: ParallelConfig,
+    /// What is computed. Its sections stand between `store` and `checkpoint`, as if they were the run's own.
+    #[serde(flatten)]
+    pub workload: TrainTask,
     /// When state is saved, and which checkpoints are kept.
     pub checkpoint: CheckpointConfig,
     /// The sources of notices.
@@ -58,159 +58,6 @@ pub struct RunConfig {
     pub restart: RestartConfig,
     /// Limits for the object store.
     pub storage: StorageConfig,
-}
-
-/// The model to train.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ModelConfig {
-    /// The architecture.
-    pub kind: ModelKind,
-    /// The Hugging Face `config.json`, whole.
-    pub config: serde_json::Value,
-    /// A Hugging Face model folder or URI whose weights the run starts from; `None`: random weights from `train.seed`.
-    pub init_from: Option<String>,
-}
-
-/// The architectures that can be trained.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ModelKind {
-    /// Llama: RMSNorm, RoPE, grouped-query attention, SwiGLU.
-    Llama,
-}
-
-/// The source of the tokens.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DataConfig {
-    /// URI of a folder made by `trainer data prepare`.
-    pub train: String,
-    /// How its tokenizer relates to that of `model.init_from`. Checked when the run is created.
-    #[serde(default)]
-    pub tokenizer: TokenizerRule,
-    /// Tokens in one sequence (one sample gives this many predictions).
-    pub sequence_length: u32,
-    /// Validation every this many steps; 0: never.
-    pub validation_every: u64,
-    /// Sequences in one validation, over the whole world.
-    pub validation_sequences: u32,
-}
-
-/// How the tokenizer of the data relates to that of the model folder that a run starts from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TokenizerRule {
-    /// Their ids mean the same.
-    #[default]
-    Same,
-    /// They are known to differ: the weights learn another vocabulary.
-    Differs,
-}
-
-/// The mathematics of training. Nothing here may change on a resume unless it is named with `--set`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TrainConfig {
-    /// Optimizer steps of the whole run.
-    pub steps: u64,
-    /// Sequences in one optimizer step, over the whole world, whatever its size.
-    pub global_batch: u32,
-    /// The most sequences in one forward pass of one worker; gradients are accumulated over the rest.
-    pub max_micro_batch: u32,
-    /// Seed of the weights and of the sample order.
-    pub seed: u64,
-    /// Arithmetic of forward and backward.
-    pub precision: Precision,
-    /// Compute threads of one worker on a CPU. Part of the mathematics: sums are split over threads.
-    pub threads: u32,
-    /// The optimizer.
-    pub optimizer: OptimizerConfig,
-    /// The learning-rate schedule.
-    pub schedule: ScheduleConfig,
-}
-
-/// Arithmetic of forward and backward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Precision {
-    /// 32-bit throughout.
-    Fp32,
-    /// bfloat16 matrix products; weights, gradients and moments are kept in 32 bits.
-    Bf16,
-}
-
-/// AdamW (Loshchilov and Hutter, arXiv 1711.05101), decay on matrices only.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct OptimizerConfig {
-    /// Peak learning rate.
-    pub lr: f64,
-    /// Decay rates of the first and second moment.
-    pub betas: [f64; 2],
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-    /// The gradient's global 2-norm is scaled down to this; 0: no clipping.
-    pub grad_clip: f64,
-}
-
-/// The learning-rate schedule: linear warm-up to the peak, then the given shape down to `min_lr_ratio` of it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ScheduleConfig {
-    /// The shape after the warm-up.
-    pub kind: ScheduleKind,
-    /// Steps of linear warm-up from 0.
-    pub warmup_steps: u64,
-    /// The floor, as a share of the peak.
-    pub min_lr_ratio: f64,
-}
-
-/// The shape of the schedule after the warm-up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ScheduleKind {
-    /// Half a cosine (Loshchilov and Hutter, arXiv 1608.03983, without restarts).
-    Cosine,
-    /// A straight line.
-    Linear,
-    /// No decay.
-    Constant,
-}
-
-/// How the work is spread over workers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ParallelConfig {
-    /// The choice between replicated and partitioned state.
-    pub strategy: Strategy,
-    /// Workers on one node; `None`: one per GPU, or one if there is none.
-    pub nproc_per_node: Option<u32>,
-    /// The device that workers compute on.
-    #[serde(default)]
-    pub device: Device,
-    /// Size of the buckets in which gradients are reduced and weights gathered, MiB.
-    pub bucket_mib: u32,
-}
-
-/// The state that is replicated, and the state that is partitioned over the ranks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Strategy {
-    /// Everything replicated, gradients all-reduced.
-    Ddp,
-    /// Weights replicated; optimizer state, and with bf16 the fp32 weights, partitioned (ZeRO stage 1, arXiv
-    /// 1910.02054).
-    Zero1,
-}
-
-/// The device that workers compute on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Device {
-    /// GPUs if there are any, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU.
-    Cpu,
-    /// GPUs.
-    Cuda,
 }
 
 /// When state is saved, and which checkpoints are kept.

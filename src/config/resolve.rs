@@ -9,7 +9,7 @@ use toml::Value;
 use super::{
     CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, Machine, ModelConfig,
     ModelKind, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig,
-    ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig,
+    ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig, TrainTask,
     error::Origin,
     raw::{self, Raw},
     text, workers_per_node,
@@ -107,10 +107,12 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
     let workers = workers_per_node(&parallel, None, &sources.machine);
     let config = RunConfig {
         store: uri(&raw, "store", sources.working_directory)?,
-        model: model(&raw, sources)?,
-        data: data(&raw, sources.working_directory)?,
-        train: train(&raw, Some((sources.machine.cores / workers).max(1)))?,
-        parallel,
+        workload: TrainTask {
+            model: model(&raw, sources)?,
+            data: data(&raw, sources.working_directory)?,
+            train: train(&raw, Some((sources.machine.cores / workers).max(1)))?,
+            parallel,
+        },
         checkpoint: checkpoint(&raw)?,
         notice: notice(&raw, sources.working_directory)?,
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
@@ -155,10 +157,12 @@ fn is_beside(name: &str) -> bool {
 pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> Result<RunConfig, ConfigError> {
     let config = RunConfig {
         store: base.store.clone(),
-        model: base.model.clone(),
-        data: data(raw, working_directory)?,
-        train: train(raw, None)?,
-        parallel: parallel(raw)?,
+        workload: TrainTask {
+            model: base.workload.model.clone(),
+            data: data(raw, working_directory)?,
+            train: train(raw, None)?,
+            parallel: parallel(raw)?,
+        },
         checkpoint: checkpoint(raw)?,
         notice: notice(raw, working_directory)?,
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
@@ -171,7 +175,7 @@ pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> R
 
 /// Checks of settings that must fit one another.
 fn check(config: &RunConfig) -> Result<(), ConfigError> {
-    let train = &config.train;
+    let train = &config.workload.train;
     if train.schedule.warmup_steps > train.steps {
         return Err(ConfigError::Together(format!(
             "train.schedule.warmup_steps = {} is longer than the run: train.steps = {}",

@@ -83,39 +83,41 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
         config,
         RunConfig {
             store: format!("{root}/runs"),
-            model: ModelConfig {
-                kind: ModelKind::Llama,
-                config: serde_json::json!({"hidden_size": 64}),
-                init_from: None
-            },
-            data: DataConfig {
-                train: format!("{root}/runs/data/rust"),
-                tokenizer: TokenizerRule::Same,
-                sequence_length: 256,
-                validation_every: 0,
-                validation_sequences: 64
-            },
-            train: TrainConfig {
-                steps: 2000,
-                global_batch: 32,
-                max_micro_batch: 8,
-                seed: 1234,
-                precision: Precision::Fp32,
-                threads: 8,
-                optimizer: OptimizerConfig {
-                    lr: 3e-4,
-                    betas: [0.9, 0.95],
-                    eps: 1e-8,
-                    weight_decay: 0.1,
-                    grad_clip: 1.0
+            workload: TrainTask {
+                model: ModelConfig {
+                    kind: ModelKind::Llama,
+                    config: serde_json::json!({"hidden_size": 64}),
+                    init_from: None
                 },
-                schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
-            },
-            parallel: ParallelConfig {
-                strategy: Strategy::Ddp,
-                nproc_per_node: None,
-                device: crate::config::Device::Auto,
-                bucket_mib: 25
+                data: DataConfig {
+                    train: format!("{root}/runs/data/rust"),
+                    tokenizer: TokenizerRule::Same,
+                    sequence_length: 256,
+                    validation_every: 0,
+                    validation_sequences: 64
+                },
+                train: TrainConfig {
+                    steps: 2000,
+                    global_batch: 32,
+                    max_micro_batch: 8,
+                    seed: 1234,
+                    precision: Precision::Fp32,
+                    threads: 8,
+                    optimizer: OptimizerConfig {
+                        lr: 3e-4,
+                        betas: [0.9, 0.95],
+                        eps: 1e-8,
+                        weight_decay: 0.1,
+                        grad_clip: 1.0
+                    },
+                    schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
+                },
+                parallel: ParallelConfig {
+                    strategy: Strategy::Ddp,
+                    nproc_per_node: None,
+                    device: crate::config::Device::Auto,
+                    bucket_mib: 25
+                },
             },
             checkpoint: CheckpointConfig {
                 every: Cadence::Auto,
@@ -131,6 +133,42 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
     );
     let stored = serde_json::to_string(&config).unwrap();
     assert_eq!(serde_json::from_str::<RunConfig>(&stored).unwrap(), config);
+}
+
+#[test]
+fn what_is_computed_is_stored_in_sections_of_the_run() {
+    fn json(value: &impl serde::Serialize) -> String {
+        serde_json::to_string(value).unwrap()
+    }
+    let config = load_least("").unwrap();
+    let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage } = &config;
+    let TrainTask { model, data, train, parallel } = workload;
+    let sections = [
+        ("store", json(store)),
+        ("model", json(model)),
+        ("data", json(data)),
+        ("train", json(train)),
+        ("parallel", json(parallel)),
+        ("checkpoint", json(checkpoint)),
+        ("notice", json(notice)),
+        ("on_complete", json(on_complete)),
+        ("restart", json(restart)),
+        ("storage", json(storage)),
+    ];
+    let sections: Vec<String> = sections.iter().map(|(name, section)| format!("\"{name}\":{section}")).collect();
+    let stored = json(&config);
+    assert_eq!(stored, format!("{{{}}}", sections.join(",")));
+
+    let read = |text: &str| serde_json::from_str::<RunConfig>(text);
+    // A section that a later version adds is no obstacle; one that is missing, or there twice, is.
+    let later = stored.replacen("\"data\":", "\"later\":{\"x\":[1]},\"data\":", 1);
+    assert_eq!(read(&later).unwrap(), config);
+    for (name, section) in [("model", json(model)), ("data", json(data)), ("store", json(store))] {
+        let missing = stored.replacen(&format!("\"{name}\":{section},"), "", 1);
+        assert!(read(&missing).unwrap_err().to_string().contains(&format!("missing field `{name}`")), "{missing}");
+        let twice = stored.replacen(&format!("\"{name}\":"), &format!("\"{name}\":{section},\"{name}\":"), 1);
+        assert!(read(&twice).unwrap_err().to_string().contains(&format!("duplicate field `{name}`")), "{twice}");
+    }
 }
 
 #[test]
@@ -382,14 +420,14 @@ fn the_models_description_is_found_and_checked() {
             fetch: &none,
         })
     };
-    assert_eq!(load_beside(Path::new("/")).unwrap().model.config["hidden_size"], 64);
+    assert_eq!(load_beside(Path::new("/")).unwrap().workload.model.config["hidden_size"], 64);
 
     // A model folder brings its own.
     std::fs::create_dir(dir.path().join("hf")).unwrap();
     std::fs::write(dir.path().join("hf/config.json"), r#"{"hidden_size":32}"#).unwrap();
     let config = with("model.init_from = 'hf'").unwrap();
-    assert_eq!(config.model.config["hidden_size"], 32);
-    assert_eq!(config.model.init_from.unwrap(), format!("file://{}/hf", dir.path().display()));
+    assert_eq!(config.workload.model.config["hidden_size"], 32);
+    assert_eq!(config.workload.model.init_from.unwrap(), format!("file://{}/hf", dir.path().display()));
     assert!(reason("model.init_from = 's3://b/m'").ends_with("names s3://b/m: asked for config.json of s3://b/m"));
 }
 
@@ -402,8 +440,8 @@ fn later_layers_win_key_by_key() {
     };
     let config = load_with(dir.path(), &toml, flags("gs://flag", "2"), &[]).unwrap();
     assert_eq!(config.store, "gs://flag");
-    assert_eq!((config.train.optimizer.lr, config.train.optimizer.weight_decay), (1.0, 0.1));
-    assert_eq!((config.parallel.nproc_per_node, config.train.threads), (Some(2), 4));
+    assert_eq!((config.workload.train.optimizer.lr, config.workload.train.optimizer.weight_decay), (1.0, 0.1));
+    assert_eq!((config.workload.parallel.nproc_per_node, config.workload.train.threads), (Some(2), 4));
     let error = load_with(dir.path(), &toml, flags("gs://flag", "many"), &[]).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -422,13 +460,13 @@ fn later_layers_win_key_by_key() {
     ];
     let config = load_with(dir.path(), &toml, flags("gs://flag", "2"), &set).unwrap();
     assert_eq!(config.store, "memory://");
-    assert_eq!((config.parallel.nproc_per_node, config.train.threads), (None, 8));
-    assert_eq!((config.train.precision, config.train.optimizer.lr), (Precision::Bf16, 1e-3));
-    assert_eq!(config.train.optimizer.betas, [0.8, 0.9]);
+    assert_eq!((config.workload.parallel.nproc_per_node, config.workload.train.threads), (None, 8));
+    assert_eq!((config.workload.train.precision, config.workload.train.optimizer.lr), (Precision::Bf16, 1e-3));
+    assert_eq!(config.workload.train.optimizer.betas, [0.8, 0.9]);
     assert_eq!((config.checkpoint.keep.last, config.checkpoint.keep.every), (7, None));
     assert_eq!(config.checkpoint.every, Cadence::Time(Duration::from_secs(5400)));
-    assert!(config.data.train.ends_with("/quoted"));
-    assert_eq!(config.train.steps, 5000);
+    assert!(config.workload.data.train.ends_with("/quoted"));
+    assert_eq!(config.workload.train.steps, 5000);
     let error = load_with(dir.path(), &toml, vec![], &[("train.stepz", "1")]).unwrap_err();
     assert_eq!(error.to_string(), "--set: unknown key train.stepz");
     let error = load_with(dir.path(), &toml, vec![], &[("", "1")]).unwrap_err();
@@ -437,7 +475,7 @@ fn later_layers_win_key_by_key() {
 
 #[test]
 fn more_workers_than_cores_get_one_thread_each() {
-    assert_eq!(load_least("parallel.nproc_per_node = 100").unwrap().train.threads, 1);
+    assert_eq!(load_least("parallel.nproc_per_node = 100").unwrap().workload.train.threads, 1);
 }
 
 #[test]
@@ -492,9 +530,13 @@ fn the_configurations_that_are_delivered_are_read() {
                 fetch: &fetch,
             })
             .unwrap();
-            let workers = workers_per_node(&config.parallel, None, &MACHINE);
-            micro_batches(config.train.global_batch, crate::ids::WorldSize(workers), config.train.max_micro_batch)
-                .unwrap();
+            let workers = workers_per_node(&config.workload.parallel, None, &MACHINE);
+            micro_batches(
+                config.workload.train.global_batch,
+                crate::ids::WorldSize(workers),
+                config.workload.train.max_micro_batch,
+            )
+            .unwrap();
             seen += 1;
         }
     }

@@ -24,7 +24,7 @@ pub use self::{
 };
 use crate::{
     cloud::{gpus, hardware},
-    config::{self, Device, Machine, NoticeConfig, Precision, RunConfig, StorageConfig, workers_per_node},
+    config::{self, Device, Machine, NoticeConfig, Precision, RunConfig, StorageConfig, TrainTask, workers_per_node},
     env,
     error::{Error, Explain, Kind, Result},
     ids::{RunId, random_hex},
@@ -81,7 +81,7 @@ impl Doctor {
         };
         let config = config.as_ref();
         let here = async {
-            let mut lines = libtorch(config.map_or_else(Device::default, |config| config.parallel.device)).await;
+            let mut lines = libtorch(config.map_or_else(Device::default, |c| c.workload.parallel.device)).await;
             lines.push(self.memory(config));
             lines
         };
@@ -116,16 +116,17 @@ impl Doctor {
     }
 
     fn needed(&self, config: &RunConfig) -> Result<Need> {
-        let shapes = model::parameter_shapes(config.model.kind, &config.model.config)?;
+        let TrainTask { model, train, parallel, .. } = &config.workload;
+        let shapes = model::parameter_shapes(model.kind, &model.config)?;
         let elements = |shape: &[u64]| shape.iter().fold(1_u64, |all, extent| all.saturating_mul(*extent));
         let parameters = shapes.iter().fold(0_u64, |all, (_, shape)| all.saturating_add(elements(shape)));
         let machine = Machine::detect();
-        let workers = workers_per_node(&config.parallel, self.nproc_per_node, &machine);
+        let workers = workers_per_node(parallel, self.nproc_per_node, &machine);
         Ok(verdict::need(
             parameters,
-            config.train.precision == Precision::Bf16,
+            train.precision == Precision::Bf16,
             workers,
-            machine.gpus == 0 || gpus::cpu_is_meant(config.parallel.device),
+            machine.gpus == 0 || gpus::cpu_is_meant(parallel.device),
         ))
     }
 

@@ -7,13 +7,13 @@ use super::{
     within,
 };
 use crate::{
-    agent::initial,
-    config::RunConfig,
+    config::{RunConfig, TrainTask},
     data::{self, cache, meaning::Meaning},
     error::Result,
     layout, model,
     report::human,
     storage::StorageError,
+    workload::initial,
 };
 
 /// The largest `tokenizer.json` that is read. Those in use are smaller.
@@ -25,7 +25,7 @@ const WEIGHTS: &str = "initial weights";
 /// One line for each named place.
 pub(super) async fn look(config: &RunConfig) -> Vec<Line> {
     let dataset = within(DATASET, async { dataset(config).await.unwrap_or_else(|error| Line::error(DATASET, &error)) });
-    let Some(uri) = &config.model.init_from else { return vec![dataset.await] };
+    let Some(uri) = &config.workload.model.init_from else { return vec![dataset.await] };
     let weights =
         within(WEIGHTS, async { weights(config, uri).await.unwrap_or_else(|error| Line::error(WEIGHTS, &error)) });
     let (dataset, weights) = tokio::join!(dataset, weights);
@@ -35,27 +35,23 @@ pub(super) async fn look(config: &RunConfig) -> Vec<Line> {
 /// The index, and whether the model and its sequence length fit it. A dataset in a folder is opened; of another one
 /// only the index is read.
 async fn dataset(config: &RunConfig) -> Result<Line> {
-    model::check_description(config.model.kind, &config.model.config)?;
-    let uri = &config.data.train;
+    let TrainTask { model, data: settings, .. } = &config.workload;
+    model::check_description(model.kind, &model.config)?;
+    let uri = &settings.train;
     let index = cache::read_index_of(uri, &config.storage).await?;
-    data::check_vocabulary(
-        &index,
-        uri,
-        model::vocab_size(config.model.kind, &config.model.config)?.into(),
-        "model.config",
-    )?;
-    let samples = |split| index.samples(split, config.data.sequence_length);
+    data::check_vocabulary(&index, uri, model::vocab_size(model.kind, &model.config)?.into(), "model.config")?;
+    let samples = |split| index.samples(split, settings.sequence_length);
     let (train, held_out) = (samples(data::Split::Train), samples(data::Split::Validation));
-    Ok(verdict::dataset(uri, train, held_out, config.data.sequence_length, config.data.validation_every))
+    Ok(verdict::dataset(uri, train, held_out, settings.sequence_length, settings.validation_every))
 }
 
 /// The weights' files and their lengths, checked against the model; and the folder's tokenizer, checked against the
 /// data's.
 async fn weights(config: &RunConfig, uri: &str) -> Result<Line> {
-    let folder = initial::open(uri, config)?;
-    let files = initial::weights(config, uri, &folder).await?;
+    let folder = initial::open(uri, &config.storage)?;
+    let files = initial::weights(&config.workload.model, uri, &folder).await?;
     if let Some(data) = tokenizer(config).await? {
-        initial::check_tokenizer(config, uri, &folder, &data).await?;
+        initial::check_tokenizer(&config.workload.data, uri, &folder, &data).await?;
     }
     let bytes = files.iter().map(|file| file.bytes).sum();
     Ok(Line::ok(WEIGHTS, format!("{} of {} in {uri}", human::plural(files.len() as u64, "file"), human::bytes(bytes))))
@@ -63,7 +59,7 @@ async fn weights(config: &RunConfig, uri: &str) -> Result<Line> {
 
 /// The meaning of the data's ids. `None`: there is no such file, which the dataset's line reports.
 async fn tokenizer(config: &RunConfig) -> Result<Option<Meaning>> {
-    let Some(data) = open(&config.data.train, &config.storage)? else { return Ok(None) };
+    let Some(data) = open(&config.workload.data.train, &config.storage)? else { return Ok(None) };
     match data.get(layout::TOKENIZER, MAX_TOKENIZER).await {
         Ok(json) => Ok(Meaning::of_json(&json).ok()),
         Err(StorageError::NotFound { .. }) => Ok(None),

@@ -189,7 +189,7 @@ pub(crate) mod tests {
     use super::*;
     use crate::{
         ids::{AttemptId, WorldSize},
-        journal::{Entry, Record, ResumePoint, RosterEntry, SaveCost},
+        journal::{Entry, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
     };
 
     fn config() -> RunConfig {
@@ -245,8 +245,9 @@ pub(crate) mod tests {
             manifest: String::new(),
             manifest_crc64: String::new(),
             bytes: 3 << 20,
-            loss: 2.5,
+            loss: Some(2.5),
             validation_loss: None,
+            metrics: Metrics::new(),
             cost: SaveCost { stall_s: 0.001, copy_s: 0.1, durable_s: 0.5, lived_s: 0.0 },
         })
     }
@@ -287,7 +288,7 @@ pub(crate) mod tests {
     fn a_journal_becomes_a_story() {
         let state = state(story());
         assert_eq!(Standing::of(&state), Standing::InProgress);
-        assert_eq!(super::config(&state).train.steps, 500);
+        assert_eq!(super::config(&state).workload.train.steps, 500);
         assert_eq!((worker_restarts(&state), lost_steps(&state)), (1, 4));
         let statuses: Vec<_> =
             state.checkpoints().iter().map(|c| (c.committed.step.get(), Checkpoint::from(c).status)).collect();
@@ -301,7 +302,7 @@ pub(crate) mod tests {
     fn the_kinds_of_endings_differ() {
         let ended = |last| state(vec![created(), formed(1, None, &[]), committed(9, 1), last]);
         let (generation, step) = (Generation(1), Step(12));
-        let completed = ended(Record::Completed { generation, step: Step(9), loss: 1.0 });
+        let completed = ended(Record::Completed { generation, step: Step(9), loss: Some(1.0) });
         assert_eq!((Standing::of(&completed), last_step(&completed)), (Standing::Completed, Some(Step(9))));
         let failed = ended(Record::Failed { generation, step, reason: "x".into() });
         assert_eq!((Standing::of(&failed), last_step(&failed)), (Standing::Failed, Some(step)));

@@ -2,9 +2,9 @@
 //! numbers, all others are the very bytes in the store. Pure.
 //!
 //! Stored layout: a *block* is `length of the rest (u32), CRC64 of the rest (u64), rows`, a *row* is `CRC64 of the
-//! record's bytes (u64), tag`, and a content by the tag: 0 the bytes themselves, 1 a `committed`, 2 a `pruned` of one
-//! checkpoint. Numbers with a fixed width are little-endian; the others are LEB128, signed ones zigzag. Times, steps,
-//! generations and sizes are differences to the row before. A block is self-contained.
+//! record's bytes (u64), tag`, and a content by the tag: 0 the bytes themselves, 1 a `committed` with a loss and no
+//! metrics, 2 a `pruned` of one checkpoint. Numbers with a fixed width are little-endian; the others are LEB128, signed
+//! ones zigzag. Times, steps, generations and sizes are differences to the row before. A block is self-contained.
 //!
 //! Invariant: the result of [`pack`] has been unpacked again and equals, row for row, the stored bytes: a record that
 //! this program would spell differently, or that has a field it does not know, is kept as it is. Only the attempt id of
@@ -13,7 +13,7 @@
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use super::record::{Committed, Entry, InvalidEntry, Record, SaveCost};
+use super::record::{Committed, Entry, InvalidEntry, Metrics, Record, SaveCost};
 use crate::{
     ids::{AttemptId, Generation, NodeId, Step},
     layout,
@@ -66,10 +66,12 @@ pub(super) fn pack<'a>(records: impl Iterator<Item = (&'a Entry, &'a Bytes)> + C
         rows.extend(Crc64::of(body).0.to_le_bytes());
         let plain = serde_json::to_vec(entry).is_ok_and(|again| again == *body);
         match &entry.record {
-            Record::Committed(committed) if plain => {
+            Record::Committed(committed @ Committed { loss: Some(loss), .. })
+                if plain && committed.metrics.is_empty() =>
+            {
                 rows.push(COMMITTED);
                 put_common(&mut rows, &mut before, entry, committed.step, committed.generation);
-                put_committed(&mut rows, &mut before, committed);
+                put_committed(&mut rows, &mut before, committed, *loss);
             }
             Record::Pruned { step, generation } if plain => {
                 rows.push(PRUNED);
@@ -111,8 +113,9 @@ fn put_common(rows: &mut Vec<u8>, before: &mut Before, entry: &Entry, step: Step
     put_difference(rows, &mut before.generation, generation.get());
 }
 
-fn put_committed(rows: &mut Vec<u8>, before: &mut Before, committed: &Committed) {
-    let Committed { step, generation, manifest, manifest_crc64, bytes, loss, validation_loss, cost } = committed;
+fn put_committed(rows: &mut Vec<u8>, before: &mut Before, committed: &Committed, loss: f64) {
+    let Committed { step, generation, manifest, manifest_crc64, bytes, loss: _, validation_loss, metrics: _, cost } =
+        committed;
     let SaveCost { stall_s, copy_s, durable_s, lived_s } = cost;
     let usual = *manifest == usual_manifest(*step, *generation);
     let lived_s = Some(*lived_s).filter(|lived| lived.to_bits() != 0);
@@ -131,7 +134,7 @@ fn put_committed(rows: &mut Vec<u8>, before: &mut Before, committed: &Committed)
         None => put_bytes(rows, manifest_crc64.as_bytes()),
     }
     put_difference(rows, &mut before.bytes, *bytes);
-    let values = [Some(*loss), *validation_loss, Some(*stall_s), Some(*copy_s), Some(*durable_s), lived_s];
+    let values = [Some(loss), *validation_loss, Some(*stall_s), Some(*copy_s), Some(*durable_s), lived_s];
     for value in values.into_iter().flatten() {
         rows.extend(value.to_bits().to_le_bytes());
     }
@@ -276,11 +279,11 @@ impl<'a> Reader<'a> {
             _ => self.text()?.to_owned(),
         };
         let bytes = self.difference(&mut before.bytes)?;
-        let loss = self.float()?;
+        let (loss, metrics) = (Some(self.float()?), Metrics::new());
         let validation_loss = if flags & 4 == 0 { None } else { Some(self.float()?) };
         let (stall_s, copy_s, durable_s) = (self.float()?, self.float()?, self.float()?);
         let lived_s = if flags & 8 == 0 { 0.0 } else { self.float()? };
         let cost = SaveCost { stall_s, copy_s, durable_s, lived_s };
-        Ok(Committed { step, generation, manifest, manifest_crc64, bytes, loss, validation_loss, cost })
+        Ok(Committed { step, generation, manifest, manifest_crc64, bytes, loss, validation_loss, metrics, cost })
     }
 }

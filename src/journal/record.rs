@@ -5,6 +5,8 @@
 //! added with a serde default, never renamed or removed. A float that is no JSON number (a loss may well be NaN) is the
 //! text `"NaN"`, `"inf"` or `"-inf"`.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -13,9 +15,9 @@ use crate::{
     ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
 };
 
-/// The highest version of the layout that is read. Each record is written in the lowest version that knows its kind
+/// The highest version of the layout that is read. Each record is written in the lowest version that can hold it
 /// ([`Record::format`]), so that an older program reads a journal up to the first record that is new to it.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// The longest record that is accepted or written: the first one carries the configuration and a model's `config.json`.
 pub const MAX_ENTRY: u64 = 4 << 20;
@@ -62,7 +64,12 @@ impl Entry {
         if format > FORMAT {
             return Err(InvalidEntry::Newer { found: format });
         }
-        serde_json::from_slice(body).map_err(garbled)
+        let entry: Self = serde_json::from_slice(body).map_err(garbled)?;
+        let least = entry.record.format();
+        if format < least {
+            return Err(InvalidEntry::Garbled(format!("it has format {format}, and holds what format {least} added")));
+        }
+        Ok(entry)
     }
 
     /// The bytes that are stored. A record that could not be read back is an error here, before it is written.
@@ -153,9 +160,9 @@ pub enum Record {
         generation: Generation,
         /// The last step.
         step: Step,
-        /// Its loss.
-        #[serde(with = "float")]
-        loss: f64,
+        /// Its loss; `None`, since format 3: it has none.
+        #[serde(default, with = "float::option")]
+        loss: Option<f64>,
     },
     /// The run can't go on without a person.
     Failed {
@@ -200,15 +207,21 @@ pub struct Committed {
     pub manifest_crc64: String,
     /// Bytes of all shards.
     pub bytes: u64,
-    /// The step's training loss.
-    #[serde(with = "float")]
-    pub loss: f64,
+    /// The step's training loss; `None`, since format 3: it has none.
+    #[serde(default, with = "float::option")]
+    pub loss: Option<f64>,
     /// The step's validation loss, if it was measured. Earlier versions wrote the newest one, of whatever step.
     #[serde(default, with = "float::option")]
     pub validation_loss: Option<f64>,
+    /// Other figures of the step, by name. Since format 3.
+    #[serde(default, with = "float::map", skip_serializing_if = "Metrics::is_empty")]
+    pub metrics: Metrics,
     /// What the save cost.
     pub cost: SaveCost,
 }
+
+/// Figures of a step beside its loss, by name.
+pub type Metrics = BTreeMap<String, f64>;
 
 /// The cost of one save, in seconds; the slowest rank's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -383,6 +396,20 @@ mod float {
             Option::<Stored>::deserialize(deserializer)?.map(Stored::value).transpose()
         }
     }
+
+    pub(super) mod map {
+        use std::collections::BTreeMap;
+
+        use super::{Deserialize, Deserializer, Serializer, Stored};
+
+        pub fn serialize<S: Serializer>(values: &BTreeMap<String, f64>, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_map(values.iter().map(|(name, value)| (name, Stored::from(*value))))
+        }
+        pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<BTreeMap<String, f64>, D::Error> {
+            let stored = BTreeMap::<String, Stored>::deserialize(deserializer)?;
+            stored.into_iter().map(|(name, value)| Ok((name, value.value()?))).collect()
+        }
+    }
 }
 
 #[cfg(test)]
@@ -396,8 +423,9 @@ mod tests {
             manifest: "m".into(),
             manifest_crc64: "0".into(),
             bytes: 1,
-            loss,
+            loss: Some(loss),
             validation_loss: Some(loss),
+            metrics: Metrics::from([("perplexity".to_owned(), loss)]),
             cost: SaveCost { stall_s: loss, ..SaveCost::default() },
         };
         Entry {
@@ -414,7 +442,8 @@ mod tests {
         for loss in [0.1 + 0.2, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -0.0, f64::MIN_POSITIVE] {
             let body = entry(loss).encode().unwrap();
             let Record::Committed(read) = Entry::decode(&body).unwrap().record else { panic!("another record") };
-            assert_eq!(read.loss.to_bits(), loss.to_bits());
+            assert_eq!(read.loss.unwrap().to_bits(), loss.to_bits());
+            assert_eq!(read.metrics["perplexity"].to_bits(), loss.to_bits());
             assert_eq!(read.validation_loss.unwrap().to_bits(), loss.to_bits());
             assert_eq!(read.cost.stall_s.to_bits(), loss.to_bits());
         }
@@ -422,8 +451,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_named_whatever_else_it_holds() {
-        let error = Entry::decode(br#"{"format":3,"something":"else"}"#).unwrap_err();
-        assert_eq!(error, InvalidEntry::Newer { found: 3 });
+        let error = Entry::decode(br#"{"format":4,"something":"else"}"#).unwrap_err();
+        assert_eq!(error, InvalidEntry::Newer { found: 4 });
     }
 
     #[test]
@@ -438,6 +467,48 @@ mod tests {
         let text = String::from_utf8(good).unwrap();
         assert!(Entry::decode(text.replace("committed", "promised").as_bytes()).is_err());
         assert!(Entry::decode(text.replace("\"loss\":1.0", "\"loss\":\"many\"").as_bytes()).is_err());
+    }
+
+    #[test]
+    fn a_record_says_the_lowest_format_that_can_hold_it() {
+        let Record::Committed(full) = entry(1.0).record else { panic!("another record") };
+        let plain = Committed { metrics: Metrics::new(), ..full.clone() };
+        let lossless = Committed { loss: None, ..plain.clone() };
+        let completed = |loss| Record::Completed { generation: Generation(1), step: Step(3), loss };
+        for (record, format) in [
+            (Record::Committed(plain), 1),
+            (Record::Committed(full), 3),
+            (Record::Committed(lossless), 3),
+            (completed(Some(f64::NAN)), 1),
+            (completed(None), 3),
+        ] {
+            assert_eq!(record.format(), format, "{record:?}");
+            let stored = Entry { format, record, ..entry(1.0) };
+            let body = stored.encode().unwrap();
+            // As text: a NaN is not equal to itself.
+            assert_eq!(format!("{:?}", Entry::decode(&body).unwrap()), format!("{stored:?}"));
+            // An older program would read the newer kind as garbled: so it does not say an older format.
+            let older = String::from_utf8(body).unwrap().replace("\"format\":3", "\"format\":2");
+            assert_eq!(Entry::decode(older.as_bytes()).is_err(), format == 3, "{older}");
+        }
+    }
+
+    #[test]
+    fn a_record_with_a_loss_and_nothing_else_is_written_as_ever() {
+        let Record::Committed(full) = entry(0.5).record else { panic!("another record") };
+        let plain = Record::Committed(Committed { metrics: Metrics::new(), validation_loss: None, ..full.clone() });
+        assert_eq!(
+            serde_json::to_string(&plain).unwrap(),
+            r#"{"kind":"committed","step":3,"generation":1,"manifest":"m","manifest_crc64":"0","bytes":1,"loss":0.5,"validation_loss":null,"cost":{"stall_s":0.5,"copy_s":0.0,"durable_s":0.0}}"#
+        );
+        let completed = Record::Completed { generation: Generation(1), step: Step(3), loss: Some(0.5) };
+        assert_eq!(
+            serde_json::to_string(&completed).unwrap(),
+            r#"{"kind":"completed","generation":1,"step":3,"loss":0.5}"#
+        );
+        let lossless = Record::Committed(Committed { loss: None, ..full });
+        let text = serde_json::to_string(&lossless).unwrap();
+        assert!(text.contains(r#""loss":null,"validation_loss":0.5,"metrics":{"perplexity":0.5},"cost""#), "{text}");
     }
 
     #[test]

@@ -133,8 +133,8 @@ pub enum Outcome {
         generation: Generation,
         /// The last step.
         step: Step,
-        /// Its loss.
-        loss: f64,
+        /// Its loss, if it has one.
+        loss: Option<f64>,
     },
     /// It can't continue without a person.
     Failed {
@@ -492,9 +492,12 @@ fn check_format(entry: &Entry) -> Result<(), Inconsistent> {
 }
 
 impl Record {
-    /// The lowest layout version that knows its kind.
-    pub const fn format(&self) -> u32 {
+    /// The lowest layout version that can hold it.
+    pub fn format(&self) -> u32 {
         match self {
+            Self::Committed(committed) if committed.loss.is_none() || !committed.metrics.is_empty() => 3,
+            Self::Completed { loss: None, .. } => 3,
+            Self::PrunedMany { .. } | Self::Cleared { .. } => 2,
             Self::Created { .. }
             | Self::Formed { .. }
             | Self::Committed(_)
@@ -504,7 +507,6 @@ impl Record {
             | Self::Completed { .. }
             | Self::Failed { .. }
             | Self::Pruned { .. } => 1,
-            Self::PrunedMany { .. } | Self::Cleared { .. } => 2,
         }
     }
 

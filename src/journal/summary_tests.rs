@@ -462,8 +462,11 @@ proptest! {
 fn stored() -> impl Strategy<Value = (Entry, Bytes)> {
     let float = || prop_oneof![any::<f64>(), Just(f64::NAN), Just(f64::INFINITY), Just(0.1 + 0.2)];
     let number = || prop_oneof![any::<u64>(), 0_u64..1000];
-    let committed = (number(), number(), number(), float(), proptest::option::of(float()), any::<[u8; 2]>()).prop_map(
-        |(step, generation, bytes, loss, validation_loss, odd)| {
+    let loss = || prop_oneof![9 => float().prop_map(Some), 1 => Just(None)];
+    let some = proptest::collection::btree_map("[a-z]{1,3}", float(), 1..3);
+    let metrics = prop_oneof![9 => Just(Metrics::new()), 1 => some];
+    let committed = (number(), number(), number(), loss(), proptest::option::of(float()), metrics, any::<[u8; 2]>())
+        .prop_map(|(step, generation, bytes, loss, validation_loss, metrics, odd)| {
             let Record::Committed(usual) = committed(step, generation) else { unreachable!() };
             Record::Committed(Committed {
                 manifest: if odd[0] < 50 { "elsewhere".into() } else { usual.manifest },
@@ -471,13 +474,14 @@ fn stored() -> impl Strategy<Value = (Entry, Bytes)> {
                 bytes,
                 loss,
                 validation_loss,
+                metrics,
                 ..usual
             })
-        },
-    );
+        });
     let pruned = (number(), number())
         .prop_map(|(step, generation)| Record::Pruned { step: Step(step), generation: Generation(generation) });
-    let record = prop_oneof![4 => committed, 3 => pruned, 1 => Just(interrupted(3)), 1 => Just(created())];
+    let record = prop_oneof![4 => committed, 3 => pruned, 1 => Just(interrupted(3)), 1 => Just(created()),
+        1 => loss().prop_map(|loss| Record::Completed { generation: Generation(1), step: Step(3), loss })];
     (record, -3_000_000_000_i64..250_000_000_000, 0_i32..1_000_000_000, 0_u8..3, any::<bool>()).prop_map(
         |(record, second, nano, who, more)| {
             let mut entry = entry(&format!("n{who}"), record);

@@ -18,29 +18,41 @@ pub(super) fn settings() -> StorageConfig {
 pub(super) fn config() -> RunConfig {
     RunConfig {
         store: "memory://".into(),
-        model: ModelConfig { kind: ModelKind::Llama, config: serde_json::json!({"hidden_size": 8}), init_from: None },
-        data: DataConfig {
-            train: "data".into(),
-            tokenizer: Default::default(),
-            sequence_length: 8,
-            validation_every: 0,
-            validation_sequences: 0,
-        },
-        train: TrainConfig {
-            steps: 100,
-            global_batch: 4,
-            max_micro_batch: 4,
-            seed: 1,
-            precision: Precision::Fp32,
-            threads: 1,
-            optimizer: OptimizerConfig { lr: 1e-3, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 },
-            schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 1, min_lr_ratio: 0.1 },
-        },
-        parallel: ParallelConfig {
-            strategy: Strategy::Ddp,
-            nproc_per_node: None,
-            device: crate::config::Device::Auto,
-            bucket_mib: 25,
+        workload: TrainTask {
+            model: ModelConfig {
+                kind: ModelKind::Llama,
+                config: serde_json::json!({"hidden_size": 8}),
+                init_from: None,
+            },
+            data: DataConfig {
+                train: "data".into(),
+                tokenizer: Default::default(),
+                sequence_length: 8,
+                validation_every: 0,
+                validation_sequences: 0,
+            },
+            train: TrainConfig {
+                steps: 100,
+                global_batch: 4,
+                max_micro_batch: 4,
+                seed: 1,
+                precision: Precision::Fp32,
+                threads: 1,
+                optimizer: OptimizerConfig {
+                    lr: 1e-3,
+                    betas: [0.9, 0.95],
+                    eps: 1e-8,
+                    weight_decay: 0.1,
+                    grad_clip: 1.0,
+                },
+                schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 1, min_lr_ratio: 0.1 },
+            },
+            parallel: ParallelConfig {
+                strategy: Strategy::Ddp,
+                nproc_per_node: None,
+                device: crate::config::Device::Auto,
+                bucket_mib: 25,
+            },
         },
         checkpoint: CheckpointConfig {
             every: Cadence::Auto,
@@ -106,8 +118,9 @@ pub(super) fn committed(step: u64, generation: u64) -> Record {
         manifest: format!("checkpoints/s{step:08}-g{generation:04}/manifest.json"),
         manifest_crc64: "0123456789abcdef".into(),
         bytes: 10,
-        loss: 1.5,
+        loss: Some(1.5),
         validation_loss: None,
+        metrics: Metrics::new(),
         cost: SaveCost::default(),
     })
 }
@@ -145,7 +158,7 @@ pub(super) fn pruned(step: u64, generation: u64) -> Record {
 }
 
 pub(super) fn completed(step: u64, generation: u64) -> Record {
-    Record::Completed { generation: Generation(generation), step: Step(step), loss: 0.5 }
+    Record::Completed { generation: Generation(generation), step: Step(step), loss: Some(0.5) }
 }
 
 pub(super) fn failed(generation: u64) -> Record {

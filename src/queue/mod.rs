@@ -280,7 +280,7 @@ enum Prepared {
     /// The run was completed before, at this step, with this loss.
     Done {
         step: u64,
-        loss: f64,
+        loss: Option<f64>,
     },
     /// Its message is renewed first: the run has progressed this far since it was sent.
     Renew {
@@ -560,7 +560,7 @@ impl Consumer<'_> {
         let (store, begin) = match self.prepare(job, received, tracker) {
             Ok(Prepared::Launch { store, begin }) => (store, begin),
             Ok(Prepared::Done { step, loss }) => {
-                let facts = Facts { step: Some(step), loss: Some(loss).filter(|l| l.is_finite()), ..Facts::default() };
+                let facts = Facts { step: Some(step), loss: loss.filter(|l| l.is_finite()), ..Facts::default() };
                 lock(tracker).facts = facts;
                 return conclude(JobOutcome::new(End::Completed, State::Completed, 0));
             }

@@ -72,7 +72,7 @@ impl Tracker {
             }
             Event::Completed { step, loss } => {
                 self.facts.step = Some(step.get());
-                self.facts.loss = Some(*loss).filter(|loss| loss.is_finite());
+                self.facts.loss = loss.filter(|loss| loss.is_finite());
             }
             _ => {}
         }

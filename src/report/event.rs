@@ -159,8 +159,8 @@ pub enum Event {
     Completed {
         /// The last step.
         step: Step,
-        /// Its loss.
-        loss: f64,
+        /// Its loss, if it has one.
+        loss: Option<f64>,
     },
     /// A message for people that stops nothing: a checkpoint that was skipped.
     Warning {

@@ -216,7 +216,7 @@ mod tests {
             },
             Event::Dropped { steps: 12, others: 1 },
             Event::Interrupted { step: Step(6), lost_steps: 0 },
-            Event::Completed { step: Step(9), loss: 1.25 },
+            Event::Completed { step: Step(9), loss: Some(1.25) },
         ]
     }
 

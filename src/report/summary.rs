@@ -119,7 +119,7 @@ mod tests {
             formed(3, Some(2)),
             step(3, 3.0),
             checkpoint(0.020),
-            Event::Completed { step: Step(3), loss: 3.0 },
+            Event::Completed { step: Step(3), loss: Some(3.0) },
         ] {
             summary.add(&event);
         }

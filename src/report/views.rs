@@ -119,7 +119,10 @@ impl Lines {
             Event::Interrupted { step, lost_steps } => {
                 warn!("interrupted after step {step}, {} lost", human::plural(*lost_steps, "step"));
             }
-            Event::Completed { step, loss } => info!(loss = %format_args!("{loss:.4}"), "completed after step {step}"),
+            Event::Completed { step, loss: Some(loss) } => {
+                info!(loss = %format_args!("{loss:.4}"), "completed after step {step}");
+            }
+            Event::Completed { step, loss: None } => info!("completed after step {step}"),
             Event::Warning { message } => warn!("{}", human::plain(message)),
             Event::Phase { doing } => {
                 if self.steps {

@@ -6,31 +6,27 @@ use std::sync::Arc;
 
 use super::Runner;
 use crate::{
-    agent::{
-        generation::{Load, Source},
-        initial,
-        provenance::{self, names_data},
-    },
+    agent::generation::{Load, Source},
     checkpoint::restore,
-    error::{Error, Result},
+    error::Result,
     ids::Step,
     journal::Committed,
     layout,
     report::Event,
+    workload,
 };
 
 impl Runner {
     /// The newest usable checkpoint, while the rest of the data is verified against its checksums.
     pub(super) async fn choose_with_data(&mut self) -> Result<Load> {
         let resolved = Arc::clone(&self.resolved);
-        let whole = async { Ok::<_, Error>(resolved.data.verify().await?) };
-        let (load, ()) = tokio::try_join!(self.choose(), whole)?;
+        let (load, ()) = tokio::try_join!(self.choose(), resolved.workload.verify())?;
         Ok(load)
     }
 
     /// Whether data other than that of the run so far is accepted.
     fn accepts_data(&self) -> bool {
-        self.options.accepts_data || names_data(&self.overrides)
+        self.options.accepts_data || workload::names_data(&self.overrides)
     }
 
     /// The newest usable checkpoint, or the start of a new run. Damage is reported; the docket says what follows from
@@ -43,7 +39,7 @@ impl Runner {
                 return Ok(load);
             }
             let state = self.journal.state();
-            let made_of = provenance::MadeOf::new(&state, &resolved, self.accepts_data());
+            let made_of = workload::MadeOf::new(&state, &resolved.workload, self.accepts_data());
             let outcome = self.newest_usable(&candidates, &made_of).await?;
             for damage in outcome.stepped_over.iter().filter(|damage| self.docket.suspect(damage)) {
                 self.warn_of_damage(damage.step, &damage.object, &damage.reason);
@@ -81,11 +77,10 @@ impl Runner {
 
     /// The start of a run without a checkpoint.
     async fn beginning(&self) -> Result<Load> {
-        let config = &self.resolved.config;
-        let Some(uri) = &config.model.init_from else { return Ok(Load::Nothing) };
-        let folder = initial::open(uri, config)?;
-        let files = initial::weights(config, uri, &folder).await?;
-        Ok(Load::Weights { folder, files })
+        Ok(match self.resolved.workload.beginning().await? {
+            Some((folder, files)) => Load::Weights { folder, files },
+            None => Load::Nothing,
+        })
     }
 
     pub(super) fn warn_of_damage(&self, step: Step, object: &str, reason: &str) {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::{Runner, words};
 use crate::{
-    agent::{generation::Load, provenance},
+    agent::generation::Load,
     checkpoint::{
         CheckpointError,
         catalog::{self, Damage},
@@ -22,6 +22,7 @@ use crate::{
     journal::{CheckpointStatus, Committed, ResumePoint, RunState, Urgency},
     report::Event,
     storage::{Priority, Store},
+    workload,
 };
 
 /// How often a checkpoint that seemed damaged on loading is read again. One reading that finds it whole is enough.
@@ -133,14 +134,14 @@ impl Runner {
     pub(super) async fn newest_usable(
         &self,
         candidates: &[Committed],
-        made_of: &provenance::MadeOf<'_>,
+        made_of: &workload::MadeOf<'_>,
     ) -> Result<catalog::Outcome> {
-        let outcome = provenance::newest_usable(&self.run, candidates, self.from, made_of).await?;
+        let outcome = workload::newest_usable(&self.run, candidates, self.from, made_of).await?;
         if outcome.stepped_over.is_empty() {
             return Ok(outcome);
         }
         tokio::time::sleep(PAUSE).await;
-        provenance::newest_usable(&self.run, candidates, self.from, made_of).await
+        workload::newest_usable(&self.run, candidates, self.from, made_of).await
     }
 
     /// Clears a condemned checkpoint of `step` if it is whole, unless there is a good one of that step.

@@ -38,7 +38,7 @@ use crate::{
         Estimates, Slots,
         generation::{self, End, Left, Load, Plan},
         opening::Resolved,
-        provenance, restart, upload,
+        restart, upload,
     },
     checkpoint::condemn::Docket,
     config::NoticeConfig,
@@ -54,6 +54,7 @@ use crate::{
     report::{Event, Reporter},
     snapshot::cadence::Measured,
     storage::{Held, Store},
+    workload,
 };
 
 /// How long removing the heartbeat at the end may take. If it stays, the next agent only waits a little longer.
@@ -380,7 +381,7 @@ impl Runner {
                     return Ok(Next::Completed(then));
                 }
             }
-            provenance::is_still_there(&self.resolved)?;
+            self.resolved.workload.is_still_there()?;
             doing.set("a checkpoint to go on from was looked for");
             let load = self.choose_with_data().await?;
             doing.set("a generation was formed");
@@ -431,23 +432,22 @@ impl Runner {
     /// Forms the next generation, which starts from `load`. `None`: the journal went on meanwhile, so everything must
     /// be checked again.
     async fn form(&mut self, load: &Load, reason: FormedReason) -> Result<Option<Generation>> {
-        let (step, last) = (load.step(), self.resolved.config.train.steps);
-        if step.get() > last {
+        let (step, last) = (load.step(), self.resolved.workload.last_step());
+        if step > last {
             // Reported before it is recorded: a change by one generation holds for all later ones.
-            let what = format!("run {} is at step {step} already, beyond train.steps = {last}", self.run_id);
-            return Err(Error::new(Kind::Config, what).with_hint(words::more_steps(&self.run_id)));
+            return Err(workload::words::beyond(&self.run_id, step, last));
         }
         let resume = match load {
             Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
             _ => None,
         };
         let formed = Formed {
-            roster: vec![RosterEntry { node: self.node.clone(), workers: self.resolved.workers }],
-            world_size: WorldSize(self.resolved.workers),
+            roster: vec![RosterEntry { node: self.node.clone(), workers: self.resolved.workload.workers() }],
+            world_size: WorldSize(self.resolved.workload.workers()),
             resume,
             overrides: self.overrides.clone(),
             reason,
-            data: Some(self.resolved.identity.clone()),
+            data: Some(self.resolved.workload.data().clone()),
         };
         match self.journal.form(formed).await {
             Ok(generation) => {
@@ -480,9 +480,9 @@ impl Runner {
         notices.formed(&self.run, generation);
         self.reporter.event(&Event::Formed {
             generation,
-            world_size: WorldSize(self.resolved.workers),
+            world_size: WorldSize(self.resolved.workload.workers()),
             resume_step: (load.step() > Step(0)).then_some(load.step()),
-            total_steps: self.resolved.config.train.steps,
+            total_steps: self.resolved.workload.last_step().get(),
         });
         let began = Instant::now();
         let plan = self.plan(generation, &load, began);
@@ -529,9 +529,7 @@ impl Runner {
         let resolved = &self.resolved;
         Plan {
             config: resolved.config.clone(),
-            data_dir: resolved.data.dir().to_owned(),
-            sequences: resolved.sequences,
-            workers: resolved.workers,
+            workload: Arc::clone(&resolved.workload),
             load: load.clone(),
             upload: upload::Context {
                 run: self.run.clone(),
@@ -539,11 +537,9 @@ impl Runner {
                 node: self.node.clone(),
                 generation,
                 formed,
-                world_size: WorldSize(resolved.workers),
-                data: resolved.identity.clone(),
+                world_size: WorldSize(resolved.workload.workers()),
                 journal: self.journal.clone(),
             },
-            companions: resolved.companions.clone(),
             docket: self.docket.clone(),
             measured: self.measured(),
         }
@@ -557,12 +553,10 @@ impl Runner {
         why: &str,
         deaths: &[restart::Death],
     ) -> Result<Duration> {
-        let config = &self.resolved.config;
-        match restart::decide(deaths, &config.restart) {
+        match restart::decide(deaths, &self.resolved.config.restart) {
             restart::Decision::GiveUp { reason, out_of_memory } => {
-                let reason = format!("{reason}: {why}");
-                let workers = self.resolved.workers;
-                let error = restart::given_up(reason, out_of_memory, &self.run_id, &config.train, workers);
+                let less_memory = out_of_memory.then(|| self.resolved.workload.less_memory(&self.run_id));
+                let error = restart::given_up(format!("{reason}: {why}"), less_memory, &self.run_id);
                 if error.kind() != Kind::Unavailable {
                     self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;
                 }
@@ -598,7 +592,7 @@ impl Runner {
         let good = last_good(&self.journal.state(), step);
         let reason = format!("training diverged at step {step}: {reason}");
         self.append_last(Record::Failed { generation, step, reason: reason.clone() }).await;
-        Error::new(Kind::Config, reason).with_hint(words::diverged(&self.run_id, good))
+        Error::new(Kind::Config, reason).with_hint(workload::words::lower_rate(&self.run_id, good))
     }
 }
 

@@ -19,17 +19,14 @@ use tokio::sync::mpsc;
 
 use super::launch::{Begin, LaunchOptions, OnComplete};
 use crate::{
-    agent::{
-        companions,
-        opening::{Resolved, resolve, resolve_new},
-        provenance::{self, names_data},
-    },
+    agent::opening::Resolved,
     config::{NoticeConfig, RunConfig, StorageConfig, apply_overrides, canonical_overrides},
     error::Result,
     ids::{NodeId, RunId, Step},
     journal::{self, Journal, JournalError, RunState},
     report::Reporter,
     storage::Store,
+    workload::{self, Site},
 };
 
 /// Settings and their values, as `--set key=value`.
@@ -63,8 +60,8 @@ pub struct Existing {
 pub struct Completed {
     /// Its last step.
     pub step: Step,
-    /// The loss of that step.
-    pub loss: f64,
+    /// The loss of that step, if it has one.
+    pub loss: Option<f64>,
 }
 
 /// Looks for run `run_id` in the store at `uri`, opened with the settings `reading`; `overrides` are this command's.
@@ -112,7 +109,7 @@ fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig,
 /// How the run was completed; `None`: it was not, or was given more steps since.
 fn completed(state: &RunState, config: &RunConfig) -> Option<Completed> {
     match state.outcome() {
-        journal::Outcome::Completed { step, loss, .. } if config.train.steps <= step.get() => {
+        journal::Outcome::Completed { step, loss, .. } if config.workload.last_step() <= *step => {
             Some(Completed { step: *step, loss: *loss })
         }
         _ => None,
@@ -163,10 +160,14 @@ impl Resolving<'_> {
 
     /// Checks everything that a new run's configuration names, and fetches its data.
     async fn new_run(&self, config: &RunConfig) -> Result<Resolved> {
-        let cache = self.options.cache.as_deref();
-        let resolved = resolve_new(config, self.nproc_per_node, cache, self.reporter).await?;
-        resolved.data.verify().await?;
+        let resolved = Resolved::of_new_run(config, self.site()).await?;
+        resolved.workload.verify().await?;
         Ok(resolved)
+    }
+
+    fn site(&self) -> Site<'_> {
+        let Self { nproc_per_node, reporter, .. } = *self;
+        Site { nproc_per_node, cache: self.options.cache.as_deref(), reporter }
     }
 
     /// The same for an existing run, with this command's changes `typed`. Going back to the checkpoint of step `from`
@@ -182,11 +183,8 @@ impl Resolving<'_> {
             return Ok(Standing::Complete(step, self.options.then(&config, false)));
         }
         self.known(&config);
-        let cache = self.options.cache.as_deref();
-        let mut resolved = resolve(&config, self.nproc_per_node, cache, self.reporter).await?;
-        let accepted = self.options.accepts_data || names_data(&overrides);
-        provenance::data_agrees(state, &resolved, accepted)?;
-        companions::of_existing_run(&mut resolved, self.run, &companions::holders(state)).await?;
+        let accepted = self.options.accepts_data || workload::names_data(&overrides);
+        let resolved = Resolved::of_existing_run(&config, self.site(), self.run, state, accepted).await?;
         Ok(Standing::Open(Box::new(resolved), overrides))
     }
 }
@@ -278,8 +276,8 @@ mod tests {
         let (node, run_id) = (NodeId::random(), RunId::new("run").unwrap());
         let run = Store::open(&uri, &STORAGE).unwrap().folder(run_id.as_str());
         let mut config = config();
-        (config.train.steps, config.train.schedule.warmup_steps) = (1, 0);
-        (config.data.validation_sequences, config.notice) = (1, NoticeConfig::default());
+        (config.workload.train.steps, config.workload.train.schedule.warmup_steps) = (1, 0);
+        (config.workload.data.validation_sequences, config.notice) = (1, NoticeConfig::default());
         let mut journal = Journal::create(run.clone(), node.clone(), run_id.clone(), config).await.unwrap();
         let formed = Formed {
             roster: vec![RosterEntry { node, workers: 1 }],
@@ -293,7 +291,7 @@ mod tests {
         if complete {
             let (committed, _) = checkpoint(&run, 1, 1, 1, 1).await;
             journal.append(Record::Committed(committed)).await.unwrap();
-            let completed = Record::Completed { generation: Generation(1), step: Step(1), loss: 0.5 };
+            let completed = Record::Completed { generation: Generation(1), step: Step(1), loss: Some(0.5) };
             journal.append(completed).await.unwrap();
         }
         (folder, uri, run_id)
@@ -309,7 +307,7 @@ mod tests {
         assert!(matches!(find(&uri, &STORAGE, &run_id, Vec::new()).await.unwrap(), Found::Existing(_)));
         let (_folder, uri, run_id) = run(true).await;
         let found = find(&uri, &STORAGE, &run_id, Vec::new()).await.unwrap();
-        assert!(matches!(found, Found::Complete(_, Completed { step: Step(1), loss: 0.5 })), "{found:?}");
+        assert!(matches!(found, Found::Complete(_, Completed { step: Step(1), loss: Some(0.5) })), "{found:?}");
     }
 
     #[tokio::test]

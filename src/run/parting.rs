@@ -62,14 +62,16 @@ impl Runner {
     }
 
     /// The last step is committed.
-    pub(super) async fn complete(&self, generation: Generation, loss: f64, notices: &mut Notices) -> Result<Outcome> {
-        let step = Step(self.resolved.config.train.steps);
+    pub(super) async fn complete(
+        &self,
+        generation: Generation,
+        loss: Option<f64>,
+        notices: &mut Notices,
+    ) -> Result<Outcome> {
+        let step = self.resolved.workload.last_step();
         // A run killed between its last commit and this record makes no step in its last generation: the commit knows
         // the loss.
-        let loss = match self.journal.state().newest() {
-            Some(newest) if !loss.is_finite() => newest.committed.loss,
-            _ => loss,
-        };
+        let loss = loss.or_else(|| self.journal.state().newest()?.committed.loss);
         let completed = {
             let completing = self.journal.append(Urgency::LastWords, Record::Completed { generation, step, loss });
             tokio::pin!(completing);

@@ -11,6 +11,7 @@
 
 pub mod device;
 pub mod gate;
+pub mod task;
 
 mod link;
 mod start;

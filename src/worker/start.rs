@@ -9,16 +9,17 @@
 //!
 //! *Crash, error:* nothing has been changed that lasts. The agent starts the whole group again.
 
-use std::fs::File;
+use std::{fs::File, path::Path};
 
 use super::{
     Worker, device,
     link::{Link, Orders},
+    task::Task,
 };
 use crate::{
     data::{Dataset, identity},
     error::{Context, Error, Kind, Result},
-    ids::{Rank, Step},
+    ids::{DatasetId, Generation, Rank, Step},
     protocol::{Assignment, FromWorker, SLOT_FDS, SaveOrder, ToWorker},
     snapshot::{capture::Capture, image::SharedImage, plan::ImagePlan},
     torch::{self, Backend, HostCopier, ProcessGroup},
@@ -35,7 +36,8 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         ToWorker::Start(assignment) => *assignment,
         other => return Err(out_of_turn(&other)),
     };
-    let Assignment { rank, local_rank, world_size: world, config: ref task, resume_step, .. } = assignment;
+    let Assignment { rank, local_rank, world_size: world, generation, resume_step, task } = assignment;
+    let Task { config: task, data_dir, data } = Task::read(task)?;
     torch::set_num_threads(task.train.threads)?;
     torch::set_interop_threads(1)?;
     torch::set_deterministic(true)?;
@@ -49,8 +51,8 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     let (tensors, parameters) = (built.state.specs().to_vec(), built.state.trained());
     link.tell(&FromWorker::Built { tensors, device: device_name(place.device), parameters });
 
-    let batches = Batches::new(dataset(&assignment)?, task.data.sequence_length, &task.train, place)?;
-    let group = if world.get() > 1 { Some(meet(orders, served, &assignment, place)?) } else { None };
+    let batches = Batches::new(dataset(&data_dir, &data)?, task.data.sequence_length, &task.train, place)?;
+    let group = if world.get() > 1 { Some(meet(orders, served, generation, place)?) } else { None };
     let capture = match orders.next() {
         ToWorker::Layout { plan, base } => capture(&plan, base, &built.state, place)?,
         other => return Err(out_of_turn(&other)),
@@ -87,7 +89,7 @@ fn listen(link: &Link) -> Result<torch::Store> {
 fn meet(
     orders: &mut Orders,
     served: Option<torch::Store>,
-    assignment: &Assignment,
+    generation: Generation,
     place: Place,
 ) -> Result<ProcessGroup> {
     let (host, port) = match orders.next() {
@@ -99,13 +101,12 @@ fn meet(
         None => torch::Store::connect(&host, port, PEER_TIMEOUT).context("reach rank 0")?,
     };
     let Place { rank, world, device } = place;
-    let prefix = format!("g{}", assignment.generation);
+    let prefix = format!("g{generation}");
     let backend = Backend::for_device(device);
     Ok(ProcessGroup::new(backend, &store, &prefix, rank, world, PEER_TIMEOUT, device)?)
 }
 
-fn dataset(assignment: &Assignment) -> Result<Dataset> {
-    let Assignment { data_dir, data, .. } = assignment;
+fn dataset(data_dir: &Path, data: &DatasetId) -> Result<Dataset> {
     let dataset = Dataset::open(data_dir)?;
     if !identity::is_still(data_dir, &data.index)? {
         let what = format!("the dataset in {} was replaced while it was opened", data_dir.display());

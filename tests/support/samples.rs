@@ -13,10 +13,11 @@ use trainer::{
     },
     config::*,
     data::shards,
-    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
-    journal::{Committed, Entry, FormedReason, Means, Record, ResumePoint, RosterEntry, SaveCost},
+    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
+    journal::{Committed, Entry, FormedReason, Means, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
     rendezvous::heartbeat::{Heartbeat, Process},
     storage::Crc64,
+    worker::task::Task,
 };
 
 pub fn run_id() -> RunId {
@@ -34,33 +35,41 @@ fn attempt() -> AttemptId {
 pub fn config() -> RunConfig {
     RunConfig {
         store: "s3://bucket/runs".into(),
-        model: ModelConfig {
-            kind: ModelKind::Llama,
-            config: serde_json::json!({"hidden_size": 64, "rope_theta": 10000.0, "tie_word_embeddings": true}),
-            init_from: Some("s3://bucket/models/base".into()),
-        },
-        data: DataConfig {
-            train: "s3://bucket/data".into(),
-            tokenizer: TokenizerRule::Same,
-            sequence_length: 256,
-            validation_every: 50,
-            validation_sequences: 8,
-        },
-        train: TrainConfig {
-            steps: 2000,
-            global_batch: 32,
-            max_micro_batch: 8,
-            seed: 1234,
-            precision: Precision::Bf16,
-            threads: 2,
-            optimizer: OptimizerConfig { lr: 3e-4, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: 1.0 },
-            schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
-        },
-        parallel: ParallelConfig {
-            strategy: Strategy::Ddp,
-            nproc_per_node: Some(2),
-            device: trainer::config::Device::Auto,
-            bucket_mib: 25,
+        workload: TrainTask {
+            model: ModelConfig {
+                kind: ModelKind::Llama,
+                config: serde_json::json!({"hidden_size": 64, "rope_theta": 10000.0, "tie_word_embeddings": true}),
+                init_from: Some("s3://bucket/models/base".into()),
+            },
+            data: DataConfig {
+                train: "s3://bucket/data".into(),
+                tokenizer: TokenizerRule::Same,
+                sequence_length: 256,
+                validation_every: 50,
+                validation_sequences: 8,
+            },
+            train: TrainConfig {
+                steps: 2000,
+                global_batch: 32,
+                max_micro_batch: 8,
+                seed: 1234,
+                precision: Precision::Bf16,
+                threads: 2,
+                optimizer: OptimizerConfig {
+                    lr: 3e-4,
+                    betas: [0.9, 0.95],
+                    eps: 1e-8,
+                    weight_decay: 0.1,
+                    grad_clip: 1.0,
+                },
+                schedule: ScheduleConfig { kind: ScheduleKind::Cosine, warmup_steps: 100, min_lr_ratio: 0.1 },
+            },
+            parallel: ParallelConfig {
+                strategy: Strategy::Ddp,
+                nproc_per_node: Some(2),
+                device: trainer::config::Device::Auto,
+                bucket_mib: 25,
+            },
         },
         checkpoint: CheckpointConfig {
             every: Cadence::Steps(100),
@@ -75,6 +84,12 @@ pub fn config() -> RunConfig {
     }
 }
 
+/// What the worker of such a run is told to do.
+pub fn task() -> serde_json::Value {
+    let data = DatasetId { index: "00000000deadbeef".into(), vocabulary: "0123456789abcdef".into() };
+    Task { config: config().workload, data_dir: "/data".into(), data }.write().expect("plain")
+}
+
 pub fn storage() -> StorageConfig {
     StorageConfig::plain(8, 16)
 }
@@ -84,6 +99,20 @@ pub fn records_of_version_2() -> Vec<Record> {
     vec![
         Record::Cleared { step: Step(1200), generation: Generation(3) },
         Record::pruned([100, 200].map(|step| ResumePoint { step: Step(step), generation: Generation(1) }).into()),
+    ]
+}
+
+/// What version 3 of the journal has added: records without a loss, or with other figures.
+pub fn records_of_version_3() -> Vec<Record> {
+    let metrics = [("accuracy".to_owned(), 0.75), ("perplexity".to_owned(), f64::INFINITY)].into();
+    let committed = |record| match record {
+        Record::Committed(committed) => Some(committed),
+        _ => None,
+    };
+    let committed = records().into_iter().find_map(committed).expect("one of each kind");
+    vec![
+        Record::Committed(Committed { loss: None, metrics, ..committed }),
+        Record::Completed { generation: Generation(3), step: Step(2000), loss: None },
     ]
 }
 
@@ -107,8 +136,9 @@ pub fn records() -> Vec<Record> {
             manifest: "checkpoints/s00001200-g0003/manifest.json".into(),
             manifest_crc64: "0123456789abcdef".into(),
             bytes: 512_000_000,
-            loss: 2.25,
+            loss: Some(2.25),
             validation_loss: Some(f64::INFINITY),
+            metrics: Metrics::new(),
             cost: SaveCost { stall_s: 0.012, copy_s: 0.3, durable_s: 4.5, lived_s: 0.0 },
         }),
         Record::Notice { generation, source: "sigterm".into(), deadline_s: Some(120.0), means: Means::Stop },
@@ -121,7 +151,7 @@ pub fn records() -> Vec<Record> {
             drain: None,
         },
         Record::Damaged { step, generation, reason: "model-00001-of-00002.safetensors: it does not exist".into() },
-        Record::Completed { generation, step: Step(2000), loss: 1.5 },
+        Record::Completed { generation, step: Step(2000), loss: Some(1.5) },
         Record::Failed { generation, step, reason: "loss is NaN".into() },
         Record::Pruned { step: Step(100), generation: Generation(1) },
     ]
@@ -181,7 +211,7 @@ pub fn trainer_state() -> TrainerState {
         sequence_length: 256,
         total_steps: 2000,
         lr: 3e-4,
-        schedule: config().train.schedule,
+        schedule: config().workload.train.schedule,
         rng: RngRule::PerStep,
         data: None,
     }

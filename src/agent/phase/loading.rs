@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow::{Break, Continue};
 
-use super::{Death, Event, Flow, Phase, Salvage, Training, Turn};
+use super::{Death, Event, Flow, Phase, Salvage, Settings, Training, Turn};
 use crate::{
     agent::{
         effects::{Effect, Log},
@@ -15,9 +15,9 @@ use crate::{
         workers::WorkerEvent,
     },
     checkpoint::CheckpointError,
-    config::{Cadence, RunConfig},
+    config::Cadence,
     error::{Error, Kind},
-    ids::{Rank, Step},
+    ids::Rank,
     notice::{self, Notice},
     protocol::{FromWorker, ToWorker},
     report,
@@ -117,7 +117,7 @@ impl Loading {
             FromWorker::Listening { port } => turn.tell_all(ToWorker::Peers { host: "127.0.0.1".into(), port }),
             FromWorker::Built { tensors, device, parameters } => {
                 if rank == Rank(0) {
-                    let workers = turn.shared.settings.workers;
+                    let workers = turn.shared.settings.outline.workers;
                     turn.does(Effect::Log(Log::Built { device, parameters, workers }));
                 }
                 if let Some(place) = self.built.get_mut(rank.get() as usize) {
@@ -129,7 +129,7 @@ impl Loading {
             }
             FromWorker::Ready => {
                 self.ready += 1;
-                if self.ready == turn.shared.settings.workers {
+                if self.ready == turn.shared.settings.outline.workers {
                     return self.go(turn);
                 }
             }
@@ -195,19 +195,20 @@ impl Loading {
             turn.does(Effect::Received);
         }
         let settings = &turn.shared.settings;
+        let outline = settings.outline;
         let setup = Setup {
-            ranks: settings.workers,
+            ranks: outline.workers,
             done,
-            last: Step(settings.config.train.steps),
+            last: outline.last,
             cadence: settings.config.checkpoint.every,
-            ranked: ranked(&settings.config),
+            ranked: ranked(settings),
             held: slot.filter(|_| is_checkpoint),
         };
         let mut scheduler = Scheduler::new(setup, settings.measured, now);
         let saves = scheduler.first_orders(now);
         turn.does(Effect::Busy(false));
         turn.tell_all(ToWorker::Go { saves });
-        let training = Training::begin(scheduler, Ledger::begin(now), bytes, now);
+        let training = Training::begin(outline, scheduler, Ledger::begin(now), bytes, now);
         Continue(match self.said {
             None => Phase::Training(training),
             Some(death) => Phase::Salvaging(Salvage::new(training, None, death)),
@@ -216,7 +217,8 @@ impl Loading {
 }
 
 /// The interval of steps after whose multiples a state is measured that `checkpoint.keep.best` ranks.
-fn ranked(config: &RunConfig) -> Option<std::num::NonZeroU64> {
-    let wanted = config.checkpoint.keep.best > 0 && !matches!(config.checkpoint.every, Cadence::Steps(_));
-    std::num::NonZeroU64::new(config.data.validation_every).filter(|_| wanted)
+fn ranked(settings: &Settings) -> Option<std::num::NonZeroU64> {
+    let config = &settings.config.checkpoint;
+    let wanted = config.keep.best > 0 && !matches!(config.every, Cadence::Steps(_));
+    settings.outline.validated_every.filter(|_| wanted)
 }

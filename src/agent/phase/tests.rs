@@ -20,7 +20,7 @@ use crate::{
     },
     checkpoint::testing::config,
     config::Cadence,
-    journal::{Committed, DrainPlan, SaveCost},
+    journal::{Committed, DrainPlan, Metrics, SaveCost},
     notice::Confidence,
     protocol::{FromWorker, StepReport},
     storage::Priority,
@@ -30,6 +30,7 @@ use std::time::Duration;
 const RANKS: [Rank; 2] = [Rank(0), Rank(1)];
 /// Bytes of one save.
 const BYTES: u64 = 1000;
+const OUTLINE: Outline = Outline { workers: 2, last: Step(100), validated_every: None, tokens: 32 };
 
 /// A machine and its time.
 struct Rig {
@@ -95,10 +96,9 @@ impl Rig {
 
 fn settings(load: Load) -> Settings {
     let mut config = config();
-    config.train.steps = 100;
     config.checkpoint.every = Cadence::Steps(10);
     config.notice.train_in_spare_time = true;
-    Settings { workers: 2, generation: Generation(3), config, load, measured: Measured::NOTHING }
+    Settings { outline: OUTLINE, generation: Generation(3), config, load, measured: Measured::NOTHING }
 }
 
 /// Copying takes half a second, a save 11 s.
@@ -136,7 +136,7 @@ fn training() -> Rig {
     };
     let mut scheduler = Scheduler::new(setup, Measured::NOTHING, Moment::ZERO);
     assert_eq!(scheduler.first_orders(Moment::ZERO).len(), 2);
-    let training = Training::begin(scheduler, Ledger::begin(Moment::ZERO), BYTES, Moment::ZERO);
+    let training = Training::begin(OUTLINE, scheduler, Ledger::begin(Moment::ZERO), BYTES, Moment::ZERO);
     let shared = Shared { settings, estimates: estimates(), looked: Moment::ZERO, noted: 0 };
     let machine = StateMachine { shared, phase: Phase::Training(training) };
     let mut rig = Rig { machine, now: Moment::ZERO, ticket: 0 };
@@ -227,8 +227,9 @@ fn saved(step: u64, slot: u8) -> Event {
         manifest: "manifest".into(),
         manifest_crc64: "0".into(),
         bytes: BYTES,
-        loss: 2.0,
+        loss: Some(2.0),
         validation_loss: None,
+        metrics: Metrics::new(),
         cost: SaveCost { durable_s: 11.0, ..SaveCost::default() },
     };
     Event::Save(SaveEvent::Ended { step: Step(step), slot, result: Ok(Saved { committed, checksums: Vec::new() }) })
@@ -284,7 +285,7 @@ fn list(effects: &Effects) -> String {
 /// How it has ended, in a few words.
 fn ended(effects: &Effects) -> Option<String> {
     Some(match effects.end()? {
-        Ok(End::Completed { loss }) => format!("completed with {loss}"),
+        Ok(End::Completed { loss }) => format!("completed with {}", loss.unwrap_or(f64::NAN)),
         Ok(End::Stopped(Stopped { verdict, .. })) => format!("stopped: {verdict}"),
         Ok(End::Died { step, reason }) => format!("died after {step}: {reason}"),
         Ok(End::Damaged { object, .. }) => format!("damaged: {object}"),
@@ -505,7 +506,7 @@ fn the_last_save_is_given_up_after_many_tries() {
         if asked {
             let _ = rig.feed(sigterm());
         } else {
-            rig.machine.shared.settings.config.train.steps = 13;
+            rig.machine.shared.settings.outline.last = Step(13);
             let _ = rig.feed(rebalance());
         }
         let _ = rig.frozen(Rank(0), 13);

@@ -4,7 +4,6 @@
 //! after [`Training`] share with it is here, with the [`Stage`] as an argument.
 
 use std::{
-    collections::BTreeMap,
     ops::ControlFlow::{Break, Continue},
     time::Duration,
 };
@@ -34,6 +33,7 @@ use crate::{
     protocol::{FromWorker, StepReport, ToWorker},
     report,
     storage::Adrift,
+    workload::{Diverged, Outline, Progress, Reports},
 };
 
 /// Consecutive failed saves of the last state after which it is given up. Each includes the store's own retries.
@@ -45,9 +45,7 @@ pub struct Training {
     pub(super) scheduler: Scheduler,
     pub(super) ledger: Ledger,
     /// Reports of steps that not every rank has finished.
-    reports: BTreeMap<Step, Vec<StepReport>>,
-    /// Of states that not every rank has measured: how many have, the sum of their losses, their sequences.
-    validations: BTreeMap<Step, (u32, f64, u64)>,
+    reports: Reports,
     /// When the newest step was finished, or the generation began.
     pub(super) stepped: Moment,
     standstill: Quiet,
@@ -68,12 +66,11 @@ struct Quiet {
 
 impl Training {
     /// Every rank has loaded, and is told to go.
-    pub(super) fn begin(scheduler: Scheduler, ledger: Ledger, bytes: u64, now: Moment) -> Self {
+    pub(super) fn begin(outline: Outline, scheduler: Scheduler, ledger: Ledger, bytes: u64, now: Moment) -> Self {
         Self {
             scheduler,
             ledger,
-            reports: BTreeMap::new(),
-            validations: BTreeMap::new(),
+            reports: Reports::new(outline),
             stepped: Moment::ZERO,
             standstill: Quiet { since: now, told: 0 },
             timeline: Timeline::default(),
@@ -136,7 +133,7 @@ impl Training {
             Standstill::Wait => None,
             // The last state may be waiting for a slot that a silent store occupies: ending the workers then would lose
             // it.
-            Standstill::End if step >= Step(config.train.steps) => None,
+            Standstill::End if step >= turn.shared.settings.outline.last => None,
             Standstill::Tell => {
                 self.standstill.told += 1;
                 turn.reports(report::Event::NoProgress {
@@ -191,11 +188,11 @@ impl Training {
 
     /// The loop has ended at `step`, and its state is committed or can't be.
     fn finish(&mut self, step: Step, stage: Stage<'_>, turn: &Turn<'_>) -> Result<End> {
-        let last = Step(turn.shared.settings.config.train.steps);
+        let last = turn.shared.settings.outline.last;
         let committed = self.scheduler.committed();
         if step == last && committed >= last {
             // A run that was complete when it was loaded makes no step in this generation.
-            return Ok(End::Completed { loss: self.ledger.loss(last).unwrap_or(f64::NAN) });
+            return Ok(End::Completed { loss: self.ledger.loss(last) });
         }
         let planned = stage.planned();
         if committed >= step {
@@ -261,56 +258,27 @@ impl Training {
 
     fn on_step(&mut self, report: StepReport, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow<Option<Death>> {
         let now = turn.now;
-        let reports = self.reports.entry(report.step).or_default();
-        reports.push(report);
-        if reports.len() < turn.shared.settings.workers as usize {
-            return Continue(None);
-        }
-        let Some(reports) = self.reports.remove(&report.step) else { return Continue(None) };
-        let step = report.step;
-        // Summed in no particular order of arrival would differ in the last bit: sum sorted.
-        let mut losses: Vec<f64> = reports.iter().map(|r| r.loss).collect();
-        losses.sort_by(f64::total_cmp);
-        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
-        if !loss.is_finite() || !report.grad_norm.is_finite() {
-            let reason = format!("loss {loss}, gradient norm {}", report.grad_norm);
+        let progress = match self.reports.step(report) {
+            None => return Continue(None),
+            Some(Ok(progress)) => progress,
             // Snapshots captured before are good: they are committed first.
-            return Continue(Some(Death::Diverged { step, reason }));
-        }
-        self.ledger.finished(step, loss);
+            Some(Err(Diverged { step, reason })) => return Continue(Some(Death::Diverged { step, reason })),
+        };
+        let Progress { step, step_s, .. } = progress;
+        self.ledger.finished(step, progress.figures());
         self.stepped = now;
         self.standstill = Quiet { since: now, told: 0 };
-        let slowest = |f: fn(&StepReport) -> f64| reports.iter().map(f).fold(0.0, f64::max);
-        let (step_s, stall_s) = (slowest(|r| r.step_s), slowest(|r| r.stall_s));
         turn.shared.estimates.step.push(step_s);
-        let config = &turn.shared.settings.config;
-        let tokens = u64::from(config.train.global_batch) * u64::from(config.data.sequence_length);
         let actions = self.scheduler.step_finished(step, step_s, now);
-        turn.reports(report::Event::Step {
-            step,
-            loss,
-            lr: report.lr,
-            grad_norm: report.grad_norm,
-            tokens: tokens.saturating_mul(step.get()),
-            tokens_per_s: tokens as f64 / step_s.max(1e-9),
-            step_s,
-            stall_s,
-            lag_steps: step.get() - self.scheduler.committed().get(),
-            lag_s: self.ledger.lag(now).as_secs_f64(),
-        });
+        let lag_steps = step.get() - self.scheduler.committed().get();
+        turn.reports(progress.event(lag_steps, self.ledger.lag(now).as_secs_f64()));
         self.act(actions, stage, turn)?;
         Continue(None)
     }
 
     fn on_validated(&mut self, step: Step, loss_sum: f64, sequences: u64, turn: &mut Turn<'_>) {
         self.standstill = Quiet { since: turn.now, told: 0 };
-        let entry = self.validations.entry(step).or_default();
-        *entry = (entry.0 + 1, entry.1 + loss_sum, entry.2 + sequences);
-        if entry.0 == turn.shared.settings.workers
-            && let Some((_, sum, count)) = self.validations.remove(&step)
-            && count > 0
-        {
-            let loss = sum / count as f64;
+        if let Some(loss) = self.reports.validated(step, loss_sum, sequences) {
             self.ledger.validated(step, loss);
             turn.reports(report::Event::Validation { step, loss });
         }

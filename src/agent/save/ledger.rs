@@ -12,9 +12,10 @@ use crate::{
     ids::Step,
     journal::{Committed, SaveCost},
     storage::Priority,
+    workload::Figures,
 };
 
-/// Losses are kept for this many steps back: a snapshot's loss is looked up when all ranks have captured it.
+/// Figures are kept for this many steps back: a snapshot's are looked up when all ranks have captured it.
 const REMEMBERED: u64 = 64;
 
 /// After a save that took longer than this to become durable, saves no longer use idle cores alone.
@@ -24,7 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 struct Kept {
     taken: Moment,
-    loss: Option<f64>,
+    /// `None`: not every rank has reported the step.
+    figures: Option<Figures>,
     cost: SaveCost,
 }
 
@@ -42,7 +44,7 @@ struct UnderWay {
 #[derive(Debug)]
 pub struct Ledger {
     kept: BTreeMap<Step, Kept>,
-    losses: BTreeMap<Step, f64>,
+    figures: BTreeMap<Step, Figures>,
     /// The newest validation, and the step whose state it measured.
     validated: Option<(Step, f64)>,
     /// At most one at a time.
@@ -64,8 +66,8 @@ pub struct Transfer {
     pub step: Step,
     /// Its slot.
     pub slot: u8,
-    /// The step's loss.
-    pub loss: f64,
+    /// The step's figures.
+    pub figures: Figures,
     /// Its validation loss, if it was measured.
     pub validation_loss: Option<f64>,
     /// The cost of the save so far; the loop's wait may be reported later.
@@ -90,7 +92,7 @@ impl Ledger {
     pub fn begin(now: Moment) -> Self {
         Self {
             kept: BTreeMap::new(),
-            losses: BTreeMap::new(),
+            figures: BTreeMap::new(),
             validated: None,
             under_way: None,
             committed_at: now,
@@ -118,18 +120,18 @@ impl Ledger {
     }
 
     /// All ranks have finished `step`.
-    pub fn finished(&mut self, step: Step, loss: f64) {
-        self.losses.insert(step, loss);
+    pub fn finished(&mut self, step: Step, figures: Figures) {
         if let Some(kept) = self.kept.get_mut(&step) {
             // A rank can capture a step before another has reported it.
-            kept.loss = Some(loss);
+            kept.figures = Some(figures.clone());
         }
-        self.losses.retain(|&s, _| s.get() + REMEMBERED > step.get());
+        self.figures.insert(step, figures);
+        self.figures.retain(|&s, _| s.get() + REMEMBERED > step.get());
     }
 
-    /// The loss of a step not long ago.
+    /// The loss of a step not long ago, if it has one.
     pub fn loss(&self, step: Step) -> Option<f64> {
-        self.losses.get(&step).copied()
+        self.figures.get(&step)?.loss
     }
 
     /// The state of `step` was measured.
@@ -138,8 +140,9 @@ impl Ledger {
     }
 
     fn keep(&mut self, step: Step, now: Moment) -> &mut Kept {
-        let loss = self.loss(step);
-        self.kept.entry(step).or_insert_with(|| Kept { taken: now, loss, cost: SaveCost::default() })
+        let figures = &self.figures;
+        let new = || Kept { taken: now, figures: figures.get(&step).cloned(), cost: SaveCost::default() };
+        self.kept.entry(step).or_insert_with(new)
     }
 
     /// The time that one rank took to copy `step`, seconds.
@@ -166,10 +169,10 @@ impl Ledger {
     /// and the machine may go away.
     pub fn upload(&mut self, step: Step, slot: u8, urgent: bool, total: u64, now: Moment) -> Result<Transfer> {
         let kept = self.keep(step, now);
-        let (taken, cost, loss) = (kept.taken, kept.cost, kept.loss);
+        let (taken, cost, figures) = (kept.taken, kept.cost, kept.figures.clone());
         // Every rank has captured the step, so every rank has reported it.
-        let loss =
-            loss.ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
+        let figures =
+            figures.ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
         // Ranks measure a state before they copy it. A measurement of another state does not apply to this one.
         let validation_loss = self.validated.filter(|(measured, _)| *measured == step).map(|(_, loss)| loss);
         let priority = match (urgent, self.starved) {
@@ -178,7 +181,7 @@ impl Ledger {
             (false, false) => Priority::Background,
         };
         self.under_way = Some(UnderWay { step, total, sent: 0, began: now, last_byte: None });
-        Ok(Transfer { step, slot, loss, validation_loss, cost, taken, priority })
+        Ok(Transfer { step, slot, figures, validation_loss, cost, taken, priority })
     }
 
     /// This many more bytes have reached the store: returns how many have by now, and of how many.
@@ -231,6 +234,11 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::journal::Metrics;
+
+    fn figures(loss: f64) -> Figures {
+        Figures { loss: Some(loss), metrics: Metrics::new() }
+    }
 
     #[test]
     fn saves_that_fail_are_told_once_and_then_ever_less_often_whichever_step_it_is() {
@@ -258,7 +266,7 @@ mod tests {
         let mut estimates = Estimates::default();
         saves.captured(Step(4), 0.5, at(1));
         saves.captured(Step(4), 0.25, at(2));
-        saves.finished(Step(4), 2.0);
+        saves.finished(Step(4), figures(2.0));
         let transfer = saves.upload(Step(4), 0, false, 100, at(3)).unwrap();
         assert_eq!((transfer.cost.copy_s, transfer.taken, transfer.priority), (0.5, at(1), Priority::Background));
         assert_eq!(saves.stalled(Step(4), 0.1, at(3)).map(|cost| (cost.copy_s, cost.stall_s)), Some((0.5, 0.1)));
@@ -273,8 +281,9 @@ mod tests {
             manifest: String::new(),
             manifest_crc64: String::new(),
             bytes: 100,
-            loss: 2.0,
+            loss: Some(2.0),
             validation_loss: None,
+            metrics: Metrics::new(),
             cost,
         };
         assert!(saves.committed(&committed, &mut estimates, at(15)), "it was starved");
@@ -283,15 +292,28 @@ mod tests {
         assert_eq!((saves.lag(at(20)), saves.under_way(at(20))), (at(5), None));
         // From here on it yields to nothing.
         saves.captured(Step(5), 0.5, at(20));
-        saves.finished(Step(5), 2.0);
+        saves.finished(Step(5), figures(2.0));
         assert_eq!(saves.upload(Step(5), 1, false, 100, at(21)).unwrap().priority, Priority::Normal);
         assert!(!saves.committed(&committed, &mut estimates, at(22)), "said once");
     }
 
     #[test]
-    fn a_snapshot_without_a_loss_is_a_bug() {
+    fn a_snapshot_of_a_step_that_was_not_reported_is_a_bug() {
         let mut saves = Ledger::begin(Moment::ZERO);
         saves.captured(Step(4), 0.5, Moment::ZERO);
         assert_eq!(saves.upload(Step(4), 0, false, 100, Moment::ZERO).unwrap_err().kind(), Kind::Bug);
+    }
+
+    #[test]
+    fn a_snapshot_takes_its_steps_figures_along_and_needs_no_loss() {
+        let mut saves = Ledger::begin(Moment::ZERO);
+        let figures = Figures { loss: None, metrics: [("accuracy".to_owned(), 0.25)].into() };
+        saves.finished(Step(4), figures.clone());
+        assert_eq!(saves.upload(Step(4), 0, false, 100, Moment::ZERO).unwrap().figures, figures);
+        assert_eq!(saves.loss(Step(4)), None);
+        // A rank can capture a step before another has reported it.
+        saves.captured(Step(5), 0.5, Moment::ZERO);
+        saves.finished(Step(5), figures.clone());
+        assert_eq!(saves.upload(Step(5), 1, false, 100, Moment::ZERO).unwrap().figures, figures);
     }
 }

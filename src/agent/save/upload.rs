@@ -18,9 +18,10 @@ use crate::{
     checkpoint::save::{Save, Upload, put_manifest, put_shards},
     error::{Error, Kind, Result},
     faults::{self, At},
-    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
+    ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
     journal::{Committed, JournalWriter, Record, SaveCost, Urgency},
     storage::{Crc64, Store},
+    workload::Figures,
 };
 
 /// The facts that stay the same from save to save within one generation.
@@ -38,8 +39,6 @@ pub struct Context {
     pub formed: tokio::time::Instant,
     /// Workers of all nodes.
     pub world_size: WorldSize,
-    /// The data that is trained on.
-    pub data: DatasetId,
     /// Shared with the event loop.
     pub journal: JournalWriter,
 }
@@ -55,8 +54,8 @@ pub struct Snapshot {
     pub uploads: Vec<Upload>,
     /// The small files beside them.
     pub small: Vec<(String, Bytes)>,
-    /// The step's loss.
-    pub loss: f64,
+    /// The step's figures.
+    pub figures: Figures,
     /// Its validation loss, if it was measured.
     pub validation_loss: Option<f64>,
     /// The event loop's figures about it; read when the record is written.
@@ -116,7 +115,7 @@ pub fn start(context: Context, snapshot: Snapshot, events: mpsc::UnboundedSender
 }
 
 async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSender<SaveEvent>) -> Result<Saved> {
-    let Snapshot { step, uploads, small, loss, validation_loss, cost, taken, .. } = snapshot;
+    let Snapshot { step, uploads, small, figures, validation_loss, cost, taken, .. } = snapshot;
     let bytes = uploads.iter().map(|upload| upload.body.len() as u64).sum();
     // Every file of the checkpoint: this node is the only one, so its files are all there are.
     let expected: Vec<String> =
@@ -154,8 +153,9 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
         manifest: manifest.key,
         manifest_crc64: manifest.crc64,
         bytes,
-        loss,
+        loss: figures.loss,
         validation_loss,
+        metrics: figures.metrics,
         cost,
     };
     context.journal.append(Urgency::Commit, Record::Committed(committed.clone())).await?;

@@ -347,7 +347,7 @@ impl Simulate {
         let notice = Notice { share: 1.0, lead_s: self.notice };
         let notice_share = Input::pick(self.notice_share, run(Observed::announced, "losses without lost steps"), 1.0);
         let steps = configured.zip(step_s).map(|(config, step_s)| {
-            let steps = config.train.steps;
+            let steps = config.workload.train.steps;
             (steps as f64 * step_s, format!("{steps} steps of {}", human::seconds(step_s)))
         });
         let costs = Costs { stall_s: stall_s.value, durable_s: durable_s.value, restart_s: restart_s.value };

@@ -10,7 +10,7 @@ use std::num::NonZeroU64;
 
 use bytes::Bytes;
 
-use super::opening::Resolved;
+use super::Workload;
 use crate::{
     checkpoint::{
         CheckpointError,
@@ -18,7 +18,7 @@ use crate::{
         manifest::{Manifest, TrainerState},
         restore,
     },
-    config::{RunConfig, apply_overrides},
+    config::{Device, TrainTask, apply_overrides},
     data::identity,
     error::{Error, Kind, Result},
     ids::{DatasetId, Generation, RunId, Step},
@@ -33,8 +33,7 @@ const READINGS: u32 = 3;
 
 /// Decides the device, before anything is created or fetched: a machine whose GPUs can't be used must not take up a run
 /// that was not meant for the CPU.
-pub async fn compute_device(config: &RunConfig) -> Result<()> {
-    let wanted = config.parallel.device;
+pub async fn compute_device(wanted: Device) -> Result<()> {
     let found = tokio::task::spawn_blocking(move || device::look(wanted)).await;
     let found = found.map_err(|error| Error::from_source(Kind::Bug, error).context("look for GPUs"))??;
     if let Some(note) = found.choose().settled()? {
@@ -50,9 +49,9 @@ pub fn names_data(overrides: &[(String, String)]) -> bool {
 
 /// Checks the local data against the data that the run's newest generation was trained on. `accepted`: a person has
 /// named it.
-pub fn data_agrees(state: &RunState, resolved: &Resolved, accepted: bool) -> Result<()> {
+pub fn data_agrees(state: &RunState, workload: &Workload, accepted: bool) -> Result<()> {
     let Some(known) = state.data() else { return Ok(()) };
-    same_data(known, &resolved.identity, accepted, &resolved.config.data.train, state.run_id())
+    same_data(known, &workload.identity, accepted, &workload.task.data.train, state.run_id())
 }
 
 fn same_data(known: &DatasetId, now: &DatasetId, accepted: bool, uri: &str, run_id: &RunId) -> Result<()> {
@@ -86,47 +85,36 @@ fn other_vocabulary(whose: &str, uri: &str) -> Error {
     )
 }
 
-/// A dataset in a folder may be replaced at any moment: it must still be the one that was checked.
-pub fn is_still_there(resolved: &Resolved) -> Result<()> {
-    if identity::is_still(resolved.data.dir(), &resolved.identity.index)? {
-        return Ok(());
-    }
-    let what = format!("the dataset {} was replaced while this run used it", resolved.config.data.train);
-    Err(Error::new(Kind::Config, what).with_hint(
-        "put the run's dataset back and resume, or name this one with --set data.train=… to train on it from here on",
-    ))
-}
-
 /// The facts that checkpoints are checked against.
 pub struct MadeOf<'a> {
     state: RunState,
-    resolved: &'a Resolved,
+    workload: &'a Workload,
     accepted: bool,
 }
 
 impl<'a> MadeOf<'a> {
     /// `accepted`: a person has named the data.
-    pub fn new(state: &RunState, resolved: &'a Resolved, accepted: bool) -> Self {
-        Self { state: state.clone(), resolved, accepted }
+    pub fn new(state: &RunState, workload: &'a Workload, accepted: bool) -> Self {
+        Self { state: state.clone(), workload, accepted }
     }
 
-    /// The configuration that a generation had.
-    fn config_of(&self, generation: Generation) -> Result<RunConfig> {
+    /// The task that a generation had.
+    fn task_of(&self, generation: Generation) -> Result<TrainTask> {
         let until = self.state.formations().iter().filter(|formation| formation.generation <= generation);
         let overrides: Vec<_> = until.flat_map(|formation| formation.overrides.iter().cloned()).collect();
-        Ok(apply_overrides(self.state.config(), &overrides)?)
+        Ok(apply_overrides(self.state.config(), &overrides)?.workload)
     }
 
     /// Checks a checkpoint's state against the journal and the data.
     async fn check(&self, run: &Store, manifest: &Manifest, found: &TrainerState) -> Result<()> {
-        let (run_id, now) = (self.state.run_id(), &self.resolved.identity);
-        let uri = &self.resolved.config.data.train;
+        let (run_id, now) = (self.state.run_id(), &self.workload.identity);
+        let uri = &self.workload.task.data.train;
         let object = format!("{}/{}", manifest.folder(), layout::TRAINER_STATE);
         let generation = manifest.generation;
         let recorded = self.state.formations().iter().find(|formation| formation.generation == generation);
         let recorded = recorded.and_then(|formation| formation.data.as_ref());
-        let config = self.config_of(generation)?;
-        agrees(&object, found, manifest.step, &config, recorded)?;
+        let task = self.task_of(generation)?;
+        agrees(&object, found, manifest.step, &task, recorded)?;
         if found.data.is_none() {
             // From an earlier version: its tokenizer identifies the data.
             if let Ok(tokenizer) = restore::small_file(run, manifest, layout::TOKENIZER).await
@@ -138,7 +126,7 @@ impl<'a> MadeOf<'a> {
         if let (Some(data), None) = (&found.data, self.state.data()) {
             same_data(data, now, self.accepted, uri, run_id)?;
         }
-        let Err(contradiction) = stands_at(&object, found, self.resolved.sequences) else { return Ok(()) };
+        let Err(contradiction) = stands_at(&object, found, self.workload.sequences) else { return Ok(()) };
         match &found.data {
             Some(data) if data == now => Err(Error::new(Kind::Data, contradiction).with_hint(to_another(run_id))),
             // It was trained on other data, or its data was not recorded.
@@ -165,10 +153,10 @@ fn agrees(
     object: &str,
     found: &TrainerState,
     step: Step,
-    config: &RunConfig,
+    task: &TrainTask,
     recorded: Option<&DatasetId>,
 ) -> Result<()> {
-    let (train, data) = (&config.train, &config.data);
+    let (train, data) = (&task.train, &task.data);
     let samples = step.get().saturating_mul(train.global_batch.into());
     let numbers = [
         ("step", found.step.get(), step.get()),

@@ -11,10 +11,10 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Map, Value, json};
 
-use super::{initial, opening::Resolved};
+use super::initial;
 use crate::{
     checkpoint::{CheckpointError, catalog, restore},
-    config::{RunConfig, TokenizerRule},
+    config::{RunConfig, TokenizerRule, TrainTask},
     data::{Dataset, meaning::Meaning, shards::Index},
     error::{Error, Kind, Result},
     journal::{Committed, RunState},
@@ -66,32 +66,32 @@ impl Tokens {
 }
 
 /// The files of a run whose tokenizer is the data's alone.
-pub fn plain(config: &RunConfig, tokens: &Tokens) -> Result<Files> {
-    files(config, tokens, None).map(|(files, _)| files)
+pub fn plain(task: &TrainTask, tokens: &Tokens) -> Result<Files> {
+    files(task, tokens, None).map(|(files, _)| files)
 }
 
-/// Reads what a new run starts from, and takes along the files that belong to it.
+/// Reads what a new run starts from, and takes along the files that belong to it. `data`: the folder of its data.
 ///
 /// # Errors
 /// When the weights or the tokenizer are not those of the model and the data.
-pub async fn of_new_run(config: &RunConfig, resolved: &mut Resolved, reporter: &Reporter) -> Result<()> {
-    let dataset = Dataset::open(resolved.data.dir())?;
-    let tokens = Tokens::of(resolved.data.dir(), dataset.index())?;
-    let own = match &config.model.init_from {
+pub async fn of_new_run(config: &RunConfig, data: &Path, reporter: &Reporter) -> Result<Files> {
+    let task = &config.workload;
+    let dataset = Dataset::open(data)?;
+    let tokens = Tokens::of(data, dataset.index())?;
+    let own = match &task.model.init_from {
         Some(uri) => {
-            let folder = initial::open(uri, config)?;
-            initial::weights(config, uri, &folder).await?;
-            initial::check_tokenizer(config, uri, &folder, &tokens.meaning).await?;
-            if config.data.tokenizer == TokenizerRule::Same { Some(from_folder(&folder).await?) } else { None }
+            let folder = initial::open(uri, &config.storage)?;
+            initial::weights(&task.model, uri, &folder).await?;
+            initial::check_tokenizer(&task.data, uri, &folder, &tokens.meaning).await?;
+            if task.data.tokenizer == TokenizerRule::Same { Some(from_folder(&folder).await?) } else { None }
         }
         None => None,
     };
-    let (files, contradictions) = files(config, &tokens, own.as_deref())?;
+    let (files, contradictions) = files(task, &tokens, own.as_deref())?;
     for message in contradictions {
         reporter.event(&Event::Warning { message });
     }
-    resolved.companions = files;
-    Ok(())
+    Ok(files)
 }
 
 /// The checkpoints that may hold what a run took along, newest first.
@@ -99,37 +99,42 @@ pub fn holders(state: &RunState) -> Vec<Committed> {
     state.candidates().into_iter().take(CHECKPOINTS).map(|checkpoint| checkpoint.committed.clone()).collect()
 }
 
-/// Takes along the files that an existing run has from the folder it started from. Missing files do not hold up a run.
-pub async fn of_existing_run(resolved: &mut Resolved, run: &Store, holders: &[Committed]) -> Result<()> {
-    let config = resolved.config.clone();
-    let (Some(uri), TokenizerRule::Same) = (&config.model.init_from, config.data.tokenizer) else { return Ok(()) };
-    let dataset = Dataset::open(resolved.data.dir())?;
-    let tokens = Tokens::of(resolved.data.dir(), dataset.index())?;
+/// The files of an existing run that takes some along from the folder it started from; `None`: it takes none along.
+/// Missing files do not hold up a run.
+pub async fn of_existing_run(
+    config: &RunConfig,
+    data: &Path,
+    run: &Store,
+    holders: &[Committed],
+) -> Result<Option<Files>> {
+    let task = &config.workload;
+    let (Some(uri), TokenizerRule::Same) = (&task.model.init_from, task.data.tokenizer) else { return Ok(None) };
+    let dataset = Dataset::open(data)?;
+    let tokens = Tokens::of(data, dataset.index())?;
     let own = match from_checkpoints(run, holders).await {
         Some(own) => own,
         None => {
             let look = async {
-                let folder = initial::open(uri, &config)?;
-                initial::check_tokenizer(&config, uri, &folder, &tokens.meaning).await?;
+                let folder = initial::open(uri, &config.storage)?;
+                initial::check_tokenizer(&task.data, uri, &folder, &tokens.meaning).await?;
                 from_folder(&folder).await
             };
             match tokio::time::timeout(PATIENCE, look).await {
                 Ok(Ok(own)) => own,
                 Ok(Err(error)) => {
                     tracing::info!(%error, "the tokenizer's files of model.init_from are not taken along");
-                    return Ok(());
+                    return Ok(None);
                 }
                 Err(_) => {
                     tracing::info!(
                         "the tokenizer's files of model.init_from are not taken along: {uri} does not answer"
                     );
-                    return Ok(());
+                    return Ok(None);
                 }
             }
         }
     };
-    resolved.companions = files(&config, &tokens, Some(&own))?.0;
-    Ok(())
+    Ok(Some(files(task, &tokens, Some(&own))?.0))
 }
 
 /// The files that travel, as they stand in a model folder.
@@ -170,11 +175,11 @@ async fn from_checkpoints(run: &Store, holders: &[Committed]) -> Option<Files> {
 
 /// All files, and every statement of the folder or the description that contradicts the data. `own`: the tokenizer is
 /// that of a model folder, which has these files.
-fn files(config: &RunConfig, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> Result<(Files, Vec<String>)> {
+fn files(task: &TrainTask, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -> Result<(Files, Vec<String>)> {
     let mut said = Vec::new();
     let mut files: BTreeMap<String, Bytes> = own.unwrap_or_default().iter().cloned().collect();
 
-    let description = description(&config.model.config, tokens, own.is_some(), &mut said);
+    let description = description(&task.model.config, tokens, own.is_some(), &mut said);
     let generation = files.get(layout::GENERATION_CONFIG).and_then(|bytes| object(bytes));
     let generation = generation_config(generation, &description, tokens, &mut said);
     files.insert(layout::MODEL_CONFIG.into(), pretty(&description)?);
@@ -191,7 +196,7 @@ fn files(config: &RunConfig, tokens: &Tokens, own: Option<&[(String, Bytes)]>) -
             }
         }
         None => {
-            let longest = model::max_sequence_length(config.model.kind, &config.model.config)?;
+            let longest = model::max_sequence_length(task.model.kind, &task.model.config)?;
             files.insert(layout::TOKENIZER_CONFIG.into(), pretty(&tokenizer_config(tokens, &description, longest))?);
         }
     }
@@ -367,16 +372,16 @@ mod tests {
         Tokens { meaning: Meaning::of_json(&json).unwrap(), json, eos_id: 0 }
     }
 
-    fn config(extra: Value) -> RunConfig {
-        let mut config = testing::config();
-        config.model.config = json!({
+    fn task(extra: Value) -> TrainTask {
+        let mut task = testing::config().workload;
+        task.model.config = json!({
             "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
             "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64,
         });
         for (key, value) in extra.as_object().unwrap() {
-            config.model.config[key] = value.clone();
+            task.model.config[key] = value.clone();
         }
-        config
+        task
     }
 
     fn made(extra: Value, own: Option<Value>) -> (BTreeMap<String, Value>, Vec<String>) {
@@ -384,7 +389,7 @@ mod tests {
             let own = own.as_object().unwrap().clone();
             own.into_iter().map(|(name, value)| (name, Bytes::from(value.to_string()))).collect()
         });
-        let (files, said) = files(&config(extra), &tokens(), own.as_deref()).unwrap();
+        let (files, said) = files(&task(extra), &tokens(), own.as_deref()).unwrap();
         (files.into_iter().map(|(name, bytes)| (name, serde_json::from_slice(&bytes).unwrap())).collect(), said)
     }
 
@@ -441,7 +446,7 @@ mod tests {
             ("tokenizer.model".into(), Bytes::from_static(b"\0\xff")),
             ("merges.txt".into(), Bytes::from_static(b"a b\n")),
         ];
-        let (files, said) = files(&config(json!({"eos_token_id": [9, 0]})), &tokens(), Some(&own)).unwrap();
+        let (files, said) = files(&task(json!({"eos_token_id": [9, 0]})), &tokens(), Some(&own)).unwrap();
         let files: BTreeMap<_, _> = files.into_iter().collect();
         for (name, bytes) in &own {
             assert_eq!(&files[name], bytes, "{name}");
@@ -454,13 +459,13 @@ mod tests {
 
     #[test]
     fn files_made_once_are_made_again_from_themselves() {
-        let (files_before, _) = files(&config(json!({"eos_token_id": 7})), &tokens(), Some(&[])).unwrap();
+        let (files_before, _) = files(&task(json!({"eos_token_id": 7})), &tokens(), Some(&[])).unwrap();
         let own: Files = files_before
             .iter()
             .filter(|(name, _)| *name == layout::GENERATION_CONFIG || layout::TOKENIZER_FILES.contains(&name.as_str()))
             .cloned()
             .collect();
-        assert_eq!(files(&config(json!({"eos_token_id": 7})), &tokens(), Some(&own)).unwrap().0, files_before);
+        assert_eq!(files(&task(json!({"eos_token_id": 7})), &tokens(), Some(&own)).unwrap().0, files_before);
     }
 
     #[test]

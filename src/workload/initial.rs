@@ -6,7 +6,7 @@ use crate::{
         foreign::{self, Expected},
         restore::RemoteFile,
     },
-    config::{self, RunConfig, TokenizerRule},
+    config::{self, DataConfig, ModelConfig, StorageConfig, TokenizerRule},
     data::meaning::Meaning,
     error::{Context, Error, Kind, Result},
     layout, model,
@@ -17,25 +17,25 @@ use crate::{
 const MAX_TOKENIZER: u64 = 256 << 20;
 
 /// Opens the folder. A local folder that does not exist is not created.
-pub fn open(uri: &str, config: &RunConfig) -> Result<Store> {
+pub fn open(uri: &str, storage: &StorageConfig) -> Result<Store> {
     if config::local_path(uri).is_some_and(|path| !path.exists()) {
         return Err(Error::new(Kind::Config, format!("model.init_from: there is no folder {uri}"))
             .with_hint("name a Hugging Face model folder, here or in a store"));
     }
-    Ok(Store::open(uri, &config.storage)?)
+    Ok(Store::open(uri, storage)?)
 }
 
 /// The files of the folder's weights; each of their tensors belongs to the model, or is harmless.
-pub async fn weights(config: &RunConfig, uri: &str, folder: &Store) -> Result<Vec<RemoteFile>> {
-    let shapes = model::parameter_shapes(config.model.kind, &config.model.config)?;
-    let (head, embedding, tied) = model::head(config.model.kind, &config.model.config)?;
+pub async fn weights(model: &ModelConfig, uri: &str, folder: &Store) -> Result<Vec<RemoteFile>> {
+    let shapes = model::parameter_shapes(model.kind, &model.config)?;
+    let (head, embedding, tied) = model::head(model.kind, &model.config)?;
     let expected = Expected { shapes: &shapes, head, embedding, tied };
     foreign::weights_for(folder, expected).await.context(format!("read weights of {uri}"))
 }
 
 /// Checks the folder's tokenizer against the data's, unless the configuration says that they differ.
-pub async fn check_tokenizer(config: &RunConfig, uri: &str, folder: &Store, data: &Meaning) -> Result<()> {
-    if config.data.tokenizer == TokenizerRule::Differs {
+pub async fn check_tokenizer(settings: &DataConfig, uri: &str, folder: &Store, data: &Meaning) -> Result<()> {
+    if settings.tokenizer == TokenizerRule::Differs {
         return Ok(());
     }
     const DIFFERS: &str = "data.tokenizer = \"differs\" says that the weights are to learn another vocabulary";
@@ -60,7 +60,7 @@ pub async fn check_tokenizer(config: &RunConfig, uri: &str, folder: &Store, data
     let Some(difference) = data.difference(&model) else { return Ok(()) };
     let path = config::local_path(uri).map_or_else(|| uri.to_owned(), |path| path.display().to_string());
     wrong(
-        format!("the tokenizer of {} is not that of {uri} (there): {difference}", config.data.train),
+        format!("the tokenizer of {} is not that of {uri} (there): {difference}", settings.train),
         format!(
             "prepare the data with the model's: trainer data prepare --tokenizer {path}/tokenizer.json …; {DIFFERS}"
         ),

@@ -1,0 +1,18 @@
+//! The typed messages between an agent and its workers.
+//!
+//! They travel over a Unix stream socket that the worker inherits as its standard input (`frames`). Both ends are one
+//! binary, so there are no versions here. Either side treats the end of the stream as the death of the other: an agent
+//! restarts the group, a worker exits at once.
+//!
+//! Order of a worker's life: `Start` → (`Listening` by rank 0, `Peers` to all) → `Built` → `Layout` → (`Restore`) →
+//! `Ready` → `Go` → steps → `Stopped`. A step report is the only message of the step loop, and it does not wait.
+//!
+//! # Does not know
+//! What is computed: a worker's task is a JSON value here ([`Assignment::task`]). So a process that computes learns
+//! nothing of stores, notices and prices.
+
+mod frames;
+mod messages;
+
+pub use frames::{MAX_MESSAGE, read_message, write_message};
+pub use messages::{Assignment, FromWorker, SLOT_FDS, SaveOrder, StepReport, ToWorker, WORKER_SUBCOMMAND};

@@ -1,0 +1,152 @@
+//! The work of a run, as its agent knows it: what must be there before it starts, the processes that do it, what they
+//! are told, and what their reports become.
+//!
+//! An agent knows steps, slots, image plans, metrics and exit statuses. What is particular to training a model is here:
+//! its datasets, the checks of model and data against each other, the weights that a run starts from, the small files
+//! that make a checkpoint a model folder, and the words that name its settings. There is one kind of work, training;
+//! another one becomes a variant inside [`Workload`], behind the same methods.
+//!
+//! - `prepare`: everything that a configuration names, checked and fetched; `loopback`, whether ranks reach each other
+//! - `provenance`: whether data and checkpoints are those that the run was made of
+//! - [`initial`], `companions`: a model folder's weights and tokenizer, and the files taken along into checkpoints
+//! - `command`, `inherited`: the process of a worker, and what it inherits of the environment
+//! - `reports`: what the reports of all ranks become
+//! - `words`: hints that name settings of the work
+//!
+//! # Invariants
+//! - A process that computes learns its task and nothing else of the configuration: no store, no secrets, no notices.
+//! - A run continues with the data that it was trained on, unless a person names other data.
+//!
+//! # Stored layout
+//! None of its own: it makes files that stand beside the shards of a checkpoint, and writes nothing.
+//!
+//! *Crash:* the copy of the data on this machine stays, and is found again. *Retry:* preparing again gives the same.
+//! *Cancel:* preparing only reads and fetches; it may be dropped at any moment.
+
+pub mod initial;
+pub mod words;
+
+mod command;
+mod companions;
+mod inherited;
+mod loopback;
+mod prepare;
+mod provenance;
+mod reports;
+
+use std::{num::NonZeroU64, process::Command};
+
+use bytes::Bytes;
+
+pub use self::{
+    companions::Files,
+    prepare::Site,
+    provenance::{MadeOf, names_data, newest_usable},
+    reports::{Diverged, Figures, Outline, Progress, Reports},
+};
+use crate::{
+    checkpoint::{manifest::TrainerState, restore::RemoteFile},
+    config::{StorageConfig, TrainTask},
+    data::{LocalDataset, identity},
+    error::{Error, Kind, Result},
+    ids::{DatasetId, Generation, Rank, RunId, Step, WorldSize},
+    layout,
+    protocol::Assignment,
+    storage::Store,
+    worker::task::Task,
+};
+
+/// The work of a run on this node, prepared: everything that it names was checked, and its data is on this machine.
+#[derive(Debug)]
+pub struct Workload {
+    task: TrainTask,
+    /// For the places that the task names.
+    storage: StorageConfig,
+    workers: u32,
+    /// Stays on this machine while this value exists.
+    data: LocalDataset,
+    /// Which data it is.
+    identity: DatasetId,
+    /// Sequences of one pass over the data.
+    sequences: NonZeroU64,
+    companions: Files,
+}
+
+impl Workload {
+    /// Workers on this node.
+    pub const fn workers(&self) -> u32 {
+        self.workers
+    }
+
+    /// The step after which the run is complete.
+    pub const fn last_step(&self) -> Step {
+        self.task.last_step()
+    }
+
+    /// The data that it is trained on.
+    pub const fn data(&self) -> &DatasetId {
+        &self.identity
+    }
+
+    /// The facts that decisions depend on.
+    pub fn outline(&self) -> Outline {
+        Outline::of(&self.task, self.workers)
+    }
+
+    /// Waits until all of the data has been verified against its checksums.
+    pub async fn verify(&self) -> Result<()> {
+        Ok(self.data.verify().await?)
+    }
+
+    /// A dataset in a folder may be replaced at any moment: it must still be the one that was checked.
+    pub fn is_still_there(&self) -> Result<()> {
+        if identity::is_still(self.data.dir(), &self.identity.index)? {
+            return Ok(());
+        }
+        let what = format!("the dataset {} was replaced while this run used it", self.task.data.train);
+        Err(Error::new(Kind::Config, what).with_hint(
+            "put the run's dataset back and resume, or name this one with --set data.train=… to train on it from here \
+             on",
+        ))
+    }
+
+    /// The weights that a run without a checkpoint starts from: a folder, and its files. `None`: they are drawn.
+    pub async fn beginning(&self) -> Result<Option<(Store, Vec<RemoteFile>)>> {
+        let Some(uri) = &self.task.model.init_from else { return Ok(None) };
+        let folder = initial::open(uri, &self.storage)?;
+        let files = initial::weights(&self.task.model, uri, &folder).await?;
+        Ok(Some((folder, files)))
+    }
+
+    /// The process of a worker.
+    pub fn command(&self) -> Command {
+        command::worker(self.task.train.threads)
+    }
+
+    /// What the worker of that rank is told first.
+    pub fn assignment(&self, rank: Rank, generation: Generation, resume_step: Step) -> Result<Assignment> {
+        let task =
+            Task { config: self.task.clone(), data_dir: self.data.dir().to_owned(), data: self.identity.clone() };
+        let world_size = WorldSize(self.workers);
+        Ok(Assignment { rank, local_rank: rank, world_size, generation, resume_step, task: task.write()? })
+    }
+
+    /// The files that stand beside the shards in the checkpoint of `step`; `index` says which shard holds which tensor.
+    pub fn small_files(&self, step: Step, index: Bytes) -> Result<Files> {
+        let state = TrainerState::at(step, &self.task, self.sequences)
+            .ok_or_else(|| Error::new(Kind::Config, "train.steps × train.global_batch is too large"))?;
+        let state = TrainerState { data: Some(self.identity.clone()), ..state };
+        let mut files = self.companions.clone();
+        files.push((layout::MODEL_INDEX.to_owned(), index));
+        files.push((layout::TRAINER_STATE.to_owned(), state.to_bytes()?.into()));
+        Ok(files)
+    }
+
+    /// Hint for a run whose workers have too little memory.
+    pub fn less_memory(&self, run_id: &RunId) -> String {
+        words::less_memory(run_id, &self.task.train, self.workers)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,114 @@
+//! From a configuration to a [`Workload`]: everything that it names is checked, and the data is fetched.
+
+use std::{
+    num::NonZeroU64,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    Workload,
+    companions::{self, Tokens},
+    loopback, provenance,
+};
+use crate::{
+    config::{Machine, RunConfig, TrainTask, micro_batches, workers_per_node},
+    data::{self, Dataset, Split, identity},
+    env,
+    error::{Error, Kind, Result},
+    ids::WorldSize,
+    journal::RunState,
+    model,
+    report::{Event, Reporter},
+    storage::Store,
+};
+
+/// Where a workload is prepared.
+#[derive(Clone, Copy, Debug)]
+pub struct Site<'a> {
+    /// Workers on this node, if given on the command line.
+    pub nproc_per_node: Option<u32>,
+    /// Where datasets from an object store are kept on this machine; `None`: in the user's cache.
+    pub cache: Option<&'a Path>,
+    /// Receives the events.
+    pub reporter: &'a Reporter,
+}
+
+impl Workload {
+    /// The work of a run that is about to be created, with stricter checks of what it starts from. All of its data has
+    /// been verified.
+    pub async fn of_new_run(config: &RunConfig, site: Site<'_>) -> Result<Self> {
+        let TrainTask { model, .. } = &config.workload;
+        model::check_description(model.kind, &model.config)?;
+        let mut workload = Self::prepare(config, site).await?;
+        workload.companions = companions::of_new_run(config, workload.data.dir(), site.reporter).await?;
+        workload.verify().await?;
+        Ok(workload)
+    }
+
+    /// The work of an existing run, whose folder is `run`. `accepted`: a person has named the data, so it need not be
+    /// that of before.
+    pub async fn of_existing_run(
+        config: &RunConfig,
+        site: Site<'_>,
+        run: &Store,
+        state: &RunState,
+        accepted: bool,
+    ) -> Result<Self> {
+        let mut workload = Self::prepare(config, site).await?;
+        provenance::data_agrees(state, &workload, accepted)?;
+        let holders = companions::holders(state);
+        if let Some(files) = companions::of_existing_run(config, workload.data.dir(), run, &holders).await? {
+            workload.companions = files;
+        }
+        Ok(workload)
+    }
+
+    async fn prepare(config: &RunConfig, site: Site<'_>) -> Result<Self> {
+        let TrainTask { model, data: wanted, train, parallel } = &config.workload;
+        provenance::compute_device(parallel.device).await?;
+        let workers = workers_per_node(parallel, site.nproc_per_node, &Machine::detect());
+        micro_batches(train.global_batch, WorldSize(workers), train.max_micro_batch)?;
+        loopback::check(workers)?;
+        site.reporter.event(&Event::Phase { doing: "opening the token shards".into() });
+        let shown = |progress: data::cache::CacheProgress| {
+            tracing::debug!(done = progress.done, total = progress.total, "downloading token shards");
+        };
+        let cache = site.cache.map(Path::to_owned).or_else(cache_folder);
+        let data = data::ensure_local(&wanted.train, cache.as_deref(), &config.storage, shown).await?;
+        let dataset = Dataset::open(data.dir())?;
+        let identity = identity::identify(data.dir())?;
+        let vocabulary = model::vocab_size(model.kind, &model.config)?;
+        data::check_vocabulary(dataset.index(), &wanted.train, vocabulary.into(), "model.config")?;
+        let longest = model::max_sequence_length(model.kind, &model.config)?;
+        let length = wanted.sequence_length;
+        if length > longest {
+            return Err(Error::new(
+                Kind::Config,
+                format!(
+                    "data.sequence_length is {length}, but the model takes at most {longest} (max_position_embeddings)"
+                ),
+            ));
+        }
+        let samples = dataset.samples(Split::Train, length);
+        let sequences = NonZeroU64::new(samples).ok_or_else(|| {
+            let message = format!("{} holds no sequence of {length} tokens", wanted.train);
+            Error::new(Kind::Config, message).with_hint("shorten data.sequence_length or prepare more data")
+        })?;
+        Ok(Self {
+            task: config.workload.clone(),
+            storage: config.storage.clone(),
+            workers,
+            sequences,
+            companions: companions::plain(&config.workload, &Tokens::of(data.dir(), dataset.index())?)?,
+            data,
+            identity,
+        })
+    }
+}
+
+/// Where datasets that lie in an object store are kept on this machine; `None`: this user has no such place.
+fn cache_folder() -> Option<PathBuf> {
+    let named = |name| env::raw(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")));
+    Some(base?.join("trainer").join("datasets"))
+}

@@ -1,0 +1,201 @@
+//! What the reports of the ranks become: the progress of a step, and the result of a validation. Pure.
+//!
+//! Reports come from one rank after the other, in any order; a step counts once every rank has reported it. Sums do not
+//! depend on the order in which reports come: their last bit would otherwise differ from run to run.
+
+use std::{collections::BTreeMap, num::NonZeroU64};
+
+use crate::{config::TrainTask, ids::Step, journal::Metrics, protocol::StepReport, report};
+
+/// The facts about the work that decisions depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outline {
+    /// Workers on this node.
+    pub workers: u32,
+    /// The step after which the run is complete.
+    pub last: Step,
+    /// The interval of steps after whose multiples a state is validated; `None`: none ever is.
+    pub validated_every: Option<NonZeroU64>,
+    /// Tokens of one step, over all workers.
+    pub tokens: u64,
+}
+
+impl Outline {
+    /// Of a task that so many workers share.
+    pub fn of(task: &TrainTask, workers: u32) -> Self {
+        Self {
+            workers,
+            last: task.last_step(),
+            validated_every: NonZeroU64::new(task.data.validation_every),
+            tokens: u64::from(task.train.global_batch) * u64::from(task.data.sequence_length),
+        }
+    }
+}
+
+/// The figures of a step that its checkpoint is recorded with.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Figures {
+    /// Its loss, if it has one.
+    pub loss: Option<f64>,
+    /// Other figures, by name.
+    pub metrics: Metrics,
+}
+
+/// A step that every rank has finished.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    /// The step.
+    pub step: Step,
+    /// Mean loss over the global batch.
+    loss: f64,
+    /// Seconds from the end of the step before; the slowest rank's.
+    pub step_s: f64,
+    lr: f64,
+    grad_norm: f64,
+    stall_s: f64,
+    tokens: u64,
+}
+
+impl Progress {
+    /// What a checkpoint of it is recorded with: its loss alone.
+    pub const fn figures(&self) -> Figures {
+        Figures { loss: Some(self.loss), metrics: Metrics::new() }
+    }
+
+    /// For people: the newest checkpoint is so many steps and seconds behind.
+    pub fn event(&self, lag_steps: u64, lag_s: f64) -> report::Event {
+        let Self { step, loss, step_s, lr, grad_norm, stall_s, tokens } = *self;
+        let (tokens_per_s, tokens) = (tokens as f64 / step_s.max(1e-9), tokens.saturating_mul(step.get()));
+        report::Event::Step { step, loss, lr, grad_norm, tokens, tokens_per_s, step_s, stall_s, lag_steps, lag_s }
+    }
+}
+
+/// A step whose numbers are not finite: its work is lost, and doing it again gives the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Diverged {
+    /// The step.
+    pub step: Step,
+    /// Which number is not finite.
+    pub reason: String,
+}
+
+/// Gathers the reports of all ranks.
+#[derive(Debug)]
+pub struct Reports {
+    outline: Outline,
+    /// Of steps that not every rank has finished.
+    steps: BTreeMap<Step, Vec<StepReport>>,
+    /// Of states that not every rank has measured: how many have, the sum of their losses, their sequences.
+    validations: BTreeMap<Step, (u32, f64, u64)>,
+}
+
+impl Reports {
+    /// None yet.
+    pub const fn new(outline: Outline) -> Self {
+        Self { outline, steps: BTreeMap::new(), validations: BTreeMap::new() }
+    }
+
+    /// A rank has finished a step. `None`: others have not.
+    pub fn step(&mut self, report: StepReport) -> Option<Result<Progress, Diverged>> {
+        let StepReport { step, grad_norm, lr, .. } = report;
+        let reports = self.steps.entry(step).or_default();
+        reports.push(report);
+        if reports.len() < self.outline.workers as usize {
+            return None;
+        }
+        let reports = self.steps.remove(&step)?;
+        // Summed in no particular order of arrival would differ in the last bit: sum sorted.
+        let mut losses: Vec<f64> = reports.iter().map(|r| r.loss).collect();
+        losses.sort_by(f64::total_cmp);
+        let loss = losses.iter().sum::<f64>() / losses.len() as f64;
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Some(Err(Diverged { step, reason: format!("loss {loss}, gradient norm {grad_norm}") }));
+        }
+        let slowest = |f: fn(&StepReport) -> f64| reports.iter().map(f).fold(0.0, f64::max);
+        let (step_s, stall_s) = (slowest(|r| r.step_s), slowest(|r| r.stall_s));
+        Some(Ok(Progress { step, loss, step_s, lr, grad_norm, stall_s, tokens: self.outline.tokens }))
+    }
+
+    /// A rank has measured its share of a state. Returns the validation loss once every rank has.
+    pub fn validated(&mut self, step: Step, loss_sum: f64, sequences: u64) -> Option<f64> {
+        let (ranks, sum, count) = self.validations.entry(step).or_default();
+        (*ranks, *sum, *count) = (*ranks + 1, *sum + loss_sum, *count + sequences);
+        if *ranks != self.outline.workers {
+            return None;
+        }
+        let (_, sum, count) = self.validations.remove(&step)?;
+        (count > 0).then(|| sum / count as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUTLINE: Outline = Outline { workers: 3, last: Step(9), validated_every: None, tokens: 100 };
+
+    fn report(step: u64, loss: f64, step_s: f64) -> StepReport {
+        let stall_s = step_s / 10.0;
+        StepReport { step: Step(step), loss, grad_norm: 1.5, lr: 1e-3, step_s, stall_s, data_s: 0.0 }
+    }
+
+    #[test]
+    fn a_step_counts_once_every_rank_has_reported_it_and_the_slowest_says_how_long_it_took() {
+        let mut reports = Reports::new(OUTLINE);
+        assert_eq!(reports.step(report(4, 3.0, 0.5)), None);
+        assert_eq!(reports.step(report(4, 1.0, 2.0)), None);
+        // A rank may be a step ahead.
+        assert_eq!(reports.step(report(5, 9.0, 1.0)), None);
+        let progress = reports.step(report(4, 2.0, 1.0)).unwrap().unwrap();
+        assert_eq!((progress.step, progress.step_s), (Step(4), 2.0));
+        assert_eq!(progress.figures(), Figures { loss: Some(2.0), metrics: Metrics::new() });
+        let report::Event::Step { tokens, tokens_per_s, stall_s, lag_steps, lag_s, lr, grad_norm, .. } =
+            progress.event(3, 7.5)
+        else {
+            panic!("another event")
+        };
+        assert_eq!((tokens, tokens_per_s, stall_s), (400, 50.0, 0.2));
+        assert_eq!((lag_steps, lag_s, lr, grad_norm), (3, 7.5, 1e-3, 1.5));
+    }
+
+    #[test]
+    fn a_loss_is_the_same_bits_in_whatever_order_the_ranks_report() {
+        let losses = [0.1, 1e16, 0.2];
+        let of = |order: [usize; 3]| {
+            let mut reports = Reports::new(OUTLINE);
+            let mut last = None;
+            for rank in order {
+                last = reports.step(report(1, losses[rank], 1.0));
+            }
+            last.unwrap().unwrap().loss.to_bits()
+        };
+        for order in [[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            assert_eq!(of(order), of([0, 1, 2]), "{order:?}");
+        }
+    }
+
+    #[test]
+    fn a_number_that_is_not_finite_is_divergence() {
+        for (loss, grad_norm, reason) in [
+            (f64::NAN, 1.0, "loss NaN, gradient norm 1"),
+            (f64::INFINITY, 1.0, "loss inf, gradient norm 1"),
+            (1.0, f64::NAN, "loss 1, gradient norm NaN"),
+        ] {
+            let mut reports = Reports::new(Outline { workers: 1, ..OUTLINE });
+            let diverged = reports.step(StepReport { grad_norm, ..report(2, loss, 1.0) }).unwrap().unwrap_err();
+            assert_eq!(diverged, Diverged { step: Step(2), reason: reason.into() });
+        }
+    }
+
+    #[test]
+    fn a_validation_is_the_mean_over_all_sequences_of_all_ranks() {
+        let mut reports = Reports::new(OUTLINE);
+        assert_eq!(reports.validated(Step(4), 6.0, 2), None);
+        assert_eq!(reports.validated(Step(4), 1.0, 1), None);
+        assert_eq!(reports.validated(Step(4), 3.0, 1), Some(2.5));
+        // Fewer sequences than ranks, or none at all.
+        assert_eq!(reports.validated(Step(8), 0.0, 0), None);
+        assert_eq!(reports.validated(Step(8), 0.0, 0), None);
+        assert_eq!(reports.validated(Step(8), 0.0, 0), None);
+    }
+}

@@ -1,0 +1,74 @@
+//! Hints about what to type next that name settings of the work.
+
+use crate::{
+    config::{TrainConfig, micro_batches},
+    error::{Error, Kind},
+    ids::{RunId, Step, WorldSize},
+};
+
+/// Hint for a diverged run; `good`: the last checkpoint before that.
+pub fn lower_rate(run_id: &RunId, good: Option<Step>) -> String {
+    match good {
+        Some(good) => format!(
+            "the last good checkpoint is step {good}; lower the learning rate and carry on: trainer resume --run-id \
+             {run_id} --from {good} --set train.optimizer.lr=…"
+        ),
+        None => "no checkpoint was made yet; start again with a lower learning rate: trainer run CONFIG --run-id NEW \
+                 --set train.optimizer.lr=…"
+            .to_owned(),
+    }
+}
+
+/// The run is at `step`, beyond its last one.
+pub fn beyond(run_id: &RunId, step: Step, last: Step) -> Error {
+    Error::new(Kind::Config, format!("run {run_id} is at step {step} already, beyond train.steps = {last}")).with_hint(
+        format!(
+            "give more steps, --set train.steps=N, or an earlier checkpoint, --from STEP: `trainer checkpoints \
+             --run-id {run_id}` lists them"
+        ),
+    )
+}
+
+/// Hint for a run whose workers have too little memory.
+pub fn less_memory(run_id: &RunId, train: &TrainConfig, workers: u32) -> String {
+    let batch = micro_batches(train.global_batch, WorldSize(workers), train.max_micro_batch);
+    match batch.map_or(train.max_micro_batch, |batch| batch.micro_batch) {
+        0 | 1 => format!(
+            "a micro-batch is one sequence already: carry on where each worker has more memory, or with more workers \
+             (--nproc-per-node), which share the optimizer's state: trainer resume --run-id {run_id}"
+        ),
+        most => format!(
+            "halve the micro-batch: trainer resume --run-id {run_id} --set train.max_micro_batch={}; the global batch \
+             stays as it is",
+            most / 2
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_too_little_memory_hears_the_command_that_needs_less() {
+        let train = |global_batch, max_micro_batch| TrainConfig {
+            global_batch,
+            max_micro_batch,
+            ..crate::checkpoint::testing::config().workload.train
+        };
+        let run: RunId = "r1".parse().unwrap();
+        // 32 sequences by 2 workers: 16 each, in passes of 8.
+        let hint = less_memory(&run, &train(32, 9), 2);
+        assert!(hint.contains("trainer resume --run-id r1 --set train.max_micro_batch=4;"), "{hint}");
+        let hint = less_memory(&run, &train(4, 1), 2);
+        assert!(hint.contains("--nproc-per-node"), "{hint}");
+    }
+
+    #[test]
+    fn who_has_diverged_hears_where_to_carry_on_if_there_is_such_a_place() {
+        let run: RunId = "r1".parse().unwrap();
+        let hint = lower_rate(&run, Some(Step(7)));
+        assert!(hint.contains("is step 7;") && hint.contains("trainer resume --run-id r1 --from 7 --set"), "{hint}");
+        assert!(lower_rate(&run, None).contains("trainer run CONFIG --run-id NEW"));
+    }
+}

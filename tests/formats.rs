@@ -1,8 +1,8 @@
 //! Stored formats: what released versions have written is read for ever; what strangers have written is an error.
 //!
 //! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` and `v3/` what later versions
-//! have added. They are never changed: a new version gets a folder of its own. `fixtures/formats/hostile/` holds objects
-//! that each once looked dangerous. Both are read by the very functions that read the store.
+//! have added. They are never changed: a new version gets a folder of its own. `fixtures/formats/hostile/` holds
+//! objects that each once looked dangerous. Both are read by the very functions that read the store.
 
 use std::{fs, path::PathBuf};
 

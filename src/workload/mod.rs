@@ -147,3 +147,6 @@ impl Workload {
         words::less_memory(run_id, &self.task.train, self.workers)
     }
 }
+
+#[cfg(test)]
+mod tests;

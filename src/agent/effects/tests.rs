@@ -10,7 +10,7 @@ use crate::{
     agent::generation::Stopped,
     checkpoint::{
         condemn::Docket,
-        testing::{config, file_store, memory_store},
+        testing::{config, memory_store},
     },
     format::header::Dtype,
     ids::{DatasetId, NodeId, RunId, WorldSize},
@@ -38,10 +38,7 @@ struct Stage {
 impl Stage {
     /// Generation 1 of a run in a new store, of no workers.
     async fn new() -> Self {
-        Self::on(memory_store()).await
-    }
-
-    async fn on(store: Store) -> Self {
+        let store = memory_store();
         let (node, run_id) = (NodeId::random(), RunId::new("run").unwrap());
         let mut journal = Journal::create(store.clone(), node.clone(), run_id.clone(), config()).await.unwrap();
         let data = DatasetId { index: "0".repeat(16), vocabulary: "1".repeat(16) };
@@ -239,9 +236,7 @@ fn every_end_has_its_parting() {
 
 #[tokio::test]
 async fn the_record_of_a_notice_is_waited_for_when_a_run_stops() {
-    // A disk takes its time: nothing there is done at once.
-    let (_folder, store) = file_store();
-    let mut stage = Stage::on(store).await;
+    let mut stage = Stage::new().await;
     let journal = stage.plan.upload.journal.clone();
     let (mut performer, _answers) = stage.begin();
     let generation = Generation(1);

@@ -4,7 +4,11 @@
 //! [`Performer::perform`] carries them out, in order. None of them waits: an effect that takes time runs as a task of
 //! its own, whose end comes back as an [`Event`]. An immediate answer is an event, too.
 //!
-//! Owns: worker processes, snapshot slots, and all tasks of the generation. Decides nothing.
+//! All effects of one event are performed, also those after one that fails; a failure is answered by [`Event::Lost`].
+//! Only then does the generation end, if it does.
+//!
+//! Owns: worker processes, snapshot slots, and all tasks of the generation. Decides nothing but what an end means for
+//! the work under way.
 //!
 //! *Crash:* work under way is lost, and no record names it. *Cancel:* [`Performer::end`] ends all of it; requests
 //! already sent to the store may land.
@@ -50,6 +54,7 @@ const GRACE: Duration = Duration::from_secs(5);
 const NOTED: Duration = Duration::from_secs(1);
 /// How long killed processes may take to be gone. One that hangs in the kernel never is.
 const GONE: Duration = Duration::from_secs(10);
+
 /// One thing to do.
 #[derive(Debug)]
 pub enum Effect {
@@ -209,6 +214,35 @@ impl Answers {
 struct Saving {
     cost: watch::Sender<SaveCost>,
     give_up: AbortHandle,
+}
+
+/// What the end of a generation means for its work under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Parting {
+    /// The save under way is given up: a snapshot that is not a checkpoint by now must not become one, since the
+    /// journal is about to say so.
+    gives_up_save: bool,
+    /// The workers are asked to exit, and not killed.
+    dismisses: bool,
+    /// The journal's last record is more urgent than the end of the workers.
+    leaves_rest: bool,
+}
+
+impl Parting {
+    const fn of(end: &Result<End>) -> Self {
+        match end {
+            Ok(End::Completed { .. }) => Self { gives_up_save: false, dismisses: true, leaves_rest: true },
+            // If steps are lost, the workers are in the middle of another one, and there may be no time to wait for its
+            // end.
+            Ok(End::Stopped(stopped)) => {
+                let dismisses = stopped.committed.get() >= stopped.step.get();
+                Self { gives_up_save: true, dismisses, leaves_rest: true }
+            }
+            Ok(End::Died { .. } | End::Damaged { .. } | End::Diverged { .. }) | Err(_) => {
+                Self { gives_up_save: false, dismisses: false, leaves_rest: false }
+            }
+        }
+    }
 }
 
 /// Performs the effects.
@@ -379,9 +413,9 @@ impl<'a> Performer<'a> {
     /// Ends all work under way. Waits until the workers are gone, unless something is more urgent: then the rest is
     /// returned.
     pub async fn end(mut self, end: &Result<End>) -> Option<Left> {
+        let parting = Parting::of(end);
         self.hush();
-        if matches!(end, Ok(End::Stopped(_))) {
-            // A snapshot that is not a checkpoint by now must not become one: the journal is about to say so.
+        if parting.gives_up_save {
             if let Some(saving) = self.saving.take() {
                 saving.give_up.abort();
             }
@@ -389,12 +423,8 @@ impl<'a> Performer<'a> {
             let _ = tokio::time::timeout(NOTED, written).await;
             self.notes.shutdown().await;
         }
-        let workers = self.workers.take().map(|workers| match end {
-            Ok(End::Completed { .. }) => tokio::spawn(workers.dismiss(GRACE)),
-            // If steps are lost, the workers are in the middle of another one, and there may be no time to wait for its
-            // end.
-            Ok(End::Stopped(stopped)) if stopped.committed >= stopped.step => tokio::spawn(workers.dismiss(GRACE)),
-            _ => tokio::spawn(workers.kill()),
+        let workers = self.workers.take().map(|workers| {
+            if parting.dismisses { tokio::spawn(workers.dismiss(GRACE)) } else { tokio::spawn(workers.kill()) }
         });
         let processes = [workers, self.killing.take()];
         let gone = async move {
@@ -404,7 +434,7 @@ impl<'a> Performer<'a> {
                 }
             }
         };
-        if matches!(end, Ok(End::Stopped(_) | End::Completed { .. })) {
+        if parting.leaves_rest {
             return Some(Left { leaving: Some(tokio::spawn(gone)), retention: Some(self.retention) });
         }
         // The next generation needs their devices' memory.
@@ -448,3 +478,6 @@ fn log(line: Log) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

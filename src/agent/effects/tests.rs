@@ -1,0 +1,279 @@
+//! The order of effects, those after one that fails, and what an end means for the work under way; without processes.
+
+use std::{
+    num::NonZeroU64,
+    sync::{Arc, Mutex},
+};
+
+use super::*;
+use crate::{
+    agent::generation::Stopped,
+    checkpoint::{
+        condemn::Docket,
+        testing::{config, memory_store},
+    },
+    format::header::Dtype,
+    ids::{DatasetId, NodeId, RunId, WorldSize},
+    journal::{Formed, FormedReason, Journal, JournalWriter, Means, RosterEntry},
+    report::{Event as Told, Screen},
+    snapshot::{cadence::Measured, plan::ShardKind},
+    storage::{Priority, Store},
+};
+
+/// A test that hangs fails.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The warnings reported so far.
+type Heard = Arc<Mutex<Vec<String>>>;
+
+/// Everything that outlives a performer.
+struct Stage {
+    plan: Plan,
+    slots: Slots,
+    reporter: Reporter,
+    heard: Heard,
+    store: Store,
+}
+
+impl Stage {
+    /// Generation 1 of a run in a new store, of no workers.
+    async fn new() -> Self {
+        let store = memory_store();
+        let (node, run_id) = (NodeId::random(), RunId::new("run").unwrap());
+        let mut journal = Journal::create(store.clone(), node.clone(), run_id.clone(), config()).await.unwrap();
+        let data = DatasetId { index: "0".repeat(16), vocabulary: "1".repeat(16) };
+        let formed = Formed {
+            roster: vec![RosterEntry { node: node.clone(), workers: 1 }],
+            world_size: WorldSize(1),
+            resume: None,
+            overrides: Vec::new(),
+            reason: FormedReason::Started,
+            data: Some(data.clone()),
+        };
+        let generation = journal.form(formed).await.unwrap();
+        let heard = Heard::default();
+        let reporter = Reporter::with_listener(Screen::plain(), false, {
+            let heard = Arc::clone(&heard);
+            Box::new(move |event| {
+                if let Told::Warning { message } = event {
+                    heard.lock().unwrap().push(message.clone());
+                }
+            })
+        });
+        let plan = Plan {
+            config: config(),
+            data_dir: "/nowhere".into(),
+            sequences: NonZeroU64::new(1000).unwrap(),
+            workers: 0,
+            load: Load::Nothing,
+            upload: upload::Context {
+                run: store.clone(),
+                run_id,
+                node,
+                generation,
+                formed: Instant::now(),
+                world_size: WorldSize(1),
+                data,
+                journal: JournalWriter::start(journal),
+            },
+            companions: Vec::new(),
+            measured: Measured::NOTHING,
+            docket: Docket::default(),
+        };
+        Self { plan, slots: Slots::create().unwrap(), reporter, heard, store }
+    }
+
+    fn begin(&mut self) -> (Performer<'_>, Answers) {
+        let (senders, answers) = channels();
+        let workers = Workers::start(0, self.slots.shared(), 1, &senders.workers).unwrap();
+        let began = Instant::now();
+        let performer =
+            Performer::begin(&self.plan, began, &mut self.slots, &self.reporter, workers, Vec::new(), senders);
+        (performer, answers)
+    }
+}
+
+fn all(list: impl IntoIterator<Item = Effect>) -> Effects {
+    let mut effects = Effects::default();
+    list.into_iter().for_each(|effect| effects.push(effect));
+    effects
+}
+
+fn warning(message: &str) -> Effect {
+    Effect::Report(Told::Warning { message: message.into() })
+}
+
+fn lay_out() -> Effect {
+    let spec = |name: &str, kind| TensorSpec { name: name.into(), dtype: Dtype::F32, shape: vec![3], kind, part: None };
+    Effect::LayOut(vec![spec("a", ShardKind::Model), spec("exp_avg.a", ShardKind::Optimizer)])
+}
+
+fn save(step: u64) -> Effect {
+    let (cost, taken) = (SaveCost::default(), Duration::ZERO);
+    let priority = Priority::Normal;
+    Effect::Upload(Transfer { step: Step(step), slot: 0, loss: 1.5, validation_loss: None, cost, taken, priority })
+}
+
+fn stopped(step: u64, committed: u64) -> Result<End> {
+    let (step, committed) = (Step(step), Step(committed));
+    Ok(End::Stopped(Stopped { step, committed, verdict: "the time was up".into(), drain: None }))
+}
+
+fn failure() -> Error {
+    Error::new(Kind::Data, "x")
+}
+
+async fn next(answers: &mut Answers) -> Event {
+    tokio::time::timeout(LIMIT, answers.next()).await.expect("nothing is answered")
+}
+
+/// How the save of `step` ended.
+async fn saved(answers: &mut Answers) -> Result<upload::Saved> {
+    loop {
+        if let Event::Save(SaveEvent::Ended { result, .. }) = next(answers).await {
+            return result;
+        }
+    }
+}
+
+#[tokio::test]
+async fn effects_are_performed_in_their_order() {
+    let mut stage = Stage::new().await;
+    let heard = Arc::clone(&stage.heard);
+    let (mut performer, _answers) = stage.begin();
+    let done = performer.perform(all([warning("a"), warning("b"), warning("c")]));
+    assert!(matches!(done, ControlFlow::Continue(answers) if answers.is_empty()));
+    assert_eq!(*heard.lock().unwrap(), ["a", "b", "c"]);
+}
+
+#[tokio::test]
+async fn after_an_effect_that_fails_the_others_are_performed_and_answers_keep_the_order() {
+    let mut stage = Stage::new().await;
+    let heard = Arc::clone(&stage.heard);
+    let (mut performer, _answers) = stage.begin();
+    // There is no layout yet, so there is nothing to upload.
+    let done = performer.perform(all([warning("a"), save(1), lay_out(), warning("b")]));
+    let ControlFlow::Continue(answers) = done else { panic!("it has ended") };
+    assert!(matches!(&answers[..], [Event::Lost(_), Event::LaidOut { bytes: 1.. }]), "{answers:?}");
+    assert_eq!(*heard.lock().unwrap(), ["a", "b"]);
+}
+
+#[tokio::test]
+async fn an_end_comes_after_all_effects_and_outranks_their_answers() {
+    let mut stage = Stage::new().await;
+    let heard = Arc::clone(&stage.heard);
+    let (mut performer, _answers) = stage.begin();
+    let done = performer.perform(all([save(1), warning("a")]).ending(Err(failure())));
+    let ControlFlow::Break(Err(error)) = done else { panic!("{done:?}") };
+    assert_eq!((error.to_string(), &*heard.lock().unwrap()), ("x".into(), &vec!["a".to_owned()]));
+}
+
+#[tokio::test]
+async fn a_save_is_recorded_with_the_cost_that_was_told_last() {
+    let mut stage = Stage::new().await;
+    let journal = stage.plan.upload.journal.clone();
+    let (mut performer, mut answers) = stage.begin();
+    let cost = |stall_s| Effect::Cost(SaveCost { stall_s, ..SaveCost::default() });
+    // A cost without a save says nothing.
+    let done = performer.perform(all([cost(9.0), lay_out(), save(1), cost(2.0), cost(3.0)]));
+    assert!(matches!(done, ControlFlow::Continue(answers) if answers.len() == 1));
+    let committed = saved(&mut answers).await.unwrap().committed;
+    assert_eq!((committed.step, committed.loss, committed.cost.stall_s), (Step(1), 1.5, 3.0));
+    assert_eq!(journal.state().newest().map(|newest| newest.committed.clone()), Some(committed));
+}
+
+#[tokio::test]
+async fn only_a_run_that_was_stopped_gives_up_its_save() {
+    for (end, given_up) in [(stopped(1, 0), true), (Err(failure()), false), (Ok(End::Completed { loss: 1.0 }), false)] {
+        let mut stage = Stage::new().await;
+        let journal = stage.plan.upload.journal.clone();
+        let (mut performer, mut answers) = stage.begin();
+        let done = performer.perform(all([lay_out(), save(1)]));
+        assert!(done.is_continue());
+        let _left = tokio::time::timeout(LIMIT, performer.end(&end)).await.expect("it hangs");
+        let saved = saved(&mut answers).await;
+        assert_eq!(saved.is_err(), given_up, "{end:?}: {saved:?}");
+        assert_eq!(journal.state().newest().is_none(), given_up, "{end:?}");
+    }
+}
+
+#[tokio::test]
+async fn only_an_end_with_a_last_record_leaves_the_workers_to_it() {
+    for (end, leaves) in [
+        (stopped(1, 0), true),
+        (stopped(1, 1), true),
+        (Ok(End::Completed { loss: 1.0 }), true),
+        (Err(failure()), false),
+    ] {
+        let mut stage = Stage::new().await;
+        let (performer, _answers) = stage.begin();
+        let left = tokio::time::timeout(LIMIT, performer.end(&end)).await.expect("it hangs");
+        assert_eq!(left.is_some(), leaves, "{end:?}");
+        if let Some(Left { leaving, retention }) = left {
+            assert!(retention.is_some());
+            tokio::time::timeout(LIMIT, leaving.expect("workers")).await.expect("they never go").unwrap();
+        }
+    }
+}
+
+#[test]
+fn every_end_has_its_parting() {
+    let (step, reason) = (Step(3), String::new());
+    let parting = |gives_up_save, dismisses, leaves_rest| Parting { gives_up_save, dismisses, leaves_rest };
+    for (end, expected) in [
+        (Ok(End::Completed { loss: 1.0 }), parting(false, true, true)),
+        (stopped(3, 3), parting(true, true, true)),
+        (stopped(3, 4), parting(true, true, true)),
+        (stopped(3, 2), parting(true, false, true)),
+        (Ok(End::Died { step, reason: reason.clone() }), parting(false, false, false)),
+        (Ok(End::Damaged { object: String::new(), reason: reason.clone() }), parting(false, false, false)),
+        (Ok(End::Diverged { step, reason }), parting(false, false, false)),
+        (Err(failure()), parting(false, false, false)),
+    ] {
+        assert_eq!(Parting::of(&end), expected, "{end:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_record_of_a_notice_is_waited_for_when_a_run_stops() {
+    let mut stage = Stage::new().await;
+    let journal = stage.plan.upload.journal.clone();
+    let (mut performer, _answers) = stage.begin();
+    let generation = Generation(1);
+    let note = Record::Notice { generation, source: "sigterm".into(), deadline_s: None, means: Means::Stop };
+    assert!(performer.perform(all([Effect::Note(note)])).is_continue());
+    let before = journal.state().next();
+    let _left = tokio::time::timeout(LIMIT, performer.end(&stopped(1, 1))).await.expect("it hangs");
+    assert_eq!(journal.state().next(), before + 1);
+}
+
+#[tokio::test]
+async fn a_look_at_a_journal_that_is_gone_ends_the_run_unless_it_is_hushed() {
+    for hushed in [false, true] {
+        let mut stage = Stage::new().await;
+        let state = stage.plan.upload.journal.state();
+        stage.store.delete(&layout::journal_entry(state.next() - 1)).await.unwrap();
+        let (mut performer, mut answers) = stage.begin();
+        let hush = hushed.then_some(Effect::Hush);
+        assert!(performer.perform(all([Effect::Look].into_iter().chain(hush))).is_continue());
+        // It comes after all that the look does.
+        let after = Duration::from_millis(500);
+        assert!(performer.perform(all([Effect::Retry { slot: 1, after }])).is_continue());
+        let first = next(&mut answers).await;
+        assert_eq!(matches!(first, Event::Lost(_)), !hushed, "{first:?}");
+        assert_eq!(matches!(first, Event::Retry { slot: 1 }), hushed, "{first:?}");
+    }
+}
+
+#[tokio::test]
+async fn workers_are_heard_before_saves_and_saves_before_the_rest() {
+    let (senders, mut answers) = channels();
+    senders.later.send(Event::Retry { slot: 1 }).unwrap();
+    senders.fetched.send(Ok(Fetched { bytes: 1, seconds: 1.0 })).unwrap();
+    senders.saves.send(SaveEvent::Progress { step: Step(1), bytes: 1 }).unwrap();
+    senders.workers.send(WorkerEvent::Exited(Rank(0), "killed".into())).unwrap();
+    assert!(matches!(next(&mut answers).await, Event::Worker(_)));
+    assert!(matches!(next(&mut answers).await, Event::Save(_)));
+    assert!(matches!(next(&mut answers).await, Event::Fetched(_)));
+    assert!(matches!(next(&mut answers).await, Event::Retry { .. }));
+}

@@ -320,8 +320,16 @@ mod tests {
         },
     };
 
-    /// A test that hangs fails.
-    const LIMIT: Duration = Duration::from_secs(60);
+    /// What takes longer hangs, and its test fails: no test here waits for the store for more than milliseconds, but
+    /// for the patience with a commit.
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    async fn within<T>(what: &str, work: impl Future<Output = T>) -> T {
+        match timeout(LIMIT, work).await {
+            Ok(done) => done,
+            Err(_) => panic!("{what}: not within {LIMIT:?}"),
+        }
+    }
 
     /// A journal whose generation 1 has committed steps 1 and 2, on a store whose creates hang once `hangs` says so;
     /// the next one sets it back.
@@ -364,9 +372,12 @@ mod tests {
     const PRUNED: Record = Record::Pruned { step: Step(1), generation: Generation(1) };
 
     async fn hanging(hangs: &AtomicBool) {
-        while hangs.load(Ordering::SeqCst) {
-            tokio::task::yield_now().await;
-        }
+        let begun = async {
+            while hangs.load(Ordering::SeqCst) {
+                tokio::task::yield_now().await;
+            }
+        };
+        within("the append reaches the store", begun).await;
     }
 
     fn prune(journal: &JournalWriter) -> tokio::task::JoinHandle<Answer> {
@@ -393,8 +404,8 @@ mod tests {
         hanging(&hangs).await;
         let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
         let commit = journal.append(Urgency::Commit, Record::Committed(committed));
-        let number = timeout(LIMIT, commit).await.expect("the commit waits").unwrap();
-        let pruned = timeout(LIMIT, pruning).await.expect("it was forgotten").unwrap().unwrap();
+        let number = within("the commit", commit).await.unwrap();
+        let pruned = within("the housekeeping after it", pruning).await.unwrap().unwrap();
         assert_eq!(number, numbers.0);
         // If the interrupted append had landed, it is not written twice.
         assert_eq!(pruned, (numbers.1 > numbers.0).then_some(numbers.1));
@@ -440,15 +451,16 @@ mod tests {
     #[tokio::test]
     async fn a_look_gives_up_beside_other_work() {
         let (journal, store, hangs) = writer(Fault::Hang).await;
-        let seen = journal.look().await.unwrap().expect("nothing else is to be done");
+        let seen = within("a look", journal.look()).await.unwrap().expect("nothing else is to be done");
         assert_eq!(seen.state.next(), 4);
         hangs.store(true, Ordering::SeqCst);
         let pruning = prune(&journal);
         hanging(&hangs).await;
-        assert!(timeout(LIMIT, journal.look()).await.expect("it waits").unwrap().is_none());
+        assert!(within("a look beside an append", journal.look()).await.unwrap().is_none());
         pruning.abort();
         let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
-        assert_eq!(journal.append(Urgency::Commit, Record::Committed(committed)).await.unwrap(), 4);
+        let commit = journal.append(Urgency::Commit, Record::Committed(committed));
+        assert_eq!(within("a commit", commit).await.unwrap(), 4);
     }
 
     #[tokio::test]
@@ -464,14 +476,15 @@ mod tests {
         pruning.abort();
         assert!(pruning.await.is_err());
         let again = journal.append_if(Urgency::Housekeeping, PRUNED, good);
-        assert_eq!(timeout(LIMIT, again).await.expect("for ever").unwrap(), Some(4));
+        assert_eq!(within("an append behind two withdrawn ones", again).await.unwrap(), Some(4));
         assert_eq!(journal.state().next(), 5);
     }
 
     #[tokio::test]
     async fn a_record_that_is_not_wanted_is_not_written() {
         let (journal, ..) = writer(Fault::Pass).await;
-        let never = journal.append_if(Urgency::Housekeeping, PRUNED, |_| false).await.unwrap();
+        let never = journal.append_if(Urgency::Housekeeping, PRUNED, |_| false);
+        let never = within("an append that is not wanted", never).await.unwrap();
         assert_eq!((never, journal.state().next()), (None, 4));
     }
 
@@ -480,7 +493,8 @@ mod tests {
         let (journal, store, _) = writer(Fault::Pass).await;
         assert_eq!(journal.view().held, Some(Generation(1)));
         let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
-        journal.append(Urgency::Commit, Record::Committed(committed)).await.unwrap();
+        let commit = journal.append(Urgency::Commit, Record::Committed(committed));
+        within("a commit", commit).await.unwrap();
         assert_eq!(journal.state().newest().map(|newest| newest.committed.step), Some(Step(3)));
     }
 
@@ -508,7 +522,7 @@ mod tests {
                     drain: None,
                 }
             };
-            timeout(LIMIT, journal.last_words(make)).await.expect("they wait").unwrap();
+            within("the last words", journal.last_words(make)).await.unwrap();
             let view = journal.view();
             let said = &view.state.interruptions()[0];
             assert_eq!((said.lost_steps, said.committed), (0, Some(Step(3))), "{fault:?}");

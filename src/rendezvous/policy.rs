@@ -112,6 +112,39 @@ mod tests {
     }
 
     #[test]
+    fn another_node_leads_until_its_end_is_recorded() {
+        use crate::{
+            checkpoint::testing::{formed, state_after},
+            ids::{Generation, Step},
+            journal::Record,
+        };
+        let interrupted = |generation| Record::Interrupted {
+            generation: Generation(generation),
+            step: Step(0),
+            committed: None,
+            lost_steps: 0,
+            verdict: String::new(),
+            drain: None,
+        };
+        let failed = || Record::Failed { generation: Generation(1), step: Step(0), reason: String::new() };
+        for (records, led) in [
+            (vec![], true),
+            (vec![interrupted(1)], false),
+            (vec![failed()], false),
+            (vec![interrupted(1), formed(2, None)], true),
+            (vec![failed(), formed(2, None)], true),
+            (vec![interrupted(1), formed(2, None), interrupted(2)], false),
+        ] {
+            let told = format!("{records:?}");
+            let state = state_after(vec![], records);
+            let leader = state.formed().unwrap().node.clone();
+            let expected = View { leader: led.then(|| leader.clone()), liveness: None, read_on: false };
+            assert_eq!(View::of(&state, &NodeId::random()), expected, "{told}");
+            assert_eq!(View::of(&state, &leader).leader, None, "a node does not wait for itself: {told}");
+        }
+    }
+
+    #[test]
     fn a_run_that_nobody_leads_is_formed_at_once() {
         let view = View { leader: None, liveness: None, read_on: false };
         assert_eq!(next(&view, 0, NO_STANDBY), Move::Form);

@@ -17,9 +17,10 @@
 //!
 //! The same holds for failures. A machine with a broken GPU, or a role that has lost its write permission, would fail
 //! one healthy job after the other into the dead-letter queue. So if the consumer's own store refuses, or if a second
-//! run in a row ends with a fault of this program or for lack of permission with no checkpoint in between
-//! ([`Suspicion`]), the message is renewed and the consumer exits with that exit code. The first of the two has
-//! counted; and if both jobs are poison themselves, the second is renewed, at the cost of a consumer.
+//! run in a row ends with a fault of this program with no checkpoint in between ([`Suspicion`]), the message is renewed
+//! and the consumer exits with that exit code. Other kinds of failure raise no suspicion: a job may name places that
+//! this consumer's role can't read. The first of the two has counted; and if both jobs are poison themselves, the
+//! second is renewed, at the cost of a consumer.
 //!
 //! So a kill counts as a receive, since nobody was left to renew. The next receiver of the message makes up for it: if
 //! the run's journal shows a checkpoint that was not there when the copy was sent, the job is no poison, and its

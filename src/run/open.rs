@@ -331,6 +331,10 @@ mod tests {
         assert_eq!(store.uri(), uri);
         let Begin::Resume { from: Some(Step(0)), overrides, .. } = begin else { panic!("{begin:?}") };
         assert_eq!(overrides, pairs(&[("storage.concurrency", "5")]));
+        // Only S3 encrypts: the store itself is opened again, with these settings.
+        let encrypted = pairs(&[("storage.encryption", "sse-s3")]);
+        let error = find(&uri, &STORAGE, &run_id, encrypted).await.unwrap_err();
+        assert!(error.to_string().contains("storage.encryption"), "{error}");
     }
 
     #[tokio::test]

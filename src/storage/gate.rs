@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_a_request_waited_for_a_cap_is_not_the_stores_time() {
+    async fn what_a_request_waited_for_the_rate_limit_is_not_the_stores_time() {
         let gate = Gate::new("test", Pace::adaptive(8));
         let mut pass = gate.enter().await.unwrap();
         let entered = pass.began;

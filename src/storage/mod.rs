@@ -1,11 +1,11 @@
 //! The object store: open a URI, create-once puts, parallel uploads and ranged downloads, with retries and limits.
 //!
-//! One code path serves `s3://`, `gs://`, `az://`, `file://` and `memory://`; `store` is the client, on which all other
-//! parts build, `open` turns a URI into a `backend`, `retry` decides which requests are repeated, `upload` writes large objects in parts (`signed` on S3, `local` on
-//! disks), `download` reads ranges into memory, `pace` and `gate` find how many requests a store handles at once, `cap`
-//! bounds bandwidth, `pool` has threads apart from the caller's, `probe` finds out whether create-once puts are atomic,
-//! `examine` checks further abilities of a place. Keys are relative to a [`Store`] (a whole store or a folder of one)
-//! and use `/`.
+//! One code path serves `s3://`, `gs://`, `az://`, `file://` and `memory://`. `store` is the client, on which all other
+//! parts build; `open` turns a URI into a `backend`; `retry` decides which requests are repeated; `upload` writes large
+//! objects in parts (`signed` on S3, `local` on disks); `download` reads ranges into memory; `pace` and `gate` find how
+//! many requests a store handles at once; `rate_limit` bounds bandwidth; `pool` has threads apart from the caller's;
+//! `probe` finds out whether create-once puts are atomic; `examine` checks further abilities of a place. Keys are
+//! relative to a [`Store`] (a whole store or a folder of one) and use `/`.
 //!
 //! Invariants
 //! - An object appears whole or not at all. On `file://` it is written beside its place, synced, and then linked or
@@ -31,7 +31,7 @@
 
 mod anchor;
 mod backend;
-mod cap;
+mod rate_limit;
 mod connect;
 mod crc;
 mod download;

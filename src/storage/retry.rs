@@ -19,11 +19,11 @@ use std::{
 use tokio::sync::Semaphore;
 
 use super::{
-    cap::Cap,
     error::{EXPIRED, StorageError},
     gate::Gate,
     hedge::{self, Tempo},
     pace::Outcome,
+    rate_limit::RateLimit,
 };
 use crate::{cloud::credentials::NoCredentials, ids::random_hex};
 
@@ -177,7 +177,7 @@ pub(super) enum Queue<'a> {
     /// Small requests: a fixed number at once.
     Control(&'a Semaphore),
     /// Bulk transfers: as many at once as the store handles well, and uploads within their bandwidth.
-    Bulk(&'a Gate, Option<&'a Cap>),
+    Bulk(&'a Gate, Option<&'a RateLimit>),
 }
 
 /// One operation, tried as often as the policy allows.
@@ -262,10 +262,10 @@ impl<'a> Attempts<'a> {
                 let Ok(_permit) = places.acquire().await else { return Err(Failure::stopped(self.operation)) };
                 self.ask(request, patience).await
             }
-            Queue::Bulk(gate, cap) => {
+            Queue::Bulk(gate, limit) => {
                 let Some(mut pass) = gate.enter().await else { return Err(Failure::stopped(self.operation)) };
-                if let Some(cap) = cap {
-                    cap.take(self.bytes).await;
+                if let Some(limit) = limit {
+                    limit.take(self.bytes).await;
                     pass.goes();
                 }
                 let answer = self.ask(request, patience).await;

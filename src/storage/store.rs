@@ -20,13 +20,13 @@ use tokio::sync::Semaphore;
 use super::{
     anchor::Anchor,
     backend::{Backend, Large},
-    cap::Cap,
     crc::Crc64,
     error::StorageError,
     gate::Gate,
     hedge::Tempo,
     pace::Pace,
     pool::{Pool, Task},
+    rate_limit::RateLimit,
     retry::{self, Again, Attempts, Failure, Policy, Queue},
 };
 use crate::config::StorageConfig;
@@ -74,7 +74,7 @@ pub enum Priority {
     Normal,
     /// Idle time only: threads of its own that yield to all others, with connections and limits of their own.
     Background,
-    /// Everything available: no bandwidth cap delays uploads, for the last save before the machine goes away; ranged
+    /// Everything available: no rate limit delays uploads, for the last save before the machine goes away; ranged
     /// reads get threads of their own, for a restore that training waits for.
     Urgent,
 }
@@ -127,7 +127,7 @@ pub(super) struct Inner {
     pub concurrency: usize,
     /// Bytes of one part.
     part: u64,
-    cap: Option<Cap>,
+    rate_limit: Option<RateLimit>,
     /// The upload times of parts.
     pub tempo: Tempo,
     /// The times to combine the parts of one object.
@@ -189,7 +189,7 @@ impl Store {
             reopen,
             concurrency,
             part: u64::from(settings.part_mib.max(1)) << 20,
-            cap: Cap::new(settings.max_upload_mib_per_s),
+            rate_limit: RateLimit::new(settings.max_upload_mib_per_s),
             tempo: Tempo::default(),
             completions: Tempo::default(),
             attributes: class.map(|class| (Attribute::StorageClass, AttributeValue::from(class))).into_iter().collect(),
@@ -465,13 +465,13 @@ impl Store {
         Ok(Arc::new(Apart { threads, lanes }))
     }
 
-    pub(super) fn cap(&self) -> Option<&Cap> {
-        self.inner.cap.as_ref().filter(|_| self.priority != Priority::Urgent)
+    pub(super) fn rate_limit(&self) -> Option<&RateLimit> {
+        self.inner.rate_limit.as_ref().filter(|_| self.priority != Priority::Urgent)
     }
 
-    /// Bytes of one part of an upload. Under a cap, one part should not occupy the line for long.
+    /// Bytes of one part of an upload. Under a rate limit, one part should not occupy the line for long.
     pub(super) fn part(&self) -> u64 {
-        self.cap().map_or(self.inner.part, |cap| cap.smooth_part().min(self.inner.part))
+        self.rate_limit().map_or(self.inner.part, |limit| limit.smooth_part().min(self.inner.part))
     }
 
     /// A small request.
@@ -493,7 +493,7 @@ impl Store {
 
     pub(super) fn bulk_put<'a>(&'a self, lanes: &'a Lanes, operation: &'static str, bytes: u64) -> Attempts<'a> {
         let again = if self.is_local() { Again::Never } else { Again::By(&self.inner.tempo) };
-        Attempts::new(&self.inner.policy, Queue::Bulk(&lanes.up, self.cap()), operation, bytes).again(again)
+        Attempts::new(&self.inner.policy, Queue::Bulk(&lanes.up, self.rate_limit()), operation, bytes).again(again)
     }
 
     pub(super) fn bulk_get<'a>(&'a self, lanes: &'a Lanes, bytes: u64) -> Attempts<'a> {

@@ -241,7 +241,7 @@ async fn an_urgent_upload_is_not_held_back_by_the_cap() {
         Store::open(&format!("file://{}", folder.path().display()), &settings).unwrap(),
     ] {
         // The upload under way will take twelve days.
-        store.cap().unwrap().take(1 << 40).await;
+        store.rate_limit().unwrap().take(1 << 40).await;
         let waiting = tokio::spawn({
             let store = store.clone();
             async move { store.upload("held", pattern(100), |_| {}).await }

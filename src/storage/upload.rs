@@ -215,8 +215,8 @@ impl Upload<'_> {
             offset += len;
             let staged = Arc::clone(&staged);
             async move {
-                if let Some(cap) = self.store.cap() {
-                    cap.take(len).await;
+                if let Some(limit) = self.store.rate_limit() {
+                    limit.take(len).await;
                 }
                 let sum = checksum(part.clone());
                 let (crc64, written) = tokio::join!(sum, on_disk(move || staged.write(&part, at)));

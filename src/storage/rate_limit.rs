@@ -1,4 +1,4 @@
-//! The cap on bandwidth: bytes per second over all uploads, in the order of their requests.
+//! The rate limit: bytes per second over all uploads, in the order of their requests.
 
 use std::time::{Duration, Instant};
 
@@ -28,15 +28,15 @@ impl Schedule {
 ///
 /// A waiting upload has taken nothing yet, so giving it up leaves no hole. The queue is first come, first served: no
 /// upload starves.
-pub(super) struct Cap {
+pub(super) struct RateLimit {
     /// Locked while the first in the queue waits; this makes it a queue.
     schedule: Mutex<Schedule>,
     epoch: Instant,
     bytes_per_second: f64,
 }
 
-impl Cap {
-    /// `None` for no cap.
+impl RateLimit {
+    /// `None` for no limit.
     pub(super) fn new(mib_per_second: Option<u32>) -> Option<Self> {
         let bytes_per_second = f64::from(mib_per_second.filter(|&rate| rate > 0)?) * f64::from(1 << 20);
         let schedule = Schedule { bytes_per_second, next: Duration::ZERO };
@@ -65,7 +65,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     #[test]
-    fn parts_keep_to_the_cap_and_a_pause_is_not_saved_up() {
+    fn parts_keep_to_the_limit_and_a_pause_is_not_saved_up() {
         let ms = Duration::from_millis;
         let mut schedule = Schedule { bytes_per_second: (10 * MIB) as f64, next: Duration::ZERO };
         let mut now = ms(3);
@@ -86,24 +86,24 @@ mod tests {
 
     #[tokio::test]
     async fn who_gives_up_waiting_takes_nothing_and_lets_the_next_in() {
-        let cap = Cap::new(Some(1)).unwrap();
-        cap.take(1 << 40).await;
-        let next = cap.schedule.lock().await.next;
+        let limit = RateLimit::new(Some(1)).unwrap();
+        limit.take(1 << 40).await;
+        let next = limit.schedule.lock().await.next;
         assert!(next > Duration::from_secs(1_000_000));
         // Asked once and dropped, as by an upload that is given up; a hold on the queue would make the second hang.
         for _ in 0..2 {
-            assert!(cap.take(MIB).now_or_never().is_none());
+            assert!(limit.take(MIB).now_or_never().is_none());
         }
-        assert_eq!(cap.schedule.lock().await.next, next);
+        assert_eq!(limit.schedule.lock().await.next, next);
         // Two that looked at the schedule at once would both go at the same time.
-        let mut first = Box::pin(cap.take(MIB));
+        let mut first = Box::pin(limit.take(MIB));
         assert!(first.as_mut().now_or_never().is_none());
-        assert!(cap.schedule.try_lock().is_err(), "who waits is the only one at the head of the queue");
+        assert!(limit.schedule.try_lock().is_err(), "who waits is the only one at the head of the queue");
     }
 
     #[test]
-    fn no_cap_is_none() {
-        assert!(Cap::new(None).is_none() && Cap::new(Some(0)).is_none());
-        assert_eq!(Cap::new(Some(100)).unwrap().smooth_part(), 50 * MIB);
+    fn no_limit_is_none() {
+        assert!(RateLimit::new(None).is_none() && RateLimit::new(Some(0)).is_none());
+        assert_eq!(RateLimit::new(Some(100)).unwrap().smooth_part(), 50 * MIB);
     }
 }

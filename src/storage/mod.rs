@@ -2,10 +2,10 @@
 //!
 //! One code path serves `s3://`, `gs://`, `az://`, `file://` and `memory://`. `store` is the client, on which all other
 //! parts build; `open` turns a URI into a `backend`; `retry` decides which requests are repeated; `upload` writes large
-//! objects in parts (`signed` on S3, `local` on disks); `download` reads ranges into memory; `pace` and `gate` find how
-//! many requests a store handles at once; `rate_limit` bounds bandwidth; `pool` has threads apart from the caller's;
-//! `probe` finds out whether create-once puts are atomic; `examine` checks further abilities of a place. Keys are
-//! relative to a [`Store`] (a whole store or a folder of one) and use `/`.
+//! objects in parts (`signed` on S3, `local` on disks); `download` reads ranges into memory; `adaptive_limit` and
+//! `limiter` find how many requests a store handles at once; `rate_limit` bounds bandwidth; `pool` has threads apart
+//! from the caller's; `probe` finds out whether create-once puts are atomic; `examine` checks further abilities of a
+//! place. Keys are relative to a [`Store`] (a whole store or a folder of one) and use `/`.
 //!
 //! Invariants
 //! - An object appears whole or not at all. On `file://` it is written beside its place, synced, and then linked or
@@ -37,13 +37,13 @@ mod crc;
 mod download;
 mod error;
 mod examine;
-mod gate;
+mod limiter;
 mod hedge;
 mod links;
 mod listing;
 mod local;
 mod open;
-mod pace;
+mod adaptive_limit;
 mod pool;
 mod probe;
 mod retry;

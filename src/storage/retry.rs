@@ -4,7 +4,7 @@
 //! And Jitter", AWS Architecture Blog 2015), so that many clients which failed together don't come back together. If a
 //! store asks us to slow down (503 `SlowDown`, 429), the request is repeated for as long as the time budget lasts,
 //! whatever the number of attempts: the store works, and it may answer so for minutes while a bucket's partitions are
-//! split. Meanwhile [`super::pace`] reduces the requests.
+//! split. Meanwhile [`super::adaptive_limit`] reduces the requests.
 //!
 //! An attempt is given up if no answer comes within a time that grows with its bytes and doubles with each attempt, so
 //! that a stalled connection is noticed soon and a slow link still succeeds. Attempts end when one succeeds, when an
@@ -19,10 +19,10 @@ use std::{
 use tokio::sync::Semaphore;
 
 use super::{
+    adaptive_limit::Outcome,
     error::{EXPIRED, StorageError},
-    gate::Gate,
     hedge::{self, Tempo},
-    pace::Outcome,
+    limiter::Limiter,
     rate_limit::RateLimit,
 };
 use crate::{cloud::credentials::NoCredentials, ids::random_hex};
@@ -177,7 +177,7 @@ pub(super) enum Queue<'a> {
     /// Small requests: a fixed number at once.
     Control(&'a Semaphore),
     /// Bulk transfers: as many at once as the store handles well, and uploads within their bandwidth.
-    Bulk(&'a Gate, Option<&'a RateLimit>),
+    Bulk(&'a Limiter, Option<&'a RateLimit>),
 }
 
 /// One operation, tried as often as the policy allows.
@@ -262,8 +262,8 @@ impl<'a> Attempts<'a> {
                 let Ok(_permit) = places.acquire().await else { return Err(Failure::stopped(self.operation)) };
                 self.ask(request, patience).await
             }
-            Queue::Bulk(gate, limit) => {
-                let Some(mut pass) = gate.enter().await else { return Err(Failure::stopped(self.operation)) };
+            Queue::Bulk(limiter, limit) => {
+                let Some(mut pass) = limiter.enter().await else { return Err(Failure::stopped(self.operation)) };
                 if let Some(limit) = limit {
                     limit.take(self.bytes).await;
                     pass.goes();

@@ -18,13 +18,13 @@ use object_store::{
 use tokio::sync::Semaphore;
 
 use super::{
+    adaptive_limit::AdaptiveLimit,
     anchor::Anchor,
     backend::{Backend, Large},
     crc::Crc64,
     error::StorageError,
-    gate::Gate,
     hedge::Tempo,
-    pace::Pace,
+    limiter::Limiter,
     pool::{Pool, Task},
     rate_limit::RateLimit,
     retry::{self, Again, Attempts, Failure, Policy, Queue},
@@ -87,18 +87,18 @@ pub(super) struct Lanes {
     /// Those of housekeeping.
     pub upkeep: Semaphore,
     /// Parts going up.
-    pub up: Gate,
+    pub up: Limiter,
     /// Ranges coming down.
-    pub down: Gate,
+    pub down: Limiter,
 }
 
 impl Lanes {
     fn new(backend: Backend, concurrency: usize) -> Arc<Self> {
-        let pace = || match &backend.large {
-            Large::File(_) => Pace::fixed(concurrency),
-            _ => Pace::adaptive(concurrency),
+        let limit = || match &backend.large {
+            Large::File(_) => AdaptiveLimit::fixed(concurrency),
+            _ => AdaptiveLimit::adaptive(concurrency),
         };
-        let (up, down) = (Gate::new("up", pace()), Gate::new("down", pace()));
+        let (up, down) = (Limiter::new("up", limit()), Limiter::new("down", limit()));
         let (control, upkeep) = (Semaphore::new(CONTROL_CONCURRENCY), Semaphore::new(UPKEEP_CONCURRENCY));
         Arc::new(Self { backend, control, upkeep, up, down })
     }

@@ -12,7 +12,7 @@
 //! GiB/s down; one node with 100 Gbit/s moves 11.6 GiB/s, 745 requests a second, a fifth of the budget of *one*
 //! partition. A run has one node, and its few small requests a second don't count. So a hash in front of the names
 //! would cost readable, listable folders and gain nothing. If many runs share a bucket and exceed the budget, S3
-//! answers `SlowDown` while it splits the partition; [`super::pace`] then halves the requests in flight, and
+//! answers `SlowDown` while it splits the partition; [`super::adaptive_limit`] then halves the requests in flight, and
 //! `storage.part_mib = 64` quarters the requests.
 
 use std::sync::Arc;

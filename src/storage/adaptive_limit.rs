@@ -72,7 +72,7 @@ struct Round {
 
 /// The limit, and the figures behind it.
 #[derive(Clone, Debug)]
-pub(super) struct Pace {
+pub(super) struct AdaptiveLimit {
     limit: usize,
     most: usize,
     adapts: bool,
@@ -96,7 +96,7 @@ pub(super) struct Pace {
     cut: Duration,
 }
 
-impl Pace {
+impl AdaptiveLimit {
     /// Finds its limit between 1 and `most`.
     pub(super) fn adaptive(most: usize) -> Self {
         let most = most.max(1);
@@ -242,13 +242,13 @@ mod tests {
     const PLAIN: Simulated = Simulated { base_ms: 200, knee: 1, refuses_above: usize::MAX, noise: 0.0, collapse: 0.0 };
 
     /// What `requests` requests came to: the limit after each, bytes a second in the second half, and refusals.
-    fn drive(store: &Simulated, pace: &mut Pace, requests: usize) -> (Vec<usize>, f64, usize) {
+    fn drive(store: &Simulated, adaptive: &mut AdaptiveLimit, requests: usize) -> (Vec<usize>, f64, usize) {
         let mut random = 7_u64;
         let (mut flying, mut now) = (BinaryHeap::new(), Duration::ZERO);
         let (mut limits, mut refused, mut bytes, mut half) = (Vec::new(), 0, 0, Duration::ZERO);
-        pace.wakes(now);
+        adaptive.wakes(now);
         while limits.len() < requests {
-            while flying.len() < pace.limit() {
+            while flying.len() < adaptive.limit() {
                 let over = (flying.len() + 1) as f64 / store.knee as f64;
                 let crowd = over.max(1.0) * (1.0 + store.collapse * (over - 1.0).max(0.0));
                 random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -261,8 +261,8 @@ mod tests {
             now = ended;
             let outcome = if refuses { Outcome::Refused } else { Outcome::Done(PART) };
             refused += usize::from(refuses);
-            pace.ended(began, now, true, outcome);
-            limits.push(pace.limit());
+            adaptive.ended(began, now, true, outcome);
+            limits.push(adaptive.limit());
             if limits.len() == requests / 2 {
                 half = now;
             }
@@ -278,8 +278,8 @@ mod tests {
         for knee in [1, 2, 4, 7, 16, 40, 100] {
             for noise in [0.0, 0.2] {
                 let store = Simulated { knee, noise, ..PLAIN };
-                let mut pace = Pace::adaptive(128);
-                let (limits, rate, _) = drive(&store, &mut pace, 6000);
+                let mut adaptive = AdaptiveLimit::adaptive(128);
+                let (limits, rate, _) = drive(&store, &mut adaptive, 6000);
                 let best = knee as f64 * PART as f64 / 0.2;
                 assert!(rate > 0.93 * best, "knee {knee}, noise {noise}: {:.2} of the best", rate / best);
                 let late = &limits[3000..];
@@ -291,8 +291,8 @@ mod tests {
 
     #[test]
     fn a_fast_store_is_up_to_speed_within_three_rounds() {
-        let mut pace = Pace::adaptive(32);
-        let (limits, ..) = drive(&Simulated { knee: 64, ..PLAIN }, &mut pace, 40);
+        let mut adaptive = AdaptiveLimit::adaptive(32);
+        let (limits, ..) = drive(&Simulated { knee: 64, ..PLAIN }, &mut adaptive, 40);
         assert_eq!(limits[3], 8, "{limits:?}");
         assert_eq!(*limits.last().unwrap(), 32, "{limits:?}");
     }
@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn a_store_that_breaks_down_under_load_is_not_broken_down() {
         let store = Simulated { knee: 8, collapse: 0.5, ..PLAIN };
-        let (limits, rate, _) = drive(&store, &mut Pace::adaptive(64), 4000);
+        let (limits, rate, _) = drive(&store, &mut AdaptiveLimit::adaptive(64), 4000);
         let best = 8.0 * PART as f64 / 0.2;
         assert!(rate > 0.7 * best, "{:.2} of the best, at {}", rate / best, limits.last().unwrap());
     }
@@ -309,7 +309,7 @@ mod tests {
     fn a_store_that_refuses_is_left_alone_and_tried_again() {
         for allowed in [1, 6, 20] {
             let store = Simulated { knee: 64, refuses_above: allowed, ..PLAIN };
-            let (limits, rate, refused) = drive(&store, &mut Pace::adaptive(64), 4000);
+            let (limits, rate, refused) = drive(&store, &mut AdaptiveLimit::adaptive(64), 4000);
             let late = &limits[1000..];
             assert!(late.iter().all(|&limit| limit <= allowed + 1), "{allowed}: {:?}", late.iter().max());
             assert!(refused * 10 < 4000, "{allowed}: {refused} of 4000 were refused");
@@ -320,40 +320,40 @@ mod tests {
 
     #[test]
     fn one_storm_is_one_cut() {
-        let mut pace = Pace::adaptive(64);
-        drive(&Simulated { knee: 128, ..PLAIN }, &mut pace, 400);
-        assert_eq!(pace.limit(), 64);
+        let mut adaptive = AdaptiveLimit::adaptive(64);
+        drive(&Simulated { knee: 128, ..PLAIN }, &mut adaptive, 400);
+        assert_eq!(adaptive.limit(), 64);
         let at = |s| Duration::from_secs(s);
-        assert_eq!(pace.ended(at(1000), at(1001), true, Outcome::Refused), Some(Reason::Refused));
+        assert_eq!(adaptive.ended(at(1000), at(1001), true, Outcome::Refused), Some(Reason::Refused));
         for _ in 0..63 {
-            assert_eq!(pace.ended(at(1000), at(1002), true, Outcome::Refused), None);
+            assert_eq!(adaptive.ended(at(1000), at(1002), true, Outcome::Refused), None);
         }
-        assert_eq!(pace.limit(), 32);
+        assert_eq!(adaptive.limit(), 32);
         // Those that were sent after the cut count again.
-        assert_eq!(pace.ended(at(1001), at(1003), true, Outcome::Refused), Some(Reason::Refused));
-        assert_eq!(pace.limit(), 16);
+        assert_eq!(adaptive.ended(at(1001), at(1003), true, Outcome::Refused), Some(Reason::Refused));
+        assert_eq!(adaptive.limit(), 16);
     }
 
     #[test]
     fn what_did_not_bind_says_nothing_and_a_disk_is_not_paced() {
         let ms = Duration::from_millis;
-        for (mut pace, bound) in [(Pace::adaptive(16), false), (Pace::fixed(16), true)] {
-            let limit = pace.limit();
+        for (mut adaptive, bound) in [(AdaptiveLimit::adaptive(16), false), (AdaptiveLimit::fixed(16), true)] {
+            let limit = adaptive.limit();
             for i in 0..200 {
-                assert_eq!(pace.ended(ms(i), ms(i + 1), bound, Outcome::Done(PART)), None);
+                assert_eq!(adaptive.ended(ms(i), ms(i + 1), bound, Outcome::Done(PART)), None);
             }
-            assert_eq!(pace.limit(), limit);
+            assert_eq!(adaptive.limit(), limit);
         }
-        assert_eq!(Pace::fixed(16).ended(ms(0), ms(1), true, Outcome::Refused), None);
+        assert_eq!(AdaptiveLimit::fixed(16).ended(ms(0), ms(1), true, Outcome::Refused), None);
     }
 
     #[test]
     fn a_store_that_became_slower_for_good_is_learnt_anew() {
-        let mut pace = Pace::adaptive(32);
-        drive(&Simulated { knee: 32, ..PLAIN }, &mut pace, 500);
+        let mut adaptive = AdaptiveLimit::adaptive(32);
+        drive(&Simulated { knee: 32, ..PLAIN }, &mut adaptive, 500);
         // As if a request had once taken a tenth of what they take now.
-        pace.least = Some(0.02);
-        let (limits, ..) = drive(&Simulated { knee: 64, ..PLAIN }, &mut pace, 20_000);
+        adaptive.least = Some(0.02);
+        let (limits, ..) = drive(&Simulated { knee: 64, ..PLAIN }, &mut adaptive, 20_000);
         assert_eq!(*limits.last().unwrap(), 32);
     }
 }

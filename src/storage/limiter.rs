@@ -1,4 +1,4 @@
-//! The queue that bulk requests wait in: first come, first served, as many at once as [`Pace`] allows.
+//! The queue that bulk requests wait in: first come, first served, as many at once as [`AdaptiveLimit`] allows.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -7,17 +7,17 @@ use std::{
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::pace::{Outcome, Pace};
+use super::adaptive_limit::{AdaptiveLimit, Outcome};
 
 struct State {
-    pace: Pace,
+    adaptive: AdaptiveLimit,
     /// Places to remove as they become free: the limit has fallen below the number in flight.
     debt: usize,
     flying: usize,
 }
 
 /// A queue whose width changes.
-pub(super) struct Gate {
+pub(super) struct Limiter {
     /// For the log.
     name: &'static str,
     places: Semaphore,
@@ -25,10 +25,10 @@ pub(super) struct Gate {
     epoch: Instant,
 }
 
-impl Gate {
-    pub(super) fn new(name: &'static str, pace: Pace) -> Self {
-        let places = Semaphore::new(pace.limit());
-        Self { name, places, state: Mutex::new(State { pace, debt: 0, flying: 0 }), epoch: Instant::now() }
+impl Limiter {
+    pub(super) fn new(name: &'static str, adaptive: AdaptiveLimit) -> Self {
+        let places = Semaphore::new(adaptive.limit());
+        Self { name, places, state: Mutex::new(State { adaptive, debt: 0, flying: 0 }), epoch: Instant::now() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -38,7 +38,7 @@ impl Gate {
     /// Requests that may be in flight.
     #[cfg(test)]
     pub(super) fn limit(&self) -> usize {
-        self.state().pace.limit()
+        self.state().adaptive.limit()
     }
 
     fn now(&self) -> Duration {
@@ -50,16 +50,16 @@ impl Gate {
         let permit = self.places.acquire().await.ok()?;
         let mut state = self.state();
         if state.flying == 0 {
-            state.pace.wakes(self.now());
+            state.adaptive.wakes(self.now());
         }
         state.flying += 1;
         drop(state);
-        Some(Pass { gate: self, permit: Some(permit), began: self.now() })
+        Some(Pass { limiter: self, permit: Some(permit), began: self.now() })
     }
 
-    /// Adjusts the number of places to the pace.
+    /// Adjusts the number of places to the limit.
     fn fit(&self, state: &mut State, was: usize) {
-        let limit = state.pace.limit();
+        let limit = state.adaptive.limit();
         if limit > was {
             let more = limit - was;
             let forgiven = more.min(state.debt);
@@ -74,7 +74,7 @@ impl Gate {
 
 /// A place in flight. If it is dropped without a call, the request's end is no evidence about the store.
 pub(super) struct Pass<'a> {
-    gate: &'a Gate,
+    limiter: &'a Limiter,
     permit: Option<SemaphorePermit<'a>>,
     began: Duration,
 }
@@ -82,25 +82,31 @@ pub(super) struct Pass<'a> {
 impl Pass<'_> {
     /// The request is sent only now: the time before was a wait of our own making.
     pub(super) fn goes(&mut self) {
-        self.began = self.gate.now();
+        self.began = self.limiter.now();
     }
 
     /// The request's outcome.
     pub(super) fn ended(self, outcome: Outcome) {
-        let gate = self.gate;
-        let mut state = gate.state();
-        let was = state.pace.limit();
-        let bound = gate.places.available_permits() == 0;
-        if let Some(reason) = state.pace.ended(self.began, gate.now(), bound, outcome) {
-            gate.fit(&mut state, was);
-            tracing::debug!(direction = gate.name, from = was, to = state.pace.limit(), ?reason, "requests at once");
+        let limiter = self.limiter;
+        let mut state = limiter.state();
+        let was = state.adaptive.limit();
+        let bound = limiter.places.available_permits() == 0;
+        if let Some(reason) = state.adaptive.ended(self.began, limiter.now(), bound, outcome) {
+            limiter.fit(&mut state, was);
+            tracing::debug!(
+                direction = limiter.name,
+                from = was,
+                to = state.adaptive.limit(),
+                ?reason,
+                "requests at once"
+            );
         }
     }
 }
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        let mut state = self.gate.state();
+        let mut state = self.limiter.state();
         state.flying = state.flying.saturating_sub(1);
         if state.debt > 0
             && let Some(permit) = self.permit.take()
@@ -117,10 +123,10 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_request_waited_for_the_rate_limit_is_not_the_stores_time() {
-        let gate = Gate::new("test", Pace::adaptive(8));
-        let mut pass = gate.enter().await.unwrap();
+        let limiter = Limiter::new("test", AdaptiveLimit::adaptive(8));
+        let mut pass = limiter.enter().await.unwrap();
         let entered = pass.began;
-        while gate.now() == entered {
+        while limiter.now() == entered {
             std::hint::spin_loop();
         }
         pass.goes();
@@ -128,17 +134,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn places_follow_the_pace_up_and_down() {
-        let gate = Gate::new("test", Pace::adaptive(8));
-        let free = || gate.places.available_permits();
+    async fn places_follow_the_limit_up_and_down() {
+        let limiter = Limiter::new("test", AdaptiveLimit::adaptive(8));
+        let free = || limiter.places.available_permits();
         let owed_and_flying = || {
-            let state = gate.state();
+            let state = limiter.state();
             (state.debt, state.flying)
         };
         assert_eq!(free(), 4);
         let mut passes = Vec::new();
         for _ in 0..4 {
-            passes.push(gate.enter().await.unwrap());
+            passes.push(limiter.enter().await.unwrap());
         }
         passes.pop().unwrap().ended(Outcome::Refused);
         // Two may be in flight, three are.
@@ -148,12 +154,12 @@ mod tests {
         drop(passes);
         assert_eq!((free(), owed_and_flying()), (2, (0, 0)));
         // More places, of which some are owed: the debt is paid first.
-        passes = vec![gate.enter().await.unwrap(), gate.enter().await.unwrap()];
+        passes = vec![limiter.enter().await.unwrap(), limiter.enter().await.unwrap()];
         let change = |limit| {
-            let mut state = gate.state();
-            let was = state.pace.limit();
-            state.pace = Pace::fixed(limit);
-            gate.fit(&mut state, was);
+            let mut state = limiter.state();
+            let was = state.adaptive.limit();
+            state.adaptive = AdaptiveLimit::fixed(limit);
+            limiter.fit(&mut state, was);
         };
         change(1);
         assert_eq!((free(), owed_and_flying()), (0, (1, 2)));

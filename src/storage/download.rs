@@ -20,7 +20,7 @@ use super::{
     local,
     pool::Task,
     retry,
-    store::{Lanes, Store},
+    store::{Connections, Store},
 };
 
 impl Store {
@@ -30,15 +30,15 @@ impl Store {
             return self.path(key).map(|_| Bytes::new());
         }
         let store_and_key = (self.clone(), key.to_owned());
-        let work = |lanes: Arc<Lanes>| async move {
+        let work = |connections: Arc<Connections>| async move {
             let (store, key) = store_and_key;
-            get_range(&store, &lanes, &key, range).await
+            get_range(&store, &connections, &key, range).await
         };
         match self.apart()? {
             Some(apart) => {
-                self.end_of(apart.threads.spawn(work(Arc::clone(&apart.lanes))), "get", &self.uri_of(key)).await
+                self.end_of(apart.threads.spawn(work(Arc::clone(&apart.connections))), "get", &self.uri_of(key)).await
             }
-            None => work(Arc::clone(&self.inner.lanes)).await,
+            None => work(Arc::clone(&self.inner.connections)).await,
         }
     }
 
@@ -54,11 +54,12 @@ impl Store {
         target: B,
     ) -> Result<Crc64, StorageError> {
         let (store, key, uri) = (self.clone(), key.to_owned(), self.uri_of(key));
-        let work = |lanes: Arc<Lanes>| async move { get_into(&store, &lanes, &key, offset, target).await };
+        let work =
+            |connections: Arc<Connections>| async move { get_into(&store, &connections, &key, offset, target).await };
         let apart = self.apart()?;
         let task = match &apart {
-            Some(apart) => apart.threads.spawn(work(Arc::clone(&apart.lanes))),
-            None => Some(Task(tokio::spawn(work(Arc::clone(&self.inner.lanes))))),
+            Some(apart) => apart.threads.spawn(work(Arc::clone(&apart.connections))),
+            None => Some(Task(tokio::spawn(work(Arc::clone(&self.inner.connections))))),
         };
         self.end_of(task, "get", &uri).await
     }
@@ -67,7 +68,7 @@ impl Store {
 /// Fills `target` with the bytes from `offset` on; gives their checksum.
 async fn get_into<B: AsMut<[u8]> + Send + 'static>(
     store: &Store,
-    lanes: &Lanes,
+    connections: &Connections,
     key: &str,
     offset: u64,
     mut target: B,
@@ -82,13 +83,13 @@ async fn get_into<B: AsMut<[u8]> + Send + 'static>(
     let target = tokio::sync::Mutex::new(Some(target));
     let request = || async {
         let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
-        let result = match lanes.backend.objects.get_opts(&path, options).await {
+        let result = match connections.backend.objects.get_opts(&path, options).await {
             Ok(result) if result.range == range => result,
             Ok(result) => {
                 let error = retry::cut_short(len, result.range.end.saturating_sub(result.range.start));
-                return explain_bad_range(lanes, &path, &range, error).await;
+                return explain_bad_range(connections, &path, &range, error).await;
             }
-            Err(error) => return explain_bad_range(lanes, &path, &range, error).await,
+            Err(error) => return explain_bad_range(connections, &path, &range, error).await,
         };
         let mut held = target.lock().await;
         match result.payload {
@@ -108,13 +109,13 @@ async fn get_into<B: AsMut<[u8]> + Send + 'static>(
                     Ok(sum) => Ok(Ok(sum)),
                     Err(error) => {
                         let error = object_store::Error::Generic { store: "file", source: Box::new(error) };
-                        explain_bad_range(lanes, &path, &range, error).await
+                        explain_bad_range(connections, &path, &range, error).await
                     }
                 }
             }
         }
     };
-    match store.bulk_get(lanes, len).run(request).await {
+    match store.bulk_get(connections, len).run(request).await {
         Ok(Ok(sum)) => Ok(sum),
         Ok(Err(size)) => Err(StorageError::Short { key: store.uri_of(key), end: range.end, size }),
         Err(failure) => Err(failure.explain(&store.uri_of(key))),
@@ -122,22 +123,27 @@ async fn get_into<B: AsMut<[u8]> + Send + 'static>(
 }
 
 /// Exactly the requested bytes.
-async fn get_range(store: &Store, lanes: &Lanes, key: &str, range: Range<u64>) -> Result<Bytes, StorageError> {
+async fn get_range(
+    store: &Store,
+    connections: &Connections,
+    key: &str,
+    range: Range<u64>,
+) -> Result<Bytes, StorageError> {
     let (path, wanted) = (store.path(key)?, range.end - range.start);
     let request = || async {
         let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
-        let result = match lanes.backend.objects.get_opts(&path, options).await {
+        let result = match connections.backend.objects.get_opts(&path, options).await {
             Ok(result) if result.range == range => result,
             Ok(result) => {
                 let error = retry::cut_short(wanted, result.range.end.saturating_sub(result.range.start));
-                return explain_bad_range(lanes, &path, &range, error).await;
+                return explain_bad_range(connections, &path, &range, error).await;
             }
-            Err(error) => return explain_bad_range(lanes, &path, &range, error).await,
+            Err(error) => return explain_bad_range(connections, &path, &range, error).await,
         };
         let bytes = result.bytes().await?;
         if bytes.len() as u64 == wanted { Ok(Ok(bytes)) } else { Err(retry::cut_short(wanted, bytes.len() as u64)) }
     };
-    match store.bulk_get(lanes, wanted).run(request).await {
+    match store.bulk_get(connections, wanted).run(request).await {
         Ok(Ok(bytes)) => Ok(bytes),
         Ok(Err(size)) => Err(StorageError::Short { key: store.uri_of(key), end: range.end, size }),
         Err(failure) => Err(failure.explain(&store.uri_of(key))),
@@ -170,8 +176,8 @@ async fn receive(
 }
 
 /// The checksum of a whole object of `len` bytes, which are discarded; `None`: it has another length.
-pub(super) async fn sum(lanes: &Lanes, path: &Path, len: u64) -> object_store::Result<Option<Crc64>> {
-    let result = lanes.backend.objects.get_opts(path, GetOptions::default()).await?;
+pub(super) async fn sum(connections: &Connections, path: &Path, len: u64) -> object_store::Result<Option<Crc64>> {
+    let result = connections.backend.objects.get_opts(path, GetOptions::default()).await?;
     if result.meta.size != len {
         return Ok(None);
     }
@@ -187,7 +193,7 @@ pub(super) async fn sum(lanes: &Lanes, path: &Path, len: u64) -> object_store::R
 
 /// Stores word "the object is shorter than that" in many ways; its size decides. The inner error is that size.
 async fn explain_bad_range<T>(
-    lanes: &Lanes,
+    connections: &Connections,
     path: &Path,
     range: &Range<u64>,
     error: object_store::Error,
@@ -195,7 +201,7 @@ async fn explain_bad_range<T>(
     if retry::is_answer(&error) {
         return Err(error);
     }
-    match lanes.backend.objects.head(path).await {
+    match connections.backend.objects.head(path).await {
         Ok(meta) if meta.size < range.end => Ok(Err(meta.size)),
         _ => Err(error),
     }

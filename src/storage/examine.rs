@@ -27,7 +27,7 @@ impl Store {
     /// Begins an upload in parts, sends one small part, and aborts it. Always succeeds if objects are not written in
     /// parts.
     pub async fn prove_parts(&self) -> Result<(), StorageError> {
-        let large = &self.inner.lanes.backend.large;
+        let large = &self.inner.connections.backend.large;
         if large.is_file() {
             return Ok(());
         }
@@ -47,7 +47,7 @@ impl Store {
 
     /// What the bucket's lifecycle rules do with unfinished uploads below this folder.
     pub async fn abort_rule(&self) -> Result<AbortRule, StorageError> {
-        let Some(bucket) = &self.inner.lanes.backend.s3 else { return Ok(AbortRule::NotNeeded) };
+        let Some(bucket) = &self.inner.connections.backend.s3 else { return Ok(AbortRule::NotNeeded) };
         let prefix = if self.prefix.is_empty() { String::new() } else { format!("{}/", self.prefix) };
         let asked = self.attempts("read of the lifecycle rules", 0).run(|| bucket.abort_after(&prefix)).await;
         let days = asked.map_err(|failure| failure.not_of_the_object().explain(&self.uri_of("")))?;

@@ -32,7 +32,7 @@ fn prove(folder: &Path, uri: &str) -> Result<(), StorageError> {
 impl Store {
     /// On `file://`: an error if the folder that holds `key` can't have hard links.
     pub(super) fn prove_links(&self, key: &str) -> Result<(), StorageError> {
-        let Large::File(files) = &self.inner.lanes.backend.large else { return Ok(()) };
+        let Large::File(files) = &self.inner.connections.backend.large else { return Ok(()) };
         match files.path_to_filesystem(&self.path(key)?) {
             Ok(place) => prove(place.parent().unwrap_or(&place), &self.uri()),
             Err(_) => Ok(()),

@@ -404,7 +404,7 @@ async fn a_listing_that_leads_nowhere_is_an_error_and_strange_entries_are_left_a
 impl Store {
     /// One listing of unfinished uploads, without retries.
     async fn bare_uploads(&self) -> object_store::Result<usize> {
-        let bucket = self.inner.lanes.backend.s3.as_ref().expect("a store on S3");
+        let bucket = self.inner.connections.backend.s3.as_ref().expect("a store on S3");
         bucket.uploads("p/").await.map(|found| found.len())
     }
 }

@@ -80,7 +80,7 @@ pub enum Priority {
 }
 
 /// A path to the store: connections, and queues to them.
-pub(super) struct Lanes {
+pub(super) struct Connections {
     pub backend: Backend,
     /// Small requests in flight.
     pub control: Semaphore,
@@ -92,7 +92,7 @@ pub(super) struct Lanes {
     pub down: Limiter,
 }
 
-impl Lanes {
+impl Connections {
     fn new(backend: Backend, concurrency: usize) -> Arc<Self> {
         let limit = || match &backend.large {
             Large::File(_) => AdaptiveLimit::fixed(concurrency),
@@ -107,7 +107,7 @@ impl Lanes {
 /// The means of transfers that do not run on the caller's threads.
 pub(super) struct Apart {
     pub threads: Pool,
-    pub lanes: Arc<Lanes>,
+    pub connections: Arc<Connections>,
 }
 
 /// Opens the same store once more, with connections of its own.
@@ -117,7 +117,7 @@ pub(super) struct Inner {
     /// URI of the key "", without a trailing `/`, without secrets.
     root: String,
     pub policy: Policy,
-    pub lanes: Arc<Lanes>,
+    pub connections: Arc<Connections>,
     /// For [`Priority::Background`]: created at first use.
     idle: Mutex<Option<Arc<Apart>>>,
     /// For reads at [`Priority::Urgent`]: exists while one is under way.
@@ -183,7 +183,7 @@ impl Store {
         let inner = Inner {
             root,
             policy,
-            lanes: Lanes::new(backend, concurrency),
+            connections: Connections::new(backend, concurrency),
             idle: Mutex::new(None),
             ample: Mutex::default(),
             reopen,
@@ -232,7 +232,7 @@ impl Store {
     /// store, is [`StorageError::Adrift`]. On other stores there is nothing to hold.
     pub async fn hold(&self) -> Result<Held, StorageError> {
         let held = Held { store: self.clone() };
-        let Large::File(files) = &self.inner.lanes.backend.large else { return Ok(held) };
+        let Large::File(files) = &self.inner.connections.backend.large else { return Ok(held) };
         let failed = |error: object_store::Error| Failure::new("open", &error).explain(&self.uri());
         let path = files.path_to_filesystem(&self.path("")?).map_err(failed)?;
         let anchor = tokio::task::spawn_blocking(move || Anchor::hold(&path)).await;
@@ -321,7 +321,7 @@ impl Store {
         let request =
             || self.objects().put_opts(&path, PutPayload::from_bytes(body.clone()), PutMode::Overwrite.into());
         let policy = self.inner.policy.once(limit);
-        let queue = Queue::Control(&self.inner.lanes.control);
+        let queue = Queue::Control(&self.inner.connections.control);
         let put = Attempts::new(&policy, queue, "put", body.len() as u64).run(request).await;
         put.map(drop).map_err(|failure| failure.explain(&self.uri_of(key)))
     }
@@ -421,7 +421,7 @@ impl Store {
     }
 
     pub(super) fn objects(&self) -> &Arc<dyn ObjectStore> {
-        &self.inner.lanes.backend.objects
+        &self.inner.connections.backend.objects
     }
 
     /// The put options of a write-once object.
@@ -461,8 +461,8 @@ impl Store {
             let error = object_store::Error::Generic { store: "threads", source: Box::new(error) };
             Failure::new("start of transfers", &error).explain(&self.uri())
         })?;
-        let lanes = Lanes::new((self.inner.reopen)()?, self.inner.concurrency);
-        Ok(Arc::new(Apart { threads, lanes }))
+        let connections = Connections::new((self.inner.reopen)()?, self.inner.concurrency);
+        Ok(Arc::new(Apart { threads, connections }))
     }
 
     pub(super) fn rate_limit(&self) -> Option<&RateLimit> {
@@ -476,8 +476,8 @@ impl Store {
 
     /// A small request.
     pub(super) fn attempts(&self, operation: &'static str, bytes: u64) -> Attempts<'_> {
-        let lanes = &self.inner.lanes;
-        let queue = if self.upkeep { &lanes.upkeep } else { &lanes.control };
+        let connections = &self.inner.connections;
+        let queue = if self.upkeep { &connections.upkeep } else { &connections.control };
         Attempts::new(&self.inner.policy, Queue::Control(queue), operation, bytes)
     }
 
@@ -487,17 +487,23 @@ impl Store {
     }
 
     /// A small request that belongs to a bulk transfer.
-    pub(super) fn small<'a>(&'a self, lanes: &'a Lanes, operation: &'static str) -> Attempts<'a> {
-        Attempts::new(&self.inner.policy, Queue::Control(&lanes.control), operation, 0)
+    pub(super) fn small<'a>(&'a self, connections: &'a Connections, operation: &'static str) -> Attempts<'a> {
+        Attempts::new(&self.inner.policy, Queue::Control(&connections.control), operation, 0)
     }
 
-    pub(super) fn bulk_put<'a>(&'a self, lanes: &'a Lanes, operation: &'static str, bytes: u64) -> Attempts<'a> {
+    pub(super) fn bulk_put<'a>(
+        &'a self,
+        connections: &'a Connections,
+        operation: &'static str,
+        bytes: u64,
+    ) -> Attempts<'a> {
         let again = if self.is_local() { Again::Never } else { Again::By(&self.inner.tempo) };
-        Attempts::new(&self.inner.policy, Queue::Bulk(&lanes.up, self.rate_limit()), operation, bytes).again(again)
+        Attempts::new(&self.inner.policy, Queue::Bulk(&connections.up, self.rate_limit()), operation, bytes)
+            .again(again)
     }
 
-    pub(super) fn bulk_get<'a>(&'a self, lanes: &'a Lanes, bytes: u64) -> Attempts<'a> {
-        Attempts::new(&self.inner.policy, Queue::Bulk(&lanes.down, None), "get", bytes)
+    pub(super) fn bulk_get<'a>(&'a self, connections: &'a Connections, bytes: u64) -> Attempts<'a> {
+        Attempts::new(&self.inner.policy, Queue::Bulk(&connections.down, None), "get", bytes)
     }
 
     /// The key's place in the store; refuses one that could leave the folder.

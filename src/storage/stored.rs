@@ -15,7 +15,7 @@ impl Store {
     /// The store's facts about an object, without a download: its size and, on S3, the checksum that the store computed
     /// when the object was uploaded.
     pub async fn stored(&self, key: &str) -> Result<StoredObject, StorageError> {
-        let Some(bucket) = &self.inner.lanes.backend.s3 else {
+        let Some(bucket) = &self.inner.connections.backend.s3 else {
             return Ok(StoredObject { size: self.head(key).await?.size, crc64: None });
         };
         let path = self.path(key)?;

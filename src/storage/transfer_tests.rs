@@ -44,7 +44,7 @@ fn next(count: u32, method: &'static str, target: &'static str, fault: proxy::Fa
 
 /// Whether the store's own checksum of an object is `expected`.
 async fn keeps(store: &Store, expected: Crc64) -> Option<bool> {
-    let Large::S3(s3) = &store.inner.lanes.backend.large else { panic!("not on S3") };
+    let Large::S3(s3) = &store.inner.connections.backend.large else { panic!("not on S3") };
     s3.look(&store.path("k").unwrap(), expected).await.unwrap().1
 }
 
@@ -154,10 +154,14 @@ async fn a_store_that_asks_for_less_haste_is_asked_more_often_than_one_that_is_d
     let store = Store::faulty(&faulty, &settings());
     store.put("k", Bytes::new()).await.unwrap();
     assert_eq!(faulty.count("put"), 13, "its policy gives up after 5 attempts otherwise");
-    let lanes = &store.inner.lanes;
-    assert_eq!((lanes.up.limit(), lanes.down.limit()), (4, 4), "a small request is none of the transfers' business");
+    let connections = &store.inner.connections;
+    assert_eq!(
+        (connections.up.limit(), connections.down.limit()),
+        (4, 4),
+        "a small request is none of the transfers' business"
+    );
     store.upload("k", pattern(100), |_| {}).await.unwrap();
-    assert_eq!((lanes.up.limit(), lanes.down.limit()), (2, 4));
+    assert_eq!((connections.up.limit(), connections.down.limit()), (2, 4));
 }
 
 #[tokio::test]
@@ -326,7 +330,10 @@ async fn a_heartbeat_does_not_wait_for_background_threads() {
     // Opens the background's connections, too, both ways.
     background.upload("k", pattern(6 << 20), |_| {}).await.unwrap();
     background.get_into("k", 0, vec![0; 6 << 20]).await.unwrap();
-    assert!(!Arc::ptr_eq(&background.idle().unwrap().lanes, &store.inner.lanes), "they are no others' connections");
+    assert!(
+        !Arc::ptr_eq(&background.idle().unwrap().connections, &store.inner.connections),
+        "they are no others' connections"
+    );
     let (stuck, mut stuck_now) = tokio::sync::mpsc::unbounded_channel();
     let (release, held) = std::sync::mpsc::channel::<()>();
     let held = Arc::new(std::sync::Mutex::new(held));

@@ -25,7 +25,7 @@ enum Place {
 }
 
 async fn unfinished(store: &Store) -> Result<Vec<Unfinished>, StorageError> {
-    if let Some(bucket) = &store.inner.lanes.backend.s3 {
+    if let Some(bucket) = &store.inner.connections.backend.s3 {
         let prefix = if store.prefix.is_empty() { String::new() } else { format!("{}/", store.prefix) };
         let request = || bucket.uploads(&prefix);
         let found = store.attempts("list of uploads", 0).slow().run(request).await;
@@ -49,7 +49,7 @@ async fn discard(store: &Store, left: &Unfinished) -> Result<(), StorageError> {
         Place::Upload(id) => {
             let path = store.path(&left.key)?;
             let abort = store.attempts("abort of an upload", 0);
-            match abort.run(|| store.inner.lanes.backend.large.abort(&path, id)).await {
+            match abort.run(|| store.inner.connections.backend.large.abort(&path, id)).await {
                 Err(failure) if !failure.is_not_found() => Err(failure.explain(&store.uri_of(&left.key))),
                 _ => Ok(()),
             }

@@ -28,7 +28,7 @@ use super::{
     error::StorageError,
     local::Staged,
     retry::{Again, Failure, Verdict},
-    store::{Lanes, Priority, Store, Uploaded},
+    store::{Connections, Priority, Store, Uploaded},
 };
 
 /// The most parts of one upload (S3's limit; Google's is the same, Azure's is higher).
@@ -51,13 +51,14 @@ impl Store {
     ) -> Result<Uploaded, StorageError> {
         self.still_holds("upload", key).await?;
         let (store, key, uri) = (self.clone(), key.to_owned(), self.uri_of(key));
-        let work = |lanes: Arc<Lanes>| async move { upload(&store, &lanes, &key, body, &progress).await };
+        let work =
+            |connections: Arc<Connections>| async move { upload(&store, &connections, &key, body, &progress).await };
         match self.priority {
             Priority::Background => {
                 let idle = self.idle()?;
-                self.end_of(idle.threads.spawn(work(Arc::clone(&idle.lanes))), "upload", &uri).await
+                self.end_of(idle.threads.spawn(work(Arc::clone(&idle.connections))), "upload", &uri).await
             }
-            Priority::Normal | Priority::Urgent => work(Arc::clone(&self.inner.lanes)).await,
+            Priority::Normal | Priority::Urgent => work(Arc::clone(&self.inner.connections)).await,
         }
     }
 }
@@ -70,7 +71,7 @@ fn part_size(len: u64, wanted: u64) -> u64 {
 /// One upload on its way.
 struct Upload<'a> {
     store: &'a Store,
-    lanes: &'a Arc<Lanes>,
+    connections: &'a Arc<Connections>,
     path: &'a Path,
     /// Bytes of each part but the last.
     size: u64,
@@ -79,15 +80,15 @@ struct Upload<'a> {
 
 async fn upload(
     store: &Store,
-    lanes: &Arc<Lanes>,
+    connections: &Arc<Connections>,
     key: &str,
     body: Bytes,
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Uploaded, StorageError> {
     let path = store.path(key)?;
     let len = body.len() as u64;
-    let upload = Upload { store, lanes, path: &path, size: part_size(len, store.part()), progress };
-    let sent = match &lanes.backend.large {
+    let upload = Upload { store, connections, path: &path, size: part_size(len, store.part()), progress };
+    let sent = match &connections.backend.large {
         Large::File(files) => upload.write_file(files, &body).await,
         _ if len <= upload.size => upload.whole(body).await,
         large => upload.in_parts(large, &body).await.map_err(Failure::not_of_the_object),
@@ -112,26 +113,27 @@ impl Upload<'_> {
     async fn whole(&self, body: Bytes) -> Result<Crc64, Failure> {
         let (len, crc64) = (body.len() as u64, checksum(body.clone()).await?);
         let request = || async {
-            match &self.lanes.backend.large {
+            match &self.connections.backend.large {
                 Large::S3(s3) => s3.put(self.path, body.clone(), crc64).await,
                 _ => {
                     let options = self.store.options(PutMode::Overwrite);
                     let payload = PutPayload::from_bytes(body.clone());
-                    self.lanes.backend.objects.put_opts(self.path, payload, options).await.map(drop)
+                    self.connections.backend.objects.put_opts(self.path, payload, options).await.map(drop)
                 }
             }
         };
-        self.store.bulk_put(self.lanes, "put", len).run(request).await?;
+        self.store.bulk_put(self.connections, "put", len).run(request).await?;
         (self.progress)(len);
         Ok(crc64)
     }
 
     async fn in_parts(&self, large: &Large, body: &Bytes) -> Result<Crc64, Failure> {
-        let lanes = self.lanes;
+        let connections = self.connections;
         // An upload begun twice is swept like the leftover of a killed one.
-        let begin = self.store.small(lanes, "upload").again(Again::Soon);
+        let begin = self.store.small(connections, "upload").again(Again::Soon);
         let id = begin.run(|| large.begin(self.path)).await?;
-        let target = Target { store: self.store.clone(), lanes: Arc::clone(lanes), path: self.path.clone(), id };
+        let target =
+            Target { store: self.store.clone(), connections: Arc::clone(connections), path: self.path.clone(), id };
         let mut guard = Abort { target: Some(target.clone()) };
         let sent = async {
             let sends = parts(body, self.size).enumerate().map(|(n, part)| self.send(large, &target.id, n, part));
@@ -156,7 +158,7 @@ impl Upload<'_> {
 
     async fn send(&self, large: &Large, id: &str, index: usize, part: Bytes) -> Result<(Part, Crc64, u64), Failure> {
         let (len, crc64) = (part.len() as u64, checksum(part.clone()).await?);
-        let attempts = self.store.bulk_put(self.lanes, "upload", len);
+        let attempts = self.store.bulk_put(self.connections, "upload", len);
         let taken = attempts.run(|| large.part(self.path, id, index, part.clone(), crc64)).await?;
         (self.progress)(len);
         Ok((taken, crc64, len))
@@ -182,7 +184,7 @@ impl Upload<'_> {
         // The store may take long to combine thousands of parts, and we to read the object back. On S3 one more small
         // request shows the outcome of the first; elsewhere the object would be read back.
         let again = if large.is_s3() { Again::By(&self.store.inner.completions) } else { Again::Never };
-        self.store.small(self.lanes, "upload").slow().again(again).run(request).await
+        self.store.small(self.connections, "upload").slow().again(again).run(request).await
     }
 
     /// Whether the stored object is byte for byte the one sent: by the store's checksum, or else by reading it.
@@ -195,7 +197,7 @@ impl Upload<'_> {
                     (_, None) => {}
                 }
             }
-            Ok(download::sum(self.lanes, self.path, sent.bytes).await? == Some(sent.crc64))
+            Ok(download::sum(self.connections, self.path, sent.bytes).await? == Some(sent.crc64))
         };
         match found.await {
             Err(object_store::Error::NotFound { .. }) => Ok(false),
@@ -205,7 +207,7 @@ impl Upload<'_> {
 
     async fn write_file(&self, files: &LocalFileSystem, body: &Bytes) -> Result<Crc64, Failure> {
         let failed = |error: object_store::Error| Failure::new("upload", &error);
-        let Some(_pass) = self.lanes.up.enter().await else { return Err(Failure::stopped("upload")) };
+        let Some(_pass) = self.connections.up.enter().await else { return Err(Failure::stopped("upload")) };
         let place = files.path_to_filesystem(self.path).map_err(failed)?;
         // Dropped before it is finished, it removes its hidden file.
         let staged = Arc::new(on_disk(move || Staged::begin(place)).await?);
@@ -251,15 +253,15 @@ async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> + 
 #[derive(Clone)]
 struct Target {
     store: Store,
-    lanes: Arc<Lanes>,
+    connections: Arc<Connections>,
     path: Path,
     id: String,
 }
 
 impl Target {
     async fn abort(self) {
-        let attempts = self.store.small(&self.lanes, "abort of an upload");
-        if let Err(failure) = attempts.run(|| self.lanes.backend.large.abort(&self.path, &self.id)).await
+        let attempts = self.store.small(&self.connections, "abort of an upload");
+        if let Err(failure) = attempts.run(|| self.connections.backend.large.abort(&self.path, &self.id)).await
             && !failure.is_not_found()
         {
             let refused = matches!(failure.verdict, Verdict::Permission | Verdict::Credentials);

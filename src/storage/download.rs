@@ -34,9 +34,9 @@ impl Store {
             let (store, key) = store_and_key;
             get_range(&store, &connections, &key, range).await
         };
-        match self.apart()? {
-            Some(apart) => {
-                self.end_of(apart.threads.spawn(work(Arc::clone(&apart.connections))), "get", &self.uri_of(key)).await
+        match self.dedicated()? {
+            Some(pool) => {
+                self.end_of(pool.threads.spawn(work(Arc::clone(&pool.connections))), "get", &self.uri_of(key)).await
             }
             None => work(Arc::clone(&self.inner.connections)).await,
         }
@@ -56,9 +56,9 @@ impl Store {
         let (store, key, uri) = (self.clone(), key.to_owned(), self.uri_of(key));
         let work =
             |connections: Arc<Connections>| async move { get_into(&store, &connections, &key, offset, target).await };
-        let apart = self.apart()?;
-        let task = match &apart {
-            Some(apart) => apart.threads.spawn(work(Arc::clone(&apart.connections))),
+        let pool = self.dedicated()?;
+        let task = match &pool {
+            Some(pool) => pool.threads.spawn(work(Arc::clone(&pool.connections))),
             None => Some(Task(tokio::spawn(work(Arc::clone(&self.inner.connections))))),
         };
         self.end_of(task, "get", &uri).await

@@ -12,7 +12,7 @@ use tokio::{runtime::Runtime, task::JoinHandle};
 use crate::threads::give_way;
 
 /// The most threads with low priority that work on transfers at once.
-const MOST_IDLE: usize = 4;
+const MOST_BACKGROUND: usize = 4;
 /// The most threads that work on transfers for which training waits: enough for 200 Gbit/s.
 const MOST: usize = 16;
 
@@ -23,12 +23,12 @@ pub(super) struct Pool {
 
 impl Pool {
     /// Threads, including those for blocking work, that yield to all others.
-    pub(super) fn idle() -> std::io::Result<Self> {
-        Self::start(MOST_IDLE, give_way)
+    pub(super) fn background() -> std::io::Result<Self> {
+        Self::start(MOST_BACKGROUND, give_way)
     }
 
     /// Threads like all others, about as many as there are cores.
-    pub(super) fn ample() -> std::io::Result<Self> {
+    pub(super) fn urgent() -> std::io::Result<Self> {
         Self::start(MOST, || {})
     }
 

@@ -105,7 +105,7 @@ impl Connections {
 }
 
 /// The means of transfers that do not run on the caller's threads.
-pub(super) struct Apart {
+pub(super) struct DedicatedPool {
     pub threads: Pool,
     pub connections: Arc<Connections>,
 }
@@ -119,9 +119,9 @@ pub(super) struct Inner {
     pub policy: Policy,
     pub connections: Arc<Connections>,
     /// For [`Priority::Background`]: created at first use.
-    idle: Mutex<Option<Arc<Apart>>>,
+    background: Mutex<Option<Arc<DedicatedPool>>>,
     /// For reads at [`Priority::Urgent`]: exists while one is under way.
-    pub ample: Mutex<Weak<Apart>>,
+    pub urgent: Mutex<Weak<DedicatedPool>>,
     reopen: Box<Reopen>,
     /// The most parts and ranges in flight, each way.
     pub concurrency: usize,
@@ -184,8 +184,8 @@ impl Store {
             root,
             policy,
             connections: Connections::new(backend, concurrency),
-            idle: Mutex::new(None),
-            ample: Mutex::default(),
+            background: Mutex::new(None),
+            urgent: Mutex::default(),
             reopen,
             concurrency,
             part: u64::from(settings.part_mib.max(1)) << 20,
@@ -430,39 +430,39 @@ impl Store {
     }
 
     /// The means of this handle's reads; `None`: the caller's threads.
-    pub(super) fn apart(&self) -> Result<Option<Arc<Apart>>, StorageError> {
+    pub(super) fn dedicated(&self) -> Result<Option<Arc<DedicatedPool>>, StorageError> {
         match self.priority {
             Priority::Normal => Ok(None),
-            Priority::Background => self.idle().map(Some),
-            Priority::Urgent => self.ample().map(Some),
+            Priority::Background => self.background().map(Some),
+            Priority::Urgent => self.urgent().map(Some),
         }
     }
 
-    pub(super) fn idle(&self) -> Result<Arc<Apart>, StorageError> {
-        let mut idle = self.inner.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*idle {
-            Some(idle) => Ok(Arc::clone(idle)),
-            None => Ok(Arc::clone(idle.insert(self.start(Pool::idle)?))),
+    pub(super) fn background(&self) -> Result<Arc<DedicatedPool>, StorageError> {
+        let mut background = self.inner.background.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*background {
+            Some(background) => Ok(Arc::clone(background)),
+            None => Ok(Arc::clone(background.insert(self.start(Pool::background)?))),
         }
     }
 
-    fn ample(&self) -> Result<Arc<Apart>, StorageError> {
-        let mut ample = self.inner.ample.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(ample) = ample.upgrade() {
-            return Ok(ample);
+    fn urgent(&self) -> Result<Arc<DedicatedPool>, StorageError> {
+        let mut urgent = self.inner.urgent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(urgent) = urgent.upgrade() {
+            return Ok(urgent);
         }
-        let started = self.start(Pool::ample)?;
-        *ample = Arc::downgrade(&started);
+        let started = self.start(Pool::urgent)?;
+        *urgent = Arc::downgrade(&started);
         Ok(started)
     }
 
-    fn start(&self, pool: impl FnOnce() -> std::io::Result<Pool>) -> Result<Arc<Apart>, StorageError> {
+    fn start(&self, pool: impl FnOnce() -> std::io::Result<Pool>) -> Result<Arc<DedicatedPool>, StorageError> {
         let threads = pool().map_err(|error| {
             let error = object_store::Error::Generic { store: "threads", source: Box::new(error) };
             Failure::new("start of transfers", &error).explain(&self.uri())
         })?;
         let connections = Connections::new((self.inner.reopen)()?, self.inner.concurrency);
-        Ok(Arc::new(Apart { threads, connections }))
+        Ok(Arc::new(DedicatedPool { threads, connections }))
     }
 
     pub(super) fn rate_limit(&self) -> Option<&RateLimit> {

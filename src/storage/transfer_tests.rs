@@ -319,7 +319,7 @@ async fn urgent_reads_have_threads_of_their_own_while_they_last() {
     }
     let filled = filled.lock().unwrap();
     assert!(!filled.is_empty() && !filled.contains(&caller), "{caller:?}: {filled:?}");
-    assert!(store.inner.ample.lock().unwrap().upgrade().is_none(), "its threads are gone");
+    assert!(store.inner.urgent.lock().unwrap().upgrade().is_none(), "its threads are gone");
 }
 
 /// Every thread that works on background transfers is stuck, as on a machine whose cores are all taken.
@@ -331,14 +331,14 @@ async fn a_heartbeat_does_not_wait_for_background_threads() {
     background.upload("k", pattern(6 << 20), |_| {}).await.unwrap();
     background.get_into("k", 0, vec![0; 6 << 20]).await.unwrap();
     assert!(
-        !Arc::ptr_eq(&background.idle().unwrap().connections, &store.inner.connections),
+        !Arc::ptr_eq(&background.background().unwrap().connections, &store.inner.connections),
         "they are no others' connections"
     );
     let (stuck, mut stuck_now) = tokio::sync::mpsc::unbounded_channel();
     let (release, held) = std::sync::mpsc::channel::<()>();
     let held = Arc::new(std::sync::Mutex::new(held));
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(4);
-    let idle = background.idle().unwrap();
+    let pool = background.background().unwrap();
     let tasks: Vec<_> = (0..threads)
         .map(|_| {
             let (stuck, held) = (stuck.clone(), Arc::clone(&held));
@@ -347,7 +347,7 @@ async fn a_heartbeat_does_not_wait_for_background_threads() {
                 // The first waits for the test, the others for the first.
                 let _ = held.lock().unwrap().recv();
             };
-            idle.threads.spawn(holds).unwrap()
+            pool.threads.spawn(holds).unwrap()
         })
         .collect();
     for _ in 0..threads {

@@ -55,8 +55,8 @@ impl Store {
             |connections: Arc<Connections>| async move { upload(&store, &connections, &key, body, &progress).await };
         match self.priority {
             Priority::Background => {
-                let idle = self.idle()?;
-                self.end_of(idle.threads.spawn(work(Arc::clone(&idle.connections))), "upload", &uri).await
+                let pool = self.background()?;
+                self.end_of(pool.threads.spawn(work(Arc::clone(&pool.connections))), "upload", &uri).await
             }
             Priority::Normal | Priority::Urgent => work(Arc::clone(&self.inner.connections)).await,
         }

@@ -26,7 +26,7 @@ use serde::Deserialize;
 use tokio::{sync::watch, time::timeout};
 
 use super::{
-    poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
+    poll::{LIMIT, Pace, Search, Sender, http_date, left, name, rest},
     types::{Confidence, Kind, Notice},
 };
 use crate::cloud::{hardware, imds::Imds, lifecycle::Lifecycle, metadata::MetadataError};
@@ -114,24 +114,24 @@ impl Ending {
 }
 
 /// Reports the service's notices, for ever.
-pub async fn listen(found: Found, mouth: Mouth, ending: Arc<Ending>, hook: String) {
+pub async fn listen(found: Found, sender: Sender, ending: Arc<Ending>, hook: String) {
     let Found { imds, spot } = found;
     let second = Duration::from_secs(1);
     let spot = async {
         if spot {
             let pace = Pace::new(second, 8 * second);
-            watch_path(&imds, SPOT, pace, &mouth, |body| Ok(vec![spot_action(body, Timestamp::now())?])).await;
+            watch_path(&imds, SPOT, pace, &sender, |body| Ok(vec![spot_action(body, Timestamp::now())?])).await;
         }
     };
-    let rebalance = watch_path(&imds, REBALANCE, Pace::new(5 * second, 40 * second), &mouth, |body| {
+    let rebalance = watch_path(&imds, REBALANCE, Pace::new(5 * second, 40 * second), &sender, |body| {
         Ok(vec![recommendation(body)?])
     });
     let mut first = None;
-    let maintenance = watch_path(&imds, MAINTENANCE, Pace::new(30 * second, 120 * second), &mouth, |body| {
+    let maintenance = watch_path(&imds, MAINTENANCE, Pace::new(30 * second, 120 * second), &sender, |body| {
         let now = Timestamp::now();
         scheduled(body, now, *first.get_or_insert(now))
     });
-    let target = target(&imds, &mouth, &ending);
+    let target = target(&imds, &sender, &ending);
     let hold = hold(&imds, &ending, &hook);
     futures::join!(spot, rebalance, maintenance, target, hold);
 }
@@ -144,7 +144,7 @@ async fn watch_path(
     imds: &Imds,
     path: &'static str,
     mut pace: Pace,
-    mouth: &Mouth,
+    sender: &Sender,
     mut read: impl FnMut(&str) -> Read<Vec<Notice>>,
 ) {
     loop {
@@ -152,7 +152,7 @@ async fn watch_path(
             None => Ok(()),
             Some(body) => {
                 let garbled = |expected| MetadataError::Garbled { path: path.to_owned(), expected };
-                read(&body).map_err(garbled)?.into_iter().for_each(|notice| mouth.tell(notice));
+                read(&body).map_err(garbled)?.into_iter().for_each(|notice| sender.tell(notice));
                 Ok(())
             }
         });
@@ -161,7 +161,7 @@ async fn watch_path(
 }
 
 /// Polls for the state that the group is taking this machine to.
-async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
+async fn target(imds: &Imds, sender: &Sender, ending: &Ending) {
     let mut pace = Pace::new(Duration::from_secs(2), Duration::from_secs(16));
     loop {
         let outcome = imds.get(TARGET, LIMIT).await;
@@ -177,7 +177,7 @@ async fn target(imds: &Imds, mouth: &Mouth, ending: &Ending) {
             // kept waiting: its time-out is no reason to give up a save.
             let confidence = Confidence::Advisory;
             let deadline = hook.and_then(|hook| hook.timeout());
-            mouth.tell(Notice { confidence, ..notice(Kind::Stop, deadline, "aws-asg", "Terminated") });
+            sender.tell(Notice { confidence, ..notice(Kind::Stop, deadline, "aws-asg", "Terminated") });
         } else if matches!(&outcome, Ok(Some(state)) if !state.trim().is_empty()) {
             // A machine of a group: it is time to find the hook that will delay its end. An announced end is not taken
             // back.

@@ -21,7 +21,7 @@ use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::{
-    poll::{LIMIT, Mouth, Pace, Search, http_date, left, name, rest},
+    poll::{LIMIT, Pace, Search, Sender, http_date, left, name, rest},
     types::{Confidence, Kind, Notice},
 };
 use crate::cloud::{azure::Azure, hardware, metadata::MetadataError};
@@ -138,7 +138,7 @@ fn notice_id(event: &str, started: bool) -> String {
 }
 
 /// Reports the service's notices, for ever.
-pub async fn listen(found: Found, mouth: Mouth, heard: Arc<Heard>) {
+pub async fn listen(found: Found, sender: Sender, heard: Arc<Heard>) {
     let Found { azure, me } = found;
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
     let mut limit = FIRST;
@@ -149,7 +149,7 @@ pub async fn listen(found: Found, mouth: Mouth, heard: Arc<Heard>) {
         });
         if let Ok(document) = &outcome {
             limit = 5 * LIMIT;
-            document.notices.iter().cloned().for_each(|notice| mouth.tell(notice));
+            document.notices.iter().cloned().for_each(|notice| sender.tell(notice));
             heard.set(&azure, document.to_approve.clone());
         }
         rest(&mut pace, "Azure's list of scheduled events", &outcome).await;

@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    poll::Mouth,
+    poll::Sender,
     types::{Confidence, Kind, Notice},
 };
 use crate::{
@@ -57,11 +57,11 @@ async fn is_asked(run: &Store, generation: Generation) -> Result<bool, StorageEr
 }
 
 /// Reports that `generation` is asked to stop, from then on again and again: it may be long before the report is taken.
-pub(super) async fn listen(run: Store, generation: Generation, mouth: Mouth) {
-    listen_every(INTERVAL, run, generation, mouth).await;
+pub(super) async fn listen(run: Store, generation: Generation, sender: Sender) {
+    listen_every(INTERVAL, run, generation, sender).await;
 }
 
-async fn listen_every(interval: Duration, run: Store, generation: Generation, mouth: Mouth) {
+async fn listen_every(interval: Duration, run: Store, generation: Generation, sender: Sender) {
     loop {
         tokio::time::sleep(interval).await;
         match is_asked(&run, generation).await {
@@ -73,7 +73,7 @@ async fn listen_every(interval: Duration, run: Store, generation: Generation, mo
     let (kind, confidence) = (Kind::Stop, Confidence::Certain);
     let notice = Notice { kind, deadline: None, source: "drain", id: generation.to_string(), confidence };
     loop {
-        mouth.tell(notice.clone());
+        sender.tell(notice.clone());
         tokio::time::sleep(interval).await;
     }
 }
@@ -88,11 +88,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let run = Store::open(&format!("file://{}", dir.path().display()), &StorageConfig::plain(4, 16)).unwrap();
         ask(&run, Generation(3)).await.unwrap();
-        let (mouth, mut ear) = Mouth::new();
-        let listening = tokio::spawn(listen_every(Duration::from_millis(1), run, Generation(3), mouth));
-        let first = ear.recv().await.map(|(_, notice)| (notice.kind, notice.id));
+        let (sender, mut receiver) = Sender::new();
+        let listening = tokio::spawn(listen_every(Duration::from_millis(1), run, Generation(3), sender));
+        let first = receiver.recv().await.map(|(_, notice)| (notice.kind, notice.id));
         assert_eq!(first, Some((Kind::Stop, Generation(3).to_string())));
-        let again = ear.recv().await.map(|(_, notice)| (notice.kind, notice.id));
+        let again = receiver.recv().await.map(|(_, notice)| (notice.kind, notice.id));
         assert_eq!(again, first, "the first may not have been taken");
         listening.abort();
     }

@@ -17,7 +17,7 @@ use serde_json::Value;
 use tokio::{io::AsyncReadExt, time::Instant};
 
 use super::{
-    poll::{Mouth, running_for},
+    poll::{Sender, running_for},
     types::{Confidence, Kind, Notice},
 };
 use crate::config::parse_duration;
@@ -39,13 +39,13 @@ struct Looks {
 }
 
 /// Reports notices from the file, for ever.
-pub async fn listen(path: PathBuf, mouth: Mouth) {
+pub async fn listen(path: PathBuf, sender: Sender) {
     let began = Timestamp::now().checked_sub(SignedDuration::try_from(running_for()).unwrap_or_default());
     let mut watched = Watched::begin(path, began.unwrap_or(Timestamp::MIN)).await;
     loop {
         tokio::time::sleep(INTERVAL).await;
         if let Some((heard, notice)) = watched.hear().await {
-            mouth.repeat(heard, notice);
+            sender.repeat(heard, notice);
         }
     }
 }

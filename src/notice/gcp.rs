@@ -15,7 +15,7 @@
 use std::time::Duration;
 
 use super::{
-    poll::{LIMIT, Mouth, Pace, Search, rest, running_for},
+    poll::{LIMIT, Pace, Search, Sender, rest, running_for},
     types::{Confidence, Kind, Notice},
 };
 use crate::cloud::{
@@ -49,14 +49,14 @@ pub async fn find(named: bool) -> Gcp {
 }
 
 /// Reports the server's notices, for ever. `window`: the time left after a preemption notice.
-pub async fn listen(gcp: Gcp, mouth: Mouth, window: Duration) {
-    let preempted = watch_path(&gcp, PREEMPTED, &mouth, |text, _| preempted(text, window));
-    let maintenance = watch_path(&gcp, MAINTENANCE, &mouth, maintenance);
+pub async fn listen(gcp: Gcp, sender: Sender, window: Duration) {
+    let preempted = watch_path(&gcp, PREEMPTED, &sender, |text, _| preempted(text, window));
+    let maintenance = watch_path(&gcp, MAINTENANCE, &sender, maintenance);
     futures::join!(preempted, maintenance);
 }
 
 /// `read` gets an answer and whether it has been the same since the first one.
-async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(&str, bool) -> Option<Notice>) {
+async fn watch_path(gcp: &Gcp, path: &'static str, sender: &Sender, read: impl Fn(&str, bool) -> Option<Notice>) {
     // The pause after an answer bounds the cost of a server that answers at once although nothing has changed.
     let mut pace = Pace::new(Duration::from_secs(1), Duration::from_secs(8));
     let mut tag: Option<String> = None;
@@ -69,7 +69,7 @@ async fn watch_path(gcp: &Gcp, path: &'static str, mouth: &Mouth, read: impl Fn(
         if let Ok(Some(Value { text, .. })) = &outcome
             && let Some(notice) = read(text, standing.since_the_first(text))
         {
-            mouth.tell(notice);
+            sender.tell(notice);
         }
         // After a failure without waiting: a missed change is heard without waiting for another one.
         tag = outcome.as_ref().ok().and_then(|value| value.as_ref()?.tag.clone());

@@ -29,13 +29,13 @@ pub fn running_for() -> Duration {
 
 /// The channel on which sources report notices. Repeats are fine: the receiver drops them.
 #[derive(Clone, Debug)]
-pub struct Mouth(mpsc::Sender<(Instant, Notice)>);
+pub struct Sender(mpsc::Sender<(Instant, Notice)>);
 
-impl Mouth {
+impl Sender {
     /// A channel, and its receiver.
     pub fn new() -> (Self, mpsc::Receiver<(Instant, Notice)>) {
-        let (mouth, ear) = mpsc::channel(WAITING);
-        (Self(mouth), ear)
+        let (sender, receiver) = mpsc::channel(WAITING);
+        (Self(sender), receiver)
     }
 
     /// Reports a notice.

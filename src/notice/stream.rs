@@ -16,7 +16,7 @@ use tokio::{
 
 use super::{
     aws, azure, drain, file, gcp,
-    poll::{Mouth, running_for},
+    poll::{Sender, running_for},
     signal::Signals,
     types::{Kind, Notice},
     window::{Surroundings, Windows, windows},
@@ -37,8 +37,8 @@ const MOST: usize = 64;
 #[derive(Debug)]
 pub struct Notices {
     signals: Signals,
-    mouth: Mouth,
-    ear: mpsc::Receiver<(Instant, Notice)>,
+    sender: Sender,
+    receiver: mpsc::Receiver<(Instant, Notice)>,
     given: Given,
     settings: Option<NoticeConfig>,
     polls: JoinSet<()>,
@@ -53,11 +53,11 @@ impl Notices {
     /// Installs the signal handlers: from here on signals no longer end the process.
     pub fn listen() -> io::Result<Self> {
         running_for();
-        let (mouth, ear) = Mouth::new();
+        let (sender, receiver) = Sender::new();
         Ok(Self {
             signals: Signals::listen(windows_here(&NoticeConfig::default()))?,
-            mouth,
-            ear,
+            sender,
+            receiver,
             given: Given::default(),
             settings: None,
             polls: JoinSet::new(),
@@ -82,10 +82,10 @@ impl Notices {
         // The old ones end here.
         self.polls = JoinSet::new();
         if let Some(path) = settings.file.as_deref().filter(|_| auto || named("file")) {
-            self.polls.spawn(file::listen(PathBuf::from(path), self.mouth.clone()));
+            self.polls.spawn(file::listen(PathBuf::from(path), self.sender.clone()));
         }
         let clouds = Clouds {
-            mouth: self.mouth.clone(),
+            sender: self.sender.clone(),
             ending: Arc::clone(&self.ending),
             approval: Arc::clone(&self.approval),
             hook: settings.lifecycle_hook.clone(),
@@ -107,10 +107,10 @@ impl Notices {
     pub fn formed(&mut self, run: &Store, generation: Generation) {
         if let Some((before, listening)) = self.held.take() {
             listening.abort();
-            let late = drain::listen(run.clone(), before, self.mouth.clone());
+            let late = drain::listen(run.clone(), before, self.sender.clone());
             self.drain.spawn(async move { drop(tokio::time::timeout(LATE, late).await) });
         }
-        let listening = self.drain.spawn(drain::listen(run.clone(), generation, self.mouth.clone()));
+        let listening = self.drain.spawn(drain::listen(run.clone(), generation, self.sender.clone()));
         self.held = Some((generation, listening));
     }
 
@@ -123,7 +123,7 @@ impl Notices {
                     self.approval.given(&notice);
                     return notice;
                 }
-                Some(heard) = self.ear.recv() => heard,
+                Some(heard) = self.receiver.recv() => heard,
             };
             if self.given.is_new(&notice, heard) {
                 // It may have waited to be taken since: that time is subtracted.
@@ -160,7 +160,7 @@ fn windows_here(settings: &NoticeConfig) -> Windows {
 /// The inputs of the tasks that poll a cloud.
 #[derive(Clone)]
 struct Clouds {
-    mouth: Mouth,
+    sender: Sender,
     ending: Arc<aws::Ending>,
     approval: Arc<azure::Heard>,
     hook: String,
@@ -177,17 +177,17 @@ enum Cloud {
 impl Clouds {
     async fn in_cloud(self, cloud: Cloud) {
         match cloud {
-            Cloud::Aws => aws::listen(aws::find(true).await, self.mouth, self.ending, self.hook).await,
-            Cloud::Gcp => gcp::listen(gcp::find(true).await, self.mouth, self.window).await,
-            Cloud::Azure => azure::listen(azure::find(true).await, self.mouth, self.approval).await,
+            Cloud::Aws => aws::listen(aws::find(true).await, self.sender, self.ending, self.hook).await,
+            Cloud::Gcp => gcp::listen(gcp::find(true).await, self.sender, self.window).await,
+            Cloud::Azure => azure::listen(azure::find(true).await, self.sender, self.approval).await,
         }
     }
 
     async fn wherever_this_is(self) {
         tokio::select! {
-            found = aws::find(false) => aws::listen(found, self.mouth, self.ending, self.hook).await,
-            found = gcp::find(false) => gcp::listen(found, self.mouth, self.window).await,
-            found = azure::find(false) => azure::listen(found, self.mouth, self.approval).await,
+            found = aws::find(false) => aws::listen(found, self.sender, self.ending, self.hook).await,
+            found = gcp::find(false) => gcp::listen(found, self.sender, self.window).await,
+            found = azure::find(false) => azure::listen(found, self.sender, self.approval).await,
         }
     }
 }
@@ -257,14 +257,14 @@ mod tests {
         let mut notices = Notices::listen().unwrap();
         let minute = Some(Duration::from_secs(60));
         let long_ago = Instant::now().checked_sub(Duration::from_secs(25)).unwrap();
-        let (mouth, ear) = mpsc::channel(8);
-        notices.ear = ear;
+        let (sender, receiver) = mpsc::channel(8);
+        notices.receiver = receiver;
         let spot = Notice { deadline: minute, ..notice(Kind::Interruption, "aws-spot", "terminate") };
-        mouth.send((long_ago, spot.clone())).await.unwrap();
-        mouth.send((Instant::now(), spot)).await.unwrap();
+        sender.send((long_ago, spot.clone())).await.unwrap();
+        sender.send((Instant::now(), spot)).await.unwrap();
         let late = Notice { deadline: minute, ..notice(Kind::Interruption, "file", "1") };
         let longer_ago = Instant::now().checked_sub(Duration::from_secs(61)).unwrap_or(long_ago);
-        mouth.send((longer_ago, late)).await.unwrap();
+        sender.send((longer_ago, late)).await.unwrap();
         let first = notices.next().await;
         assert!(first.deadline.unwrap() <= Duration::from_secs(35), "{first:?}");
         let second = notices.next().await;

@@ -4,7 +4,7 @@
 //! ```text
 //! <cache>/<index CRC64>-<index length>/   one folder a dataset: another index is another folder
 //!   .lock                                 held by the process that downloads
-//!   .use                                  held by all who use it; when room is short, what nobody uses goes (`room`)
+//!   .use                                  held by all who use it; others may be removed (`eviction`)
 //!   .part-<random>                        a download under way
 //!   train-00000.bin …  tokenizer.json     complete and checked: they get their names by a rename at the end
 //!   index.json                            last: with it, the folder is complete
@@ -37,10 +37,10 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{
     DataError, Dataset,
+    eviction::{self, InUse},
     fetch::fetch,
     input::local_path,
     place::{self, Private},
-    room::{self, InUse},
     shards::{FileEntry, INDEX, Index, MAX_INDEX_BYTES, read_index},
     sums::{self, Checking},
 };
@@ -127,7 +127,7 @@ pub async fn ensure_local(
     let store = open(uri, settings)?;
     let index = fetch_index(&store, uri).await?;
     let (root, private) = place::settle(cache_root)?;
-    let local = download(&store, index, &root, settings, &progress, &room::free).await?;
+    let local = download(&store, index, &root, settings, &progress, &eviction::free).await?;
     Ok(LocalDataset { _private: private, ..local })
 }
 
@@ -171,10 +171,10 @@ async fn download(
     let dir = cache_root.join(format!("{}-{}", Crc64::of(&bytes), bytes.len()));
     if !is_complete(&dir, &index, &bytes) {
         // On a disk that is completely full not even a folder can be created.
-        room::make(cache_root, 0, free);
+        eviction::make(cache_root, 0, free);
     }
     // From here on nobody removes it.
-    let in_use = room::take(&dir).await.map_err(io("make", &dir))?;
+    let in_use = eviction::take(&dir).await.map_err(io("make", &dir))?;
     let here = || LocalDataset { dir: dir.clone(), checking: None, _in_use: Some(in_use), _private: None };
     let wrong = || async {
         Checking::begin(&dir, index.files().filter(|entry| is_here(&dir, entry)).cloned().collect()).wrong().await
@@ -195,7 +195,7 @@ async fn download(
     let missing: Vec<FileEntry> = index.files().filter(is_missing).cloned().collect();
     let total: u64 = index.files().map(|entry| entry.bytes).sum();
     let needed: u64 = missing.iter().map(|entry| entry.bytes).sum();
-    room::make(cache_root, needed, free);
+    eviction::make(cache_root, needed, free);
     let done = std::sync::atomic::AtomicU64::new(total - needed);
     let report = |bytes: u64| {
         let done = done.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed) + bytes;
@@ -443,13 +443,13 @@ mod tests {
         .await
         .unwrap();
         let full = |_: &Path| Some(0);
-        room::make(cache.path(), 1, full);
+        eviction::make(cache.path(), 1, full);
         Dataset::open(local.dir()).unwrap();
         drop(local);
-        room::make(cache.path(), 1, full);
+        eviction::make(cache.path(), 1, full);
         assert!(names(cache.path()).is_empty(), "{:?}", names(cache.path()));
         // While it is downloaded.
-        let squeeze = |_: CacheProgress| room::make(cache.path(), 1, full);
+        let squeeze = |_: CacheProgress| eviction::make(cache.path(), 1, full);
         let local = download(
             &store,
             fetch_index(&store, "memory://").await.unwrap(),

@@ -35,7 +35,7 @@ pub mod prepare;
 mod progress;
 mod records;
 mod remote;
-mod room;
+mod eviction;
 pub mod sampler;
 mod scan;
 pub mod shards;

@@ -21,7 +21,7 @@ use crate::{
     ids::RunId,
     report::{Reporter, Screen},
     run::{
-        Begin, Manner,
+        Begin, LaunchOptions,
         open::{self, Found},
     },
     storage::Store,
@@ -113,10 +113,10 @@ impl Boot {
             return Ok(Kind::Interrupted.exit_code().into());
         };
         drop(stop);
-        let Ready { store, run_id, begin, manner } = ready;
+        let Ready { store, run_id, begin, options } = ready;
         let reporter = Reporter::new(screen, self.json);
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
-        run::launch_as(reporter, store, run_id, begin, nproc_per_node, manner)
+        run::launch_as(reporter, store, run_id, begin, nproc_per_node, options)
     }
 
     /// Finds out what is to be done, and waits until it can be.
@@ -165,8 +165,8 @@ impl Boot {
             steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
         }
         let since = Some(steps.began());
-        let manner = Manner { standby: self.standby, cache, since, dedicated: true, accepts_data: false };
-        Ok(Ready { store, run_id, begin, manner })
+        let options = LaunchOptions { standby: self.standby, cache, since, dedicated: true, accepts_data: false };
+        Ok(Ready { store, run_id, begin, options })
     }
 
     /// What the command line says.
@@ -238,7 +238,7 @@ struct Ready {
     store: Store,
     run_id: RunId,
     begin: Begin,
-    manner: Manner,
+    options: LaunchOptions,
 }
 
 /// A configuration as read.

@@ -14,7 +14,7 @@ use crate::{
     error::{Kind, Result},
     ids::Step,
     report::{Reporter, Screen},
-    run::{Manner, open},
+    run::{LaunchOptions, open},
 };
 
 /// Continue a run from its newest checkpoint that verifies
@@ -60,7 +60,7 @@ impl Resume {
             return Ok(Kind::Interrupted.exit_code().into());
         };
         drop(stop);
-        let manner = Manner { accepts_data, ..Manner::default() };
-        run::launch_as(Reporter::new(screen, self.json), store, run_id, begin, nproc_per_node, manner)
+        let options = LaunchOptions { accepts_data, ..LaunchOptions::default() };
+        run::launch_as(Reporter::new(screen, self.json), store, run_id, begin, nproc_per_node, options)
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     error::{Error, Kind, Result},
     ids::{RunId, random_hex},
     report::{Reporter, Screen},
-    run::{self, Afterwards, Begin, Launch, Manner, Outcome},
+    run::{self, Afterwards, Begin, Launch, LaunchOptions, Outcome},
     storage::Store,
 };
 
@@ -138,17 +138,17 @@ pub(super) fn launch(
     begin: Begin,
     nproc_per_node: Option<u32>,
 ) -> Result<ExitCode> {
-    launch_as(Reporter::new(screen, json.json), store, run_id, begin, nproc_per_node, Manner::default())
+    launch_as(Reporter::new(screen, json.json), store, run_id, begin, nproc_per_node, LaunchOptions::default())
 }
 
-/// The same in another manner, with a reporter of the caller's.
+/// The same with other options and a reporter of the caller's.
 pub(super) fn launch_as(
     reporter: Reporter,
     store: Store,
     run_id: RunId,
     begin: Begin,
     nproc_per_node: Option<u32>,
-    manner: Manner,
+    options: LaunchOptions,
 ) -> Result<ExitCode> {
     let resume = format!("trainer resume --run-id {run_id} --store {}", store.uri());
     tracing::info!(%run_id, store = store.uri(), "{}", match &begin {
@@ -156,7 +156,7 @@ pub(super) fn launch_as(
         Begin::Resume { .. } => "resuming run",
         Begin::CreateOrResume { .. } => "new run, or one that another node has just created",
     });
-    let outcome = run::launch(Launch { store, run_id, begin, nproc_per_node, manner, reporter: reporter.clone() });
+    let outcome = run::launch(Launch { store, run_id, begin, nproc_per_node, options, reporter: reporter.clone() });
     reporter.finish();
     Ok(match outcome? {
         Outcome::Completed { then } => {

@@ -67,7 +67,7 @@ use crate::{
     layout,
     report::{Listener, Reporter},
     run::{
-        self, Begin, Launch, Manner,
+        self, Begin, Launch, LaunchOptions,
         open::{self, Completed, Found},
     },
     storage::Store,
@@ -578,7 +578,7 @@ impl Consumer<'_> {
             run_id: job.run_id.clone(),
             begin,
             nproc_per_node: self.settings.workers.as_ref().map(|(_, count)| *count),
-            manner: Manner { cache: boot::cache(&hardware::root()), ..Manner::default() },
+            options: LaunchOptions { cache: boot::cache(&hardware::root()), ..LaunchOptions::default() },
             reporter: reporter.clone(),
         };
         let concluded = run::launch_then(launch, |outcome| conclude(Turn::of_outcome(&outcome)));

@@ -30,7 +30,7 @@ impl Runner {
 
     /// Whether data other than that of the run so far is accepted.
     fn accepts_data(&self) -> bool {
-        self.manner.accepts_data || names_data(&self.overrides)
+        self.options.accepts_data || names_data(&self.overrides)
     }
 
     /// The newest usable checkpoint, or the start of a new run. Damage is reported; the docket says what follows from

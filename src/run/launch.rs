@@ -22,14 +22,14 @@ pub struct Launch {
     /// Workers on this node, if given on the command line.
     pub nproc_per_node: Option<u32>,
     /// How the agent behaves.
-    pub manner: Manner,
+    pub options: LaunchOptions,
     /// Receives the events.
     pub reporter: Reporter,
 }
 
 /// How an agent behaves; the default is that of `run` and `resume`.
 #[derive(Clone, Debug, Default)]
-pub struct Manner {
+pub struct LaunchOptions {
     /// How long to wait for another live agent that has the run; zero: exit at once. While waiting, it watches the
     /// other's heartbeat: if that stops, it takes over; if the run completes, it has nothing to do.
     pub standby: Duration,
@@ -45,7 +45,7 @@ pub struct Manner {
     pub accepts_data: bool,
 }
 
-impl Manner {
+impl LaunchOptions {
     /// What to do with the machine when the run is complete.
     pub(super) fn then(&self, config: &RunConfig, trained_here: bool) -> Afterwards {
         let action = if self.dedicated || trained_here { config.on_complete.action } else { CompleteAction::Exit };
@@ -116,7 +116,7 @@ mod tests {
             let mut config = config();
             config.on_complete.action = CompleteAction::Terminate;
             config.notice.lifecycle_hook = "hook".into();
-            let then = Manner { dedicated, ..Manner::default() }.then(&config, trained_here);
+            let then = LaunchOptions { dedicated, ..LaunchOptions::default() }.then(&config, trained_here);
             let action = if acts { CompleteAction::Terminate } else { CompleteAction::Exit };
             assert_eq!(then, Afterwards { action, lifecycle_hook: "hook".into() }, "{dedicated} {trained_here}");
         }

@@ -15,9 +15,10 @@
 //!
 //! # Two agents
 //! Both replay the same journal; the one whose `formed` record is written first has the run. The other checks the first
-//! one's heartbeat: if it is alive, the other exits with code 79, or waits until it is dead ([`Manner::standby`]); if
-//! it is dead, the other forms the next generation. An agent that was wrongly taken for dead learns of it when it tries
-//! to commit, stops its workers and exits with code 79: two writers can never both commit.
+//! one's heartbeat: if it is alive, the other exits with code 79, or waits until it is dead
+//! ([`LaunchOptions::standby`]); if it is dead, the other forms the next generation. An agent that was wrongly taken
+//! for dead learns of it when it tries to commit, stops its workers and exits with code 79: two writers can never both
+//! commit.
 
 mod choose;
 mod doubt;
@@ -30,7 +31,7 @@ use std::{cell::Cell, ops::ControlFlow, sync::Arc, time::Duration};
 
 use tokio::{sync::mpsc, time::Instant};
 
-pub use self::launch::{Afterwards, Begin, Launch, Manner, Outcome};
+pub use self::launch::{Afterwards, Begin, Launch, LaunchOptions, Outcome};
 use self::open::{Opened, Opening, Overrides, Ready, Resolving, Standing};
 use crate::{
     agent::{
@@ -145,7 +146,7 @@ struct Runner {
     estimates: Estimates,
     reporter: Reporter,
     nproc_per_node: Option<u32>,
-    manner: Manner,
+    options: LaunchOptions,
     overrides: Overrides,
     from: Option<Step>,
     /// The damage that this process has found.
@@ -235,7 +236,7 @@ async fn unless_told_as<T>(
 impl Runner {
     /// Opens or creates the run.
     async fn open(launch: Launch, notices: &mut Notices, turning: &Turning) -> Result<Start> {
-        let Launch { store, run_id, begin, nproc_per_node, manner, reporter } = launch;
+        let Launch { store, run_id, begin, nproc_per_node, options, reporter } = launch;
         let (run, node) = (store.folder(run_id.as_str()), NodeId::random());
         let (settings, mut known) = mpsc::unbounded_channel();
         // Whether the run may exist: after the first request that creates it, the outcome of that request is unknown
@@ -248,8 +249,8 @@ impl Runner {
         let opening = async {
             reporter.event(&Event::Phase { doing: "checking the store".to_owned() });
             store.prove_create_is_atomic().await?;
-            let (manner, reporter, settings) = (&manner, &reporter, &settings);
-            let resolving = Resolving { run: &run, nproc_per_node, manner, reporter, settings };
+            let (options, reporter, settings) = (&options, &reporter, &settings);
+            let resolving = Resolving { run: &run, nproc_per_node, options, reporter, settings };
             Opening { resolving, node: &node, run_id: &run_id, exists: &exists }.open(begin).await
         };
         // The machine may go away while data is downloaded, which can take long.
@@ -275,7 +276,7 @@ impl Runner {
             estimates: Estimates::default(),
             reporter,
             nproc_per_node,
-            manner,
+            options,
             overrides,
             from,
             docket: Docket::default(),
@@ -335,7 +336,7 @@ impl Runner {
                 self.step_over(&load, &object, &reason).await?;
             }
         }
-        let standby = policy::Settings { standby: self.manner.standby };
+        let standby = policy::Settings { standby: self.options.standby };
         let (mut began, mut view) = (Instant::now(), self.look_around());
         // Whether the journal has gone on under another node since the run was resolved.
         let mut went_on = false;
@@ -413,8 +414,8 @@ impl Runner {
 
     /// The journal went on under another agent: its changes of settings hold. `Some`: it has finished the run.
     async fn resolve_again(&mut self, settings: &mpsc::UnboundedSender<NoticeConfig>) -> Result<Option<Afterwards>> {
-        let (run, nproc_per_node, manner, reporter) = (&self.run, self.nproc_per_node, &self.manner, &self.reporter);
-        let resolving = Resolving { run, nproc_per_node, manner, reporter, settings };
+        let (run, nproc_per_node, options, reporter) = (&self.run, self.nproc_per_node, &self.options, &self.reporter);
+        let resolving = Resolving { run, nproc_per_node, options, reporter, settings };
         match resolving.existing_run(&self.journal.state(), &self.overrides, self.from).await? {
             Standing::Open(resolved, overrides) => {
                 (self.resolved, self.overrides) = (Arc::from(resolved), overrides);
@@ -452,7 +453,7 @@ impl Runner {
             Ok(generation) => {
                 // They hold for every later generation, too: one report is enough.
                 self.overrides.clear();
-                self.manner.accepts_data = false;
+                self.options.accepts_data = false;
                 for dead in self.dead.drain(..) {
                     let run = self.run.clone();
                     tokio::spawn(async move { heartbeat::bury(&run, &dead).await });
@@ -473,7 +474,7 @@ impl Runner {
         story: &mut Story,
         notices: &mut Notices,
     ) -> Result<ControlFlow<Outcome, Before>> {
-        if let Some(since) = self.manner.since.take() {
+        if let Some(since) = self.options.since.take() {
             tracing::info!("boot to joined: {:.2} s", since.elapsed().as_secs_f64());
         }
         notices.formed(&self.run, generation);

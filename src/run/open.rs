@@ -17,7 +17,7 @@ use std::cell::Cell;
 
 use tokio::sync::mpsc;
 
-use super::launch::{Afterwards, Begin, Manner};
+use super::launch::{Afterwards, Begin, LaunchOptions};
 use crate::{
     agent::{
         companions,
@@ -149,7 +149,7 @@ pub(super) enum Standing {
 pub(super) struct Resolving<'a> {
     pub run: &'a Store,
     pub nproc_per_node: Option<u32>,
-    pub manner: &'a Manner,
+    pub options: &'a LaunchOptions,
     pub reporter: &'a Reporter,
     /// Receives the configuration's settings for notices as soon as they are known.
     pub settings: &'a mpsc::UnboundedSender<NoticeConfig>,
@@ -163,7 +163,7 @@ impl Resolving<'_> {
 
     /// Checks everything that a new run's configuration names, and fetches its data.
     async fn new_run(&self, config: &RunConfig) -> Result<Resolved> {
-        let cache = self.manner.cache.as_deref();
+        let cache = self.options.cache.as_deref();
         let resolved = resolve_new(config, self.nproc_per_node, cache, self.reporter).await?;
         resolved.data.whole().await?;
         Ok(resolved)
@@ -179,12 +179,12 @@ impl Resolving<'_> {
     ) -> Result<Standing> {
         let (config, overrides) = effective(state, typed)?;
         if let Some(Completed { step, .. }) = completed(state, &config).filter(|_| from.is_none()) {
-            return Ok(Standing::Complete(step, self.manner.then(&config, false)));
+            return Ok(Standing::Complete(step, self.options.then(&config, false)));
         }
         self.known(&config);
-        let cache = self.manner.cache.as_deref();
+        let cache = self.options.cache.as_deref();
         let mut resolved = resolve(&config, self.nproc_per_node, cache, self.reporter).await?;
-        let accepted = self.manner.accepts_data || names_data(&overrides);
+        let accepted = self.options.accepts_data || names_data(&overrides);
         provenance::data_agrees(state, &resolved, accepted)?;
         companions::of_existing_run(&mut resolved, self.run, &companions::holders(state)).await?;
         Ok(Standing::Open(Box::new(resolved), overrides))
@@ -342,10 +342,10 @@ mod tests {
         let (_folder, uri, run_id) = run(true).await;
         let found = find(&uri, &STORAGE, &run_id, Vec::new()).await.unwrap();
         let Existing { store, state, .. } = found.existing(&run_id, &uri).unwrap();
-        let (folder, manner, reporter) = (store.folder(run_id.as_str()), Manner::default(), Reporter::silent());
+        let (folder, options, reporter) = (store.folder(run_id.as_str()), LaunchOptions::default(), Reporter::silent());
         let (settings, mut known) = mpsc::unbounded_channel();
-        let (run, manner, reporter, settings) = (&folder, &manner, &reporter, &settings);
-        let resolving = Resolving { run, nproc_per_node: None, manner, reporter, settings };
+        let (run, options, reporter, settings) = (&folder, &options, &reporter, &settings);
+        let resolving = Resolving { run, nproc_per_node: None, options, reporter, settings };
         let Standing::Complete(step, _) = resolving.existing_run(&state, &[], None).await.unwrap() else { panic!() };
         assert_eq!(step, Step(1));
         assert!(known.try_recv().is_err(), "nothing is resolved");

@@ -94,7 +94,7 @@ impl Runner {
             return Ok(Outcome::Interrupted { lost_steps });
         }
         self.reporter.event(&Event::Completed { step, loss });
-        Ok(Outcome::Completed { then: self.manner.then(&self.resolved.config, true) })
+        Ok(Outcome::Completed { then: self.options.then(&self.resolved.config, true) })
     }
 
     /// The run was asked to stop.

@@ -19,7 +19,7 @@ use crate::{
     error::{Error, Kind, Result},
     ids::{RunId, random_hex},
     report::{Reporter, Screen},
-    run::{self, Afterwards, Begin, Launch, LaunchOptions, Outcome},
+    run::{self, Begin, Launch, LaunchOptions, OnComplete, Outcome},
     storage::Store,
 };
 
@@ -180,7 +180,7 @@ const ASK_AGAIN: Duration = Duration::from_secs(60);
 const ASK_AGAIN_AT_MOST: Duration = Duration::from_secs(3600);
 
 /// Carries out the run's `on_complete` on this machine. The run is complete in any case.
-fn complete(then: &Afterwards) -> Result<()> {
+fn complete(then: &OnComplete) -> Result<()> {
     match then.action {
         CompleteAction::Exit => Ok(()),
         CompleteAction::Terminate => {

@@ -47,9 +47,9 @@ pub struct LaunchOptions {
 
 impl LaunchOptions {
     /// What to do with the machine when the run is complete.
-    pub(super) fn then(&self, config: &RunConfig, trained_here: bool) -> Afterwards {
+    pub(super) fn then(&self, config: &RunConfig, trained_here: bool) -> OnComplete {
         let action = if self.dedicated || trained_here { config.on_complete.action } else { CompleteAction::Exit };
-        Afterwards { action, lifecycle_hook: config.notice.lifecycle_hook.clone() }
+        OnComplete { action, lifecycle_hook: config.notice.lifecycle_hook.clone() }
     }
 }
 
@@ -79,7 +79,7 @@ pub enum Begin {
 
 /// What to do with this machine when the run is complete.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Afterwards {
+pub struct OnComplete {
     /// The action.
     pub action: CompleteAction,
     /// The lifecycle hook that delays its end: `notice.lifecycle_hook`.
@@ -92,7 +92,7 @@ pub enum Outcome {
     /// The last step is committed.
     Completed {
         /// What to do with this machine then.
-        then: Afterwards,
+        then: OnComplete,
     },
     /// It was asked to stop before it created the run; nothing is lost, and the same command can be given again.
     NotCreated,
@@ -118,7 +118,7 @@ mod tests {
             config.notice.lifecycle_hook = "hook".into();
             let then = LaunchOptions { dedicated, ..LaunchOptions::default() }.then(&config, trained_here);
             let action = if acts { CompleteAction::Terminate } else { CompleteAction::Exit };
-            assert_eq!(then, Afterwards { action, lifecycle_hook: "hook".into() }, "{dedicated} {trained_here}");
+            assert_eq!(then, OnComplete { action, lifecycle_hook: "hook".into() }, "{dedicated} {trained_here}");
         }
     }
 }

@@ -31,7 +31,7 @@ use std::{cell::Cell, ops::ControlFlow, sync::Arc, time::Duration};
 
 use tokio::{sync::mpsc, time::Instant};
 
-pub use self::launch::{Afterwards, Begin, Launch, LaunchOptions, Outcome};
+pub use self::launch::{Begin, Launch, LaunchOptions, OnComplete, Outcome};
 use self::open::{Opened, Opening, Overrides, Ready, Resolving, Standing};
 use crate::{
     agent::{
@@ -182,7 +182,7 @@ enum Next {
     /// This node has formed a generation, which starts from `load`.
     Formed { generation: Generation, load: Load },
     /// The run is complete.
-    Completed(Afterwards),
+    Completed(OnComplete),
 }
 
 /// The generations of this node so far.
@@ -413,7 +413,7 @@ impl Runner {
     }
 
     /// The journal went on under another agent: its changes of settings hold. `Some`: it has finished the run.
-    async fn resolve_again(&mut self, settings: &mpsc::UnboundedSender<NoticeConfig>) -> Result<Option<Afterwards>> {
+    async fn resolve_again(&mut self, settings: &mpsc::UnboundedSender<NoticeConfig>) -> Result<Option<OnComplete>> {
         let (run, nproc_per_node, options, reporter) = (&self.run, self.nproc_per_node, &self.options, &self.reporter);
         let resolving = Resolving { run, nproc_per_node, options, reporter, settings };
         match resolving.existing_run(&self.journal.state(), &self.overrides, self.from).await? {

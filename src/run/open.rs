@@ -17,7 +17,7 @@ use std::cell::Cell;
 
 use tokio::sync::mpsc;
 
-use super::launch::{Afterwards, Begin, LaunchOptions};
+use super::launch::{Begin, LaunchOptions, OnComplete};
 use crate::{
     agent::{
         companions,
@@ -124,7 +124,7 @@ pub(super) enum Opened {
     /// It has steps left to train.
     Ready(Box<Ready>),
     /// It is complete.
-    Complete(Afterwards),
+    Complete(OnComplete),
 }
 
 /// The inputs of a run's first generation on this node.
@@ -142,7 +142,7 @@ pub(super) enum Standing {
     /// It has steps left to train.
     Open(Box<Resolved>, Overrides),
     /// Its last step is committed.
-    Complete(Step, Afterwards),
+    Complete(Step, OnComplete),
 }
 
 /// The inputs for resolving a run.

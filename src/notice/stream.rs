@@ -27,7 +27,7 @@ use crate::{config::NoticeConfig, env, ids::Generation, storage::Store};
 /// journal and a heartbeat.
 const LATE: Duration = Duration::from_secs(60);
 /// The limit for informing the parties that wait for this node.
-const FAREWELL: Duration = Duration::from_secs(15);
+const RELEASE: Duration = Duration::from_secs(15);
 /// Advice from one source is not news again within this time, whatever its id.
 const ADVICE: Duration = Duration::from_secs(600);
 /// The most notices of one source in one life of this process; a source that sends more is ignored.
@@ -143,8 +143,8 @@ impl Notices {
                 self.approval.release().await;
             }
         };
-        let farewell = async { futures::join!(approve, self.ending.release()) };
-        if tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+        let released = async { futures::join!(approve, self.ending.release()) };
+        if tokio::time::timeout(RELEASE, released).await.is_err() {
             tracing::debug!("whoever waits for this machine could not be told that it may go");
         }
         self.polls.abort_all();

@@ -57,7 +57,7 @@ use crate::{
 };
 
 /// How long removing the heartbeat at the end may take. If it stays, the next agent only waits a little longer.
-const FAREWELL: Duration = Duration::from_secs(2);
+const HEARTBEAT_END: Duration = Duration::from_secs(2);
 
 /// Executes a run on this node to its end. Call it from the main thread: the workers' lives are tied to the thread that
 /// starts them.
@@ -79,18 +79,18 @@ pub fn launch_then<T>(launch: Launch, last: impl FnOnce(Result<Outcome>) -> T) -
         Ok(runtime) => runtime,
         Err(error) => return last(Err(error)),
     };
-    let (outcome, farewell) = runtime.block_on(run(launch));
+    let (outcome, shutdown) = runtime.block_on(run(launch));
     let made = last(outcome);
-    if let Some(farewell) = farewell {
-        runtime.block_on(farewell.say());
+    if let Some(shutdown) = shutdown {
+        runtime.block_on(shutdown.finish());
     }
     // Uploads of a run lost to another writer may hang on a dead store.
     runtime.shutdown_timeout(Duration::from_secs(1));
     made
 }
 
-/// The outcome, and what is said afterwards to anyone who waits for this node.
-async fn run(launch: Launch) -> (Result<Outcome>, Option<Farewell>) {
+/// The outcome, and what is left to do afterwards.
+async fn run(launch: Launch) -> (Result<Outcome>, Option<Shutdown>) {
     let listening = Notices::listen().map_err(|e| Error::from_source(Kind::Bug, e).context("listen for signals"));
     let mut notices = match listening {
         Ok(notices) => notices,
@@ -100,7 +100,7 @@ async fn run(launch: Launch) -> (Result<Outcome>, Option<Farewell>) {
     let (result, pulse) = turning.during(open_and_live(launch, &mut notices, &turning)).await;
     // After a run that is complete the machine may have other work.
     let left = matches!(result, Ok(Outcome::Interrupted { lost_steps: 0 } | Outcome::NotCreated));
-    (result, Some(Farewell { notices, pulse, left }))
+    (result, Some(Shutdown { notices, pulse, left }))
 }
 
 /// The outcome, and the heartbeat, if it beats by then.
@@ -116,7 +116,7 @@ async fn open_and_live(launch: Launch, notices: &mut Notices, turning: &Turning)
 }
 
 /// The work left when a run has ended on this node and its last record is written.
-struct Farewell {
+struct Shutdown {
     notices: Notices,
     /// Present once it beats.
     pulse: Option<Pulse>,
@@ -124,11 +124,11 @@ struct Farewell {
     left: bool,
 }
 
-impl Farewell {
-    async fn say(mut self) {
+impl Shutdown {
+    async fn finish(mut self) {
         self.notices.release(self.left).await;
         if let Some(pulse) = self.pulse {
-            let _ = tokio::time::timeout(FAREWELL, pulse.stop()).await;
+            let _ = tokio::time::timeout(HEARTBEAT_END, pulse.stop()).await;
         }
     }
 }

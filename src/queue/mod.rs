@@ -368,7 +368,7 @@ impl Consumer<'_> {
     }
 
     /// The result of `work`, unless this consumer is told to exit.
-    fn unless_told<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+    fn or_notice<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.runtime.block_on(self.lookout.unless(work))
     }
 
@@ -605,7 +605,7 @@ impl Consumer<'_> {
         };
         let (run_id, reading) = (&job.run_id, config::reading_settings(&job.set)?);
         // The store may be silent, and requests to it may take minutes.
-        let found = self.unless_told(open::find(&uri, &reading, run_id, Vec::new()));
+        let found = self.or_notice(open::find(&uri, &reading, run_id, Vec::new()));
         match found.context(format!("read journal of run {run_id}"))? {
             Found::Complete(_, Completed { step, loss }) => Ok(Prepared::Done { step: step.get(), loss }),
             Found::Existing(run) => {
@@ -671,7 +671,7 @@ impl Consumer<'_> {
     }
 
     fn fetch(&self, folder: &str, name: &str) -> Result<Vec<u8>> {
-        self.unless_told((self.tools.fetch)(folder, name))
+        self.or_notice((self.tools.fetch)(folder, name))
     }
 
     /// Carries out the decision. On a failure the message stays where it is, and becomes visible again when its lease

@@ -210,13 +210,13 @@ async fn told_to_leave(notices: &mut Notices, reporter: &Reporter) {
 }
 
 /// Does `work`; `None`: a notice to leave came first. `work` must be droppable at any moment.
-async fn unless_told<T>(notices: &mut Notices, reporter: &Reporter, work: impl Future<Output = T>) -> Option<T> {
+async fn or_notice<T>(notices: &mut Notices, reporter: &Reporter, work: impl Future<Output = T>) -> Option<T> {
     let (_none, mut known) = mpsc::unbounded_channel();
-    unless_told_as(notices, &mut known, reporter, work).await
+    or_notice_as(notices, &mut known, reporter, work).await
 }
 
 /// The same, for `work` that itself finds out the run's settings for notices and sends them to `known`.
-async fn unless_told_as<T>(
+async fn or_notice_as<T>(
     notices: &mut Notices,
     known: &mut mpsc::UnboundedReceiver<NoticeConfig>,
     reporter: &Reporter,
@@ -254,7 +254,7 @@ impl Runner {
             Opening { resolving, node: &node, run_id: &run_id, exists: &exists }.open(begin).await
         };
         // The machine may go away while data is downloaded, which can take long.
-        let Some(opened) = unless_told_as(notices, &mut known, &reporter, opening).await else {
+        let Some(opened) = or_notice_as(notices, &mut known, &reporter, opening).await else {
             if let Some(step) = newest {
                 reporter.event(&Event::Interrupted { step, lost_steps: 0 });
             }
@@ -297,7 +297,7 @@ impl Runner {
             let (settings, mut known) = mpsc::unbounded_channel();
             let reporter = self.reporter.clone();
             let taking_up = self.take_up(before, story.reason, &doing, &settings);
-            let Some(next) = unless_told_as(notices, &mut known, &reporter, taking_up).await else {
+            let Some(next) = or_notice_as(notices, &mut known, &reporter, taking_up).await else {
                 return self.told_between_lives(doing.get(), story.finished).await;
             };
             let (generation, load) = match next? {

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::{Outcome, Runner, told_to_leave, unless_told};
+use super::{Outcome, Runner, or_notice, told_to_leave};
 use crate::{
     agent::generation::{Left, Stopped},
     error::Result,
@@ -127,7 +127,7 @@ impl Runner {
     /// The work for which a completed run has time, unless this node is told to leave.
     pub(super) async fn tidy(&self, mut left: Left, notices: &mut Notices) {
         if let Some(mut retention) = left.retention.take() {
-            unless_told(notices, &self.reporter, retention.complete(TIDYING)).await;
+            or_notice(notices, &self.reporter, retention.complete(TIDYING)).await;
         }
         self.gone(left).await;
     }

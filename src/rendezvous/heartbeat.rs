@@ -328,7 +328,7 @@ async fn look_for(
 }
 
 /// Deletes the heartbeat of a dead node. One that was only asleep writes its own again.
-pub async fn bury(run: &Store, node: &NodeId) {
+pub async fn remove_stale(run: &Store, node: &NodeId) {
     if let Err(error) = run.delete(&layout::heartbeat(node)).await {
         tracing::debug!(%error, %node, "heartbeat of a dead node not deleted");
     }

@@ -456,7 +456,7 @@ impl Runner {
                 self.options.accepts_data = false;
                 for dead in self.dead.drain(..) {
                     let run = self.run.clone();
-                    tokio::spawn(async move { heartbeat::bury(&run, &dead).await });
+                    tokio::spawn(async move { heartbeat::remove_stale(&run, &dead).await });
                 }
                 Ok(Some(generation))
             }

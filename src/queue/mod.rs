@@ -31,7 +31,7 @@ pub mod job;
 pub mod lease;
 mod lookout;
 mod tracker;
-mod turn;
+mod outcome;
 
 use std::{
     cell::RefCell,
@@ -52,8 +52,8 @@ use self::{
     job::{Job, Source},
     lease::{Hold, Holder, Terms, lock},
     lookout::Lookout,
+    outcome::JobOutcome,
     tracker::{Head, Tracker},
-    turn::Turn,
 };
 use crate::{
     boot::{self, stop::Heard},
@@ -333,7 +333,7 @@ impl Consumer<'_> {
                 }
                 Next::Message(message) => message,
             };
-            let (Turn { end, state, code, .. }, what) = self.turn(&message);
+            let (JobOutcome { end, state, code, .. }, what) = self.turn(&message);
             // A run that another consumer trains for weeks must not keep this one waiting for weeks.
             if !matches!(state, State::StandBy | State::Renewed) {
                 idle_since = Instant::now();
@@ -400,7 +400,7 @@ impl Consumer<'_> {
     }
 
     /// One message, from its claim until it is settled, and the outcome.
-    fn turn(&self, message: &Message) -> (Turn, Settle) {
+    fn turn(&self, message: &Message) -> (JobOutcome, Settle) {
         let number = |name| message.number(name).unwrap_or_default();
         let carried = Carried { interruptions: number(INTERRUPTIONS), step: number(STEP) };
         let run_id = Job::name_of(&message.body);
@@ -433,10 +433,10 @@ impl Consumer<'_> {
             },
             Arc::clone(&claim.carried),
         )));
-        let (turn, what) = match Job::parse(&message.body) {
+        let (outcome, what) = match Job::parse(&message.body) {
             Err(error) => {
-                let turn = Turn::new(End::Unintelligible, State::Failed, Kind::Config.exit_code());
-                self.conclude(&claim, None, Turn { reason: Some(error.to_string()), ..turn })
+                let outcome = JobOutcome::new(End::Unintelligible, State::Failed, Kind::Config.exit_code());
+                self.conclude(&claim, None, JobOutcome { reason: Some(error.to_string()), ..outcome })
             }
             Ok(job) => {
                 let holder = {
@@ -448,15 +448,15 @@ impl Consumer<'_> {
                     let (queue, terms) = (self.queue.clone(), self.settings.terms);
                     Holder::start(queue, message.clone(), Arc::clone(&claim.carried), terms, handed_over)
                 };
-                let conclude = |turn| self.conclude(&claim, Some(holder), turn);
+                let conclude = |outcome| self.conclude(&claim, Some(holder), outcome);
                 self.train(&job, message.received, &tracker, conclude)
             }
         };
-        if let Some(reason) = &turn.reason {
+        if let Some(reason) = &outcome.reason {
             let reason = crate::report::human::plain(reason);
-            tracing::warn!(run = name, received = times, state = ?turn.state, "job is not done: {reason}");
+            tracing::warn!(run = name, received = times, state = ?outcome.state, "job is not done: {reason}");
         }
-        let stage = match turn.state {
+        let stage = match outcome.state {
             State::Completed => Some(Stage::Completed),
             // It goes on elsewhere.
             State::Failed | State::Unreachable if matches!(what, Settle::Renew { .. }) => Some(Stage::Interrupted),
@@ -466,30 +466,31 @@ impl Consumer<'_> {
             State::Claimed | State::HandedOver | State::Renewed | State::StandBy => None,
         };
         if let Some(stage) = stage {
-            lock(&tracker).end(stage, turn.reason.clone(), turn.code);
+            lock(&tracker).end(stage, outcome.reason.clone(), outcome.code);
         }
-        say(turn.state, turn.reason.clone(), Some(turn.code));
-        (turn, what)
+        say(outcome.state, outcome.reason.clone(), Some(outcome.code));
+        (outcome, what)
     }
 
     /// Settles a message after its turn: the machine may have seconds left, so this comes before everything else.
-    fn conclude(&self, claim: &Claim<'_>, holder: Option<Holder>, mut turn: Turn) -> (Turn, Settle) {
-        let goes_away = turn.end == End::Interrupted;
+    fn conclude(&self, claim: &Claim<'_>, holder: Option<Holder>, mut outcome: JobOutcome) -> (JobOutcome, Settle) {
+        let goes_away = outcome.end == End::Interrupted;
         let further = lock(&claim.carried).step > claim.begun_at;
         let mut suspicion = self.suspicion.borrow_mut();
-        let no_good = claim.run_id.as_ref().is_some_and(|run| suspicion.is_confirmed_by(run, turn.error, further));
+        let no_good = claim.run_id.as_ref().is_some_and(|run| suspicion.is_confirmed_by(run, outcome.error, further));
         drop(suspicion);
         if no_good {
             tracing::error!(
                 "two consecutive jobs failed on this machine: returning the message to the queue and exiting"
             );
-            turn.end = End::CutOff;
+            outcome.end = End::CutOff;
         }
         let work = async {
             // While the message is still held: this may take some time.
-            let asks = matches!(turn.error, Some(Kind::Unavailable | Kind::Permission)) && turn.end != End::CutOff;
+            let asks =
+                matches!(outcome.error, Some(Kind::Unavailable | Kind::Permission)) && outcome.end != End::CutOff;
             if asks && self.is_cut_off().await {
-                turn.end = End::CutOff;
+                outcome.end = End::CutOff;
             }
             let hold = match holder {
                 Some(holder) => holder.stop().await,
@@ -498,7 +499,7 @@ impl Consumer<'_> {
             let message = claim.message;
             let carried = *lock(&claim.carried);
             let dead_letters = self.max_receive_count.is_some();
-            let what = settle(turn.end, hold, message.received, further, dead_letters, self.settings.terms.lease);
+            let what = settle(outcome.end, hold, message.received, further, dead_letters, self.settings.terms.lease);
             self.settle(message, what, carried).await;
             what
         };
@@ -514,7 +515,7 @@ impl Consumer<'_> {
                 Settle::Leave
             })
         });
-        (turn, what)
+        (outcome, what)
     }
 
     fn encrypts(&self, storage: &StorageConfig) {
@@ -548,23 +549,29 @@ impl Consumer<'_> {
 
     /// Trains the run of a job to its end, or as far as it can; returns what `conclude` makes of that. `conclude` runs
     /// before the party that waits for this machine is told that it may go.
-    fn train<T>(&self, job: &Job, received: u32, tracker: &Arc<Mutex<Tracker>>, conclude: impl FnOnce(Turn) -> T) -> T {
+    fn train<T>(
+        &self,
+        job: &Job,
+        received: u32,
+        tracker: &Arc<Mutex<Tracker>>,
+        conclude: impl FnOnce(JobOutcome) -> T,
+    ) -> T {
         let (store, begin) = match self.prepare(job, received, tracker) {
             Ok(Prepared::Launch { store, begin }) => (store, begin),
             Ok(Prepared::Done { step, loss }) => {
                 let facts = Facts { step: Some(step), loss: Some(loss).filter(|l| l.is_finite()), ..Facts::default() };
                 lock(tracker).facts = facts;
-                return conclude(Turn::new(End::Completed, State::Completed, 0));
+                return conclude(JobOutcome::new(End::Completed, State::Completed, 0));
             }
             Ok(Prepared::Renew { committed }) => {
                 lock(&lock(tracker).carried).step = committed;
-                return conclude(Turn::new(End::Further, State::Renewed, 0));
+                return conclude(JobOutcome::new(End::Further, State::Renewed, 0));
             }
-            Err(_) if self.lookout.told() => return conclude(Turn::not_begun()),
-            Err(error) => return conclude(Turn::of_error(&error)),
+            Err(_) if self.lookout.told() => return conclude(JobOutcome::not_begun()),
+            Err(error) => return conclude(JobOutcome::of_error(&error)),
         };
         if self.lookout.told() {
-            return conclude(Turn::not_begun());
+            return conclude(JobOutcome::not_begun());
         }
         // The agent polls the metadata service for itself.
         self.runtime.block_on(self.lookout.rest());
@@ -581,7 +588,7 @@ impl Consumer<'_> {
             options: LaunchOptions { cache: boot::cache(&hardware::root()), ..LaunchOptions::default() },
             reporter: reporter.clone(),
         };
-        let concluded = run::launch_then(launch, |outcome| conclude(Turn::of_outcome(&outcome)));
+        let concluded = run::launch_then(launch, |outcome| conclude(JobOutcome::of_outcome(&outcome)));
         reporter.finish();
         concluded
     }

@@ -10,7 +10,7 @@ use crate::{
 const REASON: usize = 2000;
 
 /// The outcome of a turn.
-pub(super) struct Turn {
+pub(super) struct JobOutcome {
     pub end: End,
     pub state: State,
     /// The exit code if this were the only job.
@@ -20,15 +20,15 @@ pub(super) struct Turn {
     pub error: Option<Kind>,
 }
 
-impl Turn {
+impl JobOutcome {
     pub fn new(end: End, state: State, code: u8) -> Self {
         Self { end, state, code, reason: None, error: None }
     }
 
     /// The machine goes away before there is anything to save.
     pub fn not_begun() -> Self {
-        let turn = Self::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
-        Self { reason: Some("asked to stop before the run was started".into()), ..turn }
+        let outcome = Self::new(End::Interrupted, State::Interrupted, Kind::Interrupted.exit_code());
+        Self { reason: Some("asked to stop before the run was started".into()), ..outcome }
     }
 
     pub fn of_outcome(outcome: &Result<Outcome>) -> Self {

@@ -407,7 +407,7 @@ fn drain_stops_the_generation_that_is_at_work_and_no_other() {
     let over = lab.about("drain", RUN).finish().expect_code(64);
     assert!(over.stderr.contains("is not running: it is completed"), "{}", over.story());
     lab.about("prune", RUN).args(&["--keep-last", "1"]).finish().expect_code(0);
-    assert_eq!(lab.keys(RUN, "drains/"), ["drains/g0001.json", "drains/g0002.json"], "requests are no rubbish");
+    assert_eq!(lab.keys(RUN, "drains/"), ["drains/g0001.json", "drains/g0002.json"], "requests are no garbage");
 }
 
 #[test]

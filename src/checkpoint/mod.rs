@@ -21,7 +21,7 @@ pub mod foreign;
 pub mod manifest;
 pub mod prune;
 pub mod restore;
-pub mod rubbish;
+pub mod garbage;
 pub mod save;
 pub mod verify;
 

@@ -8,7 +8,7 @@
 //!
 //! Order of a deletion: the journal's `pruned` record, one for a whole plan (from then on they are no checkpoints),
 //! then folder by folder the manifest and the other objects. *Crash:* after the record, the rest of the folders is
-//! garbage that nobody reads; [`super::rubbish`] removes it later. *Retry:* deleting an object that is gone is fine,
+//! garbage that nobody reads; [`super::garbage`] removes it later. *Retry:* deleting an object that is gone is fine,
 //! and a checkpoint already pruned is no longer in the list that a plan is made from. *Cancel:* like a crash.
 
 use std::{collections::BTreeSet, future::Future, time::Duration};

@@ -17,8 +17,8 @@ use crate::{
         CheckpointError,
         catalog::Damage,
         condemn::{self, Docket},
+        garbage::{self, Folder, Garbage, Kind},
         prune::{Abandoned, Fate, Plan, Reading, Why, apply_prune, doomed, plan_for, quarantined},
-        rubbish::{self, Folder, Kind, Rubbish},
         verify::{Depth, verify},
     },
     config::{Keep, Spacing, parse_spacing},
@@ -112,7 +112,7 @@ struct Total {
 /// The plan, or its result.
 struct Done {
     fates: Vec<Fate>,
-    rubbish: Rubbish,
+    garbage: Garbage,
     total: Total,
     /// Nothing vouches for the newest checkpoint yet.
     unread: bool,
@@ -145,11 +145,11 @@ impl Prune {
             // It may have been condemned by mistake, while this machine garbles it now.
             self.settle(&docket, &folder, &mut journal).await?;
         }
-        let rubbish = rubbish::find(&folder, journal.state(), Timestamp::now()).await?;
-        if let Some(error) = &rubbish.unlisted {
+        let garbage = garbage::find(&folder, journal.state(), Timestamp::now()).await?;
+        if let Some(error) = &garbage.unlisted {
             tracing::warn!(%error, "unfinished uploads were not looked for: allow s3:ListBucketMultipartUploads");
         }
-        let total = total(journal.state(), &fates, &rubbish);
+        let total = total(journal.state(), &fates, &garbage);
         if !self.dry_run {
             let doing = format!("prune run {}", self.run.run_id);
             let journal = Mutex::new(journal);
@@ -161,10 +161,10 @@ impl Prune {
                 }
             };
             apply_prune(&folder, &doomed(&fates), append).await.context(&doing)?;
-            rubbish::sweep(&folder, &rubbish).await.context(doing)?;
+            garbage::sweep(&folder, &garbage).await.context(doing)?;
             journal.into_inner().summed_up(SUMMARY).await;
         }
-        Ok(Done { fates, rubbish, total, unread: plan.unread, dry_run: self.dry_run })
+        Ok(Done { fates, garbage, total, unread: plan.unread, dry_run: self.dry_run })
     }
 
     /// Condemns the suspect, if another checkpoint is whole as this machine reads it.
@@ -228,16 +228,16 @@ async fn take_back(folder: &Store, journal: &mut Journal, fates: &mut [Fate], do
     Ok(())
 }
 
-fn total(state: &RunState, fates: &[Fate], rubbish: &Rubbish) -> Total {
+fn total(state: &RunState, fates: &[Fate], garbage: &Garbage) -> Total {
     let (gone, kept): (Vec<&Fate>, Vec<&Fate>) = fates.iter().partition(|fate| fate.goes());
     let sum = |fates: &[&Fate]| fates.iter().map(|fate| fate.bytes).fold(0, u64::saturating_add);
     let kept_bytes = sum(&kept);
-    let gone_bytes = rubbish.folders.iter().map(|folder| folder.bytes).fold(sum(&gone), u64::saturating_add);
+    let gone_bytes = garbage.folders.iter().map(|folder| folder.bytes).fold(sum(&gone), u64::saturating_add);
     Total {
         kept: kept.len() as u64,
         kept_bytes,
         kept_usd_per_month: history::monthly_cost(state, kept_bytes),
-        gone: (gone.len() + rubbish.folders.len() + rubbish.uploads.len()) as u64,
+        gone: (gone.len() + garbage.folders.len() + garbage.uploads.len()) as u64,
         gone_bytes,
         gone_usd_per_month: history::monthly_cost(state, gone_bytes),
     }
@@ -250,8 +250,8 @@ impl Done {
         for fate in &self.fates {
             lines.push(Line::Checkpoint { fate, goes: fate.goes(), deleted: deleted && fate.goes() });
         }
-        lines.extend(self.rubbish.folders.iter().map(|folder| Line::Folder { folder, deleted }));
-        for upload in &self.rubbish.uploads {
+        lines.extend(self.garbage.folders.iter().map(|folder| Line::Folder { folder, deleted }));
+        for upload in &self.garbage.uploads {
             lines.push(Line::Upload { key: &upload.key, since: upload.since, deleted });
         }
         lines.push(Line::Total(self.total));
@@ -267,7 +267,7 @@ impl Done {
             let (step, generation) = (fate.point.step.to_string(), fate.point.generation.to_string());
             table.row([step, generation, human::bytes(fate.bytes), what.to_owned(), why]);
         }
-        for Folder { step, generation, why, objects, bytes } in &self.rubbish.folders {
+        for Folder { step, generation, why, objects, bytes } in &self.garbage.folders {
             let why = match why {
                 Kind::LeftOver => "left over from a deletion that was cut off",
                 Kind::Orphaned => "never committed",
@@ -276,7 +276,7 @@ impl Done {
             table.row([step.to_string(), generation.to_string(), human::bytes(*bytes), goes.to_owned(), why]);
         }
         let mut text = table.text();
-        for upload in &self.rubbish.uploads {
+        for upload in &self.garbage.uploads {
             let since = human::ago(upload.since, Timestamp::now());
             text.push_str(&format!("unfinished upload of {}, {since}: {goes}\n", human::plain(&upload.key)));
         }

@@ -537,7 +537,7 @@ impl Consumer<'_> {
             () = self.lookout.heard.wait() => true,
             put = tokio::time::timeout(STORE_PATIENCE, put) => match put {
                 Ok(Ok(())) => {
-                    // A leftover is a few bytes of rubbish, below a folder known for it.
+                    // A leftover is a few bytes of garbage, below a folder known for it.
                     let _ = tokio::time::timeout(SWEEP_PATIENCE, store.delete(&key)).await;
                     false
                 }

@@ -1,8 +1,8 @@
-//! Checks of the checkpoints that a run keeps, while it trains: bit rot is found before they are needed, and rubbish is
+//! Checks of the checkpoints that a run keeps, while it trains: bit rot is found before they are needed, and garbage is
 //! removed.
 //!
 //! One task beside the event loop. At the start of a generation and once a day it deletes the leftovers that
-//! [`crate::checkpoint::rubbish`] finds. Every kept checkpoint is verified against its checksums once in
+//! [`crate::checkpoint::garbage`] finds. Every kept checkpoint is verified against its checksums once in
 //! `checkpoint.scrub`: against those that the store keeps, if it keeps any; otherwise its bytes are read at no more
 //! than [`RATE`], one request at a time. While a restore or a save is under way nothing is begun and no byte is read. A
 //! checkpoint that is damaged, and still is when it is read again while another one is whole, gets a `damaged` record
@@ -25,7 +25,7 @@ use super::retention::Kept;
 use crate::{
     checkpoint::{
         catalog::Damage,
-        rubbish,
+        garbage,
         verify::{Depth, Gentle, Report, look_again, verify, verify_gently},
     },
     error::Error,
@@ -106,17 +106,17 @@ async fn sweep_daily(kept: &Kept, mut busy: watch::Receiver<bool>) {
             Ok(swept) => tracing::info!(objects = swept, "removed leftovers of interrupted uploads and deletions"),
             Err(error) => tracing::warn!(%error, "what killed uploads have left behind was not swept"),
         }
-        tokio::time::sleep(rubbish::AGE).await;
+        tokio::time::sleep(garbage::AGE).await;
     }
 }
 
 async fn sweep(kept: &Kept) -> Result<u64, Error> {
     let state = kept.journal.state();
-    let rubbish = rubbish::find(&kept.run, &state, Timestamp::now()).await?;
-    if let Some(error) = &rubbish.unlisted {
+    let garbage = garbage::find(&kept.run, &state, Timestamp::now()).await?;
+    if let Some(error) = &garbage.unlisted {
         tracing::info!(%error, "unfinished uploads can't be listed here: they are left to the bucket's lifecycle rule");
     }
-    Ok(rubbish::sweep(&kept.run, &rubbish).await?)
+    Ok(garbage::sweep(&kept.run, &garbage).await?)
 }
 
 async fn look_around(kept: &Kept, busy: watch::Receiver<bool>) {

@@ -9,7 +9,7 @@
 //! A generation can no longer commit when a newer one exists, since that fences it, or when the run is complete or has
 //! failed. An interruption does not prove this: a commit may come late. So safety comes from the journal; the age is
 //! only a second safeguard, and may be measured by two clocks. Damaged checkpoints have a record: they are quarantined,
-//! not rubbish. An object that is not named like a checkpoint's is not ours.
+//! not garbage. An object that is not named like a checkpoint's is not ours.
 //!
 //! *Crash, retry, cancel:* leftovers that were not deleted are found again.
 
@@ -29,7 +29,7 @@ use crate::{
 /// How long objects that belong to no checkpoint are left alone.
 pub const AGE: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Why a folder is rubbish.
+/// Why a folder is garbage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
@@ -54,9 +54,9 @@ pub struct Folder {
     pub bytes: u64,
 }
 
-/// All rubbish of a run.
+/// All garbage of a run.
 #[derive(Debug, Default)]
-pub struct Rubbish {
+pub struct Garbage {
     /// Folders, by generation and step.
     pub folders: Vec<Folder>,
     /// Uploads, by key.
@@ -65,9 +65,9 @@ pub struct Rubbish {
     pub unlisted: Option<StorageError>,
 }
 
-/// Finds a run's rubbish. `store` is the run's folder; `state` was read before. A store that does not list unfinished
+/// Finds a run's garbage. `store` is the run's folder; `state` was read before. A store that does not list unfinished
 /// uploads is no error: the bucket's lifecycle rule, or a person, may take care of them.
-pub async fn find(store: &Store, state: &RunState, now: Timestamp) -> Result<Rubbish, CheckpointError> {
+pub async fn find(store: &Store, state: &RunState, now: Timestamp) -> Result<Garbage, CheckpointError> {
     let objects = store.list(layout::CHECKPOINTS).await?;
     let (uploads, unlisted) = match store.unfinished().await {
         Ok(uploads) => (uploads, None),
@@ -77,7 +77,7 @@ pub async fn find(store: &Store, state: &RunState, now: Timestamp) -> Result<Rub
     let mut uploads: Vec<Unfinished> =
         uploads.into_iter().filter(|left| is_stale(state, &left.key, left.since, now)).collect();
     uploads.sort_by(|a, b| a.key.cmp(&b.key));
-    Ok(Rubbish { folders, uploads, unlisted })
+    Ok(Garbage { folders, uploads, unlisted })
 }
 
 /// Whether this generation can no longer commit.
@@ -126,7 +126,7 @@ fn folders(state: &RunState, objects: &[ObjectInfo], now: Timestamp) -> Vec<Fold
     found.into_iter().filter_map(judge).collect()
 }
 
-/// Whether an upload is rubbish. One outside a checkpoint belongs to no generation, and only its age decides.
+/// Whether an upload is garbage. One outside a checkpoint belongs to no generation, and only its age decides.
 fn is_stale(state: &RunState, key: &str, since: Timestamp, now: Timestamp) -> bool {
     let in_checkpoints = key.strip_prefix(layout::CHECKPOINTS).is_some_and(|rest| rest.starts_with('/'));
     let over = match place(key) {
@@ -138,12 +138,12 @@ fn is_stale(state: &RunState, key: &str, since: Timestamp, now: Timestamp) -> bo
 
 /// Deletes everything that [`find`] has found; returns the numbers of deleted objects and uploads. `store` is the same
 /// folder.
-pub async fn sweep(store: &Store, rubbish: &Rubbish) -> Result<u64, CheckpointError> {
+pub async fn sweep(store: &Store, garbage: &Garbage) -> Result<u64, CheckpointError> {
     let mut swept = 0;
-    for folder in &rubbish.folders {
+    for folder in &garbage.folders {
         swept += delete_folder(store, folder.step, folder.generation).await?;
     }
-    for upload in &rubbish.uploads {
+    for upload in &garbage.uploads {
         store.discard(upload).await?;
         swept += 1;
     }
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_what_nothing_can_lead_to_any_more_is_rubbish() {
+    async fn only_what_nothing_can_lead_to_any_more_is_garbage() {
         let (step, generation) = (Step(1), Generation(1));
         let more = vec![
             Record::Pruned { step, generation },

@@ -84,7 +84,7 @@ pub enum Effect {
         /// The generation that wrote it.
         generation: Generation,
         /// The checksum of every file, by name.
-        sums: Vec<(String, Crc64)>,
+        checksums: Vec<(String, Crc64)>,
     },
     /// Answer with [`Event::Retry`] later.
     Retry {
@@ -328,7 +328,7 @@ impl<'a> Performer<'a> {
                     saving.cost.send_replace(cost);
                 }
             }
-            Effect::Hold { slot, step, generation, sums } => self.slots.hold(slot, step, generation, &sums),
+            Effect::Hold { slot, step, generation, checksums } => self.slots.hold(slot, step, generation, &checksums),
             Effect::Retry { slot, after } => {
                 let later = self.senders.later.clone();
                 tokio::spawn(async move {

@@ -272,7 +272,7 @@ impl Merge {
     ) -> Result<(), CheckpointError> {
         sink.write_at(&self.header, 0)?;
         for shard in &self.shards {
-            let sums = ranges(shard.file.bytes, part).map(|range| {
+            let checksums = ranges(shard.file.bytes, part).map(|range| {
                 let (sink, moves, header) = (sink.clone(), shard.moves.clone(), shard.header.clone());
                 let (start, len) = (range.start, range.end - range.start);
                 let object = join(&self.folder, &shard.file.name);
@@ -291,7 +291,7 @@ impl Merge {
                 }
             });
             let combine = |whole: Crc64, (sum, len)| async move { Ok(whole.followed_by(sum, len)) };
-            let whole = stream::iter(sums).buffered(IN_FLIGHT).try_fold(Crc64::EMPTY, combine).await?;
+            let whole = stream::iter(checksums).buffered(IN_FLIGHT).try_fold(Crc64::EMPTY, combine).await?;
             compare(&join(&self.folder, &shard.file.name), &shard.file, whole)?;
         }
         Ok(())

@@ -4,8 +4,8 @@
 //! hands both over ([`fetch`]). Each piece comes straight into its buffer and is summed as it comes
 //! ([`Store::get_into`]); the pieces' CRC64-NVME are combined in the order of the file and verified against the
 //! manifest. A byte is downloaded once per node, whatever the number of its ranks, and no byte is trusted before its
-//! whole file has been verified. There is no training meanwhile: the copies and sums run on threads of their own, one
-//! per core, which are gone at the end.
+//! whole file has been verified. There is no training meanwhile: the copies and checksums are made on threads of their
+//! own, one per core, which are gone at the end.
 //!
 //! *Memory:* the image, and a socket's buffer for each request in flight. *Crash, cancel:* nothing in the store
 //! changes. A piece that is being read from a disk when the future is dropped is read to its end, into the buffer that
@@ -127,7 +127,7 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
 ) -> Result<(), CheckpointError> {
     // There is no training before it is done.
     let store = &store.at_priority(Priority::Urgent);
-    let mut sums: Vec<Vec<(u64, u64, Crc64)>> = vec![Vec::new(); files.len()];
+    let mut checksums: Vec<Vec<(u64, u64, Crc64)>> = vec![Vec::new(); files.len()];
     let get = |(piece, mut buffer): (Piece, B)| {
         let progress = &progress;
         async move {
@@ -150,13 +150,13 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
     };
     let mut got = stream::iter(pieces).map(get).buffer_unordered(ASKED);
     while let Some((piece, sum)) = got.try_next().await? {
-        sums[piece.file].push((piece.offset, piece.len, sum));
+        checksums[piece.file].push((piece.offset, piece.len, sum));
     }
-    for (file, mut sums) in files.iter().zip(sums) {
-        sums.sort_unstable_by_key(|&(offset, ..)| offset);
+    for (file, mut checksums) in files.iter().zip(checksums) {
+        checksums.sort_unstable_by_key(|&(offset, ..)| offset);
         let mut end = 0;
         let mut whole = Crc64::EMPTY;
-        for (offset, len, sum) in sums {
+        for (offset, len, sum) in checksums {
             if offset != end {
                 return Err(CheckpointError::Internal(format!("pieces don't cover {}", file.name)));
             }

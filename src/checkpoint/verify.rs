@@ -243,7 +243,7 @@ async fn check_bytes(
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<(), CheckpointError> {
     let object = &join(folder, &file.name);
-    let sums = ranges(file.bytes, part).map(|range| async move {
+    let checksums = ranges(file.bytes, part).map(|range| async move {
         if let Some(gentle) = gentle {
             gentle.wait_for_the_others().await;
         }
@@ -260,7 +260,7 @@ async fn check_bytes(
     });
     let combine = |whole: Crc64, (sum, len)| async move { Ok(whole.followed_by(sum, len)) };
     let at_once = if gentle.is_some() { 1 } else { IN_FLIGHT };
-    let whole = stream::iter(sums).buffered(at_once).try_fold(Crc64::EMPTY, combine).await?;
+    let whole = stream::iter(checksums).buffered(at_once).try_fold(Crc64::EMPTY, combine).await?;
     compare(object, file, whole)
 }
 

@@ -13,8 +13,8 @@
 //!
 //! # Which files are trusted
 //! Lengths alone are not enough: a disk flips bits, and a power cut leaves files of the right length without their
-//! bytes. So every shard is verified against its CRC64 once per process, on several threads (`data/sums.rs`); a wrong
-//! one in a cache is fetched again, one in a `file://` folder is an error that names it. The index of a cache is
+//! bytes. So every shard is verified against its CRC64 once per process, on several threads (`data/checksums.rs`); a
+//! wrong one in a cache is fetched again, one in a `file://` folder is an error that names it. The index of a cache is
 //! trusted if it equals the store's, byte for byte. Folders of other users and links are never trusted
 //! (`data/place.rs`).
 //!
@@ -37,12 +37,12 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{
     DataError, Dataset,
+    checksums::{self, Checking},
     eviction::{self, InUse},
     fetch::fetch,
     input::local_path,
     place::{self, Private},
     shards::{FileEntry, INDEX, Index, MAX_INDEX_BYTES, read_index},
-    sums::{self, Checking},
 };
 use crate::{
     config::StorageConfig,
@@ -87,7 +87,7 @@ impl LocalDataset {
     ///
     /// # Errors
     /// [`DataError::Damaged`] names the first that is wrong.
-    pub async fn whole(&self) -> Result<(), DataError> {
+    pub async fn verify(&self) -> Result<(), DataError> {
         let Some(checking) = &self.checking else { return Ok(()) };
         match checking.wrong().await?.into_iter().next() {
             Some((entry, found)) => Err(wrong_sum(self.dir.join(&entry.file).display().to_string(), &entry, found)),
@@ -102,7 +102,7 @@ fn wrong_sum(file: String, entry: &FileEntry, found: Crc64) -> DataError {
 
 /// A local folder that holds the dataset at `uri`, downloaded into `cache_root` if need be (`None`: into a folder of
 /// this process) and verified by CRC64-NVME: for a `file://` folder that goes on in the background, see
-/// [`LocalDataset::whole`]. If the disk is short of room, unused datasets there are removed first.
+/// [`LocalDataset::verify`]. If the disk is short of room, unused datasets there are removed first.
 ///
 /// # Errors
 /// [`DataError::Missing`] if there is no index at `uri`; [`DataError::Damaged`] names an object that isn't what the
@@ -237,7 +237,7 @@ async fn download_file(
     }
     let path = dir.join(&entry.file);
     rename(&temporary, &path)?;
-    sums::know(&path, crc64);
+    checksums::know(&path, crc64);
     Ok(())
 }
 

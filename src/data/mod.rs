@@ -40,7 +40,7 @@ pub mod sampler;
 mod scan;
 pub mod shards;
 mod special;
-mod sums;
+mod checksums;
 pub mod tokenizer;
 mod writer;
 

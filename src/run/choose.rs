@@ -23,7 +23,7 @@ impl Runner {
     /// The newest usable checkpoint, while the rest of the data is verified against its checksums.
     pub(super) async fn choose_with_data(&mut self) -> Result<Load> {
         let resolved = Arc::clone(&self.resolved);
-        let whole = async { Ok::<_, Error>(resolved.data.whole().await?) };
+        let whole = async { Ok::<_, Error>(resolved.data.verify().await?) };
         let (load, ()) = tokio::try_join!(self.choose(), whole)?;
         Ok(load)
     }
@@ -71,7 +71,7 @@ impl Runner {
         // Newest first.
         let Committed { step, generation, .. } = *candidates.first()?;
         let (slot, files) = self.slots.find(step, generation).filter(|_| self.from.is_none())?;
-        if !self.slots.whole(slot).await {
+        if !self.slots.verify(slot).await {
             tracing::info!(%step, slot, "snapshot in memory is no longer that checkpoint, reading the store");
             return None;
         }

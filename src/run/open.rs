@@ -165,7 +165,7 @@ impl Resolving<'_> {
     async fn new_run(&self, config: &RunConfig) -> Result<Resolved> {
         let cache = self.options.cache.as_deref();
         let resolved = resolve_new(config, self.nproc_per_node, cache, self.reporter).await?;
-        resolved.data.whole().await?;
+        resolved.data.verify().await?;
         Ok(resolved)
     }
 

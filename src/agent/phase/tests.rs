@@ -231,7 +231,7 @@ fn saved(step: u64, slot: u8) -> Event {
         validation_loss: None,
         cost: SaveCost { durable_s: 11.0, ..SaveCost::default() },
     };
-    Event::Save(SaveEvent::Ended { step: Step(step), slot, result: Ok(Saved { committed, sums: Vec::new() }) })
+    Event::Save(SaveEvent::Ended { step: Step(step), slot, result: Ok(Saved { committed, checksums: Vec::new() }) })
 }
 
 fn save_failed(step: u64, slot: u8) -> Event {

@@ -332,13 +332,13 @@ impl Training {
 
     fn on_saved(&mut self, slot: u8, saved: Saved, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
         let now = turn.now;
-        let Saved { committed, sums } = saved;
+        let Saved { committed, checksums } = saved;
         let (step, generation, cost) = (committed.step, committed.generation, committed.cost);
         turn.does(Effect::Busy(false));
         if self.ledger.committed(&committed, &mut turn.shared.estimates, now) {
             turn.does(Effect::Log(Log::Starved { durable_s: cost.durable_s }));
         }
-        turn.does(Effect::Hold { slot, step, generation, sums });
+        turn.does(Effect::Hold { slot, step, generation, checksums });
         turn.reports(report::Event::Checkpoint {
             step,
             generation,

@@ -155,12 +155,12 @@ impl Slots {
 
     /// All of `files` lie in [`RESTORE_SLOT`], verified, at these places.
     pub fn received(&mut self, step: Step, generation: Generation, places: &[(u64, u64)], files: &[RemoteFile]) {
-        let sums: Option<Vec<_>> = places
+        let checksums: Option<Vec<_>> = places
             .iter()
             .zip(files)
             .map(|(&(start, len), file)| Some((start..start.checked_add(len)?, file.crc64?)))
             .collect();
-        self.slots[usize::from(RESTORE_SLOT)].held = sums.map(|files| Held { step, generation, files });
+        self.slots[usize::from(RESTORE_SLOT)].held = checksums.map(|files| Held { step, generation, files });
     }
 
     /// Where the files of this checkpoint lie, if a slot holds it: the slot, each file's first byte and length.
@@ -172,9 +172,9 @@ impl Slots {
         Some((u8::try_from(slot).ok()?, files))
     }
 
-    /// Recomputes the slot's checksums; on a mismatch the slot counts as empty. The sums run in parallel at the speed
-    /// of memory.
-    pub async fn whole(&mut self, slot: u8) -> bool {
+    /// Recomputes the slot's checksums; on a mismatch the slot counts as empty. They are computed in parallel at the
+    /// speed of memory.
+    pub async fn verify(&mut self, slot: u8) -> bool {
         let Some(Slot { image, held, .. }) = self.slots.get_mut(usize::from(slot)) else { return false };
         let Some(files) = held.as_ref().map(|held| held.files.clone()) else { return false };
         let sound = sums_agree(image, files).await;
@@ -257,12 +257,12 @@ impl Slots {
     }
 
     /// A slot's snapshot is committed, its shards with these checksums by name: the slot holds it from now on.
-    pub fn hold(&mut self, slot: u8, step: Step, generation: Generation, sums: &[(String, Crc64)]) {
+    pub fn hold(&mut self, slot: u8, step: Step, generation: Generation, checksums: &[(String, Crc64)]) {
         let (Some(layout), Some(state)) = (&self.layout, self.slots.get_mut(usize::from(slot))) else { return };
         let mut files = Vec::new();
         for (plan, base) in layout.plans.iter().zip(&layout.bases) {
             for shard in &plan.shards {
-                let Some((_, sum)) = sums.iter().find(|(name, _)| *name == shard.file_name) else { return };
+                let Some((_, sum)) = checksums.iter().find(|(name, _)| *name == shard.file_name) else { return };
                 let start = base + shard.image_offset;
                 files.push((start..start + shard.len, *sum));
             }
@@ -273,13 +273,13 @@ impl Slots {
 
 async fn sums_agree(image: &SharedImage, files: Vec<(Range<u64>, Crc64)>) -> bool {
     let Ok(mapping) = image.map() else { return false };
-    let mut sums = Vec::new();
+    let mut checksums = Vec::new();
     for (range, expected) in files {
         let Ok(bytes) = mapping.bytes(range) else { return false };
-        sums.push(tokio::task::spawn_blocking(move || Crc64::of(&bytes) == expected));
+        checksums.push(tokio::task::spawn_blocking(move || Crc64::of(&bytes) == expected));
     }
     let mut sound = true;
-    for sum in sums {
+    for sum in checksums {
         sound &= sum.await.unwrap_or(false);
     }
     sound
@@ -327,17 +327,17 @@ mod tests {
     async fn a_slot_holds_its_checkpoint_until_the_next_capture() {
         let mut slots = Slots::create().unwrap();
         assert_eq!(slots.lay_out(&tensors(), WorldSize(2)).unwrap().count(), 2);
-        let sums = capture(&mut slots, 1, 7);
+        let checksums = capture(&mut slots, 1, 7);
         assert_eq!(slots.find(Step(4), Generation(1)), None);
-        slots.hold(1, Step(4), Generation(1), &sums);
+        slots.hold(1, Step(4), Generation(1), &checksums);
         let (slot, files) = slots.find(Step(4), Generation(1)).unwrap();
-        assert_eq!((slot, files.len()), (1, sums.len()));
+        assert_eq!((slot, files.len()), (1, checksums.len()));
         assert_eq!(slots.find(Step(4), Generation(2)), None);
-        assert!(slots.whole(1).await);
+        assert!(slots.verify(1).await);
 
         // The next generation finds it in the same place, as whole safetensors files.
         slots.begin_generation();
-        assert!(slots.whole(1).await);
+        assert!(slots.verify(1).await);
         let map = slots.slots[1].image.map().unwrap();
         let names: Vec<String> = files
             .iter()
@@ -357,13 +357,13 @@ mod tests {
     async fn what_a_dying_worker_has_scribbled_over_is_not_believed() {
         let mut slots = Slots::create().unwrap();
         slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
-        let sums = capture(&mut slots, 0, 7);
-        slots.hold(0, Step(4), Generation(1), &sums);
+        let checksums = capture(&mut slots, 0, 7);
+        slots.hold(0, Step(4), Generation(1), &checksums);
         let start = slots.layout.as_ref().unwrap().bases[1] + 1000;
         let worker = slots.slots[0].image.map().unwrap();
         #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
         worker.chunks(&[start..start + 1]).unwrap()[0].as_mut().fill(8);
-        assert!(!slots.whole(0).await);
+        assert!(!slots.verify(0).await);
         assert_eq!(slots.find(Step(4), Generation(1)), None);
     }
 
@@ -381,6 +381,6 @@ mod tests {
         // Sizing the slots for this generation's workers leaves it alone.
         slots.lay_out(&tensors(), WorldSize(1)).unwrap().for_each(drop);
         assert_eq!(slots.find(Step(9), Generation(3)), Some((RESTORE_SLOT, files)));
-        assert!(slots.whole(RESTORE_SLOT).await);
+        assert!(slots.verify(RESTORE_SLOT).await);
     }
 }

@@ -92,7 +92,7 @@ pub struct Saved {
     /// Its record.
     pub committed: Committed,
     /// The checksum of every file, by name.
-    pub sums: Vec<(String, Crc64)>,
+    pub checksums: Vec<(String, Crc64)>,
 }
 
 /// Starts saving `snapshot`; the outcome goes to `events`. The handle cancels it: nothing more of it is written then,
@@ -138,7 +138,7 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
         }
     };
     let receipt = put_shards(&context.run, &save, progress).await?;
-    let sums = receipt.files.iter().map(|file| (file.name.clone(), file.crc64)).collect();
+    let checksums = receipt.files.iter().map(|file| (file.name.clone(), file.crc64)).collect();
     let manifest = put_manifest(&context.run, &save, &[receipt], &expected).await?;
     faults::check("save.before-record", At { rank: None, step: Some(step.get()) })
         .map_err(|fault| Error::from_source(Kind::Bug, fault))?;
@@ -159,5 +159,5 @@ async fn save(context: &Context, snapshot: Snapshot, events: &mpsc::UnboundedSen
         cost,
     };
     context.journal.append(Urgency::Commit, Record::Committed(committed.clone())).await?;
-    Ok(Saved { committed, sums })
+    Ok(Saved { committed, checksums })
 }

@@ -111,7 +111,7 @@ impl Error {
     /// The same for an object that a configuration or a job names: if it is missing or malformed, the input that names
     /// it is wrong; a store that does not answer or refuses keeps its kind.
     #[must_use]
-    pub fn of_what_is_named(mut self) -> Self {
+    pub fn as_config_error(mut self) -> Self {
         if !matches!(self.kind, Kind::Unavailable | Kind::Permission) {
             self.kind = Kind::Config;
         }
@@ -236,7 +236,7 @@ mod tests {
             (Kind::Data, Kind::Config),
             (Kind::Config, Kind::Config),
         ] {
-            assert_eq!(Error::new(kind, "x").of_what_is_named().kind(), named);
+            assert_eq!(Error::new(kind, "x").as_config_error().kind(), named);
         }
     }
 

@@ -269,7 +269,7 @@ impl Document {
                 let doing = format!("read the configuration that {} names", given.origin);
                 let folder_store = Store::open(folder, &store::LIMITS).context(doing.as_str())?;
                 let read = async { Ok(folder_store.get(name, MAX_CONFIG).await?) };
-                let bytes = stop.block_on(read).map_err(|error| error.of_what_is_named().context(doing.as_str()))?;
+                let bytes = stop.block_on(read).map_err(|error| error.as_config_error().context(doing.as_str()))?;
                 let toml = String::from_utf8(bytes.to_vec())
                     .map_err(|_| Error::new(Kind::Config, format!("{folder}/{name} is not text")))?;
                 let name = PathBuf::from(format!("{}/{name}", folder_store.uri()));

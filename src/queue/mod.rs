@@ -648,7 +648,7 @@ impl Consumer<'_> {
                 let uri = format!("{folder}/{name}");
                 self.settings.allowed.check("config_uri", &uri, Use::Read)?;
                 let doing = || format!("read configuration {uri}");
-                let bytes = self.fetch(folder, name).map_err(|error| error.of_what_is_named().context(doing()))?;
+                let bytes = self.fetch(folder, name).map_err(|error| error.as_config_error().context(doing()))?;
                 let toml = String::from_utf8(bytes)
                     .map_err(|error| Error::from_source(Kind::Config, error.utf8_error()).context(doing()))?;
                 (toml, uri, Some(folder.as_str()))

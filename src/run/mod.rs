@@ -298,7 +298,7 @@ impl Runner {
             let reporter = self.reporter.clone();
             let taking_up = self.take_up(before, story.reason, &doing, &settings);
             let Some(next) = or_notice_as(notices, &mut known, &reporter, taking_up).await else {
-                return self.told_between_lives(doing.get(), story.finished).await;
+                return self.told_between_generations(doing.get(), story.finished).await;
             };
             let (generation, load) = match next? {
                 Next::Formed { generation, load } => (generation, load),

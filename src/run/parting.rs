@@ -48,7 +48,7 @@ pub(super) fn interruption(state: &RunState, generation: Generation, stopped: &S
 impl Runner {
     /// A notice to leave came while no worker was at work. `step`: the last one finished under a generation of this
     /// node, if it has formed one.
-    pub(super) async fn told_between_lives(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
+    pub(super) async fn told_between_generations(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
         let committed = self.newest_committed();
         let (Some(generation), Some(step)) = (self.journal.view().held, step) else {
             tracing::info!("asked to stop before this node has taken up the run: it has nothing to save");

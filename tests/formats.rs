@@ -1,13 +1,8 @@
 //! Stored formats: objects of released versions stay readable forever; hostile objects are errors.
 //!
 //! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` and `v3/` what later versions
-<<<<<<< ours
 //! have added. They never change: a new version gets its own folder. `fixtures/formats/hostile/` holds objects that
 //! once looked dangerous. Both are read by the same functions that read the store.
-=======
-//! have added. They are never changed: a new version gets a folder of its own. `fixtures/formats/hostile/` holds
-//! objects that each once looked dangerous. Both are read by the very functions that read the store.
->>>>>>> theirs
 
 use std::{fs, path::PathBuf};
 

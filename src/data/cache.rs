@@ -79,6 +79,12 @@ pub struct LocalDataset {
 }
 
 impl LocalDataset {
+    /// One that nothing is known of, for tests that don't read it.
+    #[cfg(test)]
+    pub fn unread(dir: PathBuf) -> Self {
+        Self { dir, checking: None, _in_use: None, _private: None }
+    }
+
     /// The folder.
     pub fn dir(&self) -> &Path {
         &self.dir

@@ -73,6 +73,21 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// One without workers or data, for tests of what surrounds it.
+    #[cfg(test)]
+    pub fn of_no_workers() -> Self {
+        let config = crate::checkpoint::testing::config();
+        Self {
+            task: config.workload,
+            storage: config.storage,
+            workers: 0,
+            data: LocalDataset::unread("/nowhere".into()),
+            identity: DatasetId { index: "0".repeat(16), vocabulary: "1".repeat(16) },
+            sequences: NonZeroU64::MIN,
+            companions: Files::new(),
+        }
+    }
+
     /// Workers on this node.
     pub const fn workers(&self) -> u32 {
         self.workers

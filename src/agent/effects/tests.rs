@@ -1,9 +1,6 @@
 //! The order of effects, those after one that fails, and what an end means for the work under way; without processes.
 
-use std::{
-    num::NonZeroU64,
-    sync::{Arc, Mutex},
-};
+use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::{
@@ -12,12 +9,15 @@ use crate::{
         condemn::Docket,
         testing::{config, memory_store},
     },
+    error::{Error, Kind},
     format::header::Dtype,
-    ids::{DatasetId, NodeId, RunId, WorldSize},
+    ids::{NodeId, RunId, WorldSize},
     journal::{Formed, FormedReason, Journal, JournalWriter, Means, RosterEntry},
+    layout,
     report::{Event as Told, Screen},
     snapshot::{cadence::Measured, plan::ShardKind},
     storage::{Priority, Store},
+    workload::{Figures, Workload},
 };
 
 /// A test that hangs fails.
@@ -41,14 +41,14 @@ impl Stage {
         let store = memory_store();
         let (node, run_id) = (NodeId::random(), RunId::new("run").unwrap());
         let mut journal = Journal::create(store.clone(), node.clone(), run_id.clone(), config()).await.unwrap();
-        let data = DatasetId { index: "0".repeat(16), vocabulary: "1".repeat(16) };
+        let workload = Arc::new(Workload::of_no_workers());
         let formed = Formed {
             roster: vec![RosterEntry { node: node.clone(), workers: 1 }],
             world_size: WorldSize(1),
             resume: None,
             overrides: Vec::new(),
             reason: FormedReason::Started,
-            data: Some(data.clone()),
+            data: Some(workload.data().clone()),
         };
         let generation = journal.form(formed).await.unwrap();
         let heard = Heard::default();
@@ -62,9 +62,7 @@ impl Stage {
         });
         let plan = Plan {
             config: config(),
-            data_dir: "/nowhere".into(),
-            sequences: NonZeroU64::new(1000).unwrap(),
-            workers: 0,
+            workload: Arc::clone(&workload),
             load: Load::Nothing,
             upload: upload::Context {
                 run: store.clone(),
@@ -73,10 +71,8 @@ impl Stage {
                 generation,
                 formed: Instant::now(),
                 world_size: WorldSize(1),
-                data,
                 journal: JournalWriter::start(journal),
             },
-            companions: Vec::new(),
             measured: Measured::NOTHING,
             docket: Docket::default(),
         };
@@ -85,7 +81,7 @@ impl Stage {
 
     fn begin(&mut self) -> (Performer<'_>, Answers) {
         let (senders, answers) = channels();
-        let workers = Workers::start(0, self.slots.shared(), 1, &senders.workers).unwrap();
+        let workers = Workers::start(&self.plan.workload, self.slots.shared(), &senders.workers).unwrap();
         let began = Instant::now();
         let performer =
             Performer::begin(&self.plan, began, &mut self.slots, &self.reporter, workers, Vec::new(), senders);
@@ -110,8 +106,9 @@ fn lay_out() -> Effect {
 
 fn save(step: u64) -> Effect {
     let (cost, taken) = (SaveCost::default(), Duration::ZERO);
+    let figures = Figures { loss: Some(1.5), ..Figures::default() };
     let priority = Priority::Normal;
-    Effect::Upload(Transfer { step: Step(step), slot: 0, loss: 1.5, validation_loss: None, cost, taken, priority })
+    Effect::Upload(Transfer { step: Step(step), slot: 0, figures, validation_loss: None, cost, taken, priority })
 }
 
 fn stopped(step: u64, committed: u64) -> Result<End> {
@@ -178,13 +175,13 @@ async fn a_save_is_recorded_with_the_cost_that_was_told_last() {
     let done = performer.perform(all([cost(9.0), lay_out(), save(1), cost(2.0), cost(3.0)]));
     assert!(matches!(done, ControlFlow::Continue(answers) if answers.len() == 1));
     let committed = saved(&mut answers).await.unwrap().committed;
-    assert_eq!((committed.step, committed.loss, committed.cost.stall_s), (Step(1), 1.5, 3.0));
+    assert_eq!((committed.step, committed.loss, committed.cost.stall_s), (Step(1), Some(1.5), 3.0));
     assert_eq!(journal.state().newest().map(|newest| newest.committed.clone()), Some(committed));
 }
 
 #[tokio::test]
 async fn only_a_run_that_was_stopped_gives_up_its_save() {
-    for (end, given_up) in [(stopped(1, 0), true), (Err(failure()), false), (Ok(End::Completed { loss: 1.0 }), false)] {
+    for (end, given_up) in [(stopped(1, 0), true), (Err(failure()), false), (Ok(End::Completed { loss: Some(1.0) }), false)] {
         let mut stage = Stage::new().await;
         let journal = stage.plan.upload.journal.clone();
         let (mut performer, mut answers) = stage.begin();
@@ -202,7 +199,7 @@ async fn only_an_end_with_a_last_record_leaves_the_workers_to_it() {
     for (end, leaves) in [
         (stopped(1, 0), true),
         (stopped(1, 1), true),
-        (Ok(End::Completed { loss: 1.0 }), true),
+        (Ok(End::Completed { loss: Some(1.0) }), true),
         (Err(failure()), false),
     ] {
         let mut stage = Stage::new().await;
@@ -221,7 +218,7 @@ fn every_end_has_its_parting() {
     let (step, reason) = (Step(3), String::new());
     let parting = |gives_up_save, dismisses, leaves_rest| Parting { gives_up_save, dismisses, leaves_rest };
     for (end, expected) in [
-        (Ok(End::Completed { loss: 1.0 }), parting(false, true, true)),
+        (Ok(End::Completed { loss: Some(1.0) }), parting(false, true, true)),
         (stopped(3, 3), parting(true, true, true)),
         (stopped(3, 4), parting(true, true, true)),
         (stopped(3, 2), parting(true, false, true)),

@@ -23,7 +23,7 @@ use super::{
     phase::Event,
     save::{
         ledger::Transfer,
-        slots::{Fetched, Slots},
+        slots::{Fetched, Fetching, Slots},
         upload::{self, SaveEvent, Snapshot},
     },
     upkeep::retention::Retention,
@@ -221,8 +221,8 @@ pub struct Performer<'a> {
     /// `None`: they are being killed.
     workers: Option<Workers>,
     killing: Option<JoinHandle<()>>,
-    /// Where in its slot each fetched file lies.
-    places: Vec<(u64, u64)>,
+    /// The fetch of the state to load, if there is one.
+    fetching: Fetching,
     retention: Retention,
     /// The look at the journal, if one is under way.
     looking: Option<AbortHandle>,
@@ -234,15 +234,14 @@ pub struct Performer<'a> {
 }
 
 impl<'a> Performer<'a> {
-    /// For a generation that began at `began`, with its `workers`, which are given their assignments; fetched files
-    /// will lie at `places`.
+    /// For a generation that began at `began`, with its `workers`, which are given their assignments, and its fetch.
     pub fn begin(
         start: &'a Plan,
         began: Instant,
         slots: &'a mut Slots,
         reporter: &'a Reporter,
         workers: Workers,
-        places: Vec<(u64, u64)>,
+        fetching: Fetching,
         senders: Senders,
     ) -> Self {
         let upload::Context { run, journal, .. } = &start.upload;
@@ -255,7 +254,7 @@ impl<'a> Performer<'a> {
             reporter,
             workers: Some(workers),
             killing: None,
-            places,
+            fetching,
             retention,
             looking: None,
             notes: JoinSet::new(),
@@ -284,7 +283,7 @@ impl<'a> Performer<'a> {
             Effect::LayOut(tensors) => return Some(self.lay_out(&tensors).unwrap_or_else(Event::Lost)),
             Effect::Received => {
                 if let Load::Checkpoint { step, generation, from: Source::Store { files, .. } } = &self.start.load {
-                    self.slots.received(*step, *generation, &self.places, files);
+                    self.slots.received(*step, *generation, &self.fetching.places, files);
                 }
             }
             Effect::Vouch { step, generation } => self.retention.restored(step, generation),
@@ -378,8 +377,9 @@ impl<'a> Performer<'a> {
 
     /// Ends all work under way. Waits until the workers are gone, unless something is more urgent: then the rest is
     /// returned.
-    pub async fn end(mut self, end: &Result<End>) -> Option<Left> {
+    pub async fn end(mut self, end: &Result<End>) -> Result<Option<Left>> {
         self.hush();
+        self.fetching.stop();
         if matches!(end, Ok(End::Stopped(_))) {
             // A snapshot that is not a checkpoint by now must not become one: the journal is about to say so.
             if let Some(saving) = self.saving.take() {
@@ -398,18 +398,25 @@ impl<'a> Performer<'a> {
         });
         let processes = [workers, self.killing.take()];
         let gone = async move {
+            let mut gone = true;
             for process in processes.into_iter().flatten() {
                 if tokio::time::timeout(GONE, process).await.is_err() {
                     tracing::warn!("worker processes were killed and are not gone yet");
+                    gone = false;
                 }
             }
+            gone
         };
         if matches!(end, Ok(End::Stopped(_) | End::Completed { .. })) {
-            return Some(Left { leaving: Some(tokio::spawn(gone)), retention: Some(self.retention) });
+            let leaving = tokio::spawn(async move { _ = gone.await });
+            return Ok(Some(Left { leaving: Some(leaving), retention: Some(self.retention) }));
         }
-        // The next generation needs their devices' memory.
-        gone.await;
-        None
+        // The next generation needs their devices' memory, and the slots for itself.
+        let gone = gone.await;
+        if matches!(end, Ok(End::Died { .. } | End::Damaged { .. })) {
+            self.slots.end_generation(gone).await?;
+        }
+        Ok(None)
     }
 }
 

@@ -39,6 +39,8 @@ pub(crate) enum Fault {
     Hang,
     /// The store does it, and never answers.
     LandsAndHangs,
+    /// It reaches the store when it is let go ([`Faulty::let_go`]).
+    Held,
 }
 
 /// Of (operation, path, how many such requests came before).
@@ -49,6 +51,7 @@ pub(crate) struct Faulty {
     pub inner: InMemory,
     plan: Box<Plan>,
     seen: Mutex<HashMap<String, usize>>,
+    held: tokio::sync::Semaphore,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -57,7 +60,17 @@ struct Reset;
 
 impl Faulty {
     pub(crate) fn new(plan: impl Fn(&str, &str, usize) -> Fault + Send + Sync + 'static) -> Arc<Self> {
-        Arc::new(Self { inner: InMemory::new(), plan: Box::new(plan), seen: Mutex::default() })
+        Arc::new(Self {
+            inner: InMemory::new(),
+            plan: Box::new(plan),
+            seen: Mutex::default(),
+            held: tokio::sync::Semaphore::new(0),
+        })
+    }
+
+    /// Lets all requests go that are held, or will be.
+    pub(crate) fn let_go(&self) {
+        self.held.close();
     }
 
     /// Requests of this operation so far.
@@ -96,6 +109,10 @@ impl Faulty {
             Fault::LandsAndHangs => {
                 let _ = does.await;
                 std::future::pending().await
+            }
+            Fault::Held => {
+                let _ = self.held.acquire().await;
+                does.await
             }
         }
     }

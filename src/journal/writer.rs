@@ -17,7 +17,10 @@
 //! - A conditional append ([`append_if`](JournalWriter::append_if)) checks its condition each time it begins.
 //!
 //! # Crash, retry, cancel
-//! Nothing is stored here. An interrupted or withdrawn append may stand all the same; the journal settles that with the
+//! Nothing is stored here. A panic ends the task, and the answer to every later command is [`JournalError::NoWriter`]:
+//! the process can commit nothing more, so its generation ends.
+//!
+//! An interrupted or withdrawn append may stand all the same; the journal settles that with the
 //! next append, which reads which record has its number. A commit of unknown fate is [`View::doubtful`] until then.
 
 use std::time::Duration;
@@ -117,6 +120,12 @@ impl JournalWriter {
         let (shown, view) = watch::channel(View::of(&journal));
         tokio::spawn(Task { journal, received, queue: Vec::new(), shown }.run());
         Self { commands, view }
+    }
+
+    /// A handle whose task has ended, as one does that panics.
+    #[cfg(test)]
+    pub(crate) fn without_task(journal: &Journal) -> Self {
+        Self { commands: mpsc::unbounded_channel().0, view: watch::channel(View::of(journal)).1 }
     }
 
     /// The current knowledge.

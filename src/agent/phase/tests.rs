@@ -20,7 +20,7 @@ use crate::{
     },
     checkpoint::testing::config,
     config::Cadence,
-    journal::{Committed, DrainPlan, SaveCost},
+    journal::{Committed, DrainPlan, JournalError, SaveCost},
     notice::Confidence,
     protocol::{FromWorker, StepReport},
     storage::Priority,
@@ -454,6 +454,16 @@ fn what_is_not_durable_when_the_last_words_are_due_is_lost() {
         assert_ne!(rig.phase(), "Ended");
         let effects = rig.pass(0.2).feed(Event::Tick);
         assert_eq!(ended(&effects).unwrap(), "stopped: the time was up before step 12 was durable");
+    }
+}
+
+#[test]
+fn a_save_that_nobody_can_commit_ends_the_generation_in_every_phase() {
+    for state in [training, draining, salvage] {
+        let mut rig = state();
+        let result = Err(Error::from(JournalError::NoWriter));
+        let effects = rig.feed(Event::Save(SaveEvent::Ended { step: Step(10), slot: 0, result }));
+        assert_eq!(ended(&effects).as_deref(), Some("Bug: save step 10: nobody writes the journal any more"));
     }
 }
 

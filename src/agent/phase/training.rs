@@ -29,7 +29,7 @@ use crate::{
     },
     error::{Error, Kind, Result},
     ids::{Rank, Step},
-    journal::DrainPlan,
+    journal::{DrainPlan, JournalError},
     notice::{self, Notice},
     protocol::{FromWorker, StepReport, ToWorker},
     report,
@@ -361,12 +361,16 @@ impl Training {
         self.act(actions, stage, turn)
     }
 
-    /// A save has failed. It is tried again after a pause; meanwhile the run trains on, or the drain goes on. Two
-    /// failures are final: the run is lost, or the store is no longer the one it was.
+    /// A save has failed. It is tried again after a pause; meanwhile the run trains on, or the drain goes on. Three
+    /// failures are final: the run is lost, the store is no longer the one it was, or this process can write to the
+    /// journal no more.
     fn on_failed(&mut self, step: Step, slot: u8, error: Error, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
         turn.does(Effect::Busy(false));
         if error.kind() == Kind::Fenced {
             return Break(Err(error));
+        }
+        if matches!(error.cause(), Some(JournalError::NoWriter)) {
+            return Break(Err(error.context(format!("save step {step}"))));
         }
         if error.comes_of::<Adrift>() {
             let newest = self.scheduler.committed();

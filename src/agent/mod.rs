@@ -13,7 +13,8 @@
 //! Both replay the same journal; the one whose `formed` record is written first has the run. The other checks the first
 //! one's heartbeat: if it is alive, the other exits with code 79, or waits until it is dead ([`Manner::standby`]); if
 //! it is dead, the other forms the next generation. An agent that was wrongly taken for dead learns of it when it tries
-//! to commit, stops its workers and exits with code 79: two writers can never both commit.
+//! to commit or to form the next generation, stops its workers and exits with code 79: two writers can never both
+//! commit. It does not come back under its name, even if the other is dead by then: it is fenced for good.
 #![doc = include_str!("README.md")]
 
 pub mod initial;
@@ -632,6 +633,10 @@ impl Agent {
                     tokio::spawn(async move { heartbeat::bury(&run, &dead).await });
                 }
                 return Ok(Some(generation));
+            }
+            // Who has held a generation is fenced from now on, and could form none however often it tried.
+            Err(error @ JournalError::Overtaken { .. }) if self.journal.view().held.is_some() => {
+                return Err(error.into());
             }
             // The next loop checks the one that was first.
             Err(JournalError::Overtaken { .. } | JournalError::Moved { .. }) => {}

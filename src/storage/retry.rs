@@ -454,6 +454,11 @@ pub(super) fn is_mute(error: &object_store::Error) -> bool {
     !text.contains("<Code>") && matches!(status(&text), Some(400 | 401 | 403))
 }
 
+/// The store does not know a part by the name that it gave it.
+pub(super) fn is_about_a_part(error: &object_store::Error) -> bool {
+    whole_text(error).contains("<Code>InvalidPart</Code>")
+}
+
 fn whole_text(error: &object_store::Error) -> String {
     chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -41,6 +41,8 @@ pub(crate) enum Fault {
     LandsAndHangs,
     /// It reaches the store when it is let go ([`Faulty::let_go`]).
     Held,
+    /// The store does it, and answers 404.
+    Gone,
 }
 
 /// Of (operation, path, how many such requests came before).
@@ -113,6 +115,10 @@ impl Faulty {
             Fault::Held => {
                 let _ = self.held.acquire().await;
                 does.await
+            }
+            Fault::Gone => {
+                let _ = does.await;
+                Err(object_store::Error::NotFound { path: path.to_string(), source: "404 Not Found".into() })
             }
         }
     }

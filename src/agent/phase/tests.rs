@@ -467,6 +467,38 @@ fn a_save_that_nobody_can_commit_ends_the_generation_in_every_phase() {
     }
 }
 
+/// The last steps can't be saved; the only snapshot there is gets the time that is left.
+#[test]
+fn the_save_that_a_drain_finishes_is_tried_again_when_it_fails() {
+    let mut rig = draining();
+    let _ = rig.feed(spot(12));
+    assert_eq!(rig.planned(), DrainPlan::FinishInFlight);
+    assert_eq!(list(&rig.feed(save_failed(10, 0))), "idle, report warning, retry slot 0");
+    assert_eq!(list(&rig.feed(Event::Retry { slot: 0 })), "hush, upload 10, busy");
+    // It does not depend on the ranks, whenever they stop.
+    assert_eq!(list(&rig.frozen(Rank(1), 13)), "thaw until 13");
+    rig.feed_all(RANKS.map(|rank| finished(rank, 13)));
+    assert_eq!(list(&rig.feed(save_failed(10, 0))), "idle, report warning, retry slot 0");
+    rig.feed_all(RANKS.map(|rank| stopped(rank, 13)));
+    assert_eq!(ended(&rig.feed(Event::Tick)), None, "it is still to be tried again");
+    assert_eq!(list(&rig.feed(Event::Retry { slot: 0 })), "hush, upload 10, busy");
+    let effects = rig.feed(saved(10, 0));
+    let verdict = "stopped: there was time for the save of step 10, not for one of step 13";
+    assert_eq!(ended(&effects).unwrap(), verdict);
+    // And it has a bound.
+    let mut rig = draining();
+    let _ = rig.feed(spot(12));
+    let _ = rig.frozen(Rank(1), 13);
+    rig.feed_all(RANKS.map(|rank| finished(rank, 13)));
+    rig.feed_all(RANKS.map(|rank| stopped(rank, 13)));
+    for _ in 1..8 {
+        assert_eq!(ended(&rig.feed(save_failed(10, 0))), None);
+        let _ = rig.feed(Event::Retry { slot: 0 });
+    }
+    let verdict = "stopped: the save under way failed, and there was no time for one of step 13: the store is away";
+    assert_eq!(ended(&rig.feed(save_failed(10, 0))).unwrap(), verdict);
+}
+
 #[test]
 fn the_same_signal_again_asks_to_leave_at_once_wherever_it_comes() {
     for state in [training, draining, salvage] {

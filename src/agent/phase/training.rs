@@ -36,7 +36,8 @@ use crate::{
     storage::Adrift,
 };
 
-/// Consecutive failed saves of the last state after which it is given up. Each includes the store's own retries.
+/// Consecutive failed saves, of the last state that can be saved, after which it is given up. Each includes the store's
+/// own retries.
 const LAST_SAVE_TRIES: u32 = 8;
 
 /// A group that has been told to go.
@@ -201,11 +202,17 @@ impl Training {
         if committed >= step {
             return Ok(self.stopped("the last finished step is committed", planned));
         }
+        let error = self.ledger.take_error();
         if planned.is_some_and(|planned| planned.plan == DrainPlan::FinishInFlight) {
-            let verdict = format!("there was time for the save of step {committed}, not for one of step {step}");
+            let verdict = match error {
+                Some(error) if self.ledger.last_failed() > committed => {
+                    format!("the save under way failed, and there was no time for one of step {step}: {error}")
+                }
+                _ => format!("there was time for the save of step {committed}, not for one of step {step}"),
+            };
             return Ok(self.stopped(verdict, planned));
         }
-        let error = self.ledger.take_error().unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
+        let error = error.unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
         if planned.is_none() {
             return Err(error.context(format!("save the last step, {step}")));
         }

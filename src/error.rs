@@ -125,14 +125,19 @@ impl Error {
 
     /// Whether an error of this type is among its causes.
     pub fn comes_of<E: std::error::Error + 'static>(&self) -> bool {
+        self.cause::<E>().is_some()
+    }
+
+    /// The first error of this type among its causes.
+    pub fn cause<E: std::error::Error + 'static>(&self) -> Option<&E> {
         let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&*self.source);
         while let Some(error) = cause {
-            if error.is::<E>() {
-                return true;
+            if let Some(found) = error.downcast_ref::<E>() {
+                return Some(found);
             }
             cause = error.source();
         }
-        false
+        None
     }
 
     /// How to fix it, if known.

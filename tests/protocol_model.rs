@@ -24,7 +24,8 @@ use std::{
 use trainer::{
     ids::{AttemptId, Generation, NodeId, Step, WorldSize},
     journal::{
-        Committed, Entry, FormedReason, Metrics, Record, Refusal, ResumePoint, RosterEntry, RunState, SaveCost, admit,
+        Committed, Entry, FormedReason, Means, Metrics, Record, Refusal, ResumePoint, RosterEntry, RunState, SaveCost,
+        admit,
     },
 };
 
@@ -41,6 +42,7 @@ enum What {
     Committed { point: Point, manifest: Attempt },
     Damaged { point: Point },
     Cleared { point: Point },
+    Notice { generation: u8 },
 }
 
 /// A journal record, identified by its writer's attempt.
@@ -74,6 +76,8 @@ enum Doing {
     Manifesting { point: Point, attempt: Attempt },
     /// It appends `committed`.
     Committing { rec: Rec, looked: bool },
+    /// Has given the request for `commit` up, appends a notice, and then `commit` again.
+    Noting { rec: Rec, commit: Rec },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -109,6 +113,7 @@ struct World {
     boots: u8,
     faults: u8,
     verdicts: u8,
+    notices: u8,
     turned_back: bool,
 }
 
@@ -125,6 +130,8 @@ enum Bug {
     ClaimAfterReading,
     /// A repeated append doesn't check whether its first attempt exists.
     BlindRetry,
+    /// So does one that was given up for a notice.
+    BlindAfterNotice,
     /// A checkpoint is condemned without asking the rule book.
     HardVerdict,
 }
@@ -138,6 +145,8 @@ struct Bounds {
     faults: u8,
     /// Checkpoints condemned or cleared.
     verdicts: u8,
+    /// Notices that come while a commit's request is given up.
+    notices: u8,
     turns_back: bool,
 }
 
@@ -155,6 +164,8 @@ enum Sight {
     Cleared,
     /// An agent continues from another checkpoint than the newest, which is condemned.
     SteppedBack,
+    /// A commit that was given up for a notice is found to stand, or stands after it.
+    CommittedAfterNotice,
 }
 
 /// The real code's reading of a journal: a state, or the reason of its refusal.
@@ -202,6 +213,10 @@ fn record(what: What) -> Record {
         What::Cleared { point } => {
             let ResumePoint { step, generation } = real(point);
             Record::Cleared { step, generation }
+        }
+        What::Notice { generation } => {
+            let (source, means) = (String::new(), Means::Interruption);
+            Record::Notice { generation: Generation(generation.into()), source, deadline_s: None, means }
         }
     }
 }
@@ -320,7 +335,7 @@ impl World {
                         return Err(format!("{point:?} is committed, and its data is not there"));
                     }
                 }
-                What::Damaged { .. } | What::Cleared { .. } => {}
+                What::Damaged { .. } | What::Cleared { .. } | What::Notice { .. } => {}
             }
         }
         if !points.is_empty() && newest(&self.journal).is_none() {
@@ -498,15 +513,28 @@ impl World {
             Doing::Manifesting { point, attempt } => {
                 self.send(index, Request::Manifest { point, attempt }, bounds, bug, saw, all);
             }
+            Doing::Noting { rec, .. } => {
+                let held = agent.held.map(|held| Generation(held.into()));
+                if admit(&known, held, &record(rec.what)).is_err() {
+                    all.push((format!("boot {boot} leaves"), with(&mut |_, agent| *agent = DOWN)));
+                    return;
+                }
+                self.send(index, Request::Append { number: agent.seen, rec }, bounds, bug, saw, all);
+            }
             Doing::Forming { rec, looked } | Doing::Committing { rec, looked } => {
                 let commits = matches!(rec.what, What::Committed { .. });
                 let is_standing = |found: &Rec| found.what == rec.what && commits;
-                if bug != Bug::BlindRetry && self.journal[..agent.seen].iter().any(is_standing) {
+                let blind = matches!(bug, Bug::BlindRetry | Bug::BlindAfterNotice);
+                if !blind && self.journal[..agent.seen].iter().any(is_standing) {
+                    let noted = |found: &Rec| matches!(found.what, What::Notice { .. });
+                    if self.journal[..agent.seen].iter().any(noted) {
+                        saw.insert(Sight::CommittedAfterNotice);
+                    }
                     let world = with(&mut |world, agent| agent.is_told(world, rec));
                     all.push((format!("boot {boot} finds {:?} committed", rec.what), world));
                     return;
                 }
-                let careless = matches!(bug, Bug::NoFence | Bug::BlindRetry) && commits;
+                let careless = (blind || bug == Bug::NoFence) && commits;
                 let held = agent.held.map(|held| Generation(held.into()));
                 match admit(&known, held, &record(rec.what)) {
                     Err(refusal) if !careless => {
@@ -555,14 +583,35 @@ impl World {
         }
         // A save or a formation is given up; the agent trains on, or exits.
         let mut gave_up = agent;
-        gave_up.doing = Doing::Training;
+        gave_up.doing = match agent.doing {
+            Doing::Noting { commit, .. } => Doing::Committing { rec: commit, looked: false },
+            _ => Doing::Training,
+        };
         if matches!(agent.doing, Doing::Forming { .. }) {
             gave_up = DOWN;
         }
-        for (then, what) in [(unsure, "and is sent again"), (gave_up, "and is given up")] {
+        let mut then = vec![(unsure, "and is sent again"), (gave_up, "and is given up")];
+        if let Doing::Committing { rec: commit, .. } = agent.doing
+            && self.notices < bounds.notices
+        {
+            let mut notes = agent;
+            notes.attempts += 1;
+            let generation = agent.held.expect("who commits holds a generation");
+            let rec = Rec { attempt: (boot, notes.attempts), what: What::Notice { generation } };
+            let commit = if bug == Bug::BlindAfterNotice {
+                notes.attempts += 1;
+                Rec { attempt: (boot, notes.attempts), ..commit }
+            } else {
+                commit
+            };
+            notes.doing = Doing::Noting { rec, commit };
+            then.push((notes, "and is given up for a notice"));
+        }
+        for (then, what) in then {
             for is_late in [false, true] {
                 let mut world = self.clone();
                 world.faults += 1;
+                world.notices += u8::from(matches!(then.doing, Doing::Noting { .. }) && then.doing != agent.doing);
                 world.agents[index] = then;
                 let how = if is_late {
                     world.late.insert(request);
@@ -587,9 +636,12 @@ impl Agent {
                 self.held = Some(generation);
                 self.step = resume.map_or(0, |point| point.0);
             }
-            What::Damaged { .. } | What::Cleared { .. } => {}
+            What::Damaged { .. } | What::Cleared { .. } | What::Notice { .. } => {}
         }
-        self.doing = Doing::Training;
+        self.doing = match self.doing {
+            Doing::Noting { commit, .. } => Doing::Committing { rec: commit, looked: false },
+            _ => Doing::Training,
+        };
     }
 
     /// [`Bug::CheckThenWrite`]: the check.
@@ -668,6 +720,8 @@ impl Agent {
                     looked: false,
                 }
             }
+            // It notes on.
+            What::Notice { .. } => self.doing,
             What::Damaged { .. } | What::Cleared { .. } => return,
         };
     }
@@ -713,7 +767,7 @@ fn explore(bounds: Bounds, bug: Bug) -> Explored {
     Explored { states: known.len(), saw, flaw: None }
 }
 
-const SMALL: Bounds = Bounds { agents: 2, boots: 2, saves: 2, faults: 1, verdicts: 0, turns_back: true };
+const SMALL: Bounds = Bounds { agents: 2, boots: 2, saves: 2, faults: 1, verdicts: 0, notices: 0, turns_back: true };
 
 fn expect_sound(bounds: Bounds, sights: &[Sight]) {
     let Explored { states, saw, flaw } = explore(bounds, Bug::None);
@@ -730,6 +784,13 @@ fn two_leaders_with_lost_answers_and_late_requests_never_commit_twice_and_lose_n
     use Sight::*;
     let bounds = Bounds { faults: 2, ..SMALL };
     expect_sound(bounds, &[Fenced, Overtaken, LandedLate, AnswerLost, TookOver, SecondGenerationCommits]);
+}
+
+#[test]
+fn a_commit_that_is_given_up_for_a_notice_and_tried_again_stands_once() {
+    use Sight::*;
+    let bounds = Bounds { faults: 2, notices: 1, saves: 1, ..SMALL };
+    expect_sound(bounds, &[Fenced, LandedLate, AnswerLost, CommittedAfterNotice]);
 }
 
 #[test]
@@ -754,10 +815,11 @@ fn every_seeded_bug_is_found() {
         (Bug::RecordFirst, "its data is not there"),
         (Bug::ClaimAfterReading, "is newer"),
         (Bug::BlindRetry, "a second time"),
+        (Bug::BlindAfterNotice, "a second time"),
         (Bug::HardVerdict, "every checkpoint is condemned"),
     ] {
-        let verdicts = u8::from(bug == Bug::HardVerdict);
-        let explored = explore(Bounds { verdicts, ..SMALL }, bug);
+        let (verdicts, notices) = (u8::from(bug == Bug::HardVerdict), u8::from(bug == Bug::BlindAfterNotice));
+        let explored = explore(Bounds { verdicts, notices, ..SMALL }, bug);
         let Some((trace, found)) = explored.flaw else {
             panic!("{bug:?} was not found in {} states", explored.states);
         };

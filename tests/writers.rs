@@ -32,6 +32,29 @@ fn a_writer_that_slept_while_another_took_over_is_fenced() {
     lab.expect_all_verify("fence");
 }
 
+/// Its workers have died, and it waits to start them again.
+#[test]
+fn a_writer_that_slept_between_two_generations_leaves_although_its_heir_is_dead() {
+    let lab = Lab::on_files();
+    let backoff = ["--set", "restart.backoff=\"10s\""];
+    let sleeper = lab.run("fence").args(&backoff).hold_after(EVERY + 1).start();
+    sleeper.wait_for_step("checkpoint", EVERY);
+    kill_process(sleeper.held(), Signal::KILL).expect("kill a worker");
+    sleeper.wait_for("the end of its workers", |event| event.kind() == "worker_died");
+    sleeper.signal(Signal::STOP);
+    assert!(sleeper.stopped(), "it ended");
+
+    let heir = lab.resume("fence").hold_after(1).start();
+    heir.wait_for("a generation", |event| event.kind() == "formed");
+    let heir = heir.power_off();
+    sleeper.signal(Signal::CONT);
+    let sleeper = sleeper.finish().expect_code(79);
+    assert_eq!((sleeper.of_kind("formed").len(), heir.of_kind("formed").len()), (1, 1), "{}", sleeper.story());
+    let last = lab.resume("fence").finish().expect_code(0);
+    lab.expect_as_undisturbed("fence", &[&sleeper, &heir, &last]);
+    lab.expect_all_verify("fence");
+}
+
 #[test]
 fn one_of_two_agents_started_at_once_commits_and_the_other_exits() {
     let lab = Lab::on_interrupted_run();

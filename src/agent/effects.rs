@@ -27,7 +27,7 @@ use super::{
     phase::Event,
     save::{
         ledger::Transfer,
-        slots::{Fetched, Slots},
+        slots::{Fetched, Fetching, Slots},
         upload::{self, SaveEvent, Snapshot},
     },
     upkeep::retention::Retention,
@@ -254,8 +254,8 @@ pub struct Performer<'a> {
     /// `None`: they are being killed.
     workers: Option<Workers>,
     killing: Option<JoinHandle<()>>,
-    /// Where in its slot each fetched file lies.
-    places: Vec<(u64, u64)>,
+    /// The fetch of the state to load, if there is one.
+    fetching: Fetching,
     retention: Retention,
     /// The look at the journal, if one is under way.
     looking: Option<AbortHandle>,
@@ -267,15 +267,14 @@ pub struct Performer<'a> {
 }
 
 impl<'a> Performer<'a> {
-    /// For a generation that began at `began`, with its `workers`, which are given their assignments; fetched files
-    /// will lie at `places`.
+    /// For a generation that began at `began`, with its `workers`, which are given their assignments, and its fetch.
     pub fn begin(
         start: &'a Plan,
         began: Instant,
         slots: &'a mut Slots,
         reporter: &'a Reporter,
         workers: Workers,
-        places: Vec<(u64, u64)>,
+        fetching: Fetching,
         senders: Senders,
     ) -> Result<Self> {
         let upload::Context { run, journal, .. } = &start.upload;
@@ -291,7 +290,7 @@ impl<'a> Performer<'a> {
             reporter,
             workers: Some(workers),
             killing: None,
-            places,
+            fetching,
             retention,
             looking: None,
             notes: JoinSet::new(),
@@ -320,7 +319,7 @@ impl<'a> Performer<'a> {
             Effect::LayOut(tensors) => return Some(self.lay_out(&tensors).unwrap_or_else(Event::Lost)),
             Effect::Received => {
                 if let Load::Checkpoint { step, generation, from: Source::Store { files, .. } } = &self.start.load {
-                    self.slots.received(*step, *generation, &self.places, files);
+                    self.slots.received(*step, *generation, &self.fetching.places, files);
                 }
             }
             Effect::Vouch { step, generation } => self.retention.restored(step, generation),
@@ -409,9 +408,10 @@ impl<'a> Performer<'a> {
 
     /// Ends all work under way. Waits until the workers are gone, unless something is more urgent: then the rest is
     /// returned.
-    pub async fn end(mut self, end: &Result<End>) -> Option<Left> {
+    pub async fn end(mut self, end: &Result<End>) -> Result<Option<Left>> {
         let parting = Parting::of(end);
         self.hush();
+        self.fetching.stop();
         if parting.gives_up_save {
             if let Some(saving) = self.saving.take() {
                 saving.give_up.abort();
@@ -425,18 +425,25 @@ impl<'a> Performer<'a> {
         });
         let processes = [workers, self.killing.take()];
         let gone = async move {
+            let mut gone = true;
             for process in processes.into_iter().flatten() {
                 if tokio::time::timeout(GONE, process).await.is_err() {
                     tracing::warn!("worker processes were killed and are not gone yet");
+                    gone = false;
                 }
             }
+            gone
         };
         if parting.leaves_rest {
-            return Some(Left { leaving: Some(tokio::spawn(gone)), retention: Some(self.retention) });
+            let leaving = tokio::spawn(async move { _ = gone.await });
+            return Ok(Some(Left { leaving: Some(leaving), retention: Some(self.retention) }));
         }
-        // The next generation needs their devices' memory.
-        gone.await;
-        None
+        // The next generation needs their devices' memory, and the slots for itself.
+        let gone = gone.await;
+        if matches!(end, Ok(End::Died { .. } | End::Damaged { .. })) {
+            self.slots.end_generation(gone).await?;
+        }
+        Ok(None)
     }
 }
 

@@ -16,7 +16,8 @@ pub const LOOK: Duration = Duration::from_secs(5);
 
 /// Looks once. An agent that was asleep or cut off while another formed the next generation learns of it here at the
 /// latest; any commit that it tries before that is refused anyway. An agent whose store was emptied or unmounted learns
-/// of it here, rather than after weeks of training. `Some`: why the run can't go on here.
+/// of it here, rather than after weeks of training; so does one whose own journal task has ended. `Some`: why the run
+/// can't go on here.
 pub async fn look_once(journal: &JournalWriter, run: &Store) -> Option<Error> {
     match tokio::time::timeout(LOOK, look(journal, run)).await {
         Ok(Ok(end)) => return end,
@@ -29,8 +30,13 @@ pub async fn look_once(journal: &JournalWriter, run: &Store) -> Option<Error> {
 /// Why the run can't go on here, if it can't.
 async fn look(journal: &JournalWriter, run: &Store) -> Result<Option<Error>> {
     let newest = {
+        let view = match journal.look().await {
+            // Nothing can be committed any more: each further step would be lost.
+            Err(error @ JournalError::NoWriter) => return Ok(Some(error.into())),
+            other => other?,
+        };
         // If the journal is busy, its user finds out by itself.
-        let Some(view) = journal.look().await? else { return Ok(None) };
+        let Some(view) = view else { return Ok(None) };
         if let Some(formed) = view.state.formed()
             && Some(formed.generation) > view.held
         {
@@ -78,6 +84,15 @@ mod tests {
         let end = look(&journal, &store).await.unwrap().expect("nothing is there any more");
         assert_eq!(end.kind(), Kind::Unavailable);
         assert!(end.to_string().contains("00000000.json is gone"), "{end}");
+    }
+
+    #[tokio::test]
+    async fn a_run_whose_journal_nobody_writes_ends() {
+        let store = memory_store();
+        let run_id = RunId::new("run").unwrap();
+        let journal = Journal::create(store.clone(), NodeId::random(), run_id, config()).await.unwrap();
+        let end = look_once(&JournalWriter::without_task(&journal), &store).await.expect("nothing can be committed");
+        assert_eq!((end.kind(), &*end.to_string()), (Kind::Bug, "nobody writes the journal any more"));
     }
 
     #[tokio::test]

@@ -6,7 +6,8 @@
 //!
 //! A generation ends in one of the ways of [`End`]. In every case its processes are then gone, or exiting ([`Left`]),
 //! and snapshots that every rank had captured have been uploaded and committed, unless the run was lost to another
-//! writer or there was no time to wait: then the save under way is given up, so that the report about it stays true.
+//! writer or there was no time to wait: then the save under way is given up, so that the report about it stays true. If
+//! another generation may follow, nobody of this one can write into a slot any more ([`Slots::end_generation`]).
 
 use std::{collections::VecDeque, ops::ControlFlow, sync::Arc, time::Duration};
 
@@ -21,7 +22,7 @@ use super::{
     effects::{self, Performer},
     phase::{Event, Incoming, Loading, Settings, StateMachine},
     save::{
-        slots::{Fetched, RESTORE_SLOT, Slots},
+        slots::{Fetched, Fetching, RESTORE_SLOT, Slots},
         upload,
     },
     upkeep::retention::Retention,
@@ -176,10 +177,10 @@ pub async fn run(
     left: &mut Left,
 ) -> Result<End> {
     let (senders, mut answers) = effects::channels();
-    slots.begin_generation();
+    slots.begin_generation()?;
     let workers = Workers::start(&start.workload, slots.shared(), &senders.workers)?;
     let began = Instant::now();
-    let incoming = begin_load(&start, slots, senders.fetched.clone())?;
+    let (incoming, fetching) = begin_load(&start, slots, senders.fetched.clone())?;
     let settings = Settings {
         outline: start.workload.outline(),
         generation: start.upload.generation,
@@ -187,9 +188,8 @@ pub async fn run(
         load: start.load.clone(),
         measured: start.measured,
     };
-    let places = incoming.places().to_vec();
     let mut machine = StateMachine::new(settings, *estimates, Loading::new(start.workload.workers(), incoming));
-    let mut performer = Performer::begin(&start, began, slots, reporter, workers, places, senders)?;
+    let mut performer = Performer::begin(&start, began, slots, reporter, workers, fetching, senders)?;
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = 'generation: loop {
@@ -208,7 +208,7 @@ pub async fn run(
         }
     };
     *estimates = machine.estimates();
-    if let Some(open) = performer.end(&end).await {
+    if let Some(open) = performer.end(&end).await? {
         *left = open;
     }
     end
@@ -219,12 +219,13 @@ fn begin_load(
     start: &Plan,
     slots: &mut Slots,
     done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
-) -> Result<Incoming> {
+) -> Result<(Incoming, Fetching)> {
     let (store, folder, files) = match &start.load {
-        Load::Nothing => return Ok(Incoming::Nothing),
+        Load::Nothing => return Ok((Incoming::Nothing, Fetching::default())),
         Load::Checkpoint { from: Source::Slot { slot, files }, .. } => {
             let bytes = files.iter().map(|(_, len)| len).sum();
-            return Ok(Incoming::Here(*slot, files.clone(), Fetched { bytes, seconds: 0.0 }));
+            let here = Incoming::Here(*slot, files.clone(), Fetched { bytes, seconds: 0.0 });
+            return Ok((here, Fetching::default()));
         }
         Load::Weights { folder, files } => (folder.clone(), String::new(), files.clone()),
         Load::Checkpoint { from: Source::Store { folder, files }, .. } => {
@@ -232,7 +233,6 @@ fn begin_load(
         }
     };
     let fetch = slots.receive(files, u64::from(start.config.storage.part_mib) << 20)?;
-    let places = fetch.files.clone();
-    fetch.start(store, folder, done);
-    Ok(Incoming::UnderWay(RESTORE_SLOT, places))
+    let fetching = fetch.start(store, folder, done);
+    Ok((Incoming::UnderWay(RESTORE_SLOT, fetching.places.clone()), fetching))
 }

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     config::RunConfig,
     faults::{self, At},
-    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, WorldSize},
+    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
     layout,
     storage::{CreateOutcome, StorageError, Store},
 };
@@ -51,6 +51,9 @@ struct Unsettled {
     number: Option<u64>,
 }
 
+/// The most that are remembered; far beyond what one process interrupts.
+const MOST_UNSETTLED: usize = 32;
+
 /// A run's journal, as one node reads and writes it.
 #[derive(Debug)]
 pub struct Journal {
@@ -60,7 +63,9 @@ pub struct Journal {
     state: RunState,
     /// The newest generation that this node has formed through this journal.
     held: Option<Generation>,
-    unsettled: Option<Unsettled>,
+    /// The oldest first. Several: an append that is interrupted is begun again after others, which may have been begun
+    /// and interrupted, too. At most one commit.
+    unsettled: Vec<Unsettled>,
     /// The task that writes a summary; see [`super::summary`].
     summary: Option<JoinHandle<()>>,
 }
@@ -87,7 +92,7 @@ impl Journal {
     }
 
     fn new(store: Store, node: NodeId, state: RunState) -> Self {
-        Self { store, node, state, held: None, unsettled: None, summary: None }
+        Self { store, node, state, held: None, unsettled: Vec::new(), summary: None }
     }
 
     /// Opens the run in its folder `store` and reads all its records.
@@ -164,14 +169,13 @@ impl Journal {
         }
     }
 
-    /// The commit begun last, if its fate is unknown.
+    /// The commit begun last, if it is not known to stand, whatever was appended since: its data is durable, and
+    /// appending it again settles it. The last words of a generation, or the next one, leave it behind.
     pub fn doubtful(&self) -> Option<&Committed> {
-        match &self.unsettled {
-            Some(Unsettled { entry: Entry { record: Record::Committed(committed), .. }, number: None }) => {
-                Some(committed)
-            }
+        self.unsettled.iter().find_map(|begun| match &begun.entry.record {
+            Record::Committed(committed) if begun.number.is_none() => Some(committed),
             _ => None,
-        }
+        })
     }
 
     /// Forms the next generation, which fences all older ones; this node holds it from then on.
@@ -217,16 +221,16 @@ impl Journal {
         record: Record,
         still_right: impl Fn(&Record, &NodeId) -> Result<(), JournalError>,
     ) -> Result<u64, JournalError> {
-        let entry = match self.unsettled.take() {
+        let begun = self.unsettled.iter().position(|begun| begun.entry.record == record);
+        let entry = match begun.map(|place| self.unsettled.remove(place)) {
             // The same again: same attempt, same body.
-            Some(Unsettled { entry, number }) if entry.record == record => {
-                if let Some(number) = number {
-                    return Ok(number);
-                }
-                entry
-            }
-            _ => new_entry(&self.node, record),
+            Some(Unsettled { number: Some(number), .. }) => return Ok(number),
+            Some(Unsettled { entry, number: None }) => entry,
+            None => new_entry(&self.node, record),
         };
+        if is_commit(&entry.record) {
+            self.unsettled.retain(|begun| !is_commit(&begun.entry.record));
+        }
         let body = encode(&entry)?;
         loop {
             if let Some(number) = self.committed_as(&entry.record) {
@@ -236,7 +240,7 @@ impl Journal {
             before_append(&entry.record)?;
             let number = self.state.next();
             // Before the request: the future may be dropped, and the request still succeed.
-            self.unsettled = Some(Unsettled { entry: entry.clone(), number: None });
+            self.begins(&entry);
             match self.store.create(&layout::journal_entry(number), body.clone()).await? {
                 CreateOutcome::Created => {
                     self.apply(entry.clone(), body)?;
@@ -262,6 +266,20 @@ impl Journal {
         }
     }
 
+    /// The outcome of this append is unknown from now on, until it is [settled](Self::settled).
+    fn begins(&mut self, entry: &Entry) {
+        if self.unsettled.iter().any(|begun| begun.entry.attempt == entry.attempt) {
+            return;
+        }
+        if self.unsettled.len() == MOST_UNSETTLED {
+            let oldest = self.unsettled.iter().position(|begun| !is_commit(&begun.entry.record));
+            if let Some(place) = oldest {
+                self.unsettled.remove(place);
+            }
+        }
+        self.unsettled.push(Unsettled { entry: entry.clone(), number: None });
+    }
+
     /// The number of the record that has committed the very manifest of `record`. A manifest is created once and
     /// carries its attempt, so it is the same commit; a repeated save differs only in its times.
     fn committed_as(&self, record: &Record) -> Option<u64> {
@@ -274,7 +292,13 @@ impl Journal {
 
     /// `entry` has the number `number`, and is applied.
     fn settled(&mut self, entry: &Entry, number: u64) -> Result<u64, JournalError> {
-        self.unsettled = None;
+        // After these no commit of before is tried again.
+        let closes = matches!(
+            entry.record,
+            Record::Formed { .. } | Record::Interrupted { .. } | Record::Completed { .. } | Record::Failed { .. }
+        );
+        self.unsettled
+            .retain(|begun| begun.entry.attempt != entry.attempt && !(closes && is_commit(&begun.entry.record)));
         faults::check("journal.after-append", at(&entry.record))?;
         self.sum_up(number + 1);
         Ok(number)
@@ -317,15 +341,21 @@ impl Journal {
     /// Applies the next record, and notes if it is one of ours that was given up.
     fn apply(&mut self, entry: Entry, body: Bytes) -> Result<(), JournalError> {
         let number = self.state.next();
-        let ours = self.unsettled.as_ref().is_some_and(|unsettled| unsettled.entry.attempt == entry.attempt);
+        let ours = self.unsettled.iter().position(|begun| begun.entry.attempt == entry.attempt);
         let formed = match &entry.record {
-            Record::Formed { generation, .. } if ours => Some(*generation),
+            Record::Formed { generation, .. } if ours.is_some() => Some(*generation),
             _ => None,
         };
+        let judged = judged(&entry.record);
         self.state.take_in(number, entry, body).map_err(|error| damaged(&self.store, number, &error))?;
-        if let Some(unsettled) = self.unsettled.as_mut().filter(|_| ours) {
-            unsettled.number = Some(number);
+        if let Some(place) = ours {
+            self.unsettled[place].number = Some(number);
         }
+        // An older verdict on that checkpoint that stands is not the newest any more: to give it again is to write it.
+        self.unsettled.retain(|begun| {
+            let newer = begun.number.is_none_or(|found| found == number);
+            newer || judged.is_none() || self::judged(&begun.entry.record) != judged
+        });
         self.held = formed.or(self.held);
         Ok(())
     }
@@ -361,6 +391,18 @@ fn encode(entry: &Entry) -> Result<Bytes, JournalError> {
         reason: format!("it could not be read back: it {error}"),
     };
     entry.encode().map(Bytes::from).map_err(refused)
+}
+
+const fn is_commit(record: &Record) -> bool {
+    matches!(record, Record::Committed(_))
+}
+
+/// The checkpoint on which `record` is a verdict, if it is one.
+const fn judged(record: &Record) -> Option<(Step, Generation)> {
+    match record {
+        Record::Damaged { step, generation, .. } | Record::Cleared { step, generation } => Some((*step, *generation)),
+        _ => None,
+    }
 }
 
 fn at(record: &Record) -> At {

@@ -17,9 +17,11 @@
 //! - A conditional append ([`append_if`](JournalWriter::append_if)) checks its condition each time it begins.
 //!
 //! # Crash, retry, cancel
-//! Nothing is stored here. An interrupted or withdrawn append may still have been written; the journal settles that
-//! with the next append, which reads which record has its number. A commit of unknown fate is [`View::doubtful`] until
-//! then.
+//! Nothing is stored here. A panic ends the task, and the answer to every later command is [`JournalError::NoWriter`]:
+//! the process can commit nothing more, so its generation ends. An interrupted or withdrawn append may stand all the
+//! same: the journal remembers each one's attempt, so that the same record is not written twice, whatever came between.
+//! A commit of unknown fate is [`View::doubtful`] until it is found to stand, or until the last words, which try it a
+//! last time.
 
 use std::time::Duration;
 
@@ -68,7 +70,7 @@ pub struct View {
     pub state: RunState,
     /// The newest generation that this node has formed.
     pub held: Option<Generation>,
-    /// The commit begun last, if its fate is unknown.
+    /// The commit begun last, if it is not known to stand.
     pub doubtful: Option<Committed>,
 }
 
@@ -118,6 +120,12 @@ impl JournalWriter {
         let (shown, view) = watch::channel(View::of(&journal));
         tokio::spawn(Task { journal, received, queue: Vec::new(), shown }.run());
         Self { commands, view }
+    }
+
+    /// A handle whose task has ended, as one does that panics.
+    #[cfg(test)]
+    pub(crate) fn without_task(journal: &Journal) -> Self {
+        Self { commands: mpsc::unbounded_channel().0, view: watch::channel(View::of(journal)).1 }
     }
 
     /// The current knowledge.
@@ -499,32 +507,101 @@ mod tests {
         assert_eq!(journal.state().newest().map(|newest| newest.committed.step), Some(Step(3)));
     }
 
-    /// The commit's answer is lost and its caller gives up, but the record exists: before the last words begin, or only
-    /// after.
+    /// What `interrupted` says of a run that was stopped after step 3.
+    fn interruption(state: &RunState) -> Record {
+        let newest = state.newest().map(|newest| newest.committed.step);
+        Record::Interrupted {
+            generation: Generation(1),
+            step: Step(3),
+            committed: newest,
+            lost_steps: 3 - newest.unwrap_or_default().get(),
+            verdict: "the time was up".into(),
+            drain: None,
+        }
+    }
+
+    fn notice() -> Record {
+        let (source, means) = ("aws-spot".into(), crate::journal::Means::Interruption);
+        Record::Notice { generation: Generation(1), source, deadline_s: Some(120.0), means }
+    }
+
+    fn commit(journal: &JournalWriter, committed: &Committed) -> tokio::task::JoinHandle<Result<u64, JournalError>> {
+        let (journal, committed) = (journal.clone(), committed.clone());
+        tokio::spawn(async move { journal.append(Urgency::Commit, Record::Committed(committed)).await })
+    }
+
+    /// A commit hangs and its caller gives up; a notice takes its number, or the one after it.
+    #[tokio::test]
+    async fn a_commit_of_unknown_fate_is_tried_again_after_a_notice() {
+        for fault in [Fault::Hang, Fault::LandsAndHangs] {
+            let (journal, store, hangs) = writer(fault).await;
+            let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
+            hangs.store(true, Ordering::SeqCst);
+            let commit = commit(&journal, &committed);
+            hanging(&hangs).await;
+            let noting = tokio::spawn({
+                let journal = journal.clone();
+                async move { journal.append_if(Urgency::Notice, notice(), |_| true).await }
+            });
+            commit.abort();
+            let noted = timeout(LIMIT, noting).await.expect("it waits").unwrap().unwrap();
+            assert_eq!(noted, Some(if fault == Fault::Hang { 4 } else { 5 }), "{fault:?}");
+            timeout(LIMIT, journal.last_words(interruption)).await.expect("they wait").unwrap();
+            let view = journal.view();
+            let said = &view.state.interruptions()[0];
+            assert_eq!((said.committed, said.lost_steps), (Some(Step(3)), 0), "{fault:?}");
+            assert_eq!((view.state.next(), view.doubtful), (7, None), "{fault:?}");
+        }
+    }
+
+    /// A commit comes while the record of a notice hangs, which stands.
+    #[tokio::test]
+    async fn a_notice_that_stands_is_not_written_twice() {
+        let (journal, store, hangs) = writer(Fault::LandsAndHangs).await;
+        let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
+        hangs.store(true, Ordering::SeqCst);
+        let noting = tokio::spawn({
+            let journal = journal.clone();
+            async move { journal.append_if(Urgency::Notice, notice(), |_| true).await }
+        });
+        hanging(&hangs).await;
+        assert_eq!(timeout(LIMIT, commit(&journal, &committed)).await.expect("it waits").unwrap().unwrap(), 5);
+        assert_eq!(timeout(LIMIT, noting).await.expect("it was forgotten").unwrap().unwrap(), Some(4));
+        let state = journal.state();
+        assert_eq!((state.next(), state.notices().len()), (6, 1));
+    }
+
+    /// A verdict whose answer was lost stands; after another one on the same checkpoint it is a new verdict.
+    #[tokio::test]
+    async fn an_older_verdict_that_stands_is_not_taken_for_a_new_one() {
+        let (journal, _, hangs) = writer(Fault::LandsAndHangs).await;
+        let (step, generation) = (Step(1), Generation(1));
+        let damaged = || Record::Damaged { step, generation, reason: "it is short".into() };
+        hangs.store(true, Ordering::SeqCst);
+        let judging = tokio::spawn({
+            let (journal, damaged) = (journal.clone(), damaged());
+            async move { journal.append(Urgency::Housekeeping, damaged).await }
+        });
+        hanging(&hangs).await;
+        judging.abort();
+        let cleared = journal.append(Urgency::Housekeeping, Record::Cleared { step, generation }).await;
+        assert_eq!(cleared.unwrap(), 5);
+        // It was read whole, so the rules protect it.
+        let again = journal.append(Urgency::Housekeeping, damaged()).await;
+        assert!(matches!(again, Err(JournalError::Refused { .. })), "{again:?}");
+    }
+
+    /// The commit's answer is lost, its caller gives up, and it stands: before the last words begin, or only after.
     #[tokio::test]
     async fn last_words_count_a_commit_of_unknown_fate() {
         for fault in [Fault::LandsAndHangs, Fault::Hang] {
             let (journal, store, hangs) = writer(fault).await;
             let (committed, _) = checkpoint(&store, 3, 1, 1, 3).await;
             hangs.store(true, Ordering::SeqCst);
-            let commit = tokio::spawn({
-                let (journal, committed) = (journal.clone(), committed.clone());
-                async move { journal.append(Urgency::Commit, Record::Committed(committed)).await }
-            });
+            let commit = commit(&journal, &committed);
             hanging(&hangs).await;
             commit.abort();
-            let make = |state: &RunState| {
-                let newest = state.newest().map(|newest| newest.committed.step);
-                Record::Interrupted {
-                    generation: Generation(1),
-                    step: Step(3),
-                    committed: newest,
-                    lost_steps: 3 - newest.unwrap_or_default().get(),
-                    verdict: "the time was up".into(),
-                    drain: None,
-                }
-            };
-            within("the last words", journal.last_words(make)).await.unwrap();
+            timeout(LIMIT, journal.last_words(interruption)).await.expect("they wait").unwrap();
             let view = journal.view();
             let said = &view.state.interruptions()[0];
             assert_eq!((said.lost_steps, said.committed), (0, Some(Step(3))), "{fault:?}");

@@ -17,8 +17,9 @@
 //! Both replay the same journal; the one whose `formed` record is written first has the run. The other checks the first
 //! one's heartbeat: if it is alive, the other exits with code 79, or waits until it is dead
 //! ([`LaunchOptions::standby`]); if it is dead, the other forms the next generation. An agent that was wrongly taken
-//! for dead learns of it when it tries to commit, stops its workers and exits with code 79: two writers can never both
-//! commit.
+//! for dead learns of it when it tries to commit or to form the next generation, stops its workers and exits with code
+//! 79: two writers can never both commit. It does not come back under its name, even if the other is dead by then: it
+//! is fenced for good.
 
 mod choose;
 mod doubt;
@@ -460,6 +461,8 @@ impl Runner {
                 }
                 Ok(Some(generation))
             }
+            // Whoever has held a generation is fenced for good, and could form none however often it tried.
+            Err(error @ JournalError::Overtaken { .. }) if self.journal.view().held.is_some() => Err(error.into()),
             // The next look finds the one that was first.
             Err(JournalError::Overtaken { .. } | JournalError::Moved { .. }) => Ok(None),
             Err(error) => Err(error.into()),

@@ -4,10 +4,12 @@
 //! bytes, the agent uploads those very pages: nothing is serialised and nothing copied again. Because the agent owns
 //! the memory, a snapshot outlives the worker that took it.
 //!
-//! Invariants: within one process a range is either lent for writing (as an [`ImageChunk`]) or for reading (as
-//! [`Bytes`]), never both: [`Mapping`] counts its loans. Between the two processes the control protocol regulates
-//! access: a worker writes a slot between a `SaveOrder` for it and its `Captured` answer, the agent reads it after
-//! every rank's `Captured` and assigns it again only when the upload has ended.
+//! Invariants: through one [`SharedImage`], its clones and all their mappings, the image's bytes are either lent for
+//! writing (as [`ImageChunk`]s) or for reading (as [`Bytes`]), never both; writers are lent to only once. Loans are
+//! counted for the memory, not for a mapping of it: a task that was told to stop, a thread of a pool or a read from a
+//! disk that goes on all the same still counts, whoever began it ([`SharedImage::is_lent`]). Between the two processes
+//! the control protocol regulates access: a worker writes a slot between a `SaveOrder` for it and its `Captured`
+//! answer, the agent reads it after every rank's `Captured` and gives it out again only when the upload has ended.
 //!
 //! On a crash of either side the kernel frees the memory with its last mapping. Sealing is not used, because the agent
 //! sizes an image only after the worker has reported the state's layout.
@@ -18,7 +20,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicIsize, Ordering},
     },
 };
 
@@ -26,21 +28,49 @@ use bytes::Bytes;
 use memmap2::{MmapOptions, MmapRaw};
 use rustix::fs::MemfdFlags;
 
+/// The loans of an image's bytes in this process: as many for reading as it is above zero, as many for writing as it is
+/// below.
+#[derive(Debug, Default)]
+struct Loans(AtomicIsize);
+
+impl Loans {
+    /// Lends `count` ranges for writing, unless anything is lent.
+    fn write(&self, count: usize) -> bool {
+        isize::try_from(count)
+            .is_ok_and(|count| self.0.compare_exchange(0, -count, Ordering::AcqRel, Ordering::Acquire).is_ok())
+    }
+
+    /// Lends a range for reading, unless anything is lent for writing.
+    fn read(&self) -> bool {
+        let more = |loans: isize| (loans >= 0).then_some(loans + 1);
+        self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).is_ok()
+    }
+
+    fn written(&self) {
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn was_read(&self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 /// Shared memory that can be handed to a child process.
 #[derive(Debug)]
 pub struct SharedImage {
     fd: OwnedFd,
+    loans: Arc<Loans>,
 }
 
 impl SharedImage {
     /// An empty image. `name` shows up in `/proc/<pid>/maps`.
     pub fn create(name: &str) -> io::Result<Self> {
-        Ok(Self { fd: rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)? })
+        Ok(Self { fd: rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC)?, loans: Arc::default() })
     }
 
     /// An image inherited from the parent process.
     pub fn inherited(fd: OwnedFd) -> Self {
-        Self { fd }
+        Self { fd, loans: Arc::default() }
     }
 
     /// Makes it at least `len` bytes long; new pages read as zero, and none is allocated before it is touched. An image
@@ -58,16 +88,19 @@ impl SharedImage {
 
     /// A second handle on the same memory.
     pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { fd: self.fd.try_clone()? })
+        Ok(Self { fd: self.fd.try_clone()?, loans: Arc::clone(&self.loans) })
+    }
+
+    /// Whether any of its bytes are lent in this process, through any mapping.
+    pub fn is_lent(&self) -> bool {
+        self.loans.0.load(Ordering::Acquire) != 0
     }
 
     /// Maps the whole image for reading and writing.
     pub fn map(&self) -> io::Result<Mapping> {
         let len = usize::try_from(self.size()?).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let raw = if len == 0 { None } else { Some(MmapOptions::new().len(len).map_raw(&self.fd)?) };
-        Ok(Mapping {
-            shared: Arc::new(Shared { raw, len, writers: AtomicUsize::new(0), readers: AtomicUsize::new(0) }),
-        })
+        Ok(Mapping { shared: Arc::new(Shared { raw, len, loans: Arc::clone(&self.loans) }) })
     }
 }
 
@@ -87,8 +120,7 @@ impl From<SharedImage> for OwnedFd {
 struct Shared {
     raw: Option<MmapRaw>,
     len: usize,
-    writers: AtomicUsize,
-    readers: AtomicUsize,
+    loans: Arc<Loans>,
 }
 
 impl Shared {
@@ -145,32 +177,30 @@ impl Mapping {
         Ok((start, end - start))
     }
 
-    /// Lends disjoint ranges for writing; they must be in ascending order. Refused while anything is lent.
+    /// Lends disjoint ranges for writing; they must be in ascending order. Refused while anything of the image is lent.
     pub fn chunks(&self, ranges: &[Range<u64>]) -> io::Result<Vec<ImageChunk>> {
-        if self.shared.readers.load(Ordering::Acquire) != 0 || self.shared.writers.load(Ordering::Acquire) != 0 {
-            return Err(busy("in use"));
-        }
         let mut end = 0;
-        let mut chunks = Vec::with_capacity(ranges.len());
+        let mut places = Vec::with_capacity(ranges.len());
         for range in ranges {
-            let (offset, len) = self.check(range)?;
+            places.push(self.check(range)?);
             if range.start < end {
                 return Err(outside(range, self.len()));
             }
             end = range.end;
-            self.shared.writers.fetch_add(1, Ordering::AcqRel);
-            chunks.push(ImageChunk { shared: Arc::clone(&self.shared), offset, len });
         }
-        Ok(chunks)
+        if !self.shared.loans.write(places.len()) {
+            return Err(busy("in use"));
+        }
+        let chunk = |(offset, len)| ImageChunk { shared: Arc::clone(&self.shared), offset, len };
+        Ok(places.into_iter().map(chunk).collect())
     }
 
-    /// Lends a range for reading, without a copy. Refused while anything is lent for writing.
+    /// Lends a range for reading, without a copy. Refused while anything of the image is lent for writing.
     pub fn bytes(&self, range: Range<u64>) -> io::Result<Bytes> {
-        if self.shared.writers.load(Ordering::Acquire) != 0 {
+        let (offset, len) = self.check(&range)?;
+        if !self.shared.loans.read() {
             return Err(busy("being written"));
         }
-        let (offset, len) = self.check(&range)?;
-        self.shared.readers.fetch_add(1, Ordering::AcqRel);
         Ok(Bytes::from_owner(View { shared: Arc::clone(&self.shared), offset, len }))
     }
 }
@@ -195,7 +225,7 @@ impl AsMut<[u8]> for ImageChunk {
 
 impl Drop for ImageChunk {
     fn drop(&mut self) {
-        self.shared.writers.fetch_sub(1, Ordering::AcqRel);
+        self.shared.loans.written();
     }
 }
 
@@ -215,7 +245,7 @@ impl AsRef<[u8]> for View {
 
 impl Drop for View {
     fn drop(&mut self) {
-        self.shared.readers.fetch_sub(1, Ordering::AcqRel);
+        self.shared.loans.was_read();
     }
 }
 
@@ -247,14 +277,22 @@ mod tests {
         assert!(worker.chunks(&[0..1]).is_err(), "lent twice");
         chunks[0].as_mut().fill(7);
         chunks[1].as_mut().fill(9);
+        // Memory has no other writers because it is mapped a second time.
+        assert!(image.is_lent() && agent.bytes(0..1).is_err() && agent.chunks(&[0..1]).is_err());
+        assert!(image.map().unwrap().chunks(&[0..1]).is_err());
+        chunks.pop();
+        assert!(agent.bytes(0..1).is_err(), "one of two is written on");
         drop(chunks);
         let bytes = agent.bytes(0..8192).unwrap();
+        assert!(image.is_lent());
         assert!(bytes[..100].iter().all(|&b| b == 7) && bytes[100..4096].iter().all(|&b| b == 0));
         assert!(bytes[4096..].iter().all(|&b| b == 9));
         let part = bytes.slice(4096..4097);
         drop(bytes);
         assert!(agent.chunks(&[0..1]).is_err(), "written while a slice of it is read");
+        assert!(worker.chunks(&[0..1]).is_err(), "read through another mapping");
         drop(part);
+        assert!(!image.is_lent());
         assert!(agent.chunks(&[0..1]).is_ok());
     }
 

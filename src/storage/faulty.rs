@@ -43,6 +43,10 @@ pub(crate) enum Fault {
     Hang,
     /// The store does it, and never answers.
     LandsAndHangs,
+    /// It reaches the store when it is let go ([`Faulty::let_go`]).
+    Held,
+    /// The store does it, and answers 404.
+    Gone,
 }
 
 /// Called with the operation, the path, and the number of such requests before this one.
@@ -53,6 +57,7 @@ pub(crate) struct Faulty {
     pub inner: InMemory,
     plan: Box<Plan>,
     seen: Mutex<HashMap<String, usize>>,
+    held: tokio::sync::Semaphore,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +66,17 @@ struct Reset;
 
 impl Faulty {
     pub(crate) fn new(plan: impl Fn(&str, &str, usize) -> Fault + Send + Sync + 'static) -> Arc<Self> {
-        Arc::new(Self { inner: InMemory::new(), plan: Box::new(plan), seen: Mutex::default() })
+        Arc::new(Self {
+            inner: InMemory::new(),
+            plan: Box::new(plan),
+            seen: Mutex::default(),
+            held: tokio::sync::Semaphore::new(0),
+        })
+    }
+
+    /// Lets all requests go that are held, or will be.
+    pub(crate) fn let_go(&self) {
+        self.held.close();
     }
 
     /// Requests of this operation so far.
@@ -100,6 +115,14 @@ impl Faulty {
             Fault::LandsAndHangs => {
                 let _ = does.await;
                 std::future::pending().await
+            }
+            Fault::Held => {
+                let _ = self.held.acquire().await;
+                does.await
+            }
+            Fault::Gone => {
+                let _ = does.await;
+                Err(object_store::Error::NotFound { path: path.to_string(), source: "404 Not Found".into() })
             }
         }
     }

@@ -6,8 +6,9 @@
 //! times as long as the slowest of the last ones did, and the first answer counts. A store in this machine is never
 //! asked twice.
 //!
-//! A slow link is not a hanging connection: then all transfers are slow, and sending their bytes twice would make the
-//! last save late. So a transfer that is not alone is sent again only if another one has finished since it began.
+//! A link that has become slow is no connection that hangs: all transfers are slow then, and to send their bytes twice
+//! would make the last save late. So a transfer that is not alone is sent again only after another one has finished
+//! since it began. Under a cap on bandwidth it waits for its turn like any other.
 //!
 //! *Cancel:* dropping the future drops all of its requests.
 
@@ -22,6 +23,8 @@ use std::{
 
 use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::time::Instant;
+
+use super::rate_limit::RateLimit;
 
 /// The most requests beside the first.
 const MORE: u32 = 2;
@@ -103,14 +106,30 @@ pub(super) async fn first_success<T, E, R: Future<Output = Result<T, E>>>(
     race(request, || hangs_after, || true).await
 }
 
-/// The same for a transfer of `bytes` bytes, which hangs if others finish and `tempo` says so.
+/// The same for a transfer of `bytes` bytes, which hangs when others come through and `tempo` says so. Each request but
+/// the first waits for its turn under `cap`. `tempo` takes the time of the request that was answered: how long another
+/// one hung says nothing about the link.
 pub(super) async fn first_of_transfers<T, E, R: Future<Output = Result<T, E>>>(
-    request: impl FnMut() -> R,
+    mut request: impl FnMut() -> R,
     tempo: &Tempo,
     bytes: u64,
+    cap: Option<&RateLimit>,
 ) -> Result<T, E> {
     let transfer = Transfer::begin(tempo);
-    race(request, || tempo.hangs_after(bytes), || transfer.may_hang()).await
+    let mut first = true;
+    let timed = || {
+        let (request, cap) = (request(), cap.filter(|_| !std::mem::take(&mut first)));
+        async move {
+            if let Some(cap) = cap {
+                cap.take(bytes).await;
+            }
+            let begin = Instant::now();
+            request.await.map(|answer| (answer, begin.elapsed()))
+        }
+    };
+    let (answer, took) = race(timed, || tempo.hangs_after(bytes), || transfer.may_hang()).await?;
+    tempo.took(bytes, took);
+    Ok(answer)
 }
 
 async fn race<T, E, R: Future<Output = Result<T, E>>>(

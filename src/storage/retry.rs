@@ -286,17 +286,17 @@ impl<'a> Attempts<'a> {
         F: FnMut() -> R,
         R: Future<Output = object_store::Result<T>>,
     {
+        // The first request has had its turn.
+        let cap = match self.queue {
+            Queue::Bulk(_, cap) => cap,
+            Queue::Control(_) => None,
+        };
         let sent = async {
-            let begin = tokio::time::Instant::now();
-            let answer = match self.again {
+            match self.again {
                 Again::Never => request().await,
                 Again::Soon => hedge::first_success(request, hedge::SMALL).await,
-                Again::By(tempo) => hedge::first_of_transfers(request, tempo, self.bytes).await,
-            };
-            if let (Again::By(tempo), Ok(_)) = (self.again, &answer) {
-                tempo.took(self.bytes, begin.elapsed());
+                Again::By(tempo) => hedge::first_of_transfers(request, tempo, self.bytes, cap).await,
             }
-            answer
         };
         let answer = match patience {
             None => sent.await,
@@ -453,6 +453,11 @@ pub(super) fn is_mute(error: &object_store::Error) -> bool {
     !text.contains("<Code>") && matches!(status(&text), Some(400 | 401 | 403))
 }
 
+/// The store does not know a part by the name that it gave it.
+pub(super) fn is_about_a_part(error: &object_store::Error) -> bool {
+    whole_text(error).contains("<Code>InvalidPart</Code>")
+}
+
 fn whole_text(error: &object_store::Error) -> String {
     chain(error).map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
@@ -527,7 +532,7 @@ fn tidy(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::adaptive_limit::AdaptiveLimit, *};
 
     fn generic(source: impl StdError + Send + Sync + 'static) -> object_store::Error {
         object_store::Error::Generic { store: "S3", source: Box::new(source) }
@@ -607,6 +612,43 @@ mod tests {
         for tenth in 0..10 {
             assert!(shares.iter().any(|share| (share * 10.0) as i32 == tenth), "no pause in tenth {tenth}");
         }
+    }
+
+    const PART: u64 = 16 << 20;
+
+    /// Sends a part whose first request hangs; gives the requests sent and the answer, if it came within 3 s.
+    async fn sent_for_a_part(tempo: &Tempo, cap: Option<&RateLimit>) -> (u32, Option<u32>) {
+        let (policy, limiter) = (Policy::REMOTE, Limiter::new("test", AdaptiveLimit::fixed(4)));
+        let sent = std::cell::Cell::new(0);
+        // A network that is quick.
+        tempo.took(PART, Duration::from_millis(16));
+        let request = || async {
+            sent.set(sent.get() + 1);
+            match sent.get() {
+                1 => std::future::pending().await,
+                number => Ok(number),
+            }
+        };
+        let attempts = Attempts::new(&policy, Queue::Bulk(&limiter, cap), "upload", PART).again(Again::By(tempo));
+        let answer = tokio::time::timeout(Duration::from_secs(3), attempts.run(request)).await;
+        (sent.get(), answer.ok().map(Result::unwrap))
+    }
+
+    #[tokio::test]
+    async fn the_time_that_a_request_hung_is_no_measure_for_those_after_it() {
+        let tempo = Tempo::default();
+        assert_eq!(sent_for_a_part(&tempo, None).await, (2, Some(2)));
+        assert_eq!(tempo.hangs_after(PART), Duration::from_secs(2));
+    }
+
+    #[tokio::test]
+    async fn a_request_sent_again_waits_for_its_turn_under_a_cap() {
+        // The first takes 16 s of the line.
+        let cap = RateLimit::new(Some(1)).unwrap();
+        assert_eq!(sent_for_a_part(&Tempo::default(), Some(&cap)).await, (1, None));
+        // On a faster line it has its turn in time.
+        let cap = RateLimit::new(Some(1000)).unwrap();
+        assert_eq!(sent_for_a_part(&Tempo::default(), Some(&cap)).await, (2, Some(2)));
     }
 
     #[test]

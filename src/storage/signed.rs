@@ -22,7 +22,10 @@ use object_store::{
     signer::{HeaderName, HeaderValue, Method, Signer},
 };
 
-use super::{crc::Crc64, retry::is_mute};
+use super::{
+    crc::Crc64,
+    retry::{is_about_a_part, is_answer, is_mute},
+};
 
 /// The longest answer that is read, bytes.
 const MAX_ANSWER: usize = 1 << 20;
@@ -145,6 +148,10 @@ impl S3 {
     }
 
     /// Combines the parts. A store that knows checksums refuses if the whole does not match our sum.
+    ///
+    /// A part that was sent twice is the one that the store took last, whichever answer came first, and has its ETag:
+    /// with keys of KMS another one each time. So if the store does not know a part by our ETag, it is asked for its
+    /// own, which is taken if the part has our checksum.
     pub(super) async fn complete(
         &self,
         path: &Path,
@@ -152,6 +159,41 @@ impl S3 {
         parts: &[TakenPart],
         whole: Crc64,
     ) -> object_store::Result<()> {
+        match self.combine(path, id, parts, whole).await {
+            Err(error) if is_about_a_part(&error) => {
+                let stored = match self.stored_parts(path, id).await {
+                    // Combined by another request: the object itself decides.
+                    Err(gone @ object_store::Error::NotFound { .. }) => return Err(gone),
+                    // Not allowed to ask: the first error says more.
+                    Err(refusal) if is_answer(&refusal) => return Err(error),
+                    other => other?,
+                };
+                match renamed(parts, &stored) {
+                    Some(parts) => self.combine(path, id, &parts, whole).await,
+                    None => Err(error),
+                }
+            }
+            other => other,
+        }
+    }
+
+    /// The parts of an upload as the store has them, page by page: number, ETag and, if it keeps one, checksum.
+    async fn stored_parts(&self, path: &Path, id: &str) -> object_store::Result<Vec<StoredPart>> {
+        let (mut found, mut marker) = (Vec::new(), 0);
+        loop {
+            let from = marker.to_string();
+            let query = [("part-number-marker", from.as_str()), ("uploadId", id)];
+            let answer = read(self.send(Method::GET, path, &query, [], Bytes::new()).await?).await?;
+            found.extend(answer.split("<Part>").skip(1).filter_map(StoredPart::parse));
+            let next = between(&answer, "<NextPartNumberMarker>", "</NextPartNumberMarker>");
+            match next.and_then(|next| next.trim().parse().ok()) {
+                Some(next) if next > marker && answer.contains("<IsTruncated>true</IsTruncated>") => marker = next,
+                _ => return Ok(found),
+            }
+        }
+    }
+
+    async fn combine(&self, path: &Path, id: &str, parts: &[TakenPart], whole: Crc64) -> object_store::Result<()> {
         let mut body = String::from("<CompleteMultipartUpload xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\">");
         for (part, number) in parts.iter().zip(1_u32..) {
             let e_tag = escape(&part.e_tag);
@@ -188,8 +230,42 @@ impl S3 {
     }
 }
 
-/// Whether the checksum that the store keeps of a whole object is `expected`; `None`: it keeps none, or a checksum of
-/// the parts' checksums.
+/// A part in a store's listing.
+#[derive(Debug, PartialEq, Eq)]
+struct StoredPart {
+    number: u32,
+    e_tag: String,
+    /// As it is written.
+    crc64: Option<String>,
+}
+
+impl StoredPart {
+    fn parse(text: &str) -> Option<Self> {
+        let within = |start, end| between(text, start, end).map(unescape);
+        Some(Self {
+            number: within("<PartNumber>", "</PartNumber>")?.trim().parse().ok()?,
+            e_tag: within("<ETag>", "</ETag>")?,
+            crc64: within("<ChecksumCRC64NVME>", "</ChecksumCRC64NVME>"),
+        })
+    }
+}
+
+/// The parts with the ETags that the store has for the same bytes; `None`: they are the same ETags.
+fn renamed(parts: &[TakenPart], stored: &[StoredPart]) -> Option<Vec<TakenPart>> {
+    let mut changed = false;
+    let rename = |(part, number): (&TakenPart, u32)| {
+        let sum = part.crc64.base64();
+        let is_it = |stored: &&StoredPart| stored.number == number && stored.crc64.as_deref() == Some(&*sum);
+        let e_tag = stored.iter().find(is_it).map_or_else(|| part.e_tag.clone(), |stored| stored.e_tag.clone());
+        changed |= e_tag != part.e_tag;
+        TakenPart { e_tag, ..part.clone() }
+    };
+    let parts: Vec<_> = parts.iter().zip(1..).map(rename).collect();
+    changed.then_some(parts)
+}
+
+/// Whether the checksum that the store keeps of a whole object is `expected`; `None`: it keeps none, or one of the
+/// parts' checksums.
 fn is_kept(kind: Option<&str>, found: Option<&str>, expected: Crc64) -> Option<bool> {
     let whole = kind.is_none_or(|kind| kind == "FULL_OBJECT");
     found.filter(|_| whole).map(|found| found == expected.base64())
@@ -289,6 +365,27 @@ mod tests {
         ] {
             assert_eq!(is_kept(kind, found, ours), same, "{kind:?} {found:?}");
         }
+    }
+
+    #[test]
+    fn a_part_has_the_stores_name_if_it_holds_our_bytes() {
+        let (ours, other) = (Crc64::of(b"ours"), Crc64::of(b"other"));
+        let part = |e_tag: &str| TakenPart { e_tag: e_tag.into(), summed: true, crc64: ours };
+        let listed = |number: u32, e_tag: &str, sum: &str| {
+            StoredPart::parse(&format!("<PartNumber>{number}</PartNumber>\n<ETag>{e_tag}</ETag>{sum}</Part>")).unwrap()
+        };
+        let sum = |crc64: Crc64| format!("<ChecksumCRC64NVME>{}</ChecksumCRC64NVME>", crc64.base64());
+        let stored =
+            [listed(3, "&quot;new&quot;", &sum(ours)), listed(1, "\"c\"", &sum(other)), listed(2, "&quot;d&quot;", "")];
+        let names = |parts: &[TakenPart]| {
+            let renamed = renamed(parts, &stored)?;
+            Some(renamed.into_iter().map(|part| part.e_tag).collect::<Vec<_>>())
+        };
+        let parts = [part("\"a\""), part("\"b\""), part("\"old\"")];
+        assert_eq!(names(&parts).unwrap(), ["\"a\"", "\"b\"", "\"new\""]);
+        assert_eq!(names(&parts[..2]), None, "other bytes, or nobody knows whose");
+        assert_eq!(names(&[part("a"), part("b"), part("\"new\"")]), None);
+        assert_eq!(StoredPart::parse("<PartNumber>x</PartNumber><ETag>e</ETag>"), None);
     }
 
     #[test]

@@ -341,6 +341,17 @@ async fn failed_parts_are_sent_again_and_a_lost_completion_is_confirmed() {
     assert_eq!((faulty.count("complete"), faulty.count("abort")), (2, 0));
 }
 
+/// A request that is sent twice may be carried out twice, and the answer that comes be that to the second.
+#[tokio::test]
+async fn an_upload_that_is_gone_because_it_was_completed_is_a_success() {
+    let faulty = Faulty::new(|op, _, _| if op == "complete" { Fault::Gone } else { Fault::Pass });
+    let store = Store::faulty(&faulty, &settings());
+    let body = pattern(11 << 20);
+    store.upload("k", body.clone(), |_| {}).await.unwrap();
+    assert!(store.get("k", 32 << 20).await.unwrap() == body);
+    assert_eq!((faulty.count("complete"), faulty.count("abort")), (1, 0));
+}
+
 #[tokio::test]
 async fn an_upload_aborted_before_its_completion_is_not_a_success() {
     // It was aborted elsewhere, and an older object has the key: one of another size, or of the same.

@@ -116,6 +116,43 @@ async fn a_completion_whose_answer_is_lost_is_settled_by_the_stores_checksum() {
     }
 }
 
+/// A part sent twice has the name that the store gave it last, whichever answer came first; with keys of KMS each time
+/// another one.
+#[tokio::test]
+async fn parts_that_were_stored_again_after_their_answer_are_completed_all_the_same() {
+    let (store, server) = atomic();
+    let Large::S3(s3) = &store.inner.connections.backend.large else { panic!("not on S3") };
+    let path = store.path("k").unwrap();
+    let body = pattern(13 << 20);
+    let parts: Vec<Bytes> = (0..3).map(|n| body.slice(n * (5 << 20)..body.len().min((n + 1) * (5 << 20)))).collect();
+    for again in [vec![0], vec![1, 2], vec![]] {
+        let id = s3.begin(&path).await.unwrap();
+        let mut taken = Vec::new();
+        for (n, part) in parts.iter().enumerate() {
+            taken.push(s3.part(&path, &id, n, part.clone(), Crc64::of(part)).await.unwrap());
+        }
+        for &n in &again {
+            s3.part(&path, &id, n, parts[n].clone(), Crc64::of(&parts[n])).await.unwrap();
+        }
+        let lists = server.count("ListParts");
+        s3.complete(&path, &id, &taken, Crc64::of(&body)).await.unwrap();
+        assert!(server.read(KEY).unwrap() == body);
+        assert_eq!(server.count("ListParts") - lists, if again.is_empty() { 0 } else { 2 }, "pages of two");
+        server.remove(KEY);
+    }
+    // Other bytes in its place are no part of ours.
+    let id = s3.begin(&path).await.unwrap();
+    let mut taken = Vec::new();
+    for (n, part) in parts.iter().enumerate() {
+        taken.push(s3.part(&path, &id, n, part.clone(), Crc64::of(part)).await.unwrap());
+    }
+    let other = pattern((5 << 20) + 1).slice(1..);
+    s3.part(&path, &id, 1, other.clone(), Crc64::of(&other)).await.unwrap();
+    let error = s3.complete(&path, &id, &taken, Crc64::of(&body)).await.unwrap_err();
+    assert!(error.to_string().contains("InvalidPart"), "{error}");
+    assert_eq!(server.read(KEY), None);
+}
+
 #[tokio::test]
 async fn cut_or_refused_ranges_are_requested_again_whole() {
     let (store, server, proxy) = behind_proxy(0);

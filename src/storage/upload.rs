@@ -164,14 +164,13 @@ impl Upload<'_> {
         Ok((taken, crc64, len))
     }
 
-    /// Completes an upload. A repeated request may get "no such upload" after a success whose answer was lost: the
-    /// object itself decides. Its size does not: an older attempt may have left an object of the same size.
+    /// Completes an upload. Any request may get "no such upload" after another one's success, whose answer was lost or
+    /// is still on its way: the object itself decides. Its size does not: an older attempt may have left an object of
+    /// the same size.
     async fn complete(&self, large: &Large, id: &str, sent: &Sent) -> Result<(), Failure> {
-        let tries = std::sync::atomic::AtomicUsize::new(0);
         let request = || async {
-            let first = tries.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 0;
             match large.complete(self.path, id, sent).await {
-                Err(gone @ object_store::Error::NotFound { .. }) if !first => {
+                Err(gone @ object_store::Error::NotFound { .. }) => {
                     if self.stands(large, sent).await? {
                         Ok(())
                     } else {

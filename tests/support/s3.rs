@@ -740,6 +740,10 @@ impl S3 for Service {
         self.enter("ListParts", &req.input.bucket, false)?;
         let table = self.lock();
         let upload = table.uploads.get(&req.input.upload_id).ok_or_else(|| s3_error!(NoSuchUpload))?;
+        // S3 gives up to 1,000, this server two, so that clients turn pages.
+        let after = req.input.part_number_marker.unwrap_or(0);
+        let behind = || upload.parts.range(after + 1..);
+        let last = behind().nth(1).map(|(number, _)| *number).filter(|_| behind().nth(2).is_some());
         let part = |(number, part): (&i32, &Stored)| Part {
             part_number: Some(*number),
             size: Some(part.body.len() as i64),
@@ -752,8 +756,9 @@ impl S3 for Service {
             bucket: Some(req.input.bucket),
             key: Some(req.input.key),
             upload_id: Some(req.input.upload_id),
-            is_truncated: Some(false),
-            parts: Some(upload.parts.iter().map(part).collect()),
+            is_truncated: Some(last.is_some()),
+            next_part_number_marker: last,
+            parts: Some(behind().take(2).map(part).collect()),
             ..Default::default()
         }))
     }

@@ -168,6 +168,7 @@ const GRANTS: &[&str] = &[
     "Role s3:ListBucket Bucket.Arn",
     "Role s3:ListBucket arn:aws:s3:::${ReadBucket} if HasReadBucket",
     "Role s3:ListBucketMultipartUploads Bucket.Arn",
+    "Role s3:ListMultipartUploadParts ${Bucket.Arn}/*",
     "Role s3:PutObject ${Bucket.Arn}/*",
     "Role servicequotas:GetAWSDefaultServiceQuota *",
     "Role servicequotas:GetServiceQuota *",

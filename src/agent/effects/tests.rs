@@ -84,7 +84,8 @@ impl Stage {
         let workers = Workers::start(&self.plan.workload, self.slots.shared(), &senders.workers).unwrap();
         let began = Instant::now();
         let performer =
-            Performer::begin(&self.plan, began, &mut self.slots, &self.reporter, workers, Vec::new(), senders);
+            Performer::begin(&self.plan, began, &mut self.slots, &self.reporter, workers, Fetching::default(), senders)
+                .unwrap();
         (performer, answers)
     }
 }
@@ -181,7 +182,9 @@ async fn a_save_is_recorded_with_the_cost_that_was_told_last() {
 
 #[tokio::test]
 async fn only_a_run_that_was_stopped_gives_up_its_save() {
-    for (end, given_up) in [(stopped(1, 0), true), (Err(failure()), false), (Ok(End::Completed { loss: Some(1.0) }), false)] {
+    for (end, given_up) in
+        [(stopped(1, 0), true), (Err(failure()), false), (Ok(End::Completed { loss: Some(1.0) }), false)]
+    {
         let mut stage = Stage::new().await;
         let journal = stage.plan.upload.journal.clone();
         let (mut performer, mut answers) = stage.begin();
@@ -204,7 +207,7 @@ async fn only_an_end_with_a_last_record_leaves_the_workers_to_it() {
     ] {
         let mut stage = Stage::new().await;
         let (performer, _answers) = stage.begin();
-        let left = tokio::time::timeout(LIMIT, performer.end(&end)).await.expect("it hangs");
+        let left = tokio::time::timeout(LIMIT, performer.end(&end)).await.expect("it hangs").unwrap();
         assert_eq!(left.is_some(), leaves, "{end:?}");
         if let Some(Left { leaving, retention }) = left {
             assert!(retention.is_some());

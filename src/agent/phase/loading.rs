@@ -48,16 +48,6 @@ pub enum Incoming {
     Here(u8, Vec<(u64, u64)>, Fetched),
 }
 
-impl Incoming {
-    /// Where each file lies in its slot, or will.
-    pub fn places(&self) -> &[(u64, u64)] {
-        match self {
-            Self::Nothing => &[],
-            Self::UnderWay(_, places) | Self::Here(_, places, _) => places,
-        }
-    }
-}
-
 impl Loading {
     /// `workers` processes have been started.
     pub fn new(workers: u32, source: Incoming) -> Self {

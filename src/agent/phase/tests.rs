@@ -20,7 +20,7 @@ use crate::{
     },
     checkpoint::testing::config,
     config::Cadence,
-    journal::{Committed, DrainPlan, Metrics, SaveCost},
+    journal::{Committed, DrainPlan, JournalError, Metrics, SaveCost},
     notice::Confidence,
     protocol::{FromWorker, StepReport},
     storage::Priority,
@@ -456,6 +456,48 @@ fn what_is_not_durable_when_the_last_words_are_due_is_lost() {
         let effects = rig.pass(0.2).feed(Event::Tick);
         assert_eq!(ended(&effects).unwrap(), "stopped: the time was up before step 12 was durable");
     }
+}
+
+#[test]
+fn a_save_that_nobody_can_commit_ends_the_generation_in_every_phase() {
+    for state in [training, draining, salvage] {
+        let mut rig = state();
+        let result = Err(Error::from(JournalError::NoWriter));
+        let effects = rig.feed(Event::Save(SaveEvent::Ended { step: Step(10), slot: 0, result }));
+        assert_eq!(ended(&effects).as_deref(), Some("Bug: save step 10: nobody writes the journal any more"));
+    }
+}
+
+/// The last steps can't be saved; the only snapshot there is gets the time that is left.
+#[test]
+fn the_save_that_a_drain_finishes_is_tried_again_when_it_fails() {
+    let mut rig = draining();
+    let _ = rig.feed(spot(12));
+    assert_eq!(rig.planned(), DrainPlan::FinishInFlight);
+    assert_eq!(list(&rig.feed(save_failed(10, 0))), "idle, report warning, retry slot 0");
+    assert_eq!(list(&rig.feed(Event::Retry { slot: 0 })), "hush, upload 10, busy");
+    // It does not depend on the ranks, whenever they stop.
+    assert_eq!(list(&rig.frozen(Rank(1), 13)), "thaw until 13");
+    rig.feed_all(RANKS.map(|rank| finished(rank, 13)));
+    assert_eq!(list(&rig.feed(save_failed(10, 0))), "idle, report warning, retry slot 0");
+    rig.feed_all(RANKS.map(|rank| stopped(rank, 13)));
+    assert_eq!(ended(&rig.feed(Event::Tick)), None, "it is still to be tried again");
+    assert_eq!(list(&rig.feed(Event::Retry { slot: 0 })), "hush, upload 10, busy");
+    let effects = rig.feed(saved(10, 0));
+    let verdict = "stopped: there was time for the save of step 10, not for one of step 13";
+    assert_eq!(ended(&effects).unwrap(), verdict);
+    // And it has a bound.
+    let mut rig = draining();
+    let _ = rig.feed(spot(12));
+    let _ = rig.frozen(Rank(1), 13);
+    rig.feed_all(RANKS.map(|rank| finished(rank, 13)));
+    rig.feed_all(RANKS.map(|rank| stopped(rank, 13)));
+    for _ in 1..8 {
+        assert_eq!(ended(&rig.feed(save_failed(10, 0))), None);
+        let _ = rig.feed(Event::Retry { slot: 0 });
+    }
+    let verdict = "stopped: the save under way failed, and there was no time for one of step 13: the store is away";
+    assert_eq!(ended(&rig.feed(save_failed(10, 0))).unwrap(), verdict);
 }
 
 #[test]

@@ -28,7 +28,7 @@ use crate::{
     },
     error::{Error, Kind, Result},
     ids::{Rank, Step},
-    journal::DrainPlan,
+    journal::{DrainPlan, JournalError},
     notice::{self, Notice},
     protocol::{FromWorker, StepReport, ToWorker},
     report,
@@ -36,7 +36,8 @@ use crate::{
     workload::{Diverged, Outline, Progress, Reports},
 };
 
-/// Consecutive failed saves of the last state after which it is given up. Each includes the store's own retries.
+/// Consecutive failed saves, of the last state that can be saved, after which it is given up. Each includes the store's
+/// own retries.
 const LAST_SAVE_TRIES: u32 = 8;
 
 /// A group that has been told to go.
@@ -198,11 +199,17 @@ impl Training {
         if committed >= step {
             return Ok(self.stopped("the last finished step is committed", planned));
         }
+        let error = self.ledger.take_error();
         if planned.is_some_and(|planned| planned.plan == DrainPlan::FinishInFlight) {
-            let verdict = format!("there was time for the save of step {committed}, not for one of step {step}");
+            let verdict = match error {
+                Some(error) if self.ledger.last_failed() > committed => {
+                    format!("the save under way failed, and there was no time for one of step {step}: {error}")
+                }
+                _ => format!("there was time for the save of step {committed}, not for one of step {step}"),
+            };
             return Ok(self.stopped(verdict, planned));
         }
-        let error = self.ledger.take_error().unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
+        let error = error.unwrap_or_else(|| Error::new(Kind::Bug, "last save failed"));
         if planned.is_none() {
             return Err(error.context(format!("save the last step, {step}")));
         }
@@ -329,12 +336,16 @@ impl Training {
         self.act(actions, stage, turn)
     }
 
-    /// A save has failed. It is tried again after a pause; meanwhile the run trains on, or the drain goes on. Two
-    /// failures are final: the run is lost, or the store is no longer the one it was.
+    /// A save has failed. It is tried again after a pause; meanwhile the run trains on, or the drain goes on. Three
+    /// failures are final: the run is lost, the store is no longer the one it was, or this process can write to the
+    /// journal no more.
     fn on_failed(&mut self, step: Step, slot: u8, error: Error, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
         turn.does(Effect::Busy(false));
         if error.kind() == Kind::Fenced {
             return Break(Err(error));
+        }
+        if matches!(error.cause(), Some(JournalError::NoWriter)) {
+            return Break(Err(error.context(format!("save step {step}"))));
         }
         if error.comes_of::<Adrift>() {
             let newest = self.scheduler.committed();

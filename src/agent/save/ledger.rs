@@ -225,6 +225,11 @@ impl Ledger {
         Failure { times, warning }
     }
 
+    /// The step whose save failed last.
+    pub const fn last_failed(&self) -> Step {
+        self.failed.0
+    }
+
     /// Why the last failed save failed.
     pub fn take_error(&mut self) -> Option<Error> {
         self.last_error.take()

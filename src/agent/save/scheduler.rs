@@ -14,7 +14,8 @@
 //! - The last step is always saved. A drain saves the step that it stops at; a snapshot that waits for its upload then
 //!   gives up its slot, since the newer one makes it worthless. The upload in flight is finished: it may be all that is
 //!   left.
-//! - A drain without time to save the last state only stops the loop; earlier snapshots are still uploaded.
+//! - A drain without time to save the last state only stops the loop; earlier snapshots are still uploaded, and tried
+//!   again when that fails.
 //! - A save requested now takes the running step, ahead of one ordered for later.
 
 use std::{num::NonZeroU64, time::Duration};
@@ -146,8 +147,10 @@ pub struct Scheduler {
     saving: bool,
     /// The slot that holds the newest checkpoint.
     newest: Option<u8>,
-    /// The last step's save is given up.
-    abandoned: bool,
+    /// The state at the end is not saved: there is no time for it, its save is given up, or nobody is left to copy it.
+    unsaved: bool,
+    /// An upload that fails is not tried again.
+    given_up: bool,
     /// A save has been requested, regardless of the cadence.
     wanted: bool,
     /// Where the last order was, so that a cadence in steps orders each multiple once.
@@ -175,7 +178,8 @@ impl Scheduler {
             chooser: Chooser::default(),
             saving: false,
             newest: setup.held,
-            abandoned: false,
+            unsaved: false,
+            given_up: false,
             wanted: false,
             last_ordered: setup.done,
             ranked: setup.done,
@@ -251,7 +255,7 @@ impl Scheduler {
         if self.draining {
             self.end = self.end.min(largest);
             self.end_decided = true;
-            let (end, kept) = (self.end, self.abandoned);
+            let (end, kept) = (self.end, self.unsaved);
             for slot in &mut self.slots {
                 // The end's state is newer, and needs the room.
                 if matches!(slot, Slot::Full { step } if *step < end && !kept) {
@@ -272,7 +276,7 @@ impl Scheduler {
             let missing = missing.saturating_sub(1);
             *state = match missing {
                 // The end's state is newer, and needs the room.
-                0 if self.end_decided && step < self.end && !self.abandoned => Slot::Free,
+                0 if self.end_decided && step < self.end && !self.unsaved => Slot::Free,
                 0 => Slot::Full { step },
                 missing => Slot::Ordered { step, missing, mode },
             };
@@ -290,10 +294,10 @@ impl Scheduler {
                 self.committed = self.committed.max(step);
                 self.newest = Some(slot);
                 Slot::Free
-            } else if self.asked == Asked::Gone || self.abandoned || (self.end_decided && step < self.end) {
+            } else if self.given_up || (self.end_decided && step < self.end && !self.unsaved) {
                 Slot::Free
             } else {
-                // It is still whole: unless a newer one waits, it is uploaded again.
+                // It is still whole: unless a newer one waits or is to come, it is uploaded again.
                 Slot::Full { step }
             };
         }
@@ -316,9 +320,9 @@ impl Scheduler {
     }
 
     /// Stop as soon as possible, without saving the step at which it stops: there is no time for it. Captured snapshots
-    /// are still uploaded.
+    /// are still uploaded, and tried again: they are all that will be left.
     pub fn drain_unsaved(&mut self, now: Moment) -> Vec<Action> {
-        self.abandoned = true;
+        self.unsaved = true;
         self.drain(now)
     }
 
@@ -346,9 +350,9 @@ impl Scheduler {
         self.stopped == self.setup.ranks
     }
 
-    /// The upload of `slot` has failed too often: the last state is given up.
+    /// The upload of `slot` has failed too often: the last state is given up, and whatever else fails.
     pub fn give_up_the_end(&mut self, slot: u8, now: Moment) -> Vec<Action> {
-        self.abandoned = true;
+        (self.unsaved, self.given_up) = (true, true);
         self.uploaded(slot, false, now)
     }
 
@@ -363,7 +367,7 @@ impl Scheduler {
             };
         }
         // With the workers there is nobody left to ask.
-        self.abandoned = true;
+        (self.unsaved, self.given_up) = (true, true);
         self.asked = Asked::Gone;
         self.next_upload().into_iter().collect()
     }
@@ -394,7 +398,7 @@ impl Scheduler {
 
     /// The step to order now, if one is due, given that no rank has started a step after `started`.
     fn due(&self, started: Step, now: Moment) -> Option<Step> {
-        if self.abandoned {
+        if self.unsaved {
             return None;
         }
         // A step that has been started can still be saved: its state stands until the next step changes it.
@@ -416,7 +420,7 @@ impl Scheduler {
     /// This step, if `keep.best` ranks its state and no slot holds it yet.
     fn measured(&self, step: Step) -> Option<Step> {
         let ranked = self.setup.ranked.is_some_and(|every| step.get().is_multiple_of(every.get()));
-        let wanted = ranked && !self.abandoned && !self.end_decided && step > self.setup.done;
+        let wanted = ranked && !self.unsaved && !self.end_decided && step > self.setup.done;
         (wanted && !self.has_snapshot_of(step)).then_some(step)
     }
 
@@ -522,7 +526,7 @@ impl Scheduler {
             actions.push(Action::Freeze { ticket });
         }
         let idle = self.slots.iter().all(|slot| !matches!(slot, Slot::Uploading { .. } | Slot::Full { .. }));
-        if self.stopped == self.setup.ranks && idle && (self.committed >= self.end || self.abandoned) {
+        if self.stopped == self.setup.ranks && idle && (self.committed >= self.end || self.unsaved) {
             actions.push(Action::Finished { step: self.end });
         }
         actions

@@ -12,15 +12,25 @@
 //! kept of when a capture begins to write, and a dying worker may have written anywhere: a slot's checksums are
 //! verified again ([`Slots::whole`]) before it is used.
 //!
+//! # Who writes into a slot
+//! The workers of one generation, and tasks of this process that hold an [`ImageChunk`] of it: the headers' writer, a
+//! fetch, whatever else brings bytes from elsewhere. Invariant: *when a generation begins, nobody of an earlier one can
+//! write into either slot.* However a generation ends after which another one may follow, its tasks are told to stop
+//! and [`Slots::end_generation`] is called. It does not rely on their obedience: a task that was aborted stops when its
+//! thread next looks, and a read from a disk goes on to its end. It waits until nothing of the memory is lent any more,
+//! and gives a slot whose old memory is still lent, or whose workers may still live, new memory: the old one belongs to
+//! those who write into it, and is freed when they are gone.
+//!
 //! # Crash, retry, cancel
-//! The memory belongs to this process and disappears with it. Pages are never given back while it lives: workers may
-//! have pinned them for a GPU, which would go on writing to the old ones. Headers are written when all ranks have
-//! captured, not before, so that a checkpoint fetched into the slot is whole until then.
+//! The memory belongs to this process and disappears with it. Pages in use are never given back while it lives: workers
+//! may have pinned them for a GPU, which would go on writing to the old ones. Headers are written when all ranks have
+//! captured, not before, so that a checkpoint fetched into the slot is whole until then. A fetch ends when its
+//! [`Fetching`] is dropped.
 
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 
 use bytes::Bytes;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::JoinSet};
 
 use crate::{
     checkpoint::{
@@ -42,6 +52,13 @@ use crate::{
 /// The slot that a checkpoint is fetched into.
 pub const RESTORE_SLOT: u8 = 0;
 
+/// The slots' names, which show up in `/proc/<pid>/maps`.
+const NAMES: [&str; 2] = ["trainer-slot-0", "trainer-slot-1"];
+/// How long the end of a generation waits for those who still use a slot's memory.
+const QUIET: Duration = Duration::from_secs(10);
+/// Pause between two looks at whether somebody does.
+const LOOK: Duration = Duration::from_millis(5);
+
 /// The checkpoint that lies in a slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Held {
@@ -58,6 +75,13 @@ struct Slot {
     held: Option<Held>,
     /// The headers of the layout are in it.
     has_headers: bool,
+}
+
+impl Slot {
+    fn create(name: &str) -> Result<Self> {
+        let image = SharedImage::create(name).map_err(memory("make shared memory"))?;
+        Ok(Self { image, held: None, has_headers: false })
+    }
 }
 
 /// How this generation's workers use the slots.
@@ -95,15 +119,38 @@ pub struct Fetch {
     wanted: Vec<RemoteFile>,
 }
 
+/// A fetch under way; it ends when this is dropped.
+#[must_use]
+#[derive(Debug, Default)]
+pub struct Fetching {
+    /// Each file's first byte and length in the slot.
+    pub places: Vec<(u64, u64)>,
+    task: JoinSet<()>,
+}
+
+impl Fetching {
+    /// Tells it to stop. Threads that work for it may write a moment longer: [`Slots::end_generation`] waits for them.
+    pub fn stop(&mut self) {
+        self.task.abort_all();
+    }
+}
+
 impl Fetch {
     /// Fetches all of it, beside the event loop; the result goes to `done`.
-    pub fn start(self, store: Store, folder: String, done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>) {
-        tokio::spawn(async move {
+    pub fn start(
+        self,
+        store: Store,
+        folder: String,
+        done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
+    ) -> Fetching {
+        let mut fetching = Fetching { places: self.files, task: JoinSet::new() };
+        fetching.task.spawn(async move {
             let begin = tokio::time::Instant::now();
             let result = restore::fetch(&store, &folder, &self.wanted, self.pieces, |_| {}).await;
             let bytes = self.wanted.iter().map(|file| file.bytes).sum();
             let _ = done.send(result.map(|()| Fetched { bytes, seconds: begin.elapsed().as_secs_f64() }));
         });
+        fetching
     }
 }
 
@@ -121,11 +168,8 @@ fn memory(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
 impl Slots {
     /// Two empty slots.
     pub fn create() -> Result<Self> {
-        let slot = |name| {
-            let image = SharedImage::create(name).map_err(memory("make shared memory"))?;
-            Ok::<_, Error>(Slot { image, held: None, has_headers: false })
-        };
-        Ok(Self { slots: [slot("trainer-slot-0")?, slot("trainer-slot-1")?], layout: None })
+        let [first, second] = NAMES;
+        Ok(Self { slots: [Slot::create(first)?, Slot::create(second)?], layout: None })
     }
 
     /// The slots' memory, to be inherited by workers.
@@ -134,11 +178,39 @@ impl Slots {
     }
 
     /// A generation begins: its workers will report their state's layout. The slots' content stays.
-    pub fn begin_generation(&mut self) {
+    pub fn begin_generation(&mut self) -> Result<()> {
+        if self.slots.iter().any(|slot| slot.image.is_lent()) {
+            return Err(Error::new(Kind::Bug, "a slot's memory is still in use by an earlier generation"));
+        }
         self.layout = None;
         for slot in &mut self.slots {
             slot.has_headers = false;
         }
+        Ok(())
+    }
+
+    /// A generation has ended, and another one may follow. Its tasks were told to stop; `workers_are_gone`: its
+    /// workers' processes have ended. From here on nobody of it writes into a slot: see the module's header. A slot
+    /// that gets new memory loses its content.
+    pub async fn end_generation(&mut self, workers_are_gone: bool) -> Result<()> {
+        self.end_generation_within(QUIET, workers_are_gone).await
+    }
+
+    async fn end_generation_within(&mut self, limit: Duration, workers_are_gone: bool) -> Result<()> {
+        self.layout = None;
+        let quiet = async {
+            while self.slots.iter().any(|slot| slot.image.is_lent()) {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        let _ = tokio::time::timeout(limit, quiet).await;
+        for (slot, name) in self.slots.iter_mut().zip(NAMES) {
+            if slot.image.is_lent() || !workers_are_gone {
+                tracing::warn!("{name} gets new memory: the old one may still be written to");
+                *slot = Slot::create(name)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes room for `files` in [`RESTORE_SLOT`]; parts of at most `part` bytes are fetched at once.
@@ -273,11 +345,12 @@ impl Slots {
 
 async fn sums_agree(image: &SharedImage, files: Vec<(Range<u64>, Crc64)>) -> bool {
     let Ok(mapping) = image.map() else { return false };
-    let mut checksums = Vec::new();
-    for (range, expected) in files {
-        let Ok(bytes) = mapping.bytes(range) else { return false };
-        checksums.push(tokio::task::spawn_blocking(move || Crc64::of(&bytes) == expected));
-    }
+    let lent = files.into_iter().map(|(range, expected)| Ok((mapping.bytes(range)?, expected)));
+    let Ok(lent) = lent.collect::<std::io::Result<Vec<_>>>() else { return false };
+    let checksums: Vec<_> = lent
+        .into_iter()
+        .map(|(bytes, expected)| tokio::task::spawn_blocking(move || Crc64::of(&bytes) == expected))
+        .collect();
     let mut sound = true;
     for sum in checksums {
         sound &= sum.await.unwrap_or(false);
@@ -288,7 +361,11 @@ async fn sums_agree(image: &SharedImage, files: Vec<(Range<u64>, Crc64)>) -> boo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::plan::Dtype;
+    use crate::{
+        checkpoint::testing::STORAGE,
+        snapshot::plan::Dtype,
+        storage::faulty::{Fault, Faulty},
+    };
 
     fn tensors() -> Vec<TensorSpec> {
         let tensor = |name: &str, kind, n| TensorSpec {
@@ -336,7 +413,8 @@ mod tests {
         assert!(slots.verify(1).await);
 
         // The next generation finds it in the same place, as whole safetensors files.
-        slots.begin_generation();
+        slots.end_generation(true).await.unwrap();
+        slots.begin_generation().unwrap();
         assert!(slots.verify(1).await);
         let map = slots.slots[1].image.map().unwrap();
         let names: Vec<String> = files
@@ -365,6 +443,67 @@ mod tests {
         worker.chunks(&[start..start + 1]).unwrap()[0].as_mut().fill(8);
         assert!(!slots.verify(0).await);
         assert_eq!(slots.find(Step(4), Generation(1)), None);
+    }
+
+    /// A generation ends while a range of its fetch hangs; the range comes when the next one has captured.
+    #[tokio::test]
+    async fn bytes_of_an_old_fetch_do_not_reach_a_later_capture() {
+        let faulty =
+            Faulty::new(|operation, _, n| if (operation, n) == ("get", 0) { Fault::Held } else { Fault::Pass });
+        let store = Store::faulty(&faulty, &STORAGE);
+        let body = Bytes::from(vec![5_u8; 100_000]);
+        let file = RemoteFile { name: "f".into(), bytes: body.len() as u64, crc64: Some(Crc64::of(&body)) };
+        store.put("f", body).await.unwrap();
+        let mut slots = Slots::create().unwrap();
+        let (done, mut old) = mpsc::unbounded_channel();
+        let mut fetching = slots.receive(vec![file.clone()], 30_000).unwrap().start(store.clone(), String::new(), done);
+        while faulty.count("get") < 4 {
+            tokio::task::yield_now().await;
+        }
+        assert!(slots.begin_generation().is_err() && slots.receive(vec![file.clone()], 30_000).is_err());
+        fetching.stop();
+        slots.end_generation(true).await.unwrap();
+        slots.begin_generation().unwrap();
+        let (done, mut new) = mpsc::unbounded_channel();
+        let _fetching = slots.receive(vec![file], 30_000).unwrap().start(store, String::new(), done);
+        new.recv().await.unwrap().unwrap();
+        slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+        let sums = capture(&mut slots, 0, 9);
+        faulty.let_go();
+        while old.recv().await.is_some() {}
+        slots.hold(0, Step(4), Generation(2), &sums);
+        assert!(slots.verify(0).await, "an old fetch has written into a snapshot");
+    }
+
+    /// A thread that reads from a disk does not stop when its task does; nor does a worker that the system can't end.
+    #[tokio::test]
+    async fn who_does_not_stop_writing_keeps_the_old_memory() {
+        for workers_are_gone in [true, false] {
+            let mut slots = Slots::create().unwrap();
+            slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+            let sums = capture(&mut slots, 1, 7);
+            slots.hold(1, Step(4), Generation(1), &sums);
+            let worker = slots.slots[0].image.map().unwrap();
+            let file = RemoteFile { name: "f".into(), bytes: 1000, crc64: None };
+            // A thread has it; or a worker has, of whose loans this process knows nothing.
+            let mut lent = slots.receive(vec![file.clone()], 1000).unwrap().pieces;
+            if !workers_are_gone {
+                lent.clear();
+            }
+            slots.end_generation_within(LOOK, workers_are_gone).await.unwrap();
+            assert_eq!(slots.find(Step(4), Generation(1)).is_some(), workers_are_gone, "it was the other slot");
+            slots.begin_generation().unwrap();
+            drop(slots.receive(vec![file], 1000).unwrap());
+            slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+            let sums = capture(&mut slots, 0, 9);
+            match lent.pop() {
+                Some((_, mut chunk)) => chunk.as_mut().fill(5),
+                #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
+                None => worker.chunks(&[0..1000]).unwrap()[0].as_mut().fill(5),
+            }
+            slots.hold(0, Step(5), Generation(2), &sums);
+            assert!(slots.verify(0).await, "an old writer has written into a snapshot");
+        }
     }
 
     #[tokio::test]

@@ -1,6 +1,6 @@
 //! Opens a run: finds it in a store, and creates or resumes it on this node.
 //!
-//! [`find`] is the first half, for every command that trains: `resume`, `boot` and the queue's consumer. [`Opening`] is
+//! [`find`] is the first half, for every command that trains: `resume`, `boot` and the queue's consumer. `Opening` is
 //! the second, on the agent: from a [`Begin`] to a journal and everything that generations are made of.
 //!
 //! A store is opened twice. The first time, to find the run, it is opened with the command's settings (`--set
@@ -11,7 +11,7 @@
 //!
 //! # Crash, retry, cancel
 //! Nothing is stored here but the journal's first record and the dataset's copy on this machine. All of it may be
-//! dropped at any moment; [`Opening::exists`] says whether the run may exist by then.
+//! dropped at any moment; `Opening::exists` says whether the run may exist by then.
 
 use std::cell::Cell;
 

@@ -86,10 +86,11 @@ async fn a_checkpoint_gets_what_makes_it_a_model_folder_and_where_training_stand
 }
 
 #[tokio::test]
-async fn what_does_not_fit_together_is_refused_before_a_run_exists() {
+async fn parts_that_do_not_fit_are_refused_before_a_run_exists() {
     let (_folder, config) = prepared().await;
     let reporter = Reporter::silent();
-    let cases: [(fn(&mut TrainTask), &str); 5] = [
+    type Change = fn(&mut TrainTask);
+    let cases: [(Change, &str); 5] = [
         (|task| task.model.config["vocab_size"] = json!(200), "model.config"),
         (|task| task.data.sequence_length = 65, "the model takes at most 64"),
         (|task| task.train.global_batch = 31, "can't be divided evenly over 2 workers"),
@@ -105,7 +106,7 @@ async fn what_does_not_fit_together_is_refused_before_a_run_exists() {
 }
 
 #[tokio::test]
-async fn a_run_goes_on_with_its_own_data_unless_a_person_names_other_data() {
+async fn a_run_keeps_its_data_unless_a_person_names_other_data() {
     let (_folder, config) = prepared().await;
     let reporter = Reporter::silent();
     let own = Workload::of_new_run(&config, site(&reporter)).await.unwrap().data().clone();

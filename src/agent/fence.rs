@@ -92,7 +92,7 @@ mod tests {
         let run_id = RunId::new("run").unwrap();
         let journal = Journal::create(store.clone(), NodeId::random(), run_id, config()).await.unwrap();
         let end = look_once(&JournalWriter::without_task(&journal), &store).await.expect("nothing can be committed");
-        assert_eq!((end.kind(), &*end.to_string()), (Kind::Bug, "nobody writes the journal any more"));
+        assert_eq!((end.kind(), &*end.to_string()), (Kind::Bug, "the task that writes the journal has ended"));
     }
 
     #[tokio::test]

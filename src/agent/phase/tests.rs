@@ -464,7 +464,7 @@ fn a_save_that_nobody_can_commit_ends_the_generation_in_every_phase() {
         let mut rig = state();
         let result = Err(Error::from(JournalError::NoWriter));
         let effects = rig.feed(Event::Save(SaveEvent::Ended { step: Step(10), slot: 0, result }));
-        assert_eq!(ended(&effects).as_deref(), Some("Bug: save step 10: nobody writes the journal any more"));
+        assert_eq!(ended(&effects).as_deref(), Some("Bug: save step 10: the task that writes the journal has ended"));
     }
 }
 

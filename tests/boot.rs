@@ -219,7 +219,7 @@ fn parameters_give_the_settings_in_the_region_of_the_machine() {
             "region us-east-1 from the instance identity",
             "21 parameters below /trainer/test: ",
             "worker-token",
-            "unknown trainer: tags of this instance: note-00, ",
+            "ignoring unknown parameters below /trainer/test: note-00, ",
             ", zone",
             "run of-the-flag does not exist in s3://bucket/runs",
             "boot to joined",

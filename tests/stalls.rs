@@ -149,7 +149,7 @@ fn a_dead_nodes_heartbeat_is_deleted_only_after_another_node_took_over() {
     proxy.hang(Hang::all("PUT", "/journal/", "\"kind\":\"formed\""));
     let running = lab.resume(RUN).hold_after(EVERY + 1).start();
     running.wait_until("a generation that hangs", || proxy.hung() > 0);
-    assert!(lab.keys(RUN, "nodes/").contains(&dead[0]), "buried before there is another");
+    assert!(lab.keys(RUN, "nodes/").contains(&dead[0]), "removed before there is another");
     proxy.disarm();
     running.wait_until("the burial", || !lab.keys(RUN, "nodes/").contains(&dead[0]));
     let formed = |records: &[Value]| records.iter().filter(|record| kind(record) == "formed").count();

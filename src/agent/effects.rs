@@ -7,8 +7,8 @@
 //! All effects of one event are performed, also those after one that fails; a failure is answered by [`Event::Lost`].
 //! Only then does the generation end, if it does.
 //!
-//! Owns: worker processes, snapshot slots, and all tasks of the generation. Decides nothing but what an end means for
-//! the work under way.
+//! Owns: worker processes and all tasks of the generation. The snapshot slots are the node's, and are lent to it.
+//! Decides nothing but what an end means for the work under way.
 //!
 //! *Crash:* work under way is lost, and no record names it. *Cancel:* [`Performer::end`] ends all of it; requests
 //! already sent to the store may land.

@@ -1,8 +1,8 @@
 //! One generation on this node: from its workers' start to their end.
 //!
 //! One event loop: `select!` arms only make an [`Event`], [`StateMachine::handle`] decides what it changes, and a
-//! [`Performer`] performs the effects. Messages come first, then the clock: a worker's last messages must be heard
-//! before its death is acted on.
+//! [`Performer`] performs the effects. Notices come first, then messages, then the clock: a worker's last messages
+//! must be heard before its death is acted on.
 //!
 //! A generation ends in one of the ways of [`End`]. In every case its processes are then gone, or exiting ([`Left`]),
 //! and snapshots that every rank had captured have been uploaded and committed, unless the run was lost to another

@@ -17,7 +17,7 @@
 //! when its process has ended, or at the next tick: the other ranks may be about to say more.
 //!
 //! # What happens when
-//! A unit test compares this table with what the machine does in these states, of two ranks (`phase/tests.rs`):
+//! A unit test compares this table with what the machine does in these states, of two ranks (`phase/tests/table.rs`):
 //! - *Loading* has its layout and the checkpoint of step 5, and rank 0 is ready.
 //! - *Training* has finished step 12 and uploads step 10; step 20 is to be captured next.
 //! - *Draining* has been given 25 s, asks the ranks where they are, and still uploads step 10.

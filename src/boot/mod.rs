@@ -3,12 +3,12 @@
 //! # Look-ups, in this order
 //! 1. The region: `AWS_REGION`, a profile, or the instance's identity document.
 //! 2. The settings, from the [layers](settings): flags, the environment, SSM parameters below a path, instance tags.
-//! 3. The run: if its journal exists, it is resumed, and the configuration is not even read: a run keeps the settings
-//!    it was created with, and the changes of `set` on top of them. Otherwise it is created. A configuration is a file,
-//!    an object of a store, or the value of a parameter. While `boot` looks for the run, only `set` can change how the
-//!    store is asked (`storage.attempts`, …); from then on the run's own `storage` settings hold, including later
-//!    generations' changes. This process does not follow changes that another machine makes while this one is on
-//!    standby.
+//! 3. The run: if its journal exists, it is resumed: a run keeps the settings it was created with, and the changes of
+//!    `set` on top of them. Otherwise it is created. The configuration is read only if no store is named, or if the run
+//!    is not there (`cli/boot.rs` decides, `run/open.rs` looks). A configuration is a file, an object of a store, or
+//!    the value of a parameter. While `boot` looks for the run, only `set` can change how the store is asked
+//!    (`storage.attempts`, …); from then on the run's own `storage` settings hold, including later generations'
+//!    changes. This process does not follow changes that another machine makes while this one is on standby.
 //! 4. Devices on the bus that the driver does not have yet; a local disk that lives and dies with the machine, for
 //!    datasets.
 //!

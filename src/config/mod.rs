@@ -216,7 +216,7 @@ pub struct StorageConfig {
     /// Attempts per request, including the first.
     #[serde(default = "attempts")]
     pub attempts: u32,
-    /// The limit of all uploads together, MiB per second; `None`: no cap.
+    /// The limit of all uploads together, MiB per second; `None`: no limit.
     #[serde(default)]
     pub max_upload_mib_per_s: Option<u32>,
     /// S3's encryption of written objects.

@@ -28,7 +28,7 @@ pub enum Refusal {
 ///    `notice` and `interrupted` for the newest generation, `damaged`, `cleared`, `pruned` (of one or of many), and
 ///    `formed`.
 /// 3. A (step, generation) pair is committed once. Generations rise. `created` is the first record only.
-/// 4. 4. After `completed` or `failed`, only `damaged`, `cleared`, `pruned` and `formed` may follow.
+/// 4. After `completed` or `failed`, only `damaged`, `cleared`, `pruned` and `formed` may follow.
 /// 5. A generation resumes from a good checkpoint, or from the beginning if nothing was ever committed: no run starts
 ///    over because its checkpoints are damaged. It has nodes and workers.
 /// 6. The newest good checkpoint is not pruned, nor the one that the newest generation resumed from while the run is

@@ -12,7 +12,7 @@
 //! - **Fencing.** A generation exists once its `formed` record does. From then on a writer that formed an older one
 //!   finds its number taken, reads the newer `formed`, and gets [`JournalError::Fenced`]. Two writers can't both
 //!   commit.
-//! - - **No clock, listing or heartbeat** decides anything here; `at` is for people.
+//! - **No clock, listing or heartbeat** decides anything here; `at` is for people.
 //! - A record that breaks these rules is not accepted when it is read, either: [`JournalError::Damaged`] names the
 //!   object.
 //!

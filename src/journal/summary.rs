@@ -18,7 +18,7 @@
 //! - **Only existing records are summarised.** A writer knows records that it has read or created, and records never
 //!   change: a writer that is fenced, or far behind, writes the same bytes as any other. Summaries are created once;
 //!   finding that another writer was first is no error.
-//! - - **Nothing waits for it**: no append, no heartbeat. It takes one small request at a time.
+//! - **Nothing waits for it**: no append, no heartbeat. It takes one small request at a time.
 //! - **A reader believes** an object whose checksums are right, that names the place where it lies, and whose `before`
 //!   is the digest of all records before it as the reader has it. Anything else is skipped with a warning, a newer
 //!   format without; that costs time only.

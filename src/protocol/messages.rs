@@ -53,9 +53,9 @@ pub enum ToWorker {
         /// Echoed in the answer.
         ticket: u64,
     },
-    /// Go on, with these orders added.
+    /// Go on; these save orders replace all earlier ones.
     Thaw {
-        /// Saves to take; none is for a step already passed.
+        /// All save orders in force; this rank may have obeyed one already.
         saves: Vec<SaveOrder>,
         /// Stop after this step; never one already passed.
         stop_after: Option<Step>,

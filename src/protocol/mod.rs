@@ -4,8 +4,9 @@
 //! binary, so there are no versions here. Either side treats the end of the stream as the death of the other: an agent
 //! restarts the group, a worker exits at once.
 //!
-//! Order of a worker's life: `Start` → (`Listening` by rank 0, `Peers` to all) → `Built` → `Layout` → (`Restore`) →
-//! `Ready` → `Go` → steps → `Stopped`. A step report is the only message of the step loop, and it does not wait.
+//! Order of a worker's life: `Start` → (`Listening` by rank 0) → `Built` → (`Peers`) → `Layout` → (`Restore`) →
+//! `Ready` → `Go` → steps → `Stopped`. Between steps come reports of steps, captures, stalls and validations; a worker
+//! waits for no answer to them.
 //!
 //! # Does not know
 //! What is computed: a worker's task is a JSON value here ([`Assignment::task`]). So a process that computes learns

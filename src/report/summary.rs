@@ -1,4 +1,4 @@
-//! The totals of this life of the run, from its events.
+//! The totals of this process's part of the run, from its events.
 
 use super::{Event, human};
 use crate::ids::Step;

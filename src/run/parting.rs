@@ -173,7 +173,7 @@ mod tests {
         let state = state_after(vec![first, second], vec![]);
         let of = |stopped, generation| told(interruption(&state, Generation(generation), &stopped));
         assert_eq!(of(stopped(5, 2), 1), (Some(Step(2)), 3, "the time was up".into()));
-        // Step 2 is committed, and its life has not heard of it.
+        // Step 2 is committed, and its generation has not heard of it.
         let late = "the time was up; then it was found that step 2 is committed".to_owned();
         assert_eq!(of(stopped(2, 1), 1), (Some(Step(2)), 0, late));
         // What another generation has committed is not this one's.

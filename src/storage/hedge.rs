@@ -8,7 +8,7 @@
 //!
 //! A link that has become slow is no connection that hangs: all transfers are slow then, and to send their bytes twice
 //! would make the last save late. So a transfer that is not alone is sent again only after another one has finished
-//! since it began. Under a cap on bandwidth it waits for its turn like any other.
+//! since it began. Under a rate limit it waits for its turn like any other.
 //!
 //! *Cancel:* dropping the future drops all of its requests.
 

@@ -4,7 +4,7 @@
 //! An agent knows steps, slots, image plans, metrics and exit statuses. What is particular to training a model is here:
 //! its datasets, the checks of model and data against each other, the weights that a run starts from, the small files
 //! that make a checkpoint a model folder, and the words that name its settings. There is one kind of work, training;
-//! another one becomes a variant inside [`Workload`], behind the same methods.
+//! another one would make [`Workload`] and `config::TrainTask` enums, behind the same methods.
 //!
 //! - `prepare`: everything that a configuration names, checked and fetched; `loopback`, whether ranks reach each other
 //! - `provenance`: whether data and checkpoints are those that the run was made of

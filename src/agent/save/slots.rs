@@ -10,7 +10,7 @@
 //! After a commit, and after a checkpoint was fetched, a slot holds that checkpoint's files until the next capture
 //! writes over them. Workers that crash meanwhile are started again from it, and the store is not read. No record is
 //! kept of when a capture begins to write, and a dying worker may have written anywhere: a slot's checksums are
-//! verified again ([`Slots::whole`]) before it is used.
+//! verified again ([`Slots::verify`]) before it is used.
 //!
 //! # Who writes into a slot
 //! The workers of one generation, and tasks of this process that hold an [`ImageChunk`] of it: the headers' writer, a

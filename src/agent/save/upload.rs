@@ -39,7 +39,7 @@ pub struct Context {
     pub formed: tokio::time::Instant,
     /// Workers of all nodes.
     pub world_size: WorldSize,
-    /// Shared with the event loop.
+    /// Shared with all tasks of this process that append.
     pub journal: JournalWriter,
 }
 

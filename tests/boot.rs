@@ -242,7 +242,9 @@ fn parameters_give_the_settings_in_the_region_of_the_machine() {
     let slashed = format!("{TOKEN_OF_THE_API}/x");
     put_parameters(&moto, &[("worse/run-id", &slashed)]);
     let wrong = machine(&lab, &metadata, &moto.endpoint(), &["boot", "--ssm-path", "/trainer/test/worse"]).finish();
-    expect_secret_unseen(&wrong.expect_code(78).expect_said(&["parameter /trainer/test/worse/run-id is no run id"]));
+    expect_secret_unseen(
+        &wrong.expect_code(78).expect_said(&["parameter /trainer/test/worse/run-id is not a valid run id"]),
+    );
 }
 
 #[test]

@@ -74,8 +74,9 @@ fn with_enough_time_the_newest_step_is_saved_as_predicted() {
 #[test]
 fn with_too_little_time_the_save_under_way_is_finished() {
     let (lab, proxy) = Lab::on_s3_through_proxy(0);
-    // Half of a save needs 4 s. One and a half need 12 s: even at the best pace expected, more than 7.5 s.
-    let running = under_way(&lab, &proxy, 0.5, "9s");
+    // Two thirds of a save need 5 s, at the worst pace expected less than 7.5 s. One save more needs 13 s: at the best
+    // pace expected more than 7.5 s, even if the signal comes a second late.
+    let running = under_way(&lab, &proxy, 0.35, "9s");
     let before = running.events("checkpoint").last().and_then(|event| event.step()).expect("a checkpoint");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(76);

@@ -298,7 +298,7 @@ fn signals_count_before_the_configuration_is_read() {
                 handled || early && in_mask(running.pid(), "SigBlk:", signal)
             });
             running.signal(signal);
-            running.finish().expect_code(75).expect_said(&["nothing is lost"]);
+            running.finish().expect_code(75).expect_said(&["nothing lost"]);
         }
     }
     assert!(lab.keys("x", "").is_empty(), "a run was begun");
@@ -318,7 +318,7 @@ fn the_first_process_of_a_container_receives_signals_from_its_start() {
         first.is_some()
     });
     rustix::process::kill_process(first.expect("waited for"), Signal::TERM).expect("send SIGTERM");
-    running.finish().expect_code(75).expect_said(&["nothing is lost"]);
+    running.finish().expect_code(75).expect_said(&["nothing lost"]);
 }
 
 #[test]

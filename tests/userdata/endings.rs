@@ -151,7 +151,7 @@ fn the_operator_is_told_of_a_machine_that_gives_up() {
         let (machine, cloud) = (Machine::new(settings), Cloud::machine());
         machine.boot(&cloud);
         let output = ended(&machine, &cloud, "exited", "78");
-        expect(&output, 0, &["gives up"]);
+        expect(&output, 0, &["giving up"]);
         assert_eq!(said(&output).contains("the topic got no message"), warns, "{}", said(&output));
     }
 }

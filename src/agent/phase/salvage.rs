@@ -22,7 +22,9 @@ pub struct Salvage {
 }
 
 impl Salvage {
-    pub(super) const fn new(training: Training, planned: Option<Planned>, death: Death) -> Self {
+    pub(super) fn new(mut training: Training, planned: Option<Planned>, death: Death) -> Self {
+        // Every snapshot is taken up here, one that waits to be tried again too.
+        training.retrying = None;
         Self { training, planned, death }
     }
 

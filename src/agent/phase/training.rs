@@ -54,6 +54,8 @@ pub struct Training {
     pub(super) timeline: Timeline,
     /// The save that a notice with time to spare asks for has been ordered.
     insured: bool,
+    /// The slot whose upload failed, while it waits to be tried again.
+    pub(super) retrying: Option<u8>,
     /// Bytes of one save's shards.
     bytes: u64,
 }
@@ -76,6 +78,7 @@ impl Training {
             standstill: Quiet { since: now, told: 0 },
             timeline: Timeline::default(),
             insured: false,
+            retrying: None,
             bytes,
         }
     }
@@ -363,6 +366,7 @@ impl Training {
                 self.scheduler.give_up_the_end(slot, turn.now)
             }
             _ => {
+                self.retrying = Some(slot);
                 turn.does(Effect::Retry { slot, after: Duration::from_millis(250 << failure.times.min(5)) });
                 return Continue(());
             }
@@ -370,8 +374,11 @@ impl Training {
         self.act(actions, stage, turn)
     }
 
-    /// The pause after a failed upload is over.
+    /// The pause after a failed upload is over, unless a notice has ended it.
     pub(super) fn tries_again(&mut self, slot: u8, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow {
+        if self.retrying.take_if(|waiting| *waiting == slot).is_none() {
+            return Continue(());
+        }
         let actions = self.scheduler.uploaded(slot, false, turn.now);
         self.act(actions, stage, turn)
     }
@@ -440,6 +447,10 @@ impl Training {
             turn.does(Effect::Hush);
         }
         self.act(actions, Stage::Draining(&planned), turn)?;
+        if let Some(slot) = self.retrying.filter(|_| begins) {
+            // No time is left for a pause.
+            self.tries_again(slot, Stage::Draining(&planned), turn)?;
+        }
         Continue(Some(planned))
     }
 

@@ -67,7 +67,7 @@ Training: exit: kill -> Salvaging
     then failed save: idle, report warning, hush, upload 10, busy, kill -> Salvaging
     then lost: Fenced: another node has the run
 Training: failed save: idle, report warning, retry slot 0 -> Training
-    then notice: report notice, hush, note, report drain, hush, freeze -> Draining
+    then notice: report notice, hush, note, report drain, hush, freeze, hush, upload 10, busy -> Draining
     then exit: kill, hush, upload 10, busy -> Salvaging
     then failed save: idle, report warning, retry slot 0 -> Training
     then lost: Fenced: another node has the run

@@ -97,7 +97,7 @@ fn recorded(running: &Running, lab: &Lab, run: &str, what: &str) {
 fn drained(running: Running, lab: &Lab, run: &str, signal: Signal) -> Finished {
     running.held();
     running.signal(signal);
-    recorded(&running, lab, run, "\"notice\"");
+    recorded(&running, lab, run, "\"kind\":\"notice\"");
     running.let_go();
     running.finish().expect_code(75)
 }

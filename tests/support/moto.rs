@@ -3,7 +3,7 @@
 //!
 //! Its gaps, which are not tested on it: it accepts a body with a wrong checksum and keeps no CRC64-NVME (`verify`
 //! without `--deep` has only sizes there), it lists all unfinished uploads on one page with a start in 2010, and it
-//! checks no signature. It silently drops unknown parts of a CloudFormation template: only [`Moto::log`] shows that.
+//! checks no signature. Of several conditional writes at once it accepts more than one, so they come in one by one. It silently drops unknown parts of a CloudFormation template: only [`Moto::log`] shows that.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -21,6 +21,26 @@ use rustix::process::{Pid, Signal};
 
 /// Installed by `scripts/test`; the folder is named after its checksum.
 const REQUIREMENTS: &str = include_str!("tools-requirements.txt");
+
+/// The server, in which one conditional write is handled at a time: between its check and its write another thread may
+/// check too.
+const SERVER: &str = "
+import threading
+import moto.server as server
+
+lock, run = threading.Lock(), server.run_simple
+
+def run_simple(host, port, app, **settings):
+    def one_by_one(environ, start_response):
+        if 'HTTP_IF_NONE_MATCH' in environ or 'HTTP_IF_MATCH' in environ:
+            with lock:
+                return app(environ, start_response)
+        return app(environ, start_response)
+    run(host, port, one_by_one, **settings)
+
+server.run_simple = run_simple
+server.main()
+";
 
 /// Long enough for a busy machine; no request that works takes this long.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -76,7 +96,7 @@ impl Moto {
     fn try_start(modules: &Path, bucket: &str) -> Option<Self> {
         let port = TcpListener::bind(("127.0.0.1", 0)).and_then(|free| free.local_addr()).expect("a free port").port();
         let mut child = Command::new("python3")
-            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
+            .args(["-c", SERVER, "-H", "127.0.0.1", "-p", &port.to_string()])
             .env("PYTHONPATH", modules)
             .env("PYTHONUNBUFFERED", "1")
             // Its own requests through a proxy are of no interest here.

@@ -62,9 +62,12 @@ fn leaves_in_time(hangs: &[Hang]) {
     let (lab, proxy) = Lab::on_s3_through_proxy(1);
     // Scrub and retention must read the checkpoints to trust them.
     lab.server().set_rules(|rules| rules.keeps_checksums = false);
-    let running = long(&lab).hold_after(3 * EVERY + 1).start();
+    // The first deletion follows the second save: before that, the requests are told to hang.
+    let running = long(&lab).hold_after_each(&[EVERY + 1, 3 * EVERY + 1]).start();
     running.wait_for_step("checkpoint", EVERY);
+    running.held();
     hangs.iter().for_each(|hang| proxy.hang(*hang));
+    running.let_go();
     running.held();
     // The notice's own record comes later.
     if hangs.iter().all(|hang| hang.body != NOTICE) {

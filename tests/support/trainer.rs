@@ -163,7 +163,12 @@ impl Trainer {
     /// middle of a run does not race with its end. Saves of earlier steps are committed meanwhile. A later life of the
     /// same process is held there, too, if it has that many steps left.
     pub fn hold_after(self, steps: u64) -> Self {
-        self.faults(&format!("worker.step=stop@rank=0@hit={}", steps + 1))
+        self.hold_after_each(&[steps])
+    }
+    /// The same at several steps; each hold needs its own [`Running::let_go`].
+    pub fn hold_after_each(self, steps: &[u64]) -> Self {
+        let points = steps.iter().map(|steps| format!("worker.step=stop@rank=0@hit={}", steps + 1));
+        self.faults(&points.collect::<Vec<_>>().join(","))
     }
     /// Gives it another standard output, which no reader here reads.
     pub fn stdout(mut self, to: impl Into<Stdio>) -> Self {

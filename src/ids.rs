@@ -157,6 +157,41 @@ text_id! {
     AttemptId, "attempt id"
 }
 
+/// A node's public key of its channel to other nodes: an Ed25519 key's 32 bytes (RFC 8032) as 64 lower-case hex digits.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct NodeKey(String);
+
+impl NodeKey {
+    /// Checks `text`: 64 digits, `0` to `9` and `a` to `f`.
+    pub fn new(text: impl Into<String>) -> Result<Self, InvalidId> {
+        let text = text.into();
+        let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+        if text.len() == 64 && text.bytes().all(is_digit) {
+            return Ok(Self(text));
+        }
+        let shown = text.chars().take(80).collect();
+        Err(InvalidId { what: "node key", text: shown, reason: "is not 64 lower-case hex digits" })
+    }
+    /// The key as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for NodeKey {
+    type Error = InvalidId;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        Self::new(text)
+    }
+}
+
+impl From<NodeKey> for String {
+    fn from(key: NodeKey) -> String {
+        key.0
+    }
+}
+
 impl NodeId {
     /// A new id for this boot of the agent.
     pub fn random() -> Self {
@@ -206,6 +241,15 @@ mod tests {
             assert_eq!(RunId::new(good).unwrap().as_str(), good);
         }
         assert!(serde_json::from_str::<RunId>("\"../x\"").is_err());
+    }
+
+    #[test]
+    fn a_node_key_is_64_hex_digits() {
+        let good = "0123456789abcdef".repeat(4);
+        assert_eq!(NodeKey::new(good.as_str()).unwrap().as_str(), good);
+        for bad in ["", &good[1..], &format!("{good}0"), &good.to_uppercase(), &good.replace('f', "g")] {
+            assert!(NodeKey::new(bad).is_err(), "{bad:?} was accepted");
+        }
     }
 
     #[test]

@@ -54,8 +54,50 @@ number! {
     Rank(u32)
 }
 number! {
+    /// The place of one worker on its node, from 0; picks its GPU.
+    LocalRank(u32)
+}
+number! {
     /// The number of workers of a generation.
     WorldSize(u32)
+}
+
+/// The ranks of one node in a generation: neighbours, in the order of the roster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeRanks {
+    /// The rank of its first worker.
+    pub first: Rank,
+    /// Its workers.
+    pub workers: u32,
+    /// Workers of all nodes.
+    pub world: WorldSize,
+}
+
+impl NodeRanks {
+    /// Of a node that is alone in its generation.
+    pub const fn alone(workers: u32) -> Self {
+        Self { first: Rank(0), workers, world: WorldSize(workers) }
+    }
+
+    /// The rank of one of its workers.
+    pub const fn rank(self, local: LocalRank) -> Rank {
+        Rank(self.first.0.saturating_add(local.0))
+    }
+
+    /// The place on this node of the worker with that rank; `None`: it is another node's.
+    pub fn local(self, rank: Rank) -> Option<LocalRank> {
+        rank.get().checked_sub(self.first.get()).filter(|index| *index < self.workers).map(LocalRank)
+    }
+
+    /// Its workers' places on it.
+    pub fn locals(self) -> impl Iterator<Item = LocalRank> {
+        (0..self.workers).map(LocalRank)
+    }
+
+    /// Whether they are all ranks of the world.
+    pub const fn is_whole_world(self) -> bool {
+        self.workers == self.world.get()
+    }
 }
 
 /// The identity of a run's training data, by checksums (CRC64-NVME, 16 lower-case hex digits).
@@ -241,6 +283,17 @@ mod tests {
             assert_eq!(RunId::new(good).unwrap().as_str(), good);
         }
         assert!(serde_json::from_str::<RunId>("\"../x\"").is_err());
+    }
+
+    #[test]
+    fn a_nodes_ranks_are_neighbours() {
+        let ranks = NodeRanks { first: Rank(2), workers: 3, world: WorldSize(8) };
+        let of: Vec<Rank> = ranks.locals().map(|local| ranks.rank(local)).collect();
+        assert_eq!(of, [2, 3, 4].map(Rank));
+        let locals: Vec<_> = (0..8).map(|rank| ranks.local(Rank(rank)).map(LocalRank::get)).collect();
+        assert_eq!(locals, [None, None, Some(0), Some(1), Some(2), None, None, None]);
+        assert!(!ranks.is_whole_world() && NodeRanks::alone(3).is_whole_world());
+        assert_eq!(NodeRanks::alone(3).local(Rank(2)), Some(LocalRank(2)));
     }
 
     #[test]

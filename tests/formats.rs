@@ -14,7 +14,7 @@ use trainer::{
     },
     data::shards::Index,
     format::header::{self, Dtype},
-    ids::{Generation, Rank, Step, WorldSize},
+    ids::{Generation, LocalRank, Rank, Step, WorldSize},
     journal::{Entry, FORMAT, Record},
     protocol::{self, Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
     rendezvous::heartbeat::Heartbeat,
@@ -47,7 +47,7 @@ fn message(message: &impl serde::Serialize) -> Vec<u8> {
 fn messages() -> [Vec<u8>; 6] {
     let assignment = Assignment {
         rank: Rank(1),
-        local_rank: Rank(1),
+        local_rank: LocalRank(1),
         world_size: WorldSize(2),
         generation: Generation(3),
         resume_step: Step(9),

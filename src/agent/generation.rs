@@ -1,7 +1,7 @@
 //! One generation on this node: from its workers' start to their end.
 //!
-//! One event loop: `select!` arms only make an [`Event`], [`StateMachine::handle`] decides what it changes, and a
-//! [`Performer`] performs the effects. Notices come first, then messages, then the clock: a worker's last messages
+//! One event loop: `select!` arms only make an [`Event`], [`StateMachine::handle`] decides what it changes, [`Lead`]
+//! performs the effects, and [`Node`] those for this node's own workers and memory. Notices come first, then messages, then the clock: a worker's last messages
 //! must be heard before its death is acted on.
 //!
 //! A generation ends in one of the ways of [`End`]. In every case its processes are then gone, or exiting ([`Left`]),
@@ -12,24 +12,22 @@
 use std::{collections::VecDeque, ops::ControlFlow, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::mpsc,
     task::JoinHandle,
     time::{Instant, MissedTickBehavior},
 };
 
 use super::{
     drain::estimate::Estimates,
-    effects::{self, Performer},
-    phase::{Event, Incoming, Loading, Settings, StateMachine},
-    save::{
-        slots::{Fetched, Fetching, RESTORE_SLOT, Slots},
-        upload,
-    },
+    effects,
+    lead::Lead,
+    node::Node,
+    phase::{Event, Loading, Settings, StateMachine},
+    save::{slots::Slots, upload},
     upkeep::retention::Retention,
     workers::Workers,
 };
 use crate::{
-    checkpoint::{CheckpointError, condemn::Docket, restore::RemoteFile},
+    checkpoint::{condemn::Docket, restore::RemoteFile},
     config::RunConfig,
     error::Result,
     ids::{Generation, Step},
@@ -178,18 +176,19 @@ pub async fn run(
 ) -> Result<End> {
     let (senders, mut answers) = effects::channels();
     slots.begin_generation()?;
-    let workers = Workers::start(&start.workload, slots.shared(), &senders.workers)?;
+    let workers = Workers::start(&start.workload, start.upload.ranks, slots.shared(), &senders.workers)?;
+    let mut node = Node::begin(&start, slots, workers)?;
     let began = Instant::now();
-    let (incoming, fetching) = begin_load(&start, slots, senders.fetched.clone())?;
+    let incoming = node.load(senders.fetched.clone())?;
     let settings = Settings {
-        outline: start.workload.outline(),
+        outline: start.workload.outline(start.upload.ranks.world),
         generation: start.upload.generation,
         config: start.config.clone(),
         load: start.load.clone(),
         measured: start.measured,
     };
-    let mut machine = StateMachine::new(settings, *estimates, Loading::new(start.workload.workers(), incoming));
-    let mut performer = Performer::begin(&start, began, slots, reporter, workers, fetching, senders)?;
+    let mut machine = StateMachine::new(settings, *estimates, Loading::new(start.upload.ranks.world, incoming));
+    let mut lead = Lead::begin(&start, began, node, reporter, senders);
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = 'generation: loop {
@@ -201,38 +200,15 @@ pub async fn run(
         };
         let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
-            match performer.perform(machine.handle(event, began.elapsed())) {
+            match lead.perform(machine.handle(event, began.elapsed())) {
                 ControlFlow::Continue(answers) => events.extend(answers),
                 ControlFlow::Break(end) => break 'generation end,
             }
         }
     };
     *estimates = machine.estimates();
-    if let Some(open) = performer.end(&end).await? {
+    if let Some(open) = lead.end(&end).await? {
         *left = open;
     }
     end
-}
-
-/// Starts fetching the state to load, while the workers start. A state held by a slot is already there.
-fn begin_load(
-    start: &Plan,
-    slots: &mut Slots,
-    done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
-) -> Result<(Incoming, Fetching)> {
-    let (store, folder, files) = match &start.load {
-        Load::Nothing => return Ok((Incoming::Nothing, Fetching::default())),
-        Load::Checkpoint { from: Source::Slot { slot, files }, .. } => {
-            let bytes = files.iter().map(|(_, len)| len).sum();
-            let here = Incoming::Here(*slot, files.clone(), Fetched { bytes, seconds: 0.0 });
-            return Ok((here, Fetching::default()));
-        }
-        Load::Weights { folder, files } => (folder.clone(), String::new(), files.clone()),
-        Load::Checkpoint { from: Source::Store { folder, files }, .. } => {
-            (start.upload.run.clone(), folder.clone(), files.clone())
-        }
-    };
-    let fetch = slots.receive(files, u64::from(start.config.storage.part_mib) << 20)?;
-    let fetching = fetch.start(store, folder, done);
-    Ok((Incoming::UnderWay(RESTORE_SLOT, fetching.places.clone()), fetching))
 }

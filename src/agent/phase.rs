@@ -1,7 +1,7 @@
 //! One generation on this node as a state machine: what happens when, decided without I/O.
 //!
 //! [`StateMachine::handle`] is the only place that changes its state. An [`Event`] and the time go in, [`Effects`] come
-//! out, and [`super::effects`] performs them. Nothing here reads a clock, waits, starts a task or a process, or talks
+//! out, and [`super::lead`] performs them. Nothing here reads a clock, waits, starts a task or a process, or talks
 //! to anybody.
 //!
 //! # The phases
@@ -23,10 +23,10 @@
 //! - *Draining* has been given 25 s, asks the ranks where they are, and still uploads step 10.
 //! - *Salvaging* has lost rank 1 and still uploads step 10.
 //!
-//! Effects in their order, by the names of [`Effect`] and of what is told or reported: *hush* ends all upkeep, *note*
-//! is the notice's record, *idle* and *busy* say whether the store has more important work than upkeep, and *hold*
-//! keeps a snapshot for workers that crash. Workers that have been killed hear nothing of what they are told. An event
-//! that is not in the table has no effect in that phase.
+//! Effects in their order, by the names of [`Effect`], of [`Order`], and of what is told or reported: *hush* ends all
+//! upkeep, *note* is the notice's record, *idle* and *busy* say whether the store has more important work than upkeep,
+//! and *hold* keeps a snapshot for workers that crash. Workers that have been killed hear nothing of what they are
+//! told. An event that is not in the table has no effect in that phase.
 //!
 //! | event | phase | effects | next |
 //! |---|---|---|---|
@@ -104,7 +104,7 @@
 //! the machine changes nothing.
 //!
 //! Owns: the current phase, and the known state of the group. Does not own: processes, memory, the store, the journal
-//! ([`super::effects`]), nor what comes after the generation ([`crate::run`]).
+//! ([`super::lead`], [`super::node`]), nor what comes after the generation ([`crate::run`]).
 
 mod draining;
 mod loading;
@@ -121,7 +121,7 @@ pub use self::{
 };
 use super::{
     drain::{estimate::Estimates, timeline::Planned},
-    effects::{Effect, Effects},
+    effects::{Effect, Effects, Order},
     fence,
     generation::{End, Load},
     save::{scheduler::Moment, slots::Fetched, upload::SaveEvent},
@@ -276,7 +276,7 @@ impl Turn<'_> {
     }
 
     fn tell_all(&mut self, message: ToWorker) {
-        self.does(Effect::TellAll(message));
+        self.does(Effect::Nodes(Order::TellAll(message)));
     }
 
     fn reports(&mut self, event: report::Event) {

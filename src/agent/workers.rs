@@ -25,7 +25,7 @@ use tokio::{
 
 use crate::{
     error::{Error, Kind},
-    ids::Rank,
+    ids::{LocalRank, NodeRanks, Rank},
     protocol::{self, FromWorker, MAX_MESSAGE, SLOT_FDS, ToWorker},
     snapshot::image::SharedImage,
     workload::Workload,
@@ -57,15 +57,17 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts the processes of this work; their events go to `events`.
+    /// Starts this node's processes, of these ranks; their events go to `events`.
     pub fn start(
         workload: &Workload,
+        ranks: NodeRanks,
         slots: [&SharedImage; 2],
         events: &mpsc::UnboundedSender<WorkerEvent>,
     ) -> Result<Self, Error> {
-        let mut handles = Vec::with_capacity(workload.workers() as usize);
-        for rank in 0..workload.workers() {
-            let handle = start_one(Rank(rank), workload.command(), slots, events.clone())
+        let mut handles = Vec::with_capacity(ranks.workers as usize);
+        for local in ranks.locals() {
+            let rank = ranks.rank(local);
+            let handle = start_one(rank, workload.command(), slots, events.clone())
                 .map_err(|error| Error::from_source(Kind::Bug, error).context(format!("start worker {rank}")))?;
             handles.push(handle);
         }
@@ -73,8 +75,8 @@ impl Workers {
     }
 
     /// Sends a message to one worker. A worker that is gone is reported as [`WorkerEvent::Exited`].
-    pub fn tell(&self, rank: Rank, message: ToWorker) {
-        if let Some(handle) = self.handles.get(rank.get() as usize) {
+    pub fn tell(&self, worker: LocalRank, message: ToWorker) {
+        if let Some(handle) = self.handles.get(worker.get() as usize) {
             let _ = handle.orders.send(message);
         }
     }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ids::{Generation, Rank, Step, WorldSize},
+    ids::{Generation, LocalRank, Rank, Step, WorldSize},
     snapshot::{
         mode::CaptureMode,
         plan::{ImagePlan, TensorSpec},
@@ -81,7 +81,7 @@ pub struct Assignment {
     /// Its rank in the world.
     pub rank: Rank,
     /// Its rank on its node; picks its GPU.
-    pub local_rank: Rank,
+    pub local_rank: LocalRank,
     /// Workers of all nodes.
     pub world_size: WorldSize,
     /// The generation.

@@ -26,6 +26,7 @@ mod doubt;
 mod launch;
 pub mod open;
 mod parting;
+mod resolved;
 mod words;
 
 use std::{cell::Cell, ops::ControlFlow, sync::Arc, time::Duration};
@@ -33,19 +34,21 @@ use std::{cell::Cell, ops::ControlFlow, sync::Arc, time::Duration};
 use tokio::{sync::mpsc, time::Instant};
 
 pub use self::launch::{Begin, Launch, LaunchOptions, OnComplete, Outcome};
-use self::open::{Opened, Opening, Overrides, Ready, Resolving, Standing};
+use self::{
+    open::{Opened, Opening, Overrides, Ready, Resolving, Standing},
+    resolved::Resolved,
+};
 use crate::{
     agent::{
         Estimates, Slots,
         generation::{self, End, Left, Load, Plan},
-        opening::Resolved,
         restart, upload,
     },
     checkpoint::condemn::Docket,
     config::NoticeConfig,
     error::{Context, Error, Kind, Result},
     goodput::Observed,
-    ids::{Generation, NodeId, RunId, Step, WorldSize},
+    ids::{Generation, NodeId, NodeRanks, RunId, Step, WorldSize},
     journal::{Formed, FormedReason, JournalError, JournalWriter, Record, ResumePoint, RosterEntry, RunState},
     notice::{self, Notices},
     rendezvous::{
@@ -540,7 +543,8 @@ impl Runner {
                 node: self.node.clone(),
                 generation,
                 formed,
-                world_size: WorldSize(resolved.workload.workers()),
+                ranks: NodeRanks::alone(resolved.workload.workers()),
+                members: vec![self.node.clone()],
                 journal: self.journal.clone(),
             },
             docket: self.docket.clone(),

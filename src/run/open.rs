@@ -17,9 +17,11 @@ use std::cell::Cell;
 
 use tokio::sync::mpsc;
 
-use super::launch::{Begin, LaunchOptions, OnComplete};
+use super::{
+    launch::{Begin, LaunchOptions, OnComplete},
+    resolved::Resolved,
+};
 use crate::{
-    agent::opening::Resolved,
     config::{NoticeConfig, RunConfig, StorageConfig, apply_overrides, canonical_overrides},
     error::Result,
     ids::{NodeId, RunId, Step},

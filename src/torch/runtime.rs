@@ -9,7 +9,7 @@ use super::{
     bytes::{load_bytes, store_bytes},
     ffi::{self, check},
 };
-use crate::ids::Rank;
+use crate::ids::LocalRank;
 
 fn threads(doing: &'static str, count: u32) -> Result<i32> {
     i32::try_from(count)
@@ -80,7 +80,7 @@ pub fn device_count() -> Result<u32> {
 
 /// The device on which the worker with this rank on its node computes, made current for the calling thread: its GPU if
 /// there are any, otherwise the CPU. An error if there are GPUs, but fewer than workers.
-pub fn pick_device(local_rank: Rank) -> Result<Device> {
+pub fn pick_device(local_rank: LocalRank) -> Result<Device> {
     let devices = device_count()?;
     if devices == 0 {
         return Ok(Device::Cpu);
@@ -173,9 +173,9 @@ mod tests {
     #[test]
     fn a_worker_gets_its_gpu_or_else_the_cpu() {
         let devices = device_count().unwrap();
-        let device = pick_device(Rank(0)).unwrap();
+        let device = pick_device(LocalRank(0)).unwrap();
         assert_eq!(device, if devices == 0 { Device::Cpu } else { Device::Cuda(0) });
-        match pick_device(Rank(devices)) {
+        match pick_device(LocalRank(devices)) {
             Ok(device) => assert_eq!((devices, device), (0, Device::Cpu)),
             Err(error) => assert!(devices > 0 && matches!(error, TorchError::NoDevice { .. }), "{error}"),
         }

@@ -7,7 +7,7 @@ use crate::{
     },
     config,
     error::Result,
-    ids::Rank,
+    ids::LocalRank,
     torch,
 };
 
@@ -18,7 +18,7 @@ pub fn look(wanted: config::Device) -> Result<Found> {
 
 /// The worker's GPU, or the CPU. The agent has decided between the two; a GPU that has disappeared since must not
 /// silently become the CPU.
-pub fn pick(wanted: config::Device, local_rank: Rank) -> Result<tch::Device> {
+pub fn pick(wanted: config::Device, local_rank: LocalRank) -> Result<tch::Device> {
     if gpus::cpu_is_meant(wanted) {
         return Ok(tch::Device::Cpu);
     }

@@ -49,7 +49,7 @@ use crate::{
     config::{StorageConfig, TrainTask},
     data::{LocalDataset, identity},
     error::{Error, Kind, Result},
-    ids::{DatasetId, Generation, Rank, RunId, Step, WorldSize},
+    ids::{DatasetId, Generation, LocalRank, NodeRanks, RunId, Step, WorldSize},
     layout,
     protocol::Assignment,
     storage::Store,
@@ -103,9 +103,9 @@ impl Workload {
         &self.identity
     }
 
-    /// The facts that decisions depend on.
-    pub fn outline(&self) -> Outline {
-        Outline::of(&self.task, self.workers)
+    /// The facts that decisions depend on, for so many workers of all nodes.
+    pub fn outline(&self, world: WorldSize) -> Outline {
+        Outline::of(&self.task, world)
     }
 
     /// Waits until all of the data has been verified against its checksums.
@@ -138,12 +138,18 @@ impl Workload {
         command::worker(self.task.train.threads)
     }
 
-    /// What the worker of that rank is told first.
-    pub fn assignment(&self, rank: Rank, generation: Generation, resume_step: Step) -> Result<Assignment> {
+    /// What this worker, of a node with these ranks, is told first.
+    pub fn assignment(
+        &self,
+        local_rank: LocalRank,
+        ranks: NodeRanks,
+        generation: Generation,
+        resume_step: Step,
+    ) -> Result<Assignment> {
         let task =
             Task { config: self.task.clone(), data_dir: self.data.dir().to_owned(), data: self.identity.clone() };
-        let world_size = WorldSize(self.workers);
-        Ok(Assignment { rank, local_rank: rank, world_size, generation, resume_step, task: task.write()? })
+        let (rank, world_size) = (ranks.rank(local_rank), ranks.world);
+        Ok(Assignment { rank, local_rank, world_size, generation, resume_step, task: task.write()? })
     }
 
     /// The files that stand beside the shards in the checkpoint of `step`; `index` says which shard holds which tensor.

@@ -5,12 +5,18 @@
 
 use std::{collections::BTreeMap, num::NonZeroU64};
 
-use crate::{config::TrainTask, ids::Step, journal::Metrics, protocol::StepReport, report};
+use crate::{
+    config::TrainTask,
+    ids::{Step, WorldSize},
+    journal::Metrics,
+    protocol::StepReport,
+    report,
+};
 
 /// The facts about the work that decisions depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outline {
-    /// Workers on this node.
+    /// Workers of all nodes.
     pub workers: u32,
     /// The step after which the run is complete.
     pub last: Step,
@@ -22,9 +28,9 @@ pub struct Outline {
 
 impl Outline {
     /// Of a task that so many workers share.
-    pub fn of(task: &TrainTask, workers: u32) -> Self {
+    pub fn of(task: &TrainTask, world: WorldSize) -> Self {
         Self {
-            workers,
+            workers: world.get(),
             last: task.last_step(),
             validated_every: NonZeroU64::new(task.data.validation_every),
             tokens: u64::from(task.train.global_batch) * u64::from(task.data.sequence_length),

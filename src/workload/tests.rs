@@ -7,7 +7,7 @@ use crate::{
     checkpoint::testing::{self, memory_store},
     config::{Device, RunConfig},
     data::{PrepareSettings, TokenizerSource, prepare},
-    ids::NodeId,
+    ids::{NodeId, Rank},
     journal::{Formed, FormedReason, Journal, RosterEntry},
     report::Reporter,
 };
@@ -45,11 +45,12 @@ async fn a_worker_learns_its_task_and_nothing_else_of_the_configuration() {
     config.store = "s3://private/runs".into();
     (config.notice.file, config.storage.kms_key_id) = (Some("/run/stop".into()), Some("alias/private".into()));
     let workload = Workload::of_new_run(&config, site(&Reporter::silent())).await.unwrap();
-    let assignment = workload.assignment(Rank(1), Generation(4), Step(9)).unwrap();
+    let ranks = NodeRanks { first: Rank(2), workers: 2, world: WorldSize(4) };
+    let assignment = workload.assignment(LocalRank(1), ranks, Generation(4), Step(9)).unwrap();
     let wire = serde_json::to_string(&assignment).unwrap();
     assert!(!wire.contains("private") && !wire.contains("/run/stop") && !wire.contains("price"), "{wire}");
     let Assignment { rank, local_rank, world_size, generation, resume_step, task } = assignment;
-    assert_eq!((rank, local_rank, world_size), (Rank(1), Rank(1), WorldSize(2)));
+    assert_eq!((rank, local_rank, world_size), (Rank(3), LocalRank(1), WorldSize(4)));
     assert_eq!((generation, resume_step), (Generation(4), Step(9)));
     let task = Task::read(task).unwrap();
     assert_eq!((&task.config, &task.data), (&config.workload, workload.data()));
@@ -63,7 +64,7 @@ async fn a_worker_learns_its_task_and_nothing_else_of_the_configuration() {
 async fn a_checkpoint_gets_what_makes_it_a_model_folder_and_where_training_stands() {
     let (_folder, config) = prepared().await;
     let workload = Workload::of_new_run(&config, site(&Reporter::silent())).await.unwrap();
-    let outline = workload.outline();
+    let outline = workload.outline(WorldSize(2));
     assert_eq!((outline.workers, outline.last, outline.tokens), (2, Step(2000), 32 * 32));
     assert_eq!(outline.validated_every, NonZeroU64::new(7));
     let files = workload.small_files(Step(40), Bytes::from_static(b"{}")).unwrap();

@@ -5,7 +5,7 @@ use std::ops::ControlFlow::{Break, Continue};
 use super::{Death, Event, Flow, Phase, Salvage, Settings, Training, Turn};
 use crate::{
     agent::{
-        effects::{Effect, Log},
+        effects::{Effect, Log, Order},
         generation::{End, Load, Source, Stopped},
         save::{
             ledger::Ledger,
@@ -17,7 +17,7 @@ use crate::{
     checkpoint::CheckpointError,
     config::Cadence,
     error::{Error, Kind},
-    ids::Rank,
+    ids::{Rank, WorldSize},
     notice::{self, Notice},
     protocol::{FromWorker, ToWorker},
     report,
@@ -49,9 +49,9 @@ pub enum Incoming {
 }
 
 impl Loading {
-    /// `workers` processes have been started.
-    pub fn new(workers: u32, source: Incoming) -> Self {
-        Self { built: vec![None; workers as usize], bytes: None, source, ready: 0, said: None }
+    /// Every node has started its workers.
+    pub fn new(world: WorldSize, source: Incoming) -> Self {
+        Self { built: vec![None; world.get() as usize], bytes: None, source, ready: 0, said: None }
     }
 
     pub(super) fn handle(mut self, event: Event, turn: &mut Turn<'_>) -> Flow<Phase> {
@@ -146,7 +146,7 @@ impl Loading {
                 let what = format!("ranks differ in their state: {one} and {other} tensors");
                 return Break(Err(Error::new(Kind::Bug, what)));
             }
-            turn.does(Effect::LayOut(tensors.clone()));
+            turn.does(Effect::Nodes(Order::LayOut(tensors.clone())));
         }
         Continue(Phase::Loading(self))
     }
@@ -182,7 +182,7 @@ impl Loading {
             turn.reports(report::Event::Restored { step: done, bytes, fetch_s, restore_s, from });
         }
         if is_received {
-            turn.does(Effect::Received);
+            turn.does(Effect::Nodes(Order::Received));
         }
         let settings = &turn.shared.settings;
         let outline = settings.outline;

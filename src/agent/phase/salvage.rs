@@ -6,7 +6,11 @@ use std::ops::ControlFlow::{Break, Continue};
 use super::{Death, Event, Flow, Phase, Stage, Training, Turn};
 use crate::{
     agent::{
-        drain::timeline::Planned, effects::Effect, generation::End, save::upload::SaveEvent, workers::WorkerEvent,
+        drain::timeline::Planned,
+        effects::{Effect, Order},
+        generation::End,
+        save::upload::SaveEvent,
+        workers::WorkerEvent,
     },
     error::Result,
 };
@@ -72,7 +76,7 @@ impl Salvage {
 
     /// The other ranks can't go on either. Whole snapshots are still uploaded and committed, one after the other.
     fn settle(mut self, turn: &mut Turn<'_>) -> Flow<Self> {
-        turn.does(Effect::Kill);
+        turn.does(Effect::Nodes(Order::Kill));
         if !self.training.ledger.is_uploading() {
             let actions = self.training.scheduler.salvage();
             if actions.is_empty() {

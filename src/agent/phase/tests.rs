@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     agent::{
         drain::estimate::Estimates,
-        effects::{Effect, Log},
+        effects::{Effect, Log, Order},
         generation::{Source, Stopped},
         save::{
             ledger::Ledger,
@@ -20,6 +20,7 @@ use crate::{
     },
     checkpoint::testing::config,
     config::Cadence,
+    ids::WorldSize,
     journal::{Committed, DrainPlan, JournalError, Metrics, SaveCost},
     notice::Confidence,
     protocol::{FromWorker, StepReport},
@@ -44,7 +45,7 @@ impl Rig {
     fn feed(&mut self, event: Event) -> Effects {
         let effects = self.machine.handle(event, self.now);
         for effect in effects.list() {
-            if let Effect::TellAll(ToWorker::Freeze { ticket }) = effect {
+            if let Effect::Nodes(Order::TellAll(ToWorker::Freeze { ticket })) = effect {
                 self.ticket = *ticket;
             }
         }
@@ -115,8 +116,11 @@ fn estimates() -> Estimates {
 fn loading() -> Rig {
     let from = Source::Store { folder: "folder".into(), files: Vec::new() };
     let load = Load::Checkpoint { step: Step(5), generation: Generation(2), from };
-    let machine =
-        StateMachine::new(settings(load), estimates(), Loading::new(2, Incoming::UnderWay(0, vec![(0, BYTES)])));
+    let machine = StateMachine::new(
+        settings(load),
+        estimates(),
+        Loading::new(WorldSize(2), Incoming::UnderWay(0, vec![(0, BYTES)])),
+    );
     let mut rig = Rig { machine, now: Moment::ZERO, ticket: 0 };
     rig.feed_all(RANKS.map(built));
     rig.feed_all([Event::LaidOut { bytes: BYTES }, fetched(), said(Rank(0), FromWorker::Ready)]);
@@ -247,7 +251,7 @@ fn lost() -> Event {
 /// One effect in a few words.
 fn words(effect: &Effect) -> String {
     match effect {
-        Effect::TellAll(message) => match message {
+        Effect::Nodes(Order::TellAll(message)) => match message {
             ToWorker::Freeze { .. } => "freeze".into(),
             ToWorker::Thaw { stop_after: None, .. } => "thaw".into(),
             ToWorker::Thaw { stop_after: Some(step), .. } => format!("thaw until {step}"),
@@ -256,12 +260,12 @@ fn words(effect: &Effect) -> String {
             ToWorker::Peers { .. } => "peers".into(),
             other => panic!("{other:?}"),
         },
-        Effect::LayOut(_) => "lay out".into(),
-        Effect::Received => "hold 5".into(),
+        Effect::Nodes(Order::LayOut(_)) => "lay out".into(),
+        Effect::Nodes(Order::Received) => "hold 5".into(),
         Effect::Vouch { step, .. } => format!("vouch {step}"),
         Effect::Upload(transfer) => format!("upload {}", transfer.step),
         Effect::Cost(_) => "cost".into(),
-        Effect::Hold { step, .. } => format!("hold {step}"),
+        Effect::Nodes(Order::Hold { step, .. }) => format!("hold {step}"),
         Effect::Retry { slot, .. } => format!("retry slot {slot}"),
         Effect::Look => "look".into(),
         Effect::Note(_) => "note".into(),
@@ -269,7 +273,7 @@ fn words(effect: &Effect) -> String {
         Effect::Busy(true) => "busy".into(),
         Effect::Busy(false) => "idle".into(),
         Effect::Prune => "prune".into(),
-        Effect::Kill => "kill".into(),
+        Effect::Nodes(Order::Kill) => "kill".into(),
         Effect::Report(event) => {
             let name = serde_json::to_value(event).unwrap()["event"].as_str().unwrap().to_owned();
             format!("report {name}")

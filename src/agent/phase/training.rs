@@ -16,7 +16,7 @@ use crate::{
             plan::{self, Decision, Situation},
             timeline::{Planned, Timeline},
         },
-        effects::{Effect, Log},
+        effects::{Effect, Log, Order},
         generation::{End, Stopped},
         restart::{self, Standstill},
         save::{
@@ -316,7 +316,7 @@ impl Training {
         if self.ledger.committed(&committed, &mut turn.shared.estimates, now) {
             turn.does(Effect::Log(Log::Starved { durable_s: cost.durable_s }));
         }
-        turn.does(Effect::Hold { slot, step, generation, checksums });
+        turn.does(Effect::Nodes(Order::Hold { slot, step, generation, checksums }));
         turn.reports(report::Event::Checkpoint {
             step,
             generation,

@@ -107,7 +107,7 @@ enum Asked {
 /// The scheduler's inputs.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
-    /// Ranks on this node.
+    /// Ranks of all nodes.
     pub ranks: u32,
     /// The step that was loaded.
     pub done: Step,

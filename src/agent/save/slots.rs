@@ -1,8 +1,9 @@
 //! The node's two snapshot slots: shared memory that outlives its workers.
 //!
 //! # Layout
-//! Each slot is one piece of shared memory for the whole node. It holds every rank's image ([`crate::snapshot::plan`]),
-//! one after the other, each beginning on a page; a rank writes its own image alone and may read all of them. A
+//! Each slot is one piece of shared memory for the whole node. It holds the image of each of the node's ranks
+//! ([`crate::snapshot::plan`]), one after the other, each beginning on a page; a rank writes its own image alone and may
+//! read all of them. A
 //! checkpoint that is loaded from the store is fetched into slot 0, file after file, and read there by all ranks:
 //! restoring needs no memory beside the slots.
 //!
@@ -40,7 +41,7 @@ use crate::{
         save::Upload,
     },
     error::{Error, Kind, Result},
-    ids::{Generation, Step, WorldSize},
+    ids::{Generation, NodeRanks, Step},
     shortage::Shortage,
     snapshot::{
         image::{self, ImageChunk, Mapping, SharedImage},
@@ -87,10 +88,16 @@ impl Slot {
 /// How this generation's workers use the slots.
 #[derive(Debug)]
 struct Layout {
+    /// Of this node's ranks.
     plans: Vec<ImagePlan>,
-    /// The first byte of each rank's image.
+    /// The first byte of the image of each.
     bases: Vec<u64>,
+    /// They are all ranks of the world, so a slot can hold a whole checkpoint.
+    is_whole: bool,
+    /// Which shard holds which tensor, over all ranks.
     index: Bytes,
+    /// The names of all shards, over all ranks.
+    names: Vec<String>,
     maps: [Mapping; 2],
 }
 
@@ -256,16 +263,19 @@ impl Slots {
         sound
     }
 
-    /// Every rank has reported its state's layout: plans who writes what, and sizes the slots. Returns each rank's plan
-    /// and the first byte of its image in the slots.
+    /// Every rank has reported its state's layout: plans who writes what, and sizes the slots for this node's ranks.
+    /// Returns the plan of each of them and the first byte of its image in the slots.
     pub fn lay_out(
         &mut self,
         tensors: &[TensorSpec],
-        world: WorldSize,
+        ranks: NodeRanks,
     ) -> Result<impl Iterator<Item = (&ImagePlan, u64)>> {
-        let plans = plan::plan(tensors, world, image::page_size())?;
+        let mut plans = plan::plan(tensors, ranks.world, image::page_size())?;
         let index = serde_json::to_vec_pretty(&plan::model_index(&plans, tensors))
             .map_err(|error| Error::from_source(Kind::Bug, error))?;
+        let shards = plans.iter().flat_map(|plan| &plan.shards);
+        let names = shards.map(|shard| shard.file_name.clone()).collect();
+        plans.retain(|plan| ranks.local(plan.rank).is_some());
         let mut total = 0_u64;
         let mut bases = Vec::with_capacity(plans.len());
         for plan in &plans {
@@ -281,8 +291,18 @@ impl Slots {
         };
         let failed = memory("lay out snapshot images");
         let maps = [open(&self.slots[0]).map_err(&failed)?, open(&self.slots[1]).map_err(&failed)?];
-        let layout = self.layout.insert(Layout { plans, bases, index: index.into(), maps });
+        let is_whole = ranks.is_whole_world();
+        let layout = self.layout.insert(Layout { plans, bases, is_whole, index: index.into(), names, maps });
         Ok(layout.plans.iter().zip(layout.bases.iter().copied()))
+    }
+
+    fn laid_out(&self) -> Result<&Layout> {
+        self.layout.as_ref().ok_or_else(|| Error::new(Kind::Bug, "a save before there is a layout"))
+    }
+
+    /// The index of the weights, and the names of all shards of a checkpoint: those of every node.
+    pub fn outline(&self) -> Result<(Bytes, Vec<String>)> {
+        self.laid_out().map(|layout| (layout.index.clone(), layout.names.clone()))
     }
 
     /// Every rank has captured into `slot`: its headers are written, if they are not there yet. Its previous content is
@@ -309,8 +329,8 @@ impl Slots {
         Ok(layout)
     }
 
-    /// The shards in a slot that every rank has captured: its very pages. And the index of the weights.
-    pub fn uploads(&mut self, slot: u8) -> Result<(Vec<Upload>, Bytes)> {
+    /// This node's shards in a slot that every rank has captured: its very pages.
+    pub fn uploads(&mut self, slot: u8) -> Result<Vec<Upload>> {
         let layout = self.prepare(slot)?;
         let mut uploads = Vec::new();
         for (plan, base) in layout.plans.iter().zip(&layout.bases) {
@@ -325,12 +345,16 @@ impl Slots {
                 uploads.push(Upload { name: shard.file_name.clone(), kind, body });
             }
         }
-        Ok((uploads, layout.index.clone()))
+        Ok(uploads)
     }
 
-    /// A slot's snapshot is committed, its shards with these checksums by name: the slot holds it from now on.
+    /// A slot's snapshot is committed, its shards with these checksums by name: the slot holds it from now on, if this
+    /// node has all of its ranks.
     pub fn hold(&mut self, slot: u8, step: Step, generation: Generation, checksums: &[(String, Crc64)]) {
         let (Some(layout), Some(state)) = (&self.layout, self.slots.get_mut(usize::from(slot))) else { return };
+        if !layout.is_whole {
+            return;
+        }
         let mut files = Vec::new();
         for (plan, base) in layout.plans.iter().zip(&layout.bases) {
             for shard in &plan.shards {
@@ -363,6 +387,7 @@ mod tests {
     use super::*;
     use crate::{
         checkpoint::testing::STORAGE,
+        ids::{Rank, WorldSize},
         snapshot::plan::Dtype,
         storage::faulty::{Fault, Faulty},
     };
@@ -395,15 +420,15 @@ mod tests {
                 }
             }
         }
-        let (uploads, index) = slots.uploads(slot).unwrap();
-        assert!(!index.is_empty());
+        let uploads = slots.uploads(slot).unwrap();
+        assert!(!slots.outline().unwrap().0.is_empty());
         uploads.iter().map(|upload| (upload.name.clone(), Crc64::of(&upload.body))).collect()
     }
 
     #[tokio::test]
     async fn a_slot_holds_its_checkpoint_until_the_next_capture() {
         let mut slots = Slots::create().unwrap();
-        assert_eq!(slots.lay_out(&tensors(), WorldSize(2)).unwrap().count(), 2);
+        assert_eq!(slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().count(), 2);
         let checksums = capture(&mut slots, 1, 7);
         assert_eq!(slots.find(Step(4), Generation(1)), None);
         slots.hold(1, Step(4), Generation(1), &checksums);
@@ -424,17 +449,43 @@ mod tests {
             .collect();
         assert_eq!(names.len(), 3, "{names:?}");
 
-        slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
         capture(&mut slots, 0, 8);
         assert!(slots.find(Step(4), Generation(1)).is_some(), "it was the other slot");
         capture(&mut slots, 1, 9);
         assert_eq!(slots.find(Step(4), Generation(1)), None);
     }
 
+    #[test]
+    fn a_node_lays_out_and_uploads_its_own_ranks_alone() {
+        let ranks = |first, workers| NodeRanks { first: Rank(first), workers, world: WorldSize(3) };
+        let (mut alone, mut first, mut second) =
+            (Slots::create().unwrap(), Slots::create().unwrap(), Slots::create().unwrap());
+        let plans = |slots: &mut Slots, ranks| -> Vec<(ImagePlan, u64)> {
+            slots.lay_out(&tensors(), ranks).unwrap().map(|(plan, base)| (plan.clone(), base)).collect()
+        };
+        let all = plans(&mut alone, NodeRanks::alone(3));
+        let (one, two) = (plans(&mut first, ranks(0, 1)), plans(&mut second, ranks(1, 2)));
+        let apart: Vec<&ImagePlan> = one.iter().chain(&two).map(|(plan, _)| plan).collect();
+        assert_eq!(apart, all.iter().map(|(plan, _)| plan).collect::<Vec<_>>());
+        assert_eq!((one[0].1, two[0].1, two[1].1), (0, 0, two[0].0.len));
+        // Each uploads what is its own; all know the names of all.
+        let mut names = Vec::new();
+        for slots in [&mut first, &mut second] {
+            let sums = capture(slots, 1, 7);
+            assert_eq!(slots.outline().unwrap(), alone.outline().unwrap());
+            // A part of a checkpoint is none.
+            slots.hold(1, Step(4), Generation(1), &sums);
+            assert_eq!(slots.find(Step(4), Generation(1)), None);
+            names.extend(sums.into_iter().map(|(name, _)| name));
+        }
+        assert_eq!(names, alone.outline().unwrap().1);
+    }
+
     #[tokio::test]
     async fn what_a_dying_worker_has_scribbled_over_is_not_believed() {
         let mut slots = Slots::create().unwrap();
-        slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
         let checksums = capture(&mut slots, 0, 7);
         slots.hold(0, Step(4), Generation(1), &checksums);
         let start = slots.layout.as_ref().unwrap().bases[1] + 1000;
@@ -467,7 +518,7 @@ mod tests {
         let (done, mut new) = mpsc::unbounded_channel();
         let _fetching = slots.receive(vec![file], 30_000).unwrap().start(store, String::new(), done);
         new.recv().await.unwrap().unwrap();
-        slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
         let sums = capture(&mut slots, 0, 9);
         faulty.let_go();
         while old.recv().await.is_some() {}
@@ -480,7 +531,7 @@ mod tests {
     async fn who_does_not_stop_writing_keeps_the_old_memory() {
         for workers_are_gone in [true, false] {
             let mut slots = Slots::create().unwrap();
-            slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+            slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
             let sums = capture(&mut slots, 1, 7);
             slots.hold(1, Step(4), Generation(1), &sums);
             let worker = slots.slots[0].image.map().unwrap();
@@ -494,7 +545,7 @@ mod tests {
             assert_eq!(slots.find(Step(4), Generation(1)).is_some(), workers_are_gone, "it was the other slot");
             slots.begin_generation().unwrap();
             drop(slots.receive(vec![file], 1000).unwrap());
-            slots.lay_out(&tensors(), WorldSize(2)).unwrap().for_each(drop);
+            slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
             let sums = capture(&mut slots, 0, 9);
             match lent.pop() {
                 Some((_, mut chunk)) => chunk.as_mut().fill(5),
@@ -518,7 +569,7 @@ mod tests {
         drop(pieces);
         slots.received(Step(9), Generation(3), &files, &wanted);
         // Sizing the slots for this generation's workers leaves it alone.
-        slots.lay_out(&tensors(), WorldSize(1)).unwrap().for_each(drop);
+        slots.lay_out(&tensors(), NodeRanks::alone(1)).unwrap().for_each(drop);
         assert_eq!(slots.find(Step(9), Generation(3)), Some((RESTORE_SLOT, files)));
         assert!(slots.verify(RESTORE_SLOT).await);
     }

@@ -4,18 +4,29 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::{
-    agent::generation::Stopped,
+    agent::{
+        effects::{Answers, Order, channels},
+        generation::{Load, Stopped},
+        save::{
+            slots::{Fetched, Slots},
+            upload::SaveEvent,
+        },
+        workers::{WorkerEvent, Workers},
+    },
     checkpoint::{
         condemn::Docket,
         testing::{config, memory_store},
     },
     error::{Error, Kind},
     format::header::Dtype,
-    ids::{NodeId, RunId, WorldSize},
+    ids::{Generation, NodeId, NodeRanks, Rank, RunId, Step, WorldSize},
     journal::{Formed, FormedReason, Journal, JournalWriter, Means, RosterEntry},
     layout,
     report::{Event as Told, Screen},
-    snapshot::{cadence::Measured, plan::ShardKind},
+    snapshot::{
+        cadence::Measured,
+        plan::{ShardKind, TensorSpec},
+    },
     storage::{Priority, Store},
     workload::{Figures, Workload},
 };
@@ -26,7 +37,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// The warnings reported so far.
 type Heard = Arc<Mutex<Vec<String>>>;
 
-/// Everything that outlives a performer.
+/// Everything that outlives a lead.
 struct Stage {
     plan: Plan,
     slots: Slots,
@@ -67,10 +78,11 @@ impl Stage {
             upload: upload::Context {
                 run: store.clone(),
                 run_id,
+                members: vec![node.clone()],
                 node,
                 generation,
                 formed: Instant::now(),
-                world_size: WorldSize(1),
+                ranks: NodeRanks::alone(1),
                 journal: JournalWriter::start(journal),
             },
             measured: Measured::NOTHING,
@@ -79,14 +91,12 @@ impl Stage {
         Self { plan, slots: Slots::create().unwrap(), reporter, heard, store }
     }
 
-    fn begin(&mut self) -> (Performer<'_>, Answers) {
+    fn begin(&mut self) -> (Lead<'_>, Answers) {
         let (senders, answers) = channels();
-        let workers = Workers::start(&self.plan.workload, self.slots.shared(), &senders.workers).unwrap();
-        let began = Instant::now();
-        let performer =
-            Performer::begin(&self.plan, began, &mut self.slots, &self.reporter, workers, Fetching::default(), senders)
-                .unwrap();
-        (performer, answers)
+        let (none, events) = (NodeRanks::alone(0), &senders.workers);
+        let workers = Workers::start(&self.plan.workload, none, self.slots.shared(), events).unwrap();
+        let node = Node::begin(&self.plan, &mut self.slots, workers).unwrap();
+        (Lead::begin(&self.plan, Instant::now(), node, &self.reporter, senders), answers)
     }
 }
 
@@ -102,7 +112,7 @@ fn warning(message: &str) -> Effect {
 
 fn lay_out() -> Effect {
     let spec = |name: &str, kind| TensorSpec { name: name.into(), dtype: Dtype::F32, shape: vec![3], kind, part: None };
-    Effect::LayOut(vec![spec("a", ShardKind::Model), spec("exp_avg.a", ShardKind::Optimizer)])
+    Effect::Nodes(Order::LayOut(vec![spec("a", ShardKind::Model), spec("exp_avg.a", ShardKind::Optimizer)]))
 }
 
 fn save(step: u64) -> Effect {
@@ -138,8 +148,8 @@ async fn saved(answers: &mut Answers) -> Result<upload::Saved> {
 async fn effects_are_performed_in_their_order() {
     let mut stage = Stage::new().await;
     let heard = Arc::clone(&stage.heard);
-    let (mut performer, _answers) = stage.begin();
-    let done = performer.perform(all([warning("a"), warning("b"), warning("c")]));
+    let (mut lead, _answers) = stage.begin();
+    let done = lead.perform(all([warning("a"), warning("b"), warning("c")]));
     assert!(matches!(done, ControlFlow::Continue(answers) if answers.is_empty()));
     assert_eq!(*heard.lock().unwrap(), ["a", "b", "c"]);
 }
@@ -148,9 +158,9 @@ async fn effects_are_performed_in_their_order() {
 async fn after_an_effect_that_fails_the_others_are_performed_and_answers_keep_the_order() {
     let mut stage = Stage::new().await;
     let heard = Arc::clone(&stage.heard);
-    let (mut performer, _answers) = stage.begin();
+    let (mut lead, _answers) = stage.begin();
     // There is no layout yet, so there is nothing to upload.
-    let done = performer.perform(all([warning("a"), save(1), lay_out(), warning("b")]));
+    let done = lead.perform(all([warning("a"), save(1), lay_out(), warning("b")]));
     let ControlFlow::Continue(answers) = done else { panic!("it has ended") };
     assert!(matches!(&answers[..], [Event::Lost(_), Event::LaidOut { bytes: 1.. }]), "{answers:?}");
     assert_eq!(*heard.lock().unwrap(), ["a", "b"]);
@@ -160,8 +170,8 @@ async fn after_an_effect_that_fails_the_others_are_performed_and_answers_keep_th
 async fn an_end_comes_after_all_effects_and_outranks_their_answers() {
     let mut stage = Stage::new().await;
     let heard = Arc::clone(&stage.heard);
-    let (mut performer, _answers) = stage.begin();
-    let done = performer.perform(all([save(1), warning("a")]).ending(Err(failure())));
+    let (mut lead, _answers) = stage.begin();
+    let done = lead.perform(all([save(1), warning("a")]).ending(Err(failure())));
     let ControlFlow::Break(Err(error)) = done else { panic!("{done:?}") };
     assert_eq!((error.to_string(), &*heard.lock().unwrap()), ("x".into(), &vec!["a".to_owned()]));
 }
@@ -170,10 +180,10 @@ async fn an_end_comes_after_all_effects_and_outranks_their_answers() {
 async fn a_save_is_recorded_with_the_cost_that_was_told_last() {
     let mut stage = Stage::new().await;
     let journal = stage.plan.upload.journal.clone();
-    let (mut performer, mut answers) = stage.begin();
+    let (mut lead, mut answers) = stage.begin();
     let cost = |stall_s| Effect::Cost(SaveCost { stall_s, ..SaveCost::default() });
     // A cost without a save says nothing.
-    let done = performer.perform(all([cost(9.0), lay_out(), save(1), cost(2.0), cost(3.0)]));
+    let done = lead.perform(all([cost(9.0), lay_out(), save(1), cost(2.0), cost(3.0)]));
     assert!(matches!(done, ControlFlow::Continue(answers) if answers.len() == 1));
     let committed = saved(&mut answers).await.unwrap().committed;
     assert_eq!((committed.step, committed.loss, committed.cost.stall_s), (Step(1), Some(1.5), 3.0));
@@ -187,10 +197,10 @@ async fn only_a_run_that_was_stopped_gives_up_its_save() {
     {
         let mut stage = Stage::new().await;
         let journal = stage.plan.upload.journal.clone();
-        let (mut performer, mut answers) = stage.begin();
-        let done = performer.perform(all([lay_out(), save(1)]));
+        let (mut lead, mut answers) = stage.begin();
+        let done = lead.perform(all([lay_out(), save(1)]));
         assert!(done.is_continue());
-        let _left = tokio::time::timeout(LIMIT, performer.end(&end)).await.expect("it hangs");
+        let _left = tokio::time::timeout(LIMIT, lead.end(&end)).await.expect("it hangs");
         let saved = saved(&mut answers).await;
         assert_eq!(saved.is_err(), given_up, "{end:?}: {saved:?}");
         assert_eq!(journal.state().newest().is_none(), given_up, "{end:?}");
@@ -206,8 +216,8 @@ async fn only_an_end_with_a_last_record_leaves_the_workers_to_it() {
         (Err(failure()), false),
     ] {
         let mut stage = Stage::new().await;
-        let (performer, _answers) = stage.begin();
-        let left = tokio::time::timeout(LIMIT, performer.end(&end)).await.expect("it hangs").unwrap();
+        let (lead, _answers) = stage.begin();
+        let left = tokio::time::timeout(LIMIT, lead.end(&end)).await.expect("it hangs").unwrap();
         assert_eq!(left.is_some(), leaves, "{end:?}");
         if let Some(Left { leaving, retention }) = left {
             assert!(retention.is_some());
@@ -238,12 +248,12 @@ fn every_end_has_its_parting() {
 async fn the_record_of_a_notice_is_waited_for_when_a_run_stops() {
     let mut stage = Stage::new().await;
     let journal = stage.plan.upload.journal.clone();
-    let (mut performer, _answers) = stage.begin();
+    let (mut lead, _answers) = stage.begin();
     let generation = Generation(1);
     let note = Record::Notice { generation, source: "sigterm".into(), deadline_s: None, means: Means::Stop };
-    assert!(performer.perform(all([Effect::Note(note)])).is_continue());
+    assert!(lead.perform(all([Effect::Note(note)])).is_continue());
     let before = journal.state().next();
-    let _left = tokio::time::timeout(LIMIT, performer.end(&stopped(1, 1))).await.expect("it hangs");
+    let _left = tokio::time::timeout(LIMIT, lead.end(&stopped(1, 1))).await.expect("it hangs");
     assert_eq!(journal.state().next(), before + 1);
 }
 
@@ -253,12 +263,12 @@ async fn a_look_at_a_journal_that_is_gone_ends_the_run_unless_it_is_hushed() {
         let mut stage = Stage::new().await;
         let state = stage.plan.upload.journal.state();
         stage.store.delete(&layout::journal_entry(state.next() - 1)).await.unwrap();
-        let (mut performer, mut answers) = stage.begin();
+        let (mut lead, mut answers) = stage.begin();
         let hush = hushed.then_some(Effect::Hush);
-        assert!(performer.perform(all([Effect::Look].into_iter().chain(hush))).is_continue());
+        assert!(lead.perform(all([Effect::Look].into_iter().chain(hush))).is_continue());
         // It comes after all that the look does.
         let after = Duration::from_millis(500);
-        assert!(performer.perform(all([Effect::Retry { slot: 1, after }])).is_continue());
+        assert!(lead.perform(all([Effect::Retry { slot: 1, after }])).is_continue());
         let first = next(&mut answers).await;
         assert_eq!(matches!(first, Event::Lost(_)), !hushed, "{first:?}");
         assert_eq!(matches!(first, Event::Retry { slot: 1 }), hushed, "{first:?}");

@@ -1,0 +1,241 @@
+//! The group's part of a generation: saves, the journal, upkeep, reports. Its leader has it; a node that is alone leads
+//! itself.
+//!
+//! [`Lead::perform`] carries out the [`Effects`] that the state machine gives back, in order: orders go to every node
+//! of the group ([`super::node`]), all else is done here.
+//!
+//! Owns: all tasks of the group. Decides nothing but what an end means for the work under way.
+//!
+//! *Crash:* work under way is lost, and no record names it. *Cancel:* [`Lead::end`] ends all of it; requests already
+//! sent to the store may land.
+
+use std::{ops::ControlFlow, time::Duration};
+
+use tokio::{
+    sync::{mpsc, watch},
+    task::{AbortHandle, JoinSet},
+    time::Instant,
+};
+
+use super::{
+    effects::{Effect, Effects, Log, Senders},
+    fence,
+    generation::{End, Left, Plan},
+    node::{Node, Part},
+    phase::Event,
+    save::{
+        ledger::Transfer,
+        upload::{self, Snapshot},
+    },
+    upkeep::retention::Retention,
+};
+use crate::{
+    error::Result,
+    ids::AttemptId,
+    journal::{Record, SaveCost, Urgency},
+    report::Reporter,
+    snapshot::mode::{CaptureMode, Choice},
+};
+
+/// How long the end of a generation waits for the records of notices, which yield to all others.
+const NOTED: Duration = Duration::from_secs(1);
+
+/// The save under way.
+struct Saving {
+    cost: watch::Sender<SaveCost>,
+    give_up: AbortHandle,
+}
+
+/// What the end of a generation means for its work under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Parting {
+    /// The save under way is given up: a snapshot that is not a checkpoint by now must not become one, since the
+    /// journal is about to say so.
+    gives_up_save: bool,
+    /// The workers are asked to exit, and not killed.
+    dismisses: bool,
+    /// The journal's last record is more urgent than the end of the workers.
+    leaves_rest: bool,
+}
+
+impl Parting {
+    const fn of(end: &Result<End>) -> Self {
+        match end {
+            Ok(End::Completed { .. }) => Self { gives_up_save: false, dismisses: true, leaves_rest: true },
+            // If steps are lost, the workers are in the middle of another one, and there may be no time to wait for its
+            // end.
+            Ok(End::Stopped(stopped)) => {
+                let dismisses = stopped.committed.get() >= stopped.step.get();
+                Self { gives_up_save: true, dismisses, leaves_rest: true }
+            }
+            Ok(End::Died { .. } | End::Damaged { .. } | End::Diverged { .. }) | Err(_) => {
+                Self { gives_up_save: false, dismisses: false, leaves_rest: false }
+            }
+        }
+    }
+}
+
+/// The group of a generation, as its leader has it.
+pub struct Lead<'a> {
+    start: &'a Plan,
+    /// When the generation began: the zero of its time.
+    began: Instant,
+    /// The leader's own node.
+    node: Node<'a>,
+    reporter: &'a Reporter,
+    retention: Retention,
+    /// The look at the journal, if one is under way.
+    looking: Option<AbortHandle>,
+    /// Notices being recorded.
+    notes: JoinSet<()>,
+    /// The save begun last.
+    saving: Option<Saving>,
+    senders: Senders,
+}
+
+impl<'a> Lead<'a> {
+    /// Of a generation that began at `began`.
+    pub fn begin(start: &'a Plan, began: Instant, node: Node<'a>, reporter: &'a Reporter, senders: Senders) -> Self {
+        let upload::Context { run, journal, .. } = &start.upload;
+        let retention = Retention::begin(run, journal, start.config.checkpoint, &start.docket);
+        let (looking, saving) = (None, None);
+        Self { start, began, node, reporter, retention, looking, notes: JoinSet::new(), saving, senders }
+    }
+
+    /// Performs all of them; returns the immediate answers, or how the generation has ended.
+    pub fn perform(&mut self, effects: Effects) -> ControlFlow<Result<End>, Vec<Event>> {
+        let (list, end) = effects.into_parts();
+        let answers = list.into_iter().filter_map(|effect| self.perform_one(effect)).collect();
+        match end {
+            Some(end) => ControlFlow::Break(end),
+            None => ControlFlow::Continue(answers),
+        }
+    }
+
+    fn perform_one(&mut self, effect: Effect) -> Option<Event> {
+        match effect {
+            Effect::Nodes(order) => return self.node.perform(order),
+            Effect::Vouch { step, generation } => self.retention.restored(step, generation),
+            Effect::Upload(transfer) => return self.upload(transfer).err().map(Event::Lost),
+            Effect::Cost(cost) => {
+                if let Some(saving) = &self.saving {
+                    saving.cost.send_replace(cost);
+                }
+            }
+            Effect::Retry { slot, after } => {
+                let later = self.senders.later.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(after).await;
+                    let _ = later.send(Event::Retry { slot });
+                });
+            }
+            Effect::Look => self.look(),
+            Effect::Note(record) => self.note(record),
+            Effect::Hush => self.hush(),
+            Effect::Busy(busy) => self.retention.busy(busy),
+            Effect::Prune => self.retention.start(),
+            Effect::Report(event) => self.reporter.event(&event),
+            Effect::Log(line) => log(line),
+        }
+        None
+    }
+
+    /// Every node puts its part; the leader commits when all have.
+    fn upload(&mut self, transfer: Transfer) -> Result<()> {
+        let Transfer { step, slot, figures, validation_loss, cost, taken, priority } = transfer;
+        let (index, mut expected) = self.node.outline()?;
+        let small = self.start.workload.small_files(step, index)?;
+        expected.extend(small.iter().map(|(name, _)| name.clone()));
+        let attempt = AttemptId::random();
+        let (says, puts) = mpsc::unbounded_channel();
+        self.node.put(Part { attempt: attempt.clone(), step, slot, priority, small }, says)?;
+        let mut context = self.start.upload.clone();
+        context.run = context.run.at_priority(priority);
+        let taken = self.began + taken;
+        let (cost, costs) = watch::channel(cost);
+        let snapshot = Snapshot { attempt, step, slot, expected, figures, validation_loss, cost: costs, taken };
+        let give_up = upload::start(context, snapshot, puts, self.senders.saves.clone());
+        self.saving = Some(Saving { cost, give_up });
+        Ok(())
+    }
+
+    fn look(&mut self) {
+        let (journal, run) = (self.start.upload.journal.clone(), self.start.upload.run.clone());
+        let later = self.senders.later.clone();
+        let look = tokio::spawn(async move {
+            if let Some(error) = fence::look_once(&journal, &run).await {
+                let _ = later.send(Event::Lost(error));
+            }
+        });
+        self.looking = Some(look.abort_handle());
+    }
+
+    /// In the background: neither the drain nor the commit at its end waits for it. If the record lands after it was
+    /// given up, the next append simply reads one more record before its own.
+    fn note(&mut self, record: Record) {
+        let journal = self.start.upload.journal.clone();
+        self.notes.spawn(async move {
+            if let Err(error) = journal.append_if(Urgency::Notice, record, |_| true).await {
+                tracing::debug!(%error, "notice not written to the journal");
+            }
+        });
+    }
+
+    fn hush(&mut self) {
+        if let Some(looking) = self.looking.take() {
+            looking.abort();
+        }
+        self.retention.hush();
+    }
+
+    /// Ends all work under way. Waits until the workers are gone, unless something is more urgent: then the rest is
+    /// returned.
+    pub async fn end(mut self, end: &Result<End>) -> Result<Option<Left>> {
+        let parting = Parting::of(end);
+        self.hush();
+        self.node.stops_fetching();
+        if parting.gives_up_save {
+            if let Some(saving) = self.saving.take() {
+                saving.give_up.abort();
+            }
+            self.node.gives_up_save();
+            let written = async { while self.notes.join_next().await.is_some() {} };
+            let _ = tokio::time::timeout(NOTED, written).await;
+            self.notes.shutdown().await;
+        }
+        let gone = self.node.ends_workers(parting.dismisses);
+        if parting.leaves_rest {
+            let leaving = tokio::spawn(async move { _ = gone.await });
+            return Ok(Some(Left { leaving: Some(leaving), retention: Some(self.retention) }));
+        }
+        // The next generation needs their devices' memory, and the slots for itself.
+        let gone = gone.await;
+        if matches!(end, Ok(End::Died { .. } | End::Damaged { .. })) {
+            self.node.leaves_slots(gone).await?;
+        }
+        Ok(None)
+    }
+}
+
+fn log(line: Log) {
+    match line {
+        Log::Built { device, parameters, workers } => tracing::info!(device, parameters, workers, "model built"),
+        Log::Chosen(Choice { mode, overlap_s, blocking_s, copy_s }) => {
+            let how = match mode {
+                CaptureMode::Overlap => "captures run beside the next step",
+                CaptureMode::Blocking => "captures hold the loop up",
+            };
+            match blocking_s {
+                Some(blocking_s) => tracing::info!(overlap_s, blocking_s, copy_s, "{how}: measured to cost less"),
+                None => tracing::info!(overlap_s, copy_s, "{how}: a save costs no more than the bare copy"),
+            }
+        }
+        Log::TrainsOn(reason) => tracing::info!("{reason}"),
+        Log::Starved { durable_s } => {
+            tracing::info!(durable_s, "saves are starved of CPU: uploads now run at normal priority")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,199 @@
+//! This node's part of a generation: its workers, its slots, its part of each save. Every node has one.
+//!
+//! The generation's leader ([`super::lead`]) decides for the group, and gives [`Order`]s that every node carries out;
+//! what happens here comes back as an [`Event`]. A node knows which ranks are its own ([`NodeRanks`]): it lays out and
+//! uploads their files alone, and gives one receipt for them.
+//!
+//! Owns: worker processes, the fetch of the state to load, the upload of this node's files. The snapshot slots outlive
+//! the generation, and are lent to it. Decides nothing.
+//!
+//! *Crash:* the workers die with their agent; files without a record are garbage. *Retry:* an order that fails is
+//! answered, and the leader decides. *Cancel:* [`Node::ends_workers`] and the methods before it end all work under way;
+//! requests already sent to the store may land.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::{
+    sync::mpsc,
+    task::{AbortHandle, JoinHandle},
+};
+
+use super::{
+    effects::Order,
+    generation::{Load, Plan, Source},
+    phase::{Event, Incoming},
+    save::{
+        put::{self, Put},
+        slots::{Fetched, Fetching, RESTORE_SLOT, Slots},
+    },
+    workers::Workers,
+};
+use crate::{
+    checkpoint::{CheckpointError, save::Save},
+    error::Result,
+    ids::{AttemptId, Step},
+    protocol::ToWorker,
+    snapshot::plan::TensorSpec,
+    storage::Priority,
+};
+
+/// How long workers may take to exit when asked to.
+const GRACE: Duration = Duration::from_secs(5);
+/// How long killed processes may take to be gone. One that hangs in the kernel never is.
+const GONE: Duration = Duration::from_secs(10);
+
+/// A part of a save, as the leader orders it.
+#[derive(Clone, Debug)]
+pub struct Part {
+    /// The leader's attempt; every node's receipt names it.
+    pub attempt: AttemptId,
+    /// The snapshot's step.
+    pub step: Step,
+    /// Its slot.
+    pub slot: u8,
+    /// Its priority against other work.
+    pub priority: Priority,
+    /// The small files beside the shards; the leader's part alone has them.
+    pub small: Vec<(String, Bytes)>,
+}
+
+/// This node's part of a generation.
+pub struct Node<'a> {
+    start: &'a Plan,
+    slots: &'a mut Slots,
+    /// `None`: they are being killed.
+    workers: Option<Workers>,
+    killing: Option<JoinHandle<()>>,
+    /// The fetch of the state to load, if there is one.
+    fetching: Fetching,
+    /// This node's part of the save begun last.
+    putting: Option<AbortHandle>,
+}
+
+impl<'a> Node<'a> {
+    /// With its `workers`, which are given their assignments.
+    pub fn begin(start: &'a Plan, slots: &'a mut Slots, workers: Workers) -> Result<Self> {
+        let ranks = start.upload.ranks;
+        for local in ranks.locals() {
+            let assignment = start.workload.assignment(local, ranks, start.upload.generation, start.load.step())?;
+            workers.tell(local, ToWorker::Start(Box::new(assignment)));
+        }
+        Ok(Self { start, slots, workers: Some(workers), killing: None, fetching: Fetching::default(), putting: None })
+    }
+
+    /// Starts fetching the state to load, while the workers start; `done` hears of its end. A state held by a slot is
+    /// already there.
+    pub fn load(&mut self, done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>) -> Result<Incoming> {
+        let (store, folder, files) = match &self.start.load {
+            Load::Nothing => return Ok(Incoming::Nothing),
+            Load::Checkpoint { from: Source::Slot { slot, files }, .. } => {
+                let bytes = files.iter().map(|(_, len)| len).sum();
+                return Ok(Incoming::Here(*slot, files.clone(), Fetched { bytes, seconds: 0.0 }));
+            }
+            Load::Weights { folder, files } => (folder.clone(), String::new(), files.clone()),
+            Load::Checkpoint { from: Source::Store { folder, files }, .. } => {
+                (self.start.upload.run.clone(), folder.clone(), files.clone())
+            }
+        };
+        let fetch = self.slots.receive(files, u64::from(self.start.config.storage.part_mib) << 20)?;
+        self.fetching = fetch.start(store, folder, done);
+        Ok(Incoming::UnderWay(RESTORE_SLOT, self.fetching.places.clone()))
+    }
+
+    /// Carries out an order; returns the immediate answer, if there is one.
+    pub fn perform(&mut self, order: Order) -> Option<Event> {
+        match order {
+            Order::TellAll(message) => {
+                if let Some(workers) = &self.workers {
+                    workers.tell_all(&message);
+                }
+            }
+            Order::LayOut(tensors) => return Some(self.lay_out(&tensors).unwrap_or_else(Event::Lost)),
+            Order::Received => {
+                if let Load::Checkpoint { step, generation, from: Source::Store { files, .. } } = &self.start.load {
+                    self.slots.received(*step, *generation, &self.fetching.places, files);
+                }
+            }
+            Order::Hold { slot, step, generation, checksums } => self.slots.hold(slot, step, generation, &checksums),
+            Order::Kill => {
+                if let Some(workers) = self.workers.take() {
+                    self.killing = Some(tokio::spawn(workers.kill()));
+                }
+            }
+        }
+        None
+    }
+
+    fn lay_out(&mut self, tensors: &[TensorSpec]) -> Result<Event> {
+        let ranks = self.start.upload.ranks;
+        let mut bytes = 0;
+        for (plan, base) in self.slots.lay_out(tensors, ranks)? {
+            bytes += plan.shards.iter().map(|shard| shard.len).sum::<u64>();
+            if let (Some(workers), Some(local)) = (&self.workers, ranks.local(plan.rank)) {
+                workers.tell(local, ToWorker::Layout { plan: Box::new(plan.clone()), base });
+            }
+        }
+        Ok(Event::LaidOut { bytes })
+    }
+
+    /// Starts uploading this node's part of a save; `says` hears of its progress and its end.
+    pub fn put(&mut self, part: Part, says: mpsc::UnboundedSender<Put>) -> Result<()> {
+        let Part { attempt, step, slot, priority, small } = part;
+        let context = &self.start.upload;
+        let save = Save {
+            attempt,
+            run_id: context.run_id.clone(),
+            step,
+            generation: context.generation,
+            node: context.node.clone(),
+            world_size: context.ranks.world,
+            uploads: self.slots.uploads(slot)?,
+            small,
+        };
+        self.putting = Some(put::start(context.run.clone().at_priority(priority), save, says));
+        Ok(())
+    }
+
+    /// The index of the weights, and the names of all shards of a checkpoint, over all nodes.
+    pub fn outline(&self) -> Result<(Bytes, Vec<String>)> {
+        self.slots.outline()
+    }
+
+    /// The upload under way is given up: nothing more of it is written.
+    pub fn gives_up_save(&mut self) {
+        if let Some(putting) = self.putting.take() {
+            putting.abort();
+        }
+    }
+
+    /// The fetch under way is given up.
+    pub fn stops_fetching(&mut self) {
+        self.fetching.stop();
+    }
+
+    /// Ends the workers: asks them to exit (`dismisses`), or kills them. The result waits for a bounded time until they
+    /// are gone, and says whether they are.
+    pub fn ends_workers(&mut self, dismisses: bool) -> impl Future<Output = bool> + Send + 'static {
+        let workers = self
+            .workers
+            .take()
+            .map(|workers| if dismisses { tokio::spawn(workers.dismiss(GRACE)) } else { tokio::spawn(workers.kill()) });
+        let processes = [workers, self.killing.take()];
+        async move {
+            let mut gone = true;
+            for process in processes.into_iter().flatten() {
+                if tokio::time::timeout(GONE, process).await.is_err() {
+                    tracing::warn!("worker processes were killed and are not gone yet");
+                    gone = false;
+                }
+            }
+            gone
+        }
+    }
+
+    /// Another generation may follow; `workers_are_gone`: see [`Slots::end_generation`].
+    pub async fn leaves_slots(&mut self, workers_are_gone: bool) -> Result<()> {
+        self.slots.end_generation(workers_are_gone).await
+    }
+}

@@ -34,7 +34,7 @@ fn expect_shares(life: &Finished, ranks: u32) {
     let formed = life.last("formed");
     assert_eq!(formed.value["world_size"], ranks, "{}", life.story());
     let told = life.stderr.contains(&format!("{GLOBAL_BATCH} sequences on {ranks} workers: "));
-    assert_eq!(told, GLOBAL_BATCH % ranks != 0, "{}", life.story());
+    assert_eq!(told, !GLOBAL_BATCH.is_multiple_of(ranks), "{}", life.story());
     let Some(shares) = formed.value.get("shares") else {
         assert_eq!(GLOBAL_BATCH % ranks, 0, "{}", life.story());
         return;
@@ -101,7 +101,7 @@ fn a_run_goes_from_8_to_3_to_5_to_8_ranks() {
     let bf16 = on(lab.run("bf16"), 2, &["train.precision=bf16"]).finish().expect_code(0);
     for strategy in ["parallel.strategy=ddp", "parallel.strategy=zero1"] {
         goes_from_world_to_world(&[8, 3, 5, 8], &[strategy], &reference().losses, 1e-5);
-        goes_from_world_to_world(&[8, 3, 5, 8], &[strategy, "train.precision=bf16"], &losses(&[&bf16]), 1e-2);
+        goes_from_world_to_world(&[8, 3, 5, 8], &[strategy, "train.precision=bf16"], &losses(&[&bf16]), 1e-3);
     }
 }
 

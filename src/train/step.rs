@@ -184,7 +184,7 @@ impl Training {
     }
 }
 
-/// The seed of the generators for a pass that begins at this position of the run's cursor. Every position belongs to one
+/// The seed of the generators for a pass that begins at this position of the run's cursor. A position belongs to one
 /// step, so no two passes of a run have the same.
 fn pass_seed(seed: u64, first: u64) -> u64 {
     // SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): neighbouring passes get unrelated seeds.

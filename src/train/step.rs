@@ -496,6 +496,27 @@ mod tests {
         assert!(over_at(passes).is_some());
     }
 
+    /// In a process of its own, because the generators belong to the whole process.
+    #[test]
+    fn what_a_pass_draws_depends_on_its_first_position() {
+        const NAME: &str = "train::step::tests::what_a_pass_draws_depends_on_its_first_position";
+        const VARIABLE: &str = "TRAINER_TEST_SEEDS";
+        if std::env::var_os(VARIABLE).is_none() {
+            let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+            let output = again.args(["--exact", NAME]).env(VARIABLE, "1").output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && text.contains("1 passed"), "{text}");
+            return;
+        }
+        let run = run(config::Strategy::Ddp, Precision::Fp32, 2);
+        let (mut training, _) = rank(&run, None, None);
+        training.forward_backward(Step(3)).unwrap();
+        // This model draws nothing: the generator stands where the last pass began, with the last 2 of 8 sequences.
+        let left = torch::rng_state(Device::Cpu).unwrap();
+        torch::manual_seed(pass_seed(run.train.seed, 2 * 8 + 6)).unwrap();
+        assert!(left == torch::rng_state(Device::Cpu).unwrap(), "seeded otherwise");
+    }
+
     #[test]
     fn seeds_of_passes_are_unrelated() {
         let seeds = [(7, 0), (7, 1), (7, 8), (7, 1 << 40), (6, 0), (6, 1)].map(|(seed, at)| pass_seed(seed, at));

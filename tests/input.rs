@@ -110,10 +110,11 @@ fn a_resume_that_would_change_the_mathematics_is_refused() {
 }
 
 #[test]
-fn a_batch_that_the_ranks_cannot_share_is_refused() {
+fn more_ranks_than_sequences_are_refused() {
     let lab = Lab::on_files();
-    let life = lab.run("x").args(&["--nproc-per-node", "5"]).finish().expect_code(78);
-    life.expect_said(&["12", "5"]);
+    let life = lab.run("x").args(&["--nproc-per-node", "13"]).finish().expect_code(78);
+    life.expect_said(&["train.global_batch = 12 is too small for 13 workers", "--nproc-per-node 12"]);
+    assert!(lab.keys("x", "").is_empty(), "a run was created");
 }
 
 #[test]

@@ -35,6 +35,7 @@ mod storms;
 mod streams;
 mod torture;
 mod training;
+mod uneven;
 mod unmounted;
 mod userdata;
 mod work;

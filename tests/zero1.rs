@@ -117,7 +117,7 @@ fn weights_go_through_every_world_without_losing_a_bit() {
 }
 
 /// Every tensor of the newest checkpoint's files by its stored name: type, extents, bytes.
-fn tensors(lab: &Lab, run: &str) -> BTreeMap<String, (String, Vec<u64>, Vec<u8>)> {
+pub fn tensors(lab: &Lab, run: &str) -> BTreeMap<String, (String, Vec<u64>, Vec<u8>)> {
     let folder = lab.newest_checkpoint(run);
     let mut found = BTreeMap::new();
     for key in lab.keys(run, &format!("{folder}/")).iter().filter(|key| key.ends_with(".safetensors")) {

@@ -1,48 +1,160 @@
-//! How a global batch is spread over the world: a pure function of three numbers.
+//! How a global batch is spread over the ranks of a world, and over the passes of each rank: pure functions of a few
+//! numbers.
+//!
+//! # The formula
+//! A step is to follow the mean gradient of its G sequences, (1/G) Σ ∇lᵢ. Each of W ranks adds up the gradients of its
+//! passes, and the reduction adds up the ranks' sums and divides by W, whatever the ranks' shares are. So a pass of m
+//! sequences, whose mean loss is L, backpropagates L·m·W/G:
+//!
+//! ```text
+//! (1/W) Σ ∇(L·m·W/G)  =  (1/G) Σ m·∇L  =  (1/G) Σ ∇lᵢ        (the first two sums: over all passes of all ranks)
+//! ```
+//!
+//! A rank's loss is the sum over its passes of the same L·m·W/G, so the plain mean over the ranks is the mean over the
+//! sequences. Clipping and the norm come after the average: they need no weights.
+//!
+//! # Invariants
+//! - No rank is without a sequence: it would never enter the reduction, and all others would wait for it.
+//! - Where W divides G, all passes have the same size, and what divides their loss is the number of a rank's passes,
+//!   exactly: such a world computes the bits that it computed before other worlds were possible.
+//! - Everything here is part of the mathematics of a run: after a change, a resumed run has other bits. Tests pin it.
+
+use std::ops::Range;
+
+use serde::Serialize;
 
 use super::ConfigError;
-use crate::ids::WorldSize;
+use crate::ids::{Rank, WorldSize};
 
-/// How many sequences a worker handles in one optimizer step, and in how many passes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MicroBatches {
-    /// Sequences of one worker in one optimizer step.
-    pub per_rank: u32,
-    /// Sequences in one forward pass; divides `per_rank`.
-    pub micro_batch: u32,
-    /// Forward passes in one optimizer step: `per_rank / micro_batch`.
-    pub accumulate: u32,
-}
-
-/// Spreads `global_batch` sequences over `world` workers, in equal passes of at most `max_micro_batch` sequences each.
+/// The part of `0..count` that falls to `rank`: contiguous, in rank order, sizes differing by one at most.
 ///
-/// The micro-batch is the largest divisor of a worker's share that is not over the limit, so that every pass has the
-/// same size and the mean over passes is the mean over sequences.
-///
-/// # Errors
-/// [`ConfigError::IndivisibleBatch`], with world sizes that work, if the world does not divide the batch.
-pub fn micro_batches(global_batch: u32, world: WorldSize, max_micro_batch: u32) -> Result<MicroBatches, ConfigError> {
-    let world = world.get();
-    if global_batch == 0 || world == 0 || !global_batch.is_multiple_of(world) {
-        return Err(ConfigError::IndivisibleBatch { global_batch, world, works: world_sizes(global_batch, world) });
+/// The parts of all ranks together are `0..count`, whatever the world size. Contiguous rather than strided, because
+/// then a micro-batch of m consecutive samples is the same m samples on any world size whose share is a multiple of m:
+/// its loss and gradient agree to the last bit, and only the order of the sum over micro-batches differs. A mean over
+/// ranks weights ranks equally: if `count` is not a multiple of the world size, sum and divide by `count`, or weight
+/// each part by its size.
+pub const fn share(count: u64, rank: Rank, world: WorldSize) -> Range<u64> {
+    const fn edge(count: u64, rank: u64, world: u64) -> u64 {
+        ((count as u128 * rank as u128) / world as u128) as u64
     }
-    let per_rank = global_batch / world;
-    let limit = max_micro_batch.clamp(1, per_rank);
-    let micro_batch = (1..=limit).rev().find(|size| per_rank.is_multiple_of(*size)).unwrap_or(1);
-    Ok(MicroBatches { per_rank, micro_batch, accumulate: per_rank / micro_batch })
+    let (rank, world) = (rank.get() as u64, world.get() as u64);
+    if rank >= world {
+        return 0..0;
+    }
+    edge(count, rank, world)..edge(count, rank + 1, world)
 }
 
-/// World sizes that divide the batch: the four nearest below `world` and the four nearest above.
-fn world_sizes(global_batch: u32, world: u32) -> Vec<u32> {
-    let mut divisors: Vec<u32> = (1..)
-        .take_while(|d| u64::from(*d) * u64::from(*d) <= u64::from(global_batch))
-        .filter(|d| global_batch.is_multiple_of(*d))
-        .flat_map(|d| [d, global_batch / d])
-        .collect();
-    divisors.sort_unstable();
-    divisors.dedup();
-    let middle = divisors.partition_point(|d| *d <= world);
-    divisors[middle.saturating_sub(4)..(middle + 4).min(divisors.len())].to_vec()
+/// How the sequences of one optimizer step are spread over a world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spread {
+    global_batch: u32,
+    world: WorldSize,
+    max_micro_batch: u32,
+}
+
+/// One rank's passes in one optimizer step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Passes {
+    spread: Spread,
+    sequences: u32,
+    count: u32,
+}
+
+/// One forward and backward pass.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pass {
+    /// Its sequences: those that follow the pass before.
+    pub sequences: u32,
+    /// Divides the mean loss over them: G/(m·W).
+    pub divisor: f64,
+    /// Whether it is the rank's last one in this step, behind which gradients are reduced.
+    pub last: bool,
+}
+
+/// The shares of a world whose ranks don't all have the same number of sequences.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Shares {
+    /// Sequences of one optimizer step.
+    pub sequences: u32,
+    /// Those of each rank, in the order of ranks.
+    pub ranks: Vec<u32>,
+    /// The part of a step's time in which ranks compute, if each sequence takes the same time: G/(W·largest share).
+    pub efficiency: f64,
+}
+
+impl Spread {
+    /// `global_batch` sequences over `world` workers, at most `max_micro_batch` of them in one pass.
+    ///
+    /// # Errors
+    /// [`ConfigError::TooManyWorkers`] if a worker would have no sequence.
+    pub fn new(global_batch: u32, world: WorldSize, max_micro_batch: u32) -> Result<Self, ConfigError> {
+        if world.get() == 0 || world.get() > global_batch {
+            return Err(ConfigError::TooManyWorkers { global_batch, world: world.get() });
+        }
+        Ok(Self { global_batch, world, max_micro_batch })
+    }
+
+    /// Whether all ranks have the same number of sequences.
+    const fn is_even(self) -> bool {
+        self.global_batch.is_multiple_of(self.world.get())
+    }
+
+    /// Sequences of one rank.
+    fn sequences(self, rank: Rank) -> u32 {
+        let share = share(self.global_batch.into(), rank, self.world);
+        // A share is not larger than the batch.
+        u32::try_from(share.end - share.start).unwrap_or(self.global_batch)
+    }
+
+    /// The passes of one rank in one step; a rank beyond the world has none.
+    ///
+    /// In an even world every pass has the size of the largest divisor of the share that is not over the limit. In an
+    /// uneven one there are as few passes as the limit allows, and their sizes differ by one at most, the larger ones
+    /// first: ranks may have different numbers of passes.
+    pub fn passes(self, rank: Rank) -> Passes {
+        let sequences = self.sequences(rank);
+        let limit = self.max_micro_batch.clamp(1, sequences.max(1));
+        let count = if self.is_even() {
+            sequences / (1..=limit).rev().find(|size| sequences.is_multiple_of(*size)).unwrap_or(1)
+        } else {
+            sequences.div_ceil(limit)
+        };
+        Passes { spread: self, sequences, count }
+    }
+
+    /// Sequences in the largest pass of any rank.
+    pub fn largest_pass(self) -> u32 {
+        // There are two sizes of shares, and the last rank has the larger one, the first the smaller.
+        let first = |rank| self.passes(rank).iter().next().map_or(0, |pass| pass.sequences);
+        first(Rank(0)).max(first(Rank(self.world.get() - 1)))
+    }
+
+    /// The shares, if they differ.
+    pub fn uneven(self) -> Option<Shares> {
+        if self.is_even() {
+            return None;
+        }
+        let world = self.world.get();
+        let largest = self.global_batch.div_ceil(world);
+        Some(Shares {
+            sequences: self.global_batch,
+            ranks: (0..world).map(|rank| self.sequences(Rank(rank))).collect(),
+            efficiency: f64::from(self.global_batch) / (f64::from(world) * f64::from(largest)),
+        })
+    }
+}
+
+impl Passes {
+    /// One after the other.
+    pub fn iter(self) -> impl Iterator<Item = Pass> {
+        let Self { spread: Spread { global_batch, world, .. }, sequences, count } = self;
+        (0..count).map(move |number| {
+            let sequences = sequences / count + u32::from(number < sequences % count);
+            // Exact up to the division: the product is below 2^33.
+            let divisor = f64::from(global_batch) / (f64::from(sequences) * f64::from(world.get()));
+            Pass { sequences, divisor, last: number + 1 == count }
+        })
+    }
 }
 
 #[cfg(test)]
@@ -50,31 +162,121 @@ mod tests {
     use super::*;
     use crate::error::Explain;
 
+    fn spread(global_batch: u32, world: u32, limit: u32) -> Spread {
+        Spread::new(global_batch, WorldSize(world), limit).unwrap()
+    }
+
+    fn sizes(spread: Spread, rank: u32) -> Vec<u32> {
+        spread.passes(Rank(rank)).iter().map(|pass| pass.sequences).collect()
+    }
+
+    /// (sequences of a pass, passes), as it was when the world had to divide the batch.
+    fn equal_passes(global_batch: u32, world: u32, limit: u32) -> (u32, u32) {
+        let per_rank = global_batch / world;
+        let limit = limit.clamp(1, per_rank);
+        let size = (1..=limit).rev().find(|size| per_rank.is_multiple_of(*size)).unwrap_or(1);
+        (size, per_rank / size)
+    }
+
     #[test]
-    fn a_batch_is_spread_in_equal_passes() {
-        for (global, world, limit, per_rank, micro, accumulate) in [
-            (32, 1, 8, 32, 8, 4),
-            (32, 2, 8, 16, 8, 2),
-            (32, 4, 8, 8, 8, 1),
-            (32, 32, 8, 1, 1, 1),
-            (24, 2, 5, 12, 4, 3),
-            (14, 2, 4, 7, 1, 7),
-            (16, 2, 100, 8, 8, 1),
-            (16, 1, 0, 16, 1, 16),
-            (u32::MAX, 1, 2, u32::MAX, 1, u32::MAX),
+    fn a_world_that_divides_the_batch_has_the_passes_and_the_divisor_that_it_always_had() {
+        for (global, world, limit, size, count) in [
+            (32, 1, 8, 8, 4),
+            (32, 2, 8, 8, 2),
+            (32, 4, 8, 8, 1),
+            (32, 32, 8, 1, 1),
+            (24, 2, 5, 4, 3),
+            (14, 2, 4, 1, 7),
+            (16, 2, 100, 8, 1),
+            (16, 1, 0, 1, 16),
         ] {
-            let spread = micro_batches(global, WorldSize(world), limit).unwrap();
-            assert_eq!(spread, MicroBatches { per_rank, micro_batch: micro, accumulate }, "{global}/{world}/{limit}");
+            assert_eq!(equal_passes(global, world, limit), (size, count), "{global}/{world}/{limit}");
+        }
+        for global in 1..=96 {
+            for world in (1..=global).filter(|world| global % world == 0) {
+                for limit in [0, 1, 2, 3, 4, 5, 7, 8, 16, 100] {
+                    let (size, count) = equal_passes(global, world, limit);
+                    for rank in [0, world / 2, world - 1] {
+                        let passes: Vec<Pass> = spread(global, world, limit).passes(Rank(rank)).iter().collect();
+                        assert_eq!(passes.len() as u32, count, "{global}/{world}/{limit}");
+                        for (number, pass) in (1..).zip(passes) {
+                            let expected = Pass { sequences: size, divisor: f64::from(count), last: number == count };
+                            assert_eq!(pass, expected, "{global}/{world}/{limit}");
+                        }
+                    }
+                    assert_eq!(spread(global, world, limit).largest_pass(), size);
+                }
+            }
+        }
+        let huge = spread(u32::MAX, 1, 2).passes(Rank(0));
+        assert_eq!(huge.iter().next(), Some(Pass { sequences: 1, divisor: f64::from(u32::MAX), last: false }));
+    }
+
+    #[test]
+    fn on_every_world_each_sequence_counts_once_and_none_more_than_another() {
+        for (global, limit) in (1..=16).map(|limit| (16, limit)).chain([(32, 4), (31, 7), (13, 1)]) {
+            for world in 1..=global {
+                let spread = spread(global, world, limit);
+                let case = format!("{global} on {world}, at most {limit}");
+                let mut sum = 0;
+                for rank in 0..world {
+                    let share = share(global.into(), Rank(rank), WorldSize(world));
+                    assert_eq!(share.start, sum, "{case}");
+                    let passes: Vec<Pass> = spread.passes(Rank(rank)).iter().collect();
+                    let sequences: u32 = passes.iter().map(|pass| pass.sequences).sum();
+                    assert_eq!(share.start + u64::from(sequences), share.end, "{case}: rank {rank}");
+                    assert!(passes.iter().all(|pass| (1..=limit).contains(&pass.sequences)), "{case}: {passes:?}");
+                    let lasts: Vec<bool> = passes.iter().rev().map(|pass| pass.last).collect();
+                    assert!(lasts[0] && !lasts[1..].contains(&true), "{case}: {passes:?}");
+                    if global % world != 0 {
+                        assert_eq!(passes.len() as u32, sequences.div_ceil(limit), "{case}");
+                        assert!(passes[0].sequences - passes.last().unwrap().sequences <= 1, "{case}");
+                    }
+                    for Pass { sequences, divisor, .. } in passes {
+                        // Its part in the mean over ranks, 1/W · m·W/G, is m/G: these add up to 1.
+                        let exact = f64::from(global) / f64::from(sequences * world);
+                        assert_eq!(divisor.to_bits(), exact.to_bits(), "{case}");
+                        let part = 1.0 / divisor / f64::from(world);
+                        assert!((part * f64::from(global) / f64::from(sequences) - 1.0).abs() < 1e-15, "{case}");
+                    }
+                    sum = share.end;
+                }
+                assert_eq!(sum, u64::from(global), "{case}");
+                let largest = (0..world).flat_map(|rank| sizes(spread, rank)).max();
+                assert_eq!(Some(spread.largest_pass()), largest, "{case}");
+            }
         }
     }
 
     #[test]
-    fn a_batch_that_does_not_divide_says_what_would() {
-        let error = micro_batches(32, WorldSize(3), 8).unwrap_err();
-        assert_eq!(error.to_string(), "train.global_batch = 32 can't be divided evenly over 3 workers");
-        assert_eq!(error.hint().unwrap(), "world sizes that work: 1, 2, 4, 8, 16, 32; or change train.global_batch");
-        assert!(micro_batches(0, WorldSize(1), 8).is_err());
-        assert!(micro_batches(8, WorldSize(0), 8).is_err());
-        assert_eq!(world_sizes(64, 1000), [8, 16, 32, 64]);
+    fn ranks_of_an_uneven_world_may_have_different_numbers_of_passes() {
+        let of = |limit| [0, 2].map(|rank| sizes(spread(32, 5, limit), rank));
+        assert_eq!(of(8), [vec![6], vec![7]]);
+        assert_eq!(of(6), [vec![6], vec![4, 3]]);
+        assert_eq!(of(4), [vec![3, 3], vec![4, 3]]);
+        assert_eq!(of(3), [vec![3, 3], vec![3, 2, 2]]);
+        assert_eq!(of(0), [vec![1; 6], vec![1; 7]]);
+        assert_eq!(sizes(spread(32, 5, 8), 5), [0; 0], "no such rank");
+    }
+
+    #[test]
+    fn shares_are_told_only_if_they_differ() {
+        let Shares { sequences, ranks, efficiency } = spread(32, 5, 8).uneven().unwrap();
+        assert_eq!((sequences, ranks), (32, vec![6, 6, 7, 6, 7]));
+        assert!((efficiency - 32.0 / 35.0).abs() < 1e-15, "{efficiency}");
+        for world in 1..=32_u32 {
+            assert_eq!(spread(32, world, 8).uneven().is_some(), 32 % world != 0, "{world}");
+        }
+    }
+
+    #[test]
+    fn a_worker_without_a_sequence_is_refused() {
+        let error = |global, world| Spread::new(global, WorldSize(world), 8).unwrap_err();
+        let refused = error(32, 33);
+        assert_eq!(refused.to_string(), "train.global_batch = 32 is too small for 33 workers: each needs a sequence");
+        let hint = refused.hint().unwrap();
+        assert_eq!(hint, "start at most 32 workers (--nproc-per-node 32), or raise train.global_batch");
+        assert_eq!(error(0, 1).hint().unwrap(), "raise train.global_batch");
+        assert!(Spread::new(8, WorldSize(0), 8).is_err());
     }
 }

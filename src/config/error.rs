@@ -129,15 +129,13 @@ pub enum ConfigError {
         /// Why.
         reason: &'static str,
     },
-    /// The batch can't be spread over the world.
-    #[error("train.global_batch = {global_batch} can't be divided evenly over {world} workers")]
-    IndivisibleBatch {
+    /// A worker would have no sequence of a step, so that the others would wait for it without end.
+    #[error("train.global_batch = {global_batch} is too small for {world} workers: each needs a sequence")]
+    TooManyWorkers {
         /// Sequences in one optimizer step.
         global_batch: u32,
         /// Workers of all nodes.
         world: u32,
-        /// World sizes that work, around the one asked for.
-        works: Vec<u32>,
     },
 }
 
@@ -156,9 +154,9 @@ impl Explain for ConfigError {
             Self::Withheld { hint, .. } => hint.clone(),
             Self::Missing { remedy, .. } => Some(remedy.clone()),
             Self::Fixed { .. } => Some("start a new run, with model.init_from to keep the weights".into()),
-            Self::IndivisibleBatch { works, .. } => {
-                let works: Vec<String> = works.iter().map(u32::to_string).collect();
-                Some(format!("world sizes that work: {}; or change train.global_batch", works.join(", ")))
+            Self::TooManyWorkers { global_batch: 0, .. } => Some("raise train.global_batch".into()),
+            Self::TooManyWorkers { global_batch: most, .. } => {
+                Some(format!("start at most {most} workers (--nproc-per-node {most}), or raise train.global_batch"))
             }
             Self::Named { key: "model.config", .. } => {
                 Some("the path is taken from the working directory, then from the configuration file's folder".into())

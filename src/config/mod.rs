@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-pub use batch::{MicroBatches, micro_batches};
+pub use batch::{Pass, Passes, Shares, Spread, share};
 pub use change::{
     Difference, Effect, apply_overrides, canonical_overrides, diff, effect, is_mathematical, names, reading_settings,
     settings,

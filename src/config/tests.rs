@@ -531,12 +531,8 @@ fn the_configurations_that_are_delivered_are_read() {
             })
             .unwrap();
             let workers = workers_per_node(&config.workload.parallel, None, &MACHINE);
-            micro_batches(
-                config.workload.train.global_batch,
-                crate::ids::WorldSize(workers),
-                config.workload.train.max_micro_batch,
-            )
-            .unwrap();
+            let train = &config.workload.train;
+            Spread::new(train.global_batch, crate::ids::WorldSize(workers), train.max_micro_batch).unwrap();
             seen += 1;
         }
     }

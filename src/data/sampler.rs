@@ -19,7 +19,10 @@
 use std::ops::Range;
 
 use super::{DataError, Split};
-use crate::ids::{Rank, Step, WorldSize};
+use crate::{
+    config::share,
+    ids::{Rank, Step, WorldSize},
+};
 
 /// Four rounds already give a pseudorandom permutation for an ideal round function; ours is not ideal and small domains
 /// mix slowly, so there are three times as many. All of them take tens of nanoseconds.
@@ -95,23 +98,6 @@ impl Sampler {
         }
         (left << self.half_bits) | right
     }
-}
-
-/// The part of `0..count` that falls to `rank`: contiguous, in rank order, sizes differing by one at most.
-///
-/// The parts of all ranks together are `0..count`, whatever the world size. Contiguous rather than strided, because
-/// then a micro-batch of m consecutive samples is the same m samples on any world size whose share is a multiple of m:
-/// its loss and gradient agree to the last bit, and only the order of the sum over micro-batches differs. A mean over
-/// ranks weights ranks equally: if `count` is not a multiple of the world size, sum and divide by `count`.
-pub const fn share(count: u64, rank: Rank, world: WorldSize) -> Range<u64> {
-    const fn edge(count: u64, rank: u64, world: u64) -> u64 {
-        ((count as u128 * rank as u128) / world as u128) as u64
-    }
-    let (rank, world) = (rank.get() as u64, world.get() as u64);
-    if rank >= world {
-        return 0..0;
-    }
-    edge(count, rank, world)..edge(count, rank + 1, world)
 }
 
 /// The positions of the global cursor that `rank` trains on in `step` (from 1; step 0 trains on nothing).

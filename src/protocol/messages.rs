@@ -167,7 +167,7 @@ pub enum FromWorker {
 pub struct StepReport {
     /// The step.
     pub step: Step,
-    /// Mean loss over this rank's sequences.
+    /// This rank's part of the step's loss: the mean of it over all ranks is the mean over all sequences of the step.
     #[serde(with = "bits")]
     pub loss: f64,
     /// 2-norm of the whole gradient before clipping, the same on every rank.

@@ -2,7 +2,10 @@
 
 use serde::Serialize;
 
-use crate::ids::{Generation, Step, WorldSize};
+use crate::{
+    config::Shares,
+    ids::{Generation, Step, WorldSize},
+};
 
 /// One event. Serialised, it is one line of `--json`: fields may be added, never renamed.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -18,6 +21,9 @@ pub enum Event {
         resume_step: Option<Step>,
         /// Steps of the whole run.
         total_steps: u64,
+        /// The sequences of each rank, if they are not the same.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        shares: Option<Shares>,
     },
     /// A step is finished.
     Step {

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::config::Shares;
+
 /// Bytes in binary units: `512 B`, `1.5 KiB`, `480 MiB`.
 #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
 pub fn bytes(count: u64) -> String {
@@ -91,6 +93,23 @@ pub fn ago(then: jiff::Timestamp, now: jiff::Timestamp) -> String {
     if past <= 0 { "just now".into() } else { format!("{} ago", long(Duration::from_secs(past.unsigned_abs()))) }
 }
 
+/// `32 sequences on 5 workers: 2 have 7, 3 have 6; 91 % efficiency`.
+pub fn shares(shares: &Shares) -> String {
+    let Shares { sequences, ranks, efficiency } = shares;
+    let most = ranks.iter().max().copied().unwrap_or(0);
+    let with_most = ranks.iter().filter(|share| **share == most).count();
+    let rest = ranks.len() - with_most;
+    let verb = |count| if count == 1 { "has" } else { "have" };
+    format!(
+        "{sequences} sequences on {} workers: {with_most} {} {most}, {rest} {} {}; {:.0} % efficiency",
+        ranks.len(),
+        verb(with_most),
+        verb(rest),
+        most.saturating_sub(1),
+        efficiency * 100.0
+    )
+}
+
 /// `1 step`, `2 steps`.
 pub fn plural(count: u64, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
@@ -147,6 +166,10 @@ mod tests {
         }
         assert_eq!((plural(1, "step"), plural(2, "step")), ("1 step".into(), "2 steps".into()));
         assert_eq!(plain("a\u{1b}[31mb\n"), "a\\u{1b}[31mb\\n");
+        let uneven = Shares { sequences: 32, ranks: vec![6, 6, 7, 6, 7], efficiency: 32.0 / 35.0 };
+        assert_eq!(shares(&uneven), "32 sequences on 5 workers: 2 have 7, 3 have 6; 91 % efficiency");
+        let uneven = Shares { sequences: 5, ranks: vec![1, 2, 2], efficiency: 5.0 / 6.0 };
+        assert_eq!(shares(&uneven), "5 sequences on 3 workers: 2 have 2, 1 has 1; 83 % efficiency");
     }
 
     #[test]

@@ -155,7 +155,10 @@ fn write_json(output: &mut Json, event: &Event) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::{Generation, Step, WorldSize};
+    use crate::{
+        config::Shares,
+        ids::{Generation, Step, WorldSize},
+    };
 
     pub(super) fn step(step: u64, loss: f64) -> Event {
         Event::Step {
@@ -175,12 +178,26 @@ mod tests {
     fn one_of_each() -> Vec<Event> {
         vec![
             Event::Phase { doing: "downloading".into() },
-            Event::Formed { generation: Generation(1), world_size: WorldSize(2), resume_step: None, total_steps: 9 },
+            Event::Formed {
+                generation: Generation(1),
+                world_size: WorldSize(2),
+                resume_step: None,
+                total_steps: 9,
+                shares: None,
+            },
             Event::Formed {
                 generation: Generation(2),
                 world_size: WorldSize(2),
                 resume_step: Some(Step(4)),
                 total_steps: 9,
+                shares: None,
+            },
+            Event::Formed {
+                generation: Generation(3),
+                world_size: WorldSize(3),
+                resume_step: Some(Step(4)),
+                total_steps: 9,
+                shares: Some(Shares { sequences: 8, ranks: vec![2, 3, 3], efficiency: 0.75 }),
             },
             Event::FoundDead {
                 node: "n-1".into(),
@@ -246,6 +263,7 @@ mod tests {
             text,
             r#"{"event":"formed","generation":1,"world_size":2,"resume_step":null,"total_steps":9}
 {"event":"formed","generation":2,"world_size":2,"resume_step":4,"total_steps":9}
+{"event":"formed","generation":3,"world_size":3,"resume_step":4,"total_steps":9,"shares":{"sequences":8,"ranks":[2,3,3],"efficiency":0.75}}
 {"event":"found_dead","node":"n-1","generation":1,"same_machine":true,"pid":77,"checkpoint":4}
 {"event":"restored","step":4,"bytes":10,"fetch_s":0.25,"restore_s":0.5,"from":"memory"}
 {"event":"step","step":5,"loss":5.4321987,"lr":0.0003,"grad_norm":1.5,"tokens":2560,"tokens_per_s":1024.0,"step_s":0.5,"stall_s":0.0,"lag_steps":1,"lag_s":0.5}

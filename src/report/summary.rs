@@ -100,6 +100,7 @@ mod tests {
             world_size: WorldSize(2),
             resume_step: resume_step.map(Step),
             total_steps: 10,
+            shares: None,
         };
         let checkpoint = |stall_s| Event::Checkpoint {
             step: Step(2),

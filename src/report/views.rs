@@ -24,12 +24,15 @@ impl Lines {
 
     pub fn show(&mut self, event: &Event, now: Instant) {
         match event {
-            Event::Formed { generation, world_size, resume_step, total_steps } => {
+            Event::Formed { generation, world_size, resume_step, total_steps, shares } => {
                 self.total = *total_steps;
                 self.thinning = Thinning::default();
                 match resume_step {
                     Some(step) => info!(%generation, %world_size, "continuing from step {step} of {total_steps}"),
                     None => info!(%generation, %world_size, "training {total_steps} steps from the beginning"),
+                }
+                if let Some(shares) = shares {
+                    info!("{}", human::shares(shares));
                 }
             }
             Event::Step { step, loss, lr, grad_norm, tokens_per_s, step_s, stall_s, lag_steps, lag_s, .. } => {

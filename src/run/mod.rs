@@ -484,9 +484,11 @@ impl Runner {
             tracing::info!("boot to joined: {:.2} s", since.elapsed().as_secs_f64());
         }
         notices.formed(&self.run, generation);
+        let world_size = WorldSize(self.resolved.workload.workers());
         self.reporter.event(&Event::Formed {
             generation,
-            world_size: WorldSize(self.resolved.workload.workers()),
+            world_size,
+            shares: self.resolved.workload.uneven_shares(world_size),
             resume_step: (load.step() > Step(0)).then_some(load.step()),
             total_steps: self.resolved.workload.last_step().get(),
         });

@@ -6,7 +6,7 @@ use tch::{Device, Tensor};
 
 use super::Place;
 use crate::{
-    config::{MicroBatches, TrainConfig, micro_batches},
+    config::{Passes, Spread, TrainConfig},
     data::{DataError, Dataset, Sampler, Split},
     error::Result,
     torch::{self, TorchError},
@@ -43,7 +43,7 @@ impl crate::error::Explain for BatchError {
 pub struct Batches {
     dataset: Dataset,
     sampler: Sampler,
-    spread: MicroBatches,
+    passes: Passes,
     /// Sequences of the split for validation.
     held_out: u64,
     /// Tokens of one sequence and the one that follows it.
@@ -54,18 +54,18 @@ pub struct Batches {
 
 impl Batches {
     /// From `dataset`, in sequences of `sequence_length` tokens and the one that follows, in the order and the passes
-    /// that `train` says. An error if the world does not divide the sequences of a step.
+    /// that `train` says. An error if the world has more ranks than a step has sequences.
     pub fn new(dataset: Dataset, sequence_length: u32, train: &TrainConfig, place: Place) -> Result<Self> {
         let sampler = Sampler::over(&dataset, Split::Train, sequence_length, train.seed)?;
         let held_out = dataset.samples(Split::Validation, sequence_length);
-        let spread = micro_batches(train.global_batch, place.world, train.max_micro_batch)?;
+        let passes = Spread::new(train.global_batch, place.world, train.max_micro_batch)?.passes(place.rank);
         let window = sequence_length as usize + 1;
-        Ok(Self { dataset, sampler, spread, held_out, window, buffer: Vec::new(), device: place.device })
+        Ok(Self { dataset, sampler, passes, held_out, window, buffer: Vec::new(), device: place.device })
     }
 
-    /// How the sequences of a step are spread over passes.
-    pub fn spread(&self) -> MicroBatches {
-        self.spread
+    /// How this rank's sequences of a step are spread over passes.
+    pub fn passes(&self) -> Passes {
+        self.passes
     }
 
     /// Sequences of the split for validation.

@@ -11,8 +11,8 @@ use super::{
     strategy::{self, Layout, Peers, Strategy},
 };
 use crate::{
-    config::{DataConfig, MicroBatches, ModelConfig, ParallelConfig, TrainConfig},
-    data::sampler::{batch as positions, share},
+    config::{self, DataConfig, ModelConfig, ParallelConfig, TrainConfig, share},
+    data::sampler::batch as positions,
     error::{Context, Error, Kind, Result},
     ids::{Rank, Step, WorldSize},
     model::{self, BuildSettings, Model},
@@ -86,7 +86,7 @@ pub struct Training {
 /// The result of a step's passes. The numbers are on the device: the caller chooses when to read them.
 #[derive(Debug)]
 pub struct Pass {
-    /// Mean loss over this rank's sequences.
+    /// This rank's part of the step's loss: the mean of it over all ranks is the mean over all sequences of the step.
     pub loss: Tensor,
     /// Time spent reading data.
     pub data: Duration,
@@ -114,16 +114,14 @@ impl Training {
     /// Gradients of `step`, reduced under the last backward pass.
     pub fn forward_backward(&mut self, step: Step) -> Result<Pass> {
         let Place { rank, world, .. } = self.place;
-        // Generators are seeded for each step, so that their state is a function of (seed, step, rank) on any world
-        // size.
-        torch::manual_seed(step_seed(self.train.seed, step, rank))?;
-        let MicroBatches { micro_batch, accumulate, .. } = self.batches.spread();
         let mut cursor = positions(step, self.train.global_batch, rank, world).start;
         let mut total: Option<Tensor> = None;
         let mut data = Duration::ZERO;
-        for pass in 0..accumulate {
+        for config::Pass { sequences, divisor, last } in self.batches.passes().iter() {
+            // Whatever is drawn for these sequences depends on their place in the run, not on who computes them.
+            torch::manual_seed(pass_seed(self.train.seed, cursor))?;
             let reading = Instant::now();
-            let end = cursor + u64::from(micro_batch);
+            let end = cursor + u64::from(sequences);
             let tokens = self.batches.at_positions(cursor..end)?;
             cursor = end;
             data += reading.elapsed();
@@ -131,8 +129,8 @@ impl Training {
             // The weights are read from here on.
             self.strategy.settle()?;
             let loss = self.model.loss(&tokens)?;
-            let loss = torch::tch_result("scale loss", loss.f_div_scalar(f64::from(accumulate)))?;
-            self.strategy.backward(&loss, pass + 1 == accumulate)?;
+            let loss = torch::tch_result("scale loss", loss.f_div_scalar(divisor))?;
+            self.strategy.backward(&loss, last)?;
             let loss = loss.detach();
             total = Some(match total {
                 None => loss,
@@ -186,10 +184,11 @@ impl Training {
     }
 }
 
-/// The seed of a step's generators on one rank.
-fn step_seed(seed: u64, step: Step, rank: Rank) -> u64 {
-    // SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): neighbouring steps get unrelated seeds.
-    let mut z = seed ^ step.get().wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ (u64::from(rank.get()) << 48);
+/// The seed of the generators for a pass that begins at this position of the run's cursor. A position belongs to one
+/// step, so no two passes of a run have the same.
+fn pass_seed(seed: u64, first: u64) -> u64 {
+    // SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): neighbouring passes get unrelated seeds.
+    let mut z = seed ^ first.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
@@ -339,6 +338,9 @@ mod tests {
             (Ddp, 2, Precision::Bf16),
             (Zero1, 2, Precision::Fp32),
             (Zero1, 2, Precision::Bf16),
+            // 8 sequences on 3: 2, 3, 3.
+            (Ddp, 3, Precision::Bf16),
+            (Zero1, 3, Precision::Fp32),
         ] {
             let run = run(strategy, precision, 2);
             let whole = everywhere(world, |group| {
@@ -368,13 +370,79 @@ mod tests {
         let of = |max_micro_batch| {
             let run = run(config::Strategy::Ddp, Precision::Fp32, max_micro_batch);
             let (mut training, _) = rank(&run, None, None);
-            assert_eq!(training.batches.spread().accumulate, 8 / max_micro_batch);
+            assert_eq!(training.batches.passes().iter().count() as u32, 8 / max_micro_batch);
             train(&mut training, 1..=4).into_iter().flatten().map(f64::from_bits).collect::<Vec<_>>()
         };
         let one = of(8);
         for passes in [of(4), of(1)] {
             for (a, b) in one.iter().zip(&passes) {
                 assert!((a - b).abs() < 2e-4 * a.abs(), "{one:?} {passes:?}");
+            }
+        }
+    }
+
+    /// The loop as it was when a world had to divide the batch: equal passes, each loss divided by their number.
+    fn train_in_equal_passes(training: &mut Training, steps: RangeInclusive<u64>, count: u64) -> Vec<[u64; 2]> {
+        let mut seen = Vec::new();
+        for step in steps.map(Step) {
+            let all = positions(step, training.train.global_batch, training.place.rank, training.place.world);
+            let size = (all.end - all.start) / count;
+            let mut total: Option<Tensor> = None;
+            for number in 0..count {
+                let begin = all.start + number * size;
+                let tokens = training.batches.at_positions(begin..begin + size).unwrap();
+                training.strategy.settle().unwrap();
+                let loss = training.model.loss(&tokens).unwrap().f_div_scalar(count as f64).unwrap();
+                training.strategy.backward(&loss, number + 1 == count).unwrap();
+                let loss = loss.detach();
+                total = Some(total.map_or_else(|| loss.shallow_clone(), |sum| sum.f_add(&loss).unwrap()));
+            }
+            let Update { grad_norm, .. } = training.update(step).unwrap();
+            seen.push([total.unwrap(), grad_norm].map(|tensor| torch::to_f64(&tensor).unwrap().to_bits()));
+        }
+        training.settle().unwrap();
+        seen
+    }
+
+    #[test]
+    fn a_world_that_divides_the_batch_has_the_bits_of_equal_passes() {
+        use config::Strategy::{Ddp, Zero1};
+        for (strategy, world, precision, most, count) in [
+            (Ddp, 1, Precision::Fp32, 3, 4),
+            (Ddp, 2, Precision::Fp32, 3, 2),
+            (Zero1, 2, Precision::Bf16, 1, 4),
+            (Zero1, 4, Precision::Fp32, 8, 1),
+        ] {
+            let run = run(strategy, precision, most);
+            let [ours, theirs] = [None, Some(count)].map(|count| {
+                everywhere(world, |group| {
+                    let (mut training, state) = rank(&run, group, None);
+                    let seen = match count {
+                        None => train(&mut training, 1..=4),
+                        Some(count) => train_in_equal_passes(&mut training, 1..=4, count),
+                    };
+                    (seen, files(&state, training.place))
+                })
+            });
+            assert!(ours == theirs, "{strategy:?} {world} {precision:?}: other bits");
+        }
+    }
+
+    #[test]
+    fn on_any_world_a_run_learns_what_one_rank_learns() {
+        let losses = |strategy, world| -> Vec<f64> {
+            let run = run(strategy, Precision::Fp32, 2);
+            let ranks = everywhere(world, |group| train(&mut rank(&run, group, None).0, 1..=4));
+            let loss = |step: usize| ranks.iter().map(|seen| f64::from_bits(seen[step][0])).sum::<f64>();
+            (0..4).map(|step| loss(step) / f64::from(world)).collect()
+        };
+        let alone = losses(config::Strategy::Ddp, 1);
+        for strategy in [config::Strategy::Ddp, config::Strategy::Zero1] {
+            for world in [3, 5, 7, 8] {
+                let ours = losses(strategy, world);
+                for (a, b) in ours.iter().zip(&alone) {
+                    assert!(((a - b) / b).abs() < 1e-5, "{strategy:?} on {world}: {ours:?} for {alone:?}");
+                }
             }
         }
     }
@@ -428,9 +496,30 @@ mod tests {
         assert!(over_at(passes).is_some());
     }
 
+    /// In a process of its own, because the generators belong to the whole process.
     #[test]
-    fn seeds_of_steps_and_ranks_are_unrelated() {
-        let seeds = [(1, 0), (2, 0), (1, 1), (2, 1)].map(|(step, rank)| step_seed(7, Step(step), Rank(rank)));
+    fn what_a_pass_draws_depends_on_its_first_position() {
+        const NAME: &str = "train::step::tests::what_a_pass_draws_depends_on_its_first_position";
+        const VARIABLE: &str = "TRAINER_TEST_SEEDS";
+        if std::env::var_os(VARIABLE).is_none() {
+            let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+            let output = again.args(["--exact", NAME]).env(VARIABLE, "1").output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && text.contains("1 passed"), "{text}");
+            return;
+        }
+        let run = run(config::Strategy::Ddp, Precision::Fp32, 2);
+        let (mut training, _) = rank(&run, None, None);
+        training.forward_backward(Step(3)).unwrap();
+        // This model draws nothing: the generator stands where the last pass began, with the last 2 of 8 sequences.
+        let left = torch::rng_state(Device::Cpu).unwrap();
+        torch::manual_seed(pass_seed(run.train.seed, 2 * 8 + 6)).unwrap();
+        assert!(left == torch::rng_state(Device::Cpu).unwrap(), "seeded otherwise");
+    }
+
+    #[test]
+    fn seeds_of_passes_are_unrelated() {
+        let seeds = [(7, 0), (7, 1), (7, 8), (7, 1 << 40), (6, 0), (6, 1)].map(|(seed, at)| pass_seed(seed, at));
         for (i, a) in seeds.iter().enumerate() {
             for b in &seeds[i + 1..] {
                 assert!((a ^ b).count_ones() > 10, "{seeds:x?}");

@@ -46,7 +46,7 @@ pub use self::{
 };
 use crate::{
     checkpoint::{manifest::TrainerState, restore::RemoteFile},
-    config::{StorageConfig, TrainTask},
+    config::{Shares, Spread, StorageConfig, TrainTask},
     data::{LocalDataset, identity},
     error::{Error, Kind, Result},
     ids::{DatasetId, Generation, LocalRank, NodeRanks, RunId, Step, WorldSize},
@@ -106,6 +106,12 @@ impl Workload {
     /// The facts that decisions depend on, for so many workers of all nodes.
     pub fn outline(&self, world: WorldSize) -> Outline {
         Outline::of(&self.task, world)
+    }
+
+    /// The sequences of each rank in a world of this size, if they are not the same.
+    pub fn uneven_shares(&self, world: WorldSize) -> Option<Shares> {
+        let train = &self.task.train;
+        Spread::new(train.global_batch, world, train.max_micro_batch).ok()?.uneven()
     }
 
     /// Waits until all of the data has been verified against its checksums.

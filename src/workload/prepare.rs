@@ -11,7 +11,7 @@ use super::{
     loopback, provenance,
 };
 use crate::{
-    config::{Machine, RunConfig, TrainTask, micro_batches, workers_per_node},
+    config::{Machine, RunConfig, Spread, TrainTask, workers_per_node},
     data::{self, Dataset, Split, identity},
     env,
     error::{Error, Kind, Result},
@@ -67,7 +67,7 @@ impl Workload {
         let TrainTask { model, data: wanted, train, parallel } = &config.workload;
         provenance::compute_device(parallel.device).await?;
         let workers = workers_per_node(parallel, site.nproc_per_node, &Machine::detect());
-        micro_batches(train.global_batch, WorldSize(workers), train.max_micro_batch)?;
+        Spread::new(train.global_batch, WorldSize(workers), train.max_micro_batch)?;
         loopback::check(workers)?;
         site.reporter.event(&Event::Phase { doing: "opening the token shards".into() });
         let shown = |progress: data::cache::CacheProgress| {

@@ -102,6 +102,8 @@ impl Reports {
     }
 
     /// A rank has finished a step. `None`: others have not.
+    ///
+    /// A rank's loss is weighted by its share of the sequences already, so that the plain mean over ranks is right.
     pub fn step(&mut self, report: StepReport) -> Option<Result<Progress, Diverged>> {
         let StepReport { step, grad_norm, lr, .. } = report;
         let reports = self.steps.entry(step).or_default();
@@ -162,6 +164,23 @@ mod tests {
         };
         assert_eq!((tokens, tokens_per_s, stall_s), (400, 50.0, 0.2));
         assert_eq!((lag_steps, lag_s, lr, grad_norm), (3, 7.5, 1e-3, 1.5));
+    }
+
+    #[test]
+    fn the_mean_over_ranks_with_different_shares_is_the_mean_over_sequences() {
+        // 8 sequences on 3 ranks, one a pass; a sequence's loss is its number.
+        let spread = crate::config::Spread::new(8, crate::ids::WorldSize(3), 1).unwrap();
+        let (mut reports, mut sequence, mut progress) = (Reports::new(OUTLINE), 0.0, None);
+        for rank in 0..3 {
+            let mut loss = 0.0;
+            for pass in spread.passes(crate::ids::Rank(rank)).iter() {
+                loss += sequence / pass.divisor;
+                sequence += 1.0;
+            }
+            progress = reports.step(report(1, loss, 1.0));
+        }
+        let loss = progress.unwrap().unwrap().loss;
+        assert!(((loss - 3.5) / 3.5).abs() < 1e-15, "{loss}");
     }
 
     #[test]

@@ -94,7 +94,7 @@ async fn parts_that_do_not_fit_are_refused_before_a_run_exists() {
     let cases: [(Change, &str); 5] = [
         (|task| task.model.config["vocab_size"] = json!(200), "model.config"),
         (|task| task.data.sequence_length = 65, "the model takes at most 64"),
-        (|task| task.train.global_batch = 31, "can't be divided evenly over 2 workers"),
+        (|task| task.train.global_batch = 1, "train.global_batch = 1 is too small for 2 workers"),
         (|task| task.data.train.push('x'), "no prepared dataset"),
         (|task| task.model.init_from = Some("file:///nowhere".into()), "there is no folder file:///nowhere"),
     ];

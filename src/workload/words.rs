@@ -1,7 +1,7 @@
 //! Hints about what to type next that name settings of the work.
 
 use crate::{
-    config::{TrainConfig, micro_batches},
+    config::{Spread, TrainConfig},
     error::{Error, Kind},
     ids::{RunId, Step, WorldSize},
 };
@@ -31,8 +31,8 @@ pub fn beyond(run_id: &RunId, step: Step, last: Step) -> Error {
 
 /// Hint for a run whose workers have too little memory.
 pub fn less_memory(run_id: &RunId, train: &TrainConfig, workers: u32) -> String {
-    let batch = micro_batches(train.global_batch, WorldSize(workers), train.max_micro_batch);
-    match batch.map_or(train.max_micro_batch, |batch| batch.micro_batch) {
+    let spread = Spread::new(train.global_batch, WorldSize(workers), train.max_micro_batch);
+    match spread.map_or(train.max_micro_batch, Spread::largest_pass) {
         0 | 1 => format!(
             "a micro-batch is one sequence already: carry on where each worker has more memory, or with more workers \
              (--nproc-per-node), which share the optimizer's state: trainer resume --run-id {run_id}"
@@ -60,6 +60,11 @@ mod tests {
         // 32 sequences by 2 workers: 16 each, in passes of 8.
         let hint = less_memory(&run, &train(32, 9), 2);
         assert!(hint.contains("trainer resume --run-id r1 --set train.max_micro_batch=4;"), "{hint}");
+        // By 5 workers: 6 or 7 each, the latter in passes of 4 and 3 if they may have 6.
+        for most in [9, 6] {
+            let hint = less_memory(&run, &train(32, most), 5);
+            assert!(hint.contains("--set train.max_micro_batch=3;"), "{hint}");
+        }
         let hint = less_memory(&run, &train(4, 1), 2);
         assert!(hint.contains("--nproc-per-node"), "{hint}");
     }

@@ -40,7 +40,8 @@ use crate::{
 
 /// One rank's part in the work of a step.
 pub trait Strategy: fmt::Debug {
-    /// Runs the backward pass of `loss`, adding to the gradients; reduces them if this is the step's `last` pass.
+    /// Runs the backward pass of `loss`, adding to the gradients; averages them over the ranks if this is the rank's
+    /// `last` pass of the step. Only that one communicates, so ranks may have different numbers of passes.
     fn backward(&self, loss: &Tensor, last: bool) -> Result<(), TorchError>;
 
     /// The 2-norm of the whole reduced gradient, the same number on every rank: a scalar on the device.
@@ -143,7 +144,11 @@ fn choose(
     made.context("make the state")
 }
 
-/// Like [`lay_out`], with buckets so small that a tiny model has many.
+/// Buckets so small that a tiny model has many.
+#[cfg(test)]
+const SMALL: Buckets = Buckets { first: 1000, rest: 9000 };
+
+/// Like [`lay_out`], with [`SMALL`] buckets.
 #[cfg(test)]
 pub(super) fn lay_out_small(
     wanted: config::Strategy,
@@ -152,7 +157,7 @@ pub(super) fn lay_out_small(
     rank: Rank,
     world: WorldSize,
 ) -> Result<(State, Box<dyn Layout>)> {
-    choose(wanted, Buckets { first: 1000, rest: 9000 }, precision, model, rank, world)
+    choose(wanted, SMALL, precision, model, rank, world)
 }
 
 /// The leaves of the trained parameters, in the order of the model's.

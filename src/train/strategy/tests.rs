@@ -5,21 +5,23 @@ use tch::{Device, Kind};
 
 use super::*;
 use crate::{
-    config::ModelKind,
+    config::{ModelKind, Pass, Spread, share},
     model::{self, BuildSettings, Weight},
     snapshot::plan::{Dtype, ShardKind, TensorSpec, plan},
     torch::{LIMIT, byte_len, ranks, store_bytes, to_f64},
+    train::partition::Partition,
 };
 
 const STEPS: u64 = 6;
-const BATCH: i64 = 12;
+const BATCH: u32 = 12;
 
 #[derive(Clone, Copy, Debug)]
 struct Case {
     strategy: config::Strategy,
     precision: Precision,
     world: u32,
-    passes: i64,
+    /// Sequences of a pass, at most.
+    most: u32,
     clip: f64,
     tied: bool,
     frozen: &'static [(&'static str, Kind)],
@@ -28,6 +30,8 @@ struct Case {
 struct Trained {
     losses: Vec<f64>,
     norms: Vec<f64>,
+    /// The first step's reduced gradient of each parameter: as much of it as this rank updates.
+    gradient: Vec<Vec<f32>>,
     specs: Vec<TensorSpec>,
     /// Each parameter as it is computed with, by name, before and after.
     weights: [Vec<(String, Vec<u8>)>; 2],
@@ -46,7 +50,8 @@ fn build(case: &Case) -> Box<dyn Model> {
 }
 
 /// The same in every step, so that something is learnt.
-fn tokens(first: i64, count: i64) -> Tensor {
+fn tokens(first: u64, count: u32) -> Tensor {
+    let (first, count) = (first as i64, i64::from(count));
     let values: Vec<i64> = (first * 17..(first + count) * 17).map(|i| (i * i * 7 + i * 3 + 5) % 96).collect();
     Tensor::from_slice(&values).view([count, 17])
 }
@@ -82,17 +87,21 @@ fn train(case: &Case, group: Option<ProcessGroup>) -> Trained {
     let optimizer =
         OptimizerConfig { lr: 1e-2, betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.1, grad_clip: case.clip };
     let mut strategy = layout.connect(Peers::new(group)).unwrap();
-    let (mut losses, mut norms) = (Vec::new(), Vec::new());
-    let own = BATCH / i64::from(world.get());
-    let pass = own / case.passes;
+    let (mut losses, mut norms, mut gradient) = (Vec::new(), Vec::new(), Vec::new());
+    let passes = Spread::new(BATCH, world, case.most).unwrap().passes(rank);
     for step in 1..=STEPS {
         let mut sum = 0.0;
-        for number in 0..case.passes {
-            let tokens = tokens(own * i64::from(rank.get()) + pass * number, pass);
+        let mut first = share(BATCH.into(), rank, world).start;
+        for Pass { sequences, divisor, last } in passes.iter() {
+            let tokens = tokens(first, sequences);
+            first += u64::from(sequences);
             strategy.settle().unwrap();
-            let loss = model.loss(&tokens).unwrap() / case.passes as f64;
-            strategy.backward(&loss, number + 1 == case.passes).unwrap();
+            let loss = model.loss(&tokens).unwrap() / divisor;
+            strategy.backward(&loss, last).unwrap();
             sum += to_f64(&loss).unwrap();
+        }
+        if step == 1 {
+            gradient = own_gradient(case, model.as_ref(), rank, world);
         }
         losses.push(sum);
         norms.push(to_f64(&strategy.step(&optimizer, Step(step), 1e-2).unwrap()).unwrap());
@@ -103,7 +112,23 @@ fn train(case: &Case, group: Option<ProcessGroup>) -> Trained {
     let held = held.filter(|(spec, tensor)| spec.kind == ShardKind::Optimizer && tensor.defined());
     let optimizer_bytes = held.map(|(_, tensor)| byte_len(tensor).unwrap()).sum();
     let specs = state.specs().to_vec();
-    Trained { losses, norms, specs, weights: [before, weights(model.as_ref())], optimizer_bytes }
+    Trained { losses, norms, gradient, specs, weights: [before, weights(model.as_ref())], optimizer_bytes }
+}
+
+/// The gradients as they are after a reduction, zero where this rank does not update: it has no average there.
+fn own_gradient(case: &Case, model: &dyn Model, rank: Rank, world: WorldSize) -> Vec<Vec<f32>> {
+    let gradients: Vec<Vec<f32>> =
+        leaves(model).iter().map(|leaf| Vec::try_from(leaf.grad().flatten(0, -1)).unwrap()).collect();
+    if case.strategy == config::Strategy::Ddp || world.get() == 1 {
+        return gradients;
+    }
+    let lens: Vec<u64> = gradients.iter().map(|gradient| gradient.len() as u64).collect();
+    let mut own: Vec<Vec<f32>> = gradients.iter().map(|gradient| vec![0.0; gradient.len()]).collect();
+    for piece in Partition::new(&lens, world, SMALL.first, SMALL.rest).pieces(rank) {
+        let range = piece.begin as usize..piece.end as usize;
+        own[piece.param][range.clone()].copy_from_slice(&gradients[piece.param][range]);
+    }
+    own
 }
 
 /// By rank.
@@ -149,7 +174,7 @@ const CASE: Case = Case {
     strategy: config::Strategy::Zero1,
     precision: Precision::Fp32,
     world: 2,
-    passes: 1,
+    most: BATCH,
     clip: 0.0,
     tied: false,
     frozen: &[],
@@ -158,8 +183,8 @@ const CASE: Case = Case {
 #[test]
 fn on_two_ranks_without_clipping_losses_are_those_of_ddp_to_the_last_bit() {
     for precision in [Precision::Fp32, Precision::Bf16] {
-        for (passes, tied) in [(1, false), (3, true)] {
-            compare(Case { precision, passes, tied, ..CASE });
+        for (most, tied) in [(BATCH, false), (2, true)] {
+            compare(Case { precision, most, tied, ..CASE });
         }
     }
 }
@@ -167,15 +192,55 @@ fn on_two_ranks_without_clipping_losses_are_those_of_ddp_to_the_last_bit() {
 #[test]
 fn on_more_ranks_and_with_clipping_losses_are_those_of_ddp_up_to_rounding() {
     for precision in [Precision::Fp32, Precision::Bf16] {
-        for (world, passes, clip) in [(3, 1, 0.0), (3, 2, 0.05), (2, 2, 0.05), (4, 1, 0.05)] {
-            compare(Case { precision, world, passes, clip, ..CASE });
+        for (world, most, clip) in [(3, BATCH, 0.0), (3, 2, 0.05), (2, 3, 0.05), (4, BATCH, 0.05), (5, 2, 0.05)] {
+            compare(Case { precision, world, most, clip, ..CASE });
+        }
+    }
+}
+
+/// The distance of two gradients, relative to the second's norm.
+fn distance(got: &[Vec<f32>], want: &[Vec<f32>]) -> f64 {
+    let pairs = || got.iter().flatten().zip(want.iter().flatten()).map(|(a, b)| (f64::from(*a), f64::from(*b)));
+    assert_eq!(got.iter().map(Vec::len).collect::<Vec<_>>(), want.iter().map(Vec::len).collect::<Vec<_>>());
+    (pairs().map(|(a, b)| (a - b).powi(2)).sum::<f64>() / pairs().map(|(_, b)| b.powi(2)).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn every_world_has_the_gradients_of_one_rank_whether_or_not_it_divides_the_batch() {
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        let tolerance = if precision == Precision::Bf16 { 2e-2 } else { 2e-6 };
+        let alone = run(&Case { strategy: config::Strategy::Ddp, precision, world: 1, ..CASE });
+        for strategy in [config::Strategy::Ddp, config::Strategy::Zero1] {
+            // 12 on 5: 2, 2, 3, 2, 3, in passes of at most 2 one pass or two; on 7 and 8: some have one, some two.
+            for (world, most) in [(3, BATCH), (5, BATCH), (5, 2), (5, 1), (7, BATCH), (8, 1)] {
+                let case = Case { strategy, precision, world, most, ..CASE };
+                let ranks = run(&case);
+                let mut whole = ranks[0].gradient.clone();
+                for rank in &ranks[1..] {
+                    match strategy {
+                        config::Strategy::Ddp => assert!(rank.gradient == whole, "{case:?}: ranks differ"),
+                        config::Strategy::Zero1 => {
+                            for (sum, own) in whole.iter_mut().flatten().zip(rank.gradient.iter().flatten()) {
+                                *sum += own;
+                            }
+                        }
+                    }
+                }
+                let difference = distance(&whole, &alone[0].gradient);
+                assert!(difference < tolerance, "{case:?}: gradients differ by {difference:e}");
+                let [first, one] = [&ranks, &alone].map(|ranks| losses(ranks)[0]);
+                assert!(((first - one) / one).abs() < tolerance, "{case:?}: loss {first} for {one}");
+                let [norm, one] = [&ranks, &alone].map(|ranks| ranks[0].norms[0]);
+                assert!(((norm - one) / one).abs() < tolerance, "{case:?}: norm {norm} for {one}");
+                assert!(ranks.iter().all(|rank| rank.weights[1] == ranks[0].weights[1]), "{case:?}: ranks differ");
+            }
         }
     }
 }
 
 #[test]
 fn the_same_run_gives_the_same_bits() {
-    let case = Case { precision: Precision::Bf16, world: 3, passes: 2, clip: 0.05, ..CASE };
+    let case = Case { precision: Precision::Bf16, world: 3, most: 2, clip: 0.05, ..CASE };
     let (once, again) = (run(&case), run(&case));
     assert_eq!(losses(&once), losses(&again));
     assert!(once[0].weights[1] == again[0].weights[1]);

@@ -106,9 +106,17 @@ fn way() -> &'static Way {
     })
 }
 
+/// A program of the system; those of administrators are not in every user's path.
+fn tool(program: &str) -> Command {
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let mut command = Command::new(program);
+    command.env("PATH", path);
+    command
+}
+
 /// Whether namespaces can be made with these options of `unshare`; else why not.
 fn probe(more: &[&str]) -> Result<(), String> {
-    let mut command = Command::new("timeout");
+    let mut command = tool("timeout");
     command.args([COMMAND_S, "unshare"]).args(more);
     command.args(["--net", "--mount", "--uts", "--propagation", "private", "sh", "-c", PROBE]);
     let output = command.stdin(Stdio::null()).output().map_err(|error| format!("timeout: {error}"))?;
@@ -146,7 +154,7 @@ pub fn passes_in_a_user_namespace(name: &str) -> bool {
 
 fn run_as_root_of_a_user_namespace(name: &str) {
     let this = std::env::current_exe().expect("path of this binary");
-    let output = Command::new("timeout")
+    let output = tool("timeout")
         .args([TEST_S, "unshare", "--user", "--map-root-user", "--net", "--mount", "--propagation", "private"])
         .args(["sh", "-c", "ip link set lo up && exec \"$0\" \"$@\""])
         .arg(this)
@@ -168,7 +176,7 @@ impl Holder {
     /// Starts one; `script` prepares the namespaces.
     fn start(script: &str, arguments: &[&str]) -> Self {
         let script = format!("set -e\n{script}\necho ready\nexec cat");
-        let child = Command::new("unshare")
+        let child = tool("unshare")
             .args(["--net", "--mount", "--uts", "--propagation", "private", "sh", "-c", &script, "sh"])
             .args(arguments)
             .stdin(Stdio::piped())
@@ -194,7 +202,7 @@ impl Holder {
     /// Runs a program in its network, with this input; fails if the program does.
     #[track_caller]
     fn run(&self, program: &[&str], input: &str) -> String {
-        let mut child = Command::new("timeout")
+        let mut child = tool("timeout")
             .args([COMMAND_S, "nsenter", &format!("--net={}", self.namespace("net"))])
             .args(program)
             .stdin(Stdio::piped())
@@ -279,7 +287,7 @@ impl Place {
     pub fn run(&self, program: &[&str]) -> String {
         let command: Vec<String> =
             self.prefix(Path::new("/")).into_iter().chain(program.iter().map(|word| (*word).to_owned())).collect();
-        let mut process = Command::new("timeout");
+        let mut process = tool("timeout");
         let output = process.arg(COMMAND_S).args(&command).stdin(Stdio::null()).output().expect("start a program");
         let (said, told) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{command:?}: {said}{told}");

@@ -165,6 +165,8 @@ fn run_as_root_of_a_user_namespace(name: &str) {
         .expect("start this binary again");
     let (said, told) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && said.contains("1 passed"), "{name} in a user namespace\n{said}\n{told}");
+    // What it reports, and what it skips.
+    eprint!("{told}");
 }
 
 /// A process that holds namespaces until its standard input ends.

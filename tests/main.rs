@@ -23,6 +23,7 @@ mod journal;
 mod metadata;
 mod model_folder;
 mod moments;
+mod nodes;
 mod notices;
 mod outputs;
 mod prepare_inputs;

@@ -206,7 +206,10 @@ impl MetadataServer {
     }
     fn start_at(host: &str) -> std::io::Result<Self> {
         // Bound here, so that a test may start one within its own runtime.
-        let listener = std::net::TcpListener::bind(format!("{host}:0"))?;
+        Ok(Self::start_on(std::net::TcpListener::bind(format!("{host}:0"))?))
+    }
+    /// The same at this listener, such as one in another network namespace.
+    pub fn start_on(listener: std::net::TcpListener) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .thread_name("metadata-server")
@@ -245,7 +248,7 @@ impl MetadataServer {
             json!({"instanceId": INSTANCE, "region": "us-east-1", "availabilityZone": "us-east-1a",
                    "instanceType": "g5.xlarge", "accountId": "123456789012", "architecture": "x86_64"}),
         );
-        Ok(server)
+        server
     }
     /// Only this cloud: paths of the others are answered with 404.
     pub fn only(self, cloud: Cloud) -> Self {

@@ -202,6 +202,10 @@ pub struct FaultProxy {
 impl FaultProxy {
     /// Runs in front of `upstream`; `seed` decides which requests a percentage hits.
     pub fn start(upstream: SocketAddr, seed: u64) -> Self {
+        Self::start_on(std::net::TcpListener::bind("127.0.0.1:0").expect("port for the proxy"), upstream, seed)
+    }
+    /// The same at this listener, such as one in another network namespace; it reaches `upstream` from its own process.
+    pub fn start_on(listener: std::net::TcpListener, upstream: SocketAddr, seed: u64) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("fault-proxy")
@@ -210,20 +214,18 @@ impl FaultProxy {
             .expect("runtime of the proxy");
         let state = Arc::new(Mutex::new(State { random: seed, ..State::default() }));
         let shared = state.clone();
-        let address = runtime.block_on(async move {
-            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("port for the proxy");
-            let address = listener.local_addr().expect("address of the proxy");
-            tokio::spawn(async move {
-                while let Ok((socket, _)) = listener.accept().await {
-                    let state = shared.clone();
-                    let service = service_fn(move |request| pass(request, upstream, state.clone()));
-                    tokio::spawn(async move {
-                        let server = hyper::server::conn::http1::Builder::new();
-                        let _ = server.serve_connection(TokioIo::new(socket), service).await;
-                    });
-                }
-            });
-            address
+        listener.set_nonblocking(true).expect("a listener that does not block");
+        let address = listener.local_addr().expect("address of the proxy");
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).expect("listener of the proxy");
+            while let Ok((socket, _)) = listener.accept().await {
+                let state = shared.clone();
+                let service = service_fn(move |request| pass(request, upstream, state.clone()));
+                tokio::spawn(async move {
+                    let server = hyper::server::conn::http1::Builder::new();
+                    let _ = server.serve_connection(TokioIo::new(socket), service).await;
+                });
+            }
         });
         Self { state, address, runtime: Some(runtime) }
     }

@@ -166,6 +166,7 @@ struct Service(Arc<Mutex<Table>>);
 /// The server; it stops when this is dropped.
 pub struct S3Server {
     service: Service,
+    handler: s3s::service::S3Service,
     address: SocketAddr,
     runtime: Option<tokio::runtime::Runtime>,
 }
@@ -182,10 +183,21 @@ impl S3Server {
         let service = Service::default();
         let mut builder = S3ServiceBuilder::new(service.clone());
         builder.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
-        let address = runtime.block_on(serve(builder.build()));
-        Self { service, address, runtime: Some(runtime) }
+        let handler = builder.build();
+        let address = runtime.block_on(serve(handler.clone()));
+        Self { service, handler, address, runtime: Some(runtime) }
     }
 
+    /// Serves the same table at another listener, too, such as one in another network namespace; returns its endpoint.
+    pub fn serve_also(&self, listener: std::net::TcpListener) -> String {
+        let address = listener.local_addr().expect("address of the S3 server");
+        let runtime = self.runtime.as_ref().expect("a server that runs");
+        let _entered = runtime.enter();
+        listener.set_nonblocking(true).expect("a listener that does not block");
+        let listener = tokio::net::TcpListener::from_std(listener).expect("listener of the S3 server");
+        runtime.spawn(accept(listener, self.handler.clone()));
+        format!("http://{address}")
+    }
     /// `http://127.0.0.1:<port>`
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
@@ -314,17 +326,19 @@ impl Drop for NonAtomicS3 {
 async fn serve(service: s3s::service::S3Service) -> SocketAddr {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("port for the S3 server");
     let address = listener.local_addr().expect("address of the S3 server");
-    tokio::spawn(async move {
-        while let Ok((socket, _)) = listener.accept().await {
-            let _ = socket.set_nodelay(true);
-            let service = service.clone();
-            tokio::spawn(async move {
-                let server = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
-                let _ = server.serve_connection(hyper_util::rt::TokioIo::new(socket), service).await;
-            });
-        }
-    });
+    tokio::spawn(accept(listener, service));
     address
+}
+
+async fn accept(listener: tokio::net::TcpListener, service: s3s::service::S3Service) {
+    while let Ok((socket, _)) = listener.accept().await {
+        let _ = socket.set_nodelay(true);
+        let service = service.clone();
+        tokio::spawn(async move {
+            let server = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
+            let _ = server.serve_connection(hyper_util::rt::TokioIo::new(socket), service).await;
+        });
+    }
 }
 
 /// The environment with which a client finds a server at `endpoint` and has its keys.

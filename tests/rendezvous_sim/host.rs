@@ -17,8 +17,8 @@ use trainer::{
             ending::{Ending, Present, Wait, give_up},
             roster::{Answers, Candidate, Composed, Formation, compose, may_grow},
             succession::{
-                self, ANSWER, Answer, Asked, Bereaved, Candidacy, GoOn, Ground, Heir, Leader, Opening, PROMISE,
-                TakeOver, Turn, YIELD, go_on, may_take_over, who_proposes,
+                self, ANSWER, Answer, Asked, Bereaved, CONFIRM, Candidacy, GoOn, Ground, Heir, Leader, Opening,
+                PROMISE, TakeOver, Turn, VOUCH, YIELD, go_on, may_take_over, who_proposes,
             },
         },
     },
@@ -161,6 +161,14 @@ impl Sim {
                 }
             }
             Event::Commit { generation } => self.commit(host, generation),
+            Event::Vouch => {
+                let leader = self.me(host).newest.as_ref().map(|formed| formed.members[0]);
+                if let Some(leader) = leader.filter(|it| !self.answers(host, *it)) {
+                    self.lost(host, leader, false);
+                }
+                self.answer_pending(host);
+            }
+            Event::Append { at, record } => self.ask(host, Op::Append { at, record }),
         }
     }
 
@@ -181,7 +189,7 @@ impl Sim {
         let due = |at: Option<Ms>, every: Duration| at.is_none_or(|at| self.now >= at + ms(every));
         let list = every.is_some_and(|every| due(me.listed_at, every));
         let journal = due(Some(me.journal_at), FOLLOWER_JOURNAL);
-        let phase = me.phase;
+        let (phase, me_suspects) = (me.phase, me.listed_dead);
         if list {
             // The first list follows the first beat. Later, one's own beat may be old: then others look younger.
             self.my(host).listed_at = Some(self.now);
@@ -191,6 +199,8 @@ impl Sim {
             Phase::Leader => {
                 self.requests.head += 1;
                 self.ask(host, Op::Journal);
+                // A record that the store did not take is tried again.
+                self.think(host);
                 ms(FENCE)
             }
             Phase::Follower => {
@@ -213,7 +223,11 @@ impl Sim {
                     self.ask(host, Op::Beats(vec![leader]));
                 }
                 self.think(host);
-                if leader.is_some() { ms(LOOK) } else { every.map_or(ms(LOOK), ms).min(ms(LOOK)) }
+                if leader.is_some() {
+                    ms(if me_suspects { URGENT_LOOK } else { LOOK })
+                } else {
+                    every.map_or(ms(LOOK), ms).min(ms(LOOK))
+                }
             }
         }
     }
@@ -222,12 +236,10 @@ impl Sim {
         match done {
             Done::Nothing => {}
             Done::Failed => {}
-            Done::Journal { len, .. } => {
+            Done::Journal { len } => {
                 self.my(host).journal_at = self.now;
                 self.sync(host, len);
-                for (from, round, generation, asked) in std::mem::take(&mut self.my(host).pending) {
-                    self.invited(host, from, round, generation, asked, false);
-                }
+                self.answer_pending(host);
                 self.think(host);
             }
             Done::Listed(list) => self.listed(host, &list),
@@ -250,16 +262,11 @@ impl Sim {
         if me.watched != Some(node) {
             (me.watch, me.watched) = (membership::Watch::default(), Some(node));
         }
-        if bug == Bug::BlindWatch && beat.is_some() && me.watch.still() > Duration::ZERO {
-            // All the time counts, whether it was watched or not.
-            for at in (began.saturating_sub(200_000)..began).step_by(1000) {
-                me.watch.saw(secs(at), None);
-            }
-        }
         me.watch.saw(secs(began), beat.map(|beat| beat.counter));
+        me.seen_at = began;
         me.leader_left |= beat.is_some_and(|beat| beat.left);
         if bug == Bug::BuryFirst && beat.is_none() {
-            me.listed_dead = true;
+            me.leader_left = true;
         }
         // It no longer leads, or is dead: the journal says what came after it.
         let stale = beat.is_none_or(|beat| beat.left || beat.role != Role::Leader) || me.watch.still() >= PATIENCE;
@@ -300,7 +307,7 @@ impl Sim {
             .iter()
             .map(|(node, at)| Listed { node: self.nodes[*node].clone(), stored: stamp(*at as i64) })
             .collect();
-        let live: Vec<Node> = may_live(&stamps, &self.nodes[me]).iter().map(|id| self.by_id[id]).collect();
+        let mut live: Vec<Node> = may_live(&stamps, &self.nodes[me]).iter().map(|id| self.by_id[id]).collect();
         if self.me(host).phase == Phase::Leader {
             let known: BTreeSet<Node> = live.iter().copied().collect();
             let dead: Vec<Node> = list.iter().map(|(node, _)| *node).filter(|node| !known.contains(node)).collect();
@@ -308,7 +315,8 @@ impl Sim {
             let before: BTreeSet<Node> = self.me(host).live.iter().copied().collect();
             self.requests.get += live.iter().filter(|node| !before.contains(node)).count() as u64;
         } else {
-            self.read_the_lowest(host, own, &live);
+            let dead = self.read_the_lowest(host, own, &live);
+            live.retain(|node| !dead.contains(node));
         }
         let min = self.bounds.min as usize;
         let now = self.now;
@@ -323,8 +331,9 @@ impl Sim {
         // A node that comes while a leader may be dead sees it in the same list.
         let leader = machine.newest.as_ref().filter(|_| !machine.ended).map(|formed| formed.members[0]);
         if let Some(leader) = leader.filter(|_| machine.phase == Phase::Outside) {
+            self.my(host).seen_at = now;
             match self.judged(host, own, leader) {
-                Judged::Alive => {}
+                Judged::Alive => self.my(host).listed_dead = false,
                 Judged::Left => self.my(host).leader_left = true,
                 Judged::Dead => self.my(host).listed_dead |= self.beats.contains_key(&leader),
             }
@@ -332,23 +341,27 @@ impl Sim {
         self.think(host);
     }
 
-    /// The nodes with the lowest ids are read, until so many are found that live.
-    fn read_the_lowest(&mut self, host: Host, own: Ms, live: &[Node]) {
-        let (me, mut found) = (self.me(host).node, 0);
+    /// The nodes with the lowest ids are read, until so many are found that live; those that don't.
+    fn read_the_lowest(&mut self, host: Host, own: Ms, live: &[Node]) -> BTreeSet<Node> {
+        let (me, mut found, mut dead) = (self.me(host).node, 0, BTreeSet::new());
         for node in live {
             if found >= succession::PROPOSERS || *node == me {
-                return;
+                break;
             }
             if self.me(host).gone.contains(node) {
                 continue;
             }
             match self.judged(host, own, *node) {
                 Judged::Alive => found += 1,
-                Judged::Left | Judged::Dead => {
+                Judged::Dead => {
+                    dead.insert(*node);
+                }
+                Judged::Left => {
                     self.my(host).gone.insert(*node);
                 }
             }
         }
+        dead
     }
 
     fn bury(&mut self, host: Host, own: Ms, dead: &[Node]) {
@@ -477,6 +490,12 @@ impl Sim {
                 });
             }
             Body::Formed => self.ask(host, Op::Journal),
+            Body::Hello(generation) if self.is_behind(host, generation) => {
+                // Its own record stands, and it has not read that yet.
+                self.ask(host, Op::Journal);
+                let to = self.me(host).node;
+                self.after(host, 200, Event::Message { to, from, body });
+            }
             Body::Hello(generation) => {
                 let leads = self.leads(host, generation);
                 self.send(host, from, if leads { Body::Welcome(generation) } else { Body::Over });
@@ -491,14 +510,35 @@ impl Sim {
                     && me.newest.as_ref().is_some_and(|it| it.roster.generation == generation)
                 {
                     me.touch.insert(from);
+                } else {
+                    // It has closed this connection long ago.
+                    self.send(host, from, Body::Bye);
                 }
             }
+            Body::Bye => self.lost(host, from, false),
             Body::Over => {
                 // The journal may say why.
                 self.ask(host, Op::Journal);
                 self.after(host, 200, Event::Lost { peer: from, refused: true });
             }
         }
+    }
+
+    /// Whether `node` answers a ping.
+    fn answers(&self, host: Host, node: Node) -> bool {
+        let other = self.owner[node];
+        self.healthy(host, other) && self.hosts[other].node == node
+    }
+
+    /// Whoever asked first is answered first.
+    fn answer_pending(&mut self, host: Host) {
+        for (from, round, generation, asked) in std::mem::take(&mut self.my(host).pending) {
+            self.invited(host, from, round, generation, asked, false);
+        }
+    }
+
+    fn is_behind(&self, host: Host, generation: Generation) -> bool {
+        self.me(host).newest.as_ref().is_none_or(|formed| formed.roster.generation < generation)
     }
 
     fn lost(&mut self, host: Host, peer: Node, refused: bool) {
@@ -524,6 +564,7 @@ impl Sim {
                 (me.phase, me.lost_at, me.failed, me.held_back) = (Phase::Lost, now, 0, false);
                 me.leader_refused = refused;
                 self.restart_timers(host);
+                self.answer_pending(host);
                 self.think(host);
             }
             Phase::Lost if newest.members[0] == peer && refused => {
@@ -545,6 +586,13 @@ impl Sim {
     ) {
         let now = self.now;
         let me = self.me(host);
+        // A follower asks its leader before it vouches for it.
+        let leader = me.newest.as_ref().map(|formed| formed.members[0]).filter(|_| me.phase == Phase::Follower);
+        if let Some(leader) = leader.filter(|it| *it != from && !me.touch.is_empty() && !self.answers(host, *it)) {
+            let pause = if self.linked(host, self.owner[leader]) { 2 } else { ms(VOUCH) };
+            self.my(host).pending.push((from, round, generation, asked));
+            return self.after(host, pause, Event::Vouch);
+        }
         let promised = me.promised.filter(|(_, until)| *until > now).map(|(node, _)| node);
         let view = Asked {
             generation,
@@ -593,7 +641,9 @@ impl Sim {
         });
         let asked = Rc::new(open.iter().copied().chain([node]).collect::<Vec<_>>());
         let refused = BTreeSet::new();
-        let round = Round { id, generation, purpose, open: open.clone(), ready: Vec::new(), vouched: None, refused };
+        let at = self.now;
+        let round =
+            Round { id, at, generation, purpose, open: open.clone(), ready: Vec::new(), vouched: None, refused };
         self.my(host).round = Some(round);
         for node in open {
             self.send(host, node, Body::Invite { round: id, generation, asked: asked.clone() });
@@ -616,11 +666,12 @@ impl Sim {
         let leader = me.newest.as_ref().filter(|_| !me.ended).map(|formed| formed.members[0]);
         let Some(round) = &me.round else { return };
         let only_leader = round.open.iter().all(|node| Some(*node) == leader);
-        let enough = round.open.is_empty() || only_leader && {
-            let behind = self.behind(host, round);
-            let roster = &me.newest.as_ref().unwrap().roster;
-            roster.workers_of(&behind) * 2 > roster.workers()
-        };
+        let enough = round.open.is_empty()
+            || only_leader && {
+                let behind = self.behind(host, round);
+                let roster = &me.newest.as_ref().unwrap().roster;
+                roster.workers_of(&behind) * 2 > roster.workers()
+            };
         if enough {
             self.round_over(host);
         }
@@ -653,10 +704,12 @@ impl Sim {
                 left: me.leader_left,
                 still: me.watch.still(),
                 listed_dead: me.listed_dead,
+                seen: secs(self.now - me.seen_at),
             };
+            let asked = secs(self.now - round.at);
             let me = self.id(host);
             let vouched = round.vouched.map(|node| self.node_id(node));
-            let heir = Heir { roster: &formed.roster, me: &me, behind: &behind, leader, vouched };
+            let heir = Heir { roster: &formed.roster, me: &me, behind: &behind, leader, vouched, asked };
             let (next, why) = self.take_over(&heir);
             self.say(host, |_| format!("{next:?}: {why}"));
             if next == TakeOver::Wait {
@@ -668,6 +721,20 @@ impl Sim {
                 return self.failed(host);
             }
             self.check_take_over(host, formed);
+        }
+        if let Some(formed) = open.filter(|_| round.purpose == Purpose::Reform) {
+            let formed = formed.clone();
+            let ready: BTreeSet<Node> = round.ready.iter().map(|it| self.by_id[&it.member.node]).collect();
+            let me = self.my(host);
+            let node = me.node;
+            me.touch.retain(|it| *it == node || ready.contains(it));
+            me.lost.extend(formed.members.iter().filter(|it| **it != node && !ready.contains(it)));
+            let nodes = ready.len() as u32 + 1;
+            match self.go_on(host, &formed, &behind, nodes) {
+                GoOn::Reform => {}
+                GoOn::Yield(pause) => return self.after(host, ms(pause) + 1, Event::Think),
+                GoOn::StepDown => return self.step_down(host),
+            }
         }
         let own = self.candidate(self.me(host).node, BTreeSet::new());
         let answers = Answers { proposer: &own, ready: &round.ready, previous: newest.as_ref().map(|it| &*it.roster) };
@@ -709,22 +776,25 @@ impl Sim {
             assert_eq!(place.first_rank.get(), rank);
             rank += place.member.workers;
         }
+        let (at, now) = (self.me(host).read, self.now);
+        let record = Record::Formed(Formed { roster, members, at: now });
+        self.my(host).appending = true;
+        // It may be stopped between its decision and its request, or right after that.
+        let trap = self.my(host).trap.take();
+        let early = self.bug == Bug::BuryFirst || self.below(2) == 0;
+        let mut pause = 1;
         if self.bug == Bug::BuryFirst {
             let old = self.me(host).newest.clone().filter(|_| !self.me(host).ended);
-            let dead = old.map(|old| old.members[0]).filter(|node| !members.contains(node));
-            self.after(host, 20, Event::Think);
-            if let Some(dead) = dead {
-                let trap = self.my(host).trap.take();
-                let pause = trap.unwrap_or(0);
-                // The request to delete leaves after the pause.
-                self.after(host, pause + 10, Event::Land(Op::Bury(vec![dead])));
-                if let Some(pause) = trap {
-                    self.pause_for(host, pause);
-                }
-            }
+            let dead = old.map(|old| old.members[0]).filter(|node| *node != self.me(host).node);
+            self.after(host, trap.unwrap_or(0) + 10, Event::Land(Op::Bury(dead.into_iter().collect())));
+            pause = 100;
         }
-        self.append(host, Record::Formed(Formed { roster, members, at: self.now }));
-        if let Some(pause) = self.my(host).trap.take() {
+        if early {
+            self.after(host, pause, Event::Append { at, record });
+        } else {
+            self.ask(host, Op::Append { at, record });
+        }
+        if let Some(pause) = trap {
             self.pause_for(host, pause);
         }
     }
@@ -747,7 +817,7 @@ impl Sim {
             let me = self.my(host);
             me.failed_saves = if stands.is_some() { 0 } else { me.failed_saves + 1 };
             if stands == Some(true) && self.leads(host, *generation) {
-                let read = self.me(host).read + 1;
+                let read = (self.me(host).read + 1).min(self.journal.len());
                 self.sync(host, read);
                 return self.grow(host);
             }
@@ -768,16 +838,11 @@ impl Sim {
         let all = me.newest.as_ref().is_some_and(|formed| formed.members.len() == me.touch.len());
         let view = Present { leads: true, nodes: me.touch.len() as u32, failed_saves: me.failed_saves };
         if give_up(view, Duration::ZERO, self.bounds, Wait::BOOT).0 == Ending::HandOver {
-            // It leaves, and comes back when it reaches the store.
+            // It leaves, and comes back as another node when it reaches the store.
             self.say(host, |_| "hands over".into());
-            let now = self.now;
-            let others: Vec<Node> = me.touch.iter().copied().filter(|node| *node != me.node).collect();
             self.over(host);
-            let me = self.my(host);
-            me.lost.extend(others);
-            (me.failed_saves, me.lost_at) = (0, now);
-            self.step_down(host);
-            return;
+            self.my(host).forget();
+            return self.leave_out(host);
         }
         if all && me.lost.is_empty() && me.round.is_none() && !me.appending {
             self.append(host, Record::Committed(generation));
@@ -814,7 +879,8 @@ impl Sim {
             }
             Phase::Outside => match &me.newest {
                 Some(_) if !me.ended => {
-                    let still = me.watch.still() >= PATIENCE || me.listed_dead || me.leader_left;
+                    let patience = if me.listed_dead { CONFIRM } else { PATIENCE };
+                    let still = me.watch.still() >= patience || me.leader_left;
                     if still || self.bug == Bug::Stranger {
                         self.think_of_loss(host, me.waiting_since);
                     }
@@ -829,26 +895,31 @@ impl Sim {
         let Some(newest) = me.newest.clone() else { return };
         let waiting = me.live.iter().filter(|it| !newest.members.contains(it) && !me.gone.contains(it));
         let nodes = me.touch.len() + waiting.count();
-        let (behind, gone) = (self.ids(me.touch.iter().copied()), self.ids(me.gone.iter().copied()));
-        let view = Bereaved { roster: &newest.roster, behind: &behind, gone: &gone, nodes: nodes as u32 };
-        let lost = secs(self.now - me.lost_at);
-        let lost = if self.bug == Bug::NoYield { YIELD } else { lost };
-        let (next, why) = go_on(&view, lost, self.bounds);
-        self.say(host, |_| format!("{next:?}: {why}"));
-        match next {
-            GoOn::Reform => {
-                let asked = newest.members.iter().chain(&me.live).copied().collect();
-                self.ask_all(host, Purpose::Reform, asked);
-            }
+        let behind = self.ids(me.touch.iter().copied());
+        let asked = newest.members.iter().chain(&me.live).copied().collect();
+        match self.go_on(host, &newest, &behind, nodes as u32) {
+            GoOn::Reform => self.ask_all(host, Purpose::Reform, asked),
             GoOn::Yield(pause) => self.after(host, ms(pause) + 1, Event::Think),
             GoOn::StepDown => self.step_down(host),
         }
     }
 
+    fn go_on(&mut self, host: Host, formed: &Formed, behind: &BTreeSet<NodeId>, nodes: u32) -> GoOn {
+        let me = self.me(host);
+        let gone = self.ids(me.gone.iter().copied());
+        let view = Bereaved { roster: &formed.roster, behind, gone: &gone, nodes };
+        let lost = secs(self.now - me.lost_at);
+        let lost = if self.bug == Bug::NoYield { YIELD } else { lost };
+        let (next, why) = go_on(&view, lost, self.bounds);
+        self.say(host, |_| format!("{next:?}: {why}"));
+        next
+    }
+
     fn think_of_loss(&mut self, host: Host, since: Ms) {
         let me = self.me(host);
         let Some(newest) = me.newest.clone() else { return };
-        let outside: Vec<NodeId> = me.live.iter().filter(|it| !newest.members.contains(it)).map(|it| self.nodes[*it].clone()).collect();
+        let outside: Vec<NodeId> =
+            me.live.iter().filter(|it| !newest.members.contains(it)).map(|it| self.nodes[*it].clone()).collect();
         let gone = self.ids(me.gone.iter().copied());
         let opening = Opening::Loss { roster: &newest.roster, gone: &gone, outside: &outside };
         let since = if me.failed > 0 { me.failed_at } else { since };
@@ -908,7 +979,8 @@ impl Sim {
         let fresh = beats.unwrap_or_default().iter().any(|at| window.contains(at));
         if half && fresh {
             let me = self.id(host);
-            self.wrong.push(format!("{} s: {me} takes generation {generation} over from a live leader", self.now / 1000));
+            self.wrong
+                .push(format!("{} s: {me} takes generation {generation} over from a live leader", self.now / 1000));
         }
     }
 }

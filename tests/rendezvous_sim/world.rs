@@ -44,8 +44,6 @@ pub enum Bug {
     BuryFirst,
     /// A beat's stamp is compared with this machine's clock.
     Clocks,
-    /// Time in which a watcher was stopped counts.
-    BlindWatch,
     /// A leader with less than half goes on at once.
     NoYield,
 }
@@ -89,10 +87,18 @@ pub enum Op {
 pub enum Done {
     Nothing,
     Listed(Vec<(Node, Ms)>),
-    Beats { began: Ms, beats: Vec<(Node, Option<Beat>)> },
-    Journal { began: Ms, len: usize },
+    Beats {
+        began: Ms,
+        beats: Vec<(Node, Option<Beat>)>,
+    },
+    Journal {
+        len: usize,
+    },
     /// It stands, the number was taken, or nobody knows.
-    Appended { record: Record, stands: Option<bool> },
+    Appended {
+        record: Record,
+        stands: Option<bool>,
+    },
     Failed,
 }
 
@@ -106,6 +112,7 @@ pub enum Body {
     Hello(Generation),
     Welcome(Generation),
     Over,
+    Bye,
 }
 
 #[derive(Clone, Debug)]
@@ -120,20 +127,35 @@ pub enum Event {
     RoundOver { round: u64 },
     JoinBy { generation: Generation },
     WelcomeBy { generation: Generation },
+    Vouch,
     Commit { generation: Generation },
+    Append { at: usize, record: Record },
 }
 
 #[derive(Clone, Debug)]
 pub enum Fault {
     Start(Host),
     /// `refuses`: the machine lives on, so its port refuses.
-    Kill { host: Host, refuses: bool },
+    Kill {
+        host: Host,
+        refuses: bool,
+    },
     Pause(Host),
     Resume(Host),
-    Link { from: Host, to: Host, up: bool },
-    Store { host: Host, up: bool },
+    Link {
+        from: Host,
+        to: Host,
+        up: bool,
+    },
+    Store {
+        host: Host,
+        up: bool,
+    },
     /// Stops the machine for so long as soon as it has decided to form.
-    Trap { host: Host, pause: Ms },
+    Trap {
+        host: Host,
+        pause: Ms,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -183,6 +205,7 @@ pub enum Purpose {
 
 pub struct Round {
     pub id: u64,
+    pub at: Ms,
     pub generation: Generation,
     pub purpose: Purpose,
     pub open: BTreeSet<Node>,
@@ -217,6 +240,7 @@ pub struct Machine {
     pub lost_at: Ms,
     pub watch: Watch,
     pub watched: Option<Node>,
+    pub seen_at: Ms,
     pub leader_refused: bool,
     pub leader_left: bool,
     pub listed_dead: bool,
@@ -238,7 +262,6 @@ pub struct Machine {
 
 pub struct Sim {
     pub now: Ms,
-    pub seed: u64,
     pub bug: Bug,
     pub bounds: Bounds,
     pub rng: SplitMix64,
@@ -269,7 +292,6 @@ impl Sim {
         let count = workers.len();
         let mut sim = Self {
             now: 0,
-            seed,
             bug,
             bounds,
             rng: SplitMix64::named(seed, "world"),
@@ -352,7 +374,7 @@ impl Sim {
     }
 
     /// Whether they answer each other.
-    fn healthy(&self, a: Host, b: Host) -> bool {
+    pub fn healthy(&self, a: Host, b: Host) -> bool {
         let well = |host: Host| self.hosts[host].up && !self.hosts[host].paused;
         self.linked(a, b) && well(a) && well(b)
     }
@@ -436,7 +458,7 @@ impl Sim {
             }
             Op::Journal => {
                 self.requests.get += 1;
-                Done::Journal { began, len: self.journal.len() }
+                Done::Journal { len: self.journal.len() }
             }
             Op::Append { at, record } => {
                 self.requests.put += 1;
@@ -464,11 +486,13 @@ impl Sim {
     }
 
     pub fn formed(&self) -> Vec<&Formed> {
-        let formed = |record| match record {
-            Record::Formed(formed) => Some(formed),
-            _ => None,
-        };
-        self.journal.iter().filter_map(|record| formed(record)).collect()
+        let mut formed = Vec::new();
+        for record in &self.journal {
+            if let Record::Formed(one) = record {
+                formed.push(one);
+            }
+        }
+        formed
     }
 
     /// Whether the newest generation's end is recorded.
@@ -507,12 +531,18 @@ impl Sim {
                 }
                 let peers: Vec<Host> = (0..self.hosts.len()).filter(|peer| self.linked(host, *peer)).collect();
                 let (node, old) = (self.hosts[host].node, &self.hosts[host]);
-                let new = Machine { life: old.life + 1, refuses, store: old.store, node, ..Machine::new(old.workers, old.skew) };
+                let new = Machine {
+                    life: old.life + 1,
+                    refuses,
+                    store: old.store,
+                    node,
+                    ..Machine::new(old.workers, old.skew)
+                };
                 self.hosts[host] = new;
-                if refuses {
+                if refuses || !self.breakable {
                     for peer in peers.into_iter().filter(|peer| *peer != host) {
-                        let pause = 1 + self.below(4);
-                        self.after(peer, pause, Event::Lost { peer: node, refused: true });
+                        let pause = if refuses { 1 + self.below(4) } else { SILENCE + self.below(1000) };
+                        self.after(peer, pause, Event::Lost { peer: node, refused: refuses });
                     }
                 }
                 self.links_changed(host);
@@ -603,6 +633,7 @@ impl Machine {
             lost_at: 0,
             watch: Watch::default(),
             watched: None,
+            seen_at: 0,
             leader_refused: false,
             leader_left: false,
             listed_dead: false,

@@ -13,7 +13,10 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use super::{Bounds, Roster};
-use crate::ids::{Generation, NodeId};
+use crate::{
+    ids::{Generation, NodeId},
+    rendezvous::heartbeat::{INTERVAL, MISSED},
+};
 
 /// The time from one node's turn to the next one's: the first has asked and been answered by then.
 pub const STAGGER: Duration = Duration::from_secs(1);
@@ -37,6 +40,15 @@ pub const YIELD: Duration = Duration::from_secs(10);
 pub const ANSWER: Duration = Duration::from_secs(5);
 /// How long a node that said "ready" says it to no other proposer: its proposer asks, and then appends.
 pub const PROMISE: Duration = Duration::from_secs(10);
+/// How long a member that is asked waits for its leader's answer before it says that the leader is lost: it may hear of
+/// a loss a second later than the proposer.
+pub const VOUCH: Duration = Duration::from_secs(2);
+/// How long the heartbeat of a leader that a list showed dead must be seen to stand still: after the store was away for
+/// everybody, one node's beat is back before another's.
+pub const CONFIRM: Duration = INTERVAL.saturating_mul(MISSED);
+/// A look at a heartbeat that is older proves nothing: this process was stopped since. More than the pause between two
+/// looks and the time that answers take.
+pub const FRESH: Duration = Duration::from_secs(20);
 
 /// Why a generation is to be formed.
 #[derive(Clone, Copy, Debug)]
@@ -148,6 +160,8 @@ pub struct Leader {
     pub still: Duration,
     /// One list of the heartbeats showed it dead beside this node's own fresh beat.
     pub listed_dead: bool,
+    /// Since the last of these looks began, of this node's own time.
+    pub seen: Duration,
 }
 
 /// A proposer's view after the others have answered.
@@ -163,6 +177,8 @@ pub struct Heir<'a> {
     pub leader: Leader,
     /// A node that answered that it is in touch with the leader.
     pub vouched: Option<&'a NodeId>,
+    /// Since this node asked them.
+    pub asked: Duration,
 }
 
 /// Why a generation may be formed although another leader's has no end.
@@ -195,6 +211,9 @@ pub fn may_take_over(view: &Heir<'_>, patience: Duration) -> (TakeOver, String) 
     let of = format!("{behind} of {all} workers of generation {}", roster.generation);
     let now = |ground, why: String| (TakeOver::Now(ground), why);
     let wait = |why: String| (TakeOver::Wait, why);
+    if view.asked > PROMISE {
+        return wait(format!("the answers are {} s old: this node was stopped", view.asked.as_secs()));
+    }
     if leader.left {
         return now(Ground::Left, "the leader left".into());
     }
@@ -207,9 +226,18 @@ pub fn may_take_over(view: &Heir<'_>, patience: Duration) -> (TakeOver, String) 
     if member && leader.refused {
         return now(Ground::Refused, "the leader's port refuses: its process is gone".into());
     }
-    if leader.still >= patience || leader.listed_dead {
-        let seen = leader.still.as_secs();
-        return now(Ground::StoodStill, format!("the leader's heartbeat has not changed (watched for {seen} s)"));
+    if leader.seen > FRESH {
+        return wait(format!("the last look at the leader's heartbeat is {} s old", leader.seen.as_secs()));
+    }
+    if leader.still >= patience {
+        let still = leader.still.as_secs();
+        return now(Ground::StoodStill, format!("the leader's heartbeat was seen to stand still for {still} s"));
+    }
+    if leader.listed_dead && leader.still >= CONFIRM {
+        return now(
+            Ground::StoodStill,
+            "the leader's last beat is old beside this node's own, and no other came".into(),
+        );
     }
     if member {
         wait(format!("{of} are ready, not more than half, and the leader may be alive"))
@@ -223,7 +251,7 @@ pub fn may_take_over(view: &Heir<'_>, patience: Duration) -> (TakeOver, String) 
 pub struct Bereaved<'a> {
     /// Its generation.
     pub roster: &'a Roster,
-    /// The members that it reaches, itself included.
+    /// The members that it reaches, itself included; after it asked: those that are ready.
     pub behind: &'a BTreeSet<NodeId>,
     /// Members that are certainly gone: their port refuses, they left, or a notice named them.
     pub gone: &'a BTreeSet<NodeId>,
@@ -243,6 +271,9 @@ pub enum GoOn {
 }
 
 /// What a leader does after a loss, and why; `lost`: since the loss was noticed.
+///
+/// It is asked before the leader proposes and once more when the answers are there: when it hears of the first loss, the
+/// channels to others may be as dead, and not yet silent for long enough.
 pub fn go_on(view: &Bereaved<'_>, lost: Duration, bounds: Bounds) -> (GoOn, String) {
     if view.nodes < bounds.min {
         return (GoOn::StepDown, format!("{} of at least {} nodes are here", view.nodes, bounds.min));
@@ -276,7 +307,8 @@ pub struct Asked<'a> {
     pub newest: Option<&'a Roster>,
     /// Whether that one's end is recorded.
     pub ended: bool,
-    /// Whether this node is in touch with its leader, or leads it.
+    /// Whether this node leads it, or its leader has answered a ping that was sent after the proposal came (see
+    /// [`VOUCH`]).
     pub in_touch: bool,
     /// To whom this node said "ready" less than [`PROMISE`] ago.
     pub promised: Option<&'a NodeId>,
@@ -407,12 +439,16 @@ mod tests {
 
     fn heir(names: &str, me: &str, behind: &str, leader: Leader, vouched: Option<&str>) -> TakeOver {
         let vouched = vouched.map(id);
-        let view =
-            Heir { roster: &roster(names), me: &id(me), behind: &set(behind), leader, vouched: vouched.as_ref() };
+        let vouched = vouched.as_ref();
+        let (roster, me, behind) = (roster(names), id(me), set(behind));
+        let view = Heir { roster: &roster, me: &me, behind: &behind, leader, vouched, asked: PROMISE };
+        let late = Heir { asked: PROMISE + Duration::from_millis(1), ..view };
+        assert_eq!(may_take_over(&late, PATIENCE).0, TakeOver::Wait, "whoever was ready may have turned to another");
         may_take_over(&view, PATIENCE).0
     }
 
-    const SILENT: Leader = Leader { refused: false, left: false, still: Duration::ZERO, listed_dead: false };
+    const SILENT: Leader =
+        Leader { refused: false, left: false, still: Duration::ZERO, listed_dead: false, seen: FRESH };
 
     #[test]
     fn more_than_half_of_the_workers_take_over_at_once() {
@@ -441,15 +477,25 @@ mod tests {
         // A member that is in touch with the leader knows better than the heartbeat and the port.
         assert_eq!(heir("b", refused, Some("d")), TakeOver::Wait);
         assert_eq!(heir("b", still(PATIENCE), Some("d")), TakeOver::Wait);
-        assert_eq!(heir("b", Leader { listed_dead: true, ..SILENT }, Some("d")), TakeOver::Wait);
+        assert_eq!(heir("b", Leader { listed_dead: true, ..still(CONFIRM) }, Some("d")), TakeOver::Wait);
         assert_eq!(heir("b", Leader { left: true, ..SILENT }, Some("d")), TakeOver::Now(Ground::Left));
         // Somebody from outside: only a heartbeat that stands still.
         assert_eq!(heir("x", SILENT, None), TakeOver::Wait);
         assert_eq!(heir("x", refused, None), TakeOver::Wait);
         assert_eq!(heir("x", still(nearly), None), TakeOver::Wait);
         assert_eq!(heir("x", still(PATIENCE), None), TakeOver::Now(Ground::StoodStill));
-        assert_eq!(heir("x", Leader { listed_dead: true, ..SILENT }, None), TakeOver::Now(Ground::StoodStill));
+        let listed = |still| Leader { listed_dead: true, still, ..SILENT };
+        assert_eq!(heir("x", listed(CONFIRM), None), TakeOver::Now(Ground::StoodStill));
+        assert_eq!(heir("x", listed(CONFIRM - Duration::from_millis(1)), None), TakeOver::Wait, "one list may err");
         assert_eq!(heir("x", still(PATIENCE), Some("d")), TakeOver::Wait);
+        // What was seen before this process was stopped proves nothing.
+        let long_ago = FRESH + Duration::from_millis(1);
+        for leader in [still(PATIENCE), listed(CONFIRM)] {
+            for me in ["b", "x"] {
+                assert_eq!(heir(me, Leader { seen: long_ago, ..leader }, None), TakeOver::Wait);
+            }
+        }
+        assert_eq!(heir("b", Leader { seen: long_ago, ..refused }, None), TakeOver::Now(Ground::Refused));
     }
 
     #[test]

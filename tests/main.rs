@@ -29,6 +29,7 @@ mod outputs;
 mod prepare_inputs;
 mod protocol_model;
 mod protocol_random;
+mod rendezvous_sim;
 mod rules;
 mod simulate;
 mod stalls;

@@ -12,15 +12,24 @@
 //! [`INTERVAL`] apart (0.11 USD a day at 0.005 USD for 1,000; one a second would be 0.43), on disk [`NEAR_INTERVAL`].
 //!
 //! After a crash the object stays and its counter no longer changes. A clean exit deletes it.
+//!
+//! A node of a run with several nodes writes more (`group`, format 2): where its channel listens and with which key, how
+//! often it beats, what it has and whom it can't reach. Its clean exit leaves the object with `left` as a tombstone: a
+//! heartbeat that is missing proves nothing, since any node may have deleted it by mistake. A program that reads only
+//! format 1 sees that the beat is newer, and goes by its changes. `membership.rs` judges several nodes' beats, and
+//! `cost.rs` says what they cost.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::{sync::Notify, task::JoinHandle};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinHandle,
+};
 
 use crate::{
-    ids::NodeId,
+    ids::{NodeId, NodeKey},
     layout,
     storage::{StorageError, Store},
 };
@@ -41,9 +50,17 @@ pub const NEAR: Duration = Duration::from_secs(6);
 const SHORTEST: Duration = Duration::from_secs(2);
 /// The highest limit.
 const LONGEST: Duration = Duration::from_secs(8);
-/// The layout that is written, and the highest that is read.
-const FORMAT: u32 = 1;
+/// The highest layout that is read.
+const FORMAT: u32 = 2;
+/// The layout without `group`, which every version reads.
+const ALONE: u32 = 1;
 const LIMIT: u64 = 64 << 10;
+/// A heartbeat that claims to come less often than this is not waited for longer.
+const MOST_SELDOM_S: u32 = 60;
+/// A beat older than this many of its intervals belongs to a dead node.
+pub const MISSED: u32 = 3;
+/// The most nodes that a heartbeat names as out of reach: with the longest ids it stays well below [`LIMIT`].
+const MOST_UNREACHABLE: usize = 256;
 
 /// The stored object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +73,46 @@ pub struct Heartbeat {
     pub counter: u64,
     /// Where the process runs.
     pub process: Process,
+    /// Of a node of a run with several nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<Group>,
+}
+
+/// What a node of a run with several nodes says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Group {
+    /// Where its channel listens: host and port.
+    pub address: String,
+    /// The key by which its channel is known.
+    pub key: NodeKey,
+    /// Seconds between two of its beats.
+    pub every_s: u32,
+    /// Its part.
+    pub state: State,
+    /// What it computes with; see `policy::Member`.
+    pub kind: String,
+    /// Its workers.
+    pub workers: u32,
+    /// Nodes that it can't reach, if there are any; at most 256 are named.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unreachable: Vec<NodeId>,
+    /// It has left, and this is its last beat.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub left: bool,
+}
+
+/// A node's own view of its part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// In no generation: it waits to be asked.
+    Waiting,
+    /// A member of the newest generation.
+    Member,
+    /// It leads the newest generation.
+    Leader,
+    /// A member that lost its leader.
+    CutOff,
 }
 
 /// Why an object is not a heartbeat.
@@ -189,6 +246,9 @@ impl Turning {
 pub struct Pulse {
     run: Store,
     node: NodeId,
+    process: Process,
+    /// What the beats of a node of several say.
+    group: Option<watch::Sender<Group>>,
     task: JoinHandle<()>,
 }
 
@@ -197,19 +257,55 @@ impl Pulse {
     /// ([`NEAR_INTERVAL`]). A beat that is due waits until the loop behind `turning` has turned.
     pub async fn start(run: Store, node: NodeId, turning: Turning) -> Result<Self, StorageError> {
         let process = Process::current();
-        run.put(&layout::heartbeat(&node), body(&node, &process, 0)).await?;
+        run.put(&layout::heartbeat(&node), body(&node, &process, 0, None)).await?;
         let task = tokio::spawn({
-            let (run, node) = (run.clone(), node.clone());
+            let (run, node, process) = (run.clone(), node.clone(), process.clone());
             async move { beats(&run, &node, &process, &turning, interval(run.is_local()), limit).await }
         });
-        Ok(Self { run, node, task })
+        Ok(Self { run, node, process, group: None, task })
     }
 
-    /// Stops beating and deletes the heartbeat: this node is gone, and no other node need wait to find out.
+    /// The same for a node of a run with several nodes, which says `group` of itself and beats as often as that says.
+    pub async fn start_in_group(
+        run: Store,
+        node: NodeId,
+        turning: Turning,
+        group: Group,
+    ) -> Result<Self, StorageError> {
+        let process = Process::current();
+        run.put(&layout::heartbeat(&node), body(&node, &process, 0, Some(&group))).await?;
+        let (sender, receiver) = watch::channel(group);
+        let task = tokio::spawn({
+            let (run, node, process) = (run.clone(), node.clone(), process.clone());
+            async move { beats_in_group(&run, &node, &process, &turning, receiver, limit).await }
+        });
+        Ok(Self { run, node, process, group: Some(sender), task })
+    }
+
+    /// Says `group` from now on; the next beat comes at once. A node alone has nothing to say.
+    pub fn say(&self, group: Group) {
+        if let Some(said) = &self.group {
+            said.send_if_modified(|before| {
+                let changed = *before != group;
+                *before = group;
+                changed
+            });
+        }
+    }
+
+    /// Stops beating and deletes the heartbeat: this node is gone, and no other node need wait to find out. A node of
+    /// several leaves a tombstone instead.
     pub async fn stop(self) {
         self.task.abort();
-        if let Err(error) = self.run.delete(&layout::heartbeat(&self.node)).await {
-            tracing::debug!(%error, "heartbeat not deleted");
+        let key = layout::heartbeat(&self.node);
+        let left = self.group.as_ref().map(|said| Group { left: true, ..said.borrow().clone() });
+        let gone = match left {
+            // No beat has this number, and whoever reads it looks at `left` alone.
+            Some(left) => self.run.put(&key, body(&self.node, &self.process, u64::MAX, Some(&left))).await,
+            None => self.run.delete(&key).await,
+        };
+        if let Err(error) = gone {
+            tracing::debug!(%error, "the end of this node's heartbeat is not recorded");
         }
     }
 }
@@ -235,12 +331,41 @@ async fn beats(
     for counter in 1.. {
         interval.tick().await;
         turning.turned().await;
-        match run.put_once(&layout::heartbeat(node), body(node, process, counter), limit(failed)).await {
-            Ok(()) => failed = 0,
-            Err(error) => {
-                failed = failed.saturating_add(1);
-                tracing::debug!(%error, failed, "heartbeat missed");
-            }
+        beat(run, node, body(node, process, counter, None), &mut failed, &limit).await;
+    }
+}
+
+/// Beats as often as the node's group says, and at once when it says something new.
+async fn beats_in_group(
+    run: &Store,
+    node: &NodeId,
+    process: &Process,
+    turning: &Turning,
+    mut group: watch::Receiver<Group>,
+    limit: impl Fn(u32) -> Duration,
+) {
+    let (mut failed, mut due) = (0_u32, tokio::time::Instant::now());
+    for counter in 1.. {
+        // As with `interval` above: a beat is due one interval after the one before it, or at once if that took longer.
+        let every = Duration::from_secs(u64::from(group.borrow().every_s.max(1)));
+        tokio::select! {
+            () = tokio::time::sleep_until(due + every) => {}
+            said = group.changed() => if said.is_err() { return },
+        }
+        due = tokio::time::Instant::now();
+        turning.turned().await;
+        let body = body(node, process, counter, Some(&group.borrow_and_update()));
+        beat(run, node, body, &mut failed, &limit).await;
+    }
+}
+
+/// One beat; `failed`: how many have failed in a row.
+async fn beat(run: &Store, node: &NodeId, body: Bytes, failed: &mut u32, limit: impl Fn(u32) -> Duration) {
+    match run.put_once(&layout::heartbeat(node), body, limit(*failed)).await {
+        Ok(()) => *failed = 0,
+        Err(error) => {
+            *failed = failed.saturating_add(1);
+            tracing::debug!(%error, failed, "heartbeat missed");
         }
     }
 }
@@ -253,8 +378,14 @@ fn limit(failed: u32) -> Duration {
     SHORTEST.saturating_mul(1 << failed.min(16)).min(LONGEST)
 }
 
-fn body(node: &NodeId, process: &Process, counter: u64) -> Bytes {
-    let heartbeat = Heartbeat { format: FORMAT, node: node.clone(), counter, process: process.clone() };
+fn body(node: &NodeId, process: &Process, counter: u64, group: Option<&Group>) -> Bytes {
+    let group = group.map(|group| Group {
+        unreachable: group.unreachable.iter().take(MOST_UNREACHABLE).cloned().collect(),
+        ..group.clone()
+    });
+    // The lowest layout that has all of it, so that an earlier version reads what it can.
+    let format = if group.is_some() { FORMAT } else { ALONE };
+    let heartbeat = Heartbeat { format, node: node.clone(), counter, process: process.clone(), group };
     // A struct of numbers and strings always becomes JSON.
     serde_json::to_vec(&heartbeat).unwrap_or_default().into()
 }
@@ -308,6 +439,9 @@ async fn look_for(
         }
         let Some(body) = stored(run, node).await? else { return Ok(Liveness::Gone(None)) };
         match (Heartbeat::parse(&body), &first) {
+            (Ok(now), _) if now.group.as_ref().is_some_and(|group| group.left) => {
+                return Ok(Liveness::Gone(Some(now.process)));
+            }
             (Ok(now), Some(first)) if now.counter != first.counter => return Ok(Liveness::Alive),
             (Ok(now), None) => {
                 (first, begin) = (Some(now), tokio::time::Instant::now());
@@ -321,11 +455,18 @@ async fn look_for(
             _ => {}
         }
         let here = process.is_some_and(Process::is_of_this_machine);
-        if watched >= patience(here, process.is_some_and(Process::is_at_work)) {
+        let patience = patience(here, process.is_some_and(Process::is_at_work));
+        if watched >= patience.max(first.as_ref().map_or(Duration::ZERO, seldom)) {
             return Ok(Liveness::Gone(process.cloned()));
         }
         tokio::time::sleep(READ_AGAIN).await;
     }
+}
+
+/// How long the counter of a node that says how often it beats may stand still.
+fn seldom(heartbeat: &Heartbeat) -> Duration {
+    let every_s = heartbeat.group.as_ref().map_or(0, |group| group.every_s.min(MOST_SELDOM_S));
+    MISSED * Duration::from_secs(u64::from(every_s))
 }
 
 /// Deletes the heartbeat of a dead node. One that was only asleep writes its own again.
@@ -336,8 +477,28 @@ pub async fn remove_stale(run: &Store, node: &NodeId) {
 }
 
 #[cfg(test)]
+pub mod testing {
+    use super::{Group, State};
+    use crate::ids::NodeKey;
+
+    /// A node that waits.
+    pub fn group() -> Group {
+        Group {
+            address: "10.0.0.7:7077".into(),
+            key: NodeKey::new("0f".repeat(32)).unwrap(),
+            every_s: 30,
+            state: State::Waiting,
+            kind: "NVIDIA A100-SXM4-40GB".into(),
+            workers: 8,
+            unreachable: Vec::new(),
+            left: false,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{testing::group, *};
     use crate::{
         config::StorageConfig,
         storage::faulty::{Fault, Faulty},
@@ -360,6 +521,103 @@ mod tests {
         assert!(longest < PATIENCE, "{longest:?}");
         let near = interval(true) + limits[0].max(interval(true)) + limits[1] / 2;
         assert!(near < NEAR, "{near:?}");
+    }
+
+    /// A process of another machine.
+    fn elsewhere() -> Process {
+        Process { boot_id: "b".into(), pid_namespace: "pid:[1]".into(), pid: 7, started: 9 }
+    }
+
+    #[test]
+    fn a_node_alone_writes_what_it_always_wrote() {
+        let node = NodeId::new("n1").unwrap();
+        let stored = r#"{"format":1,"node":"n1","counter":3,"process":{"boot_id":"b","pid_namespace":"pid:[1]","pid":7,"started":9}}"#;
+        assert_eq!(body(&node, &elsewhere(), 3, None), stored);
+        let parsed = Heartbeat::parse(stored.as_bytes()).unwrap();
+        assert_eq!((parsed.counter, parsed.group, parsed.process), (3, None, elsewhere()));
+    }
+
+    #[test]
+    fn a_node_of_several_says_more_and_every_version_of_it_is_read() {
+        let node = NodeId::new("n1").unwrap();
+        let start = r#"{"format":2,"node":"n1","counter":3,"process":{"boot_id":"b","pid_namespace":"pid:[1]","pid":7,"started":9},"group":{"address":"10.0.0.7:7077","key":"0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f","every_s":30,"state":"waiting","kind":"NVIDIA A100-SXM4-40GB","workers":8"#;
+        assert_eq!(body(&node, &elsewhere(), 3, Some(&group())), format!("{start}}}}}"));
+        let all = Group { unreachable: vec![NodeId::new("n2").unwrap()], left: true, state: State::CutOff, ..group() };
+        let end = r#","unreachable":["n2"],"left":true}}"#;
+        let stored = format!("{}{end}", start.replace("waiting", "cut_off"));
+        assert_eq!(body(&node, &elsewhere(), 3, Some(&all)), stored);
+        assert_eq!(Heartbeat::parse(stored.as_bytes()).unwrap().group, Some(all));
+        assert!(matches!(Heartbeat::parse(br#"{"format":3}"#), Err(InvalidHeartbeat::Newer(3))));
+        // However many nodes are out of reach, the beat can be read.
+        let longest = |at| NodeId::new(format!("{}{at:04}", "n".repeat(96))).unwrap();
+        let lost = Group { unreachable: (0..1000).map(longest).collect(), ..group() };
+        let stored = body(&node, &elsewhere(), 3, Some(&lost));
+        assert!(stored.len() < LIMIT as usize, "{}", stored.len());
+        let parsed = Heartbeat::parse(&stored).unwrap().group.unwrap();
+        assert_eq!(parsed.unreachable, lost.unreachable[..MOST_UNREACHABLE]);
+    }
+
+    #[tokio::test]
+    async fn a_node_of_several_leaves_a_tombstone_and_one_alone_leaves_nothing() {
+        let store = Store::faulty_with(&Faulty::new(|_, _, _| Fault::Pass), &StorageConfig::plain(4, 8), None);
+        let node = NodeId::new("n1").unwrap();
+        let pulse = Pulse::start(store.clone(), node.clone(), Turning::default()).await.unwrap();
+        assert_eq!(read(&store, &node).await.unwrap().unwrap().group, None);
+        pulse.stop().await;
+        assert_eq!(stored(&store, &node).await.unwrap(), None);
+        let pulse = Pulse::start_in_group(store.clone(), node.clone(), Turning::default(), group()).await.unwrap();
+        assert_eq!(read(&store, &node).await.unwrap().unwrap().group, Some(group()));
+        pulse.stop().await;
+        let tombstone = read(&store, &node).await.unwrap().unwrap();
+        assert_eq!(tombstone.group, Some(Group { left: true, ..group() }));
+        let gone = look_for(&store, &node, |_, _| Duration::MAX).await.unwrap();
+        assert_eq!(gone, Liveness::Gone(Some(Process::current())), "nobody waits for a node that left");
+    }
+
+    #[tokio::test]
+    async fn a_node_says_what_is_new_at_once_and_then_beats_as_often_as_it_says() {
+        let store = Store::faulty_with(&Faulty::new(|_, _, _| Fault::Pass), &StorageConfig::plain(4, 8), None);
+        let (node, turning) = (NodeId::new("n1").unwrap(), Turning::default());
+        let seldom = Group { every_s: 36_000, ..group() };
+        let pulse = Pulse::start_in_group(store.clone(), node.clone(), turning.clone(), seldom).await.unwrap();
+        let said = async |news: &Group| {
+            pulse.say(news.clone());
+            loop {
+                let beat = read(&store, &node).await.unwrap().unwrap();
+                if beat.group.as_ref() == Some(news) {
+                    return beat.counter;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        let work = turning.during(async {
+            assert_eq!(said(&Group { every_s: 36_000, state: State::Member, ..group() }).await, 1);
+            assert_eq!(said(&Group { every_s: 1, state: State::Leader, ..group() }).await, 2);
+            beats_on(&store, &node, 2).await;
+        });
+        tokio::time::timeout(Duration::from_secs(60), work).await.expect("no beat came through");
+        let sender = pulse.group.as_ref().unwrap();
+        let mut heard = sender.subscribe();
+        let before = sender.borrow().clone();
+        pulse.say(before);
+        assert!(!heard.has_changed().unwrap(), "nothing new is no reason to beat");
+        pulse.say(Group { left: true, ..group() });
+        heard.changed().await.unwrap();
+    }
+
+    #[test]
+    fn a_node_that_beats_seldom_is_waited_for_and_not_for_ever() {
+        let says = |group| Heartbeat {
+            format: FORMAT,
+            node: NodeId::new("n1").unwrap(),
+            counter: 0,
+            process: elsewhere(),
+            group,
+        };
+        assert_eq!(seldom(&says(None)), Duration::ZERO);
+        assert_eq!(seldom(&says(Some(group()))), Duration::from_secs(90));
+        let never = Group { every_s: u32::MAX, ..group() };
+        assert_eq!(seldom(&says(Some(never))), Duration::from_secs(180));
     }
 
     #[tokio::test]
@@ -407,7 +665,7 @@ mod tests {
         let beats = async {
             for counter in 0.. {
                 tokio::time::sleep(READ_AGAIN).await;
-                store.put(&key, body(&node, &elsewhere, counter)).await.unwrap();
+                store.put(&key, body(&node, &elsewhere, counter, None)).await.unwrap();
             }
         };
         tokio::select! {
@@ -415,7 +673,7 @@ mod tests {
             () = beats => {}
         }
         // It is readable, and its counter does not change.
-        store.put(&key, body(&node, &elsewhere, 7)).await.unwrap();
+        store.put(&key, body(&node, &elsewhere, 7, None)).await.unwrap();
         assert_eq!(look(Duration::from_millis(1)).await, Liveness::Gone(Some(elsewhere.clone())));
         // One of a newer version is alive while it changes.
         let newer = |counter| Bytes::from(format!("{{\"format\":9,\"beats\":{counter}}}"));

@@ -1,6 +1,24 @@
-//! The nodes of a run: heartbeats in the store, and a node's response to another one that leads the run.
+//! The nodes of a run: who lives, who leads, and how they talk.
+//!
+//! | part | what it does |
+//! |---|---|
+//! | `heartbeat` | a node's sign of life in the store; `look` says whether another node is dead |
+//! | `policy` | decisions from that: wait, take over, form, step down; pure functions |
+//! | `membership` | judgements of heartbeats by watching and by one list; pure functions |
+//! | `channel` | messages between the agents of one generation; requests and hints, never facts |
+//! | `cost` | what all that costs in requests and money |
+//!
+//! A run with one node uses `heartbeat` and `policy::single` alone.
+//!
+//! # Invariant
+//! Nothing here makes a run safe. Safety is the journal's fencing: these parts decide who waits, and for how long.
+//!
+//! *Crash:* a heartbeat stays with its last counter, and others see it stand still. *Retry:* a missed beat is not
+//! repeated, the next one is newer. *Cancel:* all of it may be dropped at any moment.
 #![doc = include_str!("README.md")]
 
 pub mod channel;
+pub mod cost;
 pub mod heartbeat;
+pub mod membership;
 pub mod policy;

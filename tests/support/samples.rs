@@ -224,7 +224,7 @@ pub fn heartbeat() -> Heartbeat {
         pid: 4242,
         started: 987_654,
     };
-    Heartbeat { format: 1, node: node(), counter: 17, process }
+    Heartbeat { format: 1, node: node(), counter: 17, process, group: None }
 }
 
 pub fn index() -> shards::Index {

@@ -9,10 +9,10 @@
 
 use std::time::Duration;
 
-use super::heartbeat::{Liveness, Process};
 use crate::{
     ids::NodeId,
     journal::{self, RunState},
+    rendezvous::heartbeat::{Liveness, Process},
 };
 
 /// The pause between two looks at the heartbeat of a live leader.

@@ -253,9 +253,9 @@ impl<'a> Play<'a> {
         let was_member = self.nodes[index].member;
         let warned = self.nodes[index].warned;
         let together = self.nodes.len() > 1 && was_member && self.random.next_f64() < self.fleet.together;
+        let ends_s = self.nodes[index].ends_s;
         for other in 0..self.nodes.len() {
             if other == index || (together && self.nodes[other].arrives_s <= self.now) {
-                let ends_s = if other == index { self.nodes[index].ends_s } else { self.now.max(self.nodes[index].ends_s) };
                 self.pays(other, ends_s);
                 self.nodes[other] = self.replacement(ends_s);
                 self.replaced += 1;

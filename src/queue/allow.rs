@@ -104,7 +104,8 @@ impl Allowed {
         {
             keys_of(&table, "", &mut keys);
         }
-        let Some((key, why, hint)) = keys.iter().find_map(|key| refused(key).map(|(why, hint)| (key, why, hint))) else {
+        let Some((key, why, hint)) = keys.iter().find_map(|key| refused(key).map(|(why, hint)| (key, why, hint)))
+        else {
             return Ok(());
         };
         Err(Error::new(Kind::Config, format!("{key} of the message: {why}")).with_hint(hint))

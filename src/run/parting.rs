@@ -190,7 +190,8 @@ mod tests {
     #[test]
     fn the_last_words_leave_time_to_exit() {
         let seconds = Duration::from_secs_f64;
-        for (left, limit) in [(None, 30.0), (Some(120.0), 30.0), (Some(10.0), 9.4), (Some(1.5), 0.9), (Some(0.0), 0.3)] {
+        for (left, limit) in [(None, 30.0), (Some(120.0), 30.0), (Some(10.0), 9.4), (Some(1.5), 0.9), (Some(0.0), 0.3)]
+        {
             assert_eq!(within(LAST_WORDS, left.map(seconds)), seconds(limit), "{left:?}");
         }
         assert_eq!(within(seconds(0.1), Some(seconds(0.2))), seconds(0.1), "never more than usual");

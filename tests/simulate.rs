@@ -76,6 +76,26 @@ fn several_nodes_agree_with_the_model_too() {
     }
 }
 
+/// A group that may shrink is done earlier than one that waits, and the other rows are those of `--nodes`.
+#[test]
+fn an_elastic_group_is_a_row_beside_the_group_that_waits() {
+    let line = "--mtbf 10h --wait 2h --trials 20 --work 10d --notice-share 0.5";
+    let elastic = json(simulate(&format!("{line} --json --elastic 1:4 --reform 30s"), None));
+    let rigid = json(simulate(&format!("{line} --json --nodes 4"), None));
+    assert_eq!(elastic["inputs"]["elastic"], serde_json::json!({"min": 1, "max": 4, "reform_s": 30.0}));
+    assert!(rigid["inputs"].get("elastic").is_none(), "{rigid}");
+    for notice in [false, true] {
+        assert_eq!(row(&elastic, "auto", notice), row(&rigid, "auto", notice));
+        let (loose, waits) = (row(&elastic, "auto, elastic", notice), row(&elastic, "auto", notice));
+        assert!(number(&loose["wall_s"]) < 0.9 * number(&waits["wall_s"]), "{loose} {waits}");
+        assert!(loose["model_goodput"].is_null(), "{loose}");
+    }
+    let text = simulate(&format!("{line} --elastic 1:4"), None).expect_code(0).stdout;
+    for said in ["elastic   or 1 to 4 nodes, which form anew in 20", "The elastic group (with notice) is done in "] {
+        assert!(text.contains(said), "{text}");
+    }
+}
+
 /// The example that `src/goodput/trace.rs` computes by hand, once as counts and once as changes.
 #[test]
 fn a_trace_is_replayed_as_computed_by_hand() {
@@ -133,6 +153,13 @@ fn absurd_flags_are_refused() {
         ("--every 0s", "at least 1s"),
         ("--work 2h --stall x", "a duration"),
         ("--trace t --mtbf 2h", "cannot be used with"),
+        ("--trace t --elastic 1:2", "cannot be used with"),
+        ("--nodes 2 --elastic 1:2", "cannot be used with"),
+        ("--elastic 3:2", "MIN:MAX"),
+        ("--elastic 0:2", "MIN:MAX"),
+        ("--elastic 1:9999", "MIN:MAX"),
+        ("--elastic 4", "MIN:MAX"),
+        ("--reform 9s", "--elastic"),
     ] {
         simulate(line, None).expect_code(64).expect_said(&[said]);
     }

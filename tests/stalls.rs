@@ -3,9 +3,9 @@
 //!
 //! The requests hang forever, so a run that waited for one would never end; no test looks at a clock.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::mpsc::RecvTimeoutError, time::Duration};
 
-use rustix::process::Signal;
+use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 
 use crate::support::{
@@ -233,4 +233,38 @@ fn an_agent_asked_to_stop_while_it_records_completion_does_not_wait_for_the_stor
     proxy.disarm();
     let next = lab.resume(RUN).finish().expect_code(0);
     assert_eq!(next.resumed_from(), STEPS, "{}", next.story());
+}
+
+/// A supervisor that allows 8 s and kills after 12. The store answers nothing from the notice on: the process says for
+/// itself that something was lost, and exits.
+#[test]
+fn a_process_on_a_silent_store_exits_before_it_is_killed() {
+    let (lab, proxy) = Lab::on_s3_through_proxy(1);
+    let running = long(&lab).envs(&[("TRAINER_STOP_WINDOW", "8s".to_owned())]).hold_after(EVERY + 2).start();
+    running.wait_for_step("checkpoint", EVERY);
+    running.held();
+    for method in ["PUT", "GET", "HEAD", "POST", "DELETE"] {
+        proxy.hang(Hang::all(method, "", ""));
+    }
+    running.signal(Signal::TERM);
+    running.wait_for("a notice", |event| event.kind() == "notice");
+    let (ended, end) = std::sync::mpsc::channel::<()>();
+    let supervisor = std::thread::spawn({
+        let pid = running.pid();
+        move || {
+            if end.recv_timeout(Duration::from_secs(12)) == Err(RecvTimeoutError::Timeout) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+    });
+    running.let_go();
+    let life = running.finish();
+    drop(ended);
+    let life = life.expect_code(76);
+    let end = life.last("interrupted");
+    assert_eq!(Some(end.value["lost_steps"].as_u64().expect("a number") + EVERY), end.step(), "{}", life.story());
+    supervisor.join().expect("the supervisor");
+    proxy.disarm();
+    let next = lab.resume(RUN).args(&["--set", "train.steps=12"]).finish().expect_code(0);
+    assert_eq!(next.resumed_from(), EVERY, "{}", next.story());
 }

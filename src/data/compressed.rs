@@ -9,6 +9,8 @@ use std::{
     path::Path,
 };
 
+use flate2::bufread::GzDecoder;
+
 use super::DataError;
 
 /// Bytes of a file that are read to find out its type: enough for the mark of a tar archive.
@@ -87,10 +89,7 @@ impl<'a> Source<'a> {
         let file = BufReader::with_capacity(BUFFER_BYTES, self.file()?);
         Ok(match self.packing {
             Packing::Plain => Box::new(file),
-            // Files of several members are one text.
-            Packing::Gzip => {
-                Box::new(BufReader::with_capacity(BUFFER_BYTES, flate2::bufread::MultiGzDecoder::new(file)))
-            }
+            Packing::Gzip => Box::new(BufReader::with_capacity(BUFFER_BYTES, Members::of(file))),
             // All frames, each with a window of at most 128 MiB: the library's own limit.
             Packing::Zstd => {
                 let unpacked =
@@ -152,6 +151,47 @@ impl<'a> Source<'a> {
             return Some(format!("is Parquet inside of {}; unpack it", self.packing.name()));
         }
         table(&ending).or_else(|| archive(&ending))
+    }
+}
+
+/// A gzip file: its members, one after the other, are one text. Zero bytes behind the last member, which tapes and some
+/// uploads add up to a whole block, belong to no member, as for gzip(1).
+struct Members<R: BufRead> {
+    /// `None`: the file's end was reached.
+    member: Option<GzDecoder<R>>,
+}
+
+impl<R: BufRead> Members<R> {
+    fn of(file: R) -> Self {
+        Self { member: Some(GzDecoder::new(file)) }
+    }
+}
+
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let Some(member) = &mut self.member else { return Ok(0) };
+            let read = member.read(into)?;
+            if read > 0 || into.is_empty() {
+                return Ok(read);
+            }
+            let Some(mut rest) = self.member.take().map(GzDecoder::into_inner) else { return Ok(0) };
+            if skip_zeros(&mut rest)? {
+                self.member = Some(GzDecoder::new(rest));
+            }
+        }
+    }
+}
+
+/// Whether there are bytes behind the zeros.
+fn skip_zeros(from: &mut impl BufRead) -> io::Result<bool> {
+    loop {
+        let bytes = from.fill_buf()?;
+        let (len, zeros) = (bytes.len(), bytes.iter().take_while(|byte| **byte == 0).count());
+        from.consume(zeros);
+        if zeros < len || len == 0 {
+            return Ok(zeros < len);
+        }
     }
 }
 
@@ -289,6 +329,24 @@ mod tests {
             std::fs::write(&path, "not packed").unwrap();
             let error = text(&path, &format!("a.{what}")).unwrap_err().to_string();
             assert!(error.contains("is not") && error.contains("as its name suggests"), "{error}");
+        }
+    }
+
+    #[test]
+    fn zeros_behind_a_gzip_file_are_no_text_and_anything_else_is_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let of = |parts: &[&[u8]]| {
+            std::fs::write(&path, parts.concat()).unwrap();
+            text(&path, "a.txt.gz")
+        };
+        let (one, none) = (gzip(b"one\n"), gzip(b""));
+        let zeros = vec![0; 3 * BUFFER_BYTES + 1];
+        assert_eq!(of(&[&one, &zeros]).unwrap(), "one\n");
+        assert_eq!(of(&[&one, &[0], &none, &one, &zeros]).unwrap(), "one\none\n");
+        for behind in [&b"x"[..], b"\0x", b"\x1f", b"\0\x1f\x8b"] {
+            let error = of(&[&one, behind]).unwrap_err().to_string();
+            assert!(error.contains("damaged gzip") || error.contains("cut short"), "{error}");
         }
     }
 

@@ -14,11 +14,13 @@
 //!
 //! Nothing is stored, and every function returns the same answer for the same input and seed.
 #![doc = include_str!("README.md")]
+mod elastic;
 mod model;
 mod observed;
 mod replay;
 mod trace;
 
+pub use elastic::{Elastic, Fleet, simulate_elastic};
 pub use model::{Costs, LEAST_RESERVE_S, Lives, Notice, best_interval, goodput};
 pub use observed::Observed;
 pub use replay::{Estimate, Gang, Job, Machines, Seen, Span, Unfinished, simulate};

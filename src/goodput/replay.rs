@@ -4,11 +4,11 @@ use super::model::{Costs, Lives, Notice};
 use crate::random::SplitMix64;
 
 /// Lives after which an unfinished job is given up.
-const MOST_LIVES: u64 = 100_000;
+pub(super) const MOST_LIVES: u64 = 100_000;
 /// Saves of all trials after which no further trial is begun, and saves of one trial after which it is given up.
-const MOST_SAVES: u64 = 20_000_000;
+pub(super) const MOST_SAVES: u64 = 20_000_000;
 /// Replacements during one wait after which a gang counts as never complete.
-const MOST_REPLACED: u32 = 10_000;
+pub(super) const MOST_REPLACED: u32 = 10_000;
 
 /// The job, and its costs.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -125,7 +125,7 @@ pub enum Unfinished {
     #[error("the job is not done after {MOST_SAVES} saves: saves are too frequent for work this long")]
     Saves,
     /// There are never enough machines at once.
-    #[error("the trace never has this many nodes at the same time")]
+    #[error("there are never this many nodes at the same time")]
     NoMachines,
 }
 
@@ -150,14 +150,15 @@ pub struct Estimate {
     pub trials: u32,
 }
 
+/// The result of one trial, in the units of [`Estimate`].
 #[derive(Default)]
-struct Trial {
-    paid_node_s: f64,
-    wall_s: f64,
-    interruptions: u64,
-    lost_s: f64,
-    trained_s: f64,
-    saves: u64,
+pub(super) struct Trial {
+    pub paid_node_s: f64,
+    pub wall_s: f64,
+    pub interruptions: u64,
+    pub lost_s: f64,
+    pub trained_s: f64,
+    pub saves: u64,
 }
 
 /// Simulates the job `trials` times (less often if that takes very many saves, but at least eight times), each on
@@ -169,10 +170,21 @@ pub fn simulate<M: Machines>(
     trials: u32,
     seed: u64,
 ) -> Result<Estimate, Unfinished> {
+    mean_of(job, trials, |trial| {
+        let mut random = SplitMix64::named(seed, &format!("notices of trial {trial}"));
+        play(job, &policy, &mut machines(trial), &mut random)
+    })
+}
+
+/// The means over `trials` trials: fewer if that takes very many saves, but at least eight.
+pub(super) fn mean_of(
+    job: &Job,
+    trials: u32,
+    mut play: impl FnMut(u32) -> Result<Trial, Unfinished>,
+) -> Result<Estimate, Unfinished> {
     let (mut sum, mut squares, mut done) = (Trial::default(), 0.0, 0_u32);
     while done < trials.max(1) && (done < 8 || sum.saves < MOST_SAVES) {
-        let mut random = SplitMix64::named(seed, &format!("notices of trial {done}"));
-        let trial = play(job, &policy, &mut machines(done), &mut random)?;
+        let trial = play(done)?;
         squares += trial.paid_node_s * trial.paid_node_s;
         sum.paid_node_s += trial.paid_node_s;
         sum.wall_s += trial.wall_s;

@@ -39,7 +39,7 @@ pub struct Notices {
     signals: Signals,
     sender: Sender,
     receiver: mpsc::Receiver<(Instant, Notice)>,
-    given: Given,
+    known: Given,
     settings: Option<NoticeConfig>,
     polls: JoinSet<()>,
     drain: JoinSet<()>,
@@ -47,6 +47,8 @@ pub struct Notices {
     held: Option<(Generation, AbortHandle)>,
     ending: Arc<aws::Ending>,
     approval: Arc<azure::Heard>,
+    /// The earliest time at which this process is expected to be ended from outside.
+    until: Option<Instant>,
 }
 
 impl Notices {
@@ -58,13 +60,14 @@ impl Notices {
             signals: Signals::listen(windows_here(&NoticeConfig::default()))?,
             sender,
             receiver,
-            given: Given::default(),
+            known: Given::default(),
             settings: None,
             polls: JoinSet::new(),
             drain: JoinSet::new(),
             held: None,
             ending: Arc::default(),
             approval: Arc::default(),
+            until: None,
         })
     }
 
@@ -119,19 +122,30 @@ impl Notices {
         loop {
             let (heard, mut notice) = tokio::select! {
                 biased;
-                notice = self.signals.next() => {
-                    self.approval.given(&notice);
-                    return notice;
-                }
+                notice = self.signals.next() => return self.given(notice),
                 Some(heard) = self.receiver.recv() => heard,
             };
-            if self.given.is_new(&notice, heard) {
+            if self.known.is_new(&notice, heard) {
                 // It may have waited to be taken since: that time is subtracted.
                 notice.deadline = notice.deadline.map(|left| left.saturating_sub(heard.elapsed()));
-                self.approval.given(&notice);
-                return notice;
+                return self.given(notice);
             }
         }
+    }
+
+    fn given(&mut self, notice: Notice) -> Notice {
+        self.approval.given(&notice);
+        if let Some(left) = notice.deadline.filter(|_| notice.kind != Kind::Rebalance) {
+            let until = Instant::now() + left;
+            self.until = Some(self.until.map_or(until, |before| before.min(until)));
+        }
+        notice
+    }
+
+    /// The time until this process is expected to be ended from outside, by the notices so far; `None`: no deadline is
+    /// known.
+    pub fn left(&self) -> Option<Duration> {
+        self.until.map(|until| until.saturating_duration_since(Instant::now()))
     }
 
     /// Call this when the run has ended on this node, its last record is written, and the caller has finished all work

@@ -13,6 +13,7 @@
 //! - A path or a `file://` URI is covered only if `--allow` or `--store` names a folder of this machine.
 //! - `notice.*` belongs to the machine: a message that could say when it goes away could end one consumer after the
 //!   other, each time with a renewed message that never reaches the dead-letter queue.
+//! - `storage.kms_key_id` belongs to the operator: whoever owns the key could make all checkpoints unreadable.
 //!
 //! No I/O. A refusal is an error of the job (exit code 78): its receives count.
 
@@ -96,18 +97,44 @@ impl Allowed {
     /// Whether a message may set a setting itself. The places that it names are [checked](Self::check) when they are
     /// known.
     pub fn check_settings(&self, job: &Job) -> Result<()> {
-        let is_notice = |key: &str| key.split('.').next().is_some_and(|section| section.trim() == "notice");
-        let set = job.set.iter().map(|(key, _)| key.as_str()).find(|key| is_notice(key));
-        let inline = match &job.config {
-            // Text that is not TOML is reported where it is parsed. A quoted key with dots in it is the same key.
-            Source::Inline(text) => {
-                text.parse::<toml::Table>().is_ok_and(|table| table.keys().any(|key| is_notice(key)))
-            }
-            Source::At { .. } => false,
+        let mut keys: Vec<String> = job.set.iter().map(|(key, _)| key.clone()).collect();
+        // Text that is not TOML is reported where it is parsed.
+        if let Source::Inline(text) = &job.config
+            && let Ok(table) = text.parse::<toml::Table>()
+        {
+            keys_of(&table, "", &mut keys);
+        }
+        let Some((key, why, hint)) = keys.iter().find_map(|key| refused(key).map(|(why, hint)| (key, why, hint)))
+        else {
+            return Ok(());
         };
-        let Some(key) = set.or(inline.then_some("notice")) else { return Ok(()) };
-        let what = format!("{key} of the message: a message can't say when this machine goes away");
-        Err(Error::new(Kind::Config, what).with_hint("leave notice.* out of the message"))
+        Err(Error::new(Kind::Config, format!("{key} of the message: {why}")).with_hint(hint))
+    }
+}
+
+/// Why a message may not set this, and what to do instead.
+fn refused(key: &str) -> Option<(&'static str, &'static str)> {
+    let parts: Vec<&str> = key.split('.').map(str::trim).collect();
+    match parts.as_slice() {
+        ["notice", ..] => {
+            Some(("a message can't say when this machine goes away", "leave notice.* out of the message"))
+        }
+        ["storage", "kms_key_id", ..] => Some((
+            "a message can't choose the key that checkpoints are encrypted with",
+            "leave it out: the bucket's default encryption may name a key",
+        )),
+        _ => None,
+    }
+}
+
+/// The dotted keys of all values, behind those there are. A quoted key with dots in it is the same key.
+fn keys_of(table: &toml::Table, above: &str, keys: &mut Vec<String>) {
+    for (key, value) in table {
+        let key = if above.is_empty() { key.clone() } else { format!("{above}.{key}") };
+        match value {
+            toml::Value::Table(below) if !below.is_empty() => keys_of(below, &key, keys),
+            _ => keys.push(key),
+        }
     }
 }
 
@@ -204,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_cannot_say_when_the_machine_goes_away() {
+    fn a_message_sets_neither_the_machines_end_nor_a_key() {
         let allowed = allowed(&[], Some("s3://b/runs"), None);
         for (text, expected) in [
             (r#"{"run_id":"r","config":"","set":{"train.steps":1}}"#, true),
@@ -218,7 +245,15 @@ mod tests {
             (r#"{"run_id":"r","config":"\"notice.file\".x = 1"}"#, false),
             (r#"{"run_id":"r","config":"noticed = 1"}"#, true),
             (r#"{"run_id":"r","config":"[not toml"}"#, true),
+            (r#"{"run_id":"r","config":"[notice]"}"#, false),
             (r#"{"run_id":"r","config_uri":"s3://b/c.toml"}"#, true),
+            (r#"{"run_id":"r","config":"","set":{"storage.kms_key_id":"alias/x"}}"#, false),
+            (r#"{"run_id":"r","config":"storage = {encryption='sse-kms', kms_key_id='alias/x'}"}"#, false),
+            (r#"{"run_id":"r","config":"[storage]\nkms_key_id='alias/x'"}"#, false),
+            (r#"{"run_id":"r","config":"\"storage.kms_key_id\" = 'alias/x'"}"#, false),
+            (r#"{"run_id":"r","config":"storage.\"kms_key_id\" = 'alias/x'"}"#, false),
+            (r#"{"run_id":"r","config":"","set":{"storage.encryption":"sse-kms"}}"#, true),
+            (r#"{"run_id":"r","config":"[storage]\nencryption='sse-kms'"}"#, true),
         ] {
             assert_eq!(allowed.check_settings(&job(text)).is_ok(), expected, "{text}");
         }

@@ -133,7 +133,8 @@ impl Shutdown {
     async fn finish(mut self) {
         self.notices.release(self.left).await;
         if let Some(pulse) = self.pulse {
-            let _ = tokio::time::timeout(HEARTBEAT_END, pulse.stop()).await;
+            let limit = parting::within(HEARTBEAT_END, self.notices.left());
+            let _ = tokio::time::timeout(limit, pulse.stop()).await;
         }
     }
 }
@@ -303,7 +304,7 @@ impl Runner {
             let reporter = self.reporter.clone();
             let taking_up = self.take_up(before, story.reason, &doing, &settings);
             let Some(next) = or_notice_as(notices, &mut known, &reporter, taking_up).await else {
-                return self.told_between_generations(doing.get(), story.finished).await;
+                return self.told_between_generations(doing.get(), story.finished, notices.left()).await;
             };
             let (generation, load) = match next? {
                 Next::Formed { generation, load } => (generation, load),
@@ -510,7 +511,7 @@ impl Runner {
                 Ok(ControlFlow::Break(outcome))
             }
             Ok(End::Stopped(stopped)) => {
-                let outcome = self.interrupted(generation, stopped).await;
+                let outcome = self.interrupted(generation, stopped, notices.left()).await;
                 self.gone(left).await;
                 Ok(ControlFlow::Break(outcome?))
             }

@@ -16,8 +16,13 @@ use crate::{
     report::Event,
 };
 
-/// How long the last record may take when the run ends on a store that does not answer.
+/// How long the last record may take when the run ends on a store that does not answer, if nobody waits for this
+/// process's end.
 const LAST_WORDS: Duration = Duration::from_secs(30);
+/// The shortest limit, whatever time is left: whoever wants the end may be late.
+const LEAST: Duration = Duration::from_millis(300);
+/// The time before a deadline at which the last record is given up: the process must also exit.
+const EXITING: Duration = Duration::from_millis(600);
 /// How long the record of a completed run may take when this node is told to leave meanwhile.
 const COMPLETING: Duration = Duration::from_secs(2);
 /// How long the end of a completed run waits for old checkpoints to be deleted.
@@ -45,10 +50,21 @@ pub(super) fn interruption(state: &RunState, generation: Generation, stopped: &S
     }
 }
 
+/// A limit for the work that remains when this process is expected to be ended in `left`, if that is known: killed in
+/// the middle of it, the process would report neither what was lost nor its exit code.
+pub(super) fn within(limit: Duration, left: Option<Duration>) -> Duration {
+    left.map_or(limit, |left| left.saturating_sub(EXITING).max(LEAST).min(limit))
+}
+
 impl Runner {
     /// A notice to leave came while no worker was at work. `step`: the last one finished under a generation of this
     /// node, if it has formed one.
-    pub(super) async fn told_between_generations(&self, doing: &str, step: Option<Step>) -> Result<Outcome> {
+    pub(super) async fn told_between_generations(
+        &self,
+        doing: &str,
+        step: Option<Step>,
+        left: Option<Duration>,
+    ) -> Result<Outcome> {
         let committed = self.newest_committed();
         let (Some(generation), Some(step)) = (self.journal.view().held, step) else {
             tracing::info!("asked to stop before this node has taken up the run: it has nothing to save");
@@ -58,7 +74,7 @@ impl Runner {
             return Ok(Outcome::Interrupted { lost_steps: 0 });
         };
         let verdict = format!("asked to stop while {doing}");
-        self.interrupted(generation, Stopped { step, committed, verdict, drain: None }).await
+        self.interrupted(generation, Stopped { step, committed, verdict, drain: None }, left).await
     }
 
     /// The last step is committed.
@@ -88,7 +104,7 @@ impl Runner {
             None => {
                 let verdict = "asked to stop while it was written down that the run is complete".to_owned();
                 let stopped = Stopped { step, committed: step, verdict, drain: None };
-                self.last_words(generation, &stopped).await
+                self.last_words(generation, &stopped, notices.left()).await
             }
         };
         if let Some(lost_steps) = outcome {
@@ -100,19 +116,24 @@ impl Runner {
     }
 
     /// The run was asked to stop.
-    pub(super) async fn interrupted(&self, generation: Generation, stopped: Stopped) -> Result<Outcome> {
-        let lost_steps = self.last_words(generation, &stopped).await.unwrap_or(0);
+    pub(super) async fn interrupted(
+        &self,
+        generation: Generation,
+        stopped: Stopped,
+        left: Option<Duration>,
+    ) -> Result<Outcome> {
+        let lost_steps = self.last_words(generation, &stopped, left).await.unwrap_or(0);
         self.reporter.event(&Event::Interrupted { step: stopped.step, lost_steps });
         Ok(Outcome::Interrupted { lost_steps })
     }
 
     /// Records what was lost, and returns it as far as the journal is known by then. `None`: the run is complete.
-    async fn last_words(&self, generation: Generation, stopped: &Stopped) -> Option<u64> {
+    async fn last_words(&self, generation: Generation, stopped: &Stopped, left: Option<Duration>) -> Option<u64> {
         let words = self.journal.last_words({
             let stopped = stopped.clone();
             move |state| interruption(state, generation, &stopped)
         });
-        said(tokio::time::timeout(LAST_WORDS, words).await);
+        said(tokio::time::timeout(within(LAST_WORDS, left), words).await);
         let state = self.journal.state();
         let lost = match interruption(&state, generation, stopped) {
             Record::Interrupted { lost_steps, .. } => lost_steps,
@@ -164,6 +185,16 @@ mod tests {
             Record::Interrupted { committed, lost_steps, verdict, .. } => (committed, lost_steps, verdict),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn the_last_words_leave_time_to_exit() {
+        let seconds = Duration::from_secs_f64;
+        for (left, limit) in [(None, 30.0), (Some(120.0), 30.0), (Some(10.0), 9.4), (Some(1.5), 0.9), (Some(0.0), 0.3)]
+        {
+            assert_eq!(within(LAST_WORDS, left.map(seconds)), seconds(limit), "{left:?}");
+        }
+        assert_eq!(within(seconds(0.1), Some(seconds(0.2))), seconds(0.1), "never more than usual");
     }
 
     #[tokio::test]

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     config::{self, Cadence, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
-    goodput::{Costs, Lives, Notice, Observed, Trace},
+    goodput::{Costs, Elastic, Lives, Notice, Observed, Trace},
     history,
     ids::RunId,
     report::human,
@@ -22,6 +22,8 @@ use crate::{
 };
 
 const HOUR: f64 = 3600.0;
+/// The most nodes that an elastic group may have.
+const MOST_NODES: u32 = 1024;
 /// The longest time that any option accepts, days.
 const MOST_DAYS: f64 = 3650.0;
 /// The defaults.
@@ -46,6 +48,7 @@ enum Lifetimes {
 Examples:
   trainer simulate --lifetimes spot --mtbf 2h --stall 1s --durable 10s --restart 2m
   trainer simulate --trace zone.json --nodes 4 --work 10d --on-demand-price 3.06 --spot-price 1.10
+  trainer simulate --elastic 2:8 --mtbf 6h --wait 1h
   trainer simulate --run-id first --store s3://bucket/runs --spot-price 1.10 --on-demand-price 3.06
 
 A trace is JSON, {\"metadata\":{\"gap_seconds\":60},\"data\":[1,0,...]} (available machines),
@@ -70,6 +73,12 @@ pub struct Simulate {
     /// Nodes that train together; when one is lost, all wait for its replacement
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     nodes: u32,
+    /// Also simulate a group that trains with MIN to MAX nodes and forms anew at each change; MAX replaces --nodes
+    #[arg(long, value_name = "MIN:MAX", value_parser = between, conflicts_with_all = ["trace", "nodes"])]
+    elastic: Option<(u32, u32)>,
+    /// From a change of an elastic group to its next step
+    #[arg(long, value_name = "D", default_value = "20s", value_parser = seconds, requires = "elastic")]
+    reform: f64,
     /// Share of losses that take all nodes at once, 0 to 1
     #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = share)]
     together: f64,
@@ -126,6 +135,12 @@ fn seconds(text: &str) -> Result<f64, String> {
         .ok_or_else(|| format!("expected a duration such as 250ms, 90s or 1h30m, at most {MOST_DAYS}d"))
 }
 
+fn between(text: &str) -> Result<(u32, u32), String> {
+    let parts = text.split_once(':').and_then(|(min, max)| Some((min.parse().ok()?, max.parse().ok()?)));
+    let fits = |(min, max): &(u32, u32)| 1 <= *min && min <= max && *max <= MOST_NODES;
+    parts.filter(fits).ok_or_else(|| format!("expected MIN:MAX, such as 2:8, from 1 to {MOST_NODES}"))
+}
+
 fn positive(text: &str) -> Result<f64, String> {
     seconds(text).and_then(|time| if time > 0.0 { Ok(time) } else { Err("expected more than 0s".into()) })
 }
@@ -167,6 +182,8 @@ impl<T> Input<T> {
 struct Inputs {
     machines: String,
     nodes: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    elastic: Option<Elastic>,
     stall_s: Input<f64>,
     durable_s: Input<f64>,
     restart_s: Input<f64>,
@@ -183,6 +200,9 @@ struct Inputs {
     seed: u64,
 }
 
+/// The name of the row of an elastic group.
+const ELASTIC: &str = "auto, elastic";
+
 /// The source of machines.
 enum Machines {
     /// Mean life of one node, its distribution's name.
@@ -198,6 +218,8 @@ enum Machines {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Policy {
     Auto,
+    /// The same, in an elastic group.
+    Elastic(Elastic),
     Fixed(f64),
 }
 
@@ -287,6 +309,10 @@ impl Simulate {
         Ok(study::Study { inputs, machines }.report(interval))
     }
 
+    fn nodes(&self) -> u32 {
+        self.elastic.map_or(self.nodes, |(_, max)| max)
+    }
+
     /// What the journal of a run tells, and its configuration.
     fn read(&self, id: &RunId) -> Result<(Observed, RunConfig)> {
         let root = self.store.open()?;
@@ -318,7 +344,7 @@ impl Simulate {
             Lifetimes::Exponential => (Lives::exponential(mean_s), "exponential"),
             Lifetimes::Spot => (Lives::spot(mean_s), "as recorded on spot machines (median 0.32 of the mean, CV 1.8)"),
         };
-        let together = if self.nodes > 1 {
+        let together = if self.nodes() > 1 {
             format!("; {:.0} % of the losses take all nodes", 100.0 * self.together)
         } else {
             String::new()
@@ -353,7 +379,8 @@ impl Simulate {
         let costs = Costs { stall_s: stall_s.value, durable_s: durable_s.value, restart_s: restart_s.value };
         Inputs {
             machines: said.to_owned(),
-            nodes: self.nodes,
+            nodes: self.nodes(),
+            elastic: self.elastic.map(|(min, max)| Elastic { min, max, reform_s: self.reform }),
             notice_s: self.notice,
             notice_fits: notice.fits(&costs),
             reserve_s: notice.reserve_s(&costs),

@@ -1,8 +1,8 @@
 //! From inputs to figures: the rows, and the result of each.
 
-use super::{Baseline, HOUR, Inputs, Lifetimes, Machines, Policy, Report, Row};
+use super::{Baseline, ELASTIC, HOUR, Inputs, Lifetimes, Machines, Policy, Report, Row};
 use crate::{
-    goodput::{self, Costs, Estimate, Gang, Job, Lives, Notice, Seen, Unfinished},
+    goodput::{self, Costs, Estimate, Fleet, Gang, Job, Lives, Notice, Seen, Unfinished},
     random::SplitMix64,
     snapshot::cadence::{self, Measured},
 };
@@ -44,6 +44,10 @@ impl Study {
         let next = |seen: &Seen| self.until_next_save(policy, seen);
         match &self.machines {
             Machines::Random { lives, wait_s, together, .. } => {
+                if let Policy::Elastic(elastic) = policy {
+                    let fleet = Fleet { lives: *lives, wait_s: *wait_s, together: *together };
+                    return goodput::simulate_elastic(&job, &elastic, &fleet, next, trials, seed);
+                }
                 let gang = |trial| {
                     let seed = SplitMix64::named(seed, &format!("machines of trial {trial}")).next_u64();
                     Gang::new(*lives, job.nodes, *wait_s, *together, seed)
@@ -103,7 +107,7 @@ impl Study {
             goodput_error: None,
             model_goodput: match policy {
                 Policy::Fixed(interval_s) => self.model(interval_s, notice),
-                Policy::Auto => None,
+                Policy::Auto | Policy::Elastic(_) => None,
             },
             wall_s: None,
             interruptions: None,
@@ -117,7 +121,7 @@ impl Study {
             Ok(found) => {
                 let node_hours = found.paid_node_s / HOUR;
                 let cost = node_hours * self.inputs.spot_price;
-                if policy == Policy::Auto {
+                if matches!(policy, Policy::Auto | Policy::Elastic(_)) {
                     row.interval_s = found.interval_s;
                 }
                 row.goodput = Some(found.goodput);
@@ -159,6 +163,9 @@ impl Study {
                 spot.push(self.row("configured", Policy::Fixed(interval_s), notice, on_demand));
             }
             spot.push(self.row("every 2h", Policy::Fixed(2.0 * HOUR), notice, on_demand));
+            if let Some(elastic) = self.inputs.elastic {
+                spot.push(self.row(ELASTIC, Policy::Elastic(elastic), notice, on_demand));
+            }
         }
         // Several nodes that die young lose the job more often than their mean lives suggest: there the simulated
         // result counts.

@@ -1,7 +1,7 @@
 //! The figures for people: inputs, table, conclusions.
 
-use super::{super::output::Table, Baseline, Input, Inputs, Report};
-use crate::report::human;
+use super::{super::output::Table, Baseline, ELASTIC, Input, Inputs, Report};
+use crate::{goodput::Elastic, report::human};
 
 fn percent(share: f64) -> String {
     format!("{:.2} %", 100.0 * share)
@@ -27,6 +27,10 @@ impl Report {
             ),
             ("work", format!("{} on {}", said(work_s), human::plural(u64::from(*nodes), "node"))),
         ];
+        if let Some(Elastic { min, max, reform_s }) = self.inputs.elastic {
+            let said = format!("or {min} to {max} nodes, which form anew in {}", human::seconds(reform_s));
+            lines.push(("elastic", said));
+        }
         let reserved = self.inputs.reserved_price.map(|price| format!(", reserved {price}")).unwrap_or_default();
         let prices = format!("on-demand {}, spot {}{reserved}", self.inputs.on_demand_price, self.inputs.spot_price);
         lines.push(("prices", format!("a node and hour: {prices}")));
@@ -136,6 +140,24 @@ impl Report {
                     human::seconds(*wall_s)
                 ));
             }
+        }
+        for row in self.spot.iter().filter(|row| row.policy == ELASTIC) {
+            let rigid = self.spot.iter().find(|other| other.policy == "auto" && other.notice == row.notice);
+            let with = if row.notice { "with" } else { "without" };
+            let (Some(cost), Some(wall)) = (row.cost, row.wall_s) else {
+                let why = row.never.as_deref().unwrap_or("no figure");
+                lines.push(format!("The elastic group ({with} notice) never ends the job: {why}."));
+                continue;
+            };
+            let instead = match rigid.and_then(|row| row.cost.zip(row.wall_s)) {
+                Some((cost, wall)) => format!("{} for {cost:.2}", human::seconds(wall)),
+                None => "never".into(),
+            };
+            lines.push(format!(
+                "The elastic group ({with} notice) is done in {} for {cost:.2}; a group that waits for every node: \
+                {instead}.",
+                human::seconds(wall)
+            ));
         }
         if let Some(price) = self.break_even_spot_price {
             lines.push(format!("Without notice spot pays below {price:.3} a node and hour."));

@@ -122,6 +122,16 @@ mod tests {
         assert_eq!(ends[1], format!("node n1 runs version {} (protocol 1), this one 0.0.9 (protocol 1)", us.version));
     }
 
+    #[tokio::test]
+    async fn a_hello_is_short() {
+        let (mut near, mut far) = tokio::io::duplex(1 << 14);
+        let long = Hello { version: "x".repeat(MAX_HELLO), ..Hello::of(&me()) };
+        let settings = Settings::default();
+        frame::write(&mut far, &frame::encode(&long, 1 << 20).unwrap(), settings.silence).await.unwrap();
+        let end = introduce(&mut near, &me().node, &me(), settings).await.unwrap_err();
+        assert!(matches!(&end, End::Protocol(text) if text.contains("4096 are allowed")), "{end}");
+    }
+
     #[test]
     fn the_hello_of_another_version_is_read_far_enough() {
         for text in [

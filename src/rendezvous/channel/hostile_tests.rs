@@ -296,7 +296,14 @@ async fn a_frame_of_a_gibibyte_from_a_known_node_ends_its_link_alone() {
     let mut rude: TestLink = pair.listener.accept().await;
     let end = rude.recv().await.unwrap_err();
     assert!(matches!(&end, End::Protocol(text) if text.contains("1073741824")), "{end}");
-    ends_after_its_hello(stream).await;
+    // It is told so: the end is a goodbye, and no reset.
+    let mut frames = Frames::default();
+    frames.next(&mut stream, 4096, ENOUGH).await.unwrap();
+    let goodbye = async {
+        while frames.next(&mut stream, 4096, ENOUGH).await?.as_ref() == b"\"ping\"" {}
+        Err::<(), End>(End::Slow)
+    };
+    assert_eq!(goodbye.await.unwrap_err(), End::Closed);
     say(&mut near, 1, "still here").await;
     assert_eq!(far.recv().await.unwrap().body, "still here");
     pair.is_undisturbed().await;

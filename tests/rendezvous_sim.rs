@@ -450,7 +450,7 @@ fn row(nodes: usize) -> (String, f64) {
     let Requests { put, list, head, get } = requests;
     let steady = 3 * (nodes - 1);
     let row = format!(
-        "| {nodes} | {:.1} | {:.1} | {} | {:.4} | {:.4} | {:.2} | {:.1} | {:.1} | {} | {steady} |",
+        "| {nodes} | {:.1} | {:.1} | {} | {:.4} | {:.4} | {:.2} | {:.2} | {:.1} | {} | {steady} |",
         formed as f64 / 1e3,
         together as f64 / 1e3,
         put + list + head + get,

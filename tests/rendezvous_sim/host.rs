@@ -185,7 +185,10 @@ impl Sim {
         let waited = secs(self.now - me.waiting_since);
         let may_propose = me.live.iter().take(succession::PROPOSERS).any(|node| *node == me.node) || me.live.is_empty();
         let full = me.newest.as_ref().is_some_and(|it| it.members.len() >= self.bounds.max as usize);
-        let every = list_every(self.role(host), may_propose && leader.is_none(), full, waited);
+        // A member that found too few others looks for newcomers.
+        let lost = me.phase == Phase::Lost && me.failed > 0;
+        let role = if lost { Role::Waiting } else { self.role(host) };
+        let every = list_every(role, may_propose && (leader.is_none() || lost), full, waited);
         let due = |at: Option<Ms>, every: Duration| at.is_none_or(|at| self.now >= at + ms(every));
         let list = every.is_some_and(|every| due(me.listed_at, every));
         let journal = due(Some(me.journal_at), FOLLOWER_JOURNAL);
@@ -516,10 +519,14 @@ impl Sim {
                 }
             }
             Body::Bye => self.lost(host, from, false),
+            Body::Release => {
+                let me = self.my(host);
+                me.promised = me.promised.filter(|(node, _)| *node != from);
+            }
             Body::Over => {
-                // The journal may say why.
+                // The journal may say why. The node itself may live on.
                 self.ask(host, Op::Journal);
-                self.after(host, 200, Event::Lost { peer: from, refused: true });
+                self.after(host, 200, Event::Lost { peer: from, refused: false });
             }
         }
     }
@@ -749,6 +756,10 @@ impl Sim {
             Composed::Form(next) => self.form(host, round.generation, &next),
             Composed::Few(_) | Composed::Defer(_) if round.purpose == Purpose::Reform => self.step_down(host),
             Composed::Few(_) | Composed::Defer(_) => {
+                for candidate in &round.ready {
+                    let node = self.by_id[&candidate.member.node];
+                    self.send(host, node, Body::Release);
+                }
                 self.failed(host);
                 self.think(host);
             }

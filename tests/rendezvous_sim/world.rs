@@ -113,6 +113,7 @@ pub enum Body {
     Welcome(Generation),
     Over,
     Bye,
+    Release,
 }
 
 #[derive(Clone, Debug)]

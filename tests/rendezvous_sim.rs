@@ -25,7 +25,7 @@ use world::{Bug, Fault, Host, Ms, Phase, Sim};
 const SECOND: Ms = 1000;
 const MINUTE: Ms = 60 * SECOND;
 /// The time in which all nodes that reach each other must be in one generation.
-const SETTLED: Ms = 5 * MINUTE;
+const SETTLED: Ms = 8 * MINUTE;
 /// Then nothing may change for so long.
 const QUIET: Ms = 3 * MINUTE;
 

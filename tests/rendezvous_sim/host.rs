@@ -493,6 +493,8 @@ impl Sim {
                 });
             }
             Body::Formed => self.ask(host, Op::Journal),
+            // A connection that broke while this machine was stopped.
+            Body::Hello(_) if !self.linked(host, self.owner[from]) => {}
             Body::Hello(generation) if self.is_behind(host, generation) => {
                 // Its own record stands, and it has not read that yet.
                 self.ask(host, Op::Journal);

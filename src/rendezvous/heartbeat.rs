@@ -476,6 +476,7 @@ pub async fn remove_stale(run: &Store, node: &NodeId) {
     }
 }
 
+/// What tests of other files use.
 #[cfg(test)]
 pub mod testing {
     use super::{Group, State};

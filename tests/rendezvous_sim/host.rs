@@ -748,7 +748,7 @@ impl Sim {
         let own = self.candidate(self.me(host).node, BTreeSet::new());
         let answers = Answers { proposer: &own, ready: &round.ready, previous: newest.as_ref().map(|it| &*it.roster) };
         let (composed, why) = compose(&answers, self.bounds);
-        self.say(host, |_| format!("{why}"));
+        self.say(host, |_| why);
         match composed {
             Composed::Form(next) if round.purpose == Purpose::Grow => {
                 if newest.as_ref().is_some_and(|now| may_grow(&now.roster, &next).0) {
@@ -828,7 +828,8 @@ impl Sim {
         self.my(host).appending = false;
         if let Record::Committed(generation) = record {
             let me = self.my(host);
-            me.failed_saves = if stands.is_some() { 0 } else { me.failed_saves + 1 };
+            // If only the answer was lost, the journal shows that it stands.
+            me.failed_saves = if stands.is_some() || me.store { 0 } else { me.failed_saves + 1 };
             if stands == Some(true) && self.leads(host, *generation) {
                 let read = (self.me(host).read + 1).min(self.journal.len());
                 self.sync(host, read);

@@ -25,7 +25,7 @@ use world::{Bug, Fault, Host, Ms, Phase, Sim};
 const SECOND: Ms = 1000;
 const MINUTE: Ms = 60 * SECOND;
 /// The time in which all nodes that reach each other must be in one generation.
-const SETTLED: Ms = 5 * MINUTE;
+const SETTLED: Ms = 8 * MINUTE;
 /// Then nothing may change for so long.
 const QUIET: Ms = 3 * MINUTE;
 
@@ -450,7 +450,7 @@ fn row(nodes: usize) -> (String, f64) {
     let Requests { put, list, head, get } = requests;
     let steady = 3 * (nodes - 1);
     let row = format!(
-        "| {nodes} | {:.1} | {:.1} | {} | {:.4} | {:.4} | {:.2} | {:.1} | {:.1} | {} | {steady} |",
+        "| {nodes} | {:.1} | {:.1} | {} | {:.4} | {:.4} | {:.2} | {:.2} | {:.1} | {} | {steady} |",
         formed as f64 / 1e3,
         together as f64 / 1e3,
         put + list + head + get,

@@ -8,7 +8,7 @@
 //! | follows | 2,880 | 0 | 0 | 1,440 | 0.015 |
 //! | waits outside | 2,880 | 1,440 | 0 | 8,640 | 0.025 |
 //!
-//! Sixteen nodes with room for more cost 0.39 USD a day, a thousand without room 15.10 USD. A unit test holds these
+//! Sixteen nodes with room for more cost 0.39 USD a day, a thousand without room 15.09 USD. A unit test holds these
 //! figures against the intervals in the code. Saves, restores and the journal's records come on top; they depend on the
 //! work.
 

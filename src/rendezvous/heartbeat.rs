@@ -476,7 +476,7 @@ pub async fn remove_stale(run: &Store, node: &NodeId) {
     }
 }
 
-/// Heartbeats in a store, for tests.
+/// What tests of other files use.
 #[cfg(test)]
 pub mod testing {
     use super::{Group, State};

@@ -185,7 +185,10 @@ impl Sim {
         let waited = secs(self.now - me.waiting_since);
         let may_propose = me.live.iter().take(succession::PROPOSERS).any(|node| *node == me.node) || me.live.is_empty();
         let full = me.newest.as_ref().is_some_and(|it| it.members.len() >= self.bounds.max as usize);
-        let every = list_every(self.role(host), may_propose && leader.is_none(), full, waited);
+        // A member that found too few others looks for newcomers.
+        let lost = me.phase == Phase::Lost && me.failed > 0;
+        let role = if lost { Role::Waiting } else { self.role(host) };
+        let every = list_every(role, may_propose && (leader.is_none() || lost), full, waited);
         let due = |at: Option<Ms>, every: Duration| at.is_none_or(|at| self.now >= at + ms(every));
         let list = every.is_some_and(|every| due(me.listed_at, every));
         let journal = due(Some(me.journal_at), FOLLOWER_JOURNAL);
@@ -490,6 +493,8 @@ impl Sim {
                 });
             }
             Body::Formed => self.ask(host, Op::Journal),
+            // A connection that broke while this machine was stopped.
+            Body::Hello(_) if !self.linked(host, self.owner[from]) => {}
             Body::Hello(generation) if self.is_behind(host, generation) => {
                 // Its own record stands, and it has not read that yet.
                 self.ask(host, Op::Journal);
@@ -516,10 +521,14 @@ impl Sim {
                 }
             }
             Body::Bye => self.lost(host, from, false),
+            Body::Release => {
+                let me = self.my(host);
+                me.promised = me.promised.filter(|(node, _)| *node != from);
+            }
             Body::Over => {
-                // The journal may say why.
+                // The journal may say why. The node itself may live on.
                 self.ask(host, Op::Journal);
-                self.after(host, 200, Event::Lost { peer: from, refused: true });
+                self.after(host, 200, Event::Lost { peer: from, refused: false });
             }
         }
     }
@@ -739,7 +748,7 @@ impl Sim {
         let own = self.candidate(self.me(host).node, BTreeSet::new());
         let answers = Answers { proposer: &own, ready: &round.ready, previous: newest.as_ref().map(|it| &*it.roster) };
         let (composed, why) = compose(&answers, self.bounds);
-        self.say(host, |_| format!("{why}"));
+        self.say(host, |_| why);
         match composed {
             Composed::Form(next) if round.purpose == Purpose::Grow => {
                 if newest.as_ref().is_some_and(|now| may_grow(&now.roster, &next).0) {
@@ -749,6 +758,10 @@ impl Sim {
             Composed::Form(next) => self.form(host, round.generation, &next),
             Composed::Few(_) | Composed::Defer(_) if round.purpose == Purpose::Reform => self.step_down(host),
             Composed::Few(_) | Composed::Defer(_) => {
+                for candidate in &round.ready {
+                    let node = self.by_id[&candidate.member.node];
+                    self.send(host, node, Body::Release);
+                }
                 self.failed(host);
                 self.think(host);
             }
@@ -815,7 +828,8 @@ impl Sim {
         self.my(host).appending = false;
         if let Record::Committed(generation) = record {
             let me = self.my(host);
-            me.failed_saves = if stands.is_some() { 0 } else { me.failed_saves + 1 };
+            // If only the answer was lost, the journal shows that it stands.
+            me.failed_saves = if stands.is_some() || me.store { 0 } else { me.failed_saves + 1 };
             if stands == Some(true) && self.leads(host, *generation) {
                 let read = (self.me(host).read + 1).min(self.journal.len());
                 self.sync(host, read);

@@ -113,6 +113,7 @@ pub enum Body {
     Welcome(Generation),
     Over,
     Bye,
+    Release,
 }
 
 #[derive(Clone, Debug)]
@@ -463,6 +464,10 @@ impl Sim {
             Op::Append { at, record } => {
                 self.requests.put += 1;
                 let stands = at == self.journal.len();
+                let mut record = record;
+                if let Record::Formed(formed) = &mut record {
+                    formed.at = self.now;
+                }
                 if stands {
                     self.check_record(&record);
                     self.journal.push(record.clone());

@@ -8,7 +8,9 @@
 //! still, and never while a member says that it is in touch with the leader: the store may be away for the leader alone.
 //!
 //! Several nodes find the same loss at the same moment. They propose one after the other, [`STAGGER`] apart, and
-//! whoever has promised itself to one proposer promises itself to no other for a [while](PROMISE).
+//! whoever has promised itself to one proposer promises itself to no other for a [while](PROMISE). A proposer that
+//! forms nothing releases them at once, and a member that finds too few others looks for newcomers as a node outside
+//! does.
 
 use std::{collections::BTreeSet, time::Duration};
 

@@ -74,10 +74,11 @@ struct Floor {
 
 impl Floor {
     fn new(members: usize, tickets: u8, bug: Bug) -> Self {
+        // All run the first step.
         Self {
             bug,
             tickets,
-            hands: vec![Hand::default(); members],
+            hands: vec![Hand { started: 1, ..Hand::default() }; members],
             ticket: 0,
             answers: BTreeMap::new(),
             agreed: BTreeMap::new(),

@@ -328,6 +328,12 @@ impl Journal {
         }
     }
 
+    /// As if this very journal had formed the newest generation: several writers of one leader.
+    #[cfg(test)]
+    pub(super) fn leading(self) -> Self {
+        Self { held: Some(self.state.generation()), ..self }
+    }
+
     /// The same state, on another store.
     #[cfg(test)]
     pub(super) fn moved_to(self, store: Store) -> Self {

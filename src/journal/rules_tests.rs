@@ -124,8 +124,16 @@ fn forming_a_generation_reopens_a_run_that_ended() {
 
 #[test]
 fn an_older_holder_is_fenced_whatever_it_writes() {
-    let state = state([formed(1, None), committed(9, 1), formed(2, Some(point(9, 1)))]);
-    let fenced = Err(Refusal::Fenced { node: node("a"), generation: Generation(2) });
+    let mut state = state([formed(1, None), committed(9, 1)]);
+    let by_b = match formed(2, Some(point(9, 1))) {
+        Record::Formed { generation, world_size, resume, overrides, reason, data, continues, gone, joined, .. } => {
+            let roster = vec![RosterEntry::new(node("b"), 2)];
+            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined }
+        }
+        other => other,
+    };
+    state.apply(3, entry("b", by_b)).unwrap();
+    let fenced = Err(Refusal::Fenced { node: node("b"), generation: Generation(2) });
     let of_all_kinds = [
         committed(10, 1),
         notice(1, "x"),
@@ -142,7 +150,7 @@ fn an_older_holder_is_fenced_whatever_it_writes() {
     // Even if its record names the newest generation, or it never held one and writes on behalf of an older one.
     assert_eq!(admit(&state, held(1), &committed(10, 2)), fenced);
     assert_eq!(admit(&state, None, &committed(10, 1)), fenced);
-    assert_eq!(admit(&state, held(2), &committed(10, 2)), Ok(()));
+    assert_eq!(super::admit(&state, &node("b"), held(2), &committed(10, 2)), Ok(()));
 }
 
 #[test]

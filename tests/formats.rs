@@ -1,6 +1,6 @@
 //! Stored formats: objects of released versions stay readable forever; hostile objects are errors.
 //!
-//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` and `v3/` what later versions
+//! `fixtures/formats/v1/` holds one object of each kind as version 1 writes it, `v2/` to `v4/` what later versions
 //! have added. They never change: a new version gets its own folder. `fixtures/formats/hostile/` holds objects that
 //! once looked dangerous. Both are read by the same functions that read the store.
 
@@ -89,6 +89,11 @@ fn written_by_version_3() -> Vec<(String, Vec<u8>)> {
     encoded(samples::records_of_version_3())
 }
 
+/// What version 4 has added, as this version writes it.
+fn written_by_version_4() -> Vec<(String, Vec<u8>)> {
+    encoded(samples::records_of_version_4())
+}
+
 fn encoded(records: Vec<Record>) -> Vec<(String, Vec<u8>)> {
     let name = |record: &Record| format!("journal-{}.json", record.kind());
     records.into_iter().map(|record| (name(&record), samples::entry(record).encode().expect("short"))).collect()
@@ -130,6 +135,7 @@ fn objects_of_earlier_versions_are_read_to_the_same_value() {
     read_to_the_same_value("v1", written());
     read_to_the_same_value("v2", written_by_version_2());
     read_to_the_same_value("v3", written_by_version_3());
+    read_to_the_same_value("v4", written_by_version_4());
 }
 
 fn read_to_the_same_value(version: &str, written: Vec<(String, Vec<u8>)>) {
@@ -152,7 +158,8 @@ fn read_to_the_same_value(version: &str, written: Vec<(String, Vec<u8>)>) {
 /// Of the kinds to which no later version has added a field: one more byte, and older programs may not read them.
 #[test]
 fn records_are_written_to_the_byte_as_they_ever_were() {
-    let as_ever = ["committed", "completed", "damaged", "failed", "pruned"].map(|kind| format!("journal-{kind}.json"));
+    let as_ever =
+        ["committed", "completed", "damaged", "failed", "formed", "pruned"].map(|kind| format!("journal-{kind}.json"));
     let written: Vec<_> = written().into_iter().filter(|(name, _)| as_ever.contains(name)).collect();
     assert_eq!(written.len(), as_ever.len());
     for (name, now) in written {
@@ -164,7 +171,8 @@ fn records_are_written_to_the_byte_as_they_ever_were() {
 #[test]
 fn each_record_is_written_in_the_lowest_version_that_can_hold_it() {
     let (first, second) = (samples::records(), samples::records_of_version_2());
-    for (version, records) in [(1, first), (2, second), (3, samples::records_of_version_3())] {
+    let (third, fourth) = (samples::records_of_version_3(), samples::records_of_version_4());
+    for (version, records) in [(1, first), (2, second), (3, third), (4, fourth)] {
         for record in records {
             assert_eq!(record.format(), version, "{}", record.kind());
         }
@@ -214,7 +222,8 @@ fn allowed(bytes: usize) -> usize {
 fn kinds() -> Vec<(String, Vec<u8>)> {
     let messages = messages().into_iter().enumerate();
     let messages = messages.map(|(i, bytes)| (format!("{}-{i}", if i < 3 { "toworker" } else { "fromworker" }), bytes));
-    written().into_iter().chain(written_by_version_2()).chain(written_by_version_3()).chain(messages).collect()
+    let later = written_by_version_2().into_iter().chain(written_by_version_3()).chain(written_by_version_4());
+    written().into_iter().chain(later).chain(messages).collect()
 }
 
 /// A change to some bytes: hostile numbers, holes, repetitions, nesting.

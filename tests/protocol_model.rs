@@ -184,16 +184,20 @@ fn small(point: &ResumePoint) -> Point {
     (u8::try_from(point.step.get()).expect("small"), u8::try_from(point.generation.get()).expect("small"))
 }
 
-fn record(what: What) -> Record {
+/// The record of node `boot`.
+fn record(boot: u8, what: What) -> Record {
     match what {
         What::Formed { generation, resume, .. } => Record::Formed {
             generation: Generation(generation.into()),
-            roster: vec![RosterEntry { node: NodeId::new("n").expect("valid"), workers: 1 }],
+            roster: vec![RosterEntry::new(node(boot), 1)],
             world_size: WorldSize(1),
             resume: resume.map(real),
             overrides: Vec::new(),
             reason: FormedReason::Started,
             data: None,
+            continues: None,
+            gone: Vec::new(),
+            joined: Vec::new(),
         },
         What::Committed { point, manifest } => Record::Committed(Committed {
             step: Step(point.0.into()),
@@ -221,8 +225,12 @@ fn record(what: What) -> Record {
     }
 }
 
-fn entry(node: String, attempt: String, record: Record) -> Entry {
-    let (node, attempt) = (NodeId::new(node).expect("valid"), AttemptId::new(attempt).expect("valid"));
+fn node(boot: u8) -> NodeId {
+    NodeId::new(format!("n{boot}")).expect("valid")
+}
+
+fn entry(node: NodeId, attempt: String, record: Record) -> Entry {
+    let attempt = AttemptId::new(attempt).expect("valid");
     Entry { format: record.format(), attempt, at: jiff::Timestamp::UNIX_EPOCH, node, record }
 }
 
@@ -234,12 +242,12 @@ fn replay(journal: &[Rec]) -> Read {
     let state = match journal.split_last() {
         None => {
             let created = Record::Created { run_id: samples::run_id(), config: Box::new(samples::config()) };
-            RunState::begin(&samples::run_id(), entry("n0".into(), "a0".into(), created)).map_err(|e| e.to_string())
+            RunState::begin(&samples::run_id(), entry(node(0), "a0".into(), created)).map_err(|e| e.to_string())
         }
         Some((last, before)) => replay(before).and_then(|state| {
             let (boot, number) = last.attempt;
             let mut state = RunState::clone(&state);
-            let entry = entry(format!("n{boot}"), format!("a{boot}.{number}"), record(last.what));
+            let entry = entry(node(boot), format!("a{boot}.{number}"), record(boot, last.what));
             state.apply(state.next(), entry).map_err(|error| error.to_string())?;
             Ok(state)
         }),
@@ -409,7 +417,7 @@ impl World {
             } else {
                 (What::Damaged { point }, Sight::Condemned)
             };
-            if admit(&state, None, &record(what)).is_err() && bug != Bug::HardVerdict {
+            if admit(&state, &node(u8::MAX), None, &record(u8::MAX, what)).is_err() && bug != Bug::HardVerdict {
                 continue;
             }
             saw.insert(sight);
@@ -515,7 +523,7 @@ impl World {
             }
             Doing::Noting { rec, .. } => {
                 let held = agent.held.map(|held| Generation(held.into()));
-                if admit(&known, held, &record(rec.what)).is_err() {
+                if admit(&known, &node(boot), held, &record(boot, rec.what)).is_err() {
                     all.push((format!("boot {boot} leaves"), with(&mut |_, agent| *agent = DOWN)));
                     return;
                 }
@@ -536,7 +544,7 @@ impl World {
                 }
                 let careless = (blind || bug == Bug::NoFence) && commits;
                 let held = agent.held.map(|held| Generation(held.into()));
-                match admit(&known, held, &record(rec.what)) {
+                match admit(&known, &node(boot), held, &record(boot, rec.what)) {
                     Err(refusal) if !careless => {
                         if matches!(refusal, Refusal::Fenced { .. }) {
                             saw.insert(Sight::Fenced);

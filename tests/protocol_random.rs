@@ -25,7 +25,7 @@ use trainer::{
     ids::{AttemptId, Generation, NodeId, Step, WorldSize},
     journal::{
         self, Committed, Formed, FormedReason, Journal, JournalError, Metrics, Record, ResumePoint, RosterEntry,
-        SaveCost, replay,
+        SaveCost, Succession, replay,
     },
     layout,
     storage::Store,
@@ -253,9 +253,10 @@ async fn boot(store: &Store, from: Option<Point>) -> Result<(Agent, Option<Point
         None => discover(store, &mut journal).await,
     };
     let resume = found.map(|(step, generation)| ResumePoint { step: Step(step), generation: Generation(generation) });
-    let roster = vec![RosterEntry { node, workers: 1 }];
+    let roster = vec![RosterEntry::new(node, 1)];
     let (world_size, overrides, reason) = (WorldSize(1), Vec::new(), FormedReason::Started);
-    let formed = Formed { roster, world_size, resume, overrides, reason, data: None };
+    let formed =
+        Formed { roster, world_size, resume, overrides, reason, data: None, succession: Succession::default() };
     let generation = journal.form(formed).await.map_err(|error| error.to_string())?.get();
     Ok((Agent { journal, generation, step: found.map_or(0, |point| point.0), last: None }, found))
 }
@@ -448,9 +449,10 @@ async fn assert_wrong_summaries_are_named(store: &Store) {
     let mut journal = Journal::create(elsewhere.clone(), node.clone(), samples::run_id(), samples::config())
         .await
         .expect("a new run");
-    let roster = vec![RosterEntry { node, workers: 1 }];
+    let roster = vec![RosterEntry::new(node, 1)];
     let (world_size, overrides, reason) = (WorldSize(1), Vec::new(), FormedReason::Started);
-    let formed = Formed { roster, world_size, resume: None, overrides, reason, data: None };
+    let formed =
+        Formed { roster, world_size, resume: None, overrides, reason, data: None, succession: Succession::default() };
     let generation = journal.form(formed).await.expect("nobody else");
     while journal.state().next() < 16 {
         let notice =

@@ -161,9 +161,10 @@ impl<'a> Lead<'a> {
 
     fn look(&mut self) {
         let (journal, run) = (self.start.upload.journal.clone(), self.start.upload.run.clone());
+        let (me, generation) = (self.start.upload.node.clone(), self.start.upload.generation);
         let later = self.senders.later.clone();
         let look = tokio::spawn(async move {
-            if let Some(error) = fence::look_once(&journal, &run).await {
+            if let Some(error) = fence::look_once(&journal, &run, &me, generation).await {
                 let _ = later.send(Event::Lost(error));
             }
         });

@@ -215,7 +215,7 @@ mod tests {
     use crate::{
         checkpoint::testing::{Harm, checkpoint, config, harm, memory_store},
         ids::{Generation, NodeId, RunId, Step, WorldSize},
-        journal::{Formed, FormedReason, RosterEntry},
+        journal::{Formed, FormedReason, RosterEntry, Succession},
         layout,
     };
 
@@ -233,12 +233,13 @@ mod tests {
         let mut journal =
             Journal::create(store.clone(), node.clone(), RunId::new("run").unwrap(), config()).await.unwrap();
         let formed = Formed {
-            roster: vec![RosterEntry { node, workers: 1 }],
+            roster: vec![RosterEntry::new(node, 1)],
             world_size: WorldSize(1),
             resume: None,
             overrides: Vec::new(),
             reason: FormedReason::Started,
             data: None,
+            succession: Succession::default(),
         };
         journal.form(formed).await.unwrap();
         for step in 1..=count {

@@ -20,6 +20,7 @@ pub mod condemn;
 pub mod export;
 pub mod foreign;
 pub mod manifest;
+pub mod ordered;
 pub mod prune;
 pub mod restore;
 pub mod garbage;

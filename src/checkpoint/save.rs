@@ -4,19 +4,21 @@
 //! every node:  put_shards    model-… optimizer-… (parallel), then receipt-<node>.json
 //! the leader:  put_manifest  manifest.json, once all receipts are there and cover the plan; created, never overwritten
 //! the leader:  journal       committed { step, manifest, digest }
+//! a finisher:  the last two, if the leader is lost after the receipts
 //! ```
 //! Stored layout of a receipt: [`Receipt`] as JSON: the files that one node has uploaded, with sizes and checksums.
 //!
 //! *Crash:* everything before the manifest is garbage in its own folder, and so is a manifest without its record.
 //! Nothing reads either. *Retry:* both functions may be called again with the same [`Save`]; shards are overwritten
 //! with the same bytes, the manifest is recognised by its attempt. A new attempt of the same node with the very same
-//! bytes takes over the existing manifest: this repeats a save whose record could not be written. *Cancel:* dropping a
-//! future stops the uploads that it drives; uploaded objects stay as garbage. *Two writers:* a (step, generation) pair
-//! is written once, so a second attempt that finds a manifest is refused before it overwrites a byte of what that
-//! manifest names.
+//! bytes takes over the existing manifest: this repeats a save whose record could not be written. *Attempts:* all nodes
+//! of a save have one attempt, the leader's ([`super::ordered`]), and a receipt of another is refused. *Cancel:*
+//! dropping a future stops the uploads that it drives; uploaded objects stay as garbage. *Two writers:* a (step,
+//! generation) pair is written once, so a second attempt that finds a manifest is refused before it overwrites a byte
+//! of what that manifest names.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     sync::Arc,
 };
 
@@ -51,7 +53,8 @@ pub struct Upload {
 /// One node's part of one checkpoint.
 #[derive(Clone, Debug)]
 pub struct Save {
-    /// Created once for this save, so that a second call is a retry and not a second writer.
+    /// Created once for this save, by its leader for all nodes, so that a second call is a retry and not a second
+    /// writer.
     pub attempt: AttemptId,
     /// The run.
     pub run_id: RunId,
@@ -176,8 +179,9 @@ pub async fn put_shards(
     Ok(receipt)
 }
 
-/// Whether a manifest already exists. If so, this is either a late retry of our own (its receipt is returned) or a
-/// second writer.
+/// Whether a manifest already exists. If so, this is either a late retry of our own (a receipt is returned) or a second
+/// writer. Of an earlier attempt of this node it is a receipt if every byte is the same: then the files are those of
+/// this attempt, too, and it says so.
 async fn already_put(store: &Store, save: &Save, folder: &str) -> Result<Option<Receipt>, CheckpointError> {
     match store.head(&join(folder, layout::MANIFEST)).await {
         Ok(_) => {}
@@ -188,7 +192,7 @@ async fn already_put(store: &Store, save: &Save, folder: &str) -> Result<Option<
     if let Some(receipt) = ours
         && (receipt.attempt == save.attempt || is_the_same(&receipt, save).await?)
     {
-        return Ok(Some(receipt));
+        return Ok(Some(Receipt { attempt: save.attempt.clone(), ..receipt }));
     }
     Err(CheckpointError::AlreadyWritten { step: save.step, generation: save.generation })
 }
@@ -226,7 +230,9 @@ pub async fn read_receipt(
 
 /// Creates the manifest from all nodes' receipts. `expected`: the name of every file of the checkpoint, over all nodes.
 ///
-/// Nothing is written unless the receipts are for the step of this very save and cover `expected` exactly.
+/// Nothing is written unless the receipts are for this very attempt of this very step and cover `expected` exactly. A
+/// finisher gives the save as its leader had ordered it, with that leader's attempt: then its manifest is the same as
+/// the leader's, if that one still lives.
 pub async fn put_manifest(
     store: &Store,
     save: &Save,
@@ -246,7 +252,8 @@ pub async fn put_manifest(
             if (Manifest { attempt: found.attempt.clone(), ..manifest }) != found {
                 return Err(CheckpointError::AlreadyWritten { step: save.step, generation: save.generation });
             }
-            // An earlier attempt of this node, byte for byte the same: node ids are never used twice.
+            // This attempt, put by another member; or an earlier one of these nodes, byte for byte the same: node ids
+            // are never used twice.
             written.crc64 = digest(&stands);
         }
     }
@@ -254,21 +261,27 @@ pub async fn put_manifest(
     Ok(written)
 }
 
-/// The manifest of these receipts; the error says why there is none.
-fn assemble(save: &Save, receipts: &[Receipt], expected: &[String]) -> Result<Manifest, String> {
-    let mut files = BTreeMap::new();
+/// The manifest of these receipts; the error says why there is none. A small file may be in several receipts, since any
+/// node can put it, as long as all say the same of it.
+pub(super) fn assemble(save: &Save, receipts: &[Receipt], expected: &[String]) -> Result<Manifest, String> {
+    let mut files: BTreeMap<String, FileEntry> = BTreeMap::new();
     let mut nodes = BTreeSet::new();
     for receipt in receipts {
         let node = &receipt.node;
         if (&receipt.run_id, receipt.step, receipt.generation) != (&save.run_id, save.step, save.generation) {
             return Err(format!("receipt of node {node} is for another checkpoint"));
         }
+        if receipt.attempt != save.attempt {
+            return Err(format!("receipt of node {node} is of attempt {}, not {}", receipt.attempt, save.attempt));
+        }
         if !nodes.insert(node.clone()) {
             return Err(format!("node {node} has two receipts"));
         }
         for file in &receipt.files {
-            if files.insert(file.name.clone(), file.clone()).is_some() {
-                return Err(format!("file {} has two receipts", file.name));
+            match files.entry(file.name.clone()) {
+                Entry::Vacant(place) => drop(place.insert(file.clone())),
+                Entry::Occupied(known) if file.kind == FileKind::Meta && known.get() == file => {}
+                Entry::Occupied(_) => return Err(format!("file {} has two receipts", file.name)),
             }
         }
     }
@@ -345,7 +358,7 @@ mod tests {
         // Racing to the manifest: the later writer gets an error, and the first manifest stays.
         let receipt = read_receipt(&store, first.step, first.generation, &first.node).await.unwrap().unwrap();
         let late = Save { attempt: AttemptId::random(), node: NodeId::random(), ..first.clone() };
-        let receipt = Receipt { node: late.node.clone(), ..receipt };
+        let receipt = Receipt { node: late.node.clone(), attempt: late.attempt.clone(), ..receipt };
         let refused = put_manifest(&store, &late, &[receipt], &expected(&first)).await;
         assert!(matches!(refused, Err(CheckpointError::AlreadyWritten { .. })), "{refused:?}");
         catalog::inspect(&store, &committed).await.unwrap();
@@ -379,7 +392,6 @@ mod tests {
         let all = save(7, 2, 2, 1);
         let part = |keep: &str, small| Save {
             node: NodeId::random(),
-            attempt: AttemptId::random(),
             uploads: all.uploads.iter().filter(|upload| upload.name.contains(keep)).cloned().collect(),
             small,
             ..all.clone()
@@ -392,6 +404,64 @@ mod tests {
         assert_eq!(written.bytes, all.bytes());
         // The other node's answer was lost: it tries again after the manifest exists.
         assert_eq!(put_shards(&store, &other, |_| {}).await.unwrap(), receipts[1]);
+        // The leader was lost before the record: the other one finishes, and finds the very same manifest.
+        let found = [&leader.node, &other.node].map(|node| read_receipt(&store, all.step, all.generation, node));
+        let found: Vec<Receipt> = try_join_all(found).await.unwrap().into_iter().flatten().collect();
+        let order = Save { uploads: vec![], small: vec![], ..other.clone() };
+        assert_eq!(put_manifest(&store, &order, &found, &expected(&all)).await.unwrap(), written);
+    }
+
+    /// All nodes repeat a save whose manifest stands: each compares its bytes, and the first manifest is taken over.
+    #[tokio::test]
+    async fn nodes_repeat_a_save_of_theirs_under_a_new_attempt() {
+        let store = memory_store();
+        let all = save(7, 2, 2, 1);
+        let part = |keep: &str| Save {
+            node: NodeId::random(),
+            uploads: all.uploads.iter().filter(|upload| upload.name.contains(keep)).cloned().collect(),
+            small: if keep.contains('1') { all.small.clone() } else { vec![] },
+            ..all.clone()
+        };
+        let parts = [part("-00001-of"), part("-00002-of")];
+        let put = |parts: [Save; 2]| {
+            let store = store.clone();
+            async move {
+                let [a, b] = parts;
+                [put_shards(&store, &a, |_| {}).await.unwrap(), put_shards(&store, &b, |_| {}).await.unwrap()]
+            }
+        };
+        let first = put(parts.clone()).await;
+        let written = put_manifest(&store, &parts[0], &first, &expected(&all)).await.unwrap();
+        let attempt = AttemptId::random();
+        let parts = parts.map(|part| Save { attempt: attempt.clone(), ..part });
+        let second = put(parts.clone()).await;
+        assert!(second.iter().all(|receipt| receipt.attempt == attempt));
+        assert_eq!(put_manifest(&store, &parts[0], &second, &expected(&all)).await.unwrap(), written);
+        let mixed = [second[0].clone(), first[1].clone()];
+        let refused = put_manifest(&store, &parts[0], &mixed, &expected(&all)).await.unwrap_err();
+        assert!(refused.to_string().contains("is of attempt"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn equal_receipts_of_a_small_file_are_one_and_unequal_ones_are_none() {
+        let store = memory_store();
+        let save = save(7, 2, 1, 1);
+        let receipt = put_shards(&store, &save, |_| {}).await.unwrap();
+        let small: Vec<FileEntry> = receipt.files.iter().filter(|file| file.kind == FileKind::Meta).cloned().collect();
+        let finisher = Receipt { node: NodeId::random(), files: small, ..receipt.clone() };
+        let manifest = assemble(&save, &[receipt.clone(), finisher.clone()], &expected(&save)).unwrap();
+        assert_eq!((manifest.files.len(), manifest.nodes.len()), (receipt.files.len(), 2));
+        let changes: [fn(&mut FileEntry); 2] = [|file| file.bytes += 1, |file| file.crc64 = Crc64(file.crc64.0 ^ 1)];
+        for change in changes {
+            let mut other = finisher.clone();
+            change(&mut other.files[1]);
+            let refused = assemble(&save, &[receipt.clone(), other], &expected(&save)).unwrap_err();
+            assert!(refused.contains("has two receipts"), "{refused}");
+        }
+        let shards: Vec<FileEntry> =
+            receipt.files.iter().filter(|file| file.kind == FileKind::Model).cloned().collect();
+        let twice = Receipt { files: shards, ..finisher };
+        assert!(assemble(&save, &[receipt, twice], &expected(&save)).unwrap_err().contains("has two receipts"));
     }
 
     #[tokio::test]
@@ -415,6 +485,7 @@ mod tests {
             (vec![receipt.clone(), receipt.clone()], names.clone(), "two receipts"),
             (vec![receipt.clone(), elsewhere], names.clone(), "has two receipts"),
             (vec![with(|r| r.step = Step(8))], names.clone(), "another checkpoint"),
+            (vec![with(|r| r.attempt = AttemptId::random())], names.clone(), "is of attempt"),
             (vec![with(|r| r.generation = Generation(1))], names.clone(), "another checkpoint"),
             (vec![with(|r| r.run_id = RunId::new("other").unwrap())], names.clone(), "another checkpoint"),
         ];

@@ -247,11 +247,14 @@ pub fn state_of(committed: Vec<Committed>) -> RunState {
 pub fn formed(generation: u64, resume: Option<(u64, u64)>) -> Record {
     Record::Formed {
         generation: Generation(generation),
-        roster: vec![RosterEntry { node: NodeId::random(), workers: 1 }],
+        roster: vec![RosterEntry::new(NodeId::random(), 1)],
         world_size: WorldSize(1),
         resume: resume.map(|(step, generation)| ResumePoint { step: Step(step), generation: Generation(generation) }),
         overrides: Vec::new(),
         reason: FormedReason::Started,
         data: None,
+        continues: None,
+        gone: Vec::new(),
+        joined: Vec::new(),
     }
 }

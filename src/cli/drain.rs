@@ -13,7 +13,7 @@ use crate::{
     error::{Error, Kind, Result},
     history::{self, Standing},
     ids::{Generation, RunId, Step},
-    journal::{Formation, Journal, Outcome, RunState},
+    journal::{Journal, Outcome, RunState},
     notice::drain,
     rendezvous::heartbeat::{self, Liveness},
     report::{self, human},
@@ -141,16 +141,8 @@ async fn alive(folder: &Store, state: &RunState) -> Result<Generation> {
     }
 }
 
-/// Whether the process of generation `asked` has formed the newest one, too: then that one also obeys the request. A
-/// node's id belongs to one process.
-fn carried_on_itself(state: &RunState, asked: Generation) -> bool {
-    let node = |formed: &Formation| formed.node.clone();
-    let before = state.formations().iter().find(|formed| formed.generation == asked).map(node);
-    before.is_some() && before == state.formed().map(node)
-}
-
-/// Waits until the journal says how the generation ended, or, if a worker died, the one with which the same process
-/// continued.
+/// Waits until the journal says how the generation ended, or, if a worker or a node was lost, the one that continued
+/// it.
 async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation) -> Result<End> {
     let run_id = journal.state().run_id().clone();
     for look in 1_u32.. {
@@ -158,7 +150,7 @@ async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation)
         let state = journal.state();
         match progress(state, generation) {
             Progress::Ended(end) => return Ok(end),
-            Progress::Followed(by) if carried_on_itself(state, generation) => {
+            Progress::Followed(by) if state.heeds(generation) => {
                 // It listens for the earlier request a while longer, but may not have been able to read that one from
                 // the store.
                 drain::ask(folder, by).await?;

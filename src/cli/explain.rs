@@ -133,6 +133,7 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
         How::Stopped => {}
         How::Vanished => line("ended", "no final record: killed, or cut off from the store".into()),
         How::WorkerDied => line("ended", "a worker died; the same machine continued".into()),
+        How::Regrouped => line("ended", "its group of machines changed; the others continued".into()),
     }
     if let Some(drain) = episode.drain {
         for moment in &drain.timeline {

@@ -21,6 +21,8 @@ pub enum How {
     Vanished,
     /// One of its workers died; the same machine continued.
     WorkerDied,
+    /// A node came or went; the others continued.
+    Regrouped,
 }
 
 /// A notice, as recorded in the journal.
@@ -117,6 +119,7 @@ pub fn episodes(state: &RunState) -> Vec<Episode<'_>> {
             (None, _) if formed.ended.is_some() => continue,
             (None, None) => continue,
             (None, Some(next)) if next.reason == FormedReason::WorkerDied => How::WorkerDied,
+            (None, Some(next)) if next.succession.continues == Some(formed.generation) => How::Regrouped,
             (None, Some(_)) => How::Vanished,
         };
         episodes.push(episode(state, formed, how, said, next));
@@ -170,4 +173,26 @@ pub fn carried_out(drain: &Drain) -> Option<(f64, Option<f64>)> {
     let planned = drain.planned_s?;
     let expected = drain.predicted_s.map(|at| at - planned).filter(|expected| *expected > 0.0)?;
     Some((expected, drain.actual_s.map(|at| (at - planned).max(0.0))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        history::tests::{committed, created, formed, state},
+        journal::Record,
+    };
+
+    #[test]
+    fn a_group_that_changed_is_no_machine_that_vanished() {
+        let how = |continues| {
+            let mut next = formed(3, Some((10, 1)), &[]);
+            if let Record::Formed { continues: named, .. } = &mut next {
+                *named = continues;
+            }
+            episodes(&state(vec![created(), formed(1, None, &[]), committed(10, 1), next]))[0].how
+        };
+        assert_eq!(how(Some(Generation(1))), How::Regrouped);
+        assert_eq!(how(None), How::Vanished);
+    }
 }

@@ -228,13 +228,16 @@ pub(crate) mod tests {
     pub fn formed(generation: u64, resume: Option<(u64, u64)>, overrides: &[(&str, &str)]) -> Record {
         Record::Formed {
             generation: Generation(generation),
-            roster: vec![RosterEntry { node: NodeId::new("n1").unwrap(), workers: 2 }],
+            roster: vec![RosterEntry::new(NodeId::new("n1").unwrap(), 2)],
             world_size: WorldSize(2),
             resume: resume
                 .map(|(step, generation)| ResumePoint { step: Step(step), generation: Generation(generation) }),
             overrides: overrides.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
             reason: if generation == 2 { FormedReason::WorkerDied } else { FormedReason::Started },
             data: None,
+            continues: None,
+            gone: Vec::new(),
+            joined: Vec::new(),
         }
     }
 

@@ -68,6 +68,16 @@ pub enum JournalError {
         /// The newest generation.
         generation: Generation,
     },
+    /// The group of nodes that this writer belonged to goes on without it: stop, write nothing more under this id.
+    #[error("left out: node {node} formed generation {generation} of this run without this node: {why}")]
+    LeftOut {
+        /// Who formed it.
+        node: NodeId,
+        /// The newest generation.
+        generation: Generation,
+        /// The reason that its record gives.
+        why: String,
+    },
     /// Another node formed a generation while this one was about to.
     #[error("node {node} formed generation {generation} of this run first")]
     Overtaken {
@@ -110,7 +120,7 @@ impl Explain for JournalError {
             Self::Exists { .. } => Kind::Usage,
             Self::NoSuchRun { .. } | Self::Newer { .. } => Kind::Config,
             Self::Damaged { .. } | Self::Garbled { .. } | Self::Disagrees { .. } => Kind::Data,
-            Self::Fenced { .. } | Self::Overtaken { .. } => Kind::Fenced,
+            Self::Fenced { .. } | Self::LeftOut { .. } | Self::Overtaken { .. } => Kind::Fenced,
             Self::Moved { .. } | Self::Injected(_) => Kind::Unavailable,
             Self::Refused { .. } | Self::NoWriter => Kind::Bug,
             Self::Storage(error) => error.kind(),
@@ -141,7 +151,7 @@ impl Explain for JournalError {
                 "delete that object and try again: it only makes opening the run faster, and nothing else reads it"
                     .into(),
             ),
-            Self::Fenced { .. } | Self::Overtaken { .. } => Some(
+            Self::Fenced { .. } | Self::LeftOut { .. } | Self::Overtaken { .. } => Some(
                 "the other node continues this run: `trainer status` shows its progress, and there is nothing to do \
                 here"
                     .into(),

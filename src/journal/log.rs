@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use super::{
     admit::{Refusal, admit},
     error::JournalError,
-    record::{Committed, Entry, FormedReason, InvalidEntry, Record, ResumePoint, RosterEntry},
+    record::{Committed, Entry, FormedReason, InvalidEntry, Record, ResumePoint, RosterEntry, Succession},
     replay::{self, damaged, is_begun, missing, read, read_otherwise},
     state::RunState,
     summary::{SPANS, Spans},
@@ -41,6 +41,8 @@ pub struct Formed {
     pub reason: FormedReason,
     /// The data that it is trained on.
     pub data: Option<DatasetId>,
+    /// How it follows from the newest generation.
+    pub succession: Succession,
 }
 
 /// An append that was begun and whose outcome is unknown.
@@ -186,8 +188,10 @@ impl Journal {
     /// The state is up to date after either.
     pub async fn form(&mut self, formed: Formed) -> Result<Generation, JournalError> {
         let generation = self.state.generation().next();
-        let Formed { roster, world_size, resume, overrides, reason, data } = formed;
-        let record = Record::Formed { generation, roster, world_size, resume, overrides, reason, data };
+        let Formed { roster, world_size, resume, overrides, reason, data, succession } = formed;
+        let Succession { continues, gone, joined } = succession;
+        let record =
+            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined };
         let still_right = |record: &Record, node: &NodeId| match record {
             Record::Formed { generation, .. } => {
                 Err(JournalError::Overtaken { node: node.clone(), generation: *generation })
@@ -236,7 +240,8 @@ impl Journal {
             if let Some(number) = self.committed_as(&entry.record) {
                 return self.settled(&entry, number);
             }
-            admit(&self.state, self.held, &entry.record).map_err(|refusal| refused(&entry.record, refusal))?;
+            admit(&self.state, &self.node, self.held, &entry.record)
+                .map_err(|refusal| refused(&entry.record, refusal))?;
             before_append(&entry.record)?;
             let number = self.state.next();
             // Before the request: the future may be dropped, and the request still succeed.
@@ -321,6 +326,12 @@ impl Journal {
         {
             summary.abort();
         }
+    }
+
+    /// As if this very journal had formed the newest generation: several writers of one leader.
+    #[cfg(test)]
+    pub(super) fn leading(self) -> Self {
+        Self { held: Some(self.state.generation()), ..self }
     }
 
     /// The same state, on another store.
@@ -417,10 +428,7 @@ fn before_append(record: &Record) -> Result<(), JournalError> {
 }
 
 fn refused(record: &Record, refusal: Refusal) -> JournalError {
-    match refusal {
-        Refusal::Fenced { node, generation } => JournalError::Fenced { node, generation },
-        Refusal::Wrong(reason) => JournalError::Refused { record: record.kind(), reason },
-    }
+    refusal.into_error(record.kind())
 }
 
 /// The URI of the store that holds a run's folder.

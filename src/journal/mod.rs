@@ -9,9 +9,11 @@
 //! Invariants
 //! - **One order.** A record is appended by creating the next number, which succeeds for one writer only, and only
 //!   after the writer has read every record before it. So each record was admitted against exactly the state before it.
-//! - **Fencing.** A generation exists once its `formed` record does. From then on a writer that formed an older one
-//!   finds its number taken, reads the newer `formed`, and gets [`JournalError::Fenced`]. Two writers can't both
-//!   commit.
+//! - **Fencing.** A generation exists once its `formed` record does. From then on whoever speaks for an older one finds
+//!   its number taken, reads the newer `formed`, and gets [`JournalError::Fenced`], or [`JournalError::LeftOut`] if its
+//!   own group goes on without it. Two generations can't both commit.
+//! - **Members.** A generation has a roster. Any member may write `committed`, so that a finished save outlives its
+//!   leader; only the leader says how the generation ends (`members`).
 //! - **No clock, listing or heartbeat** decides anything here; `at` is for people.
 //! - A record that breaks these rules is not accepted when it is read, either: [`JournalError::Damaged`] names the
 //!   object.
@@ -26,6 +28,7 @@ mod checkpoints;
 mod doubt;
 mod error;
 mod log;
+mod members;
 mod pack;
 mod record;
 mod replay;
@@ -44,7 +47,7 @@ mod summary_tests;
 #[cfg(test)]
 mod testing;
 
-pub use admit::{Refusal, admit};
+pub use admit::{Refusal, admit, fenced};
 pub use checkpoints::Checkpoints;
 pub use doubt::Clearance;
 pub use error::JournalError;

@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::RunConfig,
-    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
+    ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, Step, WorldSize},
 };
 
 /// The highest version of the layout that is read. Each record is written in the lowest version that can hold it
 /// ([`Record::format`]), so that an older program reads a journal up to the first record that is new to it.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// The longest record that is accepted or written: the first one carries the configuration and a model's `config.json`.
 pub const MAX_ENTRY: u64 = 4 << 20;
@@ -113,6 +113,15 @@ pub enum Record {
         /// The data that it is trained on; `None`: not recorded, in journals of earlier versions.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         data: Option<DatasetId>,
+        /// The generation whose group goes on in this one; `None`: a person started or resumed the run. Since format 4.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        continues: Option<Generation>,
+        /// The nodes of that generation that are not in this one. Since format 4.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        gone: Vec<Gone>,
+        /// The nodes of this generation that were not in that one. Since format 4.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        joined: Vec<NodeId>,
     },
     /// A checkpoint exists.
     Committed(Committed),
@@ -319,13 +328,49 @@ pub struct Happened {
     pub what: String,
 }
 
-/// One node of a generation.
+/// One node of a generation: a member.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RosterEntry {
     /// The node.
     pub node: NodeId,
-    /// Its workers.
+    /// Its workers; 0: a spare, for which the batch has no share.
     pub workers: u32,
+    /// The rank of its first worker; the others follow. Since format 4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_rank: Option<Rank>,
+    /// Where the others reach its agent: `host:port`. Since format 4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// The key by which they know it there. Since format 4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<NodeKey>,
+}
+
+impl RosterEntry {
+    /// A node that is alone in its generation, and needs no place in it.
+    pub const fn new(node: NodeId, workers: u32) -> Self {
+        Self { node, workers, first_rank: None, address: None, key: None }
+    }
+}
+
+/// A node that a generation goes on without.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gone {
+    /// The node.
+    pub node: NodeId,
+    /// Why, for people: no decision reads it.
+    pub why: String,
+}
+
+/// How a generation follows from the one before it: the three words of a `formed` record that say so.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Succession {
+    /// The generation whose group goes on; `None`: a person started or resumed the run.
+    pub continues: Option<Generation>,
+    /// Its nodes that are gone.
+    pub gone: Vec<Gone>,
+    /// The nodes that have come.
+    pub joined: Vec<NodeId>,
 }
 
 /// The checkpoint that a generation starts from.
@@ -346,6 +391,12 @@ pub enum FormedReason {
     Started,
     /// A worker died and its group was started again.
     WorkerDied,
+    /// A node died, or could not be reached. Since format 4.
+    NodeLost,
+    /// A node left as it had announced. Since format 4.
+    NodeLeft,
+    /// A node came. Since format 4.
+    NodeJoined,
 }
 
 /// Floats of any value.
@@ -451,8 +502,8 @@ mod tests {
 
     #[test]
     fn a_newer_format_is_named_whatever_else_it_holds() {
-        let error = Entry::decode(br#"{"format":4,"something":"else"}"#).unwrap_err();
-        assert_eq!(error, InvalidEntry::Newer { found: 4 });
+        let error = Entry::decode(br#"{"format":5,"something":"else"}"#).unwrap_err();
+        assert_eq!(error, InvalidEntry::Newer { found: 5 });
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The rules, each with a record that breaks it.
 
 use super::{testing::*, *};
-use crate::ids::{Generation, Step};
+use crate::ids::{Generation, NodeId, NodeKey, Rank, Step, WorldSize};
 
 fn points(checkpoints: &[&Checkpoint]) -> Vec<(u64, u64)> {
     checkpoints.iter().map(|c| (c.committed.step.get(), c.committed.generation.get())).collect()
@@ -9,6 +9,11 @@ fn points(checkpoints: &[&Checkpoint]) -> Vec<(u64, u64)> {
 
 fn held(generation: u64) -> Option<Generation> {
     Some(Generation(generation))
+}
+
+/// The rule book's word to node `a`.
+fn admit(state: &RunState, held: Option<Generation>, record: &Record) -> Result<(), Refusal> {
+    super::admit(state, &node("a"), held, record)
 }
 
 // Replay.
@@ -119,8 +124,16 @@ fn forming_a_generation_reopens_a_run_that_ended() {
 
 #[test]
 fn an_older_holder_is_fenced_whatever_it_writes() {
-    let state = state([formed(1, None), committed(9, 1), formed(2, Some(point(9, 1)))]);
-    let fenced = Err(Refusal::Fenced { node: node("a"), generation: Generation(2) });
+    let mut state = state([formed(1, None), committed(9, 1)]);
+    let by_b = match formed(2, Some(point(9, 1))) {
+        Record::Formed { generation, world_size, resume, overrides, reason, data, continues, gone, joined, .. } => {
+            let roster = vec![RosterEntry::new(node("b"), 2)];
+            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined }
+        }
+        other => other,
+    };
+    state.apply(3, entry("b", by_b)).unwrap();
+    let fenced = Err(Refusal::Fenced { node: node("b"), generation: Generation(2) });
     let of_all_kinds = [
         committed(10, 1),
         notice(1, "x"),
@@ -137,19 +150,27 @@ fn an_older_holder_is_fenced_whatever_it_writes() {
     // Even if its record names the newest generation, or it never held one and writes on behalf of an older one.
     assert_eq!(admit(&state, held(1), &committed(10, 2)), fenced);
     assert_eq!(admit(&state, None, &committed(10, 1)), fenced);
-    assert_eq!(admit(&state, held(2), &committed(10, 2)), Ok(()));
+    assert_eq!(super::admit(&state, &node("b"), held(2), &committed(10, 2)), Ok(()));
 }
 
 #[test]
-fn only_the_holder_commits_and_ends_the_run() {
+fn only_members_commit_and_only_the_leader_speaks_of_the_end() {
     let state = state([formed(1, None), committed(8, 1), committed(9, 1)]);
-    for record in [committed(10, 1), completed(9, 1), failed(1)] {
-        assert!(matches!(admit(&state, None, &record), Err(Refusal::Wrong(_))), "{record:?}");
-        assert_eq!(admit(&state, held(1), &record), Ok(()), "{record:?}");
+    let by = |name: &str, held, record: &Record| super::admit(&state, &node(name), held, record);
+    // Node a is a member that has not formed the generation through this very journal.
+    assert_eq!(by("a", None, &committed(10, 1)), Ok(()));
+    assert!(matches!(by("stranger", None, &committed(10, 1)), Err(Refusal::Wrong(_))));
+    assert_eq!(by("a", held(1), &committed(10, 1)), Ok(()));
+    for record in [completed(9, 1), failed(1), notice(1, "drain"), interrupted(1)] {
+        assert!(matches!(by("a", None, &record), Err(Refusal::Wrong(_))), "{record:?}");
+        assert_eq!(by("a", held(1), &record), Ok(()), "{record:?}");
     }
-    for record in [notice(1, "drain"), interrupted(1), damaged(9, 1), cleared(9, 1), formed(2, Some(point(9, 1)))] {
-        assert_eq!(admit(&state, None, &record), Ok(()), "{record:?}");
+    for record in [damaged(9, 1), cleared(9, 1)] {
+        assert_eq!(by("stranger", None, &record), Ok(()), "{record:?}");
     }
+    assert_eq!(by("a", None, &formed(2, Some(point(9, 1)))), Ok(()));
+    // A group is formed by its first node.
+    assert!(matches!(by("stranger", None, &formed(2, Some(point(9, 1)))), Err(Refusal::Wrong(_))));
     // No record names a generation that does not exist.
     assert!(matches!(admit(&state, held(2), &committed(10, 2)), Err(Refusal::Wrong(_))));
 }
@@ -199,7 +220,11 @@ fn a_generation_resumes_from_a_good_checkpoint_and_a_run_completes_at_one() {
     assert!(wrong(&completed(9, 1)) && wrong(&completed(10, 1)) && !wrong(&completed(5, 1)));
     let Record::Formed { generation, resume, overrides, reason, data, .. } = formed(2, None) else { unreachable!() };
     let world_size = crate::ids::WorldSize(1);
-    assert!(wrong(&Record::Formed { generation, roster: Vec::new(), world_size, resume, overrides, reason, data }));
+    let roster = Vec::new();
+    let (continues, gone, joined) = (None, Vec::new(), Vec::new());
+    let empty =
+        Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined };
+    assert!(wrong(&empty));
 }
 
 // Verdicts.
@@ -272,4 +297,307 @@ fn a_verdict_can_be_withdrawn() {
     assert!(refused(&records, &cleared(5, 1)).unwrap().contains("is pruned"));
     records.push(cleared(5, 1));
     assert_eq!(points(&state(records).candidates()), [(9, 1)]);
+}
+
+// Members.
+
+/// A generation of these nodes, with this many workers each; it continues generation `continues`.
+fn group(generation: u64, continues: Option<u64>, nodes: &[(&str, u32)]) -> Record {
+    let mut next = 0;
+    let roster: Vec<RosterEntry> = nodes
+        .iter()
+        .map(|(name, workers)| {
+            let first_rank = Some(Rank(next));
+            next += workers;
+            let address = Some(format!("10.0.0.{next}:29400"));
+            RosterEntry { first_rank, address, ..RosterEntry::new(node(name), *workers) }
+        })
+        .collect();
+    Record::Formed {
+        generation: Generation(generation),
+        roster,
+        world_size: WorldSize(next),
+        resume: None,
+        overrides: Vec::new(),
+        reason: FormedReason::Started,
+        data: None,
+        continues: continues.map(Generation),
+        gone: Vec::new(),
+        joined: Vec::new(),
+    }
+}
+
+/// The same with who came and who went.
+fn changed(record: Record, went: &[&str], came: &[&str]) -> Record {
+    match record {
+        Record::Formed { generation, roster, world_size, resume, overrides, data, continues, .. } => Record::Formed {
+            generation,
+            roster,
+            world_size,
+            resume,
+            overrides,
+            data,
+            continues,
+            reason: FormedReason::NodeLost,
+            gone: went.iter().map(|name| Gone { node: node(name), why: "it does not answer".into() }).collect(),
+            joined: came.iter().map(|name| node(name)).collect(),
+        },
+        other => other,
+    }
+}
+
+/// Nodes a and b; then b, which lost a and found c; then c alone, resumed by a person.
+fn chain() -> Vec<Record> {
+    vec![
+        group(1, None, &[("a", 2), ("b", 2)]),
+        committed(5, 1),
+        changed(resumed(group(2, Some(1), &[("b", 2), ("c", 1)]), 5, 1), &["a"], &["c"]),
+    ]
+}
+
+fn resumed(record: Record, step: u64, from: u64) -> Record {
+    match record {
+        Record::Formed { generation, roster, world_size, overrides, reason, data, continues, gone, joined, .. } => {
+            let resume = Some(point(step, from));
+            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined }
+        }
+        other => other,
+    }
+}
+
+/// The state after these, each `formed` written by the first of its nodes, and all else by node `a`.
+fn told(records: impl IntoIterator<Item = Record>) -> RunState {
+    let mut state = state([]);
+    for record in records {
+        let writer = match &record {
+            Record::Formed { roster, .. } => roster[0].node.to_string(),
+            _ => "a".to_owned(),
+        };
+        state.apply(state.next(), entry(&writer, record)).unwrap();
+    }
+    state
+}
+
+#[test]
+fn the_state_knows_who_is_a_member_of_which_generation() {
+    let state = told(chain());
+    let is = |name: &str, generation| state.is_member(&node(name), Generation(generation));
+    assert_eq!([is("a", 1), is("b", 1), is("c", 1), is("x", 1)], [true, true, false, false]);
+    assert_eq!([is("a", 2), is("b", 2), is("c", 2), is("c", 3)], [false, true, true, false]);
+    let formed = state.formed().unwrap();
+    assert_eq!(formed.member(&node("c")).map(|member| member.first_rank), Some(Some(Rank(2))));
+    assert_eq!(formed.succession.gone[0].node, node("a"));
+    assert_eq!(state.formation(Generation(1)).unwrap().roster.len(), 2);
+    assert_eq!(state.formation(Generation(3)), None);
+}
+
+#[test]
+fn a_request_holds_for_the_generations_that_continue_the_one_that_was_asked() {
+    let state = told(chain());
+    assert_eq!(state.continued(Generation(2)), [Generation(1)]);
+    assert!(state.heeds(Generation(1)) && state.heeds(Generation(2)));
+    assert!(!state.heeds(Generation(0)) && !state.heeds(Generation(3)));
+    // A person resumes.
+    let state = told(chain().into_iter().chain([resumed(group(3, None, &[("d", 1), ("e", 1)]), 5, 1)]));
+    assert_eq!(state.continued(Generation(3)), []);
+    assert!(state.heeds(Generation(3)) && !state.heeds(Generation(2)) && !state.heeds(Generation(1)));
+    // One node alone never says what it continues: the process that formed both went on.
+    let alone = self::state([formed(1, None), formed(2, None), formed(3, None)]);
+    assert_eq!(alone.continued(Generation(3)), [Generation(2), Generation(1)]);
+    assert!(alone.heeds(Generation(1)));
+    let mut another = self::state([formed(1, None)]);
+    another.apply(2, entry("b", formed(2, None))).unwrap();
+    assert!(!another.heeds(Generation(1)) && another.heeds(Generation(2)));
+    assert!(!self::state([]).heeds(Generation(0)));
+}
+
+#[test]
+fn a_follower_is_not_fenced_by_its_own_generation() {
+    let state = told(chain());
+    let of = |name: &str, generation| fenced(&state, &node(name), Generation(generation));
+    // Node c has formed nothing and is at home; so is b, which the newest names, too.
+    assert_eq!([of("b", 2), of("c", 2), of("b", 1)], [None, None, None]);
+    // Node a slept; whoever never was a member has lost to another group.
+    let (by, generation) = (node("b"), Generation(2));
+    let why = "it does not answer".to_owned();
+    assert_eq!(of("a", 1), Some(Refusal::LeftOut { node: by.clone(), generation, why: why.clone() }));
+    assert_eq!(of("x", 1), Some(Refusal::Fenced { node: by.clone(), generation }));
+    let left_out = Err(Refusal::LeftOut { node: by.clone(), generation, why });
+    for record in [committed(9, 1), interrupted(1), notice(1, "x")] {
+        assert_eq!(super::admit(&state, &node("a"), held(1), &record), left_out, "{record:?}");
+    }
+    assert_eq!(super::admit(&state, &node("a"), held(1), &damaged(5, 1)), left_out, "whatever it writes");
+    // What a member of the newest still does for an older generation is fenced; the node is not.
+    let late = Err(Refusal::Fenced { node: by, generation });
+    assert_eq!(super::admit(&state, &node("b"), None, &committed(9, 1)), late);
+    assert_eq!(super::admit(&state, &node("b"), held(1), &committed(9, 2)), Ok(()), "it led the older one");
+    // In the next generation of a person a is fenced: its group does not go on.
+    let resumed = told(chain().into_iter().chain([resumed(group(3, None, &[("d", 1), ("e", 1)]), 5, 1)]));
+    let fenced_off = Refusal::Fenced { node: node("d"), generation: Generation(3) };
+    assert_eq!(fenced(&resumed, &node("a"), Generation(1)), Some(fenced_off));
+}
+
+#[test]
+fn a_follower_commits_and_says_nothing_of_the_end() {
+    let state = told(chain());
+    let by = |name: &str, record: &Record| super::admit(&state, &node(name), None, record);
+    assert_eq!([by("b", &committed(9, 2)), by("c", &committed(9, 2))], [Ok(()), Ok(())]);
+    assert!(matches!(by("x", &committed(9, 2)), Err(Refusal::Wrong(_))));
+    for record in [interrupted(2), completed(5, 2), failed(2), notice(2, "sigterm")] {
+        assert!(matches!(by("c", &record), Err(Refusal::Wrong(_))), "{record:?}");
+        assert_eq!(super::admit(&state, &node("b"), held(2), &record), Ok(()), "{record:?}");
+    }
+    // Earlier versions let any node write these: they are still read.
+    let mut old = told(chain());
+    old.apply(old.next(), entry("x", notice(2, "sigterm"))).unwrap();
+    old.apply(old.next(), entry("x", interrupted(2))).unwrap();
+}
+
+#[test]
+fn a_node_that_was_left_out_comes_back_under_a_new_id() {
+    let state = told(chain());
+    let again = |name: &str| changed(group(3, Some(2), &[("b", 2), ("c", 1), (name, 2)]), &[], &[name]);
+    let by_b = |record: &Record| super::admit(&state, &node("b"), held(2), record);
+    assert_eq!(by_b(&resumed(again("new"), 5, 1)), Ok(()));
+    let Err(Refusal::Wrong(reason)) = by_b(&resumed(again("a"), 5, 1)) else { panic!("it came back") };
+    assert!(reason.contains("new id"), "{reason}");
+}
+
+#[test]
+fn a_roster_that_is_none_is_neither_written_nor_read() {
+    type Change = fn(&mut Vec<RosterEntry>);
+    let with = |change: Change| match group(1, None, &[("a", 2), ("b", 2)]) {
+        Record::Formed { generation, mut roster, world_size, resume, overrides, reason, data, .. } => {
+            change(&mut roster);
+            let (continues, gone, joined) = (None, Vec::new(), Vec::new());
+            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined }
+        }
+        other => other,
+    };
+    let key = |digit: char| NodeKey::new(digit.to_string().repeat(64)).ok();
+    let changes: [(Change, &str); 10] = [
+        (|roster| roster[1].node = node("a"), "twice"),
+        (|roster| roster[1].first_rank = Some(Rank(1)), "begin the ranks"),
+        (|roster| roster[0].first_rank = None, "begin the ranks"),
+        (|roster| roster[1].first_rank = Some(Rank(3)), "begin the ranks"),
+        (|roster| roster[1].workers = 3, "world of 4"),
+        (|roster| roster[1].workers = u32::MAX, "world of 4"),
+        (|roster| roster[1].address = Some(String::new()), "an address that is none"),
+        (|roster| roster[1].address = Some("a b:1".into()), "an address that is none"),
+        (|roster| roster[1].address = Some("x".repeat(261)), "an address that is none"),
+        (
+            |roster| {
+                let spare =
+                    |n: u32| RosterEntry { first_rank: Some(Rank(4)), ..RosterEntry::new(node(&n.to_string()), 0) };
+                roster.extend((0..4096).map(spare));
+            },
+            "more than 4096",
+        ),
+    ];
+    for (change, part) in changes {
+        let error = state([]).apply(1, entry("a", with(change))).unwrap_err().to_string();
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    let keys = |first, second| {
+        let Record::Formed { generation, mut roster, world_size, resume, overrides, reason, data, .. } = with(|_| {})
+        else {
+            unreachable!()
+        };
+        (roster[0].key, roster[1].key) = (key(first), key(second));
+        let (continues, gone, joined) = (None, Vec::new(), Vec::new());
+        Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined }
+    };
+    assert!(state([]).apply(1, entry("a", keys('a', 'a'))).unwrap_err().to_string().contains("one key"));
+    state([]).apply(1, entry("a", keys('a', 'b'))).unwrap();
+    // Without ranks, with an IPv6 address, and with a spare.
+    state([]).apply(1, entry("a", with(|roster| roster.iter_mut().for_each(|m| m.first_rank = None)))).unwrap();
+    state([]).apply(1, entry("a", with(|roster| roster[1].address = Some("[fe80::1]:29400".into())))).unwrap();
+    let spare = |roster: &mut Vec<RosterEntry>| {
+        roster.push(RosterEntry { first_rank: Some(Rank(4)), ..RosterEntry::new(node("c"), 0) });
+    };
+    state([]).apply(1, entry("a", with(spare))).unwrap();
+}
+
+#[test]
+fn a_generation_accounts_for_everyone_of_the_one_that_it_continues() {
+    let next =
+        |continues, went: &[&str], came: &[&str]| changed(group(2, continues, &[("b", 2), ("c", 1)]), went, came);
+    let first = group(1, None, &[("a", 2), ("b", 2)]);
+    let refused = |record: Record| told([first.clone()]).apply(2, entry("b", record)).map_err(|e| e.to_string());
+    assert_eq!(refused(next(Some(1), &["a"], &["c"])), Ok(()));
+    for (record, part) in [
+        (next(Some(1), &[], &["c"]), "that are gone"),
+        (next(Some(1), &["a", "b"], &["c"]), "that are gone"),
+        (next(Some(1), &["a", "a"], &["c"]), "that are gone"),
+        (next(Some(1), &["a"], &[]), "did not have"),
+        (next(Some(1), &["a"], &["b", "c"]), "did not have"),
+        (next(Some(1), &["a"], &["c", "c"]), "did not have"),
+        (next(Some(0), &["a"], &["c"]), "continues generation 0 after generation 1"),
+        (next(Some(2), &["a"], &["c"]), "continues generation 2 after generation 1"),
+        (next(None, &["a"], &[]), "continues no generation"),
+        (next(None, &[], &["c"]), "continues no generation"),
+    ] {
+        assert!(refused(record).unwrap_err().contains(part), "{part}");
+    }
+    for why in [String::new(), "two\nlines".into(), "x".repeat(501)] {
+        let Record::Formed {
+            generation, roster, world_size, resume, overrides, reason, data, continues, joined, ..
+        } = next(Some(1), &["a"], &["c"])
+        else {
+            unreachable!()
+        };
+        let gone = vec![Gone { node: node("a"), why }];
+        let record =
+            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined };
+        assert!(refused(record).unwrap_err().contains("in a short line"));
+    }
+    // Only the newest can be continued.
+    let third = changed(group(3, Some(1), &[("a", 2), ("b", 2)]), &[], &[]);
+    let error = told([first.clone(), next(Some(1), &["a"], &["c"])]).apply(3, entry("a", third)).unwrap_err();
+    assert!(error.to_string().contains("continues generation 1 after generation 2"), "{error}");
+}
+
+#[test]
+fn a_formation_is_written_in_the_lowest_format_that_has_its_words() {
+    assert_eq!(formed(1, None).format(), 1);
+    assert_eq!(group(1, None, &[("a", 1)]).format(), 4, "it has a place");
+    type Change = fn(&mut Vec<RosterEntry>, &mut FormedReason, &mut Succession);
+    let changes: [Change; 9] = [
+        |roster, _, _| roster.push(RosterEntry::new(node("b"), 1)),
+        |roster, _, _| roster[0].first_rank = Some(Rank(0)),
+        |roster, _, _| roster[0].address = Some("h:1".into()),
+        |roster, _, _| roster[0].key = NodeKey::new("0".repeat(64)).ok(),
+        |_, reason, _| *reason = FormedReason::NodeLost,
+        |_, reason, _| *reason = FormedReason::NodeLeft,
+        |_, reason, _| *reason = FormedReason::NodeJoined,
+        |_, _, succession| succession.continues = Some(Generation(1)),
+        |_, _, succession| succession.joined = vec![node("a")],
+    ];
+    for (number, change) in changes.into_iter().enumerate() {
+        let Record::Formed { generation, mut roster, world_size, resume, overrides, mut reason, data, .. } =
+            formed(2, None)
+        else {
+            unreachable!()
+        };
+        let mut succession = Succession::default();
+        change(&mut roster, &mut reason, &mut succession);
+        let Succession { continues, gone, joined } = succession;
+        let record =
+            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined };
+        assert_eq!(record.format(), 4, "{number}");
+        let stored = entry("a", record);
+        let body = stored.encode().unwrap();
+        assert_eq!(Entry::decode(&body).unwrap(), stored, "{number}");
+        let older = String::from_utf8(body).unwrap().replace("\"format\":4", "\"format\":1");
+        assert!(Entry::decode(older.as_bytes()).is_err(), "an older program would not know it to be newer");
+    }
+}
+
+#[test]
+fn a_node_alone_is_written_as_ever() {
+    let text = serde_json::to_string(&formed(1, None)).unwrap();
+    let as_ever = r#"{"kind":"formed","generation":1,"roster":[{"node":"a","workers":2}],"world_size":2,"resume":null,"overrides":[["train.steps","1"]],"reason":"started"}"#;
+    assert_eq!(text, as_ever);
+    let id: NodeId = node("a");
+    assert!(state([formed(1, None)]).is_member(&id, Generation(1)));
 }

@@ -167,7 +167,7 @@ fn live(script: Vec<Does>) {
         if let Does::Prune(points) = &does
             && !points.is_empty()
         {
-            assert_eq!(admit(&state, None, &record).is_ok(), scans.admits(points), "{does:?}");
+            assert_eq!(admit(&state, &node("a"), None, &record).is_ok(), scans.admits(points), "{does:?}");
         }
         let copy = state.clone();
         let applied = state.apply(state.next(), entry("a", record));
@@ -234,9 +234,12 @@ fn several_checkpoints_are_pruned_by_one_record_of_the_new_kind_and_one_by_the_o
     let mut state = state([formed(1, None), committed(1, 1), committed(2, 1), committed(3, 1)]);
     state.apply(4 + 1, entry("a", two)).unwrap();
     assert_eq!(state.good().len(), 1);
-    assert!(matches!(admit(&state, None, &Record::PrunedMany { checkpoints: vec![] }), Err(Refusal::Wrong(_))));
+    assert!(matches!(
+        admit(&state, &node("a"), None, &Record::PrunedMany { checkpoints: vec![] }),
+        Err(Refusal::Wrong(_))
+    ));
     for bad in [point(3, 1), point(9, 1)] {
         let record = Record::pruned(vec![point(1, 1), bad]);
-        assert!(matches!(admit(&state, None, &record), Err(Refusal::Wrong(_))), "{record:?}");
+        assert!(matches!(admit(&state, &node("a"), None, &record), Err(Refusal::Wrong(_))), "{record:?}");
     }
 }

@@ -8,7 +8,8 @@ use jiff::Timestamp;
 use super::{
     checkpoints::Checkpoints,
     doubt::Clearance,
-    record::{Committed, Drain, Entry, FORMAT, FormedReason, Means, Record, ResumePoint, RosterEntry},
+    members,
+    record::{Committed, Drain, Entry, FORMAT, FormedReason, Means, Record, ResumePoint, RosterEntry, Succession},
     summary::{Spans, Tail},
 };
 use crate::{
@@ -44,6 +45,8 @@ pub struct Formation {
     pub reason: FormedReason,
     /// The data that it is trained on; `None`: not recorded.
     pub data: Option<DatasetId>,
+    /// How it follows from the generation before it.
+    pub succession: Succession,
     /// When it completed the run or failed, if it did; a later one may have opened the run again.
     pub ended: Option<Timestamp>,
 }
@@ -223,8 +226,20 @@ impl RunState {
         match record {
             // `consistent` refused it.
             Record::Created { .. } => {}
-            Record::Formed { generation, roster, world_size, resume, overrides, reason, data } => {
+            Record::Formed {
+                generation,
+                roster,
+                world_size,
+                resume,
+                overrides,
+                reason,
+                data,
+                continues,
+                gone,
+                joined,
+            } => {
                 let node = node.clone();
+                let succession = Succession { continues, gone, joined };
                 self.outcome = Outcome::Open;
                 Arc::make_mut(&mut self.formations).push(Formation {
                     number,
@@ -237,6 +252,7 @@ impl RunState {
                     overrides,
                     reason,
                     data,
+                    succession,
                     ended: None,
                 });
             }
@@ -319,6 +335,7 @@ impl RunState {
                 if *generation <= self.generation() {
                     return wrong(format!("forms generation {generation} after generation {}", self.generation()));
                 }
+                self.has_a_sound_roster(record)?;
                 match resume {
                     Some(point) if self.checkpoint(point.step, point.generation).is_none() => wrong(format!(
                         "resumes from step {} of generation {}, which was never committed",
@@ -498,6 +515,14 @@ impl Record {
             Self::Committed(committed) if committed.loss.is_none() || !committed.metrics.is_empty() => 3,
             Self::Completed { loss: None, .. } => 3,
             Self::PrunedMany { .. } | Self::Cleared { .. } => 2,
+            Self::Formed { roster, reason, continues, gone, joined, .. }
+                if members::has_new_words(roster, *reason)
+                    || continues.is_some()
+                    || !gone.is_empty()
+                    || !joined.is_empty() =>
+            {
+                4
+            }
             Self::Created { .. }
             | Self::Formed { .. }
             | Self::Committed(_)

@@ -77,7 +77,7 @@ async fn many_writers_lose_nothing_and_leave_no_gap() {
         let writers = (0..WRITERS).map(|writer| {
             let store = store.clone();
             tokio::spawn(async move {
-                let mut journal = opened(&store, &format!("n{writer}")).await;
+                let mut journal = opened(&store, &format!("n{writer}")).await.leading();
                 let mut numbers = Vec::new();
                 for i in 0..RECORDS {
                     numbers.push(journal.append(notice(1, &format!("{writer}.{i}"))).await.unwrap());
@@ -282,7 +282,7 @@ async fn a_dropped_append_is_settled_like_a_lost_answer() {
     /// Node b, which has read the records through another door: the faulty one counts.
     async fn opened_without_reading(store: &Store) -> Journal {
         let mut journal = Journal::create(memory(), node("b"), run_id(), config()).await.unwrap();
-        journal.form(forming("a", None)).await.unwrap();
+        journal.form(forming("b", None)).await.unwrap();
         journal.moved_to(store.clone())
     }
 }
@@ -340,7 +340,7 @@ async fn damage_names_its_object() {
         (2, Some(Bytes::from_static(b"\xff\x00garbage")), "not a journal record"),
         (2, Some(Bytes::from(vec![b'['; 100_000])), "not a journal record"),
         (2, Some(Bytes::from(vec![b' '; (4 << 20) + 1])), "too large"),
-        (2, Some(encoded(&newer)), "format 4"),
+        (2, Some(encoded(&newer)), "format 5"),
         (2, Some(encoded(&entry("a", created()))), "only the first"),
         (2, Some(encoded(&entry("a", committed(9, 7)))), "while 1 is the newest"),
         (0, Some(encoded(&entry("a", notice(1, "x")))), "not created"),
@@ -571,7 +571,7 @@ async fn a_garbled_record_is_read_again_before_it_is_reported() {
         assert_eq!((follower.state().next(), proxy.broken() - before), (4, 4), "{what}");
     }
     // So does a writer that appends, and finds another's record in its place.
-    let mut late = Journal::open(store.clone(), node("a"), run_id()).await.unwrap();
+    let mut late = Journal::open(store.clone(), node("a"), run_id()).await.unwrap().leading();
     writer.append(notice(1, "y")).await.unwrap();
     let target = "00000000000000000004.json";
     // The first request asks whether the record there is its own.

@@ -168,7 +168,7 @@ async fn an_unusable_summary_costs_only_time() {
             audit_by(&store, &run_id(), SMALL).await.unwrap();
         }
         store.delete(&key).await.unwrap();
-        let mut journal = Journal::open_by(store.clone(), node("a"), run_id(), SMALL).await.unwrap();
+        let mut journal = Journal::open_by(store.clone(), node("a"), run_id(), SMALL).await.unwrap().leading();
         assert_eq!(journal.state(), &expected);
         // The next writer fills in the summaries before its own.
         journal.append(notice(1, "x")).await.unwrap();
@@ -330,7 +330,7 @@ async fn a_store_that_refuses_summaries_takes_records_and_the_run_opens() {
         good.put(&info.key, store.get(&info.key, 1 << 20).await.unwrap()).await.unwrap();
         hangs_put(&hangs, &info.key, store.get(&info.key, 1 << 20).await.unwrap()).await;
     }
-    let mut heir = Journal::open_by(good.clone(), node("a"), run_id(), SMALL).await.unwrap();
+    let mut heir = Journal::open_by(good.clone(), node("a"), run_id(), SMALL).await.unwrap().leading();
     for _ in 0..2 {
         heir.append(notice(1, "x")).await.unwrap();
     }

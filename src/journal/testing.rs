@@ -90,24 +90,28 @@ pub(super) fn point(step: u64, generation: u64) -> ResumePoint {
 pub(super) fn formed(generation: u64, resume: Option<ResumePoint>) -> Record {
     Record::Formed {
         generation: Generation(generation),
-        roster: vec![RosterEntry { node: node("a"), workers: 2 }],
+        roster: vec![RosterEntry::new(node("a"), 2)],
         world_size: WorldSize(2),
         resume,
         overrides: vec![("train.steps".into(), generation.to_string())],
         reason: FormedReason::Started,
         data: None,
+        continues: None,
+        gone: Vec::new(),
+        joined: Vec::new(),
     }
 }
 
 /// The argument of [`Journal::form`], from node `name`.
 pub(super) fn forming(name: &str, resume: Option<ResumePoint>) -> Formed {
     Formed {
-        roster: vec![RosterEntry { node: node(name), workers: 1 }],
+        roster: vec![RosterEntry::new(node(name), 1)],
         world_size: WorldSize(1),
         resume,
         overrides: Vec::new(),
         reason: FormedReason::Started,
         data: None,
+        succession: Succession::default(),
     }
 }
 

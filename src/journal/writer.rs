@@ -321,7 +321,7 @@ mod tests {
     use crate::{
         checkpoint::testing::{STORAGE, checkpoint, config},
         ids::{Generation, NodeId, RunId, Step, WorldSize},
-        journal::{CheckpointStatus, FormedReason, RosterEntry},
+        journal::{CheckpointStatus, FormedReason, RosterEntry, Succession},
         layout,
         storage::{
             Store,
@@ -355,12 +355,13 @@ mod tests {
         let (node, run_id) = (NodeId::random(), RunId::new("run").unwrap());
         let mut journal = Journal::create(store.clone(), node.clone(), run_id, config()).await.unwrap();
         let formed = Formed {
-            roster: vec![RosterEntry { node, workers: 1 }],
+            roster: vec![RosterEntry::new(node, 1)],
             world_size: WorldSize(1),
             resume: None,
             overrides: Vec::new(),
             reason: FormedReason::Started,
             data: None,
+            succession: Succession::default(),
         };
         journal.form(formed).await.unwrap();
         for step in 1..=2 {

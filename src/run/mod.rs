@@ -49,7 +49,9 @@ use crate::{
     error::{Context, Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, NodeRanks, RunId, Step, WorldSize},
-    journal::{Formed, FormedReason, JournalError, JournalWriter, Record, ResumePoint, RosterEntry, RunState},
+    journal::{
+        Formed, FormedReason, JournalError, JournalWriter, Record, ResumePoint, RosterEntry, RunState, Succession,
+    },
     notice::{self, Notices},
     rendezvous::{
         heartbeat::{self, Process, Pulse, Turning},
@@ -447,12 +449,13 @@ impl Runner {
             _ => None,
         };
         let formed = Formed {
-            roster: vec![RosterEntry { node: self.node.clone(), workers: self.resolved.workload.workers() }],
+            roster: vec![RosterEntry::new(self.node.clone(), self.resolved.workload.workers())],
             world_size: WorldSize(self.resolved.workload.workers()),
             resume,
             overrides: self.overrides.clone(),
             reason,
             data: Some(self.resolved.workload.data().clone()),
+            succession: Succession::default(),
         };
         match self.journal.form(formed).await {
             Ok(generation) => {

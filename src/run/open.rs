@@ -264,7 +264,7 @@ mod tests {
         checkpoint::testing::{STORAGE, checkpoint, config},
         config::NoticeConfig,
         ids::{Generation, NodeId, WorldSize},
-        journal::{Formed, FormedReason, Journal, Record, RosterEntry},
+        journal::{Formed, FormedReason, Journal, Record, RosterEntry, Succession},
     };
 
     fn pairs(set: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -282,12 +282,13 @@ mod tests {
         (config.workload.data.validation_sequences, config.notice) = (1, NoticeConfig::default());
         let mut journal = Journal::create(run.clone(), node.clone(), run_id.clone(), config).await.unwrap();
         let formed = Formed {
-            roster: vec![RosterEntry { node, workers: 1 }],
+            roster: vec![RosterEntry::new(node, 1)],
             world_size: WorldSize(1),
             resume: None,
             overrides: pairs(&[("storage.attempts", "3")]),
             reason: FormedReason::Started,
             data: None,
+            succession: Succession::default(),
         };
         journal.form(formed).await.unwrap();
         if complete {

@@ -8,7 +8,7 @@ use crate::{
     config::{Device, RunConfig},
     data::{PrepareSettings, TokenizerSource, prepare},
     ids::{NodeId, Rank},
-    journal::{Formed, FormedReason, Journal, RosterEntry},
+    journal::{Formed, FormedReason, Journal, RosterEntry, Succession},
     report::Reporter,
 };
 
@@ -122,12 +122,13 @@ async fn a_run_keeps_its_data_unless_a_person_names_other_data() {
         let (run, node, run_id) = (memory_store(), NodeId::random(), RunId::new("run").unwrap());
         let mut journal = Journal::create(run.clone(), node.clone(), run_id, config.clone()).await.unwrap();
         let formed = Formed {
-            roster: vec![RosterEntry { node, workers: 2 }],
+            roster: vec![RosterEntry::new(node, 2)],
             world_size: WorldSize(2),
             resume: None,
             overrides: Vec::new(),
             reason: FormedReason::Started,
             data: Some(data),
+            succession: Succession::default(),
         };
         journal.form(formed).await.unwrap();
         let found = Workload::of_existing_run(&config, site(&reporter), &run, journal.state(), accepted).await;

@@ -9,4 +9,5 @@ pub mod mounts;
 pub mod proxy;
 pub mod s3;
 pub mod samples;
+pub mod search;
 pub mod trainer;

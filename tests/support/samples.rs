@@ -13,8 +13,8 @@ use trainer::{
     },
     config::*,
     data::shards,
-    ids::{AttemptId, DatasetId, Generation, NodeId, RunId, Step, WorldSize},
-    journal::{Committed, Entry, FormedReason, Means, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
+    ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, Step, WorldSize},
+    journal::{Committed, Entry, FormedReason, Gone, Means, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
     rendezvous::heartbeat::{Heartbeat, Process},
     storage::Crc64,
     worker::task::Task,
@@ -116,6 +116,33 @@ pub fn records_of_version_3() -> Vec<Record> {
     ]
 }
 
+/// What version 4 of the journal has added: a generation of several nodes.
+pub fn records_of_version_4() -> Vec<Record> {
+    let node = |name: &str| NodeId::new(name).expect("valid");
+    let member = |name: &str, workers, rank, address: Option<&str>, digit: &str| RosterEntry {
+        first_rank: Some(Rank(rank)),
+        address: address.map(str::to_owned),
+        key: NodeKey::new(digit.repeat(64)).ok(),
+        ..RosterEntry::new(node(name), workers)
+    };
+    vec![Record::Formed {
+        generation: Generation(4),
+        roster: vec![
+            member("n1b2c3d4e5f6a", 8, 0, Some("10.0.1.17:29400"), "a"),
+            member("n2b2c3d4e5f6a", 4, 8, Some("[fd00::2]:29400"), "b"),
+            member("n3b2c3d4e5f6a", 0, 12, None, "c"),
+        ],
+        world_size: WorldSize(12),
+        resume: Some(ResumePoint { step: Step(1200), generation: Generation(3) }),
+        overrides: Vec::new(),
+        reason: FormedReason::NodeLost,
+        data: None,
+        continues: Some(Generation(3)),
+        gone: vec![Gone { node: self::node(), why: "its agent does not answer: connection refused".into() }],
+        joined: ["n1b2c3d4e5f6a", "n2b2c3d4e5f6a", "n3b2c3d4e5f6a"].map(node).into(),
+    }]
+}
+
 /// One record of each kind of version 1 of the journal.
 pub fn records() -> Vec<Record> {
     let (step, generation) = (Step(1200), Generation(3));
@@ -123,12 +150,15 @@ pub fn records() -> Vec<Record> {
         Record::Created { run_id: run_id(), config: Box::new(config()) },
         Record::Formed {
             generation,
-            roster: vec![RosterEntry { node: node(), workers: 2 }],
+            roster: vec![RosterEntry::new(node(), 2)],
             world_size: WorldSize(2),
             resume: Some(ResumePoint { step: Step(1100), generation: Generation(2) }),
             overrides: vec![("train.steps".into(), "2500".into())],
             reason: FormedReason::WorkerDied,
             data: None,
+            continues: None,
+            gone: Vec::new(),
+            joined: Vec::new(),
         },
         Record::Committed(Committed {
             step,

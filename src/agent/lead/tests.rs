@@ -20,7 +20,7 @@ use crate::{
     error::{Error, Kind},
     format::header::Dtype,
     ids::{Generation, NodeId, NodeRanks, Rank, RunId, Step, WorldSize},
-    journal::{Formed, FormedReason, Journal, JournalWriter, Means, RosterEntry},
+    journal::{Formed, FormedReason, Journal, JournalWriter, Means, RosterEntry, Succession},
     layout,
     report::{Event as Told, Screen},
     snapshot::{
@@ -54,12 +54,13 @@ impl Stage {
         let mut journal = Journal::create(store.clone(), node.clone(), run_id.clone(), config()).await.unwrap();
         let workload = Arc::new(Workload::of_no_workers());
         let formed = Formed {
-            roster: vec![RosterEntry { node: node.clone(), workers: 1 }],
+            roster: vec![RosterEntry::new(node.clone(), 1)],
             world_size: WorldSize(1),
             resume: None,
             overrides: Vec::new(),
             reason: FormedReason::Started,
             data: Some(workload.data().clone()),
+            succession: Succession::default(),
         };
         let generation = journal.form(formed).await.unwrap();
         let heard = Heard::default();

@@ -240,7 +240,7 @@ mod tests {
             testing::{self, config, memory_store},
         },
         ids::{Rank, WorldSize},
-        journal::{Formed, FormedReason, Journal, RosterEntry},
+        journal::{Formed, FormedReason, Journal, RosterEntry, Succession},
     };
 
     /// A snapshot of two nodes, that the first commits.
@@ -262,12 +262,13 @@ mod tests {
             let (run_id, node, other) = (whole.run_id.clone(), whole.node.clone(), NodeId::random());
             let mut journal = Journal::create(run.clone(), node.clone(), run_id.clone(), config()).await.unwrap();
             let formed = Formed {
-                roster: [&node, &other].map(|node| RosterEntry { node: node.clone(), workers: 1 }).into(),
+                roster: [&node, &other].map(|node| RosterEntry::new(node.clone(), 1)).into(),
                 world_size: WorldSize(2),
                 resume: None,
                 overrides: Vec::new(),
                 reason: FormedReason::Started,
                 data: None,
+                succession: Succession::default(),
             };
             let generation = journal.form(formed).await.unwrap();
             let context = Context {

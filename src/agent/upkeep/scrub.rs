@@ -203,7 +203,9 @@ mod tests {
         },
         config::CheckpointConfig,
         ids::{NodeId, RunId, WorldSize},
-        journal::{CheckpointStatus, Formed, FormedReason, Journal, JournalWriter, Record, RosterEntry, Urgency},
+        journal::{
+            CheckpointStatus, Formed, FormedReason, Journal, JournalWriter, Record, RosterEntry, Succession, Urgency,
+        },
         layout,
     };
 
@@ -249,12 +251,13 @@ mod tests {
         let run_id = RunId::new("run").unwrap();
         let mut journal = Journal::create(run.clone(), node.clone(), run_id, config()).await.unwrap();
         let formed = Formed {
-            roster: vec![RosterEntry { node, workers: 1 }],
+            roster: vec![RosterEntry::new(node, 1)],
             world_size: WorldSize(1),
             resume: None,
             overrides: Vec::new(),
             reason: FormedReason::Started,
             data: None,
+            succession: Succession::default(),
         };
         journal.form(formed).await.unwrap();
         let mut list = Vec::new();

@@ -3,8 +3,8 @@
 //!
 //! Its gaps, which are not tested on it: it accepts a body with a wrong checksum and keeps no CRC64-NVME (`verify`
 //! without `--deep` has only sizes there), it lists all unfinished uploads on one page with a start in 2010, and it
-//! checks no signature. Of several conditional writes at once it accepts more than one, so they come in one by one. It silently drops
-//! unknown parts of a CloudFormation template: only [`Moto::log`] shows that.
+//! checks no signature. Of several conditional writes at once it accepts more than one, so they come in one by one. It
+//! silently drops unknown parts of a CloudFormation template: only [`Moto::log`] shows that.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},

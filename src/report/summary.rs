@@ -62,6 +62,11 @@ impl Summary {
         }
     }
 
+    /// Whether a step was made, so that there is a [line](Self::line).
+    pub const fn has_steps(&self) -> bool {
+        self.last.is_some()
+    }
+
     /// One line; `None` if nothing was trained.
     #[expect(clippy::cast_precision_loss, reason = "a mean of a count of checkpoints")]
     pub fn line(&self, wall_s: f64) -> Option<String> {

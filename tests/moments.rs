@@ -103,7 +103,7 @@ fn sigterm_while_another_nodes_heartbeat_is_read_is_heard() {
     asleep.signal(Signal::STOP);
     assert!(asleep.stopped(), "it ended");
     let running = lab.resume(RUN).start();
-    running.wait_until_said("looking whether node");
+    running.wait_until_said("checking whether node");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(75);
     assert!(life.of_kind("formed").is_empty(), "{}", life.story());

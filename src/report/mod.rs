@@ -119,8 +119,7 @@ impl View {
             }
             self.json = None;
         }
-        // The summary will say that a run in which steps were made is complete.
-        if !(matches!(event, Event::Completed { .. }) && self.summary.has_steps()) {
+        if !self.summary.repeats(event) {
             self.lines.show(event, Instant::now());
         }
         if let Some(bars) = &mut self.bars {

@@ -28,7 +28,7 @@ pub struct Task {
     pub every: u64,
     pub global_batch: u32,
     pub sequence_length: u32,
-    /// Held-out sequences whose loss is compared.
+    /// Validation sequences whose loss is compared.
     pub validation: u32,
 }
 

@@ -26,7 +26,7 @@ pub struct Results<'a> {
     pub machine: &'a Machine,
     pub settings: serde_json::Value,
     pub results: &'a [Rounds],
-    /// `trainer`'s held-out loss, and PyTorch's with the same weights on the same sequences.
+    /// `trainer`'s validation loss, and PyTorch's with the same weights on the same sequences.
     pub losses: Option<(f64, f64)>,
     /// The large state: its memory and its restarts.
     pub large: Option<&'a Large>,

@@ -79,7 +79,7 @@ pub fn peers(settings: &Settings, python: &Path) -> Result<()> {
     if let Some((ours, theirs)) = losses {
         let difference = (ours - theirs).abs();
         markdown += &format!(
-            "\nThe same weights and {} held-out sequences: loss {ours:.7} in trainer, {theirs:.7} in PyTorch \
+            "\nThe same weights and {} validation sequences: loss {ours:.7} in trainer, {theirs:.7} in PyTorch \
             (difference {difference:.1e}).\n",
             bench.task.validation
         );
@@ -94,7 +94,7 @@ pub fn peers(settings: &Settings, python: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The held-out loss that trainer measured after its last step, and PyTorch's with the exported weights.
+/// The validation loss that trainer measured after its last step, and PyTorch's with the exported weights.
 fn compare_losses(task: &Task, python: &Path, life: &Life, store: &Path) -> Result<(f64, f64)> {
     let ours = life.of("validation").last().and_then(|heard| heard.event["loss"].as_f64());
     let folder = task.scratch.join("exported");
@@ -103,7 +103,7 @@ fn compare_losses(task: &Task, python: &Path, life: &Life, store: &Path) -> Resu
     ensure!(done.status.success(), "peer.py loss: {}", String::from_utf8_lossy(&done.stderr));
     let theirs: Value = serde_json::from_slice(&done.stdout).context("loss of peer.py")?;
     fs::remove_dir_all(&folder)?;
-    Ok((ours.context("trainer measured no held-out loss")?, theirs["loss"].as_f64().context("loss of peer.py")?))
+    Ok((ours.context("trainer measured no validation loss")?, theirs["loss"].as_f64().context("loss of peer.py")?))
 }
 
 struct Bench {

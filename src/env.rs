@@ -1,8 +1,8 @@
-//! The environment variables of this program, and the one place that reads the environment.
+//! The only file that reads the environment. [`OURS`] explains our own variables; those of others (`AWS_REGION`,
+//! `NO_COLOR`, …) are interpreted beside the code that needs them.
 //!
-//! [`OURS`] explains each of our own variables; a test compares it with the names in the source. Variables of others
-//! (`AWS_REGION`, `NO_COLOR`, …) are read by their own rules, beside the code that needs them. The environment is read
-//! on demand and never changed: threads may run.
+//! A test compares [`OURS`] with the names in the source. The environment is read on demand and never changed: threads
+//! may run.
 
 use std::ffi::OsString;
 

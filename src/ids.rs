@@ -258,6 +258,7 @@ pub fn random_hex(bytes: usize) -> String {
             Err(rustix::io::Errno::INTR) => {}
             // Every kernel since 3.17 has the call; without it a clash must still be unlikely, so mix time and pid.
             Err(_) => {
+                #[expect(clippy::disallowed_methods, reason = "a seed, not a time: any number that differs will do")]
                 let nanos = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |d| d.as_nanos());
                 let seed = nanos ^ (u128::from(std::process::id()) << 64);
                 for (i, byte) in buffer[filled..].iter_mut().enumerate() {

@@ -152,7 +152,7 @@ fn the_places_that_a_configuration_names_are_checked() {
     let remote = format!("s3://{}/data", crate::support::s3::BUCKET);
     let life = with(&data, &remote).expect_code(0);
     let found = expect(&life, &[("dataset", "ok")]);
-    assert!(found["dataset"]["found"].to_string().contains("held out"), "{}", life.story());
+    assert!(found["dataset"]["found"].to_string().contains("for validation"), "{}", life.story());
     lab.server().write("data/index.json", "{");
     expect(&with(&data, &remote).expect_code(78), &[("dataset", "fail")]);
     // Longer than any shard.

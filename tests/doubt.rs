@@ -53,7 +53,7 @@ fn a_machine_that_garbles_loads_but_not_single_reads_exits_and_says_so() {
     for (how, path) in [("bulk", "its bulk reads"), ("slot", "the memory of snapshot slot 0")] {
         let lab = Lab::on_interrupted_run();
         let life = garbled(lab.resume(ORIGIN), how).finish().expect_code(69);
-        let life = life.expect_said(&["this machine garbles what it reads", path, "nothing was written off"]);
+        let life = life.expect_said(&["this machine garbles what it reads", path, "nothing was condemned"]);
         assert!(life.of_kind("step").is_empty(), "{}", life.story());
         expect_nothing_condemned(&lab, ORIGIN, &life.story());
         expect_resumes_from_its_newest(&lab);
@@ -66,7 +66,7 @@ fn faulty_slot_memory_is_noticed() {
     let lab = Lab::on_interrupted_run_on_s3();
     let life = garbled(lab.resume(ORIGIN), "slot").finish().expect_code(69);
     let path = "the memory of snapshot slot 0";
-    let life = life.expect_said(&["this machine garbles what it reads", path, "nothing was written off"]);
+    let life = life.expect_said(&["this machine garbles what it reads", path, "nothing was condemned"]);
     assert!(life.of_kind("step").is_empty(), "{}", life.story());
     expect_nothing_condemned(&lab, ORIGIN, &life.story());
     expect_resumes_from_its_newest(&lab);

@@ -103,7 +103,7 @@ fn sigterm_while_another_nodes_heartbeat_is_read_is_heard() {
     asleep.signal(Signal::STOP);
     assert!(asleep.stopped(), "it ended");
     let running = lab.resume(RUN).start();
-    running.wait_until_said("looking whether node");
+    running.wait_until_said("checking whether node");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(75);
     assert!(life.of_kind("formed").is_empty(), "{}", life.story());
@@ -137,7 +137,7 @@ fn sigterm_while_a_checkpoint_that_seems_damaged_is_read_again_is_heard() {
     let life = running.finish().expect_code(75);
     assert_eq!(life.of_kind("formed").len(), 1, "{}", life.story());
     let told = lab.about("explain", RUN).finish().expect_code(0);
-    let verdict = "asked to stop while a checkpoint that seemed damaged was read again";
+    let verdict = "asked to stop while re-reading a checkpoint that seemed damaged";
     assert!(told.stdout.contains(verdict), "{}", told.story());
     proxy.disarm();
     interrupted_and_resumed(&lab, &first, "sigterm");

@@ -238,7 +238,7 @@ async fn discover(store: &Store, journal: &mut Journal) -> Option<Point> {
                 return Some((step.get(), generation.get()));
             }
             Err(CheckpointError::Damaged { object, reason }) => {
-                docket.suspect(&Damage { step, generation, object, reason });
+                docket.suspect(&Damage { step, generation, object, reason: reason.to_string() });
             }
             Err(error) => panic!("{error}"),
         }

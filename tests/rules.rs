@@ -1,7 +1,11 @@
 //! The rules of the source: imports point down the list in `src/lib.rs`, some rooms stay apart, `unsafe` stays where
-//! it is allowed, only the writers write to the streams of the process, lines and files stay short, pauses have names.
+//! it is allowed, only the writers write to the streams of the process, lines and files stay short, pauses have names,
+//! and no room has two types of one name.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 /// Every source file below `src/`, and its text.
 pub fn sources() -> Vec<(String, String)> {
@@ -29,9 +33,71 @@ fn sources_below(folder: &str) -> Vec<(String, String)> {
 
 /// The code of a file, without comments and without the unit tests at its foot.
 pub fn code(text: &str) -> String {
-    let body = text.split("\n#[cfg(test)]\nmod ").next().unwrap_or_default();
-    let without = |line: &str| line.split("//").next().unwrap_or_default().to_owned();
-    body.lines().map(without).collect::<Vec<_>>().join("\n")
+    const TESTS: &str = "\n#[cfg(test)]\nmod ";
+    let (mut body, mut rest) = (String::new(), text);
+    while let Some(at) = rest.find(TESTS) {
+        body.push_str(&rest[..=at]);
+        let tests = &rest[at + TESTS.len()..];
+        match tests.find([';', '{']) {
+            // They are in a file of their own.
+            Some(end) if tests[end..].starts_with(';') => rest = &tests[end + 1..],
+            _ => rest = "",
+        }
+    }
+    without_comments(&(body + rest))
+}
+
+/// The text without its comments. `//` in a string or character is no comment.
+fn without_comments(text: &str) -> String {
+    let chars: Vec<char> = text.chars().collect();
+    let is = |at: usize, what: char| chars.get(at) == Some(&what);
+    let in_word = |at: usize| chars.get(at).is_some_and(|c| c.is_alphanumeric() || *c == '_');
+    let (mut at, mut kept) = (0, String::new());
+    while at < chars.len() {
+        let hashes = chars[at + 1..].iter().take_while(|c| **c == '#').count();
+        let begins_word = at == 0 || !in_word(at - 1) || (is(at - 1, 'b') && (at == 1 || !in_word(at - 2)));
+        let end = if is(at, '/') && is(at + 1, '/') {
+            at += chars[at..].iter().take_while(|c| **c != '\n').count();
+            continue;
+        } else if is(at, 'r') && begins_word && is(at + 1 + hashes, '"') {
+            let closes = |end: &usize| is(*end, '"') && (1..=hashes).all(|n| is(end + n, '#'));
+            (at + 2 + hashes..chars.len()).find(closes).map_or(chars.len(), |end| end + 1 + hashes)
+        } else if is(at, '"') {
+            let mut end = at + 1;
+            while end < chars.len() && !is(end, '"') {
+                end += if is(end, '\\') { 2 } else { 1 };
+            }
+            end + 1
+        } else if is(at, '\'') && is(at + 1, '\\') {
+            (at + 3..chars.len()).find(|end| is(*end, '\'')).map_or(chars.len(), |end| end + 1)
+        } else if is(at, '\'') && is(at + 2, '\'') {
+            at + 3
+        } else {
+            at + 1
+        };
+        kept.extend(&chars[at..end.min(chars.len())]);
+        at = end;
+    }
+    kept
+}
+
+#[test]
+fn comments_end_where_code_goes_on_and_strings_hide_none() {
+    for (text, kept) in [
+        ("f(); // x\ng();", "f(); \ng();"),
+        ("get(\"https://x\"); unsafe { g() } // y", "get(\"https://x\"); unsafe { g() } "),
+        ("f(\"\\\"//\", 1) // y", "f(\"\\\"//\", 1) "),
+        ("f(r#\"a\"//b\"#) // y", "f(r#\"a\"//b\"#) "),
+        ("f(br\"//\\\") // y", "f(br\"//\\\") "),
+        ("f('\"') // y", "f('\"') "),
+        ("f('\\'', \"//\") // y", "f('\\'', \"//\") "),
+        ("fn f<'a>(x: &'a str) {} // y", "fn f<'a>(x: &'a str) {} "),
+        ("/// x \"y\nf()", "\nf()"),
+    ] {
+        assert_eq!(without_comments(text), kept);
+    }
+    assert_eq!(code("mod a;\n\n#[cfg(test)]\nmod testing;\nmod b;\n"), "mod a;\n\n\nmod b;\n");
+    assert_eq!(code("f();\n\n#[cfg(test)]\nmod tests {\n    g();\n}\n"), "f();\n\n");
 }
 
 /// The modules of this crate that `code` names: `crate::x`, and each first name in `crate::{x::…, y}`.
@@ -251,10 +317,21 @@ fn files_below_a_facade_import_each_other() {
 /// Columns of a line, comments included.
 const WIDTH: usize = 120;
 
-/// Whether a line can't be broken: a row of a table in a comment, or one long word (a URL, a message of a protocol).
+/// Files with wider lines, and why.
+const WIDER: [(&str, &str); 3] = [
+    (
+        "userdata/aws/stack.yaml",
+        "it embeds user-data.sh line by line, policies, and lines of JSON, which can't be folded",
+    ),
+    ("userdata/aws/user-data.sh", "EC2 takes 16 KB: no line grows by its continuation"),
+    ("benches/results/", "records, as the benchmark has written them"),
+];
+
+/// Whether a line can't be broken: a row of a table, or one long word (a URL, a message of a protocol).
 fn is_whole(line: &str) -> bool {
-    let comment = line.trim_start().trim_start_matches("//").trim_start_matches(['/', '!']).trim_start();
-    let row = line.trim_start().starts_with("//") && comment.starts_with('|');
+    let line = line.trim();
+    let comment = line.trim_start_matches("//").trim_start_matches(['/', '!']).trim_start();
+    let row = comment.starts_with('|') && comment.ends_with('|');
     row || line.split_whitespace().any(|word| word.chars().count() > 80)
 }
 
@@ -263,23 +340,62 @@ fn too_wide(text: &str) -> Vec<usize> {
     text.lines().enumerate().filter(|(_, line)| wide(line)).map(|(at, _)| at + 1).collect()
 }
 
-#[test]
-fn no_line_is_wider_than_120_columns() {
-    let mut wrong = Vec::new();
-    for folder in ["src", "tests", "benches"] {
-        for (file, text) in sources_below(folder) {
-            wrong.extend(too_wide(&text).into_iter().map(|line| format!("{folder}/{file}:{line}")));
+/// Every file that people write and read as text: sources, manuals, settings, scripts.
+fn texts() -> Vec<(String, String)> {
+    fn walk(root: &Path, folder: &Path, found: &mut Vec<(String, String)>) {
+        const OTHERS: [&str; 5] = [".git", ".libtorch", "target", "shared", "tests/fixtures"];
+        const KINDS: [&str; 7] = ["rs", "md", "toml", "yaml", "yml", "py", "sh"];
+        for entry in std::fs::read_dir(folder).expect("folder") {
+            let path = entry.expect("entry").path();
+            let name = path.strip_prefix(root).expect("below the root").display().to_string();
+            if OTHERS.contains(&name.as_str()) || path.is_symlink() {
+                continue;
+            }
+            let every = ["scripts/", ".ci/", "userdata/"].iter().any(|folder| name.starts_with(folder));
+            let known = path.extension().is_some_and(|kind| KINDS.iter().any(|known| kind == *known));
+            if path.is_dir() {
+                walk(root, &path, found);
+            } else if every || known {
+                found.push((name, std::fs::read_to_string(&path).expect("read text")));
+            }
         }
     }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = Vec::new();
+    walk(root, root, &mut found);
+    found.sort();
+    found
+}
+
+#[test]
+fn no_line_is_wider_than_120_columns() {
+    let texts = texts();
+    for some in
+        ["src/lib.rs", "README.md", "Cargo.toml", ".clippy.toml", "scripts/test", ".ci/run", "userdata/README.md"]
+    {
+        assert!(texts.iter().any(|(file, _)| file == some), "{some} is not looked at");
+    }
+    let wider = |file: &str| WIDER.iter().any(|(name, _)| file.starts_with(name));
+    let looked_at = texts.iter().filter(|(file, _)| !wider(file));
+    let wrong: Vec<String> = looked_at
+        .flat_map(|(file, text)| too_wide(text).into_iter().map(move |line| format!("{file}:{line}")))
+        .collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert_eq!(too_wide(&format!("{}\n{}", "x y ".repeat(30), "é x ".repeat(31))), [2]);
     assert!(too_wide(&format!("    //! | {} |", "x ".repeat(100))).is_empty());
+    assert!(too_wide(&format!("| {} |", "x ".repeat(100))).is_empty());
     assert_eq!(too_wide(&format!("    // {}", "x ".repeat(100))), [1]);
     assert!(too_wide(&format!("    // see https://{}", "x".repeat(120))).is_empty());
 }
 
 /// The most lines of code in one file.
 const LENGTH: usize = 600;
+
+/// Longer files, and why.
+const LONGER: [(&str, &str); 2] = [
+    ("tests/support/s3.rs", "to be split by the work that changes it at present"),
+    ("tests/protocol_model.rs", "to be split by the work that changes it at present"),
+];
 
 /// Lines that hold code: no comment, not blank, not the unit tests at the foot.
 fn lines_of_code(text: &str) -> usize {
@@ -288,11 +404,58 @@ fn lines_of_code(text: &str) -> usize {
 
 #[test]
 fn no_file_has_more_than_600_lines_of_code() {
-    for (file, text) in sources() {
-        let count = lines_of_code(&text);
-        assert!(count <= LENGTH, "src/{file} has {count} lines of code: split it");
+    for folder in ["src", "tests", "benches"] {
+        for (file, text) in sources_below(folder) {
+            let (file, count) = (format!("{folder}/{file}"), lines_of_code(&text));
+            let longer = LONGER.iter().any(|(name, _)| file == *name);
+            assert!(count <= LENGTH || longer, "{file} has {count} lines of code: split it");
+        }
     }
     assert_eq!(lines_of_code("//! x\n\nfn f() {} // y\n\n#[cfg(test)]\nmod tests {\n    fn g() {}\n}"), 1);
+}
+
+/// Rooms that may have one name for several types, and why.
+const NAMESAKES: [(&str, &str); 5] = [
+    ("journal", "to be renamed by the work that changes it at present"),
+    ("train", "to be renamed by the work that changes it at present"),
+    ("cli", "one file per subcommand, each with its own report"),
+    ("cloud", "one file per service, each with its own answer"),
+    ("notice", "one file per source, each with its own answer"),
+];
+
+/// The types that a file declares, those within functions and tests aside.
+fn types(text: &str) -> Vec<String> {
+    let declared = |line: &str| {
+        let line =
+            ["pub(super) ", "pub(crate) ", "pub "].iter().find_map(|start| line.strip_prefix(start)).unwrap_or(line);
+        let kinds = ["struct ", "enum ", "union ", "trait ", "type "];
+        let rest = kinds.iter().find_map(|kind| line.strip_prefix(kind))?;
+        Some(rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect())
+    };
+    code(text).lines().filter_map(declared).collect()
+}
+
+#[test]
+fn no_room_has_two_types_of_one_name() {
+    let for_tests = |file: &str| file.ends_with("tests.rs") || file.ends_with("testing.rs") || file.contains("/tests/");
+    let mut declared: BTreeMap<(String, String), Vec<String>> = BTreeMap::new();
+    for (file, text) in sources().into_iter().filter(|(file, _)| !for_tests(file)) {
+        let room = file.split('/').next().unwrap_or_default().trim_end_matches(".rs").to_owned();
+        for name in types(&text) {
+            declared.entry((room.clone(), name)).or_default().push(file.clone());
+        }
+    }
+    assert!(declared.len() > 300, "{} types", declared.len());
+    let mut wrong = Vec::new();
+    for ((room, name), files) in &declared {
+        if files.len() > 1 && !NAMESAKES.iter().any(|(excepted, _)| room == excepted) {
+            wrong.push(format!("{name}: {}", files.join(", ")));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let text = "pub struct A<T>(T);\npub(super) enum B {\n}\nfn f() {\n    struct C;\n}\n// struct D;\ntrait E: F {}\n\
+        type G = u8;";
+    assert_eq!(types(text), ["A", "B", "E", "G"]);
 }
 
 /// Pauses whose length has no name. A name says what the code waits for, and its constant says why that long.

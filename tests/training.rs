@@ -1,4 +1,4 @@
-//! The promises of training itself: a held-out loss, bfloat16 that resumes exactly, gradient accumulation, and an end
+//! The promises of training itself: a validation loss, bfloat16 that resumes exactly, gradient accumulation, and an end
 //! when it diverges.
 
 use crate::support::{
@@ -12,9 +12,9 @@ fn with<'a>(settings: &[&'a str]) -> Vec<&'a str> {
 }
 
 #[test]
-fn the_held_out_loss_is_measured_when_it_is_due_and_is_the_same_after_a_resume() {
+fn the_validation_loss_is_measured_when_it_is_due_and_is_the_same_after_a_resume() {
     let lab = Lab::on_files();
-    // Many documents, so that some are held out.
+    // Many documents, so that some are kept for validation.
     std::fs::create_dir(lab.path("texts")).unwrap();
     for (number, text) in sample_text().as_bytes().chunks(2000).enumerate() {
         std::fs::write(lab.path(&format!("texts/{number}.txt")), text).unwrap();

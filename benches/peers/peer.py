@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""PyTorch's side of the comparison: the same Llama, DDP over Gloo, DCP checkpoints; prints the events that trainer prints.
+"""PyTorch's side of the comparison: the same Llama, DDP over Gloo, DCP checkpoints.
+
+It prints the events that trainer prints.
 
   train    trains, saving every few steps with dcp.async_save, or with dcp.save when --blocking
   restore  loads one checkpoint into fresh processes and makes one step
-  loss     prints the mean loss of the first held-out sequences with a Hugging Face folder's weights
+  loss     prints the mean loss of the first validation sequences with a Hugging Face folder's weights
 
 Everything is written the way PyTorch's own documents write it: an AppState, DistributedDataParallel, fused AdamW, eager
-mode. The parts that are not the default are there because they are faster (a process group of its own for checkpoints is
-needed: a background checkpoint and a training collective on one group wait for each other).
+mode. The parts that are not the default are there because they are faster (a process group of its own for checkpoints
+is needed: a background checkpoint and a training collective on one group wait for each other).
 """
 
 import argparse
@@ -276,7 +278,8 @@ def train(options, rank):
                     # async_save returns when the state is copied; save copies nothing.
                     copy = None if options.blocking else stall
                     durable = slowest(s["durable_s"] for s in of_all)
-                    say(event="checkpoint", step=i + 1, bytes=12 * parameters, stall_s=stall, copy_s=copy, durable_s=durable)
+                    figures = dict(bytes=12 * parameters, stall_s=stall, copy_s=copy, durable_s=durable)
+                    say(event="checkpoint", step=i + 1, **figures)
 
 
 def restore(options, rank):
@@ -289,7 +292,8 @@ def restore(options, rank):
     dist.barrier()
     took = time.perf_counter() - begin
     if rank == 0:
-        say(event="restored", step=options.from_step, bytes=12 * sum(p.numel() for p in model.parameters()), restore_s=took)
+        bytes = 12 * sum(p.numel() for p in model.parameters())
+        say(event="restored", step=options.from_step, bytes=bytes, restore_s=took)
     share = options.global_batch // options.ranks
     loss = one_step(model, optimizer, sequences[rank * share : (rank + 1) * share])
     if rank == 0:

@@ -12,7 +12,7 @@ use crate::{
     storage::{StorageError, Store},
 };
 
-/// How often the journal is looked at, and how long a look may take.
+/// How often the journal is checked, and how long a check may take.
 pub const LOOK: Duration = Duration::from_secs(5);
 
 /// Looks once, for node `me`, which works in `generation`. An agent that was asleep or cut off while another formed the
@@ -22,8 +22,8 @@ pub const LOOK: Duration = Duration::from_secs(5);
 pub async fn look_once(journal: &JournalWriter, run: &Store, me: &NodeId, generation: Generation) -> Option<Error> {
     match tokio::time::timeout(LOOK, look(journal, run, me, generation)).await {
         Ok(Ok(end)) => return end,
-        Ok(Err(error)) => tracing::debug!(%error, "journal not looked at"),
-        Err(_) => tracing::debug!("journal not looked at: the store does not answer"),
+        Ok(Err(error)) => tracing::debug!(%error, "could not check the journal"),
+        Err(_) => tracing::debug!("could not check the journal: the store does not answer"),
     }
     None
 }

@@ -1,8 +1,8 @@
 //! One generation on this node: from its workers' start to their end.
 //!
 //! One event loop: `select!` arms only make an [`Event`], [`StateMachine::handle`] decides what it changes, [`Lead`]
-//! performs the effects, and [`Node`] those for this node's own workers and memory. Notices come first, then messages, then the clock: a worker's last messages
-//! must be heard before its death is acted on.
+//! performs the effects, and [`Node`] those for this node's own workers and memory. Notices come first, then messages,
+//! then the clock: a worker's last messages must be heard before its death is acted on.
 //!
 //! A generation ends in one of the ways of [`End`]. In every case its processes are then gone, or exiting ([`Left`]),
 //! and snapshots that every rank had captured have been uploaded and committed, unless the run was lost to another
@@ -27,7 +27,7 @@ use super::{
     workers::Workers,
 };
 use crate::{
-    checkpoint::{condemn::Docket, restore::RemoteFile},
+    checkpoint::{Flaw, condemn::Docket, restore::RemoteFile},
     config::RunConfig,
     error::Result,
     ids::{Generation, Step},
@@ -131,7 +131,7 @@ pub enum End {
         /// The object.
         object: String,
         /// The damage.
-        reason: String,
+        reason: Flaw,
     },
     /// A loss or gradient is not finite.
     Diverged {

@@ -23,6 +23,8 @@
 //! - *Draining* has been given 25 s, asks the ranks where they are, and still uploads step 10.
 //! - *Salvaging* has lost rank 1 and still uploads step 10.
 //!
+//! The last three rows begin later in their phase, when only the named event is missing.
+//!
 //! Effects in their order, by the names of [`Effect`], of [`Order`], and of what is told or reported: *hush* ends all
 //! upkeep, *note* is the notice's record, *idle* and *busy* say whether the store has more important work than upkeep,
 //! and *hold* keeps a snapshot for workers that crash. Workers that have been killed hear nothing of what they are
@@ -58,6 +60,7 @@
 //! | laid out | Loading | restore | |
 //! | fetched | Loading | vouch 5, restore | |
 //! | fetch damaged | Loading | | Ended: damaged |
+//! | fetch fails | Loading | | Ended: Bug |
 //! | ready, the last | Loading | report restored, hold 5, idle, go | Training |
 //! | frozen, the last | Training | thaw | |
 //! | frozen, the last | Draining | thaw until 13 | |
@@ -80,6 +83,8 @@
 //! | saved 10 | Salvaging | idle, hold 10, report checkpoint, prune, freeze, kill | Ended: died |
 //! | save of 10 fails | Training, Draining | idle, report warning, retry slot 0 | |
 //! | save of 10 fails | Salvaging | idle, report warning, hush, upload 10, busy, kill | |
+//! | no journal's writer | Training, Draining, Salvaging | idle | Ended: Bug |
+//! | no store's folder | Training, Draining, Salvaging | idle | Ended: Unavailable |
 //! | retry | Training | upload 10, busy | |
 //! | retry | Draining | hush, upload 10, busy | |
 //! | retry | Salvaging | kill | |
@@ -93,6 +98,9 @@
 //! | tick after 10 min | Training | look, report no_progress | |
 //! | tick after 10 min | Draining | | Ended: stopped |
 //! | tick after 10 min | Salvaging | look, kill | |
+//! | saved 13, as planned | Draining | idle, hold 13, report checkpoint | Ended: stopped |
+//! | all stopped, no save left | Draining | | Ended: stopped |
+//! | saved 100, the last step | Training | idle, hold 100, report checkpoint | Ended: completed |
 //!
 //! # Invariants
 //! - An [`End`] is given once, as the last of all effects.
@@ -203,7 +211,7 @@ pub enum Phase {
 
 /// Why the workers can't go on.
 #[derive(Debug)]
-enum Death {
+enum Cause {
     /// A worker reported it. Its group may be started again.
     Failed(String),
     /// A worker reported it: starting again will not help.
@@ -214,7 +222,7 @@ enum Death {
     Diverged { step: Step, reason: String },
 }
 
-impl Death {
+impl Cause {
     fn said(rank: Rank, message: &str, hint: Option<String>, permanent: bool) -> Self {
         let text = format!("worker {rank}: {message}");
         if !permanent {

@@ -27,7 +27,7 @@ impl Death {
 
 /// What to do after a death.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Decision {
+pub enum Verdict {
     /// Start again after this pause.
     Restart {
         /// The pause.
@@ -61,17 +61,17 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Decides after the last of `deaths`. A group that dies at the same step again and again has a cause that a restart
 /// does not cure; one that dies at various steps is restarted up to the bound. If memory ran out, another process may
 /// have taken it: the group is tried once more, and given up if memory runs out again before it makes progress.
-pub fn decide(deaths: &[Death], settings: &RestartConfig) -> Decision {
-    let Some((last, earlier)) = deaths.split_last() else { return Decision::Restart { after: Duration::ZERO } };
+pub fn decide(deaths: &[Death], settings: &RestartConfig) -> Verdict {
+    let Some((last, earlier)) = deaths.split_last() else { return Verdict::Restart { after: Duration::ZERO } };
     let step = last.step;
     if last.out_of_memory && earlier.iter().any(|death| death.out_of_memory && step <= death.step) {
-        return Decision::GiveUp { reason: format!("memory ran out again after step {step}"), out_of_memory: true };
+        return Verdict::GiveUp { reason: format!("memory ran out again after step {step}"), out_of_memory: true };
     }
     let out_of_memory = false;
     let same = deaths.iter().rev().take_while(|death| death.step == step).count();
     let same_limit = usize::try_from(settings.same_step.max(1)).unwrap_or(usize::MAX);
     if same >= same_limit {
-        return Decision::GiveUp {
+        return Verdict::GiveUp {
             reason: format!("workers died {same} times in a row after step {step}"),
             out_of_memory,
         };
@@ -79,10 +79,10 @@ pub fn decide(deaths: &[Death], settings: &RestartConfig) -> Decision {
     let limit = usize::try_from(settings.max).unwrap_or(usize::MAX);
     if deaths.len() > limit {
         let reason = format!("workers died {} times; restart.max is {limit}", deaths.len());
-        return Decision::GiveUp { reason, out_of_memory };
+        return Verdict::GiveUp { reason, out_of_memory };
     }
     let doubled = settings.backoff.saturating_mul(1 << (deaths.len() - 1).min(16));
-    Decision::Restart { after: doubled.min(LONGEST_PAUSE) }
+    Verdict::Restart { after: doubled.min(LONGEST_PAUSE) }
 }
 
 /// The error that ends the run when the group is given up, and what to type next. `less_memory`: memory ran out, and
@@ -118,35 +118,35 @@ mod tests {
         Death { step: Step(step), out_of_memory: false }
     }
 
-    fn decided(deaths: &[u64]) -> Decision {
+    fn decided(deaths: &[u64]) -> Verdict {
         decide(&deaths.iter().map(|&step| died(step)).collect::<Vec<_>>(), &SETTINGS)
     }
 
     #[test]
     fn deaths_here_and_there_are_restarted_with_longer_pauses_up_to_a_bound() {
-        let after = |seconds| Decision::Restart { after: Duration::from_secs(seconds) };
+        let after = |seconds| Verdict::Restart { after: Duration::from_secs(seconds) };
         assert_eq!(decided(&[5]), after(1));
         assert_eq!(decided(&[5, 9]), after(2));
         assert_eq!(decided(&[5, 9, 9, 12]), after(8));
-        assert!(matches!(decided(&[1, 2, 3, 4, 5]), Decision::GiveUp { .. }));
+        assert!(matches!(decided(&[1, 2, 3, 4, 5]), Verdict::GiveUp { .. }));
         let patient = RestartConfig { max: 100, ..SETTINGS };
         let many: Vec<_> = (0..50).map(died).collect();
-        assert_eq!(decide(&many, &patient), Decision::Restart { after: LONGEST_PAUSE });
+        assert_eq!(decide(&many, &patient), Verdict::Restart { after: LONGEST_PAUSE });
     }
 
     #[test]
     fn a_death_at_the_same_step_again_and_again_is_given_up() {
-        assert!(matches!(decided(&[7, 7]), Decision::Restart { .. }));
-        let Decision::GiveUp { reason, out_of_memory: false } = decided(&[7, 7, 7]) else { panic!("started again") };
+        assert!(matches!(decided(&[7, 7]), Verdict::Restart { .. }));
+        let Verdict::GiveUp { reason, out_of_memory: false } = decided(&[7, 7, 7]) else { panic!("started again") };
         assert!(reason.contains("after step 7"), "{reason}");
-        assert!(matches!(decided(&[7, 7, 8, 7]), Decision::Restart { .. }), "progress in between");
+        assert!(matches!(decided(&[7, 7, 8, 7]), Verdict::Restart { .. }), "progress in between");
     }
 
     #[test]
     fn memory_that_ran_out_is_tried_once_more_and_given_up_unless_steps_were_finished_in_between() {
         let full = |step| Death { step: Step(step), out_of_memory: true };
         let given_up =
-            |deaths: &[Death]| matches!(decide(deaths, &SETTINGS), Decision::GiveUp { out_of_memory: true, .. });
+            |deaths: &[Death]| matches!(decide(deaths, &SETTINGS), Verdict::GiveUp { out_of_memory: true, .. });
         for (deaths, end) in [
             (vec![full(0)], false),
             (vec![full(0), full(0)], true),
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_death_for_want_of_memory_is_known_by_its_words() {
+    fn an_oom_is_recognised_by_its_message() {
         let words = "worker 0: compute attention: CUDA out of memory. Tried to allocate 2.00 GiB";
         assert!(Death::of(Step(1), words).out_of_memory);
         let killed = "worker 0 killed by SIGKILL (possibly by the OOM killer)";
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_standstill_is_told_ever_less_often_and_ended_where_that_is_wanted() {
+    fn a_hang_is_reported_less_and_less_often_and_ended_if_configured() {
         let (minutes, second) = (|n: u64| Duration::from_secs(60 * n), Some(Duration::from_secs(1)));
         let impatient = RestartConfig { hang: Some(minutes(15)), ..SETTINGS };
         for (quiet, usual, told, settings, expected) in [

@@ -17,7 +17,7 @@
 //! that boot in the new quarter do not continue an unfinished run of the quarter before. To continue it, pass its
 //! `--run-id`. A machine that is training when the quarter changes finishes its run.
 //!
-//! # Two at once, and repeats
+//! # Two at once, crash, retry, cancel
 //! Nothing is stored outside the run's own journal. Two machines that boot with one run id at once both try to create
 //! it; one succeeds, the other resumes. One of them trains; the other waits, its data fetched, watches the heartbeat,
 //! and takes over when that stops: this happens in a group that starts the replacement before it ends the replaced

@@ -12,7 +12,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
 use super::{
-    CheckpointError, join,
+    CheckpointError, Flaw, join,
     manifest::{MAX_JSON, Manifest, digest},
     restore::{IN_FLIGHT, RemoteFile, wrong_size},
 };
@@ -20,7 +20,7 @@ use crate::{
     ids::{Generation, Step},
     journal::{Committed, ResumePoint},
     layout,
-    storage::Store,
+    storage::{Crc64, Store},
 };
 
 /// Checks of a checkpoint that seems damaged before it is skipped: the damage may have been in a transfer.
@@ -89,7 +89,7 @@ pub async fn newest_usable(
             Ok(manifest) => return Ok(Outcome { found: Some((committed.clone(), manifest)), stepped_over }),
             Err(CheckpointError::Damaged { object, reason }) => {
                 let Committed { step, generation, .. } = *committed;
-                stepped_over.push(Damage { step, generation, object, reason });
+                stepped_over.push(Damage { step, generation, object, reason: reason.to_string() });
             }
             Err(error) => return Err(error),
         }
@@ -131,7 +131,7 @@ pub async fn read_manifest(store: &Store, committed: &Committed) -> Result<Manif
     let found = digest(&bytes);
     if found != committed.manifest_crc64 {
         let reason = format!("its checksum is {found}, the journal says {}", committed.manifest_crc64);
-        return Err(CheckpointError::damaged(key, reason));
+        return Err(CheckpointError::damaged(key, Flaw::of_checksum(Crc64::of(&bytes), reason)));
     }
     let manifest = Manifest::parse(key, &bytes)?;
     if (manifest.step, manifest.generation) != (committed.step, committed.generation) {

@@ -322,7 +322,7 @@ async fn read_header(
     file: &RemoteFile,
 ) -> Result<(Bytes, Vec<TensorEntry>), CheckpointError> {
     let object = join(folder, &file.name);
-    let damaged = |error| CheckpointError::damaged(&object, error);
+    let damaged = |error: header::HeaderError| CheckpointError::damaged(&object, error.to_string());
     let first = file.bytes.min(64 << 10);
     let mut start = with_range(store, folder, file, 0..first, |bytes| Ok(Bytes::copy_from_slice(bytes))).await?;
     let length = header::length(&start, file.bytes).map_err(damaged)?;

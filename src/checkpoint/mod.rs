@@ -30,13 +30,15 @@ pub mod verify;
 #[cfg(test)]
 pub(crate) mod testing;
 
-use std::path::PathBuf;
+use std::{fmt, path::PathBuf};
+
+use serde::Serialize;
 
 use crate::{
     error::{Explain, Kind},
     faults::Injected,
     ids::{Generation, RunId, Step},
-    storage::StorageError,
+    storage::{Crc64, StorageError},
 };
 
 /// The errors of checkpoints.
@@ -48,7 +50,7 @@ pub enum CheckpointError {
         /// Its key.
         object: String,
         /// What is wrong with it.
-        reason: String,
+        reason: Flaw,
     },
     /// The store failed.
     #[error(transparent)]
@@ -186,10 +188,50 @@ impl Explain for CheckpointError {
     }
 }
 
+/// What is wrong with a damaged object. It is shown, and stored, as its words.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct Flaw {
+    words: String,
+    #[serde(skip)]
+    checksum: Option<Crc64>,
+}
+
+impl Flaw {
+    /// Its bytes have this checksum, which is the wrong one.
+    pub(crate) fn of_checksum(found: Crc64, words: String) -> Self {
+        Self { words, checksum: Some(found) }
+    }
+
+    /// The checksum of the bytes that were read, if that is what is wrong. The bytes of an object never change, so two
+    /// readings that give different ones contradict each other.
+    pub const fn checksum(&self) -> Option<Crc64> {
+        self.checksum
+    }
+}
+
+impl From<String> for Flaw {
+    fn from(words: String) -> Self {
+        Self { words, checksum: None }
+    }
+}
+
+impl From<&str> for Flaw {
+    fn from(words: &str) -> Self {
+        words.to_owned().into()
+    }
+}
+
+impl fmt::Display for Flaw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.words)
+    }
+}
+
 impl CheckpointError {
     /// Damage, with its object and reason.
-    pub(crate) fn damaged(object: impl Into<String>, reason: impl ToString) -> Self {
-        Self::Damaged { object: object.into(), reason: reason.to_string() }
+    pub(crate) fn damaged(object: impl Into<String>, reason: impl Into<Flaw>) -> Self {
+        Self::Damaged { object: object.into(), reason: reason.into() }
     }
 
     /// A store's error about an object that must exist with a known size: its absence or another size is damage;

@@ -318,7 +318,7 @@ async fn sound(
         step: committed.step,
         generation: committed.generation,
         object: object.to_owned(),
-        reason: reason.to_owned(),
+        reason: reason.to_string(),
     });
     Ok(damage.map_or(Ok(again), Err))
 }

@@ -17,7 +17,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::Deserialize;
 
 use super::{
-    CheckpointError, join,
+    CheckpointError, Flaw, join,
     manifest::{FileEntry, MAX_JSON, Manifest, is_plain_name},
 };
 use crate::{
@@ -174,7 +174,8 @@ pub async fn fetch<B: AsMut<[u8]> + Send + 'static>(
 pub(super) fn compare(object: &str, file: &RemoteFile, found: Crc64) -> Result<(), CheckpointError> {
     match file.crc64 {
         Some(expected) if expected != found => {
-            Err(CheckpointError::damaged(object, format!("its checksum is {found}, it should be {expected}")))
+            let words = format!("its checksum is {found}, it should be {expected}");
+            Err(CheckpointError::damaged(object, Flaw::of_checksum(found, words)))
         }
         _ => Ok(()),
     }

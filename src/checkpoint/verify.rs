@@ -15,7 +15,7 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use super::{
-    CheckpointError, catalog, join,
+    CheckpointError, Flaw, catalog, join,
     manifest::Manifest,
     restore::{IN_FLIGHT, RemoteFile, compare, ranges, wrong_size},
 };
@@ -62,7 +62,7 @@ pub struct FileReport {
     /// How it was compared.
     pub by: Proof,
     /// The damage; `None`: none was found.
-    pub damage: Option<String>,
+    pub damage: Option<Flaw>,
 }
 
 /// The findings on one checkpoint.
@@ -92,8 +92,8 @@ impl Report {
     }
 
     /// The first damaged object, and its damage.
-    pub fn damage(&self) -> Option<(&str, &str)> {
-        self.files.iter().find_map(|file| Some((file.object.as_str(), file.damage.as_deref()?)))
+    pub fn damage(&self) -> Option<(&str, &Flaw)> {
+        self.files.iter().find_map(|file| Some((file.object.as_str(), file.damage.as_ref()?)))
     }
 
     fn of(committed: &Committed, files: Vec<FileReport>) -> Self {
@@ -225,7 +225,7 @@ async fn ask_the_store(store: &Store, folder: &str, file: &RemoteFile) -> Result
 }
 
 /// Separates damage from errors: damage is the result, not a failure.
-fn split<T>(result: Result<T, CheckpointError>) -> Result<(Option<T>, Option<String>), CheckpointError> {
+fn split<T>(result: Result<T, CheckpointError>) -> Result<(Option<T>, Option<Flaw>), CheckpointError> {
     match result {
         Ok(value) => Ok((Some(value), None)),
         Err(CheckpointError::Damaged { reason, .. }) => Ok((None, Some(reason))),
@@ -335,7 +335,7 @@ mod tests {
         harm(&store, &manifest.folder(), layout::MANIFEST, Harm::Flip).await;
         let report = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap();
         assert_eq!(report.files.len(), 1);
-        assert!(report.files[0].damage.as_ref().unwrap().contains("checksum"));
+        assert!(report.files[0].damage.as_ref().unwrap().checksum().is_some());
         assert!(!look_again(&store, &committed, &report).await.unwrap().is_sound());
     }
 
@@ -348,7 +348,7 @@ mod tests {
             let bytes = store.get(&key, u64::MAX).await.unwrap();
             harm(&store, &manifest.folder(), name, Harm::Delete).await;
             let report = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap();
-            assert_eq!(report.damage(), Some((key.as_str(), "it does not exist")));
+            assert_eq!(report.damage(), Some((key.as_str(), &"it does not exist".into())));
             store.put(&key, bytes).await.unwrap();
             let again = look_again(&store, &committed, &report).await.unwrap();
             assert!(again.is_sound(), "{again:?}");
@@ -371,7 +371,7 @@ mod tests {
         let object = harm(&store, &manifest.folder(), name, Harm::Flip).await;
         let report = verify(&store, &committed, Depth::Stored, &|_| {}).await.unwrap();
         let (damaged, reason) = report.damage().unwrap();
-        assert!(damaged == object && reason.contains("checksum"), "{report:?}");
+        assert!(damaged == object && reason.checksum().is_some(), "{report:?}");
         assert!(!look_again(&store, &committed, &report).await.unwrap().is_sound());
 
         // A server that keeps no checksums has not confirmed anything.

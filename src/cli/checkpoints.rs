@@ -79,8 +79,18 @@ fn total(checkpoints: &[Listed<'_>]) -> String {
 }
 
 fn table(checkpoints: &[Listed<'_>], now: Timestamp) -> String {
-    let headings =
-        [">step", ">generation", ">size", ">loss", ">held out", ">stall", ">copy", ">durable", "committed", "status"];
+    let headings = [
+        ">step",
+        ">generation",
+        ">size",
+        ">loss",
+        ">validation loss",
+        ">stall",
+        ">copy",
+        ">durable",
+        "committed",
+        "status",
+    ];
     let shown = |loss: Option<f64>| loss.map_or_else(|| "-".into(), |loss| format!("{loss:.4}"));
     let mut table = Table::new(&headings);
     for Listed { checkpoint: Checkpoint { committed, at, status, damage }, cleared, .. } in checkpoints {

@@ -49,7 +49,7 @@ pub struct Prepare {
     /// Print a summary as JSON
     #[arg(long)]
     json: bool,
-    /// The share of the text to hold out, 0 to 0.5
+    /// The share of the text that is kept for validation, 0 to 0.5 [default: 0.01]
     #[arg(long, value_name = "SHARE", help_heading = "Details")]
     validation_ratio: Option<f64>,
     /// The field of JSON records, or column of Parquet, that holds the text, such as doc.text [default: text]
@@ -58,10 +58,10 @@ pub struct Prepare {
     /// The token between documents [default: the tokenizer's end of text]
     #[arg(long, value_name = "TOKEN", help_heading = "Details")]
     eos_token: Option<String>,
-    /// Tokens in one shard
+    /// Tokens in one shard [default: 67108864]
     #[arg(long, value_name = "N", help_heading = "Details")]
     shard_tokens: Option<u64>,
-    /// The maximum text to train a tokenizer on, bytes
+    /// The maximum text to train a tokenizer on, bytes [default: 4096 for each entry of its vocabulary]
     #[arg(long, value_name = "BYTES", help_heading = "Details")]
     sample_bytes: Option<u64>,
     /// Encoding threads [default: one per core]
@@ -70,7 +70,7 @@ pub struct Prepare {
     /// Continue without unreadable inputs, however many
     #[arg(long, help_heading = "Details")]
     skip_unreadable: bool,
-    /// What to do with an unreadable record: fail, or leave it out and count it
+    /// What to do with an unreadable record: `error`: fail; `skip`: leave it out and count it
     #[arg(long, value_name = "WHAT", value_enum, default_value = "error", help_heading = "Details")]
     bad_records: BadRecords,
     /// Replace a different dataset that already exists
@@ -122,7 +122,7 @@ impl Prepare {
 }
 
 fn table(summary: &PrepareSummary) -> String {
-    let mut table = Table::new(&["dataset", ">train tokens", ">held out", ">vocabulary", ">shards", ">documents"]);
+    let mut table = Table::new(&["dataset", ">train tokens", ">validation", ">vocabulary", ">shards", ">documents"]);
     table.row([
         summary.uri.clone(),
         summary.train_tokens.to_string(),

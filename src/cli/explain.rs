@@ -77,13 +77,18 @@ fn text(episodes: &[Episode<'_>], total: &Total<'_>) -> String {
                 0 => String::new(),
                 unknown => format!(" ({unknown} of unknown loss)"),
             };
+            let is_open = episodes.last().is_some_and(|episode| episode.next.is_none());
+            let away = match (is_open, human::seconds(total.away_s)) {
+                (false, away) => format!("{away} away"),
+                (true, _) if total.away_s == 0.0 => "still away".to_owned(),
+                (true, away) => format!("{away} away before, and still away"),
+            };
             writeln!(
                 text,
-                "run {}: {}, {} lost{more}, {} away",
+                "run {}: {}, {} lost{more}, {away}",
                 total.run_id,
                 human::plural(count as u64, "interruption"),
                 human::plural(total.lost_steps, "step"),
-                human::seconds(total.away_s)
             )
         }
     };
@@ -107,7 +112,7 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
         _ if !episode.notices.is_empty() => {}
         // The store did not accept the notice's own record in time.
         Some(drain) => line("heard", drain.source.clone()),
-        // Received between two lives of the workers, when there was nothing to save.
+        // Received between two generations, when there was nothing to save.
         None if episode.how == How::Stopped => {
             line("heard", "a request to stop; its source was not recorded".to_owned())
         }
@@ -291,7 +296,7 @@ run first: 2 interruptions, 0 steps lost (1 of unknown loss), 2m away
         let episodes = episodes(&state);
         let told = text(&episodes, &total(&state, &episodes));
         for part in [
-            "12 steps lost, 0 s away",
+            "12 steps lost, still away",
             "heard      aws-spot",
             "leave without a save, expected to take 9.00 s, never became durable",
             "lost       12 steps of step 12, since the beginning",

@@ -35,7 +35,7 @@ const PART: u64 = 4 << 20;
 /// How long to wait for a summary of the journal.
 const SUMMARY: Duration = Duration::from_secs(10);
 
-/// Delete old checkpoints by plan, and leftovers of killed uploads
+/// Delete old checkpoints by plan, and leftovers of interrupted uploads
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -45,9 +45,9 @@ Examples:
 The newest checkpoint confirmed by checksums is never deleted,
 nor is the one that the newest generation resumed from.
 On a store without checksums, the newest checkpoint is read before anything is deleted.
-Damaged checkpoints stay for diagnosis until --damaged.
-It reads them again, and keeps those that are whole.
-Data and uploads of no checkpoint are deleted once a day old, if their generation is over.")]
+Damaged checkpoints stay for diagnosis.
+--damaged re-reads them and deletes those still damaged.
+Data and uploads that belong to no checkpoint are deleted when they are a day old and their generation is over.")]
 pub struct Prune {
     #[command(flatten)]
     run: RunArg,
@@ -60,7 +60,7 @@ pub struct Prune {
     /// Also keep the N with the lowest validation loss [default: the run's setting]
     #[arg(long, value_name = "N")]
     keep_best: Option<u32>,
-    /// Also delete damaged checkpoints
+    /// Also delete checkpoints that are still damaged when they are read again
     #[arg(long)]
     damaged: bool,
     /// Print the plan and delete nothing
@@ -224,7 +224,7 @@ async fn take_back(folder: &Store, journal: &mut Journal, fates: &mut [Fate], do
             tracing::warn!(%step, "checkpoint had been found damaged and is whole: it is good again, and stays");
             fate.stays.push(Why::Cleared);
         } else if let Some((object, reason)) = report.damage() {
-            docket.suspect(&Damage { step, generation, object: object.to_owned(), reason: reason.to_owned() });
+            docket.suspect(&Damage { step, generation, object: object.to_owned(), reason: reason.to_string() });
         }
     }
     Ok(())

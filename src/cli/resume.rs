@@ -26,8 +26,8 @@ Examples:
   trainer resume --run-id first --set train.steps=2000
 
 The run keeps the settings and the data it was created with.
-Another dataset in its place is refused unless --set data.train=… names it.
-What --set changes stays changed.
+A different dataset is refused, unless --set data.train=… names it.
+Changes by --set are permanent.
 Changes to the model, or to the cut and order of the samples, are refused.
 Settings of storage in --set apply from the first request.")]
 pub struct Resume {

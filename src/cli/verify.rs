@@ -98,7 +98,7 @@ impl Verify {
                 // An answer may have been garbled, and a store may keep a wrong checksum. So the bytes decide.
                 let again = verify::look_again(&folder, &checkpoint.committed, &report).await?;
                 if again.is_sound() {
-                    tracing::warn!("{object}: {reason}; read again, it is whole");
+                    tracing::warn!("{object}: {reason}; a second read was clean");
                 }
                 report = again;
             }
@@ -205,12 +205,8 @@ mod tests {
 
     #[test]
     fn the_summary_does_not_call_a_size_a_checksum() {
-        let file = |by, damage: Option<&str>| FileReport {
-            object: "x".into(),
-            bytes: 1,
-            by,
-            damage: damage.map(str::to_owned),
-        };
+        let file =
+            |by, damage: Option<&str>| FileReport { object: "x".into(), bytes: 1, by, damage: damage.map(Into::into) };
         let report =
             |files| Report { step: Step(1), generation: Generation(1), deep: false, proof: Proof::Size, files };
         let text =

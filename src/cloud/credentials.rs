@@ -80,6 +80,8 @@ impl Chain {
     }
 
     async fn current(&self) -> Result<Arc<AwsCredential>, NoCredentials> {
+        // Held while the sources are asked: all other callers want the same answer, and one question is enough.
+        // [`LIMIT`] bounds the wait.
         let mut state = self.state.lock().await;
         let now = Instant::now();
         if let Some(found) = state.found.as_ref().filter(|found| now < found.renew) {

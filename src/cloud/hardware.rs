@@ -211,17 +211,7 @@ fn unescaped(path: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A tree of these files.
-    fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
-        let root = tempfile::tempdir().unwrap();
-        for (path, text) in files {
-            let path = root.path().join(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        }
-        root
-    }
+    use crate::cloud::testing::tree;
 
     #[test]
     fn the_firmware_names_the_machines_maker() {

@@ -78,6 +78,8 @@ async fn instance() -> Result<Option<&'static Instance>, Silence> {
     if let Some(instance) = INSTANCE.get() {
         return Ok(Some(instance));
     }
+    // Held while the service is asked: all other callers want the same answer, and one question is enough. The request
+    // has a limit.
     let mut silence = SILENCE_HEARD.lock().await;
     // Another caller may have asked meanwhile.
     if let Some(instance) = INSTANCE.get() {

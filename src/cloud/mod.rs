@@ -24,3 +24,5 @@ pub mod quota;
 pub mod region;
 pub mod sqs;
 pub mod ssm;
+#[cfg(test)]
+mod testing;

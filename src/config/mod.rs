@@ -194,7 +194,7 @@ pub enum CompleteAction {
 /// The agent's response when a worker dies, or stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RestartConfig {
-    /// Restarts of the worker group in one life of the agent; then it gives up.
+    /// Restarts of the worker group by one agent process; then it gives up.
     pub max: u32,
     /// Deaths at the same step, one after the other, after which it gives up at once.
     pub same_step: u32,

@@ -158,12 +158,13 @@ impl Job {
             return Err(DataError::Input { input: self.settings.inputs.join(" "), reason });
         }
         if train.is_empty() {
-            let reason = "the held-out split took all the text; lower --validation-ratio, or give more text".into();
+            let reason = "the validation split took all the text; lower --validation-ratio, or give more text".into();
             return Err(DataError::Setting { setting: "--validation-ratio", reason });
         }
         if validation.is_empty() && self.settings.validation_ratio > 0.0 {
             let message =
-                "the held-out split is empty, since there is little text: raise --validation-ratio to validate".into();
+                "the validation split is empty, since there is little text: raise --validation-ratio to validate"
+                    .into();
             (self.progress)(PrepareEvent::Warning { message });
         }
         Ok(())
@@ -394,7 +395,7 @@ fn refuse(text: &Text, unfit: Unfit, inputs: &[Input]) -> DataError {
     DataError::Input { input: text.at.behind(before, name), reason }
 }
 
-/// The split of a text: held out if its hash, evenly distributed over 64 bits, is below the ratio.
+/// The split of a text: validation if its hash, evenly distributed over 64 bits, is below the ratio.
 fn split_of(text: &str, validation_ratio: f64) -> Split {
     // A CRC alone is linear in its input; the multiplications spread it.
     let mut hash = crc_fast::crc64_nvme(text.as_bytes());

@@ -15,6 +15,10 @@
 //!   its size and CRC64-NVME.
 //! - The same inputs and settings give the same bytes: files are taken in sorted order, the tokenizer's training breaks
 //!   ties by value, and documents are assigned to splits by a hash of their text.
+//!
+//! *Crash:* a dataset without an index does not exist, and a cache without one is continued with its missing files.
+//! *Retry:* the same preparation with the same inputs does nothing, so a script can repeat it; a wrong cached file is
+//! fetched again. *Cancel:* a dropped future stops its threads within a few MiB.
 #![doc = include_str!("README.md")]
 
 pub mod cache;

@@ -6,9 +6,10 @@
 //!    as they fill.
 //! 4. Write `tokenizer.json`, then `index.json`: from then on the dataset exists.
 //!
-//! # Which documents are held out
-//! A piece of text (a document, or 64 KiB of a longer one) is held out if the hash of its bytes says so, regardless of
-//! its file: repeated documents fall into one split, and adding files later moves nothing from one split to the other.
+//! # Which documents are kept for validation
+//! A piece of text (a document, or 64 KiB of a longer one) is kept for validation if the hash of its bytes says so,
+//! regardless of its file: repeated documents fall into one split, and adding files later moves nothing from one split
+//! to the other.
 //!
 //! # Running it again
 //! The index carries a *recipe*: a checksum over the settings and the names and sizes of the inputs. With the same
@@ -88,7 +89,7 @@ pub struct PrepareSettings {
     pub tokenizer: TokenizerSource,
     /// Folder, or URI of a folder of a store.
     pub out: String,
-    /// Share of the text that is held out, 0 to 0.5.
+    /// Share of the text that is kept for validation, 0 to 0.5.
     pub validation_ratio: f64,
     /// Tokens in one shard.
     pub shard_tokens: u64,
@@ -111,7 +112,7 @@ pub struct PrepareSettings {
 }
 
 impl PrepareSettings {
-    /// The defaults: 1% held out, 64 Mi tokens per shard.
+    /// The defaults: 1% for validation, 64 Mi tokens per shard.
     pub fn new(inputs: Vec<String>, tokenizer: TokenizerSource, out: impl Into<String>) -> Self {
         Self {
             inputs,
@@ -174,7 +175,7 @@ pub struct PrepareSummary {
     pub vocab_size: u32,
     /// Training tokens.
     pub train_tokens: u64,
-    /// Held-out tokens.
+    /// Tokens kept for validation.
     pub validation_tokens: u64,
     /// Shards of both splits.
     pub shards: u64,

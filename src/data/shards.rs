@@ -5,7 +5,7 @@
 //! index.json               format, dtype, vocabulary, tokenizer, each shard's tokens, bytes, CRC64-NVME; written last
 //! tokenizer.json           Hugging Face `tokenizers`
 //! train-00000.bin …        token ids, little endian, u16 if the vocabulary has at most 65,536 entries, else u32
-//! validation-00000.bin …   the same, of the documents held out
+//! validation-00000.bin …   the same, of the documents kept for validation
 //! ```
 //! Documents follow one another, joined by the end-of-text token. A sample is a window of `sequence_length + 1` tokens;
 //! the next one starts `sequence_length` further on, so each token but a shard's first is predicted exactly once.
@@ -45,7 +45,7 @@ pub const MAX_INDEX_BYTES: u64 = 64 << 20;
 pub enum Split {
     /// Trained on.
     Train,
-    /// Held out.
+    /// Kept for validation.
     Validation,
 }
 

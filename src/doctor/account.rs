@@ -50,7 +50,7 @@ async fn look(wanted: &Machines) -> Line {
         }
     };
     let vcpus = quota::vcpus(&instance_type).or(here);
-    let machines = verdict::Machines { instance_type: &instance_type, region: &region, count: wanted.count, vcpus };
+    let machines = verdict::SpotRequest { instance_type: &instance_type, region: &region, count: wanted.count, vcpus };
     let Some(family) = quota::family(&instance_type) else {
         let found = format!("which quota {instance_type:?} counts towards is not known here");
         return match wanted.instance_type {

@@ -204,15 +204,10 @@ fn verdict(service: Service, heard: Heard, at_home: bool, named: bool) -> Line {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::verdict::Verdict, *};
-
-    fn is(line: &Line) -> (Verdict, bool) {
-        (line.verdict, line.todo.is_some())
-    }
-    const OK: (Verdict, bool) = (Verdict::Ok, false);
-    const SKIPPED: (Verdict, bool) = (Verdict::Skipped, false);
-    const WARN: (Verdict, bool) = (Verdict::Warn, true);
-    const FAIL: (Verdict, bool) = (Verdict::Fail, true);
+    use super::{
+        super::testing::{FAIL, OK, SKIPPED, WARN, is},
+        *,
+    };
 
     #[test]
     fn a_hop_limit_is_told_from_a_machine_that_is_no_instance() {

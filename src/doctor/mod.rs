@@ -10,6 +10,8 @@
 mod account;
 mod metadata;
 mod named;
+#[cfg(test)]
+mod testing;
 mod verdict;
 
 use std::{path::Path, time::Duration};

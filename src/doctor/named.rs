@@ -41,8 +41,8 @@ async fn dataset(config: &RunConfig) -> Result<Line> {
     let index = cache::read_index_of(uri, &config.storage).await?;
     data::check_vocabulary(&index, uri, model::vocab_size(model.kind, &model.config)?.into(), "model.config")?;
     let samples = |split| index.samples(split, settings.sequence_length);
-    let (train, held_out) = (samples(data::Split::Train), samples(data::Split::Validation));
-    Ok(verdict::dataset(uri, train, held_out, settings.sequence_length, settings.validation_every))
+    let (train, validation) = (samples(data::Split::Train), samples(data::Split::Validation));
+    Ok(verdict::dataset(uri, train, validation, settings.sequence_length, settings.validation_every))
 }
 
 /// The weights' files and their lengths, checked against the model; and the folder's tokenizer, checked against the

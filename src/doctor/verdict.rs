@@ -167,17 +167,17 @@ pub(super) fn memory(need: Need, available: u64) -> Line {
     Line::ok(CHECK, found)
 }
 
-/// Whether a dataset can be trained on: its training sequences, its held-out sequences, and how often these are
+/// Whether a dataset can be trained on: its training sequences, its validation sequences, and how often these are
 /// measured.
-pub(super) fn dataset(uri: &str, train: u64, held_out: u64, sequence_length: u32, validation_every: u64) -> Line {
+pub(super) fn dataset(uri: &str, train: u64, validation: u64, sequence_length: u32, validation_every: u64) -> Line {
     const CHECK: &str = "dataset";
-    let found = format!("{train} sequences of {sequence_length} tokens and {held_out} held out in {uri}");
+    let found = format!("{train} sequences of {sequence_length} tokens and {validation} for validation in {uri}");
     if train == 0 {
         return Line::fail(CHECK, Kind::Config, found, "lower data.sequence_length, or prepare more text");
     }
-    if held_out == 0 && validation_every > 0 {
+    if validation == 0 && validation_every > 0 {
         let todo = "prepare it with --validation-ratio, or set data.validation_every = 0";
-        return Line::warn(CHECK, format!("{found}: a held-out loss will never be measured"), todo);
+        return Line::warn(CHECK, format!("{found}: the validation loss will never be measured"), todo);
     }
     Line::ok(CHECK, found)
 }
@@ -258,7 +258,7 @@ pub(super) fn stop_window(window: Option<Duration>, here: Surroundings, durable:
 
 /// Spot machines wanted at once.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Machines<'a> {
+pub(super) struct SpotRequest<'a> {
     /// Their type.
     pub instance_type: &'a str,
     /// Their region.
@@ -270,9 +270,9 @@ pub(super) struct Machines<'a> {
 }
 
 /// Whether the account may have these machines.
-pub(super) fn quota(machines: Machines<'_>, family: Family, quota: Quota) -> Line {
+pub(super) fn quota(machines: SpotRequest<'_>, family: Family, quota: Quota) -> Line {
     const CHECK: &str = "spot quota";
-    let (Machines { instance_type, region, count, vcpus }, Family { name, spot }) = (machines, family);
+    let (SpotRequest { instance_type, region, count, vcpus }, Family { name, spot }) = (machines, family);
     let from = if quota.is_default { " (AWS's default: none was applied to this account)" } else { "" };
     let have = format!("{} vCPUs of {name} spot machines in {region}{from}", quota.vcpus);
     let Some(vcpus) = vcpus.map(u64::from) else {
@@ -306,16 +306,11 @@ fn human_count(count: u32, instance_type: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::testing::{FAIL, OK, SKIPPED, WARN, is},
+        *,
+    };
     use crate::{cloud::hardware::Gpus, config::Device};
-
-    fn is(line: &Line) -> (Verdict, bool) {
-        (line.verdict, line.todo.is_some())
-    }
-    const OK: (Verdict, bool) = (Verdict::Ok, false);
-    const SKIPPED: (Verdict, bool) = (Verdict::Skipped, false);
-    const WARN: (Verdict, bool) = (Verdict::Warn, true);
-    const FAIL: (Verdict, bool) = (Verdict::Fail, true);
 
     #[test]
     fn the_worst_failure_is_the_exit_code() {
@@ -396,10 +391,14 @@ mod tests {
 
     #[test]
     fn a_dataset_must_hold_a_sequence() {
-        for (train, held_out, every, expected) in
+        for (train, validation, every, expected) in
             [(10, 0, 0, OK), (10, 3, 50, OK), (10, 0, 50, WARN), (0, 3, 50, FAIL), (0, 0, 0, FAIL)]
         {
-            assert_eq!(is(&dataset("s3://b/d", train, held_out, 512, every)), expected, "{train} {held_out} {every}");
+            assert_eq!(
+                is(&dataset("s3://b/d", train, validation, 512, every)),
+                expected,
+                "{train} {validation} {every}"
+            );
         }
     }
 
@@ -447,7 +446,7 @@ mod tests {
     #[test]
     fn a_quota_must_take_the_machine() {
         let family = crate::cloud::quota::family("g5.xlarge").unwrap();
-        let machines = |count, vcpus| Machines { instance_type: "g5.xlarge", region: "us-east-1", count, vcpus };
+        let machines = |count, vcpus| SpotRequest { instance_type: "g5.xlarge", region: "us-east-1", count, vcpus };
         let have = |vcpus| Quota { vcpus, is_default: false };
         for (has, count, expected) in [
             (0.0, 1, FAIL),

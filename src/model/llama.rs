@@ -475,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn a_small_batch_is_learnt_by_heart() {
+    fn a_small_batch_is_memorised() {
         for precision in [Precision::Fp32, Precision::Bf16] {
             let model = make(json!({"tie_word_embeddings": true}), precision, 3);
             let batch = tokens(2, 17);

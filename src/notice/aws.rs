@@ -108,7 +108,7 @@ impl Ending {
         match hook.complete().await {
             Ok(()) => tracing::info!("lifecycle hook {} is completed", hook.name()),
             // The wait ends by itself at its time-out.
-            Err(error) => tracing::warn!(%error, "the lifecycle hook ends only at its time-out"),
+            Err(error) => tracing::warn!(%error, "could not complete the lifecycle hook; it will time out"),
         }
     }
 }

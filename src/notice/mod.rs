@@ -11,12 +11,15 @@
 //! The stream drops repeats, by source and id: a metadata service repeats a notice with every poll. Signals are not
 //! repeats of each other: the second of the same signal asks to leave at once.
 //!
-//! Only a request to drain is stored. Sources are polled by tasks of their own, so that one that hangs delays neither
-//! the others nor training; they end with the [`Notices`] that started them. A request takes two seconds at most
+//! Sources are polled by tasks of their own, so that one that hangs delays neither the others nor training; they end
+//! with the [`Notices`] that started them. A request takes two seconds at most
 //! (except for Azure's list of events, which may take two minutes the first time and gets ten seconds later, and
 //! Google's values, which wait a minute for a change). Each source has one request at a time, and fewer while there are
 //! no answers; a service that is absent or misbehaves is never a reason to stop. With `sources = "auto"` every cloud's
 //! service is looked for, and the first that answers correctly is the only one polled from then on.
+//!
+//! Only a request to drain is stored. *Crash:* the next process asks afresh, so a notice that still stands is heard
+//! again. *Retry:* a source that fails is polled again, less often. *Cancel:* dropping [`Notices`] ends its tasks.
 #![doc = include_str!("README.md")]
 
 mod aws;

@@ -30,7 +30,7 @@ const LATE: Duration = Duration::from_secs(60);
 const RELEASE: Duration = Duration::from_secs(15);
 /// Advice from one source is not news again within this time, whatever its id.
 const ADVICE: Duration = Duration::from_secs(600);
-/// The most notices of one source in one life of this process; a source that sends more is ignored.
+/// The most notices of one source in one process; a source that sends more is ignored.
 const MOST: usize = 64;
 
 /// All sources as one stream.

@@ -82,6 +82,7 @@ impl Lookout {
 
     /// Tells the parties that wait for this machine that it may go: its work is settled. An agent does so itself.
     pub async fn let_machine_go(&self) {
+        // Bounded, and nobody else has a use for the notices meanwhile: this consumer is about to exit.
         if let Some(notices) = &mut *self.notices.lock().await {
             notices.release(true).await;
         }

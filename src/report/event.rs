@@ -48,11 +48,11 @@ pub enum Event {
         /// Seconds since the newest checkpoint was committed, or since training began.
         lag_s: f64,
     },
-    /// The held-out loss was measured.
+    /// The validation loss was measured.
     Validation {
         /// After this step.
         step: Step,
-        /// Mean loss over the held-out sequences.
+        /// Mean loss over the sequences kept for validation.
         loss: f64,
     },
     /// Bytes of a save have reached the store.

@@ -4,8 +4,11 @@
 //! Standard output is data: with `--json` one object per line, the events named in [`Event`]'s documentation, and never
 //! anything else. Standard error is for people. Each has its own thread (`writer.rs`), so that a reader that is slow,
 //! stopped (Ctrl-S) or gone never delays training: [`Reporter::event`] does not wait. The other receiver of events, the
-//! [`Listener`], gets them where they happen, so no reader delays it. Cancelling a run loses no event that was reported
-//! before [`Reporter::finish`] returns, if its reader reads.
+//! [`Listener`], gets them where they happen, so no reader delays it.
+//!
+//! *Crash:* queued lines of this process are lost; the journal has everything that matters. *Retry:* a line that can't
+//! be written is dropped and counted, and the next one is tried. *Cancel:* no event that was reported before
+//! [`Reporter::finish`] returns is lost, if its reader reads.
 #![doc = include_str!("README.md")]
 mod event;
 pub mod human;
@@ -116,7 +119,9 @@ impl View {
             }
             self.json = None;
         }
-        self.lines.show(event, Instant::now());
+        if !self.summary.repeats(event) {
+            self.lines.show(event, Instant::now());
+        }
         if let Some(bars) = &mut self.bars {
             bars.show(event);
         }

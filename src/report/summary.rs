@@ -62,6 +62,11 @@ impl Summary {
         }
     }
 
+    /// Whether the [line](Self::line) at the end will say the same as this event.
+    pub const fn repeats(&self, event: &Event) -> bool {
+        matches!(event, Event::Completed { .. }) && self.last.is_some()
+    }
+
     /// One line; `None` if nothing was trained.
     #[expect(clippy::cast_precision_loss, reason = "a mean of a count of checkpoints")]
     pub fn line(&self, wall_s: f64) -> Option<String> {
@@ -95,6 +100,8 @@ mod tests {
     fn events_add_up() {
         let mut summary = Summary::default();
         assert_eq!(summary.line(1.0), None);
+        let completed = Event::Completed { step: Step(3), loss: Some(3.0) };
+        assert!(!summary.repeats(&completed), "a run that was complete has no line at the end");
         let formed = |generation, resume_step: Option<u64>| Event::Formed {
             generation: Generation(generation),
             world_size: WorldSize(2),
@@ -120,10 +127,12 @@ mod tests {
             formed(3, Some(2)),
             step(3, 3.0),
             checkpoint(0.020),
-            Event::Completed { step: Step(3), loss: Some(3.0) },
+            completed.clone(),
         ] {
             summary.add(&event);
         }
+        assert!(summary.repeats(&completed));
+        assert!(!summary.repeats(&Event::Interrupted { step: Step(3), lost_steps: 2 }));
         assert_eq!(
             summary.line(61.0).unwrap(),
             "completed: 4 steps (1 to 3), loss 5.0000 -> 3.0000, 2 checkpoints, mean stall 15.0 ms, 1 step lost, \

@@ -50,7 +50,7 @@ impl Lines {
                     );
                 }
             }
-            Event::Validation { step, loss } => info!(%step, loss = %format_args!("{loss:.4}"), "held-out loss"),
+            Event::Validation { step, loss } => info!(%step, loss = %format_args!("{loss:.4}"), "validation loss"),
             Event::Checkpoint { step, generation, bytes, stall_s, copy_s, durable_s } => {
                 if self.steps {
                     info!(

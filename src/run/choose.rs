@@ -83,7 +83,7 @@ impl Runner {
         })
     }
 
-    pub(super) fn warn_of_damage(&self, step: Step, object: &str, reason: &str) {
+    pub(super) fn warn_of_damage(&self, step: Step, object: &str, reason: impl std::fmt::Display) {
         let message = format!("checkpoint of step {step} is damaged and skipped: {object}: {reason}");
         self.reporter.event(&Event::Warning { message });
     }

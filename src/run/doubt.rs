@@ -1,6 +1,6 @@
 //! A checkpoint that seems damaged when it is loaded: is it the checkpoint, or this machine?
 //!
-//! It is read again before anything is concluded, into other memory and by other threads. If it is then whole, a
+//! It is read again before anything is concluded, into other memory and by other threads. If it is then sound, a
 //! transfer was damaged, or this machine damages the data it carries: it is loaded again, a few times, and then this
 //! process exits so that another machine can take over. If it is damaged in the same way, it is skipped, and condemned
 //! once this process has loaded another one whole ([`crate::checkpoint::condemn`]). If it is damaged differently each
@@ -12,7 +12,7 @@ use super::{Runner, words};
 use crate::{
     agent::generation::Load,
     checkpoint::{
-        CheckpointError,
+        CheckpointError, Flaw,
         catalog::{self, Damage},
         condemn,
         verify::{Depth, Report, verify},
@@ -37,9 +37,9 @@ const PART: u64 = 16 << 20;
 
 /// Damage found by one reading.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Found {
+struct Finding {
     object: String,
-    reason: String,
+    reason: Flaw,
 }
 
 /// The path on which this machine garbles data.
@@ -70,7 +70,7 @@ impl Path {
 enum Decision {
     /// Load the same checkpoint again.
     Again,
-    /// Exit, and report what is broken: one more attempt would be one too many.
+    /// Exit, and report which path is broken: more attempts would not help.
     Leave,
     /// Each reading gives other bytes.
     Contradiction,
@@ -80,37 +80,32 @@ enum Decision {
 
 /// `load`: the damage that the load found; `readings`: the damage that each further reading found, `None`: it was
 /// whole; `failed`: loads in a row that have failed like this one, including this one.
-fn decide(load: &Found, readings: &[Option<Found>], failed: u32) -> Decision {
+fn decide(load: &Finding, readings: &[Option<Finding>], failed: u32) -> Decision {
     if readings.iter().any(Option::is_none) {
         return if failed < LOADS { Decision::Again } else { Decision::Leave };
     }
     let all = || readings.iter().flatten().chain([load]);
-    // The bytes of an object never change, so two different checksums of it contradict each other.
-    let contradicts = |a: &Found, b: &Found| a.object == b.object && a.is_sum() && b.is_sum() && a.reason != b.reason;
+    let contradicts = |a: &Finding, b: &Finding| {
+        let checksums = a.reason.checksum().zip(b.reason.checksum());
+        a.object == b.object && checksums.is_some_and(|(one, other)| one != other)
+    };
     if all().any(|a| all().any(|b| contradicts(a, b))) { Decision::Contradiction } else { Decision::PassOver }
 }
 
-impl Found {
+impl Finding {
     fn of(report: &Report) -> Option<Self> {
-        report.damage().map(|(object, reason)| Self { object: object.to_owned(), reason: reason.to_owned() })
-    }
-
-    /// Whether a different checksum was found, rather than a different length or nothing.
-    fn is_sum(&self) -> bool {
-        self.reason.starts_with("its checksum is ")
+        report.damage().map(|(object, reason)| Self { object: object.to_owned(), reason: reason.clone() })
     }
 }
 
 /// The error that this machine's reads can't be trusted; another machine's can.
-fn garbles(step: Step, found: &Found, path: Path) -> Error {
-    let Found { object, reason } = found;
+fn garbles(step: Step, found: &Finding, path: Path) -> Error {
+    let Finding { object, reason } = found;
     let what = format!(
         "this machine garbles what it reads: {}; the checkpoint of step {step} is not at fault: {object}: {reason}",
         path.words()
     );
-    Error::new(Kind::Unavailable, what).with_hint(
-        "nothing is lost and nothing was written off; resume on another machine, and have this one looked at",
-    )
+    Error::new(Kind::Unavailable, what).with_hint("nothing was condemned; resume on another machine and check this one")
 }
 
 async fn read(run: &Store, committed: &Committed) -> Result<Report, CheckpointError> {
@@ -159,7 +154,7 @@ impl Runner {
         let mut still = None;
         for committed in &condemned {
             let report = read(&self.run, committed).await?;
-            if let Some(found) = Found::of(&report) {
+            if let Some(found) = Finding::of(&report) {
                 still.get_or_insert(found);
             } else if let Some(record) = condemn::clearance(&self.journal.state(), &report) {
                 let point = ResumePoint { step, generation: committed.generation };
@@ -171,7 +166,7 @@ impl Runner {
                 return Ok(());
             }
         }
-        let Some(Found { object, reason }) = still else { return Ok(()) };
+        let Some(Finding { object, reason }) = still else { return Ok(()) };
         let what =
             format!("the checkpoint of step {step} was found damaged, and is when it is read now: {object}: {reason}");
         Err(Error::new(Kind::Usage, what).with_hint(match others.as_slice() {
@@ -196,13 +191,13 @@ impl Runner {
         }
         let mut found = None;
         for _ in 0..READ_AGAIN {
-            let Some(damage) = Found::of(&read(&self.run, committed).await?) else { return Ok(true) };
+            let Some(damage) = Finding::of(&read(&self.run, committed).await?) else { return Ok(true) };
             found = Some(damage);
         }
         self.run.holds().await?;
-        if let Some(Found { object, reason }) = found {
+        if let Some(Finding { object, reason }) = found {
             let Committed { step, generation, .. } = *committed;
-            if self.docket.suspect(&Damage { step, generation, object: object.clone(), reason: reason.clone() }) {
+            if self.docket.suspect(&Damage { step, generation, object: object.clone(), reason: reason.to_string() }) {
                 self.warn_of_damage(step, &object, &reason);
             }
         }
@@ -238,8 +233,8 @@ impl Runner {
     }
 
     /// A checkpoint failed its checksums while it was loaded.
-    pub(super) async fn step_over(&self, load: &Load, object: &str, reason: &str) -> Result<()> {
-        let loaded = Found { object: object.to_owned(), reason: reason.to_owned() };
+    pub(super) async fn step_over(&self, load: &Load, object: &str, reason: &Flaw) -> Result<()> {
+        let loaded = Finding { object: object.to_owned(), reason: reason.clone() };
         let Load::Checkpoint { step, generation, .. } = load else {
             return Err(Error::new(Kind::Data, format!("{object}: {reason}")));
         };
@@ -253,12 +248,12 @@ impl Runner {
         self.run.holds().await?;
         let mut readings = Vec::new();
         while readings.len() < READ_AGAIN && readings.iter().all(Option::is_some) {
-            readings.push(Found::of(&read(&self.run, &committed).await?));
+            readings.push(Finding::of(&read(&self.run, &committed).await?));
         }
         let failed = if readings.iter().any(Option::is_none) { self.docket.whole_again() } else { 0 };
         match decide(&loaded, &readings, failed) {
             Decision::Again => {
-                let message = format!("{object}: {reason}; read again, it is whole");
+                let message = format!("{object}: {reason}; a second read was clean");
                 self.reporter.event(&Event::Warning { message });
                 Ok(())
             }
@@ -269,14 +264,14 @@ impl Runner {
             }
             Decision::Contradiction => Err(garbles(step, &loaded, Path::Store)),
             Decision::PassOver => {
-                let damage = Damage { step, generation, object: object.to_owned(), reason: reason.to_owned() };
+                let damage = Damage { step, generation, object: object.to_owned(), reason: reason.to_string() };
                 if self.docket.suspect(&damage) {
                     self.warn_of_damage(step, object, reason);
                 }
                 if self.from.is_some() {
                     let what = format!("the checkpoint of step {step} is damaged: {object}: {reason}");
                     return Err(Error::new(Kind::Data, what).with_hint(format!(
-                        "carry on from the newest whole one: trainer resume --run-id {}",
+                        "continue from the newest sound one: trainer resume --run-id {}",
                         self.run_id
                     )));
                 }
@@ -293,17 +288,19 @@ fn steps(steps: &[Step]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::Crc64;
 
-    fn found(object: &str, reason: &str) -> Found {
-        Found { object: object.into(), reason: reason.into() }
+    fn found(object: &str, reason: &str) -> Finding {
+        Finding { object: object.into(), reason: reason.into() }
     }
 
-    fn sum(object: &str, sum: u32) -> Found {
-        found(object, &format!("its checksum is {sum}, it should be 7"))
+    fn sum(object: &str, sum: u8) -> Finding {
+        let reason = Flaw::of_checksum(Crc64::of(&[sum]), "its checksum is not the recorded one".into());
+        Finding { object: object.into(), reason }
     }
 
     #[test]
-    fn a_reading_that_finds_it_whole_is_believed_however_often_the_load_fails() {
+    fn one_clean_read_outweighs_any_number_of_failed_loads() {
         let load = sum("a", 1);
         for failed in 1..LOADS {
             assert_eq!(decide(&load, &[None], failed), Decision::Again, "{failed}");

@@ -1,4 +1,7 @@
 //! An agent's task, and its outcome.
+//!
+//! Values only. *Crash, retry:* the same [`Launch`] can be given to another process: [`Begin::CreateOrResume`] finds
+//! the run that a killed one has created, [`Begin::Create`] then fails because the run exists. *Cancel:* see [`super`].
 
 use std::{path::PathBuf, time::Duration};
 

@@ -13,6 +13,11 @@
 //! written before its resume point is used; a checkpoint exists when its `committed` record stands. Killing this
 //! process at any instant leaves the newest checkpoint, and data that no record names.
 //!
+//! *Retry:* a group whose worker died is restarted within the bounds of [`restart`]; a process that has exited is
+//! started again by whoever started it, and finds everything in the store. *Cancel:* a notice drops the work between
+//! two generations; a record that was being appended may or may not stand then, and the next reader of the journal sees
+//! which. Within a generation nothing is dropped: it ends as [`generation`] says.
+//!
 //! # Two agents
 //! Both replay the same journal; the one whose `formed` record is written first has the run. The other checks the first
 //! one's heartbeat: if it is alive, the other exits with code 79, or waits until it is dead
@@ -44,7 +49,7 @@ use crate::{
         generation::{self, End, Left, Load, Plan},
         restart, upload,
     },
-    checkpoint::condemn::Docket,
+    checkpoint::{Flaw, condemn::Docket},
     config::NoticeConfig,
     error::{Context, Error, Kind, Result},
     goodput::Observed,
@@ -182,7 +187,7 @@ enum Before {
     /// The workers of the last generation died.
     Backoff(Duration),
     /// The last generation could not load its checkpoint.
-    Reread { load: Load, object: String, reason: String },
+    Reread { load: Load, object: String, reason: Flaw },
 }
 
 /// The result of taking up the run.
@@ -301,7 +306,7 @@ impl Runner {
         let mut before = Before::Start;
         loop {
             // Between two generations nothing is at stake: any work may be dropped when a notice comes.
-            let doing = Cell::new("the run was taken up");
+            let doing = Cell::new("taking up the run");
             let (settings, mut known) = mpsc::unbounded_channel();
             let reporter = self.reporter.clone();
             let taking_up = self.take_up(before, story.reason, &doing, &settings);
@@ -331,16 +336,16 @@ impl Runner {
     ) -> Result<Next> {
         match before {
             Before::Start => {
-                doing.set("its heartbeat was begun");
+                doing.set("starting the heartbeat");
                 self.held = Some(self.run.hold().await.context("hold the run's folder")?);
                 self.pulse = Some(Pulse::start(self.run.clone(), self.node.clone(), self.turning.clone()).await?);
             }
             Before::Backoff(after) => {
-                doing.set("workers were to be started again");
+                doing.set("waiting to restart the workers");
                 tokio::time::sleep(after).await;
             }
             Before::Reread { load, object, reason } => {
-                doing.set("a checkpoint that seemed damaged was read again");
+                doing.set("re-reading a checkpoint that seemed damaged");
                 self.step_over(&load, &object, &reason).await?;
             }
         }
@@ -357,8 +362,8 @@ impl Runner {
                 Move::TakeOver(leader, process) => self.found_dead(leader, process),
                 Move::Leave(leader) => return Err(words::taken(&self.run_id, &leader)),
                 Move::Look(leader) => {
-                    doing.set("another node was looked at");
-                    self.reporter.event(&Event::Phase { doing: format!("looking whether node {leader} still lives") });
+                    doing.set("checking another node");
+                    self.reporter.event(&Event::Phase { doing: format!("checking whether node {leader} is alive") });
                     view.liveness = Some(heartbeat::look(&self.run, &leader).await?);
                     continue;
                 }
@@ -383,15 +388,15 @@ impl Runner {
                 }
             }
             if went_on {
-                doing.set("data was fetched");
+                doing.set("fetching the data");
                 if let Some(then) = self.resolve_again(settings).await? {
                     return Ok(Next::Completed(then));
                 }
             }
             self.resolved.workload.is_still_there()?;
-            doing.set("a checkpoint to go on from was looked for");
+            doing.set("choosing a checkpoint");
             let load = self.choose_with_data().await?;
-            doing.set("a generation was formed");
+            doing.set("forming a generation");
             if let Some(generation) = self.form(&load, reason).await? {
                 return Ok(Next::Formed { generation, load });
             }
@@ -567,7 +572,7 @@ impl Runner {
         deaths: &[restart::Death],
     ) -> Result<Duration> {
         match restart::decide(deaths, &self.resolved.config.restart) {
-            restart::Decision::GiveUp { reason, out_of_memory } => {
+            restart::Verdict::GiveUp { reason, out_of_memory } => {
                 let less_memory = out_of_memory.then(|| self.resolved.workload.less_memory(&self.run_id));
                 let error = restart::given_up(format!("{reason}: {why}"), less_memory, &self.run_id);
                 if error.kind() != Kind::Unavailable {
@@ -575,7 +580,7 @@ impl Runner {
                 }
                 Err(error)
             }
-            restart::Decision::Restart { after } => {
+            restart::Verdict::Restart { after } => {
                 self.reporter.event(&Event::WorkerDied {
                     step,
                     reason: why.to_owned(),

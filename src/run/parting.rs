@@ -102,7 +102,7 @@ impl Runner {
         let outcome = match completed {
             Some(completed) => completed.map(|_| None)?,
             None => {
-                let verdict = "asked to stop while it was written down that the run is complete".to_owned();
+                let verdict = "asked to stop while completion was being recorded".to_owned();
                 let stopped = Stopped { step, committed: step, verdict, drain: None };
                 self.last_words(generation, &stopped, notices.left()).await
             }

@@ -6,10 +6,10 @@
 //!
 //! Invariants: through one [`SharedImage`], its clones and all their mappings, the image's bytes are either lent for
 //! writing (as [`ImageChunk`]s) or for reading (as [`Bytes`]), never both; writers are lent to only once. Loans are
-//! counted for the memory, not for a mapping of it: a task that was told to stop, a thread of a pool or a read from a
-//! disk that goes on all the same still counts, whoever began it ([`SharedImage::is_lent`]). Between the two processes
-//! the control protocol regulates access: a worker writes a slot between a `SaveOrder` for it and its `Captured`
-//! answer, the agent reads it after every rank's `Captured` and gives it out again only when the upload has ended.
+//! counted per image, not per mapping, so aborted tasks and unfinished reads still count ([`SharedImage::is_lent`]).
+//! Between the two processes the control protocol regulates access: a worker writes a slot between a `SaveOrder` for it
+//! and its `Captured` answer, the agent reads it after every rank's `Captured` and gives it out again only when the
+//! upload has ended.
 //!
 //! On a crash of either side the kernel frees the memory with its last mapping. Sealing is not used, because the agent
 //! sizes an image only after the worker has reported the state's layout.
@@ -252,11 +252,6 @@ impl Drop for View {
 /// The alignment of images and the files in them.
 pub fn page_size() -> u64 {
     rustix::param::page_size() as u64
-}
-
-/// `len` rounded up to whole pages.
-pub const fn round_up(len: u64, page: u64) -> u64 {
-    len.div_ceil(page) * page
 }
 
 #[cfg(test)]

@@ -30,6 +30,14 @@ pub struct Adrift {
     how: &'static str,
 }
 
+#[cfg(test)]
+impl Adrift {
+    /// One, for tests of what follows from it.
+    pub fn example() -> Self {
+        Self { path: "/store".into(), how: "it is gone" }
+    }
+}
+
 impl Anchor {
     /// Holds an existing folder open.
     pub(super) fn hold(path: &Path) -> io::Result<Self> {

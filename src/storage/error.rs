@@ -169,19 +169,19 @@ impl Explain for StorageError {
 
     fn hint(&self) -> Option<String> {
         let hint = match self {
-            Self::InvalidUri { uri, reason } => invalid_hint(Place::of(uri), reason),
+            Self::InvalidUri { uri, reason } => invalid_hint(Provider::of(uri), reason),
             Self::Setting { setting, means, .. } => {
                 return Some(format!(
                     "leave {setting} out; {means} is set on the bucket, the container or the disk itself"
                 ));
             }
-            Self::NoBucket { key, .. } => match Place::of(key) {
-                Place::Google => "create the bucket, `gcloud storage buckets create gs://BUCKET`, or check its name",
-                Place::Azure => {
+            Self::NoBucket { key, .. } => match Provider::of(key) {
+                Provider::Google => "create the bucket, `gcloud storage buckets create gs://BUCKET`, or check its name",
+                Provider::Azure => {
                     "create the container, `az storage container create --name CONTAINER`, or check its name and \
                      AZURE_STORAGE_ACCOUNT_NAME"
                 }
-                Place::S3 | Place::Folder => {
+                Provider::S3 | Provider::Folder => {
                     "create the bucket (S3: `aws s3 mb s3://BUCKET`), or check its name, and AWS_ENDPOINT_URL if it is \
                      not on AWS"
                 }
@@ -210,9 +210,9 @@ impl Explain for StorageError {
                 ));
             }
             Self::Permission { operation, key, source } => {
-                permission_hint(operation, Place::of(key), &source.to_string())
+                permission_hint(operation, Provider::of(key), &source.to_string())
             }
-            Self::Unavailable { key, source, .. } => unavailable_hint(Place::of(key), &source.to_string())?,
+            Self::Unavailable { key, source, .. } => unavailable_hint(Provider::of(key), &source.to_string())?,
             Self::InvalidKey { .. } | Self::NotFound { .. } | Self::TooLarge { .. } | Self::Short { .. } => {
                 return None;
             }
@@ -223,7 +223,7 @@ impl Explain for StorageError {
 
 /// The kind of place that a URI names: the hints differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+enum Provider {
     /// S3, or a server that speaks its protocol.
     S3,
     Google,
@@ -232,7 +232,7 @@ enum Place {
     Folder,
 }
 
-impl Place {
+impl Provider {
     fn of(uri: &str) -> Self {
         match uri.split_once("://").map(|(scheme, _)| scheme) {
             Some("gs") => Self::Google,
@@ -248,44 +248,44 @@ const GOOGLE_KEYS: &str = "set GOOGLE_APPLICATION_CREDENTIALS to a service accou
 const AZURE_KEYS: &str = "set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_TENANT_ID, \
                           AZURE_CLIENT_ID and AZURE_CLIENT_SECRET, or give the machine a managed identity";
 
-fn invalid_hint(place: Place, reason: &str) -> &'static str {
+fn invalid_hint(place: Provider, reason: &str) -> &'static str {
     let says = |word| reason.contains(word);
     match place {
         _ if says("unencrypted") => "use an https endpoint, or run the server on this machine",
-        Place::S3 if says("endpoint") => "set AWS_ENDPOINT_URL to a URL such as https://HOST, or unset it",
-        Place::Google if says("endpoint") => "set GOOGLE_BASE_URL to a URL such as https://HOST, or unset it",
-        Place::Azure if says("endpoint") => "set AZURE_ENDPOINT to a URL such as https://HOST, or unset it",
-        Place::S3 if says("credentials") || says("SecretAccessKey") || says("AccessKeyId") => {
+        Provider::S3 if says("endpoint") => "set AWS_ENDPOINT_URL to a URL such as https://HOST, or unset it",
+        Provider::Google if says("endpoint") => "set GOOGLE_BASE_URL to a URL such as https://HOST, or unset it",
+        Provider::Azure if says("endpoint") => "set AZURE_ENDPOINT to a URL such as https://HOST, or unset it",
+        Provider::S3 if says("credentials") || says("SecretAccessKey") || says("AccessKeyId") => {
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment"
         }
-        Place::Google if says("credentials") || says("service account") => GOOGLE_KEYS,
-        Place::Azure if says("credentials") || says("Account must") => AZURE_KEYS,
+        Provider::Google if says("credentials") || says("service account") => GOOGLE_KEYS,
+        Provider::Azure if says("credentials") || says("Account must") => AZURE_KEYS,
         // A client's other refusals concern its variables.
-        Place::S3 if says("can't be opened") => "check the environment: `env | grep ^AWS_`",
-        Place::Google if says("can't be opened") => "check the environment: `env | grep ^GOOGLE_`",
-        Place::Azure if says("can't be opened") => "check the environment: `env | grep ^AZURE_`",
-        Place::Folder if says("can't be made") || says("can't be found") => {
+        Provider::S3 if says("can't be opened") => "check the environment: `env | grep ^AWS_`",
+        Provider::Google if says("can't be opened") => "check the environment: `env | grep ^GOOGLE_`",
+        Provider::Azure if says("can't be opened") => "check the environment: `env | grep ^AZURE_`",
+        Provider::Folder if says("can't be made") || says("can't be found") => {
             "name a folder whose path leads through folders only (`ls -ld` shows each), such as file://./runs"
         }
         _ => "write s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or file://./folder",
     }
 }
 
-fn permission_hint(operation: &str, place: Place, cause: &str) -> &'static str {
+fn permission_hint(operation: &str, place: Provider, cause: &str) -> &'static str {
     let says = |words: &[&str]| words.iter().any(|word| cause.contains(word));
     match place {
-        Place::Google if says(&["no credentials"]) => return GOOGLE_KEYS,
-        Place::Azure if says(&["no credentials"]) => return AZURE_KEYS,
-        Place::Google => {
+        Provider::Google if says(&["no credentials"]) => return GOOGLE_KEYS,
+        Provider::Azure if says(&["no credentials"]) => return AZURE_KEYS,
+        Provider::Google => {
             return "give this account the role Storage Object Admin on the bucket: `gcloud storage buckets \
                     add-iam-policy-binding gs://BUCKET --member=serviceAccount:ACCOUNT \
                     --role=roles/storage.objectAdmin`";
         }
-        Place::Azure => {
+        Provider::Azure => {
             return "give this identity the role Storage Blob Data Contributor on the container (`az role assignment \
                     create --role \"Storage Blob Data Contributor\"`), or check AZURE_STORAGE_ACCOUNT_KEY";
         }
-        Place::S3 | Place::Folder => {}
+        Provider::S3 | Provider::Folder => {}
     }
     if says(&["no credentials"]) {
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (SSO: `aws sso login`), or give the machine a \
@@ -323,7 +323,7 @@ fn permission_hint(operation: &str, place: Place, cause: &str) -> &'static str {
 /// Codes of an expired session: it can be renewed.
 pub(super) const EXPIRED: [&str; 4] = ["ExpiredToken", "TokenRefreshRequired", "InvalidToken", "RequestExpired"];
 
-fn unavailable_hint(place: Place, cause: &str) -> Option<&'static str> {
+fn unavailable_hint(place: Provider, cause: &str) -> Option<&'static str> {
     if cause.contains("os error 24)") || cause.contains("os error 23)") {
         return Some(Shortage::Files.hint());
     }
@@ -334,7 +334,7 @@ fn unavailable_hint(place: Place, cause: &str) -> Option<&'static str> {
     }
     match place {
         // ENOTCONN, ESTALE, EHOSTDOWN: a mounted folder whose server, or whose program, is gone.
-        Place::Folder
+        Provider::Folder
             if ["107)", "116)", "112)"].iter().any(|number| cause.contains(&format!("os error {number}"))) =>
         {
             Some(
@@ -342,17 +342,17 @@ fn unavailable_hint(place: Place, cause: &str) -> Option<&'static str> {
                  start again",
             )
         }
-        Place::Folder if cause.contains("os error 5)") => {
+        Provider::Folder if cause.contains("os error 5)") => {
             Some("the disk fails (see `dmesg | tail`): use another disk, or another store")
         }
-        Place::Folder => None,
-        Place::S3 if cause.contains("onnect") || cause.contains("dns") => {
+        Provider::Folder => None,
+        Provider::S3 if cause.contains("onnect") || cause.contains("dns") => {
             Some("check the network (proxies: HTTPS_PROXY), and AWS_ENDPOINT_URL if the store is not on AWS")
         }
-        Place::Google | Place::Azure if cause.contains("onnect") || cause.contains("dns") => {
+        Provider::Google | Provider::Azure if cause.contains("onnect") || cause.contains("dns") => {
             Some("check the network (proxies: HTTPS_PROXY)")
         }
-        Place::S3 | Place::Google | Place::Azure => None,
+        Provider::S3 | Provider::Google | Provider::Azure => None,
     }
 }
 

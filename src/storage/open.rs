@@ -402,6 +402,19 @@ fn own_requests(builder: &AmazonS3Builder, settings: &StorageConfig) -> Result<O
     Ok(Some((region, is_set("aws_request_payer"), headers)))
 }
 
+/// The backend of an `object_store` builder other than S3's. A macro, because the builders share no trait.
+macro_rules! opened {
+    ($builder:expr, $plain_http:expr) => {
+        $builder
+            .with_http_connector(Connector { region: None })
+            .with_client_options(client_options($plain_http))
+            .with_retry(no_retries())
+            .build()
+            .map(shared)
+            .map_err(|error| format!("can't be opened: {error}"))
+    };
+}
+
 fn gcs(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String> {
     let mut builder = GoogleCloudStorageBuilder::new();
     let mut plain = false;
@@ -417,14 +430,7 @@ fn gcs(bucket: &str, environment: &[(String, String)]) -> Result<Backend, String
             _ => builder = builder.with_config(key, value),
         }
     }
-    let store = builder
-        .with_bucket_name(bucket)
-        .with_http_connector(Connector { region: None })
-        .with_client_options(client_options(plain))
-        .with_retry(no_retries())
-        .build()
-        .map_err(|error| format!("can't be opened: {error}"))?;
-    Ok(shared(store))
+    opened!(builder.with_bucket_name(bucket), plain)
 }
 
 fn azure(container: &str, environment: &[(String, String)]) -> Result<Backend, String> {
@@ -445,14 +451,7 @@ fn azure(container: &str, environment: &[(String, String)]) -> Result<Backend, S
     if let Some(endpoint) = variable(environment, "IDENTITY_ENDPOINT") {
         builder = builder.with_msi_endpoint(endpoint);
     }
-    let store = builder
-        .with_container_name(container)
-        .with_http_connector(Connector { region: None })
-        .with_client_options(client_options(plain))
-        .with_retry(no_retries())
-        .build()
-        .map_err(|error| format!("can't be opened: {error}"))?;
-    Ok(shared(store))
+    opened!(builder.with_container_name(container), plain)
 }
 
 /// The URI without user, password, query and fragment.

@@ -50,6 +50,7 @@ impl RateLimit {
 
     /// Waits until `bytes` may go.
     pub(super) async fn take(&self, bytes: u64) {
+        // The pause under the lock is the limit: the others queue for it, in the order in which they came.
         let mut schedule = self.schedule.lock().await;
         tokio::time::sleep(schedule.wait(self.epoch.elapsed())).await;
         schedule.goes(self.epoch.elapsed(), bytes);

@@ -14,11 +14,11 @@ pub struct Unfinished {
     pub key: String,
     /// When it began (S3) or was last written to (`file://`), by the store's clock.
     pub since: jiff::Timestamp,
-    place: Place,
+    place: Remains,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Place {
+enum Remains {
     /// A multipart upload's id.
     Upload(String),
     File(PathBuf),
@@ -32,7 +32,7 @@ async fn unfinished(store: &Store) -> Result<Vec<Unfinished>, StorageError> {
         let found = found.map_err(|failure| failure.not_of_the_object().explain(&store.uri_of("")))?;
         let own = found.into_iter().filter_map(|upload| {
             let key = store.relative(&upload.key)?.to_owned();
-            Some(Unfinished { key, since: upload.started, place: Place::Upload(upload.id) })
+            Some(Unfinished { key, since: upload.started, place: Remains::Upload(upload.id) })
         });
         return Ok(own.collect());
     }
@@ -46,7 +46,7 @@ async fn unfinished(store: &Store) -> Result<Vec<Unfinished>, StorageError> {
 
 async fn discard(store: &Store, left: &Unfinished) -> Result<(), StorageError> {
     match &left.place {
-        Place::Upload(id) => {
+        Remains::Upload(id) => {
             let path = store.path(&left.key)?;
             let abort = store.attempts("abort of an upload", 0);
             match abort.run(|| store.inner.connections.backend.large.abort(&path, id)).await {
@@ -54,7 +54,7 @@ async fn discard(store: &Store, left: &Unfinished) -> Result<(), StorageError> {
                 _ => Ok(()),
             }
         }
-        Place::File(path) => {
+        Remains::File(path) => {
             let path = path.clone();
             settled(store, tokio::task::spawn_blocking(move || gone_is_fine(std::fs::remove_file(path))).await)
         }
@@ -101,7 +101,7 @@ fn look_into(folder: &FilePath, prefix: &str, found: &mut Vec<Unfinished>) -> st
             // If its age is unknown, it does not count as old.
             let since = metadata.modified().ok().and_then(|since| jiff::Timestamp::try_from(since).ok());
             let since = since.unwrap_or(jiff::Timestamp::MAX);
-            found.push(Unfinished { key: format!("{prefix}{place}"), since, place: Place::File(entry.path()) });
+            found.push(Unfinished { key: format!("{prefix}{place}"), since, place: Remains::File(entry.path()) });
         }
     }
     Ok(())

@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_freeze_between_the_look_at_the_orders_and_the_start_is_found_out_though_it_is_over() {
+    fn a_freeze_that_came_and_went_is_detected() {
         let gate = StepGate::new(Step(0), Step(9));
         gate.enter(Step(0));
         let state = gate.wait_until_thawed();

@@ -152,7 +152,7 @@ impl Worker {
         Ok(())
     }
 
-    /// The held-out loss over this rank's share; abandoned at once when the run is to end early.
+    /// The validation loss over this rank's share; abandoned at once when the run is to end early.
     fn evaluate(&mut self, gate: &StepGate) -> Result<()> {
         let (step, last) = (self.done, self.last);
         if let Some(HeldOut { loss_sum, sequences }) = self.training.evaluate(|| gate.is_ending(step) && step < last)? {

@@ -10,7 +10,7 @@ use crate::{env, protocol::WORKER_SUBCOMMAND};
 /// MiB). Results are the same bits.
 const MALLOC: [(&str, &str); 2] = [("MALLOC_MMAP_THRESHOLD_", "33554432"), ("MALLOC_TRIM_THRESHOLD_", "1073741824")];
 
-/// A worker that computes with so many threads.
+/// A worker that computes with this many threads.
 pub fn worker(threads: u32) -> Command {
     // The running binary itself, even if another was put in its place meanwhile.
     let mut command = Command::new("/proc/self/exe");

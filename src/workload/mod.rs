@@ -103,7 +103,7 @@ impl Workload {
         &self.identity
     }
 
-    /// The facts that decisions depend on, for so many workers of all nodes.
+    /// The facts that decisions depend on, for this many workers of all nodes.
     pub fn outline(&self, world: WorldSize) -> Outline {
         Outline::of(&self.task, world)
     }

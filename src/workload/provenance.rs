@@ -222,7 +222,7 @@ pub async fn newest_usable(
             }
             Err(CheckpointError::Damaged { object, reason }) => {
                 let Committed { step, generation, .. } = committed;
-                stepped_over.push(Damage { step, generation, object, reason });
+                stepped_over.push(Damage { step, generation, object, reason: reason.to_string() });
             }
             Err(error) => return Err(error.into()),
         }

@@ -27,7 +27,7 @@ pub struct Outline {
 }
 
 impl Outline {
-    /// Of a task that so many workers share.
+    /// Of a task with this many workers.
     pub fn of(task: &TrainTask, world: WorldSize) -> Self {
         Self {
             workers: world.get(),
@@ -68,7 +68,7 @@ impl Progress {
         Figures { loss: Some(self.loss), metrics: Metrics::new() }
     }
 
-    /// For people: the newest checkpoint is so many steps and seconds behind.
+    /// For people: how many steps and seconds the newest checkpoint is behind.
     pub fn event(&self, lag_steps: u64, lag_s: f64) -> report::Event {
         let Self { step, loss, step_s, lr, grad_norm, stall_s, tokens } = *self;
         let (tokens_per_s, tokens) = (tokens as f64 / step_s.max(1e-9), tokens.saturating_mul(step.get()));

@@ -3,7 +3,8 @@
     look.py FOLDER EXPECTED [--generate]
 
 EXPECTED is JSON: {"text": the text to encode, "ids": its ids by the data's tokenizer,
-"eos": {"id": 0, "token": "…"}, "rope_theta": 10000.0}. With --generate the model is loaded, too, and makes three tokens.
+"eos": {"id": 0, "token": "…"}, "rope_theta": 10000.0}. With --generate the model is loaded, too, and makes three
+tokens.
 Exits with 1 and a message if the folder is wrong.
 """
 

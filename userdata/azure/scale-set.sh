@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Azure: a scale set of one spot machine, which Azure tries to restore when it was evicted.
 #
-#   GROUP=training LOCATION=westeurope IMAGE=registry.azurecr.io/trainer@sha256:… ACCOUNT=… STORE=az://container/runs RUN_ID=reports-2026q4 CONFIG=az://container/reports.toml \
+#   GROUP=training LOCATION=westeurope IMAGE=registry.azurecr.io/trainer@sha256:… ACCOUNT=… \
+#     STORE=az://container/runs RUN_ID=reports-2026q4 CONFIG=az://container/reports.toml \
 #     userdata/azure/scale-set.sh
 #
-# Costs: the spot price an hour of the size (https://azure.microsoft.com/pricing/details/virtual-machine-scale-sets/linux/; or the Retail Prices API) x hours,
-# its disk, a public address. Nothing once the machine has deleted itself, which it does when the run is complete.
-# Removal: az vmss delete --resource-group "$GROUP" --name "trainer-$RUN_ID"; az network nsg delete --resource-group "$GROUP" --name "trainer-$RUN_ID"
+# Costs: the spot price an hour of the size
+# (https://azure.microsoft.com/pricing/details/virtual-machine-scale-sets/linux/; or the Retail Prices API) x hours, its
+# disk, a public address. Nothing once the machine has deleted itself, which it does when the run is complete.
+# Removal: az vmss delete --resource-group "$GROUP" --name "trainer-$RUN_ID";
+# az network nsg delete --resource-group "$GROUP" --name "trainer-$RUN_ID"
 #
 # The machine's identity may write to the storage account (Storage Blob Data Contributor on the container) and delete
 # itself (Virtual Machine Contributor on the scale set): run two `az role assignment create` with the identity that this
@@ -19,7 +22,8 @@ name=trainer-$RUN_ID
 custom=$(mktemp)
 trap 'rm -f "$custom"' EXIT
 # Addresses contain no |.
-sed -e "s|@IMAGE@|$IMAGE|" -e "s|@ACCOUNT@|$ACCOUNT|" -e "s|@STORE@|$STORE|" -e "s|@RUN_ID@|$RUN_ID|" -e "s|@CONFIG@|$CONFIG|" "$here/cloud-init.yaml" >"$custom"
+sed -e "s|@IMAGE@|$IMAGE|" -e "s|@ACCOUNT@|$ACCOUNT|" -e "s|@STORE@|$STORE|" -e "s|@RUN_ID@|$RUN_ID|" \
+    -e "s|@CONFIG@|$CONFIG|" "$here/cloud-init.yaml" >"$custom"
 if az vmss show --resource-group "$GROUP" --name "$name" --output none 2>/dev/null; then
     echo "$name already exists" >&2
     exit 0

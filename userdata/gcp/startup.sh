@@ -2,7 +2,8 @@
 # Google Cloud: the script that instance-template.sh's machines run at each boot. Settings are instance attributes, none
 # of them secret.
 #
-# Costs and removal: see instance-template.sh. On a machine: systemctl disable --now trainer; rm /etc/systemd/system/trainer.service.
+# Costs and removal: see instance-template.sh. On a machine: systemctl disable --now trainer;
+# rm /etc/systemd/system/trainer.service.
 # It is safe to run again. TRAINER_ROOT installs below a folder; failures go to standard error, and so to the serial
 # console.
 set -Eeuo pipefail
@@ -18,32 +19,44 @@ die() {
     exit "$1"
 }
 trap 'die 70 "line $LINENO: \"$BASH_COMMAND\" failed" "see the lines above"' ERR
-ask() { curl -fsS --noproxy '*' --retry 5 --retry-connrefused --max-time 10 -H 'Metadata-Flavor: Google' "$metadata/$1"; }
+ask() {
+    curl -fsS --noproxy '*' --retry 5 --retry-connrefused --max-time 10 -H 'Metadata-Flavor: Google' "$metadata/$1"
+}
 token() { ask instance/service-accounts/default/token | sed -n 's/.*"access_token" *: *"\([^"]*\)".*/\1/p'; }
 
 run() {
     local image host gpus=() try name value
-    image=$(ask instance/attributes/trainer-image) || die 69 "the metadata service does not answer, or names no trainer-image" "give the instance the attribute trainer-image"
+    image=$(ask instance/attributes/trainer-image) ||
+        die 69 "the metadata service does not answer, or names no trainer-image" \
+            "give the instance the attribute trainer-image"
     install -d -m 0700 "$root/run/trainer"
     if cat "$root"/sys/bus/pci/devices/*/vendor 2>/dev/null | grep -q 0x10de; then
         for ((try = 0; try < 12; try++)); do
             if nvidia-smi -L >/dev/null 2>&1; then gpus=(--gpus all) && break; fi
             sleep 10
         done
-        [ ${#gpus[@]} -gt 0 ] || die 69 "the GPU driver does not answer: nvidia-smi -L fails" "use an image with the driver in it"
+        [ ${#gpus[@]} -gt 0 ] ||
+            die 69 "the GPU driver does not answer: nvidia-smi -L fails" "use an image with the driver in it"
     fi
     command -v docker >/dev/null || die 78 "Docker is not installed" "use an image with Docker in it"
     host=${image%%/*}
-    case $host in *.pkg.dev) token | docker login --username oauth2accesstoken --password-stdin "https://$host" >/dev/null ||
-        die 69 "registry $host takes no log-in" "give the instance a service account with the scope cloud-platform and roles/artifactregistry.reader" ;; esac
+    case $host in
+    *.pkg.dev)
+        token | docker login --username oauth2accesstoken --password-stdin "https://$host" >/dev/null ||
+            die 69 "registry $host takes no log-in" \
+                "give the instance a service account with the scope cloud-platform and roles/artifactregistry.reader"
+        ;;
+    esac
     docker pull --quiet "$image" >/dev/null || docker image inspect "$image" >/dev/null 2>&1 ||
-        die 69 "image $image can't be pulled" "look at its name, and whether the service account has roles/artifactregistry.reader"
+        die 69 "image $image can't be pulled" \
+            "look at its name, and whether the service account has roles/artifactregistry.reader"
     docker rm --force trainer >/dev/null 2>&1 || true
     {
         # The last setting is the time from the notice to the shutdown; the metadata service does not report it.
         for name in store run-id config preemption-window; do
             value=$(ask "instance/attributes/trainer-$name") ||
-                die 69 "the metadata service does not answer, or names no trainer-$name" "give the instance the attribute trainer-$name"
+                die 69 "the metadata service does not answer, or names no trainer-$name" \
+                    "give the instance the attribute trainer-$name"
             name=${name^^}
             echo "TRAINER_${name//-/_}=$value"
         done
@@ -84,7 +97,8 @@ after() {
     self=$(ask instance/zone)/instances/$(ask instance/name)
     # The token goes in through standard input: every user can read arguments.
     printf 'header = "Authorization: Bearer %s"\n' "$(token)" |
-        curl -fsS --max-time 15 --retry 5 --retry-all-errors --retry-max-time 60 -K - -H 'Content-Type: application/json' \
+        curl -fsS --max-time 15 --retry 5 --retry-all-errors --retry-max-time 60 -K - \
+            -H 'Content-Type: application/json' \
             -d "{\"instances\": [\"$self\"]}" "${TRAINER_COMPUTE_API:-https://compute.googleapis.com}/compute/v1/$group/deleteInstances" >/dev/null ||
         say "warning: this machine can't leave its group and costs money: resize the group to 0 by hand"
 }

@@ -97,10 +97,9 @@ pub fn decide(now: &Situation) -> (Decision, String) {
     };
     let needed = format!("the last save takes {}, at most {}", time(needs.mean), time(needs.high));
     let Some(left) = now.left_s else {
-        let known = now.usual.map_or_else(
-            || "no deadline is known".to_owned(),
-            |usual| format!("no deadline that binds is known ({usual})"),
-        );
+        let known = now
+            .usual
+            .map_or_else(|| "no deadline is known".to_owned(), |usual| format!("no binding deadline ({usual})"));
         return begin(format!("{known}; {needed}"));
     };
     let usable = left - LAST_WORDS_S;
@@ -277,9 +276,8 @@ mod tests {
         let usual = Usual { source: "sigterm", left: std::time::Duration::from_secs(10) };
         assert_eq!(
             reason(Situation { left_s: None, usual: Some(usual), ..CALM }),
-            "no deadline that binds is known (10.0 s is usual here, TRAINER_STOP_WINDOW says what it is); the last \
-            save takes 11.0 s, at \
-             most 13.5 s"
+            "no binding deadline (usually 10.0 s here; set TRAINER_STOP_WINDOW); the last save takes 11.0 s, at most \
+            13.5 s"
         );
         assert_eq!(
             reason(Situation { left_s: Some(2.0), ..CALM }),

@@ -33,9 +33,9 @@ impl std::fmt::Display for Usual {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let left = human::seconds(self.left.as_secs_f64());
         match self.source {
-            "aws-asg" => write!(f, "the lifecycle hook, which is kept waiting, would wait {left}"),
-            "sigusr1" => write!(f, "{left} is usual here, TRAINER_USR1_WINDOW says what it is"),
-            _ => write!(f, "{left} is usual here, TRAINER_STOP_WINDOW says what it is"),
+            "aws-asg" => write!(f, "the lifecycle hook, which is extended, would wait {left}"),
+            "sigusr1" => write!(f, "usually {left} here; set TRAINER_USR1_WINDOW"),
+            _ => write!(f, "usually {left} here; set TRAINER_STOP_WINDOW"),
         }
     }
 }
@@ -202,7 +202,7 @@ mod tests {
         let usual = Notice { confidence: Confidence::Advisory, ..notice("sigterm", Kind::Stop, Some(10)) };
         timeline.hear(&usual, now);
         assert_eq!(timeline.left_s(now), None);
-        let said = "sigterm was heard; 10.0 s is usual here, TRAINER_STOP_WINDOW says what it is";
+        let said = "sigterm was heard; usually 10.0 s here; set TRAINER_STOP_WINDOW";
         assert_eq!(timeline.moments[0].what, said);
         assert_eq!(timeline.usual(), Some(Usual { source: "sigterm", left: Duration::from_secs(10) }));
     }

@@ -237,7 +237,7 @@ fn every_end_has_its_parting() {
         (stopped(3, 4), parting(true, true, true)),
         (stopped(3, 2), parting(true, false, true)),
         (Ok(End::Died { step, reason: reason.clone() }), parting(false, false, false)),
-        (Ok(End::Damaged { object: String::new(), reason: reason.clone() }), parting(false, false, false)),
+        (Ok(End::Damaged { object: String::new(), reason: reason.clone().into() }), parting(false, false, false)),
         (Ok(End::Diverged { step, reason }), parting(false, false, false)),
         (Err(failure()), parting(false, false, false)),
     ] {

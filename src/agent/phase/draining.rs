@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Death, Event, Flow, Phase, Salvage, Stage, Training, Turn};
+use super::{Cause, Event, Flow, Phase, Salvage, Stage, Training, Turn};
 use crate::agent::{drain::timeline::Planned, workers::WorkerEvent};
 
 /// Ranks that are to stop but have finished no step for this long, or for ten usual steps if that is longer, are
@@ -33,11 +33,11 @@ impl Draining {
                 }
             }
             Event::Worker(WorkerEvent::Message(rank, message)) => {
-                if let Some(death) = training.hear(rank, message, stage, turn)? {
-                    return self.loses(death, turn);
+                if let Some(cause) = training.hear(rank, message, stage, turn)? {
+                    return self.loses(cause, turn);
                 }
             }
-            Event::Worker(WorkerEvent::Exited(rank, reason)) => return self.loses(Death::exited(rank, &reason), turn),
+            Event::Worker(WorkerEvent::Exited(rank, reason)) => return self.loses(Cause::exited(rank, &reason), turn),
             Event::Save(event) => training.on_save(event, stage, turn)?,
             Event::Retry { slot } => training.tries_again(slot, stage, turn)?,
             // Said before `Go`.
@@ -47,20 +47,20 @@ impl Draining {
                 let actions = training.scheduler.tick(turn.now);
                 training.act(actions, stage, turn)?;
                 training.look_at_the_time(Some(planned), turn)?;
-                if let Some(death) = self.look_at_the_stuck(turn) {
-                    return self.loses(death, turn);
+                if let Some(cause) = self.look_at_the_stuck(turn) {
+                    return self.loses(cause, turn);
                 }
             }
         }
         Continue(Phase::Draining(self))
     }
 
-    fn loses(self, death: Death, turn: &mut Turn<'_>) -> Flow<Phase> {
-        Salvage::new(self.training, Some(self.planned), death).begin(turn)
+    fn loses(self, cause: Cause, turn: &mut Turn<'_>) -> Flow<Phase> {
+        Salvage::new(self.training, Some(self.planned), cause).begin(turn)
     }
 
     /// Ends a drain without a deadline, too: ranks that have not moved for long will not stop by themselves.
-    fn look_at_the_stuck(&mut self, turn: &Turn<'_>) -> Option<Death> {
+    fn look_at_the_stuck(&mut self, turn: &Turn<'_>) -> Option<Cause> {
         let Training { scheduler, timeline, stepped, .. } = &mut self.training;
         if scheduler.has_ended() {
             return None;
@@ -77,6 +77,6 @@ impl Draining {
         }
         let reason = format!("no step was finished for {} s after the notice", patience.as_secs());
         timeline.says(turn.now, reason.clone());
-        Some(Death::Died(reason))
+        Some(Cause::Died(reason))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow::{Break, Continue};
 
-use super::{Death, Event, Flow, Phase, Salvage, Settings, Training, Turn};
+use super::{Cause, Event, Flow, Phase, Salvage, Settings, Training, Turn};
 use crate::{
     agent::{
         effects::{Effect, Log, Order},
@@ -34,7 +34,7 @@ pub struct Loading {
     source: Incoming,
     ready: u32,
     /// A worker has reported why it can't go on; its process has not yet ended.
-    said: Option<Death>,
+    said: Option<Cause>,
 }
 
 /// The state to load.
@@ -59,7 +59,7 @@ impl Loading {
             Event::Notice(notice) => return self.on_notice(&notice, turn),
             Event::Worker(WorkerEvent::Message(rank, message)) => return self.hear(rank, message, turn),
             Event::Worker(WorkerEvent::Exited(rank, reason)) => {
-                self.said.get_or_insert(Death::exited(rank, &reason));
+                self.said.get_or_insert(Cause::exited(rank, &reason));
             }
             Event::LaidOut { bytes } => {
                 self.bytes = Some(bytes);
@@ -87,7 +87,7 @@ impl Loading {
             Event::Tick => turn.looks_at_the_journal(),
         }
         match self.said {
-            Some(death) => Break(death.end(turn.shared.settings.load.step())),
+            Some(cause) => Break(cause.end(turn.shared.settings.load.step())),
             None => Continue(Phase::Loading(self)),
         }
     }
@@ -124,7 +124,7 @@ impl Loading {
                 }
             }
             FromWorker::Failed { message, hint, permanent } => {
-                self.said.get_or_insert(Death::said(rank, &message, hint, permanent));
+                self.said.get_or_insert(Cause::said(rank, &message, hint, permanent));
             }
             // No rank has been told to go.
             FromWorker::Frozen { .. }
@@ -201,7 +201,7 @@ impl Loading {
         let training = Training::begin(outline, scheduler, Ledger::begin(now), bytes, now);
         Continue(match self.said {
             None => Phase::Training(training),
-            Some(death) => Phase::Salvaging(Salvage::new(training, None, death)),
+            Some(cause) => Phase::Salvaging(Salvage::new(training, None, cause)),
         })
     }
 }

@@ -3,7 +3,7 @@
 
 use std::ops::ControlFlow::{Break, Continue};
 
-use super::{Death, Event, Flow, Phase, Stage, Training, Turn};
+use super::{Cause, Event, Flow, Phase, Stage, Training, Turn};
 use crate::{
     agent::{
         drain::timeline::Planned,
@@ -22,21 +22,21 @@ pub struct Salvage {
     /// The plan that a notice has asked for, if any, before or since.
     planned: Option<Planned>,
     /// The first reason; later ones follow from it.
-    death: Death,
+    cause: Cause,
 }
 
 impl Salvage {
-    pub(super) fn new(mut training: Training, planned: Option<Planned>, death: Death) -> Self {
+    pub(super) fn new(mut training: Training, planned: Option<Planned>, cause: Cause) -> Self {
         // Every snapshot is taken up here, one that waits to be tried again too.
         training.retrying = None;
-        Self { training, planned, death }
+        Self { training, planned, cause }
     }
 
     /// A worker is lost. Its own report is acted on when its process has ended, or at the next tick.
     pub(super) fn begin(self, turn: &mut Turn<'_>) -> Flow<Phase> {
-        match self.death {
-            Death::Failed(_) | Death::Permanent(_) => Continue(Phase::Salvaging(self)),
-            Death::Died(_) | Death::Diverged { .. } => Continue(Phase::Salvaging(self.settle(turn)?)),
+        match self.cause {
+            Cause::Failed(_) | Cause::Permanent(_) => Continue(Phase::Salvaging(self)),
+            Cause::Died(_) | Cause::Diverged { .. } => Continue(Phase::Salvaging(self.settle(turn)?)),
         }
     }
 
@@ -88,14 +88,14 @@ impl Salvage {
     }
 
     fn end(self) -> Result<End> {
-        let Self { training, planned, death } = self;
-        match death {
+        let Self { training, planned, cause } = self;
+        match cause {
             // The time left is too short to start them again.
-            Death::Failed(reason) | Death::Died(reason) if training.timeline.is_called() => {
+            Cause::Failed(reason) | Cause::Died(reason) if training.timeline.is_called() => {
                 let verdict = format!("workers died after the notice: {reason}");
                 Ok(training.stopped(verdict, planned.as_ref()))
             }
-            death => death.end(training.scheduler.finished()),
+            cause => cause.end(training.scheduler.finished()),
         }
     }
 }

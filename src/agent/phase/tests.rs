@@ -24,7 +24,7 @@ use crate::{
     journal::{Committed, DrainPlan, JournalError, Metrics, SaveCost},
     notice::Confidence,
     protocol::{FromWorker, StepReport},
-    storage::Priority,
+    storage::{Adrift, Priority, StorageError},
 };
 use std::time::Duration;
 
@@ -530,7 +530,7 @@ fn a_drain_without_a_deadline_ends_when_ranks_do_not_stop() {
 }
 
 #[test]
-fn a_standstill_is_told_and_ended_where_that_is_wanted() {
+fn a_hang_is_reported_less_and_less_often_and_ended_if_configured() {
     let mut rig = training();
     rig.machine.shared.settings.config.restart.hang = Some(Duration::from_secs(900));
     let _ = rig.feed(saved(10, 0));
@@ -568,8 +568,8 @@ fn the_last_save_is_given_up_after_many_tries() {
     }
 }
 
-#[test]
-fn a_run_that_saves_its_last_step_is_complete() {
+/// All ranks have finished the last step, and it is being uploaded.
+fn uploading_the_last_step() -> Rig {
     let mut rig = training();
     let _ = rig.feed(saved(10, 0));
     rig.feed_all((13..=20).flat_map(|step| RANKS.map(|rank| finished(rank, step))));
@@ -582,7 +582,12 @@ fn a_run_that_saves_its_last_step_is_complete() {
     let _ = rig.feed(captured(Rank(0), 100, 0));
     let effects = rig.feed(captured(Rank(1), 100, 0));
     assert_eq!(list(&effects), "hush, upload 100, busy", "nobody trains any more");
-    assert_eq!(ended(&rig.feed(saved(100, 0))).unwrap(), "completed with 2");
+    rig
+}
+
+#[test]
+fn a_run_that_saves_its_last_step_is_complete() {
+    assert_eq!(ended(&uploading_the_last_step().feed(saved(100, 0))).unwrap(), "completed with 2");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Death, Draining, Event, Flow, Phase, Salvage, Stage, Turn};
+use super::{Cause, Draining, Event, Flow, Phase, Salvage, Stage, Turn};
 use crate::{
     agent::{
         drain::{
@@ -92,12 +92,12 @@ impl Training {
                 }
             }
             Event::Worker(WorkerEvent::Message(rank, message)) => {
-                if let Some(death) = self.hear(rank, message, stage, turn)? {
-                    return Salvage::new(self, None, death).begin(turn);
+                if let Some(cause) = self.hear(rank, message, stage, turn)? {
+                    return Salvage::new(self, None, cause).begin(turn);
                 }
             }
             Event::Worker(WorkerEvent::Exited(rank, reason)) => {
-                return Salvage::new(self, None, Death::exited(rank, &reason)).begin(turn);
+                return Salvage::new(self, None, Cause::exited(rank, &reason)).begin(turn);
             }
             Event::Save(event) => self.on_save(event, stage, turn)?,
             Event::Retry { slot } => self.tries_again(slot, stage, turn)?,
@@ -113,8 +113,8 @@ impl Training {
                 {
                     return Continue(Phase::Draining(Draining { training: self, planned }));
                 }
-                if let Some(death) = self.look_at_the_standstill(turn) {
-                    return Salvage::new(self, None, death).begin(turn);
+                if let Some(cause) = self.look_at_the_standstill(turn) {
+                    return Salvage::new(self, None, cause).begin(turn);
                 }
             }
         }
@@ -123,7 +123,7 @@ impl Training {
 
     /// Detects a run whose steps have stopped coming: a hung kernel, a collective that waits for a rank, data that does
     /// not arrive. It is reported, or the workers are given up.
-    fn look_at_the_standstill(&mut self, turn: &mut Turn<'_>) -> Option<Death> {
+    fn look_at_the_standstill(&mut self, turn: &mut Turn<'_>) -> Option<Cause> {
         // Once all ranks have stopped, training waits for the store, which reports for itself.
         if self.scheduler.has_ended() {
             return None;
@@ -149,7 +149,7 @@ impl Training {
                 None
             }
             Standstill::End => {
-                Some(Death::Died(format!("no step was finished for {} s after step {step}", quiet.as_secs())))
+                Some(Cause::Died(format!("no step was finished for {} s after step {step}", quiet.as_secs())))
             }
         }
     }
@@ -236,7 +236,7 @@ impl Training {
         message: FromWorker,
         stage: Stage<'_>,
         turn: &mut Turn<'_>,
-    ) -> Flow<Option<Death>> {
+    ) -> Flow<Option<Cause>> {
         let now = turn.now;
         let actions = match message {
             FromWorker::Frozen { ticket, started } => self.scheduler.frozen(ticket, started, now),
@@ -257,7 +257,7 @@ impl Training {
                 return Continue(None);
             }
             FromWorker::Failed { message, hint, permanent } => {
-                return Continue(Some(Death::said(rank, &message, hint, permanent)));
+                return Continue(Some(Cause::said(rank, &message, hint, permanent)));
             }
             // Said before `Go`.
             FromWorker::Listening { .. } | FromWorker::Built { .. } | FromWorker::Ready => return Continue(None),
@@ -266,13 +266,13 @@ impl Training {
         Continue(None)
     }
 
-    fn on_step(&mut self, report: StepReport, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow<Option<Death>> {
+    fn on_step(&mut self, report: StepReport, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow<Option<Cause>> {
         let now = turn.now;
         let progress = match self.reports.step(report) {
             None => return Continue(None),
             Some(Ok(progress)) => progress,
             // Snapshots captured before are good: they are committed first.
-            Some(Err(Diverged { step, reason })) => return Continue(Some(Death::Diverged { step, reason })),
+            Some(Err(Diverged { step, reason })) => return Continue(Some(Cause::Diverged { step, reason })),
         };
         let Progress { step, step_s, .. } = progress;
         self.ledger.finished(step, progress.figures());

@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The facts kept about a snapshot until it is committed.
 #[derive(Debug)]
-struct Kept {
+struct Entry {
     taken: Moment,
     /// `None`: not every rank has reported the step.
     figures: Option<Figures>,
@@ -43,7 +43,7 @@ struct UnderWay {
 /// All saves of one generation.
 #[derive(Debug)]
 pub struct Ledger {
-    kept: BTreeMap<Step, Kept>,
+    kept: BTreeMap<Step, Entry>,
     figures: BTreeMap<Step, Figures>,
     /// The newest validation, and the step whose state it measured.
     validated: Option<(Step, f64)>,
@@ -139,9 +139,9 @@ impl Ledger {
         self.validated = Some((step, loss));
     }
 
-    fn keep(&mut self, step: Step, now: Moment) -> &mut Kept {
+    fn keep(&mut self, step: Step, now: Moment) -> &mut Entry {
         let figures = &self.figures;
-        let new = || Kept { taken: now, figures: figures.get(&step).cloned(), cost: SaveCost::default() };
+        let new = || Entry { taken: now, figures: figures.get(&step).cloned(), cost: SaveCost::default() };
         self.kept.entry(step).or_insert_with(new)
     }
 

@@ -65,7 +65,7 @@ pub enum Action {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Slot {
+enum SlotState {
     Free,
     /// Ranks have been told to capture this step; this many have not yet done so.
     Ordered {
@@ -82,7 +82,7 @@ enum Slot {
     },
 }
 
-impl Slot {
+impl SlotState {
     const fn step(self) -> Option<Step> {
         match self {
             Self::Free => None,
@@ -126,7 +126,7 @@ pub struct Setup {
 #[derive(Debug)]
 pub struct Scheduler {
     setup: Setup,
-    slots: [Slot; 2],
+    slots: [SlotState; 2],
     asked: Asked,
     next_ticket: u64,
     /// The newest step that every rank has finished.
@@ -164,7 +164,7 @@ impl Scheduler {
     pub fn new(setup: Setup, measured: Measured, now: Moment) -> Self {
         Self {
             setup,
-            slots: [Slot::Free; 2],
+            slots: [SlotState::Free; 2],
             asked: Asked::No,
             next_ticket: 0,
             finished: setup.done,
@@ -218,18 +218,18 @@ impl Scheduler {
     pub fn step_finished(&mut self, step: Step, step_s: f64, now: Moment) -> Vec<Action> {
         self.finished = self.finished.max(step);
         // A capture of this very step begins after it.
-        let under_way = |slots: &[Slot; 2], before: Step| {
+        let under_way = |slots: &[SlotState; 2], before: Step| {
             slots.iter().any(|slot| match slot {
-                Slot::Free => false,
-                Slot::Ordered { step, .. } => *step < before,
-                Slot::Full { .. } | Slot::Uploading { .. } => true,
+                SlotState::Free => false,
+                SlotState::Ordered { step, .. } => *step < before,
+                SlotState::Full { .. } | SlotState::Uploading { .. } => true,
             })
         };
         let saving = self.saving || under_way(&self.slots, step);
         let choice = self.chooser.step(step_s, saving);
         self.saving = under_way(&self.slots, step.next());
         for slot in self.slots {
-            if let Slot::Ordered { step: ordered, mode, .. } = slot
+            if let SlotState::Ordered { step: ordered, mode, .. } = slot
                 && ordered == step
             {
                 self.chooser.begun(mode);
@@ -258,8 +258,8 @@ impl Scheduler {
             let (end, kept) = (self.end, self.unsaved);
             for slot in &mut self.slots {
                 // The end's state is newer, and needs the room.
-                if matches!(slot, Slot::Full { step } if *step < end && !kept) {
-                    *slot = Slot::Free;
+                if matches!(slot, SlotState::Full { step } if *step < end && !kept) {
+                    *slot = SlotState::Free;
                 }
             }
         }
@@ -270,15 +270,15 @@ impl Scheduler {
     /// One rank has captured `step` into `slot`.
     pub fn captured(&mut self, slot: u8, step: Step, now: Moment) -> Vec<Action> {
         if let Some(state) = self.slots.get_mut(usize::from(slot))
-            && let Slot::Ordered { step: ordered, missing, mode } = *state
+            && let SlotState::Ordered { step: ordered, missing, mode } = *state
             && ordered == step
         {
             let missing = missing.saturating_sub(1);
             *state = match missing {
                 // The end's state is newer, and needs the room.
-                0 if self.end_decided && step < self.end && !self.unsaved => Slot::Free,
-                0 => Slot::Full { step },
-                missing => Slot::Ordered { step, missing, mode },
+                0 if self.end_decided && step < self.end && !self.unsaved => SlotState::Free,
+                0 => SlotState::Full { step },
+                missing => SlotState::Ordered { step, missing, mode },
             };
         }
         self.consider(now)
@@ -288,17 +288,17 @@ impl Scheduler {
     /// tried again.
     pub fn uploaded(&mut self, slot: u8, committed: bool, now: Moment) -> Vec<Action> {
         if let Some(state) = self.slots.get_mut(usize::from(slot))
-            && let Slot::Uploading { step } = *state
+            && let SlotState::Uploading { step } = *state
         {
             *state = if committed {
                 self.committed = self.committed.max(step);
                 self.newest = Some(slot);
-                Slot::Free
+                SlotState::Free
             } else if self.given_up || (self.end_decided && step < self.end && !self.unsaved) {
-                Slot::Free
+                SlotState::Free
             } else {
                 // It is still whole: unless a newer one waits or is to come, it is uploaded again.
-                Slot::Full { step }
+                SlotState::Full { step }
             };
         }
         self.consider(now)
@@ -335,7 +335,7 @@ impl Scheduler {
     /// The step that is being uploaded.
     pub fn in_flight(&self) -> Option<Step> {
         self.slots.iter().find_map(|slot| match slot {
-            Slot::Uploading { step } => Some(*step),
+            SlotState::Uploading { step } => Some(*step),
             _ => None,
         })
     }
@@ -360,9 +360,9 @@ impl Scheduler {
     pub fn salvage(&mut self) -> Vec<Action> {
         for slot in &mut self.slots {
             *slot = match *slot {
-                Slot::Ordered { .. } => Slot::Free,
+                SlotState::Ordered { .. } => SlotState::Free,
                 // Called while nothing is being uploaded: this one has failed and was waiting to be tried again.
-                Slot::Uploading { step } => Slot::Full { step },
+                SlotState::Uploading { step } => SlotState::Full { step },
                 slot => slot,
             };
         }
@@ -386,7 +386,7 @@ impl Scheduler {
     fn orders(&self) -> Vec<SaveOrder> {
         (0..2_u8)
             .filter_map(|slot| match self.slots[usize::from(slot)] {
-                Slot::Ordered { step, mode, .. } => Some(SaveOrder { step, slot, mode }),
+                SlotState::Ordered { step, mode, .. } => Some(SaveOrder { step, slot, mode }),
                 _ => None,
             })
             .collect()
@@ -441,20 +441,20 @@ impl Scheduler {
         self.ranked = self.finished;
         for slot in &mut self.slots {
             // No rank has finished a step after `started`, so none has obeyed this one.
-            if matches!(slot, Slot::Ordered { step, .. } if *step > started && *step > self.end) {
-                *slot = Slot::Free;
+            if matches!(slot, SlotState::Ordered { step, .. } if *step > started && *step > self.end) {
+                *slot = SlotState::Free;
             }
         }
-        if self.wanted && !self.slots.contains(&Slot::Free) {
+        if self.wanted && !self.slots.contains(&SlotState::Free) {
             self.make_room(started);
         }
         let first = usize::from(self.newest == Some(0));
         for index in [first, 1 - first] {
-            if self.slots[index] == Slot::Free
+            if self.slots[index] == SlotState::Free
                 && let Some(step) = self.measured(started).or_else(|| self.due(started, now))
             {
                 let mode = self.chooser.mode();
-                self.slots[index] = Slot::Ordered { step, missing: self.setup.ranks, mode };
+                self.slots[index] = SlotState::Ordered { step, missing: self.setup.ranks, mode };
                 self.last_ordered = self.last_ordered.max(step);
                 self.wanted = false;
                 self.last_order_at = now;
@@ -465,8 +465,8 @@ impl Scheduler {
     /// A request for now comes before orders for later: the furthest order that no rank has obeyed is withdrawn, and is
     /// given again when there is room.
     fn make_room(&mut self, started: Step) {
-        let ordered = |slot: &Slot| match slot {
-            Slot::Ordered { step, .. } if *step > started => Some(*step),
+        let ordered = |slot: &SlotState| match slot {
+            SlotState::Ordered { step, .. } if *step > started => Some(*step),
             _ => None,
         };
         let Some(furthest) =
@@ -474,7 +474,7 @@ impl Scheduler {
         else {
             return;
         };
-        *furthest = Slot::Free;
+        *furthest = SlotState::Free;
         self.last_ordered = self.slots.iter().filter_map(|slot| slot.step()).max().unwrap_or_default();
     }
 
@@ -486,9 +486,9 @@ impl Scheduler {
         }
         let started = if all_stopped || self.end_decided { self.end } else { self.finished.next().min(self.end) };
         let room = self.slots.iter().any(|slot| match slot {
-            Slot::Free => true,
-            Slot::Ordered { step, .. } => self.wanted && *step > started,
-            Slot::Full { .. } | Slot::Uploading { .. } => false,
+            SlotState::Free => true,
+            SlotState::Ordered { step, .. } => self.wanted && *step > started,
+            SlotState::Full { .. } | SlotState::Uploading { .. } => false,
         });
         // The ranks measure after the step, and its state stands until they are done. Each step is asked about once.
         let ask = self.finished > self.ranked;
@@ -499,21 +499,21 @@ impl Scheduler {
     /// The newest snapshot, if none is being uploaded; an older one that is still waiting is worth less and gives up
     /// its slot.
     fn next_upload(&mut self) -> Option<Action> {
-        if self.slots.iter().any(|slot| matches!(slot, Slot::Uploading { .. })) {
+        if self.slots.iter().any(|slot| matches!(slot, SlotState::Uploading { .. })) {
             return None;
         }
         let (step, slot) = (0..2_u8)
             .filter_map(|slot| match self.slots[usize::from(slot)] {
-                Slot::Full { step } => Some((step, slot)),
+                SlotState::Full { step } => Some((step, slot)),
                 _ => None,
             })
             .max()?;
         for state in &mut self.slots {
-            if matches!(state, Slot::Full { .. }) {
-                *state = Slot::Free;
+            if matches!(state, SlotState::Full { .. }) {
+                *state = SlotState::Free;
             }
         }
-        self.slots[usize::from(slot)] = Slot::Uploading { step };
+        self.slots[usize::from(slot)] = SlotState::Uploading { step };
         Some(Action::Upload { step, slot })
     }
 
@@ -525,7 +525,7 @@ impl Scheduler {
             self.asked = Asked::Frozen { ticket, largest: self.finished, missing: self.setup.ranks };
             actions.push(Action::Freeze { ticket });
         }
-        let idle = self.slots.iter().all(|slot| !matches!(slot, Slot::Uploading { .. } | Slot::Full { .. }));
+        let idle = self.slots.iter().all(|slot| !matches!(slot, SlotState::Uploading { .. } | SlotState::Full { .. }));
         if self.stopped == self.setup.ranks && idle && (self.committed >= self.end || self.unsaved) {
             actions.push(Action::Finished { step: self.end });
         }

@@ -2,10 +2,9 @@
 //!
 //! # Layout
 //! Each slot is one piece of shared memory for the whole node. It holds the image of each of the node's ranks
-//! ([`crate::snapshot::plan`]), one after the other, each beginning on a page; a rank writes its own image alone and may
-//! read all of them. A
-//! checkpoint that is loaded from the store is fetched into slot 0, file after file, and read there by all ranks:
-//! restoring needs no memory beside the slots.
+//! ([`crate::snapshot::plan`]), one after the other, each beginning on a page; a rank writes its own image alone and
+//! may read all of them. A checkpoint that is loaded from the store is fetched into slot 0, file after file, and read
+//! there by all ranks: restoring needs no memory beside the slots.
 //!
 //! # A slot's content
 //! After a commit, and after a checkpoint was fetched, a slot holds that checkpoint's files until the next capture
@@ -16,11 +15,11 @@
 //! # Who writes into a slot
 //! The workers of one generation, and tasks of this process that hold an [`ImageChunk`] of it: the headers' writer, a
 //! fetch, whatever else brings bytes from elsewhere. Invariant: *when a generation begins, nobody of an earlier one can
-//! write into either slot.* However a generation ends after which another one may follow, its tasks are told to stop
-//! and [`Slots::end_generation`] is called. It does not rely on their obedience: a task that was aborted stops when its
-//! thread next looks, and a read from a disk goes on to its end. It waits until nothing of the memory is lent any more,
-//! and gives a slot whose old memory is still lent, or whose workers may still live, new memory: the old one belongs to
-//! those who write into it, and is freed when they are gone.
+//! write into either slot.* If another generation may follow, the end of a generation aborts its tasks and calls
+//! [`Slots::end_generation`]. Aborting is not enough: an aborted task stops only at its next await, and a disk read
+//! runs to its end. [`Slots::end_generation`] therefore waits until no memory is lent any more. A slot whose old memory
+//! is still lent, or whose workers may still live, gets new memory: the old memory belongs to its writers, and is freed
+//! when they are gone.
 //!
 //! # Crash, retry, cancel
 //! The memory belongs to this process and disappears with it. Pages in use are never given back while it lives: workers
@@ -55,9 +54,9 @@ pub const RESTORE_SLOT: u8 = 0;
 
 /// The slots' names, which show up in `/proc/<pid>/maps`.
 const NAMES: [&str; 2] = ["trainer-slot-0", "trainer-slot-1"];
-/// How long the end of a generation waits for those who still use a slot's memory.
+/// How long the end of a generation waits for the remaining users of a slot's memory.
 const QUIET: Duration = Duration::from_secs(10);
-/// Pause between two looks at whether somebody does.
+/// The interval between two checks for such users.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// The checkpoint that lies in a slot.
@@ -136,7 +135,7 @@ pub struct Fetching {
 }
 
 impl Fetching {
-    /// Tells it to stop. Threads that work for it may write a moment longer: [`Slots::end_generation`] waits for them.
+    /// Aborts it. Threads that work for it may write a moment longer: [`Slots::end_generation`] waits for them.
     pub fn stop(&mut self) {
         self.task.abort_all();
     }

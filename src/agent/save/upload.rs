@@ -105,8 +105,8 @@ pub struct Saved {
     pub checksums: Vec<(String, Crc64)>,
 }
 
-/// Commits `snapshot` once every node has put its part, of which `puts` tells; the outcome goes to `events`. The handle
-/// cancels it: nothing more is written then, but requests already sent to the store may land.
+/// Commits `snapshot` once `puts` reports that every node has uploaded its part; the outcome goes to `events`. The
+/// handle cancels it: nothing more is written then, but requests already sent to the store may land.
 pub fn start(
     context: Context,
     snapshot: Snapshot,

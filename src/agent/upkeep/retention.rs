@@ -48,7 +48,7 @@ pub(super) struct Known {
 
 /// The shared inputs of retention and scrub.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(super) struct Upkeep {
     /// The run's folder.
     pub run: Store,
     pub journal: JournalWriter,
@@ -60,7 +60,7 @@ pub(super) struct Kept {
     known: Mutex<Known>,
 }
 
-impl Kept {
+impl Upkeep {
     pub fn new(run: &Store, journal: &JournalWriter, config: CheckpointConfig, docket: &Docket) -> Self {
         let (run, journal, docket) = (run.for_upkeep(), journal.clone(), docket.clone());
         Self { run, journal, config, committed: Notify::new(), docket, known: Mutex::default() }
@@ -100,8 +100,8 @@ impl Kept {
         let gentle = Gentle { bytes_per_s: scrub::RATE, busy: busy.clone() };
         if !self.docket.prove(&self.run, &state, Some(&gentle)).await? {
             tracing::warn!(
-                "no checkpoint is whole as this machine reads it: it may be what garbles them, so none is written off \
-                and none deleted"
+                "no checkpoint could be verified: this machine may be corrupting reads; nothing was condemned or \
+                deleted"
             );
             return Ok(());
         }
@@ -122,7 +122,7 @@ impl Kept {
 /// Deletes by plan, and has kept checkpoints checked; dropped, it stops.
 #[derive(Debug)]
 pub struct Retention {
-    kept: Arc<Kept>,
+    upkeep: Arc<Upkeep>,
     busy: watch::Sender<bool>,
     pass: Option<JoinHandle<()>>,
     /// `None`: it was told to end.
@@ -132,14 +132,14 @@ pub struct Retention {
 impl Retention {
     /// Begins to care for a run's checkpoints; until [`busy`](Self::busy) says otherwise, there is more important work.
     pub fn begin(run: &Store, journal: &JournalWriter, config: CheckpointConfig, docket: &Docket) -> Self {
-        let (kept, (busy, others)) = (Arc::new(Kept::new(run, journal, config, docket)), watch::channel(true));
-        let scrub = tokio::spawn(scrub::run(Arc::clone(&kept), others));
-        Self { kept, busy, pass: None, scrub: Some(scrub) }
+        let (upkeep, (busy, others)) = (Arc::new(Upkeep::new(run, journal, config, docket)), watch::channel(true));
+        let scrub = tokio::spawn(scrub::run(Arc::clone(&upkeep), others));
+        Self { upkeep, busy, pass: None, scrub: Some(scrub) }
     }
 
     /// A checkpoint was restored from, so every byte of its tensors was verified against its checksums.
     pub fn restored(&self, step: Step, generation: Generation) {
-        self.kept.vouch(&ResumePoint { step, generation }, Proof::Bytes);
+        self.upkeep.vouch(&ResumePoint { step, generation }, Proof::Bytes);
     }
 
     /// Whether the store has more important work than checking kept checkpoints: a restore, or a save.
@@ -149,19 +149,19 @@ impl Retention {
 
     /// Starts a pass after a commit, unless one is under way: the next commit asks again.
     pub fn start(&mut self) {
-        self.kept.committed.notify_one();
+        self.upkeep.committed.notify_one();
         // It was ended for a save that a notice asked for, but the run goes on.
-        let kept = &self.kept;
-        self.scrub.get_or_insert_with(|| tokio::spawn(scrub::run(Arc::clone(kept), self.busy.subscribe())));
+        let upkeep = &self.upkeep;
+        self.scrub.get_or_insert_with(|| tokio::spawn(scrub::run(Arc::clone(upkeep), self.busy.subscribe())));
         if self.pass.as_ref().is_none_or(JoinHandle::is_finished) {
             self.spawn(false);
         }
     }
 
     fn spawn(&mut self, exact: bool) {
-        let (kept, busy) = (Arc::clone(&self.kept), self.busy.subscribe());
+        let (upkeep, busy) = (Arc::clone(&self.upkeep), self.busy.subscribe());
         self.pass = Some(tokio::spawn(async move {
-            match pass(&kept, exact, &busy).await {
+            match pass(&upkeep, exact, &busy).await {
                 Ok(0) => {}
                 Ok(deleted) => tracing::debug!(checkpoints = deleted, "old checkpoints deleted"),
                 Err(error) => tracing::warn!(%error, "old checkpoints were not deleted"),
@@ -175,7 +175,7 @@ impl Retention {
         for task in self.scrub.take().into_iter().chain(self.pass.take()) {
             task.abort();
         }
-        self.kept.known().reading = None;
+        self.upkeep.known().reading = None;
     }
 
     /// Lets the pass under way finish, for at most `patience`.
@@ -204,16 +204,16 @@ impl Drop for Retention {
 }
 
 /// One pass. `exact`: the newest checkpoint itself is read if nothing verifies it, so that no older one need stay.
-async fn pass(kept: &Kept, exact: bool, busy: &watch::Receiver<bool>) -> Result<usize, Error> {
+async fn pass(upkeep: &Upkeep, exact: bool, busy: &watch::Receiver<bool>) -> Result<usize, Error> {
     // Checkpoints that were skipped before another one was loaded. A machine that can read none in full deletes nothing
     // either.
-    if kept.docket.is_distrusted() {
+    if upkeep.docket.is_distrusted() {
         return Ok(0);
     }
-    kept.settle(busy).await?;
-    let state = kept.journal.state();
+    upkeep.settle(busy).await?;
+    let state = upkeep.journal.state();
     let (mut verified, reading) = {
-        let known = kept.known();
+        let known = upkeep.known();
         (known.verified.clone(), known.reading.clone())
     };
     if exact {
@@ -221,29 +221,29 @@ async fn pass(kept: &Kept, exact: bool, busy: &watch::Receiver<bool>) -> Result<
         verified.retain(|point| Some(point) == newest.as_ref());
     }
     let reading = reading.as_ref();
-    let keep = kept.config.keep;
-    let plan = plan_for(&kept.run, &state, keep, Abandoned::Keep, Reading::Unless(&verified), reading).await?;
+    let keep = upkeep.config.keep;
+    let plan = plan_for(&upkeep.run, &state, keep, Abandoned::Keep, Reading::Unless(&verified), reading).await?;
     if let Some(point) = &plan.verified {
-        kept.vouch(point, Proof::Checksum);
+        upkeep.vouch(point, Proof::Checksum);
     }
     if !plan.damaged.is_empty() {
         for damage in &plan.damaged {
-            kept.suspect(damage);
+            upkeep.suspect(damage);
         }
-        kept.settle(busy).await?;
+        upkeep.settle(busy).await?;
     }
-    if kept.docket.is_distrusted() {
+    if upkeep.docket.is_distrusted() {
         return Ok(0);
     }
     let doomed = doomed(&plan.fates);
-    apply_prune(&kept.run, &doomed, |points| async move {
+    apply_prune(&upkeep.run, &doomed, |points| async move {
         let record = Record::pruned(points.clone());
         let stands = move |state: &RunState| {
             let status =
                 |point: &ResumePoint| state.checkpoint(point.step, point.generation).map(|found| &found.status);
             points.iter().any(|point| status(point).is_some_and(|status| *status != CheckpointStatus::Pruned))
         };
-        kept.journal.append_if(Urgency::Housekeeping, record, stands).await?;
+        upkeep.journal.append_if(Urgency::Housekeeping, record, stands).await?;
         Ok::<_, Error>(())
     })
     .await?;

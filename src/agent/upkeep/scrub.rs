@@ -21,7 +21,7 @@ use std::{
 use jiff::Timestamp;
 use tokio::sync::watch;
 
-use super::retention::Kept;
+use super::retention::Upkeep;
 use crate::{
     checkpoint::{
         catalog::Damage,
@@ -44,16 +44,16 @@ const FIRST: Duration = Duration::from_secs(60 * 60);
 const AGAIN: Duration = Duration::from_secs(10 * 60);
 
 /// Time since the generation began.
-type Moment = Duration;
+type Elapsed = Duration;
 
 /// The known state of one kept checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Watched {
     point: ResumePoint,
     /// When this generation first saw it.
-    since: Moment,
+    since: Elapsed,
     /// The end of the last check, and whether the store allowed it.
-    looked: Option<(Moment, bool)>,
+    looked: Option<(Elapsed, bool)>,
 }
 
 /// The next task.
@@ -73,7 +73,7 @@ enum Next {
 /// Each is due `period` after its last check. One that this generation has not checked is due [`FIRST`] after it was
 /// first seen, and the newest, if no newest one was checked for [`NEWEST`]; neither waits longer than `period`. Of two
 /// that are due, the one due for longer comes first, then the newer: a resume would use it.
-fn next(watched: &[Watched], newest: Option<Moment>, period: Duration, now: Moment) -> Next {
+fn next(watched: &[Watched], newest: Option<Elapsed>, period: Duration, now: Elapsed) -> Next {
     let due = |(place, watched): (usize, &Watched)| {
         let due = match watched.looked {
             Some((at, true)) => at + period,
@@ -91,41 +91,41 @@ fn next(watched: &[Watched], newest: Option<Moment>, period: Duration, now: Mome
 }
 
 /// Sweeps and checks until it is aborted.
-pub(super) async fn run(kept: Arc<Kept>, busy: watch::Receiver<bool>) {
-    tokio::join!(sweep_daily(&kept, busy.clone()), look_around(&kept, busy));
+pub(super) async fn run(upkeep: Arc<Upkeep>, busy: watch::Receiver<bool>) {
+    tokio::join!(sweep_daily(&upkeep, busy.clone()), look_around(&upkeep, busy));
 }
 
-async fn sweep_daily(kept: &Kept, mut busy: watch::Receiver<bool>) {
+async fn sweep_daily(upkeep: &Upkeep, mut busy: watch::Receiver<bool>) {
     loop {
         // Its sender is gone when the generation is over.
         if busy.wait_for(|busy| !busy).await.is_err() {
             return;
         }
-        match sweep(kept).await {
+        match sweep(upkeep).await {
             Ok(0) => {}
             Ok(swept) => tracing::info!(objects = swept, "removed leftovers of interrupted uploads and deletions"),
-            Err(error) => tracing::warn!(%error, "what killed uploads have left behind was not swept"),
+            Err(error) => tracing::warn!(%error, "could not remove leftovers of interrupted uploads"),
         }
         tokio::time::sleep(garbage::AGE).await;
     }
 }
 
-async fn sweep(kept: &Kept) -> Result<u64, Error> {
-    let state = kept.journal.state();
-    let garbage = garbage::find(&kept.run, &state, Timestamp::now()).await?;
+async fn sweep(upkeep: &Upkeep) -> Result<u64, Error> {
+    let state = upkeep.journal.state();
+    let garbage = garbage::find(&upkeep.run, &state, Timestamp::now()).await?;
     if let Some(error) = &garbage.unlisted {
-        tracing::info!(%error, "unfinished uploads can't be listed here: they are left to the bucket's lifecycle rule");
+        tracing::info!(%error, "unfinished uploads can't be listed: left to the bucket's lifecycle rule");
     }
-    Ok(garbage::sweep(&kept.run, &garbage).await?)
+    Ok(garbage::sweep(&upkeep.run, &garbage).await?)
 }
 
-async fn look_around(kept: &Kept, busy: watch::Receiver<bool>) {
-    let Some(period) = kept.config.scrub else { return };
+async fn look_around(upkeep: &Upkeep, busy: watch::Receiver<bool>) {
+    let Some(period) = upkeep.config.scrub else { return };
     let begun = Instant::now();
     let mut memory: BTreeMap<(Generation, Step), Watched> = BTreeMap::new();
     let mut newest = None;
     loop {
-        let state = kept.journal.state();
+        let state = upkeep.journal.state();
         let good: Vec<Committed> = state.good().into_iter().map(|checkpoint| checkpoint.committed.clone()).collect();
         let key = |committed: &Committed| (committed.generation, committed.step);
         memory.retain(|known, _| good.iter().any(|committed| key(committed) == *known));
@@ -136,10 +136,10 @@ async fn look_around(kept: &Kept, busy: watch::Receiver<bool>) {
         }
         let watched: Vec<Watched> = memory.values().rev().cloned().collect();
         match next(&watched, newest, period, begun.elapsed()) {
-            Next::Nothing => kept.committed.notified().await,
+            Next::Nothing => upkeep.committed.notified().await,
             Next::Wait(time) => {
                 // A commit may change what is due first.
-                let _ = tokio::time::timeout(time, kept.committed.notified()).await;
+                let _ = tokio::time::timeout(time, upkeep.committed.notified()).await;
             }
             Next::Look(point) => {
                 if busy.clone().wait_for(|busy| !busy).await.is_err() {
@@ -147,11 +147,11 @@ async fn look_around(kept: &Kept, busy: watch::Receiver<bool>) {
                 }
                 let committed = good.iter().find(|c| (c.generation, c.step) == (point.generation, point.step));
                 let Some(committed) = committed else { continue };
-                kept.known().reading = Some(point.clone());
-                let looked = look(kept, committed, &busy).await;
-                kept.known().reading = None;
+                upkeep.known().reading = Some(point.clone());
+                let looked = look(upkeep, committed, &busy).await;
+                upkeep.known().reading = None;
                 if let Err(error) = &looked {
-                    tracing::debug!(%error, step = %point.step, "checkpoint was not looked at");
+                    tracing::debug!(%error, step = %point.step, "checkpoint could not be verified");
                 }
                 let now = begun.elapsed();
                 if watched.first().is_some_and(|first| first.point == point) {
@@ -166,28 +166,27 @@ async fn look_around(kept: &Kept, busy: watch::Receiver<bool>) {
 }
 
 /// Checks one checkpoint against the store's checksums, or reads its bytes if the store keeps none.
-async fn look(kept: &Kept, committed: &Committed, busy: &watch::Receiver<bool>) -> Result<(), Error> {
-    let mut report = verify(&kept.run, committed, Depth::Stored, &|_| {}).await?;
+async fn look(upkeep: &Upkeep, committed: &Committed, busy: &watch::Receiver<bool>) -> Result<(), Error> {
+    let mut report = verify(&upkeep.run, committed, Depth::Stored, &|_| {}).await?;
     if report.is_sound() && !report.is_verified() {
-        report = verify_gently(&kept.run, committed, &Gentle { bytes_per_s: RATE, busy: busy.clone() }).await?;
+        report = verify_gently(&upkeep.run, committed, &Gentle { bytes_per_s: RATE, busy: busy.clone() }).await?;
     }
     if let Some((object, reason)) = report.damage() {
-        let again = look_again(&kept.run, committed, &report).await?;
+        let again = look_again(&upkeep.run, committed, &report).await?;
         if again.is_sound() {
             tracing::warn!(
-                "{object}: {reason}; read again, it is whole: something on the way to this machine garbles what it \
-                carries"
+                "{object}: {reason}; a second read was clean: reads are corrupted on the way to this machine"
             );
         }
         report = again;
     }
     let Report { step, generation, proof, .. } = report;
     match report.damage() {
-        None => kept.vouch(&ResumePoint { step, generation }, proof),
+        None => upkeep.vouch(&ResumePoint { step, generation }, proof),
         Some((object, reason)) => {
-            let (object, reason) = (object.to_owned(), reason.to_owned());
-            kept.suspect(&Damage { step, generation, object, reason });
-            kept.settle(busy).await?;
+            let (object, reason) = (object.to_owned(), reason.to_string());
+            upkeep.suspect(&Damage { step, generation, object, reason });
+            upkeep.settle(busy).await?;
         }
     }
     Ok(())
@@ -211,7 +210,7 @@ mod tests {
 
     const DAY: Duration = Duration::from_secs(86_400);
 
-    fn watched(step: u64, since: Moment, looked: Option<(Moment, bool)>) -> Watched {
+    fn watched(step: u64, since: Elapsed, looked: Option<(Elapsed, bool)>) -> Watched {
         Watched { point: ResumePoint { step: Step(step), generation: Generation(1) }, since, looked }
     }
 
@@ -246,7 +245,7 @@ mod tests {
     }
 
     /// A journal whose generation 1 has committed steps 1 to 3, in a store that keeps no checksums.
-    async fn kept() -> (Arc<Kept>, Vec<Committed>) {
+    async fn upkeep() -> (Arc<Upkeep>, Vec<Committed>) {
         let (run, node) = (memory_store(), NodeId::random());
         let run_id = RunId::new("run").unwrap();
         let mut journal = Journal::create(run.clone(), node.clone(), run_id, config()).await.unwrap();
@@ -267,54 +266,54 @@ mod tests {
             list.push(committed);
         }
         let config = CheckpointConfig { scrub: Some(DAY), ..config().checkpoint };
-        (Arc::new(Kept::new(&run, &JournalWriter::start(journal), config, &Docket::default())), list)
+        (Arc::new(Upkeep::new(&run, &JournalWriter::start(journal), config, &Docket::default())), list)
     }
 
-    async fn status(kept: &Kept, step: u64) -> CheckpointStatus {
-        kept.journal.state().checkpoint(Step(step), Generation(1)).unwrap().status.clone()
+    async fn status(upkeep: &Upkeep, step: u64) -> CheckpointStatus {
+        upkeep.journal.state().checkpoint(Step(step), Generation(1)).unwrap().status.clone()
     }
 
     #[tokio::test]
     async fn without_stored_checksums_bytes_are_read_and_what_has_rotted_is_written_down() {
-        let (kept, list) = kept().await;
+        let (upkeep, list) = upkeep().await;
         let (_idle, busy) = watch::channel(false);
-        look(&kept, &list[0], &busy).await.unwrap();
-        assert_eq!(kept.known().verified, [ResumePoint { step: Step(1), generation: Generation(1) }]);
-        assert_eq!(status(&kept, 1).await, CheckpointStatus::Good);
+        look(&upkeep, &list[0], &busy).await.unwrap();
+        assert_eq!(upkeep.known().verified, [ResumePoint { step: Step(1), generation: Generation(1) }]);
+        assert_eq!(status(&upkeep, 1).await, CheckpointStatus::Good);
         let folder = layout::checkpoint(Step(3), Generation(1));
-        let object = harm(&kept.run, &folder, "optimizer-00001-of-00001.safetensors", Harm::Flip).await;
-        look(&kept, &list[2], &busy).await.unwrap();
-        match status(&kept, 3).await {
+        let object = harm(&upkeep.run, &folder, "optimizer-00001-of-00001.safetensors", Harm::Flip).await;
+        look(&upkeep, &list[2], &busy).await.unwrap();
+        match status(&upkeep, 3).await {
             CheckpointStatus::Damaged { reason } => assert!(reason.starts_with(&object), "{reason}"),
             other => panic!("{other:?}"),
         }
-        assert!(!kept.run.list(&folder).await.unwrap().is_empty(), "its bytes stay");
-        let records = kept.journal.state().next();
-        look(&kept, &list[2], &busy).await.unwrap();
-        assert_eq!(kept.journal.state().next(), records, "said once");
+        assert!(!upkeep.run.list(&folder).await.unwrap().is_empty(), "its bytes stay");
+        let records = upkeep.journal.state().next();
+        look(&upkeep, &list[2], &busy).await.unwrap();
+        assert_eq!(upkeep.journal.state().next(), records, "said once");
     }
 
     #[tokio::test]
     async fn a_checkpoint_that_was_pruned_while_it_was_read_is_not_called_damaged() {
-        let (kept, list) = kept().await;
+        let (upkeep, list) = upkeep().await;
         let (_idle, busy) = watch::channel(false);
         let (step, generation) = (Step(1), Generation(1));
-        kept.journal.append(Urgency::Commit, Record::Pruned { step, generation }).await.unwrap();
-        crate::checkpoint::prune::delete_folder(&kept.run, step, generation).await.unwrap();
-        let records = kept.journal.state().next();
-        look(&kept, &list[0], &busy).await.unwrap();
-        assert_eq!(status(&kept, 1).await, CheckpointStatus::Pruned);
-        assert_eq!(kept.journal.state().next(), records, "nothing is written down");
-        assert!(kept.known().verified.is_empty());
+        upkeep.journal.append(Urgency::Commit, Record::Pruned { step, generation }).await.unwrap();
+        crate::checkpoint::prune::delete_folder(&upkeep.run, step, generation).await.unwrap();
+        let records = upkeep.journal.state().next();
+        look(&upkeep, &list[0], &busy).await.unwrap();
+        assert_eq!(status(&upkeep, 1).await, CheckpointStatus::Pruned);
+        assert_eq!(upkeep.journal.state().next(), records, "nothing is written down");
+        assert!(upkeep.known().verified.is_empty());
     }
 
     #[tokio::test]
     async fn what_a_killed_deletion_has_left_is_swept() {
-        let (kept, _) = kept().await;
+        let (upkeep, _) = upkeep().await;
         let (step, generation) = (Step(1), Generation(1));
-        assert_eq!(sweep(&kept).await.unwrap(), 0);
-        kept.journal.append(Urgency::Commit, Record::Pruned { step, generation }).await.unwrap();
-        assert!(sweep(&kept).await.unwrap() > 0);
-        assert!(kept.run.list(&layout::checkpoint(step, generation)).await.unwrap().is_empty());
+        assert_eq!(sweep(&upkeep).await.unwrap(), 0);
+        upkeep.journal.append(Urgency::Commit, Record::Pruned { step, generation }).await.unwrap();
+        assert!(sweep(&upkeep).await.unwrap() > 0);
+        assert!(upkeep.run.list(&layout::checkpoint(step, generation)).await.unwrap().is_empty());
     }
 }

@@ -67,7 +67,7 @@ pub struct Simulate {
     /// Mean life of one node [default: the run's, or 2h]
     #[arg(long, value_name = "D", value_parser = positive)]
     mtbf: Option<f64>,
-    /// How lives are spread around their mean
+    /// Distribution of node lifetimes
     #[arg(long, value_enum, default_value_t = Lifetimes::Exponential)]
     lifetimes: Lifetimes,
     /// Nodes that train together; when one is lost, all wait for its replacement

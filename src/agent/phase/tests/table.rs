@@ -24,6 +24,7 @@ const ROWS: &[(&str, Provoke)] = &[
     ("laid out", |_| Event::LaidOut { bytes: BYTES }),
     ("fetched", |_| fetched()),
     ("fetch damaged", |_| Event::Fetched(Err(CheckpointError::Damaged { object: "x".into(), reason: "y".into() }))),
+    ("fetch fails", |_| Event::Fetched(Err(CheckpointError::Internal("x".into())))),
     ("ready, the last", |_| said(Rank(1), FromWorker::Ready)),
     ("frozen, the last", |rig| {
         if rig.phase() == "Training" {
@@ -67,6 +68,11 @@ const ROWS: &[(&str, Provoke)] = &[
     ("upload comes on", |_| Event::Save(SaveEvent::Progress { step: Step(10), bytes: 1 })),
     ("saved 10", |_| saved(10, 0)),
     ("save of 10 fails", |_| save_failed(10, 0)),
+    ("no journal's writer", |_| save_failed_by(JournalError::NoWriter.into())),
+    ("no store's folder", |_| {
+        let (operation, key, source) = ("put", "x".into(), Box::new(Adrift::example()));
+        save_failed_by(StorageError::Adrift { operation, key, source }.into())
+    }),
     ("retry", |rig| {
         let _ = rig.feed(save_failed(10, 0));
         Event::Retry { slot: 0 }
@@ -86,31 +92,70 @@ const ROWS: &[(&str, Provoke)] = &[
     }),
 ];
 
+/// How a generation ends when all goes well: the event, after what must have come before it in one phase.
+const ENDS: &[(&str, fn() -> Rig, Provoke)] = &[
+    (
+        "saved 13, as planned",
+        || {
+            let mut rig = draining();
+            let _ = rig.frozen(Rank(1), 13);
+            rig.feed_all(RANKS.map(|rank| finished(rank, 13)));
+            rig.feed_all(RANKS.map(|rank| captured(rank, 13, 1)));
+            rig.feed_all(RANKS.map(|rank| stopped(rank, 13)));
+            let _ = rig.feed(saved(10, 0));
+            rig
+        },
+        |_| saved(13, 1),
+    ),
+    (
+        "all stopped, no save left",
+        || {
+            let mut rig = draining();
+            let _ = rig.feed(spot(12));
+            assert_eq!(rig.planned(), DrainPlan::FinishInFlight);
+            let _ = rig.frozen(Rank(1), 13);
+            rig.feed_all(RANKS.map(|rank| finished(rank, 13)));
+            let _ = rig.feed(saved(10, 0));
+            rig
+        },
+        |rig| {
+            let _ = rig.feed(stopped(Rank(0), 13));
+            stopped(Rank(1), 13)
+        },
+    ),
+    ("saved 100, the last step", uploading_the_last_step, |_| saved(100, 0)),
+];
+
+fn save_failed_by(error: Error) -> Event {
+    Event::Save(SaveEvent::Ended { step: Step(10), slot: 0, result: Err(error) })
+}
+
+/// What the event did in this phase: a row of the table.
+fn row(name: &str, mut rig: Rig, provoke: Provoke) -> Option<[String; 4]> {
+    let before = rig.phase();
+    let event = provoke(&mut rig);
+    if rig.phase() == "Ended" {
+        return None;
+    }
+    let effects = rig.feed(event);
+    let end = ended(&effects).map(|end| end.split([':', ' ']).next().unwrap().to_owned());
+    let next = match end {
+        Some(end) => format!("Ended: {end}"),
+        None if rig.phase() == before => String::new(),
+        None => rig.phase().to_owned(),
+    };
+    let row = [name.to_owned(), before.to_owned(), list(&effects), next];
+    (!row[2].is_empty() || !row[3].is_empty()).then_some(row)
+}
+
 fn generated() -> Vec<String> {
+    let everywhere = ROWS.iter().flat_map(|(name, provoke)| PHASES.map(|phase| row(name, phase(), *provoke)));
+    let ends = ENDS.iter().map(|(name, phase, provoke)| row(name, phase(), *provoke));
     let mut lines: Vec<[String; 4]> = Vec::new();
-    for (name, provoke) in ROWS {
-        for phase in PHASES {
-            let mut rig = phase();
-            let before = rig.phase();
-            let event = provoke(&mut rig);
-            if rig.phase() == "Ended" {
-                continue;
-            }
-            let effects = rig.feed(event);
-            let end = ended(&effects).map(|end| end.split([':', ' ']).next().unwrap().to_owned());
-            let next = match end {
-                Some(end) => format!("Ended: {end}"),
-                None if rig.phase() == before => String::new(),
-                None => rig.phase().to_owned(),
-            };
-            let row = [(*name).to_owned(), before.to_owned(), list(&effects), next];
-            if row[2].is_empty() && row[3].is_empty() {
-                continue;
-            }
-            match lines.last_mut() {
-                Some(last) if last[0] == row[0] && last[2..] == row[2..] => last[1] = format!("{}, {before}", last[1]),
-                _ => lines.push(row),
-            }
+    for row in everywhere.chain(ends).flatten() {
+        match lines.last_mut() {
+            Some(last) if last[0] == row[0] && last[2..] == row[2..] => last[1] = format!("{}, {}", last[1], row[1]),
+            _ => lines.push(row),
         }
     }
     lines.iter().map(|row| format!("//! | {} |", row.join(" | ")).replace("|  |", "| |")).collect()
@@ -128,4 +173,51 @@ fn the_table_in_the_header_is_what_happens() {
     let generated = generated();
     assert!(written == generated, "the table is:\n{}", generated.join("\n"));
     assert!(generated.iter().all(|line| line.chars().count() <= 120), "too wide");
+}
+
+/// The match from every event to a row of its kind, and the list of these rows: a new variant of [`Event`] or
+/// [`FromWorker`] does not compile until it has one.
+macro_rules! kinds {
+    ($($event:pat => $row:literal,)*) => {
+        const KINDS: &[&str] = &[$($row),*];
+
+        fn kind(event: &Event) -> &'static str {
+            match event {
+                $($event => $row,)*
+            }
+        }
+    };
+}
+
+kinds! {
+    Event::Notice(_) => "notice, 25 s",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Listening { .. })) => "listening",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Built { .. })) => "built, the last",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Ready)) => "ready, the last",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Frozen { .. })) => "frozen, the last",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Step(_))) => "step, the last",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Captured { .. })) => "captured 20, the last",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Stalled { .. })) => "stalled by 10",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Validated { .. })) => "validated, the last",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Stopped { .. })) => "stopped, the last",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Failed { .. })) => "a worker fails",
+    Event::Worker(WorkerEvent::Exited(..)) => "a worker exits",
+    Event::LaidOut { .. } => "laid out",
+    Event::Fetched(Ok(_)) => "fetched",
+    Event::Fetched(Err(CheckpointError::Damaged { .. })) => "fetch damaged",
+    Event::Fetched(Err(_)) => "fetch fails",
+    Event::Save(SaveEvent::Progress { .. }) => "upload comes on",
+    Event::Save(SaveEvent::Ended { result: Ok(_), .. }) => "saved 10",
+    Event::Save(SaveEvent::Ended { result: Err(_), .. }) => "save of 10 fails",
+    Event::Retry { .. } => "retry",
+    Event::Lost(_) => "lost to another",
+    Event::Tick => "tick after 5 s",
+}
+
+#[test]
+fn every_kind_of_event_has_a_row() {
+    for wanted in KINDS {
+        let (_, provoke) = ROWS.iter().find(|(name, _)| name == wanted).unwrap_or_else(|| panic!("no row {wanted:?}"));
+        assert_eq!(kind(&provoke(&mut training())), *wanted);
+    }
 }

@@ -602,7 +602,7 @@ impl World {
                 agent.is_told(world, rec);
                 return;
             }
-            let own = world.journal.iter().any(|found| *found == rec);
+            let own = world.journal.contains(&rec);
             agent.seen = world.journal.len();
             if own {
                 agent.is_told(world, rec);

@@ -1,8 +1,8 @@
 //! This node's part of a generation: its workers, its slots, its part of each save. Every node has one.
 //!
 //! The generation's leader ([`super::lead`]) decides for the group, and gives [`Order`]s that every node carries out;
-//! what happens here comes back as an [`Event`]. A node knows which ranks are its own ([`NodeRanks`]): it lays out and
-//! uploads their files alone, and gives one receipt for them.
+//! what happens here comes back as an [`Event`]. A node knows which ranks are its own (`ids::NodeRanks`): it lays out
+//! and uploads their files alone, and gives one receipt for them.
 //!
 //! Owns: worker processes, the fetch of the state to load, the upload of this node's files. The snapshot slots outlive
 //! the generation, and are lent to it. Decides nothing.

@@ -92,8 +92,11 @@ const ROWS: &[(&str, Provoke)] = &[
     }),
 ];
 
+/// The event, the state before it, and what must have come before.
+type Ending = (&'static str, fn() -> Rig, Provoke);
+
 /// How a generation ends when all goes well: the event, after what must have come before it in one phase.
-const ENDS: &[(&str, fn() -> Rig, Provoke)] = &[
+const ENDS: &[Ending] = &[
     (
         "saved 13, as planned",
         || {

@@ -15,7 +15,7 @@ use trainer::{
     data::shards,
     ids::{AttemptId, DatasetId, Generation, NodeId, NodeKey, Rank, RunId, Step, WorldSize},
     journal::{Committed, Entry, FormedReason, Gone, Means, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
-    rendezvous::heartbeat::{Heartbeat, Process},
+    rendezvous::heartbeat::{Group, Heartbeat, Process, State},
     storage::Crc64,
     worker::task::Task,
 };
@@ -245,6 +245,21 @@ pub fn trainer_state() -> TrainerState {
         rng: RngRule::PerStep,
         data: None,
     }
+}
+
+/// Of a node of a run with several nodes.
+pub fn heartbeat_in_group() -> Heartbeat {
+    let group = Group {
+        address: "10.0.0.7:7077".into(),
+        key: NodeKey::new("0f".repeat(32)).expect("valid"),
+        every_s: 30,
+        state: State::CutOff,
+        kind: "NVIDIA H200".into(),
+        workers: 8,
+        unreachable: vec![node()],
+        left: true,
+    };
+    Heartbeat { format: 2, group: Some(group), ..heartbeat() }
 }
 
 pub fn heartbeat() -> Heartbeat {

@@ -144,8 +144,8 @@ pub fn absolute_uri(text: &str, cwd: &Path) -> Result<String, &'static str> {
     }
 }
 
-/// The path in the part of a URI after `file://`, which may name this machine before it: `localhost/srv/runs` (RFC 8089).
-/// The folder `localhost` is `./localhost`.
+/// The path in the part of a URI after `file://`, which may name this machine before it: `localhost/srv/runs` (RFC
+/// 8089). The folder `localhost` is `./localhost`.
 fn on_this_machine(rest: &str) -> &str {
     const HOST: &str = "localhost";
     match rest.split_at_checked(HOST.len()) {

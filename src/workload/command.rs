@@ -51,8 +51,8 @@ pub fn worker(threads: u32) -> Command {
     command
 }
 
-/// The value of a variable that names files or folders, each made absolute: `LD_LIBRARY_PATH`, `NCCL_TOPO_FILE`. `None`:
-/// the variable stays as it is.
+/// The value of a variable that names files or folders, each made absolute: `LD_LIBRARY_PATH`, `NCCL_TOPO_FILE`.
+/// `None`: the variable stays as it is.
 fn from_here(name: &str, value: &str, here: &Path) -> Option<OsString> {
     let separators: &[char] = match name {
         "LD_PRELOAD" => &[':', ' '],

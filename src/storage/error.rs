@@ -72,6 +72,17 @@ pub enum StorageError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A file would become larger than this process may make it.
+    #[error("{operation} of {key} failed: no file may become that large here")]
+    FileSize {
+        /// The operation.
+        operation: &'static str,
+        /// The key.
+        key: String,
+        /// The cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The bucket or container does not exist.
     #[error("{operation} of {key} failed: the bucket does not exist")]
     NoBucket {
@@ -163,7 +174,9 @@ impl Explain for StorageError {
             | Self::Region { .. } => Kind::Config,
             Self::InvalidKey { .. } | Self::NotFound { .. } | Self::TooLarge { .. } | Self::Short { .. } => Kind::Data,
             Self::Permission { .. } => Kind::Permission,
-            Self::Full { .. } | Self::Unavailable { .. } | Self::Adrift { .. } => Kind::Unavailable,
+            Self::Full { .. } | Self::FileSize { .. } | Self::Unavailable { .. } | Self::Adrift { .. } => {
+                Kind::Unavailable
+            }
         }
     }
 
@@ -190,6 +203,7 @@ impl Explain for StorageError {
                 "free space, prune old checkpoints (`trainer prune --run-id RUN`), or use another store; nothing \
                  partial is visible"
             }
+            Self::FileSize { .. } => Shortage::FileSize.hint(),
             Self::Adrift { .. } => {
                 "mount the disk again or move the folder back, then run `trainer resume`; nothing was written elsewhere"
             }

@@ -156,6 +156,25 @@ pub enum StorageError {
     },
 }
 
+impl StorageError {
+    /// Whether it is a state of a folder that does not change by itself: no space, no permission, another limit of the
+    /// system, or no folder where one should be. A store elsewhere may be cured by somebody else.
+    pub fn lasts(&self) -> bool {
+        // ENFILE, EMFILE, ENOTDIR, EISDIR.
+        const NUMBERS: [&str; 4] = ["os error 23)", "os error 24)", "os error 20)", "os error 21)"];
+        match self {
+            Self::Full { key, .. } | Self::Permission { key, .. } | Self::FileSize { key, .. } => {
+                Place::of(key) == Place::Folder
+            }
+            Self::Unavailable { key, source, .. } => {
+                let cause = source.to_string();
+                Place::of(key) == Place::Folder && NUMBERS.iter().any(|number| cause.contains(number))
+            }
+            _ => false,
+        }
+    }
+}
+
 fn region_text(region: Option<&str>) -> String {
     match region {
         Some(region) => format!("the bucket is in the region {region}"),
@@ -406,6 +425,23 @@ mod tests {
         }
         let wrong = said(StorageError::InvalidUri { uri: "ftp://x".into(), reason: "has a scheme".into() });
         assert!(wrong.contains("s3://bucket/prefix"), "{wrong}");
+    }
+
+    #[test]
+    fn the_state_of_a_folder_lasts_and_a_distant_stores_may_not() {
+        let source = |number| std::io::Error::from_raw_os_error(number).to_string().into();
+        let (operation, key) = ("put", || "file:///mnt/k".to_owned());
+        for number in [20, 21, 23, 24] {
+            assert!(StorageError::Unavailable { operation, key: key(), source: source(number) }.lasts(), "{number}");
+            let elsewhere = StorageError::Unavailable { operation, key: "s3://b/k".into(), source: source(number) };
+            assert!(!elsewhere.lasts(), "{number}");
+        }
+        assert!(!StorageError::Unavailable { operation, key: key(), source: source(5) }.lasts());
+        assert!(StorageError::Full { operation, key: key(), source: source(28) }.lasts());
+        assert!(StorageError::FileSize { operation, key: key(), source: source(27) }.lasts());
+        assert!(StorageError::Permission { operation, key: key(), source: source(30) }.lasts());
+        let session = StorageError::Permission { operation, key: "s3://b/k".into(), source: "ExpiredToken".into() };
+        assert!(!session.lasts(), "somebody may log in again");
     }
 
     #[test]

@@ -39,7 +39,6 @@ pub fn normal(seed: u64, name: &str, len: usize, std: f64) -> Vec<f32> {
             std::panic::resume_unwind(panic);
         }
     }
-    drop(parts);
     values
 }
 

@@ -248,7 +248,8 @@ fn save_failed(step: u64, slot: u8) -> Event {
 fn save_refused(step: u64, slot: u8) -> Event {
     let key = "file:///runs/r/checkpoints/x".to_owned();
     let error = StorageError::Permission { operation: "upload", key, source: "(os error 30)".into() };
-    Event::Save(SaveEvent::Ended { step: Step(step), slot, result: Err(error.into()) })
+    let result = Err(CheckpointError::from(error).into());
+    Event::Save(SaveEvent::Ended { step: Step(step), slot, result })
 }
 
 fn lost() -> Event {

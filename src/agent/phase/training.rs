@@ -26,6 +26,7 @@ use crate::{
         },
         workers::WorkerEvent,
     },
+    checkpoint::CheckpointError,
     error::{Error, Kind, Result},
     ids::{Rank, Step},
     journal::{DrainPlan, JournalError},
@@ -154,6 +155,14 @@ impl Training {
                 Some(Death::Died(format!("no step was finished for {} s after step {step}", quiet.as_secs())))
             }
         }
+    }
+}
+
+/// The store's error behind that of a save: two errors speak in its place, and don't name it as their cause.
+fn of_the_store(error: &Error) -> Option<&StorageError> {
+    match (error.cause(), error.cause()) {
+        (Some(CheckpointError::Storage(error)), _) | (_, Some(JournalError::Storage(error))) => Some(error),
+        _ => error.cause(),
     }
 }
 
@@ -357,7 +366,7 @@ impl Training {
             let doing = format!("save step {step}; the newest checkpoint is of step {newest}");
             return Break(Err(error.context(doing)));
         }
-        let lasts = error.cause().is_some_and(StorageError::lasts);
+        let lasts = of_the_store(&error).is_some_and(StorageError::lasts);
         let tries = if lasts && self.timeline.is_called() { LASTING_TRIES } else { LAST_SAVE_TRIES };
         let failure = self.ledger.failed(step, error, turn.now);
         if let Some(message) = failure.warning {

@@ -1,4 +1,4 @@
-//! Shortages of the system, by its error numbers (errno(3)): files, processes, memory, disk space.
+//! Shortages of the system, by its error numbers (errno(3)): files, processes, memory, disk space, a file's size.
 //!
 //! Such an error is neither the user's mistake nor a fault of this program: the same call succeeds once there is more
 //! of the resource. Every error that reaches the user is checked here ([`crate::error`]), so that no module need know
@@ -25,6 +25,8 @@ pub enum Shortage {
     Memory,
     /// ENOSPC, EDQUOT: disk space.
     Room,
+    /// EFBIG: the size that one file may have (`ulimit -f`).
+    FileSize,
 }
 
 impl Shortage {
@@ -46,12 +48,13 @@ impl Shortage {
 
     /// The same from words (strerror(3)): a worker may report only a library's text.
     pub fn in_words(words: &str) -> Option<Self> {
-        const WORDS: [(&str, Shortage); 6] = [
+        const WORDS: [(&str, Shortage); 7] = [
             ("Too many open files", Shortage::Files),
             ("Resource temporarily unavailable", Shortage::Processes),
             ("Cannot allocate memory", Shortage::Memory),
             ("No space left on device", Shortage::Room),
             ("Disk quota exceeded", Shortage::Room),
+            ("File too large", Shortage::FileSize),
             ("std::bad_alloc", Shortage::Memory),
         ];
         WORDS.iter().find(|(said, _)| words.contains(said)).map(|(_, shortage)| *shortage)
@@ -75,6 +78,7 @@ impl Shortage {
             Errno::AGAIN => Some(Self::Processes),
             Errno::NOMEM => Some(Self::Memory),
             Errno::NOSPC | Errno::DQUOT => Some(Self::Room),
+            Errno::FBIG => Some(Self::FileSize),
             _ => None,
         }
     }
@@ -95,6 +99,10 @@ impl Shortage {
                  CONFIG` says how much a run takes"
             }
             Self::Room => "free space there (`df -h` shows how much is left), and start again",
+            Self::FileSize => {
+                "raise the limit of a file's size, `ulimit -f unlimited` (systemd: LimitFSIZE=infinity; docker: \
+                 --ulimit fsize=-1), and start again"
+            }
         }
     }
 }
@@ -124,6 +132,11 @@ pub fn allow_open_files() {
     }
 }
 
+/// The limit of open files; `None`: there is none.
+pub fn open_files() -> Option<u64> {
+    getrlimit(Resource::Nofile).current
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,6 +154,7 @@ mod tests {
             (12, Some(Shortage::Memory)),
             (28, Some(Shortage::Room)),
             (122, Some(Shortage::Room)),
+            (27, Some(Shortage::FileSize)),
             (2, None),
             (13, None),
         ] {
@@ -153,7 +167,7 @@ mod tests {
         }
         assert_eq!(Shortage::of(&io::Error::from(io::ErrorKind::OutOfMemory)), Some(Shortage::Memory));
         assert_eq!(Shortage::of(&io::Error::other("os error 24")), None, "words are no number");
-        for number in [24, 23, 11, 12, 28, 122] {
+        for number in [24, 23, 11, 12, 28, 122, 27] {
             let error = io::Error::from_raw_os_error(number);
             assert_eq!(Shortage::in_words(&format!("gloo: {error}")), Shortage::of(&error), "{error}");
         }

@@ -145,6 +145,20 @@ fn workers_that_hang_are_ended_and_the_run_completes() {
     lab.expect_as_undisturbed("hangs", &[&life]);
 }
 
+/// MKL loads its kernels in a folder that exists, or ends the process.
+#[test]
+fn a_worker_starts_again_although_the_folder_of_the_command_was_deleted() {
+    let lab = Lab::on_files();
+    let command = lab.run("homeless").hold_after(17).args(&["--set", "checkpoint.every=\"8 steps\""]);
+    let running = command.through_shell("mkdir home; cp run.toml home; cd home;", "").start();
+    let held = running.held();
+    std::fs::remove_dir_all(lab.path("home")).expect("delete the folder");
+    kill_process(held, Signal::KILL).expect("kill a worker");
+    let life = running.finish().expect_code(0);
+    assert_eq!(life.of_kind("worker_died").len(), 1, "{}", life.story());
+    lab.expect_as_undisturbed("homeless", &[&life]);
+}
+
 #[test]
 fn workers_never_outlive_their_agent() {
     let lab = Lab::on_files();

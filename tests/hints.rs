@@ -219,6 +219,19 @@ fn too_few_open_files_are_not_a_bug_and_end_no_run() {
 }
 
 #[test]
+fn a_limit_of_a_files_size_is_named_and_ends_no_run() {
+    let lab = Lab::on_files();
+    // Too few for the images in memory, and for the first object of the store.
+    for limit in ["100", "0"] {
+        let run = format!("x{limit}");
+        let life = lab.run(&run).through_shell(&format!("ulimit -f {limit};"), "").finish().expect_code(69);
+        assert!(life.stderr.contains("ulimit -f") && !life.stderr.contains("no space"), "{limit}: {}", life.story());
+        let status = lab.about("status", &run).finish();
+        assert!(!status.stdout.contains("failed"), "{limit}: {}", status.story());
+    }
+}
+
+#[test]
 fn a_missing_temporary_folder_is_named() {
     let lab = Lab::on_interrupted_run();
     let nowhere = [("TMPDIR", lab.path("nowhere").display().to_string())];

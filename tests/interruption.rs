@@ -209,3 +209,24 @@ fn resume_from_an_earlier_checkpoint_takes_the_same_path_again() {
     assert_eq!(life.resumed_from(), EVERY, "{}", life.story());
     lab.expect_as_undisturbed(ORIGIN, &[&interrupted().life, &life]);
 }
+
+/// Nothing cures this folder while the process waits: it leaves with what is committed.
+#[test]
+fn a_stop_is_obeyed_soon_although_no_save_succeeds_any_more() {
+    let (lab, run) = (Lab::on_files(), "refused");
+    let running = lab.run(run).args(&["--set", "train.steps=1000000"]).start();
+    running.wait_for("a checkpoint", |event| event.kind() == "checkpoint");
+    let checkpoints = lab.path("store").join(run).join("checkpoints");
+    std::fs::rename(&checkpoints, lab.path("elsewhere")).expect("move the checkpoints away");
+    std::fs::write(&checkpoints, "").expect("put a file in their place");
+    running.wait_for("a save that fails", |event| event.kind() == "warning");
+    let failed = running.events("warning").len();
+    running.signal(Signal::TERM);
+    let life = running.finish().expect_code(76);
+    // A slow machine may have failed more often before it was asked.
+    let tries = life.of_kind("warning").into_iter().filter(|event| event.line.contains("(8 times in a row)"));
+    assert!(failed > 1 || tries.count() == 0, "it is given up early\n{}", life.story());
+    assert!(life.last("interrupted").value["lost_steps"].as_u64() > Some(0), "{}", life.story());
+    let status = lab.about("status", run).args(&["--json"]).finish().expect_code(0);
+    assert!(status.stdout.contains("interrupted"), "{}", status.story());
+}

@@ -281,6 +281,20 @@ fn in_mask(pid: Pid, mask: &str, signal: Signal) -> bool {
     mask.is_some_and(|mask| mask >> (signal.as_raw() - 1) & 1 == 1)
 }
 
+/// A terminal that stops jobs in the background which write to it.
+#[test]
+fn a_run_in_the_background_of_a_terminal_is_not_stopped_by_its_own_output() {
+    // Events go to the standard output of before, the terminal's text to standard error.
+    const TERMINAL: &str = "import os, pty, sys\n\
+        os.dup2(1, 3)\n\
+        os.dup2(2, 1)\n\
+        job = 'stty tostop; \"$0\" \"$@\" >&3 & wait $!'\n\
+        sys.exit(os.waitstatus_to_exitcode(pty.spawn(['bash', '-mc', job] + sys.argv[1:])))";
+    let (lab, run) = (Lab::on_files(), "background");
+    let life = lab.run(run).under(&["python3", "-c", TERMINAL]).finish().expect_code(0).expect_said(&["completed"]);
+    lab.expect_as_undisturbed(run, &[&life]);
+}
+
 /// Started with a configuration that does not arrive: the agent has not started yet.
 #[test]
 fn signals_count_before_the_configuration_is_read() {

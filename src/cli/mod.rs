@@ -33,7 +33,7 @@ use crate::{
     error::{Error, Kind, Result},
     notice::inbox,
     report::{self, Screen, init_logging},
-    shortage,
+    shortage::{self, Shortage},
 };
 
 const AFTER_HELP: &str = "\
@@ -98,12 +98,25 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     panic::set_hook(Box::new(move |info| {
         let trace =
             if traced { format!("{info}\nstack backtrace:\n{}\n", Backtrace::force_capture()) } else { String::new() };
-        let line = bug_line(info.payload_as_str(), info.location());
-        report::say(format!("{trace}{line}\n"));
+        let said = info
+            .payload_as_str()
+            .and_then(no_thread)
+            .map_or_else(|| format!("{}\n", bug_line(info.payload_as_str(), info.location())), |error| said(&error));
+        report::say(format!("{trace}{said}"));
     }));
-    let code = panic::catch_unwind(|| parse_and_run(arguments)).unwrap_or_else(|_| Kind::Bug.exit_code().into());
+    let code = panic::catch_unwind(|| parse_and_run(arguments)).unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        text.and_then(no_thread).map_or(Kind::Bug, |error| error.kind()).exit_code().into()
+    });
     report::flush();
     code
+}
+
+/// Libraries panic where the system refuses a thread: tokio, the standard library.
+fn no_thread(panic: &str) -> Option<Error> {
+    let refused = panic.contains("spawn") && panic.contains("thread");
+    let shortage = Shortage::in_words(panic).filter(|_| refused)?;
+    Some(Error::new(Kind::Unavailable, panic).with_hint(shortage.hint()))
 }
 
 fn bug_line(what: Option<&str>, place: Option<&panic::Location<'_>>) -> String {

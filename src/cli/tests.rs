@@ -103,3 +103,16 @@ fn errors_show_their_hint_and_cannot_control_the_terminal() {
     assert_eq!(said(&Error::new(Kind::Bug, "x")), "error: x\n");
     assert_eq!(bug_line(Some("boom"), None), "bug: boom; please report this, with the lines above");
 }
+
+#[test]
+fn a_thread_that_the_system_refuses_is_no_bug() {
+    for said in [
+        "failed to spawn thread: Os { code: 11, kind: WouldBlock, message: \"Resource temporarily unavailable\" }",
+        "OS can't spawn worker thread: Resource temporarily unavailable (os error 11)",
+    ] {
+        let error = no_thread(said).unwrap();
+        assert_eq!(error.kind(), Kind::Unavailable, "{said}");
+        assert!(error.hint().unwrap().contains("ulimit -u"), "{error:?}");
+    }
+    assert!(no_thread("boom").is_none() && no_thread("Resource temporarily unavailable").is_none());
+}

@@ -125,7 +125,10 @@ pub fn absolute_uri(text: &str, cwd: &Path) -> Result<String, &'static str> {
     };
     match scheme {
         // The rest is a path, letter by letter: "file://./runs" is no URI by the standard, and nothing is encoded.
-        "file" if !rest.is_empty() => file_uri(Path::new(rest), cwd).ok_or(EXPECTED),
+        "file" => match on_this_machine(rest) {
+            "" => Err(EXPECTED),
+            path => file_uri(Path::new(path), cwd).ok_or(EXPECTED),
+        },
         "memory" => Ok(text.to_owned()),
         "s3" | "gs" | "az" => {
             let url = url::Url::parse(text).map_err(|_| EXPECTED)?;
@@ -138,6 +141,16 @@ pub fn absolute_uri(text: &str, cwd: &Path) -> Result<String, &'static str> {
             Ok(text.trim_end_matches('/').to_owned())
         }
         _ => Err(EXPECTED),
+    }
+}
+
+/// The path in the part of a URI after `file://`, which may name this machine before it: `localhost/srv/runs` (RFC
+/// 8089). The folder `localhost` is `./localhost`.
+fn on_this_machine(rest: &str) -> &str {
+    const HOST: &str = "localhost";
+    match rest.split_at_checked(HOST.len()) {
+        Some((host, path)) if host.eq_ignore_ascii_case(HOST) && (path.is_empty() || path.starts_with('/')) => path,
+        _ => rest,
     }
 }
 
@@ -160,7 +173,7 @@ fn file_uri(path: &Path, cwd: &Path) -> Option<String> {
 pub fn local_path(uri: &str) -> Option<PathBuf> {
     match uri.split_once("://") {
         None => Some(PathBuf::from(uri)),
-        Some(("file", path)) => Some(PathBuf::from(path)),
+        Some(("file", path)) => Some(PathBuf::from(on_this_machine(path))),
         Some(_) => None,
     }
 }
@@ -252,17 +265,32 @@ mod tests {
             ("./my runs", "file:///home/me/my runs"),
             ("file://./a%20b", "file:///home/me/a%20b"),
             ("/srv/runs", "file:///srv/runs"),
+            ("file://localhost/srv/runs", "file:///srv/runs"),
+            ("file://LocalHost/srv/../a", "file:///a"),
+            ("file://./localhost/runs", "file:///home/me/localhost/runs"),
+            ("file://localhosts/runs", "file:///home/me/localhosts/runs"),
+            ("localhost/runs", "file:///home/me/localhost/runs"),
             ("s3://bucket/prefix/", "s3://bucket/prefix"),
             ("gs://bucket", "gs://bucket"),
             ("memory://", "memory://"),
         ] {
             assert_eq!(absolute_uri(text, cwd).as_deref(), Ok(absolute), "{text}");
         }
-        for bad in ["", "s3:/bucket", "s3://", "ftp://host/x", "file://", "s3://key:secret@bucket/x", "a\nb", "s4://x"]
-        {
+        for bad in [
+            "",
+            "s3:/bucket",
+            "s3://",
+            "ftp://host/x",
+            "file://",
+            "file://localhost",
+            "s3://key:secret@bucket/x",
+            "a\nb",
+            "s4://x",
+        ] {
             assert!(absolute_uri(bad, cwd).is_err(), "{bad:?}");
         }
         assert_eq!(local_path("file:///a b").unwrap(), Path::new("/a b"));
+        assert_eq!(local_path("file://localhost/a").unwrap(), Path::new("/a"));
         assert_eq!(local_path("s3://b/x"), None);
     }
 }

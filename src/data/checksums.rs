@@ -15,7 +15,7 @@ use crc_fast::{CrcAlgorithm, Digest};
 use tokio::task::JoinHandle;
 
 use super::{DataError, shards::FileEntry};
-use crate::storage::Crc64;
+use crate::{storage::Crc64, threads};
 
 /// Bytes read at once.
 const CHUNK: usize = 1 << 20;
@@ -91,12 +91,9 @@ fn wrong(dir: &Path, files: &[FileEntry], ended: &AtomicBool) -> Result<Vec<Wron
         Ok(())
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS).min(files.len());
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        let died =
-            |_: Box<dyn std::any::Any + Send>| DataError::Stopped { reason: "a thread that reads shards died".into() };
-        threads.into_iter().try_for_each(|thread| thread.join().map_err(died)?)
-    })?;
+    let died =
+        |_: Box<dyn std::any::Any + Send>| DataError::Stopped { reason: "a thread that reads shards died".into() };
+    threads::together(threads, work).into_iter().try_for_each(|done| done.map_err(died)?)?;
     let mut found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
     found.sort_by(|(a, _), (b, _)| a.file.cmp(&b.file));
     Ok(found)

@@ -31,6 +31,7 @@ use super::{
 use crate::{
     layout::TOKENIZER,
     storage::{Crc64, Store},
+    threads,
 };
 
 /// Text given to the encoding threads at once, for each of them: enough to keep them busy, little enough to fit in
@@ -261,7 +262,8 @@ impl Job {
         let began = Instant::now();
         let (ended, has_ended) = mpsc::channel::<()>();
         std::thread::scope(|scope| {
-            scope.spawn(move || {
+            // Without a thread for it, nothing is told.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, move || {
                 while has_ended.recv_timeout(TELL) == Err(RecvTimeoutError::Timeout) {
                     (self.progress)(PrepareEvent::Phase { phase, seconds: began.elapsed().as_secs() });
                 }
@@ -359,17 +361,13 @@ fn encode_all(
         }
     };
     let mut all = vec![Vec::new(); batch.len()];
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads.min(batch.len())).map(|_| scope.spawn(encode)).collect();
-        for worker in workers {
-            let done =
-                worker.join().map_err(|_| DataError::Stopped { reason: "an encoding thread panicked".into() })??;
-            for (number, ids) in done {
-                all[number] = ids;
-            }
+    for done in threads::together(threads.min(batch.len()), encode) {
+        let done = done.map_err(|_| DataError::Stopped { reason: "an encoding thread panicked".into() })??;
+        for (number, ids) in done {
+            all[number] = ids;
         }
-        Ok(all)
-    })
+    }
+    Ok(all)
 }
 
 /// The error that names the text's place in its file.

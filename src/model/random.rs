@@ -6,10 +6,13 @@
 //! for that reason. Each tensor has a stream of its own, keyed by seed and name, so neither the order in which tensors
 //! are made nor the number of threads matters.
 
-use std::num::NonZero;
+use std::{
+    num::NonZero,
+    sync::{Mutex, PoisonError},
+};
 
 pub use crate::random::SplitMix64;
-use crate::random::mix;
+use crate::{random::mix, threads};
 
 /// Elements drawn from one sub-stream; one of the constants that fix the bits. Even, since numbers come in pairs.
 const BLOCK: usize = 1 << 16;
@@ -21,21 +24,21 @@ pub fn normal(seed: u64, name: &str, len: usize, std: f64) -> Vec<f32> {
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get).min(blocks).max(1);
     let share = blocks.div_ceil(threads).max(1) * BLOCK;
     let stream = SplitMix64::named(seed, name).next_u64();
-    std::thread::scope(|scope| {
-        for (part, values) in values.chunks_mut(share).enumerate() {
-            let mut fill = move || {
-                for (block, values) in values.chunks_mut(BLOCK).enumerate() {
-                    let number = (part * (share / BLOCK) + block) as u64;
-                    fill_normal(&mut SplitMix64::new(mix(stream ^ mix(number + 1))), values, std);
-                }
-            };
-            if threads == 1 {
-                fill();
-            } else {
-                scope.spawn(fill);
+    let parts = Mutex::new(values.chunks_mut(share).enumerate());
+    let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let fill = || {
+        while let Some((part, values)) = next() {
+            for (block, values) in values.chunks_mut(BLOCK).enumerate() {
+                let number = (part * (share / BLOCK) + block) as u64;
+                fill_normal(&mut SplitMix64::new(mix(stream ^ mix(number + 1))), values, std);
             }
         }
-    });
+    };
+    for done in threads::together(threads, fill) {
+        if let Err(panic) = done {
+            std::panic::resume_unwind(panic);
+        }
+    }
     values
 }
 

@@ -10,6 +10,8 @@
 //! - SIGUSR1: the machine goes away. SIGUSR2: save now.
 //! - SIGXFSZ is caught and ignored: a file that has reached its limit (`ulimit -f`) then makes the write fail, rather
 //!   than end the process.
+//! - SIGTTOU and SIGTTIN, with which a terminal stops a process in the background (`stty tostop`), are ignored, by
+//!   workers too: a stopped process hears no signal ([`torch::release_signals`]).
 
 use std::{io, sync::OnceLock};
 

@@ -11,6 +11,8 @@ pub(super) struct Summary {
     last: Option<(Step, f64)>,
     /// The step of the current weights; falls at a restart.
     position: Option<Step>,
+    /// The step of the newest checkpoint, of this process or before it.
+    saved: Step,
     tokens: f64,
     step_s: f64,
     checkpoints: u64,
@@ -30,8 +32,9 @@ impl Summary {
                 self.tokens += tokens_per_s * step_s;
                 self.step_s += step_s;
             }
-            Event::Checkpoint { stall_s, .. } => {
+            Event::Checkpoint { step, stall_s, .. } => {
                 self.checkpoints += 1;
+                self.saved = *step;
                 self.stall_s += stall_s;
             }
             // A dead worker's group starts again from the newest checkpoint: the steps in between are repeated.
@@ -41,6 +44,7 @@ impl Summary {
                     self.lost_steps += reached.get().saturating_sub(resumed.get());
                 }
                 self.position = Some(resumed);
+                self.saved = resumed;
             }
             Event::Interrupted { lost_steps, .. } => {
                 self.lost_steps += lost_steps;
@@ -79,7 +83,12 @@ impl Summary {
         if self.checkpoints > 0 {
             parts.push(format!("mean stall {}", human::seconds(self.stall_s / self.checkpoints as f64)));
         }
-        parts.push(format!("{} lost", human::plural(self.lost_steps, "step")));
+        // An end of another kind, an error, doesn't say how many steps it costs: those that no checkpoint holds.
+        let unsaved = match (self.ending, self.position) {
+            (None, Some(reached)) => reached.get().saturating_sub(self.saved.get()),
+            _ => 0,
+        };
+        parts.push(format!("{} lost", human::plural(self.lost_steps + unsaved, "step")));
         if self.step_s > 0.0 {
             parts.push(format!("{} tokens/s", human::count(self.tokens / self.step_s)));
         }
@@ -95,6 +104,43 @@ mod tests {
         ids::{Generation, WorldSize},
         report::tests::step,
     };
+
+    /// The store has gone: an error ends the run, and no event says what it costs.
+    #[test]
+    fn an_end_by_an_error_costs_the_steps_that_no_checkpoint_holds() {
+        let mut summary = Summary::default();
+        let lost = |summary: &Summary| {
+            let line = summary.line(1.0).unwrap();
+            line.split(", ").find(|part| part.ends_with(" lost")).unwrap().to_owned()
+        };
+        summary.add(&Event::Formed {
+            generation: Generation(1),
+            world_size: WorldSize(2),
+            resume_step: Some(Step(4)),
+            total_steps: 10,
+            shares: None,
+        });
+        summary.add(&step(5, 5.0));
+        summary.add(&step(6, 5.0));
+        assert_eq!(lost(&summary), "2 steps lost", "since the checkpoint that it began from");
+        summary.add(&Event::Checkpoint {
+            step: Step(6),
+            generation: Generation(1),
+            bytes: 1,
+            stall_s: 0.0,
+            copy_s: 0.0,
+            durable_s: 0.0,
+        });
+        assert_eq!(lost(&summary), "0 steps lost");
+        for n in 7..10 {
+            summary.add(&step(n, 5.0));
+        }
+        assert_eq!(lost(&summary), "3 steps lost");
+        assert!(summary.line(1.0).unwrap().starts_with("stopped: "));
+        // These ends say it themselves.
+        summary.add(&Event::Interrupted { step: Step(9), lost_steps: 3 });
+        assert_eq!(lost(&summary), "3 steps lost");
+    }
 
     #[test]
     fn events_add_up() {

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use crate::{
     config::RunConfig,
-    error::Result,
+    error::{Error, Kind, Result},
     journal::RunState,
+    shortage::{self, Shortage},
     storage::Store,
     workload::{Site, Workload},
 };
@@ -20,13 +21,19 @@ pub struct Resolved {
 }
 
 impl Resolved {
-    fn new(config: &RunConfig, workload: Workload) -> Self {
-        Self { config: config.clone(), workload: Arc::new(workload) }
+    /// Refuses a run whose saves would fail for want of open files.
+    fn new(config: &RunConfig, workload: Workload) -> Result<Self> {
+        let needed = files(workload.workers(), config.storage.concurrency);
+        if let Some(limit) = shortage::open_files().filter(|limit| *limit < needed) {
+            let message = format!("this process may have {limit} open files, and its saves need {needed}");
+            return Err(Error::new(Kind::Unavailable, message).with_hint(Shortage::Files.hint()));
+        }
+        Ok(Self { config: config.clone(), workload: Arc::new(workload) })
     }
 
     /// Of a run that is about to be created.
     pub async fn of_new_run(config: &RunConfig, site: Site<'_>) -> Result<Self> {
-        Ok(Self::new(config, Workload::of_new_run(config, site).await?))
+        Self::new(config, Workload::of_new_run(config, site).await?)
     }
 
     /// Of an existing run; see [`Workload::of_existing_run`].
@@ -37,6 +44,12 @@ impl Resolved {
         state: &RunState,
         accepted: bool,
     ) -> Result<Self> {
-        Ok(Self::new(config, Workload::of_existing_run(config, site, run, state, accepted).await?))
+        Self::new(config, Workload::of_existing_run(config, site, run, state, accepted).await?)
     }
+}
+
+/// The least open files with which a save succeeds: each worker's socket, pipe and process, a few transfers side by
+/// side, and what every agent has open, generously.
+fn files(workers: u32, transfers: u32) -> u64 {
+    32 + 3 * u64::from(workers) + u64::from(transfers.min(16))
 }

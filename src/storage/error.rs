@@ -72,6 +72,17 @@ pub enum StorageError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A file would become larger than this process may make it.
+    #[error("{operation} of {key} failed: no file may become that large here")]
+    FileSize {
+        /// The operation.
+        operation: &'static str,
+        /// The key.
+        key: String,
+        /// The cause.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The bucket or container does not exist.
     #[error("{operation} of {key} failed: the bucket does not exist")]
     NoBucket {
@@ -145,6 +156,25 @@ pub enum StorageError {
     },
 }
 
+impl StorageError {
+    /// Whether it is a state of a folder that does not change by itself: no space, no permission, another limit of the
+    /// system, or no folder where one should be. A store elsewhere may be cured by somebody else.
+    pub fn lasts(&self) -> bool {
+        // ENFILE, EMFILE, ENOTDIR, EISDIR.
+        const NUMBERS: [&str; 4] = ["os error 23)", "os error 24)", "os error 20)", "os error 21)"];
+        match self {
+            Self::Full { key, .. } | Self::Permission { key, .. } | Self::FileSize { key, .. } => {
+                Place::of(key) == Place::Folder
+            }
+            Self::Unavailable { key, source, .. } => {
+                let cause = source.to_string();
+                Place::of(key) == Place::Folder && NUMBERS.iter().any(|number| cause.contains(number))
+            }
+            _ => false,
+        }
+    }
+}
+
 fn region_text(region: Option<&str>) -> String {
     match region {
         Some(region) => format!("the bucket is in the region {region}"),
@@ -163,7 +193,9 @@ impl Explain for StorageError {
             | Self::Region { .. } => Kind::Config,
             Self::InvalidKey { .. } | Self::NotFound { .. } | Self::TooLarge { .. } | Self::Short { .. } => Kind::Data,
             Self::Permission { .. } => Kind::Permission,
-            Self::Full { .. } | Self::Unavailable { .. } | Self::Adrift { .. } => Kind::Unavailable,
+            Self::Full { .. } | Self::FileSize { .. } | Self::Unavailable { .. } | Self::Adrift { .. } => {
+                Kind::Unavailable
+            }
         }
     }
 
@@ -190,6 +222,7 @@ impl Explain for StorageError {
                 "free space, prune old checkpoints (`trainer prune --run-id RUN`), or use another store; nothing \
                  partial is visible"
             }
+            Self::FileSize { .. } => Shortage::FileSize.hint(),
             Self::Adrift { .. } => {
                 "mount the disk again or move the folder back, then run `trainer resume`; nothing was written elsewhere"
             }
@@ -392,6 +425,23 @@ mod tests {
         }
         let wrong = said(StorageError::InvalidUri { uri: "ftp://x".into(), reason: "has a scheme".into() });
         assert!(wrong.contains("s3://bucket/prefix"), "{wrong}");
+    }
+
+    #[test]
+    fn the_state_of_a_folder_lasts_and_a_distant_stores_may_not() {
+        let source = |number| std::io::Error::from_raw_os_error(number).to_string().into();
+        let (operation, key) = ("put", || "file:///mnt/k".to_owned());
+        for number in [20, 21, 23, 24] {
+            assert!(StorageError::Unavailable { operation, key: key(), source: source(number) }.lasts(), "{number}");
+            let elsewhere = StorageError::Unavailable { operation, key: "s3://b/k".into(), source: source(number) };
+            assert!(!elsewhere.lasts(), "{number}");
+        }
+        assert!(!StorageError::Unavailable { operation, key: key(), source: source(5) }.lasts());
+        assert!(StorageError::Full { operation, key: key(), source: source(28) }.lasts());
+        assert!(StorageError::FileSize { operation, key: key(), source: source(27) }.lasts());
+        assert!(StorageError::Permission { operation, key: key(), source: source(30) }.lasts());
+        let session = StorageError::Permission { operation, key: "s3://b/k".into(), source: "ExpiredToken".into() };
+        assert!(!session.lasts(), "somebody may log in again");
     }
 
     #[test]

@@ -96,6 +96,8 @@ pub(super) enum Verdict {
     NotFound,
     Permission,
     Full,
+    /// The limit of a file's size is reached.
+    FileSize,
     NoBucket,
     /// The bucket is in another region.
     Region,
@@ -162,6 +164,7 @@ impl Failure {
             Verdict::NotFound => StorageError::NotFound { key },
             Verdict::Permission | Verdict::Credentials => StorageError::Permission { operation, key, source },
             Verdict::Full => StorageError::Full { operation, key, source },
+            Verdict::FileSize => StorageError::FileSize { operation, key, source },
             Verdict::NoBucket => StorageError::NoBucket { operation, key, source },
             Verdict::Region => StorageError::Region { operation, key, region: self.region, source },
             Verdict::Transient | Verdict::SlowDown | Verdict::Permanent => {
@@ -392,7 +395,8 @@ pub(super) fn classify(error: &object_store::Error) -> Verdict {
             use std::io::ErrorKind as K;
             return match error.kind() {
                 K::PermissionDenied | K::ReadOnlyFilesystem => Verdict::Permission,
-                K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Verdict::Full,
+                K::StorageFull | K::QuotaExceeded => Verdict::Full,
+                K::FileTooLarge => Verdict::FileSize,
                 K::NotFound => Verdict::NotFound,
                 _ => Verdict::Transient,
             };
@@ -549,6 +553,7 @@ mod tests {
         let cases = [
             (io(28), Verdict::Full),       // ENOSPC
             (io(122), Verdict::Full),      // EDQUOT
+            (io(27), Verdict::FileSize),   // EFBIG
             (io(13), Verdict::Permission), // EACCES
             (io(30), Verdict::Permission), // EROFS
             (io(5), Verdict::Transient),   // EIO

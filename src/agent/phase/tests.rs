@@ -244,6 +244,14 @@ fn save_failed(step: u64, slot: u8) -> Event {
     Event::Save(SaveEvent::Ended { step: Step(step), slot, result })
 }
 
+/// A folder that will not be cured while this process waits.
+fn save_refused(step: u64, slot: u8) -> Event {
+    let key = "file:///runs/r/checkpoints/x".to_owned();
+    let error = StorageError::Permission { operation: "upload", key, source: "(os error 30)".into() };
+    let result = Err(CheckpointError::from(error).into());
+    Event::Save(SaveEvent::Ended { step: Step(step), slot, result })
+}
+
 fn lost() -> Event {
     Event::Lost(Error::new(Kind::Fenced, "another node has the run"))
 }
@@ -308,7 +316,10 @@ fn a_notice_meets_a_failed_save_and_all_is_saved_all_the_same() {
         panic!("{effects:?}")
     };
     assert_eq!(*after, Duration::from_millis(500));
-    assert_eq!(message, "save of step 10 failed and is tried again: the store is away");
+    assert_eq!(
+        message,
+        "save of step 10 failed and is tried again; no checkpoint since the start 12.0 s ago: the store is away"
+    );
     // The pause is not over when the notice comes, which ends it.
     let effects = rig.feed(spot(25));
     assert_eq!(list(&effects), "report notice, hush, note, report drain, hush, freeze, hush, upload 10, busy");
@@ -543,9 +554,14 @@ fn a_hang_is_reported_less_and_less_often_and_ended_if_configured() {
 
 #[test]
 fn the_last_save_is_given_up_after_many_tries() {
-    for (asked, end) in [
-        (false, "Unavailable: save the last step, 13: the store is away"),
-        (true, "stopped: the last step could not be saved: the store is away"),
+    let away: fn(u64, u8) -> Event = save_failed;
+    const REFUSED: &str = "store refused upload of file:///runs/r/checkpoints/x: no permission: (os error 30)";
+    for (asked, fails, tries, end) in [
+        (false, away, 8, "Unavailable: save the last step, 13: the store is away".to_owned()),
+        (true, away, 8, "stopped: the last step could not be saved: the store is away".to_owned()),
+        (false, save_refused, 8, format!("Permission: save the last step, 13: {REFUSED}")),
+        // Somebody waits, and no try will succeed.
+        (true, save_refused, 3, format!("stopped: the last step could not be saved: {REFUSED}")),
     ] {
         let mut rig = training();
         let _ = rig.feed(saved(10, 0));
@@ -560,11 +576,11 @@ fn the_last_save_is_given_up_after_many_tries() {
         rig.feed_all(RANKS.map(|rank| finished(rank, 13)));
         rig.feed_all(RANKS.map(|rank| stopped(rank, 13)));
         rig.feed_all(RANKS.map(|rank| captured(rank, 13, 1)));
-        for _ in 1..8 {
-            assert_eq!(ended(&rig.feed(save_failed(13, 1))), None);
+        for _ in 1..tries {
+            assert_eq!(ended(&rig.feed(fails(13, 1))), None);
             let _ = rig.feed(Event::Retry { slot: 1 });
         }
-        assert_eq!(ended(&rig.feed(save_failed(13, 1))).unwrap(), end);
+        assert_eq!(ended(&rig.feed(fails(13, 1))).unwrap(), end);
     }
 }
 

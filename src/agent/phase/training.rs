@@ -26,19 +26,22 @@ use crate::{
         },
         workers::WorkerEvent,
     },
+    checkpoint::CheckpointError,
     error::{Error, Kind, Result},
     ids::{Rank, Step},
     journal::{DrainPlan, JournalError},
     notice::{self, Notice},
     protocol::{FromWorker, StepReport, ToWorker},
     report,
-    storage::Adrift,
+    storage::{Adrift, StorageError},
     workload::{Diverged, Outline, Progress, Reports},
 };
 
 /// Consecutive failed saves, of the last state that can be saved, after which it is given up. Each includes the store's
 /// own retries.
 const LAST_SAVE_TRIES: u32 = 8;
+/// The same after a notice, for an error that does not go away by itself: somebody waits for this process's end.
+const LASTING_TRIES: u32 = 3;
 
 /// A group that has been told to go.
 #[derive(Debug)]
@@ -152,6 +155,14 @@ impl Training {
                 Some(Cause::Died(format!("no step was finished for {} s after step {step}", quiet.as_secs())))
             }
         }
+    }
+}
+
+/// The store's error behind that of a save: two errors speak in its place, and don't name it as their cause.
+fn of_the_store(error: &Error) -> Option<&StorageError> {
+    match (error.cause(), error.cause()) {
+        (Some(CheckpointError::Storage(error)), _) | (_, Some(JournalError::Storage(error))) => Some(error),
+        _ => error.cause(),
     }
 }
 
@@ -355,16 +366,16 @@ impl Training {
             let doing = format!("save step {step}; the newest checkpoint is of step {newest}");
             return Break(Err(error.context(doing)));
         }
-        let failure = self.ledger.failed(step, error);
+        let lasts = of_the_store(&error).is_some_and(StorageError::lasts);
+        let tries = if lasts && self.timeline.is_called() { LASTING_TRIES } else { LAST_SAVE_TRIES };
+        let failure = self.ledger.failed(step, error, turn.now);
         if let Some(message) = failure.warning {
             turn.reports(report::Event::Warning { message });
         }
         let actions = match stage {
             // Nobody trains meanwhile: without a pause, and with a bound.
             Stage::Salvaging(_) => self.scheduler.salvage_failed(slot, turn.now),
-            _ if self.scheduler.has_ended() && failure.times >= LAST_SAVE_TRIES => {
-                self.scheduler.give_up_the_end(slot, turn.now)
-            }
+            _ if self.scheduler.has_ended() && failure.times >= tries => self.scheduler.give_up_the_end(slot, turn.now),
             _ => {
                 self.retrying = Some(slot);
                 turn.does(Effect::Retry { slot, after: Duration::from_millis(250 << failure.times.min(5)) });

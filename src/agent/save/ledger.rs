@@ -11,6 +11,7 @@ use crate::{
     error::{Error, Kind, Result},
     ids::Step,
     journal::{Committed, SaveCost},
+    report::human,
     storage::Priority,
     workload::Figures,
 };
@@ -20,6 +21,9 @@ const REMEMBERED: u64 = 64;
 
 /// After a save that took longer than this to become durable, saves no longer use idle cores alone.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Saves that go on failing are reported at least this often.
+const TELL: Duration = Duration::from_secs(300);
 
 /// The facts kept about a snapshot until it is committed.
 #[derive(Debug)]
@@ -49,11 +53,16 @@ pub struct Ledger {
     validated: Option<(Step, f64)>,
     /// At most one at a time.
     under_way: Option<UnderWay>,
+    /// The newest commit, or the beginning.
     committed_at: Moment,
+    /// The newest step committed since the beginning.
+    newest: Option<Step>,
     /// The last save that failed, and how often in a row.
     failed: (Step, u32),
     /// Saves of any step that failed since the last success.
     in_a_row: u32,
+    /// When a failure was last reported.
+    told: Moment,
     last_error: Option<Error>,
     /// Transfers that yielded to all others took too long: they no longer yield.
     starved: bool,
@@ -83,7 +92,8 @@ pub struct Transfer {
 pub struct Failure {
     /// Consecutive failures of the save of this step.
     pub times: u32,
-    /// The report for people. Given once, then ever less often: an expired session may last until somebody comes.
+    /// The report for people. Given once, then ever less often, but every [`TELL`] at least: an expired session may
+    /// last until somebody comes, and the run may lose ever more meanwhile.
     pub warning: Option<String>,
 }
 
@@ -96,8 +106,10 @@ impl Ledger {
             validated: None,
             under_way: None,
             committed_at: now,
+            newest: None,
             failed: (Step(0), 0),
             in_a_row: 0,
+            told: now,
             last_error: None,
             starved: false,
         }
@@ -205,21 +217,29 @@ impl Ledger {
         estimates.copy.push(committed.cost.copy_s);
         self.in_a_row = 0;
         self.committed_at = now;
+        self.newest = Some(committed.step);
         self.kept.retain(|&kept, _| kept > committed.step);
         let starves = committed.cost.durable_s > PATIENCE.as_secs_f64();
         starves && !std::mem::replace(&mut self.starved, true)
     }
 
     /// A save has failed.
-    pub fn failed(&mut self, step: Step, error: Error) -> Failure {
+    pub fn failed(&mut self, step: Step, error: Error, now: Moment) -> Failure {
         self.under_way = None;
         let times = if self.failed.0 == step { self.failed.1 + 1 } else { 1 };
         self.failed = (step, times);
         self.in_a_row += 1;
-        let warning = self.in_a_row.is_power_of_two().then(|| {
+        let due = self.in_a_row.is_power_of_two() || now.saturating_sub(self.told) >= TELL;
+        let warning = due.then(|| {
+            self.told = now;
+            let since = human::seconds(self.lag(now).as_secs_f64());
+            let newest = match self.newest {
+                Some(step) => format!("newest checkpoint: step {step}, {since} ago"),
+                None => format!("no checkpoint since the start {since} ago"),
+            };
             let count = if self.in_a_row == 1 { String::new() } else { format!(" ({} times in a row)", self.in_a_row) };
             let hint = error.hint().map(|hint| format!("; hint: {hint}")).unwrap_or_default();
-            format!("save of step {step} failed and is tried again{count}: {error}{hint}")
+            format!("save of step {step} failed and is tried again{count}; {newest}: {error}{hint}")
         });
         self.last_error = Some(error);
         Failure { times, warning }
@@ -252,7 +272,7 @@ mod tests {
         let mut said = Vec::new();
         for n in 0..100_u32 {
             // A newer state every third time: that step's own count starts again, the reported one does not.
-            let failure = saves.failed(Step(u64::from(n / 3)), error());
+            let failure = saves.failed(Step(u64::from(n / 3)), error(), Moment::from_secs(1));
             assert_eq!(failure.times, n % 3 + 1);
             said.extend(failure.warning);
         }
@@ -262,6 +282,37 @@ mod tests {
             assert!(message.contains(count) && message.contains("expired; hint: log in again"), "{message}");
         }
         assert_eq!(saves.take_error().map(|error| error.kind()), Some(Kind::Unavailable));
+    }
+
+    /// At the longest pause between tries the next power of two may be hours away.
+    #[test]
+    fn saves_that_go_on_failing_are_told_every_few_minutes_with_the_age_of_the_newest_checkpoint() {
+        let mut saves = Ledger::begin(Moment::ZERO);
+        let mut told = Vec::new();
+        for n in 1..=1000_u64 {
+            let at = Moment::from_secs(8 * n);
+            let failure = saves.failed(Step(20), Error::new(Kind::Unavailable, "read-only"), at);
+            told.extend(failure.warning.map(|warning| (at, warning)));
+        }
+        let longest = told.windows(2).map(|pair| pair[1].0 - pair[0].0).max();
+        assert!(longest < Some(TELL + Duration::from_secs(8)), "{longest:?} in silence");
+        assert!(told.len() < 50, "{} warnings", told.len());
+        assert!(told[0].1.contains("no checkpoint since the start 8.00 s ago"), "{}", told[0].1);
+        let committed = Committed {
+            step: Step(12),
+            generation: crate::ids::Generation(1),
+            manifest: String::new(),
+            manifest_crc64: String::new(),
+            bytes: 100,
+            loss: Some(2.0),
+            validation_loss: None,
+            metrics: Metrics::new(),
+            cost: SaveCost::default(),
+        };
+        saves.committed(&committed, &mut Estimates::default(), Moment::from_secs(10_000));
+        let error = Error::new(Kind::Unavailable, "read-only");
+        let warning = saves.failed(Step(20), error, Moment::from_secs(11_200)).warning.unwrap();
+        assert!(warning.contains("newest checkpoint: step 12, 20m ago"), "{warning}");
     }
 
     #[test]

@@ -162,10 +162,11 @@ impl Fetch {
 
 fn memory(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
     move |error| {
+        let shortage = Shortage::of(&error);
         let error = Error::from_source(Kind::Bug, error).context(doing);
-        match error.kind() {
+        match shortage {
             // tmpfs and memfd report a full disk when memory is short.
-            Kind::Unavailable => error.with_hint(Shortage::Memory.hint()),
+            Some(Shortage::Room) => error.with_hint(Shortage::Memory.hint()),
             _ => error,
         }
     }

@@ -46,7 +46,12 @@ void hold(int count, char** arguments, char**) noexcept {
 
 } // namespace
 
+// Terminal stops (termios(3), tostop; a read by a background process) are ignored from here on, and in children: a
+// stopped process receives no other signal, so that a notice would find nobody who saves. With SIGTTOU ignored a write
+// succeeds, and with SIGTTIN ignored a read fails. A handler would not do: the kernel repeats the call after it.
 extern "C" void trn_release_signals() noexcept {
+  std::signal(SIGTTOU, SIG_IGN);
+  std::signal(SIGTTIN, SIG_IGN);
   const sigset_t signals = asked();
   pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
 }

@@ -9,10 +9,8 @@ use toml::Value;
 use super::{
     CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, Machine, ModelConfig,
     ModelKind, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig,
-    ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig, TrainTask,
-    error::Origin,
-    raw::Raw,
-    text, workers_per_node,
+    ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig, TrainTask, error::Origin,
+    raw::Raw, text, workers_per_node,
 };
 use crate::error::{Error, Kind};
 

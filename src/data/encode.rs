@@ -247,7 +247,7 @@ impl Job {
         match whole.and_then(|()| documents::read(&path, &input.name, &wanted, sink)) {
             Err(DataError::Broken { reason, .. }) if self.settings.skip_unreadable => Ok(Outcome::Skipped(reason)),
             Err(DataError::Io { doing: "open", source, .. })
-                if self.settings.skip_unreadable && source.kind() == std::io::ErrorKind::PermissionDenied =>
+                if source.kind() == std::io::ErrorKind::PermissionDenied =>
             {
                 Ok(Outcome::Skipped(format!("can't be opened: {source}")))
             }

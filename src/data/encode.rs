@@ -244,7 +244,10 @@ impl Job {
         } else {
             Ok(())
         };
-        match whole.and_then(|()| documents::read(&path, &input.name, &wanted, sink)) {
+        let read = whole.and_then(|()| documents::read(&path, &input.name, &wanted, sink));
+        // First of all, since a file that changed may seem broken.
+        input.unchanged()?;
+        match read {
             Err(DataError::Broken { reason, .. }) if self.settings.skip_unreadable => Ok(Outcome::Skipped(reason)),
             Err(DataError::Io { doing: "open", source, .. })
                 if source.kind() == std::io::ErrorKind::PermissionDenied =>

@@ -20,7 +20,7 @@ use std::{
 use super::{
     DataError,
     compressed::ending,
-    input::{Input, MATCH, Place, is_glob},
+    input::{Input, MATCH, Place, Stamp, is_glob},
 };
 
 /// Device and inode.
@@ -201,7 +201,7 @@ impl Scan {
         let name = path.to_string_lossy().into_owned();
         if self.denied.insert(path.to_owned()) {
             let place = Place::Unreadable(format!("can't be opened: {error}"));
-            self.found.push((Input { name, bytes: 0, place, named }, false));
+            self.found.push((Input { name, bytes: 0, place, named, stamp: None }, false));
         } else if let Some((before, _)) = self.found.iter_mut().find(|(input, _)| input.name == name) {
             before.named |= named;
         }
@@ -210,6 +210,7 @@ impl Scan {
     /// Adds a file, if it is one; returns whether it existed.
     fn file(&mut self, path: PathBuf, out: Option<&Path>, named: bool) -> Result<bool, DataError> {
         let name = path.to_string_lossy().into_owned();
+        let mut stamp = None;
         let (place, bytes, inode) = match std::fs::metadata(&path) {
             Ok(metadata) if metadata.is_dir() => return Ok(false),
             Ok(metadata) if metadata.is_file() => {
@@ -220,6 +221,7 @@ impl Scan {
                     self.deny(&path, &error.into(), named);
                     return Ok(true);
                 }
+                stamp = Some(Stamp::of(&metadata));
                 let inode = (metadata.ino() != 0).then(|| (metadata.dev(), metadata.ino()));
                 (Place::Local(path.clone()), metadata.len(), inode)
             }
@@ -240,7 +242,7 @@ impl Scan {
             return Ok(false);
         }
         let link = std::fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink());
-        let input = Input { name, bytes, place, named };
+        let input = Input { name, bytes, place, named, stamp };
         // Some file systems give one number to all files: the size must agree, too.
         let Some(place) = inode.and_then(|inode| self.files.get(&(inode, bytes)).copied()) else {
             if let Some(inode) = inode {

@@ -3,7 +3,10 @@
 use std::{
     ffi::OsStr,
     io::Write,
-    os::unix::{ffi::OsStrExt, fs::symlink},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{PermissionsExt, symlink},
+    },
     path::Path,
 };
 
@@ -277,4 +280,51 @@ fn generate_ends_with_the_token_between_the_datas_documents() {
     generate(&[]).expect_code(0);
     generate(&["--eos-token", "<|fin|>"]).expect_code(0);
     generate(&["--eos-token", "<|other|>"]).expect_code(78).expect_said(&["<|other|>"]);
+}
+
+/// The same without the right of root to read everything.
+fn as_anybody(lab: &Lab, input: &str, out: &str, more: &[&str]) -> Finished {
+    let (input, out) = (lab.path(input).display().to_string(), lab.path(out).display().to_string());
+    let tokenizer = data_set().join("tokenizer.json").display().to_string();
+    let arguments = ["data", "prepare", "--input", &input, "--out", &out, "--tokenizer", &tokenizer];
+    let command = lab.command(&arguments).args(more);
+    if rustix::process::geteuid().is_root() {
+        return command.within(&["setpriv", "--bounding-set=-dac_override,-dac_read_search"]).finish();
+    }
+    command.finish()
+}
+
+#[test]
+fn files_and_folders_that_may_not_be_read_are_left_out_like_any_unreadable_file() {
+    let lab = Lab::on_files_at_once();
+    for number in 0..40 {
+        write(&lab, format!("in/{number}.txt"), format!("text {number}"));
+    }
+    write(&lab, "in/secret.txt", "a text");
+    write(&lab, "in/lost+found/x.txt", "a text");
+    let closed = std::fs::Permissions::from_mode(0o000);
+    for name in ["in/secret.txt", "in/lost+found"] {
+        std::fs::set_permissions(lab.path(name), closed.clone()).expect("close");
+    }
+    let done = as_anybody(&lab, "in", "out", &[]).expect_code(0);
+    assert!(done.stdout.contains("2 of 42 files were left out"), "{}", done.story());
+    done.expect_said(&["secret.txt", "lost+found", "Permission denied"]);
+    for (number, named) in ["in/secret.txt", "in/lost+found", "in/lost+found/*.txt"].into_iter().enumerate() {
+        let out = format!("named-{number}");
+        as_anybody(&lab, named, &out, &[]).expect_code(78).expect_said(&["--skip-unreadable", "Permission denied"]);
+        let input = lab.path(named).display().to_string();
+        as_anybody(&lab, "in", &out, &["--input", &input, "--skip-unreadable"]).expect_code(0);
+    }
+    // Too many are found out before the work, and the flag is named.
+    for number in 0..4 {
+        write(&lab, format!("in/closed-{number}/x.txt"), "a text");
+        std::fs::set_permissions(lab.path(&format!("in/closed-{number}")), closed.clone()).expect("close");
+    }
+    as_anybody(&lab, "in", "more", &[]).expect_code(78).expect_said(&["of 46 files", "--skip-unreadable"]);
+    let done = as_anybody(&lab, "in", "more", &["--skip-unreadable"]).expect_code(0);
+    assert!(done.stdout.contains("6 of 46 files were left out"), "{}", done.story());
+    let open = std::fs::Permissions::from_mode(0o700);
+    for name in ["in/lost+found", "in/closed-0", "in/closed-1", "in/closed-2", "in/closed-3"] {
+        std::fs::set_permissions(lab.path(name), open.clone()).expect("open");
+    }
 }

@@ -15,9 +15,10 @@ use crate::{
         export::{self, Target},
     },
     config,
-    error::{Context, Result},
+    error::{Context, Kind, Result},
     history,
     ids::{RunId, Step},
+    journal::Committed,
     report::human,
     storage::Store,
 };
@@ -82,10 +83,58 @@ impl Done<'_> {
 
 /// Exports a step's weights, or the newest; returns the step.
 pub(super) async fn export(run: &RunArg, step: Option<Step>, target: &Target) -> Result<(Step, export::Exported)> {
-    let (folder, committed) = history::choose(&run.store.open()?, &run.run_id, step).await?;
+    let root = run.store.open()?;
+    let (_, committed) = history::choose(&root, &run.run_id, step).await?;
+    export_chosen(&root, &run.run_id, step, committed, target).await
+}
+
+/// Exports the chosen checkpoint. A run that goes on may prune it meanwhile: then another one is chosen.
+async fn export_chosen(
+    root: &Store,
+    run_id: &RunId,
+    step: Option<Step>,
+    mut committed: Committed,
+    target: &Target,
+) -> Result<(Step, export::Exported)> {
+    let folder = root.folder(run_id.as_str());
+    loop {
+        let error = match weights(&folder, &committed, target).await {
+            Ok(exported) => return Ok((committed.step, exported)),
+            Err(error) if error.kind() == Kind::Data => error,
+            Err(error) => return Err(error),
+        };
+        let state = history::read(root, run_id).await?;
+        if !history::is_pruned(&state, committed.step, committed.generation) {
+            return Err(error);
+        }
+        tracing::warn!(step = %committed.step, "checkpoint was pruned while it was read");
+        (_, committed) = history::choose(root, run_id, step).await?;
+    }
+}
+
+async fn weights(folder: &Store, committed: &Committed, target: &Target) -> Result<export::Exported> {
     let doing = || format!("export step {}", committed.step);
-    let manifest = catalog::read_manifest(&folder, &committed).await.context(doing())?;
+    let manifest = catalog::read_manifest(folder, committed).await.context(doing())?;
     let part = u64::from(store::LIMITS.part_mib) << 20;
-    let exported = export::export(&folder, &manifest, target, part, |_| {}).await.context(doing())?;
-    Ok((committed.step, exported))
+    export::export(folder, &manifest, target, part, |_| {}).await.context(doing())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{checkpoint::testing::memory_store, history::tests::run_that_pruned};
+
+    #[tokio::test]
+    async fn a_checkpoint_that_is_pruned_while_it_is_read_is_not_damaged() {
+        let root = memory_store();
+        let (stale, newest) = run_that_pruned(&root, 2).await;
+        let old = stale.newest().unwrap().committed.clone();
+        let out = tempfile::tempdir().unwrap();
+        let target = Target::Folder(out.path().join("model"));
+        let export = |step| export_chosen(&root, stale.run_id(), step, old.clone(), &target);
+        let error = export(Some(old.step)).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Usage, "{error}");
+        assert_eq!(export(None).await.unwrap().0, newest.step);
+        assert!(out.path().join("model/model.safetensors").is_file());
+    }
 }

@@ -17,8 +17,8 @@ use crate::{
     },
     error::{Context, Error, Kind, Result},
     history,
-    ids::{NodeId, Step},
-    journal::{self, Checkpoint, CheckpointStatus, Journal, RunState},
+    ids::{NodeId, RunId, Step},
+    journal::{self, Checkpoint, CheckpointStatus, Committed, Journal, RunState},
     report::human,
     storage::Store,
 };
@@ -61,6 +61,8 @@ struct Looked {
     report: Report,
     /// It had been found damaged before, and the verdict was taken back.
     cleared: bool,
+    /// The run pruned it while it was read: nothing is known of its objects.
+    pruned: bool,
 }
 
 impl Verify {
@@ -85,27 +87,49 @@ impl Verify {
     async fn look(&self) -> Result<(Vec<Looked>, Result<()>)> {
         let root = self.run.store.open()?;
         let state = history::read(&root, &self.run.run_id).await?;
-        let folder = root.folder(self.run.run_id.as_str());
         if self.all && self.deep {
-            journal::audit(&folder, &self.run.run_id).await?;
+            journal::audit(&root.folder(self.run.run_id.as_str()), &self.run.run_id).await?;
         }
-        let part = u64::from(store::LIMITS.part_mib) << 20;
-        let depth = if self.deep { Depth::Bytes { part } } else { Depth::Stored };
-        let mut looked = Vec::new();
-        for checkpoint in self.chosen(&state)? {
-            let mut report = verify::verify(&folder, &checkpoint.committed, depth, &|_| {}).await?;
-            if let Some((object, reason)) = report.damage() {
-                // An answer may have been garbled, and a store may keep a wrong checksum. So the bytes decide.
-                let again = verify::look_again(&folder, &checkpoint.committed, &report).await?;
-                if again.is_sound() {
-                    tracing::warn!("{object}: {reason}; a second read was clean");
-                }
-                report = again;
+        self.look_from(&root, state).await
+    }
+
+    /// Looks at checkpoints by a journal that was read a moment ago.
+    async fn look_from(&self, root: &Store, mut state: RunState) -> Result<(Vec<Looked>, Result<()>)> {
+        let folder = root.folder(state.run_id().as_str());
+        let mut looked = loop {
+            let mut looked = Vec::new();
+            for checkpoint in self.chosen(&state)? {
+                looked.push(self.look_at(root, &folder, state.run_id(), &checkpoint.committed).await?);
             }
-            looked.push(Looked { report, cleared: false });
-        }
+            // The newest one is gone only when there is a newer one.
+            let newest_is_gone = self.step.is_none() && !self.all && looked.iter().any(|looked| looked.pruned);
+            if !newest_is_gone {
+                break looked;
+            }
+            state = history::read(root, &self.run.run_id).await?;
+        };
         let cleared = clear(&folder, state, &mut looked).await;
         Ok((looked, cleared))
+    }
+
+    async fn look_at(&self, root: &Store, folder: &Store, run_id: &RunId, committed: &Committed) -> Result<Looked> {
+        let part = u64::from(store::LIMITS.part_mib) << 20;
+        let depth = if self.deep { Depth::Bytes { part } } else { Depth::Stored };
+        let mut report = verify::verify(folder, committed, depth, &|_| {}).await?;
+        if let Some((object, reason)) = report.damage() {
+            // An answer may have been garbled, and a store may keep a wrong checksum. So the bytes decide.
+            let again = verify::look_again(folder, committed, &report).await?;
+            if again.is_sound() {
+                tracing::warn!("{object}: {reason}; a second read was clean");
+            }
+            report = again;
+        }
+        let gone = !report.is_sound()
+            && history::is_pruned(&history::read(root, run_id).await?, report.step, report.generation);
+        if gone {
+            report.files.clear();
+        }
+        Ok(Looked { report, cleared: false, pruned: gone })
     }
 
     fn chosen<'a>(&self, state: &'a RunState) -> Result<Vec<&'a Checkpoint>> {
@@ -137,7 +161,7 @@ async fn clear(folder: &Store, state: RunState, looked: &mut [Looked]) -> Result
         return Ok(());
     }
     let mut journal = Journal::follow(folder.clone(), NodeId::random(), state).await?;
-    for Looked { report, cleared } in looked {
+    for Looked { report, cleared, .. } in looked {
         let step = report.step;
         *cleared =
             condemn::clear(&mut journal, report).await.context(format!("withdraw the verdict on step {step}"))?;
@@ -157,6 +181,10 @@ fn told(looked: &[Looked]) -> String {
         text.push_str(&format!(
             "step {step}, generation {generation}: had been found damaged and is whole; it is good again\n"
         ));
+    }
+    for Looked { report, .. } in looked.iter().filter(|looked| looked.pruned) {
+        let (step, generation) = (report.step, report.generation);
+        text.push_str(&format!("step {step}, generation {generation}: was pruned while it was read\n"));
     }
     text
 }
@@ -185,6 +213,9 @@ fn table(reports: &[&Report]) -> String {
 /// One line for all reports; checkpoints verified only by sizes are not called good.
 fn summary(reports: &[&Report]) -> String {
     let files: Vec<&FileReport> = reports.iter().flat_map(|report| &report.files).collect();
+    if files.is_empty() {
+        return String::new();
+    }
     let (damaged, sound): (Vec<&FileReport>, Vec<&FileReport>) =
         files.iter().copied().partition(|file| file.damage.is_some());
     let by = |proof: Proof| sound.iter().filter(|file| file.by == proof).count();
@@ -201,7 +232,48 @@ fn summary(reports: &[&Report]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ids::Generation;
+    use crate::{
+        checkpoint::testing::{HARMS, harm, memory_store},
+        cli::args::StoreArg,
+        history::tests::run_that_pruned,
+        ids::Generation,
+        layout,
+    };
+
+    #[tokio::test]
+    async fn a_checkpoint_that_is_pruned_while_it_is_read_is_not_damaged() {
+        for deep in [false, true] {
+            let root = memory_store();
+            let (stale, newest) = run_that_pruned(&root, 2).await;
+            let verify = |step, all| Verify {
+                run: RunArg { run_id: stale.run_id().clone(), store: StoreArg { store: None } },
+                step,
+                all,
+                deep,
+                json: JsonArg { json: false },
+            };
+            // Both old ones are gone by now: of all and of one step that is said, and the newest is another one.
+            let (looked, cleared) = verify(None, true).look_from(&root, stale.clone()).await.unwrap();
+            cleared.unwrap();
+            assert!(looked.len() == 2 && looked.iter().all(|looked| looked.pruned && looked.report.is_sound()));
+            assert_eq!(told(&looked).lines().filter(|line| line.contains("pruned")).count(), 2, "{}", told(&looked));
+            let (looked, _) = verify(Some(Step(1)), false).look_from(&root, stale.clone()).await.unwrap();
+            assert!(looked[0].pruned && looked[0].report.is_sound());
+            let (looked, _) = verify(None, false).look_from(&root, stale.clone()).await.unwrap();
+            assert_eq!((looked.len(), looked[0].report.step, looked[0].pruned), (1, newest.step, false));
+
+            // One that is damaged and not pruned is damaged.
+            for kind in HARMS {
+                let root = memory_store();
+                let (_, newest) = run_that_pruned(&root, 2).await;
+                let folder = layout::checkpoint(newest.step, newest.generation);
+                harm(&root.folder(stale.run_id().as_str()), &folder, layout::MANIFEST, kind).await;
+                let state = history::read(&root, stale.run_id()).await.unwrap();
+                let (looked, _) = verify(None, false).look_from(&root, state).await.unwrap();
+                assert!(!looked[0].pruned && !looked[0].report.is_sound(), "{kind:?}");
+            }
+        }
+    }
 
     #[test]
     fn the_summary_does_not_call_a_size_a_checksum() {

@@ -34,6 +34,7 @@ pub use raw::DEFAULT_TOML;
 pub use resolve::{Fetch, Guard, MAX_STEPS, PLACES, Sources, Text, load};
 pub use text::{
     absolute_uri, format_cadence, format_duration, local_path, parse_cadence, parse_duration, parse_spacing,
+    read_small, without_bom,
 };
 pub use workload::{
     DataConfig, Device, ModelConfig, ModelKind, OptimizerConfig, ParallelConfig, Precision, ScheduleConfig,

@@ -47,7 +47,7 @@ impl Raw {
     pub fn add_file(&mut self, path: &Path) -> Result<(), ConfigError> {
         let name = path.display().to_string();
         let unreadable = |source| ConfigError::Unreadable { path: name.clone(), source };
-        let text = read_limited(path, MAX_FILE).map_err(unreadable)?;
+        let text = text::read_small(path, MAX_FILE).map_err(unreadable)?;
         let text = String::from_utf8(text)
             .map_err(|error| unreadable(std::io::Error::new(std::io::ErrorKind::InvalidData, error.utf8_error())))?;
         self.add_text(&text, path)
@@ -350,17 +350,6 @@ fn find_lines(prefix: &str, table: &DeTable<'_>, text: &str, lines: &mut BTreeMa
 
 fn line_of(text: &str, offset: usize) -> usize {
     text.bytes().take(offset).filter(|byte| *byte == b'\n').count() + 1
-}
-
-/// Reads a file of at most `limit` bytes; its stated length is not trusted, but counted.
-pub(super) fn read_limited(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
-    use std::io::Read;
-    let mut bytes = Vec::new();
-    std::fs::File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > limit {
-        return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, format!("longer than {limit} bytes")));
-    }
-    Ok(bytes)
 }
 
 /// The known key, or section of keys, most similar to `key`: the last name counts more than its place.

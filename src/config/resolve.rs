@@ -9,10 +9,8 @@ use toml::Value;
 use super::{
     CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, Machine, ModelConfig,
     ModelKind, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig,
-    ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig, TrainTask,
-    error::Origin,
-    raw::{self, Raw},
-    text, workers_per_node,
+    ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig, TrainTask, error::Origin,
+    raw::Raw, text, workers_per_node,
 };
 use crate::error::{Error, Kind};
 
@@ -207,7 +205,7 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
         }
         (Some(folder), "") => {
             let bytes = match text::local_path(folder) {
-                Some(local) => raw::read_limited(&local.join("config.json"), MAX_MODEL_CONFIG)
+                Some(local) => text::read_small(&local.join("config.json"), MAX_MODEL_CONFIG)
                     .map_err(|error| Error::new(Kind::Config, format!("its config.json can't be read: {error}"))),
                 None => (sources.fetch)(folder, "config.json"),
             };
@@ -228,7 +226,8 @@ fn model(raw: &Raw, sources: &Sources<'_>) -> Result<ModelConfig, ConfigError> {
         // One that does not exist is a mistake of the configuration, like any other.
         _ => named(error.to_string()),
     })?;
-    let config: Json = serde_json::from_slice(&bytes).map_err(|error| named(format!("not valid JSON: {error}")))?;
+    let config: Json =
+        serde_json::from_slice(text::without_bom(&bytes)).map_err(|error| named(format!("not valid JSON: {error}")))?;
     if !config.is_object() {
         return Err(named("not a JSON object, as a Hugging Face config.json is".into()));
     }
@@ -251,7 +250,7 @@ fn read_model_config(path: &str, sources: &Sources<'_>) -> Result<Vec<u8>, Error
     }
     tried.dedup();
     for candidate in &tried {
-        match raw::read_limited(candidate, MAX_MODEL_CONFIG) {
+        match text::read_small(candidate, MAX_MODEL_CONFIG) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             other => return other.map_err(|error| Error::new(Kind::Config, format!("can't be read: {error}"))),
         }

@@ -404,6 +404,34 @@ fn the_models_description_is_found_and_checked() {
     std::fs::write(dir.path().join("huge.json"), vec![b' '; 2 << 20]).unwrap();
     assert!(reason("model.config = 'huge.json'").contains("longer than 1048576 bytes"));
 
+    std::fs::write(dir.path().join("bom.json"), "\u{feff}{\"a\": 1}").unwrap();
+    assert_eq!(with("model.config = 'bom.json'").unwrap().workload.model.config, serde_json::json!({"a": 1}));
+    // Opening a pipe would wait for a writer.
+    let pipe = |name: &str| {
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            dir.path().join(name),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+            0,
+        )
+        .unwrap();
+    };
+    pipe("pipe.json");
+    assert!(reason("model.config = 'pipe.json'").contains("pipe"));
+    pipe("config.json");
+    let error = with(&format!("model.init_from = '{}'", dir.path().display())).unwrap_err();
+    assert!(error.to_string().contains("pipe"), "{error}");
+    pipe("pipe.toml");
+    let error = Raw::defaults().unwrap().add_file(&dir.path().join("pipe.toml")).unwrap_err();
+    assert_eq!(error.kind(), Kind::Config, "{error}");
+    // What a shell has opened is a pipe, too: <(…).
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    rustix::io::write(&write, b"text").unwrap();
+    drop(write);
+    let open = format!("/dev/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&read));
+    assert_eq!(super::read_small(Path::new(&open), 9).unwrap(), b"text");
+
     // Beside the configuration file, when not in the working directory.
     std::fs::write(dir.path().join("configs/beside.toml"), "model.config = 'models/tiny.json'\ndata.train = 'x'")
         .unwrap();

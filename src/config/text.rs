@@ -169,6 +169,31 @@ fn file_uri(path: &Path, cwd: &Path) -> Option<String> {
     Some(format!("file://{}", clean.to_str()?))
 }
 
+/// Reads a file of at most `limit` bytes; its stated length is not trusted, but counted. Opening a named pipe would
+/// wait for a writer without end: only regular files are read, and descriptors that the caller's shell has opened.
+///
+/// # Errors
+/// The file system's, `FileTooLarge`, and `InvalidInput` for a pipe, a socket or a device.
+pub fn read_small(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+    use std::io::{Error, ErrorKind, Read};
+    let is_open = ["/dev/stdin", "/dev/fd", "/proc"].iter().any(|open| path.starts_with(open));
+    let kind = std::fs::metadata(path)?.file_type();
+    if !kind.is_file() && !kind.is_dir() && !is_open {
+        return Err(Error::new(ErrorKind::InvalidInput, "it is a pipe, a socket or a device, not a file"));
+    }
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(Error::new(ErrorKind::FileTooLarge, format!("longer than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// A text without the byte order mark that some editors put before it.
+pub fn without_bom(bytes: &[u8]) -> &[u8] {
+    bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes)
+}
+
 /// The local path behind a path or a `file://` URI; `None` for a remote one.
 pub fn local_path(uri: &str) -> Option<PathBuf> {
     match uri.split_once("://") {

@@ -246,10 +246,13 @@ impl Job {
         } else {
             Ok(())
         };
-        match whole.and_then(|()| documents::read(&path, &input.name, &wanted, sink)) {
+        let read = whole.and_then(|()| documents::read(&path, &input.name, &wanted, sink));
+        // First of all, since a file that changed may seem broken.
+        input.unchanged()?;
+        match read {
             Err(DataError::Broken { reason, .. }) if self.settings.skip_unreadable => Ok(Outcome::Skipped(reason)),
             Err(DataError::Io { doing: "open", source, .. })
-                if self.settings.skip_unreadable && source.kind() == std::io::ErrorKind::PermissionDenied =>
+                if source.kind() == std::io::ErrorKind::PermissionDenied =>
             {
                 Ok(Outcome::Skipped(format!("can't be opened: {source}")))
             }

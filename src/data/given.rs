@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::{DataError, input, prepare::TokenizerSource, tokenizer::MAX_FILE_BYTES};
 use crate::{
-    config::StorageConfig,
+    config::{StorageConfig, read_small},
     layout::TOKENIZER,
     storage::{StorageError, Store},
 };
@@ -67,7 +67,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, DataError> {
     if length > MAX_FILE_BYTES {
         return Err(failed(too_long(length)));
     }
-    let json = std::fs::read(path).map_err(|error| failed(format!("can't be read: {error}")))?;
+    let json = read_small(path, MAX_FILE_BYTES).map_err(|error| failed(format!("can't be read: {error}")))?;
     let folder = path.parent().map(|folder| folder.display().to_string()).unwrap_or_default();
     check(&json, &name, if folder.is_empty() { "." } else { &folder })?;
     Ok(json)

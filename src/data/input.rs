@@ -6,6 +6,8 @@
 
 use std::{
     ffi::OsString,
+    fs::Metadata,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -26,9 +28,31 @@ pub(super) struct Input {
     pub place: Place,
     /// Whether it was named directly, not found in a folder or by a pattern.
     pub named: bool,
+    /// What a local file was when it was found.
+    pub stamp: Option<Stamp>,
+}
+
+/// By these a file shows that it was written to: its length, and when it was last changed, seconds and nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp(u64, i64, i64);
+
+impl Stamp {
+    pub(super) fn of(metadata: &Metadata) -> Self {
+        Self(metadata.len(), metadata.mtime(), metadata.mtime_nsec())
+    }
 }
 
 impl Input {
+    /// Refuses a local file that was written to after it was found: its text is neither the old nor the new one.
+    pub(super) fn unchanged(&self) -> Result<(), DataError> {
+        let (Some(stamp), Place::Local(path)) = (self.stamp, &self.place) else { return Ok(()) };
+        if std::fs::metadata(path).is_ok_and(|metadata| Stamp::of(&metadata) == stamp) {
+            return Ok(());
+        }
+        let reason = "changed while it was read; start again when nothing writes to it".into();
+        Err(DataError::Input { input: self.name.clone(), reason })
+    }
+
     /// The last part of its name, for the recipe.
     pub(super) fn last_name(&self) -> String {
         match &self.place {
@@ -122,6 +146,7 @@ async fn find_remote(spec: &str, storage: &StorageConfig, inputs: &mut Vec<Input
                 bytes: object.size,
                 place: Place::Remote { store: store.clone(), key: object.key },
                 named: false,
+                stamp: None,
             });
         }
     }
@@ -134,7 +159,7 @@ async fn find_remote(spec: &str, storage: &StorageConfig, inputs: &mut Vec<Input
         match store.head(key).await {
             Ok(object) => {
                 let place = Place::Remote { store, key: key.to_owned() };
-                inputs.push(Input { name: base.to_owned(), bytes: object.size, place, named: true });
+                inputs.push(Input { name: base.to_owned(), bytes: object.size, place, named: true, stamp: None });
             }
             Err(StorageError::NotFound { .. }) => {}
             Err(source) => return Err(DataError::Store { doing: "look for", uri: spec.to_owned(), source }),

@@ -617,4 +617,44 @@ mod tests {
         let error = prepare(PrepareSettings { skip_bad_records: false, ..settings }, |_| {}).await.unwrap_err();
         assert!(matches!(error, DataError::Exists { .. }), "{error}");
     }
+
+    #[tokio::test]
+    async fn a_file_that_changes_while_it_is_read_is_an_error() {
+        type Change = fn(&Path);
+        let grow: Change = |path| {
+            let body = std::fs::read_to_string(path).unwrap();
+            std::fs::write(path, body + "fn more() {}\n").unwrap();
+        };
+        let shrink: Change = |path| std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(3).unwrap();
+        let rewrite: Change = |path| {
+            let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+            file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        };
+        let remove: Change = |path| std::fs::remove_file(path).unwrap();
+        // Before it is read at all, and between the tokenizer's text and the encoding.
+        let moments: [fn(&PrepareEvent) -> bool; 2] = [
+            |event| matches!(event, PrepareEvent::Found { .. }),
+            |event| matches!(event, PrepareEvent::TokenizerReady { .. }),
+        ];
+        for change in [grow, shrink, rewrite, remove] {
+            for moment in moments {
+                for skip_unreadable in [false, true] {
+                    let dir = tempfile::tempdir().unwrap();
+                    corpus(dir.path());
+                    let file = dir.path().join("src/00.rs");
+                    std::fs::write(&file, "fn first() {}\n").unwrap();
+                    let settings = PrepareSettings { skip_unreadable, ..settings(dir.path(), "out") };
+                    let touched = file.clone();
+                    let hear = move |event: PrepareEvent| {
+                        if moment(&event) {
+                            change(&touched)
+                        }
+                    };
+                    let error = prepare(settings, hear).await.unwrap_err();
+                    assert_eq!(error.kind(), Kind::Config, "{error}");
+                    assert!(error.to_string().contains("src/00.rs: changed while it was read"), "{error}");
+                }
+            }
+        }
+    }
 }

@@ -219,7 +219,7 @@ mod tests {
             let key = format!("{number}.txt");
             store.put(&key, vec![b'a' + number as u8; size].into()).await.unwrap();
             let place = Place::Remote { store: store.clone(), key: key.clone() };
-            inputs.push(Input { name: key, bytes: size as u64, place, named: false });
+            inputs.push(Input { name: key, bytes: size as u64, place, named: false, stamp: None });
         }
         inputs
     }

@@ -20,7 +20,7 @@ use std::{
 use super::{
     DataError,
     compressed::ending,
-    input::{Input, MATCH, Place, is_glob},
+    input::{Input, MATCH, Place, Stamp, is_glob},
 };
 
 /// Device and inode.
@@ -46,6 +46,8 @@ pub(super) struct Scan {
     above: BTreeSet<Inode>,
     /// Links to folders, with the parts of the pattern that are left: walked when all real folders are.
     links: Vec<(PathBuf, usize)>,
+    /// What may not be read; a folder is asked for more than once.
+    denied: BTreeSet<PathBuf>,
 }
 
 impl Scan {
@@ -56,6 +58,13 @@ impl Scan {
         let text = path.to_str().ok_or_else(|| invalid("is not UTF-8".into()))?;
         let out = out.and_then(|path| path.canonicalize().ok());
         let mut parts = Vec::new();
+        if let Err(error) = std::fs::read_dir(path)
+            && error.kind() == io::ErrorKind::PermissionDenied
+            && path.is_dir()
+        {
+            self.deny(path, &error, true);
+            return Ok(true);
+        }
         if path.is_dir() {
             parts.extend(literals(text));
             parts.push(Part::Folders);
@@ -110,12 +119,13 @@ impl Scan {
             }
             Part::Glob(pattern) => {
                 let mut any = false;
-                for (name, _) in entries(folder)? {
+                for (name, _) in self.entries(folder)? {
                     if pattern.matches_with(&name.to_string_lossy(), MATCH) {
                         any |= self.expand(&folder.join(name), rest, out)?;
                     }
                 }
-                Ok(any)
+                let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+                Ok(any || self.denied.contains(here))
             }
             Part::Folders => self.begin(folder, parts, out),
         }
@@ -134,13 +144,20 @@ impl Scan {
     /// Expands the part after `**` in `folder` and all folders below it.
     fn walk(&mut self, folder: &Path, parts: &[Part], out: Option<&Path>) -> Result<bool, DataError> {
         let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-        let Ok(metadata) = std::fs::metadata(here) else { return Ok(false) };
+        let metadata = match std::fs::metadata(here) {
+            Ok(metadata) => metadata,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                self.deny(here, &error, false);
+                return Ok(true);
+            }
+            Err(_) => return Ok(false),
+        };
         let inode = (metadata.dev(), metadata.ino());
         if !metadata.is_dir() || self.above.contains(&inode) || !self.walked.insert((parts.len(), inode)) {
             return Ok(false);
         }
         let mut any = self.expand(folder, &parts[1..], out)?;
-        for (name, kind) in entries(folder)? {
+        for (name, kind) in self.entries(folder)? {
             if name.as_bytes().starts_with(b".") {
                 continue;
             }
@@ -154,12 +171,57 @@ impl Scan {
         Ok(any)
     }
 
+    /// Names in a folder, sorted, and the type of each; none if it is not a folder, or may not be read.
+    fn entries(&mut self, folder: &Path) -> Result<Vec<(OsString, FileType)>, DataError> {
+        let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+        let failed = |source| DataError::Io { doing: "read", path: here.to_owned(), source };
+        let entries = match std::fs::read_dir(here) {
+            Ok(entries) => entries,
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotADirectory | io::ErrorKind::NotFound) => {
+                return Ok(Vec::new());
+            }
+            Err(error) if is_loop(&error) => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                self.deny(here, &error, false);
+                return Ok(Vec::new());
+            }
+            Err(error) => return Err(failed(error)),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(failed)?;
+            names.push((entry.file_name(), entry.file_type().map_err(failed)?));
+        }
+        names.sort_by(|(one, _), (other, _)| one.cmp(other));
+        Ok(names)
+    }
+
+    /// Adds what may not be read, file or folder: it is left out, and counts as one file.
+    fn deny(&mut self, path: &Path, error: &io::Error, named: bool) {
+        let name = path.to_string_lossy().into_owned();
+        if self.denied.insert(path.to_owned()) {
+            let place = Place::Unreadable(format!("can't be opened: {error}"));
+            self.found.push((Input { name, bytes: 0, place, named, stamp: None }, false));
+        } else if let Some((before, _)) = self.found.iter_mut().find(|(input, _)| input.name == name) {
+            before.named |= named;
+        }
+    }
+
     /// Adds a file, if it is one; returns whether it existed.
     fn file(&mut self, path: PathBuf, out: Option<&Path>, named: bool) -> Result<bool, DataError> {
         let name = path.to_string_lossy().into_owned();
+        let mut stamp = None;
         let (place, bytes, inode) = match std::fs::metadata(&path) {
             Ok(metadata) if metadata.is_dir() => return Ok(false),
             Ok(metadata) if metadata.is_file() => {
+                // Known before anything is read, not after hours of encoding.
+                if let Err(error) = rustix::fs::access(&path, rustix::fs::Access::READ_OK)
+                    && error == rustix::io::Errno::ACCESS
+                {
+                    self.deny(&path, &error.into(), named);
+                    return Ok(true);
+                }
+                stamp = Some(Stamp::of(&metadata));
                 let inode = (metadata.ino() != 0).then(|| (metadata.dev(), metadata.ino()));
                 (Place::Local(path.clone()), metadata.len(), inode)
             }
@@ -167,6 +229,10 @@ impl Scan {
             Err(error) => match bad_link(&path, &error) {
                 Some(reason) => (Place::Unreadable(reason.into()), 0, None),
                 None if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+                None if error.kind() == io::ErrorKind::PermissionDenied => {
+                    self.deny(&path, &error, named);
+                    return Ok(true);
+                }
                 None => return Err(DataError::Io { doing: "read", path, source: error }),
             },
         };
@@ -176,7 +242,7 @@ impl Scan {
             return Ok(false);
         }
         let link = std::fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_symlink());
-        let input = Input { name, bytes, place, named };
+        let input = Input { name, bytes, place, named, stamp };
         // Some file systems give one number to all files: the size must agree, too.
         let Some(place) = inode.and_then(|inode| self.files.get(&(inode, bytes)).copied()) else {
             if let Some(inode) = inode {
@@ -205,27 +271,6 @@ fn any() -> Result<Part, DataError> {
 
 fn literals(path: &str) -> impl Iterator<Item = Part> {
     path.split('/').filter(|part| !part.is_empty()).map(|part| Part::Literal(part.into()))
-}
-
-/// Names in a folder, sorted, and the type of each; none if it is not a folder.
-fn entries(folder: &Path) -> Result<Vec<(OsString, FileType)>, DataError> {
-    let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    let failed = |source| DataError::Io { doing: "read", path: here.to_owned(), source };
-    let entries = match std::fs::read_dir(here) {
-        Ok(entries) => entries,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotADirectory | io::ErrorKind::NotFound) => {
-            return Ok(Vec::new());
-        }
-        Err(error) if is_loop(&error) => return Ok(Vec::new()),
-        Err(error) => return Err(failed(error)),
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        let entry = entry.map_err(failed)?;
-        names.push((entry.file_name(), entry.file_type().map_err(failed)?));
-    }
-    names.sort_by(|(one, _), (other, _)| one.cmp(other));
-    Ok(names)
 }
 
 fn is_loop(error: &io::Error) -> bool {

@@ -37,25 +37,47 @@ pub async fn read(root: &Store, run_id: &RunId) -> Result<RunState> {
 /// The checkpoint of a step, or the newest that is whole as far as sizes show. Reports the damaged ones that were
 /// skipped.
 pub async fn choose(root: &Store, run_id: &RunId, step: Option<Step>) -> Result<(Store, Committed)> {
-    let state = read(root, run_id).await?;
+    choose_from(root, step, read(root, run_id).await?).await
+}
+
+/// [`choose`], by a journal that was read a moment ago: a run that goes on prunes checkpoints meanwhile.
+async fn choose_from(root: &Store, step: Option<Step>, mut state: RunState) -> Result<(Store, Committed)> {
+    let run_id = state.run_id().clone();
     let folder = root.folder(run_id.as_str());
-    // By default only checkpoints of the run's current line; by step also those that it abandoned.
-    let checkpoints = if step.is_some() { state.good() } else { state.candidates() };
-    let candidates: Vec<Committed> = checkpoints.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect();
-    if candidates.is_empty() {
-        return Err(Error::new(Kind::Usage, format!("run {run_id} has no checkpoint yet"))
-            .with_hint(format!("`trainer status --run-id {run_id}` shows its progress")));
-    }
-    let outcome = catalog::newest_usable(&folder, &candidates, step).await?;
+    let (outcome, looked_at) = loop {
+        // By default only checkpoints of the run's current line; by step also those that it abandoned.
+        let checkpoints = if step.is_some() { state.good() } else { state.candidates() };
+        let candidates: Vec<Committed> =
+            checkpoints.into_iter().map(|checkpoint| checkpoint.committed.clone()).collect();
+        if candidates.is_empty() {
+            return Err(Error::new(Kind::Usage, format!("run {run_id} has no checkpoint yet"))
+                .with_hint(format!("`trainer status --run-id {run_id}` shows its progress")));
+        }
+        let outcome = catalog::newest_usable(&folder, &candidates, step).await?;
+        if outcome.stepped_over.is_empty() {
+            break (outcome, candidates.len());
+        }
+        // Each round drops a checkpoint that is pruned for good, so this ends.
+        state = read(root, &run_id).await?;
+        if !outcome.stepped_over.iter().any(|damage| is_pruned(&state, damage.step, damage.generation)) {
+            break (outcome, candidates.len());
+        }
+    };
     for damage in outcome.stepped_over {
         tracing::warn!(step = %damage.step, object = damage.object, "checkpoint is damaged: {}", damage.reason);
     }
     let (committed, _) = outcome.found.ok_or_else(|| {
-        let what = format!("none of the {} checkpoints of run {run_id} is usable", candidates.len());
+        let what = format!("none of the {looked_at} checkpoints of run {run_id} is usable");
         Error::new(Kind::Data, what)
             .with_hint(format!("run `trainer verify --run-id {run_id} --all --deep` on another machine"))
     })?;
     Ok((folder, committed))
+}
+
+/// Whether a checkpoint has been pruned. Ask a journal read after its objects: a run that goes on deletes old ones, and
+/// what is missing then is not damaged.
+pub fn is_pruned(state: &RunState, step: Step, generation: Generation) -> bool {
+    state.checkpoint(step, generation).is_some_and(|checkpoint| checkpoint.status == CheckpointStatus::Pruned)
 }
 
 /// The store's monthly price of `bytes` by `checkpoint.price_per_gib_month`, US dollars.
@@ -188,9 +210,53 @@ pub fn worker_restarts(state: &RunState) -> u64 {
 pub(crate) mod tests {
     use super::*;
     use crate::{
+        checkpoint::{prune::delete_folder, testing},
         ids::{AttemptId, WorldSize},
-        journal::{Entry, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
+        journal::{Entry, Formed, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
     };
+
+    /// A run that has committed `count` checkpoints, then one more, and pruned all but that. Returns its state as it
+    /// was before the last one, and the last one.
+    pub async fn run_that_pruned(root: &Store, count: u64) -> (RunState, Committed) {
+        let run_id = RunId::new("run").unwrap();
+        let (folder, node) = (root.folder("run"), NodeId::random());
+        let mut journal = Journal::create(folder.clone(), node.clone(), run_id, testing::config()).await.unwrap();
+        let formed = Formed {
+            roster: vec![RosterEntry { node, workers: 1 }],
+            world_size: WorldSize(1),
+            resume: None,
+            overrides: Vec::new(),
+            reason: FormedReason::Started,
+            data: None,
+        };
+        journal.form(formed).await.unwrap();
+        let mut all = Vec::new();
+        let mut stale = journal.state().clone();
+        for step in 1..=count + 1 {
+            stale = journal.state().clone();
+            let (committed, _) = testing::checkpoint(&folder, step, 1, 1, step).await;
+            journal.append(Record::Committed(committed.clone())).await.unwrap();
+            all.push(committed);
+        }
+        let newest = all.pop().unwrap();
+        for Committed { step, generation, .. } in all {
+            journal.append(Record::Pruned { step, generation }).await.unwrap();
+            delete_folder(&folder, step, generation).await.unwrap();
+        }
+        (stale, newest)
+    }
+
+    #[tokio::test]
+    async fn checkpoints_that_are_pruned_meanwhile_are_not_chosen_and_not_damaged() {
+        let root = testing::memory_store();
+        let (stale, newest) = run_that_pruned(&root, 3).await;
+        assert_eq!(choose_from(&root, None, stale.clone()).await.unwrap().1, newest);
+        let error = choose_from(&root, Some(Step(2)), stale.clone()).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Usage, "{error}");
+        assert!(!is_pruned(&stale, Step(2), Generation(1)));
+        let now = read(&root, stale.run_id()).await.unwrap();
+        assert!(is_pruned(&now, Step(2), Generation(1)) && !is_pruned(&now, newest.step, newest.generation));
+    }
 
     fn config() -> RunConfig {
         let folder = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@ use tch::{Device, Tensor};
 
 use super::{BuildSettings, Doing, Model, ModelError, build};
 use crate::{
-    config::{ModelKind, Precision},
+    config::{self, ModelKind, Precision},
     layout,
 };
 
@@ -20,14 +20,9 @@ const MAX_CONFIG: u64 = 1 << 20;
 pub fn from_folder(kind: ModelKind, folder: &Path) -> Result<Box<dyn Model>, ModelError> {
     let input = |what, reason: String| ModelError::Input { what, reason };
     let config = folder.join(layout::MODEL_CONFIG);
-    let length =
-        std::fs::metadata(&config).map_err(|error| input("config.json", format!("can't be read: {error}")))?.len();
-    if length > MAX_CONFIG {
-        return Err(input("config.json", format!("has {length} bytes, more than {MAX_CONFIG}")));
-    }
-    let config = std::fs::read(&config)
+    let config = config::read_small(&config, MAX_CONFIG)
         .map_err(|error| error.to_string())
-        .and_then(|bytes| serde_json::from_slice(&bytes).map_err(|error| error.to_string()))
+        .and_then(|bytes| serde_json::from_slice(config::without_bom(&bytes)).map_err(|error| error.to_string()))
         .map_err(|reason| input("config.json", format!("can't be read: {reason}")))?;
     let settings = BuildSettings { device: Device::Cpu, precision: Precision::Fp32, seed: None };
     let model = build(kind, &config, &settings)?;

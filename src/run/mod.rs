@@ -610,7 +610,7 @@ impl Runner {
         let good = last_good(&self.journal.state(), step);
         let reason = format!("training diverged at step {step}: {reason}");
         self.append_last(Record::Failed { generation, step, reason: reason.clone() }).await;
-        Error::new(Kind::Config, reason).with_hint(workload::words::lower_rate(&self.run_id, good))
+        Error::new(Kind::Config, reason).with_hint(workload::words::lower_rate(&self.run_id, step, good))
     }
 }
 

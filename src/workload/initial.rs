@@ -22,6 +22,18 @@ pub fn open(uri: &str, storage: &StorageConfig) -> Result<Store> {
         return Err(Error::new(Kind::Config, format!("model.init_from: there is no folder {uri}"))
             .with_hint("name a Hugging Face model folder, here or in a store"));
     }
+    if let Some(path) = config::local_path(uri) {
+        let entries = std::fs::read_dir(&path).into_iter().flatten().filter_map(Result::ok);
+        for file in entries.map(|entry| entry.path()) {
+            let is_model = file.extension().is_some_and(|ending| ending == "json" || ending == "safetensors");
+            let kind = std::fs::metadata(&file).map(|metadata| metadata.file_type());
+            // Reading a pipe would wait for a writer without end.
+            if is_model && kind.is_ok_and(|kind| !kind.is_file() && !kind.is_dir()) {
+                let what = format!("model.init_from: {} is a pipe, a socket or a device, not a file", file.display());
+                return Err(Error::new(Kind::Config, what));
+            }
+        }
+    }
     Ok(Store::open(uri, storage)?)
 }
 

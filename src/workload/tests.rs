@@ -7,6 +7,7 @@ use crate::{
     checkpoint::testing::{self, memory_store},
     config::{Device, RunConfig},
     data::{PrepareSettings, TokenizerSource, prepare},
+    error::Kind,
     ids::{NodeId, Rank},
     journal::{Formed, FormedReason, Journal, RosterEntry, Succession},
     report::Reporter,
@@ -103,6 +104,27 @@ async fn parts_that_do_not_fit_are_refused_before_a_run_exists() {
         change(&mut config.workload);
         let error = Workload::of_new_run(&config, site(&reporter)).await.unwrap_err();
         assert!(error.to_string().contains(part), "{part}: {error}");
+    }
+}
+
+#[test]
+fn a_model_folder_with_a_pipe_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let uri = format!("file://{}", folder.path().display());
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    let pipe = |name: &str| {
+        let path = folder.path().join(name);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+    };
+    // Others are of no concern.
+    pipe("control");
+    initial::open(&uri, &testing::STORAGE).unwrap();
+    for name in ["model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "config.json"] {
+        pipe(name);
+        let error = initial::open(&uri, &testing::STORAGE).unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.to_string().contains(name) && error.to_string().contains("pipe"), "{error}");
+        std::fs::remove_file(folder.path().join(name)).unwrap();
     }
 }
 

@@ -6,9 +6,13 @@ use crate::{
     ids::{RunId, Step, WorldSize},
 };
 
-/// Hint for a diverged run; `good`: the last checkpoint before that.
-pub fn lower_rate(run_id: &RunId, good: Option<Step>) -> String {
+/// Hint for a run that diverged at `step`; `good`: the last checkpoint before that.
+pub fn lower_rate(run_id: &RunId, step: Step, good: Option<Step>) -> String {
     match good {
+        // Its numbers are those of weights that no step has changed.
+        None if step <= Step(1) => "the first step's numbers depend on no learning rate: check the weights of \
+                                    model.init_from, the model's config.json, and train.precision"
+            .to_owned(),
         Some(good) => format!(
             "the last good checkpoint is step {good}; lower the learning rate and carry on: trainer resume --run-id \
              {run_id} --from {good} --set train.optimizer.lr=…"
@@ -72,8 +76,10 @@ mod tests {
     #[test]
     fn who_has_diverged_hears_where_to_carry_on_if_there_is_such_a_place() {
         let run: RunId = "r1".parse().unwrap();
-        let hint = lower_rate(&run, Some(Step(7)));
+        let hint = lower_rate(&run, Step(9), Some(Step(7)));
         assert!(hint.contains("is step 7;") && hint.contains("trainer resume --run-id r1 --from 7 --set"), "{hint}");
-        assert!(lower_rate(&run, None).contains("trainer run CONFIG --run-id NEW"));
+        assert!(lower_rate(&run, Step(2), None).contains("trainer run CONFIG --run-id NEW"));
+        let hint = lower_rate(&run, Step(1), None);
+        assert!(hint.contains("init_from") && !hint.contains("optimizer.lr"), "{hint}");
     }
 }

@@ -23,6 +23,8 @@ struct Source<'a> {
     elements: Range<u64>,
     dtype: Dtype,
     bytes: &'a [u8],
+    /// Number of its file, from 1.
+    file: usize,
 }
 
 /// Where the files have each role's elements of each parameter.
@@ -60,7 +62,15 @@ impl State {
             };
             for source in sources {
                 let name = &self.params[target.param].name;
-                fill(target, source).context(format!("load tensor {}", target.role.name_of(name)))?;
+                let doing = || format!("load tensor {}", target.role.name_of(name));
+                let filled = fill(target, source).context(doing())?;
+                // Our own checkpoints are checked by their checksums; of other files nothing is known.
+                if weights_only
+                    && let Some(filled) = filled
+                    && !is_finite(&filled).context(doing())?
+                {
+                    return Err(not_finite(name, source.file, files.len()));
+                }
             }
         }
         Ok(())
@@ -72,7 +82,7 @@ impl State {
         let index: HashMap<&str, usize> =
             self.params.iter().enumerate().map(|(i, param)| (param.name.as_str(), i)).collect();
         let mut found = Found::default();
-        for file in files {
+        for (number, file) in (1..).zip(files) {
             // Skipped tensors may be of any type.
             for entry in header::read_foreign(file)? {
                 let (name, slice) = slices::parse_name(&entry.name);
@@ -104,7 +114,7 @@ impl State {
                     )));
                 }
                 let bytes = file_range(file, &entry.range)?;
-                found.add(role, param, Source { elements: slice.unwrap_or(0..*len), dtype, bytes });
+                found.add(role, param, Source { elements: slice.unwrap_or(0..*len), dtype, bytes, file: number });
             }
         }
         Ok(found)
@@ -142,12 +152,25 @@ fn mismatch(message: String) -> Error {
     )
 }
 
-/// Copies the elements that `target` and `source` have in common.
-fn fill(target: &Target, source: &Source<'_>) -> Result<(), torch::TorchError> {
+fn not_finite(tensor: &str, file: usize, files: usize) -> Error {
+    let what =
+        format!("tensor {tensor} of model.init_from holds numbers that are not finite, in file {file} of {files}");
+    Error::new(ErrorKind::Config, what)
+        .with_hint("no training repairs weights that are NaN or infinite: take another copy of the model's files")
+}
+
+/// Whether all elements are finite. A sum needs no second copy of them, and none of 32 bits overflows 64.
+fn is_finite(tensor: &Tensor) -> Result<bool, torch::TorchError> {
+    let sum = torch::tch_result("sum tensor", tensor.f_sum(Kind::Double).and_then(|sum| sum.f_double_value(&[])));
+    sum.map(f64::is_finite)
+}
+
+/// Copies the elements that `target` and `source` have in common; returns where they are now, if there are any.
+fn fill(target: &Target, source: &Source<'_>) -> Result<Option<Tensor>, torch::TorchError> {
     let end = target.begin + target.tensor.numel() as u64;
     let (begin, end) = (target.begin.max(source.elements.start), end.min(source.elements.end));
     if begin >= end {
-        return Ok(());
+        return Ok(None);
     }
     let to = torch::tch_result("load tensor", part(&target.tensor, begin - target.begin, end - begin))?;
     let size = source.dtype.size();
@@ -161,13 +184,13 @@ fn fill(target: &Target, source: &Source<'_>) -> Result<(), torch::TorchError> {
         Dtype::I64 => (Kind::Int64, false),
     };
     if own {
-        return torch::load_bytes(&to, bytes);
+        return torch::load_bytes(&to, bytes).map(|()| Some(to));
     }
     let copied = tch::no_grad(|| {
         let given = Tensor::f_from_data_size(bytes, &to.size(), kind)?;
         to.shallow_clone().f_copy_(&given)
     });
-    torch::tch_result("convert tensor", copied).map(|_| ())
+    torch::tch_result("convert tensor", copied).map(|_| Some(to))
 }
 
 fn file_range<'a>(file: &'a [u8], range: &Range<u64>) -> Result<&'a [u8]> {
@@ -351,6 +374,41 @@ mod tests {
                 let fp32 = Vec::<f32>::try_from(tensor.to_kind(Kind::Float).view([-1])).unwrap();
                 let fp32: Vec<u8> = fp32.iter().flat_map(|x| x.to_le_bytes()).collect();
                 assert!(got[&format!("master.{name}")] == fp32, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn weights_that_are_not_finite_are_refused_by_tensor_and_file() {
+        for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
+            for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                for (zero1, ranks) in [(false, 1), (true, 2)] {
+                    let source = build(Precision::Fp32, 3);
+                    let tensors: Vec<_> = source
+                        .parameters()
+                        .iter()
+                        .map(|parameter| (parameter.name.clone(), parameter.values().detach().to_kind(kind)))
+                        .collect();
+                    let (name, tensor) = &tensors[2];
+                    let _ = tensor.view([-1]).get(0).fill_(bad);
+                    let folder = tempfile::tempdir().unwrap();
+                    let file = |part: &[(String, Tensor)]| {
+                        let path = folder.path().join("model.safetensors");
+                        Tensor::write_safetensors(part, &path).unwrap();
+                        Bytes::from(std::fs::read(path).unwrap())
+                    };
+                    let files = [file(&tensors[..2]), file(&tensors[2..])];
+                    let mut states = world(zero1, Precision::Fp32, ranks, 1);
+                    let errors: Vec<String> = states
+                        .iter_mut()
+                        .filter_map(|state| state.load(&files, true).err())
+                        .map(|error| error.to_string())
+                        .collect();
+                    assert!(!errors.is_empty(), "{kind:?} {bad}");
+                    for error in errors {
+                        assert!(error.contains(name.as_str()) && error.contains("file 2 of 2"), "{error}");
+                    }
+                }
             }
         }
     }

@@ -295,7 +295,7 @@ mod tests {
             told.extend(failure.warning.map(|warning| (at, warning)));
         }
         let longest = told.windows(2).map(|pair| pair[1].0 - pair[0].0).max();
-        assert!(longest < Some(TELL + Duration::from_secs(8)), "{longest:?} in silence");
+        assert!(longest <= Some(Duration::from_secs(304)), "{longest:?} in silence");
         assert!(told.len() < 50, "{} warnings", told.len());
         assert!(told[0].1.contains("no checkpoint since the start 8.00 s ago"), "{}", told[0].1);
         let committed = Committed {

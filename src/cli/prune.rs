@@ -50,7 +50,7 @@ It reads them again, and keeps those that are whole.
 Data and uploads of no checkpoint are deleted once a day old, if their generation is over.")]
 pub struct Prune {
     #[command(flatten)]
-    run: RunArg,
+    pub(super) run: RunArg,
     /// Keep the newest K [default: the run's setting]
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     keep_last: Option<u32>,

@@ -175,7 +175,7 @@ impl Explain for CheckpointError {
             Self::Mismatch { hint, .. } => return Some(hint.clone()),
             Self::TooNew { .. } => "use the version of trainer that wrote this run, or a newer one",
             Self::AlreadyWritten { .. } => "another process of this run is alive; stop one of the two",
-            Self::NoSuchStep { .. } => "name one of these steps, or leave `--from` out for the newest",
+            Self::NoSuchStep { .. } => "name one of these steps, or none for the newest",
             Self::NotAModel { .. } => {
                 "name a Hugging Face folder with model.safetensors, or with its index and all shards"
             }

@@ -23,7 +23,7 @@ use crate::{
 #[command(after_help = "Example: trainer checkpoints --run-id first --json")]
 pub struct Checkpoints {
     #[command(flatten)]
-    run: RunArg,
+    pub(super) run: RunArg,
     #[command(flatten)]
     json: JsonArg,
 }

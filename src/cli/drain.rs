@@ -34,7 +34,7 @@ The run exits with code 75; `trainer resume` continues it.
 A generation that another process forms later is not stopped.")]
 pub struct Drain {
     #[command(flatten)]
-    run: RunArg,
+    pub(super) run: RunArg,
     /// Do not wait until the run has stopped
     #[arg(long)]
     no_wait: bool,

@@ -31,7 +31,7 @@ Times within one interruption come from one machine's monotonic clock.
 Times between machines are differences of their wall clocks.")]
 pub struct Explain {
     #[command(flatten)]
-    run: RunArg,
+    pub(super) run: RunArg,
     #[command(flatten)]
     json: JsonArg,
 }

@@ -31,7 +31,7 @@ Examples:
   trainer export --run-id first --step 500 --out s3://bucket/models/first-500")]
 pub struct Export {
     #[command(flatten)]
-    run: RunArg,
+    pub(super) run: RunArg,
     /// The checkpoint of this step [default: the newest]
     #[arg(long, value_name = "STEP")]
     step: Option<Step>,

@@ -28,7 +28,7 @@ use crate::{
 #[command(after_help = "Example: trainer generate --run-id first --prompt 'fn main() {' --tokens 100")]
 pub struct Generate {
     #[command(flatten)]
-    run: RunArg,
+    pub(super) run: RunArg,
     /// The checkpoint of this step [default: the newest]
     #[arg(long, value_name = "STEP")]
     step: Option<Step>,

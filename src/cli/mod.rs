@@ -31,6 +31,7 @@ use clap::{Parser, Subcommand, error::ErrorKind};
 use crate::{
     env,
     error::{Error, Kind, Result},
+    ids::RunId,
     notice::inbox,
     report::{self, Screen, init_logging},
     shortage::{self, Shortage},
@@ -164,7 +165,31 @@ fn said(error: &Error) -> String {
 }
 
 impl Command {
+    /// The run of a command on an existing one, and the store that was named for it.
+    fn named(&self) -> Option<(RunId, String)> {
+        let run = match self {
+            Self::Resume(command) => &command.run,
+            Self::Status(command) => &command.run,
+            Self::Checkpoints(command) => &command.run,
+            Self::Explain(command) => &command.run,
+            Self::Verify(command) => &command.run,
+            Self::Drain(command) => &command.run,
+            Self::Export(command) => &command.run,
+            Self::Generate(command) => &command.run,
+            Self::Prune(command) => &command.run,
+            _ => return None,
+        };
+        Some((run.run_id.clone(), run.store.store.clone()?))
+    }
+
     fn execute(self, screen: Screen) -> Result<ExitCode> {
+        match self.named() {
+            Some((run_id, store)) => self.act(screen).map_err(|error| store::in_hints(error, &run_id, &store)),
+            None => self.act(screen),
+        }
+    }
+
+    fn act(self, screen: Screen) -> Result<ExitCode> {
         match self {
             Self::Run(command) => command.execute(screen),
             Self::Resume(command) => command.execute(screen),

@@ -50,7 +50,7 @@ Damaged checkpoints stay for diagnosis.
 Data and uploads that belong to no checkpoint are deleted when they are a day old and their generation is over.")]
 pub struct Prune {
     #[command(flatten)]
-    run: RunArg,
+    pub(super) run: RunArg,
     /// Keep the newest K [default: the run's setting]
     #[arg(long, value_name = "K", value_parser = clap::value_parser!(u32).range(1..))]
     keep_last: Option<u32>,

@@ -32,7 +32,7 @@ Changes to the model, or to the cut and order of the samples, are refused.
 Settings of storage in --set apply from the first request.")]
 pub struct Resume {
     #[command(flatten)]
-    run: RunArg,
+    pub(super) run: RunArg,
     /// Resume from this step's checkpoint instead of the newest one
     #[arg(long, value_name = "STEP")]
     from: Option<Step>,

@@ -18,7 +18,7 @@ use crate::{
     config::{self, CompleteAction, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
     ids::{RunId, random_hex},
-    report::{Reporter, Screen},
+    report::{Reporter, Screen, human},
     run::{self, Begin, Launch, LaunchOptions, OnComplete, Outcome},
     storage::Store,
 };
@@ -150,15 +150,16 @@ pub(super) fn launch_as(
     nproc_per_node: Option<u32>,
     options: LaunchOptions,
 ) -> Result<ExitCode> {
-    let resume = format!("trainer resume --run-id {run_id} --store {}", store.uri());
+    let resume = format!("trainer resume --run-id {run_id} --store {}", human::shell(&store.uri()));
     tracing::info!(%run_id, store = store.uri(), "{}", match &begin {
         Begin::Create(_) => "new run",
         Begin::Resume { .. } => "resuming run",
         Begin::CreateOrResume { .. } => "new run, or one that another node has just created",
     });
+    let (named, uri) = (run_id.clone(), store.uri());
     let outcome = run::launch(Launch { store, run_id, begin, nproc_per_node, options, reporter: reporter.clone() });
     reporter.finish();
-    Ok(match outcome? {
+    Ok(match outcome.map_err(|error| store::in_hints(error, &named, &uri))? {
         Outcome::Completed { then } => {
             complete(&then)?;
             ExitCode::SUCCESS

@@ -29,7 +29,7 @@ const SHOWN: usize = 5;
 #[command(after_help = "Examples:\n  trainer status --run-id first\n  trainer status --run-id first --watch")]
 pub struct Status {
     #[command(flatten)]
-    run: RunArg,
+    pub(super) run: RunArg,
     /// Refresh every two seconds, until the run has ended
     #[arg(long)]
     watch: bool,

@@ -40,7 +40,7 @@ If --deep finds a checkpoint whole that was found damaged before, the journal cl
 Nothing else is changed. Exit code 65 if anything is damaged.")]
 pub struct Verify {
     #[command(flatten)]
-    run: RunArg,
+    pub(super) run: RunArg,
     /// The checkpoint of this step [default: the newest]
     #[arg(long, value_name = "STEP", conflicts_with = "all")]
     step: Option<Step>,

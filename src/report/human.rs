@@ -20,6 +20,15 @@ pub fn bytes(count: u64) -> String {
     if unit == "B" { format!("{count} B") } else { format!("{} {unit}", three_digits(value)) }
 }
 
+/// A word of a command, as a shell takes it: in single quotes, unless it is plain.
+pub fn shell(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-./:@%+=,".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
 /// A count of things in decimal units: `950`, `12.3k`, `4.56M`.
 pub fn count(value: f64) -> String {
     if !value.is_finite() {
@@ -163,6 +172,15 @@ mod tests {
             (f64::NAN, "?"),
         ] {
             assert_eq!(dollars(value), text);
+        }
+        for (word, quoted) in [
+            ("s3://b/runs", "s3://b/runs"),
+            ("file:///a b/c'd", r"'file:///a b/c'\''d'"),
+            ("$HOME", "'$HOME'"),
+            ("~", "'~'"),
+            ("", "''"),
+        ] {
+            assert_eq!(shell(word), quoted);
         }
         assert_eq!((plural(1, "step"), plural(2, "step")), ("1 step".into(), "2 steps".into()));
         assert_eq!(plain("a\u{1b}[31mb\n"), "a\\u{1b}[31mb\\n");

@@ -418,7 +418,7 @@ mod tests {
     }
 
     fn loss(me: &str, gone: &str, since: u64, failed: u32) -> Turn {
-        let (roster, gone, outside) = (roster("l a b c d e f g h i j k"), set(gone), ids("w x y z"));
+        let (roster, gone, outside) = (roster("l a b c d e f g h i j k m"), set(gone), ids("w x y z"));
         let opening = Opening::Loss { roster: &roster, gone: &gone, outside: &outside };
         who_proposes(&Candidacy { opening, me: &id(me), failed, quiet: Duration::ZERO }, secs(since), BOUNDS).0
     }
@@ -430,7 +430,8 @@ mod tests {
         assert_eq!(loss("b", "", 1, 0), Turn::Now);
         assert_eq!(loss("c", "", 0, 0), Turn::In(2 * STAGGER));
         assert_eq!(loss("c", "a b", 0, 0), Turn::Now, "those before it are gone");
-        assert_eq!(loss("k", "", 0, 0), Turn::In(LONGEST_STAGGER), "all before it may be dead and silent");
+        assert_eq!(loss("k", "", 0, 0), Turn::In(10 * STAGGER));
+        assert_eq!(loss("m", "", 0, 0), Turn::In(LONGEST_STAGGER), "all before it may be dead and silent");
         assert_eq!(loss("w", "", 0, 0), Turn::In(MEMBERS_FIRST));
         assert_eq!(loss("y", "", 0, 0), Turn::In(MEMBERS_FIRST + 2 * STAGGER));
         assert_eq!(loss("z", "", 999, 0), Turn::NotMine);

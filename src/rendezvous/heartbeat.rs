@@ -13,11 +13,11 @@
 //!
 //! After a crash the object stays and its counter no longer changes. A clean exit deletes it.
 //!
-//! A node of a run with several nodes writes more (`group`, format 2): where its channel listens and with which key, how
-//! often it beats, what it has and whom it can't reach. Its clean exit leaves the object with `left` as a tombstone: a
-//! heartbeat that is missing proves nothing, since any node may have deleted it by mistake. A program that reads only
-//! format 1 sees that the beat is newer, and goes by its changes. `membership.rs` judges several nodes' beats, and
-//! `cost.rs` says what they cost.
+//! A node of a run with several nodes writes more (`group`, format 2): where its channel listens and with which key,
+//! how often it beats, what it has and whom it can't reach. Its clean exit leaves the object with `left` as a
+//! tombstone: a heartbeat that is missing proves nothing, since any node may have deleted it by mistake. A program
+//! that reads only format 1 sees that the beat is newer, and goes by its changes. `membership.rs` judges several
+//! nodes' beats, and `cost.rs` says what they cost.
 
 use std::{path::Path, sync::Arc, time::Duration};
 

@@ -2,12 +2,13 @@
 //!
 //! Two machines' clocks are never compared. There are two ways to judge:
 //! - **Watching** ([`Watch`]): a counter that does not change while this process looks again and again. Only time
-//!   between two looks counts, and of a long pause between them only a little: this process may have been stopped, or the
-//!   store may have been away for everybody.
+//!   between two looks counts, and of a long pause between them only a little: this process may have been stopped, or
+//!   the store may have been away for everybody.
 //! - **One list** ([`judge`]): the store stamps each object with its own clock. Beside this node's own beat, put right
 //!   before the list was asked for, a beat that is older than three of its intervals belongs to a dead node. That takes
-//!   one request instead of half a minute, and it is a hint: a node whose beats don't reach the store lives. It is enough
-//!   to choose who proposes; a leader is taken over only if its counter is then seen to stand still for a while, too.
+//!   one request instead of half a minute, and it is a hint: a node whose beats don't reach the store lives. It is
+//!   enough to choose who proposes; a leader is taken over only if its counter is then seen to stand still for a while,
+//!   too.
 //!
 //! A heartbeat that is *missing* proves nothing: somebody may have deleted it by mistake. A node that leaves a run of
 //! several nodes leaves a tombstone (`left`), which is the one sign of a clean end; whoever forms the next generation

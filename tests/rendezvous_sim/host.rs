@@ -827,9 +827,11 @@ impl Sim {
     fn appended(&mut self, host: Host, record: &Record, stands: Option<bool>) {
         self.my(host).appending = false;
         if let Record::Committed(generation) = record {
+            let len = self.journal.len();
             let me = self.my(host);
-            // If only the answer was lost, the journal shows that it stands.
-            me.failed_saves = if stands.is_some() || me.store { 0 } else { me.failed_saves + 1 };
+            // If only the answer was lost, the journal, which it reads next, shows that the record stands.
+            let shown = me.store && len > me.read;
+            me.failed_saves = if stands.is_some() || shown { 0 } else { me.failed_saves + 1 };
             if stands == Some(true) && self.leads(host, *generation) {
                 let read = (self.me(host).read + 1).min(self.journal.len());
                 self.sync(host, read);

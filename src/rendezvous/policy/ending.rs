@@ -14,7 +14,8 @@ pub struct Present {
     pub leads: bool,
     /// The nodes that it can go on with, itself included.
     pub nodes: u32,
-    /// Its own saves that failed in a row.
+    /// Its own saves that failed in a row. A save whose answer was lost, and that the journal shows to stand, has not
+    /// failed: otherwise a group loses its leader now and then over nothing.
     pub failed_saves: u32,
 }
 

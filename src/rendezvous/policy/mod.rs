@@ -10,11 +10,11 @@
 //!
 //! # How a generation is formed
 //! A node whose turn it is asks the others over the channel whether they are ready for generation G+1, and appends
-//! `formed` if policy allows it. Each member reads that record itself. Everything before the record is a hint: two nodes
-//! may propose at once, an answer may be late, a node may be paused between any two steps. The journal's create-once
-//! numbers let one `formed` win, and the loser reads in it whether it is a member. So these rules do not make a run
-//! safe, they make it *quiet*: one generation a change, no group that two sides take from each other, no newcomer that
-//! fences a working group.
+//! `formed` if policy allows it. Each member reads that record itself. Everything before the record is a hint: two
+//! nodes may propose at once, an answer may be late, a node may be paused between any two steps. The journal's
+//! create-once numbers let one `formed` win, and the loser reads in it whether it is a member. So these rules do not
+//! make a run safe, they make it *quiet*: one generation a change, no group that two sides take from each other, no
+//! newcomer that fences a working group.
 //!
 //! # Does not own
 //! Heartbeats, the channel and the journal (the caller reads them and puts the results into the views), time (passed

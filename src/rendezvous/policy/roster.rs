@@ -415,6 +415,8 @@ mod tests {
         assert_eq!(told(&formation), "a:0 b:1 c:2 | ");
         let formation = formed(&node("a", 1), &[without("b", &["a"]), node("c", 1)], None, BOUNDS);
         assert_eq!(told(&formation), "a:0 c:1 | b and a can't reach each other");
+        let formation = formed(&node("a", 1), &[without("b", &["a"]), without("c", &["a"])], None, BOUNDS);
+        assert_eq!(told(&formation), "a:0 | c and a can't reach each other, b and a can't reach each other");
     }
 
     #[test]

@@ -2,10 +2,11 @@
 //!
 //! Two sides that reach the store and not each other must not take a run from each other for ever. So a side forms *at
 //! once* only if the other can't do the same: with more than half of the old generation's workers behind it, or after
-//! the leader's port has refused (its process is gone). Half or less waits until the leader's heartbeat stands still, or
-//! until somebody invites it. The leader itself wins a tie, and with less than half it first leaves the others [the
+//! the leader's port has refused (its process is gone). Half or less waits until the leader's heartbeat stands still,
+//! or until somebody invites it. The leader itself wins a tie, and with less than half it first leaves the others [the
 //! time](YIELD) to form. A node outside of the newest generation forms only after its leader's heartbeat has stood
-//! still, and never while a member says that it is in touch with the leader: the store may be away for the leader alone.
+//! still, and never while a member says that it is in touch with the leader: the store may be away for the leader
+//! alone.
 //!
 //! Several nodes find the same loss at the same moment. They propose one after the other, [`STAGGER`] apart, and
 //! whoever has promised itself to one proposer promises itself to no other for a [while](PROMISE). A proposer that
@@ -274,8 +275,8 @@ pub enum GoOn {
 
 /// What a leader does after a loss, and why; `lost`: since the loss was noticed.
 ///
-/// It is asked before the leader proposes and once more when the answers are there: when it hears of the first loss, the
-/// channels to others may be as dead, and not yet silent for long enough.
+/// It is asked before the leader proposes and once more when the answers are there: when it hears of the first loss,
+/// the channels to others may be as dead, and not yet silent for long enough.
 pub fn go_on(view: &Bereaved<'_>, lost: Duration, bounds: Bounds) -> (GoOn, String) {
     if view.nodes < bounds.min {
         return (GoOn::StepDown, format!("{} of at least {} nodes are here", view.nodes, bounds.min));
@@ -361,7 +362,7 @@ pub fn answer(view: &Asked<'_>) -> (Answer, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rendezvous::{heartbeat::PATIENCE, policy::Member};
+    use crate::rendezvous::{channel::Settings, heartbeat::PATIENCE, membership::LOOK, policy::Member};
 
     const BOUNDS: Bounds = Bounds { min: 2, max: 4, global_batch: 64, mixed: false };
 
@@ -418,7 +419,7 @@ mod tests {
     }
 
     fn loss(me: &str, gone: &str, since: u64, failed: u32) -> Turn {
-        let (roster, gone, outside) = (roster("l a b c d e f g h i j k"), set(gone), ids("w x y z"));
+        let (roster, gone, outside) = (roster("l a b c d e f g h i j k m"), set(gone), ids("w x y z"));
         let opening = Opening::Loss { roster: &roster, gone: &gone, outside: &outside };
         who_proposes(&Candidacy { opening, me: &id(me), failed, quiet: Duration::ZERO }, secs(since), BOUNDS).0
     }
@@ -430,7 +431,8 @@ mod tests {
         assert_eq!(loss("b", "", 1, 0), Turn::Now);
         assert_eq!(loss("c", "", 0, 0), Turn::In(2 * STAGGER));
         assert_eq!(loss("c", "a b", 0, 0), Turn::Now, "those before it are gone");
-        assert_eq!(loss("k", "", 0, 0), Turn::In(LONGEST_STAGGER), "all before it may be dead and silent");
+        assert_eq!(loss("k", "", 0, 0), Turn::In(10 * STAGGER));
+        assert_eq!(loss("m", "", 0, 0), Turn::In(LONGEST_STAGGER), "all before it may be dead and silent");
         assert_eq!(loss("w", "", 0, 0), Turn::In(MEMBERS_FIRST));
         assert_eq!(loss("y", "", 0, 0), Turn::In(MEMBERS_FIRST + 2 * STAGGER));
         assert_eq!(loss("z", "", 999, 0), Turn::NotMine);
@@ -504,6 +506,16 @@ mod tests {
     fn a_majority_of_members_does_not_make_a_stranger_an_heir() {
         assert_eq!(heir("a b c", "x", "x b c", SILENT, None), TakeOver::Wait);
         assert_eq!(heir("a b c", "b", "b c", SILENT, Some("a")), TakeOver::Now(Ground::Majority));
+    }
+
+    #[test]
+    fn each_pause_leaves_time_for_what_happens_in_it() {
+        let ping = Settings::default().ping;
+        assert!(ping < VOUCH && VOUCH < ANSWER, "a ping of its leader comes, and the proposer still waits");
+        assert!(ANSWER < PROMISE, "whoever is ready stays ready until its proposer has all answers");
+        assert!(LOOK < FRESH && FRESH < PATIENCE, "it looks again meanwhile, and a pause as long as patience is found");
+        assert!(CONFIRM < PATIENCE && ANSWER + STAGGER < YIELD, "the others ask and form before the leader does");
+        assert!(STAGGER < MEMBERS_FIRST, "members come before nodes outside");
     }
 
     fn left(names: &str, behind: &str, gone: &str, lost: u64) -> GoOn {

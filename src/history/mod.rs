@@ -212,7 +212,7 @@ pub(crate) mod tests {
     use crate::{
         checkpoint::{prune::delete_folder, testing},
         ids::{AttemptId, WorldSize},
-        journal::{Entry, Formed, Metrics, Record, ResumePoint, RosterEntry, SaveCost},
+        journal::{Entry, Formed, Metrics, Record, ResumePoint, RosterEntry, SaveCost, Succession},
     };
 
     /// A run that has committed `count` checkpoints, then one more, and pruned all but that. Returns its state as it
@@ -222,12 +222,13 @@ pub(crate) mod tests {
         let (folder, node) = (root.folder("run"), NodeId::random());
         let mut journal = Journal::create(folder.clone(), node.clone(), run_id, testing::config()).await.unwrap();
         let formed = Formed {
-            roster: vec![RosterEntry { node, workers: 1 }],
+            roster: vec![RosterEntry::new(node, 1)],
             world_size: WorldSize(1),
             resume: None,
             overrides: Vec::new(),
             reason: FormedReason::Started,
             data: None,
+            succession: Succession::default(),
         };
         journal.form(formed).await.unwrap();
         let mut all = Vec::new();

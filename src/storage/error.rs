@@ -164,11 +164,11 @@ impl StorageError {
         const NUMBERS: [&str; 4] = ["os error 23)", "os error 24)", "os error 20)", "os error 21)"];
         match self {
             Self::Full { key, .. } | Self::Permission { key, .. } | Self::FileSize { key, .. } => {
-                Place::of(key) == Place::Folder
+                Provider::of(key) == Provider::Folder
             }
             Self::Unavailable { key, source, .. } => {
                 let cause = source.to_string();
-                Place::of(key) == Place::Folder && NUMBERS.iter().any(|number| cause.contains(number))
+                Provider::of(key) == Provider::Folder && NUMBERS.iter().any(|number| cause.contains(number))
             }
             _ => false,
         }

@@ -54,8 +54,8 @@ trainer prune: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --keep-last --k
 trainer doctor: CONFIG --store (TRAINER_STORE) --run-id (TRAINER_RUN_ID) --nproc-per-node --instance-type --region \
 --count --json
 trainer simulate: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --trace --mtbf --lifetimes --nodes \
---elastic --reform --together --wait --stall --durable --restart --notice --notice-share --work --step-time --every --on-demand-price \
---spot-price --reserved-price --trials --seed --json
+--elastic --reform --together --wait --stall --durable --restart --notice --notice-share --work --step-time \
+--every --on-demand-price --spot-price --reserved-price --trials --seed --json
 trainer data prepare: --input --tokenizer --out --json --validation-ratio --text-field --eos-token --shard-tokens \
 --sample-bytes --threads --skip-unreadable --bad-records --overwrite
 trainer completions: SHELL

@@ -363,8 +363,8 @@ mod tests {
         }
     }
 
-    /// A group that may not shrink waits for replacements as a gang does. A gang's restart comes after the last arrival,
-    /// here each machine's after its own: it can only be faster. Seed 7.
+    /// A group that may not shrink waits for replacements as a gang does. A gang's restart comes after the last
+    /// arrival, here each machine's after its own: it can only be faster. Seed 7.
     #[test]
     fn a_group_that_may_not_shrink_is_a_gang() {
         let (job, fleet) = (job(4, Notice::NONE), fleet(20.0 * HOUR, 0.3));

@@ -15,7 +15,7 @@ mod world;
 use trainer::{
     random::SplitMix64,
     rendezvous::{
-        channel::Settings,
+        channel::LinkSettings,
         cost::{self, Requests},
         policy::Bounds,
     },
@@ -450,7 +450,7 @@ fn row(nodes: usize) -> (String, f64) {
     assert_eq!(sim.wrong, [""; 0]);
     let Requests { put, list, head, get } = requests;
     // Pings are not simulated: each side of the leader's idle links sends one so often.
-    let pings = 2.0 * (nodes - 1) as f64 / Settings::default().ping.as_secs_f64();
+    let pings = 2.0 * (nodes - 1) as f64 / LinkSettings::default().ping.as_secs_f64();
     let a_change = (sim.formed().len() - 1) as f64 / lost.len() as f64;
     let row = format!(
         "| {nodes} | {:.1} | {:.1} | {} | {:.5} | {:.4} | {:.2} | {:.2} | {:.1} | {a_change:.0} | {} | {pings:.0} |",

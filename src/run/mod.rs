@@ -13,8 +13,8 @@
 //! written before its resume point is used; a checkpoint exists when its `committed` record stands. Killing this
 //! process at any instant leaves the newest checkpoint, and data that no record names.
 //!
-//! *Retry:* a group whose worker died is restarted within the bounds of `agent/restart.rs`; a process that has exited is
-//! started again by whoever started it, and finds everything in the store. *Cancel:* a notice drops the work between
+//! *Retry:* a group whose worker died is restarted within the bounds of `agent/restart.rs`; a process that has exited
+//! is started again by whoever started it, and finds everything in the store. *Cancel:* a notice drops the work between
 //! two generations; a record that was being appended may or may not stand then, and the next reader of the journal sees
 //! which. Within a generation nothing is dropped: it ends as `agent/generation.rs` says.
 //!

@@ -11,7 +11,7 @@ use std::{
 
 use url::Url;
 
-use super::{dial::dial, end::End, identity::LocalNode, settings::Settings};
+use super::{dial::dial, end::End, identity::LocalNode, settings::LinkSettings};
 
 /// Where no packet goes and for which the routing table has the default route: documentation's addresses (RFC 5737,
 /// RFC 3849). Stands for a store that has no address of its own.
@@ -120,8 +120,8 @@ pub async fn automatic(endpoint: Option<&Url>) -> Result<Choice, NoAddress> {
 }
 
 /// Dials this node's own listener at `address`. `Ok`: what others will dial leads to this very process, shown by its
-/// key. It takes [`Settings::handshake`] at most.
-pub async fn answers(address: SocketAddr, me: &LocalNode, settings: Settings) -> Result<(), End> {
+/// key. It takes [`LinkSettings::handshake`] at most.
+pub async fn answers(address: SocketAddr, me: &LocalNode, settings: LinkSettings) -> Result<(), End> {
     dial::<(), ()>(address, &me.as_peer(), me, settings).await.map(drop)
 }
 

@@ -11,17 +11,17 @@ use super::{
     hello,
     identity::{LocalNode, Peer},
     link::Link,
-    settings::Settings,
+    settings::LinkSettings,
     tcp, tls,
 };
 
-/// Opens a link to `peer` at `address`, within [`Settings::handshake`] and once: whether and when to try again is the
+/// Opens a link to `peer` at `address`, within [`LinkSettings::handshake`] and once: whether and when to try again is the
 /// caller's decision. Dropping the future closes the connection.
 pub async fn dial<Out, In>(
     address: SocketAddr,
     peer: &Peer,
     me: &LocalNode,
-    settings: Settings,
+    settings: LinkSettings,
 ) -> Result<Link<Out, In>, End>
 where
     Out: Serialize,

@@ -50,7 +50,7 @@ async fn figures() {
     let cpu = 1e6 * (busy() - before) / f64::from(HANDSHAKES);
     println!("handshakes: {rate:.0}/s one after the other, {cpu:.0} µs of processor for both sides");
 
-    let usual = Settings::default();
+    let usual = LinkSettings::default();
     let mut pair = Pair::new(usual).await;
     let mut links = Vec::new();
     for _ in 0..LINKS {

@@ -10,7 +10,7 @@ use super::{
     end::{Build, End},
     frame::{self, Frames},
     identity::LocalNode,
-    settings::{MAX_HELLO, Settings},
+    settings::{LinkSettings, MAX_HELLO},
 };
 use crate::ids::NodeId;
 
@@ -68,7 +68,7 @@ pub(super) async fn introduce<S: AsyncRead + AsyncWrite + Unpin>(
     stream: &mut S,
     node: &NodeId,
     me: &LocalNode,
-    settings: Settings,
+    settings: LinkSettings,
 ) -> Result<Frames, End> {
     let hello = frame::encode(&Hello::of(me), MAX_HELLO).map_err(|error| End::Protocol(error.to_string()))?;
     frame::write(stream, &hello, settings.handshake).await?;
@@ -114,7 +114,7 @@ mod tests {
         let (us, mut them) = (me(), me());
         (them.node, them.version) = (theirs.clone(), "0.0.9".into());
         let (mut near, mut far) = tokio::io::duplex(1 << 10);
-        let settings = Settings::default();
+        let settings = LinkSettings::default();
         let (here, there) =
             tokio::join!(introduce(&mut near, &theirs, &us, settings), introduce(&mut far, &ours, &them, settings));
         let ends = [here.unwrap_err(), there.unwrap_err()].map(|end| end.to_string());
@@ -126,7 +126,7 @@ mod tests {
     async fn a_hello_is_short() {
         let (mut near, mut far) = tokio::io::duplex(1 << 14);
         let long = Hello { version: "x".repeat(MAX_HELLO), ..Hello::of(&me()) };
-        let settings = Settings::default();
+        let settings = LinkSettings::default();
         frame::write(&mut far, &frame::encode(&long, 1 << 20).unwrap(), settings.silence).await.unwrap();
         let end = introduce(&mut near, &me().node, &me(), settings).await.unwrap_err();
         assert!(matches!(&end, End::Protocol(text) if text.contains("4096 are allowed")), "{end}");

@@ -346,7 +346,7 @@ async fn a_crowd_that_connects_and_hangs_does_not_keep_a_peer_out_and_holds_few_
 
 #[tokio::test]
 async fn whoever_hangs_in_the_handshake_has_to_go_when_its_time_is_over() {
-    let hasty = Settings { handshake: Duration::from_millis(300), ..PATIENT };
+    let hasty = LinkSettings { handshake: Duration::from_millis(300), ..PATIENT };
     let mut pair = Pair::new(hasty).await;
     // At each place where one can hang: before the first byte, within the first flight, before the proof, before the
     // hello.

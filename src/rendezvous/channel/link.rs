@@ -26,7 +26,7 @@ use super::{
     envelope::{Envelope, Wire},
     frame::{self, Frames, Unsendable},
     identity::Peer,
-    settings::{MAX_MESSAGE, Settings},
+    settings::{LinkSettings, MAX_MESSAGE},
 };
 use crate::ids::Generation;
 
@@ -109,7 +109,7 @@ impl<In> Receiver<In> {
 /// A connection to a peer whose key is known and whose version and run are this node's.
 ///
 /// Dropping it, or either of its halves, says goodbye: what is queued is still written, for at most
-/// [`Settings::silence`] a piece, and the peer's end reads [`End::Closed`].
+/// [`LinkSettings::silence`] a piece, and the peer's end reads [`End::Closed`].
 #[derive(Debug)]
 pub struct Link<Out, In> {
     peer: Peer,
@@ -124,7 +124,7 @@ where
     In: DeserializeOwned + Send + 'static,
 {
     /// Starts the task over `stream`; `frames` holds what was read already.
-    pub(super) fn start<S>(stream: S, frames: Frames, peer: Peer, address: SocketAddr, settings: Settings) -> Self
+    pub(super) fn start<S>(stream: S, frames: Frames, peer: Peer, address: SocketAddr, settings: LinkSettings) -> Self
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
@@ -173,7 +173,7 @@ async fn drive<S, In>(
     mut queue: mpsc::Receiver<Vec<u8>>,
     inbox: mpsc::Sender<Envelope<In>>,
     shared: Arc<Shared>,
-    settings: Settings,
+    settings: LinkSettings,
 ) where
     S: AsyncRead + AsyncWrite,
     In: DeserializeOwned,
@@ -241,7 +241,7 @@ async fn write<W, In>(
     queue: &mut mpsc::Receiver<Vec<u8>>,
     inbox: &mpsc::Sender<Envelope<In>>,
     shared: &Shared,
-    settings: Settings,
+    settings: LinkSettings,
 ) -> Written
 where
     W: AsyncWrite + Unpin,

@@ -27,7 +27,7 @@ use super::{
     hello,
     identity::{LocalNode, Peer},
     link::Link,
-    settings::Settings,
+    settings::LinkSettings,
     tcp,
     tls::{self, Known},
 };
@@ -57,7 +57,12 @@ where
     /// Listens at `address`; port 0 is a port of the kernel's choice. The error is that of the bind.
     ///
     /// A node that dials its own port ([`super::address::answers`]) is answered, and the link is not handed over.
-    pub async fn bind(address: SocketAddr, me: Arc<LocalNode>, known: Known, settings: Settings) -> io::Result<Self> {
+    pub async fn bind(
+        address: SocketAddr,
+        me: Arc<LocalNode>,
+        known: Known,
+        settings: LinkSettings,
+    ) -> io::Result<Self> {
         let myself = me.as_peer();
         let known: Known = Arc::new(move |key| if *key == myself.key { Some(myself.node.clone()) } else { known(key) });
         let tls = tls::acceptor(&me.identity, known.clone()).map_err(io::Error::other)?;
@@ -89,7 +94,7 @@ struct Door {
     tls: TlsAcceptor,
     known: Known,
     me: Arc<LocalNode>,
-    settings: Settings,
+    settings: LinkSettings,
 }
 
 /// A connection that has not shown a known key yet.

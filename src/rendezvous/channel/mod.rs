@@ -68,6 +68,6 @@ pub use self::{
     identity::{Identity, LocalNode, NoKey, Peer},
     link::{Link, NotSent, Receiver, Sender},
     listener::Listener,
-    settings::{MAX_MESSAGE, Settings},
+    settings::{LinkSettings, MAX_MESSAGE},
     tls::Known,
 };

@@ -9,7 +9,7 @@ pub const MAX_HELLO: usize = 4 << 10;
 
 /// What a test shortens and an operator never needs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settings {
+pub struct LinkSettings {
     /// A side that has had nothing to say for this long sends a ping.
     pub ping: Duration,
     /// A peer that is not heard, takes nothing or does not acknowledge for this long is cut.
@@ -28,7 +28,7 @@ pub struct Settings {
     pub inbox: usize,
 }
 
-impl Default for Settings {
+impl Default for LinkSettings {
     fn default() -> Self {
         Self {
             ping: Duration::from_secs(1),

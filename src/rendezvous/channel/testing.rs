@@ -24,7 +24,7 @@ pub(super) type TestLink = Link<String, String>;
 pub(super) type TestListener = Listener<String, String>;
 
 /// Limits that a busy machine does not reach.
-pub(super) const PATIENT: Settings = Settings {
+pub(super) const PATIENT: LinkSettings = LinkSettings {
     ping: Duration::from_millis(200),
     silence: Duration::from_secs(60),
     handshake: Duration::from_secs(60),
@@ -58,7 +58,7 @@ impl Nodes {
     }
 }
 
-pub(super) async fn listen(me: &Arc<LocalNode>, nodes: &Nodes, settings: Settings) -> TestListener {
+pub(super) async fn listen(me: &Arc<LocalNode>, nodes: &Nodes, settings: LinkSettings) -> TestListener {
     Listener::bind("127.0.0.1:0".parse().unwrap(), me.clone(), nodes.known(), settings).await.unwrap()
 }
 
@@ -71,21 +71,21 @@ pub(super) struct Pair {
 }
 
 impl Pair {
-    pub(super) async fn new(settings: Settings) -> Self {
+    pub(super) async fn new(settings: LinkSettings) -> Self {
         let (host, guest) = (node("host"), node("guest"));
         let nodes = Nodes::of(&[&guest]);
         let listener = listen(&host, &nodes, settings).await;
         Self { host, guest, nodes, listener }
     }
-    pub(super) async fn dial(&self, address: SocketAddr, settings: Settings) -> Result<TestLink, End> {
+    pub(super) async fn dial(&self, address: SocketAddr, settings: LinkSettings) -> Result<TestLink, End> {
         dial(address, &self.host.as_peer(), &self.guest, settings).await
     }
     /// A link through `address`: the listener's or a relay's.
-    pub(super) async fn link_through(&mut self, address: SocketAddr, settings: Settings) -> (TestLink, TestLink) {
+    pub(super) async fn link_through(&mut self, address: SocketAddr, settings: LinkSettings) -> (TestLink, TestLink) {
         let near = self.dial(address, settings).await.unwrap();
         (near, self.listener.accept().await)
     }
-    pub(super) async fn link(&mut self, settings: Settings) -> (TestLink, TestLink) {
+    pub(super) async fn link(&mut self, settings: LinkSettings) -> (TestLink, TestLink) {
         self.link_through(self.listener.address(), settings).await
     }
     /// Whatever happened before, a good peer gets in, and nobody was let in before it.
@@ -105,7 +105,7 @@ pub(super) async fn say(link: &mut TestLink, generation: u64, text: &str) {
 }
 
 /// A link over a pipe whose other end the test plays byte by byte.
-pub(super) fn over_a_pipe(capacity: usize, settings: Settings) -> (TestLink, DuplexStream) {
+pub(super) fn over_a_pipe(capacity: usize, settings: LinkSettings) -> (TestLink, DuplexStream) {
     let (near, far) = tokio::io::duplex(capacity);
     let peer = node("peer").as_peer();
     (Link::start(near, Frames::default(), peer, "192.0.2.1:1".parse().unwrap(), settings), far)

@@ -100,7 +100,7 @@ async fn a_killed_process_breaks_its_link_and_refuses_the_next() {
 
 #[tokio::test]
 async fn a_machine_that_says_nothing_is_silent_on_both_sides() {
-    let short = Settings { ping: Duration::from_millis(50), silence: Duration::from_secs(2), ..PATIENT };
+    let short = LinkSettings { ping: Duration::from_millis(50), silence: Duration::from_secs(2), ..PATIENT };
     let mut pair = Pair::new(short).await;
     let relay = Relay::to(pair.listener.address()).await;
     let (mut near, mut far) = pair.link_through(relay.address, short).await;
@@ -115,7 +115,7 @@ async fn a_machine_that_says_nothing_is_silent_on_both_sides() {
 async fn a_dial_that_nobody_answers_is_silent() {
     // The kernel accepts, and no process does.
     let port = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let hasty = Settings { handshake: Duration::from_millis(100), ..PATIENT };
+    let hasty = LinkSettings { handshake: Duration::from_millis(100), ..PATIENT };
     let (host, guest) = (node("host"), node("guest"));
     let dialled = dial::<String, String>(port.local_addr().unwrap(), &host.as_peer(), &guest, hasty).await;
     assert_eq!(dialled.unwrap_err(), End::Silent);
@@ -123,14 +123,14 @@ async fn a_dial_that_nobody_answers_is_silent() {
 
 #[tokio::test]
 async fn a_link_with_nothing_to_say_pings_and_hears_pings() {
-    let short = Settings { ping: Duration::from_millis(20), ..PATIENT };
+    let short = LinkSettings { ping: Duration::from_millis(20), ..PATIENT };
     let (_link, mut far) = over_a_pipe(1 << 10, short);
     let mut frames = Frames::default();
     for _ in 0..5 {
         assert_eq!(frames.next(&mut far, 100, PATIENT.silence).await.unwrap().as_ref(), b"\"ping\"");
     }
     // Pings over more than the allowed silence keep a link.
-    let short = Settings { silence: Duration::from_secs(1), ..PATIENT };
+    let short = LinkSettings { silence: Duration::from_secs(1), ..PATIENT };
     let (mut link, mut far) = over_a_pipe(1 << 10, short);
     let begun = tokio::time::Instant::now();
     let mut beat = tokio::time::interval(Duration::from_millis(50));
@@ -196,7 +196,7 @@ async fn a_message_that_is_too_long_is_the_senders_fault_and_the_link_stands() {
 
 #[tokio::test]
 async fn a_peer_that_does_not_read_is_cut_when_the_queue_is_full() {
-    let narrow = Settings { queue: 8, queue_bytes: 1000, ..PATIENT };
+    let narrow = LinkSettings { queue: 8, queue_bytes: 1000, ..PATIENT };
     // By number and by bytes.
     for (text, most) in [("x".to_owned(), 9), ("x".repeat(300), 3)] {
         let (mut link, _far) = over_a_pipe(16, narrow);
@@ -217,7 +217,7 @@ async fn a_peer_that_does_not_read_is_cut_when_the_queue_is_full() {
 
 #[tokio::test]
 async fn room_in_the_queue_comes_back_as_the_peer_reads() {
-    let narrow = Settings { queue: 2, queue_bytes: 1000, ..PATIENT };
+    let narrow = LinkSettings { queue: 2, queue_bytes: 1000, ..PATIENT };
     let (mut link, mut far) = over_a_pipe(16, narrow);
     let mut frames = Frames::default();
     for _ in 0..50 {
@@ -228,7 +228,7 @@ async fn room_in_the_queue_comes_back_as_the_peer_reads() {
 
 #[tokio::test]
 async fn a_peer_that_takes_nothing_for_too_long_is_cut_though_the_queue_has_room() {
-    let short = Settings { silence: Duration::from_millis(200), linger: Duration::from_millis(50), ..PATIENT };
+    let short = LinkSettings { silence: Duration::from_millis(200), linger: Duration::from_millis(50), ..PATIENT };
     let (mut link, mut far) = over_a_pipe(16, short);
     link.send(Generation(1), &"x".repeat(100)).unwrap();
     // It is heard all the while.
@@ -248,7 +248,7 @@ async fn a_peer_that_takes_nothing_for_too_long_is_cut_though_the_queue_has_room
 
 #[tokio::test]
 async fn an_owner_that_does_not_take_its_messages_loses_its_peer_and_none_of_what_came() {
-    let mut pair = Pair::new(Settings { inbox: 1, ..PATIENT }).await;
+    let mut pair = Pair::new(LinkSettings { inbox: 1, ..PATIENT }).await;
     let (mut near, mut far) = pair.link(PATIENT).await;
     let text = "x".repeat(100_000);
     let mut sent = 0;
@@ -267,7 +267,7 @@ async fn an_owner_that_does_not_take_its_messages_loses_its_peer_and_none_of_wha
 
 #[tokio::test]
 async fn a_slow_owner_gets_everything() {
-    let mut pair = Pair::new(Settings { inbox: 1, ..PATIENT }).await;
+    let mut pair = Pair::new(LinkSettings { inbox: 1, ..PATIENT }).await;
     let (mut near, mut far) = pair.link(PATIENT).await;
     for number in 0..500 {
         say(&mut near, 1, &number.to_string()).await;

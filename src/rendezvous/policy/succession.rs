@@ -362,7 +362,7 @@ pub fn answer(view: &Asked<'_>) -> (Answer, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rendezvous::{channel::Settings, heartbeat::PATIENCE, membership::LOOK, policy::Member};
+    use crate::rendezvous::{channel::LinkSettings, heartbeat::PATIENCE, membership::LOOK, policy::Member};
 
     const BOUNDS: Bounds = Bounds { min: 2, max: 4, global_batch: 64, mixed: false };
 
@@ -510,7 +510,7 @@ mod tests {
 
     #[test]
     fn each_pause_leaves_time_for_what_happens_in_it() {
-        let ping = Settings::default().ping;
+        let ping = LinkSettings::default().ping;
         assert!(ping < VOUCH && VOUCH < ANSWER, "a ping of its leader comes, and the proposer still waits");
         assert!(ANSWER < PROMISE, "whoever is ready stays ready until its proposer has all answers");
         assert!(LOOK < FRESH && FRESH < PATIENCE, "it looks again meanwhile, and a pause as long as patience is found");

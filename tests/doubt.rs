@@ -113,7 +113,7 @@ fn a_run_on_a_machine_that_garbles_its_reads_condemns_and_deletes_nothing() {
         lab.config("\n[checkpoint.keep]\nlast = 2\n").replace("[checkpoint]\n", "[checkpoint]\nscrub = \"1s\"\n");
     lab.write_config("run.toml", &text.replace(&format!("steps = {STEPS}"), "steps = 1000000"));
     let running = garbled(lab.run("rot"), "all").start();
-    running.wait_until_said("no checkpoint is whole as this machine reads it");
+    running.wait_until_said("no checkpoint could be verified");
     running.signal(Signal::TERM);
     let life = running.finish().expect_code(75);
     expect_nothing_condemned(&lab, "rot", &life.story());

@@ -47,7 +47,7 @@ impl Raw {
     pub fn add_file(&mut self, path: &Path) -> Result<(), ConfigError> {
         let name = path.display().to_string();
         let unreadable = |source| ConfigError::Unreadable { path: name.clone(), source };
-        let text = text::read_small(path, MAX_FILE).map_err(unreadable)?;
+        let text = text::read_at_most(path, MAX_FILE).map_err(unreadable)?;
         let text = String::from_utf8(text)
             .map_err(|error| unreadable(std::io::Error::new(std::io::ErrorKind::InvalidData, error.utf8_error())))?;
         self.add_text(&text, path)

@@ -175,12 +175,18 @@ fn file_uri(path: &Path, cwd: &Path) -> Option<String> {
 /// # Errors
 /// The file system's, `FileTooLarge`, and `InvalidInput` for a pipe, a socket or a device.
 pub fn read_small(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
-    use std::io::{Error, ErrorKind, Read};
+    use std::io::{Error, ErrorKind};
     let is_open = ["/dev/stdin", "/dev/fd", "/proc"].iter().any(|open| path.starts_with(open));
     let kind = std::fs::metadata(path)?.file_type();
     if !kind.is_file() && !kind.is_dir() && !is_open {
         return Err(Error::new(ErrorKind::InvalidInput, "it is a pipe, a socket or a device, not a file"));
     }
+    read_at_most(path, limit)
+}
+
+/// The same for what a person names on purpose, a named pipe, too: it waits for the writer, and a signal ends the wait.
+pub fn read_at_most(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+    use std::io::{Error, ErrorKind, Read};
     let mut bytes = Vec::new();
     std::fs::File::open(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {

@@ -15,8 +15,8 @@ use super::{
     tcp, tls,
 };
 
-/// Opens a link to `peer` at `address`, within [`LinkSettings::handshake`] and once: whether and when to try again is the
-/// caller's decision. Dropping the future closes the connection.
+/// Opens a link to `peer` at `address`, within [`LinkSettings::handshake`] and once: whether and when to try again is
+/// the caller's decision. Dropping the future closes the connection.
 pub async fn dial<Out, In>(
     address: SocketAddr,
     peer: &Peer,

@@ -135,15 +135,15 @@ impl Notices {
 
     fn given(&mut self, notice: Notice) -> Notice {
         self.approval.given(&notice);
-        if let Some(left) = notice.deadline.filter(|_| notice.kind != Kind::Rebalance) {
+        if let Some(left) = ends_in(&notice) {
             let until = Instant::now() + left;
             self.until = Some(self.until.map_or(until, |before| before.min(until)));
         }
         notice
     }
 
-    /// The time until this process is expected to be ended from outside, by the notices so far; `None`: no deadline is
-    /// known.
+    /// The time until this process is expected to be ended from outside, by the notices so far; `None`: no binding
+    /// deadline is known.
     pub fn left(&self) -> Option<Duration> {
         self.until.map(|until| until.saturating_duration_since(Instant::now()))
     }
@@ -164,6 +164,12 @@ impl Notices {
         self.polls.abort_all();
         self.drain.abort_all();
     }
+}
+
+/// When this process is expected to be ended from outside because of `notice`. A deadline that is only usual ends
+/// nothing: the record of the end is worth waiting for.
+fn ends_in(notice: &Notice) -> Option<Duration> {
+    notice.deadline.filter(|_| notice.kind != Kind::Rebalance && notice.deadline_binds())
 }
 
 fn windows_here(settings: &NoticeConfig) -> Windows {
@@ -240,6 +246,21 @@ mod tests {
 
     fn notice(kind: Kind, source: &'static str, id: &str) -> Notice {
         Notice { kind, deadline: None, source, id: id.into(), confidence: Confidence::Announced }
+    }
+
+    #[test]
+    fn only_a_binding_deadline_limits_the_last_words() {
+        let left = Some(Duration::from_secs(10));
+        for (kind, confidence, deadline, expected) in [
+            (Kind::Stop, Confidence::Certain, left, left),
+            (Kind::Interruption, Confidence::Announced, left, left),
+            (Kind::Stop, Confidence::Advisory, left, None),
+            (Kind::Rebalance, Confidence::Announced, left, None),
+            (Kind::Stop, Confidence::Certain, None, None),
+        ] {
+            let notice = Notice { deadline, confidence, ..notice(kind, "sigterm", "1") };
+            assert_eq!(ends_in(&notice), expected, "{notice:?}");
+        }
     }
 
     #[test]

@@ -64,7 +64,7 @@ pub const fn a_day(role: Role, full: bool) -> Requests {
     }
 }
 
-/// USD a day for a generation of so many nodes.
+/// USD a day for a generation of N nodes.
 pub const fn usd_a_day(nodes: u32, full: bool) -> f64 {
     let followers = nodes.saturating_sub(1) as f64;
     let leader = if nodes == 0 { 0.0 } else { a_day(Role::Leader, full).usd() };

@@ -21,7 +21,7 @@ pub struct Resolved {
 }
 
 impl Resolved {
-    /// Refuses a run whose saves would fail for want of open files.
+    /// Refuses a run if the limit of open files is too low for its saves.
     fn new(config: &RunConfig, workload: Workload) -> Result<Self> {
         let needed = files(workload.workers(), config.storage.concurrency);
         if let Some(limit) = shortage::open_files().filter(|limit| *limit < needed) {

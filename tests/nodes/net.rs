@@ -125,7 +125,7 @@ fn probe(more: &[&str]) -> Result<(), String> {
     if output.status.success() { Ok(()) } else { Err(last.trim().to_owned()) }
 }
 
-/// Runs `test` on a new network of so many nodes; it must be the whole body of a test.
+/// Runs `test` on a new network of `count` nodes; it must be the whole body of a test.
 ///
 /// A user who may not make namespaces runs the same test again, in another process, which is root in a user namespace:
 /// threads can't enter a namespace that belongs to another user namespace than theirs.

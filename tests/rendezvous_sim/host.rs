@@ -344,7 +344,7 @@ impl Sim {
         self.think(host);
     }
 
-    /// The nodes with the lowest ids are read, until so many are found that live; those that don't.
+    /// Reads nodes in the order of their ids until enough of them are alive; returns the dead ones.
     fn read_the_lowest(&mut self, host: Host, own: Ms, live: &[Node]) -> BTreeSet<Node> {
         let (me, mut found, mut dead) = (self.me(host).node, 0, BTreeSet::new());
         for node in live {

@@ -23,7 +23,7 @@ pub type Node = usize;
 /// A machine.
 pub type Host = usize;
 
-/// A channel that is silent for so long is closed, and what follows from pings that are a second apart.
+/// The silence after which a channel is closed; pings are a second apart.
 pub const SILENCE: Ms = 5_000;
 /// Time between two checkpoints; nodes join at a checkpoint.
 pub const COMMIT: Ms = 60_000;

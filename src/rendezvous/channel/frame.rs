@@ -167,7 +167,7 @@ mod tests {
         let wire = encode(&"text", 100).unwrap();
         let mut frames = Frames::default();
         for byte in wire {
-            // Reads what is there, and is dropped where it waits for more.
+            // Reads the bytes that have arrived, and is cancelled where it would wait for more.
             let early = futures::FutureExt::now_or_never(frames.next(&mut from, 100, LONG));
             assert!(early.is_none());
             to.write_all(&[byte]).await.unwrap();

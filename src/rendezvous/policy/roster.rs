@@ -68,7 +68,7 @@ pub enum Why {
         /// The generation's.
         ours: String,
     },
-    /// The group died of it so often at one step.
+    /// The group died of it N times at one step.
     Kills(u32),
     /// So many of its saves failed in a row.
     Saves(u32),

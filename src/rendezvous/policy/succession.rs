@@ -144,7 +144,7 @@ fn stagger(place: usize) -> Duration {
     STAGGER.saturating_mul(u32::try_from(place).unwrap_or(u32::MAX)).min(LONGEST_STAGGER)
 }
 
-/// The pause after so many proposals that came to nothing.
+/// The pause after N proposals in a row that failed.
 fn pause(failed: u32) -> Duration {
     match failed {
         0 => Duration::ZERO,

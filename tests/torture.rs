@@ -77,7 +77,7 @@ fn a_run_with_any_process_killed_ends_like_the_undisturbed_one() {
         vec![
             calm(Disturbance::Agent(early)),
             calm(Disturbance::Both(late)),
-            calm(Disturbance::Workers(vec![(saved, 0), (late, 1), (early, 1)])),
+            calm(Disturbance::Workers(vec![(late, 1), (saved, 0), (early, 1)])),
             calm(Disturbance::Agent(saving)),
             calm(Disturbance::Terminate { at: late, kill_after: Some(Duration::from_millis(5)) }),
             calm(Disturbance::Both(saved)),
@@ -133,11 +133,12 @@ fn writers_that_sleep_or_race_commit_nothing_that_is_not_theirs() {
     ));
     assert!(tally.lives >= 3, "{tally}");
     let overtaken = Disturbance::Overtaken { at, whole: false, kill_heir: Some(at) };
-    let asleep = |point| {
+    // Each point is reached even if a busy machine skips all saves but the last: a run's third record is a commit.
+    let asleep = |point, hit| {
         let point = POINTS.iter().find(|known| known.name == point).expect("a crash point");
-        Disturbance::Asleep { point, hit: 4, kill_heir: at }
+        Disturbance::Asleep { point, hit, kill_heir: at }
     };
-    let lives = [overtaken, asleep("journal.before-append"), asleep("save.before-record")];
+    let lives = [overtaken, asleep("journal.before-append", 3), asleep("save.before-record", 1)];
     // Each waits seconds for the sleeper's heartbeat and needs almost no CPU, so they run side by side.
     let tallies = std::thread::scope(|scope| {
         let plays = lives.map(|life| {

@@ -31,6 +31,8 @@ struct Entry {
     taken: Moment,
     /// `None`: not every rank has reported the step.
     figures: Option<Figures>,
+    /// `None`: this state was not measured, or not every rank has reported its part.
+    validation_loss: Option<f64>,
     cost: SaveCost,
 }
 
@@ -49,8 +51,8 @@ struct UnderWay {
 pub struct Ledger {
     kept: BTreeMap<Step, Entry>,
     figures: BTreeMap<Step, Figures>,
-    /// The newest validation, and the step whose state it measured.
-    validated: Option<(Step, f64)>,
+    /// Validation losses, by the step whose state was measured. An upload may begin long after later measurements.
+    validated: BTreeMap<Step, f64>,
     /// At most one at a time.
     under_way: Option<UnderWay>,
     /// The newest commit, or the beginning.
@@ -77,7 +79,7 @@ pub struct Transfer {
     pub slot: u8,
     /// The step's figures.
     pub figures: Figures,
-    /// Its validation loss, if it was measured.
+    /// The validation loss of this very state, if it was measured.
     pub validation_loss: Option<f64>,
     /// The cost of the save so far; the loop's wait may be reported later.
     pub cost: SaveCost,
@@ -103,7 +105,7 @@ impl Ledger {
         Self {
             kept: BTreeMap::new(),
             figures: BTreeMap::new(),
-            validated: None,
+            validated: BTreeMap::new(),
             under_way: None,
             committed_at: now,
             newest: None,
@@ -148,13 +150,22 @@ impl Ledger {
 
     /// The state of `step` was measured.
     pub fn validated(&mut self, step: Step, loss: f64) {
-        self.validated = Some((step, loss));
+        if let Some(kept) = self.kept.get_mut(&step) {
+            // A rank can capture a state before another has reported its part of the measurement.
+            kept.validation_loss = Some(loss);
+        }
+        self.validated.insert(step, loss);
+        self.validated.retain(|&s, _| s.get() + REMEMBERED > step.get());
     }
 
     fn keep(&mut self, step: Step, now: Moment) -> &mut Entry {
-        let figures = &self.figures;
-        let new = || Entry { taken: now, figures: figures.get(&step).cloned(), cost: SaveCost::default() };
-        self.kept.entry(step).or_insert_with(new)
+        let (figures, validated) = (&self.figures, &self.validated);
+        self.kept.entry(step).or_insert_with(|| Entry {
+            taken: now,
+            figures: figures.get(&step).cloned(),
+            validation_loss: validated.get(&step).copied(),
+            cost: SaveCost::default(),
+        })
     }
 
     /// The time that one rank took to copy `step`, seconds.
@@ -181,12 +192,12 @@ impl Ledger {
     /// and the machine may go away.
     pub fn upload(&mut self, step: Step, slot: u8, urgent: bool, total: u64, now: Moment) -> Result<Transfer> {
         let kept = self.keep(step, now);
-        let (taken, cost, figures) = (kept.taken, kept.cost, kept.figures.clone());
+        // A measurement of another state does not apply to this one.
+        let (taken, cost, figures, validation_loss) =
+            (kept.taken, kept.cost, kept.figures.clone(), kept.validation_loss);
         // Every rank has captured the step, so every rank has reported it.
         let figures =
             figures.ok_or_else(|| Error::new(Kind::Bug, format!("step {step} was captured before it was reported")))?;
-        // Ranks measure a state before they copy it. A measurement of another state does not apply to this one.
-        let validation_loss = self.validated.filter(|(measured, _)| *measured == step).map(|(_, loss)| loss);
         let priority = match (urgent, self.starved) {
             (true, _) => Priority::Urgent,
             (false, true) => Priority::Normal,
@@ -371,5 +382,23 @@ mod tests {
         saves.captured(Step(5), 0.5, Moment::ZERO);
         saves.finished(Step(5), figures.clone());
         assert_eq!(saves.upload(Step(5), 1, false, 100, Moment::ZERO).unwrap().figures, figures);
+    }
+
+    /// On a slow store an upload begins only after later states were measured.
+    #[test]
+    fn a_snapshot_keeps_the_validation_loss_of_its_own_state_however_late_its_upload_begins() {
+        let mut saves = Ledger::begin(Moment::ZERO);
+        for step in [4, 6, 8, 12, 18] {
+            saves.finished(Step(step), figures(2.0));
+        }
+        // A rank can capture a state before another has reported its part of the measurement, or after it.
+        saves.validated(Step(6), 0.6);
+        saves.captured(Step(6), 0.5, Moment::ZERO);
+        saves.captured(Step(8), 0.5, Moment::ZERO);
+        saves.captured(Step(12), 0.5, Moment::ZERO);
+        saves.validated(Step(12), 1.2);
+        saves.validated(Step(18), 1.8);
+        let mut loss = |step| saves.upload(Step(step), 0, false, 100, Moment::ZERO).unwrap().validation_loss;
+        assert_eq!([6, 8, 12, 18].map(&mut loss), [Some(0.6), None, Some(1.2), Some(1.8)]);
     }
 }

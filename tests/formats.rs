@@ -51,6 +51,7 @@ fn messages() -> [Vec<u8>; 6] {
         world_size: WorldSize(2),
         generation: Generation(3),
         resume_step: Step(9),
+        store: "127.0.0.1:0".parse().unwrap(),
         task: samples::task(),
     };
     let report =

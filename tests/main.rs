@@ -37,6 +37,7 @@ mod simulate;
 mod stalls;
 mod storms;
 mod streams;
+mod together;
 mod torture;
 mod training;
 mod uneven;

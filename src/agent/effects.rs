@@ -10,6 +10,7 @@
 
 use std::time::Duration;
 
+use futures::FutureExt;
 use tokio::sync::mpsc;
 
 use super::{
@@ -194,5 +195,10 @@ impl Answers {
             Some(event) = self.later.recv() => event,
             else => std::future::pending().await,
         }
+    }
+
+    /// An event that has come already, if there is one.
+    pub fn ready(&mut self) -> Option<Event> {
+        self.next().now_or_never()
     }
 }

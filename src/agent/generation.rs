@@ -9,9 +9,10 @@
 //! writer or there was no time to wait: then the save under way is given up, so that the report about it stays true. If
 //! another generation may follow, nobody of this one can write into a slot any more ([`Slots::end_generation`]).
 
-use std::{collections::VecDeque, ops::ControlFlow, sync::Arc, time::Duration};
+use std::{collections::VecDeque, net::SocketAddr, ops::ControlFlow, sync::Arc, time::Duration};
 
 use tokio::{
+    sync::mpsc,
     task::JoinHandle,
     time::{Instant, MissedTickBehavior},
 };
@@ -19,10 +20,14 @@ use tokio::{
 use super::{
     drain::estimate::Estimates,
     effects,
+    group::{Company, Heard, Others},
     lead::Lead,
     node::Node,
     phase::{Event, Loading, Settings, StateMachine},
-    save::{slots::Slots, upload},
+    save::{
+        slots::Slots,
+        upload::{self, SaveEvent},
+    },
     upkeep::retention::Retention,
     workers::Workers,
 };
@@ -30,9 +35,9 @@ use crate::{
     checkpoint::{Flaw, condemn::Docket, restore::RemoteFile},
     config::RunConfig,
     error::Result,
-    ids::{Generation, Step},
+    ids::{Generation, NodeId, Step},
     journal::Drain,
-    notice::Notices,
+    notice::{self, Notice, Notices},
     report::Reporter,
     snapshot::cadence::Measured,
     storage::Store,
@@ -55,6 +60,8 @@ pub struct Plan {
     pub measured: Measured,
     /// The damage that this process has found.
     pub docket: Docket,
+    /// Where rank 0 serves the ranks' store; port 0: one of the kernel's choice.
+    pub store: SocketAddr,
 }
 
 /// The source of the workers' state.
@@ -162,12 +169,49 @@ pub struct Left {
     pub leaving: Option<JoinHandle<()>>,
     /// Of a completed run: there is time to leave the store as `checkpoint.keep` says.
     pub retention: Option<Retention>,
+    /// What has become of the other nodes.
+    pub members: Members,
 }
 
-/// Runs a generation to its end. `slots` and `estimates` belong to the node and outlive it. `left` is filled by a
-/// generation that completed the run or was asked to stop.
+/// Why a generation of several nodes has ended, as far as its nodes are the reason.
+#[derive(Debug, Default)]
+pub struct Members {
+    /// This node was told to leave.
+    pub asked_here: bool,
+    /// A person asked the run to stop: no other generation follows.
+    pub ends_the_run: bool,
+    /// Other nodes that were told to leave.
+    pub leaving: Vec<NodeId>,
+    /// Other nodes that are lost, and why.
+    pub parted: Vec<(NodeId, String)>,
+}
+
+impl Members {
+    /// A notice to this node.
+    fn hear(&mut self, notice: &Notice) {
+        self.asked_here |= notice.kind != notice::Kind::Rebalance;
+        self.ends_the_run |= notice.source == notice::drain::DRAIN;
+    }
+}
+
+/// The next word of another node; a node that is alone hears none.
+async fn next_word(company: &mut Option<mpsc::UnboundedReceiver<Heard>>) -> Heard {
+    match company {
+        // The other end lives as long as the agent.
+        Some(heard) => match heard.recv().await {
+            Some(word) => word,
+            None => std::future::pending().await,
+        },
+        None => std::future::pending().await,
+    }
+}
+
+/// Runs a generation that this node leads to its end. `slots` and `estimates` belong to the node and outlive it.
+/// `company`: its other nodes, if there are any. `left` is filled by a generation that completed the run or was asked
+/// to stop, except for its members, of which every end tells.
 pub async fn run(
     start: Plan,
+    company: Option<Company>,
     slots: &mut Slots,
     estimates: &mut Estimates,
     notices: &mut Notices,
@@ -186,20 +230,31 @@ pub async fn run(
         config: start.config.clone(),
         load: start.load.clone(),
         measured: start.measured,
+        store_host: start.store.ip(),
+    };
+    let (others, mut company, saves) = match company {
+        Some(Company { others, to, heard, saves }) => (Others::of(others, to), Some(heard), Some(saves)),
+        None => (Others::none(), None, None),
     };
     let mut machine = StateMachine::new(settings, *estimates, Loading::new(start.upload.ranks.world, incoming));
-    let mut lead = Lead::begin(&start, began, node, reporter, senders);
+    let mut lead = Lead::begin(&start, began, node, others, reporter, senders);
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let end = 'generation: loop {
-        let event = tokio::select! {
+        let mut events = tokio::select! {
             biased;
-            notice = notices.next() => Event::Notice(notice),
-            event = answers.next() => event,
-            _ = tick.tick() => Event::Tick,
+            notice = notices.next() => {
+                left.members.hear(&notice);
+                VecDeque::from([Event::Notice(notice)])
+            }
+            event = answers.next() => lead.own(event).into_iter().collect(),
+            word = next_word(&mut company) => lead.hear(word).into(),
+            _ = tick.tick() => VecDeque::from([Event::Tick]),
         };
-        let mut events = VecDeque::from([event]);
         while let Some(event) = events.pop_front() {
+            if let (Event::Save(SaveEvent::Ended { result, .. }), Some(saves)) = (&event, &saves) {
+                let _ = saves.send(result.is_ok());
+            }
             match lead.perform(machine.handle(event, began.elapsed())) {
                 ControlFlow::Continue(answers) => events.extend(answers),
                 ControlFlow::Break(end) => break 'generation end,
@@ -207,8 +262,9 @@ pub async fn run(
         }
     };
     *estimates = machine.estimates();
-    if let Some(open) = lead.end(&end).await? {
-        *left = open;
+    lead.tells(&mut left.members);
+    if let Some(open) = lead.end(&end, left.members.ends_the_run).await? {
+        (left.leaving, left.retention) = (open.leaving, open.retention);
     }
     end
 }

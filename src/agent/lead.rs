@@ -20,12 +20,14 @@ use tokio::{
 use super::{
     effects::{Effect, Effects, Log, Senders},
     fence,
-    generation::{End, Left, Plan},
+    finish::Whole,
+    generation::{End, Left, Members, Plan},
+    group::{Heard, Others},
     node::{Node, Part},
     phase::Event,
     save::{
         ledger::Transfer,
-        upload::{self, Snapshot},
+        upload::{self, SaveEvent, Snapshot},
     },
     upkeep::retention::Retention,
 };
@@ -82,6 +84,8 @@ pub struct Lead<'a> {
     began: Instant,
     /// The leader's own node.
     node: Node<'a>,
+    /// The other nodes.
+    others: Others,
     reporter: &'a Reporter,
     retention: Retention,
     /// The look at the journal, if one is under way.
@@ -95,11 +99,32 @@ pub struct Lead<'a> {
 
 impl<'a> Lead<'a> {
     /// Of a generation that began at `began`.
-    pub fn begin(start: &'a Plan, began: Instant, node: Node<'a>, reporter: &'a Reporter, senders: Senders) -> Self {
+    pub fn begin(
+        start: &'a Plan,
+        began: Instant,
+        node: Node<'a>,
+        others: Others,
+        reporter: &'a Reporter,
+        senders: Senders,
+    ) -> Self {
         let upload::Context { run, journal, .. } = &start.upload;
         let retention = Retention::begin(run, journal, start.config.checkpoint, &start.docket);
         let (looking, saving) = (None, None);
-        Self { start, began, node, reporter, retention, looking, notes: JoinSet::new(), saving, senders }
+        Self { start, began, node, others, reporter, retention, looking, notes: JoinSet::new(), saving, senders }
+    }
+
+    /// What the channel brings of another node, as events of the generation.
+    pub fn hear(&mut self, heard: Heard) -> Vec<Event> {
+        let events = self.others.hear(heard);
+        if self.others.abandons_save(&self.start.upload.node) {
+            self.node.gives_up_save();
+        }
+        events
+    }
+
+    /// An event of this node's own; `None`: it waits for the other nodes' answers.
+    pub fn own(&mut self, event: Event) -> Option<Event> {
+        self.others.own(event)
     }
 
     /// Performs all of them; returns the immediate answers, or how the generation has ended.
@@ -114,9 +139,12 @@ impl<'a> Lead<'a> {
 
     fn perform_one(&mut self, effect: Effect) -> Option<Event> {
         match effect {
-            Effect::Nodes(order) => return self.node.perform(order),
+            Effect::Nodes(order) => {
+                self.others.order(&order);
+                return self.node.perform(order).and_then(|answer| self.others.own(answer));
+            }
             Effect::Vouch { step, generation } => self.retention.restored(step, generation),
-            Effect::Upload(transfer) => return self.upload(transfer).err().map(Event::Lost),
+            Effect::Upload(transfer) => return self.upload(transfer).unwrap_or_else(|error| Some(Event::Lost(error))),
             Effect::Cost(cost) => {
                 if let Some(saving) = &self.saving {
                     saving.cost.send_replace(cost);
@@ -140,15 +168,22 @@ impl<'a> Lead<'a> {
         None
     }
 
-    /// Every node puts its part; the leader commits when all have.
-    fn upload(&mut self, transfer: Transfer) -> Result<()> {
+    /// Every node puts its part; the leader commits when all have. After the loss of a node the save has failed at
+    /// once: nobody puts anything.
+    fn upload(&mut self, transfer: Transfer) -> Result<Option<Event>> {
         let Transfer { step, slot, figures, validation_loss, cost, taken, priority } = transfer;
         let (index, mut expected) = self.node.outline()?;
         let small = self.start.workload.small_files(step, index)?;
         expected.extend(small.iter().map(|(name, _)| name.clone()));
         let attempt = AttemptId::random();
         let (says, puts) = mpsc::unbounded_channel();
-        self.node.put(Part { attempt: attempt.clone(), step, slot, priority, small }, says)?;
+        let part = Part { attempt: attempt.clone(), step, slot, priority, small };
+        let whole =
+            Whole { expected: expected.clone(), loss: figures.loss, validation_loss, metrics: figures.metrics.clone() };
+        if let Err(error) = self.others.put(&part, whole, &says) {
+            return Ok(Some(Event::Save(SaveEvent::Ended { step, slot, result: Err(error) })));
+        }
+        self.node.put(part, says)?;
         let mut context = self.start.upload.clone();
         context.run = context.run.at_priority(priority);
         let taken = self.began + taken;
@@ -156,7 +191,7 @@ impl<'a> Lead<'a> {
         let snapshot = Snapshot { attempt, step, slot, expected, figures, validation_loss, cost: costs, taken };
         let give_up = upload::start(context, snapshot, puts, self.senders.saves.clone());
         self.saving = Some(Saving { cost, give_up });
-        Ok(())
+        Ok(None)
     }
 
     fn look(&mut self) {
@@ -189,9 +224,14 @@ impl<'a> Lead<'a> {
         self.retention.hush();
     }
 
+    /// What has become of the other nodes.
+    pub fn tells(&self, members: &mut Members) {
+        self.others.tells(members);
+    }
+
     /// Ends all work under way. Waits until the workers are gone, unless something is more urgent: then the rest is
-    /// returned.
-    pub async fn end(mut self, end: &Result<End>) -> Result<Option<Left>> {
+    /// returned. `ends_the_run`: no node goes on.
+    pub async fn end(mut self, end: &Result<End>, ends_the_run: bool) -> Result<Option<Left>> {
         let parting = Parting::of(end);
         self.hush();
         self.node.stops_fetching();
@@ -199,15 +239,18 @@ impl<'a> Lead<'a> {
             if let Some(saving) = self.saving.take() {
                 saving.give_up.abort();
             }
+            self.others.give_up_save();
             self.node.gives_up_save();
             let written = async { while self.notes.join_next().await.is_some() {} };
             let _ = tokio::time::timeout(NOTED, written).await;
             self.notes.shutdown().await;
         }
+        self.others.over(parting.dismisses, ends_the_run);
         let gone = self.node.ends_workers(parting.dismisses);
         if parting.leaves_rest {
             let leaving = tokio::spawn(async move { _ = gone.await });
-            return Ok(Some(Left { leaving: Some(leaving), retention: Some(self.retention) }));
+            let (leaving, retention) = (Some(leaving), Some(self.retention));
+            return Ok(Some(Left { leaving, retention, ..Left::default() }));
         }
         // The next generation needs their devices' memory, and the slots for itself.
         let gone = gone.await;

@@ -8,7 +8,10 @@
 //! |---|---|
 //! | `generation`, `phase`, `effects` | the loop, the decisions, what they ask for |
 //! | `lead` | the group's part: saves, the journal, upkeep, reports |
+//! | `group` | the other nodes of a generation, as its leader has them, and the messages between the two |
 //! | `node` | this node's part: its workers, its slots, its files of each save |
+//! | `follow` | a generation on a node that does not lead it |
+//! | `finish` | a save whose leader was lost before its record |
 //! | `save` | when a step is saved, where it lies in memory, how it gets to the store |
 //! | `drain` | the response to a notice: how much can still be saved, and how long that takes |
 //! | `upkeep` | the care for checkpoints that the run keeps |
@@ -24,7 +27,10 @@
 mod drain;
 mod effects;
 mod fence;
+mod finish;
+pub(crate) mod follow;
 pub(crate) mod generation;
+pub(crate) mod group;
 mod lead;
 mod node;
 mod phase;

@@ -74,9 +74,9 @@ pub struct Node<'a> {
 impl<'a> Node<'a> {
     /// With its `workers`, which are given their assignments.
     pub fn begin(start: &'a Plan, slots: &'a mut Slots, workers: Workers) -> Result<Self> {
-        let ranks = start.upload.ranks;
+        let (ranks, generation) = (start.upload.ranks, start.upload.generation);
         for local in ranks.locals() {
-            let assignment = start.workload.assignment(local, ranks, start.upload.generation, start.load.step())?;
+            let assignment = start.workload.assignment(local, ranks, generation, start.load.step(), start.store)?;
             workers.tell(local, ToWorker::Start(Box::new(assignment)));
         }
         Ok(Self { start, slots, workers: Some(workers), killing: None, fetching: Fetching::default(), putting: None })

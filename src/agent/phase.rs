@@ -119,7 +119,7 @@ mod loading;
 mod salvage;
 mod training;
 
-use std::ops::ControlFlow;
+use std::{net::IpAddr, ops::ControlFlow};
 
 pub use self::{
     draining::Draining,
@@ -192,6 +192,8 @@ pub struct Settings {
     pub load: Load,
     /// Measured costs of saves and lifetimes of machines.
     pub measured: Measured,
+    /// The address of rank 0's node.
+    pub store_host: IpAddr,
 }
 
 /// A generation's state. Each phase owns the data that is valid in it alone.

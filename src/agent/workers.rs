@@ -15,6 +15,7 @@ use std::{
 };
 
 use command_fds::{CommandFdExt, FdMapping};
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::UnixStream,
@@ -35,12 +36,21 @@ use crate::{
 const LINE: usize = 16 << 10;
 
 /// An event of a worker.
-#[derive(Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum WorkerEvent {
     /// It sent a message.
     Message(Rank, FromWorker),
     /// Its process has ended, for this reason.
     Exited(Rank, String),
+}
+
+impl WorkerEvent {
+    /// The worker's rank.
+    pub const fn rank(&self) -> Rank {
+        match self {
+            Self::Message(rank, _) | Self::Exited(rank, _) => *rank,
+        }
+    }
 }
 
 #[derive(Debug)]

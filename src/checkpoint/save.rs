@@ -109,6 +109,12 @@ pub struct Receipt {
 }
 
 impl Receipt {
+    /// Bytes of the shards of several receipts.
+    pub fn shard_bytes(receipts: &[Self]) -> u64 {
+        let files = receipts.iter().flat_map(|receipt| &receipt.files);
+        files.filter(|file| file.kind != FileKind::Meta).map(|file| file.bytes).sum()
+    }
+
     /// Reads and checks a receipt; `object` is its key, for errors.
     pub fn parse(object: &str, bytes: &[u8]) -> Result<Self, CheckpointError> {
         let receipt: Self = from_json(object, bytes)?;

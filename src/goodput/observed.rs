@@ -35,7 +35,7 @@ pub struct Observed {
     /// Time from each `formed` record to the last record of its generation, summed up, seconds: without the waits
     /// between.
     pub trained_s: f64,
-    /// How often a machine went away and another one, or the same one again, continued.
+    /// How often a machine went away and another one, or the same one again, or the rest of its group, continued.
     pub interruptions: u64,
     /// How many of these lost steps, or left no record.
     pub lossy: u64,
@@ -60,12 +60,16 @@ impl Observed {
                 let steps = first.committed.step.get().saturating_sub(point.step.get()) as f64;
                 restarts.push(lived_until(formed, first) - first.committed.cost.durable_s - steps * step_s);
             }
-            let another = state.formations().get(index + 1).is_some_and(|next| next.reason == FormedReason::Started);
-            // A run that had completed or failed was reopened: nothing was interrupted.
-            if another && formed.ended.is_none() {
-                observed.interruptions += 1;
-                observed.lossy += u64::from(ended.is_none_or(|end| end.lost_steps > 0));
-            }
+            let (interrupted, lossy) = match state.formations().get(index + 1).map(|next| next.reason) {
+                // A run that had completed or failed was reopened: nothing was interrupted.
+                Some(FormedReason::Started) => (formed.ended.is_none(), ended.is_none_or(|end| end.lost_steps > 0)),
+                // Several nodes lost at once interrupt the group once: its cadence follows from the group's losses.
+                Some(FormedReason::NodeLost) => (true, true),
+                Some(FormedReason::NodeLeft) => (true, false),
+                Some(FormedReason::WorkerDied | FormedReason::NodeJoined) | None => (false, false),
+            };
+            observed.interruptions += u64::from(interrupted);
+            observed.lossy += u64::from(interrupted && lossy);
         }
         observed.restart_s = median(restarts).map(|restart| restart.max(0.0));
         observed
@@ -152,7 +156,7 @@ mod tests {
         for (number, (second, record)) in (1..).zip(records) {
             let at = Timestamp::from_second(1_000_000 + second).unwrap();
             let attempt = "00112233445566778899aabbccddeeff";
-            let entry = json!({"format": 1, "attempt": attempt, "at": at, "node": "n1", "record": record});
+            let entry = json!({"format": 4, "attempt": attempt, "at": at, "node": "n1", "record": record});
             state.apply(number, Entry::decode(entry.to_string().as_bytes()).unwrap()).unwrap();
         }
         state
@@ -170,8 +174,6 @@ mod tests {
                "loss": 1.0, "cost": {"stall_s": stall_s, "copy_s": 0.5, "durable_s": 2.0}})
     }
 
-    /// A second a step; restarts of 30, 10 and 40 s; one loss without a final record, one drained, and a worker that
-    /// died.
     #[test]
     fn a_run_that_gets_more_steps_was_not_interrupted() {
         let story = [
@@ -182,6 +184,32 @@ mod tests {
         ];
         let found = Observed::of(&state(&story));
         assert_eq!((found.interruptions, found.lossy, found.trained_s), (0, 0, 113.0));
+    }
+
+    #[test]
+    fn a_group_that_loses_a_node_is_interrupted_and_one_that_gains_a_node_is_not() {
+        let next = |generation: u64, reason: &str, nodes: &[&str], gone: &[&str], joined: &[&str]| {
+            let roster: Vec<Value> =
+                (0..).zip(nodes).map(|(rank, node)| json!({"node": node, "workers": 1, "first_rank": rank})).collect();
+            let gone: Vec<Value> = gone.iter().map(|node| json!({"node": node, "why": "gone"})).collect();
+            json!({"kind": "formed", "generation": generation, "roster": roster, "world_size": nodes.len(),
+                   "resume": {"step": 100, "generation": 1}, "reason": reason, "continues": generation - 1,
+                   "gone": gone, "joined": joined})
+        };
+        for (reason, gone, joined, expected) in [
+            ("node_lost", vec!["n2"], vec![], (1, 1)),
+            ("node_left", vec!["n2"], vec![], (1, 0)),
+            ("node_joined", vec![], vec!["n3"], (0, 0)),
+            ("worker_died", vec![], vec![], (0, 0)),
+        ] {
+            let mut nodes = vec!["n1", "n2", "n3"];
+            nodes.retain(|node| !gone.contains(node) && (*node != "n3" || !joined.is_empty()));
+            let mut begun = next(1, "started", &["n1", "n2"], &[], &[]);
+            (begun["resume"], begun["continues"]) = (Value::Null, Value::Null);
+            let story = [(0, begun), (112, committed(100, 1, 0.1)), (200, next(2, reason, &nodes, &gone, &joined))];
+            let found = Observed::of(&state(&story));
+            assert_eq!((found.interruptions, found.lossy), expected, "{reason}");
+        }
     }
 
     /// A machine that comes up in 1970 and learns the time a minute later: before its first commit, or between two.
@@ -220,6 +248,8 @@ mod tests {
         assert_eq!(Observed::of(&state(&[formed, first, (142, end)])).trained_s, 112.0 + 30.0);
     }
 
+    /// A second a step; restarts of 30, 10 and 40 s; one loss without a final record, one drained, and a worker that
+    /// died.
     #[test]
     fn a_journal_shows_costs_and_losses() {
         let mut story = vec![

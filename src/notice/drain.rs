@@ -25,6 +25,8 @@ use crate::{
 
 /// The interval between two looks at the store.
 pub const INTERVAL: Duration = Duration::from_secs(5);
+/// The source of a notice that a person gave by `trainer drain`.
+pub const DRAIN: &str = "drain";
 const FORMAT: u32 = 1;
 
 /// The stored object.
@@ -71,7 +73,7 @@ async fn listen_every(interval: Duration, run: Store, generation: Generation, se
         }
     }
     let (kind, confidence) = (Kind::Stop, Confidence::Certain);
-    let notice = Notice { kind, deadline: None, source: "drain", id: generation.to_string(), confidence };
+    let notice = Notice { kind, deadline: None, source: DRAIN, id: generation.to_string(), confidence };
     loop {
         sender.tell(notice.clone());
         tokio::time::sleep(interval).await;

@@ -1,5 +1,7 @@
 //! The messages, and the order in which they come.
 
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -88,6 +90,8 @@ pub struct Assignment {
     pub generation: Generation,
     /// The step whose state is loaded; 0: a fresh start.
     pub resume_step: Step,
+    /// Where rank 0 serves the ranks' store: an address of its node; port 0: one of the kernel's choice.
+    pub store: SocketAddr,
     /// What it computes: JSON that the agent passes on and does not read.
     pub task: serde_json::Value,
 }

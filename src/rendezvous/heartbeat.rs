@@ -282,15 +282,9 @@ impl Pulse {
         Ok(Self { run, node, process, group: Some(sender), task })
     }
 
-    /// Says `group` from now on; the next beat comes at once. A node alone has nothing to say.
-    pub fn say(&self, group: Group) {
-        if let Some(said) = &self.group {
-            said.send_if_modified(|before| {
-                let changed = *before != group;
-                *before = group;
-                changed
-            });
-        }
+    /// Its voice, for another task.
+    pub fn voice(&self) -> Voice {
+        Voice(self.group.clone())
     }
 
     /// Stops beating and deletes the heartbeat: this node is gone, and no other node need wait to find out. A node of
@@ -306,6 +300,23 @@ impl Pulse {
         };
         if let Err(error) = gone {
             tracing::debug!(%error, "the end of this node's heartbeat is not recorded");
+        }
+    }
+}
+
+/// Changes what a heartbeat says.
+#[derive(Clone, Debug)]
+pub struct Voice(Option<watch::Sender<Group>>);
+
+impl Voice {
+    /// Says `group` from now on; the next beat comes at once. A node alone has nothing to say.
+    pub fn say(&self, group: Group) {
+        if let Some(said) = &self.0 {
+            said.send_if_modified(|before| {
+                let changed = *before != group;
+                *before = group;
+                changed
+            });
         }
     }
 }
@@ -397,6 +408,11 @@ async fn stored(run: &Store, node: &NodeId) -> Result<Option<Bytes>, StorageErro
         Err(StorageError::NotFound { .. }) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// A node's heartbeat; `None`: there is none, or it is not one that this version reads.
+pub async fn read(run: &Store, node: &NodeId) -> Result<Option<Heartbeat>, StorageError> {
+    Ok(stored(run, node).await?.and_then(|body| Heartbeat::parse(&body).ok()))
 }
 
 /// The known state of another node.
@@ -582,7 +598,7 @@ mod tests {
         let seldom = Group { every_s: 36_000, ..group() };
         let pulse = Pulse::start_in_group(store.clone(), node.clone(), turning.clone(), seldom).await.unwrap();
         let said = async |news: &Group| {
-            pulse.say(news.clone());
+            pulse.voice().say(news.clone());
             loop {
                 let beat = read(&store, &node).await.unwrap().unwrap();
                 if beat.group.as_ref() == Some(news) {
@@ -600,9 +616,9 @@ mod tests {
         let sender = pulse.group.as_ref().unwrap();
         let mut heard = sender.subscribe();
         let before = sender.borrow().clone();
-        pulse.say(before);
+        pulse.voice().say(before);
         assert!(!heard.has_changed().unwrap(), "nothing new is no reason to beat");
-        pulse.say(Group { left: true, ..group() });
+        pulse.voice().say(Group { left: true, ..group() });
         heard.changed().await.unwrap();
     }
 

@@ -24,6 +24,12 @@ pub enum Event {
         /// The sequences of each rank, if they are not the same.
         #[serde(skip_serializing_if = "Option::is_none")]
         shares: Option<Shares>,
+        /// Nodes, of a run that may have several.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        nodes: Option<u32>,
+        /// The node that leads it, if that is another one.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        leader: Option<String>,
     },
     /// A step is finished.
     Step {

@@ -189,6 +189,8 @@ mod tests {
                 resume_step: None,
                 total_steps: 9,
                 shares: None,
+                nodes: None,
+                leader: None,
             },
             Event::Formed {
                 generation: Generation(2),
@@ -196,6 +198,8 @@ mod tests {
                 resume_step: Some(Step(4)),
                 total_steps: 9,
                 shares: None,
+                nodes: None,
+                leader: None,
             },
             Event::Formed {
                 generation: Generation(3),
@@ -203,6 +207,8 @@ mod tests {
                 resume_step: Some(Step(4)),
                 total_steps: 9,
                 shares: Some(Shares { sequences: 8, ranks: vec![2, 3, 3], efficiency: 0.75 }),
+                nodes: None,
+                leader: None,
             },
             Event::FoundDead {
                 node: "n-1".into(),

@@ -119,6 +119,8 @@ mod tests {
             resume_step: Some(Step(4)),
             total_steps: 10,
             shares: None,
+            nodes: None,
+            leader: None,
         });
         summary.add(&step(5, 5.0));
         summary.add(&step(6, 5.0));
@@ -154,6 +156,8 @@ mod tests {
             resume_step: resume_step.map(Step),
             total_steps: 10,
             shares: None,
+            nodes: None,
+            leader: None,
         };
         let checkpoint = |stall_s| Event::Checkpoint {
             step: Step(2),

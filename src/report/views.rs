@@ -24,7 +24,7 @@ impl Lines {
 
     pub fn show(&mut self, event: &Event, now: Instant) {
         match event {
-            Event::Formed { generation, world_size, resume_step, total_steps, shares } => {
+            Event::Formed { generation, world_size, resume_step, total_steps, shares, nodes, leader } => {
                 self.total = *total_steps;
                 self.thinning = Thinning::default();
                 match resume_step {
@@ -33,6 +33,13 @@ impl Lines {
                 }
                 if let Some(shares) = shares {
                     info!("{}", human::shares(shares));
+                }
+                match (nodes, leader) {
+                    (Some(nodes), Some(leader)) => {
+                        info!(%generation, "{nodes} nodes train together, and {} leads them", human::plain(leader));
+                    }
+                    (Some(nodes), None) => info!(%generation, "{nodes} nodes train together, and this one leads them"),
+                    (None, _) => {}
                 }
             }
             Event::Step { step, loss, lr, grad_norm, tokens_per_s, step_s, stall_s, lag_steps, lag_s, .. } => {

@@ -64,6 +64,10 @@ impl Runner {
 
     /// The newest checkpoint, if a slot of this node still holds it: then the store need not be read.
     async fn in_memory(&mut self, candidates: &[Committed]) -> Option<Load> {
+        // Every node of several reads the same files at the same places.
+        if self.is_together() {
+            return None;
+        }
         // Newest first.
         let Committed { step, generation, .. } = *candidates.first()?;
         let (slot, files) = self.slots.find(step, generation).filter(|_| self.from.is_none())?;
@@ -76,7 +80,7 @@ impl Runner {
     }
 
     /// The start of a run without a checkpoint.
-    async fn beginning(&self) -> Result<Load> {
+    pub(super) async fn beginning(&self) -> Result<Load> {
         Ok(match self.resolved.workload.beginning().await? {
             Some((folder, files)) => Load::Weights { folder, files },
             None => Load::Nothing,

@@ -32,9 +32,16 @@ mod launch;
 pub mod open;
 mod parting;
 mod resolved;
+mod together;
 mod words;
 
-use std::{cell::Cell, ops::ControlFlow, sync::Arc, time::Duration};
+use std::{
+    cell::Cell,
+    net::{Ipv4Addr, SocketAddr},
+    ops::ControlFlow,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{sync::mpsc, time::Instant};
 
@@ -119,7 +126,8 @@ async fn run(launch: Launch) -> (Result<Outcome>, Option<Shutdown>) {
 async fn open_and_live(launch: Launch, notices: &mut Notices, turning: &Turning) -> (Result<Outcome>, Option<Pulse>) {
     match Runner::open(launch, notices, turning).await {
         Ok(Start::Run(mut runner)) => {
-            let outcome = runner.live(notices).await;
+            let together = runner.is_together();
+            let outcome = if together { runner.live_together(notices).await } else { runner.live(notices).await };
             (outcome, runner.pulse.take())
         }
         Ok(Start::Over(outcome)) => (Ok(outcome), None),
@@ -178,6 +186,25 @@ struct Runner {
 enum Start {
     Run(Box<Runner>),
     Over(Outcome),
+}
+
+/// A node's place in a generation.
+struct Seating {
+    ranks: NodeRanks,
+    /// All nodes, this one included.
+    members: Vec<NodeId>,
+    /// The others, with their ranks.
+    others: Vec<(NodeId, NodeRanks)>,
+    /// Where rank 0 serves the ranks' store, if it is this node's.
+    store: SocketAddr,
+}
+
+impl Seating {
+    /// Of a node that is alone.
+    fn alone(node: NodeId, workers: u32) -> Self {
+        let store = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0);
+        Self { ranks: NodeRanks::alone(workers), members: vec![node], others: Vec::new(), store }
+    }
 }
 
 /// What precedes the next generation.
@@ -500,15 +527,18 @@ impl Runner {
             shares: self.resolved.workload.uneven_shares(world_size),
             resume_step: (load.step() > Step(0)).then_some(load.step()),
             total_steps: self.resolved.workload.last_step().get(),
+            nodes: None,
+            leader: None,
         });
         let began = Instant::now();
-        let plan = self.plan(generation, &load, began);
+        let seating = Seating::alone(self.node.clone(), world_size.get());
+        let plan = self.plan(generation, &load, began, &seating);
         if let Some(newest) = self.journal.state().newest() {
             self.estimates.seed(&newest.committed);
         }
         let mut left = Left::default();
-        let ended =
-            generation::run(plan, &mut self.slots, &mut self.estimates, notices, &self.reporter, &mut left).await;
+        let (slots, estimates) = (&mut self.slots, &mut self.estimates);
+        let ended = generation::run(plan, None, slots, estimates, notices, &self.reporter, &mut left).await;
         match ended {
             Ok(End::Completed { loss }) => {
                 let outcome = self.complete(generation, loss, notices).await?;
@@ -542,7 +572,7 @@ impl Runner {
     }
 
     /// Everything a generation starts with.
-    fn plan(&self, generation: Generation, load: &Load, formed: Instant) -> Plan {
+    fn plan(&self, generation: Generation, load: &Load, formed: Instant, seating: &Seating) -> Plan {
         let resolved = &self.resolved;
         Plan {
             config: resolved.config.clone(),
@@ -554,12 +584,13 @@ impl Runner {
                 node: self.node.clone(),
                 generation,
                 formed,
-                ranks: NodeRanks::alone(resolved.workload.workers()),
-                members: vec![self.node.clone()],
+                ranks: seating.ranks,
+                members: seating.members.clone(),
                 journal: self.journal.clone(),
             },
             docket: self.docket.clone(),
             measured: self.measured(),
+            store: seating.store,
         }
     }
 

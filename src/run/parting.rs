@@ -128,7 +128,12 @@ impl Runner {
     }
 
     /// Records what was lost, and returns it as far as the journal is known by then. `None`: the run is complete.
-    async fn last_words(&self, generation: Generation, stopped: &Stopped, left: Option<Duration>) -> Option<u64> {
+    pub(super) async fn last_words(
+        &self,
+        generation: Generation,
+        stopped: &Stopped,
+        left: Option<Duration>,
+    ) -> Option<u64> {
         let words = self.journal.last_words({
             let stopped = stopped.clone();
             move |state| interruption(state, generation, &stopped)

@@ -62,6 +62,26 @@ impl Store {
     }
 }
 
+/// The variables that name an endpoint of S3, the first that is set counts.
+const S3_ENDPOINTS: [&str; 3] = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"];
+
+impl Store {
+    /// The endpoint at which this machine reaches the store: the environment's, or the provider's own. `None`: the
+    /// store has none, such as a folder, or it depends on an account.
+    pub fn endpoint(&self) -> Option<Url> {
+        let uri = self.uri();
+        let environment = environment_of(&uri);
+        let (names, usual): (&[&str], _) = match uri.split_once("://")?.0 {
+            "s3" => (&S3_ENDPOINTS, "https://s3.amazonaws.com"),
+            "gs" => (&["GOOGLE_BASE_URL"], "https://storage.googleapis.com"),
+            "az" => (&["AZURE_ENDPOINT"], ""),
+            _ => return None,
+        };
+        let named = names.iter().find_map(|name| variable(&environment, name));
+        Url::parse(named.unwrap_or(usual)).ok()
+    }
+}
+
 /// A backend and where its keys begin.
 struct Opened {
     backend: Backend,
@@ -262,8 +282,7 @@ fn s3(bucket: &str, settings: &StorageConfig, environment: &[(String, String)]) 
             builder = builder.with_config(key, value);
         }
     }
-    let endpoint =
-        ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"].iter().find_map(|name| variable(environment, name));
+    let endpoint = S3_ENDPOINTS.iter().find_map(|name| variable(environment, name));
     let mut plain = false;
     let mut place = second_client(bucket, environment);
     if let Some(endpoint) = endpoint {

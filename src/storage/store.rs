@@ -15,6 +15,7 @@ use object_store::{
     Attribute, AttributeValue, Attributes, GetOptions, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
     PutPayload, path::Path,
 };
+use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
 
 use super::{
@@ -67,7 +68,8 @@ pub struct Uploaded {
 
 /// The processor time that a bulk transfer uses. Small requests (journal, heartbeats, listings) always run as
 /// [`Priority::Normal`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Priority {
     /// The caller's.
     #[default]

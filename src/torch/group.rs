@@ -54,12 +54,12 @@ pub struct Store {
 }
 
 impl Store {
-    /// Serves a store at `host`, an address or name of this machine, on a port chosen by the kernel.
-    pub fn serve(host: &str, timeout: Duration) -> Result<Self> {
+    /// Serves a store at `host`, an address or name of this machine, on this port; 0: one of the kernel's choice.
+    pub fn serve(host: &str, port: u16, timeout: Duration) -> Result<Self> {
         let doing = "serve the rendezvous store on";
         let fail = |source| TorchError::Address { doing, host: host.to_owned(), source };
         // Never on all addresses: every peer that reaches the store can write into it.
-        let listener = TcpListener::bind((host, 0)).map_err(fail)?;
+        let listener = TcpListener::bind((host, port)).map_err(fail)?;
         let address = listener.local_addr().map_err(fail)?;
         if address.ip().is_unspecified() {
             return Err(fail(std::io::ErrorKind::InvalidInput.into()));
@@ -264,7 +264,7 @@ pub(crate) mod tests {
 
     /// Runs `body` as every rank of a Gloo group, each on its own thread; returns the results by rank.
     pub(crate) fn ranks<T: Send>(world: u32, limit: Duration, body: impl Fn(ProcessGroup) -> T + Sync) -> Vec<T> {
-        let store = Store::serve("127.0.0.1", LIMIT).unwrap();
+        let store = Store::serve("127.0.0.1", 0, LIMIT).unwrap();
         let port = store.port();
         // A rank that finishes early must not exit while another still connects.
         let formed = std::sync::Barrier::new(world as usize);
@@ -366,7 +366,7 @@ pub(crate) mod tests {
 
     #[test]
     fn a_group_that_cannot_form_is_an_error() {
-        let store = Store::serve("127.0.0.1", LIMIT).unwrap();
+        let store = Store::serve("127.0.0.1", 0, LIMIT).unwrap();
         let form = |backend, rank, device| {
             let limit = Duration::from_secs(1);
             ProcessGroup::new(backend, &store, "p", Rank(rank), WorldSize(2), limit, device).unwrap_err()
@@ -413,13 +413,13 @@ pub(crate) mod tests {
 
     #[test]
     fn the_store_of_a_run_on_one_machine_is_not_open_to_the_outside() {
-        let store = Store::serve("127.0.0.1", LIMIT).unwrap();
+        let store = Store::serve("127.0.0.1", 0, LIMIT).unwrap();
         assert!(store.local_address().unwrap().is_loopback());
         // The port is free on another loopback address: the store is bound only to its own.
         TcpListener::bind(("127.0.0.2", store.port())).unwrap();
         // An unused address (RFC 5737) and the wildcard address: neither may be served at another address instead.
         for host in ["no such host", "192.0.2.1", "0.0.0.0", "::"] {
-            assert!(Store::serve(host, LIMIT).is_err(), "{host}");
+            assert!(Store::serve(host, 0, LIMIT).is_err(), "{host}");
         }
         assert!(Store::connect("nul\0host", 1, LIMIT).is_err());
     }

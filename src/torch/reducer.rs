@@ -445,7 +445,7 @@ mod tests {
     fn the_reducer_keeps_what_it_needs_and_leaves_nothing_behind() {
         let model = Model::new();
         let reducer = {
-            let store = Store::serve("127.0.0.1", LIMIT).unwrap();
+            let store = Store::serve("127.0.0.1", 0, LIMIT).unwrap();
             let (rank, world) = (Rank(0), WorldSize(1));
             let group = ProcessGroup::new(Backend::Gloo, &store, "p", rank, world, LIMIT, Device::Cpu).unwrap();
             assert!(Reducer::new(&[], &group, 1, 1).is_err());

@@ -9,7 +9,7 @@
 //!
 //! *Crash, error:* nothing has been changed that lasts. The agent starts the whole group again.
 
-use std::{fs::File, path::Path};
+use std::{fs::File, net::SocketAddr, path::Path};
 
 use super::{
     Worker, device,
@@ -36,14 +36,14 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         ToWorker::Start(assignment) => *assignment,
         other => return Err(out_of_turn(&other)),
     };
-    let Assignment { rank, local_rank, world_size: world, generation, resume_step, task } = assignment;
+    let Assignment { rank, local_rank, world_size: world, generation, resume_step, store, task } = assignment;
     let Task { config: task, data_dir, data } = Task::read(task)?;
     torch::set_num_threads(task.train.threads)?;
     torch::set_interop_threads(1)?;
     torch::set_deterministic(true)?;
 
     // Rank 0 listens before it does anything slow, so that its peers need not try again.
-    let served = if world.get() > 1 && rank == Rank(0) { Some(listen(link)?) } else { None };
+    let served = if world.get() > 1 && rank == Rank(0) { Some(listen(link, store)?) } else { None };
     let place = Place { rank, world, device: device::pick(task.parallel.device, local_rank)? };
     // Weights that are to be loaded need not be drawn first.
     let draw = resume_step == Step(0) && task.model.init_from.is_none();
@@ -79,8 +79,8 @@ fn out_of_turn(message: &ToWorker) -> Error {
     Error::new(Kind::Bug, format!("agent sent {} out of turn", text.chars().take(40).collect::<String>()))
 }
 
-fn listen(link: &Link) -> Result<torch::Store> {
-    let store = torch::Store::serve("127.0.0.1", PEER_TIMEOUT)?;
+fn listen(link: &Link, at: SocketAddr) -> Result<torch::Store> {
+    let store = torch::Store::serve(&at.ip().to_string(), at.port(), PEER_TIMEOUT)?;
     link.tell(&FromWorker::Listening { port: store.port() });
     Ok(store)
 }

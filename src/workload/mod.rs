@@ -34,7 +34,7 @@ mod prepare;
 mod provenance;
 mod reports;
 
-use std::{num::NonZeroU64, process::Command};
+use std::{net::SocketAddr, num::NonZeroU64, process::Command};
 
 use bytes::Bytes;
 
@@ -144,18 +144,19 @@ impl Workload {
         command::worker(self.task.train.threads)
     }
 
-    /// What this worker, of a node with these ranks, is told first.
+    /// What this worker, of a node with these ranks, is told first; rank 0 serves the ranks' store at `store`.
     pub fn assignment(
         &self,
         local_rank: LocalRank,
         ranks: NodeRanks,
         generation: Generation,
         resume_step: Step,
+        store: SocketAddr,
     ) -> Result<Assignment> {
         let task =
             Task { config: self.task.clone(), data_dir: self.data.dir().to_owned(), data: self.identity.clone() };
         let (rank, world_size) = (ranks.rank(local_rank), ranks.world);
-        Ok(Assignment { rank, local_rank, world_size, generation, resume_step, task: task.write()? })
+        Ok(Assignment { rank, local_rank, world_size, generation, resume_step, store, task: task.write()? })
     }
 
     /// The files that stand beside the shards in the checkpoint of `step`; `index` says which shard holds which tensor.

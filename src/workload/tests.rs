@@ -13,6 +13,8 @@ use crate::{
     report::Reporter,
 };
 
+const STORE: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 4321);
+
 /// A dataset in a folder, and the configuration of a run that trains on it.
 async fn prepared() -> (tempfile::TempDir, RunConfig) {
     let folder = tempfile::tempdir().unwrap();
@@ -47,12 +49,12 @@ async fn a_worker_learns_its_task_and_nothing_else_of_the_configuration() {
     (config.notice.file, config.storage.kms_key_id) = (Some("/run/stop".into()), Some("alias/private".into()));
     let workload = Workload::of_new_run(&config, site(&Reporter::silent())).await.unwrap();
     let ranks = NodeRanks { first: Rank(2), workers: 2, world: WorldSize(4) };
-    let assignment = workload.assignment(LocalRank(1), ranks, Generation(4), Step(9)).unwrap();
+    let assignment = workload.assignment(LocalRank(1), ranks, Generation(4), Step(9), STORE).unwrap();
     let wire = serde_json::to_string(&assignment).unwrap();
     assert!(!wire.contains("private") && !wire.contains("/run/stop") && !wire.contains("price"), "{wire}");
-    let Assignment { rank, local_rank, world_size, generation, resume_step, task } = assignment;
+    let Assignment { rank, local_rank, world_size, generation, resume_step, store, task } = assignment;
     assert_eq!((rank, local_rank, world_size), (Rank(3), LocalRank(1), WorldSize(4)));
-    assert_eq!((generation, resume_step), (Generation(4), Step(9)));
+    assert_eq!((generation, resume_step, store), (Generation(4), Step(9), STORE));
     let task = Task::read(task).unwrap();
     assert_eq!((&task.config, &task.data), (&config.workload, workload.data()));
     assert!(task.data_dir.join(layout::TOKENIZER).is_file());

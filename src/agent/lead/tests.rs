@@ -88,6 +88,7 @@ impl Stage {
             },
             measured: Measured::NOTHING,
             docket: Docket::default(),
+            store: "127.0.0.1:0".parse().unwrap(),
         };
         Self { plan, slots: Slots::create().unwrap(), reporter, heard, store }
     }
@@ -97,7 +98,7 @@ impl Stage {
         let (none, events) = (NodeRanks::alone(0), &senders.workers);
         let workers = Workers::start(&self.plan.workload, none, self.slots.shared(), events).unwrap();
         let node = Node::begin(&self.plan, &mut self.slots, workers).unwrap();
-        (Lead::begin(&self.plan, Instant::now(), node, &self.reporter, senders), answers)
+        (Lead::begin(&self.plan, Instant::now(), node, Others::none(), &self.reporter, senders), answers)
     }
 }
 
@@ -201,7 +202,7 @@ async fn only_a_run_that_was_stopped_gives_up_its_save() {
         let (mut lead, mut answers) = stage.begin();
         let done = lead.perform(all([lay_out(), save(1)]));
         assert!(done.is_continue());
-        let _left = tokio::time::timeout(LIMIT, lead.end(&end)).await.expect("it hangs");
+        let _left = tokio::time::timeout(LIMIT, lead.end(&end, false)).await.expect("it hangs");
         let saved = saved(&mut answers).await;
         assert_eq!(saved.is_err(), given_up, "{end:?}: {saved:?}");
         assert_eq!(journal.state().newest().is_none(), given_up, "{end:?}");
@@ -218,9 +219,9 @@ async fn only_an_end_with_a_last_record_leaves_the_workers_to_it() {
     ] {
         let mut stage = Stage::new().await;
         let (lead, _answers) = stage.begin();
-        let left = tokio::time::timeout(LIMIT, lead.end(&end)).await.expect("it hangs").unwrap();
+        let left = tokio::time::timeout(LIMIT, lead.end(&end, false)).await.expect("it hangs").unwrap();
         assert_eq!(left.is_some(), leaves, "{end:?}");
-        if let Some(Left { leaving, retention }) = left {
+        if let Some(Left { leaving, retention, members: _ }) = left {
             assert!(retention.is_some());
             tokio::time::timeout(LIMIT, leaving.expect("workers")).await.expect("they never go").unwrap();
         }
@@ -254,7 +255,7 @@ async fn the_record_of_a_notice_is_waited_for_when_a_run_stops() {
     let note = Record::Notice { generation, source: "sigterm".into(), deadline_s: None, means: Means::Stop };
     assert!(lead.perform(all([Effect::Note(note)])).is_continue());
     let before = journal.state().next();
-    let _left = tokio::time::timeout(LIMIT, lead.end(&stopped(1, 1))).await.expect("it hangs");
+    let _left = tokio::time::timeout(LIMIT, lead.end(&stopped(1, 1), false)).await.expect("it hangs");
     assert_eq!(journal.state().next(), before + 1);
 }
 

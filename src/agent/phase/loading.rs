@@ -104,7 +104,10 @@ impl Loading {
 
     fn hear(mut self, rank: Rank, message: FromWorker, turn: &mut Turn<'_>) -> Flow<Phase> {
         match message {
-            FromWorker::Listening { port } => turn.tell_all(ToWorker::Peers { host: "127.0.0.1".into(), port }),
+            FromWorker::Listening { port } => {
+                let host = turn.shared.settings.store_host.to_string();
+                turn.tell_all(ToWorker::Peers { host, port });
+            }
             FromWorker::Built { tensors, device, parameters } => {
                 if rank == Rank(0) {
                     let workers = turn.shared.settings.outline.workers;

@@ -99,7 +99,8 @@ fn settings(load: Load) -> Settings {
     let mut config = config();
     config.checkpoint.every = Cadence::Steps(10);
     config.notice.train_in_spare_time = true;
-    Settings { outline: OUTLINE, generation: Generation(3), config, load, measured: Measured::NOTHING }
+    let store_host = std::net::Ipv4Addr::LOCALHOST.into();
+    Settings { outline: OUTLINE, generation: Generation(3), config, load, measured: Measured::NOTHING, store_host }
 }
 
 /// Copying takes half a second, a save 11 s.

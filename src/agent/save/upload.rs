@@ -21,10 +21,7 @@ use tokio::{
 
 use super::put::Put;
 use crate::{
-    checkpoint::{
-        manifest::FileKind,
-        save::{Receipt, Save, put_manifest},
-    },
+    checkpoint::save::{Receipt, Save, put_manifest},
     error::{Error, Kind, Result},
     faults::{self, At},
     ids::{AttemptId, Generation, NodeId, NodeRanks, RunId, Step},
@@ -195,7 +192,7 @@ async fn save(
     let receipts = gather(context, step, puts, events).await?;
     let files = || receipts.iter().flat_map(|receipt| &receipt.files);
     let checksums = files().map(|file| (file.name.clone(), file.crc64)).collect();
-    let bytes = files().filter(|file| file.kind != FileKind::Meta).map(|file| file.bytes).sum();
+    let bytes = Receipt::shard_bytes(&receipts);
     let save = Save {
         attempt,
         run_id: context.run_id.clone(),

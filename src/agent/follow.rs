@@ -1,0 +1,361 @@
+//! A generation on a node that does not lead it: its workers, its slots and its files, as the leader orders.
+//!
+//! [`run`] starts this node's workers and loads their state by itself, since the `formed` record says which; from there
+//! on it relays. What the leader orders goes to the [`Node`], what comes back goes to the leader. It decides nothing but
+//! when its own part is over: when the leader says so, when the leader is lost, when a newer generation stands, or when
+//! this node must leave and the leader does not answer in time.
+//!
+//! Owns: the relay. The messages are in [`super::group`].
+//!
+//! *Crash:* the leader's link to this node breaks, and it ends the generation. *Retry:* none; the group forms anew.
+//! *Cancel:* it ends as any end: workers gone, slots left for the next generation.
+
+use std::time::Duration;
+
+use tokio::{sync::mpsc, time::Instant};
+
+use super::{
+    effects::{self, Answers, Order},
+    finish::{self, Ordered},
+    generation::Plan,
+    group::{NoticeOfMember, ToLeader, ToMember},
+    node::{Node, Part},
+    phase::{Event, Incoming},
+    save::{put::Put, slots::Slots},
+    workers::{WorkerEvent, Workers},
+};
+use crate::{
+    checkpoint::CheckpointError,
+    error::{Error, Result},
+    ids::Step,
+    notice::{self, Notice, Notices},
+    protocol::{FromWorker, ToWorker},
+    report::{self, Reporter},
+    snapshot::plan::TensorSpec,
+};
+
+/// The time before a deadline at which a node that must leave gives its leader up: its process must also exit.
+const EXITING: Duration = Duration::from_secs(1);
+/// How long a node that was asked to leave, without a deadline, waits for its leader to end the generation.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// How long a member may take to finish a save in its lost leader's place: as long as such an upload takes, at most.
+const FINISHING: Duration = Duration::from_secs(120);
+
+/// What the channel brings of the leader.
+#[derive(Debug)]
+pub enum Heard {
+    /// It said this.
+    Said(ToMember),
+    /// It is lost, and why.
+    Parted(String),
+    /// A newer generation stands: this one is nobody's any more.
+    Overtaken,
+}
+
+/// The channel to the leader.
+#[derive(Debug)]
+pub struct Leader {
+    /// What is sent to it.
+    pub to: mpsc::UnboundedSender<ToLeader>,
+    /// What it says.
+    pub heard: mpsc::UnboundedReceiver<Heard>,
+}
+
+/// How this node's part of a generation ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Followed {
+    /// The leader ended the generation. The journal, or the next one, says why.
+    Over {
+        /// This node was told to leave.
+        leaving: bool,
+        /// A person asked the run to stop: no node goes on.
+        ends_the_run: bool,
+        /// The last step that this node's workers finished.
+        finished: Step,
+    },
+    /// The leader is lost, or another one leads.
+    CutOff {
+        /// Why.
+        why: String,
+        /// The last step that this node's workers finished.
+        finished: Step,
+    },
+    /// This node had to leave, and could not wait for the leader.
+    Left {
+        /// The last step that this node's workers finished.
+        finished: Step,
+    },
+}
+
+/// Where this node stands when it was told to leave.
+#[derive(Debug)]
+struct Leaving {
+    /// When it goes, whatever the leader says.
+    until: Instant,
+    /// The signal that asked for it, if one did.
+    signal: Option<&'static str>,
+}
+
+struct Follower<'a> {
+    node: Node<'a>,
+    incoming: Incoming,
+    to: mpsc::UnboundedSender<ToLeader>,
+    /// The states that this node's workers have reported; `None`: they were passed on.
+    built: Option<Vec<TensorSpec>>,
+    missing: u32,
+    device: Option<String>,
+    says: mpsc::UnboundedSender<Put>,
+    /// The save ordered last, unless it was given up.
+    ordered: Option<Ordered>,
+    /// How this node's part of it ended; `None`: it has not.
+    put: Option<bool>,
+    leaving: Option<Leaving>,
+    /// The last step that this node's workers finished.
+    finished: Step,
+}
+
+/// Runs this node's part of a generation to its end.
+pub async fn run(
+    start: Plan,
+    leader: Leader,
+    slots: &mut Slots,
+    notices: &mut Notices,
+    reporter: &Reporter,
+) -> Result<Followed> {
+    let Leader { to, mut heard } = leader;
+    let (senders, mut answers) = effects::channels();
+    slots.begin_generation()?;
+    let workers = Workers::start(&start.workload, start.upload.ranks, slots.shared(), &senders.workers)?;
+    let mut node = Node::begin(&start, slots, workers)?;
+    let incoming = node.load(senders.fetched.clone())?;
+    let (says, mut puts) = mpsc::unbounded_channel();
+    let missing = start.upload.ranks.workers;
+    let mut follower = Follower {
+        node,
+        incoming,
+        to,
+        built: None,
+        missing,
+        device: None,
+        says,
+        ordered: None,
+        put: None,
+        leaving: None,
+        finished: start.load.step(),
+    };
+    let followed = loop {
+        tokio::select! {
+            biased;
+            notice = notices.next() => {
+                if follower.on_notice(&notice, reporter) {
+                    break Followed::Left { finished: follower.finished };
+                }
+            }
+            event = answers.next() => follower.answer(event, &mut answers),
+            Some(put) = puts.recv() => follower.put(put),
+            word = heard.recv() => match word {
+                Some(Heard::Said(ToMember::Over { dismisses, ends_the_run })) => {
+                    let (leaving, finished) = (follower.leaving.is_some(), follower.finished);
+                    follower.end(dismisses).await?;
+                    return Ok(Followed::Over { leaving, ends_the_run, finished });
+                }
+                Some(Heard::Said(order)) => follower.obey(order)?,
+                Some(Heard::Parted(why)) => break Followed::CutOff { why, finished: follower.finished },
+                Some(Heard::Overtaken) | None => {
+                    let why = "another generation stands".to_owned();
+                    break Followed::CutOff { why, finished: follower.finished };
+                }
+            },
+            () = follower.must_leave() => break Followed::Left { finished: follower.finished },
+        }
+    };
+    if matches!(followed, Followed::CutOff { .. }) {
+        follower.kill();
+        let finishing = follower.finish(&start, &mut puts);
+        match tokio::time::timeout(FINISHING, finishing).await {
+            Ok(Ok(Some(step))) => tracing::info!(%step, "the leader was lost before it had committed this save: done"),
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => tracing::info!(%error, "the lost leader's save could not be finished"),
+            Err(_) => tracing::info!("the lost leader's save was not finished in time"),
+        }
+    }
+    let (leaves, finished) = (follower.leaving.is_some(), follower.finished);
+    follower.end(false).await?;
+    Ok(if leaves { Followed::Left { finished } } else { followed })
+}
+
+impl Follower<'_> {
+    /// A notice to this node. `true`: it leaves at once.
+    fn on_notice(&mut self, notice: &Notice, reporter: &Reporter) -> bool {
+        let deadline_s = notice.deadline.map(|left| left.as_secs_f64());
+        let (source, means, binding) = (notice.source.to_owned(), notice.kind.name(), notice.deadline_binds());
+        reporter.event(&report::Event::Notice { source, deadline_s, means, binding });
+        if notice.kind == notice::Kind::Rebalance {
+            return false;
+        }
+        let signal = notice.is_signal().then_some(notice.source);
+        if signal.is_some() && self.leaving.as_ref().is_some_and(|leaving| leaving.signal == signal) {
+            return true;
+        }
+        let left = notice.deadline.filter(|_| notice.deadline_binds()).map(|left| left.saturating_sub(EXITING));
+        let until = Instant::now() + left.unwrap_or(PATIENCE);
+        let until = self.leaving.as_ref().map_or(until, |before| before.until.min(until));
+        self.leaving = Some(Leaving { until, signal });
+        self.say(ToLeader::Notice(NoticeOfMember::of(notice)));
+        false
+    }
+
+    async fn must_leave(&self) {
+        match &self.leaving {
+            Some(leaving) => tokio::time::sleep_until(leaving.until).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn say(&self, words: ToLeader) {
+        // A channel that is closed has ended, which is heard.
+        let _ = self.to.send(words);
+    }
+
+    /// An event of this node, and all that have come with it.
+    fn answer(&mut self, first: Event, answers: &mut Answers) {
+        let mut said = Vec::new();
+        let mut next = Some(first);
+        while let Some(event) = next {
+            match event {
+                Event::Worker(WorkerEvent::Message(_, FromWorker::Built { tensors, device, parameters })) => {
+                    self.is_built(tensors, device, parameters);
+                }
+                Event::Worker(event) => {
+                    if let WorkerEvent::Message(_, FromWorker::Step(report)) = &event {
+                        self.finished = self.finished.max(report.step);
+                    }
+                    said.push(event);
+                }
+                Event::Fetched(Ok(fetched)) => {
+                    self.say(ToLeader::Fetched { bytes: fetched.bytes, seconds: fetched.seconds });
+                }
+                Event::Fetched(Err(error)) => {
+                    let damaged = match &error {
+                        CheckpointError::Damaged { object, reason } => Some((object.clone(), reason.to_string())),
+                        _ => None,
+                    };
+                    self.say(ToLeader::NotFetched { damaged, why: error.to_string() });
+                }
+                Event::Lost(error) => self.say(ToLeader::Failed(error.to_string())),
+                Event::LaidOut { bytes } => self.say(ToLeader::LaidOut { bytes }),
+                Event::Notice(_) | Event::Save(_) | Event::Retry { .. } | Event::Tick => {}
+            }
+            next = answers.ready();
+        }
+        if !said.is_empty() {
+            self.say(ToLeader::Workers(said));
+        }
+    }
+
+    /// A worker has built its state. It is passed on once, when all of this node's workers have the same.
+    fn is_built(&mut self, tensors: Vec<TensorSpec>, device: String, parameters: u64) {
+        let device = self.device.get_or_insert(device).clone();
+        match &self.built {
+            Some(first) if *first != tensors => {
+                return self.say(ToLeader::Failed("its ranks differ in their state".to_owned()));
+            }
+            Some(_) => {}
+            None => self.built = Some(tensors),
+        }
+        self.missing = self.missing.saturating_sub(1);
+        if let Some(tensors) = self.built.clone().filter(|_| self.missing == 0) {
+            self.say(ToLeader::Built { tensors, device, parameters });
+        }
+    }
+
+    fn put(&mut self, put: Put) {
+        let Some(attempt) = self.ordered.as_ref().map(|ordered| ordered.attempt.clone()) else { return };
+        let words = match put {
+            Put::Progress(bytes) => ToLeader::Progress { attempt, bytes },
+            Put::Ended(_, result) => {
+                self.put = Some(result.is_ok());
+                let result = result.map(Box::new).map_err(|error| error.to_string());
+                ToLeader::Put { attempt, result }
+            }
+        };
+        self.say(words);
+    }
+
+    /// Carries out an order of the leader.
+    fn obey(&mut self, order: ToMember) -> Result<()> {
+        let answer = match order {
+            // Each node reads its own slot.
+            ToMember::Tell(ToWorker::Restore { weights_only, .. }) => match &self.incoming {
+                Incoming::Here(slot, files, _) | Incoming::UnderWay(slot, files) => {
+                    let (slot, files) = (*slot, files.clone());
+                    self.node.perform(Order::TellAll(ToWorker::Restore { slot, files, weights_only }))
+                }
+                Incoming::Nothing => None,
+            },
+            ToMember::Tell(message) => self.node.perform(Order::TellAll(message)),
+            ToMember::LayOut => {
+                let tensors = self.built.clone().unwrap_or_default();
+                self.node.perform(Order::LayOut(tensors))
+            }
+            ToMember::Received => self.node.perform(Order::Received),
+            ToMember::Kill => self.node.perform(Order::Kill),
+            ToMember::Put { attempt, step, slot, priority, whole } => {
+                self.ordered = Some(Ordered { attempt: attempt.clone(), step, whole: *whole });
+                self.put = None;
+                let part = Part { attempt: attempt.clone(), step, slot, priority, small: Vec::new() };
+                if let Err(error) = self.node.put(part, self.says.clone()) {
+                    self.say(ToLeader::Put { attempt, result: Err(error.to_string()) });
+                }
+                None
+            }
+            ToMember::GiveUpSave => {
+                self.ordered = None;
+                self.node.gives_up_save();
+                None
+            }
+            ToMember::Over { .. } => None,
+        };
+        match answer {
+            Some(Event::LaidOut { bytes }) => self.say(ToLeader::LaidOut { bytes }),
+            Some(Event::Lost(error)) => {
+                self.say(ToLeader::Failed(error.to_string()));
+                return Err(Error::context(error, "follow the leader"));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The workers compute nothing any more: their collectives are broken. Their slots stay.
+    fn kill(&mut self) {
+        let _ = self.node.perform(Order::Kill);
+    }
+
+    /// Finishes the save under way in the leader's place, if all of it is there; its step, if that was done.
+    async fn finish(&mut self, start: &Plan, puts: &mut mpsc::UnboundedReceiver<Put>) -> Result<Option<Step>> {
+        let Some(ordered) = self.ordered.take() else { return Ok(None) };
+        let mut put = self.put;
+        let own = async {
+            while put.is_none() {
+                match puts.recv().await {
+                    Some(Put::Progress(_)) => {}
+                    Some(Put::Ended(_, result)) => put = Some(result.is_ok()),
+                    None => return false,
+                }
+            }
+            put == Some(true)
+        };
+        let committed = finish::finish(&start.upload, ordered, own).await?;
+        Ok(committed.map(|committed| committed.step))
+    }
+
+    /// Ends this node's part: its workers, its uploads, its fetch.
+    async fn end(mut self, dismisses: bool) -> Result<()> {
+        self.node.stops_fetching();
+        self.node.gives_up_save();
+        let gone = self.node.ends_workers(dismisses).await;
+        self.node.leaves_slots(gone).await
+    }
+}

@@ -1,0 +1,466 @@
+//! The other nodes of a generation, as its leader has them; and the messages between the two.
+//!
+//! The leader's state machine knows ranks, not nodes. [`Others`] makes orders of its effects and events of what members
+//! say: what every node answers for itself (its slots are laid out, its checkpoint is fetched) becomes one event when
+//! all have answered. A node that is alone has no others, and nothing here does anything.
+//!
+//! # Protocol
+//! The messages travel on the agents' channel ([`crate::rendezvous::peers`]), each with the generation that it belongs
+//! to. They ask and report; nothing becomes true by them. A member obeys the leader of its generation alone, and a
+//! leader hears of a member's own ranks alone: whatever else arrives is dropped. What all ranks of a node report at one
+//! moment travels in one message. A message in doubt is not repeated: a link that breaks ends the generation.
+//!
+//! | leader | member |
+//! |---|---|
+//! | `tell`: to all of its workers | `workers`: what they said, or that they are gone |
+//! | `lay_out` | `built`: the state of its workers, once; `laid_out` |
+//! | | `fetched`: the state to load is there, or can't be had |
+//! | `put`: its part of a save | `put`: bytes on their way; the receipt, or why there is none |
+//! | `give_up_save`, `kill`, `over` | `notice`: it was told to leave; `failed`: it can't obey |
+//!
+//! # Invariants
+//! - A save ends when it has ended on every node; a member that is lost has ended its part, without a receipt unless
+//!   that had come before.
+//! - A member that was lost does not come back in this generation.
+//!
+//! *Crash:* the link breaks, and the generation ends on both sides. *Retry:* none. *Cancel:* [`ToMember::Over`] ends a
+//! member's part; so does the end of its link.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use super::{
+    effects::Order,
+    finish::Whole,
+    generation::Members,
+    node::Part,
+    phase::Event,
+    save::{put::Put, slots::Fetched},
+    workers::WorkerEvent,
+};
+use crate::{
+    checkpoint::{CheckpointError, save::Receipt},
+    error::{Error, Kind},
+    ids::{AttemptId, NodeId, NodeRanks, Step},
+    notice::{self, Notice},
+    protocol::{FromWorker, ToWorker},
+    snapshot::plan::TensorSpec,
+    storage::Priority,
+};
+
+/// The word by which a notice of another node is reported.
+const SOURCE: &str = "member";
+/// The word by which it is reported that nodes wait to join.
+const NEWCOMERS: &str = "newcomers";
+
+/// From the leader of a generation to a member.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToMember {
+    /// Tell every worker.
+    Tell(ToWorker),
+    /// All ranks have the same state: size the slots, and tell each worker where it writes.
+    LayOut,
+    /// The fetched checkpoint lies in its slot, and all ranks have loaded it.
+    Received,
+    /// Put your part of a save.
+    Put {
+        /// The leader's attempt.
+        attempt: AttemptId,
+        /// The snapshot's step.
+        step: Step,
+        /// Its slot.
+        slot: u8,
+        /// Its priority against other work.
+        priority: Priority,
+        /// What a member needs to finish it, if the leader is lost.
+        whole: Box<Whole>,
+    },
+    /// The save under way is given up.
+    GiveUpSave,
+    /// Kill all workers.
+    Kill,
+    /// The generation has ended.
+    Over {
+        /// The workers are asked to exit, and not killed.
+        dismisses: bool,
+        /// A person asked the run to stop: no node goes on.
+        ends_the_run: bool,
+    },
+}
+
+impl ToMember {
+    /// What a member does of an order to every node; `None`: nothing.
+    fn of(order: &Order) -> Option<Self> {
+        match order {
+            Order::TellAll(message) => Some(Self::Tell(message.clone())),
+            Order::LayOut(_) => Some(Self::LayOut),
+            Order::Received => Some(Self::Received),
+            // A slot holds a whole checkpoint only on a node that is alone.
+            Order::Hold { .. } => None,
+            Order::Kill => Some(Self::Kill),
+        }
+    }
+}
+
+/// From a member to its leader.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToLeader {
+    /// What its workers said, in order.
+    Workers(Vec<WorkerEvent>),
+    /// The state of its workers, the same on each.
+    Built {
+        /// Every tensor.
+        tensors: Vec<TensorSpec>,
+        /// The device of its first worker.
+        device: String,
+        /// Trained parameters.
+        parameters: u64,
+    },
+    /// Its slots are laid out: bytes of its shards of one save.
+    LaidOut {
+        /// Bytes.
+        bytes: u64,
+    },
+    /// The state to load has arrived.
+    Fetched {
+        /// Bytes of all files.
+        bytes: u64,
+        /// The time it took.
+        seconds: f64,
+    },
+    /// The state to load can't be had.
+    NotFetched {
+        /// The damaged object and what is wrong with it, if it is damage.
+        damaged: Option<(String, String)>,
+        /// The reason.
+        why: String,
+    },
+    /// More bytes of its part of a save have reached the store.
+    Progress {
+        /// The save.
+        attempt: AttemptId,
+        /// Bytes.
+        bytes: u64,
+    },
+    /// Its part of a save has ended.
+    Put {
+        /// The save.
+        attempt: AttemptId,
+        /// Its receipt, or why there is none.
+        result: Result<Box<Receipt>, String>,
+    },
+    /// It was told to leave.
+    Notice(NoticeOfMember),
+    /// It can't do what it was asked.
+    Failed(String),
+}
+
+/// A notice as it travels.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NoticeOfMember {
+    /// Whether the machine goes away; otherwise somebody asks it to stop.
+    pub interruption: bool,
+    /// Seconds left when it was sent, if known.
+    pub deadline_s: Option<f64>,
+    /// Whether the deadline binds.
+    pub binding: bool,
+    /// Its source.
+    pub source: String,
+}
+
+/// What the channel brings of a member.
+#[derive(Debug)]
+pub enum Heard {
+    /// It said this.
+    Said(NodeId, ToLeader),
+    /// It is lost, and why.
+    Parted(NodeId, String),
+    /// These nodes wait to join: the generation ends at a saved step, and the group forms anew.
+    Regroup(Vec<NodeId>),
+    /// A newer generation stands: this one is nobody's any more.
+    Overtaken,
+}
+
+/// The channel to the other nodes of a generation.
+#[derive(Debug)]
+pub struct Company {
+    /// Their ranks.
+    pub others: Vec<(NodeId, NodeRanks)>,
+    /// What is sent to them.
+    pub to: mpsc::UnboundedSender<(NodeId, ToMember)>,
+    /// What they say.
+    pub heard: mpsc::UnboundedReceiver<Heard>,
+    /// Hears of each save's end, and whether it is committed.
+    pub saves: mpsc::UnboundedSender<bool>,
+}
+
+/// Answers that every node gives once.
+#[derive(Debug)]
+struct Gathered<T> {
+    own: Option<T>,
+    others: BTreeMap<NodeId, T>,
+}
+
+impl<T: Copy> Gathered<T> {
+    fn new() -> Self {
+        Self { own: None, others: BTreeMap::new() }
+    }
+
+    /// All answers, once there are those of this node and of `others` more.
+    fn whole(&self, others: usize) -> Option<Vec<T>> {
+        let own = self.own.filter(|_| self.others.len() == others)?;
+        Some(std::iter::once(own).chain(self.others.values().copied()).collect())
+    }
+}
+
+/// The save under way, as far as the other nodes take part in it.
+#[derive(Debug)]
+struct Putting {
+    attempt: AttemptId,
+    says: mpsc::UnboundedSender<Put>,
+    /// Members whose part has ended well.
+    whole: BTreeSet<NodeId>,
+}
+
+/// The other nodes of a generation.
+#[derive(Debug)]
+pub struct Others {
+    ranks: BTreeMap<NodeId, NodeRanks>,
+    to: Option<mpsc::UnboundedSender<(NodeId, ToMember)>>,
+    /// Those that were lost, in order, and why.
+    parted: Vec<(NodeId, String)>,
+    /// Those that were told to leave.
+    leaving: BTreeSet<NodeId>,
+    laid_out: Gathered<u64>,
+    fetched: Gathered<Fetched>,
+    putting: Option<Putting>,
+}
+
+impl Others {
+    /// Of a node that is alone.
+    pub fn none() -> Self {
+        Self::new(Vec::new(), None)
+    }
+
+    /// These, reached by `to`.
+    pub fn of(others: Vec<(NodeId, NodeRanks)>, to: mpsc::UnboundedSender<(NodeId, ToMember)>) -> Self {
+        Self::new(others, Some(to))
+    }
+
+    fn new(others: Vec<(NodeId, NodeRanks)>, to: Option<mpsc::UnboundedSender<(NodeId, ToMember)>>) -> Self {
+        Self {
+            ranks: others.into_iter().collect(),
+            to,
+            parted: Vec::new(),
+            leaving: BTreeSet::new(),
+            laid_out: Gathered::new(),
+            fetched: Gathered::new(),
+            putting: None,
+        }
+    }
+
+    fn send(&self, message: &ToMember) {
+        for node in self.ranks.keys() {
+            if let Some(to) = &self.to {
+                let _ = to.send((node.clone(), message.clone()));
+            }
+        }
+    }
+
+    /// An order to every node.
+    pub fn order(&self, order: &Order) {
+        if let Some(message) = ToMember::of(order) {
+            self.send(&message);
+        }
+    }
+
+    /// An event of this node's own: what every node answers for itself waits for the others.
+    pub fn own(&mut self, event: Event) -> Option<Event> {
+        match event {
+            Event::LaidOut { bytes } => {
+                self.laid_out.own = Some(bytes);
+                self.all_laid_out()
+            }
+            Event::Fetched(Ok(fetched)) => {
+                self.fetched.own = Some(fetched);
+                self.all_fetched()
+            }
+            other => Some(other),
+        }
+    }
+
+    fn all_laid_out(&self) -> Option<Event> {
+        let bytes = self.laid_out.whole(self.ranks.len())?;
+        Some(Event::LaidOut { bytes: bytes.into_iter().fold(0, u64::saturating_add) })
+    }
+
+    /// The slowest node's time, and the bytes that one node fetches.
+    fn all_fetched(&self) -> Option<Event> {
+        let all = self.fetched.whole(self.ranks.len())?;
+        let bytes = all.iter().map(|fetched| fetched.bytes).max().unwrap_or(0);
+        let seconds = all.iter().map(|fetched| fetched.seconds).fold(0.0, f64::max);
+        Some(Event::Fetched(Ok(Fetched { bytes, seconds })))
+    }
+
+    /// The other nodes put their parts of a save too. An error: a member is lost, so this save can't be whole.
+    pub fn put(&mut self, part: &Part, whole: Whole, says: &mpsc::UnboundedSender<Put>) -> Result<(), Error> {
+        if let Some((node, why)) = self.parted.first() {
+            return Err(lost(node, why));
+        }
+        let Part { attempt, step, slot, priority, .. } = part.clone();
+        self.send(&ToMember::Put { attempt: attempt.clone(), step, slot, priority, whole: Box::new(whole) });
+        self.putting = Some(Putting { attempt, says: says.clone(), whole: BTreeSet::new() });
+        Ok(())
+    }
+
+    /// The save under way is given up.
+    pub fn give_up_save(&mut self) {
+        self.putting = None;
+        self.send(&ToMember::GiveUpSave);
+    }
+
+    /// The generation has ended.
+    pub fn over(&self, dismisses: bool, ends_the_run: bool) {
+        self.send(&ToMember::Over { dismisses, ends_the_run });
+    }
+
+    /// What has become of them.
+    pub fn tells(&self, members: &mut Members) {
+        members.leaving = self.leaving.iter().cloned().collect();
+        members.parted = self.parted.clone();
+    }
+
+    /// What has come from a member, as events of the generation.
+    pub fn hear(&mut self, heard: Heard) -> Vec<Event> {
+        match heard {
+            Heard::Said(node, said) => match self.ranks.get(&node).copied() {
+                Some(ranks) => self.said(&node, ranks, said),
+                None => {
+                    tracing::debug!(%node, "a node that is no member of this generation spoke");
+                    Vec::new()
+                }
+            },
+            Heard::Parted(node, why) => self.part(&node, &why),
+            Heard::Regroup(joined) => {
+                let id = joined.iter().map(NodeId::as_str).collect::<Vec<_>>().join(" ");
+                let confidence = notice::Confidence::Announced;
+                let notice = Notice { kind: notice::Kind::Stop, deadline: None, source: NEWCOMERS, id, confidence };
+                vec![Event::Notice(notice)]
+            }
+            Heard::Overtaken => {
+                vec![Event::Lost(Error::new(Kind::Fenced, "another node has formed a newer generation"))]
+            }
+        }
+    }
+
+    fn said(&mut self, node: &NodeId, ranks: NodeRanks, said: ToLeader) -> Vec<Event> {
+        match said {
+            ToLeader::Workers(events) => {
+                let own = |event: &WorkerEvent| ranks.local(event.rank()).is_some();
+                events.into_iter().filter(own).map(Event::Worker).collect()
+            }
+            ToLeader::Built { tensors, device, parameters } => {
+                let built = || FromWorker::Built { tensors: tensors.clone(), device: device.clone(), parameters };
+                ranks.locals().map(|local| Event::Worker(WorkerEvent::Message(ranks.rank(local), built()))).collect()
+            }
+            ToLeader::LaidOut { bytes } => {
+                self.laid_out.others.insert(node.clone(), bytes);
+                self.all_laid_out().into_iter().collect()
+            }
+            ToLeader::Fetched { bytes, seconds } => {
+                self.fetched.others.insert(node.clone(), Fetched { bytes, seconds });
+                self.all_fetched().into_iter().collect()
+            }
+            ToLeader::NotFetched { damaged: Some((object, reason)), .. } => {
+                vec![Event::Fetched(Err(CheckpointError::Damaged { object, reason: reason.into() }))]
+            }
+            ToLeader::NotFetched { damaged: None, why } => {
+                vec![Event::Lost(Error::new(Kind::Unavailable, format!("node {node} could not restore: {why}")))]
+            }
+            ToLeader::Progress { attempt, bytes } => {
+                self.says(&attempt, Put::Progress(bytes));
+                Vec::new()
+            }
+            ToLeader::Put { attempt, result } => {
+                let putting = self.putting.as_mut().filter(|putting| putting.attempt == attempt && result.is_ok());
+                if let Some(putting) = putting {
+                    putting.whole.insert(node.clone());
+                }
+                let result = result.map(|receipt| *receipt);
+                let fail = |why| Error::new(Kind::Unavailable, format!("node {node}: {why}"));
+                self.says(&attempt, Put::Ended(node.clone(), result.map_err(fail)));
+                Vec::new()
+            }
+            ToLeader::Notice(notice) => {
+                self.leaving.insert(node.clone());
+                vec![Event::Notice(notice.here(node))]
+            }
+            ToLeader::Failed(why) => self.part(node, &why),
+        }
+    }
+
+    fn says(&self, attempt: &AttemptId, put: Put) {
+        if let Some(putting) = self.putting.as_ref().filter(|putting| putting.attempt == *attempt) {
+            let _ = putting.says.send(put);
+        }
+    }
+
+    /// Whether the save under way can't be whole any more, because a member was lost before its part had ended: then
+    /// every other node's part is over, too. `me`: this node.
+    pub fn abandons_save(&mut self, me: &NodeId) -> bool {
+        let Some(putting) = &self.putting else { return false };
+        let Some((lost_one, why)) = self.parted.iter().find(|(node, _)| !putting.whole.contains(node)) else {
+            return false;
+        };
+        for node in self.ranks.keys().chain([me]) {
+            let _ = putting.says.send(Put::Ended(node.clone(), Err(lost(lost_one, why))));
+        }
+        self.send(&ToMember::GiveUpSave);
+        self.putting = None;
+        true
+    }
+
+    /// A member is lost, and so are its ranks.
+    fn part(&mut self, node: &NodeId, why: &str) -> Vec<Event> {
+        let Some(ranks) = self.ranks.get(node).copied() else { return Vec::new() };
+        if self.parted.iter().any(|(lost, _)| lost == node) {
+            return Vec::new();
+        }
+        self.parted.push((node.clone(), why.to_owned()));
+        vec![Event::Worker(WorkerEvent::Exited(ranks.first, format!("is lost with node {node}: {why}")))]
+    }
+}
+
+fn lost(node: &NodeId, why: &str) -> Error {
+    Error::new(Kind::Unavailable, format!("node {node} is lost: {why}"))
+}
+
+impl NoticeOfMember {
+    /// As it is sent to the leader.
+    pub fn of(notice: &Notice) -> Self {
+        Self {
+            interruption: notice.kind == notice::Kind::Interruption,
+            deadline_s: notice.deadline.map(|left| left.as_secs_f64()),
+            binding: notice.deadline_binds(),
+            source: notice.source.to_owned(),
+        }
+    }
+
+    /// As the leader takes it: a notice to the group, since a step needs every rank.
+    fn here(&self, node: &NodeId) -> Notice {
+        Notice {
+            kind: if self.interruption { notice::Kind::Interruption } else { notice::Kind::Stop },
+            deadline: self.deadline_s.and_then(|left| Duration::try_from_secs_f64(left).ok()),
+            source: SOURCE,
+            id: node.to_string(),
+            confidence: if self.binding { notice::Confidence::Announced } else { notice::Confidence::Advisory },
+        }
+    }
+}

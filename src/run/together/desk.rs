@@ -1,0 +1,669 @@
+//! The desk of a node in a run of several: it drives the rendezvous's [`Seat`] beside whatever the node is doing.
+//!
+//! One task for as long as the agent lives. It owns the timers and hears the links, the store's answers and the runner;
+//! the seat decides; the desk performs. Requests to the store run as tasks of their own, so that a store that does not
+//! answer delays no message. The runner is told what the newest generation makes of this node ([`Call`]), and tells
+//! what has become of its workers ([`Tell`]).
+//!
+//! Messages of a generation pass through to the agent ([`Route`]). Those of a generation that this node has not taken
+//! up yet wait; those of an older one are dropped.
+//!
+//! *Crash:* nothing here is stored. *Retry:* as the seat says. *Cancel:* dropping [`Desk`] ends the task and its links.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::SocketAddr,
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::{
+    sync::mpsc,
+    task::{AbortHandle, JoinSet},
+    time::Instant,
+};
+
+use crate::{
+    agent::{
+        follow,
+        group::{self, ToLeader, ToMember},
+    },
+    ids::{Generation, NodeId, NodeKey},
+    journal::{self, JournalWriter, RosterEntry, RunState},
+    layout,
+    rendezvous::{
+        heartbeat::{self, Group, State, Voice},
+        membership::{Listed, Role, beat_every},
+        peers::{self, PeerEvent, Peers},
+        policy::{Bounds, Member, Roster, roster::Formation},
+        seat::{Beat, Body, Input, Line, Me, Output, Seat, Sound, Timer},
+    },
+    storage::{ObjectInfo, StorageError, Store},
+};
+
+/// The time for which other nodes are dialled to find out whether they can be reached.
+const PROBE: Duration = Duration::from_secs(2);
+/// Messages of generations that this node has not taken up yet; more are dropped.
+const EARLY: usize = 10_000;
+/// Heartbeats that are read side by side.
+const SIDE_BY_SIDE: usize = 16;
+
+/// Everything that travels between two agents.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Words {
+    /// About the group.
+    Seat(Body),
+    /// From a generation's leader to a member.
+    ToMember(ToMember),
+    /// From a member to its leader.
+    ToLeader(ToLeader),
+}
+
+/// What the runner is to do.
+#[derive(Debug)]
+pub enum Call {
+    /// Append `formed`, and answer with [`Tell::Appended`].
+    Form(Box<Proposal>),
+    /// Append `interrupted` for this generation, and answer with [`Tell::Appended`].
+    StepDown(Generation),
+    /// This node leads this generation.
+    Lead(Roster),
+    /// This node is a member of it.
+    Follow(Roster),
+    /// It is neither.
+    Wait,
+    /// A newer generation stands without this node.
+    LeftOut,
+    /// This node's saves fail too often: another one leads better.
+    HandOver,
+}
+
+/// A generation to be formed.
+#[derive(Debug)]
+pub struct Proposal {
+    /// Its number.
+    pub generation: Generation,
+    /// Its roster, as it is stored.
+    pub roster: Vec<RosterEntry>,
+    /// The nodes that are left out, and why.
+    pub out: Vec<(NodeId, String)>,
+    /// The generation before, if it has no recorded end.
+    pub continues: Option<Roster>,
+}
+
+/// What the runner says.
+#[derive(Debug)]
+pub enum Tell {
+    /// The generation that this node leads has ended here, and the group forms anew.
+    Again,
+    /// These members leave.
+    Leaving(BTreeSet<NodeId>),
+    /// The answer to [`Call::Form`] and [`Call::StepDown`]: whether the record stands, if that is known.
+    Appended(Option<bool>),
+    /// A save of this node's generation is committed, or has failed.
+    Saved(bool),
+    /// From now on messages of this generation go there.
+    Route(Route),
+    /// The generation is over for this node, and its workers are gone.
+    Off,
+}
+
+/// Where a generation's messages go on this node.
+#[derive(Debug)]
+pub enum Route {
+    /// This node leads it.
+    Lead(Generation, mpsc::UnboundedSender<group::Heard>),
+    /// This node follows that leader.
+    Follow(Generation, NodeId, mpsc::UnboundedSender<follow::Heard>),
+}
+
+impl Route {
+    const fn generation(&self) -> Generation {
+        match self {
+            Self::Lead(generation, _) | Self::Follow(generation, ..) => *generation,
+        }
+    }
+}
+
+/// This node, as it says of itself.
+#[derive(Clone, Debug)]
+pub struct Myself {
+    /// Its id.
+    pub node: NodeId,
+    /// Where its channel listens.
+    pub address: SocketAddr,
+    /// The key by which that is known.
+    pub key: NodeKey,
+    /// Its workers.
+    pub workers: u32,
+    /// What it computes with.
+    pub kind: String,
+}
+
+impl Myself {
+    /// Its heartbeat's content.
+    pub fn group(&self, role: Role, local_store: bool, unreachable: Vec<NodeId>, left: bool) -> Group {
+        Group {
+            address: self.address.to_string(),
+            key: self.key.clone(),
+            every_s: u32::try_from(beat_every(role, local_store).as_secs()).unwrap_or(u32::MAX),
+            state: match role {
+                Role::Leader => State::Leader,
+                Role::Follower => State::Member,
+                Role::Waiting => State::Waiting,
+            },
+            kind: self.kind.clone(),
+            workers: self.workers,
+            unreachable,
+            left,
+        }
+    }
+}
+
+/// A handle to the desk. Dropping it ends the desk.
+#[derive(Debug)]
+pub struct Desk {
+    tell: mpsc::UnboundedSender<Tell>,
+    calls: mpsc::UnboundedReceiver<Call>,
+    /// The links, for the messages of a generation.
+    pub links: Peers<Words>,
+    task: AbortHandle,
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// What the desk works with.
+pub struct Tools {
+    /// The run's folder.
+    pub run: Store,
+    /// Its journal.
+    pub journal: JournalWriter,
+    /// This node.
+    pub me: Myself,
+    /// The operator's settings.
+    pub bounds: Bounds,
+    /// The links, and what they bring.
+    pub links: (Peers<Words>, mpsc::UnboundedReceiver<PeerEvent<Words>>),
+    /// This node's heartbeat.
+    pub says: Voice,
+}
+
+impl Desk {
+    /// Starts the task.
+    pub fn open(tools: Tools) -> Self {
+        let Tools { run, journal, me, bounds, links: (links, heard), says } = tools;
+        let (tell, told) = mpsc::unbounded_channel();
+        let (calls, called) = mpsc::unbounded_channel();
+        let (inputs, given) = mpsc::unbounded_channel();
+        let member = Member { node: me.node.clone(), workers: me.workers, kind: me.kind.clone() };
+        let program = env!("CARGO_PKG_VERSION").to_owned();
+        let began = Instant::now();
+        let (seat, first) = Seat::new(Me { member, program }, bounds, Sound, Duration::ZERO);
+        let work = Work {
+            run,
+            journal,
+            me,
+            links: links.clone(),
+            says,
+            seat,
+            began,
+            calls,
+            inputs,
+            tasks: JoinSet::new(),
+            known: BTreeMap::new(),
+            read: Read::default(),
+            route: None,
+            early: VecDeque::new(),
+            ends: BTreeMap::new(),
+        };
+        let task = tokio::spawn(work.run(first, heard, told, given)).abort_handle();
+        Self { tell, calls: called, links, task }
+    }
+
+    /// Says something to the desk.
+    pub fn tell(&self, words: Tell) {
+        let _ = self.tell.send(words);
+    }
+
+    /// Its ear, for a task that tells it something.
+    pub fn voice(&self) -> mpsc::UnboundedSender<Tell> {
+        self.tell.clone()
+    }
+
+    /// The next call. May be dropped at any moment: nothing is lost.
+    pub async fn call(&mut self) -> Call {
+        match self.calls.recv().await {
+            Some(call) => call,
+            // The task ends with this handle, or by a panic, which the runner's journal outlives.
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// What the seat knows of the journal.
+#[derive(Debug, Default)]
+struct Read {
+    newest: Generation,
+    ended: bool,
+}
+
+impl Read {
+    /// What is new in `state`, in order.
+    fn lines(&mut self, state: &RunState) -> Vec<Line> {
+        let mut lines = Vec::new();
+        let new = state.formations().iter().filter(|formed| formed.generation > self.newest);
+        for formed in new {
+            lines.push(Line::Formed(roster_of(formed.generation, &formed.roster)));
+            (self.newest, self.ended) = (formed.generation, false);
+        }
+        if !self.ended && self.newest > Generation(0) && has_ended(state, self.newest) {
+            self.ended = true;
+            lines.push(Line::Ended(self.newest));
+        }
+        lines
+    }
+}
+
+/// A stored roster, as policy sees it: what its nodes compute with, it does not say.
+pub fn roster_of(generation: Generation, entries: &[RosterEntry]) -> Roster {
+    let member = |entry: &RosterEntry| Member { node: entry.node.clone(), workers: entry.workers, kind: String::new() };
+    Roster { generation, members: entries.iter().map(member).collect() }
+}
+
+/// Whether the end of the newest generation is recorded.
+pub fn has_ended(state: &RunState, newest: Generation) -> bool {
+    let said = state.interruptions().iter().any(|end| end.generation == newest);
+    said || *state.outcome() != journal::Outcome::Open
+}
+
+/// What a task of the desk has to say.
+enum News {
+    Input(Input),
+    /// The heartbeats of nodes that knocked, or may have.
+    Met(Vec<(NodeId, Group)>),
+    /// The heartbeat of a node that a message is for.
+    Found(NodeId, Option<Group>, Body),
+}
+
+struct Work {
+    run: Store,
+    journal: JournalWriter,
+    me: Myself,
+    links: Peers<Words>,
+    says: Voice,
+    seat: Seat<Sound>,
+    began: Instant,
+    calls: mpsc::UnboundedSender<Call>,
+    inputs: mpsc::UnboundedSender<News>,
+    /// Timers and requests under way.
+    tasks: JoinSet<()>,
+    /// What the heartbeats of other nodes say.
+    known: BTreeMap<NodeId, Group>,
+    read: Read,
+    route: Option<Route>,
+    early: VecDeque<(NodeId, Generation, Words)>,
+    /// Why the last link to a node ended.
+    ends: BTreeMap<NodeId, String>,
+}
+
+impl Work {
+    async fn run(
+        mut self,
+        first: Vec<Output>,
+        mut heard: mpsc::UnboundedReceiver<PeerEvent<Words>>,
+        mut told: mpsc::UnboundedReceiver<Tell>,
+        mut given: mpsc::UnboundedReceiver<News>,
+    ) {
+        self.knows_the_roster();
+        self.perform(first);
+        loop {
+            tokio::select! {
+                Some(event) = heard.recv() => self.hear(event),
+                tell = told.recv() => match tell {
+                    Some(tell) => self.told(tell),
+                    None => return,
+                },
+                Some(news) = given.recv() => match news {
+                    News::Input(input) => self.give(input),
+                    News::Met(nodes) => nodes.iter().for_each(|(node, group)| self.meet(node, group)),
+                    News::Found(node, group, body) => self.found(&node, group, body),
+                },
+                // Ended tasks are forgotten.
+                Some(_) = self.tasks.join_next() => {}
+            }
+        }
+    }
+
+    fn give(&mut self, input: Input) {
+        // The desk itself turns the journal's state into lines, in order.
+        let input = match input {
+            Input::Journal(_) => {
+                self.knows_the_roster();
+                Input::Journal(self.read.lines(&self.journal.state()))
+            }
+            other => other,
+        };
+        if let Input::Beats { beats, .. } = &input {
+            for (node, beat) in beats {
+                if let Some(beat) = beat {
+                    self.meet(node, &beat.group);
+                }
+            }
+        }
+        let outputs = self.seat.handle(input, self.began.elapsed());
+        self.perform(outputs);
+    }
+
+    /// A node's heartbeat says where it is.
+    fn meet(&mut self, node: &NodeId, group: &Group) {
+        if *node == self.me.node {
+            return;
+        }
+        match group.address.parse() {
+            Ok(address) => self.links.know(node.clone(), address, group.key.clone()),
+            Err(_) => tracing::debug!(%node, address = group.address, "a node's address is not one"),
+        }
+        self.known.insert(node.clone(), group.clone());
+    }
+
+    /// The journal says where the members of the newest generation are.
+    fn knows_the_roster(&self) {
+        let state = self.journal.state();
+        for entry in state.formed().iter().flat_map(|formed| &formed.roster) {
+            let address = entry.address.as_ref().and_then(|address| address.parse().ok());
+            if let (Some(address), Some(key)) = (address, &entry.key)
+                && entry.node != self.me.node
+                && !self.links.knows(&entry.node)
+            {
+                self.links.know(entry.node.clone(), address, key.clone());
+            }
+        }
+    }
+
+    fn hear(&mut self, event: PeerEvent<Words>) {
+        match event {
+            PeerEvent::Message { from, body: Words::Seat(body), .. } => self.give(Input::Message { from, body }),
+            PeerEvent::Message { from, generation, body } => self.pass(from, generation, body),
+            PeerEvent::Lost { peer, end } => {
+                tracing::debug!(node = %peer, reason = %end, "link ended");
+                let refused = peers::is_gone(&end);
+                self.ends.insert(peer.clone(), end.to_string());
+                self.give(Input::Lost { peer, refused });
+            }
+            PeerEvent::Stranger => self.meet_strangers(),
+        }
+    }
+
+    /// A message of a generation goes to the agent.
+    fn pass(&mut self, from: NodeId, generation: Generation, words: Words) {
+        match &self.route {
+            Some(Route::Lead(current, to)) if *current == generation => {
+                if let Words::ToLeader(said) = words {
+                    let _ = to.send(group::Heard::Said(from, said));
+                }
+            }
+            Some(Route::Follow(current, leader, to)) if *current == generation => {
+                if let (Words::ToMember(said), true) = (words, from == *leader) {
+                    let _ = to.send(follow::Heard::Said(said));
+                }
+            }
+            route => {
+                let current = route.as_ref().map_or(Generation(0), Route::generation);
+                if generation > current && self.early.len() < EARLY {
+                    self.early.push_back((from, generation, words));
+                }
+            }
+        }
+    }
+
+    fn told(&mut self, tell: Tell) {
+        match tell {
+            Tell::Again => self.give(Input::Again { kills: 0 }),
+            Tell::Leaving(nodes) => self.give(Input::Leaving(nodes)),
+            Tell::Appended(stands) => {
+                self.give(Input::Appended { stands });
+                self.give(Input::Journal(Vec::new()));
+            }
+            Tell::Saved(ok) => self.give(Input::Saved { ok }),
+            Tell::Route(route) => {
+                let generation = route.generation();
+                self.route = Some(route);
+                for (from, of, words) in std::mem::take(&mut self.early) {
+                    if of >= generation {
+                        self.pass(from, of, words);
+                    }
+                }
+            }
+            Tell::Off => {
+                self.route = None;
+                self.give(Input::Busy(false));
+            }
+        }
+    }
+
+    /// A task whose end is an input.
+    fn ask(&mut self, request: impl Future<Output = Input> + Send + 'static) {
+        let inputs = self.inputs.clone();
+        self.tasks.spawn(async move {
+            let _ = inputs.send(News::Input(request.await));
+        });
+    }
+
+    /// Sends a message; of a node that nothing else names, the heartbeat says where it is.
+    fn send(&mut self, to: NodeId, body: Body) {
+        if to == self.me.node || self.links.knows(&to) {
+            let generation = self.seat.newest().map_or(Generation(0), |roster| roster.generation);
+            return self.links.send(&to, generation, Words::Seat(body));
+        }
+        let (run, inputs) = (self.run.clone(), self.inputs.clone());
+        self.tasks.spawn(async move {
+            let beat = heartbeat::read(&run, &to).await.ok().flatten();
+            let _ = inputs.send(News::Found(to, beat.and_then(|beat| beat.group), body));
+        });
+    }
+
+    fn found(&mut self, node: &NodeId, group: Option<Group>, body: Body) {
+        if let Some(group) = group {
+            self.meet(node, &group);
+        }
+        if self.links.knows(node) {
+            self.send(node.clone(), body);
+        } else {
+            self.give(Input::Lost { peer: node.clone(), refused: false });
+        }
+    }
+
+    /// Somebody with an unknown key knocked: its heartbeat is among those that were not read yet.
+    fn meet_strangers(&mut self) {
+        let (run, inputs, links) = (self.run.clone(), self.inputs.clone(), self.links.clone());
+        self.tasks.spawn(async move {
+            let Ok(listed) = listed(&run).await else { return };
+            let mut met = Vec::new();
+            for Listed { node, .. } in listed.into_iter().filter(|listed| !links.knows(&listed.node)) {
+                if let Ok(Some(beat)) = heartbeat::read(&run, &node).await
+                    && let Some(group) = beat.group
+                {
+                    met.push((node, group));
+                }
+            }
+            let _ = inputs.send(News::Met(met));
+        });
+    }
+
+    fn perform(&mut self, outputs: Vec<Output>) {
+        for output in outputs {
+            self.perform_one(output);
+        }
+    }
+
+    fn perform_one(&mut self, output: Output) {
+        match output {
+            Output::Say { role, left } => {
+                let group = self.me.group(role, self.run.is_local(), Vec::new(), left);
+                self.says.say(group);
+            }
+            Output::List => self.list(),
+            Output::ReadBeats(nodes) => self.read_beats(nodes),
+            Output::ReadJournal => {
+                let journal = self.journal.clone();
+                let inputs = self.inputs.clone();
+                self.tasks.spawn(async move {
+                    let read = journal.refresh().await;
+                    let input = if read.is_ok() { Input::Journal(Vec::new()) } else { Input::Failed };
+                    let _ = inputs.send(News::Input(input));
+                });
+            }
+            Output::Form { generation, formation, previous, ended, .. } => {
+                let continues = previous.filter(|_| !ended);
+                let proposal = self.proposal(generation, &formation, continues);
+                let _ = self.calls.send(Call::Form(Box::new(proposal)));
+            }
+            Output::StepDown { generation } => _ = self.calls.send(Call::StepDown(generation)),
+            Output::Bury(nodes) => {
+                let run = self.run.clone();
+                self.tasks.spawn(async move {
+                    for node in nodes {
+                        heartbeat::remove_stale(&run, &node).await;
+                    }
+                });
+            }
+            Output::Send { to, body } => self.send(to, body),
+            Output::Probe { round, by, nodes } => {
+                let links = self.links.clone();
+                self.ask(async move {
+                    let unreachable = links.unreachable(nodes, PROBE).await;
+                    Input::Probed { round, by, unreachable }
+                });
+            }
+            Output::After(pause, timer) => self.after(pause, timer),
+            Output::Lead(roster) => _ = self.calls.send(Call::Lead(roster)),
+            Output::Follow(roster) => {
+                self.overtakes(roster.generation);
+                let _ = self.calls.send(Call::Follow(roster));
+            }
+            Output::Wait => {
+                self.overtakes(Generation(u64::MAX));
+                let _ = self.calls.send(Call::Wait);
+            }
+            Output::Parted { node, why } => {
+                let why = self.ends.get(&node).cloned().unwrap_or(why);
+                if let Some(Route::Lead(_, to)) = &self.route {
+                    let _ = to.send(group::Heard::Parted(node, why));
+                    self.is_busy();
+                }
+            }
+            Output::CutOff { why } => {
+                if let Some(Route::Follow(_, leader, to)) = &self.route {
+                    let why = self.ends.get(leader).cloned().unwrap_or(why);
+                    let _ = to.send(follow::Heard::Parted(why));
+                    self.is_busy();
+                }
+            }
+            Output::LeftOut => {
+                self.overtakes(Generation(u64::MAX));
+                let _ = self.calls.send(Call::LeftOut);
+            }
+            Output::Regroup { joined } => {
+                if let Some(Route::Lead(_, to)) = &self.route {
+                    let _ = to.send(group::Heard::Regroup(joined));
+                }
+            }
+            Output::HandOver => {
+                self.overtakes(Generation(u64::MAX));
+                let _ = self.calls.send(Call::HandOver);
+            }
+            Output::Log(line) => tracing::debug!("{line}"),
+        }
+    }
+
+    /// A generation that this node still runs is nobody's any more.
+    fn overtakes(&mut self, newer: Generation) {
+        match self.route.take_if(|route| route.generation() < newer) {
+            Some(Route::Lead(_, to)) => _ = to.send(group::Heard::Overtaken),
+            Some(Route::Follow(_, _, to)) => _ = to.send(follow::Heard::Overtaken),
+            None => return,
+        }
+        self.is_busy();
+    }
+
+    /// This node's workers are on their way out, until [`Tell::Off`].
+    fn is_busy(&self) {
+        let _ = self.inputs.send(News::Input(Input::Busy(true)));
+    }
+
+    fn after(&mut self, pause: Duration, timer: Timer) {
+        self.ask(async move {
+            tokio::time::sleep(pause).await;
+            Input::Timer(timer)
+        });
+    }
+
+    fn list(&mut self) {
+        let run = self.run.clone();
+        self.ask(async move { listed(&run).await.map_or(Input::Failed, Input::Listed) });
+    }
+
+    fn read_beats(&mut self, nodes: Vec<NodeId>) {
+        let (run, began) = (self.run.clone(), self.began.elapsed());
+        self.ask(async move {
+            use futures::StreamExt;
+            let read = |node: NodeId| {
+                let run = &run;
+                async move {
+                    let found = heartbeat::read(run, &node).await;
+                    (node, found)
+                }
+            };
+            let found: Vec<_> = futures::stream::iter(nodes).map(read).buffered(SIDE_BY_SIDE).collect().await;
+            let mut beats = Vec::with_capacity(found.len());
+            for (node, found) in found {
+                match found {
+                    Ok(found) => {
+                        let beat = found.and_then(|beat| Some(Beat { counter: beat.counter, group: beat.group? }));
+                        beats.push((node, beat));
+                    }
+                    Err(error) => {
+                        tracing::debug!(%node, %error, "a heartbeat could not be read");
+                        return Input::Failed;
+                    }
+                }
+            }
+            Input::Beats { began, beats }
+        });
+    }
+
+    /// A formation with the addresses and keys of its nodes.
+    fn proposal(&self, generation: Generation, formation: &Formation, continues: Option<Roster>) -> Proposal {
+        let entry = |place: &crate::rendezvous::policy::roster::Place| {
+            let node = place.member.node.clone();
+            let (address, key) = if node == self.me.node {
+                (Some(self.me.address.to_string()), Some(self.me.key.clone()))
+            } else {
+                self.known.get(&node).map_or((None, None), |it| (Some(it.address.clone()), Some(it.key.clone())))
+            };
+            RosterEntry { node, workers: place.member.workers, first_rank: Some(place.first_rank), address, key }
+        };
+        Proposal {
+            generation,
+            roster: formation.places.iter().map(entry).collect(),
+            out: formation.out.iter().map(|(node, why)| (node.clone(), why.to_string())).collect(),
+            continues,
+        }
+    }
+}
+
+/// The heartbeats in the store, with the times at which it took them.
+async fn listed(run: &Store) -> Result<Vec<Listed>, StorageError> {
+    let of = |key: &str| {
+        let name = key.rsplit_once('/').map_or(key, |(_, name)| name);
+        NodeId::new(name.strip_suffix(".json")?).ok()
+    };
+    let found = run.list(&format!("{}/", layout::NODES)).await?;
+    let stamp = |object: &ObjectInfo| Some(Listed { node: of(&object.key)?, stored: object.last_modified });
+    Ok(found.iter().filter_map(stamp).collect())
+}

@@ -1,0 +1,619 @@
+//! A run on several nodes, as one of them lives it.
+//!
+//! The desk ([`desk`]) says what the newest generation makes of this node, and this loop does it: it forms, leads,
+//! follows or waits. What it decides is what the end of a generation means for the group.
+//!
+//! | a generation ends here because | then |
+//! |---|---|
+//! | the run is complete | the leader records it; every node exits |
+//! | a worker died | the leader waits as `restart` says, then the same group forms anew |
+//! | a node is lost | the group forms anew without it, or waits for others |
+//! | a member was told to leave | all ranks stop at one step, which is saved; the others form anew |
+//! | the leader was told to leave | the same; it records `interrupted` and leaves, the others form anew |
+//! | a person asks the run to stop (`trainer drain`) | the same; every node exits |
+//! | the leader is lost | its followers end their workers; one of them forms the next generation |
+//!
+//! # Invariants
+//! - A node follows a generation only after it has read that record itself.
+//! - Nothing is recorded for a generation that this node does not lead.
+//! - Workers of one generation are gone before those of the next start.
+//! - A node that a newer generation left out comes back under a new id, with a new key.
+//!
+//! *Crash:* the others notice, and form anew. *Retry:* every loss leads to another formation, as the rendezvous's
+//! policy says. *Cancel:* a notice drops the work between two generations, and within one asks the leader to end it.
+
+mod desk;
+mod kind;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{sync::mpsc, time::Instant};
+
+use self::desk::{Call, Desk, Myself, Proposal, Route, Tell, Tools, Words};
+use super::{Outcome, Runner, Seating, Story, launch::OnComplete, or_notice, parting, told_to_leave};
+use crate::{
+    agent::{
+        follow::{self, Followed, Leader},
+        generation::{self, End, Left, Load, Source, Stopped},
+        group::{Company, ToLeader, ToMember},
+    },
+    checkpoint::{catalog, restore},
+    error::{Context, Error, Kind, Result},
+    ids::{Generation, NodeId, NodeRanks, Rank, Step, WorldSize},
+    journal::{Formation, Formed, FormedReason, Gone, JournalError, Record, ResumePoint, RosterEntry, Succession},
+    layout,
+    notice::Notices,
+    rendezvous::{
+        channel::{LinkSettings, LocalNode, address},
+        heartbeat::Pulse,
+        membership::Role,
+        peers::Peers,
+        policy::Roster,
+    },
+    report::Event,
+};
+
+/// How long a node that has lost its place waits before it reads the journal for the reason.
+const REASON: Duration = Duration::from_secs(5);
+
+/// The pause between two such reads.
+const READ_AGAIN: Duration = Duration::from_millis(250);
+
+/// What follows when this node's part of a generation is over.
+enum After {
+    /// This node led it, and the group forms anew.
+    Again,
+    /// The next one, if there is one, is not this node's to form.
+    Wait,
+    /// The run is over for this node.
+    Over(Outcome),
+    /// A newer generation stands without it.
+    LeftOut,
+}
+
+/// What this loop remembers from one generation to the next.
+struct Memory {
+    story: Story,
+    /// The state that the generation which this node is about to form starts from.
+    load: Option<(Generation, Load)>,
+    /// Since this node last led or followed.
+    waiting: Instant,
+    /// Members of the last generation that this node led which are leaving, or were lost, and why.
+    gone: BTreeMap<NodeId, (FormedReason, String)>,
+}
+
+impl Runner {
+    /// Whether the run may have several nodes.
+    pub(super) fn is_together(&self) -> bool {
+        self.options.nodes.max > 1
+    }
+
+    /// Opens this node's port, starts its heartbeat and takes a seat.
+    async fn take_a_seat(&mut self) -> Result<(Desk, Myself)> {
+        if self.held.is_none() {
+            self.held = Some(self.run.hold().await.context("hold the run's folder")?);
+        }
+        let network = &self.resolved.config.network;
+        let me = LocalNode::new(self.run_id.clone(), self.node.clone());
+        let me = Arc::new(me.map_err(|error| Error::from_source(Kind::Bug, error))?);
+        let ip = match network.address {
+            Some(address) => address,
+            None => {
+                let found = address::automatic(self.run.endpoint().as_ref()).await;
+                let found = found.map_err(|error| Error::from_source(Kind::Config, error))?;
+                tracing::info!(address = %found.address, "other nodes reach this one here: {}", found.reason);
+                found.address
+            }
+        };
+        let settings = LinkSettings::default();
+        let at = SocketAddr::new(ip, network.port);
+        let (links, heard) = Peers::<Words>::start(Arc::clone(&me), at, settings).await.map_err(|error| {
+            Error::from_source(Kind::Config, error)
+                .context(format!("listen at {at} for other nodes"))
+                .with_hint("set network.address to an address of this machine, or network.port to a free port")
+        })?;
+        let address = links.address();
+        address::answers(address, &me, settings).await.map_err(|end| {
+            Error::new(Kind::Unavailable, format!("this node does not reach its own port at {address}: {end}"))
+                .with_hint("allow TCP between the run's machines, or set network.address to an address that they share")
+        })?;
+        let workers = self.resolved.workload.workers();
+        let kind = kind::of_this_machine(self.resolved.config.workload.parallel.device);
+        let key = me.identity.key().clone();
+        let myself = Myself { node: self.node.clone(), address, key, workers, kind };
+        let group = myself.group(Role::Waiting, self.run.is_local(), Vec::new(), false);
+        let pulse = Pulse::start_in_group(self.run.clone(), self.node.clone(), self.turning.clone(), group).await?;
+        let says = pulse.voice();
+        self.pulse = Some(pulse);
+        let desk = Desk::open(Tools {
+            run: self.run.clone(),
+            journal: self.journal.clone(),
+            me: myself.clone(),
+            bounds: self.options.bounds(&self.resolved.config),
+            links: (links, heard),
+            says,
+        });
+        Ok((desk, myself))
+    }
+
+    /// Takes part in generations, one after the other, until the run has ended on this node.
+    pub(super) async fn live_together(&mut self, notices: &mut Notices) -> Result<Outcome> {
+        let mut memory = Memory {
+            story: Story { deaths: Vec::new(), reason: FormedReason::Started, finished: None },
+            load: None,
+            waiting: Instant::now(),
+            gone: BTreeMap::new(),
+        };
+        let reporter = self.reporter.clone();
+        let Some(seated) = or_notice(notices, &reporter, self.take_a_seat()).await else {
+            return self.leaves_unseated();
+        };
+        let (mut desk, mut me) = seated?;
+        let nodes = self.options.nodes;
+        self.reporter.event(&Event::Phase { doing: format!("waiting for nodes: at least {}", nodes.min) });
+        loop {
+            let waited = self.options.wait.at_most.map(|limit| memory.waiting + limit);
+            let call = tokio::select! {
+                biased;
+                () = told_to_leave(notices, &reporter) => return self.leaves_between(&memory, notices.left()).await,
+                call = desk.call() => call,
+                () = until(waited), if self.nobody_leads() => return Err(self.too_few()),
+            };
+            let after = match call {
+                Call::Form(proposal) => {
+                    let stands = or_notice(notices, &reporter, self.propose(*proposal, &mut memory)).await;
+                    let Some(stands) = stands else { return self.leaves_between(&memory, notices.left()).await };
+                    desk.tell(Tell::Appended(stands?));
+                    continue;
+                }
+                Call::StepDown(generation) => {
+                    let step = memory.story.finished.unwrap_or_default();
+                    let committed = self.newest_committed();
+                    let verdict = format!("fewer than {} nodes are left", nodes.min);
+                    let stopped = Stopped { step: step.max(committed), committed, verdict, drain: None };
+                    self.last_words(generation, &stopped, None).await;
+                    desk.tell(Tell::Appended(Some(true)));
+                    self.reporter.event(&Event::Phase { doing: format!("waiting for nodes: at least {}", nodes.min) });
+                    continue;
+                }
+                Call::Lead(roster) if self.is_newest(&roster) => {
+                    self.lead(roster, &me, &desk, &mut memory, notices).await?
+                }
+                Call::Follow(roster) if self.is_newest(&roster) => {
+                    self.follow(roster, &me, &desk, &mut memory, notices).await?
+                }
+                // Another one stands by now.
+                Call::Lead(_) | Call::Follow(_) => continue,
+                Call::Wait => match self.has_completed().await? {
+                    Some(then) => After::Over(Outcome::Completed { then }),
+                    None => continue,
+                },
+                Call::LeftOut | Call::HandOver => After::LeftOut,
+            };
+            memory.waiting = Instant::now();
+            desk.tell(Tell::Off);
+            match after {
+                After::Over(outcome) => return Ok(outcome),
+                After::Again => {
+                    desk.tell(Tell::Leaving(memory.gone.keys().cloned().collect()));
+                    desk.tell(Tell::Again);
+                }
+                After::Wait => {
+                    if let Some(then) = self.has_completed().await? {
+                        return Ok(Outcome::Completed { then });
+                    }
+                }
+                After::LeftOut => {
+                    drop(desk);
+                    let Some(again) = or_notice(notices, &reporter, self.comes_back()).await else {
+                        return self.leaves_unseated();
+                    };
+                    again?;
+                    let Some(seated) = or_notice(notices, &reporter, self.take_a_seat()).await else {
+                        return self.leaves_unseated();
+                    };
+                    (desk, me) = seated?;
+                    memory.load = None;
+                }
+            }
+        }
+    }
+
+    /// A newer generation stands without this node: its id is used up.
+    async fn comes_back(&mut self) -> Result<()> {
+        if let Some(pulse) = self.pulse.take() {
+            pulse.stop().await;
+        }
+        let state = self.journal.state();
+        self.node = NodeId::random();
+        tracing::info!(node = %self.node, "this node was left out, and comes back under a new id");
+        let journal = crate::journal::Journal::follow(self.run.clone(), self.node.clone(), state).await?;
+        self.journal = crate::journal::JournalWriter::start(journal);
+        Ok(())
+    }
+
+    fn is_newest(&self, roster: &Roster) -> bool {
+        self.journal.state().generation() == roster.generation
+    }
+
+    /// Whether no generation is at work, as far as this node knows: then a node that waits may give up.
+    fn nobody_leads(&self) -> bool {
+        let state = self.journal.state();
+        state.formed().is_none_or(|formed| desk::has_ended(&state, formed.generation))
+    }
+
+    fn too_few(&self) -> Error {
+        let min = self.options.nodes.min;
+        Error::new(Kind::Unavailable, format!("fewer than {min} nodes came in time"))
+            .with_hint("start the others, or give --wait more time, or --nodes a lower minimum")
+    }
+
+    /// The run, if it is complete by now.
+    async fn has_completed(&mut self) -> Result<Option<OnComplete>> {
+        let _ = tokio::time::timeout(REASON, self.journal.refresh()).await;
+        match self.journal.state().outcome() {
+            crate::journal::Outcome::Completed { step, .. } if *step >= self.resolved.workload.last_step() => {
+                Ok(Some(self.options.then(&self.resolved.config, true)))
+            }
+            crate::journal::Outcome::Failed { reason, .. } => {
+                let failed = Error::new(Kind::Config, format!("the run has failed on another node: {reason}"));
+                Err(failed.with_hint(format!("trainer explain --run-id {}", self.run_id)))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// A notice came before this node had a seat.
+    fn leaves_unseated(&self) -> Result<Outcome> {
+        let step = self.newest_committed();
+        if step > Step(0) {
+            self.reporter.event(&Event::Interrupted { step, lost_steps: 0 });
+        }
+        Ok(Outcome::Interrupted { lost_steps: 0 })
+    }
+
+    /// A notice came while this node was at no work.
+    async fn leaves_between(&self, memory: &Memory, left: Option<Duration>) -> Result<Outcome> {
+        let state = self.journal.state();
+        let led = state
+            .formed()
+            .is_some_and(|formed| formed.node == self.node && !desk::has_ended(&state, formed.generation));
+        if led {
+            return self.told_between_generations("the group formed anew", memory.story.finished, left).await;
+        }
+        self.leaves_unseated()
+    }
+
+    /// Appends `formed`; whether it stands.
+    async fn propose(&mut self, proposal: Proposal, memory: &mut Memory) -> Result<Option<bool>> {
+        let Proposal { generation, roster, out, continues } = proposal;
+        if self.journal.state().generation().next() != generation {
+            return Ok(Some(false));
+        }
+        self.resolved.workload.is_still_there()?;
+        let load = self.choose_with_data().await?;
+        let here: BTreeSet<&NodeId> = roster.iter().map(|entry| &entry.node).collect();
+        let before = continues.as_ref().map(|roster| roster.generation);
+        let old: BTreeSet<&NodeId> = continues.iter().flat_map(|old| &old.members).map(|member| &member.node).collect();
+        let why = |node: &NodeId| {
+            let told = out.iter().find(|(out, _)| out == node).map(|(_, why)| why.clone());
+            memory.gone.get(node).map(|(_, why)| why.clone()).or(told).unwrap_or_else(|| "did not answer".to_owned())
+        };
+        let gone: Vec<Gone> =
+            old.difference(&here).map(|node| Gone { node: (*node).clone(), why: short(&why(node)) }).collect();
+        let joined =
+            if continues.is_some() { here.difference(&old).map(|node| (*node).clone()).collect() } else { vec![] };
+        let left =
+            |gone: &Gone| memory.gone.get(&gone.node).is_some_and(|(reason, _)| *reason == FormedReason::NodeLeft);
+        let reason = match (&continues, gone.is_empty(), joined.is_empty()) {
+            (None, ..) => FormedReason::Started,
+            (_, false, _) if gone.iter().all(left) => FormedReason::NodeLeft,
+            (_, false, _) => FormedReason::NodeLost,
+            (_, _, false) => FormedReason::NodeJoined,
+            _ => FormedReason::WorkerDied,
+        };
+        let resume = match &load {
+            Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
+            _ => None,
+        };
+        let workers = roster.iter().fold(0_u32, |sum, entry| sum.saturating_add(entry.workers));
+        let formed = Formed {
+            roster: roster.clone(),
+            world_size: WorldSize(workers),
+            resume,
+            overrides: self.overrides.clone(),
+            reason,
+            data: Some(self.resolved.workload.data().clone()),
+            succession: Succession { continues: before, gone, joined },
+        };
+        match self.journal.form(formed).await {
+            Ok(generation) => {
+                self.overrides.clear();
+                self.options.accepts_data = false;
+                memory.load = Some((generation, load));
+                memory.gone.clear();
+                Ok(Some(true))
+            }
+            Err(JournalError::Overtaken { .. } | JournalError::Moved { .. } | JournalError::LeftOut { .. }) => {
+                Ok(Some(false))
+            }
+            Err(JournalError::Storage(error)) => {
+                tracing::warn!(%error, "it is not known whether the generation stands");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// This node's place in a generation, as its record says.
+    fn seating(&self, formed: &Formation, me: &Myself) -> Result<Seating> {
+        let mut first = 0_u32;
+        let mut ranks = None;
+        let world = formed.roster.iter().fold(0_u32, |sum, entry| sum.saturating_add(entry.workers));
+        let mut others = Vec::new();
+        for RosterEntry { node, workers, .. } in &formed.roster {
+            let its = NodeRanks { first: Rank(first), workers: *workers, world: WorldSize(world) };
+            if *node == self.node {
+                ranks = Some(its);
+            } else {
+                others.push((node.clone(), its));
+            }
+            first = first.saturating_add(*workers);
+        }
+        let ranks = ranks.filter(|ranks| ranks.workers == me.workers).ok_or_else(|| {
+            let what = format!("generation {} does not name this node with {} workers", formed.generation, me.workers);
+            Error::new(Kind::Bug, what)
+        })?;
+        let members = formed.roster.iter().map(|entry| entry.node.clone()).collect();
+        let store = SocketAddr::new(me.address.ip(), self.resolved.config.network.store_port);
+        Ok(Seating { ranks, members, others, store })
+    }
+
+    /// The state that a generation starts from, as its record says.
+    async fn load_of(&self, formed: &Formation) -> Result<Load> {
+        let Some(ResumePoint { step, generation }) = formed.resume.clone() else { return self.beginning().await };
+        let state = self.journal.state();
+        let Some(checkpoint) = state.checkpoint(step, generation) else {
+            return Err(Error::new(Kind::Bug, format!("the journal does not know the checkpoint of step {step}")));
+        };
+        let manifest = catalog::read_manifest(&self.run, &checkpoint.committed).await?;
+        let (folder, files) = (layout::checkpoint(step, generation), restore::tensor_files(&manifest));
+        Ok(Load::Checkpoint { step, generation, from: Source::Store { folder, files } })
+    }
+
+    fn report_formed(&self, formed: &Formation, seating: &Seating, load: &Load) {
+        let world_size = seating.ranks.world;
+        let leader = formed.roster.first().map(|entry| &entry.node).filter(|node| **node != self.node);
+        self.reporter.event(&Event::Formed {
+            generation: formed.generation,
+            world_size,
+            shares: self.resolved.workload.uneven_shares(world_size),
+            resume_step: (load.step() > Step(0)).then_some(load.step()),
+            total_steps: self.resolved.workload.last_step().get(),
+            nodes: Some(u32::try_from(formed.roster.len()).unwrap_or(u32::MAX)),
+            leader: leader.map(ToString::to_string),
+        });
+    }
+
+    /// Reads on until the journal says why a generation ended, or another one stands.
+    async fn reads_the_reason(&self, generation: Generation) {
+        loop {
+            let read = self.journal.refresh().await;
+            let state = self.journal.state();
+            if state.generation() > generation || desk::has_ended(&state, generation) {
+                return;
+            }
+            if let Err(error) = read {
+                tracing::debug!(%error, "the journal could not be read");
+            }
+            tokio::time::sleep(READ_AGAIN).await;
+        }
+    }
+
+    /// Leads a generation to its end.
+    async fn lead(
+        &mut self,
+        roster: Roster,
+        me: &Myself,
+        desk: &Desk,
+        memory: &mut Memory,
+        notices: &mut Notices,
+    ) -> Result<After> {
+        let generation = roster.generation;
+        let state = self.journal.state();
+        let Some(formed) = state.formation(generation) else { return Ok(After::Wait) };
+        let seating = self.seating(formed, me)?;
+        let load = match memory.load.take() {
+            Some((of, load)) if of == generation => load,
+            _ => self.load_of(formed).await?,
+        };
+        self.report_formed(formed, &seating, &load);
+        memory.story.finished = Some(load.step());
+        let (to_desk, heard) = mpsc::unbounded_channel();
+        let (to, sent) = mpsc::unbounded_channel::<(NodeId, ToMember)>();
+        let (saves, saved) = mpsc::unbounded_channel();
+        let company = Company { others: seating.others.clone(), to, heard, saves };
+        let tells = desk.voice();
+        tokio::spawn(post(saved, move |ok| _ = tells.send(Tell::Saved(ok))));
+        desk.tell(Tell::Route(Route::Lead(generation, to_desk)));
+        let links = desk.links.clone();
+        let post = tokio::spawn(post(sent, move |(node, words)| links.send(&node, generation, Words::ToMember(words))));
+        notices.formed(&self.run, generation);
+        let plan = self.plan(generation, &load, Instant::now(), &seating);
+        if let Some(newest) = state.newest() {
+            self.estimates.seed(&newest.committed);
+        }
+        let mut left = Left::default();
+        let (slots, estimates) = (&mut self.slots, &mut self.estimates);
+        let ended = generation::run(plan, Some(company), slots, estimates, notices, &self.reporter, &mut left).await;
+        // The last words to the members are on their way once this has ended.
+        let _ = post.await;
+        self.led(generation, load, ended, left, memory, notices).await
+    }
+
+    /// What the end of a generation that this node led means.
+    async fn led(
+        &mut self,
+        generation: Generation,
+        load: Load,
+        ended: Result<End>,
+        mut left: Left,
+        memory: &mut Memory,
+        notices: &mut Notices,
+    ) -> Result<After> {
+        let members = std::mem::take(&mut left.members);
+        let leaving =
+            members.leaving.into_iter().map(|node| (node, (FormedReason::NodeLeft, "was told to leave".to_owned())));
+        memory.gone.extend(leaving);
+        for (node, why) in &members.parted {
+            self.reporter.event(&Event::Warning { message: format!("node {node} is lost: {why}") });
+            memory.gone.entry(node.clone()).or_insert_with(|| (FormedReason::NodeLost, why.clone()));
+        }
+        match ended {
+            Ok(End::Completed { loss }) => {
+                let outcome = self.complete(generation, loss, notices).await?;
+                match outcome {
+                    Outcome::Completed { .. } => self.tidy(left, notices).await,
+                    _ => self.gone(left).await,
+                }
+                Ok(After::Over(outcome))
+            }
+            Ok(End::Stopped(stopped)) => {
+                memory.story.finished = Some(stopped.step);
+                if members.asked_here || members.ends_the_run {
+                    let outcome = self.interrupted(generation, stopped, notices.left()).await;
+                    self.gone(left).await;
+                    return Ok(After::Over(outcome?));
+                }
+                self.gone(left).await;
+                self.slots.end_generation(true).await?;
+                Ok(After::Again)
+            }
+            Ok(End::Damaged { object, reason }) => {
+                self.step_over(&load, &object, &reason).await?;
+                Ok(After::Again)
+            }
+            Ok(End::Diverged { step, reason }) => Err(self.diverged(generation, step, &reason).await),
+            Ok(End::Died { step, reason }) => {
+                memory.story.finished = Some(step);
+                self.from = None;
+                if !members.parted.is_empty() {
+                    return Ok(After::Again);
+                }
+                memory.story.deaths.push(super::restart::Death::of(step, &reason));
+                let pause = self.died(generation, step, &reason, &memory.story.deaths).await?;
+                let reporter = self.reporter.clone();
+                match or_notice(notices, &reporter, tokio::time::sleep(pause)).await {
+                    Some(()) => Ok(After::Again),
+                    None => {
+                        let doing = "waiting to restart the workers";
+                        let outcome = self.told_between_generations(doing, Some(step), notices.left()).await?;
+                        Ok(After::Over(outcome))
+                    }
+                }
+            }
+            Err(error) if error.kind() == Kind::Fenced => {
+                tracing::warn!(%error, "another node leads the run");
+                self.slots.end_generation(false).await?;
+                Ok(After::Wait)
+            }
+            Err(error) => {
+                if super::is_recorded(error.kind()) {
+                    let step = self.newest_committed();
+                    self.append_last(Record::Failed { generation, step, reason: error.to_string() }).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Follows the leader of a generation to its end.
+    async fn follow(
+        &mut self,
+        roster: Roster,
+        me: &Myself,
+        desk: &Desk,
+        memory: &mut Memory,
+        notices: &mut Notices,
+    ) -> Result<After> {
+        let generation = roster.generation;
+        let (reporter, state) = (self.reporter.clone(), self.journal.state());
+        let Some(formed) = state.formation(generation).cloned() else { return Ok(After::Wait) };
+        let Some(leader) = formed.roster.first().map(|entry| entry.node.clone()) else { return Ok(After::Wait) };
+        let preparing = async {
+            if !formed.overrides.is_empty() {
+                let (settings, _known) = mpsc::unbounded_channel();
+                if self.resolve_again(&settings).await?.is_some() {
+                    return Ok(None);
+                }
+            }
+            let ours = self.resolved.workload.data();
+            if formed.data.as_ref().is_some_and(|data| data != ours) {
+                return Err(Error::new(Kind::Config, "this node has other data than the group's leader")
+                    .with_hint("give every node the same dataset: data.train names it"));
+            }
+            self.load_of(&formed).await.map(Some)
+        };
+        let Some(load) = or_notice(notices, &reporter, preparing).await else {
+            return Ok(After::Over(self.leaves_unseated()?));
+        };
+        let Some(load) = load? else { return Ok(After::Wait) };
+        let seating = self.seating(&formed, me)?;
+        self.report_formed(&formed, &seating, &load);
+        let (to_desk, heard) = mpsc::unbounded_channel();
+        let (to, sent) = mpsc::unbounded_channel::<ToLeader>();
+        desk.tell(Tell::Route(Route::Follow(generation, leader.clone(), to_desk)));
+        let links = desk.links.clone();
+        let post = tokio::spawn(post(sent, move |words| links.send(&leader, generation, Words::ToLeader(words))));
+        let plan = self.plan(generation, &load, Instant::now(), &seating);
+        let leader = Leader { to, heard };
+        let followed = follow::run(plan, leader, &mut self.slots, notices, &reporter).await;
+        let _ = post.await;
+        let (outcome, step) = match followed? {
+            Followed::Over { leaving: false, ends_the_run: false, .. } => {
+                let reason = self.reads_the_reason(generation);
+                let _ = or_notice(notices, &reporter, tokio::time::timeout(REASON, reason)).await;
+                return Ok(After::Wait);
+            }
+            Followed::CutOff { why, finished } => {
+                memory.story.finished = Some(finished);
+                self.reporter.event(&Event::Warning { message: format!("this node has lost its leader: {why}") });
+                return Ok(After::Wait);
+            }
+            Followed::Over { finished, .. } | Followed::Left { finished } => {
+                let limit = parting::within(REASON, notices.left());
+                let _ = tokio::time::timeout(limit, self.journal.refresh()).await;
+                let lost_steps = finished.get().saturating_sub(self.newest_committed().get());
+                (Outcome::Interrupted { lost_steps }, finished)
+            }
+        };
+        if let Outcome::Interrupted { lost_steps } = outcome {
+            self.reporter.event(&Event::Interrupted { step, lost_steps });
+        }
+        Ok(After::Over(outcome))
+    }
+}
+
+/// Passes on what is sent until all senders are gone.
+async fn post<T>(mut sent: mpsc::UnboundedReceiver<T>, pass: impl Fn(T)) {
+    while let Some(words) = sent.recv().await {
+        pass(words);
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A reason that a record can hold.
+fn short(why: &str) -> String {
+    why.chars().filter(|c| !c.is_control()).take(200).collect()
+}

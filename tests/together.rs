@@ -1,0 +1,206 @@
+//! One run on several nodes: agents of their own on this machine, each with one worker, that meet in the store.
+//!
+//! The undisturbed run of the lab has the same two ranks on one node, so the losses of two nodes are its losses to the
+//! last digit. After a change of the world they are equal within the rounding of sums.
+
+use rustix::process::Signal;
+
+use crate::support::{
+    lab::{EVERY, Lab, STEPS, reference},
+    trainer::{Finished, Running, Trainer},
+};
+
+const RUN: &str = "together";
+
+/// A node of a run of at least `min` and at most `max`.
+fn node(command: Trainer, nodes: &str) -> Trainer {
+    command.args(&["--nodes", nodes, "--nproc-per-node", "1", "--set", "network.address=127.0.0.1"])
+}
+
+/// Creates the run; the others come by [`next`].
+fn first(lab: &Lab, nodes: &str) -> Trainer {
+    node(lab.run(RUN), nodes)
+}
+
+fn next(lab: &Lab, nodes: &str) -> Trainer {
+    node(lab.resume(RUN), nodes)
+}
+
+fn is_created(lab: &Lab) -> bool {
+    lab.keys(RUN, "journal/").iter().any(|key| key.ends_with("/00000000000000000000.json"))
+}
+
+fn start_next(lab: &Lab, beside: &Running, command: Trainer) -> Running {
+    beside.wait_until("the run is created", || is_created(lab));
+    command.start()
+}
+
+/// The loss of each step, in the order of the processes; of a step that was done twice, the last.
+fn losses_of(lives: &[&Finished]) -> Vec<(u64, f64)> {
+    let mut losses = std::collections::BTreeMap::new();
+    for event in lives.iter().flat_map(|life| life.of_kind("step")) {
+        losses.insert(event.step().unwrap(), event.number_text("loss").unwrap().parse::<f64>().unwrap());
+    }
+    losses.into_iter().collect()
+}
+
+/// Every step is there, and each loss is that of the undisturbed run but for the rounding of sums.
+#[track_caller]
+fn expect_nearly_undisturbed(lives: &[&Finished]) {
+    let losses = losses_of(lives);
+    assert_eq!(losses.iter().map(|(step, _)| *step).collect::<Vec<_>>(), (1..=STEPS).collect::<Vec<_>>());
+    for (step, loss) in losses {
+        let wanted: f64 = reference().losses[&step].parse().unwrap();
+        assert!((loss - wanted).abs() <= 1e-5 * wanted.abs(), "step {step}: {loss}, undisturbed {wanted}");
+    }
+}
+
+#[test]
+fn two_nodes_train_as_one_node_of_two_workers_to_the_last_digit() {
+    let lab = Lab::on_files();
+    let one = first(&lab, "2").start();
+    let two = start_next(&lab, &one, next(&lab, "2"));
+    let lives = [one.finish().expect_code(0), two.finish().expect_code(0)];
+    let leaders: Vec<&Finished> = lives.iter().filter(|life| !life.of_kind("step").is_empty()).collect();
+    assert_eq!(leaders.len(), 1, "one of them leads");
+    for life in &lives {
+        let formed = life.last("formed");
+        assert_eq!((formed.value["nodes"].as_u64(), formed.value["world_size"].as_u64()), (Some(2), Some(2)));
+        assert_eq!(life.of_kind("formed").len(), 1, "{}", life.story());
+    }
+    lab.expect_as_undisturbed(RUN, &leaders);
+    lab.expect_all_verify(RUN);
+}
+
+/// The node that leads is found by its first step.
+fn leader_and_follower(one: Running, two: Running) -> (Running, Running) {
+    let leads = |running: &Running| {
+        let formed = running.wait_for("formed", |event| event.kind() == "formed");
+        formed.value.get("leader").is_none()
+    };
+    let leads = (leads(&one), leads(&two));
+    match leads {
+        (true, false) => (one, two),
+        (false, true) => (two, one),
+        other => panic!("who leads: {other:?}"),
+    }
+}
+
+#[test]
+fn a_killed_follower_is_gone_on_without() {
+    let lab = Lab::on_files();
+    let hold = format!("worker.step=stop@rank=1@hit={}", 2 * EVERY + 2);
+    let one = first(&lab, "1:2").faults(&hold).args(&["--set", "checkpoint.keep.last=9"]).start();
+    let two = start_next(&lab, &one, next(&lab, "1:2").faults(&hold));
+    let (leader, follower) = leader_and_follower(one, two);
+    leader.wait_for_step("checkpoint", 2 * EVERY);
+    let follower = follower.power_off().expect_killed();
+    let leader = leader.finish().expect_code(0);
+    assert!(follower.of_kind("step").is_empty(), "{}", follower.story());
+    assert_eq!(leader.of_kind("formed").len(), 2, "{}", leader.story());
+    assert_eq!(leader.last("formed").value["nodes"].as_u64(), Some(1));
+    expect_nearly_undisturbed(&[&leader]);
+    lab.expect_all_verify(RUN);
+}
+
+#[test]
+fn a_killed_leader_is_followed_by_another() {
+    let lab = Lab::on_files();
+    let hold = format!("worker.step=stop@rank=0@hit={}", 2 * EVERY + 2);
+    let one = first(&lab, "1:2").faults(&hold).start();
+    let two = start_next(&lab, &one, next(&lab, "1:2").faults(&hold));
+    let (leader, follower) = leader_and_follower(one, two);
+    leader.wait_for_step("checkpoint", 2 * EVERY);
+    let leader = leader.power_off().expect_killed();
+    // Its own worker is rank 0 now, and is held at the same step.
+    follower.wait_for_step("formed", 0);
+    follower.held();
+    follower.let_go();
+    let follower = follower.finish().expect_code(0);
+    expect_nearly_undisturbed(&[&leader, &follower]);
+    lab.expect_all_verify(RUN);
+}
+
+#[test]
+fn a_follower_that_is_told_to_leave_loses_nothing() {
+    let lab = Lab::on_files();
+    let hold = format!("worker.step=stop@rank=0@hit={}", EVERY + 3);
+    let one = first(&lab, "1:2").faults(&hold).start();
+    let two = start_next(&lab, &one, next(&lab, "1:2").faults(&hold));
+    let (leader, follower) = leader_and_follower(one, two);
+    leader.held();
+    follower.signal(Signal::TERM);
+    follower.wait_for("a notice", |event| event.kind() == "notice");
+    leader.let_go();
+    let follower = follower.finish().expect_code(75);
+    assert_eq!(follower.last("interrupted").value["lost_steps"].as_u64(), Some(0), "{}", follower.story());
+    let leader = leader.finish().expect_code(0);
+    let formed = leader.last("formed");
+    assert_eq!(formed.value["nodes"].as_u64(), Some(1), "{}", leader.story());
+    // It goes on from the very step at which both stopped.
+    assert_eq!(leader.of_kind("step").len() as u64, STEPS, "no step was done twice: {}", leader.story());
+    expect_nearly_undisturbed(&[&leader]);
+    lab.expect_all_verify(RUN);
+}
+
+#[test]
+fn a_leader_that_is_told_to_leave_loses_nothing() {
+    let lab = Lab::on_files();
+    let hold = format!("worker.step=stop@rank=0@hit={}", EVERY + 3);
+    let one = first(&lab, "1:2").faults(&hold).start();
+    let two = start_next(&lab, &one, next(&lab, "1:2"));
+    let (leader, follower) = leader_and_follower(one, two);
+    leader.held();
+    leader.signal(Signal::TERM);
+    leader.wait_for("a notice", |event| event.kind() == "notice");
+    leader.let_go();
+    let leader = leader.finish().expect_code(75);
+    let follower = follower.finish().expect_code(0);
+    let steps = leader.of_kind("step").len() + follower.of_kind("step").len();
+    assert_eq!(steps as u64, STEPS, "no step was done twice\n{}\n{}", leader.story(), follower.story());
+    expect_nearly_undisturbed(&[&leader, &follower]);
+    lab.expect_all_verify(RUN);
+}
+
+#[test]
+fn a_node_that_comes_later_joins_at_a_save() {
+    let lab = Lab::on_files();
+    let hold = format!("worker.step=stop@rank=0@hit={}", EVERY - 1);
+    let one = first(&lab, "1:2").faults(&hold).start();
+    one.held();
+    let two = next(&lab, "1:2").start();
+    // The leader has seen it when it is let go.
+    two.wait_until("a heartbeat", || lab.keys(RUN, "nodes/").len() == 2);
+    one.let_go();
+    let formed = one.wait_for("both", |event| event.kind() == "formed" && event.value["nodes"].as_u64() == Some(2));
+    assert!(formed.value["resume_step"].as_u64() >= Some(EVERY), "{formed:?}");
+    let lives = [one.finish().expect_code(0), two.finish().expect_code(0)];
+    let steps: usize = lives.iter().map(|life| life.of_kind("step").len()).sum();
+    assert_eq!(steps as u64, STEPS, "no step was done twice");
+    expect_nearly_undisturbed(&[&lives[0], &lives[1]]);
+    lab.expect_all_verify(RUN);
+}
+
+#[test]
+fn a_run_that_a_person_stops_ends_on_every_node() {
+    let lab = Lab::on_files();
+    let hold = format!("worker.step=stop@rank=0@hit={}", EVERY + 3);
+    let one = first(&lab, "2").faults(&hold).start();
+    let two = start_next(&lab, &one, next(&lab, "2").faults(&hold));
+    let (leader, follower) = leader_and_follower(one, two);
+    leader.held();
+    lab.about("drain", RUN).finish().expect_code(0);
+    leader.wait_for("a notice", |event| event.kind() == "notice");
+    leader.let_go();
+    let leader = leader.finish().expect_code(75);
+    follower.finish().expect_code(75);
+    assert_eq!(leader.last("interrupted").value["lost_steps"].as_u64(), Some(0));
+    lab.expect_all_verify(RUN);
+}
+
+#[test]
+fn too_few_nodes_give_up_after_the_time_to_wait() {
+    let lab = Lab::on_files();
+    first(&lab, "2").args(&["--wait", "1s"]).finish().expect_code(69).expect_said(&["fewer than 2 nodes", "--wait"]);
+    assert!(is_created(&lab));
+}

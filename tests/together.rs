@@ -46,7 +46,7 @@ fn losses_of(lives: &[&Finished]) -> Vec<(u64, f64)> {
 
 /// Every step is there, and each loss is that of the undisturbed run but for the rounding of sums.
 #[track_caller]
-fn expect_nearly_undisturbed(lives: &[&Finished]) {
+pub fn expect_nearly_undisturbed(lives: &[&Finished]) {
     let losses = losses_of(lives);
     assert_eq!(losses.iter().map(|(step, _)| *step).collect::<Vec<_>>(), (1..=STEPS).collect::<Vec<_>>());
     for (step, loss) in losses {

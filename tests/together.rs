@@ -7,7 +7,7 @@ use rustix::process::Signal;
 
 use crate::support::{
     lab::{EVERY, Lab, STEPS, reference},
-    trainer::{Finished, Running, Trainer},
+    trainer::{Event, Finished, Running, Trainer},
 };
 
 const RUN: &str = "together";
@@ -72,14 +72,14 @@ fn two_nodes_train_as_one_node_of_two_workers_to_the_last_digit() {
     lab.expect_all_verify(RUN);
 }
 
-/// The node that leads is found by its first step.
+/// Whether this is the word of a node that leads.
+fn leads(event: &Event) -> bool {
+    event.kind() == "formed" && event.value.get("leader").is_none()
+}
+
 fn leader_and_follower(one: Running, two: Running) -> (Running, Running) {
-    let leads = |running: &Running| {
-        let formed = running.wait_for("formed", |event| event.kind() == "formed");
-        formed.value.get("leader").is_none()
-    };
-    let leads = (leads(&one), leads(&two));
-    match leads {
+    let formed = |running: &Running| leads(&running.wait_for("formed", |event| event.kind() == "formed"));
+    match (formed(&one), formed(&two)) {
         (true, false) => (one, two),
         (false, true) => (two, one),
         other => panic!("who leads: {other:?}"),
@@ -113,7 +113,7 @@ fn a_killed_leader_is_followed_by_another() {
     leader.wait_for_step("checkpoint", 2 * EVERY);
     let leader = leader.power_off().expect_killed();
     // Its own worker is rank 0 now, and is held at the same step.
-    follower.wait_for_step("formed", 0);
+    follower.wait_for("its own generation", leads);
     follower.held();
     follower.let_go();
     let follower = follower.finish().expect_code(0);
@@ -134,6 +134,9 @@ fn a_follower_that_is_told_to_leave_loses_nothing() {
     leader.let_go();
     let follower = follower.finish().expect_code(75);
     assert_eq!(follower.last("interrupted").value["lost_steps"].as_u64(), Some(0), "{}", follower.story());
+    // The next generation's worker of rank 0 is held at its own step.
+    leader.wait_for("one node", |event| event.kind() == "formed" && event.value["nodes"] == 1);
+    leader.let_go();
     let leader = leader.finish().expect_code(0);
     let formed = leader.last("formed");
     assert_eq!(formed.value["nodes"].as_u64(), Some(1), "{}", leader.story());
@@ -148,13 +151,15 @@ fn a_leader_that_is_told_to_leave_loses_nothing() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=0@hit={}", EVERY + 3);
     let one = first(&lab, "1:2").faults(&hold).start();
-    let two = start_next(&lab, &one, next(&lab, "1:2"));
+    let two = start_next(&lab, &one, next(&lab, "1:2").faults(&hold));
     let (leader, follower) = leader_and_follower(one, two);
     leader.held();
     leader.signal(Signal::TERM);
     leader.wait_for("a notice", |event| event.kind() == "notice");
     leader.let_go();
     let leader = leader.finish().expect_code(75);
+    follower.wait_for("its own generation", leads);
+    follower.let_go();
     let follower = follower.finish().expect_code(0);
     let steps = leader.of_kind("step").len() + follower.of_kind("step").len();
     assert_eq!(steps as u64, STEPS, "no step was done twice\n{}\n{}", leader.story(), follower.story());
@@ -169,11 +174,13 @@ fn a_node_that_comes_later_joins_at_a_save() {
     let one = first(&lab, "1:2").faults(&hold).start();
     one.held();
     let two = next(&lab, "1:2").start();
-    // The leader has seen it when it is let go.
-    two.wait_until("a heartbeat", || lab.keys(RUN, "nodes/").len() == 2);
+    one.wait_until_said("waits to join");
     one.let_go();
     let formed = one.wait_for("both", |event| event.kind() == "formed" && event.value["nodes"].as_u64() == Some(2));
     assert!(formed.value["resume_step"].as_u64() >= Some(EVERY), "{formed:?}");
+    for node in [&one, &two].into_iter().filter(|node| node.events("formed").iter().rev().take(1).all(leads)) {
+        node.let_go();
+    }
     let lives = [one.finish().expect_code(0), two.finish().expect_code(0)];
     let steps: usize = lives.iter().map(|life| life.of_kind("step").len()).sum();
     assert_eq!(steps as u64, STEPS, "no step was done twice");
@@ -189,9 +196,10 @@ fn a_run_that_a_person_stops_ends_on_every_node() {
     let two = start_next(&lab, &one, next(&lab, "2").faults(&hold));
     let (leader, follower) = leader_and_follower(one, two);
     leader.held();
-    lab.about("drain", RUN).finish().expect_code(0);
+    let drain = lab.about("drain", RUN).start();
     leader.wait_for("a notice", |event| event.kind() == "notice");
     leader.let_go();
+    drain.finish().expect_code(0);
     let leader = leader.finish().expect_code(75);
     follower.finish().expect_code(75);
     assert_eq!(leader.last("interrupted").value["lost_steps"].as_u64(), Some(0));

@@ -219,6 +219,7 @@ impl Desk {
             read: Read::default(),
             route: None,
             early: VecDeque::new(),
+            regrouped: None,
             ends: BTreeMap::new(),
         };
         let task = tokio::spawn(work.run(first, heard, told, given)).abort_handle();
@@ -256,7 +257,8 @@ impl Read {
     /// What is new in `state`, in order.
     fn lines(&mut self, state: &RunState) -> Vec<Line> {
         let mut lines = Vec::new();
-        let new = state.formations().iter().filter(|formed| formed.generation > self.newest);
+        let before = self.newest;
+        let new = state.formations().iter().filter(|formed| formed.generation > before);
         for formed in new {
             lines.push(Line::Formed(roster_of(formed.generation, &formed.roster)));
             (self.newest, self.ended) = (formed.generation, false);
@@ -307,6 +309,8 @@ struct Work {
     read: Read,
     route: Option<Route>,
     early: VecDeque<(NodeId, Generation, Words)>,
+    /// The generation that has been asked to end because nodes wait to join.
+    regrouped: Option<Generation>,
     /// Why the last link to a node ended.
     ends: BTreeMap<NodeId, String>,
 }
@@ -363,6 +367,11 @@ impl Work {
     fn meet(&mut self, node: &NodeId, group: &Group) {
         if *node == self.me.node {
             return;
+        }
+        let is_new = !self.known.contains_key(node) && !group.left;
+        let leads = matches!(self.route, Some(Route::Lead(..)));
+        if is_new && leads && self.seat.newest().is_some_and(|roster| !roster.has(node)) {
+            tracing::info!(%node, workers = group.workers, "a node waits to join: it can at the next checkpoint");
         }
         match group.address.parse() {
             Ok(address) => self.links.know(node.clone(), address, group.key.clone()),
@@ -518,6 +527,7 @@ impl Work {
                     let _ = inputs.send(News::Input(input));
                 });
             }
+            Output::Form { formation, .. } if matches!(self.route, Some(Route::Lead(..))) => self.regroup(&formation),
             Output::Form { generation, formation, previous, ended, .. } => {
                 let continues = previous.filter(|_| !ended);
                 let proposal = self.proposal(generation, &formation, continues);
@@ -568,11 +578,6 @@ impl Work {
                 self.overtakes(Generation(u64::MAX));
                 let _ = self.calls.send(Call::LeftOut);
             }
-            Output::Regroup { joined } => {
-                if let Some(Route::Lead(_, to)) = &self.route {
-                    let _ = to.send(group::Heard::Regroup(joined));
-                }
-            }
             Output::HandOver => {
                 self.overtakes(Generation(u64::MAX));
                 let _ = self.calls.send(Call::HandOver);
@@ -589,6 +594,19 @@ impl Work {
             None => return,
         }
         self.is_busy();
+    }
+
+    /// Nodes can join while the generation is at work: it ends at a saved step first, and then the group forms anew.
+    fn regroup(&mut self, formation: &Formation) {
+        if let Some(Route::Lead(generation, to)) = &self.route
+            && self.regrouped.replace(*generation) != Some(*generation)
+        {
+            let members = self.seat.newest().map(|roster| &roster.members);
+            let is_new = |node: &NodeId| members.is_none_or(|members| members.iter().all(|member| member.node != *node));
+            let nodes = formation.places.iter().map(|place| &place.member.node);
+            let _ = to.send(group::Heard::Regroup(nodes.filter(|node| is_new(node)).cloned().collect()));
+        }
+        let _ = self.inputs.send(News::Input(Input::Appended { stands: Some(false) }));
     }
 
     /// This node's workers are on their way out, until [`Tell::Off`].

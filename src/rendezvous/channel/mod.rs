@@ -54,7 +54,7 @@ mod listener;
 mod settings;
 mod tcp;
 #[cfg(test)]
-mod testing;
+pub(super) mod testing;
 #[cfg(test)]
 mod tests;
 mod tls;

@@ -1,4 +1,4 @@
-//! Nodes, links and a relay for the tests of this folder.
+//! Nodes, links and a relay for the tests of this folder and of the links' table.
 
 use std::{
     collections::HashMap,
@@ -20,11 +20,11 @@ use super::{
 };
 use crate::ids::{NodeId, NodeKey, RunId};
 
-pub(super) type TestLink = Link<String, String>;
-pub(super) type TestListener = Listener<String, String>;
+pub(in crate::rendezvous) type TestLink = Link<String, String>;
+pub(in crate::rendezvous) type TestListener = Listener<String, String>;
 
 /// Limits that a busy machine does not reach.
-pub(super) const PATIENT: LinkSettings = LinkSettings {
+pub(in crate::rendezvous) const PATIENT: LinkSettings = LinkSettings {
     ping: Duration::from_millis(200),
     silence: Duration::from_secs(60),
     handshake: Duration::from_secs(60),
@@ -35,61 +35,69 @@ pub(super) const PATIENT: LinkSettings = LinkSettings {
     inbox: 64,
 };
 
-pub(super) fn node(name: &str) -> Arc<LocalNode> {
+pub(in crate::rendezvous) fn node(name: &str) -> Arc<LocalNode> {
     Arc::new(LocalNode::new(RunId::new("run").unwrap(), NodeId::new(name).unwrap()).unwrap())
 }
 
 /// What stands in the store, as a listener looks it up.
 #[derive(Clone, Default)]
-pub(super) struct Nodes(Arc<Mutex<HashMap<NodeKey, NodeId>>>);
+pub(in crate::rendezvous) struct Nodes(Arc<Mutex<HashMap<NodeKey, NodeId>>>);
 
 impl Nodes {
-    pub(super) fn of(nodes: &[&LocalNode]) -> Self {
+    pub(in crate::rendezvous) fn of(nodes: &[&LocalNode]) -> Self {
         let known = Self::default();
         nodes.iter().for_each(|node| known.add(node));
         known
     }
-    pub(super) fn add(&self, node: &LocalNode) {
+    pub(in crate::rendezvous) fn add(&self, node: &LocalNode) {
         self.0.lock().unwrap().insert(node.identity.key().clone(), node.node.clone());
     }
-    pub(super) fn known(&self) -> Known {
+    pub(in crate::rendezvous) fn known(&self) -> Known {
         let nodes = self.0.clone();
         Arc::new(move |key| nodes.lock().unwrap().get(key).cloned())
     }
 }
 
-pub(super) async fn listen(me: &Arc<LocalNode>, nodes: &Nodes, settings: LinkSettings) -> TestListener {
+pub(in crate::rendezvous) async fn listen(me: &Arc<LocalNode>, nodes: &Nodes, settings: LinkSettings) -> TestListener {
     Listener::bind("127.0.0.1:0".parse().unwrap(), me.clone(), nodes.known(), settings).await.unwrap()
 }
 
 /// A node that listens, one that it knows, and a link between them: the dialled end and the accepted end.
-pub(super) struct Pair {
-    pub(super) host: Arc<LocalNode>,
-    pub(super) guest: Arc<LocalNode>,
-    pub(super) nodes: Nodes,
-    pub(super) listener: TestListener,
+pub(in crate::rendezvous) struct Pair {
+    pub(in crate::rendezvous) host: Arc<LocalNode>,
+    pub(in crate::rendezvous) guest: Arc<LocalNode>,
+    pub(in crate::rendezvous) nodes: Nodes,
+    pub(in crate::rendezvous) listener: TestListener,
 }
 
 impl Pair {
-    pub(super) async fn new(settings: LinkSettings) -> Self {
+    pub(in crate::rendezvous) async fn new(settings: LinkSettings) -> Self {
         let (host, guest) = (node("host"), node("guest"));
         let nodes = Nodes::of(&[&guest]);
         let listener = listen(&host, &nodes, settings).await;
         Self { host, guest, nodes, listener }
     }
-    pub(super) async fn dial(&self, address: SocketAddr, settings: LinkSettings) -> Result<TestLink, End> {
+    pub(in crate::rendezvous) async fn dial(
+        &self,
+        address: SocketAddr,
+        settings: LinkSettings,
+    ) -> Result<TestLink, End> {
         dial(address, &self.host.as_peer(), &self.guest, settings).await
     }
     /// A link through `address`: the listener's or a relay's.
-    pub(super) async fn link_through(&mut self, address: SocketAddr, settings: LinkSettings) -> (TestLink, TestLink) {
+    pub(in crate::rendezvous) async fn link_through(
+        &mut self,
+        address: SocketAddr,
+        settings: LinkSettings,
+    ) -> (TestLink, TestLink) {
         let near = self.dial(address, settings).await.unwrap();
         (near, self.listener.accept().await)
     }
-    pub(super) async fn link(&mut self, settings: LinkSettings) -> (TestLink, TestLink) {
+    pub(in crate::rendezvous) async fn link(&mut self, settings: LinkSettings) -> (TestLink, TestLink) {
         self.link_through(self.listener.address(), settings).await
     }
     /// Whatever happened before, a good peer gets in, and nobody was let in before it.
-    pub(super) async fn is_undisturbed(&mut self) {
+    pub(in crate::rendezvous) async fn is_undisturbed(&mut self) {
         let (mut near, mut far) = self.link(PATIENT).await;
         assert_eq!(*far.peer(), self.guest.as_peer());
         assert_eq!(far.address().ip(), near.address().ip());
@@ -100,25 +108,25 @@ impl Pair {
 }
 
 /// Sends one message of a generation.
-pub(super) async fn say(link: &mut TestLink, generation: u64, text: &str) {
+pub(in crate::rendezvous) async fn say(link: &mut TestLink, generation: u64, text: &str) {
     link.send(crate::ids::Generation(generation), &text.to_owned()).unwrap();
 }
 
 /// A link over a pipe whose other end the test plays byte by byte.
-pub(super) fn over_a_pipe(capacity: usize, settings: LinkSettings) -> (TestLink, DuplexStream) {
+pub(in crate::rendezvous) fn over_a_pipe(capacity: usize, settings: LinkSettings) -> (TestLink, DuplexStream) {
     let (near, far) = tokio::io::duplex(capacity);
     let peer = node("peer").as_peer();
     (Link::start(near, Frames::default(), peer, "192.0.2.1:1".parse().unwrap(), settings), far)
 }
 
-pub(super) async fn write_text(to: &mut DuplexStream, text: &str) {
+pub(in crate::rendezvous) async fn write_text(to: &mut DuplexStream, text: &str) {
     let value: serde_json::Value = serde_json::from_str(text).unwrap();
     to.write_all(&frame::encode(&value, MAX_MESSAGE).unwrap()).await.unwrap();
 }
 
 /// What a relay does from now on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Line {
+pub(in crate::rendezvous) enum Line {
     Forward,
     /// Nothing passes, and the connections stay open: a machine without power.
     Hold,
@@ -127,16 +135,16 @@ pub(super) enum Line {
 }
 
 /// Stands between two nodes.
-pub(super) struct Relay {
-    pub(super) address: SocketAddr,
-    pub(super) line: watch::Sender<Line>,
+pub(in crate::rendezvous) struct Relay {
+    pub(in crate::rendezvous) address: SocketAddr,
+    pub(in crate::rendezvous) line: watch::Sender<Line>,
     /// What the dialling side has sent.
-    pub(super) recorded: Arc<Mutex<Vec<u8>>>,
+    pub(in crate::rendezvous) recorded: Arc<Mutex<Vec<u8>>>,
     _tasks: JoinSet<()>,
 }
 
 impl Relay {
-    pub(super) async fn to(target: SocketAddr) -> Self {
+    pub(in crate::rendezvous) async fn to(target: SocketAddr) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = port.local_addr().unwrap();
         let (line, asked) = watch::channel(Line::Forward);

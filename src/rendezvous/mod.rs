@@ -5,6 +5,7 @@
 //! | `heartbeat` | a node's sign of life in the store; `look` says whether another node is dead |
 //! | `policy` | decisions from that: wait, take over, form, step down; pure functions |
 //! | `membership` | judgements of heartbeats by watching and by one list; pure functions |
+//! | `seat` | the loop around all that, as a state machine without I/O |
 //! | `channel` | messages between the agents of one generation; requests and hints, never facts |
 //! | `peers` | one agent's links to all others, by node: dials, reads, says who is lost |
 //! | `cost` | what all that costs in requests and money |
@@ -24,3 +25,4 @@ pub mod heartbeat;
 pub mod membership;
 pub mod peers;
 pub mod policy;
+pub mod seat;

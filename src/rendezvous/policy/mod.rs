@@ -27,6 +27,8 @@ pub mod succession;
 
 use std::collections::BTreeSet;
 
+use serde::{Deserialize, Serialize};
+
 pub use self::single::{Move, Settings, View, decide};
 use crate::ids::{Generation, NodeId};
 
@@ -44,7 +46,7 @@ pub struct Bounds {
 }
 
 /// A node of a generation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
     /// The node.
     pub node: NodeId,

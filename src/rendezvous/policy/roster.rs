@@ -8,6 +8,8 @@ use std::{
     fmt,
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::{Bounds, Member, Roster, ending::FAILED_SAVES};
 use crate::ids::{NodeId, Rank};
 
@@ -15,7 +17,7 @@ use crate::ids::{NodeId, Rank};
 pub const KILLS: u32 = 3;
 
 /// A node that said "ready".
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Candidate {
     /// The node.
     pub member: Member,

@@ -6,6 +6,7 @@
 //! | `policy` | decisions from that: wait, take over, form, step down; pure functions |
 //! | `membership` | judgements of heartbeats by watching and by one list; pure functions |
 //! | `channel` | messages between the agents of one generation; requests and hints, never facts |
+//! | `overview` | the nodes of a run as a person outside of it sees them |
 //! | `cost` | what all that costs in requests and money |
 //!
 //! A run with one node uses `heartbeat` and `policy::single` alone.
@@ -21,4 +22,5 @@ pub mod channel;
 pub mod cost;
 pub mod heartbeat;
 pub mod membership;
+pub mod overview;
 pub mod policy;

@@ -12,10 +12,10 @@ use super::{
 use crate::{
     error::{Error, Kind, Result},
     history::{self, Standing},
-    ids::{Generation, RunId, Step},
+    ids::{Generation, NodeId, RunId, Step},
     journal::{Formation, Journal, Outcome, RunState},
     notice::drain,
-    rendezvous::heartbeat::{self, Liveness},
+    rendezvous::heartbeat,
     report::{self, human},
     storage::Store,
 };
@@ -134,13 +134,10 @@ fn asking(run_id: &RunId, generation: Generation, nodes: Option<usize>, first: b
     format!("generation {generation} of run {run_id}{} {asked} to save and stop\n", all.unwrap_or_default())
 }
 
-/// Whether the generation's leader lives or, in a group that goes on without it, another of its nodes.
+/// Whether a node of the generation lives: in a group, others go on without the leader.
 async fn lives(folder: &Store, formed: &Formation) -> Result<bool> {
-    if heartbeat::look(folder, &formed.node).await? == Liveness::Alive {
-        return Ok(true);
-    }
-    let others = formed.roster.iter().map(|member| &member.node).filter(|node| **node != formed.node);
-    Ok(heartbeat::any_lives(folder, &others.collect::<Vec<_>>()).await?)
+    let nodes: Vec<&NodeId> = formed.roster.iter().map(|member| &member.node).collect();
+    Ok(heartbeat::any_lives(folder, &nodes).await?)
 }
 
 /// A generation whose nodes are all gone.
@@ -160,8 +157,14 @@ async fn alive<'s>(folder: &Store, state: &'s RunState) -> Result<&'s Formation>
             Standing::Created => "has not begun to train yet".to_owned(),
             standing => format!("is not running: it is {}", standing.word()),
         };
-        return Err(Error::new(Kind::Usage, format!("run {run_id} {what}"))
-            .with_hint(format!("there is nothing to stop; `trainer status --run-id {run_id}` says more")));
+        let hint = match state.formed().filter(|formed| formed.is_of_several()) {
+            Some(_) if standing == Standing::Interrupted => format!(
+                "there is nothing to stop, but nodes that wait go on when there are enough of them; `trainer status \
+                 --run-id {run_id}` shows them"
+            ),
+            _ => format!("there is nothing to stop; `trainer status --run-id {run_id}` says more"),
+        };
+        return Err(Error::new(Kind::Usage, format!("run {run_id} {what}")).with_hint(hint));
     };
     if lives(folder, formed).await? {
         return Ok(formed);

@@ -210,10 +210,9 @@ async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation)
                 1 => format!("node {} of run {run_id}", formed.node),
                 nodes => format!("all {nodes} nodes of run {run_id}"),
             };
-            return Err(Error::new(Kind::Unavailable, format!("{who} stopped without a final record"))
-            .with_hint(format!(
-                "the steps since its newest checkpoint are lost; see `trainer status --run-id {run_id}`"
-            )));
+            return Err(Error::new(Kind::Unavailable, format!("{who} stopped without a final record")).with_hint(
+                format!("the steps since its newest checkpoint are lost; see `trainer status --run-id {run_id}`"),
+            ));
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -300,7 +299,8 @@ mod tests {
             said(Some(3), false),
             "generation 4 of run first (the whole run: 3 nodes) had been asked before to save and stop\n"
         );
-        let report = Report { run_id: &run_id, generation: Generation(4), nodes: Some(3), asked_before: false, end: None };
+        let report =
+            Report { run_id: &run_id, generation: Generation(4), nodes: Some(3), asked_before: false, end: None };
         let json = output::json_lines([report]).unwrap();
         assert_eq!(json, "{\"run_id\":\"first\",\"generation\":4,\"nodes\":3,\"asked_before\":false}\n");
     }

@@ -143,9 +143,13 @@ impl<'a> Group<'a> {
         };
         for roster in &self.generations {
             let RosterView { generation, at, leader, nodes, workers, .. } = roster;
-            let (nodes, workers) = (human::plural(*nodes as u64, "node"), human::plural(workers.get().into(), "worker"));
+            let (nodes, workers) =
+                (human::plural(*nodes as u64, "node"), human::plural(workers.get().into(), "worker"));
             let when = at.strftime("%Y-%m-%d %H:%M:%S UTC");
-            line(&format!("{generation}."), format!("{when}, {nodes} with {workers}, led by {leader}: {}", why(roster)));
+            line(
+                &format!("{generation}."),
+                format!("{when}, {nodes} with {workers}, led by {leader}: {}", why(roster)),
+            );
             for gone in roster.gone {
                 line("gone", format!("{}: {}", gone.node, gone.why));
             }
@@ -431,7 +435,10 @@ nodes
         assert_eq!((&second["leader"], &second["nodes"], &second["workers"]), (&"b".into(), &3.into(), &4.into()));
         assert_eq!((&second["continues"], &second["reason"]), (&1.into(), &"node_lost".into()));
         assert_eq!(second["gone"][0]["why"], "it does not answer");
-        assert_eq!((&json["requests"]["nodes"], &json["requests"]["leader_requests_a_day"]), (&2.into(), &64_800.into()));
+        assert_eq!(
+            (&json["requests"]["nodes"], &json["requests"]["leader_requests_a_day"]),
+            (&2.into(), &64_800.into())
+        );
         let told = super::text(&episodes, &total(&state, &episodes));
         for part in [
             "generation 1 on 2 nodes, led by a\n",

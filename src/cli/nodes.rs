@@ -121,8 +121,10 @@ mod tests {
             members,
             outside: vec![view(&ids[99]), NodeView { sign: Sign::Silent, ..view(&ids[98]) }],
         };
-        let shown: Vec<String> =
-            lines(&nodes, Timestamp::from_second(1005).unwrap()).into_iter().map(|(name, text)| format!("{name} {text}")).collect();
+        let shown: Vec<String> = lines(&nodes, Timestamp::from_second(1005).unwrap())
+            .into_iter()
+            .map(|(name, text)| format!("{name} {text}"))
+            .collect();
         assert_eq!(
             shown,
             [

@@ -95,6 +95,12 @@ pub fn heartbeat(node: &NodeId) -> String {
     format!("{NODES}/{node}.json")
 }
 
+/// The node of a heartbeat's key; `None` for anything else.
+pub fn heartbeat_node(key: &str) -> Option<NodeId> {
+    let name = key.strip_prefix(NODES)?.strip_prefix('/')?.strip_suffix(".json")?;
+    NodeId::new(name).ok()
+}
+
 /// Key of the request that a generation should save and stop.
 pub fn drain(generation: Generation) -> String {
     format!("{DRAINS}/g{:04}.json", generation.get())
@@ -133,5 +139,10 @@ mod tests {
         assert_eq!(checkpoint(Step(1200), Generation(3)), "checkpoints/s00001200-g0003");
         assert_eq!(parse_checkpoint("s+1-g1"), None);
         assert_eq!(parse_checkpoint("latest"), None);
+        let node = NodeId::new("n1").unwrap();
+        assert_eq!(heartbeat_node(&heartbeat(&node)), Some(node));
+        for other in ["nodes/n1", "nodes/a/b.json", "nodes/.json", "drains/n1.json"] {
+            assert_eq!(heartbeat_node(other), None, "{other}");
+        }
     }
 }

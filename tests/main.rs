@@ -13,6 +13,7 @@ mod deadline;
 mod doubt;
 mod formats;
 mod freeze_model;
+mod groups;
 mod harness;
 mod hints;
 mod hook;

@@ -22,7 +22,7 @@ use crate::{
 Examples:
   trainer doctor
   trainer doctor config.toml --store s3://bucket/runs
-  trainer doctor config.toml --run-id reports-2026q4     # compares the stop time-out with its saves
+  trainer doctor config.toml --run-id reports-2026q4     # also its saves and its nodes
   trainer doctor --instance-type g5.xlarge --region us-east-1 --count 3       # checks the quota
 
 Exit codes: 0 if nothing failed (warnings are possible), else that of the worst failure:
@@ -35,7 +35,7 @@ pub struct Doctor {
     /// The store of the runs: s3://bucket/prefix, gs://…, az://…, file://path [default: the configuration's]
     #[arg(long, env = "TRAINER_STORE", value_name = "URI", hide_env_values = true)]
     store: Option<String>,
-    /// A run whose saves are compared with the time to stop
+    /// A run whose saves are compared with the time to stop, and whose other nodes are dialled
     #[arg(long, env = "TRAINER_RUN_ID", value_name = "ID", hide_env_values = true)]
     run_id: Option<RunId>,
     #[command(flatten)]

@@ -12,10 +12,10 @@ use super::{
 use crate::{
     error::{Error, Kind, Result},
     history::{self, Standing},
-    ids::{Generation, RunId, Step},
-    journal::{Journal, Outcome, RunState},
+    ids::{Generation, NodeId, RunId, Step},
+    journal::{Formation, Journal, Outcome, RunState},
     notice::drain,
-    rendezvous::heartbeat::{self, Liveness},
+    rendezvous::heartbeat,
     report::{self, human},
     storage::Store,
 };
@@ -30,8 +30,8 @@ const PULSE: u32 = 10;
 #[command(after_help = "\
 Example: trainer drain --run-id first
 
-The run exits with code 75; `trainer resume` continues it.
-A generation that another process forms later is not stopped.")]
+The run exits with code 75 on all its nodes; `trainer resume` continues it.
+A generation that goes on in place of this one is asked, too; one that a person starts later is not.")]
 pub struct Drain {
     #[command(flatten)]
     pub(super) run: RunArg,
@@ -47,6 +47,9 @@ pub struct Drain {
 struct Report<'a> {
     run_id: &'a RunId,
     generation: Generation,
+    /// Its nodes, if it is a generation of several: all of them are asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nodes: Option<usize>,
     /// The generation had already been asked.
     asked_before: bool,
     #[serde(flatten)]
@@ -69,11 +72,16 @@ struct End {
 enum Progress {
     AtWork,
     Ended(End),
-    /// A later one has been formed, and this one recorded no end.
+    /// A later one has been formed, and this one recorded no end, or its group goes on in the later one.
     Followed(Generation),
 }
 
 fn progress(state: &RunState, generation: Generation) -> Progress {
+    // The others of a group may go on after it ended. What was asked of it holds for them.
+    let goes_on = |newest: &&Formation| newest.generation > generation && newest.succession.continues.is_some();
+    if let Some(newest) = state.formed().filter(goes_on).filter(|_| state.heeds(generation)) {
+        return Progress::Followed(newest.generation);
+    }
     if let Some(end) = state.interruptions().iter().rfind(|end| end.generation == generation) {
         return Progress::Ended(End {
             state: Standing::Interrupted,
@@ -106,12 +114,12 @@ impl Drain {
             let (root, run_id) = (self.run.store.open()?, &self.run.run_id);
             let folder = root.folder(run_id.as_str());
             let mut journal = history::open(&root, run_id).await?;
-            let generation = alive(&folder, journal.state()).await?;
+            let formed = alive(&folder, journal.state()).await?;
+            let (generation, nodes) = (formed.generation, formed.is_of_several().then_some(formed.roster.len()));
             let first = drain::ask(&folder, generation).await?;
-            let asked = if first { "is asked" } else { "had been asked before" };
-            report::say(format!("generation {generation} of run {run_id} {asked} to save and stop\n"));
+            report::say(asking(run_id, generation, nodes, first));
             let end = if self.no_wait { None } else { Some(wait(&folder, &mut journal, generation).await?) };
-            let report = Report { run_id, generation, asked_before: !first, end };
+            let report = Report { run_id, generation, nodes, asked_before: !first, end };
             let text = if self.json.json { output::json_lines([&report])? } else { report.text() };
             output::emit(&text)?;
             Ok(ExitCode::SUCCESS)
@@ -119,8 +127,29 @@ impl Drain {
     }
 }
 
+/// What is said when the request is stored. `nodes`: of a generation of several.
+fn asking(run_id: &RunId, generation: Generation, nodes: Option<usize>, first: bool) -> String {
+    let asked = if first { "is asked" } else { "had been asked before" };
+    let all = nodes.map(|nodes| format!(" (the whole run: {})", human::plural(nodes as u64, "node")));
+    format!("generation {generation} of run {run_id}{} {asked} to save and stop\n", all.unwrap_or_default())
+}
+
+/// Whether a node of the generation lives: in a group, others go on without the leader.
+async fn lives(folder: &Store, formed: &Formation) -> Result<bool> {
+    let nodes: Vec<&NodeId> = formed.roster.iter().map(|member| &member.node).collect();
+    Ok(heartbeat::any_lives(folder, &nodes).await?)
+}
+
+/// A generation whose nodes are all gone.
+fn gone(formed: &Formation) -> String {
+    match formed.roster.len() {
+        1 => format!("its node {} stopped without a final record", formed.node),
+        nodes => format!("its {nodes} nodes stopped without a final record"),
+    }
+}
+
 /// The generation that is now at work on the run.
-async fn alive(folder: &Store, state: &RunState) -> Result<Generation> {
+async fn alive<'s>(folder: &Store, state: &'s RunState) -> Result<&'s Formation> {
     let run_id = state.run_id();
     let standing = Standing::of(state);
     let Some(formed) = state.formed().filter(|_| standing == Standing::InProgress) else {
@@ -128,17 +157,20 @@ async fn alive(folder: &Store, state: &RunState) -> Result<Generation> {
             Standing::Created => "has not begun to train yet".to_owned(),
             standing => format!("is not running: it is {}", standing.word()),
         };
-        return Err(Error::new(Kind::Usage, format!("run {run_id} {what}"))
-            .with_hint(format!("there is nothing to stop; `trainer status --run-id {run_id}` says more")));
+        let hint = match state.formed().filter(|formed| formed.is_of_several()) {
+            Some(_) if standing == Standing::Interrupted => format!(
+                "there is nothing to stop, but nodes that wait go on when there are enough of them; `trainer status \
+                 --run-id {run_id}` shows them"
+            ),
+            _ => format!("there is nothing to stop; `trainer status --run-id {run_id}` says more"),
+        };
+        return Err(Error::new(Kind::Usage, format!("run {run_id} {what}")).with_hint(hint));
     };
-    match heartbeat::look(folder, &formed.node).await? {
-        Liveness::Alive => Ok(formed.generation),
-        Liveness::Gone(_) => Err(Error::new(
-            Kind::Usage,
-            format!("run {run_id} is not running: its node {} stopped without a final record", formed.node),
-        )
-        .with_hint(format!("there is nothing to stop; `trainer resume --run-id {run_id}` continues it"))),
+    if lives(folder, formed).await? {
+        return Ok(formed);
     }
+    Err(Error::new(Kind::Usage, format!("run {run_id} is not running: {}", gone(formed)))
+        .with_hint(format!("there is nothing to stop; `trainer resume --run-id {run_id}` continues it")))
 }
 
 /// Waits until the journal says how the generation ended, or, if a worker or a node was lost, the one that continued
@@ -166,21 +198,21 @@ async fn wait(folder: &Store, journal: &mut Journal, mut generation: Generation)
             Progress::AtWork => {}
         }
         if look.is_multiple_of(PULSE)
-            && let Some(node) = state.formed().map(|formed| formed.node.clone())
-            && let Liveness::Gone(_) = heartbeat::look(folder, &node).await?
+            && let Some(formed) = state.formed().cloned()
+            && !lives(folder, &formed).await?
         {
             // It may have written its last record meanwhile.
             history::read_on(journal).await?;
             if progress(journal.state(), generation) != Progress::AtWork {
                 continue;
             }
-            return Err(Error::new(
-                Kind::Unavailable,
-                format!("node {node} of run {run_id} stopped without a final record"),
-            )
-            .with_hint(format!(
-                "the steps since its newest checkpoint are lost; see `trainer status --run-id {run_id}`"
-            )));
+            let who = match formed.roster.len() {
+                1 => format!("node {} of run {run_id}", formed.node),
+                nodes => format!("all {nodes} nodes of run {run_id}"),
+            };
+            return Err(Error::new(Kind::Unavailable, format!("{who} stopped without a final record")).with_hint(
+                format!("the steps since its newest checkpoint are lost; see `trainer status --run-id {run_id}`"),
+            ));
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -203,7 +235,10 @@ impl Report<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::history::tests::{state, story};
+    use crate::{
+        history::tests::{changed, created, group, state, story},
+        journal::Record,
+    };
 
     #[test]
     fn the_journal_says_how_a_generation_ended() {
@@ -216,10 +251,57 @@ mod tests {
         assert_eq!(progress(&state, Generation(3)), Progress::AtWork);
         assert_eq!(progress(&state, Generation(1)), Progress::Followed(Generation(3)));
         let run_id = RunId::new("first").unwrap();
-        let report = |end| Report { run_id: &run_id, generation: Generation(2), asked_before: false, end };
+        let report = |end| Report { run_id: &run_id, generation: Generation(2), nodes: None, asked_before: false, end };
         assert_eq!(report(Some(end)).text(), "run first is interrupted after step 34, 4 steps lost: no time\n");
         assert_eq!(report(None).text(), "");
         let json = output::json_lines([report(None)]).unwrap();
         assert_eq!(json, "{\"run_id\":\"first\",\"generation\":2,\"asked_before\":false}\n");
+    }
+    #[test]
+    fn a_request_follows_the_group_that_goes_on() {
+        let interrupted = |generation| Record::Interrupted {
+            generation: Generation(generation),
+            step: Step(12),
+            committed: None,
+            lost_steps: 12,
+            verdict: "too few nodes".into(),
+            drain: None,
+        };
+        let begin = || vec![created(), group(1, None, &[("a", 1), ("b", 1)])];
+        let by_b = |before| changed(group(2, before, &[("b", 1)]), &[("a", "it does not answer")], &[]);
+        let of = |more: Vec<Record>| progress(&state(begin().into_iter().chain(more).collect()), Generation(1));
+        assert_eq!(of(vec![]), Progress::AtWork);
+        assert_eq!(of(vec![by_b(Some(1))]), Progress::Followed(Generation(2)));
+        assert_eq!(
+            of(vec![interrupted(1), by_b(Some(1))]),
+            Progress::Followed(Generation(2)),
+            "it stepped down for want of nodes, and the others found more: the run is not stopped"
+        );
+        let Progress::Ended(end) = of(vec![interrupted(1)]) else { panic!("it said that it ended") };
+        assert_eq!((end.state, end.step), (Standing::Interrupted, Step(12)));
+        // A person resumed it.
+        let resumed = group(2, None, &[("c", 1), ("d", 1)]);
+        assert!(matches!(of(vec![interrupted(1), resumed.clone()]), Progress::Ended(_)));
+        let after = state(begin().into_iter().chain([resumed]).collect());
+        assert_eq!(progress(&after, Generation(1)), Progress::Followed(Generation(2)));
+        assert!(!after.heeds(Generation(1)), "so the caller does not ask it");
+        // The end of a chain is the end of all that was asked of it.
+        let chain = state(begin().into_iter().chain([by_b(Some(1)), interrupted(2)]).collect());
+        assert!(matches!(progress(&chain, Generation(2)), Progress::Ended(_)));
+    }
+
+    #[test]
+    fn a_request_says_that_all_nodes_are_asked() {
+        let run_id = RunId::new("first").unwrap();
+        let said = |nodes, first| asking(&run_id, Generation(4), nodes, first);
+        assert_eq!(said(None, true), "generation 4 of run first is asked to save and stop\n");
+        assert_eq!(
+            said(Some(3), false),
+            "generation 4 of run first (the whole run: 3 nodes) had been asked before to save and stop\n"
+        );
+        let report =
+            Report { run_id: &run_id, generation: Generation(4), nodes: Some(3), asked_before: false, end: None };
+        let json = output::json_lines([report]).unwrap();
+        assert_eq!(json, "{\"run_id\":\"first\",\"generation\":4,\"nodes\":3,\"asked_before\":false}\n");
     }
 }

@@ -3,6 +3,7 @@
 use std::{fmt::Write, process::ExitCode};
 
 use clap::Args;
+use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
@@ -13,13 +14,18 @@ use crate::{
     history::{
         self,
         episodes::{Episode, How, Total, carried_out, episodes, total},
+        rosters::{RosterView, rosters},
     },
-    ids::Step,
-    journal::{DrainPlan, Means},
+    ids::{NodeId, Step},
+    journal::{DrainPlan, FormedReason, Means, RunState},
+    rendezvous::{
+        cost::{Requests, a_day, usd_a_day},
+        membership::Role,
+    },
     report::human,
 };
 
-/// Explain each interruption: which notice came, what was done, what it cost
+/// Explain each interruption: which notice came, what was done, what it cost; and who came and went
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -38,18 +44,136 @@ pub struct Explain {
 
 impl Explain {
     pub(super) fn execute(self) -> Result<ExitCode> {
-        let state = store::block_on(async { history::read(&self.run.store.open()?, &self.run.run_id).await })?;
+        let (state, is_local) = store::block_on(async {
+            let root = self.run.store.open()?;
+            Ok((history::read(&root, &self.run.run_id).await?, root.is_local()))
+        })?;
         let episodes = episodes(&state);
         let total = total(&state, &episodes);
+        let group = Group::of(&state, is_local);
         let text = if self.json.json {
             let mut text = output::json_lines(&episodes)?;
-            text.push_str(&output::json_lines([&total])?);
+            text.push_str(&output::json_lines([&Summary { total: &total, group: group.as_ref() }])?);
             text
         } else {
-            text(&episodes, &total)
+            let mut text = text(&episodes, &total);
+            text.push_str(&group.map(|group| group.text()).unwrap_or_default());
+            text
         };
         output::emit(&text)?;
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// The last line of `--json`.
+#[derive(Debug, Serialize)]
+struct Summary<'a> {
+    #[serde(flatten)]
+    total: &'a Total<'a>,
+    /// Of a run with several nodes.
+    #[serde(flatten)]
+    group: Option<&'a Group<'a>>,
+}
+
+/// The nodes of a run with several.
+#[derive(Debug, Serialize)]
+struct Group<'a> {
+    /// The nodes of each generation, the oldest first.
+    generations: Vec<RosterView<'a>>,
+    /// What the newest generation's standing requests cost; `None`: the store is in this machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    requests: Option<StandingRequests>,
+}
+
+/// The standing requests of a generation of several nodes, at the prices of S3.
+#[derive(Debug, Serialize)]
+struct StandingRequests {
+    nodes: u32,
+    /// Of the leader, while it has room for more nodes.
+    leader_requests_a_day: u64,
+    leader_usd_a_day: f64,
+    /// Of each other node.
+    follower_requests_a_day: u64,
+    follower_usd_a_day: f64,
+    /// Of all nodes together.
+    usd_a_day: f64,
+}
+
+impl StandingRequests {
+    fn of(nodes: usize) -> Self {
+        let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
+        let (leader, follower) = (a_day(Role::Leader, false), a_day(Role::Follower, false));
+        let count = |Requests { put, list, head, get }| put + list + head + get;
+        Self {
+            nodes,
+            leader_requests_a_day: count(leader),
+            leader_usd_a_day: leader.usd(),
+            follower_requests_a_day: count(follower),
+            follower_usd_a_day: follower.usd(),
+            usd_a_day: usd_a_day(nodes, false),
+        }
+    }
+
+    fn text(&self) -> String {
+        format!(
+            "the leader makes {} requests a day on S3 ({:.3} USD), another node {} ({:.3} USD); {} cost {:.2} USD a day",
+            self.leader_requests_a_day,
+            self.leader_usd_a_day,
+            self.follower_requests_a_day,
+            self.follower_usd_a_day,
+            human::plural(self.nodes.into(), "node"),
+            self.usd_a_day,
+        )
+    }
+}
+
+impl<'a> Group<'a> {
+    /// `None`: it is a run of one node.
+    fn of(state: &'a RunState, is_local: bool) -> Option<Self> {
+        let generations = rosters(state);
+        let nodes = generations.last()?.nodes;
+        Some(Self { generations, requests: (!is_local).then(|| StandingRequests::of(nodes)) })
+    }
+
+    fn text(&self) -> String {
+        let mut text = "\nnodes\n".to_owned();
+        let mut line = |name: &str, what: String| {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "   {name:<10} {}", human::plain(&what));
+        };
+        for roster in &self.generations {
+            let RosterView { generation, at, leader, nodes, workers, .. } = roster;
+            let (nodes, workers) =
+                (human::plural(*nodes as u64, "node"), human::plural(workers.get().into(), "worker"));
+            let when = at.strftime("%Y-%m-%d %H:%M:%S UTC");
+            line(
+                &format!("{generation}."),
+                format!("{when}, {nodes} with {workers}, led by {leader}: {}", why(roster)),
+            );
+            for gone in roster.gone {
+                line("gone", format!("{}: {}", gone.node, gone.why));
+            }
+            let joined: Vec<&str> = roster.joined.iter().map(|node| node.as_str()).collect();
+            if !joined.is_empty() {
+                line("joined", joined.join(", "));
+            }
+        }
+        if let Some(requests) = &self.requests {
+            line("requests", requests.text());
+        }
+        text
+    }
+}
+
+/// Why a generation was formed.
+fn why(roster: &RosterView<'_>) -> String {
+    match (roster.continues, roster.reason) {
+        (None, FormedReason::Started) => "started".to_owned(),
+        (Some(before), FormedReason::Started) => format!("continues generation {before}"),
+        (_, FormedReason::WorkerDied) => "a worker died".to_owned(),
+        (_, FormedReason::NodeLost) => "a node was lost".to_owned(),
+        (_, FormedReason::NodeLeft) => "a node left".to_owned(),
+        (_, FormedReason::NodeJoined) => "a node joined".to_owned(),
     }
 }
 
@@ -99,15 +223,20 @@ fn text(episodes: &[Episode<'_>], total: &Total<'_>) -> String {
     text
 }
 
+/// The nodes of a generation.
+fn on(nodes: usize, leader: &NodeId) -> String {
+    if nodes == 1 { format!("on node {leader}") } else { format!("on {nodes} nodes, led by {leader}") }
+}
+
 fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
-    let Episode { generation, node, at, .. } = episode;
+    let Episode { generation, node, nodes, at, .. } = episode;
     let step = |step: Option<Step>| step.map_or_else(|| "the beginning".to_owned(), |step| format!("step {step}"));
     let mut line = |name: &str, what: String| {
         // Writing to a String cannot fail.
         let _ = writeln!(text, "   {name:<10} {}", human::plain(&what));
     };
     let when = at.strftime("%Y-%m-%d %H:%M:%S UTC");
-    line(&format!("{number}."), format!("{when}, generation {generation} on node {node}"));
+    line(&format!("{number}."), format!("{when}, generation {generation} {}", on(*nodes, node)));
     match episode.drain {
         _ if !episode.notices.is_empty() => {}
         // The store did not accept the notice's own record in time.
@@ -176,10 +305,10 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
         "then",
         match &episode.next {
             Some(next) => format!(
-                "{} later generation {} on node {}, from {}",
+                "{} later generation {} {}, from {}",
                 human::seconds(next.away_s),
                 next.generation,
-                next.node,
+                on(next.nodes, next.node),
                 step(next.resume_step)
             ),
             None => "not continued yet".to_owned(),
@@ -191,9 +320,9 @@ fn tell(text: &mut String, number: usize, episode: &Episode<'_>) {
 mod tests {
     use super::*;
     use crate::{
-        history::tests::{committed, created, formed, state},
+        history::tests::{changed, committed, created, formed, group, state},
         ids::Generation,
-        journal::{Drain, Happened, Record, RunState},
+        journal::{Drain, Happened, Record},
     };
 
     /// Planned 100 s after the notice.
@@ -268,6 +397,70 @@ run first: 2 interruptions, 0 steps lost (1 of unknown loss), 2m away
    lost       the steps after step 40; their number is unknown
    then       60.0 s later generation 4 on node n1, from step 40
 "
+        );
+    }
+
+    #[test]
+    fn who_came_and_went_is_told_of_a_run_with_several_nodes() {
+        let mut left = changed(group(3, Some(2), &[("b", 2), ("d", 1)]), &[("c", "it left")], &[]);
+        if let Record::Formed { reason, .. } = &mut left {
+            *reason = FormedReason::NodeLeft;
+        }
+        let state = state(vec![
+            created(),
+            group(1, None, &[("a", 2), ("b", 2)]),
+            changed(group(2, Some(1), &[("b", 2), ("c", 1), ("d", 1)]), &[("a", "it does not answer")], &["c", "d"]),
+            left,
+        ]);
+        let group = Group::of(&state, false).unwrap();
+        assert_eq!(
+            group.text(),
+            "
+nodes
+   1.         1970-01-12 13:47:40 UTC, 2 nodes with 4 workers, led by a: started
+   2.         1970-01-12 13:48:40 UTC, 3 nodes with 4 workers, led by b: a node was lost
+   gone       a: it does not answer
+   joined     c, d
+   3.         1970-01-12 13:49:40 UTC, 2 nodes with 3 workers, led by b: a node left
+   gone       c: it left
+   requests   the leader makes 64800 requests a day on S3 (0.165 USD), another node 4320 (0.015 USD); 2 nodes cost \
+0.18 USD a day
+"
+        );
+        let episodes = episodes(&state);
+        let summary = Summary { total: &total(&state, &episodes), group: Some(&group) };
+        let json: serde_json::Value = serde_json::from_str(&output::json_lines([&summary]).unwrap()).unwrap();
+        assert_eq!((&json["run_id"], &json["interruptions"]), (&"first".into(), &2.into()));
+        let second = &json["generations"][1];
+        assert_eq!((&second["leader"], &second["nodes"], &second["workers"]), (&"b".into(), &3.into(), &4.into()));
+        assert_eq!((&second["continues"], &second["reason"]), (&1.into(), &"node_lost".into()));
+        assert_eq!(second["gone"][0]["why"], "it does not answer");
+        assert_eq!(
+            (&json["requests"]["nodes"], &json["requests"]["leader_requests_a_day"]),
+            (&2.into(), &64_800.into())
+        );
+        let told = super::text(&episodes, &total(&state, &episodes));
+        for part in [
+            "generation 1 on 2 nodes, led by a\n",
+            "ended      its group of machines changed; the others continued\n",
+            "later generation 2 on 3 nodes, led by b, from the beginning\n",
+        ] {
+            assert!(told.contains(part), "{part:?} in\n{told}");
+        }
+        assert!(Group::of(&state, true).unwrap().requests.is_none(), "a folder costs nothing");
+    }
+
+    #[test]
+    fn a_run_of_one_node_is_explained_as_ever() {
+        let state = story();
+        let (episodes, group) = (episodes(&state), Group::of(&state, false));
+        let total = total(&state, &episodes);
+        assert!(group.is_none());
+        let summary = output::json_lines([&Summary { total: &total, group: None }]).unwrap();
+        assert_eq!(summary, output::json_lines([&total]).unwrap());
+        assert_eq!(
+            summary,
+            "{\"run_id\":\"first\",\"interruptions\":2,\"lost_steps\":0,\"unknown\":1,\"away_s\":120.0}\n"
         );
     }
 

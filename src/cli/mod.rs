@@ -13,6 +13,7 @@ mod drain;
 mod explain;
 mod export;
 mod generate;
+mod nodes;
 mod output;
 mod prune;
 mod resume;

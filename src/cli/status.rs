@@ -8,19 +8,23 @@ use serde::Serialize;
 
 use super::{
     args::{JsonArg, RunArg},
-    output, store,
+    nodes, output, store,
 };
 use crate::{
     config::{self, Cadence, RunConfig, TrainTask},
     error::{Error, Kind, Result},
     history::{self, Checkpoint, Interruption, Standing},
     ids::{Generation, RunId, Step, WorldSize},
-    journal::{Outcome, RunState},
+    journal::{Formation, Outcome, RunState},
+    rendezvous::overview::{self, Overview, Sighting},
     report::human,
+    storage::Store,
 };
 
 /// The interval between two looks with `--watch`.
 const WATCH: Duration = Duration::from_secs(2);
+/// Looks at the journal between two looks at the nodes' heartbeats, which are a request each.
+const BEATS: u32 = 5;
 /// The most interruptions that are listed; the others are counted.
 const SHOWN: usize = 5;
 
@@ -47,6 +51,9 @@ struct Report<'a> {
     failure: Option<&'a str>,
     generation: Generation,
     world_size: Option<WorldSize>,
+    /// Of a run with several nodes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    group: Option<Overview<'a>>,
     /// The last finished step that the journal names.
     step: Option<Step>,
     total_steps: u64,
@@ -70,14 +77,16 @@ impl Status {
             // Off a terminal each look is appended to the last: a log of JSON lines, or of tables.
             let redraw = self.watch && !self.json.json && output::is_terminal();
             let mut journal = history::open(&root, &self.run.run_id).await?;
+            let folder = root.folder(self.run.run_id.as_str());
+            let mut seen = sightings(&folder, journal.state()).await?;
             if !self.watch {
-                let report = Report::new(journal.state(), root.uri());
+                let report = Report::new(journal.state(), root.uri(), &seen, Timestamp::now());
                 output::emit(&self.text(&report)?)?;
                 return Ok(ExitCode::SUCCESS);
             }
             let watch = async {
-                loop {
-                    let report = Report::new(journal.state(), root.uri());
+                for look in 1_u32.. {
+                    let report = Report::new(journal.state(), root.uri(), &seen, Timestamp::now());
                     let (text, is_end) = (self.text(&report)?, report.state.is_end());
                     let text = if redraw { format!("\x1b[H\x1b[J{text}") } else { text };
                     if !output::show_beside(text).await? || is_end {
@@ -85,7 +94,11 @@ impl Status {
                     }
                     tokio::time::sleep(WATCH).await;
                     history::read_on(&mut journal).await?;
+                    if look.is_multiple_of(BEATS) {
+                        seen = sightings(&folder, journal.state()).await?;
+                    }
                 }
+                Ok(ExitCode::SUCCESS)
             };
             tokio::select! {
                 end = watch => end,
@@ -101,8 +114,22 @@ impl Status {
     }
 }
 
+/// Whether heartbeats say more than the journal: those of a run of several nodes that has not ended. A run that has no
+/// generation yet may become one.
+fn may_have_nodes(state: &RunState) -> bool {
+    match Standing::of(state) {
+        Standing::Completed | Standing::Failed => false,
+        Standing::Created => true,
+        Standing::InProgress | Standing::Interrupted => state.formed().is_some_and(Formation::is_of_several),
+    }
+}
+
+async fn sightings(folder: &Store, state: &RunState) -> Result<Vec<Sighting>> {
+    if may_have_nodes(state) { Ok(overview::sightings(folder).await?) } else { Ok(Vec::new()) }
+}
+
 impl<'a> Report<'a> {
-    fn new(state: &'a RunState, store: String) -> Self {
+    fn new(state: &'a RunState, store: String, seen: &'a [Sighting], now: Timestamp) -> Self {
         let config = history::config(state);
         let (newest, step) = (state.newest(), history::last_step(state));
         let safe = newest.map_or(Step(0), |checkpoint| checkpoint.committed.step);
@@ -116,6 +143,7 @@ impl<'a> Report<'a> {
             },
             generation: state.generation(),
             world_size: state.formed().map(|formed| formed.world_size),
+            group: may_have_nodes(state).then(|| overview::overview(state.formed(), seen, now)).flatten(),
             step,
             total_steps: config.workload.train.steps,
             newest_checkpoint: newest.map(Checkpoint::from),
@@ -141,6 +169,9 @@ impl<'a> Report<'a> {
             let (workers, restarts) = (u64::from(world.get()), self.worker_restarts);
             let (workers, restarts) = (human::plural(workers, "worker"), human::plural(restarts, "worker restart"));
             lines.push(("generation", format!("{}, {workers}, {restarts}", self.generation)));
+        }
+        if let Some(group) = &self.group {
+            lines.extend(nodes::lines(group, now));
         }
         let step = self.step.unwrap_or_default();
         lines.push(("step", format!("{step} of {} (the last in the journal)", self.total_steps)));
@@ -220,13 +251,18 @@ fn summary(config: &RunConfig) -> Vec<(&'static str, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::history::tests::{state, story};
+    use crate::{
+        history::tests::{changed, committed, created, group, state, story},
+        ids::NodeId,
+        journal::Record,
+        rendezvous::{heartbeat::State, overview::testing::sighting},
+    };
 
     #[test]
     fn a_state_is_shown_as_text_and_as_json() {
         let state = state(story());
-        let report = Report::new(&state, "s3://b/runs".into());
         let now = Timestamp::from_second(1_000_000 + 720).unwrap();
+        let report = Report::new(&state, "s3://b/runs".into(), &[], now);
         assert_eq!(
             report.text(now),
             "\
@@ -251,5 +287,61 @@ saving       automatic, the newest 3 are kept
         );
         assert_eq!(json["newest_checkpoint"]["step"], 25);
         assert_eq!(json["config"]["train"]["steps"], 500);
+        assert!(json.get("group").is_none(), "a run of one node is shown as ever");
+    }
+
+    #[test]
+    fn the_nodes_of_a_run_of_several_are_shown() {
+        let nodes = [("n1", 4), ("n2", 4), ("n3", 1), ("n4", 0)];
+        let running = vec![created(), group(1, None, &nodes), committed(10, 1)];
+        let node = |name| NodeId::new(name).unwrap();
+        let second = 1_000_000 + 180;
+        let seen = [
+            sighting("n1", second - 2, |group| {
+                (group.state, group.every_s, group.unreachable) = (State::Leader, 4, vec![node("n2")]);
+            }),
+            sighting("n2", second - 120, |_| {}),
+            sighting("n3", second - 20, |group| group.state = State::CutOff),
+            sighting("n9", second - 5, |group| group.state = State::Waiting),
+        ];
+        let now = Timestamp::from_second(second).unwrap();
+        let state = state(running.clone());
+        let report = Report::new(&state, "s3://b/runs".into(), &seen, now);
+        let text = report.text(now);
+        let expected = "\
+generation  1, 9 workers, 0 worker restarts
+nodes       4, led by n1; 1 silent; 1 without a heartbeat; 1 waits outside
+node        n1: ranks 0 to 3, leads; alive, last beat 2s ago
+node        n2: ranks 4 to 7; silent, last beat 2m ago; out of reach of n1
+node        n3: rank 8; alive, last beat 20s ago; has lost its leader
+node        n4: a spare without workers; no heartbeat
+waiting     n9: 8 workers; alive, last beat 5s ago
+step        10 of";
+        assert!(text.contains(expected), "{text}");
+        let json: serde_json::Value = serde_json::from_str(&output::json_lines([&report]).unwrap()).unwrap();
+        let group = &json["group"];
+        assert_eq!((&group["generation"], &group["leader"]), (&1.into(), &"n1".into()));
+        assert_eq!(group["members"][1]["sign"], "silent");
+        assert_eq!(group["members"][1]["out_of_reach_of"][0], "n1");
+        assert_eq!(group["members"][2]["first_rank"], 8);
+        assert_eq!((&group["outside"][0]["says"], &group["outside"][0]["workers"]), (&"waiting".into(), &8.into()));
+
+        // Nobody is asked for a beat when the run has ended.
+        let (generation, step) = (Generation(1), Step(10));
+        let last = Record::Completed { generation, step, loss: Some(1.0) };
+        let ended = self::state(running.into_iter().chain([last]).collect());
+        assert!(!may_have_nodes(&ended));
+        assert_eq!(Report::new(&ended, String::new(), &seen, now).group, None);
+    }
+
+    #[test]
+    fn heartbeats_are_read_only_if_they_say_more_than_the_journal() {
+        assert!(may_have_nodes(&state(vec![created()])), "several nodes may wait for the first generation");
+        assert!(!may_have_nodes(&state(story())));
+        let several = || vec![created(), group(1, None, &[("n1", 1), ("n2", 1)])];
+        assert!(may_have_nodes(&state(several())));
+        let mut left_over = several();
+        left_over.push(changed(group(2, Some(1), &[("n2", 1)]), &[("n1", "it left")], &[]));
+        assert!(may_have_nodes(&state(left_over)), "one is left of two");
     }
 }

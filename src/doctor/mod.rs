@@ -8,8 +8,10 @@
 #![doc = include_str!("README.md")]
 
 mod account;
+mod fabric;
 mod metadata;
 mod named;
+mod nodes;
 #[cfg(test)]
 mod testing;
 mod verdict;
@@ -50,7 +52,7 @@ pub struct Doctor {
     pub config: Option<Result<RunConfig>>,
     /// The absolute URI of the store, if no configuration gives it.
     pub store: Option<Result<String>>,
-    /// A run whose saves are compared with the time to stop.
+    /// A run whose saves are compared with the time to stop, and whose other nodes are dialled.
     pub run_id: Option<RunId>,
     /// Workers on this node, if given on the command line.
     pub nproc_per_node: Option<u32>,
@@ -153,23 +155,30 @@ impl Doctor {
         let notice = config.map(|config| config.notice.clone()).unwrap_or_default();
         match store {
             Ok(store) => {
-                let (mut lines, durable) = tokio::join!(examine(&store), self.durable(&store));
+                let (mut lines, (durable, nodes)) = tokio::join!(examine(&store), self.run(&store));
                 lines.push(stop_window(&notice, durable));
+                lines.extend(nodes);
                 lines
             }
             Err(line) => vec![line, stop_window(&notice, Ok(None))],
         }
     }
 
-    /// The longest of the run's newest saves, seconds.
-    async fn durable(&self, store: &Store) -> Result<Option<f64>> {
-        let Some(run_id) = &self.run_id else { return Ok(None) };
+    /// The longest of the run's newest saves, seconds; and the lines about its nodes, if it has several.
+    async fn run(&self, store: &Store) -> (Result<Option<f64>>, Vec<Line>) {
+        let Some(run_id) = &self.run_id else { return (Ok(None), Vec::new()) };
         let run = store.folder(run_id.as_str());
-        let state = tokio::time::timeout(LIMIT, journal::replay(&run, run_id)).await;
-        let state =
-            state.map_err(|_| Error::new(Kind::Unavailable, format!("journal of run {run_id} does not answer")))??;
+        let state = match tokio::time::timeout(LIMIT, journal::replay(&run, run_id)).await {
+            Ok(Ok(state)) => state,
+            Ok(Err(error)) => return (Err(error.into()), Vec::new()),
+            Err(_) => {
+                let what = format!("journal of run {run_id} does not answer");
+                return (Err(Error::new(Kind::Unavailable, what)), Vec::new());
+            }
+        };
         let newest = state.checkpoints().iter().rev().take(SAVES).map(|checkpoint| checkpoint.committed.cost.durable_s);
-        Ok(newest.filter(|seconds| seconds.is_finite()).reduce(f64::max))
+        let durable = newest.filter(|seconds| seconds.is_finite()).reduce(f64::max);
+        (Ok(durable), nodes::look(&run, &state).await)
     }
 }
 

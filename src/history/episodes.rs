@@ -38,6 +38,10 @@ pub struct Heard<'a> {
     pub deadline_s: Option<f64>,
 }
 
+fn is_one(nodes: &usize) -> bool {
+    *nodes == 1
+}
+
 /// The generation that continued.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Next<'a> {
@@ -45,6 +49,9 @@ pub struct Next<'a> {
     pub generation: Generation,
     /// Its leader.
     pub node: &'a NodeId,
+    /// Its nodes, if there are several.
+    #[serde(skip_serializing_if = "is_one")]
+    pub nodes: usize,
     /// The checkpoint that it started from.
     pub resume_step: Option<Step>,
     /// Seconds from the end, or the last sign of life, until it was formed.
@@ -58,6 +65,9 @@ pub struct Episode<'a> {
     pub generation: Generation,
     /// Its leader.
     pub node: &'a NodeId,
+    /// Its nodes, if there are several.
+    #[serde(skip_serializing_if = "is_one")]
+    pub nodes: usize,
     /// How it ended.
     pub how: How,
     /// When it ended; if it vanished, its last sign of life.
@@ -149,6 +159,7 @@ fn episode<'a>(
     Episode {
         generation,
         node: &formed.node,
+        nodes: formed.roster.len(),
         how,
         at,
         step: said.map(|said| said.step),
@@ -161,6 +172,7 @@ fn episode<'a>(
         next: next.map(|next| Next {
             generation: next.generation,
             node: &next.node,
+            nodes: next.roster.len(),
             resume_step: next.resume.as_ref().map(|point| point.step),
             away_s: next.at.duration_since(at).as_secs_f64().max(0.0),
         }),

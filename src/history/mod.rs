@@ -1,9 +1,11 @@
-//! A run's journal as people read it: its status, the fate of each checkpoint, the story of its interruptions.
+//! A run's journal as people read it: its status, the fate of each checkpoint, the story of its interruptions, its
+//! nodes.
 //!
 //! Everything here is read from a [`RunState`]; nothing is stored or decided. Commands, and all other displays of a
 //! run, print these results.
 
 pub mod episodes;
+pub mod rosters;
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -211,8 +213,8 @@ pub(crate) mod tests {
     use super::*;
     use crate::{
         checkpoint::{prune::delete_folder, testing},
-        ids::{AttemptId, WorldSize},
-        journal::{Entry, Formed, Metrics, Record, ResumePoint, RosterEntry, SaveCost, Succession},
+        ids::{AttemptId, Rank, WorldSize},
+        journal::{Entry, Formed, Gone, Metrics, Record, ResumePoint, RosterEntry, SaveCost, Succession},
     };
 
     /// A run that has committed `count` checkpoints, then one more, and pruned all but that. Returns its state as it
@@ -276,13 +278,16 @@ pub(crate) mod tests {
         .unwrap()
     }
 
-    /// Entries with these records, a minute apart.
+    /// Entries with these records, a minute apart. A leader writes its `formed`, node n1 all else.
     pub fn entries(records: Vec<Record>) -> Vec<Entry> {
         let entry = |(i, record): (i64, Record)| Entry {
-            format: 1,
+            format: record.format(),
             attempt: AttemptId::random(),
             at: Timestamp::from_second(1_000_000 + 60 * i).unwrap(),
-            node: NodeId::new("n1").unwrap(),
+            node: match &record {
+                Record::Formed { roster, .. } => roster[0].node.clone(),
+                _ => NodeId::new("n1").unwrap(),
+            },
             record,
         };
         (0..).zip(records).map(entry).collect()
@@ -306,6 +311,34 @@ pub(crate) mod tests {
             gone: Vec::new(),
             joined: Vec::new(),
         }
+    }
+
+    /// A generation of these nodes, each with this many workers.
+    pub fn group(number: u64, before: Option<u64>, nodes: &[(&str, u32)]) -> Record {
+        let mut next = 0;
+        let members = nodes.iter().map(|(name, workers)| {
+            let first_rank = Some(Rank(next));
+            next += workers;
+            RosterEntry { first_rank, ..RosterEntry::new(NodeId::new(*name).unwrap(), *workers) }
+        });
+        let members: Vec<RosterEntry> = members.collect();
+        let mut record = formed(number, None, &[]);
+        if let Record::Formed { roster, world_size, continues, reason, .. } = &mut record {
+            (*roster, *world_size, *continues) = (members, WorldSize(next), before.map(Generation));
+            *reason = FormedReason::Started;
+        }
+        record
+    }
+
+    /// The same with who is gone, and why, and who came.
+    pub fn changed(mut record: Record, went: &[(&str, &str)], came: &[&str]) -> Record {
+        if let Record::Formed { gone, joined, reason, .. } = &mut record {
+            let node = |name: &str| NodeId::new(name).unwrap();
+            *gone = went.iter().map(|(name, why)| Gone { node: node(name), why: (*why).into() }).collect();
+            *joined = came.iter().map(|name| node(name)).collect();
+            *reason = if went.is_empty() { FormedReason::NodeJoined } else { FormedReason::NodeLost };
+        }
+        record
     }
 
     pub fn committed(step: u64, generation: u64) -> Record {

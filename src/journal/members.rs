@@ -18,7 +18,7 @@
 use std::collections::BTreeSet;
 
 use super::{
-    record::{FormedReason, Gone, Record, RosterEntry},
+    record::{FormedReason, Gone, Record, RosterEntry, Succession},
     state::{Formation, Inconsistent, RunState},
 };
 use crate::ids::{Generation, NodeId, Rank, WorldSize};
@@ -41,6 +41,11 @@ pub(super) fn has_new_words(roster: &[RosterEntry], reason: FormedReason) -> boo
 }
 
 impl Formation {
+    /// Whether its record has words of a run with several nodes, even if one node is all that is left of them.
+    pub fn is_of_several(&self) -> bool {
+        has_new_words(&self.roster, self.reason) || self.succession != Succession::default()
+    }
+
     /// The node's entry in the roster, if it is a member.
     pub fn member(&self, node: &NodeId) -> Option<&RosterEntry> {
         self.roster.iter().find(|member| member.node == *node)

@@ -1,11 +1,13 @@
 //! A request, in the run's own folder, that a live generation save and stop.
 //!
 //! Stored layout: `drains/g0003.json`, created once: [`Request`]. Its reader only checks that it exists. It belongs to
-//! one generation, so that it does not stop a later resume; it stays, as the journal does, and costs a few bytes.
+//! one generation and to those that continue it, so that it does not stop a later resume. It stays, as the journal
+//! does, and costs a few bytes. It is for the whole run: all nodes of the generation save and stop.
 //!
-//! The agent of that generation looks for it every [`INTERVAL`], and for a minute after it has formed the next one:
-//! when a worker dies while the request is on its way, the same agent still obeys it. A crash on either side loses
-//! nothing: a repeated command finds the request already there.
+//! The agent that leads the generation looks for it every [`INTERVAL`], and in the first minute also for requests to
+//! the generations that this one continues: when a worker dies, or the leader does, while the request is on its way,
+//! whoever leads then still obeys it. A crash on either side loses nothing: a repeated command finds the request
+//! already there.
 
 use std::time::Duration;
 

@@ -26,6 +26,8 @@ use crate::{config::NoticeConfig, env, ids::Generation, storage::Store};
 /// How long requests to a generation that this node has left behind are looked for: their sender has first read the
 /// journal and a heartbeat.
 const LATE: Duration = Duration::from_secs(60);
+/// The most generations, beside this node's own, for which they are looked for: each costs a request every few seconds.
+const MOST_LATE: usize = 8;
 /// The limit for informing the parties that wait for this node.
 const RELEASE: Duration = Duration::from_secs(15);
 /// Advice from one source is not news again within this time, whatever its id.
@@ -106,10 +108,15 @@ impl Notices {
     }
 
     /// This node trains in `generation` of the run whose folder is `run`: requests to stop that generation are
-    /// received. So are, for a while, those to the one before: it may have ended while the request was on its way.
-    pub fn formed(&mut self, run: &Store, generation: Generation) {
-        if let Some((before, listening)) = self.held.take() {
+    /// received. So are, for a while, those to the generations that it continues, the newest first in `continued`: the
+    /// group may have changed while a request was on its way, and another node may have led it then. This node has
+    /// listened for requests to its own ones in their time.
+    pub fn formed(&mut self, run: &Store, generation: Generation, continued: &[Generation]) {
+        let held = self.held.take().map(|(before, listening)| {
             listening.abort();
+            before
+        });
+        for before in unheard(held, continued) {
             let late = drain::listen(run.clone(), before, self.sender.clone());
             self.drain.spawn(async move { drop(tokio::time::timeout(LATE, late).await) });
         }
@@ -164,6 +171,13 @@ impl Notices {
         self.polls.abort_all();
         self.drain.abort_all();
     }
+}
+
+/// The generations to which a late request may come: the one that this node has `held` until now, and those after it
+/// that it continues.
+fn unheard(held: Option<Generation>, continued: &[Generation]) -> Vec<Generation> {
+    let after = continued.iter().copied().filter(|before| held.is_none_or(|held| *before > held));
+    after.take(MOST_LATE).chain(held).collect()
 }
 
 /// When this process is expected to be ended from outside because of `notice`. A deadline that is only usual ends
@@ -261,6 +275,18 @@ mod tests {
             let notice = Notice { deadline, confidence, ..notice(kind, "sigterm", "1") };
             assert_eq!(ends_in(&notice), expected, "{notice:?}");
         }
+    }
+
+    #[test]
+    fn a_request_to_a_generation_that_goes_on_is_heard_by_whoever_leads_it_now() {
+        let continued = [7, 6, 5, 4].map(Generation);
+        assert_eq!(unheard(None, &continued), continued, "another node led them");
+        assert_eq!(unheard(Some(Generation(5)), &continued), [7, 6, 5].map(Generation), "heard until 5");
+        assert_eq!(unheard(Some(Generation(7)), &continued), [Generation(7)], "as ever with one node");
+        assert_eq!(unheard(Some(Generation(7)), &[]), [Generation(7)]);
+        assert_eq!(unheard(None, &[]), []);
+        let long: Vec<Generation> = (1..=100).rev().map(Generation).collect();
+        assert_eq!(unheard(None, &long), long[..MOST_LATE]);
     }
 
     #[test]

@@ -22,6 +22,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures::StreamExt;
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{Notify, watch},
@@ -40,6 +41,8 @@ pub const INTERVAL: Duration = Duration::from_secs(4);
 pub const NEAR_INTERVAL: Duration = Duration::from_secs(1);
 /// The pause between two reads of another node's heartbeat.
 const READ_AGAIN: Duration = Duration::from_millis(250);
+/// The most nodes that are looked at together.
+const LOOKS: usize = 64;
 /// A counter that has not changed for this long belongs to a dead node. Several of the longest beats may fail
 /// meanwhile.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -54,9 +57,10 @@ const LONGEST: Duration = Duration::from_secs(8);
 const FORMAT: u32 = 2;
 /// The layout without `group`, which every version reads.
 const ALONE: u32 = 1;
-const LIMIT: u64 = 64 << 10;
+/// The longest heartbeat that is read, bytes.
+pub(super) const LIMIT: u64 = 64 << 10;
 /// A heartbeat that claims to come less often than this is not waited for longer.
-const MOST_SELDOM_S: u32 = 60;
+pub(super) const MOST_SELDOM_S: u32 = 60;
 /// A beat older than this many of its intervals belongs to a dead node.
 pub const MISSED: u32 = 3;
 /// The most nodes that a heartbeat names as out of reach: with the longest ids it stays well below [`LIMIT`].
@@ -430,6 +434,19 @@ const fn patience(local_store: bool, of_this_machine: bool, at_work: bool) -> Du
     if local_store && of_this_machine && !at_work { NEAR } else { PATIENCE }
 }
 
+/// Whether one of `nodes` is still alive. Takes up to the longest of their patience if none is, and no longer than the
+/// first sign of life otherwise.
+pub async fn any_lives(run: &Store, nodes: &[&NodeId]) -> Result<bool, StorageError> {
+    let looks = futures::stream::iter(nodes.iter().map(|node| look(run, node))).buffer_unordered(LOOKS);
+    tokio::pin!(looks);
+    while let Some(found) = looks.next().await {
+        if found? == Liveness::Alive {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Checks whether `node` is still alive. Takes up to [`PATIENCE`] if it is not, less if the kernel knows.
 pub async fn look(run: &Store, node: &NodeId) -> Result<Liveness, StorageError> {
     let near = run.is_local();
@@ -668,6 +685,26 @@ mod tests {
 
     async fn read(run: &Store, node: &NodeId) -> Result<Option<Heartbeat>, StorageError> {
         Ok(stored(run, node).await?.and_then(|body| Heartbeat::parse(&body).ok()))
+    }
+
+    #[tokio::test]
+    async fn a_group_lives_while_one_of_its_nodes_does() {
+        let store = Store::faulty_with(&Faulty::new(|_, _, _| Fault::Pass), &StorageConfig::plain(4, 8), None);
+        let [left, missing, alive] = ["n1", "n2", "n3"].map(|name| NodeId::new(name).unwrap());
+        let tombstone = Group { left: true, ..group() };
+        store.put(&layout::heartbeat(&left), body(&left, &elsewhere(), 1, Some(&tombstone))).await.unwrap();
+        assert!(!any_lives(&store, &[&left, &missing]).await.unwrap());
+        assert!(!any_lives(&store, &[]).await.unwrap());
+        let beats = async {
+            for counter in 0.. {
+                store.put(&layout::heartbeat(&alive), body(&alive, &elsewhere(), counter, None)).await.unwrap();
+                tokio::time::sleep(READ_AGAIN).await;
+            }
+        };
+        tokio::select! {
+            lives = any_lives(&store, &[&left, &missing, &alive]) => assert!(lives.unwrap()),
+            () = beats => {}
+        }
     }
 
     #[tokio::test]

@@ -108,7 +108,7 @@ pub struct Listed {
 }
 
 /// The age of a listed beat beside `own`, both by the store's clock; a younger one has none.
-fn age(own: Timestamp, stored: Timestamp) -> Duration {
+pub(super) fn age(own: Timestamp, stored: Timestamp) -> Duration {
     Duration::try_from(own.duration_since(stored)).unwrap_or_default()
 }
 

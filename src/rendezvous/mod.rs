@@ -8,6 +8,7 @@
 //! | `seat` | the loop around all that, as a state machine without I/O |
 //! | `channel` | messages between the agents of one generation; requests and hints, never facts |
 //! | `peers` | one agent's links to all others, by node: dials, reads, says who is lost |
+//! | `overview` | the nodes of a run as a person outside of it sees them |
 //! | `cost` | what all that costs in requests and money |
 //!
 //! A run with one node uses `heartbeat` and `policy::single` alone.
@@ -24,5 +25,6 @@ pub mod cost;
 pub mod heartbeat;
 pub mod membership;
 pub mod peers;
+pub mod overview;
 pub mod policy;
 pub mod seat;

@@ -519,7 +519,7 @@ impl Runner {
         if let Some(since) = self.options.since.take() {
             tracing::info!("boot to joined: {:.2} s", since.elapsed().as_secs_f64());
         }
-        notices.formed(&self.run, generation);
+        notices.formed(&self.run, generation, &self.journal.state().continued(generation));
         let world_size = WorldSize(self.resolved.workload.workers());
         self.reporter.event(&Event::Formed {
             generation,

@@ -10,6 +10,7 @@ mod endings;
 mod files;
 mod loops;
 mod machine;
+mod nodes;
 mod stack;
 mod stand_ins;
 

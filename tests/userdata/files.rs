@@ -282,7 +282,8 @@ for document in yaml.safe_load_all(sys.argv[1]):
 "#;
     for (name, wrong) in [
         ("kubernetes/job.yaml", ("podReplacementPolicy", "podReplacmentPolicy")),
-        ("kubernetes/jobset.yaml", ("onJobFailureReasons", "onJobFailureReason")),
+        ("kubernetes/jobset.yaml", ("enableDNSHostnames", "enableDNSHostname")),
+        ("kubernetes/jobset.yaml", ("policyTypes", "policyType")),
         ("kubernetes/trainjob.yaml", ("resourcesPerNode", "resourcePerNode")),
     ] {
         let text = text(name);

@@ -18,7 +18,8 @@ fn definition(group: &str, token: &str, heartbeat: u32) -> Option<Value> {
         .replace("${Partition}", "aws")
         .replace("${Group}", group)
         .replace("${TaskToken}", token)
-        .replace("${HeartbeatSeconds}", &heartbeat.to_string());
+        .replace("${HeartbeatSeconds}", &heartbeat.to_string())
+        .replace("${Size}", "1");
     assert!(!text.contains("${"), "something is not substituted: {text}");
     Some(serde_json::from_str(&text).expect("the definition is JSON"))
 }

@@ -1,7 +1,7 @@
 //! The CloudFormation templates: linted, checked for mistakes that the linter misses, and created.
 use std::collections::BTreeSet;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{python, said, text, tool, yaml};
 use crate::support::moto::Moto;
@@ -10,8 +10,56 @@ fn template(name: &str) -> Option<Value> {
     Some(yaml(&text(name))?.remove(0))
 }
 
-fn properties<'t>(template: &'t Value, resource: &str) -> &'t Value {
+pub fn properties<'t>(template: &'t Value, resource: &str) -> &'t Value {
     &template["Resources"][resource]["Properties"]
+}
+
+/// The stack's template with this value of `Nodes`: what depends on nothing else is decided. `None`: the tools are
+/// missing.
+pub fn with_nodes(nodes: &str) -> Option<Value> {
+    let mut stack = decided(&template("aws/stack.yaml")?, nodes);
+    let resources = stack["Resources"].as_object_mut().expect("resources");
+    resources.retain(|_, resource| nodes != "1" || resource["Condition"] != "Several");
+    Some(stack)
+}
+
+/// CloudFormation's functions, as far as their arguments are known once `Nodes` is.
+fn decided(value: &Value, nodes: &str) -> Value {
+    let fields = match value {
+        Value::Array(items) => return items.iter().map(|item| decided(item, nodes)).collect(),
+        Value::Object(fields) => fields,
+        other => return other.clone(),
+    };
+    if let Some(branches) = fields.get("Fn::If")
+        && branches[0] == "Several"
+    {
+        return decided(&branches[if nodes == "1" { 2 } else { 1 }], nodes);
+    }
+    if fields.get("Ref").is_some_and(|name| name == "Nodes") {
+        return nodes.into();
+    }
+    let fields = fields.iter().map(|(key, field)| (key.clone(), decided(field, nodes)));
+    // A property that is left out.
+    let fields: Map<_, _> = fields.filter(|(_, field)| *field != json!({"Ref": "AWS::NoValue"})).collect();
+    let list = |function: &str| fields.get(function).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    if let Some(Value::String(whole)) = fields.get("Fn::Sub")
+        && whole.contains("${Nodes}")
+    {
+        return whole.replace("${Nodes}", nodes).into();
+    }
+    if let [Value::String(whole), Value::Object(values)] = list("Fn::Sub")
+        && let Some(values) = values.iter().map(|(key, value)| Some((key, value.as_str()?))).collect::<Option<Vec<_>>>()
+    {
+        let insert = |whole: String, (key, value): &(&String, &str)| whole.replace(&format!("${{{key}}}"), value);
+        return json!({"Fn::Sub": values.iter().fold(whole.clone(), insert)});
+    }
+    if let [Value::String(by), Value::String(whole)] = list("Fn::Split") {
+        return whole.split(by.as_str()).map(Value::from).collect();
+    }
+    if let [Value::Number(at), Value::Array(items)] = list("Fn::Select") {
+        return at.as_u64().and_then(|at| items.get(usize::try_from(at).ok()?)).expect("as many items").clone();
+    }
+    Value::Object(fields)
 }
 
 #[test]
@@ -66,7 +114,7 @@ fn schedules_have_the_schedulers_syntax() {
     ] {
         assert!(scheduler_cron(wrong).is_err(), "{wrong}");
     }
-    let Some(stack) = template("aws/stack.yaml") else { return };
+    let Some(stack) = with_nodes("1") else { return };
     let expression = stack["Parameters"]["Schedule"]["Default"].as_str().expect("a default schedule");
     assert_eq!(scheduler_cron(expression), Ok(()), "{expression}");
     assert_eq!(expression, "cron(0 6 1 1,4,7,10 ? *)", "each quarter");
@@ -106,7 +154,7 @@ print(json.dumps(session.get_service_model("ec2").shape_for("InstanceType").enum
         "{}",
         known.len()
     );
-    let stack = template("aws/stack.yaml").expect("the tools are there");
+    let stack = with_nodes("1").expect("the tools are there");
     let group = properties(&stack, "Group");
     let distribution = &group["MixedInstancesPolicy"]["InstancesDistribution"];
     // https://docs.aws.amazon.com/autoscaling/ec2/APIReference/API_InstancesDistribution.html
@@ -360,7 +408,7 @@ fn batch_starts_again_on_the_codes_that_ask_for_it() {
 }
 
 /// The settings' references, and the longest values in their place: AWS's limits, or else more than a person writes.
-const LONGEST: [(&str, usize); 12] = [
+const LONGEST: [(&str, usize); 13] = [
     ("${AWS::Region}", 16),
     ("${Image}", 250),
     ("${Bundle}", 200),
@@ -374,6 +422,7 @@ const LONGEST: [(&str, usize); 12] = [
     ("${JobQueue}", 150),
     ("${AWS::StackName}", 128),
     ("${TaskToken}", 116),
+    ("${JobNodes}", 9),
 ];
 
 /// The part of User Data that is a script, and all of it, as a machine gets it.
@@ -392,7 +441,7 @@ fn the_stack_carries_user_data_and_it_fits() {
         join[1][1].as_str(),
         Some(without_comments.as_str()),
         "renew the copy in stack.yaml: grep -vE '^\\s*#([^!]|$)' userdata/aws/user-data.sh | sed \
-        's/^\\(.\\)/             \\1/'"
+        's/^\\(.\\)/        \\1/'"
     );
     let head = join[1][0]["Fn::Sub"][0].as_str().expect("the settings");
     assert!(head.ends_with("\n\n"), "a blank line between a part's head and its body");
@@ -464,12 +513,20 @@ pub fn tagged<'a>(answer: &'a str, tag: &str) -> &'a str {
 }
 
 pub fn create(moto: &Moto, name: &str, work: &str) {
+    create_nodes(moto, name, work, "1");
+}
+
+pub fn create_nodes(moto: &Moto, name: &str, work: &str, nodes: &str) {
     let images = moto.query("ec2", "2016-11-15", "DescribeImages", &[]);
     let image =
         json!({"Name": "/images/gpu", "Value": tagged(&images, "imageId"), "Type": "String", "Overwrite": true});
     moto.json("ssm", "AmazonSSM.PutParameter", &image);
     let subnets = moto.query("ec2", "2016-11-15", "DescribeSubnets", &[]);
+    // Two zones of the default network.
+    let zones: Vec<_> =
+        subnets.split("<subnetId>").skip(1).map(|rest| rest.split('<').next().expect("an id")).collect();
     let path = format!("/trainer/{name}");
+    let zones = zones[..2].join(",");
     let mut parameters: Vec<(String, String)> = vec![
         ("StackName".into(), name.into()),
         ("TemplateBody".into(), template_for_moto()),
@@ -477,13 +534,14 @@ pub fn create(moto: &Moto, name: &str, work: &str) {
     ];
     let values = [
         ("VpcId", tagged(&subnets, "vpcId")),
-        ("SubnetIds", tagged(&subnets, "subnetId")),
+        ("SubnetIds", &zones),
         ("ImageId", "/images/gpu"),
         ("ConfigUri", "s3://configs/reports.toml"),
         ("ReadBucket", "configs"),
         ("Image", "123456789012.dkr.ecr.us-east-1.amazonaws.com/trainer:1"),
         ("Work", work),
         ("SsmPath", &path),
+        ("Nodes", nodes),
     ];
     for (number, (key, value)) in values.into_iter().enumerate() {
         parameters.push((format!("Parameters.member.{}.ParameterKey", number + 1), key.into()));
@@ -509,6 +567,7 @@ fn the_stack_is_created_except_for_the_types_that_moto_does_not_know() {
                 Some("IsLoop") => work == "loop",
                 Some("HasEmail") => false,
                 Some("HasImage") => true,
+                Some("Several") => false,
                 Some(other) => panic!("unknown condition {other}"),
                 None => true,
             };

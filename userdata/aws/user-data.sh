@@ -2,15 +2,13 @@
 # EC2 User Data: makes a fresh machine train, and keeps it training over every restart. No package is installed.
 #
 # The AMI has Docker and, for GPUs, NVIDIA's driver and container toolkit. A bundle instead of an image needs glibc 2.36
-# and curl 7.88. Settings are lines of NAME=value in /etc/trainer/machine.conf, none of them secret: userdata/README.md
-# lists them.
+# and curl 7.88. userdata/README.md lists the settings in /etc/trainer/machine.conf; none is secret.
 #
 # Costs: the machine's price an hour x hours, its disk, what it logs.
 # Removal: terminate the machine.
 #
-# It installs itself (below TRAINER_ROOT, if set) as trainer-machine, with a unit that runs `trainer-machine run` at
-# each start. It is safe to run again, and twice at once. Failures go to standard error and to
-# /var/log/trainer-boot.log. Tabs, because EC2 takes 16 KB.
+# It installs itself (below TRAINER_ROOT, if set) as trainer-machine, and a unit that calls it. It is safe to run again,
+# and twice at once. Failures go to /var/log/trainer-boot.log, too. Tabs: EC2 takes 16 KB.
 set -Eeuo pipefail
 umask 022
 root=${TRAINER_ROOT:-}
@@ -187,7 +185,7 @@ get_bundle() {
 # --- what the unit calls
 
 run() {
-	local command=(boot --json) stop gpus=() logs=()
+	local command=(boot --json ${TRAINER_NODES:+--nodes "$TRAINER_NODES"}) stop gpus=() logs=()
 	install -d -m 0700 "$run"
 	export DOCKER_CONFIG=$run/docker
 	know_machine
@@ -221,6 +219,7 @@ run() {
 			--log-opt "awslogs-stream=$id" --log-opt mode=non-blocking --log-opt max-buffer-size=4m)
 	fi
 	if leaves; then logs+=(--env TRAINER_POWER_OFF=host); fi
+	if [ -e "$root/dev/infiniband" ]; then gpus+=(--device /dev/infiniband); fi
 	stop=$((${TRAINER_STOP_WINDOW%s} + 10))
 	say "starting $image ${command[*]} on $id"
 	# Host network for the metadata service and NCCL; host IPC and memory locks for NCCL and pinned snapshots.

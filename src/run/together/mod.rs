@@ -443,7 +443,7 @@ impl Runner {
         desk.tell(Tell::Route(Route::Lead(generation, to_desk)));
         let links = desk.links.clone();
         let post = tokio::spawn(post(sent, move |(node, words)| links.send(&node, generation, Words::ToMember(words))));
-        notices.formed(&self.run, generation);
+        notices.formed(&self.run, generation, &state.continued(generation));
         let plan = self.plan(generation, &load, Instant::now(), &seating);
         if let Some(newest) = state.newest() {
             self.estimates.seed(&newest.committed);

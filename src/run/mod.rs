@@ -38,7 +38,7 @@ use std::{cell::Cell, ops::ControlFlow, sync::Arc, time::Duration};
 
 use tokio::{sync::mpsc, time::Instant};
 
-pub use self::launch::{Begin, Launch, LaunchOptions, OnComplete, Outcome};
+pub use self::launch::{Begin, InvalidBounds, Launch, LaunchOptions, NodeBounds, OnComplete, Outcome};
 use self::{
     open::{Opened, Opening, Overrides, Ready, Resolving, Standing},
     resolved::Resolved,

@@ -9,9 +9,9 @@ use super::{
 };
 use crate::{
     config::{
-        Cadence, CheckpointConfig, CompleteAction, DataConfig, Keep, ModelConfig, ModelKind, NoticeConfig, OnComplete,
-        OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig, ScheduleKind,
-        StorageConfig, Strategy, TrainConfig, TrainTask,
+        Cadence, CheckpointConfig, CompleteAction, DataConfig, Keep, ModelConfig, ModelKind, NetworkConfig,
+        NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig, ScheduleConfig,
+        ScheduleKind, StorageConfig, Strategy, TrainConfig, TrainTask,
     },
     format::header::{self, Dtype},
     ids::{AttemptId, Generation, NodeId, RunId, Step, WorldSize},
@@ -115,6 +115,7 @@ pub fn config() -> RunConfig {
                 nproc_per_node: None,
                 device: crate::config::Device::Auto,
                 bucket_mib: 25,
+                mixed: false,
             },
         },
         checkpoint: CheckpointConfig {
@@ -127,6 +128,7 @@ pub fn config() -> RunConfig {
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 1, same_step: 1, backoff: std::time::Duration::ZERO, hang: None },
         storage: STORAGE,
+        network: NetworkConfig::default(),
     }
 }
 

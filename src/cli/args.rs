@@ -2,7 +2,14 @@
 
 use clap::Args;
 
-use crate::{config::Machine, error::Result, ids::RunId, storage::Store};
+use crate::{
+    config::{self, Machine},
+    error::Result,
+    ids::RunId,
+    rendezvous::policy::ending::Wait,
+    run::NodeBounds,
+    storage::Store,
+};
 
 /// Which store.
 #[derive(Clone, Debug, Args)]
@@ -72,6 +79,26 @@ pub(super) struct WorkersArg {
     pub nproc_per_node: Option<Workers>,
 }
 
+/// Nodes of the run.
+#[derive(Clone, Copy, Debug, Args)]
+pub(super) struct NodesArg {
+    /// Machines that train together: a number, or MIN:MAX. Start the same run on each. Below MIN they save and wait,
+    /// above MAX the others wait
+    #[arg(long, value_name = "MIN[:MAX]", default_value = "1")]
+    pub nodes: NodeBounds,
+    /// How long to wait for MIN machines: a duration such as 30m, or "forever" [default: 10m, with boot forever]
+    #[arg(long, value_name = "TIME", value_parser = wait)]
+    pub wait: Option<Wait>,
+}
+
+fn wait(text: &str) -> Result<Wait, String> {
+    if text == "forever" {
+        return Ok(Wait { at_most: None });
+    }
+    let time = config::parse_duration(text).ok_or("expected \"forever\", or a duration such as 90s, 30m or 1h30m")?;
+    Ok(Wait { at_most: Some(time) })
+}
+
 fn workers(text: &str) -> Result<Workers, String> {
     match text {
         "auto" => Ok(Workers::Auto),
@@ -120,5 +147,15 @@ mod tests {
             assert!(workers(bad).is_err(), "{bad:?}");
         }
         assert!(Workers::Auto.count() >= 1);
+    }
+
+    #[test]
+    fn a_wait_is_a_duration_or_has_no_end() {
+        assert_eq!(wait("forever"), Ok(Wait::BOOT));
+        assert_eq!(wait("10m"), Ok(Wait::RUN));
+        assert_eq!(wait("0s"), Ok(Wait { at_most: Some(std::time::Duration::ZERO) }));
+        for bad in ["", "never", "10", "-1s", "Forever"] {
+            assert!(wait(bad).unwrap_err().contains("\"forever\", or a duration"), "{bad:?}");
+        }
     }
 }

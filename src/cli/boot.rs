@@ -6,7 +6,7 @@ use clap::Args;
 use jiff::Timestamp;
 
 use super::{
-    args::{SetArg, Workers, WorkersArg},
+    args::{NodesArg, SetArg, Workers, WorkersArg},
     run, store,
 };
 use crate::{
@@ -19,6 +19,7 @@ use crate::{
     config::{self, Device, Machine, RunConfig, Sources, StorageConfig, Text},
     error::{Context, Error, Kind, Result},
     ids::RunId,
+    rendezvous::policy::ending::Wait,
     report::{Reporter, Screen},
     run::{
         Begin, LaunchOptions,
@@ -36,6 +37,7 @@ const MAX_CONFIG: u64 = 1 << 20;
 Examples:
   trainer boot --ssm-path /trainer/reports
   trainer boot s3://bucket/reports.toml --store s3://bucket/runs --run-id-template 'reports-{year}'
+  trainer boot --ssm-path /trainer/reports --nodes 2:8
 
 Precedence: instance tags < SSM parameters < environment < flags.
   environment: TRAINER_ and CONFIG, STORE, RUN_ID, RUN_ID_TEMPLATE, TIME_ZONE, SSM_PATH
@@ -52,7 +54,8 @@ To continue an unfinished run of an earlier period, pass its --run-id.
 An existing run keeps the settings it was created with, plus changes from --set or set/<key>.
 A changed configuration file has no effect. Settings of storage apply from the first request;
 storage.attempts is the number of attempts per request. A complete run is left alone.
-Two machines may boot one run: one trains, the other waits and takes over when the first is gone.
+With --nodes 1, two machines may boot one run: one trains, the other waits and takes over when
+the first is gone. Give all machines of a run the same --nodes.
 When the run is complete, on_complete.action says what happens to the machine.
 In a container set TRAINER_POWER_OFF=host: then the host powers the machine off, not `boot`.
 
@@ -86,6 +89,8 @@ pub struct Boot {
     #[command(flatten)]
     workers: WorkersArg,
     #[command(flatten)]
+    nodes: NodesArg,
+    #[command(flatten)]
     set: SetArg,
     /// How long to wait while another machine trains this run: a duration such as 30m, or "forever"
     #[arg(long, value_name = "TIME", default_value = "forever", value_parser = standby)]
@@ -117,7 +122,7 @@ impl Boot {
         let Ready { store, run_id, begin, options } = ready;
         let reporter = Reporter::new(screen, self.json);
         let nproc_per_node = self.workers.nproc_per_node.map(Workers::count);
-        run::launch_as(reporter, store, run_id, begin, nproc_per_node, options)
+        run::launch(reporter, store, run_id, begin, nproc_per_node, options)
     }
 
     /// Finds the run, and waits for the devices that it needs.
@@ -160,13 +165,22 @@ impl Boot {
             // The configuration was read as soon as no run was found.
             (Found::New, None) => return Err(Error::new(Kind::Bug, "a new run has no configuration")),
         };
+        self.nodes.nodes.meet_in(&store.uri())?;
         self.await_devices(stop, device, idle, &mut steps)?;
         let cache = boot::cache(&hardware::root());
         if let Some(folder) = &cache {
             steps.done(format_args!("datasets are kept on the local disk, {}", folder.display()));
         }
         let since = Some(steps.began());
-        let options = LaunchOptions { standby: self.standby, cache, since, dedicated: true, accepts_data: false };
+        let options = LaunchOptions {
+            nodes: self.nodes.nodes,
+            wait: self.nodes.wait.unwrap_or(Wait::BOOT),
+            standby: self.standby,
+            cache,
+            since,
+            dedicated: true,
+            accepts_data: false,
+        };
         Ok(Ready { store, run_id, begin, options })
     }
 

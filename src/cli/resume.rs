@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::{
-    args::{RunArg, SetArg, Workers, WorkersArg},
+    args::{NodesArg, RunArg, SetArg, Workers, WorkersArg},
     run,
 };
 use crate::{
@@ -13,6 +13,7 @@ use crate::{
     config,
     error::{Kind, Result},
     ids::Step,
+    rendezvous::policy::ending::Wait,
     report::{Reporter, Screen},
     run::{LaunchOptions, open},
 };
@@ -39,6 +40,8 @@ pub struct Resume {
     #[command(flatten)]
     workers: WorkersArg,
     #[command(flatten)]
+    nodes: NodesArg,
+    #[command(flatten)]
     set: SetArg,
     /// Print events as JSON, one object per line
     #[arg(long)]
@@ -55,13 +58,19 @@ impl Resume {
         let prepare = || {
             let (uri, reading) = (self.run.store.open()?.uri(), config::reading_settings(&overrides)?);
             let found = stop.block_on(open::find(&uri, &reading, &run_id, overrides))?;
+            self.nodes.nodes.meet_in(&uri)?;
             Ok(found.existing(&run_id, &uri)?.resume(self.from))
         };
         let Some((store, begin)) = run::unless_asked(&stop, prepare())? else {
             return Ok(Kind::Interrupted.exit_code().into());
         };
         drop(stop);
-        let options = LaunchOptions { accepts_data, ..LaunchOptions::default() };
-        run::launch_as(Reporter::new(screen, self.json), store, run_id, begin, nproc_per_node, options)
+        let options = LaunchOptions {
+            nodes: self.nodes.nodes,
+            wait: self.nodes.wait.unwrap_or(Wait::RUN),
+            accepts_data,
+            ..LaunchOptions::default()
+        };
+        run::launch(Reporter::new(screen, self.json), store, run_id, begin, nproc_per_node, options)
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use clap::Args;
 
 use super::{
-    args::{JsonArg, SetArg, StoreArg, WorkersArg},
+    args::{NodesArg, SetArg, StoreArg, WorkersArg},
     store,
 };
 use crate::{
@@ -18,6 +18,7 @@ use crate::{
     config::{self, CompleteAction, Machine, RunConfig, Sources},
     error::{Error, Kind, Result},
     ids::{RunId, random_hex},
+    rendezvous::policy::ending::Wait,
     report::{Reporter, Screen, human},
     run::{self, Begin, Launch, LaunchOptions, OnComplete, Outcome},
     storage::Store,
@@ -44,6 +45,8 @@ pub struct Run {
     #[command(flatten)]
     workers: WorkersArg,
     #[command(flatten)]
+    nodes: NodesArg,
+    #[command(flatten)]
     set: SetArg,
     /// Print events as JSON, one object per line
     #[arg(long)]
@@ -60,6 +63,7 @@ impl Run {
                 Some(id) => id.clone(),
                 None => default_id(&self.config, &jiff::Zoned::now(), &random_hex(2))?,
             };
+            self.nodes.nodes.meet_in(&config.store)?;
             let store = Store::open(&config.store, &config.storage)?;
             Ok((store, run_id, Begin::Create(Box::new(config))))
         };
@@ -68,7 +72,12 @@ impl Run {
         };
         drop(stop);
         let nproc_per_node = self.workers.nproc_per_node.map(super::args::Workers::count);
-        launch(screen, JsonArg { json: self.json }, store, run_id, begin, nproc_per_node)
+        let options = LaunchOptions {
+            nodes: self.nodes.nodes,
+            wait: self.nodes.wait.unwrap_or(Wait::RUN),
+            ..LaunchOptions::default()
+        };
+        launch(Reporter::new(screen, self.json), store, run_id, begin, nproc_per_node, options)
     }
 
     fn resolve(&self, stop: &Stop) -> Result<RunConfig> {
@@ -131,18 +140,6 @@ pub(super) fn unless_asked<T>(stop: &Stop, ready: Result<T>) -> Result<Option<T>
 
 /// Passes the run to the agent and tells the user how it ended.
 pub(super) fn launch(
-    screen: Screen,
-    json: JsonArg,
-    store: Store,
-    run_id: RunId,
-    begin: Begin,
-    nproc_per_node: Option<u32>,
-) -> Result<ExitCode> {
-    launch_as(Reporter::new(screen, json.json), store, run_id, begin, nproc_per_node, LaunchOptions::default())
-}
-
-/// The same with other options and a reporter of the caller's.
-pub(super) fn launch_as(
     reporter: Reporter,
     store: Store,
     run_id: RunId,

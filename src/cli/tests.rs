@@ -34,10 +34,11 @@ fn options_are_added_on_purpose_only() {
     assert_eq!(
         found.join("\n"),
         "\
-trainer run: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --nproc-per-node --set --json
-trainer resume: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --from --nproc-per-node --set --json
-trainer boot: CONFIG --run-id --run-id-template --time-zone --ssm-path --store --nproc-per-node --set --standby \
---device-wait --json
+trainer run: CONFIG --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --nproc-per-node --nodes --wait --set --json
+trainer resume: --run-id (TRAINER_RUN_ID) --store (TRAINER_STORE) --from --nproc-per-node --nodes --wait \
+--set --json
+trainer boot: CONFIG --run-id --run-id-template --time-zone --ssm-path --store --nproc-per-node --nodes --wait --set \
+--standby --device-wait --json
 trainer work: --queue (TRAINER_QUEUE) --store (TRAINER_STORE) --allow (TRAINER_ALLOW) --nproc-per-node --idle-exit \
 --once --lease --max-hold --terminate-when-idle --device-wait --ssm-path (TRAINER_SSM_PATH) --json
 trainer runs: --store (TRAINER_STORE) --json
@@ -84,11 +85,18 @@ fn a_wrong_command_line_is_refused_with_the_reason() {
     assert!(refused("trainer run").contains("CONFIG"));
     assert!(refused("trainer run c.toml --set steps").contains("KEY=VALUE"));
     assert!(refused("trainer run c.toml --nproc-per-node 0").contains("expected \"auto\", or a whole number"));
+    assert!(refused("trainer run c.toml --nodes 3:2").contains("expected MIN or MIN:MAX"));
+    assert!(refused("trainer boot --nodes 0").contains("expected MIN or MIN:MAX"));
+    assert!(refused("trainer resume --run-id x --wait soon").contains("expected \"forever\", or a duration"));
+    assert!(refused("trainer work --queue q --nodes 2").contains("unexpected argument '--nodes'"));
     assert!(refused("trainer verify --run-id x --step 1 --all").contains("cannot be used with"));
     assert!(refused("trainer statsu").contains("status"));
     for line in [
         "trainer run c.toml --run-id a --store memory:// --nproc-per-node auto --set a=1 --set b=2 --json",
         "trainer resume --run-id a --from 5 --set a=1",
+        "trainer run c.toml --nodes 3 --wait 30m",
+        "trainer resume --run-id a --nodes 2:8 --wait forever",
+        "trainer boot --nodes 1:4096 --wait 0s",
         "trainer data prepare --input a --input b --tokenizer train:100 --out c",
         "trainer worker",
     ] {

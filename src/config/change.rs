@@ -3,8 +3,8 @@
 use toml::Value;
 
 use super::{
-    CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, NoticeConfig, OnComplete, OptimizerConfig,
-    ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainTask,
+    CheckpointConfig, ConfigError, DataConfig, Keep, ModelConfig, NetworkConfig, NoticeConfig, OnComplete,
+    OptimizerConfig, ParallelConfig, RestartConfig, RunConfig, ScheduleConfig, StorageConfig, TrainConfig, TrainTask,
     error::Origin,
     raw::Raw,
     resolve::{
@@ -37,7 +37,11 @@ pub fn effect(key: &str) -> Effect {
         // The samples' cursor and the tensors are independent of the number of workers and of what each of them keeps:
         // only the order in which gradients are summed depends on it. The device is a machine's own choice, as its kind
         // of GPU is.
-        "parallel.strategy" | "parallel.nproc_per_node" | "parallel.device" | "data.validation_every" => Effect::Free,
+        "parallel.strategy"
+        | "parallel.nproc_per_node"
+        | "parallel.device"
+        | "parallel.mixed"
+        | "data.validation_every" => Effect::Free,
         // It was checked when the run was created.
         "data.tokenizer" => Effect::Free,
         _ if key.starts_with("model.") => Effect::Fixed("the checkpoints' tensors belong to this model"),
@@ -143,14 +147,14 @@ pub fn reading_settings(overrides: &[(String, String)]) -> Result<StorageConfig,
 /// Every setting by its full key, as TOML, in the order of `default.toml`. `model.config` is the JSON itself, as text.
 pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     // Destructured without `..`: a new field that is not listed here does not compile.
-    let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage } = config;
+    let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage, network } = config;
     let TrainTask { model, data, train, parallel } = workload;
     let ModelConfig { kind, config: model_config, init_from } = model;
     let DataConfig { train: data_train, tokenizer, sequence_length, validation_every, validation_sequences } = data;
     let TrainConfig { steps, global_batch, max_micro_batch, seed, precision, threads, optimizer, schedule } = train;
     let OptimizerConfig { lr, betas, eps, weight_decay, grad_clip } = optimizer;
     let ScheduleConfig { kind: schedule_kind, warmup_steps, min_lr_ratio } = schedule;
-    let ParallelConfig { strategy, nproc_per_node, device, bucket_mib } = parallel;
+    let ParallelConfig { strategy, nproc_per_node, device, bucket_mib, mixed } = parallel;
     let CheckpointConfig { every, keep: Keep { last, every: keep_every, best }, scrub, price_per_gib_month } =
         checkpoint;
     let NoticeConfig {
@@ -167,6 +171,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
     let RestartConfig { max, same_step, backoff, hang } = restart;
     let StorageConfig { concurrency, part_mib, attempts, max_upload_mib_per_s, encryption, kms_key_id, storage_class } =
         storage;
+    let NetworkConfig { address, port, store_port } = network;
     vec![
         ("store", word(store)),
         ("model.kind", word(name_of(MODEL_KINDS, *kind))),
@@ -196,6 +201,7 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("parallel.nproc_per_node", nproc_per_node.map_or_else(|| word("auto"), whole)),
         ("parallel.device", word(name_of(DEVICES, *device))),
         ("parallel.bucket_mib", whole(*bucket_mib)),
+        ("parallel.mixed", Value::Boolean(*mixed)),
         ("checkpoint.every", word(&text::format_cadence(*every))),
         ("checkpoint.scrub", word(&scrub.map_or_else(|| "never".into(), text::format_duration))),
         ("checkpoint.price_per_gib_month", Value::Float(*price_per_gib_month)),
@@ -221,6 +227,9 @@ pub fn settings(config: &RunConfig) -> Vec<(&'static str, Value)> {
         ("storage.encryption", word(name_of(ENCRYPTIONS, *encryption))),
         ("storage.kms_key_id", word(kms_key_id.as_deref().unwrap_or_default())),
         ("storage.storage_class", word(storage_class.as_deref().unwrap_or_default())),
+        ("network.address", word(&address.map_or_else(|| "auto".into(), |address| address.to_string()))),
+        ("network.port", whole(*port)),
+        ("network.store_port", whole(*store_port)),
     ]
 }
 

@@ -113,6 +113,7 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "parallel.strategy",
             "parallel.nproc_per_node",
             "parallel.device",
+            "parallel.mixed",
             "checkpoint.every",
             "checkpoint.scrub",
             "checkpoint.price_per_gib_month",
@@ -138,6 +139,9 @@ fn every_key_has_an_effect_that_was_thought_about() {
             "storage.encryption",
             "storage.kms_key_id",
             "storage.storage_class",
+            "network.address",
+            "network.port",
+            "network.store_port",
         ]
     );
 }

@@ -74,8 +74,13 @@ mod tests {
 
     #[test]
     fn the_flag_wins_over_the_configuration_over_the_gpus() {
-        let parallel =
-            |n| ParallelConfig { strategy: Strategy::Ddp, nproc_per_node: n, device: Device::Auto, bucket_mib: 25 };
+        let parallel = |n| ParallelConfig {
+            strategy: Strategy::Ddp,
+            nproc_per_node: n,
+            device: Device::Auto,
+            bucket_mib: 25,
+            mixed: false,
+        };
         let machine = |gpus| Machine { cores: 8, gpus };
         assert_eq!(workers_per_node(&parallel(Some(2)), Some(4), &machine(8)), 4);
         assert_eq!(workers_per_node(&parallel(Some(2)), None, &machine(8)), 2);

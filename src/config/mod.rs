@@ -19,7 +19,7 @@ mod change_tests;
 #[cfg(test)]
 mod tests;
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -34,7 +34,7 @@ pub use raw::DEFAULT_TOML;
 pub use resolve::{Fetch, Guard, MAX_STEPS, PLACES, Sources, Text, load};
 pub use text::{
     absolute_uri, format_cadence, format_duration, local_path, parse_cadence, parse_duration, parse_spacing,
-    read_small, without_bom,
+    read_small, undialable, without_bom,
 };
 pub use workload::{
     DataConfig, Device, ModelConfig, ModelKind, OptimizerConfig, ParallelConfig, Precision, ScheduleConfig,
@@ -59,6 +59,9 @@ pub struct RunConfig {
     pub restart: RestartConfig,
     /// Limits for the object store.
     pub storage: StorageConfig,
+    /// Where a node of several listens. Runs that keep its defaults don't store it, as those before it was a setting.
+    #[serde(default, skip_serializing_if = "NetworkConfig::is_default")]
+    pub network: NetworkConfig,
 }
 
 /// When state is saved, and which checkpoints are kept.
@@ -249,6 +252,26 @@ impl StorageConfig {
 /// The value for runs created before it was a setting; `default.toml` has the same.
 const fn attempts() -> u32 {
     10
+}
+
+/// Where a node of a run with several nodes listens. Every node takes these settings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkConfig {
+    /// The address that others dial; `None`: the source address of the route to the store.
+    #[serde(default)]
+    pub address: Option<IpAddr>,
+    /// The agent's port; 0: of the kernel's choice.
+    #[serde(default)]
+    pub port: u16,
+    /// The port of the first rank's TCPStore; 0: of the kernel's choice.
+    #[serde(default)]
+    pub store_port: u16,
+}
+
+impl NetworkConfig {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// S3's encryption of written objects.

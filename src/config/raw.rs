@@ -207,6 +207,11 @@ impl Raw {
             .ok_or_else(|| self.wrong(key, expected))
     }
 
+    /// `true` or `false`.
+    pub fn flag(&self, key: &str) -> Result<bool, ConfigError> {
+        self.value(key)?.as_bool().ok_or_else(|| self.wrong(key, "true or false"))
+    }
+
     /// One of some words.
     pub fn choice<T: Copy>(&self, key: &str, choices: &[(&str, T)]) -> Result<T, ConfigError> {
         let found = self.value(key)?.as_str().and_then(|text| choices.iter().find(|(name, _)| *name == text));

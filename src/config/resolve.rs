@@ -1,16 +1,19 @@
 //! From the typed settings to those that the program uses: every value looked up, checked and made independent of where
 //! it was typed.
 
-use std::path::{Path, PathBuf};
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
 
 use serde_json::Value as Json;
 use toml::Value;
 
 use super::{
     CheckpointConfig, CompleteAction, ConfigError, DataConfig, Device, Encryption, Keep, Machine, ModelConfig,
-    ModelKind, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig, RunConfig,
-    ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig, TrainTask, error::Origin,
-    raw::Raw, text, workers_per_node,
+    ModelKind, NetworkConfig, NoticeConfig, OnComplete, OptimizerConfig, ParallelConfig, Precision, RestartConfig,
+    RunConfig, ScheduleConfig, ScheduleKind, StorageConfig, Strategy, TokenizerRule, TrainConfig, TrainTask,
+    error::Origin, raw::Raw, text, workers_per_node,
 };
 use crate::error::{Error, Kind};
 
@@ -116,6 +119,7 @@ pub fn load(sources: &Sources<'_>) -> Result<RunConfig, ConfigError> {
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
         restart: restart(&raw)?,
         storage: storage(&raw)?,
+        network: network(&raw)?,
     };
     check(&config)?;
     Ok(config)
@@ -166,6 +170,7 @@ pub(super) fn reread(raw: &Raw, base: &RunConfig, working_directory: &Path) -> R
         on_complete: OnComplete { action: raw.choice("on_complete.action", ACTIONS)? },
         restart: restart(raw)?,
         storage: storage(raw)?,
+        network: network(raw)?,
     };
     check(&config)?;
     Ok(config)
@@ -178,6 +183,20 @@ fn check(config: &RunConfig) -> Result<(), ConfigError> {
         return Err(ConfigError::Together(format!(
             "train.schedule.warmup_steps = {} is longer than the run: train.steps = {}",
             train.schedule.warmup_steps, train.steps
+        )));
+    }
+    let parallel = &config.workload.parallel;
+    if parallel.mixed && parallel.strategy != Strategy::Zero1 {
+        return Err(ConfigError::Together(
+            "parallel.mixed = true needs parallel.strategy = \"zero1\": with \"ddp\", devices that round differently \
+             would part from one another, step by step"
+                .into(),
+        ));
+    }
+    let NetworkConfig { port, store_port, .. } = config.network;
+    if port != 0 && port == store_port {
+        return Err(ConfigError::Together(format!(
+            "network.port and network.store_port are both {port}: give one of them another port, or 0"
         )));
     }
     Ok(())
@@ -326,7 +345,24 @@ fn parallel(raw: &Raw) -> Result<ParallelConfig, ConfigError> {
         nproc_per_node: raw.word_or_whole("parallel.nproc_per_node", "auto", 1..=1024)?,
         device: raw.choice("parallel.device", DEVICES)?,
         bucket_mib: raw.whole("parallel.bucket_mib", 1..=65_536)?,
+        mixed: raw.flag("parallel.mixed")?,
     })
+}
+
+fn network(raw: &Raw) -> Result<NetworkConfig, ConfigError> {
+    let port = |key| {
+        let port = raw.whole(key, 0..=u32::from(u16::MAX))?;
+        u16::try_from(port).map_err(|_| raw.wrong(key, "a port"))
+    };
+    let address = match raw.text("network.address")?.trim() {
+        "auto" => None,
+        given => {
+            let address = given.parse().ok().filter(|address: &IpAddr| text::undialable(*address).is_none());
+            let expected = "\"auto\", or an IP address of the machine that others can dial, such as \"10.0.0.7\"";
+            Some(address.ok_or_else(|| raw.wrong("network.address", expected))?)
+        }
+    };
+    Ok(NetworkConfig { address, port: port("network.port")?, store_port: port("network.store_port")? })
 }
 
 fn checkpoint(raw: &Raw) -> Result<CheckpointConfig, ConfigError> {

@@ -116,7 +116,8 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
                     strategy: Strategy::Ddp,
                     nproc_per_node: None,
                     device: crate::config::Device::Auto,
-                    bucket_mib: 25
+                    bucket_mib: 25,
+                    mixed: false
                 },
             },
             checkpoint: CheckpointConfig {
@@ -129,6 +130,7 @@ action = "exit"                   # or "terminate": leave the Auto Scaling group
             on_complete: OnComplete { action: CompleteAction::Exit },
             restart: RestartConfig { max: 10, same_step: 3, backoff: Duration::from_secs(1), hang: None },
             storage: StorageConfig::plain(16, 16),
+            network: NetworkConfig::default(),
         }
     );
     let stored = serde_json::to_string(&config).unwrap();
@@ -141,7 +143,7 @@ fn what_is_computed_is_stored_in_sections_of_the_run() {
         serde_json::to_string(value).unwrap()
     }
     let config = load_least("").unwrap();
-    let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage } = &config;
+    let RunConfig { store, workload, checkpoint, notice, on_complete, restart, storage, network: _ } = &config;
     let TrainTask { model, data, train, parallel } = workload;
     let sections = [
         ("store", json(store)),
@@ -206,7 +208,7 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         (
             "'qqq.qqq' = 1",
             "run.toml:3: unknown key \"qqq.qqq\"",
-            "there are checkpoint, data, model, notice, on_complete, parallel, restart, storage, store, train",
+            "there are checkpoint, data, model, network, notice, on_complete, parallel, restart, storage, store, train",
         ),
         ("train.steps = 0", "run.toml:3: train.steps = 0: expected a whole number from 1 to 2199023255551", ""),
         ("train.steps = -1", "run.toml:3: train.steps = -1: expected a whole number from 1 to 2199023255551", ""),
@@ -332,6 +334,32 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
             az://container/prefix, file://path or memory://, or a path",
             "",
         ),
+        ("parallel.mixed = 'yes'", "run.toml:3: parallel.mixed = \"yes\": expected true or false", ""),
+        (
+            "parallel.mixed = true",
+            "parallel.mixed = true needs parallel.strategy = \"zero1\": with \"ddp\", devices that round differently \
+            would part from one another, step by step",
+            "",
+        ),
+        (
+            "network.address = 'node7'",
+            "run.toml:3: network.address = \"node7\": expected \"auto\", or an IP address of the machine that others \
+            can dial, such as \"10.0.0.7\"",
+            "",
+        ),
+        (
+            "network.address = '0.0.0.0'",
+            "run.toml:3: network.address = \"0.0.0.0\": expected \"auto\", or an IP address of the machine that others \
+            can dial, such as \"10.0.0.7\"",
+            "",
+        ),
+        ("network.port = 65536", "run.toml:3: network.port = 65536: expected a whole number from 0 to 65535", ""),
+        ("network.store_port = -1", "run.toml:3: network.store_port = -1: expected a whole number from 0 to 65535", ""),
+        (
+            "network = { port = 7077, store_port = 7077 }",
+            "network.port and network.store_port are both 7077: give one of them another port, or 0",
+            "",
+        ),
         ("a = = 1", "run.toml:3: not valid TOML: ", ""),
         ("model.kind = 'gpt'", "run.toml:3: model.kind = \"gpt\": expected \"llama\"", ""),
     ] {
@@ -346,6 +374,49 @@ fn wrong_settings_are_refused_in_words_that_name_them() {
         assert_eq!(error.hint().unwrap_or_default(), hint, "{lines}");
         assert_eq!(error.kind(), crate::error::Kind::Config);
     }
+}
+
+#[test]
+fn settings_of_several_nodes_are_stored_only_by_runs_that_have_them() {
+    let dir = folder();
+    let load = |more: &str| load_with(dir.path(), &format!("{LEAST}{more}"), vec![], &[]);
+    let usual = load("").unwrap();
+    let stored = serde_json::to_string(&usual).unwrap();
+    // As every earlier version wrote it: the same bytes, and read by it.
+    assert!(!stored.contains("network") && !stored.contains("mixed"), "{stored}");
+    assert_eq!(serde_json::from_str::<RunConfig>(&stored).unwrap(), usual);
+    let spelled_out = "network = { address = 'auto', port = 0, store_port = 0 }\nparallel.mixed = false";
+    assert_eq!(serde_json::to_string(&load(spelled_out).unwrap()).unwrap(), stored);
+
+    let config =
+        load_least("network = { address = 'fd00::7', port = 7077 }\nparallel = { strategy = 'zero1', mixed = true }")
+            .unwrap();
+    let expected = NetworkConfig { address: Some("fd00::7".parse().unwrap()), port: 7077, store_port: 0 };
+    assert_eq!((config.network, config.workload.parallel.mixed), (expected, true));
+    let stored = serde_json::to_value(&config).unwrap();
+    let network = serde_json::json!({"address": "fd00::7", "port": 7077, "store_port": 0});
+    assert_eq!((&stored["network"], &stored["parallel"]["mixed"]), (&network, &serde_json::json!(true)));
+    assert_eq!(serde_json::from_value::<RunConfig>(stored.clone()).unwrap(), config);
+    for (key, value) in [
+        ("address", serde_json::json!("node7")),
+        ("port", serde_json::json!(65536)),
+        ("store_port", serde_json::json!(-1)),
+        ("store_port", serde_json::json!("any")),
+    ] {
+        let mut hostile = stored.clone();
+        hostile["network"][key] = value.clone();
+        assert!(serde_json::from_value::<RunConfig>(hostile).is_err(), "{key} = {value}");
+    }
+
+    // A resume changes them back, and together with what they need.
+    let set = |pairs: &[(&str, &str)]| {
+        let pairs: Vec<_> = pairs.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        canonical_overrides(&config, &pairs).and_then(|canonical| apply_overrides(&config, &canonical))
+    };
+    let back = set(&[("network.address", "auto"), ("network.port", "0"), ("parallel.mixed", "false")]).unwrap();
+    assert_eq!((back.network, back.workload.parallel.mixed), (NetworkConfig::default(), false));
+    let error = set(&[("parallel.strategy", "ddp")]).unwrap_err().to_string();
+    assert!(error.starts_with("parallel.mixed = true needs parallel.strategy"), "{error}");
 }
 
 #[test]

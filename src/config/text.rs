@@ -1,6 +1,7 @@
 //! Values that are written as text: durations, cadences, URIs. Each is read and written here, so that both agree.
 
 use std::{
+    net::IpAddr,
     path::{Component, Path, PathBuf},
     time::Duration,
 };
@@ -98,6 +99,21 @@ pub fn format_spacing(spacing: Spacing) -> String {
     match spacing {
         Spacing::Steps(steps) => format_steps(steps),
         Spacing::Time { seconds } => format_duration(seconds),
+    }
+}
+
+/// Why another machine can't dial `address`; `None`: it may.
+pub fn undialable(address: IpAddr) -> Option<&'static str> {
+    let (unspecified, multicast) = (address.is_unspecified(), address.is_multicast());
+    let local = match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    match (unspecified, multicast, local) {
+        (true, ..) => Some("it is no address"),
+        (_, true, _) => Some("it is a group's"),
+        (.., true) => Some("it holds on one line only"),
+        _ => None,
     }
 }
 

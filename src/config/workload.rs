@@ -153,6 +153,9 @@ pub struct ParallelConfig {
     pub device: Device,
     /// Size of the buckets in which gradients are reduced and weights gathered, MiB.
     pub bucket_mib: u32,
+    /// Whether the nodes of one generation may compute with devices of several kinds. Stored only if they may.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub mixed: bool,
 }
 
 /// The state that is replicated, and the state that is partitioned over the ranks.

@@ -52,6 +52,7 @@ pub(super) fn config() -> RunConfig {
                 nproc_per_node: None,
                 device: crate::config::Device::Auto,
                 bucket_mib: 25,
+                mixed: false,
             },
         },
         checkpoint: CheckpointConfig {
@@ -64,6 +65,7 @@ pub(super) fn config() -> RunConfig {
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_secs(1), hang: None },
         storage: settings(),
+        network: NetworkConfig::default(),
     }
 }
 

@@ -3,12 +3,14 @@
 //! Values only. *Crash, retry:* the same [`Launch`] can be given to another process: [`Begin::CreateOrResume`] finds
 //! the run that a killed one has created, [`Begin::Create`] then fails because the run exists. *Cancel:* see [`super`].
 
-use std::{path::PathBuf, time::Duration};
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
 use crate::{
     config::{CompleteAction, RunConfig},
+    error::{Error, Kind, Result},
     ids::{RunId, Step},
     journal::RunState,
+    rendezvous::policy::{self, ending::Wait},
     report::Reporter,
     storage::Store,
 };
@@ -31,8 +33,13 @@ pub struct Launch {
 }
 
 /// How an agent behaves; the default is that of `run` and `resume`.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct LaunchOptions {
+    /// How many nodes train together.
+    pub nodes: NodeBounds,
+    /// How long to wait for [`NodeBounds::min`] of them.
+    pub wait: Wait,
+
     /// How long to wait for another live agent that has the run; zero: exit at once. While waiting, it watches the
     /// other's heartbeat: if that stops, it takes over; if the run completes, it has nothing to do.
     pub standby: Duration,
@@ -48,11 +55,90 @@ pub struct LaunchOptions {
     pub accepts_data: bool,
 }
 
+impl Default for LaunchOptions {
+    fn default() -> Self {
+        Self {
+            nodes: NodeBounds::ONE,
+            wait: Wait::RUN,
+            standby: Duration::ZERO,
+            cache: None,
+            since: None,
+            dedicated: false,
+            accepts_data: false,
+        }
+    }
+}
+
 impl LaunchOptions {
+    /// The limits of a group of this run's nodes.
+    pub fn bounds(&self, config: &RunConfig) -> policy::Bounds {
+        let NodeBounds { min, max } = self.nodes;
+        let (train, parallel) = (&config.workload.train, &config.workload.parallel);
+        policy::Bounds { min, max, global_batch: train.global_batch, mixed: parallel.mixed }
+    }
+
     /// What to do with the machine when the run is complete.
     pub(super) fn then(&self, config: &RunConfig, trained_here: bool) -> OnComplete {
         let action = if self.dedicated || trained_here { config.on_complete.action } else { CompleteAction::Exit };
         OnComplete { action, lifecycle_hook: config.notice.lifecycle_hook.clone() }
+    }
+}
+
+/// How many nodes train together. Written `3`, which is `3:3`, or `2:8`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeBounds {
+    /// With fewer, nothing is trained; at least 1.
+    pub min: u32,
+    /// More wait until one is gone; at least `min`, at most [`NodeBounds::MOST`].
+    pub max: u32,
+}
+
+impl NodeBounds {
+    /// A run with one node.
+    pub const ONE: Self = Self { min: 1, max: 1 };
+    /// The most nodes of a run. Its records name them all, and a message must hold such a record.
+    pub const MOST: u32 = 4096;
+
+    /// Refuses a store in which no other node can meet this one.
+    ///
+    /// # Errors
+    /// Wrong usage, if several nodes are wanted and the store is in this process's memory.
+    pub fn meet_in(self, store: &str) -> Result<()> {
+        if self.max == 1 || !store.starts_with("memory:") {
+            return Ok(());
+        }
+        let what = format!("--nodes {self}: no other machine reaches the store {store}, which is in this process");
+        Err(Error::new(Kind::Usage, what)
+            .with_hint("name a bucket (s3://…, gs://…, az://…), or file:// and a folder that all machines share"))
+    }
+}
+
+impl fmt::Display for NodeBounds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self { min, max } if min == max => write!(f, "{min}"),
+            Self { min, max } => write!(f, "{min}:{max}"),
+        }
+    }
+}
+
+/// Why a text is no [`NodeBounds`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected MIN or MIN:MAX, such as 2 or 2:8, from 1 to {}, and MIN not above MAX", NodeBounds::MOST)]
+pub struct InvalidBounds;
+
+impl FromStr for NodeBounds {
+    type Err = InvalidBounds;
+
+    fn from_str(text: &str) -> Result<Self, InvalidBounds> {
+        // "+2" is a number for `parse`.
+        let number = |text: &str| {
+            let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+            text.parse::<u32>().ok().filter(|number| digits && (1..=Self::MOST).contains(number)).ok_or(InvalidBounds)
+        };
+        let (min, max) = text.split_once(':').unwrap_or((text, text));
+        let (min, max) = (number(min)?, number(max)?);
+        if min <= max { Ok(Self { min, max }) } else { Err(InvalidBounds) }
     }
 }
 
@@ -110,6 +196,48 @@ pub enum Outcome {
 mod tests {
     use super::*;
     use crate::checkpoint::testing::config;
+
+    #[test]
+    fn nodes_are_a_number_or_a_range() {
+        for (text, min, max) in [("1", 1, 1), ("3", 3, 3), ("2:8", 2, 8), ("1:4096", 1, 4096), ("5:5", 5, 5)] {
+            let bounds: NodeBounds = text.parse().unwrap();
+            assert_eq!(bounds, NodeBounds { min, max }, "{text}");
+            assert_eq!(bounds.to_string().parse(), Ok(bounds));
+        }
+        assert_eq!(NodeBounds { min: 3, max: 3 }.to_string(), "3");
+        for bad in ["", "0", "0:2", "3:2", "4097", "1:4097", "1:", ":2", "1:2:3", "-1", "+2", "1-2", "two", " 2", "2.0"]
+        {
+            assert_eq!(bad.parse::<NodeBounds>(), Err(InvalidBounds), "{bad:?}");
+        }
+        assert_eq!(
+            InvalidBounds.to_string(),
+            "expected MIN or MIN:MAX, such as 2 or 2:8, from 1 to 4096, and MIN not above MAX"
+        );
+    }
+
+    #[test]
+    fn several_nodes_need_a_store_that_they_all_reach() {
+        let several = NodeBounds { min: 1, max: 2 };
+        for store in ["s3://bucket/runs", "file:///mnt/shared"] {
+            several.meet_in(store).unwrap();
+        }
+        NodeBounds::ONE.meet_in("memory://").unwrap();
+        let error = several.meet_in("memory://").unwrap_err();
+        assert_eq!(error.kind(), Kind::Usage);
+        assert!(error.to_string().starts_with("--nodes 1:2: no other machine reaches the store memory://"), "{error}");
+        assert!(error.hint().is_some_and(|hint| hint.contains("s3://")));
+    }
+
+    #[test]
+    fn a_groups_limits_come_from_the_command_and_the_configuration() {
+        let mut config = config();
+        (config.workload.train.global_batch, config.workload.parallel.mixed) = (12, true);
+        let options = LaunchOptions { nodes: NodeBounds { min: 2, max: 8 }, ..LaunchOptions::default() };
+        let expected = policy::Bounds { min: 2, max: 8, global_batch: 12, mixed: true };
+        assert_eq!(options.bounds(&config), expected);
+        let usual = LaunchOptions::default();
+        assert_eq!((usual.nodes, usual.wait), (NodeBounds::ONE, Wait::RUN));
+    }
 
     #[test]
     fn only_the_node_that_finished_a_run_or_is_dedicated_to_it_acts_on_its_end() {

@@ -45,7 +45,7 @@ use std::{
 
 use tokio::{sync::mpsc, time::Instant};
 
-pub use self::launch::{Begin, Launch, LaunchOptions, OnComplete, Outcome};
+pub use self::launch::{Begin, InvalidBounds, Launch, LaunchOptions, NodeBounds, OnComplete, Outcome};
 use self::{
     open::{Opened, Opening, Overrides, Ready, Resolving, Standing},
     resolved::Resolved,

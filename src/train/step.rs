@@ -271,7 +271,13 @@ mod tests {
                 },
                 schedule: ScheduleConfig { kind: ScheduleKind::Linear, warmup_steps: 2, min_lr_ratio: 0.1 },
             },
-            parallel: ParallelConfig { strategy, nproc_per_node: None, device: config::Device::Auto, bucket_mib: 1 },
+            parallel: ParallelConfig {
+                strategy,
+                nproc_per_node: None,
+                device: config::Device::Auto,
+                bucket_mib: 1,
+                mixed: false,
+            },
         }
     }
 

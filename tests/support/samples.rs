@@ -69,6 +69,7 @@ pub fn config() -> RunConfig {
                 nproc_per_node: Some(2),
                 device: trainer::config::Device::Auto,
                 bucket_mib: 25,
+                mixed: false,
             },
         },
         checkpoint: CheckpointConfig {
@@ -81,6 +82,7 @@ pub fn config() -> RunConfig {
         on_complete: OnComplete { action: CompleteAction::Exit },
         restart: RestartConfig { max: 3, same_step: 2, backoff: Duration::from_millis(1500), hang: None },
         storage: storage(),
+        network: NetworkConfig::default(),
     }
 }
 

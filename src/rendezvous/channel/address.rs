@@ -12,6 +12,7 @@ use std::{
 use url::Url;
 
 use super::{dial::dial, end::End, identity::LocalNode, settings::LinkSettings};
+use crate::config::undialable;
 
 /// Where no packet goes and for which the routing table has the default route: documentation's addresses (RFC 5737,
 /// RFC 3849). Stands for a store that has no address of its own.
@@ -62,21 +63,6 @@ pub fn source_toward(toward: SocketAddr) -> io::Result<IpAddr> {
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(toward)?;
     Ok(socket.local_addr()?.ip())
-}
-
-/// Why another node can't dial `address`; `None`: it may.
-pub fn undialable(address: IpAddr) -> Option<&'static str> {
-    let (unspecified, multicast) = (address.is_unspecified(), address.is_multicast());
-    let local = match address {
-        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    };
-    match (unspecified, multicast, local) {
-        (true, ..) => Some("it is no address"),
-        (_, true, _) => Some("it is a group's"),
-        (.., true) => Some("it holds on one line only"),
-        _ => None,
-    }
 }
 
 /// The first of `routes` (where to, and the source or the system's refusal) that gives an address which others can

@@ -138,7 +138,7 @@ async fn linked_twice() -> (Agent, Agent, Relay, Relay) {
 
 #[tokio::test]
 async fn two_that_dial_at_once_talk_in_order_over_both_links() {
-    let (mut a, mut b, ..) = linked_twice().await;
+    let (mut a, mut b, _to_a, _to_b) = linked_twice().await;
     for number in 1..=200 {
         a.says(&b, &format!("to {number}"));
         b.says(&a, &format!("fro {number}"));
@@ -210,19 +210,23 @@ async fn what_a_peer_said_comes_before_its_loss() {
 
 #[tokio::test]
 async fn the_last_words_on_the_link_that_stands_come_before_the_loss_for_the_one_that_broke() {
-    let (mut a, guest) = (Agent::new("a").await, node("guest"));
+    let (mut a, guest) = (Agent::with("a", LinkSettings { inbox: 1, ..PATIENT }).await, node("guest"));
     a.finds(&guest, nowhere().await);
-    let relay = Relay::to(a.peers.address()).await;
-    let _first = a.entered_by(&guest, relay.address).await;
+    let (breaks, stands) = (Relay::to(a.peers.address()).await, Relay::to(a.peers.address()).await);
+    let _first = a.entered_by(&guest, breaks.address).await;
     a.has_links(&guest, 1).await;
-    let mut second = a.entered_by(&guest, a.peers.address()).await;
+    let mut second = a.entered_by(&guest, stands.address).await;
     a.has_links(&guest, 2).await;
     let text = "x".repeat(10_000);
-    for _ in 0..300 {
+    for _ in 0..100 {
         say(&mut second, 7, &text).await;
     }
-    relay.line.send(Line::Break).unwrap();
-    for _ in 0..300 {
+    // All has left the guest.
+    while stands.recorded.lock().unwrap().len() < 100 * text.len() {
+        tokio::task::yield_now().await;
+    }
+    breaks.line.send(Line::Break).unwrap();
+    for _ in 0..100 {
         a.hears(&guest, &text).await;
     }
     let end = a.loses(&guest).await;

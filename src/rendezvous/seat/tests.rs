@@ -209,7 +209,7 @@ fn forms(out: &[Output]) -> Option<String> {
 
 fn parted(out: &[Output]) -> Vec<&str> {
     let node = |output| match output {
-        &Output::Parted { ref node, .. } => Some(node.as_str()),
+        Output::Parted { node, .. } => Some(node.as_str()),
         _ => None,
     };
     out.iter().filter_map(node).collect()

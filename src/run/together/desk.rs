@@ -602,7 +602,8 @@ impl Work {
             && self.regrouped.replace(*generation) != Some(*generation)
         {
             let members = self.seat.newest().map(|roster| &roster.members);
-            let is_new = |node: &NodeId| members.is_none_or(|members| members.iter().all(|member| member.node != *node));
+            let is_new =
+                |node: &NodeId| members.is_none_or(|members| members.iter().all(|member| member.node != *node));
             let nodes = formation.places.iter().map(|place| &place.member.node);
             let _ = to.send(group::Heard::Regroup(nodes.filter(|node| is_new(node)).cloned().collect()));
         }

@@ -208,10 +208,12 @@ fn forms(out: &[Output]) -> Option<String> {
 }
 
 fn parted(out: &[Output]) -> Vec<&str> {
-    let node = |output| match output {
-        Output::Parted { node, .. } => Some(node.as_str()),
-        _ => None,
-    };
+    fn node(output: &Output) -> Option<&str> {
+        match output {
+            Output::Parted { node, .. } => Some(node.as_str()),
+            _ => None,
+        }
+    }
     out.iter().filter_map(node).collect()
 }
 

@@ -262,7 +262,8 @@ impl<M: Serialize> Contact<M> {
         Self { ways, dial: None, since: Instant::now(), waiting, probes, broken: None }
     }
 
-    /// Sends over the oldest link that takes it. If none does, all have ended, and their readers find out.
+    /// Sends over the oldest link that takes it. If none does, all have ended: `Lost` is on its way, and covers this
+    /// message.
     fn post(&mut self, generation: Generation, body: &M) -> Result<(), Unsendable> {
         for sender in self.ways.iter_mut().filter_map(|way| way.sender.as_mut()) {
             match sender.send(generation, body) {
@@ -374,10 +375,6 @@ impl<M: Serialize + DeserializeOwned + Send + 'static> Hub<M> {
             let why = format!("nothing says where node {to} listens");
             return self.lose(to, End::Unreachable { address, why });
         };
-        // `Lost` is on its way, and covers this message.
-        if contact.broken.is_some() {
-            return;
-        }
         if !contact.ways.is_empty() {
             if let Err(fault) = contact.post(generation, &body) {
                 self.break_off(to, End::Protocol(fault.to_string()));

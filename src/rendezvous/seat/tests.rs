@@ -231,7 +231,7 @@ fn the_lowest_node_proposes_forms_reads_and_leads() {
     let Some(Output::Form { generation, formation, previous, ended, ground }) = out.first() else { panic!("{out:?}") };
     assert_eq!((*generation, names(formation), previous, *ended), (Generation(1), "a b c".into(), &None, false));
     assert_eq!(ground, "3 nodes are ready, of at least 2 and at most 3");
-    assert_eq!(desk.seat.explain(), "writes into the journal, after generation 0");
+    assert_eq!(desk.seat.explain(), format!("writes into the journal, after generation 0: {ground}"));
     assert_eq!(desk.pass(ANSWER), [], "it proposes nothing while it appends");
     assert_eq!(desk.tell(Input::Appended { stands: Some(true) }), [Output::ReadJournal]);
     assert_eq!(desk.tell(Input::Appended { stands: Some(true) }), [], "it did not ask for that");

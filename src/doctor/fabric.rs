@@ -372,6 +372,7 @@ fd000000000000010000000000000000 40 00000000000000000000000000000000 00 00000000
         let aside = Adapters { plugin: Plugin::Aside("/opt/x".into()), memlock: Some(1 << 16), ..good.clone() };
         assert_eq!(verdicts(&aside), [OK, WARN, WARN], "sockets need no locked memory");
         assert_eq!(verdicts(&Adapters { memlock: Some(1 << 16), ..good.clone() }), [OK, OK, FAIL]);
+        assert_eq!(verdicts(&Adapters { memlock: Some(1 << 16), files: 0, ..good.clone() }), [WARN, OK, WARN]);
         assert_eq!(verdicts(&Adapters { memlock: Some(1 << 40), ..good.clone() }), [OK, OK, WARN]);
         let mellanox = Adapters { efa: Vec::new(), infiniband: vec!["mlx5_0".into()], ..good.clone() };
         assert_eq!(verdicts(&mellanox), [OK, OK], "NCCL needs no plugin for it");

@@ -685,8 +685,9 @@ mod tests {
                 tokio::time::sleep(READ_AGAIN).await;
             }
         };
+        let all = [&left, &missing, &alive];
         tokio::select! {
-            lives = any_lives(&store, &[&left, &missing, &alive]) => assert!(lives.unwrap()),
+            lives = any_lives(&store, &all) => assert!(lives.unwrap()),
             () = beats => {}
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! [`channel`](super::channel) has one connection; this is the table of them. A caller names nodes and never
 //! connections: a message for a node without a link opens one, a link that another node opens joins the table. One task
-//! owns the table ([`Hub`]), so nothing here waits for a lock or for the network.
+//! owns the table (`Hub`), so nothing here waits for a lock or for the network.
 //!
 //! # Rules
 //! - Messages to one node arrive in the order in which they were sent, and none between two that arrive is missing: a

@@ -48,7 +48,7 @@ pub(super) async fn look(run: &Store, state: &RunState) -> Vec<Line> {
         Dialled { node, address, found: found.unwrap_or(Answer::Silent) }
     });
     let dialled: Vec<Dialled<'_>> = dialled.buffered(DIALS).collect().await;
-    let here = seen.iter().any(|sighting| is_here(sighting));
+    let here = seen.iter().any(is_here);
     let mut lines = vec![reach(&dialled, here), links(&nodes)];
     let toward = dialled.iter().find_map(|dialled| dialled.address.parse::<SocketAddr>().ok());
     lines.extend(fabric::look(toward.map(|address| address.ip())));

@@ -115,7 +115,7 @@ pub enum Route {
     /// This node leads it.
     Lead(Generation, mpsc::UnboundedSender<group::Heard>),
     /// This node follows that leader.
-    Follow(Generation, NodeId, mpsc::UnboundedSender<follow::Heard>),
+    Follow(Generation, NodeId, mpsc::UnboundedSender<follow::LeaderHeard>),
 }
 
 impl Route {
@@ -418,7 +418,7 @@ impl Work {
             }
             Some(Route::Follow(current, leader, to)) if *current == generation => {
                 if let (Words::ToMember(said), true) = (words, from == *leader) {
-                    let _ = to.send(follow::Heard::Said(said));
+                    let _ = to.send(follow::LeaderHeard::Said(said));
                 }
             }
             route => {
@@ -570,7 +570,7 @@ impl Work {
             Output::CutOff { why } => {
                 if let Some(Route::Follow(_, leader, to)) = &self.route {
                     let why = self.ends.get(leader).cloned().unwrap_or(why);
-                    let _ = to.send(follow::Heard::Parted(why));
+                    let _ = to.send(follow::LeaderHeard::Parted(why));
                     self.is_busy();
                 }
             }
@@ -590,7 +590,7 @@ impl Work {
     fn overtakes(&mut self, newer: Generation) {
         match self.route.take_if(|route| route.generation() < newer) {
             Some(Route::Lead(_, to)) => _ = to.send(group::Heard::Overtaken),
-            Some(Route::Follow(_, _, to)) => _ = to.send(follow::Heard::Overtaken),
+            Some(Route::Follow(_, _, to)) => _ = to.send(follow::LeaderHeard::Overtaken),
             None => return,
         }
         self.is_busy();

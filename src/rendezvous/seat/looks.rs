@@ -72,8 +72,7 @@ impl<R: Rules> Seat<R> {
     /// Thinks after `pause`, or before.
     pub(super) fn think_in(&mut self, pause: Duration) {
         let at = self.now + pause;
-        // One that is overdue may never come.
-        if self.thought.is_none_or(|(before, _)| at < before || before < self.now) {
+        if self.thought.is_none_or(|(before, _)| at < before) {
             self.thoughts += 1;
             self.thought = Some((at, self.thoughts));
             self.after(pause, When::Think(self.thoughts));

@@ -144,10 +144,6 @@ impl<R: Rules> Seat<R> {
         if round.generation != self.next() {
             return self.release(&round);
         }
-        if round.purpose == Purpose::Grow && self.broken.is_some() {
-            self.release(&round);
-            return self.think_in(Duration::ZERO);
-        }
         let mut grounds = Vec::new();
         if let Some(roster) = self.open().cloned() {
             let going = match round.purpose {
@@ -236,6 +232,8 @@ impl<R: Rules> Seat<R> {
                     return self.form(round.generation, next, previous, why);
                 }
                 self.release(round);
+                // It may have lost members meanwhile, or ended.
+                self.think_in(Duration::ZERO);
             }
             Composed::Form(next) => {
                 grounds.retain(|ground| !ground.is_empty());

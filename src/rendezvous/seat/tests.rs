@@ -698,6 +698,19 @@ fn a_leader_grows_after_a_commit_and_only_if_somebody_can_join() {
 }
 
 #[test]
+fn a_generation_that_ends_while_it_asks_who_may_join_is_formed_anew_at_once() {
+    let mut desk = Desk::leader("a b", BOUNDS);
+    desk.list("a b x");
+    desk.beats(["b", "x"].map(|name| (name, beat(State::Waiting, 30))).to_vec());
+    assert_eq!(invited(&desk.tell(Input::Saved { ok: true })), Some((1, "b x".into())));
+    assert_eq!(desk.tell(Input::Again { kills: 0 }), []);
+    desk.hear("b", ready(1, "b"));
+    let out = desk.hear("x", Body::No { round: 1, leader_lives: false, why: String::new() });
+    assert_eq!(out, [send("b", Body::Release)], "nobody can join");
+    assert_eq!(invited(&desk.pass(Duration::ZERO)), Some((2, "b x".into())));
+}
+
+#[test]
 fn a_leader_whose_saves_fail_hands_over_and_a_followers_count() {
     let mut desk = Desk::leader("a b", BOUNDS);
     for _ in 0..2 {

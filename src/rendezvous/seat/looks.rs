@@ -19,7 +19,7 @@ use crate::{
 /// From a change of a node's part to its first look: its first beat is in the store by then.
 const FIRST_LOOK: Duration = Duration::from_millis(300);
 /// Time is compared in whole milliseconds: a timer that comes a fraction early would find nothing due.
-const TICK: Duration = Duration::from_millis(1);
+pub(super) const TICK: Duration = Duration::from_millis(1);
 
 /// What a timer is for.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -32,12 +32,16 @@
 //! machine may be dropped at any moment; its node then looks dead, and is.
 
 mod answers;
+#[cfg(test)]
+mod answers_tests;
 mod beats;
 mod journal;
 mod looks;
 mod rounds;
 mod telling;
 mod words;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
 

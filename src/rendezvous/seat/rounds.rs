@@ -5,7 +5,10 @@ use std::{
     time::Duration,
 };
 
-use super::{Body, MOST_ASKED, Output, Phase, Rules, Seat, looks::When};
+use super::{
+    Body, MOST_ASKED, Output, Phase, Rules, Seat,
+    looks::{TICK, When},
+};
 use crate::{
     ids::{Generation, NodeId},
     rendezvous::policy::{
@@ -204,7 +207,7 @@ impl<R: Rules> Seat<R> {
         match next {
             GoOn::Reform => Some(why),
             GoOn::Yield(pause) => {
-                self.think_in(pause + Duration::from_millis(1));
+                self.think_in(pause + TICK);
                 None
             }
             GoOn::StepDown => {

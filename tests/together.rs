@@ -17,9 +17,16 @@ fn node(command: Trainer, nodes: &str) -> Trainer {
     command.args(&["--nodes", nodes, "--nproc-per-node", "1", "--set", "network.address=127.0.0.1"])
 }
 
-/// Creates the run; the others come by [`next`].
+/// Creates the run: its one node waits in vain for others. All nodes then come at once by [`next`]: a first generation
+/// waits only seconds for one more node, and this machine may be busy.
+pub fn create(command: Trainer) {
+    command.args(&["--nodes", "99", "--wait", "1s", "--nproc-per-node", "1"]).finish().expect_code(69);
+}
+
+/// Creates the run; it is the run's first node, too.
 fn first(lab: &Lab, nodes: &str) -> Trainer {
-    node(lab.run(RUN), nodes)
+    create(lab.run(RUN));
+    next(lab, nodes)
 }
 
 fn next(lab: &Lab, nodes: &str) -> Trainer {
@@ -28,11 +35,6 @@ fn next(lab: &Lab, nodes: &str) -> Trainer {
 
 fn is_created(lab: &Lab) -> bool {
     lab.keys(RUN, "journal/").iter().any(|key| key.ends_with("/00000000000000000000.json"))
-}
-
-fn start_next(lab: &Lab, beside: &Running, command: Trainer) -> Running {
-    beside.wait_until("the run is created", || is_created(lab));
-    command.start()
 }
 
 /// The loss of each step, in the order of the processes; of a step that was done twice, the last.
@@ -59,7 +61,7 @@ pub fn expect_nearly_undisturbed(lives: &[&Finished]) {
 fn two_nodes_train_as_one_node_of_two_workers_to_the_last_digit() {
     let lab = Lab::on_files();
     let one = first(&lab, "2").start();
-    let two = start_next(&lab, &one, next(&lab, "2"));
+    let two = next(&lab, "2").start();
     let lives = [one.finish().expect_code(0), two.finish().expect_code(0)];
     let leaders: Vec<&Finished> = lives.iter().filter(|life| !life.of_kind("step").is_empty()).collect();
     assert_eq!(leaders.len(), 1, "one of them leads");
@@ -91,7 +93,7 @@ fn a_killed_follower_is_gone_on_without() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=1@hit={}", 2 * EVERY + 2);
     let one = first(&lab, "1:2").faults(&hold).args(&["--set", "checkpoint.keep.last=9"]).start();
-    let two = start_next(&lab, &one, next(&lab, "1:2").faults(&hold));
+    let two = next(&lab, "1:2").faults(&hold).start();
     let (leader, follower) = leader_and_follower(one, two);
     leader.wait_for_step("checkpoint", 2 * EVERY);
     let follower = follower.power_off().expect_killed();
@@ -108,7 +110,7 @@ fn a_killed_leader_is_followed_by_another() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=0@hit={}", 2 * EVERY + 2);
     let one = first(&lab, "1:2").faults(&hold).start();
-    let two = start_next(&lab, &one, next(&lab, "1:2").faults(&hold));
+    let two = next(&lab, "1:2").faults(&hold).start();
     let (leader, follower) = leader_and_follower(one, two);
     leader.wait_for_step("checkpoint", 2 * EVERY);
     let leader = leader.power_off().expect_killed();
@@ -126,7 +128,7 @@ fn a_follower_that_is_told_to_leave_loses_nothing() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=0@hit={}", EVERY + 3);
     let one = first(&lab, "1:2").faults(&hold).start();
-    let two = start_next(&lab, &one, next(&lab, "1:2").faults(&hold));
+    let two = next(&lab, "1:2").faults(&hold).start();
     let (leader, follower) = leader_and_follower(one, two);
     leader.held();
     follower.signal(Signal::TERM);
@@ -151,7 +153,7 @@ fn a_leader_that_is_told_to_leave_loses_nothing() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=0@hit={}", EVERY + 3);
     let one = first(&lab, "1:2").faults(&hold).start();
-    let two = start_next(&lab, &one, next(&lab, "1:2").faults(&hold));
+    let two = next(&lab, "1:2").faults(&hold).start();
     let (leader, follower) = leader_and_follower(one, two);
     leader.held();
     leader.signal(Signal::TERM);
@@ -193,7 +195,7 @@ fn a_run_that_a_person_stops_ends_on_every_node() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=0@hit={}", EVERY + 3);
     let one = first(&lab, "2").faults(&hold).start();
-    let two = start_next(&lab, &one, next(&lab, "2").faults(&hold));
+    let two = next(&lab, "2").faults(&hold).start();
     let (leader, follower) = leader_and_follower(one, two);
     leader.held();
     let drain = lab.about("drain", RUN).start();
@@ -209,6 +211,10 @@ fn a_run_that_a_person_stops_ends_on_every_node() {
 #[test]
 fn too_few_nodes_give_up_after_the_time_to_wait() {
     let lab = Lab::on_files();
-    first(&lab, "2").args(&["--wait", "1s"]).finish().expect_code(69).expect_said(&["fewer than 2 nodes", "--wait"]);
+    node(lab.run(RUN), "2")
+        .args(&["--wait", "1s"])
+        .finish()
+        .expect_code(69)
+        .expect_said(&["fewer than 2 nodes", "--wait"]);
     assert!(is_created(&lab));
 }

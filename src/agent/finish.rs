@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// How long the receipts of other members are waited for: they have noticed the loss at most seconds apart.
-const RECEIPTS: Duration = Duration::from_secs(10);
+const RECEIPTS: Duration = Duration::from_secs(20);
 /// The pause between two looks for a receipt.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -53,7 +53,8 @@ pub struct Ordered {
 }
 
 /// Finishes the save if the leader's part of it is whole: waits for `own`, this node's part, and for the receipts of
-/// the other members. `None`: something is missing, so nothing was written; or it is committed already.
+/// the other members. `None`: something is missing, so nothing was written; or it is committed already, or the
+/// generation's end is recorded.
 pub async fn finish(context: &Context, ordered: Ordered, own: impl Future<Output = bool>) -> Result<Option<Committed>> {
     let Ordered { attempt, step, whole } = ordered;
     let receipt = async |node| -> Result<Option<Receipt>> {
@@ -62,7 +63,9 @@ pub async fn finish(context: &Context, ordered: Ordered, own: impl Future<Output
     };
     let Some(leader) = context.members.first() else { return Ok(None) };
     context.journal.refresh().await.map_err(Error::from)?;
-    if context.journal.state().checkpoint(step, context.generation).is_some() {
+    let state = context.journal.state();
+    let ended = state.interruptions().iter().any(|end| end.generation == context.generation);
+    if ended || state.checkpoint(step, context.generation).is_some() {
         return Ok(None);
     }
     // Nobody else has the leader's files: without its receipt there is nothing to wait for.

@@ -2,8 +2,8 @@
 //!
 //! [`run`] starts this node's workers and loads their state by itself, since the `formed` record says which; from there
 //! on it relays. What the leader orders goes to the [`Node`], what comes back goes to the leader. It decides nothing
-//! but when its own part is over: when the leader says so, when the leader is lost, when a newer generation stands, or when
-//! this node must leave and the leader does not answer in time.
+//! but when its own part is over: when the leader says so, when the leader is lost, when a newer generation stands, or
+//! when this node must leave and the leader does not answer in time.
 //!
 //! Owns: the relay. The messages are in [`super::group`].
 //!
@@ -25,7 +25,6 @@ use super::{
     workers::{WorkerEvent, Workers},
 };
 use crate::{
-    checkpoint::CheckpointError,
     error::{Error, Result},
     ids::Step,
     notice::{self, Notice, Notices},
@@ -172,12 +171,35 @@ pub async fn run(
     };
     if matches!(followed, Followed::CutOff { .. }) {
         follower.kill();
-        let finishing = follower.finish(&start, &mut puts);
-        match tokio::time::timeout(FINISHING, finishing).await {
+        // A notice that comes meanwhile is heard: the checkpoint is worth more than this node's last seconds, and no
+        // more than those.
+        let until = follower.leaving.as_ref().map(|leaving| leaving.until);
+        let (mut heard_one, limit) = (None, Instant::now() + FINISHING);
+        let finished = {
+            let finishing = follower.finish(&start, &mut puts);
+            tokio::pin!(finishing);
+            let mut until = until.unwrap_or(limit).min(limit);
+            loop {
+                tokio::select! {
+                    biased;
+                    notice = notices.next() => {
+                        let left = notice.deadline.filter(|_| notice.deadline_binds());
+                        until = left.map_or(until, |left| until.min(Instant::now() + left.saturating_sub(EXITING)));
+                        heard_one = Some(notice);
+                    }
+                    done = &mut finishing => break Ok(done),
+                    () = tokio::time::sleep_until(until) => break Err(()),
+                }
+            }
+        };
+        if let Some(notice) = heard_one {
+            let _ = follower.on_notice(&notice, reporter);
+        }
+        match finished {
             Ok(Ok(Some(step))) => tracing::info!(%step, "the leader was lost before it had committed this save: done"),
             Ok(Ok(None)) => {}
             Ok(Err(error)) => tracing::info!(%error, "the lost leader's save could not be finished"),
-            Err(_) => tracing::info!("the lost leader's save was not finished in time"),
+            Err(()) => tracing::info!("the lost leader's save was not finished in time"),
         }
     }
     let (leaves, finished) = (follower.leaving.is_some(), follower.finished);
@@ -236,13 +258,7 @@ impl Follower<'_> {
                 Event::Fetched(Ok(fetched)) => {
                     self.say(ToLeader::Fetched { bytes: fetched.bytes, seconds: fetched.seconds });
                 }
-                Event::Fetched(Err(error)) => {
-                    let damaged = match &error {
-                        CheckpointError::Damaged { object, reason } => Some((object.clone(), reason.to_string())),
-                        _ => None,
-                    };
-                    self.say(ToLeader::NotFetched { damaged, why: error.to_string() });
-                }
+                Event::Fetched(Err(error)) => self.say(ToLeader::NotFetched { why: error.to_string() }),
                 Event::Lost(error) => self.say(ToLeader::Failed(error.to_string())),
                 Event::LaidOut { bytes } => self.say(ToLeader::LaidOut { bytes }),
                 Event::Notice(_) | Event::Save(_) | Event::Retry { .. } | Event::Tick => {}

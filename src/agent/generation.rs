@@ -45,6 +45,10 @@ use crate::{
 };
 
 const TICK: Duration = Duration::from_millis(200);
+/// How long the other nodes' workers may take to build their state.
+const FORMING: Duration = Duration::from_secs(120);
+/// A machine's connections break in any order: how long the word of a lost node may come after its workers' deaths.
+const SAME_LOSS: Duration = Duration::from_millis(500);
 
 /// Everything a generation starts with.
 pub struct Plan {
@@ -165,8 +169,8 @@ pub struct Stopped {
 /// Work that a generation which ended well leaves until the journal's last record, which is more urgent, is written.
 #[derive(Debug, Default)]
 pub struct Left {
-    /// Workers that are exiting; it ends when they are gone.
-    pub leaving: Option<JoinHandle<()>>,
+    /// Workers that are exiting; it ends when they are gone, or not in time: whether they are.
+    pub leaving: Option<JoinHandle<bool>>,
     /// Of a completed run: there is time to leave the store as `checkpoint.keep` says.
     pub retention: Option<Retention>,
     /// What has become of the other nodes.
@@ -249,11 +253,15 @@ pub async fn run(
             }
             event = answers.next() => lead.own(event).into_iter().collect(),
             word = next_word(&mut company) => lead.hear(word).into(),
-            _ = tick.tick() => VecDeque::from([Event::Tick]),
+            _ = tick.tick() => {
+                let late = began.elapsed() > FORMING;
+                let lost = if late { lead.late() } else { Vec::new() };
+                lost.into_iter().chain([Event::Tick]).collect()
+            }
         };
         while let Some(event) = events.pop_front() {
-            if let (Event::Save(SaveEvent::Ended { result, .. }), Some(saves)) = (&event, &saves) {
-                let _ = saves.send(result.is_ok());
+            if let (Event::Save(SaveEvent::Ended { result: Ok(_), .. }), Some(saves)) = (&event, &saves) {
+                let _ = saves.send(());
             }
             match lead.perform(machine.handle(event, began.elapsed())) {
                 ControlFlow::Continue(answers) => events.extend(answers),
@@ -265,6 +273,12 @@ pub async fn run(
     lead.tells(&mut left.members);
     if let Some(open) = lead.end(&end, left.members.ends_the_run).await? {
         (left.leaving, left.retention) = (open.leaving, open.retention);
+    }
+    if matches!(end, Ok(End::Died { .. })) && company.is_some() && left.members.parted.is_empty() {
+        let word = tokio::time::timeout(SAME_LOSS, next_word(&mut company)).await;
+        if let Ok(Heard::Parted(node, why)) = word {
+            left.members.parted.push((node, why));
+        }
     }
     end
 }

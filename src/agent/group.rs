@@ -44,7 +44,7 @@ use super::{
     workers::WorkerEvent,
 };
 use crate::{
-    checkpoint::{CheckpointError, save::Receipt},
+    checkpoint::save::Receipt,
     error::{Error, Kind},
     ids::{AttemptId, NodeId, NodeRanks, Step},
     notice::{self, Notice},
@@ -137,8 +137,6 @@ pub enum ToLeader {
     },
     /// The state to load can't be had.
     NotFetched {
-        /// The damaged object and what is wrong with it, if it is damage.
-        damaged: Option<(String, String)>,
         /// The reason.
         why: String,
     },
@@ -197,8 +195,8 @@ pub struct Company {
     pub to: mpsc::UnboundedSender<(NodeId, ToMember)>,
     /// What they say.
     pub heard: mpsc::UnboundedReceiver<Heard>,
-    /// Hears of each save's end, and whether it is committed.
-    pub saves: mpsc::UnboundedSender<bool>,
+    /// Hears of each save that is committed.
+    pub saves: mpsc::UnboundedSender<()>,
 }
 
 /// Answers that every node gives once.
@@ -241,6 +239,8 @@ pub struct Others {
     laid_out: Gathered<u64>,
     fetched: Gathered<Fetched>,
     putting: Option<Putting>,
+    /// Those whose workers have built their state.
+    built: BTreeSet<NodeId>,
 }
 
 impl Others {
@@ -263,7 +263,14 @@ impl Others {
             laid_out: Gathered::new(),
             fetched: Gathered::new(),
             putting: None,
+            built: BTreeSet::new(),
         }
+    }
+
+    /// Members whose workers have not even built their state in time are left out by name.
+    pub fn late(&mut self) -> Vec<Event> {
+        let late: Vec<NodeId> = self.ranks.keys().filter(|node| !self.built.contains(*node)).cloned().collect();
+        late.iter().flat_map(|node| self.part(node, "its workers did not start in time")).collect()
     }
 
     fn send(&self, message: &ToMember) {
@@ -367,6 +374,7 @@ impl Others {
                 events.into_iter().filter(own).map(Event::Worker).collect()
             }
             ToLeader::Built { tensors, device, parameters } => {
+                self.built.insert(node.clone());
                 let built = || FromWorker::Built { tensors: tensors.clone(), device: device.clone(), parameters };
                 ranks.locals().map(|local| Event::Worker(WorkerEvent::Message(ranks.rank(local), built()))).collect()
             }
@@ -378,12 +386,8 @@ impl Others {
                 self.fetched.others.insert(node.clone(), Fetched { bytes, seconds });
                 self.all_fetched().into_iter().collect()
             }
-            ToLeader::NotFetched { damaged: Some((object, reason)), .. } => {
-                vec![Event::Fetched(Err(CheckpointError::Damaged { object, reason: reason.into() }))]
-            }
-            ToLeader::NotFetched { damaged: None, why } => {
-                vec![Event::Lost(Error::new(Kind::Unavailable, format!("node {node} could not restore: {why}")))]
-            }
+            // Its disk, its memory or its way to the store: damage in the store itself is found by the leader, too.
+            ToLeader::NotFetched { why } => self.part(node, &format!("it could not restore: {why}")),
             ToLeader::Progress { attempt, bytes } => {
                 self.says(&attempt, Put::Progress(bytes));
                 Vec::new()

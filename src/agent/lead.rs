@@ -122,6 +122,11 @@ impl<'a> Lead<'a> {
         events
     }
 
+    /// Nodes that did not start in time, as events of the generation.
+    pub fn late(&mut self) -> Vec<Event> {
+        self.others.late()
+    }
+
     /// An event of this node's own; `None`: it waits for the other nodes' answers.
     pub fn own(&mut self, event: Event) -> Option<Event> {
         self.others.own(event)
@@ -248,7 +253,7 @@ impl<'a> Lead<'a> {
         self.others.over(parting.dismisses, ends_the_run);
         let gone = self.node.ends_workers(parting.dismisses);
         if parting.leaves_rest {
-            let leaving = tokio::spawn(async move { _ = gone.await });
+            let leaving = tokio::spawn(gone);
             let (leaving, retention) = (Some(leaving), Some(self.retention));
             return Ok(Some(Left { leaving, retention, ..Left::default() }));
         }

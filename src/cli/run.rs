@@ -65,7 +65,14 @@ impl Run {
             };
             self.nodes.nodes.meet_in(&config.store)?;
             let store = Store::open(&config.store, &config.storage)?;
-            Ok((store, run_id, Begin::Create(Box::new(config))))
+            let config = Box::new(config);
+            // The same command on each of several machines: one of them creates the run, the others join it.
+            let begin = if self.nodes.nodes.max > 1 {
+                Begin::CreateOrResume { config, overrides: Vec::new() }
+            } else {
+                Begin::Create(config)
+            };
+            Ok((store, run_id, begin))
         };
         let Some((store, run_id, begin)) = unless_asked(&stop, prepare())? else {
             return Ok(Kind::Interrupted.exit_code().into());

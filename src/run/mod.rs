@@ -547,13 +547,13 @@ impl Runner {
                 let outcome = self.complete(generation, loss, notices).await?;
                 match outcome {
                     Outcome::Completed { .. } => self.tidy(left, notices).await,
-                    _ => self.gone(left).await,
+                    _ => _ = self.gone(left).await,
                 }
                 Ok(ControlFlow::Break(outcome))
             }
             Ok(End::Stopped(stopped)) => {
                 let outcome = self.interrupted(generation, stopped, notices.left()).await;
-                self.gone(left).await;
+                let _ = self.gone(left).await;
                 Ok(ControlFlow::Break(outcome?))
             }
             Ok(End::Damaged { object, reason }) => Ok(ControlFlow::Continue(Before::Reread { load, object, reason })),

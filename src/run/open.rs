@@ -103,7 +103,7 @@ impl Existing {
 
 /// The configuration that holds now: as created, with the changes of every generation and of this command; and this
 /// command's changes in the form in which the journal keeps them.
-fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Overrides)> {
+pub(super) fn effective(state: &RunState, typed: &[(String, String)]) -> Result<(RunConfig, Overrides)> {
     let base = apply_overrides(state.config(), &state.overrides())?;
     Ok((apply_overrides(&base, typed)?, canonical_overrides(&base, typed)?))
 }

@@ -157,13 +157,14 @@ impl Runner {
         if let Some(mut retention) = left.retention.take() {
             or_notice(notices, &self.reporter, retention.complete(TIDYING)).await;
         }
-        self.gone(left).await;
+        let _ = self.gone(left).await;
     }
 
-    /// Waits until the last generation's workers are gone.
-    pub(super) async fn gone(&self, left: Left) {
-        if let Some(leaving) = left.leaving {
-            let _ = leaving.await;
+    /// Waits until the last generation's workers are gone; whether they are.
+    pub(super) async fn gone(&self, left: Left) -> bool {
+        match left.leaving {
+            Some(leaving) => leaving.await.unwrap_or(false),
+            None => true,
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::{
         lab::{EVERY, STEPS},
         trainer::{Finished, Running, Trainer},
     },
-    together::expect_nearly_undisturbed,
+    together::{create, expect_nearly_undisturbed},
 };
 
 const RUN: &str = "group";
@@ -21,10 +21,9 @@ fn group(site: &Site<'_>, count: usize, nodes: &str, held: u32) -> Vec<(usize, R
         let settings = ["--nodes", nodes, "--nproc-per-node", "1", "--set", &address];
         site.on(place, command).args(&settings).faults(&hold)
     };
-    let first = command(1, site.lab.run(RUN)).start();
-    first.wait_until("the run is created", || !site.lab.keys(RUN, "journal/").is_empty());
-    let others = (2..=count).map(|place| (place, command(place, site.lab.resume(RUN)).start()));
-    let mut all: Vec<(usize, Running)> = std::iter::once((1, first)).chain(others).collect();
+    create(site.lab.run(RUN));
+    let mut all: Vec<(usize, Running)> =
+        (1..=count).map(|place| (place, command(place, site.lab.resume(RUN)).start())).collect();
     let formed = |running: &Running| running.wait_for("a generation", |event| event.kind() == "formed");
     all.sort_by_key(|(_, running)| formed(running).value.get("leader").is_some());
     for (_, running) in &all {

@@ -101,8 +101,8 @@ pub enum Tell {
     Leaving(BTreeSet<NodeId>),
     /// The answer to [`Call::Form`] and [`Call::StepDown`]: whether the record stands, if that is known.
     Appended(Option<bool>),
-    /// A save of this node's generation is committed, or has failed.
-    Saved(bool),
+    /// A save of the generation that this node leads is committed.
+    Saved,
     /// From now on messages of this generation go there.
     Route(Route),
     /// The generation is over for this node, and its workers are gone.
@@ -454,7 +454,7 @@ impl Work {
                 self.give(Input::Appended { stands });
                 self.give(Input::Journal(Vec::new()));
             }
-            Tell::Saved(ok) => self.give(Input::Saved { ok }),
+            Tell::Saved => self.give(Input::Saved { ok: true }),
             Tell::Route(route) => {
                 let generation = route.generation();
                 self.taken = generation;

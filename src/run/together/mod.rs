@@ -23,29 +23,24 @@
 //! policy says. *Cancel:* a notice drops the work between two generations, and within one asks the leader to end it.
 
 mod desk;
+mod forms;
 mod kind;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{sync::mpsc, time::Instant};
 
-use self::desk::{Call, Desk, Myself, Proposal, Route, Tell, Tools, Words};
+use self::desk::{Call, Desk, Myself, Route, Tell, Tools, Words};
 use super::{Outcome, Runner, Seating, Story, launch::OnComplete, or_notice, parting, told_to_leave};
 use crate::{
     agent::{
         follow::{self, Followed, Leader},
-        generation::{self, End, Left, Load, Source, Stopped},
+        generation::{self, End, Left, Load, Stopped},
         group::{Company, ToLeader, ToMember},
     },
-    checkpoint::{catalog, restore},
     error::{Context, Error, Kind, Result},
-    ids::{Generation, NodeId, NodeRanks, Rank, Step, WorldSize},
-    journal::{Formation, Formed, FormedReason, Gone, JournalError, Record, ResumePoint, RosterEntry, Succession},
+    ids::{Generation, NodeId, Step},
+    journal::{Formation, FormedReason, JournalError, Record},
     layout,
     notice::Notices,
     rendezvous::{
@@ -61,6 +56,8 @@ use crate::{
 /// How long a node that has lost its place waits before it reads the journal for the reason.
 const REASON: Duration = Duration::from_secs(5);
 
+/// The pause before a store that was away is asked again.
+const STORE_AWAY: Duration = Duration::from_secs(2);
 /// The pause between two such reads.
 const READ_AGAIN: Duration = Duration::from_millis(250);
 
@@ -81,8 +78,8 @@ struct Memory {
     story: Story,
     /// The state that the generation which this node is about to form starts from.
     load: Option<(Generation, Load)>,
-    /// Since this node last led or followed.
-    waiting: Instant,
+    /// The newest generation when this node opened the run, and whether its end was recorded.
+    opened: (Generation, bool),
     /// Members of the last generation that this node led which are leaving, or were lost, and why.
     gone: BTreeMap<NodeId, (FormedReason, String)>,
 }
@@ -146,25 +143,33 @@ impl Runner {
         let mut memory = Memory {
             story: Story { deaths: Vec::new(), reason: FormedReason::Started, finished: None },
             load: None,
-            waiting: Instant::now(),
+            opened: {
+                let state = self.journal.state();
+                (state.generation(), desk::has_ended(&state, state.generation()))
+            },
             gone: BTreeMap::new(),
         };
         let reporter = self.reporter.clone();
         let Some(seated) = or_notice(notices, &reporter, self.take_a_seat()).await else {
-            return self.leaves_unseated();
+            return self.leaves(memory.story.finished);
         };
         let (mut desk, mut me) = seated?;
         let nodes = self.options.nodes;
         self.reporter.event(&Event::Phase { doing: format!("waiting for nodes: at least {}", nodes.min) });
         loop {
-            let waited = self.options.wait.at_most.map(|limit| memory.waiting + limit);
+            let limit = self.options.wait.at_most.map(|limit| desk.led() + limit);
             let call = tokio::select! {
                 biased;
                 () = told_to_leave(notices, &reporter) => return self.leaves_between(&memory, notices.left()).await,
                 call = desk.call() => call,
-                () = until(waited), if self.nobody_leads() => return Err(self.too_few()),
+                () = until(limit) => match self.options.wait.at_most {
+                    // A leader was seen at work meanwhile.
+                    Some(most) if desk.led().elapsed() < most => continue,
+                    _ => return Err(self.too_few()),
+                },
             };
             let after = match call {
+                Call::Form(_) if self.was_stopped(&memory).await => return self.leaves(memory.story.finished),
                 Call::Form(proposal) => {
                     let stands = or_notice(notices, &reporter, self.propose(*proposal, &mut memory)).await;
                     let Some(stands) = stands else { return self.leaves_between(&memory, notices.left()).await };
@@ -189,33 +194,40 @@ impl Runner {
                 }
                 // Another one stands by now.
                 Call::Lead(_) | Call::Follow(_) => continue,
-                Call::Wait => match self.has_completed().await? {
-                    Some(then) => After::Over(Outcome::Completed { then }),
-                    None => continue,
-                },
+                Call::Wait => {
+                    if let Some(then) = self.has_completed(&memory).await? {
+                        return Ok(Outcome::Completed { then });
+                    }
+                    if self.was_stopped(&memory).await {
+                        return self.leaves(memory.story.finished);
+                    }
+                    continue;
+                }
                 Call::LeftOut | Call::HandOver => After::LeftOut,
             };
-            memory.waiting = Instant::now();
+            if let After::Again = &after {
+                desk.tell(Tell::Leaving(memory.gone.keys().cloned().collect()));
+            }
             desk.tell(Tell::Off);
             match after {
                 After::Over(outcome) => return Ok(outcome),
-                After::Again => {
-                    desk.tell(Tell::Leaving(memory.gone.keys().cloned().collect()));
-                    desk.tell(Tell::Again);
-                }
+                After::Again => desk.tell(Tell::Again),
                 After::Wait => {
-                    if let Some(then) = self.has_completed().await? {
+                    if let Some(then) = self.has_completed(&memory).await? {
                         return Ok(Outcome::Completed { then });
+                    }
+                    if self.was_stopped(&memory).await {
+                        return self.leaves(memory.story.finished);
                     }
                 }
                 After::LeftOut => {
                     drop(desk);
                     let Some(again) = or_notice(notices, &reporter, self.comes_back()).await else {
-                        return self.leaves_unseated();
+                        return self.leaves(memory.story.finished);
                     };
                     again?;
                     let Some(seated) = or_notice(notices, &reporter, self.take_a_seat()).await else {
-                        return self.leaves_unseated();
+                        return self.leaves(memory.story.finished);
                     };
                     (desk, me) = seated?;
                     memory.load = None;
@@ -232,7 +244,17 @@ impl Runner {
         let state = self.journal.state();
         self.node = NodeId::random();
         tracing::info!(node = %self.node, "this node was left out, and comes back under a new id");
-        let journal = crate::journal::Journal::follow(self.run.clone(), self.node.clone(), state).await?;
+        self.from = None;
+        let journal = loop {
+            match crate::journal::Journal::follow(self.run.clone(), self.node.clone(), state.clone()).await {
+                Ok(journal) => break journal,
+                Err(JournalError::Storage(error)) => {
+                    tracing::warn!(%error, "the journal can't be read now");
+                    tokio::time::sleep(STORE_AWAY).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        };
         self.journal = crate::journal::JournalWriter::start(journal);
         Ok(())
     }
@@ -241,21 +263,19 @@ impl Runner {
         self.journal.state().generation() == roster.generation
     }
 
-    /// Whether no generation is at work, as far as this node knows: then a node that waits may give up.
-    fn nobody_leads(&self) -> bool {
-        let state = self.journal.state();
-        state.formed().is_none_or(|formed| desk::has_ended(&state, formed.generation))
-    }
-
     fn too_few(&self) -> Error {
         let min = self.options.nodes.min;
         Error::new(Kind::Unavailable, format!("fewer than {min} nodes came in time"))
             .with_hint("start the others, or give --wait more time, or --nodes a lower minimum")
     }
 
-    /// The run, if it is complete by now.
-    async fn has_completed(&mut self) -> Result<Option<OnComplete>> {
+    /// The run, if it has been completed since this node opened it.
+    async fn has_completed(&mut self, memory: &Memory) -> Result<Option<OnComplete>> {
         let _ = tokio::time::timeout(REASON, self.journal.refresh()).await;
+        let (generation, had_ended) = memory.opened;
+        if self.journal.state().generation() == generation && had_ended {
+            return Ok(None);
+        }
         match self.journal.state().outcome() {
             crate::journal::Outcome::Completed { step, .. } if *step >= self.resolved.workload.last_step() => {
                 Ok(Some(self.options.then(&self.resolved.config, true)))
@@ -268,13 +288,33 @@ impl Runner {
         }
     }
 
-    /// A notice came before this node had a seat.
-    fn leaves_unseated(&self) -> Result<Outcome> {
-        let step = self.newest_committed();
-        if step > Step(0) {
-            self.reporter.event(&Event::Interrupted { step, lost_steps: 0 });
+    /// Whether a person asked the newest generation to stop, and it has ended, since this node opened the run: then no
+    /// other follows.
+    async fn was_stopped(&self, memory: &Memory) -> bool {
+        let state = self.journal.state();
+        let newest = state.generation();
+        if memory.opened == (newest, true) || newest == Generation(0) || !desk::has_ended(&state, newest) {
+            return false;
         }
-        Ok(Outcome::Interrupted { lost_steps: 0 })
+        let asked = state.continued(newest).into_iter().chain([newest]);
+        for generation in asked {
+            let asked = tokio::time::timeout(REASON, self.run.head(&layout::drain(generation))).await;
+            if matches!(asked, Ok(Ok(_))) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// This node leaves while it is at no work; `finished`: the last step that its workers have finished.
+    fn leaves(&self, finished: Option<Step>) -> Result<Outcome> {
+        let committed = self.newest_committed();
+        let step = finished.unwrap_or_default().max(committed);
+        let lost_steps = step.get() - committed.get();
+        if step > Step(0) {
+            self.reporter.event(&Event::Interrupted { step, lost_steps });
+        }
+        Ok(Outcome::Interrupted { lost_steps })
     }
 
     /// A notice came while this node was at no work.
@@ -286,104 +326,7 @@ impl Runner {
         if led {
             return self.told_between_generations("the group formed anew", memory.story.finished, left).await;
         }
-        self.leaves_unseated()
-    }
-
-    /// Appends `formed`; whether it stands.
-    async fn propose(&mut self, proposal: Proposal, memory: &mut Memory) -> Result<Option<bool>> {
-        let Proposal { generation, roster, out, continues } = proposal;
-        if self.journal.state().generation().next() != generation {
-            return Ok(Some(false));
-        }
-        self.resolved.workload.is_still_there()?;
-        let load = self.choose_with_data().await?;
-        let here: BTreeSet<&NodeId> = roster.iter().map(|entry| &entry.node).collect();
-        let before = continues.as_ref().map(|roster| roster.generation);
-        let old: BTreeSet<&NodeId> = continues.iter().flat_map(|old| &old.members).map(|member| &member.node).collect();
-        let why = |node: &NodeId| {
-            let told = out.iter().find(|(out, _)| out == node).map(|(_, why)| why.clone());
-            memory.gone.get(node).map(|(_, why)| why.clone()).or(told).unwrap_or_else(|| "did not answer".to_owned())
-        };
-        let gone: Vec<Gone> =
-            old.difference(&here).map(|node| Gone { node: (*node).clone(), why: short(&why(node)) }).collect();
-        let joined =
-            if continues.is_some() { here.difference(&old).map(|node| (*node).clone()).collect() } else { vec![] };
-        let left =
-            |gone: &Gone| memory.gone.get(&gone.node).is_some_and(|(reason, _)| *reason == FormedReason::NodeLeft);
-        let reason = match (&continues, gone.is_empty(), joined.is_empty()) {
-            (None, ..) => FormedReason::Started,
-            (_, false, _) if gone.iter().all(left) => FormedReason::NodeLeft,
-            (_, false, _) => FormedReason::NodeLost,
-            (_, _, false) => FormedReason::NodeJoined,
-            _ => FormedReason::WorkerDied,
-        };
-        let resume = match &load {
-            Load::Checkpoint { step, generation, .. } => Some(ResumePoint { step: *step, generation: *generation }),
-            _ => None,
-        };
-        let workers = roster.iter().fold(0_u32, |sum, entry| sum.saturating_add(entry.workers));
-        let formed = Formed {
-            roster: roster.clone(),
-            world_size: WorldSize(workers),
-            resume,
-            overrides: self.overrides.iter().filter(|(key, _)| !is_of_this_machine(key)).cloned().collect(),
-            reason,
-            data: Some(self.resolved.workload.data().clone()),
-            succession: Succession { continues: before, gone, joined },
-        };
-        match self.journal.form(formed).await {
-            Ok(generation) => {
-                self.overrides.clear();
-                self.options.accepts_data = false;
-                memory.load = Some((generation, load));
-                memory.gone.clear();
-                Ok(Some(true))
-            }
-            Err(JournalError::Overtaken { .. } | JournalError::Moved { .. } | JournalError::LeftOut { .. }) => {
-                Ok(Some(false))
-            }
-            Err(JournalError::Storage(error)) => {
-                tracing::warn!(%error, "it is not known whether the generation stands");
-                Ok(None)
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// This node's place in a generation, as its record says.
-    fn seating(&self, formed: &Formation, me: &Myself) -> Result<Seating> {
-        let mut first = 0_u32;
-        let mut ranks = None;
-        let world = formed.roster.iter().fold(0_u32, |sum, entry| sum.saturating_add(entry.workers));
-        let mut others = Vec::new();
-        for RosterEntry { node, workers, .. } in &formed.roster {
-            let its = NodeRanks { first: Rank(first), workers: *workers, world: WorldSize(world) };
-            if *node == self.node {
-                ranks = Some(its);
-            } else {
-                others.push((node.clone(), its));
-            }
-            first = first.saturating_add(*workers);
-        }
-        let ranks = ranks.filter(|ranks| ranks.workers == me.workers).ok_or_else(|| {
-            let what = format!("generation {} does not name this node with {} workers", formed.generation, me.workers);
-            Error::new(Kind::Bug, what)
-        })?;
-        let members = formed.roster.iter().map(|entry| entry.node.clone()).collect();
-        let store = SocketAddr::new(me.address.ip(), self.network.unwrap_or_default().store_port);
-        Ok(Seating { ranks, members, others, store })
-    }
-
-    /// The state that a generation starts from, as its record says.
-    async fn load_of(&self, formed: &Formation) -> Result<Load> {
-        let Some(ResumePoint { step, generation }) = formed.resume.clone() else { return self.beginning().await };
-        let state = self.journal.state();
-        let Some(checkpoint) = state.checkpoint(step, generation) else {
-            return Err(Error::new(Kind::Bug, format!("the journal does not know the checkpoint of step {step}")));
-        };
-        let manifest = catalog::read_manifest(&self.run, &checkpoint.committed).await?;
-        let (folder, files) = (layout::checkpoint(step, generation), restore::tensor_files(&manifest));
-        Ok(Load::Checkpoint { step, generation, from: Source::Store { folder, files } })
+        self.leaves(memory.story.finished)
     }
 
     fn report_formed(&self, formed: &Formation, seating: &Seating, load: &Load) {
@@ -430,7 +373,16 @@ impl Runner {
         let seating = self.seating(formed, me)?;
         let load = match memory.load.take() {
             Some((of, load)) if of == generation => load,
-            _ => self.load_of(formed).await?,
+            _ => {
+                let reporter = self.reporter.clone();
+                match or_notice(notices, &reporter, self.load_patiently(formed)).await {
+                    Some(load) => match load? {
+                        Some(load) => load,
+                        None => return Ok(After::Wait),
+                    },
+                    None => return Ok(After::Over(self.leaves_between(memory, notices.left()).await?)),
+                }
+            }
         };
         self.report_formed(formed, &seating, &load);
         memory.story.finished = Some(load.step());
@@ -439,7 +391,7 @@ impl Runner {
         let (saves, saved) = mpsc::unbounded_channel();
         let company = Company { others: seating.others.clone(), to, heard, saves };
         let tells = desk.voice();
-        tokio::spawn(post(saved, move |ok| _ = tells.send(Tell::Saved(ok))));
+        tokio::spawn(post(saved, move |()| _ = tells.send(Tell::Saved)));
         desk.tell(Tell::Route(Route::Lead(generation, to_desk)));
         let links = desk.links.clone();
         let post = tokio::spawn(post(sent, move |(node, words)| links.send(&node, generation, Words::ToMember(words))));
@@ -479,7 +431,7 @@ impl Runner {
                 let outcome = self.complete(generation, loss, notices).await?;
                 match outcome {
                     Outcome::Completed { .. } => self.tidy(left, notices).await,
-                    _ => self.gone(left).await,
+                    _ => _ = self.gone(left).await,
                 }
                 Ok(After::Over(outcome))
             }
@@ -487,11 +439,11 @@ impl Runner {
                 memory.story.finished = Some(stopped.step);
                 if members.asked_here || members.ends_the_run {
                     let outcome = self.interrupted(generation, stopped, notices.left()).await;
-                    self.gone(left).await;
+                    let _ = self.gone(left).await;
                     return Ok(After::Over(outcome?));
                 }
-                self.gone(left).await;
-                self.slots.end_generation(true).await?;
+                let gone = self.gone(left).await;
+                self.slots.end_generation(gone).await?;
                 Ok(After::Again)
             }
             Ok(End::Damaged { object, reason }) => {
@@ -520,6 +472,9 @@ impl Runner {
             Err(error) if error.kind() == Kind::Fenced => {
                 tracing::warn!(%error, "another node leads the run");
                 self.slots.end_generation(false).await?;
+                if members.asked_here || members.ends_the_run {
+                    return Ok(After::Over(self.leaves(memory.story.finished)?));
+                }
                 Ok(After::Wait)
             }
             Err(error) => {
@@ -545,22 +500,20 @@ impl Runner {
         let (reporter, state) = (self.reporter.clone(), self.journal.state());
         let Some(formed) = state.formation(generation).cloned() else { return Ok(After::Wait) };
         let Some(leader) = formed.roster.first().map(|entry| entry.node.clone()) else { return Ok(After::Wait) };
+        self.gives_up_changes();
         let preparing = async {
-            if !formed.overrides.is_empty() {
-                let (settings, _known) = mpsc::unbounded_channel();
-                if self.resolve_again(&settings).await?.is_some() {
-                    return Ok(None);
-                }
+            if !self.is_as_recorded().await? {
+                return Ok(None);
             }
             let ours = self.resolved.workload.data();
             if formed.data.as_ref().is_some_and(|data| data != ours) {
                 return Err(Error::new(Kind::Config, "this node has other data than the group's leader")
                     .with_hint("give every node the same dataset: data.train names it"));
             }
-            self.load_of(&formed).await.map(Some)
+            self.load_patiently(&formed).await
         };
         let Some(load) = or_notice(notices, &reporter, preparing).await else {
-            return Ok(After::Over(self.leaves_unseated()?));
+            return Ok(After::Over(self.leaves(memory.story.finished)?));
         };
         let Some(load) = load? else { return Ok(After::Wait) };
         let seating = self.seating(&formed, me)?;
@@ -575,10 +528,13 @@ impl Runner {
         let followed = follow::run(plan, leader, &mut self.slots, notices, &reporter).await;
         let _ = post.await;
         let (outcome, step) = match followed? {
-            Followed::Over { leaving: false, ends_the_run: false, .. } => {
+            Followed::Over { leaving: false, ends_the_run: false, finished } => {
                 let reason = self.reads_the_reason(generation);
-                let _ = or_notice(notices, &reporter, tokio::time::timeout(REASON, reason)).await;
-                return Ok(After::Wait);
+                memory.story.finished = Some(finished);
+                return match or_notice(notices, &reporter, tokio::time::timeout(REASON, reason)).await {
+                    Some(_) => Ok(After::Wait),
+                    None => Ok(After::Over(self.leaves(Some(finished))?)),
+                };
             }
             Followed::CutOff { why, finished } => {
                 memory.story.finished = Some(finished);
@@ -611,14 +567,4 @@ async fn until(at: Option<Instant>) {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
     }
-}
-
-/// Whether a setting that this command changes is about this machine's network: it holds for no other node.
-fn is_of_this_machine(key: &str) -> bool {
-    key.starts_with("network.")
-}
-
-/// A reason that a record can hold.
-fn short(why: &str) -> String {
-    why.chars().filter(|c| !c.is_control()).take(200).collect()
 }

@@ -1,7 +1,8 @@
-//! The rendezvous of 3 to 1,000 nodes, simulated: the real policy (`rendezvous::{policy, membership, cost}`) in a world
-//! with virtual time, a store with latency, links that break one way or both, machines that die, stop and come back.
+//! The rendezvous of 3 to 1,000 nodes, simulated: the real machine and policy (`rendezvous::{seat, policy, membership,
+//! cost}`) in a world with virtual time, a store with latency, links that break one way or both, machines that die,
+//! stop and come back.
 //!
-//! `world.rs` is the world, and `host.rs` the loop of an agent around the policy. What the policy only asks for
+//! `world.rs` is the world, and `host.rs` what an agent does for its machine. What the policy only asks for
 //! (liveness, politeness) is checked from outside: who leads at the end, how many generations a change costs, whether a
 //! leader that works is taken over. What the journal ensures is checked where records land.
 //!
@@ -29,6 +30,9 @@ const MINUTE: Ms = 60 * SECOND;
 const SETTLED: Ms = 8 * MINUTE;
 /// Then nothing may change for so long.
 const QUIET: Ms = 3 * MINUTE;
+
+/// Workers end within this time.
+const ENDING: Ms = 3 * SECOND;
 
 const fn bounds(min: u32, max: u32) -> Bounds {
     Bounds { min, max, global_batch: 1 << 20, mixed: false }
@@ -98,6 +102,15 @@ fn life(seed: u64, bug: Bug) -> (Sim, u64) {
         sim.plan(end, Fault::Resume(host));
         sim.plan(end, Fault::Store { host, up: true });
     }
+    // From a stream of its own, so that the rest of a seed's life stays as it was.
+    let mut rng = SplitMix64::named(seed, "workers");
+    let mut below = |limit: u64| rng.next_u64() % limit;
+    for _ in 0..below(3) {
+        let (host, at) = (below(machines as u64) as Host, MINUTE + below(9 * MINUTE));
+        sim.plan(at, Fault::Again(host));
+        changes += 1;
+    }
+    sim.ending = ENDING;
     sim.tracing = std::env::var_os("TRAINER_TESTS_TRACE").is_some();
     sim.run(end);
     (sim, changes)
@@ -226,6 +239,7 @@ fn group(sim: &Sim) -> Vec<Host> {
 /// A group of `machines`, formed and at work.
 fn at_work(seed: u64, bug: Bug, bounds: Bounds, machines: usize) -> Sim {
     let mut sim = Sim::new(seed, bug, bounds, &vec![1; machines]);
+    sim.ending = ENDING;
     sim.tracing = std::env::var_os("TRAINER_TESTS_TRACE").is_some();
     for host in 0..machines {
         let at = sim.below(2 * SECOND);

@@ -392,11 +392,10 @@ fn no_line_is_wider_than_120_columns() {
 const LENGTH: usize = 600;
 
 /// Longer files, and why.
-const LONGER: [(&str, &str); 4] = [
+const LONGER: [(&str, &str); 3] = [
     ("tests/support/s3.rs", "one server: all operations share its state"),
     ("tests/protocol_model.rs", "a model is read as a whole: world, steps, invariants"),
     ("tests/members_model.rs", "a model is read as a whole: world, steps, invariants"),
-    ("tests/rendezvous_sim/host.rs", "a simulated node is read as a whole"),
 ];
 
 /// Lines that hold code: no comment, not blank, not the unit tests at the foot.

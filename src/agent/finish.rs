@@ -1,7 +1,7 @@
 //! A member finishes a save whose leader is lost.
 //!
-//! The leader writes a checkpoint's manifest and record last. If it is lost between the last receipt and the record, all
-//! bytes are in the store and only the record is missing: a whole checkpoint, that was paid for. Any member of the
+//! The leader writes a checkpoint's manifest and record last. If it is lost between the last receipt and the record,
+//! all bytes are in the store and only the record is missing: a whole checkpoint, that was paid for. Any member of the
 //! generation may write both. It knows from the leader's order which files the checkpoint has and what the step's
 //! figures are, and reads the receipts in the store; nothing is taken from memory.
 //!
@@ -52,8 +52,8 @@ pub struct Ordered {
     pub whole: Whole,
 }
 
-/// Finishes the save if the leader's part of it is whole: waits for `own`, this node's part, and for the receipts of the
-/// other members. `None`: something is missing, so nothing was written; or it is committed already.
+/// Finishes the save if the leader's part of it is whole: waits for `own`, this node's part, and for the receipts of
+/// the other members. `None`: something is missing, so nothing was written; or it is committed already.
 pub async fn finish(context: &Context, ordered: Ordered, own: impl Future<Output = bool>) -> Result<Option<Committed>> {
     let Ordered { attempt, step, whole } = ordered;
     let receipt = async |node| -> Result<Option<Receipt>> {

@@ -1,8 +1,8 @@
 //! A generation on a node that does not lead it: its workers, its slots and its files, as the leader orders.
 //!
 //! [`run`] starts this node's workers and loads their state by itself, since the `formed` record says which; from there
-//! on it relays. What the leader orders goes to the [`Node`], what comes back goes to the leader. It decides nothing but
-//! when its own part is over: when the leader says so, when the leader is lost, when a newer generation stands, or when
+//! on it relays. What the leader orders goes to the [`Node`], what comes back goes to the leader. It decides nothing
+//! but when its own part is over: when the leader says so, when the leader is lost, when a newer generation stands, or when
 //! this node must leave and the leader does not answer in time.
 //!
 //! Owns: the relay. The messages are in [`super::group`].
@@ -44,7 +44,7 @@ const FINISHING: Duration = Duration::from_secs(120);
 
 /// What the channel brings of the leader.
 #[derive(Debug)]
-pub enum Heard {
+pub enum LeaderHeard {
     /// It said this.
     Said(ToMember),
     /// It is lost, and why.
@@ -59,7 +59,7 @@ pub struct Leader {
     /// What is sent to it.
     pub to: mpsc::UnboundedSender<ToLeader>,
     /// What it says.
-    pub heard: mpsc::UnboundedReceiver<Heard>,
+    pub heard: mpsc::UnboundedReceiver<LeaderHeard>,
 }
 
 /// How this node's part of a generation ended.
@@ -155,14 +155,14 @@ pub async fn run(
             event = answers.next() => follower.answer(event, &mut answers),
             Some(put) = puts.recv() => follower.put(put),
             word = heard.recv() => match word {
-                Some(Heard::Said(ToMember::Over { dismisses, ends_the_run })) => {
+                Some(LeaderHeard::Said(ToMember::Over { dismisses, ends_the_run })) => {
                     let (leaving, finished) = (follower.leaving.is_some(), follower.finished);
                     follower.end(dismisses).await?;
                     return Ok(Followed::Over { leaving, ends_the_run, finished });
                 }
-                Some(Heard::Said(order)) => follower.obey(order)?,
-                Some(Heard::Parted(why)) => break Followed::CutOff { why, finished: follower.finished },
-                Some(Heard::Overtaken) | None => {
+                Some(LeaderHeard::Said(order)) => follower.obey(order)?,
+                Some(LeaderHeard::Parted(why)) => break Followed::CutOff { why, finished: follower.finished },
+                Some(LeaderHeard::Overtaken) | None => {
                     let why = "another generation stands".to_owned();
                     break Followed::CutOff { why, finished: follower.finished };
                 }

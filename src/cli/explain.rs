@@ -116,7 +116,8 @@ impl StandingRequests {
 
     fn text(&self) -> String {
         format!(
-            "the leader makes {} requests a day on S3 ({:.3} USD), another node {} ({:.3} USD); {} cost {:.2} USD a day",
+            "the leader makes {} requests a day on S3 ({:.3} USD), another node {} ({:.3} USD); {} cost {:.2} USD a \
+             day",
             self.leader_requests_a_day,
             self.leader_usd_a_day,
             self.follower_requests_a_day,

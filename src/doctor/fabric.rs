@@ -83,7 +83,7 @@ fn best(routes: impl Iterator<Item = (u32, u32, String)>) -> Option<String> {
     routes.max_by_key(|(prefix, metric, _)| (*prefix, std::cmp::Reverse(*metric))).map(|(.., interface)| interface)
 }
 
-/// By a table of `Iface Destination Gateway Flags RefCnt Use Metric Mask …`, addresses as the kernel has them in memory.
+/// By a table of `Iface Destination Gateway Flags RefCnt Use Metric Mask …`, addresses as they lie in memory.
 fn route_v4(table: &str, toward: Ipv4Addr) -> Option<String> {
     best(table.lines().skip(1).filter_map(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
@@ -269,12 +269,20 @@ lo\t000012AC\t00000000\t0201\t0\t0\t0\t0000FFFF\t0\t0\t0
 garbled line
 ";
 
-    const V6: &str = "\
-fd000000000000000000000000000000 08 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000001 00000000 00000001 ens5
-fd000000000000010000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000001 00000000 00000001 ens7
-00000000000000000000000000000000 00 00000000000000000000000000000000 00 fe800000000000000000000000000001 00000400 00000001 00000000 00000003 ens5
-00000000000000000000000000000000 00 00000000000000000000000000000000 00 00000000000000000000000000000000 ffffffff 00000001 00000000 00200200 lo
-";
+    /// fd00::/8 and fd00:0:0:1::/64 on links, the rest by a gateway; and the kernel's own route that rejects.
+    fn v6_table() -> String {
+        let row = |destination: &str, length: &str, metric: &str, flags: &str, interface: &str| {
+            let zeros = "0".repeat(32);
+            format!("{destination:0<32} {length} {zeros} 00 {zeros} {metric} 00000001 00000000 {flags} {interface}\n")
+        };
+        [
+            row("fd", "08", "00000100", "00000001", "ens5"),
+            row("fd00000000000001", "40", "00000100", "00000001", "ens7"),
+            row("", "00", "00000400", "00000003", "ens5"),
+            row("", "00", "00000000", "00200200", "lo"),
+        ]
+        .concat()
+    }
 
     #[test]
     fn the_route_with_the_longest_prefix_and_the_lowest_metric_leads() {
@@ -284,11 +292,12 @@ fd000000000000010000000000000000 40 00000000000000000000000000000000 00 00000000
         assert_eq!(v4("172.17.3.4").as_deref(), Some("docker0"));
         assert_eq!(v4("172.18.3.4").as_deref(), Some("ens6"), "a route that rejects is none");
         assert_eq!(route_v4("", Ipv4Addr::LOCALHOST), None);
-        let v6 = |text: &str| route_v6(V6, text.parse().unwrap());
+        let table = v6_table();
+        let v6 = |text: &str| route_v6(&table, text.parse().unwrap());
         assert_eq!(v6("fd00:0:0:1::9").as_deref(), Some("ens7"));
         assert_eq!(v6("fd00:0:0:2::9").as_deref(), Some("ens5"));
         assert_eq!(v6("2001:db8::1").as_deref(), Some("ens5"));
-        assert_eq!(route_v6(&V6[..V6.len() / 4], "2001:db8::1".parse().unwrap()), None);
+        assert_eq!(route_v6(&table[..table.len() / 4], "2001:db8::1".parse().unwrap()), None);
     }
 
     #[test]
@@ -372,6 +381,7 @@ fd000000000000010000000000000000 40 00000000000000000000000000000000 00 00000000
         let aside = Adapters { plugin: Plugin::Aside("/opt/x".into()), memlock: Some(1 << 16), ..good.clone() };
         assert_eq!(verdicts(&aside), [OK, WARN, WARN], "sockets need no locked memory");
         assert_eq!(verdicts(&Adapters { memlock: Some(1 << 16), ..good.clone() }), [OK, OK, FAIL]);
+        assert_eq!(verdicts(&Adapters { memlock: Some(1 << 16), files: 0, ..good.clone() }), [WARN, OK, WARN]);
         assert_eq!(verdicts(&Adapters { memlock: Some(1 << 40), ..good.clone() }), [OK, OK, WARN]);
         let mellanox = Adapters { efa: Vec::new(), infiniband: vec!["mlx5_0".into()], ..good.clone() };
         assert_eq!(verdicts(&mellanox), [OK, OK], "NCCL needs no plugin for it");

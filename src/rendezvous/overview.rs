@@ -2,7 +2,7 @@
 //! and a read of each. For people: nothing here decides, and nothing is written.
 //!
 //! Somebody outside has no beat of its own in the list, by which to tell the store's time. Two clocks stand in for it:
-//! the store's, which was at least the newest beat of the list, and this machine's, which may be wrong by [`CLOCKS`]. A
+//! the store's, which was at least the newest beat of the list, and this machine's, which may be wrong by `CLOCKS`. A
 //! node whose beat is too old by either is called silent.
 //!
 //! *Retry, cancel:* reads alone; a node that leaves between the list and the read has no heartbeat.

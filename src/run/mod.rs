@@ -57,7 +57,7 @@ use crate::{
         restart, upload,
     },
     checkpoint::{Flaw, condemn::Docket},
-    config::NoticeConfig,
+    config::{NetworkConfig, NoticeConfig},
     error::{Context, Error, Kind, Result},
     goodput::Observed,
     ids::{Generation, NodeId, NodeRanks, RunId, Step, WorldSize},
@@ -180,6 +180,8 @@ struct Runner {
     held: Option<Held>,
     /// This node's heartbeat, from then on.
     pulse: Option<Pulse>,
+    /// This machine's network, of a run that may have several nodes: as its command says, whatever other nodes set.
+    network: Option<NetworkConfig>,
 }
 
 /// What a command finds to do on this node.
@@ -324,6 +326,7 @@ impl Runner {
             turning: turning.clone(),
             held: None,
             pulse: None,
+            network: None,
         })))
     }
 

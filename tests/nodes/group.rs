@@ -36,11 +36,11 @@ fn group(site: &Site<'_>, count: usize, nodes: &str, held: u32) -> Vec<(usize, R
 
 /// The place of the node that has this rank: nodes have one worker each, in the order of the roster.
 fn place_of(site: &Site<'_>, all: &[(usize, Running)], rank: usize) -> usize {
-    let newest = site.lab.keys(RUN, "journal/").into_iter().filter_map(|key| {
+    let mut newest = site.lab.keys(RUN, "journal/").into_iter().filter_map(|key| {
         let entry: serde_json::Value = serde_json::from_slice(&site.lab.read(RUN, &key)).unwrap();
         (entry["record"]["kind"] == "formed").then(|| entry["record"]["roster"].clone())
     });
-    let roster = newest.last().expect("a formed record");
+    let roster = newest.next_back().expect("a formed record");
     let address = roster[rank]["address"].as_str().expect("an address").to_owned();
     let is_it = |place: &usize| address.starts_with(&format!("{}:", site.network.place(*place).address()));
     all.iter().map(|(place, _)| *place).find(is_it).expect("its place")

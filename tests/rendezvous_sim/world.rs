@@ -11,10 +11,13 @@ use trainer::{
     random::SplitMix64,
     rendezvous::{
         cost::Requests,
-        membership::{Role, Watch},
-        policy::{Bounds, Roster, roster::Candidate},
+        membership::Role,
+        policy::{Bounds, Roster},
+        seat::{Body, Seat, Timer},
     },
 };
+
+use super::host::Broken;
 
 /// Milliseconds of virtual time.
 pub type Ms = u64;
@@ -27,8 +30,6 @@ pub type Host = usize;
 pub const SILENCE: Ms = 5_000;
 /// Time between two checkpoints; nodes join at a checkpoint.
 pub const COMMIT: Ms = 60_000;
-/// A member that has not come to its leader after so long is lost.
-pub const JOIN: Ms = 15_000;
 /// A request to a store that is away fails after so long.
 pub const STORE_TIMEOUT: Ms = 4_000;
 
@@ -103,34 +104,54 @@ pub enum Done {
 }
 
 #[derive(Clone, Debug)]
-pub enum Body {
-    Invite { round: u64, generation: Generation, asked: Rc<Vec<Node>> },
-    Ready { round: u64, unreachable: BTreeSet<NodeId> },
-    No { round: u64, leader_lives: bool },
-    Refused { round: u64 },
-    Formed,
-    Hello(Generation),
-    Welcome(Generation),
-    Over,
-    Bye,
-    Release,
-}
-
-#[derive(Clone, Debug)]
 pub enum Event {
-    Beat { epoch: u64 },
-    Look { epoch: u64 },
-    Think,
-    Land(Op),
-    Done(Done),
-    Message { to: Node, from: Node, body: Body },
-    Lost { peer: Node, refused: bool },
-    RoundOver { round: u64 },
-    JoinBy { generation: Generation },
-    WelcomeBy { generation: Generation },
-    Vouch,
-    Commit { generation: Generation },
-    Append { at: usize, record: Record },
+    Beat {
+        epoch: u64,
+    },
+    /// The seat's number, since a machine that is left out takes another seat.
+    Timer {
+        seat: u64,
+        timer: Timer,
+    },
+    Probed {
+        seat: u64,
+        round: u64,
+        by: Node,
+        unreachable: BTreeSet<NodeId>,
+    },
+    Land {
+        seat: u64,
+        op: Op,
+    },
+    Done {
+        seat: u64,
+        done: Done,
+    },
+    Message {
+        to: Node,
+        from: Node,
+        body: Body,
+    },
+    Lost {
+        peer: Node,
+        refused: bool,
+    },
+    /// A leader looks whether somebody asks for a drain.
+    Drain {
+        generation: Generation,
+    },
+    Commit {
+        generation: Generation,
+    },
+    /// The workers of the last generation are gone.
+    Idle {
+        seat: u64,
+        busy: u64,
+    },
+    Append {
+        at: usize,
+        record: Record,
+    },
 }
 
 #[derive(Clone, Debug)]
@@ -152,6 +173,8 @@ pub enum Fault {
         host: Host,
         up: bool,
     },
+    /// A worker dies on a machine that leads.
+    Again(Host),
     /// Stops the machine for so long as soon as it has decided to form.
     Trap {
         host: Host,
@@ -197,24 +220,6 @@ pub enum Phase {
     Leader,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    Form,
-    Reform,
-    Grow,
-}
-
-pub struct Round {
-    pub id: u64,
-    pub at: Ms,
-    pub generation: Generation,
-    pub purpose: Purpose,
-    pub open: BTreeSet<Node>,
-    pub ready: Vec<Candidate>,
-    pub vouched: Option<Node>,
-    pub refused: BTreeSet<Node>,
-}
-
 /// A machine and the agent on it.
 pub struct Machine {
     pub up: bool,
@@ -228,37 +233,26 @@ pub struct Machine {
     pub skew: i64,
     pub workers: u32,
     pub node: Node,
+    // The agent around the seat.
+    pub seat: Option<Seat<Broken>>,
+    pub seats: u64,
+    pub role: Role,
     pub counter: u64,
     pub epoch: u64,
-    // What the agent knows.
+    /// Records that the seat has seen.
     pub read: usize,
-    pub newest: Option<Formed>,
-    pub ended: bool,
-    pub phase: Phase,
-    pub touch: BTreeSet<Node>,
-    pub lost: BTreeSet<Node>,
-    pub gone: BTreeSet<Node>,
-    pub lost_at: Ms,
-    pub watch: Watch,
-    pub watched: Option<Node>,
-    pub seen_at: Ms,
-    pub leader_refused: bool,
-    pub leader_left: bool,
-    pub listed_dead: bool,
-    pub held_back: bool,
-    pub live: Vec<Node>,
-    pub newcomer_at: Ms,
-    pub enough_at: Option<Ms>,
-    pub failed: u32,
-    pub failed_at: Ms,
-    pub listed_at: Option<Ms>,
-    pub journal_at: Ms,
-    pub waiting_since: Ms,
-    pub promised: Option<(Node, Ms)>,
-    pub pending: Vec<(Node, u64, Generation, Rc<Vec<Node>>)>,
-    pub round: Option<Round>,
+    /// Nodes whose address it knows.
+    pub known: BTreeSet<Node>,
     pub appending: bool,
-    pub failed_saves: u32,
+    /// The generation that it leads can't go on, so nothing more is saved of it.
+    pub broken: bool,
+    pub busy: u64,
+    // What an outsider sees of it.
+    pub phase: Phase,
+    /// The generation that it leads or follows.
+    pub generation: Generation,
+    /// A leader: the members that it has welcomed, itself included. A follower: the leader that has welcomed it.
+    pub touch: BTreeSet<Node>,
 }
 
 pub struct Sim {
@@ -279,9 +273,10 @@ pub struct Sim {
     pub by_id: BTreeMap<NodeId, Node>,
     pub journal: Vec<Record>,
     pub beats: BTreeMap<Node, Beat>,
-    pub rounds: u64,
+    /// How long it takes at most to end the workers of a generation that can't go on.
+    pub ending: Ms,
     pub requests: Requests,
-    /// Messages that a leader, or whoever proposes, has sent or got.
+    /// Messages that were sent.
     pub messages: u64,
     pub wrong: Vec<String>,
     pub trace: Vec<String>,
@@ -307,7 +302,7 @@ impl Sim {
             by_id: BTreeMap::new(),
             journal: Vec::new(),
             beats: BTreeMap::new(),
-            rounds: 0,
+            ending: 0,
             requests: Requests::default(),
             messages: 0,
             wrong: Vec::new(),
@@ -364,8 +359,8 @@ impl Sim {
 
     /// Sends a request to the store.
     pub fn ask(&mut self, host: Host, op: Op) {
-        let pause = 10 + self.below(50);
-        self.after(host, pause, Event::Land(op));
+        let (pause, seat) = (10 + self.below(50), self.hosts[host].seats);
+        self.after(host, pause, Event::Land { seat, op });
     }
 
     /// Whether two machines' packets reach each other.
@@ -385,13 +380,21 @@ impl Sim {
         if !self.linked(host, other) {
             return;
         }
-        self.messages += 1;
+        let pause = 1 + self.below(2);
+        if matches!(body, Body::Invite { .. }) && self.hosts[host].known.insert(to) {
+            // No record that it has read names the address: it reads the heartbeat. That takes no time here.
+            self.requests.get += 1;
+            if !self.hosts[host].store || !self.beats.contains_key(&to) {
+                self.hosts[host].known.remove(&to);
+                return;
+            }
+        }
         let from = self.hosts[host].node;
         if self.hosts[other].up && self.hosts[other].node == to {
-            let pause = 1 + self.below(2);
+            self.messages += 1;
             self.after(other, pause, Event::Message { to, from, body });
-        } else if let Body::Invite { round, .. } = body {
-            self.after(host, 1, Event::Message { to: from, from: to, body: Body::Refused { round } });
+        } else {
+            self.after(host, pause, Event::Lost { peer: to, refused: true });
         }
     }
 
@@ -403,7 +406,9 @@ impl Sim {
             match what {
                 What::Fault(fault) => self.fault(fault),
                 What::Silent { a, b, epoch } => self.silent(a, b, epoch),
-                What::Of { host, life, event: Event::Land(op) } => self.land(host, life, op),
+                What::Of { host, life, event: Event::Land { seat, op } } => {
+                    self.land(host, life, seat, op);
+                }
                 What::Of { host, life, event } => {
                     let machine = &mut self.hosts[host];
                     if machine.up && machine.life == life {
@@ -420,7 +425,7 @@ impl Sim {
     }
 
     /// A request arrives at the store, whatever has become of its sender.
-    fn land(&mut self, host: Host, life: u32, op: Op) {
+    fn land(&mut self, host: Host, life: u32, seat: u64, op: Op) {
         let back = 10 + self.below(50);
         let done = if self.hosts[host].store {
             let began = self.now.saturating_sub(60);
@@ -436,7 +441,7 @@ impl Sim {
             Done::Failed
         };
         let pause = if self.hosts[host].store { back } else { STORE_TIMEOUT };
-        self.push(self.now + pause, What::Of { host, life, event: Event::Done(done) });
+        self.push(self.now + pause, What::Of { host, life, event: Event::Done { seat, done } });
     }
 
     fn perform(&mut self, op: Op, began: Ms) -> Done {
@@ -561,6 +566,7 @@ impl Sim {
                 self.up[from][to] = up;
                 self.link_changed(from, to);
             }
+            Fault::Again(host) => self.again(host),
             Fault::Store { host, up } => self.hosts[host].store = up,
             Fault::Trap { host, pause } => self.hosts[host].trap = Some(pause),
         }
@@ -606,8 +612,11 @@ impl Sim {
     fn silent(&mut self, a: Host, b: Host, epoch: u64) {
         if self.silent.get(&(a, b)) == Some(&epoch) {
             for (host, peer) in [(a, b), (b, a)] {
+                // One that never started had no link.
                 let peer = self.hosts[peer].node;
-                self.after(host, 0, Event::Lost { peer, refused: false });
+                if peer != Node::MAX {
+                    self.after(host, 0, Event::Lost { peer, refused: false });
+                }
             }
         }
     }
@@ -626,36 +635,19 @@ impl Machine {
             skew,
             workers,
             node: Node::MAX,
+            seat: None,
+            seats: 0,
+            role: Role::Waiting,
             counter: 0,
             epoch: 0,
             read: 0,
-            newest: None,
-            ended: false,
-            phase: Phase::Outside,
-            touch: BTreeSet::new(),
-            lost: BTreeSet::new(),
-            gone: BTreeSet::new(),
-            lost_at: 0,
-            watch: Watch::default(),
-            watched: None,
-            seen_at: 0,
-            leader_refused: false,
-            leader_left: false,
-            listed_dead: false,
-            held_back: false,
-            live: Vec::new(),
-            newcomer_at: 0,
-            enough_at: None,
-            failed: 0,
-            failed_at: 0,
-            listed_at: None,
-            journal_at: 0,
-            waiting_since: 0,
-            promised: None,
-            pending: Vec::new(),
-            round: None,
+            known: BTreeSet::new(),
             appending: false,
-            failed_saves: 0,
+            broken: false,
+            busy: 0,
+            phase: Phase::Outside,
+            generation: Generation(0),
+            touch: BTreeSet::new(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Several nodes: what is open between them and to nobody else, how many there are, and what starts each of them.
 use std::{
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Write},
     os::unix::process::CommandExt,
     process::{Command, Stdio},
     time::Duration,
@@ -111,7 +111,7 @@ fn nodes_reach_each_other_and_nobody_else_reaches_them() {
         assert_eq!(settings(&stack)[1]["JobNodes"], nodes);
         assert!(settings(&stack)[0].as_str().is_some_and(|head| head.contains("TRAINER_NODES='${JobNodes}'\n")));
         // A job in the queue has one node.
-        let rule = &stack["Rules"]["Queue"];
+        let rule = &stack["Rules"]["OneNodeAJob"];
         assert_eq!(rule["RuleCondition"], json!({"Fn::Equals": [{"Ref": "Work"}, "queue"]}));
         assert_eq!(rule["Assertions"][0]["Assert"], json!({"Fn::Equals": [nodes, "1"]}));
     }
@@ -221,11 +221,12 @@ fn the_pods_of_a_job_set_reach_each_other_and_nobody_else_reaches_them() {
     assert_eq!(pod.get("hostNetwork"), None);
 }
 
-/// An agent that says when it is ready and when it heard a signal, and waits forever for one.
-const AGENT: &str = "trap 'trap \"\" TERM; echo heard; exit 75' USR1 TERM\necho $$ >>\"$here/agents\"\necho ready\n\
-                     exec 2>/dev/null\nwhile :; do read -r _ <\"$here/never\" || true; done\n";
+/// An agent that says when it is ready and when it heard a signal; it leaves when it may.
+const AGENT: &str = "trap 'trap \"\" TERM; echo heard; read -r _ <\"$here/leave\"; exit 75' USR1 TERM\n\
+    echo $$ >>\"$here/agents\"\necho ready\nexec 2>/dev/null\n\
+    while :; do read -r _ <\"$here/never\" || true; done\n";
 /// Two agents; a SIGTERM to srun itself kills them. Its exit code is the highest of theirs.
-const SRUN: &str = "trap 'kill -9 $agents; exit 137' TERM\n\
+const SRUN: &str = "trap 'echo srun is killed >>\"$here/calls\"; kill -9 $agents; exit 137' TERM\n\
     while :; do case $1 in --*) shift ;; *) break ;; esac; done\n\
     agents= code=0\n\
     for node in 1 2; do \"$@\" & agents=\"$agents $!\"; done\n\
@@ -287,8 +288,8 @@ fn a_slurm_job_starts_an_agent_on_each_node() {
 fn the_agents_of_a_slurm_job_hear_each_signal_once() {
     for signal in [Signal::USR1, Signal::TERM] {
         let (machine, cloud) = (cluster(AGENT), Cloud::machine());
-        let fifo = Command::new("mkfifo").arg(machine.path("stand-ins/never")).status().expect("start mkfifo");
-        assert!(fifo.success());
+        let fifos = ["stand-ins/never", "stand-ins/leave"].map(|name| machine.path(name));
+        assert!(Command::new("mkfifo").args(&fifos).status().expect("start mkfifo").success());
         let mut job =
             job(&machine, &cloud).stdout(Stdio::piped()).process_group(0).spawn().expect("start the batch script");
         let pid = Pid::from_child(&job);
@@ -315,9 +316,13 @@ fn the_agents_of_a_slurm_job_hear_each_signal_once() {
             }
         }
         both_say("heard");
+        // Open until both have read: a pipe without a writer is at its end.
+        let mut leave = std::fs::File::options().read(true).write(true).open(&fifos[1]).expect("the agents' way out");
+        leave.write_all(b"leave\nleave\n").expect("let both leave");
         assert_eq!(job.wait().expect("its end").code(), Some(75));
         let calls = machine.calls();
         assert!(calls.contains("scontrol requeue 42"), "{calls}");
+        assert!(!calls.contains("srun is killed"), "{calls}");
         let passed = calls.lines().filter(|line| line.starts_with("scancel ")).collect::<Vec<_>>();
         let wanted: &[&str] = if signal == Signal::USR1 { &["scancel --signal=USR1 42"] } else { &[] };
         assert_eq!(passed, wanted, "a second SIGTERM ends an agent before it has saved");

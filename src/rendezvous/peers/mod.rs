@@ -2,7 +2,7 @@
 //!
 //! [`channel`](super::channel) has one connection; this is the table of them. A caller names nodes and never
 //! connections: a message for a node without a link opens one, a link that another node opens joins the table. One task
-//! owns the table ([`Hub`]), so nothing here waits for a lock or for the network.
+//! owns the table (`Hub`), so nothing here waits for a lock or for the network.
 //!
 //! # Rules
 //! - Messages to one node arrive in the order in which they were sent, and none between two that arrive is missing: a
@@ -262,7 +262,8 @@ impl<M: Serialize> Contact<M> {
         Self { ways, dial: None, since: Instant::now(), waiting, probes, broken: None }
     }
 
-    /// Sends over the oldest link that takes it. If none does, all have ended, and their readers find out.
+    /// Sends over the oldest link that takes it. If none does, all have ended: `Lost` is on its way, and covers this
+    /// message.
     fn post(&mut self, generation: Generation, body: &M) -> Result<(), Unsendable> {
         for sender in self.ways.iter_mut().filter_map(|way| way.sender.as_mut()) {
             match sender.send(generation, body) {
@@ -374,10 +375,6 @@ impl<M: Serialize + DeserializeOwned + Send + 'static> Hub<M> {
             let why = format!("nothing says where node {to} listens");
             return self.lose(to, End::Unreachable { address, why });
         };
-        // `Lost` is on its way, and covers this message.
-        if contact.broken.is_some() {
-            return;
-        }
         if !contact.ways.is_empty() {
             if let Err(fault) = contact.post(generation, &body) {
                 self.break_off(to, End::Protocol(fault.to_string()));

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use super::{Body, Output, Phase, Rules, Seat, looks::When};
+use super::{
+    Body, Output, Phase, Rules, Seat,
+    looks::{TICK, When},
+};
 use crate::{
     ids::{Generation, NodeId},
     rendezvous::policy::succession::{self, Answer, Asked, PROMISE, VOUCH},
@@ -144,7 +147,7 @@ impl<R: Rules> Seat<R> {
         let Invitation { from, round, asked, .. } = invitation;
         self.log(format!("is ready for {from}: {why}"));
         self.promised = Some(Promise { to: from.clone(), until: self.now + PROMISE });
-        self.think_in(PROMISE + Duration::from_millis(1));
+        self.think_in(PROMISE + TICK);
         let nodes: BTreeSet<NodeId> = asked.into_iter().filter(|node| *node != from && !self.is_me(node)).collect();
         self.probing = Some(Probing { round, by: from.clone(), nodes: nodes.clone() });
         if nodes.is_empty() {

@@ -18,7 +18,10 @@ impl<R: Rules> Seat<R> {
         let ended = self.ended;
         for line in lines {
             match line {
-                Line::Formed(roster) => (self.newest, self.ended) = (Some(roster), false),
+                Line::Formed(roster) => {
+                    self.used |= roster.has(&self.me.member.node);
+                    (self.newest, self.ended) = (Some(roster), false);
+                }
                 Line::Ended(generation) => {
                     self.ended |= self.newest.as_ref().is_some_and(|roster| roster.generation == generation);
                 }
@@ -66,7 +69,8 @@ impl<R: Rules> Seat<R> {
         match self.newest.clone() {
             Some(newest) if leads && !self.ended => self.lead(newest),
             Some(newest) if newest.has(&self.me.member.node) && !self.ended => self.follow(newest),
-            Some(_) if self.phase != Phase::Outside && !self.ended => {
+            // Its id is used up, even if it had left that generation before: no later one may name it.
+            Some(newest) if self.used && !newest.has(&self.me.member.node) => {
                 self.log(format!("generation {generation} stands without this node"));
                 self.leave(Output::LeftOut);
             }
@@ -78,6 +82,7 @@ impl<R: Rules> Seat<R> {
     fn forget(&mut self) {
         self.touch.clear();
         self.lost.clear();
+        self.leaving.clear();
         self.suspect = Suspect::default();
         (self.welcomed, self.broken, self.failed, self.failed_saves) = (false, None, 0, 0);
         (self.promised, self.probing, self.round, self.judging) = (None, None, None, None);

@@ -19,7 +19,7 @@ use crate::{
 /// From a change of a node's part to its first look: its first beat is in the store by then.
 const FIRST_LOOK: Duration = Duration::from_millis(300);
 /// Time is compared in whole milliseconds: a timer that comes a fraction early would find nothing due.
-const TICK: Duration = Duration::from_millis(1);
+pub(super) const TICK: Duration = Duration::from_millis(1);
 
 /// What a timer is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,8 +72,7 @@ impl<R: Rules> Seat<R> {
     /// Thinks after `pause`, or before.
     pub(super) fn think_in(&mut self, pause: Duration) {
         let at = self.now + pause;
-        // One that is overdue may never come.
-        if self.thought.is_none_or(|(before, _)| at < before || before < self.now) {
+        if self.thought.is_none_or(|(before, _)| at < before) {
             self.thoughts += 1;
             self.thought = Some((at, self.thoughts));
             self.after(pause, When::Think(self.thoughts));

@@ -32,12 +32,16 @@
 //! machine may be dropped at any moment; its node then looks dead, and is.
 
 mod answers;
+#[cfg(test)]
+mod answers_tests;
 mod beats;
 mod journal;
 mod looks;
 mod rounds;
 mod telling;
 mod words;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
 
@@ -147,6 +151,8 @@ pub struct Seat<R> {
     /// lives (a firewall had refused).
     gone: BTreeMap<NodeId, Option<Timestamp>>,
     leaving: BTreeSet<NodeId>,
+    /// A generation has named this node: one that does not name it leaves it out.
+    used: bool,
     /// The nodes that live, by id, without those that are gone.
     live: Vec<NodeId>,
     newcomer_at: Duration,
@@ -208,6 +214,7 @@ impl<R: Rules> Seat<R> {
             suspect: Suspect::default(),
             gone: BTreeMap::new(),
             leaving: BTreeSet::new(),
+            used: false,
             live: Vec::new(),
             newcomer_at: now,
             enough_at: None,

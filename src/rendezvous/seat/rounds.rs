@@ -5,7 +5,10 @@ use std::{
     time::Duration,
 };
 
-use super::{Body, MOST_ASKED, Output, Phase, Rules, Seat, looks::When};
+use super::{
+    Body, MOST_ASKED, Output, Phase, Rules, Seat,
+    looks::{TICK, When},
+};
 use crate::{
     ids::{Generation, NodeId},
     rendezvous::policy::{
@@ -144,10 +147,6 @@ impl<R: Rules> Seat<R> {
         if round.generation != self.next() {
             return self.release(&round);
         }
-        if round.purpose == Purpose::Grow && self.broken.is_some() {
-            self.release(&round);
-            return self.think_in(Duration::ZERO);
-        }
         let mut grounds = Vec::new();
         if let Some(roster) = self.open().cloned() {
             let going = match round.purpose {
@@ -208,7 +207,7 @@ impl<R: Rules> Seat<R> {
         match next {
             GoOn::Reform => Some(why),
             GoOn::Yield(pause) => {
-                self.think_in(pause + Duration::from_millis(1));
+                self.think_in(pause + TICK);
                 None
             }
             GoOn::StepDown => {
@@ -236,6 +235,8 @@ impl<R: Rules> Seat<R> {
                     return self.form(round.generation, next, previous, why);
                 }
                 self.release(round);
+                // It may have lost members meanwhile, or ended.
+                self.think_in(Duration::ZERO);
             }
             Composed::Form(next) => {
                 grounds.retain(|ground| !ground.is_empty());

@@ -1,7 +1,10 @@
 //! What a seat tells whoever asks.
 
 use super::{Phase, Rules, Seat};
-use crate::rendezvous::policy::Roster;
+use crate::{
+    ids::{Generation, NodeId},
+    rendezvous::{heartbeat::PATIENCE, policy::Roster},
+};
 
 impl<R: Rules> Seat<R> {
     /// The newest generation in the journal, whether or not it has ended.
@@ -15,6 +18,30 @@ impl<R: Rules> Seat<R> {
             Phase::Leader => self.here().count() + self.outside().count(),
             Phase::Follower => self.newest.as_ref().map_or(1, |roster| roster.members.len()),
             Phase::CutOff | Phase::Outside | Phase::Gone => self.live.len().max(1),
+        }
+    }
+
+    /// Whether this node takes part in `generation`, as its leader or a follower in touch, as far as it knows now.
+    pub fn stands_in(&self, generation: Generation) -> bool {
+        let works = matches!(self.phase, Phase::Leader | Phase::Follower);
+        works && self.open().is_some_and(|roster| roster.generation == generation)
+    }
+
+    /// The members that this leader has lost.
+    pub fn missing(&self) -> impl Iterator<Item = &NodeId> {
+        self.lost.iter()
+    }
+
+    /// Whether a leader is at work, as far as this node knows: then there is something to wait for.
+    pub fn is_led(&self) -> bool {
+        let suspect = &self.suspect;
+        match self.phase {
+            Phase::Leader | Phase::Follower => self.open().is_some(),
+            Phase::Outside => {
+                let gone = suspect.left || suspect.refused || suspect.listed_dead;
+                self.open().is_some() && !gone && suspect.watch.still() < PATIENCE
+            }
+            Phase::CutOff | Phase::Gone => false,
         }
     }
 

@@ -1,221 +1,12 @@
-//! The machine's seams. What groups of it do is tested by the simulation (`tests/rendezvous_sim.rs`).
+//! A node's part: how it forms, leads, follows, loses and looks. What groups of it do is tested by the simulation
+//! (`tests/rendezvous_sim.rs`).
 
-use std::{collections::BTreeSet, time::Duration};
-
-use jiff::Timestamp;
-
-use super::{Beat, Body, Input, JOIN, Line, MOST_ASKED, Me, Output, Seat, Sound, Timer, WELCOME};
-use crate::{
-    ids::{Generation, NodeId},
-    rendezvous::{
-        heartbeat::{Group, PATIENCE, State, testing::group},
-        membership::{Listed, Role},
-        policy::{
-            Bounds, Member, Roster,
-            roster::{Candidate, Formation},
-            succession::{ANSWER, PROMISE, VOUCH},
-        },
-    },
+use super::{testing::*, *};
+use crate::rendezvous::{
+    heartbeat::State,
+    membership::Listed,
+    policy::succession::{ANSWER, PROMISE},
 };
-
-const BOUNDS: Bounds = Bounds { min: 2, max: 8, global_batch: 64, mixed: false };
-
-fn id(name: &str) -> NodeId {
-    NodeId::new(name).unwrap()
-}
-
-fn ids(names: &str) -> Vec<NodeId> {
-    names.split_whitespace().map(id).collect()
-}
-
-fn set(names: &str) -> BTreeSet<NodeId> {
-    ids(names).into_iter().collect()
-}
-
-fn member(name: &str) -> Member {
-    Member { node: id(name), workers: 1, kind: "A100".into() }
-}
-
-fn roster(generation: u64, names: &str) -> Roster {
-    Roster { generation: Generation(generation), members: names.split_whitespace().map(member).collect() }
-}
-
-fn formed(generation: u64, names: &str) -> Line {
-    Line::Formed(roster(generation, names))
-}
-
-fn candidate(name: &str) -> Candidate {
-    Candidate { member: member(name), program: "1".into(), unreachable: BTreeSet::new(), kills: 0, failed_saves: 0 }
-}
-
-fn invite(round: u64, generation: u64, asked: &str) -> Body {
-    Body::Invite { round, generation: Generation(generation), asked: ids(asked), program: "1".into() }
-}
-
-/// A seat, its time and its timers.
-struct Desk {
-    seat: Seat<Sound>,
-    now: Duration,
-    timers: Vec<(Duration, Timer)>,
-}
-
-impl Desk {
-    fn new(name: &str, bounds: Bounds) -> Self {
-        let me = Me { member: member(name), program: "1".into() };
-        let now = Duration::from_secs(1000);
-        let (seat, out) = Seat::new(me, bounds, Sound, now);
-        let mut desk = Self { seat, now, timers: Vec::new() };
-        let out = desk.keep_timers(out);
-        assert_eq!(out, [Output::Say { role: Role::Waiting, left: false }, Output::ReadJournal]);
-        desk
-    }
-
-    /// A leader, whose members have come; the first of `names`.
-    fn leader(names: &str, bounds: Bounds) -> Self {
-        let (me, others) = names.split_once(' ').unwrap_or((names, ""));
-        let mut desk = Self::new(me, bounds);
-        let out = desk.tell(Input::Journal(vec![formed(3, names)]));
-        assert!(out.contains(&Output::Lead(roster(3, names))), "{out:?}");
-        for other in ids(others) {
-            assert_eq!(desk.hear(other.as_str(), hello(3)), [send(other.as_str(), welcome(3))]);
-        }
-        desk
-    }
-
-    /// A follower that its leader has welcomed.
-    fn follower(me: &str, names: &str) -> Self {
-        let mut desk = Self::new(me, BOUNDS);
-        let out = desk.tell(Input::Journal(vec![formed(3, names)]));
-        let leader = names.split_once(' ').unwrap().0;
-        assert!(out.contains(&Output::Follow(roster(3, names))) && out.contains(&send(leader, hello(3))), "{out:?}");
-        assert_eq!(desk.hear(leader, welcome(3)), []);
-        desk
-    }
-
-    fn keep_timers(&mut self, out: Vec<Output>) -> Vec<Output> {
-        let mut told = Vec::new();
-        for output in out {
-            match output {
-                Output::After(pause, timer) => self.timers.push((self.now + pause, timer)),
-                Output::Log(_) => {}
-                output => told.push(output),
-            }
-        }
-        told
-    }
-
-    /// What it does, without timers and lines of the log.
-    fn tell(&mut self, input: Input) -> Vec<Output> {
-        let out = self.seat.handle(input, self.now);
-        self.keep_timers(out)
-    }
-
-    fn hear(&mut self, from: &str, body: Body) -> Vec<Output> {
-        self.tell(Input::Message { from: id(from), body })
-    }
-
-    /// Lets time pass; looks at the store are left out.
-    fn pass(&mut self, time: Duration) -> Vec<Output> {
-        let (end, mut told) = (self.now + time, Vec::new());
-        loop {
-            let due = self.timers.iter().enumerate().filter(|(_, (at, _))| *at <= end).min_by_key(|(_, (at, _))| *at);
-            let Some(at) = due.map(|(at, _)| at) else { break };
-            let (due, timer) = self.timers.remove(at);
-            self.now = self.now.max(due);
-            told.extend(self.tell(Input::Timer(timer)));
-        }
-        self.now = end;
-        told.retain(|it| !matches!(it, Output::ReadJournal | Output::List | Output::ReadBeats(_)));
-        told
-    }
-
-    fn lose(&mut self, peer: &str, refused: bool) -> Vec<Output> {
-        self.tell(Input::Lost { peer: id(peer), refused })
-    }
-
-    /// Reads the journal; what it does besides.
-    fn journal(&mut self, lines: Vec<Line>) -> Vec<Output> {
-        self.tell(Input::Journal(lines))
-    }
-
-    /// Lists nodes whose beats are all fresh.
-    fn list(&mut self, names: &str) -> Vec<Output> {
-        self.tell(Input::Listed(ids(names).into_iter().map(|node| listed(node, 1000)).collect()))
-    }
-
-    fn beats(&mut self, beats: Vec<(&str, Option<Beat>)>) -> Vec<Output> {
-        let (began, beats) = (self.now, beats.into_iter().map(|(name, beat)| (id(name), beat)).collect());
-        self.tell(Input::Beats { began, beats })
-    }
-}
-
-fn listed(node: NodeId, second: i64) -> Listed {
-    Listed { node, stored: Timestamp::from_second(second).unwrap() }
-}
-
-fn beat(state: State, every_s: u32) -> Option<Beat> {
-    Some(Beat { counter: 7, group: Group { state, every_s, ..group() } })
-}
-
-fn left() -> Option<Beat> {
-    Some(Beat { counter: u64::MAX, group: Group { left: true, ..group() } })
-}
-
-fn hello(generation: u64) -> Body {
-    Body::Hello { generation: Generation(generation) }
-}
-
-fn welcome(generation: u64) -> Body {
-    Body::Welcome { generation: Generation(generation) }
-}
-
-fn over(generation: u64) -> Body {
-    Body::Over { generation: Generation(generation) }
-}
-
-fn send(to: &str, body: Body) -> Output {
-    Output::Send { to: id(to), body }
-}
-
-fn ready(round: u64, name: &str) -> Body {
-    Body::Ready { round, candidate: candidate(name) }
-}
-
-/// The round and those that are invited to it.
-fn invited(out: &[Output]) -> Option<(u64, String)> {
-    let mut rounds = BTreeSet::new();
-    let mut names = Vec::new();
-    for output in out {
-        if let Output::Send { to, body: Body::Invite { round, .. } } = output {
-            rounds.insert(*round);
-            names.push(to.as_str());
-        }
-    }
-    assert!(rounds.len() < 2, "{out:?}");
-    rounds.first().map(|round| (*round, names.join(" ")))
-}
-
-fn names(formation: &Formation) -> String {
-    formation.places.iter().map(|place| place.member.node.as_str()).collect::<Vec<_>>().join(" ")
-}
-
-/// The nodes of what it forms.
-fn forms(out: &[Output]) -> Option<String> {
-    out.iter().find_map(|output| match output {
-        Output::Form { formation, .. } => Some(names(formation)),
-        _ => None,
-    })
-}
-
-fn parted(out: &[Output]) -> Vec<&str> {
-    let node = |output| match output {
-        Output::Parted { node, .. } => Some(node.as_str()),
-        _ => None,
-    };
-    out.iter().filter_map(node).collect()
-}
-
-const MOMENT: Duration = Duration::from_millis(1);
 
 #[test]
 fn the_lowest_node_proposes_forms_reads_and_leads() {
@@ -229,7 +20,7 @@ fn the_lowest_node_proposes_forms_reads_and_leads() {
     let Some(Output::Form { generation, formation, previous, ended, ground }) = out.first() else { panic!("{out:?}") };
     assert_eq!((*generation, names(formation), previous, *ended), (Generation(1), "a b c".into(), &None, false));
     assert_eq!(ground, "3 nodes are ready, of at least 2 and at most 3");
-    assert_eq!(desk.seat.explain(), "writes into the journal, after generation 0");
+    assert_eq!(desk.seat.explain(), format!("writes into the journal, after generation 0: {ground}"));
     assert_eq!(desk.pass(ANSWER), [], "it proposes nothing while it appends");
     assert_eq!(desk.tell(Input::Appended { stands: Some(true) }), [Output::ReadJournal]);
     assert_eq!(desk.tell(Input::Appended { stands: Some(true) }), [], "it did not ask for that");
@@ -257,18 +48,6 @@ fn a_member_that_does_not_come_is_lost() {
 }
 
 #[test]
-fn a_hello_that_comes_before_its_record_waits_for_it() {
-    let mut desk = Desk::new("a", BOUNDS);
-    desk.journal(vec![]);
-    assert_eq!(desk.hear("b", hello(3)), [Output::ReadJournal]);
-    assert_eq!(desk.journal(vec![]), []);
-    let out = desk.journal(vec![formed(3, "a b")]);
-    assert!(out.contains(&send("b", welcome(3))), "{out:?}");
-    assert_eq!(desk.hear("x", hello(3)), [send("x", over(3))], "not a member");
-    assert_eq!(desk.hear("b", hello(2)), [send("b", over(2))]);
-}
-
-#[test]
 fn while_workers_are_being_ended_it_asks_nobody() {
     let mut desk = Desk::leader("a b c d", BOUNDS);
     let out = desk.lose("b", true);
@@ -278,10 +57,6 @@ fn while_workers_are_being_ended_it_asks_nobody() {
     assert!(desk.seat.explain().ends_with("; workers of the last generation are still being ended"));
     assert_eq!(desk.hear("c", invite(9, 4, "a c")), [send("c", no(9, "this node is in touch with the leader, a"))]);
     assert_eq!(invited(&desk.tell(Input::Busy(false))), Some((1, "c d".into())));
-}
-
-fn no(round: u64, why: &str) -> Body {
-    Body::No { round, leader_lives: true, why: why.into() }
 }
 
 #[test]
@@ -358,30 +133,6 @@ fn a_leader_with_too_few_steps_down_after_it_has_asked() {
 }
 
 #[test]
-fn a_node_that_ends_the_group_too_often_is_no_member_until_a_generation_gets_further() {
-    let mut desk = Desk::leader("a b c", BOUNDS);
-    desk.tell(Input::Again { kills: 3 });
-    desk.hear("b", ready(1, "b"));
-    let out = desk.hear("c", ready(1, "c"));
-    assert_eq!(out, [Output::StepDown { generation: Generation(3) }], "others do better");
-
-    let mut desk = Desk::follower("b", "a b c");
-    assert_eq!(desk.tell(Input::Again { kills: 2 }), [], "it does not lead");
-    let kills = |desk: &mut Desk, generation| {
-        desk.hear("a", invite(generation, generation, "a b"));
-        match &desk.hear("a", invite(generation, generation, "a b"))[..] {
-            [Output::Send { body: Body::Ready { candidate, .. }, .. }] => candidate.kills,
-            other => panic!("{other:?}"),
-        }
-    };
-    assert_eq!(kills(&mut desk, 4), 2);
-    desk.journal(vec![Line::Committed(Generation(3)), formed(4, "a b c")]);
-    assert_eq!(kills(&mut desk, 5), 2, "that checkpoint was there before");
-    desk.journal(vec![Line::Committed(Generation(4))]);
-    assert_eq!(kills(&mut desk, 5), 0);
-}
-
-#[test]
 fn whoever_leaves_is_not_asked_and_counts_as_gone() {
     let mut desk = Desk::leader("a b c d e", BOUNDS);
     desk.tell(Input::Leaving(set("a c d e")));
@@ -389,78 +140,6 @@ fn whoever_leaves_is_not_asked_and_counts_as_gone() {
     assert_eq!(invited(&desk.tell(Input::Again { kills: 0 })), Some((1, "b".into())));
     let out = desk.hear("b", ready(1, "b"));
     assert_eq!((forms(&out), parted(&out)), (Some("a b".into()), vec![]), "2 of 5, and the others are not silent");
-}
-
-#[test]
-fn a_node_that_is_asked_finds_out_whom_it_reaches_and_then_is_ready() {
-    let mut desk = Desk::new("b", BOUNDS);
-    desk.journal(vec![]);
-    let out = desk.hear("a", invite(7, 1, "a b c d"));
-    assert_eq!(out, [Output::Probe { round: 7, by: id("a"), nodes: ids("c d") }]);
-    // It has promised itself from now on.
-    let why = "this node is ready for a".to_owned();
-    assert_eq!(desk.hear("c", invite(1, 1, "b c")), [send("c", Body::No { round: 1, leader_lives: false, why })]);
-    let probed = |round, by| Input::Probed { round, by: id(by), unreachable: set("d x") };
-    assert_eq!(desk.tell(probed(6, "a")), []);
-    assert_eq!(desk.tell(probed(7, "c")), []);
-    let candidate = Candidate { unreachable: set("d"), ..candidate("b") };
-    assert_eq!(desk.tell(probed(7, "a")), [send("a", Body::Ready { round: 7, candidate })]);
-    assert_eq!(desk.tell(probed(7, "a")), [], "once");
-    // It is free again.
-    desk.pass(PROMISE);
-    assert_eq!(desk.hear("c", invite(2, 1, "b c")).len(), 1);
-    desk.hear("d", Body::Release);
-    let why = "this node is ready for c".to_owned();
-    let no = send("d", Body::No { round: 3, leader_lives: false, why });
-    assert_eq!(desk.hear("d", invite(3, 1, "b d")), [no], "whoever it promised nothing releases nothing");
-    desk.hear("c", Body::Release);
-    assert_eq!(desk.hear("d", invite(4, 1, "b d e")), [Output::Probe { round: 4, by: id("d"), nodes: ids("e") }]);
-    desk.pass(PROMISE);
-    let late = Input::Probed { round: 4, by: id("d"), unreachable: set("") };
-    assert_eq!(desk.tell(late), [], "its promise is over");
-}
-
-#[test]
-fn a_promise_to_a_dead_proposer_is_void() {
-    for (refused, free) in [(false, false), (true, true)] {
-        let mut desk = Desk::new("b", BOUNDS);
-        desk.journal(vec![]);
-        desk.hear("a", invite(1, 1, "a b"));
-        desk.lose("a", refused);
-        let out = desk.hear("c", invite(1, 1, "b c"));
-        let ready = matches!(&out[..], [Output::Send { body: Body::Ready { .. }, .. }]);
-        assert_eq!(ready, free, "{out:?}");
-    }
-}
-
-#[test]
-fn a_follower_asks_its_leader_before_it_vouches_for_it() {
-    let mut desk = Desk::follower("b", "a b c");
-    assert_eq!(desk.hear("c", invite(1, 4, "b c")), [send("a", Body::Ask { ticket: 1 })]);
-    assert_eq!(desk.hear("x", invite(5, 4, "b x")), [send("a", Body::Ask { ticket: 2 })]);
-    assert_eq!(desk.hear("c", Body::Here { ticket: 2 }), [], "not the leader");
-    assert_eq!(desk.hear("a", Body::Here { ticket: 0 }), [], "an older question");
-    let lives = "this node is in touch with the leader, a";
-    assert_eq!(desk.hear("a", Body::Here { ticket: 1 }), [send("c", no(1, lives))]);
-    assert_eq!(desk.hear("a", Body::Here { ticket: 2 }), [send("x", no(5, lives))]);
-    assert_eq!(desk.pass(VOUCH), [], "all are answered");
-    // A leader that does not answer is lost, and the others are answered accordingly.
-    desk.hear("c", invite(2, 4, "b c"));
-    assert_eq!(desk.pass(VOUCH - MOMENT), []);
-    let out = desk.pass(MOMENT);
-    let says = send("c", ready(2, "b"));
-    assert!(matches!(&out[..], [Output::CutOff { .. }, said] if *said == says), "{out:?}");
-    // Its own leader needs nobody's word.
-    let mut desk = Desk::follower("b", "a b c");
-    assert_eq!(desk.hear("a", invite(1, 4, "a b")), [send("a", ready(1, "b"))]);
-}
-
-#[test]
-fn a_leader_says_that_it_is_there_to_its_members() {
-    let mut desk = Desk::leader("a b", BOUNDS);
-    assert_eq!(desk.hear("b", Body::Ask { ticket: 9 }), [send("b", Body::Here { ticket: 9 })]);
-    assert_eq!(desk.hear("x", Body::Ask { ticket: 9 }), [send("x", over(3))]);
-    assert_eq!(Desk::new("a", BOUNDS).hear("b", Body::Ask { ticket: 9 }), []);
 }
 
 #[test]
@@ -506,77 +185,6 @@ fn a_process_that_was_gone_and_beats_again_is_asked_again() {
     assert_eq!(list(&mut desk, 990), None, "its last beat may be older than its end");
     assert_eq!(list(&mut desk, 990), None);
     assert_eq!(list(&mut desk, 991), Some((1, "b x".into())));
-}
-
-#[test]
-fn strangers_and_old_words_change_nothing() {
-    let far = u64::MAX;
-    let many = (0..=MOST_ASKED).map(|n| id(&format!("n{n}"))).collect::<Vec<_>>();
-    let big = Body::Invite { round: 1, generation: Generation(4), asked: many.clone(), program: "1".into() };
-    let wide = Candidate { unreachable: many.into_iter().collect(), ..candidate("x") };
-    let words = |from: &str| {
-        vec![
-            Body::Ready { round: far, candidate: candidate(from) },
-            ready(1, "a"),
-            Body::Ready { round: 1, candidate: wide.clone() },
-            Body::No { round: far, leader_lives: true, why: "x".repeat(1000) },
-            Body::Release,
-            Body::Formed { generation: Generation(1) },
-            Body::Here { ticket: far },
-            Body::Over { generation: Generation(1) },
-            Body::Over { generation: Generation(3) },
-            Body::Bye { generation: Generation(far) },
-            big.clone(),
-        ]
-    };
-    for mut desk in [Desk::leader("a b c", BOUNDS), Desk::follower("b", "a b c")] {
-        let before = desk.seat.explain();
-        for from in ["x", "c"] {
-            for body in words(from) {
-                assert_eq!(desk.hear(from, body.clone()), [], "{body:?}");
-            }
-        }
-        // These are read about, or answered.
-        for body in [Body::Formed { generation: Generation(far) }, over(far), hello(far)] {
-            assert_eq!(desk.hear("x", body), [Output::ReadJournal]);
-        }
-        let bye = Body::Bye { generation: Generation(3) };
-        assert_eq!(desk.hear("x", welcome(3)), [send("x", bye)]);
-        assert_eq!(desk.hear("x", invite(1, far, "x a")), [Output::ReadJournal]);
-        let why = "this node has read of generation 3 only".to_owned();
-        assert_eq!(desk.journal(vec![]), [send("x", Body::No { round: 1, leader_lives: false, why })]);
-        assert_eq!(desk.lose("x", true), []);
-        assert_eq!(desk.pass(JOIN), [], "nothing is pending");
-        assert_eq!(desk.seat.explain(), before);
-    }
-}
-
-#[test]
-fn answers_count_once_and_only_from_whoever_was_asked() {
-    let mut desk = Desk::leader("a b c", BOUNDS);
-    desk.tell(Input::Again { kills: 0 });
-    assert_eq!(desk.hear("x", ready(1, "x")), []);
-    assert_eq!(desk.hear("b", ready(1, "c")), [], "it speaks for another one");
-    assert_eq!(desk.hear("b", ready(2, "b")), []);
-    assert_eq!(desk.hear("b", ready(1, "b")), []);
-    assert_eq!(desk.hear("b", ready(1, "b")), []);
-    assert_eq!(forms(&desk.hear("c", ready(1, "c"))), Some("a b c".into()));
-}
-
-#[test]
-fn the_invitations_that_wait_are_bounded() {
-    let mut desk = Desk::follower("b", "a b c");
-    for n in 0..200 {
-        desk.hear(&format!("x{n}"), invite(1, 4, "b"));
-        desk.hear("c", invite(n, 4, "b"));
-    }
-    let out = desk.hear("a", Body::Here { ticket: u64::MAX });
-    assert_eq!(out.len(), super::answers::MOST_WAITING);
-    let mut desk = Desk::leader("a b", BOUNDS);
-    for n in 0..MOST_ASKED + 10 {
-        desk.hear(&format!("x{n}"), hello(9));
-    }
-    assert_eq!(desk.journal(vec![formed(9, "a b")]).len(), MOST_ASKED + 2, "each is told once");
 }
 
 #[test]
@@ -698,6 +306,19 @@ fn a_leader_grows_after_a_commit_and_only_if_somebody_can_join() {
 }
 
 #[test]
+fn a_generation_that_ends_while_it_asks_who_may_join_is_formed_anew_at_once() {
+    let mut desk = Desk::leader("a b", BOUNDS);
+    desk.list("a b x");
+    desk.beats(["b", "x"].map(|name| (name, beat(State::Waiting, 30))).to_vec());
+    assert_eq!(invited(&desk.tell(Input::Saved { ok: true })), Some((1, "b x".into())));
+    assert_eq!(desk.tell(Input::Again { kills: 0 }), []);
+    desk.hear("b", ready(1, "b"));
+    let out = desk.hear("x", Body::No { round: 1, leader_lives: false, why: String::new() });
+    assert_eq!(out, [send("b", Body::Release)], "nobody can join");
+    assert_eq!(invited(&desk.pass(Duration::ZERO)), Some((2, "b x".into())));
+}
+
+#[test]
 fn a_leader_whose_saves_fail_hands_over_and_a_followers_count() {
     let mut desk = Desk::leader("a b", BOUNDS);
     for _ in 0..2 {
@@ -731,30 +352,4 @@ fn a_member_that_forms_nothing_releases_those_that_were_ready() {
     assert_eq!(desk.seat.explain(), format!("lost a, which leads generation 3: {why}"));
     assert_eq!(desk.tell(Input::Failed), []);
     assert!(desk.seat.explain().ends_with("; the store did not answer the last request"));
-}
-
-#[test]
-fn the_form_on_the_wire() {
-    let text = |body: &Body| serde_json::to_string(body).unwrap();
-    let bodies = [
-        (invite(1, 2, "a b"), r#"{"invite":{"round":1,"generation":2,"asked":["a","b"],"program":"1"}}"#),
-        (Body::Release, r#""release""#),
-        (hello(2), r#"{"hello":{"generation":2}}"#),
-        (
-            Body::Ready { round: 1, candidate: Candidate { unreachable: set("c"), ..candidate("a") } },
-            concat!(
-                r#"{"ready":{"round":1,"candidate":{"member":{"node":"a","workers":1,"kind":"A100"},"program":"1","#,
-                r#""unreachable":["c"],"kills":0,"failed_saves":0}}}"#
-            ),
-        ),
-        (
-            Body::No { round: 1, leader_lives: true, why: "x".into() },
-            r#"{"no":{"round":1,"leader_lives":true,"why":"x"}}"#,
-        ),
-    ];
-    for (body, wire) in bodies {
-        assert_eq!(text(&body), wire);
-        assert_eq!(serde_json::from_str::<Body>(wire).unwrap(), body);
-    }
-    assert!(serde_json::from_str::<Body>(r#"{"hello":{"generation":-1}}"#).is_err());
 }

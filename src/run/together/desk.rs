@@ -18,7 +18,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     task::{AbortHandle, JoinSet},
     time::Instant,
 };
@@ -115,7 +115,7 @@ pub enum Route {
     /// This node leads it.
     Lead(Generation, mpsc::UnboundedSender<group::Heard>),
     /// This node follows that leader.
-    Follow(Generation, NodeId, mpsc::UnboundedSender<follow::Heard>),
+    Follow(Generation, NodeId, mpsc::UnboundedSender<follow::LeaderHeard>),
 }
 
 impl Route {
@@ -168,6 +168,7 @@ pub struct Desk {
     calls: mpsc::UnboundedReceiver<Call>,
     /// The links, for the messages of a generation.
     pub links: Peers<Words>,
+    led: watch::Receiver<Instant>,
     task: AbortHandle,
 }
 
@@ -200,6 +201,7 @@ impl Desk {
         let (tell, told) = mpsc::unbounded_channel();
         let (calls, called) = mpsc::unbounded_channel();
         let (inputs, given) = mpsc::unbounded_channel();
+        let (led, is_led) = watch::channel(Instant::now());
         let member = Member { node: me.node.clone(), workers: me.workers, kind: me.kind.clone() };
         let program = env!("CARGO_PKG_VERSION").to_owned();
         let began = Instant::now();
@@ -218,12 +220,14 @@ impl Desk {
             known: BTreeMap::new(),
             read: Read::default(),
             route: None,
+            taken: Generation(0),
             early: VecDeque::new(),
+            led,
             regrouped: None,
             ends: BTreeMap::new(),
         };
         let task = tokio::spawn(work.run(first, heard, told, given)).abort_handle();
-        Self { tell, calls: called, links, task }
+        Self { tell, calls: called, links, led: is_led, task }
     }
 
     /// Says something to the desk.
@@ -234,6 +238,11 @@ impl Desk {
     /// Its ear, for a task that tells it something.
     pub fn voice(&self) -> mpsc::UnboundedSender<Tell> {
         self.tell.clone()
+    }
+
+    /// When a leader was last known to be at work, or this node took its seat.
+    pub fn led(&self) -> Instant {
+        *self.led.borrow()
     }
 
     /// The next call. May be dropped at any moment: nothing is lost.
@@ -308,7 +317,11 @@ struct Work {
     known: BTreeMap<NodeId, Group>,
     read: Read,
     route: Option<Route>,
+    /// The newest generation that this node has taken part in.
+    taken: Generation,
     early: VecDeque<(NodeId, Generation, Words)>,
+    /// When a leader was last known to be at work.
+    led: watch::Sender<Instant>,
     /// The generation that has been asked to end because nodes wait to join.
     regrouped: Option<Generation>,
     /// Why the last link to a node ended.
@@ -360,6 +373,9 @@ impl Work {
             }
         }
         let outputs = self.seat.handle(input, self.began.elapsed());
+        if self.seat.is_led() {
+            self.led.send_replace(Instant::now());
+        }
         self.perform(outputs);
     }
 
@@ -418,11 +434,11 @@ impl Work {
             }
             Some(Route::Follow(current, leader, to)) if *current == generation => {
                 if let (Words::ToMember(said), true) = (words, from == *leader) {
-                    let _ = to.send(follow::Heard::Said(said));
+                    let _ = to.send(follow::LeaderHeard::Said(said));
                 }
             }
             route => {
-                let current = route.as_ref().map_or(Generation(0), Route::generation);
+                let current = route.as_ref().map_or(self.taken, Route::generation).max(self.taken);
                 if generation > current && self.early.len() < EARLY {
                     self.early.push_back((from, generation, words));
                 }
@@ -441,7 +457,9 @@ impl Work {
             Tell::Saved(ok) => self.give(Input::Saved { ok }),
             Tell::Route(route) => {
                 let generation = route.generation();
+                self.taken = generation;
                 self.route = Some(route);
+                self.catches_up(generation);
                 for (from, of, words) in std::mem::take(&mut self.early) {
                     if of >= generation {
                         self.pass(from, of, words);
@@ -452,6 +470,21 @@ impl Work {
                 self.route = None;
                 self.give(Input::Busy(false));
             }
+        }
+    }
+
+    /// What has happened to a generation while the runner prepared its part of it.
+    fn catches_up(&mut self, generation: Generation) {
+        if !self.seat.stands_in(generation) {
+            return self.overtakes(Generation(u64::MAX));
+        }
+        let missing: Vec<NodeId> = self.seat.missing().cloned().collect();
+        if let (Some(Route::Lead(_, to)), false) = (&self.route, missing.is_empty()) {
+            for node in missing {
+                let why = self.ends.get(&node).cloned().unwrap_or_else(|| "it did not come".to_owned());
+                let _ = to.send(group::Heard::Parted(node, why));
+            }
+            self.give(Input::Busy(true));
         }
     }
 
@@ -564,14 +597,14 @@ impl Work {
                 let why = self.ends.get(&node).cloned().unwrap_or(why);
                 if let Some(Route::Lead(_, to)) = &self.route {
                     let _ = to.send(group::Heard::Parted(node, why));
-                    self.is_busy();
+                    self.give(Input::Busy(true));
                 }
             }
             Output::CutOff { why } => {
                 if let Some(Route::Follow(_, leader, to)) = &self.route {
                     let why = self.ends.get(leader).cloned().unwrap_or(why);
-                    let _ = to.send(follow::Heard::Parted(why));
-                    self.is_busy();
+                    let _ = to.send(follow::LeaderHeard::Parted(why));
+                    self.give(Input::Busy(true));
                 }
             }
             Output::LeftOut => {
@@ -590,10 +623,11 @@ impl Work {
     fn overtakes(&mut self, newer: Generation) {
         match self.route.take_if(|route| route.generation() < newer) {
             Some(Route::Lead(_, to)) => _ = to.send(group::Heard::Overtaken),
-            Some(Route::Follow(_, _, to)) => _ = to.send(follow::Heard::Overtaken),
+            Some(Route::Follow(_, _, to)) => _ = to.send(follow::LeaderHeard::Overtaken),
             None => return,
         }
-        self.is_busy();
+        // This node's workers are on their way out, until `Tell::Off`.
+        self.give(Input::Busy(true));
     }
 
     /// Nodes can join while the generation is at work: it ends at a saved step first, and then the group forms anew.
@@ -608,11 +642,6 @@ impl Work {
             let _ = to.send(group::Heard::Regroup(nodes.filter(|node| is_new(node)).cloned().collect()));
         }
         let _ = self.inputs.send(News::Input(Input::Appended { stands: Some(false) }));
-    }
-
-    /// This node's workers are on their way out, until [`Tell::Off`].
-    fn is_busy(&self) {
-        let _ = self.inputs.send(News::Input(Input::Busy(true)));
     }
 
     fn after(&mut self, pause: Duration, timer: Timer) {

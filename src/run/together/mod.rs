@@ -98,7 +98,7 @@ impl Runner {
         if self.held.is_none() {
             self.held = Some(self.run.hold().await.context("hold the run's folder")?);
         }
-        let network = &self.resolved.config.network;
+        let network = *self.network.get_or_insert(self.resolved.config.network);
         let me = LocalNode::new(self.run_id.clone(), self.node.clone());
         let me = Arc::new(me.map_err(|error| Error::from_source(Kind::Bug, error))?);
         let ip = match network.address {
@@ -326,7 +326,7 @@ impl Runner {
             roster: roster.clone(),
             world_size: WorldSize(workers),
             resume,
-            overrides: self.overrides.clone(),
+            overrides: self.overrides.iter().filter(|(key, _)| !is_of_this_machine(key)).cloned().collect(),
             reason,
             data: Some(self.resolved.workload.data().clone()),
             succession: Succession { continues: before, gone, joined },
@@ -370,7 +370,7 @@ impl Runner {
             Error::new(Kind::Bug, what)
         })?;
         let members = formed.roster.iter().map(|entry| entry.node.clone()).collect();
-        let store = SocketAddr::new(me.address.ip(), self.resolved.config.network.store_port);
+        let store = SocketAddr::new(me.address.ip(), self.network.unwrap_or_default().store_port);
         Ok(Seating { ranks, members, others, store })
     }
 
@@ -611,6 +611,11 @@ async fn until(at: Option<Instant>) {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
     }
+}
+
+/// Whether a setting that this command changes is about this machine's network: it holds for no other node.
+fn is_of_this_machine(key: &str) -> bool {
+    key.starts_with("network.")
 }
 
 /// A reason that a record can hold.

@@ -3,6 +3,8 @@
 //! The undisturbed run of the lab has the same two ranks on one node, so the losses of two nodes are its losses to the
 //! last digit. After a change of the world they are equal within the rounding of sums.
 
+mod faults;
+
 use rustix::process::Signal;
 
 use crate::support::{

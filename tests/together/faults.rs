@@ -1,0 +1,294 @@
+//! What becomes of a group of agents on this machine when they are killed, stopped, asked to leave or bothered.
+
+use std::{
+    collections::BTreeSet,
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use super::{RUN, expect_nearly_undisturbed, first, leader_and_follower, leads, next, start_next};
+use crate::support::{
+    lab::{EVERY, Lab, STEPS},
+    trainer::{Event, Finished, Running},
+};
+
+/// The step whose save is disturbed; workers are held one step after it.
+const SAVED: u64 = 2 * EVERY;
+
+/// The worker of this rank stops before it does the second step after the save; one of a later generation does not.
+fn hold(rank: u32) -> String {
+    format!("worker.step=stop@rank={rank}@step={}@hit={}", SAVED + 2, SAVED + 2)
+}
+
+/// Two nodes with these crash points: the leader, and its follower.
+fn pair(lab: &Lab, nodes: &str, faults: &str) -> (Running, Running) {
+    let one = first(lab, nodes).faults(faults).start();
+    let two = start_next(lab, &one, next(lab, nodes).faults(faults));
+    leader_and_follower(one, two)
+}
+
+/// The entries of the journal, in order.
+fn entries(lab: &Lab) -> Vec<Value> {
+    let keys = lab.keys(RUN, "journal/").into_iter();
+    keys.map(|key| serde_json::from_slice(&lab.read(RUN, &key)).expect("an entry of the journal")).collect()
+}
+
+fn of_kind(lab: &Lab, kind: &str) -> Vec<Value> {
+    entries(lab).into_iter().filter(|entry| entry["record"]["kind"] == kind).collect()
+}
+
+/// Every checkpoint is whole and was committed once, by a member of its generation, which was the newest one.
+#[track_caller]
+fn expect_sound(lab: &Lab) {
+    let mut committed = BTreeSet::new();
+    let mut roster = Value::Null;
+    for entry in entries(lab) {
+        let record = &entry["record"];
+        match record["kind"].as_str().expect("a kind") {
+            "formed" => roster = record["roster"].clone(),
+            "committed" => {
+                let place = (record["step"].as_u64().expect("a step"), record["generation"].as_u64());
+                assert!(committed.insert(place), "committed twice: {entry}");
+                let members = roster.as_array().expect("a roster");
+                assert!(members.iter().any(|member| member["node"] == entry["node"]), "by a stranger: {entry}");
+            }
+            _ => {}
+        }
+    }
+    lab.expect_all_verify(RUN);
+}
+
+fn resumed_from(formed: &Event) -> u64 {
+    formed.value["resume_step"].as_u64().unwrap_or(0)
+}
+
+/// The dead leader's last save is the follower's to finish: it goes on from there, and to the end.
+#[track_caller]
+fn finishes_the_save(lab: &Lab, leader: &Finished, follower: Running) {
+    let formed = follower.wait_for("its own generation", leads);
+    assert_eq!(resumed_from(&formed), SAVED, "the save was not finished");
+    let follower = follower.finish().expect_code(0);
+    let commits: Vec<Value> = of_kind(lab, "committed");
+    let ours: Vec<&Value> = commits.iter().filter(|entry| entry["record"]["step"] == SAVED).collect();
+    assert_eq!(ours.len(), 1, "{ours:?}");
+    assert_eq!(ours[0]["record"]["generation"], 1);
+    assert_eq!(ours[0]["node"], of_kind(lab, "formed")[1]["node"], "the one that was left has committed it");
+    expect_nearly_undisturbed(&[leader, &follower]);
+    expect_sound(lab);
+}
+
+/// A follower passes the point of the manifest first when it finishes the save, the leader with each save.
+#[test]
+fn a_save_whose_leader_dies_behind_the_manifest_is_finished() {
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "1:2", &format!("save.after-manifest=kill@step={SAVED}@hit=2,{}", hold(1)));
+    let leader = leader.finish().expect_killed();
+    finishes_the_save(&lab, &leader, follower);
+}
+
+#[test]
+fn a_save_whose_leader_dies_before_the_record_is_finished() {
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "1:2", &format!("save.before-record=kill@step={SAVED},{}", hold(1)));
+    let leader = leader.finish().expect_killed();
+    finishes_the_save(&lab, &leader, follower);
+}
+
+/// Both have put everything, and neither has said so.
+#[test]
+fn a_save_whose_leader_dies_behind_its_receipt_is_finished() {
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "1:2", &format!("save.after-receipt=stop@step={SAVED},{}", hold(1)));
+    assert!(leader.stopped() && follower.stopped(), "both have put their receipts");
+    let leader = leader.power_off().expect_killed();
+    follower.signal(Signal::CONT);
+    finishes_the_save(&lab, &leader, follower);
+}
+
+/// The follower's own part is not whole when its leader dies: it ends that first.
+#[test]
+fn a_save_whose_leader_dies_before_the_others_have_put_theirs_is_finished() {
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "1:2", &format!("save.before-receipt=stop@step={SAVED},{}", hold(1)));
+    assert!(leader.stopped() && follower.stopped(), "neither has put its receipt");
+    leader.signal(Signal::CONT);
+    let receipts =
+        || lab.keys(RUN, &format!("checkpoints/s{SAVED:08}")).iter().filter(|key| key.contains("/receipt")).count();
+    leader.wait_until("the leader's receipt", || receipts() == 1);
+    let leader = leader.power_off().expect_killed();
+    follower.signal(Signal::CONT);
+    finishes_the_save(&lab, &leader, follower);
+}
+
+/// Without the leader's receipt there is nothing to finish: its files are nowhere else.
+#[test]
+fn a_save_whose_leader_dies_before_its_receipt_is_nobodys() {
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "1:2", &format!("save.before-receipt=stop@step={SAVED}@hit=2,{}", hold(1)));
+    assert!(leader.stopped() && follower.stopped(), "neither has put its receipt");
+    let leader = leader.power_off().expect_killed();
+    follower.signal(Signal::CONT);
+    let formed = follower.wait_for("its own generation", leads);
+    assert_eq!(resumed_from(&formed), EVERY);
+    let follower = follower.finish().expect_code(0);
+    expect_nearly_undisturbed(&[&leader, &follower]);
+    expect_sound(&lab);
+}
+
+/// A power cut takes every node. All come back, and the run goes on from its newest checkpoint.
+#[test]
+fn a_run_whose_nodes_are_all_killed_loses_no_checkpoint() {
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "2", &hold(0));
+    leader.wait_for_step("checkpoint", SAVED);
+    leader.held();
+    let before = leader.power_off().expect_killed();
+    follower.power_off().expect_killed();
+    let again = [next(&lab, "2").start(), next(&lab, "2").start()];
+    let [one, two] = again.map(|node| node.finish().expect_code(0));
+    for life in [&one, &two] {
+        assert_eq!(life.of_kind("formed").len(), 1, "{}", life.story());
+        assert_eq!(life.resumed_from(), SAVED, "{}", life.story());
+        assert_eq!(life.last("formed").value["nodes"].as_u64(), Some(2), "{}", life.story());
+    }
+    assert_eq!(of_kind(&lab, "formed").len(), 2);
+    lab.expect_as_undisturbed(RUN, &[&before, &one, &two]);
+    expect_sound(&lab);
+}
+
+/// Only the worker dies: its node stays, and so do the others.
+#[test]
+fn a_group_whose_follower_loses_its_worker_forms_anew_with_the_same_nodes() {
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "2", &hold(1));
+    leader.wait_for_step("checkpoint", SAVED);
+    kill_process(follower.held(), Signal::KILL).expect("kill a worker");
+    let [leader, follower] = [leader, follower].map(|node| node.finish().expect_code(0));
+    for life in [&leader, &follower] {
+        assert_eq!(life.of_kind("formed").len(), 2, "{}", life.story());
+        assert_eq!(life.resumed_from(), SAVED, "{}", life.story());
+    }
+    let rosters: Vec<Value> = of_kind(&lab, "formed").iter().map(|entry| entry["record"]["roster"].clone()).collect();
+    assert_eq!(rosters.len(), 2);
+    assert_eq!(rosters[0], rosters[1], "the same nodes in the same order");
+    lab.expect_as_undisturbed(RUN, &[&leader, &follower]);
+    expect_sound(&lab);
+}
+
+/// All machines are reclaimed at once.
+#[test]
+fn a_run_whose_nodes_are_all_told_to_leave_loses_nothing() {
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "2", &hold(0));
+    leader.held();
+    for node in [&leader, &follower] {
+        node.signal(Signal::TERM);
+    }
+    for node in [&leader, &follower] {
+        node.wait_for("a notice", |event| event.kind() == "notice");
+    }
+    leader.let_go();
+    let lives = [leader, follower].map(|node| node.finish().expect_code(75));
+    for life in &lives {
+        assert_eq!(life.last("interrupted").value["lost_steps"].as_u64(), Some(0), "{}", life.story());
+    }
+    let interrupted = of_kind(&lab, "interrupted");
+    assert_eq!(interrupted.len(), 1, "{interrupted:?}");
+    let again = [next(&lab, "2").start(), next(&lab, "2").start()];
+    let [one, two] = again.map(|node| node.finish().expect_code(0));
+    assert_eq!(Some(one.resumed_from()), lives[0].last("interrupted").step(), "{}", one.story());
+    let steps: usize = lives.iter().chain([&one, &two]).map(|life| life.of_kind("step").len()).sum();
+    assert_eq!(steps as u64, STEPS, "no step was done twice");
+    lab.expect_as_undisturbed(RUN, &[&lives[0], &one, &two]);
+    expect_sound(&lab);
+}
+
+/// More nodes than the run takes: the third waits, and takes the place of one that is killed.
+#[test]
+fn a_spare_node_takes_the_place_of_one_that_is_killed() {
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "2", &hold(1));
+    leader.wait_for_step("checkpoint", SAVED);
+    follower.held();
+    let spare = next(&lab, "2").start();
+    spare.wait_until("its heartbeat", || lab.keys(RUN, "nodes/").len() == 3);
+    follower.power_off().expect_killed();
+    for node in [&leader, &spare] {
+        let formed = node.wait_for("the next generation", |event| {
+            event.kind() == "formed" && event.value["generation"].as_u64() == Some(2)
+        });
+        assert_eq!((resumed_from(&formed), formed.value["nodes"].as_u64()), (SAVED, Some(2)), "{formed:?}");
+    }
+    let [leader, spare] = [leader, spare].map(|node| node.finish().expect_code(0));
+    assert_eq!(of_kind(&lab, "formed").len(), 2, "{}", leader.story());
+    lab.expect_as_undisturbed(RUN, &[&leader, &spare]);
+    expect_sound(&lab);
+}
+
+/// The most memory that a process has had, bytes.
+fn most_memory(pid: Pid) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).expect("a process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its memory");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+}
+
+/// Whoever is no member is shown the door, whatever he says, and however many he is.
+#[test]
+fn strangers_at_the_port_disturb_nobody() {
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "2", &hold(0));
+    leader.held();
+    let before = [&leader, &follower].map(|node| most_memory(node.pid()));
+    let beats = lab.keys(RUN, "nodes/").into_iter();
+    let beats: Vec<Value> = beats.map(|key| serde_json::from_slice(&lab.read(RUN, &key)).expect("a beat")).collect();
+    assert_eq!(beats.len(), 2);
+    let mut silent = Vec::new();
+    for beat in &beats {
+        let address: SocketAddr = beat["group"]["address"].as_str().expect("an address").parse().expect("an address");
+        // Noise; a frame of 1 GiB without TLS; a TLS record of the longest kind that never comes; plain HTTP.
+        let words: [&[u8]; 4] = [
+            &[0x5a; 4096],
+            &(1_u32 << 30).to_le_bytes(),
+            &[0x16, 0x03, 0x01, 0x40, 0x00, 0x01, 0xff, 0xff, 0xff],
+            b"GET / HTTP/1.1\r\nHost: node\r\n\r\n",
+        ];
+        for word in words {
+            let mut knock = TcpStream::connect(address).expect("the port answers");
+            knock.write_all(word).expect("the kernel takes it");
+            // The other side ends it, within the time of a handshake.
+            let mut answer = Vec::new();
+            let _ = knock.read_to_end(&mut answer);
+        }
+        // More than may wait at the door.
+        silent.extend((0..100).map(|_| TcpStream::connect(address).expect("the port answers")));
+        stranger_with_a_key_of_its_own(address, beat);
+    }
+    for (node, before) in [&leader, &follower].into_iter().zip(before) {
+        assert!(most_memory(node.pid()) < before + (64 << 20), "memory for strangers");
+    }
+    leader.let_go();
+    let [leader, follower] = [leader, follower].map(|node| node.finish().expect_code(0));
+    for life in [&leader, &follower] {
+        assert_eq!(life.of_kind("formed").len(), 1, "{}", life.story());
+    }
+    lab.expect_as_undisturbed(RUN, &[&leader]);
+    expect_sound(&lab);
+}
+
+/// It knows everything that is in the store, and has another key than any node.
+fn stranger_with_a_key_of_its_own(address: SocketAddr, beat: &Value) {
+    use trainer::rendezvous::channel::{End, Link, LinkSettings, LocalNode, Peer, dial};
+    let key = serde_json::from_value(beat["group"]["key"].clone()).expect("a key");
+    let node = serde_json::from_value(beat["node"].clone()).expect("an id");
+    let me = LocalNode::new(RUN.parse().expect("a run id"), trainer::ids::NodeId::random()).expect("a key");
+    let peer = Peer { node, key };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    let found: Result<(), End> = runtime.block_on(async {
+        let mut link: Link<Value, Value> = dial(address, &peer, &me, LinkSettings::default()).await?;
+        link.recv().await.map(|_| ())
+    });
+    assert!(found.is_err(), "somebody speaks to a stranger");
+}

@@ -9,7 +9,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::{RUN, expect_nearly_undisturbed, first, leader_and_follower, leads, next, start_next};
+use super::{RUN, expect_nearly_undisturbed, first, leader_and_follower, leads, next};
 use crate::support::{
     lab::{EVERY, Lab, STEPS},
     trainer::{Event, Finished, Running},
@@ -26,7 +26,7 @@ fn hold(rank: u32) -> String {
 /// Two nodes with these crash points: the leader, and its follower.
 fn pair(lab: &Lab, nodes: &str, faults: &str) -> (Running, Running) {
     let one = first(lab, nodes).faults(faults).start();
-    let two = start_next(lab, &one, next(lab, nodes).faults(faults));
+    let two = next(lab, nodes).faults(faults).start();
     leader_and_follower(one, two)
 }
 

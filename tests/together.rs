@@ -39,6 +39,13 @@ fn is_created(lab: &Lab) -> bool {
     lab.keys(RUN, "journal/").iter().any(|key| key.ends_with("/00000000000000000000.json"))
 }
 
+/// The heartbeats of nodes that have not left.
+fn beats(lab: &Lab) -> Vec<serde_json::Value> {
+    let read = |key: String| serde_json::from_slice(&lab.read(RUN, &key)).expect("a heartbeat");
+    let all: Vec<serde_json::Value> = lab.keys(RUN, "nodes/").into_iter().map(read).collect();
+    all.into_iter().filter(|beat| beat["group"]["left"] != true).collect()
+}
+
 /// The loss of each step, in the order of the processes; of a step that was done twice, the last.
 fn losses_of(lives: &[&Finished]) -> Vec<(u64, f64)> {
     let mut losses = std::collections::BTreeMap::new();

@@ -6,7 +6,7 @@ use super::{Site, net::Network, on_network};
 use crate::{
     support::{
         lab::{EVERY, STEPS},
-        trainer::{Finished, Running, Trainer},
+        trainer::{Event, Finished, Running, Trainer},
     },
     together::{create, expect_nearly_undisturbed},
 };
@@ -14,7 +14,31 @@ use crate::{
 const RUN: &str = "group";
 
 /// A run of `count` nodes, whose workers of rank `held` stop in the middle. The leader comes first.
+///
+/// A first generation waits only seconds for one more node. On a busy machine a node may come later than that: then all
+/// of it is done again.
 fn group(site: &Site<'_>, count: usize, nodes: &str, held: u32) -> Vec<(usize, Running)> {
+    for _ in 0..3 {
+        let all = start(site, count, nodes, held);
+        if all.iter().all(|(_, running)| formed(running).value["nodes"].as_u64() == Some(count as u64)) {
+            all[0].1.wait_for_step("checkpoint", 2 * EVERY);
+            return all;
+        }
+        for (_, running) in all {
+            running.power_off().expect_killed();
+        }
+        for key in site.lab.keys(RUN, "") {
+            site.lab.remove(RUN, &key);
+        }
+    }
+    panic!("{count} nodes did not come within seconds of each other, three times in a row");
+}
+
+fn formed(running: &Running) -> Event {
+    running.wait_for("a generation", |event| event.kind() == "formed")
+}
+
+fn start(site: &Site<'_>, count: usize, nodes: &str, held: u32) -> Vec<(usize, Running)> {
     let hold = format!("worker.step=stop@rank={held}@hit={}", 2 * EVERY + 2);
     let command = |place: usize, command: Trainer| {
         let address = format!("network.address={}", site.network.place(place).address());
@@ -24,12 +48,7 @@ fn group(site: &Site<'_>, count: usize, nodes: &str, held: u32) -> Vec<(usize, R
     create(site.lab.run(RUN));
     let mut all: Vec<(usize, Running)> =
         (1..=count).map(|place| (place, command(place, site.lab.resume(RUN)).start())).collect();
-    let formed = |running: &Running| running.wait_for("a generation", |event| event.kind() == "formed");
     all.sort_by_key(|(_, running)| formed(running).value.get("leader").is_some());
-    for (_, running) in &all {
-        assert_eq!(formed(running).value["nodes"].as_u64(), Some(count as u64), "one group of all");
-    }
-    all[0].1.wait_for_step("checkpoint", 2 * EVERY);
     all
 }
 

@@ -9,7 +9,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::{RUN, expect_nearly_undisturbed, first, leader_and_follower, leads, next};
+use super::{RUN, beats, expect_nearly_undisturbed, first, leader_and_follower, leads, next};
 use crate::support::{
     lab::{EVERY, Lab, STEPS},
     trainer::{Event, Finished, Running},
@@ -214,7 +214,7 @@ fn a_spare_node_takes_the_place_of_one_that_is_killed() {
     leader.wait_for_step("checkpoint", SAVED);
     follower.held();
     let spare = next(&lab, "2").start();
-    spare.wait_until("its heartbeat", || lab.keys(RUN, "nodes/").len() == 3);
+    spare.wait_until("its heartbeat", || beats(&lab).len() == 3);
     follower.power_off().expect_killed();
     for node in [&leader, &spare] {
         let formed = node.wait_for("the next generation", |event| {
@@ -242,8 +242,7 @@ fn strangers_at_the_port_disturb_nobody() {
     let (leader, follower) = pair(&lab, "2", &hold(0));
     leader.held();
     let before = [&leader, &follower].map(|node| most_memory(node.pid()));
-    let beats = lab.keys(RUN, "nodes/").into_iter();
-    let beats: Vec<Value> = beats.map(|key| serde_json::from_slice(&lab.read(RUN, &key)).expect("a beat")).collect();
+    let beats = beats(&lab);
     assert_eq!(beats.len(), 2);
     let mut silent = Vec::new();
     for beat in &beats {

@@ -19,8 +19,11 @@ const RUN: &str = "group";
 /// of it is done again.
 fn group(site: &Site<'_>, count: usize, nodes: &str, held: u32) -> Vec<(usize, Running)> {
     for _ in 0..3 {
-        let all = start(site, count, nodes, held);
-        if all.iter().all(|(_, running)| formed(running).value["nodes"].as_u64() == Some(count as u64)) {
+        let mut all = start(site, count, nodes, held);
+        let first = || all.iter().find_map(|(_, running)| running.events("formed").into_iter().next());
+        all[0].1.wait_until("a generation", || first().is_some());
+        if first().expect("waited for").value["nodes"].as_u64() == Some(count as u64) {
+            all.sort_by_key(|(_, running)| formed(running).value.get("leader").is_some());
             all[0].1.wait_for_step("checkpoint", 2 * EVERY);
             return all;
         }
@@ -46,10 +49,7 @@ fn start(site: &Site<'_>, count: usize, nodes: &str, held: u32) -> Vec<(usize, R
         site.on(place, command).args(&settings).faults(&hold)
     };
     create(site.lab.run(RUN));
-    let mut all: Vec<(usize, Running)> =
-        (1..=count).map(|place| (place, command(place, site.lab.resume(RUN)).start())).collect();
-    all.sort_by_key(|(_, running)| formed(running).value.get("leader").is_some());
-    all
+    (1..=count).map(|place| (place, command(place, site.lab.resume(RUN)).start())).collect()
 }
 
 /// The place of the node that has this rank: nodes have one worker each, in the order of the roster.

@@ -468,3 +468,174 @@ impl NoticeOfMember {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Rank, WorldSize};
+
+    struct Rig {
+        others: Others,
+        sent: mpsc::UnboundedReceiver<(NodeId, ToMember)>,
+    }
+
+    fn id(name: &str) -> NodeId {
+        NodeId::new(name).unwrap()
+    }
+
+    /// The leader has rank 0, `a` ranks 1 and 2, `b` rank 3.
+    fn rig() -> Rig {
+        let ranks = |first, workers| NodeRanks { first: Rank(first), workers, world: WorldSize(4) };
+        let (to, sent) = mpsc::unbounded_channel();
+        Rig { others: Others::of(vec![(id("a"), ranks(1, 2)), (id("b"), ranks(3, 1))], to), sent }
+    }
+
+    impl Rig {
+        fn says(&mut self, node: &str, said: ToLeader) -> Vec<Event> {
+            self.others.hear(Heard::Said(id(node), said))
+        }
+
+        fn sent(&mut self) -> Vec<String> {
+            std::iter::from_fn(|| self.sent.try_recv().ok()).map(|(node, words)| format!("{node} {words:?}")).collect()
+        }
+
+        fn put(&mut self) -> (AttemptId, mpsc::UnboundedReceiver<Put>) {
+            let attempt = AttemptId::random();
+            let (priority, small) = (Priority::Normal, Vec::new());
+            let part = Part { attempt: attempt.clone(), step: Step(4), slot: 1, priority, small };
+            let whole = Whole {
+                expected: vec!["f".into()],
+                loss: Some(1.0),
+                validation_loss: None,
+                metrics: Default::default(),
+            };
+            let (says, puts) = mpsc::unbounded_channel();
+            self.others.put(&part, whole, &says).unwrap();
+            (attempt, puts)
+        }
+    }
+
+    fn exited(events: &[Event]) -> Vec<(Rank, &str)> {
+        let mut found = Vec::new();
+        for event in events {
+            match event {
+                Event::Worker(WorkerEvent::Exited(rank, why)) => found.push((*rank, why.as_str())),
+                other => panic!("{other:?}"),
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn a_node_that_is_alone_waits_for_nobody() {
+        let mut others = Others::none();
+        assert!(matches!(others.own(Event::LaidOut { bytes: 7 }), Some(Event::LaidOut { bytes: 7 })));
+        let fetched = Fetched { bytes: 9, seconds: 0.5 };
+        assert!(matches!(others.own(Event::Fetched(Ok(fetched))), Some(Event::Fetched(Ok(Fetched { bytes: 9, .. })))));
+        assert!(matches!(others.own(Event::Tick), Some(Event::Tick)));
+        assert!(others.late().is_empty() && !others.abandons_save(&id("me")));
+    }
+
+    #[test]
+    fn what_every_node_answers_becomes_one_event_when_all_have_answered() {
+        let mut rig = rig();
+        assert!(rig.says("a", ToLeader::LaidOut { bytes: 20 }).is_empty());
+        assert!(rig.others.own(Event::LaidOut { bytes: 1 }).is_none());
+        assert!(rig.says("a", ToLeader::LaidOut { bytes: 20 }).is_empty(), "said twice, it is one answer");
+        assert!(matches!(rig.says("b", ToLeader::LaidOut { bytes: 300 })[..], [Event::LaidOut { bytes: 321 }]));
+        assert!(rig.says("b", ToLeader::Fetched { bytes: 50, seconds: 3.0 }).is_empty());
+        assert!(rig.says("a", ToLeader::Fetched { bytes: 50, seconds: 2.0 }).is_empty());
+        let whole = rig.others.own(Event::Fetched(Ok(Fetched { bytes: 50, seconds: 1.0 })));
+        assert!(matches!(whole, Some(Event::Fetched(Ok(Fetched { bytes: 50, seconds: 3.0 })))), "{whole:?}");
+    }
+
+    #[test]
+    fn a_node_speaks_for_its_own_ranks_alone_and_a_stranger_for_none() {
+        let mut rig = rig();
+        let ready = |rank| WorkerEvent::Message(Rank(rank), FromWorker::Ready);
+        let all = || ToLeader::Workers((0..5).map(ready).collect());
+        let ranks = |events: Vec<Event>| -> Vec<Rank> {
+            let rank = |event| match event {
+                Event::Worker(event) => event.rank(),
+                other => panic!("{other:?}"),
+            };
+            events.into_iter().map(rank).collect()
+        };
+        assert_eq!(ranks(rig.says("a", all())), [Rank(1), Rank(2)]);
+        assert_eq!(ranks(rig.says("b", all())), [Rank(3)]);
+        assert!(rig.says("x", all()).is_empty());
+        assert!(rig.says("x", ToLeader::Failed("no".into())).is_empty());
+        let built = ToLeader::Built { tensors: Vec::new(), device: "cpu".into(), parameters: 1 };
+        assert_eq!(ranks(rig.says("a", built)), [Rank(1), Rank(2)], "one message for all of its ranks");
+        assert_eq!(exited(&rig.others.late()), [(Rank(3), "is lost with node b: its workers did not start in time")]);
+    }
+
+    #[test]
+    fn a_lost_member_ends_the_save_that_still_waits_for_it() {
+        let mut rig = rig();
+        let (_, mut puts) = rig.put();
+        assert_eq!(exited(&rig.others.hear(Heard::Parted(id("b"), "silent".into()))).len(), 1);
+        assert!(rig.others.hear(Heard::Parted(id("b"), "silent".into())).is_empty(), "it is lost once");
+        assert!(rig.others.abandons_save(&id("me")) && !rig.others.abandons_save(&id("me")));
+        let mut ended: Vec<String> = Vec::new();
+        while let Ok(Put::Ended(node, result)) = puts.try_recv() {
+            assert!(result.unwrap_err().to_string().contains("node b is lost: silent"));
+            ended.push(node.to_string());
+        }
+        assert_eq!(ended, ["a", "b", "me"], "its end on every node");
+        assert!(rig.sent().iter().any(|words| words == "a GiveUpSave"));
+        // No other save can be whole.
+        let (says, _puts) = mpsc::unbounded_channel();
+        let part = Part {
+            attempt: AttemptId::random(),
+            step: Step(8),
+            slot: 0,
+            priority: Priority::Normal,
+            small: Vec::new(),
+        };
+        let whole = Whole { expected: Vec::new(), loss: None, validation_loss: None, metrics: Default::default() };
+        assert!(rig.others.put(&part, whole, &says).is_err() && rig.sent().is_empty());
+    }
+
+    #[test]
+    fn a_member_that_is_lost_after_its_part_does_not_end_the_save() {
+        let mut rig = rig();
+        let (attempt, mut puts) = rig.put();
+        let receipt = |attempt: &AttemptId| Receipt {
+            format: 1,
+            attempt: attempt.clone(),
+            run_id: crate::ids::RunId::new("run").unwrap(),
+            step: Step(4),
+            generation: crate::ids::Generation(1),
+            node: id("b"),
+            files: Vec::new(),
+        };
+        let put =
+            |attempt: &AttemptId| ToLeader::Put { attempt: attempt.clone(), result: Ok(Box::new(receipt(attempt))) };
+        // Of another attempt: not this save's.
+        assert!(rig.says("b", put(&AttemptId::random())).is_empty());
+        assert!(puts.try_recv().is_err());
+        assert!(rig.says("b", put(&attempt)).is_empty());
+        let _ = rig.others.hear(Heard::Parted(id("b"), "silent".into()));
+        assert!(!rig.others.abandons_save(&id("me")));
+        assert!(matches!(puts.try_recv(), Ok(Put::Ended(_, Ok(_)))));
+    }
+
+    #[test]
+    fn a_notice_to_a_member_is_one_to_the_group_and_says_who_leaves() {
+        let mut rig = rig();
+        let notice =
+            NoticeOfMember { interruption: true, deadline_s: Some(120.0), binding: true, source: "aws-spot".into() };
+        let events = rig.says("a", ToLeader::Notice(notice));
+        let [Event::Notice(notice)] = &events[..] else { panic!("{events:?}") };
+        assert_eq!((notice.kind, notice.deadline), (notice::Kind::Interruption, Some(Duration::from_secs(120))));
+        assert!(notice.deadline_binds() && !notice.is_signal());
+        let mut members = Members::default();
+        rig.others.tells(&mut members);
+        assert_eq!((members.leaving, members.parted.len()), (vec![id("a")], 0));
+        let hostile =
+            NoticeOfMember { interruption: false, deadline_s: Some(f64::NAN), binding: true, source: String::new() };
+        let events = rig.says("b", ToLeader::Notice(hostile));
+        assert!(matches!(&events[..], [Event::Notice(notice)] if notice.deadline.is_none()));
+    }
+}

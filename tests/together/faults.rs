@@ -9,7 +9,7 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::{RUN, beats, expect_nearly_undisturbed, first, leader_and_follower, leads, next};
+use super::{RUN, beats, expect_nearly_undisturbed, first, leader_and_follower, leads, losses_of, next};
 use crate::support::{
     lab::{EVERY, Lab, STEPS},
     trainer::{Event, Finished, Running},
@@ -63,6 +63,10 @@ fn expect_sound(lab: &Lab) {
 
 fn resumed_from(formed: &Event) -> u64 {
     formed.value["resume_step"].as_u64().unwrap_or(0)
+}
+
+fn of_nodes(count: u64) -> impl Fn(&Event) -> bool {
+    move |event| event.kind() == "formed" && event.value["nodes"].as_u64() == Some(count)
 }
 
 /// The dead leader's last save is the follower's to finish: it goes on from there, and to the end.
@@ -178,6 +182,95 @@ fn a_group_whose_follower_loses_its_worker_forms_anew_with_the_same_nodes() {
     expect_sound(&lab);
 }
 
+fn signal_all(node: &Running, signal: Signal) {
+    node.signal(signal);
+    for worker in node.workers() {
+        signal_one(worker, signal);
+    }
+}
+
+fn signal_one(pid: Pid, signal: Signal) {
+    // It may be gone.
+    let _ = kill_process(pid, signal);
+}
+
+/// Two holds: one before a save, and one behind it. Nodes that wait join once that save is committed.
+#[track_caller]
+fn lets_them_join(leader: &Running) {
+    let notices = leader.events("notice").len();
+    leader.let_go();
+    leader.wait_until("the end of the generation", || leader.events("notice").len() > notices);
+    leader.let_go();
+}
+
+/// The leader sleeps; two of three are the majority and go on without it. It wakes, sees that it was left out, and
+/// takes part again under another id.
+#[test]
+fn a_leader_that_sleeps_is_left_out_and_comes_back() {
+    if std::env::var_os("TRAINER_TESTS_ALL").is_none() {
+        eprintln!("SKIPPED: a_leader_that_sleeps_is_left_out_and_comes_back: scripts/test --all runs it");
+        return;
+    }
+    let lab = Lab::on_files();
+    // The heir's generation is held before the save at which the sleeper can join, and behind it.
+    let [before, behind] = [EVERY + 2, 2 * EVERY + 2];
+    let again = |hit: u64| format!("worker.step=stop@rank=0@step={}@hit={hit}", SAVED + hit);
+    let faults = [hold(0), again(before), again(behind)].join(",");
+    let one = first(&lab, "2:3").faults(&faults).start();
+    let others = [next(&lab, "2:3").faults(&faults).start(), next(&lab, "2:3").faults(&faults).start()];
+    let mut all: Vec<Running> = std::iter::once(one).chain(others).collect();
+    for node in &all {
+        node.wait_for("all three", of_nodes(3));
+    }
+    all.sort_by_key(|node| !node.events("formed").iter().all(leads));
+    let sleeper = all.remove(0);
+    sleeper.wait_for_step("checkpoint", SAVED);
+    sleeper.held();
+    signal_all(&sleeper, Signal::STOP);
+    for node in &all {
+        assert_eq!(resumed_from(&node.wait_for("the two", of_nodes(2))), SAVED);
+    }
+    all.sort_by_key(|node| !leads(node.events("formed").last().expect("formed")));
+    let heir = &all[0];
+    heir.held();
+    signal_all(&sleeper, Signal::CONT);
+    heir.wait_until_said("waits to join");
+    lets_them_join(heir);
+    let mut lives: Vec<Finished> = vec![sleeper.finish().expect_code(0)];
+    lives.extend(all.into_iter().map(|node| node.finish().expect_code(0)));
+    for life in &lives {
+        assert_eq!(life.last("formed").value["nodes"].as_u64(), Some(3), "{}", life.story());
+    }
+    lives[0].clone().expect_said(&["comes back under a new id"]);
+    let formed = of_kind(&lab, "formed");
+    assert_eq!(formed.len(), 3, "{formed:?}");
+    let old = &formed[0]["node"];
+    let roster = formed[2]["record"]["roster"].as_array().expect("a roster");
+    assert!(roster.iter().all(|member| member["node"] != *old), "its old id is used up: {roster:?}");
+    expect_nearly_undisturbed(&lives.iter().collect::<Vec<_>>());
+    expect_sound(&lab);
+}
+
+/// The run is complete when it wakes: it has nothing left to do.
+#[test]
+fn a_leader_that_sleeps_to_the_end_of_the_run_ends_well() {
+    if std::env::var_os("TRAINER_TESTS_ALL").is_none() {
+        eprintln!("SKIPPED: a_leader_that_sleeps_to_the_end_of_the_run_ends_well: scripts/test --all runs it");
+        return;
+    }
+    let lab = Lab::on_files();
+    let (sleeper, other) = pair(&lab, "1:2", &hold(0));
+    sleeper.wait_for_step("checkpoint", SAVED);
+    sleeper.held();
+    signal_all(&sleeper, Signal::STOP);
+    let other = other.finish().expect_code(0);
+    signal_all(&sleeper, Signal::CONT);
+    let sleeper = sleeper.finish().expect_code(0);
+    assert!(sleeper.of_kind("completed").is_empty(), "{}", sleeper.story());
+    expect_nearly_undisturbed(&[&sleeper, &other]);
+    expect_sound(&lab);
+}
+
 /// All machines are reclaimed at once.
 #[test]
 fn a_run_whose_nodes_are_all_told_to_leave_loses_nothing() {
@@ -225,6 +318,54 @@ fn a_spare_node_takes_the_place_of_one_that_is_killed() {
     let [leader, spare] = [leader, spare].map(|node| node.finish().expect_code(0));
     assert_eq!(of_kind(&lab, "formed").len(), 2, "{}", leader.story());
     lab.expect_as_undisturbed(RUN, &[&leader, &spare]);
+    expect_sound(&lab);
+}
+
+/// A node that was never needed learns that the run is complete: it reads the journal once a minute.
+#[test]
+fn a_spare_node_ends_with_the_run() {
+    if std::env::var_os("TRAINER_TESTS_ALL").is_none() {
+        eprintln!("SKIPPED: a_spare_node_ends_with_the_run: scripts/test --all runs it");
+        return;
+    }
+    let lab = Lab::on_files();
+    let (leader, follower) = pair(&lab, "2", &hold(0));
+    leader.held();
+    let spare = next(&lab, "2").start();
+    spare.wait_until("its heartbeat", || lab.keys(RUN, "nodes/").len() == 3);
+    spare.wait_until_said("waiting for nodes");
+    leader.let_go();
+    let [leader, _] = [leader, follower].map(|node| node.finish().expect_code(0));
+    let spare = spare.finish().expect_code(0);
+    assert!(spare.of_kind("formed").is_empty(), "{}", spare.story());
+    lab.expect_as_undisturbed(RUN, &[&leader]);
+}
+
+/// Four sequences on three nodes: one has two of them.
+#[test]
+fn a_third_node_joins_although_it_does_not_divide_the_batch() {
+    let lab = Lab::on_files();
+    let small = ["--set", "train.global_batch=4"];
+    let alone = lab.run("alone").args(&small).finish().expect_code(0);
+    let hold = [EVERY - 1, EVERY + 2].map(|step| format!("worker.step=stop@rank=0@step={step}@hit={step}")).join(",");
+    let one = first(&lab, "2:3").args(&small).faults(&hold).start();
+    let two = next(&lab, "2:3").faults(&hold).start();
+    let (leader, follower) = leader_and_follower(one, two);
+    leader.held();
+    let third = next(&lab, "2:3").start();
+    leader.wait_until_said("waits to join");
+    lets_them_join(&leader);
+    let formed = third.wait_for("all three", of_nodes(3));
+    assert_eq!(formed.value["shares"]["ranks"], serde_json::json!([1, 1, 2]), "{formed:?}");
+    let lives = [leader, follower, third].map(|node| node.finish().expect_code(0));
+    let steps: usize = lives.iter().map(|life| life.of_kind("step").len()).sum();
+    assert_eq!(steps as u64, STEPS, "no step was done twice");
+    let losses = losses_of(&lives.iter().collect::<Vec<_>>());
+    let wanted = losses_of(&[&alone]);
+    assert_eq!(losses.len(), wanted.len());
+    for ((step, loss), (_, wanted)) in losses.into_iter().zip(wanted) {
+        assert!((loss - wanted).abs() <= 1e-5 * wanted.abs(), "step {step}: {loss}, on one node {wanted}");
+    }
     expect_sound(&lab);
 }
 

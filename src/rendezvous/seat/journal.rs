@@ -58,10 +58,15 @@ impl<R: Rules> Seat<R> {
             self.over_with(before);
         }
         if !changed {
-            if self.ended && !ended && self.phase != Phase::Outside {
-                self.log(format!("generation {generation} has ended"));
-                self.forget();
-                self.wait();
+            match self.phase {
+                _ if !self.ended || ended => {}
+                // It waits as before; the run may be complete.
+                Phase::Outside => self.out.push(Output::Wait),
+                _ => {
+                    self.log(format!("generation {generation} has ended"));
+                    self.forget();
+                    self.wait();
+                }
             }
             return;
         }

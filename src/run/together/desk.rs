@@ -577,8 +577,11 @@ impl Work {
             }
             Output::Send { to, body } => self.send(to, body),
             Output::Probe { round, by, nodes } => {
-                let links = self.links.clone();
+                let (links, run) = (self.links.clone(), self.run.clone());
                 self.ask(async move {
+                    // Of a newcomer this node knows nothing yet: its heartbeat says where it is.
+                    let strangers = nodes.iter().filter(|node| !links.knows(node)).cloned().collect();
+                    let _ = tokio::time::timeout(PROBE, meet(&run, &links, strangers)).await;
                     let unreachable = links.unreachable(nodes, PROBE).await;
                     Input::Probed { round, by, unreachable }
                 });
@@ -701,6 +704,20 @@ impl Work {
             roster: formation.places.iter().map(entry).collect(),
             out: formation.out.iter().map(|(node, why)| (node.clone(), why.to_string())).collect(),
             continues,
+        }
+    }
+}
+
+/// Tells the links where these nodes are, as far as their heartbeats say so.
+async fn meet(run: &Store, links: &Peers<Words>, nodes: Vec<NodeId>) {
+    use futures::StreamExt;
+    let read = |node: NodeId| async move { (heartbeat::read(run, &node).await, node) };
+    let mut found = futures::stream::iter(nodes).map(read).buffer_unordered(SIDE_BY_SIDE);
+    while let Some((beat, node)) = found.next().await {
+        if let Some(group) = beat.ok().flatten().and_then(|beat| beat.group)
+            && let Ok(address) = group.address.parse()
+        {
+            links.know(node, address, group.key);
         }
     }
 }

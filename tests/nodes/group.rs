@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Site, net::Network, on_network};
+use super::{Site, faults::STORE, net::Network, on_network};
 use crate::{
     support::{
         lab::{EVERY, STEPS},
@@ -171,5 +171,31 @@ fn two_halves_that_do_not_reach_each_other_make_one_run() {
         site.lab.expect_all_verify(RUN);
         let formed: usize = lives.iter().map(|life| life.of_kind("formed").len()).sum();
         assert!(formed <= 4, "one generation a change: {formed}");
+    });
+}
+
+/// Its part of each save waits for the store; the group trains on, and commits when all of it is there.
+#[test]
+fn a_follower_that_does_not_reach_the_store_holds_up_saves_and_nothing_else() {
+    on_network(2, |network| {
+        if !needs_a_network(network, "a_follower_that_does_not_reach_the_store_holds_up_saves_and_nothing_else") {
+            return;
+        }
+        let site = Site::new(network);
+        let all = group(&site, 2, "2", 0);
+        let (place, leader) = (all[1].0, &all[0].1);
+        leader.held();
+        network.part(place, STORE);
+        leader.let_go();
+        leader.wait_for_step("step", STEPS);
+        assert_eq!(leader.events("checkpoint").len(), 2, "a save without the follower's part");
+        network.heal(place);
+        let lives = finish(all);
+        for life in &lives {
+            assert_eq!(life.of_kind("formed").len(), 1, "{}", life.story());
+        }
+        assert_eq!(lives[0].committed().last(), Some(&STEPS), "{}", lives[0].story());
+        site.lab.expect_as_undisturbed(RUN, &[&lives[0]]);
+        site.lab.expect_all_verify(RUN);
     });
 }

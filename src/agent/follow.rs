@@ -25,7 +25,7 @@ use super::{
     workers::{WorkerEvent, Workers},
 };
 use crate::{
-    error::{Error, Result},
+    error::{Error, Kind, Result},
     ids::Step,
     notice::{self, Notice, Notices},
     protocol::{FromWorker, ToWorker},
@@ -112,6 +112,8 @@ struct Follower<'a> {
     leaving: Option<Leaving>,
     /// The last step that this node's workers finished.
     finished: Step,
+    /// Why this machine can't take part: starting again will not help.
+    broken: Option<Error>,
 }
 
 /// Runs this node's part of a generation to its end.
@@ -142,6 +144,7 @@ pub async fn run(
         put: None,
         leaving: None,
         finished: start.load.step(),
+        broken: None,
     };
     let followed = loop {
         tokio::select! {
@@ -151,7 +154,13 @@ pub async fn run(
                     break Followed::Left { finished: follower.finished };
                 }
             }
-            event = answers.next() => follower.answer(event, &mut answers),
+            event = answers.next() => {
+                follower.answer(event, &mut answers);
+                if let Some(error) = follower.broken.take() {
+                    follower.end(false).await?;
+                    return Err(error);
+                }
+            }
             Some(put) = puts.recv() => follower.put(put),
             word = heard.recv() => match word {
                 Some(LeaderHeard::Said(ToMember::Over { dismisses, ends_the_run })) => {
@@ -250,8 +259,18 @@ impl Follower<'_> {
                     self.is_built(tensors, device, parameters);
                 }
                 Event::Worker(event) => {
-                    if let WorkerEvent::Message(_, FromWorker::Step(report)) = &event {
-                        self.finished = self.finished.max(report.step);
+                    match &event {
+                        WorkerEvent::Message(_, FromWorker::Step(report)) => {
+                            self.finished = self.finished.max(report.step);
+                        }
+                        WorkerEvent::Message(rank, FromWorker::Failed { message, hint, permanent: true }) => {
+                            let error = Error::new(Kind::Config, format!("worker {rank}: {message}"));
+                            self.broken = Some(match hint {
+                                Some(hint) => error.with_hint(hint),
+                                None => error,
+                            });
+                        }
+                        _ => {}
                     }
                     said.push(event);
                 }

@@ -371,7 +371,14 @@ impl Others {
         match said {
             ToLeader::Workers(events) => {
                 let own = |event: &WorkerEvent| ranks.local(event.rank()).is_some();
-                events.into_iter().filter(own).map(Event::Worker).collect()
+                let event = |event| match event {
+                    // Of this machine alone, as far as the leader knows: a fault of the run shows in its own ranks, too.
+                    WorkerEvent::Message(_, FromWorker::Failed { message, permanent: true, .. }) => {
+                        self.part(node, &message)
+                    }
+                    event => vec![Event::Worker(event)],
+                };
+                events.into_iter().filter(own).flat_map(event).collect()
             }
             ToLeader::Built { tensors, device, parameters } => {
                 self.built.insert(node.clone());
@@ -568,6 +575,15 @@ mod tests {
         let built = ToLeader::Built { tensors: Vec::new(), device: "cpu".into(), parameters: 1 };
         assert_eq!(ranks(rig.says("a", built)), [Rank(1), Rank(2)], "one message for all of its ranks");
         assert_eq!(exited(&rig.others.late()), [(Rank(3), "is lost with node b: its workers did not start in time")]);
+    }
+
+    #[test]
+    fn a_machine_that_can_not_compute_is_left_out_and_does_not_fail_the_run() {
+        let mut rig = rig();
+        let failed = |permanent| FromWorker::Failed { message: "no GPU".into(), hint: None, permanent };
+        let said = |permanent| ToLeader::Workers(vec![WorkerEvent::Message(Rank(3), failed(permanent))]);
+        assert!(matches!(&rig.says("b", said(false))[..], [Event::Worker(WorkerEvent::Message(Rank(3), _))]));
+        assert_eq!(exited(&rig.says("b", said(true))), [(Rank(3), "is lost with node b: no GPU")]);
     }
 
     #[test]

@@ -181,7 +181,10 @@ impl Runner {
                     let committed = self.newest_committed();
                     let verdict = format!("fewer than {} nodes are left", nodes.min);
                     let stopped = Stopped { step: step.max(committed), committed, verdict, drain: None };
-                    self.last_words(generation, &stopped, None).await;
+                    let words = self.last_words(generation, &stopped, None);
+                    if or_notice(notices, &reporter, words).await.is_none() {
+                        return self.leaves_between(&memory, notices.left()).await;
+                    }
                     desk.tell(Tell::Appended(Some(true)));
                     self.reporter.event(&Event::Phase { doing: format!("waiting for nodes: at least {}", nodes.min) });
                     continue;
@@ -386,6 +389,7 @@ impl Runner {
         };
         self.report_formed(formed, &seating, &load);
         memory.story.finished = Some(load.step());
+        memory.gone.clear();
         let (to_desk, heard) = mpsc::unbounded_channel();
         let (to, sent) = mpsc::unbounded_channel::<(NodeId, ToMember)>();
         let (saves, saved) = mpsc::unbounded_channel();

@@ -227,3 +227,46 @@ fn too_few_nodes_give_up_after_the_time_to_wait() {
         .expect_said(&["fewer than 2 nodes", "--wait"]);
     assert!(is_created(&lab));
 }
+
+/// What the record of a failure says must not end those who come to repair it.
+#[test]
+fn a_run_that_has_failed_is_resumed_with_other_settings_by_all_nodes() {
+    let lab = Lab::on_files();
+    create(lab.run(RUN));
+    let ruinous = ["--set", "train.optimizer.lr=1e38", "--set", "train.optimizer.grad_clip=0"];
+    let both = [(); 2].map(|()| next(&lab, "2").args(&ruinous).start());
+    for node in both {
+        node.finish().expect_code(78);
+    }
+    let gentle = ["--set", "train.optimizer.lr=1e-3", "--set", "train.optimizer.grad_clip=1.0"];
+    let both = [(); 2].map(|()| next(&lab, "2").args(&gentle).start());
+    let lives = both.map(|node| node.finish().expect_code(0));
+    let one = lab.run("one").args(&gentle).finish().expect_code(0);
+    let leader = lives.iter().find(|life| !life.of_kind("step").is_empty()).expect("a leader");
+    assert_eq!(losses_of(&[leader]), losses_of(&[&one]), "both nodes train with these settings");
+}
+
+/// It holds once: whoever comes or leads later goes on from the newest checkpoint.
+#[test]
+fn a_step_to_go_back_to_holds_once() {
+    let lab = Lab::on_files();
+    create(lab.run(RUN));
+    let settings = ["--set", "checkpoint.keep.last=9"];
+    let both = [(); 2].map(|()| next(&lab, "2").args(&settings).start());
+    for node in both {
+        node.finish().expect_code(0);
+    }
+    let hold = format!("worker.step=stop@rank=1@hit={}", 2 * EVERY + 2);
+    let from = EVERY.to_string();
+    let both = [(); 2].map(|()| next(&lab, "1:2").args(&["--from", &from]).faults(&hold).start());
+    let [one, two] = both;
+    let (leader, follower) = leader_and_follower(one, two);
+    let formed = leader.events("formed");
+    assert_eq!(formed[0].value["resume_step"].as_u64(), Some(EVERY));
+    leader.wait_for_step("checkpoint", 3 * EVERY);
+    leader.power_off().expect_killed();
+    let own = follower.wait_for("its own generation", leads);
+    assert_eq!(own.value["resume_step"].as_u64(), Some(3 * EVERY), "not from step {EVERY} again");
+    follower.finish().expect_code(0);
+    lab.expect_all_verify(RUN);
+}

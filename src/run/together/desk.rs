@@ -35,7 +35,10 @@ use crate::{
         heartbeat::{self, Group, State, Voice},
         membership::{Listed, Role, beat_every},
         peers::{self, PeerEvent, Peers},
-        policy::{Bounds, Member, Roster, roster::Formation},
+        policy::{
+            Bounds, Member, Roster,
+            roster::{Formation, Place},
+        },
         seat::{Beat, Body, Input, Line, Me, Output, Seat, Sound, Timer},
     },
     storage::{ObjectInfo, StorageError, Store},
@@ -690,12 +693,17 @@ impl Work {
 
     /// A formation with the addresses and keys of its nodes.
     fn proposal(&self, generation: Generation, formation: &Formation, continues: Option<Roster>) -> Proposal {
-        let entry = |place: &crate::rendezvous::policy::roster::Place| {
+        let state = self.journal.state();
+        let entry = |place: &Place| {
             let node = place.member.node.clone();
-            let (address, key) = if node == self.me.node {
-                (Some(self.me.address.to_string()), Some(self.me.key.clone()))
-            } else {
-                self.known.get(&node).map_or((None, None), |it| (Some(it.address.clone()), Some(it.key.clone())))
+            let (address, key) = match self.known.get(&node) {
+                _ if node == self.me.node => (Some(self.me.address.to_string()), Some(self.me.key.clone())),
+                Some(it) => (Some(it.address.clone()), Some(it.key.clone())),
+                // A survivor whose heartbeat this node has never read.
+                None => match state.formed().and_then(|formed| formed.member(&node)) {
+                    Some(before) => (before.address.clone(), before.key.clone()),
+                    None => (None, None),
+                },
             };
             RosterEntry { node, workers: place.member.workers, first_rank: Some(place.first_rank), address, key }
         };

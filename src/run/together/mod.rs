@@ -281,6 +281,7 @@ impl Runner {
         }
         match self.journal.state().outcome() {
             crate::journal::Outcome::Completed { step, .. } if *step >= self.resolved.workload.last_step() => {
+                tracing::info!(run = %self.run_id, %step, "run is complete");
                 Ok(Some(self.options.then(&self.resolved.config, true)))
             }
             crate::journal::Outcome::Failed { reason, .. } => {

@@ -372,7 +372,7 @@ impl Others {
             ToLeader::Workers(events) => {
                 let own = |event: &WorkerEvent| ranks.local(event.rank()).is_some();
                 let event = |event| match event {
-                    // Of this machine alone, as far as the leader knows: a fault of the run shows in its own ranks, too.
+                    // Of this machine alone, as far as one knows: a fault of the run shows in the leader's ranks, too.
                     WorkerEvent::Message(_, FromWorker::Failed { message, permanent: true, .. }) => {
                         self.part(node, &message)
                     }

@@ -732,11 +732,8 @@ async fn meet(run: &Store, links: &Peers<Words>, nodes: Vec<NodeId>) {
 
 /// The heartbeats in the store, with the times at which it took them.
 async fn listed(run: &Store) -> Result<Vec<Listed>, StorageError> {
-    let of = |key: &str| {
-        let name = key.rsplit_once('/').map_or(key, |(_, name)| name);
-        NodeId::new(name.strip_suffix(".json")?).ok()
-    };
     let found = run.list(&format!("{}/", layout::NODES)).await?;
-    let stamp = |object: &ObjectInfo| Some(Listed { node: of(&object.key)?, stored: object.last_modified });
+    let stamp =
+        |object: &ObjectInfo| Some(Listed { node: layout::heartbeat_node(&object.key)?, stored: object.last_modified });
     Ok(found.iter().filter_map(stamp).collect())
 }

@@ -349,10 +349,11 @@ fn a_third_node_joins_although_it_does_not_divide_the_batch() {
     let alone = lab.run("alone").args(&small).finish().expect_code(0);
     let hold = [EVERY - 1, EVERY + 2].map(|step| format!("worker.step=stop@rank=0@step={step}@hit={step}")).join(",");
     let one = first(&lab, "2:3").args(&small).faults(&hold).start();
-    let two = next(&lab, "2:3").faults(&hold).start();
+    // Whoever leads first decides, so all say the same.
+    let two = next(&lab, "2:3").args(&small).faults(&hold).start();
     let (leader, follower) = leader_and_follower(one, two);
     leader.held();
-    let third = next(&lab, "2:3").start();
+    let third = next(&lab, "2:3").args(&small).start();
     leader.wait_until_said("waits to join");
     lets_them_join(&leader);
     let formed = third.wait_for("all three", of_nodes(3));

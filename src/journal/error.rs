@@ -26,6 +26,16 @@ pub enum JournalError {
         /// The store.
         store: String,
     },
+    /// The folder holds another run's journal.
+    #[error("{folder} holds run {found}, not {wanted}: the folder was copied or renamed")]
+    Copied {
+        /// The folder.
+        folder: String,
+        /// The run whose journal this is.
+        found: RunId,
+        /// The run that was asked for.
+        wanted: RunId,
+    },
     /// A record is missing, unreadable, or contradicts those before it.
     #[error("journal record {object} {reason}")]
     Damaged {
@@ -118,7 +128,7 @@ impl Explain for JournalError {
     fn kind(&self) -> Kind {
         match self {
             Self::Exists { .. } => Kind::Usage,
-            Self::NoSuchRun { .. } | Self::Newer { .. } => Kind::Config,
+            Self::NoSuchRun { .. } | Self::Copied { .. } | Self::Newer { .. } => Kind::Config,
             Self::Damaged { .. } | Self::Garbled { .. } | Self::Disagrees { .. } => Kind::Data,
             Self::Fenced { .. } | Self::LeftOut { .. } | Self::Overtaken { .. } => Kind::Fenced,
             Self::Moved { .. } | Self::Injected(_) => Kind::Unavailable,
@@ -135,6 +145,10 @@ impl Explain for JournalError {
             Self::NoSuchRun { .. } => {
                 Some("check --run-id and --store; `trainer runs --store URI` lists the runs of a store".into())
             }
+            Self::Copied { found, wanted, .. } => Some(format!(
+                "a run keeps its id: name the folder {found}, in a store of its own if {found} goes on elsewhere; \
+                 `trainer run --run-id {wanted}` begins a new run, and model.init_from takes a checkpoint's weights"
+            )),
             Self::Newer { .. } => Some(
                 "install the version of trainer that wrote it, or a newer one; `trainer --version` shows yours".into(),
             ),

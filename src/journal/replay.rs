@@ -154,11 +154,12 @@ impl<'a> Replay<'a> {
                 Some(_) => missing(store, 0),
             });
         };
+        let copied = copied(store, run_id, &entry);
         let (state, first) = match RunState::begin_as(run_id, entry, body.clone(), spans) {
             Ok(state) => (state, Crc64::of(&body)),
             Err(error) => {
                 let again = read_otherwise(store, 0, &body).await?;
-                let (entry, body) = again.ok_or_else(|| damaged(store, 0, &error))?;
+                let (entry, body) = again.ok_or_else(|| copied.unwrap_or_else(|| damaged(store, 0, &error)))?;
                 let first = Crc64::of(&body);
                 (RunState::begin_as(run_id, entry, body, spans).map_err(|error| damaged(store, 0, &error))?, first)
             }
@@ -461,6 +462,17 @@ pub(super) async fn read_otherwise(
 pub(super) fn damaged(store: &Store, number: u64, error: &Inconsistent) -> JournalError {
     let object = format!("{}/{}", store.uri(), layout::journal_entry(number));
     JournalError::Damaged { object, reason: error.to_string() }
+}
+
+/// The error of a sound first record that is another run's.
+fn copied(store: &Store, wanted: &RunId, entry: &Entry) -> Option<JournalError> {
+    match &entry.record {
+        Record::Created { run_id, .. } if run_id != wanted => {
+            let (folder, found) = (store.uri(), run_id.clone());
+            Some(JournalError::Copied { folder, found, wanted: wanted.clone() })
+        }
+        _ => None,
+    }
 }
 
 pub(super) fn missing(store: &Store, number: u64) -> JournalError {

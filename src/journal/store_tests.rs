@@ -68,6 +68,20 @@ async fn a_missing_run_differs_from_a_damaged_one() {
 }
 
 #[tokio::test]
+async fn the_journal_of_another_run_is_not_called_damaged() {
+    on_every_store(|store| async move {
+        new_run(&store).await;
+        let other = crate::ids::RunId::new("copy").unwrap();
+        let error = Journal::open(store.clone(), node("a"), other).await.unwrap_err();
+        assert_eq!(error.kind(), Kind::Config, "{error}");
+        assert!(error.to_string().contains("holds run run, not copy"), "{error}");
+        let hint = error.hint().unwrap();
+        assert!(hint.contains("name the folder run") && hint.contains("--run-id copy"), "{hint}");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn many_writers_lose_nothing_and_leave_no_gap() {
     const WRITERS: usize = 8;
     const RECORDS: usize = 12;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use object_store::{
-    ObjectStore, PutPayload,
+    GetOptions, GetResult, ObjectMeta, ObjectStore, PutPayload,
     local::LocalFileSystem,
     multipart::{MultipartStore, PartId},
     path::Path,
@@ -40,6 +40,31 @@ pub(super) enum Large {
 pub(super) enum Part {
     S3(TakenPart),
     Other(PartId),
+}
+
+impl Backend {
+    /// Reads an object, or a part of it. Opening a named pipe would wait for a writer without end, in a thread that the
+    /// program's end waits for: of a folder's entries only files are opened.
+    pub(super) async fn get(&self, path: &Path, options: GetOptions) -> object_store::Result<GetResult> {
+        if let Large::File(local) = &self.large {
+            let place = local.path_to_filesystem(path)?;
+            let kind = tokio::task::spawn_blocking(move || std::fs::metadata(place).map(|found| found.file_type()));
+            // Whatever else may be wrong with it is said by the request itself.
+            if let Ok(Ok(kind)) = kind.await
+                && !kind.is_file()
+                && !kind.is_dir()
+            {
+                let source = "it is a pipe, a socket or a device, not a file".into();
+                return Err(object_store::Error::NotSupported { source });
+            }
+        }
+        self.objects.get_opts(path, options).await
+    }
+
+    /// Size and age of an object, which a folder knows only of a file that it has opened.
+    pub(super) async fn head(&self, path: &Path) -> object_store::Result<ObjectMeta> {
+        Ok(self.get(path, GetOptions { head: true, ..GetOptions::default() }).await?.meta)
+    }
 }
 
 impl Large {

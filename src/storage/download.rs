@@ -12,7 +12,7 @@ use std::{ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
-use object_store::{GetOptions, GetRange, GetResultPayload, ObjectStoreExt, path::Path};
+use object_store::{GetOptions, GetRange, GetResultPayload, path::Path};
 
 use super::{
     crc::{Crc64, Summing},
@@ -83,7 +83,7 @@ async fn get_into<B: AsMut<[u8]> + Send + 'static>(
     let target = tokio::sync::Mutex::new(Some(target));
     let request = || async {
         let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
-        let result = match connections.backend.objects.get_opts(&path, options).await {
+        let result = match connections.backend.get(&path, options).await {
             Ok(result) if result.range == range => result,
             Ok(result) => {
                 let error = retry::cut_short(len, result.range.end.saturating_sub(result.range.start));
@@ -132,7 +132,7 @@ async fn get_range(
     let (path, wanted) = (store.path(key)?, range.end - range.start);
     let request = || async {
         let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
-        let result = match connections.backend.objects.get_opts(&path, options).await {
+        let result = match connections.backend.get(&path, options).await {
             Ok(result) if result.range == range => result,
             Ok(result) => {
                 let error = retry::cut_short(wanted, result.range.end.saturating_sub(result.range.start));
@@ -177,7 +177,7 @@ async fn receive(
 
 /// The checksum of a whole object of `len` bytes, which are discarded; `None`: it has another length.
 pub(super) async fn sum(connections: &Connections, path: &Path, len: u64) -> object_store::Result<Option<Crc64>> {
-    let result = connections.backend.objects.get_opts(path, GetOptions::default()).await?;
+    let result = connections.backend.get(path, GetOptions::default()).await?;
     if result.meta.size != len {
         return Ok(None);
     }
@@ -201,7 +201,7 @@ async fn explain_bad_range<T>(
     if retry::is_answer(&error) {
         return Err(error);
     }
-    match connections.backend.objects.head(path).await {
+    match connections.backend.head(path).await {
         Ok(meta) if meta.size < range.end => Ok(Err(meta.size)),
         _ => Err(error),
     }

@@ -341,7 +341,7 @@ impl Store {
 
     /// One request for a whole object; the inner error is its size, if that is over the limit.
     async fn fetch(&self, path: &Path, limit: u64) -> object_store::Result<Result<Bytes, u64>> {
-        let result = self.objects().get_opts(path, GetOptions::default()).await?;
+        let result = self.inner.connections.backend.get(path, GetOptions::default()).await?;
         let size = result.meta.size;
         if size > limit {
             return Ok(Err(size));
@@ -357,7 +357,7 @@ impl Store {
     pub async fn head(&self, key: &str) -> Result<ObjectInfo, StorageError> {
         let path = self.path(key)?;
         let request = || async {
-            match self.objects().head(&path).await {
+            match self.inner.connections.backend.head(&path).await {
                 Ok(meta) => Ok(meta),
                 Err(error) => Err(self.why(&path, error).await),
             }

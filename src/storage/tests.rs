@@ -175,6 +175,22 @@ async fn memory_holds_the_contract() {
     contract(&memory().at_priority(Priority::Background)).await;
 }
 
+/// The test's end waits for the runtime's threads: one that waited for a writer would hold it for ever.
+#[tokio::test]
+async fn a_named_pipe_in_a_folder_is_an_error_and_nobody_waits_for_its_writer() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("model.json");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+    let store = Store::open(&format!("file://{}", folder.path().display()), &settings()).unwrap();
+    let whole = store.get("model.json", 10).await.unwrap_err();
+    let part = store.get_range("model.json", 0..1).await.unwrap_err();
+    let size = store.head("model.json").await.unwrap_err();
+    for error in [whole, part, size] {
+        let said = format!("{error}: {}", std::error::Error::source(&error).unwrap());
+        assert!(said.contains("it is a pipe, a socket or a device, not a file"), "{said}");
+    }
+}
+
 #[tokio::test]
 async fn files_hold_the_contract() {
     let (store, _folder) = on_disk();

@@ -411,13 +411,15 @@ fn drain_does_not_wait_on_request_and_refuses_a_dead_run() {
     let lab = Lab::on_files();
     let missing = lab.about("drain", RUN).finish();
     assert_ne!(missing.code(), Some(0), "{}", missing.story());
-    let running = long(&lab).start();
-    running.wait_for_step("step", 3);
+    // Held, it can't end between the two requests.
+    let running = long(&lab).hold_after(3).start();
+    running.held();
     for before in [false, true] {
         let asked = lab.about("drain", RUN).args(&["--no-wait"]).json().finish().expect_code(0);
         let answer = &asked.events.last().expect("its answer").value;
         assert_eq!(answer["asked_before"], before, "{}", asked.story());
     }
+    running.let_go();
     let life = running.finish().expect_code(75);
     assert_eq!(life.last("notice").value["means"], "stop", "{}", life.story());
     let killed = lab.resume(RUN).start();

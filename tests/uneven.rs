@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::{
     support::{
-        lab::{EVERY, GLOBAL_BATCH, Lab, STEPS, reference},
+        lab::{EVERY, GLOBAL_BATCH, Lab, reference},
         trainer::{Finished, Losses, Trainer, losses},
     },
     zero1::tensors,
@@ -30,24 +30,28 @@ fn asked_to_stop(command: Trainer, after: u64) -> Finished {
 
 /// The `formed` events and the log say what share each rank has, if the shares differ, and only then.
 #[track_caller]
-fn expect_shares(life: &Finished, ranks: u32) {
+fn expect_shares(life: &Finished, batch: u32, ranks: u32) {
     let formed = life.last("formed");
     assert_eq!(formed.value["world_size"], ranks, "{}", life.story());
-    let told = life.stderr.contains(&format!("{GLOBAL_BATCH} sequences on {ranks} workers: "));
-    assert_eq!(told, !GLOBAL_BATCH.is_multiple_of(ranks), "{}", life.story());
+    let told = life.stderr.contains(&format!("{batch} sequences on {ranks} workers: "));
+    assert_eq!(told, !batch.is_multiple_of(ranks), "{}", life.story());
     let Some(shares) = formed.value.get("shares") else {
-        assert_eq!(GLOBAL_BATCH % ranks, 0, "{}", life.story());
+        assert_eq!(batch % ranks, 0, "{}", life.story());
         return;
     };
     let each: Vec<u64> = shares["ranks"].as_array().into_iter().flatten().filter_map(|n| n.as_u64()).collect();
-    assert_eq!((each.len() as u32, each.iter().sum::<u64>()), (ranks, GLOBAL_BATCH.into()), "{}", formed.line);
+    assert_eq!((each.len() as u32, each.iter().sum::<u64>()), (ranks, u64::from(batch)), "{}", formed.line);
     assert_eq!(each.iter().max().unwrap() - each.iter().min().unwrap(), 1, "{}", formed.line);
-    let efficiency = f64::from(GLOBAL_BATCH) / f64::from(ranks * GLOBAL_BATCH.div_ceil(ranks));
+    let efficiency = f64::from(batch) / f64::from(ranks * batch.div_ceil(ranks));
     assert_eq!(shares["efficiency"], json!(efficiency), "{}", formed.line);
 }
 
 /// One run, each of its lives on another world, against the undisturbed one.
 fn goes_from_world_to_world(worlds: &[u32], settings: &[&str], undisturbed: &Losses, tolerance: f64) {
+    goes_on_with_a_batch_of(GLOBAL_BATCH, worlds, settings, undisturbed, tolerance);
+}
+
+fn goes_on_with_a_batch_of(batch: u32, worlds: &[u32], settings: &[&str], undisturbed: &Losses, tolerance: f64) {
     let lab = Lab::on_files();
     let [between @ .., last] = worlds else { panic!("no world") };
     let mut lives: Vec<Finished> = Vec::new();
@@ -56,17 +60,17 @@ fn goes_from_world_to_world(worlds: &[u32], settings: &[&str], undisturbed: &Los
         _ => on(lab.resume("moved"), ranks, &[]),
     };
     for &ranks in between {
-        let life = asked_to_stop(begin(&lives, ranks), STEPS / worlds.len() as u64);
-        expect_shares(&life, ranks);
+        let life = asked_to_stop(begin(&lives, ranks), (undisturbed.len() / worlds.len()) as u64);
+        expect_shares(&life, batch, ranks);
         lives.push(life);
     }
     let life = begin(&lives, *last).finish().expect_code(0);
-    expect_shares(&life, *last);
+    expect_shares(&life, batch, *last);
     lives.push(life);
 
     // Every step once, in order: and so every sample, if each step has those of the undisturbed run.
     let steps: Vec<u64> = lives.iter().flat_map(|life| life.of_kind("step")).filter_map(|event| event.step()).collect();
-    assert!(steps.iter().copied().eq(1..=STEPS), "{steps:?}");
+    assert!(steps.iter().copied().eq(1..=undisturbed.len() as u64), "{steps:?}");
     let mut largest = 0.0_f64;
     for (step, text) in losses(&lives.iter().collect::<Vec<_>>()) {
         let number = |text: &str| text.parse::<f64>().expect("a loss is a number");
@@ -103,6 +107,23 @@ fn a_run_goes_from_8_to_3_to_5_to_8_ranks() {
         goes_from_world_to_world(&[8, 3, 5, 8], &[strategy], &reference().losses, 1e-5);
         goes_from_world_to_world(&[8, 3, 5, 8], &[strategy, "train.precision=bf16"], &losses(&[&bf16]), 1e-3);
     }
+}
+
+/// Sixteen worlds of up to sixteen processes: only with TRAINER_TESTS_ALL.
+#[test]
+fn a_run_goes_over_every_world_from_1_to_16_on_a_batch_of_16() {
+    if std::env::var_os("TRAINER_TESTS_ALL").is_none() {
+        eprintln!("skipped: TRAINER_TESTS_ALL is not set");
+        return;
+    }
+    let batch = ["train.global_batch=16", "train.steps=32"];
+    let lab = Lab::on_files();
+    let undisturbed = losses(&[&on(lab.run("sixteen"), 1, &batch).finish().expect_code(0)]);
+    let up: Vec<u32> = (1..=16).collect();
+    goes_on_with_a_batch_of(16, &up, &batch, &undisturbed, 1e-5);
+    let down: Vec<u32> = up.into_iter().rev().collect();
+    let zero1 = ["parallel.strategy=zero1", batch[0], batch[1]];
+    goes_on_with_a_batch_of(16, &down, &zero1, &undisturbed, 1e-5);
 }
 
 fn resumes_to_the_last_bit(ranks: u32, settings: &[&str]) {

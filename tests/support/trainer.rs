@@ -154,9 +154,12 @@ impl Trainer {
         self.command = command;
         self
     }
-    /// Arms crash points: see `src/faults.rs`.
+    /// Arms crash points, beside those that are armed: see `src/faults.rs`.
     pub fn faults(mut self, text: &str) -> Self {
-        self.command.env("TRAINER_FAULTS", text);
+        let is_it = |(name, _): &(&std::ffi::OsStr, _)| *name == "TRAINER_FAULTS";
+        let before = self.command.get_envs().find(is_it).and_then(|(_, value)| value?.to_str().map(str::to_owned));
+        let all = before.map_or_else(|| text.to_owned(), |before| format!("{before},{text}"));
+        self.command.env("TRAINER_FAULTS", all);
         self
     }
     /// Lets the run finish `step` steps of this life and no more until [`Running::let_go`], so that a test in the

@@ -39,6 +39,7 @@ use crate::{
         group::{Company, ToLeader, ToMember},
     },
     error::{Context, Error, Kind, Result},
+    faults::{self, At},
     ids::{Generation, NodeId, Step},
     journal::{Formation, FormedReason, JournalError, Record},
     layout,
@@ -124,6 +125,8 @@ impl Runner {
         let key = me.identity.key().clone();
         let myself = Myself { node: self.node.clone(), address, key, workers, kind };
         let group = myself.group(Role::Waiting, self.run.is_local(), Vec::new(), false);
+        faults::check("seat.before-beat", At::default())
+            .map_err(|fault| Error::from_source(Kind::Unavailable, fault))?;
         let pulse = Pulse::start_in_group(self.run.clone(), self.node.clone(), self.turning.clone(), group).await?;
         let says = pulse.voice();
         self.pulse = Some(pulse);

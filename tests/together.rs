@@ -3,7 +3,10 @@
 //! The undisturbed run of the lab has the same two ranks on one node, so the losses of two nodes are its losses to the
 //! last digit. After a change of the world they are equal within the rounding of sums.
 
-mod faults;
+pub mod faults;
+mod leaving;
+mod store;
+mod words;
 
 use rustix::process::Signal;
 
@@ -86,6 +89,51 @@ fn two_nodes_train_as_one_node_of_two_workers_to_the_last_digit() {
 /// Whether this is the word of a node that leads.
 fn leads(event: &Event) -> bool {
     event.kind() == "formed" && event.value.get("leader").is_none()
+}
+
+/// Three nodes that are the first generation together: the leader, and the others in the order of the roster.
+///
+/// A first generation waits only seconds for one more node. On a busy machine a node may come later than that: then all
+/// of it is done again.
+#[track_caller]
+fn three(lab: &Lab, nodes: &str, more: impl Fn(Trainer) -> Trainer) -> [Running; 3] {
+    for _ in 0..3 {
+        create(lab.run(RUN));
+        let all = [(); 3].map(|()| more(next(lab, nodes)).start());
+        all[0].wait_until("a generation", || !faults::of_kind(lab, "formed").is_empty());
+        if faults::of_kind(lab, "formed")[0]["record"]["roster"].as_array().is_some_and(|roster| roster.len() == 3) {
+            for node in &all {
+                node.wait_for("all three", faults::of_nodes(3));
+            }
+            return in_order_of_the_roster(lab, all);
+        }
+        for node in all {
+            node.power_off().expect_killed();
+        }
+        for key in lab.keys(RUN, "") {
+            lab.remove(RUN, &key);
+        }
+    }
+    panic!("three nodes did not come within seconds of each other, three times in a row");
+}
+
+/// Sorts the nodes of the newest generation, which have one worker each.
+fn in_order_of_the_roster<const N: usize>(lab: &Lab, mut all: [Running; N]) -> [Running; N] {
+    let formed = faults::of_kind(lab, "formed").pop().expect("a generation");
+    let members: Vec<String> = formed["record"]["roster"]
+        .as_array()
+        .expect("a roster")
+        .iter()
+        .map(|member| member["node"].as_str().expect("an id").to_owned())
+        .collect();
+    let place = |running: &Running| {
+        let pid = u64::try_from(running.pid().as_raw_nonzero().get()).expect("a process");
+        let own = beats(lab).into_iter().find(|beat| beat["process"]["pid"].as_u64() == Some(pid));
+        let node = own.expect("its heartbeat")["node"].as_str().expect("an id").to_owned();
+        members.iter().position(|member| *member == node).expect("a member")
+    };
+    all.sort_by_cached_key(place);
+    all
 }
 
 fn leader_and_follower(one: Running, two: Running) -> (Running, Running) {

@@ -11,15 +11,28 @@ use crate::{
     together::{create, expect_nearly_undisturbed},
 };
 
-const RUN: &str = "group";
+pub const RUN: &str = "group";
 
 /// A run of `count` nodes, whose workers of rank `held` stop in the middle. The leader comes first.
 ///
 /// A first generation waits only seconds for one more node. On a busy machine a node may come later than that: then all
 /// of it is done again.
 fn group(site: &Site<'_>, count: usize, nodes: &str, held: u32) -> Vec<(usize, Running)> {
+    group_with(site, count, nodes, &format!("worker.step=stop@rank={held}@hit={}", 2 * EVERY + 2), &[])
+}
+
+/// The same with these crash points and settings.
+pub fn group_with(
+    site: &Site<'_>,
+    count: usize,
+    nodes: &str,
+    faults: &str,
+    settings: &[&str],
+) -> Vec<(usize, Running)> {
     for _ in 0..3 {
-        let mut all = start(site, count, nodes, held);
+        create(site.lab.run(RUN));
+        let start = |place| (place, node(site, place, nodes).args(settings).faults(faults).start());
+        let mut all: Vec<(usize, Running)> = (1..=count).map(start).collect();
         let first = || all.iter().find_map(|(_, running)| running.events("formed").into_iter().next());
         all[0].1.wait_until("a generation", || first().is_some());
         if first().expect("waited for").value["nodes"].as_u64() == Some(count as u64) {
@@ -37,23 +50,18 @@ fn group(site: &Site<'_>, count: usize, nodes: &str, held: u32) -> Vec<(usize, R
     panic!("{count} nodes did not come within seconds of each other, three times in a row");
 }
 
-fn formed(running: &Running) -> Event {
+pub fn formed(running: &Running) -> Event {
     running.wait_for("a generation", |event| event.kind() == "formed")
 }
 
-fn start(site: &Site<'_>, count: usize, nodes: &str, held: u32) -> Vec<(usize, Running)> {
-    let hold = format!("worker.step=stop@rank={held}@hit={}", 2 * EVERY + 2);
-    let command = |place: usize, command: Trainer| {
-        let address = format!("network.address={}", site.network.place(place).address());
-        let settings = ["--nodes", nodes, "--nproc-per-node", "1", "--set", &address];
-        site.on(place, command).args(&settings).faults(&hold)
-    };
-    create(site.lab.run(RUN));
-    (1..=count).map(|place| (place, command(place, site.lab.resume(RUN)).start())).collect()
+/// A node at this place.
+pub fn node(site: &Site<'_>, place: usize, nodes: &str) -> Trainer {
+    let address = format!("network.address={}", site.network.place(place).address());
+    site.on(place, site.lab.resume(RUN)).args(&["--nodes", nodes, "--nproc-per-node", "1", "--set", &address])
 }
 
 /// The place of the node that has this rank: nodes have one worker each, in the order of the roster.
-fn place_of(site: &Site<'_>, all: &[(usize, Running)], rank: usize) -> usize {
+pub fn place_of(site: &Site<'_>, all: &[(usize, Running)], rank: usize) -> usize {
     let mut newest = site.lab.keys(RUN, "journal/").into_iter().filter_map(|key| {
         let entry: serde_json::Value = serde_json::from_slice(&site.lab.read(RUN, &key)).unwrap();
         (entry["record"]["kind"] == "formed").then(|| entry["record"]["roster"].clone())
@@ -64,12 +72,12 @@ fn place_of(site: &Site<'_>, all: &[(usize, Running)], rank: usize) -> usize {
     all.iter().map(|(place, _)| *place).find(is_it).expect("its place")
 }
 
-fn take(all: &mut Vec<(usize, Running)>, place: usize) -> Running {
+pub fn take(all: &mut Vec<(usize, Running)>, place: usize) -> Running {
     let at = all.iter().position(|(at, _)| *at == place).expect("a node");
     all.remove(at).1
 }
 
-fn finish(all: Vec<(usize, Running)>) -> Vec<Finished> {
+pub fn finish(all: Vec<(usize, Running)>) -> Vec<Finished> {
     all.into_iter().map(|(_, running)| running.finish().expect_code(0)).collect()
 }
 

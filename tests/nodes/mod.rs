@@ -2,9 +2,10 @@
 //! a notice, each for itself.
 //!
 //! `net` makes the machines, `faults` says how they are broken. `bench` proves with plain sockets that each fault does
-//! what its name says; `single` runs the program on these machines, one node a run, and `group` several nodes of one
-//! run.
+//! what its name says; `single` runs the program on these machines, one node a run, `group` and `cuts` several nodes of
+//! one run.
 mod bench;
+mod cuts;
 mod faults;
 mod group;
 mod net;

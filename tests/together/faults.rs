@@ -16,36 +16,47 @@ use crate::support::{
 };
 
 /// The step whose save is disturbed; workers are held one step after it.
-const SAVED: u64 = 2 * EVERY;
+pub(super) const SAVED: u64 = 2 * EVERY;
 
 /// The worker of this rank stops before it does the second step after the save; one of a later generation does not.
-fn hold(rank: u32) -> String {
+pub(super) fn hold(rank: u32) -> String {
     format!("worker.step=stop@rank={rank}@step={}@hit={}", SAVED + 2, SAVED + 2)
 }
 
 /// Two nodes with these crash points: the leader, and its follower.
-fn pair(lab: &Lab, nodes: &str, faults: &str) -> (Running, Running) {
+pub(super) fn pair(lab: &Lab, nodes: &str, faults: &str) -> (Running, Running) {
     let one = first(lab, nodes).faults(faults).start();
     let two = next(lab, nodes).faults(faults).start();
     leader_and_follower(one, two)
 }
 
 /// The entries of the journal, in order.
-fn entries(lab: &Lab) -> Vec<Value> {
-    let keys = lab.keys(RUN, "journal/").into_iter();
-    keys.map(|key| serde_json::from_slice(&lab.read(RUN, &key)).expect("an entry of the journal")).collect()
+fn entries(lab: &Lab, run: &str) -> Vec<Value> {
+    let keys = lab.keys(run, "journal/").into_iter();
+    keys.map(|key| serde_json::from_slice(&lab.read(run, &key)).expect("an entry of the journal")).collect()
 }
 
-fn of_kind(lab: &Lab, kind: &str) -> Vec<Value> {
-    entries(lab).into_iter().filter(|entry| entry["record"]["kind"] == kind).collect()
+pub(super) fn of_kind(lab: &Lab, kind: &str) -> Vec<Value> {
+    of_kind_in(lab, RUN, kind)
+}
+
+/// The entries of this kind in the journal of a run, in order.
+pub fn of_kind_in(lab: &Lab, run: &str, kind: &str) -> Vec<Value> {
+    entries(lab, run).into_iter().filter(|entry| entry["record"]["kind"] == kind).collect()
 }
 
 /// Every checkpoint is whole and was committed once, by a member of its generation, which was the newest one.
 #[track_caller]
-fn expect_sound(lab: &Lab) {
+pub(super) fn expect_sound(lab: &Lab) {
+    expect_sound_run(lab, RUN);
+}
+
+/// The same of any run.
+#[track_caller]
+pub fn expect_sound_run(lab: &Lab, run: &str) {
     let mut committed = BTreeSet::new();
     let mut roster = Value::Null;
-    for entry in entries(lab) {
+    for entry in entries(lab, run) {
         let record = &entry["record"];
         match record["kind"].as_str().expect("a kind") {
             "formed" => roster = record["roster"].clone(),
@@ -58,14 +69,14 @@ fn expect_sound(lab: &Lab) {
             _ => {}
         }
     }
-    lab.expect_all_verify(RUN);
+    lab.expect_all_verify(run);
 }
 
-fn resumed_from(formed: &Event) -> u64 {
+pub(super) fn resumed_from(formed: &Event) -> u64 {
     formed.value["resume_step"].as_u64().unwrap_or(0)
 }
 
-fn of_nodes(count: u64) -> impl Fn(&Event) -> bool {
+pub(super) fn of_nodes(count: u64) -> impl Fn(&Event) -> bool {
     move |event| event.kind() == "formed" && event.value["nodes"].as_u64() == Some(count)
 }
 
@@ -196,7 +207,7 @@ fn signal_one(pid: Pid, signal: Signal) {
 
 /// Two holds: one before a save, and one behind it. Nodes that wait join once that save is committed.
 #[track_caller]
-fn lets_them_join(leader: &Running) {
+pub(super) fn lets_them_join(leader: &Running) {
     let notices = leader.events("notice").len();
     leader.let_go();
     leader.wait_until("the end of the generation", || leader.events("notice").len() > notices);
@@ -371,7 +382,7 @@ fn a_third_node_joins_although_it_does_not_divide_the_batch() {
 }
 
 /// The most memory that a process has had, bytes.
-fn most_memory(pid: Pid) -> u64 {
+pub(super) fn most_memory(pid: Pid) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).expect("a process");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("its memory");
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10

@@ -161,6 +161,10 @@ where
     let limit = door.settings.handshake;
     match timeout(limit, admit(stream, address, &door)).await.unwrap_or(Err(End::Silent)) {
         Ok(link) => Some(link).filter(|link: &Link<Out, In>| link.peer().key != *door.me.identity.key()),
+        Err(reason @ End::Version { .. }) => {
+            tracing::warn!(%address, "{reason}: it is not let in");
+            None
+        }
         Err(reason) => {
             tracing::debug!(%address, %reason, "a connection was refused");
             None

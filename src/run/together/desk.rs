@@ -32,6 +32,7 @@ use crate::{
     journal::{self, JournalWriter, RosterEntry, RunState},
     layout,
     rendezvous::{
+        channel::End,
         heartbeat::{self, Group, State, Voice},
         membership::{Listed, Role, beat_every},
         peers::{self, PeerEvent, Peers},
@@ -228,6 +229,7 @@ impl Desk {
             led,
             regrouped: None,
             ends: BTreeMap::new(),
+            mixed: bounds.mixed,
         };
         let task = tokio::spawn(work.run(first, heard, told, given)).abort_handle();
         Self { tell, calls: called, links, led: is_led, task }
@@ -329,6 +331,8 @@ struct Work {
     regrouped: Option<Generation>,
     /// Why the last link to a node ended.
     ends: BTreeMap<NodeId, String>,
+    /// Nodes of several kinds may be one group.
+    mixed: bool,
 }
 
 impl Work {
@@ -389,7 +393,11 @@ impl Work {
         }
         let is_new = !self.known.contains_key(node) && !group.left;
         let leads = matches!(self.route, Some(Route::Lead(..)));
-        if is_new && leads && self.seat.newest().is_some_and(|roster| !roster.has(node)) {
+        let differs = !self.mixed && group.kind != self.me.kind;
+        if is_new && differs && (leads || group.state == State::Leader) {
+            let (its, ours) = (&group.kind, &self.me.kind);
+            tracing::warn!(%node, %its, %ours, "nodes of another kind than the leader's stay outside: parallel.mixed");
+        } else if is_new && leads && self.seat.newest().is_some_and(|roster| !roster.has(node)) {
             tracing::info!(%node, workers = group.workers, "a node waits to join: it can at the next checkpoint");
         }
         match group.address.parse() {
@@ -419,8 +427,11 @@ impl Work {
             PeerEvent::Message { from, generation, body } => self.pass(from, generation, body),
             PeerEvent::Lost { peer, end } => {
                 tracing::debug!(node = %peer, reason = %end, "link ended");
-                let refused = peers::is_gone(&end);
-                self.ends.insert(peer.clone(), end.to_string());
+                let (refused, why) = (peers::is_gone(&end), end.to_string());
+                if matches!(end, End::Version { .. }) && self.ends.get(&peer) != Some(&why) {
+                    tracing::warn!("{why}: it stays outside");
+                }
+                self.ends.insert(peer.clone(), why);
                 self.give(Input::Lost { peer, refused });
             }
             PeerEvent::Stranger => self.meet_strangers(),

@@ -98,7 +98,12 @@ impl Runner {
         }
         let network = *self.network.get_or_insert(self.resolved.config.network);
         let me = LocalNode::new(self.run_id.clone(), self.node.clone());
-        let me = Arc::new(me.map_err(|error| Error::from_source(Kind::Bug, error))?);
+        let mut me = me.map_err(|error| Error::from_source(Kind::Bug, error))?;
+        // A test has no other binary to start.
+        if faults::check("node.version", At::default()).is_err() {
+            me.version.push_str("-other");
+        }
+        let me = Arc::new(me);
         let ip = match network.address {
             Some(address) => address,
             None => {

@@ -91,30 +91,29 @@ fn leads(event: &Event) -> bool {
     event.kind() == "formed" && event.value.get("leader").is_none()
 }
 
+/// Starts nodes that are the first generation together. It waits only seconds for one more node, and this machine may be
+/// busy: so each stops before its first beat until all are there.
+#[track_caller]
+fn at_once<const N: usize>(nodes: [Trainer; N]) -> [Running; N] {
+    let all = nodes.map(|node| node.faults("seat.before-beat=stop@hit=1").start());
+    for node in &all {
+        assert!(node.stopped(), "it waits for the others");
+    }
+    for node in &all {
+        node.signal(Signal::CONT);
+    }
+    all
+}
+
 /// Three nodes that are the first generation together: the leader, and the others in the order of the roster.
-///
-/// A first generation waits only seconds for one more node. On a busy machine a node may come later than that: then all
-/// of it is done again.
 #[track_caller]
 fn three(lab: &Lab, nodes: &str, more: impl Fn(Trainer) -> Trainer) -> [Running; 3] {
-    for _ in 0..3 {
-        create(lab.run(RUN));
-        let all = [(); 3].map(|()| more(next(lab, nodes)).start());
-        all[0].wait_until("a generation", || !faults::of_kind(lab, "formed").is_empty());
-        if faults::of_kind(lab, "formed")[0]["record"]["roster"].as_array().is_some_and(|roster| roster.len() == 3) {
-            for node in &all {
-                node.wait_for("all three", faults::of_nodes(3));
-            }
-            return in_order_of_the_roster(lab, all);
-        }
-        for node in all {
-            node.power_off().expect_killed();
-        }
-        for key in lab.keys(RUN, "") {
-            lab.remove(RUN, &key);
-        }
+    create(lab.run(RUN));
+    let all = at_once([(); 3].map(|()| more(next(lab, nodes))));
+    for node in &all {
+        node.wait_for("all three", faults::of_nodes(3));
     }
-    panic!("three nodes did not come within seconds of each other, three times in a row");
+    in_order_of_the_roster(lab, all)
 }
 
 /// Sorts the nodes of the newest generation, which have one worker each.
@@ -149,8 +148,10 @@ fn leader_and_follower(one: Running, two: Running) -> (Running, Running) {
 fn a_killed_follower_is_gone_on_without() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=1@hit={}", 2 * EVERY + 2);
-    let one = first(&lab, "1:2").faults(&hold).args(&["--set", "checkpoint.keep.last=9"]).start();
-    let two = next(&lab, "1:2").faults(&hold).start();
+    let [one, two] = at_once([
+        first(&lab, "1:2").faults(&hold).args(&["--set", "checkpoint.keep.last=9"]),
+        next(&lab, "1:2").faults(&hold),
+    ]);
     let (leader, follower) = leader_and_follower(one, two);
     leader.wait_for_step("checkpoint", 2 * EVERY);
     let follower = follower.power_off().expect_killed();
@@ -166,8 +167,7 @@ fn a_killed_follower_is_gone_on_without() {
 fn a_killed_leader_is_followed_by_another() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=0@hit={}", 2 * EVERY + 2);
-    let one = first(&lab, "1:2").faults(&hold).start();
-    let two = next(&lab, "1:2").faults(&hold).start();
+    let [one, two] = at_once([first(&lab, "1:2").faults(&hold), next(&lab, "1:2").faults(&hold)]);
     let (leader, follower) = leader_and_follower(one, two);
     leader.wait_for_step("checkpoint", 2 * EVERY);
     let leader = leader.power_off().expect_killed();
@@ -184,8 +184,7 @@ fn a_killed_leader_is_followed_by_another() {
 fn a_follower_that_is_told_to_leave_loses_nothing() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=0@hit={}", EVERY + 3);
-    let one = first(&lab, "1:2").faults(&hold).start();
-    let two = next(&lab, "1:2").faults(&hold).start();
+    let [one, two] = at_once([first(&lab, "1:2").faults(&hold), next(&lab, "1:2").faults(&hold)]);
     let (leader, follower) = leader_and_follower(one, two);
     leader.held();
     follower.signal(Signal::TERM);
@@ -209,8 +208,7 @@ fn a_follower_that_is_told_to_leave_loses_nothing() {
 fn a_leader_that_is_told_to_leave_loses_nothing() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=0@hit={}", EVERY + 3);
-    let one = first(&lab, "1:2").faults(&hold).start();
-    let two = next(&lab, "1:2").faults(&hold).start();
+    let [one, two] = at_once([first(&lab, "1:2").faults(&hold), next(&lab, "1:2").faults(&hold)]);
     let (leader, follower) = leader_and_follower(one, two);
     leader.held();
     leader.signal(Signal::TERM);
@@ -229,17 +227,17 @@ fn a_leader_that_is_told_to_leave_loses_nothing() {
 #[test]
 fn a_node_that_comes_later_joins_at_a_save() {
     let lab = Lab::on_files();
-    let hold = format!("worker.step=stop@rank=0@hit={}", EVERY - 1);
+    // Held before a save, and behind it until its commit is followed by the word to form anew.
+    let hold = [EVERY - 1, EVERY + 2].map(|step| format!("worker.step=stop@rank=0@step={step}@hit={step}")).join(",");
     let one = first(&lab, "1:2").faults(&hold).start();
     one.held();
     let two = next(&lab, "1:2").start();
     one.wait_until_said("waits to join");
     one.let_go();
+    one.wait_for("the word to form anew", |event| event.kind() == "notice");
+    one.let_go();
     let formed = one.wait_for("both", |event| event.kind() == "formed" && event.value["nodes"].as_u64() == Some(2));
     assert!(formed.value["resume_step"].as_u64() >= Some(EVERY), "{formed:?}");
-    for node in [&one, &two].into_iter().filter(|node| node.events("formed").iter().rev().take(1).all(leads)) {
-        node.let_go();
-    }
     let lives = [one.finish().expect_code(0), two.finish().expect_code(0)];
     let steps: usize = lives.iter().map(|life| life.of_kind("step").len()).sum();
     assert_eq!(steps as u64, STEPS, "no step was done twice");
@@ -251,8 +249,7 @@ fn a_node_that_comes_later_joins_at_a_save() {
 fn a_run_that_a_person_stops_ends_on_every_node() {
     let lab = Lab::on_files();
     let hold = format!("worker.step=stop@rank=0@hit={}", EVERY + 3);
-    let one = first(&lab, "2").faults(&hold).start();
-    let two = next(&lab, "2").faults(&hold).start();
+    let [one, two] = at_once([first(&lab, "2").faults(&hold), next(&lab, "2").faults(&hold)]);
     let (leader, follower) = leader_and_follower(one, two);
     leader.held();
     let drain = lab.about("drain", RUN).start();
@@ -306,8 +303,7 @@ fn a_step_to_go_back_to_holds_once() {
     }
     let hold = format!("worker.step=stop@rank=1@hit={}", 2 * EVERY + 2);
     let from = EVERY.to_string();
-    let both = [(); 2].map(|()| next(&lab, "1:2").args(&["--from", &from]).faults(&hold).start());
-    let [one, two] = both;
+    let [one, two] = at_once([(); 2].map(|()| next(&lab, "1:2").args(&["--from", &from]).faults(&hold)));
     let (leader, follower) = leader_and_follower(one, two);
     let formed = leader.events("formed");
     assert_eq!(formed[0].value["resume_step"].as_u64(), Some(EVERY));

@@ -9,7 +9,9 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use super::{RUN, beats, expect_nearly_undisturbed, first, leader_and_follower, leads, losses_of, next};
+use super::{
+    RUN, at_once, beats, create, expect_nearly_undisturbed, first, leader_and_follower, leads, losses_of, next,
+};
 use crate::support::{
     lab::{EVERY, Lab, STEPS},
     trainer::{Event, Finished, Running},
@@ -25,8 +27,7 @@ pub(super) fn hold(rank: u32) -> String {
 
 /// Two nodes with these crash points: the leader, and its follower.
 pub(super) fn pair(lab: &Lab, nodes: &str, faults: &str) -> (Running, Running) {
-    let one = first(lab, nodes).faults(faults).start();
-    let two = next(lab, nodes).faults(faults).start();
+    let [one, two] = at_once([first(lab, nodes).faults(faults), next(lab, nodes).faults(faults)]);
     leader_and_follower(one, two)
 }
 
@@ -227,9 +228,8 @@ fn a_leader_that_sleeps_is_left_out_and_comes_back() {
     let [before, behind] = [EVERY + 2, 2 * EVERY + 2];
     let again = |hit: u64| format!("worker.step=stop@rank=0@step={}@hit={hit}", SAVED + hit);
     let faults = [hold(0), again(before), again(behind)].join(",");
-    let one = first(&lab, "2:3").faults(&faults).start();
-    let others = [next(&lab, "2:3").faults(&faults).start(), next(&lab, "2:3").faults(&faults).start()];
-    let mut all: Vec<Running> = std::iter::once(one).chain(others).collect();
+    create(lab.run(RUN));
+    let mut all = Vec::from(at_once([(); 3].map(|()| next(&lab, "2:3").faults(&faults))));
     for node in &all {
         node.wait_for("all three", of_nodes(3));
     }

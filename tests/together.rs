@@ -4,6 +4,7 @@
 //! last digit. After a change of the world they are equal within the rounding of sums.
 
 mod faults;
+mod memory;
 
 use rustix::process::Signal;
 

@@ -5,6 +5,7 @@
 
 pub mod faults;
 mod leaving;
+mod memory;
 mod store;
 mod words;
 

@@ -21,10 +21,11 @@ use super::{
     group::{NoticeOfMember, ToLeader, ToMember},
     node::{Node, Part},
     phase::{Event, Incoming},
-    save::{put::Put, slots::Slots},
+    save::{gather::Fetched, put::Put, slots::Slots},
     workers::{WorkerEvent, Workers},
 };
 use crate::{
+    checkpoint::save::Receipt,
     error::{Error, Kind, Result},
     ids::Step,
     notice::{self, Notice, Notices},
@@ -107,6 +108,8 @@ struct Follower<'a> {
     says: mpsc::UnboundedSender<Put>,
     /// The save ordered last, unless it was given up.
     ordered: Option<Ordered>,
+    /// Its slot.
+    slot: u8,
     /// How this node's part of it ended; `None`: it has not.
     put: Option<bool>,
     leaving: Option<Leaving>,
@@ -141,6 +144,7 @@ pub async fn run(
         device: None,
         says,
         ordered: None,
+        slot: 0,
         put: None,
         leaving: None,
         finished: start.load.step(),
@@ -275,7 +279,8 @@ impl Follower<'_> {
                     said.push(event);
                 }
                 Event::Fetched(Ok(fetched)) => {
-                    self.say(ToLeader::Fetched { bytes: fetched.bytes, seconds: fetched.seconds });
+                    let Fetched { bytes, stored, seconds } = fetched;
+                    self.say(ToLeader::Fetched { bytes, stored, seconds });
                 }
                 Event::Fetched(Err(error)) => self.say(ToLeader::NotFetched { why: error.to_string() }),
                 Event::Lost(error) => self.say(ToLeader::Failed(error.to_string())),
@@ -311,11 +316,22 @@ impl Follower<'_> {
             Put::Progress(bytes) => ToLeader::Progress { attempt, bytes },
             Put::Ended(_, result) => {
                 self.put = Some(result.is_ok());
+                if let Ok(receipt) = &result {
+                    self.holds(receipt);
+                }
                 let result = result.map(Box::new).map_err(|error| error.to_string());
                 ToLeader::Put { attempt, result }
             }
         };
         self.say(words);
+    }
+
+    /// This node's part of a save is in the store: its slot holds these files for workers that crash. Whether the save
+    /// becomes a checkpoint does not matter: nobody looks for the files of one that does not.
+    fn holds(&mut self, receipt: &Receipt) {
+        let checksums = receipt.files.iter().map(|file| (file.name.clone(), file.crc64)).collect();
+        let (slot, step, generation) = (self.slot, receipt.step, receipt.generation);
+        let _ = self.node.perform(Order::Hold { slot, step, generation, checksums });
     }
 
     /// Carries out an order of the leader.
@@ -338,7 +354,7 @@ impl Follower<'_> {
             ToMember::Kill => self.node.perform(Order::Kill),
             ToMember::Put { attempt, step, slot, priority, whole } => {
                 self.ordered = Some(Ordered { attempt: attempt.clone(), step, whole: *whole });
-                self.put = None;
+                (self.slot, self.put) = (slot, None);
                 let part = Part { attempt: attempt.clone(), step, slot, priority, small: Vec::new() };
                 if let Err(error) = self.node.put(part, self.says.clone()) {
                     self.say(ToLeader::Put { attempt, result: Err(error.to_string()) });
@@ -371,18 +387,22 @@ impl Follower<'_> {
     /// Finishes the save under way in the leader's place, if all of it is there; its step, if that was done.
     async fn finish(&mut self, start: &Plan, puts: &mut mpsc::UnboundedReceiver<Put>) -> Result<Option<Step>> {
         let Some(ordered) = self.ordered.take() else { return Ok(None) };
-        let mut put = self.put;
+        let (mut put, mut receipt) = (self.put, None);
         let own = async {
             while put.is_none() {
                 match puts.recv().await {
                     Some(Put::Progress(_)) => {}
-                    Some(Put::Ended(_, result)) => put = Some(result.is_ok()),
+                    Some(Put::Ended(_, result)) => (put, receipt) = (Some(result.is_ok()), result.ok()),
                     None => return false,
                 }
             }
             put == Some(true)
         };
-        let committed = finish::finish(&start.upload, ordered, own).await?;
+        let committed = finish::finish(&start.upload, ordered, own).await;
+        if let Some(receipt) = receipt {
+            self.holds(&receipt);
+        }
+        let committed = committed?;
         Ok(committed.map(|committed| committed.step))
     }
 

@@ -64,6 +64,9 @@ pub struct Plan {
     pub measured: Measured,
     /// The damage that this process has found.
     pub docket: Docket,
+    /// Each file of a checkpoint comes from the nearest place. A node that is alone has all of them in one slot, or
+    /// reads the store.
+    pub nearest: bool,
     /// Where rank 0 serves the ranks' store; port 0: one of the kernel's choice.
     pub store: SocketAddr,
 }

@@ -40,7 +40,7 @@ use super::{
     generation::Members,
     node::Part,
     phase::Event,
-    save::{put::Put, slots::Fetched},
+    save::{gather::Fetched, put::Put},
     workers::WorkerEvent,
 };
 use crate::{
@@ -101,7 +101,7 @@ impl ToMember {
             Order::TellAll(message) => Some(Self::Tell(message.clone())),
             Order::LayOut(_) => Some(Self::LayOut),
             Order::Received => Some(Self::Received),
-            // A slot holds a whole checkpoint only on a node that is alone.
+            // It holds its own part since that was put.
             Order::Hold { .. } => None,
             Order::Kill => Some(Self::Kill),
         }
@@ -132,6 +132,8 @@ pub enum ToLeader {
     Fetched {
         /// Bytes of all files.
         bytes: u64,
+        /// Those of them that came from the store.
+        stored: u64,
         /// The time it took.
         seconds: f64,
     },
@@ -308,12 +310,13 @@ impl Others {
         Some(Event::LaidOut { bytes: bytes.into_iter().fold(0, u64::saturating_add) })
     }
 
-    /// The slowest node's time, and the bytes that one node fetches.
+    /// The slowest node's time, the bytes that one node gathers, and the most that one of them read from the store.
     fn all_fetched(&self) -> Option<Event> {
         let all = self.fetched.whole(self.ranks.len())?;
-        let bytes = all.iter().map(|fetched| fetched.bytes).max().unwrap_or(0);
+        let most = |of: fn(&Fetched) -> u64| all.iter().map(of).max().unwrap_or(0);
+        let (bytes, stored) = (most(|fetched| fetched.bytes), most(|fetched| fetched.stored));
         let seconds = all.iter().map(|fetched| fetched.seconds).fold(0.0, f64::max);
-        Some(Event::Fetched(Ok(Fetched { bytes, seconds })))
+        Some(Event::Fetched(Ok(Fetched { bytes, stored, seconds })))
     }
 
     /// The other nodes put their parts of a save too. An error: a member is lost, so this save can't be whole.
@@ -389,8 +392,8 @@ impl Others {
                 self.laid_out.others.insert(node.clone(), bytes);
                 self.all_laid_out().into_iter().collect()
             }
-            ToLeader::Fetched { bytes, seconds } => {
-                self.fetched.others.insert(node.clone(), Fetched { bytes, seconds });
+            ToLeader::Fetched { bytes, stored, seconds } => {
+                self.fetched.others.insert(node.clone(), Fetched { bytes, stored, seconds });
                 self.all_fetched().into_iter().collect()
             }
             // Its disk, its memory or its way to the store: damage in the store itself is found by the leader, too.
@@ -537,7 +540,7 @@ mod tests {
     fn a_node_that_is_alone_waits_for_nobody() {
         let mut others = Others::none();
         assert!(matches!(others.own(Event::LaidOut { bytes: 7 }), Some(Event::LaidOut { bytes: 7 })));
-        let fetched = Fetched { bytes: 9, seconds: 0.5 };
+        let fetched = Fetched { bytes: 9, stored: 9, seconds: 0.5 };
         assert!(matches!(others.own(Event::Fetched(Ok(fetched))), Some(Event::Fetched(Ok(Fetched { bytes: 9, .. })))));
         assert!(matches!(others.own(Event::Tick), Some(Event::Tick)));
         assert!(others.late().is_empty() && !others.abandons_save(&id("me")));
@@ -550,10 +553,13 @@ mod tests {
         assert!(rig.others.own(Event::LaidOut { bytes: 1 }).is_none());
         assert!(rig.says("a", ToLeader::LaidOut { bytes: 20 }).is_empty(), "said twice, it is one answer");
         assert!(matches!(rig.says("b", ToLeader::LaidOut { bytes: 300 })[..], [Event::LaidOut { bytes: 321 }]));
-        assert!(rig.says("b", ToLeader::Fetched { bytes: 50, seconds: 3.0 }).is_empty());
-        assert!(rig.says("a", ToLeader::Fetched { bytes: 50, seconds: 2.0 }).is_empty());
-        let whole = rig.others.own(Event::Fetched(Ok(Fetched { bytes: 50, seconds: 1.0 })));
-        assert!(matches!(whole, Some(Event::Fetched(Ok(Fetched { bytes: 50, seconds: 3.0 })))), "{whole:?}");
+        assert!(rig.says("b", ToLeader::Fetched { bytes: 50, stored: 20, seconds: 3.0 }).is_empty());
+        assert!(rig.says("a", ToLeader::Fetched { bytes: 50, stored: 30, seconds: 2.0 }).is_empty());
+        let whole = rig.others.own(Event::Fetched(Ok(Fetched { bytes: 50, stored: 0, seconds: 1.0 })));
+        assert!(
+            matches!(whole, Some(Event::Fetched(Ok(Fetched { bytes: 50, stored: 30, seconds: 3.0 })))),
+            "{whole:?}"
+        );
     }
 
     #[test]

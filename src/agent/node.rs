@@ -24,8 +24,9 @@ use super::{
     generation::{Load, Plan, Source},
     phase::{Event, Incoming},
     save::{
+        gather::{Fetched, Fetching},
         put::{self, Put},
-        slots::{Fetched, Fetching, RESTORE_SLOT, Slots},
+        slots::Slots,
     },
     workers::Workers,
 };
@@ -85,20 +86,27 @@ impl<'a> Node<'a> {
     /// Starts fetching the state to load, while the workers start; `done` hears of its end. A state held by a slot is
     /// already there.
     pub fn load(&mut self, done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>) -> Result<Incoming> {
-        let (store, folder, files) = match &self.start.load {
+        let part = u64::from(self.start.config.storage.part_mib) << 20;
+        self.fetching = match &self.start.load {
             Load::Nothing => return Ok(Incoming::Nothing),
             Load::Checkpoint { from: Source::Slot { slot, files }, .. } => {
                 let bytes = files.iter().map(|(_, len)| len).sum();
-                return Ok(Incoming::Here(*slot, files.clone(), Fetched { bytes, seconds: 0.0 }));
+                return Ok(Incoming::Here(*slot, files.clone(), Fetched { bytes, stored: 0, seconds: 0.0 }));
             }
-            Load::Weights { folder, files } => (folder.clone(), String::new(), files.clone()),
-            Load::Checkpoint { from: Source::Store { folder, files }, .. } => {
-                (self.start.upload.run.clone(), folder.clone(), files.clone())
+            Load::Weights { folder, files } => {
+                self.slots.receive(files.clone(), part)?.start(folder.clone(), String::new(), None, done)
+            }
+            Load::Checkpoint { step, generation, from: Source::Store { folder, files } } => {
+                let run = self.start.upload.run.clone();
+                if self.start.nearest {
+                    let fetch = self.slots.receive_beside(*step, *generation, files.clone(), part)?;
+                    fetch.start(run, folder.clone(), Some(*step), done)
+                } else {
+                    self.slots.receive(files.clone(), part)?.start(run, folder.clone(), None, done)
+                }
             }
         };
-        let fetch = self.slots.receive(files, u64::from(self.start.config.storage.part_mib) << 20)?;
-        self.fetching = fetch.start(store, folder, done);
-        Ok(Incoming::UnderWay(RESTORE_SLOT, self.fetching.places.clone()))
+        Ok(Incoming::UnderWay(self.fetching.slot, self.fetching.places.clone()))
     }
 
     /// Carries out an order; returns the immediate answer, if there is one.
@@ -112,7 +120,8 @@ impl<'a> Node<'a> {
             Order::LayOut(tensors) => return Some(self.lay_out(&tensors).unwrap_or_else(Event::Lost)),
             Order::Received => {
                 if let Load::Checkpoint { step, generation, from: Source::Store { files, .. } } = &self.start.load {
-                    self.slots.received(*step, *generation, &self.fetching.places, files);
+                    let Fetching { slot, places, .. } = &self.fetching;
+                    self.slots.received(*step, *generation, *slot, places, files);
                 }
             }
             Order::Hold { slot, step, generation, checksums } => self.slots.hold(slot, step, generation, &checksums),

@@ -132,7 +132,7 @@ use super::{
     effects::{Effect, Effects, Order},
     fence,
     generation::{End, Load},
-    save::{scheduler::Moment, slots::Fetched, upload::SaveEvent},
+    save::{gather::Fetched, scheduler::Moment, upload::SaveEvent},
     workers::WorkerEvent,
 };
 use crate::{

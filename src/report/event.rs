@@ -113,7 +113,7 @@ pub enum Event {
         fetch_s: f64,
         /// From the start of the fetch until every rank has loaded it.
         restore_s: f64,
-        /// Where it was read: `store`, or `memory` if a snapshot slot still held it.
+        /// Where it was read: `store`, or `memory` if snapshot slots still held all of it.
         from: &'static str,
     },
     /// This machine goes away or is likely to, or this run is asked to stop.

@@ -64,7 +64,7 @@ impl Runner {
 
     /// The newest checkpoint, if a slot of this node still holds it: then the store need not be read.
     async fn in_memory(&mut self, candidates: &[Committed]) -> Option<Load> {
-        // Every node of several reads the same files at the same places.
+        // What a node of several has in its memory decides nothing: see `together::forms`.
         if self.is_together() {
             return None;
         }

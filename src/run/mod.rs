@@ -593,6 +593,7 @@ impl Runner {
             },
             docket: self.docket.clone(),
             measured: self.measured(),
+            nearest: self.is_together(),
             store: seating.store,
         }
     }

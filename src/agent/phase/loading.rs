@@ -8,9 +8,9 @@ use crate::{
         effects::{Effect, Log, Order},
         generation::{End, Load, Source, Stopped},
         save::{
+            gather::Fetched,
             ledger::Ledger,
             scheduler::{Scheduler, Setup},
-            slots::Fetched,
         },
         workers::WorkerEvent,
     },
@@ -67,7 +67,10 @@ impl Loading {
                 return Continue(Phase::Loading(self));
             }
             Event::Fetched(Ok(fetched)) => {
-                if let Load::Checkpoint { step, generation, from: Source::Store { .. } } = turn.shared.settings.load {
+                // A node has read all of it in the store.
+                if let Load::Checkpoint { step, generation, from: Source::Store { .. } } = turn.shared.settings.load
+                    && fetched.stored == fetched.bytes
+                {
                     turn.does(Effect::Vouch { step, generation });
                 }
                 if let Incoming::UnderWay(slot, places) = self.source {
@@ -170,21 +173,18 @@ impl Loading {
         let now = turn.now;
         let load = &turn.shared.settings.load;
         let done = load.step();
-        let from = match load {
-            Load::Checkpoint { from: Source::Slot { .. }, .. } => "memory",
-            _ => "store",
-        };
         let (fetched, slot) = match &self.source {
             Incoming::Here(slot, _, fetched) => (Some(*fetched), Some(*slot)),
             Incoming::Nothing | Incoming::UnderWay(..) => (None, None),
         };
         let is_checkpoint = matches!(load, Load::Checkpoint { .. });
-        let is_received = matches!(load, Load::Checkpoint { from: Source::Store { .. }, .. });
-        if let Some(Fetched { bytes, seconds: fetch_s }) = fetched {
+        if let Some(Fetched { bytes, stored, seconds: fetch_s }) = fetched {
             let restore_s = now.as_secs_f64();
+            let from = if stored == 0 { "memory" } else { "store" };
             turn.reports(report::Event::Restored { step: done, bytes, fetch_s, restore_s, from });
         }
-        if is_received {
+        // A node that found it in its memory has nothing to do; others of its group may have.
+        if is_checkpoint {
             turn.does(Effect::Nodes(Order::Received));
         }
         let settings = &turn.shared.settings;

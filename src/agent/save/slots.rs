@@ -3,17 +3,25 @@
 //! # Layout
 //! Each slot is one piece of shared memory for the whole node. It holds the image of each of the node's ranks
 //! ([`crate::snapshot::plan`]), one after the other, each beginning on a page; a rank writes its own image alone and
-//! may read all of them. A checkpoint that is loaded from the store is fetched into slot 0, file after file, and read
-//! there by all ranks: restoring needs no memory beside the slots.
+//! may read all of them. A checkpoint that is loaded is brought into one slot, file after file ([`super::gather`]), and
+//! read there by all ranks: restoring needs no memory beside the slots.
 //!
 //! # A slot's content
-//! After a commit, and after a checkpoint was fetched, a slot holds that checkpoint's files until the next capture
-//! writes over them. Workers that crash meanwhile are started again from it, and the store is not read. No record is
-//! kept of when a capture begins to write, and a dying worker may have written anywhere: a slot's checksums are
-//! verified again ([`Slots::verify`]) before it is used.
+//! After a commit, and after a checkpoint was brought into it, a slot holds that checkpoint's files until the next
+//! capture writes over them. In a group of several nodes it holds those of this node's own ranks after a save, and all
+//! of them after a restore. Workers that crash meanwhile are started again from it: from all files where they lie
+//! ([`Slots::find`], [`Slots::find_all`]), or from some of them, which are copied beside the others
+//! ([`Slots::receive_beside`]). No record is kept of when a capture begins to write, and a dying worker may have
+//! written anywhere: a file's checksum is verified again before it is used, and a file that is not what it should be
+//! counts as absent.
+//!
+//! What comes from outside goes into [`RESTORE_SLOT`], or into the other slot if that one holds files of the very
+//! checkpoint: nothing overwrites what it is made from. So in a group each slot may grow to a whole checkpoint, as both
+//! slots of a node that is alone are from the start.
 //!
 //! # Who writes into a slot
-//! The workers of one generation, and tasks of this process that hold an [`ImageChunk`] of it: the headers' writer, a
+//! The workers of one generation, and tasks of this process that hold an
+//! [`ImageChunk`](image::ImageChunk) of it: the headers' writer, a
 //! fetch, whatever else brings bytes from elsewhere. Invariant: *when a generation begins, nobody of an earlier one can
 //! write into either slot.* If another generation may follow, the end of a generation aborts its tasks and calls
 //! [`Slots::end_generation`]. Aborting is not enough: an aborted task stops only at its next await, and a disk read
@@ -25,16 +33,15 @@
 //! The memory belongs to this process and disappears with it. Pages in use are never given back while it lives: workers
 //! may have pinned them for a GPU, which would go on writing to the old ones. Headers are written when all ranks have
 //! captured, not before, so that a checkpoint fetched into the slot is whole until then. A fetch ends when its
-//! [`Fetching`] is dropped.
+//! [`Fetching`](super::gather::Fetching) is dropped.
 
-use std::{ops::Range, time::Duration};
+use std::{collections::HashMap, ops::Range, time::Duration};
 
 use bytes::Bytes;
-use tokio::{sync::mpsc, task::JoinSet};
 
+use super::gather::Fetch;
 use crate::{
     checkpoint::{
-        CheckpointError,
         manifest::FileKind,
         restore::{self, RemoteFile},
         save::Upload,
@@ -43,13 +50,13 @@ use crate::{
     ids::{Generation, NodeRanks, Step},
     shortage::Shortage,
     snapshot::{
-        image::{self, ImageChunk, Mapping, SharedImage},
+        image::{self, Mapping, SharedImage},
         plan::{self, ImagePlan, ShardKind, TensorSpec},
     },
-    storage::{Crc64, Store},
+    storage::Crc64,
 };
 
-/// The slot that a checkpoint is fetched into.
+/// The slot that a checkpoint is fetched into, unless it holds a part of it.
 pub const RESTORE_SLOT: u8 = 0;
 
 /// The slots' names, which show up in `/proc/<pid>/maps`.
@@ -59,13 +66,29 @@ const QUIET: Duration = Duration::from_secs(10);
 /// The interval between two checks for such users.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// The checkpoint that lies in a slot.
+/// A tensor file that lies in a slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct HeldFile {
+    name: String,
+    range: Range<u64>,
+    crc64: Crc64,
+}
+
+impl HeldFile {
+    /// Whether it is this one, by what its manifest says.
+    fn is(&self, file: &RemoteFile) -> bool {
+        self.name == file.name && self.range.end - self.range.start == file.bytes && file.crc64 == Some(self.crc64)
+    }
+}
+
+/// The checkpoint of which files lie in a slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Held {
     step: Step,
     generation: Generation,
-    /// Where each of its tensor files lies in the slot, and its checksum.
-    files: Vec<(Range<u64>, Crc64)>,
+    files: Vec<HeldFile>,
+    /// They are all of its tensor files.
+    is_whole: bool,
 }
 
 /// One slot.
@@ -81,6 +104,20 @@ impl Slot {
     fn create(name: &str) -> Result<Self> {
         let image = SharedImage::create(name).map_err(memory("make shared memory"))?;
         Ok(Self { image, held: None, has_headers: false })
+    }
+
+    fn holds(&self, step: Step, generation: Generation) -> Option<&Held> {
+        self.held.as_ref().filter(|held| (held.step, held.generation) == (step, generation))
+    }
+
+    /// Which of `files`, of this checkpoint, lie in it, and where.
+    fn places(&self, step: Step, generation: Generation, files: &[RemoteFile]) -> Vec<Option<Range<u64>>> {
+        let held: HashMap<&str, &HeldFile> = match self.holds(step, generation) {
+            Some(held) => held.files.iter().map(|file| (file.name.as_str(), file)).collect(),
+            None => HashMap::new(),
+        };
+        let place = |file: &RemoteFile| held.get(file.name.as_str()).filter(|it| it.is(file));
+        files.iter().map(|file| place(file).map(|it| it.range.clone())).collect()
     }
 }
 
@@ -105,59 +142,6 @@ struct Layout {
 pub struct Slots {
     slots: [Slot; 2],
     layout: Option<Layout>,
-}
-
-/// The result of a fetch from the store.
-#[derive(Clone, Copy, Debug)]
-pub struct Fetched {
-    /// Bytes of all files.
-    pub bytes: u64,
-    /// The time it took.
-    pub seconds: f64,
-}
-
-/// A checkpoint, or a model, that is on its way into [`RESTORE_SLOT`].
-#[derive(Debug)]
-pub struct Fetch {
-    /// Each file's first byte and length in the slot.
-    pub files: Vec<(u64, u64)>,
-    pieces: Vec<(restore::Piece, ImageChunk)>,
-    wanted: Vec<RemoteFile>,
-}
-
-/// A fetch under way; it ends when this is dropped.
-#[must_use]
-#[derive(Debug, Default)]
-pub struct Fetching {
-    /// Each file's first byte and length in the slot.
-    pub places: Vec<(u64, u64)>,
-    task: JoinSet<()>,
-}
-
-impl Fetching {
-    /// Aborts it. Threads that work for it may write a moment longer: [`Slots::end_generation`] waits for them.
-    pub fn stop(&mut self) {
-        self.task.abort_all();
-    }
-}
-
-impl Fetch {
-    /// Fetches all of it, beside the event loop; the result goes to `done`.
-    pub fn start(
-        self,
-        store: Store,
-        folder: String,
-        done: mpsc::UnboundedSender<Result<Fetched, CheckpointError>>,
-    ) -> Fetching {
-        let mut fetching = Fetching { places: self.files, task: JoinSet::new() };
-        fetching.task.spawn(async move {
-            let begin = tokio::time::Instant::now();
-            let result = restore::fetch(&store, &folder, &self.wanted, self.pieces, |_| {}).await;
-            let bytes = self.wanted.iter().map(|file| file.bytes).sum();
-            let _ = done.send(result.map(|()| Fetched { bytes, seconds: begin.elapsed().as_secs_f64() }));
-        });
-        fetching
-    }
 }
 
 fn memory(doing: &'static str) -> impl Fn(std::io::Error) -> Error {
@@ -222,42 +206,94 @@ impl Slots {
 
     /// Makes room for `files` in [`RESTORE_SLOT`]; parts of at most `part` bytes are fetched at once.
     pub fn receive(&mut self, files: Vec<RemoteFile>, part: u64) -> Result<Fetch> {
+        self.make_room(RESTORE_SLOT, files, part)
+    }
+
+    /// The same for a checkpoint of which a slot may hold files: they are copied from there into the other slot.
+    pub fn receive_beside(
+        &mut self,
+        step: Step,
+        generation: Generation,
+        files: Vec<RemoteFile>,
+        part: u64,
+    ) -> Result<Fetch> {
+        let held = self.slots.each_ref().map(|slot| slot.places(step, generation, &files));
+        let bytes = |places: &[Option<Range<u64>>]| places.iter().flatten().map(|at| at.end - at.start).sum::<u64>();
+        let [first, second] = held.each_ref().map(|places| bytes(places));
+        if (first, second) == (0, 0) {
+            return self.make_room(RESTORE_SLOT, files, part);
+        }
+        let (source, target) = if first >= second { (0, 1) } else { (1, 0) };
+        let mapping = self.slots[source].image.map().map_err(memory("read a snapshot"))?;
+        // Memory that can't be lent is read from elsewhere.
+        let lend = |place: &Option<Range<u64>>| place.clone().and_then(|range| mapping.bytes(range).ok());
+        let here = held[source].iter().map(lend).collect();
+        Ok(Fetch { here, ..self.make_room(target, files, part)? })
+    }
+
+    fn make_room(&mut self, slot: u8, files: Vec<RemoteFile>, part: u64) -> Result<Fetch> {
         let layout = restore::plan_pieces(&files, part)?;
-        let slot = &mut self.slots[usize::from(RESTORE_SLOT)];
-        slot.held = None;
+        let image = match self.slots.get_mut(usize::from(slot)) {
+            Some(state) => {
+                state.held = None;
+                &state.image
+            }
+            None => return Err(Error::new(Kind::Bug, format!("there is no slot {slot}"))),
+        };
         let failed = memory("make room for a checkpoint");
-        slot.image.grow(layout.total).map_err(&failed)?;
+        image.grow(layout.total).map_err(&failed)?;
         let ranges: Vec<_> = layout.pieces.iter().map(|p| p.image_offset..p.image_offset + p.len).collect();
-        let chunks = slot.image.map().and_then(|mapping| mapping.chunks(&ranges)).map_err(&failed)?;
-        Ok(Fetch { files: layout.files, pieces: layout.pieces.into_iter().zip(chunks).collect(), wanted: files })
+        let chunks = image.map().and_then(|mapping| mapping.chunks(&ranges)).map_err(&failed)?;
+        let pieces = layout.pieces.into_iter().zip(chunks).collect();
+        Ok(Fetch { slot, places: layout.files, pieces, here: Vec::new(), wanted: files })
     }
 
-    /// All of `files` lie in [`RESTORE_SLOT`], verified, at these places.
-    pub fn received(&mut self, step: Step, generation: Generation, places: &[(u64, u64)], files: &[RemoteFile]) {
-        let checksums: Option<Vec<_>> = places
-            .iter()
-            .zip(files)
-            .map(|(&(start, len), file)| Some((start..start.checked_add(len)?, file.crc64?)))
-            .collect();
-        self.slots[usize::from(RESTORE_SLOT)].held = checksums.map(|files| Held { step, generation, files });
+    /// All of `files`, the tensor files of this checkpoint, lie in the slot, verified, at these places.
+    pub fn received(
+        &mut self,
+        step: Step,
+        generation: Generation,
+        slot: u8,
+        places: &[(u64, u64)],
+        files: &[RemoteFile],
+    ) {
+        let held = |(&(start, len), file): (&(u64, u64), &RemoteFile)| {
+            Some(HeldFile { name: file.name.clone(), range: start..start.checked_add(len)?, crc64: file.crc64? })
+        };
+        let files: Option<Vec<_>> = places.iter().zip(files).map(held).collect();
+        if let Some(state) = self.slots.get_mut(usize::from(slot)) {
+            state.held = files.map(|files| Held { step, generation, files, is_whole: true });
+        }
     }
 
-    /// Where the files of this checkpoint lie, if a slot holds it: the slot, each file's first byte and length.
+    /// Where the files of this checkpoint lie, if a slot holds it whole: the slot, each file's first byte and length.
     pub fn find(&self, step: Step, generation: Generation) -> Option<(u8, Vec<(u64, u64)>)> {
-        let is_it = |slot: &Slot| slot.held.as_ref().is_some_and(|h| (h.step, h.generation) == (step, generation));
-        let slot = self.slots.iter().position(is_it)?;
-        let held = self.slots[slot].held.as_ref()?;
-        let files = held.files.iter().map(|(range, _)| (range.start, range.end - range.start)).collect();
-        Some((u8::try_from(slot).ok()?, files))
+        (0..).zip(&self.slots).find_map(|(number, slot)| {
+            let held = slot.holds(step, generation).filter(|held| held.is_whole)?;
+            Some((number, held.files.iter().map(|it| (it.range.start, it.range.end - it.range.start)).collect()))
+        })
     }
 
-    /// Recomputes the slot's checksums; on a mismatch the slot counts as empty. They are computed in parallel at the
-    /// speed of memory.
+    /// The same where the manifest's list of all tensor files is known: they are found one by one, in its order.
+    pub fn find_all(&self, step: Step, generation: Generation, files: &[RemoteFile]) -> Option<(u8, Vec<(u64, u64)>)> {
+        (0..).zip(&self.slots).find_map(|(number, slot)| {
+            let places = slot.places(step, generation, files).into_iter();
+            let places: Option<Vec<_>> = places.map(|at| at.map(|at| (at.start, at.end - at.start))).collect();
+            Some((number, places?)).filter(|_| !files.is_empty())
+        })
+    }
+
+    /// Recomputes the slot's checksums; whether all are right. Files that are not count as absent. They are computed in
+    /// parallel at the speed of memory.
     pub async fn verify(&mut self, slot: u8) -> bool {
         let Some(Slot { image, held, .. }) = self.slots.get_mut(usize::from(slot)) else { return false };
-        let Some(files) = held.as_ref().map(|held| held.files.clone()) else { return false };
-        let sound = sums_agree(image, files).await;
-        if !sound {
+        let Some(it) = held else { return false };
+        let mut sums = sums_agree(image, &it.files).await.into_iter();
+        let before = it.files.len();
+        it.files.retain(|_| sums.next() == Some(true));
+        let sound = it.files.len() == before;
+        it.is_whole &= sound;
+        if it.files.is_empty() {
             *held = None;
         }
         sound
@@ -348,48 +384,54 @@ impl Slots {
         Ok(uploads)
     }
 
-    /// A slot's snapshot is committed, its shards with these checksums by name: the slot holds it from now on, if this
-    /// node has all of its ranks.
+    /// A slot's snapshot is in the store, its shards with these checksums by name: from now on the slot holds those of
+    /// this node's ranks.
     pub fn hold(&mut self, slot: u8, step: Step, generation: Generation, checksums: &[(String, Crc64)]) {
         let (Some(layout), Some(state)) = (&self.layout, self.slots.get_mut(usize::from(slot))) else { return };
-        if !layout.is_whole {
-            return;
-        }
+        let checksums: HashMap<&str, Crc64> = checksums.iter().map(|(name, sum)| (name.as_str(), *sum)).collect();
         let mut files = Vec::new();
         for (plan, base) in layout.plans.iter().zip(&layout.bases) {
             for shard in &plan.shards {
-                let Some((_, sum)) = checksums.iter().find(|(name, _)| *name == shard.file_name) else { return };
+                let Some(&crc64) = checksums.get(shard.file_name.as_str()) else { return };
                 let start = base + shard.image_offset;
-                files.push((start..start + shard.len, *sum));
+                files.push(HeldFile { name: shard.file_name.clone(), range: start..start + shard.len, crc64 });
             }
         }
-        state.held = Some(Held { step, generation, files });
+        state.held = Some(Held { step, generation, files, is_whole: layout.is_whole });
     }
 }
 
-async fn sums_agree(image: &SharedImage, files: Vec<(Range<u64>, Crc64)>) -> bool {
-    let Ok(mapping) = image.map() else { return false };
-    let lent = files.into_iter().map(|(range, expected)| Ok((mapping.bytes(range)?, expected)));
-    let Ok(lent) = lent.collect::<std::io::Result<Vec<_>>>() else { return false };
-    let checksums: Vec<_> = lent
-        .into_iter()
-        .map(|(bytes, expected)| tokio::task::spawn_blocking(move || Crc64::of(&bytes) == expected))
+/// Whether each of these files has its checksum.
+async fn sums_agree(image: &SharedImage, files: &[HeldFile]) -> Vec<bool> {
+    let Ok(mapping) = image.map() else { return Vec::new() };
+    let sums: Vec<_> = files
+        .iter()
+        .map(|file| {
+            let (bytes, expected) = (mapping.bytes(file.range.clone()), file.crc64);
+            tokio::task::spawn_blocking(move || bytes.is_ok_and(|bytes| Crc64::of(&bytes) == expected))
+        })
         .collect();
-    let mut sound = true;
-    for sum in checksums {
-        sound &= sum.await.unwrap_or(false);
+    let mut agree = Vec::with_capacity(sums.len());
+    for sum in sums {
+        agree.push(sum.await.unwrap_or(false));
     }
-    sound
+    agree
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::mpsc;
+
     use super::*;
     use crate::{
-        checkpoint::testing::STORAGE,
+        agent::save::gather::Fetched,
+        checkpoint::testing::{STORAGE, memory_store},
         ids::{Rank, WorldSize},
         snapshot::plan::Dtype,
-        storage::faulty::{Fault, Faulty},
+        storage::{
+            Store,
+            faulty::{Fault, Faulty},
+        },
     };
 
     fn tensors() -> Vec<TensorSpec> {
@@ -477,6 +519,7 @@ mod tests {
             // A part of a checkpoint is none.
             slots.hold(1, Step(4), Generation(1), &sums);
             assert_eq!(slots.find(Step(4), Generation(1)), None);
+            assert!(slots.slots[1].holds(Step(4), Generation(1)).is_some_and(|held| held.files.len() == sums.len()));
             names.extend(sums.into_iter().map(|(name, _)| name));
         }
         assert_eq!(names, alone.outline().unwrap().1);
@@ -507,7 +550,8 @@ mod tests {
         store.put("f", body).await.unwrap();
         let mut slots = Slots::create().unwrap();
         let (done, mut old) = mpsc::unbounded_channel();
-        let mut fetching = slots.receive(vec![file.clone()], 30_000).unwrap().start(store.clone(), String::new(), done);
+        let mut fetching =
+            slots.receive(vec![file.clone()], 30_000).unwrap().start(store.clone(), String::new(), None, done);
         while faulty.count("get") < 4 {
             tokio::task::yield_now().await;
         }
@@ -516,7 +560,7 @@ mod tests {
         slots.end_generation(true).await.unwrap();
         slots.begin_generation().unwrap();
         let (done, mut new) = mpsc::unbounded_channel();
-        let _fetching = slots.receive(vec![file], 30_000).unwrap().start(store, String::new(), done);
+        let _fetching = slots.receive(vec![file], 30_000).unwrap().start(store, String::new(), None, done);
         new.recv().await.unwrap().unwrap();
         slots.lay_out(&tensors(), NodeRanks::alone(2)).unwrap().for_each(drop);
         let sums = capture(&mut slots, 0, 9);
@@ -562,15 +606,138 @@ mod tests {
         let mut slots = Slots::create().unwrap();
         let body = Bytes::from(vec![5_u8; 100_000]);
         let file = RemoteFile { name: "f".into(), bytes: body.len() as u64, crc64: Some(Crc64::of(&body)) };
-        let Fetch { files, mut pieces, wanted } = slots.receive(vec![file], 30_000).unwrap();
+        let Fetch { slot, places, mut pieces, wanted, .. } = slots.receive(vec![file], 30_000).unwrap();
         for (_, chunk) in &mut pieces {
             chunk.as_mut().fill(5);
         }
         drop(pieces);
-        slots.received(Step(9), Generation(3), &files, &wanted);
+        slots.received(Step(9), Generation(3), slot, &places, &wanted);
         // Sizing the slots for this generation's workers leaves it alone.
         slots.lay_out(&tensors(), NodeRanks::alone(1)).unwrap().for_each(drop);
-        assert_eq!(slots.find(Step(9), Generation(3)), Some((RESTORE_SLOT, files)));
+        assert_eq!(slots.find(Step(9), Generation(3)), Some((RESTORE_SLOT, places.clone())));
+        assert_eq!(slots.find_all(Step(9), Generation(3), &wanted), Some((RESTORE_SLOT, places)));
         assert!(slots.verify(RESTORE_SLOT).await);
+    }
+
+    /// Two nodes of one worker each have captured step 4 into `slot`, and each holds its own files; these are the
+    /// first's slots, the checkpoint's files in the store, and which of them are the first's.
+    async fn half_held(slot: u8) -> (Slots, Store, Vec<RemoteFile>, usize) {
+        // Sizes by which each rank has files of both kinds.
+        let sizes = [("a", 3000), ("b", 2400), ("exp_avg.a", 2500), ("exp_avg.b", 2000)];
+        let tensor = |(name, n): (&str, u64)| TensorSpec {
+            name: name.to_owned(),
+            dtype: Dtype::F32,
+            shape: vec![n],
+            kind: if name.len() == 1 { ShardKind::Model } else { ShardKind::Optimizer },
+            part: None,
+        };
+        let tensors = sizes.map(tensor);
+        let store = memory_store();
+        let ranks = |first| NodeRanks { first: Rank(first), workers: 1, world: WorldSize(2) };
+        let (mut first, mut second) = (Slots::create().unwrap(), Slots::create().unwrap());
+        let mut files = Vec::new();
+        for (slots, rank) in [(&mut first, 0), (&mut second, 1)] {
+            slots.lay_out(&tensors, ranks(rank)).unwrap().for_each(drop);
+            let sums = capture(slots, slot, 7 + rank as u8);
+            for upload in slots.uploads(slot).unwrap() {
+                let crc64 = Some(Crc64::of(&upload.body));
+                files.push(RemoteFile { name: upload.name.clone(), bytes: upload.body.len() as u64, crc64 });
+                store.put(&format!("c/{}", upload.name), Bytes::copy_from_slice(&upload.body)).await.unwrap();
+            }
+            slots.hold(slot, Step(4), Generation(1), &sums);
+        }
+        first.end_generation(true).await.unwrap();
+        first.begin_generation().unwrap();
+        let own = first.slots[usize::from(slot)].held.as_ref().unwrap().files.len();
+        assert_eq!((own, files.len()), (2, 4));
+        (first, store, files, own)
+    }
+
+    /// What a fetch of the checkpoint of step 4 has brought, and into which slot.
+    async fn fetched(slots: &mut Slots, store: &Store, files: &[RemoteFile]) -> (Fetched, u8) {
+        let (done, mut result) = mpsc::unbounded_channel();
+        let fetch = slots.receive_beside(Step(4), Generation(1), files.to_vec(), 5000).unwrap();
+        let fetching = fetch.start(store.clone(), "c".into(), None, done);
+        let fetched = result.recv().await.unwrap().unwrap();
+        slots.received(Step(4), Generation(1), fetching.slot, &fetching.places, files);
+        assert!(slots.verify(fetching.slot).await, "every byte is that of the checkpoint");
+        (fetched, fetching.slot)
+    }
+
+    fn bytes(files: &[RemoteFile]) -> u64 {
+        files.iter().map(|file| file.bytes).sum()
+    }
+
+    #[tokio::test]
+    async fn what_a_slot_holds_of_a_checkpoint_is_copied_into_the_other_and_the_rest_is_read() {
+        for slot in [0, 1] {
+            let (mut slots, store, files, own) = half_held(slot).await;
+            assert_eq!(slots.find_all(Step(4), Generation(1), &files), None);
+            // What is not there can't be read.
+            for file in &files[..own] {
+                store.delete(&format!("c/{}", file.name)).await.unwrap();
+            }
+            let (found, target) = fetched(&mut slots, &store, &files).await;
+            assert_eq!((found.bytes, found.stored), (bytes(&files), bytes(&files[own..])));
+            assert_eq!(target, 1 - slot, "what it is made from is not overwritten");
+            assert!(slots.verify(slot).await, "its own files are still there");
+            // From now on the whole of it is there.
+            let (whole, places) = slots.find_all(Step(4), Generation(1), &files).unwrap();
+            assert_eq!((whole, places.len()), (target, files.len()));
+            assert_eq!(slots.find(Step(4), Generation(1)), Some((whole, places)));
+            // One file of another content, and it is not that checkpoint.
+            let mut other = files.clone();
+            other[own].crc64 = Some(Crc64(1));
+            assert_eq!(slots.find_all(Step(4), Generation(1), &other), None);
+            assert_eq!(slots.find_all(Step(4), Generation(2), &files), None);
+            assert_eq!(slots.find_all(Step(4), Generation(1), &[]), None);
+        }
+    }
+
+    #[tokio::test]
+    async fn without_a_part_of_it_a_checkpoint_is_read_into_the_first_slot() {
+        let (mut slots, store, files, _) = half_held(0).await;
+        let fetch = slots.receive_beside(Step(4), Generation(2), files.clone(), 5000).unwrap();
+        assert_eq!((fetch.slot, fetch.here.len()), (RESTORE_SLOT, 0), "another generation's");
+        drop(fetch);
+        let (found, slot) = fetched(&mut slots, &store, &files).await;
+        assert_eq!((found.stored, slot), (bytes(&files), RESTORE_SLOT), "that fetch has taken its place");
+    }
+
+    /// Faulty memory, or a capture that was under way when its worker died.
+    #[tokio::test]
+    async fn a_file_that_has_changed_in_memory_is_read_from_the_store_and_no_other_is() {
+        let (mut slots, store, files, own) = half_held(1).await;
+        let at = slots.slots[1].held.as_ref().unwrap().files[0].range.start;
+        #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
+        slots.slots[1].image.map().unwrap().chunks(&[at + 100..at + 101]).unwrap()[0].as_mut().fill(99);
+        let (found, _) = fetched(&mut slots, &store, &files).await;
+        assert_eq!(found.stored, files[0].bytes + bytes(&files[own..]));
+        // Looked at again, that file counts as absent, and the others do not.
+        assert!(!slots.verify(1).await);
+        assert_eq!(slots.slots[1].held.as_ref().unwrap().files.len(), own - 1);
+    }
+
+    /// What the manifest says counts, whatever this node remembers.
+    #[tokio::test]
+    async fn memory_of_another_length_or_checksum_than_the_manifests_is_not_used() {
+        for change in [0, 1] {
+            let (mut slots, store, mut files, own) = half_held(1).await;
+            let body = vec![3; files[0].bytes as usize + change];
+            (files[0].bytes, files[0].crc64) = (body.len() as u64, Some(Crc64::of(&body)));
+            store.put(&format!("c/{}", files[0].name), body.into()).await.unwrap();
+            let (found, _) = fetched(&mut slots, &store, &files).await;
+            assert_eq!(found.stored, files[0].bytes + bytes(&files[own..]));
+        }
+    }
+
+    /// The old memory is its writers', and what it held is nobody's.
+    #[tokio::test]
+    async fn new_memory_holds_no_part_of_a_checkpoint() {
+        let (mut slots, store, files, _) = half_held(1).await;
+        slots.end_generation(false).await.unwrap();
+        slots.begin_generation().unwrap();
+        let (found, slot) = fetched(&mut slots, &store, &files).await;
+        assert_eq!((found.stored, slot), (bytes(&files), RESTORE_SLOT));
     }
 }

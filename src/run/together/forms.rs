@@ -167,7 +167,20 @@ impl Runner {
         Ok(Load::Checkpoint { step, generation, from: Source::Store { folder, files } })
     }
 
-    /// The same, however long the store is away; `None`: another generation stands by then.
+    /// The same state, read where it lies if a slot of this node still holds all of it.
+    pub(super) async fn in_own_memory(&mut self, load: Load) -> Load {
+        let Load::Checkpoint { step, generation, from: Source::Store { files, .. } } = &load else { return load };
+        let (step, generation) = (*step, *generation);
+        let Some((slot, files)) = self.slots.find_all(step, generation, files) else { return load };
+        if !self.slots.verify(slot).await {
+            tracing::info!(%step, slot, "not all of the snapshot in memory is that checkpoint any more");
+            return load;
+        }
+        tracing::info!(%step, slot, "workers start again from the snapshot in memory");
+        Load::Checkpoint { step, generation, from: Source::Slot { slot, files } }
+    }
+
+    /// What its record says, however long the store is away; `None`: another generation stands by then.
     pub(super) async fn load_patiently(&self, formed: &Formation) -> Result<Option<Load>> {
         loop {
             match self.load_of(formed).await {

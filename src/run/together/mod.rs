@@ -396,6 +396,10 @@ impl Runner {
                 }
             }
         };
+        let reporter = self.reporter.clone();
+        let Some(load) = or_notice(notices, &reporter, self.in_own_memory(load)).await else {
+            return Ok(After::Over(self.leaves_between(memory, notices.left()).await?));
+        };
         self.report_formed(formed, &seating, &load);
         memory.story.finished = Some(load.step());
         memory.gone.clear();
@@ -523,7 +527,11 @@ impl Runner {
                 return Err(Error::new(Kind::Config, "this node has other data than the group's leader")
                     .with_hint("give every node the same dataset: data.train names it"));
             }
-            self.load_patiently(&formed).await
+            let load = self.load_patiently(&formed).await?;
+            Ok(match load {
+                Some(load) => Some(self.in_own_memory(load).await),
+                None => None,
+            })
         };
         let Some(load) = or_notice(notices, &reporter, preparing).await else {
             return Ok(After::Over(self.leaves(memory.story.finished)?));

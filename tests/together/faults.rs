@@ -46,6 +46,14 @@ pub fn of_kind_in(lab: &Lab, run: &str, kind: &str) -> Vec<Value> {
     entries(lab, run).into_iter().filter(|entry| entry["record"]["kind"] == kind).collect()
 }
 
+/// The counter of the heartbeat of the node that leads the newest generation: it says that time passes.
+pub fn leaders_beat(lab: &Lab, run: &str) -> u64 {
+    let leader = of_kind_in(lab, run, "formed").pop().expect("a generation")["node"].clone();
+    let key = format!("nodes/{}.json", leader.as_str().expect("an id"));
+    let beat: Value = serde_json::from_slice(&lab.read(run, &key)).expect("a heartbeat");
+    beat["counter"].as_u64().expect("a counter")
+}
+
 /// Every checkpoint is whole and was committed once, by a member of its generation, which was the newest one.
 #[track_caller]
 pub(super) fn expect_sound(lab: &Lab) {

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::{
     Lab, RUN, create, expect_nearly_undisturbed,
-    faults::{SAVED, expect_sound, hold, of_kind, resumed_from},
+    faults::{SAVED, expect_sound, hold, leaders_beat, of_kind, resumed_from},
     leads, next,
 };
 use crate::support::{
@@ -31,11 +31,11 @@ impl Seat {
 
 /// Two nodes of a run: the leader, and its follower.
 #[track_caller]
-fn pair(lab: &Lab, nodes: &str, faults: &str) -> (Seat, Seat) {
+fn pair(lab: &Lab, faults: &str) -> (Seat, Seat) {
     create(lab.run(RUN));
     let seat = |seed: u64| {
         let way = FaultProxy::start(lab.server().address(), seed);
-        let command = next(lab, nodes).envs(&[("AWS_ENDPOINT_URL", way.endpoint())]).faults(faults);
+        let command = next(lab, "2").envs(&[("AWS_ENDPOINT_URL", way.endpoint())]).faults(faults);
         Seat { node: command.start(), way }
     };
     let [one, two] = [1, 2].map(seat);
@@ -63,7 +63,7 @@ fn checkpoints(node: &Running) -> usize {
 fn away(of: [bool; 2], long: bool) {
     let lab = Lab::on_s3();
     let later = STEPS - 2;
-    let (leader, follower) = pair(&lab, "2", &format!("{},worker.step=stop@rank=0@step={later}@hit={later}", hold(0)));
+    let (leader, follower) = pair(&lab, &format!("{},worker.step=stop@rank=0@step={later}@hit={later}", hold(0)));
     leader.node.wait_for_step("checkpoint", SAVED);
     leader.node.held();
     let lost: Vec<&Seat> =
@@ -104,7 +104,7 @@ fn a_store_that_is_away_for_a_minute_changes_no_generation() {
 #[test]
 fn a_store_that_is_slow_for_one_node_slows_saves_and_nothing_else() {
     let lab = Lab::on_s3();
-    let (leader, follower) = pair(&lab, "2", &hold(0));
+    let (leader, follower) = pair(&lab, &hold(0));
     leader.node.held();
     // Seconds for its part of a save; steps take milliseconds.
     follower.way.set_line(Line { up: Some(300 << 10), ..Line::default() });
@@ -123,15 +123,21 @@ fn late(step: u64) -> Hang {
 fn a_save_that_fails_on_the_leader_while_a_follower_uploads_is_never_committed_torn() {
     let lab = Lab::on_s3();
     let next_save = SAVED + EVERY;
-    let faults = [format!("save.before-receipt=error@step={next_save}"), hold(0)].join(",");
-    let (leader, follower) = pair(&lab, "2", &faults);
+    let later = STEPS - 2;
+    let held = format!("worker.step=stop@rank=0@step={later}@hit={later}");
+    let faults = [format!("save.before-receipt=error@step={next_save}"), hold(0), held].join(",");
+    let (leader, follower) = pair(&lab, &faults);
     leader.node.wait_for_step("checkpoint", SAVED);
     leader.node.held();
     follower.way.hang(late(next_save));
     leader.node.let_go();
     follower.node.wait_until("an upload that hangs", || follower.way.hung() > 0);
-    leader.node.wait_for_step("step", STEPS);
-    assert_eq!(checkpoints(&leader.node), 2, "its slots are not free before the follower's part has ended");
+    leader.node.wait_for_step("step", later - 1);
+    leader.node.held();
+    let beat = leaders_beat(&lab, RUN);
+    leader.node.wait_until("two beats", || leaders_beat(&lab, RUN) >= beat + 2);
+    assert_eq!(checkpoints(&leader.node), 2, "a save has not ended before the follower's part has");
+    leader.node.let_go();
     follower.way.let_go();
     let lives = [leader, follower].map(|seat| seat.node.finish().expect_code(0));
     assert!(!lives[0].committed().contains(&next_save), "{}", lives[0].story());
@@ -146,7 +152,7 @@ fn a_save_that_a_leader_gives_up_while_a_follower_uploads_is_nobodys() {
     let next_save = SAVED + EVERY;
     let later = next_save + 2;
     let faults = format!("{},worker.step=stop@rank=0@step={later}@hit={later}", hold(0));
-    let (leader, follower) = pair(&lab, "1:2", &faults);
+    let (leader, follower) = pair(&lab, &faults);
     leader.node.wait_for_step("checkpoint", SAVED);
     leader.node.held();
     follower.way.hang(late(next_save));
@@ -154,24 +160,23 @@ fn a_save_that_a_leader_gives_up_while_a_follower_uploads_is_nobodys() {
     follower.node.wait_until("an upload that hangs", || follower.way.hung() > 0);
     leader.node.wait_for_step("step", later - 1);
     leader.node.held();
-    // Asked twice, it waits for nothing.
-    leader.node.signal(Signal::TERM);
-    leader.node.wait_for("a notice", |event| event.kind() == "notice");
-    leader.node.signal(Signal::TERM);
+    // Asked again, it waits for nothing.
+    leader.node.ask_until_it_ends(Signal::TERM);
     let leader = leader.node.finish().expect_code(76);
     assert_eq!(leader.last("interrupted").value["lost_steps"].as_u64(), Some(later - 1 - SAVED), "{}", leader.story());
-    let formed = follower.node.wait_for("its own generation", leads);
-    assert_eq!(resumed_from(&formed), SAVED);
+    let other = next(&lab, "2").start();
+    let second = |event: &Event| event.kind() == "formed" && event.value["generation"].as_u64() == Some(2);
+    assert_eq!(resumed_from(&follower.node.wait_for("the next generation", second)), SAVED);
     let committed = || -> Vec<Value> {
         let of_this_step = |entry: &Value| entry["record"]["step"] == next_save;
         of_kind(&lab, "committed").into_iter().filter(of_this_step).collect()
     };
     follower.node.wait_until("the save again", || !committed().is_empty());
     follower.way.let_go();
-    let follower = follower.node.finish().expect_code(0);
+    let [follower, other] = [follower.node, other].map(|node| node.finish().expect_code(0));
     assert_eq!(committed().len(), 1, "{:?}", committed());
     assert_eq!(committed()[0]["record"]["generation"], 2, "the save that was given up is committed");
     assert_eq!(of_kind(&lab, "formed").len(), 2);
-    expect_nearly_undisturbed(&[&leader, &follower]);
+    expect_nearly_undisturbed(&[&leader, &follower, &other]);
     expect_sound(&lab);
 }

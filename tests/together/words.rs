@@ -52,7 +52,8 @@ fn a_node_of_another_version_stays_outside() {
     }
     leader.let_go();
     expect_undisturbed(&lab, [leader, follower]);
-    let other = other.power_off().expect_killed();
+    // It may have learned by now that the run is complete.
+    let other = other.power_off();
     assert!(other.of_kind("formed").is_empty(), "{}", other.story());
 }
 
@@ -173,8 +174,7 @@ fn a_guest_orders_nothing_and_a_replay_is_refused() {
         assert_eq!(answer.body["seat"]["no"]["leader_lives"], true, "{answer:?}");
         // Words that nobody knows end the link, and nothing else.
         link.send(Generation(1), &json!({"sudo": "now"})).expect("the link stands");
-        let end = guest.runtime.block_on(async { while link.recv().await.is_ok() {} });
-        assert_eq!(end, ());
+        guest.runtime.block_on(async { while link.recv().await.is_ok() {} });
         let said = heard.lock().unwrap_or_else(PoisonError::into_inner).clone();
         assert!(said.len() > 1000, "a handshake and all orders: {} bytes", said.len());
         let mut again = TcpStream::connect(address).expect("the port answers");

@@ -23,13 +23,14 @@ use tokio::{
     time::Instant,
 };
 
+use super::read::Read;
 use crate::{
     agent::{
         follow,
         group::{self, ToLeader, ToMember},
     },
     ids::{Generation, NodeId, NodeKey},
-    journal::{self, JournalWriter, RosterEntry, RunState},
+    journal::{JournalWriter, RosterEntry},
     layout,
     rendezvous::{
         channel::End,
@@ -40,7 +41,7 @@ use crate::{
             Bounds, Member, Roster,
             roster::{Formation, Place},
         },
-        seat::{Beat, Body, Input, Line, Me, Output, Seat, Sound, Timer},
+        seat::{Beat, Body, Input, Me, Output, Seat, Sound, Timer},
     },
     storage::{ObjectInfo, StorageError, Store},
 };
@@ -258,43 +259,6 @@ impl Desk {
             None => std::future::pending().await,
         }
     }
-}
-
-/// What the seat knows of the journal.
-#[derive(Debug, Default)]
-struct Read {
-    newest: Generation,
-    ended: bool,
-}
-
-impl Read {
-    /// What is new in `state`, in order.
-    fn lines(&mut self, state: &RunState) -> Vec<Line> {
-        let mut lines = Vec::new();
-        let before = self.newest;
-        let new = state.formations().iter().filter(|formed| formed.generation > before);
-        for formed in new {
-            lines.push(Line::Formed(roster_of(formed.generation, &formed.roster)));
-            (self.newest, self.ended) = (formed.generation, false);
-        }
-        if !self.ended && self.newest > Generation(0) && has_ended(state, self.newest) {
-            self.ended = true;
-            lines.push(Line::Ended(self.newest));
-        }
-        lines
-    }
-}
-
-/// A stored roster, as policy sees it: what its nodes compute with, it does not say.
-pub fn roster_of(generation: Generation, entries: &[RosterEntry]) -> Roster {
-    let member = |entry: &RosterEntry| Member { node: entry.node.clone(), workers: entry.workers, kind: String::new() };
-    Roster { generation, members: entries.iter().map(member).collect() }
-}
-
-/// Whether the end of the newest generation is recorded.
-pub fn has_ended(state: &RunState, newest: Generation) -> bool {
-    let said = state.interruptions().iter().any(|end| end.generation == newest);
-    said || *state.outcome() != journal::Outcome::Open
 }
 
 /// What a task of the desk has to say.

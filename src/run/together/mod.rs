@@ -25,6 +25,7 @@
 mod desk;
 mod forms;
 mod kind;
+mod read;
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -153,7 +154,7 @@ impl Runner {
             load: None,
             opened: {
                 let state = self.journal.state();
-                (state.generation(), desk::has_ended(&state, state.generation()))
+                (state.generation(), read::has_ended(&state, state.generation()))
             },
             gone: BTreeMap::new(),
         };
@@ -305,7 +306,7 @@ impl Runner {
     async fn was_stopped(&self, memory: &Memory) -> bool {
         let state = self.journal.state();
         let newest = state.generation();
-        if memory.opened == (newest, true) || newest == Generation(0) || !desk::has_ended(&state, newest) {
+        if memory.opened == (newest, true) || newest == Generation(0) || !read::has_ended(&state, newest) {
             return false;
         }
         let asked = state.continued(newest).into_iter().chain([newest]);
@@ -334,7 +335,7 @@ impl Runner {
         let state = self.journal.state();
         let led = state
             .formed()
-            .is_some_and(|formed| formed.node == self.node && !desk::has_ended(&state, formed.generation));
+            .is_some_and(|formed| formed.node == self.node && !read::has_ended(&state, formed.generation));
         if led {
             return self.told_between_generations("the group formed anew", memory.story.finished, left).await;
         }
@@ -360,7 +361,7 @@ impl Runner {
         loop {
             let read = self.journal.refresh().await;
             let state = self.journal.state();
-            if state.generation() > generation || desk::has_ended(&state, generation) {
+            if state.generation() > generation || read::has_ended(&state, generation) {
                 return;
             }
             if let Err(error) = read {

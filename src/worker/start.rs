@@ -9,7 +9,7 @@
 //!
 //! *Crash, error:* nothing has been changed that lasts. The agent starts the whole group again.
 
-use std::{fs::File, net::SocketAddr, path::Path};
+use std::{fs::File, net::SocketAddr, path::Path, time::Duration};
 
 use super::{
     Worker, device,
@@ -19,15 +19,20 @@ use super::{
 use crate::{
     data::{Dataset, identity},
     error::{Context, Error, Kind, Result},
+    faults::{self, At},
     ids::{DatasetId, Generation, Rank, Step},
     protocol::{Assignment, FromWorker, SLOT_FDS, SaveOrder, ToWorker},
     snapshot::{capture::Capture, image::SharedImage, plan::ImagePlan},
     torch::{self, Backend, HostCopier, ProcessGroup},
-    train::{Batches, Built, Place, state::State, strategy::Peers},
+    train::{
+        Batches, Built, Place,
+        state::{Replicated, State},
+        strategy::Peers,
+    },
 };
 
 /// How long ranks wait for each other: at the start, and in a collective whose peer is gone.
-const PEER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(600);
+const PEER_TIMEOUT: Duration = Duration::from_secs(600);
 const COPY_THREADS: usize = 2;
 
 /// A worker that is ready for its first step, and the saves already decided.
@@ -65,13 +70,21 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
             other => return Err(out_of_turn(&other)),
         }
     }
-    link.tell(&FromWorker::Ready);
+    let replicated = if world.get() > 1 { Some(built.state.replicated()?) } else { None };
+    if let Some(replicated) = &replicated
+        && faults::check("worker.loaded", At { rank: Some(rank.get()), step: Some(resume_step.get()) }).is_err()
+    {
+        replicated.flip_a_bit()?;
+    }
+    let fingerprint = replicated.as_ref().map(Replicated::fingerprint).transpose().context("compare states")?;
+    link.tell(&FromWorker::Ready { fingerprint });
     let saves = match orders.next() {
         ToWorker::Go { saves } => saves,
         other => return Err(out_of_turn(&other)),
     };
     let training = built.start(&task.data, batches, Peers::new(group))?;
-    Ok((Worker::new(link.clone(), rank, resume_step, Step(task.train.steps), training, capture), saves))
+    let (link, done, last) = (link.clone(), resume_step, Step(task.train.steps));
+    Ok((Worker { link, rank, done, last, training, capture, replicated, stalled: Duration::ZERO }, saves))
 }
 
 fn out_of_turn(message: &ToWorker) -> Error {

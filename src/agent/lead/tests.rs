@@ -89,6 +89,7 @@ impl Stage {
             measured: Measured::NOTHING,
             docket: Docket::default(),
             store: "127.0.0.1:0".parse().unwrap(),
+            doubted: false,
         };
         Self { plan, slots: Slots::create().unwrap(), reporter, heard, store }
     }

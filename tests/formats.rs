@@ -52,6 +52,7 @@ fn messages() -> [Vec<u8>; 6] {
         generation: Generation(3),
         resume_step: Step(9),
         store: "127.0.0.1:0".parse().unwrap(),
+        several_nodes: true,
         task: samples::task(),
     };
     let report =

@@ -100,6 +100,9 @@ pub struct Assignment {
     pub resume_step: Step,
     /// Where rank 0 serves the ranks' store: an address of its node; port 0: one of the kernel's choice.
     pub store: SocketAddr,
+    /// Whether other nodes have ranks, too.
+    #[serde(default)]
+    pub several_nodes: bool,
     /// What it computes: JSON that the agent passes on and does not read.
     pub task: serde_json::Value,
 }

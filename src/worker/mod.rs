@@ -14,6 +14,7 @@ pub mod gate;
 pub mod task;
 
 mod link;
+mod patience;
 mod start;
 
 use std::{
@@ -25,6 +26,7 @@ use std::{
 use self::{
     gate::{Save, StepGate},
     link::Link,
+    patience::Patience,
 };
 use crate::{
     error::{Error, Kind, Result},
@@ -68,6 +70,7 @@ struct Worker {
     capture: Capture,
     /// What other ranks have, too; `None`: there is one rank.
     replicated: Option<Replicated>,
+    patience: Patience,
     /// Time spent waiting for captures and fingerprints since the last step report.
     stalled: Duration,
 }
@@ -79,11 +82,13 @@ impl Worker {
         gate.thaw(saves, None);
         orders.serve(self.link.clone(), Arc::clone(&gate))?;
         let mut begin = Instant::now();
+        let mut paused = false;
         loop {
             // Between two steps: the state is that of step `done`.
             let boundary = gate.enter(self.done);
             if let Some(save) = boundary.save {
                 self.save(save)?;
+                paused = true;
             }
             if !boundary.proceed {
                 break;
@@ -92,6 +97,9 @@ impl Worker {
             faults::check("worker.step", At { rank: Some(self.rank.get()), step: Some(step.get()) })
                 .map_err(injected)?;
 
+            if let Some(limit) = self.patience.change(paused) {
+                self.training.set_patience(limit)?;
+            }
             let Pass { loss, data } = self.training.forward_backward(step)?;
             // The last moment at which the state of step `done` still stands.
             self.finish_capture()?;
@@ -107,11 +115,13 @@ impl Worker {
                 data_s: data.as_secs_f64(),
             };
             begin = Instant::now();
+            self.patience.step(report.step_s, std::mem::take(&mut paused));
             self.link.tell(&FromWorker::Step(report));
             self.done = step;
             if self.training.evaluation_is_due(step) {
                 self.evaluate(&gate)?;
                 begin = Instant::now();
+                paused = true;
             }
         }
         self.finish_capture()?;

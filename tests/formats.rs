@@ -14,7 +14,7 @@ use trainer::{
     },
     data::shards::Index,
     format::header::{self, Dtype},
-    ids::{Generation, LocalRank, Rank, Step, WorldSize},
+    ids::{Fingerprint, Generation, LocalRank, Rank, Step, WorldSize},
     journal::{Entry, FORMAT, Record},
     protocol::{self, Assignment, FromWorker, SaveOrder, StepReport, ToWorker},
     rendezvous::heartbeat::Heartbeat,
@@ -52,17 +52,23 @@ fn messages() -> [Vec<u8>; 6] {
         generation: Generation(3),
         resume_step: Step(9),
         store: "127.0.0.1:0".parse().unwrap(),
+        several_nodes: true,
         task: samples::task(),
     };
     let report =
         StepReport { step: Step(3), loss: f64::NAN, grad_norm: 1.0, lr: 1e-3, step_s: 0.5, stall_s: 0.0, data_s: 0.0 };
-    let saves = vec![SaveOrder { step: Step(4), slot: 1, mode: CaptureMode::Blocking }];
+    let saves = vec![SaveOrder { step: Step(4), slot: 1, mode: CaptureMode::Blocking, compare: true }];
     [
         message(&ToWorker::Start(Box::new(assignment))),
         message(&ToWorker::Restore { slot: 1, files: vec![(0, 10), (65_536, 7)], weights_only: false }),
         message(&ToWorker::Thaw { saves, stop_after: Some(Step(5)) }),
         message(&FromWorker::Step(report)),
-        message(&FromWorker::Captured { step: Step(3), slot: 0, copy_s: 0.25 }),
+        message(&FromWorker::Captured {
+            step: Step(3),
+            slot: 0,
+            copy_s: 0.25,
+            fingerprint: Some(Fingerprint(u64::MAX)),
+        }),
         message(&FromWorker::Failed { message: "no GPU".into(), hint: None, permanent: true }),
     ]
 }

@@ -91,7 +91,8 @@ impl Floor {
     fn gate(hand: Hand) -> StepGate {
         let gate = StepGate::new(Step(hand.started.into()), Step(LAST.into()));
         if hand.order > 0 {
-            let order = SaveOrder { step: Step(hand.order.into()), slot: 0, mode: CaptureMode::Overlap };
+            let order =
+                SaveOrder { step: Step(hand.order.into()), slot: 0, mode: CaptureMode::Overlap, compare: false };
             gate.freeze();
             gate.thaw(&[order], None);
         }

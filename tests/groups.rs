@@ -158,7 +158,7 @@ fn status_shows_the_nodes_of_a_run_and_explain_their_history() {
     assert_eq!(group["outside"][0]["node"], "n9", "{}", status.story());
 
     let gone = vec![Gone { node: node("n1"), why: "its channel was silent".into() }];
-    let succession = Succession { continues: Some(Generation(2)), gone, joined: vec![node("n9")] };
+    let succession = Succession { continues: Some(Generation(2)), gone, joined: vec![node("n9")], why: None };
     nodes.form("n2", &["n2", "n3", "n9"], succession, FormedReason::NodeLost);
     let explain = lab.about("explain", ORIGIN).finish().expect_code(0);
     for said in [
@@ -197,7 +197,7 @@ fn a_request_to_stop_follows_the_group_when_its_leader_is_lost() {
     let asked = |generation: u32| nodes.folder.join(format!("drains/g{generation:04}.json"));
     drain.wait_until("the generation is asked", || asked(2).exists());
     let gone = vec![Gone { node: node("n1"), why: "it does not answer".into() }];
-    let succession = Succession { continues: Some(Generation(2)), gone, joined: Vec::new() };
+    let succession = Succession { continues: Some(Generation(2)), gone, joined: Vec::new(), why: None };
     let mut journal = nodes.form("n2", &["n2", "n3"], succession, FormedReason::NodeLost);
     drain.wait_until("the one that continues it is asked", || asked(3).exists());
     let step = journal.state().newest().unwrap().committed.step;

@@ -36,6 +36,7 @@ mod rendezvous_sim;
 mod rules;
 mod simulate;
 mod stalls;
+mod states;
 mod storms;
 mod streams;
 mod together;

@@ -320,6 +320,7 @@ fn record(state: Option<&RunState>, rec: &Rec) -> Record {
                 continues: before.map(|formed| formed.generation),
                 gone: went.map(|node| Gone { node: node.clone(), why: "lost".into() }).collect(),
                 joined: nodes.iter().filter(|node| before.is_some() && !old.contains(node)).cloned().collect(),
+                why: None,
             }
         }
         What::Committed { point, manifest, .. } => Record::Committed(Committed {

@@ -198,6 +198,7 @@ fn record(boot: u8, what: What) -> Record {
             continues: None,
             gone: Vec::new(),
             joined: Vec::new(),
+            why: None,
         },
         What::Committed { point, manifest } => Record::Committed(Committed {
             step: Step(point.0.into()),

@@ -22,7 +22,7 @@ use super::{
 use crate::{
     checkpoint::CheckpointError,
     error::Result,
-    ids::{Generation, Step},
+    ids::{Generation, NodeId, Step},
     journal::{Record, SaveCost},
     protocol::ToWorker,
     report,
@@ -89,6 +89,13 @@ pub enum Effect {
     Busy(bool),
     /// Delete the checkpoints that are no longer wanted.
     Prune,
+    /// These other nodes compute or remember wrongly: they end, and the group goes on without them.
+    LeaveOut {
+        /// The nodes.
+        nodes: Vec<NodeId>,
+        /// What was found.
+        why: String,
+    },
     /// Tell people.
     Report(report::Event),
     /// Write to the log.

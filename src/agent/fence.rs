@@ -139,11 +139,12 @@ mod tests {
         assert!(look(&journal, &store, &stranger, Generation(0)).await.unwrap().is_some());
         // The next generation names it: it goes on there.
         let joined = vec![NodeId::new("new").unwrap()];
-        let grown = Succession { continues: Some(first), gone: Vec::new(), joined };
+        let grown = Succession { continues: Some(first), gone: Vec::new(), joined, why: None };
         let second = group(&store, "leader", &["me", "new"], grown).await;
         assert!(look(&journal, &store, &me(), first).await.unwrap().is_none());
         let gone = vec![Gone { node: me(), why: "it was asleep".into() }];
-        group(&store, "leader", &["new"], Succession { continues: Some(second), gone, joined: Vec::new() }).await;
+        group(&store, "leader", &["new"], Succession { continues: Some(second), gone, joined: Vec::new(), why: None })
+            .await;
         let end = look(&journal, &store, &me(), second).await.unwrap().expect("it is left out");
         assert_eq!(end.kind(), Kind::Fenced);
         assert!(end.to_string().contains("left out") && end.to_string().contains("it was asleep"), "{end}");

@@ -22,6 +22,7 @@ use super::{
     node::{Node, Part},
     phase::{Event, Incoming},
     save::{gather::Fetched, put::Put, slots::Slots},
+    states,
     workers::{WorkerEvent, Workers},
 };
 use crate::{
@@ -171,6 +172,10 @@ pub async fn run(
                     let (leaving, finished) = (follower.leaving.is_some(), follower.finished);
                     follower.end(dismisses).await?;
                     return Ok(Followed::Over { leaving, ends_the_run, finished });
+                }
+                Some(LeaderHeard::Said(ToMember::Wrong { why })) => {
+                    follower.end(false).await?;
+                    return Err(states::wrong(&why));
                 }
                 Some(LeaderHeard::Said(order)) => follower.obey(order)?,
                 Some(LeaderHeard::Parted(why)) => break Followed::CutOff { why, finished: follower.finished },
@@ -366,7 +371,7 @@ impl Follower<'_> {
                 self.node.gives_up_save();
                 None
             }
-            ToMember::Over { .. } => None,
+            ToMember::Over { .. } | ToMember::Wrong { .. } => None,
         };
         match answer {
             Some(Event::LaidOut { bytes }) => self.say(ToLeader::LaidOut { bytes }),

@@ -28,6 +28,7 @@ use super::{
         slots::Slots,
         upload::{self, SaveEvent},
     },
+    states::Seats,
     upkeep::retention::Retention,
     workers::Workers,
 };
@@ -69,6 +70,8 @@ pub struct Plan {
     pub nearest: bool,
     /// Where rank 0 serves the ranks' store; port 0: one of the kernel's choice.
     pub store: SocketAddr,
+    /// The generation before this one has ended because the states of its ranks differed.
+    pub doubted: bool,
 }
 
 /// The source of the workers' state.
@@ -191,6 +194,8 @@ pub struct Members {
     pub leaving: Vec<NodeId>,
     /// Other nodes that are lost, and why.
     pub parted: Vec<(NodeId, String)>,
+    /// The states of the ranks were not the same: what differed.
+    pub differed: Option<String>,
 }
 
 impl Members {
@@ -231,6 +236,7 @@ pub async fn run(
     let mut node = Node::begin(&start, slots, workers)?;
     let began = Instant::now();
     let incoming = node.load(senders.fetched.clone())?;
+    let others = company.as_ref().map_or(&[][..], |company| &company.others);
     let settings = Settings {
         outline: start.workload.outline(start.upload.ranks.world),
         generation: start.upload.generation,
@@ -238,6 +244,8 @@ pub async fn run(
         load: start.load.clone(),
         measured: start.measured,
         store_host: start.store.ip(),
+        seats: Seats::new(start.upload.node.clone(), start.upload.ranks, others),
+        doubted: start.doubted,
     };
     let (others, mut company, saves) = match company {
         Some(Company { others, to, heard, saves }) => (Others::of(others, to), Some(heard), Some(saves)),
@@ -274,6 +282,7 @@ pub async fn run(
     };
     *estimates = machine.estimates();
     lead.tells(&mut left.members);
+    left.members.differed = machine.differed().map(str::to_owned);
     if let Some(open) = lead.end(&end, left.members.ends_the_run).await? {
         (left.leaving, left.retention) = (open.leaving, open.retention);
     }

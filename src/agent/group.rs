@@ -16,7 +16,7 @@
 //! | `lay_out` | `built`: the state of its workers, once; `laid_out` |
 //! | | `fetched`: the state to load is there, or can't be had |
 //! | `put`: its part of a save | `put`: bytes on their way; the receipt, or why there is none |
-//! | `give_up_save`, `kill`, `over` | `notice`: it was told to leave; `failed`: it can't obey |
+//! | `give_up_save`, `kill`, `wrong`, `over` | `notice`: it was told to leave; `failed`: it can't obey |
 //!
 //! # Invariants
 //! - A save ends when it has ended on every node; a member that is lost has ended its part, without a receipt unless
@@ -85,6 +85,11 @@ pub enum ToMember {
     GiveUpSave,
     /// Kill all workers.
     Kill,
+    /// Its machine computes or remembers wrongly: it ends, and does not come back.
+    Wrong {
+        /// What was found.
+        why: String,
+    },
     /// The generation has ended.
     Over {
         /// The workers are asked to exit, and not killed.
@@ -273,6 +278,17 @@ impl Others {
     pub fn late(&mut self) -> Vec<Event> {
         let late: Vec<NodeId> = self.ranks.keys().filter(|node| !self.built.contains(*node)).cloned().collect();
         late.iter().flat_map(|node| self.part(node, "its workers did not start in time")).collect()
+    }
+
+    /// Members that compute or remember wrongly are left out by name, and hear why.
+    pub fn leave_out(&mut self, nodes: &[NodeId], why: &str) {
+        for node in nodes {
+            if let Some(to) = self.to.as_ref().filter(|_| self.ranks.contains_key(node)) {
+                let _ = to.send((node.clone(), ToMember::Wrong { why: why.to_owned() }));
+            }
+            // The generation ends, whatever becomes of its ranks.
+            let _ = self.part(node, why);
+        }
     }
 
     fn send(&self, message: &ToMember) {
@@ -565,7 +581,7 @@ mod tests {
     #[test]
     fn a_node_speaks_for_its_own_ranks_alone_and_a_stranger_for_none() {
         let mut rig = rig();
-        let ready = |rank| WorkerEvent::Message(Rank(rank), FromWorker::Ready);
+        let ready = |rank| WorkerEvent::Message(Rank(rank), FromWorker::Ready { fingerprint: None });
         let all = || ToLeader::Workers((0..5).map(ready).collect());
         let ranks = |events: Vec<Event>| -> Vec<Rank> {
             let rank = |event| match event {
@@ -659,5 +675,17 @@ mod tests {
             NoticeOfMember { interruption: false, deadline_s: Some(f64::NAN), binding: true, source: String::new() };
         let events = rig.says("b", ToLeader::Notice(hostile));
         assert!(matches!(&events[..], [Event::Notice(notice)] if notice.deadline.is_none()));
+    }
+
+    #[test]
+    fn a_member_that_computes_wrongly_hears_it_alone_and_is_gone_by_name() {
+        let mut rig = rig();
+        rig.others.leave_out(&[id("b"), id("nobody")], "worker 3 differs");
+        let sent = rig.sent();
+        assert_eq!(sent.len(), 1, "{sent:?}");
+        assert!(sent[0].starts_with("b Wrong") && sent[0].contains("worker 3 differs"), "{sent:?}");
+        let mut members = Members::default();
+        rig.others.tells(&mut members);
+        assert_eq!(members.parted, [(id("b"), "worker 3 differs".to_owned())]);
     }
 }

@@ -167,6 +167,7 @@ impl<'a> Lead<'a> {
             Effect::Hush => self.hush(),
             Effect::Busy(busy) => self.retention.busy(busy),
             Effect::Prune => self.retention.start(),
+            Effect::LeaveOut { nodes, why } => self.others.leave_out(&nodes, &why),
             Effect::Report(event) => self.reporter.event(&event),
             Effect::Log(line) => log(line),
         }

@@ -12,6 +12,7 @@
 //! | `node` | this node's part: its workers, its slots, its files of each save |
 //! | `follow` | a generation on a node that does not lead it |
 //! | `finish` | a save whose leader was lost before its record |
+//! | `states` | whether all ranks have the same state |
 //! | `save` | when a step is saved, where it lies in memory, how it gets to the store |
 //! | `drain` | the response to a notice: how much can still be saved, and how long that takes |
 //! | `upkeep` | the care for checkpoints that the run keeps |
@@ -36,6 +37,7 @@ mod node;
 mod phase;
 pub(crate) mod restart;
 mod save;
+mod states;
 mod upkeep;
 mod workers;
 

@@ -62,12 +62,14 @@
 //! | fetch damaged | Loading | | Ended: damaged |
 //! | fetch fails | Loading | | Ended: Bug |
 //! | ready, the last | Loading | report restored, hold 5, idle, go | Training |
+//! | ready, the last, and differs | Loading | | Ended: died |
 //! | frozen, the last | Training | thaw | |
 //! | frozen, the last | Draining | thaw until 13 | |
 //! | step, the last | Training, Draining, Salvaging | report step | |
 //! | step, NaN | Training, Draining | kill | Salvaging |
 //! | captured 20, the last | Training | upload 20, busy | |
 //! | captured 20, the last | Draining | hush, upload 20, busy | |
+//! | captured 20, and differs | Training, Draining | kill | Salvaging |
 //! | stalled by 10 | Training, Draining, Salvaging | cost | |
 //! | validated, the last | Training, Draining, Salvaging | report validation | |
 //! | a worker fails | Training, Draining | | Salvaging |
@@ -133,6 +135,7 @@ use super::{
     fence,
     generation::{End, Load},
     save::{gather::Fetched, scheduler::Moment, upload::SaveEvent},
+    states::Seats,
     workers::WorkerEvent,
 };
 use crate::{
@@ -194,6 +197,10 @@ pub struct Settings {
     pub measured: Measured,
     /// The address of rank 0's node.
     pub store_host: IpAddr,
+    /// Which node has which ranks.
+    pub seats: Seats,
+    /// The generation before this one has ended because the states of its ranks differed.
+    pub doubted: bool,
 }
 
 /// A generation's state. Each phase owns the data that is valid in it alone.
@@ -340,6 +347,8 @@ struct Shared {
     looked: Moment,
     /// Notices that were written to the journal.
     noted: u32,
+    /// What differs between the states of the ranks, once that is found.
+    differed: Option<String>,
 }
 
 /// One generation on this node.
@@ -352,13 +361,18 @@ pub struct StateMachine {
 impl StateMachine {
     /// A new generation; `estimates`: the measurements of earlier ones here.
     pub fn new(settings: Settings, estimates: Estimates, loading: Loading) -> Self {
-        let shared = Shared { settings, estimates, looked: Moment::ZERO, noted: 0 };
+        let shared = Shared { settings, estimates, looked: Moment::ZERO, noted: 0, differed: None };
         Self { shared, phase: Phase::Loading(loading) }
     }
 
     /// The measurements so far.
     pub const fn estimates(&self) -> Estimates {
         self.shared.estimates
+    }
+
+    /// What differs between the states of the ranks, if that has ended the generation.
+    pub fn differed(&self) -> Option<&str> {
+        self.shared.differed.as_deref()
     }
 
     /// The only place that changes state. `now`: since the generation began.

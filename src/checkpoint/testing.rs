@@ -258,5 +258,6 @@ pub fn formed(generation: u64, resume: Option<(u64, u64)>) -> Record {
         continues: None,
         gone: Vec::new(),
         joined: Vec::new(),
+        why: None,
     }
 }

@@ -168,6 +168,9 @@ impl<'a> Group<'a> {
 
 /// Why a generation was formed.
 fn why(roster: &RosterView<'_>) -> String {
+    if let Some(why) = roster.why {
+        return why.to_owned();
+    }
     match (roster.continues, roster.reason) {
         (None, FormedReason::Started) => "started".to_owned(),
         (Some(before), FormedReason::Started) => format!("continues generation {before}"),

@@ -165,7 +165,7 @@ fn episode<'a>(
         step: said.map(|said| said.step),
         checkpoint: said.map_or(newest, |said| said.committed),
         lost_steps: said.map(|said| said.lost_steps),
-        verdict: said.map(|said| said.verdict.as_str()),
+        verdict: said.map(|said| said.verdict.as_str()).or(next.and_then(|next| next.succession.why.as_deref())),
         notices,
         drain,
         prediction_error: drain.and_then(carried_out).and_then(|(expected, took)| Some(took? / expected - 1.0)),

@@ -310,6 +310,7 @@ pub(crate) mod tests {
             continues: None,
             gone: Vec::new(),
             joined: Vec::new(),
+            why: None,
         }
     }
 

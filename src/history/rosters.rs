@@ -23,6 +23,9 @@ pub struct RosterView<'a> {
     pub workers: WorldSize,
     /// Why it was formed.
     pub reason: FormedReason,
+    /// The same in words, where the reason has none for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<&'a str>,
     /// The generation that goes on in it; `None`: a person or a boot started it.
     pub continues: Option<Generation>,
     /// The nodes that came.
@@ -40,6 +43,7 @@ impl<'a> From<&'a Formation> for RosterView<'a> {
             nodes: formed.roster.len(),
             workers: formed.world_size,
             reason: formed.reason,
+            why: formed.succession.why.as_deref(),
             continues: formed.succession.continues,
             joined: &formed.succession.joined,
             gone: &formed.succession.gone,

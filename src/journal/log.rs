@@ -189,9 +189,20 @@ impl Journal {
     pub async fn form(&mut self, formed: Formed) -> Result<Generation, JournalError> {
         let generation = self.state.generation().next();
         let Formed { roster, world_size, resume, overrides, reason, data, succession } = formed;
-        let Succession { continues, gone, joined } = succession;
-        let record =
-            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined };
+        let Succession { continues, gone, joined, why } = succession;
+        let record = Record::Formed {
+            generation,
+            roster,
+            world_size,
+            resume,
+            overrides,
+            reason,
+            data,
+            continues,
+            gone,
+            joined,
+            why,
+        };
         let still_right = |record: &Record, node: &NodeId| match record {
             Record::Formed { generation, .. } => {
                 Err(JournalError::Overtaken { node: node.clone(), generation: *generation })

@@ -18,7 +18,7 @@
 use std::collections::BTreeSet;
 
 use super::{
-    record::{FormedReason, Gone, Record, RosterEntry, Succession},
+    record::{FormedReason, Gone, Record, RosterEntry},
     state::{Formation, Inconsistent, RunState},
 };
 use crate::ids::{Generation, NodeId, Rank, WorldSize};
@@ -43,7 +43,7 @@ pub(super) fn has_new_words(roster: &[RosterEntry], reason: FormedReason) -> boo
 impl Formation {
     /// Whether its record has words of a run with several nodes, even if one node is all that is left of them.
     pub fn is_of_several(&self) -> bool {
-        has_new_words(&self.roster, self.reason) || self.succession != Succession::default()
+        has_new_words(&self.roster, self.reason) || self.succession.is_of_several()
     }
 
     /// The node's entry in the roster, if it is a member.
@@ -108,7 +108,10 @@ impl RunState {
 
     /// The invariants of rosters; for records in a format that has the words.
     pub(super) fn has_a_sound_roster(&self, record: &Record) -> Result<(), Inconsistent> {
-        let Record::Formed { roster, world_size, continues, gone, joined, .. } = record else { return Ok(()) };
+        let Record::Formed { roster, world_size, continues, gone, joined, why, .. } = record else { return Ok(()) };
+        if why.as_ref().is_some_and(|why| !is_short(why, MAX_WHY)) {
+            return Err(Inconsistent("does not say in a short line why it was formed".to_owned()));
+        }
         if record.format() < 4 {
             return Ok(());
         }

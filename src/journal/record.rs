@@ -122,6 +122,10 @@ pub enum Record {
         /// The nodes of this generation that were not in that one. Since format 4.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         joined: Vec<NodeId>,
+        /// The reason in words, where `reason` has none for it: the states of the ranks differed. Earlier programs do
+        /// not read it, and miss nothing that they act on.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        why: Option<String>,
     },
     /// A checkpoint exists.
     Committed(Committed),
@@ -362,7 +366,7 @@ pub struct Gone {
     pub why: String,
 }
 
-/// How a generation follows from the one before it: the three words of a `formed` record that say so.
+/// How a generation follows from the one before it: the words of a `formed` record that say so.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Succession {
     /// The generation whose group goes on; `None`: a person started or resumed the run.
@@ -371,6 +375,15 @@ pub struct Succession {
     pub gone: Vec<Gone>,
     /// The nodes that have come.
     pub joined: Vec<NodeId>,
+    /// What differed between the states of the ranks, if that has ended the generation before.
+    pub why: Option<String>,
+}
+
+impl Succession {
+    /// Whether it has words of a run with several nodes.
+    pub const fn is_of_several(&self) -> bool {
+        self.continues.is_some() || !self.gone.is_empty() || !self.joined.is_empty()
+    }
 }
 
 /// The checkpoint that a generation starts from.

@@ -125,13 +125,10 @@ fn forming_a_generation_reopens_a_run_that_ended() {
 #[test]
 fn an_older_holder_is_fenced_whatever_it_writes() {
     let mut state = state([formed(1, None), committed(9, 1)]);
-    let by_b = match formed(2, Some(point(9, 1))) {
-        Record::Formed { generation, world_size, resume, overrides, reason, data, continues, gone, joined, .. } => {
-            let roster = vec![RosterEntry::new(node("b"), 2)];
-            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined }
-        }
-        other => other,
-    };
+    let mut by_b = formed(2, Some(point(9, 1)));
+    if let Record::Formed { roster, .. } = &mut by_b {
+        *roster = vec![RosterEntry::new(node("b"), 2)];
+    }
     state.apply(3, entry("b", by_b)).unwrap();
     let fenced = Err(Refusal::Fenced { node: node("b"), generation: Generation(2) });
     let of_all_kinds = [
@@ -222,8 +219,19 @@ fn a_generation_resumes_from_a_good_checkpoint_and_a_run_completes_at_one() {
     let world_size = crate::ids::WorldSize(1);
     let roster = Vec::new();
     let (continues, gone, joined) = (None, Vec::new(), Vec::new());
-    let empty =
-        Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined };
+    let empty = Record::Formed {
+        generation,
+        roster,
+        world_size,
+        resume,
+        overrides,
+        reason,
+        data,
+        continues,
+        gone,
+        joined,
+        why: None,
+    };
     assert!(wrong(&empty));
 }
 
@@ -324,6 +332,7 @@ fn group(generation: u64, continues: Option<u64>, nodes: &[(&str, u32)]) -> Reco
         continues: continues.map(Generation),
         gone: Vec::new(),
         joined: Vec::new(),
+        why: None,
     }
 }
 
@@ -341,6 +350,7 @@ fn changed(record: Record, went: &[&str], came: &[&str]) -> Record {
             reason: FormedReason::NodeLost,
             gone: went.iter().map(|name| Gone { node: node(name), why: "it does not answer".into() }).collect(),
             joined: came.iter().map(|name| node(name)).collect(),
+            why: None,
         },
         other => other,
     }
@@ -355,14 +365,11 @@ fn chain() -> Vec<Record> {
     ]
 }
 
-fn resumed(record: Record, step: u64, from: u64) -> Record {
-    match record {
-        Record::Formed { generation, roster, world_size, overrides, reason, data, continues, gone, joined, .. } => {
-            let resume = Some(point(step, from));
-            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined }
-        }
-        other => other,
+fn resumed(mut record: Record, step: u64, from: u64) -> Record {
+    if let Record::Formed { resume, .. } = &mut record {
+        *resume = Some(point(step, from));
     }
+    record
 }
 
 /// The state after these, each `formed` written by the first of its nodes, and all else by node `a`.
@@ -470,7 +477,19 @@ fn a_roster_that_is_none_is_neither_written_nor_read() {
         Record::Formed { generation, mut roster, world_size, resume, overrides, reason, data, .. } => {
             change(&mut roster);
             let (continues, gone, joined) = (None, Vec::new(), Vec::new());
-            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined }
+            Record::Formed {
+                generation,
+                roster,
+                world_size,
+                resume,
+                overrides,
+                reason,
+                data,
+                continues,
+                gone,
+                joined,
+                why: None,
+            }
         }
         other => other,
     };
@@ -505,7 +524,19 @@ fn a_roster_that_is_none_is_neither_written_nor_read() {
         };
         (roster[0].key, roster[1].key) = (key(first), key(second));
         let (continues, gone, joined) = (None, Vec::new(), Vec::new());
-        Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined }
+        Record::Formed {
+            generation,
+            roster,
+            world_size,
+            resume,
+            overrides,
+            reason,
+            data,
+            continues,
+            gone,
+            joined,
+            why: None,
+        }
     };
     assert!(state([]).apply(1, entry("a", keys('a', 'a'))).unwrap_err().to_string().contains("one key"));
     state([]).apply(1, entry("a", keys('a', 'b'))).unwrap();
@@ -547,8 +578,19 @@ fn a_generation_accounts_for_everyone_of_the_one_that_it_continues() {
             unreachable!()
         };
         let gone = vec![Gone { node: node("a"), why }];
-        let record =
-            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined };
+        let record = Record::Formed {
+            generation,
+            roster,
+            world_size,
+            resume,
+            overrides,
+            reason,
+            data,
+            continues,
+            gone,
+            joined,
+            why: None,
+        };
         assert!(refused(record).unwrap_err().contains("in a short line"));
     }
     // Only the newest can be continued.
@@ -581,9 +623,20 @@ fn a_formation_is_written_in_the_lowest_format_that_has_its_words() {
         };
         let mut succession = Succession::default();
         change(&mut roster, &mut reason, &mut succession);
-        let Succession { continues, gone, joined } = succession;
-        let record =
-            Record::Formed { generation, roster, world_size, resume, overrides, reason, data, continues, gone, joined };
+        let Succession { continues, gone, joined, why } = succession;
+        let record = Record::Formed {
+            generation,
+            roster,
+            world_size,
+            resume,
+            overrides,
+            reason,
+            data,
+            continues,
+            gone,
+            joined,
+            why,
+        };
         assert_eq!(record.format(), 4, "{number}");
         let stored = entry("a", record);
         let body = stored.encode().unwrap();

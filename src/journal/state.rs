@@ -237,9 +237,10 @@ impl RunState {
                 continues,
                 gone,
                 joined,
+                why,
             } => {
                 let node = node.clone();
-                let succession = Succession { continues, gone, joined };
+                let succession = Succession { continues, gone, joined, why };
                 self.outcome = Outcome::Open;
                 Arc::make_mut(&mut self.formations).push(Formation {
                     number,

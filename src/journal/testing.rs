@@ -101,6 +101,7 @@ pub(super) fn formed(generation: u64, resume: Option<ResumePoint>) -> Record {
         continues: None,
         gone: Vec::new(),
         joined: Vec::new(),
+        why: None,
     }
 }
 

@@ -66,11 +66,11 @@ mod tests {
         let mut wire = Vec::new();
         let mut buffer = Vec::new();
         write_message(&mut wire, &FromWorker::Step(report), &mut buffer).unwrap();
-        write_message(&mut wire, &FromWorker::Ready, &mut buffer).unwrap();
+        write_message(&mut wire, &FromWorker::Ready { fingerprint: None }, &mut buffer).unwrap();
         let mut wire = wire.as_slice();
         let Some(FromWorker::Step(back)) = read_message(&mut wire).unwrap() else { panic!("not a step") };
         assert!(back.loss.is_nan() && back.grad_norm.is_infinite() && back.step == Step(3));
-        assert!(matches!(read_message(&mut wire).unwrap(), Some(FromWorker::Ready)));
+        assert!(matches!(read_message(&mut wire).unwrap(), Some(FromWorker::Ready { .. })));
         assert!(read_message::<FromWorker>(&mut wire).unwrap().is_none());
     }
 

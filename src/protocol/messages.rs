@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ids::{Generation, LocalRank, Rank, Step, WorldSize},
+    ids::{Fingerprint, Generation, LocalRank, Rank, Step, WorldSize},
     snapshot::{
         mode::CaptureMode,
         plan::{ImagePlan, TensorSpec},
@@ -75,6 +75,14 @@ pub struct SaveOrder {
     pub slot: u8,
     /// Whether the loop waits for the copy.
     pub mode: CaptureMode,
+    /// Whether the rank also says the fingerprint of what all ranks have.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub compare: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// A worker's identity and task.
@@ -92,6 +100,9 @@ pub struct Assignment {
     pub resume_step: Step,
     /// Where rank 0 serves the ranks' store: an address of its node; port 0: one of the kernel's choice.
     pub store: SocketAddr,
+    /// Whether other nodes have ranks, too.
+    #[serde(default)]
+    pub several_nodes: bool,
     /// What it computes: JSON that the agent passes on and does not read.
     pub task: serde_json::Value,
 }
@@ -114,7 +125,11 @@ pub enum FromWorker {
         parameters: u64,
     },
     /// State is loaded, peers are connected.
-    Ready,
+    Ready {
+        /// Of what all ranks have; `None`: there is one rank.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        fingerprint: Option<Fingerprint>,
+    },
     /// Held; this step is the last one started.
     Frozen {
         /// The question's ticket.
@@ -132,6 +147,9 @@ pub enum FromWorker {
         slot: u8,
         /// How long copying took, seconds.
         copy_s: f64,
+        /// Of what all ranks have at this step, if it was asked for.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        fingerprint: Option<Fingerprint>,
     },
     /// The loop waited for the capture of `step` before it could change the state.
     Stalled {
@@ -181,7 +199,7 @@ pub struct StepReport {
     pub lr: f64,
     /// Seconds from the end of the step before.
     pub step_s: f64,
-    /// Seconds of them spent waiting for a capture.
+    /// Seconds of them spent waiting for a capture, or for a fingerprint.
     pub stall_s: f64,
     /// Seconds of them spent waiting for data.
     pub data_s: f64,

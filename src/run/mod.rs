@@ -234,6 +234,8 @@ struct Story {
     reason: FormedReason,
     /// The last finished step, once this node has formed a generation.
     finished: Option<Step>,
+    /// What differed between the states of the ranks, if that has ended the last generation.
+    differed: Option<String>,
 }
 
 /// Waits for a notice to leave.
@@ -332,14 +334,15 @@ impl Runner {
 
     /// Forms generations and runs them, one after the other, until the run has ended on this node.
     async fn live(&mut self, notices: &mut Notices) -> Result<Outcome> {
-        let mut story = Story { deaths: Vec::new(), reason: FormedReason::Started, finished: None };
+        let mut story = Story { deaths: Vec::new(), reason: FormedReason::Started, finished: None, differed: None };
         let mut before = Before::Start;
         loop {
             // Between two generations nothing is at stake: any work may be dropped when a notice comes.
             let doing = Cell::new("taking up the run");
             let (settings, mut known) = mpsc::unbounded_channel();
             let reporter = self.reporter.clone();
-            let taking_up = self.take_up(before, story.reason, &doing, &settings);
+            let because = (story.reason, story.differed.clone());
+            let taking_up = self.take_up(before, because, &doing, &settings);
             let Some(next) = or_notice_as(notices, &mut known, &reporter, taking_up).await else {
                 return self.told_between_generations(doing.get(), story.finished, notices.left()).await;
             };
@@ -360,7 +363,7 @@ impl Runner {
     async fn take_up(
         &mut self,
         before: Before,
-        reason: FormedReason,
+        because: (FormedReason, Option<String>),
         doing: &Cell<&'static str>,
         settings: &mpsc::UnboundedSender<NoticeConfig>,
     ) -> Result<Next> {
@@ -427,7 +430,7 @@ impl Runner {
             doing.set("choosing a checkpoint");
             let load = self.choose_with_data().await?;
             doing.set("forming a generation");
-            if let Some(generation) = self.form(&load, reason).await? {
+            if let Some(generation) = self.form(&load, &because).await? {
                 return Ok(Next::Formed { generation, load });
             }
             // Another node was first.
@@ -473,7 +476,11 @@ impl Runner {
 
     /// Forms the next generation, which starts from `load`. `None`: the journal went on meanwhile, so everything must
     /// be checked again.
-    async fn form(&mut self, load: &Load, reason: FormedReason) -> Result<Option<Generation>> {
+    async fn form(
+        &mut self,
+        load: &Load,
+        (reason, why): &(FormedReason, Option<String>),
+    ) -> Result<Option<Generation>> {
         let (step, last) = (load.step(), self.resolved.workload.last_step());
         if step > last {
             // Reported before it is recorded: a change by one generation holds for all later ones.
@@ -488,9 +495,9 @@ impl Runner {
             world_size: WorldSize(self.resolved.workload.workers()),
             resume,
             overrides: self.overrides.clone(),
-            reason,
+            reason: *reason,
             data: Some(self.resolved.workload.data().clone()),
-            succession: Succession::default(),
+            succession: Succession { why: why.as_deref().map(words::short), ..Succession::default() },
         };
         match self.journal.form(formed).await {
             Ok(generation) => {
@@ -535,13 +542,14 @@ impl Runner {
         });
         let began = Instant::now();
         let seating = Seating::alone(self.node.clone(), world_size.get());
-        let plan = self.plan(generation, &load, began, &seating);
+        let plan = self.plan(generation, &load, began, &seating, story.differed.is_some());
         if let Some(newest) = self.journal.state().newest() {
             self.estimates.seed(&newest.committed);
         }
         let mut left = Left::default();
         let (slots, estimates) = (&mut self.slots, &mut self.estimates);
         let ended = generation::run(plan, None, slots, estimates, notices, &self.reporter, &mut left).await;
+        story.differed = left.members.differed.take();
         match ended {
             Ok(End::Completed { loss }) => {
                 let outcome = self.complete(generation, loss, notices).await?;
@@ -575,7 +583,7 @@ impl Runner {
     }
 
     /// Everything a generation starts with.
-    fn plan(&self, generation: Generation, load: &Load, formed: Instant, seating: &Seating) -> Plan {
+    fn plan(&self, generation: Generation, load: &Load, formed: Instant, seating: &Seating, differed: bool) -> Plan {
         let resolved = &self.resolved;
         Plan {
             config: resolved.config.clone(),
@@ -595,6 +603,7 @@ impl Runner {
             measured: self.measured(),
             nearest: self.is_together(),
             store: seating.store,
+            doubted: differed,
         }
     }
 

@@ -14,6 +14,9 @@ pub fn abandoned(run_id: &RunId, steps: &[String]) -> String {
     )
 }
 
+/// Bytes of a reason in a record, at most.
+const MOST_OF_A_REASON: usize = 400;
+
 /// Another node has the run.
 pub fn taken(run_id: &RunId, other: &NodeId) -> Error {
     Error::new(Kind::Fenced, format!("run {run_id} is being trained by node {other}, which is alive")).with_hint(
@@ -22,4 +25,16 @@ pub fn taken(run_id: &RunId, other: &NodeId) -> Error {
          {run_id}` ends it; then give this command again"
         ),
     )
+}
+
+/// A reason that a record can hold.
+pub fn short(why: &str) -> String {
+    let mut text = String::new();
+    for c in why.chars().filter(|c| !c.is_control()) {
+        if text.len() + c.len_utf8() > MOST_OF_A_REASON {
+            break;
+        }
+        text.push(c);
+    }
+    if text.trim().is_empty() { "no reason was given".to_owned() } else { text }
 }

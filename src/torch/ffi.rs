@@ -106,6 +106,7 @@ unsafe extern "C" {
         device: i32,
         out: *mut *mut GroupHandle,
     ) -> i32;
+    pub(super) fn trn_group_set_timeout(group: *const GroupHandle, timeout_ms: i64) -> i32;
     pub(super) fn trn_group_free(group: *mut GroupHandle) -> i32;
     pub(super) fn trn_group_all_reduce_sum(group: *const GroupHandle, tensor: *const AtTensor) -> i32;
     pub(super) fn trn_group_broadcast(group: *const GroupHandle, tensor: *const AtTensor, root: i32) -> i32;

@@ -130,7 +130,7 @@ pub struct ProcessGroup {
 
 impl ProcessGroup {
     /// Joins the group `prefix`; returns when all `world` ranks are connected. `timeout` is also the limit of every
-    /// collective. The group keeps the store alive.
+    /// collective, until [`ProcessGroup::set_timeout`]. The group keeps the store alive.
     pub fn new(
         backend: Backend,
         store: &Store,
@@ -175,6 +175,12 @@ impl ProcessGroup {
     /// The number of ranks.
     pub fn world(&self) -> WorldSize {
         self.world
+    }
+
+    /// The limit of every collective that is begun from now on. Call it while none is under way.
+    pub fn set_timeout(&self, timeout: Duration) -> Result<()> {
+        // SAFETY: the group is alive for the call.
+        check("set a time limit", unsafe { ffi::trn_group_set_timeout(self.handle, millis(timeout)) })
     }
 
     /// Replaces `tensor` on every rank by the sum over the ranks. Contiguous, the same extents and type everywhere.
@@ -362,6 +368,30 @@ pub(crate) mod tests {
             result
         });
         assert!(matches!(results[0], Err(TorchError::Peer { .. })), "{results:?}");
+    }
+
+    #[test]
+    fn the_limit_can_be_changed_after_the_group_has_formed() {
+        let (leave, wait) = mpsc::channel::<()>();
+        let wait = std::sync::Mutex::new(wait);
+        let results = ranks(2, LIMIT, |group| {
+            group.set_timeout(Duration::from_secs(1)).unwrap();
+            if group.rank() == Rank(1) {
+                let _ = wait.lock().unwrap().recv_timeout(LIMIT / 2);
+                return Ok(());
+            }
+            let result = group.all_reduce_sum(&mut Tensor::zeros([8], (Kind::Float, Device::Cpu)));
+            leave.send(()).unwrap();
+            result
+        });
+        let Err(TorchError::Peer { message, .. }) = &results[0] else { panic!("{results:?}") };
+        assert!(message.contains("1000ms"), "not the first limit: {message}");
+        // A longer one counts, too.
+        let results = ranks(2, Duration::from_millis(1), |group| {
+            group.set_timeout(LIMIT).unwrap();
+            group.barrier()
+        });
+        assert!(results.iter().all(Result::is_ok), "{results:?}");
     }
 
     #[test]

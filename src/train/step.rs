@@ -155,6 +155,12 @@ impl Training {
         Ok(self.strategy.settle()?)
     }
 
+    /// The limit of every collective that is begun from now on. The last update has then reached this rank's weights.
+    pub fn set_patience(&mut self, limit: Duration) -> Result<()> {
+        self.strategy.settle()?;
+        Ok(self.strategy.set_patience(limit)?)
+    }
+
     /// Whether the held-out loss is measured after the step `done`.
     pub fn evaluation_is_due(&self, done: Step) -> bool {
         let (every, done) = (self.validation_every, done.get());

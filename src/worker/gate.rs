@@ -44,6 +44,8 @@ pub struct Save {
     pub slot: u8,
     /// Whether the loop waits meanwhile.
     pub mode: CaptureMode,
+    /// Whether the state's fingerprint is wanted.
+    pub compare: bool,
 }
 
 /// The meeting point of the train loop (one thread) and the control thread (another).
@@ -53,8 +55,9 @@ pub struct StepGate {
     state: AtomicU64,
     stop_after: AtomicU64,
     save_at: [AtomicU64; 2],
-    /// Written before, and read after, the slot's step.
+    /// These two are written before, and read after, the slot's step.
     blocking: [AtomicBool; 2],
+    compare: [AtomicBool; 2],
     /// Guards nothing but the sleep of a frozen or stopped loop.
     sleep: Mutex<u64>,
     wake: Condvar,
@@ -68,6 +71,7 @@ impl StepGate {
             stop_after: AtomicU64::new(last.get()),
             save_at: [AtomicU64::new(NEVER), AtomicU64::new(NEVER)],
             blocking: [AtomicBool::new(false), AtomicBool::new(false)],
+            compare: [AtomicBool::new(false), AtomicBool::new(false)],
             sleep: Mutex::new(0),
             wake: Condvar::new(),
         }
@@ -88,8 +92,10 @@ impl StepGate {
     /// Control thread: replaces all save orders, may bring the end forward, and lets the loop go on.
     pub fn thaw(&self, saves: &[SaveOrder], stop_after: Option<Step>) {
         let mut generation = self.lock();
-        for (slot, (at, blocking)) in self.save_at.iter().zip(&self.blocking).enumerate() {
+        for (slot, ((at, blocking), compare)) in self.save_at.iter().zip(&self.blocking).zip(&self.compare).enumerate()
+        {
             let order = saves.iter().find(|order| usize::from(order.slot) == slot);
+            compare.store(order.is_some_and(|order| order.compare), Ordering::Release);
             blocking.store(order.is_some_and(|order| order.mode == CaptureMode::Blocking), Ordering::Release);
             at.store(order.map_or(NEVER, |order| order.step.get()), Ordering::Release);
         }
@@ -162,7 +168,8 @@ impl StepGate {
 
     fn save_into(&self, slot: u8) -> Save {
         let blocking = self.blocking[usize::from(slot)].load(Ordering::Acquire);
-        Save { slot, mode: if blocking { CaptureMode::Blocking } else { CaptureMode::Overlap } }
+        let compare = self.compare[usize::from(slot)].load(Ordering::Acquire);
+        Save { slot, mode: if blocking { CaptureMode::Blocking } else { CaptureMode::Overlap }, compare }
     }
 
     /// Train loop, after the end: waits for an order to save the last step, which may come when a slot gets free.
@@ -190,11 +197,11 @@ mod tests {
     use super::*;
 
     const fn order(step: u64, slot: u8) -> SaveOrder {
-        SaveOrder { step: Step(step), slot, mode: CaptureMode::Overlap }
+        SaveOrder { step: Step(step), slot, mode: CaptureMode::Overlap, compare: false }
     }
     #[expect(clippy::unnecessary_wraps, reason = "what a boundary holds")]
     const fn into(slot: u8) -> Option<Save> {
-        Some(Save { slot, mode: CaptureMode::Overlap })
+        Some(Save { slot, mode: CaptureMode::Overlap, compare: false })
     }
 
     const GO: Boundary = Boundary { save: None, proceed: true };
@@ -229,11 +236,12 @@ mod tests {
     }
 
     #[test]
-    fn an_order_says_whether_the_loop_waits_for_the_copy() {
+    fn an_order_says_whether_the_loop_waits_for_the_copy_and_compares() {
         let gate = StepGate::new(Step(0), Step(9));
-        gate.thaw(&[SaveOrder { mode: CaptureMode::Blocking, ..order(1, 1) }, order(2, 0)], None);
+        let compare = true;
+        gate.thaw(&[SaveOrder { mode: CaptureMode::Blocking, compare, ..order(1, 1) }, order(2, 0)], None);
         gate.enter(Step(0));
-        assert_eq!(gate.enter(Step(1)).save, Some(Save { slot: 1, mode: CaptureMode::Blocking }));
+        assert_eq!(gate.enter(Step(1)).save, Some(Save { slot: 1, mode: CaptureMode::Blocking, compare }));
         assert_eq!(gate.enter(Step(2)).save, into(0));
     }
 

@@ -14,6 +14,7 @@ pub mod gate;
 pub mod task;
 
 mod link;
+mod patience;
 mod start;
 
 use std::{
@@ -25,16 +26,17 @@ use std::{
 use self::{
     gate::{Save, StepGate},
     link::Link,
+    patience::Patience,
 };
 use crate::{
     error::{Error, Kind, Result},
     faults::{self, At},
-    ids::{Rank, Step},
+    ids::{Fingerprint, Rank, Step},
     protocol::{FromWorker, SaveOrder, StepReport},
     shortage::is_out_of_memory,
     snapshot::{capture::Capture, mode::CaptureMode},
     torch,
-    train::{HeldOut, Pass, Training, Update},
+    train::{HeldOut, Pass, Training, Update, state::Replicated},
 };
 
 /// Runs a worker to its end. Called only in a process started by an agent, never by hand.
@@ -66,26 +68,27 @@ struct Worker {
     last: Step,
     training: Training,
     capture: Capture,
-    /// Time spent waiting for captures since the last step report.
+    /// What other ranks have, too; `None`: there is one rank.
+    replicated: Option<Replicated>,
+    patience: Patience,
+    /// Time spent waiting for captures and fingerprints since the last step report.
     stalled: Duration,
 }
 
 impl Worker {
-    fn new(link: Link, rank: Rank, done: Step, last: Step, training: Training, capture: Capture) -> Self {
-        Self { link, rank, done, last, training, capture, stalled: Duration::ZERO }
-    }
-
     /// The train loop: readable from here to its end.
     fn train(mut self, orders: link::Orders, saves: &[SaveOrder]) -> Result<Never> {
         let gate = Arc::new(StepGate::new(self.done, self.last));
         gate.thaw(saves, None);
         orders.serve(self.link.clone(), Arc::clone(&gate))?;
         let mut begin = Instant::now();
+        let mut paused = false;
         loop {
             // Between two steps: the state is that of step `done`.
             let boundary = gate.enter(self.done);
             if let Some(save) = boundary.save {
                 self.save(save)?;
+                paused = true;
             }
             if !boundary.proceed {
                 break;
@@ -94,6 +97,9 @@ impl Worker {
             faults::check("worker.step", At { rank: Some(self.rank.get()), step: Some(step.get()) })
                 .map_err(injected)?;
 
+            if let Some(limit) = self.patience.change(paused) {
+                self.training.set_patience(limit)?;
+            }
             let Pass { loss, data } = self.training.forward_backward(step)?;
             // The last moment at which the state of step `done` still stands.
             self.finish_capture()?;
@@ -109,11 +115,13 @@ impl Worker {
                 data_s: data.as_secs_f64(),
             };
             begin = Instant::now();
+            self.patience.step(report.step_s, std::mem::take(&mut paused));
             self.link.tell(&FromWorker::Step(report));
             self.done = step;
             if self.training.evaluation_is_due(step) {
                 self.evaluate(&gate)?;
                 begin = Instant::now();
+                paused = true;
             }
         }
         self.finish_capture()?;
@@ -130,17 +138,30 @@ impl Worker {
         }
     }
 
-    fn save(&mut self, Save { slot, mode }: Save) -> Result<()> {
+    fn save(&mut self, Save { slot, mode, compare }: Save) -> Result<()> {
         let (link, step) = (self.link.clone(), self.done);
         self.finish_capture()?;
         self.training.settle()?;
+        let fingerprint = if compare { self.fingerprint()? } else { None };
         self.capture.start(slot, move |copy| {
-            link.tell(&FromWorker::Captured { step, slot, copy_s: copy.as_secs_f64() });
+            link.tell(&FromWorker::Captured { step, slot, copy_s: copy.as_secs_f64(), fingerprint });
         })?;
         match mode {
             CaptureMode::Overlap => Ok(()),
             CaptureMode::Blocking => self.finish_capture(),
         }
+    }
+
+    /// Of what other ranks have, too. The loop waits for it.
+    fn fingerprint(&mut self) -> Result<Option<Fingerprint>> {
+        let Some(replicated) = &self.replicated else { return Ok(None) };
+        let begin = Instant::now();
+        if faults::check("worker.state", At { rank: Some(self.rank.get()), step: Some(self.done.get()) }).is_err() {
+            replicated.flip_a_bit()?;
+        }
+        let fingerprint = replicated.fingerprint()?;
+        self.stalled += begin.elapsed();
+        Ok(Some(fingerprint))
     }
 
     /// Waits for the capture under way, if there is one.

@@ -2,32 +2,36 @@
 //!
 //! ```text
 //! ► Start      ◄ Listening (rank 0 of several)    ◄ Built      the model and the list of its state
-//! ► Peers (of several ranks)                                   the process group
+//! ► Peers (of several ranks)                                   the process group, and a first barrier
 //! ► Layout     ► Restore (unless weights are drawn)    ◄ Ready     slots, and the state in its tensors
 //! ► Go                                                         the strategy meets its peers; the loop begins
 //! ```
 //!
 //! *Crash, error:* nothing has been changed that lasts. The agent starts the whole group again.
 
-use std::{fs::File, net::SocketAddr, path::Path};
+use std::{fs::File, net::SocketAddr, path::Path, time::Duration};
 
 use super::{
     Worker, device,
     link::{Link, Orders},
+    patience::{self, Patience},
     task::Task,
 };
 use crate::{
     data::{Dataset, identity},
     error::{Context, Error, Kind, Result},
+    faults::{self, At},
     ids::{DatasetId, Generation, Rank, Step},
     protocol::{Assignment, FromWorker, SLOT_FDS, SaveOrder, ToWorker},
     snapshot::{capture::Capture, image::SharedImage, plan::ImagePlan},
     torch::{self, Backend, HostCopier, ProcessGroup},
-    train::{Batches, Built, Place, state::State, strategy::Peers},
+    train::{
+        Batches, Built, Place,
+        state::{Replicated, State},
+        strategy::Peers,
+    },
 };
 
-/// How long ranks wait for each other: at the start, and in a collective whose peer is gone.
-const PEER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(600);
 const COPY_THREADS: usize = 2;
 
 /// A worker that is ready for its first step, and the saves already decided.
@@ -36,14 +40,16 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
         ToWorker::Start(assignment) => *assignment,
         other => return Err(out_of_turn(&other)),
     };
-    let Assignment { rank, local_rank, world_size: world, generation, resume_step, store, task } = assignment;
+    let Assignment { rank, local_rank, world_size: world, generation, resume_step, store, several_nodes, task } =
+        assignment;
+    let limit = patience::forming(several_nodes);
     let Task { config: task, data_dir, data } = Task::read(task)?;
     torch::set_num_threads(task.train.threads)?;
     torch::set_interop_threads(1)?;
     torch::set_deterministic(true)?;
 
     // Rank 0 listens before it does anything slow, so that its peers need not try again.
-    let served = if world.get() > 1 && rank == Rank(0) { Some(listen(link, store)?) } else { None };
+    let served = if world.get() > 1 && rank == Rank(0) { Some(listen(link, store, limit)?) } else { None };
     let place = Place { rank, world, device: device::pick(task.parallel.device, local_rank)? };
     // Weights that are to be loaded need not be drawn first.
     let draw = resume_step == Step(0) && task.model.init_from.is_none();
@@ -52,7 +58,7 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
     link.tell(&FromWorker::Built { tensors, device: device_name(place.device), parameters });
 
     let batches = Batches::new(dataset(&data_dir, &data)?, task.data.sequence_length, &task.train, place)?;
-    let group = if world.get() > 1 { Some(meet(orders, served, generation, place)?) } else { None };
+    let group = if world.get() > 1 { Some(meet(orders, served, generation, place, limit)?) } else { None };
     let capture = match orders.next() {
         ToWorker::Layout { plan, base } => capture(&plan, base, &built.state, place)?,
         other => return Err(out_of_turn(&other)),
@@ -65,13 +71,34 @@ pub(super) fn start(link: &Link, orders: &mut Orders) -> Result<(Worker, Vec<Sav
             other => return Err(out_of_turn(&other)),
         }
     }
-    link.tell(&FromWorker::Ready);
+    let replicated = if world.get() > 1 { Some(built.state.replicated()?) } else { None };
+    if let Some(replicated) = &replicated
+        && faults::check("worker.loaded", At { rank: Some(rank.get()), step: Some(resume_step.get()) }).is_err()
+    {
+        replicated.flip_a_bit()?;
+    }
+    let fingerprint = replicated.as_ref().map(Replicated::fingerprint).transpose().context("compare states")?;
+    link.tell(&FromWorker::Ready { fingerprint });
     let saves = match orders.next() {
         ToWorker::Go { saves } => saves,
         other => return Err(out_of_turn(&other)),
     };
     let training = built.start(&task.data, batches, Peers::new(group))?;
-    Ok((Worker::new(link.clone(), rank, resume_step, Step(task.train.steps), training, capture), saves))
+    let (link, done, last) = (link.clone(), resume_step, Step(task.train.steps));
+    Ok((
+        Worker {
+            link,
+            rank,
+            done,
+            last,
+            training,
+            capture,
+            replicated,
+            patience: Patience::new(several_nodes),
+            stalled: Duration::ZERO,
+        },
+        saves,
+    ))
 }
 
 fn out_of_turn(message: &ToWorker) -> Error {
@@ -79,8 +106,8 @@ fn out_of_turn(message: &ToWorker) -> Error {
     Error::new(Kind::Bug, format!("agent sent {} out of turn", text.chars().take(40).collect::<String>()))
 }
 
-fn listen(link: &Link, at: SocketAddr) -> Result<torch::Store> {
-    let store = torch::Store::serve(&at.ip().to_string(), at.port(), PEER_TIMEOUT)?;
+fn listen(link: &Link, at: SocketAddr, limit: Duration) -> Result<torch::Store> {
+    let store = torch::Store::serve(&at.ip().to_string(), at.port(), limit)?;
     link.tell(&FromWorker::Listening { port: store.port() });
     Ok(store)
 }
@@ -91,6 +118,7 @@ fn meet(
     served: Option<torch::Store>,
     generation: Generation,
     place: Place,
+    limit: Duration,
 ) -> Result<ProcessGroup> {
     let (host, port) = match orders.next() {
         ToWorker::Peers { host, port } => (host, port),
@@ -98,12 +126,16 @@ fn meet(
     };
     let store = match served {
         Some(store) => store,
-        None => torch::Store::connect(&host, port, PEER_TIMEOUT).context("reach rank 0")?,
+        None => torch::Store::connect(&host, port, limit).context("reach rank 0")?,
     };
     let Place { rank, world, device } = place;
     let prefix = format!("g{generation}");
     let backend = Backend::for_device(device);
-    Ok(ProcessGroup::new(backend, &store, &prefix, rank, world, PEER_TIMEOUT, device)?)
+    let group = ProcessGroup::new(backend, &store, &prefix, rank, world, limit, device)?;
+    // The first collective is part of forming: what fails in it, and the time that it takes, is no step's.
+    group.barrier().context("meet all ranks")?;
+    group.set_timeout(Patience::FIRST)?;
+    Ok(group)
 }
 
 fn dataset(data_dir: &Path, data: &DatasetId) -> Result<Dataset> {

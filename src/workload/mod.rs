@@ -156,7 +156,8 @@ impl Workload {
         let task =
             Task { config: self.task.clone(), data_dir: self.data.dir().to_owned(), data: self.identity.clone() };
         let (rank, world_size) = (ranks.rank(local_rank), ranks.world);
-        Ok(Assignment { rank, local_rank, world_size, generation, resume_step, store, task: task.write()? })
+        let (several_nodes, task) = (!ranks.is_whole_world(), task.write()?);
+        Ok(Assignment { rank, local_rank, world_size, generation, resume_step, store, several_nodes, task })
     }
 
     /// The files that stand beside the shards in the checkpoint of `step`; `index` says which shard holds which tensor.

@@ -52,7 +52,9 @@ async fn a_worker_learns_its_task_and_nothing_else_of_the_configuration() {
     let assignment = workload.assignment(LocalRank(1), ranks, Generation(4), Step(9), STORE).unwrap();
     let wire = serde_json::to_string(&assignment).unwrap();
     assert!(!wire.contains("private") && !wire.contains("/run/stop") && !wire.contains("price"), "{wire}");
-    let Assignment { rank, local_rank, world_size, generation, resume_step, store, task } = assignment;
+    let Assignment { rank, local_rank, world_size, generation, resume_step, store, several_nodes, task } = assignment;
+    let alone = workload.assignment(LocalRank(1), NodeRanks::alone(2), Generation(4), Step(9), STORE).unwrap();
+    assert!(several_nodes && !alone.several_nodes);
     assert_eq!((rank, local_rank, world_size), (Rank(3), LocalRank(1), WorldSize(4)));
     assert_eq!((generation, resume_step, store), (Generation(4), Step(9), STORE));
     let task = Task::read(task).unwrap();

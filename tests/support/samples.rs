@@ -142,6 +142,7 @@ pub fn records_of_version_4() -> Vec<Record> {
         continues: Some(Generation(3)),
         gone: vec![Gone { node: self::node(), why: "its agent does not answer: connection refused".into() }],
         joined: ["n1b2c3d4e5f6a", "n2b2c3d4e5f6a", "n3b2c3d4e5f6a"].map(node).into(),
+        why: None,
     }]
 }
 
@@ -161,6 +162,7 @@ pub fn records() -> Vec<Record> {
             continues: None,
             gone: Vec::new(),
             joined: Vec::new(),
+            why: None,
         },
         Record::Committed(Committed {
             step,

@@ -87,6 +87,7 @@ impl Stage {
             docket: Docket::default(),
             nearest: false,
             store: "127.0.0.1:0".parse().unwrap(),
+            doubted: false,
         };
         Self { plan, slots: Slots::create().unwrap(), reporter, heard, store }
     }

@@ -12,11 +12,12 @@ use crate::{
             ledger::Ledger,
             scheduler::{Scheduler, Setup},
         },
+        states::{self, Difference, Remedy, Roll},
         workers::WorkerEvent,
     },
     checkpoint::CheckpointError,
     config::Cadence,
-    error::{Error, Kind},
+    error::{Error, Kind, Result},
     ids::{Rank, WorldSize},
     notice::{self, Notice},
     protocol::{FromWorker, ToWorker},
@@ -33,6 +34,9 @@ pub struct Loading {
     bytes: Option<u64>,
     source: Incoming,
     ready: u32,
+    fingerprints: Roll,
+    /// What differs between the states of the ranks.
+    differs: Option<Difference>,
     /// A worker has reported why it can't go on; its process has not yet ended.
     said: Option<Cause>,
 }
@@ -51,7 +55,8 @@ pub enum Incoming {
 impl Loading {
     /// Every node has started its workers.
     pub fn new(world: WorldSize, source: Incoming) -> Self {
-        Self { built: vec![None; world.get() as usize], bytes: None, source, ready: 0, said: None }
+        let built = vec![None; world.get() as usize];
+        Self { built, bytes: None, source, ready: 0, fingerprints: Roll::default(), differs: None, said: None }
     }
 
     pub(super) fn handle(mut self, event: Event, turn: &mut Turn<'_>) -> Flow<Phase> {
@@ -123,10 +128,17 @@ impl Loading {
                     return self.lay_out(turn);
                 }
             }
-            FromWorker::Ready => {
+            FromWorker::Ready { fingerprint } => {
                 self.ready += 1;
-                if self.ready == turn.shared.settings.outline.workers {
-                    return self.go(turn);
+                let Settings { outline, seats, .. } = &turn.shared.settings;
+                if let Some(fingerprint) = fingerprint {
+                    self.differs = self.fingerprints.hear(rank, fingerprint, outline.workers, seats);
+                }
+                if self.ready == outline.workers {
+                    return match self.differs {
+                        None => self.go(turn),
+                        Some(difference) => Break(disagree(difference, turn)),
+                    };
                 }
             }
             FromWorker::Failed { message, hint, permanent } => {
@@ -207,6 +219,23 @@ impl Loading {
             Some(cause) => Phase::Salvaging(Salvage::new(training, None, cause)),
         })
     }
+}
+
+/// Ranks have loaded the same bytes and do not have the same state.
+fn disagree(difference: Difference, turn: &mut Turn<'_>) -> Result<End> {
+    let (what, step) = (difference.what.clone(), turn.shared.settings.load.step());
+    turn.shared.differed = Some(what.clone());
+    if !turn.shared.settings.doubted {
+        return Ok(End::Died { step, reason: what });
+    }
+    let (nodes, end) = match difference.settle() {
+        Remedy::LeaveOut(nodes) => (nodes, Ok(End::Died { step, reason: what.clone() })),
+        Remedy::GiveUp(nodes) => (nodes, Err(states::wrong(&what))),
+    };
+    if !nodes.is_empty() {
+        turn.does(Effect::LeaveOut { nodes, why: what });
+    }
+    end
 }
 
 /// The interval of steps after whose multiples a state is measured that `checkpoint.keep.best` ranks.

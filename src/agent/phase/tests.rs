@@ -1,8 +1,9 @@
 //! States built by hand, the time moved by adding to it: no process, no store, no runtime.
 //!
 //! The table in the header of `phase.rs` is compared with what happens ([`table`]); all pairs of misfortunes stand in
-//! [`pairs`]; what needs more than two events has a test of its own.
+//! [`pairs`]; ranks whose states differ in [`differ`]; what needs more than two events has a test of its own.
 
+mod differ;
 mod pairs;
 mod table;
 
@@ -20,7 +21,7 @@ use crate::{
     },
     checkpoint::testing::config,
     config::Cadence,
-    ids::WorldSize,
+    ids::{Fingerprint, NodeId, NodeRanks, WorldSize},
     journal::{Committed, DrainPlan, JournalError, Metrics, SaveCost},
     notice::Confidence,
     protocol::{FromWorker, StepReport},
@@ -100,7 +101,18 @@ fn settings(load: Load) -> Settings {
     config.checkpoint.every = Cadence::Steps(10);
     config.notice.train_in_spare_time = true;
     let store_host = std::net::Ipv4Addr::LOCALHOST.into();
-    Settings { outline: OUTLINE, generation: Generation(3), config, load, measured: Measured::NOTHING, store_host }
+    let node = |name| NodeId::new(name).unwrap();
+    let ranks = |first| NodeRanks { first: Rank(first), workers: 1, world: WorldSize(2) };
+    Settings {
+        outline: OUTLINE,
+        generation: Generation(3),
+        config,
+        load,
+        measured: Measured::NOTHING,
+        store_host,
+        seats: Seats::new(node("leader"), ranks(0), &[(node("member"), ranks(1))]),
+        doubted: false,
+    }
 }
 
 /// Copying takes half a second, a save 11 s.
@@ -115,6 +127,13 @@ fn estimates() -> Estimates {
 
 /// The slots are laid out, a checkpoint of step 5 has been fetched, and rank 0 has loaded it.
 fn loading() -> Rig {
+    let mut rig = fetching();
+    rig.feed_all([said(Rank(0), FromWorker::Ready { fingerprint: None })]);
+    rig
+}
+
+/// The same, and no rank has loaded it.
+fn fetching() -> Rig {
     let from = Source::Store { folder: "folder".into(), files: Vec::new() };
     let load = Load::Checkpoint { step: Step(5), generation: Generation(2), from };
     let machine = StateMachine::new(
@@ -124,7 +143,7 @@ fn loading() -> Rig {
     );
     let mut rig = Rig { machine, now: Moment::ZERO, ticket: 0 };
     rig.feed_all(RANKS.map(built));
-    rig.feed_all([Event::LaidOut { bytes: BYTES }, fetched(), said(Rank(0), FromWorker::Ready)]);
+    rig.feed_all([Event::LaidOut { bytes: BYTES }, fetched()]);
     rig
 }
 
@@ -142,7 +161,7 @@ fn training() -> Rig {
     let mut scheduler = Scheduler::new(setup, Measured::NOTHING, Moment::ZERO);
     assert_eq!(scheduler.first_orders(Moment::ZERO).len(), 2);
     let training = Training::begin(OUTLINE, scheduler, Ledger::begin(Moment::ZERO), BYTES, Moment::ZERO);
-    let shared = Shared { settings, estimates: estimates(), looked: Moment::ZERO, noted: 0 };
+    let shared = Shared { settings, estimates: estimates(), looked: Moment::ZERO, noted: 0, differed: None };
     let machine = StateMachine { shared, phase: Phase::Training(training) };
     let mut rig = Rig { machine, now: Moment::ZERO, ticket: 0 };
     for step in 1..=12 {
@@ -218,7 +237,13 @@ fn finished(rank: Rank, step: u64) -> Event {
 }
 
 fn captured(rank: Rank, step: u64, slot: u8) -> Event {
-    said(rank, FromWorker::Captured { step: Step(step), slot, copy_s: 0.5 })
+    said(rank, FromWorker::Captured { step: Step(step), slot, copy_s: 0.5, fingerprint: None })
+}
+
+/// The same, with the rank as its fingerprint.
+fn captured_other(rank: Rank, step: u64, slot: u8) -> Event {
+    let fingerprint = Some(Fingerprint(rank.get().into()));
+    said(rank, FromWorker::Captured { step: Step(step), slot, copy_s: 0.5, fingerprint })
 }
 
 fn stopped(rank: Rank, step: u64) -> Event {
@@ -287,6 +312,7 @@ fn words(effect: &Effect) -> String {
             let name = serde_json::to_value(event).unwrap()["event"].as_str().unwrap().to_owned();
             format!("report {name}")
         }
+        Effect::LeaveOut { nodes, .. } => format!("leave out {}", nodes.len()),
         Effect::Log(Log::Built { .. } | Log::Chosen(_) | Log::TrainsOn(_) | Log::Starved { .. }) => "log".into(),
     }
 }

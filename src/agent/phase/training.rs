@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Cause, Draining, Event, Flow, Phase, Salvage, Stage, Turn};
+use super::{Cause, Draining, Event, Flow, Phase, Salvage, Settings, Stage, Turn};
 use crate::{
     agent::{
         drain::{
@@ -24,11 +24,12 @@ use crate::{
             scheduler::{Action, Moment, Scheduler},
             upload::{SaveEvent, Saved},
         },
+        states::{Difference, Roll},
         workers::WorkerEvent,
     },
     checkpoint::CheckpointError,
     error::{Error, Kind, Result},
-    ids::{Rank, Step},
+    ids::{Fingerprint, Rank, Step},
     journal::{DrainPlan, JournalError},
     notice::{self, Notice},
     protocol::{FromWorker, StepReport, ToWorker},
@@ -61,6 +62,8 @@ pub struct Training {
     pub(super) retrying: Option<u8>,
     /// Bytes of one save's shards.
     bytes: u64,
+    /// The step whose states are being compared, and what ranks have said of theirs.
+    compared: (Step, Roll),
 }
 
 /// How long nothing has moved, and how often that was reported.
@@ -83,6 +86,7 @@ impl Training {
             insured: false,
             retrying: None,
             bytes,
+            compared: (Step(0), Roll::default()),
         }
     }
 
@@ -252,7 +256,13 @@ impl Training {
         let actions = match message {
             FromWorker::Frozen { ticket, started } => self.scheduler.frozen(ticket, started, now),
             FromWorker::Step(report) => return self.on_step(report, stage, turn),
-            FromWorker::Captured { step, slot, copy_s } => {
+            FromWorker::Captured { step, slot, copy_s, fingerprint } => {
+                // The bytes of a rank that went wrong may be among them: this snapshot is not uploaded.
+                if let Some(fingerprint) = fingerprint
+                    && let Some(cause) = self.compare(rank, step, fingerprint, turn)
+                {
+                    return Continue(Some(cause));
+                }
                 self.ledger.captured(step, copy_s, now);
                 self.scheduler.captured(slot, step, now)
             }
@@ -271,10 +281,23 @@ impl Training {
                 return Continue(Some(Cause::said(rank, &message, hint, permanent)));
             }
             // Said before `Go`.
-            FromWorker::Listening { .. } | FromWorker::Built { .. } | FromWorker::Ready => return Continue(None),
+            FromWorker::Listening { .. } | FromWorker::Built { .. } | FromWorker::Ready { .. } => {
+                return Continue(None);
+            }
         };
         self.act(actions, stage, turn)?;
         Continue(None)
+    }
+
+    /// A rank says the fingerprint of what all ranks have at `step`. `Some`: it is the last, and they are not the same.
+    fn compare(&mut self, rank: Rank, step: Step, fingerprint: Fingerprint, turn: &mut Turn<'_>) -> Option<Cause> {
+        if self.compared.0 != step {
+            self.compared = (step, Roll::default());
+        }
+        let Settings { outline, seats, .. } = &turn.shared.settings;
+        let Difference { what, .. } = self.compared.1.hear(rank, fingerprint, outline.workers, seats)?;
+        turn.shared.differed = Some(what.clone());
+        Some(Cause::Died(format!("{what}, after step {step}")))
     }
 
     fn on_step(&mut self, report: StepReport, stage: Stage<'_>, turn: &mut Turn<'_>) -> Flow<Option<Cause>> {

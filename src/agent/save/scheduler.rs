@@ -16,6 +16,7 @@
 //!   left.
 //! - A drain without time to save the last state only stops the loop; earlier snapshots are still uploaded, and tried
 //!   again when that fails.
+//! - With several ranks every 16th save of a generation compares their states (`super::super::states`).
 //! - A save requested now takes the running step, ahead of one ordered for later.
 
 use std::{num::NonZeroU64, time::Duration};
@@ -29,6 +30,9 @@ use crate::{
         mode::{CaptureMode, Choice, Chooser},
     },
 };
+
+/// Of so many saves of several ranks one compares the states of the ranks.
+const COMPARED: u64 = 16;
 
 /// Time since the generation began; monotonic.
 pub type Moment = Duration;
@@ -72,6 +76,7 @@ enum SlotState {
         step: Step,
         missing: u32,
         mode: CaptureMode,
+        compare: bool,
     },
     /// Captured by every rank, waiting for the upload before it.
     Full {
@@ -155,6 +160,8 @@ pub struct Scheduler {
     wanted: bool,
     /// Where the last order was, so that a cadence in steps orders each multiple once.
     last_ordered: Step,
+    /// Saves ordered so far.
+    ordered: u64,
     /// The newest step after which the ranks were asked whether its measured state still stands.
     ranked: Step,
 }
@@ -182,6 +189,7 @@ impl Scheduler {
             given_up: false,
             wanted: false,
             last_ordered: setup.done,
+            ordered: 0,
             ranked: setup.done,
         }
     }
@@ -270,7 +278,7 @@ impl Scheduler {
     /// One rank has captured `step` into `slot`.
     pub fn captured(&mut self, slot: u8, step: Step, now: Moment) -> Vec<Action> {
         if let Some(state) = self.slots.get_mut(usize::from(slot))
-            && let SlotState::Ordered { step: ordered, missing, mode } = *state
+            && let SlotState::Ordered { step: ordered, missing, mode, compare } = *state
             && ordered == step
         {
             let missing = missing.saturating_sub(1);
@@ -278,7 +286,7 @@ impl Scheduler {
                 // The end's state is newer, and needs the room.
                 0 if self.end_decided && step < self.end && !self.unsaved => SlotState::Free,
                 0 => SlotState::Full { step },
-                missing => SlotState::Ordered { step, missing, mode },
+                missing => SlotState::Ordered { step, missing, mode, compare },
             };
         }
         self.consider(now)
@@ -386,7 +394,7 @@ impl Scheduler {
     fn orders(&self) -> Vec<SaveOrder> {
         (0..2_u8)
             .filter_map(|slot| match self.slots[usize::from(slot)] {
-                SlotState::Ordered { step, mode, .. } => Some(SaveOrder { step, slot, mode }),
+                SlotState::Ordered { step, mode, compare, .. } => Some(SaveOrder { step, slot, mode, compare }),
                 _ => None,
             })
             .collect()
@@ -454,7 +462,9 @@ impl Scheduler {
                 && let Some(step) = self.measured(started).or_else(|| self.due(started, now))
             {
                 let mode = self.chooser.mode();
-                self.slots[index] = SlotState::Ordered { step, missing: self.setup.ranks, mode };
+                self.ordered += 1;
+                let compare = self.setup.ranks > 1 && self.ordered.is_multiple_of(COMPARED);
+                self.slots[index] = SlotState::Ordered { step, missing: self.setup.ranks, mode, compare };
                 self.last_ordered = self.last_ordered.max(step);
                 self.wanted = false;
                 self.last_order_at = now;
@@ -550,7 +560,7 @@ mod tests {
     }
 
     fn order(step: u64, slot: u8) -> SaveOrder {
-        SaveOrder { step: Step(step), slot, mode: CaptureMode::Overlap }
+        SaveOrder { step: Step(step), slot, mode: CaptureMode::Overlap, compare: false }
     }
 
     /// Both ranks answer a freeze.
@@ -896,5 +906,39 @@ mod tests {
         assert_eq!(c.uploaded(0, true, at(5)), [Action::Upload { step: Step(20), slot: 1 }]);
         assert_eq!(c.uploaded(1, true, at(6)), [Action::Finished { step: Step(25) }]);
         assert_eq!(c.committed(), Step(20));
+    }
+
+    #[test]
+    fn every_16th_save_of_several_ranks_compares_them_however_often_it_is_ordered() {
+        for (ranks, expected) in [(2, vec![16, 32]), (1, vec![])] {
+            let setup =
+                Setup { ranks, done: Step(0), last: Step(1000), cadence: Cadence::Steps(1), ranked: None, held: None };
+            let mut c = Scheduler::new(setup, Measured::NOTHING, at(0));
+            let mut orders = c.first_orders(at(0));
+            let mut compared = Vec::new();
+            for step in 1..=40 {
+                let order = orders.iter().find(|order| order.step == Step(step)).copied().expect("an order");
+                if order.compare {
+                    compared.push(step);
+                }
+                let mut actions = c.step_finished(Step(step), 1.0, at(step));
+                for _ in 0..ranks {
+                    actions = c.captured(order.slot, Step(step), at(step));
+                }
+                assert!(matches!(actions[..], [Action::Upload { .. }, ..]), "{actions:?}");
+                let actions = c.uploaded(order.slot, true, at(step));
+                let Some(Action::Freeze { ticket }) = actions.last() else { panic!("{actions:?}") };
+                let mut actions = Vec::new();
+                for _ in 0..ranks {
+                    actions = c.frozen(*ticket, Step(step), at(step));
+                }
+                let [Action::Thaw { saves, .. }] = &actions[..] else { panic!("{actions:?}") };
+                // An order that is repeated asks for the same.
+                let repeated = |order: &&SaveOrder| saves.iter().any(|save| save.step == order.step);
+                assert!(orders.iter().filter(repeated).all(|order| saves.contains(order)), "{saves:?}");
+                orders.clone_from(saves);
+            }
+            assert_eq!(compared, expected, "{ranks} ranks");
+        }
     }
 }

@@ -19,11 +19,8 @@ use crate::{
     journal::{Formation, Formed, FormedReason, Gone, JournalError, ResumePoint, RosterEntry, Succession},
     layout,
     report::Event,
-    run::{Runner, Seating, open::effective},
+    run::{Runner, Seating, open::effective, words::short},
 };
-
-/// Bytes of a reason in a record, at most.
-const MOST_OF_A_REASON: usize = 400;
 
 impl Runner {
     /// Appends `formed`; whether it stands.
@@ -76,7 +73,12 @@ impl Runner {
             overrides: self.overrides.iter().filter(|(key, _)| !is_of_this_machine(key)).cloned().collect(),
             reason,
             data: Some(self.resolved.workload.data().clone()),
-            succession: Succession { continues: before, gone, joined },
+            succession: Succession {
+                continues: before,
+                gone,
+                joined,
+                why: memory.story.differed.as_deref().map(short),
+            },
         };
         match self.journal.form(formed).await {
             Ok(generation) => {
@@ -200,16 +202,4 @@ impl Runner {
 /// Whether a setting that this command changes is about this machine's network: it holds for no other node.
 fn is_of_this_machine(key: &str) -> bool {
     key.starts_with("network.")
-}
-
-/// A reason that a record can hold.
-fn short(why: &str) -> String {
-    let mut text = String::new();
-    for c in why.chars().filter(|c| !c.is_control()) {
-        if text.len() + c.len_utf8() > MOST_OF_A_REASON {
-            break;
-        }
-        text.push(c);
-    }
-    if text.trim().is_empty() { "no reason was given".to_owned() } else { text }
 }

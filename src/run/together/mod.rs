@@ -150,7 +150,7 @@ impl Runner {
     /// Takes part in generations, one after the other, until the run has ended on this node.
     pub(super) async fn live_together(&mut self, notices: &mut Notices) -> Result<Outcome> {
         let mut memory = Memory {
-            story: Story { deaths: Vec::new(), reason: FormedReason::Started, finished: None },
+            story: Story { deaths: Vec::new(), reason: FormedReason::Started, finished: None, differed: None },
             load: None,
             opened: {
                 let state = self.journal.state();
@@ -414,7 +414,8 @@ impl Runner {
         let links = desk.links.clone();
         let post = tokio::spawn(post(sent, move |(node, words)| links.send(&node, generation, Words::ToMember(words))));
         notices.formed(&self.run, generation, &state.continued(generation));
-        let plan = self.plan(generation, &load, Instant::now(), &seating);
+        let doubted = memory.story.differed.is_some();
+        let plan = self.plan(generation, &load, Instant::now(), &seating, doubted);
         if let Some(newest) = state.newest() {
             self.estimates.seed(&newest.committed);
         }
@@ -437,6 +438,7 @@ impl Runner {
         notices: &mut Notices,
     ) -> Result<After> {
         let members = std::mem::take(&mut left.members);
+        memory.story.differed = members.differed;
         let leaving =
             members.leaving.into_iter().map(|node| (node, (FormedReason::NodeLeft, "was told to leave".to_owned())));
         memory.gone.extend(leaving);
@@ -545,7 +547,7 @@ impl Runner {
         desk.tell(Tell::Route(Route::Follow(generation, leader.clone(), to_desk)));
         let links = desk.links.clone();
         let post = tokio::spawn(post(sent, move |words| links.send(&leader, generation, Words::ToLeader(words))));
-        let plan = self.plan(generation, &load, Instant::now(), &seating);
+        let plan = self.plan(generation, &load, Instant::now(), &seating, false);
         let leader = Leader { to, heard };
         let followed = follow::run(plan, leader, &mut self.slots, notices, &reporter).await;
         let _ = post.await;

@@ -294,8 +294,17 @@ int32_t trn_group_new(
     group->setBackend(device.type(), type, backend);
     group->setDefaultBackend(type);
     group->setGroupName(prefix);
+    if (nccl != 0) {
+      // Otherwise NCCL makes its communicator in the first collective, and its failure would be a step's.
+      backend->eagerConnectSingleDevice(device);
+    }
     *out = new Group{std::move(group), device};
   });
+}
+
+// The limit of every collective that is begun from now on.
+int32_t trn_group_set_timeout(const Group* group, int64_t timeout_ms) {
+  return guarded([&] { group->group->setTimeout(milliseconds(timeout_ms)); });
 }
 
 int32_t trn_group_free(Group* group) {

@@ -19,12 +19,13 @@
 //! its own elements from the files, which are all in shared memory. Files of an earlier version have whole tensors only
 //! and are loaded by the same rule.
 
+mod fingerprint;
 mod load;
 mod roles;
 
 use tch::{Kind, TchError, Tensor};
 
-pub use self::roles::Role;
+pub use self::{fingerprint::Replicated, roles::Role};
 use super::partition::{Partition, Piece};
 use crate::{
     error::{Error, Kind as ErrorKind, Result},

@@ -1,6 +1,8 @@
 //! `ddp`: every rank has everything; gradients are all-reduced behind the backward pass, and each rank makes the same
 //! update.
 
+use std::time::Duration;
+
 use tch::Tensor;
 
 use super::{
@@ -12,7 +14,7 @@ use crate::{
     error::Result,
     ids::Step,
     model::Model,
-    torch::{Reducer, Reduction, TorchError},
+    torch::{ProcessGroup, Reducer, Reduction, TorchError},
     train::state::State,
 };
 
@@ -31,8 +33,9 @@ impl Layout for Unconnected {
     fn connect(self: Box<Self>, peers: Peers) -> Result<Box<dyn Strategy>> {
         let Self { replica, buckets: Buckets { first, rest } } = *self;
         let bytes = |size: u64| usize::try_from(size).unwrap_or(usize::MAX);
-        let reducer = Reducer::new(&replica.leaves, &peers.group()?, bytes(first), bytes(rest))?;
-        Ok(Box::new(Ddp { whole: replica.start()?, reducer }))
+        let group = peers.group()?;
+        let reducer = Reducer::new(&replica.leaves, &group, bytes(first), bytes(rest))?;
+        Ok(Box::new(Ddp { whole: replica.start()?, reducer, group }))
     }
 }
 
@@ -40,6 +43,7 @@ impl Layout for Unconnected {
 struct Ddp {
     whole: Whole,
     reducer: Reducer,
+    group: ProcessGroup,
 }
 
 impl Strategy for Ddp {
@@ -63,6 +67,10 @@ impl Strategy for Ddp {
 
     fn settle(&mut self) -> Result<(), TorchError> {
         Ok(())
+    }
+
+    fn set_patience(&self, limit: Duration) -> Result<(), TorchError> {
+        self.group.set_timeout(limit)
     }
 
     fn zero_grad(&mut self) -> Result<(), TorchError> {

@@ -25,7 +25,7 @@ mod zero1;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use tch::Tensor;
 
@@ -59,6 +59,9 @@ pub trait Strategy: fmt::Debug {
 
     /// Waits until the last update has reached this rank's weights. Costs nothing if there is nothing to wait for.
     fn settle(&mut self) -> Result<(), TorchError>;
+
+    /// The limit of every collective that is begun from now on. Call it when the last update has settled.
+    fn set_patience(&self, limit: Duration) -> Result<(), TorchError>;
 
     /// Sets every gradient to zero, in place: whoever reduces them keeps pointing at them.
     fn zero_grad(&mut self) -> Result<(), TorchError>;

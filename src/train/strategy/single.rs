@@ -1,6 +1,8 @@
 //! A world of one: everything is here, and nobody is asked. `ddp` has the same tensors and the same update on each
 //! rank.
 
+use std::time::Duration;
+
 use tch::Tensor;
 
 use super::{Layout, Peers, Strategy, leaves};
@@ -118,6 +120,10 @@ impl Strategy for Single {
     }
 
     fn settle(&mut self) -> Result<(), TorchError> {
+        Ok(())
+    }
+
+    fn set_patience(&self, _: Duration) -> Result<(), TorchError> {
         Ok(())
     }
 

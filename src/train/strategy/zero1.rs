@@ -17,6 +17,8 @@
 //! Bytes of one parameter on a rank, without its gradient's 4: ddp 12 (in either precision); zero1 fp32 4 + 8/N,
 //! bf16 2 + 12/N.
 
+use std::time::Duration;
+
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::{Buckets, Layout, Peers, Strategy, leaves};
@@ -253,6 +255,10 @@ impl Strategy for Zero1 {
 
     fn settle(&mut self) -> Result<(), TorchError> {
         self.gathering.drain(..).try_for_each(Pending::wait)
+    }
+
+    fn set_patience(&self, limit: Duration) -> Result<(), TorchError> {
+        self.group.set_timeout(limit)
     }
 
     fn zero_grad(&mut self) -> Result<(), TorchError> {

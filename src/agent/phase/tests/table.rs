@@ -25,7 +25,15 @@ const ROWS: &[(&str, Provoke)] = &[
     ("fetched", |_| fetched()),
     ("fetch damaged", |_| Event::Fetched(Err(CheckpointError::Damaged { object: "x".into(), reason: "y".into() }))),
     ("fetch fails", |_| Event::Fetched(Err(CheckpointError::Internal("x".into())))),
-    ("ready, the last", |_| said(Rank(1), FromWorker::Ready)),
+    ("ready, the last", |_| said(Rank(1), FromWorker::Ready { fingerprint: None })),
+    ("ready, the last, and differs", |rig| {
+        if rig.phase() == "Loading" {
+            *rig = fetching();
+        }
+        let ready = |of| FromWorker::Ready { fingerprint: Some(Fingerprint(of)) };
+        let _ = rig.feed(said(Rank(0), ready(1)));
+        said(Rank(1), ready(2))
+    }),
     ("frozen, the last", |rig| {
         if rig.phase() == "Training" {
             let _ = rig.feed(rebalance());
@@ -48,6 +56,11 @@ const ROWS: &[(&str, Provoke)] = &[
         rig.feed_all((13..=20).flat_map(|step| RANKS.map(|rank| finished(rank, step))));
         let _ = rig.feed(captured(Rank(0), 20, 1));
         captured(Rank(1), 20, 1)
+    }),
+    ("captured 20, and differs", |rig| {
+        rig.feed_all((13..=20).flat_map(|step| RANKS.map(|rank| finished(rank, step))));
+        let _ = rig.feed(captured_other(Rank(0), 20, 1));
+        captured_other(Rank(1), 20, 1)
     }),
     ("stalled by 10", |_| said(Rank(0), FromWorker::Stalled { step: Step(10), stall_s: 0.1 })),
     ("validated, the last", |rig| {
@@ -196,7 +209,7 @@ kinds! {
     Event::Notice(_) => "notice, 25 s",
     Event::Worker(WorkerEvent::Message(_, FromWorker::Listening { .. })) => "listening",
     Event::Worker(WorkerEvent::Message(_, FromWorker::Built { .. })) => "built, the last",
-    Event::Worker(WorkerEvent::Message(_, FromWorker::Ready)) => "ready, the last",
+    Event::Worker(WorkerEvent::Message(_, FromWorker::Ready { .. })) => "ready, the last",
     Event::Worker(WorkerEvent::Message(_, FromWorker::Frozen { .. })) => "frozen, the last",
     Event::Worker(WorkerEvent::Message(_, FromWorker::Step(_))) => "step, the last",
     Event::Worker(WorkerEvent::Message(_, FromWorker::Captured { .. })) => "captured 20, the last",

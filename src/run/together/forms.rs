@@ -16,7 +16,9 @@ use crate::{
     checkpoint::{catalog, restore},
     error::{Error, Kind, Result},
     ids::{NodeId, NodeRanks, Rank, WorldSize},
-    journal::{Formation, Formed, FormedReason, Gone, JournalError, ResumePoint, RosterEntry, Succession},
+    journal::{
+        Checkpoint, Formation, Formed, FormedReason, Gone, JournalError, ResumePoint, RosterEntry, RunState, Succession,
+    },
     layout,
     report::Event,
     run::{Runner, Seating, open::effective, words::short},
@@ -33,6 +35,7 @@ impl Runner {
             return Ok(Some(false));
         }
         self.resolved.workload.is_still_there()?;
+        let before = self.journal.state();
         let load = match self.choose_with_data().await {
             Ok(load) => load,
             Err(error) if error.kind() == Kind::Unavailable => {
@@ -41,8 +44,14 @@ impl Runner {
             }
             Err(error) => return Err(error),
         };
+        // The desk reads on meanwhile, so that the append itself would not notice.
+        let now = self.journal.state();
+        let newest = |state: &RunState| state.newest().map(Checkpoint::point);
+        if (now.generation(), newest(&now), now.outcome()) != (before.generation(), newest(&before), before.outcome()) {
+            return Ok(Some(false));
+        }
         let here: BTreeSet<&NodeId> = roster.iter().map(|entry| &entry.node).collect();
-        let before = continues.as_ref().map(|roster| roster.generation);
+        let continued = continues.as_ref().map(|roster| roster.generation);
         let old: BTreeSet<&NodeId> = continues.iter().flat_map(|old| &old.members).map(|member| &member.node).collect();
         let why = |node: &NodeId| {
             let told = out.iter().find(|(out, _)| out == node).map(|(_, why)| why.clone());
@@ -74,7 +83,7 @@ impl Runner {
             reason,
             data: Some(self.resolved.workload.data().clone()),
             succession: Succession {
-                continues: before,
+                continues: continued,
                 gone,
                 joined,
                 why: memory.story.differed.as_deref().map(short),

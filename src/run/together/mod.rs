@@ -180,6 +180,10 @@ impl Runner {
             let after = match call {
                 Call::Form(_) if self.was_stopped(&memory).await => return self.leaves(memory.story.finished),
                 Call::Form(proposal) => {
+                    // It has just joined, and what it knows of the run may be old.
+                    if let Some(then) = self.has_completed(&memory).await? {
+                        return Ok(Outcome::Completed { then });
+                    }
                     let stands = or_notice(notices, &reporter, self.propose(*proposal, &mut memory)).await;
                     let Some(stands) = stands else { return self.leaves_between(&memory, notices.left()).await };
                     desk.tell(Tell::Appended(stands?));
@@ -496,6 +500,13 @@ impl Runner {
                     return Ok(After::Over(self.leaves(memory.story.finished)?));
                 }
                 Ok(After::Wait)
+            }
+            // The last save needed a node that is lost: the others do it again.
+            Err(error) if error.kind() == Kind::Unavailable && !members.parted.is_empty() && !members.asked_here => {
+                tracing::warn!(%error, "the group forms anew");
+                let gone = self.gone(left).await;
+                self.slots.end_generation(gone).await?;
+                Ok(After::Again)
             }
             Err(error) => {
                 if super::is_recorded(error.kind()) {

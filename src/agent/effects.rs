@@ -40,8 +40,8 @@ pub enum Order {
     LayOut(Vec<TensorSpec>),
     /// The fetched checkpoint lies in its slot: hold it there for workers that crash.
     Received,
-    /// A slot's snapshot is committed: hold it for workers that crash. A member of a group holds its own part by itself,
-    /// as soon as that is in the store.
+    /// A slot's snapshot is committed: hold it for workers that crash. A member of a group holds its own part by
+    /// itself, as soon as that is in the store.
     Hold {
         /// The slot.
         slot: u8,

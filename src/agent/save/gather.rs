@@ -67,8 +67,8 @@ impl Fetching {
 }
 
 impl Fetch {
-    /// Fetches all of it, beside the event loop; the result goes to `done`. `told`: the step whose state this is, if the
-    /// log shall say where it came from.
+    /// Fetches all of it, beside the event loop; the result goes to `done`. `told`: the step whose state this is, if
+    /// the log shall say where it came from.
     pub fn start(
         self,
         store: Store,

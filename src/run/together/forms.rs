@@ -78,6 +78,10 @@ impl Runner {
             data: Some(self.resolved.workload.data().clone()),
             succession: Succession { continues: before, gone, joined },
         };
+        // The journal may have been read on since: a proposal of one generation must not become the one behind it.
+        if self.journal.state().generation().next() != generation {
+            return Ok(Some(false));
+        }
         match self.journal.form(formed).await {
             Ok(generation) => {
                 self.overrides.clear();

@@ -89,6 +89,10 @@ impl Runner {
                 why: memory.story.differed.as_deref().map(short),
             },
         };
+        // The journal may have been read on since: a proposal of one generation must not become the one behind it.
+        if self.journal.state().generation().next() != generation {
+            return Ok(Some(false));
+        }
         match self.journal.form(formed).await {
             Ok(generation) => {
                 self.overrides.clear();

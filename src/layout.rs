@@ -5,6 +5,7 @@
 //!   journal/00000000000000000000.json …     numbered from 0 without a gap, created once
 //!   summaries/16/0…0128/0…0144 …            records 128 to 143 once more: a long run opens faster; created once
 //!   nodes/<node-id>.json                    heartbeat, overwritten by its owner alone
+//!   nodes/<node-id>/trace-g0003-r00002     what rank 2 of generation 3 told of its collectives before it was killed
 //!   drains/g0003.json                       somebody asks generation 3 to save and stop; created once
 //!   checkpoints/s00001200-g0003/            data of one attempt; a (step, generation) pair is written once
 //!      model-00001-of-00004.safetensors     model.safetensors.index.json
@@ -14,7 +15,7 @@
 //! ```
 //! Numbers are padded so that listings read well, but they are compared as numbers: padding is not a limit.
 
-use crate::ids::{Generation, NodeId, Step};
+use crate::ids::{Generation, NodeId, Rank, Step};
 
 /// Folder of the journal.
 pub const JOURNAL: &str = "journal";
@@ -93,6 +94,11 @@ pub fn summary_number(key: &str) -> Option<u64> {
 /// Key of a node's heartbeat.
 pub fn heartbeat(node: &NodeId) -> String {
     format!("{NODES}/{node}.json")
+}
+
+/// Key of the trace of a rank's collectives, which its node keeps.
+pub fn trace(node: &NodeId, generation: Generation, rank: Rank) -> String {
+    format!("{NODES}/{node}/trace-g{:04}-r{:05}", generation.get(), rank.get())
 }
 
 /// The node of a heartbeat's key; `None` for anything else.

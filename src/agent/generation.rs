@@ -42,7 +42,7 @@ use crate::{
     report::Reporter,
     snapshot::cadence::Measured,
     storage::Store,
-    workload::Workload,
+    workload::{Collectives, Workload},
 };
 
 const TICK: Duration = Duration::from_millis(200);
@@ -70,6 +70,8 @@ pub struct Plan {
     pub nearest: bool,
     /// Where rank 0 serves the ranks' store; port 0: one of the kernel's choice.
     pub store: SocketAddr,
+    /// What workers are told of their collectives.
+    pub collectives: Arc<Collectives>,
     /// The generation before this one has ended because the states of its ranks differed.
     pub doubted: bool,
 }
@@ -232,7 +234,8 @@ pub async fn run(
 ) -> Result<End> {
     let (senders, mut answers) = effects::channels();
     slots.begin_generation()?;
-    let workers = Workers::start(&start.workload, start.upload.ranks, slots.shared(), &senders.workers)?;
+    let Plan { workload, collectives, upload, .. } = &start;
+    let workers = Workers::start(workload, collectives, upload.ranks, slots.shared(), &senders.workers)?;
     let mut node = Node::begin(&start, slots, workers)?;
     let began = Instant::now();
     let incoming = node.load(senders.fetched.clone())?;

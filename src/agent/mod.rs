@@ -15,6 +15,7 @@
 //! | `states` | whether all ranks have the same state |
 //! | `save` | when a step is saved, where it lies in memory, how it gets to the store |
 //! | `drain` | the response to a notice: how much can still be saved, and how long that takes |
+//! | `traces` | what ranks tell of their collectives before they are killed |
 //! | `upkeep` | the care for checkpoints that the run keeps |
 //! | `workers` | the worker processes |
 //! | `fence` | a look at the journal now and then: is the run still ours? |
@@ -38,6 +39,7 @@ mod phase;
 pub(crate) mod restart;
 mod save;
 mod states;
+mod traces;
 mod upkeep;
 mod workers;
 

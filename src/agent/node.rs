@@ -11,7 +11,7 @@
 //! answered, and the leader decides. *Cancel:* [`Node::ends_workers`] and the methods before it end all work under way;
 //! requests already sent to the store may land.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::{
@@ -27,7 +27,9 @@ use super::{
         gather::{Fetched, Fetching},
         put::{self, Put},
         slots::Slots,
+        upload,
     },
+    traces::Traces,
     workers::Workers,
 };
 use crate::{
@@ -127,7 +129,16 @@ impl<'a> Node<'a> {
             Order::Hold { slot, step, generation, checksums } => self.slots.hold(slot, step, generation, &checksums),
             Order::Kill => {
                 if let Some(workers) = self.workers.take() {
-                    self.killing = Some(tokio::spawn(workers.kill()));
+                    let upload::Context { run, node, generation, ranks, .. } = self.start.upload.clone();
+                    let collectives = Arc::clone(&self.start.collectives);
+                    let traces = Traces { collectives, run, node, generation, ranks };
+                    self.killing = Some(tokio::spawn(async move {
+                        let told = traces.ask().await;
+                        workers.kill().await;
+                        if !told.is_empty() {
+                            tokio::spawn(async move { traces.keep(told).await });
+                        }
+                    }));
                 }
             }
         }

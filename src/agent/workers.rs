@@ -29,7 +29,7 @@ use crate::{
     ids::{LocalRank, NodeRanks, Rank},
     protocol::{self, FromWorker, MAX_MESSAGE, SLOT_FDS, ToWorker},
     snapshot::image::SharedImage,
-    workload::Workload,
+    workload::{Collectives, Workload},
 };
 
 /// The most bytes kept of a line of a worker's standard error.
@@ -70,6 +70,7 @@ impl Workers {
     /// Starts this node's processes, of these ranks; their events go to `events`.
     pub fn start(
         workload: &Workload,
+        collectives: &Collectives,
         ranks: NodeRanks,
         slots: [&SharedImage; 2],
         events: &mpsc::UnboundedSender<WorkerEvent>,
@@ -77,7 +78,7 @@ impl Workers {
         let mut handles = Vec::with_capacity(ranks.workers as usize);
         for local in ranks.locals() {
             let rank = ranks.rank(local);
-            let handle = start_one(rank, workload.command(), slots, events.clone())
+            let handle = start_one(rank, workload.command(collectives), slots, events.clone())
                 .map_err(|error| Error::from_source(Kind::Bug, error).context(format!("start worker {rank}")))?;
             handles.push(handle);
         }

@@ -22,6 +22,7 @@ pub mod metadata;
 pub mod power;
 pub mod quota;
 pub mod region;
+pub mod routes;
 pub mod sqs;
 pub mod ssm;
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! This machine's network toward the other nodes: the size of its packets, and its EFA adapters.
 //!
 //! Everything is read from the kernel's file trees, below the root of [`hardware`]; a file that can't be read counts as
-//! missing. Routes are those of the main table (proc(5): `/proc/net/route`, `/proc/net/ipv6_route`).
+//! missing.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -12,7 +12,10 @@ use rustix::process::{Resource, getrlimit};
 
 use super::verdict::Line;
 use crate::{
-    cloud::hardware::{self, Maker},
+    cloud::{
+        hardware::{self, Maker},
+        routes,
+    },
     env,
     error::Kind,
     report::human,
@@ -37,7 +40,7 @@ const DEFAULT: [&str; 6] = ["lib64", "usr/lib64", "lib", "usr/lib", "lib/x86_64-
 /// The lines about the network `toward` another node; `None`: no address is known.
 pub(super) fn look(toward: Option<IpAddr>) -> Vec<Line> {
     let root = hardware::root();
-    let interface = toward.and_then(|toward| interface(&root, toward));
+    let interface = toward.and_then(|toward| routes::interface(&root, toward));
     let bytes = interface.as_deref().and_then(|name| packet(&root, name));
     let mut lines = vec![mtu(interface.as_deref(), bytes, hardware::maker(&root))];
     let wanted = plugin_name(env::text("NCCL_NET_PLUGIN").as_deref());
@@ -60,50 +63,6 @@ fn names(folder: PathBuf) -> Vec<String> {
     let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
     names.sort();
     names
-}
-
-/// The interface whose route leads to `toward`.
-fn interface(root: &Path, toward: IpAddr) -> Option<String> {
-    match toward {
-        _ if toward.is_loopback() => Some("lo".to_owned()),
-        IpAddr::V4(toward) => route_v4(&text(root.join("proc/net/route")), toward),
-        IpAddr::V6(toward) => route_v6(&text(root.join("proc/net/ipv6_route")), toward),
-    }
-}
-
-const UP: u32 = 0x1;
-const REJECT: u32 = 0x200;
-
-fn hex(text: &str) -> Option<u32> {
-    u32::from_str_radix(text, 16).ok()
-}
-
-/// The longest prefix, and of several the lowest metric.
-fn best(routes: impl Iterator<Item = (u32, u32, String)>) -> Option<String> {
-    routes.max_by_key(|(prefix, metric, _)| (*prefix, std::cmp::Reverse(*metric))).map(|(.., interface)| interface)
-}
-
-/// By a table of `Iface Destination Gateway Flags RefCnt Use Metric Mask …`, addresses as they lie in memory.
-fn route_v4(table: &str, toward: Ipv4Addr) -> Option<String> {
-    best(table.lines().skip(1).filter_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let [interface, destination, _, flags, _, _, metric, mask, ..] = fields[..] else { return None };
-        let (destination, mask) = (u32::from_be(hex(destination)?), u32::from_be(hex(mask)?));
-        let leads = hex(flags)? & (UP | REJECT) == UP && u32::from(toward) & mask == destination;
-        leads.then(|| Some((mask.count_ones(), metric.parse().ok()?, interface.to_owned())))?
-    }))
-}
-
-/// By a table of `destination length source length gateway metric … flags interface`.
-fn route_v6(table: &str, toward: Ipv6Addr) -> Option<String> {
-    best(table.lines().filter_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let [destination, length, _, _, _, metric, _, _, flags, interface] = fields[..] else { return None };
-        let (destination, length) = (u128::from_str_radix(destination, 16).ok()?, hex(length)?.min(128));
-        let mask = u128::MAX.checked_shl(128 - length).unwrap_or(0);
-        let leads = hex(flags)? & (UP | REJECT) == UP && u128::from(toward) & mask == destination & mask;
-        leads.then(|| Some((length, hex(metric)?, interface.to_owned())))?
-    }))
 }
 
 /// The largest packet of an interface, bytes.
@@ -257,62 +216,13 @@ mod tests {
         *,
     };
 
-    /// 10.0.0.0/20 and 172.17.0.0/16 on links, the rest by two gateways; one link is down, one route rejects.
-    const V4: &str = "\
-Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
-ens5\t00000000\t0100000A\t0003\t0\t0\t512\t00000000\t0\t0\t0
-ens6\t00000000\t0101000A\t0003\t0\t0\t100\t00000000\t0\t0\t0
-ens5\t0000000A\t00000000\t0001\t0\t0\t512\t00F0FFFF\t0\t0\t0
-docker0\t000011AC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0
-down0\t0000000A\t00000000\t0000\t0\t0\t0\t00FFFFFF\t0\t0\t0
-lo\t000012AC\t00000000\t0201\t0\t0\t0\t0000FFFF\t0\t0\t0
-garbled line
-";
-
-    /// fd00::/8 and fd00:0:0:1::/64 on links, the rest by a gateway; and the kernel's own route that rejects.
-    fn v6_table() -> String {
-        let row = |destination: &str, length: &str, metric: &str, flags: &str, interface: &str| {
-            let zeros = "0".repeat(32);
-            format!("{destination:0<32} {length} {zeros} 00 {zeros} {metric} 00000001 00000000 {flags} {interface}\n")
-        };
-        [
-            row("fd", "08", "00000100", "00000001", "ens5"),
-            row("fd00000000000001", "40", "00000100", "00000001", "ens7"),
-            row("", "00", "00000400", "00000003", "ens5"),
-            row("", "00", "00000000", "00200200", "lo"),
-        ]
-        .concat()
-    }
-
-    #[test]
-    fn the_route_with_the_longest_prefix_and_the_lowest_metric_leads() {
-        let v4 = |text: &str| route_v4(V4, text.parse().unwrap());
-        assert_eq!(v4("10.0.15.255").as_deref(), Some("ens5"));
-        assert_eq!(v4("10.0.16.1").as_deref(), Some("ens6"), "outside of the subnet: the cheaper gateway");
-        assert_eq!(v4("172.17.3.4").as_deref(), Some("docker0"));
-        assert_eq!(v4("172.18.3.4").as_deref(), Some("ens6"), "a route that rejects is none");
-        assert_eq!(route_v4("", Ipv4Addr::LOCALHOST), None);
-        let table = v6_table();
-        let v6 = |text: &str| route_v6(&table, text.parse().unwrap());
-        assert_eq!(v6("fd00:0:0:1::9").as_deref(), Some("ens7"));
-        assert_eq!(v6("fd00:0:0:2::9").as_deref(), Some("ens5"));
-        assert_eq!(v6("2001:db8::1").as_deref(), Some("ens5"));
-        assert_eq!(route_v6(&table[..table.len() / 4], "2001:db8::1".parse().unwrap()), None);
-    }
-
     #[test]
     fn a_packets_size_is_read_and_judged() {
         let root = tempfile::tempdir().unwrap();
         let interfaces = root.path().join("sys/class/net/ens5");
         std::fs::create_dir_all(&interfaces).unwrap();
         std::fs::write(interfaces.join("mtu"), "9001\n").unwrap();
-        std::fs::create_dir_all(root.path().join("proc/net")).unwrap();
-        std::fs::write(root.path().join("proc/net/route"), V4).unwrap();
-        let toward = interface(root.path(), "10.0.0.9".parse().unwrap());
-        assert_eq!(toward.as_deref(), Some("ens5"));
         assert_eq!((packet(root.path(), "ens5"), packet(root.path(), "ens6")), (Some(9001), None));
-        assert_eq!(interface(root.path(), "127.0.0.2".parse().unwrap()).as_deref(), Some("lo"));
-        assert_eq!(interface(root.path(), "fd00::1".parse().unwrap()), None);
 
         let of = |bytes, maker| mtu(Some("ens5"), Some(bytes), maker);
         assert_eq!(is(&of(9001, Maker::Amazon)), OK);

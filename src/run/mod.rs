@@ -72,7 +72,7 @@ use crate::{
     report::{Event, Reporter},
     snapshot::cadence::Measured,
     storage::{Held, Store},
-    workload,
+    workload::{self, Collectives},
 };
 
 /// How long removing the heartbeat at the end may take. If it stays, the next agent only waits a little longer.
@@ -603,6 +603,11 @@ impl Runner {
             measured: self.measured(),
             nearest: self.is_together(),
             store: seating.store,
+            collectives: Arc::new(if seating.others.is_empty() {
+                Collectives::default()
+            } else {
+                resolved.workload.collectives(seating.store.ip())
+            }),
             doubted: differed,
         }
     }

@@ -9,6 +9,7 @@
 //! - `prepare`: everything that a configuration names, checked and fetched; `loopback`, whether ranks reach each other
 //! - `provenance`: whether data and checkpoints are those that the run was made of
 //! - [`initial`], `companions`: a model folder's weights and tokenizer, and the files taken along into checkpoints
+//! - `collectives`: what NCCL is told on a node of several
 //! - `command`, `inherited`: the process of a worker, and what it inherits of the environment
 //! - `reports`: what the reports of all ranks become
 //! - `words`: hints that name settings of the work
@@ -26,6 +27,7 @@
 pub mod initial;
 pub mod words;
 
+mod collectives;
 mod command;
 mod companions;
 mod inherited;
@@ -34,11 +36,16 @@ mod prepare;
 mod provenance;
 mod reports;
 
-use std::{net::SocketAddr, num::NonZeroU64, process::Command};
+use std::{
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU64,
+    process::Command,
+};
 
 use bytes::Bytes;
 
 pub use self::{
+    collectives::{Collectives, Recorder},
     companions::Files,
     prepare::Site,
     provenance::{MadeOf, names_data, newest_usable},
@@ -46,7 +53,7 @@ pub use self::{
 };
 use crate::{
     checkpoint::{manifest::TrainerState, restore::RemoteFile},
-    config::{Shares, Spread, StorageConfig, TrainTask},
+    config::{Device, Shares, Spread, StorageConfig, TrainTask},
     data::{LocalDataset, identity},
     error::{Error, Kind, Result},
     ids::{DatasetId, Generation, LocalRank, NodeRanks, RunId, Step, WorldSize},
@@ -139,9 +146,18 @@ impl Workload {
         Ok(Some((folder, files)))
     }
 
+    /// What workers are told of their collectives, on a node of several that the others reach at `address`.
+    pub fn collectives(&self, address: IpAddr) -> Collectives {
+        // Without NCCL there is nobody to tell.
+        let computes_on_gpus = cfg!(torch_cuda) && self.task.parallel.device != Device::Cpu;
+        if computes_on_gpus { Collectives::on_gpus(address) } else { Collectives::default() }
+    }
+
     /// The process of a worker.
-    pub fn command(&self) -> Command {
-        command::worker(self.task.train.threads)
+    pub fn command(&self, collectives: &Collectives) -> Command {
+        let mut command = command::worker(self.task.train.threads);
+        collectives.tell(&mut command);
+        command
     }
 
     /// What this worker, of a node with these ranks, is told first; rank 0 serves the ranks' store at `store`.

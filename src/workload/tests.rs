@@ -60,8 +60,10 @@ async fn a_worker_learns_its_task_and_nothing_else_of_the_configuration() {
     let task = Task::read(task).unwrap();
     assert_eq!((&task.config, &task.data), (&config.workload, workload.data()));
     assert!(task.data_dir.join(layout::TOKENIZER).is_file());
-    let threads =
-        workload.command().get_envs().any(|(name, value)| name == "OMP_NUM_THREADS" && value == Some("3".as_ref()));
+    let threads = workload
+        .command(&Collectives::default())
+        .get_envs()
+        .any(|(name, value)| name == "OMP_NUM_THREADS" && value == Some("3".as_ref()));
     assert!(threads);
 }
 

@@ -88,6 +88,7 @@ impl Stage {
             nearest: false,
             store: "127.0.0.1:0".parse().unwrap(),
             doubted: false,
+            collectives: Arc::default(),
         };
         Self { plan, slots: Slots::create().unwrap(), reporter, heard, store }
     }
@@ -95,7 +96,8 @@ impl Stage {
     fn begin(&mut self) -> (Lead<'_>, Answers) {
         let (senders, answers) = channels();
         let (none, events) = (NodeRanks::alone(0), &senders.workers);
-        let workers = Workers::start(&self.plan.workload, none, self.slots.shared(), events).unwrap();
+        let workers =
+            Workers::start(&self.plan.workload, &self.plan.collectives, none, self.slots.shared(), events).unwrap();
         let node = Node::begin(&self.plan, &mut self.slots, workers).unwrap();
         (Lead::begin(&self.plan, Instant::now(), node, Others::none(), &self.reporter, senders), answers)
     }

@@ -233,7 +233,7 @@ fn private_bytes(pid: u32) -> Option<u64> {
     Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
 }
 
-fn family(root: u32) -> BTreeSet<u32> {
+pub fn family(root: u32) -> BTreeSet<u32> {
     let Ok(entries) = fs::read_dir("/proc") else { return BTreeSet::new() };
     let pids: Vec<u32> = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
     let parents: Vec<(u32, u32)> =

@@ -16,6 +16,7 @@
 
 mod contender;
 mod figures;
+mod group;
 mod journal;
 mod lab;
 mod large;
@@ -84,6 +85,15 @@ enum What {
         #[arg(long, default_value = "target")]
         scratch: std::path::PathBuf,
     },
+    /// Several nodes on this machine: what the loss of one costs, and an idle agent
+    Group {
+        /// Rounds, each of five losses
+        #[arg(long, default_value_t = 3)]
+        rounds: u32,
+        /// Prove the script: nothing is kept, and no idle group is measured
+        #[arg(long)]
+        quick: bool,
+    },
     /// The S3 server: prints its endpoint, serves until its standard input ends
     ServeS3,
 }
@@ -113,6 +123,7 @@ fn main() -> ExitCode {
             transfer::run(transfer::Task { mib, rounds, concurrency, part_mib }, &scratch)
         }
         What::Journal { records, created, scratch } => journal::run(records, &created, &scratch),
+        What::Group { rounds, quick } => group::run(rounds, quick),
         What::ServeS3 => serve(),
     };
     match outcome {

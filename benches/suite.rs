@@ -262,7 +262,7 @@ impl Bench {
 }
 
 /// This program's own source as text: it is always available, and its content does not matter here.
-fn prepare_data(out: &Path) -> Result<()> {
+pub fn prepare_data(out: &Path) -> Result<()> {
     let text = format!("{ROOT}/src/**/*.rs");
     let done = Command::new(env!("CARGO_BIN_EXE_trainer"))
         .args([

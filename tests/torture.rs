@@ -9,8 +9,10 @@
 
 mod audit;
 mod campaign;
+mod group;
 mod plan;
 mod random;
+mod soak;
 mod stage;
 mod streams;
 mod tally;

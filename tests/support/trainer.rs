@@ -325,6 +325,21 @@ impl Running {
             heard = self.ear.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
+    /// The events from number `seen` on; moves `seen` behind them.
+    pub fn heard(&self, seen: &mut usize) -> Vec<Event> {
+        let heard = hear(&self.ear);
+        let new = heard.events[*seen..].to_vec();
+        *seen = heard.events.len();
+        new
+    }
+    /// Whether the agent has ended, whatever of its output is still to be read.
+    pub fn has_ended(&self) -> bool {
+        matches!(state(self.pid), None | Some('Z' | 'X'))
+    }
+    /// Whether SIGSTOP has stopped the agent.
+    pub fn is_stopped(&self) -> bool {
+        state(self.pid) == Some('T')
+    }
     /// Waits until the run is held at the step of [`Trainer::hold_after`].
     #[track_caller]
     pub fn held(&self) -> Pid {

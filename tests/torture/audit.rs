@@ -11,7 +11,7 @@ use std::{
 
 use serde_json::Value;
 
-use crate::support::lab::Lab;
+use crate::support::lab::{Lab, Store};
 
 /// The broken promise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -60,6 +60,19 @@ pub struct Formed {
     pub generation: u64,
     /// What it resumes from.
     pub resume: Option<Place>,
+    /// Its nodes, the leader first.
+    pub roster: Vec<String>,
+    /// Workers of all its nodes.
+    pub world: u64,
+}
+
+/// Who may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Writers {
+    /// One node at a time, with so many workers.
+    One(u32),
+    /// At most so many nodes at a time, with one worker each.
+    Group(u32),
 }
 
 /// A run according to its journal.
@@ -77,8 +90,8 @@ pub struct View {
     pub failed: Option<String>,
     /// Interrupted generations: generation, last step, lost steps.
     pub interrupted: Vec<(u64, u64, u64)>,
-    /// The node that formed the newest generation.
-    holder: String,
+    /// Nodes that a generation has left out: their names are used up.
+    left_out: BTreeSet<String>,
 }
 
 impl View {
@@ -94,29 +107,79 @@ impl View {
     pub fn generation(&self) -> u64 {
         self.formed.last().map_or(0, |formed| formed.generation)
     }
+    /// The nodes of the newest generation, the leader first.
+    fn roster(&self) -> &[String] {
+        self.formed.last().map_or(&[], |formed| &formed.roster)
+    }
+    /// The ranks of every generation up to and with this one, if they are the same.
+    fn world_until(&self, generation: u64) -> Option<u64> {
+        let mut worlds = self.formed.iter().filter(|formed| formed.generation <= generation).map(|formed| formed.world);
+        let first = worlds.next()?;
+        worlds.all(|world| world == first).then_some(first)
+    }
 }
 
 /// Name, size and checksum of every file of a checkpoint.
 type State = Vec<(String, u64, String)>;
 
-/// The state after each step on each number of ranks, as first seen in any run.
-static STATES: Mutex<BTreeMap<(u32, u64), State>> = Mutex::new(BTreeMap::new());
+/// Runs whose states are the same: those with the same settings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+enum Family {
+    #[default]
+    One,
+    Groups,
+    /// No other run.
+    Alone,
+}
+
+/// The state after each step on each number of ranks, as first seen in any run of a family.
+static STATES: Mutex<BTreeMap<(Family, u64, u64), State>> = Mutex::new(BTreeMap::new());
+
+/// How often a living run must show the same broken promise: what is deleted or written meanwhile shows once.
+const LOOKS: usize = 5;
 
 /// Checks one run again and again.
 #[derive(Debug, Default)]
 pub struct Auditor {
     journal: Vec<Vec<u8>>,
+    family: Family,
 }
 
 impl Auditor {
+    /// For a run with settings of its own.
+    pub fn apart() -> Self {
+        Self { family: Family::Alone, ..Self::default() }
+    }
+
+    /// For a run with the settings of groups.
+    pub fn of_groups() -> Self {
+        Self { family: Family::Groups, ..Self::default() }
+    }
+
     /// Reads the whole store of a run on which no agent is at work.
     pub fn audit(&mut self, lab: &Lab, run: &str, ranks: u32) -> Checked<View> {
-        let keys: BTreeSet<String> = lab.keys(run, "").into_iter().collect();
-        let view = self.read_journal(lab, run, &keys, ranks)?;
+        self.look(lab, run, Writers::One(ranks))
+    }
+
+    /// The same of a run of at most so many nodes with one worker each; they may be at work.
+    pub fn audit_group(&mut self, lab: &Lab, run: &str, most: u32) -> Checked<View> {
+        let mut last = self.look(lab, run, Writers::Group(most));
+        for _ in 1..LOOKS {
+            if last.is_ok() {
+                break;
+            }
+            last = self.look(lab, run, Writers::Group(most));
+        }
+        last
+    }
+
+    fn look(&mut self, lab: &Lab, run: &str, writers: Writers) -> Checked<View> {
+        let view = self.read_journal(lab, run, writers)?;
         for &(step, generation) in view.standing.keys() {
-            let state = whole_checkpoint(lab, run, &keys, &view, (step, generation))?;
+            let state = whole_checkpoint(lab, run, &view, (step, generation))?;
+            let Some(world) = view.world_until(generation).filter(|_| self.family != Family::Alone) else { continue };
             let mut states = STATES.lock().unwrap_or_else(PoisonError::into_inner);
-            let first = states.entry((ranks, step)).or_insert_with(|| state.clone());
+            let first = states.entry((self.family, world, step)).or_insert_with(|| state.clone());
             demand(*first == state, Promise::DamagedResume, || {
                 format!("step {step} of generation {generation} holds {state:?}; others had {first:?}")
             })?;
@@ -124,8 +187,8 @@ impl Auditor {
         Ok(view)
     }
 
-    fn read_journal(&mut self, lab: &Lab, run: &str, keys: &BTreeSet<String>, ranks: u32) -> Checked<View> {
-        let mut numbers: Vec<u64> = keys.iter().filter_map(|key| number(key)).collect();
+    fn read_journal(&mut self, lab: &Lab, run: &str, writers: Writers) -> Checked<View> {
+        let mut numbers: Vec<u64> = lab.keys(run, "journal/").iter().filter_map(|key| number(key)).collect();
         numbers.sort_unstable();
         demand(numbers.iter().copied().eq(0..numbers.len() as u64), Promise::LostCheckpoint, || {
             format!("the journal is not numbered without a gap: {numbers:?}")
@@ -143,7 +206,7 @@ impl Auditor {
                 })?,
                 None => self.journal.push(bytes.clone()),
             }
-            view.apply(number, &bytes, ranks)?;
+            view.apply(number, &bytes, writers)?;
         }
         Ok(view)
     }
@@ -169,7 +232,53 @@ impl View {
         })
     }
 
-    fn apply(&mut self, number: u64, bytes: &[u8], ranks: u32) -> Checked {
+    /// A new generation of `node`.
+    fn form(&mut self, node: &str, record: &Value, writers: Writers) -> Checked {
+        let wrong = |how: &str| Violation { promise: Promise::Other, how: format!("{how}: {record}") };
+        let generation = record["generation"].as_u64().unwrap_or_default();
+        demand(generation == self.generation() + 1, Promise::DoubleCommit, || {
+            format!("generation {generation} follows {}", self.generation())
+        })?;
+        let resume = record["resume"]["step"].as_u64().zip(record["resume"]["generation"].as_u64());
+        demand(resume == self.newest(), Promise::DamagedResume, || {
+            format!("generation {generation} resumes from {resume:?}, the newest is {:?}", self.newest())
+        })?;
+        let world = record["world_size"].as_u64().unwrap_or_default();
+        let members = record["roster"].as_array().into_iter().flatten();
+        let roster: Vec<String> = members.map(|it| it["node"].as_str().unwrap_or_default().to_owned()).collect();
+        let nodes: BTreeSet<String> = roster.iter().cloned().collect();
+        demand(roster.first().is_some_and(|leader| leader == node), Promise::DoubleCommit, || {
+            wrong("a generation that its leader has not formed").how
+        })?;
+        let fits = match writers {
+            Writers::One(ranks) => world == u64::from(ranks) && nodes.len() == 1,
+            Writers::Group(most) => world == nodes.len() as u64 && nodes.len() <= most as usize,
+        };
+        demand(fits && nodes.len() == roster.len(), Promise::Other, || wrong("a roster of other nodes or ranks").how)?;
+        if let Some(old) = nodes.intersection(&self.left_out).next() {
+            return Err(wrong(&format!("{old} was left out and comes back under that name")));
+        }
+        // Who comes and goes is said, and true.
+        if let Some(continued) = record["continues"].as_u64() {
+            // A follower may not have read yet that its leader has recorded an interruption; that is no harm.
+            let ended = self.completed.is_some();
+            demand(continued + 1 == generation && !ended, Promise::Other, || wrong("continues another").how)?;
+            let before: BTreeSet<String> = self.roster().iter().cloned().collect();
+            let named = |list: &Value, name: fn(&Value) -> &Value| -> BTreeSet<String> {
+                let all = list.as_array().into_iter().flatten();
+                all.map(|it| name(it).as_str().unwrap_or_default().to_owned()).collect()
+            };
+            let gone = named(&record["gone"], |it| &it["node"]);
+            demand(gone == &before - &nodes, Promise::Other, || wrong("is wrong about who is gone").how)?;
+            let joined = named(&record["joined"], |it| it);
+            demand(joined == &nodes - &before, Promise::Other, || wrong("is wrong about who has joined").how)?;
+            self.left_out.extend(gone);
+        }
+        self.formed.push(Formed { generation, resume, roster, world });
+        Ok(())
+    }
+
+    fn apply(&mut self, number: u64, bytes: &[u8], writers: Writers) -> Checked {
         let other = |how: String| Violation { promise: Promise::Other, how: format!("journal record {number}: {how}") };
         let entry: Value = serde_json::from_slice(bytes).map_err(|error| other(error.to_string()))?;
         let record = &entry["record"];
@@ -179,32 +288,33 @@ impl View {
         match kind {
             "created" => return Ok(()),
             "formed" => {
-                let generation = uint("generation")?;
-                demand(generation == self.generation() + 1, Promise::DoubleCommit, || {
-                    format!("generation {generation} follows {}", self.generation())
-                })?;
-                demand(uint("world_size")? == u64::from(ranks), Promise::Other, || other(format!("is {record}")).how)?;
-                let resume = &record["resume"];
-                let resume = resume["step"].as_u64().zip(resume["generation"].as_u64());
-                demand(resume == self.newest(), Promise::DamagedResume, || {
-                    format!("generation {generation} resumes from {resume:?}, the newest is {:?}", self.newest())
-                })?;
-                self.formed.push(Formed { generation, resume });
-                node.clone_into(&mut self.holder);
-                return Ok(());
+                return self
+                    .form(node, record, writers)
+                    .map_err(|found| Violation { how: format!("journal record {number}: {}", found.how), ..found });
             }
             _ => {}
         }
-        // All other records come from the holder of the newest generation.
-        demand(node == self.holder, Promise::DoubleCommit, || {
-            format!("journal record {number} is of node {node}, which {} had fenced: {record}", self.holder)
+        // Any member commits; all other records come from the leader of the newest generation.
+        let may = match kind {
+            "committed" => self.roster().iter().any(|member| member == node),
+            _ => self.roster().first().is_some_and(|leader| leader == node),
+        };
+        demand(may, Promise::DoubleCommit, || {
+            format!(
+                "journal record {number} is of node {node}, the newest generation is of {:?}: {record}",
+                self.roster()
+            )
         })?;
-        if !matches!(kind, "damaged" | "pruned" | "pruned_many") {
+        let keeps_house = matches!(kind, "damaged" | "pruned" | "pruned_many");
+        if !keeps_house {
             let (generation, newest) = (uint("generation")?, self.generation());
             demand(generation == newest, Promise::DoubleCommit, || {
                 format!("journal record {number} speaks for generation {generation}, the newest is {newest}: {record}")
             })?;
         }
+        demand(keeps_house || self.completed.is_none(), Promise::DoubleCommit, || {
+            format!("journal record {number} follows the end of the run: {record}")
+        })?;
         match kind {
             "committed" => {
                 let place = (uint("step")?, uint("generation")?);
@@ -227,11 +337,18 @@ impl View {
                 return demand(false, Promise::LostCheckpoint, || format!("a checkpoint was given up: {record}"));
             }
             "interrupted" => {
-                self.interrupted.push((uint("generation")?, uint("step")?, uint("lost_steps")?));
+                let (step, lost) = (uint("step")?, uint("lost_steps")?);
+                demand(step == self.newest_step() + lost, Promise::LostCheckpoint, || {
+                    other(format!("does not add up, the newest checkpoint is {:?}: {record}", self.newest())).how
+                })?;
+                self.interrupted.push((uint("generation")?, step, lost));
             }
             "completed" => {
-                demand(self.completed.is_none(), Promise::DoubleCommit, || "completed twice".into())?;
-                self.completed = Some(uint("step")?);
+                let step = uint("step")?;
+                demand(step == self.newest_step(), Promise::LostCheckpoint, || {
+                    other(format!("the newest checkpoint is {:?}: {record}", self.newest())).how
+                })?;
+                self.completed = Some(step);
             }
             "failed" => self.failed = record["reason"].as_str().map(str::to_owned),
             "notice" => {}
@@ -242,20 +359,12 @@ impl View {
 }
 
 /// Every byte of a checkpoint against its manifest, the manifest against the journal.
-fn whole_checkpoint(
-    lab: &Lab,
-    run: &str,
-    keys: &BTreeSet<String>,
-    view: &View,
-    (step, generation): Place,
-) -> Checked<State> {
+fn whole_checkpoint(lab: &Lab, run: &str, view: &View, (step, generation): Place) -> Checked<State> {
     let lost = |how: String| Violation {
         promise: Promise::LostCheckpoint,
         how: format!("checkpoint of step {step}, generation {generation}: {how}"),
     };
-    let read = |key: &str| {
-        if keys.contains(key) { Ok(lab.read(run, key)) } else { Err(lost(format!("{key} is gone"))) }
-    };
+    let read = |key: &str| stored(lab, run, key).ok_or_else(|| lost(format!("{key} is gone")));
     let folder = format!("checkpoints/s{step:08}-g{generation:04}");
     let (key, crc) = &view.standing[&(step, generation)];
     if *key != format!("{folder}/manifest.json") {
@@ -287,11 +396,23 @@ fn whole_checkpoint(
             return Err(lost(format!("its manifest names no {part}")));
         }
     }
-    let receipts = keys.iter().filter(|key| key.starts_with(&format!("{folder}/receipt-"))).count();
-    if receipts == 0 {
-        return Err(lost("it has no receipt".into()));
+    // Each node of its generation has put one.
+    let nodes =
+        view.formed.iter().find(|formed| formed.generation == generation).map_or(1, |formed| formed.roster.len());
+    let receipts = lab.keys(run, &format!("{folder}/receipt-")).len();
+    if receipts < nodes {
+        return Err(lost(format!("{receipts} receipts of {nodes} nodes")));
     }
     Ok(state)
+}
+
+/// An object of a run; `None`: there is none.
+fn stored(lab: &Lab, run: &str, key: &str) -> Option<Vec<u8>> {
+    match &lab.store {
+        Store::S3(server, _) => server.read(&format!("runs/{run}/{key}")).map(|bytes| bytes.to_vec()),
+        Store::File(path) => std::fs::read(path.join(run).join(key)).ok(),
+        Store::Moto(_) => panic!("reached by commands alone"),
+    }
 }
 
 /// CRC-64/NVME, 16 hex digits: reflected, polynomial 0xad93d23594c93659, all ones before and after (NVM Express base

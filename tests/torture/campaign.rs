@@ -1,9 +1,9 @@
 //! Many scenarios, several at once, until enough has been killed or the time is over.
 //!
 //! Driven by environment variables, which `scripts/torture` sets: `TORTURE_KILLS`, `TORTURE_MINUTES`, `TORTURE_SEED`,
-//! `TORTURE_JOBS`, `TORTURE_REPLAY`. The campaign's seed gives the scenarios' seeds; each is printed and can be
-//! replayed. The first broken promise ends the campaign and keeps its run's folder. An interrupted campaign ends the
-//! processes that it started.
+//! `TORTURE_JOBS`, `TORTURE_NODES`, `TORTURE_REPLAY`. The campaign's seed gives the scenarios' seeds; each is printed
+//! and can be replayed. The first broken promise ends the campaign and keeps its run's folder. An interrupted campaign
+//! ends the processes that it started.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +17,8 @@ use std::{
 };
 
 use super::{
-    audit::{Promise, Violation},
+    audit::{Checked, Promise, Violation},
+    group::{self, GroupScenario},
     plan::Scenario,
     random::Random,
     stage::Stage,
@@ -36,18 +37,22 @@ pub struct Bounds {
     pub seed: u64,
     /// Scenarios at once.
     pub jobs: u64,
+    /// The most nodes of a run; with one, each run has one node at a time.
+    pub nodes: u32,
     /// One scenario's seed: only this one is played, to its end.
     pub replay: Option<u64>,
+}
+
+/// A number in the environment, decimal or hexadecimal; `None`: it is not there, or empty.
+pub fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok().filter(|text| !text.is_empty())?;
+    let parsed = text.strip_prefix("0x").map_or_else(|| text.parse(), |hex| u64::from_str_radix(hex, 16));
+    Some(parsed.unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
 impl Bounds {
     /// From the environment.
     pub fn of_environment() -> Self {
-        let number = |name: &str| {
-            let text = std::env::var(name).ok().filter(|text| !text.is_empty())?;
-            let parsed = text.strip_prefix("0x").map_or_else(|| text.parse(), |hex| u64::from_str_radix(hex, 16));
-            Some(parsed.unwrap_or_else(|_| panic!("{name}={text} is not a number")))
-        };
         let now =
             || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |t| t.as_nanos() as u64);
         Self {
@@ -55,26 +60,67 @@ impl Bounds {
             time: Duration::from_secs(60 * number("TORTURE_MINUTES").unwrap_or(10)),
             seed: number("TORTURE_SEED").unwrap_or_else(|| Random::new(now()).next()),
             jobs: number("TORTURE_JOBS").unwrap_or(2).max(1),
+            nodes: number("TORTURE_NODES").map_or(1, |nodes| u32::try_from(nodes).expect("a number of nodes")),
             replay: number("TORTURE_REPLAY"),
         }
     }
 }
 
-/// Plays one scenario. A panic of the harness is a violation, too: most likely a process did not end.
-pub fn play(scenario: &Scenario, go_on: &dyn Fn() -> bool) -> (Tally, Result<(), (Violation, PathBuf)>) {
+/// A scenario that is being played, and its tally.
+pub type Played = (Tally, Result<(), (Violation, PathBuf)>);
+
+/// Plays one scenario of one node.
+pub fn play(scenario: &Scenario, go_on: &dyn Fn() -> bool) -> Played {
     let mut stage = Stage::new(scenario);
-    let result = catch_unwind(AssertUnwindSafe(|| stage.play(go_on))).unwrap_or_else(|panic| {
+    let result = caught(|| stage.play(go_on));
+    (stage.tally.clone(), result.map_err(|violation| kept(scenario.seed, violation, |to, it| stage.keep(to, it))))
+}
+
+/// Plays one scenario of several nodes.
+pub fn play_group(scenario: &GroupScenario, go_on: &dyn Fn() -> bool) -> Played {
+    let mut stage = group::Stage::new(scenario);
+    let result = caught(|| stage.play(go_on));
+    (stage.tally.clone(), result.map_err(|violation| kept(scenario.seed, violation, |to, it| stage.keep(to, it))))
+}
+
+/// A panic of the harness is a violation, too: most likely a process did not end.
+fn caught(play: impl FnOnce() -> Checked) -> Checked {
+    catch_unwind(AssertUnwindSafe(play)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic");
         Err(Violation { promise: Promise::Other, how: text.to_owned() })
-    });
-    let tally = stage.tally.clone();
-    let result = result.map_err(|violation| {
-        let kept = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("torture-{:#018x}", scenario.seed));
-        stage.keep(&kept, &violation);
-        (violation, kept)
-    });
-    (tally, result)
+    })
+}
+
+fn kept(seed: u64, violation: Violation, keep: impl FnOnce(&Path, &Violation)) -> (Violation, PathBuf) {
+    let to = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("torture-{seed:#018x}"));
+    keep(&to, &violation);
+    (violation, to)
+}
+
+/// A scenario of either kind.
+enum Any {
+    One(Scenario),
+    Group(GroupScenario),
+}
+
+impl Any {
+    fn of(seed: u64, nodes: u32) -> Self {
+        if nodes > 1 { Self::Group(GroupScenario::of(seed, nodes)) } else { Self::One(Scenario::of(seed)) }
+    }
+    fn play(&self, go_on: &dyn Fn() -> bool) -> Played {
+        match self {
+            Self::One(scenario) => play(scenario, go_on),
+            Self::Group(scenario) => play_group(scenario, go_on),
+        }
+    }
+    /// What it is, and the lines of what happens in it.
+    fn told(&self) -> (String, Vec<String>) {
+        match self {
+            Self::One(it) => (it.to_string(), it.lives.iter().map(ToString::to_string).collect()),
+            Self::Group(it) => (it.to_string(), it.blows.iter().map(ToString::to_string).collect()),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -88,8 +134,8 @@ pub fn run(bounds: &Bounds) -> bool {
     let begun = Instant::now();
     end_with_this_process();
     println!(
-        "campaign seed {:#018x}, {} kills or {:.0?}, {} at once",
-        bounds.seed, bounds.kills, bounds.time, bounds.jobs
+        "campaign seed {:#018x}, {} kills or {:.0?}, {} at once, of at most {} nodes",
+        bounds.seed, bounds.kills, bounds.time, bounds.jobs, bounds.nodes
     );
     let shared = Mutex::new(Shared::default());
     let lock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -109,12 +155,13 @@ pub fn run(bounds: &Bounds) -> bool {
                 None if enough() => return,
                 None => Random::new(Random::new(bounds.seed).next().wrapping_add(number)).next(),
             };
-            let scenario = Scenario::of(seed);
+            let any = Any::of(seed, bounds.nodes);
+            let (scenario, lines) = any.told();
             let replayed = bounds.replay.is_some();
             if replayed {
-                scenario.lives.iter().for_each(|life| println!("  {life}"));
+                lines.iter().for_each(|line| println!("  {line}"));
             }
-            let (tally, result) = play(&scenario, &|| replayed || !enough());
+            let (tally, result) = any.play(&|| replayed || !enough());
             let mut shared = lock();
             let (lives, kills) = (tally.lives, tally.kills());
             shared.tally.add(tally);
@@ -125,11 +172,10 @@ pub fn run(bounds: &Bounds) -> bool {
                 broken.store(true, Ordering::Relaxed);
                 *shared.violations.entry(violation.promise).or_default() += 1;
                 println!("BROKEN: {violation}");
-                println!("replay: scripts/torture --replay {seed:#018x}");
+                let nodes = if bounds.nodes > 1 { format!("--nodes {} ", bounds.nodes) } else { String::new() };
+                println!("replay: scripts/torture {nodes}--replay {seed:#018x}");
                 println!("kept:   {}", kept.display());
-                for life in &scenario.lives {
-                    println!("  {life}");
-                }
+                lines.iter().for_each(|line| println!("  {line}"));
             }
         }
     };

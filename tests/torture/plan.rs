@@ -60,7 +60,7 @@ impl Moment {
     pub const fn after(kind: &'static str, nth: u32) -> Self {
         Self { kind: Some(kind), nth, delay: Duration::ZERO }
     }
-    fn of(random: &mut Random, kind: &'static str, last: u64, micros: u64) -> Self {
+    pub fn of(random: &mut Random, kind: &'static str, last: u64, micros: u64) -> Self {
         let nth = random.between(1, last) as u32;
         Self { kind: Some(kind), nth, delay: Duration::from_micros(random.between(0, micros)) }
     }
@@ -73,7 +73,7 @@ impl Moment {
         }
     }
     /// A moment after a generation was formed.
-    fn in_a_generation(random: &mut Random) -> Self {
+    pub fn in_a_generation(random: &mut Random) -> Self {
         match random.between(0, 7) {
             0 => Self::of(random, "formed", 1, 300_000),
             1 => Self::of(random, "upload", 8, 5_000),
@@ -289,7 +289,7 @@ impl Weather {
         let latency = Duration::from_micros(if random.percent(50) { random.between(0, 10_000) } else { 0 });
         Self { rules: vec![Rule { method, target, fault, often }], hangs: Vec::new(), latency }
     }
-    fn draw(random: &mut Random) -> Self {
+    pub fn draw(random: &mut Random) -> Self {
         let mut all = Self::default();
         for _ in 0..random.between(1, 2) {
             let kind = random.next();
@@ -454,15 +454,20 @@ impl fmt::Display for Life {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.disturbance)?;
         self.then.iter().try_for_each(|at| write!(f, ", then kill agent at {at}"))?;
-        let Some(weather) = &self.weather else { return Ok(()) };
-        for Rule { method, target, fault, often } in &weather.rules {
+        self.weather.iter().try_for_each(|weather| write!(f, "{weather}"))
+    }
+}
+
+impl fmt::Display for Weather {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for Rule { method, target, fault, often } in &self.rules {
             write!(f, " | {fault:?} {often:?} {method}{target}")?;
         }
-        for Hang { method, target, body, times, time, lands } in &weather.hangs {
+        for Hang { method, target, body, times, time, lands } in &self.hangs {
             let times = if *times == u32::MAX { "all".to_owned() } else { times.to_string() };
             write!(f, " | hang {times} {method}{target} {body} {time:.1?} {lands:?}")?;
         }
-        if weather.latency.is_zero() { Ok(()) } else { write!(f, " | latency {:.1?}", weather.latency) }
+        if self.latency.is_zero() { Ok(()) } else { write!(f, " | latency {:.1?}", self.latency) }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The counts of a campaign.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use super::plan::Action;
 
@@ -15,6 +15,16 @@ pub struct Tally {
     pub resumes: u64,
     /// Agents that exited with 79.
     pub fenced: u64,
+    /// Generations of groups.
+    pub generations: u64,
+    /// Checkpoints that groups have committed.
+    pub commits: u64,
+    /// Agents of groups that were told to leave, and left.
+    pub left: u64,
+    /// Agents of groups that were stopped, and woke.
+    pub sleepers: u64,
+    /// The longest time in which no agent of a group said a word.
+    pub silence: Duration,
     /// SIGKILLs that struck, by target: `agent`, `worker`, `both`, or the name of a crash point.
     kills: BTreeMap<&'static str, u64>,
     /// Panics and errors at crash points.
@@ -79,6 +89,11 @@ impl Tally {
         self.lives += other.lives;
         self.resumes += other.resumes;
         self.fenced += other.fenced;
+        self.generations += other.generations;
+        self.commits += other.commits;
+        self.left += other.left;
+        self.sleepers += other.sleepers;
+        self.silence = self.silence.max(other.silence);
         other.kills.into_iter().for_each(|(whom, times)| self.kill(whom, times));
         other.others.into_iter().for_each(|(what, times)| *self.others.entry(what).or_default() += times);
         other.machines.into_iter().for_each(|(fault, times)| self.machine(fault, times));
@@ -110,6 +125,13 @@ impl fmt::Display for Tally {
         row("agents started", self.lives.to_string())?;
         row("resumes from a checkpoint", self.resumes.to_string())?;
         row("fenced writers", self.fenced.to_string())?;
+        if self.generations > 0 {
+            row("generations", self.generations.to_string())?;
+            row("commits", self.commits.to_string())?;
+            row("agents that left when told", self.left.to_string())?;
+            row("agents that slept and woke", self.sleepers.to_string())?;
+            row("longest silence, s", format!("{:.1}", self.silence.as_secs_f64()))?;
+        }
         let (deaths, sum, most) = self.lost;
         row("steps done again per killed agent", format!("{:.1}", sum as f64 / deaths.max(1) as f64))?;
         row("  at most", most.to_string())

@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
+    drain::timeline::ECHO,
     effects::{self, Answers, Order},
     finish::{self, Ordered},
     generation::Plan,
@@ -96,6 +97,8 @@ struct Leaving {
     until: Instant,
     /// The signal that asked for it, if one did.
     signal: Option<&'static str>,
+    /// When that was.
+    since: Instant,
 }
 
 struct Follower<'a> {
@@ -236,13 +239,13 @@ impl Follower<'_> {
             return false;
         }
         let signal = notice.is_signal().then_some(notice.source);
-        if signal.is_some() && self.leaving.as_ref().is_some_and(|leaving| leaving.signal == signal) {
-            return true;
+        if let Some(leaving) = self.leaving.as_ref().filter(|leaving| signal.is_some() && leaving.signal == signal) {
+            return leaving.since.elapsed() >= ECHO;
         }
         let left = notice.deadline.filter(|_| notice.deadline_binds()).map(|left| left.saturating_sub(EXITING));
         let until = Instant::now() + left.unwrap_or(PATIENCE);
         let until = self.leaving.as_ref().map_or(until, |before| before.until.min(until));
-        self.leaving = Some(Leaving { until, signal });
+        self.leaving = Some(Leaving { until, signal, since: Instant::now() });
         self.say(ToLeader::Notice(NoticeOfMember::of(notice)));
         false
     }

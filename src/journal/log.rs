@@ -12,7 +12,7 @@ use super::{
     error::JournalError,
     record::{Committed, Entry, FormedReason, InvalidEntry, Record, ResumePoint, RosterEntry, Succession},
     replay::{self, damaged, is_begun, missing, read, read_otherwise},
-    state::RunState,
+    state::{Basis, RunState},
     summary::{SPANS, Spans},
 };
 use crate::{
@@ -177,6 +177,24 @@ impl Journal {
         self.unsettled.iter().find_map(|begun| match &begun.entry.record {
             Record::Committed(committed) if begun.number.is_none() => Some(committed),
             _ => None,
+        })
+    }
+
+    /// The same, if `formed` was chosen from an earlier state that another task may have read on from since: nothing is
+    /// formed unless the choice's [basis](RunState::basis) is still the same.
+    pub async fn form_upon(&mut self, formed: Formed, basis: &Basis) -> Result<Generation, JournalError> {
+        let (now, generation) = (self.state.basis(), basis.generation.next());
+        if now == *basis {
+            return self.form(formed).await;
+        }
+        Err(match self.state.formed() {
+            Some(newest) if newest.generation >= generation => {
+                JournalError::Overtaken { node: newest.node.clone(), generation: newest.generation }
+            }
+            _ => {
+                let what = format!("node {} appended a record", self.state.last_activity().1);
+                JournalError::Moved { generation, what }
+            }
         })
     }
 

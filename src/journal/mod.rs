@@ -54,5 +54,7 @@ pub use error::JournalError;
 pub use log::{Formed, Journal, list_runs};
 pub use record::*;
 pub use replay::{audit, replay};
-pub use state::{Checkpoint, CheckpointStatus, Formation, Inconsistent, Interruption, NoticeHeard, Outcome, RunState};
+pub use state::{
+    Basis, Checkpoint, CheckpointStatus, Formation, Inconsistent, Interruption, NoticeHeard, Outcome, RunState,
+};
 pub use writer::{JournalWriter, Urgency, View};

@@ -123,6 +123,17 @@ pub struct Interruption {
     pub drain: Option<Drain>,
 }
 
+/// What the choice of a resume point was made from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Basis {
+    /// The newest generation.
+    pub generation: Generation,
+    /// The newest checkpoint.
+    pub newest: Option<ResumePoint>,
+    /// Whether the run has ended.
+    pub outcome: Outcome,
+}
+
 /// The status of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
@@ -467,6 +478,12 @@ impl RunState {
     /// The newest good checkpoint of the current line: the first of [`candidates`](Self::candidates).
     pub fn newest(&self) -> Option<&Checkpoint> {
         self.line().next()
+    }
+
+    /// What a choice that is made from this state depends on.
+    pub fn basis(&self) -> Basis {
+        let newest = self.newest().map(Checkpoint::point);
+        Basis { generation: self.generation(), newest, outcome: self.outcome.clone() }
     }
 
     /// [`candidates`](Self::candidates), computed lazily.

@@ -178,6 +178,40 @@ async fn a_resume_point_that_is_no_longer_the_newest_is_not_used() {
     assert_eq!(b.form(forming("b", Some(point(20, 1)))).await.unwrap(), Generation(2));
 }
 
+/// Another task of the same process has read on since: the journal itself meets no record that it does not know.
+#[tokio::test]
+async fn a_choice_made_from_an_earlier_state_forms_nothing() {
+    let store = memory();
+    let mut a = new_run(&store).await;
+    a.form(forming("a", None)).await.unwrap();
+    a.append(committed(10, 1)).await.unwrap();
+    let mut b = opened(&store, "b").await;
+    let basis = b.state().basis();
+    a.append(committed(20, 1)).await.unwrap();
+    b.refresh().await.unwrap();
+    match b.form_upon(forming("b", Some(point(10, 1))), &basis).await {
+        Err(JournalError::Moved { generation, .. }) => assert_eq!(generation, Generation(2)),
+        other => panic!("{other:?}"),
+    }
+    let basis = b.state().basis();
+    a.append(notice(1, "sigterm")).await.unwrap();
+    b.refresh().await.unwrap();
+    assert_eq!(b.form_upon(forming("b", Some(point(20, 1))), &basis).await.unwrap(), Generation(2));
+    // One proposal of a generation does not become the one behind it.
+    let mut c = opened(&store, "c").await;
+    match c.form_upon(forming("c", Some(point(20, 1))), &basis).await {
+        Err(JournalError::Overtaken { node, generation }) => {
+            assert_eq!((node, generation), (NodeId::new("b").unwrap(), Generation(2)));
+        }
+        other => panic!("{other:?}"),
+    }
+    let basis = c.state().basis();
+    b.append(completed(20, 2)).await.unwrap();
+    c.refresh().await.unwrap();
+    let ended = c.form_upon(forming("c", Some(point(20, 1))), &basis).await;
+    assert!(matches!(ended, Err(JournalError::Moved { .. })), "{ended:?}");
+}
+
 #[tokio::test]
 async fn an_append_whose_answer_was_lost_is_written_once() {
     let faulty = Faulty::new(|op, _, n| if op == "create" && n % 2 == 1 { Fault::AnswerLost } else { Fault::Pass });

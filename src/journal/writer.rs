@@ -30,7 +30,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Committed, Formed, Journal, JournalError, Record, RunState};
+use super::{Basis, Committed, Formed, Journal, JournalError, Record, RunState};
 use crate::ids::Generation;
 
 /// How long each of the first attempts at an urgent record may take. Records are small, and a machine's last seconds
@@ -93,6 +93,7 @@ enum Work {
     /// Settles a doubtful commit, then appends a record computed from the state.
     LastWords(Make),
     Form(Formed),
+    FormUpon(Formed, Basis),
     Refresh,
 }
 
@@ -173,6 +174,12 @@ impl JournalWriter {
     /// Forms the next generation; see [`Journal::form`].
     pub async fn form(&self, formed: Formed) -> Result<Generation, JournalError> {
         self.ask(Urgency::Formed, Work::Form(formed)).await.map(|number| Generation(number.unwrap_or_default()))
+    }
+
+    /// The same from a state that may be an old one by now; see [`Journal::form_upon`].
+    pub async fn form_upon(&self, formed: Formed, basis: Basis) -> Result<Generation, JournalError> {
+        let number = self.ask(Urgency::Formed, Work::FormUpon(formed, basis)).await;
+        number.map(|number| Generation(number.unwrap_or_default()))
     }
 
     /// Reads on to the end; returns the number of new records.
@@ -295,6 +302,9 @@ async fn attempt(journal: &mut Journal, work: &Work) -> Answer {
         }
         Work::LastWords(make) => journal.append_made(make).await.map(Some),
         Work::Form(formed) => journal.form(formed.clone()).await.map(|generation| Some(generation.get())),
+        Work::FormUpon(formed, basis) => {
+            journal.form_upon(formed.clone(), basis).await.map(|generation| Some(generation.get()))
+        }
         Work::Refresh => journal.refresh().await.map(Some),
     }
 }

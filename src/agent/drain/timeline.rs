@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The same signal again within this time is an echo: a process group and a script that forwards it both deliver it.
-const ECHO: Duration = Duration::from_secs(1);
+pub const ECHO: Duration = Duration::from_secs(1);
 /// The most moments of one drain that are recorded.
 const MOST_MOMENTS: usize = 32;
 

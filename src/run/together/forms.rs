@@ -16,9 +16,7 @@ use crate::{
     checkpoint::{catalog, restore},
     error::{Error, Kind, Result},
     ids::{NodeId, NodeRanks, Rank, WorldSize},
-    journal::{
-        Checkpoint, Formation, Formed, FormedReason, Gone, JournalError, ResumePoint, RosterEntry, RunState, Succession,
-    },
+    journal::{Formation, Formed, FormedReason, Gone, JournalError, ResumePoint, RosterEntry, Succession},
     layout,
     report::Event,
     run::{Runner, Seating, open::effective, words::short},
@@ -28,14 +26,15 @@ impl Runner {
     /// Appends `formed`; whether it stands.
     pub(super) async fn propose(&mut self, proposal: Proposal, memory: &mut Memory) -> Result<Option<bool>> {
         let Proposal { generation, roster, out, continues } = proposal;
-        if self.journal.state().generation().next() != generation {
-            return Ok(Some(false));
-        }
         if !self.is_as_recorded().await? {
             return Ok(Some(false));
         }
         self.resolved.workload.is_still_there()?;
-        let before = self.journal.state();
+        // The desk reads on meanwhile: the append compares what was chosen from with what there is then.
+        let basis = self.journal.state().basis();
+        if basis.generation.next() != generation {
+            return Ok(Some(false));
+        }
         let load = match self.choose_with_data().await {
             Ok(load) => load,
             Err(error) if error.kind() == Kind::Unavailable => {
@@ -44,12 +43,6 @@ impl Runner {
             }
             Err(error) => return Err(error),
         };
-        // The desk reads on meanwhile, so that the append itself would not notice.
-        let now = self.journal.state();
-        let newest = |state: &RunState| state.newest().map(Checkpoint::point);
-        if (now.generation(), newest(&now), now.outcome()) != (before.generation(), newest(&before), before.outcome()) {
-            return Ok(Some(false));
-        }
         let here: BTreeSet<&NodeId> = roster.iter().map(|entry| &entry.node).collect();
         let continued = continues.as_ref().map(|roster| roster.generation);
         let old: BTreeSet<&NodeId> = continues.iter().flat_map(|old| &old.members).map(|member| &member.node).collect();
@@ -89,11 +82,7 @@ impl Runner {
                 why: memory.story.differed.as_deref().map(short),
             },
         };
-        // The journal may have been read on since: a proposal of one generation must not become the one behind it.
-        if self.journal.state().generation().next() != generation {
-            return Ok(Some(false));
-        }
-        match self.journal.form(formed).await {
+        match self.journal.form_upon(formed, basis).await {
             Ok(generation) => {
                 self.overrides.clear();
                 // What this command asked for holds once: later generations go on from the newest checkpoint.

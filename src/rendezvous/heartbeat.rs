@@ -695,10 +695,15 @@ mod tests {
         store.put(&layout::heartbeat(&left), body(&left, &elsewhere(), 1, Some(&tombstone))).await.unwrap();
         assert!(!any_lives(&store, &[&left, &missing]).await.unwrap());
         assert!(!any_lives(&store, &[]).await.unwrap());
+        let beat = async |counter| {
+            store.put(&layout::heartbeat(&alive), body(&alive, &elsewhere(), counter, None)).await.unwrap();
+        };
+        // Whoever looks before the first beat sees no node at all.
+        beat(0).await;
         let beats = async {
-            for counter in 0.. {
-                store.put(&layout::heartbeat(&alive), body(&alive, &elsewhere(), counter, None)).await.unwrap();
+            for counter in 1.. {
                 tokio::time::sleep(READ_AGAIN).await;
+                beat(counter).await;
             }
         };
         let all = [&left, &missing, &alive];

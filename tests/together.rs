@@ -92,8 +92,8 @@ fn leads(event: &Event) -> bool {
     event.kind() == "formed" && event.value.get("leader").is_none()
 }
 
-/// Starts nodes that are the first generation together. It waits only seconds for one more node, and this machine may be
-/// busy: so each stops before its first beat until all are there.
+/// Starts nodes that are the first generation together. It waits only seconds for one more node, and this machine may
+/// be busy: so each stops before its first beat until all are there.
 #[track_caller]
 fn at_once<const N: usize>(nodes: [Trainer; N]) -> [Running; N] {
     let all = nodes.map(|node| node.faults("seat.before-beat=stop@hit=1").start());

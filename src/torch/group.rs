@@ -387,7 +387,8 @@ pub(crate) mod tests {
         let Err(TorchError::Peer { message, .. }) = &results[0] else { panic!("{results:?}") };
         assert!(message.contains("1000ms"), "not the first limit: {message}");
         // A longer one counts, too.
-        let results = ranks(2, Duration::from_millis(1), |group| {
+        let results = ranks(2, LIMIT, |group| {
+            group.set_timeout(Duration::from_millis(1)).unwrap();
             group.set_timeout(LIMIT).unwrap();
             group.barrier()
         });

@@ -20,6 +20,9 @@ use crate::support::{
 /// The step whose save is disturbed; workers are held one step after it.
 pub(super) const SAVED: u64 = 2 * EVERY;
 
+/// Nodes that stop at a point do so one after the other: the first may be silent for longer than a link allows.
+const PATIENT: &str = "node.patient=error";
+
 /// The worker of this rank stops before it does the second step after the save; one of a later generation does not.
 pub(super) fn hold(rank: u32) -> String {
     format!("worker.step=stop@rank={rank}@step={}@hit={}", SAVED + 2, SAVED + 2)
@@ -125,7 +128,7 @@ fn a_save_whose_leader_dies_before_the_record_is_finished() {
 #[test]
 fn a_save_whose_leader_dies_behind_its_receipt_is_finished() {
     let lab = Lab::on_files();
-    let (leader, follower) = pair(&lab, "1:2", &format!("save.after-receipt=stop@step={SAVED},{}", hold(1)));
+    let (leader, follower) = pair(&lab, "1:2", &format!("save.after-receipt=stop@step={SAVED},{PATIENT},{}", hold(1)));
     assert!(leader.stopped() && follower.stopped(), "both have put their receipts");
     let leader = leader.power_off().expect_killed();
     follower.signal(Signal::CONT);
@@ -136,7 +139,7 @@ fn a_save_whose_leader_dies_behind_its_receipt_is_finished() {
 #[test]
 fn a_save_whose_leader_dies_before_the_others_have_put_theirs_is_finished() {
     let lab = Lab::on_files();
-    let (leader, follower) = pair(&lab, "1:2", &format!("save.before-receipt=stop@step={SAVED},{}", hold(1)));
+    let (leader, follower) = pair(&lab, "1:2", &format!("save.before-receipt=stop@step={SAVED},{PATIENT},{}", hold(1)));
     assert!(leader.stopped() && follower.stopped(), "neither has put its receipt");
     leader.signal(Signal::CONT);
     let receipts =
@@ -151,7 +154,8 @@ fn a_save_whose_leader_dies_before_the_others_have_put_theirs_is_finished() {
 #[test]
 fn a_save_whose_leader_dies_before_its_receipt_is_nobodys() {
     let lab = Lab::on_files();
-    let (leader, follower) = pair(&lab, "1:2", &format!("save.before-receipt=stop@step={SAVED}@hit=2,{}", hold(1)));
+    let (leader, follower) =
+        pair(&lab, "1:2", &format!("save.before-receipt=stop@step={SAVED}@hit=2,{PATIENT},{}", hold(1)));
     assert!(leader.stopped() && follower.stopped(), "neither has put its receipt");
     let leader = leader.power_off().expect_killed();
     follower.signal(Signal::CONT);

@@ -58,6 +58,8 @@ use crate::{
 /// How long a node that has lost its place waits before it reads the journal for the reason.
 const REASON: Duration = Duration::from_secs(5);
 
+/// The silence that the crash point `node.patient` allows.
+const PATIENT: Duration = Duration::from_secs(120);
 /// The pause before a store that was away is asked again.
 const STORE_AWAY: Duration = Duration::from_secs(2);
 /// The pause between two such reads.
@@ -114,7 +116,11 @@ impl Runner {
                 found.address
             }
         };
-        let settings = LinkSettings::default();
+        let mut settings = LinkSettings::default();
+        // A test stops nodes for longer than others would wait for a word.
+        if faults::check("node.patient", At::default()).is_err() {
+            settings.silence = PATIENT;
+        }
         let at = SocketAddr::new(ip, network.port);
         let (links, heard) = Peers::<Words>::start(Arc::clone(&me), at, settings).await.map_err(|error| {
             Error::from_source(Kind::Config, error)

@@ -123,7 +123,7 @@ impl Group {
         }
     }
 
-    /// The next generation of so many nodes: its leader, and when it formed.
+    /// The next generation of `nodes` nodes: its leader, and when it formed.
     fn formed(&self, nodes: usize) -> Result<(usize, Instant)> {
         let wanted = json!(nodes);
         let heard = self.next(&format!("a generation of {nodes}"), |heard| {

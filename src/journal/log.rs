@@ -187,15 +187,8 @@ impl Journal {
         if now == *basis {
             return self.form(formed).await;
         }
-        Err(match self.state.formed() {
-            Some(newest) if newest.generation >= generation => {
-                JournalError::Overtaken { node: newest.node.clone(), generation: newest.generation }
-            }
-            _ => {
-                let what = format!("node {} appended a record", self.state.last_activity().1);
-                JournalError::Moved { generation, what }
-            }
-        })
+        let what = format!("node {} appended a record", self.state.last_activity().1);
+        Err(self.overtaken(generation).unwrap_or(JournalError::Moved { generation, what }))
     }
 
     /// Forms the next generation, which fences all older ones; this node holds it from then on.
@@ -236,15 +229,16 @@ impl Journal {
             Err(JournalError::Fenced { node, generation }) => Err(JournalError::Overtaken { node, generation }),
             // Of several, the newest is the one whose heartbeat matters.
             Err(error @ (JournalError::Overtaken { .. } | JournalError::Moved { .. })) => {
-                Err(match self.state.formed() {
-                    Some(newest) if newest.generation >= generation => {
-                        JournalError::Overtaken { node: newest.node.clone(), generation: newest.generation }
-                    }
-                    _ => error,
-                })
+                Err(self.overtaken(generation).unwrap_or(error))
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// The newest generation as an error, if it is `generation` or a later one.
+    fn overtaken(&self, generation: Generation) -> Option<JournalError> {
+        let newest = self.state.formed().filter(|newest| newest.generation >= generation)?;
+        Some(JournalError::Overtaken { node: newest.node.clone(), generation: newest.generation })
     }
 
     /// Appends `record` at the first free number, as long as the rules admit it there and `still_right` accepts every

@@ -22,7 +22,7 @@ const LONG: Duration = Duration::from_secs(600);
 const FORMING: Duration = Duration::from_secs(120);
 /// The shortest limit of a step.
 const SHORTEST: Duration = Duration::from_secs(60);
-/// Of so many usual steps.
+/// The limit of a usual step, as a multiple of its time.
 const STEPS: f64 = 20.0;
 /// Steps by which the usual one is measured.
 const MEASURED: usize = 20;
@@ -96,7 +96,7 @@ mod tests {
         of.map(|limit| limit.as_secs())
     }
 
-    /// After so many steps of so long.
+    /// After `count` steps that took `step` seconds each.
     fn after(several: bool, count: usize, step: f64) -> Patience {
         let mut patience = Patience::new(several);
         (0..count).for_each(|_| patience.step(step, false));

@@ -69,9 +69,9 @@ pub struct Formed {
 /// Who may write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Writers {
-    /// One node at a time, with so many workers.
+    /// One node at a time, with N workers.
     One(u32),
-    /// At most so many nodes at a time, with one worker each.
+    /// At most N nodes at a time, with one worker each.
     Group(u32),
 }
 
@@ -161,7 +161,7 @@ impl Auditor {
         self.look(lab, run, Writers::One(ranks))
     }
 
-    /// The same of a run of at most so many nodes with one worker each; they may be at work.
+    /// The same of a run of at most `most` nodes with one worker each; they may be at work.
     pub fn audit_group(&mut self, lab: &Lab, run: &str, most: u32) -> Checked<View> {
         let mut last = self.look(lab, run, Writers::Group(most));
         for _ in 1..LOOKS {

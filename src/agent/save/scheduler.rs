@@ -31,7 +31,7 @@ use crate::{
     },
 };
 
-/// Of so many saves of several ranks one compares the states of the ranks.
+/// Where there are several ranks, one save in this many compares their states.
 const COMPARED: u64 = 16;
 
 /// Time since the generation began; monotonic.

@@ -184,7 +184,8 @@ impl Runner {
         Load::Checkpoint { step, generation, from: Source::Slot { slot, files } }
     }
 
-    /// What its record says, however long the store is away; `None`: another generation stands by then.
+    /// The state that its record says to load. Waits while the store is away; `None`: a newer generation was formed
+    /// meanwhile.
     pub(super) async fn load_patiently(&self, formed: &Formation) -> Result<Option<Load>> {
         loop {
             match self.load_of(formed).await {

@@ -1,4 +1,4 @@
-//! The journal, as a node's seat is told of it: formations and ends, in order.
+//! What a node's seat hears of the journal: which generations were formed and which have ended, in order.
 
 use crate::{
     ids::Generation,

@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::{sync::mpsc, time::Instant};
 
 use super::{
-    drain::timeline::ECHO,
+    drain::timeline::Signals,
     effects::{self, Answers, Order},
     finish::{self, Ordered},
     generation::Plan,
@@ -90,17 +90,6 @@ pub enum Followed {
     },
 }
 
-/// Where this node stands when it was told to leave.
-#[derive(Debug)]
-struct Leaving {
-    /// When it goes, whatever the leader says.
-    until: Instant,
-    /// The signal that asked for it, if one did.
-    signal: Option<&'static str>,
-    /// When that was.
-    since: Instant,
-}
-
 struct Follower<'a> {
     node: Node<'a>,
     incoming: Incoming,
@@ -116,7 +105,11 @@ struct Follower<'a> {
     slot: u8,
     /// How this node's part of it ended; `None`: it has not.
     put: Option<bool>,
-    leaving: Option<Leaving>,
+    /// When it goes, whatever the leader says, since it was told to leave.
+    leaving: Option<Instant>,
+    /// The generation's begin.
+    began: Instant,
+    signals: Signals,
     /// The last step that this node's workers finished.
     finished: Step,
     /// Why this machine can't take part: starting again will not help.
@@ -152,6 +145,8 @@ pub async fn run(
         slot: 0,
         put: None,
         leaving: None,
+        began: Instant::now(),
+        signals: Signals::default(),
         finished: start.load.step(),
         broken: None,
     };
@@ -195,7 +190,7 @@ pub async fn run(
         follower.kill();
         // A notice that comes meanwhile is heard: the checkpoint is worth more than this node's last seconds, and no
         // more than those.
-        let until = follower.leaving.as_ref().map(|leaving| leaving.until);
+        let until = follower.leaving;
         let (mut heard_one, limit) = (None, Instant::now() + FINISHING);
         let finished = {
             let finishing = follower.finish(&start, &mut puts);
@@ -238,21 +233,20 @@ impl Follower<'_> {
         if notice.kind == notice::Kind::Rebalance {
             return false;
         }
-        let signal = notice.is_signal().then_some(notice.source);
-        if let Some(leaving) = self.leaving.as_ref().filter(|leaving| signal.is_some() && leaving.signal == signal) {
-            return leaving.since.elapsed() >= ECHO;
+        if self.signals.hear(notice, self.began.elapsed()) {
+            return true;
         }
         let left = notice.deadline.filter(|_| notice.deadline_binds()).map(|left| left.saturating_sub(EXITING));
         let until = Instant::now() + left.unwrap_or(PATIENCE);
-        let until = self.leaving.as_ref().map_or(until, |before| before.until.min(until));
-        self.leaving = Some(Leaving { until, signal, since: Instant::now() });
+        let until = self.leaving.map_or(until, |before| before.min(until));
+        self.leaving = Some(until);
         self.say(ToLeader::Notice(NoticeOfMember::of(notice)));
         false
     }
 
     async fn must_leave(&self) {
-        match &self.leaving {
-            Some(leaving) => tokio::time::sleep_until(leaving.until).await,
+        match self.leaving {
+            Some(until) => tokio::time::sleep_until(until).await,
             None => std::future::pending().await,
         }
     }

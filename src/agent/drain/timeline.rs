@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The same signal again within this time is an echo: a process group and a script that forwards it both deliver it.
-pub const ECHO: Duration = Duration::from_secs(1);
+const ECHO: Duration = Duration::from_secs(1);
 /// The most moments of one drain that are recorded.
 const MOST_MOMENTS: usize = 32;
 
@@ -52,12 +52,27 @@ pub struct Planned {
     until_s: Option<f64>,
 }
 
+/// When each signal that asks this node to leave was first heard.
+#[derive(Debug, Default)]
+pub struct Signals(Vec<(&'static str, Moment)>);
+
+impl Signals {
+    /// A notice. Returns whether it is a signal that had come before, and no echo: a repeated signal means that the
+    /// sender does not want to wait.
+    pub fn hear(&mut self, notice: &Notice, now: Moment) -> bool {
+        let before = self.0.iter().find(|(source, _)| *source == notice.source).map(|(_, first)| *first);
+        if notice.is_signal() && before.is_none() {
+            self.0.push((notice.source, now));
+        }
+        before.is_some_and(|first| now.saturating_sub(first) >= ECHO)
+    }
+}
+
 /// The notices, and the response to them.
 #[derive(Debug, Default)]
 pub struct Timeline {
     first: Option<(Moment, &'static str)>,
-    /// When each signal was first heard.
-    signals: Vec<(&'static str, Moment)>,
+    signals: Signals,
     until: Option<Moment>,
     announced: Option<Duration>,
     /// Whether somebody waits for this process's end, or the machine's end has no announced time.
@@ -70,14 +85,9 @@ pub struct Timeline {
 }
 
 impl Timeline {
-    /// A notice that asks this node to leave. Returns whether the same signal had come before: a repeated signal means
-    /// that the sender does not want to wait.
+    /// A notice that asks this node to leave. Returns whether it [asks again](Signals::hear).
     pub fn hear(&mut self, notice: &Notice, now: Moment) -> bool {
-        let before = self.signals.iter().find(|(source, _)| *source == notice.source).map(|(_, first)| *first);
-        let again = before.is_some_and(|first| now.saturating_sub(first) >= ECHO);
-        if notice.is_signal() && before.is_none() {
-            self.signals.push((notice.source, now));
-        }
+        let again = self.signals.hear(notice, now);
         self.first.get_or_insert((now, notice.source));
         self.at_once |= notice.kind == Kind::Stop || notice.deadline.is_none_or(|left| left.is_zero());
         let mut what = format!("{} was heard", notice.source);
